@@ -1,0 +1,2 @@
+//! mount.chainfs: what mount(8) calls.
+fn main() {}

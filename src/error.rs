@@ -1,0 +1,130 @@
+//! What can go wrong, in three kinds that are never mixed.
+//!
+//! The world fails with an [`Error`]; a bad file is [`ErrorKind::Corrupt`], a good file with a
+//! feature that chainfs lacks is [`ErrorKind::Unsupported`]; our own bugs are assertions.
+//! Every error says what it is about: the file, the fact and, where there is one, the remedy.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+/// The result of everything that touches the world.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong, as far as a program needs to know. [`errno`] maps each to its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// There is nothing of that name.
+    NotFound,
+    /// The words of a request are wrong.
+    Usage,
+    /// Somebody else uses what is needed.
+    Busy,
+    /// The caller may not do this.
+    Denied,
+    /// The thing can only be read.
+    ReadOnly,
+    /// A good file that needs a feature which chainfs does not have.
+    Unsupported,
+    /// The file has changed or gone since it was looked up.
+    Stale,
+    /// A file that breaks its format's rules.
+    Corrupt,
+    /// A view whose chain is broken: a layer is missing, loops, or cannot be read.
+    Broken,
+    /// A name that leads out of the store.
+    Escape,
+    /// A limit of chainfs or of the system is reached.
+    Limit,
+    /// The system refused the read.
+    Io,
+}
+
+/// Every kind, for tests and tables.
+pub const ERROR_KINDS: [ErrorKind; 12] = [
+    ErrorKind::NotFound,
+    ErrorKind::Usage,
+    ErrorKind::Busy,
+    ErrorKind::Denied,
+    ErrorKind::ReadOnly,
+    ErrorKind::Unsupported,
+    ErrorKind::Stale,
+    ErrorKind::Corrupt,
+    ErrorKind::Broken,
+    ErrorKind::Escape,
+    ErrorKind::Limit,
+    ErrorKind::Io,
+];
+
+/// The errno that a caller of the file system sees; docs/SEMANTICS.md shows the same table.
+pub fn errno(kind: ErrorKind) -> rustix::io::Errno {
+    use rustix::io::Errno;
+    match kind {
+        ErrorKind::NotFound => Errno::NOENT,
+        ErrorKind::Usage => Errno::INVAL,
+        ErrorKind::Busy => Errno::BUSY,
+        ErrorKind::Denied => Errno::ACCESS,
+        ErrorKind::ReadOnly => Errno::ROFS,
+        ErrorKind::Unsupported => Errno::OPNOTSUPP,
+        ErrorKind::Stale => Errno::STALE,
+        ErrorKind::Corrupt | ErrorKind::Broken | ErrorKind::Io => Errno::IO,
+        ErrorKind::Escape => Errno::PERM,
+        ErrorKind::Limit => Errno::MFILE,
+    }
+}
+
+/// An error with a sentence for people and a kind for programs.
+#[derive(Clone, Debug)]
+pub struct Error {
+    kind: ErrorKind,
+    context: String,
+    source: Option<Arc<io::Error>>,
+}
+
+impl Error {
+    /// An error of our own finding. `context` is a lower-case sentence that names file, fact and remedy.
+    pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
+        Self { kind, context: context.into(), source: None }
+    }
+
+    /// An error of the system while doing `context` ("reading web01.qcow2").
+    pub fn io(context: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        let source = source.into();
+        let kind = match source.kind() {
+            io::ErrorKind::NotFound => ErrorKind::NotFound,
+            io::ErrorKind::PermissionDenied => ErrorKind::Denied,
+            io::ErrorKind::ReadOnlyFilesystem => ErrorKind::ReadOnly,
+            io::ErrorKind::ResourceBusy => ErrorKind::Busy,
+            io::ErrorKind::StaleNetworkFileHandle => ErrorKind::Stale,
+            _ => ErrorKind::Io,
+        };
+        Self { kind, context: context.into(), source: Some(Arc::new(source)) }
+    }
+
+    /// What a program needs to know.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The same error with more said in front: "`context`: ...".
+    #[must_use]
+    pub fn within(mut self, context: impl fmt::Display) -> Self {
+        self.context = format!("{context}: {}", self.context);
+        self
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.source {
+            Some(source) => write!(f, "{}: {}", self.context, source),
+            None => f.write_str(&self.context),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|source| source as _)
+    }
+}

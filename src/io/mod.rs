@@ -1,0 +1,30 @@
+//! Positional storage: where the bytes of an image come from.
+//!
+//! Everything above speaks to a [`Storage`]; it does not know whether that is a file beneath a
+//! store or a vector in a test. This layer knows files, confinement and QEMU's locks, and
+//! nothing of qcow2.
+
+use crate::error::Result;
+
+/// The bytes of one image file (or external data file), by position.
+pub trait Storage: Send + Sync {
+    /// Reads from `at` into `buf` and returns how many bytes were there. Fewer than `buf.len()`
+    /// means that the file ends: never an interrupted read.
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize>;
+
+    /// Bytes of the file now.
+    fn len(&self) -> Result<u64>;
+}
+
+impl Storage for Vec<u8> {
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        let Some(rest) = usize::try_from(at).ok().and_then(|at| self.get(at..)) else { return Ok(0) };
+        let len = rest.len().min(buf.len());
+        buf[..len].copy_from_slice(&rest[..len]);
+        Ok(len)
+    }
+
+    fn len(&self) -> Result<u64> {
+        Ok(self.as_slice().len() as u64)
+    }
+}

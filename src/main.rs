@@ -1,0 +1,3 @@
+//! The `chainfs` command.
+
+fn main() {}
