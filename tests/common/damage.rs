@@ -75,6 +75,23 @@ impl Damage {
         self.0.set_len(len).expect("another length");
     }
 
+    /// Replaces all header extensions. What they may not reach, the backing file's name, stays.
+    pub(crate) fn set_extensions(&self, extensions: &[(u32, &[u8])]) {
+        let mut at = u64::from(self.u32(header::HEADER_LEN));
+        let limit = match self.u64(header::BACKING_OFFSET) {
+            0 => self.cluster_size(),
+            name => name,
+        };
+        for (magic, bytes) in extensions {
+            self.put_u32(at, *magic);
+            self.put_u32(at + 4, bytes.len() as u32);
+            self.put(at + 8, bytes);
+            at += 8 + (bytes.len() as u64).next_multiple_of(8);
+        }
+        assert!(at + 8 <= limit, "extensions reach the backing file's name");
+        self.put_u64(at, 0);
+    }
+
     /// Puts bytes at the next cluster boundary past the end; returns where.
     pub(crate) fn append(&self, bytes: &[u8]) -> u64 {
         let at = self.len().next_multiple_of(self.cluster_size());

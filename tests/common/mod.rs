@@ -11,6 +11,7 @@ pub(crate) mod mount;
 pub(crate) mod rng;
 pub(crate) mod store;
 pub(crate) mod tools;
+pub(crate) mod victims;
 
 pub(crate) use chains::{Growth, deep_chain};
 pub(crate) use compare::{View, assert_chain, assert_same, views_of};

@@ -88,6 +88,17 @@ impl Store {
         self.img(args);
     }
 
+    /// An overlay whose backing file need not exist nor make sense.
+    pub(crate) fn overlay_unchecked(&self, name: &str, backing: &str, backing_format: &str) {
+        self.overlay_sized(name, backing, backing_format, 1 << 20);
+    }
+
+    /// An overlay of this size, its backing file not looked at.
+    pub(crate) fn overlay_sized(&self, name: &str, backing: &str, backing_format: &str, size: u64) {
+        let size = size.to_string();
+        self.img(["create", "-q", "-f", "qcow2", "-u", "-b", backing, "-F", backing_format, name, &size]);
+    }
+
     /// Runs qemu-io's commands on an image, in one process.
     pub(crate) fn io<S: AsRef<str>>(&self, name: &str, format: &str, commands: impl IntoIterator<Item = S>) {
         let mut io = tool("qemu-io");
