@@ -4,16 +4,14 @@
 #[allow(dead_code, unused_imports, reason = "each test binary uses its part")]
 mod common;
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{Read as _, Write as _};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown};
+use std::fs::{self, File};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::mount::{connection_of, daemon_of};
 use common::*;
-use rustix::fs::{OFlags, getxattr, listxattr, statvfs};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 
