@@ -62,20 +62,7 @@ pub struct FileStat {
 impl FileStat {
     /// Attributes of an open file.
     pub fn of(file: impl AsFd) -> Result<Self> {
-        let stat = fs::fstat(file).map_err(|error| Error::io("asking for a file's attributes", error))?;
-        Ok(Self {
-            id: FileId { device: stat.st_dev, inode: stat.st_ino },
-            signature: Signature {
-                size: stat.st_size.unsigned_abs(),
-                mtime: (stat.st_mtime, stat.st_mtime_nsec as u32),
-                ctime: (stat.st_ctime, stat.st_ctime_nsec as u32),
-            },
-            blocks: stat.st_blocks.unsigned_abs(),
-            mode: stat.st_mode,
-            uid: stat.st_uid,
-            gid: stat.st_gid,
-            link_count: stat.st_nlink,
-        })
+        Ok(fs::fstat(file).map_err(|error| Error::io("asking for a file's attributes", error))?.into())
     }
 
     /// Whether it is a regular file.
@@ -88,6 +75,25 @@ impl FileStat {
         self.mode & 0o222 != 0
     }
 }
+
+impl From<fs::Stat> for FileStat {
+    fn from(stat: fs::Stat) -> Self {
+        Self {
+            id: FileId { device: stat.st_dev, inode: stat.st_ino },
+            signature: Signature {
+                size: stat.st_size.unsigned_abs(),
+                mtime: (stat.st_mtime, stat.st_mtime_nsec as u32),
+                ctime: (stat.st_ctime, stat.st_ctime_nsec as u32),
+            },
+            blocks: stat.st_blocks.unsigned_abs(),
+            mode: stat.st_mode,
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+            link_count: stat.st_nlink,
+        }
+    }
+}
+
 
 /// A file beneath a root. Cheap to keep: it needs a descriptor only while it is read or locked.
 #[derive(Debug)]

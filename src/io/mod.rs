@@ -9,11 +9,13 @@ mod descriptors;
 mod file;
 mod holders;
 mod locks;
+mod mountinfo;
 
 pub use beneath::{DirEntry, EntryKind, Root};
 pub use descriptors::Descriptors;
 pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile};
 pub use holders::{Holder, lock_holders, users_of};
+pub use mountinfo::{MountEntry, mounts};
 pub use locks::{Conflict, WRITER_BYTE, probe_writer};
 
 use crate::error::Result;
