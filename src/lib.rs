@@ -5,5 +5,6 @@
 //! [`units`] below all; docs/ARCHITECTURE.md says what each may know.
 
 pub mod error;
+pub mod format;
 pub mod io;
 pub mod units;
