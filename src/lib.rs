@@ -4,6 +4,8 @@
 //! `cli -> fs -> report -> store -> chain -> image -> { format, io }`, with [`error`] and
 //! [`units`] below all; docs/ARCHITECTURE.md says what each may know.
 
+pub mod cli;
 pub mod error;
 pub mod io;
+pub mod report;
 pub mod units;
