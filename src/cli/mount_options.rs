@@ -295,9 +295,9 @@ impl MountOptions {
 }
 
 /// Splits at commas that no backslash stands before. `\,` and `\\` lose theirs; any other stays.
-fn split_list(list: &[u8]) -> Vec<Vec<u8>> {
+fn split_list(bytes: &[u8]) -> Vec<Vec<u8>> {
     let mut parts = vec![Vec::new()];
-    let mut bytes = list.iter().copied().peekable();
+    let mut bytes = bytes.iter().copied().peekable();
     while let Some(byte) = bytes.next() {
         let last = parts.len() - 1;
         match byte {
