@@ -77,8 +77,7 @@ Options of -o:
   format=GLOB:FORMAT     raw or qcow2, for images that do not tell (repeatable)
   probe                  believe the content where a header names no backing format
   force_share            show what another process is writing
-  nofiles                leave the guests' own files out
-  symlinks=HOW           links of guests: inside (rewritten, the default) or verbatim
+  nofiles symlinks=HOW   taken, but without effect until guests' files are shown
   rescan=SECONDS         how often a store that cannot be watched is looked through
   config=FILE            read this in place of /etc/chainfs.toml and the user's file
   nopassthrough noinotify noreadahead

@@ -48,7 +48,7 @@ pub struct TreeNode {
     pub date: Option<SystemTime>,
     /// Bytes that its file takes on disk; `None` where that cannot be said of it alone.
     pub own_size: Option<u64>,
-    /// What else is to be known: "writable", "locked by qemu[4711]", "missing", "shared by 3".
+    /// What else is to be known: "writable", `locked by qemu[4711]`, "missing", "shared by 3".
     pub flags: Vec<String>,
     /// The chain whose leaf it is.
     pub chain: Option<String>,
