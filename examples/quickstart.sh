@@ -61,7 +61,7 @@ layer() {
 
 mkdir -p "$work/root/etc"
 echo 'fresh' >"$work/root/etc/motd"
-mke2fs -q -t ext4 -E root_owner="$(id -u):$(id -g)" -d "$work/root" "$work/disk.raw" 16M
+mke2fs -q -t ext4 -E root_owner="$(id -u):$(id -g)" -d "$work/root" "$work/disk.raw" 16M >"$work/mke2fs.log"
 cp --sparse=always "$work/disk.raw" base.raw
 
 guest 'installed'
