@@ -23,9 +23,9 @@ const STYLE: &str = "\
 svg{background:#fff;color:#1f2328;font:13px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}\
 text{fill:currentColor;white-space:pre}.title{font-weight:700;font-size:14px}.dim{fill:#656d76}.flag{fill:#0969da}\
 .line{fill:none;stroke:#8c959f;stroke-width:2}.frozen{fill:#6e7781}.internal{fill:#fff;stroke:#6e7781;stroke-width:2}\
-.active{fill:#1a7f37}.broken{fill:#cf222e}.fold{fill:none;stroke:#8c959f;stroke-width:2;stroke-dasharray:2 3}\
+.active{fill:#1a7f37}.broken{fill:#cf222e}.fold{fill:#fff;stroke:#8c959f;stroke-width:2;stroke-dasharray:2 3}\
 @media(prefers-color-scheme:dark){svg{background:#0d1117;color:#e6edf3}.dim{fill:#8d96a0}.flag{fill:#58a6ff}\
-.internal{fill:#0d1117}.active{fill:#3fb950}.broken{fill:#f85149}}";
+.internal,.fold{fill:#0d1117}.active{fill:#3fb950}.broken{fill:#f85149}}";
 
 /// Every tree of `forest` below the one before, in one picture.
 pub fn forest(forest: &Forest, zone: &TimeZone, full: bool) -> String {
@@ -73,13 +73,12 @@ impl Canvas {
             .map(|(row, label)| x(row.column()) + 14 + chars(label.name.width().min(NAME_CHARS_MAX)))
             .max()
             .unwrap_or(0);
-        let columns = [
-            names_end + 20,
-            names_end + 20 + chars(8),
-            // "2026-12-30 .. 2027-01-05" is as wide as a date can be.
-            names_end + 20 + chars(8 + 26) + chars(10),
-            names_end + 20 + chars(8 + 26 + 10 + 3),
-        ];
+        let widest =
+            |cell: fn(&Label) -> &str| chars(labels.iter().map(|label| cell(label).width()).max().unwrap_or(0));
+        let kinds = names_end + 20;
+        let dates = kinds + widest(|label| label.kind) + 20;
+        let sizes_end = dates + widest(|label| &label.date) + 20 + widest(|label| &label.size);
+        let flags_start = sizes_end + 24;
         let top = self.y + ROW;
         let y = |row: usize| top + row * ROW;
         for (index, row) in rows.iter().enumerate() {
@@ -102,11 +101,11 @@ impl Canvas {
             };
             let base = y + 4;
             self.text(at + 14, base, "", &clipped(&label.name));
-            self.text(columns[0], base, "dim", label.kind);
-            self.text(columns[1], base, "dim", &label.date);
-            let size_x = columns[2].saturating_sub(chars(label.size.width()));
+            self.text(kinds, base, "dim", label.kind);
+            self.text(dates, base, "dim", &label.date);
+            let size_x = sizes_end.saturating_sub(chars(label.size.width()));
             self.text(size_x, base, "", &label.size);
-            self.text(columns[3], base, "flag", &label.flags);
+            self.text(flags_start, base, "flag", &label.flags);
             self.body.push_str("</g>\n");
         }
         self.y = top + rows.len() * ROW;
