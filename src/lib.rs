@@ -6,9 +6,11 @@
 
 pub mod cache;
 pub mod chain;
+pub mod cli;
 pub mod error;
 pub mod format;
 pub mod image;
 pub mod io;
+pub mod report;
 pub mod store;
 pub mod units;
