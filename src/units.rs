@@ -80,7 +80,7 @@ impl ClusterBits {
 
 /// Rounds a length up to whole sectors, as QEMU sizes raw disks. Saturates at the last whole sector.
 pub fn round_up_to_sector(len: u64) -> u64 {
-    len.checked_next_multiple_of(SECTOR_SIZE).unwrap_or(u64::MAX & !(SECTOR_SIZE - 1))
+    len.checked_next_multiple_of(SECTOR_SIZE).unwrap_or(!(SECTOR_SIZE - 1))
 }
 
 #[cfg(test)]

@@ -4,8 +4,23 @@
 //! store or a vector in a test. This layer knows files, confinement and QEMU's locks, and
 //! nothing of qcow2.
 
+mod beneath;
+mod descriptors;
+mod file;
+mod holders;
+mod locks;
+mod mountinfo;
+
+pub use beneath::{DirEntry, EntryKind, Root};
+pub use descriptors::Descriptors;
+pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile};
+pub use holders::{Holder, lock_holders, users_of};
+pub use locks::{Conflict, WRITER_BYTE, probe_writer};
+pub use mountinfo::{MountEntry, mounts};
+
 use crate::error::Result;
 
+#[expect(clippy::len_without_is_empty, reason = "an empty image file is nothing to ask for")]
 /// The bytes of one image file (or external data file), by position.
 pub trait Storage: Send + Sync {
     /// Reads from `at` into `buf` and returns how many bytes were there. Fewer than `buf.len()`
@@ -14,6 +29,12 @@ pub trait Storage: Send + Sync {
 
     /// Bytes of the file now.
     fn len(&self) -> Result<u64>;
+
+    /// The first run of `[at, end)` that is all data (`true`) or all hole (`false`), and its
+    /// length, at least 1. Where holes cannot be told, everything is data.
+    fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
+        Ok((true, end - at))
+    }
 }
 
 impl Storage for Vec<u8> {

@@ -1,0 +1,13 @@
+//! Chains: layers from a top down to a base, seen as one disk.
+//!
+//! A [`View`] is an immutable list of layers; it stays valid whatever the store looks like by now.
+//! This layer knows no names and no directories.
+
+mod flat;
+mod view;
+
+pub use flat::{FlatCache, FlatMap};
+pub use view::{Extent, MapRun, Source, View};
+
+/// Layers of a chain, at most: more is refused as broken.
+pub const MAX_DEPTH: usize = 1024;

@@ -1,0 +1,258 @@
+//! A view: one disk, as seen from a layer downwards.
+//!
+//! Reading resolves a range to extents and reads each with one call straight into the caller's
+//! buffer. A top layer that may change is asked first, every time; the frozen ones below it
+//! answer through their flattened map.
+
+use std::sync::Arc;
+
+use crate::error::{ErrorKind, Result};
+use crate::image::{Layer, Mapping};
+use crate::units::{GuestOffset, HostOffset};
+
+use super::flat::{Flat, FlatCache, FlatMap, Kind};
+
+/// One disk.
+#[derive(Debug)]
+pub struct View {
+    layers: Arc<[Layer]>,
+    size: u64,
+    /// Whether the top layer may change while it is read.
+    live: bool,
+    /// The layers that do not change, flattened; `None` if there are none.
+    flat: Option<Arc<FlatMap>>,
+}
+
+/// Where the bytes of an extent come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Source {
+    /// From this layer's data file.
+    Data(HostOffset),
+    /// They are zeroes.
+    Zero,
+    /// From a compressed cluster.
+    Compressed,
+    /// Nowhere: the layer's tables are corrupt here.
+    Bad,
+}
+
+/// A run of one disk and its source.
+#[derive(Clone, Copy, Debug)]
+pub struct Extent {
+    /// Index of the layer, from the top.
+    pub layer: usize,
+    /// Where its bytes are.
+    pub source: Source,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// A run for `map`: as QEMU describes one.
+#[expect(clippy::struct_excessive_bools, reason = "QEMU's four flags")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapRun {
+    /// First byte.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Index of the layer that speaks for it, from the top; the lowest if none does.
+    pub depth: usize,
+    /// Whether any layer speaks for it.
+    pub present: bool,
+    /// Whether it reads as zeroes.
+    pub zero: bool,
+    /// Whether a file holds bytes for it.
+    pub data: bool,
+    /// Whether it is compressed.
+    pub compressed: bool,
+    /// Where in that layer's data file.
+    pub offset: Option<u64>,
+}
+
+impl View {
+    /// A view of `layers`, top first. `live`: the top one may change; the others never do.
+    pub fn new(layers: Vec<Layer>, live: bool, cache: &Arc<FlatCache>) -> Arc<Self> {
+        assert!(!layers.is_empty(), "a view has a top layer");
+        let size = layers[0].size();
+        let frozen: Arc<[Layer]> = layers[usize::from(live)..].into();
+        let flat = (!frozen.is_empty()).then(|| FlatMap::new(frozen, size, cache));
+        let layers = match &flat {
+            Some(flat) if !live => Arc::clone(flat.layers()),
+            _ => layers.into(),
+        };
+        Arc::new(Self { layers, size, live, flat })
+    }
+
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Its layers, top first.
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// Fills `buf` with the bytes at `at`. The range must lie within the disk.
+    pub fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let end = at.checked_add(buf.len() as u64).expect("a range of the disk");
+        assert!(end <= self.size, "a read past the end of the disk");
+        if !self.live {
+            return self.read_flat(at, buf);
+        }
+        let mut done = 0;
+        while done < buf.len() {
+            let (position, left) = (at + done as u64, (buf.len() - done) as u64);
+            let (mapping, run) = self.layers[0].map(GuestOffset(position), left)?;
+            let piece = &mut buf[done..done + run as usize];
+            match mapping {
+                Mapping::Data(host) => self.layers[0].image().read_data(host, piece)?,
+                Mapping::Zero(_) => piece.fill(0),
+                Mapping::Compressed(_) => read_asked(&self.layers[0], position, piece)?,
+                Mapping::Hole => self.read_flat(position, piece)?,
+            }
+            done += run as usize;
+        }
+        Ok(())
+    }
+
+    fn read_flat(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let Some(flat) = &self.flat else {
+            buf.fill(0);
+            return Ok(());
+        };
+        let mut rest = buf;
+        let len = rest.len() as u64;
+        flat.walk(at, len, |position, Flat { kind, layer, host, len }| {
+            let (piece, more) = std::mem::take(&mut rest).split_at_mut(len as usize);
+            rest = more;
+            let layer = &flat.layers()[layer];
+            match kind {
+                Kind::Data => layer.image().read_data(host, piece),
+                Kind::Zero => {
+                    piece.fill(0);
+                    Ok(())
+                }
+                Kind::Ask => read_asked(layer, position, piece),
+            }
+        })
+    }
+
+    /// Which layer speaks for `at`, and where its bytes are, for at most `max` bytes. Each silent
+    /// layer may shorten the run, never lengthen it.
+    pub fn resolve(&self, at: u64, max: u64) -> Result<Extent> {
+        let mut len = max.min(self.size - at);
+        for (layer, state) in self.layers.iter().enumerate() {
+            let (mapping, run) = match state.map(GuestOffset(at), len) {
+                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                    let len = state.rest_of_cluster(GuestOffset(at), len);
+                    return Ok(Extent { layer, source: Source::Bad, len });
+                }
+                other => other?,
+            };
+            assert!(run > 0 && run <= len);
+            len = run;
+            let source = match mapping {
+                Mapping::Data(host) => Source::Data(host),
+                Mapping::Zero(_) => Source::Zero,
+                Mapping::Compressed(_) => Source::Compressed,
+                Mapping::Hole => continue,
+            };
+            return Ok(Extent { layer, source, len });
+        }
+        Ok(Extent { layer: self.layers.len(), source: Source::Zero, len })
+    }
+
+    /// The first byte at or after `at` that is data (or, with `data` false, that is not).
+    /// `None` if there is none before the end of the disk.
+    pub fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
+        let mut at = at;
+        while at < self.size {
+            let (is_data, len) = self.data_run(at)?;
+            if is_data == data {
+                return Ok(Some(at));
+            }
+            at += len;
+        }
+        Ok(None)
+    }
+
+    /// Whether there is data at `at`, and for how long that goes on at least.
+    fn data_run(&self, at: u64) -> Result<(bool, u64)> {
+        // Long silences are answered by the tables; what is dense, by the flattened map.
+        let whole = self.resolve(at, u64::MAX)?;
+        let (layer, source, len) = match (&self.flat, whole.source) {
+            (Some(flat), Source::Data(_) | Source::Compressed) if !self.live => {
+                let Flat { kind, layer, host, len } = flat.lookup(at)?;
+                let source = match kind {
+                    Kind::Data => Source::Data(host),
+                    Kind::Zero => Source::Zero,
+                    Kind::Ask => Source::Compressed,
+                };
+                (layer, source, len.min(self.size - at).max(whole.len))
+            }
+            (_, source) => (whole.layer, source, whole.len),
+        };
+        match source {
+            // A raw image has its holes in its file.
+            Source::Data(host) if self.layers[layer].image().is_raw() => {
+                self.layers[layer].image().data().extent(host.0, host.0 + len)
+            }
+            // What cannot be read is no hole: whoever copies must hear of it.
+            Source::Data(_) | Source::Compressed | Source::Bad => Ok((true, len)),
+            Source::Zero => Ok((false, len)),
+        }
+    }
+
+    /// The run at `at`, as `map` shows it: which layer, and whether zero, data or compressed.
+    pub fn map_run(&self, at: u64, max: u64) -> Result<MapRun> {
+        let Extent { layer, source, len } = self.resolve(at, max)?;
+        let lowest = self.layers.len() - 1;
+        let mut run = MapRun {
+            start: at,
+            len,
+            depth: layer.min(lowest),
+            present: layer <= lowest,
+            zero: false,
+            data: true,
+            compressed: false,
+            offset: None,
+        };
+        match source {
+            Source::Data(host) => {
+                run.offset = Some(host.0);
+                if self.layers[layer].image().is_raw() {
+                    (run.data, run.len) = self.layers[layer].image().data().extent(host.0, host.0 + len)?;
+                    run.zero = !run.data;
+                }
+            }
+            Source::Compressed => run.compressed = true,
+            Source::Zero => (run.zero, run.data) = (true, false),
+            Source::Bad => {
+                self.layers[layer].map(GuestOffset(at), len)?;
+            }
+        }
+        Ok(run)
+    }
+}
+
+/// Reads a range that a layer said, when it was flattened, it has to be asked about again.
+fn read_asked(layer: &Layer, at: u64, buf: &mut [u8]) -> Result<()> {
+    let mut done = 0;
+    while done < buf.len() {
+        let position = GuestOffset(at + done as u64);
+        let (mapping, run) = layer.map(position, (buf.len() - done) as u64)?;
+        let piece = &mut buf[done..done + run as usize];
+        match mapping {
+            Mapping::Compressed(stream) => {
+                let cluster = layer.image().read_compressed(stream)?;
+                let within = layer.within_cluster(position) as usize;
+                piece.copy_from_slice(&cluster[within..within + piece.len()]);
+            }
+            Mapping::Data(host) => layer.image().read_data(host, piece)?,
+            Mapping::Zero(_) | Mapping::Hole => piece.fill(0),
+        }
+        done += run as usize;
+    }
+    Ok(())
+}

@@ -1,0 +1,111 @@
+//! The freeze mark: chainfs' own header extension, which says that a layer is a snapshot.
+//!
+//! A frozen layer never becomes writable again by becoming a leaf. QEMU keeps extensions that
+//! it does not know, so the mark survives its writing to the file.
+//!
+//! Payload, big-endian: version u32 = 1, reserved u32 = 0, seconds i64, nanoseconds u32,
+//! description length u32, description in UTF-8.
+
+use super::bytes::{be_i64, be_u32};
+use super::malformed::Malformed;
+
+/// Magic of the extension: `CHFS`.
+pub const FROZEN_MAGIC: u32 = 0x4348_4653;
+/// Limit of a description, in bytes. Our own; small enough for header and name in 4 KiB.
+pub const MAX_DESCRIPTION_LEN: usize = 1024;
+
+const VERSION: u32 = 1;
+const FIXED_LEN: usize = 24;
+
+/// When and with which words a layer was frozen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frozen {
+    /// Seconds since 1970.
+    pub seconds: i64,
+    /// Below 1,000,000,000.
+    pub nanoseconds: u32,
+    /// The user's words, at most [`MAX_DESCRIPTION_LEN`] bytes.
+    pub description: String,
+}
+
+impl Frozen {
+    /// Reads the payload of the extension.
+    pub fn parse(payload: &[u8]) -> Result<Self, Malformed> {
+        let have = payload.len() as u64;
+        if payload.len() < FIXED_LEN {
+            return Err(Malformed::FrozenLength { have, need: FIXED_LEN as u64 });
+        }
+        match (be_u32(payload, 0), be_u32(payload, 4)) {
+            (VERSION, 0) => {}
+            (VERSION, reserved) => return Err(Malformed::Reserved { what: "freeze mark", found: reserved.into() }),
+            (version, _) => return Err(Malformed::FrozenVersion(version)),
+        }
+        let (nanoseconds, len) = (be_u32(payload, 16), be_u32(payload, 20) as usize);
+        if nanoseconds >= 1_000_000_000 {
+            return Err(Malformed::FrozenNanoseconds(nanoseconds));
+        }
+        if len > MAX_DESCRIPTION_LEN {
+            let (found, max) = (len as u64, MAX_DESCRIPTION_LEN as u64);
+            return Err(Malformed::TooLarge { what: "length of the freeze mark's description", found, max });
+        }
+        let need = FIXED_LEN + len;
+        if payload.len() != need {
+            return Err(Malformed::FrozenLength { have, need: need as u64 });
+        }
+        let description = std::str::from_utf8(&payload[FIXED_LEN..]).map_err(|_| Malformed::FrozenDescription)?;
+        Ok(Self { seconds: be_i64(payload, 8), nanoseconds, description: description.to_owned() })
+    }
+
+    /// The payload of the extension.
+    ///
+    /// # Panics
+    /// If a field is beyond its limit: commands are checked where they come in.
+    pub fn encode(&self) -> Vec<u8> {
+        assert!(self.nanoseconds < 1_000_000_000 && self.description.len() <= MAX_DESCRIPTION_LEN);
+        let mut out = Vec::with_capacity(FIXED_LEN + self.description.len());
+        out.extend(VERSION.to_be_bytes());
+        out.extend(0u32.to_be_bytes());
+        out.extend(self.seconds.to_be_bytes());
+        out.extend(self.nanoseconds.to_be_bytes());
+        out.extend((self.description.len() as u32).to_be_bytes());
+        out.extend(self.description.as_bytes());
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> Vec<u8> {
+        Frozen { seconds: -5, nanoseconds: 999_999_999, description: "before the upgrade \u{2603}".into() }.encode()
+    }
+
+    fn poked(at: usize, value: u32) -> Result<Frozen, Malformed> {
+        let mut bytes = good();
+        bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
+        Frozen::parse(&bytes)
+    }
+
+    #[test]
+    fn what_is_encoded_parses_to_the_same() {
+        let mark = Frozen::parse(&good()).unwrap();
+        assert_eq!((mark.seconds, mark.nanoseconds), (-5, 999_999_999));
+        assert_eq!(mark.encode(), good());
+        let empty = Frozen { seconds: i64::MAX, nanoseconds: 0, description: String::new() };
+        assert_eq!(Frozen::parse(&empty.encode()), Ok(empty));
+    }
+
+    #[test]
+    fn each_rule_has_its_reason() {
+        let have = good().len() as u64;
+        assert_eq!(Frozen::parse(&good()[..23]), Err(Malformed::FrozenLength { have: 23, need: 24 }));
+        assert_eq!(poked(0, 2), Err(Malformed::FrozenVersion(2)));
+        assert_eq!(poked(4, 1), Err(Malformed::Reserved { what: "freeze mark", found: 1 }));
+        assert_eq!(poked(16, 1_000_000_000), Err(Malformed::FrozenNanoseconds(1_000_000_000)));
+        assert_eq!(poked(20, 3), Err(Malformed::FrozenLength { have, need: 27 }));
+        let what = "length of the freeze mark's description";
+        assert_eq!(poked(20, 1025), Err(Malformed::TooLarge { what, found: 1025, max: 1024 }));
+        assert_eq!(poked(24, 0xffff_ffff), Err(Malformed::FrozenDescription));
+    }
+}

@@ -1,0 +1,28 @@
+//! qcow2 as bytes and values: what a header, a table or a compressed cluster says.
+//!
+//! Pure: bytes come in, a value that needs no second look or a [`Malformed`] with the exact
+//! reason comes out. Nothing here reads a file, and nothing allocates more than its input or
+//! the specification's limits justify. Names are those of the qcow2 specification.
+
+pub mod bitmap;
+mod bytes;
+pub mod compressed;
+pub mod entry;
+pub mod extension;
+pub mod feature;
+pub mod frozen;
+pub mod header;
+pub mod malformed;
+pub mod refcount;
+pub mod snapshot;
+pub mod subcluster;
+
+#[cfg(test)]
+mod testing;
+
+pub use entry::{Compressed, EntryFormat, L1Entry, L2Entry, Mapping};
+pub use frozen::Frozen;
+pub use header::{Header, Table, Version};
+pub use malformed::Malformed;
+pub use snapshot::Snapshot;
+pub use subcluster::SubclusterEntry;

@@ -1,0 +1,316 @@
+//! The snapshot table: one entry of variable length per internal snapshot.
+//!
+//! The header says how many entries there are, not how many bytes: a [`SnapshotParser`] is fed
+//! chunks of the file until it is content. A snapshot's L1 table may cover less than its disk
+//! (what it does not cover is a hole) and lies where its entry says, in the file or not.
+
+use super::bytes::{be_u16, be_u32, be_u64};
+use super::header::{Header, SnapshotTable, Table, Version, at_most, check_table};
+use super::malformed::Malformed;
+use crate::units::{ClusterBits, GuestOffset, HostOffset};
+
+/// Limit of the whole table, in bytes; QEMU's.
+pub const MAX_TABLE_LEN: u64 = 64 << 20;
+/// Limit of one entry's extra data, in bytes; QEMU's.
+pub const MAX_EXTRA_LEN: u64 = 1024;
+const MAX_L1_LEN: u64 = 32 << 20;
+
+const FIXED_LEN: usize = 40;
+/// Extra data that version 3 requires: VM state size and disk size.
+const V3_EXTRA_LEN: u32 = 16;
+
+/// An internal snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Its id: unique where the writer was sane.
+    pub id: Vec<u8>,
+    /// Its name: may repeat.
+    pub name: Vec<u8>,
+    /// Its L1 table.
+    pub l1: Table,
+    /// When it was taken, in seconds since 1970.
+    pub seconds: u32,
+    /// And nanoseconds, as found.
+    pub nanoseconds: u32,
+    /// How long the guest had run, in nanoseconds.
+    pub vm_clock_nanoseconds: u64,
+    /// Bytes of saved VM state; 0 if only the disk was saved.
+    pub vm_state_size: u64,
+    /// Bytes of its disk; `None` where the table is too old to say: the image's own size then.
+    pub virtual_size: Option<u64>,
+    /// Executed instructions, if they were counted.
+    pub icount: Option<u64>,
+    /// Bytes of extra data in the entry.
+    pub extra_len: u32,
+}
+
+impl Snapshot {
+    /// Where the VM state lies on the guest's disk as the snapshot's L1 table maps it: at the
+    /// first entry that no longer belongs to a disk of `virtual_size`. `l1_entry_span` is the
+    /// header's. `None` if that is beyond what can be addressed.
+    pub fn vm_state_offset(virtual_size: u64, l1_entry_span: u64) -> Option<GuestOffset> {
+        virtual_size.checked_next_multiple_of(l1_entry_span).map(GuestOffset)
+    }
+}
+
+/// What decides how entries are read.
+#[derive(Clone, Copy, Debug)]
+struct Rules {
+    cluster: ClusterBits,
+    extra_required: u32,
+}
+
+/// Reads a table from chunks of any size.
+#[derive(Debug)]
+pub struct SnapshotParser {
+    rules: Rules,
+    left: u32,
+    /// Bytes of the table that have been understood, padding included.
+    consumed: u64,
+    pending: Vec<u8>,
+    snapshots: Vec<Snapshot>,
+}
+
+impl SnapshotParser {
+    /// A parser for the table of `header`.
+    pub fn new(header: &Header) -> Self {
+        Self::with(header.snapshots, header.cluster, header.version)
+    }
+
+    /// As [`Self::new`], but takes entries of version 3 that lack the extra data which that
+    /// version requires: a checker counts them itself, by [`Snapshot::extra_len`].
+    pub fn for_check(header: &Header) -> Self {
+        let mut parser = Self::new(header);
+        parser.rules.extra_required = 0;
+        parser
+    }
+
+    fn with(table: SnapshotTable, cluster: ClusterBits, version: Version) -> Self {
+        let extra_required = if version == Version::V3 { V3_EXTRA_LEN } else { 0 };
+        let rules = Rules { cluster, extra_required };
+        Self { rules, left: table.count, consumed: 0, pending: Vec::new(), snapshots: Vec::new() }
+    }
+
+    /// Takes the next bytes of the table. `true` once all entries are there: what follows is
+    /// no longer the table's.
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<bool, Malformed> {
+        if self.left == 0 {
+            return Ok(true);
+        }
+        self.pending.extend_from_slice(bytes);
+        let mut start = 0;
+        while self.left > 0 {
+            let begin = start + padding(self.consumed + start as u64);
+            let Some(rest) = self.pending.get(begin..) else { break };
+            let Some((snapshot, len)) = parse_entry(rest, self.rules)? else { break };
+            start = begin + len;
+            at_most("length of the snapshot table", self.consumed + start as u64, MAX_TABLE_LEN)?;
+            self.snapshots.push(snapshot);
+            self.left -= 1;
+        }
+        self.consumed += start as u64;
+        self.pending.drain(..start);
+        Ok(self.left == 0)
+    }
+
+    /// Bytes of the table understood so far; once complete, its length.
+    pub fn table_len(&self) -> u64 {
+        self.consumed
+    }
+
+    /// The snapshots, or the reason that there is no more to feed.
+    pub fn finish(self) -> Result<Vec<Snapshot>, Malformed> {
+        if self.left > 0 {
+            let have = self.consumed + self.pending.len() as u64;
+            let need = self.consumed + u64::from(self.left) * FIXED_LEN as u64;
+            return Err(Malformed::Truncated { what: "snapshot table", need: need.max(have + 1), have });
+        }
+        Ok(self.snapshots)
+    }
+}
+
+/// Parses a table that is there as a whole.
+pub fn parse_table(
+    bytes: &[u8],
+    count: u32,
+    cluster: ClusterBits,
+    version: Version,
+) -> Result<Vec<Snapshot>, Malformed> {
+    let table = SnapshotTable { offset: HostOffset(0), count };
+    let mut parser = SnapshotParser::with(table, cluster, version);
+    parser.feed(bytes)?;
+    parser.finish()
+}
+
+/// Entries start at multiples of 8 from the table's start.
+fn padding(at: u64) -> usize {
+    (at.next_multiple_of(8) - at) as usize
+}
+
+/// One entry and its length without padding, or `None` if it goes on beyond `bytes`.
+fn parse_entry(bytes: &[u8], rules: Rules) -> Result<Option<(Snapshot, usize)>, Malformed> {
+    if bytes.len() < FIXED_LEN {
+        return Ok(None);
+    }
+    let extra_len = be_u32(bytes, 36);
+    at_most("length of a snapshot's extra data", extra_len.into(), MAX_EXTRA_LEN)?;
+    if extra_len < rules.extra_required {
+        return Err(Malformed::SnapshotExtraShort(extra_len));
+    }
+    let l1 = Table { offset: HostOffset(be_u64(bytes, 0)), entries: be_u32(bytes, 8) };
+    at_most("length of a snapshot's L1 table", l1.len_bytes(), MAX_L1_LEN)?;
+    check_table("L1 table of a snapshot", l1.offset, l1.len_bytes(), rules.cluster)?;
+
+    let id_at = FIXED_LEN + extra_len as usize;
+    let name_at = id_at + usize::from(be_u16(bytes, 12));
+    let end = name_at + usize::from(be_u16(bytes, 14));
+    let Some(entry) = bytes.get(..end) else { return Ok(None) };
+    let extra = |at: usize| (at + 8 <= id_at).then(|| be_u64(entry, at));
+    let snapshot = Snapshot {
+        id: entry[id_at..name_at].to_vec(),
+        name: entry[name_at..].to_vec(),
+        l1,
+        seconds: be_u32(entry, 16),
+        nanoseconds: be_u32(entry, 20),
+        vm_clock_nanoseconds: be_u64(entry, 24),
+        vm_state_size: extra(40).unwrap_or_else(|| be_u32(entry, 32).into()),
+        virtual_size: extra(48),
+        // All ones: not counted.
+        icount: extra(56).filter(|&count| count != u64::MAX),
+        extra_len,
+    };
+    Ok(Some((snapshot, end)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An entry without its padding: extra data as given, name and id of a test.
+    fn entry(extra: &[u8], id: &str, name: &str) -> Vec<u8> {
+        let mut out = Vec::new();
+        out.extend(0x50000u64.to_be_bytes());
+        out.extend(2u32.to_be_bytes());
+        out.extend((id.len() as u16).to_be_bytes());
+        out.extend((name.len() as u16).to_be_bytes());
+        out.extend(1_700_000_000u32.to_be_bytes());
+        out.extend(5u32.to_be_bytes());
+        out.extend(77u64.to_be_bytes());
+        out.extend(4096u32.to_be_bytes());
+        out.extend((extra.len() as u32).to_be_bytes());
+        out.extend(extra);
+        out.extend(id.bytes().chain(name.bytes()));
+        out
+    }
+
+    fn extra(words: &[u64]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_be_bytes()).collect()
+    }
+
+    fn padded(mut bytes: Vec<u8>) -> Vec<u8> {
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        bytes
+    }
+
+    fn parse(bytes: &[u8], count: u32, version: Version) -> Result<Vec<Snapshot>, Malformed> {
+        parse_table(bytes, count, ClusterBits::new(16).unwrap(), version)
+    }
+
+    #[test]
+    fn entries_follow_each_other_at_multiples_of_8() {
+        let table = [padded(entry(&extra(&[1 << 33, 1 << 30, 9]), "1", "monday")), entry(&extra(&[0, 512]), "12", "m")]
+            .concat();
+        let snapshots = parse(&table, 2, Version::V3).unwrap();
+        let expected = Snapshot {
+            id: b"1".to_vec(),
+            name: b"monday".to_vec(),
+            l1: Table { offset: HostOffset(0x50000), entries: 2 },
+            seconds: 1_700_000_000,
+            nanoseconds: 5,
+            vm_clock_nanoseconds: 77,
+            vm_state_size: 1 << 33,
+            virtual_size: Some(1 << 30),
+            icount: Some(9),
+            extra_len: 24,
+        };
+        assert_eq!(snapshots[0], expected);
+        assert_eq!((snapshots[1].id.as_slice(), snapshots[1].name.as_slice()), (b"12".as_slice(), b"m".as_slice()));
+        assert_eq!((snapshots[1].virtual_size, snapshots[1].icount), (Some(512), None));
+    }
+
+    #[test]
+    fn chunks_of_any_size_give_the_same_and_the_tables_length() {
+        let table = [padded(entry(&extra(&[0, 512]), "1", "monday")), entry(&extra(&[0, 512]), "2", "x")].concat();
+        let whole = parse(&table, 2, Version::V3).unwrap();
+        for chunk in 1..table.len() {
+            let mut parser = SnapshotParser::with(
+                SnapshotTable { offset: HostOffset(0), count: 2 },
+                ClusterBits::new(16).unwrap(),
+                Version::V3,
+            );
+            let done: Vec<bool> = table.chunks(chunk).map(|part| parser.feed(part).unwrap()).collect();
+            assert!(done.last() == Some(&true) && done[..done.len() - 1].iter().all(|done| !done), "{chunk}");
+            assert_eq!(parser.table_len(), table.len() as u64);
+            assert_eq!(parser.finish().unwrap(), whole);
+        }
+    }
+
+    #[test]
+    fn version_2_may_lack_the_extra_data_and_icount_may_be_off() {
+        let old = &parse(&entry(&[], "1", "old"), 1, Version::V2).unwrap()[0];
+        assert_eq!((old.vm_state_size, old.virtual_size, old.icount), (4096, None, None));
+        let off = &parse(&entry(&extra(&[0, 512, u64::MAX]), "1", "off"), 1, Version::V3).unwrap()[0];
+        assert_eq!(off.icount, None);
+    }
+
+    #[test]
+    fn each_rule_has_its_reason() {
+        let good = entry(&extra(&[0, 512]), "1", "monday");
+        let poked = |at: usize, bytes: &[u8]| {
+            let mut entry = good.clone();
+            entry[at..at + bytes.len()].copy_from_slice(bytes);
+            parse(&entry, 1, Version::V3).unwrap_err()
+        };
+        let unaligned = Malformed::Unaligned { what: "L1 table of a snapshot", offset: 0x50200, unit: 65_536 };
+        assert_eq!(poked(0, &0x50200u64.to_be_bytes()), unaligned);
+        let offset = 0x7fff_ffff_ffff_0000;
+        let range = Malformed::OutOfRange { what: "L1 table of a snapshot", offset, len: 0x20000 };
+        let long = [offset.to_be_bytes().as_slice(), &0x4000u32.to_be_bytes()].concat();
+        assert_eq!(poked(0, &long), range);
+        let (what, found) = ("length of a snapshot's L1 table", (32 << 20) + 8);
+        assert_eq!(poked(8, &0x40_0001u32.to_be_bytes()), Malformed::TooLarge { what, found, max: 32 << 20 });
+        let what = "length of a snapshot's extra data";
+        assert_eq!(poked(36, &1025u32.to_be_bytes()), Malformed::TooLarge { what, found: 1025, max: 1024 });
+        assert_eq!(parse(&entry(&[0; 15], "1", "x"), 1, Version::V3), Err(Malformed::SnapshotExtraShort(15)));
+        let (need, have) = (good.len() as u64, good.len() as u64 - 1);
+        let cut = Malformed::Truncated { what: "snapshot table", need, have };
+        assert_eq!(parse(&good[..good.len() - 1], 1, Version::V3), Err(cut));
+    }
+
+    #[test]
+    fn a_table_beyond_its_limit_is_refused() {
+        let long = "x".repeat(65_535);
+        let one = padded(entry(&extra(&[0, 512]), &long, &long));
+        let mut parser = SnapshotParser::with(
+            SnapshotTable { offset: HostOffset(0), count: 65_536 },
+            ClusterBits::new(16).unwrap(),
+            Version::V3,
+        );
+        let fits = MAX_TABLE_LEN as usize / one.len();
+        for _ in 0..fits {
+            assert_eq!(parser.feed(&one), Ok(false));
+        }
+        let what = "length of the snapshot table";
+        assert!(matches!(parser.feed(&one), Err(Malformed::TooLarge { what: found, .. }) if found == what));
+    }
+
+    #[test]
+    fn vm_state_lies_at_the_first_l1_entry_past_the_disk() {
+        let span = 8192 * 65_536;
+        assert_eq!(Snapshot::vm_state_offset(1, span), Some(GuestOffset(span)));
+        assert_eq!(Snapshot::vm_state_offset(span, span), Some(GuestOffset(span)));
+        assert_eq!(Snapshot::vm_state_offset(span + 1, span), Some(GuestOffset(2 * span)));
+        assert_eq!(Snapshot::vm_state_offset(0, span), Some(GuestOffset(0)));
+        assert_eq!(Snapshot::vm_state_offset(u64::MAX, span), None);
+    }
+}

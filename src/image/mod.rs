@@ -1,0 +1,215 @@
+//! One image: where the bytes of its guest disk lie, and reading them.
+//!
+//! An [`Image`] knows its file, its header and, through shared caches, its tables; it knows
+//! nothing of other images. [`Layer::map`] is a table lookup and reads no guest data.
+
+mod layer;
+mod tables;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::cache::Cache;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::compressed::decompress;
+use crate::format::header::Encryption;
+use crate::format::{Compressed, Header};
+use crate::io::Storage;
+use crate::units::{HostOffset, round_up_to_sector};
+
+pub use layer::{Layer, Mapping};
+
+/// Caches shared by all images of a store, keyed by image.
+#[derive(Debug)]
+pub struct Caches {
+    /// Slices of L1 and L2 tables: (image, file offset) -> entries.
+    pub(crate) tables: Cache<(u64, u64), Arc<[u64]>>,
+    /// Decompressed clusters: (image, file offset of the stream) -> bytes.
+    pub(crate) clusters: Cache<(u64, u64), Arc<[u8]>>,
+}
+
+impl Caches {
+    /// Caches of `tables` and `clusters` bytes.
+    pub fn new(tables: usize, clusters: usize) -> Arc<Self> {
+        Arc::new(Self { tables: Cache::new(tables), clusters: Cache::new(clusters) })
+    }
+
+    /// Bytes held by tables and by decompressed clusters.
+    pub fn weights(&self) -> (usize, usize) {
+        (self.tables.weight(), self.clusters.weight())
+    }
+}
+
+/// What kind of image it is.
+#[derive(Debug)]
+enum Body {
+    Raw,
+    Qcow2(Arc<Header>),
+}
+
+/// An open image.
+pub struct Image {
+    /// Distinguishes this opening from all others, so that no cache entry outlives it in use.
+    serial: u64,
+    name: String,
+    file: Arc<dyn Storage>,
+    /// Holds the guest's data instead of `file`, where the header says so.
+    data_file: Option<Arc<dyn Storage>>,
+    /// Bytes of the file that holds guest data, as of opening; `None` if it may grow meanwhile.
+    data_len: Option<u64>,
+    body: Body,
+    caches: Arc<Caches>,
+}
+
+impl std::fmt::Debug for Image {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Image").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+fn next_serial() -> u64 {
+    static SERIAL: AtomicU64 = AtomicU64::new(1);
+    SERIAL.fetch_add(1, Ordering::Relaxed)
+}
+
+impl Image {
+    /// A raw image. `fixed`: the file does not change while it is open.
+    pub fn raw(name: &str, file: Arc<dyn Storage>, fixed: bool, caches: &Arc<Caches>) -> Result<Arc<Self>> {
+        let data_len = if fixed { Some(file.len()?) } else { None };
+        Ok(Arc::new(Self {
+            serial: next_serial(),
+            name: name.to_string(),
+            file,
+            data_file: None,
+            data_len,
+            body: Body::Raw,
+            caches: Arc::clone(caches),
+        }))
+    }
+
+    /// A qcow2 image whose header has been parsed. `Unsupported` if its content cannot be read,
+    /// naming the feature.
+    pub fn qcow2(
+        name: &str,
+        file: Arc<dyn Storage>,
+        data_file: Option<Arc<dyn Storage>>,
+        header: Arc<Header>,
+        fixed: bool,
+        caches: &Arc<Caches>,
+    ) -> Result<Arc<Self>> {
+        if let Some(sentence) = unreadable(&header) {
+            return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {sentence}")));
+        }
+        if header.data_file.is_some() && data_file.is_none() {
+            return Err(Error::new(ErrorKind::Broken, format!("{name}: its external data file is not there")));
+        }
+        let data_len = if fixed { Some(data_file.as_ref().unwrap_or(&file).len()?) } else { None };
+        Ok(Arc::new(Self {
+            serial: next_serial(),
+            name: name.to_string(),
+            file,
+            data_file,
+            data_len,
+            body: Body::Qcow2(header),
+            caches: Arc::clone(caches),
+        }))
+    }
+
+    /// The image's name for messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Distinguishes this opening of an image from every other one.
+    pub fn serial(&self) -> u64 {
+        self.serial
+    }
+
+    /// Its header; `None` for a raw image.
+    pub fn header(&self) -> Option<&Arc<Header>> {
+        match &self.body {
+            Body::Raw => None,
+            Body::Qcow2(header) => Some(header),
+        }
+    }
+
+    /// Bytes of the guest's disk.
+    pub fn virtual_size(&self) -> Result<u64> {
+        match &self.body {
+            Body::Raw => Ok(round_up_to_sector(self.data_end()?)),
+            Body::Qcow2(header) => Ok(header.virtual_size),
+        }
+    }
+
+    /// The file that holds guest data.
+    pub fn data(&self) -> &Arc<dyn Storage> {
+        self.data_file.as_ref().unwrap_or(&self.file)
+    }
+
+    /// Whether guest data lies at the same offset in the data file, so that the file may stand for the disk.
+    pub fn is_raw(&self) -> bool {
+        matches!(self.body, Body::Raw)
+    }
+
+    fn data_end(&self) -> Result<u64> {
+        match self.data_len {
+            Some(len) => Ok(len),
+            None => self.data().len(),
+        }
+    }
+
+    /// Reads guest data that a [`Mapping::Data`] has named. What a raw image lacks to a whole
+    /// sector reads as zeroes; anything else that is missing is an error, never zeroes.
+    pub fn read_data(&self, at: HostOffset, buf: &mut [u8]) -> Result<()> {
+        let len = self.data().read_at(at.0, buf)?;
+        if len == buf.len() {
+            return Ok(());
+        }
+        let padding = self.is_raw() && at.0 + len as u64 >= self.data_end()?;
+        if padding && buf.len() - len < 512 {
+            buf[len..].fill(0);
+            return Ok(());
+        }
+        let end = at.0 + len as u64;
+        Err(Error::new(
+            ErrorKind::Io,
+            format!("{}: the file ends at {end:#x}, before the data it should hold; it was cut short", self.name),
+        ))
+    }
+
+    /// The bytes of a compressed cluster.
+    pub fn read_compressed(&self, stream: Compressed) -> Result<Arc<[u8]>> {
+        let Body::Qcow2(header) = &self.body else { unreachable!("a raw image has no compressed clusters") };
+        let key = (self.serial, stream.at.0);
+        if let Some(cluster) = self.caches.clusters.get(&key) {
+            return Ok(cluster);
+        }
+        let mut input = vec![0; stream.len as usize];
+        let len = self.file.read_at(stream.at.0, &mut input)?;
+        let mut cluster = vec![0; header.cluster.size() as usize];
+        // The last stream of a file may be shorter than its count of whole sectors says.
+        decompress(header.compression, &input[..len], &mut cluster)
+            .map_err(|reason| self.corrupt(&format!("compressed cluster at {}: {reason}", stream.at)))?;
+        let cluster: Arc<[u8]> = cluster.into();
+        self.caches.clusters.put(key, Arc::clone(&cluster), cluster.len());
+        Ok(cluster)
+    }
+
+    fn corrupt(&self, reason: &str) -> Error {
+        Error::new(ErrorKind::Corrupt, format!("{}: {reason}", self.name))
+    }
+}
+
+/// Why the content of an image with this header cannot be read, if so.
+pub fn unreadable(header: &Header) -> Option<String> {
+    if let Some(encryption) = &header.encryption {
+        let method = match encryption {
+            Encryption::AesCbc => "AES-CBC, the legacy method",
+            Encryption::Luks => "LUKS",
+        };
+        return Some(format!(
+            "it is encrypted ({method}), which chainfs cannot read; decrypt it with qemu-img convert"
+        ));
+    }
+    header.unsupported.as_ref().map(ToString::to_string)
+}

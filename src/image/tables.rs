@@ -1,0 +1,42 @@
+//! Loading tables by the slice, through the shared cache.
+//!
+//! An L1 table may have 32 MiB and an image thousands of L2 tables; only the slices that are
+//! looked at are read, 4 KiB at a time.
+
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::HostOffset;
+
+use super::Image;
+
+/// Bytes of a slice; tables of smaller clusters are one slice each.
+const SLICE_LEN: u64 = 4096;
+
+impl Image {
+    /// The slice of a table that holds the entry `index`: 8-byte big-endian words, decoded, and
+    /// the index of its first word. `table_len` is the whole table's length in bytes.
+    pub(super) fn slice(&self, table: HostOffset, table_len: u64, index: u64) -> Result<(Arc<[u64]>, u64)> {
+        let from = index * 8 / SLICE_LEN * SLICE_LEN;
+        assert!(from < table_len, "an index beyond its table");
+        let at = table.0 + from;
+        let key = (self.serial, at);
+        if let Some(words) = self.caches.tables.get(&key) {
+            return Ok((words, from / 8));
+        }
+        let mut bytes = [0; SLICE_LEN as usize];
+        let bytes = &mut bytes[..SLICE_LEN.min(table_len - from) as usize];
+        if self.file.read_at(at, bytes)? < bytes.len() {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "{}: the table at {table} reaches past the end of the file; restore the image from a copy",
+                    self.name
+                ),
+            ));
+        }
+        let words: Arc<[u64]> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
+        self.caches.tables.put(key, Arc::clone(&words), bytes.len() + 64);
+        Ok((words, from / 8))
+    }
+}

@@ -1,0 +1,229 @@
+//! Confinement: files are opened beneath a root, or not at all.
+//!
+//! Every path that comes from an image goes through [`Root`]. The kernel resolves it with
+//! `openat2(RESOLVE_BENEATH)`: neither `..` nor a symbolic link leads out, whatever happens to the
+//! directory between a check and the open. Only regular files are ever opened.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{self, CWD, Dir, FileType, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+
+use crate::error::{Error, ErrorKind, Result};
+
+use super::file::FileStat;
+
+/// A directory beneath which files may be opened.
+#[derive(Debug)]
+pub struct Root {
+    directory: OwnedFd,
+    given: PathBuf,
+    canonical: PathBuf,
+}
+
+/// What a directory entry is, as far as a scan cares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EntryKind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Directory,
+    /// A symbolic link.
+    Symlink,
+    /// FIFO, socket or device: never opened.
+    Other,
+}
+
+/// One entry of a directory.
+#[derive(Clone, Debug)]
+pub struct DirEntry {
+    /// The name, one component.
+    pub name: OsString,
+    /// Its kind.
+    pub kind: EntryKind,
+}
+
+const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS);
+
+impl Root {
+    /// Opens the directory `path`, following links: it is the user's own word.
+    pub fn open(path: &Path) -> Result<Self> {
+        let fail = |error: std::io::Error| Error::io(format!("opening directory {}", path.display()), error);
+        let canonical = path.canonicalize().map_err(fail)?;
+        let given = std::path::absolute(path).map_err(fail)?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = fs::openat(CWD, &canonical, flags, Mode::empty()).map_err(|error| fail(error.into()))?;
+        Ok(Self { directory, given, canonical })
+    }
+
+    /// The directory as the user gave it, made absolute.
+    pub fn given(&self) -> &Path {
+        &self.given
+    }
+
+    /// The directory without symbolic links.
+    pub fn canonical(&self) -> &Path {
+        &self.canonical
+    }
+
+    /// Where an absolute path lies beneath this root: matched against the root as given and as
+    /// canonicalised. `None` if it lies elsewhere.
+    pub fn relative(&self, absolute: &Path) -> Option<PathBuf> {
+        [&self.given, &self.canonical].iter().find_map(|root| absolute.strip_prefix(root).ok()).map(Path::to_path_buf)
+    }
+
+    /// Opens a regular file for reading. `NotFound`, `Escape` and `Io` say what is wrong.
+    pub fn open_file(&self, path: &Path) -> Result<OwnedFd> {
+        // Nothing but regular files is opened: a FIFO would hang us or wake its writer, a device
+        // might act. The second look, after the open, is the one that holds.
+        if !self.stat(path)?.is_file() {
+            return Err(not_a_file(path));
+        }
+        let file = self.open_with(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY)?;
+        if FileStat::of(&file)?.is_file() { Ok(file) } else { Err(not_a_file(path)) }
+    }
+
+    /// Attributes of what `path` names, links followed within the root.
+    pub fn stat(&self, path: &Path) -> Result<FileStat> {
+        FileStat::of(&self.open_with(path, OFlags::PATH)?)
+    }
+
+    fn open_with(&self, path: &Path, flags: OFlags) -> Result<OwnedFd> {
+        loop {
+            match fs::openat2(&self.directory, path, flags | OFlags::CLOEXEC, Mode::empty(), BENEATH) {
+                // EAGAIN: a rename raced with the resolution of "..", which the kernel could not prove harmless.
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(Errno::XDEV) => return Err(escapes(path)),
+                Err(Errno::NOSYS) => {
+                    return Err(Error::new(ErrorKind::Unsupported, "openat2 is missing; chainfs needs Linux 5.6"));
+                }
+                Err(error) => return Err(Error::io(format!("opening {}", path.display()), error)),
+                Ok(fd) => return Ok(fd),
+            }
+        }
+    }
+
+    /// Opens a sub-directory for listing and watching. `None` if it is the root of another
+    /// mount and `cross` is false: nothing of that mount is asked, so ours may be one.
+    pub fn open_directory(&self, path: &Path, cross: bool) -> Result<Option<OwnedFd>> {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let resolve = if cross { resolve } else { resolve | ResolveFlags::NO_XDEV };
+        match fs::openat2(&self.directory, path, flags, Mode::empty(), resolve) {
+            Ok(fd) => Ok(Some(fd)),
+            Err(Errno::XDEV) if !cross => Ok(None),
+            Err(error) => Err(Error::io(format!("opening directory {}", path.display()), error)),
+        }
+    }
+
+    /// Entries of a directory opened by [`Root::open_directory`], without `.` and `..`, sorted by name.
+    pub fn list(directory: &OwnedFd) -> Result<Vec<DirEntry>> {
+        let fail = |error: Errno| Error::io("listing a directory", error);
+        let mut entries = Vec::new();
+        for entry in Dir::read_from(directory).map_err(fail)? {
+            let entry = entry.map_err(fail)?;
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            if name == "." || name == ".." {
+                continue;
+            }
+            let kind = match entry.file_type() {
+                FileType::Unknown => {
+                    match fs::statat(directory, name, fs::AtFlags::SYMLINK_NOFOLLOW) {
+                        Ok(stat) => kind_of(FileType::from_raw_mode(stat.st_mode)),
+                        Err(_) => continue, // gone since
+                    }
+                }
+                known => kind_of(known),
+            };
+            entries.push(DirEntry { name: name.to_os_string(), kind });
+        }
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(entries)
+    }
+
+    /// Opens the regular file `name` of `directory` without following a link. `None` if it is
+    /// gone or not a regular file any more.
+    pub fn open_entry(directory: &OwnedFd, name: &OsStr) -> Result<Option<OwnedFd>> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        match fs::openat(directory, name, flags, Mode::empty()) {
+            Ok(file) => Ok(FileStat::of(&file)?.is_file().then_some(file)),
+            Err(Errno::NOENT | Errno::LOOP | Errno::NXIO) => Ok(None),
+            Err(error) => Err(Error::io("opening the file", error)),
+        }
+    }
+
+    /// The file system that holds this root, for `df`.
+    pub fn statvfs(&self) -> Result<fs::StatVfs> {
+        // fstatvfs refuses O_PATH descriptors on old kernels; the path is our own.
+        fs::statvfs(&self.canonical).map_err(|error| Error::io("asking for free space", error))
+    }
+}
+
+fn kind_of(file_type: FileType) -> EntryKind {
+    match file_type {
+        FileType::RegularFile => EntryKind::File,
+        FileType::Directory => EntryKind::Directory,
+        FileType::Symlink => EntryKind::Symlink,
+        _ => EntryKind::Other,
+    }
+}
+
+fn not_a_file(path: &Path) -> Error {
+    Error::new(ErrorKind::Io, format!("{} is not a regular file", path.display()))
+}
+
+fn escapes(path: &Path) -> Error {
+    Error::new(ErrorKind::Escape, format!("{} leads out of the store", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn root() -> (tempfile::TempDir, Root) {
+        let outer = tempfile::tempdir().unwrap();
+        let inner = outer.path().join("store");
+        std::fs::create_dir_all(inner.join("sub")).unwrap();
+        std::fs::write(outer.path().join("secret"), "secret").unwrap();
+        std::fs::write(inner.join("sub/image"), "image").unwrap();
+        symlink("../secret", inner.join("out")).unwrap();
+        symlink(outer.path().join("secret"), inner.join("absolute")).unwrap();
+        symlink("sub/image", inner.join("inside")).unwrap();
+        let root = Root::open(&inner).unwrap();
+        (outer, root)
+    }
+
+    #[test]
+    fn nothing_outside_the_root_can_be_opened() {
+        let (_outer, root) = root();
+        for path in ["../secret", "sub/../../secret", "out", "absolute", "/etc/passwd"] {
+            assert_eq!(root.open_file(Path::new(path)).unwrap_err().kind(), ErrorKind::Escape, "{path}");
+        }
+        assert!(root.open_file(Path::new("inside")).is_ok());
+        assert!(root.open_file(Path::new("sub/../sub/image")).is_ok());
+    }
+
+    #[test]
+    fn only_regular_files_are_opened() {
+        let (_outer, root) = root();
+        fs::mknodat(CWD, root.canonical().join("fifo"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+        assert!(root.open_file(Path::new("fifo")).is_err());
+        assert!(root.open_file(Path::new("sub")).is_err());
+    }
+
+    #[test]
+    fn entries_are_listed_by_kind_and_name() {
+        let (_outer, root) = root();
+        let directory = root.open_directory(Path::new(""), false).unwrap().unwrap();
+        let names: Vec<_> =
+            Root::list(&directory).unwrap().into_iter().map(|e| (e.name.into_string().unwrap(), e.kind)).collect();
+        let link = EntryKind::Symlink;
+        let expected = [("absolute", link), ("inside", link), ("out", link), ("sub", EntryKind::Directory)];
+        assert_eq!(names, expected.map(|(name, kind)| (name.to_string(), kind)));
+    }
+}

@@ -1,0 +1,71 @@
+//! What is mounted where, as `/proc/self/mountinfo` tells it (proc(5)).
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+use crate::error::{Error, Result};
+
+/// One mount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountEntry {
+    /// Major and minor device number.
+    pub device: (u32, u32),
+    /// Where it is mounted.
+    pub directory: PathBuf,
+    /// Type, with its subtype: `ext4`, `fuse.chainfs`.
+    pub kind: String,
+    /// What is mounted.
+    pub source: PathBuf,
+}
+
+/// All mounts of this namespace, in the order in which they were made.
+pub fn mounts() -> Result<Vec<MountEntry>> {
+    let text = std::fs::read("/proc/self/mountinfo").map_err(|error| Error::io("reading the list of mounts", error))?;
+    Ok(text.split(|byte| *byte == b'\n').filter_map(entry).collect())
+}
+
+/// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`
+fn entry(line: &[u8]) -> Option<MountEntry> {
+    let words: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
+    let (major, minor) = str::from_utf8(words.get(2)?).ok()?.split_once(':')?;
+    let dash = words.iter().position(|word| *word == b"-")?;
+    Some(MountEntry {
+        device: (major.parse().ok()?, minor.parse().ok()?),
+        directory: unescape(words.get(4)?),
+        kind: String::from_utf8_lossy(words.get(dash + 1)?).into_owned(),
+        source: unescape(words.get(dash + 2)?),
+    })
+}
+
+/// Spaces, tabs, newlines and backslashes stand there as three octal digits.
+fn unescape(word: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(word.len());
+    let mut rest = word;
+    while let Some((first, more)) = rest.split_first() {
+        let octal = (*first == b'\\')
+            .then(|| more.get(..3).and_then(|digits| u8::from_str_radix(str::from_utf8(digits).ok()?, 8).ok()))
+            .flatten();
+        rest = if octal.is_some() { &more[3..] } else { more };
+        bytes.push(octal.unwrap_or(*first));
+    }
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_mountinfo_is_taken_apart() {
+        let line = br"36 35 0:98 / /mnt/my\040images rw,nosuid shared:1 - fuse.chainfs /srv/a\134b ro,user_id=0";
+        let expected = MountEntry {
+            device: (0, 98),
+            directory: "/mnt/my images".into(),
+            kind: "fuse.chainfs".into(),
+            source: r"/srv/a\b".into(),
+        };
+        assert_eq!(entry(line), Some(expected));
+        assert_eq!(entry(b""), None);
+    }
+}

@@ -1,0 +1,432 @@
+//! The catalog: every image of the store, what it stands on, and the chains that come of it.
+//!
+//! Immutable once built; a rescan builds a new one. Built from what files say of themselves and
+//! from what the user says, never from what a guest may have written: a format is decided by the
+//! user, by a name ending in `.raw`, by the header of an image that stands on the file, and only
+//! for files that nobody names by qcow2's magic.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::chain::MAX_DEPTH;
+use crate::format::Frozen;
+use crate::image::unreadable;
+use crate::io::{FileId, FileStat};
+use crate::units::round_up_to_sector;
+
+use super::describe::{Content, Qcow2};
+use super::names::{self, STORE_DIRECTORY};
+use super::options::Format;
+use super::resolve::Place;
+use super::scan::Problem;
+
+/// Index of an image in its catalog.
+pub type ImageIndex = usize;
+
+/// One image file.
+#[derive(Clone, Debug)]
+pub struct ImageEntry {
+    /// Where it is.
+    pub place: Place,
+    /// Its attributes as of the scan.
+    pub stat: FileStat,
+    /// Changes whenever the file's content may have.
+    pub version: u64,
+    /// What it says of itself.
+    pub content: Content,
+    /// How it is read; `None` if that is undecided or it cannot be.
+    pub format: Option<Format>,
+    /// Why it cannot be read.
+    pub problem: Option<Arc<str>>,
+    /// What it stands on.
+    pub below: Below,
+    /// Images that stand on it.
+    pub users: Vec<ImageIndex>,
+    /// Holds its guest data instead of the file itself.
+    pub data_file: Option<(Place, FileStat)>,
+    /// When it was frozen by chainfs, if it was.
+    pub frozen: Option<Frozen>,
+    /// Whether a user or its mode says that it is never written.
+    pub readonly: bool,
+    /// How many chains it is part of.
+    pub chain_count: usize,
+}
+
+/// What an image stands on.
+#[derive(Clone, Debug)]
+pub enum Below {
+    /// Nothing: it is a base.
+    Nothing,
+    /// That image.
+    Image(ImageIndex),
+    /// Something that is not there or may not be used.
+    Broken {
+        /// The image that was meant, if there is one: it is readable by itself.
+        image: Option<ImageIndex>,
+        /// Why, to follow the upper image's name.
+        sentence: Arc<str>,
+    },
+}
+
+/// What one directory of the mount shows.
+#[derive(Clone, Debug, Default)]
+pub struct Directory {
+    /// Sub-directories.
+    pub directories: BTreeSet<OsString>,
+    /// Chains, by name.
+    pub chains: BTreeMap<OsString, ImageIndex>,
+}
+
+/// The whole store, as of one scan.
+#[derive(Debug, Default)]
+pub struct Catalog {
+    /// Different for every catalog of a process.
+    pub serial: u64,
+    /// All images.
+    pub images: Vec<ImageEntry>,
+    /// Directories of the mount, by path; the root's path is empty.
+    pub directories: BTreeMap<PathBuf, Directory>,
+    /// What could not be shown.
+    pub problems: Vec<Problem>,
+    /// For a store that is one image, its chain.
+    pub single: Option<ImageIndex>,
+}
+
+impl ImageEntry {
+    /// The qcow2 part, if it is one that could be parsed.
+    pub fn qcow2(&self) -> Option<&Arc<Qcow2>> {
+        match (&self.content, self.format) {
+            (Content::Qcow2(qcow2), Some(Format::Qcow2)) => Some(qcow2),
+            _ => None,
+        }
+    }
+
+    /// Bytes of its disk, if that is known.
+    pub fn virtual_size(&self) -> Option<u64> {
+        match self.format? {
+            Format::Raw => Some(round_up_to_sector(self.stat.signature.size)),
+            Format::Qcow2 => self.qcow2().map(|qcow2| qcow2.header.virtual_size),
+        }
+    }
+
+    /// Whether it stays as it is even when nothing stands on it.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen.is_some() || self.readonly
+    }
+
+    /// The path beneath its root, safe to print.
+    pub fn shown(&self) -> String {
+        shown(&self.place.path)
+    }
+}
+
+/// A path as part of a sentence: what a terminal would act on is escaped.
+pub fn shown(path: &Path) -> String {
+    String::from_utf8_lossy(path.as_os_str().as_bytes())
+        .chars()
+        .flat_map(|c| {
+            let escape = c.is_control();
+            escape.then(|| c.escape_default()).into_iter().flatten().chain((!escape).then_some(c))
+        })
+        .collect()
+}
+
+impl Catalog {
+    /// The layers of the chain whose leaf this is, top first. Ends where the chain does, or
+    /// where it cannot be followed.
+    pub fn layers(&self, leaf: ImageIndex) -> Vec<ImageIndex> {
+        let mut layers = vec![leaf];
+        let mut at = leaf;
+        // Links that would close a loop have been cut when the catalog was built.
+        while let Below::Image(next) | Below::Broken { image: Some(next), .. } = self.images[at].below {
+            assert!(layers.len() <= self.images.len(), "a loop was not cut");
+            layers.push(next);
+            at = next;
+        }
+        layers
+    }
+
+    /// What is wrong with an image and with its link downwards, as whole sentences.
+    pub fn sentences(&self, index: ImageIndex) -> Vec<String> {
+        let image = &self.images[index];
+        let link = match &image.below {
+            Below::Broken { sentence, .. } => Some(sentence),
+            Below::Nothing | Below::Image(_) => None,
+        };
+        let snapshots = image.qcow2().and_then(|qcow2| qcow2.snapshot_problem.as_deref());
+        let own = image.problem.iter().chain(link).map(|sentence| format!("{} {sentence}", image.shown()));
+        own.chain(snapshots.map(|reason| format!("{} shows no internal snapshots: {reason}", image.shown()))).collect()
+    }
+
+    /// Why a view cannot be read; unlike [`Catalog::sentences`] without what concerns only others.
+    pub fn view_problem(&self, layers: &[ImageIndex]) -> Option<String> {
+        layers.iter().find_map(|index| {
+            let image = &self.images[*index];
+            let link = match &image.below {
+                Below::Broken { sentence, .. } => Some(sentence),
+                Below::Nothing | Below::Image(_) => None,
+            };
+            image.problem.as_ref().or(link).map(|sentence| format!("{} {sentence}", image.shown()))
+        })
+    }
+
+    /// Whether the leaf's disk is the active one of its chain: not if it is frozen.
+    pub fn is_active(&self, leaf: ImageIndex) -> bool {
+        !self.images[leaf].is_frozen()
+    }
+
+    /// All chains: path in the mount and leaf.
+    pub fn chains(&self) -> impl Iterator<Item = (PathBuf, ImageIndex)> + '_ {
+        let single = self.single.map(|leaf| (PathBuf::new(), leaf));
+        let named = self
+            .directories
+            .iter()
+            .flat_map(|(directory, content)| content.chains.iter().map(|(name, leaf)| (directory.join(name), *leaf)));
+        single.into_iter().chain(named.filter(|_| self.single.is_none()))
+    }
+
+    /// The chain at that path of the mount.
+    pub fn chain(&self, path: &Path) -> Option<ImageIndex> {
+        if self.single.is_some() {
+            return self.single.filter(|_| path.as_os_str().is_empty());
+        }
+        self.directories.get(path.parent()?)?.chains.get(path.file_name()?).copied()
+    }
+}
+
+/// An image as far as it is known before links are drawn.
+pub(super) struct Draft {
+    pub(super) entry: ImageEntry,
+    /// Where its header says that its backing file is, and in what format.
+    pub(super) backing: Option<Reference>,
+    /// Whether a header names it as its external data file.
+    pub(super) is_data_file: bool,
+    /// Whether the user has said its format.
+    pub(super) is_stated: bool,
+}
+
+/// A file that a header names.
+pub(super) struct Reference {
+    /// The file, or why there is none.
+    pub(super) target: Result<ImageIndex, String>,
+    /// The format that the header states.
+    pub(super) format: Option<String>,
+    /// The name as it stands in the header.
+    pub(super) name: String,
+}
+
+/// Draws links, cuts loops, finds leaves and names them.
+pub(super) fn link(drafts: Vec<Draft>, problems: Vec<Problem>, single: bool, probe: bool, serial: u64) -> Catalog {
+    let is_image: Vec<bool> =
+        drafts.iter().map(|d| !d.is_data_file && (d.entry.format.is_some() || d.entry.problem.is_some())).collect();
+    let data_file: Vec<bool> = drafts.iter().map(|d| d.is_data_file).collect();
+    let belows: Vec<Below> = drafts.iter().map(|draft| below(draft, &drafts, probe)).collect();
+    let mut images: Vec<ImageEntry> = drafts.into_iter().map(|draft| draft.entry).collect();
+    for (image, below) in images.iter_mut().zip(belows) {
+        image.below = below;
+    }
+    cut_loops(&mut images, single.then_some(0));
+    for index in 0..images.len() {
+        if let Below::Image(next) | Below::Broken { image: Some(next), .. } = images[index].below {
+            images[next].users.push(index);
+        }
+    }
+    cut_depth(&mut images);
+    let is_leaf = |index: usize| is_image[index] && !data_file[index] && images[index].users.is_empty();
+    let leaves: Vec<ImageIndex> =
+        if single { vec![0] } else { (0..images.len()).filter(|index| is_leaf(*index)).collect() };
+    for leaf in &leaves {
+        images[*leaf].chain_count = 1;
+    }
+    let mut catalog = Catalog { serial, images, single: single.then_some(0), problems, ..Catalog::default() };
+    count_chains(&mut catalog);
+    catalog.directories = name_chains(&catalog.images, if single { &[] } else { &leaves });
+    for (index, is_image) in is_image.iter().enumerate() {
+        if *is_image {
+            let path = catalog.images[index].place.path.clone();
+            let prefix = catalog.images[index].shown().len() + 1;
+            let found = catalog.sentences(index).into_iter();
+            catalog.problems.extend(found.map(|s| Problem { path: path.clone(), sentence: s[prefix..].to_string() }));
+        }
+    }
+    catalog.problems.sort();
+    catalog.problems.dedup();
+    catalog
+}
+
+/// What an image stands on, and whether it may.
+fn below(draft: &Draft, drafts: &[Draft], probe: bool) -> Below {
+    let Some(Reference { target, format, name }) = &draft.backing else { return Below::Nothing };
+    let broken = |image, sentence: String| Below::Broken { image, sentence: sentence.into() };
+    let target = match target {
+        Ok(target) => *target,
+        Err(sentence) => return broken(None, format!("cannot be read: its backing file \"{name}\" {sentence}")),
+    };
+    let lower = &drafts[target].entry;
+    let Some(format) = format else {
+        // The user has said it, or wants it guessed.
+        if probe || drafts[target].is_stated {
+            return Below::Image(target);
+        }
+        let guess = if matches!(lower.content, Content::Qcow2(_)) { "qcow2" } else { "raw" };
+        return broken(
+            Some(target),
+            format!(
+                "cannot be read: its header does not say the format of its backing file \"{name}\", which is never \
+                 guessed; if it is {guess}: qemu-img rebase -u -b {name} -F {guess} {}, or mount with -o format=",
+                draft.entry.shown()
+            ),
+        );
+    };
+    match Format::from_name(format) {
+        None => broken(
+            Some(target),
+            format!(
+                "cannot be read: the format of its backing file \"{name}\" is \"{}\", and chainfs reads raw and qcow2",
+                format.escape_debug()
+            ),
+        ),
+        Some(format) if lower.format.is_some_and(|found| found != format) => broken(
+            Some(target),
+            format!(
+                "cannot be read: its header says that its backing file \"{name}\" is {}, but it is taken for {}; \
+                 mend the header with qemu-img rebase -u, or mount with -o format=",
+                format.name(),
+                lower.format.map_or("neither", Format::name)
+            ),
+        ),
+        Some(_) => Below::Image(target),
+    }
+}
+
+/// Cuts each loop at one place, so that following links always ends. The image that the user
+/// wants to see, else the one named first in the alphabet, becomes the top of what remains.
+fn cut_loops(images: &mut [ImageEntry], wanted: Option<ImageIndex>) {
+    #[derive(Clone, Copy, PartialEq)]
+    enum Seen {
+        No,
+        Now(usize),
+        Done,
+    }
+    let mut seen = vec![Seen::No; images.len()];
+    for start in 0..images.len() {
+        let mut path = Vec::new();
+        let mut at = start;
+        loop {
+            match seen[at] {
+                Seen::Done => break,
+                Seen::Now(walk) if walk == start => {
+                    let first = path.iter().position(|index| *index == at).expect("met on this walk");
+                    cut_loop(images, &path[first..], wanted);
+                    break;
+                }
+                _ => {}
+            }
+            seen[at] = Seen::Now(start);
+            path.push(at);
+            match images[at].below {
+                Below::Image(next) | Below::Broken { image: Some(next), .. } => at = next,
+                Below::Nothing | Below::Broken { image: None, .. } => break,
+            }
+        }
+        for index in path {
+            seen[index] = Seen::Done;
+        }
+    }
+}
+
+fn cut_loop(images: &mut [ImageEntry], members: &[ImageIndex], wanted: Option<ImageIndex>) {
+    let wanted = wanted.filter(|index| members.contains(index));
+    let first = *members.iter().min_by_key(|index| &images[**index].place).expect("a loop has members");
+    let top = wanted.unwrap_or(first);
+    let position = members.iter().position(|index| *index == top).expect("its own member");
+    let last = members[(position + members.len() - 1) % members.len()];
+    let names: Vec<_> = members[position..].iter().chain(&members[..position]).map(|m| images[*m].shown()).collect();
+    let sentence = format!(
+        "cannot be read: its backing files form a loop ({} -> {}); point one of them elsewhere with qemu-img rebase -u",
+        names.join(" -> "),
+        names[0]
+    );
+    images[last].below = Below::Broken { image: None, sentence: sentence.into() };
+}
+
+/// Refuses views of more layers than are allowed.
+fn cut_depth(images: &mut [ImageEntry]) {
+    // Bases first, then whoever stands on them: no recursion, whatever the depth.
+    let mut order: Vec<(ImageIndex, usize)> = (0..images.len())
+        .filter(|index| matches!(images[*index].below, Below::Nothing | Below::Broken { image: None, .. }))
+        .map(|index| (index, 1))
+        .collect();
+    while let Some((index, depth)) = order.pop() {
+        order.extend(images[index].users.iter().map(|user| (*user, depth + 1)));
+        if depth == MAX_DEPTH + 1
+            && let Below::Image(next) = images[index].below
+        {
+            let sentence =
+                format!("cannot be read: it stands on more than {} layers; merge some of them", MAX_DEPTH - 1);
+            images[index].below = Below::Broken { image: Some(next), sentence: sentence.into() };
+        }
+    }
+}
+
+/// Counts for each image the chains that it is part of.
+fn count_chains(catalog: &mut Catalog) {
+    // Tops first: an image's count is complete when all its users have handed theirs down.
+    let mut waiting: Vec<usize> = catalog.images.iter().map(|image| image.users.len()).collect();
+    let mut ready: Vec<ImageIndex> = (0..catalog.images.len()).filter(|index| waiting[*index] == 0).collect();
+    while let Some(index) = ready.pop() {
+        if let Below::Image(next) | Below::Broken { image: Some(next), .. } = catalog.images[index].below {
+            catalog.images[next].chain_count += catalog.images[index].chain_count;
+            waiting[next] -= 1;
+            if waiting[next] == 0 {
+                ready.push(next);
+            }
+        }
+    }
+}
+
+/// Gives each leaf a name in the directory of its file.
+fn name_chains(images: &[ImageEntry], leaves: &[ImageIndex]) -> BTreeMap<PathBuf, Directory> {
+    let mut by_directory: HashMap<&Path, Vec<ImageIndex>> = HashMap::new();
+    let mut directories: BTreeMap<PathBuf, Directory> = BTreeMap::new();
+    directories.insert(PathBuf::new(), Directory::default());
+    for leaf in leaves {
+        let directory = images[*leaf].place.path.parent().unwrap_or(Path::new(""));
+        by_directory.entry(directory).or_default().push(*leaf);
+        let mut below = directory;
+        while let (Some(parent), Some(name)) = (below.parent(), below.file_name()) {
+            directories.entry(parent.to_path_buf()).or_default().directories.insert(name.to_os_string());
+            below = parent;
+        }
+    }
+    for (directory, leaves) in by_directory {
+        let content = directories.entry(directory.to_path_buf()).or_default();
+        let mut taken: BTreeSet<Vec<u8>> = content.directories.iter().map(|name| name.as_bytes().to_vec()).collect();
+        if directory.as_os_str().is_empty() {
+            taken.insert(STORE_DIRECTORY.to_vec());
+        }
+        let paths: Vec<&Path> = leaves.iter().map(|leaf| images[*leaf].place.path.as_path()).collect();
+        for (name, leaf) in names::chain_names(&paths, &taken).into_iter().zip(&leaves) {
+            content.chains.insert(OsString::from_vec(name), *leaf);
+        }
+    }
+    directories
+}
+
+/// Why an image of this header cannot be read, as the rest of a sentence.
+pub(super) fn qcow2_problem(qcow2: &Qcow2) -> Option<Arc<str>> {
+    unreadable(&qcow2.header).map(|sentence| format!("cannot be read: {sentence}").into())
+}
+
+/// The files of a catalog by identity, for looking up versions.
+pub(super) fn versions(catalog: &Catalog) -> HashMap<FileId, (FileStat, u64)> {
+    catalog.images.iter().map(|image| (image.stat.id, (image.stat, image.version))).collect()
+}
+
+/// A name of the mount from bytes.
+pub(super) fn os(bytes: &[u8]) -> &OsStr {
+    OsStr::from_bytes(bytes)
+}

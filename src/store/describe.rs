@@ -1,0 +1,117 @@
+//! What one file says of itself: its header and its internal snapshots, if it is qcow2.
+//!
+//! Reads the header cluster and the snapshot table, nothing else; the descriptor is closed again
+//! at once. What is found stays valid while the file's signature does.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::format::snapshot::{Snapshot, SnapshotParser};
+use crate::format::{Header, header};
+
+/// A file's own word.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// Nobody has looked: its name says all.
+    Unseen,
+    /// It does not begin with qcow2's magic.
+    Plain,
+    /// A qcow2 image.
+    Qcow2(Arc<Qcow2>),
+    /// It bears the magic, and this is wrong with it.
+    Malformed(Arc<str>),
+}
+
+/// What was read of a qcow2 image.
+#[derive(Debug)]
+pub struct Qcow2 {
+    /// Its header, shared with whoever opens it.
+    pub header: Arc<Header>,
+    /// Its internal snapshots.
+    pub snapshots: Vec<Snapshot>,
+    /// What is wrong with its snapshot table; the active state can be read all the same.
+    pub snapshot_problem: Option<String>,
+    /// A digest of the bytes that were read as header.
+    pub digest: u64,
+}
+
+/// Reads what `file`, of `len` bytes, says of itself. `Err` only if it cannot be read.
+pub(super) fn describe(file: &OwnedFd, len: u64) -> Result<Content> {
+    let mut bytes = vec![0; header::PROBE_LEN];
+    read(file, 0, &mut bytes)?;
+    if !header::has_magic(&bytes) {
+        return Ok(Content::Plain);
+    }
+    let malformed = |reason: String| Ok(Content::Malformed(reason.into()));
+    let needed = match header::needed_len(&bytes) {
+        Ok(needed) => needed.min(len),
+        Err(reason) => return malformed(reason.to_string()),
+    };
+    bytes = vec![0; needed as usize];
+    read(file, 0, &mut bytes)?;
+    let header = match Header::parse(&bytes, len) {
+        Ok(header) => Arc::new(header),
+        Err(reason) => return malformed(reason.to_string()),
+    };
+    let (snapshots, snapshot_problem) = match snapshots(file, &header) {
+        Ok(Ok(snapshots)) => (snapshots, None),
+        Ok(Err(reason)) => (Vec::new(), Some(reason)),
+        Err(error) => return Err(error),
+    };
+    Ok(Content::Qcow2(Arc::new(Qcow2 { header, snapshots, snapshot_problem, digest: digest(&bytes) })))
+}
+
+/// The digest of a file's header now, to be compared with [`Qcow2::digest`].
+pub(super) fn header_digest(file: &OwnedFd, len: u64) -> Result<u64> {
+    let mut bytes = vec![0; header::PROBE_LEN];
+    read(file, 0, &mut bytes)?;
+    let Ok(needed) = header::needed_len(&bytes) else { return Ok(0) };
+    bytes = vec![0; needed.min(len) as usize];
+    read(file, 0, &mut bytes)?;
+    Ok(digest(&bytes))
+}
+
+fn snapshots(file: &OwnedFd, header: &Header) -> Result<std::result::Result<Vec<Snapshot>, String>> {
+    let mut parser = SnapshotParser::new(header);
+    let mut chunk = vec![0; 4096];
+    let mut at = header.snapshots.offset.0;
+    // The header counts entries, not bytes: the table is read in growing pieces until it is whole.
+    if header.snapshots.count == 0 {
+        return Ok(Ok(Vec::new()));
+    }
+    loop {
+        let len = read(file, at, &mut chunk)?;
+        if len == 0 {
+            let count = header.snapshots.count;
+            return Ok(Err(format!("the snapshot table of {count} entries is cut off by the end of the file")));
+        }
+        match parser.feed(&chunk[..len]) {
+            Ok(true) => break,
+            Ok(false) => at += len as u64,
+            Err(reason) => return Ok(Err(reason.to_string())),
+        }
+        chunk.resize((chunk.len() * 2).min(1 << 20), 0);
+    }
+    Ok(parser.finish().map_err(|reason| reason.to_string()))
+}
+
+fn read(file: &OwnedFd, at: u64, buf: &mut [u8]) -> Result<usize> {
+    let mut done = 0;
+    while done < buf.len() {
+        match rustix::io::pread(file, &mut buf[done..], at + done as u64) {
+            Ok(0) => break,
+            Ok(len) => done += len,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(Error::io("reading its header", error)),
+        }
+    }
+    Ok(done)
+}
+
+fn digest(bytes: &[u8]) -> u64 {
+    use std::hash::{DefaultHasher, Hasher};
+    let mut hasher = DefaultHasher::new();
+    hasher.write(bytes);
+    hasher.finish()
+}

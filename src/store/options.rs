@@ -1,0 +1,89 @@
+//! What a user can say about a store.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use glob::Pattern;
+
+/// An image's format, as a header, a name or a user states it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Format {
+    /// Bytes of the disk, as they are.
+    Raw,
+    /// qcow2, version 2 or 3.
+    Qcow2,
+}
+
+impl Format {
+    /// QEMU's name for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        }
+    }
+
+    /// The format of that name; `None` for those chainfs does not read.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Format::Raw, Format::Qcow2].into_iter().find(|format| format.name() == name)
+    }
+}
+
+/// How a store is to be looked at.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// Directories besides the store in which backing files may lie.
+    pub backing_dirs: Vec<PathBuf>,
+    /// Prefixes of names in headers and what they stand for now.
+    pub maps: Vec<(PathBuf, PathBuf)>,
+    /// Leaves that are never active.
+    pub readonly: Vec<Pattern>,
+    /// Formats of files whose names match; the first match counts.
+    pub formats: Vec<(Pattern, Format)>,
+    /// Whether a backing file without a format in the header may be judged by its content.
+    pub probe: bool,
+    /// Whether images that another process writes are opened all the same.
+    pub force_share: bool,
+    /// Bytes of memory for tables, maps and decompressed clusters.
+    pub cache: u64,
+    /// How often to look again where the system does not tell of changes.
+    pub rescan: Duration,
+    /// Whether the system is asked to tell of changes (inotify).
+    pub notify: bool,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self {
+            backing_dirs: Vec::new(),
+            maps: Vec::new(),
+            readonly: Vec::new(),
+            formats: Vec::new(),
+            probe: false,
+            force_share: false,
+            cache: 128 << 20,
+            rescan: Duration::from_secs(30),
+            notify: true,
+        }
+    }
+}
+
+impl StoreOptions {
+    /// What the user says of the format of `path`.
+    pub(super) fn stated_format(&self, path: &Path) -> Option<Format> {
+        self.formats.iter().find(|(pattern, _)| matches(pattern, path)).map(|(_, format)| *format)
+    }
+
+    /// Whether the user wants `path` never to be written.
+    pub(super) fn is_readonly(&self, path: &Path) -> bool {
+        self.readonly.iter().any(|pattern| matches(pattern, path))
+    }
+}
+
+/// A pattern without `/` is matched against the file's name, one with against its path in the store.
+fn matches(pattern: &Pattern, path: &Path) -> bool {
+    if pattern.as_str().contains('/') {
+        return pattern.matches_path(path);
+    }
+    path.file_name().is_some_and(|name| pattern.matches_path(Path::new(name)))
+}
