@@ -12,6 +12,7 @@ pub mod map;
 pub mod metrics;
 pub mod safe;
 pub mod size;
+pub mod store;
 pub mod svg;
 pub mod text;
 pub mod time;
