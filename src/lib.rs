@@ -4,7 +4,9 @@
 //! `cli -> fs -> report -> store -> chain -> image -> { format, io }`, with [`error`] and
 //! [`units`] below all; docs/ARCHITECTURE.md says what each may know.
 
+pub mod cache;
 pub mod error;
 pub mod format;
+pub mod image;
 pub mod io;
 pub mod units;
