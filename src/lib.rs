@@ -1,12 +1,16 @@
 //! chainfs: every backing chain of a store of disk images, read through one mount.
 //!
 //! The engine is usable without FUSE. Layers, each knowing only those to its right:
-//! `cli -> fs -> report -> store -> chain -> image -> { format, io }`, with [`error`] and
-//! [`units`] below all; docs/ARCHITECTURE.md says what each may know.
+//! `cli -> fs -> report -> store -> chain -> image -> { format, io }`, with [`error`],
+//! [`units`] and [`cache`] below all; docs/ARCHITECTURE.md says what each may know.
 
 pub mod cache;
+pub mod chain;
+pub mod cli;
 pub mod error;
 pub mod format;
 pub mod image;
 pub mod io;
+pub mod report;
+pub mod store;
 pub mod units;

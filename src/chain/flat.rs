@@ -191,7 +191,6 @@ impl Block {
 }
 
 /// One layer's answer; `None` if it is silent.
-#[expect(clippy::type_complexity, reason = "a local helper's pair")]
 fn ask(layer: &Layer, at: u64, max: u64) -> Result<(Option<(Kind, u64)>, u64)> {
     match layer.map(GuestOffset(at), max) {
         Ok((Mapping::Data(host), run)) => Ok((Some((Kind::Data, host.0)), run)),

@@ -48,6 +48,7 @@ pub struct Extent {
 }
 
 /// A run for `map`: as QEMU describes one.
+#[expect(clippy::struct_excessive_bools, reason = "QEMU's four flags")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapRun {
     /// First byte.

@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::format::{self, Compressed, EntryFormat, Header, Malformed, Snapshot, Table};
 use crate::format::subcluster::SUBCLUSTERS;
+use crate::format::{self, Compressed, EntryFormat, Header, Malformed, Snapshot, Table};
 use crate::units::{GuestOffset, HostOffset};
 
 use super::{Body, Image};
@@ -111,16 +111,14 @@ impl Layer {
         }
         let (words, first) = self.image.slice(self.l1.offset, l1_len, index)?;
         let mut run = l2_span - at.0 % l2_span;
-        match self.l1_entry(format, words[(index - first) as usize])? {
-            Some(table) => self.map_in_table(format, table, at, max.min(run)),
-            None => {
-                // Silent L1 entries that follow in the slice make one long hole.
-                let following = &words[(index - first) as usize + 1..];
-                let silent = following.iter().take_while(|word| matches!(self.l1_entry(format, **word), Ok(None)));
-                run = run.saturating_add(l2_span.saturating_mul(silent.count() as u64));
-                Ok((Mapping::Hole, max.min(run)))
-            }
+        if let Some(table) = self.l1_entry(format, words[(index - first) as usize])? {
+            return self.map_in_table(format, table, at, max.min(run));
         }
+        // Silent L1 entries that follow in the slice make one long hole.
+        let following = &words[(index - first) as usize + 1..];
+        let silent = following.iter().take_while(|word| matches!(self.l1_entry(format, **word), Ok(None)));
+        run = run.saturating_add(l2_span.saturating_mul(silent.count() as u64));
+        Ok((Mapping::Hole, max.min(run)))
     }
 
     fn l1_entry(&self, format: EntryFormat, word: u64) -> Result<Option<HostOffset>> {
@@ -154,8 +152,7 @@ impl Layer {
     /// One L2 entry's word on `at`, for at most the rest of its cluster.
     fn entry(&self, format: EntryFormat, words: &[u64], at: GuestOffset) -> Result<(Mapping, u64)> {
         let cluster = format.cluster;
-        let corrupt =
-            |reason: Malformed| self.image.corrupt(&format!("the L2 entry of guest offset {at}: {reason}"));
+        let corrupt = |reason: Malformed| self.image.corrupt(&format!("the L2 entry of guest offset {at}: {reason}"));
         let within = cluster.within(at.0);
         let guest = GuestOffset(cluster.floor(at.0));
         if !format.extended {
@@ -195,8 +192,9 @@ fn advance(mapping: format::Mapping, within: u64) -> Mapping {
 /// Whether `next`, `run` bytes further on, is the same answer.
 fn continues(mapping: Mapping, next: Mapping, run: u64) -> bool {
     match (mapping, next) {
-        (Mapping::Data(host), Mapping::Data(next)) => host.0.checked_add(run) == Some(next.0),
-        (Mapping::Zero(Some(host)), Mapping::Zero(Some(next))) => host.0.checked_add(run) == Some(next.0),
+        (Mapping::Data(host), Mapping::Data(next)) | (Mapping::Zero(Some(host)), Mapping::Zero(Some(next))) => {
+            host.0.checked_add(run) == Some(next.0)
+        }
         (Mapping::Zero(None), Mapping::Zero(None)) | (Mapping::Hole, Mapping::Hole) => true,
         _ => false,
     }

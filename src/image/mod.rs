@@ -3,8 +3,6 @@
 //! An [`Image`] knows its file, its header and, through shared caches, its tables; it knows
 //! nothing of other images. [`Layer::map`] is a table lookup and reads no guest data.
 
-pub mod check;
-pub mod create;
 mod layer;
 mod tables;
 
@@ -14,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::compressed::decompress;
+use crate::format::header::Encryption;
 use crate::format::{Compressed, Header};
 use crate::io::Storage;
 use crate::units::{HostOffset, round_up_to_sector};
@@ -204,8 +203,12 @@ impl Image {
 /// Why the content of an image with this header cannot be read, if so.
 pub fn unreadable(header: &Header) -> Option<String> {
     if let Some(encryption) = &header.encryption {
+        let method = match encryption {
+            Encryption::AesCbc => "AES-CBC, the legacy method",
+            Encryption::Luks => "LUKS",
+        };
         return Some(format!(
-            "it is encrypted ({encryption}), which chainfs cannot read; decrypt it with qemu-img convert"
+            "it is encrypted ({method}), which chainfs cannot read; decrypt it with qemu-img convert"
         ));
     }
     header.unsupported.as_ref().map(ToString::to_string)

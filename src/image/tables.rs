@@ -29,11 +29,13 @@ impl Image {
         if self.file.read_at(at, bytes)? < bytes.len() {
             return Err(Error::new(
                 ErrorKind::Corrupt,
-                format!("{}: the table at {table} reaches past the end of the file; restore the image from a copy", self.name),
+                format!(
+                    "{}: the table at {table} reaches past the end of the file; restore the image from a copy",
+                    self.name
+                ),
             ));
         }
-        let words: Arc<[u64]> =
-            bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
+        let words: Arc<[u64]> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
         self.caches.tables.put(key, Arc::clone(&words), bytes.len() + 64);
         Ok((words, from / 8))
     }

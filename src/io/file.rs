@@ -94,7 +94,6 @@ impl From<fs::Stat> for FileStat {
     }
 }
 
-
 /// A file beneath a root. Cheap to keep: it needs a descriptor only while it is read or locked.
 #[derive(Debug)]
 pub struct StoreFile {

@@ -15,8 +15,8 @@ pub use beneath::{DirEntry, EntryKind, Root};
 pub use descriptors::Descriptors;
 pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile};
 pub use holders::{Holder, lock_holders, users_of};
-pub use mountinfo::{MountEntry, mounts};
 pub use locks::{Conflict, WRITER_BYTE, probe_writer};
+pub use mountinfo::{MountEntry, mounts};
 
 use crate::error::Result;
 

@@ -125,10 +125,13 @@ impl ImageEntry {
 
 /// A path as part of a sentence: what a terminal would act on is escaped.
 pub fn shown(path: &Path) -> String {
-    String::from_utf8_lossy(path.as_os_str().as_bytes()).chars().flat_map(|c| {
-        let escape = c.is_control();
-        escape.then(|| c.escape_default()).into_iter().flatten().chain((!escape).then_some(c))
-    }).collect()
+    String::from_utf8_lossy(path.as_os_str().as_bytes())
+        .chars()
+        .flat_map(|c| {
+            let escape = c.is_control();
+            escape.then(|| c.escape_default()).into_iter().flatten().chain((!escape).then_some(c))
+        })
+        .collect()
 }
 
 impl Catalog {
@@ -144,11 +147,6 @@ impl Catalog {
             at = next;
         }
         layers
-    }
-
-    /// Why the view from `layers[top]` down cannot be read, if so.
-    pub fn broken(&self, layers: &[ImageIndex]) -> Option<String> {
-        layers.iter().find_map(|index| self.sentences(*index).into_iter().next())
     }
 
     /// What is wrong with an image and with its link downwards, as whole sentences.
@@ -183,9 +181,10 @@ impl Catalog {
     /// All chains: path in the mount and leaf.
     pub fn chains(&self) -> impl Iterator<Item = (PathBuf, ImageIndex)> + '_ {
         let single = self.single.map(|leaf| (PathBuf::new(), leaf));
-        let named = self.directories.iter().flat_map(|(directory, content)| {
-            content.chains.iter().map(|(name, leaf)| (directory.join(name), *leaf))
-        });
+        let named = self
+            .directories
+            .iter()
+            .flat_map(|(directory, content)| content.chains.iter().map(|(name, leaf)| (directory.join(name), *leaf)));
         single.into_iter().chain(named.filter(|_| self.single.is_none()))
     }
 
@@ -203,7 +202,10 @@ pub(super) struct Draft {
     pub(super) entry: ImageEntry,
     /// Where its header says that its backing file is, and in what format.
     pub(super) backing: Option<Reference>,
+    /// Whether a header names it as its external data file.
     pub(super) is_data_file: bool,
+    /// Whether the user has said its format.
+    pub(super) is_stated: bool,
 }
 
 /// A file that a header names.
@@ -226,7 +228,7 @@ pub(super) fn link(drafts: Vec<Draft>, problems: Vec<Problem>, single: bool, pro
     for (image, below) in images.iter_mut().zip(belows) {
         image.below = below;
     }
-    cut_loops(&mut images);
+    cut_loops(&mut images, single.then_some(0));
     for index in 0..images.len() {
         if let Below::Image(next) | Below::Broken { image: Some(next), .. } = images[index].below {
             images[next].users.push(index);
@@ -240,14 +242,10 @@ pub(super) fn link(drafts: Vec<Draft>, problems: Vec<Problem>, single: bool, pro
         images[*leaf].chain_count = 1;
     }
     let mut catalog = Catalog { serial, images, single: single.then_some(0), problems, ..Catalog::default() };
-    count_chains(&mut catalog, &leaves);
-    if !single {
-        catalog.directories = name_chains(&catalog.images, &leaves);
-    } else {
-        catalog.directories.insert(PathBuf::new(), Directory::default());
-    }
-    for index in 0..catalog.images.len() {
-        if is_image[index] {
+    count_chains(&mut catalog);
+    catalog.directories = name_chains(&catalog.images, if single { &[] } else { &leaves });
+    for (index, is_image) in is_image.iter().enumerate() {
+        if *is_image {
             let path = catalog.images[index].place.path.clone();
             let prefix = catalog.images[index].shown().len() + 1;
             let found = catalog.sentences(index).into_iter();
@@ -270,7 +268,7 @@ fn below(draft: &Draft, drafts: &[Draft], probe: bool) -> Below {
     let lower = &drafts[target].entry;
     let Some(format) = format else {
         // The user has said it, or wants it guessed.
-        if probe || lower.place.path.as_os_str().is_empty() || drafts[target].stated() {
+        if probe || drafts[target].is_stated {
             return Below::Image(target);
         }
         let guess = if matches!(lower.content, Content::Qcow2(_)) { "qcow2" } else { "raw" };
@@ -304,19 +302,9 @@ fn below(draft: &Draft, drafts: &[Draft], probe: bool) -> Below {
     }
 }
 
-impl Draft {
-    /// Whether the user has said its format.
-    fn stated(&self) -> bool {
-        self.entry.version & STATED != 0
-    }
-}
-
-/// Marks drafts whose format the user has stated, until their version is settled.
-pub(super) const STATED: u64 = 1 << 63;
-
-/// Cuts each loop at one place, so that following links always ends. The image that is named
-/// first in the alphabet becomes the top of what remains.
-fn cut_loops(images: &mut [ImageEntry]) {
+/// Cuts each loop at one place, so that following links always ends. The image that the user
+/// wants to see, else the one named first in the alphabet, becomes the top of what remains.
+fn cut_loops(images: &mut [ImageEntry], wanted: Option<ImageIndex>) {
     #[derive(Clone, Copy, PartialEq)]
     enum Seen {
         No,
@@ -332,7 +320,7 @@ fn cut_loops(images: &mut [ImageEntry]) {
                 Seen::Done => break,
                 Seen::Now(walk) if walk == start => {
                     let first = path.iter().position(|index| *index == at).expect("met on this walk");
-                    cut_loop(images, &path[first..]);
+                    cut_loop(images, &path[first..], wanted);
                     break;
                 }
                 _ => {}
@@ -350,8 +338,10 @@ fn cut_loops(images: &mut [ImageEntry]) {
     }
 }
 
-fn cut_loop(images: &mut [ImageEntry], members: &[ImageIndex]) {
-    let top = *members.iter().min_by_key(|index| &images[**index].place).expect("a loop has members");
+fn cut_loop(images: &mut [ImageEntry], members: &[ImageIndex], wanted: Option<ImageIndex>) {
+    let wanted = wanted.filter(|index| members.contains(index));
+    let first = *members.iter().min_by_key(|index| &images[**index].place).expect("a loop has members");
+    let top = wanted.unwrap_or(first);
     let position = members.iter().position(|index| *index == top).expect("its own member");
     let last = members[(position + members.len() - 1) % members.len()];
     let names: Vec<_> = members[position..].iter().chain(&members[..position]).map(|m| images[*m].shown()).collect();
@@ -375,21 +365,18 @@ fn cut_depth(images: &mut [ImageEntry]) {
         if depth == MAX_DEPTH + 1
             && let Below::Image(next) = images[index].below
         {
-            let sentence = format!("cannot be read: it stands on more than {} layers; merge some of them", MAX_DEPTH - 1);
+            let sentence =
+                format!("cannot be read: it stands on more than {} layers; merge some of them", MAX_DEPTH - 1);
             images[index].below = Below::Broken { image: Some(next), sentence: sentence.into() };
         }
     }
 }
 
 /// Counts for each image the chains that it is part of.
-fn count_chains(catalog: &mut Catalog, leaves: &[ImageIndex]) {
+fn count_chains(catalog: &mut Catalog) {
     // Tops first: an image's count is complete when all its users have handed theirs down.
     let mut waiting: Vec<usize> = catalog.images.iter().map(|image| image.users.len()).collect();
-    let mut ready: Vec<ImageIndex> =
-        (0..catalog.images.len()).filter(|index| waiting[*index] == 0 || leaves.contains(index)).collect();
-    if catalog.single.is_some() {
-        ready = leaves.to_vec();
-    }
+    let mut ready: Vec<ImageIndex> = (0..catalog.images.len()).filter(|index| waiting[*index] == 0).collect();
     while let Some(index) = ready.pop() {
         if let Below::Image(next) | Below::Broken { image: Some(next), .. } = catalog.images[index].below {
             catalog.images[next].chain_count += catalog.images[index].chain_count;

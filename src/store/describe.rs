@@ -37,7 +37,7 @@ pub struct Qcow2 {
 }
 
 /// Reads what `file`, of `len` bytes, says of itself. `Err` only if it cannot be read.
-pub fn describe(file: &OwnedFd, len: u64) -> Result<Content> {
+pub(super) fn describe(file: &OwnedFd, len: u64) -> Result<Content> {
     let mut bytes = vec![0; header::PROBE_LEN];
     read(file, 0, &mut bytes)?;
     if !header::has_magic(&bytes) {
@@ -63,7 +63,7 @@ pub fn describe(file: &OwnedFd, len: u64) -> Result<Content> {
 }
 
 /// The digest of a file's header now, to be compared with [`Qcow2::digest`].
-pub fn header_digest(file: &OwnedFd, len: u64) -> Result<u64> {
+pub(super) fn header_digest(file: &OwnedFd, len: u64) -> Result<u64> {
     let mut bytes = vec![0; header::PROBE_LEN];
     read(file, 0, &mut bytes)?;
     let Ok(needed) = header::needed_len(&bytes) else { return Ok(0) };
@@ -77,7 +77,10 @@ fn snapshots(file: &OwnedFd, header: &Header) -> Result<std::result::Result<Vec<
     let mut chunk = vec![0; 4096];
     let mut at = header.snapshots.offset.0;
     // The header counts entries, not bytes: the table is read in growing pieces until it is whole.
-    while header.snapshots.count > 0 {
+    if header.snapshots.count == 0 {
+        return Ok(Ok(Vec::new()));
+    }
+    loop {
         let len = read(file, at, &mut chunk)?;
         if len == 0 {
             let count = header.snapshots.count;

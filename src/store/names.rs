@@ -12,7 +12,7 @@ pub const ACTIVE: &[u8] = b"active";
 /// The directory of the store as a whole, in the mount's root.
 pub const STORE_DIRECTORY: &[u8] = b".chainfs";
 /// What chainfs itself keeps in a store begins like this; a scan passes it over.
-pub const OWN_PREFIX: &[u8] = b".chainfs";
+pub(super) const OWN_PREFIX: &[u8] = b".chainfs";
 
 /// Longest part of a name that comes from an image; with its suffixes it stays below 255 bytes.
 const MAX_PART: usize = 200;
@@ -37,9 +37,9 @@ pub fn encode(bytes: &[u8]) -> Vec<u8> {
     }
     if name.len() > MAX_PART {
         // Two long names that begin alike must stay apart; a hash is stable over scans.
-        let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-        });
+        let hash = bytes
+            .iter()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
         name.truncate(MAX_PART);
         name.extend_from_slice(format!("~{hash:016x}").as_bytes());
     }
@@ -47,7 +47,7 @@ pub fn encode(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// The file's name without its last extension.
-pub fn stem(path: &Path) -> &[u8] {
+pub(super) fn stem(path: &Path) -> &[u8] {
     path.file_stem().map_or(b"", OsStrExt::as_bytes)
 }
 
@@ -57,14 +57,14 @@ fn file_name(path: &Path) -> &[u8] {
 
 /// Names of the chains of one directory, in the order of `leaves` (paths of that directory).
 /// `taken`: sub-directories that are shown, and reserved words.
-pub fn chain_names(leaves: &[&Path], taken: &BTreeSet<Vec<u8>>) -> Vec<Vec<u8>> {
+pub(super) fn chain_names(leaves: &[&Path], taken: &BTreeSet<Vec<u8>>) -> Vec<Vec<u8>> {
     let forms = |path: &Path| vec![encode(stem(path)), encode(file_name(path))];
     settle(&leaves.iter().map(|path| forms(path)).collect::<Vec<_>>(), taken)
 }
 
 /// One view to be named: its layer's file and, for an internal snapshot, name and id.
 #[derive(Clone, Copy, Debug)]
-pub struct ViewForm<'a> {
+pub(super) struct ViewForm<'a> {
     /// The layer's place in the store.
     pub path: &'a Path,
     /// Whether the layer is the active one.
@@ -74,7 +74,7 @@ pub struct ViewForm<'a> {
 }
 
 /// Names of the views of one chain, without suffix, in the order of `views`. Layers come first.
-pub fn view_names(views: &[ViewForm<'_>]) -> Vec<Vec<u8>> {
+pub(super) fn view_names(views: &[ViewForm<'_>]) -> Vec<Vec<u8>> {
     let (layers, snapshots): (Vec<_>, Vec<_>) = (0..views.len()).partition(|index| views[*index].snapshot.is_none());
     let mut names = vec![Vec::new(); views.len()];
     let layer_forms: Vec<_> = layers.iter().map(|index| layer_forms(&views[*index])).collect();

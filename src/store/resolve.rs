@@ -21,7 +21,12 @@ pub struct Place {
 
 /// Resolves `name`, found in the header of the image at `from`. The error is the rest of a
 /// sentence that begins with what the name is for.
-pub fn resolve(roots: &[Arc<Root>], maps: &[(PathBuf, PathBuf)], from: &Place, name: &[u8]) -> Result<Place, String> {
+pub(super) fn resolve(
+    roots: &[Arc<Root>],
+    maps: &[(PathBuf, PathBuf)],
+    from: &Place,
+    name: &[u8],
+) -> Result<Place, String> {
     if name.starts_with(b"json:") {
         return Err("is a json: description, which is never followed; rebase it onto a plain file name".into());
     }
@@ -105,7 +110,8 @@ mod tests {
         let top = directory.path().canonicalize().unwrap();
         std::fs::create_dir_all(top.join("store/sub")).unwrap();
         std::fs::create_dir(top.join("golden")).unwrap();
-        let roots = [Arc::new(Root::open(&top.join("store")).unwrap()), Arc::new(Root::open(&top.join("golden")).unwrap())];
+        let roots =
+            [Arc::new(Root::open(&top.join("store")).unwrap()), Arc::new(Root::open(&top.join("golden")).unwrap())];
         let maps = [(PathBuf::from("/old"), top.join("store"))];
         let from = place("sub/web.qcow2");
         let resolve = |name: &str| resolve(&roots, &maps, &from, name.as_bytes());

@@ -23,7 +23,7 @@ use super::resolve::Place;
 
 /// A file that may be an image.
 #[derive(Clone, Debug)]
-pub struct ScannedFile {
+pub(super) struct ScannedFile {
     /// Where it is.
     pub place: Place,
     /// Its attributes.
@@ -43,7 +43,7 @@ pub struct Problem {
 
 /// All that a scan found.
 #[derive(Debug, Default)]
-pub struct Scan {
+pub(super) struct Scan {
     /// Files in no particular order.
     pub files: Vec<ScannedFile>,
     /// What could not be looked at.
@@ -51,7 +51,7 @@ pub struct Scan {
 }
 
 /// What the last scan knew of each file.
-pub type Known = HashMap<FileId, (FileStat, Content)>;
+pub(super) type Known = HashMap<FileId, (FileStat, Content)>;
 
 /// Directories below each other, at most; deeper ones are a problem.
 const MAX_NESTING: usize = 64;
@@ -68,7 +68,7 @@ struct Work<'a> {
 }
 
 /// Walks the whole store.
-pub fn scan(root: &Root, known: &Known, visit: &(dyn Fn(&Path, &OwnedFd) + Sync)) -> Scan {
+pub(super) fn scan(root: &Root, known: &Known, visit: &(dyn Fn(&Path, &OwnedFd) + Sync)) -> Scan {
     let work = Work {
         root,
         known,
@@ -196,11 +196,13 @@ impl Work<'_> {
 }
 
 /// Describes one file that a header or the user has named. `None` for a file that is no image.
-pub fn describe_place(root: &Root, place: &Place, known: &Known) -> Result<ScannedFile> {
+pub(super) fn describe_place(root: &Root, place: &Place, known: &Known) -> Result<ScannedFile> {
     let file = root.open_file(&place.path)?;
     let stat = FileStat::of(&file)?;
     let content = match known.get(&stat.id) {
-        Some((old, content)) if old.signature == stat.signature && !matches!(content, Content::Unseen) => content.clone(),
+        Some((old, content)) if old.signature == stat.signature && !matches!(content, Content::Unseen) => {
+            content.clone()
+        }
         _ => describe(&file, stat.signature.size)?,
     };
     Ok(ScannedFile { place: place.clone(), stat, content })
@@ -229,6 +231,6 @@ pub(super) fn by_descriptor(fd: &OwnedFd) -> PathBuf {
 }
 
 /// Shared by those who follow [`Known`].
-pub fn known_of<'a>(files: impl IntoIterator<Item = &'a ScannedFile>) -> Arc<Known> {
+pub(super) fn known_of<'a>(files: impl IntoIterator<Item = &'a ScannedFile>) -> Arc<Known> {
     Arc::new(files.into_iter().map(|file| (file.stat.id, (file.stat, file.content.clone()))).collect())
 }

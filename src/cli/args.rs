@@ -1,0 +1,371 @@
+//! The commands and their words, as clap reads them.
+//!
+//! qemu-img's and mount(8)'s spellings wherever they have one. Nothing is done here; wrong words
+//! end with the exit code of the command they were meant for.
+
+use super::mount_options::ImageFormat;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// Every backing chain a directory, every snapshot a disk.
+#[derive(Debug, Parser)]
+#[command(
+    name = "chainfs",
+    version,
+    max_term_width = 100,
+    after_help = "\
+Examples:
+  chainfs mount /srv/images /mnt/images    every chain of the store a directory
+  chainfs tree /srv/images                 who stands on whom, without mounting
+  chainfs umount /mnt/images               returns when every file has been let go
+
+Exit codes: 0, 1 failed, 2 usage; mount, check and compare say theirs in their own help."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show a store of disk images as a tree of directories and disks
+    Mount(MountArgs),
+    /// Take a mount away; returns when every file and lock has been let go
+    Umount(UmountArgs),
+    /// Draw the branching tree of a store's chains
+    Tree(TreeArgs),
+    /// Describe an image, or its whole chain, as `qemu-img info` does
+    Info(InfoArgs),
+    /// Show where each part of a disk is stored, as `qemu-img map` does
+    Map(MapArgs),
+    /// Look for damage in images
+    Check(CheckArgs),
+    /// Compare the disks that two images or snapshots show
+    Compare(CompareArgs),
+    /// Create an empty qcow2 image, alone or on top of another
+    Create(CreateArgs),
+    /// Print a shell's completion script
+    #[command(after_help = "Example:\n  chainfs completions bash > /usr/share/bash-completion/completions/chainfs")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual pages into a directory
+    #[command(after_help = "Example:\n  mkdir -p man1 && chainfs man man1 && man ./man1/chainfs-mount.1")]
+    Man {
+        /// Where they go; must exist
+        dir: PathBuf,
+    },
+}
+
+/// The words of `mount`.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Options of -o:
+  ro                     never write below the store
+  allow_other            let every user in; the modes shown are enforced
+  uid= gid= umask=       owner, group and permission bits shown
+  threads=N              requests served at once
+  cache=SIZE             memory for tables and decompressed clusters, as in 64M
+  backing_dir=DIR        a directory outside of the store that layers may come from (repeatable)
+  map=OLD=NEW            where files are that moved since images named them (repeatable)
+  readonly=GLOB          images that never become writable (repeatable)
+  format=GLOB:FORMAT     raw or qcow2, for images that do not tell (repeatable)
+  probe                  believe the content where a header names no backing format
+  force_share            show what another process is writing
+  nofiles symlinks=HOW   taken, but without effect until guests' files are shown
+  rescan=SECONDS         how often a store that cannot be watched is looked through
+  config=FILE            read this in place of /etc/chainfs.toml and the user's file
+  nopassthrough noinotify noreadahead
+                         do without a feature of the kernel
+A comma within a value is written \\, - what mount(8), fstab and systemd add is understood.
+
+Examples:
+  chainfs mount /srv/images /mnt/images
+  chainfs mount web01.qcow2 /mnt/web01 -o ro,uid=1000
+  chainfs mount /srv/images /mnt/images -o allow_other -o backing_dir=/srv/templates
+
+Exit codes, as of mount(8): 0, 1 usage, 32 failed.")]
+pub struct MountArgs {
+    /// A directory of disk images, or one image
+    pub store: PathBuf,
+    /// Where the tree appears; an empty directory
+    pub dir: PathBuf,
+    /// Mount options, separated by commas (repeatable)
+    #[arg(short, value_name = "OPTIONS")]
+    pub options: Vec<OsString>,
+    /// Stay in the foreground, messages on stderr
+    #[arg(short, long)]
+    pub foreground: bool,
+    /// Say more
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// Ignore mount options that are unknown
+    #[arg(short, long, hide = true)]
+    pub sloppy: bool,
+}
+
+/// The words of `umount`.
+#[derive(Debug, Args)]
+#[command(after_help = "A mount that is in use goes on serving, and who uses it is said, unless --lazy.")]
+pub struct UmountArgs {
+    /// Where the tree is
+    pub dir: PathBuf,
+    /// Take it out of the way at once; those who use it may finish
+    #[arg(short, long)]
+    pub lazy: bool,
+}
+
+/// How an image that is not mounted is opened.
+#[derive(Debug, Args)]
+pub struct ImageArgs {
+    /// Read even what another process is writing
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+    /// Options as of `mount -o`, such as `backing_dir=DIR` and `probe` (repeatable)
+    #[arg(short, value_name = "OPTIONS")]
+    pub options: Vec<OsString>,
+}
+
+/// People or programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// Text for people.
+    Human,
+    /// JSON with QEMU's keys.
+    Json,
+}
+
+/// How a result is written.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct OutputArgs {
+    /// For people or for programs
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "human")]
+    output: Output,
+    /// Short for --output json
+    #[arg(long, conflicts_with = "output")]
+    json: bool,
+}
+
+impl OutputArgs {
+    /// What was asked for, in either spelling.
+    pub fn format(self) -> Output {
+        if self.json { Output::Json } else { self.output }
+    }
+}
+
+/// Ways to draw a tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TreeOutput {
+    /// Text for people.
+    Human,
+    /// JSON, nothing folded.
+    Json,
+    /// Graphviz.
+    Dot,
+    /// A picture that opens in a browser.
+    Svg,
+}
+
+/// The words of `tree`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  chainfs tree /srv/images
+  chainfs tree --full web01.qcow2
+  chainfs tree --output svg /srv/images > tree.svg")]
+pub struct TreeArgs {
+    /// A store, an image, or a place inside a mount
+    pub path: PathBuf,
+    /// Every layer a line of its own
+    #[arg(long)]
+    pub full: bool,
+    /// Draw with ASCII alone
+    #[arg(long)]
+    pub ascii: bool,
+    /// How to draw
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "human")]
+    pub output: TreeOutput,
+    /// How images are opened.
+    #[command(flatten)]
+    pub image: ImageArgs,
+}
+
+/// The words of `info`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  chainfs info web01.qcow2
+  chainfs info --backing-chain --output json web01.qcow2 | jq '.[].filename'
+  chainfs info /mnt/images/web01/snapshots/base.raw")]
+pub struct InfoArgs {
+    /// A store, an image, or a place inside a mount
+    pub path: PathBuf,
+    /// The image and everything below it
+    #[arg(long)]
+    pub backing_chain: bool,
+    /// The image's format, where its name and header do not tell
+    #[arg(short, long, value_enum)]
+    pub format: Option<ImageFormat>,
+    /// How the result is written.
+    #[command(flatten)]
+    pub output: OutputArgs,
+    /// How images are opened.
+    #[command(flatten)]
+    pub image: ImageArgs,
+}
+
+/// The words of `map`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+IMAGE@SNAPSHOT is the disk of an internal snapshot, as in web01.qcow2@before-upgrade.
+
+Examples:
+  chainfs map web01.qcow2
+  chainfs map --output json web01.qcow2@before-upgrade")]
+pub struct MapArgs {
+    /// An image, IMAGE@SNAPSHOT, or a disk inside a mount
+    pub path: PathBuf,
+    /// The image's format, where its name and header do not tell
+    #[arg(short, long, value_enum)]
+    pub format: Option<ImageFormat>,
+    /// How the result is written.
+    #[command(flatten)]
+    pub output: OutputArgs,
+    /// How images are opened.
+    #[command(flatten)]
+    pub image: ImageArgs,
+}
+
+/// The words of `check`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  chainfs check web01.qcow2
+  chainfs check --output json /srv/images
+
+Exit codes, as of qemu-img: 0 fine, 1 could not check, 2 corrupt, 3 leaks, 63 this format has nothing to check.")]
+pub struct CheckArgs {
+    /// A store, an image, or a place inside a mount
+    pub path: PathBuf,
+    /// The image's format, where its name and header do not tell
+    #[arg(short, long, value_enum)]
+    pub format: Option<ImageFormat>,
+    /// How the result is written.
+    #[command(flatten)]
+    pub output: OutputArgs,
+    /// How images are opened.
+    #[command(flatten)]
+    pub image: ImageArgs,
+}
+
+/// The words of `compare`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+IMAGE@SNAPSHOT is the disk of an internal snapshot. A longer disk is the same if its rest is zero, unless --strict.
+
+Examples:
+  chainfs compare web01.qcow2 web02.qcow2
+  chainfs compare web01.qcow2 web01.qcow2@before-upgrade
+  chainfs compare -F raw web01.qcow2 copy.img
+
+Exit codes: 0 same, 1 different, 2 trouble.")]
+pub struct CompareArgs {
+    /// An image, IMAGE@SNAPSHOT, or a disk inside a mount
+    pub a: PathBuf,
+    /// Another
+    pub b: PathBuf,
+    /// Format of the first
+    #[arg(short = 'f', long, value_enum, value_name = "FORMAT")]
+    pub a_format: Option<ImageFormat>,
+    /// Format of the second
+    #[arg(short = 'F', long, value_enum, value_name = "FORMAT")]
+    pub b_format: Option<ImageFormat>,
+    /// Different sizes and different holes are differences, too
+    #[arg(short, long)]
+    pub strict: bool,
+    /// Say nothing; the exit code tells
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// How the result is written.
+    #[command(flatten)]
+    pub output: OutputArgs,
+    /// How images are opened.
+    #[command(flatten)]
+    pub image: ImageArgs,
+}
+
+/// The words of `create`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  chainfs create disk.qcow2 10G
+  chainfs create -b base.raw -F raw web01.qcow2
+  chainfs create -o cluster_size=128K,extended_l2=on disk.qcow2 10G")]
+pub struct CreateArgs {
+    /// The new image; must not exist
+    pub image: PathBuf,
+    /// Size of the disk, as in 10G; by default that of the backing file
+    #[arg(value_parser = size, required_unless_present = "backing")]
+    pub size: Option<u64>,
+    /// The image to stand on
+    #[arg(short, long, requires = "backing_format")]
+    pub backing: Option<PathBuf>,
+    /// Its format
+    #[arg(short = 'F', long, value_enum, value_name = "FORMAT", requires = "backing")]
+    pub backing_format: Option<ImageFormat>,
+    /// The new image's format; there is one
+    #[arg(short, long, value_parser = ["qcow2"], default_value = "qcow2", hide = true)]
+    pub format: String,
+    /// Details as of `qemu-img create -o`, such as `cluster_size=128K` (repeatable)
+    #[arg(short, value_name = "OPTIONS", value_delimiter = ',', value_parser = key_value)]
+    pub options: Vec<(String, String)>,
+    /// Say nothing
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// Words that could not be read, or a request for help; [`Refusal::code`] is the exit code.
+#[derive(Debug)]
+pub struct Refusal {
+    /// Prints itself where it belongs.
+    pub error: clap::Error,
+    /// 0 for help, 1 for `mount`, 2 for everything else.
+    pub code: u8,
+}
+
+/// Reads a command line, the program's name first.
+pub fn parse<I, T>(words: I) -> Result<Cli, Refusal>
+where
+    I: IntoIterator<Item = T>,
+    T: Into<OsString>,
+{
+    let words: Vec<OsString> = words.into_iter().map(Into::into).collect();
+    Cli::try_parse_from(&words).map_err(|error| {
+        let is_mount = words.get(1).is_some_and(|word| word == "mount");
+        let code = match (error.use_stderr(), is_mount) {
+            (false, _) => 0,
+            (true, true) => 1,
+            (true, false) => 2,
+        };
+        Refusal { error, code }
+    })
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    crate::report::size::parse_size(text).map_err(|error| error.to_string())
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() && !value.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("must be KEY=VALUE".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,167 @@
+//! Configuration files: the options of a mount, written down once.
+//!
+//! `/etc/chainfs.toml`, then `$XDG_CONFIG_HOME/chainfs/config.toml`, then `-o`: later ones hold, lists
+//! are joined. The keys are the names of the options. A key that is not known, or a value of the
+//! wrong kind, is an error that names file and key: a misspelt `readonly` must not be a silent one.
+
+use super::mount_options::{MountOptions, SETTINGS, Takes, suggestion};
+use crate::error::{Error, ErrorKind, Result};
+use crate::report::safe::{terminal, terminal_bytes};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use toml::{Table, Value};
+
+/// Where the configuration of the whole machine is.
+pub const SYSTEM_FILE: &str = "/etc/chainfs.toml";
+
+/// `options` over what the configuration files say: those of `config=`, else the usual ones.
+///
+/// `variable` looks up an environment variable.
+pub fn load(options: MountOptions, variable: impl Fn(&str) -> Option<PathBuf>) -> Result<MountOptions> {
+    if let Some(path) = &options.config {
+        let file = read(path)?.ok_or_else(|| {
+            let shown = terminal_bytes(path.as_os_str().as_bytes());
+            Error::new(ErrorKind::NotFound, format!("{shown}: there is no such file; correct config="))
+        })?;
+        return Ok(options.over(file));
+    }
+    let mut defaults = MountOptions::default();
+    for path in usual_files(variable) {
+        if let Some(file) = read(&path)? {
+            defaults = file.over(defaults);
+        }
+    }
+    Ok(options.over(defaults))
+}
+
+/// The files that are read if they exist, the machine's before the user's.
+pub fn usual_files(variable: impl Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
+    let absolute = |name: &str| variable(name).filter(|path| path.is_absolute());
+    let home = absolute("XDG_CONFIG_HOME").or_else(|| absolute("HOME").map(|home| home.join(".config")));
+    let user = home.map(|home| home.join("chainfs/config.toml"));
+    [PathBuf::from(SYSTEM_FILE)].into_iter().chain(user).collect()
+}
+
+/// Reads the text of a file; `name` is what errors call it.
+pub fn parse(text: &str, name: &str) -> Result<MountOptions> {
+    let table: Table = text.parse().map_err(|error: toml::de::Error| {
+        let line =
+            error.span().map_or(1, |span| text.bytes().take(span.start).filter(|byte| *byte == b'\n').count() + 1);
+        Error::new(ErrorKind::Usage, format!("{name}: line {line}: {}", terminal(error.message().trim())))
+    })?;
+    let mut options = MountOptions::default();
+    for (key, value) in &table {
+        set(&mut options, key, value).map_err(|error| error.within(name))?;
+    }
+    Ok(options)
+}
+
+fn set(options: &mut MountOptions, key: &str, value: &Value) -> Result<()> {
+    let refuse = |why: &str| Error::new(ErrorKind::Usage, format!("key '{}': {why}", terminal(key)));
+    let Some((_, takes)) = SETTINGS.iter().find(|(known, _)| *known == key) else {
+        let settable = |meant: &&str| SETTINGS.iter().any(|(known, _)| known == meant);
+        let remedy = suggestion(key).filter(settable).map(|meant| format!("; did you mean '{meant}'?"));
+        return Err(refuse(&format!("unknown{}", remedy.unwrap_or_default())));
+    };
+    match (takes, value) {
+        (Takes::Nothing, Value::Boolean(true)) => options.set(key, b""),
+        (Takes::Nothing, Value::Boolean(false)) => Ok(()),
+        (Takes::Nothing, _) => Err(refuse("must be true or false")),
+        (Takes::Values, Value::Array(values)) => values.iter().try_for_each(|value| one(options, key, value)),
+        (Takes::Value | Takes::Values, value) => one(options, key, value),
+    }
+}
+
+fn one(options: &mut MountOptions, key: &str, value: &Value) -> Result<()> {
+    let refuse = |why: &str| Error::new(ErrorKind::Usage, format!("key '{key}': {why}"));
+    let text = match value {
+        Value::String(text) if text.is_empty() => return Err(refuse("is empty")),
+        // TOML has octal numbers, but 022 without quotes is an error of its own there and 18 is not meant.
+        Value::Integer(_) if key == "umask" => return Err(refuse("must be text, as in \"027\"")),
+        Value::String(text) => text.clone(),
+        Value::Integer(number) => number.to_string(),
+        _ => return Err(refuse("must be text or a number")),
+    };
+    let is_relative = key == "backing_dir" && !Path::new(&text).is_absolute();
+    if is_relative {
+        return Err(refuse("must be an absolute path: a file knows no current directory"));
+    }
+    options.set(key, text.as_bytes()).map_err(|error| error.within(format!("key '{key}'")))
+}
+
+fn read(path: &Path) -> Result<Option<MountOptions>> {
+    let name = terminal_bytes(path.as_os_str().as_bytes());
+    match std::fs::read_to_string(path) {
+        Ok(text) => parse(&text, &name).map(Some),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+        Err(error) => Err(Error::io(format!("reading {name}"), error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_says_what_options_say() {
+        let file = r#"
+            ro = true
+            allow_other = false
+            uid = 1000
+            umask = "027"
+            cache = "64M"
+            backing_dir = ["/srv/a", "/srv/b,c"]
+            map = "/old=/new"
+            format = ["*.img:raw"]
+            rescan = 30
+        "#;
+        let options =
+            [r"ro,uid=1000,umask=027,cache=64M,backing_dir=/srv/a,backing_dir=/srv/b\,c,map=/old=/new,rescan=30"];
+        let mut expected = MountOptions::parse(&options, false).unwrap();
+        expected.formats = MountOptions::parse(&["format=*.img:raw"], false).unwrap().formats;
+        assert_eq!(parse(file, "f").unwrap(), expected);
+    }
+
+    #[test]
+    fn errors_name_file_and_key() {
+        for (text, said) in [
+            ("readnly = \"x\"", "f: key 'readnly': unknown; did you mean 'readonly'?"),
+            ("nofail = true", "f: key 'nofail': unknown"),
+            ("config = \"/x\"", "f: key 'config': unknown"),
+            ("ro = 1", "f: key 'ro': must be true or false"),
+            ("uid = true", "f: key 'uid': must be text or a number"),
+            ("uid = [1]", "f: key 'uid': must be text or a number"),
+            ("umask = 22", "f: key 'umask': must be text, as in \"027\""),
+            (
+                "backing_dir = \"x\"",
+                "f: key 'backing_dir': must be an absolute path: a file knows no current directory",
+            ),
+            ("uid = -1", "f: key 'uid': mount option 'uid': '-1' must be a number from 0 to 4294967294"),
+        ] {
+            assert_eq!(parse(text, "f").unwrap_err().to_string(), said);
+        }
+        let error = parse("ro = true\n\nuid = = 3\n", "f").unwrap_err().to_string();
+        assert!(error.starts_with("f: line 3: "), "{error}");
+        assert!(parse("ro = true\nro = true", "f").unwrap_err().to_string().starts_with("f: line 2: "));
+    }
+
+    #[test]
+    fn the_user_s_file_stands_where_xdg_says() {
+        let env = |pairs: &'static [(&str, &str)]| {
+            move |name: &str| pairs.iter().find(|(known, _)| *known == name).map(|(_, path)| PathBuf::from(path))
+        };
+        let user = |pairs| usual_files(env(pairs)).get(1).cloned();
+        assert_eq!(user(&[("HOME", "/h")]), Some("/h/.config/chainfs/config.toml".into()));
+        assert_eq!(user(&[("HOME", "/h"), ("XDG_CONFIG_HOME", "/x")]), Some("/x/chainfs/config.toml".into()));
+        assert_eq!(user(&[("HOME", "/h"), ("XDG_CONFIG_HOME", "x")]), Some("/h/.config/chainfs/config.toml".into()));
+        assert_eq!(user(&[]), None);
+    }
+
+    #[test]
+    fn a_file_asked_for_must_exist() {
+        let options = MountOptions::parse(&["config=/nonexistent/chainfs.toml"], false).unwrap();
+        let error = load(options, |_| None).unwrap_err();
+        assert_eq!(error.to_string(), "/nonexistent/chainfs.toml: there is no such file; correct config=");
+    }
+}

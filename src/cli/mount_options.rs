@@ -1,0 +1,264 @@
+//! What `-o` says: lists of options as mount(8), fstab and systemd pass them on.
+//!
+//! Pure: text in, [`MountOptions`] or a sentence out. What other programs leave in the list for
+//! each other (`x-*`, `_netdev`, `nofail` ...) is accepted and ignored; what nobody knows is refused,
+//! with the name that was probably meant, unless the caller is sloppy. `rw` is what mount(8) says when
+//! nobody said anything, so it means "as usual" and never undoes a `ro`. Within a value `\,` is a comma.
+
+mod names;
+mod values;
+
+use crate::error::Result;
+use crate::report::size::parse_size;
+use glob::Pattern;
+use names::{is_ignored, split_list, unknown};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::time::Duration;
+use values::{format_rule, glob, number, octal, path_map, path_of, refuse, utf8};
+
+pub(super) use names::suggestion;
+
+/// Everything that the options of a mount can say. `None` is "not said".
+#[derive(Clone, Debug, Default, PartialEq)]
+#[allow(clippy::struct_excessive_bools)] // each is a word of its own on the command line
+pub struct MountOptions {
+    /// `ro`: nothing below the mount is ever opened for writing.
+    pub read_only: bool,
+    /// `allow_other`: every user may enter; the kernel enforces the modes shown.
+    pub allow_other: bool,
+    /// `uid=`: the owner shown of everything.
+    pub uid: Option<u32>,
+    /// `gid=`: the group shown of everything.
+    pub gid: Option<u32>,
+    /// `umask=`: permission bits taken away from everything, in octal.
+    pub umask: Option<u32>,
+    /// `threads=`: how many requests are served at once.
+    pub threads: Option<usize>,
+    /// `cache=`: bytes of memory for tables and decompressed clusters.
+    pub cache: Option<u64>,
+    /// `backing_dir=`: directories outside of the store that layers may come from.
+    pub backing_dirs: Vec<PathBuf>,
+    /// `map=OLD=NEW`: where backing files are that moved since their names were written.
+    pub maps: Vec<PathMap>,
+    /// `readonly=GLOB`: images that never become writable.
+    pub readonly: Vec<Pattern>,
+    /// `format=GLOB:FORMAT`: formats of images whose names and headers do not tell.
+    pub formats: Vec<FormatRule>,
+    /// `probe`: believe the content where a header names no backing format.
+    pub probe: bool,
+    /// `force_share`: show what another process is writing.
+    pub force_share: bool,
+    /// `nofiles`: leave `files/` out.
+    pub no_files: bool,
+    /// `symlinks=`: how links of a guest's file system are shown.
+    pub symlinks: Option<Symlinks>,
+    /// `rescan=`: how often a store that cannot be watched is looked through.
+    pub rescan: Option<Duration>,
+    /// `config=`: a file read in place of the usual ones.
+    pub config: Option<PathBuf>,
+    /// `nopassthrough`: every read goes through the daemon.
+    pub no_passthrough: bool,
+    /// `noinotify`: the store is looked through every `rescan` seconds instead of being watched.
+    pub no_inotify: bool,
+    /// `noreadahead`: the kernel's own read-ahead is left as it is.
+    pub no_readahead: bool,
+    /// `exec`, `noexec`.
+    pub exec: Option<bool>,
+    /// `atime`, `noatime`.
+    pub atime: Option<bool>,
+    /// `sync`, `async`.
+    pub sync: Option<bool>,
+    /// `dirsync`.
+    pub dirsync: bool,
+}
+
+/// A directory that moved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PathMap {
+    /// What names written in images begin with.
+    pub old: PathBuf,
+    /// What to look beneath instead.
+    pub new: PathBuf,
+}
+
+/// The format of images whose path in the store matches.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FormatRule {
+    /// Matched against the path beneath the store.
+    pub glob: Pattern,
+    /// What they are.
+    pub format: ImageFormat,
+}
+
+/// A format that an image can be said to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, clap::ValueEnum)]
+pub enum ImageFormat {
+    /// The bytes of the disk as they are.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
+}
+
+/// How symbolic links of a guest's file system are shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Symlinks {
+    /// Rewritten so that they stay inside their volume.
+    Inside,
+    /// As the guest wrote them.
+    Verbatim,
+}
+
+/// What an option of ours wants after its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Takes {
+    /// Nothing.
+    Nothing,
+    /// One value; the last one holds.
+    Value,
+    /// A value; every one adds to those before.
+    Values,
+}
+
+/// Options that a configuration file may set as well.
+pub(super) const SETTINGS: [(&str, Takes); 20] = [
+    ("ro", Takes::Nothing),
+    ("allow_other", Takes::Nothing),
+    ("uid", Takes::Value),
+    ("gid", Takes::Value),
+    ("umask", Takes::Value),
+    ("threads", Takes::Value),
+    ("cache", Takes::Value),
+    ("backing_dir", Takes::Values),
+    ("map", Takes::Values),
+    ("readonly", Takes::Values),
+    ("format", Takes::Values),
+    ("probe", Takes::Nothing),
+    ("force_share", Takes::Nothing),
+    ("nofiles", Takes::Nothing),
+    ("symlinks", Takes::Value),
+    ("rescan", Takes::Value),
+    ("nopassthrough", Takes::Nothing),
+    ("noinotify", Takes::Nothing),
+    ("noreadahead", Takes::Nothing),
+    ("noexec", Takes::Nothing),
+];
+
+impl MountOptions {
+    /// Reads every `-o` in turn; later ones hold. `sloppy` ignores what is unknown.
+    pub fn parse<S: AsRef<OsStr>>(lists: &[S], sloppy: bool) -> Result<Self> {
+        let mut options = Self::default();
+        for list in lists {
+            for option in split_list(list.as_ref().as_bytes()) {
+                let (name, value) = match option.iter().position(|byte| *byte == b'=') {
+                    Some(at) => (&option[..at], Some(&option[at + 1..])),
+                    None => (option.as_slice(), None),
+                };
+                options.option(name, value, sloppy)?;
+            }
+        }
+        Ok(options)
+    }
+
+    /// These options where they say something, `defaults` where they do not. Lists are joined.
+    #[must_use]
+    pub fn over(self, defaults: Self) -> Self {
+        Self {
+            read_only: self.read_only || defaults.read_only,
+            allow_other: self.allow_other || defaults.allow_other,
+            uid: self.uid.or(defaults.uid),
+            gid: self.gid.or(defaults.gid),
+            umask: self.umask.or(defaults.umask),
+            threads: self.threads.or(defaults.threads),
+            cache: self.cache.or(defaults.cache),
+            backing_dirs: defaults.backing_dirs.into_iter().chain(self.backing_dirs).collect(),
+            maps: defaults.maps.into_iter().chain(self.maps).collect(),
+            readonly: defaults.readonly.into_iter().chain(self.readonly).collect(),
+            formats: defaults.formats.into_iter().chain(self.formats).collect(),
+            probe: self.probe || defaults.probe,
+            force_share: self.force_share || defaults.force_share,
+            no_files: self.no_files || defaults.no_files,
+            symlinks: self.symlinks.or(defaults.symlinks),
+            rescan: self.rescan.or(defaults.rescan),
+            config: self.config.or(defaults.config),
+            no_passthrough: self.no_passthrough || defaults.no_passthrough,
+            no_inotify: self.no_inotify || defaults.no_inotify,
+            no_readahead: self.no_readahead || defaults.no_readahead,
+            exec: self.exec.or(defaults.exec),
+            atime: self.atime.or(defaults.atime),
+            sync: self.sync.or(defaults.sync),
+            dirsync: self.dirsync || defaults.dirsync,
+        }
+    }
+
+    fn option(&mut self, name: &[u8], value: Option<&[u8]>, sloppy: bool) -> Result<()> {
+        let Ok(text) = std::str::from_utf8(name) else {
+            return if sloppy { Ok(()) } else { Err(unknown(name)) };
+        };
+        if let Some((known, takes)) = SETTINGS.iter().find(|(known, _)| *known == text) {
+            return match (takes, value) {
+                (Takes::Nothing, Some(_)) => Err(refuse(text, "takes no value")),
+                (Takes::Value | Takes::Values, None | Some(b"")) => Err(refuse(text, "needs a value")),
+                (_, value) => self.set(known, value.unwrap_or_default()),
+            };
+        }
+        match (text, value) {
+            ("config", None | Some(b"")) => return Err(refuse(text, "needs a value")),
+            ("config", Some(path)) => self.config = Some(path_of(path)),
+            ("exec", None) => self.exec = Some(true),
+            ("atime", None) => self.atime = Some(true),
+            ("noatime", None) => self.atime = Some(false),
+            ("sync", None) => self.sync = Some(true),
+            ("async", None) => self.sync = Some(false),
+            ("dirsync", None) => self.dirsync = true,
+            ("remount", None) => {
+                return Err(refuse(text, "a mounted store cannot change its options; unmount it and mount it again"));
+            }
+            _ if is_ignored(text) || sloppy => {}
+            _ => return Err(unknown(name)),
+        }
+        Ok(())
+    }
+
+    /// Sets an option of [`SETTINGS`]; `value` is empty for those that take nothing.
+    pub(super) fn set(&mut self, name: &str, value: &[u8]) -> Result<()> {
+        match name {
+            "ro" => self.read_only = true,
+            "allow_other" => self.allow_other = true,
+            "uid" => self.uid = Some(number(name, value, 0, u64::from(u32::MAX - 1))? as u32),
+            "gid" => self.gid = Some(number(name, value, 0, u64::from(u32::MAX - 1))? as u32),
+            "umask" => self.umask = Some(octal(name, value)?),
+            "threads" => self.threads = Some(number(name, value, 1, 256)? as usize),
+            "cache" => {
+                let len =
+                    parse_size(utf8(name, value)?).map_err(|error| error.within(format!("mount option '{name}'")))?;
+                self.cache = Some(len);
+            }
+            "backing_dir" => self.backing_dirs.push(path_of(value)),
+            "map" => self.maps.push(path_map(value)?),
+            "readonly" => self.readonly.push(glob(name, utf8(name, value)?)?),
+            "format" => self.formats.push(format_rule(utf8(name, value)?)?),
+            "probe" => self.probe = true,
+            "force_share" => self.force_share = true,
+            "nofiles" => self.no_files = true,
+            "symlinks" => {
+                self.symlinks = Some(match value {
+                    b"inside" => Symlinks::Inside,
+                    b"verbatim" => Symlinks::Verbatim,
+                    _ => return Err(refuse(name, "must be inside or verbatim")),
+                });
+            }
+            "rescan" => self.rescan = Some(Duration::from_secs(number(name, value, 1, 86_400)?)),
+            "nopassthrough" => self.no_passthrough = true,
+            "noinotify" => self.no_inotify = true,
+            "noreadahead" => self.no_readahead = true,
+            "noexec" => self.exec = Some(false),
+            _ => return Err(unknown(name.as_bytes())),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

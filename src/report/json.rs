@@ -1,0 +1,126 @@
+//! The tree for programs.
+//!
+//! Nodes are a flat list and name each other by index: nested objects would go beyond what JSON
+//! parsers take after a hundred layers. Nothing is folded. Sizes are spelled as QEMU spells them.
+
+use super::time;
+use super::tree::{Forest, Kind, Tree, TreeNode};
+use serde::Serialize;
+
+/// `{"trees": [...]}`, one object a tree.
+pub fn forest(forest: &Forest) -> String {
+    let trees = forest.trees.iter().map(TreeObject::of).collect();
+    pretty(&ForestObject { trees })
+}
+
+/// Any value in the layout of qemu-img: four spaces, a newline at the end.
+///
+/// # Panics
+/// If the value has something that JSON lacks (maps whose keys are no strings): the models have not.
+pub fn pretty<T: Serialize>(value: &T) -> String {
+    let mut text = Vec::new();
+    let layout = serde_json::ser::PrettyFormatter::with_indent(b"    ");
+    let mut serializer = serde_json::Serializer::with_formatter(&mut text, layout);
+    value.serialize(&mut serializer).expect("the models have no keys or numbers that JSON lacks");
+    text.push(b'\n');
+    String::from_utf8(text).expect("serde_json writes UTF-8")
+}
+
+#[derive(Serialize)]
+struct ForestObject<'a> {
+    trees: Vec<TreeObject<'a>>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct TreeObject<'a> {
+    title: &'a str,
+    virtual_size: u64,
+    actual_size: u64,
+    layers: usize,
+    branches: usize,
+    internal: usize,
+    root: usize,
+    nodes: Vec<NodeObject<'a>>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct NodeObject<'a> {
+    id: usize,
+    name: &'a str,
+    state: &'static str,
+    format: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    date: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    actual_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    chain: Option<&'a str>,
+    #[serde(skip_serializing_if = "<[String]>::is_empty")]
+    flags: &'a [String],
+    children: &'a [usize],
+}
+
+impl<'a> TreeObject<'a> {
+    fn of(tree: &'a Tree) -> Self {
+        Self {
+            title: &tree.title,
+            virtual_size: tree.virtual_size,
+            actual_size: tree.on_disk,
+            layers: tree.layer_count,
+            branches: tree.branch_count,
+            internal: tree.internal_count,
+            root: tree.root,
+            nodes: tree.nodes.iter().enumerate().map(NodeObject::of).collect(),
+        }
+    }
+}
+
+impl<'a> NodeObject<'a> {
+    fn of((id, node): (usize, &'a TreeNode)) -> Self {
+        Self {
+            id,
+            name: &node.name,
+            state: node.mark.word(),
+            format: match node.kind {
+                Kind::Raw => Some("raw"),
+                Kind::Qcow2 | Kind::Internal => Some("qcow2"),
+                Kind::Missing => None,
+            },
+            date: node.date.and_then(time::rfc3339),
+            actual_size: node.own_size,
+            chain: node.chain.as_deref(),
+            flags: &node.flags,
+            children: &node.children,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tree::sample;
+    use super::*;
+
+    #[test]
+    fn programs_see_every_layer_and_who_stands_on_whom() {
+        let text = forest(&Forest { trees: vec![sample::web01()] });
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let tree = &value["trees"][0];
+        assert_eq!((&tree["title"], &tree["virtual-size"]), (&"web01".into(), &(40u64 << 30).into()));
+        assert_eq!(tree["nodes"].as_array().unwrap().len(), 32);
+        let base = serde_json::json!({"id": 0, "name": "base", "state": "frozen", "format": "raw",
+            "date": "2026-01-03T09:00:00Z", "actual-size": 3_328_599_654_u64, "children": [1]});
+        assert_eq!(tree["nodes"][0], base);
+        assert_eq!((&tree["nodes"][2]["chain"], &tree["nodes"][3]["state"]), (&"web02".into(), &"internal".into()));
+    }
+
+    #[test]
+    fn a_hostile_name_is_one_string() {
+        let name = "\"},\u{0}\u{1b}\u{202e}";
+        let text = forest(&Forest { trees: vec![Tree { title: name.into(), ..Tree::default() }] });
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(value["trees"][0]["title"], name);
+        assert!(!text.contains('\u{1b}'));
+    }
+}

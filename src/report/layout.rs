@@ -1,0 +1,230 @@
+//! Which row follows which when a tree is drawn: shared by the text and the picture.
+//!
+//! Base first. Of a node's children the one with the longest way above it goes on in the same
+//! column; the others are side branches, drawn before it and one column further in. So the way from
+//! a base to its disk is one straight column however long, and columns grow with the number of
+//! nested branches only. Long runs of layers that have nothing to say fold into one row.
+
+use super::tree::{Kind, Mark, Tree};
+
+/// A run folds if it hides at least so many layers.
+const FOLD_FROM: usize = 5;
+
+/// One line of a drawing.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Row {
+    /// What stands here.
+    pub(super) item: Item,
+    /// How it hangs on the row below it.
+    pub(super) joint: Joint,
+    /// Row on which it stands; `None` for the base.
+    pub(super) parent: Option<usize>,
+    /// For each column to the left of the one where the row hangs, whether its line goes on below.
+    pub(super) bars: Vec<bool>,
+}
+
+/// What a row shows.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Item {
+    /// The node of that index.
+    Node(usize),
+    /// So many layers of a straight run, lowest first.
+    Fold(Vec<usize>),
+}
+
+/// How a row hangs on its parent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Joint {
+    /// In the same column.
+    Straight,
+    /// As a side branch; `last` if nothing follows in the parent's column.
+    Side {
+        /// Whether the parent's column ends here.
+        last: bool,
+    },
+}
+
+impl Row {
+    /// The column of the row's mark.
+    pub(super) fn column(&self) -> usize {
+        match self.joint {
+            Joint::Straight => self.bars.len(),
+            Joint::Side { .. } => self.bars.len() + 1,
+        }
+    }
+}
+
+/// A node still to be drawn.
+struct Pending {
+    node: usize,
+    joint: Joint,
+    parent: Option<usize>,
+    bars: Vec<bool>,
+}
+
+/// The rows of `tree` from its base up. With `full` nothing folds.
+pub(super) fn rows(tree: &Tree, full: bool) -> Vec<Row> {
+    let children = children(tree);
+    let main = main_children(tree, &children);
+    let mut rows = Vec::new();
+    let mut pending: Vec<Pending> = Vec::new();
+    if tree.root < tree.nodes.len() {
+        pending.push(Pending { node: tree.root, joint: Joint::Straight, parent: None, bars: Vec::new() });
+    }
+    while let Some(Pending { node, joint, parent, bars }) = pending.pop() {
+        let is_plain = |node: usize| node != tree.root && has_nothing_to_say(tree, node) && main[node].is_some();
+        let mut run = Vec::new();
+        if !full && is_plain(node) {
+            let mut above = main[node];
+            while let Some(next) = above.filter(|next| is_plain(*next)) {
+                run.push(next);
+                above = main[next];
+            }
+        }
+        // The column in which the node's own line goes on.
+        let mut column = bars.clone();
+        if let Joint::Side { last } = joint {
+            column.push(!last);
+        }
+        rows.push(Row { item: Item::Node(node), joint, parent, bars });
+        let mut top = node;
+        if run.len() >= FOLD_FROM {
+            top = run[run.len() - 1];
+            let below = Some(rows.len() - 1);
+            rows.push(Row { item: Item::Fold(run), joint: Joint::Straight, parent: below, bars: column.clone() });
+        }
+        let here = Some(rows.len() - 1);
+        if let Some(next) = main[top] {
+            pending.push(Pending { node: next, joint: Joint::Straight, parent: here, bars: column.clone() });
+        }
+        // Pushed in reverse: what is pushed last is drawn first.
+        let side = children[top].iter().copied().filter(|child| Some(*child) != main[top]).rev();
+        let mut last = main[top].is_none();
+        for child in side {
+            pending.push(Pending { node: child, joint: Joint::Side { last }, parent: here, bars: column.clone() });
+            last = false;
+        }
+    }
+    rows
+}
+
+/// Each node's children, internal snapshots first, without indices that lead nowhere or to a node drawn before.
+fn children(tree: &Tree) -> Vec<Vec<usize>> {
+    let mut seen = vec![false; tree.nodes.len()];
+    let mut children = vec![Vec::new(); tree.nodes.len()];
+    let mut pending = Vec::from_iter((tree.root < tree.nodes.len()).then_some(tree.root));
+    if let Some(root) = pending.first() {
+        seen[*root] = true;
+    }
+    while let Some(node) = pending.pop() {
+        for &child in &tree.nodes[node].children {
+            if seen.get(child).is_some_and(|seen| !seen) {
+                seen[child] = true;
+                children[node].push(child);
+                pending.push(child);
+            }
+        }
+        children[node].sort_by_key(|child| tree.nodes[*child].kind != Kind::Internal);
+    }
+    children
+}
+
+/// For each node the child that goes on in its column: the one with the longest way above it. Among
+/// equals the one that leads to the titular chain, then to an active disk, then the first by name.
+fn main_children(tree: &Tree, children: &[Vec<usize>]) -> Vec<Option<usize>> {
+    let mut order = Vec::from_iter((tree.root < tree.nodes.len()).then_some(tree.root));
+    let mut next = 0;
+    while let Some(&node) = order.get(next) {
+        order.extend(&children[node]);
+        next += 1;
+    }
+    let mut rank = vec![(0usize, false, false); tree.nodes.len()];
+    let mut main = vec![None; tree.nodes.len()];
+    for &node in order.iter().rev() {
+        let best = children[node]
+            .iter()
+            .copied()
+            .filter(|child| tree.nodes[*child].kind != Kind::Internal)
+            .max_by(|a, b| rank[*a].cmp(&rank[*b]).then_with(|| tree.nodes[*b].name.cmp(&tree.nodes[*a].name)));
+        let (depth, titular, active) = best.map_or((0, false, false), |best| rank[best]);
+        let own = &tree.nodes[node];
+        let is_titular = own.chain.as_deref() == Some(tree.title.as_str());
+        rank[node] = (depth + 1, titular || is_titular, active || own.mark == Mark::Active);
+        main[node] = best;
+    }
+    main
+}
+
+/// Whether a layer has nothing to say that a folded row would hide.
+fn has_nothing_to_say(tree: &Tree, node: usize) -> bool {
+    let node = &tree.nodes[node];
+    node.mark == Mark::Frozen && node.flags.is_empty() && node.chain.is_none() && node.children.len() == 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tree::{TreeNode, sample};
+    use super::*;
+
+    fn plain(name: &str) -> TreeNode {
+        TreeNode::new(Mark::Frozen, Kind::Qcow2, name)
+    }
+
+    #[test]
+    fn the_longest_way_is_the_straight_column() {
+        let tree = sample::web01();
+        let rows = rows(&tree, true);
+        assert_eq!(rows.len(), tree.nodes.len());
+        let aside: Vec<_> = rows.iter().filter(|row| row.column() > 0).collect();
+        assert_eq!(aside.len(), 2);
+        assert_eq!(rows.last().unwrap().column(), 0);
+    }
+
+    #[test]
+    fn a_thousand_layers_fold_into_a_few_rows() {
+        let mut tree = Tree::new("deep", plain("base"));
+        for layer in 0..1_000 {
+            tree.add(layer, plain(&layer.to_string()));
+        }
+        assert_eq!(rows(&tree, true).len(), 1_001);
+        let folded = rows(&tree, false);
+        assert_eq!(folded.len(), 4);
+        assert!(matches!(&folded[2].item, Item::Fold(run) if run.len() == 998));
+    }
+
+    #[test]
+    fn short_runs_do_not_fold() {
+        let mut tree = Tree::new("short", plain("base"));
+        for layer in 0..=FOLD_FROM {
+            tree.add(layer, plain("layer"));
+        }
+        assert!(rows(&tree, false).iter().all(|row| matches!(row.item, Item::Node(_))));
+    }
+
+    #[test]
+    fn loops_and_indices_that_lead_nowhere_end_the_way() {
+        let mut tree = Tree::new("bad", plain("base"));
+        let above = tree.add(0, plain("above"));
+        tree.nodes[above].children = vec![0, above, 77];
+        assert_eq!(rows(&tree, false).len(), 2);
+        tree.root = 9;
+        assert!(rows(&tree, false).is_empty());
+        assert!(rows(&Tree::default(), false).is_empty());
+    }
+
+    #[test]
+    fn equal_ways_are_told_apart_by_chain_activity_and_name() {
+        let mut tree = Tree::new("b", plain("base"));
+        tree.add(0, plain("c"));
+        tree.add(0, plain("a"));
+        let last = |tree: &Tree| match rows(tree, false).last().unwrap().item {
+            Item::Node(node) => tree.nodes[node].name.clone(),
+            Item::Fold(_) => unreachable!(),
+        };
+        assert_eq!(last(&tree), "a");
+        tree.add(0, TreeNode { mark: Mark::Active, ..plain("x") });
+        assert_eq!(last(&tree), "x");
+        tree.add(0, TreeNode { chain: Some("b".into()), ..plain("y") });
+        assert_eq!(last(&tree), "y");
+    }
+}

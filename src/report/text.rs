@@ -1,0 +1,276 @@
+//! The tree as text: base first, one line a layer, columns aligned by what a terminal shows.
+//!
+//! A line is mark, name, kind, date, own size, flags. Only side branches are indented; internal
+//! snapshots hang below their layer. Long straight runs fold unless asked otherwise.
+
+use super::layout::{Item, Joint, Row, rows};
+use super::size::{brief_size, human_size};
+use super::tree::{Forest, Kind, Mark, Tree, TreeNode};
+use super::{safe, time};
+use jiff::tz::TimeZone;
+use unicode_width::UnicodeWidthStr;
+
+/// One name that is wider does not push the columns of all others out of sight.
+const NAME_WIDTH_MAX: usize = 48;
+
+/// How a tree is written.
+#[derive(Clone, Debug)]
+pub struct TextOptions {
+    /// Every layer a line of its own.
+    pub full: bool,
+    /// Nothing but ASCII, names included.
+    pub ascii: bool,
+    /// Where dates are read.
+    pub zone: TimeZone,
+}
+
+impl TextOptions {
+    /// Folded, in Unicode, in local time.
+    pub fn local() -> Self {
+        Self { full: false, ascii: false, zone: TimeZone::system() }
+    }
+}
+
+/// Every tree, an empty line between two.
+pub fn forest(forest: &Forest, options: &TextOptions) -> String {
+    let trees: Vec<_> = forest.trees.iter().map(|one| tree(one, options)).collect();
+    trees.join("\n")
+}
+
+/// One tree under a line that sums it up.
+pub fn tree(tree: &Tree, options: &TextOptions) -> String {
+    let marks = if options.ascii { &ASCII } else { &UNICODE };
+    let lines: Vec<_> = rows(tree, options.full).iter().map(|row| Line::of(row, tree, options, marks)).collect();
+    let width = |cell: fn(&Line) -> &str| lines.iter().map(|line| cell(line).width()).max().unwrap_or(0);
+    let name = width(|line| &line.name).min(NAME_WIDTH_MAX);
+    let (kind, date, size) = (width(|line| line.kind), width(|line| &line.date), width(|line| &line.size));
+    let mut text = summary(tree, options);
+    for line in &lines {
+        let cells = [
+            pad(&line.name, name),
+            pad(line.kind, kind),
+            pad(&line.date, date),
+            format!("{}{}", " ".repeat(size - line.size.width()), line.size),
+            line.flags.clone(),
+        ];
+        text.push('\n');
+        text.push_str(format!("{}  {}", cells[0], cells[1..].join("   ")).trim_end());
+    }
+    text.push('\n');
+    text
+}
+
+/// "web01 · 40 GiB virtual · 9.8 GiB on disk · 31 layers, 2 branches, 1 internal".
+pub fn summary(tree: &Tree, options: &TextOptions) -> String {
+    let mut counts = vec![format!("{} {}", tree.layer_count, if tree.layer_count == 1 { "layer" } else { "layers" })];
+    if tree.branch_count > 1 {
+        counts.push(format!("{} branches", tree.branch_count));
+    }
+    if tree.internal_count > 0 {
+        counts.push(format!("{} internal", tree.internal_count));
+    }
+    let dot = if options.ascii { "-" } else { "·" };
+    let sizes = (human_size(tree.virtual_size), brief_size(tree.on_disk));
+    let title = shown(&tree.title, options);
+    format!("{title} {dot} {} virtual {dot} {} on disk {dot} {}", sizes.0, sizes.1, counts.join(", "))
+}
+
+/// What a folded run has to say: its kind, days, size and names.
+pub(super) struct Folded {
+    pub(super) kind: &'static str,
+    pub(super) days: String,
+    pub(super) own_size: u64,
+    pub(super) names: (String, String),
+}
+
+impl Folded {
+    pub(super) fn of(tree: &Tree, run: &[usize], zone: &TimeZone) -> Self {
+        let nodes = || run.iter().map(|node| &tree.nodes[*node]);
+        let kind = nodes().map(|node| node.kind.word()).reduce(|a, b| if a == b { a } else { "" }).unwrap_or("");
+        let dates = || nodes().filter_map(|node| node.date);
+        let days = match (dates().min(), dates().max()) {
+            (Some(from), Some(to)) => time::days(from, to, zone),
+            _ => String::new(),
+        };
+        let own_size = nodes().filter_map(|node| node.own_size).fold(0, u64::saturating_add);
+        let name = |node: Option<&usize>| node.map_or_else(String::new, |node| tree.nodes[*node].name.clone());
+        Self { kind, days, own_size, names: (name(run.first()), name(run.last())) }
+    }
+}
+
+/// The flags of a node, the chain it is the leaf of first unless the tree is named after it.
+pub(super) fn flags(tree: &Tree, node: &TreeNode) -> String {
+    let chain = node.chain.iter().filter(|chain| **chain != tree.title);
+    chain.chain(&node.flags).map(String::as_str).collect::<Vec<_>>().join(", ")
+}
+
+/// What the lines are drawn with.
+struct Marks {
+    bar: &'static str,
+    side: &'static str,
+    last_side: &'static str,
+    /// Between the column and the mark of a side branch.
+    dash: &'static str,
+    fold: &'static str,
+    frozen: &'static str,
+    internal: &'static str,
+    active: &'static str,
+    broken: &'static str,
+}
+
+const UNICODE: Marks = Marks {
+    bar: "│",
+    side: "├",
+    last_side: "└",
+    dash: "─",
+    fold: "⋮",
+    frozen: "●",
+    internal: "○",
+    active: "◆",
+    broken: "✗",
+};
+
+const ASCII: Marks = Marks {
+    bar: "|",
+    side: "|",
+    last_side: "`",
+    dash: "-",
+    fold: ":",
+    frozen: "*",
+    internal: "o",
+    active: "@",
+    broken: "x",
+};
+
+/// The cells of one line.
+struct Line {
+    name: String,
+    kind: &'static str,
+    date: String,
+    size: String,
+    flags: String,
+}
+
+impl Line {
+    fn of(row: &Row, tree: &Tree, options: &TextOptions, marks: &Marks) -> Self {
+        let mut prefix = String::new();
+        for bar in &row.bars {
+            prefix.push_str(if *bar { marks.bar } else { " " });
+            prefix.push(' ');
+        }
+        match row.joint {
+            Joint::Straight => {}
+            Joint::Side { last } => prefix.push_str(if last { marks.last_side } else { marks.side }),
+        }
+        match &row.item {
+            Item::Node(node) => {
+                let node = &tree.nodes[*node];
+                if matches!(row.joint, Joint::Side { .. }) && node.kind != Kind::Internal {
+                    prefix.push_str(marks.dash);
+                }
+                let mark = match node.mark {
+                    Mark::Frozen => marks.frozen,
+                    Mark::Internal => marks.internal,
+                    Mark::Active => marks.active,
+                    Mark::Broken => marks.broken,
+                };
+                Self {
+                    name: format!("{prefix}{mark} {}", shown(&node.name, options)),
+                    kind: node.kind.word(),
+                    date: node.date.map(|date| time::minute(date, &options.zone)).unwrap_or_default(),
+                    size: node.own_size.map(brief_size).unwrap_or_default(),
+                    flags: shown(&flags(tree, node), options),
+                }
+            }
+            Item::Fold(run) => {
+                let folded = Folded::of(tree, run, &options.zone);
+                let (first, last) = (shown(&folded.names.0, options), shown(&folded.names.1, options));
+                Self {
+                    name: format!("{prefix}{} {} layers", marks.fold, run.len()),
+                    kind: folded.kind,
+                    date: folded.days,
+                    size: brief_size(folded.own_size),
+                    flags: format!("{first} .. {last}"),
+                }
+            }
+        }
+    }
+}
+
+fn shown(name: &str, options: &TextOptions) -> String {
+    if options.ascii { safe::ascii(name) } else { safe::terminal(name) }
+}
+
+fn pad(cell: &str, width: usize) -> String {
+    format!("{cell}{}", " ".repeat(width.saturating_sub(cell.width())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tree::sample;
+    use super::*;
+
+    fn utc() -> TextOptions {
+        TextOptions { full: false, ascii: false, zone: TimeZone::UTC }
+    }
+
+    #[test]
+    fn a_tree_reads_like_the_one_in_the_guide() {
+        let expected = "\
+web01 · 40 GiB virtual · 12 GiB on disk · 31 layers, 2 branches, 1 internal
+● base               raw     2026-01-03 09:00   3.1 GiB
+● installed          qcow2   2026-01-03 11:00   1.9 GiB
+├─● try-php9         qcow2   2026-02-11 20:00   717 MiB   web02
+│ └○ before-upgrade  int     2026-02-12 08:00
+● nightly-01         qcow2   2026-03-01 02:00   205 MiB
+⋮ 25 layers          qcow2   2026-03-02 .. 26   5.0 GiB   nightly-02 .. nightly-26
+● nightly-27         qcow2   2026-03-27 02:00   205 MiB   job: commit 43 %
+◆ active             qcow2   2026-03-28 02:00   1.0 GiB   writable, locked by qemu[4711]
+";
+        let text = tree(&sample::web01(), &utc());
+        assert_eq!(text, expected, "\n{text}");
+    }
+
+    #[test]
+    fn ascii_means_ascii_in_names_too() {
+        let mut web01 = sample::web01();
+        web01.nodes[2].name = "führung".into();
+        let text = tree(&web01, &TextOptions { ascii: true, ..utc() });
+        assert!(text.is_ascii(), "{text}");
+        for line in ["* installed ", "|-* f\\u{fc}hrung ", "| `o before-upgrade ", ": 25 layers ", "@ active "] {
+            assert!(text.lines().any(|l| l.starts_with(line)), "{line:?} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn full_leaves_nothing_out() {
+        let web01 = sample::web01();
+        let text = tree(&web01, &TextOptions { full: true, ..utc() });
+        assert_eq!(text.lines().count(), 1 + web01.nodes.len());
+    }
+
+    #[test]
+    fn wide_characters_keep_the_columns_aligned() {
+        let mut web01 = Tree::new("日本", sample::layer("日本語", Kind::Raw, 0, 0, 10));
+        web01.add(0, sample::layer("plain", Kind::Qcow2, 1, 0, 10));
+        web01.count();
+        let text = tree(&web01, &utc());
+        let kinds: Vec<_> = text.lines().skip(1).map(|line| line.split(['r', 'q']).next().unwrap().width()).collect();
+        assert_eq!(kinds[0], kinds[1], "{text}");
+    }
+
+    #[test]
+    fn hostile_names_stay_on_their_line() {
+        let web01 = Tree::new("a\nb", TreeNode::new(Mark::Broken, Kind::Missing, "\x1b[31mred\r\n"));
+        let text = tree(&web01, &utc());
+        assert_eq!(text.lines().count(), 2);
+        assert!(text.contains("✗ \\x1b[31mred\\x0d\\x0a  ?"), "{text}");
+    }
+
+    #[test]
+    fn trees_stand_apart() {
+        let one = Tree::new("one", TreeNode::new(Mark::Active, Kind::Raw, "active"));
+        let text = forest(&Forest { trees: vec![one.clone(), one] }, &utc());
+        assert_eq!(text.matches("\n\none ·").count(), 1, "{text}");
+    }
+}

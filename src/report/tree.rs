@@ -1,0 +1,204 @@
+//! The branching tree of a store as plain values.
+//!
+//! A [`Tree`] stands on one base; its nodes name each other by index, so that a chain of a
+//! thousand layers is no deeper for a program than one of three. The renderings ([`super::text`],
+//! [`super::svg`], [`super::dot`], [`super::json`]) take it as it is: they skip what is named twice
+//! or not there, and never fail.
+
+use std::time::SystemTime;
+
+/// Every tree of a store.
+#[derive(Clone, Debug, Default)]
+pub struct Forest {
+    /// One for each base, in the order in which they are to be shown.
+    pub trees: Vec<Tree>,
+}
+
+/// All that stands on one base.
+#[derive(Clone, Debug, Default)]
+pub struct Tree {
+    /// The chain that the tree is named after.
+    pub title: String,
+    /// Size of the disk that the titular chain shows.
+    pub virtual_size: u64,
+    /// Bytes that all files of the tree take on disk.
+    pub on_disk: u64,
+    /// Images of the tree.
+    pub layer_count: usize,
+    /// Ways from the base to a leaf; internal snapshots are no branches of their own.
+    pub branch_count: usize,
+    /// Internal snapshots of all images.
+    pub internal_count: usize,
+    /// Images and internal snapshots in any order.
+    pub nodes: Vec<TreeNode>,
+    /// Index of the base in `nodes`.
+    pub root: usize,
+}
+
+/// An image or an internal snapshot.
+#[derive(Clone, Debug)]
+pub struct TreeNode {
+    /// What it is to its chain.
+    pub mark: Mark,
+    /// Its view's name, or the file name of what is missing.
+    pub name: String,
+    /// What it is made of.
+    pub kind: Kind,
+    /// When it was frozen or taken, else when its file was last changed.
+    pub date: Option<SystemTime>,
+    /// Bytes that its file takes on disk; `None` where that cannot be said of it alone.
+    pub own_size: Option<u64>,
+    /// What else is to be known: "writable", `locked by qemu[4711]`, "missing", "shared by 3".
+    pub flags: Vec<String>,
+    /// The chain whose leaf it is.
+    pub chain: Option<String>,
+    /// Indices of what stands on it, internal snapshots included.
+    pub children: Vec<usize>,
+}
+
+/// What a node is to its chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mark {
+    /// A layer that never changes.
+    Frozen,
+    /// A snapshot within an image.
+    Internal,
+    /// The writable layer.
+    Active,
+    /// A layer that cannot be read.
+    Broken,
+}
+
+/// What a node is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// A raw image.
+    Raw,
+    /// A qcow2 image.
+    Qcow2,
+    /// A snapshot within a qcow2 image.
+    Internal,
+    /// A file that an image names and that is not there.
+    Missing,
+}
+
+impl Tree {
+    /// A tree of one node; more are added with [`Tree::add`].
+    pub fn new(title: impl Into<String>, base: TreeNode) -> Self {
+        Self { title: title.into(), nodes: vec![base], ..Self::default() }
+    }
+
+    /// Puts `node` on top of `parent` and returns its index.
+    pub fn add(&mut self, parent: usize, node: TreeNode) -> usize {
+        let index = self.nodes.len();
+        self.nodes.push(node);
+        self.nodes[parent].children.push(index);
+        index
+    }
+
+    /// Counts layers, branches, internal snapshots and bytes on disk from the nodes.
+    pub fn count(&mut self) {
+        let internal = |node: &&TreeNode| node.kind == Kind::Internal;
+        self.internal_count = self.nodes.iter().filter(internal).count();
+        self.layer_count = self.nodes.len() - self.internal_count;
+        let is_layer = |child: &usize| self.nodes.get(*child).is_some_and(|node| node.kind != Kind::Internal);
+        let is_leaf = |node: &&TreeNode| node.kind != Kind::Internal && !node.children.iter().any(is_layer);
+        self.branch_count = self.nodes.iter().filter(is_leaf).count();
+        self.on_disk = self.nodes.iter().filter_map(|node| node.own_size).fold(0, u64::saturating_add);
+    }
+}
+
+impl TreeNode {
+    /// A node without date, size, flags or children.
+    pub fn new(mark: Mark, kind: Kind, name: impl Into<String>) -> Self {
+        Self {
+            mark,
+            name: name.into(),
+            kind,
+            date: None,
+            own_size: None,
+            flags: Vec::new(),
+            chain: None,
+            children: Vec::new(),
+        }
+    }
+}
+
+impl Mark {
+    /// The word for programs.
+    pub fn word(self) -> &'static str {
+        match self {
+            Mark::Frozen => "frozen",
+            Mark::Internal => "internal",
+            Mark::Active => "active",
+            Mark::Broken => "broken",
+        }
+    }
+}
+
+impl Kind {
+    /// The word for the column of formats.
+    pub fn word(self) -> &'static str {
+        match self {
+            Kind::Raw => "raw",
+            Kind::Qcow2 => "qcow2",
+            Kind::Internal => "int",
+            Kind::Missing => "?",
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod sample {
+    //! The tree of the user's guide, for the tests of the renderings.
+
+    use super::*;
+    use std::time::Duration;
+
+    /// Seconds of 2026-01-01 00:00 UTC.
+    pub(in crate::report) const NEW_YEAR: u64 = 1_767_225_600;
+
+    /// A layer, `day` days and some hours into 2026, of so many tenths of a GiB.
+    pub(in crate::report) fn layer(name: &str, kind: Kind, day: u64, hour: u64, tenths: u64) -> TreeNode {
+        let date = SystemTime::UNIX_EPOCH + Duration::from_secs(NEW_YEAR + day * 86_400 + hour * 3600);
+        let own_size = Some(tenths * (1 << 30) / 10);
+        TreeNode { date: Some(date), own_size, ..TreeNode::new(Mark::Frozen, kind, name) }
+    }
+
+    /// `web01` with a branch, an internal snapshot and a long run of nightly snapshots.
+    pub(in crate::report) fn web01() -> Tree {
+        let mut tree = Tree::new("web01", layer("base", Kind::Raw, 2, 9, 31));
+        let installed = tree.add(0, layer("installed", Kind::Qcow2, 2, 11, 19));
+        let php =
+            tree.add(installed, TreeNode { chain: Some("web02".into()), ..layer("try-php9", Kind::Qcow2, 41, 20, 7) });
+        let upgrade =
+            TreeNode { own_size: None, mark: Mark::Internal, ..layer("before-upgrade", Kind::Internal, 42, 8, 0) };
+        tree.add(php, upgrade);
+        let mut top = installed;
+        for night in 1..=27 {
+            top = tree.add(top, layer(&format!("nightly-{night:02}"), Kind::Qcow2, 58 + night, 2, 2));
+        }
+        tree.nodes[top].flags.push("job: commit 43 %".into());
+        let active = TreeNode {
+            mark: Mark::Active,
+            flags: vec!["writable".into(), "locked by qemu[4711]".into()],
+            chain: Some("web01".into()),
+            ..layer("active", Kind::Qcow2, 86, 2, 10)
+        };
+        tree.add(top, active);
+        tree.count();
+        tree.virtual_size = 40 << 30;
+        tree
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counting_tells_layers_branches_and_internal_snapshots_apart() {
+        let tree = sample::web01();
+        assert_eq!((tree.layer_count, tree.branch_count, tree.internal_count), (31, 2, 1));
+    }
+}

@@ -1,0 +1,293 @@
+//! From scanned files to a catalog: who names whom, and what format each is read in.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::error::{Error, ErrorKind};
+use crate::format::Frozen;
+use crate::io::{FileId, Root};
+
+use super::catalog::{self, Below, Catalog, Draft, ImageEntry, ImageIndex, Reference, qcow2_problem, versions};
+use super::describe::Content;
+use super::notes::Notes;
+use super::options::{Format, StoreOptions};
+use super::resolve::{Place, resolve};
+use super::scan::{Known, Problem, Scan, ScannedFile, describe_place, has_extension, known_of};
+
+/// Files of a scan, and those that headers name besides, on their way to a catalog.
+struct Builder<'a> {
+    roots: &'a [Arc<Root>],
+    options: &'a StoreOptions,
+    known: &'a Known,
+    files: Vec<ScannedFile>,
+    by_place: HashMap<Place, ImageIndex>,
+    by_id: HashMap<FileId, ImageIndex>,
+    problems: Vec<Problem>,
+}
+
+/// Builds the catalog, and what the next scan need not read again.
+pub(super) fn build(
+    roots: &[Arc<Root>],
+    options: &StoreOptions,
+    scan: Scan,
+    known: &Known,
+    previous: &Catalog,
+    is_single: bool,
+) -> (Catalog, Arc<Known>) {
+    let mut builder = Builder {
+        roots,
+        options,
+        known,
+        files: Vec::new(),
+        by_place: HashMap::new(),
+        by_id: HashMap::new(),
+        problems: scan.problems,
+    };
+    builder.add_scanned(scan.files);
+    let references = builder.follow();
+    let data_references = builder.data_files();
+    let mut statements: Vec<Vec<Format>> = vec![Vec::new(); builder.files.len()];
+    for reference in references.iter().flatten() {
+        let Ok(target) = &reference.target else { continue };
+        match &reference.format {
+            Some(format) => statements[*target].extend(Format::from_name(format)),
+            // Only where the user asks for it is a format guessed from content.
+            None if options.probe && matches!(builder.files[*target].content, Content::Plain) => {
+                statements[*target].push(Format::Raw);
+            }
+            None => {}
+        }
+    }
+    let next_known = known_of(&builder.files);
+    let notes = Notes::read(&roots[0]);
+    let old = versions(previous);
+    let mut drafts: Vec<Draft> = Vec::with_capacity(builder.files.len());
+    for ((index, file), backing) in builder.files.iter().enumerate().zip(references) {
+        let is_wanted = is_single && index == 0;
+        let stated = options.stated_format(&file.place.path);
+        let (format, mut problem, content) = builder.decide(file, stated, &statements[index], is_wanted);
+        let mut data_file = None;
+        match data_references.get(&index) {
+            Some(Ok(target)) => {
+                let target = &builder.files[*target];
+                data_file = Some((target.place.clone(), target.stat));
+            }
+            Some(Err(sentence)) if problem.is_none() => problem = Some(sentence.as_str().into()),
+            _ => {}
+        }
+        let version = match old.get(&file.stat.id) {
+            Some((stat, version)) if stat.signature == file.stat.signature => *version,
+            _ => next(&VERSION),
+        };
+        let frozen: Option<Frozen> = match &content {
+            Content::Qcow2(qcow2) if format == Some(Format::Qcow2) => qcow2.header.frozen.clone(),
+            _ => notes.frozen(&file.place),
+        };
+        let readonly = file.place.root != 0 || !file.stat.has_write_bit() || options.is_readonly(&file.place.path);
+        drafts.push(Draft {
+            entry: ImageEntry {
+                place: file.place.clone(),
+                stat: file.stat,
+                version,
+                content,
+                format,
+                problem,
+                below: Below::Nothing,
+                users: Vec::new(),
+                data_file,
+                frozen,
+                readonly,
+                chain_count: 0,
+            },
+            // What stands in a file that is read as raw names nothing.
+            backing: backing.filter(|_| format == Some(Format::Qcow2)),
+            is_data_file: false,
+            is_stated: stated.is_some(),
+        });
+    }
+    for target in data_references.values().flatten() {
+        drafts[*target].is_data_file = true;
+    }
+    let catalog = catalog::link(drafts, builder.problems, is_single, options.probe, next(&SERIAL));
+    (catalog, next_known)
+}
+
+static VERSION: AtomicU64 = AtomicU64::new(1);
+static SERIAL: AtomicU64 = AtomicU64::new(1);
+
+fn next(counter: &AtomicU64) -> u64 {
+    counter.fetch_add(1, Ordering::Relaxed)
+}
+
+impl Builder<'_> {
+    /// Takes the files of the scan in the order of their places: of several names of one file
+    /// the first counts, and the others are a problem.
+    fn add_scanned(&mut self, mut files: Vec<ScannedFile>) {
+        files.sort_by(|a, b| a.place.cmp(&b.place));
+        for file in files {
+            if let Some(first) = self.by_id.get(&file.stat.id) {
+                let first_name = self.files[*first].place.path.display();
+                let sentence = format!(
+                    "is another name of {first_name} (a hard link); they are one image, shown under the first name; remove one"
+                );
+                if super::scan::looks_like_image(&file.place.path) || matches!(file.content, Content::Qcow2(_)) {
+                    self.problems.push(Problem { path: file.place.path.clone(), sentence });
+                }
+                self.by_place.insert(file.place, *first);
+                continue;
+            }
+            self.add(file);
+        }
+    }
+
+    fn add(&mut self, file: ScannedFile) -> ImageIndex {
+        let index = self.files.len();
+        self.by_place.insert(file.place.clone(), index);
+        self.by_id.insert(file.stat.id, index);
+        self.files.push(file);
+        index
+    }
+
+    /// Follows the backing file name of every header, and of those of the files so found.
+    fn follow(&mut self) -> Vec<Option<Reference>> {
+        let mut references = Vec::new();
+        while references.len() < self.files.len() {
+            let file = &self.files[references.len()];
+            let Content::Qcow2(qcow2) = &file.content else {
+                references.push(None);
+                continue;
+            };
+            let header = Arc::clone(&qcow2.header);
+            let from = file.place.clone();
+            references.push(header.backing.as_ref().map(|backing| Reference {
+                target: self.find(&from, &backing.name),
+                format: backing.format.clone(),
+                name: printable(&backing.name),
+            }));
+        }
+        references
+    }
+
+    /// The external data file of every image that has one, or why it cannot be used.
+    fn data_files(&mut self) -> HashMap<ImageIndex, Result<ImageIndex, String>> {
+        let mut found = HashMap::new();
+        for index in 0..self.files.len() {
+            let Content::Qcow2(qcow2) = &self.files[index].content else { continue };
+            let Some(data_file) = qcow2.header.data_file.clone() else { continue };
+            let from = self.files[index].place.clone();
+            let target = match &data_file.name {
+                None => Err("cannot be read: its data is in an external file that its header does not name; \
+                             set it with qemu-img amend -o data_file=NAME"
+                    .to_string()),
+                Some(name) => self
+                    .find(&from, name)
+                    .map_err(|sentence| format!("cannot be read: its data file \"{}\" {sentence}", printable(name))),
+            };
+            found.insert(index, target);
+        }
+        found
+    }
+
+    /// The file that `name` in the header at `from` means. Files that no scan has met are looked at now.
+    fn find(&mut self, from: &Place, name: &[u8]) -> Result<ImageIndex, String> {
+        let place = resolve(self.roots, &self.options.maps, from, name)?;
+        if let Some(index) = self.by_place.get(&place) {
+            return Ok(*index);
+        }
+        let file = match describe_place(&self.roots[place.root], &place, self.known) {
+            Ok(file) => file,
+            Err(error) => return Err(not_there(&self.roots[place.root], &place.path, &error)),
+        };
+        // A link, or another name of a file that is known already.
+        if let Some(index) = self.by_id.get(&file.stat.id) {
+            self.by_place.insert(place, *index);
+            return Ok(*index);
+        }
+        Ok(self.add(file))
+    }
+
+    /// In what format a file is read, and if in none although it is an image, why.
+    fn decide(
+        &self,
+        file: &ScannedFile,
+        stated: Option<Format>,
+        by_users: &[Format],
+        is_single: bool,
+    ) -> (Option<Format>, Option<Arc<str>>, Content) {
+        let path = &file.place.path;
+        let has_magic = matches!(file.content, Content::Qcow2(_) | Content::Malformed(_));
+        let raw = || (Some(Format::Raw), None, file.content.clone());
+        let decided = match stated {
+            Some(format) => Some(format),
+            None if has_extension(path, "raw") => Some(Format::Raw),
+            // Images that disagree about what they stand on: nothing a guest wrote may decide.
+            None if by_users.contains(&Format::Raw) => Some(Format::Raw),
+            None => by_users.first().copied(),
+        };
+        match decided {
+            Some(Format::Raw) => raw(),
+            Some(Format::Qcow2) => self.as_qcow2(file),
+            None if has_extension(path, "img") && has_magic => {
+                let problem = "cannot be read: it is raw by its name but begins with qcow2's magic, which a guest could have \
+                               written; say which with -o format=NAME:raw or -o format=NAME:qcow2";
+                (None, Some(problem.into()), file.content.clone())
+            }
+            None if has_extension(path, "img") => raw(),
+            None if has_magic || has_extension(path, "qcow2") => self.as_qcow2(file),
+            // The user has named it; what else should it be.
+            None if is_single => raw(),
+            None => (None, None, file.content.clone()),
+        }
+    }
+
+    fn as_qcow2(&self, file: &ScannedFile) -> (Option<Format>, Option<Arc<str>>, Content) {
+        let content = match &file.content {
+            // Named *.raw, but the user says otherwise.
+            Content::Unseen => match describe_place(&self.roots[file.place.root], &file.place, &Known::new()) {
+                Ok(file) => file.content,
+                Err(error) => return (None, Some(format!("cannot be read: {error}").into()), Content::Plain),
+            },
+            content => content.clone(),
+        };
+        match &content {
+            Content::Qcow2(qcow2) => (Some(Format::Qcow2), qcow2_problem(qcow2), content),
+            Content::Malformed(reason) => {
+                let problem = format!("cannot be read: {reason}");
+                (None, Some(problem.into()), content)
+            }
+            Content::Plain | Content::Unseen => {
+                let problem = if file.stat.signature.size == 0 {
+                    "cannot be read: the file is empty; restore it from a copy".to_string()
+                } else {
+                    "cannot be read: it does not begin with qcow2's magic; restore it from a copy, or rename it if it is raw"
+                        .to_string()
+                };
+                (None, Some(problem.into()), content)
+            }
+        }
+    }
+}
+
+/// Why a file that a header names is not there, as the rest of a sentence.
+fn not_there(root: &Root, path: &Path, error: &Error) -> String {
+    let path = root.canonical().join(path);
+    match error.kind() {
+        ErrorKind::NotFound => {
+            format!(
+                "is missing (looked for {}); put it back, or point the header elsewhere with qemu-img rebase -u",
+                path.display()
+            )
+        }
+        ErrorKind::Escape => {
+            "leads out of the store by a symbolic link, and is never followed; move the file itself into the store"
+                .into()
+        }
+        _ => format!("cannot be opened ({error})"),
+    }
+}
+
+fn printable(name: &[u8]) -> String {
+    catalog::shown(Path::new(catalog::os(name)))
+}

@@ -1,0 +1,192 @@
+//! The store: a directory of images, or one image, and everything that can be seen through it.
+//!
+//! Promises: only files beneath the roots are ever opened; a catalog is immutable and replaced
+//! as a whole; nothing is opened that nobody looks at. What is shown to users is for others.
+
+mod build;
+mod catalog;
+mod describe;
+mod names;
+mod notes;
+mod open;
+mod options;
+mod resolve;
+mod scan;
+mod views;
+mod watch;
+
+use std::num::NonZero;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lru::LruCache;
+use parking_lot::{Mutex, RwLock};
+
+use crate::chain::FlatCache;
+use crate::error::{Error, Result};
+use crate::image::Caches;
+use crate::io::{Descriptors, FileStat, Root, StoreFile};
+
+pub use catalog::{Below, Catalog, Directory, ImageEntry, ImageIndex, shown};
+pub use describe::{Content, Qcow2};
+pub use names::{ACTIVE, STORE_DIRECTORY, encode};
+pub use notes::FROZEN_NOTES;
+pub use open::{OpenView, ViewPart};
+pub use options::{Format, StoreOptions};
+pub use resolve::Place;
+pub use scan::Problem;
+pub use views::{ChainView, ChainViews};
+pub use watch::Watcher;
+
+use open::Opened;
+use scan::{Known, Scan};
+
+/// How many chains' names are kept worked out.
+const CHAINS_KEPT: usize = 4096;
+/// How many views' flattened maps are kept after their last use.
+const VIEWS_KEPT: usize = 256;
+
+/// A store that is being looked at.
+pub struct Store {
+    given: PathBuf,
+    roots: Vec<Arc<Root>>,
+    options: StoreOptions,
+    single: Option<Place>,
+    catalog: RwLock<Arc<Catalog>>,
+    /// What the last scan knew. Held during a scan: one at a time.
+    known: Mutex<Arc<Known>>,
+    watches: Option<watch::Watches>,
+    descriptors: Arc<Descriptors>,
+    caches: Arc<Caches>,
+    flat: Arc<FlatCache>,
+    opened: Opened,
+    chain_views: Mutex<LruCache<(u64, ImageIndex), Arc<ChainViews>>>,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("given", &self.given).finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// Opens and scans the store at `path`: a directory, or one image file.
+    pub fn open(path: &Path, options: StoreOptions) -> Result<Arc<Self>> {
+        let metadata =
+            std::fs::metadata(path).map_err(|error| Error::io(format!("opening {}", path.display()), error))?;
+        let (directory, single) = if metadata.is_dir() {
+            (path.to_path_buf(), None)
+        } else {
+            let absolute = std::path::absolute(path).map_err(|error| Error::io("finding the image", error))?;
+            let name = absolute.file_name().unwrap_or_default().into();
+            let directory = absolute.parent().unwrap_or(Path::new("/")).to_path_buf();
+            (directory, Some(Place { root: 0, path: name }))
+        };
+        let mut roots = vec![Arc::new(Root::open(&directory)?)];
+        for directory in &options.backing_dirs {
+            roots.push(Arc::new(Root::open(directory)?));
+        }
+        // Half for the flattened maps, a quarter each for tables and for decompressed clusters.
+        let quarter = (options.cache / 4) as usize;
+        let store = Arc::new(Self {
+            given: std::path::absolute(path).map_err(|error| Error::io("finding the store", error))?,
+            watches: if options.notify { watch::Watches::new() } else { None },
+            roots,
+            options,
+            single,
+            catalog: RwLock::default(),
+            known: Mutex::default(),
+            descriptors: Descriptors::for_process(),
+            caches: Caches::new(quarter, quarter),
+            flat: Arc::new(FlatCache::new(2 * quarter)),
+            opened: Opened::new(NonZero::new(VIEWS_KEPT).expect("not zero")),
+            chain_views: Mutex::new(LruCache::new(NonZero::new(CHAINS_KEPT).expect("not zero"))),
+        });
+        store.rescan()?;
+        Ok(store)
+    }
+
+    /// The store as the user named it, made absolute.
+    pub fn given(&self) -> &Path {
+        &self.given
+    }
+
+    /// The directories beneath which files are opened; the first is the store's own.
+    pub fn roots(&self) -> &[Arc<Root>] {
+        &self.roots
+    }
+
+    /// How it is looked at.
+    pub fn options(&self) -> &StoreOptions {
+        &self.options
+    }
+
+    /// The store as of the last scan.
+    pub fn catalog(&self) -> Arc<Catalog> {
+        Arc::clone(&self.catalog.read())
+    }
+
+    /// Looks again, and returns how long that took.
+    pub fn rescan(&self) -> Result<Duration> {
+        let start = Instant::now();
+        let mut known = self.known.lock();
+        let scan = match &self.single {
+            None => scan::scan(&self.roots[0], &known, &|path, fd| {
+                if let Some(watches) = &self.watches {
+                    watches.add(path, fd);
+                }
+            }),
+            Some(place) => {
+                if let (Some(watches), Some(fd)) = (&self.watches, self.roots[0].open_directory(Path::new(""), true)?) {
+                    watches.add(Path::new(""), &fd);
+                }
+                Scan { files: vec![scan::describe_place(&self.roots[0], place, &known)?], problems: Vec::new() }
+            }
+        };
+        let previous = self.catalog();
+        let (catalog, now_known) =
+            build::build(&self.roots, &self.options, scan, &known, &previous, self.single.is_some());
+        *known = now_known;
+        let catalog = Arc::new(catalog);
+        self.opened.retire(&catalog);
+        *self.catalog.write() = catalog;
+        Ok(start.elapsed())
+    }
+
+    /// The views of a chain, worked out once per catalog.
+    pub fn chain_views(&self, catalog: &Catalog, leaf: ImageIndex) -> Arc<ChainViews> {
+        let key = (catalog.serial, leaf);
+        if let Some(views) = self.chain_views.lock().get(&key) {
+            return Arc::clone(views);
+        }
+        let views = Arc::new(ChainViews::new(catalog, leaf));
+        self.chain_views.lock().put(key, Arc::clone(&views));
+        views
+    }
+
+    /// The attributes of an image file now, or as of the scan if it has gone.
+    pub fn stat_now(&self, image: &ImageEntry) -> FileStat {
+        match self.roots[image.place.root].stat(&image.place.path) {
+            Ok(stat) if stat.id == image.stat.id => stat,
+            _ => image.stat,
+        }
+    }
+
+    /// A file of the store, to be opened when it is read.
+    pub fn file(&self, place: &Place, seen: &FileStat, fixed: bool) -> Arc<StoreFile> {
+        StoreFile::new(&self.descriptors, &self.roots[place.root], &place.path, seen, fixed)
+    }
+
+    /// Where an image lies on the host.
+    pub fn host_path(&self, place: &Place) -> PathBuf {
+        self.roots[place.root].canonical().join(&place.path)
+    }
+
+    /// Bytes of memory in the caches of tables, decompressed clusters and flattened maps, and the
+    /// number of image files open now.
+    pub fn usage(&self) -> (usize, usize, usize, usize) {
+        let (tables, clusters) = self.caches.weights();
+        (tables, clusters, self.flat.weight(), self.descriptors.open_count())
+    }
+}

@@ -1,0 +1,87 @@
+//! The views of one chain: their names, and which layer and internal snapshot each shows.
+
+use std::collections::HashMap;
+
+use crate::format::Snapshot;
+
+use super::catalog::{Catalog, ImageIndex};
+use super::names::{ViewForm, view_names};
+
+/// One view of a chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChainView {
+    /// Its name, without suffix.
+    pub name: Vec<u8>,
+    /// Index of its top layer in the chain, from the leaf.
+    pub layer: usize,
+    /// Index of the internal snapshot in that layer's table.
+    pub snapshot: Option<usize>,
+    /// Whether it is the chain's active disk.
+    pub active: bool,
+    /// Whether VM state was saved with it.
+    pub has_vm_state: bool,
+}
+
+/// All views of a chain.
+#[derive(Debug)]
+pub struct ChainViews {
+    /// The chain's layers, leaf first.
+    pub layers: Vec<ImageIndex>,
+    /// Its views: layers first, from the leaf down, then internal snapshots.
+    pub views: Vec<ChainView>,
+    by_name: HashMap<Vec<u8>, usize>,
+}
+
+impl ChainViews {
+    /// The views of the chain of that leaf. Images that could not be understood have none.
+    pub fn new(catalog: &Catalog, leaf: ImageIndex) -> Self {
+        let layers = catalog.layers(leaf);
+        let mut views = Vec::new();
+        let mut forms = Vec::new();
+        for (layer, index) in layers.iter().enumerate() {
+            let image = &catalog.images[*index];
+            if image.virtual_size().is_none() {
+                continue;
+            }
+            let active = layer == 0 && catalog.is_active(leaf);
+            forms.push(ViewForm { path: &image.place.path, active, snapshot: None });
+            views.push(ChainView { name: Vec::new(), layer, snapshot: None, active, has_vm_state: false });
+        }
+        for (layer, index) in layers.iter().enumerate() {
+            let image = &catalog.images[*index];
+            let Some(qcow2) = image.qcow2() else { continue };
+            let active = layer == 0 && catalog.is_active(leaf);
+            for (snapshot, Snapshot { name, id, vm_state_size, .. }) in qcow2.snapshots.iter().enumerate() {
+                forms.push(ViewForm { path: &image.place.path, active, snapshot: Some((name, id)) });
+                let has_vm_state = *vm_state_size > 0;
+                views.push(ChainView {
+                    name: Vec::new(),
+                    layer,
+                    snapshot: Some(snapshot),
+                    active: false,
+                    has_vm_state,
+                });
+            }
+        }
+        for (view, name) in views.iter_mut().zip(view_names(&forms)) {
+            view.name = name;
+        }
+        let by_name = views.iter().enumerate().map(|(index, view)| (view.name.clone(), index)).collect();
+        Self { layers, views, by_name }
+    }
+
+    /// The view of that name.
+    pub fn find(&self, name: &[u8]) -> Option<&ChainView> {
+        self.by_name.get(name).map(|index| &self.views[*index])
+    }
+
+    /// The active disk, if the chain has one.
+    pub fn active(&self) -> Option<&ChainView> {
+        self.views.first().filter(|view| view.active)
+    }
+
+    /// All views but the active disk.
+    pub fn snapshots(&self) -> impl Iterator<Item = &ChainView> {
+        self.views.iter().filter(|view| !view.active)
+    }
+}
