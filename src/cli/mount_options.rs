@@ -5,14 +5,20 @@
 //! with the name that was probably meant, unless the caller is sloppy. `rw` is what mount(8) says when
 //! nobody said anything, so it means "as usual" and never undoes a `ro`. Within a value `\,` is a comma.
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::report::safe::terminal_bytes;
+mod names;
+mod values;
+
+use crate::error::Result;
 use crate::report::size::parse_size;
 use glob::Pattern;
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use names::{is_ignored, split_list, unknown};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
+use values::{format_rule, glob, number, octal, path_map, path_of, refuse, utf8};
+
+pub(super) use names::suggestion;
 
 /// Everything that the options of a mount can say. `None` is "not said".
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -139,46 +145,6 @@ pub(super) const SETTINGS: [(&str, Takes); 20] = [
     ("noexec", Takes::Nothing),
 ];
 
-/// Words for mount(8), fstab, systemd and the kernel that change nothing here: the mount always has
-/// nosuid and nodev, its times never change by reading, and `allow_other` brings `default_permissions`.
-const IGNORED: [&str; 32] = [
-    "_netdev",
-    "auto",
-    "defaults",
-    "default_permissions",
-    "dev",
-    "diratime",
-    "fail",
-    "group",
-    "lazytime",
-    "loud",
-    "mand",
-    "noauto",
-    "nodev",
-    "nodiratime",
-    "nofail",
-    "nogroup",
-    "nolazytime",
-    "nomand",
-    "noowner",
-    "norelatime",
-    "nostrictatime",
-    "nosuid",
-    "nouser",
-    "nousers",
-    "owner",
-    "relatime",
-    "rw",
-    "silent",
-    "strictatime",
-    "suid",
-    "user",
-    "users",
-];
-
-/// Known words that are neither settings nor ignored, for suggestions.
-const OTHERS: [&str; 7] = ["config", "exec", "atime", "noatime", "sync", "async", "dirsync"];
-
 impl MountOptions {
     /// Reads every `-o` in turn; later ones hold. `sloppy` ignores what is unknown.
     pub fn parse<S: AsRef<OsStr>>(lists: &[S], sloppy: bool) -> Result<Self> {
@@ -291,135 +257,6 @@ impl MountOptions {
             _ => return Err(unknown(name.as_bytes())),
         }
         Ok(())
-    }
-}
-
-/// Splits at commas that no backslash stands before. `\,` and `\\` lose theirs; any other stays.
-fn split_list(bytes: &[u8]) -> Vec<Vec<u8>> {
-    let mut parts = vec![Vec::new()];
-    let mut bytes = bytes.iter().copied().peekable();
-    while let Some(byte) = bytes.next() {
-        let last = parts.len() - 1;
-        match byte {
-            b'\\' => parts[last].push(bytes.next_if(|next| matches!(next, b',' | b'\\')).unwrap_or(b'\\')),
-            b',' => parts.push(Vec::new()),
-            _ => parts[last].push(byte),
-        }
-    }
-    parts.retain(|part| !part.is_empty());
-    parts
-}
-
-fn is_ignored(name: &str) -> bool {
-    let for_others = ["x-", "X-"].iter().any(|prefix| name.starts_with(prefix));
-    for_others || matches!(name, "comment" | "fsname" | "subtype" | "uhelper" | "helper") || IGNORED.contains(&name)
-}
-
-fn refuse(name: &str, why: &str) -> Error {
-    Error::new(ErrorKind::Usage, format!("mount option '{name}': {why}"))
-}
-
-fn unknown(name: &[u8]) -> Error {
-    let shown = terminal_bytes(name);
-    let remedy = match suggestion(&String::from_utf8_lossy(name)) {
-        Some(meant) => format!("did you mean '{meant}'?"),
-        None => "see chainfs mount --help".to_owned(),
-    };
-    Error::new(ErrorKind::Usage, format!("mount option '{shown}': unknown; {remedy}"))
-}
-
-/// The known option that `name` is nearest to, if it is near at all.
-pub(super) fn suggestion(name: &str) -> Option<&'static str> {
-    let known = SETTINGS.iter().map(|(known, _)| *known).chain(OTHERS).chain(IGNORED);
-    let name = name.replace('-', "_").to_ascii_lowercase();
-    // A hostile list must not cost quadratic time.
-    let (distance, meant) = known
-        .filter(|known| known.len().abs_diff(name.len()) <= 3)
-        .map(|known| (edit_distance(&name, known), known))
-        .min_by_key(|(distance, _)| *distance)?;
-    (distance <= meant.len().div_ceil(4)).then_some(meant)
-}
-
-/// Letters to insert, remove or replace to make one word of the other.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b = b.as_bytes();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(from != *to);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
-fn path_of(bytes: &[u8]) -> PathBuf {
-    PathBuf::from(OsString::from_vec(bytes.to_vec()))
-}
-
-fn utf8<'a>(name: &str, value: &'a [u8]) -> Result<&'a str> {
-    std::str::from_utf8(value).map_err(|_| refuse(name, &format!("'{}' is not text", terminal_bytes(value))))
-}
-
-fn number(name: &str, value: &[u8], min: u64, max: u64) -> Result<u64> {
-    let digits = utf8(name, value)?;
-    let parsed = digits.parse().ok().filter(|_| digits.bytes().all(|byte| byte.is_ascii_digit()));
-    parsed
-        .filter(|number| (min..=max).contains(number))
-        .ok_or_else(|| refuse(name, &format!("'{}' must be a number from {min} to {max}", terminal_bytes(value))))
-}
-
-fn octal(name: &str, value: &[u8]) -> Result<u32> {
-    let bits = u32::from_str_radix(utf8(name, value)?, 8).ok();
-    bits.filter(|bits| *bits <= 0o777 && value.iter().all(u8::is_ascii_digit))
-        .ok_or_else(|| refuse(name, &format!("'{}' must be octal, as in 027", terminal_bytes(value))))
-}
-
-fn glob(name: &str, text: &str) -> Result<Pattern> {
-    Pattern::new(text).map_err(|error| {
-        let shown = terminal_bytes(text.as_bytes());
-        refuse(name, &format!("'{shown}' is not a pattern: {} at position {}", error.msg, error.pos))
-    })
-}
-
-/// `OLD=NEW`; an equals sign of OLD is written `\=`.
-fn path_map(value: &[u8]) -> Result<PathMap> {
-    let mut old = Vec::new();
-    let mut bytes = value.iter().copied().peekable();
-    while let Some(byte) = bytes.next() {
-        match byte {
-            b'\\' => old.push(bytes.next_if_eq(&b'=').unwrap_or(b'\\')),
-            b'=' => {
-                let new: Vec<u8> = bytes.collect();
-                if old.is_empty() || new.is_empty() {
-                    break;
-                }
-                return Ok(PathMap { old: path_of(&old), new: path_of(&new) });
-            }
-            _ => old.push(byte),
-        }
-    }
-    Err(refuse("map", &format!("'{}' must be OLD=NEW, two directories", terminal_bytes(value))))
-}
-
-/// `GLOB:FORMAT`; the pattern may have colons of its own.
-fn format_rule(value: &str) -> Result<FormatRule> {
-    let format = |word| match word {
-        "raw" => Some(ImageFormat::Raw),
-        "qcow2" => Some(ImageFormat::Qcow2),
-        _ => None,
-    };
-    match value.rsplit_once(':').map(|(pattern, word)| (pattern, format(word))) {
-        Some((pattern, Some(format))) if !pattern.is_empty() => {
-            Ok(FormatRule { glob: glob("format", pattern)?, format })
-        }
-        _ => {
-            let shown = terminal_bytes(value.as_bytes());
-            Err(refuse("format", &format!("'{shown}' must be GLOB:raw or GLOB:qcow2")))
-        }
     }
 }
 

@@ -112,8 +112,13 @@ impl EntryFormat {
         Ok(L2Entry { mapping, copied })
     }
 
+    /// The offset in a standard L1 or L2 entry, whatever else is wrong with it: for a checker.
+    pub fn raw_offset(entry: u64) -> u64 {
+        entry & OFFSET
+    }
+
     /// Whether the first word of an L2 entry says that the cluster is compressed.
-    pub(super) fn is_compressed(entry: u64) -> bool {
+    pub fn is_compressed(entry: u64) -> bool {
         entry & COMPRESSED != 0
     }
 
@@ -157,7 +162,8 @@ impl EntryFormat {
         }
     }
 
-    pub(super) fn copied(entry: u64) -> bool {
+    /// The COPIED flag of an L1 entry or of the first word of an L2 entry.
+    pub fn copied(entry: u64) -> bool {
         entry & COPIED != 0
     }
 

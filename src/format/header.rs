@@ -24,10 +24,12 @@ pub const V2_LEN: usize = 72;
 const V3_MIN_LEN: usize = 104;
 
 // QEMU's limits.
-const MAX_L1_LEN: u64 = 32 << 20;
+/// Largest L1 table, in bytes.
+pub const MAX_L1_LEN: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE_LEN: u64 = 8 << 20;
 const MAX_SNAPSHOTS: u64 = 65_536;
-const MAX_BACKING_NAME_LEN: u64 = 1023;
+/// Longest backing file name, in bytes.
+pub const MAX_BACKING_NAME_LEN: u64 = 1023;
 const MAX_BITMAPS: u64 = 65_535;
 const MAX_BITMAP_DIRECTORY_LEN: u64 = 64 << 20;
 /// The smallest entry of a snapshot table; bounds the table from below.
@@ -92,6 +94,15 @@ pub enum Encryption {
     AesCbc,
     /// LUKS.
     Luks,
+}
+
+impl std::fmt::Display for Encryption {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::AesCbc => "AES-CBC",
+            Self::Luks => "LUKS",
+        })
+    }
 }
 
 /// The backing file, as the header names it.

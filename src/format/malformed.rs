@@ -212,6 +212,14 @@ impl Malformed {
     }
 }
 
+impl Malformed {
+    /// The fact alone, without what to do about it: for a list of many.
+    pub fn fact(&self) -> String {
+        let text = self.to_string();
+        text.strip_suffix(CHECK).and_then(|text| text.strip_suffix("; ")).map_or(text.clone(), str::to_owned)
+    }
+}
+
 impl fmt::Display for Malformed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -361,6 +369,8 @@ mod tests {
         assert_eq!(Malformed::ClusterBits(8).to_string(), "cluster_bits is 8; 9 to 21 are allowed");
         let text = Malformed::Unaligned { what: "L1 table", offset: 0x1200, unit: 65_536 }.to_string();
         assert!(text.starts_with("the offset of the L1 table is 0x1200, not a multiple of 65536; "), "{text}");
+        let fact = Malformed::Unaligned { what: "L1 table", offset: 0x1200, unit: 65_536 }.fact();
+        assert_eq!(fact, "the offset of the L1 table is 0x1200, not a multiple of 65536");
     }
 
     #[test]

@@ -58,6 +58,7 @@ impl Snapshot {
 struct Rules {
     cluster: ClusterBits,
     extra_required: u32,
+    l1_unchecked: bool,
 }
 
 /// Reads a table from chunks of any size.
@@ -77,17 +78,18 @@ impl SnapshotParser {
         Self::with(header.snapshots, header.cluster, header.version)
     }
 
-    /// As [`Self::new`], but takes entries of version 3 that lack the extra data which that
-    /// version requires: a checker counts them itself, by [`Snapshot::extra_len`].
+    /// As [`Self::new`], but leaves to the checker what it reports as corruptions: entries of
+    /// version 3 that lack the extra data which that version requires (see
+    /// [`Snapshot::extra_len`]), and L1 tables that are too large or lie where none can.
     pub fn for_check(header: &Header) -> Self {
         let mut parser = Self::new(header);
-        parser.rules.extra_required = 0;
+        parser.rules = Rules { extra_required: 0, l1_unchecked: true, ..parser.rules };
         parser
     }
 
     fn with(table: SnapshotTable, cluster: ClusterBits, version: Version) -> Self {
         let extra_required = if version == Version::V3 { V3_EXTRA_LEN } else { 0 };
-        let rules = Rules { cluster, extra_required };
+        let rules = Rules { cluster, extra_required, l1_unchecked: false };
         Self { rules, left: table.count, consumed: 0, pending: Vec::new(), snapshots: Vec::new() }
     }
 
@@ -142,6 +144,12 @@ pub fn parse_table(
     parser.finish()
 }
 
+/// What [`SnapshotParser::for_check`] leaves out.
+pub fn check_l1(l1: Table, cluster: ClusterBits) -> Result<(), Malformed> {
+    at_most("length of a snapshot's L1 table", l1.len_bytes(), MAX_L1_LEN)?;
+    check_table("L1 table of a snapshot", l1.offset, l1.len_bytes(), cluster)
+}
+
 /// Entries start at multiples of 8 from the table's start.
 fn padding(at: u64) -> usize {
     (at.next_multiple_of(8) - at) as usize
@@ -158,9 +166,9 @@ fn parse_entry(bytes: &[u8], rules: Rules) -> Result<Option<(Snapshot, usize)>, 
         return Err(Malformed::SnapshotExtraShort(extra_len));
     }
     let l1 = Table { offset: HostOffset(be_u64(bytes, 0)), entries: be_u32(bytes, 8) };
-    at_most("length of a snapshot's L1 table", l1.len_bytes(), MAX_L1_LEN)?;
-    check_table("L1 table of a snapshot", l1.offset, l1.len_bytes(), rules.cluster)?;
-
+    if !rules.l1_unchecked {
+        check_l1(l1, rules.cluster)?;
+    }
     let id_at = FIXED_LEN + extra_len as usize;
     let name_at = id_at + usize::from(be_u16(bytes, 12));
     let end = name_at + usize::from(be_u16(bytes, 14));

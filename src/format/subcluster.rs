@@ -90,6 +90,14 @@ impl SubclusterEntry {
         (mapping, run)
     }
 
+    /// The compressed cluster, if it is one.
+    pub fn compressed(&self) -> Option<Compressed> {
+        match self.place {
+            Place::Compressed(compressed) => Some(compressed),
+            Place::None | Place::At(_) => None,
+        }
+    }
+
     /// The host cluster, whether any subcluster uses it or not.
     pub fn host_cluster(&self) -> Option<HostOffset> {
         match self.place {

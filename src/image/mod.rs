@@ -3,6 +3,8 @@
 //! An [`Image`] knows its file, its header and, through shared caches, its tables; it knows
 //! nothing of other images. [`Layer::map`] is a table lookup and reads no guest data.
 
+pub mod check;
+pub mod create;
 mod layer;
 mod tables;
 

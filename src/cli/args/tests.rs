@@ -1,0 +1,58 @@
+use super::*;
+use clap::CommandFactory as _;
+
+fn words(line: &str) -> Result<Command, u8> {
+    parse(line.split_whitespace()).map(|cli| cli.command).map_err(|refusal| refusal.code)
+}
+
+#[test]
+fn the_definitions_are_consistent() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn mount_is_called_as_mount_is() {
+    let Ok(Command::Mount(args)) = words("chainfs mount /s /d -o ro,uid=5 -f --sloppy -o probe") else { panic!() };
+    assert_eq!((args.store, args.dir), ("/s".into(), "/d".into()));
+    assert_eq!(args.options, ["ro,uid=5", "probe"]);
+    assert!(args.foreground && args.sloppy);
+}
+
+#[test]
+fn wrong_words_end_with_the_code_of_their_command() {
+    for (line, code) in [
+        ("chainfs mount /s", 1),
+        ("chainfs mount /s /d --nonsense", 1),
+        ("chainfs mount --help", 0),
+        ("chainfs --version", 0),
+        ("chainfs umount", 2),
+        ("chainfs", 2),
+        ("chainfs create a.qcow2", 2),
+        ("chainfs create a.qcow2 10Q", 2),
+        ("chainfs create a.qcow2 -b b.raw", 2),
+        ("chainfs create a.qcow2 1G -f raw", 2),
+        ("chainfs info a --output dot", 2),
+        ("chainfs info a --output human --json", 2),
+    ] {
+        assert_eq!(words(line).unwrap_err(), code, "{line}");
+    }
+}
+
+#[test]
+fn qemu_img_s_spellings_work() {
+    let Ok(Command::Info(args)) = words("chainfs info -U --backing-chain -f raw --output=json a.img") else { panic!() };
+    assert!(args.image.force_share && args.backing_chain && args.format == Some(ImageFormat::Raw));
+    assert_eq!(args.output.format(), Output::Json);
+    let Ok(Command::Map(args)) = words("chainfs map --json a@sn") else { panic!() };
+    assert_eq!(args.output.format(), Output::Json);
+    let Ok(Command::Compare(args)) = words("chainfs compare -s -U -f raw -F qcow2 a b") else { panic!() };
+    assert!(args.strict && args.b_format == Some(ImageFormat::Qcow2));
+    let Ok(Command::Create(args)) =
+        words("chainfs create -f qcow2 -b base.raw -F raw -o cluster_size=64K,compat=1.1 new.qcow2 1.5G")
+    else {
+        panic!()
+    };
+    assert_eq!((args.size, args.options.len()), (Some(3 << 29), 2));
+    let Ok(Command::Tree(args)) = words("chainfs tree --full --ascii --output svg /s") else { panic!() };
+    assert!(args.full && args.ascii && args.output == TreeOutput::Svg);
+}

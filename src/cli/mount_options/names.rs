@@ -1,0 +1,103 @@
+//! The names of mount options: which are known, which are for others, which were meant.
+
+use super::SETTINGS;
+use crate::error::{Error, ErrorKind};
+use crate::report::safe::terminal_bytes;
+
+/// Words for mount(8), fstab, systemd and the kernel that change nothing here: the mount always has
+/// nosuid and nodev, its times never change by reading, and `allow_other` brings `default_permissions`.
+const IGNORED: [&str; 32] = [
+    "_netdev",
+    "auto",
+    "defaults",
+    "default_permissions",
+    "dev",
+    "diratime",
+    "fail",
+    "group",
+    "lazytime",
+    "loud",
+    "mand",
+    "noauto",
+    "nodev",
+    "nodiratime",
+    "nofail",
+    "nogroup",
+    "nolazytime",
+    "nomand",
+    "noowner",
+    "norelatime",
+    "nostrictatime",
+    "nosuid",
+    "nouser",
+    "nousers",
+    "owner",
+    "relatime",
+    "rw",
+    "silent",
+    "strictatime",
+    "suid",
+    "user",
+    "users",
+];
+
+/// Known words that are neither settings nor ignored, for suggestions.
+const OTHERS: [&str; 7] = ["config", "exec", "atime", "noatime", "sync", "async", "dirsync"];
+
+/// Splits at commas that no backslash stands before. `\,` and `\\` lose theirs; any other stays.
+pub(super) fn split_list(bytes: &[u8]) -> Vec<Vec<u8>> {
+    let mut parts = vec![Vec::new()];
+    let mut bytes = bytes.iter().copied().peekable();
+    while let Some(byte) = bytes.next() {
+        let last = parts.len() - 1;
+        match byte {
+            b'\\' => parts[last].push(bytes.next_if(|next| matches!(next, b',' | b'\\')).unwrap_or(b'\\')),
+            b',' => parts.push(Vec::new()),
+            _ => parts[last].push(byte),
+        }
+    }
+    parts.retain(|part| !part.is_empty());
+    parts
+}
+
+pub(super) fn is_ignored(name: &str) -> bool {
+    let for_others = ["x-", "X-"].iter().any(|prefix| name.starts_with(prefix));
+    for_others || matches!(name, "comment" | "fsname" | "subtype" | "uhelper" | "helper") || IGNORED.contains(&name)
+}
+
+pub(super) fn unknown(name: &[u8]) -> Error {
+    let shown = terminal_bytes(name);
+    let remedy = match suggestion(&String::from_utf8_lossy(name)) {
+        Some(meant) => format!("did you mean '{meant}'?"),
+        None => "see chainfs mount --help".to_owned(),
+    };
+    Error::new(ErrorKind::Usage, format!("mount option '{shown}': unknown; {remedy}"))
+}
+
+/// The known option that `name` is nearest to, if it is near at all.
+pub(in crate::cli) fn suggestion(name: &str) -> Option<&'static str> {
+    let known = SETTINGS.iter().map(|(known, _)| *known).chain(OTHERS).chain(IGNORED);
+    let name = name.replace('-', "_").to_ascii_lowercase();
+    // A hostile list must not cost quadratic time.
+    let (distance, meant) = known
+        .filter(|known| known.len().abs_diff(name.len()) <= 3)
+        .map(|known| (edit_distance(&name, known), known))
+        .min_by_key(|(distance, _)| *distance)?;
+    (distance <= meant.len().div_ceil(4)).then_some(meant)
+}
+
+/// Letters to insert, remove or replace to make one word of the other.
+fn edit_distance(a: &str, b: &str) -> usize {
+    let b = b.as_bytes();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, from) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, to) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(from != *to);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}

@@ -1,0 +1,288 @@
+//! The audit of one qcow2 image, as `qemu-img check` does it: every reference is counted and
+//! compared with the refcounts that the image stores.
+//!
+//! Reads only. Terminates on any bytes, in time bounded by the file's size and in bounded
+//! memory: overlapping and shared tables are read once with a weight, references are counted
+//! in windows. Exit codes, and on all but badly damaged images the numbers, are those of QEMU
+//! 10.0.2. On purpose it is stricter where an image cannot be read as it stands: a zero flag
+//! in version 2, a reserved bit of extended L2 entries, an external data cluster that is not at its
+//! guest offset. And it does not take a header or an unaligned cluster for an L2 table.
+
+mod bitmaps;
+mod ranges;
+mod refcounts;
+mod report;
+mod tables;
+mod window;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::header::{PROBE_LEN, needed_len};
+use crate::format::refcount::max_refcount;
+use crate::format::snapshot::{SnapshotParser, check_l1};
+use crate::format::{Header, Malformed, Snapshot, Version};
+use crate::io::Storage;
+use ranges::{Range, Weight, disjoint};
+use refcounts::Refcounts;
+use tables::L2List;
+use window::{WINDOW_CLUSTERS, Window};
+
+pub use report::{CheckReport, MAX_FINDINGS};
+
+/// More clusters than any real image has (256 TiB of 64 KiB clusters); bounds the time that a
+/// sparse file of absurd length can take.
+const MAX_CLUSTERS: u64 = 1 << 32;
+
+/// Audits the image in `storage`. An `Err` means that it could not be checked: exit code 1.
+pub fn check(storage: &dyn Storage, name: &str) -> Result<CheckReport> {
+    check_in_windows(storage, name, WINDOW_CLUSTERS)
+}
+
+fn check_in_windows(storage: &dyn Storage, name: &str, window_clusters: u64) -> Result<CheckReport> {
+    let audited = Audited::open(storage, name)?;
+    let mut report = CheckReport { filename: name.to_owned(), format: "qcow2", ..CheckReport::default() };
+    let cluster = audited.header.cluster;
+    report.total_clusters = audited.header.virtual_size.div_ceil(cluster.size());
+
+    let mut places = Places::default();
+    audited.collect_metadata(&mut places, &mut report)?;
+    let refcounts = Refcounts::read(&audited)?;
+    let l2_list = L2List::read(&audited, &disjoint(&places.l1_tables), &refcounts, &mut report)?;
+    let bitmap_tables = disjoint(&places.bitmap_tables);
+    let regions = disjoint(&places.regions);
+
+    let file_clusters = audited.file_len.div_ceil(cluster.size());
+    let mut last_cluster = 0;
+    // One more than the file has: a region may reach over its end by less than a cluster.
+    for first in (0..=file_clusters).step_by(window_clusters as usize) {
+        let len = window_clusters.min(file_clusters + 1 - first);
+        let mut window = Window::new(cluster, first, len, max_refcount(audited.header.refcount_order));
+        let mut pass = Pass { audited: &audited, first: first == 0, window: &mut window, report: &mut report };
+        refcounts.load(&mut pass)?;
+        for region in &regions {
+            pass.window.count(region.start, region.end - region.start, region.weight.total, pass.report);
+        }
+        l2_list.walk(&mut pass, &refcounts)?;
+        bitmaps::walk(&mut pass, &bitmap_tables)?;
+        refcounts.count_blocks(&mut pass, file_clusters);
+        last_cluster = window.compare(file_clusters, &mut report).unwrap_or(last_cluster);
+    }
+    report.image_end_offset = (last_cluster + 1) * cluster.size();
+    Ok(report)
+}
+
+/// The image under audit.
+struct Audited<'a> {
+    storage: &'a dyn Storage,
+    name: &'a str,
+    header: Header,
+    file_len: u64,
+}
+
+/// Byte ranges found before counting starts.
+#[derive(Default)]
+struct Places {
+    /// What is referenced as a whole, cluster by cluster.
+    regions: Vec<Range>,
+    /// L1 tables, by their bytes.
+    l1_tables: Vec<Range>,
+    /// Bitmap tables, by their bytes.
+    bitmap_tables: Vec<Range>,
+}
+
+/// One window's turn.
+struct Pass<'a> {
+    audited: &'a Audited<'a>,
+    /// Findings that do not belong to a cluster of the window are told in the first pass only.
+    first: bool,
+    window: &'a mut Window,
+    report: &'a mut CheckReport,
+}
+
+impl Pass<'_> {
+    /// Counts references to the bytes `at..at + len`, or reports that they are beyond the file.
+    fn count(&mut self, at: u64, len: u64, times: u64) {
+        if self.audited.is_beyond_end(at, len) {
+            if self.first {
+                self.report.corruptions(times, || beyond_end(at, len));
+            }
+        } else {
+            self.window.count(at, len, times, self.report);
+        }
+    }
+}
+
+fn beyond_end(at: u64, len: u64) -> String {
+    format!("reference to a region beyond the end of the file: offset {at:#x} size {len:#x}")
+}
+
+impl<'a> Audited<'a> {
+    fn open(storage: &'a dyn Storage, name: &'a str) -> Result<Self> {
+        let file_len = storage.len()?;
+        let malformed = |reason: Malformed| Error::new(reason.kind(), format!("{name}: {reason}"));
+        let read = |len: u64| {
+            let mut bytes = vec![0; len.min(file_len) as usize];
+            let have = storage.read_at(0, &mut bytes)?;
+            bytes.truncate(have);
+            Ok(bytes)
+        };
+        let need = needed_len(&read(PROBE_LEN as u64)?).map_err(malformed)?;
+        let header = Header::parse_for_check(&read(need)?, file_len).map_err(malformed)?;
+        if let Some(unsupported) = &header.unsupported {
+            return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {unsupported}")));
+        }
+        if file_len.div_ceil(header.cluster.size()) >= MAX_CLUSTERS {
+            let fact = format!("{name}: the file has {file_len} bytes, too many to check with clusters this small");
+            return Err(Error::new(ErrorKind::Limit, fact));
+        }
+        Ok(Self { storage, name, header, file_len })
+    }
+
+    fn malformed(&self, reason: &Malformed) -> Error {
+        Error::new(reason.kind(), format!("{}: {reason}", self.name))
+    }
+
+    /// Reads all of `buf`; what lies beyond the end of the file is zero.
+    fn read(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let have = self.storage.read_at(at, buf)?;
+        buf[have..].fill(0);
+        Ok(())
+    }
+
+    /// The last cluster may be cut: what reaches beyond the end by less than one is fine.
+    fn is_beyond_end(&self, at: u64, len: u64) -> bool {
+        let limit = self.file_len + self.header.cluster.size();
+        at.checked_add(len).is_none_or(|end| end >= limit)
+    }
+
+    fn add_region(&self, places: &mut Places, at: u64, len: u64, report: &mut CheckReport) {
+        if len == 0 {
+            return;
+        }
+        if self.is_beyond_end(at, len) {
+            report.corruptions(1, || beyond_end(at, len));
+            return;
+        }
+        let cluster = self.header.cluster;
+        let end = cluster.floor(at + len - 1) + cluster.size();
+        places.regions.push(Range { start: cluster.floor(at), end, weight: Weight::OTHER });
+    }
+
+    fn collect_metadata(&self, places: &mut Places, report: &mut CheckReport) -> Result<()> {
+        let header = &self.header;
+        self.add_region(places, 0, header.cluster.size(), report);
+        self.add_l1(places, header.l1.offset.0, header.l1.len_bytes(), Weight::ACTIVE, report);
+        let (snapshots, table_len) = self.read_snapshots()?;
+        self.add_region(places, header.snapshots.offset.0, table_len, report);
+        if header.data_file.is_some() && !snapshots.is_empty() {
+            report.corruptions(1, || format!("{} snapshots in image with data file", snapshots.len()));
+        }
+        for (index, snapshot) in snapshots.iter().enumerate() {
+            if header.version == Version::V3 && snapshot.extra_len < 16 {
+                report.corruptions(1, || format!("snapshot table entry {index} is incomplete"));
+            }
+            let l1 = snapshot.l1;
+            match check_l1(l1, header.cluster) {
+                Ok(()) => self.add_l1(places, l1.offset.0, l1.len_bytes(), Weight::OTHER, report),
+                Err(reason) => report.corruptions(1, || format!("snapshot table entry {index}: {}", reason.fact())),
+            }
+        }
+        let table = header.refcount_table;
+        let table_len = u64::from(table.clusters) * header.cluster.size();
+        self.add_region(places, table.offset.0, table_len, report);
+        if let Some(luks) = header.crypto_header {
+            self.add_region(places, luks.offset.0, luks.len, report);
+        }
+        bitmaps::collect(self, places, report)
+    }
+
+    fn add_l1(&self, places: &mut Places, at: u64, len: u64, weight: Weight, report: &mut CheckReport) {
+        self.add_region(places, at, len, report);
+        places.l1_tables.push(Range { start: at, end: at + len, weight });
+    }
+
+    /// The snapshots and the bytes of their table.
+    fn read_snapshots(&self) -> Result<(Vec<Snapshot>, u64)> {
+        let mut parser = SnapshotParser::for_check(&self.header);
+        let mut chunk = vec![0; 64 << 10];
+        let mut at = self.header.snapshots.offset.0;
+        let mut complete = self.header.snapshots.count == 0;
+        // Ends at the latest with the limit of the table's length.
+        while !complete {
+            self.read(at, &mut chunk)?;
+            complete = parser.feed(&chunk).map_err(|reason| self.malformed(&reason))?;
+            at += chunk.len() as u64;
+        }
+        let len = parser.table_len();
+        Ok((parser.finish().map_err(|reason| self.malformed(&reason))?, len))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::refcount::set_refcount;
+    use crate::image::create::{CreateOptions, initial_image};
+
+    const CLUSTER: usize = 512;
+
+    /// An image of 512-byte clusters with one L2 table whose entries all name data.
+    fn image() -> Vec<u8> {
+        let options = CreateOptions { size: Some(16 << 10), cluster_bits: 9, ..CreateOptions::default() };
+        let mut image = initial_image(&options).unwrap();
+        let header = Header::parse(&image, image.len() as u64).unwrap();
+        image.resize(image.len().next_multiple_of(CLUSTER), 0);
+        let l2 = image.len();
+        let data = |index: usize| l2 + CLUSTER + index * CLUSTER;
+        image.resize(data(64), 0);
+        let mut put = |at: usize, value: usize| {
+            image[at..at + 8].copy_from_slice(&(value as u64 | 1 << 63).to_be_bytes());
+        };
+        put(header.l1.offset.0 as usize, l2);
+        (0..32).for_each(|index| put(l2 + index * 8, data(index)));
+        let block = refcount_block(&image);
+        let clusters = data(32) / CLUSTER;
+        (0..clusters).for_each(|cluster| set_refcount(&mut image[block..block + CLUSTER], cluster, 4, 1));
+        image
+    }
+
+    fn refcount_block(image: &[u8]) -> usize {
+        let header = Header::parse(image, image.len() as u64).unwrap();
+        let table = header.refcount_table.offset.0 as usize;
+        u64::from_be_bytes(image[table..table + 8].try_into().unwrap()) as usize
+    }
+
+    #[test]
+    fn an_image_as_it_should_be_has_no_findings() {
+        let report = check(&image(), "image").unwrap();
+        assert_eq!((report.exit_code(), report.findings.as_slice()), (0, [].as_slice()));
+        assert_eq!((report.allocated_clusters, report.total_clusters), (32, 32));
+    }
+
+    #[test]
+    fn the_size_of_the_windows_does_not_matter() {
+        let mut image = image();
+        let block = refcount_block(&image);
+        for (cluster, count) in [(0, 0), (2, 2), (9, 3), (12, 0), (30, 0), (40, 1)] {
+            set_refcount(&mut image[block..block + CLUSTER], cluster, 4, count);
+        }
+        let whole = check(&image, "image").unwrap();
+        assert!(whole.corruptions > 3 && whole.leaks > 1);
+        for window in 1..50 {
+            let mut parts = check_in_windows(&image, "image", window).unwrap();
+            let mut findings = whole.findings.clone();
+            findings.sort();
+            parts.findings.sort();
+            assert_eq!(parts, CheckReport { findings, ..whole.clone() }, "{window}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_image_cannot_be_checked() {
+        let empty = check(&Vec::new(), "empty").unwrap_err();
+        assert_eq!(empty.kind(), ErrorKind::Corrupt);
+        assert!(empty.to_string().starts_with("empty: header needs 72 bytes"), "{empty}");
+        let mut future = image();
+        future[79] = 0x80;
+        assert_eq!(check(&future, "future").unwrap_err().kind(), ErrorKind::Unsupported);
+    }
+}

@@ -1,0 +1,246 @@
+//! References of the L1 and L2 tables, and the COPIED flags of the active ones.
+
+use super::ranges::{Range, Weight};
+use super::refcounts::Refcounts;
+use super::report::CheckReport;
+use super::{Audited, Pass, beyond_end};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Malformed;
+use crate::format::entry::{Compressed, EntryFormat, Mapping};
+use crate::format::refcount::refcount;
+use crate::units::{GuestOffset, HostOffset};
+
+/// Bytes of an L1 table read at a time.
+const CHUNK: u64 = 256 << 10;
+/// Distinct L2 tables that are remembered: 512 MiB, for 16 PiB of data in 64 KiB clusters.
+const MAX_L2_TABLES: usize = 16 << 20;
+
+/// An L2 table, or what is taken for one.
+struct L2Table {
+    /// Not aligned if the L1 entry is wrong: then it is counted, but not read.
+    at: HostOffset,
+    /// Where its first cluster lies on the guest's disk, by the active L1 table.
+    guest: GuestOffset,
+    weight: Weight,
+}
+
+/// Every L2 table once, in the order of the file.
+pub(super) struct L2List(Vec<L2Table>);
+
+impl L2List {
+    /// Reads the L1 tables.
+    pub(super) fn read(
+        audited: &Audited<'_>,
+        l1_tables: &[Range],
+        refcounts: &Refcounts,
+        report: &mut CheckReport,
+    ) -> Result<Self> {
+        let mut list = Self(Vec::new());
+        let mut merge_at = 1 << 20;
+        for table in l1_tables {
+            let mut at = table.start;
+            // What lies beyond the end of the file reads as zero: no entries.
+            while at < table.end.min(audited.file_len) {
+                let mut bytes = vec![0; CHUNK.min(table.end - at) as usize];
+                audited.read(at, &mut bytes)?;
+                for (position, entry) in (at..).step_by(8).zip(bytes.chunks_exact(8)) {
+                    list.add(audited, refcounts, report, position, refcount(entry, 0, 6), table.weight)?;
+                }
+                if list.0.len() > merge_at {
+                    list.merge();
+                    merge_at = (list.0.len() * 2).max(merge_at);
+                    if list.0.len() > MAX_L2_TABLES {
+                        let fact = format!("{}: more than {MAX_L2_TABLES} L2 tables, too many to check", audited.name);
+                        return Err(Error::new(ErrorKind::Limit, fact));
+                    }
+                }
+                at += bytes.len() as u64;
+            }
+        }
+        list.merge();
+        Ok(list)
+    }
+
+    /// Takes in the L1 entry at byte `position` of the file.
+    fn add(
+        &mut self,
+        audited: &Audited<'_>,
+        refcounts: &Refcounts,
+        report: &mut CheckReport,
+        position: u64,
+        entry: u64,
+        weight: Weight,
+    ) -> Result<()> {
+        if entry == 0 {
+            return Ok(());
+        }
+        let header = &audited.header;
+        if let Err(reason) = header.entry_format().l1(entry) {
+            report.corruptions(weight.total, || format!("L1 entry at {position:#x}: {}", reason.fact()));
+        }
+        let at = EntryFormat::raw_offset(entry);
+        if at == 0 {
+            // QEMU takes the header for an L2 table here.
+            report
+                .corruptions(weight.total, || format!("L1 entry at {position:#x} has flags, but no table: {entry:#x}"));
+            return Ok(());
+        }
+        if weight.active > 0 {
+            let stored = refcounts.stored(audited, header.cluster.index(at))?;
+            if stored.is_some_and(|count| (count == 1) != EntryFormat::copied(entry)) {
+                report.corruptions(weight.active, || {
+                    let count = stored.unwrap_or(0);
+                    format!("OFLAG_COPIED L2 cluster: l1_entry={entry:x} refcount={count}")
+                });
+            }
+        }
+        if audited.is_beyond_end(at, header.cluster.size()) {
+            report.corruptions(weight.total, || beyond_end(at, header.cluster.size()));
+            return Ok(());
+        }
+        let index = position.saturating_sub(header.l1.offset.0) / 8;
+        let guest = GuestOffset(index.saturating_mul(header.l1_entry_span()));
+        self.0.push(L2Table { at: HostOffset(at), guest, weight });
+        Ok(())
+    }
+
+    fn merge(&mut self) {
+        self.0.sort_unstable_by_key(|table| table.at);
+        self.0.dedup_by(|next, kept| {
+            let same = next.at == kept.at;
+            if same {
+                kept.weight = kept.weight.plus(next.weight);
+            }
+            same
+        });
+    }
+
+    /// Counts the references to the L2 tables and of their entries.
+    pub(super) fn walk(&self, pass: &mut Pass<'_>, refcounts: &Refcounts) -> Result<()> {
+        let header = &pass.audited.header;
+        let (cluster, format) = (header.cluster, header.entry_format());
+        let mut bytes = vec![0; cluster.size() as usize];
+        for table in &self.0 {
+            pass.window.count(table.at.0, cluster.size(), table.weight.total, pass.report);
+            if !cluster.aligned(table.at.0) {
+                continue;
+            }
+            pass.audited.read(table.at.0, &mut bytes)?;
+            let mut walk = EntryWalk { table, format, refcounts, expected_next: None };
+            for (index, entry) in (0..).zip(bytes.chunks_exact(format.l2_entry_len() as usize)) {
+                let first = refcount(entry, 0, 6);
+                let bitmap = if format.extended { refcount(entry, 1, 6) } else { 0 };
+                if first != 0 || bitmap != 0 {
+                    walk.entry(pass, index, first, bitmap)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What an L2 entry refers to.
+enum Target {
+    Nothing,
+    Cluster(HostOffset),
+    Compressed(Compressed),
+}
+
+/// The way through one L2 table.
+struct EntryWalk<'a> {
+    table: &'a L2Table,
+    format: EntryFormat,
+    refcounts: &'a Refcounts,
+    /// Where the next cluster lies if the file is not fragmented.
+    expected_next: Option<u64>,
+}
+
+impl EntryWalk<'_> {
+    fn entry(&mut self, pass: &mut Pass<'_>, index: u64, entry: u64, bitmap: u64) -> Result<()> {
+        let weight = self.table.weight;
+        let (target, problem) = self.target(entry, bitmap, index);
+        if let Some(reason) = problem.filter(|_| pass.first) {
+            pass.report
+                .corruptions(weight.total, || format!("L2 table {}, entry {index}: {}", self.table.at, reason.fact()));
+        }
+        match target {
+            Target::Nothing => Ok(()),
+            Target::Compressed(compressed) => {
+                if EntryFormat::copied(entry) && pass.first {
+                    pass.report.corruptions(weight.total, || {
+                        format!("coffset={}: copied flag must never be set for compressed clusters", compressed.at)
+                    });
+                }
+                if pass.first {
+                    pass.report.allocated_clusters += weight.active;
+                    pass.report.compressed_clusters += weight.active;
+                    // By their nature: they do not start at sectors.
+                    pass.report.fragmented_clusters += weight.active;
+                }
+                pass.count(compressed.at.0, compressed.len.into(), weight.total);
+                Ok(())
+            }
+            Target::Cluster(at) => {
+                let len = self.format.cluster.size();
+                if pass.first {
+                    pass.report.allocated_clusters += weight.active;
+                    if self.expected_next.is_some_and(|expected| expected != at.0) {
+                        pass.report.fragmented_clusters += weight.active;
+                    }
+                    self.expected_next = Some(at.0 + len);
+                }
+                if !self.format.data_file {
+                    pass.count(at.0, len, weight.total);
+                }
+                if weight.active > 0 { self.copied_flag(pass, entry, at) } else { Ok(()) }
+            }
+        }
+    }
+
+    /// What the entry refers to, and what is wrong with it. A wrong entry refers to what it
+    /// would if the wrong bits were not there, so that one flaw does not look like many.
+    fn target(&self, entry: u64, bitmap: u64, index: u64) -> (Target, Option<Malformed>) {
+        let guest = GuestOffset(self.table.guest.0.saturating_add(index * self.format.cluster.size()));
+        let decoded = if self.format.extended {
+            self.format.l2_extended(entry, bitmap, guest).map(|entry| match entry.compressed() {
+                Some(compressed) => Target::Compressed(compressed),
+                None => entry.host_cluster().map_or(Target::Nothing, Target::Cluster),
+            })
+        } else {
+            self.format.l2(entry, guest).map(|entry| match entry.mapping {
+                Mapping::Data(at) | Mapping::Zero { preallocated: Some(at) } => Target::Cluster(at),
+                Mapping::Compressed(compressed) => Target::Compressed(compressed),
+                Mapping::Zero { preallocated: None } | Mapping::Hole => Target::Nothing,
+            })
+        };
+        match decoded {
+            Ok(target) => (target, None),
+            Err(reason) => {
+                let at = EntryFormat::raw_offset(entry);
+                let nothing = EntryFormat::is_compressed(entry) || at == 0;
+                (if nothing { Target::Nothing } else { Target::Cluster(HostOffset(at)) }, Some(reason))
+            }
+        }
+    }
+
+    /// COPIED says that the refcount is 1; a cluster of a data file counts as such.
+    fn copied_flag(&self, pass: &mut Pass<'_>, entry: u64, at: HostOffset) -> Result<()> {
+        let cluster = self.format.cluster.index(at.0);
+        let is_one = if self.format.data_file {
+            pass.first.then_some(true)
+        } else if self.format.cluster.index(pass.audited.file_len) < cluster {
+            // Beyond all windows.
+            let stored = if pass.first { self.refcounts.stored(pass.audited, cluster)? } else { None };
+            stored.map(|count| count == 1)
+        } else {
+            pass.window.stored_is_one(cluster)
+        };
+        if is_one.is_some_and(|is_one| is_one != EntryFormat::copied(entry)) {
+            pass.report.corruptions(self.table.weight.active, || {
+                let fact = if is_one == Some(true) { "refcount=1" } else { "refcount is not 1" };
+                format!("OFLAG_COPIED data cluster: l2_entry={entry:x} {fact}")
+            });
+        }
+        Ok(())
+    }
+}

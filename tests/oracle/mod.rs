@@ -1,0 +1,112 @@
+//! QEMU's tools as judges, and a directory for each test. Where QEMU is not installed, the
+//! tests that need it pass without a word.
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// A directory of one test's own, removed at its end.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    /// `None` where QEMU's tools are missing.
+    pub fn new() -> Option<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        Command::new("qemu-img").arg("--version").output().ok()?;
+        let unique = format!("chainfs-oracle-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(unique);
+        fs::create_dir_all(&path).unwrap();
+        Some(Self(path))
+    }
+
+    pub fn path(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().to_owned()
+    }
+
+    /// Runs a tool in the directory, without judging what it says.
+    pub fn run(&self, tool: &str, args: &[&str]) -> Output {
+        Command::new(tool).args(args).current_dir(&self.0).output().unwrap()
+    }
+
+    /// Runs a tool that has to succeed; returns what it printed.
+    pub fn tool(&self, tool: &str, args: &[&str]) -> String {
+        let output = self.run(tool, args);
+        assert!(output.status.success(), "{tool} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// `qemu-img` with words separated by spaces.
+    pub fn img(&self, words: &str) -> String {
+        self.tool("qemu-img", &words.split_whitespace().collect::<Vec<_>>())
+    }
+
+    /// `qemu-img create` of a qcow2 image; `options` may be empty.
+    pub fn create(&self, name: &str, options: &str, size: &str) {
+        let options = if options.is_empty() { String::new() } else { format!("-o {options}") };
+        self.img(&format!("create -q -f qcow2 {options} {name} {size}"));
+    }
+
+    /// Commands of `qemu-io` on an image.
+    pub fn io(&self, name: &str, commands: &[&str]) {
+        let args: Vec<&str> = commands.iter().flat_map(|command| ["-c", command]).chain([name]).collect();
+        self.tool("qemu-io", &args);
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        drop(fs::remove_dir_all(&self.0));
+    }
+}
+
+/// A real file as storage.
+pub struct Disk(File);
+
+impl Disk {
+    pub fn open(path: impl AsRef<Path>) -> Self {
+        Self(File::options().read(true).write(true).open(path).unwrap())
+    }
+
+    pub fn bytes<const N: usize>(&self, at: u64) -> [u8; N] {
+        let mut out = [0; N];
+        self.0.read_exact_at(&mut out, at).unwrap();
+        out
+    }
+
+    pub fn u64(&self, at: u64) -> u64 {
+        u64::from_be_bytes(self.bytes(at))
+    }
+
+    pub fn poke(&self, at: u64, bytes: &[u8]) {
+        self.0.write_all_at(bytes, at).unwrap();
+    }
+
+    pub fn poke_u64(&self, at: u64, value: u64) {
+        self.poke(at, &value.to_be_bytes());
+    }
+
+    pub fn set_len(&self, len: u64) {
+        self.0.set_len(len).unwrap();
+    }
+}
+
+impl chainfs::io::Storage for Disk {
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> chainfs::error::Result<usize> {
+        let mut have = 0;
+        while have < buf.len() {
+            match self.0.read_at(&mut buf[have..], at + have as u64) {
+                Ok(0) => break,
+                Ok(len) => have += len,
+                Err(error) => return Err(chainfs::error::Error::io("reading", error)),
+            }
+        }
+        Ok(have)
+    }
+
+    fn len(&self) -> chainfs::error::Result<u64> {
+        Ok(self.0.metadata().unwrap().len())
+    }
+}
