@@ -9,6 +9,7 @@ pub mod chain;
 pub mod cli;
 pub mod error;
 pub mod format;
+pub mod fs;
 pub mod image;
 pub mod io;
 pub mod report;

@@ -1,3 +1,7 @@
 //! The `chainfs` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    chainfs::cli::main()
+}

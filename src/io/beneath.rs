@@ -156,10 +156,16 @@ impl Root {
         }
     }
 
+    /// The kind of file system that holds this root: its magic number, as of statfs(2).
+    pub fn file_system(&self) -> Result<u64> {
+        let stat = fs::fstatfs(&self.directory).map_err(|error| Error::io("asking for the file system", error))?;
+        Ok(stat.f_type.cast_unsigned() & 0xFFFF_FFFF)
+    }
+
     /// The file system that holds this root, for `df`.
     pub fn statvfs(&self) -> Result<fs::StatVfs> {
-        // fstatvfs refuses O_PATH descriptors on old kernels; the path is our own.
-        fs::statvfs(&self.canonical).map_err(|error| Error::io("asking for free space", error))
+        // By descriptor: our own mount may lie over the path.
+        fs::fstatvfs(&self.directory).map_err(|error| Error::io("asking for free space", error))
     }
 }
 

@@ -14,7 +14,7 @@ mod mountinfo;
 pub use beneath::{DirEntry, EntryKind, Root};
 pub use descriptors::Descriptors;
 pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile};
-pub use holders::{Holder, lock_holders, users_of};
+pub use holders::{Holder, all_lock_holders, lock_holders, users_of};
 pub use locks::{Conflict, WRITER_BYTE, probe_writer};
 pub use mountinfo::{MountEntry, mounts};
 

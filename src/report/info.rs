@@ -158,8 +158,10 @@ pub struct SnapshotInfo {
 pub struct LayerInfo {
     /// The view that shows the disk as of this layer.
     pub view: String,
-    /// Every chain that the layer is part of.
+    /// Chains that the layer is part of, this one first; of very many, the first ones only.
     pub chains: Vec<String>,
+    /// How many there are.
+    pub chain_count: usize,
     /// Layers above it in this chain.
     pub depth: usize,
     /// Whether it never changes.

@@ -13,14 +13,19 @@ pub fn terminal(text: &str) -> String {
 
 /// Bytes from an image for a terminal: as [`terminal`], and bytes that are not UTF-8 as `\xff`.
 pub fn terminal_bytes(bytes: &[u8]) -> String {
-    let mut safe = String::with_capacity(bytes.len());
+    terminal(&text(bytes))
+}
+
+/// Bytes as text that other functions here still have to make harmless: what is not UTF-8 becomes `\xff`.
+pub fn text(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
-        safe.push_str(&terminal(chunk.valid()));
+        text.push_str(chunk.valid());
         for byte in chunk.invalid() {
-            let _ = write!(safe, "\\x{byte:02x}");
+            let _ = write!(text, "\\x{byte:02x}");
         }
     }
-    safe
+    text
 }
 
 /// `text` in ASCII alone, for `--ascii` and for terminals that know no better.

@@ -98,9 +98,9 @@ impl Folded {
     }
 }
 
-/// The flags of a node, the chain it is the leaf of first unless the tree is named after it.
+/// The flags of a node, the chain it is the leaf of first unless the tree or the node is named after it.
 pub(super) fn flags(tree: &Tree, node: &TreeNode) -> String {
-    let chain = node.chain.iter().filter(|chain| **chain != tree.title);
+    let chain = node.chain.iter().filter(|chain| **chain != tree.title && **chain != node.name);
     chain.chain(&node.flags).map(String::as_str).collect::<Vec<_>>().join(", ")
 }
 

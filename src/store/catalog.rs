@@ -188,6 +188,19 @@ impl Catalog {
         single.into_iter().chain(named.filter(|_| self.single.is_none()))
     }
 
+    /// The path in the mount of the chain of that leaf. `None` if it is no leaf.
+    pub fn chain_path(&self, leaf: ImageIndex) -> Option<PathBuf> {
+        if self.single.is_some() {
+            return (self.single == Some(leaf)).then(PathBuf::new);
+        }
+        let place = &self.images[leaf].place.path;
+        let chains = &self.directories.get(place.parent()?)?.chains;
+        names::chain_forms(place).into_iter().find_map(|name| {
+            let name = OsString::from_vec(name);
+            (chains.get(&name) == Some(&leaf)).then(|| place.with_file_name(name))
+        })
+    }
+
     /// The chain at that path of the mount.
     pub fn chain(&self, path: &Path) -> Option<ImageIndex> {
         if self.single.is_some() {

@@ -58,8 +58,12 @@ fn file_name(path: &Path) -> &[u8] {
 /// Names of the chains of one directory, in the order of `leaves` (paths of that directory).
 /// `taken`: sub-directories that are shown, and reserved words.
 pub(super) fn chain_names(leaves: &[&Path], taken: &BTreeSet<Vec<u8>>) -> Vec<Vec<u8>> {
-    let forms = |path: &Path| vec![encode(stem(path)), encode(file_name(path))];
-    settle(&leaves.iter().map(|path| forms(path)).collect::<Vec<_>>(), taken)
+    settle(&leaves.iter().map(|path| chain_forms(path)).collect::<Vec<_>>(), taken)
+}
+
+/// What the chain of the leaf at `path` may be called, best first.
+pub(super) fn chain_forms(path: &Path) -> Vec<Vec<u8>> {
+    vec![encode(stem(path)), encode(file_name(path))]
 }
 
 /// One view to be named: its layer's file and, for an internal snapshot, name and id.

@@ -54,9 +54,16 @@ struct OpenImage {
     image: Arc<Image>,
     file: Arc<StoreFile>,
     data_file: Option<Arc<StoreFile>>,
-    signature: Signature,
+    /// Of the image's file and of its data file.
+    signature: Signatures,
     /// The format it was opened as: a user's header may have changed its mind.
     format: Format,
+}
+
+type Signatures = (Signature, Option<Signature>);
+
+fn signatures(entry: &ImageEntry) -> Signatures {
+    (entry.stat.signature, entry.data_file.as_ref().map(|(_, stat)| stat.signature))
 }
 
 impl Opened {
@@ -70,8 +77,8 @@ impl Opened {
         if images.is_empty() {
             return;
         }
-        let current: HashMap<FileId, (Signature, Option<Format>)> =
-            catalog.images.iter().map(|image| (image.stat.id, (image.stat.signature, image.format))).collect();
+        let current: HashMap<FileId, (Signatures, Option<Format>)> =
+            catalog.images.iter().map(|image| (image.stat.id, (signatures(image), image.format))).collect();
         let before = images.len();
         images.retain(|id, open| current.get(id) == Some(&(open.signature, Some(open.format))));
         if images.len() != before {
@@ -118,7 +125,7 @@ impl Store {
         let format = entry.format.expect("a readable image has a format");
         let known = self.opened.images.lock().get(&entry.stat.id).cloned();
         let open = match known {
-            Some(open) if open.signature == entry.stat.signature && open.format == format => {
+            Some(open) if open.signature == signatures(entry) && open.format == format => {
                 // Still what it was? A file that was not closed since would not tell by itself.
                 check_unchanged(&open.file, &entry.stat)?;
                 if let (Some(file), Some((_, stat))) = (&open.data_file, &entry.data_file) {
@@ -154,7 +161,7 @@ impl Store {
             }
             (Format::Qcow2, _) => unreachable!("a readable qcow2 image has a header"),
         };
-        Ok(OpenImage { image, file, data_file, signature: entry.stat.signature, format })
+        Ok(OpenImage { image, file, data_file, signature: signatures(entry), format })
     }
 }
 

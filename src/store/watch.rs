@@ -200,6 +200,5 @@ fn is_remote(store: &Store) -> bool {
     // Magic numbers of NFS, SMB, SMB2, FUSE, 9P, Ceph, AFS and OCFS2 (statfs(2)).
     const REMOTE: [u64; 8] =
         [0x6969, 0xFF53_4D42, 0xFE53_4D42, 0x6573_5546, 0x0102_1997, 0x00C3_6400, 0x5346_414F, 0x7461_636F];
-    rustix::fs::statfs(store.roots()[0].canonical())
-        .is_ok_and(|stat| REMOTE.contains(&(stat.f_type.cast_unsigned() & 0xFFFF_FFFF)))
+    store.roots()[0].file_system().is_ok_and(|kind| REMOTE.contains(&kind))
 }

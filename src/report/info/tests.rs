@@ -77,6 +77,7 @@ fn what_chainfs_knows_has_an_object_of_its_own() {
     let layer = LayerInfo {
         view: "sn1".into(),
         chains: vec!["web01".into(), "web02".into()],
+        chain_count: 2,
         depth: 2,
         frozen: true,
         shared_by: 2,

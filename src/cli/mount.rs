@@ -1,0 +1,193 @@
+//! `chainfs mount`: the parent waits until the tree can be used, the child serves it.
+//!
+//! The child is this program again, told so by its environment: no fork of a process with
+//! threads, nothing shared but a pipe. On it the child says that it is ready; everything
+//! before that goes to the user's terminal, nothing after.
+
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::args::MountArgs;
+use super::mount_options::MountOptions;
+use super::store_options::{store_options, variable};
+use super::{complain, config};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fs::{Features, Ownership, Server, Tree, mount};
+use crate::io::users_of;
+use crate::store::{Store, Watcher};
+
+/// mount(8)'s exit codes.
+const USAGE: u8 = 1;
+const FAILED: u8 = 32;
+
+/// Set for the child that serves; its standard output is the pipe to its parent.
+const SERVE: &str = "CHAINFS_SERVE";
+const READY: &str = "ready";
+
+const USUAL_THREADS: usize = 4;
+const MOST_THREADS: usize = 64;
+/// What the kernel reads ahead on our mounts, in KiB: a whole request.
+const READ_AHEAD: u32 = 1024;
+
+/// Runs the command.
+pub fn run(args: &MountArgs) -> ExitCode {
+    let serving = std::env::var_os(SERVE).is_some();
+    let result = if args.foreground || serving { serve(args, serving) } else { spawn() };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(if error.kind() == ErrorKind::Usage { USAGE } else { FAILED })
+        }
+    }
+}
+
+/// Starts the child and waits for its word.
+fn spawn() -> Result<ExitCode> {
+    let fail = |error| Error::io("starting the daemon", error);
+    let program = std::env::current_exe().map_err(fail)?;
+    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let mut child = Command::new(program)
+        .args(words)
+        .env(SERVE, "1")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(fail)?;
+    let mut word = String::new();
+    let pipe = child.stdout.take().expect("it is piped");
+    BufReader::new(pipe).read_line(&mut word).map_err(fail)?;
+    if word.trim_end() == READY {
+        return Ok(ExitCode::SUCCESS);
+    }
+    // It has said why on stderr.
+    let status = child.wait().map_err(fail)?;
+    Ok(ExitCode::from(
+        status.code().and_then(|code| u8::try_from(code).ok()).filter(|code| *code != 0).unwrap_or(FAILED),
+    ))
+}
+
+/// Mounts and serves until the end.
+fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
+    let options = MountOptions::parse(&args.options, args.sloppy)?;
+    let options = config::load(options, variable)?;
+    super::log::start(args.verbose, as_child);
+    if as_child {
+        // A session of its own: the terminal's signals are not for us.
+        rustix::process::setsid().map_err(|error| Error::io("leaving the terminal", error))?;
+    }
+    let threads = options.threads.unwrap_or(USUAL_THREADS);
+    if !(1..=MOST_THREADS).contains(&threads) {
+        return Err(Error::new(ErrorKind::Usage, format!("threads={threads} is not between 1 and {MOST_THREADS}")));
+    }
+    // Signals are caught before there is a mount that they could leave behind.
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|error| Error::io("catching signals", error))?;
+    let store = Store::open(&args.store, store_options(&options))?;
+    let ownership = Ownership { uid: options.uid, gid: options.gid, umask: options.umask };
+    let tree = Arc::new(Tree::new(&store, ownership));
+    let wanted =
+        mount::MountOptions { allow_other: options.allow_other, exec: options.exec.unwrap_or(false), read_only: true };
+    let (device, directory) = mount::mount(store.given(), &args.dir, &wanted)?;
+    let features = Features { passthrough: !options.no_passthrough, threads };
+    let server = match Server::connect(&tree, device, features) {
+        Ok(server) => server,
+        Err(error) => {
+            let _ = mount::unmount(&directory, true);
+            return Err(Error::io("answering the kernel", error));
+        }
+    };
+    if !options.no_readahead
+        && let Err(error) = mount::read_ahead(&directory, READ_AHEAD)
+    {
+        tracing::debug!("the kernel's read-ahead stays as it is: {error}");
+    }
+    let watcher = Watcher::start(&store).map_err(|error| Error::io("starting the watcher", error))?;
+    let ending = Arc::new(AtomicBool::new(false));
+    end_on_signals(signals, directory.clone(), Arc::clone(&ending))?;
+    if as_child {
+        let _ = rustix::process::chdir("/");
+        detach()?;
+    }
+    notify_service_manager(&format!("READY=1\nSTATUS=showing {} on {}", store.given().display(), directory.display()));
+    tracing::info!("{} is shown on {}", store.given().display(), directory.display());
+    let result = server.run();
+    ending.store(true, Ordering::Relaxed);
+    notify_service_manager("STOPPING=1");
+    drop(watcher);
+    result.map_err(|error| Error::io("serving the mount", error))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Tells the parent that all is well, and lets go of its pipe and terminal.
+fn detach() -> Result<()> {
+    let fail = |error: std::io::Error| Error::io("telling that the mount is ready", error);
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{READY}").and_then(|()| out.flush()).map_err(fail)?;
+    let nothing = std::fs::File::options().write(true).open("/dev/null").map_err(fail)?;
+    rustix::stdio::dup2_stdout(nothing.as_fd()).map_err(|error| fail(error.into()))?;
+    rustix::stdio::dup2_stderr(nothing.as_fd()).map_err(|error| fail(error.into()))?;
+    Ok(())
+}
+
+/// Unmounts when asked to. A mount in use goes on serving; asked again, it is taken out of the
+/// way and ends with its last user.
+fn end_on_signals(mut signals: Signals, directory: PathBuf, ending: Arc<AtomicBool>) -> Result<()> {
+    let work = move || {
+        let mut asked = false;
+        for signal in &mut signals {
+            if signal == SIGHUP {
+                continue; // the terminal has gone; nobody has asked for the mount to go
+            }
+            match mount::unmount(&directory, asked) {
+                Err(error) if error.kind() == ErrorKind::Busy => {
+                    let sentence = busy(&directory);
+                    tracing::warn!("{sentence}; asked once more, it will be taken away from them");
+                    notify_service_manager(&format!("STATUS={sentence}"));
+                    asked = true;
+                }
+                Err(error) if !ending.load(Ordering::Relaxed) => tracing::warn!("{error}"),
+                Ok(()) | Err(_) => {}
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(work)
+        .map_err(|error| Error::io("starting a thread", error))?;
+    Ok(())
+}
+
+/// Who keeps a mount busy, as a sentence.
+pub(super) fn busy(directory: &Path) -> String {
+    let users = users_of(directory);
+    let names: Vec<String> = users.iter().map(ToString::to_string).collect();
+    let by = if names.is_empty() {
+        "by whom cannot be seen from here".to_string()
+    } else {
+        format!("by {}", names.join(", "))
+    };
+    format!("{} is in use {by}", directory.display())
+}
+
+/// systemd's protocol (`sd_notify(3)`): a datagram to the socket that the environment names.
+fn notify_service_manager(state: &str) {
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let address = match name.as_bytes() {
+        [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest),
+        _ => SocketAddr::from_pathname(&name),
+    };
+    if let (Ok(address), Ok(socket)) = (address, UnixDatagram::unbound()) {
+        let _ = socket.send_to_addr(state.as_bytes(), &address);
+    }
+}

@@ -1,0 +1,144 @@
+//! The generated files: trees, descriptions, problems and counters.
+//!
+//! Made when somebody looks, kept for as long as the catalog they speak of is current, so that
+//! the size that stat(2) says is the size that is read.
+
+use std::num::NonZero;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use jiff::tz::TimeZone;
+use lru::LruCache;
+use parking_lot::Mutex;
+
+use crate::report::metrics::{MetricKind, Metrics};
+use crate::report::text::TextOptions;
+use crate::report::{json, store as report, svg, text};
+use crate::store::{Catalog, ImageIndex, Store};
+
+use super::node::{ChainDocument, StoreDocument};
+
+/// Documents of one chain are small, those of the store few.
+const KEPT: usize = 8192;
+/// Bytes of documents that are kept.
+const KEPT_LEN: usize = 32 << 20;
+
+/// Counters of a mount since it began.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    /// Reads of disks.
+    pub reads: AtomicU64,
+    /// Bytes of disks that were read.
+    pub read_bytes: AtomicU64,
+    /// Requests that were answered with an error other than "no such name".
+    pub errors: AtomicU64,
+    /// Disks opened.
+    pub opens: AtomicU64,
+}
+
+type Key = (u64, Option<(ImageIndex, ChainDocument)>, Option<StoreDocument>);
+
+/// Documents by key, and their bytes in all.
+type Kept = (LruCache<Key, Arc<[u8]>>, usize);
+
+/// Documents of the current catalog.
+#[derive(Debug)]
+pub(super) struct Documents {
+    kept: Mutex<Kept>,
+}
+
+impl Documents {
+    pub(super) fn new() -> Self {
+        Self { kept: Mutex::new((LruCache::new(NonZero::new(KEPT).expect("not zero")), 0)) }
+    }
+
+    /// A document of the store as a whole.
+    pub(super) fn of_store(
+        &self,
+        store: &Store,
+        catalog: &Catalog,
+        document: StoreDocument,
+        live: impl FnOnce() -> String,
+    ) -> Arc<[u8]> {
+        let make = || match document {
+            StoreDocument::TreeText => text::forest(&report::forest(store, catalog), &TextOptions::local()),
+            StoreDocument::TreeSvg => svg::forest(&report::forest(store, catalog), &TimeZone::system(), false),
+            StoreDocument::Chains => report::chains_json(store, catalog),
+            StoreDocument::Problems => report::problems_text(catalog),
+            StoreDocument::Metrics => String::new(),
+        };
+        if document == StoreDocument::Metrics {
+            return live().into_bytes().into();
+        }
+        self.get((catalog.serial, None, Some(document)), make)
+    }
+
+    /// A document of a chain; `None` for a problem where there is none.
+    pub(super) fn of_chain(
+        &self,
+        store: &Store,
+        catalog: &Catalog,
+        leaf: ImageIndex,
+        document: ChainDocument,
+    ) -> Option<Arc<[u8]>> {
+        if document == ChainDocument::Problem {
+            return report::chain_problem(catalog, leaf).map(|text| text.into_bytes().into());
+        }
+        let make = || match document {
+            ChainDocument::Chain => json::pretty(&report::chain_info(store, catalog, leaf)) + "\n",
+            ChainDocument::TreeText => text::forest(&report::chain_forest(store, catalog, leaf), &TextOptions::local()),
+            ChainDocument::TreeSvg => {
+                svg::forest(&report::chain_forest(store, catalog, leaf), &TimeZone::system(), false)
+            }
+            ChainDocument::Problem => String::new(),
+        };
+        Some(self.get((catalog.serial, Some((leaf, document)), None), make))
+    }
+
+    fn get(&self, key: Key, text: impl FnOnce() -> String) -> Arc<[u8]> {
+        if let Some(kept) = self.kept.lock().0.get(&key) {
+            return Arc::clone(kept);
+        }
+        let made: Arc<[u8]> = text().into_bytes().into();
+        let mut kept = self.kept.lock();
+        let (documents, len) = &mut *kept;
+        *len += made.len();
+        if let Some((_, old)) = documents.push(key, Arc::clone(&made)) {
+            *len -= old.len();
+        }
+        while *len > KEPT_LEN && documents.len() > 1 {
+            let Some((_, old)) = documents.pop_lru() else { break };
+            *len -= old.len();
+        }
+        made
+    }
+}
+
+/// The counters in Prometheus' text format.
+pub(super) fn metrics(store: &Store, counters: &Counters, open: usize, inodes: usize) -> String {
+    let catalog = store.catalog();
+    let (tables, clusters, maps, descriptors) = store.usage();
+    let mut metrics = Metrics::new();
+    let mut counter = |name, help: &str, value: &AtomicU64| {
+        metrics.family(name, MetricKind::Counter, help).sample(&[], value.load(Ordering::Relaxed));
+    };
+    counter("chainfs_reads_total", "Reads of disks answered by the daemon.", &counters.reads);
+    counter("chainfs_read_bytes_total", "Bytes of disks read through the daemon.", &counters.read_bytes);
+    counter("chainfs_opens_total", "Disks opened.", &counters.opens);
+    counter("chainfs_errors_total", "Requests answered with an error.", &counters.errors);
+    let mut gauge = |name, help: &str, value: usize| {
+        metrics.family(name, MetricKind::Gauge, help).sample(&[], value);
+    };
+    gauge("chainfs_images", "Images of the store.", catalog.images.len());
+    gauge("chainfs_chains", "Chains of the store.", catalog.chains().count());
+    gauge("chainfs_problems", "Lines of problems.txt.", catalog.problems.len());
+    gauge("chainfs_open_handles", "Files and directories open in the mount.", open);
+    gauge("chainfs_inodes", "Inode numbers given so far.", inodes);
+    gauge("chainfs_open_files", "Image files open now.", descriptors);
+    metrics
+        .family("chainfs_cache_bytes", MetricKind::Gauge, "Bytes held in caches.")
+        .sample(&[("cache", "tables")], tables)
+        .sample(&[("cache", "clusters")], clusters)
+        .sample(&[("cache", "maps")], maps);
+    metrics.finish()
+}

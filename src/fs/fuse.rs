@@ -1,0 +1,398 @@
+//! The adapter to FUSE: requests to [`Tree`], answers to replies, errors to errno. Nothing else
+//! names fuser.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    BackingId, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request, Session, SessionACL,
+};
+use parking_lot::Mutex;
+
+use crate::error::{Error, ErrorKind, Result, errno};
+
+use super::attributes::Attributes;
+use super::handles::Handle;
+use super::node::NodeKind;
+use super::tree::Tree;
+
+/// For how long the kernel believes a name or an attribute. Changes of the store are noticed
+/// within a second; this is their larger part.
+const BELIEF: Duration = Duration::from_millis(500);
+/// Bytes of a request, at most: what the kernel's limit of 256 pages allows.
+const MAX_REQUEST: u32 = 1 << 20;
+/// Read-ahead requests in flight, at most.
+const MAX_BACKGROUND: u16 = 64;
+
+/// Features of the kernel that can be done without.
+#[derive(Clone, Copy, Debug)]
+pub struct Features {
+    /// Reads of frozen raw layers that never leave the kernel (Linux 6.9, root).
+    pub passthrough: bool,
+    /// Worker threads.
+    pub threads: usize,
+}
+
+/// A connected mount.
+pub struct Server {
+    session: Session<Adapter>,
+    tree: Arc<Tree>,
+}
+
+impl Server {
+    /// Answers the kernel's first request on `device`, a mounted /dev/fuse: from here on the
+    /// mount can be used.
+    pub fn connect(tree: &Arc<Tree>, device: OwnedFd, features: Features) -> io::Result<Self> {
+        let adapter = Adapter {
+            tree: Arc::clone(tree),
+            passthrough: AtomicBool::new(features.passthrough),
+            modes: Mutex::default(),
+        };
+        let mut config = Config::default();
+        config.n_threads = Some(features.threads);
+        config.clone_fd = features.threads > 1;
+        // Who may come in has been said to the kernel, which holds to it.
+        let session = Session::from_fd(adapter, device, SessionACL::All, config)?;
+        Ok(Self { session, tree: Arc::clone(tree) })
+    }
+
+    /// Serves until the file system is unmounted, then lets go of all files and locks.
+    pub fn run(self) -> io::Result<()> {
+        let result = self.session.run();
+        self.tree.close();
+        result
+    }
+}
+
+/// How an inode is open now. The kernel wants all openings of one inode to agree.
+#[derive(Default)]
+struct Mode {
+    /// Openings through the kernel's page cache.
+    cached: usize,
+    /// Openings handed to the file itself, and that file.
+    passed: usize,
+    backing: Option<Arc<BackingId>>,
+    /// What the page cache was filled from.
+    fingerprint: Option<u64>,
+}
+
+struct Adapter {
+    tree: Arc<Tree>,
+    /// Cleared when the kernel has refused it once.
+    passthrough: AtomicBool,
+    modes: Mutex<HashMap<u64, Mode>>,
+}
+
+impl Adapter {
+    /// Runs a handler; a bug in it becomes EIO for this request instead of an end of the thread.
+    fn answer<T>(&self, work: impl FnOnce(&Tree) -> Result<T>) -> std::result::Result<T, Errno> {
+        let result = catch_unwind(AssertUnwindSafe(|| work(&self.tree))).unwrap_or_else(|_| {
+            Err(Error::new(ErrorKind::Io, "a bug in chainfs; please report what the log says before this line"))
+        });
+        result.map_err(|error| {
+            if error.kind() != ErrorKind::NotFound {
+                self.tree.count_error();
+                tracing::debug!("refused: {error}");
+            }
+            Errno::from_i32(errno(error.kind()).raw_os_error())
+        })
+    }
+
+    /// Whether this opening is handed to the raw file itself. `None` if it is not.
+    fn pass(&self, reply: &ReplyOpen, inode: u64, handle: &Handle) -> Option<Arc<BackingId>> {
+        let Handle::Disk(disk) = handle else { return None };
+        let file = disk.open.raw_file.as_ref().filter(|_| self.passthrough.load(Ordering::Relaxed))?;
+        let mut modes = self.modes.lock();
+        let mode = modes.entry(inode).or_default();
+        if mode.cached > 0 {
+            return None;
+        }
+        if mode.backing.is_none() {
+            // Only where the file is the disk to the last byte.
+            let same_size = file.stat().is_ok_and(|stat| stat.signature.size == disk.open.view.size());
+            let own = file.open_again().ok().filter(|_| same_size)?;
+            match reply.open_backing(own) {
+                Ok(backing) => mode.backing = Some(Arc::new(backing)),
+                Err(error) => {
+                    tracing::info!("raw disks are served by the daemon, for the kernel says: {error}");
+                    self.passthrough.store(false, Ordering::Relaxed);
+                    return None;
+                }
+            }
+        }
+        mode.passed += 1;
+        mode.backing.clone()
+    }
+
+    /// Notes an opening through the page cache; whether what it holds is still good.
+    fn cache(&self, inode: u64, fingerprint: u64) -> bool {
+        let mut modes = self.modes.lock();
+        let mode = modes.entry(inode).or_default();
+        mode.cached += 1;
+        mode.fingerprint.replace(fingerprint) == Some(fingerprint)
+    }
+
+    fn closed(&self, inode: u64, handle: &Handle) {
+        let Handle::Disk(disk) = handle else { return };
+        if disk.direct {
+            return;
+        }
+        let mut modes = self.modes.lock();
+        let Some(mode) = modes.get_mut(&inode) else { return };
+        if mode.passed > 0 {
+            mode.passed -= 1;
+            if mode.passed == 0 {
+                mode.backing = None;
+            }
+        } else {
+            mode.cached = mode.cached.saturating_sub(1);
+        }
+    }
+}
+
+thread_local! {
+    /// Where a worker puts what it reads; as large as its largest request.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Filesystem for Adapter {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // Refusals only mean that the nearest possible value is taken, or that a kernel is older.
+        let _ = config.set_max_write(MAX_REQUEST);
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        let wanted = InitFlags::FUSE_PARALLEL_DIROPS
+            | InitFlags::FUSE_DO_READDIRPLUS
+            | InitFlags::FUSE_READDIRPLUS_AUTO
+            | InitFlags::FUSE_ASYNC_DIO
+            | InitFlags::FUSE_ABORT_ERROR
+            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
+        for flag in wanted.iter() {
+            let _ = config.add_capabilities(flag);
+        }
+        let possible = self.passthrough.load(Ordering::Relaxed)
+            && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
+            && config.set_max_stack_depth(1).is_ok();
+        self.passthrough.store(possible, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.answer(|tree| tree.lookup(parent.0, name)) {
+            Ok(found) => reply.entry(&BELIEF, &attr(&found), Generation(0)),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn getattr(&self, _req: &Request, inode: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+        match self.answer(|tree| tree.attributes(inode.0)) {
+            Ok(found) => reply.attr(&BELIEF, &attr(&found)),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn open(&self, _req: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        if flags.acc_mode() != OpenAccMode::O_RDONLY {
+            return reply.error(Errno::EROFS);
+        }
+        let (number, handle) = match self.answer(|tree| tree.open(inode.0)) {
+            Ok(opened) => opened,
+            Err(errno) => return reply.error(errno),
+        };
+        if let Some(backing) = self.pass(&reply, inode.0, &handle) {
+            return reply.opened_passthrough(FileHandle(number), FopenFlags::empty(), &backing);
+        }
+        let flags = match &handle {
+            Handle::Disk(disk) if disk.direct => FopenFlags::FOPEN_DIRECT_IO,
+            Handle::Disk(disk) if self.cache(inode.0, disk.open.fingerprint) => FopenFlags::FOPEN_KEEP_CACHE,
+            Handle::Disk(_) => FopenFlags::empty(),
+            // Each opening has a text of its own, which no other may be served.
+            Handle::Text(_) | Handle::Directory(_) => FopenFlags::FOPEN_DIRECT_IO,
+        };
+        reply.opened(FileHandle(number), flags);
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        BUFFER.with_borrow_mut(|buffer| {
+            if buffer.len() < size as usize {
+                buffer.resize(size as usize, 0);
+            }
+            let buffer = &mut buffer[..size as usize];
+            match self.answer(|tree| tree.read(&tree.handle(handle.0)?, offset, buffer)) {
+                Ok(len) => reply.data(&buffer[..len]),
+                Err(errno) => reply.error(errno),
+            }
+        });
+    }
+
+    fn lseek(&self, _req: &Request, _inode: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        let data = match whence {
+            nix::libc::SEEK_DATA => true,
+            nix::libc::SEEK_HOLE => false,
+            _ => return reply.error(Errno::EINVAL),
+        };
+        let Ok(at) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+        match self.answer(|tree| tree.seek(&tree.handle(handle.0)?, at, data)) {
+            Ok(Some(found)) => reply.offset(found.cast_signed()),
+            Ok(None) => reply.error(Errno::ENXIO),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn flush(&self, _req: &Request, _inode: INodeNo, _handle: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn fsync(&self, _req: &Request, _inode: INodeNo, _handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        if let Ok(open) = self.tree.handle(handle.0) {
+            self.closed(inode.0, &open);
+        }
+        self.tree.release(handle.0);
+        reply.ok();
+    }
+
+    fn opendir(&self, _req: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        match self.answer(|tree| tree.open_directory(inode.0)) {
+            Ok(number) => reply.opened(FileHandle(number), FopenFlags::empty()),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn readdir(&self, _req: &Request, inode: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let entries = match self.answer(|tree| entries(tree, inode.0, handle.0)) {
+            Ok(entries) => entries,
+            Err(errno) => return reply.error(errno),
+        };
+        for (index, (number, kind, name)) in entries.iter().enumerate().skip(offset as usize) {
+            if reply.add(INodeNo(*number), index as u64 + 1, file_type(*kind), name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn readdirplus(
+        &self,
+        _req: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let entries = match self.answer(|tree| entries(tree, inode.0, handle.0)) {
+            Ok(entries) => entries,
+            Err(errno) => return reply.error(errno),
+        };
+        for (index, (number, _, name)) in entries.iter().enumerate().skip(offset as usize) {
+            // What has gone since it was listed is left out.
+            let Ok(found) = self.answer(|tree| tree.attributes(*number)) else { continue };
+            if reply.add(INodeNo(*number), index as u64 + 1, name, &BELIEF, &attr(&found), Generation(0)) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn releasedir(&self, _req: &Request, _inode: INodeNo, handle: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        self.tree.release(handle.0);
+        reply.ok();
+    }
+
+    fn statfs(&self, _req: &Request, _inode: INodeNo, reply: ReplyStatfs) {
+        match self.answer(|tree| tree.store().roots()[0].statvfs()) {
+            Ok(stat) => reply.statfs(
+                stat.f_blocks,
+                stat.f_bfree,
+                stat.f_bavail,
+                stat.f_files,
+                stat.f_ffree,
+                stat.f_bsize as u32,
+                255,
+                stat.f_frsize as u32,
+            ),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn getxattr(&self, _req: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        match self.answer(|tree| tree.extended_attribute(inode.0, name)) {
+            Ok(Some(value)) if size == 0 => reply.size(value.len() as u32),
+            Ok(Some(value)) if value.len() > size as usize => reply.error(Errno::ERANGE),
+            Ok(Some(value)) => reply.data(&value),
+            Ok(None) => reply.error(Errno::ENODATA),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    /// Our attributes are read by name: listed, every `cp -a` would try to copy them.
+    fn listxattr(&self, _req: &Request, _inode: INodeNo, size: u32, reply: ReplyXattr) {
+        if size == 0 { reply.size(0) } else { reply.data(&[]) }
+    }
+}
+
+/// The entries of an open directory, with `.` and `..`.
+fn entries(tree: &Tree, inode: u64, handle: u64) -> Result<Vec<(u64, NodeKind, std::ffi::OsString)>> {
+    let Handle::Directory(listed) = tree.handle(handle)? else {
+        return Err(Error::new(ErrorKind::Usage, "not a directory"));
+    };
+    let dots = [".", ".."].map(|name| (inode, NodeKind::Directory, name.into()));
+    Ok(dots.into_iter().chain(listed.iter().map(|e| (e.inode, e.node.kind(), e.name.clone()))).collect())
+}
+
+fn file_type(kind: NodeKind) -> FileType {
+    match kind {
+        NodeKind::Directory => FileType::Directory,
+        NodeKind::File => FileType::RegularFile,
+    }
+}
+
+fn attr(found: &Attributes) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(found.inode),
+        size: found.size,
+        blocks: found.blocks,
+        atime: found.mtime,
+        mtime: found.mtime,
+        ctime: found.mtime,
+        crtime: SystemTime::UNIX_EPOCH,
+        kind: file_type(found.kind),
+        perm: found.permissions,
+        nlink: if found.kind == NodeKind::Directory { 2 } else { 1 },
+        uid: found.uid,
+        gid: found.gid,
+        rdev: 0,
+        blksize: 65_536,
+        flags: 0,
+    }
+}

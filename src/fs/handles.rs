@@ -1,0 +1,65 @@
+//! What is open: numbers for the kernel, contents for us.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::RwLock;
+
+use crate::store::OpenView;
+
+use super::tree::Listed;
+
+/// An open disk.
+#[derive(Debug)]
+pub struct OpenDisk {
+    /// Its bytes; QEMU's locks are held as long as it lives.
+    pub open: OpenView,
+    /// Whether the kernel hands every read to us: then a read may end before what is damaged.
+    pub direct: bool,
+}
+
+/// Something open.
+#[derive(Clone, Debug)]
+pub enum Handle {
+    /// A document, as of its opening.
+    Text(Arc<[u8]>),
+    /// A disk.
+    Disk(Arc<OpenDisk>),
+    /// A directory, as of its opening.
+    Directory(Arc<[Listed]>),
+}
+
+/// All that is open.
+#[derive(Debug, Default)]
+pub(super) struct Handles {
+    last: AtomicU64,
+    open: RwLock<HashMap<u64, Handle>>,
+}
+
+impl Handles {
+    pub(super) fn add(&self, handle: Handle) -> u64 {
+        let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
+        self.open.write().insert(number, handle);
+        number
+    }
+
+    pub(super) fn get(&self, number: u64) -> Option<Handle> {
+        self.open.read().get(&number).cloned()
+    }
+
+    pub(super) fn remove(&self, number: u64) {
+        // Dropped outside of the lock: closing may let go of a thousand file locks.
+        let handle = self.open.write().remove(&number);
+        drop(handle);
+    }
+
+    pub(super) fn clear(&self) {
+        let all = std::mem::take(&mut *self.open.write());
+        drop(all);
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.open.read().len()
+    }
+}

@@ -1,0 +1,195 @@
+//! mount(2) and umount(2), as root or through fusermount3.
+//!
+//! A mount shows type `fuse.chainfs` and the store as its source, and is always nosuid and
+//! nodev. A directory that still carries a dead mount of ours is cleaned first.
+
+use std::ffi::OsString;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{MountEntry, mounts};
+
+/// The type under which the kernel lists our mounts.
+pub const KIND: &str = "fuse.chainfs";
+
+/// What the kernel is told.
+#[derive(Clone, Debug, Default)]
+pub struct MountOptions {
+    /// Whether others than the mounting user may come in; the kernel then checks modes.
+    pub allow_other: bool,
+    /// Whether programs on it may be run.
+    pub exec: bool,
+    /// Whether it is read-only; so far it always is.
+    pub read_only: bool,
+}
+
+/// Makes a mount point ready and mounts there; the descriptor is the kernel's end of it.
+pub fn mount(store: &Path, directory: &Path, options: &MountOptions) -> Result<(OwnedFd, PathBuf)> {
+    let directory = mount_point(directory)?;
+    let device = match direct(store, &directory, options) {
+        // Not root, or not in this namespace: the set-uid helper may do it.
+        Err(Errno::PERM | Errno::ACCESS) => by_helper(store, &directory, options)?,
+        Err(Errno::NODEV) => {
+            return Err(Error::new(ErrorKind::Io, "the kernel has no FUSE; try modprobe fuse"));
+        }
+        other => other.map_err(|error| Error::io(format!("mounting on {}", directory.display()), error))?,
+    };
+    Ok((device, directory))
+}
+
+/// The directory without links. Takes away a dead mount of ours; refuses a live one.
+fn mount_point(directory: &Path) -> Result<PathBuf> {
+    let fail = |error| Error::io(format!("opening mount point {}", directory.display()), error);
+    if let Err(error) = std::fs::metadata(directory)
+        && error.raw_os_error() == Some(Errno::NOTCONN.raw_os_error())
+    {
+        let dead = canonical_parent(directory)?;
+        if top_mount(&dead)?.is_some_and(|mount| mount.kind == KIND) {
+            unmount(&dead, true)?;
+        }
+    }
+    let canonical = directory.canonicalize().map_err(fail)?;
+    if !std::fs::metadata(&canonical).map_err(fail)?.is_dir() {
+        return Err(Error::new(ErrorKind::Usage, format!("mount point {} is not a directory", directory.display())));
+    }
+    if top_mount(&canonical)?.is_some_and(|mount| mount.kind == KIND) {
+        return Err(Error::new(
+            ErrorKind::Busy,
+            format!("{} already shows a store; unmount it first with chainfs umount", directory.display()),
+        ));
+    }
+    Ok(canonical)
+}
+
+/// A path whose last component cannot be asked, without links.
+pub fn canonical_parent(directory: &Path) -> Result<PathBuf> {
+    let fail = |error| Error::io(format!("opening {}", directory.display()), error);
+    let absolute = std::path::absolute(directory).map_err(fail)?;
+    let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else { return Ok(absolute) };
+    Ok(parent.canonicalize().map_err(fail)?.join(name))
+}
+
+/// The mount that one sees at `directory`, if it is a mount point.
+pub fn top_mount(directory: &Path) -> Result<Option<MountEntry>> {
+    Ok(mounts()?.into_iter().rfind(|mount| mount.directory == directory))
+}
+
+fn direct(store: &Path, directory: &Path, options: &MountOptions) -> rustix::io::Result<OwnedFd> {
+    let device = rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+    let mut data = format!("fd={},rootmode=40000,user_id={uid},group_id={gid}", device.as_raw_fd());
+    if options.allow_other {
+        data.push_str(",allow_other,default_permissions");
+    }
+    let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
+    flags.set(MountFlags::NOEXEC, !options.exec);
+    flags.set(MountFlags::RDONLY, options.read_only);
+    let data = std::ffi::CString::new(data).map_err(|_| Errno::INVAL)?;
+    rustix::mount::mount(store, directory, KIND, flags, Some(data.as_c_str()))?;
+    Ok(device)
+}
+
+/// fusermount3 mounts and sends the descriptor over a socket whose number it finds in its environment.
+fn by_helper(store: &Path, directory: &Path, options: &MountOptions) -> Result<OwnedFd> {
+    let fail = |error: io::Error| Error::io("running fusermount3 (package fuse3)", error);
+    let (ours, theirs) = UnixStream::pair().map_err(fail)?;
+    fcntl_setfd(&theirs, FdFlags::empty()).map_err(|error| fail(error.into()))?;
+    let mut words = OsString::from("subtype=chainfs,nosuid,nodev,fsname=");
+    // A comma or backslash in the name would end the option.
+    let source = store.to_string_lossy().replace('\\', "\\\\").replace(',', "\\,");
+    words.push(source);
+    for (wanted, word) in [
+        (options.read_only, ",ro"),
+        (!options.exec, ",noexec"),
+        (options.allow_other, ",allow_other,default_permissions"),
+    ] {
+        if wanted {
+            words.push(word);
+        }
+    }
+    let child = Command::new("fusermount3")
+        .arg("-o")
+        .arg(words)
+        .arg("--")
+        .arg(directory)
+        .env("_FUSE_COMMFD", theirs.as_raw_fd().to_string())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn();
+    drop(theirs);
+    let child = child.map_err(fail)?;
+    let received = receive(&ours);
+    let output = child.wait_with_output().map_err(fail)?;
+    match received {
+        Ok(device) if output.status.success() => {
+            fcntl_setfd(&device, FdFlags::CLOEXEC).map_err(|error| fail(error.into()))?;
+            Ok(device)
+        }
+        _ => {
+            let words = String::from_utf8_lossy(&output.stderr);
+            let words = words.trim().trim_start_matches("fusermount3:").trim();
+            let remedy =
+                if words.contains("user_allow_other") { "; write user_allow_other into /etc/fuse.conf" } else { "" };
+            Err(Error::new(
+                ErrorKind::Denied,
+                format!("mounting on {}: fusermount3 says: {words}{remedy}", directory.display()),
+            ))
+        }
+    }
+}
+
+fn receive(socket: &UnixStream) -> io::Result<OwnedFd> {
+    let mut byte = [0];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    ancillary
+        .drain()
+        .find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        })
+        .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+/// Takes a mount away. Not `lazy`: `Busy` while somebody uses it.
+pub fn unmount(directory: &Path, lazy: bool) -> Result<()> {
+    let mut flags = UnmountFlags::NOFOLLOW;
+    flags.set(UnmountFlags::DETACH, lazy);
+    match rustix::mount::unmount(directory, flags) {
+        Ok(()) => Ok(()),
+        Err(Errno::PERM) => by_helper_unmount(directory, lazy),
+        Err(error) => Err(Error::io(format!("unmounting {}", directory.display()), error)),
+    }
+}
+
+fn by_helper_unmount(directory: &Path, lazy: bool) -> Result<()> {
+    let mut command = Command::new("fusermount3");
+    command.arg("-u").args(lazy.then_some("-z")).arg("--").arg(directory).stdin(Stdio::null());
+    let output = command.output().map_err(|error| Error::io("running fusermount3 (package fuse3)", error))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let words = String::from_utf8_lossy(&output.stderr);
+    let kind = if words.contains("busy") { ErrorKind::Busy } else { ErrorKind::Denied };
+    Err(Error::new(kind, format!("unmounting {}: {}", directory.display(), words.trim())))
+}
+
+/// Lets the kernel read further ahead than it would by itself. Only root may; others do without.
+pub fn read_ahead(directory: &Path, kib: u32) -> Result<()> {
+    let Some(mount) = top_mount(directory)? else { return Ok(()) };
+    let (major, minor) = mount.device;
+    let place = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    std::fs::write(&place, kib.to_string()).map_err(|error| Error::io(format!("writing {place}"), error))
+}

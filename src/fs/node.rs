@@ -1,0 +1,181 @@
+//! What the mount shows, and the numbers under which the kernel knows it.
+//!
+//! Node and number are one to one for the life of a mount. A node's identity includes what it
+//! shows, so that a number never stands for other content: a layer whose file was changed by
+//! somebody else is another node.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+
+use crate::io::FileId;
+
+/// One thing in the tree.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Node {
+    /// The root of the mount.
+    Root,
+    /// A sub-directory of the store, by path.
+    Directory(Arc<PathBuf>),
+    /// `.chainfs`.
+    Store,
+    /// A file in `.chainfs`.
+    StoreDocument(StoreDocument),
+    /// A chain's directory, by path.
+    Chain(Arc<PathBuf>),
+    /// A chain's `snapshots` directory.
+    Snapshots(Arc<PathBuf>),
+    /// A chain's `info` directory.
+    Info(Arc<PathBuf>),
+    /// A file in `info`.
+    ChainDocument(Arc<PathBuf>, ChainDocument),
+    /// A disk, or saved VM state.
+    View(ViewNode),
+}
+
+/// A disk of a chain.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ViewNode {
+    /// The chain's path.
+    pub chain: Arc<PathBuf>,
+    /// The view's name, without suffix.
+    pub name: Arc<[u8]>,
+    /// The image that is its top layer.
+    pub image: FileId,
+    /// Which state of the image.
+    pub part: Part,
+}
+
+/// Which state of a view's top image, as an identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Part {
+    /// The active disk: its content changes, its number stays.
+    Active,
+    /// A frozen layer, by the version of its file.
+    Frozen(u64),
+    /// An internal snapshot, by a digest of its entry in the table.
+    Snapshot(u64),
+    /// The VM state of an internal snapshot, likewise.
+    VmState(u64),
+}
+
+/// The files of `.chainfs`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StoreDocument {
+    /// The branching tree as text.
+    TreeText,
+    /// The same as a picture.
+    TreeSvg,
+    /// All chains for programs.
+    Chains,
+    /// What could not be shown.
+    Problems,
+    /// Counters.
+    Metrics,
+}
+
+/// The files of `info`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ChainDocument {
+    /// As `qemu-img info --backing-chain`.
+    Chain,
+    /// The chain's part of the store's tree.
+    TreeText,
+    /// The same as a picture.
+    TreeSvg,
+    /// What is wrong; only where something is.
+    Problem,
+}
+
+/// File types that the mount has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeKind {
+    /// A directory.
+    Directory,
+    /// A regular file.
+    File,
+}
+
+impl StoreDocument {
+    /// All of them with their names.
+    pub const ALL: [(StoreDocument, &'static str); 5] = [
+        (StoreDocument::Chains, "chains.json"),
+        (StoreDocument::Metrics, "metrics"),
+        (StoreDocument::Problems, "problems.txt"),
+        (StoreDocument::TreeSvg, "tree.svg"),
+        (StoreDocument::TreeText, "tree.txt"),
+    ];
+}
+
+impl ChainDocument {
+    /// All of them with their names.
+    pub const ALL: [(ChainDocument, &'static str); 4] = [
+        (ChainDocument::Chain, "chain.json"),
+        (ChainDocument::Problem, "problem.txt"),
+        (ChainDocument::TreeSvg, "tree.svg"),
+        (ChainDocument::TreeText, "tree.txt"),
+    ];
+}
+
+impl Node {
+    /// Directory or file.
+    pub fn kind(&self) -> NodeKind {
+        match self {
+            Node::Root | Node::Directory(_) | Node::Store | Node::Chain(_) | Node::Snapshots(_) | Node::Info(_) => {
+                NodeKind::Directory
+            }
+            Node::StoreDocument(_) | Node::ChainDocument(..) | Node::View(_) => NodeKind::File,
+        }
+    }
+}
+
+/// The root's number, by FUSE's convention.
+pub(super) const ROOT: u64 = 1;
+
+/// Numbers given so far.
+#[derive(Debug)]
+pub(super) struct Inodes {
+    table: RwLock<Table>,
+}
+
+#[derive(Debug)]
+struct Table {
+    by_node: HashMap<Node, u64>,
+    nodes: Vec<Node>,
+}
+
+impl Inodes {
+    /// Only the root has a number.
+    pub(super) fn new() -> Self {
+        let table = Table { by_node: HashMap::from([(Node::Root, ROOT)]), nodes: vec![Node::Root] };
+        Self { table: RwLock::new(table) }
+    }
+
+    /// The number of a node; a new one if it has none yet.
+    pub(super) fn number(&self, node: &Node) -> u64 {
+        if let Some(number) = self.table.read().by_node.get(node) {
+            return *number;
+        }
+        let mut table = self.table.write();
+        if let Some(number) = table.by_node.get(node) {
+            return *number;
+        }
+        table.nodes.push(node.clone());
+        let number = table.nodes.len() as u64;
+        table.by_node.insert(node.clone(), number);
+        number
+    }
+
+    /// The node of a number that was given.
+    pub(super) fn node(&self, number: u64) -> Option<Node> {
+        let index = usize::try_from(number.checked_sub(1)?).ok()?;
+        self.table.read().nodes.get(index).cloned()
+    }
+
+    /// How many numbers have been given.
+    pub(super) fn count(&self) -> usize {
+        self.table.read().nodes.len()
+    }
+}

@@ -1,0 +1,519 @@
+//! The tree of the mount: what the kernel asks, answered in plain types.
+//!
+//! Nothing here waits for anything but the store's files. Names are looked up in the catalog of
+//! the moment; a node whose chain or layer has gone since is stale.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::SystemTime;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Snapshot;
+use crate::io::{FileStat, Storage};
+use crate::store::{ACTIVE, Catalog, ChainView, ChainViews, ImageEntry, ImageIndex, STORE_DIRECTORY, Store, ViewPart};
+
+use super::attributes::{Attributes, Ownership, frozen, modified, taken};
+use super::documents::{Counters, Documents, metrics};
+use super::handles::{Handle, Handles, OpenDisk};
+use super::node::{ChainDocument, Inodes, Node, NodeKind, Part, ROOT, StoreDocument, ViewNode};
+
+/// One entry of a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Its name.
+    pub name: OsString,
+    /// What it is.
+    pub node: Node,
+    /// Its number.
+    pub inode: u64,
+}
+
+/// The mount's tree.
+#[derive(Debug)]
+pub struct Tree {
+    store: Arc<Store>,
+    ownership: Ownership,
+    inodes: Inodes,
+    handles: Handles,
+    documents: Documents,
+    counters: Counters,
+    started: SystemTime,
+}
+
+const SNAPSHOTS: &str = "snapshots";
+const INFO: &str = "info";
+const DISK_SUFFIX: &[u8] = b".raw";
+const VM_STATE_SUFFIX: &[u8] = b".vmstate";
+
+/// Names of the attributes that disks have, after `user.chainfs.`.
+const ATTRIBUTE_PREFIX: &[u8] = b"user.chainfs.";
+
+/// A disk's node, found in the catalog of the moment.
+struct Found {
+    catalog: Arc<Catalog>,
+    views: Arc<ChainViews>,
+    view: ChainView,
+}
+
+impl Found {
+    fn image(&self) -> &ImageEntry {
+        &self.catalog.images[self.views.layers[self.view.layer]]
+    }
+
+    fn layers(&self) -> &[ImageIndex] {
+        &self.views.layers[self.view.layer..]
+    }
+
+    fn snapshot(&self) -> Option<&Snapshot> {
+        self.image().qcow2()?.snapshots.get(self.view.snapshot?)
+    }
+}
+
+impl Tree {
+    /// The tree of `store`.
+    pub fn new(store: &Arc<Store>, ownership: Ownership) -> Self {
+        Self {
+            store: Arc::clone(store),
+            ownership,
+            inodes: Inodes::new(),
+            handles: Handles::default(),
+            documents: Documents::new(),
+            counters: Counters::default(),
+            started: SystemTime::now(),
+        }
+    }
+
+    /// The store that is shown.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Counts an answer for the metrics.
+    pub fn count_error(&self) {
+        self.counters.errors.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Closes everything and lets go of all locks: the mount has ended.
+    pub fn close(&self) {
+        self.handles.clear();
+    }
+
+    fn node(&self, inode: u64) -> Result<Node> {
+        self.inodes.node(inode).ok_or_else(|| stale("a number that was never given"))
+    }
+
+    /// The entry `name` of the directory `parent`.
+    pub fn lookup(&self, parent: u64, name: &OsStr) -> Result<Attributes> {
+        let parent = self.node(parent)?;
+        let node = self.child(&parent, name)?.ok_or_else(|| Error::new(ErrorKind::NotFound, "no such name"))?;
+        self.attributes_of(&node, self.inodes.number(&node))
+    }
+
+    /// Attributes of a node.
+    pub fn attributes(&self, inode: u64) -> Result<Attributes> {
+        self.attributes_of(&self.node(inode)?, inode)
+    }
+
+    fn child(&self, parent: &Node, name: &OsStr) -> Result<Option<Node>> {
+        let catalog = self.store.catalog();
+        let path = |parent: &Path| Arc::new(parent.join(name));
+        Ok(match parent {
+            Node::Root if name.as_bytes() == STORE_DIRECTORY => Some(Node::Store),
+            Node::Root if catalog.single.is_some() => self.chain_child(&catalog, &Arc::default(), name),
+            Node::Root => directory_child(&catalog, Path::new(""), name, path),
+            Node::Directory(directory) => directory_child(&catalog, directory, name, path),
+            Node::Store => StoreDocument::ALL
+                .iter()
+                .find(|(_, known)| name == *known)
+                .map(|(document, _)| Node::StoreDocument(*document)),
+            Node::Chain(chain) => self.chain_child(&catalog, chain, name),
+            Node::Snapshots(chain) => self.snapshot_child(&catalog, chain, name),
+            Node::Info(chain) => {
+                let leaf = leaf(&catalog, chain)?;
+                let found = ChainDocument::ALL.iter().find(|(_, known)| name == *known);
+                found
+                    .filter(|(document, _)| self.has_document(&catalog, leaf, *document))
+                    .map(|(document, _)| Node::ChainDocument(Arc::clone(chain), *document))
+            }
+            Node::StoreDocument(_) | Node::ChainDocument(..) | Node::View(_) => None,
+        })
+    }
+
+    fn has_document(&self, catalog: &Catalog, leaf: ImageIndex, document: ChainDocument) -> bool {
+        document != ChainDocument::Problem
+            || self.documents.of_chain(&self.store, catalog, leaf, ChainDocument::Problem).is_some()
+    }
+
+    fn chain_child(&self, catalog: &Arc<Catalog>, chain: &Arc<PathBuf>, name: &OsStr) -> Option<Node> {
+        let leaf = catalog.chain(chain)?;
+        if name == SNAPSHOTS {
+            return Some(Node::Snapshots(Arc::clone(chain)));
+        }
+        if name == INFO {
+            return Some(Node::Info(Arc::clone(chain)));
+        }
+        let base = name.as_bytes().strip_suffix(DISK_SUFFIX)?;
+        let views = self.store.chain_views(catalog, leaf);
+        let view = views.active().filter(|_| base == ACTIVE)?;
+        Some(Node::View(view_node(catalog, chain, &views, view, false)))
+    }
+
+    fn snapshot_child(&self, catalog: &Arc<Catalog>, chain: &Arc<PathBuf>, name: &OsStr) -> Option<Node> {
+        let views = self.store.chain_views(catalog, catalog.chain(chain)?);
+        let name = name.as_bytes();
+        let (base, vm_state) = match name.strip_suffix(DISK_SUFFIX) {
+            Some(base) => (base, false),
+            None => (name.strip_suffix(VM_STATE_SUFFIX)?, true),
+        };
+        let view = views.find(base).filter(|view| !view.active && (!vm_state || view.has_vm_state))?;
+        Some(Node::View(view_node(catalog, chain, &views, view, vm_state)))
+    }
+
+    /// The entries of a directory, as of now.
+    pub fn list(&self, inode: u64) -> Result<Vec<Listed>> {
+        let catalog = self.store.catalog();
+        let mut found: Vec<(OsString, Node)> = Vec::new();
+        let node = self.node(inode)?;
+        match &node {
+            Node::Root => {
+                found.push((OsString::from_vec(STORE_DIRECTORY.to_vec()), Node::Store));
+                if catalog.single.is_some() {
+                    self.list_chain(&catalog, &Arc::default(), &mut found)?;
+                } else {
+                    list_directory(&catalog, Path::new(""), &mut found)?;
+                }
+            }
+            Node::Directory(path) => list_directory(&catalog, path, &mut found)?,
+            Node::Store => found.extend(
+                StoreDocument::ALL
+                    .iter()
+                    .map(|(document, name)| (OsString::from(name), Node::StoreDocument(*document))),
+            ),
+            Node::Chain(chain) => self.list_chain(&catalog, chain, &mut found)?,
+            Node::Snapshots(chain) => {
+                let views = self.store.chain_views(&catalog, leaf(&catalog, chain)?);
+                for view in views.snapshots() {
+                    let node = Node::View(view_node(&catalog, chain, &views, view, false));
+                    found.push((file_name(&view.name, DISK_SUFFIX), node));
+                    if view.has_vm_state {
+                        let node = Node::View(view_node(&catalog, chain, &views, view, true));
+                        found.push((file_name(&view.name, VM_STATE_SUFFIX), node));
+                    }
+                }
+            }
+            Node::Info(chain) => {
+                let leaf = leaf(&catalog, chain)?;
+                let shown =
+                    ChainDocument::ALL.iter().filter(|(document, _)| self.has_document(&catalog, leaf, *document));
+                found.extend(
+                    shown.map(|(document, name)| {
+                        (OsString::from(name), Node::ChainDocument(Arc::clone(chain), *document))
+                    }),
+                );
+            }
+            Node::StoreDocument(_) | Node::ChainDocument(..) | Node::View(_) => {
+                return Err(Error::new(ErrorKind::Usage, "not a directory"));
+            }
+        }
+        Ok(found.into_iter().map(|(name, node)| Listed { inode: self.inodes.number(&node), name, node }).collect())
+    }
+
+    fn list_chain(
+        &self,
+        catalog: &Arc<Catalog>,
+        chain: &Arc<PathBuf>,
+        found: &mut Vec<(OsString, Node)>,
+    ) -> Result<()> {
+        let views = self.store.chain_views(catalog, leaf(catalog, chain)?);
+        if let Some(view) = views.active() {
+            let node = Node::View(view_node(catalog, chain, &views, view, false));
+            found.push((file_name(&view.name, DISK_SUFFIX), node));
+        }
+        found.push((INFO.into(), Node::Info(Arc::clone(chain))));
+        found.push((SNAPSHOTS.into(), Node::Snapshots(Arc::clone(chain))));
+        Ok(())
+    }
+
+    /// Attributes of an entry that was just listed.
+    pub fn attributes_of(&self, node: &Node, inode: u64) -> Result<Attributes> {
+        let kind = node.kind();
+        let catalog = self.store.catalog();
+        let (stat, size, blocks, mtime, writable) = match node {
+            Node::Root | Node::Directory(_) | Node::Store => (self.store_stat()?, 0, 0, None, false),
+            Node::Chain(chain) | Node::Snapshots(chain) | Node::Info(chain) => {
+                let leaf = &catalog.images[leaf(&catalog, chain)?];
+                // Who may list a chain is who may list the store: names are no secret of an image's.
+                let stat = FileStat { signature: leaf.stat.signature, ..self.store_stat()? };
+                (stat, 0, 0, None, false)
+            }
+            Node::StoreDocument(document) => {
+                let len = self.store_document(&catalog, *document).len() as u64;
+                (self.store_stat()?, len, len.div_ceil(512), Some(self.started), false)
+            }
+            Node::ChainDocument(chain, document) => {
+                let leaf = leaf(&catalog, chain)?;
+                let len = self.chain_document(&catalog, leaf, *document)?.len() as u64;
+                (catalog.images[leaf].stat, len, len.div_ceil(512), None, false)
+            }
+            Node::View(view) => return self.view_attributes(view, inode),
+        };
+        let (uid, gid, permissions) = self.ownership.apply(&stat, kind, writable);
+        let mtime = mtime.unwrap_or_else(|| modified(&stat));
+        Ok(Attributes { inode, kind, size, blocks, mtime, permissions, uid, gid })
+    }
+
+    fn store_stat(&self) -> Result<FileStat> {
+        self.store.roots()[0].stat(Path::new("."))
+    }
+
+    fn view_attributes(&self, node: &ViewNode, inode: u64) -> Result<Attributes> {
+        let found = self.find(node)?;
+        let image = found.image();
+        // The active disk's file changes all the time; a frozen one is as it was.
+        let stat = if found.view.active { self.store.stat_now(image) } else { image.stat };
+        let (size, mtime) = match (node.part, found.snapshot()) {
+            (Part::VmState(_), Some(snapshot)) => (snapshot.vm_state_size, taken(snapshot)),
+            (_, Some(snapshot)) => (snapshot.virtual_size.or(image.virtual_size()).unwrap_or(0), taken(snapshot)),
+            _ => (image.virtual_size().unwrap_or(0), image.frozen.as_ref().map_or(modified(&stat), frozen)),
+        };
+        let own = stat.blocks + image.data_file.as_ref().map_or(0, |(_, stat)| stat.blocks);
+        let blocks = if own == 0 && self.has_data(image) { 1 } else { own };
+        let (uid, gid, permissions) = self.ownership.apply(&stat, NodeKind::File, found.view.active);
+        Ok(Attributes { inode, kind: NodeKind::File, size, blocks, mtime, permissions, uid, gid })
+    }
+
+    /// Whether a file without blocks of its own holds data all the same: then it must not be
+    /// taken for a hole (a file so small that it lies in its inode, or that is not allocated yet).
+    fn has_data(&self, image: &ImageEntry) -> bool {
+        let size = image.stat.signature.size;
+        size > 0
+            && !self
+                .store
+                .file(&image.place, &image.stat, false)
+                .extent(0, size)
+                .is_ok_and(|found| found == (false, size))
+    }
+
+    fn find(&self, node: &ViewNode) -> Result<Found> {
+        let catalog = self.store.catalog();
+        let views = self.store.chain_views(&catalog, leaf(&catalog, &node.chain)?);
+        let view = views.find(&node.name).cloned().ok_or_else(|| stale("the disk is no longer part of its chain"))?;
+        let vm_state = matches!(node.part, Part::VmState(_));
+        if view_node(&catalog, &node.chain, &views, &view, vm_state) != *node {
+            return Err(stale("another disk has taken its name"));
+        }
+        Ok(Found { catalog, views, view })
+    }
+
+    /// Opens a file; directories by [`Tree::open_directory`]. The number is for [`Tree::read`].
+    pub fn open(&self, inode: u64) -> Result<(u64, Handle)> {
+        let catalog = self.store.catalog();
+        let handle = match self.node(inode)? {
+            Node::StoreDocument(document) => Handle::Text(self.store_document(&catalog, document)),
+            Node::ChainDocument(chain, document) => {
+                Handle::Text(self.chain_document(&catalog, leaf(&catalog, &chain)?, document)?)
+            }
+            Node::View(view) => Handle::Disk(Arc::new(self.open_disk(&view)?)),
+            _ => return Err(Error::new(ErrorKind::Usage, "a directory is not opened as a file")),
+        };
+        Ok((self.handles.add(handle.clone()), handle))
+    }
+
+    fn open_disk(&self, node: &ViewNode) -> Result<OpenDisk> {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let found = self.find(node)?;
+            let part = match (node.part, found.view.snapshot) {
+                (Part::VmState(_), Some(index)) => ViewPart::VmState(index),
+                (_, Some(index)) => ViewPart::Snapshot(index),
+                (_, None) => ViewPart::Active,
+            };
+            let direct = found.view.active;
+            match self.store.open_view(&found.catalog, found.layers(), part, direct) {
+                Ok(open) => {
+                    self.counters.opens.fetch_add(1, Ordering::Relaxed);
+                    return Ok(OpenDisk { open, direct });
+                }
+                // The file has changed since it was looked up, and nobody has told us yet.
+                Err(error) if matches!(error.kind(), ErrorKind::Stale | ErrorKind::NotFound) => {
+                    self.store.rescan()?;
+                    if attempts == 3 {
+                        return Err(Error::new(ErrorKind::Stale, error.to_string()));
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Opens a directory: its entries as of now, under a number of their own.
+    pub fn open_directory(&self, inode: u64) -> Result<u64> {
+        Ok(self.handles.add(Handle::Directory(self.list(inode)?.into())))
+    }
+
+    /// What a number stands for.
+    pub fn handle(&self, number: u64) -> Result<Handle> {
+        self.handles.get(number).ok_or_else(|| stale("a handle that is not open"))
+    }
+
+    /// Forgets a number.
+    pub fn release(&self, number: u64) {
+        self.handles.remove(number);
+    }
+
+    /// Reads into `buf` from `at` on; returns how much there was before the end of the file.
+    pub fn read(&self, handle: &Handle, at: u64, buf: &mut [u8]) -> Result<usize> {
+        match handle {
+            Handle::Text(text) => {
+                let rest = usize::try_from(at).ok().and_then(|at| text.get(at..)).unwrap_or_default();
+                let len = rest.len().min(buf.len());
+                buf[..len].copy_from_slice(&rest[..len]);
+                Ok(len)
+            }
+            Handle::Directory(_) => Err(Error::new(ErrorKind::Usage, "a directory is not read as a file")),
+            Handle::Disk(disk) => {
+                let size = disk.open.view.size();
+                let len = (size.saturating_sub(at)).min(buf.len() as u64) as usize;
+                self.counters.reads.fetch_add(1, Ordering::Relaxed);
+                self.counters.read_bytes.fetch_add(len as u64, Ordering::Relaxed);
+                match disk.open.view.read_at(at, &mut buf[..len]) {
+                    Ok(()) => Ok(len),
+                    Err(error) => {
+                        tracing::warn!("reading at {at:#x}: {error}");
+                        // What lies before the damage is good; the next read, which begins
+                        // there, gets the error. A page cache would take a short read for zeroes.
+                        let good = if disk.direct { good_prefix(disk, at, &mut buf[..len]) } else { 0 };
+                        if good > 0 { Ok(good) } else { Err(error) }
+                    }
+                }
+            }
+        }
+    }
+
+    /// lseek(2) with `SEEK_DATA` or `SEEK_HOLE`; `None` is ENXIO.
+    pub fn seek(&self, handle: &Handle, at: u64, data: bool) -> Result<Option<u64>> {
+        let (size, found) = match handle {
+            Handle::Text(text) => (text.len() as u64, if data { Some(at) } else { None }),
+            Handle::Disk(disk) => {
+                let size = disk.open.view.size();
+                (size, if at < size { disk.open.view.seek(at, data)? } else { None })
+            }
+            Handle::Directory(_) => return Err(Error::new(ErrorKind::Usage, "a directory has no holes")),
+        };
+        // Every file ends with a hole.
+        Ok(if at >= size { None } else { found.or((!data).then_some(size)) })
+    }
+
+    /// An extended attribute; `None` if the node has none of that name.
+    pub fn extended_attribute(&self, inode: u64, name: &OsStr) -> Result<Option<Vec<u8>>> {
+        let Some(name) = name.as_bytes().strip_prefix(ATTRIBUTE_PREFIX) else { return Ok(None) };
+        if inode == ROOT && name == b"pid" {
+            return Ok(Some(std::process::id().to_string().into_bytes()));
+        }
+        let Node::View(node) = self.node(inode)? else { return Ok(None) };
+        let found = self.find(&node)?;
+        let image = found.image();
+        let header = image.qcow2().map(|qcow2| &qcow2.header);
+        Ok(match name {
+            b"format" => image.format.map(|format| format.name().as_bytes().to_vec()),
+            b"backing" => header.and_then(|header| header.backing.as_ref()).map(|backing| backing.name.clone()),
+            b"depth" => Some(found.layers().len().to_string().into_bytes()),
+            b"cluster-size" => header.map(|header| header.cluster.size().to_string().into_bytes()),
+            b"allocated" => {
+                let own = self.store.stat_now(image).blocks;
+                let data = image.data_file.as_ref().map_or(0, |(_, stat)| stat.blocks);
+                Some(((own + data) * 512).to_string().into_bytes())
+            }
+            _ => None,
+        })
+    }
+
+    fn store_document(&self, catalog: &Catalog, document: StoreDocument) -> Arc<[u8]> {
+        let live = || metrics(&self.store, &self.counters, self.handles.count(), self.inodes.count());
+        self.documents.of_store(&self.store, catalog, document, live)
+    }
+
+    fn chain_document(&self, catalog: &Catalog, leaf: ImageIndex, document: ChainDocument) -> Result<Arc<[u8]>> {
+        self.documents
+            .of_chain(&self.store, catalog, leaf, document)
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, "nothing is wrong with the chain any more"))
+    }
+}
+
+/// Reads what can be read from the start of a range whose whole cannot be.
+fn good_prefix(disk: &OpenDisk, at: u64, buf: &mut [u8]) -> usize {
+    const STEP: usize = 4096;
+    let mut good = 0;
+    while good < buf.len() {
+        let end = (good + STEP).min(buf.len());
+        if disk.open.view.read_at(at + good as u64, &mut buf[good..end]).is_err() {
+            break;
+        }
+        good = end;
+    }
+    good
+}
+
+fn stale(fact: &str) -> Error {
+    Error::new(ErrorKind::Stale, format!("{fact}; look it up again"))
+}
+
+fn leaf(catalog: &Catalog, chain: &Path) -> Result<ImageIndex> {
+    catalog.chain(chain).ok_or_else(|| stale("the chain has gone"))
+}
+
+fn file_name(base: &[u8], suffix: &[u8]) -> OsString {
+    OsString::from_vec([base, suffix].concat())
+}
+
+fn directory_child(
+    catalog: &Catalog,
+    directory: &Path,
+    name: &OsStr,
+    path: impl Fn(&Path) -> Arc<PathBuf>,
+) -> Option<Node> {
+    let content = catalog.directories.get(directory)?;
+    if content.directories.contains(name) {
+        return Some(Node::Directory(path(directory)));
+    }
+    content.chains.contains_key(name).then(|| Node::Chain(path(directory)))
+}
+
+fn list_directory(catalog: &Catalog, directory: &Path, found: &mut Vec<(OsString, Node)>) -> Result<()> {
+    let content = catalog.directories.get(directory).ok_or_else(|| stale("the directory has gone"))?;
+    let path = |name: &OsString| Arc::new(directory.join(name));
+    found.extend(content.directories.iter().map(|name| (name.clone(), Node::Directory(path(name)))));
+    found.extend(content.chains.keys().map(|name| (name.clone(), Node::Chain(path(name)))));
+    Ok(())
+}
+
+/// The node of a view: its identity, as the catalog has it now.
+fn view_node(
+    catalog: &Catalog,
+    chain: &Arc<PathBuf>,
+    views: &ChainViews,
+    view: &ChainView,
+    vm_state: bool,
+) -> ViewNode {
+    let image = &catalog.images[views.layers[view.layer]];
+    let snapshot = view.snapshot.and_then(|index| image.qcow2()?.snapshots.get(index));
+    let part = match snapshot {
+        Some(snapshot) if vm_state => Part::VmState(digest(snapshot)),
+        Some(snapshot) => Part::Snapshot(digest(snapshot)),
+        None if view.active => Part::Active,
+        None => Part::Frozen(image.version),
+    };
+    ViewNode { chain: Arc::clone(chain), name: view.name.as_slice().into(), image: image.stat.id, part }
+}
+
+fn digest(snapshot: &Snapshot) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    (&snapshot.id, &snapshot.name, snapshot.l1.offset, snapshot.l1.entries).hash(&mut hasher);
+    (snapshot.seconds, snapshot.nanoseconds, snapshot.vm_state_size, snapshot.virtual_size).hash(&mut hasher);
+    hasher.finish()
+}

@@ -1,0 +1,347 @@
+//! The trees of a store: a base, and all that stands on it.
+//!
+//! A backing file that is not there is drawn as a base of its own, under everybody who wants it.
+//! The chain with the most layers goes straight up and names the tree.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use crate::format::Snapshot;
+use crate::io::{Holder, WRITER_BYTE, all_lock_holders, probe_writer};
+use crate::report::safe;
+use crate::report::tree::{Forest, Kind, Mark, Tree, TreeNode};
+use crate::store::{ACTIVE, Below, Catalog, Content, Format, ImageEntry, ImageIndex, Store, shown};
+
+use super::{chain_name, path_text};
+
+/// Every tree of the store.
+pub fn forest(store: &Store, catalog: &Catalog) -> Forest {
+    let mut bases: Vec<Base> = Vec::new();
+    let mut missing: HashMap<Missing<'_>, usize> = HashMap::new();
+    for index in 0..catalog.images.len() {
+        if catalog.images[index].chain_count == 0 || image_below(catalog, index).is_some() {
+            continue;
+        }
+        match Missing::of(catalog, index) {
+            None => bases.push(Base { missing: None, images: vec![index] }),
+            Some(wanted) => {
+                let place = *missing.entry(wanted).or_insert_with(|| {
+                    bases.push(Base { missing: Some(wanted), images: Vec::new() });
+                    bases.len() - 1
+                });
+                bases[place].images.push(index);
+            }
+        }
+    }
+    draw(store, catalog, &bases)
+}
+
+/// The tree that this chain is part of.
+pub fn chain_forest(store: &Store, catalog: &Catalog, leaf: ImageIndex) -> Forest {
+    let base = *catalog.layers(leaf).last().expect("a chain has its leaf");
+    let missing = Missing::of(catalog, base);
+    let images = match missing {
+        None => vec![base],
+        Some(wanted) => {
+            (0..catalog.images.len()).filter(|index| Missing::of(catalog, *index) == Some(wanted)).collect()
+        }
+    };
+    draw(store, catalog, &[Base { missing, images }])
+}
+
+/// What one tree grows from.
+struct Base<'a> {
+    /// The file that ought to be the base.
+    missing: Option<Missing<'a>>,
+    /// The base, or all that want the missing file.
+    images: Vec<ImageIndex>,
+}
+
+/// A backing file that no image of the store is. Equal for all that mean the same by the same words.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Missing<'a> {
+    root: usize,
+    /// Where a relative name starts from.
+    directory: Option<&'a Path>,
+    name: &'a [u8],
+    word: &'static str,
+}
+
+impl<'a> Missing<'a> {
+    fn of(catalog: &'a Catalog, index: ImageIndex) -> Option<Self> {
+        let image = &catalog.images[index];
+        let Below::Broken { image: None, .. } = image.below else { return None };
+        let name = &image.qcow2()?.header.backing.as_ref()?.name;
+        let word = link_word(image)?;
+        let directory = if name.starts_with(b"/") { None } else { image.place.path.parent() };
+        // The files of a loop are all there.
+        (word != LOOP).then_some(Self { root: image.place.root, directory, name, word })
+    }
+}
+
+const LOOP: &str = "loop";
+
+/// In a word, what is wrong with the link to an image's backing file.
+fn link_word(image: &ImageEntry) -> Option<&'static str> {
+    let Below::Broken { image: lower, sentence } = &image.below else { return None };
+    let name = image.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref()).map_or(&b""[..], |backing| &backing.name);
+    let named = format!("cannot be read: its backing file \"{}\" ", shown(Path::new(OsStr::from_bytes(name))));
+    Some(match sentence.strip_prefix(&named) {
+        Some(rest) if rest.starts_with("is missing") => "missing",
+        Some(rest) if rest.starts_with("leads out of the store") => "outside of the store",
+        Some(_) if lower.is_none() => "not followed",
+        None if sentence.starts_with("cannot be read: its backing files form a loop") => LOOP,
+        None if sentence.starts_with("cannot be read: it stands on more than") => "too deep",
+        _ => "backing format",
+    })
+}
+
+/// In a word, why an image itself cannot be read.
+fn own_word(image: &ImageEntry) -> Option<&'static str> {
+    image.problem.as_ref()?;
+    Some(match &image.content {
+        Content::Qcow2(qcow2) if qcow2.header.encryption.is_some() => "encrypted",
+        Content::Qcow2(qcow2) if qcow2.header.unsupported.is_some() => "unsupported",
+        Content::Qcow2(_) if image.format.is_none() => "format unclear",
+        Content::Qcow2(_) => "data file",
+        Content::Malformed(_) => "malformed",
+        Content::Plain | Content::Unseen => "unreadable",
+    })
+}
+
+fn image_below(catalog: &Catalog, index: ImageIndex) -> Option<ImageIndex> {
+    match catalog.images[index].below {
+        Below::Image(next) | Below::Broken { image: Some(next), .. } => Some(next),
+        Below::Nothing | Below::Broken { image: None, .. } => None,
+    }
+}
+
+/// An image of a tree, and how far it is from the base.
+struct Placed {
+    image: ImageIndex,
+    /// The image below it in the same list.
+    parent: Option<usize>,
+    depth: usize,
+}
+
+fn draw(store: &Store, catalog: &Catalog, bases: &[Base<'_>]) -> Forest {
+    let mut trees = Vec::with_capacity(bases.len());
+    let mut writers = Writers::default();
+    for base in bases {
+        let placed = place(catalog, &base.images);
+        trees.push(Drawing { store, catalog, placed: &placed }.tree(base, &mut writers));
+    }
+    writers.name(&mut trees);
+    trees.sort_by(|a, b| a.title.cmp(&b.title));
+    Forest { trees }
+}
+
+/// All that stands on `bases`, whoever is below first.
+fn place(catalog: &Catalog, bases: &[ImageIndex]) -> Vec<Placed> {
+    let mut placed: Vec<Placed> = bases.iter().map(|image| Placed { image: *image, parent: None, depth: 0 }).collect();
+    let mut next = 0;
+    while let Some(Placed { image, depth, .. }) = placed.get(next) {
+        let depth = depth + 1;
+        let users = catalog.images[*image].users.iter().filter(|user| catalog.images[**user].chain_count > 0);
+        let above: Vec<Placed> = users.map(|image| Placed { image: *image, parent: Some(next), depth }).collect();
+        placed.extend(above);
+        next += 1;
+    }
+    placed
+}
+
+struct Drawing<'a> {
+    store: &'a Store,
+    catalog: &'a Catalog,
+    placed: &'a [Placed],
+}
+
+impl Drawing<'_> {
+    fn tree(&self, base: &Base<'_>, writers: &mut Writers) -> Tree {
+        let titular = self.titular();
+        let names = self.names(titular);
+        let title = chain_name(self.catalog, titular);
+        let mut tree = Tree { title, ..Tree::default() };
+        if let Some(missing) = &base.missing {
+            let node = TreeNode::new(Mark::Broken, Kind::Missing, safe::text(missing.name));
+            tree.nodes.push(TreeNode { flags: vec![missing.word.to_owned()], ..node });
+        }
+        // Internal snapshots stand between the images, so that places in the two lists differ.
+        let mut nodes: Vec<usize> = Vec::with_capacity(self.placed.len());
+        for (Placed { image: index, parent, .. }, name) in self.placed.iter().zip(names) {
+            let image = &self.catalog.images[*index];
+            let node = self.node(*index, name);
+            if self.is_active(*index) {
+                writers.ask(self.store, image, tree.nodes.len());
+            }
+            let parent = match parent {
+                Some(parent) => Some(nodes[*parent]),
+                None => base.missing.is_some().then_some(0),
+            };
+            let place = if let Some(parent) = parent {
+                tree.add(parent, node)
+            } else {
+                tree.nodes.push(node);
+                tree.nodes.len() - 1
+            };
+            nodes.push(place);
+            for snapshot in image.qcow2().iter().flat_map(|qcow2| &qcow2.snapshots) {
+                tree.add(place, internal(snapshot));
+            }
+        }
+        writers.tree_count += 1;
+        tree.count();
+        tree.virtual_size = self.catalog.images[titular].virtual_size().unwrap_or(0);
+        tree
+    }
+
+    fn is_leaf(&self, index: ImageIndex) -> bool {
+        self.catalog.single == Some(index) || self.catalog.images[index].users.is_empty()
+    }
+
+    fn is_active(&self, index: ImageIndex) -> bool {
+        self.is_leaf(index) && self.catalog.is_active(index)
+    }
+
+    /// The leaf farthest from the base; among equals an active one, then the first by name. The
+    /// drawing's main column ends there for the same reasons.
+    fn titular(&self) -> ImageIndex {
+        let leaves = self.placed.iter().filter(|placed| self.is_leaf(placed.image));
+        let rank = |placed: &Placed| (placed.depth, self.catalog.is_active(placed.image));
+        let best = leaves.clone().map(rank).max();
+        let best = leaves.filter(|placed| Some(rank(placed)) == best).map(|placed| placed.image);
+        best.min_by_key(|image| &self.catalog.images[*image].place).expect("a tree has a leaf")
+    }
+
+    /// Stems; full file names where those clash in the tree, and paths where even these do.
+    fn names(&self, titular: ImageIndex) -> Vec<String> {
+        let path = |placed: &Placed| self.catalog.images[placed.image].place.path.as_path();
+        let mut stems: HashMap<&[u8], usize> = HashMap::new();
+        let mut files: HashMap<&[u8], usize> = HashMap::new();
+        for placed in self.placed {
+            *stems.entry(stem(path(placed))).or_default() += 1;
+            *files.entry(file_name(path(placed))).or_default() += 1;
+        }
+        let name = |placed: &Placed| {
+            let path = path(placed);
+            let (stem, file) = (stem(path), file_name(path));
+            if placed.image == titular && self.catalog.is_active(titular) {
+                safe::text(ACTIVE)
+            } else if stems[stem] == 1 && stem != ACTIVE {
+                safe::text(stem)
+            } else if files[file] == 1 {
+                safe::text(file)
+            } else {
+                path_text(path)
+            }
+        };
+        self.placed.iter().map(name).collect()
+    }
+
+    fn node(&self, index: ImageIndex, name: String) -> TreeNode {
+        let image = &self.catalog.images[index];
+        let is_active = self.is_active(index);
+        let (own, link) = (own_word(image), link_word(image));
+        let mark = match (own.or(link), is_active) {
+            (Some(_), _) => Mark::Broken,
+            (None, true) => Mark::Active,
+            (None, false) => Mark::Frozen,
+        };
+        // A word on the base that is missing is enough.
+        let link = link.filter(|_| Missing::of(self.catalog, index).is_none());
+        let header = image.qcow2().map(|qcow2| &qcow2.header);
+        let mut flags = Vec::new();
+        let mut flag = |is_set: bool, word: &str| {
+            if is_set {
+                flags.push(word.to_owned());
+            }
+        };
+        flag(is_active, "writable");
+        flag(image.users.len() > 1, &format!("shared by {}", image.chain_count));
+        flag(own.is_some(), own.unwrap_or_default());
+        flag(link.is_some(), link.unwrap_or_default());
+        flag(header.is_some_and(|header| header.corrupt()), "corrupt");
+        flag(header.is_some_and(|header| header.dirty()), "dirty");
+        flag(image.qcow2().is_some_and(|qcow2| qcow2.snapshot_problem.is_some()), "bad snapshot table");
+        let data_blocks = image.data_file.as_ref().map_or(0, |(_, stat)| stat.blocks);
+        TreeNode {
+            date: Some(date(image)),
+            own_size: Some((image.stat.blocks + data_blocks) * 512),
+            flags,
+            chain: self.is_leaf(index).then(|| chain_name(self.catalog, index)),
+            ..TreeNode::new(mark, kind(image), name)
+        }
+    }
+}
+
+fn internal(snapshot: &Snapshot) -> TreeNode {
+    let age = Duration::new(snapshot.seconds.into(), snapshot.nanoseconds.min(999_999_999));
+    TreeNode {
+        date: Some(SystemTime::UNIX_EPOCH + age),
+        ..TreeNode::new(Mark::Internal, Kind::Internal, safe::text(&snapshot.name))
+    }
+}
+
+fn kind(image: &ImageEntry) -> Kind {
+    match (image.format, &image.content) {
+        (Some(Format::Qcow2), _) | (None, Content::Qcow2(_) | Content::Malformed(_)) => Kind::Qcow2,
+        (Some(Format::Raw) | None, _) => Kind::Raw,
+    }
+}
+
+/// When it was frozen, else when it was last changed.
+fn date(image: &ImageEntry) -> SystemTime {
+    let (seconds, nanoseconds) = match &image.frozen {
+        Some(frozen) => (frozen.seconds, frozen.nanoseconds),
+        None => image.stat.signature.mtime,
+    };
+    let whole = Duration::from_secs(seconds.unsigned_abs());
+    let second =
+        if seconds < 0 { SystemTime::UNIX_EPOCH.checked_sub(whole) } else { SystemTime::UNIX_EPOCH.checked_add(whole) };
+    second
+        .and_then(|second| second.checked_add(Duration::from_nanos(nanoseconds.into())))
+        .unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+fn stem(path: &Path) -> &[u8] {
+    path.file_stem().map_or(b"", OsStrExt::as_bytes)
+}
+
+fn file_name(path: &Path) -> &[u8] {
+    path.file_name().map_or(b"", OsStrExt::as_bytes)
+}
+
+/// Nodes whose files somebody writes; who it is is asked once for all of them.
+#[derive(Default)]
+struct Writers {
+    /// Trees drawn so far.
+    tree_count: usize,
+    /// Tree, node and inode.
+    locked: Vec<(usize, usize, u64)>,
+}
+
+impl Writers {
+    /// Notes whether somebody writes `image`, which becomes that node of the tree being drawn.
+    fn ask(&mut self, store: &Store, image: &ImageEntry, node: usize) {
+        let Ok(file) = store.roots()[image.place.root].open_file(&image.place.path) else { return };
+        if probe_writer(file.as_fd()) {
+            self.locked.push((self.tree_count, node, image.stat.id.inode));
+        }
+    }
+
+    fn name(&self, trees: &mut [Tree]) {
+        if self.locked.is_empty() {
+            return;
+        }
+        let holders = all_lock_holders(WRITER_BYTE);
+        for (tree, node, inode) in &self.locked {
+            let names: Vec<_> = holders.get(inode).into_iter().flatten().map(Holder::to_string).collect();
+            let flag = if names.is_empty() { "locked".to_owned() } else { format!("locked by {}", names.join(", ")) };
+            trees[*tree].nodes[*node].flags.push(flag);
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! Images in the words of `qemu-img info`, filled in from the catalog.
+
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use crate::format::header::{Compression, Encryption};
+use crate::format::{Header, Snapshot, Version, bitmap};
+use crate::io::Storage;
+use crate::report::info::{
+    BitmapInfo, ChildInfo, FileInfo, FormatSpecific, ImageInfo, LayerInfo, Qcow2Info, SnapshotInfo,
+};
+use crate::report::safe::{self, terminal};
+use crate::store::{Catalog, Content, Format, ImageEntry, ImageIndex, Qcow2, Store};
+use crate::units::round_up_to_sector;
+
+use super::{chain_name, path_text};
+
+/// Longer bitmap directories are not listed.
+const MAX_BITMAP_DIRECTORY: u64 = 4 << 20;
+/// Of more chains than these that share a layer, only the number is given.
+const MAX_CHAINS_NAMED: usize = 100;
+
+/// The layers of a chain, leaf first, named by their paths on the host.
+pub fn chain_info(store: &Store, catalog: &Catalog, leaf: ImageIndex) -> Vec<ImageInfo> {
+    let place = &catalog.images[leaf].place;
+    chain_info_as(store, catalog, leaf, &store.roots()[place.root].given().join(&place.path))
+}
+
+/// The same, where the user calls the leaf `filename`: names of layers follow from it as QEMU's do.
+pub fn chain_info_as(store: &Store, catalog: &Catalog, leaf: ImageIndex, filename: &Path) -> Vec<ImageInfo> {
+    let views = store.chain_views(catalog, leaf);
+    let mut names: Vec<Option<&[u8]>> = vec![None; views.layers.len()];
+    for view in views.views.iter().filter(|view| view.snapshot.is_none()) {
+        names[view.layer] = Some(&view.name);
+    }
+    let mut sharers = Sharers::new(catalog, leaf);
+    let mut filename = filename.to_path_buf();
+    let mut infos: Vec<ImageInfo> = Vec::with_capacity(views.layers.len());
+    for (depth, (index, name)) in views.layers.iter().zip(names).enumerate() {
+        let image = &catalog.images[*index];
+        if depth > 0 && !store.options().maps.is_empty() {
+            // The names in headers are of another place.
+            filename = store.host_path(&image.place);
+        }
+        let mut info = one(store, image, &filename);
+        let sentences = catalog.sentences(*index);
+        info.chainfs = Some(LayerInfo {
+            view: name.map(safe::text).unwrap_or_default(),
+            chains: sharers.down_to(*index).to_vec(),
+            chain_count: image.chain_count,
+            depth,
+            frozen: depth > 0 || image.is_frozen(),
+            shared_by: image.users.len(),
+            problem: (!sentences.is_empty()).then(|| terminal(&sentences.join("; "))),
+        });
+        if let Some(backing) = content(image).and_then(|qcow2| qcow2.header.backing.as_ref()) {
+            filename = full_name(&filename, &backing.name);
+        }
+        infos.push(info);
+    }
+    infos
+}
+
+/// One image, as the user calls it. Without what only its chain knows.
+pub fn image_info(store: &Store, catalog: &Catalog, index: ImageIndex, filename: &Path) -> ImageInfo {
+    one(store, &catalog.images[index], filename)
+}
+
+fn one(store: &Store, image: &ImageEntry, filename: &Path) -> ImageInfo {
+    let file_size = round_up_to_sector(image.stat.signature.size);
+    let actual_size = Some(image.stat.blocks * 512);
+    let qcow2 = content(image);
+    let mut info = ImageInfo {
+        filename: path_text(filename),
+        format: if qcow2.is_some() { "qcow2" } else { "raw" }.to_owned(),
+        virtual_size: qcow2.map_or(file_size, |qcow2| qcow2.header.virtual_size),
+        actual_size,
+        dirty_flag: Some(false),
+        ..ImageInfo::default()
+    };
+    let file = ImageInfo {
+        children: Some(Vec::new()),
+        format: "file".to_owned(),
+        virtual_size: file_size,
+        format_specific: Some(FormatSpecific::File(FileInfo::default())),
+        ..info.clone()
+    };
+    info.children = Some(vec![ChildInfo { name: "file".to_owned(), info: file }]);
+    if let Some(qcow2) = qcow2 {
+        let header = &qcow2.header;
+        info.cluster_size = Some(header.cluster.size());
+        info.dirty_flag = Some(header.dirty());
+        info.encrypted = header.encryption.map(|_| true);
+        if let Some(backing) = &header.backing {
+            info.backing_filename = Some(safe::text(&backing.name));
+            info.full_backing_filename = Some(path_text(&full_name(filename, &backing.name)));
+            info.backing_filename_format.clone_from(&backing.format);
+        }
+        if !qcow2.snapshots.is_empty() {
+            info.snapshots = Some(qcow2.snapshots.iter().map(snapshot).collect());
+        }
+        info.format_specific = Some(FormatSpecific::Qcow2(details(header, bitmaps(store, image, header))));
+    }
+    info
+}
+
+/// The image's own word if it is qcow2, read as such or not.
+fn content(image: &ImageEntry) -> Option<&Qcow2> {
+    match (&image.content, image.format) {
+        (Content::Qcow2(qcow2), Some(Format::Qcow2) | None) => Some(qcow2),
+        _ => None,
+    }
+}
+
+fn snapshot(snapshot: &Snapshot) -> SnapshotInfo {
+    const SECOND: u64 = 1_000_000_000;
+    SnapshotInfo {
+        id: safe::text(&snapshot.id),
+        name: safe::text(&snapshot.name),
+        vm_state_size: snapshot.vm_state_size,
+        date_sec: snapshot.seconds.into(),
+        date_nsec: snapshot.nanoseconds,
+        vm_clock_sec: snapshot.vm_clock_nanoseconds / SECOND,
+        vm_clock_nsec: (snapshot.vm_clock_nanoseconds % SECOND) as u32,
+        icount: snapshot.icount,
+    }
+}
+
+fn details(header: &Header, bitmaps: Option<Vec<BitmapInfo>>) -> Qcow2Info {
+    let compression = match header.compression {
+        Compression::Deflate => "zlib",
+        Compression::Zstd => "zstd",
+    };
+    let encrypt = header.encryption.map(|method| match method {
+        Encryption::AesCbc => json!({"format": "aes"}),
+        Encryption::Luks => json!({"format": "luks"}),
+    });
+    let common = Qcow2Info {
+        compression_type: Some(compression.to_owned()),
+        refcount_bits: 1 << header.refcount_order,
+        encrypt,
+        ..Qcow2Info::default()
+    };
+    match header.version {
+        Version::V2 => Qcow2Info { compat: "0.10".to_owned(), ..common },
+        Version::V3 => Qcow2Info {
+            compat: "1.1".to_owned(),
+            lazy_refcounts: Some(header.lazy_refcounts()),
+            corrupt: Some(header.corrupt()),
+            extended_l2: Some(header.extended_l2()),
+            data_file: header.data_file.as_ref().and_then(|file| file.name.as_deref()).map(safe::text),
+            data_file_raw: header.data_file.as_ref().map(|file| file.raw),
+            bitmaps,
+            ..common
+        },
+    }
+}
+
+/// The bitmaps, if there are any and their directory can be read.
+fn bitmaps(store: &Store, image: &ImageEntry, header: &Header) -> Option<Vec<BitmapInfo>> {
+    let extension = header.bitmaps.filter(|_| header.bitmaps_consistent())?;
+    let len = extension.directory_len;
+    if len > MAX_BITMAP_DIRECTORY.min(image.stat.signature.size) {
+        return None;
+    }
+    let mut directory = vec![0; len as usize];
+    let read = store.file(&image.place, &image.stat, true).read_at(extension.directory.0, &mut directory).ok()?;
+    let found = bitmap::parse_directory(&directory[..read], extension.count, header.cluster).ok()?;
+    let flags = |bitmap: &bitmap::Bitmap| {
+        let flags = [(bitmap.in_use, "in-use"), (bitmap.auto, "auto")];
+        flags.into_iter().filter(|(is_set, _)| *is_set).map(|(_, word)| word.to_owned()).collect()
+    };
+    let infos = found.iter().map(|bitmap| BitmapInfo {
+        flags: flags(bitmap),
+        name: safe::text(&bitmap.name),
+        granularity: 1 << bitmap.granularity_bits,
+    });
+    Some(infos.collect())
+}
+
+/// A backing file's name from where the user stands, put together as QEMU does: relative names
+/// start at the image's directory, and nothing is tidied up.
+fn full_name(filename: &Path, backing: &[u8]) -> PathBuf {
+    let backing_path = Path::new(OsStr::from_bytes(backing));
+    let colon = backing.iter().position(|byte| matches!(byte, b':' | b'/')).filter(|at| backing[*at] == b':');
+    if colon.is_some() {
+        return backing_path.to_path_buf();
+    }
+    match filename.parent() {
+        Some(directory) => directory.join(backing_path),
+        None => backing_path.to_path_buf(),
+    }
+}
+
+/// Names of the chains that share the layers of one chain, collected on the way down it.
+struct Sharers<'a> {
+    catalog: &'a Catalog,
+    names: Vec<String>,
+    /// Images whose chains have been named.
+    seen: HashSet<ImageIndex>,
+}
+
+impl<'a> Sharers<'a> {
+    fn new(catalog: &'a Catalog, leaf: ImageIndex) -> Self {
+        Self { catalog, names: vec![chain_name(catalog, leaf)], seen: HashSet::from([leaf]) }
+    }
+
+    /// The chains of `layer`; to be asked for each layer in turn.
+    fn down_to(&mut self, layer: ImageIndex) -> &[String] {
+        self.seen.insert(layer);
+        let mut pending = self.catalog.images[layer].users.clone();
+        while let Some(index) = pending.pop() {
+            if self.names.len() >= MAX_CHAINS_NAMED {
+                break;
+            }
+            if self.catalog.images[index].chain_count == 0 || !self.seen.insert(index) {
+                continue;
+            }
+            let users = &self.catalog.images[index].users;
+            if users.is_empty() {
+                self.names.push(chain_name(self.catalog, index));
+            }
+            pending.extend(users);
+        }
+        &self.names
+    }
+}

@@ -1,0 +1,124 @@
+//! Changes an image's bytes behind everybody's back, and finds the tables to change.
+//!
+//! Offsets are those of the qcow2 specification; all numbers are big-endian.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+
+pub(crate) mod header {
+    pub(crate) const MAGIC: u64 = 0;
+    pub(crate) const VERSION: u64 = 4;
+    pub(crate) const BACKING_OFFSET: u64 = 8;
+    pub(crate) const BACKING_LEN: u64 = 16;
+    pub(crate) const CLUSTER_BITS: u64 = 20;
+    pub(crate) const SIZE: u64 = 24;
+    pub(crate) const CRYPT_METHOD: u64 = 32;
+    pub(crate) const L1_ENTRY_COUNT: u64 = 36;
+    pub(crate) const L1_OFFSET: u64 = 40;
+    pub(crate) const REFCOUNT_TABLE_OFFSET: u64 = 48;
+    pub(crate) const REFCOUNT_TABLE_CLUSTERS: u64 = 56;
+    pub(crate) const SNAPSHOT_COUNT: u64 = 60;
+    pub(crate) const SNAPSHOTS_OFFSET: u64 = 64;
+    pub(crate) const INCOMPATIBLE: u64 = 72;
+    pub(crate) const COMPATIBLE: u64 = 80;
+    pub(crate) const AUTOCLEAR: u64 = 88;
+    pub(crate) const REFCOUNT_ORDER: u64 = 96;
+    pub(crate) const HEADER_LEN: u64 = 100;
+    pub(crate) const COMPRESSION_TYPE: u64 = 104;
+    pub(crate) const V3_LEN: u64 = 112;
+}
+
+/// The bits of an L1 or L2 entry that are an offset.
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+
+pub(crate) struct Damage(File);
+
+impl Damage {
+    pub(crate) fn to(path: impl AsRef<Path>) -> Self {
+        let path = path.as_ref();
+        let file = OpenOptions::new().read(true).write(true).open(path);
+        Self(file.unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+    }
+
+    pub(crate) fn bytes(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.0.read_exact_at(&mut bytes, at).expect("bytes of an image");
+        bytes
+    }
+
+    pub(crate) fn u32(&self, at: u64) -> u32 {
+        u32::from_be_bytes(self.bytes(at, 4).try_into().expect("four bytes"))
+    }
+
+    pub(crate) fn u64(&self, at: u64) -> u64 {
+        u64::from_be_bytes(self.bytes(at, 8).try_into().expect("eight bytes"))
+    }
+
+    pub(crate) fn put(&self, at: u64, bytes: &[u8]) {
+        self.0.write_all_at(bytes, at).expect("room for damage");
+    }
+
+    pub(crate) fn put_u32(&self, at: u64, value: u32) {
+        self.put(at, &value.to_be_bytes());
+    }
+
+    pub(crate) fn put_u64(&self, at: u64, value: u64) {
+        self.put(at, &value.to_be_bytes());
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.0.metadata().expect("an image's metadata").len()
+    }
+
+    pub(crate) fn set_len(&self, len: u64) {
+        self.0.set_len(len).expect("another length");
+    }
+
+    /// Replaces all header extensions. What they may not reach, the backing file's name, stays.
+    pub(crate) fn set_extensions(&self, extensions: &[(u32, &[u8])]) {
+        let mut at = u64::from(self.u32(header::HEADER_LEN));
+        let limit = match self.u64(header::BACKING_OFFSET) {
+            0 => self.cluster_size(),
+            name => name,
+        };
+        for (magic, bytes) in extensions {
+            self.put_u32(at, *magic);
+            self.put_u32(at + 4, bytes.len() as u32);
+            self.put(at + 8, bytes);
+            at += 8 + (bytes.len() as u64).next_multiple_of(8);
+        }
+        assert!(at + 8 <= limit, "extensions reach the backing file's name");
+        self.put_u64(at, 0);
+    }
+
+    /// Puts bytes at the next cluster boundary past the end; returns where.
+    pub(crate) fn append(&self, bytes: &[u8]) -> u64 {
+        let at = self.len().next_multiple_of(self.cluster_size());
+        self.put(at, bytes);
+        self.set_len((at + bytes.len() as u64).next_multiple_of(self.cluster_size()));
+        at
+    }
+
+    pub(crate) fn cluster_size(&self) -> u64 {
+        1 << self.u32(header::CLUSTER_BITS)
+    }
+
+    pub(crate) fn l1_at(&self) -> u64 {
+        self.u64(header::L1_OFFSET)
+    }
+
+    /// Where the L2 entry of a guest offset lies in the file. Standard entries only.
+    pub(crate) fn l2_entry_at(&self, guest: u64) -> u64 {
+        let entry_count = self.cluster_size() / 8;
+        let cluster = guest / self.cluster_size();
+        let table = self.u64(self.l1_at() + cluster / entry_count * 8) & OFFSET_MASK;
+        assert!(table != 0, "no L2 table for {guest}");
+        table + cluster % entry_count * 8
+    }
+
+    /// Where a guest offset's cluster lies in the file.
+    pub(crate) fn host_offset(&self, guest: u64) -> u64 {
+        self.u64(self.l2_entry_at(guest)) & OFFSET_MASK
+    }
+}
