@@ -227,7 +227,17 @@ impl View {
                 }
             }
             Source::Compressed => run.compressed = true,
-            Source::Zero => (run.zero, run.data) = (true, false),
+            Source::Zero => {
+                (run.zero, run.data) = (true, false);
+                // Where a layer ends, it is the silent one above it that QEMU names.
+                if layer > 0 && run.present && at >= self.layers[layer].size() {
+                    (run.depth, run.present) = (layer - 1, false);
+                }
+                // A place that is kept for zeroes, or for what a subcluster's neighbours left free.
+                if let (Mapping::Zero(Some(host)), len) = self.layers[run.depth].map(GuestOffset(at), run.len)? {
+                    (run.offset, run.len) = (Some(host.0), len);
+                }
+            }
             Source::Bad => {
                 self.layers[layer].map(GuestOffset(at), len)?;
             }

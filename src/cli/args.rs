@@ -45,6 +45,7 @@ pub enum Command {
     /// Look for damage in images
     Check(CheckArgs),
     /// Compare the disks that two images or snapshots show
+    #[command(visible_alias = "diff")]
     Compare(CompareArgs),
     /// Create an empty qcow2 image, alone or on top of another
     Create(CreateArgs),
@@ -334,7 +335,7 @@ pub struct CreateArgs {
 pub struct Refusal {
     /// Prints itself where it belongs.
     pub error: clap::Error,
-    /// 0 for help, 1 for `mount`, 2 for everything else.
+    /// 0 for help, 1 for `mount` and for `check` (whose 2 is an answer), 2 for everything else.
     pub code: u8,
 }
 
@@ -346,8 +347,8 @@ where
 {
     let words: Vec<OsString> = words.into_iter().map(Into::into).collect();
     Cli::try_parse_from(&words).map_err(|error| {
-        let is_mount = words.get(1).is_some_and(|word| word == "mount");
-        let code = match (error.use_stderr(), is_mount) {
+        let usage_is_one = words.get(1).is_some_and(|word| word == "mount" || word == "check");
+        let code = match (error.use_stderr(), usage_is_one) {
             (false, _) => 0,
             (true, true) => 1,
             (true, false) => 2,

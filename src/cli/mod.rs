@@ -1,19 +1,28 @@
 //! The command line: what people type, before anything is done about it.
 
 pub mod args;
+mod check;
+mod compare;
 pub mod config;
+mod create;
+mod info;
 mod log;
 pub mod manual;
+mod map;
 pub mod mount;
 pub mod mount_options;
+mod output;
 pub mod store_options;
+mod target;
+mod tree;
 pub mod umount;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use args::Command;
 
-use crate::error::Error;
+use crate::error::{Error, ErrorKind, Result};
 use crate::report::safe::terminal;
 
 /// Runs the program with the words of its command line.
@@ -25,14 +34,51 @@ pub fn main() -> ExitCode {
             return ExitCode::from(refusal.code);
         }
     };
-    match &cli.command {
-        Command::Mount(args) => mount::run(args),
-        Command::Umount(args) => umount::run(args),
-        _ => ExitCode::from(2),
+    let result = match &cli.command {
+        Command::Mount(args) => return mount::run(args),
+        Command::Umount(args) => return umount::run(args),
+        Command::Tree(args) => tree::run(args),
+        Command::Info(args) => info::run(args),
+        Command::Map(args) => map::run(args),
+        Command::Check(args) => check::run(args),
+        Command::Compare(args) => compare::run(args),
+        Command::Create(args) => create::run(args),
+        Command::Completions { shell } => completions(*shell),
+        Command::Man { dir } => {
+            let written = manual::manual_pages(dir);
+            written.map(|()| 0).map_err(|error| Error::io(format!("writing into {}", dir.display()), error))
+        }
+    };
+    ExitCode::from(result.unwrap_or_else(|error| {
+        complain(&error);
+        failure(&cli.command, error.kind())
+    }))
+}
+
+/// The exit code of a command that has failed.
+fn failure(command: &Command, kind: ErrorKind) -> u8 {
+    match (command, kind) {
+        // Its 2 is an answer.
+        (Command::Check(_), _) => 1,
+        (Command::Compare(_), _) | (_, ErrorKind::Usage) => 2,
+        _ => 1,
     }
+}
+
+fn completions(shell: clap_complete::Shell) -> Result<u8> {
+    let mut script = Vec::new();
+    manual::completions(shell, &mut script).map_err(|error| Error::io("writing the completions", error))?;
+    output::print(&String::from_utf8_lossy(&script))?;
+    Ok(0)
 }
 
 /// Says on stderr what went wrong.
 pub(crate) fn complain(error: &Error) {
-    eprintln!("chainfs: {}", terminal(&error.to_string()));
+    warn(&error.to_string());
+}
+
+/// Says something on stderr that is not the result.
+fn warn(sentence: &str) {
+    // With stderr gone there is nobody to tell.
+    let _ = writeln!(std::io::stderr(), "chainfs: {}", terminal(sentence));
 }

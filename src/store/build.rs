@@ -46,8 +46,10 @@ pub(super) fn build(
         problems: scan.problems,
     };
     builder.add_scanned(scan.files);
-    let references = builder.follow();
+    let mut references = builder.follow();
     let data_references = builder.data_files();
+    // Data files that no scan has met stand on nothing.
+    references.resize_with(builder.files.len(), || None);
     let mut statements: Vec<Vec<Format>> = vec![Vec::new(); builder.files.len()];
     for reference in references.iter().flatten() {
         let Ok(target) = &reference.target else { continue };

@@ -38,14 +38,10 @@ pub fn chain_info_as(store: &Store, catalog: &Catalog, leaf: ImageIndex, filenam
         names[view.layer] = Some(&view.name);
     }
     let mut sharers = Sharers::new(catalog, leaf);
-    let mut filename = filename.to_path_buf();
+    let filenames = filenames(store, catalog, &views.layers, filename);
     let mut infos: Vec<ImageInfo> = Vec::with_capacity(views.layers.len());
-    for (depth, (index, name)) in views.layers.iter().zip(names).enumerate() {
+    for (depth, ((index, name), filename)) in views.layers.iter().zip(names).zip(filenames).enumerate() {
         let image = &catalog.images[*index];
-        if depth > 0 && !store.options().maps.is_empty() {
-            // The names in headers are of another place.
-            filename = store.host_path(&image.place);
-        }
         let mut info = one(store, image, &filename);
         let sentences = catalog.sentences(*index);
         info.chainfs = Some(LayerInfo {
@@ -57,12 +53,37 @@ pub fn chain_info_as(store: &Store, catalog: &Catalog, leaf: ImageIndex, filenam
             shared_by: image.users.len(),
             problem: (!sentences.is_empty()).then(|| terminal(&sentences.join("; "))),
         });
-        if let Some(backing) = content(image).and_then(|qcow2| qcow2.header.backing.as_ref()) {
-            filename = full_name(&filename, &backing.name);
-        }
         infos.push(info);
     }
     infos
+}
+
+/// The files that hold the guest's data of these layers, top first, where the user calls the top
+/// one `filename`.
+pub fn layer_files(store: &Store, catalog: &Catalog, layers: &[ImageIndex], filename: &Path) -> Vec<String> {
+    let files = layers.iter().zip(filenames(store, catalog, layers, filename)).map(|(index, filename)| {
+        let data_file =
+            content(&catalog.images[*index]).and_then(|qcow2| qcow2.header.data_file.as_ref()?.name.clone());
+        path_text(&data_file.map_or(filename.clone(), |name| full_name(&filename, &name)))
+    });
+    files.collect()
+}
+
+/// What each layer is called, one from the other as QEMU does it.
+fn filenames(store: &Store, catalog: &Catalog, layers: &[ImageIndex], filename: &Path) -> Vec<PathBuf> {
+    let mut next = filename.to_path_buf();
+    let mut names = Vec::with_capacity(layers.len());
+    for (depth, index) in layers.iter().enumerate() {
+        let image = &catalog.images[*index];
+        if depth > 0 && !store.options().maps.is_empty() {
+            // The names in headers are of another place.
+            next = store.host_path(&image.place);
+        }
+        let backing = content(image).and_then(|qcow2| qcow2.header.backing.as_ref());
+        let below = backing.map(|backing| full_name(&next, &backing.name)).unwrap_or_default();
+        names.push(std::mem::replace(&mut next, below));
+    }
+    names
 }
 
 /// One image, as the user calls it. Without what only its chain knows.

@@ -17,7 +17,7 @@ use super::json::pretty;
 use super::safe::{self, terminal};
 
 pub use forest::{chain_forest, forest};
-pub use info::{chain_info, chain_info_as, image_info};
+pub use info::{chain_info, chain_info_as, image_info, layer_files};
 
 /// What a chain is called: its path in the mount, or the image's stem where the mount is one image.
 pub fn chain_name(catalog: &Catalog, leaf: ImageIndex) -> String {

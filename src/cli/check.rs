@@ -1,0 +1,114 @@
+//! `chainfs check`: looks for damage in one image, or in every image of a store.
+
+use super::args::{CheckArgs, Output};
+use super::complain;
+use super::output::print;
+use super::target::{Target, What, host_path};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::check::{CheckReport, check};
+use crate::io::Storage;
+use crate::report::json::pretty;
+use crate::report::safe::terminal;
+use crate::store::{Catalog, Content, Format, ImageIndex, Store};
+
+const COULD_NOT: u8 = 1;
+const CORRUPT: u8 = 2;
+const LEAKS: u8 = 3;
+/// qemu-img's, for formats that have nothing to check.
+const NO_CHECKS: u8 = 63;
+
+/// Runs the command.
+pub(super) fn run(args: &CheckArgs) -> Result<u8> {
+    let target = Target::find(&args.path, args.format, &args.image)?;
+    let Target { store, catalog, .. } = &target;
+    let images: Vec<ImageIndex> = match &target.what {
+        What::Store => (0..catalog.images.len()).filter(|index| catalog.images[*index].chain_count > 0).collect(),
+        What::Chain(leaf) => catalog.layers(*leaf),
+        What::Disk(disk) => return one(&target, disk.layers[0], args.output.format()),
+    };
+    let images: Vec<ImageIndex> = images.into_iter().filter(|index| !is_raw(catalog, *index)).collect();
+    let mut worst = 0;
+    let mut reports = Vec::new();
+    for index in images {
+        let name = host_path(store, catalog, index).to_string_lossy().into_owned();
+        match audit(store, catalog, index, &name) {
+            Ok(report) => {
+                worst = worse(worst, report.exit_code());
+                if args.output.format() == Output::Human {
+                    print(&format!("{}:\n{}\n", terminal(&name), safe_lines(&report)))?;
+                } else {
+                    reports.push(report);
+                }
+            }
+            Err(error) => {
+                complain(&error);
+                worst = worse(worst, COULD_NOT);
+            }
+        }
+    }
+    if args.output.format() == Output::Json {
+        print(&pretty(&reports))?;
+    }
+    Ok(worst)
+}
+
+/// An image by itself: as `qemu-img check`.
+fn one(target: &Target, index: ImageIndex, output: Output) -> Result<u8> {
+    if is_raw(&target.catalog, index) {
+        complain(&Error::new(ErrorKind::Unsupported, "this image format does not support checks"));
+        return Ok(NO_CHECKS);
+    }
+    let name = target.filename.to_string_lossy();
+    let report = audit(&target.store, &target.catalog, index, &name)?;
+    print(&match output {
+        Output::Human => safe_lines(&report),
+        Output::Json => pretty(&report),
+    })?;
+    Ok(report.exit_code())
+}
+
+fn is_raw(catalog: &Catalog, index: ImageIndex) -> bool {
+    catalog.images[index].format == Some(Format::Raw)
+}
+
+fn audit(store: &Store, catalog: &Catalog, index: ImageIndex, name: &str) -> Result<CheckReport> {
+    let image = &catalog.images[index];
+    let bears_magic = matches!(image.content, Content::Qcow2(_) | Content::Malformed(_));
+    let is_undecided = image.format.is_none() && matches!(image.content, Content::Qcow2(_));
+    if let Some(problem) = image.problem.as_ref().filter(|_| !bears_magic || is_undecided) {
+        return Err(Error::new(ErrorKind::Broken, format!("{name} {problem}")));
+    }
+    let file = store.file(&image.place, &image.stat, true);
+    // An image that somebody writes has references on the way to the disk: half of them look wrong.
+    let _lock = if store.options().force_share { None } else { Some(file.lock()?) };
+    let storage: &dyn Storage = &*file;
+    check(storage, name)
+}
+
+/// What a report says, each line harmless by itself.
+fn safe_lines(report: &CheckReport) -> String {
+    report.to_string().lines().map(|line| terminal(line) + "\n").collect()
+}
+
+/// The graver of two exit codes.
+fn worse(a: u8, b: u8) -> u8 {
+    let gravity = |code: u8| match code {
+        CORRUPT => 3,
+        COULD_NOT => 2,
+        LEAKS => 1,
+        _ => 0,
+    };
+    if gravity(b) > gravity(a) { b } else { a }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damage_is_worse_than_ignorance_and_that_worse_than_leaks() {
+        assert_eq!([0, 3, 1, 2, 0, 1].into_iter().fold(0, worse), 2);
+        assert_eq!([0, 3, 1].into_iter().fold(0, worse), 1);
+        assert_eq!([3, 0].into_iter().fold(0, worse), 3);
+    }
+}

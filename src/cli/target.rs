@@ -1,0 +1,234 @@
+//! What a PATH means: a store, an image, an internal snapshot of one, or a place inside a mount.
+//!
+//! A mount is never asked anything: its store is opened in its place, so that a daemon which is
+//! gone or busy keeps nobody from looking.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::fs::mount::KIND;
+use crate::io::mounts;
+use crate::store::{Catalog, ChainView, ImageIndex, OpenView, Store, StoreOptions, ViewPart, shown};
+
+use super::args::ImageArgs;
+use super::config;
+use super::mount_options::{FormatRule, ImageFormat, MountOptions};
+use super::store_options::{store_options, variable};
+
+/// A path, and what it turned out to be.
+#[derive(Debug)]
+pub(super) struct Target {
+    pub(super) store: Arc<Store>,
+    pub(super) catalog: Arc<Catalog>,
+    pub(super) what: What,
+    /// What the image is called in answers: as the user did, where the user named it.
+    pub(super) filename: PathBuf,
+}
+
+/// What a path names.
+#[derive(Clone, Debug)]
+pub(super) enum What {
+    /// A whole store.
+    Store,
+    /// A chain, by its leaf.
+    Chain(ImageIndex),
+    /// One disk of a chain.
+    Disk(Disk),
+}
+
+/// One disk of a chain.
+#[derive(Clone, Debug)]
+pub(super) struct Disk {
+    /// Its layers, top first.
+    pub(super) layers: Vec<ImageIndex>,
+    /// Which state of the top one.
+    pub(super) part: ViewPart,
+}
+
+impl Target {
+    /// Finds out what `path` names. `format` is the user's word on an image's format.
+    pub(super) fn find(path: &Path, format: Option<ImageFormat>, args: &ImageArgs) -> Result<Self> {
+        let mut options = config::load(MountOptions::parse(&args.options, false)?, variable)?;
+        options.force_share |= args.force_share;
+        if let Some((store, rest)) = place_in_mount(path)? {
+            return Self::in_mount(&store, &rest, &look_options(&options));
+        }
+        let (image, snapshot) = split_snapshot(path);
+        if let (Some(format), Some(name)) = (format, image.file_name().and_then(OsStr::to_str)) {
+            // What is said of one image comes before what is said of many.
+            options.formats.insert(0, FormatRule { glob: literal(name), format });
+        }
+        let options = look_options(&options);
+        let store = match Store::open(image, options.clone()) {
+            // A link that the user names may lead anywhere: its target is what is meant.
+            Err(error) if error.kind() == ErrorKind::Escape => {
+                let target = image.canonicalize().map_err(|error| Error::io(context(image), error))?;
+                Store::open(&target, options)?
+            }
+            other => other?,
+        };
+        let catalog = store.catalog();
+        let what = match (catalog.single, snapshot) {
+            (None, _) => What::Store,
+            (Some(leaf), None) => What::Disk(Disk { layers: catalog.layers(leaf), part: ViewPart::Active }),
+            (Some(leaf), Some(name)) => What::Disk(internal(&catalog, leaf, image, name)?),
+        };
+        Ok(Self { store, catalog, what, filename: image.to_path_buf() })
+    }
+
+    /// What lies at `rest` of a mount of the store at `path`.
+    fn in_mount(path: &Path, rest: &Path, options: &StoreOptions) -> Result<Self> {
+        let store = Store::open(path, options.clone())?;
+        let catalog = store.catalog();
+        let what = resolve(&store, &catalog, rest)?;
+        let top = match &what {
+            What::Store => None,
+            What::Chain(leaf) => Some(*leaf),
+            What::Disk(disk) => Some(disk.layers[0]),
+        };
+        let filename = top.map_or_else(|| path.to_path_buf(), |top| host_path(&store, &catalog, top));
+        Ok(Self { store, catalog, what, filename })
+    }
+
+    /// The disk that is meant; a chain stands for that of its leaf.
+    pub(super) fn disk(&self) -> Result<Disk> {
+        match &self.what {
+            What::Disk(disk) => Ok(disk.clone()),
+            What::Chain(leaf) => Ok(Disk { layers: self.catalog.layers(*leaf), part: ViewPart::Active }),
+            What::Store => Err(Error::new(
+                ErrorKind::Usage,
+                format!("{} is a store; name one of its images or disks", shown(&self.filename)),
+            )),
+        }
+    }
+
+    /// Opens the disk that is meant for reading.
+    pub(super) fn open(&self) -> Result<OpenView> {
+        let Disk { layers, part } = self.disk()?;
+        // Without locks somebody may be writing the topmost layer.
+        let live = self.store.options().force_share;
+        self.store.open_view(&self.catalog, &layers, part, live)
+    }
+}
+
+/// Options for one look: nothing is watched.
+fn look_options(options: &MountOptions) -> StoreOptions {
+    StoreOptions { notify: false, ..store_options(options) }
+}
+
+fn literal(name: &str) -> glob::Pattern {
+    glob::Pattern::new(&glob::Pattern::escape(name)).expect("an escaped pattern is one")
+}
+
+fn context(path: &Path) -> String {
+    format!("opening {}", shown(path))
+}
+
+pub(super) fn host_path(store: &Store, catalog: &Catalog, index: ImageIndex) -> PathBuf {
+    let place = &catalog.images[index].place;
+    store.roots()[place.root].given().join(&place.path)
+}
+
+/// The store of the mount that `path` lies in, and the path within the mount.
+fn place_in_mount(path: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
+    let absolute = std::path::absolute(path).map_err(|error| Error::io(context(path), error))?;
+    let mounts = mounts()?;
+    // Links on the way to the mount are followed; a daemon that does not answer is not waited for
+    // longer than the kernel does, and what it would say is not needed.
+    let candidates = [Some(absolute.clone()), canonical(&absolute)];
+    for candidate in candidates.into_iter().flatten() {
+        let covering = mounts.iter().filter(|mount| candidate.starts_with(&mount.directory));
+        // Of several mounts on one directory the last is the one that is seen.
+        let Some(mount) = covering.max_by_key(|mount| mount.directory.as_os_str().len()) else { continue };
+        if mount.kind == KIND {
+            let rest = candidate.strip_prefix(&mount.directory).unwrap_or(Path::new(""));
+            return Ok(Some((mount.source.clone(), rest.to_path_buf())));
+        }
+    }
+    Ok(None)
+}
+
+/// The path without links, as far as it exists.
+fn canonical(path: &Path) -> Option<PathBuf> {
+    path.ancestors().find_map(|existing| {
+        let rest = path.strip_prefix(existing).ok()?;
+        let plain = rest.components().all(|component| matches!(component, Component::Normal(_)));
+        existing.canonicalize().ok().filter(|_| plain).map(|existing| existing.join(rest))
+    })
+}
+
+/// `IMAGE@SNAPSHOT` in its two parts, unless there is a file of the whole name.
+fn split_snapshot(path: &Path) -> (&Path, Option<&[u8]>) {
+    let bytes = path.as_os_str().as_bytes();
+    if path.symlink_metadata().is_ok() {
+        return (path, None);
+    }
+    let mut splits = (0..bytes.len()).rev().filter(|at| bytes[*at] == b'@');
+    let found = splits.find(|at| Path::new(OsStr::from_bytes(&bytes[..*at])).is_file());
+    match found {
+        Some(at) => (Path::new(OsStr::from_bytes(&bytes[..at])), Some(&bytes[at + 1..])),
+        None => (path, None),
+    }
+}
+
+/// The disk of an internal snapshot: by name first, then by id, as QEMU does.
+fn internal(catalog: &Catalog, leaf: ImageIndex, image: &Path, wanted: &[u8]) -> Result<Disk> {
+    let snapshots = catalog.images[leaf].qcow2().map_or(&[][..], |qcow2| &qcow2.snapshots);
+    let by_name = snapshots.iter().position(|snapshot| snapshot.name == wanted);
+    let index = by_name.or_else(|| snapshots.iter().position(|snapshot| snapshot.id == wanted));
+    let index = index.ok_or_else(|| {
+        let name = shown(Path::new(OsStr::from_bytes(wanted)));
+        let sentence = format!("{} has no internal snapshot \"{name}\"; see chainfs info", shown(image));
+        Error::new(ErrorKind::NotFound, sentence)
+    })?;
+    Ok(Disk { layers: catalog.layers(leaf), part: ViewPart::Snapshot(index) })
+}
+
+/// What stands at `rest` of a mount.
+fn resolve(store: &Store, catalog: &Catalog, rest: &Path) -> Result<What> {
+    let names: Vec<&OsStr> = rest.iter().collect();
+    let chain = (0..=names.len())
+        .find_map(|len| catalog.chain(&names[..len].iter().collect::<PathBuf>()).map(|leaf| (leaf, &names[len..])));
+    let Some((leaf, inner)) = chain else {
+        let is_directory = catalog.directories.contains_key(rest);
+        let is_own = names.first().is_some_and(|name| name.as_bytes() == crate::store::STORE_DIRECTORY);
+        return if is_directory || is_own { Ok(What::Store) } else { Err(nothing_at(rest)) };
+    };
+    let view = |name: &[u8], suffix: &[u8]| -> Result<(ChainView, Vec<ImageIndex>)> {
+        let views = store.chain_views(catalog, leaf);
+        let view = name.strip_suffix(suffix).and_then(|name| views.find(name)).ok_or_else(|| nothing_at(rest))?;
+        Ok((view.clone(), views.layers[view.layer..].to_vec()))
+    };
+    match inner {
+        [] => Ok(What::Chain(leaf)),
+        [name] if *name == "snapshots" || *name == "info" || name.as_bytes() == crate::store::STORE_DIRECTORY => {
+            Ok(What::Chain(leaf))
+        }
+        [name, _] if *name == "info" || name.as_bytes() == crate::store::STORE_DIRECTORY => Ok(What::Chain(leaf)),
+        [name, file] if *name == "snapshots" && file.as_bytes().ends_with(b".vmstate") => {
+            match view(file.as_bytes(), b".vmstate")? {
+                (ChainView { snapshot: Some(index), .. }, layers) => {
+                    Ok(What::Disk(Disk { layers, part: ViewPart::VmState(index) }))
+                }
+                _ => Err(nothing_at(rest)),
+            }
+        }
+        [file] | [_, file] => {
+            let (view, layers) = view(file.as_bytes(), b".raw")?;
+            let is_in_its_place = view.active == (inner.len() == 1) && (inner.len() == 1 || inner[0] == "snapshots");
+            if !is_in_its_place {
+                return Err(nothing_at(rest));
+            }
+            let part = view.snapshot.map_or(ViewPart::Active, ViewPart::Snapshot);
+            Ok(What::Disk(Disk { layers, part }))
+        }
+        _ => Err(nothing_at(rest)),
+    }
+}
+
+fn nothing_at(rest: &Path) -> Error {
+    Error::new(ErrorKind::NotFound, format!("the mount shows nothing at {}", shown(rest)))
+}
