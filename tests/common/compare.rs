@@ -176,7 +176,7 @@ pub(crate) fn runs_by_seek(path: &Path) -> Vec<Run> {
 pub(crate) fn runs_by_map(program: &str, image: &Path, format: &str) -> Vec<Run> {
     let mut map = with_many_files(program);
     if program == CHAINFS {
-        map.args(["map", "--output", "json"]).arg(image);
+        map.args(["map", "-f", format, "--output", "json"]).arg(image);
     } else {
         map.args(["map", "-U", "-f", format, "--output=json"]).arg(image);
     }
