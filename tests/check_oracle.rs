@@ -3,6 +3,7 @@
 mod oracle;
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 
 use chainfs::image::check::{CheckReport, check};
 use oracle::{Disk, Scratch};
@@ -349,4 +350,82 @@ fn what_cannot_be_read_is_corrupt_even_where_qemu_is_content() {
     assert_eq!(make("compat=0.10", &|p| p.disk.poke_u64(p.l2, p.disk.u64(p.l2) | 1)), (2, 0));
     assert_eq!(make("extended_l2=on", &|p| p.disk.poke_u64(p.l2, p.disk.u64(p.l2) | 1)), (2, 0));
     assert_eq!(make("data_file=data.raw", &|p| p.disk.poke_u64(p.l2, COPIED | 0x30000)), (2, 0));
+}
+
+/// A generator of numbers that replays from its seed (xorshift64*).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+}
+
+/// A wrong value for an 8-byte entry.
+fn damaged_entry(random: &mut Random, entry: u64, file_len: u64) -> u64 {
+    match random.below(8) {
+        0 => entry ^ (1 << random.below(64)),
+        1 => entry ^ COPIED,
+        2 => 0,
+        3 => entry.wrapping_add(0x1000),
+        4 => random.below(file_len) & !0xfff | entry & COPIED,
+        5 => random.below(file_len) & !0xfff | COPIED,
+        6 => random.next(),
+        _ => entry ^ (1 << (12 + random.below(8))),
+    }
+}
+
+#[test]
+fn random_damage_is_judged_alike() {
+    let Some(scratch) = Scratch::new() else { return };
+    let seed: u64 = std::env::var("CHAINFS_FUZZ_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    let rounds: u64 = std::env::var("CHAINFS_CHECK_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(40);
+    for (kind, options) in
+        ["cluster_size=4k", "cluster_size=4k,compat=0.10", "cluster_size=16k,extended_l2=on"].iter().enumerate()
+    {
+        scratch.create(NAME, options, "64M");
+        scratch.io(NAME, &["write 0 200k", "write -c 1M 64k", "write -c 20M 64k", "write -z 2M 64k"]);
+        scratch.img(&format!("snapshot -c one {NAME}"));
+        scratch.io(NAME, &["write 32k 32k", "write 40M 100k", "write -z 0 16k"]);
+        let good = std::fs::read(scratch.path(NAME)).unwrap();
+        let len = good.len() as u64;
+        for round in 0..rounds {
+            let mut random = Random(seed + round * 3 + kind as u64 + 0x9e37_79b9_7f4a_7c15);
+            std::fs::write(scratch.path(NAME), &good).unwrap();
+            let p = places(&scratch);
+            let mut case = format!("{options}, seed {seed}, round {round}:");
+            for _ in 0..=random.below(3) {
+                let at = match random.below(6) {
+                    0 => p.l1 + 8 * random.below(32),
+                    1 | 2 => p.l2 + 8 * random.below(512),
+                    3 => p.refcount_table + 8 * random.below(4),
+                    4 => p.refcount_block + 8 * random.below(100),
+                    _ => p.snapshots + 8 * random.below(2),
+                };
+                let (entry, value) = (p.disk.u64(at), damaged_entry(&mut random, p.disk.u64(at), len));
+                p.disk.poke_u64(at, value);
+                write!(case, " {at:#x}: {entry:#x} -> {value:#x}").unwrap();
+            }
+            println!("== {case}");
+            let (ours, theirs) = (ours(&scratch), theirs(&scratch));
+            // Version 2 and extended entries have bits that only we object to.
+            let stricter = kind > 0 && ours.0 == 2 && [0, 3].contains(&theirs.0);
+            assert!(ours.0 == theirs.0 || stricter, "{case}: {} and {}\n{:?}", ours.0, theirs.0, ours.1);
+            let Some(report) = ours.1.filter(|_| !theirs.1.is_empty()) else { continue };
+            let count = |name: &str| theirs.1.get(name).and_then(Value::as_u64).unwrap_or(0);
+            assert_eq!(report.leaks, count("leaks"), "{case}");
+            if kind == 0 {
+                assert_eq!(report.corruptions, count("corruptions"), "{case}");
+            } else {
+                assert!(report.corruptions >= count("corruptions"), "{case}");
+            }
+        }
+    }
 }

@@ -1,43 +1,14 @@
 //! What QEMU writes, the format layer reads: headers swept over the options of `qemu-img create`.
 
+mod oracle;
+
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use chainfs::format::header::{Backing, Compression, PROBE_LEN, needed_len};
 use chainfs::format::snapshot::SnapshotParser;
 use chainfs::format::{Header, Version, bitmap};
-
-/// Runs a tool of QEMU and returns what it printed; `None` where QEMU is not installed.
-fn qemu(tool: &str, args: &[&str]) -> Option<String> {
-    let output = match Command::new(tool).args(args).output() {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
-        output => output.unwrap(),
-    };
-    assert!(output.status.success(), "{tool} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    Some(String::from_utf8(output.stdout).unwrap())
-}
-
-/// A directory of one test's own, removed at its end.
-struct Scratch(std::path::PathBuf);
-
-impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("chainfs-format-{name}-{}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.join(name).to_str().unwrap().to_owned()
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        drop(fs::remove_dir_all(&self.0));
-    }
-}
+use oracle::Scratch;
 
 fn header(path: impl AsRef<Path>) -> Header {
     let file = fs::read(path).unwrap();
@@ -47,14 +18,12 @@ fn header(path: impl AsRef<Path>) -> Header {
 
 #[test]
 fn every_geometry_that_qemu_creates_parses() {
-    let scratch = Scratch::new("geometry");
+    let Some(scratch) = Scratch::new() else { return };
     let path = scratch.path("image.qcow2");
     for cluster_bits in 9..=21 {
         for (refcount_order, size) in (0..=6).zip([0u64, 512, 1 << 20, (1 << 30) + 512, 3 << 20, 1 << 24, 1 << 28]) {
             let options = format!("cluster_size={},refcount_bits={}", 1u32 << cluster_bits, 1 << refcount_order);
-            let size_text = size.to_string();
-            let args = ["create", "-q", "-f", "qcow2", "-o", &options, &path, &size_text];
-            let Some(_) = qemu("qemu-img", &args) else { return };
+            scratch.create("image.qcow2", &options, &size.to_string());
             let header = header(&path);
             let found = (header.cluster.bits(), header.refcount_order, header.virtual_size);
             assert_eq!(found, (cluster_bits, refcount_order, size), "{options}");
@@ -68,33 +37,32 @@ fn every_geometry_that_qemu_creates_parses() {
 
 #[test]
 fn every_option_that_qemu_creates_parses() {
-    let scratch = Scratch::new("options");
+    let Some(scratch) = Scratch::new() else { return };
     let (path, data) = (scratch.path("image.qcow2"), scratch.path("data.raw"));
     let create = |options: &str| {
-        qemu("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, &path, "64M"])?;
-        Some(header(&path))
+        scratch.create("image.qcow2", options, "64M");
+        header(&path)
     };
-    let Some(v2) = create("compat=0.10") else { return };
+    let v2 = create("compat=0.10");
     assert_eq!((v2.version, v2.header_len), (Version::V2, 72));
-    let v3 = create("compat=1.1,lazy_refcounts=on,compression_type=zstd").unwrap();
+    let v3 = create("compat=1.1,lazy_refcounts=on,compression_type=zstd");
     assert_eq!((v3.version, v3.compression, v3.lazy_refcounts()), (Version::V3, Compression::Zstd, true));
-    assert!(create("extended_l2=on").unwrap().extended_l2());
-    let external = create(&format!("data_file={data},data_file_raw=on")).unwrap().data_file.unwrap();
+    assert!(create("extended_l2=on").extended_l2());
+    let external = create(&format!("data_file={data},data_file_raw=on")).data_file.unwrap();
     assert_eq!((external.name, external.raw), (Some(data.clone().into_bytes()), true));
     for preallocation in ["metadata", "falloc", "full"] {
-        create(&format!("preallocation={preallocation}")).unwrap();
+        create(&format!("preallocation={preallocation}"));
     }
 }
 
 #[test]
 fn backing_names_of_both_versions_parse() {
-    let scratch = Scratch::new("backing");
+    let Some(scratch) = Scratch::new() else { return };
     let (base, path) = (scratch.path("base.raw"), scratch.path("top.qcow2"));
     fs::write(&base, [0; 1024]).unwrap();
     for compat in ["0.10", "1.1"] {
         let options = format!("compat={compat}");
-        let args = ["create", "-q", "-f", "qcow2", "-o", &options, "-F", "raw", "-b", &base, &path];
-        let Some(_) = qemu("qemu-img", &args) else { return };
+        scratch.img(&format!("create -q -f qcow2 -o {options} -F raw -b {base} {path}"));
         let expected = Backing { name: base.clone().into_bytes(), format: Some("raw".into()) };
         assert_eq!(header(&path).backing, Some(expected));
     }
@@ -102,13 +70,13 @@ fn backing_names_of_both_versions_parse() {
 
 #[test]
 fn snapshots_and_bitmaps_parse() {
-    let scratch = Scratch::new("snapshots");
+    let Some(scratch) = Scratch::new() else { return };
     let path = scratch.path("image.qcow2");
-    let Some(_) = qemu("qemu-img", &["create", "-q", "-f", "qcow2", &path, "64M"]) else { return };
+    scratch.create("image.qcow2", "", "64M");
     for name in ["monday", "tuesday", "monday"] {
-        qemu("qemu-img", &["snapshot", "-c", name, &path]);
+        scratch.img(&format!("snapshot -c {name} {path}"));
     }
-    qemu("qemu-img", &["bitmap", "--add", "-g", "64K", &path, "dirty"]);
+    scratch.img(&format!("bitmap --add -g 64K {path} dirty"));
     let (file, header) = (fs::read(&path).unwrap(), header(&path));
     let mut parser = SnapshotParser::new(&header);
     for chunk in file[header.snapshots.offset.0 as usize..].chunks(50) {

@@ -127,19 +127,22 @@ impl EntryFormat {
         if self.data_file {
             return Err(Malformed::CompressedInDataFile);
         }
+        let compressed = self.raw_compressed(entry);
+        let (found, max) = (compressed.at.0, HOST_OFFSET_END - 1);
+        if found > max {
+            return Err(Malformed::TooLarge { what: "offset of a compressed cluster", found, max });
+        }
+        Ok(compressed)
+    }
+
+    /// The place in a compressed L2 entry, however far away: for a checker.
+    pub fn raw_compressed(self, entry: u64) -> Compressed {
         // The larger the cluster, the more bits count its sectors and the fewer are its offset.
         let offset_bits = 62 - (self.cluster.bits() - 8);
         let at = entry & ((1 << offset_bits) - 1);
-        if at >= HOST_OFFSET_END {
-            return Err(Malformed::TooLarge {
-                what: "offset of a compressed cluster",
-                found: at,
-                max: HOST_OFFSET_END - 1,
-            });
-        }
         let more_sectors = (entry & (COMPRESSED - 1)) >> offset_bits;
         let len = (more_sectors + 1) * 512 - (at & 511);
-        Ok(Compressed { at: HostOffset(at), len: len as u32 })
+        Compressed { at: HostOffset(at), len: len as u32 }
     }
 
     /// The host cluster of a standard entry. Offset 0 is the header, so it means "none", except

@@ -14,6 +14,7 @@ use super::malformed::Malformed;
 use crate::units::{ClusterBits, HostOffset, SECTOR_SIZE};
 
 pub use super::extension::{BitmapsExtension, CryptoHeader, UnknownExtension};
+pub use super::parts::{Backing, Compression, DataFile, Encryption, RefcountTable, SnapshotTable, Table, Version};
 
 /// `QFI\xfb`.
 pub const MAGIC: u32 = 0x5146_49FB;
@@ -34,94 +35,6 @@ const MAX_BITMAPS: u64 = 65_535;
 const MAX_BITMAP_DIRECTORY_LEN: u64 = 64 << 20;
 /// The smallest entry of a snapshot table; bounds the table from below.
 const MIN_SNAPSHOT_LEN: u64 = 40;
-
-/// The format's version.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Version {
-    /// "compat=0.10": no zero clusters, no feature bits.
-    V2,
-    /// "compat=1.1".
-    V3,
-}
-
-/// A table of 8-byte entries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Table {
-    /// Its place, cluster aligned.
-    pub offset: HostOffset,
-    /// Its entries.
-    pub entries: u32,
-}
-
-impl Table {
-    /// Its bytes.
-    pub fn len_bytes(self) -> u64 {
-        u64::from(self.entries) * 8
-    }
-}
-
-/// Where the refcount table lies. It may be beyond the end of the file: readers do not need it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RefcountTable {
-    /// Its place, cluster aligned.
-    pub offset: HostOffset,
-    /// Its clusters.
-    pub clusters: u32,
-}
-
-/// Where the snapshot table lies. Its length in bytes is known only by parsing it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SnapshotTable {
-    /// Its place, cluster aligned.
-    pub offset: HostOffset,
-    /// Its entries.
-    pub count: u32,
-}
-
-/// How clusters are compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Compression {
-    /// Raw deflate, called "zlib" by QEMU.
-    Deflate,
-    /// Zstandard.
-    Zstd,
-}
-
-/// How guest data is encrypted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Encryption {
-    /// QEMU's legacy AES-CBC.
-    AesCbc,
-    /// LUKS.
-    Luks,
-}
-
-impl std::fmt::Display for Encryption {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::AesCbc => "AES-CBC",
-            Self::Luks => "LUKS",
-        })
-    }
-}
-
-/// The backing file, as the header names it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backing {
-    /// The name: not empty, no NUL bytes, not checked otherwise.
-    pub name: Vec<u8>,
-    /// Its format, where the header says one.
-    pub format: Option<String>,
-}
-
-/// The external data file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DataFile {
-    /// The name, where the header says one.
-    pub name: Option<Vec<u8>>,
-    /// Whether it is a raw image by itself.
-    pub raw: bool,
-}
 
 /// A parsed header.
 #[derive(Clone, Debug, PartialEq, Eq)]

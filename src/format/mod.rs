@@ -13,6 +13,7 @@ pub mod feature;
 pub mod frozen;
 pub mod header;
 pub mod malformed;
+mod parts;
 pub mod refcount;
 pub mod snapshot;
 pub mod subcluster;

@@ -17,7 +17,8 @@ const MAX_L2_TABLES: usize = 16 << 20;
 
 /// An L2 table, or what is taken for one.
 struct L2Table {
-    /// Not aligned if the L1 entry is wrong: then it is counted, but not read.
+    /// As the L1 entry says it, even if it is not aligned or takes the header for a table: what
+    /// such a table holds tells nothing, but QEMU counts it, too.
     at: HostOffset,
     /// Where its first cluster lies on the guest's disk, by the active L1 table.
     guest: GuestOffset,
@@ -77,15 +78,14 @@ impl L2List {
         let header = &audited.header;
         if let Err(reason) = header.entry_format().l1(entry) {
             report.corruptions(weight.total, || format!("L1 entry at {position:#x}: {}", reason.fact()));
+            let offset = EntryFormat::raw_offset(entry);
+            if matches!(reason, Malformed::Reserved { .. }) && !header.cluster.aligned(offset) {
+                let unaligned = Malformed::Unaligned { what: "L2 table", offset, unit: header.cluster.size() };
+                report.corruptions(weight.total, || format!("L1 entry at {position:#x}: {}", unaligned.fact()));
+            }
         }
         let at = EntryFormat::raw_offset(entry);
-        if at == 0 {
-            // QEMU takes the header for an L2 table here.
-            report
-                .corruptions(weight.total, || format!("L1 entry at {position:#x} has flags, but no table: {entry:#x}"));
-            return Ok(());
-        }
-        if weight.active > 0 {
+        if weight.active > 0 && at != 0 {
             let stored = refcounts.stored(audited, header.cluster.index(at))?;
             if stored.is_some_and(|count| (count == 1) != EntryFormat::copied(entry)) {
                 report.corruptions(weight.active, || {
@@ -122,9 +122,6 @@ impl L2List {
         let mut bytes = vec![0; cluster.size() as usize];
         for table in &self.0 {
             pass.window.count(table.at.0, cluster.size(), table.weight.total, pass.report);
-            if !cluster.aligned(table.at.0) {
-                continue;
-            }
             pass.audited.read(table.at.0, &mut bytes)?;
             let mut walk = EntryWalk { table, format, refcounts, expected_next: None };
             for (index, entry) in (0..).zip(bytes.chunks_exact(format.l2_entry_len() as usize)) {
@@ -158,19 +155,23 @@ struct EntryWalk<'a> {
 impl EntryWalk<'_> {
     fn entry(&mut self, pass: &mut Pass<'_>, index: u64, entry: u64, bitmap: u64) -> Result<()> {
         let weight = self.table.weight;
-        let (target, problem) = self.target(entry, bitmap, index);
-        if let Some(reason) = problem.filter(|_| pass.first) {
-            pass.report
-                .corruptions(weight.total, || format!("L2 table {}, entry {index}: {}", self.table.at, reason.fact()));
+        let (target, problems) = self.judge(entry, bitmap, index);
+        if pass.first {
+            for problem in problems {
+                pass.report.corruptions(weight.total, || {
+                    format!("L2 table {}, entry {index}: {}", self.table.at, problem.fact())
+                });
+            }
+            if EntryFormat::is_compressed(entry) && EntryFormat::copied(entry) {
+                pass.report.corruptions(weight.total, || {
+                    let coffset = self.format.raw_compressed(entry).at;
+                    format!("coffset={coffset}: copied flag must never be set for compressed clusters")
+                });
+            }
         }
         match target {
             Target::Nothing => Ok(()),
             Target::Compressed(compressed) => {
-                if EntryFormat::copied(entry) && pass.first {
-                    pass.report.corruptions(weight.total, || {
-                        format!("coffset={}: copied flag must never be set for compressed clusters", compressed.at)
-                    });
-                }
                 if pass.first {
                     pass.report.allocated_clusters += weight.active;
                     pass.report.compressed_clusters += weight.active;
@@ -192,14 +193,14 @@ impl EntryWalk<'_> {
                 if !self.format.data_file {
                     pass.count(at.0, len, weight.total);
                 }
-                if weight.active > 0 { self.copied_flag(pass, entry, at) } else { Ok(()) }
+                // The header has no flags, even where an L1 entry takes it for a table.
+                if weight.active > 0 && self.table.at.0 != 0 { self.copied_flag(pass, entry, at) } else { Ok(()) }
             }
         }
     }
 
-    /// What the entry refers to, and what is wrong with it. A wrong entry refers to what it
-    /// would if the wrong bits were not there, so that one flaw does not look like many.
-    fn target(&self, entry: u64, bitmap: u64, index: u64) -> (Target, Option<Malformed>) {
+    /// What the entry refers to, and what is wrong with it.
+    fn judge(&self, entry: u64, bitmap: u64, index: u64) -> (Target, Vec<Malformed>) {
         let guest = GuestOffset(self.table.guest.0.saturating_add(index * self.format.cluster.size()));
         let decoded = if self.format.extended {
             self.format.l2_extended(entry, bitmap, guest).map(|entry| match entry.compressed() {
@@ -214,13 +215,41 @@ impl EntryWalk<'_> {
             })
         };
         match decoded {
-            Ok(target) => (target, None),
-            Err(reason) => {
-                let at = EntryFormat::raw_offset(entry);
-                let nothing = EntryFormat::is_compressed(entry) || at == 0;
-                (if nothing { Target::Nothing } else { Target::Cluster(HostOffset(at)) }, Some(reason))
-            }
+            Ok(target) => (target, Vec::new()),
+            Err(reason) => self.judge_wrong(entry, bitmap, reason),
         }
+    }
+
+    /// A wrong entry refers to what it would if the wrong bits were not there, so that one flaw
+    /// does not look like many. `reason` is the first; there may be more.
+    fn judge_wrong(&self, entry: u64, bitmap: u64, reason: Malformed) -> (Target, Vec<Malformed>) {
+        if EntryFormat::is_compressed(entry) {
+            return match reason {
+                // Reported as beyond the end of the file.
+                Malformed::TooLarge { .. } => (Target::Compressed(self.format.raw_compressed(entry)), Vec::new()),
+                reason => (Target::Nothing, vec![reason]),
+            };
+        }
+        let (at, unit) = (EntryFormat::raw_offset(entry), self.format.cluster.size());
+        let (zero, allocated) = ((bitmap >> 32) as u32, bitmap as u32);
+        let mut problems = Vec::new();
+        if at == 0 && allocated != 0 {
+            problems.push(Malformed::SubclusterWithoutCluster(allocated));
+        } else if zero & allocated != 0 {
+            problems.push(Malformed::SubclusterTwice(zero & allocated));
+        }
+        if !self.format.cluster.aligned(at) {
+            problems.push(Malformed::Unaligned { what: "data cluster", offset: at, unit });
+        }
+        let later = matches!(
+            reason,
+            Malformed::SubclusterWithoutCluster(_) | Malformed::SubclusterTwice(_) | Malformed::Unaligned { .. }
+        );
+        if !later {
+            problems.insert(0, reason);
+        }
+        let target = if at == 0 { Target::Nothing } else { Target::Cluster(HostOffset(at)) };
+        (target, problems)
     }
 
     /// COPIED says that the refcount is 1; a cluster of a data file counts as such.
