@@ -176,7 +176,10 @@ pub(crate) fn runs_by_seek(path: &Path) -> Vec<Run> {
 pub(crate) fn runs_by_map(program: &str, image: &Path, format: &str) -> Vec<Run> {
     let mut map = with_many_files(program);
     if program == CHAINFS {
-        map.args(["map", "-f", format, "--output", "json"]).arg(image);
+        // An image by itself is confined to its own directory; its layers may be in others of the store.
+        let root = image.ancestors().find(|dir| dir.ends_with("store")).expect("an image of the store");
+        let options = format!("backing_dir={}", root.display());
+        map.args(["map", "-f", format, "--output", "json", "-o", &options]).arg(image);
     } else {
         map.args(["map", "-U", "-f", format, "--output=json"]).arg(image);
     }
