@@ -38,7 +38,7 @@ fn no_layer_uses_one_to_its_left() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     sources(&src, &mut files);
-    let mut uses = 0;
+    let mut judged = 0;
     for file in files {
         let inner = file.strip_prefix(&src).unwrap();
         let layer = inner.components().next().unwrap().as_os_str().to_str().unwrap().trim_end_matches(".rs");
@@ -51,12 +51,12 @@ fn no_layer_uses_one_to_its_left() {
             if used.is_empty() || used == layer {
                 continue;
             }
-            uses += 1;
+            judged += 1;
             let allowed = rank(&used) < rank(layer);
             assert!(allowed, "{}: {layer} must not use {used}", inner.display());
         }
     }
-    assert!(uses > 50, "the test has lost sight of the uses it is to judge ({uses})");
+    assert!(judged > 50, "the test has lost sight of the uses it is to judge ({judged})");
 }
 
 #[test]

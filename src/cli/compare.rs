@@ -167,6 +167,8 @@ fn first_difference(a: &[u8], b: &[u8]) -> Option<u64> {
     Some((index * sector) as u64)
 }
 
+/// The first sector that is not all zeroes.
 fn first_nonzero(bytes: &[u8]) -> Option<u64> {
-    bytes.iter().position(|byte| *byte != 0).map(|index| index as u64)
+    let index = bytes.iter().position(|byte| *byte != 0)? as u64;
+    Some(index - index % SECTOR_SIZE)
 }

@@ -39,7 +39,18 @@ pub fn problems_text(catalog: &Catalog) -> String {
 /// All that is wrong with the layers of one chain, a line each; `None` if nothing is.
 pub fn chain_problem(catalog: &Catalog, leaf: ImageIndex) -> Option<String> {
     let layers = catalog.layers(leaf);
-    let sentences: Vec<_> = layers.iter().flat_map(|index| catalog.sentences(*index)).collect();
+    let mut sentences: Vec<_> = layers.iter().flat_map(|index| catalog.sentences(*index)).collect();
+    // A break in a lower layer takes all above with it: say whom it hits.
+    let breaks = (0..layers.len()).rfind(|top| catalog.view_problem(&layers[*top..=*top]).is_some());
+    if let Some(lowest) = breaks.filter(|lowest| *lowest > 0) {
+        let above: Vec<_> = layers[..lowest].iter().map(|index| catalog.images[*index].shown()).collect();
+        let shown = if above.len() <= 8 {
+            above.join(", ")
+        } else {
+            format!("{}, {} and {} more", above[0], above[1], above.len() - 2)
+        };
+        sentences.push(format!("so what stands on it cannot be read either: {shown}"));
+    }
     (!sentences.is_empty()).then(|| sentences.iter().map(|sentence| terminal(sentence) + "\n").collect())
 }
 
