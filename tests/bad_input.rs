@@ -8,11 +8,13 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::time::Instant;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use common::damage::header;
 use common::victims::*;
 use common::*;
+use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
 // ---- damaged headers -------------------------------------------------------------------------
@@ -461,6 +463,63 @@ fn ten_thousand_internal_snapshots_are_listed_and_can_be_read() {
     assert_eq!(shown.len(), COUNT as usize);
     for name in [&shown[0], &shown[5000], &shown[9999]] {
         assert_same(&mount.path("web/snapshots").join(name), &store.oracle("web.qcow2", "qcow2"));
+    }
+    assert_memory_is_bounded(&mount);
+    mount.umount();
+}
+
+/// A few MiB of L1 table that all name one L2 table make petabytes; whoever asks for the next hole or the
+/// next data must get an answer, and must not keep others from theirs.
+#[test]
+fn petabytes_of_tables_do_not_keep_a_seek_busy() {
+    const LIMIT: Duration = Duration::from_secs(5);
+    let store = Store::new();
+    store.create("good.qcow2", MIB, "");
+    store.scribble("good.qcow2", "qcow2", 9);
+    let oracle = store.oracle("good.qcow2", "qcow2");
+    let l1_entries = 4 << 20;
+    for (name, entry) in [("zero", 1), ("nothing", 0), ("data", 1 << 63)] {
+        let file = format!("{name}.qcow2");
+        store.create(&file, MIB, "");
+        store.io(&file, "qcow2", ["write -q -P 1 0 64k"]);
+        let image = Damage::to(store.path(&file));
+        let data = image.host_offset(0);
+        let l2 = image.u64(image.l1_at());
+        let value: u64 = if name == "data" { entry | data } else { entry };
+        let table = image.l2_entry_at(0);
+        image.put(table, &value.to_be_bytes().repeat(8192));
+        let l1 = image.append(&l2.to_be_bytes().repeat(l1_entries));
+        image.put_u64(header::L1_OFFSET, l1);
+        image.put_u32(header::L1_ENTRY_COUNT, l1_entries as u32);
+        image.put_u64(header::SIZE, (l1_entries as u64) << 29);
+        store.overlay_sized(&format!("on-{name}.qcow2"), &file, "qcow2", MIB);
+    }
+    let mount = Mount::new(&store);
+    let (done, finished) = mpsc::channel();
+    let mut asked = 0;
+    for name in ["zero", "nothing", "data"] {
+        for (view, data) in [("active.raw", true), ("active.raw", false)] {
+            // The overlay is small: what lies past its end must cost nothing at all.
+            let path = mount.path(format!("on-{name}")).join(view);
+            let below = mount.path(format!("on-{name}/snapshots/{name}.raw"));
+            for path in [path, below] {
+                let done = done.clone();
+                asked += 1;
+                std::thread::spawn(move || {
+                    let file = File::open(&path).expect("a view");
+                    let at = if data { SeekFrom::Data(0) } else { SeekFrom::Hole(0) };
+                    let _ = done.send((path, seek(&file, at)));
+                });
+            }
+        }
+    }
+    let start = Instant::now();
+    assert_same(&mount.path("good/active.raw"), &oracle);
+    assert!(start.elapsed() < LIMIT, "others had to wait {:?}", start.elapsed());
+    for _ in 0..asked {
+        let left = LIMIT.saturating_sub(start.elapsed());
+        let (path, found) = finished.recv_timeout(left).expect("an answer in time");
+        assert!(matches!(found, Ok(_) | Err(Errno::NXIO)), "{}: {found:?}", path.display());
     }
     assert_memory_is_bounded(&mount);
     mount.umount();

@@ -183,7 +183,7 @@ fn inode_numbers_stay_and_are_never_reused() {
         let chain = name.trim_end_matches(".qcow2");
         let active = mount.path(chain).join("active.raw");
         eventually("it is there", Duration::from_secs(3), || active.exists());
-        assert_ne!(inode(&format!("{chain}/active.raw")), other, "other content, other number");
+        assert_ne!(inode(&format!("{chain}/active.raw")), other, "{chain}: other content, other number");
     }
     assert_eq!(paths.map(inode), before, "what did not change keeps its number");
     let entries = fs::read_dir(mount.path("web/snapshots")).expect("a directory");

@@ -190,7 +190,8 @@ pub(crate) fn runs_by_map(store: &Store, program: &str, image: &Path, format: &s
     map.current_dir(store.root());
     if program == CHAINFS {
         // A single image's store is its own directory, unless more is allowed.
-        map.args(["map", "--output", "json", "-o"]).arg(format!("backing_dir={}", store.root().display())).arg(image);
+        map.args(["map", "-f", format, "--output", "json", "-o"]);
+        map.arg(format!("backing_dir={}", store.beside("").display())).arg(image);
     } else {
         map.args(["map", "-U", "-f", format, "--output=json"]).arg(image);
     }
