@@ -73,7 +73,7 @@ fn damaged(scratch: &Scratch, options: &str, case: &str, damage: impl FnOnce(&Pl
 
 #[test]
 fn clean_images_of_every_geometry() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     for cluster_bits in 9..=21u32 {
         for refcount_order in [0, 1, 3, 4, 6] {
             let options = format!("cluster_size={},refcount_bits={}", 1u32 << cluster_bits, 1 << refcount_order);
@@ -86,7 +86,7 @@ fn clean_images_of_every_geometry() {
 
 #[test]
 fn clean_images_of_every_feature() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     for options in [
         "compat=0.10",
         "compat=0.10,cluster_size=512",
@@ -108,7 +108,7 @@ fn clean_images_of_every_feature() {
 
 #[test]
 fn compressed_clusters_count_every_cluster_they_touch() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     let noise: Vec<u8> = (0..4_000_000u32).map(|i| (i.wrapping_mul(i) >> 7) as u8 ^ (i % 251) as u8).collect();
     std::fs::write(scratch.path("noise.raw"), noise).unwrap();
     for options in [
@@ -125,7 +125,7 @@ fn compressed_clusters_count_every_cluster_they_touch() {
 
 #[test]
 fn snapshots_and_bitmaps_are_references_too() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     for options in ["", "compat=0.10", "cluster_size=512", "extended_l2=on", "refcount_bits=64", "refcount_bits=4"] {
         scratch.create(NAME, options, "64M");
         for turn in 0..5 {
@@ -145,7 +145,7 @@ fn snapshots_and_bitmaps_are_references_too() {
 
 #[test]
 fn vm_state_and_many_snapshots() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     scratch.create(NAME, "cluster_size=4k", "8M");
     scratch.io(NAME, &["write 0 8M"]);
     for turn in 0..30 {
@@ -161,7 +161,7 @@ fn vm_state_and_many_snapshots() {
 
 #[test]
 fn dropped_bitmaps_leak() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     scratch.create(NAME, "", "64M");
     scratch.img(&format!("bitmap --add {NAME} lost"));
     Disk::open(scratch.path(NAME)).poke_u64(88, 0);
@@ -170,7 +170,7 @@ fn dropped_bitmaps_leak() {
 
 #[test]
 fn refcounts_that_are_wrong() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     let at = |places: &Places, cluster: u64, count: u16| {
         places.disk.poke(places.refcount_block + cluster * 2, &count.to_be_bytes());
     };
@@ -199,7 +199,7 @@ fn refcounts_that_are_wrong() {
 
 #[test]
 fn entries_that_are_wrong() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     let damage = |case: &str, damage: &dyn Fn(&Places)| damaged(&scratch, "", case, damage);
     let poke_l2 = |p: &Places, index: u64, change: &dyn Fn(u64) -> u64| {
         let at = p.l2 + index * 8;
@@ -233,7 +233,7 @@ fn entries_that_are_wrong() {
 
 #[test]
 fn extended_entries_that_are_wrong() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     let damage = |case: &str, entry: &dyn Fn(u64) -> u64, bitmap: u64| {
         damaged(&scratch, "extended_l2=on", case, |p| {
             p.disk.poke_u64(p.l2, entry(p.disk.u64(p.l2)));
@@ -250,7 +250,7 @@ fn extended_entries_that_are_wrong() {
 
 #[test]
 fn data_files_that_are_wrong() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     let damage =
         |case: &str, entry: u64| damaged(&scratch, "data_file=data.raw", case, |p| p.disk.poke_u64(p.l2 + 8, entry));
     assert_eq!(damage("no COPIED", 0x10000), 2);
@@ -259,7 +259,7 @@ fn data_files_that_are_wrong() {
 
 #[test]
 fn snapshot_tables_that_are_wrong() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     let damage = |case: &str, damage: &dyn Fn(&Places)| {
         scratch.create(NAME, "", "1G");
         scratch.io(NAME, &["write 0 256k"]);
@@ -282,7 +282,7 @@ fn snapshot_tables_that_are_wrong() {
 
 #[test]
 fn bitmaps_that_are_wrong() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     let damage = |case: &str, damage: &dyn Fn(&Disk, u64, u64)| {
         scratch.create(NAME, "", "64M");
         scratch.img(&format!("bitmap --add -g 512 {NAME} bits"));
@@ -307,7 +307,7 @@ fn bitmaps_that_are_wrong() {
 
 #[test]
 fn interrupted_and_flagged_images() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     for options in ["lazy_refcounts=on", "lazy_refcounts=off"] {
         scratch.create(NAME, options, "64M");
         // The process dies: refcounts of lazy images are stale.
@@ -324,7 +324,7 @@ fn interrupted_and_flagged_images() {
 
 #[test]
 fn encrypted_images_need_no_secret() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     let secret = "--object secret,id=key,data=abcdef";
     scratch.img(&format!(
         "create -q {secret} -f qcow2 -o encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10 {NAME} 16M"
@@ -340,7 +340,7 @@ fn encrypted_images_need_no_secret() {
 
 #[test]
 fn what_cannot_be_read_is_corrupt_even_where_qemu_is_content() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     let make = |options: &str, damage: &dyn Fn(&Places)| {
         scratch.create(NAME, options, "64M");
         scratch.io(NAME, &["write 0 256k"]);
@@ -384,7 +384,7 @@ fn damaged_entry(random: &mut Random, entry: u64, file_len: u64) -> u64 {
 
 #[test]
 fn random_damage_is_judged_alike() {
-    let Some(scratch) = Scratch::new() else { return };
+    let scratch = Scratch::new();
     let seed: u64 = std::env::var("CHAINFS_FUZZ_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
     let rounds: u64 = std::env::var("CHAINFS_CHECK_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(40);
     for (kind, options) in

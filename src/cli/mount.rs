@@ -82,7 +82,7 @@ fn spawn() -> Result<ExitCode> {
 fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     let options = MountOptions::parse(&args.options, args.sloppy)?;
     let options = config::load(options, variable)?;
-    super::log::start(args.verbose, as_child);
+    let log = super::log::start(args.verbose, as_child);
     if as_child {
         // A session of its own: the terminal's signals are not for us.
         rustix::process::setsid().map_err(|error| Error::io("leaving the terminal", error))?;
@@ -118,6 +118,7 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     if as_child {
         let _ = rustix::process::chdir("/");
         detach()?;
+        log.detach();
     }
     notify_service_manager(&format!("READY=1\nSTATUS=showing {} on {}", store.given().display(), directory.display()));
     tracing::info!("{} is shown on {}", store.given().display(), directory.display());

@@ -85,7 +85,7 @@ impl Documents {
             return report::chain_problem(catalog, leaf).map(|text| text.into_bytes().into());
         }
         let make = || match document {
-            ChainDocument::Chain => json::pretty(&report::chain_info(store, catalog, leaf)) + "\n",
+            ChainDocument::Chain => json::pretty(&report::chain_info(store, catalog, leaf)),
             ChainDocument::TreeText => text::forest(&report::chain_forest(store, catalog, leaf), &TextOptions::local()),
             ChainDocument::TreeSvg => {
                 svg::forest(&report::chain_forest(store, catalog, leaf), &TimeZone::system(), false)

@@ -101,7 +101,7 @@ impl Adapter {
         result.map_err(|error| {
             if error.kind() != ErrorKind::NotFound {
                 self.tree.count_error();
-                tracing::debug!("refused: {error}");
+                tracing::warn!("refused: {error}");
             }
             Errno::from_i32(errno(error.kind()).raw_os_error())
         })

@@ -383,7 +383,6 @@ impl Tree {
                 match disk.open.view.read_at(at, &mut buf[..len]) {
                     Ok(()) => Ok(len),
                     Err(error) => {
-                        tracing::warn!("reading at {at:#x}: {error}");
                         // What lies before the damage is good; the next read, which begins
                         // there, gets the error. A page cache would take a short read for zeroes.
                         let good = if disk.direct { good_prefix(disk, at, &mut buf[..len]) } else { 0 };

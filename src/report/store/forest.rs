@@ -260,7 +260,7 @@ impl Drawing<'_> {
                 flags.push(word.to_owned());
             }
         };
-        flag(is_active, "writable");
+        flag(mark == Mark::Active, "writable");
         flag(image.users.len() > 1, &format!("shared by {}", image.chain_count));
         flag(own.is_some(), own.unwrap_or_default());
         flag(link.is_some(), link.unwrap_or_default());
