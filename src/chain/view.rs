@@ -5,12 +5,16 @@
 //! answer through their flattened map.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::error::{ErrorKind, Result};
 use crate::image::{Layer, Mapping};
 use crate::units::{GuestOffset, HostOffset};
 
 use super::flat::{Flat, FlatCache, FlatMap, Kind};
+
+/// For how long one seek may keep a thread that others wait for.
+const SEEK_LIMIT: Duration = Duration::from_millis(200);
 
 /// One disk.
 #[derive(Debug)]
@@ -165,7 +169,11 @@ impl View {
 
     /// The first byte at or after `at` that is data (or, with `data` false, that is not).
     /// `None` if there is none before the end of the disk.
+    ///
+    /// A disk can have tables for petabytes. Whoever has looked for long enough calls the rest data,
+    /// which is always allowed: the next call, from there on, looks further.
     pub fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
+        let start = Instant::now();
         let mut at = at;
         while at < self.size {
             let (is_data, len) = self.data_run(at)?;
@@ -173,6 +181,9 @@ impl View {
                 return Ok(Some(at));
             }
             at += len;
+            if start.elapsed() > SEEK_LIMIT {
+                return Ok(Some(at).filter(|at| data && *at < self.size));
+            }
         }
         Ok(None)
     }
