@@ -22,6 +22,8 @@ need_fuse
 # All that tests create is beneath one directory, so that what they leave can be told from what others own.
 TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/chainfs-tests.XXXXXX")
 TMPDIR=$(realpath "$TMPDIR")
+# Some tests are an ordinary user's.
+chmod 755 "$TMPDIR"
 export TMPDIR
 
 # left_mounts: "DEVICE DIR" of every mount beneath TMPDIR, innermost first.
