@@ -178,7 +178,7 @@ fn inode_numbers_stay_and_are_never_reused() {
     let other = inode("other/active.raw");
     fs::remove_file(store.path("other.qcow2")).expect("an unlink");
     eventually("it is gone", Duration::from_secs(3), || !mount.path("other").exists());
-    for name in ["new1.qcow2", "new2.qcow2", "other.qcow2"] {
+    for name in ["new1.qcow2", "new2.qcow2", "new3.qcow2"] {
         store.create(name, MIB, "");
         let chain = name.trim_end_matches(".qcow2");
         let active = mount.path(chain).join("active.raw");
