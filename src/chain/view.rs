@@ -12,6 +12,11 @@ use crate::units::{GuestOffset, HostOffset};
 
 use super::flat::{Flat, FlatCache, FlatMap, Kind};
 
+/// Questions to layers that one seek may cost, about a second of them: an image of some KiB can
+/// describe a disk of 2^40 clusters whose zeroes never join.
+const SEEK_QUESTIONS: usize = 1 << 21;
+const _: () = assert!(SEEK_QUESTIONS >= super::MAX_DEPTH);
+
 /// One disk.
 #[derive(Debug)]
 pub struct View {
@@ -164,17 +169,23 @@ impl View {
     }
 
     /// The first byte at or after `at` that is data (or, with `data` false, that is not).
-    /// `None` if there is none before the end of the disk.
+    /// `None` if there is none before the end of the disk. Whatever takes too long to find out
+    /// counts as data.
     pub fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
         let mut at = at;
+        let mut steps = SEEK_QUESTIONS / self.layers.len();
         while at < self.size {
             let (is_data, len) = self.data_run(at)?;
             if is_data == data {
                 return Ok(Some(at));
             }
             at += len;
+            steps -= 1;
+            if steps == 0 {
+                break;
+            }
         }
-        Ok(None)
+        Ok(Some(at).filter(|at| data && *at < self.size))
     }
 
     /// Whether there is data at `at`, and for how long that goes on at least.
@@ -196,7 +207,7 @@ impl View {
         match source {
             // A raw image has its holes in its file.
             Source::Data(host) if self.layers[layer].image().is_raw() => {
-                self.layers[layer].image().data().extent(host.0, host.0 + len)
+                self.layers[layer].image().raw_extent(host, HostOffset(host.0 + len))
             }
             // What cannot be read is no hole: whoever copies must hear of it.
             Source::Data(_) | Source::Compressed | Source::Bad => Ok((true, len)),
@@ -222,7 +233,8 @@ impl View {
             Source::Data(host) => {
                 run.offset = Some(host.0);
                 if self.layers[layer].image().is_raw() {
-                    (run.data, run.len) = self.layers[layer].image().data().extent(host.0, host.0 + len)?;
+                    let end = HostOffset(host.0 + len);
+                    (run.data, run.len) = self.layers[layer].image().raw_extent(host, end)?;
                     run.zero = !run.data;
                 }
             }
