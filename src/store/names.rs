@@ -14,15 +14,16 @@ pub const STORE_DIRECTORY: &[u8] = b".chainfs";
 /// What chainfs itself keeps in a store begins like this; a scan passes it over.
 pub(super) const OWN_PREFIX: &[u8] = b".chainfs";
 
-/// Longest part of a name that comes from an image; with its suffixes it stays below 255 bytes.
+/// Longest part of a name that comes from an image, and longest name of several parts; with
+/// digest and suffix it stays below 255 bytes.
 const MAX_PART: usize = 200;
 
-/// Makes any bytes a file name: `/` and NUL, which cannot stand in one, are percent-encoded. An
-/// empty name becomes `%`.
+/// Makes any bytes a file name: `/` and NUL, which cannot stand in one, are percent-encoded, and so
+/// are the dots of `.` and `..`, which mean something else. An empty name becomes `%`.
 pub fn encode(bytes: &[u8]) -> Vec<u8> {
     let mut name = Vec::with_capacity(bytes.len());
     for byte in bytes {
-        if matches!(byte, b'/' | 0) {
+        if matches!(byte, b'/' | 0) || matches!(bytes, b"." | b"..") {
             name.extend_from_slice(format!("%{byte:02X}").as_bytes());
         } else {
             name.push(*byte);
@@ -31,9 +32,14 @@ pub fn encode(bytes: &[u8]) -> Vec<u8> {
     if name.is_empty() {
         name.push(b'%');
     }
+    shortened(name, bytes)
+}
+
+/// A name that is not too long; one that is ends in a digest of `meant`, all that it stands for.
+fn shortened(mut name: Vec<u8>, meant: &[u8]) -> Vec<u8> {
     if name.len() > MAX_PART {
         // Two long names that begin alike must stay apart; a hash is stable over scans.
-        let hash = bytes
+        let hash = meant
             .iter()
             .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
         name.truncate(MAX_PART);
@@ -95,7 +101,7 @@ pub(super) fn view_names(views: &[ViewForm<'_>]) -> Vec<Vec<u8>> {
             let with_id = [&short, &b"~"[..], &encode(id)].concat();
             // Ids ought to be unique; where a bad table repeats them, the place in it is.
             let with_place = [&with_id, format!("~{index}").as_bytes()].concat();
-            vec![short, with_id, with_place]
+            [short, with_id, with_place].into_iter().map(|name| shortened(name.clone(), &name)).collect()
         })
         .collect();
     for (index, name) in snapshots.iter().zip(settle(&snapshot_forms, &taken)) {
@@ -189,5 +195,19 @@ mod tests {
         assert_eq!(encode(b""), b"%");
         let (one, two) = (encode(&[b'a'; 5000]), encode(&[b'a'; 5001]));
         assert!(one.len() < 255 && one != two);
+        assert_eq!((encode(b"."), encode(b".."), encode(b"...")), (b"%2E".into(), b"%2E%2E".into(), b"...".into()));
+        assert_eq!(chains(&["..qcow2", "...qcow2"], &[]), ["%2E", "%2E%2E"]);
+    }
+
+    #[test]
+    fn a_name_of_many_long_parts_is_still_a_file_name() {
+        let layer = "l".repeat(250);
+        let path = Path::new(&layer);
+        let (name, id) = ("n".repeat(250), "i".repeat(250));
+        let (one, two) = (format!("{id}1"), format!("{id}2"));
+        let view = |id| ViewForm { path, active: false, snapshot: Some((name.as_bytes(), id)) };
+        let names = view_names(&[view(one.as_bytes()), view(two.as_bytes()), view(two.as_bytes())]);
+        assert!(names.iter().all(|name| name.len() + ".vmstate".len() <= 255));
+        assert!(names.iter().collect::<BTreeSet<_>>().len() == 3);
     }
 }
