@@ -22,8 +22,8 @@ clean_up() {
     while read -r device dir; do
         [ -n "$dir" ] || continue
         timeout 20 "$CHAINFS" umount "$dir" 2>/dev/null && continue
-        # A server that hangs would make umount hang, too.
-        echo 1 2>/dev/null >"/sys/fs/fuse/connections/${device#*:}/abort" || true
+        # A server that hangs would make umount hang, too. Without the control file system, its death will do.
+        echo 1 2>/dev/null >"/sys/fs/fuse/connections/${device#*:}/abort" || kill -KILL "$(server_of "$dir")" || true
         umount -l "$dir" || true
     done < <(awk -v root="$SCRATCH/" 'index($5, root) == 1 { print $3, $5 }' /proc/self/mountinfo | tac)
     rm -rf --one-file-system "$SCRATCH"

@@ -27,7 +27,7 @@ const SYSTEM: &[&str] = &[
     "/usr/lib64/",
     "/lib/",
     "/lib64/",
-    "/usr/share/zoneinfo/",
+    "/usr/share/zoneinfo",
     "/proc/",
     "/sys/",
     "/dev/fuse",

@@ -159,3 +159,31 @@ fn a_disk_grown_behind_the_mounts_back_is_shown_at_its_new_size() {
     assert_same(&mount.path("web/active.raw"), &store.oracle("web.qcow2", "qcow2"));
     mount.umount();
 }
+
+/// File systems hand out the inode number of a deleted file at once: neither it nor the name tells old
+/// from new.
+#[test]
+fn a_file_made_anew_under_an_old_name_shows_its_own_bytes() {
+    let store = Store::new();
+    let mount = Mount::new(&store);
+    for round in 0..6 {
+        for (name, format) in [("again.raw", "raw"), ("new.qcow2", "qcow2")] {
+            let active = mount.path(name.split('.').next().expect("a stem")).join("active.raw");
+            if format == "raw" {
+                store.raw(name, MIB, 100 + round);
+            } else {
+                // Made aside, so that the image appears whole.
+                store.create("aside", MIB, "");
+                store.io("aside", "qcow2", [store.write(&mut Rng::new(200 + round), 0, MIB)]);
+                fs::rename(store.path("aside"), store.path(name)).expect("a rename");
+            }
+            let want = fs::read(store.oracle(name, format)).expect("what QEMU reads");
+            eventually("its bytes are shown", NOTICED, || fs::read(&active).is_ok_and(|have| have == want));
+            fs::remove_file(store.path(name)).expect("an unlink");
+            if round % 2 == 0 {
+                eventually("it is gone", NOTICED, || !active.exists());
+            }
+        }
+    }
+    mount.umount();
+}

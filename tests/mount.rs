@@ -180,9 +180,8 @@ fn a_store_may_be_mounted_twice_elsewhere() {
 fn a_busy_mount_says_who_uses_it_and_goes_on_until_it_is_lazy() {
     let store = chain();
     let mount = Mount::new(&store);
-    let mut reader = Command::new("sleep");
     let view = File::open(mount.path("web/active.raw")).expect("a view");
-    let mut reader = reader.arg("1000").stdin(view).spawn().expect("sleep starts");
+    let mut reader = Command::new("sleep").arg("1000").stdin(view).spawn().expect("sleep starts");
     let (code, _, err) = chainfs(&["umount"]).arg(mount.dir()).outcome();
     let named = err.contains(&reader.id().to_string());
     let serves = fs::metadata(mount.path("web/active.raw")).is_ok();
@@ -496,8 +495,8 @@ fn mount_8_and_fstab_work_through_the_helper() {
     build.succeeds();
     let sbin = store.beside("sbin");
     fs::create_dir(&sbin).expect("a directory");
-    fs::copy(programs.join("mount.chainfs"), sbin.join("mount.chainfs")).expect("the helper");
-    fs::copy(programs.join("mount.chainfs"), sbin.join("mount.fuse.chainfs")).expect("the helper");
+    fs::copy(programs.join("mount-chainfs"), sbin.join("mount.chainfs")).expect("the helper");
+    fs::copy(programs.join("mount-chainfs"), sbin.join("mount.fuse.chainfs")).expect("the helper");
     fs::copy(CHAINFS, sbin.join("chainfs")).expect("the binary");
     let script = r#"
         set -e

@@ -22,6 +22,8 @@ need_fuse
 # All that tests create is beneath one directory, so that what they leave can be told from what others own.
 TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/chainfs-tests.XXXXXX")
 TMPDIR=$(realpath "$TMPDIR")
+# Some tests are an ordinary user's.
+chmod 755 "$TMPDIR"
 export TMPDIR
 
 # left_mounts: "DEVICE DIR" of every mount beneath TMPDIR, innermost first.
@@ -63,11 +65,11 @@ clean_up() {
 trap 'clean_up || true' EXIT
 trap 'exit 130' INT TERM
 
-cargo build --release --workspace --locked
 failed=0
-# The build of the tests is not the tests' time.
-cargo test --release --workspace --locked --no-run
-timeout --kill-after=30 "${minutes}m" cargo test --release --workspace --locked "$@" || failed=$?
+# The build is not the tests' time. The profile is a release with all checks on.
+cargo build --profile checked --workspace --locked
+cargo test --profile checked --workspace --locked --no-run
+timeout --kill-after=30 "${minutes}m" cargo test --profile checked --workspace --locked "$@" || failed=$?
 if [ "$failed" -eq 124 ] || [ "$failed" -eq 137 ]; then
     echo "run.sh: the tests took more than $minutes minutes and were stopped" >&2
 fi

@@ -541,7 +541,7 @@ fn layers_whose_stems_clash_are_all_shown() {
         ("web.qcow2", "b/active.qcow2", "qcow2"),
     ] {
         store.overlay(name, backing, format, "");
-        store.scribble(name, "qcow2", 1801 + name.len() as u64);
+        store.scribble(name, "qcow2", 1801 + u64::from(name.as_bytes()[0]) + name.len() as u64);
     }
     let mount = Mount::new(&store);
     let shown = mount.names("web/snapshots");

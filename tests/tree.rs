@@ -102,6 +102,8 @@ fn sizes_blocks_times_and_modes_come_from_the_image_files() {
         assert_eq!((shown.uid(), shown.gid()), (file.uid(), file.gid()), "owner of {}", view.display());
         assert_eq!((shown.mtime(), shown.mtime_nsec()), (file.mtime(), file.mtime_nsec()), "{}", view.display());
         assert!(shown.is_file() && shown.nlink() == 1);
+        // By this many bytes cmp(1) and others read.
+        assert!((4096..=MIB).contains(&shown.blksize()), "block size of {}: {}", view.display(), shown.blksize());
     }
     let mode = |view: &str| fs::metadata(mount.path("web").join(view)).expect("a view").mode() & 0o7777;
     assert_eq!(mode("snapshots/mid.raw"), 0o444, "no write bits on snapshots");
@@ -179,8 +181,9 @@ fn inode_numbers_stay_and_are_never_reused() {
     for name in ["new1.qcow2", "new2.qcow2", "other.qcow2"] {
         store.create(name, MIB, "");
         let chain = name.trim_end_matches(".qcow2");
-        eventually("it is there", Duration::from_secs(3), || mount.path(chain).exists());
-        assert_ne!(inode(&format!("{chain}/active.raw")), other, "other content, other number");
+        let active = mount.path(chain).join("active.raw");
+        eventually("it is there", Duration::from_secs(3), || active.exists());
+        assert_ne!(inode(&format!("{chain}/active.raw")), other, "{chain}: other content, other number");
     }
     assert_eq!(paths.map(inode), before, "what did not change keeps its number");
     let entries = fs::read_dir(mount.path("web/snapshots")).expect("a directory");
@@ -265,6 +268,7 @@ fn the_stores_own_files_speak_of_every_chain() {
         small.extend_from_slice(&byte[..n]);
     }
     assert_eq!(String::from_utf8_lossy(&small), tree);
+    drop(file);
     mount.umount();
 }
 
@@ -293,8 +297,11 @@ fn many_readers_at_once_read_what_one_reads() {
                     let theirs = open(oracle, 0).expect("what QEMU reads");
                     let at = rng.below(2 * MIB / 4096 - 16) * 4096;
                     let len = 4096 * (1 + rng.below(16)) as usize;
-                    let (mut have, mut want) = (vec![0; len], vec![0; len]);
-                    ours.read_exact_at(&mut have, at).expect("a read");
+                    let (mut have, mut want) = (vec![0; len + 4096], vec![0; len]);
+                    // Direct reads that the file system below serves itself want aligned memory.
+                    let aligned = have.as_ptr().align_offset(4096);
+                    let have = &mut have[aligned..aligned + len];
+                    ours.read_exact_at(have, at).expect("a read");
                     theirs.read_exact_at(&mut want, at).expect("a read");
                     assert!(have == want, "{view} at {at}+{len}");
                 }

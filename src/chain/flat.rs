@@ -143,13 +143,20 @@ impl FlatMap {
         let mut silent = vec![(origin, end)];
         for (index, layer) in self.layers.iter().enumerate() {
             let mut still_silent: Vec<(u64, u64)> = Vec::new();
+            let last = silent.last().map_or(origin, |(_, to)| *to);
+            // One answer may serve many small silences: a layer is asked as far as it will tell.
+            let mut answer = Answer { from: origin, to: origin, found: None };
             for (from, to) in silent {
                 let mut at = from;
                 while at < to {
-                    let (answer, run) = ask(layer, at, to - at)?;
-                    match answer {
+                    if at >= answer.to {
+                        answer = ask(layer, at, last - at)?;
+                    }
+                    let run = answer.to.min(to) - at;
+                    match answer.found {
                         Some((kind, host)) => {
                             let start = ((at - origin) / SECTOR_SIZE) as u32;
+                            let host = if kind == Kind::Data { host + (at - answer.from) } else { 0 };
                             found.push((at, run, Piece { host, start, layer: index as u16, kind }));
                         }
                         None => match still_silent.last_mut() {
@@ -192,19 +199,26 @@ impl Block {
     }
 }
 
-/// One layer's answer; `None` if it is silent.
-fn ask(layer: &Layer, at: u64, max: u64) -> Result<(Option<(Kind, u64)>, u64)> {
-    match layer.map(GuestOffset(at), max) {
-        Ok((Mapping::Data(host), run)) => Ok((Some((Kind::Data, host.0)), run)),
-        Ok((Mapping::Zero(_), run)) => Ok((Some((Kind::Zero, 0)), run)),
-        Ok((Mapping::Compressed(_), run)) => Ok((Some((Kind::Ask, 0)), run)),
-        Ok((Mapping::Hole, run)) => Ok((None, run)),
+/// One layer's answer for `[from, to)`: what speaks, and where its bytes begin; `None` if it is silent.
+struct Answer {
+    from: u64,
+    to: u64,
+    found: Option<(Kind, u64)>,
+}
+
+fn ask(layer: &Layer, from: u64, max: u64) -> Result<Answer> {
+    let (found, run) = match layer.map(GuestOffset(from), max) {
+        Ok((Mapping::Data(host), run)) => (Some((Kind::Data, host.0)), run),
+        Ok((Mapping::Zero(_), run)) => (Some((Kind::Zero, 0)), run),
+        Ok((Mapping::Compressed(_), run)) => (Some((Kind::Ask, 0)), run),
+        Ok((Mapping::Hole, run)) => (None, run),
         // A bad entry is a fact about the image and may be remembered; a failed read is not.
         Err(error) if error.kind() == ErrorKind::Corrupt => {
-            Ok((Some((Kind::Ask, 0)), layer.rest_of_cluster(GuestOffset(at), max)))
+            (Some((Kind::Ask, 0)), layer.rest_of_cluster(GuestOffset(from), max))
         }
-        Err(error) => Err(error),
-    }
+        Err(error) => return Err(error),
+    };
+    Ok(Answer { from, to: from + run, found })
 }
 
 /// Whether `next`, which follows `last` without a gap, only goes on with it.

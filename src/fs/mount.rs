@@ -109,7 +109,7 @@ fn mount_point(directory: &Path) -> Result<PathBuf> {
     }
     let canonical = directory.canonicalize().map_err(fail)?;
     if !std::fs::metadata(&canonical).map_err(fail)?.is_dir() {
-        return Err(Error::new(ErrorKind::Usage, format!("mount point {} is not a directory", directory.display())));
+        return Err(fail(Errno::NOTDIR.into()));
     }
     if top_mount(&canonical)?.is_some_and(|mount| mount.kind == KIND) {
         return Err(Error::new(

@@ -158,7 +158,7 @@ impl Catalog {
         };
         let snapshots = image.qcow2().and_then(|qcow2| qcow2.snapshot_problem.as_deref());
         let own = image.problem.iter().chain(link).map(|sentence| format!("{} {sentence}", image.shown()));
-        own.chain(snapshots.map(|reason| format!("{} shows no internal snapshots: {reason}", image.shown()))).collect()
+        own.chain(snapshots.map(|sentence| format!("{} {sentence}", image.shown()))).collect()
     }
 
     /// Why a view cannot be read; unlike [`Catalog::sentences`] without what concerns only others.

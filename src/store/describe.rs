@@ -30,7 +30,8 @@ pub struct Qcow2 {
     pub header: Arc<Header>,
     /// Its internal snapshots.
     pub snapshots: Vec<Snapshot>,
-    /// What is wrong with its snapshot table; the active state can be read all the same.
+    /// What is wrong with its internal snapshots, to follow the file's name; the active state can
+    /// be read all the same.
     pub snapshot_problem: Option<String>,
     /// A digest of the bytes that were read as header.
     pub digest: u64,
@@ -55,11 +56,27 @@ pub(super) fn describe(file: &OwnedFd, len: u64) -> Result<Content> {
         Err(reason) => return malformed(reason.to_string()),
     };
     let (snapshots, snapshot_problem) = match snapshots(file, &header) {
-        Ok(Ok(snapshots)) => (snapshots, None),
-        Ok(Err(reason)) => (Vec::new(), Some(reason)),
+        Ok(Ok(snapshots)) => {
+            let problem = lost_snapshot(&snapshots, len);
+            (snapshots, problem)
+        }
+        Ok(Err(reason)) => (Vec::new(), Some(format!("shows no internal snapshots: {reason}"))),
         Err(error) => return Err(error),
     };
     Ok(Content::Qcow2(Arc::new(Qcow2 { header, snapshots, snapshot_problem, digest: digest(&bytes) })))
+}
+
+/// Says of the first snapshot whose L1 table is not in the file that it cannot be read.
+fn lost_snapshot(snapshots: &[Snapshot], len: u64) -> Option<String> {
+    let is_lost = |s: &&Snapshot| s.l1.offset.0.checked_add(s.l1.len_bytes()).is_none_or(|end| end > len);
+    let lost = snapshots.iter().find(is_lost)?;
+    let name = String::from_utf8_lossy(&lost.name).into_owned();
+    Some(format!(
+        "has an internal snapshot \"{}\" that cannot be read: its L1 table at {} reaches past the end of the file \
+         ({len:#x}); restore the image from a copy, or delete it with qemu-img snapshot -d",
+        name.escape_debug(),
+        lost.l1.offset
+    ))
 }
 
 /// The digest of a file's header now, to be compared with [`Qcow2::digest`].

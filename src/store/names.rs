@@ -14,9 +14,11 @@ pub const STORE_DIRECTORY: &[u8] = b".chainfs";
 /// What chainfs itself keeps in a store begins like this; a scan passes it over.
 pub(super) const OWN_PREFIX: &[u8] = b".chainfs";
 
-/// Longest part of a name that comes from an image, and longest name of several parts; with
-/// digest and suffix it stays below 255 bytes.
-const MAX_PART: usize = 200;
+/// Bytes of a file name, at most, as Linux has it (`NAME_MAX`).
+const MAX_NAME: usize = 255;
+/// Bytes of `.raw` and of `.vmstate`, which follow a view's name in the mount.
+const DISK_SUFFIX_LEN: usize = 4;
+const VM_STATE_SUFFIX_LEN: usize = 8;
 
 /// Makes any bytes a file name: `/` and NUL, which cannot stand in one, are percent-encoded, and so
 /// are the dots of `.` and `..`, which mean something else. An empty name becomes `%`.
@@ -32,18 +34,19 @@ pub fn encode(bytes: &[u8]) -> Vec<u8> {
     if name.is_empty() {
         name.push(b'%');
     }
-    shortened(name, bytes)
+    name
 }
 
-/// A name that is not too long; one that is ends in a digest of `meant`, all that it stands for.
-fn shortened(mut name: Vec<u8>, meant: &[u8]) -> Vec<u8> {
-    if name.len() > MAX_PART {
-        // Two long names that begin alike must stay apart; a hash is stable over scans.
-        let hash = meant
+/// Shortens a name to at most `most` bytes. Two long ones that begin alike stay apart by a hash
+/// of the whole, which is stable over scans.
+fn fit(mut name: Vec<u8>, most: usize) -> Vec<u8> {
+    if name.len() > most {
+        let hash = name
             .iter()
             .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
-        name.truncate(MAX_PART);
-        name.extend_from_slice(format!("~{hash:016x}").as_bytes());
+        let hash = format!("~{hash:016x}");
+        name.truncate(most - hash.len());
+        name.extend_from_slice(hash.as_bytes());
     }
     name
 }
@@ -65,7 +68,7 @@ pub(super) fn chain_names(leaves: &[&Path], taken: &BTreeSet<Vec<u8>>) -> Vec<Ve
 
 /// What the chain of the leaf at `path` may be called, best first.
 pub(super) fn chain_forms(path: &Path) -> Vec<Vec<u8>> {
-    vec![encode(stem(path)), encode(file_name(path))]
+    [stem(path), file_name(path)].into_iter().map(|name| fit(encode(name), MAX_NAME)).collect()
 }
 
 /// One view to be named: its layer's file and, for an internal snapshot, name and id.
@@ -101,7 +104,7 @@ pub(super) fn view_names(views: &[ViewForm<'_>]) -> Vec<Vec<u8>> {
             let with_id = [&short, &b"~"[..], &encode(id)].concat();
             // Ids ought to be unique; where a bad table repeats them, the place in it is.
             let with_place = [&with_id, format!("~{index}").as_bytes()].concat();
-            [short, with_id, with_place].into_iter().map(|name| shortened(name.clone(), &name)).collect()
+            [short, with_id, with_place].into_iter().map(|name| fit(name, MAX_NAME - VM_STATE_SUFFIX_LEN)).collect()
         })
         .collect();
     for (index, name) in snapshots.iter().zip(settle(&snapshot_forms, &taken)) {
@@ -117,7 +120,8 @@ fn layer_forms(view: &ViewForm<'_>) -> Vec<Vec<u8>> {
     let stem = encode(stem(view.path));
     let full = encode(file_name(view.path));
     let path = encode(view.path.as_os_str().as_bytes());
-    if stem == ACTIVE { vec![full, path] } else { vec![stem, full, path] }
+    let forms = if stem == ACTIVE { vec![full, path] } else { vec![stem, full, path] };
+    forms.into_iter().map(|name| fit(name, MAX_NAME - DISK_SUFFIX_LEN)).collect()
 }
 
 /// Gives each its first form; those that clash, with each other or with `taken`, move to their
@@ -144,7 +148,17 @@ fn settle(forms: &[Vec<Vec<u8>>], taken: &BTreeSet<Vec<u8>>) -> Vec<Vec<u8>> {
             break;
         }
     }
-    forms.iter().zip(level).map(|(forms, level)| forms[level].clone()).collect()
+    let mut used = taken.clone();
+    let mut names = Vec::with_capacity(forms.len());
+    for (index, (forms, level)) in forms.iter().zip(level).enumerate() {
+        let mut name = forms[level].clone();
+        // Even the last forms may clash where somebody has set his mind to it; nothing is hidden.
+        while !used.insert(name.clone()) {
+            name = fit([&name, format!("~{index}").as_bytes()].concat(), MAX_NAME - VM_STATE_SUFFIX_LEN);
+        }
+        names.push(name);
+    }
+    names
 }
 
 #[cfg(test)]
@@ -193,21 +207,24 @@ mod tests {
         assert_eq!(encode(b"%2F\n\xff"), b"%2F\n\xff");
         assert_eq!(encode(b"a/b\0c"), b"a%2Fb%00c");
         assert_eq!(encode(b""), b"%");
-        let (one, two) = (encode(&[b'a'; 5000]), encode(&[b'a'; 5001]));
-        assert!(one.len() < 255 && one != two);
-        assert_eq!((encode(b"."), encode(b".."), encode(b"...")), (b"%2E".into(), b"%2E%2E".into(), b"...".into()));
-        assert_eq!(chains(&["..qcow2", "...qcow2"], &[]), ["%2E", "%2E%2E"]);
+        assert_eq!([encode(b"."), encode(b"..")], [b"%2E".to_vec(), b"%2E%2E".to_vec()]);
+        assert_eq!(chains(&["..qcow2", "...qcow2", "x.qcow2"], &[]), ["%2E", "%2E%2E", "x"]);
     }
 
     #[test]
-    fn a_name_of_many_long_parts_is_still_a_file_name() {
-        let layer = "l".repeat(250);
-        let path = Path::new(&layer);
-        let (name, id) = ("n".repeat(250), "i".repeat(250));
-        let (one, two) = (format!("{id}1"), format!("{id}2"));
-        let view = |id| ViewForm { path, active: false, snapshot: Some((name.as_bytes(), id)) };
-        let names = view_names(&[view(one.as_bytes()), view(two.as_bytes()), view(two.as_bytes())]);
-        assert!(names.iter().all(|name| name.len() + ".vmstate".len() <= 255));
-        assert!(names.iter().collect::<BTreeSet<_>>().len() == 3);
+    fn long_names_are_shortened_and_stay_apart() {
+        let view = |name| ViewForm { path: Path::new("web.qcow2"), active: true, snapshot: Some((name, b"1")) };
+        let (one, two) = ([b'a'; 5000], [b'a'; 5001]);
+        let names = view_names(&[view(&one), view(&two)]);
+        assert!(names.iter().all(|name| name.len() + ".vmstate".len() <= 255) && names[0] != names[1]);
+        let stem = "x".repeat(251);
+        assert_eq!(chains(&[&format!("{stem}.raw")], &[]), [stem]);
+    }
+
+    #[test]
+    fn names_that_clash_to_the_end_are_numbered() {
+        let layer = |path| ViewForm { path: Path::new(path), active: false, snapshot: None };
+        let names = view_names(&[layer("a/d.qcow2"), layer("b/d.qcow2"), layer("c/a%2Fd.qcow2.raw")]);
+        assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), 3, "{names:?}");
     }
 }

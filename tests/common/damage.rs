@@ -108,6 +108,20 @@ impl Damage {
         self.u64(header::L1_OFFSET)
     }
 
+    /// The disk's size when this internal snapshot was taken.
+    pub(crate) fn snapshot_disk_size(&self, id: &str) -> u64 {
+        let mut at = self.u64(header::SNAPSHOTS_OFFSET);
+        loop {
+            let lengths = self.bytes(at + 12, 4);
+            let [id_len, name_len] = [0, 2].map(|n| u64::from(u16::from_be_bytes([lengths[n], lengths[n + 1]])));
+            let extra_len = u64::from(self.u32(at + 36));
+            if self.bytes(at + 40 + extra_len, id_len as usize) == id.as_bytes() {
+                return if extra_len >= 16 { self.u64(at + 48) } else { self.u64(header::SIZE) };
+            }
+            at += (40 + extra_len + id_len + name_len).next_multiple_of(8);
+        }
+    }
+
     /// Where the L2 entry of a guest offset lies in the file. Standard entries only.
     pub(crate) fn l2_entry_at(&self, guest: u64) -> u64 {
         let entry_count = self.cluster_size() / 8;

@@ -14,6 +14,8 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::CHAINFS;
 use super::store::Store;
 use super::tools::Outcome as _;
@@ -80,8 +82,8 @@ impl Mount {
             .expect("timeout(1) runs");
         if !status.success() {
             let hung = start.elapsed() >= READY_LIMIT;
-            if let Some(connection) = connection_of(dir) {
-                abort(connection);
+            if connection_of(dir).is_some() {
+                abort(dir);
                 lazy_umount(dir);
             }
             let message = fs::read_to_string(&output).unwrap_or_default();
@@ -128,7 +130,7 @@ impl Mount {
                 if stopped.recv_timeout(LIFE_LIMIT) == Err(RecvTimeoutError::Timeout) {
                     timed_out.store(true, Ordering::SeqCst);
                     eprintln!("{}: time is up, aborting the connection", dir.display());
-                    connection_of(&dir).inspect(|c| abort(*c));
+                    abort(&dir);
                 }
             }
         });
@@ -180,8 +182,8 @@ impl Mount {
             if !output.status.success() {
                 result = Err(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr)));
             }
-            if let Some(connection) = connection_of(&self.dir) {
-                abort(connection);
+            if connection_of(&self.dir).is_some() {
+                abort(&self.dir);
                 lazy_umount(&self.dir);
             }
         }
@@ -229,10 +231,16 @@ fn unescape(field: &str) -> String {
     field.replace("\\040", " ").replace("\\134", "\\")
 }
 
-fn abort(connection: u32) {
-    let file = format!("/sys/fs/fuse/connections/{connection}/abort");
-    if let Err(why) = fs::write(&file, "1") {
-        eprintln!("{file}: {why}");
+/// Ends a connection whatever its daemon is doing; every call that hangs in it returns. Where the
+/// control file system is not mounted, the daemon's death does the same.
+fn abort(dir: &Path) {
+    if let Some(connection) = connection_of(dir)
+        && fs::write(format!("/sys/fs/fuse/connections/{connection}/abort"), "1").is_ok()
+    {
+        return;
+    }
+    if let Some(pid) = daemon_of(dir).and_then(|pid| Pid::from_raw(pid.cast_signed())) {
+        let _ = kill_process(pid, Signal::KILL);
     }
 }
 

@@ -96,8 +96,8 @@ fn a_missing_base_stands_under_everybody_who_wants_it() {
     let expected = [
         "a · 1 MiB virtual · 0 B on disk · 3 layers, 2 branches",
         "✗ gone.qcow2 ? missing",
-        "├─✗ b qcow2 writable",
-        "✗ active qcow2 writable",
+        "├─✗ b qcow2",
+        "✗ active qcow2",
     ];
     assert_eq!(drawn(&found), expected);
     assert_eq!((found.trees[0].nodes[0].kind, found.trees[0].nodes[0].mark), (Kind::Missing, Mark::Broken));
