@@ -558,6 +558,80 @@ fn layers_whose_stems_clash_are_all_shown() {
     mount.umount();
 }
 
+/// One way of making an overlay out of all that qemu-img offers, as for its `-o`.
+fn any_options(rng: &mut Rng) -> String {
+    let extended = rng.below(4) == 0;
+    let cluster_bits = if extended { 14 + rng.below(4) } else { 9 + rng.below(11) };
+    let old = !extended && rng.below(5) == 0;
+    let mut options = vec![format!("cluster_size={}", 1 << cluster_bits)];
+    if old {
+        options.push("compat=0.10".into());
+    } else {
+        // A width of one bit has no room for internal snapshots.
+        options.push(format!("refcount_bits={}", 1 << (1 + rng.below(6))));
+        let mut maybe = |chance: u64, option: &str| (rng.below(chance) == 0).then(|| option.to_owned());
+        options.extend(maybe(2, "compression_type=zstd"));
+        options.extend(maybe(4, "lazy_refcounts=on"));
+        options.extend(extended.then(|| "extended_l2=on".to_owned()));
+    }
+    options.join(",")
+}
+
+/// `dir/base` and up to six overlays, of any options and sizes, raw or qcow2, compressed, with internal
+/// snapshots, each scribbled over. Returns the leaf.
+fn any_chain(store: &Store, dir: &str, seed: u64) -> String {
+    let mut rng = Rng::new(seed);
+    store.dir(dir);
+    let size = |rng: &mut Rng| MIB + rng.below(6 * MIB / 512) * 512;
+    let mut below = match rng.below(3) {
+        0 => {
+            let len = size(&mut rng) - rng.below(512);
+            store.raw(&format!("{dir}/base.raw"), len, rng.next());
+            ("base.raw".to_owned(), "raw")
+        }
+        compressed => {
+            let (name, options) = (format!("{dir}/base.qcow2"), any_options(&mut rng));
+            if compressed == 1 {
+                let source = format!("{dir}.source");
+                compressible(store, &source, size(&mut rng), rng.next());
+                store.img(["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &options, &source, &name]);
+                fs::remove_file(store.path(source)).expect("the source");
+            } else {
+                store.create(&name, size(&mut rng), &options);
+            }
+            store.scribble(&name, "qcow2", rng.next());
+            ("base.qcow2".to_owned(), "qcow2")
+        }
+    };
+    for layer in 0..=rng.below(6) {
+        let (file, options) = (format!("l{layer}.qcow2"), any_options(&mut rng));
+        let (name, len) = (format!("{dir}/{file}"), size(&mut rng).to_string());
+        let mut create = vec!["create", "-q", "-f", "qcow2", "-o", &options, "-b", &below.0, "-F", below.1, &name];
+        if rng.below(2) == 0 {
+            create.push(&len);
+        }
+        store.img(create);
+        store.scribble(&name, "qcow2", rng.next());
+        for snapshot in 0..rng.below(3) {
+            store.img(["snapshot", "-c", &format!("s{snapshot}"), &name]);
+            store.scribble(&name, "qcow2", rng.next());
+        }
+        below = (file, "qcow2");
+    }
+    format!("{dir}/{}", below.0)
+}
+
+#[test]
+fn chains_of_any_making_read_as_qemu_reads_them() {
+    let count = if std::env::var_os("CHAINFS_LONG").is_some() { 150 } else { 4 };
+    for first in (0..count).step_by(8) {
+        let store = Store::new();
+        let leaves: Vec<String> =
+            (first..count.min(first + 8)).map(|seed| any_chain(&store, &format!("seed{seed}"), seed)).collect();
+        assert_chains(&store, &leaves);
+    }
+}
+
 #[test]
 fn chains_of_depth_1_2_and_10_read_as_qemu_reads_them() {
     let store = Store::new();
