@@ -135,7 +135,9 @@ impl FlatMap {
     /// Asks the layers from the top down, each only about what those above are silent on.
     fn flatten(&self, number: u64) -> Result<Block> {
         let origin = number * self.span;
-        let end = (origin + self.span).min(self.size.next_multiple_of(SECTOR_SIZE));
+        // Saved VM state may end within a sector. No layer is asked about what is beyond: the
+        // answer, "zero", would be for the whole of that sector.
+        let end = (origin + self.span).min(self.size);
         assert!(origin < end, "a block beyond the end of the disk");
         let mut found: Vec<(u64, u64, Piece)> = Vec::new();
         let mut silent = vec![(origin, end)];
@@ -182,7 +184,7 @@ impl FlatMap {
                 _ => pieces.push(piece),
             }
         }
-        Ok(Block { pieces: pieces.into(), sector_count: ((end - origin) / SECTOR_SIZE) as u32 })
+        Ok(Block { pieces: pieces.into(), sector_count: (end - origin).div_ceil(SECTOR_SIZE) as u32 })
     }
 }
 

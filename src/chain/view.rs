@@ -207,7 +207,7 @@ impl View {
         match source {
             // A raw image has its holes in its file.
             Source::Data(host) if self.layers[layer].image().is_raw() => {
-                self.layers[layer].image().data().extent(host.0, host.0 + len)
+                self.layers[layer].image().raw_extent(host, HostOffset(host.0 + len))
             }
             // What cannot be read is no hole: whoever copies must hear of it.
             Source::Data(_) | Source::Compressed | Source::Bad => Ok((true, len)),
@@ -233,7 +233,8 @@ impl View {
             Source::Data(host) => {
                 run.offset = Some(host.0);
                 if self.layers[layer].image().is_raw() {
-                    (run.data, run.len) = self.layers[layer].image().data().extent(host.0, host.0 + len)?;
+                    let end = HostOffset(host.0 + len);
+                    (run.data, run.len) = self.layers[layer].image().raw_extent(host, end)?;
                     run.zero = !run.data;
                 }
             }

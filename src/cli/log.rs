@@ -5,6 +5,7 @@
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -80,11 +81,39 @@ impl Write for Syslog {
         let mut message = format!("<{PRIORITY}>chainfs[{}]: ", std::process::id()).into_bytes();
         message.extend_from_slice(text.trim_ascii_end());
         message.truncate(MAX_LEN);
-        let _ = UnixDatagram::unbound()?.send_to(&message, "/dev/log");
+        send(&message, Path::new("/dev/log"))?;
         Ok(text.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// Says it if the log listens at once: who answers the kernel waits for nobody.
+fn send(message: &[u8], log: &Path) -> io::Result<()> {
+    let socket = UnixDatagram::unbound()?;
+    socket.set_nonblocking(true)?;
+    let _ = socket.send_to(message, log);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_that_nobody_reads_holds_nobody_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let _deaf = UnixDatagram::bind(&path).unwrap();
+        let (done, waited) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for _ in 0..10_000 {
+                send(&[b'x'; MAX_LEN], &path).unwrap();
+            }
+            done.send(()).unwrap();
+        });
+        waited.recv_timeout(Duration::from_secs(20)).expect("a message that is not read is waited for");
     }
 }

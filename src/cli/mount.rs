@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +23,8 @@ use super::mount_options::MountOptions;
 use super::store_options::{store_options, variable};
 use super::{complain, config};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fs::{Features, Ownership, Server, Tree, mount};
+use crate::fs::mount::{self, OwnMount};
+use crate::fs::{Features, Ownership, Server, Tree};
 use crate::io::users_of;
 use crate::store::{Store, Watcher};
 
@@ -98,23 +99,20 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     let tree = Arc::new(Tree::new(&store, ownership));
     let wanted =
         mount::MountOptions { allow_other: options.allow_other, exec: options.exec.unwrap_or(false), read_only: true };
-    let (device, directory) = mount::mount(store.given(), &args.dir, &wanted)?;
+    let (device, mount) = mount::mount(store.given(), &args.dir, &wanted)?;
+    // Whatever fails from here on, or if nobody waits for us any more, leaves no dead mount.
+    let unfinished = mount::Unfinished::new(&mount);
+    let directory = mount.directory();
     let features = Features { passthrough: !options.no_passthrough, threads };
-    let server = match Server::connect(&tree, device, features) {
-        Ok(server) => server,
-        Err(error) => {
-            let _ = mount::unmount(&directory, true);
-            return Err(Error::io("answering the kernel", error));
-        }
-    };
+    let server = Server::connect(&tree, device, features).map_err(|error| Error::io("answering the kernel", error))?;
     if !options.no_readahead
-        && let Err(error) = mount::read_ahead(&directory, READ_AHEAD)
+        && let Err(error) = mount::read_ahead(directory, READ_AHEAD)
     {
         tracing::debug!("the kernel's read-ahead stays as it is: {error}");
     }
     let watcher = Watcher::start(&store).map_err(|error| Error::io("starting the watcher", error))?;
     let ending = Arc::new(AtomicBool::new(false));
-    end_on_signals(signals, directory.clone(), Arc::clone(&ending))?;
+    end_on_signals(signals, mount.clone(), Arc::clone(&ending))?;
     if as_child {
         let _ = rustix::process::chdir("/");
         detach()?;
@@ -122,6 +120,7 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     }
     notify_service_manager(&format!("READY=1\nSTATUS=showing {} on {}", store.given().display(), directory.display()));
     tracing::info!("{} is shown on {}", store.given().display(), directory.display());
+    unfinished.finished();
     let result = server.run();
     ending.store(true, Ordering::Relaxed);
     notify_service_manager("STOPPING=1");
@@ -143,16 +142,16 @@ fn detach() -> Result<()> {
 
 /// Unmounts when asked to. A mount in use goes on serving; asked again, it is taken out of the
 /// way and ends with its last user.
-fn end_on_signals(mut signals: Signals, directory: PathBuf, ending: Arc<AtomicBool>) -> Result<()> {
+fn end_on_signals(mut signals: Signals, mount: OwnMount, ending: Arc<AtomicBool>) -> Result<()> {
     let work = move || {
         let mut asked = false;
         for signal in &mut signals {
             if signal == SIGHUP {
                 continue; // the terminal has gone; nobody has asked for the mount to go
             }
-            match mount::unmount(&directory, asked) {
+            match mount.unmount(asked) {
                 Err(error) if error.kind() == ErrorKind::Busy => {
-                    let sentence = busy(&directory);
+                    let sentence = busy(mount.directory());
                     tracing::warn!("{sentence}; asked once more, it will be taken away from them");
                     notify_service_manager(&format!("STATUS={sentence}"));
                     asked = true;

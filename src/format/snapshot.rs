@@ -7,13 +7,15 @@
 use super::bytes::{be_u16, be_u32, be_u64};
 use super::header::{Header, SnapshotTable, Table, Version, at_most, check_table};
 use super::malformed::Malformed;
-use crate::units::{ClusterBits, GuestOffset, HostOffset};
+use crate::units::{ClusterBits, GuestOffset, HostOffset, SECTOR_SIZE};
 
 /// Limit of the whole table, in bytes; QEMU's.
 pub const MAX_TABLE_LEN: u64 = 64 << 20;
 /// Limit of one entry's extra data, in bytes; QEMU's.
 pub const MAX_EXTRA_LEN: u64 = 1024;
 const MAX_L1_LEN: u64 = 32 << 20;
+/// Files and disks are no larger: their offsets are signed.
+const MAX_SIZE: u64 = i64::MAX as u64;
 
 const FIXED_LEN: usize = 40;
 /// Extra data that version 3 requires: VM state size and disk size.
@@ -80,7 +82,8 @@ impl SnapshotParser {
 
     /// As [`Self::new`], but leaves to the checker what it reports as corruptions: entries of
     /// version 3 that lack the extra data which that version requires (see
-    /// [`Snapshot::extra_len`]), and L1 tables that are too large or lie where none can.
+    /// [`Snapshot::extra_len`]), L1 tables that are too large or lie where none can, and sizes
+    /// that no disk has.
     pub fn for_check(header: &Header) -> Self {
         let mut parser = Self::new(header);
         parser.rules = Rules { extra_required: 0, l1_unchecked: true, ..parser.rules };
@@ -174,6 +177,13 @@ fn parse_entry(bytes: &[u8], rules: Rules) -> Result<Option<(Snapshot, usize)>, 
     let end = name_at + usize::from(be_u16(bytes, 14));
     let Some(entry) = bytes.get(..end) else { return Ok(None) };
     let extra = |at: usize| (at + 8 <= id_at).then(|| be_u64(entry, at));
+    let vm_state_size = extra(40).unwrap_or_else(|| be_u32(entry, 32).into());
+    // As with the header's size, what is left of a sector at the end is no part of the disk.
+    let virtual_size = extra(48).map(|size| size - size % SECTOR_SIZE);
+    if !rules.l1_unchecked {
+        at_most("size of a snapshot's VM state", vm_state_size, MAX_SIZE)?;
+        at_most("size of a snapshot's disk", virtual_size.unwrap_or(0), MAX_SIZE)?;
+    }
     let snapshot = Snapshot {
         id: entry[id_at..name_at].to_vec(),
         name: entry[name_at..].to_vec(),
@@ -181,8 +191,8 @@ fn parse_entry(bytes: &[u8], rules: Rules) -> Result<Option<(Snapshot, usize)>, 
         seconds: be_u32(entry, 16),
         nanoseconds: be_u32(entry, 20),
         vm_clock_nanoseconds: be_u64(entry, 24),
-        vm_state_size: extra(40).unwrap_or_else(|| be_u32(entry, 32).into()),
-        virtual_size: extra(48),
+        vm_state_size,
+        virtual_size,
         // All ones: not counted.
         icount: extra(56).filter(|&count| count != u64::MAX),
         extra_len,
@@ -289,10 +299,23 @@ mod tests {
         assert_eq!(poked(8, &0x40_0001u32.to_be_bytes()), Malformed::TooLarge { what, found, max: 32 << 20 });
         let what = "length of a snapshot's extra data";
         assert_eq!(poked(36, &1025u32.to_be_bytes()), Malformed::TooLarge { what, found: 1025, max: 1024 });
+        for (what, sizes) in
+            [("size of a snapshot's VM state", [u64::MAX, 512]), ("size of a snapshot's disk", [0, !511])]
+        {
+            let found = sizes[0].max(sizes[1]);
+            let reason = Malformed::TooLarge { what, found, max: i64::MAX as u64 };
+            assert_eq!(parse(&entry(&extra(&sizes), "1", "x"), 1, Version::V3), Err(reason));
+        }
         assert_eq!(parse(&entry(&[0; 15], "1", "x"), 1, Version::V3), Err(Malformed::SnapshotExtraShort(15)));
         let (need, have) = (good.len() as u64, good.len() as u64 - 1);
         let cut = Malformed::Truncated { what: "snapshot table", need, have };
         assert_eq!(parse(&good[..good.len() - 1], 1, Version::V3), Err(cut));
+    }
+
+    #[test]
+    fn a_disk_ends_with_a_whole_sector() {
+        let odd = &parse(&entry(&extra(&[1000, 1000]), "1", "odd"), 1, Version::V3).unwrap()[0];
+        assert_eq!((odd.vm_state_size, odd.virtual_size), (1000, Some(512)));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::error::{Error, ErrorKind, Result, errno};
 use super::attributes::Attributes;
 use super::handles::Handle;
 use super::node::NodeKind;
-use super::tree::Tree;
+use super::tree::{Listed, Tree};
 
 /// For how long the kernel believes a name or an attribute. Changes of the store are noticed
 /// within a second; this is their larger part.
@@ -110,13 +110,16 @@ impl Adapter {
     /// Whether this opening is handed to the raw file itself. `None` if it is not.
     fn pass(&self, reply: &ReplyOpen, inode: u64, handle: &Handle) -> Option<Arc<BackingId>> {
         let Handle::Disk(disk) = handle else { return None };
-        let file = disk.open.raw_file.as_ref().filter(|_| self.passthrough.load(Ordering::Relaxed))?;
+        let file = disk.open.raw_file.as_ref()?;
         let mut modes = self.modes.lock();
         let mode = modes.entry(inode).or_default();
         if mode.cached > 0 {
             return None;
         }
         if mode.backing.is_none() {
+            if !self.passthrough.load(Ordering::Relaxed) {
+                return None;
+            }
             // Only where the file is the disk to the last byte.
             let same_size = file.stat().is_ok_and(|stat| stat.signature.size == disk.open.view.size());
             let own = file.open_again().ok().filter(|_| same_size)?;
@@ -294,8 +297,8 @@ impl Filesystem for Adapter {
             Ok(entries) => entries,
             Err(errno) => return reply.error(errno),
         };
-        for (index, (number, kind, name)) in entries.iter().enumerate().skip(offset as usize) {
-            if reply.add(INodeNo(*number), index as u64 + 1, file_type(*kind), name) {
+        for (index, number, kind, name) in entries.from(offset) {
+            if reply.add(INodeNo(number), index, file_type(kind), name) {
                 break;
             }
         }
@@ -314,10 +317,10 @@ impl Filesystem for Adapter {
             Ok(entries) => entries,
             Err(errno) => return reply.error(errno),
         };
-        for (index, (number, _, name)) in entries.iter().enumerate().skip(offset as usize) {
+        for (index, number, _, name) in entries.from(offset) {
             // What has gone since it was listed is left out.
-            let Ok(found) = self.answer(|tree| tree.attributes(*number)) else { continue };
-            if reply.add(INodeNo(*number), index as u64 + 1, name, &BELIEF, &attr(&found), Generation(0)) {
+            let Ok(found) = self.answer(|tree| tree.attributes(number)) else { continue };
+            if reply.add(INodeNo(number), index, name, &BELIEF, &attr(&found), Generation(0)) {
                 break;
             }
         }
@@ -361,13 +364,28 @@ impl Filesystem for Adapter {
     }
 }
 
-/// The entries of an open directory, with `.` and `..`.
-fn entries(tree: &Tree, inode: u64, handle: u64) -> Result<Vec<(u64, NodeKind, std::ffi::OsString)>> {
-    let Handle::Directory(listed) = tree.handle(handle)? else {
-        return Err(Error::new(ErrorKind::Usage, "not a directory"));
-    };
-    let dots = [".", ".."].map(|name| (inode, NodeKind::Directory, name.into()));
-    Ok(dots.into_iter().chain(listed.iter().map(|e| (e.inode, e.node.kind(), e.name.clone()))).collect())
+/// The entries of an open directory.
+struct Entries {
+    inode: u64,
+    listed: Arc<[Listed]>,
+}
+
+fn entries(tree: &Tree, inode: u64, handle: u64) -> Result<Entries> {
+    match tree.handle(handle)? {
+        Handle::Directory(listed) => Ok(Entries { inode, listed }),
+        Handle::Text(_) | Handle::Disk(_) => Err(Error::new(ErrorKind::Usage, "not a directory")),
+    }
+}
+
+impl Entries {
+    /// Those from `offset` on, `.` and `..` being the first, each with the offset of the next.
+    /// Without a copy: the kernel takes a large directory in hundreds of small pieces.
+    fn from(&self, offset: u64) -> impl Iterator<Item = (u64, u64, NodeKind, &OsStr)> {
+        let dots = [".", ".."].map(|name| (self.inode, NodeKind::Directory, OsStr::new(name)));
+        let listed = self.listed.iter().map(|entry| (entry.inode, entry.node.kind(), entry.name.as_os_str()));
+        let all = dots.into_iter().chain(listed).zip(1..);
+        all.skip(offset as usize).map(|((number, kind, name), next)| (next, number, kind, name))
+    }
 }
 
 fn file_type(kind: NodeKind) -> FileType {

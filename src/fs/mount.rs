@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::{MountEntry, mounts};
 
 /// The type under which the kernel lists our mounts.
-pub const KIND: &str = "fuse.chainfs";
+pub const KIND: &str = crate::io::OWN_KIND;
 
 /// What the kernel is told.
 #[derive(Clone, Debug, Default)]
@@ -33,8 +33,56 @@ pub struct MountOptions {
     pub read_only: bool,
 }
 
+/// A mount that we have made. Others may come to lie at its place, on it or after it.
+#[derive(Clone, Debug)]
+pub struct OwnMount {
+    directory: PathBuf,
+    device: (u32, u32),
+}
+
+impl OwnMount {
+    /// Where it was made, without links.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Takes it away. Not `lazy`: `Busy` while somebody uses it. `NotFound` if it is not what one
+    /// sees at its place: then it has been taken away before, or somebody has mounted over it.
+    pub fn unmount(&self, lazy: bool) -> Result<()> {
+        if top_mount(&self.directory)?.is_some_and(|mount| mount.device == self.device) {
+            return unmount(&self.directory, lazy);
+        }
+        let sentence = "shows something else by now; this mount ends with its last user";
+        Err(Error::new(ErrorKind::NotFound, format!("{} {sentence}", self.directory.display())))
+    }
+}
+
+/// Takes a mount away again that comes to nothing, unless it is [`Unfinished::finished`].
+#[derive(Debug)]
+pub struct Unfinished(Option<OwnMount>);
+
+impl Unfinished {
+    /// Watches over `mount`.
+    pub fn new(mount: &OwnMount) -> Self {
+        Self(Some(mount.clone()))
+    }
+
+    /// From here on it ends in another way.
+    pub fn finished(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(mount) = self.0.take() {
+            let _ = mount.unmount(true);
+        }
+    }
+}
+
 /// Makes a mount point ready and mounts there; the descriptor is the kernel's end of it.
-pub fn mount(store: &Path, directory: &Path, options: &MountOptions) -> Result<(OwnedFd, PathBuf)> {
+pub fn mount(store: &Path, directory: &Path, options: &MountOptions) -> Result<(OwnedFd, OwnMount)> {
     let directory = mount_point(directory)?;
     let device = match direct(store, &directory, options) {
         // Not root, or not in this namespace: the set-uid helper may do it.
@@ -44,7 +92,8 @@ pub fn mount(store: &Path, directory: &Path, options: &MountOptions) -> Result<(
         }
         other => other.map_err(|error| Error::io(format!("mounting on {}", directory.display()), error))?,
     };
-    Ok((device, directory))
+    let device_number = top_mount(&directory)?.map_or((0, 0), |mount| mount.device);
+    Ok((device, OwnMount { directory, device: device_number }))
 }
 
 /// The directory without links. Takes away a dead mount of ours; refuses a live one.

@@ -53,11 +53,13 @@ pub struct ViewNode {
 pub enum Part {
     /// The active disk: its content changes, its number stays.
     Active,
-    /// A frozen layer, by the version of its file.
+    /// A frozen layer, by the versions of its file and of those below. All of them: two openings of
+    /// one number share the kernel's page cache, also when one of them still reads a file that
+    /// has been replaced since.
     Frozen(u64),
-    /// An internal snapshot, by a digest of its entry in the table.
+    /// An internal snapshot, by a digest of its entry in the table and of the files below.
     Snapshot(u64),
-    /// The VM state of an internal snapshot, likewise.
+    /// The VM state of an internal snapshot, by a digest of its entry.
     VmState(u64),
 }
 

@@ -501,18 +501,19 @@ fn view_node(
     let image = &catalog.images[views.layers[view.layer]];
     let snapshot = view.snapshot.and_then(|index| image.qcow2()?.snapshots.get(index));
     let part = match snapshot {
-        Some(snapshot) if vm_state => Part::VmState(digest(snapshot)),
-        Some(snapshot) => Part::Snapshot(digest(snapshot)),
+        Some(snapshot) if vm_state => Part::VmState(digest(snapshot, 0)),
+        Some(snapshot) => Part::Snapshot(digest(snapshot, views.state(view.layer + 1))),
         None if view.active => Part::Active,
-        None => Part::Frozen(image.version),
+        None => Part::Frozen(views.state(view.layer)),
     };
     ViewNode { chain: Arc::clone(chain), name: view.name.as_slice().into(), image: image.stat.id, part }
 }
 
-fn digest(snapshot: &Snapshot) -> u64 {
+fn digest(snapshot: &Snapshot, below: u64) -> u64 {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
     (&snapshot.id, &snapshot.name, snapshot.l1.offset, snapshot.l1.entries).hash(&mut hasher);
     (snapshot.seconds, snapshot.nanoseconds, snapshot.vm_state_size, snapshot.virtual_size).hash(&mut hasher);
+    below.hash(&mut hasher);
     hasher.finish()
 }

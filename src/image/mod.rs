@@ -24,8 +24,8 @@ pub use layer::{Layer, Mapping};
 /// Caches shared by all images of a store, keyed by image.
 #[derive(Debug)]
 pub struct Caches {
-    /// Slices of L1 and L2 tables: (image, file offset) -> entries.
-    pub(crate) tables: Cache<(u64, u64), Arc<[u64]>>,
+    /// Slices of L1 and L2 tables: (image, file offset, bytes) -> entries.
+    pub(crate) tables: Cache<(u64, u64, u64), Arc<[u64]>>,
     /// Decompressed clusters: (image, file offset of the stream) -> bytes.
     pub(crate) clusters: Cache<(u64, u64), Arc<[u8]>>,
 }
@@ -167,12 +167,12 @@ impl Image {
         if len == buf.len() {
             return Ok(());
         }
-        let padding = self.is_raw() && at.0 + len as u64 >= self.data_end()?;
-        if padding && buf.len() - len < 512 {
+        let end = at.0 + len as u64;
+        let data_end = self.data_end()?;
+        if self.is_raw() && end >= data_end && at.0 + buf.len() as u64 <= round_up_to_sector(data_end) {
             buf[len..].fill(0);
             return Ok(());
         }
-        let end = at.0 + len as u64;
         Err(Error::new(
             ErrorKind::Io,
             format!("{}: the file ends at {end:#x}, before the data it should hold; it was cut short", self.name),
@@ -195,6 +195,14 @@ impl Image {
         let cluster: Arc<[u8]> = cluster.into();
         self.caches.clusters.put(key, Arc::clone(&cluster), cluster.len());
         Ok(cluster)
+    }
+
+    /// The first run of the raw image's `[at, end)` that is all data or all hole, and its length.
+    /// Of a file that was cut short everything is data: whoever copies must read, and hear of it.
+    pub fn raw_extent(&self, at: HostOffset, end: HostOffset) -> Result<(bool, u64)> {
+        let (is_data, len) = self.data().extent(at.0, end.0)?;
+        let is_cut = !is_data && self.data().len()? < self.data_len.unwrap_or(0);
+        Ok(if is_cut { (true, end.0 - at.0) } else { (is_data, len) })
     }
 
     fn corrupt(&self, reason: &str) -> Error {

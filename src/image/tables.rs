@@ -20,12 +20,14 @@ impl Image {
         let from = index * 8 / SLICE_LEN * SLICE_LEN;
         assert!(from < table_len, "an index beyond its table");
         let at = table.0 + from;
-        let key = (self.serial, at);
+        let len = SLICE_LEN.min(table_len - from);
+        // With its length: tables of a bad image may lie on each other, and one may end sooner.
+        let key = (self.serial, at, len);
         if let Some(words) = self.caches.tables.get(&key) {
             return Ok((words, from / 8));
         }
         let mut bytes = [0; SLICE_LEN as usize];
-        let bytes = &mut bytes[..SLICE_LEN.min(table_len - from) as usize];
+        let bytes = &mut bytes[..len as usize];
         if self.file.read_at(at, bytes)? < bytes.len() {
             return Err(Error::new(
                 ErrorKind::Corrupt,

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::file::FileStat;
+use super::mountinfo::{MountEntry, mounts};
 
 /// A directory beneath which files may be opened.
 #[derive(Debug)]
@@ -45,6 +46,11 @@ pub struct DirEntry {
     /// Its kind.
     pub kind: EntryKind,
 }
+
+/// The type under which the kernel lists mounts of chainfs.
+pub const OWN_KIND: &str = "fuse.chainfs";
+/// A race with a rename is lost a few times, at most.
+const RESOLVE_ATTEMPTS: usize = 1000;
 
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS);
 
@@ -92,18 +98,60 @@ impl Root {
     }
 
     fn open_with(&self, path: &Path, flags: OFlags) -> Result<OwnedFd> {
-        loop {
-            match fs::openat2(&self.directory, path, flags | OFlags::CLOEXEC, Mode::empty(), BENEATH) {
-                // EAGAIN: a rename raced with the resolution of "..", which the kernel could not prove harmless.
-                Err(Errno::AGAIN | Errno::INTR) => {}
-                Err(Errno::XDEV) => return Err(escapes(path)),
-                Err(Errno::NOSYS) => {
-                    return Err(Error::new(ErrorKind::Unsupported, "openat2 is missing; chainfs needs Linux 5.6"));
-                }
-                Err(error) => return Err(Error::io(format!("opening {}", path.display()), error)),
-                Ok(fd) => return Ok(fd),
+        let open = |resolve| self.resolve(path, flags | OFlags::CLOEXEC, resolve);
+        // On this file system first: on another, which may be our own mount, asking is waiting for ourselves.
+        let found = match open(BENEATH | ResolveFlags::NO_XDEV) {
+            Err(Errno::XDEV) => match self.crossing(path)? {
+                Some(resolve) => open(resolve).map_err(|error| if error == Errno::LOOP { Errno::XDEV } else { error }),
+                None => return Err(in_own_mount(path)),
+            },
+            found => found,
+        };
+        match found {
+            Ok(fd) => Ok(fd),
+            Err(Errno::XDEV) => Err(escapes(path)),
+            Err(Errno::NOSYS) => Err(Error::new(ErrorKind::Unsupported, "openat2 is missing; chainfs needs Linux 5.6")),
+            Err(Errno::AGAIN) => Err(Error::new(
+                ErrorKind::Busy,
+                format!("{} cannot be opened now: another process holds a lease on it", path.display()),
+            )),
+            Err(error) => Err(Error::io(format!("opening {}", path.display()), error)),
+        }
+    }
+
+    fn resolve(&self, path: &Path, flags: OFlags, resolve: ResolveFlags) -> rustix::io::Result<OwnedFd> {
+        let mut found = Err(Errno::AGAIN);
+        for _ in 0..RESOLVE_ATTEMPTS {
+            found = fs::openat2(&self.directory, path, flags, Mode::empty(), resolve);
+            // EAGAIN: a rename raced with the resolution of "..", which the kernel could not prove
+            // harmless. It also stands for a lease (of a file server), which may be held for long.
+            if !matches!(found, Err(Errno::AGAIN | Errno::INTR)) {
+                break;
             }
         }
+        found
+    }
+
+    /// How a path may be resolved that leads to another file system; `None` if that is a mount of
+    /// chainfs. Where there is one beneath us, no symbolic link is followed: it might lead there.
+    fn crossing(&self, path: &Path) -> Result<Option<ResolveFlags>> {
+        // One over the root itself does not count: we are below it.
+        let is_inside = |mount: &MountEntry| {
+            mount.kind == OWN_KIND && mount.directory != self.canonical && mount.directory.starts_with(&self.canonical)
+        };
+        let inside: Vec<MountEntry> = mounts()?.into_iter().filter(is_inside).collect();
+        if inside.is_empty() {
+            return Ok(Some(BENEATH));
+        }
+        let place = self.canonical.join(path);
+        let is_own = inside.iter().any(|mount| place.starts_with(&mount.directory));
+        Ok((!is_own).then_some(BENEATH | ResolveFlags::NO_SYMLINKS))
+    }
+
+    /// Whether `path` is a directory to which no symbolic link leads on the way.
+    pub fn is_real_directory(&self, path: &Path) -> bool {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        self.resolve(path, flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV).is_ok()
     }
 
     /// Opens a sub-directory for listing and watching. `None` if it is the root of another
@@ -180,6 +228,11 @@ fn kind_of(file_type: FileType) -> EntryKind {
 
 fn not_a_file(path: &Path) -> Error {
     Error::new(ErrorKind::Io, format!("{} is not a regular file", path.display()))
+}
+
+fn in_own_mount(path: &Path) -> Error {
+    let sentence = "leads into a mount of chainfs, which is never entered; name the image itself";
+    Error::new(ErrorKind::Io, format!("{} {sentence}", path.display()))
 }
 
 fn escapes(path: &Path) -> Error {

@@ -1,10 +1,11 @@
 //! A bound on open files: a store has more images than a process may have descriptors.
 //!
 //! Files register when they are opened; beyond the limit the one not used for longest (by the
-//! clock algorithm) is closed. It is opened again, and checked, when it is next read.
+//! clock algorithm) is closed. It is opened again, and checked, when it is next read. Only files
+//! that are open count: a file that nobody needs any more never costs another its descriptor.
 
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
@@ -17,10 +18,12 @@ const RESERVED: u64 = 128;
 /// More would only slow down `fork` and `exec` of nobody, and help nobody.
 const MOST: u64 = 65_536;
 
-/// The files that are open now, in the order of the clock's hand.
+/// The files that are open now.
 #[derive(Debug)]
 pub struct Descriptors {
     limit: usize,
+    count: AtomicUsize,
+    /// In the order of the clock's hand; among them some that have been dropped since.
     open: Mutex<VecDeque<Weak<StoreFile>>>,
 }
 
@@ -39,21 +42,31 @@ impl Descriptors {
 
     /// At most `limit` open files.
     pub fn with_limit(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, open: Mutex::new(VecDeque::new()) })
+        Arc::new(Self { limit, count: AtomicUsize::new(0), open: Mutex::new(VecDeque::new()) })
     }
 
-    /// How many files are registered as open; for metrics.
+    /// How many files are open; for metrics.
     pub fn open_count(&self) -> usize {
-        self.open.lock().len()
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Notes that a file has been closed. Takes no lock, for the last who lets go of a file may be
+    /// the search for one to close.
+    pub(super) fn closed(&self) {
+        self.count.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Notes that `file` has just been opened, and closes another if that makes too many.
     pub(super) fn opened(&self, file: &Weak<StoreFile>) {
+        self.count.fetch_add(1, Ordering::Relaxed);
         let mut open = self.open.lock();
+        if open.len() > 2 * self.limit {
+            open.retain(|file| file.strong_count() > 0);
+        }
         open.push_back(Weak::clone(file));
         // Twice round at most: the first pass may find every file used since the last.
         let mut steps = 2 * open.len();
-        while open.len() > self.limit && steps > 0 {
+        while self.open_count() > self.limit && steps > 0 {
             steps -= 1;
             let Some(candidate) = open.pop_front() else { break };
             let Some(other) = candidate.upgrade() else { continue };
@@ -92,6 +105,24 @@ mod tests {
                 assert!(descriptors.open_count() <= 10);
             }
         }
+    }
+
+    #[test]
+    fn files_that_nobody_needs_any_more_cost_no_other_its_descriptor() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = Arc::new(Root::open(directory.path()).unwrap());
+        let descriptors = Descriptors::with_limit(4);
+        std::fs::write(directory.path().join("a"), "a").unwrap();
+        let seen = root.stat(Path::new("a")).unwrap();
+        let file = || StoreFile::new(&descriptors, &root, Path::new("a"), &seen, true);
+        let idle = file();
+        idle.read_at(0, &mut [0]).unwrap();
+        for _ in 0..50 {
+            file().read_at(0, &mut [0]).unwrap();
+        }
+        assert_eq!(descriptors.open_count(), 1);
+        assert!(descriptors.open.lock().len() <= 10);
+        assert!(idle.close_idle(), "it was closed, and its locks with it");
     }
 
     #[test]

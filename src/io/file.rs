@@ -30,7 +30,7 @@ pub struct FileId {
 }
 
 /// What changes when somebody writes to a file: size, mtime and ctime.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Signature {
     /// Bytes.
     pub size: u64,
@@ -228,7 +228,19 @@ impl StoreFile {
 
     /// Closes the descriptor unless somebody is just using the slot. Called when descriptors run short.
     pub(super) fn close_idle(&self) -> bool {
-        self.descriptor.try_write().is_some_and(|mut slot| slot.take().is_some())
+        let is_closed = self.descriptor.try_write().is_some_and(|mut slot| slot.take().is_some());
+        if is_closed {
+            self.descriptors.closed();
+        }
+        is_closed
+    }
+}
+
+impl Drop for StoreFile {
+    fn drop(&mut self) {
+        if self.descriptor.get_mut().is_some() {
+            self.descriptors.closed();
+        }
     }
 }
 

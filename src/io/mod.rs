@@ -11,7 +11,7 @@ mod holders;
 mod locks;
 mod mountinfo;
 
-pub use beneath::{DirEntry, EntryKind, Root};
+pub use beneath::{DirEntry, EntryKind, OWN_KIND, Root};
 pub use descriptors::Descriptors;
 pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile};
 pub use holders::{Holder, all_lock_holders, lock_holders, users_of};

@@ -1,6 +1,6 @@
 //! From scanned files to a catalog: who names whom, and what format each is read in.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use super::catalog::{self, Below, Catalog, Draft, ImageEntry, ImageIndex, Refere
 use super::describe::Content;
 use super::notes::Notes;
 use super::options::{Format, StoreOptions};
-use super::resolve::{Place, resolve};
+use super::resolve::{Place, climbed, resolve};
 use super::scan::{Known, Problem, Scan, ScannedFile, describe_place, has_extension, known_of};
 
 /// Files of a scan, and those that headers name besides, on their way to a catalog.
@@ -25,9 +25,13 @@ struct Builder<'a> {
     by_place: HashMap<Place, ImageIndex>,
     by_id: HashMap<FileId, ImageIndex>,
     problems: Vec<Problem>,
+    is_single: bool,
+    /// Where files that headers name are, or ought to be, and no scan comes by.
+    directories: BTreeSet<Place>,
 }
 
-/// Builds the catalog, and what the next scan need not read again.
+/// Builds the catalog, and says what the next scan need not read again, and in which directories
+/// besides those of the scan the files lie that headers name.
 pub(super) fn build(
     roots: &[Arc<Root>],
     options: &StoreOptions,
@@ -35,7 +39,7 @@ pub(super) fn build(
     known: &Known,
     previous: &Catalog,
     is_single: bool,
-) -> (Catalog, Arc<Known>) {
+) -> (Catalog, Arc<Known>, BTreeSet<Place>) {
     let mut builder = Builder {
         roots,
         options,
@@ -44,34 +48,29 @@ pub(super) fn build(
         by_place: HashMap::new(),
         by_id: HashMap::new(),
         problems: scan.problems,
+        is_single,
+        directories: BTreeSet::new(),
     };
     builder.add_scanned(scan.files);
+    let scanned_count = builder.files.len();
     let mut references = builder.follow();
     let data_references = builder.data_files();
     // Data files that no scan has met stand on nothing.
     references.resize_with(builder.files.len(), || None);
-    let mut statements: Vec<Vec<Format>> = vec![Vec::new(); builder.files.len()];
-    for reference in references.iter().flatten() {
-        let Ok(target) = &reference.target else { continue };
-        match &reference.format {
-            Some(format) => statements[*target].extend(Format::from_name(format)),
-            // Only where the user asks for it is a format guessed from content.
-            None if options.probe && matches!(builder.files[*target].content, Content::Plain) => {
-                statements[*target].push(Format::Raw);
-            }
-            None => {}
-        }
-    }
+    let said = builder.listen(&references, &data_references);
     let next_known = known_of(&builder.files);
     let notes = Notes::read(&roots[0]);
     let old = versions(previous);
     let mut drafts: Vec<Draft> = Vec::with_capacity(builder.files.len());
     for ((index, file), backing) in builder.files.iter().enumerate().zip(references) {
-        let is_wanted = is_single && index == 0;
         let stated = options.stated_format(&file.place.path);
-        let (format, mut problem, content) = builder.decide(file, stated, &statements[index], is_wanted);
+        let (format, mut problem, content) = if said.is_doubtful[index] {
+            (None, Some(DOUBTFUL.into()), file.content.clone())
+        } else {
+            builder.decide(file, &said.formats[index], is_single && index == 0)
+        };
         let mut data_file = None;
-        match data_references.get(&index) {
+        match data_references.get(&index).filter(|_| format == Some(Format::Qcow2)) {
             Some(Ok(target)) => {
                 let target = &builder.files[*target];
                 data_file = Some((target.place.clone(), target.stat));
@@ -104,16 +103,27 @@ pub(super) fn build(
                 chain_count: 0,
             },
             // What stands in a file that is read as raw names nothing.
-            backing: backing.filter(|_| format == Some(Format::Qcow2)),
-            is_data_file: false,
+            backing: backing.filter(|_| format == Some(Format::Qcow2) && !said.is_data_file[index]),
+            is_data_file: said.is_data_file[index],
             is_stated: stated.is_some(),
+            is_scanned: index < scanned_count,
         });
     }
-    for target in data_references.values().flatten() {
-        drafts[*target].is_data_file = true;
-    }
     let catalog = catalog::link(drafts, builder.problems, is_single, options.probe, next(&SERIAL));
-    (catalog, next_known)
+    (catalog, next_known, builder.directories)
+}
+
+const DOUBTFUL: &str = "cannot be read: its header and that of the file it names name each other, and a guest may have \
+                        written one of them; say what it is with -o format=NAME:raw or -o format=NAME:qcow2";
+
+/// What headers say of other files, as far as they are to be believed.
+struct Said {
+    /// The formats in which others want to read a file.
+    formats: Vec<Vec<Format>>,
+    /// Whether it is somebody's external data file.
+    is_data_file: Vec<bool>,
+    /// Whether nobody can tell what it is.
+    is_doubtful: Vec<bool>,
 }
 
 static VERSION: AtomicU64 = AtomicU64::new(1);
@@ -144,7 +154,15 @@ impl Builder<'_> {
         }
     }
 
-    fn add(&mut self, file: ScannedFile) -> ImageIndex {
+    fn add(&mut self, mut file: ScannedFile) -> ImageIndex {
+        // Named *.raw, and so not looked into, but the user says otherwise.
+        let is_qcow2 = self.options.stated_format(&file.place.path) == Some(Format::Qcow2);
+        if is_qcow2
+            && matches!(file.content, Content::Unseen)
+            && let Ok(described) = describe_place(&self.roots[file.place.root], &file.place, self.known)
+        {
+            file = described;
+        }
         let index = self.files.len();
         self.by_place.insert(file.place.clone(), index);
         self.by_id.insert(file.stat.id, index);
@@ -192,9 +210,78 @@ impl Builder<'_> {
         found
     }
 
+    /// Hears what headers say of other files. Only a file that is itself read as qcow2 is heard:
+    /// into a raw disk a guest may have written any header.
+    fn listen(
+        &self,
+        references: &[Option<Reference>],
+        data_references: &HashMap<ImageIndex, Result<ImageIndex, String>>,
+    ) -> Said {
+        let count = self.files.len();
+        let backing = |index: ImageIndex| references[index].as_ref().and_then(|r| r.target.as_ref().ok()).copied();
+        let data = |index: ImageIndex| data_references.get(&index).and_then(|target| target.as_ref().ok()).copied();
+        let named =
+            |index: ImageIndex| [backing(index), data(index)].into_iter().flatten().filter(move |t| *t != index);
+        // Everybody waits for those by whom it is named.
+        let mut waiting = vec![0_usize; count];
+        (0..count).flat_map(named).for_each(|target| waiting[target] += 1);
+        let mut ready: Vec<ImageIndex> = (0..count).filter(|index| waiting[*index] == 0).collect();
+        // In a loop somebody has to be first: whose name or user says what it is.
+        let is_sure = |index: ImageIndex| {
+            let path = &self.files[index].place.path;
+            has_extension(path, "qcow2") || has_extension(path, "raw") || self.options.stated_format(path).is_some()
+        };
+        let mut rest = (0..count).filter(|i| is_sure(*i)).chain((0..count).filter(|i| !is_sure(*i)));
+        let mut said = Said {
+            formats: vec![Vec::new(); count],
+            is_data_file: vec![false; count],
+            is_doubtful: vec![false; count],
+        };
+        let mut is_heard = vec![false; count];
+        while let Some((index, is_in_turn)) = ready.pop().map(|i| (i, true)).or_else(|| rest.next().map(|i| (i, false)))
+        {
+            if std::mem::replace(&mut is_heard[index], true) {
+                continue;
+            }
+            said.is_doubtful[index] = !is_in_turn && !is_sure(index);
+            let is_believed = !said.is_doubtful[index]
+                && !said.is_data_file[index]
+                && matches!(self.files[index].content, Content::Qcow2(_))
+                && self.decide(&self.files[index], &said.formats[index], self.is_single && index == 0).0
+                    == Some(Format::Qcow2);
+            if is_believed {
+                if let (Some(target), Some(reference)) = (backing(index), &references[index]) {
+                    let is_plain = matches!(self.files[target].content, Content::Plain);
+                    // Only where the user asks for it is a format guessed from content.
+                    let guess = (self.options.probe && is_plain).then_some(Format::Raw);
+                    said.formats[target].extend(reference.format.as_ref().map_or(guess, |f| Format::from_name(f)));
+                }
+                if let Some(target) = data(index).filter(|target| *target != index) {
+                    said.is_data_file[target] = true;
+                }
+            }
+            for target in named(index) {
+                waiting[target] -= 1;
+                if waiting[target] == 0 {
+                    ready.push(target);
+                }
+            }
+        }
+        said
+    }
+
     /// The file that `name` in the header at `from` means. Files that no scan has met are looked at now.
     fn find(&mut self, from: &Place, name: &[u8]) -> Result<ImageIndex, String> {
         let place = resolve(self.roots, &self.options.maps, from, name)?;
+        if climbed(self.roots, &self.options.maps, from, name).iter().any(|directory| !self.is_real(directory)) {
+            return Err("goes up (..) from a place that is a symbolic link, or is not in the store, so that it means \
+                        one file as text and may mean another to QEMU; write it without .."
+                .into());
+        }
+        if place.root != 0 || self.is_single {
+            let directory = place.path.parent().unwrap_or(Path::new("")).to_path_buf();
+            self.directories.insert(Place { root: place.root, path: directory });
+        }
         if let Some(index) = self.by_place.get(&place) {
             return Ok(*index);
         }
@@ -210,18 +297,26 @@ impl Builder<'_> {
         Ok(self.add(file))
     }
 
+    /// Whether a directory that a name goes up from is what it seems: a root, what lies above one,
+    /// or a directory beneath one.
+    fn is_real(&self, directory: &Path) -> bool {
+        self.roots.iter().any(|root| {
+            let inside = root.relative(directory).filter(|inside| !inside.as_os_str().is_empty());
+            root.canonical().starts_with(directory) || inside.is_some_and(|inside| root.is_real_directory(&inside))
+        })
+    }
+
     /// In what format a file is read, and if in none although it is an image, why.
     fn decide(
         &self,
         file: &ScannedFile,
-        stated: Option<Format>,
         by_users: &[Format],
         is_single: bool,
     ) -> (Option<Format>, Option<Arc<str>>, Content) {
         let path = &file.place.path;
         let has_magic = matches!(file.content, Content::Qcow2(_) | Content::Malformed(_));
         let raw = || (Some(Format::Raw), None, file.content.clone());
-        let decided = match stated {
+        let decided = match self.options.stated_format(path) {
             Some(format) => Some(format),
             None if has_extension(path, "raw") => Some(Format::Raw),
             // Images that disagree about what they stand on: nothing a guest wrote may decide.
@@ -246,7 +341,7 @@ impl Builder<'_> {
 
     fn as_qcow2(&self, file: &ScannedFile) -> (Option<Format>, Option<Arc<str>>, Content) {
         let content = match &file.content {
-            // Named *.raw, but the user says otherwise.
+            // Another name of a file of which the first look saw only the name, or one that could not be opened.
             Content::Unseen => match describe_place(&self.roots[file.place.root], &file.place, &Known::new()) {
                 Ok(file) => file.content,
                 Err(error) => return (None, Some(format!("cannot be read: {error}").into()), Content::Plain),

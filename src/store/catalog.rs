@@ -219,6 +219,8 @@ pub(super) struct Draft {
     pub(super) is_data_file: bool,
     /// Whether the user has said its format.
     pub(super) is_stated: bool,
+    /// Whether it was found by itself, not only by its name in a header.
+    pub(super) is_scanned: bool,
 }
 
 /// A file that a header names.
@@ -235,7 +237,7 @@ pub(super) struct Reference {
 pub(super) fn link(drafts: Vec<Draft>, problems: Vec<Problem>, single: bool, probe: bool, serial: u64) -> Catalog {
     let is_image: Vec<bool> =
         drafts.iter().map(|d| !d.is_data_file && (d.entry.format.is_some() || d.entry.problem.is_some())).collect();
-    let data_file: Vec<bool> = drafts.iter().map(|d| d.is_data_file).collect();
+    let is_scanned: Vec<bool> = drafts.iter().map(|d| d.is_scanned).collect();
     let belows: Vec<Below> = drafts.iter().map(|draft| below(draft, &drafts, probe)).collect();
     let mut images: Vec<ImageEntry> = drafts.into_iter().map(|draft| draft.entry).collect();
     for (image, below) in images.iter_mut().zip(belows) {
@@ -248,7 +250,8 @@ pub(super) fn link(drafts: Vec<Draft>, problems: Vec<Problem>, single: bool, pro
         }
     }
     cut_depth(&mut images);
-    let is_leaf = |index: usize| is_image[index] && !data_file[index] && images[index].users.is_empty();
+    // What only a header names, and what nobody is then seen to stand on, is no chain of this store.
+    let is_leaf = |index: usize| is_image[index] && is_scanned[index] && images[index].users.is_empty();
     let leaves: Vec<ImageIndex> =
         if single { vec![0] } else { (0..images.len()).filter(|index| is_leaf(*index)).collect() };
     for leaf in &leaves {
@@ -258,7 +261,7 @@ pub(super) fn link(drafts: Vec<Draft>, problems: Vec<Problem>, single: bool, pro
     count_chains(&mut catalog);
     catalog.directories = name_chains(&catalog.images, if single { &[] } else { &leaves });
     for (index, is_image) in is_image.iter().enumerate() {
-        if *is_image {
+        if *is_image && (is_scanned[index] || !catalog.images[index].users.is_empty()) {
             let path = catalog.images[index].place.path.clone();
             let prefix = catalog.images[index].shown().len() + 1;
             let found = catalog.sentences(index).into_iter();

@@ -134,20 +134,29 @@ impl Store {
         let scan = match &self.single {
             None => scan::scan(&self.roots[0], &known, &|path, fd| {
                 if let Some(watches) = &self.watches {
-                    watches.add(path, fd);
+                    watches.add(Place { root: 0, path: path.to_path_buf() }, fd);
                 }
             }),
             Some(place) => {
+                let directory = Place { root: 0, path: PathBuf::new() };
                 if let (Some(watches), Some(fd)) = (&self.watches, self.roots[0].open_directory(Path::new(""), true)?) {
-                    watches.add(Path::new(""), &fd);
+                    watches.add(directory, &fd);
                 }
                 Scan { files: vec![scan::describe_place(&self.roots[0], place, &known)?], problems: Vec::new() }
             }
         };
         let previous = self.catalog();
-        let (catalog, now_known) =
+        let (catalog, now_known, directories) =
             build::build(&self.roots, &self.options, scan, &known, &previous, self.single.is_some());
         *known = now_known;
+        for place in directories {
+            // One that is not there yet cannot be watched.
+            if let (Some(watches), Ok(Some(fd))) =
+                (&self.watches, self.roots[place.root].open_directory(&place.path, false))
+            {
+                watches.add(place, &fd);
+            }
+        }
         let catalog = Arc::new(catalog);
         self.opened.retire(&catalog);
         *self.catalog.write() = catalog;

@@ -19,6 +19,7 @@ use super::Store;
 use super::catalog::{Catalog, ImageEntry, ImageIndex};
 use super::describe::Content;
 use super::options::Format;
+use super::resolve::Place;
 
 /// Which disk of a view's top layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -56,6 +57,8 @@ struct OpenImage {
     data_file: Option<Arc<StoreFile>>,
     /// Of the image's file and of its data file.
     signature: Signatures,
+    /// Where the files were, for opening them again.
+    places: (Place, Option<Place>),
     /// The format it was opened as: a user's header may have changed its mind.
     format: Format,
 }
@@ -64,6 +67,18 @@ type Signatures = (Signature, Option<Signature>);
 
 fn signatures(entry: &ImageEntry) -> Signatures {
     (entry.stat.signature, entry.data_file.as_ref().map(|(_, stat)| stat.signature))
+}
+
+fn places(entry: &ImageEntry) -> (Place, Option<Place>) {
+    (entry.place.clone(), entry.data_file.as_ref().map(|(place, _)| place.clone()))
+}
+
+impl OpenImage {
+    /// Whether this is still what a catalog says of the image.
+    fn is_current(&self, entry: &ImageEntry) -> bool {
+        // A directory that is renamed takes its files along and leaves no trace on them.
+        self.signature == signatures(entry) && Some(self.format) == entry.format && self.places == places(entry)
+    }
 }
 
 impl Opened {
@@ -77,10 +92,9 @@ impl Opened {
         if images.is_empty() {
             return;
         }
-        let current: HashMap<FileId, (Signatures, Option<Format>)> =
-            catalog.images.iter().map(|image| (image.stat.id, (signatures(image), image.format))).collect();
+        let current: HashMap<FileId, &ImageEntry> = catalog.images.iter().map(|image| (image.stat.id, image)).collect();
         let before = images.len();
-        images.retain(|id, open| current.get(id) == Some(&(open.signature, Some(open.format))));
+        images.retain(|id, open| current.get(id).is_some_and(|entry| open.is_current(entry)));
         if images.len() != before {
             self.views.lock().clear();
         }
@@ -102,12 +116,12 @@ impl Store {
         };
         let mut key = vec![key, u64::from(live), open.image.serial()];
         let mut stack = vec![first];
-        // VM state was never in a lower layer.
-        let below = if matches!(part, ViewPart::VmState(_)) { &[] } else { below };
-        if let Some(problem) = catalog.view_problem(&layers[..=below.len()]) {
+        // VM state was never in a lower layer, and needs none.
+        let below = if matches!(part, ViewPart::VmState(_)) { None } else { Some(below) };
+        if let Some(problem) = below.and_then(|_| catalog.view_problem(layers)) {
             return Err(Error::new(ErrorKind::Broken, problem));
         }
-        for index in below {
+        for index in below.unwrap_or_default() {
             let open = self.open_image(&catalog.images[*index], &mut locks)?;
             key.push(open.image.serial());
             stack.push(Layer::active(&open.image)?);
@@ -125,14 +139,7 @@ impl Store {
         let format = entry.format.expect("a readable image has a format");
         let known = self.opened.images.lock().get(&entry.stat.id).cloned();
         let open = match known {
-            Some(open) if open.signature == signatures(entry) && open.format == format => {
-                // Still what it was? A file that was not closed since would not tell by itself.
-                check_unchanged(&open.file, &entry.stat)?;
-                if let (Some(file), Some((_, stat))) = (&open.data_file, &entry.data_file) {
-                    check_unchanged(file, stat)?;
-                }
-                open
-            }
+            Some(open) if open.is_current(entry) => open,
             _ => self.make(entry, format, true)?,
         };
         match lock(&open, locks) {
@@ -143,6 +150,11 @@ impl Store {
                 return self.make(entry, format, false);
             }
             Err(error) => return Err(error),
+        }
+        // Still what was described? Asked only now: before the lock somebody may have written and closed.
+        check_unchanged(&open.file, &entry.stat)?;
+        if let (Some(file), Some((_, stat))) = (&open.data_file, &entry.data_file) {
+            check_unchanged(file, stat)?;
         }
         self.opened.images.lock().insert(entry.stat.id, open.clone());
         Ok(open)
@@ -161,7 +173,7 @@ impl Store {
             }
             (Format::Qcow2, _) => unreachable!("a readable qcow2 image has a header"),
         };
-        Ok(OpenImage { image, file, data_file, signature: signatures(entry), format })
+        Ok(OpenImage { image, file, data_file, signature: signatures(entry), places: places(entry), format })
     }
 }
 

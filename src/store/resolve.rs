@@ -37,24 +37,50 @@ pub(super) fn resolve(
             protocol.escape_debug()
         ));
     }
-    let name = Path::new(OsStr::from_bytes(name));
-    let mapped = maps.iter().find_map(|(old, new)| name.strip_prefix(old).ok().map(|rest| new.join(rest)));
-    let name = mapped.as_deref().unwrap_or(name);
+    let name = mapped(maps, name);
     if name.is_relative() {
         let directory = from.path.parent().unwrap_or(Path::new(""));
-        if let Some(path) = normal(&directory.join(name)) {
+        if let Some(path) = normal(&directory.join(&name)) {
             return Ok(Place { root: from.root, path });
         }
     }
     // Beneath another root, or in the store by its full path.
-    let base = roots[from.root].canonical().join(from.path.parent().unwrap_or(Path::new("")));
-    let absolute = lexical(&base.join(name));
+    let absolute = lexical(&absolute(roots, from, &name));
     for (root, directory) in roots.iter().enumerate() {
         if let Some(path) = directory.relative(&absolute) {
             return Ok(Place { root, path });
         }
     }
     Err("leads out of the store, and is never followed; move the file into the store, or mount with -o backing_dir= or map=".into())
+}
+
+/// The directories from which `name` goes up again, as absolute paths: what `..` means there is
+/// only plain where none of them is a symbolic link.
+pub(super) fn climbed(roots: &[Arc<Root>], maps: &[(PathBuf, PathBuf)], from: &Place, name: &[u8]) -> Vec<PathBuf> {
+    let mut climbed = Vec::new();
+    let mut plain = PathBuf::from("/");
+    for component in absolute(roots, from, &mapped(maps, name)).components() {
+        match component {
+            Component::Normal(part) => plain.push(part),
+            Component::ParentDir => {
+                climbed.push(plain.clone());
+                plain.pop();
+            }
+            Component::CurDir | Component::RootDir | Component::Prefix(_) => {}
+        }
+    }
+    climbed
+}
+
+fn mapped(maps: &[(PathBuf, PathBuf)], name: &[u8]) -> PathBuf {
+    let name = Path::new(OsStr::from_bytes(name));
+    let mapped = maps.iter().find_map(|(old, new)| name.strip_prefix(old).ok().map(|rest| new.join(rest)));
+    mapped.unwrap_or_else(|| name.to_path_buf())
+}
+
+/// `name` as an absolute path, with all its `..`.
+fn absolute(roots: &[Arc<Root>], from: &Place, name: &Path) -> PathBuf {
+    roots[from.root].canonical().join(from.path.parent().unwrap_or(Path::new(""))).join(name)
 }
 
 /// What QEMU takes for a protocol: what stands before the first `:`, if no `/` does.

@@ -221,7 +221,7 @@ pub(super) fn looks_like_image(path: &Path) -> bool {
 /// Whether a mount of chainfs is what one sees at `path`.
 fn is_chainfs_mount(path: &Path) -> bool {
     crate::io::mounts().is_ok_and(|mounts| {
-        mounts.iter().rfind(|mount| mount.directory == path).is_some_and(|mount| mount.kind == "fuse.chainfs")
+        mounts.iter().rfind(|mount| mount.directory == path).is_some_and(|mount| mount.kind == crate::io::OWN_KIND)
     })
 }
 

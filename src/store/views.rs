@@ -1,6 +1,7 @@
 //! The views of one chain: their names, and which layer and internal snapshot each shows.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use crate::format::Snapshot;
 
@@ -30,6 +31,8 @@ pub struct ChainViews {
     /// Its views: layers first, from the leaf down, then internal snapshots.
     pub views: Vec<ChainView>,
     by_name: HashMap<Vec<u8>, usize>,
+    /// For each layer, a digest of which files there are from it down to the base, and in what version.
+    states: Vec<u64>,
 }
 
 impl ChainViews {
@@ -67,7 +70,14 @@ impl ChainViews {
             view.name = name;
         }
         let by_name = views.iter().enumerate().map(|(index, view)| (view.name.clone(), index)).collect();
-        Self { layers, views, by_name }
+        let states = states(catalog, &layers);
+        Self { layers, views, by_name, states }
+    }
+
+    /// A digest of the files from the layer (counted from the leaf) down to the base: another one
+    /// as soon as any of them has changed. 0 where there is no such layer.
+    pub fn state(&self, layer: usize) -> u64 {
+        self.states.get(layer).copied().unwrap_or(0)
     }
 
     /// The view of that name.
@@ -84,4 +94,19 @@ impl ChainViews {
     pub fn snapshots(&self) -> impl Iterator<Item = &ChainView> {
         self.views.iter().filter(|view| !view.active)
     }
+}
+
+fn states(catalog: &Catalog, layers: &[ImageIndex]) -> Vec<u64> {
+    let mut below = 0_u64;
+    let upwards = layers.iter().rev().map(|index| {
+        let image = &catalog.images[*index];
+        let data_file = image.data_file.as_ref().map(|(_, stat)| (stat.id, stat.signature));
+        let mut hasher = DefaultHasher::new();
+        (below, image.stat.id, image.version, data_file).hash(&mut hasher);
+        below = hasher.finish();
+        below
+    });
+    let mut states: Vec<u64> = upwards.collect();
+    states.reverse();
+    states
 }

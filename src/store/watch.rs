@@ -9,7 +9,6 @@ use std::collections::{HashMap, HashSet};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -43,7 +42,7 @@ const INTEREST: WatchFlags = WatchFlags::CREATE
 /// The directories that the system watches for us.
 pub(super) struct Watches {
     inotify: OwnedFd,
-    directories: Mutex<HashMap<i32, PathBuf>>,
+    directories: Mutex<HashMap<i32, Place>>,
     /// Set when a directory could not be watched: then the store is scanned every so often.
     incomplete: AtomicBool,
 }
@@ -56,16 +55,16 @@ impl Watches {
     }
 
     /// Watches a directory; one that is watched already only once.
-    pub(super) fn add(&self, path: &Path, directory: &OwnedFd) {
+    pub(super) fn add(&self, place: Place, directory: &OwnedFd) {
         match inotify::add_watch(&self.inotify, by_descriptor(directory), INTEREST) {
             Ok(watch) => {
-                self.directories.lock().insert(watch, path.to_path_buf());
+                self.directories.lock().insert(watch, place);
             }
             Err(error) => {
                 if !self.incomplete.swap(true, Ordering::Relaxed) {
                     tracing::warn!(
                         "{} cannot be watched ({error}); the store is scanned every so often",
-                        path.display()
+                        place.path.display()
                     );
                 }
             }
@@ -81,12 +80,17 @@ impl Watches {
                 Ok(event) => {
                     let flags = event.events();
                     let name = event.file_name().map_or(&[][..], |name| name.to_bytes());
-                    if name.starts_with(OWN_PREFIX) || flags.contains(ReadFlags::IGNORED) {
+                    if flags.contains(ReadFlags::IGNORED) {
+                        self.directories.lock().remove(&event.wd()); // the directory has gone
+                        continue;
+                    }
+                    if name.starts_with(OWN_PREFIX) {
                         continue;
                     }
                     if flags == ReadFlags::MODIFY {
                         let directory = self.directories.lock().get(&event.wd()).cloned();
-                        found.written.extend(directory.map(|d| d.join(std::ffi::OsStr::from_bytes(name))));
+                        let path = |d: &Place| d.path.join(std::ffi::OsStr::from_bytes(name));
+                        found.written.extend(directory.map(|d| Place { root: d.root, path: path(&d) }));
                     } else {
                         found.names = true;
                     }
@@ -104,7 +108,7 @@ struct Found {
     /// Names have come, gone or changed, or nobody knows what.
     names: bool,
     /// Files that were written to.
-    written: HashSet<PathBuf>,
+    written: HashSet<Place>,
 }
 
 /// The thread that follows a store, until dropped.
@@ -155,7 +159,7 @@ fn follow(store: &Arc<Store>, stop: &OwnedFd) {
             watches.take(&mut found);
         }
         if !found.names {
-            found.names = found.written.iter().any(|path| describes_itself_anew(store, path));
+            found.names = found.written.iter().any(|place| describes_itself_anew(store, place));
         }
         if found.names {
             match store.rescan() {
@@ -182,11 +186,13 @@ fn wait(stop: &OwnedFd, inotify: Option<&OwnedFd>, patience: Duration) -> bool {
 }
 
 /// Whether the header of a file that is being written says something new.
-fn describes_itself_anew(store: &Store, path: &Path) -> bool {
+fn describes_itself_anew(store: &Store, place: &Place) -> bool {
     let catalog = store.catalog();
-    let place = Place { root: 0, path: path.to_path_buf() };
-    let Some(image) = catalog.images.iter().find(|image| image.place == place) else { return true };
-    let Ok(file) = store.roots()[0].open_file(path) else { return true };
+    let Some(image) = catalog.images.iter().find(|image| image.place == *place) else {
+        // In the store it may become an image; elsewhere only those count that are named.
+        return place.root == 0;
+    };
+    let Ok(file) = store.roots()[place.root].open_file(&place.path) else { return true };
     let Ok(stat) = crate::io::FileStat::of(&file) else { return true };
     match &image.content {
         Content::Qcow2(qcow2) => header_digest(&file, stat.signature.size).map_or(true, |now| now != qcow2.digest),
