@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
+use std::time::Duration;
 
 use common::damage::header;
 use common::victims::*;
@@ -250,6 +251,23 @@ fn without_a_format_in_the_header_the_layer_above_is_broken_unless_probing_is_as
     for name in ["on-qcow2", "on-raw"] {
         assert_same(&mount.path(name).join("active.raw"), &store.oracle(format!("{name}.qcow2"), "qcow2"));
     }
+    mount.umount();
+}
+
+#[test]
+fn a_remedy_can_be_copied_into_a_shell_whatever_the_image_says() {
+    let store = Store::new();
+    store.raw("$(touch owned);`id` it's.raw", MIB, 9);
+    store.overlay_unchecked("web.qcow2", "./$(touch owned);`id` it's.raw", "raw");
+    forget_backing_format(&Damage::to(store.path("web.qcow2")));
+    let mount = Mount::new(&store);
+    let why = mount.text("web/info/problem.txt");
+    let (_, remedy) = why.split_once(": qemu-img").expect("a remedy");
+    let (command, _) = remedy.split_once(", or").expect("its end");
+    tool("sh").args(["-c", &format!("qemu-img{command}")]).current_dir(store.root()).succeeds();
+    eventually("the remedy helps", Duration::from_secs(3), || !mount.path("web/info/problem.txt").exists());
+    assert!(!store.path("owned").exists(), "the remedy ran the image's own words: {command}");
+    assert_chain(&store, &mount, "web", "web.qcow2", "qcow2");
     mount.umount();
 }
 

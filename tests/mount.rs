@@ -116,6 +116,8 @@ fn in_the_foreground_the_command_lives_as_long_as_the_mount() {
         eventually("the command ends", Duration::from_secs(5), || mount.exit_code().is_some());
         assert_eq!(mount.exit_code(), Some(0), "{signal:?} is an orderly end");
         assert_eq!(connection_of(mount.dir()), None, "{signal:?} leaves no mount");
+        let said = fs::read(store.beside("mount.output")).expect("its output");
+        assert!(!said.contains(&0x1b), "colours in a file: {}", String::from_utf8_lossy(&said));
     }
 }
 

@@ -3,7 +3,7 @@
 //! In the foreground everything stays on stderr. The system's log is the socket `/dev/log`
 //! (syslog(3)'s, which journald serves as well); where there is none, nobody listens.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal as _, Write};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::Arc;
@@ -37,8 +37,11 @@ pub(super) fn start(verbose: bool, as_child: bool) -> Log {
         (false, true) => Level::WARN,
     };
     let log = Log { detached: Arc::default(), counted: Arc::new(Mutex::new((Instant::now(), 0))) };
+    // Neither a file nor the system's log wants colours.
+    let colours = !as_child && io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+    let format = tracing_subscriber::fmt().with_max_level(level).with_writer(log.clone()).with_target(false);
     // Refused only where a log is set up already, which then serves as well.
-    let _ = tracing_subscriber::fmt().with_max_level(level).with_writer(log.clone()).with_target(false).try_init();
+    let _ = format.with_ansi(colours).try_init();
     log
 }
 

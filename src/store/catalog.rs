@@ -292,8 +292,9 @@ fn below(draft: &Draft, drafts: &[Draft], probe: bool) -> Below {
             Some(target),
             format!(
                 "cannot be read: its header does not say the format of its backing file \"{name}\", which is never \
-                 guessed; if it is {guess}: qemu-img rebase -u -b {name} -F {guess} {}, or mount with -o format=",
-                draft.entry.shown()
+                 guessed; if it is {guess}: qemu-img rebase -u -b {} -F {guess} {}, or mount with -o format=",
+                shell_word(name),
+                shell_word(&draft.entry.shown())
             ),
         );
     };
@@ -316,6 +317,14 @@ fn below(draft: &Draft, drafts: &[Draft], probe: bool) -> Below {
         ),
         Some(_) => Below::Image(target),
     }
+}
+
+/// A word of a remedy, quoted if a shell would make anything else of it: remedies are copied, and
+/// names are whatever an image says.
+fn shell_word(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "._-/+@%,:=".contains(c);
+    let plain = !word.is_empty() && word.chars().all(is_plain);
+    if plain { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
 }
 
 /// Cuts each loop at one place, so that following links always ends. The image that the user
