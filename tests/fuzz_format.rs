@@ -1,11 +1,11 @@
 //! Any bytes as an image: no panic, no endless loop, and what parses keeps its promises.
 //!
-//! Seeded mutations of good structures, on stable Rust. `CHAINFS_FUZZ_SECONDS` sets the budget
-//! of each target, `CHAINFS_FUZZ_SEED` replays a run. fuzz/ has the same for cargo-fuzz.
+//! Seeded mutations of good structures, on stable Rust; fuzz/mod.rs says how to replay them. The
+//! directory fuzz at the project's root has the same for cargo-fuzz.
+
+mod fuzz;
 
 use std::io::Write;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use chainfs::format::entry::{EntryFormat, Mapping};
 use chainfs::format::header::{Compression, PROBE_LEN, needed_len};
@@ -15,103 +15,7 @@ use chainfs::image::check::check;
 use chainfs::image::create::{CreateOptions, NewBacking, initial_image};
 use chainfs::units::{ClusterBits, GuestOffset};
 
-/// Longest time for one input, generous for a busy machine in debug mode.
-const LIMIT: Duration = Duration::from_secs(5);
-
-/// A generator of numbers that replays from its seed (xorshift64*).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-
-    /// A number at which things tend to break, or any.
-    fn number(&mut self) -> u64 {
-        let around = |bit: usize| 1u64 << (bit % 64);
-        match self.below(7) {
-            0 => 0,
-            1 => u64::MAX >> self.below(64),
-            2 => around(self.below(64)),
-            3 => around(self.below(64)).wrapping_sub(1),
-            4 => around(self.below(64)) | around(self.below(64)),
-            5 => self.next() >> self.below(64),
-            _ => self.next(),
-        }
-    }
-
-    fn mutate(&mut self, bytes: &mut Vec<u8>) {
-        for _ in 0..=self.below(4) {
-            if bytes.is_empty() {
-                return;
-            }
-            // Structures begin where they matter: half of all changes hit the first 128 bytes.
-            let reach = if self.below(2) == 0 { bytes.len().min(128) } else { bytes.len() };
-            let at = self.below(reach);
-            match self.below(8) {
-                0 => bytes[at] ^= 1 << self.below(8),
-                1 => bytes[at] = self.number() as u8,
-                2 => self.put(bytes, at & !1, 2),
-                3 => self.put(bytes, at & !3, 4),
-                4 => self.put(bytes, at & !7, 8),
-                5 => bytes.truncate(at),
-                6 => {
-                    let (from, len) = (self.below(bytes.len()), self.below(64));
-                    let piece = bytes[from..(from + len).min(bytes.len())].to_vec();
-                    bytes.splice(at..at, piece);
-                }
-                _ => {
-                    let end = (at + self.below(16)).min(bytes.len());
-                    bytes.drain(at..end);
-                }
-            }
-        }
-    }
-
-    fn put(&mut self, bytes: &mut [u8], at: usize, len: usize) {
-        let value = self.number().to_be_bytes();
-        for (target, byte) in bytes[at..].iter_mut().zip(&value[8 - len..]) {
-            *target = *byte;
-        }
-    }
-}
-
-fn from_environment(name: &str) -> Option<u64> {
-    std::env::var(name).ok()?.parse().ok()
-}
-
-/// Feeds mutations of `corpus` to `target` until the time is over.
-fn fuzz(name: &str, corpus: &[Vec<u8>], target: impl Fn(&[u8], &mut Random)) {
-    let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_nanos() as u64);
-    let seed = from_environment("CHAINFS_FUZZ_SEED").unwrap_or_else(now).max(1);
-    let budget = Duration::from_secs(from_environment("CHAINFS_FUZZ_SECONDS").unwrap_or(1));
-    let (start, mut random, mut count) = (Instant::now(), Random(seed), 0u64);
-    let mut slowest = Duration::ZERO;
-    for good in corpus {
-        target(good, &mut Random(1));
-    }
-    while start.elapsed() < budget {
-        let mut bytes = corpus[random.below(corpus.len())].clone();
-        random.mutate(&mut bytes);
-        let before = Instant::now();
-        let result = catch_unwind(AssertUnwindSafe(|| target(&bytes, &mut random)));
-        slowest = slowest.max(before.elapsed());
-        if let Err(panic) = result {
-            println!("{name}: input {count} of seed {seed}, {} bytes", bytes.len());
-            resume_unwind(panic);
-        }
-        assert!(slowest < LIMIT, "{name}: input {count} of seed {seed} took {slowest:?}");
-        count += 1;
-    }
-    println!("{name}: seed {seed}, {count} inputs, slowest {slowest:?}");
-}
+use fuzz::fuzz;
 
 fn options(cluster_bits: u32, size: u64) -> CreateOptions {
     let mark = Frozen { seconds: 1_700_000_000, nanoseconds: 7, description: "before the upgrade".into() };

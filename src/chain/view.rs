@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Layer, Mapping};
 use crate::units::{GuestOffset, HostOffset};
 
@@ -272,7 +272,12 @@ fn read_asked(layer: &Layer, at: u64, buf: &mut [u8]) -> Result<()> {
                 piece.copy_from_slice(&cluster[within..within + piece.len()]);
             }
             Mapping::Data(host) => layer.image().read_data(host, piece)?,
-            Mapping::Zero(_) | Mapping::Hole => piece.fill(0),
+            Mapping::Zero(_) => piece.fill(0),
+            // What lies below is not known here.
+            Mapping::Hole => {
+                let fact = format!("{} has changed while it was read; read it again", layer.image().name());
+                return Err(Error::new(ErrorKind::Stale, fact));
+            }
         }
         done += run as usize;
     }

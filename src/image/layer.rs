@@ -90,10 +90,13 @@ impl Layer {
         }
     }
 
-    /// For how many of `max` bytes an error at `at` speaks.
+    /// For how many of `max` bytes an error at `at` speaks: to the end of its cluster, or of its
+    /// subcluster, for the next one may have another answer.
     pub fn rest_of_cluster(&self, at: GuestOffset, max: u64) -> u64 {
         let Some(header) = self.image.header() else { return max };
-        header.cluster.remaining(GuestOffset(at.0.saturating_add(self.shift))).min(max)
+        let remaining = header.cluster.remaining(GuestOffset(at.0.saturating_add(self.shift)));
+        let unit = if header.extended_l2() { header.cluster.size() / u64::from(SUBCLUSTERS) } else { remaining };
+        ((remaining - 1) % unit + 1).min(max)
     }
 
     /// Position of `at` within its cluster.

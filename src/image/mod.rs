@@ -26,9 +26,13 @@ pub use layer::{Layer, Mapping};
 pub struct Caches {
     /// Slices of L1 and L2 tables: (image, file offset, bytes) -> entries.
     pub(crate) tables: Cache<(u64, u64, u64), Arc<[u64]>>,
-    /// Decompressed clusters: (image, file offset of the stream) -> bytes.
-    pub(crate) clusters: Cache<(u64, u64), Arc<[u8]>>,
+    /// Decompressed clusters: (image, file offset of the stream) -> bytes of the stream that
+    /// were enough, and the cluster's bytes.
+    pub(crate) clusters: Cache<(u64, u64), Decompressed>,
 }
+
+/// Bytes of the stream that were enough, and the cluster.
+type Decompressed = (u32, Arc<[u8]>);
 
 impl Caches {
     /// Caches of `tables` and `clusters` bytes.
@@ -183,7 +187,10 @@ impl Image {
     pub fn read_compressed(&self, stream: Compressed) -> Result<Arc<[u8]>> {
         let Body::Qcow2(header) = &self.body else { unreachable!("a raw image has no compressed clusters") };
         let key = (self.serial, stream.at.0);
-        if let Some(cluster) = self.caches.clusters.get(&key) {
+        // A damaged entry may name the stream of another and too little of it: that fails each time.
+        if let Some((enough, cluster)) = self.caches.clusters.get(&key)
+            && stream.len >= enough
+        {
             return Ok(cluster);
         }
         let mut input = vec![0; stream.len as usize];
@@ -193,7 +200,7 @@ impl Image {
         decompress(header.compression, &input[..len], &mut cluster)
             .map_err(|reason| self.corrupt(&format!("compressed cluster at {}: {reason}", stream.at)))?;
         let cluster: Arc<[u8]> = cluster.into();
-        self.caches.clusters.put(key, Arc::clone(&cluster), cluster.len());
+        self.caches.clusters.put(key, (stream.len, Arc::clone(&cluster)), cluster.len());
         Ok(cluster)
     }
 
