@@ -6,6 +6,7 @@
 use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use jiff::tz::TimeZone;
 use lru::LruCache;
@@ -36,7 +37,11 @@ pub(super) struct Counters {
     pub opens: AtomicU64,
 }
 
-type Key = (u64, Option<(ImageIndex, ChainDocument)>, Option<StoreDocument>);
+/// Catalog, moment, and which document.
+type Key = ((u64, u64), Option<(ImageIndex, ChainDocument)>, Option<StoreDocument>);
+
+/// For how long what a tree says of locks is believed.
+const MOMENT: Duration = Duration::from_secs(2);
 
 /// Documents by key, and their bytes in all.
 type Kept = (LruCache<Key, Arc<[u8]>>, usize);
@@ -45,11 +50,19 @@ type Kept = (LruCache<Key, Arc<[u8]>>, usize);
 #[derive(Debug)]
 pub(super) struct Documents {
     kept: Mutex<Kept>,
+    started: Instant,
 }
 
 impl Documents {
     pub(super) fn new() -> Self {
-        Self { kept: Mutex::new((LruCache::new(NonZero::new(KEPT).expect("not zero")), 0)) }
+        let kept = Mutex::new((LruCache::new(NonZero::new(KEPT).expect("not zero")), 0));
+        Self { kept, started: Instant::now() }
+    }
+
+    /// What a document speaks of: a catalog and, for the locks that a tree shows, a moment.
+    fn subject(&self, catalog: &Catalog, shows_locks: bool) -> (u64, u64) {
+        let moment = if shows_locks { self.started.elapsed().as_secs() / MOMENT.as_secs() } else { 0 };
+        (catalog.serial, moment)
     }
 
     /// A document of the store as a whole.
@@ -70,7 +83,8 @@ impl Documents {
         if document == StoreDocument::Metrics {
             return live().into_bytes().into();
         }
-        self.get((catalog.serial, None, Some(document)), make)
+        let shows_locks = matches!(document, StoreDocument::TreeText | StoreDocument::TreeSvg);
+        self.get((self.subject(catalog, shows_locks), None, Some(document)), make)
     }
 
     /// A document of a chain; `None` for a problem where there is none.
@@ -92,7 +106,8 @@ impl Documents {
             }
             ChainDocument::Problem => String::new(),
         };
-        Some(self.get((catalog.serial, Some((leaf, document)), None), make))
+        let shows_locks = matches!(document, ChainDocument::TreeText | ChainDocument::TreeSvg);
+        Some(self.get((self.subject(catalog, shows_locks), Some((leaf, document)), None), make))
     }
 
     fn get(&self, key: Key, text: impl FnOnce() -> String) -> Arc<[u8]> {

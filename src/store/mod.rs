@@ -78,7 +78,8 @@ impl Store {
         let (directory, single) = if metadata.is_dir() {
             (path.to_path_buf(), None)
         } else {
-            let absolute = std::path::absolute(path).map_err(|error| Error::io("finding the image", error))?;
+            // Links are the user's own word; the image's directory is where the image itself is.
+            let absolute = path.canonicalize().map_err(|error| Error::io("finding the image", error))?;
             let name = absolute.file_name().unwrap_or_default().into();
             let directory = absolute.parent().unwrap_or(Path::new("/")).to_path_buf();
             (directory, Some(Place { root: 0, path: name }))

@@ -118,6 +118,10 @@ impl Store {
         let mut stack = vec![first];
         // VM state was never in a lower layer, and needs none.
         let below = if matches!(part, ViewPart::VmState(_)) { None } else { Some(below) };
+        // An encrypted layer says more than "broken" does.
+        for index in below.unwrap_or_default() {
+            readable(&catalog.images[*index])?;
+        }
         if let Some(problem) = below.and_then(|_| catalog.view_problem(layers)) {
             return Err(Error::new(ErrorKind::Broken, problem));
         }
