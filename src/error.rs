@@ -36,12 +36,22 @@ pub enum ErrorKind {
     Escape,
     /// A limit of chainfs or of the system is reached.
     Limit,
-    /// The system refused the read.
+    /// The change is not one that may be made this way.
+    Forbidden,
+    /// The file system that holds the image is full.
+    NoSpace,
+    /// The owner of the image has used up what the file system allows.
+    Quota,
+    /// A file would become larger than its file system, its format or a limit allows.
+    TooLarge,
+    /// The image's tables could not be written: nothing is written to it any more.
+    Poisoned,
+    /// The system refused to read or write.
     Io,
 }
 
 /// Every kind, for tests and tables.
-pub const ERROR_KINDS: [ErrorKind; 12] = [
+pub const ERROR_KINDS: [ErrorKind; 17] = [
     ErrorKind::NotFound,
     ErrorKind::Usage,
     ErrorKind::Busy,
@@ -53,6 +63,11 @@ pub const ERROR_KINDS: [ErrorKind; 12] = [
     ErrorKind::Broken,
     ErrorKind::Escape,
     ErrorKind::Limit,
+    ErrorKind::Forbidden,
+    ErrorKind::NoSpace,
+    ErrorKind::Quota,
+    ErrorKind::TooLarge,
+    ErrorKind::Poisoned,
     ErrorKind::Io,
 ];
 
@@ -67,8 +82,11 @@ pub fn errno(kind: ErrorKind) -> rustix::io::Errno {
         ErrorKind::ReadOnly => Errno::ROFS,
         ErrorKind::Unsupported => Errno::OPNOTSUPP,
         ErrorKind::Stale => Errno::STALE,
-        ErrorKind::Corrupt | ErrorKind::Broken | ErrorKind::Io => Errno::IO,
-        ErrorKind::Escape => Errno::PERM,
+        ErrorKind::Corrupt | ErrorKind::Broken | ErrorKind::Poisoned | ErrorKind::Io => Errno::IO,
+        ErrorKind::Escape | ErrorKind::Forbidden => Errno::PERM,
+        ErrorKind::NoSpace => Errno::NOSPC,
+        ErrorKind::Quota => Errno::DQUOT,
+        ErrorKind::TooLarge => Errno::FBIG,
         ErrorKind::Limit => Errno::MFILE,
     }
 }
@@ -96,6 +114,9 @@ impl Error {
             io::ErrorKind::ReadOnlyFilesystem => ErrorKind::ReadOnly,
             io::ErrorKind::ResourceBusy => ErrorKind::Busy,
             io::ErrorKind::StaleNetworkFileHandle => ErrorKind::Stale,
+            io::ErrorKind::StorageFull => ErrorKind::NoSpace,
+            io::ErrorKind::QuotaExceeded => ErrorKind::Quota,
+            io::ErrorKind::FileTooLarge => ErrorKind::TooLarge,
             _ => ErrorKind::Io,
         };
         Self { kind, context: context.into(), source: Some(Arc::new(source)) }

@@ -7,6 +7,7 @@ pub mod check;
 pub mod create;
 mod layer;
 mod tables;
+pub mod write;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

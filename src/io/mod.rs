@@ -37,6 +37,32 @@ pub trait Storage: Send + Sync {
     }
 }
 
+/// A file that may be changed. Between two calls of [`WriteStorage::sync`] a crash of the machine
+/// may lose or keep any part of what was done, in any combination; a crash of the process loses
+/// nothing of what has returned.
+pub trait WriteStorage: Storage {
+    /// Writes all of `bytes` at `at`; the file grows if it must. After an error any part of them
+    /// may have been written.
+    fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Makes the file `len` bytes long. What is new of it reads as zeroes.
+    fn set_len(&self, len: u64) -> Result<()>;
+
+    /// Gives back the space of a range, which reads as zeroes from then on; the file's length
+    /// stays. `Unsupported` where the file system cannot.
+    fn punch_hole(&self, at: u64, len: u64) -> Result<()>;
+
+    /// Makes a range read as zeroes and keeps (or takes) its space; the file grows if it must.
+    fn write_zeroes(&self, at: u64, len: u64) -> Result<()>;
+
+    /// Takes space for a range, whose bytes stay as they are, so that writing there cannot fail
+    /// for want of it; the file grows if it must. `Unsupported` where the file system cannot.
+    fn allocate(&self, at: u64, len: u64) -> Result<()>;
+
+    /// Returns when all that was written is durable, the file's length included.
+    fn sync(&self) -> Result<()>;
+}
+
 impl Storage for Vec<u8> {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         let Some(rest) = usize::try_from(at).ok().and_then(|at| self.get(at..)) else { return Ok(0) };
