@@ -86,8 +86,8 @@ struct Openings {
 }
 
 enum State {
-    /// Nobody has it open.
-    Closed,
+    /// Nobody has it open; what it looked like, until the next scan has seen it.
+    Closed(Option<ActiveAttributes>),
     Reading(OpenView),
     Writing(Writing),
     /// It was written, and cannot be read since.
@@ -210,7 +210,7 @@ impl ActiveDisks {
             id: leaf.stat.id,
             name: leaf.shown(),
             openings: Mutex::default(),
-            state: RwLock::new(State::Closed),
+            state: RwLock::new(State::Closed(None)),
             mappable: AtomicUsize::new(0),
             is_gone: AtomicBool::new(false),
         });
@@ -245,7 +245,7 @@ impl ActiveDisk {
     fn writer(&self) -> Option<Arc<Writer>> {
         match &*self.state.read() {
             State::Writing(writing) => Some(Arc::clone(&writing.writer)),
-            State::Closed | State::Reading(_) | State::Failed(_) => None,
+            State::Closed(_) | State::Reading(_) | State::Failed(_) => None,
         }
     }
 
@@ -254,7 +254,8 @@ impl ActiveDisk {
         let (open, size) = match &*state {
             State::Writing(Writing { writer, open, .. }) => (open, writer.size()),
             State::Reading(open) => (open, open.view.size()),
-            State::Closed | State::Failed(_) => return None,
+            State::Closed(last) => return *last,
+            State::Failed(_) => return None,
         };
         let data_blocks = match &open.top.data_file {
             Some(file) => file.stat().ok()?.blocks,
@@ -268,14 +269,14 @@ impl ActiveDisk {
         let (top, view) = match &*self.state.read() {
             State::Reading(OpenView { forced: Some(error), .. }) => return Err(error.clone()),
             State::Reading(open) => (open.top.clone(), Arc::clone(&open.view)),
-            State::Closed | State::Writing(_) | State::Failed(_) => unreachable!("it has just been opened to be read"),
+            State::Closed(_) | State::Writing(_) | State::Failed(_) => unreachable!("it has just been opened to be read"),
         };
         let lock = |file: &Arc<StoreFile>| file.lock_for_writing(store.options.no_lock);
         let locks = top.files().map(lock).collect::<Result<Vec<_>>>()?;
         unchanged(&top, leaf)?;
         let writer = new_writer(store, &top, &view)?;
         let mut state = self.state.write();
-        let State::Reading(open) = std::mem::replace(&mut *state, State::Closed) else {
+        let State::Reading(open) = std::mem::replace(&mut *state, State::Closed(None)) else {
             unreachable!("only openings change the state, and they wait");
         };
         *state = State::Writing(Writing { writer, locks, open });
@@ -290,9 +291,11 @@ impl ActiveDisk {
             store.active.poisoned.lock().insert(self.id, poison);
         }
         let size = writer.size();
+        let last_look = self.attributes();
         // Readers wait from here on; nothing that follows takes long.
         let mut state = self.state.write();
-        let State::Writing(Writing { writer: last, locks, open }) = std::mem::replace(&mut *state, State::Closed)
+        let State::Writing(Writing { writer: last, locks, open }) =
+            std::mem::replace(&mut *state, State::Closed(last_look))
         else {
             unreachable!("only openings change the state, and they wait");
         };
@@ -306,7 +309,7 @@ impl ActiveDisk {
         // Also if nobody reads on: its next opening must be through the same descriptor.
         *state = match store.look_again(open) {
             Ok(open) if has_readers => State::Reading(open),
-            Ok(_) => State::Closed,
+            Ok(_) => State::Closed(last_look),
             Err(error) => State::Failed(error),
         };
         drop(state);
@@ -467,7 +470,7 @@ impl ActiveHandle {
             State::Reading(open) => work(Source::View(&open.view)),
             State::Writing(writing) => work(Source::Writer(&writing.writer)),
             State::Failed(error) => Err(error.clone()),
-            State::Closed => Err(Error::new(ErrorKind::Stale, format!("{} is closed", self.disk.name))),
+            State::Closed(_) => Err(Error::new(ErrorKind::Stale, format!("{} is closed", self.disk.name))),
         }
     }
 
