@@ -396,7 +396,7 @@ fn qemu_nbd_serves_nothing_that_the_mount_writes_and_the_other_way_round() {
         let mut nbd = Command::new("qemu-nbd");
         nbd.args(["-f", "qcow2", "-k"]).arg(&socket).args(options).arg("web.qcow2").current_dir(store.root());
         let mut child = nbd.stdin(Stdio::null()).stderr(Stdio::null()).spawn().expect("qemu-nbd starts");
-        for _ in 0..300 {
+        for _ in 0..1500 {
             if socket.exists() || child.try_wait().expect("a child").is_some() {
                 break;
             }

@@ -93,7 +93,8 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
         return Err(Error::new(ErrorKind::Usage, format!("threads={threads} is not between 1 and {MOST_THREADS}")));
     }
     // Signals are caught before there is a mount that they could leave behind.
-    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ]).map_err(|error| Error::io("catching signals", error))?;
+    let signals =
+        Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ]).map_err(|error| Error::io("catching signals", error))?;
     let store = Store::open(&args.store, store_options(&options))?;
     let ownership = Ownership { uid: options.uid, gid: options.gid, umask: options.umask };
     let tree = Arc::new(Tree::new(&store, ownership));

@@ -528,9 +528,7 @@ struct Entries {
 fn entries(tree: &Tree, inode: u64, handle: u64) -> Result<Entries> {
     match tree.handle(handle)? {
         Handle::Directory(listed) => Ok(Entries { inode, listed }),
-        Handle::Text(_) | Handle::Disk(_) | Handle::Active(_) => {
-            Err(Error::new(ErrorKind::Usage, "not a directory"))
-        }
+        Handle::Text(_) | Handle::Disk(_) | Handle::Active(_) => Err(Error::new(ErrorKind::Usage, "not a directory")),
     }
 }
 

@@ -14,8 +14,8 @@ mod node;
 mod tree;
 
 pub use attributes::{Attributes, Ownership};
-pub use fuse::{Features, Server};
 pub use change::Fallocate;
+pub use fuse::{Features, Server};
 pub use handles::Handle;
 pub use node::{ChainDocument, Node, NodeKind, Part, StoreDocument, ViewNode};
 pub use tree::{Listed, Tree};

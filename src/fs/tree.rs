@@ -309,16 +309,7 @@ impl Tree {
         let (uid, gid, permissions) = self.ownership.apply(stat, NodeKind::File, true);
         // Never a hole as a whole: bytes may be there that have no blocks yet.
         let blocks = (stat.blocks + data_blocks).max(u64::from(stat.signature.size > 0));
-        Attributes {
-            inode,
-            kind: NodeKind::File,
-            size: *size,
-            blocks,
-            mtime: modified(stat),
-            permissions,
-            uid,
-            gid,
-        }
+        Attributes { inode, kind: NodeKind::File, size: *size, blocks, mtime: modified(stat), permissions, uid, gid }
     }
 
     /// Whether a file without blocks of its own holds data all the same: then it must not be

@@ -269,7 +269,9 @@ impl ActiveDisk {
         let (top, view) = match &*self.state.read() {
             State::Reading(OpenView { forced: Some(error), .. }) => return Err(error.clone()),
             State::Reading(open) => (open.top.clone(), Arc::clone(&open.view)),
-            State::Closed(_) | State::Writing(_) | State::Failed(_) => unreachable!("it has just been opened to be read"),
+            State::Closed(_) | State::Writing(_) | State::Failed(_) => {
+                unreachable!("it has just been opened to be read")
+            }
         };
         let lock = |file: &Arc<StoreFile>| file.lock_for_writing(store.options.no_lock);
         let locks = top.files().map(lock).collect::<Result<Vec<_>>>()?;

@@ -280,10 +280,7 @@ fn snapshot(entry: &ImageEntry, index: usize) -> Result<&crate::format::Snapshot
 }
 
 pub(super) fn changed(file: &StoreFile) -> Error {
-    Error::new(
-        ErrorKind::Stale,
-        format!("{} has changed since it was looked up; open it again", file.path().display()),
-    )
+    Error::new(ErrorKind::Stale, format!("{} has changed since it was looked up; open it again", file.path().display()))
 }
 
 fn hash(key: &[u64]) -> u64 {
