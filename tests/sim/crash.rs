@@ -293,7 +293,7 @@ fn torn(action: &Action, random: &mut Random) -> Vec<Action> {
     };
     let end = at + len;
     let first_cut = (at / SECTOR + 1) * SECTOR;
-    let cuts = (end - first_cut).div_ceil(SECTOR);
+    let cuts = end.saturating_sub(first_cut).div_ceil(SECTOR);
     if cuts == 0 {
         return vec![action.clone()];
     }

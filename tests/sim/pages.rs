@@ -75,8 +75,9 @@ impl Pages {
             while at < end {
                 let len = file.read_at(&mut bytes, at).unwrap();
                 assert!(len > 0);
-                pages.write(at, &bytes[..len.min((end - at) as usize)]);
-                at += len as u64;
+                let piece = len.min((end - at) as usize);
+                pages.write(at, &bytes[..piece]);
+                at += piece as u64;
             }
         }
         pages
