@@ -21,7 +21,9 @@ fn mixed(guest: &Guest, random: &mut Random, operations: usize, longest: u64) {
         match random.below(20) {
             0..=9 => guest.write(at, len),
             // Any position, any length.
-            10 => guest.write((at + random.next() % 512).min(size - 1), 1.max(len / 3).min(size - at - len / 2).min(777)),
+            10 => {
+                guest.write((at + random.next() % 512).min(size - 1), 1.max(len / 3).min(size - at - len / 2).min(777))
+            }
             11 | 12 => guest.zero(at, len),
             13..=15 => guest.discard(at, len),
             16 => guest.allocate(at, len),
@@ -257,9 +259,9 @@ fn internal_snapshots_of_compressed_clusters() {
 
 #[test]
 fn every_cluster_size() {
-    for (bits, name) in (9..=21).zip([
-        "512", "1k", "2k", "4k", "8k", "16k", "32k", "64k", "128k", "256k", "512k", "1M", "2M",
-    ]) {
+    for (bits, name) in
+        (9..=21).zip(["512", "1k", "2k", "4k", "8k", "16k", "32k", "64k", "128k", "256k", "512k", "1M", "2M"])
+    {
         let cluster = 1u64 << bits;
         let start = Start::scribbled(&format!("cluster_size={cluster}"), 8 * cluster.max(32 * KIB));
         let states = if bits >= 20 { 50 } else { 150 };
@@ -301,11 +303,18 @@ fn subclusters() {
 
 #[test]
 fn every_refcount_width() {
-    for (bits, name) in
-        [(1, "refcounts 1"), (2, "refcounts 2"), (4, "refcounts 4"), (8, "refcounts 8"), (16, "16"), (32, "32"), (64, "64")]
-    {
+    for (bits, name) in [
+        (1, "refcounts 1"),
+        (2, "refcounts 2"),
+        (4, "refcounts 4"),
+        (8, "refcounts 8"),
+        (16, "16"),
+        (32, "32"),
+        (64, "64"),
+    ] {
         let start = Start::scribbled(&format!("refcount_bits={bits},cluster_size=1k"), MIB);
-        let start = if bits >= 2 { start.then(|scratch| drop(scratch.img(&format!("snapshot -c a {IMAGE}")))) } else { start };
+        let start =
+            if bits >= 2 { start.then(|scratch| drop(scratch.img(&format!("snapshot -c a {IMAGE}")))) } else { start };
         Workload::new(name, start).states(150).survives(|guest| {
             mixed(guest, &mut Random::new(seed() ^ bits), 40, 30 * KIB);
             guest.close();

@@ -107,11 +107,7 @@ impl Guest {
     }
 
     pub fn try_allocate(&self, at: u64, len: u64) -> Result<()> {
-        self.operation(
-            format!("allocate {at:#x}+{len:#x}"),
-            |_, _| {},
-            |writer, _| writer.allocate(at, len),
-        )
+        self.operation(format!("allocate {at:#x}+{len:#x}"), |_, _| {}, |writer, _| writer.allocate(at, len))
     }
 
     pub fn try_grow(&self, size: u64) -> Result<()> {

@@ -287,4 +287,3 @@ pub fn judge_end(image: &StartImage, history: &History, files: &[Pages]) -> Resu
         format!("{sentence}\n{kept}")
     })
 }
-
