@@ -27,7 +27,8 @@ const V3_MIN_LEN: usize = 104;
 // QEMU's limits.
 /// Largest L1 table, in bytes.
 pub const MAX_L1_LEN: u64 = 32 << 20;
-const MAX_REFCOUNT_TABLE_LEN: u64 = 8 << 20;
+/// Largest refcount table, in bytes.
+pub const MAX_REFCOUNT_TABLE_LEN: u64 = 8 << 20;
 const MAX_SNAPSHOTS: u64 = 65_536;
 /// Longest backing file name, in bytes.
 pub const MAX_BACKING_NAME_LEN: u64 = 1023;

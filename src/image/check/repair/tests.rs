@@ -1,0 +1,2 @@
+use super::super::check;
+use super::*;
