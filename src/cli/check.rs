@@ -80,7 +80,7 @@ fn audit(store: &Store, catalog: &Catalog, index: ImageIndex, name: &str) -> Res
     }
     let file = store.file(&image.place, &image.stat, true);
     // An image that somebody writes has references on the way to the disk: half of them look wrong.
-    let _lock = if store.options().force_share { None } else { Some(file.lock()?) };
+    let _lock = if store.options().force_share { None } else { Some(file.lock(true)?) };
     let storage: &dyn Storage = &*file;
     check(storage, name)
 }

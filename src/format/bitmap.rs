@@ -30,6 +30,17 @@ pub struct Bitmap {
     pub in_use: bool,
     /// It follows every write to the disk.
     pub auto: bool,
+    /// Where its flags stand in the directory: 4 bytes.
+    pub flags_at: usize,
+    /// The flags as found.
+    pub flags: u32,
+}
+
+impl Bitmap {
+    /// The flags which say that the bitmap no longer tells what has changed.
+    pub fn flags_in_use(&self) -> u32 {
+        self.flags | IN_USE
+    }
 }
 
 /// An entry of a bitmap's table.
@@ -91,7 +102,8 @@ fn parse_entry(bytes: &[u8], at: usize, cluster: ClusterBits) -> Result<(Bitmap,
     let end = name_at + usize::from(name_len);
     let name = bytes.get(name_at..end).ok_or_else(|| short(end))?.to_vec();
     let (in_use, auto) = (flags & IN_USE != 0, flags & AUTO != 0);
-    Ok((Bitmap { name, granularity_bits, table, table_entries, in_use, auto }, end))
+    let flags_at = at + 12;
+    Ok((Bitmap { name, granularity_bits, table, table_entries, in_use, auto, flags_at, flags }, end))
 }
 
 /// Decodes an entry of a bitmap's table.

@@ -167,6 +167,22 @@ impl EntryFormat {
         }
     }
 
+    /// The entry that names a cluster with a refcount of 1: an L2 table, or data.
+    pub fn owned(place: HostOffset) -> u64 {
+        assert!(place.0 & !OFFSET == 0, "a place that an entry can name");
+        place.0 | COPIED
+    }
+
+    /// An 8-byte L2 entry that reads as zeroes; a place may be kept for a later write. Version 3 only.
+    pub fn zero(preallocated: Option<HostOffset>) -> u64 {
+        preallocated.map_or(ZERO, |place| Self::owned(place) | ZERO)
+    }
+
+    /// The same entry without the COPIED flag: somebody else refers to its cluster, too.
+    pub fn shared(entry: u64) -> u64 {
+        entry & !COPIED
+    }
+
     /// The COPIED flag of an L1 entry or of the first word of an L2 entry.
     pub fn copied(entry: u64) -> bool {
         entry & COPIED != 0

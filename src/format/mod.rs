@@ -25,5 +25,6 @@ pub use entry::{Compressed, EntryFormat, L1Entry, L2Entry, Mapping};
 pub use frozen::Frozen;
 pub use header::{Header, Table, Version};
 pub use malformed::Malformed;
-pub use snapshot::Snapshot;
+pub use parts::Compression;
+pub use snapshot::{Snapshot, SnapshotParser};
 pub use subcluster::SubclusterEntry;

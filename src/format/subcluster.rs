@@ -98,6 +98,22 @@ impl SubclusterEntry {
         }
     }
 
+    /// Which subclusters have data in the host cluster, the first in the least significant bit.
+    pub fn allocated(&self) -> u32 {
+        self.allocated
+    }
+
+    /// Which subclusters read as zeroes.
+    pub fn zero(&self) -> u32 {
+        self.zero
+    }
+
+    /// The second word of an entry with these bits.
+    pub fn bitmap(allocated: u32, zero: u32) -> u64 {
+        assert!(allocated & zero == 0, "a subcluster has one answer");
+        u64::from(zero) << 32 | u64::from(allocated)
+    }
+
     /// The host cluster, whether any subcluster uses it or not.
     pub fn host_cluster(&self) -> Option<HostOffset> {
         match self.place {

@@ -5,10 +5,26 @@
 //! with clusters that nothing refers to. All methods may be called from any thread at once.
 //! The layers below are asked through [`Below`] and never changed.
 
-use std::sync::Arc;
+mod allocate;
+mod flush;
+mod growth;
+mod meta;
+mod open;
+mod qcow2;
+mod ranges;
+mod raw;
+mod roles;
+mod slices;
+mod zero;
 
-use crate::error::{Error, ErrorKind, Result};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
 use crate::io::WriteStorage;
+
+use qcow2::Qcow2Writer;
+use raw::RawWriter;
 
 /// What lies below the image that is written: where it is silent, these bytes show through.
 pub trait Below: Send + Sync {
@@ -46,16 +62,29 @@ impl Default for WriterOptions {
     }
 }
 
+/// For how long one seek may keep a thread that others wait for.
+const SEEK_LIMIT: Duration = Duration::from_millis(200);
+
 /// A disk that can be written.
 pub struct Writer {
-    _file: Arc<dyn WriteStorage>,
+    body: Body,
+}
+
+enum Body {
+    Raw(RawWriter),
+    Qcow2(Box<Qcow2Writer>),
+}
+
+impl std::fmt::Debug for Writer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Writer").field("size", &self.size()).finish_non_exhaustive()
+    }
 }
 
 impl Writer {
     /// The disk of a raw file.
     pub fn raw(name: &str, file: Arc<dyn WriteStorage>) -> Result<Arc<Self>> {
-        let _ = name;
-        Ok(Arc::new(Self { _file: file }))
+        Ok(Arc::new(Self { body: Body::Raw(RawWriter::new(name, file)?) }))
     }
 
     /// The active disk of a qcow2 image. Nothing is written before the first change.
@@ -70,77 +99,127 @@ impl Writer {
         below: Option<Arc<dyn Below>>,
         options: WriterOptions,
     ) -> Result<Arc<Self>> {
-        let _ = (name, data_file, below, options);
-        Ok(Arc::new(Self { _file: file }))
+        let writer = Qcow2Writer::open(name, file, data_file, below, options)?;
+        Ok(Arc::new(Self { body: Body::Qcow2(Box::new(writer)) }))
     }
 
     /// Bytes of the disk.
     pub fn size(&self) -> u64 {
-        0
+        match &self.body {
+            Body::Raw(raw) => raw.size(),
+            Body::Qcow2(qcow2) => qcow2.size(),
+        }
+    }
+
+    fn assert_inside(&self, at: u64, len: u64) {
+        let end = at.checked_add(len).expect("a range of the disk");
+        assert!(end <= self.size(), "a range past the end of the disk");
     }
 
     /// Fills `buf` with the bytes at `at`. The range must lie within the disk.
     pub fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        let _ = (at, buf);
-        Err(todo())
+        self.assert_inside(at, buf.len() as u64);
+        match &self.body {
+            Body::Raw(raw) => raw.read_at(at, buf),
+            Body::Qcow2(qcow2) => qcow2.read_at(at, buf),
+        }
     }
 
     /// Writes `bytes` at `at`, any position and length within the disk. Overlapping writes of
     /// several threads leave one or the other's bytes in each sector.
     pub fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        let _ = (at, bytes);
-        Err(todo())
+        self.assert_inside(at, bytes.len() as u64);
+        match &self.body {
+            Body::Raw(raw) => raw.write_at(at, bytes),
+            Body::Qcow2(qcow2) => qcow2.write_at(at, bytes),
+        }
     }
 
     /// Makes a range read as zeroes, whatever lies below.
     pub fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
-        let _ = (at, len, zeroing);
-        Err(todo())
+        self.assert_inside(at, len);
+        if len == 0 {
+            return Ok(());
+        }
+        match &self.body {
+            Body::Raw(raw) => raw.zero(at, len, zeroing),
+            Body::Qcow2(qcow2) => qcow2.zero(at, len, zeroing),
+        }
     }
 
     /// Takes space for a range, so that writing there cannot fail for want of it.
     pub fn allocate(&self, at: u64, len: u64) -> Result<()> {
-        let _ = (at, len);
-        Err(todo())
+        self.assert_inside(at, len);
+        match &self.body {
+            Body::Raw(raw) => raw.allocate(at, len),
+            Body::Qcow2(qcow2) => qcow2.allocate(at, len),
+        }
     }
 
     /// Makes the disk `size` bytes long, rounded up to sectors. What is new reads as zeroes.
     /// `Forbidden` if it is smaller than now.
     pub fn grow(&self, size: u64) -> Result<()> {
-        let _ = size;
-        Err(todo())
+        match &self.body {
+            Body::Raw(raw) => raw.grow(size),
+            Body::Qcow2(qcow2) => qcow2.grow(size),
+        }
     }
 
     /// Returns when everything written before the call is durable. If it fails, the disk is
     /// poisoned: it takes no more writes, and goes on being read.
     pub fn flush(&self) -> Result<()> {
-        Err(todo())
+        match &self.body {
+            Body::Raw(raw) => raw.flush(),
+            Body::Qcow2(qcow2) => qcow2.flush(),
+        }
     }
 
     /// Flushes, and gives back what was freed, so that the file is as a checker wants it. The
     /// disk can still be used.
     pub fn close(&self) -> Result<()> {
-        Err(todo())
+        match &self.body {
+            Body::Raw(raw) => raw.close(),
+            Body::Qcow2(qcow2) => qcow2.close(),
+        }
     }
 
     /// Whether anything has changed since the last flush.
     pub fn is_dirty(&self) -> bool {
-        false
+        match &self.body {
+            Body::Raw(raw) => raw.is_dirty(),
+            Body::Qcow2(qcow2) => qcow2.is_dirty(),
+        }
     }
 
     /// Why nothing is written any more, if so.
     pub fn poison(&self) -> Option<Error> {
-        None
+        match &self.body {
+            Body::Raw(raw) => raw.poison(),
+            Body::Qcow2(qcow2) => qcow2.check_poison().err(),
+        }
     }
 
     /// The first byte at or after `at` that may be other than zero (or, with `data` false, that is
     /// surely zero). `None` if there is none before the end of the disk.
+    ///
+    /// Whoever has looked for long enough calls the rest data, which is always allowed.
     pub fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
-        let _ = (at, data);
-        Err(todo())
+        let qcow2 = match &self.body {
+            Body::Raw(raw) => return raw.seek(at, data),
+            Body::Qcow2(qcow2) => qcow2,
+        };
+        let start = Instant::now();
+        let (mut at, size) = (at, self.size());
+        while at < size {
+            let (is_zero, run) = qcow2.seek_run(at, size - at)?;
+            if is_zero != data {
+                return Ok(Some(at));
+            }
+            at += run;
+            if start.elapsed() > SEEK_LIMIT {
+                return Ok(Some(at).filter(|at| data && *at < size));
+            }
+        }
+        Ok(None)
     }
-}
-
-fn todo() -> Error {
-    Error::new(ErrorKind::Unsupported, "writing")
 }

@@ -1,0 +1,222 @@
+//! Clusters of the file: finding free ones, counting them, giving them back.
+//!
+//! Counts change in memory; [`super::flush`] puts them on disk before anything that refers to the
+//! clusters, and takes references away only after nothing on disk refers to them any more. So
+//! on disk a count is never below what it counts.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::EntryFormat;
+use crate::format::entry::HOST_OFFSET_END;
+use crate::format::refcount::{block_entries, max_refcount, refcount, set_refcount};
+use crate::units::HostOffset;
+
+use super::meta::{Core, Freed, Meta};
+use super::slices::Class;
+
+/// Why something that allocates has not been done.
+#[derive(Debug)]
+pub(super) enum Stop {
+    /// It cannot be.
+    Failed(Error),
+    /// The refcount table, which has so many entries, is too small: grow it, then try again.
+    RefcountTableFull(u64),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+type Attempt<T> = std::result::Result<T, Stop>;
+
+/// Clusters of the file that were just counted and that nothing refers to yet.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Run {
+    pub(super) first: u64,
+    pub(super) count: u64,
+    /// Whether the file holds zeroes there.
+    pub(super) is_fresh: bool,
+}
+
+impl Meta {
+    /// Counts up to `most` free clusters that lie side by side: at least one, all of them if `exact`.
+    /// The file reaches over them afterwards.
+    pub(super) fn allocate(&mut self, core: &Core, most: u64, exact: bool) -> Attempt<Run> {
+        let (first, count) = self.find_free(core, most, exact)?;
+        if (first..first + count).any(|cluster| self.roles.contains(cluster)) {
+            return Err(core
+                .corrupt(format_args!("cluster {first:#x} holds a table, but its refcount says that it is free"))
+                .into());
+        }
+        let bytes = core.cluster().size();
+        let end = (first + count) * bytes;
+        if end > HOST_OFFSET_END {
+            let fact = format!("{}: the file has reached the size that the format allows", core.name);
+            return Err(Error::new(ErrorKind::TooLarge, fact).into());
+        }
+        if end > self.file_len {
+            core.file.set_len(end)?;
+            self.file_len = end;
+        }
+        for cluster in first..first + count {
+            self.set_count(core, cluster, 1)?;
+        }
+        let is_fresh = first >= self.fresh;
+        self.fresh = self.fresh.max(first + count);
+        if first == self.free_hint {
+            self.free_hint = first + count;
+        }
+        Ok(Run { first, count, is_fresh })
+    }
+
+    /// Gives back clusters that nothing has come to refer to. They may hold anything by now.
+    pub(super) fn give_back(&mut self, core: &Core, run: Run) -> Result<()> {
+        self.unreference(core, Freed { first: run.first, count: run.count })
+    }
+
+    /// Takes a reference from each cluster.
+    pub(super) fn unreference(&mut self, core: &Core, freed: Freed) -> Result<()> {
+        for cluster in freed.first..freed.first + freed.count {
+            let count = self.count(core, cluster)?;
+            if count == 0 {
+                return Err(core.corrupt(format_args!("cluster {cluster:#x} is in use, but its refcount is 0")));
+            }
+            self.set_count(core, cluster, count - 1)?;
+            if count == 1 {
+                self.free_hint = self.free_hint.min(cluster);
+            }
+        }
+        Ok(())
+    }
+
+    fn find_free(&mut self, core: &Core, most: u64, exact: bool) -> Attempt<(u64, u64)> {
+        let (mut at, mut found) = (self.free_hint, 0);
+        let mut hint_holds = true;
+        loop {
+            let Some(block) = self.refcount_block(core, at)? else {
+                self.add_refcount_block(core, at)?;
+                continue;
+            };
+            let (place, index) = Self::count_place(core, block, at);
+            let (words, word) = self.slice(core, place, Class::RefcountBlock)?;
+            let per_word = 64usize >> core.order;
+            let mut index = index;
+            for word in &words[word..] {
+                let bytes = word.to_be_bytes();
+                while index < per_word {
+                    if refcount(&bytes, index, core.order) == 0 {
+                        found += 1;
+                    } else if found > 0 && !exact {
+                        return Ok((at - found, found));
+                    } else {
+                        hint_holds &= found == 0;
+                        found = 0;
+                        if hint_holds {
+                            self.free_hint = at + 1;
+                        }
+                    }
+                    at += 1;
+                    if found == most {
+                        return Ok((at - found, found));
+                    }
+                    index += 1;
+                }
+                index = 0;
+            }
+        }
+    }
+
+    /// Makes a block for the counts around `cluster`, whose block is missing: as the first cluster that
+    /// it counts itself, since none of these is in use.
+    fn add_refcount_block(&mut self, core: &Core, cluster: u64) -> Attempt<()> {
+        let per_block = block_entries(core.cluster(), core.order);
+        let index = cluster / per_block;
+        let entries = self.refcount_table_entries(core);
+        if index >= entries {
+            return Err(Stop::RefcountTableFull(entries));
+        }
+        let place = index * per_block;
+        if self.roles.contains(place) {
+            return Err(core.corrupt(format_args!("cluster {place:#x} holds a table, but is not counted")).into());
+        }
+        let at = HostOffset(place * core.cluster().size());
+        self.write_zeroed(core, at)?;
+        self.roles.add(place, 1);
+        self.fresh = self.fresh.max(place + 1);
+        self.set_word(core, self.refcount_table.offset.0 + index * 8, Class::RefcountTable, at.0)?;
+        self.set_count(core, place, 1)?;
+        Ok(())
+    }
+
+    /// Puts a cluster of zeroes into the file, so that no later write to it lacks space.
+    fn write_zeroed(&mut self, core: &Core, at: HostOffset) -> Result<()> {
+        let zeros = vec![0; core.cluster().size() as usize];
+        core.file.write_at(at.0, &zeros)?;
+        self.file_len = self.file_len.max(at.0 + core.cluster().size());
+        Ok(())
+    }
+
+    pub(super) fn set_count(&mut self, core: &Core, cluster: u64, count: u64) -> Result<()> {
+        assert!(count <= max_refcount(core.order), "a writer counts no higher than it found");
+        let block = self.refcount_block(core, cluster)?.expect("a cluster that was found by its block");
+        let (at, index) = Self::count_place(core, block, cluster);
+        let mut bytes = self.word(core, at, Class::RefcountBlock)?.to_be_bytes();
+        set_refcount(&mut bytes, index, core.order, count);
+        self.set_word(core, at, Class::RefcountBlock, u64::from_be_bytes(bytes))
+    }
+
+    /// Makes sure that the L2 table of a position exists and is nobody else's.
+    pub(super) fn own_l2_table(&mut self, core: &Core, at: u64) -> Attempt<HostOffset> {
+        let place = self.l1_place(core, at);
+        let word = self.word(core, place, Class::L1)?;
+        let entry = core.format.l1(word).map_err(|reason| core.corrupt(reason.fact()))?;
+        if let Some(table) = entry.l2
+            && entry.copied
+        {
+            return Ok(table);
+        }
+        let run = self.allocate(core, 1, true)?;
+        let table = HostOffset(run.first * core.cluster().size());
+        if let Err(error) = self.fill_l2_table(core, table, entry.l2) {
+            self.give_back(core, run)?;
+            return Err(error.into());
+        }
+        self.roles.add(run.first, 1);
+        self.set_word(core, place, Class::L1, EntryFormat::owned(table))?;
+        if let Some(old) = entry.l2 {
+            let first = core.cluster().index(old.0);
+            self.roles.remove(first, 1);
+            self.slices.forget(old.0, old.0 + core.cluster().size(), core.slice_len());
+            self.pending.push(Freed { first, count: 1 });
+        }
+        Ok(table)
+    }
+
+    /// Writes a new L2 table: empty, or as the one that is shared with an internal snapshot.
+    fn fill_l2_table(&mut self, core: &Core, table: HostOffset, old: Option<HostOffset>) -> Result<()> {
+        let Some(old) = old else { return self.write_zeroed(core, table) };
+        let mut bytes = vec![0; core.cluster().size() as usize];
+        let have = core.file.read_at(old.0, &mut bytes)?;
+        if have < bytes.len() {
+            return Err(core.corrupt(format_args!("the L2 table at {old} is cut short")));
+        }
+        for entry in bytes.chunks_exact_mut(core.format.l2_entry_len() as usize) {
+            let (first, _) = entry.split_at_mut(8);
+            let word = refcount(first, 0, 6);
+            // What two tables refer to is nobody's own, whatever the flag says.
+            let host = core.cluster().index(EntryFormat::raw_offset(word));
+            if EntryFormat::copied(word)
+                && !EntryFormat::is_compressed(word)
+                && core.data_file.is_none()
+                && host != 0
+                && self.count(core, host)? != 1
+            {
+                set_refcount(first, 0, 6, EntryFormat::shared(word));
+            }
+        }
+        core.file.write_at(table.0, &bytes)?;
+        self.file_len = self.file_len.max(table.0 + core.cluster().size());
+        Ok(())
+    }
+}

@@ -1,0 +1,180 @@
+//! The ordered write-back of one image.
+//!
+//! Everything else may change tables in memory; only this file puts them on disk, because the
+//! order in which they arrive there is what a crash can see: refcounts and data, barrier, the
+//! refcount table, barrier, mappings, barrier, the L1 table, barrier. Only then does
+//! what was freed lose its references, and only after a moment in which no I/O is under way.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::{Mutex, MutexGuard};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::HostOffset;
+
+use super::meta::{Core, Freed};
+use super::qcow2::Qcow2Writer;
+use super::slices::{Batch, CLASSES, Class};
+
+/// Bytes of adjacent slices that are written with one call, at most.
+const MAX_WRITE: usize = 1 << 20;
+
+/// Flushes, one at a time; those who ask meanwhile share the next.
+#[derive(Default)]
+pub(super) struct Flushes {
+    turn: Mutex<()>,
+    /// Flushes begun.
+    begun: AtomicU64,
+    /// The number of the last one that has succeeded.
+    done: AtomicU64,
+}
+
+impl Flushes {
+    /// Waits for its turn.
+    pub(super) fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock()
+    }
+}
+
+impl Qcow2Writer {
+    /// Returns when everything written before the call is durable.
+    pub(super) fn flush(&self) -> Result<()> {
+        let asked = self.flushes.begun.load(Ordering::SeqCst);
+        let _turn = self.flushes.turn();
+        self.check_poison()?;
+        // One that began after we asked has taken our writes along.
+        if self.flushes.done.load(Ordering::SeqCst) > asked {
+            return Ok(());
+        }
+        self.flush_in_turn()
+    }
+
+    /// Flushes twice where need be, so that what was freed is counted as free on disk, too, and cuts
+    /// off what the file was made longer by.
+    pub(super) fn close(&self) -> Result<()> {
+        let _turn = self.flushes.turn();
+        self.check_poison()?;
+        while self.is_dirty() {
+            self.flush_in_turn()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn is_dirty(&self) -> bool {
+        let meta = self.meta.read();
+        self.data_dirty.load(Ordering::Acquire) || meta.slices.is_dirty() || !meta.pending.is_empty()
+    }
+
+    /// The flush itself, for whoever has the turn.
+    pub(super) fn flush_in_turn(&self) -> Result<()> {
+        let number = self.flushes.begun.fetch_add(1, Ordering::SeqCst) + 1;
+        self.write_back().map_err(|error| self.poisoned_by(error))?;
+        self.flushes.done.store(number, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn write_back(&self) -> Result<()> {
+        // All of one moment: every mapping among them has its data written and its cluster counted.
+        let (batches, freed) = {
+            let mut meta = self.meta.write();
+            (CLASSES.map(|class| meta.slices.take_dirty(class)), std::mem::take(&mut meta.pending))
+        };
+        let is_data_dirty = self.data_dirty.swap(false, Ordering::AcqRel);
+        for (class, batch) in CLASSES.iter().zip(&batches) {
+            write_batch(&self.core, batch)?;
+            let is_first = *class == Class::RefcountBlock;
+            if is_first
+                && is_data_dirty
+                && let Some(data_file) = &self.core.data_file
+            {
+                data_file.sync()?;
+            }
+            if !batch.is_empty() || (is_first && is_data_dirty && self.core.data_file.is_none()) {
+                self.core.file.sync()?;
+            }
+            self.meta.write().slices.written(batch);
+        }
+        self.release(&freed)
+    }
+
+    /// Takes the references of what was freed, now that nothing on disk refers to it.
+    fn release(&self, freed: &[Freed]) -> Result<()> {
+        if freed.is_empty() {
+            return Ok(());
+        }
+        // Whoever looked a place up before it was freed is done with it when the gate has been ours.
+        drop(self.reuse_gate.write());
+        let mut meta = self.meta.write();
+        for freed in freed {
+            meta.unreference(&self.core, *freed)?;
+        }
+        Ok(())
+    }
+
+    /// Replaces the refcount table of `entries` entries by a larger one.
+    pub(super) fn grow_refcount_table(&self, entries: u64) -> Result<()> {
+        let _turn = self.flushes.turn();
+        self.check_poison()?;
+        let mut meta = self.meta.write();
+        if meta.refcount_table_entries(&self.core) != entries {
+            return Ok(()); // another thread has been faster
+        }
+        let growth = meta.plan_refcount_table(&self.core).map_err(|error| self.damaged(error))?;
+        // Until the header names the new table nothing has changed: failing here is only failing.
+        growth.write(&self.core)?;
+        let blocks = meta.slices.take_dirty(Class::RefcountBlock);
+        let tables = meta.slices.take_dirty(Class::RefcountTable);
+        let switched = (|| {
+            write_batch(&self.core, &blocks)?;
+            self.core.file.sync()?;
+            growth.switch(&self.core)?;
+            self.core.file.sync()
+        })();
+        meta.slices.written(&blocks);
+        meta.slices.written(&tables);
+        switched.and_then(|()| meta.adopt(&self.core, &growth)).map_err(|error| self.poisoned_by(error))
+    }
+
+    /// Notes that tables or data could not be made durable: nothing is written any more.
+    #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
+    pub(super) fn poisoned_by(&self, error: Error) -> Error {
+        let mut poison = self.poison.lock();
+        let first = poison.get_or_insert_with(|| {
+            let kind = if error.kind() == ErrorKind::Corrupt { ErrorKind::Corrupt } else { ErrorKind::Poisoned };
+            let sentence = "nothing more is written to it until it is opened afresh; what was flushed before is safe";
+            let poison = Error::new(kind, format!("{}: {error}; {sentence}", self.core.name));
+            tracing::error!("{poison}");
+            poison
+        });
+        self.is_poisoned.store(true, std::sync::atomic::Ordering::SeqCst);
+        first.clone()
+    }
+
+    /// The reason why nothing is written, if there is one.
+    pub(super) fn check_poison(&self) -> Result<()> {
+        if !self.is_poisoned.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        Err(self.poison.lock().clone().expect("a poisoned image has a reason"))
+    }
+}
+
+/// Writes slices, adjacent ones together.
+fn write_batch(core: &Core, batch: &Batch) -> Result<()> {
+    let slice_len = core.slice_len();
+    let mut bytes: Vec<u8> = Vec::new();
+    let mut start = HostOffset(0);
+    for (place, words) in batch {
+        let is_next = start.0 + bytes.len() as u64 == *place;
+        if !bytes.is_empty() && (!is_next || bytes.len() >= MAX_WRITE) {
+            core.file.write_at(start.0, &bytes)?;
+            bytes.clear();
+        }
+        if bytes.is_empty() {
+            start = HostOffset(*place);
+        }
+        debug_assert_eq!(words.len() as u64 * 8, slice_len);
+        bytes.extend(words.iter().flat_map(|word| word.to_be_bytes()));
+    }
+    if bytes.is_empty() { Ok(()) } else { core.file.write_at(start.0, &bytes) }
+}

@@ -1,0 +1,196 @@
+//! Larger tables: the refcount table when clusters outnumber it, the L1 table when the disk grows.
+//!
+//! A new table is written whole, beside the old one, and made durable; then one write within a
+//! sector of the header names it. The old one's clusters are free only after that.
+
+use std::sync::atomic::Ordering;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Table;
+use crate::format::entry::HOST_OFFSET_END;
+use crate::format::header::{MAX_L1_LEN, MAX_REFCOUNT_TABLE_LEN, RefcountTable};
+use crate::format::refcount::{block_entries, set_refcount};
+use crate::units::{HostOffset, SECTOR_SIZE};
+
+use super::Zeroing;
+use super::allocate::Run;
+use super::meta::{Core, Freed, Meta};
+use super::qcow2::Qcow2Writer;
+use super::slices::Class;
+
+// Places of header fields, from the specification; each written at once lies in the first sector.
+const SIZE_AT: u64 = 24;
+const L1_AT: u64 = 36;
+const REFCOUNT_TABLE_AT: u64 = 48;
+
+/// A refcount table to come, with the blocks that count it.
+pub(super) struct TableGrowth {
+    first: u64,
+    blocks: Vec<Vec<u8>>,
+    table: Vec<u8>,
+    new: RefcountTable,
+}
+
+impl TableGrowth {
+    /// Puts the new table and its blocks into the file, where nothing refers to them.
+    pub(super) fn write(&self, core: &Core) -> Result<()> {
+        let bytes = self.blocks.concat();
+        core.file.write_at(self.first * core.cluster().size(), &bytes)?;
+        core.file.write_at(self.new.offset.0, &self.table)
+    }
+
+    /// Lets the header name the new table.
+    pub(super) fn switch(&self, core: &Core) -> Result<()> {
+        let mut field = self.new.offset.0.to_be_bytes().to_vec();
+        field.extend(self.new.clusters.to_be_bytes());
+        core.file.write_at(REFCOUNT_TABLE_AT, &field)
+    }
+}
+
+impl Meta {
+    /// A larger refcount table. It and the blocks for it lie where no cluster can be counted yet,
+    /// so that none of them is in use.
+    pub(super) fn plan_refcount_table(&mut self, core: &Core) -> Result<TableGrowth> {
+        let size = core.cluster().size();
+        let per_block = block_entries(core.cluster(), core.order);
+        let entries = self.refcount_table_entries(core);
+        let first = entries * per_block;
+        // Half as much again, so that growing stays rare.
+        let grown = u64::from(self.refcount_table.clusters) * 3 / 2 + 1;
+        let (mut clusters, mut blocks) = (grown, 1);
+        loop {
+            let more_blocks = (clusters + blocks).div_ceil(per_block);
+            let more_clusters = grown.max(((entries + more_blocks) * 8).div_ceil(size));
+            if (more_blocks, more_clusters) == (blocks, clusters) {
+                break;
+            }
+            (blocks, clusters) = (more_blocks, more_clusters);
+        }
+        let end = (first + blocks + clusters) * size;
+        if clusters * size > MAX_REFCOUNT_TABLE_LEN || end > HOST_OFFSET_END {
+            let fact = format!("{}: its refcount table has reached the size that the format allows", core.name);
+            return Err(Error::new(ErrorKind::TooLarge, fact));
+        }
+        if (first..first + blocks + clusters).any(|cluster| self.roles.contains(cluster)) {
+            return Err(core.corrupt(format_args!("tables lie past {:#x}, where no cluster is counted", first * size)));
+        }
+        let mut table = Vec::with_capacity((clusters * size) as usize);
+        for index in 0..entries {
+            let word = self.word(core, self.refcount_table.offset.0 + index * 8, Class::RefcountTable)?;
+            table.extend(word.to_be_bytes());
+        }
+        (0..blocks).for_each(|index| table.extend(((first + index) * size).to_be_bytes()));
+        table.resize((clusters * size) as usize, 0);
+        let mut contents = vec![vec![0; size as usize]; blocks as usize];
+        for index in 0..blocks + clusters {
+            let block = &mut contents[(index / per_block) as usize];
+            set_refcount(block, (index % per_block) as usize, core.order, 1);
+        }
+        let offset = HostOffset((first + blocks) * size);
+        let new = RefcountTable { offset, clusters: clusters as u32 };
+        Ok(TableGrowth { first, blocks: contents, table, new })
+    }
+
+    /// Goes over to the new table, which the header names by now.
+    pub(super) fn adopt(&mut self, core: &Core, growth: &TableGrowth) -> Result<()> {
+        let size = core.cluster().size();
+        let old = std::mem::replace(&mut self.refcount_table, growth.new);
+        let end = growth.new.offset.0 + u64::from(growth.new.clusters) * size;
+        self.file_len = self.file_len.max(end);
+        self.fresh = self.fresh.max(end / size);
+        self.roles.add(growth.first, end / size - growth.first);
+        let clusters = u64::from(old.clusters);
+        self.slices.forget(old.offset.0, old.offset.0 + clusters * size, core.slice_len());
+        let first = core.cluster().index(old.offset.0);
+        self.roles.remove(first, clusters);
+        // The header no longer names it, durably: nobody but the tables' lock ever looked there.
+        self.unreference(core, Freed { first, count: clusters })
+    }
+}
+
+impl Qcow2Writer {
+    /// Makes the disk `size` bytes long.
+    pub(super) fn grow(&self, size: u64) -> Result<()> {
+        let name = &self.core.name;
+        let Some(size) = size.checked_next_multiple_of(SECTOR_SIZE) else {
+            return Err(Error::new(ErrorKind::TooLarge, format!("{name}: no disk is that large")));
+        };
+        self.prepare()?;
+        // Nobody changes a mapping meanwhile.
+        let _all = self.ranges.hold(0, u64::MAX);
+        let old_size = self.size();
+        if size == old_size {
+            return Ok(());
+        }
+        if size < old_size {
+            let sentence = "a disk in use does not shrink; use resize";
+            return Err(Error::new(ErrorKind::Forbidden, format!("{name}: {sentence}")));
+        }
+        self.refuse_bitmaps()?;
+        let entries = size.div_ceil(self.core.l1_span());
+        if entries * 8 > MAX_L1_LEN {
+            let fact = format!("{name}: {size} bytes are more than an L1 table of 32 MiB can map; use larger clusters");
+            return Err(Error::new(ErrorKind::TooLarge, fact));
+        }
+        if entries > u64::from(self.meta.read().l1.entries) {
+            self.grow_l1(entries as u32)?;
+        }
+        if self.raw_data
+            && let Some(data_file) = &self.core.data_file
+        {
+            data_file.set_len(size)?;
+        }
+        // Whatever lies there, in the tables or below, has never been the disk's.
+        self.zero_held(old_size, size - old_size, Zeroing::Unmap, size)?;
+        let _turn = self.flushes.turn();
+        self.check_poison()?;
+        self.flush_in_turn()?;
+        let written = self.core.file.write_at(SIZE_AT, &size.to_be_bytes()).and_then(|()| self.core.file.sync());
+        written.map_err(|error| self.poisoned_by(error))?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    /// Replaces the L1 table by one of `entries` entries.
+    fn grow_l1(&self, entries: u32) -> Result<()> {
+        let core = &self.core;
+        let size = core.cluster().size();
+        let clusters = (u64::from(entries) * 8).div_ceil(size);
+        let run: Run = self.with_tables(|meta| meta.allocate(core, clusters, true))?;
+        let _turn = self.flushes.turn();
+        self.check_poison()?;
+        // All ranges are held, so that from here on the old table does not change; what it names is
+        // durable with this, and so are the counts of the new one.
+        self.flush_in_turn()?;
+        let offset = HostOffset(run.first * size);
+        let mut meta = self.meta.write();
+        let mut table = Vec::with_capacity((clusters * size) as usize);
+        let old = meta.l1;
+        for index in 0..u64::from(old.entries) {
+            let word = meta.word(core, old.offset.0 + index * 8, Class::L1)?;
+            table.extend(word.to_be_bytes());
+        }
+        table.resize((clusters * size) as usize, 0);
+        if let Err(error) = core.file.write_at(offset.0, &table) {
+            meta.give_back(core, run)?;
+            return Err(error);
+        }
+        let mut field = entries.to_be_bytes().to_vec();
+        field.extend(offset.0.to_be_bytes());
+        let switched = (|| {
+            core.file.sync()?;
+            core.file.write_at(L1_AT, &field)?;
+            core.file.sync()
+        })();
+        switched.map_err(|error| self.poisoned_by(error))?;
+        meta.l1 = Table { offset, entries };
+        let (first, count) = (core.cluster().index(old.offset.0), old.len_bytes().div_ceil(size));
+        meta.slices.forget(old.offset.0, old.offset.0 + count * size, core.slice_len());
+        meta.roles.remove(first, count);
+        meta.roles.add(run.first, clusters);
+        if old.entries > 0 {
+            meta.unreference(core, Freed { first, count }).map_err(|error| self.poisoned_by(error))?;
+        }
+        Ok(())
+    }
+}

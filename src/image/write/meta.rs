@@ -1,0 +1,335 @@
+//! The tables of the image that is written: what they say now, whether or not it is on disk yet.
+//!
+//! Everything here happens under one lock, which is held for a lookup or a change, never for guest
+//! data. A table that is not in memory is read under it.
+
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::header::RefcountTable;
+use crate::format::refcount::{block_entries, refcount, table_entry};
+use crate::format::subcluster::SUBCLUSTERS;
+use crate::format::{Compressed, EntryFormat, Mapping, Table};
+use crate::io::WriteStorage;
+use crate::units::{ClusterBits, GuestOffset, HostOffset};
+
+use super::roles::Roles;
+use super::slices::{Class, Slices};
+
+/// Bytes of a slice; tables of smaller clusters have one slice a cluster.
+const SLICE_LEN: u64 = 4096;
+
+/// What does not change while an image is open for writing.
+pub(super) struct Core {
+    pub(super) name: String,
+    pub(super) file: Arc<dyn WriteStorage>,
+    /// Holds the guest's data instead of `file`, each cluster at its guest offset.
+    pub(super) data_file: Option<Arc<dyn WriteStorage>>,
+    pub(super) format: EntryFormat,
+    /// Refcounts are `1 << order` bits wide.
+    pub(super) order: u32,
+}
+
+impl Core {
+    pub(super) fn cluster(&self) -> ClusterBits {
+        self.format.cluster
+    }
+
+    pub(super) fn slice_len(&self) -> u64 {
+        SLICE_LEN.min(self.cluster().size())
+    }
+
+    /// Where guest data goes.
+    pub(super) fn data(&self) -> &Arc<dyn WriteStorage> {
+        self.data_file.as_ref().unwrap_or(&self.file)
+    }
+
+    /// Bytes of disk behind one L1 entry.
+    pub(super) fn l1_span(&self) -> u64 {
+        self.cluster().size() * self.format.l2_entries()
+    }
+
+    pub(super) fn corrupt(&self, fact: impl std::fmt::Display) -> Error {
+        Error::new(ErrorKind::Corrupt, format!("{}: {fact}; unmount it and run chainfs check --repair all", self.name))
+    }
+}
+
+/// An L2 entry as it stands; the second word only with extended L2 entries.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Words {
+    pub(super) entry: u64,
+    pub(super) bitmap: u64,
+}
+
+/// Where the bytes of a piece of the disk are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Piece {
+    /// In the data file, and nobody else refers to them: they may be overwritten.
+    Own(HostOffset),
+    /// In the data file, shared with an internal snapshot.
+    Shared(HostOffset),
+    /// They are zeroes.
+    Zero,
+    /// In a compressed cluster.
+    Compressed(Compressed),
+    /// In the layers below.
+    Below,
+}
+
+/// What the next flush, once its mappings are durable, makes free.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Freed {
+    /// The first cluster of the file.
+    pub(super) first: u64,
+    /// Clusters; each loses one reference.
+    pub(super) count: u64,
+}
+
+/// The tables and what is known of the file.
+pub(super) struct Meta {
+    pub(super) l1: Table,
+    pub(super) refcount_table: RefcountTable,
+    pub(super) slices: Slices,
+    pub(super) roles: Roles,
+    /// No cluster before this one is free.
+    pub(super) free_hint: u64,
+    /// Clusters from here on have never been used: what the file has of them are zeroes.
+    pub(super) fresh: u64,
+    /// Bytes of the file, as this writer has made it.
+    pub(super) file_len: u64,
+    pub(super) pending: Vec<Freed>,
+}
+
+impl Meta {
+    /// The slice that holds byte `at` of the file, if it is in memory, and the index of the word.
+    fn cached(&self, core: &Core, at: u64) -> Option<(&Arc<[u64]>, usize)> {
+        let place = at - at % core.slice_len();
+        self.slices.get(place).map(|words| (words, ((at - place) / 8) as usize))
+    }
+
+    /// The same, read from the file if need be.
+    pub(super) fn slice(&mut self, core: &Core, at: u64, class: Class) -> Result<(Arc<[u64]>, usize)> {
+        let place = at - at % core.slice_len();
+        let index = ((at - place) / 8) as usize;
+        if let Some(words) = self.slices.get(place) {
+            return Ok((Arc::clone(words), index));
+        }
+        let mut bytes = vec![0; core.slice_len() as usize];
+        let have = core.file.read_at(place, &mut bytes)?;
+        // The last table of a file may end with the file; what is missing of it is zero.
+        if at >= place + have as u64 && at >= self.file_len {
+            return Err(core.corrupt(format_args!("a table at {at:#x} lies past the end of the file")));
+        }
+        let words: Arc<[u64]> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
+        self.slices.insert(place, class, Arc::clone(&words));
+        Ok((words, index))
+    }
+
+    pub(super) fn word(&mut self, core: &Core, at: u64, class: Class) -> Result<u64> {
+        let (words, index) = self.slice(core, at, class)?;
+        Ok(words[index])
+    }
+
+    pub(super) fn set_word(&mut self, core: &Core, at: u64, class: Class, value: u64) -> Result<()> {
+        if self.word(core, at, class)? != value {
+            let place = at - at % core.slice_len();
+            self.slices.change(place).expect("it was just read")[((at - place) / 8) as usize] = value;
+        }
+        Ok(())
+    }
+
+    // Refcounts.
+
+    /// The block that counts `cluster`; `None` where there is none yet.
+    pub(super) fn refcount_block(&mut self, core: &Core, cluster: u64) -> Result<Option<HostOffset>> {
+        let index = cluster / block_entries(core.cluster(), core.order);
+        if index >= self.refcount_table_entries(core) {
+            return Ok(None);
+        }
+        let entry = self.word(core, self.refcount_table.offset.0 + index * 8, Class::RefcountTable)?;
+        table_entry(entry, core.cluster()).map_err(|reason| core.corrupt(reason.fact()))
+    }
+
+    pub(super) fn refcount_table_entries(&self, core: &Core) -> u64 {
+        u64::from(self.refcount_table.clusters) * core.cluster().size() / 8
+    }
+
+    /// Where the count of `cluster` stands in its block: the word, and which count of that word.
+    pub(super) fn count_place(core: &Core, block: HostOffset, cluster: u64) -> (u64, usize) {
+        let index = cluster % block_entries(core.cluster(), core.order);
+        let per_word = 64 >> core.order;
+        (block.0 + index / per_word * 8, (index % per_word) as usize)
+    }
+
+    /// How many references a cluster has.
+    pub(super) fn count(&mut self, core: &Core, cluster: u64) -> Result<u64> {
+        let Some(block) = self.refcount_block(core, cluster)? else { return Ok(0) };
+        let (at, index) = Self::count_place(core, block, cluster);
+        let word = self.word(core, at, Class::RefcountBlock)?;
+        Ok(refcount(&word.to_be_bytes(), index, core.order))
+    }
+
+    // Mappings.
+
+    /// The L2 table of a position of the disk: `Ok(None)` where there is none, `Err(())` where
+    /// the L1 entry is not in memory.
+    fn cached_table(&self, core: &Core, at: u64) -> std::result::Result<Result<Option<HostOffset>>, ()> {
+        let index = at / core.l1_span();
+        if index >= u64::from(self.l1.entries) {
+            return Ok(Ok(None));
+        }
+        let (words, within) = self.cached(core, self.l1.offset.0 + index * 8).ok_or(())?;
+        Ok(core.format.l1(words[within]).map(|entry| entry.l2).map_err(|reason| core.corrupt(reason.fact())))
+    }
+
+    /// What the tables say of `at`, for at most `max` bytes. `None`: they have to be loaded first.
+    pub(super) fn piece(&self, core: &Core, at: u64, max: u64) -> Option<Result<(Piece, u64)>> {
+        match self.cached_table(core, at) {
+            Err(()) => None,
+            Ok(Err(error)) => Some(Err(error)),
+            Ok(Ok(None)) => Some(Ok((Piece::Below, max.min(core.l1_span() - at % core.l1_span())))),
+            Ok(Ok(Some(table))) => self.piece_in(core, table, at, max),
+        }
+    }
+
+    fn piece_in(&self, core: &Core, table: HostOffset, at: u64, max: u64) -> Option<Result<(Piece, u64)>> {
+        let cluster = core.cluster();
+        let words_per_entry = (core.format.l2_entry_len() / 8) as usize;
+        let index = cluster.index(at) % core.format.l2_entries();
+        let (words, first) = self.cached(core, table.0 + index * core.format.l2_entry_len())?;
+        let mut entries = words[first..].chunks_exact(words_per_entry);
+        let mut next = |at: u64| {
+            let entry = entries.next()?;
+            let words = Words { entry: entry[0], bitmap: if core.format.extended { entry[1] } else { 0 } };
+            Some(piece_of(core, words, at))
+        };
+        let (piece, mut run) = match next(at).expect("the slice holds the entry") {
+            Ok(found) => found,
+            Err(error) => return Some(Err(error)),
+        };
+        while run < max && cluster.aligned(at + run) {
+            match next(at + run) {
+                Some(Ok((other, more))) if goes_on(piece, other, run) => run += more,
+                _ => break,
+            }
+        }
+        Some(Ok((piece, run.min(max))))
+    }
+
+    /// Whether data at `host` lies in clusters that the file has.
+    pub(super) fn reaches(&self, core: &Core, host: HostOffset, len: u64) -> bool {
+        core.data_file.is_some() || core.cluster().index(host.0 + len - 1) < self.fresh
+    }
+
+    /// Loads the tables that [`Meta::piece`] missed.
+    pub(super) fn load(&mut self, core: &Core, at: u64) -> Result<()> {
+        if let Some(table) = self.l2_table(core, at)? {
+            self.slice(core, Self::l2_place(core, table, at), Class::L2)?;
+        }
+        Ok(())
+    }
+
+    /// Where the L1 entry of a position stands in the file.
+    pub(super) fn l1_place(&self, core: &Core, at: u64) -> u64 {
+        let index = at / core.l1_span();
+        assert!(index < u64::from(self.l1.entries), "a position that the L1 table covers");
+        self.l1.offset.0 + index * 8
+    }
+
+    /// Where the L2 entry of a position stands.
+    pub(super) fn l2_place(core: &Core, table: HostOffset, at: u64) -> u64 {
+        table.0 + core.cluster().index(at) % core.format.l2_entries() * core.format.l2_entry_len()
+    }
+
+    /// The L2 table of a position.
+    pub(super) fn l2_table(&mut self, core: &Core, at: u64) -> Result<Option<HostOffset>> {
+        if at / core.l1_span() >= u64::from(self.l1.entries) {
+            return Ok(None);
+        }
+        let word = self.word(core, self.l1_place(core, at), Class::L1)?;
+        core.format.l1(word).map(|entry| entry.l2).map_err(|reason| core.corrupt(reason.fact()))
+    }
+
+    /// The L2 entry of a position; silent where there is no table.
+    pub(super) fn entry(&mut self, core: &Core, at: u64) -> Result<Words> {
+        let Some(table) = self.l2_table(core, at)? else { return Ok(Words::default()) };
+        let (words, index) = self.slice(core, Self::l2_place(core, table, at), Class::L2)?;
+        Ok(Words { entry: words[index], bitmap: if core.format.extended { words[index + 1] } else { 0 } })
+    }
+
+    /// Sets the L2 entry of a position, whose table may be written (see `own_l2_table`).
+    pub(super) fn set_entry(&mut self, core: &Core, at: u64, words: Words) -> Result<()> {
+        let table = self.l2_table(core, at)?.expect("a table that was made ready");
+        let place = Self::l2_place(core, table, at);
+        // Both words lie in one slice: 16-byte entries are aligned.
+        self.set_word(core, place, Class::L2, words.entry)?;
+        if core.format.extended {
+            self.set_word(core, place + 8, Class::L2, words.bitmap)?;
+        }
+        Ok(())
+    }
+
+    /// Notes that an entry no longer refers to what `words` name: free after the next flush.
+    pub(super) fn release(&mut self, core: &Core, words: Words) {
+        if let Some(freed) = references(core, words) {
+            match self.pending.last_mut() {
+                Some(last) if last.first + last.count == freed.first => last.count += freed.count,
+                _ => self.pending.push(freed),
+            }
+        }
+    }
+}
+
+/// The clusters that an entry refers to.
+pub(super) fn references(core: &Core, words: Words) -> Option<Freed> {
+    if core.data_file.is_some() {
+        return None;
+    }
+    if EntryFormat::is_compressed(words.entry) {
+        let stream = core.format.raw_compressed(words.entry);
+        let first = core.cluster().index(stream.at.0);
+        let last = core.cluster().index(stream.at.0 + u64::from(stream.len) - 1);
+        return Some(Freed { first, count: last - first + 1 });
+    }
+    match EntryFormat::raw_offset(words.entry) {
+        0 => None,
+        host => Some(Freed { first: core.cluster().index(host), count: 1 }),
+    }
+}
+
+/// What an entry says of `at`, and for how many bytes, at most to the end of the cluster.
+pub(super) fn piece_of(core: &Core, words: Words, at: u64) -> Result<(Piece, u64)> {
+    let cluster = core.cluster();
+    let (within, guest) = (cluster.within(at), GuestOffset(cluster.floor(at)));
+    let corrupt = |reason: crate::format::Malformed| {
+        core.corrupt(format_args!("the L2 entry of guest offset {at:#x}: {}", reason.fact()))
+    };
+    if !core.format.extended {
+        let entry = core.format.l2(words.entry, guest).map_err(corrupt)?;
+        return Ok((piece(core, entry.mapping, entry.copied, within), cluster.size() - within));
+    }
+    let entry = core.format.l2_extended(words.entry, words.bitmap, guest).map_err(corrupt)?;
+    let size = cluster.size() / u64::from(SUBCLUSTERS);
+    let from = within / size;
+    let (mapping, count) = entry.run(from as u32);
+    Ok((piece(core, mapping, entry.copied, within - from * size), (from + u64::from(count)) * size - within))
+}
+
+fn piece(core: &Core, mapping: Mapping, copied: bool, within: u64) -> Piece {
+    match mapping {
+        // A data file is one disk's alone.
+        Mapping::Data(host) if copied || core.data_file.is_some() => Piece::Own(HostOffset(host.0 + within)),
+        Mapping::Data(host) => Piece::Shared(HostOffset(host.0 + within)),
+        Mapping::Zero { .. } => Piece::Zero,
+        Mapping::Compressed(stream) => Piece::Compressed(stream),
+        Mapping::Hole => Piece::Below,
+    }
+}
+
+fn goes_on(piece: Piece, next: Piece, run: u64) -> bool {
+    match (piece, next) {
+        (Piece::Own(host), Piece::Own(next)) | (Piece::Shared(host), Piece::Shared(next)) => host.0 + run == next.0,
+        (Piece::Zero, Piece::Zero) | (Piece::Below, Piece::Below) => true,
+        _ => false,
+    }
+}

@@ -1,0 +1,277 @@
+//! Opening a qcow2 image for writing: what is refused, and what is done before the first write.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::bitmap::{Bitmap, parse_directory};
+use crate::format::feature;
+use crate::format::header::{PROBE_LEN, needed_len};
+use crate::format::refcount::table_entry;
+use crate::format::{Header, Malformed, SnapshotParser, Version};
+use crate::image::unreadable;
+use crate::io::WriteStorage;
+use crate::units::HostOffset;
+
+use super::flush::Flushes;
+use super::meta::{Core, Meta};
+use super::qcow2::Qcow2Writer;
+use super::ranges::Ranges;
+use super::roles::Roles;
+use super::slices::{Class, Slices};
+use super::{Below, WriterOptions};
+
+// Places of header fields.
+const INCOMPATIBLE_AT: u64 = 72;
+const AUTOCLEAR_AT: u64 = 88;
+
+/// Autoclear bits whose promises a writer here keeps.
+const KEPT_AUTOCLEAR: u64 = feature::BITMAPS | feature::RAW_DATA;
+
+impl Qcow2Writer {
+    /// Opens an image. Nothing of a sound one is written before the first change.
+    pub(super) fn open(
+        name: &str,
+        file: Arc<dyn WriteStorage>,
+        data_file: Option<Arc<dyn WriteStorage>>,
+        below: Option<Arc<dyn Below>>,
+        options: WriterOptions,
+    ) -> Result<Self> {
+        let mut header = read_header(name, &*file)?;
+        refuse(name, &header)?;
+        if header.dirty() {
+            rebuild(name, &*file)?;
+            header = read_header(name, &*file)?;
+        }
+        if header.data_file.is_some() != data_file.is_some() {
+            return Err(Error::new(ErrorKind::Broken, format!("{name}: its external data file is not there")));
+        }
+        let core = Core {
+            name: name.to_owned(),
+            data_file,
+            format: header.entry_format(),
+            order: header.refcount_order,
+            file,
+        };
+        let file_len = core.file.len()?;
+        let mut meta = Meta {
+            l1: header.l1,
+            refcount_table: header.refcount_table,
+            slices: Slices::new(options.cache / core.slice_len() as usize),
+            roles: Roles::default(),
+            free_hint: 0,
+            fresh: file_len.div_ceil(core.cluster().size()),
+            file_len,
+            pending: Vec::new(),
+        };
+        meta.learn_roles(&core, &header)?;
+        Ok(Self {
+            compression: header.compression,
+            raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
+            size: AtomicU64::new(header.virtual_size),
+            below,
+            ranges: Ranges::default(),
+            reuse_gate: RwLock::new(()),
+            flushes: Flushes::default(),
+            meta: RwLock::new(meta),
+            data_dirty: AtomicBool::new(false),
+            prepared: AtomicBool::new(false),
+            preparing: Mutex::new(()),
+            is_poisoned: AtomicBool::new(false),
+            poison: Mutex::new(None),
+            decompressed: Self::decompressed_cache(),
+            core,
+        })
+    }
+
+    /// What has to be on disk before the first change is.
+    pub(super) fn prepare(&self) -> Result<()> {
+        self.check_poison()?;
+        if self.prepared.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _one = self.preparing.lock();
+        if self.prepared.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let header = read_header(&self.core.name, &*self.core.file)?;
+        let mut is_changed = self.mark_bitmaps(&header)?;
+        // Promises of features that are not known here hold no longer.
+        if header.autoclear & !KEPT_AUTOCLEAR != 0 {
+            let kept = header.autoclear & KEPT_AUTOCLEAR;
+            self.core.file.write_at(AUTOCLEAR_AT, &kept.to_be_bytes())?;
+            is_changed = true;
+        }
+        if is_changed {
+            self.core.file.sync().map_err(|error| self.poisoned_by(error))?;
+        }
+        self.prepared.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Bitmaps that follow every write no longer do: they say so themselves, as they would after a
+    /// crash of QEMU. Those that are switched off hold.
+    fn mark_bitmaps(&self, header: &Header) -> Result<bool> {
+        let Some((at, bitmaps)) = read_bitmaps(&self.core, header)? else { return Ok(false) };
+        let mut is_changed = false;
+        for bitmap in bitmaps.iter().filter(|bitmap| bitmap.auto && !bitmap.in_use) {
+            self.core.file.write_at(at.0 + bitmap.flags_at as u64, &bitmap.flags_in_use().to_be_bytes())?;
+            is_changed = true;
+        }
+        Ok(is_changed)
+    }
+
+    /// Bitmaps have the size of the disk, and nobody here makes them longer.
+    pub(super) fn refuse_bitmaps(&self) -> Result<()> {
+        let header = read_header(&self.core.name, &*self.core.file)?;
+        let Some((_, bitmaps)) = read_bitmaps(&self.core, &header)? else { return Ok(()) };
+        let names: Vec<_> = bitmaps.iter().map(|bitmap| String::from_utf8_lossy(&bitmap.name).into_owned()).collect();
+        let sentence = format!(
+            "{}: it has persistent bitmaps ({}), which cannot grow with it; remove them with qemu-img bitmap --remove",
+            self.core.name,
+            names.join(", ")
+        );
+        Err(Error::new(ErrorKind::Unsupported, sentence))
+    }
+
+    /// An error on the way to a write. Damage is noted in the image, and ends all writing.
+    pub(super) fn damaged(&self, error: Error) -> Error {
+        if error.kind() != ErrorKind::Corrupt || self.check_poison().is_err() {
+            return error;
+        }
+        let error = self.poisoned_by(error);
+        // Version 2 has no place to say so.
+        if self.core.format.version == Version::V3 {
+            let marked = read_header(&self.core.name, &*self.core.file).and_then(|header| {
+                let bits = header.incompatible | feature::CORRUPT;
+                self.core.file.write_at(INCOMPATIBLE_AT, &bits.to_be_bytes())?;
+                self.core.file.sync()
+            });
+            if let Err(error) = marked {
+                tracing::error!("{}: cannot be marked as corrupt: {error}", self.core.name);
+            }
+        }
+        error
+    }
+}
+
+fn malformed(name: &str, reason: &Malformed) -> Error {
+    Error::new(reason.kind(), format!("{name}: {reason}"))
+}
+
+/// Reads the header as it stands in the file.
+fn read_header(name: &str, file: &dyn WriteStorage) -> Result<Header> {
+    let file_len = file.len()?;
+    let read = |len: u64| {
+        let mut bytes = vec![0; len.min(file_len) as usize];
+        let have = file.read_at(0, &mut bytes)?;
+        bytes.truncate(have);
+        Ok(bytes)
+    };
+    let need = needed_len(&read(PROBE_LEN as u64)?).map_err(|reason| malformed(name, &reason))?;
+    Header::parse(&read(need)?, file_len).map_err(|reason| malformed(name, &reason))
+}
+
+fn refuse(name: &str, header: &Header) -> Result<()> {
+    if let Some(sentence) = unreadable(header) {
+        return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {sentence}")));
+    }
+    if header.corrupt() {
+        let sentence = "it is marked as corrupt and is not written to; read it, or run chainfs check --repair all";
+        return Err(Error::new(ErrorKind::Corrupt, format!("{name}: {sentence}")));
+    }
+    Ok(())
+}
+
+/// Counts all references anew: whoever wrote the image last did not come to the end.
+fn rebuild(name: &str, _file: &dyn WriteStorage) -> Result<()> {
+    Err(Error::new(ErrorKind::Unsupported, format!("{name}: it was not closed properly")))
+}
+
+fn read_bitmaps(core: &Core, header: &Header) -> Result<Option<(HostOffset, Vec<Bitmap>)>> {
+    let Some(extension) = header.bitmaps.filter(|_| header.bitmaps_consistent()) else { return Ok(None) };
+    let have = core.file.len()?.saturating_sub(extension.directory.0).min(extension.directory_len);
+    let mut directory = vec![0; have as usize];
+    core.file.read_at(extension.directory.0, &mut directory)?;
+    let bitmaps = parse_directory(&directory, extension.count, header.cluster)
+        .map_err(|reason| malformed(&core.name, &reason))?;
+    Ok(Some((extension.directory, bitmaps)))
+}
+
+impl Meta {
+    /// Finds out where all tables are, and that each is counted: an image whose refcounts do not
+    /// cover its own tables would have them overwritten.
+    fn learn_roles(&mut self, core: &Core, header: &Header) -> Result<()> {
+        let size = core.cluster().size();
+        self.learn(core, "the header", 0, size)?;
+        self.learn(core, "the L1 table", header.l1.offset.0, header.l1.len_bytes())?;
+        let table_len = u64::from(header.refcount_table.clusters) * size;
+        self.learn(core, "the refcount table", header.refcount_table.offset.0, table_len)?;
+        for index in 0..self.refcount_table_entries(core) {
+            let word = self.word(core, self.refcount_table.offset.0 + index * 8, Class::RefcountTable)?;
+            if let Some(block) = table_entry(word, core.cluster()).map_err(|reason| core.corrupt(reason.fact()))? {
+                self.learn(core, "a refcount block", block.0, size)?;
+            }
+        }
+        if let Some(crypto) = header.crypto_header {
+            self.learn(core, "the encryption header", crypto.offset.0, crypto.len)?;
+        }
+        self.learn_snapshots(core, header)?;
+        if let Some((at, bitmaps)) = read_bitmaps(core, header)? {
+            self.learn(core, "the bitmap directory", at.0, header.bitmaps.map_or(0, |found| found.directory_len))?;
+            for bitmap in bitmaps {
+                self.learn(core, "a bitmap", bitmap.table.0, u64::from(bitmap.table_entries) * 8)?;
+            }
+        }
+        for index in 0..u64::from(self.l1.entries) {
+            let word = self.word(core, self.l1.offset.0 + index * 8, Class::L1)?;
+            let entry = core.format.l1(word).map_err(|reason| core.corrupt(reason.fact()))?;
+            let Some(table) = entry.l2 else { continue };
+            self.learn(core, "an L2 table", table.0, size)?;
+            // Written in place, a shared table would change an internal snapshot.
+            if entry.copied && self.count(core, core.cluster().index(table.0))? != 1 {
+                return Err(core.corrupt(format_args!("the L2 table at {table} is marked as unshared, but is shared")));
+            }
+        }
+        Ok(())
+    }
+
+    fn learn_snapshots(&mut self, core: &Core, header: &Header) -> Result<()> {
+        if header.snapshots.count == 0 {
+            return Ok(());
+        }
+        let mut parser = SnapshotParser::new(header);
+        let mut chunk = vec![0; 64 << 10];
+        let mut at = header.snapshots.offset.0;
+        loop {
+            let have = core.file.read_at(at, &mut chunk)?;
+            if parser.feed(&chunk[..have]).map_err(|reason| malformed(&core.name, &reason))? || have == 0 {
+                break;
+            }
+            at += have as u64;
+        }
+        self.learn(core, "the snapshot table", header.snapshots.offset.0, parser.table_len())?;
+        for snapshot in parser.finish().map_err(|reason| malformed(&core.name, &reason))? {
+            self.learn(core, "the L1 table of an internal snapshot", snapshot.l1.offset.0, snapshot.l1.len_bytes())?;
+        }
+        Ok(())
+    }
+
+    fn learn(&mut self, core: &Core, what: &str, at: u64, len: u64) -> Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let (first, last) = (core.cluster().index(at), core.cluster().index(at + len - 1));
+        if !self.roles.add(first, last - first + 1) {
+            return Err(core.corrupt(format_args!("{what} at {at:#x} lies on another table")));
+        }
+        for cluster in first..=last {
+            if self.count(core, cluster)? == 0 {
+                return Err(core.corrupt(format_args!("{what} at {at:#x} has a refcount of 0")));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,458 @@
+//! The active disk of a qcow2 image: reading it, and writing it.
+//!
+//! A write to clusters that are this disk's alone goes straight to its place, in parallel with all
+//! others. Any other write holds its range of clusters, puts head, data and tail into
+//! clusters that nothing refers to yet, and changes the mapping only when they are there.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::cache::Cache;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::compressed::decompress;
+use crate::format::subcluster::SUBCLUSTERS;
+use crate::format::{Compressed, Compression, EntryFormat, SubclusterEntry};
+use crate::units::{GuestOffset, HostOffset};
+
+use super::Below;
+use super::allocate::{Run, Stop};
+use super::flush::Flushes;
+use super::meta::{Core, Meta, Piece, Words, piece_of};
+use super::ranges::Ranges;
+
+/// Freed clusters that wait for a flush, at most.
+const MAX_PENDING: usize = 1 << 16;
+/// Bytes that one turn of an allocating write covers, at most.
+const MAX_TURN: u64 = 4 << 20;
+/// Bytes of decompressed clusters that are kept.
+const DECOMPRESSED: usize = 4 << 20;
+
+/// A qcow2 image that is open for writing.
+pub(super) struct Qcow2Writer {
+    pub(super) core: Core,
+    pub(super) below: Option<Arc<dyn Below>>,
+    pub(super) compression: Compression,
+    /// The data file is a raw image by itself: what reads as zero must be zero there.
+    pub(super) raw_data: bool,
+    pub(super) size: AtomicU64,
+    /// Ranges of clusters whose mappings are being changed. Taken before everything else here; held
+    /// across data I/O.
+    pub(super) ranges: Ranges,
+    /// Held, shared, from looking up a place in the file to the end of the I/O there; exclusively,
+    /// for a moment, before freed clusters may be used again. Taken before `meta`.
+    pub(super) reuse_gate: RwLock<()>,
+    /// One flush (or growth of a table) at a time. Taken before `meta`; held across I/O.
+    pub(super) flushes: Flushes,
+    /// The tables. Nobody who holds it waits for another lock.
+    pub(super) meta: RwLock<Meta>,
+    /// Guest data has been written since the last flush began.
+    pub(super) data_dirty: AtomicBool,
+    /// What the first write needs has been done.
+    pub(super) prepared: AtomicBool,
+    pub(super) preparing: Mutex<()>,
+    pub(super) is_poisoned: AtomicBool,
+    pub(super) poison: Mutex<Option<Error>>,
+    pub(super) decompressed: Cache<u64, Arc<[u8]>>,
+}
+
+/// A stretch of the file that a mapping is about to name, and the entries it will have.
+struct Target {
+    /// The first cluster of the disk, as a position.
+    guest: u64,
+    /// Where its first byte goes.
+    host: HostOffset,
+    /// The file holds zeroes there.
+    is_fresh: bool,
+    /// Counted for this; given back if it comes to nothing.
+    run: Option<Run>,
+    /// The entries as they were.
+    old: Vec<Words>,
+    /// From here on the disk has places that others may be writing to.
+    limit: u64,
+}
+
+impl Qcow2Writer {
+    pub(super) fn decompressed_cache() -> Cache<u64, Arc<[u8]>> {
+        Cache::new(DECOMPRESSED)
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// What the tables say of a position. Who goes on to do I/O there holds the gate.
+    pub(super) fn lookup(&self, at: u64, max: u64) -> Result<(Piece, u64)> {
+        loop {
+            if let Some(found) = self.meta.read().piece(&self.core, at, max) {
+                return found;
+            }
+            self.meta.write().load(&self.core, at)?;
+        }
+    }
+
+    /// Fills `buf` with the bytes at `at`.
+    pub(super) fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let _gate = self.reuse_gate.read();
+        self.read_inner(at, buf)
+    }
+
+    /// The same, for whoever holds the gate, or the range (so that nothing there is freed).
+    pub(super) fn read_inner(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let position = at + done as u64;
+            let (piece, run) = self.lookup(position, (buf.len() - done) as u64)?;
+            let part = &mut buf[done..done + run as usize];
+            match piece {
+                Piece::Own(host) | Piece::Shared(host) => self.read_data(host, part)?,
+                Piece::Zero => part.fill(0),
+                Piece::Compressed(stream) => {
+                    let cluster = self.decompress(stream)?;
+                    let within = self.core.cluster().within(position) as usize;
+                    part.copy_from_slice(&cluster[within..within + part.len()]);
+                }
+                Piece::Below => match &self.below {
+                    Some(below) => below.read_at(position, part)?,
+                    None => part.fill(0),
+                },
+            }
+            done += run as usize;
+        }
+        Ok(())
+    }
+
+    fn read_data(&self, host: HostOffset, buf: &mut [u8]) -> Result<()> {
+        let have = self.core.data().read_at(host.0, buf)?;
+        if have == buf.len() {
+            return Ok(());
+        }
+        let end = host.0 + have as u64;
+        // A data file may end anywhere in the disk's last cluster.
+        if self.core.data_file.is_some() && host.0 + buf.len() as u64 > self.size() {
+            buf[have..].fill(0);
+            return Ok(());
+        }
+        let fact = format!("{}: the file ends at {end:#x}, before the data it should hold", self.core.name);
+        Err(Error::new(ErrorKind::Io, fact))
+    }
+
+    fn decompress(&self, stream: Compressed) -> Result<Arc<[u8]>> {
+        // No stream is ever written: what was at a place stays what it was, or is never asked for again.
+        if let Some(cluster) = self.decompressed.get(&stream.at.0) {
+            return Ok(cluster);
+        }
+        let mut input = vec![0; stream.len as usize];
+        let have = self.core.file.read_at(stream.at.0, &mut input)?;
+        let mut cluster = vec![0; self.core.cluster().size() as usize];
+        decompress(self.compression, &input[..have], &mut cluster)
+            .map_err(|reason| self.core.corrupt(format_args!("compressed cluster at {}: {reason}", stream.at)))?;
+        let cluster: Arc<[u8]> = cluster.into();
+        self.decompressed.put(stream.at.0, Arc::clone(&cluster), cluster.len());
+        Ok(cluster)
+    }
+
+    /// Whether the disk is known to read as zeroes there, and for how long at least that answer holds.
+    pub(super) fn zero_run(&self, at: u64, len: u64) -> Result<(bool, u64)> {
+        let (piece, run) = self.lookup(at, len)?;
+        match piece {
+            Piece::Own(_) | Piece::Shared(_) | Piece::Compressed(_) => Ok((false, run)),
+            Piece::Zero => Ok((true, run)),
+            Piece::Below => match &self.below {
+                Some(below) => below.zero_run(at, run),
+                None => Ok((true, run)),
+            },
+        }
+    }
+
+    /// As [`Self::zero_run`], for seeking: what cannot be read is no hole, for whoever copies must hear of it.
+    pub(super) fn seek_run(&self, at: u64, len: u64) -> Result<(bool, u64)> {
+        match self.zero_run(at, len) {
+            Err(error) if error.kind() == ErrorKind::Corrupt => {
+                let cluster = self.core.cluster();
+                Ok((false, (cluster.size() - cluster.within(at)).min(len)))
+            }
+            found => found,
+        }
+    }
+
+    /// Whether all of a range is known to read as zeroes.
+    pub(super) fn reads_zero(&self, at: u64, len: u64) -> Result<bool> {
+        let mut done = 0;
+        while done < len {
+            let (is_zero, run) = self.zero_run(at + done, len - done)?;
+            if !is_zero {
+                return Ok(false);
+            }
+            done += run;
+        }
+        Ok(true)
+    }
+
+    /// Writes `bytes` at `at`.
+    pub(super) fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.prepare()?;
+        let mut done = 0;
+        while done < bytes.len() {
+            let position = at + done as u64;
+            let rest = &bytes[done..];
+            let in_place = self.write_in_place(position, rest)?;
+            done += if in_place > 0 { in_place } else { self.write_elsewhere(position, rest)? };
+        }
+        self.relieve()
+    }
+
+    /// Overwrites what is this disk's alone; returns how much that was, from the start of `bytes` on.
+    pub(super) fn write_in_place(&self, at: u64, bytes: &[u8]) -> Result<usize> {
+        let _gate = self.reuse_gate.read();
+        let (Piece::Own(host), run) = self.lookup_to_write(at, bytes.len() as u64)? else { return Ok(0) };
+        self.core.data().write_at(host.0, &bytes[..run as usize])?;
+        self.data_dirty.store(true, Ordering::Release);
+        Ok(run as usize)
+    }
+
+    /// As [`Self::lookup`], for a write: damage found here ends all writing.
+    fn lookup_to_write(&self, at: u64, max: u64) -> Result<(Piece, u64)> {
+        loop {
+            {
+                let meta = self.meta.read();
+                match meta.piece(&self.core, at, max) {
+                    None => {}
+                    Some(Ok((Piece::Own(host), run))) if !meta.reaches(&self.core, host, run) => {
+                        let fact = format_args!("a data cluster at {host} lies past the end of the file");
+                        return Err(self.damaged(self.core.corrupt(fact)));
+                    }
+                    Some(found) => return found.map_err(|error| self.damaged(error)),
+                }
+            }
+            self.meta.write().load(&self.core, at)?;
+        }
+    }
+
+    /// Writes to clusters that have no place of their own yet; returns how many bytes that were,
+    /// which may be none if another thread came first.
+    fn write_elsewhere(&self, at: u64, bytes: &[u8]) -> Result<usize> {
+        let len = self.turn_len(at, bytes.len() as u64);
+        let cluster = self.core.cluster();
+        let _held = self.ranges.hold(cluster.floor(at), cluster.floor(at + len - 1) + cluster.size());
+        self.fill(at, &bytes[..len as usize])
+    }
+
+    /// How much of a range one turn may change: up to the end of its L2 table.
+    pub(super) fn turn_len(&self, at: u64, len: u64) -> u64 {
+        let span = self.core.l1_span();
+        len.min(span - at % span).min(MAX_TURN)
+    }
+
+    /// With the range held: gives the first of `bytes` places of their own, and writes them there.
+    /// Returns how many; none if the first has one.
+    pub(super) fn fill(&self, at: u64, bytes: &[u8]) -> Result<usize> {
+        let target = self.with_tables(|meta| self.find_target(meta, at, bytes.len() as u64))?;
+        let Some(target) = target else { return Ok(0) };
+        let written = self.fill_target(&target, at, bytes);
+        if let Err(error) = &written
+            && let Some(run) = target.run
+            && self.check_poison().is_ok()
+        {
+            // Nothing refers to the clusters: they are as free as before.
+            self.meta.write().give_back(&self.core, run).map_err(|_| error.clone())?;
+        }
+        written
+    }
+
+    /// Where the bytes at `at` shall go; `None` where they have their place already.
+    fn find_target(&self, meta: &mut Meta, at: u64, len: u64) -> std::result::Result<Option<Target>, Stop> {
+        let core = &self.core;
+        let cluster = core.cluster();
+        let guest = cluster.floor(at);
+        let first = meta.entry(core, at)?;
+        if let (Piece::Own(_), _) = piece_of(core, first, at)? {
+            return Ok(None);
+        }
+        meta.own_l2_table(core, at)?;
+        // Read again: in a table of its own, flags may have been mended.
+        let first = meta.entry(core, at)?;
+        if let Some(host) = self.kept_place(first, guest) {
+            let limit = self.end_of_unplaced(first, at)?;
+            return Ok(Some(Target { guest, host, is_fresh: false, run: None, old: vec![first], limit }));
+        }
+        let wanted = cluster.index(at + len - 1) - cluster.index(at) + 1;
+        let mut old = vec![first];
+        for index in 1..wanted {
+            let position = guest + index * cluster.size();
+            let words = meta.entry(core, position)?;
+            let has_place = matches!(piece_of(core, words, position)?, (Piece::Own(_), _));
+            if has_place || self.kept_place(words, position).is_some() {
+                break;
+            }
+            old.push(words);
+        }
+        if core.data_file.is_some() {
+            let host = HostOffset(guest);
+            return Ok(Some(Target { guest, host, is_fresh: false, run: None, old, limit: u64::MAX }));
+        }
+        let run = meta.allocate(core, old.len() as u64, false)?;
+        old.truncate(run.count as usize);
+        let host = HostOffset(run.first * cluster.size());
+        let is_fresh = run.is_fresh;
+        Ok(Some(Target { guest, host, is_fresh, run: Some(run), old, limit: u64::MAX }))
+    }
+
+    /// Where, in the cluster of `at`, the first subcluster after it begins that has its own place.
+    fn end_of_unplaced(&self, words: Words, at: u64) -> Result<u64> {
+        let cluster_end = self.core.cluster().floor(at) + self.core.cluster().size();
+        let mut end = at;
+        while end < cluster_end {
+            let (piece, run) = piece_of(&self.core, words, end)?;
+            if matches!(piece, Piece::Own(_)) {
+                break;
+            }
+            end += run;
+        }
+        Ok(end)
+    }
+
+    /// The cluster of the file that an entry keeps for its cluster of the disk and nobody else uses.
+    pub(super) fn kept_place(&self, words: Words, guest: u64) -> Option<HostOffset> {
+        if self.core.data_file.is_some() {
+            // With subclusters, the others of the cluster may have data in place.
+            return (self.core.format.extended && words.bitmap as u32 != 0).then_some(HostOffset(guest));
+        }
+        let host = EntryFormat::raw_offset(words.entry);
+        let is_kept = EntryFormat::copied(words.entry) && !EntryFormat::is_compressed(words.entry) && host != 0;
+        is_kept.then_some(HostOffset(host))
+    }
+
+    /// Writes what belongs into the target, then lets the tables name it.
+    fn fill_target(&self, target: &Target, at: u64, bytes: &[u8]) -> Result<usize> {
+        let core = &self.core;
+        let target_end = target.guest + target.old.len() as u64 * core.cluster().size();
+        let end = (at + bytes.len() as u64).min(target_end).min(target.limit);
+        let (from, to) = self.region(target, at, end)?;
+        self.write_joined(target, from, at, &bytes[..(end - at) as usize], to)?;
+        self.data_dirty.store(true, Ordering::Release);
+        let mut meta = self.meta.write();
+        for (index, old) in target.old.iter().enumerate() {
+            let within = index as u64 * core.cluster().size();
+            let guest = target.guest + within;
+            let host = HostOffset(target.host.0 + within);
+            let words = self.with_data(*old, guest, host, from.max(guest), to.min(guest + core.cluster().size()));
+            meta.set_entry(core, guest, words).map_err(|error| self.poisoned_by(error))?;
+            if target.run.is_some() {
+                meta.release(core, *old);
+            }
+        }
+        Ok((end - at) as usize)
+    }
+
+    /// What has to be written so that `[at, end)` can be: whole clusters, or the subclusters around it.
+    fn region(&self, target: &Target, at: u64, end: u64) -> Result<(u64, u64)> {
+        let core = &self.core;
+        let size = core.cluster().size();
+        let clusters = (target.guest, core.cluster().floor(end - 1) + size);
+        let (mut from, mut to) = clusters;
+        if core.format.extended {
+            let unit = size / u64::from(SUBCLUSTERS);
+            let is_partial = |words: &Words, guest: u64| -> Result<bool> {
+                // What the old cluster holds besides has to move along: then as a whole.
+                let entry = core
+                    .format
+                    .l2_extended(words.entry, words.bitmap, GuestOffset(guest))
+                    .map_err(|reason| core.corrupt(reason.fact()))?;
+                Ok(entry.compressed().is_none() && (target.run.is_none() || entry.allocated() == 0))
+            };
+            let last = (to - target.guest) / size - 1;
+            if is_partial(&target.old[0], target.guest)? {
+                from = at - at % unit;
+            }
+            if is_partial(&target.old[last as usize], target.guest + last * size)? {
+                to = end.next_multiple_of(unit);
+            }
+        }
+        // A data file is no longer than the disk.
+        Ok((from, if core.data_file.is_some() { to.min(self.size()).max(end) } else { to }))
+    }
+
+    /// Writes `[from, to)` of the disk into the target, `bytes` at `at` and what the disk shows now around
+    /// them, in one piece; zeroes at the edges are left out where the file holds them already.
+    fn write_joined(&self, target: &Target, from: u64, at: u64, bytes: &[u8], to: u64) -> Result<()> {
+        let host = |guest: u64| target.host.0 + (guest - target.guest);
+        let end = at + bytes.len() as u64;
+        if from == at && to == end {
+            return self.core.data().write_at(host(at), bytes);
+        }
+        let mut head = vec![0; (at - from) as usize];
+        let mut tail = vec![0; (to - end) as usize];
+        let head_is_zero = self.read_around(from, &mut head)?;
+        let tail_is_zero = self.read_around(end, &mut tail)?;
+        if target.is_fresh && head_is_zero {
+            head.clear();
+        }
+        if target.is_fresh && tail_is_zero {
+            tail.clear();
+        }
+        let start = at - head.len() as u64;
+        if head.is_empty() && tail.is_empty() {
+            // Nothing at all: a cluster that is only to have its place.
+            return if bytes.is_empty() { Ok(()) } else { self.core.data().write_at(host(at), bytes) };
+        }
+        head.reserve_exact(bytes.len() + tail.len());
+        head.extend_from_slice(bytes);
+        head.extend_from_slice(&tail);
+        self.core.data().write_at(host(start), &head)
+    }
+
+    /// Fills `buf` with what the disk shows now, zeroes past its end; whether it is all zeroes.
+    fn read_around(&self, at: u64, buf: &mut [u8]) -> Result<bool> {
+        let size = self.size();
+        let inside = size.saturating_sub(at).min(buf.len() as u64) as usize;
+        buf[inside..].fill(0);
+        if inside == 0 || self.reads_zero(at, inside as u64)? {
+            buf.fill(0);
+            return Ok(true);
+        }
+        self.read_inner(at, &mut buf[..inside])?;
+        Ok(buf.iter().all(|byte| *byte == 0))
+    }
+
+    /// The entry of a cluster that now has data of `[from, to)` at `host`.
+    fn with_data(&self, old: Words, guest: u64, host: HostOffset, from: u64, to: u64) -> Words {
+        let entry = EntryFormat::owned(host);
+        if !self.core.format.extended {
+            return Words { entry, bitmap: 0 };
+        }
+        let unit = self.core.cluster().size() / u64::from(SUBCLUSTERS);
+        let mask = subclusters((from - guest) / unit, (to - guest).div_ceil(unit));
+        // A compressed cluster has no bits; all of it has been written.
+        let (allocated, zero) = (old.bitmap as u32, (old.bitmap >> 32) as u32);
+        Words { entry, bitmap: SubclusterEntry::bitmap(allocated | mask, zero & !mask) }
+    }
+
+    /// Does something to the tables that may allocate; grows the refcount table if it has to.
+    pub(super) fn with_tables<T>(&self, mut work: impl FnMut(&mut Meta) -> std::result::Result<T, Stop>) -> Result<T> {
+        loop {
+            let outcome = work(&mut self.meta.write());
+            match outcome {
+                Ok(done) => return Ok(done),
+                Err(Stop::Failed(error)) => return Err(self.damaged(error)),
+                Err(Stop::RefcountTableFull(entries)) => self.grow_refcount_table(entries)?,
+            }
+        }
+    }
+
+    /// Writes tables back if too many have changed, or too much waits to be free.
+    pub(super) fn relieve(&self) -> Result<()> {
+        let is_pressed = {
+            let meta = self.meta.read();
+            meta.slices.is_pressed() || meta.pending.len() > MAX_PENDING
+        };
+        if is_pressed { self.flush() } else { Ok(()) }
+    }
+}
+
+/// The bits of subclusters `from..to`.
+pub(super) fn subclusters(from: u64, to: u64) -> u32 {
+    assert!(from < to && to <= u64::from(SUBCLUSTERS));
+    (u32::MAX >> (u64::from(SUBCLUSTERS) - (to - from))) << from
+}

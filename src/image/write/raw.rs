@@ -1,0 +1,297 @@
+//! The writer of a raw file: the disk is the file, rounded up to whole sectors.
+//!
+//! There are no tables, so that durability is the file's own: a flush is a sync. A sync that has
+//! failed is never asked for again, for the kernel may have dropped what it could not write.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::WriteStorage;
+use crate::units::round_up_to_sector;
+
+use super::Zeroing;
+
+/// A raw file that is written.
+pub(super) struct RawWriter {
+    name: String,
+    file: Arc<dyn WriteStorage>,
+    /// Bytes of the disk.
+    size: AtomicU64,
+    /// Whether the file holds all sectors of the disk whole. Set under `growing`.
+    whole: AtomicBool,
+    /// Held by whoever changes the file's length.
+    growing: Mutex<()>,
+    /// Set when a change has been made, before its caller hears of it.
+    dirty: AtomicBool,
+    /// Held during a sync: who comes second must not return before the first has it done.
+    syncing: Mutex<()>,
+    poison: Mutex<Option<Error>>,
+}
+
+impl RawWriter {
+    pub(super) fn new(name: &str, file: Arc<dyn WriteStorage>) -> Result<Self> {
+        let len = file.len()?;
+        let size = round_up_to_sector(len);
+        Ok(Self {
+            name: name.to_string(),
+            file,
+            size: AtomicU64::new(size),
+            whole: AtomicBool::new(len == size),
+            growing: Mutex::default(),
+            dirty: AtomicBool::new(false),
+            syncing: Mutex::default(),
+            poison: Mutex::default(),
+        })
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    pub(super) fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        self.check(at, buf.len() as u64);
+        let len = self.file.read_at(at, buf)?;
+        // Only the padding of the last sector may be missing; anything else somebody has cut away.
+        if len < buf.len() && self.file.len()? <= self.size() - 512 {
+            let fact = format!("{}: the file ends at {:#x}; it was cut short", self.name, at + len as u64);
+            return Err(Error::new(ErrorKind::Io, fact));
+        }
+        buf[len..].fill(0);
+        Ok(())
+    }
+
+    pub(super) fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let end = self.check(at, bytes.len() as u64);
+        self.change(end, || self.file.write_at(at, bytes))
+    }
+
+    pub(super) fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
+        let end = self.check(at, len);
+        self.change(end, || match zeroing {
+            Zeroing::Keep => self.file.write_zeroes(at, len),
+            Zeroing::Unmap => match self.file.punch_hole(at, len) {
+                Err(error) if error.kind() == ErrorKind::Unsupported => self.file.write_zeroes(at, len),
+                done => done,
+            },
+        })
+    }
+
+    pub(super) fn allocate(&self, at: u64, len: u64) -> Result<()> {
+        let end = self.check(at, len);
+        self.change(end, || self.file.allocate(at, len))
+    }
+
+    pub(super) fn grow(&self, size: u64) -> Result<()> {
+        self.healthy()?;
+        let size = size
+            .checked_next_multiple_of(512)
+            .filter(|size| i64::try_from(*size).is_ok())
+            .ok_or_else(|| Error::new(ErrorKind::TooLarge, format!("{}: no file can have {size} bytes", self.name)))?;
+        let _growing = self.growing.lock();
+        let now = self.size();
+        if size < now {
+            let fact = format!("{} has {now} bytes and would have {size}; shrink it with resize", self.name);
+            return Err(Error::new(ErrorKind::Forbidden, fact));
+        }
+        self.file.set_len(size)?;
+        self.whole.store(true, Ordering::Release);
+        self.size.store(size, Ordering::Release);
+        self.dirty.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    pub(super) fn flush(&self) -> Result<()> {
+        let _syncing = self.syncing.lock();
+        self.healthy()?;
+        // Cleared first: what is changed from here on is for the next flush.
+        if !self.dirty.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.file.sync().inspect_err(|error| {
+            self.dirty.store(true, Ordering::Release);
+            let fact = format!("{} takes no more writes until it is mounted again: {error}", self.name);
+            *self.poison.lock() = Some(Error::new(ErrorKind::Poisoned, fact));
+        })
+    }
+
+    pub(super) fn close(&self) -> Result<()> {
+        self.flush()
+    }
+
+    pub(super) fn is_dirty(&self) -> bool {
+        self.dirty.load(Ordering::Acquire)
+    }
+
+    pub(super) fn poison(&self) -> Option<Error> {
+        self.poison.lock().clone()
+    }
+
+    pub(super) fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
+        let (mut at, end) = (at, self.size());
+        while at < end {
+            let (is_data, len) = self.file.extent(at, end)?;
+            if is_data == data {
+                return Ok(Some(at));
+            }
+            at += len;
+        }
+        Ok(None)
+    }
+
+    /// Makes a change that ends at `end`; first, so that the disk keeps its size, gives the file the
+    /// rest of its last sector, if the change reaches there.
+    fn change(&self, end: u64, change: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.healthy()?;
+        if !self.whole.load(Ordering::Acquire) && end > self.size() - 512 {
+            let _growing = self.growing.lock();
+            if !self.whole.load(Ordering::Acquire) {
+                self.file.set_len(self.size())?;
+                self.whole.store(true, Ordering::Release);
+            }
+        }
+        let done = change();
+        // Also after a failure: a part may have been written.
+        self.dirty.store(true, Ordering::Release);
+        done
+    }
+
+    fn check(&self, at: u64, len: u64) -> u64 {
+        let end = at.checked_add(len).expect("a range of the disk");
+        assert!(end <= self.size(), "a range past the end of the disk");
+        end
+    }
+
+    fn healthy(&self) -> Result<()> {
+        self.poison().map_or(Ok(()), Err)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::Storage;
+
+    /// A file in memory whose syncs and space can be made to fail.
+    #[derive(Default)]
+    struct Memory {
+        bytes: Mutex<Vec<u8>>,
+        syncs: AtomicU64,
+        fails: AtomicBool,
+        punches: bool,
+    }
+
+    impl Storage for Memory {
+        fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+            self.bytes.lock().read_at(at, buf)
+        }
+
+        fn len(&self) -> Result<u64> {
+            Ok(self.bytes.lock().len() as u64)
+        }
+    }
+
+    impl WriteStorage for Memory {
+        fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
+            let (at, end) = (at as usize, at as usize + bytes.len());
+            let mut all = self.bytes.lock();
+            let len = all.len().max(end);
+            all.resize(len, 0);
+            all[at..end].copy_from_slice(bytes);
+            Ok(())
+        }
+
+        fn set_len(&self, len: u64) -> Result<()> {
+            self.bytes.lock().resize(len as usize, 0);
+            Ok(())
+        }
+
+        fn punch_hole(&self, at: u64, len: u64) -> Result<()> {
+            if self.punches { self.write_zeroes(at, len) } else { Err(Error::new(ErrorKind::Unsupported, "punching")) }
+        }
+
+        fn write_zeroes(&self, at: u64, len: u64) -> Result<()> {
+            self.write_at(at, &vec![0; len as usize])
+        }
+
+        fn allocate(&self, _at: u64, _len: u64) -> Result<()> {
+            Err(Error::new(ErrorKind::Unsupported, "reserving"))
+        }
+
+        fn sync(&self) -> Result<()> {
+            self.syncs.fetch_add(1, Ordering::Relaxed);
+            if self.fails.load(Ordering::Relaxed) { Err(Error::new(ErrorKind::Io, "the disk is gone")) } else { Ok(()) }
+        }
+    }
+
+    fn writer(bytes: &[u8]) -> (Arc<Memory>, RawWriter) {
+        let memory = Arc::new(Memory { bytes: Mutex::new(bytes.to_vec()), ..Memory::default() });
+        let writer = RawWriter::new("a.raw", Arc::clone(&memory) as _).unwrap();
+        (memory, writer)
+    }
+
+    #[test]
+    fn a_broken_last_sector_is_padded_when_read_and_whole_once_it_is_written() {
+        let (memory, writer) = writer(&[7; 700]);
+        assert_eq!(writer.size(), 1024);
+        let mut buf = [1; 1024];
+        writer.read_at(0, &mut buf).unwrap();
+        assert_eq!((buf[699], buf[700], buf[1023]), (7, 0, 0));
+        writer.write_at(0, &[1; 512]).unwrap();
+        assert_eq!(memory.len().unwrap(), 700, "the last sector was not touched");
+        writer.write_at(600, &[2; 4]).unwrap();
+        assert_eq!((memory.len().unwrap(), writer.size()), (1024, 1024));
+    }
+
+    #[test]
+    fn what_somebody_cut_away_is_an_error_and_no_zeroes() {
+        let (memory, writer) = writer(&[7; 4096]);
+        memory.set_len(1024).unwrap();
+        assert_eq!(writer.read_at(0, &mut [0; 4096]).unwrap_err().kind(), ErrorKind::Io);
+        assert_eq!(writer.read_at(512, &mut [0; 1024]).unwrap_err().kind(), ErrorKind::Io);
+        writer.read_at(0, &mut [0; 1024]).unwrap();
+    }
+
+    #[test]
+    fn zeroing_does_without_holes_where_there_are_none() {
+        let (memory, writer) = writer(&[7; 4096]);
+        writer.zero(512, 512, Zeroing::Unmap).unwrap();
+        writer.zero(2048, 512, Zeroing::Keep).unwrap();
+        let bytes = memory.bytes.lock().clone();
+        assert!(bytes[512..1024].iter().chain(&bytes[2048..2560]).all(|byte| *byte == 0));
+        assert_eq!(bytes.iter().filter(|byte| **byte == 7).count(), 3072);
+    }
+
+    #[test]
+    fn a_disk_grows_by_whole_sectors_and_never_shrinks() {
+        let (memory, writer) = writer(&[7; 700]);
+        writer.grow(1025).unwrap();
+        assert_eq!((writer.size(), memory.len().unwrap()), (1536, 1536));
+        assert_eq!(writer.grow(1024).unwrap_err().kind(), ErrorKind::Forbidden);
+        assert_eq!(writer.grow(u64::MAX).unwrap_err().kind(), ErrorKind::TooLarge);
+    }
+
+    #[test]
+    fn only_what_has_changed_is_synced_and_a_failed_sync_is_the_last() {
+        let (memory, writer) = writer(&[7; 4096]);
+        writer.flush().unwrap();
+        assert_eq!(memory.syncs.load(Ordering::Relaxed), 0);
+        writer.write_at(0, b"x").unwrap();
+        assert!(writer.is_dirty());
+        writer.flush().unwrap();
+        assert!(!writer.is_dirty());
+        memory.fails.store(true, Ordering::Relaxed);
+        writer.write_at(0, b"y").unwrap();
+        assert_eq!(writer.flush().unwrap_err().kind(), ErrorKind::Io);
+        memory.fails.store(false, Ordering::Relaxed);
+        for refused in [writer.flush(), writer.write_at(0, b"z"), writer.grow(8192), writer.close()] {
+            assert_eq!(refused.unwrap_err().kind(), ErrorKind::Poisoned);
+        }
+        assert_eq!(memory.syncs.load(Ordering::Relaxed), 2);
+        let mut buf = [0];
+        writer.read_at(0, &mut buf).unwrap();
+        assert_eq!(&buf, b"y", "it goes on being read");
+    }
+}

@@ -1,0 +1,334 @@
+//! Ranges that shall read as zeroes, and ranges that shall have their space.
+//!
+//! Whole clusters (subclusters, where there are any) become zero in the tables; what is left at
+//! the edges is written, unless all around it reads as zero anyway. Version 2 has no zero flag: there a
+//! cluster is given back only where nothing below would show through, else zeroes are written.
+//!
+//! Space is given back before the mapping changes, never later: by then the cluster may be
+//! somebody else's. A crash in between shows zeroes, which is what was asked for.
+
+use crate::error::{ErrorKind, Result};
+use crate::format::subcluster::SUBCLUSTERS;
+use crate::format::{EntryFormat, SubclusterEntry, Version};
+use crate::units::HostOffset;
+
+use super::Zeroing;
+use super::meta::{Meta, Piece, Words};
+use super::qcow2::{Qcow2Writer, subclusters};
+
+/// Clusters whose entries change in one go.
+const BATCH: usize = 1024;
+
+/// A cluster, part of which becomes zero.
+struct Change {
+    guest: u64,
+    from: u64,
+    to: u64,
+}
+
+impl Qcow2Writer {
+    /// Makes a range read as zeroes.
+    pub(super) fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
+        self.prepare()?;
+        let cluster = self.core.cluster();
+        let end = at + len;
+        let mut at = at;
+        while at < end {
+            let turn = self.zero_turn(at, end - at)?;
+            let _held = self.ranges.hold(cluster.floor(at), cluster.floor(at + turn - 1) + cluster.size());
+            self.zero_held(at, turn, zeroing, self.size())?;
+            at += turn;
+            self.relieve()?;
+        }
+        Ok(())
+    }
+
+    /// How much of a range to take at once: to the end of an L2 table.
+    fn zero_turn(&self, at: u64, len: u64) -> Result<u64> {
+        self.check_poison()?;
+        let span = self.core.l1_span();
+        Ok(len.min(span - at % span))
+    }
+
+    /// The same for whoever holds the range; the disk ends, or will end, at `disk_end`.
+    pub(super) fn zero_held(&self, at: u64, len: u64, zeroing: Zeroing, disk_end: u64) -> Result<()> {
+        if self.raw_data
+            && let Some(data_file) = &self.core.data_file
+        {
+            match zeroing {
+                Zeroing::Unmap => match data_file.punch_hole(at, len) {
+                    Err(error) if error.kind() == ErrorKind::Unsupported => data_file.write_zeroes(at, len)?,
+                    other => other?,
+                },
+                Zeroing::Keep => data_file.write_zeroes(at, len)?,
+            }
+            self.data_dirty.store(true, std::sync::atomic::Ordering::Release);
+        }
+        let unit = self.unit();
+        let end = at + len;
+        let first_whole = at.next_multiple_of(unit);
+        let last_whole = if end == disk_end { end.next_multiple_of(unit) } else { end - end % unit };
+        if first_whole >= last_whole {
+            let middle = first_whole.min(end);
+            self.zero_part(at, middle, zeroing, disk_end)?;
+            return self.zero_part(middle, end, zeroing, disk_end);
+        }
+        self.zero_part(at, first_whole, zeroing, disk_end)?;
+        self.zero_units(first_whole, last_whole, zeroing)?;
+        self.zero_part(last_whole, end.max(last_whole), zeroing, disk_end)
+    }
+
+    /// Bytes of what has an answer of its own in the tables.
+    fn unit(&self) -> u64 {
+        let size = self.core.cluster().size();
+        if self.core.format.extended { size / u64::from(SUBCLUSTERS) } else { size }
+    }
+
+    /// Zeroes less than a unit.
+    fn zero_part(&self, from: u64, to: u64, zeroing: Zeroing, disk_end: u64) -> Result<()> {
+        if from >= to || self.reads_zero(from, to - from)? {
+            return Ok(());
+        }
+        let unit = self.unit();
+        let (unit_start, unit_end) = (from - from % unit, from - from % unit + unit);
+        let rest = unit_end.min(disk_end).saturating_sub(to);
+        if self.reads_zero(unit_start, from - unit_start)? && self.reads_zero(to, rest)? {
+            return self.zero_units(unit_start, unit_end, zeroing);
+        }
+        self.write_held(from, &vec![0; (to - from) as usize])
+    }
+
+    /// Writes, for whoever holds the range.
+    fn write_held(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let position = at + done as u64;
+            let in_place = self.write_in_place(position, &bytes[done..])?;
+            done += if in_place > 0 { in_place } else { self.fill(position, &bytes[done..])? };
+        }
+        Ok(())
+    }
+
+    /// Zeroes whole units.
+    fn zero_units(&self, start: u64, end: u64, zeroing: Zeroing) -> Result<()> {
+        let size = self.core.cluster().size();
+        let unit = self.unit();
+        let mut changes = Vec::new();
+        let mut at = start;
+        while at < end {
+            let (piece, run) = self.lookup(at, end - at)?;
+            let (is_zero, run) = match (piece, &self.below) {
+                (Piece::Zero, _) | (Piece::Below, None) => (true, run),
+                (Piece::Below, Some(below)) => below.zero_run(at, run)?,
+                _ => (false, run),
+            };
+            // Nothing to do, unless there is a place to be given back.
+            if is_zero && (piece == Piece::Below || zeroing == Zeroing::Keep) {
+                at += run;
+                continue;
+            }
+            let guest = self.core.cluster().floor(at);
+            changes.push(Change { guest, from: (at - at % unit).max(start), to: (guest + size).min(end) });
+            at = guest + size;
+            if changes.len() == BATCH {
+                self.apply(&changes, zeroing)?;
+                changes.clear();
+            }
+        }
+        self.apply(&changes, zeroing)
+    }
+
+    fn apply(&self, changes: &[Change], zeroing: Zeroing) -> Result<()> {
+        if self.core.format.version == Version::V2 {
+            return changes.iter().try_for_each(|change| self.zero_version_2(change, zeroing));
+        }
+        if zeroing == Zeroing::Unmap {
+            self.give_space_back(changes)?;
+        }
+        for change in changes {
+            let is_whole = change.to - change.from == self.core.cluster().size();
+            let is_done = self.with_tables(|meta| {
+                let words = meta.entry(&self.core, change.guest)?;
+                if EntryFormat::is_compressed(words.entry) && !is_whole {
+                    return Ok(false);
+                }
+                meta.own_l2_table(&self.core, change.guest)?;
+                let words = meta.entry(&self.core, change.guest)?;
+                self.zero_entry(meta, change, words, zeroing)?;
+                Ok(true)
+            })?;
+            if !is_done {
+                // Part of a compressed cluster: the rest needs a place of its own.
+                self.write_held(change.from, &vec![0; (change.to.min(self.size()) - change.from) as usize])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes one entry; what it no longer refers to is free after the next flush.
+    fn zero_entry(&self, meta: &mut Meta, change: &Change, words: Words, zeroing: Zeroing) -> Result<()> {
+        let core = &self.core;
+        let kept = self.kept_place_of_entry(words, change.guest).filter(|_| zeroing == Zeroing::Keep);
+        if !core.format.extended {
+            let new = Words { entry: EntryFormat::zero(kept), bitmap: 0 };
+            meta.set_entry(core, change.guest, new)?;
+            if kept.is_none() {
+                meta.release(core, words);
+            }
+            return Ok(());
+        }
+        let unit = self.unit();
+        let end = (change.to - change.guest).div_ceil(unit);
+        let mask = subclusters((change.from - change.guest) / unit, end);
+        let is_compressed = EntryFormat::is_compressed(words.entry);
+        let (allocated, zero) =
+            if is_compressed { (0, 0) } else { (words.bitmap as u32 & !mask, (words.bitmap >> 32) as u32) };
+        let keeps = !is_compressed && (kept.is_some() || allocated != 0);
+        let entry = if keeps { words.entry } else { 0 };
+        meta.set_entry(core, change.guest, Words { entry, bitmap: SubclusterEntry::bitmap(allocated, zero | mask) })?;
+        if !keeps {
+            meta.release(core, words);
+        }
+        Ok(())
+    }
+
+    /// The place that an entry may keep while it reads as zeroes.
+    fn kept_place_of_entry(&self, words: Words, guest: u64) -> Option<HostOffset> {
+        let has_data_file = self.core.data_file.is_some();
+        if has_data_file && (EntryFormat::copied(words.entry) || EntryFormat::raw_offset(words.entry) != 0) {
+            return Some(HostOffset(guest));
+        }
+        if has_data_file { None } else { self.kept_place(words, guest) }
+    }
+
+    /// Punches holes where only this disk has data.
+    fn give_space_back(&self, changes: &[Change]) -> Result<()> {
+        if self.raw_data {
+            return Ok(()); // done, as data
+        }
+        let mut hole: Option<(u64, u64)> = None;
+        let punch = |(start, end): (u64, u64)| match self.core.data().punch_hole(start, end - start) {
+            // Then the space stays taken until the cluster is used again.
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
+            other => other,
+        };
+        for change in changes {
+            let mut at = change.from;
+            while at < change.to {
+                let (piece, run) = self.lookup(at, change.to - at)?;
+                if let Piece::Own(host) = piece {
+                    hole = match hole {
+                        Some((start, end)) if end == host.0 => Some((start, host.0 + run)),
+                        Some(other) => {
+                            punch(other)?;
+                            Some((host.0, host.0 + run))
+                        }
+                        None => Some((host.0, host.0 + run)),
+                    };
+                    self.data_dirty.store(true, std::sync::atomic::Ordering::Release);
+                }
+                at += run;
+            }
+        }
+        hole.map_or(Ok(()), punch)
+    }
+
+    fn zero_version_2(&self, change: &Change, zeroing: Zeroing) -> Result<()> {
+        let len = change.to.min(self.size().max(change.from)) - change.from;
+        if self.reads_zero(change.from, len)? {
+            return Ok(());
+        }
+        let size = self.core.cluster().size();
+        let shines_through = match &self.below {
+            None => false,
+            Some(below) => {
+                let (is_zero, run) = below.zero_run(change.guest, size)?;
+                !is_zero || run < size
+            }
+        };
+        let is_whole = change.to - change.from == size;
+        if zeroing == Zeroing::Keep || shines_through || !is_whole || self.core.data_file.is_some() {
+            return self.write_held(change.from, &vec![0; len as usize]);
+        }
+        self.give_space_back(std::slice::from_ref(change))?;
+        self.with_tables(|meta| {
+            meta.own_l2_table(&self.core, change.guest)?;
+            let words = meta.entry(&self.core, change.guest)?;
+            meta.set_entry(&self.core, change.guest, Words::default())?;
+            meta.release(&self.core, words);
+            Ok(())
+        })
+    }
+
+    /// Takes space for a range.
+    pub(super) fn allocate(&self, at: u64, len: u64) -> Result<()> {
+        self.prepare()?;
+        let cluster = self.core.cluster();
+        let end = (at + len).min(self.size());
+        let mut guest = cluster.floor(at);
+        while guest < end {
+            let held = self.ranges.hold(guest, guest + cluster.size());
+            self.allocate_cluster(guest, (guest + cluster.size()).min(self.size()))?;
+            drop(held);
+            guest += cluster.size();
+            self.relieve()?;
+        }
+        Ok(())
+    }
+
+    fn allocate_cluster(&self, guest: u64, end: u64) -> Result<()> {
+        let core = &self.core;
+        let size = core.cluster().size();
+        let words = self.with_tables(|meta| Ok(meta.entry(core, guest)?))?;
+        if core.data_file.is_some() {
+            self.take_space(HostOffset(guest), end - guest)?;
+        } else if let Some(host) = self.kept_place(words, guest) {
+            self.take_space(host, size)?;
+        } else if core.format.version == Version::V3 && self.reads_zero(guest, end - guest)? {
+            return self.keep_place(guest);
+        }
+        // What shows through, or is shared, gets a place of its own.
+        let mut at = guest;
+        while at < end {
+            let (piece, run) = self.lookup(at, end - at)?;
+            let is_placed = matches!(piece, Piece::Own(_))
+                || (piece == Piece::Zero && (core.data_file.is_some() || self.kept_place(words, guest).is_some()));
+            if !is_placed {
+                let mut bytes = vec![0; run as usize];
+                self.read_inner(at, &mut bytes)?;
+                self.write_held(at, &bytes)?;
+            }
+            at += run;
+        }
+        Ok(())
+    }
+
+    /// Gives a cluster that reads as zeroes a place for a later write.
+    fn keep_place(&self, guest: u64) -> Result<()> {
+        let core = &self.core;
+        let size = core.cluster().size();
+        let run = self.with_tables(|meta| {
+            meta.own_l2_table(core, guest)?;
+            meta.allocate(core, 1, true)
+        })?;
+        let host = HostOffset(run.first * size);
+        if let Err(error) = self.take_space(host, size) {
+            self.meta.write().give_back(core, run)?;
+            return Err(error);
+        }
+        let bitmap = if core.format.extended { SubclusterEntry::bitmap(0, u32::MAX) } else { 0 };
+        let entry = if core.format.extended { EntryFormat::owned(host) } else { EntryFormat::zero(Some(host)) };
+        let mut meta = self.meta.write();
+        let old = meta.entry(core, guest)?;
+        meta.set_entry(core, guest, Words { entry, bitmap }).map_err(|error| self.poisoned_by(error))?;
+        meta.release(core, old);
+        Ok(())
+    }
+
+    fn take_space(&self, host: HostOffset, len: u64) -> Result<()> {
+        match self.core.data().allocate(host.0, len) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
+            other => other,
+        }
+    }
+}
