@@ -191,9 +191,9 @@ fn readable(entry: &ImageEntry) -> Result<()> {
 
 /// Takes the reader's locks on an image and on its data file.
 fn lock(open: &OpenImage, locks: &mut Vec<ReadLock>) -> Result<()> {
-    let main = open.file.lock()?;
+    let main = open.file.lock(true)?;
     if let Some(data_file) = &open.data_file {
-        locks.push(data_file.lock()?);
+        locks.push(data_file.lock(true)?);
     }
     locks.push(main);
     Ok(())

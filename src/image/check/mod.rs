@@ -27,7 +27,7 @@ use refcounts::Refcounts;
 use tables::L2List;
 use window::{WINDOW_CLUSTERS, Window};
 
-pub use repair::{Repaired, Scope, rebuild_dirty, repair};
+pub use repair::{Actions, Repaired, Scope, rebuild_dirty, repair};
 use report::Kind;
 pub use report::{CheckReport, MAX_FINDINGS};
 

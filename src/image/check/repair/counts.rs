@@ -1,6 +1,6 @@
 //! Counts that are changed where they stand. Only where [`super::survey`] finds the refcounts sound.
 
-use super::{Stage, Without};
+use super::{Actions, Stage, Without};
 use crate::error::Result;
 use crate::format::refcount::{max_refcount, set_refcount};
 
@@ -9,7 +9,7 @@ use super::super::window::MANY;
 impl Stage<'_> {
     /// Stores for each cluster what `wanted` makes of its count and its references. Returns how
     /// many counts changed.
-    pub(super) fn store_counts(&self, wanted: impl Fn(u32, u32) -> u32) -> Result<u64> {
+    pub(super) fn store_counts(&self, wanted: impl Fn(u32, u32) -> u32, actions: &mut Actions) -> Result<u64> {
         let order = self.audited.header.refcount_order;
         let refcounts = &self.references.refcounts;
         let file_clusters = self.audited.file_clusters();
@@ -31,6 +31,8 @@ impl Stage<'_> {
                     let count = u64::from(wanted(stored, references)).min(max_refcount(order));
                     if count != u64::from(stored) {
                         changes.push((cluster, count));
+                        actions
+                            .note(|| format!("Repairing cluster {cluster} refcount={stored} reference={references}"));
                     }
                 }
                 let (Some((first, _)), Some((last, _))) = (changes.first(), changes.last()) else { continue };

@@ -6,7 +6,7 @@
 use super::super::tables::Verdict;
 use super::super::window::Window;
 use super::survey::Survey;
-use super::{Stage, Without};
+use super::{Actions, Stage, Without};
 use crate::error::Result;
 use crate::format::EntryFormat;
 use crate::format::entry::COPIED;
@@ -26,16 +26,20 @@ pub(super) struct Flags {
 
 impl Stage<'_> {
     /// Entries that read as zeroes lose the place that they cannot have. Returns how many did.
-    pub(super) fn mend_kept_places(&self, survey: &Survey) -> Result<u64> {
+    pub(super) fn mend_kept_places(&self, survey: &Survey, actions: &mut Actions) -> Result<u64> {
         let mut mended = 0;
         for (table, _) in
             self.references.l2_list.tables().iter().zip(&survey.is_trusted).filter(|(_, trusted)| **trusted)
         {
             let bytes = self.table_bytes(table)?;
             let mut changes = Vec::new();
-            for (at, _, verdict) in self.verdicts(table, &bytes) {
+            for (at, entry, verdict) in self.verdicts(table, &bytes) {
                 if let Verdict::KeptPlace(without) = verdict {
                     changes.push((at, without));
+                    actions.note(|| {
+                        let offset = EntryFormat::raw_offset(entry);
+                        format!("Repairing offset={offset:x}: Preallocated cluster is not properly aligned; L2 entry corrupted.")
+                    });
                 }
             }
             self.put_words(table.at.0, bytes, &changes)?;
@@ -46,13 +50,13 @@ impl Stage<'_> {
 
     /// Makes the flags say what the refcounts will be: those stored if `counts_stay`, otherwise the
     /// number of references.
-    pub(super) fn mend_flags(&self, survey: &Survey, counts_stay: bool) -> Result<Flags> {
+    pub(super) fn mend_flags(&self, survey: &Survey, counts_stay: bool, actions: &mut Actions) -> Result<Flags> {
         let mut flags = Flags::default();
         for place in self.windows() {
             let window = self.window(place, Without::default())?;
             let judge = Judge { stage: self, window: &window, first: place.0 == 0, counts_stay };
             if survey.l1_is_sole {
-                self.mend_l1(&judge, &mut flags)?;
+                self.mend_l1(&judge, &mut flags, actions)?;
             }
             let tables = self.references.l2_list.tables().iter();
             for (table, _) in tables.zip(&survey.is_trusted).filter(|(_, trusted)| **trusted) {
@@ -65,7 +69,10 @@ impl Stage<'_> {
                         Verdict::Compressed => Some(false),
                         _ => None,
                     };
-                    changes.extend(wanted.and_then(|wanted| flagged(entry, wanted)).map(|entry| (at, entry)));
+                    if let Some(mended) = wanted.and_then(|wanted| flagged(entry, wanted)) {
+                        changes.push((at, mended));
+                        actions.note(|| format!("Repairing OFLAG_COPIED data cluster: l2_entry={entry:x}"));
+                    }
                 }
                 self.put_words(table.at.0, bytes, &changes)?;
                 flags.count += changes.len() as u64;
@@ -74,7 +81,7 @@ impl Stage<'_> {
         Ok(flags)
     }
 
-    fn mend_l1(&self, judge: &Judge<'_>, flags: &mut Flags) -> Result<()> {
+    fn mend_l1(&self, judge: &Judge<'_>, flags: &mut Flags, actions: &mut Actions) -> Result<()> {
         let l1 = self.audited.header.l1;
         for start in (0..l1.len_bytes()).step_by(CHUNK as usize) {
             let mut bytes = vec![0; CHUNK.min(l1.len_bytes() - start) as usize];
@@ -84,7 +91,11 @@ impl Stage<'_> {
                 let entry = refcount(entry, 0, 6);
                 let table = EntryFormat::raw_offset(entry);
                 let wanted = if table == 0 { None } else { judge.copied(entry, table, flags)? };
-                changes.extend(wanted.and_then(|wanted| flagged(entry, wanted)).map(|entry| (at, entry)));
+                if let Some(mended) = wanted.and_then(|wanted| flagged(entry, wanted)) {
+                    changes.push((at, mended));
+                    let index = (start + at as u64) / 8;
+                    actions.note(|| format!("Repairing OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x}"));
+                }
             }
             self.put_words(l1.offset.0 + start, bytes, &changes)?;
             flags.count += changes.len() as u64;

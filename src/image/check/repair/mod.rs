@@ -12,13 +12,15 @@
 //! if nothing but an L1 entry refers to it and all of it makes sense. Memory is bounded by
 //! the windows, as in the audit.
 
+use std::fmt;
+
 mod counts;
 mod entries;
 mod rebuild;
 mod survey;
 
 use super::window::{WINDOW_CLUSTERS, Window};
-use super::{Audited, CheckReport, Kind, Pass, References, Without, check_in_windows};
+use super::{Audited, CheckReport, Kind, MAX_FINDINGS, Pass, References, Without, check_in_windows};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Version;
 use crate::format::feature;
@@ -44,8 +46,41 @@ pub struct Repaired {
     pub report: CheckReport,
     /// Whether that audit was a second one: something was mended.
     pub is_mended: bool,
+    /// What was done, a line for each of the first [`MAX_FINDINGS`] places.
+    pub actions: Actions,
     /// Sentences on what the numbers do not tell.
     pub notes: Vec<String>,
+}
+
+/// Lines on what was done, in `qemu-img`'s words.
+#[derive(Clone, Debug, Default)]
+pub struct Actions {
+    /// The first of them.
+    pub lines: Vec<String>,
+    /// How many more there were.
+    pub suppressed: u64,
+}
+
+impl Actions {
+    fn note(&mut self, line: impl FnOnce() -> String) {
+        if self.lines.len() < MAX_FINDINGS {
+            self.lines.push(line());
+        } else {
+            self.suppressed += 1;
+        }
+    }
+}
+
+impl fmt::Display for Actions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for line in &self.lines {
+            writeln!(f, "{line}")?;
+        }
+        if self.suppressed > 0 {
+            writeln!(f, "... and {} more", self.suppressed)?;
+        }
+        Ok(())
+    }
 }
 
 /// Audits the image and repairs it. `found` hears of what is wrong before anything is changed,
@@ -101,14 +136,22 @@ pub(super) fn repair_in_windows(
     assert!(window_clusters.is_multiple_of(8));
     let before = check_in_windows(storage, name, window_clusters)?;
     found(&before)?;
-    let mut repair = Repair { storage, name, window_clusters, leaks_fixed: 0, corruptions_fixed: 0, notes: Vec::new() };
+    let mut repair = Repair {
+        storage,
+        name,
+        window_clusters,
+        leaks_fixed: 0,
+        corruptions_fixed: 0,
+        actions: Actions::default(),
+        notes: Vec::new(),
+    };
     repair.mend(scope, &before)?;
     let is_mended = repair.leaks_fixed + repair.corruptions_fixed > 0;
     let mut report = if is_mended { check_in_windows(storage, name, window_clusters)? } else { before };
     report.leaks_fixed = repair.leaks_fixed;
     report.corruptions_fixed = repair.corruptions_fixed;
     repair.clear_bits(&report)?;
-    Ok(Repaired { report, is_mended, notes: repair.notes })
+    Ok(Repaired { report, is_mended, actions: repair.actions, notes: repair.notes })
 }
 
 /// A repair under way.
@@ -118,6 +161,7 @@ struct Repair<'a> {
     window_clusters: u64,
     leaks_fixed: u64,
     corruptions_fixed: u64,
+    actions: Actions,
     notes: Vec<String>,
 }
 
@@ -152,7 +196,7 @@ impl<'a> Repair<'a> {
         self.drop_unknown_features()?;
         let mut report = before.clone();
         if scope == Scope::All && report.count_of(Kind::KeptPlace) > 0 {
-            let mended = stage.mend_kept_places(&survey)?;
+            let mended = stage.mend_kept_places(&survey, &mut self.actions)?;
             if mended > 0 {
                 self.storage.sync()?;
                 self.corruptions_fixed += mended;
@@ -180,6 +224,10 @@ impl<'a> Repair<'a> {
             );
         }
         if !survey.is_sound || snapshots {
+            if snapshots {
+                self.actions.note(|| "Rebuilding snapshot table".to_owned());
+            }
+            self.actions.note(|| "Rebuilding refcount structure".to_owned());
             stage.rebuild(in_doubt, snapshots)?;
             self.corruptions_fixed += too_low + report.count_of(Kind::Structure);
             self.corruptions_fixed += if snapshots { report.count_of(Kind::Incomplete) } else { 0 };
@@ -188,13 +236,13 @@ impl<'a> Repair<'a> {
             stage = self.stage()?;
             survey = Survey::take(&stage)?;
         } else if scope == Scope::All && too_low > 0 {
-            let raised = stage.store_counts(u32::max)?;
+            let raised = stage.store_counts(u32::max, &mut self.actions)?;
             self.storage.sync()?;
             self.corruptions_fixed += raised;
         }
         let only_flags = report.corruptions == report.count_of(Kind::Flag) && report.check_errors == 0;
         if scope == Scope::All || only_flags {
-            let mended = stage.mend_flags(&survey, in_doubt)?;
+            let mended = stage.mend_flags(&survey, in_doubt, &mut self.actions)?;
             if mended.count > 0 {
                 self.storage.sync()?;
                 self.corruptions_fixed += mended.count;
@@ -208,7 +256,7 @@ impl<'a> Repair<'a> {
             }
         }
         if leaks > 0 {
-            self.leaks_fixed += stage.store_counts(u32::min)?;
+            self.leaks_fixed += stage.store_counts(u32::min, &mut self.actions)?;
             self.storage.sync()?;
         }
         Ok(())
