@@ -74,8 +74,7 @@ fn the_same_commands_leave_the_same_disk_as_qemu_does() {
     let size = 12 * MIB;
     let beside = store.beside("twins");
     fs::create_dir(&beside).expect("a directory");
-    for number in 0..GEOMETRIES.len() {
-        let (options, has_backing) = GEOMETRIES[number];
+    for (number, (options, has_backing)) in GEOMETRIES.into_iter().enumerate() {
         let name = format!("g{number}.qcow2");
         if has_backing {
             let base = format!("b{number}.raw");
@@ -87,8 +86,8 @@ fn the_same_commands_leave_the_same_disk_as_qemu_does() {
             store.create(&name, size, options);
         }
         store.scribble(&name, "qcow2", 1000 + number as u64);
-        let snapshots = options.contains("refcount_bits=1") as usize;
-        if number % 3 == 0 && snapshots == 0 {
+        let may_have_snapshots = !options.contains("refcount_bits=1");
+        if number % 3 == 0 && may_have_snapshots {
             store.img(["snapshot", "-c", "kept", &name]);
             store.scribble(&name, "qcow2", 2000 + number as u64);
         }
@@ -98,13 +97,12 @@ fn the_same_commands_leave_the_same_disk_as_qemu_does() {
         }
     }
     let mount = Mount::new(&store);
-    for number in 0..GEOMETRIES.len() {
-        let (options, _) = GEOMETRIES[number];
+    for (number, (options, _)) in GEOMETRIES.into_iter().enumerate() {
         let commands = commands(&store, 77 + number as u64, size, options);
         let run = |disk: &Path, format: &str| {
             let mut io = tool("qemu-io");
             io.args(["-d", "unmap", "-f", format]);
-            commands.iter().for_each(|command| drop(io.args(["-c", command])));
+            io.args(commands.iter().flat_map(|command| ["-c", command]));
             io.arg(disk).succeeds();
         };
         run(&mount.path(format!("g{number}/active.raw")), "raw");
