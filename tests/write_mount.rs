@@ -500,6 +500,42 @@ fn after_kill_nine_all_that_was_synced_is_there_and_qemu_finds_leaks_at_most() {
     mount.umount();
 }
 
+/// The first flush fails, as on a disk that is dying; what was not written then is never called durable.
+#[test]
+fn a_disk_that_could_not_be_flushed_takes_no_more_writes_is_read_and_harms_no_other() {
+    let store = chain();
+    store.create("other.qcow2", MIB, "");
+    for (chain, other) in [("web", "plain"), ("plain", "other")] {
+        let mut command = tool("strace");
+        command.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync"]);
+        command.args(["-e", "inject=fdatasync:error=EIO:when=1", CHAINFS]);
+        // strace counts by thread.
+        let mount = Mount::foreground(&store, command, "threads=1");
+        let active = mount.path(chain).join("active.raw");
+        let disk = rw(&active);
+        disk.write_all_at(b"doubtful", 0).expect("a write");
+        assert_eq!(errno(disk.sync_all()), Some(Errno::IO));
+        assert_eq!(errno(disk.write_all_at(b"more", 0)), Some(Errno::IO));
+        assert_eq!(errno(disk.sync_all()), Some(Errno::IO), "once is for ever");
+        let mut have = [0; 8];
+        disk.read_exact_at(&mut have, 0).expect("it goes on being read");
+        assert_eq!(errno(nix::unistd::close(disk).map_err(Into::into)), Some(Errno::IO), "close tells");
+        let may_write = || errno(File::options().write(true).open(&active).map(drop));
+        eventually("until it is mounted again", NOTICED, || may_write() == Some(Errno::IO));
+        File::open(&active).expect("it goes on being read");
+        let fine = rw(&mount.path(other).join("active.raw"));
+        fine.write_all_at(b"fine", 0).expect("a write");
+        fine.sync_all().expect("a sync");
+        drop(fine);
+        mount.umount();
+        let log = fs::read_to_string(store.beside("mount.output")).expect("a log");
+        assert!(log.contains(chain), "{log}");
+        let mount = Mount::new(&store);
+        rw(&mount.path(chain).join("active.raw")).write_all_at(b"again", 0).expect("a write");
+        mount.umount();
+    }
+}
+
 /// A small file system for the store, on a loop device.
 struct Small<'a>(&'a Store);
 
