@@ -417,3 +417,35 @@ fn qemu_nbd_serves_nothing_that_the_mount_writes_and_the_other_way_round() {
     eventually("it can be written", RELEASED, || open_rw(&active).is_ok());
     mount.umount();
 }
+
+/// The descriptor that carries a writer's locks is not one that is closed to make room.
+#[test]
+fn a_shortage_of_descriptors_costs_no_writer_his_locks() {
+    let store = Store::new();
+    let growth = Growth { depth: 40, size: MIB, cluster_size: 4096, seed: 5 };
+    deep_chain(&store, "deep", &growth);
+    store.create("web.qcow2", MIB, "");
+    let mut command = tool("sh");
+    // 128 are kept for other things.
+    command.args(["-c", "ulimit -n 144; exec \"$@\"", "sh", CHAINFS]);
+    let mount = Mount::foreground(&store, command, "");
+    let writing = open_rw(&mount.path("web/active.raw")).expect("a disk");
+    writing.write_all_at(&[1; 4096], 0).expect("a write");
+    for name in mount.names("deep/leaf/snapshots") {
+        fs::read(mount.path("deep/leaf/snapshots").join(name)).expect("a snapshot");
+    }
+    fs::read(mount.path("deep/leaf/active.raw")).expect("a disk of forty layers");
+    for (tool, said) in qemu_tools(&store, "web.qcow2", "qcow2") {
+        assert_eq!(said.is_ok(), tool == "-U" || tool == "info -U", "{tool}: {said:?}");
+    }
+    let deep = open_rw(&mount.path("deep/leaf/active.raw")).expect("a disk of forty layers");
+    deep.write_all_at(&[2; 5000], 1000).expect("a write");
+    writing.write_all_at(&[3; 5000], 1000).expect("a write");
+    let mut have = [0; 5000];
+    deep.read_exact_at(&mut have, 1000).expect("a read");
+    assert_eq!(have, [2; 5000]);
+    drop((writing, deep));
+    mount.umount();
+    store.img(["check", "-q", "web.qcow2"]);
+    store.img(["check", "-q", "deep/leaf.qcow2"]);
+}

@@ -260,7 +260,7 @@ fn what_nobody_syncs_is_written_back_by_the_clock() {
     let store = chain();
     let mount = Mount::new(&store);
     let disk = rw(&mount.path("web/active.raw"));
-    disk.write_all_at(&[0x5a; 65_536], MIB).expect("a write");
+    disk.write_all_at(&vec![0x5a; 65_536], MIB).expect("a write");
     let shows = || store.try_oracle(Path::new("web.qcow2"), "qcow2", None);
     eventually("QEMU sees it by force", Duration::from_secs(12), || {
         shows().is_ok_and(|path| fs::read(path).is_ok_and(|b| b[MIB as usize..][..65_536].iter().all(|b| *b == 0x5a)))
@@ -312,7 +312,7 @@ fn holes_are_told_of_unless_somebody_may_hold_changed_pages() {
         let holes = || runs_by_seek(&active).len();
         let whole = holes();
         let writing = File::options().write(true).open(&active).expect("a disk");
-        writing.write_all_at(&[1; 65_536], MIB).expect("a write");
+        writing.write_all_at(&vec![1; 65_536], MIB).expect("a write");
         assert!(holes() > whole, "a hole, data, a hole");
         let mappable = rw(&active);
         assert_eq!(holes(), 1, "one run of data");
@@ -448,7 +448,7 @@ fn sigterm_flushes_first_and_a_busy_mount_goes_on_serving() {
     let store = chain();
     let mount = Mount::new(&store);
     let disk = rw(&mount.path("web/active.raw"));
-    disk.write_all_at(&[0x6b; 65_536], MIB).expect("a write");
+    disk.write_all_at(&vec![0x6b; 65_536], MIB).expect("a write");
     send(Signal::TERM, mount.daemon());
     eventually("QEMU sees it by force", Duration::from_secs(3), || {
         let oracle = store.try_oracle(Path::new("web.qcow2"), "qcow2", None);
@@ -476,10 +476,10 @@ fn after_kill_nine_all_that_was_synced_is_there_and_qemu_finds_leaks_at_most() {
         let mut open = Vec::new();
         for (chain, ..) in LEAVES {
             let disk = rw(&mount.path(chain).join("active.raw"));
-            disk.write_all_at(&[round + 1; 100_000], 300_000).expect("a write");
+            disk.write_all_at(&vec![round + 1; 100_000], 300_000).expect("a write");
             disk.sync_data().expect("a sync");
             for at in (0..20).map(|n| n * 70_001) {
-                let _ = disk.write_at(&[0xee; 30_000], 400_000 + at);
+                let _ = disk.write_at(&vec![0xee; 30_000], 400_000 + at);
             }
             open.push(disk);
         }
@@ -563,14 +563,14 @@ fn a_full_file_system_is_enospc_to_the_writer_and_nothing_is_lost_when_there_is_
     store.create("other.qcow2", MIB, "");
     let mount = Mount::new(&store);
     let other = rw(&mount.path("other/active.raw"));
-    other.write_all_at(&[1; 65_536], 0).expect("a write");
+    other.write_all_at(&vec![1; 65_536], 0).expect("a write");
     other.sync_all().expect("a sync");
     let disk = rw(&mount.path("web/active.raw"));
     // Room is left for what the other has already, and for tables.
     fs::write(store.path("ballast"), vec![1; 10 << 20]).expect("ballast");
     let mut written = 0_u64;
     let refused = loop {
-        match disk.write_at(&[7; 65_536], written) {
+        match disk.write_at(&vec![7; 65_536], written) {
             Ok(len) => written += len as u64,
             Err(error) => break error,
         }
@@ -582,14 +582,14 @@ fn a_full_file_system_is_enospc_to_the_writer_and_nothing_is_lost_when_there_is_
     assert_eq!(Errno::from_io_error(&refused), Some(Errno::NOSPC), "{refused}");
     let mut have = vec![0; 65_536];
     disk.read_exact_at(&mut have, written.saturating_sub(131_072)).expect("it is read all the same");
-    other.write_all_at(&[2; 65_536], 0).expect("the other chain has its space");
+    other.write_all_at(&vec![2; 65_536], 0).expect("the other chain has its space");
     other.sync_all().expect("a sync");
     fs::remove_file(store.path("ballast")).expect("an unlink");
     let mut model = vec![0; 64 << 20];
     disk.read_exact_at(&mut model, 0).expect("a read");
     let mut model = Model(model);
     for at in [written, written + 65_536, 40 * MIB] {
-        model.write(&disk, at, &[9; 65_536]);
+        model.write(&disk, at, &vec![9; 65_536]);
     }
     disk.sync_all().expect("a sync");
     drop((disk, other));
@@ -610,7 +610,7 @@ fn a_file_larger_than_the_daemon_may_make_is_efbig_and_no_end_of_it() {
     let disk = rw(&mount.path("web/active.raw"));
     let mut at = 0;
     let refused = loop {
-        match disk.write_at(&[7; 1 << 20], at) {
+        match disk.write_at(&vec![7; 1 << 20], at) {
             Ok(len) => at += len as u64,
             Err(error) => break error,
         }

@@ -110,7 +110,10 @@ pub struct ActiveHandle {
 
 impl std::fmt::Debug for ActiveHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ActiveHandle").field("name", &self.disk.name).field("access", &self.access).finish()
+        f.debug_struct("ActiveHandle")
+            .field("name", &self.disk.name)
+            .field("access", &self.access)
+            .finish_non_exhaustive()
     }
 }
 
