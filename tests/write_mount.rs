@@ -340,6 +340,9 @@ fn only_active_disks_can_be_written_and_the_tree_cannot_be_changed() {
     let active = mount.path("web/active.raw");
     assert_eq!(errno(fs::write(mount.path("web/new"), "x")), Some(Errno::PERM));
     assert_eq!(errno(fs::create_dir(mount.path("new"))), Some(Errno::PERM));
+    let may = |word: &str, name: &str| tool("test").arg(word).arg(mount.path(name)).outcome().0 == 0;
+    assert!(may("-w", "web/active.raw") && may("-r", "web/snapshots/base.raw") && may("-x", "web"));
+    assert!(!may("-w", "web/snapshots/base.raw") && !may("-w", "web") && !may("-x", "web/active.raw"));
     assert_eq!(errno(fs::remove_file(&active)), Some(Errno::PERM));
     assert_eq!(errno(fs::remove_dir(mount.path("web/snapshots"))), Some(Errno::PERM));
     assert_eq!(errno(fs::rename(&active, mount.path("web/new"))), Some(Errno::PERM));
