@@ -671,3 +671,74 @@ fn a_guest_file_system_is_made_written_and_checked_through_the_mount() {
     assert!(fs::read(&back).expect("a file") == fs::read(&content).expect("a file"));
     mount.umount();
 }
+
+/// Beginning and ending to write, looking at the store anew and reading go on at once.
+#[test]
+fn openings_of_every_kind_come_and_go_while_the_store_changes() {
+    let store = chain();
+    store.img(["snapshot", "-c", "monday", "web.qcow2"]);
+    let monday = fs::read(store.try_oracle(Path::new("web.qcow2"), "qcow2", Some("1")).expect("what QEMU reads"));
+    let monday = monday.expect("bytes");
+    let mount = Mount::new(&store);
+    let ends = std::time::Instant::now()
+        + Duration::from_secs(if std::env::var_os("CHAINFS_LONG").is_some() { 40 } else { 5 });
+    std::thread::scope(|scope| {
+        for worker in 0..3_u64 {
+            let active = mount.path(if worker == 2 { "plain" } else { "web" }).join("active.raw");
+            let snapshot = mount.path("web/snapshots/active@monday.raw");
+            let (monday, base) = (&monday, worker * 512 * KIB);
+            scope.spawn(move || {
+                let mut rng = Rng::new(worker);
+                let mut own = vec![None; 512];
+                while std::time::Instant::now() < ends {
+                    match rng.below(4) {
+                        0 | 1 => {
+                            let disk = rw(&active);
+                            for _ in 0..rng.below(20) {
+                                let (slot, byte) = (rng.below(512), rng.below(255) as u8);
+                                disk.write_all_at(&[byte; 1024], base + slot * KIB).expect("a write");
+                                own[slot as usize] = Some(byte);
+                            }
+                            if rng.below(3) == 0 {
+                                disk.sync_data().expect("a sync");
+                            }
+                        }
+                        2 => {
+                            let disk = File::open(&active).expect("a disk");
+                            let mut have = vec![0; 512 << 10];
+                            disk.read_exact_at(&mut have, base).expect("a read");
+                            for (slot, byte) in own.iter().enumerate().filter_map(|(slot, byte)| Some((slot, (*byte)?)))
+                            {
+                                assert!(
+                                    have[slot << 10..][..1024].iter().all(|b| *b == byte),
+                                    "slot {slot} of {worker}"
+                                );
+                            }
+                        }
+                        _ => {
+                            let have = fs::read(&snapshot).expect("a snapshot");
+                            assert!(have == *monday, "the snapshot has changed");
+                        }
+                    }
+                }
+            });
+        }
+        scope.spawn(|| {
+            for round in 0.. {
+                if std::time::Instant::now() >= ends {
+                    break;
+                }
+                let name = format!("extra{}.raw", round % 3);
+                if round % 2 == 0 {
+                    drop(store.put(&name, &[1; 512]))
+                } else {
+                    let _ = fs::remove_file(store.path(&name));
+                }
+                let _ = fs::metadata(mount.path("web/active.raw"));
+                std::thread::sleep(Duration::from_millis(7));
+            }
+        });
+    });
+    mount.umount();
+    store.img(["check", "-q", "web.qcow2"]);
+}
