@@ -2,7 +2,7 @@
 //! and a fault that strikes when it is due.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use chainfs::error::{Error, ErrorKind, Result};
@@ -155,6 +155,8 @@ pub struct Machine {
     /// Whether holes can be punched and space taken.
     can_punch: bool,
     late: Mutex<Vec<Event>>,
+    /// Whether there is a tape at all.
+    forgets: AtomicBool,
 }
 
 impl Machine {
@@ -168,6 +170,7 @@ impl Machine {
             jitter,
             can_punch,
             late: Mutex::default(),
+            forgets: AtomicBool::new(false),
         })
     }
 
@@ -176,9 +179,24 @@ impl Machine {
         Self::new(SyncRule::Honest, false, true)
     }
 
+    /// One that works and keeps no tape, for long runs.
+    pub fn forgetful() -> Arc<Self> {
+        Self::honest().forget()
+    }
+
+    /// Keeps no tape from here on.
+    #[must_use]
+    pub fn forget(self: Arc<Self>) -> Arc<Self> {
+        self.forgets.store(true, Ordering::Relaxed);
+        self
+    }
+
     /// Puts a mark on the tape and says where.
     pub fn mark(&self, event: Event) -> usize {
         let mut tape = self.tape.lock();
+        if self.forgets.load(Ordering::Relaxed) {
+            return tape.len();
+        }
         tape.push(event);
         tape.len() - 1
     }
