@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use chainfs::error::{Error, ErrorKind, Result};
 use chainfs::io::{Storage, WriteStorage};
@@ -233,8 +234,13 @@ impl Machine {
     }
 
     fn pause(&self) {
-        if self.jitter && mix(self.changes() ^ self.reads() << 32).is_multiple_of(3) {
-            thread::yield_now();
+        if !self.jitter {
+            return;
+        }
+        match mix(self.changes() ^ self.reads() << 32) % 96 {
+            0 => thread::sleep(Duration::from_micros(100)),
+            1..32 => thread::yield_now(),
+            _ => {}
         }
     }
 
