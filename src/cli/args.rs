@@ -67,7 +67,7 @@ pub enum Command {
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Options of -o:
-  ro                     never write below the store
+  ro                     no image is ever opened for writing
   allow_other            let every user in; the modes shown are enforced
   uid= gid= umask=       owner, group and permission bits shown
   threads=N              requests served at once
@@ -78,6 +78,7 @@ Options of -o:
   format=GLOB:FORMAT     raw or qcow2, for images that do not tell (repeatable)
   probe                  believe the content where a header names no backing format
   force_share            show what another process is writing
+  nolock                 write images even on file systems without file locks
   nofiles symlinks=HOW   taken, but without effect until guests' files are shown
   rescan=SECONDS         how often a store that cannot be watched is looked through
   config=FILE            read this in place of /etc/chainfs.toml and the user's file
@@ -248,11 +249,19 @@ pub struct MapArgs {
 Examples:
   chainfs check web01.qcow2
   chainfs check --output json /srv/images
+  chainfs check --repair leaks web01.qcow2
 
-Exit codes, as of qemu-img: 0 fine, 1 could not check, 2 corrupt, 3 leaks, 63 this format has nothing to check.")]
+A repair says first what is wrong, then mends it, then checks again. No disk or snapshot changes by it. \
+The image must not be in use.
+
+Exit codes, as of qemu-img: 0 fine, 1 could not check, 2 corrupt, 3 leaks, 63 this format has nothing to check. \
+After a repair they tell what is left.")]
 pub struct CheckArgs {
     /// A store, an image, or a place inside a mount
     pub path: PathBuf,
+    /// Mend leaked clusters, or all that can be mended without guessing
+    #[arg(short, long, value_enum, value_name = "WHAT")]
+    pub repair: Option<RepairScope>,
     /// The image's format, where its name and header do not tell
     #[arg(short, long, value_enum)]
     pub format: Option<ImageFormat>,
@@ -262,6 +271,15 @@ pub struct CheckArgs {
     /// How images are opened.
     #[command(flatten)]
     pub image: ImageArgs,
+}
+
+/// What `check --repair` is to mend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RepairScope {
+    /// Leaked clusters
+    Leaks,
+    /// Refcounts that are too low, flags and tables as well
+    All,
 }
 
 /// The words of `compare`.

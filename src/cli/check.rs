@@ -1,11 +1,11 @@
-//! `chainfs check`: looks for damage in one image, or in every image of a store.
+//! `chainfs check`: looks for damage in one image, or in every image of a store, and mends it if told to.
 
-use super::args::{CheckArgs, Output};
+use super::args::{CheckArgs, Output, RepairScope};
 use super::complain;
 use super::output::print;
 use super::target::{Target, What, host_path};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::check::{CheckReport, check};
+use crate::image::check::{CheckReport, Scope, check, repair};
 use crate::io::Storage;
 use crate::report::json::pretty;
 use crate::report::safe::terminal;
@@ -20,22 +20,27 @@ const NO_CHECKS: u8 = 63;
 /// Runs the command.
 pub(super) fn run(args: &CheckArgs) -> Result<u8> {
     let target = Target::find(&args.path, args.format, &args.image)?;
+    if args.repair.is_some() && target.store.options().force_share {
+        let fact = "a repair needs the image for itself; leave out --force-share";
+        return Err(Error::new(ErrorKind::Usage, fact));
+    }
     let Target { store, catalog, .. } = &target;
     let images: Vec<ImageIndex> = match &target.what {
         What::Store => (0..catalog.images.len()).filter(|index| catalog.images[*index].chain_count > 0).collect(),
         What::Chain(leaf) => catalog.layers(*leaf),
-        What::Disk(disk) => return one(&target, disk.layers[0], args.output.format()),
+        What::Disk(disk) => return one(&target, disk.layers[0], args),
     };
     let images: Vec<ImageIndex> = images.into_iter().filter(|index| !is_raw(catalog, *index)).collect();
     let mut worst = 0;
     let mut reports = Vec::new();
     for index in images {
         let name = host_path(store, catalog, index).to_string_lossy().into_owned();
-        match audit(store, catalog, index, &name) {
+        let title = format!("{}:\n", terminal(&name));
+        match judge(store, catalog, index, &name, args, &title) {
             Ok(report) => {
                 worst = worse(worst, report.exit_code());
                 if args.output.format() == Output::Human {
-                    print(&format!("{}:\n{}\n", terminal(&name), safe_lines(&report)))?;
+                    print("\n")?;
                 } else {
                     reports.push(report);
                 }
@@ -53,17 +58,16 @@ pub(super) fn run(args: &CheckArgs) -> Result<u8> {
 }
 
 /// An image by itself: as `qemu-img check`.
-fn one(target: &Target, index: ImageIndex, output: Output) -> Result<u8> {
+fn one(target: &Target, index: ImageIndex, args: &CheckArgs) -> Result<u8> {
     if is_raw(&target.catalog, index) {
         complain(&Error::new(ErrorKind::Unsupported, "this image format does not support checks"));
         return Ok(NO_CHECKS);
     }
     let name = target.filename.to_string_lossy();
-    let report = audit(&target.store, &target.catalog, index, &name)?;
-    print(&match output {
-        Output::Human => safe_lines(&report),
-        Output::Json => pretty(&report),
-    })?;
+    let report = judge(&target.store, &target.catalog, index, &name, args, "")?;
+    if args.output.format() == Output::Json {
+        print(&pretty(&report))?;
+    }
     Ok(report.exit_code())
 }
 
@@ -71,18 +75,57 @@ fn is_raw(catalog: &Catalog, index: ImageIndex) -> bool {
     catalog.images[index].format == Some(Format::Raw)
 }
 
-fn audit(store: &Store, catalog: &Catalog, index: ImageIndex, name: &str) -> Result<CheckReport> {
+/// Checks an image, or repairs it. For people, prints `title` and all that there is to say.
+fn judge(
+    store: &Store,
+    catalog: &Catalog,
+    index: ImageIndex,
+    name: &str,
+    args: &CheckArgs,
+    title: &str,
+) -> Result<CheckReport> {
     let image = &catalog.images[index];
     let bears_magic = matches!(image.content, Content::Qcow2(_) | Content::Malformed(_));
     let is_undecided = image.format.is_none() && matches!(image.content, Content::Qcow2(_));
     if let Some(problem) = image.problem.as_ref().filter(|_| !bears_magic || is_undecided) {
         return Err(Error::new(ErrorKind::Broken, format!("{name} {problem}")));
     }
+    let say = |text: &str| if args.output.format() == Output::Human { print(text) } else { Ok(()) };
     let file = store.file(&image.place, &image.stat, true);
-    // An image that somebody writes has references on the way to the disk: half of them look wrong.
-    let _lock = if store.options().force_share { None } else { Some(file.lock()?) };
-    let storage: &dyn Storage = &*file;
-    check(storage, name)
+    let Some(scope) = args.repair else {
+        // An image that somebody writes has references on the way to the disk: half of them look wrong.
+        let _lock = if store.options().force_share { None } else { Some(file.lock(true)?) };
+        let storage: &dyn Storage = &*file;
+        let report = check(storage, name)?;
+        say(&format!("{title}{}", safe_lines(&report)))?;
+        return Ok(report);
+    };
+    if image.place.root != 0 {
+        let fact = "it lies in a backing_dir, whose images are never changed; name the image itself";
+        return Err(Error::new(ErrorKind::Forbidden, format!("{name}: {fact}")));
+    }
+    let _lock = file.lock_for_writing(false)?;
+    let storage = file.open_for_writing()?;
+    let scope = match scope {
+        RepairScope::Leaks => Scope::Leaks,
+        RepairScope::All => Scope::All,
+    };
+    let done = repair(&*storage, name, scope, &mut |found| say(&format!("{title}{}", safe_lines(found))))?;
+    let (leaks, corruptions) = (done.report.leaks_fixed, done.report.corruptions_fixed);
+    let notes: Vec<String> = done.notes.iter().map(|note| terminal(note) + "\n").collect();
+    let text = if done.is_mended {
+        format!(
+            "\n{}The following inconsistencies were found and repaired:\n\n    {leaks} leaked clusters\n    \
+             {corruptions} corruptions\n\n{}Double checking the fixed image now...\n{}",
+            done.actions,
+            notes.concat(),
+            safe_lines(&done.report)
+        )
+    } else {
+        notes.concat()
+    };
+    say(&text)?;
+    Ok(done.report)
 }
 
 /// What a report says, each line harmless by itself.

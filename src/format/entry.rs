@@ -10,10 +10,12 @@ use crate::units::{ClusterBits, GuestOffset, HostOffset};
 /// Host offsets end here; from the specification.
 pub const HOST_OFFSET_END: u64 = 1 << 56;
 
-const COPIED: u64 = 1 << 63;
+/// In the active tables: the cluster has no other user, so that it may be written in place.
+pub const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const OFFSET: u64 = 0x00FF_FFFF_FFFF_FE00;
-const ZERO: u64 = 1;
+/// In standard L2 entries of version 3: the cluster reads as zeroes.
+pub const ZERO: u64 = 1;
 
 /// What an image says about a place of its guest's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

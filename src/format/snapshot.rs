@@ -147,6 +147,36 @@ pub fn parse_table(
     parser.finish()
 }
 
+/// A table whose entries all have the extra data that version 3 requires: what an entry of
+/// `table` lacks of it is what a reader takes for it. Entries that have it stay as they are.
+///
+/// # Panics
+/// If `table` is not `count` whole entries: a parser saw to that.
+pub fn with_required_extra(table: &[u8], count: u32, virtual_size: u64) -> Vec<u8> {
+    let mut out = Vec::with_capacity(table.len() + count as usize * V3_EXTRA_LEN as usize);
+    let mut at = 0;
+    for _ in 0..count {
+        at += padding(at as u64);
+        out.resize(out.len() + padding(out.len() as u64), 0);
+        let entry = &table[at..];
+        let extra_len = be_u32(entry, 36);
+        let strings_at = FIXED_LEN + extra_len as usize;
+        let end = strings_at + usize::from(be_u16(entry, 12)) + usize::from(be_u16(entry, 14));
+        if extra_len < V3_EXTRA_LEN {
+            let vm_state_size = if extra_len < 8 { be_u32(entry, 32).into() } else { be_u64(entry, 40) };
+            out.extend(&entry[..36]);
+            out.extend(V3_EXTRA_LEN.to_be_bytes());
+            out.extend(vm_state_size.to_be_bytes());
+            out.extend(virtual_size.to_be_bytes());
+        } else {
+            out.extend(&entry[..strings_at]);
+        }
+        out.extend(&entry[strings_at..end]);
+        at += end;
+    }
+    out
+}
+
 /// What [`SnapshotParser::for_check`] leaves out.
 pub fn check_l1(l1: Table, cluster: ClusterBits) -> Result<(), Malformed> {
     at_most("length of a snapshot's L1 table", l1.len_bytes(), MAX_L1_LEN)?;
@@ -279,6 +309,18 @@ mod tests {
         assert_eq!((old.vm_state_size, old.virtual_size, old.icount), (4096, None, None));
         let off = &parse(&entry(&extra(&[0, 512, u64::MAX]), "1", "off"), 1, Version::V3).unwrap()[0];
         assert_eq!(off.icount, None);
+    }
+
+    #[test]
+    fn what_version_3_requires_is_what_readers_took_for_it() {
+        for (short, vm_state_size) in [(vec![], 4096), (extra(&[1 << 33]), 1 << 33)] {
+            let whole = entry(&extra(&[7, 512, 9]), "2", "whole");
+            let table = [padded(entry(&short, "1", "monday")), whole].concat();
+            let snapshots = parse(&with_required_extra(&table, 2, 1 << 30), 2, Version::V3).unwrap();
+            assert_eq!((snapshots[0].vm_state_size, snapshots[0].virtual_size), (vm_state_size, Some(1 << 30)));
+            assert_eq!((snapshots[0].id.as_slice(), snapshots[0].name.as_slice()), (&b"1"[..], &b"monday"[..]));
+            assert_eq!(snapshots[1], parse(&table, 2, Version::V2).unwrap()[1]);
+        }
     }
 
     #[test]

@@ -83,12 +83,22 @@ impl Root {
 
     /// Opens a regular file for reading. `NotFound`, `Escape` and `Io` say what is wrong.
     pub fn open_file(&self, path: &Path) -> Result<OwnedFd> {
+        self.open_regular(path, OFlags::RDONLY)
+    }
+
+    /// Opens a regular file for reading and writing; nothing is created or cut. Besides what reading
+    /// meets, `Denied` and `ReadOnly`.
+    pub fn open_file_for_writing(&self, path: &Path) -> Result<OwnedFd> {
+        self.open_regular(path, OFlags::RDWR)
+    }
+
+    fn open_regular(&self, path: &Path, access: OFlags) -> Result<OwnedFd> {
         // Nothing but regular files is opened: a FIFO would hang us or wake its writer, a device
         // might act. The second look, after the open, is the one that holds.
         if !self.stat(path)?.is_file() {
             return Err(not_a_file(path));
         }
-        let file = self.open_with(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY)?;
+        let file = self.open_with(path, access | OFlags::NONBLOCK | OFlags::NOCTTY)?;
         if FileStat::of(&file)?.is_file() { Ok(file) } else { Err(not_a_file(path)) }
     }
 
@@ -262,6 +272,7 @@ mod tests {
         let (_outer, root) = root();
         for path in ["../secret", "sub/../../secret", "out", "absolute", "/etc/passwd"] {
             assert_eq!(root.open_file(Path::new(path)).unwrap_err().kind(), ErrorKind::Escape, "{path}");
+            assert_eq!(root.open_file_for_writing(Path::new(path)).unwrap_err().kind(), ErrorKind::Escape, "{path}");
         }
         assert!(root.open_file(Path::new("inside")).is_ok());
         assert!(root.open_file(Path::new("sub/../sub/image")).is_ok());
@@ -273,6 +284,8 @@ mod tests {
         fs::mknodat(CWD, root.canonical().join("fifo"), FileType::Fifo, Mode::RUSR, 0).unwrap();
         assert!(root.open_file(Path::new("fifo")).is_err());
         assert!(root.open_file(Path::new("sub")).is_err());
+        assert!(root.open_file_for_writing(Path::new("fifo")).is_err());
+        assert!(root.open_file_for_writing(Path::new("sub")).is_err());
     }
 
     #[test]

@@ -64,6 +64,17 @@ impl Descriptors {
             open.retain(|file| file.strong_count() > 0);
         }
         open.push_back(Weak::clone(file));
+        self.make_room(&mut open, file);
+    }
+
+    /// Notes a descriptor that stays open for as long as its owner lives, and closes another if
+    /// that makes too many.
+    pub(super) fn pinned(&self) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+        self.make_room(&mut self.open.lock(), &Weak::new());
+    }
+
+    fn make_room(&self, open: &mut VecDeque<Weak<StoreFile>>, file: &Weak<StoreFile>) {
         // Twice round at most: the first pass may find every file used since the last.
         let mut steps = 2 * open.len();
         while self.open_count() > self.limit && steps > 0 {

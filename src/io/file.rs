@@ -2,7 +2,9 @@
 //!
 //! A [`StoreFile`] promises that its bytes come from the very file it was made for: when it has
 //! to be opened again, another file at that place, or the same one changed, is `Stale`, never
-//! silently read. While a [`ReadLock`] is held, its descriptor carries QEMU's reader locks.
+//! silently read. While a [`ReadLock`] is held, its descriptor carries QEMU's reader locks, and while a
+//! [`WriteLock`] is, the writer's. It is this one descriptor that carries all locks of the process on
+//! the file, also when the writing itself goes through another ([`WriteFile`]).
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -18,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use super::beneath::Root;
 use super::descriptors::Descriptors;
 use super::locks;
-use super::{Conflict, Storage};
+use super::{Conflict, Storage, WriteFile};
 
 /// Which file this is, whatever its name: device and inode number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -101,16 +103,32 @@ pub struct StoreFile {
     path: PathBuf,
     id: FileId,
     /// What the file looked like when it was described; `None` for files that may change while
-    /// they are read (a disk that somebody else writes, read by force).
-    expected: Option<Signature>,
+    /// they are read (a disk that somebody else writes, read by force). A leaf.
+    expected: Mutex<Option<Signature>>,
     descriptor: RwLock<Option<Arc<OwnedFd>>>,
     /// Set by every use, cleared by the search for a descriptor to close.
     pub(super) used: AtomicBool,
     descriptors: Arc<Descriptors>,
     /// This very file, for the register of open descriptors.
     me: Weak<Self>,
-    /// Readers that want QEMU's locks held. Taken before `descriptor`.
-    readers: Mutex<usize>,
+    /// Who wants QEMU's locks held. Taken before `descriptor`.
+    holders: Mutex<Holders>,
+    /// Whether its descriptor has to stay open, for it carries a writer's locks. Changed under
+    /// `holders`, as is `written`.
+    pinned: AtomicBool,
+    /// Whether this process writes the file: then whatever is seen to change is our own doing.
+    written: AtomicBool,
+}
+
+/// Those for whom the file's descriptor carries locks.
+#[derive(Debug, Default)]
+struct Holders {
+    /// Openings to read.
+    readers: usize,
+    /// Those of the readers that were promised that the file does not change.
+    frozen: usize,
+    /// Whether there is a writer.
+    writer: bool,
 }
 
 impl StoreFile {
@@ -126,12 +144,14 @@ impl StoreFile {
             root: Arc::clone(root),
             path: path.to_path_buf(),
             id: seen.id,
-            expected: fixed.then_some(seen.signature),
+            expected: Mutex::new(fixed.then_some(seen.signature)),
             descriptor: RwLock::new(None),
             used: AtomicBool::new(false),
             descriptors: Arc::clone(descriptors),
             me: Weak::clone(me),
-            readers: Mutex::new(0),
+            holders: Mutex::default(),
+            pinned: AtomicBool::new(false),
+            written: AtomicBool::new(false),
         })
     }
 
@@ -155,40 +175,144 @@ impl StoreFile {
         self.open()
     }
 
-    /// Takes QEMU's reader locks (or joins those already held), for as long as the guard lives.
-    /// `Busy` if another process writes the file or has marked it inconsistent.
-    pub fn lock(self: &Arc<Self>) -> Result<ReadLock> {
-        let mut readers = self.readers.lock();
-        if *readers == 0 {
-            let descriptor = self.descriptor()?;
-            locks::take_reader_set(descriptor.as_fd()).map_err(|conflict| self.refused(&conflict))?;
-        }
-        *readers += 1;
-        Ok(ReadLock { file: Arc::clone(self) })
+    /// What the file is expected to look like; `None` if it may change.
+    pub fn expected(&self) -> Option<Signature> {
+        *self.expected.lock()
     }
 
-    fn refused(&self, conflict: &Conflict) -> Error {
+    /// Whether the file still looks as it was described, or is changed by nobody but ourselves.
+    pub fn is_as_expected(&self) -> Result<bool> {
+        let Some(expected) = self.expected() else { return Ok(true) };
+        Ok(self.is_written() || self.stat()?.signature == expected)
+    }
+
+    /// Whether this process writes the file now.
+    pub fn is_written(&self) -> bool {
+        self.written.load(Ordering::Acquire)
+    }
+
+    /// Takes what the file looks like now for what it is to look like from here on: what has
+    /// changed was our own doing. Only under a [`WriteLock`].
+    pub fn accept_changes(&self) -> Result<()> {
+        assert!(self.is_written(), "changes are our own only under a lock");
+        let now = self.stat()?.signature;
+        if let Some(expected) = &mut *self.expected.lock() {
+            *expected = now;
+        }
+        Ok(())
+    }
+
+    /// Takes QEMU's reader locks (or joins those already held), for as long as the guard lives.
+    /// `Busy` if another process writes the file or has marked it inconsistent, and, for a
+    /// reader to whom it is `frozen`, if this one does.
+    pub fn lock(self: &Arc<Self>, frozen: bool) -> Result<ReadLock> {
+        let mut holders = self.holders.lock();
+        if frozen && holders.writer {
+            let fact = "is being written through this mount; close the active disk that it holds";
+            return Err(Error::new(ErrorKind::Busy, format!("{} {fact}", self.path.display())));
+        }
+        if holders.readers == 0 && !holders.writer {
+            let descriptor = self.descriptor()?;
+            locks::take_reader_set(descriptor.as_fd()).map_err(|conflict| self.refused(&conflict, true))?;
+        }
+        holders.readers += 1;
+        holders.frozen += usize::from(frozen);
+        Ok(ReadLock { file: Arc::clone(self), frozen })
+    }
+
+    /// Takes QEMU's writer locks, beside those of our own readers, for as long as the guard lives;
+    /// until then the descriptor stays open. `Busy` if another process has the file open in a way that
+    /// does not allow it, or one of our own readers was promised that it does not change; `ReadOnly`
+    /// where locks do not work, unless `without_locks`.
+    pub fn lock_for_writing(self: &Arc<Self>, without_locks: bool) -> Result<WriteLock> {
+        let mut holders = self.holders.lock();
+        let busy = |fact| Err(Error::new(ErrorKind::Busy, format!("{} {fact}", self.path.display())));
+        if holders.writer {
+            return busy("is being written through this mount already");
+        }
+        if holders.frozen > 0 {
+            return busy("is open as a snapshot in this mount; close that first");
+        }
+        // Before the locks are taken: from here on nobody closes the descriptor.
+        self.pinned.store(true, Ordering::Release);
+        if let Err(error) = self.take_writer_set(&holders, without_locks) {
+            self.pinned.store(false, Ordering::Release);
+            return Err(error);
+        }
+        holders.writer = true;
+        self.written.store(true, Ordering::Release);
+        Ok(WriteLock { file: Arc::clone(self) })
+    }
+
+    fn take_writer_set(&self, holders: &Holders, without_locks: bool) -> Result<()> {
+        let descriptor = self.descriptor()?;
+        if holders.readers == 0 {
+            locks::take_reader_set(descriptor.as_fd()).map_err(|conflict| self.refused(&conflict, false))?;
+        }
+        match locks::add_writer_set(descriptor.as_fd()) {
+            Err(Conflict::System(error)) if without_locks && locks::is_unsupported(error) => Ok(()),
+            Err(conflict) => {
+                if holders.readers == 0 {
+                    locks::drop_all(descriptor.as_fd());
+                }
+                Err(self.refused(&conflict, false))
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// The file again, to be written through. Its identity is that of this one, or it is `Stale`.
+    pub fn open_for_writing(&self) -> Result<Arc<WriteFile>> {
+        let file = self.root.open_file_for_writing(&self.path)?;
+        if FileStat::of(&file)?.id != self.id {
+            return Err(self.stale());
+        }
+        Ok(WriteFile::new(file, &self.path, &self.descriptors))
+    }
+
+    fn refused(&self, conflict: &Conflict, for_reading: bool) -> Error {
         let path = self.path.display();
         match conflict {
             Conflict::Held { byte, fact } => {
                 let holders = super::holders::describe(self.id, *byte);
-                Error::new(
-                    ErrorKind::Busy,
-                    format!("{path} {fact} ({holders}); wait until it is closed, or mount with -o force_share"),
-                )
+                let remedy = if for_reading { ", or mount with -o force_share" } else { "" };
+                Error::new(ErrorKind::Busy, format!("{path} {fact} ({holders}); wait until it is closed{remedy}"))
             }
+            Conflict::System(error) if !for_reading && locks::is_unsupported(*error) => Error::new(
+                ErrorKind::ReadOnly,
+                format!(
+                    "{path} lies on a file system without file locks, where nothing keeps two writers apart; if \
+                     nobody else uses it, mount with -o nolock"
+                ),
+            ),
             Conflict::System(error) => Error::io(format!("locking {path}"), *error),
         }
     }
 
-    fn unlock(&self) {
-        let mut readers = self.readers.lock();
-        *readers -= 1;
-        if *readers == 0
+    fn unlock(&self, frozen: bool) {
+        let mut holders = self.holders.lock();
+        holders.readers -= 1;
+        holders.frozen -= usize::from(frozen);
+        if holders.readers == 0
+            && !holders.writer
             && let Some(descriptor) = &*self.descriptor.read()
         {
             locks::drop_all(descriptor.as_fd());
         }
+    }
+
+    fn unlock_writing(&self) {
+        let mut holders = self.holders.lock();
+        holders.writer = false;
+        if let Some(descriptor) = &*self.descriptor.read() {
+            if holders.readers == 0 {
+                locks::drop_all(descriptor.as_fd());
+            } else {
+                locks::drop_writer_set(descriptor.as_fd());
+            }
+        }
+        self.written.store(false, Ordering::Release);
+        self.pinned.store(false, Ordering::Release);
     }
 
     /// The descriptor, opened if need be. Callers let go of it soon: it is what keeps the file open.
@@ -204,8 +328,8 @@ impl StoreFile {
         let open = Arc::new(self.open()?);
         // A reader's locks went with the descriptor that was closed; they come back with this one,
         // and `open` has made sure that nothing was written in between.
-        if self.readers.try_lock().is_none_or(|readers| *readers > 0) {
-            locks::take_reader_set(open.as_fd()).map_err(|conflict| self.refused(&conflict))?;
+        if self.holders.try_lock().is_none_or(|holders| holders.readers > 0) {
+            locks::take_reader_set(open.as_fd()).map_err(|conflict| self.refused(&conflict, true))?;
         }
         *slot = Some(Arc::clone(&open));
         drop(slot);
@@ -217,18 +341,22 @@ impl StoreFile {
     fn open(&self) -> Result<OwnedFd> {
         let file = self.root.open_file(&self.path)?;
         let stat = FileStat::of(&file)?;
-        if stat.id != self.id || self.expected.is_some_and(|expected| expected != stat.signature) {
-            return Err(Error::new(
-                ErrorKind::Stale,
-                format!("{} was changed or replaced since it was looked up; open it again", self.path.display()),
-            ));
+        if stat.id != self.id || self.expected().is_some_and(|expected| expected != stat.signature) {
+            return Err(self.stale());
         }
         Ok(file)
     }
 
+    fn stale(&self) -> Error {
+        let fact = "was changed or replaced since it was looked up; open it again";
+        Error::new(ErrorKind::Stale, format!("{} {fact}", self.path.display()))
+    }
+
     /// Closes the descriptor unless somebody is just using the slot. Called when descriptors run short.
     pub(super) fn close_idle(&self) -> bool {
-        let is_closed = self.descriptor.try_write().is_some_and(|mut slot| slot.take().is_some());
+        // A writer's locks cannot come back: they would have to be asked for anew.
+        let close = |slot: &mut Option<_>| !self.pinned.load(Ordering::Acquire) && slot.take().is_some();
+        let is_closed = self.descriptor.try_write().is_some_and(|mut slot| close(&mut slot));
         if is_closed {
             self.descriptors.closed();
         }
@@ -264,17 +392,21 @@ impl Storage for StoreFile {
     }
 
     fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
-        let descriptor = self.descriptor()?;
-        // The descriptor's own position moves, which no reader looks at.
-        match fs::seek(&*descriptor, SeekFrom::Data(at)) {
-            Ok(data) if data > at => Ok((false, data.min(end) - at)),
-            Ok(_) => match fs::seek(&*descriptor, SeekFrom::Hole(at)) {
-                Ok(hole) if hole > at => Ok((true, hole.min(end) - at)),
-                _ => Ok((true, end - at)),
-            },
-            Err(Errno::NXIO) => Ok((false, end - at)), // no data up to the end of the file
-            Err(_) => Ok((true, end - at)),
-        }
+        Ok(extent(&*self.descriptor()?, at, end))
+    }
+}
+
+/// What the file system says of `[at, end)`: see [`Storage::extent`].
+pub(super) fn extent(file: &OwnedFd, at: u64, end: u64) -> (bool, u64) {
+    // The descriptor's own position moves, which no reader looks at.
+    match fs::seek(file, SeekFrom::Data(at)) {
+        Ok(data) if data > at => (false, data.min(end) - at),
+        Ok(_) => match fs::seek(file, SeekFrom::Hole(at)) {
+            Ok(hole) if hole > at => (true, hole.min(end) - at),
+            _ => (true, end - at),
+        },
+        Err(Errno::NXIO) => (false, end - at), // no data up to the end of the file
+        Err(_) => (true, end - at),
     }
 }
 
@@ -282,10 +414,23 @@ impl Storage for StoreFile {
 #[derive(Debug)]
 pub struct ReadLock {
     file: Arc<StoreFile>,
+    frozen: bool,
 }
 
 impl Drop for ReadLock {
     fn drop(&mut self) {
-        self.file.unlock();
+        self.file.unlock(self.frozen);
+    }
+}
+
+/// QEMU's writer locks on a [`StoreFile`], until dropped.
+#[derive(Debug)]
+pub struct WriteLock {
+    file: Arc<StoreFile>,
+}
+
+impl Drop for WriteLock {
+    fn drop(&mut self) {
+        self.file.unlock_writing();
     }
 }

@@ -26,12 +26,14 @@ impl fmt::Display for Holder {
 
 /// Other processes that hold a lock on `byte` of the file `id`.
 pub fn lock_holders(id: FileId, byte: i64) -> Vec<Holder> {
-    others(|process| {
-        let Ok(infos) = fs::read_dir(process.join("fdinfo")) else { return false };
-        infos.flatten().any(|info| {
-            fs::read_to_string(info.path())
-                .is_ok_and(|text| text.lines().any(|line| locked_inode(line, byte) == Some(id.inode)))
-        })
+    others(|process| holds_lock(process, id, byte))
+}
+
+fn holds_lock(process: &Path, id: FileId, byte: i64) -> bool {
+    let Ok(infos) = fs::read_dir(process.join("fdinfo")) else { return false };
+    infos.flatten().any(|info| {
+        fs::read_to_string(info.path())
+            .is_ok_and(|text| text.lines().any(|line| locked_inode(line, byte) == Some(id.inode)))
     })
 }
 
@@ -75,11 +77,16 @@ pub fn users_of(directory: &Path) -> Vec<Holder> {
     })
 }
 
+const UNSEEN: &str = "which one cannot be seen from here";
+
 /// The holders of `byte` as part of a sentence.
 pub(super) fn describe(id: FileId, byte: i64) -> String {
     let holders = lock_holders(id, byte);
     if holders.is_empty() {
-        return "which one cannot be seen from here".to_string();
+        // Two openings of ours: the older one is of the file as it was before somebody changed it.
+        let is_own = holds_lock(Path::new("/proc/self"), id, byte);
+        let sentence = if is_own { "by this mount, in a disk opened before the file changed" } else { UNSEEN };
+        return sentence.to_string();
     }
     holders.iter().map(Holder::to_string).collect::<Vec<_>>().join(", ")
 }

@@ -29,6 +29,17 @@ const READER_CONFLICTS: [(i64, &str); 3] = [
     (USED + RESIZE, "is being resized by another process"),
 ];
 
+/// What a writer holds besides the reader's set: it uses writing and resizing.
+const WRITER_ADDS: [i64; 2] = [USED + WRITE, USED + RESIZE];
+/// What a writer may not find held by others: the plainest fact first.
+const WRITER_CONFLICTS: [(i64, &str); 5] = [
+    (USED + WRITE, "is being written by another process"),
+    (USED + RESIZE, "is being resized by another process"),
+    (UNSHARED + CONSISTENT_READ, "is marked inconsistent by another process"),
+    (UNSHARED + WRITE, "is being read by another process, which keeps writers out"),
+    (UNSHARED + RESIZE, "is being used by another process, which keeps its size"),
+];
+
 /// The byte that whoever writes an image holds.
 pub const WRITER_BYTE: i64 = USED + WRITE;
 
@@ -52,24 +63,42 @@ pub(super) fn take_reader_set(file: BorrowedFd<'_>) -> Result<(), Conflict> {
         if let Err(error) = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK, byte))) {
             drop_all(file);
             // File systems without such locks have no QEMU that holds any: nothing to keep out of.
-            return if matches!(error, Errno::EINVAL | Errno::ENOTSUP | Errno::ENOSYS | Errno::ENOLCK) {
-                Ok(())
-            } else {
-                Err(Conflict::System(error))
-            };
+            return if is_unsupported(error) { Ok(()) } else { Err(Conflict::System(error)) };
         }
     }
-    for (byte, fact) in READER_CONFLICTS {
-        match held_by_others(file, byte) {
+    test(file, &READER_CONFLICTS).inspect_err(|_| drop_all(file))
+}
+
+/// Adds what a writer holds to the reader's set on `file`, or nothing. Unlike for a reader, locks
+/// that do not work are a failure: nothing would keep two writers apart.
+pub(super) fn add_writer_set(file: BorrowedFd<'_>) -> Result<(), Conflict> {
+    for byte in WRITER_ADDS {
+        if let Err(error) = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK, byte))) {
+            drop_writer_set(file);
+            return Err(Conflict::System(error));
+        }
+    }
+    test(file, &WRITER_CONFLICTS).inspect_err(|_| drop_writer_set(file))
+}
+
+/// Becomes a reader again.
+pub(super) fn drop_writer_set(file: BorrowedFd<'_>) {
+    for byte in WRITER_ADDS {
+        let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, byte)));
+    }
+}
+
+/// Whether this is how a file system says that it has no such locks.
+pub(super) fn is_unsupported(error: Errno) -> bool {
+    matches!(error, Errno::EINVAL | Errno::ENOTSUP | Errno::ENOSYS | Errno::ENOLCK)
+}
+
+fn test(file: BorrowedFd<'_>, conflicts: &[(i64, &'static str)]) -> Result<(), Conflict> {
+    for (byte, fact) in conflicts {
+        match held_by_others(file, *byte) {
             Ok(false) => {}
-            Ok(true) => {
-                drop_all(file);
-                return Err(Conflict::Held { byte, fact });
-            }
-            Err(error) => {
-                drop_all(file);
-                return Err(Conflict::System(error));
-            }
+            Ok(true) => return Err(Conflict::Held { byte: *byte, fact }),
+            Err(error) => return Err(Conflict::System(error)),
         }
     }
     Ok(())
@@ -128,5 +157,26 @@ mod tests {
 
         drop(writer);
         take_reader_set(one.as_fd()).unwrap();
+    }
+
+    #[test]
+    fn a_reader_becomes_a_writer_only_when_it_is_alone_and_stays_a_reader_otherwise() {
+        let path = tempfile::NamedTempFile::new().unwrap();
+        let open = || std::fs::File::open(path.path()).unwrap();
+        let (one, two, other) = (open(), open(), open());
+        take_reader_set(one.as_fd()).unwrap();
+        take_reader_set(two.as_fd()).unwrap();
+        assert!(matches!(add_writer_set(one.as_fd()), Err(Conflict::Held { byte: 201, .. })));
+        // What was added has gone again, what was there before has not.
+        assert!(!held_by_others(other.as_fd(), USED + WRITE).unwrap());
+        drop_all(two.as_fd());
+        assert!(held_by_others(other.as_fd(), UNSHARED + WRITE).unwrap());
+
+        add_writer_set(one.as_fd()).unwrap();
+        assert!(matches!(take_reader_set(two.as_fd()), Err(Conflict::Held { byte: 101, .. })));
+        assert!(matches!(add_writer_set(two.as_fd()), Err(Conflict::Held { byte: 101, .. })));
+        drop_writer_set(one.as_fd());
+        take_reader_set(two.as_fd()).unwrap();
+        assert!(held_by_others(two.as_fd(), UNSHARED + WRITE).unwrap(), "the reader's set stays");
     }
 }

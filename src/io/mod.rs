@@ -10,13 +10,15 @@ mod file;
 mod holders;
 mod locks;
 mod mountinfo;
+mod write_file;
 
 pub use beneath::{DirEntry, EntryKind, OWN_KIND, Root};
 pub use descriptors::Descriptors;
-pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile};
+pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile, WriteLock};
 pub use holders::{Holder, all_lock_holders, lock_holders, users_of};
 pub use locks::{Conflict, WRITER_BYTE, probe_writer};
 pub use mountinfo::{MountEntry, mounts};
+pub use write_file::WriteFile;
 
 use crate::error::Result;
 

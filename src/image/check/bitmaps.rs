@@ -3,7 +3,7 @@
 //! Only where the extension is in force; else QEMU drops it, and its clusters are leaks.
 
 use super::ranges::{Range, Weight};
-use super::report::CheckReport;
+use super::report::{CheckReport, Kind};
 use super::{Audited, Pass, Places};
 use crate::error::Result;
 use crate::format::bitmap::{BitmapCluster, parse_directory, table_entry};
@@ -45,7 +45,9 @@ pub(super) fn walk(pass: &mut Pass<'_>, tables: &[Range]) -> Result<()> {
                 match table_entry(entry, cluster) {
                     Ok(BitmapCluster::At(data)) => pass.count(data.0, cluster.size(), table.weight.total),
                     // QEMU cannot open such an image.
-                    Err(reason) if pass.first => pass.report.check_errors(table.weight.total, || reason.fact()),
+                    Err(reason) if pass.first => {
+                        pass.report.check_errors(Kind::Doubt, table.weight.total, || reason.fact());
+                    }
                     Ok(BitmapCluster::All(_)) | Err(_) => {}
                 }
             }

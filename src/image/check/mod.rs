@@ -1,7 +1,7 @@
 //! The audit of one qcow2 image, as `qemu-img check` does it: every reference is counted and
 //! compared with the refcounts that the image stores.
 //!
-//! Reads only. Terminates on any bytes, in time bounded by the file's size and in bounded
+//! Reads only, except for [`repair`]. Terminates on any bytes, in time bounded by the file's size and in bounded
 //! memory: overlapping and shared tables are read once with a weight, references are counted
 //! in windows. Exit codes, and on all but badly damaged images the numbers, are those of QEMU
 //! 10.0.2. On purpose it is stricter where an image cannot be read as it stands: a zero flag
@@ -11,6 +11,7 @@
 mod bitmaps;
 mod ranges;
 mod refcounts;
+mod repair;
 mod report;
 mod tables;
 mod window;
@@ -26,6 +27,8 @@ use refcounts::Refcounts;
 use tables::L2List;
 use window::{WINDOW_CLUSTERS, Window};
 
+pub use repair::{Actions, Repaired, Scope, rebuild_dirty, repair};
+use report::Kind;
 pub use report::{CheckReport, MAX_FINDINGS};
 
 /// More clusters than any real image has (256 TiB of 64 KiB clusters); bounds the time that a
@@ -43,31 +46,62 @@ fn check_in_windows(storage: &dyn Storage, name: &str, window_clusters: u64) -> 
     let cluster = audited.header.cluster;
     report.total_clusters = audited.header.virtual_size.div_ceil(cluster.size());
 
-    let mut places = Places::default();
-    audited.collect_metadata(&mut places, &mut report)?;
-    let refcounts = Refcounts::read(&audited)?;
-    let l2_list = L2List::read(&audited, &disjoint(&places.l1_tables), &refcounts, &mut report)?;
-    let bitmap_tables = disjoint(&places.bitmap_tables);
-    let regions = disjoint(&places.regions);
-
-    let file_clusters = audited.file_len.div_ceil(cluster.size());
+    let references = References::gather(&audited, &mut report)?;
+    let file_clusters = audited.file_clusters();
     let mut last_cluster = 0;
     // One more than the file has: a region may reach over its end by less than a cluster.
     for first in (0..=file_clusters).step_by(window_clusters as usize) {
         let len = window_clusters.min(file_clusters + 1 - first);
         let mut window = Window::new(cluster, first, len, max_refcount(audited.header.refcount_order));
         let mut pass = Pass { audited: &audited, first: first == 0, window: &mut window, report: &mut report };
-        refcounts.load(&mut pass)?;
-        for region in &regions {
-            pass.window.count(region.start, region.end - region.start, region.weight.total, pass.report);
-        }
-        l2_list.walk(&mut pass, &refcounts)?;
-        bitmaps::walk(&mut pass, &bitmap_tables)?;
-        refcounts.count_blocks(&mut pass, file_clusters);
+        references.count(&mut pass, Without::default())?;
         last_cluster = window.compare(file_clusters, &mut report).unwrap_or(last_cluster);
     }
     report.image_end_offset = (last_cluster + 1) * cluster.size();
     Ok(report)
+}
+
+/// Everything in an image that refers to clusters.
+struct References {
+    places: Places,
+    l2_list: L2List,
+    refcounts: Refcounts,
+}
+
+/// What is not counted, because it is about to be replaced.
+#[derive(Clone, Copy, Default)]
+struct Without {
+    refcounts: bool,
+    snapshot_table: bool,
+}
+
+impl References {
+    fn gather(audited: &Audited<'_>, report: &mut CheckReport) -> Result<Self> {
+        let mut places = Places::default();
+        audited.collect_metadata(&mut places, report)?;
+        places.regions = disjoint(&places.regions);
+        places.bitmap_tables = disjoint(&places.bitmap_tables);
+        let refcounts = Refcounts::read(audited)?;
+        let l2_list = L2List::read(audited, &disjoint(&places.l1_tables), &refcounts, report)?;
+        Ok(Self { places, l2_list, refcounts })
+    }
+
+    /// Fills the pass's window: what is stored, and what refers to it.
+    fn count(&self, pass: &mut Pass<'_>, without: Without) -> Result<()> {
+        self.refcounts.load(pass)?;
+        let places = &self.places;
+        let snapshot_table = if without.snapshot_table { &[][..] } else { &places.snapshot_table };
+        let refcount_table = if without.refcounts { &[][..] } else { &places.refcount_table };
+        for region in places.regions.iter().chain(snapshot_table).chain(refcount_table) {
+            pass.window.count(region.start, region.end - region.start, region.weight.total, pass.report);
+        }
+        self.l2_list.walk(pass, &self.refcounts)?;
+        bitmaps::walk(pass, &places.bitmap_tables)?;
+        if !without.refcounts {
+            self.refcounts.count_blocks(pass, pass.audited.file_clusters());
+        }
+        Ok(())
+    }
 }
 
 /// The image under audit.
@@ -83,6 +117,10 @@ struct Audited<'a> {
 struct Places {
     /// What is referenced as a whole, cluster by cluster.
     regions: Vec<Range>,
+    /// The refcount table; a repair may replace it.
+    refcount_table: Vec<Range>,
+    /// The snapshot table; so may it.
+    snapshot_table: Vec<Range>,
     /// L1 tables, by their bytes.
     l1_tables: Vec<Range>,
     /// Bitmap tables, by their bytes.
@@ -103,7 +141,7 @@ impl Pass<'_> {
     fn count(&mut self, at: u64, len: u64, times: u64) {
         if self.audited.is_beyond_end(at, len) {
             if self.first {
-                self.report.corruptions(times, || beyond_end(at, len));
+                self.report.corruptions(Kind::Dangling, times, || beyond_end(at, len));
             }
         } else {
             self.window.count(at, len, times, self.report);
@@ -137,6 +175,10 @@ impl<'a> Audited<'a> {
         Ok(Self { storage, name, header, file_len })
     }
 
+    fn file_clusters(&self) -> u64 {
+        self.file_len.div_ceil(self.header.cluster.size())
+    }
+
     fn malformed(&self, reason: &Malformed) -> Error {
         Error::new(reason.kind(), format!("{}: {reason}", self.name))
     }
@@ -155,16 +197,20 @@ impl<'a> Audited<'a> {
     }
 
     fn add_region(&self, places: &mut Places, at: u64, len: u64, report: &mut CheckReport) {
+        self.region(&mut places.regions, at, len, Kind::Dangling, report);
+    }
+
+    fn region(&self, regions: &mut Vec<Range>, at: u64, len: u64, kind: Kind, report: &mut CheckReport) {
         if len == 0 {
             return;
         }
         if self.is_beyond_end(at, len) {
-            report.corruptions(1, || beyond_end(at, len));
+            report.corruptions(kind, 1, || beyond_end(at, len));
             return;
         }
         let cluster = self.header.cluster;
         let end = cluster.floor(at + len - 1) + cluster.size();
-        places.regions.push(Range { start: cluster.floor(at), end, weight: Weight::OTHER });
+        regions.push(Range { start: cluster.floor(at), end, weight: Weight::OTHER });
     }
 
     fn collect_metadata(&self, places: &mut Places, report: &mut CheckReport) -> Result<()> {
@@ -172,27 +218,29 @@ impl<'a> Audited<'a> {
         self.add_region(places, 0, header.cluster.size(), report);
         self.add_l1(places, header.l1.offset.0, header.l1.len_bytes(), Weight::ACTIVE, report);
         let (snapshots, table_len) = self.read_snapshots()?;
-        self.add_region(places, header.snapshots.offset.0, table_len, report);
+        self.region(&mut places.snapshot_table, header.snapshots.offset.0, table_len, Kind::Dangling, report);
         if header.data_file.is_some() && !snapshots.is_empty() {
-            report.corruptions(1, || format!("{} snapshots in image with data file", snapshots.len()));
+            report.corruptions(Kind::Doubt, 1, || format!("{} snapshots in image with data file", snapshots.len()));
         }
         for (index, snapshot) in snapshots.iter().enumerate() {
             if header.version == Version::V3 && snapshot.extra_len < 16 {
-                report.corruptions(1, || format!("snapshot table entry {index} is incomplete"));
+                report.corruptions(Kind::Incomplete, 1, || format!("snapshot table entry {index} is incomplete"));
             }
             let l1 = snapshot.l1;
             match check_l1(l1, header.cluster) {
                 Ok(()) => self.add_l1(places, l1.offset.0, l1.len_bytes(), Weight::OTHER, report),
                 // No file reaches that far, so that there is nothing to look at.
                 Err(reason @ Malformed::OutOfRange { .. }) => {
-                    report.check_errors(1, || format!("snapshot table entry {index}: {}", reason.fact()));
+                    report.check_errors(Kind::Doubt, 1, || format!("snapshot table entry {index}: {}", reason.fact()));
                 }
-                Err(reason) => report.corruptions(1, || format!("snapshot table entry {index}: {}", reason.fact())),
+                Err(reason) => {
+                    report.corruptions(Kind::Doubt, 1, || format!("snapshot table entry {index}: {}", reason.fact()));
+                }
             }
         }
         let table = header.refcount_table;
         let table_len = u64::from(table.clusters) * header.cluster.size();
-        self.add_region(places, table.offset.0, table_len, report);
+        self.region(&mut places.refcount_table, table.offset.0, table_len, Kind::Structure, report);
         if let Some(luks) = header.crypto_header {
             self.add_region(places, luks.offset.0, luks.len, report);
         }

@@ -1,5 +1,6 @@
 //! The refcounts that an image stores, and the references to the blocks that store them.
 
+use super::report::Kind;
 use super::{Audited, Pass};
 use crate::error::Result;
 use crate::format::refcount::{block_entries, refcount, table_entry};
@@ -27,10 +28,20 @@ impl Refcounts {
 
     /// The block that counts `cluster`. `Err` if its place is unaligned, so that it cannot be
     /// read; a reserved bit alone does not hide it.
-    fn block(&self, cluster: u64) -> std::result::Result<Option<HostOffset>, ()> {
+    pub(super) fn block(&self, cluster: u64) -> std::result::Result<Option<HostOffset>, ()> {
         let index = usize::try_from(cluster / self.per_block).unwrap_or(usize::MAX);
         let entry = self.entries.get(index).copied().unwrap_or(0);
         table_entry(entry & !0x1ff, self.cluster).map_err(|_| ())
+    }
+
+    /// Clusters that one block counts.
+    pub(super) fn per_block(&self) -> u64 {
+        self.per_block
+    }
+
+    /// The table's entries.
+    pub(super) fn entries(&self) -> &[u64] {
+        &self.entries
     }
 
     /// Reads the one count of `cluster`; `None` if its block cannot be read.
@@ -79,7 +90,9 @@ impl Refcounts {
                 Ok(Some(block)) => block,
                 Err(reason) => {
                     if pass.first {
-                        pass.report.corruptions(1, || format!("refcount table entry {index}: {}", reason.fact()));
+                        pass.report.corruptions(Kind::Structure, 1, || {
+                            format!("refcount table entry {index}: {}", reason.fact())
+                        });
                     }
                     continue;
                 }
@@ -87,7 +100,7 @@ impl Refcounts {
             let cluster = self.cluster.index(block.0);
             if cluster >= file_clusters {
                 if pass.first {
-                    pass.report.corruptions(1, || format!("refcount block {index} is outside image"));
+                    pass.report.corruptions(Kind::Structure, 1, || format!("refcount block {index} is outside image"));
                 }
                 continue;
             }
@@ -96,7 +109,7 @@ impl Refcounts {
                 let references = pass.window.references(cluster);
                 if references != Some(1) {
                     let count = references.unwrap_or(0);
-                    pass.report.corruptions(1, || format!("refcount block {index} refcount={count}"));
+                    pass.report.corruptions(Kind::Structure, 1, || format!("refcount block {index} refcount={count}"));
                 }
             }
         }

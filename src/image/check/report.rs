@@ -7,6 +7,31 @@ use serde::Serialize;
 /// Findings that are kept as text; further ones are only counted.
 pub const MAX_FINDINGS: usize = 1000;
 
+/// What kind of problem a finding is: what mends it, and what else may be wrong because of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A cluster has more users than its count says.
+    TooLow,
+    /// Of those, one whose count is 0: the next writer would give it away.
+    Uncounted,
+    /// A COPIED flag of the active tables says the wrong thing.
+    Flag,
+    /// A COPIED flag where there must be none.
+    CompressedFlag,
+    /// The refcount table or a block is not where it can be used.
+    Structure,
+    /// The place kept for a cluster of zeroes makes no sense.
+    KeptPlace,
+    /// An entry of the snapshot table lacks what version 3 requires.
+    Incomplete,
+    /// A reference leads beyond the end of the file.
+    Dangling,
+    /// Anything else: what it was meant to refer to is not known.
+    Doubt,
+}
+
+const KIND_COUNT: usize = Kind::Doubt as usize + 1;
+
 /// The result of a check. Serializes as `qemu-img check --output=json` prints it: what is zero
 /// is left out, except for `check-errors`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -27,6 +52,12 @@ pub struct CheckReport {
     /// Clusters that are counted more often than they are used.
     #[serde(skip_serializing_if = "is_zero")]
     pub leaks: u64,
+    /// Places of that kind that a repair has mended.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub corruptions_fixed: u64,
+    /// Leaked clusters that a repair has given back.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub leaks_fixed: u64,
     /// Clusters of the guest's disk.
     #[serde(skip_serializing_if = "is_zero")]
     pub total_clusters: u64,
@@ -45,6 +76,9 @@ pub struct CheckReport {
     /// Problems beyond those.
     #[serde(skip)]
     pub findings_suppressed: u64,
+    /// Corruptions and errors by [`Kind`].
+    #[serde(skip)]
+    pub(super) tally: [u64; KIND_COUNT],
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
@@ -63,12 +97,24 @@ impl CheckReport {
         }
     }
 
-    pub(super) fn check_errors(&mut self, count: u64, finding: impl FnOnce() -> String) {
+    /// How many problems are of `kind`.
+    pub(super) fn count_of(&self, kind: Kind) -> u64 {
+        self.tally[kind as usize]
+    }
+
+    fn tally(&mut self, kind: Kind, count: u64) {
+        let tally = &mut self.tally[kind as usize];
+        *tally = tally.saturating_add(count);
+    }
+
+    pub(super) fn check_errors(&mut self, kind: Kind, count: u64, finding: impl FnOnce() -> String) {
+        self.tally(kind, count);
         self.check_errors = self.check_errors.saturating_add(count);
         self.note("ERROR", finding);
     }
 
-    pub(super) fn corruptions(&mut self, count: u64, finding: impl FnOnce() -> String) {
+    pub(super) fn corruptions(&mut self, kind: Kind, count: u64, finding: impl FnOnce() -> String) {
+        self.tally(kind, count);
         self.corruptions = self.corruptions.saturating_add(count);
         self.note("ERROR", finding);
     }
@@ -155,7 +201,7 @@ mod tests {
     fn findings_beyond_the_limit_are_counted() {
         let mut report = CheckReport::default();
         for index in 0..MAX_FINDINGS + 5 {
-            report.corruptions(1, || format!("number {index}"));
+            report.corruptions(Kind::Doubt, 1, || format!("number {index}"));
         }
         assert_eq!((report.findings.len(), report.findings_suppressed, report.corruptions), (1000, 5, 1005));
         assert!(report.to_string().contains("... and 5 more\n\n1005 errors were found on the image.\n"));

@@ -2,12 +2,12 @@
 
 use super::ranges::{Range, Weight};
 use super::refcounts::Refcounts;
-use super::report::CheckReport;
+use super::report::{CheckReport, Kind};
 use super::{Audited, Pass, beyond_end};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Malformed;
-use crate::format::entry::{Compressed, EntryFormat, Mapping};
+use crate::format::entry::{COPIED, Compressed, EntryFormat, Mapping, ZERO};
 use crate::format::refcount::refcount;
+use crate::format::{Malformed, Version};
 use crate::units::{GuestOffset, HostOffset};
 
 /// Bytes of an L1 table read at a time.
@@ -16,13 +16,13 @@ const CHUNK: u64 = 256 << 10;
 const MAX_L2_TABLES: usize = 16 << 20;
 
 /// An L2 table, or what is taken for one.
-struct L2Table {
+pub(super) struct L2Table {
     /// As the L1 entry says it, even if it is not aligned or takes the header for a table: what
     /// such a table holds tells nothing, but QEMU counts it, too.
-    at: HostOffset,
+    pub(super) at: HostOffset,
     /// Where its first cluster lies on the guest's disk, by the active L1 table.
     guest: GuestOffset,
-    weight: Weight,
+    pub(super) weight: Weight,
 }
 
 /// Every L2 table once, in the order of the file.
@@ -77,25 +77,27 @@ impl L2List {
         }
         let header = &audited.header;
         if let Err(reason) = header.entry_format().l1(entry) {
-            report.corruptions(weight.total, || format!("L1 entry at {position:#x}: {}", reason.fact()));
+            report.corruptions(Kind::Doubt, weight.total, || format!("L1 entry at {position:#x}: {}", reason.fact()));
             let offset = EntryFormat::raw_offset(entry);
             if matches!(reason, Malformed::Reserved { .. }) && !header.cluster.aligned(offset) {
                 let unaligned = Malformed::Unaligned { what: "L2 table", offset, unit: header.cluster.size() };
-                report.corruptions(weight.total, || format!("L1 entry at {position:#x}: {}", unaligned.fact()));
+                report.corruptions(Kind::Doubt, weight.total, || {
+                    format!("L1 entry at {position:#x}: {}", unaligned.fact())
+                });
             }
         }
         let at = EntryFormat::raw_offset(entry);
         if weight.active > 0 && at != 0 {
             let stored = refcounts.stored(audited, header.cluster.index(at))?;
             if stored.is_some_and(|count| (count == 1) != EntryFormat::copied(entry)) {
-                report.corruptions(weight.active, || {
+                report.corruptions(Kind::Flag, weight.active, || {
                     let count = stored.unwrap_or(0);
                     format!("OFLAG_COPIED L2 cluster: l1_entry={entry:x} refcount={count}")
                 });
             }
         }
         if audited.is_beyond_end(at, header.cluster.size()) {
-            report.corruptions(weight.total, || beyond_end(at, header.cluster.size()));
+            report.corruptions(Kind::Dangling, weight.total, || beyond_end(at, header.cluster.size()));
             return Ok(());
         }
         let index = position.saturating_sub(header.l1.offset.0) / 8;
@@ -113,6 +115,11 @@ impl L2List {
             }
             same
         });
+    }
+
+    /// The tables.
+    pub(super) fn tables(&self) -> &[L2Table] {
+        &self.0
     }
 
     /// Counts the references to the L2 tables and of their entries.
@@ -143,6 +150,41 @@ enum Target {
     Compressed(Compressed),
 }
 
+/// What a repair may do to an L2 entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It makes sense and names a cluster of the image, to which a COPIED flag belongs.
+    Cluster(HostOffset),
+    /// It makes sense and names a cluster of the external data file.
+    DataFile,
+    /// It makes sense and can have no COPIED flag.
+    Compressed,
+    /// It makes sense and names nothing.
+    Nothing,
+    /// It reads as zeroes, and keeps a place that makes no sense. This stands for it without the place.
+    KeptPlace(u64),
+    /// It makes no sense.
+    Nonsense,
+}
+
+impl L2Table {
+    /// What an entry of this table is, by its words and number.
+    pub(super) fn verdict(&self, format: EntryFormat, refcounts: &Refcounts, entry: [u64; 2], index: u64) -> Verdict {
+        let walk = EntryWalk { table: self, format, refcounts, expected_next: None };
+        let (target, problems) = walk.judge(entry[0], entry[1], index);
+        match (target, problems.as_slice()) {
+            (Target::Cluster(_), []) if format.data_file => Verdict::DataFile,
+            (Target::Cluster(at), []) => Verdict::Cluster(at),
+            (Target::Compressed(_), []) => Verdict::Compressed,
+            (Target::Nothing, []) => Verdict::Nothing,
+            (_, [Malformed::Unaligned { .. }]) if walk.keeps_nothing(entry[0], entry[1]) => {
+                Verdict::KeptPlace(if format.extended { 0 } else { ZERO })
+            }
+            _ => Verdict::Nonsense,
+        }
+    }
+}
+
 /// The way through one L2 table.
 struct EntryWalk<'a> {
     table: &'a L2Table,
@@ -158,12 +200,16 @@ impl EntryWalk<'_> {
         let (target, problems) = self.judge(entry, bitmap, index);
         if pass.first {
             for problem in problems {
-                pass.report.corruptions(weight.total, || {
+                let kind = match problem {
+                    Malformed::Unaligned { .. } if self.keeps_nothing(entry, bitmap) => Kind::KeptPlace,
+                    _ => Kind::Doubt,
+                };
+                pass.report.corruptions(kind, weight.total, || {
                     format!("L2 table {}, entry {index}: {}", self.table.at, problem.fact())
                 });
             }
             if EntryFormat::is_compressed(entry) && EntryFormat::copied(entry) {
-                pass.report.corruptions(weight.total, || {
+                pass.report.corruptions(Kind::CompressedFlag, weight.total, || {
                     let coffset = self.format.raw_compressed(entry).at;
                     format!("coffset={coffset}: copied flag must never be set for compressed clusters")
                 });
@@ -197,6 +243,14 @@ impl EntryWalk<'_> {
                 if weight.active > 0 && self.table.at.0 != 0 { self.copied_flag(pass, entry, at) } else { Ok(()) }
             }
         }
+    }
+
+    /// Whether the guest sees zeroes here, so that the place which is kept for them does not matter.
+    fn keeps_nothing(&self, entry: u64, bitmap: u64) -> bool {
+        let flags = entry & !EntryFormat::raw_offset(entry);
+        let silent = if self.format.extended { bitmap as u32 == 0 } else { self.format.version == Version::V3 };
+        let expected = if self.format.extended { 0 } else { ZERO };
+        silent && !self.format.data_file && flags & !COPIED == expected
     }
 
     /// What the entry refers to, and what is wrong with it.
@@ -265,7 +319,7 @@ impl EntryWalk<'_> {
             pass.window.stored_is_one(cluster)
         };
         if is_one.is_some_and(|is_one| is_one != EntryFormat::copied(entry)) {
-            pass.report.corruptions(self.table.weight.active, || {
+            pass.report.corruptions(Kind::Flag, self.table.weight.active, || {
                 let fact = if is_one == Some(true) { "refcount=1" } else { "refcount is not 1" };
                 format!("OFLAG_COPIED data cluster: l2_entry={entry:x} {fact}")
             });

@@ -3,7 +3,7 @@
 //! A window bounds the memory of a check; the tables are walked once for each. Counts saturate
 //! far above what any image reaches.
 
-use super::report::CheckReport;
+use super::report::{CheckReport, Kind};
 use crate::units::ClusterBits;
 
 /// Clusters of a window: two arrays of 32 MiB. 512 GiB of an image with clusters of 64 KiB.
@@ -12,7 +12,7 @@ pub(super) const WINDOW_CLUSTERS: u64 = 8 << 20;
 /// A stored count whose block cannot be read.
 const UNREADABLE: u32 = u32::MAX;
 /// Counts are exact below this.
-const MANY: u32 = u32::MAX - 1;
+pub(super) const MANY: u32 = u32::MAX - 1;
 
 /// Counts of the clusters `first..first + len`.
 pub(super) struct Window {
@@ -54,6 +54,12 @@ impl Window {
         (stored != UNREADABLE).then_some(stored == 1)
     }
 
+    /// The stored count, at most [`MANY`]; `None` if its block cannot be read. The cluster lies in the window.
+    pub(super) fn stored(&self, cluster: u64) -> Option<u32> {
+        let stored = self.stored[(cluster - self.first) as usize];
+        (stored != UNREADABLE).then_some(stored)
+    }
+
     /// References counted so far.
     pub(super) fn references(&self, cluster: u64) -> Option<u32> {
         self.index(cluster).map(|index| self.references[index])
@@ -71,7 +77,7 @@ impl Window {
             let wanted = u64::from(*count).saturating_add(times);
             *count = wanted.min(self.max.into()) as u32;
             if wanted > self.max.into() && self.max < MANY {
-                report.corruptions(wanted - u64::from(self.max), || {
+                report.corruptions(Kind::Doubt, wanted - u64::from(self.max), || {
                     let offset = cluster << self.cluster.bits();
                     format!("overflow cluster offset={offset:#x}: {wanted} references, refcounts hold {}", self.max)
                 });
@@ -88,7 +94,7 @@ impl Window {
                 continue;
             }
             if stored == UNREADABLE {
-                report.check_errors(1, || format!("can't get refcount for cluster {cluster}"));
+                report.check_errors(Kind::Structure, 1, || format!("can't get refcount for cluster {cluster}"));
                 continue;
             }
             if stored > 0 || references > 0 {
@@ -96,7 +102,8 @@ impl Window {
             }
             let finding = || format!("cluster {cluster} refcount={stored} reference={references}");
             match stored.cmp(&references) {
-                std::cmp::Ordering::Less => report.corruptions(1, finding),
+                std::cmp::Ordering::Less if stored == 0 => report.corruptions(Kind::Uncounted, 1, finding),
+                std::cmp::Ordering::Less => report.corruptions(Kind::TooLow, 1, finding),
                 std::cmp::Ordering::Greater => report.leak(finding),
                 std::cmp::Ordering::Equal => {}
             }

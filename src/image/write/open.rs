@@ -11,6 +11,7 @@ use crate::format::feature;
 use crate::format::header::{PROBE_LEN, needed_len};
 use crate::format::refcount::table_entry;
 use crate::format::{EntryFormat, Header, Malformed, SnapshotParser, Version};
+use crate::image::check::rebuild_dirty;
 use crate::image::unreadable;
 use crate::io::WriteStorage;
 use crate::units::HostOffset;
@@ -42,7 +43,8 @@ impl Qcow2Writer {
         let mut header = read_header(name, &*file)?;
         refuse(name, &header)?;
         if header.dirty() {
-            rebuild(name, &*file)?;
+            // Whoever wrote it last did not come to the end.
+            rebuild_dirty(&*file, name)?;
             header = read_header(name, &*file)?;
         }
         if header.data_file.is_some() != data_file.is_some() {
@@ -184,11 +186,6 @@ fn refuse(name: &str, header: &Header) -> Result<()> {
         return Err(Error::new(ErrorKind::Corrupt, format!("{name}: {sentence}")));
     }
     Ok(())
-}
-
-/// Counts all references anew: whoever wrote the image last did not come to the end.
-fn rebuild(name: &str, _file: &dyn WriteStorage) -> Result<()> {
-    Err(Error::new(ErrorKind::Unsupported, format!("{name}: it was not closed properly")))
 }
 
 fn read_bitmaps(core: &Core, header: &Header) -> Result<Option<(HostOffset, Vec<Bitmap>)>> {

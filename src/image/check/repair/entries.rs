@@ -1,0 +1,150 @@
+//! COPIED flags, and places kept for zeroes that make no sense.
+//!
+//! Neither is seen by a reader. An entry is written with its neighbours as they were, so that
+//! a torn write leaves each as it was or as it should be.
+
+use super::super::tables::Verdict;
+use super::super::window::Window;
+use super::survey::Survey;
+use super::{Actions, Stage, Without};
+use crate::error::Result;
+use crate::format::EntryFormat;
+use crate::format::entry::COPIED;
+use crate::format::refcount::{max_refcount, refcount};
+
+/// Bytes of an L1 table at a time.
+const CHUNK: u64 = 256 << 10;
+
+/// What was done to flags.
+#[derive(Default)]
+pub(super) struct Flags {
+    /// Flags that were wrong.
+    pub(super) count: u64,
+    /// Of those, flags of clusters that have another user without there being a snapshot.
+    pub(super) used_twice: u64,
+}
+
+impl Stage<'_> {
+    /// Entries that read as zeroes lose the place that they cannot have. Returns how many did.
+    pub(super) fn mend_kept_places(&self, survey: &Survey, actions: &mut Actions) -> Result<u64> {
+        let mut mended = 0;
+        for (table, _) in
+            self.references.l2_list.tables().iter().zip(&survey.is_trusted).filter(|(_, trusted)| **trusted)
+        {
+            let bytes = self.table_bytes(table)?;
+            let mut changes = Vec::new();
+            for (at, entry, verdict) in self.verdicts(table, &bytes) {
+                if let Verdict::KeptPlace(without) = verdict {
+                    changes.push((at, without));
+                    actions.note(|| {
+                        let offset = EntryFormat::raw_offset(entry);
+                        format!("Repairing offset={offset:x}: Preallocated cluster is not properly aligned; L2 entry corrupted.")
+                    });
+                }
+            }
+            self.put_words(table.at.0, bytes, &changes)?;
+            mended += changes.len() as u64;
+        }
+        Ok(mended)
+    }
+
+    /// Makes the flags say what the refcounts will be: those stored if `counts_stay`, otherwise the
+    /// number of references.
+    pub(super) fn mend_flags(&self, survey: &Survey, counts_stay: bool, actions: &mut Actions) -> Result<Flags> {
+        let mut flags = Flags::default();
+        for place in self.windows() {
+            let window = self.window(place, Without::default())?;
+            let judge = Judge { stage: self, window: &window, first: place.0 == 0, counts_stay };
+            if survey.l1_is_sole {
+                self.mend_l1(&judge, &mut flags, actions)?;
+            }
+            let tables = self.references.l2_list.tables().iter();
+            for (table, _) in tables.zip(&survey.is_trusted).filter(|(_, trusted)| **trusted) {
+                let bytes = self.table_bytes(table)?;
+                let mut changes = Vec::new();
+                for (at, entry, verdict) in self.verdicts(table, &bytes) {
+                    let wanted = match verdict {
+                        Verdict::Cluster(host) if table.weight.active > 0 => judge.copied(entry, host.0, &mut flags)?,
+                        Verdict::DataFile if table.weight.active > 0 => Some(true),
+                        Verdict::Compressed => Some(false),
+                        _ => None,
+                    };
+                    if let Some(mended) = wanted.and_then(|wanted| flagged(entry, wanted)) {
+                        changes.push((at, mended));
+                        actions.note(|| format!("Repairing OFLAG_COPIED data cluster: l2_entry={entry:x}"));
+                    }
+                }
+                self.put_words(table.at.0, bytes, &changes)?;
+                flags.count += changes.len() as u64;
+            }
+        }
+        Ok(flags)
+    }
+
+    fn mend_l1(&self, judge: &Judge<'_>, flags: &mut Flags, actions: &mut Actions) -> Result<()> {
+        let l1 = self.audited.header.l1;
+        for start in (0..l1.len_bytes()).step_by(CHUNK as usize) {
+            let mut bytes = vec![0; CHUNK.min(l1.len_bytes() - start) as usize];
+            self.audited.read(l1.offset.0 + start, &mut bytes)?;
+            let mut changes = Vec::new();
+            for (at, entry) in (0..).step_by(8).zip(bytes.chunks_exact(8)) {
+                let entry = refcount(entry, 0, 6);
+                let table = EntryFormat::raw_offset(entry);
+                let wanted = if table == 0 { None } else { judge.copied(entry, table, flags)? };
+                if let Some(mended) = wanted.and_then(|wanted| flagged(entry, wanted)) {
+                    changes.push((at, mended));
+                    let index = (start + at as u64) / 8;
+                    actions.note(|| format!("Repairing OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x}"));
+                }
+            }
+            self.put_words(l1.offset.0 + start, bytes, &changes)?;
+            flags.count += changes.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes back what lies from the first to the last change.
+    fn put_words(&self, at: u64, mut bytes: Vec<u8>, changes: &[(usize, u64)]) -> Result<()> {
+        let (Some(&(first, _)), Some(&(last, _))) = (changes.first(), changes.last()) else { return Ok(()) };
+        for &(at, word) in changes {
+            bytes[at..at + 8].copy_from_slice(&word.to_be_bytes());
+        }
+        self.storage.write_at(at + first as u64, &bytes[first..last + 8])
+    }
+}
+
+/// The entry with its flag set or cleared, if that changes it.
+fn flagged(entry: u64, copied: bool) -> Option<u64> {
+    (EntryFormat::copied(entry) != copied).then_some(entry ^ COPIED)
+}
+
+/// Decides on flags, for clusters of one window.
+struct Judge<'a> {
+    stage: &'a Stage<'a>,
+    window: &'a Window,
+    first: bool,
+    counts_stay: bool,
+}
+
+impl Judge<'_> {
+    /// Whether an entry that names `host` should have the flag. `None`: not for this window to
+    /// say, or more users than the image can count, which a flag cannot put right.
+    fn copied(&self, entry: u64, host: u64, flags: &mut Flags) -> Result<Option<bool>> {
+        let header = &self.stage.audited.header;
+        let cluster = header.cluster.index(host);
+        if cluster > self.stage.audited.file_clusters() {
+            // Beyond all windows.
+            let stored = || self.stage.references.refcounts.stored(&self.stage.audited, cluster);
+            return if self.first { Ok(stored()?.map(|count| count == 1)) } else { Ok(None) };
+        }
+        let Some(references) = self.window.references(cluster) else { return Ok(None) };
+        if u64::from(references) > max_refcount(header.refcount_order) {
+            return Ok(None);
+        }
+        let count = if self.counts_stay { self.window.stored(cluster) } else { Some(references) };
+        if references > 1 && EntryFormat::copied(entry) && header.snapshots.count == 0 {
+            flags.used_twice += 1;
+        }
+        Ok(count.map(|count| count == 1))
+    }
+}

@@ -1,0 +1,326 @@
+//! Repairing what an audit has found, as `qemu-img check -r` does it, but so that nothing is lost.
+//!
+//! Promises: no view of the image changes, at no moment; a crash or a failing write leaves an image
+//! that the same repair mends when it is called again. Hence the order, each step durable before
+//! the next: counts that are too low are raised, COPIED flags follow, counts that are too high
+//! are lowered, the dirty and corrupt bits go last. Where the refcounts themselves lie on other
+//! things or not at all, all of them are written anew at the end of the file, where nothing
+//! else can be, and one write within a sector of the header puts them in force.
+//!
+//! More careful than QEMU: while an entry leads nowhere, nothing is given back, for what looks
+//! unused may be what it meant; freed clusters keep their bytes; a table is written to only
+//! if nothing but an L1 entry refers to it and all of it makes sense. Memory is bounded by
+//! the windows, as in the audit.
+
+use std::fmt;
+
+mod counts;
+mod entries;
+mod rebuild;
+mod survey;
+
+use super::window::{WINDOW_CLUSTERS, Window};
+use super::{Audited, CheckReport, Kind, MAX_FINDINGS, Pass, References, Without, check_in_windows};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Version;
+use crate::format::feature;
+use crate::io::{Storage, WriteStorage};
+use survey::Survey;
+
+const INCOMPATIBLE_AT: u64 = 72;
+const AUTOCLEAR_AT: u64 = 88;
+
+/// How much is to be repaired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Leaked clusters; COPIED flags if nothing else is wrong.
+    Leaks,
+    /// Whatever can be without guessing.
+    All,
+}
+
+/// The result of a repair.
+#[derive(Clone, Debug)]
+pub struct Repaired {
+    /// The audit after it, with the numbers of what was mended. Decides the exit code.
+    pub report: CheckReport,
+    /// Whether that audit was a second one: something was mended.
+    pub is_mended: bool,
+    /// What was done, a line for each of the first [`MAX_FINDINGS`] places.
+    pub actions: Actions,
+    /// Sentences on what the numbers do not tell.
+    pub notes: Vec<String>,
+}
+
+/// Lines on what was done, in `qemu-img`'s words.
+#[derive(Clone, Debug, Default)]
+pub struct Actions {
+    /// The first of them.
+    pub lines: Vec<String>,
+    /// How many more there were.
+    pub suppressed: u64,
+}
+
+impl Actions {
+    fn note(&mut self, line: impl FnOnce() -> String) {
+        if self.lines.len() < MAX_FINDINGS {
+            self.lines.push(line());
+        } else {
+            self.suppressed += 1;
+        }
+    }
+}
+
+impl fmt::Display for Actions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for line in &self.lines {
+            writeln!(f, "{line}")?;
+        }
+        if self.suppressed > 0 {
+            writeln!(f, "... and {} more", self.suppressed)?;
+        }
+        Ok(())
+    }
+}
+
+/// Audits the image and repairs it. `found` hears of what is wrong before anything is changed,
+/// and stops the repair with an error.
+///
+/// Nobody else may use the image meanwhile: the caller holds QEMU's writer locks.
+///
+/// # Errors
+/// What [`super::check`] refuses, and with [`Scope::Leaks`] an image whose refcounts cannot be
+/// trusted at all: nothing has been changed then. After an error of the storage the image is
+/// as sound as before, and may be repaired again.
+pub fn repair(
+    storage: &dyn WriteStorage,
+    name: &str,
+    scope: Scope,
+    found: &mut dyn FnMut(&CheckReport) -> Result<()>,
+) -> Result<Repaired> {
+    repair_in_windows(storage, name, scope, found, WINDOW_CLUSTERS)
+}
+
+/// Makes an image that was not closed properly fit to be written: counts its clusters anew and
+/// clears its dirty bit. Does nothing to other images.
+///
+/// # Errors
+/// `Corrupt` if the image is marked as corrupt, or still is after that. Then the dirty bit stays.
+pub fn rebuild_dirty(storage: &dyn WriteStorage, name: &str) -> Result<CheckReport> {
+    let header = Audited::open(storage, name)?.header;
+    let refusal = |fact: &str| {
+        let remedy = "see what chainfs check says, and repair a copy of it with chainfs check --repair all";
+        Error::new(ErrorKind::Corrupt, format!("{name} {fact}; {remedy}"))
+    };
+    if header.corrupt() {
+        return Err(refusal("is marked as corrupt"));
+    }
+    if !header.dirty() {
+        return Ok(CheckReport { filename: name.to_owned(), format: "qcow2", ..CheckReport::default() });
+    }
+    let report = repair(storage, name, Scope::All, &mut |_| Ok(()))?.report;
+    if report.corruptions > 0 || report.check_errors > 0 {
+        return Err(refusal("was not closed properly, and is damaged beyond its refcounts"));
+    }
+    Ok(report)
+}
+
+pub(super) fn repair_in_windows(
+    storage: &dyn WriteStorage,
+    name: &str,
+    scope: Scope,
+    found: &mut dyn FnMut(&CheckReport) -> Result<()>,
+    window_clusters: u64,
+) -> Result<Repaired> {
+    // Windows begin at whole bytes of every width of refcounts.
+    assert!(window_clusters.is_multiple_of(8));
+    let before = check_in_windows(storage, name, window_clusters)?;
+    found(&before)?;
+    let mut repair = Repair {
+        storage,
+        name,
+        window_clusters,
+        leaks_fixed: 0,
+        corruptions_fixed: 0,
+        actions: Actions::default(),
+        notes: Vec::new(),
+    };
+    repair.mend(scope, &before)?;
+    let is_mended = repair.leaks_fixed + repair.corruptions_fixed > 0;
+    let mut report = if is_mended { check_in_windows(storage, name, window_clusters)? } else { before };
+    report.leaks_fixed = repair.leaks_fixed;
+    report.corruptions_fixed = repair.corruptions_fixed;
+    repair.clear_bits(&report)?;
+    Ok(Repaired { report, is_mended, actions: repair.actions, notes: repair.notes })
+}
+
+/// A repair under way.
+struct Repair<'a> {
+    storage: &'a dyn WriteStorage,
+    name: &'a str,
+    window_clusters: u64,
+    leaks_fixed: u64,
+    corruptions_fixed: u64,
+    actions: Actions,
+    notes: Vec<String>,
+}
+
+/// The image as it is at one step of a repair.
+struct Stage<'a> {
+    storage: &'a dyn WriteStorage,
+    audited: Audited<'a>,
+    references: References,
+    window_clusters: u64,
+}
+
+impl<'a> Repair<'a> {
+    fn stage(&self) -> Result<Stage<'a>> {
+        let storage: &dyn Storage = self.storage;
+        let audited = Audited::open(storage, self.name)?;
+        // What is wrong has been told.
+        let references = References::gather(&audited, &mut CheckReport::default())?;
+        Ok(Stage { storage: self.storage, audited, references, window_clusters: self.window_clusters })
+    }
+
+    fn mend(&mut self, scope: Scope, before: &CheckReport) -> Result<()> {
+        if before.corruptions == 0 && before.check_errors == 0 && before.leaks == 0 {
+            return self.drop_unknown_features();
+        }
+        let mut stage = self.stage()?;
+        let mut survey = Survey::take(&stage)?;
+        if scope == Scope::Leaks && (!survey.is_sound || before.count_of(Kind::Uncounted) > 0) {
+            let fact = "its refcounts do not cover what is in use, so that leaks cannot be told; nothing was changed";
+            let remedy = "repair it with --repair all";
+            return Err(Error::new(ErrorKind::Corrupt, format!("{}: {fact}; {remedy}", self.name)));
+        }
+        self.drop_unknown_features()?;
+        let mut report = before.clone();
+        if scope == Scope::All && report.count_of(Kind::KeptPlace) > 0 {
+            let mended = stage.mend_kept_places(&survey, &mut self.actions)?;
+            if mended > 0 {
+                self.storage.sync()?;
+                self.corruptions_fixed += mended;
+                report = check_in_windows(self.storage, self.name, self.window_clusters)?;
+                stage = self.stage()?;
+                survey = Survey::take(&stage)?;
+            }
+        }
+        let is_cut = report.count_of(Kind::Dangling) > 0;
+        let in_doubt = is_cut || report.count_of(Kind::Doubt) > 0 || report.count_of(Kind::KeptPlace) > 0;
+        let snapshots = scope == Scope::All && report.count_of(Kind::Incomplete) > 0 && !is_cut;
+        let too_low = report.count_of(Kind::TooLow) + report.count_of(Kind::Uncounted);
+        let mut leaks = if in_doubt { 0 } else { report.leaks };
+        if !survey.is_sound && is_cut {
+            self.notes.push(
+                "The refcounts were left as they are: to write them anew, the file would have to grow over what \
+                 it seems to have lost. Restore it from a backup."
+                    .to_owned(),
+            );
+            return Ok(());
+        }
+        if in_doubt && report.leaks > 0 {
+            self.notes.push(
+                "Leaked clusters were left as they are: entries that make no sense may have meant them.".to_owned(),
+            );
+        }
+        if !survey.is_sound || snapshots {
+            if snapshots {
+                self.actions.note(|| "Rebuilding snapshot table".to_owned());
+            }
+            self.actions.note(|| "Rebuilding refcount structure".to_owned());
+            stage.rebuild(in_doubt, snapshots)?;
+            self.corruptions_fixed += too_low + report.count_of(Kind::Structure);
+            self.corruptions_fixed += if snapshots { report.count_of(Kind::Incomplete) } else { 0 };
+            self.leaks_fixed += leaks;
+            leaks = 0;
+            stage = self.stage()?;
+            survey = Survey::take(&stage)?;
+        } else if scope == Scope::All && too_low > 0 {
+            let raised = stage.store_counts(u32::max, &mut self.actions)?;
+            self.storage.sync()?;
+            self.corruptions_fixed += raised;
+        }
+        let only_flags = report.corruptions == report.count_of(Kind::Flag) && report.check_errors == 0;
+        if scope == Scope::All || only_flags {
+            let mended = stage.mend_flags(&survey, in_doubt, &mut self.actions)?;
+            if mended.count > 0 {
+                self.storage.sync()?;
+                self.corruptions_fixed += mended.count;
+            }
+            if mended.used_twice > 0 {
+                self.notes.push(format!(
+                    "{} entries share their clusters with something else, though no snapshot does. They are no longer \
+                     written in place, but what one of the users had there is lost. Compare with a backup.",
+                    mended.used_twice
+                ));
+            }
+        }
+        if leaks > 0 {
+            self.leaks_fixed += stage.store_counts(u32::min, &mut self.actions)?;
+            self.storage.sync()?;
+        }
+        Ok(())
+    }
+
+    /// Whoever writes clears the bits whose meaning it does not know: that is what they are for.
+    fn drop_unknown_features(&self) -> Result<()> {
+        let header = Audited::open(self.storage, self.name)?.header;
+        let known = header.autoclear & (feature::BITMAPS | feature::RAW_DATA);
+        if header.autoclear == known {
+            return Ok(());
+        }
+        self.storage.write_at(AUTOCLEAR_AT, &known.to_be_bytes())?;
+        self.storage.sync()
+    }
+
+    fn clear_bits(&mut self, report: &CheckReport) -> Result<()> {
+        let header = Audited::open(self.storage, self.name)?.header;
+        let bits = header.incompatible & (feature::DIRTY | feature::CORRUPT);
+        if bits == 0 || report.corruptions > 0 || report.check_errors > 0 {
+            return Ok(());
+        }
+        assert_eq!(header.version, Version::V3, "version 2 has no bits");
+        // They vouch for all that was written before.
+        self.storage.sync()?;
+        self.storage.write_at(INCOMPATIBLE_AT, &(header.incompatible & !bits).to_be_bytes())?;
+        self.storage.sync()?;
+        for (bit, name) in [(feature::DIRTY, "dirty"), (feature::CORRUPT, "corrupt")] {
+            if bits & bit != 0 {
+                self.notes.push(format!("The image is no longer marked as {name}."));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Stage<'_> {
+    /// The windows of the file, as first cluster and length; one cluster more than the file has.
+    fn windows(&self) -> impl Iterator<Item = (u64, u64)> + use<> {
+        let (step, end) = (self.window_clusters, self.audited.file_clusters() + 1);
+        (0..end).step_by(step as usize).map(move |first| (first, step.min(end - first)))
+    }
+
+    /// Counts one window. Unlike an audit's, it tells more references than the image can count.
+    fn window(&self, (first, len): (u64, u64), without: Without) -> Result<Window> {
+        let mut window = Window::new(self.audited.header.cluster, first, len, u64::MAX);
+        let mut told_before = CheckReport::default();
+        let mut pass = Pass { audited: &self.audited, first: false, window: &mut window, report: &mut told_before };
+        self.references.count(&mut pass, without)?;
+        Ok(window)
+    }
+
+    /// The runs of `clusters` that one refcount block counts.
+    fn block_parts(&self, clusters: std::ops::Range<u64>) -> impl Iterator<Item = std::ops::Range<u64>> + use<> {
+        let per_block = self.references.refcounts.per_block();
+        let mut at = clusters.start;
+        std::iter::from_fn(move || {
+            let next = ((at / per_block + 1) * per_block).min(clusters.end);
+            let part = (at < clusters.end).then_some(at..next);
+            at = next;
+            part
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

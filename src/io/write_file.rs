@@ -1,0 +1,213 @@
+//! The descriptor through which a file is written.
+//!
+//! Lives for as long as somebody writes: it is never closed to make room for another. It carries no
+//! locks, those are on the [`StoreFile`](super::StoreFile)'s own, and is given only for the very file
+//! that they are on.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{self, FallocateFlags};
+use rustix::io::Errno;
+
+use crate::error::{Error, ErrorKind, Result};
+
+use super::descriptors::Descriptors;
+use super::file::{FileStat, extent};
+use super::{Storage, WriteStorage};
+
+/// What is written at once where a file system cannot zero by itself.
+const ZEROES: &[u8] = &[0; 64 << 10];
+
+/// A file that is open for reading and writing.
+#[derive(Debug)]
+pub struct WriteFile {
+    file: OwnedFd,
+    path: PathBuf,
+    descriptors: Arc<Descriptors>,
+}
+
+impl WriteFile {
+    /// Takes over an open file; `path` is for messages.
+    pub(super) fn new(file: OwnedFd, path: &Path, descriptors: &Arc<Descriptors>) -> Arc<Self> {
+        descriptors.pinned();
+        Arc::new(Self { file, path: path.to_path_buf(), descriptors: Arc::clone(descriptors) })
+    }
+
+    fn fail(&self, doing: &str, error: impl Into<std::io::Error>) -> Error {
+        Error::io(format!("{doing} {}", self.path.display()), error)
+    }
+
+    fn fallocate(&self, doing: &str, mode: FallocateFlags, at: u64, len: u64) -> Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        loop {
+            match fs::fallocate(&self.file, mode, at, len) {
+                Ok(()) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error @ (Errno::OPNOTSUPP | Errno::NOSYS)) => {
+                    return Err(Error::new(
+                        ErrorKind::Unsupported,
+                        format!("{doing} {}: its file system cannot do that ({error})", self.path.display()),
+                    ));
+                }
+                Err(error) => return Err(self.fail(doing, error)),
+            }
+        }
+    }
+}
+
+impl Drop for WriteFile {
+    fn drop(&mut self) {
+        self.descriptors.closed();
+    }
+}
+
+impl Storage for WriteFile {
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            match rustix::io::pread(&self.file, &mut buf[done..], at + done as u64) {
+                Ok(0) => break,
+                Ok(len) => done += len,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(self.fail("reading", error)),
+            }
+        }
+        Ok(done)
+    }
+
+    fn len(&self) -> Result<u64> {
+        Ok(FileStat::of(&self.file)?.signature.size)
+    }
+
+    fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
+        Ok(extent(&self.file, at, end))
+    }
+}
+
+impl WriteStorage for WriteFile {
+    fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            match rustix::io::pwrite(&self.file, &bytes[done..], at + done as u64) {
+                Ok(0) => return Err(self.fail("writing", std::io::ErrorKind::WriteZero)),
+                Ok(len) => done += len,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(self.fail("writing", error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        loop {
+            match fs::ftruncate(&self.file, len) {
+                Ok(()) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(self.fail("changing the length of", error)),
+            }
+        }
+    }
+
+    fn punch_hole(&self, at: u64, len: u64) -> Result<()> {
+        self.fallocate("giving back space of", FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, len)
+    }
+
+    fn write_zeroes(&self, at: u64, len: u64) -> Result<()> {
+        match self.fallocate("zeroing a part of", FallocateFlags::ZERO_RANGE, at, len) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => {}
+            done => return done,
+        }
+        let (mut at, end) = (at, at + len);
+        while at < end {
+            let piece = (end - at).min(ZEROES.len() as u64);
+            self.write_at(at, &ZEROES[..piece as usize])?;
+            at += piece;
+        }
+        Ok(())
+    }
+
+    fn allocate(&self, at: u64, len: u64) -> Result<()> {
+        self.fallocate("reserving space for", FallocateFlags::empty(), at, len)
+    }
+
+    fn sync(&self) -> Result<()> {
+        loop {
+            match fs::fdatasync(&self.file) {
+                Ok(()) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(self.fail("flushing", error)),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Root, StoreFile};
+    use super::*;
+
+    fn file(content: &[u8]) -> (tempfile::TempDir, Arc<StoreFile>) {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("a"), content).unwrap();
+        let root = Arc::new(Root::open(directory.path()).unwrap());
+        let seen = root.stat(Path::new("a")).unwrap();
+        let file = StoreFile::new(&Descriptors::with_limit(1), &root, Path::new("a"), &seen, true);
+        (directory, file)
+    }
+
+    #[test]
+    fn bytes_are_written_zeroed_cut_and_read() {
+        let (directory, seen) = file(b"0123456789");
+        let file = seen.open_for_writing().unwrap();
+        file.write_at(4, b"abcdefgh").unwrap();
+        file.write_zeroes(6, 2).unwrap();
+        file.punch_hole(0, 2).unwrap();
+        file.allocate(0, 8192).unwrap();
+        assert_eq!(file.len().unwrap(), 8192);
+        file.set_len(13).unwrap();
+        file.sync().unwrap();
+        assert_eq!(std::fs::read(directory.path().join("a")).unwrap(), b"\0\x0023ab\0\0efgh\0");
+        assert_eq!(file.read_at(10, &mut [0; 8]).unwrap(), 3);
+    }
+
+    #[test]
+    fn a_file_that_took_the_name_of_another_is_not_written() {
+        let (directory, seen) = file(b"old");
+        let lock = seen.lock_for_writing(false).unwrap();
+        std::fs::write(directory.path().join("b"), "new").unwrap();
+        std::fs::rename(directory.path().join("b"), directory.path().join("a")).unwrap();
+        assert_eq!(seen.open_for_writing().unwrap_err().kind(), ErrorKind::Stale);
+        drop(lock);
+    }
+
+    #[test]
+    fn the_descriptor_with_the_locks_of_a_writer_is_never_closed() {
+        let (_directory, seen) = file(b"old");
+        let lock = seen.lock_for_writing(false).unwrap();
+        let file = seen.open_for_writing().unwrap();
+        file.write_at(0, b"new bytes").unwrap();
+        assert!(!seen.close_idle());
+        assert!(seen.is_as_expected().unwrap(), "our own changes");
+        seen.accept_changes().unwrap();
+        drop(lock);
+        assert!(seen.close_idle());
+        assert_eq!(seen.read_at(0, &mut [0; 16]).unwrap(), 9, "it is the file as we left it");
+    }
+
+    #[test]
+    fn who_was_promised_a_frozen_file_keeps_our_own_writer_out_and_the_other_way_round() {
+        let (_directory, file) = file(b"old");
+        let live = file.lock(false).unwrap();
+        let frozen = file.lock(true).unwrap();
+        assert_eq!(file.lock_for_writing(false).unwrap_err().kind(), ErrorKind::Busy);
+        drop(frozen);
+        let writer = file.lock_for_writing(false).unwrap();
+        assert_eq!(file.lock(true).unwrap_err().kind(), ErrorKind::Busy);
+        drop((live, writer));
+        file.lock(true).unwrap();
+    }
+}
