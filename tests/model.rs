@@ -360,7 +360,7 @@ impl Stripe {
                 }
                 3 => writer.allocate(at, len).unwrap(),
                 _ => {
-                    let tag = turn << 8 | self.owner + 1;
+                    let tag = (turn << 8) | (self.owner + 1);
                     let bytes: Vec<u8> = sectors.clone().flat_map(|sector| pattern(tag, sector)).collect();
                     writer.write_at(at, &bytes).unwrap();
                     self.tags.extend(sectors.map(|sector| (sector, tag)));
@@ -448,7 +448,9 @@ fn in_parallel(name: &str, start: &Start, unit: u64, turns: u64) {
     let verify_all = |writer: &Writer| {
         let mut bytes = vec![0; size as usize];
         writer.read_at(0, &mut bytes).unwrap();
-        stripes.iter().for_each(|stripe| stripe.verify(0, &bytes));
+        for stripe in &stripes {
+            stripe.verify(0, &bytes);
+        }
     };
     verify_all(&writer);
     writer.close().unwrap();
