@@ -153,6 +153,7 @@ pub struct Machine {
     sync_rule: SyncRule,
     /// Whether calls let other threads go first now and then.
     jitter: bool,
+    pauses: AtomicU64,
     /// Whether holes can be punched and space taken.
     can_punch: bool,
     late: Mutex<Vec<Event>>,
@@ -169,6 +170,7 @@ impl Machine {
             plan: Mutex::default(),
             sync_rule,
             jitter,
+            pauses: AtomicU64::new(0),
             can_punch,
             late: Mutex::default(),
             forgets: AtomicBool::new(false),
@@ -237,9 +239,11 @@ impl Machine {
         if !self.jitter {
             return;
         }
-        match mix(self.changes() ^ self.reads() << 32) % 96 {
-            0 => thread::sleep(Duration::from_micros(100)),
-            1..32 => thread::yield_now(),
+        let chance = mix(self.pauses.fetch_add(1, Ordering::Relaxed));
+        match chance % 64 {
+            // Long enough for others to free a cluster, flush, and use it for something else.
+            0 | 1 => thread::sleep(Duration::from_micros(chance >> 32 & 0xfff)),
+            2..24 => thread::yield_now(),
             _ => {}
         }
     }
