@@ -323,29 +323,24 @@ fn more_users_than_can_be_counted_are_left() {
 fn every_geometry_and_width() {
     let scratch = Scratch::new();
     for cluster_bits in [9, 12, 16, 21u32] {
-        for refcount_order in [0, 1, 2, 3, 4, 5, 6] {
+        for refcount_order in [0, 1, 2, 3, 4, 5, 6u32] {
             let options = format!("cluster_size={},refcount_bits={}", 1u32 << cluster_bits, 1 << refcount_order);
-            for damage in 0..3 {
-                scratch.create(NAME, &options, "4M");
-                scratch.io(NAME, &["write -P 3 0 300k", "write -P 4 3M 500k", "write -z 1M 128k"]);
-                if refcount_order > 1 {
-                    scratch.img(&format!("snapshot -c first {NAME}"));
-                    scratch.io(NAME, &["write -P 5 100k 200k"]);
-                }
-                let p = places(&scratch);
-                match damage {
-                    // Counts of everything gone, of everything too high, and no block at all.
-                    0 => p.disk.poke(p.refcount_block, &[0; 16]),
-                    1 => p.disk.poke(
-                        p.refcount_block,
-                        &[0xff; 8].map(|byte| if refcount_order > 5 { byte >> 1 } else { byte }),
-                    ),
-                    _ => p.disk.poke_u64(p.refcount_table, 0),
-                }
-                let case = format!("{options}, damage {damage}");
-                let (ours, theirs) = repaired(&scratch, Scope::All, &case);
-                assert_eq!((ours, theirs), (0, 0), "{case}");
+            scratch.create(NAME, &options, "4M");
+            scratch.io(NAME, &["write -P 3 0 300k", "write -P 4 3M 500k", "write -z 1M 128k"]);
+            if refcount_order > 1 {
+                scratch.img(&format!("snapshot -c first {NAME}"));
+                scratch.io(NAME, &["write -P 5 100k 200k"]);
             }
+            let p = places(&scratch);
+            // Counts of everything gone, of everything too high, and no block at all.
+            let damage = (cluster_bits + refcount_order) % 3;
+            match damage {
+                0 => p.disk.poke(p.refcount_block, &[0; 16]),
+                1 => p.disk.poke(p.refcount_block, &[if refcount_order > 5 { 0x7f } else { 0xff }; 8]),
+                _ => p.disk.poke_u64(p.refcount_table, 0),
+            }
+            let case = format!("{options}, damage {damage}");
+            assert_eq!(repaired(&scratch, Scope::All, &case), (0, 0), "{case}");
         }
     }
 }
