@@ -17,6 +17,7 @@ fi
 . tests/setup.sh
 need "${ALL_PROGRAMS[@]}"
 need_rust
+need_fsx
 need_fuse
 
 # All that tests create is beneath one directory, so that what they leave can be told from what others own.

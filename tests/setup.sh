@@ -8,7 +8,7 @@
 # mke2fs and its like are not on an ordinary user's PATH.
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
-ALL_PROGRAMS=(qemu-img qemu-io fusermount3 mke2fs debugfs mkfs.xfs mkfs.btrfs fio strace cc pkg-config setfattr
+ALL_PROGRAMS=(qemu-img qemu-io fusermount3 mke2fs debugfs mkfs.xfs mkfs.btrfs fio strace e2fsck fstrim cc pkg-config setfattr
     setfacl jq)
 
 # The Debian package of a program.
@@ -16,9 +16,10 @@ package_of() {
     case $1 in
         qemu-img | qemu-io) echo qemu-utils ;;
         fusermount3) echo fuse3 ;;
-        mke2fs | debugfs) echo e2fsprogs ;;
+        mke2fs | debugfs | e2fsck) echo e2fsprogs ;;
         mkfs.xfs) echo xfsprogs ;;
         mkfs.btrfs) echo btrfs-progs ;;
+        fstrim) echo util-linux ;;
         cc) echo "gcc libc6-dev" ;;
         setfattr) echo attr ;;
         setfacl) echo acl ;;
@@ -58,6 +59,16 @@ need_rust() {
     fi
 }
 
+# need_fsx: the file system exerciser, built once beside the tests' own programs.
+need_fsx() {
+    local tools
+    tools=$(dirname "${BASH_SOURCE[0]}")/../target/tools
+    [ -x "$tools/bin/fsx" ] && return
+    need_rust
+    echo "setup: building fsx" >&2
+    cargo install --quiet --locked fsx --version 0.3.2 --root "$tools" >&2 || exit 1
+}
+
 # need_fuse: the device that mounts are served through.
 need_fuse() {
     need fusermount3
@@ -71,5 +82,6 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
     set -euo pipefail
     need "${ALL_PROGRAMS[@]}"
     need_rust
+    need_fsx
     need_fuse
 fi

@@ -194,16 +194,23 @@ impl View {
         let whole = self.resolve(at, u64::MAX)?;
         let (layer, source, len) = match (&self.flat, whole.source) {
             (Some(flat), Source::Data(_) | Source::Compressed) if !self.live => {
-                let Flat { kind, layer, host, len } = flat.lookup(at)?;
-                let source = match kind {
-                    Kind::Data => Source::Data(host),
-                    Kind::Zero => Source::Zero,
-                    Kind::Ask => Source::Compressed,
-                };
+                let (layer, source, len) = looked_up(flat, at)?;
                 (layer, source, len.min(self.size - at).max(whole.len))
             }
             (_, source) => (whole.layer, source, whole.len),
         };
+        self.is_data(layer, source, len)
+    }
+
+    /// As [`View::data_run`], only by the flattened map: one look, whatever the depth.
+    pub(super) fn frozen_run(&self, at: u64) -> Result<(bool, u64)> {
+        assert!(!self.live && at < self.size);
+        let Some(flat) = &self.flat else { unreachable!("a frozen view has a map") };
+        let (layer, source, len) = looked_up(flat, at)?;
+        self.is_data(layer, source, len.min(self.size - at))
+    }
+
+    fn is_data(&self, layer: usize, source: Source, len: u64) -> Result<(bool, u64)> {
         match source {
             // A raw image has its holes in its file.
             Source::Data(host) if self.layers[layer].image().is_raw() => {
@@ -256,6 +263,17 @@ impl View {
         }
         Ok(run)
     }
+}
+
+/// What the flattened map says of `at`: layer, source, bytes.
+fn looked_up(flat: &FlatMap, at: u64) -> Result<(usize, Source, u64)> {
+    let Flat { kind, layer, host, len } = flat.lookup(at)?;
+    let source = match kind {
+        Kind::Data => Source::Data(host),
+        Kind::Zero => Source::Zero,
+        Kind::Ask => Source::Compressed,
+    };
+    Ok((layer, source, len))
 }
 
 /// Reads a range that a layer said, when it was flattened, it has to be asked about again.

@@ -67,7 +67,7 @@ pub enum Command {
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Options of -o:
-  ro                     never write below the store
+  ro                     no image is ever opened for writing
   allow_other            let every user in; the modes shown are enforced
   uid= gid= umask=       owner, group and permission bits shown
   threads=N              requests served at once
@@ -78,6 +78,7 @@ Options of -o:
   format=GLOB:FORMAT     raw or qcow2, for images that do not tell (repeatable)
   probe                  believe the content where a header names no backing format
   force_share            show what another process is writing
+  nolock                 write images even on file systems without file locks
   nofiles symlinks=HOW   taken, but without effect until guests' files are shown
   rescan=SECONDS         how often a store that cannot be watched is looked through
   config=FILE            read this in place of /etc/chainfs.toml and the user's file

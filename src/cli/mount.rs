@@ -15,7 +15,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
 use super::args::MountArgs;
@@ -26,7 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fs::mount::{self, OwnMount};
 use crate::fs::{Features, Ownership, Server, Tree};
 use crate::io::users_of;
-use crate::store::{Store, Watcher};
+use crate::store::{Flusher, Store, Watcher};
 
 /// mount(8)'s exit codes.
 const USAGE: u8 = 1;
@@ -93,12 +93,16 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
         return Err(Error::new(ErrorKind::Usage, format!("threads={threads} is not between 1 and {MOST_THREADS}")));
     }
     // Signals are caught before there is a mount that they could leave behind.
-    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|error| Error::io("catching signals", error))?;
+    let signals =
+        Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ]).map_err(|error| Error::io("catching signals", error))?;
     let store = Store::open(&args.store, store_options(&options))?;
     let ownership = Ownership { uid: options.uid, gid: options.gid, umask: options.umask };
     let tree = Arc::new(Tree::new(&store, ownership));
-    let wanted =
-        mount::MountOptions { allow_other: options.allow_other, exec: options.exec.unwrap_or(false), read_only: true };
+    let wanted = mount::MountOptions {
+        allow_other: options.allow_other,
+        exec: options.exec.unwrap_or(false),
+        read_only: options.read_only,
+    };
     let (device, mount) = mount::mount(store.given(), &args.dir, &wanted)?;
     // Whatever fails from here on, or if nobody waits for us any more, leaves no dead mount.
     let unfinished = mount::Unfinished::new(&mount);
@@ -111,8 +115,9 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
         tracing::debug!("the kernel's read-ahead stays as it is: {error}");
     }
     let watcher = Watcher::start(&store).map_err(|error| Error::io("starting the watcher", error))?;
+    let flusher = Flusher::start(&store).map_err(|error| Error::io("starting the flusher", error))?;
     let ending = Arc::new(AtomicBool::new(false));
-    end_on_signals(signals, mount.clone(), Arc::clone(&ending))?;
+    end_on_signals(signals, mount.clone(), Arc::clone(&store), Arc::clone(&ending))?;
     if as_child {
         let _ = rustix::process::chdir("/");
         detach()?;
@@ -124,7 +129,7 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     let result = server.run();
     ending.store(true, Ordering::Relaxed);
     notify_service_manager("STOPPING=1");
-    drop(watcher);
+    drop((watcher, flusher));
     result.map_err(|error| Error::io("serving the mount", error))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -140,15 +145,19 @@ fn detach() -> Result<()> {
     Ok(())
 }
 
-/// Unmounts when asked to. A mount in use goes on serving; asked again, it is taken out of the
+/// Flushes everything and unmounts when asked to. A mount in use goes on serving; asked again, it is taken out of the
 /// way and ends with its last user.
-fn end_on_signals(mut signals: Signals, mount: OwnMount, ending: Arc<AtomicBool>) -> Result<()> {
+fn end_on_signals(mut signals: Signals, mount: OwnMount, store: Arc<Store>, ending: Arc<AtomicBool>) -> Result<()> {
     let work = move || {
         let mut asked = false;
         for signal in &mut signals {
-            if signal == SIGHUP {
-                continue; // the terminal has gone; nobody has asked for the mount to go
+            // The terminal has gone, or a file would become larger than a limit allows, which is
+            // EFBIG to whoever wrote: nobody has asked for the mount to go.
+            if matches!(signal, SIGHUP | SIGXFSZ) {
+                continue;
             }
+            // First: the service manager may not wait for those who keep the mount busy.
+            store.flush_writers();
             match mount.unmount(asked) {
                 Err(error) if error.kind() == ErrorKind::Busy => {
                     let sentence = busy(mount.directory());

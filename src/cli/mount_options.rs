@@ -50,6 +50,8 @@ pub struct MountOptions {
     pub probe: bool,
     /// `force_share`: show what another process is writing.
     pub force_share: bool,
+    /// `nolock`: write images even where file locks do not work.
+    pub no_lock: bool,
     /// `nofiles`: leave `files/` out.
     pub no_files: bool,
     /// `symlinks=`: how links of a guest's file system are shown.
@@ -122,7 +124,7 @@ pub(super) enum Takes {
 }
 
 /// Options that a configuration file may set as well.
-pub(super) const SETTINGS: [(&str, Takes); 20] = [
+pub(super) const SETTINGS: [(&str, Takes); 21] = [
     ("ro", Takes::Nothing),
     ("allow_other", Takes::Nothing),
     ("uid", Takes::Value),
@@ -136,6 +138,7 @@ pub(super) const SETTINGS: [(&str, Takes); 20] = [
     ("format", Takes::Values),
     ("probe", Takes::Nothing),
     ("force_share", Takes::Nothing),
+    ("nolock", Takes::Nothing),
     ("nofiles", Takes::Nothing),
     ("symlinks", Takes::Value),
     ("rescan", Takes::Value),
@@ -178,6 +181,7 @@ impl MountOptions {
             formats: defaults.formats.into_iter().chain(self.formats).collect(),
             probe: self.probe || defaults.probe,
             force_share: self.force_share || defaults.force_share,
+            no_lock: self.no_lock || defaults.no_lock,
             no_files: self.no_files || defaults.no_files,
             symlinks: self.symlinks.or(defaults.symlinks),
             rescan: self.rescan.or(defaults.rescan),
@@ -241,6 +245,7 @@ impl MountOptions {
             "format" => self.formats.push(format_rule(utf8(name, value)?)?),
             "probe" => self.probe = true,
             "force_share" => self.force_share = true,
+            "nolock" => self.no_lock = true,
             "nofiles" => self.no_files = true,
             "symlinks" => {
                 self.symlinks = Some(match value {

@@ -15,6 +15,8 @@ pub fn store_options(options: &MountOptions) -> StoreOptions {
         formats: options.formats.iter().map(|rule| (rule.glob.clone(), format(rule.format))).collect(),
         probe: options.probe,
         force_share: options.force_share,
+        read_only: options.read_only,
+        no_lock: options.no_lock,
         cache: options.cache.unwrap_or(usual.cache),
         rescan: options.rescan.unwrap_or(usual.rescan),
         notify: !options.no_inotify,

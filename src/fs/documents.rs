@@ -31,6 +31,10 @@ pub(super) struct Counters {
     pub reads: AtomicU64,
     /// Bytes of disks that were read.
     pub read_bytes: AtomicU64,
+    /// Writes to disks.
+    pub writes: AtomicU64,
+    /// Bytes of disks that were written.
+    pub write_bytes: AtomicU64,
     /// Requests that were answered with an error other than "no such name".
     pub errors: AtomicU64,
     /// Disks opened.
@@ -139,6 +143,10 @@ pub(super) fn metrics(store: &Store, counters: &Counters, open: usize, inodes: u
     };
     counter("chainfs_reads_total", "Reads of disks answered by the daemon.", &counters.reads);
     counter("chainfs_read_bytes_total", "Bytes of disks read through the daemon.", &counters.read_bytes);
+    let (writers, flushes) = store.writer_usage();
+    counter("chainfs_writes_total", "Writes to disks.", &counters.writes);
+    counter("chainfs_write_bytes_total", "Bytes of disks written.", &counters.write_bytes);
+    counter("chainfs_flushes_total", "Flushes of disks, asked for or by the clock.", &AtomicU64::new(flushes));
     counter("chainfs_opens_total", "Disks opened.", &counters.opens);
     counter("chainfs_errors_total", "Requests answered with an error.", &counters.errors);
     let mut gauge = |name, help: &str, value: usize| {
@@ -149,6 +157,7 @@ pub(super) fn metrics(store: &Store, counters: &Counters, open: usize, inodes: u
     gauge("chainfs_problems", "Lines of problems.txt.", catalog.problems.len());
     gauge("chainfs_open_handles", "Files and directories open in the mount.", open);
     gauge("chainfs_inodes", "Inode numbers given so far.", inodes);
+    gauge("chainfs_writers", "Active disks that are being written.", writers);
     gauge("chainfs_open_files", "Image files open now.", descriptors);
     metrics
         .family("chainfs_cache_bytes", MetricKind::Gauge, "Bytes held in caches.")

@@ -7,20 +7,25 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BackingId, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    KernelConfig, LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
-    ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request, Session, SessionACL,
+    BackingId, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
 use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result, errno};
+use crate::image::write::Zeroing;
+use crate::store::Access;
 
 use super::attributes::Attributes;
+use super::change::Fallocate;
 use super::handles::Handle;
 use super::node::NodeKind;
 use super::tree::{Listed, Tree};
@@ -107,10 +112,18 @@ impl Adapter {
         })
     }
 
+    /// Runs a handler of which only success or failure is told.
+    fn done(&self, reply: ReplyEmpty, work: impl FnOnce(&Tree) -> Result<()>) {
+        match self.answer(work) {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
     /// Whether this opening is handed to the raw file itself. `None` if it is not.
     fn pass(&self, reply: &ReplyOpen, inode: u64, handle: &Handle) -> Option<Arc<BackingId>> {
         let Handle::Disk(disk) = handle else { return None };
-        let file = disk.open.raw_file.as_ref()?;
+        let file = disk.raw_file.as_ref()?;
         let mut modes = self.modes.lock();
         let mode = modes.entry(inode).or_default();
         if mode.cached > 0 {
@@ -121,7 +134,7 @@ impl Adapter {
                 return None;
             }
             // Only where the file is the disk to the last byte.
-            let same_size = file.stat().is_ok_and(|stat| stat.signature.size == disk.open.view.size());
+            let same_size = file.stat().is_ok_and(|stat| stat.signature.size == disk.view.size());
             let own = file.open_again().ok().filter(|_| same_size)?;
             match reply.open_backing(own) {
                 Ok(backing) => mode.backing = Some(Arc::new(backing)),
@@ -145,10 +158,7 @@ impl Adapter {
     }
 
     fn closed(&self, inode: u64, handle: &Handle) {
-        let Handle::Disk(disk) = handle else { return };
-        if disk.direct {
-            return;
-        }
+        let Handle::Disk(_) = handle else { return };
         let mut modes = self.modes.lock();
         let Some(mode) = modes.get_mut(&inode) else { return };
         if mode.passed > 0 {
@@ -203,10 +213,12 @@ impl Filesystem for Adapter {
     }
 
     fn open(&self, _req: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        if flags.acc_mode() != OpenAccMode::O_RDONLY {
-            return reply.error(Errno::EROFS);
-        }
-        let (number, handle) = match self.answer(|tree| tree.open(inode.0)) {
+        let access = match flags.acc_mode() {
+            OpenAccMode::O_RDONLY => Access::Read,
+            OpenAccMode::O_WRONLY => Access::Write,
+            OpenAccMode::O_RDWR => Access::ReadWrite,
+        };
+        let (number, handle) = match self.answer(|tree| tree.open(inode.0, access)) {
             Ok(opened) => opened,
             Err(errno) => return reply.error(errno),
         };
@@ -214,8 +226,8 @@ impl Filesystem for Adapter {
             return reply.opened_passthrough(FileHandle(number), FopenFlags::empty(), &backing);
         }
         let flags = match &handle {
-            Handle::Disk(disk) if disk.direct => FopenFlags::FOPEN_DIRECT_IO,
-            Handle::Disk(disk) if self.cache(inode.0, disk.open.fingerprint) => FopenFlags::FOPEN_KEEP_CACHE,
+            Handle::Active(_) => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+            Handle::Disk(disk) if self.cache(inode.0, disk.fingerprint) => FopenFlags::FOPEN_KEEP_CACHE,
             Handle::Disk(_) => FopenFlags::empty(),
             // Each opening has a text of its own, which no other may be served.
             Handle::Text(_) | Handle::Directory(_) => FopenFlags::FOPEN_DIRECT_IO,
@@ -260,12 +272,152 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn flush(&self, _req: &Request, _inode: INodeNo, _handle: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
-        reply.ok();
+    fn write(
+        &self,
+        _req: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        // O_SYNC includes O_DSYNC's bit.
+        let sync = flags.0 & nix::libc::O_DSYNC != 0;
+        match self.answer(|tree| tree.write(&tree.handle(handle.0)?, offset, data, sync)) {
+            Ok(len) => reply.written(len as u32),
+            Err(errno) => reply.error(errno),
+        }
     }
 
-    fn fsync(&self, _req: &Request, _inode: INodeNo, _handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        reply.ok();
+    fn fallocate(
+        &self,
+        _req: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        use nix::libc::{FALLOC_FL_KEEP_SIZE as KEEP, FALLOC_FL_PUNCH_HOLE as PUNCH, FALLOC_FL_ZERO_RANGE as ZERO};
+        let what = match mode & !KEEP {
+            0 => Fallocate::Space,
+            ZERO => Fallocate::Zero(Zeroing::Keep),
+            PUNCH if mode & KEEP != 0 => Fallocate::Zero(Zeroing::Unmap),
+            _ => return reply.error(Errno::EOPNOTSUPP),
+        };
+        let keep_size = mode & KEEP != 0;
+        self.done(reply, |tree| tree.fallocate(&tree.handle(handle.0)?, offset, length, what, keep_size));
+    }
+
+    fn setattr(
+        &self,
+        _req: &Request,
+        inode: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        handle: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let changed = self.answer(|tree| {
+            if mode.is_some() || uid.is_some() || gid.is_some() {
+                let fact = "owner and mode are those of the image file; change them there";
+                return Err(Error::new(ErrorKind::Forbidden, fact));
+            }
+            match size {
+                Some(size) => {
+                    let handle = handle.map(|handle| tree.handle(handle.0)).transpose()?;
+                    tree.set_size(inode.0, handle.as_ref(), size)?;
+                }
+                None => tree.set_times(inode.0)?,
+            }
+            tree.attributes(inode.0)
+        });
+        match changed {
+            Ok(found) => reply.attr(&BELIEF, &attr(&found)),
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn flush(&self, _req: &Request, _inode: INodeNo, handle: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        self.done(reply, |tree| tree.closing(&tree.handle(handle.0)?));
+    }
+
+    fn fsync(&self, _req: &Request, _inode: INodeNo, handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        self.done(reply, |tree| tree.sync(&tree.handle(handle.0)?));
+    }
+
+    // The tree is made of the store: nothing in it can be made, removed or renamed by its names.
+
+    fn create(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn mknod(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn mkdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _mode: u32, _umask: u32, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn unlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn rmdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn symlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _target: &Path, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _new_parent: INodeNo,
+        _new_name: &OsStr,
+        _flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EPERM);
+    }
+
+    fn link(&self, _req: &Request, _inode: INodeNo, _parent: INodeNo, _name: &OsStr, reply: ReplyEntry) {
+        reply.error(Errno::EPERM);
     }
 
     fn release(
@@ -281,8 +433,11 @@ impl Filesystem for Adapter {
         if let Ok(open) = self.tree.handle(handle.0) {
             self.closed(inode.0, &open);
         }
-        self.tree.release(handle.0);
-        reply.ok();
+        // The last who writes a disk flushes it here, and nobody is left to be told of an error.
+        self.done(reply, |tree| {
+            tree.release(handle.0);
+            Ok(())
+        });
     }
 
     fn opendir(&self, _req: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -373,7 +528,7 @@ struct Entries {
 fn entries(tree: &Tree, inode: u64, handle: u64) -> Result<Entries> {
     match tree.handle(handle)? {
         Handle::Directory(listed) => Ok(Entries { inode, listed }),
-        Handle::Text(_) | Handle::Disk(_) => Err(Error::new(ErrorKind::Usage, "not a directory")),
+        Handle::Text(_) | Handle::Disk(_) | Handle::Active(_) => Err(Error::new(ErrorKind::Usage, "not a directory")),
     }
 }
 

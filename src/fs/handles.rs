@@ -6,26 +6,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
-use crate::store::OpenView;
+use crate::store::{ActiveHandle, OpenView};
 
 use super::tree::Listed;
-
-/// An open disk.
-#[derive(Debug)]
-pub struct OpenDisk {
-    /// Its bytes; QEMU's locks are held as long as it lives.
-    pub open: OpenView,
-    /// Whether the kernel hands every read to us: then a read may end before what is damaged.
-    pub direct: bool,
-}
 
 /// Something open.
 #[derive(Clone, Debug)]
 pub enum Handle {
     /// A document, as of its opening.
     Text(Arc<[u8]>),
-    /// A disk.
-    Disk(Arc<OpenDisk>),
+    /// A snapshot; QEMU's locks are held as long as it lives.
+    Disk(Arc<OpenView>),
+    /// An active disk. The kernel hands every read and write of it to us.
+    Active(Arc<ActiveHandle>),
     /// A directory, as of its opening.
     Directory(Arc<[Listed]>),
 }

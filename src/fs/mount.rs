@@ -29,7 +29,7 @@ pub struct MountOptions {
     pub allow_other: bool,
     /// Whether programs on it may be run.
     pub exec: bool,
-    /// Whether it is read-only; so far it always is.
+    /// Whether it is read-only.
     pub read_only: bool,
 }
 

@@ -13,11 +13,15 @@ use std::time::SystemTime;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Snapshot;
 use crate::io::{FileStat, Storage};
-use crate::store::{ACTIVE, Catalog, ChainView, ChainViews, ImageEntry, ImageIndex, STORE_DIRECTORY, Store, ViewPart};
+use crate::store::{
+    ACTIVE, Access, ActiveAttributes, ActiveHandle, Catalog, ChainView, ChainViews, ImageEntry, ImageIndex, OpenView,
+    STORE_DIRECTORY, Store, ViewPart,
+};
 
 use super::attributes::{Attributes, Ownership, frozen, modified, taken};
+use super::change::read_only;
 use super::documents::{Counters, Documents, metrics};
-use super::handles::{Handle, Handles, OpenDisk};
+use super::handles::{Handle, Handles};
 use super::node::{ChainDocument, Inodes, Node, NodeKind, Part, ROOT, StoreDocument, ViewNode};
 
 /// One entry of a directory.
@@ -96,12 +100,17 @@ impl Tree {
         self.counters.errors.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Closes everything and lets go of all locks: the mount has ended.
+    /// Closes everything, which flushes it, and lets go of all locks: the mount has ended.
     pub fn close(&self) {
         self.handles.clear();
+        self.store.close_writers();
     }
 
-    fn node(&self, inode: u64) -> Result<Node> {
+    pub(super) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    pub(super) fn node(&self, inode: u64) -> Result<Node> {
         self.inodes.node(inode).ok_or_else(|| stale("a number that was never given"))
     }
 
@@ -270,7 +279,16 @@ impl Tree {
     }
 
     fn view_attributes(&self, node: &ViewNode, inode: u64) -> Result<Attributes> {
-        let found = self.find(node)?;
+        let active = if node.part == Part::Active { self.store.active_attributes(node.image) } else { None };
+        let found = match (self.find(node), active) {
+            (Ok(found), _) => found,
+            // The image has been taken away from under those who have it open, who may go on.
+            (Err(_), Some(active)) => return Ok(self.active_attributes(&active, inode)),
+            (Err(error), None) => return Err(error),
+        };
+        if let Some(active) = active {
+            return Ok(self.active_attributes(&active, inode));
+        }
         let image = found.image();
         // The active disk's file changes all the time; a frozen one is as it was.
         let stat = if found.view.active { self.store.stat_now(image) } else { image.stat };
@@ -283,6 +301,15 @@ impl Tree {
         let blocks = if own == 0 && self.has_data(image) { 1 } else { own };
         let (uid, gid, permissions) = self.ownership.apply(&stat, NodeKind::File, found.view.active);
         Ok(Attributes { inode, kind: NodeKind::File, size, blocks, mtime, permissions, uid, gid })
+    }
+
+    /// The attributes of an active disk that somebody has open: as it is, not as it was when scanned.
+    fn active_attributes(&self, active: &ActiveAttributes, inode: u64) -> Attributes {
+        let ActiveAttributes { stat, data_blocks, size } = active;
+        let (uid, gid, permissions) = self.ownership.apply(stat, NodeKind::File, true);
+        // Never a hole as a whole: bytes may be there that have no blocks yet.
+        let blocks = (stat.blocks + data_blocks).max(u64::from(stat.signature.size > 0));
+        Attributes { inode, kind: NodeKind::File, size: *size, blocks, mtime: modified(stat), permissions, uid, gid }
     }
 
     /// Whether a file without blocks of its own holds data all the same: then it must not be
@@ -309,36 +336,52 @@ impl Tree {
     }
 
     /// Opens a file; directories by [`Tree::open_directory`]. The number is for [`Tree::read`].
-    pub fn open(&self, inode: u64) -> Result<(u64, Handle)> {
+    pub fn open(&self, inode: u64, access: Access) -> Result<(u64, Handle)> {
         let catalog = self.store.catalog();
-        let handle = match self.node(inode)? {
+        let node = self.node(inode)?;
+        let is_active = matches!(&node, Node::View(view) if view.part == Part::Active);
+        if access.writes() && !is_active {
+            return Err(read_only());
+        }
+        let handle = match node {
             Node::StoreDocument(document) => Handle::Text(self.store_document(&catalog, document)),
             Node::ChainDocument(chain, document) => {
                 Handle::Text(self.chain_document(&catalog, leaf(&catalog, &chain)?, document)?)
             }
+            Node::View(view) if is_active => Handle::Active(Arc::new(self.open_active(&view, access)?)),
             Node::View(view) => Handle::Disk(Arc::new(self.open_disk(&view)?)),
             _ => return Err(Error::new(ErrorKind::Usage, "a directory is not opened as a file")),
         };
         Ok((self.handles.add(handle.clone()), handle))
     }
 
-    fn open_disk(&self, node: &ViewNode) -> Result<OpenDisk> {
-        let mut attempts = 0;
-        loop {
-            attempts += 1;
-            let found = self.find(node)?;
+    fn open_disk(&self, node: &ViewNode) -> Result<OpenView> {
+        self.opening(node, |found| {
             let part = match (node.part, found.view.snapshot) {
                 (Part::VmState(_), Some(index)) => ViewPart::VmState(index),
                 (_, Some(index)) => ViewPart::Snapshot(index),
                 (_, None) => ViewPart::Active,
             };
-            let direct = found.view.active;
-            match self.store.open_view(&found.catalog, found.layers(), part, direct) {
+            self.store.open_view(&found.catalog, found.layers(), part, false)
+        })
+    }
+
+    pub(super) fn open_active(&self, node: &ViewNode, access: Access) -> Result<ActiveHandle> {
+        self.opening(node, |found| self.store.open_active(&found.catalog, found.layers(), access))
+    }
+
+    /// Opens what is found at a node; looks again where a file has changed since it was looked up
+    /// and nobody has told us yet.
+    fn opening<T>(&self, node: &ViewNode, open: impl Fn(&Found) -> Result<T>) -> Result<T> {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let found = self.find(node)?;
+            match open(&found) {
                 Ok(open) => {
                     self.counters.opens.fetch_add(1, Ordering::Relaxed);
-                    return Ok(OpenDisk { open, direct });
+                    return Ok(open);
                 }
-                // The file has changed since it was looked up, and nobody has told us yet.
                 Err(error) if matches!(error.kind(), ErrorKind::Stale | ErrorKind::NotFound) => {
                     self.store.rescan()?;
                     if attempts == 3 {
@@ -376,21 +419,18 @@ impl Tree {
             }
             Handle::Directory(_) => Err(Error::new(ErrorKind::Usage, "a directory is not read as a file")),
             Handle::Disk(disk) => {
-                let size = disk.open.view.size();
-                let len = (size.saturating_sub(at)).min(buf.len() as u64) as usize;
-                self.counters.reads.fetch_add(1, Ordering::Relaxed);
-                self.counters.read_bytes.fetch_add(len as u64, Ordering::Relaxed);
-                match disk.open.view.read_at(at, &mut buf[..len]) {
-                    Ok(()) => Ok(len),
-                    Err(error) => {
-                        // What lies before the damage is good; the next read, which begins
-                        // there, gets the error. A page cache would take a short read for zeroes.
-                        let good = if disk.direct { good_prefix(disk, at, &mut buf[..len]) } else { 0 };
-                        if good > 0 { Ok(good) } else { Err(error) }
-                    }
-                }
+                let len = disk.view.size().saturating_sub(at).min(buf.len() as u64) as usize;
+                // As a whole or not at all: a page cache would take a short read for zeroes.
+                self.count_read(disk.view.read_at(at, &mut buf[..len]).map(|()| len))
             }
+            Handle::Active(disk) => self.count_read(disk.read_at(at, buf)),
         }
+    }
+
+    fn count_read(&self, done: Result<usize>) -> Result<usize> {
+        self.counters.reads.fetch_add(1, Ordering::Relaxed);
+        self.counters.read_bytes.fetch_add(done.as_ref().map_or(0, |len| *len as u64), Ordering::Relaxed);
+        done
     }
 
     /// lseek(2) with `SEEK_DATA` or `SEEK_HOLE`; `None` is ENXIO.
@@ -398,9 +438,10 @@ impl Tree {
         let (size, found) = match handle {
             Handle::Text(text) => (text.len() as u64, if data { Some(at) } else { None }),
             Handle::Disk(disk) => {
-                let size = disk.open.view.size();
-                (size, if at < size { disk.open.view.seek(at, data)? } else { None })
+                let size = disk.view.size();
+                (size, if at < size { disk.view.seek(at, data)? } else { None })
             }
+            Handle::Active(disk) => (disk.size()?, disk.seek(at, data)?),
             Handle::Directory(_) => return Err(Error::new(ErrorKind::Usage, "a directory has no holes")),
         };
         // Every file ends with a hole.
@@ -441,20 +482,6 @@ impl Tree {
             .of_chain(&self.store, catalog, leaf, document)
             .ok_or_else(|| Error::new(ErrorKind::NotFound, "nothing is wrong with the chain any more"))
     }
-}
-
-/// Reads what can be read from the start of a range whose whole cannot be.
-fn good_prefix(disk: &OpenDisk, at: u64, buf: &mut [u8]) -> usize {
-    const STEP: usize = 4096;
-    let mut good = 0;
-    while good < buf.len() {
-        let end = (good + STEP).min(buf.len());
-        if disk.open.view.read_at(at + good as u64, &mut buf[good..end]).is_err() {
-            break;
-        }
-        good = end;
-    }
-    good
 }
 
 fn stale(fact: &str) -> Error {

@@ -1,11 +1,14 @@
 //! The store: a directory of images, or one image, and everything that can be seen through it.
 //!
 //! Promises: only files beneath the roots are ever opened; a catalog is immutable and replaced
-//! as a whole; nothing is opened that nobody looks at. What is shown to users is for others.
+//! as a whole; nothing is opened that nobody looks at, nor for writing but what somebody writes.
+//! What is shown to users is for others.
 
+mod active;
 mod build;
 mod catalog;
 mod describe;
+mod flusher;
 mod names;
 mod notes;
 mod open;
@@ -28,8 +31,10 @@ use crate::error::{Error, Result};
 use crate::image::Caches;
 use crate::io::{Descriptors, FileStat, Root, StoreFile};
 
+pub use active::{Access, ActiveAttributes, ActiveHandle};
 pub use catalog::{Below, Catalog, Directory, ImageEntry, ImageIndex, shown};
 pub use describe::{Content, Qcow2};
+pub use flusher::Flusher;
 pub use names::{ACTIVE, STORE_DIRECTORY, encode};
 pub use notes::FROZEN_NOTES;
 pub use open::{OpenView, ViewPart};
@@ -39,6 +44,7 @@ pub use scan::Problem;
 pub use views::{ChainView, ChainViews};
 pub use watch::Watcher;
 
+use active::ActiveDisks;
 use open::Opened;
 use scan::{Known, Scan};
 
@@ -61,6 +67,7 @@ pub struct Store {
     caches: Arc<Caches>,
     flat: Arc<FlatCache>,
     opened: Opened,
+    active: ActiveDisks,
     chain_views: Mutex<LruCache<(u64, ImageIndex), Arc<ChainViews>>>,
 }
 
@@ -102,6 +109,7 @@ impl Store {
             caches: Caches::new(quarter, quarter),
             flat: Arc::new(FlatCache::new(2 * quarter)),
             opened: Opened::new(NonZero::new(VIEWS_KEPT).expect("not zero")),
+            active: ActiveDisks::default(),
             chain_views: Mutex::new(LruCache::new(NonZero::new(CHAINS_KEPT).expect("not zero"))),
         });
         store.rescan()?;
@@ -160,6 +168,7 @@ impl Store {
         }
         let catalog = Arc::new(catalog);
         self.opened.retire(&catalog);
+        self.active.tell_of_gone(&catalog);
         *self.catalog.write() = catalog;
         Ok(start.elapsed())
     }

@@ -13,11 +13,11 @@ use parking_lot::Mutex;
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, Layer, unreadable};
-use crate::io::{FileId, FileStat, ReadLock, Signature, Storage, StoreFile};
+use crate::io::{FileId, ReadLock, Storage, StoreFile};
 
 use super::Store;
 use super::catalog::{Catalog, ImageEntry, ImageIndex};
-use super::describe::Content;
+use super::describe::{Content, describe};
 use super::options::Format;
 use super::resolve::Place;
 
@@ -41,6 +41,10 @@ pub struct OpenView {
     pub fingerprint: u64,
     /// The file that may stand for the whole disk: that of a view which is one frozen raw image.
     pub raw_file: Option<Arc<StoreFile>>,
+    /// Its top layer.
+    pub(super) top: OpenImage,
+    /// What of it another process writes, if that is read by force.
+    pub(super) forced: Option<Error>,
     _locks: Vec<ReadLock>,
 }
 
@@ -50,23 +54,16 @@ pub(super) struct Opened {
     views: Mutex<LruCache<Vec<u64>, Arc<View>>>,
 }
 
-#[derive(Clone)]
-struct OpenImage {
-    image: Arc<Image>,
-    file: Arc<StoreFile>,
-    data_file: Option<Arc<StoreFile>>,
-    /// Of the image's file and of its data file.
-    signature: Signatures,
+/// An image in use or kept for its next.
+#[derive(Clone, Debug)]
+pub(super) struct OpenImage {
+    pub(super) image: Arc<Image>,
+    pub(super) file: Arc<StoreFile>,
+    pub(super) data_file: Option<Arc<StoreFile>>,
     /// Where the files were, for opening them again.
     places: (Place, Option<Place>),
     /// The format it was opened as: a user's header may have changed its mind.
-    format: Format,
-}
-
-type Signatures = (Signature, Option<Signature>);
-
-fn signatures(entry: &ImageEntry) -> Signatures {
-    (entry.stat.signature, entry.data_file.as_ref().map(|(_, stat)| stat.signature))
+    pub(super) format: Format,
 }
 
 fn places(entry: &ImageEntry) -> (Place, Option<Place>) {
@@ -74,10 +71,29 @@ fn places(entry: &ImageEntry) -> (Place, Option<Place>) {
 }
 
 impl OpenImage {
+    /// The image's file and its data file.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Arc<StoreFile>> {
+        std::iter::once(&self.file).chain(&self.data_file)
+    }
+
     /// Whether this is still what a catalog says of the image.
     fn is_current(&self, entry: &ImageEntry) -> bool {
+        // What we write ourselves is ahead of every scan, and no other file can have its identity.
+        let data = entry.data_file.as_ref().map(|(_, stat)| Some(stat.signature));
+        let is_unchanged = self.file.expected() == Some(entry.stat.signature)
+            && self.data_file.as_ref().map(|file| file.expected()) == data;
+        self.file.is_written() || (is_unchanged && self.is_at(entry))
+    }
+
+    fn is_at(&self, entry: &ImageEntry) -> bool {
         // A directory that is renamed takes its files along and leaves no trace on them.
-        self.signature == signatures(entry) && Some(self.format) == entry.format && self.places == places(entry)
+        Some(self.format) == entry.format && self.places == places(entry)
+    }
+
+    /// Whether it is the catalog that is behind: the file is as our own writer has left it.
+    fn is_ahead(&self, entry: &ImageEntry) -> bool {
+        let as_expected = |file: &Arc<StoreFile>| file.is_as_expected().unwrap_or(false);
+        self.is_at(entry) && self.files().all(as_expected)
     }
 }
 
@@ -94,7 +110,7 @@ impl Opened {
         }
         let current: HashMap<FileId, &ImageEntry> = catalog.images.iter().map(|image| (image.stat.id, image)).collect();
         let before = images.len();
-        images.retain(|id, open| current.get(id).is_some_and(|entry| open.is_current(entry)));
+        images.retain(|id, open| current.get(id).is_some_and(|entry| open.is_current(entry) || open.is_ahead(entry)));
         if images.len() != before {
             self.views.lock().clear();
         }
@@ -108,7 +124,10 @@ impl Store {
         let (top, below) = layers.split_first().expect("a view has a top layer");
         let top = &catalog.images[*top];
         let mut locks = Vec::with_capacity(layers.len());
-        let open = self.open_image(top, &mut locks)?;
+        let mut forced = None;
+        // The active disk may change, and an internal snapshot does not whatever is written around it.
+        let frozen = !live && part == ViewPart::Active;
+        let open = self.open_image(top, frozen, &mut locks, &mut forced)?;
         let (first, key) = match part {
             ViewPart::Active => (Layer::active(&open.image)?, 0),
             ViewPart::Snapshot(index) => (Layer::snapshot(&open.image, snapshot(top, index)?)?, 1 + 2 * index as u64),
@@ -126,39 +145,93 @@ impl Store {
             return Err(Error::new(ErrorKind::Broken, problem));
         }
         for index in below.unwrap_or_default() {
-            let open = self.open_image(&catalog.images[*index], &mut locks)?;
+            let open = self.open_image(&catalog.images[*index], true, &mut locks, &mut forced)?;
             key.push(open.image.serial());
             stack.push(Layer::active(&open.image)?);
         }
         let frozen_raw = !live && stack.len() == 1 && part == ViewPart::Active && top.format == Some(Format::Raw);
-        let view = {
-            let mut views = self.opened.views.lock();
-            Arc::clone(views.get_or_insert(key.clone(), || View::new(stack, live, &self.flat)))
-        };
-        Ok(OpenView { view, fingerprint: hash(&key), raw_file: frozen_raw.then_some(open.file), _locks: locks })
+        Ok(OpenView {
+            view: self.assemble(&key, stack, live),
+            fingerprint: hash(&key),
+            raw_file: frozen_raw.then(|| Arc::clone(&open.file)),
+            top: open,
+            forced,
+            _locks: locks,
+        })
     }
 
-    fn open_image(&self, entry: &ImageEntry, locks: &mut Vec<ReadLock>) -> Result<OpenImage> {
+    /// The view of that stack; `key` says which state of the top image it is, and the serial of each.
+    fn assemble(&self, key: &[u64], stack: Vec<Layer>, live: bool) -> Arc<View> {
+        let mut views = self.opened.views.lock();
+        Arc::clone(views.get_or_insert(key.to_vec(), || View::new(stack, live, &self.flat)))
+    }
+
+    /// What a view shows through its top layer: the view of the layers below. `None` if there are none.
+    pub(super) fn view_below(&self, view: &View) -> Option<Arc<View>> {
+        let below = &view.layers()[1..];
+        let key: Vec<u64> = [0, 0].into_iter().chain(below.iter().map(|layer| layer.image().serial())).collect();
+        (!below.is_empty()).then(|| self.assemble(&key, below.to_vec(), false))
+    }
+
+    /// The same opening of an active disk after our own writer has left: its top layer is
+    /// described anew, everything else, the locks as well, stays.
+    pub(super) fn look_again(&self, open: OpenView) -> Result<OpenView> {
+        let OpenImage { image: old, file, data_file, format, .. } = &open.top;
+        let storage: Arc<dyn Storage> = Arc::clone(file) as _;
+        let image = match format {
+            Format::Raw => Image::raw(old.name(), storage, true, &self.caches)?,
+            Format::Qcow2 => {
+                let descriptor = file.descriptor()?;
+                let Content::Qcow2(qcow2) = describe(&descriptor, file.len()?)? else {
+                    let fact = format!("{} is no qcow2 image any more", old.name());
+                    return Err(Error::new(ErrorKind::Corrupt, fact));
+                };
+                let data = data_file.as_ref().map(|file| Arc::clone(file) as Arc<dyn Storage>);
+                Image::qcow2(old.name(), storage, data, Arc::clone(&qcow2.header), true, &self.caches)?
+            }
+        };
+        let below = &open.view.layers()[1..];
+        let serials = below.iter().map(|layer| layer.image().serial());
+        let key: Vec<u64> = [0, 1, image.serial()].into_iter().chain(serials).collect();
+        let stack = std::iter::once(Layer::active(&image)?).chain(below.iter().cloned()).collect();
+        let (view, top) = (self.assemble(&key, stack, true), OpenImage { image, ..open.top });
+        self.opened.images.lock().insert(top.file.id(), top.clone());
+        Ok(OpenView { view, fingerprint: hash(&key), top, ..open })
+    }
+
+    /// Opens an image and takes the reader's locks on it. `frozen`: it is promised not to change.
+    /// `forced` becomes what force was needed against.
+    fn open_image(
+        &self,
+        entry: &ImageEntry,
+        frozen: bool,
+        locks: &mut Vec<ReadLock>,
+        forced: &mut Option<Error>,
+    ) -> Result<OpenImage> {
         readable(entry)?;
         let format = entry.format.expect("a readable image has a format");
         let known = self.opened.images.lock().get(&entry.stat.id).cloned();
         let open = match known {
             Some(open) if open.is_current(entry) => open,
+            // One more opening beside ours would be another process to our own locks.
+            Some(open) if open.is_ahead(entry) => return Err(changed(&open.file)),
             _ => self.make(entry, format, true)?,
         };
-        match lock(&open, locks) {
+        match lock(&open, frozen, locks) {
             Ok(()) => {}
             // Somebody writes it, and the user wants to see it all the same: nothing that is read
             // of it may be remembered for the next who opens it.
-            Err(error) if error.kind() == ErrorKind::Busy && self.options.force_share => {
+            Err(error) if error.kind() == ErrorKind::Busy && self.options.force_share && !open.file.is_written() => {
+                *forced = Some(error);
                 return self.make(entry, format, false);
             }
             Err(error) => return Err(error),
         }
         // Still what was described? Asked only now: before the lock somebody may have written and closed.
-        check_unchanged(&open.file, &entry.stat)?;
-        if let (Some(file), Some((_, stat))) = (&open.data_file, &entry.data_file) {
-            check_unchanged(file, stat)?;
+        for file in open.files() {
+            if !file.is_as_expected()? {
+                return Err(changed(file));
+            }
         }
         self.opened.images.lock().insert(entry.stat.id, open.clone());
         Ok(open)
@@ -177,7 +250,7 @@ impl Store {
             }
             (Format::Qcow2, _) => unreachable!("a readable qcow2 image has a header"),
         };
-        Ok(OpenImage { image, file, data_file, signature: signatures(entry), places: places(entry), format })
+        Ok(OpenImage { image, file, data_file, places: places(entry), format })
     }
 }
 
@@ -190,10 +263,10 @@ fn readable(entry: &ImageEntry) -> Result<()> {
 }
 
 /// Takes the reader's locks on an image and on its data file.
-fn lock(open: &OpenImage, locks: &mut Vec<ReadLock>) -> Result<()> {
-    let main = open.file.lock(true)?;
+fn lock(open: &OpenImage, frozen: bool, locks: &mut Vec<ReadLock>) -> Result<()> {
+    let main = open.file.lock(frozen)?;
     if let Some(data_file) = &open.data_file {
-        locks.push(data_file.lock(true)?);
+        locks.push(data_file.lock(frozen)?);
     }
     locks.push(main);
     Ok(())
@@ -206,14 +279,8 @@ fn snapshot(entry: &ImageEntry, index: usize) -> Result<&crate::format::Snapshot
         .ok_or_else(|| Error::new(ErrorKind::Stale, format!("{} has lost an internal snapshot", entry.shown())))
 }
 
-fn check_unchanged(file: &Arc<StoreFile>, seen: &FileStat) -> Result<()> {
-    if file.stat()?.signature == seen.signature {
-        return Ok(());
-    }
-    Err(Error::new(
-        ErrorKind::Stale,
-        format!("{} has changed since it was looked up; open it again", file.path().display()),
-    ))
+pub(super) fn changed(file: &StoreFile) -> Error {
+    Error::new(ErrorKind::Stale, format!("{} has changed since it was looked up; open it again", file.path().display()))
 }
 
 fn hash(key: &[u64]) -> u64 {

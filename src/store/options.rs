@@ -30,6 +30,7 @@ impl Format {
 }
 
 /// How a store is to be looked at.
+#[expect(clippy::struct_excessive_bools, reason = "each is a word of its own to users")]
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
     /// Directories besides the store in which backing files may lie.
@@ -44,6 +45,10 @@ pub struct StoreOptions {
     pub probe: bool,
     /// Whether images that another process writes are opened all the same.
     pub force_share: bool,
+    /// Whether nothing is ever opened for writing.
+    pub read_only: bool,
+    /// Whether images are written even where no file locks keep two writers apart.
+    pub no_lock: bool,
     /// Bytes of memory for tables, maps and decompressed clusters.
     pub cache: u64,
     /// How often to look again where the system does not tell of changes.
@@ -61,6 +66,8 @@ impl Default for StoreOptions {
             formats: Vec::new(),
             probe: false,
             force_share: false,
+            read_only: false,
+            no_lock: false,
             cache: 128 << 20,
             rescan: Duration::from_secs(30),
             notify: true,

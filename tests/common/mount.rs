@@ -173,6 +173,14 @@ impl Mount {
         assert_eq!(self.leave(), Ok(()), "chainfs umount {}", self.dir.display());
     }
 
+    /// After the daemon has been killed: takes the dead mount away, whoever is still in it.
+    pub(crate) fn abandon(mut self) {
+        while connection_of(&self.dir).is_some() {
+            lazy_umount(&self.dir);
+        }
+        assert_eq!(self.leave(), Ok(()), "{}", self.dir.display());
+    }
+
     fn leave(&mut self) -> Result<(), String> {
         let mut result = Ok(());
         if connection_of(&self.dir).is_some() {

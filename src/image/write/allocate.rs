@@ -141,10 +141,15 @@ impl Meta {
             return Err(core.corrupt(format_args!("cluster {place:#x} holds a table, but is not counted")).into());
         }
         let at = HostOffset(place * core.cluster().size());
+        let entry_at = self.refcount_table.offset.0 + index * 8;
+        // What may fail comes first: a block is there as a whole or not at all.
+        self.word(core, entry_at, Class::RefcountTable)?;
         self.write_zeroed(core, at)?;
+        self.set_word(core, entry_at, Class::RefcountTable, at.0)?;
+        let zeroes = vec![0; core.slice_len() as usize / 8];
+        self.slices.insert(at.0, Class::RefcountBlock, zeroes.into());
         self.roles.add(place, 1);
         self.fresh = self.fresh.max(place + 1);
-        self.set_word(core, self.refcount_table.offset.0 + index * 8, Class::RefcountTable, at.0)?;
         self.set_count(core, place, 1)?;
         Ok(())
     }

@@ -67,6 +67,10 @@ impl Qcow2Writer {
 
     /// The flush itself, for whoever has the turn.
     pub(super) fn flush_in_turn(&self) -> Result<()> {
+        if self.is_dirty() {
+            // Tables that were mended while they were only read are a first change, too.
+            self.prepare()?;
+        }
         let number = self.flushes.begun.fetch_add(1, Ordering::SeqCst) + 1;
         self.write_back().map_err(|error| self.poisoned_by(error))?;
         self.flushes.done.store(number, Ordering::SeqCst);

@@ -28,6 +28,8 @@ pub(super) struct Core {
     pub(super) format: EntryFormat,
     /// Refcounts are `1 << order` bits wide.
     pub(super) order: u32,
+    /// Clusters may be shared: COPIED flags are looked at before they are believed.
+    pub(super) has_snapshots: bool,
 }
 
 impl Core {
@@ -121,8 +123,27 @@ impl Meta {
             return Err(core.corrupt(format_args!("a table at {at:#x} lies past the end of the file")));
         }
         let words: Arc<[u64]> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
+        let mended = if class == Class::L2 && core.has_snapshots { self.mend(core, &words)? } else { None };
         self.slices.insert(place, class, Arc::clone(&words));
-        Ok((words, index))
+        let Some(mended) = mended else { return Ok((words, index)) };
+        self.slices.change(place).expect("it was just kept").copy_from_slice(&mended);
+        Ok((mended, index))
+    }
+
+    /// Part of an L2 table without the COPIED flags that its clusters' counts belie, if there are any. A
+    /// crash while an internal snapshot was taken leaves such; believing them would change snapshots.
+    fn mend(&mut self, core: &Core, words: &[u64]) -> Result<Option<Arc<[u64]>>> {
+        let mut mended: Option<Arc<[u64]>> = None;
+        for index in (0..words.len()).step_by((core.format.l2_entry_len() / 8) as usize) {
+            let word = words[index];
+            let host = EntryFormat::raw_offset(word);
+            let is_own = EntryFormat::copied(word) && !EntryFormat::is_compressed(word) && host != 0;
+            if is_own && self.count(core, core.cluster().index(host))? != 1 {
+                let mended = mended.get_or_insert_with(|| words.into());
+                Arc::make_mut(mended)[index] = EntryFormat::shared(word);
+            }
+        }
+        Ok(mended)
     }
 
     pub(super) fn word(&mut self, core: &Core, at: u64, class: Class) -> Result<u64> {

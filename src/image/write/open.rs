@@ -10,7 +10,7 @@ use crate::format::bitmap::{Bitmap, parse_directory};
 use crate::format::feature;
 use crate::format::header::{PROBE_LEN, needed_len};
 use crate::format::refcount::table_entry;
-use crate::format::{Header, Malformed, SnapshotParser, Version};
+use crate::format::{EntryFormat, Header, Malformed, SnapshotParser, Version};
 use crate::image::check::rebuild_dirty;
 use crate::image::unreadable;
 use crate::io::WriteStorage;
@@ -55,6 +55,7 @@ impl Qcow2Writer {
             data_file,
             format: header.entry_format(),
             order: header.refcount_order,
+            has_snapshots: header.snapshots.count > 0,
             file,
         };
         let file_len = core.file.len()?;
@@ -223,13 +224,14 @@ impl Meta {
             }
         }
         for index in 0..u64::from(self.l1.entries) {
-            let word = self.word(core, self.l1.offset.0 + index * 8, Class::L1)?;
+            let at = self.l1.offset.0 + index * 8;
+            let word = self.word(core, at, Class::L1)?;
             let entry = core.format.l1(word).map_err(|reason| core.corrupt(reason.fact()))?;
             let Some(table) = entry.l2 else { continue };
             self.learn(core, "an L2 table", table.0, size)?;
             // Written in place, a shared table would change an internal snapshot.
             if entry.copied && self.count(core, core.cluster().index(table.0))? != 1 {
-                return Err(core.corrupt(format_args!("the L2 table at {table} is marked as unshared, but is shared")));
+                self.set_word(core, at, Class::L1, EntryFormat::shared(word))?;
             }
         }
         Ok(())

@@ -24,6 +24,15 @@ struct Change {
     guest: u64,
     from: u64,
     to: u64,
+    /// What of it the disk has, or will have.
+    disk_end: u64,
+}
+
+impl Change {
+    /// Bytes of the disk that become zero.
+    fn disk_len(&self) -> u64 {
+        self.to.min(self.disk_end) - self.from
+    }
 }
 
 impl Qcow2Writer {
@@ -74,7 +83,7 @@ impl Qcow2Writer {
             return self.zero_part(middle, end, zeroing, disk_end);
         }
         self.zero_part(at, first_whole, zeroing, disk_end)?;
-        self.zero_units(first_whole, last_whole, zeroing)?;
+        self.zero_units(first_whole, last_whole, zeroing, disk_end)?;
         self.zero_part(last_whole, end.max(last_whole), zeroing, disk_end)
     }
 
@@ -93,7 +102,7 @@ impl Qcow2Writer {
         let (unit_start, unit_end) = (from - from % unit, from - from % unit + unit);
         let rest = unit_end.min(disk_end).saturating_sub(to);
         if self.reads_zero(unit_start, from - unit_start)? && self.reads_zero(to, rest)? {
-            return self.zero_units(unit_start, unit_end, zeroing);
+            return self.zero_units(unit_start, unit_end, zeroing, disk_end);
         }
         self.write_held(from, &vec![0; (to - from) as usize])
     }
@@ -110,7 +119,7 @@ impl Qcow2Writer {
     }
 
     /// Zeroes whole units.
-    fn zero_units(&self, start: u64, end: u64, zeroing: Zeroing) -> Result<()> {
+    fn zero_units(&self, start: u64, end: u64, zeroing: Zeroing, disk_end: u64) -> Result<()> {
         let size = self.core.cluster().size();
         let unit = self.unit();
         let mut changes = Vec::new();
@@ -128,7 +137,8 @@ impl Qcow2Writer {
                 continue;
             }
             let guest = self.core.cluster().floor(at);
-            changes.push(Change { guest, from: (at - at % unit).max(start), to: (guest + size).min(end) });
+            let from = (at - at % unit).max(start);
+            changes.push(Change { guest, from, to: (guest + size).min(end), disk_end });
             at = guest + size;
             if changes.len() == BATCH {
                 self.apply(&changes, zeroing)?;
@@ -159,7 +169,7 @@ impl Qcow2Writer {
             })?;
             if !is_done {
                 // Part of a compressed cluster: the rest needs a place of its own.
-                self.write_held(change.from, &vec![0; (change.to.min(self.size()) - change.from) as usize])?;
+                self.write_held(change.from, &vec![0; change.disk_len() as usize])?;
             }
         }
         Ok(())
@@ -234,7 +244,7 @@ impl Qcow2Writer {
     }
 
     fn zero_version_2(&self, change: &Change, zeroing: Zeroing) -> Result<()> {
-        let len = change.to.min(self.size().max(change.from)) - change.from;
+        let len = change.disk_len();
         if self.reads_zero(change.from, len)? {
             return Ok(());
         }

@@ -1,0 +1,28 @@
+//! A view as that which lies below an image that is being written.
+
+use crate::error::Result;
+use crate::image::write::Below;
+
+use super::View;
+
+impl Below for View {
+    fn size(&self) -> u64 {
+        self.size()
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let len = self.size().saturating_sub(at).min(buf.len() as u64) as usize;
+        let (within, beyond) = buf.split_at_mut(len);
+        beyond.fill(0);
+        if within.is_empty() { Ok(()) } else { self.read_at(at, within) }
+    }
+
+    fn zero_run(&self, at: u64, len: u64) -> Result<(bool, u64)> {
+        assert!(len > 0);
+        if at >= self.size() {
+            return Ok((true, len));
+        }
+        let (is_data, run) = self.frozen_run(at)?;
+        Ok((!is_data, run.min(len)))
+    }
+}

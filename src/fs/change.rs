@@ -1,0 +1,106 @@
+//! What changes a disk: writing, flushing, zeroing, growing.
+//!
+//! Only active disks can be changed, and of the tree itself nothing can: an active disk behaves as
+//! a block device does, which nobody makes shorter by opening it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::write::Zeroing;
+use crate::store::{Access, ActiveHandle};
+
+use super::handles::Handle;
+use super::node::{Node, Part, ViewNode};
+use super::tree::Tree;
+
+/// What fallocate(2) asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fallocate {
+    /// The range reads as zeroes.
+    Zero(Zeroing),
+    /// The range has its space.
+    Space,
+}
+
+impl Tree {
+    /// Writes what there is room for before the end of the disk, and returns how much that is.
+    /// `sync`: it is durable then.
+    pub fn write(&self, handle: &Handle, at: u64, bytes: &[u8], sync: bool) -> Result<usize> {
+        let disk = active(handle)?;
+        let len = disk.write_at(at, bytes)?;
+        self.counters().writes.fetch_add(1, Ordering::Relaxed);
+        self.counters().write_bytes.fetch_add(len as u64, Ordering::Relaxed);
+        if sync {
+            disk.flush()?;
+        }
+        Ok(len)
+    }
+
+    /// fsync(2) and fdatasync(2).
+    pub fn sync(&self, handle: &Handle) -> Result<()> {
+        match handle {
+            Handle::Active(disk) => disk.flush(),
+            Handle::Text(_) | Handle::Disk(_) | Handle::Directory(_) => Ok(()),
+        }
+    }
+
+    /// close(2): nothing is flushed, as for any file, but trouble of the past is told of.
+    pub fn closing(&self, handle: &Handle) -> Result<()> {
+        match handle {
+            Handle::Active(disk) => disk.trouble(),
+            Handle::Text(_) | Handle::Disk(_) | Handle::Directory(_) => Ok(()),
+        }
+    }
+
+    /// fallocate(2). Not `keep_size`: a disk that is shorter grows first.
+    pub fn fallocate(&self, handle: &Handle, at: u64, len: u64, what: Fallocate, keep_size: bool) -> Result<()> {
+        let disk = active(handle)?;
+        let end = at
+            .checked_add(len)
+            .ok_or_else(|| Error::new(ErrorKind::TooLarge, "no file is as large as this range reaches"))?;
+        if !keep_size && end > disk.size()? {
+            disk.set_size(end)?;
+        }
+        match what {
+            Fallocate::Zero(zeroing) => disk.zero(at, len, zeroing),
+            Fallocate::Space => disk.allocate(at, len),
+        }
+    }
+
+    /// truncate(2), and ftruncate(2) if there is a handle. `Forbidden` if that is less than now.
+    pub fn set_size(&self, inode: u64, handle: Option<&Handle>, size: u64) -> Result<()> {
+        let node = self.active_node(inode)?;
+        match handle {
+            Some(handle) => active(handle)?.set_size(size),
+            // open(2) with O_TRUNC, which changes a disk no more than it does a block device.
+            None if size == 0 => Ok(()),
+            None => self.open_active(&node, Access::Write)?.set_size(size),
+        }
+    }
+
+    /// utimes(2): times are those of the image file, so this is taken and nothing comes of it; touch(1)
+    /// and cp -p of an active disk are to work.
+    pub fn set_times(&self, inode: u64) -> Result<()> {
+        self.active_node(inode).map(drop)
+    }
+
+    fn active_node(&self, inode: u64) -> Result<ViewNode> {
+        match self.node(inode)? {
+            Node::View(view) if view.part == Part::Active => Ok(view),
+            _ => Err(read_only()),
+        }
+    }
+}
+
+fn active(handle: &Handle) -> Result<&Arc<ActiveHandle>> {
+    match handle {
+        Handle::Active(disk) => Ok(disk),
+        Handle::Text(_) | Handle::Disk(_) | Handle::Directory(_) => Err(read_only()),
+    }
+}
+
+/// Why most of the tree cannot be opened to be written.
+pub(super) fn read_only() -> Error {
+    Error::new(ErrorKind::ReadOnly, "only active disks can be written")
+}

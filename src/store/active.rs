@@ -1,0 +1,524 @@
+//! Active disks in use: one for each leaf image, shared by all who have its `active.raw` open.
+//!
+//! Promises: the image is opened for writing, and carries QEMU's writer locks, from the first
+//! writable opening to the last, and no longer; while it is written all openings, the read-only
+//! ones too, go through the one writer, so that they see each other's bytes. Whatever was written
+//! is flushed, and loudly told of if it could not be, before the locks are let go.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::chain::View;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::write::{Below, Writer, WriterOptions, Zeroing};
+use crate::io::{FileId, FileStat, StoreFile, WriteLock, WriteStorage};
+
+use super::Store;
+use super::catalog::{Catalog, ImageEntry, ImageIndex};
+use super::describe::header_digest;
+use super::open::{OpenImage, OpenView, ViewPart, changed};
+use super::options::Format;
+
+/// Memory for the tables of one writer, at most and at least; in between, a part of `cache=`.
+const WRITER_CACHE: (u64, u64) = (1 << 20, 16 << 20);
+
+/// For what an active disk is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// To read.
+    Read,
+    /// To write; such a descriptor cannot be mapped.
+    Write,
+    /// To read and write, perhaps through a mapping.
+    ReadWrite,
+}
+
+impl Access {
+    /// Whether the disk is going to be written.
+    pub fn writes(self) -> bool {
+        self != Access::Read
+    }
+}
+
+/// What an active disk in use looks like.
+#[derive(Clone, Copy, Debug)]
+pub struct ActiveAttributes {
+    /// Its image's file.
+    pub stat: FileStat,
+    /// Blocks of 512 bytes of its external data file.
+    pub data_blocks: u64,
+    /// Bytes of the disk.
+    pub size: u64,
+}
+
+/// The active disks in use.
+#[derive(Default)]
+pub(super) struct ActiveDisks {
+    /// A leaf among locks.
+    disks: Mutex<HashMap<FileId, Weak<ActiveDisk>>>,
+    /// Images that could not be written any more, until the store is opened anew.
+    poisoned: Mutex<HashMap<FileId, Error>>,
+    flush_count: AtomicU64,
+}
+
+/// One active disk in use.
+struct ActiveDisk {
+    id: FileId,
+    name: String,
+    /// Held while the disk begins or ends to be written, which may take its time; readers go on
+    /// meanwhile. Taken before every other lock of a store.
+    openings: Mutex<Openings>,
+    /// Held shared during a read or write, alone only to put another state in place.
+    state: RwLock<State>,
+    /// Openings that may hold pages they have changed and not yet written.
+    mappable: AtomicUsize,
+    /// Whether it has been said that the image is no longer in the store.
+    is_gone: AtomicBool,
+}
+
+#[derive(Default)]
+struct Openings {
+    count: usize,
+    writers: usize,
+}
+
+enum State {
+    /// Nobody has it open; what it looked like, until the next scan has seen it.
+    Closed(Option<ActiveAttributes>),
+    Reading(OpenView),
+    Writing(Writing),
+    /// It was written, and cannot be read since.
+    Failed(Error),
+}
+
+/// In the order in which they are let go of.
+struct Writing {
+    writer: Arc<Writer>,
+    locks: Vec<WriteLock>,
+    open: OpenView,
+}
+
+/// An opening of an active disk.
+pub struct ActiveHandle {
+    store: Arc<Store>,
+    disk: Arc<ActiveDisk>,
+    access: Access,
+}
+
+impl std::fmt::Debug for ActiveHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ActiveHandle").field("name", &self.disk.name).field("access", &self.access).finish()
+    }
+}
+
+impl Store {
+    /// Opens the active disk of the chain of `layers` (leaf first). `Stale` as for a view.
+    pub fn open_active(
+        self: &Arc<Self>,
+        catalog: &Catalog,
+        layers: &[ImageIndex],
+        access: Access,
+    ) -> Result<ActiveHandle> {
+        let leaf = &catalog.images[layers[0]];
+        if access.writes() {
+            self.may_be_written(leaf)?;
+        }
+        let disk = self.active.disk(leaf);
+        let mut openings = disk.openings.lock();
+        let is_written = matches!(&*disk.state.read(), State::Writing(_));
+        if is_written {
+            // One more for the writer, unless it has failed.
+            if let Some(poison) = disk.writer().filter(|_| access.writes()).and_then(|writer| writer.poison()) {
+                return Err(poison);
+            }
+        } else {
+            // The same view as before, unless the files have changed since.
+            let open = self.open_view(catalog, layers, ViewPart::Active, true)?;
+            let old = std::mem::replace(&mut *disk.state.write(), State::Reading(open));
+            drop(old);
+            if access.writes() {
+                disk.begin_writing(self, leaf)?;
+            }
+        }
+        openings.count += 1;
+        openings.writers += usize::from(access.writes());
+        disk.mappable.fetch_add(usize::from(access == Access::ReadWrite), Ordering::AcqRel);
+        drop(openings);
+        Ok(ActiveHandle { store: Arc::clone(self), disk, access })
+    }
+
+    fn may_be_written(&self, leaf: &ImageEntry) -> Result<()> {
+        let refuse = |fact: &str| Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", leaf.shown())));
+        if self.options.read_only {
+            return refuse("is in a store that is mounted read-only; mount it without -o ro");
+        }
+        if leaf.is_frozen() {
+            return refuse("is frozen or read-only; make a clone of it to be written");
+        }
+        if !leaf.users.is_empty() {
+            return refuse("has other images standing on it, which would be spoilt; write to one of those");
+        }
+        self.active.poisoned.lock().get(&leaf.stat.id).map_or(Ok(()), |poison| Err(poison.clone()))
+    }
+
+    /// What the image `id` looks like now, if its disk is in use as an active one.
+    pub fn active_attributes(&self, id: FileId) -> Option<ActiveAttributes> {
+        self.active.find(id)?.attributes()
+    }
+
+    /// Writes back what active disks have in memory, and says in the log what cannot be.
+    pub fn flush_writers(&self) {
+        for disk in self.active.all() {
+            let Some(writer) = disk.writer().filter(|writer| writer.is_dirty() && writer.poison().is_none()) else {
+                continue;
+            };
+            self.active.flush_count.fetch_add(1, Ordering::Relaxed);
+            if let Err(error) = writer.flush() {
+                tracing::error!("{} could not be written back, and data may be lost: {error}", disk.name);
+            }
+        }
+    }
+
+    /// Leaves all images as a checker wants them, whoever still has them open; locks go with the openings.
+    pub fn close_writers(&self) {
+        for disk in self.active.all() {
+            if let Some(writer) = disk.writer() {
+                disk.close_writer(&writer);
+            }
+        }
+    }
+
+    /// How many disks are being written, and how often any was flushed so far.
+    pub fn writer_usage(&self) -> (usize, u64) {
+        let writers = self.active.all().iter().filter(|disk| disk.writer().is_some()).count();
+        (writers, self.active.flush_count.load(Ordering::Relaxed))
+    }
+}
+
+impl ActiveDisks {
+    /// The disk of that leaf; a new one if nobody has it open.
+    fn disk(&self, leaf: &ImageEntry) -> Arc<ActiveDisk> {
+        let mut disks = self.disks.lock();
+        if let Some(disk) = disks.get(&leaf.stat.id).and_then(Weak::upgrade) {
+            return disk;
+        }
+        disks.retain(|_, disk| disk.strong_count() > 0);
+        let disk = Arc::new(ActiveDisk {
+            id: leaf.stat.id,
+            name: leaf.shown(),
+            openings: Mutex::default(),
+            state: RwLock::new(State::Closed(None)),
+            mappable: AtomicUsize::new(0),
+            is_gone: AtomicBool::new(false),
+        });
+        disks.insert(leaf.stat.id, Arc::downgrade(&disk));
+        disk
+    }
+
+    fn find(&self, id: FileId) -> Option<Arc<ActiveDisk>> {
+        self.disks.lock().get(&id)?.upgrade()
+    }
+
+    fn all(&self) -> Vec<Arc<ActiveDisk>> {
+        self.disks.lock().values().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Says in the log which images have been taken away from under their writers.
+    pub(super) fn tell_of_gone(&self, catalog: &Catalog) {
+        for disk in self.all() {
+            let is_gone = disk.writer().is_some() && !catalog.images.iter().any(|image| image.stat.id == disk.id);
+            if is_gone && !disk.is_gone.swap(true, Ordering::Relaxed) {
+                tracing::warn!(
+                    "{} was removed or replaced while it is open for writing; what is written goes into the old file \
+                     until it is closed",
+                    disk.name
+                );
+            }
+        }
+    }
+}
+
+impl ActiveDisk {
+    fn writer(&self) -> Option<Arc<Writer>> {
+        match &*self.state.read() {
+            State::Writing(writing) => Some(Arc::clone(&writing.writer)),
+            State::Closed(_) | State::Reading(_) | State::Failed(_) => None,
+        }
+    }
+
+    fn attributes(&self) -> Option<ActiveAttributes> {
+        let state = self.state.read();
+        let (open, size) = match &*state {
+            State::Writing(Writing { writer, open, .. }) => (open, writer.size()),
+            State::Reading(open) => (open, open.view.size()),
+            State::Closed(last) => return *last,
+            State::Failed(_) => return None,
+        };
+        let data_blocks = match &open.top.data_file {
+            Some(file) => file.stat().ok()?.blocks,
+            None => 0,
+        };
+        Some(ActiveAttributes { stat: open.top.file.stat().ok()?, data_blocks, size })
+    }
+
+    /// From reading to writing. What fails leaves it reading.
+    fn begin_writing(&self, store: &Store, leaf: &ImageEntry) -> Result<()> {
+        let (top, view) = match &*self.state.read() {
+            State::Reading(OpenView { forced: Some(error), .. }) => return Err(error.clone()),
+            State::Reading(open) => (open.top.clone(), Arc::clone(&open.view)),
+            State::Closed(_) | State::Writing(_) | State::Failed(_) => {
+                unreachable!("it has just been opened to be read")
+            }
+        };
+        let lock = |file: &Arc<StoreFile>| file.lock_for_writing(store.options.no_lock);
+        let locks = top.files().map(lock).collect::<Result<Vec<_>>>()?;
+        unchanged(&top, leaf)?;
+        let writer = new_writer(store, &top, &view)?;
+        let mut state = self.state.write();
+        let State::Reading(open) = std::mem::replace(&mut *state, State::Closed(None)) else {
+            unreachable!("only openings change the state, and they wait");
+        };
+        *state = State::Writing(Writing { writer, locks, open });
+        Ok(())
+    }
+
+    /// From writing to reading, or to nothing if nobody is left.
+    fn end_writing(&self, store: &Store, has_readers: bool) {
+        let Some(writer) = self.writer() else { return };
+        self.close_writer(&writer);
+        if let Some(poison) = writer.poison() {
+            store.active.poisoned.lock().insert(self.id, poison);
+        }
+        let size = writer.size();
+        let last_look = self.attributes();
+        // Readers wait from here on; nothing that follows takes long.
+        let mut state = self.state.write();
+        let State::Writing(Writing { writer: last, locks, open }) =
+            std::mem::replace(&mut *state, State::Closed(last_look))
+        else {
+            unreachable!("only openings change the state, and they wait");
+        };
+        // The descriptor goes before the file's looks are noted: closing may be what changes them.
+        drop((writer, last));
+        for file in open.top.files() {
+            if let Err(error) = file.accept_changes() {
+                tracing::warn!("{}: {error}", self.name);
+            }
+        }
+        // Also if nobody reads on: its next opening must be through the same descriptor.
+        *state = match store.look_again(open) {
+            Ok(open) if has_readers => State::Reading(open),
+            Ok(_) => State::Closed(last_look),
+            Err(error) => State::Failed(error),
+        };
+        drop(state);
+        drop(locks);
+        // Whoever looks next must find the size that he has made.
+        let catalog = store.catalog();
+        let seen = catalog.images.iter().find(|image| image.stat.id == self.id).and_then(ImageEntry::virtual_size);
+        if seen.is_some_and(|seen| seen != size)
+            && let Err(error) = store.rescan()
+        {
+            tracing::warn!("the store cannot be scanned: {error}");
+        }
+    }
+
+    fn close_writer(&self, writer: &Writer) {
+        // Of one that is poisoned everything has been said.
+        if writer.poison().is_none()
+            && let Err(error) = writer.close()
+        {
+            tracing::error!("{} could not be closed properly, and data may be lost: {error}", self.name);
+        }
+    }
+}
+
+/// Whether an image is under the writer's locks still what the catalog says of it.
+fn unchanged(top: &OpenImage, leaf: &ImageEntry) -> Result<()> {
+    let seen = std::iter::once(&leaf.stat).chain(leaf.data_file.as_ref().map(|(_, stat)| stat));
+    for (file, seen) in top.files().zip(seen) {
+        if file.stat()?.signature != seen.signature {
+            return Err(changed(file));
+        }
+    }
+    let Some(qcow2) = leaf.qcow2() else { return Ok(()) };
+    // Times of files are coarse.
+    if header_digest(&*top.file.descriptor()?, leaf.stat.signature.size)? != qcow2.digest {
+        return Err(changed(&top.file));
+    }
+    Ok(())
+}
+
+fn new_writer(store: &Store, top: &OpenImage, view: &View) -> Result<Arc<Writer>> {
+    let open = |file: &Arc<StoreFile>| file.open_for_writing().map(|file| file as Arc<dyn WriteStorage>);
+    let (name, file) = (top.image.name(), open(&top.file)?);
+    match top.format {
+        Format::Raw => Writer::raw(name, file),
+        Format::Qcow2 => {
+            let data_file = top.data_file.as_ref().map(open).transpose()?;
+            let below = store.view_below(view).map(|view| view as Arc<dyn Below>);
+            let cache = (store.options.cache / 8).clamp(WRITER_CACHE.0, WRITER_CACHE.1) as usize;
+            Writer::qcow2(name, file, data_file, below, WriterOptions { cache })
+        }
+    }
+}
+
+impl ActiveHandle {
+    /// Bytes of the disk.
+    pub fn size(&self) -> Result<u64> {
+        self.with(|source| {
+            Ok(match source {
+                Source::View(view) => view.size(),
+                Source::Writer(writer) => writer.size(),
+            })
+        })
+    }
+
+    /// Whether it was opened to be written.
+    pub fn writes(&self) -> bool {
+        self.access.writes()
+    }
+
+    /// Reads from `at` on what there is before the end of the disk, and returns how much that is.
+    pub fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        self.with(|source| match source {
+            Source::View(view) => within(view.size(), at, buf, |at, buf| view.read_at(at, buf)),
+            Source::Writer(writer) => within(writer.size(), at, buf, |at, buf| writer.read_at(at, buf)),
+        })
+    }
+
+    /// Writes at `at` what there is room for before the end of the disk, and returns how much
+    /// that is; `NoSpace` if nothing.
+    pub fn write_at(&self, at: u64, bytes: &[u8]) -> Result<usize> {
+        self.writing(|writer| {
+            let len = writer.size().saturating_sub(at).min(bytes.len() as u64) as usize;
+            if len == 0 && !bytes.is_empty() {
+                let fact = format!("{} ends at {:#x}; grow it with truncate", self.disk.name, writer.size());
+                return Err(Error::new(ErrorKind::NoSpace, fact));
+            }
+            writer.write_at(at, &bytes[..len])?;
+            Ok(len)
+        })
+    }
+
+    /// Makes a range read as zeroes, as far as it lies within the disk.
+    pub fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
+        self.writing(|writer| match writer.size().saturating_sub(at).min(len) {
+            0 => Ok(()),
+            len => writer.zero(at, len, zeroing),
+        })
+    }
+
+    /// Takes space for a range, as far as it lies within the disk.
+    pub fn allocate(&self, at: u64, len: u64) -> Result<()> {
+        self.writing(|writer| match writer.size().saturating_sub(at).min(len) {
+            0 => Ok(()),
+            len => writer.allocate(at, len),
+        })
+    }
+
+    /// Makes the disk `size` bytes long, rounded up to sectors; `Forbidden` if that is less than now.
+    pub fn set_size(&self, size: u64) -> Result<()> {
+        self.writing(|writer| {
+            let now = writer.size();
+            if size.checked_next_multiple_of(512) == Some(now) {
+                return Ok(());
+            }
+            if size < now {
+                let fact = format!("{} has {now} bytes and would have {size}", self.disk.name);
+                return Err(Error::new(ErrorKind::Forbidden, format!("{fact}; a disk is shrunk with resize")));
+            }
+            writer.grow(size)
+        })
+    }
+
+    /// Returns when all that was written before is durable.
+    pub fn flush(&self) -> Result<()> {
+        self.with(|source| match source {
+            Source::View(_) => Ok(()),
+            Source::Writer(writer) => {
+                self.store.active.flush_count.fetch_add(1, Ordering::Relaxed);
+                writer.flush()
+            }
+        })
+    }
+
+    /// What close(2) has to report: why nothing is written any more.
+    pub fn trouble(&self) -> Result<()> {
+        if !self.writes() {
+            return Ok(());
+        }
+        self.writing(|writer| writer.poison().map_or(Ok(()), Err))
+    }
+
+    /// The first byte at or after `at` that is data (or, with `data` false, that is not); `None` if there
+    /// is none before the end of the disk. While somebody may hold pages that he has changed and
+    /// not yet written, everything is data.
+    pub fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
+        let may_be_mapped = self.disk.mappable.load(Ordering::Acquire) > 0;
+        self.with(|source| match source {
+            Source::Writer(writer) if may_be_mapped => Ok(Some(at).filter(|at| data && *at < writer.size())),
+            Source::Writer(writer) if at < writer.size() => writer.seek(at, data),
+            Source::View(view) if at < view.size() => view.seek(at, data),
+            Source::View(_) | Source::Writer(_) => Ok(None),
+        })
+    }
+
+    fn with<T>(&self, work: impl FnOnce(Source<'_>) -> Result<T>) -> Result<T> {
+        match &*self.disk.state.read() {
+            State::Reading(open) => work(Source::View(&open.view)),
+            State::Writing(writing) => work(Source::Writer(&writing.writer)),
+            State::Failed(error) => Err(error.clone()),
+            State::Closed(_) => Err(Error::new(ErrorKind::Stale, format!("{} is closed", self.disk.name))),
+        }
+    }
+
+    fn writing<T>(&self, work: impl FnOnce(&Writer) -> Result<T>) -> Result<T> {
+        let refuse = || Error::new(ErrorKind::ReadOnly, format!("{} was opened only to be read", self.disk.name));
+        self.with(|source| match source {
+            Source::Writer(writer) if self.writes() => work(writer),
+            Source::Writer(_) | Source::View(_) => Err(refuse()),
+        })
+    }
+}
+
+impl Drop for ActiveHandle {
+    fn drop(&mut self) {
+        self.disk.mappable.fetch_sub(usize::from(self.access == Access::ReadWrite), Ordering::AcqRel);
+        let mut openings = self.disk.openings.lock();
+        openings.count -= 1;
+        if self.access.writes() {
+            openings.writers -= 1;
+            if openings.writers == 0 {
+                self.disk.end_writing(&self.store, openings.count > 0);
+            }
+        }
+    }
+}
+
+/// Where an active disk's bytes come from now.
+enum Source<'a> {
+    View(&'a View),
+    Writer(&'a Writer),
+}
+
+/// Reads the part of a range that lies within a disk. Of one that is damaged, what lies before the
+/// damage is good; who reads on from there gets the error.
+fn within(size: u64, at: u64, buf: &mut [u8], read: impl Fn(u64, &mut [u8]) -> Result<()>) -> Result<usize> {
+    const STEP: usize = 4096;
+    let len = size.saturating_sub(at).min(buf.len() as u64) as usize;
+    let buf = &mut buf[..len];
+    let Err(error) = read(at, buf) else { return Ok(len) };
+    let mut good = 0;
+    while good < len {
+        let end = (good + STEP).min(len);
+        if read(at + good as u64, &mut buf[good..end]).is_err() {
+            break;
+        }
+        good = end;
+    }
+    if good > 0 { Ok(good) } else { Err(error) }
+}
