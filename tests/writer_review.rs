@@ -36,6 +36,9 @@ struct Memory {
     punched: Mutex<Vec<(u64, u64)>>,
     /// The farthest byte that anybody wanted space for.
     farthest: AtomicU64,
+    /// Some calls take their time before they do anything.
+    is_slow: AtomicBool,
+    calls: AtomicU64,
 }
 
 impl Memory {
@@ -78,6 +81,15 @@ impl Memory {
         self.bytes.lock().unwrap()[block + cluster as usize * 2..][..2].copy_from_slice(&count.to_be_bytes());
     }
 
+    fn linger(&self) {
+        if self.is_slow.load(Ordering::Relaxed) {
+            let call = self.calls.fetch_add(1, Ordering::Relaxed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
+            if call % 8 == 0 {
+                std::thread::sleep(std::time::Duration::from_micros(call % 200));
+            }
+        }
+    }
+
     fn reach(&self, end: u64) -> Result<()> {
         self.farthest.fetch_max(end, Ordering::SeqCst);
         if end > CAP {
@@ -89,6 +101,7 @@ impl Memory {
 
 impl Storage for Memory {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        self.linger();
         self.bytes.lock().unwrap().read_at(at, buf)
     }
 
@@ -101,6 +114,7 @@ impl WriteStorage for Memory {
     fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
         let end = at + bytes.len() as u64;
         self.reach(end)?;
+        self.linger();
         let mut all = self.bytes.lock().unwrap();
         let len = all.len().max(end as usize);
         all.resize(len, 0);
@@ -120,6 +134,7 @@ impl WriteStorage for Memory {
     }
 
     fn punch_hole(&self, at: u64, len: u64) -> Result<()> {
+        self.linger();
         self.punched.lock().unwrap().push((at, at + len));
         let mut all = self.bytes.lock().unwrap();
         let file_len = all.len() as u64;
@@ -133,8 +148,10 @@ impl WriteStorage for Memory {
 
     fn allocate(&self, at: u64, len: u64) -> Result<()> {
         self.reach(at + len)?;
-        let have = self.len()?;
-        self.set_len(have.max(at + len))
+        let mut all = self.bytes.lock().unwrap();
+        let len = all.len().max((at + len) as usize);
+        all.resize(len, 0);
+        Ok(())
     }
 
     fn sync(&self) -> Result<()> {
@@ -484,5 +501,126 @@ fn garbage_past_the_last_counted_cluster_is_not_taken_for_zeroes() {
         writer.close().unwrap();
         file.save(&scratch, "a.qcow2");
         scratch.img("check -q a.qcow2");
+    }
+}
+
+/// Numbers that look random.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+/// Each thread has every fourth sector for itself; thread 0 has whole clusters, too.
+fn crowd(name: &str, file: &Arc<Memory>, below: bool, before: &[u8], seed: u64) -> Vec<u8> {
+    const SIZE: u64 = 4 * MIB;
+    let below = below.then(|| {
+        Arc::new(Sevens { size: SIZE - 100 * KIB, asked: Mutex::default(), file: Arc::clone(file) }) as Arc<dyn Below>
+    });
+    let options = WriterOptions { cache: 64 << 10 };
+    let writer = Writer::qcow2("a", Arc::clone(file) as _, None, below, options).unwrap();
+    let run = |thread: u64| {
+        let mut dice = Dice(seed * 1000 + thread + 1);
+        let mut model = before.to_vec();
+        for step in 0..3000u64 {
+            let sector = dice.below(SIZE / 512 / 4) * 4 + thread;
+            let (mut at, mut len) = (sector * 512, 512);
+            let is_own_cluster = |at: u64| at / CLUSTER % 8 == 7;
+            if thread == 0 && dice.below(4) == 0 {
+                at = (dice.below(SIZE / CLUSTER / 8) * 8 + 7) * CLUSTER;
+                len = CLUSTER;
+            } else if is_own_cluster(at) && thread != 0 {
+                continue;
+            }
+            let part = at as usize..(at + len) as usize;
+            match dice.below(12) {
+                0..6 => {
+                    let byte = (step * 4 + thread) as u8;
+                    writer.write_at(at, &vec![byte; len as usize]).unwrap();
+                    model[part].fill(byte);
+                }
+                6 | 7 => {
+                    writer.zero(at, len, Zeroing::Unmap).unwrap();
+                    model[part].fill(0);
+                }
+                8 => {
+                    writer.zero(at, len, Zeroing::Keep).unwrap();
+                    model[part].fill(0);
+                }
+                9 if dice.below(8) == 0 => writer.flush().unwrap(),
+                10 if dice.below(8) == 0 => {
+                    let from = dice.below(SIZE - 300 * KIB);
+                    writer.allocate(from, 300 * KIB).unwrap();
+                }
+                _ => {
+                    let found = read(&writer, at, len);
+                    assert!(found == model[part], "{name}, seed {seed}, thread {thread}, step {step}: {at:#x}");
+                }
+            }
+        }
+        model
+    };
+    let models: Vec<Vec<u8>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|thread| scope.spawn(move || run(thread))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    writer.close().unwrap();
+    let all = read(&writer, 0, SIZE);
+    for (sector, found) in all.chunks(512).enumerate() {
+        let owner = if sector as u64 * 512 / CLUSTER % 8 == 7 { 0 } else { sector % 4 };
+        assert!(found == &models[owner][sector * 512..][..512], "{name}, seed {seed}: sector {sector} in the end");
+    }
+    all
+}
+
+#[test]
+fn neighbours_in_a_cluster_do_not_lose_each_others_sectors() {
+    let scratch = Scratch::new();
+    let seeds = std::env::var("CHAINFS_SEEDS").map_or(1, |seeds| seeds.parse().unwrap());
+    let formats = ["", "extended_l2=on", "compat=0.10", "cluster_size=512", "cluster_size=2M,extended_l2=on"];
+    for seed in 1..=seeds {
+        for options in formats {
+            for start in ["empty", "below", "compressed", "snapshot"] {
+                let name = format!("{start} {options}");
+                scratch.create("a.qcow2", options, "4M");
+                let mut before = vec![0; 4 << 20];
+                match start {
+                    "below" => before[..(4 << 20) - (100 << 10)].fill(7),
+                    "empty" => {}
+                    _ => {
+                        scratch.io("a.qcow2", &["write -P 9 0 3M"]);
+                        before[..3 << 20].fill(9);
+                    }
+                }
+                if start == "compressed" {
+                    let words = if options.is_empty() { String::new() } else { format!("-o {options}") };
+                    scratch.img(&format!("convert -c -O qcow2 {words} a.qcow2 b.qcow2"));
+                    fs::rename(scratch.path("b.qcow2"), scratch.path("a.qcow2")).unwrap();
+                }
+                if start == "snapshot" {
+                    scratch.img("snapshot -c one a.qcow2");
+                }
+                let file = Memory::load(&scratch, "a.qcow2");
+                file.is_slow.store(seed % 2 == 1, Ordering::Relaxed);
+                let all = crowd(&name, &file, start == "below", &before, seed);
+                file.save(&scratch, "a.qcow2");
+                scratch.img("check -q a.qcow2");
+                if start != "below" {
+                    fs::write(scratch.path("all.raw"), all).unwrap();
+                    scratch.img("compare -q -f qcow2 -F raw a.qcow2 all.raw");
+                }
+                if start == "snapshot" {
+                    fs::write(scratch.path("all.raw"), before).unwrap();
+                    scratch.img("snapshot -a one a.qcow2");
+                    scratch.img("compare -q -f qcow2 -F raw a.qcow2 all.raw");
+                    scratch.img("check -q a.qcow2");
+                }
+            }
+        }
     }
 }
