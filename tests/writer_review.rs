@@ -624,3 +624,60 @@ fn neighbours_in_a_cluster_do_not_lose_each_others_sectors() {
         }
     }
 }
+
+#[test]
+fn damaged_tables_are_an_error_and_never_a_panic_or_a_file_that_swells() {
+    let scratch = Scratch::new();
+    let seeds = std::env::var("CHAINFS_SEEDS").map_or(300, |seeds| seeds.parse().unwrap());
+    for options in ["", "extended_l2=on", "compat=0.10", "cluster_size=512", "refcount_bits=1"] {
+        scratch.create("a.qcow2", options, "1M");
+        scratch.io("a.qcow2", &["write -P 7 0 300k", "write -c -P 8 448k 64k", "write -P 8 600k 64k"]);
+        if options != "refcount_bits=1" {
+            scratch.img("snapshot -c one a.qcow2");
+            scratch.io("a.qcow2", &["write -P 7 0 100k"]);
+        }
+        let whole = Memory::load(&scratch, "a.qcow2").copy(0, fs::metadata(scratch.path("a.qcow2")).unwrap().len());
+        for seed in 1..=seeds {
+            let mut dice = Dice(seed * 7919);
+            dice.below(1);
+            let file = Memory::of(whole.clone());
+            let len = file.len().unwrap();
+            let cluster = 1u64 << file.u32(20);
+            let l2 = file.u64(file.u64(40)) & !COPIED;
+            let tables = [file.u64(40), file.u64(48), file.u64(file.u64(48)), l2, l2 + 8 * dice.below(64), l2];
+            for _ in 0..=dice.below(3) {
+                let at = tables[dice.below(6) as usize] + 8 * dice.below(24);
+                let flags = [0, COPIED, ZERO, COPIED | ZERO, 1 << 62, 1 << 62 | COPIED, u64::MAX << 56];
+                let offset = match dice.below(6) {
+                    0 => 0,
+                    1 => dice.below(len),
+                    2 => 1 << (9 + dice.below(54)),
+                    3 => dice.below(u64::MAX),
+                    4 => len / cluster * cluster + cluster * dice.below(4),
+                    _ => dice.below(len / cluster) * cluster,
+                };
+                file.poke(at, offset | flags[dice.below(7) as usize]);
+            }
+            let Ok(writer) = Writer::qcow2("a", Arc::clone(&file) as _, None, None, WriterOptions::default()) else {
+                continue;
+            };
+            for _ in 0..40 {
+                let at = dice.below(MIB);
+                let len = dice.below((MIB - at).min(200 * KIB) + 1);
+                let outcome = match dice.below(9) {
+                    0..3 => writer.write_at(at, &vec![1; len as usize]),
+                    3 => writer.zero(at, len, Zeroing::Keep),
+                    4 => writer.zero(at, len, Zeroing::Unmap),
+                    5 => writer.allocate(at, len),
+                    6 => writer.read_at(at, &mut vec![0; len as usize]),
+                    7 => writer.flush(),
+                    _ => writer.grow(writer.size() + dice.below(2) * MIB),
+                };
+                drop(outcome);
+            }
+            drop(writer.close());
+            let farthest = file.farthest.load(Ordering::SeqCst);
+            assert!(farthest < CAP, "{options}, seed {seed}: {farthest:#x}");
+        }
+    }
+}
