@@ -84,7 +84,7 @@ impl Memory {
     fn linger(&self) {
         if self.is_slow.load(Ordering::Relaxed) {
             let call = self.calls.fetch_add(1, Ordering::Relaxed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
-            if call % 8 == 0 {
+            if call.is_multiple_of(8) {
                 std::thread::sleep(std::time::Duration::from_micros(call % 200));
             }
         }
@@ -254,17 +254,17 @@ fn what_goes_to_a_kept_place_past_the_end_of_the_file_is_not_cut_off_again() {
     let scratch = Scratch::new();
     let (file, _) = small(&scratch);
     let host = file.len().unwrap().div_ceil(CLUSTER) + 8;
-    file.poke(file.l2_entry(1), host * CLUSTER | COPIED | ZERO);
+    file.poke(file.l2_entry(1), (host * CLUSTER) | COPIED | ZERO);
     file.count(host, 1);
     let writer = open(&file);
     // Refusing it is as good as doing it.
-    if writer.write_at(CLUSTER, &[0xaa; CLUSTER as usize]).is_err() {
+    if writer.write_at(CLUSTER, &vec![0xaa; CLUSTER as usize]).is_err() {
         return;
     }
     writer.flush().unwrap();
     writer.write_at(5 * CLUSTER, &[0xbb; 512]).unwrap();
     assert!(file.len().unwrap() >= (host + 1) * CLUSTER, "the file was cut to {:#x}", file.len().unwrap());
-    assert_eq!(read(&writer, CLUSTER, CLUSTER), [0xaa; CLUSTER as usize]);
+    assert_eq!(read(&writer, CLUSTER, CLUSTER), vec![0xaa; CLUSTER as usize]);
 }
 
 #[test]
