@@ -22,7 +22,8 @@ fn mixed(guest: &Guest, random: &mut Random, operations: usize, longest: u64) {
             0..=9 => guest.write(at, len),
             // Any position, any length.
             10 => {
-                guest.write((at + random.next() % 512).min(size - 1), 1.max(len / 3).min(size - at - len / 2).min(777))
+                let at = (at + random.next() % 512).min(size - 1);
+                guest.write(at, (len / 3).clamp(1, 777).min(size - at));
             }
             11 | 12 => guest.zero(at, len),
             13..=15 => guest.discard(at, len),

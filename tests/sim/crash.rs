@@ -387,13 +387,13 @@ impl Volatile {
     }
 
     fn describe(&self, tape: &[Event], cut: usize, choice: Choice) -> String {
-        let mut text = format!("cut after {cut} events, {choice:?}; volatile there:");
+        let mut lines = vec![format!("cut after {cut} events, {choice:?}; volatile there:")];
         for index in self.changes.iter().rev().take(40).rev() {
             if let Event::Did { file, action } = &tape[*index] {
-                text += &format!("\n  {index}: file {file}: {}", action.describe());
+                lines.push(format!("  {index}: file {file}: {}", action.describe()));
             }
         }
-        text
+        lines.join("\n")
     }
 }
 

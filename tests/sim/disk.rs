@@ -2,8 +2,9 @@
 //! and a fault that strikes when it is due.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use chainfs::error::{Error, ErrorKind, Result};
 use chainfs::io::{Storage, WriteStorage};
@@ -152,9 +153,12 @@ pub struct Machine {
     sync_rule: SyncRule,
     /// Whether calls let other threads go first now and then.
     jitter: bool,
+    pauses: AtomicU64,
     /// Whether holes can be punched and space taken.
     can_punch: bool,
     late: Mutex<Vec<Event>>,
+    /// Whether there is a tape at all.
+    forgets: AtomicBool,
 }
 
 impl Machine {
@@ -166,8 +170,10 @@ impl Machine {
             plan: Mutex::default(),
             sync_rule,
             jitter,
+            pauses: AtomicU64::new(0),
             can_punch,
             late: Mutex::default(),
+            forgets: AtomicBool::new(false),
         })
     }
 
@@ -176,9 +182,24 @@ impl Machine {
         Self::new(SyncRule::Honest, false, true)
     }
 
+    /// One that works and keeps no tape, for long runs.
+    pub fn forgetful() -> Arc<Self> {
+        Self::honest().forget()
+    }
+
+    /// Keeps no tape from here on.
+    #[must_use]
+    pub fn forget(self: Arc<Self>) -> Arc<Self> {
+        self.forgets.store(true, Ordering::Relaxed);
+        self
+    }
+
     /// Puts a mark on the tape and says where.
     pub fn mark(&self, event: Event) -> usize {
         let mut tape = self.tape.lock();
+        if self.forgets.load(Ordering::Relaxed) {
+            return tape.len();
+        }
         tape.push(event);
         tape.len() - 1
     }
@@ -215,8 +236,15 @@ impl Machine {
     }
 
     fn pause(&self) {
-        if self.jitter && mix(self.changes() ^ self.reads() << 32).is_multiple_of(3) {
-            thread::yield_now();
+        if !self.jitter {
+            return;
+        }
+        let chance = mix(self.pauses.fetch_add(1, Ordering::Relaxed));
+        match chance % 64 {
+            // Long enough for others to free a cluster, flush, and use it for something else.
+            0 | 1 => thread::sleep(Duration::from_micros(chance >> 32 & 0xfff)),
+            2..24 => thread::yield_now(),
+            _ => {}
         }
     }
 

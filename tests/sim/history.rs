@@ -173,16 +173,17 @@ impl History {
     }
 
     fn complaint(&self, sector: u64, bytes: &[u8], moment: Moment, covered: usize) -> String {
-        let mut text = format!("sector {sector:#x} holds {}; legal at {moment:?}:", describe(bytes));
+        let mut lines = vec![format!("sector {sector:#x} holds {}; legal at {moment:?}:", describe(bytes))];
         for value in self.legal_given(sector, moment, covered) {
-            text += &format!("\n  {}", describe(&value.bytes(sector, &self.initial)));
+            lines.push(format!("  {}", describe(&value.bytes(sector, &self.initial))));
         }
-        text += "\nits past:";
+        lines.push("its past:".into());
         for version in self.sectors.get(&sector).into_iter().flatten() {
             let Operation { begun, acked, what } = &self.operations[version.operation];
-            text += &format!("\n  {what} begun at {begun}, acknowledged at {acked:?}");
+            lines.push(format!("  {what} begun at {begun}, acknowledged at {acked:?}"));
         }
-        text + &format!("\nflushes: {:?}", self.flushes)
+        lines.push(format!("flushes: {:?}", self.flushes));
+        lines.join("\n")
     }
 
     /// The ranges that anything was written to, widened to `unit` and cut at `size`.
