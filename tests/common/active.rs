@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::MIB;
 use super::store::Store;
+use super::tools::{Outcome as _, eventually, tool};
 
 /// What the mount notices of a change, and the kernel of that.
 pub(crate) const NOTICED: Duration = Duration::from_secs(5);
@@ -59,6 +60,10 @@ impl Model {
 
 /// After the mount QEMU reads what was written, and finds nothing wrong.
 pub(crate) fn assert_left_behind(store: &Store, image: &str, format: &str, model: &Model) {
+    // The last close is told to the daemon, and not waited for.
+    eventually("nobody has it open", NOTICED, || {
+        tool("qemu-io").args(["-f", format, "-c", "flush", image]).current_dir(store.root()).outcome().0 == 0
+    });
     assert!(fs::read(store.oracle(image, format)).expect("what QEMU reads") == model.0, "{image} differs");
     if format == "qcow2" {
         store.img(["check", "-q", image]);
