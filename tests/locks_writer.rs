@@ -411,7 +411,7 @@ fn qemu_nbd_serves_nothing_that_the_mount_writes_and_the_other_way_round() {
     nbd(&mut program, &[]);
     let guest = Foreign { child: program.spawn().expect("qemu-nbd starts") };
     // Its socket is there before the image is open; nobody else takes the lock meanwhile.
-    eventually("it has the image", RELEASED, || !qemu_tools(&store, "web.qcow2", "qcow2")[0].1.is_ok());
+    eventually("it has the image", RELEASED, || qemu_tools(&store, "web.qcow2", "qcow2")[0].1.is_err());
     assert_eq!(open_rw(&active).map(drop), Err(Errno::BUSY));
     drop(guest);
     eventually("it can be written", RELEASED, || open_rw(&active).is_ok());

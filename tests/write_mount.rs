@@ -730,7 +730,7 @@ fn openings_of_every_kind_come_and_go_while_the_store_changes() {
                 }
                 let name = format!("extra{}.raw", round % 3);
                 if round % 2 == 0 {
-                    drop(store.put(&name, &[1; 512]))
+                    drop(store.put(&name, &[1; 512]));
                 } else {
                     let _ = fs::remove_file(store.path(&name));
                 }
