@@ -236,6 +236,63 @@ fn a_store_is_checked_as_a_whole_and_the_worst_decides() {
 }
 
 #[test]
+fn a_repair_says_what_is_wrong_mends_it_and_looks_again() {
+    let store = Store::new();
+    let damage = || {
+        store.create("web.qcow2", MIB, "");
+        store.io("web.qcow2", "qcow2", [store.write(&mut Rng::new(1), 0, MIB)]);
+        let web = Damage::to(store.path("web.qcow2"));
+        // One cluster more in use than is counted, one counted that is not in use.
+        let entry = web.l2_entry_at(65_536);
+        web.put_u64(entry, web.u64(entry) + 65_536);
+        fs::read(store.path("web.qcow2")).unwrap()
+    };
+    let before = damage();
+    let (code, out, err) = chainfs(&store, &["check", "--repair", "leaks", "web.qcow2"]).outcome();
+    assert_eq!(code, 2, "{out}{err}");
+    let told = out.find("1 leaked clusters were found").expect("what is wrong");
+    let mended = out.find("repaired:\n\n    1 leaked clusters\n    0 corruptions\n").expect("what was mended");
+    let again = out.find("Double checking the fixed image now...\n").expect("another look");
+    assert!(told < mended && mended < again && out[again..].contains("1 errors were found"), "{out}");
+    let mut theirs = tool("qemu-img");
+    assert_eq!(theirs.args(["check", "-q", "-r", "all"]).arg(store.path("web.qcow2")).outcome().0, 0);
+
+    assert!(damage() == before);
+    let (code, out, err) = chainfs(&store, &["check", "-r", "all", "--output=json", "web.qcow2"]).outcome();
+    assert_eq!(code, 0, "{out}{err}");
+    let found = json(&out);
+    assert_eq!((&found["leaks-fixed"], &found["corruptions-fixed"]), (&Value::from(1), &Value::from(3)));
+    assert_eq!(
+        json(&store.img(["check", "--output=json", "web.qcow2"]))["allocated-clusters"],
+        found["allocated-clusters"]
+    );
+    let text = chainfs(&store, &["check", "-r", "all", "web.qcow2"]).succeeds();
+    assert_eq!(text.matches("No errors were found").count(), 1, "{text}");
+
+    // The words of qemu-img, and what it refuses.
+    assert_eq!(chainfs(&store, &["check", "-r", "nonsense", "web.qcow2"]).outcome().0, 1);
+    assert_eq!(chainfs(&store, &["check", "-U", "-r", "all", "web.qcow2"]).outcome().0, 1);
+    store.raw("base.raw", MIB, 1);
+    assert_eq!(chainfs(&store, &["check", "-r", "all", "base.raw"]).outcome().0, 63);
+}
+
+#[test]
+fn an_image_that_is_in_use_is_not_repaired() {
+    let store = Store::new();
+    store.create("web.qcow2", MIB, "");
+    let mut qemu_io = Command::new("qemu-io");
+    qemu_io.arg("-r").arg(store.path("web.qcow2"));
+    let mut reader = qemu_io.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("qemu-io");
+    eventually("a reader holds the image", std::time::Duration::from_secs(20), || {
+        let (code, _, err) = chainfs(&store, &["check", "-r", "all", "web.qcow2"]).outcome();
+        code == 1 && err.contains("web.qcow2") && err.contains("qemu-io")
+    });
+    drop(reader.stdin.take());
+    reader.wait().expect("qemu-io ends");
+    chainfs(&store, &["check", "-r", "all", "web.qcow2"]).succeeds();
+}
+
+#[test]
 fn created_images_please_qemu_img() {
     let store = Store::new();
     store.raw("base.raw", 2 * MIB, 1);

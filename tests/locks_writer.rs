@@ -50,6 +50,8 @@ struct Foreign {
 impl Foreign {
     /// `qemu-io` with these options, once it has the image open.
     fn qemu_io(store: &Store, image: &str, format: &str, options: &[&str]) -> Self {
+        // What was just closed in a mount may be on its way out.
+        eventually("nobody has the image", RELEASED, || qemu_tools(store, image, format)[0].1.is_ok());
         let mut child = Command::new("qemu-io")
             .args(["-f", format])
             .args(options)
@@ -390,30 +392,60 @@ fn qemu_nbd_serves_nothing_that_the_mount_writes_and_the_other_way_round() {
     let store = chain();
     let mount = Mount::new(&store);
     let active = mount.path("web/active.raw");
-    let nbd = |options: &[&str]| {
+    let nbd = |program: &mut Command, options: &[&str]| {
         let socket = store.beside("nbd.sock");
         let _ = fs::remove_file(&socket);
-        let mut nbd = Command::new("qemu-nbd");
-        nbd.args(["-f", "qcow2", "-k"]).arg(&socket).args(options).arg("web.qcow2").current_dir(store.root());
-        let mut child = nbd.stdin(Stdio::null()).stderr(Stdio::null()).spawn().expect("qemu-nbd starts");
-        for _ in 0..1500 {
-            if socket.exists() || child.try_wait().expect("a child").is_some() {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        let runs = child.try_wait().expect("a child").is_none();
-        (runs, Foreign { child })
+        program.args(["-f", "qcow2", "--persistent", "-k"]).arg(&socket).args(options).arg("web.qcow2");
+        program.current_dir(store.root()).stdin(Stdio::null());
     };
     let writing = open_rw(&active).expect("a disk");
-    assert!(!nbd(&["--persistent"]).0);
-    assert!(!nbd(&["--persistent", "--read-only"]).0);
+    for options in [&[][..], &["--read-only"]] {
+        let mut program = tool("qemu-nbd");
+        nbd(&mut program, options);
+        let refused = program.fails();
+        assert!(refused.contains("lock"), "{refused}");
+    }
     drop(writing);
     eventually("it is free", RELEASED, || qemu_tools(&store, "web.qcow2", "qcow2")[0].1.is_ok());
-    let (runs, guest) = nbd(&["--persistent"]);
-    assert!(runs);
+    let mut program = Command::new("qemu-nbd");
+    nbd(&mut program, &[]);
+    let guest = Foreign { child: program.spawn().expect("qemu-nbd starts") };
+    // Its socket is there before the image is open; nobody else takes the lock meanwhile.
+    eventually("it has the image", RELEASED, || qemu_tools(&store, "web.qcow2", "qcow2")[0].1.is_err());
     assert_eq!(open_rw(&active).map(drop), Err(Errno::BUSY));
     drop(guest);
     eventually("it can be written", RELEASED, || open_rw(&active).is_ok());
     mount.umount();
+}
+
+/// The descriptor that carries a writer's locks is not one that is closed to make room.
+#[test]
+fn a_shortage_of_descriptors_costs_no_writer_his_locks() {
+    let store = Store::new();
+    let growth = Growth { depth: 40, size: MIB, cluster_size: 4096, seed: 5 };
+    deep_chain(&store, "deep", &growth);
+    store.create("web.qcow2", MIB, "");
+    let mut command = tool("sh");
+    // 128 are kept for other things.
+    command.args(["-c", "ulimit -n 144; exec \"$@\"", "sh", CHAINFS]);
+    let mount = Mount::foreground(&store, command, "");
+    let writing = open_rw(&mount.path("web/active.raw")).expect("a disk");
+    writing.write_all_at(&[1; 4096], 0).expect("a write");
+    for name in mount.names("deep/leaf/snapshots") {
+        fs::read(mount.path("deep/leaf/snapshots").join(name)).expect("a snapshot");
+    }
+    fs::read(mount.path("deep/leaf/active.raw")).expect("a disk of forty layers");
+    for (tool, said) in qemu_tools(&store, "web.qcow2", "qcow2") {
+        assert_eq!(said.is_ok(), tool == "-U" || tool == "info -U", "{tool}: {said:?}");
+    }
+    let deep = open_rw(&mount.path("deep/leaf/active.raw")).expect("a disk of forty layers");
+    deep.write_all_at(&[2; 5000], 1000).expect("a write");
+    writing.write_all_at(&[3; 5000], 1000).expect("a write");
+    let mut have = [0; 5000];
+    deep.read_exact_at(&mut have, 1000).expect("a read");
+    assert_eq!(have, [2; 5000]);
+    drop((writing, deep));
+    mount.umount();
+    store.img(["check", "-q", "web.qcow2"]);
+    store.img(["check", "-q", "deep/leaf.qcow2"]);
 }

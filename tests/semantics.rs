@@ -130,6 +130,9 @@ fn name(errno: rustix::io::Errno) -> String {
         (rustix::io::Errno::IO, "EIO"),
         (rustix::io::Errno::PERM, "EPERM"),
         (rustix::io::Errno::MFILE, "EMFILE"),
+        (rustix::io::Errno::NOSPC, "ENOSPC"),
+        (rustix::io::Errno::DQUOT, "EDQUOT"),
+        (rustix::io::Errno::FBIG, "EFBIG"),
     ];
     names.iter().find(|(known, _)| *known == errno).expect("an errno with a name").1.to_string()
 }

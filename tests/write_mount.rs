@@ -260,7 +260,7 @@ fn what_nobody_syncs_is_written_back_by_the_clock() {
     let store = chain();
     let mount = Mount::new(&store);
     let disk = rw(&mount.path("web/active.raw"));
-    disk.write_all_at(&[0x5a; 65_536], MIB).expect("a write");
+    disk.write_all_at(&vec![0x5a; 65_536], MIB).expect("a write");
     let shows = || store.try_oracle(Path::new("web.qcow2"), "qcow2", None);
     eventually("QEMU sees it by force", Duration::from_secs(12), || {
         shows().is_ok_and(|path| fs::read(path).is_ok_and(|b| b[MIB as usize..][..65_536].iter().all(|b| *b == 0x5a)))
@@ -312,7 +312,7 @@ fn holes_are_told_of_unless_somebody_may_hold_changed_pages() {
         let holes = || runs_by_seek(&active).len();
         let whole = holes();
         let writing = File::options().write(true).open(&active).expect("a disk");
-        writing.write_all_at(&[1; 65_536], MIB).expect("a write");
+        writing.write_all_at(&vec![1; 65_536], MIB).expect("a write");
         assert!(holes() > whole, "a hole, data, a hole");
         let mappable = rw(&active);
         assert_eq!(holes(), 1, "one run of data");
@@ -340,6 +340,9 @@ fn only_active_disks_can_be_written_and_the_tree_cannot_be_changed() {
     let active = mount.path("web/active.raw");
     assert_eq!(errno(fs::write(mount.path("web/new"), "x")), Some(Errno::PERM));
     assert_eq!(errno(fs::create_dir(mount.path("new"))), Some(Errno::PERM));
+    let may = |word: &str, name: &str| tool("test").arg(word).arg(mount.path(name)).outcome().0 == 0;
+    assert!(may("-w", "web/active.raw") && may("-r", "web/snapshots/base.raw") && may("-x", "web"));
+    assert!(!may("-w", "web/snapshots/base.raw") && !may("-w", "web") && !may("-x", "web/active.raw"));
     assert_eq!(errno(fs::remove_file(&active)), Some(Errno::PERM));
     assert_eq!(errno(fs::remove_dir(mount.path("web/snapshots"))), Some(Errno::PERM));
     assert_eq!(errno(fs::rename(&active, mount.path("web/new"))), Some(Errno::PERM));
@@ -448,7 +451,7 @@ fn sigterm_flushes_first_and_a_busy_mount_goes_on_serving() {
     let store = chain();
     let mount = Mount::new(&store);
     let disk = rw(&mount.path("web/active.raw"));
-    disk.write_all_at(&[0x6b; 65_536], MIB).expect("a write");
+    disk.write_all_at(&vec![0x6b; 65_536], MIB).expect("a write");
     send(Signal::TERM, mount.daemon());
     eventually("QEMU sees it by force", Duration::from_secs(3), || {
         let oracle = store.try_oracle(Path::new("web.qcow2"), "qcow2", None);
@@ -476,10 +479,10 @@ fn after_kill_nine_all_that_was_synced_is_there_and_qemu_finds_leaks_at_most() {
         let mut open = Vec::new();
         for (chain, ..) in LEAVES {
             let disk = rw(&mount.path(chain).join("active.raw"));
-            disk.write_all_at(&[round + 1; 100_000], 300_000).expect("a write");
+            disk.write_all_at(&vec![round + 1; 100_000], 300_000).expect("a write");
             disk.sync_data().expect("a sync");
             for at in (0..20).map(|n| n * 70_001) {
-                let _ = disk.write_at(&[0xee; 30_000], 400_000 + at);
+                let _ = disk.write_at(&vec![0xee; 30_000], 400_000 + at);
             }
             open.push(disk);
         }
@@ -498,6 +501,42 @@ fn after_kill_nine_all_that_was_synced_is_there_and_qemu_finds_leaks_at_most() {
     disk.write_all_at(b"mended", 0).expect("a write");
     drop(disk);
     mount.umount();
+}
+
+/// The first flush fails, as on a disk that is dying; what was not written then is never called durable.
+#[test]
+fn a_disk_that_could_not_be_flushed_takes_no_more_writes_is_read_and_harms_no_other() {
+    let store = chain();
+    store.create("other.qcow2", MIB, "");
+    for (chain, other) in [("web", "plain"), ("plain", "other")] {
+        let mut command = tool("strace");
+        command.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync"]);
+        command.args(["-e", "inject=fdatasync:error=EIO:when=1", CHAINFS]);
+        // strace counts by thread.
+        let mount = Mount::foreground(&store, command, "threads=1");
+        let active = mount.path(chain).join("active.raw");
+        let disk = rw(&active);
+        disk.write_all_at(b"doubtful", 0).expect("a write");
+        assert_eq!(errno(disk.sync_all()), Some(Errno::IO));
+        assert_eq!(errno(disk.write_all_at(b"more", 0)), Some(Errno::IO));
+        assert_eq!(errno(disk.sync_all()), Some(Errno::IO), "once is for ever");
+        let mut have = [0; 8];
+        disk.read_exact_at(&mut have, 0).expect("it goes on being read");
+        assert_eq!(errno(nix::unistd::close(disk).map_err(Into::into)), Some(Errno::IO), "close tells");
+        let may_write = || errno(File::options().write(true).open(&active).map(drop));
+        eventually("until it is mounted again", NOTICED, || may_write() == Some(Errno::IO));
+        File::open(&active).expect("it goes on being read");
+        let fine = rw(&mount.path(other).join("active.raw"));
+        fine.write_all_at(b"fine", 0).expect("a write");
+        fine.sync_all().expect("a sync");
+        drop(fine);
+        mount.umount();
+        let log = fs::read_to_string(store.beside("mount.output")).expect("a log");
+        assert!(log.contains(chain), "{log}");
+        let mount = Mount::new(&store);
+        rw(&mount.path(chain).join("active.raw")).write_all_at(b"again", 0).expect("a write");
+        mount.umount();
+    }
 }
 
 /// A small file system for the store, on a loop device.
@@ -527,14 +566,14 @@ fn a_full_file_system_is_enospc_to_the_writer_and_nothing_is_lost_when_there_is_
     store.create("other.qcow2", MIB, "");
     let mount = Mount::new(&store);
     let other = rw(&mount.path("other/active.raw"));
-    other.write_all_at(&[1; 65_536], 0).expect("a write");
+    other.write_all_at(&vec![1; 65_536], 0).expect("a write");
     other.sync_all().expect("a sync");
     let disk = rw(&mount.path("web/active.raw"));
     // Room is left for what the other has already, and for tables.
     fs::write(store.path("ballast"), vec![1; 10 << 20]).expect("ballast");
     let mut written = 0_u64;
     let refused = loop {
-        match disk.write_at(&[7; 65_536], written) {
+        match disk.write_at(&vec![7; 65_536], written) {
             Ok(len) => written += len as u64,
             Err(error) => break error,
         }
@@ -546,14 +585,14 @@ fn a_full_file_system_is_enospc_to_the_writer_and_nothing_is_lost_when_there_is_
     assert_eq!(Errno::from_io_error(&refused), Some(Errno::NOSPC), "{refused}");
     let mut have = vec![0; 65_536];
     disk.read_exact_at(&mut have, written.saturating_sub(131_072)).expect("it is read all the same");
-    other.write_all_at(&[2; 65_536], 0).expect("the other chain has its space");
+    other.write_all_at(&vec![2; 65_536], 0).expect("the other chain has its space");
     other.sync_all().expect("a sync");
     fs::remove_file(store.path("ballast")).expect("an unlink");
     let mut model = vec![0; 64 << 20];
     disk.read_exact_at(&mut model, 0).expect("a read");
     let mut model = Model(model);
     for at in [written, written + 65_536, 40 * MIB] {
-        model.write(&disk, at, &[9; 65_536]);
+        model.write(&disk, at, &vec![9; 65_536]);
     }
     disk.sync_all().expect("a sync");
     drop((disk, other));
@@ -574,7 +613,7 @@ fn a_file_larger_than_the_daemon_may_make_is_efbig_and_no_end_of_it() {
     let disk = rw(&mount.path("web/active.raw"));
     let mut at = 0;
     let refused = loop {
-        match disk.write_at(&[7; 1 << 20], at) {
+        match disk.write_at(&vec![7; 1 << 20], at) {
             Ok(len) => at += len as u64,
             Err(error) => break error,
         }
@@ -631,4 +670,75 @@ fn a_guest_file_system_is_made_written_and_checked_through_the_mount() {
         .succeeds();
     assert!(fs::read(&back).expect("a file") == fs::read(&content).expect("a file"));
     mount.umount();
+}
+
+/// Beginning and ending to write, looking at the store anew and reading go on at once.
+#[test]
+fn openings_of_every_kind_come_and_go_while_the_store_changes() {
+    let store = chain();
+    store.img(["snapshot", "-c", "monday", "web.qcow2"]);
+    let monday = fs::read(store.try_oracle(Path::new("web.qcow2"), "qcow2", Some("1")).expect("what QEMU reads"));
+    let monday = monday.expect("bytes");
+    let mount = Mount::new(&store);
+    let ends = std::time::Instant::now()
+        + Duration::from_secs(if std::env::var_os("CHAINFS_LONG").is_some() { 40 } else { 5 });
+    std::thread::scope(|scope| {
+        for worker in 0..3_u64 {
+            let active = mount.path(if worker == 2 { "plain" } else { "web" }).join("active.raw");
+            let snapshot = mount.path("web/snapshots/active@monday.raw");
+            let (monday, base) = (&monday, worker * 512 * KIB);
+            scope.spawn(move || {
+                let mut rng = Rng::new(worker);
+                let mut own = vec![None; 512];
+                while std::time::Instant::now() < ends {
+                    match rng.below(4) {
+                        0 | 1 => {
+                            let disk = rw(&active);
+                            for _ in 0..rng.below(20) {
+                                let (slot, byte) = (rng.below(512), rng.below(255) as u8);
+                                disk.write_all_at(&[byte; 1024], base + slot * KIB).expect("a write");
+                                own[slot as usize] = Some(byte);
+                            }
+                            if rng.below(3) == 0 {
+                                disk.sync_data().expect("a sync");
+                            }
+                        }
+                        2 => {
+                            let disk = File::open(&active).expect("a disk");
+                            let mut have = vec![0; 512 << 10];
+                            disk.read_exact_at(&mut have, base).expect("a read");
+                            for (slot, byte) in own.iter().enumerate().filter_map(|(slot, byte)| Some((slot, (*byte)?)))
+                            {
+                                assert!(
+                                    have[slot << 10..][..1024].iter().all(|b| *b == byte),
+                                    "slot {slot} of {worker}"
+                                );
+                            }
+                        }
+                        _ => {
+                            let have = fs::read(&snapshot).expect("a snapshot");
+                            assert!(have == *monday, "the snapshot has changed");
+                        }
+                    }
+                }
+            });
+        }
+        scope.spawn(|| {
+            for round in 0.. {
+                if std::time::Instant::now() >= ends {
+                    break;
+                }
+                let name = format!("extra{}.raw", round % 3);
+                if round % 2 == 0 {
+                    drop(store.put(&name, &[1; 512]));
+                } else {
+                    let _ = fs::remove_file(store.path(&name));
+                }
+                let _ = fs::metadata(mount.path("web/active.raw"));
+                std::thread::sleep(Duration::from_millis(7));
+            }
+        });
+    });
+    mount.umount();
+    store.img(["check", "-q", "web.qcow2"]);
 }

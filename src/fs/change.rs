@@ -11,7 +11,7 @@ use crate::image::write::Zeroing;
 use crate::store::{Access, ActiveHandle};
 
 use super::handles::Handle;
-use super::node::{Node, Part, ViewNode};
+use super::node::{Node, NodeKind, Part, ViewNode};
 use super::tree::Tree;
 
 /// What fallocate(2) asks for.
@@ -83,6 +83,21 @@ impl Tree {
     /// and cp -p of an active disk are to work.
     pub fn set_times(&self, inode: u64) -> Result<()> {
         self.active_node(inode).map(drop)
+    }
+
+    /// access(2): whether something may be written or run, as opening it would find.
+    pub fn access(&self, inode: u64, write: bool, execute: bool) -> Result<()> {
+        let node = self.node(inode)?;
+        if write {
+            self.active_node(inode)?;
+            if self.store().options().read_only {
+                return Err(read_only());
+            }
+        }
+        if execute && node.kind() == NodeKind::File {
+            return Err(Error::new(ErrorKind::Denied, "a disk is not a program"));
+        }
+        Ok(())
     }
 
     fn active_node(&self, inode: u64) -> Result<ViewNode> {

@@ -110,7 +110,10 @@ pub struct ActiveHandle {
 
 impl std::fmt::Debug for ActiveHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ActiveHandle").field("name", &self.disk.name).field("access", &self.access).finish()
+        f.debug_struct("ActiveHandle")
+            .field("name", &self.disk.name)
+            .field("access", &self.access)
+            .finish_non_exhaustive()
     }
 }
 
@@ -226,8 +229,12 @@ impl ActiveDisks {
         self.disks.lock().values().filter_map(Weak::upgrade).collect()
     }
 
-    /// Says in the log which images have been taken away from under their writers.
+    /// Says in the log which images have been taken away from under their writers, and forgets what
+    /// was wrong with those that nobody can open any more: another file may get their number.
     pub(super) fn tell_of_gone(&self, catalog: &Catalog) {
+        let mut poisoned = self.poisoned.lock();
+        poisoned.retain(|id, _| catalog.images.iter().any(|image| image.stat.id == *id));
+        drop(poisoned);
         for disk in self.all() {
             let is_gone = disk.writer().is_some() && !catalog.images.iter().any(|image| image.stat.id == disk.id);
             if is_gone && !disk.is_gone.swap(true, Ordering::Relaxed) {

@@ -23,9 +23,9 @@ impl Stage<'_> {
                     let (Some(stored), Some(references)) = (window.stored(cluster), window.references(cluster)) else {
                         continue;
                     };
-                    // Beyond the file's end only what is referred to matters, as in the audit; and
-                    // numbers of this size are not exact.
-                    if (cluster >= file_clusters && references == 0) || stored.max(references) >= MANY {
+                    // Beyond the file's end only what is referred to matters, as in the audit; and so many
+                    // references are not exact.
+                    if (cluster >= file_clusters && references == 0) || references >= MANY {
                         continue;
                     }
                     let count = u64::from(wanted(stored, references)).min(max_refcount(order));

@@ -12,7 +12,7 @@ use crate::format::refcount::{max_refcount, set_refcount};
 use crate::format::snapshot::{MAX_TABLE_LEN, with_required_extra};
 use crate::io::WriteStorage;
 
-use super::super::window::{MANY, Window};
+use super::super::window::Window;
 
 const REFCOUNT_TABLE_AT: u64 = 48;
 /// Bytes that are written at a time.
@@ -73,7 +73,7 @@ impl Stage<'_> {
     /// The count that a cluster shall have.
     fn new_count(&self, window: &Window, cluster: u64, keep: bool) -> u64 {
         let references = window.references(cluster).unwrap_or(0);
-        let stored = if keep { window.stored(cluster).filter(|stored| *stored < MANY).unwrap_or(0) } else { 0 };
+        let stored = if keep { window.stored(cluster).unwrap_or(0) } else { 0 };
         u64::from(references.max(stored)).min(max_refcount(self.audited.header.refcount_order))
     }
 
