@@ -17,7 +17,7 @@ use super::{Machine, Pages, Random, SECTOR, Start, StartImage, SyncRule, is_long
 /// States of each workload that are judged where not all are.
 const STATES: usize = 700;
 /// One of so many is shown to QEMU.
-const QEMU_ONE_IN: u64 = 80;
+const QEMU_ONE_IN: u64 = 50;
 
 /// What a run amounted to.
 #[derive(Debug, Default)]

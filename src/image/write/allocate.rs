@@ -56,7 +56,10 @@ impl Meta {
             return Err(Error::new(ErrorKind::TooLarge, fact).into());
         }
         if end > self.file_len {
-            core.file.set_len(end)?;
+            // Others have no business here, but if they have made the file longer, it is not cut.
+            if core.file.len()? < end {
+                core.file.set_len(end)?;
+            }
             self.file_len = end;
         }
         for cluster in first..first + count {
@@ -95,7 +98,12 @@ impl Meta {
         let mut hint_holds = true;
         loop {
             let Some(block) = self.refcount_block(core, at)? else {
-                self.add_refcount_block(core, at)?;
+                if found > 0 && !exact {
+                    return Ok((at - found, found));
+                }
+                // A long run goes on through any number of blocks if it gives its first cluster for each.
+                self.add_refcount_block(core, at, (found > 0).then(|| at - found))?;
+                found = found.saturating_sub(1);
                 continue;
             };
             let (place, index) = Self::count_place(core, block, at);
@@ -127,16 +135,16 @@ impl Meta {
         }
     }
 
-    /// Makes a block for the counts around `cluster`, whose block is missing: as the first cluster that
-    /// it counts itself, since none of these is in use.
-    fn add_refcount_block(&mut self, core: &Core, cluster: u64) -> Attempt<()> {
+    /// Makes a block for the counts around `cluster`, whose block is missing: at `place`, which is free, or
+    /// as the first cluster that it counts itself, since none of these is in use.
+    fn add_refcount_block(&mut self, core: &Core, cluster: u64, place: Option<u64>) -> Attempt<()> {
         let per_block = block_entries(core.cluster(), core.order);
         let index = cluster / per_block;
         let entries = self.refcount_table_entries(core);
         if index >= entries {
             return Err(Stop::RefcountTableFull(entries));
         }
-        let place = index * per_block;
+        let place = place.unwrap_or(index * per_block);
         if self.roles.contains(place) {
             return Err(core.corrupt(format_args!("cluster {place:#x} holds a table, but is not counted")).into());
         }
@@ -203,8 +211,9 @@ impl Meta {
         let Some(old) = old else { return self.write_zeroed(core, table) };
         let mut bytes = vec![0; core.cluster().size() as usize];
         let have = core.file.read_at(old.0, &mut bytes)?;
-        if have < bytes.len() {
-            return Err(core.corrupt(format_args!("the L2 table at {old} is cut short")));
+        // The last table of a file may end with the file; what is missing of it is zero.
+        if have == 0 {
+            return Err(core.corrupt(format_args!("the L2 table at {old} lies past the end of the file")));
         }
         for entry in bytes.chunks_exact_mut(core.format.l2_entry_len() as usize) {
             let (first, _) = entry.split_at_mut(8);

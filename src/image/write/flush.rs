@@ -49,8 +49,7 @@ impl Qcow2Writer {
         self.flush_in_turn()
     }
 
-    /// Flushes twice where need be, so that what was freed is counted as free on disk, too, and cuts
-    /// off what the file was made longer by.
+    /// Flushes twice where need be, so that what was freed is counted as free on disk, too.
     pub(super) fn close(&self) -> Result<()> {
         let _turn = self.flushes.turn();
         self.check_poison()?;
@@ -83,7 +82,10 @@ impl Qcow2Writer {
             let mut meta = self.meta.write();
             (CLASSES.map(|class| meta.slices.take_dirty(class)), std::mem::take(&mut meta.pending))
         };
-        let is_data_dirty = self.data_dirty.swap(false, Ordering::AcqRel);
+        // The first time, what a writer before us has left unsynced is made durable, too: whoever
+        // has read it may build on it.
+        let is_first_flush = !self.has_synced.load(Ordering::Acquire);
+        let is_data_dirty = self.data_dirty.swap(false, Ordering::AcqRel) || is_first_flush;
         for (class, batch) in CLASSES.iter().zip(&batches) {
             write_batch(&self.core, batch)?;
             let is_first = *class == Class::RefcountBlock;
@@ -93,11 +95,12 @@ impl Qcow2Writer {
             {
                 data_file.sync()?;
             }
-            if !batch.is_empty() || (is_first && is_data_dirty && self.core.data_file.is_none()) {
+            if !batch.is_empty() || (is_first && (is_first_flush || is_data_dirty && self.core.data_file.is_none())) {
                 self.core.file.sync()?;
             }
             self.meta.write().slices.written(batch);
         }
+        self.has_synced.store(true, Ordering::Release);
         self.release(&freed)
     }
 
@@ -134,9 +137,10 @@ impl Qcow2Writer {
             growth.switch(&self.core)?;
             self.core.file.sync()
         })();
+        switched.map_err(|error| self.poisoned_by(error))?;
         meta.slices.written(&blocks);
         meta.slices.written(&tables);
-        switched.and_then(|()| meta.adopt(&self.core, &growth)).map_err(|error| self.poisoned_by(error))
+        meta.adopt(&self.core, &growth).map_err(|error| self.poisoned_by(error))
     }
 
     /// Notes that tables or data could not be made durable: nothing is written any more.

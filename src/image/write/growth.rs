@@ -6,10 +6,10 @@
 use std::sync::atomic::Ordering;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Table;
 use crate::format::entry::HOST_OFFSET_END;
 use crate::format::header::{MAX_L1_LEN, MAX_REFCOUNT_TABLE_LEN, RefcountTable};
 use crate::format::refcount::{block_entries, set_refcount};
+use crate::format::{Table, Version};
 use crate::units::{HostOffset, SECTOR_SIZE};
 
 use super::Zeroing;
@@ -115,7 +115,7 @@ impl Qcow2Writer {
         let Some(size) = size.checked_next_multiple_of(SECTOR_SIZE) else {
             return Err(Error::new(ErrorKind::TooLarge, format!("{name}: no disk is that large")));
         };
-        self.prepare()?;
+        self.check_poison()?;
         // Nobody changes a mapping meanwhile.
         let _all = self.ranges.hold(0, u64::MAX);
         let old_size = self.size();
@@ -127,11 +127,17 @@ impl Qcow2Writer {
             return Err(Error::new(ErrorKind::Forbidden, format!("{name}: {sentence}")));
         }
         self.refuse_bitmaps()?;
+        if self.core.has_snapshots && self.core.format.version == Version::V2 {
+            let sentence = "its version 2 does not note the disk size of internal snapshots, which would grow with it; \
+                            delete them, or amend the image to version 3 (qemu-img amend -o compat=1.1)";
+            return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {sentence}")));
+        }
         let entries = size.div_ceil(self.core.l1_span());
         if entries * 8 > MAX_L1_LEN {
             let fact = format!("{name}: {size} bytes are more than an L1 table of 32 MiB can map; use larger clusters");
             return Err(Error::new(ErrorKind::TooLarge, fact));
         }
+        self.prepare()?;
         if entries > u64::from(self.meta.read().l1.entries) {
             self.grow_l1(entries as u32)?;
         }
@@ -141,7 +147,13 @@ impl Qcow2Writer {
             data_file.set_len(size)?;
         }
         // Whatever lies there, in the tables or below, has never been the disk's.
-        self.zero_held(old_size, size - old_size, Zeroing::Unmap, size)?;
+        let mut at = old_size;
+        while at < size {
+            let turn = (size - at).min(self.core.l1_span() - at % self.core.l1_span());
+            self.zero_held(at, turn, Zeroing::Unmap, size)?;
+            self.relieve()?;
+            at += turn;
+        }
         let _turn = self.flushes.turn();
         self.check_poison()?;
         self.flush_in_turn()?;
@@ -164,14 +176,17 @@ impl Qcow2Writer {
         self.flush_in_turn()?;
         let offset = HostOffset(run.first * size);
         let mut meta = self.meta.write();
-        let mut table = Vec::with_capacity((clusters * size) as usize);
         let old = meta.l1;
-        for index in 0..u64::from(old.entries) {
-            let word = meta.word(core, old.offset.0 + index * 8, Class::L1)?;
-            table.extend(word.to_be_bytes());
-        }
-        table.resize((clusters * size) as usize, 0);
-        if let Err(error) = core.file.write_at(offset.0, &table) {
+        let copied = (|| {
+            let mut table = Vec::with_capacity((clusters * size) as usize);
+            for index in 0..u64::from(old.entries) {
+                let word = meta.word(core, old.offset.0 + index * 8, Class::L1)?;
+                table.extend(word.to_be_bytes());
+            }
+            table.resize((clusters * size) as usize, 0);
+            core.file.write_at(offset.0, &table)
+        })();
+        if let Err(error) = copied {
             meta.give_back(core, run)?;
             return Err(error);
         }

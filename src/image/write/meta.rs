@@ -237,9 +237,25 @@ impl Meta {
         Some(Ok((piece, run.min(max))))
     }
 
-    /// Whether data at `host` lies in clusters that the file has.
-    pub(super) fn reaches(&self, core: &Core, host: HostOffset, len: u64) -> bool {
-        core.data_file.is_some() || core.cluster().index(host.0 + len - 1) < self.fresh
+    /// Makes sure that what an entry names may be data: clusters that the file has, and that are no
+    /// table's. `len` is at least 1.
+    pub(super) fn may_be_data(&self, core: &Core, host: HostOffset, len: u64) -> Result<()> {
+        if core.data_file.is_some() {
+            return Ok(());
+        }
+        let (first, last) = (core.cluster().index(host.0), core.cluster().index(host.0 + len - 1));
+        self.may_be_clusters(core, Freed { first, count: last - first + 1 })
+    }
+
+    fn may_be_clusters(&self, core: &Core, clusters: Freed) -> Result<()> {
+        let (first, end) = (clusters.first, clusters.first + clusters.count);
+        if end > self.fresh {
+            return Err(core.corrupt(format_args!("a data cluster at {first:#x} lies past the end of the file")));
+        }
+        match (first..end).find(|cluster| self.roles.contains(*cluster)) {
+            Some(table) => Err(core.corrupt(format_args!("cluster {table:#x} is named as data, but holds a table"))),
+            None => Ok(()),
+        }
     }
 
     /// Loads the tables that [`Meta::piece`] missed.
@@ -291,13 +307,15 @@ impl Meta {
     }
 
     /// Notes that an entry no longer refers to what `words` name: free after the next flush.
-    pub(super) fn release(&mut self, core: &Core, words: Words) {
+    pub(super) fn release(&mut self, core: &Core, words: Words) -> Result<()> {
         if let Some(freed) = references(core, words) {
+            self.may_be_clusters(core, freed)?;
             match self.pending.last_mut() {
                 Some(last) if last.first + last.count == freed.first => last.count += freed.count,
                 _ => self.pending.push(freed),
             }
         }
+        Ok(())
     }
 }
 

@@ -150,6 +150,9 @@ impl Writer {
     /// Takes space for a range, so that writing there cannot fail for want of it.
     pub fn allocate(&self, at: u64, len: u64) -> Result<()> {
         self.assert_inside(at, len);
+        if len == 0 {
+            return Ok(());
+        }
         match &self.body {
             Body::Raw(raw) => raw.allocate(at, len),
             Body::Qcow2(qcow2) => qcow2.allocate(at, len),

@@ -80,6 +80,7 @@ impl Qcow2Writer {
             flushes: Flushes::default(),
             meta: RwLock::new(meta),
             data_dirty: AtomicBool::new(false),
+            has_synced: AtomicBool::new(false),
             prepared: AtomicBool::new(false),
             preparing: Mutex::new(()),
             is_poisoned: AtomicBool::new(false),

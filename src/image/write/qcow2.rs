@@ -49,12 +49,14 @@ pub(super) struct Qcow2Writer {
     pub(super) meta: RwLock<Meta>,
     /// Guest data has been written since the last flush began.
     pub(super) data_dirty: AtomicBool,
+    /// There has been a barrier since the image was opened.
+    pub(super) has_synced: AtomicBool,
     /// What the first write needs has been done.
     pub(super) prepared: AtomicBool,
     pub(super) preparing: Mutex<()>,
     pub(super) is_poisoned: AtomicBool,
     pub(super) poison: Mutex<Option<Error>>,
-    pub(super) decompressed: Cache<u64, Arc<[u8]>>,
+    pub(super) decompressed: Cache<(u64, u32), Arc<[u8]>>,
 }
 
 /// A stretch of the file that a mapping is about to name, and the entries it will have.
@@ -74,7 +76,7 @@ struct Target {
 }
 
 impl Qcow2Writer {
-    pub(super) fn decompressed_cache() -> Cache<u64, Arc<[u8]>> {
+    pub(super) fn decompressed_cache() -> Cache<(u64, u32), Arc<[u8]>> {
         Cache::new(DECOMPRESSED)
     }
 
@@ -94,17 +96,40 @@ impl Qcow2Writer {
 
     /// Fills `buf` with the bytes at `at`.
     pub(super) fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        let _gate = self.reuse_gate.read();
-        self.read_inner(at, buf)
+        let mut done = 0;
+        while done < buf.len() {
+            let position = at + done as u64;
+            let gate = self.reuse_gate.read();
+            let (piece, run) = self.lookup(position, (buf.len() - done) as u64)?;
+            let part = &mut buf[done..done + run as usize];
+            if piece == Piece::Below {
+                // Nothing of this file is read: a slow layer below is not to keep flushes waiting.
+                drop(gate);
+            }
+            self.read_piece(piece, position, part)?;
+            done += run as usize;
+        }
+        if self.core.has_snapshots {
+            // Reading may have mended tables. If they cannot be written, that is the writers' to hear.
+            let _ = self.relieve();
+        }
+        Ok(())
     }
 
-    /// The same, for whoever holds the gate, or the range (so that nothing there is freed).
+    /// The same, for whoever holds the range, so that nothing there is freed.
     pub(super) fn read_inner(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         let mut done = 0;
         while done < buf.len() {
             let position = at + done as u64;
             let (piece, run) = self.lookup(position, (buf.len() - done) as u64)?;
-            let part = &mut buf[done..done + run as usize];
+            self.read_piece(piece, position, &mut buf[done..done + run as usize])?;
+            done += run as usize;
+        }
+        Ok(())
+    }
+
+    fn read_piece(&self, piece: Piece, position: u64, part: &mut [u8]) -> Result<()> {
+        {
             match piece {
                 Piece::Own(host) | Piece::Shared(host) => self.read_data(host, part)?,
                 Piece::Zero => part.fill(0),
@@ -118,7 +143,6 @@ impl Qcow2Writer {
                     None => part.fill(0),
                 },
             }
-            done += run as usize;
         }
         Ok(())
     }
@@ -129,18 +153,14 @@ impl Qcow2Writer {
             return Ok(());
         }
         let end = host.0 + have as u64;
-        // A data file may end anywhere in the disk's last cluster.
-        if self.core.data_file.is_some() && host.0 + buf.len() as u64 > self.size() {
-            buf[have..].fill(0);
-            return Ok(());
-        }
         let fact = format!("{}: the file ends at {end:#x}, before the data it should hold", self.core.name);
         Err(Error::new(ErrorKind::Io, fact))
     }
 
     fn decompress(&self, stream: Compressed) -> Result<Arc<[u8]>> {
         // No stream is ever written: what was at a place stays what it was, or is never asked for again.
-        if let Some(cluster) = self.decompressed.get(&stream.at.0) {
+        let key = (stream.at.0, stream.len);
+        if let Some(cluster) = self.decompressed.get(&key) {
             return Ok(cluster);
         }
         let mut input = vec![0; stream.len as usize];
@@ -149,7 +169,7 @@ impl Qcow2Writer {
         decompress(self.compression, &input[..have], &mut cluster)
             .map_err(|reason| self.core.corrupt(format_args!("compressed cluster at {}: {reason}", stream.at)))?;
         let cluster: Arc<[u8]> = cluster.into();
-        self.decompressed.put(stream.at.0, Arc::clone(&cluster), cluster.len());
+        self.decompressed.put(key, Arc::clone(&cluster), cluster.len());
         Ok(cluster)
     }
 
@@ -192,6 +212,9 @@ impl Qcow2Writer {
 
     /// Writes `bytes` at `at`.
     pub(super) fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
         self.prepare()?;
         let mut done = 0;
         while done < bytes.len() {
@@ -206,6 +229,7 @@ impl Qcow2Writer {
     /// Overwrites what is this disk's alone; returns how much that was, from the start of `bytes` on.
     pub(super) fn write_in_place(&self, at: u64, bytes: &[u8]) -> Result<usize> {
         let _gate = self.reuse_gate.read();
+        self.check_poison()?;
         let (Piece::Own(host), run) = self.lookup_to_write(at, bytes.len() as u64)? else { return Ok(0) };
         self.core.data().write_at(host.0, &bytes[..run as usize])?;
         self.data_dirty.store(true, Ordering::Release);
@@ -217,13 +241,15 @@ impl Qcow2Writer {
         loop {
             {
                 let meta = self.meta.read();
-                match meta.piece(&self.core, at, max) {
-                    None => {}
-                    Some(Ok((Piece::Own(host), run))) if !meta.reaches(&self.core, host, run) => {
-                        let fact = format_args!("a data cluster at {host} lies past the end of the file");
-                        return Err(self.damaged(self.core.corrupt(fact)));
+                let found = match meta.piece(&self.core, at, max) {
+                    Some(Ok((Piece::Own(host), run))) => {
+                        Some(meta.may_be_data(&self.core, host, run).map(|()| (Piece::Own(host), run)))
                     }
-                    Some(found) => return found.map_err(|error| self.damaged(error)),
+                    found => found,
+                };
+                if let Some(found) = found {
+                    drop(meta);
+                    return found.map_err(|error| self.damaged(error));
                 }
             }
             self.meta.write().load(&self.core, at)?;
@@ -274,6 +300,7 @@ impl Qcow2Writer {
         // Read again: in a table of its own, flags may have been mended.
         let first = meta.entry(core, at)?;
         if let Some(host) = self.kept_place(first, guest) {
+            meta.may_be_data(core, host, cluster.size())?;
             let limit = self.end_of_unplaced(first, at)?;
             return Ok(Some(Target { guest, host, is_fresh: false, run: None, old: vec![first], limit }));
         }
@@ -330,6 +357,7 @@ impl Qcow2Writer {
         let target_end = target.guest + target.old.len() as u64 * core.cluster().size();
         let end = (at + bytes.len() as u64).min(target_end).min(target.limit);
         let (from, to) = self.region(target, at, end)?;
+        self.check_poison()?;
         self.write_joined(target, from, at, &bytes[..(end - at) as usize], to)?;
         self.data_dirty.store(true, Ordering::Release);
         let mut meta = self.meta.write();
@@ -340,7 +368,7 @@ impl Qcow2Writer {
             let words = self.with_data(*old, guest, host, from.max(guest), to.min(guest + core.cluster().size()));
             meta.set_entry(core, guest, words).map_err(|error| self.poisoned_by(error))?;
             if target.run.is_some() {
-                meta.release(core, *old);
+                meta.release(core, *old).map_err(|error| self.poisoned_by(error))?;
             }
         }
         Ok((end - at) as usize)
@@ -432,7 +460,12 @@ impl Qcow2Writer {
     /// Does something to the tables that may allocate; grows the refcount table if it has to.
     pub(super) fn with_tables<T>(&self, mut work: impl FnMut(&mut Meta) -> std::result::Result<T, Stop>) -> Result<T> {
         loop {
-            let outcome = work(&mut self.meta.write());
+            let outcome = {
+                let mut meta = self.meta.write();
+                // Asked under the lock: after a failed flush nothing is given out any more.
+                self.check_poison()?;
+                work(&mut meta)
+            };
             match outcome {
                 Ok(done) => return Ok(done),
                 Err(Stop::Failed(error)) => return Err(self.damaged(error)),

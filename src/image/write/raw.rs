@@ -26,6 +26,8 @@ pub(super) struct RawWriter {
     growing: Mutex<()>,
     /// Set when a change has been made, before its caller hears of it.
     dirty: AtomicBool,
+    /// There has been a sync since the file was opened.
+    has_synced: AtomicBool,
     /// Held during a sync: who comes second must not return before the first has it done.
     syncing: Mutex<()>,
     poison: Mutex<Option<Error>>,
@@ -42,6 +44,7 @@ impl RawWriter {
             whole: AtomicBool::new(len == size),
             growing: Mutex::default(),
             dirty: AtomicBool::new(false),
+            has_synced: AtomicBool::new(false),
             syncing: Mutex::default(),
             poison: Mutex::default(),
         })
@@ -106,10 +109,12 @@ impl RawWriter {
     pub(super) fn flush(&self) -> Result<()> {
         let _syncing = self.syncing.lock();
         self.healthy()?;
-        // Cleared first: what is changed from here on is for the next flush.
-        if !self.dirty.swap(false, Ordering::AcqRel) {
+        // Cleared first: what is changed from here on is for the next flush. The very first makes durable what a
+        // writer before us has left unsynced, too: whoever has read it may build on it.
+        if !self.dirty.swap(false, Ordering::AcqRel) && self.has_synced.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
+        self.has_synced.store(true, Ordering::Release);
         self.file.sync().inspect_err(|error| {
             self.dirty.store(true, Ordering::Release);
             let fact = format!("{} takes no more writes until it is mounted again: {error}", self.name);
@@ -278,7 +283,9 @@ mod tests {
     fn only_what_has_changed_is_synced_and_a_failed_sync_is_the_last() {
         let (memory, writer) = writer(&[7; 4096]);
         writer.flush().unwrap();
-        assert_eq!(memory.syncs.load(Ordering::Relaxed), 0);
+        assert_eq!(memory.syncs.load(Ordering::Relaxed), 1, "what another may have left behind");
+        writer.flush().unwrap();
+        assert_eq!(memory.syncs.load(Ordering::Relaxed), 1);
         writer.write_at(0, b"x").unwrap();
         assert!(writer.is_dirty());
         writer.flush().unwrap();
@@ -290,7 +297,7 @@ mod tests {
         for refused in [writer.flush(), writer.write_at(0, b"z"), writer.grow(8192), writer.close()] {
             assert_eq!(refused.unwrap_err().kind(), ErrorKind::Poisoned);
         }
-        assert_eq!(memory.syncs.load(Ordering::Relaxed), 2);
+        assert_eq!(memory.syncs.load(Ordering::Relaxed), 3);
         let mut buf = [0];
         writer.read_at(0, &mut buf).unwrap();
         assert_eq!(&buf, b"y", "it goes on being read");

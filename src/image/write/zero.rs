@@ -13,7 +13,7 @@ use crate::format::{EntryFormat, SubclusterEntry, Version};
 use crate::units::HostOffset;
 
 use super::Zeroing;
-use super::meta::{Meta, Piece, Words};
+use super::meta::{Meta, Piece, Words, piece_of};
 use super::qcow2::{Qcow2Writer, subclusters};
 
 /// Clusters whose entries change in one go.
@@ -183,7 +183,7 @@ impl Qcow2Writer {
             let new = Words { entry: EntryFormat::zero(kept), bitmap: 0 };
             meta.set_entry(core, change.guest, new)?;
             if kept.is_none() {
-                meta.release(core, words);
+                meta.release(core, words)?;
             }
             return Ok(());
         }
@@ -197,7 +197,7 @@ impl Qcow2Writer {
         let entry = if keeps { words.entry } else { 0 };
         meta.set_entry(core, change.guest, Words { entry, bitmap: SubclusterEntry::bitmap(allocated, zero | mask) })?;
         if !keeps {
-            meta.release(core, words);
+            meta.release(core, words)?;
         }
         Ok(())
     }
@@ -223,24 +223,49 @@ impl Qcow2Writer {
             other => other,
         };
         for change in changes {
-            let mut at = change.from;
-            while at < change.to {
-                let (piece, run) = self.lookup(at, change.to - at)?;
-                if let Piece::Own(host) = piece {
-                    hole = match hole {
-                        Some((start, end)) if end == host.0 => Some((start, host.0 + run)),
-                        Some(other) => {
-                            punch(other)?;
-                            Some((host.0, host.0 + run))
-                        }
-                        None => Some((host.0, host.0 + run)),
-                    };
-                    self.data_dirty.store(true, std::sync::atomic::Ordering::Release);
-                }
-                at += run;
+            for (host, len) in self.own_places(change)? {
+                hole = match hole {
+                    Some((start, end)) if end == host.0 => Some((start, host.0 + len)),
+                    Some(other) => {
+                        punch(other)?;
+                        Some((host.0, host.0 + len))
+                    }
+                    None => Some((host.0, host.0 + len)),
+                };
+                self.data_dirty.store(true, std::sync::atomic::Ordering::Release);
             }
         }
         hole.map_or(Ok(()), punch)
+    }
+
+    /// Where only this disk has something of what a change covers.
+    fn own_places(&self, change: &Change) -> Result<Vec<(HostOffset, u64)>> {
+        let core = &self.core;
+        let size = core.cluster().size();
+        let mut places = Vec::new();
+        self.with_tables(|meta| {
+            places.clear();
+            let words = meta.entry(core, change.guest)?;
+            let kept = if core.data_file.is_some() { None } else { self.kept_place(words, change.guest) };
+            if let Some(host) = kept.filter(|_| change.to - change.from == size) {
+                places.push((host, size));
+            } else {
+                let mut at = change.from;
+                while at < change.to {
+                    let (piece, run) = piece_of(core, words, at)?;
+                    let run = run.min(change.to - at);
+                    if let Piece::Own(host) = piece {
+                        places.push((host, run));
+                    }
+                    at += run;
+                }
+            }
+            for (host, len) in &places {
+                meta.may_be_data(core, *host, *len)?;
+            }
+            Ok(())
+        })?;
+        Ok(places)
     }
 
     fn zero_version_2(&self, change: &Change, zeroing: Zeroing) -> Result<()> {
@@ -265,7 +290,7 @@ impl Qcow2Writer {
             meta.own_l2_table(&self.core, change.guest)?;
             let words = meta.entry(&self.core, change.guest)?;
             meta.set_entry(&self.core, change.guest, Words::default())?;
-            meta.release(&self.core, words);
+            meta.release(&self.core, words)?;
             Ok(())
         })
     }
@@ -289,7 +314,14 @@ impl Qcow2Writer {
     fn allocate_cluster(&self, guest: u64, end: u64) -> Result<()> {
         let core = &self.core;
         let size = core.cluster().size();
-        let words = self.with_tables(|meta| Ok(meta.entry(core, guest)?))?;
+        let words = self.with_tables(|meta| {
+            let words = meta.entry(core, guest)?;
+            piece_of(core, words, guest)?;
+            if let Some(host) = self.kept_place(words, guest) {
+                meta.may_be_data(core, host, size)?;
+            }
+            Ok(words)
+        })?;
         if core.data_file.is_some() {
             self.take_space(HostOffset(guest), end - guest)?;
         } else if let Some(host) = self.kept_place(words, guest) {
@@ -331,8 +363,7 @@ impl Qcow2Writer {
         let mut meta = self.meta.write();
         let old = meta.entry(core, guest)?;
         meta.set_entry(core, guest, Words { entry, bitmap }).map_err(|error| self.poisoned_by(error))?;
-        meta.release(core, old);
-        Ok(())
+        meta.release(core, old).map_err(|error| self.poisoned_by(error))
     }
 
     fn take_space(&self, host: HostOffset, len: u64) -> Result<()> {
