@@ -243,11 +243,10 @@ impl Filesystem for Adapter {
             Handle::Active(_) if self.features.parallel_writes => {
                 FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
             }
-            Handle::Active(_) => FopenFlags::FOPEN_DIRECT_IO,
             Handle::Disk(disk) if self.cache(inode.0, disk.fingerprint) => FopenFlags::FOPEN_KEEP_CACHE,
             Handle::Disk(_) => FopenFlags::empty(),
-            // Each opening has a text of its own, which no other may be served.
-            Handle::Text(_) | Handle::Directory(_) => FopenFlags::FOPEN_DIRECT_IO,
+            // A disk that changes; and each opening has a text of its own, which no other may be served.
+            Handle::Active(_) | Handle::Text(_) | Handle::Directory(_) => FopenFlags::FOPEN_DIRECT_IO,
         };
         reply.opened(FileHandle(number), flags);
     }
