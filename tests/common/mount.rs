@@ -20,8 +20,10 @@ use super::CHAINFS;
 use super::store::Store;
 use super::tools::Outcome as _;
 
-/// How long one mount may live.
-const LIFE_LIMIT: Duration = Duration::from_secs(150);
+/// How long one mount may live; in the long runs, much longer.
+fn life_limit() -> Duration {
+    Duration::from_secs(if std::env::var_os("CHAINFS_LONG").is_some() { 3600 } else { 150 })
+}
 /// A store of test size is mounted within this, however bad its images are.
 const READY_LIMIT: Duration = Duration::from_secs(15);
 
@@ -127,7 +129,7 @@ impl Mount {
         let watchdog = thread::spawn({
             let (dir, timed_out) = (dir.to_owned(), Arc::clone(&timed_out));
             move || {
-                if stopped.recv_timeout(LIFE_LIMIT) == Err(RecvTimeoutError::Timeout) {
+                if stopped.recv_timeout(life_limit()) == Err(RecvTimeoutError::Timeout) {
                     timed_out.store(true, Ordering::SeqCst);
                     eprintln!("{}: time is up, aborting the connection", dir.display());
                     abort(&dir);
@@ -221,7 +223,7 @@ impl Mount {
             watchdog.join().expect("the watchdog does not panic");
         }
         if self.timed_out.load(Ordering::SeqCst) {
-            result = Err(format!("the mount lived longer than {LIFE_LIMIT:?}"));
+            result = Err(format!("the mount lived longer than {:?}", life_limit()));
         }
         result
     }
