@@ -127,7 +127,7 @@ impl Store {
     ) -> Result<ActiveHandle> {
         let leaf = &catalog.images[layers[0]];
         if access.writes() {
-            self.may_be_written(leaf)?;
+            self.may_be_written(catalog, leaf)?;
         }
         let disk = self.active.disk(leaf);
         let mut openings = disk.openings.lock();
@@ -153,16 +153,39 @@ impl Store {
         Ok(ActiveHandle { store: Arc::clone(self), disk, access })
     }
 
-    fn may_be_written(&self, leaf: &ImageEntry) -> Result<()> {
-        let refuse = |fact: &str| Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", leaf.shown())));
+    /// Whether somebody writes the active disk of the image `id`.
+    pub fn is_written(&self, id: FileId) -> bool {
+        self.active.find(id).is_some_and(|disk| disk.writer().is_some())
+    }
+
+    fn may_be_written(&self, catalog: &Catalog, leaf: &ImageEntry) -> Result<()> {
+        let refuse =
+            |image: &ImageEntry, fact: &str| Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", image.shown())));
         if self.options.read_only {
-            return refuse("is in a store that is mounted read-only; mount it without -o ro");
+            return refuse(leaf, "is in a store that is mounted read-only; mount it without -o ro");
         }
         if leaf.is_frozen() {
-            return refuse("is frozen or read-only; make a clone of it to be written");
+            return refuse(leaf, "is frozen or read-only; make a clone of it to be written");
         }
         if !leaf.users.is_empty() {
-            return refuse("has other images standing on it, which would be spoilt; write to one of those");
+            return refuse(leaf, "has other images standing on it, which would be spoilt; write to one of those");
+        }
+        // A header may name any file: what keeps an image from being written keeps it here, too.
+        let is_data_file =
+            |image: &&ImageEntry| leaf.data_file.as_ref().is_some_and(|(_, stat)| stat.id == image.stat.id);
+        if let Some(data) = catalog.images.iter().find(is_data_file) {
+            if data.stat.id == leaf.stat.id {
+                return refuse(leaf, "is its own external data file, so that its tables would be overwritten");
+            }
+            if data.is_frozen() {
+                return refuse(
+                    data,
+                    "is frozen or read-only, and it is the external data file of what would be written",
+                );
+            }
+            if !data.users.is_empty() {
+                return refuse(data, "has images standing on it, which would be spoilt: it is an external data file");
+            }
         }
         self.active.poisoned.lock().get(&leaf.stat.id).map_or(Ok(()), |poison| Err(poison.clone()))
     }
