@@ -176,6 +176,8 @@ impl Store {
     /// The same opening of an active disk after our own writer has left: its top layer is
     /// described anew, everything else, the locks as well, stays.
     pub(super) fn look_again(&self, open: OpenView) -> Result<OpenView> {
+        // Also if this fails: what is kept of its tables is from before the writer.
+        self.opened.images.lock().remove(&open.top.file.id());
         let OpenImage { image: old, file, data_file, format, .. } = &open.top;
         let storage: Arc<dyn Storage> = Arc::clone(file) as _;
         let image = match format {
@@ -211,8 +213,12 @@ impl Store {
         readable(entry)?;
         let format = entry.format.expect("a readable image has a format");
         let known = self.opened.images.lock().get(&entry.stat.id).cloned();
+        let mut is_known = false;
         let open = match known {
-            Some(open) if open.is_current(entry) => open,
+            Some(open) if open.is_current(entry) => {
+                is_known = true;
+                open
+            }
             // One more opening beside ours would be another process to our own locks.
             Some(open) if open.is_ahead(entry) => return Err(changed(&open.file)),
             _ => self.make(entry, format, true)?,
@@ -233,7 +239,14 @@ impl Store {
                 return Err(changed(file));
             }
         }
-        self.opened.images.lock().insert(entry.stat.id, open.clone());
+        let mut images = self.opened.images.lock();
+        if !is_known {
+            images.insert(entry.stat.id, open.clone());
+        } else if !images.get(&entry.stat.id).is_some_and(|now| Arc::ptr_eq(&now.image, &open.image)) {
+            // Our own writer has left in between: what is kept of the tables is from before it.
+            return Err(changed(&open.file));
+        }
+        drop(images);
         Ok(open)
     }
 
