@@ -198,9 +198,12 @@ impl Store {
     /// Writes back what active disks have in memory, and says in the log what cannot be.
     pub fn flush_writers(&self) {
         for disk in self.active.all() {
-            let Some(writer) = disk.writer().filter(|writer| writer.is_dirty() && writer.poison().is_none()) else {
+            // Nothing may be written once the locks have gone: until this is done, the disk stays as it is.
+            let state = disk.state.read();
+            let State::Writing(Writing { writer, .. }) = &*state else { continue };
+            if !writer.is_dirty() || writer.poison().is_some() {
                 continue;
-            };
+            }
             self.active.flush_count.fetch_add(1, Ordering::Relaxed);
             if let Err(error) = writer.flush() {
                 tracing::error!("{} could not be written back, and data may be lost: {error}", disk.name);
@@ -211,8 +214,8 @@ impl Store {
     /// Leaves all images as a checker wants them, whoever still has them open; locks go with the openings.
     pub fn close_writers(&self) {
         for disk in self.active.all() {
-            if let Some(writer) = disk.writer() {
-                disk.close_writer(&writer);
+            if let State::Writing(Writing { writer, .. }) = &*disk.state.read() {
+                disk.close_writer(writer);
             }
         }
     }
