@@ -77,6 +77,19 @@ struct ActiveDisk {
     mappable: AtomicUsize,
     /// Whether it has been said that the image is no longer in the store.
     is_gone: AtomicBool,
+    /// Whether a change was broken off by a bug: tables in memory may be wrong, and must stay there.
+    has_panicked: AtomicBool,
+}
+
+/// Notes a panic that passes by.
+struct Watch<'a>(&'a AtomicBool);
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.store(true, Ordering::Release);
+        }
+    }
 }
 
 #[derive(Default)]
@@ -134,7 +147,7 @@ impl Store {
         let is_written = matches!(&*disk.state.read(), State::Writing(_));
         if is_written {
             // One more for the writer, unless it has failed.
-            if let Some(poison) = disk.writer().filter(|_| access.writes()).and_then(|writer| writer.poison()) {
+            if let Some(poison) = disk.writer().filter(|_| access.writes()).and_then(|writer| disk.poison(&writer)) {
                 return Err(poison);
             }
         } else {
@@ -201,9 +214,10 @@ impl Store {
             // Nothing may be written once the locks have gone: until this is done, the disk stays as it is.
             let state = disk.state.read();
             let State::Writing(Writing { writer, .. }) = &*state else { continue };
-            if !writer.is_dirty() || writer.poison().is_some() {
+            if !writer.is_dirty() || disk.poison(writer).is_some() {
                 continue;
             }
+            let _watch = Watch(&disk.has_panicked);
             self.active.flush_count.fetch_add(1, Ordering::Relaxed);
             if let Err(error) = writer.flush() {
                 tracing::error!("{} could not be written back, and data may be lost: {error}", disk.name);
@@ -242,6 +256,7 @@ impl ActiveDisks {
             state: RwLock::new(State::Closed(None)),
             mappable: AtomicUsize::new(0),
             is_gone: AtomicBool::new(false),
+            has_panicked: AtomicBool::new(false),
         });
         disks.insert(leaf.stat.id, Arc::downgrade(&disk));
         disk
@@ -322,7 +337,7 @@ impl ActiveDisk {
     fn end_writing(&self, store: &Store, has_readers: bool) {
         let Some(writer) = self.writer() else { return };
         self.close_writer(&writer);
-        if let Some(poison) = writer.poison() {
+        if let Some(poison) = self.poison(&writer) {
             store.active.poisoned.lock().insert(self.id, poison);
         }
         let size = writer.size();
@@ -359,9 +374,20 @@ impl ActiveDisk {
         }
     }
 
+    /// Why nothing more is written, if so.
+    fn poison(&self, writer: &Writer) -> Option<Error> {
+        let bug = || {
+            let fact =
+                "takes no more writes until it is mounted again, for a change was broken off by a bug in chainfs";
+            Error::new(ErrorKind::Poisoned, format!("{} {fact}; what was flushed before is safe", self.name))
+        };
+        writer.poison().or_else(|| self.has_panicked.load(Ordering::Acquire).then(bug))
+    }
+
     fn close_writer(&self, writer: &Writer) {
         // Of one that is poisoned everything has been said.
-        if writer.poison().is_none()
+        let _watch = Watch(&self.has_panicked);
+        if self.poison(writer).is_none()
             && let Err(error) = writer.close()
         {
             tracing::error!("{} could not be closed properly, and data may be lost: {error}", self.name);
@@ -473,6 +499,8 @@ impl ActiveHandle {
         self.with(|source| match source {
             Source::View(_) => Ok(()),
             Source::Writer(writer) => {
+                self.disk.poison(writer).map_or(Ok(()), Err)?;
+                let _watch = Watch(&self.disk.has_panicked);
                 self.store.active.flush_count.fetch_add(1, Ordering::Relaxed);
                 writer.flush()
             }
@@ -484,7 +512,7 @@ impl ActiveHandle {
         if !self.writes() {
             return Ok(());
         }
-        self.writing(|writer| writer.poison().map_or(Ok(()), Err))
+        self.writing(|_| Ok(()))
     }
 
     /// The first byte at or after `at` that is data (or, with `data` false, that is not); `None` if there
@@ -512,7 +540,11 @@ impl ActiveHandle {
     fn writing<T>(&self, work: impl FnOnce(&Writer) -> Result<T>) -> Result<T> {
         let refuse = || Error::new(ErrorKind::ReadOnly, format!("{} was opened only to be read", self.disk.name));
         self.with(|source| match source {
-            Source::Writer(writer) if self.writes() => work(writer),
+            Source::Writer(writer) if self.writes() => {
+                self.disk.poison(writer).map_or(Ok(()), Err)?;
+                let _watch = Watch(&self.disk.has_panicked);
+                work(writer)
+            }
             Source::Writer(_) | Source::View(_) => Err(refuse()),
         })
     }
@@ -554,4 +586,46 @@ fn within(size: u64, at: u64, buf: &mut [u8], read: impl Fn(u64, &mut [u8]) -> R
         good = end;
     }
     if good > 0 { Ok(good) } else { Err(error) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::create::{CreateOptions, initial_image};
+    use crate::store::StoreOptions;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::path::Path;
+
+    #[test]
+    fn a_change_that_a_bug_broke_off_is_never_flushed_and_ends_all_writing() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path().join("a.qcow2");
+        let options = CreateOptions { size: Some(1 << 20), ..CreateOptions::default() };
+        std::fs::write(&place, initial_image(&options).unwrap()).unwrap();
+        let store = Store::open(directory.path(), StoreOptions::default()).unwrap();
+        let catalog = store.catalog();
+        let leaf = catalog.chain(Path::new("a")).unwrap();
+        let open = |access| store.open_active(&catalog, &[leaf], access);
+        let (disk, reader) = (open(Access::ReadWrite).unwrap(), open(Access::Read).unwrap());
+        disk.write_at(0, b"good").unwrap();
+        disk.flush().unwrap();
+        let flushed = std::fs::read(&place).unwrap();
+        let broken = catch_unwind(AssertUnwindSafe(|| {
+            disk.writing(|writer| -> Result<()> {
+                writer.zero(0, 1 << 20, Zeroing::Unmap)?;
+                panic!("a bug");
+            })
+        }));
+        assert!(broken.is_err());
+        store.flush_writers();
+        let kinds = [disk.write_at(0, b"more").map(drop), disk.flush(), disk.trouble(), open(Access::Write).map(drop)]
+            .map(|refused| refused.unwrap_err().kind());
+        assert_eq!(kinds, [ErrorKind::Poisoned; 4]);
+        drop(disk);
+        // The tables, of which a change was broken off, are those that were flushed.
+        let now = std::fs::read(&place).unwrap();
+        assert!(now[..3 << 16] == flushed[..3 << 16], "header, counts and L1 table");
+        assert_eq!(open(Access::Write).map(drop).unwrap_err().kind(), ErrorKind::Poisoned);
+        reader.read_at(0, &mut [0; 4]).unwrap();
+    }
 }
