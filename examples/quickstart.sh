@@ -44,14 +44,19 @@ fail() {
 say "making a store in $store"
 cd "$store"
 
-# guest MOTD: the guest writes its /etc/motd. Its disk is $work/disk.raw.
-guest() {
-    echo "$1" >"$work/motd"
+# guest_at DISK MOTD: the guest writes its /etc/motd.
+guest_at() {
+    echo "$2" >"$work/motd"
     printf '%s\n' 'cd /etc' 'rm motd' "write $work/motd motd" >"$work/commands"
-    debugfs -w -f "$work/commands" "$work/disk.raw" >"$work/debugfs.log" 2>&1 || {
+    debugfs -w -f "$work/commands" "$1" >"$work/debugfs.log" 2>&1 || {
         cat "$work/debugfs.log" >&2
         fail "debugfs could not write the guest's file"
     }
+}
+
+# guest MOTD: the same, on the disk that the layers are made from, $work/disk.raw.
+guest() {
+    guest_at "$work/disk.raw" "$1"
 }
 
 # layer NAME BASE FORMAT: what the guest's disk has and BASE has not becomes NAME.
@@ -118,10 +123,20 @@ show chainfs info --backing-chain web01.qcow2
 show chainfs map web01.qcow2
 show chainfs check web01.qcow2
 
+say "the active disk is written like any disk, and nobody else's bytes change"
+echo "\$ debugfs -w -R 'write motd /etc/motd' active.raw"
+guest_at "$mnt/web01/active.raw" 'tuesday: mended from outside'
+reads "$mnt/web01/active.raw" 'tuesday: mended from outside'
+reads "$mnt/web01/snapshots/active@before-upgrade.raw" 'tuesday: before the upgrade'
+reads "$mnt/web01/snapshots/monday.raw" 'monday: all is well'
+show truncate -s 20M "$mnt/try-php9/active.raw"
+show stat -c '%n %s' "$mnt/try-php9/active.raw"
+
 say 'and away'
 show chainfs umount "$mnt"
 if grep -qF " $mnt " /proc/self/mountinfo; then
     fail "$mnt is still mounted"
 fi
 show qemu-img check web01.qcow2
+show qemu-img check try-php9.qcow2
 say 'done'

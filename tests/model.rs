@@ -320,8 +320,10 @@ fn external_data_files() {
     run_all(kinds);
 }
 
-/// How many threads write.
+/// How many threads write what is theirs alone.
 const WRITERS: u64 = 4;
+/// So many own a stripe: the last one is written by two threads, which do not look at what the other does.
+const OWNERS: u64 = WRITERS + 1;
 
 /// What one thread has put into its sectors.
 struct Stripe {
@@ -335,15 +337,15 @@ struct Stripe {
 impl Stripe {
     /// A random range of this thread's own.
     fn range(&self, random: &mut Random, size: u64) -> (u64, u64) {
-        let round = self.unit * WRITERS;
+        let round = self.unit * OWNERS;
         let start = random.next() % (size / round) * round + self.owner * self.unit;
         let first = random.next() % (self.unit / SECTOR);
         let count = 1 + random.next() % (self.unit / SECTOR - first);
         (start + first * SECTOR, count * SECTOR)
     }
 
-    fn work(&mut self, writer: &Writer, turns: u64, size: u64) {
-        let mut random = Random::new(mix(seed() ^ (self.owner << 8) ^ self.unit));
+    fn work(&mut self, writer: &Writer, turns: u64, size: u64, seed: u64) {
+        let mut random = Random::new(mix(seed));
         for turn in 1..=turns {
             let (at, len) = self.range(&mut random, size);
             let sectors = at / SECTOR..(at + len) / SECTOR;
@@ -351,7 +353,7 @@ impl Stripe {
                 0 | 1 => {
                     let zeroing = random.one_of(&[Zeroing::Keep, Zeroing::Unmap]);
                     writer.zero(at, len, zeroing).unwrap();
-                    self.tags.extend(sectors.map(|sector| (sector, 0)));
+                    self.note(sectors, 0);
                 }
                 2 => {
                     let mut bytes = vec![0; len as usize];
@@ -363,9 +365,15 @@ impl Stripe {
                     let tag = (turn << 8) | (self.owner + 1);
                     let bytes: Vec<u8> = sectors.clone().flat_map(|sector| pattern(tag, sector)).collect();
                     writer.write_at(at, &bytes).unwrap();
-                    self.tags.extend(sectors.map(|sector| (sector, tag)));
+                    self.note(sectors, tag);
                 }
             }
+        }
+    }
+
+    fn note(&mut self, sectors: std::ops::Range<u64>, tag: u64) {
+        if self.owner < WRITERS {
+            self.tags.extend(sectors.map(|sector| (sector, tag)));
         }
     }
 
@@ -390,7 +398,7 @@ fn read_anywhere(writer: &Writer, image: &StartImage, unit: u64, size: u64, seed
         for (index, bytes) in bytes.chunks(SECTOR as usize).enumerate() {
             let sector = at / SECTOR + index as u64;
             let tag = u64::from_be_bytes(bytes[..8].try_into().unwrap());
-            let owner = sector * SECTOR / unit % WRITERS + 1;
+            let owner = sector * SECTOR / unit % OWNERS + 1;
             let is_legal = bytes.iter().all(|byte| *byte == 0)
                 || tag & 0xff == owner && bytes == pattern(tag, sector)
                 || bytes == image.initial.bytes(sector * SECTOR, SECTOR);
@@ -407,7 +415,7 @@ fn read_anywhere(writer: &Writer, image: &StartImage, unit: u64, size: u64, seed
 fn in_parallel(name: &str, start: &Start, unit: u64, turns: u64) {
     println!("{name}: CHAINFS_SEED={}", seed());
     let image = start.load();
-    let size = image.initial_size / (unit * WRITERS) * unit * WRITERS;
+    let size = image.initial_size / (unit * OWNERS) * unit * OWNERS;
     let machine = Machine::new(SyncRule::Honest, true, true).forget();
     let disks: Vec<_> =
         image.files.iter().enumerate().map(|(file, pages)| SimDisk::new(&machine, file, pages.clone())).collect();
@@ -431,12 +439,13 @@ fn in_parallel(name: &str, start: &Start, unit: u64, turns: u64) {
                 thread::yield_now();
             }
         });
-        let threads: Vec<_> = (0..WRITERS)
-            .map(|owner| {
+        let threads: Vec<_> = (0..WRITERS + 2)
+            .map(|number| {
                 let writer = &writer;
                 scope.spawn(move || {
+                    let owner = number.min(WRITERS);
                     let mut stripe = Stripe { owner, unit, tags: std::collections::HashMap::new() };
-                    stripe.work(writer, turns, size);
+                    stripe.work(writer, turns, size, seed() ^ (number << 8) ^ unit);
                     stripe
                 })
             })
@@ -485,5 +494,9 @@ fn threads_whose_clusters_are_their_own() {
     let turns = if is_long() { 20_000 } else { 1500 };
     for options in ["cluster_size=4k", "cluster_size=512", "extended_l2=on,cluster_size=16k"] {
         in_parallel(options, &Start::over(3 * MIB, options, 4 * MIB), 16 * KIB, turns);
+    }
+    // So few clusters that each changes hands all the time.
+    for options in ["cluster_size=4k", "cluster_size=8k"] {
+        in_parallel(options, &Start::new(options, 160 * KIB), 16 * KIB, 2 * turns);
     }
 }

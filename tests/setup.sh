@@ -9,7 +9,7 @@
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 ALL_PROGRAMS=(qemu-img qemu-io fusermount3 mke2fs debugfs mkfs.xfs mkfs.btrfs fio strace e2fsck fstrim cc pkg-config setfattr
-    setfacl jq)
+    setfacl jq python3)
 
 # The Debian package of a program.
 package_of() {

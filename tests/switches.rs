@@ -9,7 +9,16 @@ use common::*;
 
 #[test]
 fn without_a_feature_of_the_kernel_every_view_is_the_same() {
-    for options in ["nopassthrough", "noreadahead", "noinotify", "threads=1", "cache=1M", ALL_OFF] {
+    for options in [
+        "nopassthrough",
+        "noparallelwrites",
+        "nosharedmapping",
+        "noreadahead",
+        "noinotify",
+        "threads=1",
+        "cache=1M",
+        ALL_OFF,
+    ] {
         let store = Store::new();
         store.raw("base.raw", 2 * MIB, 1);
         store.overlay("mid.qcow2", "base.raw", "raw", "");
@@ -22,7 +31,31 @@ fn without_a_feature_of_the_kernel_every_view_is_the_same() {
         assert_chain(&store, &mount, "web", "web.qcow2", "qcow2");
         // A second time: now from whatever has been kept.
         assert_chain(&store, &mount, "web", "web.qcow2", "qcow2");
+        let words = ["-f", "raw", "-c", "write -P 7 1000 300k", "-c", "write -z -u 64k 64k", "-c", "flush"];
+        tool("qemu-io").args(words).arg(mount.path("web/active.raw")).succeeds();
         mount.umount();
+        // As QEMU reads what was written.
+        store.io("web.qcow2", "qcow2", ["read -q -P 7 1000 60k", "read -q -P 0 64k 64k", "read -q -P 7 128k 100k"]);
+        store.img(["check", "-q", "web.qcow2"]);
+    }
+}
+
+/// Maps a disk shared and writable, and changes its first byte through that; python's exit code.
+fn maps(disk: &std::path::Path) -> i32 {
+    let script =
+        "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 4096); m[0] = 55; m.flush()";
+    tool("python3").args(["-c", script]).arg(disk).outcome().0
+}
+
+#[test]
+fn without_shared_mappings_they_are_refused_and_nothing_else() {
+    let store = Store::new();
+    store.create("web.qcow2", MIB, "");
+    for (options, code) in [("nosharedmapping", 1), ("", 0)] {
+        let mount = Mount::with(&store, options);
+        assert_eq!(maps(&mount.path("web/active.raw")), code, "{options}");
+        mount.umount();
+        store.io("web.qcow2", "qcow2", [format!("read -q -P {} 0 1", 55 * (1 - code))]);
     }
 }
 
@@ -36,4 +69,5 @@ fn without_inotify_changes_are_noticed_by_looking_again() {
     mount.umount();
 }
 
-const ALL_OFF: &str = "nopassthrough,noreadahead,noinotify,rescan=1,threads=1,cache=1M";
+const ALL_OFF: &str =
+    "nopassthrough,noparallelwrites,nosharedmapping,noreadahead,noinotify,rescan=1,threads=1,cache=1M";

@@ -30,11 +30,11 @@ fn errno<T>(result: std::io::Result<T>) -> Option<Errno> {
 }
 
 #[test]
-fn nothing_can_be_changed_through_the_mount() {
+fn nothing_can_be_changed_through_a_read_only_mount() {
     let store = chain();
     let before: Vec<Vec<u8>> =
         ["base.raw", "mid.qcow2", "web.qcow2"].iter().map(|n| fs::read(store.path(n)).expect("an image")).collect();
-    let mount = Mount::new(&store);
+    let mount = Mount::with(&store, "ro");
     let (active, base) = (mount.path("web/active.raw"), mount.path("web/snapshots/base.raw"));
     for view in [&active, &base, &mount.path(".chainfs/tree.txt"), &mount.path("web/info/chain.json")] {
         assert_eq!(errno(OpenOptions::new().write(true).open(view)), Some(Errno::ROFS), "{}", view.display());

@@ -82,7 +82,7 @@ Options of -o:
   nofiles symlinks=HOW   taken, but without effect until guests' files are shown
   rescan=SECONDS         how often a store that cannot be watched is looked through
   config=FILE            read this in place of /etc/chainfs.toml and the user's file
-  nopassthrough noinotify noreadahead
+  nopassthrough noparallelwrites nosharedmapping noinotify noreadahead
                          do without a feature of the kernel
 A comma within a value is written \\, - what mount(8), fstab and systemd add is understood.
 

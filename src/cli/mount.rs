@@ -107,7 +107,12 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     // Whatever fails from here on, or if nobody waits for us any more, leaves no dead mount.
     let unfinished = mount::Unfinished::new(&mount);
     let directory = mount.directory();
-    let features = Features { passthrough: !options.no_passthrough, threads };
+    let features = Features {
+        passthrough: !options.no_passthrough,
+        parallel_writes: !options.no_parallel_writes,
+        shared_mapping: !options.no_shared_mapping,
+        threads,
+    };
     let server = Server::connect(&tree, device, features).map_err(|error| Error::io("answering the kernel", error))?;
     if !options.no_readahead
         && let Err(error) = mount::read_ahead(directory, READ_AHEAD)

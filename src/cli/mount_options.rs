@@ -62,6 +62,10 @@ pub struct MountOptions {
     pub config: Option<PathBuf>,
     /// `nopassthrough`: every read goes through the daemon.
     pub no_passthrough: bool,
+    /// `noparallelwrites`: the kernel sends one write to a disk at a time.
+    pub no_parallel_writes: bool,
+    /// `nosharedmapping`: active disks are mapped privately only.
+    pub no_shared_mapping: bool,
     /// `noinotify`: the store is looked through every `rescan` seconds instead of being watched.
     pub no_inotify: bool,
     /// `noreadahead`: the kernel's own read-ahead is left as it is.
@@ -124,7 +128,7 @@ pub(super) enum Takes {
 }
 
 /// Options that a configuration file may set as well.
-pub(super) const SETTINGS: [(&str, Takes); 21] = [
+pub(super) const SETTINGS: [(&str, Takes); 23] = [
     ("ro", Takes::Nothing),
     ("allow_other", Takes::Nothing),
     ("uid", Takes::Value),
@@ -143,6 +147,8 @@ pub(super) const SETTINGS: [(&str, Takes); 21] = [
     ("symlinks", Takes::Value),
     ("rescan", Takes::Value),
     ("nopassthrough", Takes::Nothing),
+    ("noparallelwrites", Takes::Nothing),
+    ("nosharedmapping", Takes::Nothing),
     ("noinotify", Takes::Nothing),
     ("noreadahead", Takes::Nothing),
     ("noexec", Takes::Nothing),
@@ -187,6 +193,8 @@ impl MountOptions {
             rescan: self.rescan.or(defaults.rescan),
             config: self.config.or(defaults.config),
             no_passthrough: self.no_passthrough || defaults.no_passthrough,
+            no_parallel_writes: self.no_parallel_writes || defaults.no_parallel_writes,
+            no_shared_mapping: self.no_shared_mapping || defaults.no_shared_mapping,
             no_inotify: self.no_inotify || defaults.no_inotify,
             no_readahead: self.no_readahead || defaults.no_readahead,
             exec: self.exec.or(defaults.exec),
@@ -256,6 +264,8 @@ impl MountOptions {
             }
             "rescan" => self.rescan = Some(Duration::from_secs(number(name, value, 1, 86_400)?)),
             "nopassthrough" => self.no_passthrough = true,
+            "noparallelwrites" => self.no_parallel_writes = true,
+            "nosharedmapping" => self.no_shared_mapping = true,
             "noinotify" => self.no_inotify = true,
             "noreadahead" => self.no_readahead = true,
             "noexec" => self.exec = Some(false),

@@ -43,6 +43,10 @@ const MAX_BACKGROUND: u16 = 64;
 pub struct Features {
     /// Reads of frozen raw layers that never leave the kernel (Linux 6.9, root).
     pub passthrough: bool,
+    /// Writes to one disk at the same time (Linux 6.2).
+    pub parallel_writes: bool,
+    /// Mappings of active disks that are shared and writable (Linux 6.6).
+    pub shared_mapping: bool,
     /// Worker threads.
     pub threads: usize,
 }
@@ -60,6 +64,7 @@ impl Server {
         let adapter = Adapter {
             tree: Arc::clone(tree),
             passthrough: AtomicBool::new(features.passthrough),
+            features,
             modes: Mutex::default(),
         };
         let mut config = Config::default();
@@ -92,6 +97,7 @@ struct Mode {
 
 struct Adapter {
     tree: Arc<Tree>,
+    features: Features,
     /// Cleared when the kernel has refused it once.
     passthrough: AtomicBool,
     modes: Mutex<HashMap<u64, Mode>>,
@@ -186,9 +192,10 @@ impl Filesystem for Adapter {
             | InitFlags::FUSE_DO_READDIRPLUS
             | InitFlags::FUSE_READDIRPLUS_AUTO
             | InitFlags::FUSE_ASYNC_DIO
-            | InitFlags::FUSE_ABORT_ERROR
-            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
-        for flag in wanted.iter() {
+            | InitFlags::FUSE_ABORT_ERROR;
+        let mapping =
+            if self.features.shared_mapping { InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP } else { InitFlags::empty() };
+        for flag in (wanted | mapping).iter() {
             let _ = config.add_capabilities(flag);
         }
         let possible = self.passthrough.load(Ordering::Relaxed)
@@ -233,11 +240,13 @@ impl Filesystem for Adapter {
             return reply.opened_passthrough(FileHandle(number), FopenFlags::empty(), &backing);
         }
         let flags = match &handle {
-            Handle::Active(_) => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+            Handle::Active(_) if self.features.parallel_writes => {
+                FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+            }
             Handle::Disk(disk) if self.cache(inode.0, disk.fingerprint) => FopenFlags::FOPEN_KEEP_CACHE,
             Handle::Disk(_) => FopenFlags::empty(),
-            // Each opening has a text of its own, which no other may be served.
-            Handle::Text(_) | Handle::Directory(_) => FopenFlags::FOPEN_DIRECT_IO,
+            // A disk that changes; and each opening has a text of its own, which no other may be served.
+            Handle::Active(_) | Handle::Text(_) | Handle::Directory(_) => FopenFlags::FOPEN_DIRECT_IO,
         };
         reply.opened(FileHandle(number), flags);
     }

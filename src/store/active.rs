@@ -5,6 +5,8 @@
 //! ones too, go through the one writer, so that they see each other's bytes. Whatever was written
 //! is flushed, and loudly told of if it could not be, before the locks are let go.
 
+mod handle;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
@@ -13,7 +15,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::write::{Below, Writer, WriterOptions, Zeroing};
+use crate::image::write::{Below, Writer, WriterOptions};
 use crate::io::{FileId, FileStat, StoreFile, WriteLock, WriteStorage};
 
 use super::Store;
@@ -21,6 +23,8 @@ use super::catalog::{Catalog, ImageEntry, ImageIndex};
 use super::describe::header_digest;
 use super::open::{OpenImage, OpenView, ViewPart, changed};
 use super::options::Format;
+
+pub use handle::ActiveHandle;
 
 /// Memory for the tables of one writer, at most and at least; in between, a part of `cache=`.
 const WRITER_CACHE: (u64, u64) = (1 << 20, 16 << 20);
@@ -114,22 +118,6 @@ struct Writing {
     open: OpenView,
 }
 
-/// An opening of an active disk.
-pub struct ActiveHandle {
-    store: Arc<Store>,
-    disk: Arc<ActiveDisk>,
-    access: Access,
-}
-
-impl std::fmt::Debug for ActiveHandle {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ActiveHandle")
-            .field("name", &self.disk.name)
-            .field("access", &self.access)
-            .finish_non_exhaustive()
-    }
-}
-
 impl Store {
     /// Opens the active disk of the chain of `layers` (leaf first). `Stale` as for a view.
     pub fn open_active(
@@ -163,7 +151,7 @@ impl Store {
         openings.writers += usize::from(access.writes());
         disk.mappable.fetch_add(usize::from(access == Access::ReadWrite), Ordering::AcqRel);
         drop(openings);
-        Ok(ActiveHandle { store: Arc::clone(self), disk, access })
+        Ok(ActiveHandle::new(self, disk, access))
     }
 
     /// Whether somebody writes the active disk of the image `id`.
@@ -360,7 +348,11 @@ impl ActiveDisk {
         *state = match store.look_again(open) {
             Ok(open) if has_readers => State::Reading(open),
             Ok(_) => State::Closed(last_look),
-            Err(error) => State::Failed(error),
+            Err(error) => {
+                // What is kept of its tables is from before the writer.
+                store.opened.forget(self.id);
+                State::Failed(error)
+            }
         };
         drop(state);
         drop(locks);
@@ -425,173 +417,11 @@ fn new_writer(store: &Store, top: &OpenImage, view: &View) -> Result<Arc<Writer>
     }
 }
 
-impl ActiveHandle {
-    /// Bytes of the disk.
-    pub fn size(&self) -> Result<u64> {
-        self.with(|source| {
-            Ok(match source {
-                Source::View(view) => view.size(),
-                Source::Writer(writer) => writer.size(),
-            })
-        })
-    }
-
-    /// Whether it was opened to be written.
-    pub fn writes(&self) -> bool {
-        self.access.writes()
-    }
-
-    /// Reads from `at` on what there is before the end of the disk, and returns how much that is.
-    pub fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
-        self.with(|source| match source {
-            Source::View(view) => within(view.size(), at, buf, |at, buf| view.read_at(at, buf)),
-            Source::Writer(writer) => within(writer.size(), at, buf, |at, buf| writer.read_at(at, buf)),
-        })
-    }
-
-    /// Writes at `at` what there is room for before the end of the disk, and returns how much
-    /// that is; `NoSpace` if nothing.
-    pub fn write_at(&self, at: u64, bytes: &[u8]) -> Result<usize> {
-        self.writing(|writer| {
-            let len = writer.size().saturating_sub(at).min(bytes.len() as u64) as usize;
-            if len == 0 && !bytes.is_empty() {
-                let fact = format!("{} ends at {:#x}; grow it with truncate", self.disk.name, writer.size());
-                return Err(Error::new(ErrorKind::NoSpace, fact));
-            }
-            writer.write_at(at, &bytes[..len])?;
-            Ok(len)
-        })
-    }
-
-    /// Makes a range read as zeroes, as far as it lies within the disk.
-    pub fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
-        self.writing(|writer| match writer.size().saturating_sub(at).min(len) {
-            0 => Ok(()),
-            len => writer.zero(at, len, zeroing),
-        })
-    }
-
-    /// Takes space for a range, as far as it lies within the disk.
-    pub fn allocate(&self, at: u64, len: u64) -> Result<()> {
-        self.writing(|writer| match writer.size().saturating_sub(at).min(len) {
-            0 => Ok(()),
-            len => writer.allocate(at, len),
-        })
-    }
-
-    /// Makes the disk `size` bytes long, rounded up to sectors; `Forbidden` if that is less than now.
-    pub fn set_size(&self, size: u64) -> Result<()> {
-        self.writing(|writer| {
-            let now = writer.size();
-            if size.checked_next_multiple_of(512) == Some(now) {
-                return Ok(());
-            }
-            if size < now {
-                let fact = format!("{} has {now} bytes and would have {size}", self.disk.name);
-                return Err(Error::new(ErrorKind::Forbidden, format!("{fact}; a disk is shrunk with resize")));
-            }
-            writer.grow(size)
-        })
-    }
-
-    /// Returns when all that was written before is durable.
-    pub fn flush(&self) -> Result<()> {
-        self.with(|source| match source {
-            Source::View(_) => Ok(()),
-            Source::Writer(writer) => {
-                self.disk.poison(writer).map_or(Ok(()), Err)?;
-                let _watch = Watch(&self.disk.has_panicked);
-                self.store.active.flush_count.fetch_add(1, Ordering::Relaxed);
-                writer.flush()
-            }
-        })
-    }
-
-    /// What close(2) has to report: why nothing is written any more.
-    pub fn trouble(&self) -> Result<()> {
-        if !self.writes() {
-            return Ok(());
-        }
-        self.writing(|_| Ok(()))
-    }
-
-    /// The first byte at or after `at` that is data (or, with `data` false, that is not); `None` if there
-    /// is none before the end of the disk. While somebody may hold pages that he has changed and
-    /// not yet written, everything is data.
-    pub fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
-        let may_be_mapped = self.disk.mappable.load(Ordering::Acquire) > 0;
-        self.with(|source| match source {
-            Source::Writer(writer) if may_be_mapped => Ok(Some(at).filter(|at| data && *at < writer.size())),
-            Source::Writer(writer) if at < writer.size() => writer.seek(at, data),
-            Source::View(view) if at < view.size() => view.seek(at, data),
-            Source::View(_) | Source::Writer(_) => Ok(None),
-        })
-    }
-
-    fn with<T>(&self, work: impl FnOnce(Source<'_>) -> Result<T>) -> Result<T> {
-        match &*self.disk.state.read() {
-            State::Reading(open) => work(Source::View(&open.view)),
-            State::Writing(writing) => work(Source::Writer(&writing.writer)),
-            State::Failed(error) => Err(error.clone()),
-            State::Closed(_) => Err(Error::new(ErrorKind::Stale, format!("{} is closed", self.disk.name))),
-        }
-    }
-
-    fn writing<T>(&self, work: impl FnOnce(&Writer) -> Result<T>) -> Result<T> {
-        let refuse = || Error::new(ErrorKind::ReadOnly, format!("{} was opened only to be read", self.disk.name));
-        self.with(|source| match source {
-            Source::Writer(writer) if self.writes() => {
-                self.disk.poison(writer).map_or(Ok(()), Err)?;
-                let _watch = Watch(&self.disk.has_panicked);
-                work(writer)
-            }
-            Source::Writer(_) | Source::View(_) => Err(refuse()),
-        })
-    }
-}
-
-impl Drop for ActiveHandle {
-    fn drop(&mut self) {
-        self.disk.mappable.fetch_sub(usize::from(self.access == Access::ReadWrite), Ordering::AcqRel);
-        let mut openings = self.disk.openings.lock();
-        openings.count -= 1;
-        if self.access.writes() {
-            openings.writers -= 1;
-            if openings.writers == 0 {
-                self.disk.end_writing(&self.store, openings.count > 0);
-            }
-        }
-    }
-}
-
-/// Where an active disk's bytes come from now.
-enum Source<'a> {
-    View(&'a View),
-    Writer(&'a Writer),
-}
-
-/// Reads the part of a range that lies within a disk. Of one that is damaged, what lies before the
-/// damage is good; who reads on from there gets the error.
-fn within(size: u64, at: u64, buf: &mut [u8], read: impl Fn(u64, &mut [u8]) -> Result<()>) -> Result<usize> {
-    const STEP: usize = 4096;
-    let len = size.saturating_sub(at).min(buf.len() as u64) as usize;
-    let buf = &mut buf[..len];
-    let Err(error) = read(at, buf) else { return Ok(len) };
-    let mut good = 0;
-    while good < len {
-        let end = (good + STEP).min(len);
-        if read(at + good as u64, &mut buf[good..end]).is_err() {
-            break;
-        }
-        good = end;
-    }
-    if good > 0 { Ok(good) } else { Err(error) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::image::create::{CreateOptions, initial_image};
+    use crate::image::write::Zeroing;
     use crate::store::StoreOptions;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::path::Path;

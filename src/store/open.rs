@@ -102,6 +102,11 @@ impl Opened {
         Self { images: Mutex::default(), views: Mutex::new(LruCache::new(views)) }
     }
 
+    /// Lets go of an image of which nothing that is kept may be used any more.
+    pub(super) fn forget(&self, id: FileId) {
+        self.images.lock().remove(&id);
+    }
+
     /// Lets go of images that have changed or gone, and of the views that show them.
     pub(super) fn retire(&self, catalog: &Catalog) {
         let mut images = self.images.lock();
@@ -176,8 +181,6 @@ impl Store {
     /// The same opening of an active disk after our own writer has left: its top layer is
     /// described anew, everything else, the locks as well, stays.
     pub(super) fn look_again(&self, open: OpenView) -> Result<OpenView> {
-        // Also if this fails: what is kept of its tables is from before the writer.
-        self.opened.images.lock().remove(&open.top.file.id());
         let OpenImage { image: old, file, data_file, format, .. } = &open.top;
         let storage: Arc<dyn Storage> = Arc::clone(file) as _;
         let image = match format {

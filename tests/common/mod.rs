@@ -4,6 +4,7 @@
 //! Nothing here is skipped quietly: a tool that is missing or fails makes the test fail with that
 //! tool's own words.
 
+pub(crate) mod active;
 pub(crate) mod chains;
 pub(crate) mod compare;
 pub(crate) mod damage;

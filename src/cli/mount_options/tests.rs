@@ -13,7 +13,7 @@ fn every_option_of_ours_is_understood() {
     let options = parse(
         "ro,allow_other,uid=5,gid=0,umask=027,threads=4,cache=64M,backing_dir=/a,backing_dir=/b,map=/old=/new,\
          readonly=base*.raw,format=*.img:raw,format=a:b.*:qcow2,probe,force_share,nolock,nofiles,symlinks=verbatim,rescan=30,\
-         config=/c.toml,nopassthrough,noinotify,noreadahead,noexec,noatime,sync,dirsync",
+         config=/c.toml,nopassthrough,noparallelwrites,nosharedmapping,noinotify,noreadahead,noexec,noatime,sync,dirsync",
     );
     let expected = MountOptions {
         read_only: true,
@@ -38,6 +38,8 @@ fn every_option_of_ours_is_understood() {
         rescan: Some(Duration::from_secs(30)),
         config: Some("/c.toml".into()),
         no_passthrough: true,
+        no_parallel_writes: true,
+        no_shared_mapping: true,
         no_inotify: true,
         no_readahead: true,
         exec: Some(false),

@@ -108,10 +108,36 @@ impl Qcow2Writer {
             self.core.file.write_at(AUTOCLEAR_AT, &kept.to_be_bytes())?;
             is_changed = true;
         }
+        self.reserve_tables(&header)?;
         if is_changed {
             self.core.file.sync().map_err(|error| self.poisoned_by(error))?;
         }
         self.prepared.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Takes space for the tables there are, which may lie in holes of the file: a full file system then
+    /// refuses a write, and no flush fails for want of space.
+    fn reserve_tables(&self, header: &Header) -> Result<()> {
+        let core = &self.core;
+        let size = core.cluster().size();
+        let reserve = |at: HostOffset, len: u64| match core.file.allocate(at.0, len) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
+            other => other,
+        };
+        if header.l1.entries > 0 {
+            reserve(header.l1.offset, header.l1.len_bytes().next_multiple_of(size))?;
+        }
+        let mut meta = self.meta.write();
+        let table = meta.refcount_table;
+        reserve(table.offset, u64::from(table.clusters) * size)?;
+        for index in 0..meta.refcount_table_entries(core) {
+            let word = meta.word(core, table.offset.0 + index * 8, Class::RefcountTable)?;
+            if let Some(block) = table_entry(word, core.cluster()).map_err(|reason| core.corrupt(reason.fact()))? {
+                reserve(block, size)?;
+            }
+        }
+        meta.file_len = meta.file_len.max(core.file.len()?);
         Ok(())
     }
 
