@@ -1,6 +1,7 @@
 //! What is open: numbers for the kernel, contents for us.
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -49,7 +50,10 @@ impl Handles {
 
     pub(super) fn clear(&self) {
         let all = std::mem::take(&mut *self.open.write());
-        drop(all);
+        // Each by itself: a bug that closing one brings out must not keep the others from being flushed.
+        for handle in all.into_values() {
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(handle)));
+        }
     }
 
     pub(super) fn count(&self) -> usize {

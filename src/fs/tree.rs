@@ -367,6 +367,11 @@ impl Tree {
     }
 
     pub(super) fn open_active(&self, node: &ViewNode, access: Access) -> Result<ActiveHandle> {
+        // Whether other images stand on it by now, or it was frozen, does not show on the image itself,
+        // and news may not have come yet.
+        if access.writes() && !self.store.is_written(node.image) {
+            self.store.rescan()?;
+        }
         self.opening(node, |found| self.store.open_active(&found.catalog, found.layers(), access))
     }
 

@@ -81,6 +81,19 @@ struct ActiveDisk {
     mappable: AtomicUsize,
     /// Whether it has been said that the image is no longer in the store.
     is_gone: AtomicBool,
+    /// Whether a change was broken off by a bug: tables in memory may be wrong, and must stay there.
+    has_panicked: AtomicBool,
+}
+
+/// Notes a panic that passes by.
+struct Watch<'a>(&'a AtomicBool);
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.store(true, Ordering::Release);
+        }
+    }
 }
 
 #[derive(Default)]
@@ -115,14 +128,14 @@ impl Store {
     ) -> Result<ActiveHandle> {
         let leaf = &catalog.images[layers[0]];
         if access.writes() {
-            self.may_be_written(leaf)?;
+            self.may_be_written(catalog, leaf)?;
         }
         let disk = self.active.disk(leaf);
         let mut openings = disk.openings.lock();
         let is_written = matches!(&*disk.state.read(), State::Writing(_));
         if is_written {
             // One more for the writer, unless it has failed.
-            if let Some(poison) = disk.writer().filter(|_| access.writes()).and_then(|writer| writer.poison()) {
+            if let Some(poison) = disk.writer().filter(|_| access.writes()).and_then(|writer| disk.poison(&writer)) {
                 return Err(poison);
             }
         } else {
@@ -141,16 +154,39 @@ impl Store {
         Ok(ActiveHandle::new(self, disk, access))
     }
 
-    fn may_be_written(&self, leaf: &ImageEntry) -> Result<()> {
-        let refuse = |fact: &str| Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", leaf.shown())));
+    /// Whether somebody writes the active disk of the image `id`.
+    pub fn is_written(&self, id: FileId) -> bool {
+        self.active.find(id).is_some_and(|disk| disk.writer().is_some())
+    }
+
+    fn may_be_written(&self, catalog: &Catalog, leaf: &ImageEntry) -> Result<()> {
+        let refuse =
+            |image: &ImageEntry, fact: &str| Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", image.shown())));
         if self.options.read_only {
-            return refuse("is in a store that is mounted read-only; mount it without -o ro");
+            return refuse(leaf, "is in a store that is mounted read-only; mount it without -o ro");
         }
         if leaf.is_frozen() {
-            return refuse("is frozen or read-only; make a clone of it to be written");
+            return refuse(leaf, "is frozen or read-only; make a clone of it to be written");
         }
         if !leaf.users.is_empty() {
-            return refuse("has other images standing on it, which would be spoilt; write to one of those");
+            return refuse(leaf, "has other images standing on it, which would be spoilt; write to one of those");
+        }
+        // A header may name any file: what keeps an image from being written keeps it here, too.
+        let is_data_file =
+            |image: &&ImageEntry| leaf.data_file.as_ref().is_some_and(|(_, stat)| stat.id == image.stat.id);
+        if let Some(data) = catalog.images.iter().find(is_data_file) {
+            if data.stat.id == leaf.stat.id {
+                return refuse(leaf, "is its own external data file, so that its tables would be overwritten");
+            }
+            if data.is_frozen() {
+                return refuse(
+                    data,
+                    "is frozen or read-only, and it is the external data file of what would be written",
+                );
+            }
+            if !data.users.is_empty() {
+                return refuse(data, "has images standing on it, which would be spoilt: it is an external data file");
+            }
         }
         self.active.poisoned.lock().get(&leaf.stat.id).map_or(Ok(()), |poison| Err(poison.clone()))
     }
@@ -163,9 +199,13 @@ impl Store {
     /// Writes back what active disks have in memory, and says in the log what cannot be.
     pub fn flush_writers(&self) {
         for disk in self.active.all() {
-            let Some(writer) = disk.writer().filter(|writer| writer.is_dirty() && writer.poison().is_none()) else {
+            // Nothing may be written once the locks have gone: until this is done, the disk stays as it is.
+            let state = disk.state.read();
+            let State::Writing(Writing { writer, .. }) = &*state else { continue };
+            if !writer.is_dirty() || disk.poison(writer).is_some() {
                 continue;
-            };
+            }
+            let _watch = Watch(&disk.has_panicked);
             self.active.flush_count.fetch_add(1, Ordering::Relaxed);
             if let Err(error) = writer.flush() {
                 tracing::error!("{} could not be written back, and data may be lost: {error}", disk.name);
@@ -176,8 +216,8 @@ impl Store {
     /// Leaves all images as a checker wants them, whoever still has them open; locks go with the openings.
     pub fn close_writers(&self) {
         for disk in self.active.all() {
-            if let Some(writer) = disk.writer() {
-                disk.close_writer(&writer);
+            if let State::Writing(Writing { writer, .. }) = &*disk.state.read() {
+                disk.close_writer(writer);
             }
         }
     }
@@ -204,6 +244,7 @@ impl ActiveDisks {
             state: RwLock::new(State::Closed(None)),
             mappable: AtomicUsize::new(0),
             is_gone: AtomicBool::new(false),
+            has_panicked: AtomicBool::new(false),
         });
         disks.insert(leaf.stat.id, Arc::downgrade(&disk));
         disk
@@ -284,7 +325,7 @@ impl ActiveDisk {
     fn end_writing(&self, store: &Store, has_readers: bool) {
         let Some(writer) = self.writer() else { return };
         self.close_writer(&writer);
-        if let Some(poison) = writer.poison() {
+        if let Some(poison) = self.poison(&writer) {
             store.active.poisoned.lock().insert(self.id, poison);
         }
         let size = writer.size();
@@ -307,7 +348,11 @@ impl ActiveDisk {
         *state = match store.look_again(open) {
             Ok(open) if has_readers => State::Reading(open),
             Ok(_) => State::Closed(last_look),
-            Err(error) => State::Failed(error),
+            Err(error) => {
+                // What is kept of its tables is from before the writer.
+                store.opened.forget(self.id);
+                State::Failed(error)
+            }
         };
         drop(state);
         drop(locks);
@@ -321,9 +366,20 @@ impl ActiveDisk {
         }
     }
 
+    /// Why nothing more is written, if so.
+    fn poison(&self, writer: &Writer) -> Option<Error> {
+        let bug = || {
+            let fact =
+                "takes no more writes until it is mounted again, for a change was broken off by a bug in chainfs";
+            Error::new(ErrorKind::Poisoned, format!("{} {fact}; what was flushed before is safe", self.name))
+        };
+        writer.poison().or_else(|| self.has_panicked.load(Ordering::Acquire).then(bug))
+    }
+
     fn close_writer(&self, writer: &Writer) {
         // Of one that is poisoned everything has been said.
-        if writer.poison().is_none()
+        let _watch = Watch(&self.has_panicked);
+        if self.poison(writer).is_none()
             && let Err(error) = writer.close()
         {
             tracing::error!("{} could not be closed properly, and data may be lost: {error}", self.name);
@@ -358,5 +414,48 @@ fn new_writer(store: &Store, top: &OpenImage, view: &View) -> Result<Arc<Writer>
             let cache = (store.options.cache / 8).clamp(WRITER_CACHE.0, WRITER_CACHE.1) as usize;
             Writer::qcow2(name, file, data_file, below, WriterOptions { cache })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::create::{CreateOptions, initial_image};
+    use crate::image::write::Zeroing;
+    use crate::store::StoreOptions;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::path::Path;
+
+    #[test]
+    fn a_change_that_a_bug_broke_off_is_never_flushed_and_ends_all_writing() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path().join("a.qcow2");
+        let options = CreateOptions { size: Some(1 << 20), ..CreateOptions::default() };
+        std::fs::write(&place, initial_image(&options).unwrap()).unwrap();
+        let store = Store::open(directory.path(), StoreOptions::default()).unwrap();
+        let catalog = store.catalog();
+        let leaf = catalog.chain(Path::new("a")).unwrap();
+        let open = |access| store.open_active(&catalog, &[leaf], access);
+        let (disk, reader) = (open(Access::ReadWrite).unwrap(), open(Access::Read).unwrap());
+        disk.write_at(0, b"good").unwrap();
+        disk.flush().unwrap();
+        let flushed = std::fs::read(&place).unwrap();
+        let broken = catch_unwind(AssertUnwindSafe(|| {
+            disk.writing(|writer| -> Result<()> {
+                writer.zero(0, 1 << 20, Zeroing::Unmap)?;
+                panic!("a bug");
+            })
+        }));
+        assert!(broken.is_err());
+        store.flush_writers();
+        let kinds = [disk.write_at(0, b"more").map(drop), disk.flush(), disk.trouble(), open(Access::Write).map(drop)]
+            .map(|refused| refused.unwrap_err().kind());
+        assert_eq!(kinds, [ErrorKind::Poisoned; 4]);
+        drop(disk);
+        // The tables, of which a change was broken off, are those that were flushed.
+        let now = std::fs::read(&place).unwrap();
+        assert!(now[..3 << 16] == flushed[..3 << 16], "header, counts and L1 table");
+        assert_eq!(open(Access::Write).map(drop).unwrap_err().kind(), ErrorKind::Poisoned);
+        reader.read_at(0, &mut [0; 4]).unwrap();
     }
 }

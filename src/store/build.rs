@@ -60,6 +60,7 @@ pub(super) fn build(
     let said = builder.listen(&references, &data_references);
     let next_known = known_of(&builder.files);
     let notes = Notes::read(&roots[0]);
+    let names = builder.other_names();
     let old = versions(previous);
     let mut drafts: Vec<Draft> = Vec::with_capacity(builder.files.len());
     for ((index, file), backing) in builder.files.iter().enumerate().zip(references) {
@@ -82,11 +83,14 @@ pub(super) fn build(
             Some((stat, version)) if stat.signature == file.stat.signature => *version,
             _ => next(&VERSION),
         };
+        // What protects one name of a file protects the file.
+        let others = names.get(&index).map_or(&[][..], Vec::as_slice);
         let frozen: Option<Frozen> = match &content {
             Content::Qcow2(qcow2) if format == Some(Format::Qcow2) => qcow2.header.frozen.clone(),
-            _ => notes.frozen(&file.place),
+            _ => std::iter::once(&file.place).chain(others).find_map(|place| notes.frozen(place)),
         };
-        let readonly = file.place.root != 0 || !file.stat.has_write_bit() || options.is_readonly(&file.place.path);
+        let is_named_readonly = |place: &Place| place.root != 0 || options.is_readonly(&place.path);
+        let readonly = !file.stat.has_write_bit() || std::iter::once(&file.place).chain(others).any(is_named_readonly);
         drafts.push(Draft {
             entry: ImageEntry {
                 place: file.place.clone(),
@@ -152,6 +156,15 @@ impl Builder<'_> {
             }
             self.add(file);
         }
+    }
+
+    /// The names of each file besides the one under which it is shown.
+    fn other_names(&self) -> HashMap<ImageIndex, Vec<Place>> {
+        let mut names: HashMap<ImageIndex, Vec<Place>> = HashMap::new();
+        for (place, index) in self.by_place.iter().filter(|(place, index)| self.files[**index].place != **place) {
+            names.entry(*index).or_default().push(place.clone());
+        }
+        names
     }
 
     fn add(&mut self, mut file: ScannedFile) -> ImageIndex {

@@ -102,6 +102,11 @@ impl Opened {
         Self { images: Mutex::default(), views: Mutex::new(LruCache::new(views)) }
     }
 
+    /// Lets go of an image of which nothing that is kept may be used any more.
+    pub(super) fn forget(&self, id: FileId) {
+        self.images.lock().remove(&id);
+    }
+
     /// Lets go of images that have changed or gone, and of the views that show them.
     pub(super) fn retire(&self, catalog: &Catalog) {
         let mut images = self.images.lock();
@@ -211,8 +216,12 @@ impl Store {
         readable(entry)?;
         let format = entry.format.expect("a readable image has a format");
         let known = self.opened.images.lock().get(&entry.stat.id).cloned();
+        let mut is_known = false;
         let open = match known {
-            Some(open) if open.is_current(entry) => open,
+            Some(open) if open.is_current(entry) => {
+                is_known = true;
+                open
+            }
             // One more opening beside ours would be another process to our own locks.
             Some(open) if open.is_ahead(entry) => return Err(changed(&open.file)),
             _ => self.make(entry, format, true)?,
@@ -233,7 +242,14 @@ impl Store {
                 return Err(changed(file));
             }
         }
-        self.opened.images.lock().insert(entry.stat.id, open.clone());
+        let mut images = self.opened.images.lock();
+        if !is_known {
+            images.insert(entry.stat.id, open.clone());
+        } else if !images.get(&entry.stat.id).is_some_and(|now| Arc::ptr_eq(&now.image, &open.image)) {
+            // Our own writer has left in between: what is kept of the tables is from before it.
+            return Err(changed(&open.file));
+        }
+        drop(images);
         Ok(open)
     }
 

@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::{Writer, Zeroing};
 
 use super::super::Store;
-use super::{Access, ActiveDisk, State};
+use super::{Access, ActiveDisk, State, Watch};
 
 /// An opening of an active disk.
 pub struct ActiveHandle {
@@ -106,6 +106,8 @@ impl ActiveHandle {
         self.with(|source| match source {
             Source::View(_) => Ok(()),
             Source::Writer(writer) => {
+                self.disk.poison(writer).map_or(Ok(()), Err)?;
+                let _watch = Watch(&self.disk.has_panicked);
                 self.store.active.flush_count.fetch_add(1, Ordering::Relaxed);
                 writer.flush()
             }
@@ -117,7 +119,7 @@ impl ActiveHandle {
         if !self.writes() {
             return Ok(());
         }
-        self.writing(|writer| writer.poison().map_or(Ok(()), Err))
+        self.writing(|_| Ok(()))
     }
 
     /// The first byte at or after `at` that is data (or, with `data` false, that is not); `None` if there
@@ -142,10 +144,14 @@ impl ActiveHandle {
         }
     }
 
-    fn writing<T>(&self, work: impl FnOnce(&Writer) -> Result<T>) -> Result<T> {
+    pub(super) fn writing<T>(&self, work: impl FnOnce(&Writer) -> Result<T>) -> Result<T> {
         let refuse = || Error::new(ErrorKind::ReadOnly, format!("{} was opened only to be read", self.disk.name));
         self.with(|source| match source {
-            Source::Writer(writer) if self.writes() => work(writer),
+            Source::Writer(writer) if self.writes() => {
+                self.disk.poison(writer).map_or(Ok(()), Err)?;
+                let _watch = Watch(&self.disk.has_panicked);
+                work(writer)
+            }
             Source::Writer(_) | Source::View(_) => Err(refuse()),
         })
     }
