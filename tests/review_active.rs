@@ -176,3 +176,39 @@ fn who_opens_a_snapshot_while_the_writer_leaves_does_not_bring_back_old_tables()
     });
     mount.umount();
 }
+
+/// A small file system over the store's directory.
+struct Small<'a>(&'a Store);
+
+impl<'a> Small<'a> {
+    fn new(store: &'a Store) -> Self {
+        tool("mount").args(["-t", "tmpfs", "-o", "size=64m", "small"]).arg(store.root()).succeeds();
+        Self(store)
+    }
+}
+
+impl Drop for Small<'_> {
+    fn drop(&mut self) {
+        tool("umount").arg(self.0.root()).succeeds();
+    }
+}
+
+#[test]
+fn space_that_there_is_not_is_not_taken_and_does_not_make_the_disk_longer() {
+    let store = Store::new();
+    let small = Small::new(&store);
+    store.raw("plain.raw", MIB, 1);
+    store.create("cow.qcow2", MIB, "");
+    let mount = Mount::new(&store);
+    for chain in ["plain", "cow"] {
+        let disk = open_rw(&mount.path(chain).join("active.raw")).expect("a disk");
+        let free = || rustix::fs::statvfs(store.root()).expect("free space").f_bfree;
+        let (before, none) = (free(), rustix::fs::FallocateFlags::empty());
+        assert_eq!(rustix::fs::fallocate(&disk, none, 0, 1 << 40), Err(Errno::NOSPC), "{chain}");
+        assert_eq!((disk.metadata().expect("a size").len(), free()), (MIB, before), "{chain}");
+        rustix::fs::fallocate(&disk, none, 0, 2 * MIB).expect("space");
+        assert_eq!(disk.metadata().expect("a size").len(), 2 * MIB, "{chain}");
+    }
+    mount.umount();
+    drop(small);
+}

@@ -77,7 +77,7 @@ fn a_mount_shows_the_same_bytes_after_a_repair_and_writes_on() {
     assert!(said.1.contains("2 leaked clusters"), "{}", said.1);
     assert!(disks.each_ref().map(|disk| read(disk)) == before);
     let disk = File::options().write(true).open(&disks[0]).expect("a disk");
-    disk.write_all_at(&[9; 200_000], 300_001).expect("a write");
+    disk.write_all_at(&vec![9; 200_000], 300_001).expect("a write");
     drop(disk);
     let mut after = before[0].clone();
     after[300_001..500_001].fill(9);

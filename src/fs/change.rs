@@ -60,6 +60,9 @@ impl Tree {
             .checked_add(len)
             .ok_or_else(|| Error::new(ErrorKind::TooLarge, "no file is as large as this range reaches"))?;
         if !keep_size && end > disk.size()? {
+            if what == Fallocate::Space {
+                disk.check_room(end)?;
+            }
             disk.set_size(end)?;
         }
         match what {

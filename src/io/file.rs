@@ -170,6 +170,12 @@ impl StoreFile {
         FileStat::of(&*self.descriptor()?)
     }
 
+    /// Bytes that its file system has to give.
+    pub fn free_space(&self) -> Result<u64> {
+        let stat = fs::fstatvfs(&*self.descriptor()?).map_err(|error| Error::io("asking for free space", error))?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
     /// A descriptor of its own, for passthrough: the caller's to close.
     pub fn open_again(&self) -> Result<OwnedFd> {
         self.open()

@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::{Writer, Zeroing};
 
 use super::super::Store;
-use super::{Access, ActiveDisk, State, Watch};
+use super::{Access, ActiveDisk, State, Watch, Writing};
 
 /// An opening of an active disk.
 pub struct ActiveHandle {
@@ -84,6 +84,19 @@ impl ActiveHandle {
             0 => Ok(()),
             len => writer.allocate(at, len),
         })
+    }
+
+    /// `NoSpace` if there is surely no room for all that would be new in a disk of `size` bytes: it would
+    /// have grown, which cannot be undone, and taken all there is, before that was found.
+    pub fn check_room(&self, size: u64) -> Result<()> {
+        let state = self.disk.state.read();
+        let State::Writing(Writing { writer, open, .. }) = &*state else { return Ok(()) };
+        let free = open.top.data_file.as_ref().unwrap_or(&open.top.file).free_space()?;
+        if size.saturating_sub(writer.size()) > free {
+            let fact = format!("{} would need {size} bytes, and {free} are free", self.disk.name);
+            return Err(Error::new(ErrorKind::NoSpace, fact));
+        }
+        Ok(())
     }
 
     /// Makes the disk `size` bytes long, rounded up to sectors; `Forbidden` if that is less than now.
