@@ -92,6 +92,11 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     if !(1..=MOST_THREADS).contains(&threads) {
         return Err(Error::new(ErrorKind::Usage, format!("threads={threads} is not between 1 and {MOST_THREADS}")));
     }
+    // Memory for our own writes must not wait for pages that only we can write back (a loop device on an
+    // active disk). Not everybody may ask for that.
+    if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+        tracing::debug!("the kernel does not treat this process as one that writes pages back: {error}");
+    }
     // Signals are caught before there is a mount that they could leave behind.
     let signals =
         Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ]).map_err(|error| Error::io("catching signals", error))?;
