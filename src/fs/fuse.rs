@@ -103,19 +103,23 @@ struct Adapter {
     modes: Mutex<HashMap<u64, Mode>>,
 }
 
+/// Runs a handler; a bug in it becomes EIO for this request instead of an end of the thread.
+fn answer<T>(tree: &Tree, work: impl FnOnce(&Tree) -> Result<T>) -> std::result::Result<T, Errno> {
+    let result = catch_unwind(AssertUnwindSafe(|| work(tree))).unwrap_or_else(|_| {
+        Err(Error::new(ErrorKind::Io, "a bug in chainfs; please report what the log says before this line"))
+    });
+    result.map_err(|error| {
+        if error.kind() != ErrorKind::NotFound {
+            tree.count_error();
+            tracing::warn!("refused: {error}");
+        }
+        Errno::from_i32(errno(error.kind()).raw_os_error())
+    })
+}
+
 impl Adapter {
-    /// Runs a handler; a bug in it becomes EIO for this request instead of an end of the thread.
     fn answer<T>(&self, work: impl FnOnce(&Tree) -> Result<T>) -> std::result::Result<T, Errno> {
-        let result = catch_unwind(AssertUnwindSafe(|| work(&self.tree))).unwrap_or_else(|_| {
-            Err(Error::new(ErrorKind::Io, "a bug in chainfs; please report what the log says before this line"))
-        });
-        result.map_err(|error| {
-            if error.kind() != ErrorKind::NotFound {
-                self.tree.count_error();
-                tracing::warn!("refused: {error}");
-            }
-            Errno::from_i32(errno(error.kind()).raw_os_error())
-        })
+        answer(&self.tree, work)
     }
 
     /// Runs a handler of which only success or failure is told.
@@ -372,7 +376,25 @@ impl Filesystem for Adapter {
     }
 
     fn fsync(&self, _req: &Request, _inode: INodeNo, handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        self.done(reply, |tree| tree.sync(&tree.handle(handle.0)?));
+        // Disks take their time: the workers are for those who do not wait for one. Where there can be no
+        // thread, a worker waits after all.
+        let (tree, reply) = (Arc::clone(&self.tree), Arc::new(Mutex::new(Some(reply))));
+        let work = {
+            let reply = Arc::clone(&reply);
+            move || {
+                let outcome = answer(&tree, |tree| tree.sync(&tree.handle(handle.0)?));
+                let Some(reply) = reply.lock().take() else { return };
+                match outcome {
+                    Ok(()) => reply.ok(),
+                    Err(errno) => reply.error(errno),
+                }
+            }
+        };
+        if std::thread::Builder::new().name("fsync".into()).spawn(work).is_err()
+            && let Some(reply) = reply.lock().take()
+        {
+            self.done(reply, |tree| tree.sync(&tree.handle(handle.0)?));
+        }
     }
 
     // The tree is made of the store: nothing in it can be made, removed or renamed by its names.
