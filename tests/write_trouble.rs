@@ -112,12 +112,12 @@ fn after_kill_nine_all_that_was_synced_is_there_and_qemu_finds_leaks_at_most() {
 fn a_disk_that_could_not_be_flushed_takes_no_more_writes_is_read_and_harms_no_other() {
     let store = chain();
     store.create("other.qcow2", MIB, "");
-    for (chain, other) in [("web", "plain"), ("plain", "other")] {
+    for (chain, image, other) in [("web", "web.qcow2", "plain"), ("plain", "plain.raw", "other")] {
         let mut command = tool("strace");
-        command.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync"]);
-        command.args(["-e", "inject=fdatasync:error=EIO:when=1", CHAINFS]);
+        command.args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync", "-P"]).arg(store.path(image));
         // strace counts by thread.
-        let mount = Mount::foreground(&store, command, "threads=1");
+        command.args(["-e", "inject=fdatasync:error=EIO:when=1", CHAINFS]);
+        let mount = Mount::foreground(&store, command, "");
         let active = mount.path(chain).join("active.raw");
         let disk = rw(&active);
         disk.write_all_at(b"doubtful", 0).expect("a write");
