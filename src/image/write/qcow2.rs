@@ -129,22 +129,20 @@ impl Qcow2Writer {
     }
 
     fn read_piece(&self, piece: Piece, position: u64, part: &mut [u8]) -> Result<()> {
-        {
-            match piece {
-                Piece::Own(host) | Piece::Shared(host) => self.read_data(host, part)?,
-                Piece::Zero => part.fill(0),
-                Piece::Compressed(stream) => {
-                    let cluster = self.decompress(stream)?;
-                    let within = self.core.cluster().within(position) as usize;
-                    part.copy_from_slice(&cluster[within..within + part.len()]);
-                }
-                Piece::Below => match &self.below {
-                    Some(below) => below.read_at(position, part)?,
-                    None => part.fill(0),
-                },
+        match (piece, &self.below) {
+            (Piece::Own(host) | Piece::Shared(host), _) => self.read_data(host, part),
+            (Piece::Compressed(stream), _) => {
+                let cluster = self.decompress(stream)?;
+                let within = self.core.cluster().within(position) as usize;
+                part.copy_from_slice(&cluster[within..within + part.len()]);
+                Ok(())
+            }
+            (Piece::Below, Some(below)) => below.read_at(position, part),
+            (Piece::Zero, _) | (Piece::Below, None) => {
+                part.fill(0);
+                Ok(())
             }
         }
-        Ok(())
     }
 
     fn read_data(&self, host: HostOffset, buf: &mut [u8]) -> Result<()> {
