@@ -467,6 +467,35 @@ fn a_disk_that_grows_over_entries_of_vm_state_reads_zeroes_there() {
     scratch.io("a.qcow2", &["read -P 7 600M 1M", "read -P 8 1600M 1M"]);
 }
 
+/// A crash of QEMU while it took a snapshot leaves such flags.
+#[test]
+fn a_flag_that_says_unshared_is_not_believed_where_a_snapshot_shares() {
+    for (options, is_table_shared) in
+        [("", true), ("", false), ("extended_l2=on", true), ("extended_l2=on", false), ("compat=0.10", false)]
+    {
+        let scratch = Scratch::new();
+        scratch.create("a.qcow2", options, "4M");
+        scratch.io("a.qcow2", &["write -P 1 0 1M"]);
+        scratch.img("snapshot -c one a.qcow2");
+        if !is_table_shared {
+            scratch.io("a.qcow2", &["write -P 2 2M 64k"]);
+        }
+        let file = Memory::load(&scratch, "a.qcow2");
+        let (l1, l2) = (file.u64(40), file.l2_entry(0));
+        assert_eq!((file.u64(l1) >> 63 == 0, file.u64(l2) >> 63), (is_table_shared, 0), "what QEMU leaves");
+        file.poke(l1, file.u64(l1) | 1 << 63);
+        file.poke(l2, file.u64(l2) | 1 << 63);
+        let writer = open(&file);
+        writer.write_at(4096, &[9; 8192]).unwrap();
+        writer.close().unwrap();
+        file.save(&scratch, "a.qcow2");
+        scratch.img("check -q a.qcow2");
+        scratch.io("a.qcow2", &["read -P 1 0 4k", "read -P 9 4k 8k", "read -P 1 12k 1012k"]);
+        scratch.img("snapshot -a one a.qcow2");
+        scratch.io("a.qcow2", &["read -P 1 0 1M"]);
+    }
+}
+
 #[test]
 fn a_disk_of_no_size_grows_and_leaks_nothing() {
     let scratch = Scratch::new();
