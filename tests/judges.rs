@@ -143,9 +143,10 @@ fn overlaid(options: &str, size: u64) -> Store {
 fn fsx_finds_nothing(options: &str, seed: u64) {
     let store = overlaid(options, 4 * MIB);
     let config = store.beside("fsx.toml");
-    // Without msync(2) changed pages stay in the kernel, among writes that go past them.
+    // fsx never unmaps what it has read: a process may have 65,530 mappings, so a million operations may
+    // have one in twenty of these. Without msync(2) changed pages stay in the kernel, among writes that go past them.
     let text = "blockmode = true\nnomsyncafterwrite = true\n[opsize]\nmax = 131072\n[weights]\ntruncate = 0\nread = 2\n\
-                write = 3\nmapread = 1\nmapwrite = 1\ninvalidate = 0.2\nfsync = 0.02\nfdatasync = 0.02\npunch_hole = 1\n";
+                write = 3\nmapread = 0.3\nmapwrite = 1\ninvalidate = 0.2\nfsync = 0.02\nfdatasync = 0.02\npunch_hole = 1\n";
     fs::write(&config, text).expect("a configuration");
     let mount = Mount::new(&store);
     let operations = amount(8_000, 1_000_000).to_string();
