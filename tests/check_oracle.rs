@@ -6,12 +6,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use chainfs::image::check::{CheckReport, check};
-use oracle::{Disk, Scratch};
+use oracle::{COPIED, Disk, NAME, OFFSET, Places, Random, Scratch, damaged_entry, places};
 use serde_json::Value;
-
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-const COPIED: u64 = 1 << 63;
-const NAME: &str = "image.qcow2";
 
 /// Our exit code and report; `None` for a report where there is none.
 fn ours(scratch: &Scratch) -> (i32, Option<CheckReport>) {
@@ -44,23 +40,6 @@ fn agree(scratch: &Scratch, case: &str) -> i32 {
     }
     assert_eq!(our_code, their_code, "{case}");
     our_code
-}
-
-/// Where the tables of an image are.
-struct Places {
-    disk: Disk,
-    l1: u64,
-    l2: u64,
-    refcount_table: u64,
-    refcount_block: u64,
-    snapshots: u64,
-}
-
-fn places(scratch: &Scratch) -> Places {
-    let disk = Disk::open(scratch.path(NAME));
-    let (l1, refcount_table, snapshots) = (disk.u64(40), disk.u64(48), disk.u64(64));
-    let (l2, refcount_block) = (disk.u64(l1) & OFFSET, disk.u64(refcount_table));
-    Places { disk, l1, l2, refcount_table, refcount_block, snapshots }
 }
 
 /// Makes an image with 256 KiB of data, damages it, and has both judge it.
@@ -350,36 +329,6 @@ fn what_cannot_be_read_is_corrupt_even_where_qemu_is_content() {
     assert_eq!(make("compat=0.10", &|p| p.disk.poke_u64(p.l2, p.disk.u64(p.l2) | 1)), (2, 0));
     assert_eq!(make("extended_l2=on", &|p| p.disk.poke_u64(p.l2, p.disk.u64(p.l2) | 1)), (2, 0));
     assert_eq!(make("data_file=data.raw", &|p| p.disk.poke_u64(p.l2, COPIED | 0x30000)), (2, 0));
-}
-
-/// A generator of numbers that replays from its seed (xorshift64*).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-}
-
-/// A wrong value for an 8-byte entry.
-fn damaged_entry(random: &mut Random, entry: u64, file_len: u64) -> u64 {
-    match random.below(8) {
-        0 => entry ^ (1 << random.below(64)),
-        1 => entry ^ COPIED,
-        2 => 0,
-        3 => entry.wrapping_add(0x1000),
-        4 => random.below(file_len) & !0xfff | entry & COPIED,
-        5 => random.below(file_len) & !0xfff | COPIED,
-        6 => random.next(),
-        _ => entry ^ (1 << (12 + random.below(8))),
-    }
 }
 
 #[test]

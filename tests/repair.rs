@@ -9,42 +9,11 @@ use std::fmt::Write as _;
 use std::fs;
 
 use chainfs::image::check::{Scope, check, rebuild_dirty, repair};
-use oracle::{Disk, Scratch};
+use oracle::{COPIED, NAME, OFFSET, Places, Random, Scratch, damaged_entry, places};
 use serde_json::Value;
 use tape::{Tape, assert_unchanged, views};
 
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-const COPIED: u64 = 1 << 63;
-const NAME: &str = "image.qcow2";
 const TWIN: &str = "twin.qcow2";
-
-/// Where the tables of an image are.
-struct Places {
-    disk: Disk,
-    l1: u64,
-    l2: u64,
-    refcount_table: u64,
-    refcount_block: u64,
-    snapshots: u64,
-}
-
-fn places(scratch: &Scratch) -> Places {
-    let disk = Disk::open(scratch.path(NAME));
-    let (l1, refcount_table, snapshots) = (disk.u64(40), disk.u64(48), disk.u64(64));
-    let (l2, refcount_block) = (disk.u64(l1) & OFFSET, disk.u64(refcount_table));
-    Places { disk, l1, l2, refcount_table, refcount_block, snapshots }
-}
-
-impl Places {
-    fn count(&self, cluster: u64, count: u16) {
-        self.disk.poke(self.refcount_block + cluster * 2, &count.to_be_bytes());
-    }
-
-    fn change_l2(&self, index: u64, change: impl Fn(u64) -> u64) {
-        let at = self.l2 + index * 8;
-        self.disk.poke_u64(at, change(self.disk.u64(at)));
-    }
-}
 
 /// What QEMU reads of the active disk and of some snapshots; `None` where it fails.
 fn seen_by_qemu(scratch: &Scratch, name: &str) -> Vec<Option<Vec<u8>>> {
@@ -393,36 +362,6 @@ fn interrupted_images_are_counted_anew_before_they_are_written() {
         fs::write(scratch.path(NAME), tape.bytes()).unwrap();
         scratch.img(&format!("check {NAME}"));
         assert_eq!(places(&scratch).disk.u64(72) & 1, 0, "{options}: clean");
-    }
-}
-
-/// A generator of numbers that replays from its seed (xorshift64*).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-}
-
-/// A wrong value for an 8-byte entry.
-fn damaged_entry(random: &mut Random, entry: u64, file_len: u64) -> u64 {
-    match random.below(8) {
-        0 => entry ^ (1 << random.below(64)),
-        1 => entry ^ COPIED,
-        2 => 0,
-        3 => entry.wrapping_add(0x1000),
-        4 => random.below(file_len) & !0xfff | entry & COPIED,
-        5 => random.below(file_len) & !0xfff | COPIED,
-        6 => random.next(),
-        _ => entry ^ (1 << (12 + random.below(8))),
     }
 }
 

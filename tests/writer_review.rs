@@ -171,10 +171,6 @@ struct Sevens {
 }
 
 impl Below for Sevens {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         let inside = self.size.saturating_sub(at).min(buf.len() as u64) as usize;
         buf[..inside].fill(7);

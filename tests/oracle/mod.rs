@@ -1,5 +1,5 @@
-//! QEMU's tools as judges, and a directory for each test. Where QEMU is not installed, the
-//! tests that need it pass without a word.
+//! QEMU's tools as judges, a directory for each test, and damage to be judged. Where QEMU is not
+//! installed, the tests that need it fail.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
 use std::fs::{self, File};
@@ -108,5 +108,71 @@ impl chainfs::io::Storage for Disk {
 
     fn len(&self) -> chainfs::error::Result<u64> {
         Ok(self.0.metadata().unwrap().len())
+    }
+}
+
+/// The image under test.
+pub const NAME: &str = "image.qcow2";
+/// COPIED, of an L1 or L2 entry.
+pub const COPIED: u64 = 1 << 63;
+/// The offset in a standard entry.
+pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+/// Where the tables of an image are.
+pub struct Places {
+    pub disk: Disk,
+    pub l1: u64,
+    pub l2: u64,
+    pub refcount_table: u64,
+    pub refcount_block: u64,
+    pub snapshots: u64,
+}
+
+/// Of the image [`NAME`].
+pub fn places(scratch: &Scratch) -> Places {
+    let disk = Disk::open(scratch.path(NAME));
+    let (l1, refcount_table, snapshots) = (disk.u64(40), disk.u64(48), disk.u64(64));
+    let (l2, refcount_block) = (disk.u64(l1) & OFFSET, disk.u64(refcount_table));
+    Places { disk, l1, l2, refcount_table, refcount_block, snapshots }
+}
+
+impl Places {
+    pub fn count(&self, cluster: u64, count: u16) {
+        self.disk.poke(self.refcount_block + cluster * 2, &count.to_be_bytes());
+    }
+
+    pub fn change_l2(&self, index: u64, change: impl Fn(u64) -> u64) {
+        let at = self.l2 + index * 8;
+        self.disk.poke_u64(at, change(self.disk.u64(at)));
+    }
+}
+
+/// A generator of numbers that replays from its seed (xorshift64*).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+}
+
+/// A wrong value for an 8-byte entry.
+pub fn damaged_entry(random: &mut Random, entry: u64, file_len: u64) -> u64 {
+    match random.below(8) {
+        0 => entry ^ (1 << random.below(64)),
+        1 => entry ^ COPIED,
+        2 => 0,
+        3 => entry.wrapping_add(0x1000),
+        4 => random.below(file_len) & !0xfff | entry & COPIED,
+        5 => random.below(file_len) & !0xfff | COPIED,
+        6 => random.next(),
+        _ => entry ^ (1 << (12 + random.below(8))),
     }
 }

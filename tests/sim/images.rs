@@ -44,10 +44,6 @@ impl Backing {
 }
 
 impl Below for Backing {
-    fn size(&self) -> u64 {
-        self.0.len()
-    }
-
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         self.0.fill(at, buf);
         Ok(())
