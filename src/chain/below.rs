@@ -6,10 +6,6 @@ use crate::image::write::Below;
 use super::View;
 
 impl Below for View {
-    fn size(&self) -> u64 {
-        self.size()
-    }
-
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         let len = self.size().saturating_sub(at).min(buf.len() as u64) as usize;
         let (within, beyond) = buf.split_at_mut(len);

@@ -22,6 +22,9 @@ pub const RAW_DATA: u64 = 1 << 1;
 /// The incompatible bits that a reader here understands.
 pub const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2;
 
+/// The autoclear bits whose promises a writer here keeps; it clears all others.
+pub const KNOWN_AUTOCLEAR: u64 = BITMAPS | RAW_DATA;
+
 /// Which of the header's three sets of bits a name belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FeatureKind {

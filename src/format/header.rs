@@ -16,6 +16,14 @@ use crate::units::{ClusterBits, HostOffset, SECTOR_SIZE};
 pub use super::extension::{BitmapsExtension, CryptoHeader, UnknownExtension};
 pub use super::parts::{Backing, Compression, DataFile, Encryption, RefcountTable, SnapshotTable, Table, Version};
 
+// Places of fields that are changed by themselves. Each lies, with its neighbours, in the first sector.
+/// Offset of the refcount table (8 bytes), then its clusters (4).
+pub const REFCOUNT_TABLE_AT: u64 = 48;
+/// Incompatible feature bits, 8 bytes; version 3.
+pub const INCOMPATIBLE_AT: u64 = 72;
+/// Autoclear feature bits, 8 bytes; version 3.
+pub const AUTOCLEAR_AT: u64 = 88;
+
 /// `QFI\xfb`.
 pub const MAGIC: u32 = 0x5146_49FB;
 /// Bytes with which [`needed_len`] is content.

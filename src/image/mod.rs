@@ -15,8 +15,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::compressed::decompress;
-use crate::format::header::Encryption;
-use crate::format::{Compressed, Header};
+use crate::format::header::{Encryption, PROBE_LEN, needed_len};
+use crate::format::{Compressed, Header, Malformed};
 use crate::io::Storage;
 use crate::units::{HostOffset, round_up_to_sector};
 
@@ -216,6 +216,24 @@ impl Image {
     fn corrupt(&self, reason: &str) -> Error {
         Error::new(ErrorKind::Corrupt, format!("{}: {reason}", self.name))
     }
+}
+
+/// Reads the header of the image in `storage`, by one of [`Header`]'s parsers, and the length of the file.
+fn read_header_with<S: Storage + ?Sized>(
+    name: &str,
+    storage: &S,
+    parse: impl Fn(&[u8], u64) -> std::result::Result<Header, Malformed>,
+) -> Result<(Header, u64)> {
+    let malformed = |reason: Malformed| Error::new(reason.kind(), format!("{name}: {reason}"));
+    let file_len = storage.len()?;
+    let read = |len: u64| {
+        let mut bytes = vec![0; len.min(file_len) as usize];
+        let have = storage.read_at(0, &mut bytes)?;
+        bytes.truncate(have);
+        Ok(bytes)
+    };
+    let need = needed_len(&read(PROBE_LEN as u64)?).map_err(malformed)?;
+    Ok((parse(&read(need)?, file_len).map_err(malformed)?, file_len))
 }
 
 /// Why the content of an image with this header cannot be read, if so.

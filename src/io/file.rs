@@ -381,16 +381,8 @@ impl Drop for StoreFile {
 impl Storage for StoreFile {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         let descriptor = self.descriptor()?;
-        let mut done = 0;
-        while done < buf.len() {
-            match rustix::io::pread(&*descriptor, &mut buf[done..], at + done as u64) {
-                Ok(0) => break,
-                Ok(len) => done += len,
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(Error::io(format!("reading {} at {at:#x}", self.path.display()), error)),
-            }
-        }
-        Ok(done)
+        read_full(&*descriptor, at, buf)
+            .map_err(|error| Error::io(format!("reading {} at {at:#x}", self.path.display()), error))
     }
 
     fn len(&self) -> Result<u64> {
@@ -400,6 +392,20 @@ impl Storage for StoreFile {
     fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
         Ok(extent(&*self.descriptor()?, at, end))
     }
+}
+
+/// Reads from `at` until `buf` is full or the file ends; returns how many bytes there were.
+pub fn read_full(file: impl AsFd, at: u64, buf: &mut [u8]) -> rustix::io::Result<usize> {
+    let mut done = 0;
+    while done < buf.len() {
+        match rustix::io::pread(&file, &mut buf[done..], at + done as u64) {
+            Ok(0) => break,
+            Ok(len) => done += len,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
 }
 
 /// What the file system says of `[at, end)`: see [`Storage::extent`].

@@ -14,7 +14,7 @@ mod write_file;
 
 pub use beneath::{DirEntry, EntryKind, OWN_KIND, Root};
 pub use descriptors::Descriptors;
-pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile, WriteLock};
+pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile, WriteLock, read_full};
 pub use holders::{Holder, all_lock_holders, lock_holders, users_of};
 pub use locks::{Conflict, WRITER_BYTE, probe_writer};
 pub use mountinfo::{MountEntry, mounts};

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::descriptors::Descriptors;
-use super::file::{FileStat, extent};
+use super::file::{FileStat, extent, read_full};
 use super::{Storage, WriteStorage};
 
 /// What is written at once where a file system cannot zero by itself.
@@ -67,16 +67,7 @@ impl Drop for WriteFile {
 
 impl Storage for WriteFile {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
-        let mut done = 0;
-        while done < buf.len() {
-            match rustix::io::pread(&self.file, &mut buf[done..], at + done as u64) {
-                Ok(0) => break,
-                Ok(len) => done += len,
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(self.fail("reading", error)),
-            }
-        }
-        Ok(done)
+        read_full(&self.file, at, buf).map_err(|error| self.fail("reading", error))
     }
 
     fn len(&self) -> Result<u64> {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::format::snapshot::{Snapshot, SnapshotParser};
 use crate::format::{Header, header};
+use crate::io::read_full;
 
 /// A file's own word.
 #[derive(Clone, Debug)]
@@ -114,16 +115,7 @@ fn snapshots(file: &OwnedFd, header: &Header) -> Result<std::result::Result<Vec<
 }
 
 fn read(file: &OwnedFd, at: u64, buf: &mut [u8]) -> Result<usize> {
-    let mut done = 0;
-    while done < buf.len() {
-        match rustix::io::pread(file, &mut buf[done..], at + done as u64) {
-            Ok(0) => break,
-            Ok(len) => done += len,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(Error::io("reading its header", error)),
-        }
-    }
-    Ok(done)
+    read_full(file, at, buf).map_err(|error| Error::io("reading its header", error))
 }
 
 fn digest(bytes: &[u8]) -> u64 {

@@ -17,10 +17,10 @@ mod tables;
 mod window;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::{PROBE_LEN, needed_len};
 use crate::format::refcount::max_refcount;
 use crate::format::snapshot::{SnapshotParser, check_l1};
 use crate::format::{Header, Malformed, Snapshot, Version};
+use crate::image::read_header_with;
 use crate::io::Storage;
 use ranges::{Range, Weight, disjoint};
 use refcounts::Refcounts;
@@ -155,16 +155,7 @@ fn beyond_end(at: u64, len: u64) -> String {
 
 impl<'a> Audited<'a> {
     fn open(storage: &'a dyn Storage, name: &'a str) -> Result<Self> {
-        let file_len = storage.len()?;
-        let malformed = |reason: Malformed| Error::new(reason.kind(), format!("{name}: {reason}"));
-        let read = |len: u64| {
-            let mut bytes = vec![0; len.min(file_len) as usize];
-            let have = storage.read_at(0, &mut bytes)?;
-            bytes.truncate(have);
-            Ok(bytes)
-        };
-        let need = needed_len(&read(PROBE_LEN as u64)?).map_err(malformed)?;
-        let header = Header::parse_for_check(&read(need)?, file_len).map_err(malformed)?;
+        let (header, file_len) = read_header_with(name, storage, Header::parse_for_check)?;
         if let Some(unsupported) = &header.unsupported {
             return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {unsupported}")));
         }

@@ -146,24 +146,19 @@ impl Qcow2Writer {
     /// Notes that tables or data could not be made durable: nothing is written any more.
     #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
     pub(super) fn poisoned_by(&self, error: Error) -> Error {
-        let mut poison = self.poison.lock();
-        let first = poison.get_or_insert_with(|| {
+        let first = self.poison.get_or_init(|| {
             let kind = if error.kind() == ErrorKind::Corrupt { ErrorKind::Corrupt } else { ErrorKind::Poisoned };
             let sentence = "nothing more is written to it until it is opened afresh; what was flushed before is safe";
             let poison = Error::new(kind, format!("{}: {error}; {sentence}", self.core.name));
             tracing::error!("{poison}");
             poison
         });
-        self.is_poisoned.store(true, std::sync::atomic::Ordering::SeqCst);
         first.clone()
     }
 
     /// The reason why nothing is written, if there is one.
     pub(super) fn check_poison(&self) -> Result<()> {
-        if !self.is_poisoned.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        Err(self.poison.lock().clone().expect("a poisoned image has a reason"))
+        self.poison.get().map_or(Ok(()), |poison| Err(poison.clone()))
     }
 }
 

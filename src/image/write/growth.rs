@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::entry::HOST_OFFSET_END;
-use crate::format::header::{MAX_L1_LEN, MAX_REFCOUNT_TABLE_LEN, RefcountTable};
+use crate::format::header::{MAX_L1_LEN, MAX_REFCOUNT_TABLE_LEN, REFCOUNT_TABLE_AT, RefcountTable};
 use crate::format::refcount::{block_entries, set_refcount};
 use crate::format::{Table, Version};
 use crate::units::{HostOffset, SECTOR_SIZE};
@@ -21,7 +21,6 @@ use super::slices::Class;
 // Places of header fields, from the specification; each written at once lies in the first sector.
 const SIZE_AT: u64 = 24;
 const L1_AT: u64 = 36;
-const REFCOUNT_TABLE_AT: u64 = 48;
 
 /// A refcount table to come, with the blocks that count it.
 pub(super) struct TableGrowth {
@@ -74,11 +73,7 @@ impl Meta {
         if (first..first + blocks + clusters).any(|cluster| self.roles.contains(cluster)) {
             return Err(core.corrupt(format_args!("tables lie past {:#x}, where no cluster is counted", first * size)));
         }
-        let mut table = Vec::with_capacity((clusters * size) as usize);
-        for index in 0..entries {
-            let word = self.word(core, self.refcount_table.offset.0 + index * 8, Class::RefcountTable)?;
-            table.extend(word.to_be_bytes());
-        }
+        let mut table = self.table_bytes(core, self.refcount_table.offset, entries, Class::RefcountTable)?;
         (0..blocks).for_each(|index| table.extend(((first + index) * size).to_be_bytes()));
         table.resize((clusters * size) as usize, 0);
         let mut contents = vec![vec![0; size as usize]; blocks as usize];
@@ -149,7 +144,7 @@ impl Qcow2Writer {
         // Whatever lies there, in the tables or below, has never been the disk's.
         let mut at = old_size;
         while at < size {
-            let turn = (size - at).min(self.core.l1_span() - at % self.core.l1_span());
+            let turn = self.core.rest_of_table(at, size - at);
             self.zero_held(at, turn, Zeroing::Unmap, size)?;
             self.relieve()?;
             at += turn;
@@ -177,15 +172,10 @@ impl Qcow2Writer {
         let offset = HostOffset(run.first * size);
         let mut meta = self.meta.write();
         let old = meta.l1;
-        let copied = (|| {
-            let mut table = Vec::with_capacity((clusters * size) as usize);
-            for index in 0..u64::from(old.entries) {
-                let word = meta.word(core, old.offset.0 + index * 8, Class::L1)?;
-                table.extend(word.to_be_bytes());
-            }
+        let copied = meta.table_bytes(core, old.offset, old.entries.into(), Class::L1).and_then(|mut table| {
             table.resize((clusters * size) as usize, 0);
             core.file.write_at(offset.0, &table)
-        })();
+        });
         if let Err(error) = copied {
             meta.give_back(core, run)?;
             return Err(error);

@@ -51,6 +51,12 @@ impl Core {
         self.cluster().size() * self.format.l2_entries()
     }
 
+    /// How much of `len` bytes from `at` on one L2 table maps.
+    pub(super) fn rest_of_table(&self, at: u64, len: u64) -> u64 {
+        let span = self.l1_span();
+        len.min(span - at % span)
+    }
+
     pub(super) fn corrupt(&self, fact: impl std::fmt::Display) -> Error {
         Error::new(ErrorKind::Corrupt, format!("{}: {fact}; unmount it and run chainfs check --repair all", self.name))
     }
@@ -159,14 +165,25 @@ impl Meta {
         Ok(())
     }
 
+    /// The first `entries` of a table, as they stand in memory, as bytes.
+    pub(super) fn table_bytes(&mut self, core: &Core, at: HostOffset, entries: u64, class: Class) -> Result<Vec<u8>> {
+        let mut bytes = Vec::with_capacity(entries as usize * 8);
+        for index in 0..entries {
+            bytes.extend(self.word(core, at.0 + index * 8, class)?.to_be_bytes());
+        }
+        Ok(bytes)
+    }
+
     // Refcounts.
 
     /// The block that counts `cluster`; `None` where there is none yet.
     pub(super) fn refcount_block(&mut self, core: &Core, cluster: u64) -> Result<Option<HostOffset>> {
         let index = cluster / block_entries(core.cluster(), core.order);
-        if index >= self.refcount_table_entries(core) {
-            return Ok(None);
-        }
+        if index < self.refcount_table_entries(core) { self.block_of_entry(core, index) } else { Ok(None) }
+    }
+
+    /// The block that an entry of the refcount table names.
+    pub(super) fn block_of_entry(&mut self, core: &Core, index: u64) -> Result<Option<HostOffset>> {
         let entry = self.word(core, self.refcount_table.offset.0 + index * 8, Class::RefcountTable)?;
         table_entry(entry, core.cluster()).map_err(|reason| core.corrupt(reason.fact()))
     }
@@ -208,7 +225,7 @@ impl Meta {
         match self.cached_table(core, at) {
             Err(()) => None,
             Ok(Err(error)) => Some(Err(error)),
-            Ok(Ok(None)) => Some(Ok((Piece::Below, max.min(core.l1_span() - at % core.l1_span())))),
+            Ok(Ok(None)) => Some(Ok((Piece::Below, core.rest_of_table(at, max)))),
             Ok(Ok(Some(table))) => self.piece_in(core, table, at, max),
         }
     }

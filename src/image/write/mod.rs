@@ -20,7 +20,7 @@ mod zero;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::io::WriteStorage;
 
 use qcow2::Qcow2Writer;
@@ -28,9 +28,6 @@ use raw::RawWriter;
 
 /// What lies below the image that is written: where it is silent, these bytes show through.
 pub trait Below: Send + Sync {
-    /// Bytes of that disk. Beyond them it reads as zeroes.
-    fn size(&self) -> u64;
-
     /// Fills `buf` with the bytes at `at`, zeroes past the end of the disk.
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()>;
 
@@ -46,6 +43,25 @@ pub enum Zeroing {
     Keep,
     /// Whole clusters are given back (`PUNCH_HOLE`, discard).
     Unmap,
+}
+
+/// Makes the bytes of a file zero; where it has no holes, they are written.
+fn zero_bytes(file: &dyn WriteStorage, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
+    match zeroing {
+        Zeroing::Keep => file.write_zeroes(at, len),
+        Zeroing::Unmap => match file.punch_hole(at, len) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => file.write_zeroes(at, len),
+            done => done,
+        },
+    }
+}
+
+/// What is only for the better, and done where the file system can.
+fn where_possible(outcome: Result<()>) -> Result<()> {
+    match outcome {
+        Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
+        other => other,
+    }
 }
 
 /// How a writer behaves.

@@ -1,18 +1,17 @@
 //! Opening a qcow2 image for writing: what is refused, and what is done before the first write.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap::{Bitmap, parse_directory};
 use crate::format::feature;
-use crate::format::header::{PROBE_LEN, needed_len};
-use crate::format::refcount::table_entry;
+use crate::format::header::{AUTOCLEAR_AT, INCOMPATIBLE_AT};
 use crate::format::{EntryFormat, Header, Malformed, SnapshotParser, Version};
 use crate::image::check::rebuild_dirty;
-use crate::image::unreadable;
+use crate::image::{read_header_with, unreadable};
 use crate::io::WriteStorage;
 use crate::units::HostOffset;
 
@@ -22,14 +21,7 @@ use super::qcow2::Qcow2Writer;
 use super::ranges::Ranges;
 use super::roles::Roles;
 use super::slices::{Class, Slices};
-use super::{Below, WriterOptions};
-
-// Places of header fields.
-const INCOMPATIBLE_AT: u64 = 72;
-const AUTOCLEAR_AT: u64 = 88;
-
-/// Autoclear bits whose promises a writer here keeps.
-const KEPT_AUTOCLEAR: u64 = feature::BITMAPS | feature::RAW_DATA;
+use super::{Below, WriterOptions, where_possible};
 
 impl Qcow2Writer {
     /// Opens an image. Nothing of a sound one is written before the first change.
@@ -83,8 +75,7 @@ impl Qcow2Writer {
             has_synced: AtomicBool::new(false),
             prepared: AtomicBool::new(false),
             preparing: Mutex::new(()),
-            is_poisoned: AtomicBool::new(false),
-            poison: Mutex::new(None),
+            poison: OnceLock::new(),
             decompressed: Self::decompressed_cache(),
             core,
         })
@@ -103,8 +94,8 @@ impl Qcow2Writer {
         let header = read_header(&self.core.name, &*self.core.file)?;
         let mut is_changed = self.mark_bitmaps(&header)?;
         // Promises of features that are not known here hold no longer.
-        if header.autoclear & !KEPT_AUTOCLEAR != 0 {
-            let kept = header.autoclear & KEPT_AUTOCLEAR;
+        let kept = header.autoclear & feature::KNOWN_AUTOCLEAR;
+        if header.autoclear != kept {
             self.core.file.write_at(AUTOCLEAR_AT, &kept.to_be_bytes())?;
             is_changed = true;
         }
@@ -121,10 +112,7 @@ impl Qcow2Writer {
     fn reserve_tables(&self, header: &Header) -> Result<()> {
         let core = &self.core;
         let size = core.cluster().size();
-        let reserve = |at: HostOffset, len: u64| match core.file.allocate(at.0, len) {
-            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
-            other => other,
-        };
+        let reserve = |at: HostOffset, len: u64| where_possible(core.file.allocate(at.0, len));
         if header.l1.entries > 0 {
             reserve(header.l1.offset, header.l1.len_bytes().next_multiple_of(size))?;
         }
@@ -132,8 +120,7 @@ impl Qcow2Writer {
         let table = meta.refcount_table;
         reserve(table.offset, u64::from(table.clusters) * size)?;
         for index in 0..meta.refcount_table_entries(core) {
-            let word = meta.word(core, table.offset.0 + index * 8, Class::RefcountTable)?;
-            if let Some(block) = table_entry(word, core.cluster()).map_err(|reason| core.corrupt(reason.fact()))? {
+            if let Some(block) = meta.block_of_entry(core, index)? {
                 reserve(block, size)?;
             }
         }
@@ -193,15 +180,7 @@ fn malformed(name: &str, reason: &Malformed) -> Error {
 
 /// Reads the header as it stands in the file.
 fn read_header(name: &str, file: &dyn WriteStorage) -> Result<Header> {
-    let file_len = file.len()?;
-    let read = |len: u64| {
-        let mut bytes = vec![0; len.min(file_len) as usize];
-        let have = file.read_at(0, &mut bytes)?;
-        bytes.truncate(have);
-        Ok(bytes)
-    };
-    let need = needed_len(&read(PROBE_LEN as u64)?).map_err(|reason| malformed(name, &reason))?;
-    Header::parse(&read(need)?, file_len).map_err(|reason| malformed(name, &reason))
+    read_header_with(name, file, Header::parse).map(|(header, _)| header)
 }
 
 fn refuse(name: &str, header: &Header) -> Result<()> {
@@ -235,8 +214,7 @@ impl Meta {
         let table_len = u64::from(header.refcount_table.clusters) * size;
         self.learn(core, "the refcount table", header.refcount_table.offset.0, table_len)?;
         for index in 0..self.refcount_table_entries(core) {
-            let word = self.word(core, self.refcount_table.offset.0 + index * 8, Class::RefcountTable)?;
-            if let Some(block) = table_entry(word, core.cluster()).map_err(|reason| core.corrupt(reason.fact()))? {
+            if let Some(block) = self.block_of_entry(core, index)? {
                 self.learn(core, "a refcount block", block.0, size)?;
             }
         }

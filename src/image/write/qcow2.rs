@@ -4,8 +4,8 @@
 //! others. Any other write holds its range of clusters, puts head, data and tail into
 //! clusters that nothing refers to yet, and changes the mapping only when they are there.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -20,7 +20,7 @@ use super::Below;
 use super::allocate::{Run, Stop};
 use super::flush::Flushes;
 use super::meta::{Core, Meta, Piece, Words, piece_of};
-use super::ranges::Ranges;
+use super::ranges::{Held, Ranges};
 
 /// Freed clusters that wait for a flush, at most.
 const MAX_PENDING: usize = 1 << 16;
@@ -54,8 +54,8 @@ pub(super) struct Qcow2Writer {
     /// What the first write needs has been done.
     pub(super) prepared: AtomicBool,
     pub(super) preparing: Mutex<()>,
-    pub(super) is_poisoned: AtomicBool,
-    pub(super) poison: Mutex<Option<Error>>,
+    /// Why nothing is written any more.
+    pub(super) poison: OnceLock<Error>,
     pub(super) decompressed: Cache<(u64, u32), Arc<[u8]>>,
 }
 
@@ -257,16 +257,15 @@ impl Qcow2Writer {
     /// Writes to clusters that have no place of their own yet; returns how many bytes that were,
     /// which may be none if another thread came first.
     fn write_elsewhere(&self, at: u64, bytes: &[u8]) -> Result<usize> {
-        let len = self.turn_len(at, bytes.len() as u64);
-        let cluster = self.core.cluster();
-        let _held = self.ranges.hold(cluster.floor(at), cluster.floor(at + len - 1) + cluster.size());
+        let len = self.core.rest_of_table(at, bytes.len() as u64).min(MAX_TURN);
+        let _held = self.hold(at, len);
         self.fill(at, &bytes[..len as usize])
     }
 
-    /// How much of a range one turn may change: up to the end of its L2 table.
-    pub(super) fn turn_len(&self, at: u64, len: u64) -> u64 {
-        let span = self.core.l1_span();
-        len.min(span - at % span).min(MAX_TURN)
+    /// Waits for the clusters of a range, and holds them.
+    pub(super) fn hold(&self, at: u64, len: u64) -> Held<'_> {
+        let cluster = self.core.cluster();
+        self.ranges.hold(cluster.floor(at), cluster.floor(at + len - 1) + cluster.size())
     }
 
     /// With the range held: gives the first of `bytes` places of their own, and writes them there.

@@ -3,8 +3,8 @@
 //! There are no tables, so that durability is the file's own: a flush is a sync. A sync that has
 //! failed is never asked for again, for the kernel may have dropped what it could not write.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::WriteStorage;
 use crate::units::round_up_to_sector;
 
-use super::Zeroing;
+use super::{Zeroing, zero_bytes};
 
 /// A raw file that is written.
 pub(super) struct RawWriter {
@@ -30,7 +30,8 @@ pub(super) struct RawWriter {
     has_synced: AtomicBool,
     /// Held during a sync: who comes second must not return before the first has it done.
     syncing: Mutex<()>,
-    poison: Mutex<Option<Error>>,
+    /// Why nothing is written any more.
+    poison: OnceLock<Error>,
 }
 
 impl RawWriter {
@@ -46,7 +47,7 @@ impl RawWriter {
             dirty: AtomicBool::new(false),
             has_synced: AtomicBool::new(false),
             syncing: Mutex::default(),
-            poison: Mutex::default(),
+            poison: OnceLock::new(),
         })
     }
 
@@ -73,13 +74,7 @@ impl RawWriter {
 
     pub(super) fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
         let end = self.check(at, len);
-        self.change(end, || match zeroing {
-            Zeroing::Keep => self.file.write_zeroes(at, len),
-            Zeroing::Unmap => match self.file.punch_hole(at, len) {
-                Err(error) if error.kind() == ErrorKind::Unsupported => self.file.write_zeroes(at, len),
-                done => done,
-            },
-        })
+        self.change(end, || zero_bytes(&*self.file, at, len, zeroing))
     }
 
     pub(super) fn allocate(&self, at: u64, len: u64) -> Result<()> {
@@ -118,7 +113,7 @@ impl RawWriter {
         self.file.sync().inspect_err(|error| {
             self.dirty.store(true, Ordering::Release);
             let fact = format!("{} takes no more writes until it is mounted again: {error}", self.name);
-            *self.poison.lock() = Some(Error::new(ErrorKind::Poisoned, fact));
+            self.poison.get_or_init(|| Error::new(ErrorKind::Poisoned, fact));
         })
     }
 
@@ -131,7 +126,7 @@ impl RawWriter {
     }
 
     pub(super) fn poison(&self) -> Option<Error> {
-        self.poison.lock().clone()
+        self.poison.get().cloned()
     }
 
     pub(super) fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {

@@ -7,14 +7,16 @@
 //! Space is given back before the mapping changes, never later: by then the cluster may be
 //! somebody else's. A crash in between shows zeroes, which is what was asked for.
 
-use crate::error::{ErrorKind, Result};
+use std::sync::atomic::Ordering;
+
+use crate::error::Result;
 use crate::format::subcluster::SUBCLUSTERS;
 use crate::format::{EntryFormat, SubclusterEntry, Version};
 use crate::units::HostOffset;
 
-use super::Zeroing;
 use super::meta::{Meta, Piece, Words, piece_of};
 use super::qcow2::{Qcow2Writer, subclusters};
+use super::{Zeroing, where_possible, zero_bytes};
 
 /// Clusters whose entries change in one go.
 const BATCH: usize = 1024;
@@ -39,12 +41,12 @@ impl Qcow2Writer {
     /// Makes a range read as zeroes.
     pub(super) fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
         self.prepare()?;
-        let cluster = self.core.cluster();
         let end = at + len;
         let mut at = at;
         while at < end {
-            let turn = self.zero_turn(at, end - at)?;
-            let _held = self.ranges.hold(cluster.floor(at), cluster.floor(at + turn - 1) + cluster.size());
+            self.check_poison()?;
+            let turn = self.core.rest_of_table(at, end - at);
+            let _held = self.hold(at, turn);
             self.zero_held(at, turn, zeroing, self.size())?;
             at += turn;
             self.relieve()?;
@@ -52,26 +54,13 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// How much of a range to take at once: to the end of an L2 table.
-    fn zero_turn(&self, at: u64, len: u64) -> Result<u64> {
-        self.check_poison()?;
-        let span = self.core.l1_span();
-        Ok(len.min(span - at % span))
-    }
-
     /// The same for whoever holds the range; the disk ends, or will end, at `disk_end`.
     pub(super) fn zero_held(&self, at: u64, len: u64, zeroing: Zeroing, disk_end: u64) -> Result<()> {
         if self.raw_data
             && let Some(data_file) = &self.core.data_file
         {
-            match zeroing {
-                Zeroing::Unmap => match data_file.punch_hole(at, len) {
-                    Err(error) if error.kind() == ErrorKind::Unsupported => data_file.write_zeroes(at, len)?,
-                    other => other?,
-                },
-                Zeroing::Keep => data_file.write_zeroes(at, len)?,
-            }
-            self.data_dirty.store(true, std::sync::atomic::Ordering::Release);
+            zero_bytes(&**data_file, at, len, zeroing)?;
+            self.data_dirty.store(true, Ordering::Release);
         }
         let unit = self.unit();
         let end = at + len;
@@ -217,11 +206,8 @@ impl Qcow2Writer {
             return Ok(()); // done, as data
         }
         let mut hole: Option<(u64, u64)> = None;
-        let punch = |(start, end): (u64, u64)| match self.core.data().punch_hole(start, end - start) {
-            // Then the space stays taken until the cluster is used again.
-            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
-            other => other,
-        };
+        // Elsewhere the space stays taken until the cluster is used again.
+        let punch = |(start, end): (u64, u64)| where_possible(self.core.data().punch_hole(start, end - start));
         for change in changes {
             for (host, len) in self.own_places(change)? {
                 hole = match hole {
@@ -232,7 +218,7 @@ impl Qcow2Writer {
                     }
                     None => Some((host.0, host.0 + len)),
                 };
-                self.data_dirty.store(true, std::sync::atomic::Ordering::Release);
+                self.data_dirty.store(true, Ordering::Release);
             }
         }
         hole.map_or(Ok(()), punch)
@@ -367,9 +353,6 @@ impl Qcow2Writer {
     }
 
     fn take_space(&self, host: HostOffset, len: u64) -> Result<()> {
-        match self.core.data().allocate(host.0, len) {
-            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
-            other => other,
-        }
+        where_possible(self.core.data().allocate(host.0, len))
     }
 }

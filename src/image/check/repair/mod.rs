@@ -24,11 +24,9 @@ use super::{Audited, CheckReport, Kind, MAX_FINDINGS, Pass, References, Without,
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Version;
 use crate::format::feature;
+use crate::format::header::{AUTOCLEAR_AT, INCOMPATIBLE_AT};
 use crate::io::{Storage, WriteStorage};
 use survey::Survey;
-
-const INCOMPATIBLE_AT: u64 = 72;
-const AUTOCLEAR_AT: u64 = 88;
 
 /// How much is to be repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -265,7 +263,7 @@ impl<'a> Repair<'a> {
     /// Whoever writes clears the bits whose meaning it does not know: that is what they are for.
     fn drop_unknown_features(&self) -> Result<()> {
         let header = Audited::open(self.storage, self.name)?.header;
-        let known = header.autoclear & (feature::BITMAPS | feature::RAW_DATA);
+        let known = header.autoclear & feature::KNOWN_AUTOCLEAR;
         if header.autoclear == known {
             return Ok(());
         }

@@ -7,14 +7,13 @@ use std::ops::Range;
 
 use super::{Stage, Without};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::MAX_REFCOUNT_TABLE_LEN;
+use crate::format::header::{MAX_REFCOUNT_TABLE_LEN, REFCOUNT_TABLE_AT};
 use crate::format::refcount::{max_refcount, set_refcount};
 use crate::format::snapshot::{MAX_TABLE_LEN, with_required_extra};
 use crate::io::WriteStorage;
 
 use super::super::window::Window;
 
-const REFCOUNT_TABLE_AT: u64 = 48;
 /// Bytes that are written at a time.
 const BUFFER_LEN: usize = 1 << 20;
 
