@@ -62,6 +62,10 @@ impl WriteStorage for RealFile {
         self.write_at(at, &vec![0; len as usize])
     }
 
+    fn reserve(&self, _at: u64, _len: u64) -> Result<()> {
+        Ok(())
+    }
+
     fn allocate(&self, _: u64, _: u64) -> Result<()> {
         Err(Error::new(ErrorKind::Unsupported, "no space to be taken here"))
     }

@@ -146,6 +146,10 @@ impl WriteStorage for Memory {
         self.write_at(at, &vec![0; len as usize])
     }
 
+    fn reserve(&self, _at: u64, _len: u64) -> Result<()> {
+        Ok(())
+    }
+
     fn allocate(&self, at: u64, len: u64) -> Result<()> {
         self.reach(at + len)?;
         let mut all = self.bytes.lock().unwrap();

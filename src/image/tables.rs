@@ -28,7 +28,7 @@ impl Image {
         }
         let mut bytes = [0; SLICE_LEN as usize];
         let bytes = &mut bytes[..len as usize];
-        if self.file.read_at(at, bytes)? < bytes.len() {
+        if self.file.read_table_at(at, bytes)? < bytes.len() {
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 format!(

@@ -118,6 +118,8 @@ pub struct StoreFile {
     pinned: AtomicBool,
     /// Whether this process writes the file: then whatever is seen to change is our own doing.
     written: AtomicBool,
+    /// See [`WriteFile`]. A leaf.
+    tables: Arc<RwLock<()>>,
 }
 
 /// Those for whom the file's descriptor carries locks.
@@ -152,6 +154,7 @@ impl StoreFile {
             holders: Mutex::default(),
             pinned: AtomicBool::new(false),
             written: AtomicBool::new(false),
+            tables: Arc::default(),
         })
     }
 
@@ -273,7 +276,7 @@ impl StoreFile {
         if FileStat::of(&file)?.id != self.id {
             return Err(self.stale());
         }
-        Ok(WriteFile::new(file, &self.path, &self.descriptors))
+        Ok(WriteFile::new(file, &self.path, &self.descriptors, &self.tables))
     }
 
     fn refused(&self, conflict: &Conflict, for_reading: bool) -> Error {
@@ -391,6 +394,15 @@ impl Storage for StoreFile {
 
     fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
         Ok(extent(&*self.descriptor()?, at, end))
+    }
+
+    fn read_table_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        let _unchanged = self.tables.read();
+        self.read_at(at, buf)
+    }
+
+    fn open_file(&self) -> Option<Arc<OwnedFd>> {
+        self.descriptor().ok()
     }
 }
 

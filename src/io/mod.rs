@@ -20,7 +20,10 @@ pub use locks::{Conflict, WRITER_BYTE, probe_writer};
 pub use mountinfo::{MountEntry, mounts};
 pub use write_file::WriteFile;
 
-use crate::error::Result;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
 
 #[expect(clippy::len_without_is_empty, reason = "an empty image file is nothing to ask for")]
 /// The bytes of one image file (or external data file), by position.
@@ -36,6 +39,17 @@ pub trait Storage: Send + Sync {
     /// length, at least 1. Where holes cannot be told, everything is data.
     fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
         Ok((true, end - at))
+    }
+
+    /// As [`Storage::read_at`], of tables that this process may be writing (with
+    /// [`WriteStorage::write_table_at`]): what is read is never a mixture of before and after.
+    fn read_table_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        self.read_at(at, buf)
+    }
+
+    /// The open file behind it, for copies that the kernel can make by itself; `None` where there is none.
+    fn open_file(&self) -> Option<Arc<OwnedFd>> {
+        None
     }
 }
 
@@ -61,8 +75,49 @@ pub trait WriteStorage: Storage {
     /// for want of it; the file grows if it must. `Unsupported` where the file system cannot.
     fn allocate(&self, at: u64, len: u64) -> Result<()>;
 
+    /// Takes space for a range as [`WriteStorage::allocate`] does, but leaves the file as long as it is.
+    /// What lies past its end is given back by [`WriteStorage::punch_hole`].
+    fn reserve(&self, at: u64, len: u64) -> Result<()>;
+
+    /// As [`WriteStorage::write_at`], of tables that others of this process may be reading (with
+    /// [`Storage::read_table_at`]).
+    fn write_table_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.write_at(at, bytes)
+    }
+
+    /// Copies `len` bytes of `source` from `from` on to `at`; the file grows if it must. The source has to
+    /// have them all. Where the file system can, both files share the bytes afterwards.
+    fn copy_from(&self, at: u64, source: &dyn Storage, from: u64, len: u64) -> Result<()> {
+        copy_by_hand(self, at, source, from, len)
+    }
+
     /// Returns when all that was written is durable, the file's length included.
     fn sync(&self) -> Result<()>;
+}
+
+/// Bytes that are copied at once where the kernel cannot do it.
+const COPY_STEP: u64 = 1 << 20;
+
+/// [`WriteStorage::copy_from`] through a buffer.
+fn copy_by_hand<W: WriteStorage + ?Sized>(
+    target: &W,
+    at: u64,
+    source: &dyn Storage,
+    from: u64,
+    len: u64,
+) -> Result<()> {
+    let mut buffer = vec![0; len.min(COPY_STEP) as usize];
+    let mut done = 0;
+    while done < len {
+        let piece = &mut buffer[..(len - done).min(COPY_STEP) as usize];
+        if source.read_at(from + done, piece)? < piece.len() {
+            let fact = format!("a file ends before {:#x}, in the middle of what was to be copied", from + len);
+            return Err(Error::new(ErrorKind::Io, fact));
+        }
+        target.write_at(at + done, piece)?;
+        done += piece.len() as u64;
+    }
+    Ok(())
 }
 
 impl Storage for Vec<u8> {

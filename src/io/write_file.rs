@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use parking_lot::RwLock;
 use rustix::fs::{self, FallocateFlags};
 use rustix::io::Errno;
 
@@ -15,24 +16,35 @@ use crate::error::{Error, ErrorKind, Result};
 
 use super::descriptors::Descriptors;
 use super::file::{FileStat, extent, read_full};
-use super::{Storage, WriteStorage};
+use super::{Storage, WriteStorage, copy_by_hand};
 
 /// What is written at once where a file system cannot zero by itself.
 const ZEROES: &[u8] = &[0; 64 << 10];
+/// What the kernel is asked to copy at once: a copy cannot be broken off.
+const MAX_COPY: u64 = 16 << 20;
 
 /// A file that is open for reading and writing.
 #[derive(Debug)]
 pub struct WriteFile {
-    file: OwnedFd,
+    file: Arc<OwnedFd>,
     path: PathBuf,
     descriptors: Arc<Descriptors>,
+    /// Held alone while tables are written, shared by those who read them through the
+    /// [`StoreFile`](super::StoreFile). A leaf.
+    tables: Arc<RwLock<()>>,
 }
 
 impl WriteFile {
     /// Takes over an open file; `path` is for messages.
-    pub(super) fn new(file: OwnedFd, path: &Path, descriptors: &Arc<Descriptors>) -> Arc<Self> {
+    pub(super) fn new(
+        file: OwnedFd,
+        path: &Path,
+        descriptors: &Arc<Descriptors>,
+        tables: &Arc<RwLock<()>>,
+    ) -> Arc<Self> {
         descriptors.pinned();
-        Arc::new(Self { file, path: path.to_path_buf(), descriptors: Arc::clone(descriptors) })
+        let (descriptors, tables) = (Arc::clone(descriptors), Arc::clone(tables));
+        Arc::new(Self { file: Arc::new(file), path: path.to_path_buf(), descriptors, tables })
     }
 
     fn fail(&self, doing: &str, error: impl Into<std::io::Error>) -> Error {
@@ -76,6 +88,10 @@ impl Storage for WriteFile {
 
     fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
         Ok(extent(&self.file, at, end))
+    }
+
+    fn open_file(&self) -> Option<Arc<OwnedFd>> {
+        Some(Arc::clone(&self.file))
     }
 }
 
@@ -123,6 +139,39 @@ impl WriteStorage for WriteFile {
 
     fn allocate(&self, at: u64, len: u64) -> Result<()> {
         self.fallocate("reserving space for", FallocateFlags::empty(), at, len)
+    }
+
+    fn reserve(&self, at: u64, len: u64) -> Result<()> {
+        self.fallocate("reserving space for", FallocateFlags::KEEP_SIZE, at, len)
+    }
+
+    fn write_table_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let _alone = self.tables.write();
+        self.write_at(at, bytes)
+    }
+
+    fn copy_from(&self, at: u64, source: &dyn Storage, from: u64, len: u64) -> Result<()> {
+        let Some(source_file) = source.open_file() else { return copy_by_hand(self, at, source, from, len) };
+        let mut done = 0;
+        while done < len {
+            // The kernel shares the blocks where the file system can (it tries that first), and copies else.
+            let (mut read_at, mut write_at) = (from + done, at + done);
+            let piece = (len - done).min(MAX_COPY) as usize;
+            match fs::copy_file_range(&source_file, Some(&mut read_at), &self.file, Some(&mut write_at), piece) {
+                Ok(0) => {
+                    let fact = format!("a file ends before {:#x}, in the middle of what was to be copied", from + len);
+                    return Err(Error::new(ErrorKind::Io, fact));
+                }
+                Ok(copied) => done += copied as u64,
+                Err(Errno::INTR) => {}
+                // Between file systems that do not know each other, and on those that cannot.
+                Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::TXTBSY | Errno::PERM) => {
+                    return copy_by_hand(self, at + done, source, from + done, len - done);
+                }
+                Err(error) => return Err(self.fail("copying into", error)),
+            }
+        }
+        Ok(())
     }
 
     fn sync(&self) -> Result<()> {

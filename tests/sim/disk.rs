@@ -396,6 +396,16 @@ impl WriteStorage for SimDisk {
         self.change("allocating", Action::Allocate { at, len })
     }
 
+    fn reserve(&self, at: u64, len: u64) -> Result<()> {
+        // Nothing of it shows in the file; whether there is room is asked all the same.
+        let pages = self.pages.lock();
+        let failure = self.machine.strikes(Calls::Changes, Hit::Change);
+        match failure.or_else(|| self.lacks_space(&pages, &Action::Allocate { at, len })) {
+            Some(failure) => Err(failure.error("reserving space of")),
+            None => Ok(()),
+        }
+    }
+
     fn sync(&self) -> Result<()> {
         self.machine.pause();
         // No change can come between the word and the deed.

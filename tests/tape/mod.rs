@@ -112,6 +112,10 @@ impl WriteStorage for Tape {
         panic!("a repair keeps all bytes")
     }
 
+    fn reserve(&self, _at: u64, _len: u64) -> Result<()> {
+        Ok(())
+    }
+
     fn allocate(&self, _at: u64, _len: u64) -> Result<()> {
         panic!("a repair needs no space of its own")
     }

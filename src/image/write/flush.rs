@@ -170,7 +170,7 @@ fn write_batch(core: &Core, batch: &Batch) -> Result<()> {
     for (place, words) in batch {
         let is_next = start.0 + bytes.len() as u64 == *place;
         if !bytes.is_empty() && (!is_next || bytes.len() >= MAX_WRITE) {
-            core.file.write_at(start.0, &bytes)?;
+            core.file.write_table_at(start.0, &bytes)?;
             bytes.clear();
         }
         if bytes.is_empty() {
@@ -179,5 +179,5 @@ fn write_batch(core: &Core, batch: &Batch) -> Result<()> {
         debug_assert_eq!(words.len() as u64 * 8, slice_len);
         bytes.extend(words.iter().flat_map(|word| word.to_be_bytes()));
     }
-    if bytes.is_empty() { Ok(()) } else { core.file.write_at(start.0, &bytes) }
+    if bytes.is_empty() { Ok(()) } else { core.file.write_table_at(start.0, &bytes) }
 }

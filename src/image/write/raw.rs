@@ -216,6 +216,10 @@ mod tests {
             self.write_at(at, &vec![0; len as usize])
         }
 
+        fn reserve(&self, _at: u64, _len: u64) -> Result<()> {
+            Ok(())
+        }
+
         fn allocate(&self, _at: u64, _len: u64) -> Result<()> {
             Err(Error::new(ErrorKind::Unsupported, "reserving"))
         }

@@ -41,6 +41,10 @@ impl WriteStorage for Memory {
         unreachable!("a repair keeps all bytes")
     }
 
+    fn reserve(&self, _at: u64, _len: u64) -> Result<()> {
+        Ok(())
+    }
+
     fn allocate(&self, _at: u64, _len: u64) -> Result<()> {
         unreachable!("a repair writes what it needs")
     }
