@@ -18,6 +18,12 @@ pub enum ErrorKind {
     NotFound,
     /// The words of a request are wrong.
     Usage,
+    /// There is something of that name already.
+    Exists,
+    /// Something else would be lost with it: other images stand on it, or snapshots are kept in it.
+    NotEmpty,
+    /// The user has stopped it.
+    Cancelled,
     /// Somebody else uses what is needed.
     Busy,
     /// The caller may not do this.
@@ -51,9 +57,12 @@ pub enum ErrorKind {
 }
 
 /// Every kind, for tests and tables.
-pub const ERROR_KINDS: [ErrorKind; 17] = [
+pub const ERROR_KINDS: [ErrorKind; 20] = [
     ErrorKind::NotFound,
     ErrorKind::Usage,
+    ErrorKind::Exists,
+    ErrorKind::NotEmpty,
+    ErrorKind::Cancelled,
     ErrorKind::Busy,
     ErrorKind::Denied,
     ErrorKind::ReadOnly,
@@ -77,6 +86,9 @@ pub fn errno(kind: ErrorKind) -> rustix::io::Errno {
     match kind {
         ErrorKind::NotFound => Errno::NOENT,
         ErrorKind::Usage => Errno::INVAL,
+        ErrorKind::Exists => Errno::EXIST,
+        ErrorKind::NotEmpty => Errno::NOTEMPTY,
+        ErrorKind::Cancelled => Errno::CANCELED,
         ErrorKind::Busy => Errno::BUSY,
         ErrorKind::Denied => Errno::ACCESS,
         ErrorKind::ReadOnly => Errno::ROFS,
@@ -110,6 +122,7 @@ impl Error {
         let source = source.into();
         let kind = match source.kind() {
             io::ErrorKind::NotFound => ErrorKind::NotFound,
+            io::ErrorKind::AlreadyExists => ErrorKind::Exists,
             io::ErrorKind::PermissionDenied => ErrorKind::Denied,
             io::ErrorKind::ReadOnlyFilesystem => ErrorKind::ReadOnly,
             io::ErrorKind::ResourceBusy => ErrorKind::Busy,

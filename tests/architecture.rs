@@ -4,10 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// From the outermost to the innermost. `format` and `io` stand side by side.
-const LAYERS: [(&str, usize); 11] = [
-    ("cli", 8),
-    ("fs", 7),
-    ("report", 6),
+const LAYERS: [(&str, usize); 12] = [
+    ("cli", 9),
+    ("fs", 8),
+    ("report", 7),
+    ("ops", 6),
     ("store", 5),
     ("chain", 4),
     ("image", 3),

@@ -1,0 +1,16 @@
+//! What changes the shape of chains: requests become plans, plans become jobs.
+//!
+//! A [`Request`] is parsed without looking at the world; a [`Plan`] says everything that its job would
+//! do, and every refusal, before anything is touched; a job runs the very plan that was shown.
+//! Promises: every view that is listed has exactly the bytes it had, whatever fails and whenever
+//! the process or the machine dies. Inodes, directories of the mount and the kernel are for others.
+
+mod engine;
+mod plan;
+mod request;
+mod status;
+
+pub use engine::Engine;
+pub use plan::{Plan, PlanLayer};
+pub use request::{CommitRequest, MAX_COMMAND_LEN, PullRequest, Request, SnapshotRequest, Verb};
+pub use status::{JobState, Status};
