@@ -6,7 +6,7 @@ use super::output::print;
 use super::target::{Target, What, host_path};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::check::{CheckReport, Scope, check, repair};
-use crate::io::Storage;
+use crate::io::{Storage, WriterKind};
 use crate::report::json::pretty;
 use crate::report::safe::terminal;
 use crate::store::{Catalog, Content, Format, ImageIndex, Store};
@@ -104,7 +104,7 @@ fn judge(
         let fact = "it lies in a backing_dir, whose images are never changed; name the image itself";
         return Err(Error::new(ErrorKind::Forbidden, format!("{name}: {fact}")));
     }
-    let _lock = file.lock_for_writing(false)?;
+    let _lock = file.lock_for_writing(WriterKind::Guest, false)?;
     let storage = file.open_for_writing()?;
     let scope = match scope {
         RepairScope::Leaks => Scope::Leaks,

@@ -105,7 +105,7 @@ impl Tree {
 
     fn active_node(&self, inode: u64) -> Result<ViewNode> {
         match self.node(inode)? {
-            Node::View(view) if view.part == Part::Active => Ok(view),
+            Node::View(view) if matches!(view.part, Part::Active(_)) => Ok(view),
             _ => Err(read_only()),
         }
     }

@@ -133,6 +133,7 @@ impl Adapter {
     /// Whether this opening is handed to the raw file itself. `None` if it is not.
     fn pass(&self, reply: &ReplyOpen, inode: u64, handle: &Handle) -> Option<Arc<BackingId>> {
         let Handle::Disk(disk) = handle else { return None };
+        let disk = disk.view();
         let file = disk.raw_file.as_ref()?;
         let mut modes = self.modes.lock();
         let mode = modes.entry(inode).or_default();
@@ -247,7 +248,7 @@ impl Filesystem for Adapter {
             Handle::Active(_) if self.features.parallel_writes => {
                 FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
             }
-            Handle::Disk(disk) if self.cache(inode.0, disk.fingerprint) => FopenFlags::FOPEN_KEEP_CACHE,
+            Handle::Disk(disk) if self.cache(inode.0, disk.view().fingerprint) => FopenFlags::FOPEN_KEEP_CACHE,
             Handle::Disk(_) => FopenFlags::empty(),
             // A disk that changes; and each opening has a text of its own, which no other may be served.
             Handle::Active(_) | Handle::Text(_) | Handle::Directory(_) => FopenFlags::FOPEN_DIRECT_IO,

@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
-use crate::store::{ActiveHandle, OpenView};
+use crate::store::{ActiveHandle, OpenDisk};
 
+use super::attributes::Attributes;
 use super::tree::Listed;
 
 /// Something open.
@@ -17,7 +18,7 @@ pub enum Handle {
     /// A document, as of its opening.
     Text(Arc<[u8]>),
     /// A snapshot; QEMU's locks are held as long as it lives.
-    Disk(Arc<OpenView>),
+    Disk(Arc<OpenDisk>),
     /// An active disk. The kernel hands every read and write of it to us.
     Active(Arc<ActiveHandle>),
     /// A directory, as of its opening.
@@ -28,18 +29,24 @@ pub enum Handle {
 #[derive(Debug, Default)]
 pub(super) struct Handles {
     last: AtomicU64,
-    open: RwLock<HashMap<u64, Handle>>,
+    open: RwLock<HashMap<u64, (Handle, Option<Attributes>)>>,
 }
 
 impl Handles {
-    pub(super) fn add(&self, handle: Handle) -> u64 {
+    /// Gives it a number. `seen`: what it looks like, where that is to be remembered.
+    pub(super) fn add(&self, handle: Handle, seen: Option<Attributes>) -> u64 {
         let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
-        self.open.write().insert(number, handle);
+        self.open.write().insert(number, (handle, seen));
         number
     }
 
     pub(super) fn get(&self, number: u64) -> Option<Handle> {
-        self.open.read().get(&number).cloned()
+        self.open.read().get(&number).map(|(handle, _)| handle.clone())
+    }
+
+    /// What a node looked like when it was opened, if it still is.
+    pub(super) fn attributes(&self, inode: u64) -> Option<Attributes> {
+        self.open.read().values().filter_map(|(_, seen)| *seen).find(|seen| seen.inode == inode)
     }
 
     pub(super) fn remove(&self, number: u64) {

@@ -42,25 +42,24 @@ pub struct ViewNode {
     pub chain: Arc<PathBuf>,
     /// The view's name, without suffix.
     pub name: Arc<[u8]>,
-    /// The image that is its top layer.
-    pub image: FileId,
-    /// Which state of the image.
+    /// Which disk it is.
     pub part: Part,
 }
 
-/// Which state of a view's top image, as an identity.
+/// Which disk a view is, as an identity: the image that is its top layer, and which state of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Part {
-    /// The active disk: its content changes, its number stays.
-    Active,
+    /// The active disk, by the store's number for it: its content changes, and so may the image that is its
+    /// top layer; its number stays.
+    Active(u64),
     /// A frozen layer, by the versions of its file and of those below. All of them: two openings of
     /// one number share the kernel's page cache, also when one of them still reads a file that
     /// has been replaced since.
-    Frozen(u64),
+    Frozen(FileId, u64),
     /// An internal snapshot, by a digest of its entry in the table and of the files below.
-    Snapshot(u64),
+    Snapshot(FileId, u64),
     /// The VM state of an internal snapshot, by a digest of its entry.
-    VmState(u64),
+    VmState(FileId, u64),
 }
 
 /// The files of `.chainfs`.

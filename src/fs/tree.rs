@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Snapshot;
 use crate::io::{FileStat, Storage};
 use crate::store::{
-    ACTIVE, Access, ActiveAttributes, ActiveHandle, Catalog, ChainView, ChainViews, ImageEntry, ImageIndex, OpenView,
+    ACTIVE, Access, ActiveAttributes, ActiveHandle, Catalog, ChainView, ChainViews, ImageEntry, ImageIndex, OpenDisk,
     STORE_DIRECTORY, Store, ViewPart,
 };
 
@@ -167,7 +167,7 @@ impl Tree {
         let base = name.as_bytes().strip_suffix(DISK_SUFFIX)?;
         let views = self.store.chain_views(catalog, leaf);
         let view = views.active().filter(|_| base == ACTIVE)?;
-        Some(Node::View(view_node(catalog, chain, &views, view, false)))
+        Some(Node::View(self.view_node(catalog, chain, &views, view, false)))
     }
 
     fn snapshot_child(&self, catalog: &Arc<Catalog>, chain: &Arc<PathBuf>, name: &OsStr) -> Option<Node> {
@@ -178,7 +178,7 @@ impl Tree {
             None => (name.strip_suffix(VM_STATE_SUFFIX)?, true),
         };
         let view = views.find(base).filter(|view| !view.active && (!vm_state || view.has_vm_state))?;
-        Some(Node::View(view_node(catalog, chain, &views, view, vm_state)))
+        Some(Node::View(self.view_node(catalog, chain, &views, view, vm_state)))
     }
 
     /// The entries of a directory, as of now.
@@ -205,10 +205,10 @@ impl Tree {
             Node::Snapshots(chain) => {
                 let views = self.store.chain_views(&catalog, leaf(&catalog, chain)?);
                 for view in views.snapshots() {
-                    let node = Node::View(view_node(&catalog, chain, &views, view, false));
+                    let node = Node::View(self.view_node(&catalog, chain, &views, view, false));
                     found.push((file_name(&view.name, DISK_SUFFIX), node));
                     if view.has_vm_state {
-                        let node = Node::View(view_node(&catalog, chain, &views, view, true));
+                        let node = Node::View(self.view_node(&catalog, chain, &views, view, true));
                         found.push((file_name(&view.name, VM_STATE_SUFFIX), node));
                     }
                 }
@@ -238,7 +238,7 @@ impl Tree {
     ) -> Result<()> {
         let views = self.store.chain_views(catalog, leaf(catalog, chain)?);
         if let Some(view) = views.active() {
-            let node = Node::View(view_node(catalog, chain, &views, view, false));
+            let node = Node::View(self.view_node(catalog, chain, &views, view, false));
             found.push((file_name(&view.name, DISK_SUFFIX), node));
         }
         found.push((INFO.into(), Node::Info(Arc::clone(chain))));
@@ -279,21 +279,21 @@ impl Tree {
     }
 
     fn view_attributes(&self, node: &ViewNode, inode: u64) -> Result<Attributes> {
-        let active = if node.part == Part::Active { self.store.active_attributes(node.image) } else { None };
-        let found = match (self.find(node), active) {
-            (Ok(found), _) => found,
-            // The image has been taken away from under those who have it open, who may go on.
-            (Err(_), Some(active)) => return Ok(self.active_attributes(&active, inode)),
-            (Err(error), None) => return Err(error),
-        };
-        if let Some(active) = active {
+        if let Part::Active(number) = node.part
+            && let Some(active) = self.store.active_attributes(number)
+        {
             return Ok(self.active_attributes(&active, inode));
         }
+        let found = match self.find(node) {
+            Ok(found) => found,
+            // Taken away from under those who have it open, who may go on.
+            Err(error) => return self.handles.attributes(inode).ok_or(error),
+        };
         let image = found.image();
         // The active disk's file changes all the time; a frozen one is as it was.
         let stat = if found.view.active { self.store.stat_now(image) } else { image.stat };
         let (size, mtime) = match (node.part, found.snapshot()) {
-            (Part::VmState(_), Some(snapshot)) => (snapshot.vm_state_size, taken(snapshot)),
+            (Part::VmState(..), Some(snapshot)) => (snapshot.vm_state_size, taken(snapshot)),
             (_, Some(snapshot)) => (snapshot.virtual_size.or(image.virtual_size()).unwrap_or(0), taken(snapshot)),
             _ => (image.virtual_size().unwrap_or(0), image.frozen.as_ref().map_or(modified(&stat), frozen)),
         };
@@ -328,18 +328,38 @@ impl Tree {
         let catalog = self.store.catalog();
         let views = self.store.chain_views(&catalog, leaf(&catalog, &node.chain)?);
         let view = views.find(&node.name).cloned().ok_or_else(|| stale("the disk is no longer part of its chain"))?;
-        let vm_state = matches!(node.part, Part::VmState(_));
-        if view_node(&catalog, &node.chain, &views, &view, vm_state) != *node {
+        let vm_state = matches!(node.part, Part::VmState(..));
+        if self.view_node(&catalog, &node.chain, &views, &view, vm_state) != *node {
             return Err(stale("another disk has taken its name"));
         }
         Ok(Found { catalog, views, view })
+    }
+
+    /// The node of a view: its identity, as the catalog has it now.
+    fn view_node(
+        &self,
+        catalog: &Catalog,
+        chain: &Arc<PathBuf>,
+        views: &ChainViews,
+        view: &ChainView,
+        vm_state: bool,
+    ) -> ViewNode {
+        let image = &catalog.images[views.layers[view.layer]];
+        let snapshot = view.snapshot.and_then(|index| image.qcow2()?.snapshots.get(index));
+        let part = match snapshot {
+            Some(snapshot) if vm_state => Part::VmState(image.stat.id, digest(snapshot, 0)),
+            Some(snapshot) => Part::Snapshot(image.stat.id, digest(snapshot, views.state(view.layer + 1))),
+            None if view.active => Part::Active(self.store.active_number(image.stat.id)),
+            None => Part::Frozen(image.stat.id, views.state(view.layer)),
+        };
+        ViewNode { chain: Arc::clone(chain), name: view.name.as_slice().into(), part }
     }
 
     /// Opens a file; directories by [`Tree::open_directory`]. The number is for [`Tree::read`].
     pub fn open(&self, inode: u64, access: Access) -> Result<(u64, Handle)> {
         let catalog = self.store.catalog();
         let node = self.node(inode)?;
-        let is_active = matches!(&node, Node::View(view) if view.part == Part::Active);
+        let is_active = matches!(&node, Node::View(view) if matches!(view.part, Part::Active(_)));
         if access.writes() && !is_active {
             return Err(read_only());
         }
@@ -349,27 +369,28 @@ impl Tree {
                 Handle::Text(self.chain_document(&catalog, leaf(&catalog, &chain)?, document)?)
             }
             Node::View(view) if is_active => Handle::Active(Arc::new(self.open_active(&view, access)?)),
-            Node::View(view) => Handle::Disk(Arc::new(self.open_disk(&view)?)),
+            Node::View(view) => Handle::Disk(self.open_disk(&view)?),
             _ => return Err(Error::new(ErrorKind::Usage, "a directory is not opened as a file")),
         };
-        Ok((self.handles.add(handle.clone()), handle))
+        let seen = if let Handle::Disk(_) = &handle { self.attributes(inode).ok() } else { None };
+        Ok((self.handles.add(handle.clone(), seen), handle))
     }
 
-    fn open_disk(&self, node: &ViewNode) -> Result<OpenView> {
+    fn open_disk(&self, node: &ViewNode) -> Result<Arc<OpenDisk>> {
         self.opening(node, |found| {
             let part = match (node.part, found.view.snapshot) {
-                (Part::VmState(_), Some(index)) => ViewPart::VmState(index),
+                (Part::VmState(..), Some(index)) => ViewPart::VmState(index),
                 (_, Some(index)) => ViewPart::Snapshot(index),
                 (_, None) => ViewPart::Active,
             };
-            self.store.open_view(&found.catalog, found.layers(), part, false)
+            self.store.open_disk(&found.catalog, found.layers(), part)
         })
     }
 
     pub(super) fn open_active(&self, node: &ViewNode, access: Access) -> Result<ActiveHandle> {
         // Whether other images stand on it by now, or it was frozen, does not show on the image itself,
         // and news may not have come yet.
-        if access.writes() && !self.store.is_written(node.image) {
+        if access.writes() && !matches!(node.part, Part::Active(number) if self.store.is_written(number)) {
             self.store.rescan()?;
         }
         self.opening(node, |found| self.store.open_active(&found.catalog, found.layers(), access))
@@ -400,7 +421,7 @@ impl Tree {
 
     /// Opens a directory: its entries as of now, under a number of their own.
     pub fn open_directory(&self, inode: u64) -> Result<u64> {
-        Ok(self.handles.add(Handle::Directory(self.list(inode)?.into())))
+        Ok(self.handles.add(Handle::Directory(self.list(inode)?.into()), None))
     }
 
     /// What a number stands for.
@@ -424,9 +445,10 @@ impl Tree {
             }
             Handle::Directory(_) => Err(Error::new(ErrorKind::Usage, "a directory is not read as a file")),
             Handle::Disk(disk) => {
-                let len = disk.view.size().saturating_sub(at).min(buf.len() as u64) as usize;
+                let open = disk.view();
+                let len = open.view.size().saturating_sub(at).min(buf.len() as u64) as usize;
                 // As a whole or not at all: a page cache would take a short read for zeroes.
-                self.count_read(disk.view.read_at(at, &mut buf[..len]).map(|()| len))
+                self.count_read(open.view.read_at(at, &mut buf[..len]).map(|()| len))
             }
             Handle::Active(disk) => self.count_read(disk.read_at(at, buf)),
         }
@@ -443,8 +465,9 @@ impl Tree {
         let (size, found) = match handle {
             Handle::Text(text) => (text.len() as u64, if data { Some(at) } else { None }),
             Handle::Disk(disk) => {
-                let size = disk.view.size();
-                (size, if at < size { disk.view.seek(at, data)? } else { None })
+                let open = disk.view();
+                let size = open.view.size();
+                (size, if at < size { open.view.seek(at, data)? } else { None })
             }
             Handle::Active(disk) => (disk.size()?, disk.seek(at, data)?),
             Handle::Directory(_) => return Err(Error::new(ErrorKind::Usage, "a directory has no holes")),
@@ -520,25 +543,6 @@ fn list_directory(catalog: &Catalog, directory: &Path, found: &mut Vec<(OsString
     found.extend(content.directories.iter().map(|name| (name.clone(), Node::Directory(path(name)))));
     found.extend(content.chains.keys().map(|name| (name.clone(), Node::Chain(path(name)))));
     Ok(())
-}
-
-/// The node of a view: its identity, as the catalog has it now.
-fn view_node(
-    catalog: &Catalog,
-    chain: &Arc<PathBuf>,
-    views: &ChainViews,
-    view: &ChainView,
-    vm_state: bool,
-) -> ViewNode {
-    let image = &catalog.images[views.layers[view.layer]];
-    let snapshot = view.snapshot.and_then(|index| image.qcow2()?.snapshots.get(index));
-    let part = match snapshot {
-        Some(snapshot) if vm_state => Part::VmState(digest(snapshot, 0)),
-        Some(snapshot) => Part::Snapshot(digest(snapshot, views.state(view.layer + 1))),
-        None if view.active => Part::Active,
-        None => Part::Frozen(views.state(view.layer)),
-    };
-    ViewNode { chain: Arc::clone(chain), name: view.name.as_slice().into(), image: image.stat.id, part }
 }
 
 fn digest(snapshot: &Snapshot, below: u64) -> u64 {

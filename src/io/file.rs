@@ -100,7 +100,8 @@ impl From<fs::Stat> for FileStat {
 #[derive(Debug)]
 pub struct StoreFile {
     root: Arc<Root>,
-    path: PathBuf,
+    /// Where it is; changes only with [`StoreFile::renamed`]. A leaf.
+    path: RwLock<PathBuf>,
     id: FileId,
     /// What the file looked like when it was described; `None` for files that may change while
     /// they are read (a disk that somebody else writes, read by force). A leaf.
@@ -129,8 +130,17 @@ struct Holders {
     readers: usize,
     /// Those of the readers that were promised that the file does not change.
     frozen: usize,
-    /// Whether there is a writer.
-    writer: bool,
+    /// Who writes, if anybody does.
+    writer: Option<WriterKind>,
+}
+
+/// For whom a file is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriterKind {
+    /// For a guest: its bytes become others.
+    Guest,
+    /// For a job, which knows that no view of those who have the file open as frozen becomes another.
+    Job,
 }
 
 impl StoreFile {
@@ -144,7 +154,7 @@ impl StoreFile {
     ) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             root: Arc::clone(root),
-            path: path.to_path_buf(),
+            path: RwLock::new(path.to_path_buf()),
             id: seen.id,
             expected: Mutex::new(fixed.then_some(seen.signature)),
             descriptor: RwLock::new(None),
@@ -159,8 +169,13 @@ impl StoreFile {
     }
 
     /// Its place beneath the root.
-    pub fn path(&self) -> &Path {
-        &self.path
+    pub fn path(&self) -> PathBuf {
+        self.path.read().clone()
+    }
+
+    /// Notes that the file has another name from here on. Only for who gave it that, under a [`WriteLock`].
+    pub fn renamed(&self, path: &Path) {
+        *self.path.write() = path.to_path_buf();
     }
 
     /// Its identity.
@@ -216,11 +231,11 @@ impl StoreFile {
     /// reader to whom it is `frozen`, if this one does.
     pub fn lock(self: &Arc<Self>, frozen: bool) -> Result<ReadLock> {
         let mut holders = self.holders.lock();
-        if frozen && holders.writer {
+        if frozen && holders.writer == Some(WriterKind::Guest) {
             let fact = "is being written through this mount; close the active disk that it holds";
-            return Err(Error::new(ErrorKind::Busy, format!("{} {fact}", self.path.display())));
+            return Err(Error::new(ErrorKind::Busy, format!("{} {fact}", self.path().display())));
         }
-        if holders.readers == 0 && !holders.writer {
+        if holders.readers == 0 && holders.writer.is_none() {
             let descriptor = self.descriptor()?;
             locks::take_reader_set(descriptor.as_fd()).map_err(|conflict| self.refused(&conflict, true))?;
         }
@@ -233,13 +248,13 @@ impl StoreFile {
     /// until then the descriptor stays open. `Busy` if another process has the file open in a way that
     /// does not allow it, or one of our own readers was promised that it does not change; `ReadOnly`
     /// where locks do not work, unless `without_locks`.
-    pub fn lock_for_writing(self: &Arc<Self>, without_locks: bool) -> Result<WriteLock> {
+    pub fn lock_for_writing(self: &Arc<Self>, kind: WriterKind, without_locks: bool) -> Result<WriteLock> {
         let mut holders = self.holders.lock();
-        let busy = |fact| Err(Error::new(ErrorKind::Busy, format!("{} {fact}", self.path.display())));
-        if holders.writer {
+        let busy = |fact| Err(Error::new(ErrorKind::Busy, format!("{} {fact}", self.path().display())));
+        if holders.writer.is_some() {
             return busy("is being written through this mount already");
         }
-        if holders.frozen > 0 {
+        if holders.frozen > 0 && kind == WriterKind::Guest {
             return busy("is open as a snapshot in this mount; close that first");
         }
         // Before the locks are taken: from here on nobody closes the descriptor.
@@ -248,7 +263,7 @@ impl StoreFile {
             self.pinned.store(false, Ordering::Release);
             return Err(error);
         }
-        holders.writer = true;
+        holders.writer = Some(kind);
         self.written.store(true, Ordering::Release);
         Ok(WriteLock { file: Arc::clone(self) })
     }
@@ -272,15 +287,16 @@ impl StoreFile {
 
     /// The file again, to be written through. Its identity is that of this one, or it is `Stale`.
     pub fn open_for_writing(&self) -> Result<Arc<WriteFile>> {
-        let file = self.root.open_file_for_writing(&self.path)?;
+        let file = self.root.open_file_for_writing(&self.path())?;
         if FileStat::of(&file)?.id != self.id {
             return Err(self.stale());
         }
-        Ok(WriteFile::new(file, &self.path, &self.descriptors, &self.tables))
+        Ok(WriteFile::new(file, &self.path(), &self.descriptors, &self.tables))
     }
 
     fn refused(&self, conflict: &Conflict, for_reading: bool) -> Error {
-        let path = self.path.display();
+        let path = self.path();
+        let path = path.display();
         match conflict {
             Conflict::Held { byte, fact } => {
                 let holders = super::holders::describe(self.id, *byte);
@@ -303,7 +319,7 @@ impl StoreFile {
         holders.readers -= 1;
         holders.frozen -= usize::from(frozen);
         if holders.readers == 0
-            && !holders.writer
+            && holders.writer.is_none()
             && let Some(descriptor) = &*self.descriptor.read()
         {
             locks::drop_all(descriptor.as_fd());
@@ -312,7 +328,7 @@ impl StoreFile {
 
     fn unlock_writing(&self) {
         let mut holders = self.holders.lock();
-        holders.writer = false;
+        holders.writer = None;
         if let Some(descriptor) = &*self.descriptor.read() {
             if holders.readers == 0 {
                 locks::drop_all(descriptor.as_fd());
@@ -348,7 +364,7 @@ impl StoreFile {
     }
 
     fn open(&self) -> Result<OwnedFd> {
-        let file = self.root.open_file(&self.path)?;
+        let file = self.root.open_file(&self.path())?;
         let stat = FileStat::of(&file)?;
         if stat.id != self.id || self.expected().is_some_and(|expected| expected != stat.signature) {
             return Err(self.stale());
@@ -358,7 +374,7 @@ impl StoreFile {
 
     fn stale(&self) -> Error {
         let fact = "was changed or replaced since it was looked up; open it again";
-        Error::new(ErrorKind::Stale, format!("{} {fact}", self.path.display()))
+        Error::new(ErrorKind::Stale, format!("{} {fact}", self.path().display()))
     }
 
     /// Closes the descriptor unless somebody is just using the slot. Called when descriptors run short.
@@ -385,7 +401,7 @@ impl Storage for StoreFile {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         let descriptor = self.descriptor()?;
         read_full(&*descriptor, at, buf)
-            .map_err(|error| Error::io(format!("reading {} at {at:#x}", self.path.display()), error))
+            .map_err(|error| Error::io(format!("reading {} at {at:#x}", self.path().display()), error))
     }
 
     fn len(&self) -> Result<u64> {
@@ -451,6 +467,25 @@ impl Drop for ReadLock {
 #[derive(Debug)]
 pub struct WriteLock {
     file: Arc<StoreFile>,
+}
+
+impl WriteLock {
+    /// The file that it is on.
+    pub fn file(&self) -> &Arc<StoreFile> {
+        &self.file
+    }
+
+    /// Goes on writing for another purpose. `Busy` if that is a guest's and somebody was promised that the file
+    /// does not change.
+    pub fn become_for(&self, kind: WriterKind) -> Result<()> {
+        let mut holders = self.file.holders.lock();
+        if kind == WriterKind::Guest && holders.frozen > 0 {
+            let fact = "is open as a snapshot in this mount; close that first";
+            return Err(Error::new(ErrorKind::Busy, format!("{} {fact}", self.file.path().display())));
+        }
+        holders.writer = Some(kind);
+        Ok(())
+    }
 }
 
 impl Drop for WriteLock {

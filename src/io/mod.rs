@@ -5,7 +5,9 @@
 //! nothing of qcow2.
 
 mod beneath;
+mod claim;
 mod descriptors;
+mod directory;
 mod file;
 mod holders;
 mod locks;
@@ -13,8 +15,10 @@ mod mountinfo;
 mod write_file;
 
 pub use beneath::{DirEntry, EntryKind, OWN_KIND, Root};
+pub use claim::Claim;
 pub use descriptors::Descriptors;
-pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile, WriteLock, read_full};
+pub use directory::{Directory, Host, ThisHost, directory_of};
+pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile, WriteLock, WriterKind, read_full};
 pub use holders::{Holder, all_lock_holders, lock_holders, users_of};
 pub use locks::{Conflict, WRITER_BYTE, probe_writer};
 pub use mountinfo::{MountEntry, mounts};

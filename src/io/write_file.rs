@@ -187,7 +187,7 @@ impl WriteStorage for WriteFile {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Root, StoreFile};
+    use super::super::{Root, StoreFile, WriterKind};
     use super::*;
 
     fn file(content: &[u8]) -> (tempfile::TempDir, Arc<StoreFile>) {
@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn a_file_that_took_the_name_of_another_is_not_written() {
         let (directory, seen) = file(b"old");
-        let lock = seen.lock_for_writing(false).unwrap();
+        let lock = seen.lock_for_writing(WriterKind::Guest, false).unwrap();
         std::fs::write(directory.path().join("b"), "new").unwrap();
         std::fs::rename(directory.path().join("b"), directory.path().join("a")).unwrap();
         assert_eq!(seen.open_for_writing().unwrap_err().kind(), ErrorKind::Stale);
@@ -227,7 +227,7 @@ mod tests {
     #[test]
     fn the_descriptor_with_the_locks_of_a_writer_is_never_closed() {
         let (_directory, seen) = file(b"old");
-        let lock = seen.lock_for_writing(false).unwrap();
+        let lock = seen.lock_for_writing(WriterKind::Guest, false).unwrap();
         let file = seen.open_for_writing().unwrap();
         file.write_at(0, b"new bytes").unwrap();
         assert!(!seen.close_idle());
@@ -243,9 +243,9 @@ mod tests {
         let (_directory, file) = file(b"old");
         let live = file.lock(false).unwrap();
         let frozen = file.lock(true).unwrap();
-        assert_eq!(file.lock_for_writing(false).unwrap_err().kind(), ErrorKind::Busy);
+        assert_eq!(file.lock_for_writing(WriterKind::Guest, false).unwrap_err().kind(), ErrorKind::Busy);
         drop(frozen);
-        let writer = file.lock_for_writing(false).unwrap();
+        let writer = file.lock_for_writing(WriterKind::Guest, false).unwrap();
         assert_eq!(file.lock(true).unwrap_err().kind(), ErrorKind::Busy);
         drop((live, writer));
         file.lock(true).unwrap();

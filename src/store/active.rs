@@ -6,8 +6,9 @@
 //! is flushed, and loudly told of if it could not be, before the locks are let go.
 
 mod handle;
+mod job;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -16,7 +17,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::{Below, Writer, WriterOptions};
-use crate::io::{FileId, FileStat, StoreFile, WriteLock, WriteStorage};
+use crate::io::{FileId, FileStat, StoreFile, WriteLock, WriterKind};
 
 use super::Store;
 use super::catalog::{Catalog, ImageEntry, ImageIndex};
@@ -25,6 +26,7 @@ use super::open::{OpenImage, OpenView, ViewPart, changed};
 use super::options::Format;
 
 pub use handle::ActiveHandle;
+pub use job::{ActiveJob, Fallen, Mirror, NewTopFile, Sealed};
 
 /// Memory for the tables of one writer, at most and at least; in between, a part of `cache=`.
 const WRITER_CACHE: (u64, u64) = (1 << 20, 16 << 20);
@@ -62,16 +64,37 @@ pub struct ActiveAttributes {
 #[derive(Default)]
 pub(super) struct ActiveDisks {
     /// A leaf among locks.
-    disks: Mutex<HashMap<FileId, Weak<ActiveDisk>>>,
+    disks: Mutex<Numbered>,
     /// Images that could not be written any more, until the store is opened anew.
     poisoned: Mutex<HashMap<FileId, Error>>,
     flush_count: AtomicU64,
 }
 
+/// Disks by number, and the number of the disk whose top each image is. A job may put another image on
+/// top; the disk, and its number, stay.
+#[derive(Default)]
+struct Numbered {
+    last: u64,
+    by_image: HashMap<FileId, u64>,
+    disks: HashMap<u64, Weak<ActiveDisk>>,
+}
+
+impl Numbered {
+    fn number(&mut self, image: FileId) -> u64 {
+        if let Some(number) = self.by_image.get(&image) {
+            return *number;
+        }
+        self.last += 1;
+        self.by_image.insert(image, self.last);
+        self.last
+    }
+}
+
 /// One active disk in use.
 struct ActiveDisk {
-    id: FileId,
-    name: String,
+    number: u64,
+    /// Its top image and what that is called. A leaf.
+    top: Mutex<(FileId, String)>,
     /// Held while the disk begins or ends to be written, which may take its time; readers go on
     /// meanwhile. Taken before every other lock of a store.
     openings: Mutex<Openings>,
@@ -116,6 +139,8 @@ struct Writing {
     writer: Arc<Writer>,
     locks: Vec<WriteLock>,
     open: OpenView,
+    /// Where all changes go as well, while a job merges the disk into a layer below.
+    mirror: Option<Arc<dyn Mirror>>,
 }
 
 impl Store {
@@ -154,9 +179,14 @@ impl Store {
         Ok(ActiveHandle::new(self, disk, access))
     }
 
-    /// Whether somebody writes the active disk of the image `id`.
-    pub fn is_written(&self, id: FileId) -> bool {
-        self.active.find(id).is_some_and(|disk| disk.writer().is_some())
+    /// Whether somebody writes the active disk of that number.
+    pub fn is_written(&self, number: u64) -> bool {
+        self.active.find(number).is_some_and(|disk| disk.writer().is_some())
+    }
+
+    /// The number of the active disk whose top is the image `id`.
+    pub fn active_number(&self, id: FileId) -> u64 {
+        self.active.disks.lock().number(id)
     }
 
     fn may_be_written(&self, catalog: &Catalog, leaf: &ImageEntry) -> Result<()> {
@@ -191,9 +221,9 @@ impl Store {
         self.active.poisoned.lock().get(&leaf.stat.id).map_or(Ok(()), |poison| Err(poison.clone()))
     }
 
-    /// What the image `id` looks like now, if its disk is in use as an active one.
-    pub fn active_attributes(&self, id: FileId) -> Option<ActiveAttributes> {
-        self.active.find(id)?.attributes()
+    /// What the top image of the active disk of that number looks like now, if it is in use.
+    pub fn active_attributes(&self, number: u64) -> Option<ActiveAttributes> {
+        self.active.find(number)?.attributes()
     }
 
     /// Writes back what active disks have in memory, and says in the log what cannot be.
@@ -208,7 +238,7 @@ impl Store {
             let _watch = Watch(&disk.has_panicked);
             self.active.flush_count.fetch_add(1, Ordering::Relaxed);
             if let Err(error) = writer.flush() {
-                tracing::error!("{} could not be written back, and data may be lost: {error}", disk.name);
+                tracing::error!("{} could not be written back, and data may be lost: {error}", disk.name());
             }
         }
     }
@@ -232,45 +262,52 @@ impl Store {
 impl ActiveDisks {
     /// The disk of that leaf; a new one if nobody has it open.
     fn disk(&self, leaf: &ImageEntry) -> Arc<ActiveDisk> {
-        let mut disks = self.disks.lock();
-        if let Some(disk) = disks.get(&leaf.stat.id).and_then(Weak::upgrade) {
+        let mut numbered = self.disks.lock();
+        let number = numbered.number(leaf.stat.id);
+        if let Some(disk) = numbered.disks.get(&number).and_then(Weak::upgrade) {
             return disk;
         }
-        disks.retain(|_, disk| disk.strong_count() > 0);
+        numbered.disks.retain(|_, disk| disk.strong_count() > 0);
         let disk = Arc::new(ActiveDisk {
-            id: leaf.stat.id,
-            name: leaf.shown(),
+            number,
+            top: Mutex::new((leaf.stat.id, leaf.shown())),
             openings: Mutex::default(),
             state: RwLock::new(State::Closed(None)),
             mappable: AtomicUsize::new(0),
             is_gone: AtomicBool::new(false),
             has_panicked: AtomicBool::new(false),
         });
-        disks.insert(leaf.stat.id, Arc::downgrade(&disk));
+        numbered.disks.insert(number, Arc::downgrade(&disk));
         disk
     }
 
-    fn find(&self, id: FileId) -> Option<Arc<ActiveDisk>> {
-        self.disks.lock().get(&id)?.upgrade()
+    fn find(&self, number: u64) -> Option<Arc<ActiveDisk>> {
+        self.disks.lock().disks.get(&number)?.upgrade()
     }
 
     fn all(&self) -> Vec<Arc<ActiveDisk>> {
-        self.disks.lock().values().filter_map(Weak::upgrade).collect()
+        self.disks.lock().disks.values().filter_map(Weak::upgrade).collect()
     }
 
     /// Says in the log which images have been taken away from under their writers, and forgets what
     /// was wrong with those that nobody can open any more: another file may get their number.
     pub(super) fn tell_of_gone(&self, catalog: &Catalog) {
-        let mut poisoned = self.poisoned.lock();
-        poisoned.retain(|id, _| catalog.images.iter().any(|image| image.stat.id == *id));
-        drop(poisoned);
+        let there: HashSet<FileId> = catalog.images.iter().map(|image| image.stat.id).collect();
+        self.poisoned.lock().retain(|id, _| there.contains(id));
+        let mut numbered = self.disks.lock();
+        let Numbered { by_image, disks, .. } = &mut *numbered;
+        // A disk in use keeps its number: its image may be one that this scan has not met yet.
+        by_image.retain(|id, number| {
+            there.contains(id) || disks.get(number).is_some_and(|disk| disk.strong_count() > 0)
+        });
+        drop(numbered);
         for disk in self.all() {
-            let is_gone = disk.writer().is_some() && !catalog.images.iter().any(|image| image.stat.id == disk.id);
+            let is_gone = disk.writer().is_some() && !there.contains(&disk.id());
             if is_gone && !disk.is_gone.swap(true, Ordering::Relaxed) {
                 tracing::warn!(
                     "{} was removed or replaced while it is open for writing; what is written goes into the old file \
                      until it is closed",
-                    disk.name
+                    disk.name()
                 );
             }
         }
@@ -278,6 +315,16 @@ impl ActiveDisks {
 }
 
 impl ActiveDisk {
+    /// Its top image.
+    fn id(&self) -> FileId {
+        self.top.lock().0
+    }
+
+    /// What that is called.
+    fn name(&self) -> String {
+        self.top.lock().1.clone()
+    }
+
     fn writer(&self) -> Option<Arc<Writer>> {
         match &*self.state.read() {
             State::Writing(writing) => Some(Arc::clone(&writing.writer)),
@@ -309,7 +356,7 @@ impl ActiveDisk {
                 unreachable!("it has just been opened to be read")
             }
         };
-        let lock = |file: &Arc<StoreFile>| file.lock_for_writing(store.options.no_lock);
+        let lock = |file: &Arc<StoreFile>| file.lock_for_writing(WriterKind::Guest, store.options.no_lock);
         let locks = top.files().map(lock).collect::<Result<Vec<_>>>()?;
         unchanged(&top, leaf)?;
         let writer = new_writer(store, &top, &view)?;
@@ -317,7 +364,7 @@ impl ActiveDisk {
         let State::Reading(open) = std::mem::replace(&mut *state, State::Closed(None)) else {
             unreachable!("only openings change the state, and they wait");
         };
-        *state = State::Writing(Writing { writer, locks, open });
+        *state = State::Writing(Writing { writer, locks, open, mirror: None });
         Ok(())
     }
 
@@ -326,13 +373,13 @@ impl ActiveDisk {
         let Some(writer) = self.writer() else { return };
         self.close_writer(&writer);
         if let Some(poison) = self.poison(&writer) {
-            store.active.poisoned.lock().insert(self.id, poison);
+            store.active.poisoned.lock().insert(self.id(), poison);
         }
         let size = writer.size();
         let last_look = self.attributes();
         // Readers wait from here on; nothing that follows takes long.
         let mut state = self.state.write();
-        let State::Writing(Writing { writer: last, locks, open }) =
+        let State::Writing(Writing { writer: last, locks, open, .. }) =
             std::mem::replace(&mut *state, State::Closed(last_look))
         else {
             unreachable!("only openings change the state, and they wait");
@@ -341,7 +388,7 @@ impl ActiveDisk {
         drop((writer, last));
         for file in open.top.files() {
             if let Err(error) = file.accept_changes() {
-                tracing::warn!("{}: {error}", self.name);
+                tracing::warn!("{}: {error}", self.name());
             }
         }
         // Also if nobody reads on: its next opening must be through the same descriptor.
@@ -350,7 +397,7 @@ impl ActiveDisk {
             Ok(_) => State::Closed(last_look),
             Err(error) => {
                 // What is kept of its tables is from before the writer.
-                store.opened.forget(self.id);
+                store.opened.forget(self.id());
                 State::Failed(error)
             }
         };
@@ -358,7 +405,8 @@ impl ActiveDisk {
         drop(locks);
         // Whoever looks next must find the size that he has made.
         let catalog = store.catalog();
-        let seen = catalog.images.iter().find(|image| image.stat.id == self.id).and_then(ImageEntry::virtual_size);
+        let id = self.id();
+        let seen = catalog.images.iter().find(|image| image.stat.id == id).and_then(ImageEntry::virtual_size);
         if seen.is_some_and(|seen| seen != size)
             && let Err(error) = store.rescan()
         {
@@ -371,7 +419,7 @@ impl ActiveDisk {
         let bug = || {
             let fact =
                 "takes no more writes until it is mounted again, for a change was broken off by a bug in chainfs";
-            Error::new(ErrorKind::Poisoned, format!("{} {fact}; what was flushed before is safe", self.name))
+            Error::new(ErrorKind::Poisoned, format!("{} {fact}; what was flushed before is safe", self.name()))
         };
         writer.poison().or_else(|| self.has_panicked.load(Ordering::Acquire).then(bug))
     }
@@ -382,7 +430,7 @@ impl ActiveDisk {
         if self.poison(writer).is_none()
             && let Err(error) = writer.close()
         {
-            tracing::error!("{} could not be closed properly, and data may be lost: {error}", self.name);
+            tracing::error!("{} could not be closed properly, and data may be lost: {error}", self.name());
         }
     }
 }
@@ -404,7 +452,7 @@ fn unchanged(top: &OpenImage, leaf: &ImageEntry) -> Result<()> {
 }
 
 fn new_writer(store: &Store, top: &OpenImage, view: &View) -> Result<Arc<Writer>> {
-    let open = |file: &Arc<StoreFile>| file.open_for_writing().map(|file| file as Arc<dyn WriteStorage>);
+    let open = |file: &Arc<StoreFile>| store.host.writable(file);
     let (name, file) = (top.image.name(), open(&top.file)?);
     match top.format {
         Format::Raw => Writer::raw(name, file),

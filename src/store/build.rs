@@ -11,6 +11,7 @@ use crate::io::{FileId, Root};
 
 use super::catalog::{self, Below, Catalog, Draft, ImageEntry, ImageIndex, Reference, qcow2_problem, versions};
 use super::describe::Content;
+use super::intents::{Deed, FoundIntent, Guard, NewTop};
 use super::notes::Notes;
 use super::options::{Format, StoreOptions};
 use super::resolve::{Place, climbed, resolve};
@@ -34,12 +35,18 @@ struct Builder<'a> {
 /// besides those of the scan the files lie that headers name.
 pub(super) fn build(
     roots: &[Arc<Root>],
+    guard: &Guard,
     options: &StoreOptions,
-    scan: Scan,
+    mut scan: Scan,
     known: &Known,
     previous: &Catalog,
     is_single: bool,
 ) -> (Catalog, Arc<Known>, BTreeSet<Place>) {
+    let (intents, senseless) = guard.read();
+    if !is_single {
+        scan.problems.extend(senseless.into_iter().map(|(path, sentence)| Problem { path, sentence }));
+    }
+    drop_new_names(&mut scan, &intents);
     let mut builder = Builder {
         roots,
         options,
@@ -59,7 +66,7 @@ pub(super) fn build(
     references.resize_with(builder.files.len(), || None);
     let said = builder.listen(&references, &data_references);
     let next_known = known_of(&builder.files);
-    let notes = Notes::read(&roots[0]);
+    let notes = Notes::read(guard);
     let names = builder.other_names();
     let old = versions(previous);
     let mut drafts: Vec<Draft> = Vec::with_capacity(builder.files.len());
@@ -113,8 +120,22 @@ pub(super) fn build(
             is_scanned: index < scanned_count,
         });
     }
-    let catalog = catalog::link(drafts, builder.problems, is_single, options.probe, next(&SERIAL));
+    let mut catalog = catalog::link(drafts, builder.problems, is_single, options.probe, next(&SERIAL));
+    catalog.note_intents(intents, &guard.prefix);
     (catalog, next_known, builder.directories)
+}
+
+/// While a snapshot gives an active layer its second name, the first is the one that counts.
+fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent]) {
+    for found in intents {
+        let Deed::Snapshot { disks, .. } = &found.intent.deed else { continue };
+        for NewTop { old, frozen, .. } in disks {
+            let is_old = |file: &ScannedFile, path: &Path| file.place.path == path && file.stat.id.inode == old.inode;
+            if old.path != *frozen && scan.files.iter().any(|file| is_old(file, &old.path)) {
+                scan.files.retain(|file| !is_old(file, frozen));
+            }
+        }
+    }
 }
 
 const DOUBTFUL: &str = "cannot be read: its header and that of the file it names name each other, and a guest may have \

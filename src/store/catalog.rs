@@ -18,6 +18,7 @@ use crate::io::{FileId, FileStat};
 use crate::units::round_up_to_sector;
 
 use super::describe::{Content, Qcow2};
+use super::intents::{Deed, FoundIntent, Named};
 use super::names::{self, STORE_DIRECTORY};
 use super::options::Format;
 use super::resolve::Place;
@@ -93,6 +94,21 @@ pub struct Catalog {
     pub problems: Vec<Problem>,
     /// For a store that is one image, its chain.
     pub single: Option<ImageIndex>,
+    /// What was begun in the store and is not finished.
+    pub intents: Vec<FoundIntent>,
+    /// Images whose own bytes an intent spoils, and those images above which they do not show.
+    spoilt: HashMap<ImageIndex, Vec<Spoilt>>,
+}
+
+/// What an intent does to an image.
+#[derive(Debug)]
+struct Spoilt {
+    /// Index of the intent.
+    intent: usize,
+    /// Above this image nothing of it shows.
+    top: Option<ImageIndex>,
+    /// Nor above these, which stand on top or, already, on the finished base.
+    children: Vec<ImageIndex>,
 }
 
 impl ImageEntry {
@@ -171,6 +187,56 @@ impl Catalog {
             };
             image.problem.as_ref().or(link).map(|sentence| format!("{} {sentence}", image.shown()))
         })
+    }
+
+    /// Notes what is begun; `prefix` leads from the guarded directory to the store's own.
+    pub(super) fn note_intents(&mut self, intents: Vec<FoundIntent>, prefix: &Path) {
+        let by_inode: HashMap<u64, ImageIndex> =
+            self.images.iter().enumerate().map(|(index, image)| (image.stat.id.inode, index)).collect();
+        let find = |named: &Named| by_inode.get(&named.inode).copied();
+        for (number, found) in intents.iter().enumerate() {
+            let Deed::Commit { top, base, between, children, rename, .. } = &found.intent.deed else { continue };
+            // With its new name the base is the active layer, and good.
+            let is_renamed = |index: ImageIndex| {
+                rename.as_ref().is_some_and(|name| *name == prefix.join(&self.images[index].place.path))
+            };
+            let base = find(base).filter(|index| !is_renamed(*index));
+            for index in base.into_iter().chain(between.iter().filter_map(find)) {
+                let children = children.iter().filter_map(find).collect();
+                let spoilt = Spoilt { intent: number, top: find(top), children };
+                self.spoilt.entry(index).or_default().push(spoilt);
+            }
+        }
+        self.intents = intents;
+    }
+
+    /// The intent that hides a view (its layers, top first; `inner`: an internal snapshot of the first), if
+    /// one does: it is changing bytes that show through.
+    pub fn hidden_by(&self, layers: &[ImageIndex], inner: bool) -> Option<&FoundIntent> {
+        if self.spoilt.is_empty() {
+            return None;
+        }
+        layers.iter().enumerate().find_map(|(depth, index)| {
+            let shows = |spoilt: &&Spoilt| {
+                let is_cover = |(above, cover): (usize, &ImageIndex)| {
+                    // The tables of an internal snapshot are not those that cover what is written.
+                    spoilt.top == Some(*cover) && !(inner && above == 0) || spoilt.children.contains(cover)
+                };
+                !layers[..depth].iter().enumerate().any(is_cover)
+            };
+            let spoilt = self.spoilt.get(index)?.iter().find(shows)?;
+            Some(&self.intents[spoilt.intent])
+        })
+    }
+
+    /// As [`Catalog::hidden_by`], for a view that was opened by an earlier catalog.
+    pub(super) fn files_hidden_by(&self, files: &[FileId], inner: bool) -> Option<&FoundIntent> {
+        if self.spoilt.is_empty() {
+            return None;
+        }
+        let find = |id: &FileId| self.images.iter().position(|image| image.stat.id == *id);
+        let layers: Vec<ImageIndex> = files.iter().map_while(find).collect();
+        self.hidden_by(&layers, inner)
     }
 
     /// Whether the leaf's disk is the active one of its chain: not if it is frozen.

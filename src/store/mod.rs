@@ -8,7 +8,9 @@ mod active;
 mod build;
 mod catalog;
 mod describe;
+mod disk;
 mod flusher;
+mod intents;
 mod names;
 mod notes;
 mod open;
@@ -18,6 +20,7 @@ mod scan;
 mod views;
 mod watch;
 
+use std::collections::HashMap;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,12 +32,14 @@ use parking_lot::{Mutex, RwLock};
 use crate::chain::FlatCache;
 use crate::error::{Error, Result};
 use crate::image::Caches;
-use crate::io::{Descriptors, FileStat, Root, StoreFile};
+use crate::io::{Descriptors, Directory as Names, FileId, FileStat, Host, Root, StoreFile, ThisHost};
 
 pub use active::{Access, ActiveAttributes, ActiveHandle};
 pub use catalog::{Below, Catalog, Directory, ImageEntry, ImageIndex, shown};
 pub use describe::{Content, Qcow2};
+pub use disk::OpenDisk;
 pub use flusher::Flusher;
+pub use intents::{Deed, FoundIntent, Guard, Intent, MARKER, Named, NewTop, OwnedIntent};
 pub use names::{ACTIVE, STORE_DIRECTORY, encode};
 pub use notes::FROZEN_NOTES;
 pub use open::{OpenView, ViewPart};
@@ -45,6 +50,7 @@ pub use views::{ChainView, ChainViews};
 pub use watch::Watcher;
 
 use active::ActiveDisks;
+use disk::OpenDisks;
 use open::Opened;
 use scan::{Known, Scan};
 
@@ -59,6 +65,8 @@ pub struct Store {
     roots: Vec<Arc<Root>>,
     options: StoreOptions,
     single: Option<Place>,
+    guard: Guard,
+    host: Arc<dyn Host>,
     catalog: RwLock<Arc<Catalog>>,
     /// What the last scan knew. Held during a scan: one at a time.
     known: Mutex<Arc<Known>>,
@@ -68,6 +76,9 @@ pub struct Store {
     flat: Arc<FlatCache>,
     opened: Opened,
     active: ActiveDisks,
+    disks: OpenDisks,
+    /// States of layers that our own jobs have given another digest, though they show the same bytes. A leaf.
+    same_states: Mutex<HashMap<u64, u64>>,
     chain_views: Mutex<LruCache<(u64, ImageIndex), Arc<ChainViews>>>,
 }
 
@@ -80,6 +91,11 @@ impl std::fmt::Debug for Store {
 impl Store {
     /// Opens and scans the store at `path`: a directory, or one image file.
     pub fn open(path: &Path, options: StoreOptions) -> Result<Arc<Self>> {
+        Self::open_on(path, options, Arc::new(ThisHost))
+    }
+
+    /// The same, changed through the hands of `host`.
+    pub fn open_on(path: &Path, options: StoreOptions, host: Arc<dyn Host>) -> Result<Arc<Self>> {
         let metadata =
             std::fs::metadata(path).map_err(|error| Error::io(format!("opening {}", path.display()), error))?;
         let (directory, single) = if metadata.is_dir() {
@@ -92,6 +108,10 @@ impl Store {
             (directory, Some(Place { root: 0, path: name }))
         };
         let mut roots = vec![Arc::new(Root::open(&directory)?)];
+        let guard = match &single {
+            None => Guard::of_directory(&roots[0]),
+            Some(_) => Guard::of_image(&roots[0], options.whole_store.as_deref())?,
+        };
         for directory in &options.backing_dirs {
             roots.push(Arc::new(Root::open(directory)?));
         }
@@ -103,6 +123,8 @@ impl Store {
             roots,
             options,
             single,
+            guard,
+            host,
             catalog: RwLock::default(),
             known: Mutex::default(),
             descriptors: Descriptors::for_process(),
@@ -110,6 +132,8 @@ impl Store {
             flat: Arc::new(FlatCache::new(2 * quarter)),
             opened: Opened::new(NonZero::new(VIEWS_KEPT).expect("not zero")),
             active: ActiveDisks::default(),
+            disks: OpenDisks::default(),
+            same_states: Mutex::default(),
             chain_views: Mutex::new(LruCache::new(NonZero::new(CHAINS_KEPT).expect("not zero"))),
         });
         store.rescan()?;
@@ -124,6 +148,26 @@ impl Store {
     /// The directories beneath which files are opened; the first is the store's own.
     pub fn roots(&self) -> &[Arc<Root>] {
         &self.roots
+    }
+
+    /// Where its intents and its lock are.
+    pub fn guard(&self) -> &Guard {
+        &self.guard
+    }
+
+    /// With what it is changed.
+    pub fn host(&self) -> &Arc<dyn Host> {
+        &self.host
+    }
+
+    /// The names beneath the store's own directory.
+    pub fn names(&self) -> Arc<dyn Names> {
+        self.host.directory(&self.roots[0], &self.descriptors)
+    }
+
+    /// The names beneath the directory of the guard.
+    pub fn guard_names(&self) -> Arc<dyn Names> {
+        self.host.directory(&self.guard.root, &self.descriptors)
     }
 
     /// How it is looked at.
@@ -156,7 +200,7 @@ impl Store {
         };
         let previous = self.catalog();
         let (catalog, now_known, directories) =
-            build::build(&self.roots, &self.options, scan, &known, &previous, self.single.is_some());
+            build::build(&self.roots, &self.guard, &self.options, scan, &known, &previous, self.single.is_some());
         *known = now_known;
         for place in directories {
             // One that is not there yet cannot be watched.
@@ -179,9 +223,35 @@ impl Store {
         if let Some(views) = self.chain_views.lock().get(&key) {
             return Arc::clone(views);
         }
-        let views = Arc::new(ChainViews::new(catalog, leaf));
+        let mut views = ChainViews::new(catalog, leaf);
+        views.rename_states(&self.same_states.lock());
+        let views = Arc::new(views);
         self.chain_views.lock().put(key, Arc::clone(&views));
         views
+    }
+
+    /// Notes that a job of ours has changed files and left every layer of `before` that is still there as it was,
+    /// but for `changed`: their disks stay the same to those who have them open.
+    pub(crate) fn keep_states(&self, before: &Catalog, changed: Option<FileId>) {
+        let after = self.catalog();
+        let states = |catalog: &Catalog| -> HashMap<FileId, u64> {
+            let chains = catalog.chains().map(|(_, leaf)| self.chain_views(catalog, leaf));
+            let layers = chains.flat_map(|views| {
+                let ids = views.layers.iter().map(|index| catalog.images[*index].stat.id);
+                ids.enumerate().map(|(layer, id)| (id, views.state(layer))).collect::<Vec<_>>()
+            });
+            layers.collect()
+        };
+        let old = states(before);
+        let moved: Vec<(u64, u64)> = states(&after)
+            .into_iter()
+            .filter(|(id, _)| Some(*id) != changed)
+            .filter_map(|(id, now)| old.get(&id).filter(|old| **old != now).map(|old| (now, *old)))
+            .collect();
+        if !moved.is_empty() {
+            self.same_states.lock().extend(moved);
+            self.chain_views.lock().clear();
+        }
     }
 
     /// The attributes of an image file now, or as of the scan if it has gone.

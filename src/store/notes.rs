@@ -2,35 +2,41 @@
 //!
 //! `.chainfs/frozen.toml` in the store's directory, which also marks the directory as a store.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
+use crate::error::Result;
 use crate::format::Frozen;
-use crate::io::Root;
+use crate::io::{Directory, directory_of};
 
+use super::intents::Guard;
 use super::resolve::Place;
 
 /// The file, beneath the store.
 pub const FROZEN_NOTES: &str = ".chainfs/frozen.toml";
+/// What becomes it.
+const DRAFT: &str = ".chainfs/frozen.new";
 /// Longer notes are not ours.
 const MAX_LEN: u64 = 16 << 20;
 
 /// Notes of one store.
 #[derive(Debug, Default)]
 pub(super) struct Notes {
-    frozen: HashMap<PathBuf, Frozen>,
+    frozen: BTreeMap<PathBuf, Frozen>,
+    /// From where the notes speak to the store's own directory.
+    prefix: PathBuf,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 struct File {
     #[serde(default)]
     frozen: Vec<Note>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 struct Note {
     path: PathBuf,
     seconds: i64,
@@ -41,9 +47,9 @@ struct Note {
 }
 
 impl Notes {
-    /// The notes of the store at `root`. Unreadable ones freeze nothing and are logged.
-    pub(super) fn read(root: &Root) -> Self {
-        let Ok(file) = root.open_file(Path::new(FROZEN_NOTES)) else { return Self::default() };
+    /// The notes of the store that `guard` guards. Unreadable ones freeze nothing and are logged.
+    pub(super) fn read(guard: &Guard) -> Self {
+        let Ok(file) = guard.root.open_file(Path::new(FROZEN_NOTES)) else { return Self::default() };
         let mut text = String::new();
         let read = std::fs::File::from(file).take(MAX_LEN).read_to_string(&mut text);
         let parsed = read
@@ -57,6 +63,7 @@ impl Notes {
                         (path, Frozen { seconds, nanoseconds, description })
                     })
                     .collect(),
+                prefix: guard.prefix.clone(),
             },
             Err(reason) => {
                 tracing::warn!("{FROZEN_NOTES} cannot be read: {reason}");
@@ -67,6 +74,41 @@ impl Notes {
 
     /// Whether the file at `place` was frozen, and when.
     pub(super) fn frozen(&self, place: &Place) -> Option<Frozen> {
-        (place.root == 0).then(|| self.frozen.get(&place.path).cloned()).flatten()
+        (place.root == 0).then(|| self.frozen.get(&self.prefix.join(&place.path)).cloned()).flatten()
+    }
+
+    /// Notes, durably, that the file at `path` beneath the guarded directory is frozen, or that it is not. Under
+    /// the store's lock. Where there is no marked store, nothing is noted.
+    pub(super) fn change(guard: &Guard, names: &dyn Directory, path: &Path, frozen: Option<&Frozen>) -> Result<()> {
+        if !guard.is_whole {
+            tracing::warn!("{} is in no store; that it is frozen is noted nowhere", path.display());
+            return Ok(());
+        }
+        let mut notes = Self::read(guard);
+        if notes.frozen.get(path) == frozen {
+            return Ok(());
+        }
+        match frozen {
+            Some(frozen) => notes.frozen.insert(path.to_path_buf(), frozen.clone()),
+            None => notes.frozen.remove(path),
+        };
+        let note = |(path, frozen): (PathBuf, Frozen)| Note {
+            path,
+            seconds: frozen.seconds,
+            nanoseconds: frozen.nanoseconds,
+            description: frozen.description,
+        };
+        let text = toml::to_string(&File { frozen: notes.frozen.into_iter().map(note).collect() });
+        let text = text.map_err(|error| {
+            let fact = format!("{} cannot be noted as frozen: {error}; rename it", path.display());
+            crate::error::Error::new(crate::error::ErrorKind::Unsupported, fact)
+        })?;
+        // What a crash has left of an earlier attempt.
+        let _ = names.unlink(Path::new(DRAFT));
+        let file = names.create(Path::new(DRAFT), None)?;
+        file.write_at(0, text.as_bytes())?;
+        file.sync()?;
+        names.rename(Path::new(DRAFT), Path::new(FROZEN_NOTES), true)?;
+        names.sync(&directory_of(Path::new(FROZEN_NOTES)))
     }
 }

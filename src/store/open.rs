@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::num::NonZero;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use lru::LruCache;
 use parking_lot::Mutex;
@@ -18,6 +18,7 @@ use crate::io::{FileId, ReadLock, Storage, StoreFile};
 use super::Store;
 use super::catalog::{Catalog, ImageEntry, ImageIndex};
 use super::describe::{Content, describe};
+use super::intents::FoundIntent;
 use super::options::Format;
 use super::resolve::Place;
 
@@ -45,13 +46,35 @@ pub struct OpenView {
     pub(super) top: OpenImage,
     /// What of it another process writes, if that is read by force.
     pub(super) forced: Option<Error>,
-    _locks: Vec<ReadLock>,
+    pub(super) locks: Vec<ReadLock>,
+    /// Says to jobs what is open, for as long as this lives.
+    pub(super) shown: Arc<Shown>,
+}
+
+impl OpenView {
+    /// Whether any of these images is among its layers.
+    pub(super) fn shows(&self, images: &[FileId]) -> bool {
+        self.shown.layers.iter().any(|(id, _)| images.contains(id))
+    }
+}
+
+/// What an open view shows bytes of.
+#[derive(Debug)]
+pub(super) struct Shown {
+    /// Its images, top first, and the serial number of each one's opening.
+    layers: Vec<(FileId, u64)>,
+    /// Whether the first is shown by an internal snapshot, whose tables hide other parts of those below.
+    is_inner: bool,
+    /// The layer and, if so, that it is the active one, for sentences.
+    name: String,
 }
 
 /// Images and views that are kept open.
 pub(super) struct Opened {
     images: Mutex<HashMap<FileId, OpenImage>>,
     views: Mutex<LruCache<Vec<u64>, Arc<View>>>,
+    /// Views that are open now. A leaf.
+    shown: Mutex<Vec<Weak<Shown>>>,
 }
 
 /// An image in use or kept for its next.
@@ -61,7 +84,7 @@ pub(super) struct OpenImage {
     pub(super) file: Arc<StoreFile>,
     pub(super) data_file: Option<Arc<StoreFile>>,
     /// Where the files were, for opening them again.
-    places: (Place, Option<Place>),
+    pub(super) places: (Place, Option<Place>),
     /// The format it was opened as: a user's header may have changed its mind.
     pub(super) format: Format,
 }
@@ -99,7 +122,40 @@ impl OpenImage {
 
 impl Opened {
     pub(super) fn new(views: NonZero<usize>) -> Self {
-        Self { images: Mutex::default(), views: Mutex::new(LruCache::new(views)) }
+        Self { images: Mutex::default(), views: Mutex::new(LruCache::new(views)), shown: Mutex::default() }
+    }
+
+    /// Keeps an image for its next opening.
+    pub(super) fn keep(&self, open: &OpenImage) {
+        self.images.lock().insert(open.file.id(), open.clone());
+    }
+
+    /// Notes what is shown.
+    pub(super) fn show(&self, view: &View, images: &[FileId], is_inner: bool, name: &str) -> Arc<Shown> {
+        let serials = view.layers().iter().map(|layer| layer.image().serial());
+        let layers = images.iter().copied().zip(serials).collect();
+        let shown = Arc::new(Shown { layers, is_inner, name: name.to_owned() });
+        let mut all = self.shown.lock();
+        all.retain(|shown| shown.strong_count() > 0);
+        all.push(Arc::downgrade(&shown));
+        shown
+    }
+
+    /// The names of open views to which a change of `base` would show: those that do not have all of `cover`
+    /// above it, or that have opened it before it was last changed.
+    pub(super) fn exposed(&self, base: FileId, cover: &[FileId]) -> Vec<String> {
+        let serial = self.images.lock().get(&base).map(|open| open.image.serial());
+        let all = self.shown.lock();
+        let exposed = all.iter().filter_map(Weak::upgrade).filter(|shown| {
+            let Some(depth) = shown.layers.iter().position(|(id, _)| *id == base) else { return false };
+            let above = &shown.layers[usize::from(shown.is_inner).min(depth)..depth];
+            let is_covered = cover.iter().all(|id| above.iter().any(|(layer, _)| layer == id));
+            !is_covered || cover.is_empty() || serial.is_some_and(|serial| serial != shown.layers[depth].1)
+        });
+        let mut names: Vec<String> = exposed.map(|shown| shown.name.clone()).collect();
+        names.sort();
+        names.dedup();
+        names
     }
 
     /// Lets go of an image of which nothing that is kept may be used any more.
@@ -155,18 +211,27 @@ impl Store {
             stack.push(Layer::active(&open.image)?);
         }
         let frozen_raw = !live && stack.len() == 1 && part == ViewPart::Active && top.format == Some(Format::Raw);
+        let view = self.assemble(&key, stack, live);
+        let images: Vec<FileId> = layers.iter().map(|index| catalog.images[*index].stat.id).collect();
+        let is_inner = part != ViewPart::Active;
+        let shown = self.opened.show(&view, &images, is_inner, &top.shown());
+        // A job that has hidden the view since then has not seen this opening, or sees it from now on.
+        if let Some(found) = self.catalog().files_hidden_by(&images, is_inner) {
+            return Err(hidden(&top.shown(), found));
+        }
         Ok(OpenView {
-            view: self.assemble(&key, stack, live),
+            view,
             fingerprint: hash(&key),
             raw_file: frozen_raw.then(|| Arc::clone(&open.file)),
             top: open,
             forced,
-            _locks: locks,
+            locks,
+            shown,
         })
     }
 
     /// The view of that stack; `key` says which state of the top image it is, and the serial of each.
-    fn assemble(&self, key: &[u64], stack: Vec<Layer>, live: bool) -> Arc<View> {
+    pub(super) fn assemble(&self, key: &[u64], stack: Vec<Layer>, live: bool) -> Arc<View> {
         let mut views = self.opened.views.lock();
         Arc::clone(views.get_or_insert(key.to_vec(), || View::new(stack, live, &self.flat)))
     }
@@ -181,7 +246,22 @@ impl Store {
     /// The same opening of an active disk after our own writer has left: its top layer is
     /// described anew, everything else, the locks as well, stays.
     pub(super) fn look_again(&self, open: OpenView) -> Result<OpenView> {
-        let OpenImage { image: old, file, data_file, format, .. } = &open.top;
+        let top = self.described_anew(&open.top)?;
+        let below = &open.view.layers()[1..];
+        let serials = below.iter().map(|layer| layer.image().serial());
+        let key: Vec<u64> = [0, 1, top.image.serial()].into_iter().chain(serials).collect();
+        let stack = std::iter::once(Layer::active(&top.image)?).chain(below.iter().cloned()).collect();
+        let view = self.assemble(&key, stack, true);
+        self.opened.keep(&top);
+        let images: Vec<FileId> = open.shown.layers.iter().map(|(id, _)| *id).collect();
+        let shown = self.opened.show(&view, &images, false, &open.shown.name);
+        Ok(OpenView { view, fingerprint: hash(&key), top, shown, ..open })
+    }
+
+    /// An open image as its file describes it now, after we have changed it ourselves. Through the same
+    /// files: they carry the locks.
+    pub(super) fn described_anew(&self, open: &OpenImage) -> Result<OpenImage> {
+        let OpenImage { image: old, file, data_file, format, .. } = open;
         let storage: Arc<dyn Storage> = Arc::clone(file) as _;
         let image = match format {
             Format::Raw => Image::raw(old.name(), storage, true, &self.caches)?,
@@ -195,18 +275,12 @@ impl Store {
                 Image::qcow2(old.name(), storage, data, Arc::clone(&qcow2.header), true, &self.caches)?
             }
         };
-        let below = &open.view.layers()[1..];
-        let serials = below.iter().map(|layer| layer.image().serial());
-        let key: Vec<u64> = [0, 1, image.serial()].into_iter().chain(serials).collect();
-        let stack = std::iter::once(Layer::active(&image)?).chain(below.iter().cloned()).collect();
-        let (view, top) = (self.assemble(&key, stack, true), OpenImage { image, ..open.top });
-        self.opened.images.lock().insert(top.file.id(), top.clone());
-        Ok(OpenView { view, fingerprint: hash(&key), top, ..open })
+        Ok(OpenImage { image, ..open.clone() })
     }
 
     /// Opens an image and takes the reader's locks on it. `frozen`: it is promised not to change.
     /// `forced` becomes what force was needed against.
-    fn open_image(
+    pub(super) fn open_image(
         &self,
         entry: &ImageEntry,
         frozen: bool,
@@ -299,7 +373,14 @@ pub(super) fn changed(file: &StoreFile) -> Error {
     Error::new(ErrorKind::Stale, format!("{} has changed since it was looked up; open it again", file.path().display()))
 }
 
-fn hash(key: &[u64]) -> u64 {
+/// Why a view cannot be opened now.
+fn hidden(name: &str, found: &FoundIntent) -> Error {
+    let fact =
+        format!("{name} is not shown while this goes on, or until it is taken up again: {}", found.intent.command);
+    Error::new(ErrorKind::Busy, fact)
+}
+
+pub(super) fn hash(key: &[u64]) -> u64 {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
     key.hash(&mut hasher);

@@ -55,6 +55,8 @@ pub struct StoreOptions {
     pub rescan: Duration,
     /// Whether the system is asked to tell of changes (inotify).
     pub notify: bool,
+    /// For a store that is one image: the directory that holds everybody who may use it.
+    pub whole_store: Option<PathBuf>,
 }
 
 impl Default for StoreOptions {
@@ -71,6 +73,7 @@ impl Default for StoreOptions {
             cache: 128 << 20,
             rescan: Duration::from_secs(30),
             notify: true,
+            whole_store: None,
         }
     }
 }

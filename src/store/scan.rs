@@ -53,6 +53,8 @@ pub(super) struct Scan {
 /// What the last scan knew of each file.
 pub(super) type Known = HashMap<FileId, (FileStat, Content)>;
 
+/// How the names of files end that a commit has left and that show nothing any more.
+pub(super) const SPOILT: &str = "invalid";
 /// Directories below each other, at most; deeper ones are a problem.
 const MAX_NESTING: usize = 64;
 
@@ -130,6 +132,9 @@ impl Work<'_> {
                 continue;
             }
             let place = path.join(&name);
+            if has_extension(&place, SPOILT) {
+                continue;
+            }
             match kind {
                 EntryKind::Directory if place.components().count() > MAX_NESTING => {
                     self.problem(place, format!("lies more than {MAX_NESTING} directories deep; mount it on its own"));

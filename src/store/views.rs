@@ -43,7 +43,7 @@ impl ChainViews {
         let mut forms = Vec::new();
         for (layer, index) in layers.iter().enumerate() {
             let image = &catalog.images[*index];
-            if image.virtual_size().is_none() {
+            if image.virtual_size().is_none() || catalog.hidden_by(&layers[layer..], false).is_some() {
                 continue;
             }
             let active = layer == 0 && catalog.is_active(leaf);
@@ -53,6 +53,9 @@ impl ChainViews {
         for (layer, index) in layers.iter().enumerate() {
             let image = &catalog.images[*index];
             let Some(qcow2) = image.qcow2() else { continue };
+            if catalog.hidden_by(&layers[layer..], true).is_some() {
+                continue;
+            }
             let active = layer == 0 && catalog.is_active(leaf);
             for (snapshot, Snapshot { name, id, vm_state_size, .. }) in qcow2.snapshots.iter().enumerate() {
                 forms.push(ViewForm { path: &image.place.path, active, snapshot: Some((name, id)) });
@@ -78,6 +81,13 @@ impl ChainViews {
     /// as soon as any of them has changed. 0 where there is no such layer.
     pub fn state(&self, layer: usize) -> u64 {
         self.states.get(layer).copied().unwrap_or(0)
+    }
+
+    /// Gives states their former digests.
+    pub(super) fn rename_states(&mut self, former: &HashMap<u64, u64>) {
+        for state in self.states.iter_mut().filter(|_| !former.is_empty()) {
+            *state = former.get(state).copied().unwrap_or(*state);
+        }
     }
 
     /// The view of that name.

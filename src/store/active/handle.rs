@@ -21,7 +21,7 @@ pub struct ActiveHandle {
 impl std::fmt::Debug for ActiveHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ActiveHandle")
-            .field("name", &self.disk.name)
+            .field("name", &self.disk.name())
             .field("access", &self.access)
             .finish_non_exhaustive()
     }
@@ -62,7 +62,7 @@ impl ActiveHandle {
         self.writing(|writer| {
             let len = writer.size().saturating_sub(at).min(bytes.len() as u64) as usize;
             if len == 0 && !bytes.is_empty() {
-                let fact = format!("{} ends at {:#x}; grow it with truncate", self.disk.name, writer.size());
+                let fact = format!("{} ends at {:#x}; grow it with truncate", self.disk.name(), writer.size());
                 return Err(Error::new(ErrorKind::NoSpace, fact));
             }
             writer.write_at(at, &bytes[..len])?;
@@ -93,7 +93,7 @@ impl ActiveHandle {
         let State::Writing(Writing { writer, open, .. }) = &*state else { return Ok(()) };
         let free = open.top.data_file.as_ref().unwrap_or(&open.top.file).free_space()?;
         if size.saturating_sub(writer.size()) > free {
-            let fact = format!("{} would need {size} bytes, and {free} are free", self.disk.name);
+            let fact = format!("{} would need {size} bytes, and {free} are free", self.disk.name());
             return Err(Error::new(ErrorKind::NoSpace, fact));
         }
         Ok(())
@@ -107,7 +107,7 @@ impl ActiveHandle {
                 return Ok(());
             }
             if size < now {
-                let fact = format!("{} has {now} bytes and would have {size}", self.disk.name);
+                let fact = format!("{} has {now} bytes and would have {size}", self.disk.name());
                 return Err(Error::new(ErrorKind::Forbidden, format!("{fact}; a disk is shrunk with resize")));
             }
             writer.grow(size)
@@ -153,12 +153,12 @@ impl ActiveHandle {
             State::Reading(open) => work(Source::View(&open.view)),
             State::Writing(writing) => work(Source::Writer(&writing.writer)),
             State::Failed(error) => Err(error.clone()),
-            State::Closed(_) => Err(Error::new(ErrorKind::Stale, format!("{} is closed", self.disk.name))),
+            State::Closed(_) => Err(Error::new(ErrorKind::Stale, format!("{} is closed", self.disk.name()))),
         }
     }
 
     pub(super) fn writing<T>(&self, work: impl FnOnce(&Writer) -> Result<T>) -> Result<T> {
-        let refuse = || Error::new(ErrorKind::ReadOnly, format!("{} was opened only to be read", self.disk.name));
+        let refuse = || Error::new(ErrorKind::ReadOnly, format!("{} was opened only to be read", self.disk.name()));
         self.with(|source| match source {
             Source::Writer(writer) if self.writes() => {
                 self.disk.poison(writer).map_or(Ok(()), Err)?;

@@ -1,0 +1,246 @@
+//! The names of a store: made, given, taken away, and made durable.
+//!
+//! Everything that changes a name goes through a [`Directory`], so that a simulated one sees it too.
+//! Paths lie beneath a root; no symbolic link is followed on the way. Between two calls of
+//! [`Directory::sync`] a crash of the machine may lose or keep each change by itself.
+
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{self, AtFlags, Mode, OFlags, RenameFlags, XattrFlags};
+use rustix::io::Errno;
+
+use crate::error::{Error, ErrorKind, Result};
+
+use super::beneath::Root;
+use super::descriptors::Descriptors;
+use super::file::FileStat;
+use super::{StoreFile, WriteFile, WriteStorage};
+
+/// What may be done to the names beneath one root.
+pub trait Directory: Send + Sync {
+    /// Makes a new, empty file; `Exists` if the name is taken. It has owner, mode and extended attributes
+    /// (access lists and labels among them) of the file `like`, where one is named, before anybody can see it
+    /// filled.
+    fn create(&self, path: &Path, like: Option<&Path>) -> Result<Arc<dyn WriteStorage>>;
+
+    /// Makes a directory, unless there is one.
+    fn create_directory(&self, path: &Path) -> Result<()>;
+
+    /// Gives a file one more name; `Exists` if that is taken.
+    fn link(&self, from: &Path, to: &Path) -> Result<()>;
+
+    /// Gives a file another name, in one step. What had the name before loses it if `replace`; else `Exists`.
+    fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()>;
+
+    /// Takes a file's name away.
+    fn unlink(&self, path: &Path) -> Result<()>;
+
+    /// Returns when all changes of names in the directory `path` are durable.
+    fn sync(&self, path: &Path) -> Result<()>;
+}
+
+/// The hands with which a store is changed: files and names. Another implementation can witness what is
+/// done, break it off or let it fail.
+pub trait Host: Send + Sync {
+    /// A file of a store, to be written through.
+    fn writable(&self, file: &Arc<StoreFile>) -> Result<Arc<dyn WriteStorage>>;
+
+    /// The names beneath a root.
+    fn directory(&self, root: &Arc<Root>, descriptors: &Arc<Descriptors>) -> Arc<dyn Directory>;
+}
+
+/// The machine as it is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ThisHost;
+
+impl Host for ThisHost {
+    fn writable(&self, file: &Arc<StoreFile>) -> Result<Arc<dyn WriteStorage>> {
+        Ok(file.open_for_writing()?)
+    }
+
+    fn directory(&self, root: &Arc<Root>, descriptors: &Arc<Descriptors>) -> Arc<dyn Directory> {
+        Arc::new(RootDirectory { root: Arc::clone(root), descriptors: Arc::clone(descriptors) })
+    }
+}
+
+/// The names beneath a root, as the kernel has them.
+#[derive(Debug)]
+struct RootDirectory {
+    root: Arc<Root>,
+    descriptors: Arc<Descriptors>,
+}
+
+impl RootDirectory {
+    /// The directory that holds `path`, and the last part of it.
+    fn parent<'a>(&self, path: &'a Path) -> Result<(OwnedFd, &'a OsStr)> {
+        let name = path
+            .file_name()
+            .ok_or_else(|| Error::new(ErrorKind::Usage, format!("{} is no name of a file", path.display())))?;
+        Ok((self.directory(path.parent().unwrap_or(Path::new("")))?, name))
+    }
+
+    fn directory(&self, path: &Path) -> Result<OwnedFd> {
+        let found = self.root.open_directory(path, true)?;
+        found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("{} is not there", path.display())))
+    }
+}
+
+fn fail(doing: &str, path: &Path, error: Errno) -> Error {
+    if error == Errno::EXIST {
+        let fact = "exists already; remove it or choose another name";
+        return Error::new(ErrorKind::Exists, format!("{} {fact}", path.display()));
+    }
+    Error::io(format!("{doing} {}", path.display()), error)
+}
+
+impl Directory for RootDirectory {
+    fn create(&self, path: &Path, like: Option<&Path>) -> Result<Arc<dyn WriteStorage>> {
+        let (directory, name) = self.parent(path)?;
+        // Nobody else may look at it before it looks like the one it is made after.
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mode = if like.is_some() { Mode::RUSR | Mode::WUSR } else { Mode::from_raw_mode(0o644) };
+        let file = fs::openat(&directory, name, flags, mode).map_err(|error| fail("creating", path, error))?;
+        if let Some(like) = like {
+            let made = self.root.open_file(like).and_then(|model| resemble(&file, &model, path));
+            if let Err(error) = made {
+                // It is empty, and the error is the one to tell.
+                let _ = fs::unlinkat(&directory, name, AtFlags::empty());
+                return Err(error);
+            }
+        }
+        Ok(WriteFile::new(file, path, &self.descriptors, &Arc::default()))
+    }
+
+    fn create_directory(&self, path: &Path) -> Result<()> {
+        let (directory, name) = self.parent(path)?;
+        match fs::mkdirat(&directory, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => Ok(()),
+            Err(error) => Err(fail("creating directory", path, error)),
+        }
+    }
+
+    fn link(&self, from: &Path, to: &Path) -> Result<()> {
+        let ((old, old_name), (new, new_name)) = (self.parent(from)?, self.parent(to)?);
+        fs::linkat(&old, old_name, &new, new_name, AtFlags::empty()).map_err(|error| fail("naming", to, error))
+    }
+
+    fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
+        let ((old, old_name), (new, new_name)) = (self.parent(from)?, self.parent(to)?);
+        let flags = if replace { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
+        match fs::renameat_with(&old, old_name, &new, new_name, flags) {
+            // Some file systems cannot be asked not to replace. Link and unlink say the same in two steps.
+            Err(Errno::INVAL | Errno::NOSYS) if !replace => {
+                self.link(from, to)?;
+                self.unlink(from)
+            }
+            done => done.map_err(|error| fail("renaming to", to, error)),
+        }
+    }
+
+    fn unlink(&self, path: &Path) -> Result<()> {
+        let (directory, name) = self.parent(path)?;
+        fs::unlinkat(&directory, name, AtFlags::empty()).map_err(|error| fail("removing", path, error))
+    }
+
+    fn sync(&self, path: &Path) -> Result<()> {
+        let directory = self.directory(path)?;
+        fs::fsync(&directory).map_err(|error| fail("syncing", path, error))
+    }
+}
+
+/// Gives `file` owner, mode and extended attributes of `model`.
+fn resemble(file: &OwnedFd, model: &OwnedFd, path: &Path) -> Result<()> {
+    let (stat, now) = (FileStat::of(model)?, FileStat::of(file)?);
+    let owner = (stat.uid != now.uid).then(|| rustix::fs::Uid::from_raw(stat.uid));
+    let group = (stat.gid != now.gid).then(|| rustix::fs::Gid::from_raw(stat.gid));
+    if owner.is_some() || group.is_some() {
+        fs::fchown(file, owner, group).map_err(|error| fail("giving its owner to", path, error))?;
+    }
+    fs::fchmod(file, Mode::from_raw_mode(stat.mode & 0o7777))
+        .map_err(|error| fail("giving its mode to", path, error))?;
+    for name in attribute_names(model).map_err(|error| fail("reading the attributes for", path, error))? {
+        let copied = attribute(model, &name).and_then(|value| fs::fsetxattr(file, &*name, &value, XattrFlags::empty()));
+        match copied {
+            // Labels are given by the system's policy where it does not let us give them.
+            Err(Errno::OPNOTSUPP | Errno::NODATA) => {}
+            Err(Errno::PERM | Errno::ACCESS) if !name.starts_with("system.") => {
+                tracing::debug!("{}: the attribute {name} cannot be given", path.display());
+            }
+            done => done.map_err(|error| fail("giving its attributes to", path, error))?,
+        }
+    }
+    Ok(())
+}
+
+fn attribute_names(file: impl AsFd) -> rustix::io::Result<Vec<String>> {
+    let mut names = vec![0; 64 << 10];
+    let len = match fs::flistxattr(&file, names.as_mut_slice()) {
+        Ok(len) => len,
+        Err(Errno::OPNOTSUPP) => 0,
+        Err(error) => return Err(error),
+    };
+    let all = names[..len].split(|byte| *byte == 0).filter(|name| !name.is_empty());
+    Ok(all.filter_map(|name| String::from_utf8(name.to_vec()).ok()).collect())
+}
+
+fn attribute(file: impl AsFd, name: &str) -> rustix::io::Result<Vec<u8>> {
+    let mut value = vec![0; 64 << 10];
+    let len = fs::fgetxattr(&file, name, value.as_mut_slice())?;
+    value.truncate(len);
+    Ok(value)
+}
+
+/// The directory that holds `path`.
+pub fn directory_of(path: &Path) -> PathBuf {
+    path.parent().unwrap_or(Path::new("")).to_path_buf()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn lab() -> (tempfile::TempDir, Arc<dyn Directory>) {
+        let place = tempfile::tempdir().unwrap();
+        std::fs::create_dir(place.path().join("sub")).unwrap();
+        std::fs::write(place.path().join("sub/a"), "a").unwrap();
+        let root = Arc::new(Root::open(place.path()).unwrap());
+        let directory = ThisHost.directory(&root, &Descriptors::with_limit(4));
+        (place, directory)
+    }
+
+    #[test]
+    fn names_are_given_and_taken() {
+        let (place, directory) = lab();
+        let kind = |result: Result<()>| result.unwrap_err().kind();
+        directory.link(Path::new("sub/a"), Path::new("b")).unwrap();
+        assert_eq!(kind(directory.link(Path::new("sub/a"), Path::new("b"))), ErrorKind::Exists);
+        std::fs::write(place.path().join("c"), "c").unwrap();
+        assert_eq!(kind(directory.rename(Path::new("c"), Path::new("b"), false)), ErrorKind::Exists);
+        directory.rename(Path::new("c"), Path::new("b"), true).unwrap();
+        assert_eq!(std::fs::read(place.path().join("b")).unwrap(), b"c");
+        directory.unlink(Path::new("sub/a")).unwrap();
+        assert_eq!(kind(directory.unlink(Path::new("sub/a"))), ErrorKind::NotFound);
+        directory.sync(Path::new("")).unwrap();
+        directory.create_directory(Path::new("sub")).unwrap();
+        assert!(directory.create(Path::new("../x"), None).is_err());
+    }
+
+    #[test]
+    fn a_new_file_looks_like_its_model() {
+        let (place, directory) = lab();
+        let model = place.path().join("sub/a");
+        std::fs::set_permissions(&model, std::fs::Permissions::from_mode(0o640)).unwrap();
+        let file = std::fs::File::open(&model).unwrap();
+        let has_attributes = fs::fsetxattr(&file, "user.note", b"x", XattrFlags::empty()).is_ok();
+        let new = directory.create(Path::new("new"), Some(Path::new("sub/a"))).unwrap();
+        new.write_at(0, b"bytes").unwrap();
+        let made = std::fs::File::open(place.path().join("new")).unwrap();
+        assert_eq!(made.metadata().unwrap().permissions().mode() & 0o7777, 0o640);
+        assert_eq!(attribute(&made, "user.note").is_ok(), has_attributes);
+        assert_eq!(directory.create(Path::new("new"), None).map(drop).unwrap_err().kind(), ErrorKind::Exists);
+    }
+}

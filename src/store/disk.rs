@@ -1,0 +1,97 @@
+//! A snapshot that somebody has open: the same bytes for as long as it is, whatever becomes of the files.
+//!
+//! When a job has changed what stands below it, the disk is looked at anew, so that nobody reads through
+//! tables of yesterday; what it shows stays. Where it cannot be (its layer has gone), those who have it
+//! open keep what they had.
+
+use std::sync::{Arc, Weak};
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::error::Result;
+use crate::format::Snapshot;
+use crate::io::FileId;
+
+use super::Store;
+use super::catalog::{Catalog, ImageEntry, ImageIndex};
+use super::open::{OpenView, ViewPart};
+
+/// An opening of a snapshot.
+#[derive(Debug)]
+pub struct OpenDisk {
+    top: FileId,
+    part: ViewPart,
+    /// The internal snapshot that is shown: its place in the table may change.
+    inner: Option<Snapshot>,
+    /// Replaced, never held while something is read.
+    view: RwLock<Arc<OpenView>>,
+}
+
+impl OpenDisk {
+    /// What it shows, to be let go of soon.
+    pub fn view(&self) -> Arc<OpenView> {
+        Arc::clone(&self.view.read())
+    }
+}
+
+/// All openings of snapshots. A leaf.
+#[derive(Debug, Default)]
+pub(super) struct OpenDisks {
+    disks: Mutex<Vec<Weak<OpenDisk>>>,
+}
+
+impl Store {
+    /// Opens the snapshot that `layers` (top first) show. `Stale` as for a view.
+    pub fn open_disk(&self, catalog: &Catalog, layers: &[ImageIndex], part: ViewPart) -> Result<Arc<OpenDisk>> {
+        let view = RwLock::new(Arc::new(self.open_view(catalog, layers, part, false)?));
+        let top = &catalog.images[layers[0]];
+        let inner = place(part).and_then(|index| snapshots(top).get(index).cloned());
+        let disk = Arc::new(OpenDisk { top: top.stat.id, part, inner, view });
+        let mut disks = self.disks.disks.lock();
+        disks.retain(|disk| disk.strong_count() > 0);
+        disks.push(Arc::downgrade(&disk));
+        Ok(disk)
+    }
+
+    /// Looks anew at all open snapshots that stand on any of `changed`.
+    pub(crate) fn refresh_disks(&self, changed: &[FileId]) {
+        let disks: Vec<Arc<OpenDisk>> = self.disks.disks.lock().iter().filter_map(Weak::upgrade).collect();
+        let catalog = self.catalog();
+        for disk in disks.iter().filter(|disk| disk.view().shows(changed)) {
+            match self.view_now(&catalog, disk) {
+                Ok(Some(view)) if view.view.size() == disk.view().view.size() => {
+                    let old = std::mem::replace(&mut *disk.view.write(), Arc::new(view));
+                    // Not under the lock: it may let go of many files.
+                    drop(old);
+                }
+                Ok(_) => {}
+                Err(error) => tracing::info!("an open snapshot stays as it was opened: {error}"),
+            }
+        }
+    }
+
+    fn view_now(&self, catalog: &Catalog, disk: &OpenDisk) -> Result<Option<OpenView>> {
+        let Some(top) = catalog.images.iter().position(|image| image.stat.id == disk.top) else { return Ok(None) };
+        let part = match (&disk.inner, disk.part) {
+            (None, part) => part,
+            (Some(inner), part) => {
+                let Some(index) = snapshots(&catalog.images[top]).iter().position(|found| found == inner) else {
+                    return Ok(None);
+                };
+                if matches!(part, ViewPart::VmState(_)) { ViewPart::VmState(index) } else { ViewPart::Snapshot(index) }
+            }
+        };
+        self.open_view(catalog, &catalog.layers(top), part, false).map(Some)
+    }
+}
+
+fn place(part: ViewPart) -> Option<usize> {
+    match part {
+        ViewPart::Active => None,
+        ViewPart::Snapshot(index) | ViewPart::VmState(index) => Some(index),
+    }
+}
+
+fn snapshots(image: &ImageEntry) -> &[Snapshot] {
+    image.qcow2().map_or(&[][..], |qcow2| &qcow2.snapshots)
+}
