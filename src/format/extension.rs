@@ -5,11 +5,12 @@
 
 use super::bytes::{be_u32, be_u64};
 use super::feature::{self, FeatureName};
-use super::frozen::{FROZEN_MAGIC, Frozen};
+use super::frozen::{self, FROZEN_MAGIC, Frozen};
 use super::malformed::Malformed;
 use crate::units::HostOffset;
 
-const END: u32 = 0;
+/// Magic of the mark behind the last one.
+pub const END: u32 = 0;
 /// Magic of the backing format string.
 pub const BACKING_FORMAT: u32 = 0xE279_2ACA;
 /// Magic of the feature name table.
@@ -104,6 +105,7 @@ impl Extensions {
                 }
                 self.data_file = (!data.is_empty()).then(|| data.to_vec());
             }
+            FROZEN_MAGIC if frozen::is_thawed(data) => return Ok(false),
             FROZEN_MAGIC => self.frozen = Some(Frozen::parse(data)?),
             _ => {
                 self.unknown.push(UnknownExtension { magic, data: data.to_vec() });
@@ -190,6 +192,16 @@ mod tests {
         let what = "LUKS header";
         assert_eq!(reason(CRYPTO_HEADER, &[0; 17]), Malformed::ExtensionLength { what, found: 17, expected: 16 });
         assert_eq!(reason(FROZEN_MAGIC, b""), Malformed::FrozenLength { have: 0, need: 24 });
+    }
+
+    #[test]
+    fn the_places_of_marks_that_hold_no_longer_say_nothing() {
+        let mark = Frozen { seconds: 1, nanoseconds: 2, description: "kept".into() };
+        let mut thawed = mark.encode();
+        thawed[frozen::FLAGS_AT + 3] = frozen::THAWED as u8;
+        let place = extension(FROZEN_MAGIC, &thawed);
+        let found = parse(&[place.clone(), extension(FROZEN_MAGIC, &mark.encode()), place].concat()).unwrap();
+        assert_eq!((found.frozen, found.unknown), (Some(mark), Vec::new()));
     }
 
     #[test]

@@ -3,8 +3,13 @@
 //! A frozen layer never becomes writable again by becoming a leaf. QEMU keeps extensions that
 //! it does not know, so the mark survives its writing to the file.
 //!
-//! Payload, big-endian: version u32 = 1, reserved u32 = 0, seconds i64, nanoseconds u32,
-//! description length u32, description in UTF-8.
+//! Payload, big-endian: version u32 = 1, flags u32, seconds i64, nanoseconds u32,
+//! description length u32, description in UTF-8. What follows the description means nothing, so that a
+//! mark may take the place of a longer one.
+//!
+//! Flag bit 0, thawed: this is no mark, and nothing behind the flags means anything. A mark in the midst of other
+//! extensions can be set and taken away by one write to its flags; the space is for the next one. All
+//! other flags are reserved and 0.
 
 use super::bytes::{be_i64, be_u32};
 use super::malformed::Malformed;
@@ -14,8 +19,18 @@ pub const FROZEN_MAGIC: u32 = 0x4348_4653;
 /// Limit of a description, in bytes. Our own; small enough for header and name in 4 KiB.
 pub const MAX_DESCRIPTION_LEN: usize = 1024;
 
+/// Where the flags stand in the payload.
+pub const FLAGS_AT: usize = 4;
+/// The flag of a mark that holds no longer.
+pub const THAWED: u32 = 1;
+
 const VERSION: u32 = 1;
 const FIXED_LEN: usize = 24;
+
+/// Whether the extension with this payload is only the place of a mark.
+pub fn is_thawed(payload: &[u8]) -> bool {
+    payload.len() >= FLAGS_AT + 4 && be_u32(payload, 0) == VERSION && be_u32(payload, FLAGS_AT) == THAWED
+}
 
 /// When and with which words a layer was frozen.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,7 +50,7 @@ impl Frozen {
         if payload.len() < FIXED_LEN {
             return Err(Malformed::FrozenLength { have, need: FIXED_LEN as u64 });
         }
-        match (be_u32(payload, 0), be_u32(payload, 4)) {
+        match (be_u32(payload, 0), be_u32(payload, FLAGS_AT)) {
             (VERSION, 0) => {}
             (VERSION, reserved) => return Err(Malformed::Reserved { what: "freeze mark", found: reserved.into() }),
             (version, _) => return Err(Malformed::FrozenVersion(version)),
@@ -49,10 +64,9 @@ impl Frozen {
             return Err(Malformed::TooLarge { what: "length of the freeze mark's description", found, max });
         }
         let need = FIXED_LEN + len;
-        if payload.len() != need {
-            return Err(Malformed::FrozenLength { have, need: need as u64 });
-        }
-        let description = std::str::from_utf8(&payload[FIXED_LEN..]).map_err(|_| Malformed::FrozenDescription)?;
+        let description = payload.get(FIXED_LEN..need);
+        let description = description.ok_or(Malformed::FrozenLength { have, need: need as u64 })?;
+        let description = std::str::from_utf8(description).map_err(|_| Malformed::FrozenDescription)?;
         Ok(Self { seconds: be_i64(payload, 8), nanoseconds, description: description.to_owned() })
     }
 
@@ -97,13 +111,23 @@ mod tests {
     }
 
     #[test]
+    fn a_mark_may_lie_in_the_place_of_a_longer_one_and_its_place_may_stay_without_it() {
+        let mut longer = good();
+        longer.extend(b"what was there before");
+        assert_eq!(Frozen::parse(&longer), Frozen::parse(&good()));
+        assert!(!is_thawed(&longer) && !is_thawed(&longer[..7]) && !is_thawed(&[]));
+        longer[FLAGS_AT..FLAGS_AT + 4].copy_from_slice(&THAWED.to_be_bytes());
+        assert!(is_thawed(&longer) && is_thawed(&longer[..8]));
+    }
+
+    #[test]
     fn each_rule_has_its_reason() {
         let have = good().len() as u64;
         assert_eq!(Frozen::parse(&good()[..23]), Err(Malformed::FrozenLength { have: 23, need: 24 }));
         assert_eq!(poked(0, 2), Err(Malformed::FrozenVersion(2)));
-        assert_eq!(poked(4, 1), Err(Malformed::Reserved { what: "freeze mark", found: 1 }));
+        assert_eq!(poked(4, 2), Err(Malformed::Reserved { what: "freeze mark", found: 2 }));
         assert_eq!(poked(16, 1_000_000_000), Err(Malformed::FrozenNanoseconds(1_000_000_000)));
-        assert_eq!(poked(20, 3), Err(Malformed::FrozenLength { have, need: 27 }));
+        assert_eq!(poked(20, 99), Err(Malformed::FrozenLength { have, need: 24 + 99 }));
         let what = "length of the freeze mark's description";
         assert_eq!(poked(20, 1025), Err(Malformed::TooLarge { what, found: 1025, max: 1024 }));
         assert_eq!(poked(24, 0xffff_ffff), Err(Malformed::FrozenDescription));

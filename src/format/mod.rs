@@ -12,6 +12,7 @@ pub mod extension;
 pub mod feature;
 pub mod frozen;
 pub mod header;
+pub mod header_edit;
 pub mod malformed;
 mod parts;
 pub mod refcount;

@@ -44,6 +44,22 @@ pub struct NewBacking {
     pub format: String,
 }
 
+impl NewBacking {
+    /// The name as it stands in a header.
+    pub(super) fn guarded_name(&self) -> Result<Vec<u8>> {
+        guarded_name(&self.name)
+    }
+
+    /// The format as it stands in a header.
+    pub(super) fn checked_format(&self) -> Result<&[u8]> {
+        let format = self.format.as_bytes();
+        if (1..=15).contains(&format.len()) && format.iter().all(u8::is_ascii_graphic) {
+            return Ok(format);
+        }
+        Err(usage(format!("backing format {:?} is not a word of 1 to 15 characters", self.format)))
+    }
+}
+
 impl Default for CreateOptions {
     /// No size, no backing file, clusters of 64 KiB: QEMU's default.
     fn default() -> Self {
@@ -177,12 +193,8 @@ impl Plan {
         let mut extensions = Vec::new();
         let mut name = Vec::new();
         if let Some(backing) = &options.backing {
-            name = guarded_name(&backing.name)?;
-            let format = backing.format.as_bytes();
-            if !(1..=15).contains(&format.len()) || !format.iter().all(u8::is_ascii_graphic) {
-                return Err(usage(format!("backing format {:?} is not a word of 1 to 15 characters", backing.format)));
-            }
-            push_extension(&mut extensions, BACKING_FORMAT, format);
+            name = backing.guarded_name()?;
+            push_extension(&mut extensions, BACKING_FORMAT, backing.checked_format()?);
         }
         if let Some(mark) = &options.frozen {
             push_extension(&mut extensions, FROZEN_MAGIC, &mark.encode());

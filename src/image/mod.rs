@@ -5,6 +5,7 @@
 
 pub mod check;
 pub mod create;
+mod header;
 mod layer;
 mod tables;
 pub mod write;
@@ -20,6 +21,7 @@ use crate::format::{Compressed, Header, Malformed};
 use crate::io::Storage;
 use crate::units::{HostOffset, round_up_to_sector};
 
+pub use header::{HeaderChange, change_header};
 pub use layer::{Layer, Mapping};
 
 /// Caches shared by all images of a store, keyed by image.

@@ -428,6 +428,24 @@ fn fate(choice: Choice, index: usize, random: &mut Random) -> Fate {
     }
 }
 
+/// The files after every crash worth making, each once.
+pub fn states(tape: &[Event], start: &[Pages]) -> Vec<Vec<Pages>> {
+    let mut random = Random::new(mix(seed()));
+    let (mut disk, mut done, mut seen) = (Volatile::new(start), 0, HashSet::new());
+    let mut found = Vec::new();
+    for Candidate { cut, choice, seed } in candidates(tape, start.len(), &mut random) {
+        while done < cut {
+            disk.take(tape, done);
+            done += 1;
+        }
+        let files = disk.state(tape, choice, &mut Random::new(seed));
+        if seen.insert(files.iter().fold(0, |hash, file| mix(hash) ^ file.hash())) {
+            found.push(files);
+        }
+    }
+    found
+}
+
 /// After everything on the tape, some of what was not synced is lost: one such state for each seed.
 pub fn random_crash(tape: &[Event], start: &[Pages], seed: u64) -> Vec<Pages> {
     let mut disk = Volatile::new(start);

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::HeaderChange;
 use crate::io::WriteStorage;
 
 use qcow2::Qcow2Writer;
@@ -199,6 +200,30 @@ impl Writer {
         match &self.body {
             Body::Raw(raw) => raw.close(),
             Body::Qcow2(qcow2) => qcow2.close(),
+        }
+    }
+
+    /// Changes the header of a qcow2 image: cut off anywhere, it has the old one or the new one. The disk's
+    /// content is not touched, and need not be flushed. `Unsupported` where there is no such header, or no
+    /// room in it; nothing has been written then. Any other failure poisons the disk as a failed flush does.
+    pub fn change_header(&self, change: &HeaderChange) -> Result<()> {
+        match &self.body {
+            Body::Raw(raw) => {
+                Err(Error::new(ErrorKind::Unsupported, format!("{}: a raw image has no header", raw.name())))
+            }
+            Body::Qcow2(qcow2) => qcow2.change_header(change),
+        }
+    }
+
+    /// Puts another source below the image, which the caller promises shows the same bytes, while the disk is
+    /// read and written.
+    ///
+    /// # Panics
+    /// If something is to lie below a raw image.
+    pub fn set_below(&self, below: Option<Arc<dyn Below>>) {
+        match &self.body {
+            Body::Raw(_) => assert!(below.is_none(), "nothing shows through a raw image"),
+            Body::Qcow2(qcow2) => qcow2.set_below(below),
         }
     }
 

@@ -11,6 +11,7 @@ use crate::format::feature;
 use crate::format::header::{AUTOCLEAR_AT, INCOMPATIBLE_AT};
 use crate::format::{EntryFormat, Header, Malformed, SnapshotParser, Version};
 use crate::image::check::rebuild_dirty;
+use crate::image::header::{self, HeaderChange};
 use crate::image::{read_header_with, unreadable};
 use crate::io::WriteStorage;
 use crate::units::HostOffset;
@@ -66,7 +67,7 @@ impl Qcow2Writer {
             compression: header.compression,
             raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
             size: AtomicU64::new(header.virtual_size),
-            below,
+            below: RwLock::new(below),
             ranges: Ranges::default(),
             reuse_gate: RwLock::new(()),
             flushes: Flushes::default(),
@@ -159,18 +160,38 @@ impl Qcow2Writer {
             return error;
         }
         let error = self.poisoned_by(error);
-        // Version 2 has no place to say so.
-        if self.core.format.version == Version::V3 {
-            let marked = read_header(&self.core.name, &*self.core.file).and_then(|header| {
-                let bits = header.incompatible | feature::CORRUPT;
-                self.core.file.write_at(INCOMPATIBLE_AT, &bits.to_be_bytes())?;
-                self.core.file.sync()
-            });
-            if let Err(error) = marked {
-                tracing::error!("{}: cannot be marked as corrupt: {error}", self.core.name);
-            }
-        }
+        self.mark_corrupt();
         error
+    }
+
+    fn mark_corrupt(&self) {
+        // Version 2 has no place to say so.
+        if self.core.format.version == Version::V2 {
+            return;
+        }
+        let marked = read_header(&self.core.name, &*self.core.file).and_then(|header| {
+            let bits = header.incompatible | feature::CORRUPT;
+            self.core.file.write_at(INCOMPATIBLE_AT, &bits.to_be_bytes())?;
+            self.core.file.sync()
+        });
+        if let Err(error) = marked {
+            tracing::error!("{}: cannot be marked as corrupt: {error}", self.core.name);
+        }
+    }
+
+    /// Changes the header's backing file or freeze mark, in the turn of a flush: nobody else changes a
+    /// field of the header meanwhile.
+    pub(super) fn change_header(&self, change: &HeaderChange) -> Result<()> {
+        let _turn = self.flushes.turn();
+        let _no_first_write = self.preparing.lock();
+        self.check_poison()?;
+        let steps = header::steps(&self.core.name, &*self.core.file, change)?;
+        header::apply(&*self.core.file, &steps).map_err(|error| self.poisoned_by(error))?;
+        // Damage is noted there by anybody who meets it; the note must not have been overwritten.
+        if self.poison.get().is_some_and(|poison| poison.kind() == ErrorKind::Corrupt) {
+            self.mark_corrupt();
+        }
+        self.check_poison()
     }
 }
 

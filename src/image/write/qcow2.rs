@@ -32,7 +32,8 @@ const DECOMPRESSED: usize = 4 << 20;
 /// A qcow2 image that is open for writing.
 pub(super) struct Qcow2Writer {
     pub(super) core: Core,
-    pub(super) below: Option<Arc<dyn Below>>,
+    /// Cloned and left at once: another may take its place at any time.
+    pub(super) below: RwLock<Option<Arc<dyn Below>>>,
     pub(super) compression: Compression,
     /// The data file is a raw image by itself: what reads as zero must be zero there.
     pub(super) raw_data: bool,
@@ -78,6 +79,16 @@ struct Target {
 impl Qcow2Writer {
     pub(super) fn decompressed_cache() -> Cache<(u64, u32), Arc<[u8]>> {
         Cache::new(DECOMPRESSED)
+    }
+
+    /// What lies below by now.
+    pub(super) fn below(&self) -> Option<Arc<dyn Below>> {
+        self.below.read().clone()
+    }
+
+    /// Puts another source below, which shows the same.
+    pub(super) fn set_below(&self, below: Option<Arc<dyn Below>>) {
+        *self.below.write() = below;
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -129,20 +140,20 @@ impl Qcow2Writer {
     }
 
     fn read_piece(&self, piece: Piece, position: u64, part: &mut [u8]) -> Result<()> {
-        match (piece, &self.below) {
-            (Piece::Own(host) | Piece::Shared(host), _) => self.read_data(host, part),
-            (Piece::Compressed(stream), _) => {
+        match piece {
+            Piece::Own(host) | Piece::Shared(host) => return self.read_data(host, part),
+            Piece::Compressed(stream) => {
                 let cluster = self.decompress(stream)?;
                 let within = self.core.cluster().within(position) as usize;
                 part.copy_from_slice(&cluster[within..within + part.len()]);
-                Ok(())
             }
-            (Piece::Below, Some(below)) => below.read_at(position, part),
-            (Piece::Zero, _) | (Piece::Below, None) => {
-                part.fill(0);
-                Ok(())
-            }
+            Piece::Below => match self.below() {
+                Some(below) => return below.read_at(position, part),
+                None => part.fill(0),
+            },
+            Piece::Zero => part.fill(0),
         }
+        Ok(())
     }
 
     fn read_data(&self, host: HostOffset, buf: &mut [u8]) -> Result<()> {
@@ -177,7 +188,7 @@ impl Qcow2Writer {
         match piece {
             Piece::Own(_) | Piece::Shared(_) | Piece::Compressed(_) => Ok((false, run)),
             Piece::Zero => Ok((true, run)),
-            Piece::Below => match &self.below {
+            Piece::Below => match self.below() {
                 Some(below) => below.zero_run(at, run),
                 None => Ok((true, run)),
             },

@@ -115,10 +115,10 @@ impl Qcow2Writer {
         let mut at = start;
         while at < end {
             let (piece, run) = self.lookup(at, end - at)?;
-            let (is_zero, run) = match (piece, &self.below) {
-                (Piece::Zero, _) | (Piece::Below, None) => (true, run),
-                (Piece::Below, Some(below)) => below.zero_run(at, run)?,
-                _ => (false, run),
+            let (is_zero, run) = match piece {
+                Piece::Zero => (true, run),
+                Piece::Below => self.below().map_or(Ok((true, run)), |below| below.zero_run(at, run))?,
+                Piece::Own(_) | Piece::Shared(_) | Piece::Compressed(_) => (false, run),
             };
             // Nothing to do, unless there is a place to be given back.
             if is_zero && (piece == Piece::Below || zeroing == Zeroing::Keep) {
@@ -260,7 +260,7 @@ impl Qcow2Writer {
             return Ok(());
         }
         let size = self.core.cluster().size();
-        let shines_through = match &self.below {
+        let shines_through = match self.below() {
             None => false,
             Some(below) => {
                 let (is_zero, run) = below.zero_run(change.guest, size)?;

@@ -1,0 +1,106 @@
+//! Changing the header of an image that is in use.
+//!
+//! What is written when is [`header_edit`]'s to say; here it is read, checked before the first write, and
+//! written, with a sync behind each step.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::header_edit::{Edit, Step, plan};
+use crate::format::{Frozen, Header};
+use crate::image::create::NewBacking;
+use crate::image::{read_header_with, unreadable};
+use crate::io::WriteStorage;
+
+/// What is to become of a header; `None` stays.
+#[derive(Clone, Debug, Default)]
+pub struct HeaderChange {
+    /// Another backing file, or none.
+    pub backing: Option<Option<NewBacking>>,
+    /// Another freeze mark, or none.
+    pub frozen: Option<Option<Frozen>>,
+}
+
+/// Changes the header of a qcow2 file that no [`Writer`](crate::image::write::Writer) has open. Cut off
+/// anywhere, the image has the old header or the new one.
+///
+/// `Unsupported`, before anything is written: the header's layout does not allow it, or it is not an image that
+/// may be written to.
+pub fn change_header(name: &str, file: &dyn WriteStorage, change: &HeaderChange) -> Result<()> {
+    apply(file, &steps(name, file, change)?)
+}
+
+/// Does what [`steps`] has found.
+pub(super) fn apply(file: &dyn WriteStorage, steps: &[Step]) -> Result<()> {
+    for step in steps {
+        for (at, bytes) in &step.writes {
+            file.write_at(*at, bytes)?;
+        }
+        file.sync()?;
+    }
+    Ok(())
+}
+
+/// What has to be done, in this order; nothing is written.
+pub(super) fn steps(name: &str, file: &dyn WriteStorage, change: &HeaderChange) -> Result<Vec<Step>> {
+    let (old, file_len) = read_header_with(name, file, Header::parse)?;
+    if let Some(sentence) = unreadable(&old) {
+        return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {sentence}")));
+    }
+    if old.corrupt() {
+        let sentence = "it is marked as corrupt and is not written to; run chainfs check --repair all";
+        return Err(Error::new(ErrorKind::Corrupt, format!("{name}: {sentence}")));
+    }
+    let mut cluster = vec![0; old.cluster.size() as usize];
+    file.read_at(0, &mut cluster)?;
+
+    let backing = match &change.backing {
+        None => None,
+        Some(None) => Some(None),
+        Some(Some(backing)) => Some(Some((backing.guarded_name()?, backing.checked_format()?))),
+    };
+    let payload = change.frozen.as_ref().map(|frozen| frozen.as_ref().map(Frozen::encode));
+    let edit = Edit {
+        backing: backing.as_ref().map(|backing| backing.as_ref().map(|(name, format)| (name.as_slice(), *format))),
+        frozen: payload.as_ref().map(Option::as_deref),
+    };
+    let steps = plan(&cluster, &edit).ok_or_else(|| {
+        let fact = match &change.frozen {
+            Some(Some(_)) if old.frozen.is_some() => {
+                "has no room for another freeze mark in the place of the old one; take that away first"
+            }
+            _ => "has no room for the new beside the old; write it anew with qemu-img rebase -u, and try again",
+        };
+        Error::new(ErrorKind::Unsupported, format!("{name}: its header {fact}"))
+    })?;
+
+    // Looked at before the first write: each header on the way is the old or the new one, but that the
+    // names of features may be missing.
+    let nameless = |header: Header| Header { feature_names: Vec::new(), ..header };
+    let old = nameless(old);
+    for step in &steps {
+        for (at, bytes) in &step.writes {
+            cluster[*at as usize..*at as usize + bytes.len()].copy_from_slice(bytes);
+        }
+        let now = Header::parse(&cluster, file_len.max(old.cluster.size())).map_err(|reason| {
+            let fact = format!("{name}: its header cannot be changed so: {reason}");
+            Error::new(ErrorKind::Unsupported, fact)
+        })?;
+        let now = nameless(now);
+        assert!(now == old || is_wanted(&old, &now, change), "a step of a header's change leads astray");
+    }
+    Ok(steps)
+}
+
+/// Whether `now` is `old` but for what was to be changed.
+fn is_wanted(old: &Header, now: &Header, change: &HeaderChange) -> bool {
+    let backing = match &change.backing {
+        None => old.backing == now.backing,
+        Some(None) => now.backing.is_none(),
+        Some(Some(wanted)) => now.backing.as_ref().is_some_and(|found| {
+            found.format.as_deref() == Some(&*wanted.format)
+                && wanted.guarded_name().is_ok_and(|name| name == found.name)
+        }),
+    };
+    let frozen = change.frozen.as_ref().unwrap_or(&old.frozen);
+    let rest = Header { backing: now.backing.clone(), frozen: now.frozen.clone(), ..old.clone() };
+    backing && *frozen == now.frozen && rest == *now
+}
