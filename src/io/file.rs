@@ -457,6 +457,20 @@ pub struct ReadLock {
     frozen: bool,
 }
 
+impl ReadLock {
+    /// The file that it is on.
+    pub fn file(&self) -> &Arc<StoreFile> {
+        &self.file
+    }
+
+    /// Whoever holds it was promised that the file does not change, and needs that no more.
+    pub fn thaw(&mut self) {
+        if std::mem::replace(&mut self.frozen, false) {
+            self.file.holders.lock().frozen -= 1;
+        }
+    }
+}
+
 impl Drop for ReadLock {
     fn drop(&mut self) {
         self.file.unlock(self.frozen);

@@ -26,7 +26,7 @@ use super::open::{OpenImage, OpenView, ViewPart, changed};
 use super::options::Format;
 
 pub use handle::ActiveHandle;
-pub use job::{ActiveJob, Fallen, Mirror, NewTopFile, Sealed};
+pub use job::{ActiveJob, Fallen, Mirror, NewTopFile, Prepared, PreparedFall, Sealed};
 
 /// Memory for the tables of one writer, at most and at least; in between, a part of `cache=`.
 const WRITER_CACHE: (u64, u64) = (1 << 20, 16 << 20);
@@ -289,6 +289,11 @@ impl ActiveDisks {
         self.disks.lock().disks.values().filter_map(Weak::upgrade).collect()
     }
 
+    /// Forgets that an image was on top of a disk.
+    fn forget_image(&self, image: FileId) {
+        self.disks.lock().by_image.remove(&image);
+    }
+
     /// Says in the log which images have been taken away from under their writers, and forgets what
     /// was wrong with those that nobody can open any more: another file may get their number.
     pub(super) fn tell_of_gone(&self, catalog: &Catalog) {
@@ -297,9 +302,8 @@ impl ActiveDisks {
         let mut numbered = self.disks.lock();
         let Numbered { by_image, disks, .. } = &mut *numbered;
         // A disk in use keeps its number: its image may be one that this scan has not met yet.
-        by_image.retain(|id, number| {
-            there.contains(id) || disks.get(number).is_some_and(|disk| disk.strong_count() > 0)
-        });
+        by_image
+            .retain(|id, number| there.contains(id) || disks.get(number).is_some_and(|disk| disk.strong_count() > 0));
         drop(numbered);
         for disk in self.all() {
             let is_gone = disk.writer().is_some() && !there.contains(&disk.id());
@@ -436,7 +440,7 @@ impl ActiveDisk {
 }
 
 /// Whether an image is under the writer's locks still what the catalog says of it.
-fn unchanged(top: &OpenImage, leaf: &ImageEntry) -> Result<()> {
+pub(super) fn unchanged(top: &OpenImage, leaf: &ImageEntry) -> Result<()> {
     let seen = std::iter::once(&leaf.stat).chain(leaf.data_file.as_ref().map(|(_, stat)| stat));
     for (file, seen) in top.files().zip(seen) {
         if file.stat()?.signature != seen.signature {
@@ -459,10 +463,14 @@ fn new_writer(store: &Store, top: &OpenImage, view: &View) -> Result<Arc<Writer>
         Format::Qcow2 => {
             let data_file = top.data_file.as_ref().map(open).transpose()?;
             let below = store.view_below(view).map(|view| view as Arc<dyn Below>);
-            let cache = (store.options.cache / 8).clamp(WRITER_CACHE.0, WRITER_CACHE.1) as usize;
-            Writer::qcow2(name, file, data_file, below, WriterOptions { cache })
+            Writer::qcow2(name, file, data_file, below, writer_options(store))
         }
     }
+}
+
+/// How writers of a store behave.
+pub(super) fn writer_options(store: &Store) -> WriterOptions {
+    WriterOptions { cache: (store.options.cache / 8).clamp(WRITER_CACHE.0, WRITER_CACHE.1) as usize }
 }
 
 #[cfg(test)]
@@ -489,8 +497,8 @@ mod tests {
         disk.flush().unwrap();
         let flushed = std::fs::read(&place).unwrap();
         let broken = catch_unwind(AssertUnwindSafe(|| {
-            disk.writing(|writer| -> Result<()> {
-                writer.zero(0, 1 << 20, Zeroing::Unmap)?;
+            disk.writing(|writing| -> Result<()> {
+                writing.zero(0, 1 << 20, Zeroing::Unmap)?;
                 panic!("a bug");
             })
         }));

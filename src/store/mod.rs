@@ -11,6 +11,7 @@ mod describe;
 mod disk;
 mod flusher;
 mod intents;
+mod job_image;
 mod names;
 mod notes;
 mod open;
@@ -34,12 +35,15 @@ use crate::error::{Error, Result};
 use crate::image::Caches;
 use crate::io::{Descriptors, Directory as Names, FileId, FileStat, Host, Root, StoreFile, ThisHost};
 
-pub use active::{Access, ActiveAttributes, ActiveHandle};
+pub use active::{
+    Access, ActiveAttributes, ActiveHandle, ActiveJob, Fallen, Mirror, NewTopFile, Prepared, PreparedFall, Sealed,
+};
 pub use catalog::{Below, Catalog, Directory, ImageEntry, ImageIndex, shown};
 pub use describe::{Content, Qcow2};
 pub use disk::OpenDisk;
 pub use flusher::Flusher;
 pub use intents::{Deed, FoundIntent, Guard, Intent, MARKER, Named, NewTop, OwnedIntent};
+pub use job_image::{JobImage, Keeping};
 pub use names::{ACTIVE, STORE_DIRECTORY, encode};
 pub use notes::FROZEN_NOTES;
 pub use open::{OpenView, ViewPart};

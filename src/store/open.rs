@@ -52,6 +52,11 @@ pub struct OpenView {
 }
 
 impl OpenView {
+    /// Its images, top first.
+    pub(super) fn images(&self) -> impl Iterator<Item = FileId> {
+        self.shown.layers.iter().map(|(id, _)| *id)
+    }
+
     /// Whether any of these images is among its layers.
     pub(super) fn shows(&self, images: &[FileId]) -> bool {
         self.shown.layers.iter().any(|(id, _)| images.contains(id))

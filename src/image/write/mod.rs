@@ -227,6 +227,16 @@ impl Writer {
         }
     }
 
+    /// STUB
+    pub fn qcow2_undoable(
+        name: &str,
+        file: Arc<dyn WriteStorage>,
+        below: Option<Arc<dyn Below>>,
+        options: WriterOptions,
+    ) -> Result<Arc<Self>> {
+        Self::qcow2(name, file, None, below, options)
+    }
+
     /// Whether anything has changed since the last flush.
     pub fn is_dirty(&self) -> bool {
         match &self.body {

@@ -6,15 +6,15 @@ use std::sync::atomic::Ordering;
 
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::write::{Writer, Zeroing};
+use crate::image::write::Zeroing;
 
 use super::super::Store;
 use super::{Access, ActiveDisk, State, Watch, Writing};
 
 /// An opening of an active disk.
 pub struct ActiveHandle {
-    store: Arc<Store>,
-    disk: Arc<ActiveDisk>,
+    pub(super) store: Arc<Store>,
+    pub(super) disk: Arc<ActiveDisk>,
     access: Access,
 }
 
@@ -38,7 +38,7 @@ impl ActiveHandle {
         self.with(|source| {
             Ok(match source {
                 Source::View(view) => view.size(),
-                Source::Writer(writer) => writer.size(),
+                Source::Writer(writing) => writing.writer.size(),
             })
         })
     }
@@ -52,35 +52,36 @@ impl ActiveHandle {
     pub fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         self.with(|source| match source {
             Source::View(view) => within(view.size(), at, buf, |at, buf| view.read_at(at, buf)),
-            Source::Writer(writer) => within(writer.size(), at, buf, |at, buf| writer.read_at(at, buf)),
+            Source::Writer(Writing { writer, .. }) => within(writer.size(), at, buf, |at, buf| writer.read_at(at, buf)),
         })
     }
 
     /// Writes at `at` what there is room for before the end of the disk, and returns how much
     /// that is; `NoSpace` if nothing.
     pub fn write_at(&self, at: u64, bytes: &[u8]) -> Result<usize> {
-        self.writing(|writer| {
-            let len = writer.size().saturating_sub(at).min(bytes.len() as u64) as usize;
+        self.writing(|writing| {
+            let size = writing.writer.size();
+            let len = size.saturating_sub(at).min(bytes.len() as u64) as usize;
             if len == 0 && !bytes.is_empty() {
-                let fact = format!("{} ends at {:#x}; grow it with truncate", self.disk.name(), writer.size());
+                let fact = format!("{} ends at {size:#x}; grow it with truncate", self.disk.name());
                 return Err(Error::new(ErrorKind::NoSpace, fact));
             }
-            writer.write_at(at, &bytes[..len])?;
+            writing.write_at(at, &bytes[..len])?;
             Ok(len)
         })
     }
 
     /// Makes a range read as zeroes, as far as it lies within the disk.
     pub fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
-        self.writing(|writer| match writer.size().saturating_sub(at).min(len) {
+        self.writing(|writing| match writing.writer.size().saturating_sub(at).min(len) {
             0 => Ok(()),
-            len => writer.zero(at, len, zeroing),
+            len => writing.zero(at, len, zeroing),
         })
     }
 
     /// Takes space for a range, as far as it lies within the disk.
     pub fn allocate(&self, at: u64, len: u64) -> Result<()> {
-        self.writing(|writer| match writer.size().saturating_sub(at).min(len) {
+        self.writing(|Writing { writer, .. }| match writer.size().saturating_sub(at).min(len) {
             0 => Ok(()),
             len => writer.allocate(at, len),
         })
@@ -101,8 +102,8 @@ impl ActiveHandle {
 
     /// Makes the disk `size` bytes long, rounded up to sectors; `Forbidden` if that is less than now.
     pub fn set_size(&self, size: u64) -> Result<()> {
-        self.writing(|writer| {
-            let now = writer.size();
+        self.writing(|writing| {
+            let now = writing.writer.size();
             if size.checked_next_multiple_of(512) == Some(now) {
                 return Ok(());
             }
@@ -110,7 +111,7 @@ impl ActiveHandle {
                 let fact = format!("{} has {now} bytes and would have {size}", self.disk.name());
                 return Err(Error::new(ErrorKind::Forbidden, format!("{fact}; a disk is shrunk with resize")));
             }
-            writer.grow(size)
+            writing.grow(size)
         })
     }
 
@@ -118,7 +119,7 @@ impl ActiveHandle {
     pub fn flush(&self) -> Result<()> {
         self.with(|source| match source {
             Source::View(_) => Ok(()),
-            Source::Writer(writer) => {
+            Source::Writer(Writing { writer, .. }) => {
                 self.disk.poison(writer).map_or(Ok(()), Err)?;
                 let _watch = Watch(&self.disk.has_panicked);
                 self.store.active.flush_count.fetch_add(1, Ordering::Relaxed);
@@ -141,8 +142,10 @@ impl ActiveHandle {
     pub fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
         let may_be_mapped = self.disk.mappable.load(Ordering::Acquire) > 0;
         self.with(|source| match source {
-            Source::Writer(writer) if may_be_mapped => Ok(Some(at).filter(|at| data && *at < writer.size())),
-            Source::Writer(writer) if at < writer.size() => writer.seek(at, data),
+            Source::Writer(Writing { writer, .. }) if may_be_mapped => {
+                Ok(Some(at).filter(|at| data && *at < writer.size()))
+            }
+            Source::Writer(Writing { writer, .. }) if at < writer.size() => writer.seek(at, data),
             Source::View(view) if at < view.size() => view.seek(at, data),
             Source::View(_) | Source::Writer(_) => Ok(None),
         })
@@ -151,19 +154,19 @@ impl ActiveHandle {
     fn with<T>(&self, work: impl FnOnce(Source<'_>) -> Result<T>) -> Result<T> {
         match &*self.disk.state.read() {
             State::Reading(open) => work(Source::View(&open.view)),
-            State::Writing(writing) => work(Source::Writer(&writing.writer)),
+            State::Writing(writing) => work(Source::Writer(writing)),
             State::Failed(error) => Err(error.clone()),
             State::Closed(_) => Err(Error::new(ErrorKind::Stale, format!("{} is closed", self.disk.name()))),
         }
     }
 
-    pub(super) fn writing<T>(&self, work: impl FnOnce(&Writer) -> Result<T>) -> Result<T> {
+    pub(super) fn writing<T>(&self, work: impl FnOnce(&Writing) -> Result<T>) -> Result<T> {
         let refuse = || Error::new(ErrorKind::ReadOnly, format!("{} was opened only to be read", self.disk.name()));
         self.with(|source| match source {
-            Source::Writer(writer) if self.writes() => {
-                self.disk.poison(writer).map_or(Ok(()), Err)?;
+            Source::Writer(writing) if self.writes() => {
+                self.disk.poison(&writing.writer).map_or(Ok(()), Err)?;
                 let _watch = Watch(&self.disk.has_panicked);
-                work(writer)
+                work(writing)
             }
             Source::Writer(_) | Source::View(_) => Err(refuse()),
         })
@@ -187,7 +190,7 @@ impl Drop for ActiveHandle {
 /// Where an active disk's bytes come from now.
 enum Source<'a> {
     View(&'a View),
-    Writer(&'a Writer),
+    Writer(&'a Writing),
 }
 
 /// Reads the part of a range that lies within a disk. Of one that is damaged, what lies before the

@@ -1,0 +1,374 @@
+//! An active disk in the hands of a job, while guests read and write it.
+//!
+//! Promises: what stands below the disk, and even its top image, is replaced in one moment, between two
+//! requests; everybody who has it open goes on without noticing. While it is [`Sealed`] nobody reads or writes,
+//! so that lasts no longer than a flush and a rename. Whether the bytes stay the same is the job's to see to.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use parking_lot::RwLockWriteGuard;
+
+use crate::chain::View;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::write::{Below, Writer, Zeroing};
+use crate::image::{Image, Layer};
+use crate::io::{FileId, ReadLock, Storage, WriteLock, WriterKind};
+
+use super::super::catalog::{Catalog, ImageIndex, shown as shown_path};
+use super::super::describe::{Content, describe};
+use super::super::open::{OpenImage, OpenView, Shown, hash};
+use super::super::options::Format;
+use super::super::resolve::Place;
+use super::super::{JobImage, Store};
+use super::{Access, ActiveDisk, ActiveHandle, State, Writing, writer_options};
+
+/// Makes every change of an active disk, and the same one elsewhere.
+pub trait Mirror: Send + Sync {
+    /// Writes `bytes` at `at`.
+    fn write_at(&self, disk: &Writer, at: u64, bytes: &[u8]) -> Result<()>;
+    /// Makes a range read as zeroes.
+    fn zero(&self, disk: &Writer, at: u64, len: u64, zeroing: Zeroing) -> Result<()>;
+    /// Makes the disk longer.
+    fn grow(&self, disk: &Writer, size: u64) -> Result<()>;
+}
+
+impl Writing {
+    /// Writes `bytes` at `at`, wherever they have to go.
+    pub(super) fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        match &self.mirror {
+            None => self.writer.write_at(at, bytes),
+            Some(mirror) => mirror.write_at(&self.writer, at, bytes),
+        }
+    }
+
+    /// Makes a range read as zeroes.
+    pub(super) fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
+        match &self.mirror {
+            None => self.writer.zero(at, len, zeroing),
+            Some(mirror) => mirror.zero(&self.writer, at, len, zeroing),
+        }
+    }
+
+    /// Makes the disk longer.
+    pub(super) fn grow(&self, size: u64) -> Result<()> {
+        match &self.mirror {
+            None => self.writer.grow(size),
+            Some(mirror) => mirror.grow(&self.writer, size),
+        }
+    }
+}
+
+/// An active disk that a job holds open for writing.
+#[derive(Debug)]
+pub struct ActiveJob {
+    handle: ActiveHandle,
+}
+
+/// A disk that nobody reads or writes until this is dropped.
+pub struct Sealed<'a> {
+    store: &'a Arc<Store>,
+    disk: &'a ActiveDisk,
+    state: RwLockWriteGuard<'a, State>,
+}
+
+/// A file that is to become the top of an active disk.
+#[derive(Debug)]
+pub struct NewTopFile {
+    writer: Arc<Writer>,
+    lock: WriteLock,
+    read_lock: ReadLock,
+    image: OpenImage,
+}
+
+/// What was the top of an active disk, and is frozen from now on. Its files are still locked.
+pub struct Fallen {
+    store: Arc<Store>,
+    /// Writes it; a guest's bytes no more.
+    pub writer: Arc<Writer>,
+    locks: Vec<WriteLock>,
+    image: OpenImage,
+}
+
+/// All that a disk needs to stand on a new top, made before anything is renamed.
+pub struct Prepared {
+    overlay: NewTopFile,
+    fallen: OpenImage,
+    view: OpenView,
+}
+
+/// All that a disk needs to fall onto a layer below, made before anything is renamed.
+pub struct PreparedFall {
+    image: OpenImage,
+    locks: Vec<WriteLock>,
+    writer: Arc<Writer>,
+    view: Arc<View>,
+    shown: Arc<Shown>,
+}
+
+impl Store {
+    /// Opens the active disk of the chain of `layers` (leaf first) for a job. `Stale` as for a view.
+    pub fn take_active(self: &Arc<Self>, catalog: &Catalog, layers: &[ImageIndex]) -> Result<ActiveJob> {
+        Ok(ActiveJob { handle: self.open_active(catalog, layers, Access::Write)? })
+    }
+
+    /// Opens a fresh qcow2 image at `path` beneath the store, which is to become the top of a disk by the name
+    /// `name`.
+    pub fn open_new_top(&self, path: &Path, name: &str) -> Result<NewTopFile> {
+        let place = Place { root: 0, path: path.to_path_buf() };
+        let stat = self.roots[0].stat(path)?;
+        let file = self.file(&place, &stat, true);
+        let lock = file.lock_for_writing(WriterKind::Guest, self.options.no_lock)?;
+        let read_lock = file.lock(false)?;
+        let Content::Qcow2(qcow2) = describe(&*file.descriptor()?, file.len()?)? else {
+            return Err(Error::new(ErrorKind::Corrupt, format!("{} is no qcow2 image", path.display())));
+        };
+        let storage: Arc<dyn Storage> = Arc::clone(&file) as _;
+        let image = Image::qcow2(name, storage, None, Arc::clone(&qcow2.header), true, &self.caches)?;
+        let writer = Writer::qcow2(name, self.host.writable(&file)?, None, None, writer_options(self))?;
+        let image = OpenImage { image, file, data_file: None, places: (place, None), format: Format::Qcow2 };
+        Ok(NewTopFile { writer, lock, read_lock, image })
+    }
+}
+
+impl ActiveJob {
+    /// What writes the disk now.
+    pub fn writer(&self) -> Result<Arc<Writer>> {
+        let writer = self.disk().writer();
+        let writer = writer.ok_or_else(|| Error::new(ErrorKind::Stale, format!("{} is closed", self.disk().name())))?;
+        match self.disk().poison(&writer) {
+            Some(poison) => Err(poison),
+            None => Ok(writer),
+        }
+    }
+
+    /// The image on top of it.
+    pub fn top(&self) -> FileId {
+        self.disk().id()
+    }
+
+    /// What shows through its top image now.
+    pub fn below(&self) -> Option<Arc<View>> {
+        match &*self.disk().state.read() {
+            State::Writing(writing) => self.store().view_below(&writing.open.view),
+            State::Closed(_) | State::Reading(_) | State::Failed(_) => None,
+        }
+    }
+
+    fn disk(&self) -> &Arc<ActiveDisk> {
+        &self.handle.disk
+    }
+
+    fn store(&self) -> &Arc<Store> {
+        &self.handle.store
+    }
+
+    /// Waits until nobody reads or writes, and lets nobody begin.
+    pub fn seal(&self) -> Sealed<'_> {
+        Sealed { store: self.store(), disk: self.disk(), state: self.disk().state.write() }
+    }
+
+    /// Sends all changes from now on through `mirror`; `None` ends that.
+    pub fn set_mirror(&self, mirror: Option<Arc<dyn Mirror>>) {
+        self.seal().writing().mirror = mirror;
+    }
+
+    /// Puts other layers (top first) below the disk, through which the same bytes show.
+    pub fn stand_on(&self, catalog: &Catalog, below: &[ImageIndex]) -> Result<()> {
+        let store = self.store();
+        let mut locks = Vec::new();
+        let mut stack = Vec::new();
+        let mut files = Vec::new();
+        for index in below {
+            let mut forced = None;
+            let open = store.open_image(&catalog.images[*index], true, &mut locks, &mut forced)?;
+            stack.push(Layer::active(&open.image)?);
+            files.push(open.file.id());
+        }
+        let mut sealed = self.seal();
+        let disk = sealed.disk;
+        let writing = sealed.writing();
+        let top = Layer::active(&writing.open.top.image)?;
+        let view = store.live_view(top, stack);
+        let shown = store.opened.show(&view, &[&[disk.id()], files.as_slice()].concat(), false, &disk.name());
+        let lower = store.view_below(&view).map(|view| view as Arc<dyn Below>);
+        writing.writer.set_below(lower);
+        locks.push(writing.open.top.file.lock(false)?);
+        if let Some(data_file) = &writing.open.top.data_file {
+            locks.push(data_file.lock(false)?);
+        }
+        let fingerprint = hash(&serials(&view));
+        let top = writing.open.top.clone();
+        let new = OpenView { view, fingerprint, raw_file: None, top, forced: None, locks, shown };
+        let old = std::mem::replace(&mut writing.open, new);
+        drop(sealed);
+        // Not under the gate: it may let go of many files.
+        drop(old);
+        Ok(())
+    }
+}
+
+fn serials(view: &View) -> Vec<u64> {
+    [0, 1].into_iter().chain(view.layers().iter().map(|layer| layer.image().serial())).collect()
+}
+
+impl Store {
+    fn live_view(&self, top: Layer, below: Vec<Layer>) -> Arc<View> {
+        let stack: Vec<Layer> = std::iter::once(top).chain(below).collect();
+        let key: Vec<u64> = [0, 1].into_iter().chain(stack.iter().map(|layer| layer.image().serial())).collect();
+        self.assemble(&key, stack, true)
+    }
+}
+
+impl Sealed<'_> {
+    fn writing(&mut self) -> &mut Writing {
+        match &mut *self.state {
+            State::Writing(writing) => writing,
+            State::Closed(_) | State::Reading(_) | State::Failed(_) => {
+                unreachable!("a job holds the disk open for writing")
+            }
+        }
+    }
+
+    /// Makes all that was written durable, and the image as a checker wants it.
+    pub fn close(&mut self) -> Result<()> {
+        let disk = self.disk;
+        let writer = &self.writing().writer;
+        disk.poison(writer).map_or(Ok(()), Err)?;
+        writer.close()
+    }
+
+    /// Makes ready to stand on `overlay`; nothing has happened yet. What was written has to be durable.
+    pub fn prepare(&mut self, overlay: NewTopFile) -> Result<Prepared> {
+        let (store, disk) = (self.store, self.disk);
+        let writing = self.writing();
+        let fallen = store.described_anew(&writing.open.top)?;
+        let top = Layer::active(&overlay.image.image)?;
+        let below = writing.open.view.layers()[1..].iter().cloned();
+        let below: Vec<Layer> = std::iter::once(Layer::active(&fallen.image)?).chain(below).collect();
+        let view = store.live_view(top, below);
+        let name = disk.name();
+        let images: Vec<FileId> = std::iter::once(overlay.image.file.id()).chain(writing.open.images()).collect();
+        let shown = store.opened.show(&view, &images, false, &name);
+        // From a guest's file it becomes one that stays as it is, whatever a job may still write to its header.
+        for lock in &writing.locks {
+            lock.become_for(WriterKind::Job)?;
+        }
+        let locks = fallen.files().map(|file| file.lock(true)).collect::<Result<Vec<_>>>();
+        let locks = match locks {
+            Ok(locks) => locks,
+            Err(error) => {
+                self.be_a_guests();
+                return Err(error);
+            }
+        };
+        let fingerprint = hash(&serials(&view));
+        let top = overlay.image.clone();
+        let view = OpenView { view, fingerprint, raw_file: None, top, forced: None, locks, shown };
+        Ok(Prepared { overlay, fallen, view })
+    }
+
+    /// What was made ready does not come to pass.
+    pub fn give_up(&mut self, prepared: Prepared) {
+        drop(prepared);
+        self.be_a_guests();
+    }
+
+    fn be_a_guests(&mut self) {
+        for lock in &self.writing().locks {
+            lock.become_for(WriterKind::Guest).expect("nobody else was promised that it stays as it is");
+        }
+    }
+
+    /// Stands on what was made ready: by now the overlay's file has the name `name`, the fallen one `frozen`. Opens
+    /// the disk again.
+    pub fn stand(mut self, prepared: Prepared, name: &Path, frozen: &Path) -> Fallen {
+        let (store, disk) = (self.store, self.disk);
+        let Prepared { overlay, mut fallen, mut view } = prepared;
+        let place = |path: &Path| Place { root: 0, path: path.to_path_buf() };
+        let NewTopFile { writer, lock, read_lock, mut image } = overlay;
+        fallen.file.renamed(frozen);
+        image.file.renamed(name);
+        fallen.places.0 = place(frozen);
+        image.places.0 = place(name);
+        writer.set_below(store.view_below(&view.view).map(|view| view as Arc<dyn Below>));
+        view.top = image.clone();
+        let writing = self.writing();
+        // The locks of the layers below go on as they are.
+        view.locks.push(read_lock);
+        let old = std::mem::replace(writing, Writing { writer, locks: vec![lock], open: view, mirror: None });
+        let Writing { writer, locks, open: OpenView { locks: mut lower, .. }, .. } = old;
+        writing.open.locks.append(&mut lower);
+        store.opened.keep(&fallen);
+        store.opened.keep(&image);
+        disk.take_top(store, image.file.id(), &shown_path(name));
+        drop(self);
+        Fallen { store: Arc::clone(store), writer, locks, image: fallen }
+    }
+
+    /// Makes ready to fall onto `base`, which holds all the disk's bytes, durably; nothing has happened yet.
+    pub fn prepare_fall(&mut self, base: JobImage) -> Result<PreparedFall> {
+        let store = self.store;
+        let (image, locks, writer) = base.into_parts()?;
+        let writing = self.writing();
+        let depth = writing.open.images().position(|id| id == image.file.id());
+        let depth = depth.expect("the base is one of the disk's layers");
+        let below = writing.open.view.layers()[depth + 1..].to_vec();
+        let images: Vec<FileId> = writing.open.images().skip(depth).collect();
+        let view = store.live_view(Layer::active(&image.image)?, below);
+        let shown = store.opened.show(&view, &images, false, &image.file.path().to_string_lossy());
+        // Its reader, the disk, was promised that it stays as it is: no more.
+        let is_base = |lock: &ReadLock| image.files().any(|file| file.id() == lock.file().id());
+        writing.open.locks.iter_mut().filter(|lock| is_base(lock)).for_each(ReadLock::thaw);
+        locks.iter().try_for_each(|lock| lock.become_for(WriterKind::Guest))?;
+        Ok(PreparedFall { image, locks, writer, view, shown })
+    }
+
+    /// Falls onto what was made ready, whose file has the name `name` by now. Opens the disk again.
+    pub fn fall(mut self, prepared: PreparedFall, name: &Path) {
+        let (store, disk) = (self.store, self.disk);
+        let PreparedFall { mut image, locks, writer, view, shown } = prepared;
+        image.file.renamed(name);
+        image.places.0 = Place { root: 0, path: name.to_path_buf() };
+        let fingerprint = hash(&serials(&view));
+        let top = image.clone();
+        let open = OpenView { view, fingerprint, raw_file: None, top, forced: None, locks: Vec::new(), shown };
+        let writing = self.writing();
+        let mut old = std::mem::replace(writing, Writing { writer, locks, open, mirror: None });
+        // The locks of the layers that stay go on as they are.
+        let stays = |lock: &ReadLock| writing.open.images().any(|id| id == lock.file().id());
+        let (kept, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut old.open.locks).into_iter().partition(stays);
+        writing.open.locks = kept;
+        store.opened.keep(&image);
+        disk.take_top(store, image.file.id(), &shown_path(name));
+        drop(self);
+        // Not under the gate: it may let go of many files.
+        drop((old, gone));
+    }
+}
+
+impl ActiveDisk {
+    /// Has another image on top from now on.
+    fn take_top(&self, store: &Store, image: FileId, name: &str) {
+        // Both are the disk's until a scan has seen what has become of the old one.
+        store.active.disks.lock().by_image.insert(image, self.number);
+        *self.top.lock() = (image, name.to_owned());
+    }
+}
+
+impl Fallen {
+    /// All that a job had to write to it is written: it is a frozen layer like any other.
+    pub fn finish(self) -> Result<()> {
+        let Self { store, writer, locks, image } = self;
+        let closed = writer.close();
+        drop(writer);
+        for file in image.files() {
+            file.accept_changes()?;
+        }
+        // The image itself is as it was described: only its header has changed since.
+        store.opened.keep(&image);
+        drop(locks);
+        store.active.forget_image(image.file.id());
+        closed
+    }
+}

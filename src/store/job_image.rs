@@ -1,0 +1,119 @@
+//! An image below the active layer in the hands of a job: the only one who writes it.
+//!
+//! Promises: from the opening on it carries QEMU's writer locks, beside those of our own readers; it is the
+//! very file that the catalog speaks of; and when the job is done, whoever opens it next sees what the job has
+//! made of it. That no view of those readers changes is the job's to see to.
+
+use std::sync::Arc;
+
+use crate::chain::View;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::write::{Below, Writer};
+use crate::io::{FileId, ReadLock, WriteLock, WriteStorage, WriterKind};
+
+use super::Store;
+use super::active::{unchanged, writer_options};
+use super::catalog::{Catalog, ImageIndex};
+use super::open::OpenImage;
+use super::options::Format;
+
+/// An image that a job writes.
+pub struct JobImage {
+    store: Arc<Store>,
+    writer: Option<Arc<Writer>>,
+    image: OpenImage,
+    locks: Vec<WriteLock>,
+    reads: Vec<ReadLock>,
+}
+
+/// How a job's writer keeps what it finds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keeping {
+    /// It is overwritten as by a guest.
+    Nothing,
+    /// Until the job is published nothing of it is.
+    Everything,
+}
+
+impl Store {
+    /// Opens an image for a job. `Busy` if another process uses it, `Stale` if it is not what the catalog says.
+    pub fn take_image(self: &Arc<Self>, catalog: &Catalog, index: ImageIndex) -> Result<JobImage> {
+        let entry = &catalog.images[index];
+        if entry.place.root != 0 {
+            let fact = "lies outside of the store, in a directory that is only read";
+            return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", entry.shown())));
+        }
+        let (mut reads, mut forced) = (Vec::new(), None);
+        let image = self.open_image(entry, true, &mut reads, &mut forced)?;
+        if let Some(error) = forced {
+            return Err(error);
+        }
+        let lock = |file: &Arc<crate::io::StoreFile>| file.lock_for_writing(WriterKind::Job, self.options.no_lock);
+        let locks = image.files().map(lock).collect::<Result<Vec<_>>>()?;
+        unchanged(&image, entry)?;
+        Ok(JobImage { store: Arc::clone(self), writer: None, image, locks, reads })
+    }
+}
+
+impl JobImage {
+    /// Which file it is.
+    pub fn id(&self) -> FileId {
+        self.image.file.id()
+    }
+
+    /// Its format.
+    pub fn format(&self) -> Format {
+        self.image.format
+    }
+
+    /// Its file, for changing its header where nothing else of it is changed.
+    pub fn file(&self) -> Result<Arc<dyn WriteStorage>> {
+        self.store.host.writable(&self.image.file)
+    }
+
+    /// What it is called.
+    pub fn name(&self) -> &str {
+        self.image.image.name()
+    }
+
+    /// Opens its disk for writing; `below` is what shows through it.
+    pub fn open_writer(&mut self, below: Option<Arc<View>>, keeping: Keeping) -> Result<Arc<Writer>> {
+        assert!(self.writer.is_none(), "one writer writes an image");
+        let name = self.image.image.name();
+        let file = self.file()?;
+        let writer = match self.image.format {
+            Format::Raw => Writer::raw(name, file)?,
+            Format::Qcow2 => {
+                let data_file = self.image.data_file.as_ref().map(|file| self.store.host.writable(file)).transpose()?;
+                let below = below.map(|view| view as Arc<dyn Below>);
+                let options = writer_options(&self.store);
+                match keeping {
+                    Keeping::Nothing => Writer::qcow2(name, file, data_file, below, options)?,
+                    Keeping::Everything => Writer::qcow2_undoable(name, file, below, options)?,
+                }
+            }
+        };
+        self.writer = Some(Arc::clone(&writer));
+        Ok(writer)
+    }
+
+    /// What it is by now: the image as its file describes it, its locks and its writer.
+    pub(super) fn into_parts(self) -> Result<(OpenImage, Vec<WriteLock>, Arc<Writer>)> {
+        let image = self.store.described_anew(&self.image)?;
+        let writer = self.writer.expect("a disk falls onto what was written");
+        Ok((image, self.locks, writer))
+    }
+
+    /// All that was written is durable: from now on it is a layer like any other.
+    pub fn finish(self) -> Result<()> {
+        let Self { store, writer, image, locks, reads } = self;
+        // The descriptor goes before the file's looks are noted: closing may be what changes them.
+        drop(writer);
+        for file in image.files() {
+            file.accept_changes()?;
+        }
+        store.opened.keep(&store.described_anew(&image)?);
+        drop((locks, reads));
+        Ok(())
+    }
+}
