@@ -1,17 +1,38 @@
 //! The engine: takes requests, runs their jobs, knows how they are doing.
+//!
+//! Promises: one job at a time works on a chain, and on every chain that contains a layer which it writes,
+//! renames or unlinks; a request that is refused has changed nothing; a bug that one job brings out harms no
+//! other, and leaves its intent to be taken up.
 
-use std::path::Path;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::Store;
+use crate::io::users_of;
+use crate::store::{Deed, FoundIntent, Store, shown};
 
+use super::board::{Board, Progress, Tokens};
+use super::commit::{self, CommitJob};
+use super::pull::{self, PullJob};
+use super::snapshot;
+use super::world::World;
 use super::{Plan, Request, Status};
 
 /// The jobs of one store.
 pub struct Engine {
     store: Arc<Store>,
+    board: Arc<Board>,
+    /// Where the store is mounted, for saying who has what open.
+    mount: Mutex<Option<PathBuf>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    stopping: AtomicBool,
+    intents: AtomicU64,
 }
 
 impl std::fmt::Debug for Engine {
@@ -20,45 +41,214 @@ impl std::fmt::Debug for Engine {
     }
 }
 
+/// A job that was accepted.
+enum Job {
+    Commit(Box<CommitJob>),
+    Pull(Box<PullJob>),
+}
+
+impl Job {
+    fn run(self, engine: &Engine, progress: &Progress) -> Result<()> {
+        match self {
+            Job::Commit(job) => job.run(engine, progress),
+            Job::Pull(job) => job.run(engine, progress),
+        }
+    }
+}
+
 impl Engine {
     /// The engine of `store`; nothing is done before somebody asks.
     pub fn new(store: &Arc<Store>) -> Arc<Self> {
-        Arc::new(Self { store: Arc::clone(store) })
+        Arc::new(Self {
+            store: Arc::clone(store),
+            board: Arc::default(),
+            mount: Mutex::default(),
+            threads: Mutex::default(),
+            stopping: AtomicBool::new(false),
+            intents: AtomicU64::new(0),
+        })
     }
 
-    /// Takes up what was begun before and is nobody else's: returns when that runs.
-    pub fn resume(self: &Arc<Self>) {}
+    /// The store.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Says where the store is mounted.
+    pub fn set_mount(&self, directory: &Path) {
+        *self.mount.lock() = Some(directory.to_path_buf());
+    }
+
+    /// Who has snapshots of a chain open in the mount, as a part of a sentence.
+    pub(super) fn openers(&self, chain: &Path) -> String {
+        let Some(mount) = self.mount.lock().clone() else { return String::new() };
+        let users = users_of(&mount.join(chain).join("snapshots"));
+        users.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    }
+
+    /// A name for an intent, different from all others.
+    pub(super) fn intent_name(&self) -> String {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        format!("{now:x}-{}-{}", std::process::id(), self.intents.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Takes up what was begun before and is nobody else's: returns when that runs, or is done if no data has to
+    /// be moved.
+    pub fn resume(self: &Arc<Self>) {
+        if self.store.options().read_only {
+            return;
+        }
+        for found in self.store.catalog().intents.clone() {
+            if let Err(error) = self.take_up(&found)
+                && error.kind() != ErrorKind::Busy
+            {
+                tracing::error!("{} (chain {}): {error}", found.intent.command, shown(&found.intent.chain));
+            }
+        }
+    }
+
+    fn take_up(self: &Arc<Self>, found: &FoundIntent) -> Result<u64> {
+        let chain = found.intent.chain.clone();
+        let tokens = self.board.take(std::slice::from_ref(&chain))?;
+        let owned = self.store.guard().take_up(found)?;
+        let command = found.intent.command.clone();
+        tracing::info!("taking up: {command} (chain {})", shown(&chain));
+        let (number, progress) = self.board.begin(&chain, &command);
+        let begun = match &found.intent.deed {
+            Deed::Snapshot { .. } => snapshot::resume(self, owned).map(|()| None),
+            Deed::Commit { .. } => commit::resume(self, owned).map(|job| job.map(|job| Job::Commit(Box::new(job)))),
+            Deed::Pull { .. } => pull::resume(self, owned).map(|job| job.map(|job| Job::Pull(Box::new(job)))),
+        };
+        match begun {
+            Ok(Some(job)) => {
+                self.start(&chain, number, progress, tokens, job)?;
+            }
+            Ok(None) => self.board.end(&chain, number, &Ok(())),
+            Err(error) => {
+                self.board.end(&chain, number, &Err(error.clone()));
+                return Err(error);
+            }
+        }
+        Ok(number)
+    }
 
     /// What `request` on the chain at `chain` would do; only words that make no sense are an error.
     pub fn plan(self: &Arc<Self>, chain: &Path, request: &Request) -> Result<Plan> {
-        let _ = (chain, request);
-        Err(Error::new(ErrorKind::Unsupported, "no command is known yet"))
+        let world = World::look(&self.store)?;
+        let mut plan = match request {
+            Request::Snapshot(request) => snapshot::plan(&world, chain, request)?,
+            Request::Commit(request) => commit::plan(self, &world, chain, request)?.0,
+            Request::Pull(request) => pull::plan(self, &world, chain, request)?.0,
+            Request::Cancel => Plan::default(),
+        };
+        if !matches!(request, Request::Cancel)
+            && let Err(busy) = self.board.take(&[chain.to_path_buf()])
+        {
+            plan.refusals.insert(0, busy);
+        }
+        plan.command = request.to_string();
+        Ok(plan)
     }
 
     /// Begins what is asked. Returns the command's number: when it is done if no data has to be moved, else
     /// when its job runs. What is refused is in the status, too.
     pub fn run(self: &Arc<Self>, chain: &Path, request: &Request, command: &str) -> Result<u64> {
-        let _ = (chain, request, command);
-        Err(Error::new(ErrorKind::Unsupported, "no command is known yet"))
+        let begun = self.begin(chain, request, command);
+        if let Err(error) = &begun {
+            self.board.refused(chain, command, error);
+        }
+        begun
+    }
+
+    fn begin(self: &Arc<Self>, chain: &Path, request: &Request, command: &str) -> Result<u64> {
+        if self.stopping.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::Busy, "the store is being let go of; mount it again first"));
+        }
+        if matches!(request, Request::Cancel) {
+            return self.board.cancel(chain).map(|()| self.board.status(chain).number);
+        }
+        if self.store.options().read_only {
+            let fact = "the store is mounted read-only; mount it without -o ro";
+            return Err(Error::new(ErrorKind::ReadOnly, fact));
+        }
+        // One that was cut off goes on when it is given again.
+        let is_same = |found: &&FoundIntent| {
+            found.intent.chain == chain && found.intent.command == command && !self.store.guard().is_owned(found)
+        };
+        if let Some(found) = self.store.catalog().intents.iter().find(is_same) {
+            return self.take_up(found);
+        }
+        let mut tokens = self.board.take(&[chain.to_path_buf()])?;
+        if let Request::Snapshot(request) = request {
+            tokens.extend(&request.chains)?;
+            let (number, _) = self.board.begin(chain, command);
+            let done = snapshot::run(self, chain, request, command);
+            self.board.end(chain, number, &done);
+            return done.map(|()| number);
+        }
+        let job = match request {
+            Request::Commit(request) => Job::Commit(Box::new(commit::begin(self, chain, request, command)?)),
+            Request::Pull(request) => Job::Pull(Box::new(pull::begin(self, chain, request, command)?)),
+            Request::Snapshot(_) | Request::Cancel => unreachable!("done by now"),
+        };
+        let (number, progress) = self.board.begin(chain, command);
+        self.start(chain, number, progress, tokens, job)?;
+        Ok(number)
+    }
+
+    /// Lets a job run by itself.
+    fn start(
+        self: &Arc<Self>,
+        chain: &Path,
+        number: u64,
+        progress: Arc<Progress>,
+        tokens: Tokens,
+        job: Job,
+    ) -> Result<()> {
+        let (engine, chain) = (Arc::clone(self), chain.to_path_buf());
+        let work = move || {
+            let done = catch_unwind(AssertUnwindSafe(|| job.run(&engine, &progress)));
+            let done = done.unwrap_or_else(|_| {
+                let fact = "a bug in chainfs broke it off; mount the store again, and report what the log says";
+                Err(Error::new(ErrorKind::Io, fact))
+            });
+            if let Err(error) = &done {
+                tracing::warn!("chain {}: {error}", shown(&chain));
+            }
+            drop(tokens);
+            engine.board.end(&chain, number, &done);
+        };
+        let thread = thread::Builder::new().name("job".into()).spawn(work);
+        let thread = thread.map_err(|error| Error::io("starting a thread", error))?;
+        let mut threads = self.threads.lock();
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
+        Ok(())
     }
 
     /// Notes for the status of a chain that a command was refused before it came to [`Engine::run`].
     pub fn refused(&self, chain: &Path, command: &str, error: &Error) {
-        let _ = (chain, command, error);
+        self.board.refused(chain, command, error);
     }
 
     /// How the last command of the chain is doing.
     pub fn status(&self, chain: &Path) -> Status {
-        let _ = chain;
-        Status::default()
+        self.board.status(chain)
     }
 
     /// Waits until the status is another than the one of `version`, for at most `patience`.
     pub fn wait(&self, chain: &Path, version: u64, patience: Duration) -> Status {
-        let _ = (version, patience);
-        self.status(chain)
+        self.board.wait(chain, version, patience)
     }
 
-    /// Stops all jobs at their next chunk; what they have begun goes on at the next mount.
-    pub fn stop(&self) {}
+    /// Stops all jobs at their next piece, and returns when they have; what they have begun goes on at the next
+    /// mount.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        self.board.stop();
+        let threads = std::mem::take(&mut *self.threads.lock());
+        for thread in threads {
+            let _ = thread.join();
+        }
+    }
 }

@@ -22,7 +22,11 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::HeaderChange;
-use crate::io::WriteStorage;
+use crate::io::{Storage, WriteStorage};
+
+use meta::Piece;
+
+pub use ranges::{Held, Ranges};
 
 use qcow2::Qcow2Writer;
 use raw::RawWriter;
@@ -62,6 +66,30 @@ fn where_possible(outcome: Result<()>) -> Result<()> {
     match outcome {
         Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
         other => other,
+    }
+}
+
+/// Where an image has what it shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Located {
+    /// At this place of its data file.
+    Data(u64),
+    /// Nowhere: it reads as zeroes.
+    Zero,
+    /// In a compressed cluster.
+    Compressed,
+    /// Nowhere: what lies below shows through.
+    Below,
+}
+
+impl From<Piece> for Located {
+    fn from(piece: Piece) -> Self {
+        match piece {
+            Piece::Own(host) | Piece::Shared(host) => Self::Data(host.0),
+            Piece::Zero => Self::Zero,
+            Piece::Compressed(_) => Self::Compressed,
+            Piece::Below => Self::Below,
+        }
     }
 }
 
@@ -227,15 +255,43 @@ impl Writer {
         }
     }
 
+    /// Where the image itself has what it shows at `at`, and for how many of `max` bytes that goes on. Holds for as
+    /// long as nobody changes that range.
+    pub fn locate(&self, at: u64, max: u64) -> Result<(Located, u64)> {
+        match &self.body {
+            Body::Raw(_) => Ok((Located::Data(at), max)),
+            Body::Qcow2(qcow2) => {
+                let (piece, run) = qcow2.lookup(at, max)?;
+                Ok((Located::from(piece), run))
+            }
+        }
+    }
+
+    /// The file that [`Located::Data`] speaks of.
+    pub fn data_storage(&self) -> Arc<dyn Storage> {
+        match &self.body {
+            Body::Raw(raw) => raw.storage(),
+            Body::Qcow2(qcow2) => Arc::clone(qcow2.core.data()) as Arc<dyn Storage>,
+        }
+    }
+
     /// STUB
-    pub fn qcow2_undoable(
-        name: &str,
-        file: Arc<dyn WriteStorage>,
-        below: Option<Arc<dyn Below>>,
-        options: WriterOptions,
-    ) -> Result<Arc<Self>> {
+    pub fn qcow2_undoable(name: &str, file: Arc<dyn WriteStorage>, below: Option<Arc<dyn Below>>, options: WriterOptions) -> Result<Arc<Self>> {
         Self::qcow2(name, file, None, below, options)
     }
+    /// STUB
+    pub fn publish(&self) -> Result<()> { self.close() }
+    /// STUB
+    pub fn abandon(&self) -> Result<()> { self.close() }
+    /// STUB
+    pub fn reserve(&self, _bytes: u64) -> Result<()> { Ok(()) }
+    /// STUB
+    pub fn copy_from(&self, at: u64, len: u64, source: &dyn crate::io::Storage, from: u64) -> Result<()> {
+        let mut buf = vec![0; len as usize];
+        source.read_at(from, &mut buf)?;
+        self.write_at(at, &buf)
+    }
+    // END STUBS
 
     /// Whether anything has changed since the last flush.
     pub fn is_dirty(&self) -> bool {

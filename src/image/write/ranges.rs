@@ -5,14 +5,14 @@ use parking_lot::{Condvar, Mutex};
 
 /// The ranges that are held now, as pairs of first and end.
 #[derive(Debug, Default)]
-pub(super) struct Ranges {
+pub struct Ranges {
     held: Mutex<Vec<(u64, u64)>>,
     freed: Condvar,
 }
 
 /// A range that is held until this is dropped.
 #[derive(Debug)]
-pub(super) struct Held<'a> {
+pub struct Held<'a> {
     ranges: &'a Ranges,
     range: (u64, u64),
 }
@@ -20,7 +20,7 @@ pub(super) struct Held<'a> {
 impl Ranges {
     /// Waits until nobody holds any of `[start, end)`, then holds it. A thread holds one range at
     /// a time, so that nobody waits in a circle.
-    pub(super) fn hold(&self, start: u64, end: u64) -> Held<'_> {
+    pub fn hold(&self, start: u64, end: u64) -> Held<'_> {
         let mut held = self.held.lock();
         while held.iter().any(|range| range.0 < end && start < range.1) {
             self.freed.wait(&mut held);

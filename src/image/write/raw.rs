@@ -51,6 +51,10 @@ impl RawWriter {
         })
     }
 
+    pub(super) fn storage(&self) -> Arc<dyn crate::io::Storage> {
+        Arc::clone(&self.file) as _
+    }
+
     pub(super) fn name(&self) -> &str {
         &self.name
     }

@@ -1,0 +1,237 @@
+//! Who is at work on what, and how far: the status of every chain's last command, and the tokens that keep two
+//! commands from one chain.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::shown;
+
+use super::status::{JobState, Status};
+
+/// A command at work.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    done: AtomicU64,
+    total: AtomicU64,
+    cancelled: AtomicBool,
+    stopped: AtomicBool,
+    /// It has come to where nothing can be called back any more.
+    settled: AtomicBool,
+}
+
+impl Progress {
+    /// Says how many bytes there are in all.
+    pub(super) fn set_total(&self, total: u64) {
+        self.total.store(total, Ordering::Relaxed);
+    }
+
+    /// Says that so many bytes more are done.
+    pub(super) fn advance(&self, bytes: u64) {
+        self.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Asked between two pieces: `Cancelled` if it is to end here.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.is_stopped() {
+            let fact = "stopped; it goes on when the store is mounted again";
+            return Err(Error::new(ErrorKind::Cancelled, fact));
+        }
+        if self.cancelled.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::Cancelled, "cancelled"));
+        }
+        Ok(())
+    }
+
+    /// Whether it ends because the mount does: what it has begun is kept.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    /// From here on nothing is called back.
+    pub(super) fn settle(&self) {
+        self.settled.store(true, Ordering::Release);
+    }
+
+    fn cancel(&self) -> Result<()> {
+        if self.settled.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::Busy, "it is being finished, which cannot be called back"));
+        }
+        self.cancelled.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+    }
+}
+
+/// The last command of a chain.
+#[derive(Default)]
+struct Last {
+    status: Status,
+    progress: Option<Arc<Progress>>,
+}
+
+#[derive(Default)]
+struct State {
+    numbers: u64,
+    version: u64,
+    chains: HashMap<PathBuf, Last>,
+    tokens: HashSet<PathBuf>,
+}
+
+/// All commands of a store.
+#[derive(Default)]
+pub(super) struct Board {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// The tokens of some chains, until dropped.
+pub(super) struct Tokens {
+    board: Arc<Board>,
+    chains: Vec<PathBuf>,
+}
+
+impl Drop for Tokens {
+    fn drop(&mut self) {
+        let mut state = self.board.state.lock();
+        for chain in &self.chains {
+            state.tokens.remove(chain);
+        }
+    }
+}
+
+impl Tokens {
+    /// Takes those of more chains.
+    pub(super) fn extend(&mut self, chains: &[PathBuf]) -> Result<()> {
+        let more: Vec<PathBuf> = chains.iter().filter(|chain| !self.chains.contains(chain)).cloned().collect();
+        let mut taken = self.board.take(&more)?;
+        self.chains.append(&mut taken.chains);
+        Ok(())
+    }
+}
+
+impl Board {
+    /// Takes the tokens of all these chains, or none: `Busy`.
+    pub(super) fn take(self: &Arc<Self>, chains: &[PathBuf]) -> Result<Tokens> {
+        let mut state = self.state.lock();
+        if let Some(taken) = chains.iter().find(|chain| state.tokens.contains(*chain)) {
+            let command = state.chains.get(taken).map_or("another command", |last| last.status.command.as_str());
+            let fact = format!("{} is being worked on ({command}); wait until it is done, or cancel it", shown(taken));
+            return Err(Error::new(ErrorKind::Busy, fact));
+        }
+        state.tokens.extend(chains.iter().cloned());
+        Ok(Tokens { board: Arc::clone(self), chains: chains.to_vec() })
+    }
+
+    /// Notes that a command begins; returns its number and its progress.
+    pub(super) fn begin(&self, chain: &Path, command: &str) -> (u64, Arc<Progress>) {
+        let progress = Arc::new(Progress::default());
+        let mut state = self.state.lock();
+        state.numbers += 1;
+        let number = state.numbers;
+        let status = Status { number, command: command.to_owned(), state: JobState::Running, ..Status::default() };
+        state.set(chain, Last { status, progress: Some(Arc::clone(&progress)) });
+        self.changed.notify_all();
+        (number, progress)
+    }
+
+    /// Notes how a command has ended, unless a later one has begun.
+    pub(super) fn end(&self, chain: &Path, number: u64, outcome: &Result<()>) {
+        let mut state = self.state.lock();
+        let Some(last) = state.chains.get_mut(chain).filter(|last| last.status.number == number) else { return };
+        let mut status = last.seen();
+        match outcome {
+            Ok(()) => {
+                (status.state, status.done) = (JobState::Done, status.total);
+            }
+            Err(error) => {
+                let is_cancelled = error.kind() == ErrorKind::Cancelled;
+                status.state = if is_cancelled { JobState::Cancelled } else { JobState::Failed };
+                status.error = Some(error.to_string());
+            }
+        }
+        state.set(chain, Last { status, progress: None });
+        self.changed.notify_all();
+    }
+
+    /// Notes that a command was refused; the status of one that is at work stays.
+    pub(super) fn refused(&self, chain: &Path, command: &str, error: &Error) {
+        let mut state = self.state.lock();
+        state.numbers += 1;
+        let number = state.numbers;
+        if state.chains.get(chain).is_some_and(|last| last.status.state == JobState::Running) {
+            return;
+        }
+        let (state_now, error) = (JobState::Failed, Some(error.to_string()));
+        let status = Status { number, command: command.to_owned(), state: state_now, error, ..Status::default() };
+        state.set(chain, Last { status, progress: None });
+        self.changed.notify_all();
+    }
+
+    /// How the last command of a chain is doing.
+    pub(super) fn status(&self, chain: &Path) -> Status {
+        self.state.lock().chains.get(chain).map(Last::seen).unwrap_or_default()
+    }
+
+    /// Waits until the status of a chain is another than that of `version`, for at most `patience`.
+    pub(super) fn wait(&self, chain: &Path, version: u64, patience: Duration) -> Status {
+        let end = Instant::now() + patience;
+        let mut state = self.state.lock();
+        loop {
+            let status = state.chains.get(chain).map(Last::seen).unwrap_or_default();
+            let now = Instant::now();
+            if status.version != version || now >= end {
+                return status;
+            }
+            // Progress is not told of, it is looked at.
+            let pause = (end - now).min(Duration::from_millis(100));
+            self.changed.wait_for(&mut state, pause);
+        }
+    }
+
+    /// Asks the running command of a chain to end.
+    pub(super) fn cancel(&self, chain: &Path) -> Result<()> {
+        let state = self.state.lock();
+        match state.chains.get(chain).and_then(|last| last.progress.as_ref()) {
+            Some(progress) => progress.cancel(),
+            None => Err(Error::new(ErrorKind::NotFound, format!("no command is at work on {}", shown(chain)))),
+        }
+    }
+
+    /// Asks all commands to end at their next piece and to keep what they have begun.
+    pub(super) fn stop(&self) {
+        let state = self.state.lock();
+        state.chains.values().filter_map(|last| last.progress.as_ref()).for_each(|progress| progress.stop());
+    }
+}
+
+impl State {
+    fn set(&mut self, chain: &Path, mut last: Last) {
+        self.version += 1;
+        // Leaves room for the bytes that are done, which are a part of the version.
+        last.status.version = self.version << 32;
+        self.chains.insert(chain.to_path_buf(), last);
+    }
+}
+
+impl Last {
+    /// The status with what is done by now.
+    fn seen(&self) -> Status {
+        let mut status = self.status.clone();
+        if let Some(progress) = &self.progress {
+            status.done = progress.done.load(Ordering::Relaxed);
+            status.total = progress.total.load(Ordering::Relaxed).max(status.done);
+            // In units of 64 KiB, of which 32 bits count 256 TiB.
+            status.version |= (status.done >> 16) & 0xFFFF_FFFF;
+        }
+        status
+    }
+}

@@ -1,0 +1,123 @@
+//! Moving the bytes that some layers hold into a layer below them, piece by piece.
+//!
+//! Promises: what the layers are silent on is left alone; zeroes become zeroes; data is moved by the
+//! kernel wherever it lies in a file as it is. Pieces are bounded, so that whoever waits does not wait for long.
+
+use std::sync::Arc;
+
+use crate::chain::{Source as Place, View};
+use crate::error::Result;
+use crate::image::write::{Located, Writer, Zeroing};
+use crate::io::Storage;
+
+/// Bytes of the disk that are looked at in one piece, at most.
+pub(super) const PIECE: u64 = 8 << 20;
+/// Bytes that go through our own memory at once.
+const BUFFER: u64 = 1 << 20;
+
+/// What is merged down.
+pub(super) struct Segment {
+    /// The active layer, of which the writer alone knows what it holds; `None` if all are frozen.
+    pub(super) live: Option<Arc<Writer>>,
+    /// The frozen layers, top first; `None` if there are none.
+    pub(super) frozen: Option<Arc<View>>,
+}
+
+/// What a segment holds somewhere.
+enum Found {
+    Silent,
+    Zero,
+    /// In this file at this place.
+    In(Arc<dyn Storage>, u64),
+    /// To be read through the segment.
+    Read,
+}
+
+impl Segment {
+    /// Bytes of the disk as its top shows it.
+    pub(super) fn size(&self) -> u64 {
+        match (&self.live, &self.frozen) {
+            (Some(writer), _) => writer.size(),
+            (None, Some(view)) => view.size(),
+            (None, None) => 0,
+        }
+    }
+
+    fn find(&self, at: u64, max: u64) -> Result<(Found, u64)> {
+        let mut max = max;
+        if let Some(writer) = &self.live {
+            let (located, run) = writer.locate(at, max)?;
+            match located {
+                Located::Data(host) => return Ok((Found::In(writer.data_storage(), host), run)),
+                Located::Zero => return Ok((Found::Zero, run)),
+                Located::Compressed => return Ok((Found::Read, run)),
+                Located::Below => max = run,
+            }
+        }
+        let Some(view) = &self.frozen else { return Ok((Found::Silent, max)) };
+        if at >= view.size() {
+            // A shorter layer reads as zeroes from its end on, whatever lies below it.
+            return Ok((Found::Zero, max));
+        }
+        let extent = view.resolve(at, max.min(view.size() - at))?;
+        let Some(layer) = view.layers().get(extent.layer) else { return Ok((Found::Silent, extent.len)) };
+        let found = match extent.source {
+            Place::Zero => Found::Zero,
+            Place::Data(host) => Found::In(Arc::clone(layer.image().data()), host.0),
+            Place::Compressed | Place::Bad => Found::Read,
+        };
+        Ok((found, extent.len))
+    }
+
+    /// Moves what the segment holds of `[at, at + len)` into `target`; returns how many bytes of data that were.
+    pub(super) fn merge(&self, target: &Writer, at: u64, len: u64) -> Result<u64> {
+        let (mut at, end) = (at, (at + len).min(self.size()));
+        let mut moved = 0;
+        while at < end {
+            let (found, run) = self.find(at, end - at)?;
+            match found {
+                Found::Silent => {}
+                Found::Zero => target.zero(at, run, Zeroing::Unmap)?,
+                Found::In(storage, host) => {
+                    target.copy_from(at, run, &*storage, host)?;
+                    moved += run;
+                }
+                Found::Read => {
+                    self.carry(target, at, run)?;
+                    moved += run;
+                }
+            }
+            at += run;
+        }
+        Ok(moved)
+    }
+
+    fn carry(&self, target: &Writer, at: u64, len: u64) -> Result<()> {
+        let mut buffer = vec![0; len.min(BUFFER) as usize];
+        let mut done = 0;
+        while done < len {
+            let piece = &mut buffer[..(len - done).min(BUFFER) as usize];
+            match (&self.live, &self.frozen) {
+                (Some(writer), _) => writer.read_at(at + done, piece)?,
+                (None, Some(view)) => view.read_at(at + done, piece)?,
+                (None, None) => unreachable!("something was found"),
+            }
+            target.write_at(at + done, piece)?;
+            done += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// How many bytes of data the segment holds, as far as one can tell without reading any.
+    pub(super) fn data_len(&self) -> Result<u64> {
+        let (mut at, end, mut sum) = (0, self.size(), 0);
+        while at < end {
+            let (found, run) = self.find(at, end - at)?;
+            if matches!(found, Found::In(..) | Found::Read) {
+                sum += run;
+            }
+            at += run;
+        }
+        Ok(sum)
+    }
+}

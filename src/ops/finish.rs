@@ -1,0 +1,343 @@
+//! What commands have in common: the words of refusals, and the last steps, which are the same whether a job
+//! comes to them or one that was cut off is taken up again.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Frozen;
+use crate::image::header::{HeaderChange, change_header};
+use crate::image::write::Writer;
+use crate::io::{Claim, Directory, FileId, directory_of};
+use crate::store::{ActiveJob, Catalog, Deed, Format, ImageIndex, Intent, Named, OwnedIntent, Store, shown};
+
+use super::commit::Layers;
+use super::engine::Engine;
+use super::plan::PlanLayer;
+use super::world::{Chain, World, beside};
+
+/// The layer that a view's name means, counted from the leaf.
+pub(super) fn layer(chain: &Chain, name: &[u8]) -> Result<usize> {
+    let shown_name = String::from_utf8_lossy(name);
+    match chain.views.find(name) {
+        Some(view) if view.snapshot.is_some() => {
+            let fact = "is an internal snapshot; name one of the layers";
+            Err(Error::new(ErrorKind::Usage, format!("{shown_name} {fact}")))
+        }
+        Some(view) => Ok(view.layer),
+        None => {
+            let names: Vec<_> = chain.views.views.iter().filter(|view| view.snapshot.is_none()).collect();
+            let names: Vec<_> = names.iter().map(|view| String::from_utf8_lossy(&view.name)).collect();
+            let fact = format!("{} shows no {shown_name}; its layers are {}", shown(&chain.path), names.join(", "));
+            Err(Error::new(ErrorKind::NotFound, fact))
+        }
+    }
+}
+
+/// The layers of a chain, top first.
+pub(super) fn tree(world: &World, chain: &Chain) -> Vec<PlanLayer> {
+    let views = &chain.views;
+    let line = |(layer, index): (usize, &ImageIndex)| {
+        let view = views.views.iter().find(|view| view.layer == layer && view.snapshot.is_none());
+        let path = world.image(*index).place.path.clone();
+        let name = view.map_or_else(|| path.file_stem().unwrap_or_default().as_encoded_bytes().to_vec(), |v| v.name.clone());
+        PlanLayer { name, path, active: view.is_some_and(|view| view.active), note: String::new() }
+    };
+    views.layers.iter().enumerate().map(line).collect()
+}
+
+/// Names of the views that show one of these images, or an internal snapshot of it, at their top.
+pub(super) fn views_of(chain: &Chain, images: impl Iterator<Item = ImageIndex>) -> Vec<Vec<u8>> {
+    let images: Vec<ImageIndex> = images.collect();
+    let shows = |layer: usize| images.contains(&chain.views.layers[layer]);
+    chain.views.views.iter().filter(|view| shows(view.layer)).map(|view| view.name.clone()).collect()
+}
+
+/// The first refusal.
+pub(super) fn first(refusals: Vec<Error>) -> Result<()> {
+    refusals.into_iter().next().map_or(Ok(()), Err)
+}
+
+/// The names of an image's internal snapshots, if it has any.
+pub(super) fn inner_names(world: &World, index: ImageIndex) -> Option<String> {
+    let qcow2 = world.image(index).qcow2()?;
+    let names: Vec<_> = qcow2.snapshots.iter().map(|snapshot| String::from_utf8_lossy(&snapshot.name)).collect();
+    let count = qcow2.header.snapshots.count;
+    (count > 0).then(|| if names.is_empty() { format!("{count} of them") } else { names.join(", ") })
+}
+
+/// Refuses what would cost internal snapshots, unless the command says so.
+pub(super) fn inner_snapshots(
+    world: &World,
+    holders: impl Iterator<Item = ImageIndex>,
+    discard: bool,
+    refusals: &mut Vec<Error>,
+) {
+    for index in holders.filter(|_| !discard) {
+        let Some(names) = inner_names(world, index) else { continue };
+        let fact = "holds internal snapshots, which this may cost";
+        let name = world.image(index).shown();
+        let sentence = format!("{name} {fact}: {names}; delete them, or say discard-internal");
+        refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
+    }
+}
+
+/// Refuses a name that something else has.
+pub(super) fn taken(world: &World, path: &Path, refusals: &mut Vec<Error>) {
+    if world.store.roots()[0].stat(path).is_ok() {
+        let fact = "exists already; remove it or choose another name";
+        refusals.push(Error::new(ErrorKind::Exists, format!("{} {fact}", shown(path))));
+    }
+}
+
+/// Refuses what there is surely no room for.
+pub(super) fn check_room(world: &World, target: ImageIndex, space: u64, refusals: &mut Vec<Error>) {
+    let image = world.image(target);
+    let free = world.store.file(&image.place, &image.stat, false).free_space();
+    // There what is copied may take no space of its own.
+    let shares = world.store.roots()[0].file_system().is_ok_and(|kind| SHARING.contains(&kind));
+    if let Ok(free) = free
+        && free < space
+        && !shares
+    {
+        let fact = format!("{} would need {space} bytes, and {free} are free", image.shown());
+        refusals.push(Error::new(ErrorKind::NoSpace, fact));
+    }
+}
+
+/// Magic numbers of file systems on which copies may share their blocks: XFS, btrfs, bcachefs.
+const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683E, 0xCA45_1A4E];
+
+/// How far a commit has come.
+pub(super) enum Finish {
+    /// Base holds everything, durably.
+    Copied,
+    /// Nobody knows what base holds; top and all between are as they were.
+    NotCopied(Layers),
+}
+
+/// How far the commit of an intent has come, by what the files say.
+pub(super) fn commit_state(world: &World, intent: &Intent) -> Result<Finish> {
+    let Deed::Commit { top, base, children, rename, .. } = &intent.deed else {
+        unreachable!("asked of a commit")
+    };
+    let is_switched = match rename {
+        Some(name) => {
+            let base_is_there = world.find(&Named { path: name.clone(), inode: base.inode }).is_some();
+            base_is_there && (*name != base.path || world.find(top).is_none())
+        }
+        None => {
+            let base = world.find(base);
+            let stands = |child: &Named| world.find(child).is_some_and(|child| world.stands_on(child) == base);
+            base.is_some() && (children.iter().any(stands) || world.find(top).is_none())
+        }
+    };
+    if is_switched {
+        return Ok(Finish::Copied);
+    }
+    Layers::of_intent(world, &intent.deed).map(Finish::NotCopied).ok_or_else(|| {
+        let gone: Vec<String> = intent
+            .files()
+            .iter()
+            .filter(|named| world.find(named).is_none())
+            .map(|named| shown(&named.path))
+            .collect();
+        let fact = "cannot be taken up: what it was merging has been changed or taken away";
+        let sentence = format!("{}: {fact} ({}); restore it from a copy", intent.command, gone.join(", "));
+        Error::new(ErrorKind::Stale, sentence)
+    })
+}
+
+/// The steps of a commit after the copy is durable; `lock` is held from the last look at who uses what.
+pub(super) fn commit(engine: &Engine, intent: OwnedIntent, lock: Claim) -> Result<()> {
+    let store = engine.store();
+    let Deed::Commit { top, base, between, children, keep, rename } = intent.intent.deed.clone() else {
+        unreachable!("the intent of a commit")
+    };
+    let world = World::look(store)?;
+    let before = Arc::clone(&world.catalog);
+    if rename.is_none() {
+        let base_index = world.find(&base).ok_or_else(|| gone(&base))?;
+        if keep && let Some(top) = world.find(&top) {
+            freeze(store, &world, top, &Frozen::now(""))?;
+        }
+        let mut jobs = Vec::new();
+        for child in children.iter().filter_map(|named| world.find(named)) {
+            if world.stands_on(child) != Some(base_index) {
+                jobs.extend(put_on(store, &world, child, Some(base_index))?);
+            }
+        }
+        let world = World::look(store)?;
+        stand_on_new(store, &world, &jobs)?;
+        if keep
+            && let (Some(top), Some(base)) = (world.find(&top), world.find(&base))
+            && world.stands_on(top) != Some(base)
+        {
+            put_on(store, &world, top, Some(base))?;
+        }
+        drop(jobs);
+        let world = World::look(store)?;
+        if let Some(base) = world.find(&base)
+            && world.image(base).users.is_empty()
+        {
+            freeze(store, &world, base, &Frozen::now(""))?;
+        }
+    }
+    tell(store, &before, &intent.intent, &base);
+    let names = store.guard_names();
+    if keep {
+        for named in &between {
+            if World::look(store)?.find(named).is_some() {
+                let name = named.path.file_name().unwrap_or_default().as_encoded_bytes();
+                names.rename(&named.path, &beside(&named.path, &[name, b".invalid"].concat()), false)?;
+                names.sync(&directory_of(&named.path))?;
+            }
+        }
+    } else {
+        // From the top down: nothing is left standing on what has gone.
+        let all: Vec<Named> = std::iter::once(top).chain(between).collect();
+        remove(store, &all)?;
+    }
+    end(store, intent, lock)
+}
+
+/// The last steps when the active layer has fallen onto its base.
+pub(super) fn active_commit(
+    engine: &Engine,
+    job: &ActiveJob,
+    intent: OwnedIntent,
+    lock: Claim,
+    before: &Arc<Catalog>,
+) -> Result<()> {
+    let store = engine.store();
+    store.rescan()?;
+    job.settle();
+    let Deed::Commit { base, .. } = &intent.intent.deed else { unreachable!("the intent of a commit") };
+    tell(store, before, &intent.intent, &base.clone());
+    commit(engine, intent, lock)
+}
+
+fn gone(named: &Named) -> Error {
+    Error::new(ErrorKind::Stale, format!("{} has been changed or taken away by others", shown(&named.path)))
+}
+
+/// Tells those who have disks open what has become of the files below.
+fn tell(store: &Arc<Store>, before: &Catalog, intent: &Intent, changed: &Named) {
+    let id = |named: &Named| before.images.iter().map(|image| image.stat.id).find(|id| id.inode == named.inode);
+    store.keep_states(before, id(changed));
+    let files: Vec<FileId> = intent.files().iter().filter_map(|named| id(named)).collect();
+    store.refresh_disks(&files);
+}
+
+/// Takes the intent away: all is done.
+pub(super) fn end(store: &Arc<Store>, intent: OwnedIntent, lock: Claim) -> Result<()> {
+    intent.end(&*store.guard_names())?;
+    drop(lock);
+    store.rescan().map(drop)
+}
+
+/// Points an image at another backing file, through which the same bytes show. An active disk, which may be in use,
+/// is held by the job that is returned until it stands on that in memory, too.
+pub(super) fn put_on(
+    store: &Arc<Store>,
+    world: &World,
+    child: ImageIndex,
+    base: Option<ImageIndex>,
+) -> Result<Option<(ActiveJob, Named)>> {
+    let backing = Some(base.map(|base| world.backing_name(child, base)));
+    let change = HeaderChange { backing, frozen: None };
+    if world.image(child).users.is_empty() && world.catalog.is_active(child) {
+        let job = store.take_active(&world.catalog, &world.catalog.layers(child))?;
+        job.writer()?.change_header(&change)?;
+        return Ok(Some((job, world.named(child))));
+    }
+    let image = store.take_image(&world.catalog, child)?;
+    change_header(image.name(), &*image.file()?, &change)?;
+    image.finish()?;
+    Ok(None)
+}
+
+/// Lets disks stand on what their headers name by now.
+pub(super) fn stand_on_new(store: &Arc<Store>, world: &World, jobs: &[(ActiveJob, Named)]) -> Result<()> {
+    for (job, named) in jobs {
+        let child = world.find(named).ok_or_else(|| gone(named))?;
+        job.stand_on(&world.catalog, &world.catalog.layers(child)[1..])?;
+    }
+    let _ = store;
+    Ok(())
+}
+
+/// Marks an image as frozen, durably, unless it is.
+pub(super) fn freeze(store: &Arc<Store>, world: &World, index: ImageIndex, frozen: &Frozen) -> Result<()> {
+    let image = world.image(index);
+    if image.frozen.is_some() {
+        return Ok(());
+    }
+    if image.format == Some(Format::Raw) {
+        return store.note_frozen(&world.guarded(&image.place.path), Some(frozen));
+    }
+    let job = store.take_image(&world.catalog, index)?;
+    let change = HeaderChange { backing: None, frozen: Some(Some(frozen.clone())) };
+    change_header(job.name(), &*job.file()?, &change)?;
+    job.finish()
+}
+
+/// Takes the mark away from what is about to become the active layer.
+pub(super) fn thaw(store: &Arc<Store>, world: &World, writer: &Writer, format: Format, base: &Named) -> Result<()> {
+    match (format, world.find(base)) {
+        (Format::Raw, _) => store.note_frozen(&base.path, None),
+        (Format::Qcow2, Some(index)) if world.image(index).frozen.is_some() => {
+            writer.change_header(&HeaderChange { backing: None, frozen: Some(None) })
+        }
+        (Format::Qcow2, _) => Ok(()),
+    }
+}
+
+/// Gives the base the name of the active layer, or one with its own extension: the moment from which on it is that.
+pub(super) fn take_name(names: &dyn Directory, base: &Path, top: &Path, name: &Path) -> Result<()> {
+    if name == top {
+        names.rename(base, name, true)?;
+    } else {
+        if name != base {
+            names.rename(base, name, false)?;
+            names.sync(&directory_of(name))?;
+        }
+        names.unlink(top)?;
+    }
+    names.sync(&directory_of(name))?;
+    if directory_of(base) != directory_of(name) {
+        names.sync(&directory_of(base))?;
+    }
+    Ok(())
+}
+
+/// Removes files that nothing is left to use, in this order. A user found late stops it.
+pub(super) fn remove(store: &Arc<Store>, files: &[Named]) -> Result<()> {
+    let names = store.guard_names();
+    for named in files {
+        let world = World::look(store)?;
+        let Some(index) = world.find(named) else { continue };
+        let others = world.others_using(index, &[]);
+        if !others.is_empty() {
+            let fact = format!("is used by {} by now, and was not removed", others.join(", "));
+            return Err(Error::new(ErrorKind::NotEmpty, format!("{} {fact}", shown(&named.path))));
+        }
+        names.unlink(&named.path)?;
+        if world.image(index).format == Some(Format::Raw) {
+            store.note_frozen(&named.path, None)?;
+        }
+        names.sync(&directory_of(&named.path))?;
+    }
+    Ok(())
+}
+
+/// Gives back what a commit that was cut off has counted in its base and nothing refers to.
+pub(super) fn repair_leaks(store: &Arc<Store>, world: &World, base: ImageIndex) -> Result<()> {
+    if world.image(base).format != Some(Format::Qcow2) {
+        return Ok(());
+    }
+    let job = store.take_image(&world.catalog, base)?;
+    let repaired = crate::image::check::repair_leaks(job.name(), &*job.file()?);
+    job.finish()?;
+    repaired
+}

@@ -1,0 +1,101 @@
+//! What guests write while their disk is merged into a layer below: it goes to both.
+//!
+//! Promises: where the copy has been, both hold the same bytes at every moment between two requests;
+//! a guest's request never fails for the mirror's sake, but then the merging does.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::error::{Error, Result};
+use crate::image::write::{Ranges, Writer, Zeroing};
+use crate::store::Mirror;
+
+/// The mirror of one job.
+pub(super) struct MergeMirror {
+    target: Arc<Writer>,
+    /// Held by whoever changes a range of the disk, in both places, or copies it.
+    ranges: Ranges,
+    /// All before this has been copied.
+    copied: AtomicU64,
+    /// Why both are no longer the same.
+    failure: Mutex<Option<Error>>,
+}
+
+impl MergeMirror {
+    pub(super) fn new(target: &Arc<Writer>) -> Arc<Self> {
+        Arc::new(Self {
+            target: Arc::clone(target),
+            ranges: Ranges::default(),
+            copied: AtomicU64::new(0),
+            failure: Mutex::default(),
+        })
+    }
+
+    /// Copies a piece of the disk while nobody changes it.
+    pub(super) fn copy(&self, at: u64, len: u64, copy: impl FnOnce() -> Result<u64>) -> Result<u64> {
+        let _held = self.ranges.hold(at, at + len);
+        let moved = copy()?;
+        self.copied.store(at + len, Ordering::Release);
+        Ok(moved)
+    }
+
+    /// Why the merging cannot go on, if so.
+    pub(super) fn check(&self) -> Result<()> {
+        self.failure.lock().clone().map_or(Ok(()), Err)
+    }
+
+    /// Does `change` to the disk and then, where it has been copied already, `same` to the target.
+    fn both(
+        &self,
+        at: u64,
+        len: u64,
+        change: impl FnOnce() -> Result<()>,
+        same: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let _held = self.ranges.hold(at, at.saturating_add(len));
+        let changed = change();
+        if let Err(error) = &changed {
+            // A part of it may have been done.
+            self.fail(error);
+            return changed;
+        }
+        if at < self.copied.load(Ordering::Acquire)
+            && self.failure.lock().is_none()
+            && let Err(error) = same()
+        {
+            self.fail(&error);
+        }
+        Ok(())
+    }
+
+    fn fail(&self, error: &Error) {
+        self.failure.lock().get_or_insert_with(|| error.clone());
+    }
+}
+
+impl Mirror for MergeMirror {
+    fn write_at(&self, disk: &Writer, at: u64, bytes: &[u8]) -> Result<()> {
+        let len = bytes.len() as u64;
+        self.both(at, len, || disk.write_at(at, bytes), || self.target.write_at(at, bytes))
+    }
+
+    fn zero(&self, disk: &Writer, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
+        self.both(at, len, || disk.zero(at, len, zeroing), || self.target.zero(at, len, zeroing))
+    }
+
+    fn grow(&self, disk: &Writer, size: u64) -> Result<()> {
+        let same = || if self.target.size() < disk.size() { self.target.grow(disk.size()) } else { Ok(()) };
+        // What the target has beyond the disk's old end has to read as zeroes, as it does in the disk.
+        let _held = self.ranges.hold(0, u64::MAX);
+        let old = disk.size();
+        disk.grow(size)?;
+        let zeroed = self.target.size().min(disk.size()).saturating_sub(old);
+        let done = if zeroed > 0 { self.target.zero(old, zeroed, Zeroing::Unmap) } else { Ok(()) };
+        if let Err(error) = done.and_then(|()| same()) {
+            self.fail(&error);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,436 @@
+//! Snapshot: the active layer is frozen under a name, and the disk goes on in a new, empty overlay.
+//!
+//! Promises: the disk keeps its name and everybody who has it open; the moment is one and the same for all
+//! disks of a command; a crash leaves the old chain or the new one, with all bytes. While the gates of the disks
+//! are closed there is a flush and a rename, nothing else.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Frozen;
+use crate::image::create::{CreateOptions, NewBacking, initial_image};
+use crate::image::header::HeaderChange;
+use crate::image::write::NewSnapshot;
+use crate::io::{Directory, directory_of};
+use crate::store::{
+    ActiveJob, Deed, Fallen, Format, ImageEntry, ImageIndex, Intent, Named, NewTop, NewTopFile, OwnedIntent, Store,
+    encode, shown,
+};
+
+use super::engine::Engine;
+use super::finish;
+use super::plan::{Plan, PlanLayer};
+use super::request::SnapshotRequest;
+use super::world::{Chain, World, beside, relative, with_stem};
+
+/// What becomes of one disk.
+struct Disk {
+    chain: Chain,
+    leaf: ImageIndex,
+    /// Beneath the store: what the old top is called then, and the overlay.
+    frozen: PathBuf,
+    name: PathBuf,
+}
+
+/// What the request would do, with every refusal.
+pub(super) fn plan(world: &World, path: &Path, request: &SnapshotRequest) -> Result<Plan> {
+    let (plan, _) = disks(world, path, request)?;
+    Ok(plan)
+}
+
+fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan, Vec<Disk>)> {
+    let paths = if request.chains.is_empty() { vec![path.to_path_buf()] } else { request.chains.clone() };
+    let mut plan = Plan::default();
+    let mut disks = Vec::new();
+    for path in &paths {
+        let chain = world.chain(path)?;
+        let mut before = finish::tree(world, &chain);
+        let leaf = chain.views.layers[0];
+        if chain.views.active().is_none() {
+            let fact = "has no active layer that could be frozen";
+            plan.refusals.push(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", shown(path))));
+        }
+        let image = world.image(leaf);
+        plan.refusals.extend(world.untouchable(leaf));
+        plan.refusals.extend(world.begun(&chain.views.layers[..1]));
+        let old = &image.place.path;
+        let (frozen, name) = match &request.file {
+            Some(file) => (old.clone(), inside(old, file)?),
+            None => (with_stem(old, &request.name), overlay_name(image)),
+        };
+        if !request.internal {
+            refuse_names(world, &chain, image, &frozen, &name, request, &mut plan.refusals);
+            let top = PlanLayer { name: b"active".to_vec(), path: name.clone(), active: true, note: "new and empty".into() };
+            let mut after = before.clone();
+            if let Some(line) = after.first_mut() {
+                (line.name, line.path, line.active) = (request.name.clone(), frozen.clone(), false);
+                "frozen".clone_into(&mut line.note);
+            }
+            after.insert(0, top);
+            plan.after.append(&mut after);
+            if frozen != *old {
+                plan.renamed.push((old.clone(), frozen.clone()));
+            }
+        } else {
+            refuse_inner(world, leaf, request, &mut plan.refusals);
+            plan.after.append(&mut before.clone());
+        }
+        plan.before.append(&mut before);
+        disks.push(Disk { chain, leaf, frozen, name });
+    }
+    Ok((plan, disks))
+}
+
+/// The place of a file that the user names, from the directory of the image on.
+fn inside(old: &Path, file: &[u8]) -> Result<PathBuf> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = Path::new(std::ffi::OsStr::from_bytes(file));
+    let is_plain = path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+    if !is_plain || file.is_empty() || file.ends_with(b"/") {
+        let fact = "is not the name of a file beside the image, or in a directory beneath that";
+        return Err(Error::new(ErrorKind::Usage, format!("{} {fact}", shown(path))));
+    }
+    Ok(directory_of(old).join(path))
+}
+
+/// What the overlay of a raw image is called: the raw one's name says that it is raw.
+fn overlay_name(image: &ImageEntry) -> PathBuf {
+    let path = &image.place.path;
+    if image.format == Some(Format::Qcow2) {
+        return path.clone();
+    }
+    let stem = path.file_stem().unwrap_or_default().as_encoded_bytes();
+    beside(path, &[stem, b".qcow2"].concat())
+}
+
+fn refuse_names(
+    world: &World,
+    chain: &Chain,
+    image: &ImageEntry,
+    frozen: &Path,
+    name: &Path,
+    request: &SnapshotRequest,
+    refusals: &mut Vec<Error>,
+) {
+    let old = &image.place.path;
+    if frozen != old {
+        finish::taken(world, frozen, refusals);
+    }
+    if name != old {
+        finish::taken(world, name, refusals);
+    }
+    let wanted = if request.file.is_some() { Vec::new() } else { encode(&request.name) };
+    let has_it = chain.views.views.iter().any(|view| view.snapshot.is_none() && view.name == wanted);
+    // Two files of one stem would both be shown by their full names: what is asked for would be called otherwise.
+    let same_stem = |other: &&ImageEntry| {
+        other.stat.id != image.stat.id
+            && directory_of(&other.place.path) == directory_of(frozen)
+            && other.place.path.file_stem() == frozen.file_stem()
+    };
+    let stem_is_taken = frozen != old && world.catalog.images.iter().any(|other| same_stem(&other));
+    if (has_it || stem_is_taken) && refusals.iter().all(|refusal| refusal.kind() != ErrorKind::Exists) {
+        let fact = "is the name of another layer already; choose another";
+        let name = String::from_utf8_lossy(&request.name);
+        refusals.push(Error::new(ErrorKind::Exists, format!("{name} {fact}")));
+    }
+}
+
+fn refuse_inner(world: &World, leaf: ImageIndex, request: &SnapshotRequest, refusals: &mut Vec<Error>) {
+    let image = world.image(leaf);
+    let Some(qcow2) = image.qcow2() else {
+        let fact = "is raw, and holds no internal snapshots; take an external one";
+        return refusals.push(Error::new(ErrorKind::Unsupported, format!("{} {fact}", image.shown())));
+    };
+    if qcow2.snapshots.iter().any(|snapshot| snapshot.name == request.name) {
+        let name = String::from_utf8_lossy(&request.name);
+        let fact = format!("{} holds an internal snapshot {name} already; choose another name", image.shown());
+        refusals.push(Error::new(ErrorKind::Exists, fact));
+    }
+}
+
+/// Takes the snapshot; when this returns it is there.
+pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, command: &str) -> Result<()> {
+    let store = engine.store();
+    store.guard().prepare(&*store.guard_names())?;
+    let lock = store.guard().lock(&*store.guard_names())?;
+    let world = World::look(store)?;
+    let (plan, disks) = disks(&world, path, request)?;
+    finish::first(plan.refusals)?;
+    let jobs = disks
+        .iter()
+        .map(|disk| store.take_active(&world.catalog, &disk.chain.views.layers))
+        .collect::<Result<Vec<_>>>()?;
+    let frozen = Frozen::now(&request.description);
+    if request.internal {
+        for job in &jobs {
+            let (seconds, nanoseconds) = (u32::try_from(frozen.seconds).unwrap_or(0), frozen.nanoseconds);
+            job.writer()?.take_snapshot(&NewSnapshot { name: request.name.clone(), seconds, nanoseconds })?;
+        }
+        drop(lock);
+        return store.rescan().map(drop);
+    }
+    let name = engine.intent_name();
+    let overlays = make_overlays(store, &world, &disks, &jobs, &name)?;
+    let tops: Vec<NewTop> = disks
+        .iter()
+        .zip(&overlays)
+        .map(|(disk, overlay)| NewTop {
+            old: world.named(disk.leaf),
+            frozen: world.guarded(&disk.frozen),
+            overlay: overlay.named.clone(),
+            name: world.guarded(&disk.name),
+        })
+        .collect();
+    let (seconds, nanoseconds, description) = (frozen.seconds, frozen.nanoseconds, frozen.description.clone());
+    let deed = Deed::Snapshot { seconds, nanoseconds, description, disks: tops.clone() };
+    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed));
+    let intent = intent.inspect_err(|_| unmake(store, &overlays))?;
+    let before = Arc::clone(&world.catalog);
+    match stand_on(store, &jobs, overlays, &disks, &tops) {
+        Ok(fallen) => {
+            let named = tops.iter().map(|top| &top.frozen);
+            for (old, path) in fallen.into_iter().zip(named) {
+                mark(store, old, path, &frozen)?;
+            }
+            store.rescan()?;
+            jobs.iter().for_each(ActiveJob::settle);
+            finish::tell_all(store, &before, &intent.intent);
+            finish::end(store, intent, lock)
+        }
+        Err(error) => {
+            let ended = intent.end(&*store.guard_names()).and_then(|()| store.rescan());
+            ended.map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
+            Err(error)
+        }
+    }
+}
+
+/// An overlay that nobody sees yet.
+struct Overlay {
+    path: PathBuf,
+    named: Named,
+    top: NewTopFile,
+}
+
+fn make_overlays(
+    store: &Arc<Store>,
+    world: &World,
+    disks: &[Disk],
+    jobs: &[ActiveJob],
+    name: &str,
+) -> Result<Vec<Overlay>> {
+    let mut made: Vec<Overlay> = Vec::new();
+    for (number, (disk, job)) in disks.iter().zip(jobs).enumerate() {
+        match make_overlay(store, world, disk, job, &format!(".chainfs-{name}-{number}.new")) {
+            Ok(overlay) => made.push(overlay),
+            Err(error) => {
+                unmake(store, &made);
+                return Err(error);
+            }
+        }
+    }
+    Ok(made)
+}
+
+fn unmake(store: &Arc<Store>, overlays: &[Overlay]) {
+    for overlay in overlays {
+        let _ = store.names().unlink(&overlay.path);
+    }
+}
+
+fn make_overlay(store: &Arc<Store>, world: &World, disk: &Disk, job: &ActiveJob, name: &str) -> Result<Overlay> {
+    let image = world.image(disk.leaf);
+    let names = store.names();
+    let path = directory_of(&disk.name).join(name);
+    let format = image.format.unwrap_or(Format::Raw);
+    let backing = NewBacking {
+        name: relative(&disk.name, &disk.frozen).into_os_string().into_encoded_bytes(),
+        format: format.name().to_owned(),
+    };
+    let header = image.qcow2().map(|qcow2| &qcow2.header);
+    let options = CreateOptions {
+        size: Some(job.writer()?.size()),
+        backing: Some(backing),
+        cluster_bits: header.map_or(16, |header| header.cluster.bits()),
+        extended_l2: header.is_some_and(|header| header.extended_l2()),
+        frozen: None,
+    };
+    let bytes = initial_image(&options)?;
+    let file = names.create(&path, Some(&image.place.path))?;
+    let made = file.write_at(0, &bytes).and_then(|()| file.sync()).and_then(|()| names.sync(&directory_of(&path)));
+    drop(file);
+    let made = made.and_then(|()| {
+        let inode = store.roots()[0].stat(&path)?.id.inode;
+        let top = store.open_new_top(&path, &shown(&disk.name))?;
+        Ok(Overlay { named: Named { path: world.guarded(&path), inode }, path: path.clone(), top })
+    });
+    made.inspect_err(|_| drop(names.unlink(&path)))
+}
+
+/// Puts all disks onto their overlays in one moment, or none.
+fn stand_on(
+    store: &Arc<Store>,
+    jobs: &[ActiveJob],
+    overlays: Vec<Overlay>,
+    disks: &[Disk],
+    tops: &[NewTop],
+) -> Result<Vec<Fallen>> {
+    let names = store.guard_names();
+    let paths: Vec<PathBuf> = overlays.iter().map(|overlay| overlay.path.clone()).collect();
+    // Most of what has to be durable is so before anybody has to wait.
+    let ready = jobs.iter().try_for_each(|job| job.writer()?.close()).and_then(|()| {
+        tops.iter().try_for_each(|top| add_name(&*names, top))
+    });
+    let done = ready.and_then(|()| {
+        let mut sealed: Vec<_> = jobs.iter().map(ActiveJob::seal).collect();
+        sealed.iter_mut().try_for_each(super::super::store::Sealed::close)?;
+        let mut prepared = Vec::new();
+        for (sealed, overlay) in sealed.iter_mut().zip(overlays) {
+            prepared.push(sealed.prepare(overlay.top)?);
+        }
+        if let Err(error) = switch_names(&*names, tops) {
+            for (sealed, prepared) in sealed.iter_mut().zip(prepared) {
+                sealed.give_up(prepared);
+            }
+            return Err(error);
+        }
+        let all = sealed.into_iter().zip(prepared).zip(disks);
+        Ok(all.map(|((sealed, prepared), disk)| sealed.stand(prepared, &disk.name, &disk.frozen)).collect())
+    });
+    done.inspect_err(|_| {
+        for (path, top) in paths.iter().zip(tops) {
+            let _ = store.names().unlink(path);
+            if top.frozen != top.old.path {
+                let _ = names.unlink(&top.frozen);
+            }
+            let _ = names.sync(&directory_of(&top.frozen));
+        }
+    })
+}
+
+/// Gives the old top its new name beside the one it has, durably.
+fn add_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
+    if top.frozen == top.old.path {
+        return Ok(());
+    }
+    names.link(&top.old.path, &top.frozen)?;
+    names.sync(&directory_of(&top.frozen))
+}
+
+/// Gives the overlays their names. A failure takes back what was done.
+fn switch_names(names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
+    for (number, top) in tops.iter().enumerate() {
+        if let Err(error) = switch_name(names, top) {
+            for top in tops[..number].iter().rev() {
+                // Nobody has written to the overlays, for all gates are closed.
+                if let Err(trouble) = switch_back(names, top) {
+                    tracing::error!("{}: {trouble}", shown(&top.old.path));
+                }
+            }
+            return Err(error);
+        }
+    }
+    let mut directories: Vec<PathBuf> = tops.iter().map(|top| directory_of(&top.name)).collect();
+    directories.dedup();
+    directories.iter().try_for_each(|directory| names.sync(directory))
+}
+
+fn switch_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
+    names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
+    if top.frozen != top.old.path && top.name != top.old.path {
+        // A raw image goes by its new name alone; the overlay's is another.
+        names.unlink(&top.old.path)?;
+    }
+    Ok(())
+}
+
+fn switch_back(names: &dyn Directory, top: &NewTop) -> Result<()> {
+    if top.frozen == top.old.path {
+        return names.unlink(&top.name);
+    }
+    names.link(&top.frozen, &top.overlay.path).or_else(|_| Ok::<(), Error>(()))?;
+    names.rename(&top.overlay.path, &top.old.path, true)?;
+    if top.name == top.old.path { Ok(()) } else { names.unlink(&top.name) }
+}
+
+/// Marks what has fallen as frozen, and makes it a layer like any other.
+fn mark(store: &Arc<Store>, old: Fallen, path: &Path, frozen: &Frozen) -> Result<()> {
+    let change = HeaderChange { backing: None, frozen: Some(Some(frozen.clone())) };
+    let marked = match old.format() {
+        Format::Raw => store.note_frozen(path, Some(frozen)),
+        // A header without room for the mark is no reason to lose the snapshot.
+        Format::Qcow2 => match old.writer.change_header(&change) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                let frozen = Frozen { description: String::new(), ..frozen.clone() };
+                old.writer.change_header(&HeaderChange { backing: None, frozen: Some(Some(frozen)) })
+            }
+            done => done,
+        },
+    };
+    let finished = old.finish();
+    marked.and(finished)
+}
+
+/// Takes up a snapshot that was cut off: to its end if that can be, else back to its beginning.
+pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<()> {
+    let store = engine.store();
+    let lock = store.guard().lock(&*store.guard_names())?;
+    let names = store.guard_names();
+    let Deed::Snapshot { seconds, nanoseconds, description, disks } = intent.intent.deed.clone() else {
+        unreachable!("the intent of a snapshot")
+    };
+    let root = &store.guard().root;
+    let is_at = |path: &Path, inode: u64| root.stat(path).is_ok_and(|stat| stat.id.inode == inode);
+    // Where an overlay has gone, nothing was begun that a guest could have seen.
+    let is_there = |top: &NewTop| is_at(&top.overlay.path, top.overlay.inode) || is_at(&top.name, top.overlay.inode);
+    if disks.iter().all(is_there) {
+        for top in &disks {
+            if top.frozen != top.old.path && !is_at(&top.frozen, top.old.inode) {
+                add_name(&*names, top)?;
+            }
+            if !is_at(&top.name, top.overlay.inode) {
+                names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
+                names.sync(&directory_of(&top.name))?;
+            }
+            if top.frozen != top.old.path && is_at(&top.old.path, top.old.inode) {
+                names.unlink(&top.old.path)?;
+                names.sync(&directory_of(&top.old.path))?;
+            }
+        }
+        let world = World::look(store)?;
+        for top in &disks {
+            let frozen = Frozen { seconds, nanoseconds, description: description.clone() };
+            let old = Named { path: top.frozen.clone(), inode: top.old.inode };
+            let old = world.find(&old).ok_or_else(|| {
+                Error::new(ErrorKind::Stale, format!("{} has been taken away by others", shown(&top.frozen)))
+            })?;
+            finish::freeze(store, &world, old, &frozen)?;
+        }
+    } else {
+        for top in &disks {
+            if is_at(&top.overlay.path, top.overlay.inode) {
+                names.unlink(&top.overlay.path)?;
+            }
+            let has_both = is_at(&top.old.path, top.old.inode) && is_at(&top.frozen, top.old.inode);
+            if top.frozen != top.old.path && has_both {
+                names.unlink(&top.frozen)?;
+            }
+            names.sync(&directory_of(&top.frozen))?;
+        }
+    }
+    finish::end(store, intent, lock)
+}
+
+impl Frozen {
+    /// A mark of this moment.
+    pub(super) fn now(description: &str) -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self {
+            seconds: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
+            nanoseconds: now.subsec_nanos(),
+            description: description.to_owned(),
+        }
+    }
+}

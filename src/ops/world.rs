@@ -1,0 +1,208 @@
+//! What a plan looks at: the catalog of one moment, and everybody who uses an image of it.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::create::NewBacking;
+use crate::io::FileId;
+use crate::store::{
+    Below, Catalog, ChainViews, Format, ImageEntry, ImageIndex, Named, Store, StoreOptions, shown,
+};
+
+/// A store as of one scan.
+pub(super) struct World {
+    pub(super) store: Arc<Store>,
+    pub(super) catalog: Arc<Catalog>,
+    /// For a store that is one image: everything beneath the marked directory above it.
+    whole: Option<Arc<Catalog>>,
+}
+
+/// One chain of it.
+pub(super) struct Chain {
+    pub(super) path: PathBuf,
+    pub(super) views: Arc<ChainViews>,
+}
+
+impl World {
+    /// Scans the store, and what is around it.
+    pub(super) fn look(store: &Arc<Store>) -> Result<Self> {
+        store.rescan()?;
+        let guard = store.guard();
+        let whole = if store.catalog().single.is_some() && guard.is_whole {
+            let options = StoreOptions { notify: false, ..store.options().clone() };
+            Some(Store::open(guard.root.canonical(), options)?.catalog())
+        } else {
+            None
+        };
+        Ok(Self { store: Arc::clone(store), catalog: store.catalog(), whole })
+    }
+
+    pub(super) fn image(&self, index: ImageIndex) -> &ImageEntry {
+        &self.catalog.images[index]
+    }
+
+    /// The image that an intent or a plan has named, if it is still that file.
+    pub(super) fn find(&self, named: &Named) -> Option<ImageIndex> {
+        let is_it = |image: &ImageEntry| {
+            image.stat.id.inode == named.inode && self.guarded(&image.place.path) == named.path && image.place.root == 0
+        };
+        self.catalog.images.iter().position(is_it)
+    }
+
+    /// A path beneath the store as one beneath the guarded directory.
+    pub(super) fn guarded(&self, path: &Path) -> PathBuf {
+        self.store.guard().prefix.join(path)
+    }
+
+    /// An image by path and identity.
+    pub(super) fn named(&self, index: ImageIndex) -> Named {
+        let image = self.image(index);
+        Named { path: self.guarded(&image.place.path), inode: image.stat.id.inode }
+    }
+
+    /// The chain at that path of the mount.
+    pub(super) fn chain(&self, path: &Path) -> Result<Chain> {
+        let leaf = self.catalog.chain(path).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("there is no chain {}", shown(path)))
+        })?;
+        Ok(Chain { path: path.to_path_buf(), views: self.store.chain_views(&self.catalog, leaf) })
+    }
+
+    /// Paths of all chains that contain any of these images.
+    pub(super) fn chains_of(&self, images: &[ImageIndex]) -> Vec<PathBuf> {
+        let contains = |leaf: ImageIndex| self.catalog.layers(leaf).iter().any(|layer| images.contains(layer));
+        self.catalog.chains().filter(|(_, leaf)| contains(*leaf)).map(|(path, _)| path).collect()
+    }
+
+    /// Who uses an image, but for `known`: images that stand on it or have it as their data file, and those of
+    /// which nobody can tell because the name that they give cannot be followed.
+    pub(super) fn others_using(&self, index: ImageIndex, known: &[ImageIndex]) -> Vec<String> {
+        let image = self.image(index);
+        let known: Vec<FileId> = known.iter().map(|index| self.image(*index).stat.id).collect();
+        let catalog = self.whole.as_ref().unwrap_or(&self.catalog);
+        let mut others = Vec::new();
+        let Some(here) = catalog.images.iter().position(|other| other.stat.id == image.stat.id) else {
+            return others;
+        };
+        let own_name = image.place.path.file_name().unwrap_or_default();
+        for (number, other) in catalog.images.iter().enumerate() {
+            if number == here || known.contains(&other.stat.id) {
+                continue;
+            }
+            let stands = catalog.images[here].users.contains(&number);
+            let keeps = other.data_file.as_ref().is_some_and(|(_, stat)| stat.id == image.stat.id);
+            if stands || keeps || names_unfollowed(other, own_name) {
+                others.push(other.shown());
+            }
+        }
+        others
+    }
+
+    /// How the header of the image at `from` is to name the image at `to`: as its old name was, absolute or not.
+    pub(super) fn backing_name(&self, from: ImageIndex, to: ImageIndex) -> NewBacking {
+        let (from, to) = (self.image(from), self.image(to));
+        let old = from.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref());
+        let was_absolute = old.is_some_and(|backing| backing.name.starts_with(b"/"));
+        let name = if was_absolute || from.place.root != to.place.root {
+            self.store.roots()[to.place.root].given().join(&to.place.path)
+        } else {
+            relative(&from.place.path, &to.place.path)
+        };
+        let format = to.format.unwrap_or(Format::Raw).name().to_owned();
+        NewBacking { name: name.into_os_string().into_vec(), format }
+    }
+
+    /// Why an image cannot be written, renamed or removed by any command, if so.
+    pub(super) fn untouchable(&self, index: ImageIndex) -> Option<Error> {
+        let image = self.image(index);
+        let refuse = |kind, fact: &str| Some(Error::new(kind, format!("{} {fact}", image.shown())));
+        if self.store.options().read_only {
+            return refuse(ErrorKind::ReadOnly, "is in a store that is mounted read-only; mount it without -o ro");
+        }
+        if image.place.root != 0 {
+            return refuse(ErrorKind::ReadOnly, "lies outside of the store, in a directory that is only read");
+        }
+        if image.readonly {
+            return refuse(ErrorKind::ReadOnly, "is read-only by its mode or by -o readonly=; allow writing it first");
+        }
+        if image.stat.link_count > 1 {
+            return refuse(ErrorKind::Busy, "has other names (hard links), under which it would change; remove those");
+        }
+        if image.qcow2().is_some_and(|qcow2| qcow2.header.corrupt()) {
+            return refuse(ErrorKind::Corrupt, "is marked as corrupt; run chainfs check --repair all");
+        }
+        if let Some(problem) = &image.problem {
+            return Some(Error::new(ErrorKind::Broken, format!("{} {problem}", image.shown())));
+        }
+        None
+    }
+
+    /// Why nothing may be done to an image that is not a leaf, if so.
+    pub(super) fn unguarded(&self) -> Option<Error> {
+        (!self.store.guard().is_whole).then(|| {
+            let fact = "nobody can tell who else uses its layers: it is a single image in no store; mount the \
+                        directory that holds all who may use them, or name it with --store";
+            Error::new(ErrorKind::Forbidden, format!("{}: {fact}", self.store.given().display()))
+        })
+    }
+
+    /// Intents that speak of any of these images.
+    pub(super) fn begun(&self, images: &[ImageIndex]) -> Option<Error> {
+        let inodes: Vec<u64> = images.iter().map(|index| self.image(*index).stat.id.inode).collect();
+        let found = self.catalog.intents.iter().find(|found| {
+            found.intent.files().iter().any(|named| inodes.contains(&named.inode))
+        })?;
+        let is_owned = self.store.guard().is_owned(found);
+        let state = if is_owned { "is at work on them" } else { "was begun and waits to be taken up; mount the store" };
+        let fact = format!("another command {state}: {} (chain {})", found.intent.command, shown(&found.intent.chain));
+        Some(Error::new(ErrorKind::Busy, fact))
+    }
+}
+
+/// Whether an image names, in a way that could not be followed, something called `name`.
+fn names_unfollowed(image: &ImageEntry, name: &OsStr) -> bool {
+    let Below::Broken { image: None, .. } = image.below else { return false };
+    let Some(qcow2) = image.qcow2() else { return false };
+    let Some(backing) = &qcow2.header.backing else { return false };
+    let (text, name) = (backing.name.as_slice(), name.as_bytes());
+    !name.is_empty() && text.windows(name.len()).any(|part| part == name)
+}
+
+/// The way from the file `from` to the file `to`, both beneath one root.
+pub(super) fn relative(from: &Path, to: &Path) -> PathBuf {
+    let base: Vec<Component<'_>> = from.parent().unwrap_or(Path::new("")).components().collect();
+    let target: Vec<Component<'_>> = to.components().collect();
+    let common = base.iter().zip(&target).take_while(|(a, b)| a == b).count();
+    let up = (common..base.len()).map(|_| Component::ParentDir);
+    up.chain(target[common..].iter().copied()).collect()
+}
+
+/// The file's path with another last part.
+pub(super) fn beside(path: &Path, name: &[u8]) -> PathBuf {
+    path.with_file_name(OsString::from_vec(name.to_vec()))
+}
+
+/// The file's path with another stem: its extension stays.
+pub(super) fn with_stem(path: &Path, stem: &[u8]) -> PathBuf {
+    let extension = path.extension().map(|extension| [b".", extension.as_bytes()].concat()).unwrap_or_default();
+    beside(path, &[stem, &extension].concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn relative_names_lead_from_one_file_to_another() {
+        let way = |from: &str, to: &str| relative(Path::new(from), Path::new(to)).display().to_string();
+        assert_eq!(way("a.qcow2", "b.raw"), "b.raw");
+        assert_eq!(way("x/a.qcow2", "b.raw"), "../b.raw");
+        assert_eq!(way("x/y/a.qcow2", "x/z/b.raw"), "../z/b.raw");
+        assert_eq!(way("a.qcow2", "x/b.raw"), "x/b.raw");
+        assert_eq!(with_stem(Path::new("x/web01.qcow2"), b"sn.1"), Path::new("x/sn.1.qcow2"));
+        assert_eq!(with_stem(Path::new("web01"), b"sn1"), Path::new("sn1"));
+    }
+}
