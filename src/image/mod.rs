@@ -6,6 +6,7 @@
 pub mod check;
 pub mod create;
 mod layer;
+mod snapshots;
 mod tables;
 pub mod write;
 
@@ -21,6 +22,7 @@ use crate::io::Storage;
 use crate::units::{HostOffset, round_up_to_sector};
 
 pub use layer::{Layer, Mapping};
+pub(crate) use snapshots::{read_snapshots, read_snapshots_with};
 
 /// Caches shared by all images of a store, keyed by image.
 #[derive(Debug)]
