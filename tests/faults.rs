@@ -7,7 +7,7 @@ mod sim;
 
 use chainfs::error::{ErrorKind, Result, errno};
 use chainfs::image::check::check;
-use chainfs::image::write::{WriterOptions, Zeroing};
+use chainfs::image::write::{self, Wanted, WriterOptions, Zeroing};
 use rustix::io::Errno;
 use sim::crash::random_crash;
 use sim::disk::{Calls, Hit};
@@ -29,11 +29,13 @@ enum Step {
     Discard(u64, u64),
     Allocate(u64, u64),
     Grow(u64),
+    Snapshot,
+    Fill(u64, u64),
     Flush,
     Close,
 }
 
-use Step::{Allocate, Close, Discard, Flush, Grow, Write, Zero};
+use Step::{Allocate, Close, Discard, Fill, Flush, Grow, Snapshot, Write, Zero};
 
 impl Step {
     fn take(self, guest: &Guest) -> Result<()> {
@@ -43,6 +45,8 @@ impl Step {
             Discard(at, len) => guest.try_zero(at, len, Zeroing::Unmap),
             Allocate(at, len) => guest.try_allocate(at, len),
             Grow(size) => guest.try_grow(size),
+            Snapshot => guest.try_snapshot("taken"),
+            Fill(at, len) => guest.try_fill(at, len, &All),
             Flush => guest.try_flush(),
             Close => guest.try_close(),
         }
@@ -201,6 +205,63 @@ fn copy_on_write() {
             Close,
         ],
     );
+}
+
+#[test]
+fn taking_internal_snapshots() {
+    for (name, options, longest) in [("snapshots", "cluster_size=4k", 60 * KIB), ("small", "cluster_size=512", 9 * KIB)]
+    {
+        sweep(
+            name,
+            &Start::over(MIB, options, MIB),
+            small_cache(),
+            &[
+                Write(512, longest),
+                Snapshot,
+                Write(64 * KIB, longest),
+                Discard(0, 8 * KIB),
+                Snapshot,
+                Write(3 * KIB, longest),
+                Flush,
+                Close,
+            ],
+        );
+    }
+}
+
+/// Everything that is silent gets what shows through.
+struct All;
+
+impl write::Fill for All {
+    fn wanted(&self, _: u64, len: u64) -> Result<(Wanted, u64)> {
+        Ok((Wanted::Data, len))
+    }
+}
+
+#[test]
+fn filling_from_below() {
+    for (name, options) in [("fill", "cluster_size=4k"), ("fill subclusters", "extended_l2=on,cluster_size=16k")] {
+        let start = Start::over(MIB, options, 512 * KIB).then(|scratch| {
+            scratch.io(IMAGE, &["write -q -P 8 30k 3k"]);
+            scratch.img(&format!("snapshot -c one {IMAGE}"));
+            scratch.io(IMAGE, &["write -q -P 9 8k 2k"]);
+        });
+        sweep(
+            name,
+            &start,
+            small_cache(),
+            &[
+                Write(65 * KIB, 3 * KIB),
+                Fill(0, 100 * KIB),
+                Write(30 * KIB, KIB),
+                Flush,
+                Snapshot,
+                Write(200 * KIB, KIB),
+                Fill(50 * KIB, 300 * KIB),
+                Close,
+            ],
+        );
+    }
 }
 
 #[test]

@@ -19,6 +19,8 @@ pub use super::parts::{Backing, Compression, DataFile, Encryption, RefcountTable
 // Places of fields that are changed by themselves. Each lies, with its neighbours, in the first sector.
 /// Offset of the refcount table (8 bytes), then its clusters (4).
 pub const REFCOUNT_TABLE_AT: u64 = 48;
+/// Where the header counts and names the snapshot table, side by side.
+pub const SNAPSHOTS_AT: u64 = 60;
 /// Incompatible feature bits, 8 bytes; version 3.
 pub const INCOMPATIBLE_AT: u64 = 72;
 /// Autoclear feature bits, 8 bytes; version 3.
@@ -37,7 +39,8 @@ const V3_MIN_LEN: usize = 104;
 pub const MAX_L1_LEN: u64 = 32 << 20;
 /// Largest refcount table, in bytes.
 pub const MAX_REFCOUNT_TABLE_LEN: u64 = 8 << 20;
-const MAX_SNAPSHOTS: u64 = 65_536;
+/// Most internal snapshots.
+pub const MAX_SNAPSHOTS: u64 = 65_536;
 /// Longest backing file name, in bytes.
 pub const MAX_BACKING_NAME_LEN: u64 = 1023;
 const MAX_BITMAPS: u64 = 65_535;

@@ -20,6 +20,8 @@ const MAX_SIZE: u64 = i64::MAX as u64;
 const FIXED_LEN: usize = 40;
 /// Extra data that version 3 requires: VM state size and disk size.
 const V3_EXTRA_LEN: u32 = 16;
+/// And the count of instructions.
+const FULL_EXTRA_LEN: u32 = 24;
 
 /// An internal snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -175,6 +177,40 @@ pub fn with_required_extra(table: &[u8], count: u32, virtual_size: u64) -> Vec<u
         at += end;
     }
     out
+}
+
+/// Adds the entry of `snapshot` to a table of whole entries, which stay as they are. All of the extra
+/// data that QEMU knows is written, in version 2 too, as QEMU does.
+///
+/// # Panics
+/// If id or name have more bytes than an entry can say: names are checked where they come in.
+pub fn append(table: &mut Vec<u8>, snapshot: &Snapshot) {
+    table.resize(table.len() + padding(table.len() as u64), 0);
+    let len_of = |bytes: &[u8]| u16::try_from(bytes.len()).expect("a name that an entry can hold").to_be_bytes();
+    table.extend(snapshot.l1.offset.0.to_be_bytes());
+    table.extend(snapshot.l1.entries.to_be_bytes());
+    table.extend(len_of(&snapshot.id));
+    table.extend(len_of(&snapshot.name));
+    table.extend(snapshot.seconds.to_be_bytes());
+    table.extend(snapshot.nanoseconds.to_be_bytes());
+    table.extend(snapshot.vm_clock_nanoseconds.to_be_bytes());
+    // Readers that know no extra data look here.
+    table.extend(u32::try_from(snapshot.vm_state_size).unwrap_or(0).to_be_bytes());
+    table.extend(FULL_EXTRA_LEN.to_be_bytes());
+    table.extend(snapshot.vm_state_size.to_be_bytes());
+    table.extend(snapshot.virtual_size.unwrap_or(0).to_be_bytes());
+    table.extend(snapshot.icount.unwrap_or(u64::MAX).to_be_bytes());
+    table.extend(&snapshot.id);
+    table.extend(&snapshot.name);
+}
+
+/// The id for a new snapshot: the smallest number above those of all others. `None` if there is none.
+pub fn next_id(snapshots: &[Snapshot]) -> Option<u64> {
+    let number = |snapshot: &Snapshot| {
+        let digits = snapshot.id.iter().take_while(|byte| byte.is_ascii_digit());
+        digits.fold(0u64, |number, digit| number.saturating_mul(10).saturating_add(u64::from(digit - b'0')))
+    };
+    snapshots.iter().map(number).max().unwrap_or(0).checked_add(1)
 }
 
 /// What [`SnapshotParser::for_check`] leaves out.
@@ -352,6 +388,39 @@ mod tests {
         let (need, have) = (good.len() as u64, good.len() as u64 - 1);
         let cut = Malformed::Truncated { what: "snapshot table", need, have };
         assert_eq!(parse(&good[..good.len() - 1], 1, Version::V3), Err(cut));
+    }
+
+    #[test]
+    fn what_is_appended_parses_to_the_same_behind_what_was_there() {
+        let mut table = entry(&extra(&[0, 512]), "7", "odd");
+        let old = table.clone();
+        let new = Snapshot {
+            id: b"8".to_vec(),
+            name: b"new one".to_vec(),
+            l1: Table { offset: HostOffset(0x70000), entries: 3 },
+            seconds: 1_700_000_001,
+            nanoseconds: 999,
+            vm_clock_nanoseconds: 0,
+            vm_state_size: 0,
+            virtual_size: Some(1 << 30),
+            icount: None,
+            extra_len: 24,
+        };
+        append(&mut table, &new);
+        assert_eq!(table[..old.len()], old);
+        for version in [Version::V2, Version::V3] {
+            let found = parse(&table, 2, version).unwrap();
+            assert_eq!((found[0].name.as_slice(), &found[1]), (&b"odd"[..], &new));
+        }
+    }
+
+    #[test]
+    fn a_new_id_is_above_all_numbers() {
+        let with = |id: &str| parse(&entry(&extra(&[0, 512]), id, "x"), 1, Version::V3).unwrap();
+        assert_eq!(next_id(&[]), Some(1));
+        let all: Vec<_> = ["3", "name", "12x", "7"].into_iter().flat_map(with).collect();
+        assert_eq!(next_id(&all), Some(13));
+        assert_eq!(next_id(&with("99999999999999999999999")), None);
     }
 
     #[test]

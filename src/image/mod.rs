@@ -7,6 +7,7 @@ pub mod check;
 pub mod create;
 mod header;
 mod layer;
+mod snapshots;
 mod tables;
 pub mod write;
 
@@ -23,6 +24,7 @@ use crate::units::{HostOffset, round_up_to_sector};
 
 pub use header::{HeaderChange, change_header};
 pub use layer::{Layer, Mapping};
+pub(crate) use snapshots::{read_snapshots, read_snapshots_with};
 
 /// Caches shared by all images of a store, keyed by image.
 #[derive(Debug)]

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::format::snapshot::{Snapshot, SnapshotParser};
-use crate::format::{Header, header};
+use crate::format::{Header, Malformed, header};
+use crate::image::read_snapshots_with;
 use crate::io::read_full;
 
 /// A file's own word.
@@ -91,27 +92,15 @@ pub(super) fn header_digest(file: &OwnedFd, len: u64) -> Result<u64> {
 }
 
 fn snapshots(file: &OwnedFd, header: &Header) -> Result<std::result::Result<Vec<Snapshot>, String>> {
-    let mut parser = SnapshotParser::new(header);
-    let mut chunk = vec![0; 4096];
-    let mut at = header.snapshots.offset.0;
-    // The header counts entries, not bytes: the table is read in growing pieces until it is whole.
-    if header.snapshots.count == 0 {
-        return Ok(Ok(Vec::new()));
-    }
-    loop {
-        let len = read(file, at, &mut chunk)?;
-        if len == 0 {
+    let found = read_snapshots_with(SnapshotParser::new(header), header, |at, buf| read(file, at, buf))?;
+    Ok(match found {
+        Ok((snapshots, _)) => Ok(snapshots),
+        Err(Malformed::Truncated { .. }) => {
             let count = header.snapshots.count;
-            return Ok(Err(format!("the snapshot table of {count} entries is cut off by the end of the file")));
+            Err(format!("the snapshot table of {count} entries is cut off by the end of the file"))
         }
-        match parser.feed(&chunk[..len]) {
-            Ok(true) => break,
-            Ok(false) => at += len as u64,
-            Err(reason) => return Ok(Err(reason.to_string())),
-        }
-        chunk.resize((chunk.len() * 2).min(1 << 20), 0);
-    }
-    Ok(parser.finish().map_err(|reason| reason.to_string()))
+        Err(reason) => Err(reason.to_string()),
+    })
 }
 
 fn read(file: &OwnedFd, at: u64, buf: &mut [u8]) -> Result<usize> {

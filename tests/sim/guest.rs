@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use chainfs::error::Result;
-use chainfs::image::write::{Below, Writer, WriterOptions, Zeroing};
+use chainfs::image::write::{Below, Fill, NewSnapshot, Writer, WriterOptions, Zeroing};
 use chainfs::io::WriteStorage;
 use parking_lot::{Mutex, RwLock};
 
@@ -31,6 +31,11 @@ pub fn open_writer(disks: &[Arc<SimDisk>], backing: Option<&Backing>, options: W
     Writer::qcow2(IMAGE, storage(&disks[0]), disks.get(1).map(storage), below, options)
 }
 
+/// An internal snapshot of this name, taken at a time of no importance.
+pub fn new_snapshot(name: &str) -> NewSnapshot {
+    NewSnapshot { name: name.into(), seconds: 1_700_000_000, nanoseconds: 5 }
+}
+
 impl Guest {
     /// Puts the files of an image into a machine and opens it.
     pub fn new(machine: &Arc<Machine>, image: &StartImage, options: WriterOptions) -> Self {
@@ -51,6 +56,11 @@ impl Guest {
 
     pub fn writer(&self) -> Arc<Writer> {
         Arc::clone(self.writer.read().as_ref().expect("it is open"))
+    }
+
+    /// What lies below the image.
+    pub fn backing(&self) -> Backing {
+        self.backing.clone().expect("an image with a backing file")
     }
 
     pub fn size(&self) -> u64 {
@@ -116,6 +126,53 @@ impl Guest {
             |history, number| history.resized(number, size.next_multiple_of(SECTOR)),
             |writer, _| writer.grow(size),
         )
+    }
+
+    /// Takes an internal snapshot while nobody else writes: what it holds is what the disk holds now.
+    pub fn try_snapshot(&self, name: &str) -> Result<()> {
+        let content = self.content()?;
+        let begun = self.machine.mark(Event::Mark);
+        let taken = self.operation(
+            format!("snapshot {name}"),
+            |history, number| history.snapshot(number, content),
+            |writer, _| writer.take_snapshot(&new_snapshot(name)),
+        );
+        if taken.is_err() && self.writer().poison().is_none() {
+            // Refused, so that there is none, however the files are looked at.
+            self.history.lock().take_snapshot_back();
+        }
+        taken?;
+        let acked = self.machine.mark(Event::Flushed);
+        self.history.lock().flushed(begun, acked);
+        Ok(())
+    }
+
+    /// Fills from below; nothing that can be seen changes.
+    pub fn try_fill(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<()> {
+        self.operation(format!("fill {at:#x}+{len:#x}"), |_, _| {}, |writer, _| writer.fill(at, len, fill).map(drop))
+    }
+
+    pub fn fill(&self, at: u64, len: u64, fill: &dyn Fill) {
+        self.try_fill(at, len, fill).unwrap_or_else(|error| panic!("fill {at:#x}+{len:#x}: {error}"));
+    }
+
+    pub fn snapshot(&self, name: &str) {
+        self.try_snapshot(name).unwrap_or_else(|error| panic!("snapshot {name}: {error}"));
+    }
+
+    /// All of the disk, as the writer reads it.
+    pub fn content(&self) -> Result<Pages> {
+        let mut content = Pages::default();
+        let mut bytes = vec![0; 1 << 16];
+        for at in (0..self.size()).step_by(bytes.len()) {
+            let piece = (self.size() - at).min(bytes.len() as u64) as usize;
+            self.writer().read_at(at, &mut bytes[..piece])?;
+            if bytes[..piece].iter().any(|byte| *byte != 0) {
+                content.write(at, &bytes[..piece]);
+            }
+        }
+        content.set_len(self.size());
+        Ok(content)
     }
 
     fn flush_by(&self, flush: impl FnOnce(&Writer) -> Result<()>) -> Result<()> {

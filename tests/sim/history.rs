@@ -40,6 +40,8 @@ pub struct History {
     sizes: Vec<(usize, u64)>,
     /// Where acknowledged flushes were begun and acknowledged.
     flushes: Vec<(usize, usize)>,
+    /// Internal snapshots and what they hold, in the order in which they were taken.
+    snapshots: Vec<(usize, Pages)>,
 }
 
 impl History {
@@ -63,6 +65,34 @@ impl History {
 
     pub fn resized(&mut self, operation: usize, size: u64) {
         self.sizes.push((operation, size));
+    }
+
+    /// `operation` takes an internal snapshot of a disk that holds `content`.
+    pub fn snapshot(&mut self, operation: usize, content: Pages) {
+        self.snapshots.push((operation, content));
+    }
+
+    /// The last one was not taken.
+    pub fn take_snapshot_back(&mut self) {
+        self.snapshots.pop().expect("one that was begun");
+    }
+
+    /// What the internal snapshots hold, oldest first, and how many of them have to be there.
+    pub fn snapshots(&self, moment: Moment) -> (Vec<&Pages>, usize) {
+        let possible = self.snapshots.iter().filter(|(operation, _)| self.is_possible(*operation, moment));
+        let certain = self.snapshots.iter().filter(|(operation, _)| self.is_done(*operation, moment)).count();
+        (possible.map(|(_, content)| content).collect(), certain)
+    }
+
+    /// Whether an internal snapshot is under way, so that COPIED flags may say too much.
+    pub fn is_sharing(&self, moment: Moment) -> bool {
+        let (possible, certain) = self.snapshots(moment);
+        possible.len() > certain
+    }
+
+    fn is_done(&self, operation: usize, moment: Moment) -> bool {
+        let acked = self.operations[operation].acked;
+        acked.is_some_and(|acked| !matches!(moment, Moment::Cut(cut) if acked >= cut))
     }
 
     fn original(&self, sector: u64) -> Value {

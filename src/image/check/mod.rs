@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::refcount::max_refcount;
 use crate::format::snapshot::{SnapshotParser, check_l1};
 use crate::format::{Header, Malformed, Snapshot, Version};
-use crate::image::read_header_with;
+use crate::image::{read_header_with, read_snapshots_with};
 use crate::io::Storage;
 use ranges::{Range, Weight, disjoint};
 use refcounts::Refcounts;
@@ -245,18 +245,10 @@ impl<'a> Audited<'a> {
 
     /// The snapshots and the bytes of their table.
     fn read_snapshots(&self) -> Result<(Vec<Snapshot>, u64)> {
-        let mut parser = SnapshotParser::for_check(&self.header);
-        let mut chunk = vec![0; 64 << 10];
-        let mut at = self.header.snapshots.offset.0;
-        let mut complete = self.header.snapshots.count == 0;
-        // Ends at the latest with the limit of the table's length.
-        while !complete {
-            self.read(at, &mut chunk)?;
-            complete = parser.feed(&chunk).map_err(|reason| self.malformed(&reason))?;
-            at += chunk.len() as u64;
-        }
-        let len = parser.table_len();
-        Ok((parser.finish().map_err(|reason| self.malformed(&reason))?, len))
+        let found = read_snapshots_with(SnapshotParser::for_check(&self.header), &self.header, |at, piece| {
+            self.read(at, piece).map(|()| piece.len())
+        })?;
+        found.map_err(|reason| self.malformed(&reason))
     }
 }
 

@@ -28,7 +28,7 @@ impl From<Error> for Stop {
     }
 }
 
-type Attempt<T> = std::result::Result<T, Stop>;
+pub(super) type Attempt<T> = std::result::Result<T, Stop>;
 
 /// Clusters of the file that were just counted and that nothing refers to yet.
 #[derive(Clone, Copy, Debug)]
@@ -200,21 +200,19 @@ impl Meta {
         if let Some(old) = entry.l2 {
             let first = core.cluster().index(old.0);
             self.roles.remove(first, 1);
-            self.slices.forget(old.0, old.0 + core.cluster().size(), core.slice_len());
+            // Whoever else refers to it still needs what has changed there.
+            if self.count(core, first)? == 1 {
+                self.slices.forget(old.0, old.0 + core.cluster().size(), core.slice_len());
+            }
             self.pending.push(Freed { first, count: 1 });
         }
         Ok(table)
     }
 
     /// Writes a new L2 table: empty, or as the one that is shared with an internal snapshot.
-    fn fill_l2_table(&mut self, core: &Core, table: HostOffset, old: Option<HostOffset>) -> Result<()> {
+    pub(super) fn fill_l2_table(&mut self, core: &Core, table: HostOffset, old: Option<HostOffset>) -> Result<()> {
         let Some(old) = old else { return self.write_zeroed(core, table) };
-        let mut bytes = vec![0; core.cluster().size() as usize];
-        let have = core.file.read_at(old.0, &mut bytes)?;
-        // The last table of a file may end with the file; what is missing of it is zero.
-        if have == 0 {
-            return Err(core.corrupt(format_args!("the L2 table at {old} lies past the end of the file")));
-        }
+        let mut bytes = self.l2_table_bytes(core, old)?;
         for entry in bytes.chunks_exact_mut(core.format.l2_entry_len() as usize) {
             let (first, _) = entry.split_at_mut(8);
             let word = refcount(first, 0, 6);
@@ -232,5 +230,20 @@ impl Meta {
         core.file.write_at(table.0, &bytes)?;
         self.file_len = self.file_len.max(table.0 + core.cluster().size());
         Ok(())
+    }
+
+    /// An L2 table as it stands in memory: one that several share may have changed there, too.
+    fn l2_table_bytes(&mut self, core: &Core, table: HostOffset) -> Result<Vec<u8>> {
+        let mut bytes = Vec::with_capacity(core.cluster().size() as usize);
+        for at in (table.0..table.0 + core.cluster().size()).step_by(core.slice_len() as usize) {
+            // The last table of a file may end with the file; what is missing of it is zero.
+            if at > table.0 && at >= self.file_len {
+                break;
+            }
+            let (words, _) = self.slice(core, at, Class::L2)?;
+            bytes.extend(words.iter().flat_map(|word| word.to_be_bytes()));
+        }
+        bytes.resize(core.cluster().size() as usize, 0);
+        Ok(bytes)
     }
 }

@@ -122,7 +122,7 @@ impl Qcow2Writer {
             return Err(Error::new(ErrorKind::Forbidden, format!("{name}: {sentence}")));
         }
         self.refuse_bitmaps()?;
-        if self.core.has_snapshots && self.core.format.version == Version::V2 {
+        if self.core.has_snapshots() && self.core.format.version == Version::V2 {
             let sentence = "its version 2 does not note the disk size of internal snapshots, which would grow with it; \
                             delete them, or amend the image to version 3 (qemu-img amend -o compat=1.1)";
             return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {sentence}")));

@@ -4,12 +4,13 @@
 //! data. A table that is not in memory is read under it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::RefcountTable;
 use crate::format::refcount::{block_entries, refcount, table_entry};
 use crate::format::subcluster::SUBCLUSTERS;
-use crate::format::{Compressed, EntryFormat, Mapping, Table};
+use crate::format::{Compressed, EntryFormat, Mapping, Snapshot, Table};
 use crate::io::WriteStorage;
 use crate::units::{ClusterBits, GuestOffset, HostOffset};
 
@@ -28,13 +29,19 @@ pub(super) struct Core {
     pub(super) format: EntryFormat,
     /// Refcounts are `1 << order` bits wide.
     pub(super) order: u32,
-    /// Clusters may be shared: COPIED flags are looked at before they are believed.
-    pub(super) has_snapshots: bool,
+    /// See [`Core::has_snapshots`].
+    pub(super) has_snapshots: AtomicBool,
 }
 
 impl Core {
     pub(super) fn cluster(&self) -> ClusterBits {
         self.format.cluster
+    }
+
+    /// Whether clusters may be shared: COPIED flags are then looked at before they are believed, and
+    /// reading may mend them. Once true, it stays so.
+    pub(super) fn has_snapshots(&self) -> bool {
+        self.has_snapshots.load(Ordering::Acquire)
     }
 
     pub(super) fn slice_len(&self) -> u64 {
@@ -84,6 +91,21 @@ pub(super) enum Piece {
     Below,
 }
 
+/// What of an internal snapshot its filling needs.
+#[derive(Clone, Debug)]
+pub(super) struct SnapshotRoot {
+    pub(super) name: Vec<u8>,
+    pub(super) l1: Table,
+    /// Bytes of its disk; `None`: as many as the active one has.
+    pub(super) size: Option<u64>,
+}
+
+impl SnapshotRoot {
+    pub(super) fn of(snapshot: &Snapshot) -> Self {
+        Self { name: snapshot.name.clone(), l1: snapshot.l1, size: snapshot.virtual_size }
+    }
+}
+
 /// What the next flush, once its mappings are durable, makes free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Freed {
@@ -106,6 +128,8 @@ pub(super) struct Meta {
     /// Bytes of the file, as this writer has made it.
     pub(super) file_len: u64,
     pub(super) pending: Vec<Freed>,
+    /// The internal snapshots, as the header names them.
+    pub(super) snapshots: Vec<SnapshotRoot>,
 }
 
 impl Meta {
@@ -129,7 +153,7 @@ impl Meta {
             return Err(core.corrupt(format_args!("a table at {at:#x} lies past the end of the file")));
         }
         let words: Arc<[u64]> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
-        let mended = if class == Class::L2 && core.has_snapshots { self.mend(core, &words)? } else { None };
+        let mended = if class == Class::L2 && core.has_snapshots() { self.mend(core, &words)? } else { None };
         self.slices.insert(place, class, Arc::clone(&words));
         let Some(mended) = mended else { return Ok((words, index)) };
         self.slices.change(place).expect("it was just kept").copy_from_slice(&mended);
@@ -264,7 +288,7 @@ impl Meta {
         self.may_be_clusters(core, Freed { first, count: last - first + 1 })
     }
 
-    fn may_be_clusters(&self, core: &Core, clusters: Freed) -> Result<()> {
+    pub(super) fn may_be_clusters(&self, core: &Core, clusters: Freed) -> Result<()> {
         let (first, end) = (clusters.first, clusters.first + clusters.count);
         if end > self.fresh {
             return Err(core.corrupt(format_args!("a data cluster at {first:#x} lies past the end of the file")));
@@ -306,21 +330,14 @@ impl Meta {
 
     /// The L2 entry of a position; silent where there is no table.
     pub(super) fn entry(&mut self, core: &Core, at: u64) -> Result<Words> {
-        let Some(table) = self.l2_table(core, at)? else { return Ok(Words::default()) };
-        let (words, index) = self.slice(core, Self::l2_place(core, table, at), Class::L2)?;
-        Ok(Words { entry: words[index], bitmap: if core.format.extended { words[index + 1] } else { 0 } })
+        let table = self.l2_table(core, at)?;
+        self.entry_in(core, table, at)
     }
 
     /// Sets the L2 entry of a position, whose table may be written (see `own_l2_table`).
     pub(super) fn set_entry(&mut self, core: &Core, at: u64, words: Words) -> Result<()> {
         let table = self.l2_table(core, at)?.expect("a table that was made ready");
-        let place = Self::l2_place(core, table, at);
-        // Both words lie in one slice: 16-byte entries are aligned.
-        self.set_word(core, place, Class::L2, words.entry)?;
-        if core.format.extended {
-            self.set_word(core, place + 8, Class::L2, words.bitmap)?;
-        }
-        Ok(())
+        self.set_entry_in(core, table, at, words)
     }
 
     /// Notes that an entry no longer refers to what `words` name: free after the next flush.

@@ -6,6 +6,7 @@
 //! The layers below are asked through [`Below`] and never changed.
 
 mod allocate;
+mod fill;
 mod flush;
 mod growth;
 mod meta;
@@ -14,7 +15,9 @@ mod qcow2;
 mod ranges;
 mod raw;
 mod roles;
+mod roots;
 mod slices;
+mod snapshot;
 mod zero;
 
 use std::sync::Arc;
@@ -27,6 +30,9 @@ use crate::io::{Storage, WriteStorage};
 use meta::Piece;
 
 pub use ranges::{Held, Ranges};
+
+pub use fill::{Fill, Wanted};
+pub use snapshot::NewSnapshot;
 
 use qcow2::Qcow2Writer;
 use raw::RawWriter;

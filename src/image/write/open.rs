@@ -9,15 +9,15 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap::{Bitmap, parse_directory};
 use crate::format::feature;
 use crate::format::header::{AUTOCLEAR_AT, INCOMPATIBLE_AT};
-use crate::format::{EntryFormat, Header, Malformed, SnapshotParser, Version};
+use crate::format::{EntryFormat, Header, Malformed, Version};
 use crate::image::check::rebuild_dirty;
 use crate::image::header::{self, HeaderChange};
-use crate::image::{read_header_with, unreadable};
+use crate::image::{read_header_with, read_snapshots, unreadable};
 use crate::io::WriteStorage;
 use crate::units::HostOffset;
 
 use super::flush::Flushes;
-use super::meta::{Core, Meta};
+use super::meta::{Core, Meta, SnapshotRoot};
 use super::qcow2::Qcow2Writer;
 use super::ranges::Ranges;
 use super::roles::Roles;
@@ -48,7 +48,7 @@ impl Qcow2Writer {
             data_file,
             format: header.entry_format(),
             order: header.refcount_order,
-            has_snapshots: header.snapshots.count > 0,
+            has_snapshots: AtomicBool::new(header.snapshots.count > 0),
             file,
         };
         let file_len = core.file.len()?;
@@ -61,6 +61,7 @@ impl Qcow2Writer {
             fresh: file_len.div_ceil(core.cluster().size()),
             file_len,
             pending: Vec::new(),
+            snapshots: Vec::new(),
         };
         meta.learn_roles(&core, &header)?;
         Ok(Self {
@@ -200,7 +201,7 @@ fn malformed(name: &str, reason: &Malformed) -> Error {
 }
 
 /// Reads the header as it stands in the file.
-fn read_header(name: &str, file: &dyn WriteStorage) -> Result<Header> {
+pub(super) fn read_header(name: &str, file: &dyn WriteStorage) -> Result<Header> {
     read_header_with(name, file, Header::parse).map(|(header, _)| header)
 }
 
@@ -264,23 +265,12 @@ impl Meta {
     }
 
     fn learn_snapshots(&mut self, core: &Core, header: &Header) -> Result<()> {
-        if header.snapshots.count == 0 {
-            return Ok(());
-        }
-        let mut parser = SnapshotParser::new(header);
-        let mut chunk = vec![0; 64 << 10];
-        let mut at = header.snapshots.offset.0;
-        loop {
-            let have = core.file.read_at(at, &mut chunk)?;
-            if parser.feed(&chunk[..have]).map_err(|reason| malformed(&core.name, &reason))? || have == 0 {
-                break;
-            }
-            at += have as u64;
-        }
-        self.learn(core, "the snapshot table", header.snapshots.offset.0, parser.table_len())?;
-        for snapshot in parser.finish().map_err(|reason| malformed(&core.name, &reason))? {
+        let (snapshots, table_len) = read_snapshots(&core.name, &*core.file, header)?;
+        self.learn(core, "the snapshot table", header.snapshots.offset.0, table_len)?;
+        for snapshot in &snapshots {
             self.learn(core, "the L1 table of an internal snapshot", snapshot.l1.offset.0, snapshot.l1.len_bytes())?;
         }
+        self.snapshots = snapshots.iter().map(SnapshotRoot::of).collect();
         Ok(())
     }
 

@@ -25,7 +25,7 @@ use super::ranges::{Held, Ranges};
 /// Freed clusters that wait for a flush, at most.
 const MAX_PENDING: usize = 1 << 16;
 /// Bytes that one turn of an allocating write covers, at most.
-const MAX_TURN: u64 = 4 << 20;
+pub(super) const MAX_TURN: u64 = 4 << 20;
 /// Bytes of decompressed clusters that are kept.
 const DECOMPRESSED: usize = 4 << 20;
 
@@ -120,7 +120,7 @@ impl Qcow2Writer {
             self.read_piece(piece, position, part)?;
             done += run as usize;
         }
-        if self.core.has_snapshots {
+        if self.core.has_snapshots() {
             // Reading may have mended tables. If they cannot be written, that is the writers' to hear.
             let _ = self.relieve();
         }
@@ -156,7 +156,7 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    fn read_data(&self, host: HostOffset, buf: &mut [u8]) -> Result<()> {
+    pub(super) fn read_data(&self, host: HostOffset, buf: &mut [u8]) -> Result<()> {
         let have = self.core.data().read_at(host.0, buf)?;
         if have == buf.len() {
             return Ok(());

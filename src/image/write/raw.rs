@@ -59,6 +59,12 @@ impl RawWriter {
         &self.name
     }
 
+    /// Why no internal snapshot of it is taken.
+    pub(super) fn without_snapshots(&self) -> Error {
+        let sentence = "a raw image holds no internal snapshots; take an external one";
+        Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", self.name))
+    }
+
     pub(super) fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
     }

@@ -1,0 +1,173 @@
+//! The tables of all views of an image: the active ones and those of its internal snapshots, by the L2
+//! tables that they share.
+
+use std::collections::HashMap;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::refcount::max_refcount;
+use crate::format::{EntryFormat, Table};
+use crate::units::HostOffset;
+
+use super::allocate::Attempt;
+use super::meta::{Core, Freed, Meta, Words};
+use super::slices::Class;
+
+/// The active view; internal snapshots follow, from 1 on.
+const ACTIVE: usize = 0;
+
+/// Views whose L1 tables name the same L2 table at one place of their disks.
+#[derive(Debug)]
+pub(super) struct Group {
+    /// `None`: they have none. As many of them as may share a table form a group.
+    pub(super) table: Option<HostOffset>,
+    pub(super) roots: Vec<usize>,
+    /// The longest of their disks ends here.
+    pub(super) end: u64,
+}
+
+impl Group {
+    pub(super) fn is_active_alone(&self) -> bool {
+        self.roots == [ACTIVE]
+    }
+
+    fn has_active(&self) -> bool {
+        self.roots.first() == Some(&ACTIVE)
+    }
+}
+
+impl Meta {
+    /// Bytes of the longest disk; the active one has `size`.
+    pub(super) fn longest(&self, size: u64) -> u64 {
+        self.snapshots.iter().filter_map(|snapshot| snapshot.size).fold(size, u64::max)
+    }
+
+    fn root(&self, root: usize) -> Table {
+        if root == ACTIVE { self.l1 } else { self.snapshots[root - 1].l1 }
+    }
+
+    /// The views whose disks reach as far as the L2 table of `at` does, by that table. VM state lies behind a
+    /// disk's last table and belongs to none.
+    pub(super) fn groups(&mut self, core: &Core, at: u64, size: u64) -> Result<Vec<Group>> {
+        let index = at / core.l1_span();
+        let start = index * core.l1_span();
+        let most = usize::try_from(max_refcount(core.order)).unwrap_or(usize::MAX);
+        let mut groups: Vec<Group> = Vec::new();
+        let mut by_table: HashMap<Option<HostOffset>, usize> = HashMap::new();
+        for root in 0..=self.snapshots.len() {
+            let end = if root == ACTIVE { size } else { self.snapshots[root - 1].size.unwrap_or(size) };
+            if start >= end {
+                continue;
+            }
+            let l1 = self.root(root);
+            let table = if index < u64::from(l1.entries) {
+                let word = self.word(core, l1.offset.0 + index * 8, Class::L1)?;
+                core.format.l1(word).map_err(|reason| core.corrupt(reason.fact()))?.l2
+            } else {
+                None
+            };
+            match by_table.get(&table).map(|found| &mut groups[*found]) {
+                Some(group) if table.is_some() || group.roots.len() < most => {
+                    group.roots.push(root);
+                    group.end = group.end.max(end);
+                }
+                _ => {
+                    by_table.insert(table, groups.len());
+                    groups.push(Group { table, roots: vec![root], end });
+                }
+            }
+        }
+        Ok(groups)
+    }
+
+    /// Whether the next flush takes references from a cluster.
+    pub(super) fn is_pending(&mut self, core: &Core, cluster: u64) -> Result<bool> {
+        let is_it = |freed: &Freed| (freed.first..freed.first + freed.count).contains(&cluster);
+        Ok(self.count(core, cluster)? > 1 && self.pending.iter().any(is_it))
+    }
+
+    /// Makes sure that the group has an L2 table for `at` that may be changed for all of it, and for it alone.
+    pub(super) fn ready_table(&mut self, core: &Core, group: &Group, at: u64) -> Attempt<()> {
+        if group.is_active_alone() {
+            return self.own_l2_table(core, at).map(|_| ());
+        }
+        let count = group.roots.len() as u64;
+        if let Some(table) = group.table {
+            let cluster = core.cluster().index(table.0);
+            if cluster >= self.fresh || self.roles.contains(cluster) != group.has_active() {
+                let fact = format!("an internal snapshot names {table} as an L2 table, which it is not");
+                return Err(core.corrupt(fact).into());
+            }
+            let counted = self.count(core, cluster)?;
+            if counted < count {
+                let fact = format!("the L2 table at {table} has {count} users, but a refcount of {counted}");
+                return Err(core.corrupt(fact).into());
+            }
+            if counted == count {
+                return Ok(());
+            }
+            // More than are known: a leak, somebody at another place of a disk, or somebody who has left it in
+            // memory, but not yet on disk. For none of them anything may change.
+        }
+        self.move_group(core, group, at / core.l1_span())
+    }
+
+    /// Gives a group a new table, with the same entries.
+    fn move_group(&mut self, core: &Core, group: &Group, index: u64) -> Attempt<()> {
+        let size = core.cluster().size();
+        for root in &group.roots {
+            let l1 = self.root(*root);
+            if index >= u64::from(l1.entries) {
+                let name = String::from_utf8_lossy(&self.snapshots[*root - 1].name).into_owned();
+                let sentence = format!(
+                    "the L1 table of its internal snapshot \"{}\" does not cover its disk; delete the snapshot",
+                    name.escape_debug()
+                );
+                return Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", core.name)).into());
+            }
+            self.word(core, l1.offset.0 + index * 8, Class::L1)?;
+        }
+        let run = self.allocate(core, 1, true)?;
+        let table = HostOffset(run.first * size);
+        if let Err(error) = self.fill_l2_table(core, table, group.table) {
+            self.give_back(core, run)?;
+            return Err(error.into());
+        }
+        let count = group.roots.len() as u64;
+        self.set_count(core, run.first, count)?;
+        let entry = EntryFormat::owned(table);
+        let entry = if count == 1 { entry } else { EntryFormat::shared(entry) };
+        for root in &group.roots {
+            self.set_word(core, self.root(*root).offset.0 + index * 8, Class::L1, entry)?;
+        }
+        if group.has_active() {
+            self.roles.add(run.first, 1);
+        }
+        if let Some(old) = group.table {
+            let first = core.cluster().index(old.0);
+            if group.has_active() {
+                self.roles.remove(first, 1);
+            }
+            self.slices.forget(old.0, old.0 + size, core.slice_len());
+            self.pending.extend(group.roots.iter().map(|_| Freed { first, count: 1 }));
+        }
+        Ok(())
+    }
+
+    /// The entry of a table for a position of the disk; silent where there is no table.
+    pub(super) fn entry_in(&mut self, core: &Core, table: Option<HostOffset>, at: u64) -> Result<Words> {
+        let Some(table) = table else { return Ok(Words::default()) };
+        let (words, index) = self.slice(core, Self::l2_place(core, table, at), Class::L2)?;
+        Ok(Words { entry: words[index], bitmap: if core.format.extended { words[index + 1] } else { 0 } })
+    }
+
+    /// Sets the entry of a table for a position of the disk.
+    pub(super) fn set_entry_in(&mut self, core: &Core, table: HostOffset, at: u64, words: Words) -> Result<()> {
+        let place = Self::l2_place(core, table, at);
+        // Both words lie in one slice: 16-byte entries are aligned.
+        self.set_word(core, place, Class::L2, words.entry)?;
+        if core.format.extended {
+            self.set_word(core, place + 8, Class::L2, words.bitmap)?;
+        }
+        Ok(())
+    }
+}
