@@ -6,9 +6,11 @@
 //! the process or the machine dies. Inodes, directories of the mount and the kernel are for others.
 
 mod engine;
+mod parse;
 mod plan;
 mod request;
 mod status;
+mod words;
 
 pub use engine::Engine;
 pub use plan::{Plan, PlanLayer};
