@@ -182,7 +182,7 @@ fn a_command_is_one_write_wherever_in_the_file_it_is_said_to_go() {
     open.set_len(1 << 20).expect("nothing grows");
     assert_eq!(status(&mount, "number"), "9");
     // What follows text that was too long is its rest, and no command.
-    assert_eq!(errno(open.write_at(&[b' '; 70_000], 0)), Some(Errno::INVAL));
+    assert_eq!(errno(open.write_at(&vec![b' '; 70_000], 0)), Some(Errno::INVAL));
     assert_eq!(errno(open.write_at(b"foo", 70_000)), Some(Errno::INVAL));
     assert_eq!(status(&mount, "number"), "10");
     assert!(status(&mount, "error").contains("at most 65536 bytes"));
@@ -295,4 +295,77 @@ fn a_mapping_of_a_control_file_gives_no_command() {
     assert!(err.is_empty(), "{err}");
     assert_eq!(status(&mount, "number"), "0");
     mount.umount();
+}
+
+/// Our binary; nobody's configuration is read.
+fn chainfs(store: &Store, args: &[&str]) -> (i32, String, String) {
+    tool(CHAINFS).args(args).current_dir(store.root()).env("XDG_CONFIG_HOME", store.beside("config")).outcome()
+}
+
+#[test]
+fn the_command_line_says_what_the_control_files_say() {
+    let store = chain();
+    let mount = Mount::new(&store);
+    let before = everything(&store.root());
+    let (root, web) = (mount.dir().to_str().expect("UTF-8"), mount.path("web"));
+    let web = web.to_str().expect("UTF-8");
+    for (args, code, sentence) in [
+        (&["commit", root][..], 2, "a chain's directory in it"),
+        (&["commit", &format!("{web}/active.raw")], 2, "a chain's directory in it"),
+        (&["commit", &format!("{root}/nosuch")], 2, "a chain's directory in it"),
+        (&["snapshot", web, "n", "--chains", "web,plain"], 2, "the mount itself"),
+        (&["snapshot", web, "a/b"], 2, "not a path"),
+        (&["snapshot", web, "internal"], 2, "taken for another word"),
+        (&["commit", web, "--store", "."], 2, "not mounted"),
+        (&["commit", web, "--top", "nosuch"], 1, ""),
+        (&["commit", "-p", web, "--top", "nosuch"], 1, ""),
+    ] {
+        let (got, out, err) = chainfs(&store, args);
+        assert_eq!(got, code, "{args:?}: {out}{err}");
+        assert!(err.starts_with("chainfs: ") && err.contains(sentence) && err.lines().count() == 1, "{args:?}: {err}");
+    }
+    // What was refused is told in the words of the status.
+    let (_, _, err) = chainfs(&store, &["commit", web, "--top", "nosuch"]);
+    assert_eq!(err, format!("chainfs: {}\n", status(&mount, "error")));
+    assert_eq!(status(&mount, "command"), "commit top=nosuch");
+    let number = status(&mount, "number");
+    let (code, out, err) = chainfs(&store, &["commit", web, "--top", "nosuch", "--dry-run"]);
+    assert!(code == 1 && out.contains("refused: ") && err.is_empty(), "{code} {out}{err}");
+    assert_eq!(mount.text("web/control/plan"), out);
+    assert_eq!(status(&mount, "number"), number, "a plan is no command");
+    assert!(everything(&store.root()) == before, "the store has changed");
+    mount.umount();
+    let mount = Mount::with(&store, "ro");
+    let (code, _, err) = chainfs(&store, &["commit", web, "--top", "nosuch"]);
+    assert!(code == 1 && err.contains("Read-only file system"), "{code} {err}");
+    let (code, out, _) = chainfs(&store, &["commit", web, "--top", "nosuch", "--dry-run"]);
+    assert!(code == 1 && out.contains("refused: "), "{code} {out}");
+    assert!(everything(&store.root()) == before, "the store has changed");
+    mount.umount();
+}
+
+#[test]
+fn images_of_stores_that_are_not_mounted_are_named_by_their_file() {
+    let store = chain();
+    let before = everything(&store.root());
+    let root = store.root();
+    let root = root.to_str().expect("UTF-8");
+    for (args, code, sentence) in [
+        (&["commit", "nosuch.qcow2"][..], 1, "No such file"),
+        (&["commit", root], 2, "name one of its images"),
+        (&["commit", "--store", root, "base.raw"], 2, "other images stand on base.raw"),
+        (&["commit", "--store", "../config", "web.qcow2"], 1, "no image of the store"),
+        (&["commit", "--detach", "web.qcow2"], 2, "leave out --detach"),
+        (&["snapshot", "--chains", "web", "web.qcow2", "n"], 2, "chains= is for the store's own"),
+        (&["commit", "-o", "nonsense", "web.qcow2"], 2, "nonsense"),
+        (&["commit", "--top", "nosuch", "--store", root, "web.qcow2"], 1, ""),
+        (&["commit", "--top", "nosuch", "web.qcow2"], 1, ""),
+    ] {
+        let (got, out, err) = chainfs(&store, args);
+        assert_eq!(got, code, "{args:?}: {out}{err}");
+        assert!(err.starts_with("chainfs: ") && err.contains(sentence), "{args:?}: {err}");
+    }
+    let (code, out, err) = chainfs(&store, &["commit", "--dry-run", "--top", "nosuch", "--store", root, "web.qcow2"]);
+    assert!(code == 1 && out.contains("refused: "), "{code} {out}{err}");
+    assert!(everything(&store.root()) == before, "the store has changed");
 }

@@ -3,14 +3,14 @@
 //! Reads that have to wait are kept here and answered by one thread: whoever brings them never waits. With
 //! nobody reading, that thread sleeps.
 
-use std::path::PathBuf;
-use std::sync::{Arc, Weak};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::ops::{Engine, Status};
+use crate::ops::Status;
 use crate::report::status::progress;
 
 use super::control::ControlScope;
@@ -48,7 +48,8 @@ pub(super) struct Progress {
 }
 
 struct Shared {
-    engine: Weak<Engine>,
+    /// How a chain's last command is doing; asked under no lock but a reader's own.
+    status: Box<dyn Fn(&Path) -> Status + Send + Sync>,
     waiting: Mutex<Waiting>,
     news: Condvar,
 }
@@ -99,8 +100,9 @@ impl ProgressReader {
 }
 
 impl Progress {
-    pub(super) fn new(engine: &Arc<Engine>) -> Self {
-        let shared = Shared { engine: Arc::downgrade(engine), waiting: Mutex::default(), news: Condvar::new() };
+    /// `status` tells how the last command of a chain is doing.
+    pub(super) fn new(status: impl Fn(&Path) -> Status + Send + Sync + 'static) -> Self {
+        let shared = Shared { status: Box::new(status), waiting: Mutex::default(), news: Condvar::new() };
         Self { shared: Arc::new(shared), thread: Mutex::default() }
     }
 
@@ -140,10 +142,15 @@ impl Progress {
     }
 }
 
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
 impl Shared {
     fn next(&self, reader: &ProgressReader, most: usize, impatient: bool) -> Option<Vec<u8>> {
-        let status = || self.engine.upgrade().map(|engine| engine.status(&reader.chain)).unwrap_or_default();
-        reader.next(status, most, impatient)
+        reader.next(|| (self.status)(&reader.chain), most, impatient)
     }
 
     fn serve(&self) {
@@ -182,6 +189,7 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
+    use std::sync::mpsc::{Receiver, channel};
 
     use super::*;
     use crate::ops::JobState;
@@ -224,5 +232,57 @@ mod tests {
         let reader = reader();
         assert_eq!(reader.next(Status::default, 99, false).as_deref(), Some(&b"idle\n"[..]));
         assert_eq!(reader.next(Status::default, 99, false).as_deref(), Some(&b""[..]));
+    }
+
+    /// A command at work that somebody moves on, and what is read of it.
+    fn at_work() -> (Arc<Mutex<Status>>, Progress) {
+        let job = Arc::new(Mutex::new(Status { state: JobState::Running, total: 9, ..Status::default() }));
+        let seen = Arc::clone(&job);
+        (job, Progress::new(move |_| seen.lock().clone()))
+    }
+
+    fn read(progress: &Progress, reader: &Arc<ProgressReader>) -> Receiver<Vec<u8>> {
+        let (tell, told) = channel();
+        progress.read(reader, 4096, Box::new(move |bytes| tell.send(bytes.to_vec()).expect("somebody listens")));
+        told
+    }
+
+    #[test]
+    fn a_read_is_answered_when_there_is_news_and_soon_in_any_case() {
+        const LIMIT: Duration = Duration::from_secs(20);
+        let (job, progress) = at_work();
+        let readers = [(); 3].map(|()| Arc::new(reader()));
+        for reader in &readers {
+            assert!(read(&progress, reader).try_recv().is_ok(), "the first line is there at once");
+        }
+        // Nothing new: the same again, but not at once.
+        let start = Instant::now();
+        for told in readers.each_ref().map(|reader| read(&progress, reader)) {
+            assert!(told.recv_timeout(LIMIT).expect("a line").starts_with(b" 0.0 %"));
+        }
+        assert!(start.elapsed() >= PATIENCE);
+        let waiting = readers.each_ref().map(|reader| read(&progress, reader));
+        (job.lock().done, job.lock().version) = (3, 1);
+        for told in waiting {
+            assert!(told.recv_timeout(LIMIT).expect("a line").starts_with(b" 33.3 %"));
+        }
+        let waiting = readers.each_ref().map(|reader| read(&progress, reader));
+        (job.lock().state, job.lock().version) = (JobState::Done, 2);
+        for told in waiting {
+            assert_eq!(told.recv_timeout(LIMIT).expect("a line"), b"done\n");
+        }
+        assert_eq!(read(&progress, &readers[0]).try_recv().expect("the end"), b"");
+        progress.end();
+    }
+
+    #[test]
+    fn at_the_end_of_the_mount_nobody_is_left_waiting() {
+        let (_job, progress) = at_work();
+        let reader = Arc::new(reader());
+        assert!(read(&progress, &reader).try_recv().is_ok());
+        let told = read(&progress, &reader);
+        progress.end();
+        assert!(told.try_recv().is_ok());
+        assert!(read(&progress, &reader).try_recv().is_ok());
     }
 }

@@ -91,7 +91,10 @@ impl Tree {
             inodes: Inodes::new(),
             handles: Handles::default(),
             documents: Documents::new(),
-            progress: Progress::new(&engine),
+            progress: Progress::new({
+                let engine = Arc::clone(&engine);
+                move |chain| engine.status(chain)
+            }),
             controls: Controls::new(engine),
             counters: Counters::default(),
             started: SystemTime::now(),
