@@ -134,7 +134,7 @@ pub(super) fn host_path(store: &Store, catalog: &Catalog, index: ImageIndex) -> 
 }
 
 /// The store of the mount that `path` lies in, and the path within the mount.
-fn place_in_mount(path: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
+pub(super) fn place_in_mount(path: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
     let absolute = std::path::absolute(path).map_err(|error| Error::io(context(path), error))?;
     let mounts = mounts()?;
     // Links on the way to the mount are followed; a daemon that does not answer is not waited for
