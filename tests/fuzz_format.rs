@@ -20,7 +20,7 @@ use fuzz::fuzz;
 fn options(cluster_bits: u32, size: u64) -> CreateOptions {
     let mark = Frozen { seconds: 1_700_000_000, nanoseconds: 7, description: "before the upgrade".into() };
     let backing = Some(NewBacking { name: b"base.raw".to_vec(), format: "raw".into() });
-    CreateOptions { size: Some(size), cluster_bits, backing, frozen: Some(mark) }
+    CreateOptions { size: Some(size), cluster_bits, backing, frozen: Some(mark), ..CreateOptions::default() }
 }
 
 /// Headers of both versions, with the features that change how the rest is read.

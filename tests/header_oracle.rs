@@ -121,7 +121,13 @@ fn images(scratch: &Scratch) -> Vec<(String, Pages)> {
         for base in [None, Some(NewBacking { name: b"base.raw".to_vec(), format: "raw".into() })] {
             for frozen in [None, mark("ours").frozen.flatten()] {
                 let what = format!("ours of 2^{cluster_bits}, {base:?}, {frozen:?}");
-                let options = CreateOptions { size: Some(8 * MIB), backing: base.clone(), cluster_bits, frozen };
+                let options = CreateOptions {
+                    size: Some(8 * MIB),
+                    backing: base.clone(),
+                    cluster_bits,
+                    frozen,
+                    ..CreateOptions::default()
+                };
                 std::fs::write(scratch.path(IMAGE), initial_image(&options).unwrap()).unwrap();
                 found.push((what, Pages::load(scratch.path(IMAGE))));
             }

@@ -533,7 +533,10 @@ fn mount_8_and_fstab_work_through_the_helper() {
 #[test]
 fn help_names_every_verb_of_this_version() {
     let help = chainfs(&["--help"]).stdin(Stdio::null()).succeeds();
-    for verb in ["mount", "umount", "tree", "info", "map", "check", "compare", "diff", "create"] {
+    for verb in [
+        "mount", "umount", "tree", "info", "map", "check", "compare", "diff", "create", "snapshot", "commit", "pull",
+        "cancel",
+    ] {
         assert!(help.contains(verb), "{verb} in\n{help}");
     }
 }

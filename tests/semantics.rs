@@ -122,6 +122,9 @@ fn name(errno: rustix::io::Errno) -> String {
     let names = [
         (rustix::io::Errno::NOENT, "ENOENT"),
         (rustix::io::Errno::INVAL, "EINVAL"),
+        (rustix::io::Errno::EXIST, "EEXIST"),
+        (rustix::io::Errno::NOTEMPTY, "ENOTEMPTY"),
+        (rustix::io::Errno::CANCELED, "ECANCELED"),
         (rustix::io::Errno::BUSY, "EBUSY"),
         (rustix::io::Errno::ACCESS, "EACCES"),
         (rustix::io::Errno::ROFS, "EROFS"),

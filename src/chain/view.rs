@@ -92,6 +92,11 @@ impl View {
         self.size
     }
 
+    /// Whether its top layer may change.
+    pub fn is_live(&self) -> bool {
+        self.live
+    }
+
     /// Its layers, top first.
     pub fn layers(&self) -> &[Layer] {
         &self.layers

@@ -3,6 +3,10 @@
 //! qemu-img's and mount(8)'s spellings wherever they have one. Nothing is done here; wrong words
 //! end with the exit code of the command they were meant for.
 
+mod verbs;
+
+pub use verbs::{CancelArgs, CommitArgs, PullArgs, RunArgs, SnapshotArgs};
+
 use super::mount_options::ImageFormat;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -49,6 +53,14 @@ pub enum Command {
     Compare(CompareArgs),
     /// Create an empty qcow2 image, alone or on top of another
     Create(CreateArgs),
+    /// Freeze the active disk of a chain under a name
+    Snapshot(SnapshotArgs),
+    /// Merge layers of a chain down into one of them
+    Commit(CommitArgs),
+    /// Copy what lies below a layer into it
+    Pull(PullArgs),
+    /// Stop the running command of a chain
+    Cancel(CancelArgs),
     /// Print a shell's completion script
     #[command(after_help = "Example:\n  chainfs completions bash > /usr/share/bash-completion/completions/chainfs")]
     Completions {

@@ -11,18 +11,23 @@ pub mod manual;
 mod map;
 pub mod mount;
 pub mod mount_options;
+mod offline;
 mod output;
+mod progress;
 pub mod store_options;
 mod target;
 mod tree;
 pub mod umount;
+mod verbs;
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
-use args::Command;
+use args::{Command, RunArgs};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::ops::Request;
 use crate::report::safe::terminal;
 
 /// Runs the program with the words of its command line.
@@ -43,6 +48,10 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::run(args),
         Command::Compare(args) => compare::run(args),
         Command::Create(args) => create::run(args),
+        Command::Snapshot(args) => verb(&args.target, args.request(), &args.run),
+        Command::Commit(args) => verb(&args.target, args.request(), &args.run),
+        Command::Pull(args) => verb(&args.target, args.request(), &args.run),
+        Command::Cancel(args) => verb(&args.target, Ok(Request::Cancel), &RunArgs::default()),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => {
             let written = manual::manual_pages(dir);
@@ -53,6 +62,10 @@ pub fn main() -> ExitCode {
         complain(&error);
         failure(&cli.command, error.kind())
     }))
+}
+
+fn verb(target: &Path, request: Result<Request>, args: &RunArgs) -> Result<u8> {
+    verbs::run(target, &request?, args)
 }
 
 /// The exit code of a command that has failed.

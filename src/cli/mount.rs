@@ -127,7 +127,7 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     let watcher = Watcher::start(&store).map_err(|error| Error::io("starting the watcher", error))?;
     let flusher = Flusher::start(&store).map_err(|error| Error::io("starting the flusher", error))?;
     let ending = Arc::new(AtomicBool::new(false));
-    end_on_signals(signals, mount.clone(), Arc::clone(&store), Arc::clone(&ending))?;
+    end_on_signals(signals, mount.clone(), Arc::clone(&tree), Arc::clone(&ending))?;
     if as_child {
         let _ = rustix::process::chdir("/");
         detach()?;
@@ -136,6 +136,9 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     notify_service_manager(&format!("READY=1\nSTATUS=showing {} on {}", store.given().display(), directory.display()));
     tracing::info!("{} is shown on {}", store.given().display(), directory.display());
     unfinished.finished();
+    if !options.read_only {
+        tree.engine().resume();
+    }
     let result = server.run();
     ending.store(true, Ordering::Relaxed);
     notify_service_manager("STOPPING=1");
@@ -157,7 +160,7 @@ fn detach() -> Result<()> {
 
 /// Flushes everything and unmounts when asked to. A mount in use goes on serving; asked again, it is taken out of the
 /// way and ends with its last user.
-fn end_on_signals(mut signals: Signals, mount: OwnMount, store: Arc<Store>, ending: Arc<AtomicBool>) -> Result<()> {
+fn end_on_signals(mut signals: Signals, mount: OwnMount, tree: Arc<Tree>, ending: Arc<AtomicBool>) -> Result<()> {
     let work = move || {
         let mut asked = false;
         for signal in &mut signals {
@@ -167,7 +170,7 @@ fn end_on_signals(mut signals: Signals, mount: OwnMount, store: Arc<Store>, endi
                 continue;
             }
             // First: the service manager may not wait for those who keep the mount busy.
-            store.flush_writers();
+            tree.store().flush_writers();
             match mount.unmount(asked) {
                 Err(error) if error.kind() == ErrorKind::Busy => {
                     let sentence = busy(mount.directory());
@@ -175,8 +178,11 @@ fn end_on_signals(mut signals: Signals, mount: OwnMount, store: Arc<Store>, endi
                     notify_service_manager(&format!("STATUS={sentence}"));
                     asked = true;
                 }
+                // A mount that goes on serving goes on with its jobs, too. This one ends, maybe only with the last
+                // of those who were in it: the jobs need not wait for them, and are taken up by the next mount.
+                Ok(()) => tree.engine().stop(),
                 Err(error) if !ending.load(Ordering::Relaxed) => tracing::warn!("{error}"),
-                Ok(()) | Err(_) => {}
+                Err(_) => {}
             }
         }
     };

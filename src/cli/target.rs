@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::fs::CONTROL;
 use crate::fs::mount::KIND;
 use crate::io::mounts;
 use crate::store::{Catalog, ChainView, ImageIndex, OpenView, Store, StoreOptions, ViewPart, shown};
@@ -133,7 +134,7 @@ pub(super) fn host_path(store: &Store, catalog: &Catalog, index: ImageIndex) -> 
 }
 
 /// The store of the mount that `path` lies in, and the path within the mount.
-fn place_in_mount(path: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
+pub(super) fn place_in_mount(path: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
     let absolute = std::path::absolute(path).map_err(|error| Error::io(context(path), error))?;
     let mounts = mounts()?;
     // Links on the way to the mount are followed; a daemon that does not answer is not waited for
@@ -204,10 +205,17 @@ fn resolve(store: &Store, catalog: &Catalog, rest: &Path) -> Result<What> {
     };
     match inner {
         [] => Ok(What::Chain(leaf)),
-        [name] if *name == "snapshots" || *name == "info" || name.as_bytes() == crate::store::STORE_DIRECTORY => {
+        [name]
+            if *name == "snapshots"
+                || *name == "info"
+                || *name == CONTROL
+                || name.as_bytes() == crate::store::STORE_DIRECTORY =>
+        {
             Ok(What::Chain(leaf))
         }
-        [name, _] if *name == "info" || name.as_bytes() == crate::store::STORE_DIRECTORY => Ok(What::Chain(leaf)),
+        [name, _] if *name == "info" || *name == CONTROL || name.as_bytes() == crate::store::STORE_DIRECTORY => {
+            Ok(What::Chain(leaf))
+        }
         [name, file] if *name == "snapshots" && file.as_bytes().ends_with(b".vmstate") => {
             match view(file.as_bytes(), b".vmstate")? {
                 (ChainView { snapshot: Some(index), .. }, layers) => {

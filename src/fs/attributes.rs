@@ -53,6 +53,17 @@ impl Ownership {
     }
 }
 
+/// Permissions of control files: those who may write an image may change it, and nobody else.
+const CONTROL_BITS: u16 = 0o600;
+
+impl Ownership {
+    /// Owner, group and permissions of a control file of the image or directory `stat`.
+    pub(super) fn control(&self, stat: &FileStat) -> (u32, u32, u16) {
+        let (uid, gid, bits) = self.apply(stat, NodeKind::File, true);
+        (uid, gid, if self.umask.is_some() { bits & CONTROL_BITS } else { CONTROL_BITS })
+    }
+}
+
 /// A file's own modification time.
 pub(super) fn modified(stat: &FileStat) -> SystemTime {
     time(stat.signature.mtime.0, stat.signature.mtime.1)

@@ -25,8 +25,11 @@ pub enum Fallocate {
 
 impl Tree {
     /// Writes what there is room for before the end of the disk, and returns how much that is.
-    /// `sync`: it is durable then.
+    /// `sync`: it is durable then. To a control file: gives one command, which may take its time.
     pub fn write(&self, handle: &Handle, at: u64, bytes: &[u8], sync: bool) -> Result<usize> {
+        if let Handle::Control(control) = handle {
+            return self.command(control, at, bytes);
+        }
         let disk = active(handle)?;
         let len = disk.write_at(at, bytes)?;
         self.counters().writes.fetch_add(1, Ordering::Relaxed);
@@ -41,7 +44,9 @@ impl Tree {
     pub fn sync(&self, handle: &Handle) -> Result<()> {
         match handle {
             Handle::Active(disk) => disk.flush(),
-            Handle::Text(_) | Handle::Disk(_) | Handle::Directory(_) => Ok(()),
+            Handle::Text(_) | Handle::Disk(_) | Handle::Control(_) | Handle::Progress(_) | Handle::Directory(_) => {
+                Ok(())
+            }
         }
     }
 
@@ -49,7 +54,9 @@ impl Tree {
     pub fn closing(&self, handle: &Handle) -> Result<()> {
         match handle {
             Handle::Active(disk) => disk.trouble(),
-            Handle::Text(_) | Handle::Disk(_) | Handle::Directory(_) => Ok(()),
+            Handle::Text(_) | Handle::Disk(_) | Handle::Control(_) | Handle::Progress(_) | Handle::Directory(_) => {
+                Ok(())
+            }
         }
     }
 
@@ -73,6 +80,10 @@ impl Tree {
 
     /// truncate(2), and ftruncate(2) if there is a handle. `Forbidden` if that is less than now.
     pub fn set_size(&self, inode: u64, handle: Option<&Handle>, size: u64) -> Result<()> {
+        if self.takes_commands(inode)? {
+            // `>` cuts a file before it writes; here nothing is kept that could be cut.
+            return Ok(());
+        }
         let node = self.active_node(inode)?;
         match handle {
             Some(handle) => active(handle)?.set_size(size),
@@ -85,20 +96,29 @@ impl Tree {
     /// utimes(2): times are those of the image file, so this is taken and nothing comes of it; touch(1)
     /// and cp -p of an active disk are to work.
     pub fn set_times(&self, inode: u64) -> Result<()> {
+        if self.takes_commands(inode)? {
+            return Ok(());
+        }
         self.active_node(inode).map(drop)
+    }
+
+    fn takes_commands(&self, inode: u64) -> Result<bool> {
+        Ok(matches!(self.node(inode)?, Node::ControlFile(_, file) if file.takes_commands()))
     }
 
     /// access(2): whether something may be written or run, as opening it would find.
     pub fn access(&self, inode: u64, write: bool, execute: bool) -> Result<()> {
         let node = self.node(inode)?;
         if write {
-            self.active_node(inode)?;
+            if !self.takes_commands(inode)? {
+                self.active_node(inode)?;
+            }
             if self.store().options().read_only {
                 return Err(read_only());
             }
         }
         if execute && node.kind() == NodeKind::File {
-            return Err(Error::new(ErrorKind::Denied, "a disk is not a program"));
+            return Err(Error::new(ErrorKind::Denied, "a file of the mount is not a program"));
         }
         Ok(())
     }
@@ -114,11 +134,13 @@ impl Tree {
 fn active(handle: &Handle) -> Result<&Arc<ActiveHandle>> {
     match handle {
         Handle::Active(disk) => Ok(disk),
-        Handle::Text(_) | Handle::Disk(_) | Handle::Directory(_) => Err(read_only()),
+        Handle::Text(_) | Handle::Disk(_) | Handle::Control(_) | Handle::Progress(_) | Handle::Directory(_) => {
+            Err(read_only())
+        }
     }
 }
 
 /// Why most of the tree cannot be opened to be written.
 pub(super) fn read_only() -> Error {
-    Error::new(ErrorKind::ReadOnly, "only active disks can be written")
+    Error::new(ErrorKind::ReadOnly, "only active disks and control files of verbs can be written")
 }

@@ -130,6 +130,35 @@ impl Adapter {
         }
     }
 
+    /// Runs a handler in a thread of its own: disks take their time, and the workers are for those who do not
+    /// wait for one. Where there can be no thread, a worker waits after all.
+    fn aside<R: Send + 'static, T>(
+        &self,
+        name: &str,
+        reply: R,
+        work: impl FnOnce(&Tree) -> Result<T> + Send + 'static,
+        tell: impl FnOnce(R, std::result::Result<T, Errno>) + Send + 'static,
+    ) {
+        let tree = Arc::clone(&self.tree);
+        let task = Arc::new(Mutex::new(Some(move || tell(reply, answer(&tree, work)))));
+        let run = {
+            let task = Arc::clone(&task);
+            move || {
+                // Not while it is locked: it takes its time.
+                let task = task.lock().take();
+                if let Some(task) = task {
+                    task();
+                }
+            }
+        };
+        if std::thread::Builder::new().name(name.into()).spawn(run).is_err() {
+            let task = task.lock().take();
+            if let Some(task) = task {
+                task();
+            }
+        }
+    }
+
     /// Whether this opening is handed to the raw file itself. `None` if it is not.
     fn pass(&self, reply: &ReplyOpen, inode: u64, handle: &Handle) -> Option<Arc<BackingId>> {
         let Handle::Disk(disk) = handle else { return None };
@@ -251,7 +280,13 @@ impl Filesystem for Adapter {
             Handle::Disk(disk) if self.cache(inode.0, disk.view().fingerprint) => FopenFlags::FOPEN_KEEP_CACHE,
             Handle::Disk(_) => FopenFlags::empty(),
             // A disk that changes; and each opening has a text of its own, which no other may be served.
-            Handle::Active(_) | Handle::Text(_) | Handle::Directory(_) => FopenFlags::FOPEN_DIRECT_IO,
+            Handle::Active(_) | Handle::Text(_) | Handle::Control(_) | Handle::Directory(_) => {
+                FopenFlags::FOPEN_DIRECT_IO
+            }
+            // News has no places: nobody waits for another's read because of one.
+            Handle::Progress(_) => {
+                FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NONSEEKABLE | FopenFlags::FOPEN_STREAM
+            }
         };
         reply.opened(FileHandle(number), flags);
     }
@@ -267,12 +302,21 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let open = match self.answer(|tree| tree.handle(handle.0)) {
+            Ok(Handle::Progress(reader)) => {
+                // The reply is kept by whoever knows when there is news.
+                let answer = Box::new(move |line: &[u8]| reply.data(line));
+                return self.tree.read_progress(&reader, size as usize, answer);
+            }
+            Ok(open) => open,
+            Err(errno) => return reply.error(errno),
+        };
         BUFFER.with_borrow_mut(|buffer| {
             if buffer.len() < size as usize {
                 buffer.resize(size as usize, 0);
             }
             let buffer = &mut buffer[..size as usize];
-            match self.answer(|tree| tree.read(&tree.handle(handle.0)?, offset, buffer)) {
+            match self.answer(|tree| tree.read(&open, offset, buffer)) {
                 Ok(len) => reply.data(&buffer[..len]),
                 Err(errno) => reply.error(errno),
             }
@@ -300,17 +344,30 @@ impl Filesystem for Adapter {
         handle: FileHandle,
         offset: u64,
         data: &[u8],
-        _write_flags: WriteFlags,
+        write_flags: WriteFlags,
         flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
         // O_SYNC includes O_DSYNC's bit.
         let sync = flags.0 & nix::libc::O_DSYNC != 0;
-        match self.answer(|tree| tree.write(&tree.handle(handle.0)?, offset, data, sync)) {
+        let open = match self.answer(|tree| tree.handle(handle.0)) {
+            Ok(open) => open,
+            Err(errno) => return reply.error(errno),
+        };
+        let tell = |reply: ReplyWrite, outcome: std::result::Result<usize, Errno>| match outcome {
             Ok(len) => reply.written(len as u32),
             Err(errno) => reply.error(errno),
+        };
+        if let Handle::Control(_) = &open {
+            // A page of a mapping is no command.
+            if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+                return reply.error(Errno::EINVAL);
+            }
+            let data = data.to_vec();
+            return self.aside("command", reply, move |tree| tree.write(&open, offset, &data, sync), tell);
         }
+        tell(reply, self.answer(|tree| tree.write(&open, offset, data, sync)));
     }
 
     fn fallocate(
@@ -377,25 +434,11 @@ impl Filesystem for Adapter {
     }
 
     fn fsync(&self, _req: &Request, _inode: INodeNo, handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        // Disks take their time: the workers are for those who do not wait for one. Where there can be no
-        // thread, a worker waits after all.
-        let (tree, reply) = (Arc::clone(&self.tree), Arc::new(Mutex::new(Some(reply))));
-        let work = {
-            let reply = Arc::clone(&reply);
-            move || {
-                let outcome = answer(&tree, |tree| tree.sync(&tree.handle(handle.0)?));
-                let Some(reply) = reply.lock().take() else { return };
-                match outcome {
-                    Ok(()) => reply.ok(),
-                    Err(errno) => reply.error(errno),
-                }
-            }
+        let tell = |reply: ReplyEmpty, outcome| match outcome {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno),
         };
-        if std::thread::Builder::new().name("fsync".into()).spawn(work).is_err()
-            && let Some(reply) = reply.lock().take()
-        {
-            self.done(reply, |tree| tree.sync(&tree.handle(handle.0)?));
-        }
+        self.aside("fsync", reply, move |tree| tree.sync(&tree.handle(handle.0)?), tell);
     }
 
     // The tree is made of the store: nothing in it can be made, removed or renamed by its names.
@@ -567,7 +610,9 @@ struct Entries {
 fn entries(tree: &Tree, inode: u64, handle: u64) -> Result<Entries> {
     match tree.handle(handle)? {
         Handle::Directory(listed) => Ok(Entries { inode, listed }),
-        Handle::Text(_) | Handle::Disk(_) | Handle::Active(_) => Err(Error::new(ErrorKind::Usage, "not a directory")),
+        Handle::Text(_) | Handle::Disk(_) | Handle::Active(_) | Handle::Control(_) | Handle::Progress(_) => {
+            Err(Error::new(ErrorKind::Usage, "not a directory"))
+        }
     }
 }
 

@@ -10,6 +10,8 @@ use parking_lot::RwLock;
 use crate::store::{ActiveHandle, OpenDisk};
 
 use super::attributes::Attributes;
+use super::control::ControlHandle;
+use super::progress::ProgressReader;
 use super::tree::Listed;
 
 /// Something open.
@@ -21,6 +23,10 @@ pub enum Handle {
     Disk(Arc<OpenDisk>),
     /// An active disk. The kernel hands every read and write of it to us.
     Active(Arc<ActiveHandle>),
+    /// A control file.
+    Control(Arc<ControlHandle>),
+    /// A `control/progress`; [`Tree::read_progress`](super::Tree::read_progress) reads it.
+    Progress(Arc<ProgressReader>),
     /// A directory, as of its opening.
     Directory(Arc<[Listed]>),
 }

@@ -2,20 +2,25 @@
 //!
 //! [`Tree`] answers what a kernel asks (lookup, attributes, reading, seeking) in terms of nodes;
 //! only the file `fuse` names fuser, only `mount` speaks to mount(2). Only active disks can be
-//! written; `change` is about that.
+//! written; `change` is about that. What is written to control files goes to the engine; `control` and
+//! `progress` are about those.
 
 mod attributes;
 mod change;
+mod control;
 mod documents;
 mod fuse;
 mod handles;
 pub mod mount;
 mod node;
+mod progress;
 mod tree;
 
 pub use attributes::{Attributes, Ownership};
 pub use change::Fallocate;
+pub use control::{CONTROL, ControlFile, ControlHandle, ControlScope};
 pub use fuse::{Features, Server};
 pub use handles::Handle;
 pub use node::{ChainDocument, Node, NodeKind, Part, StoreDocument, ViewNode};
+pub use progress::{Answer, ProgressReader};
 pub use tree::{Listed, Tree};

@@ -12,6 +12,8 @@ use parking_lot::RwLock;
 
 use crate::io::FileId;
 
+use super::control::{ControlFile, ControlScope};
+
 /// One thing in the tree.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Node {
@@ -31,6 +33,10 @@ pub enum Node {
     Info(Arc<PathBuf>),
     /// A file in `info`.
     ChainDocument(Arc<PathBuf>, ChainDocument),
+    /// A `control` directory.
+    Control(ControlScope),
+    /// A file in `control`.
+    ControlFile(ControlScope, ControlFile),
     /// A disk, or saved VM state.
     View(ViewNode),
 }
@@ -124,10 +130,14 @@ impl Node {
     /// Directory or file.
     pub fn kind(&self) -> NodeKind {
         match self {
-            Node::Root | Node::Directory(_) | Node::Store | Node::Chain(_) | Node::Snapshots(_) | Node::Info(_) => {
-                NodeKind::Directory
-            }
-            Node::StoreDocument(_) | Node::ChainDocument(..) | Node::View(_) => NodeKind::File,
+            Node::Root
+            | Node::Directory(_)
+            | Node::Store
+            | Node::Chain(_)
+            | Node::Snapshots(_)
+            | Node::Info(_)
+            | Node::Control(_) => NodeKind::Directory,
+            Node::StoreDocument(_) | Node::ChainDocument(..) | Node::ControlFile(..) | Node::View(_) => NodeKind::File,
         }
     }
 }

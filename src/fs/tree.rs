@@ -13,6 +13,7 @@ use std::time::SystemTime;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Snapshot;
 use crate::io::{FileStat, Storage};
+use crate::ops::Engine;
 use crate::store::{
     ACTIVE, Access, ActiveAttributes, ActiveHandle, Catalog, ChainView, ChainViews, ImageEntry, ImageIndex, OpenDisk,
     STORE_DIRECTORY, Store, ViewPart,
@@ -20,9 +21,11 @@ use crate::store::{
 
 use super::attributes::{Attributes, Ownership, frozen, modified, taken};
 use super::change::read_only;
+use super::control::{CONTROL, ControlFile, ControlHandle, ControlScope, Controls};
 use super::documents::{Counters, Documents, metrics};
 use super::handles::{Handle, Handles};
 use super::node::{ChainDocument, Inodes, Node, NodeKind, Part, ROOT, StoreDocument, ViewNode};
+use super::progress::{Answer, Progress, ProgressReader};
 
 /// One entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +46,8 @@ pub struct Tree {
     inodes: Inodes,
     handles: Handles,
     documents: Documents,
+    controls: Controls,
+    progress: Progress,
     counters: Counters,
     started: SystemTime,
 }
@@ -79,12 +84,18 @@ impl Found {
 impl Tree {
     /// The tree of `store`.
     pub fn new(store: &Arc<Store>, ownership: Ownership) -> Self {
+        let engine = Engine::new(store);
         Self {
             store: Arc::clone(store),
             ownership,
             inodes: Inodes::new(),
             handles: Handles::default(),
             documents: Documents::new(),
+            progress: Progress::new({
+                let engine = Arc::clone(&engine);
+                move |chain| engine.status(chain)
+            }),
+            controls: Controls::new(engine),
             counters: Counters::default(),
             started: SystemTime::now(),
         }
@@ -95,19 +106,35 @@ impl Tree {
         &self.store
     }
 
+    /// What takes the commands.
+    pub fn engine(&self) -> &Arc<Engine> {
+        self.controls.engine()
+    }
+
     /// Counts an answer for the metrics.
     pub fn count_error(&self) {
         self.counters.errors.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Closes everything, which flushes it, and lets go of all locks: the mount has ended.
+    /// Stops the jobs, closes everything, which flushes it, and lets go of all locks: the mount has ended.
     pub fn close(&self) {
+        self.engine().stop();
+        self.progress.end();
         self.handles.clear();
         self.store.close_writers();
     }
 
     pub(super) fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    pub(super) fn controls(&self) -> &Controls {
+        &self.controls
+    }
+
+    /// The leaf of a chain, as of now.
+    pub(super) fn leaf_of(&self, chain: &Path) -> Result<ImageIndex> {
+        leaf(&self.store.catalog(), chain)
     }
 
     pub(super) fn node(&self, inode: u64) -> Result<Node> {
@@ -134,6 +161,7 @@ impl Tree {
             Node::Root if catalog.single.is_some() => self.chain_child(&catalog, &Arc::default(), name),
             Node::Root => directory_child(&catalog, Path::new(""), name, path),
             Node::Directory(directory) => directory_child(&catalog, directory, name, path),
+            Node::Store if name == CONTROL => Some(Node::Control(ControlScope::Store)),
             Node::Store => StoreDocument::ALL
                 .iter()
                 .find(|(_, known)| name == *known)
@@ -147,7 +175,12 @@ impl Tree {
                     .filter(|(document, _)| self.has_document(&catalog, leaf, *document))
                     .map(|(document, _)| Node::ChainDocument(Arc::clone(chain), *document))
             }
-            Node::StoreDocument(_) | Node::ChainDocument(..) | Node::View(_) => None,
+            Node::Control(scope) => {
+                self.control_owner(&catalog, scope)?;
+                let found = scope.files().iter().find(|(_, known)| name == *known);
+                found.map(|(file, _)| Node::ControlFile(scope.clone(), *file))
+            }
+            Node::StoreDocument(_) | Node::ChainDocument(..) | Node::ControlFile(..) | Node::View(_) => None,
         })
     }
 
@@ -163,6 +196,9 @@ impl Tree {
         }
         if name == INFO {
             return Some(Node::Info(Arc::clone(chain)));
+        }
+        if name == CONTROL {
+            return Some(Node::Control(ControlScope::Chain(Arc::clone(chain))));
         }
         let base = name.as_bytes().strip_suffix(DISK_SUFFIX)?;
         let views = self.store.chain_views(catalog, leaf);
@@ -196,11 +232,19 @@ impl Tree {
                 }
             }
             Node::Directory(path) => list_directory(&catalog, path, &mut found)?,
-            Node::Store => found.extend(
-                StoreDocument::ALL
-                    .iter()
-                    .map(|(document, name)| (OsString::from(name), Node::StoreDocument(*document))),
-            ),
+            Node::Store => {
+                found.push((CONTROL.into(), Node::Control(ControlScope::Store)));
+                found.extend(
+                    StoreDocument::ALL
+                        .iter()
+                        .map(|(document, name)| (OsString::from(name), Node::StoreDocument(*document))),
+                );
+            }
+            Node::Control(scope) => {
+                self.control_owner(&catalog, scope)?;
+                let files = scope.files().iter();
+                found.extend(files.map(|(file, name)| ((*name).into(), Node::ControlFile(scope.clone(), *file))));
+            }
             Node::Chain(chain) => self.list_chain(&catalog, chain, &mut found)?,
             Node::Snapshots(chain) => {
                 let views = self.store.chain_views(&catalog, leaf(&catalog, chain)?);
@@ -223,7 +267,7 @@ impl Tree {
                     }),
                 );
             }
-            Node::StoreDocument(_) | Node::ChainDocument(..) | Node::View(_) => {
+            Node::StoreDocument(_) | Node::ChainDocument(..) | Node::ControlFile(..) | Node::View(_) => {
                 return Err(Error::new(ErrorKind::Usage, "not a directory"));
             }
         }
@@ -241,6 +285,7 @@ impl Tree {
             let node = Node::View(self.view_node(catalog, chain, &views, view, false));
             found.push((file_name(&view.name, DISK_SUFFIX), node));
         }
+        found.push((CONTROL.into(), Node::Control(ControlScope::Chain(Arc::clone(chain)))));
         found.push((INFO.into(), Node::Info(Arc::clone(chain))));
         found.push((SNAPSHOTS.into(), Node::Snapshots(Arc::clone(chain))));
         Ok(())
@@ -267,11 +312,29 @@ impl Tree {
                 let len = self.chain_document(&catalog, leaf, *document)?.len() as u64;
                 (catalog.images[leaf].stat, len, len.div_ceil(512), None, false)
             }
+            Node::Control(scope) => {
+                let stat = self.control_owner(&catalog, scope)?;
+                (FileStat { signature: stat.signature, ..self.store_stat()? }, 0, 0, None, false)
+            }
+            Node::ControlFile(scope, file) => {
+                let (uid, gid, permissions) = self.ownership.control(&self.control_owner(&catalog, scope)?);
+                let size = self.controls.text(scope, *file).len() as u64;
+                let (blocks, mtime) = (size.div_ceil(512), self.started);
+                return Ok(Attributes { inode, kind, size, blocks, mtime, permissions, uid, gid });
+            }
             Node::View(view) => return self.view_attributes(view, inode),
         };
         let (uid, gid, permissions) = self.ownership.apply(&stat, kind, writable);
         let mtime = mtime.unwrap_or_else(|| modified(&stat));
         Ok(Attributes { inode, kind, size, blocks, mtime, permissions, uid, gid })
+    }
+
+    /// Whose control files those of a scope are.
+    fn control_owner(&self, catalog: &Catalog, scope: &ControlScope) -> Result<FileStat> {
+        match scope {
+            ControlScope::Store => self.store_stat(),
+            ControlScope::Chain(chain) => Ok(catalog.images[leaf(catalog, chain)?].stat),
+        }
     }
 
     fn store_stat(&self) -> Result<FileStat> {
@@ -360,13 +423,21 @@ impl Tree {
         let catalog = self.store.catalog();
         let node = self.node(inode)?;
         let is_active = matches!(&node, Node::View(view) if matches!(view.part, Part::Active(_)));
-        if access.writes() && !is_active {
+        let takes_commands = matches!(&node, Node::ControlFile(_, file) if file.takes_commands());
+        if access.writes() && !is_active && !takes_commands {
             return Err(read_only());
         }
         let handle = match node {
             Node::StoreDocument(document) => Handle::Text(self.store_document(&catalog, document)),
             Node::ChainDocument(chain, document) => {
                 Handle::Text(self.chain_document(&catalog, leaf(&catalog, &chain)?, document)?)
+            }
+            Node::ControlFile(scope, file) => {
+                self.control_owner(&catalog, &scope)?;
+                match file {
+                    ControlFile::Progress => Handle::Progress(Arc::new(ProgressReader::new(&scope))),
+                    _ => Handle::Control(Arc::new(ControlHandle::new(scope, file))),
+                }
             }
             Node::View(view) if is_active => Handle::Active(Arc::new(self.open_active(&view, access)?)),
             Node::View(view) => Handle::Disk(self.open_disk(&view)?),
@@ -443,7 +514,10 @@ impl Tree {
                 buf[..len].copy_from_slice(&rest[..len]);
                 Ok(len)
             }
-            Handle::Directory(_) => Err(Error::new(ErrorKind::Usage, "a directory is not read as a file")),
+            Handle::Control(control) => Ok(control.read(&self.controls, at, buf)),
+            Handle::Directory(_) | Handle::Progress(_) => {
+                Err(Error::new(ErrorKind::Usage, "this is not read as a file"))
+            }
             Handle::Disk(disk) => {
                 let open = disk.view();
                 let len = open.view.size().saturating_sub(at).min(buf.len() as u64) as usize;
@@ -452,6 +526,11 @@ impl Tree {
             }
             Handle::Active(disk) => self.count_read(disk.read_at(at, buf)),
         }
+    }
+
+    /// Reads at most `most` bytes of a `control/progress`; `answer` is called when there is news.
+    pub fn read_progress(&self, reader: &Arc<ProgressReader>, most: usize, answer: Answer) {
+        self.progress.read(reader, most, answer);
     }
 
     fn count_read(&self, done: Result<usize>) -> Result<usize> {
@@ -470,7 +549,10 @@ impl Tree {
                 (size, if at < size { open.view.seek(at, data)? } else { None })
             }
             Handle::Active(disk) => (disk.size()?, disk.seek(at, data)?),
-            Handle::Directory(_) => return Err(Error::new(ErrorKind::Usage, "a directory has no holes")),
+            Handle::Control(control) => (control.len(&self.controls), if data { Some(at) } else { None }),
+            Handle::Directory(_) | Handle::Progress(_) => {
+                return Err(Error::new(ErrorKind::Usage, "this has no holes"));
+            }
         };
         // Every file ends with a hole.
         Ok(if at >= size { None } else { found.or((!data).then_some(size)) })

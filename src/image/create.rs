@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::extension::{BACKING_FORMAT, FEATURE_NAMES};
-use crate::format::feature::FEATURE_NAME_LEN;
+use crate::format::feature::{self, FEATURE_NAME_LEN};
 use crate::format::frozen::{FROZEN_MAGIC, Frozen};
 use crate::format::header::{MAGIC, MAX_BACKING_NAME_LEN, MAX_L1_LEN};
 use crate::format::refcount::{block_entries, set_refcount};
@@ -30,6 +30,8 @@ pub struct CreateOptions {
     pub backing: Option<NewBacking>,
     /// The cluster size as a power of two: 9 to 21.
     pub cluster_bits: u32,
+    /// Whether each cluster has 32 subclusters (extended L2 entries), which needs clusters of 16 KiB at least.
+    pub extended_l2: bool,
     /// A freeze mark.
     pub frozen: Option<Frozen>,
 }
@@ -63,7 +65,7 @@ impl NewBacking {
 impl Default for CreateOptions {
     /// No size, no backing file, clusters of 64 KiB: QEMU's default.
     fn default() -> Self {
-        Self { size: None, backing: None, cluster_bits: 16, frozen: None }
+        Self { size: None, backing: None, cluster_bits: 16, extended_l2: false, frozen: None }
     }
 }
 
@@ -145,6 +147,7 @@ pub fn initial_image(options: &CreateOptions) -> Result<Vec<u8>> {
 /// its blocks, the L1 table.
 struct Plan {
     cluster: ClusterBits,
+    extended_l2: bool,
     size: u64,
     table_clusters: u64,
     blocks: u64,
@@ -160,7 +163,12 @@ impl Plan {
         let Some(size) = options.size else {
             return Err(usage("no size is given; an image without a backing file needs one".into()));
         };
-        let l1_span = cluster.size() * (cluster.size() / 8);
+        if options.extended_l2 && bits < 14 {
+            return Err(usage(format!(
+                "clusters of 2^{bits} bytes are too small for subclusters; 2^14 (16 KiB) is the least"
+            )));
+        }
+        let l1_span = cluster.size() * (cluster.size() / if options.extended_l2 { 16 } else { 8 });
         let max = MAX_L1_LEN / 8 * l1_span;
         if size > max {
             let larger = if bits < 21 { "; use larger clusters" } else { "" };
@@ -168,7 +176,8 @@ impl Plan {
             return Err(usage(fact + larger));
         }
         let size = size.next_multiple_of(SECTOR_SIZE);
-        let mut plan = Self { cluster, size, table_clusters: 1, blocks: 1, l1_entries: size.div_ceil(l1_span) };
+        let (extended_l2, l1_entries) = (options.extended_l2, size.div_ceil(l1_span));
+        let mut plan = Self { cluster, extended_l2, size, table_clusters: 1, blocks: 1, l1_entries };
         // Table and blocks count themselves, too: grow them until they cover everything.
         loop {
             let blocks = plan.clusters().div_ceil(block_entries(cluster, REFCOUNT_ORDER));
@@ -232,6 +241,7 @@ impl Plan {
         put(40, &l1_at.to_be_bytes());
         put(48, &self.cluster.size().to_be_bytes()); // refcount_table_offset
         put(56, &(self.table_clusters as u32).to_be_bytes());
+        put(72, &(if self.extended_l2 { feature::EXTENDED_L2 } else { 0 }).to_be_bytes());
         put(96, &REFCOUNT_ORDER.to_be_bytes());
         put(100, &(HEADER_LEN as u32).to_be_bytes());
         out

@@ -104,8 +104,8 @@ impl Directory for RootDirectory {
         let mode = if like.is_some() { Mode::RUSR | Mode::WUSR } else { Mode::from_raw_mode(0o644) };
         let file = fs::openat(&directory, name, flags, mode).map_err(|error| fail("creating", path, error))?;
         if let Some(like) = like {
-            let made = self.root.open_file(like).and_then(|model| resemble(&file, &model, path));
-            if let Err(error) = made {
+            let resembles = self.root.open_file(like).and_then(|model| resemble(&file, &model, path));
+            if let Err(error) = resembles {
                 // It is empty, and the error is the one to tell.
                 let _ = fs::unlinkat(&directory, name, AtFlags::empty());
                 return Err(error);

@@ -14,11 +14,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::{Writer, Zeroing};
 use crate::io::{Claim, directory_of};
 use crate::store::{
-    ActiveJob, Deed, Format, ImageIndex, Intent, JobImage, Keeping, Mirror, Named, OpenView, OwnedIntent, Store, ViewPart,
-    shown,
+    ActiveJob, Deed, Format, ImageIndex, Intent, JobImage, Keeping, Mirror, Named, OpenView, OwnedIntent, Store,
+    ViewPart, shown,
 };
 
-use super::board::Progress;
+use super::board::{Progress, Tokens};
 use super::copy::{PIECE, Segment};
 use super::engine::Engine;
 use super::finish::{self, Finish};
@@ -114,7 +114,8 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Commit
         }));
     }
     let is_replaced = |path: &PathBuf| plan.renamed.iter().any(|(_, new)| new == path);
-    plan.removed = gone.iter().map(|index| world.image(*index).place.path.clone()).filter(|p| !is_replaced(p)).collect();
+    plan.removed =
+        gone.iter().map(|index| world.image(*index).place.path.clone()).filter(|p| !is_replaced(p)).collect();
     if plan.refusals.is_empty() {
         let segment = frozen_segment(engine.store(), world, &layers);
         match segment.and_then(|(segment, _views)| segment.data_len()) {
@@ -131,7 +132,12 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Commit
 
 /// Bytes of what is merged, by the files alone: what a guest has not flushed yet may be missing.
 fn frozen_segment(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<(Segment, OpenView)> {
-    let view = store.open_view(&world.catalog, &layers.chain[position(layers, layers.top)..], ViewPart::Active, layers.is_active)?;
+    let view = store.open_view(
+        &world.catalog,
+        &layers.chain[position(layers, layers.top)..],
+        ViewPart::Active,
+        layers.is_active,
+    )?;
     let depth = layers.segment().len();
     let segment = Segment { live: None, frozen: store.part_of(&view.view, 0, depth) };
     Ok((segment, view))
@@ -149,7 +155,8 @@ fn is_undoable(world: &World, layers: &Layers) -> bool {
 fn refusals(world: &World, layers: &Layers, request: &CommitRequest, plan: &mut Plan) {
     let refusals = &mut plan.refusals;
     refusals.extend(world.unguarded());
-    let all: Vec<ImageIndex> = layers.segment().into_iter().chain([layers.base]).chain(layers.children.clone()).collect();
+    let all: Vec<ImageIndex> =
+        layers.segment().into_iter().chain([layers.base]).chain(layers.children.clone()).collect();
     refusals.extend(world.begun(&all));
     refusals.extend(all.iter().filter_map(|index| world.untouchable(*index)));
     if let Some(problem) = world.catalog.view_problem(&layers.chain[position(layers, layers.top)..]) {
@@ -216,7 +223,8 @@ fn exposed(engine: &Engine, world: &World, chain: &Path, layers: &Layers, refusa
     if !names.is_empty() {
         let openers = engine.openers(chain);
         let by = if openers.is_empty() { String::new() } else { format!(" by {openers}") };
-        let fact = format!("still open{by}: {}; a commit changes what they show, so close them first", names.join(", "));
+        let fact =
+            format!("still open{by}: {}; a commit changes what they show, so close them first", names.join(", "));
         refusals.push(Error::new(ErrorKind::Busy, fact));
     }
 }
@@ -246,13 +254,14 @@ fn after(plan: &Plan, layers: &Layers, request: &CommitRequest) -> Vec<PlanLayer
     after[to].note = format!("with the bytes of {}", String::from_utf8_lossy(&after[from].name.clone()));
     if layers.is_active {
         after[to].active = true;
-        after[to].name = after[from].name.clone();
+        let name = after[from].name.clone();
+        after[to].name = name;
         if let Some((_, new)) = plan.renamed.first() {
-            after[to].path = new.clone();
+            after[to].path.clone_from(new);
         }
     }
     if request.keep {
-        after[from].note = "kept, beside the chain".to_owned();
+        "kept, beside the chain".clone_into(&mut after[from].note);
     }
     after.drain(from..to);
     after
@@ -260,7 +269,6 @@ fn after(plan: &Plan, layers: &Layers, request: &CommitRequest) -> Vec<PlanLayer
 
 /// A commit that was accepted.
 pub(super) struct CommitJob {
-    pub(super) chain: PathBuf,
     base: JobImage,
     writer: Arc<Writer>,
     intent: OwnedIntent,
@@ -272,13 +280,20 @@ pub(super) struct CommitJob {
 }
 
 /// Begins a commit: when this returns, nobody sees what it is going to spoil, and nothing is spoilt yet.
-pub(super) fn begin(engine: &Engine, path: &Path, request: &CommitRequest, command: &str) -> Result<CommitJob> {
+pub(super) fn begin(
+    engine: &Engine,
+    path: &Path,
+    request: &CommitRequest,
+    command: &str,
+    tokens: &mut Tokens,
+) -> Result<CommitJob> {
     let store = engine.store();
     store.guard().prepare(&*store.guard_names())?;
     let _lock = store.guard().lock(&*store.guard_names())?;
     let world = World::look(store)?;
     let (plan, layers) = plan(engine, &world, path, request)?;
     finish::first(plan.refusals)?;
+    tokens.extend(&world.chains_of(&[layers.top]))?;
     let deed = Deed::Commit {
         top: world.named(layers.top),
         base: world.named(layers.base),
@@ -290,18 +305,18 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &CommitRequest, comma
     let base = store.take_image(&world.catalog, layers.base)?;
     let name = engine.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed))?;
-    set_out(engine, &world, path, &layers, base, intent).map_err(|(error, intent)| {
+    set_out(engine, &world, path, &layers, base, intent).map_err(|failed| {
+        let (error, intent) = *failed;
         // Nothing has been changed.
-        if let Some(intent) = intent
-            && let Err(trouble) = intent.end(&*store.guard_names()).and_then(|()| store.rescan())
-        {
+        if let Err(trouble) = intent.end(&*store.guard_names()).and_then(|()| store.rescan()) {
             tracing::error!("{}: {trouble}", shown(path));
         }
         error
     })
 }
 
-type Begun = std::result::Result<CommitJob, (Error, Option<OwnedIntent>)>;
+/// A job, or why there is none, with the intent that speaks of it.
+type Begun = std::result::Result<CommitJob, Box<(Error, OwnedIntent)>>;
 
 /// With the intent there: hides what will be spoilt, and opens everything.
 fn set_out(
@@ -333,33 +348,27 @@ fn set_out(
             (None, None)
         };
         let first = usize::from(live.is_some());
-        let frozen = if segment.len() > first {
-            let start = position(layers, layers.top) + first;
-            let view = store.open_view(&world.catalog, &layers.chain[start..], ViewPart::Active, false)?;
-            let part = store.part_of(&view.view, 0, segment.len() - first);
-            views.push(view);
-            part
-        } else {
-            None
-        };
+        // Through top, which is shown throughout; what lies between by itself is not.
+        let start = position(layers, layers.top);
+        let view = store.open_view(&world.catalog, &layers.chain[start..], ViewPart::Active, layers.is_active)?;
+        let frozen = store.part_of(&view.view, first, segment.len());
+        views.push(view);
         Ok((writer, Segment { live, frozen }, views, active))
     })();
     match begun {
-        Ok((writer, segment, views, active)) => Ok(CommitJob {
-            chain: path.to_path_buf(),
-            base,
-            writer,
-            intent,
-            is_undoable,
-            segment,
-            _views: views,
-            active,
-        }),
-        Err(error) => Err((error, Some(intent))),
+        Ok((writer, segment, views, active)) => {
+            Ok(CommitJob { base, writer, intent, is_undoable, segment, _views: views, active })
+        }
+        Err(error) => Err(Box::new((error, intent))),
     }
 }
 
-fn open_below(store: &Arc<Store>, world: &World, below: &[ImageIndex], views: &mut Vec<OpenView>) -> Result<Option<Arc<View>>> {
+fn open_below(
+    store: &Arc<Store>,
+    world: &World,
+    below: &[ImageIndex],
+    views: &mut Vec<OpenView>,
+) -> Result<Option<Arc<View>>> {
     if below.is_empty() {
         return Ok(None);
     }
@@ -476,8 +485,10 @@ impl CommitJob {
         if is_undoable {
             return error;
         }
-        let fact = format!("{name} is a part of both by now, and what stands between it and top stays hidden until the \
-                            commit is given again or the store is mounted again");
+        let fact = format!(
+            "{name} is a part of both by now, and what stands between it and top stays hidden until the \
+                            commit is given again or the store is mounted again"
+        );
         Error::new(error.kind(), format!("{error}; {fact}"))
     }
 
@@ -513,7 +524,7 @@ impl CommitJob {
 }
 
 /// Takes up a commit that was cut off. `Ok(None)`: all that was left to do has been done.
-pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<Option<CommitJob>> {
+pub(super) fn resume(engine: &Engine, intent: OwnedIntent, tokens: &mut Tokens) -> Result<Option<CommitJob>> {
     let store = engine.store();
     let lock = store.guard().lock(&*store.guard_names())?;
     let world = World::look(store)?;
@@ -521,10 +532,11 @@ pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<Option<Comm
         Finish::Copied => finish::commit(engine, intent, lock).map(|()| None),
         Finish::NotCopied(layers) => {
             let path = intent.intent.chain.clone();
+            tokens.extend(&world.chains_of(&[layers.top]))?;
             finish::repair_leaks(store, &world, layers.base)?;
             let world = World::look(store)?;
             let base = store.take_image(&world.catalog, layers.base)?;
-            set_out(engine, &world, &path, &layers, base, intent).map(Some).map_err(|(error, _)| error)
+            set_out(engine, &world, &path, &layers, base, intent).map(Some).map_err(|failed| failed.0)
         }
     }
 }
@@ -541,13 +553,5 @@ impl Layers {
         let depth = chain.iter().position(|layer| *layer == base)?;
         let below = chain[depth + 1..].to_vec();
         Some(Self { chain, top, base, between, children, below, is_active: rename.is_some() })
-    }
-
-    pub(super) fn children(&self) -> &[ImageIndex] {
-        &self.children
-    }
-
-    pub(super) fn base(&self) -> ImageIndex {
-        self.base
     }
 }

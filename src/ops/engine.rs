@@ -109,15 +109,19 @@ impl Engine {
 
     fn take_up(self: &Arc<Self>, found: &FoundIntent) -> Result<u64> {
         let chain = found.intent.chain.clone();
-        let tokens = self.board.take(std::slice::from_ref(&chain))?;
+        let mut tokens = self.board.take(std::slice::from_ref(&chain))?;
         let owned = self.store.guard().take_up(found)?;
         let command = found.intent.command.clone();
         tracing::info!("taking up: {command} (chain {})", shown(&chain));
         let (number, progress) = self.board.begin(&chain, &command);
         let begun = match &found.intent.deed {
             Deed::Snapshot { .. } => snapshot::resume(self, owned).map(|()| None),
-            Deed::Commit { .. } => commit::resume(self, owned).map(|job| job.map(|job| Job::Commit(Box::new(job)))),
-            Deed::Pull { .. } => pull::resume(self, owned).map(|job| job.map(|job| Job::Pull(Box::new(job)))),
+            Deed::Commit { .. } => {
+                commit::resume(self, owned, &mut tokens).map(|job| job.map(|job| Job::Commit(Box::new(job))))
+            }
+            Deed::Pull { .. } => {
+                pull::resume(self, owned, &mut tokens).map(|job| job.map(|job| Job::Pull(Box::new(job))))
+            }
         };
         match begun {
             Ok(Some(job)) => {
@@ -187,8 +191,10 @@ impl Engine {
             return done.map(|()| number);
         }
         let job = match request {
-            Request::Commit(request) => Job::Commit(Box::new(commit::begin(self, chain, request, command)?)),
-            Request::Pull(request) => Job::Pull(Box::new(pull::begin(self, chain, request, command)?)),
+            Request::Commit(request) => {
+                Job::Commit(Box::new(commit::begin(self, chain, request, command, &mut tokens)?))
+            }
+            Request::Pull(request) => Job::Pull(Box::new(pull::begin(self, chain, request, command, &mut tokens)?)),
             Request::Snapshot(_) | Request::Cancel => unreachable!("done by now"),
         };
         let (number, progress) = self.board.begin(chain, command);

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
-use crate::image::header::{HeaderChange, change_header};
+use crate::image::check::{Scope, repair};
 use crate::image::write::Writer;
+use crate::image::{HeaderChange, change_header};
 use crate::io::{Claim, Directory, FileId, directory_of};
 use crate::store::{ActiveJob, Catalog, Deed, Format, ImageIndex, Intent, Named, OwnedIntent, Store, shown};
 
@@ -40,7 +41,8 @@ pub(super) fn tree(world: &World, chain: &Chain) -> Vec<PlanLayer> {
     let line = |(layer, index): (usize, &ImageIndex)| {
         let view = views.views.iter().find(|view| view.layer == layer && view.snapshot.is_none());
         let path = world.image(*index).place.path.clone();
-        let name = view.map_or_else(|| path.file_stem().unwrap_or_default().as_encoded_bytes().to_vec(), |v| v.name.clone());
+        let name =
+            view.map_or_else(|| path.file_stem().unwrap_or_default().as_encoded_bytes().to_vec(), |v| v.name.clone());
         PlanLayer { name, path, active: view.is_some_and(|view| view.active), note: String::new() }
     };
     views.layers.iter().enumerate().map(line).collect()
@@ -118,30 +120,21 @@ pub(super) enum Finish {
 
 /// How far the commit of an intent has come, by what the files say.
 pub(super) fn commit_state(world: &World, intent: &Intent) -> Result<Finish> {
-    let Deed::Commit { top, base, children, rename, .. } = &intent.deed else {
-        unreachable!("asked of a commit")
-    };
-    let is_switched = match rename {
-        Some(name) => {
-            let base_is_there = world.find(&Named { path: name.clone(), inode: base.inode }).is_some();
-            base_is_there && (*name != base.path || world.find(top).is_none())
-        }
-        None => {
-            let base = world.find(base);
-            let stands = |child: &Named| world.find(child).is_some_and(|child| world.stands_on(child) == base);
-            base.is_some() && (children.iter().any(stands) || world.find(top).is_none())
-        }
+    let Deed::Commit { top, base, children, rename, .. } = &intent.deed else { unreachable!("asked of a commit") };
+    let is_switched = if let Some(name) = rename {
+        let base_is_there = world.find(&Named { path: name.clone(), inode: base.inode }).is_some();
+        base_is_there && (*name != base.path || world.find(top).is_none())
+    } else {
+        let base = world.find(base);
+        let stands = |child: &Named| world.find(child).is_some_and(|child| world.stands_on(child) == base);
+        base.is_some() && (children.iter().any(stands) || world.find(top).is_none())
     };
     if is_switched {
         return Ok(Finish::Copied);
     }
     Layers::of_intent(world, &intent.deed).map(Finish::NotCopied).ok_or_else(|| {
-        let gone: Vec<String> = intent
-            .files()
-            .iter()
-            .filter(|named| world.find(named).is_none())
-            .map(|named| shown(&named.path))
-            .collect();
+        let gone: Vec<String> =
+            intent.files().iter().filter(|named| world.find(named).is_none()).map(|named| shown(&named.path)).collect();
         let fact = "cannot be taken up: what it was merging has been changed or taken away";
         let sentence = format!("{}: {fact} ({}); restore it from a copy", intent.command, gone.join(", "));
         Error::new(ErrorKind::Stale, sentence)
@@ -161,6 +154,7 @@ pub(super) fn commit(engine: &Engine, intent: OwnedIntent, lock: Claim) -> Resul
         if keep && let Some(top) = world.find(&top) {
             freeze(store, &world, top, &Frozen::now(""))?;
         }
+        let world = World::look(store)?;
         let mut jobs = Vec::new();
         for child in children.iter().filter_map(|named| world.find(named)) {
             if world.stands_on(child) != Some(base_index) {
@@ -227,6 +221,14 @@ fn tell(store: &Arc<Store>, before: &Catalog, intent: &Intent, changed: &Named) 
     store.keep_states(before, id(changed));
     let files: Vec<FileId> = intent.files().iter().filter_map(|named| id(named)).collect();
     store.refresh_disks(&files);
+}
+
+/// The same where every layer that is still there shows what it did.
+pub(super) fn tell_all(store: &Arc<Store>, before: &Catalog, intent: &Intent) {
+    store.keep_states(before, None);
+    let inodes: Vec<u64> = intent.files().iter().map(|named| named.inode).collect();
+    let files = before.images.iter().map(|image| image.stat.id).filter(|id| inodes.contains(&id.inode));
+    store.refresh_disks(&files.collect::<Vec<_>>());
 }
 
 /// Takes the intent away: all is done.
@@ -337,7 +339,7 @@ pub(super) fn repair_leaks(store: &Arc<Store>, world: &World, base: ImageIndex) 
         return Ok(());
     }
     let job = store.take_image(&world.catalog, base)?;
-    let repaired = crate::image::check::repair_leaks(job.name(), &*job.file()?);
+    let repaired = repair(&*job.file()?, job.name(), Scope::Leaks, &mut |_| Ok(()));
     job.finish()?;
-    repaired
+    repaired.map(drop)
 }

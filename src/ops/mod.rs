@@ -5,10 +5,20 @@
 //! Promises: every view that is listed has exactly the bytes it had, whatever fails and whenever
 //! the process or the machine dies. Inodes, directories of the mount and the kernel are for others.
 
+mod board;
+mod commit;
+mod copy;
 mod engine;
+mod finish;
+mod mirror;
+mod parse;
 mod plan;
+mod pull;
 mod request;
+mod snapshot;
 mod status;
+mod words;
+mod world;
 
 pub use engine::Engine;
 pub use plan::{Plan, PlanLayer};

@@ -4,19 +4,19 @@
 //! is left with nobody standing on it is marked as frozen before that is so. Cut off anywhere, it goes on where
 //! it was, for what has been copied is not asked for again.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::chain::{Source, View};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
-use crate::image::header::HeaderChange;
+use crate::image::HeaderChange;
 use crate::image::write::{Below as Lower, Fill, Wanted, Writer};
 use crate::store::{
     ActiveJob, Deed, ImageIndex, Intent, JobImage, Keeping, Named, OpenView, OwnedIntent, Store, ViewPart, shown,
 };
 
-use super::board::Progress;
+use super::board::{Progress, Tokens};
 use super::copy::{PIECE, Segment};
 use super::engine::Engine;
 use super::finish;
@@ -122,7 +122,7 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &PullRe
     plan.after.clone_from(&plan.before);
     let first = plan.before.iter().position(|line| line.path == world.image(into).place.path).unwrap_or(0);
     if let Some(line) = plan.after.get_mut(first) {
-        line.note = "with the bytes of what was between".to_owned();
+        "with the bytes of what was between".clone_into(&mut line.note);
         let end = (first + 1 + layers.between.len()).min(plan.after.len());
         plan.after.drain(first + 1..end);
     }
@@ -174,7 +174,6 @@ enum Target {
 
 /// A pull that was accepted.
 pub(super) struct PullJob {
-    pub(super) chain: PathBuf,
     target: Target,
     writer: Arc<Writer>,
     fill: Between,
@@ -184,13 +183,20 @@ pub(super) struct PullJob {
 }
 
 /// Begins a pull.
-pub(super) fn begin(engine: &Engine, path: &Path, request: &PullRequest, command: &str) -> Result<PullJob> {
+pub(super) fn begin(
+    engine: &Engine,
+    path: &Path,
+    request: &PullRequest,
+    command: &str,
+    tokens: &mut Tokens,
+) -> Result<PullJob> {
     let store = engine.store();
     store.guard().prepare(&*store.guard_names())?;
     let _lock = store.guard().lock(&*store.guard_names())?;
     let world = World::look(store)?;
     let (plan, layers) = plan(engine, &world, path, request)?;
     finish::first(plan.refusals)?;
+    tokens.extend(&world.chains_of(&layers.chain[..1]))?;
     let named = |indices: &[ImageIndex]| indices.iter().map(|index| world.named(*index)).collect::<Vec<Named>>();
     let deed = Deed::Pull {
         into: world.named(layers.chain[0]),
@@ -202,7 +208,7 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &PullRequest, command
     let name = engine.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed))?;
     store.rescan()?;
-    Ok(ready.with(path, intent))
+    Ok(ready.with(intent))
 }
 
 /// A pull without its intent.
@@ -215,9 +221,9 @@ struct Ready {
 }
 
 impl Ready {
-    fn with(self, path: &Path, intent: OwnedIntent) -> PullJob {
+    fn with(self, intent: OwnedIntent) -> PullJob {
         let Self { target, writer, fill, end, views } = self;
-        PullJob { chain: path.to_path_buf(), target, writer, fill, end, intent, _views: views }
+        PullJob { target, writer, fill, end, intent, _views: views }
     }
 }
 
@@ -357,7 +363,7 @@ fn clean_up(
 }
 
 /// Takes up a pull that was cut off. `Ok(None)`: all that was left to do has been done.
-pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<Option<PullJob>> {
+pub(super) fn resume(engine: &Engine, intent: OwnedIntent, tokens: &mut Tokens) -> Result<Option<PullJob>> {
     let store = engine.store();
     let lock = store.guard().lock(&*store.guard_names())?;
     let world = World::look(store)?;
@@ -374,6 +380,6 @@ pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<Option<Pull
     let all = |named: &[Named]| named.iter().map(|named| find(&world, named)).collect::<Result<Vec<_>>>();
     let is_active = world.image(into).users.is_empty() && world.catalog.is_active(into);
     let layers = Layers { chain, base: base_index, between: all(&between)?, remove: all(&remove)?, is_active };
-    let path = intent.intent.chain.clone();
-    Ok(Some(open(store, &world, &layers)?.with(&path, intent)))
+    tokens.extend(&world.chains_of(&[into]))?;
+    Ok(Some(open(store, &world, &layers)?.with(intent)))
 }

@@ -1,8 +1,9 @@
-//! What users ask for: words of one line become a value, before anybody looks at the world.
+//! What users ask for, as values that make sense by themselves.
+//!
+//! The file beside this, `parse`, makes them of words and words of them. Whether the store has what they
+//! name is for others to say.
 
 use std::path::PathBuf;
-
-use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes of a command, at most.
 pub const MAX_COMMAND_LEN: usize = 64 << 10;
@@ -88,19 +89,44 @@ impl Verb {
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.iter().find(|(_, known)| *known == name).map(|(verb, _)| *verb)
     }
-}
 
-impl Request {
-    /// Reads the words of a command of `verb`: one line of shell words, `key=value` or a flag.
-    /// `Usage` says which word is wrong and which there are.
-    pub fn parse(verb: Verb, text: &[u8]) -> Result<Self> {
-        let _ = text;
-        Err(Error::new(ErrorKind::Usage, format!("{} is not known yet", verb.name())))
-    }
-
-    /// Reads a whole command, the verb being its first word.
-    pub fn parse_command(text: &[u8]) -> Result<Self> {
-        let _ = text;
-        Err(Error::new(ErrorKind::Usage, "no command is known yet"))
+    /// What reading its control file says.
+    pub fn usage(self) -> &'static str {
+        match self {
+            Verb::Snapshot => SNAPSHOT_USAGE,
+            Verb::Commit => COMMIT_USAGE,
+            Verb::Pull => PULL_USAGE,
+            Verb::Cancel => "cancel\n\nStops the running command at its next chunk. There are no words.\n",
+        }
     }
 }
+
+const SNAPSHOT_USAGE: &str = "\
+snapshot NAME [internal] [file=FILE] [description=\"TEXT\"]
+
+Freezes the active disk as snapshot NAME and goes on in a new, empty overlay.
+  internal        keeps the snapshot inside the active image
+  file=FILE       the overlay is FILE, and the old file keeps its name
+  description=    words of yours on it, at most 1,024 bytes
+  chains=A,B      in .chainfs/control only: these chains, at one instant
+";
+
+const COMMIT_USAGE: &str = "\
+commit [top=VIEW] [base=VIEW] [keep] [discard-internal]
+
+Merges top and everything down to base into base.
+  top=VIEW           the upper end (the active disk)
+  base=VIEW          the lower end (the layer below top)
+  keep               top's file stays
+  discard-internal   internal snapshots in the layers concerned may go
+";
+
+const PULL_USAGE: &str = "\
+pull [base=VIEW|none] [into=VIEW] [delete] [discard-internal]
+
+Copies what lies between base and a layer into that layer, which then stands on base.
+  base=VIEW          what it stands on afterwards (none: nothing)
+  into=VIEW          the layer that is filled (the active disk)
+  delete             removes layers that nobody needs afterwards
+  discard-internal   internal snapshots of those may go with them
+";

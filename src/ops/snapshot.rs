@@ -10,8 +10,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
+use crate::image::HeaderChange;
 use crate::image::create::{CreateOptions, NewBacking, initial_image};
-use crate::image::header::HeaderChange;
 use crate::image::write::NewSnapshot;
 use crate::io::{Directory, directory_of};
 use crate::store::{
@@ -60,9 +60,13 @@ fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan,
             Some(file) => (old.clone(), inside(old, file)?),
             None => (with_stem(old, &request.name), overlay_name(image)),
         };
-        if !request.internal {
+        if request.internal {
+            refuse_inner(world, leaf, request, &mut plan.refusals);
+            plan.after.append(&mut before.clone());
+        } else {
             refuse_names(world, &chain, image, &frozen, &name, request, &mut plan.refusals);
-            let top = PlanLayer { name: b"active".to_vec(), path: name.clone(), active: true, note: "new and empty".into() };
+            let top =
+                PlanLayer { name: b"active".to_vec(), path: name.clone(), active: true, note: "new and empty".into() };
             let mut after = before.clone();
             if let Some(line) = after.first_mut() {
                 (line.name, line.path, line.active) = (request.name.clone(), frozen.clone(), false);
@@ -73,9 +77,6 @@ fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan,
             if frozen != *old {
                 plan.renamed.push((old.clone(), frozen.clone()));
             }
-        } else {
-            refuse_inner(world, leaf, request, &mut plan.refusals);
-            plan.after.append(&mut before.clone());
         }
         plan.before.append(&mut before);
         disks.push(Disk { chain, leaf, frozen, name });
@@ -280,9 +281,10 @@ fn stand_on(
     let names = store.guard_names();
     let paths: Vec<PathBuf> = overlays.iter().map(|overlay| overlay.path.clone()).collect();
     // Most of what has to be durable is so before anybody has to wait.
-    let ready = jobs.iter().try_for_each(|job| job.writer()?.close()).and_then(|()| {
-        tops.iter().try_for_each(|top| add_name(&*names, top))
-    });
+    let ready = jobs
+        .iter()
+        .try_for_each(|job| job.writer()?.close())
+        .and_then(|()| tops.iter().try_for_each(|top| add_name(&*names, top)));
     let done = ready.and_then(|()| {
         let mut sealed: Vec<_> = jobs.iter().map(ActiveJob::seal).collect();
         sealed.iter_mut().try_for_each(super::super::store::Sealed::close)?;
@@ -350,7 +352,7 @@ fn switch_back(names: &dyn Directory, top: &NewTop) -> Result<()> {
     if top.frozen == top.old.path {
         return names.unlink(&top.name);
     }
-    names.link(&top.frozen, &top.overlay.path).or_else(|_| Ok::<(), Error>(()))?;
+    names.link(&top.frozen, &top.overlay.path).or(Ok::<(), Error>(()))?;
     names.rename(&top.overlay.path, &top.old.path, true)?;
     if top.name == top.old.path { Ok(()) } else { names.unlink(&top.name) }
 }

@@ -8,9 +8,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::create::NewBacking;
 use crate::io::FileId;
-use crate::store::{
-    Below, Catalog, ChainViews, Format, ImageEntry, ImageIndex, Named, Store, StoreOptions, shown,
-};
+use crate::store::{Below, Catalog, ChainViews, Format, ImageEntry, ImageIndex, Named, Store, StoreOptions, shown};
 
 /// A store as of one scan.
 pub(super) struct World {
@@ -65,10 +63,19 @@ impl World {
 
     /// The chain at that path of the mount.
     pub(super) fn chain(&self, path: &Path) -> Result<Chain> {
-        let leaf = self.catalog.chain(path).ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("there is no chain {}", shown(path)))
-        })?;
+        let leaf = self
+            .catalog
+            .chain(path)
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no chain {}", shown(path))))?;
         Ok(Chain { path: path.to_path_buf(), views: self.store.chain_views(&self.catalog, leaf) })
+    }
+
+    /// What an image stands on, if it can be told.
+    pub(super) fn stands_on(&self, index: ImageIndex) -> Option<ImageIndex> {
+        match self.image(index).below {
+            Below::Image(below) | Below::Broken { image: Some(below), .. } => Some(below),
+            Below::Nothing | Below::Broken { image: None, .. } => None,
+        }
     }
 
     /// Paths of all chains that contain any of these images.
@@ -152,9 +159,11 @@ impl World {
     /// Intents that speak of any of these images.
     pub(super) fn begun(&self, images: &[ImageIndex]) -> Option<Error> {
         let inodes: Vec<u64> = images.iter().map(|index| self.image(*index).stat.id.inode).collect();
-        let found = self.catalog.intents.iter().find(|found| {
-            found.intent.files().iter().any(|named| inodes.contains(&named.inode))
-        })?;
+        let found = self
+            .catalog
+            .intents
+            .iter()
+            .find(|found| found.intent.files().iter().any(|named| inodes.contains(&named.inode)))?;
         let is_owned = self.store.guard().is_owned(found);
         let state = if is_owned { "is at work on them" } else { "was begun and waits to be taken up; mount the store" };
         let fact = format!("another command {state}: {} (chain {})", found.intent.command, shown(&found.intent.chain));

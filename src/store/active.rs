@@ -289,11 +289,6 @@ impl ActiveDisks {
         self.disks.lock().disks.values().filter_map(Weak::upgrade).collect()
     }
 
-    /// Forgets that an image was on top of a disk.
-    fn forget_image(&self, image: FileId) {
-        self.disks.lock().by_image.remove(&image);
-    }
-
     /// Says in the log which images have been taken away from under their writers, and forgets what
     /// was wrong with those that nobody can open any more: another file may get their number.
     pub(super) fn tell_of_gone(&self, catalog: &Catalog) {

@@ -30,8 +30,9 @@ use std::time::{Duration, Instant};
 use lru::LruCache;
 use parking_lot::{Mutex, RwLock};
 
-use crate::chain::FlatCache;
+use crate::chain::{FlatCache, View};
 use crate::error::{Error, Result};
+use crate::format::Frozen;
 use crate::image::Caches;
 use crate::io::{Descriptors, Directory as Names, FileId, FileStat, Host, Root, StoreFile, ThisHost};
 
@@ -55,6 +56,7 @@ pub use watch::Watcher;
 
 use active::ActiveDisks;
 use disk::OpenDisks;
+use notes::Notes;
 use open::Opened;
 use scan::{Known, Scan};
 
@@ -264,6 +266,22 @@ impl Store {
             Ok(stat) if stat.id == image.stat.id => stat,
             _ => image.stat,
         }
+    }
+
+    /// The names of open views to which a change of the image `base` would show, unless all of `cover` lie above it.
+    pub fn exposed(&self, base: FileId, cover: &[FileId]) -> Vec<String> {
+        self.opened.exposed(base, cover)
+    }
+
+    /// The disk that the layers `from..to` of a view make by themselves; `None` if that is none.
+    pub fn part_of(&self, view: &View, from: usize, to: usize) -> Option<Arc<View>> {
+        let live = view.is_live() && from == 0;
+        (from < to).then(|| View::new(view.layers()[from..to].to_vec(), live, &self.flat))
+    }
+
+    /// Notes, durably, that a raw file is frozen, or that it is not. `path` lies beneath the guarded directory.
+    pub fn note_frozen(&self, path: &Path, frozen: Option<&Frozen>) -> Result<()> {
+        Notes::change(&self.guard, &*self.guard_names(), path, frozen)
     }
 
     /// A file of the store, to be opened when it is read.

@@ -8,6 +8,7 @@ pub(crate) mod active;
 pub(crate) mod chains;
 pub(crate) mod compare;
 pub(crate) mod damage;
+pub(crate) mod lab;
 pub(crate) mod mount;
 pub(crate) mod rng;
 pub(crate) mod store;

@@ -33,6 +33,12 @@ fn wrong_words_end_with_the_code_of_their_command() {
         ("chainfs create a.qcow2 1G -f raw", 2),
         ("chainfs info a --output dot", 2),
         ("chainfs info a --output human --json", 2),
+        ("chainfs snapshot /mnt/web", 2),
+        ("chainfs snapshot /mnt/web n --internal --file f", 2),
+        ("chainfs commit", 2),
+        ("chainfs commit /mnt/web --into x", 2),
+        ("chainfs pull /mnt/web --detach -p", 2),
+        ("chainfs cancel /mnt/web now", 2),
     ] {
         assert_eq!(words(line).unwrap_err(), code, "{line}");
     }
@@ -55,4 +61,30 @@ fn qemu_img_s_spellings_work() {
     assert_eq!((args.size, args.options.len()), (Some(3 << 29), 2));
     let Ok(Command::Tree(args)) = words("chainfs tree --full --ascii --output svg /s") else { panic!() };
     assert!(args.full && args.ascii && args.output == TreeOutput::Svg);
+}
+
+#[test]
+fn verbs_have_the_words_of_control_files() {
+    let given = |line: &str| {
+        let request = match words(line) {
+            Ok(Command::Snapshot(args)) => args.request(),
+            Ok(Command::Commit(args)) => args.request(),
+            Ok(Command::Pull(args)) => args.request(),
+            other => panic!("{line}: {other:?}"),
+        };
+        request.map(|request| request.to_string()).map_err(|error| error.kind())
+    };
+    for (line, command) in [
+        ("chainfs snapshot t n --file f --description d", "snapshot n file=f description=d"),
+        ("chainfs snapshot --internal --chains a,b/c t n", "snapshot n internal chains=a,b/c"),
+        ("chainfs commit t", "commit"),
+        ("chainfs commit t --top a --base b --keep --discard-internal", "commit top=a base=b keep discard-internal"),
+        ("chainfs pull t --base none", "pull"),
+        ("chainfs pull --base b --into i --delete --discard-internal t", "pull base=b into=i delete discard-internal"),
+    ] {
+        assert_eq!(given(line).as_deref(), Ok(command), "{line}");
+    }
+    for line in ["chainfs snapshot t a/b", "chainfs snapshot t internal", "chainfs commit t --top a/b"] {
+        assert_eq!(given(line), Err(crate::error::ErrorKind::Usage), "{line}");
+    }
 }

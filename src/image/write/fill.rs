@@ -288,6 +288,7 @@ impl Qcow2Writer {
     /// Writes segments, those that lie side by side together; returns how many bytes came from below.
     fn write_segments(&self, segments: &[Segment]) -> Result<u64> {
         let (mut bytes, mut copied) = (Vec::new(), 0);
+        let below = self.below();
         let mut rest = segments;
         while let Some(first) = rest.first() {
             let mut count = 0;
@@ -304,7 +305,7 @@ impl Qcow2Writer {
             for segment in &rest[..count] {
                 let start = (segment.host - first.host) as usize;
                 let part = &mut bytes[start..start + segment.len as usize];
-                match (segment.from, &self.below) {
+                match (segment.from, &below) {
                     (Source::Below(guest), Some(below)) => {
                         below.read_at(guest, part)?;
                         copied += segment.len;

@@ -282,15 +282,26 @@ impl Writer {
     }
 
     /// STUB
-    pub fn qcow2_undoable(name: &str, file: Arc<dyn WriteStorage>, below: Option<Arc<dyn Below>>, options: WriterOptions) -> Result<Arc<Self>> {
+    pub fn qcow2_undoable(
+        name: &str,
+        file: Arc<dyn WriteStorage>,
+        below: Option<Arc<dyn Below>>,
+        options: WriterOptions,
+    ) -> Result<Arc<Self>> {
         Self::qcow2(name, file, None, below, options)
     }
     /// STUB
-    pub fn publish(&self) -> Result<()> { self.close() }
+    pub fn publish(&self) -> Result<()> {
+        self.close()
+    }
     /// STUB
-    pub fn abandon(&self) -> Result<()> { self.close() }
+    pub fn abandon(&self) -> Result<()> {
+        self.close()
+    }
     /// STUB
-    pub fn reserve(&self, _bytes: u64) -> Result<()> { Ok(()) }
+    pub fn reserve(&self, _bytes: u64) -> Result<()> {
+        Ok(())
+    }
     /// STUB
     pub fn copy_from(&self, at: u64, len: u64, source: &dyn crate::io::Storage, from: u64) -> Result<()> {
         let mut buf = vec![0; len as usize];

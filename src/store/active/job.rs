@@ -168,6 +168,13 @@ impl ActiveJob {
         Sealed { store: self.store(), disk: self.disk(), state: self.disk().state.write() }
     }
 
+    /// Only its top image is the disk's from now on: the catalog has seen what became of those before.
+    pub fn settle(&self) {
+        let (store, disk) = (self.store(), self.disk());
+        let top = disk.id();
+        store.active.disks.lock().by_image.retain(|id, number| *number != disk.number || *id == top);
+    }
+
     /// Sends all changes from now on through `mirror`; `None` ends that.
     pub fn set_mirror(&self, mirror: Option<Arc<dyn Mirror>>) {
         self.seal().writing().mirror = mirror;
@@ -357,6 +364,11 @@ impl ActiveDisk {
 }
 
 impl Fallen {
+    /// Its format.
+    pub fn format(&self) -> Format {
+        self.image.format
+    }
+
     /// All that a job had to write to it is written: it is a frozen layer like any other.
     pub fn finish(self) -> Result<()> {
         let Self { store, writer, locks, image } = self;
@@ -368,7 +380,6 @@ impl Fallen {
         // The image itself is as it was described: only its header has changed since.
         store.opened.keep(&image);
         drop(locks);
-        store.active.forget_image(image.file.id());
         closed
     }
 }

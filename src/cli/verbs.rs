@@ -1,0 +1,159 @@
+//! `chainfs snapshot`, `commit`, `pull` and `cancel`: through a mount's control files, or, where the store is not
+//! mounted, with an engine of our own.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::args::RunArgs;
+use super::offline;
+use super::output::print;
+use super::progress::Meter;
+use super::target::place_in_mount;
+use super::warn;
+use crate::error::{Error, ErrorKind, Result};
+use crate::fs::CONTROL;
+use crate::ops::{JobState, Request, Status};
+use crate::report::plan::is_refused;
+use crate::report::status::parse_status;
+use crate::store::shown;
+
+/// How long to wait where there is no `progress` to wait at.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// Runs a verb on what `target` names.
+pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8> {
+    let Some((store, rest)) = place_in_mount(target)? else {
+        if args.detach {
+            let fact = "without a mount nobody goes on with it when this command returns; leave out --detach";
+            return Err(Error::new(ErrorKind::Usage, fact));
+        }
+        return offline::run(target, request, args);
+    };
+    if args.store.is_some() || !args.options.is_empty() {
+        let fact = "--store and -o are for images that are not mounted; a mount has its own";
+        return Err(Error::new(ErrorKind::Usage, fact));
+    }
+    let control = control_directory(target, request)?;
+    if args.dry_run {
+        return match planned(&control, request)? {
+            Some(plan) => tell_plan(&plan),
+            // A mount that is read-only takes no text at all.
+            None => offline::plan_of_mounted(&store, &rest, request),
+        };
+    }
+    let status = give(&control, request)?;
+    if args.detach || *request == Request::Cancel {
+        return Ok(0);
+    }
+    let status = follow(&control, status, Meter::new(args.progress))?;
+    finished(&status)
+}
+
+/// Prints a plan; 1 if it would not be carried out.
+pub(super) fn tell_plan(plan: &str) -> Result<u8> {
+    print(plan)?;
+    Ok(u8::from(is_refused(plan)))
+}
+
+/// What the end of a command means for ours.
+pub(super) fn finished(status: &Status) -> Result<u8> {
+    match status.state {
+        JobState::Done => Ok(0),
+        JobState::Cancelled => Err(Error::new(ErrorKind::Cancelled, "the command has been cancelled")),
+        JobState::Failed => {
+            let sentence = status.error.clone().unwrap_or_else(|| "the command has failed".to_string());
+            Err(Error::new(ErrorKind::Io, sentence))
+        }
+        JobState::Idle | JobState::Running => {
+            Err(Error::new(ErrorKind::Stale, "another command has been given since; how this one ended is not known"))
+        }
+    }
+}
+
+/// The control files that are meant.
+fn control_directory(target: &Path, request: &Request) -> Result<PathBuf> {
+    let is_for_store = matches!(request, Request::Snapshot(snapshot) if !snapshot.chains.is_empty());
+    let directory = if is_for_store { target.join(".chainfs").join(CONTROL) } else { target.join(CONTROL) };
+    match std::fs::metadata(directory.join("status")) {
+        Ok(_) => Ok(directory),
+        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
+            let wanted = if is_for_store { "the mount itself, for --chains" } else { "a chain's directory in it" };
+            Err(Error::new(ErrorKind::Usage, format!("{} takes no commands; name {wanted}", shown(target))))
+        }
+        Err(error) => Err(Error::io(format!("opening {}", shown(&directory)), error)),
+    }
+}
+
+/// The plan of a command; `None` where the mount is read-only.
+fn planned(control: &Path, request: &Request) -> Result<Option<String>> {
+    let fail = |error| Error::io("asking for a plan", error);
+    let mut file = match File::options().read(true).write(true).open(control.join("plan")) {
+        Err(error) if error.kind() == std::io::ErrorKind::ReadOnlyFilesystem => return Ok(None),
+        other => other.map_err(fail)?,
+    };
+    let written = file.write(&request.command_line());
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(fail)?;
+    match written {
+        // It says itself why.
+        Err(_) if is_refused(&text) => Ok(Some(text)),
+        Err(error) => Err(fail(error)),
+        Ok(_) => Ok(Some(text)),
+    }
+}
+
+/// Gives the command; returns its status as of then.
+fn give(control: &Path, request: &Request) -> Result<Status> {
+    let name = request.verb().name();
+    let file = File::options().write(true).open(control.join(name));
+    let mut file = file.map_err(|error| Error::io(format!("giving the command {name}"), error))?;
+    let before = status(control)?;
+    // One write: the words as a whole, or nothing.
+    let written = file.write(&[&request.words()[..], b"\n"].concat());
+    let now = status(control)?;
+    match (written, &now.error) {
+        (Ok(_), _) => Ok(now),
+        (Err(error), Some(sentence)) if now.number != before.number => {
+            let kind = if error.kind() == std::io::ErrorKind::InvalidInput { ErrorKind::Usage } else { ErrorKind::Io };
+            Err(Error::new(kind, sentence.clone()))
+        }
+        (Err(error), _) => Err(Error::io(format!("giving the command {name}"), error)),
+    }
+}
+
+fn status(control: &Path) -> Result<Status> {
+    let text = std::fs::read_to_string(control.join("status"));
+    Ok(parse_status(&text.map_err(|error| Error::io("reading how the command is doing", error))?))
+}
+
+/// Waits until a command is over. Ctrl-C ends the waiting alone.
+fn follow(control: &Path, mut now: Status, mut meter: Meter) -> Result<Status> {
+    let number = now.number;
+    let mut progress = File::open(control.join("progress")).ok();
+    let mut line = [0; 4096];
+    while now.number == number && !now.state.is_over() {
+        meter.draw(&now);
+        match &mut progress {
+            // Each read is as long as there is nothing new. At its end the status tells how that was.
+            Some(file) => match file.read(&mut line) {
+                Ok(0) => progress = None,
+                Ok(_) if !meter.is_shown() => continue,
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    warn("the mount has gone; what was begun is taken up when it is there again");
+                    return Err(Error::io("waiting for the command", error));
+                }
+            },
+            None => std::thread::sleep(PATIENCE),
+        }
+        now = status(control)?;
+    }
+    if now.number != number {
+        now.state = JobState::Idle;
+    }
+    meter.finish(&now);
+    Ok(now)
+}

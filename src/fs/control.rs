@@ -1,0 +1,261 @@
+//! Control files: text that is written becomes a command, and what became of it can be read.
+//!
+//! One write is one command, wherever in the file it is said to go. Nothing here changes the store: words
+//! are for [`Request`], everything else for the engine.
+
+use std::num::NonZero;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use lru::LruCache;
+use parking_lot::Mutex;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::ops::{Engine, MAX_COMMAND_LEN, Request, Verb};
+use crate::report;
+use crate::store::STORE_DIRECTORY;
+
+use super::change::read_only;
+use super::tree::Tree;
+
+/// Name of the directories that hold control files.
+pub const CONTROL: &str = "control";
+
+/// Plans that are remembered, each of another chain.
+const PLANS_KEPT: usize = 256;
+/// Characters of a command that was not understood, in its status.
+const SHOWN_LEN: usize = 200;
+
+/// Whose commands they are.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum ControlScope {
+    /// Those of the store, for several chains at once.
+    Store,
+    /// Those of one chain, by path.
+    Chain(Arc<PathBuf>),
+}
+
+/// The files of a `control` directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ControlFile {
+    /// Takes commands of one verb; tells the words that there are.
+    Verb(Verb),
+    /// Takes commands of every verb and does nothing; tells what they would do.
+    Plan,
+    /// Tells how the last command is doing.
+    Status,
+    /// Tells it again and again, until the command is over.
+    Progress,
+}
+
+impl ControlScope {
+    /// The name under which the engine keeps the status. No chain has the store's.
+    pub(super) fn key(&self) -> &Path {
+        use std::ffi::OsStr;
+        use std::os::unix::ffi::OsStrExt;
+        match self {
+            ControlScope::Store => Path::new(OsStr::from_bytes(STORE_DIRECTORY)),
+            ControlScope::Chain(path) => path,
+        }
+    }
+
+    /// The control files that there are, with their names.
+    pub fn files(&self) -> &'static [(ControlFile, &'static str)] {
+        match self {
+            ControlScope::Store => &[
+                (ControlFile::Plan, "plan"),
+                (ControlFile::Verb(Verb::Snapshot), "snapshot"),
+                (ControlFile::Status, "status"),
+            ],
+            ControlScope::Chain(_) => &[
+                (ControlFile::Verb(Verb::Cancel), "cancel"),
+                (ControlFile::Verb(Verb::Commit), "commit"),
+                (ControlFile::Plan, "plan"),
+                (ControlFile::Progress, "progress"),
+                (ControlFile::Verb(Verb::Pull), "pull"),
+                (ControlFile::Verb(Verb::Snapshot), "snapshot"),
+                (ControlFile::Status, "status"),
+            ],
+        }
+    }
+
+    fn check(&self, request: &Request) -> Result<()> {
+        match self {
+            ControlScope::Store => request.check_for_store(),
+            ControlScope::Chain(_) => request.check_for_chain(),
+        }
+    }
+}
+
+impl ControlFile {
+    /// Whether commands can be written to it.
+    pub(super) fn takes_commands(self) -> bool {
+        match self {
+            ControlFile::Verb(_) | ControlFile::Plan => true,
+            ControlFile::Status | ControlFile::Progress => false,
+        }
+    }
+}
+
+/// The engine, and what the control files remember.
+#[derive(Debug)]
+pub(super) struct Controls {
+    engine: Arc<Engine>,
+    plans: Mutex<LruCache<ControlScope, Arc<[u8]>>>,
+}
+
+/// A control file that is open.
+#[derive(Debug)]
+pub struct ControlHandle {
+    scope: ControlScope,
+    file: ControlFile,
+    position: Mutex<Position>,
+}
+
+/// Where in the file its text is. Who writes a command and then reads, without going back to the
+/// beginning, reads the answer from its beginning all the same.
+#[derive(Debug, Default)]
+struct Position {
+    /// What reading goes on with.
+    text: Arc<[u8]>,
+    /// Where in the file it begins.
+    origin: u64,
+    /// Where the last command ended, if nothing has been read since.
+    written: Option<u64>,
+    /// Where text that was too long ended: what comes there is the rest of it, and no command.
+    refused: Option<u64>,
+    /// The plan that was asked for here.
+    plan: Option<Arc<[u8]>>,
+}
+
+impl Controls {
+    pub(super) fn new(engine: Arc<Engine>) -> Self {
+        Self { engine, plans: Mutex::new(LruCache::new(NonZero::new(PLANS_KEPT).expect("not zero"))) }
+    }
+
+    pub(super) fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
+    /// What a control file says when it is opened now.
+    pub(super) fn text(&self, scope: &ControlScope, file: ControlFile) -> Arc<[u8]> {
+        match file {
+            ControlFile::Verb(verb) => verb.usage().as_bytes().into(),
+            ControlFile::Status => report::status::status(&self.engine.status(scope.key())).into_bytes().into(),
+            ControlFile::Plan => {
+                let last = self.plans.lock().get(scope).cloned();
+                last.unwrap_or_else(|| PLAN_USAGE.as_bytes().into())
+            }
+            // Nobody can tell beforehand how long it will be.
+            ControlFile::Progress => Arc::default(),
+        }
+    }
+}
+
+const PLAN_USAGE: &str = "\
+plan: a whole command, as in: commit top=sn3 base=sn1
+
+Does nothing. What the command would do, or why it would be refused, is read here afterwards.
+";
+
+impl ControlHandle {
+    pub(super) fn new(scope: ControlScope, file: ControlFile) -> Self {
+        Self { scope, file, position: Mutex::default() }
+    }
+
+    /// What there is from `at` on.
+    pub(super) fn read(&self, controls: &Controls, at: u64, buf: &mut [u8]) -> usize {
+        let mut position = self.position.lock();
+        let after_command = position.written.take() == Some(at);
+        if at == 0 || after_command || at < position.origin {
+            position.origin = if after_command { at } else { 0 };
+            position.text = position.plan.clone().unwrap_or_else(|| controls.text(&self.scope, self.file));
+        }
+        let from = usize::try_from(at - position.origin).ok();
+        let rest = from.and_then(|from| position.text.get(from..)).unwrap_or_default();
+        let len = rest.len().min(buf.len());
+        buf[..len].copy_from_slice(&rest[..len]);
+        len
+    }
+
+    /// How much there is to be read.
+    pub(super) fn len(&self, controls: &Controls) -> u64 {
+        controls.text(&self.scope, self.file).len() as u64
+    }
+
+    /// Whether `len` bytes at `at` go on with what was refused. The kernel hands a long write over in
+    /// parts: none of them is a command of its own.
+    fn is_rest(&self, at: u64, len: usize) -> bool {
+        let mut position = self.position.lock();
+        let is_rest = at > 0 && position.refused == Some(at);
+        let end = at.saturating_add(len as u64);
+        position.refused = (is_rest || len > MAX_COMMAND_LEN).then_some(end);
+        position.written = (!is_rest).then_some(end);
+        is_rest
+    }
+}
+
+impl Tree {
+    /// A write to a control file: one command, done or begun when this returns.
+    pub(super) fn command(&self, handle: &ControlHandle, at: u64, text: &[u8]) -> Result<usize> {
+        if handle.is_rest(at, text.len()) {
+            return Err(Error::new(ErrorKind::Usage, "the beginning of this text was refused"));
+        }
+        let ControlHandle { scope, file, position } = handle;
+        if let ControlScope::Chain(chain) = scope {
+            self.leaf_of(chain)?;
+        }
+        match file {
+            ControlFile::Verb(verb) => self.run(scope, *verb, text)?,
+            ControlFile::Plan => {
+                let (shown, outcome) = self.plan(scope, text);
+                position.lock().plan = Some(Arc::clone(&shown));
+                self.controls().plans.lock().put(scope.clone(), shown);
+                outcome?;
+            }
+            ControlFile::Status | ControlFile::Progress => return Err(read_only()),
+        }
+        Ok(text.len())
+    }
+
+    fn run(&self, scope: &ControlScope, verb: Verb, text: &[u8]) -> Result<()> {
+        let engine = self.controls().engine();
+        let request = Request::parse(verb, text).and_then(|request| {
+            scope.check(&request)?;
+            if self.store().options().read_only {
+                return Err(Error::new(ErrorKind::ReadOnly, "the store is mounted read-only"));
+            }
+            Ok(request)
+        });
+        match request {
+            Ok(request) => engine.run(scope.key(), &request, &request.to_string()).map(drop),
+            Err(error) => {
+                engine.refused(scope.key(), &shown(verb, text), &error);
+                Err(error)
+            }
+        }
+    }
+
+    fn plan(&self, scope: &ControlScope, text: &[u8]) -> (Arc<[u8]>, Result<()>) {
+        let planned = Request::parse_command(text).and_then(|request| {
+            scope.check(&request)?;
+            self.controls().engine().plan(scope.key(), &request)
+        });
+        let (shown, outcome) = match planned {
+            Ok(plan) => (report::plan::plan(&plan), Ok(())),
+            Err(error) => (report::plan::refusal(&error), Err(error)),
+        };
+        (shown.into_bytes().into(), outcome)
+    }
+}
+
+/// A command that makes no sense, short enough for a line of its status.
+fn shown(verb: Verb, text: &[u8]) -> String {
+    let line = text.strip_suffix(b"\n").unwrap_or(text);
+    let start = String::from_utf8_lossy(&line[..line.len().min(SHOWN_LEN * 4)]).into_owned();
+    let mut shown: String = start.chars().take(SHOWN_LEN).collect();
+    if shown.len() < line.len() {
+        shown.push_str("...");
+    }
+    report::safe::terminal(format!("{} {shown}", verb.name()).trim_end())
+}

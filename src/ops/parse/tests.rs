@@ -1,0 +1,160 @@
+use super::*;
+use crate::ops::MAX_COMMAND_LEN;
+
+fn refusal(command: &str) -> String {
+    let error = Request::parse_command(command.as_bytes()).expect_err(command);
+    assert_eq!(error.kind(), ErrorKind::Usage, "{command}");
+    error.to_string()
+}
+
+fn request(command: &str) -> Request {
+    Request::parse_command(command.as_bytes()).unwrap_or_else(|error| panic!("{command}: {error}"))
+}
+
+#[test]
+fn each_word_has_its_place() {
+    let snapshot = request("snapshot description=\"before the upgrade\" file=next.qcow2 'a b'\n");
+    let expected = SnapshotRequest {
+        name: b"a b".to_vec(),
+        file: Some(b"next.qcow2".to_vec()),
+        description: "before the upgrade".to_string(),
+        ..SnapshotRequest::default()
+    };
+    assert_eq!(snapshot, Request::Snapshot(expected));
+    let Request::Snapshot(several) = request("snapshot n internal chains=a/b,c\\\\,d") else { panic!() };
+    assert!(several.internal);
+    assert_eq!(several.chains, [PathBuf::from("a/b"), PathBuf::from("c,d")]);
+    let all =
+        CommitRequest { top: Some(b"sn3".to_vec()), base: Some(b"a=b".to_vec()), keep: true, discard_internal: true };
+    assert_eq!(request("commit keep base=a=b discard-internal top=sn3"), Request::Commit(all));
+    assert_eq!(request("commit"), Request::Commit(CommitRequest::default()));
+    assert_eq!(request("pull base=none"), Request::Pull(PullRequest::default()));
+    let all =
+        PullRequest { base: Some(b"b".to_vec()), into: Some(b"i".to_vec()), delete: true, discard_internal: true };
+    assert_eq!(request("pull base=b into=i delete discard-internal"), Request::Pull(all));
+    assert_eq!(request("cancel"), Request::Cancel);
+    assert_eq!(Request::parse(Verb::Cancel, b"\n").unwrap(), Request::Cancel);
+}
+
+#[test]
+fn refusals_name_the_word_and_the_words_there_are() {
+    assert_eq!(refusal("commit foo"), "unknown word \"foo\"; commit takes top= base= keep discard-internal");
+    assert_eq!(refusal("cancel now"), "unknown word \"now\"; cancel takes no words");
+    assert_eq!(refusal("pull into= delete"), "into= has no value; pull takes base= into= delete discard-internal");
+    assert_eq!(refusal("snapshot"), "a NAME is missing; snapshot takes NAME file= description= chains= internal");
+    assert!(refusal("frob x").starts_with("unknown verb \"frob\"; the verbs are snapshot commit pull cancel"));
+    assert!(refusal("commit top=a top=b").starts_with("top= is given twice"));
+    assert!(refusal("commit keep keep").starts_with("keep is given twice"));
+    assert!(refusal("commit keep=yes").starts_with("keep takes no value"));
+    assert!(refusal("commit top").starts_with("top= has no value"));
+    for nonsense in ["", "\n", "  ", "commit \"top=a", "snapshot a b", "commit =a", "Commit", "commit\ncommit"] {
+        refusal(nonsense);
+    }
+}
+
+#[test]
+fn names_that_cannot_be_file_names_are_refused() {
+    let long = "n".repeat(MAX_NAME_LEN + 1);
+    for name in ["''", ".", "..", "a/b", ".chainfs", ".chainfs-x", "active", "-x", "internal", "a=b", &long] {
+        refusal(&format!("snapshot {name}"));
+    }
+    request(&format!("snapshot {}", &long[1..]));
+    request("snapshot .hidden");
+    for file in ["a/b", ".", "..", ".chainfs.qcow2", "-f"] {
+        refusal(&format!("snapshot n file={file}"));
+    }
+    refusal("snapshot n internal file=f");
+    request(&format!("snapshot n description={}", "d".repeat(MAX_DESCRIPTION_LEN)));
+    refusal(&format!("snapshot n description={}", "d".repeat(MAX_DESCRIPTION_LEN + 1)));
+    assert!(Request::parse(Verb::Snapshot, b"n description=\xff").is_err());
+    for chains in ["", "a,", ",a", "a,a", "/a", "../a", "a/../b", "a//b", "a/", "./a", "a\\\\b", "a\\"] {
+        refusal(&format!("snapshot n chains={chains}"));
+    }
+    for view in ["a/b", &"v".repeat(256)] {
+        refusal(&format!("commit top={view}"));
+    }
+}
+
+#[test]
+fn words_of_the_store_and_of_a_chain_are_kept_apart() {
+    let several = request("snapshot n chains=a,b");
+    assert!(several.check_for_store().is_ok() && several.check_for_chain().is_err());
+    for one in ["snapshot n", "commit", "cancel"] {
+        assert!(request(one).check_for_chain().is_ok() && request(one).check_for_store().is_err(), "{one}");
+    }
+}
+
+/// A generator that needs no seed from outside: the same bytes every time.
+struct Bytes(u64);
+
+impl Bytes {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % end
+    }
+}
+
+#[test]
+fn any_bytes_are_refused_or_come_back_as_they_are() {
+    const PIECES: [&[u8]; 24] = [
+        b"snapshot ",
+        b"commit ",
+        b"pull ",
+        b"cancel ",
+        b"top=",
+        b"base=",
+        b"into=",
+        b"keep ",
+        b"delete ",
+        b"internal ",
+        b"discard-internal ",
+        b"file=",
+        b"description=",
+        b"chains=",
+        b"none",
+        b" ",
+        b"'",
+        b"\"",
+        b"\\",
+        b",",
+        b"a/b",
+        b"\n",
+        b"\xc3\xbc",
+        b"\xff",
+    ];
+    let mut bytes = Bytes(1);
+    let mut understood = 0;
+    for _ in 0..200_000 {
+        let mut text = Vec::new();
+        for _ in 0..bytes.below(9) {
+            if bytes.below(4) == 0 {
+                text.push(bytes.below(256) as u8);
+            } else {
+                text.extend_from_slice(PIECES[bytes.below(PIECES.len() as u64) as usize]);
+            }
+        }
+        let Ok(request) = Request::parse_command(&text) else { continue };
+        understood += 1;
+        assert_eq!(Request::parse_command(&request.command_line()).unwrap(), request, "{}", text.escape_ascii());
+        assert_eq!(Request::parse(request.verb(), &request.words()).unwrap(), request);
+    }
+    assert!(understood > 2000, "only {understood} made sense");
+}
+
+#[test]
+fn the_longest_command_is_read_and_one_byte_more_is_not() {
+    let pad = |len: usize| format!("commit{}", " ".repeat(len - 6));
+    request(&pad(MAX_COMMAND_LEN));
+    assert!(refusal(&pad(MAX_COMMAND_LEN + 1)).contains("at most 65536 bytes"));
+}
+
+#[test]
+fn the_usage_of_a_verb_names_all_its_words() {
+    for (verb, name) in Verb::ALL {
+        let Grammar { keys, flags, .. } = grammar(verb);
+        assert!(verb.usage().starts_with(name));
+        for word in keys.iter().chain(flags) {
+            assert!(verb.usage().contains(word), "{name}: {word}");
+        }
+    }
+}

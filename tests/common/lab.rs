@@ -1,0 +1,157 @@
+//! A chain under commands: base <- sn1 <- sn2 <- sn3 <- web, what QEMU reads of each layer, and the engine that
+//! is told what to do.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use chainfs::error::Result;
+use chainfs::ops::{Engine, JobState, Request, Status};
+use chainfs::store::{Store as Opened, StoreOptions};
+
+use super::store::Store;
+
+/// The layers, base first, and web last.
+pub(crate) const LAYERS: [&str; 5] = ["base", "sn1", "sn2", "sn3", "web"];
+/// No job of a test takes longer.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// How a chain is made.
+#[derive(Clone, Copy)]
+pub(crate) struct Kind {
+    pub(crate) raw_base: bool,
+    /// Options of all qcow2 layers, as for `qemu-img -o`.
+    pub(crate) options: &'static str,
+    /// Bytes of each layer's disk, base first.
+    pub(crate) sizes: [u64; 5],
+    /// Layers that hold an internal snapshot.
+    pub(crate) inner: &'static [&'static str],
+}
+
+impl Kind {
+    pub(crate) const PLAIN: Kind = Kind { raw_base: false, options: "", sizes: [4 << 20; 5], inner: &[] };
+
+    pub(crate) fn with(self, options: &'static str) -> Self {
+        Self { options, ..self }
+    }
+}
+
+pub(crate) struct Lab {
+    pub(crate) store: Store,
+    raw_base: bool,
+}
+
+impl Lab {
+    pub(crate) fn new(kind: Kind) -> Self {
+        let store = Store::new();
+        let lab = Self { store, raw_base: kind.raw_base };
+        for (number, (layer, size)) in LAYERS.iter().zip(kind.sizes).enumerate() {
+            let file = lab.file(layer);
+            let seed = 100 + number as u64;
+            if number == 0 && kind.raw_base {
+                lab.store.raw(&file, size, seed);
+                continue;
+            }
+            if number == 0 {
+                lab.store.create(&file, size, kind.options);
+            } else {
+                let below = LAYERS[number - 1];
+                let mut args = vec!["create", "-q", "-f", "qcow2", "-b"];
+                let (name, size) = (lab.file(below), size.to_string());
+                args.extend([name.as_str(), "-F", lab.format(below)]);
+                if !kind.options.is_empty() {
+                    args.extend(["-o", kind.options]);
+                }
+                args.extend([file.as_str(), &size]);
+                lab.store.img(args);
+            }
+            lab.store.scribble(&file, "qcow2", seed);
+            if kind.inner.contains(layer) {
+                lab.store.img(["snapshot", "-c", "inner", &file]);
+                lab.store.scribble(&file, "qcow2", seed + 50);
+            }
+        }
+        lab
+    }
+
+    pub(crate) fn format(&self, layer: &str) -> &'static str {
+        if layer == "base" && self.raw_base { "raw" } else { "qcow2" }
+    }
+
+    pub(crate) fn file(&self, layer: &str) -> String {
+        format!("{layer}.{}", self.format(layer))
+    }
+
+    /// What QEMU reads of these images, and of internal snapshots (`image@name`).
+    pub(crate) fn contents(&self, views: &[&str]) -> BTreeMap<String, Vec<u8>> {
+        views.iter().map(|view| ((*view).to_owned(), self.content(view))).collect()
+    }
+
+    pub(crate) fn content(&self, view: &str) -> Vec<u8> {
+        let (file, inner) = view.split_once('@').map_or((view, None), |(file, inner)| (file, Some(inner)));
+        let format = if file.ends_with(".raw") { "raw" } else { "qcow2" };
+        let id = inner.map(|_| "1");
+        let path = self.store.try_oracle(Path::new(file), format, id).unwrap_or_else(|error| panic!("{view}: {error}"));
+        let bytes = fs::read(&path).expect("what QEMU reads");
+        fs::remove_file(path).expect("room");
+        bytes
+    }
+
+    /// Opens the store.
+    pub(crate) fn open(&self) -> Arc<Opened> {
+        let options = StoreOptions { notify: false, ..StoreOptions::default() };
+        Opened::open(&self.store.root(), options).expect("a store")
+    }
+
+    /// Gives a command and waits for its end.
+    pub(crate) fn run(&self, command: &str) -> Status {
+        run(&Engine::new(&self.open()), "web", command).unwrap_or_else(|error| panic!("{command}: {error}"))
+    }
+
+    /// Gives a command that is refused.
+    pub(crate) fn refused(&self, command: &str) -> chainfs::error::Error {
+        match run(&Engine::new(&self.open()), "web", command) {
+            Err(error) => error,
+            Ok(status) => panic!("{command} was done: {status:?}"),
+        }
+    }
+
+    /// The names of all files of the store, without what chainfs keeps there.
+    pub(crate) fn files(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.store.root()).expect("the store").map(|entry| entry.expect("an entry"));
+        let mut names: Vec<String> = entries.map(|entry| entry.file_name().into_string().expect("plain")).collect();
+        names.retain(|name| !name.starts_with(".chainfs"));
+        names.sort();
+        names
+    }
+
+    /// Whether QEMU finds all of them sound.
+    pub(crate) fn assert_clean(&self) {
+        for name in self.files().iter().filter(|name| name.ends_with(".qcow2")) {
+            self.store.img(["check", "-q", name]);
+        }
+    }
+
+    /// The names in the chain of an image as QEMU follows them, top first.
+    pub(crate) fn chain(&self, image: &str) -> Vec<String> {
+        let text = self.store.img(["info", "--backing-chain", "--output=json", image]);
+        let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let all = value.as_array().expect("a list").iter();
+        all.map(|layer| layer["filename"].as_str().expect("a name").to_owned()).collect()
+    }
+}
+
+/// Gives a command and waits for its end.
+pub(crate) fn run(engine: &Arc<Engine>, chain: &str, command: &str) -> Result<Status> {
+    let request = Request::parse_command(command.as_bytes())?;
+    let number = engine.run(Path::new(chain), &request, command)?;
+    let start = Instant::now();
+    let mut status = engine.status(Path::new(chain));
+    while status.number == number && status.state == JobState::Running {
+        assert!(start.elapsed() < LIMIT, "{command} hangs: {status:?}");
+        status = engine.wait(Path::new(chain), status.version, Duration::from_millis(100));
+    }
+    Ok(status)
+}
