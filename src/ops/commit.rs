@@ -275,7 +275,7 @@ pub(super) struct CommitJob {
     is_undoable: bool,
     /// What is merged, and what keeps it open.
     segment: Segment,
-    _views: Vec<OpenView>,
+    views: Vec<OpenView>,
     active: Option<(ActiveJob, Arc<MergeMirror>)>,
 }
 
@@ -494,7 +494,9 @@ impl CommitJob {
 
     /// Makes base what everybody stands on. From its first step on there is no way back.
     fn switch(self, engine: &Engine, world: &World, lock: Claim) -> Result<()> {
-        let Self { base, writer, intent, active, .. } = self;
+        let Self { base, writer, intent, active, views, segment, .. } = self;
+        // Nobody of us needs base as it was any more.
+        drop((views, segment));
         let Some((job, mirror)) = active else {
             // Durable and named by its header; then everybody is told.
             writer.publish()?;

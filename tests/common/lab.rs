@@ -16,7 +16,7 @@ use super::store::Store;
 /// The layers, base first, and web last.
 pub(crate) const LAYERS: [&str; 5] = ["base", "sn1", "sn2", "sn3", "web"];
 /// No job of a test takes longer.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_mins(2);
 
 /// How a chain is made.
 #[derive(Clone, Copy)]
@@ -91,7 +91,7 @@ impl Lab {
 
     pub(crate) fn content(&self, view: &str) -> Vec<u8> {
         let (file, inner) = view.split_once('@').map_or((view, None), |(file, inner)| (file, Some(inner)));
-        let format = if file.ends_with(".raw") { "raw" } else { "qcow2" };
+        let format = if extension(file) == "raw" { "raw" } else { "qcow2" };
         let id = inner.map(|_| "1");
         let path = self.store.try_oracle(Path::new(file), format, id).unwrap_or_else(|error| panic!("{view}: {error}"));
         let bytes = fs::read(&path).expect("what QEMU reads");
@@ -129,7 +129,7 @@ impl Lab {
 
     /// Whether QEMU finds all of them sound.
     pub(crate) fn assert_clean(&self) {
-        for name in self.files().iter().filter(|name| name.ends_with(".qcow2")) {
+        for name in self.files().iter().filter(|name| extension(name) == "qcow2") {
             self.store.img(["check", "-q", name]);
         }
     }
@@ -141,6 +141,10 @@ impl Lab {
         let all = value.as_array().expect("a list").iter();
         all.map(|layer| layer["filename"].as_str().expect("a name").to_owned()).collect()
     }
+}
+
+fn extension(name: &str) -> &str {
+    name.rsplit('.').next().unwrap_or_default()
 }
 
 /// Gives a command and waits for its end.
