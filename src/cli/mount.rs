@@ -137,7 +137,7 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     tracing::info!("{} is shown on {}", store.given().display(), directory.display());
     unfinished.finished();
     if !options.read_only {
-        tree.engine().resume();
+        tree.resume();
     }
     let result = server.run();
     ending.store(true, Ordering::Relaxed);
