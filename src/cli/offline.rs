@@ -17,7 +17,7 @@ use super::store_options::{store_options, variable};
 use super::verbs::{finished, tell_plan};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::{Engine, JobState, Request, Status};
-use crate::report::plan::plan;
+use crate::report::plan;
 use crate::store::{STORE_DIRECTORY, Store, StoreOptions, shown};
 
 /// How long to wait for news before looking whether somebody has pressed Ctrl-C.
@@ -28,12 +28,11 @@ const MARK: &str = ".chainfs";
 /// Runs a verb on the image, or for several chains on the store, at `target`.
 pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8> {
     let options = config::load(MountOptions::parse(&args.options, false)?, variable)?;
-    let mut options = StoreOptions { notify: false, ..store_options(&options) };
-    options.read_only |= args.dry_run;
+    let options = StoreOptions { notify: false, ..store_options(&options) };
     let (store, chain) = find(target, request, args.store.as_deref(), options)?;
     let engine = Engine::new(&store);
     if args.dry_run {
-        return tell_plan(&plan(&engine.plan(&chain, request)?));
+        return plan_by(&engine, &chain, request);
     }
     let stopping = catch_signals()?;
     let result = carry_out(&engine, &chain, request, args, &stopping);
@@ -45,10 +44,15 @@ pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8
 /// The plan of a command on the chain at `chain` of a mounted store that takes none.
 pub(super) fn plan_of_mounted(store: &Path, chain: &Path, request: &Request) -> Result<u8> {
     let options = config::load(MountOptions::default(), variable)?;
-    let options = StoreOptions { notify: false, read_only: true, ..store_options(&options) };
+    let options = StoreOptions { notify: false, ..store_options(&options) };
     let store = Store::open(store, options)?;
     let key = if chain_is_store(request) { store_key() } else { chain.to_path_buf() };
-    tell_plan(&plan(&Engine::new(&store).plan(&key, request)?))
+    plan_by(&Engine::new(&store), &key, request)
+}
+
+fn plan_by(engine: &Arc<Engine>, chain: &Path, request: &Request) -> Result<u8> {
+    let plan = engine.plan(chain, request).map_or_else(|error| plan::refusal(&error), |made| plan::plan(&made));
+    tell_plan(&plan)
 }
 
 fn chain_is_store(request: &Request) -> bool {
