@@ -105,6 +105,8 @@ pub(super) struct Controls {
     /// Whether what was begun before is still being taken up; commands come after it.
     resuming: Mutex<bool>,
     resumed: Condvar,
+    /// Held while jobs are being stopped: who comes second must not believe that they are before they have.
+    stopping: Mutex<()>,
 }
 
 /// A control file that is open.
@@ -134,7 +136,7 @@ struct Position {
 impl Controls {
     pub(super) fn new(engine: Arc<Engine>) -> Self {
         let plans = Mutex::new(LruCache::new(NonZero::new(PLANS_KEPT).expect("not zero")));
-        Self { engine, plans, resuming: Mutex::default(), resumed: Condvar::new() }
+        Self { engine, plans, resuming: Mutex::default(), resumed: Condvar::new(), stopping: Mutex::default() }
     }
 
     pub(super) fn engine(&self) -> &Arc<Engine> {
@@ -220,6 +222,12 @@ impl Tree {
         if let Err(error) = std::thread::Builder::new().name("resume".into()).spawn(work) {
             tracing::warn!("what was begun before is left to the next mount: {error}");
         }
+    }
+
+    /// Stops all jobs at their next piece, and returns when they have.
+    pub fn stop(&self) {
+        let _turn = self.controls().stopping.lock();
+        self.engine().stop();
     }
 
     /// A write to a control file: one command, done or begun when this returns.
