@@ -137,7 +137,7 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     tracing::info!("{} is shown on {}", store.given().display(), directory.display());
     unfinished.finished();
     if !options.read_only {
-        tree.engine().resume();
+        tree.resume();
     }
     let result = server.run();
     ending.store(true, Ordering::Relaxed);
@@ -180,7 +180,7 @@ fn end_on_signals(mut signals: Signals, mount: OwnMount, tree: Arc<Tree>, ending
                 }
                 // A mount that goes on serving goes on with its jobs, too. This one ends, maybe only with the last
                 // of those who were in it: the jobs need not wait for them, and are taken up by the next mount.
-                Ok(()) => tree.engine().stop(),
+                Ok(()) => tree.stop(),
                 Err(error) if !ending.load(Ordering::Relaxed) => tracing::warn!("{error}"),
                 Err(_) => {}
             }

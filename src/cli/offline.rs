@@ -1,6 +1,6 @@
 //! Verbs on images whose store is not mounted: the store is opened, the command carried out, and all is let go.
 //!
-//! A job that is stopped keeps its intent in the store; the next command or mount goes on with it.
+//! A job that is stopped keeps its intent in the store; the same command, or a mount, goes on with it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,10 +15,9 @@ use super::mount_options::MountOptions;
 use super::progress::Meter;
 use super::store_options::{store_options, variable};
 use super::verbs::{finished, tell_plan};
-use super::warn;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::{Engine, Request, Status};
-use crate::report::plan::plan;
+use crate::ops::{Engine, JobState, Request, Status};
+use crate::report::plan;
 use crate::store::{STORE_DIRECTORY, Store, StoreOptions, shown};
 
 /// How long to wait for news before looking whether somebody has pressed Ctrl-C.
@@ -29,12 +28,11 @@ const MARK: &str = ".chainfs";
 /// Runs a verb on the image, or for several chains on the store, at `target`.
 pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8> {
     let options = config::load(MountOptions::parse(&args.options, false)?, variable)?;
-    let mut options = StoreOptions { notify: false, ..store_options(&options) };
-    options.read_only |= args.dry_run;
+    let options = StoreOptions { notify: false, ..store_options(&options) };
     let (store, chain) = find(target, request, args.store.as_deref(), options)?;
     let engine = Engine::new(&store);
     if args.dry_run {
-        return tell_plan(&plan(&engine.plan(&chain, request)?));
+        return plan_by(&engine, &chain, request);
     }
     let stopping = catch_signals()?;
     let result = carry_out(&engine, &chain, request, args, &stopping);
@@ -46,10 +44,15 @@ pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8
 /// The plan of a command on the chain at `chain` of a mounted store that takes none.
 pub(super) fn plan_of_mounted(store: &Path, chain: &Path, request: &Request) -> Result<u8> {
     let options = config::load(MountOptions::default(), variable)?;
-    let options = StoreOptions { notify: false, read_only: true, ..store_options(&options) };
+    let options = StoreOptions { notify: false, ..store_options(&options) };
     let store = Store::open(store, options)?;
     let key = if chain_is_store(request) { store_key() } else { chain.to_path_buf() };
-    tell_plan(&plan(&Engine::new(&store).plan(&key, request)?))
+    plan_by(&Engine::new(&store), &key, request)
+}
+
+fn plan_by(engine: &Arc<Engine>, chain: &Path, request: &Request) -> Result<u8> {
+    let plan = engine.plan(chain, request).map_or_else(|error| plan::refusal(&error), |made| plan::plan(&made));
+    tell_plan(&plan)
 }
 
 fn chain_is_store(request: &Request) -> bool {
@@ -114,21 +117,9 @@ fn carry_out(
     args: &RunArgs,
     stopping: &AtomicBool,
 ) -> Result<u8> {
-    let command = request.to_string();
-    engine.resume();
-    let resumed = engine.status(chain);
-    if resumed.number > 0 && *request != Request::Cancel {
-        warn(&format!("first goes on what was begun before: {}", resumed.command));
-        let ended = wait(engine, chain, Meter::new(args.progress), stopping)?;
-        let code = finished(&ended)?;
-        if ended.command == command {
-            return Ok(code);
-        }
-        // The chain is another one by now, and so might be what this command means.
-        let fact = format!("{} is done; look at the chain, and give your command again", ended.command);
-        return Err(Error::new(ErrorKind::Busy, fact));
-    }
-    engine.run(chain, request, &command)?;
+    // What was begun before and cut off goes on when it is given again. Other commands are refused until then: once
+    // it is done, the chain is another one, and so might be what they mean.
+    engine.run(chain, request, &request.to_string())?;
     finished(&wait(engine, chain, Meter::new(args.progress), stopping)?)
 }
 
@@ -140,10 +131,10 @@ fn wait(engine: &Arc<Engine>, chain: &Path, mut meter: Meter, stopping: &AtomicB
             engine.stop();
             now = engine.status(chain);
             meter.finish(&now);
-            if now.state.is_over() {
+            if matches!(now.state, JobState::Done | JobState::Failed) {
                 break;
             }
-            let fact = "stopped; the next command on the chain, or a mount of its store, goes on with it";
+            let fact = "stopped; the same command given again, or a mount of the store, goes on with it";
             return Err(Error::new(ErrorKind::Cancelled, fact));
         }
         meter.draw(&now);

@@ -59,13 +59,11 @@ pub(super) fn tell_plan(plan: &str) -> Result<u8> {
 
 /// What the end of a command means for ours.
 pub(super) fn finished(status: &Status) -> Result<u8> {
+    let sentence = |otherwise: &str| status.error.clone().unwrap_or_else(|| otherwise.to_string());
     match status.state {
         JobState::Done => Ok(0),
-        JobState::Cancelled => Err(Error::new(ErrorKind::Cancelled, "the command has been cancelled")),
-        JobState::Failed => {
-            let sentence = status.error.clone().unwrap_or_else(|| "the command has failed".to_string());
-            Err(Error::new(ErrorKind::Io, sentence))
-        }
+        JobState::Cancelled => Err(Error::new(ErrorKind::Cancelled, sentence("the command has been cancelled"))),
+        JobState::Failed => Err(Error::new(ErrorKind::Io, sentence("the command has failed"))),
         JobState::Idle | JobState::Running => {
             Err(Error::new(ErrorKind::Stale, "another command has been given since; how this one ended is not known"))
         }
@@ -118,6 +116,11 @@ fn give(control: &Path, request: &Request) -> Result<Status> {
         (Err(error), Some(sentence)) if now.number != before.number => {
             let kind = if error.kind() == std::io::ErrorKind::InvalidInput { ErrorKind::Usage } else { ErrorKind::Io };
             Err(Error::new(kind, sentence.clone()))
+        }
+        // The status of what is at work stays.
+        (Err(error), _) if error.kind() == std::io::ErrorKind::ResourceBusy && !now.state.is_over() => {
+            let fact = format!("{} is at work on it; wait until it is done, or cancel it", now.command);
+            Err(Error::new(ErrorKind::Busy, fact))
         }
         (Err(error), _) => Err(Error::io(format!("giving the command {name}"), error)),
     }

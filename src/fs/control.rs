@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lru::LruCache;
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::{Engine, MAX_COMMAND_LEN, Request, Verb};
@@ -102,6 +102,11 @@ impl ControlFile {
 pub(super) struct Controls {
     engine: Arc<Engine>,
     plans: Mutex<LruCache<ControlScope, Arc<[u8]>>>,
+    /// Whether what was begun before is still being taken up; commands come after it.
+    resuming: Mutex<bool>,
+    resumed: Condvar,
+    /// Held while jobs are being stopped: who comes second must not believe that they are before they have.
+    stopping: Mutex<()>,
 }
 
 /// A control file that is open.
@@ -130,7 +135,8 @@ struct Position {
 
 impl Controls {
     pub(super) fn new(engine: Arc<Engine>) -> Self {
-        Self { engine, plans: Mutex::new(LruCache::new(NonZero::new(PLANS_KEPT).expect("not zero"))) }
+        let plans = Mutex::new(LruCache::new(NonZero::new(PLANS_KEPT).expect("not zero")));
+        Self { engine, plans, resuming: Mutex::default(), resumed: Condvar::new(), stopping: Mutex::default() }
     }
 
     pub(super) fn engine(&self) -> &Arc<Engine> {
@@ -195,7 +201,35 @@ impl ControlHandle {
     }
 }
 
+/// Lets commands in when it goes, whatever it goes by.
+struct Resuming(Arc<Tree>);
+
+impl Drop for Resuming {
+    fn drop(&mut self) {
+        let controls = self.0.controls();
+        *controls.resuming.lock() = false;
+        controls.resumed.notify_all();
+    }
+}
+
 impl Tree {
+    /// Takes up what was begun before. Only commands wait for that: what it looks at may be this very mount, if
+    /// that lies in its own store.
+    pub fn resume(self: &Arc<Self>) {
+        *self.controls().resuming.lock() = true;
+        let resuming = Resuming(Arc::clone(self));
+        let work = move || resuming.0.engine().resume();
+        if let Err(error) = std::thread::Builder::new().name("resume".into()).spawn(work) {
+            tracing::warn!("what was begun before is left to the next mount: {error}");
+        }
+    }
+
+    /// Stops all jobs at their next piece, and returns when they have.
+    pub fn stop(&self) {
+        let _turn = self.controls().stopping.lock();
+        self.engine().stop();
+    }
+
     /// A write to a control file: one command, done or begun when this returns.
     pub(super) fn command(&self, handle: &ControlHandle, at: u64, text: &[u8]) -> Result<usize> {
         if handle.is_rest(at, text.len()) {
@@ -220,6 +254,9 @@ impl Tree {
 
     fn run(&self, scope: &ControlScope, verb: Verb, text: &[u8]) -> Result<()> {
         let engine = self.controls().engine();
+        let mut resuming = self.controls().resuming.lock();
+        self.controls().resumed.wait_while(&mut resuming, |resuming| *resuming);
+        drop(resuming);
         let request = Request::parse(verb, text).and_then(|request| {
             scope.check(&request)?;
             if self.store().options().read_only {

@@ -118,7 +118,7 @@ impl Tree {
 
     /// Stops the jobs, closes everything, which flushes it, and lets go of all locks: the mount has ended.
     pub fn close(&self) {
-        self.engine().stop();
+        self.stop();
         self.progress.end();
         self.handles.clear();
         self.store.close_writers();
