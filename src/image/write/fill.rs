@@ -7,19 +7,15 @@
 //!
 //! The guest's writes win: what is filled is looked at, copied and named while its range is held.
 
-use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
 use crate::error::Result;
-use crate::format::refcount::max_refcount;
+use crate::format::Version;
 use crate::format::subcluster::SUBCLUSTERS;
-use crate::format::{EntryFormat, Mapping, SubclusterEntry, Version};
-use crate::units::{GuestOffset, HostOffset};
+use crate::units::HostOffset;
 
-use super::allocate::Run;
-use super::meta::{Core, Meta, Words};
-use super::qcow2::{MAX_TURN, Qcow2Writer, subclusters};
-use super::roots::Group;
+use super::fill_plan::{Plan, Spot, runs_of, unit_len};
+use super::qcow2::{MAX_TURN, Qcow2Writer};
 use super::{Body, Writer, Zeroing, zero_bytes};
 
 /// What is to be had in an image's own tables. Said by whoever knows what will lie below it.
@@ -54,59 +50,6 @@ impl Writer {
             Body::Qcow2(qcow2) => qcow2.fill_from_below(at, len, fill),
         }
     }
-}
-
-/// A cluster of the disk at which somebody is silent. Masks have a bit for each subcluster; where there are
-/// none, the first bit stands for the cluster.
-struct Spot {
-    guest: u64,
-    /// Where somebody is silent.
-    silent: u32,
-    /// What gets data.
-    data: u32,
-    /// What of that is zeroes, because the format has no other way to say so.
-    blank: u32,
-    /// What becomes zero in the tables.
-    zero: u32,
-}
-
-/// Views that will share one new cluster.
-struct Job {
-    guest: u64,
-    /// What of the cluster is filled.
-    mask: u32,
-    roots: Vec<usize>,
-    /// The cluster that they leave, and what they have there.
-    old: Option<(HostOffset, u32)>,
-}
-
-/// What a group has at a spot.
-struct Share<'a> {
-    group: &'a Group,
-    /// Where it is silent and gets data.
-    data: u32,
-    /// Where it has data.
-    allocated: u32,
-    /// Its cluster is the active disk's alone.
-    is_own: bool,
-}
-
-/// Data for a cluster that they have already, which nobody else uses.
-struct InPlace {
-    host: HostOffset,
-    guest: u64,
-    mask: u32,
-}
-
-/// Everything that one turn does.
-#[derive(Default)]
-struct Plan {
-    jobs: Vec<Job>,
-    in_place: Vec<InPlace>,
-    /// Clusters for the jobs, in their order.
-    runs: Vec<Run>,
-    /// Where each job's cluster is, by position and view, and how many share it.
-    hosts: HashMap<(u64, usize), (HostOffset, usize)>,
 }
 
 /// Where bytes come from.
@@ -177,13 +120,8 @@ impl Qcow2Writer {
         })
     }
 
-    /// Bytes of what has an answer of its own in the tables.
-    fn fill_unit(&self) -> u64 {
-        unit_len(&self.core)
-    }
-
     fn ask(&self, spot: &mut Spot, answers: &mut Answers<'_>) -> Result<()> {
-        let unit = self.fill_unit();
+        let unit = unit_len(&self.core);
         for index in (0..SUBCLUSTERS).filter(|index| spot.silent >> index & 1 == 1) {
             let start = spot.guest + u64::from(index) * unit;
             let bit = 1 << index;
@@ -207,7 +145,7 @@ impl Qcow2Writer {
         if self.raw_data
             && let Some(data_file) = &core.data_file
         {
-            let unit = self.fill_unit();
+            let unit = unit_len(&self.core);
             for spot in spots {
                 for (from, to) in runs_of(spot.zero) {
                     let (start, end) = (spot.guest + from * unit, (spot.guest + to * unit).min(self.size()));
@@ -224,7 +162,7 @@ impl Qcow2Writer {
 
     fn segments(&self, plan: &Plan, spots: &[Spot], longest: u64) -> Vec<Segment> {
         let core = &self.core;
-        let (size, unit) = (core.cluster().size(), self.fill_unit());
+        let (size, unit) = (core.cluster().size(), unit_len(&self.core));
         let blank = |guest: u64| {
             let index = spots.binary_search_by_key(&guest, |spot| spot.guest).expect("a spot of the plan");
             spots[index].blank
@@ -352,228 +290,5 @@ impl Answers<'_> {
             at = self.to;
         }
         Ok(whole.unwrap_or(Wanted::Nothing))
-    }
-}
-
-fn unit_len(core: &Core) -> u64 {
-    let size = core.cluster().size();
-    if core.format.extended { size / u64::from(SUBCLUSTERS) } else { size }
-}
-
-/// The runs of set bits, as first and end.
-fn runs_of(mask: u32) -> impl Iterator<Item = (u64, u64)> {
-    let mut from = 0;
-    std::iter::from_fn(move || {
-        let rest = mask.checked_shr(from).unwrap_or(0);
-        if rest == 0 {
-            return None;
-        }
-        let start = from + rest.trailing_zeros();
-        let end = start + (mask >> start).trailing_ones();
-        from = end;
-        Some((start.into(), end.into()))
-    })
-}
-
-/// Where an entry is silent, up to `end` of the disk, and where it has data.
-fn silent(core: &Core, words: Words, guest: u64, end: u64) -> Result<(u32, u32)> {
-    let corrupt = |reason: crate::format::Malformed| {
-        core.corrupt(format_args!("the L2 entry of guest offset {guest:#x}: {}", reason.fact()))
-    };
-    if !core.format.extended {
-        let entry = core.format.l2(words.entry, GuestOffset(guest)).map_err(corrupt)?;
-        return Ok((u32::from(entry.mapping == Mapping::Hole && guest < end), 0));
-    }
-    let entry = core.format.l2_extended(words.entry, words.bitmap, GuestOffset(guest)).map_err(corrupt)?;
-    let count = end.saturating_sub(guest).div_ceil(unit_len(core)).min(SUBCLUSTERS.into());
-    if entry.compressed().is_some() || count == 0 {
-        return Ok((0, entry.allocated()));
-    }
-    Ok((!(entry.allocated() | entry.zero()) & subclusters(0, count), entry.allocated()))
-}
-
-impl Meta {
-    /// The clusters of `[at, at + len)` at which somebody is silent.
-    fn silent_spots(&mut self, core: &Core, at: u64, len: u64, size: u64) -> Result<Vec<Spot>> {
-        let groups = self.groups(core, at, size)?;
-        let mut spots = Vec::new();
-        for guest in (at..at + len).step_by(core.cluster().size() as usize) {
-            let mut all = 0;
-            for group in &groups {
-                let words = self.entry_in(core, group.table, guest)?;
-                all |= silent(core, words, guest, group.end)?.0;
-            }
-            if all != 0 {
-                spots.push(Spot { guest, silent: all, data: 0, blank: 0, zero: 0 });
-            }
-        }
-        Ok(spots)
-    }
-
-    /// Whether a table or a cluster of a spot waits for a flush to lose references.
-    fn is_being_left(&mut self, core: &Core, spots: &[Spot], size: u64) -> Result<bool> {
-        for group in self.groups(core, spots[0].guest, size)? {
-            let Some(table) = group.table.filter(|_| !group.is_active_alone()) else { continue };
-            if self.is_pending(core, core.cluster().index(table.0))? {
-                return Ok(true);
-            }
-            for spot in spots.iter().filter(|_| core.format.extended) {
-                let words = self.entry_in(core, group.table, spot.guest)?;
-                let host = core.cluster().index(EntryFormat::raw_offset(words.entry));
-                if host != 0 && !EntryFormat::is_compressed(words.entry) && self.is_pending(core, host)? {
-                    return Ok(true);
-                }
-            }
-        }
-        Ok(false)
-    }
-
-    /// Who gets which cluster; takes the clusters.
-    fn plan(&mut self, core: &Core, spots: &[Spot], size: u64) -> super::allocate::Attempt<Plan> {
-        let mut plan = Plan::default();
-        let Some(first) = spots.first() else { return Ok(plan) };
-        let groups = self.groups(core, first.guest, size)?;
-        for spot in spots.iter().filter(|spot| spot.data != 0) {
-            self.plan_spot(core, spot, &groups, &mut plan)?;
-        }
-        let mut left = plan.jobs.len() as u64;
-        while left > 0 {
-            match self.allocate(core, left, false) {
-                Ok(run) => {
-                    plan.runs.push(run);
-                    left -= run.count;
-                }
-                Err(stop) => {
-                    for run in plan.runs {
-                        self.give_back(core, run)?;
-                    }
-                    return Err(stop);
-                }
-            }
-        }
-        let clusters = plan.runs.iter().flat_map(|run| run.first..run.first + run.count);
-        for (job, cluster) in plan.jobs.iter().zip(clusters) {
-            let host = HostOffset(cluster * core.cluster().size());
-            plan.hosts.extend(job.roots.iter().map(|root| ((job.guest, *root), (host, job.roots.len()))));
-        }
-        Ok(plan)
-    }
-
-    fn plan_spot(&mut self, core: &Core, spot: &Spot, groups: &[Group], plan: &mut Plan) -> Result<()> {
-        let mut by_host: Vec<(Option<HostOffset>, Vec<Share<'_>>)> = Vec::new();
-        for group in groups {
-            let words = self.entry_in(core, group.table, spot.guest)?;
-            let (silent, allocated) = silent(core, words, spot.guest, group.end)?;
-            let host = match EntryFormat::raw_offset(words.entry) {
-                _ if EntryFormat::is_compressed(words.entry) => continue,
-                0 => None,
-                host => Some(HostOffset(host)),
-            };
-            let data = silent & spot.data;
-            // Without subclusters a cluster is silent as a whole.
-            if data == 0 && (host.is_none() || !core.format.extended) {
-                continue;
-            }
-            let is_own = group.is_active_alone() && EntryFormat::copied(words.entry);
-            let share = Share { group, data, allocated, is_own };
-            match by_host.iter_mut().find(|(other, _)| *other == host) {
-                Some((_, all)) => all.push(share),
-                None => by_host.push((host, vec![share])),
-            }
-        }
-        for (host, all) in by_host {
-            let data = all.iter().fold(0, |mask, share| mask | share.data);
-            let allocated = all.iter().fold(0, |mask, share| mask | share.allocated);
-            if data == 0 {
-                continue;
-            }
-            if core.data_file.is_some() {
-                let host = HostOffset(spot.guest);
-                plan.in_place.push(InPlace { host, guest: spot.guest, mask: data });
-                continue;
-            }
-            let Some(host) = host else {
-                plan.share(core, spot.guest, &all);
-                continue;
-            };
-            let users: u64 = all.iter().map(|share| share.group.roots.len() as u64).sum();
-            let cluster = core.cluster().index(host.0);
-            let is_all = matches!(all[..], [Share { is_own: true, .. }]) || self.count(core, cluster)? == users;
-            self.may_be_data(core, host, core.cluster().size())?;
-            if is_all && data & allocated == 0 {
-                plan.in_place.push(InPlace { host, guest: spot.guest, mask: data });
-            } else {
-                // Somebody else has bytes there: all that are known leave it.
-                plan.jobs.extend(all.iter().map(|share| Job {
-                    guest: spot.guest,
-                    mask: share.data,
-                    roots: share.group.roots.clone(),
-                    old: Some((host, share.allocated)),
-                }));
-            }
-        }
-        Ok(())
-    }
-
-    /// Lets all tables name what has been filled, and counts it.
-    fn name_filled(&mut self, core: &Core, plan: &Plan, spots: &[Spot], at: u64, size: u64) -> Result<()> {
-        // Afresh: meanwhile the active table may have come to be one of its own.
-        let groups = self.groups(core, at, size)?;
-        for (host, count) in plan.hosts.values() {
-            if *count > 1 {
-                self.set_count(core, core.cluster().index(host.0), *count as u64)?;
-            }
-        }
-        for spot in spots {
-            for group in &groups {
-                let Some(table) = group.table else { continue };
-                let words = self.entry_in(core, group.table, spot.guest)?;
-                let (silent, _) = silent(core, words, spot.guest, group.end)?;
-                let (data, zero) = (silent & spot.data, silent & spot.zero);
-                let new = plan.hosts.get(&(spot.guest, group.roots[0])).copied();
-                let new =
-                    new.filter(|_| data != 0 || EntryFormat::raw_offset(words.entry) != 0 && core.format.extended);
-                let entry = match new {
-                    Some((host, 1)) => EntryFormat::owned(host),
-                    Some((host, _)) => EntryFormat::shared(EntryFormat::owned(host)),
-                    None if data != 0 && core.data_file.is_some() => EntryFormat::owned(HostOffset(spot.guest)),
-                    None if zero != 0 && !core.format.extended => EntryFormat::zero(None),
-                    None => words.entry,
-                };
-                let bitmap = if core.format.extended && !EntryFormat::is_compressed(words.entry) {
-                    let (had, was_zero) = (words.bitmap as u32, (words.bitmap >> 32) as u32);
-                    SubclusterEntry::bitmap(had | data, was_zero | zero)
-                } else {
-                    words.bitmap
-                };
-                self.set_entry_in(core, table, spot.guest, Words { entry, bitmap })?;
-                if new.is_some() {
-                    group.roots.iter().try_for_each(|_| self.release(core, words))?;
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Plan {
-    /// One new cluster for all that have none, or as many as counts of this width need.
-    fn share(&mut self, core: &Core, guest: u64, all: &[Share<'_>]) {
-        let most = max_refcount(core.order);
-        let mut job: Option<Job> = None;
-        for Share { group, data, .. } in all {
-            let fits = |job: &Job| (job.roots.len() + group.roots.len()) as u64 <= most;
-            match &mut job {
-                Some(job) if fits(job) => {
-                    job.mask |= data;
-                    job.roots.extend(&group.roots);
-                }
-                _ => {
-                    let next = Job { guest, mask: *data, roots: group.roots.clone(), old: None };
-                    self.jobs.extend(job.replace(next));
-                }
-            }
-        }
-        self.jobs.extend(job);
     }
 }

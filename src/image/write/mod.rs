@@ -7,6 +7,7 @@
 
 mod allocate;
 mod fill;
+mod fill_plan;
 mod flush;
 mod growth;
 mod meta;

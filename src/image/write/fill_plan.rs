@@ -1,0 +1,295 @@
+//! Who gets which cluster when an image is filled from below: decided, and named at last, under the
+//! tables' lock; in between [`super::fill`] puts the data there.
+//!
+//! A cluster of data serves all views that are silent at its place; its count is their number. Where a
+//! part of a cluster is allocated already, the rest is written beside it if nobody else has anything
+//! there, else all that are known to use it get merged clusters of their own.
+
+use std::collections::HashMap;
+
+use crate::error::Result;
+use crate::format::refcount::max_refcount;
+use crate::format::subcluster::SUBCLUSTERS;
+use crate::format::{EntryFormat, Mapping, SubclusterEntry};
+use crate::units::{GuestOffset, HostOffset};
+
+use super::allocate::{Attempt, Run};
+use super::meta::{Core, Meta, Words};
+use super::qcow2::subclusters;
+use super::roots::Group;
+
+/// A cluster of the disk at which somebody is silent. Masks have a bit for each subcluster; where there are
+/// none, the first bit stands for the cluster.
+pub(super) struct Spot {
+    pub(super) guest: u64,
+    /// Where somebody is silent.
+    pub(super) silent: u32,
+    /// What gets data.
+    pub(super) data: u32,
+    /// What of that is zeroes, because the format has no other way to say so.
+    pub(super) blank: u32,
+    /// What becomes zero in the tables.
+    pub(super) zero: u32,
+}
+
+/// Views that will share one new cluster.
+pub(super) struct Job {
+    pub(super) guest: u64,
+    /// What of the cluster is filled.
+    pub(super) mask: u32,
+    pub(super) roots: Vec<usize>,
+    /// The cluster that they leave, and what they have there.
+    pub(super) old: Option<(HostOffset, u32)>,
+}
+
+/// What a group has at a spot.
+struct Share<'a> {
+    group: &'a Group,
+    /// Where it is silent and gets data.
+    data: u32,
+    /// Where it has data.
+    allocated: u32,
+    /// Its cluster is the active disk's alone.
+    is_own: bool,
+}
+
+/// Data for a cluster that they have already, which nobody else uses.
+pub(super) struct InPlace {
+    pub(super) host: HostOffset,
+    pub(super) guest: u64,
+    pub(super) mask: u32,
+}
+
+/// Everything that one turn does.
+#[derive(Default)]
+pub(super) struct Plan {
+    pub(super) jobs: Vec<Job>,
+    pub(super) in_place: Vec<InPlace>,
+    /// Clusters for the jobs, in their order.
+    pub(super) runs: Vec<Run>,
+    /// Where each job's cluster is, by position and view, and how many share it.
+    pub(super) hosts: HashMap<(u64, usize), (HostOffset, usize)>,
+}
+
+pub(super) fn unit_len(core: &Core) -> u64 {
+    let size = core.cluster().size();
+    if core.format.extended { size / u64::from(SUBCLUSTERS) } else { size }
+}
+
+/// The runs of set bits, as first and end.
+pub(super) fn runs_of(mask: u32) -> impl Iterator<Item = (u64, u64)> {
+    let mut from = 0;
+    std::iter::from_fn(move || {
+        let rest = mask.checked_shr(from).unwrap_or(0);
+        if rest == 0 {
+            return None;
+        }
+        let start = from + rest.trailing_zeros();
+        let end = start + (mask >> start).trailing_ones();
+        from = end;
+        Some((start.into(), end.into()))
+    })
+}
+
+/// Where an entry is silent, up to `end` of the disk, and where it has data.
+fn silent(core: &Core, words: Words, guest: u64, end: u64) -> Result<(u32, u32)> {
+    let corrupt = |reason: crate::format::Malformed| {
+        core.corrupt(format_args!("the L2 entry of guest offset {guest:#x}: {}", reason.fact()))
+    };
+    if !core.format.extended {
+        let entry = core.format.l2(words.entry, GuestOffset(guest)).map_err(corrupt)?;
+        return Ok((u32::from(entry.mapping == Mapping::Hole && guest < end), 0));
+    }
+    let entry = core.format.l2_extended(words.entry, words.bitmap, GuestOffset(guest)).map_err(corrupt)?;
+    let count = end.saturating_sub(guest).div_ceil(unit_len(core)).min(SUBCLUSTERS.into());
+    if entry.compressed().is_some() || count == 0 {
+        return Ok((0, entry.allocated()));
+    }
+    Ok((!(entry.allocated() | entry.zero()) & subclusters(0, count), entry.allocated()))
+}
+
+impl Meta {
+    /// The clusters of `[at, at + len)` at which somebody is silent.
+    pub(super) fn silent_spots(&mut self, core: &Core, at: u64, len: u64, size: u64) -> Result<Vec<Spot>> {
+        let groups = self.groups(core, at, size)?;
+        let mut spots = Vec::new();
+        for guest in (at..at + len).step_by(core.cluster().size() as usize) {
+            let mut all = 0;
+            for group in &groups {
+                let words = self.entry_in(core, group.table, guest)?;
+                all |= silent(core, words, guest, group.end)?.0;
+            }
+            if all != 0 {
+                spots.push(Spot { guest, silent: all, data: 0, blank: 0, zero: 0 });
+            }
+        }
+        Ok(spots)
+    }
+
+    /// Whether a table or a cluster of a spot waits for a flush to lose references.
+    pub(super) fn is_being_left(&mut self, core: &Core, spots: &[Spot], size: u64) -> Result<bool> {
+        for group in self.groups(core, spots[0].guest, size)? {
+            let Some(table) = group.table.filter(|_| !group.is_active_alone()) else { continue };
+            if self.is_pending(core, core.cluster().index(table.0))? {
+                return Ok(true);
+            }
+            for spot in spots.iter().filter(|_| core.format.extended) {
+                let words = self.entry_in(core, group.table, spot.guest)?;
+                let host = core.cluster().index(EntryFormat::raw_offset(words.entry));
+                if host != 0 && !EntryFormat::is_compressed(words.entry) && self.is_pending(core, host)? {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Who gets which cluster; takes the clusters.
+    pub(super) fn plan(&mut self, core: &Core, spots: &[Spot], size: u64) -> Attempt<Plan> {
+        let mut plan = Plan::default();
+        let Some(first) = spots.first() else { return Ok(plan) };
+        let groups = self.groups(core, first.guest, size)?;
+        for spot in spots.iter().filter(|spot| spot.data != 0) {
+            self.plan_spot(core, spot, &groups, &mut plan)?;
+        }
+        let mut left = plan.jobs.len() as u64;
+        while left > 0 {
+            match self.allocate(core, left, false) {
+                Ok(run) => {
+                    plan.runs.push(run);
+                    left -= run.count;
+                }
+                Err(stop) => {
+                    for run in plan.runs {
+                        self.give_back(core, run)?;
+                    }
+                    return Err(stop);
+                }
+            }
+        }
+        let clusters = plan.runs.iter().flat_map(|run| run.first..run.first + run.count);
+        for (job, cluster) in plan.jobs.iter().zip(clusters) {
+            let host = HostOffset(cluster * core.cluster().size());
+            plan.hosts.extend(job.roots.iter().map(|root| ((job.guest, *root), (host, job.roots.len()))));
+        }
+        Ok(plan)
+    }
+
+    fn plan_spot(&mut self, core: &Core, spot: &Spot, groups: &[Group], plan: &mut Plan) -> Result<()> {
+        let mut by_host: Vec<(Option<HostOffset>, Vec<Share<'_>>)> = Vec::new();
+        for group in groups {
+            let words = self.entry_in(core, group.table, spot.guest)?;
+            let (silent, allocated) = silent(core, words, spot.guest, group.end)?;
+            let host = match EntryFormat::raw_offset(words.entry) {
+                _ if EntryFormat::is_compressed(words.entry) => continue,
+                0 => None,
+                host => Some(HostOffset(host)),
+            };
+            let data = silent & spot.data;
+            // Without subclusters a cluster is silent as a whole.
+            if data == 0 && (host.is_none() || !core.format.extended) {
+                continue;
+            }
+            let is_own = group.is_active_alone() && EntryFormat::copied(words.entry);
+            let share = Share { group, data, allocated, is_own };
+            match by_host.iter_mut().find(|(other, _)| *other == host) {
+                Some((_, all)) => all.push(share),
+                None => by_host.push((host, vec![share])),
+            }
+        }
+        for (host, all) in by_host {
+            let data = all.iter().fold(0, |mask, share| mask | share.data);
+            let allocated = all.iter().fold(0, |mask, share| mask | share.allocated);
+            if data == 0 {
+                continue;
+            }
+            if core.data_file.is_some() {
+                let host = HostOffset(spot.guest);
+                plan.in_place.push(InPlace { host, guest: spot.guest, mask: data });
+                continue;
+            }
+            let Some(host) = host else {
+                plan.share(core, spot.guest, &all);
+                continue;
+            };
+            let users: u64 = all.iter().map(|share| share.group.roots.len() as u64).sum();
+            let cluster = core.cluster().index(host.0);
+            let is_all = matches!(all[..], [Share { is_own: true, .. }]) || self.count(core, cluster)? == users;
+            self.may_be_data(core, host, core.cluster().size())?;
+            if is_all && data & allocated == 0 {
+                plan.in_place.push(InPlace { host, guest: spot.guest, mask: data });
+            } else {
+                // Somebody else has bytes there: all that are known leave it.
+                plan.jobs.extend(all.iter().map(|share| Job {
+                    guest: spot.guest,
+                    mask: share.data,
+                    roots: share.group.roots.clone(),
+                    old: Some((host, share.allocated)),
+                }));
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets all tables name what has been filled, and counts it.
+    pub(super) fn name_filled(&mut self, core: &Core, plan: &Plan, spots: &[Spot], at: u64, size: u64) -> Result<()> {
+        // Afresh: meanwhile the active table may have come to be one of its own.
+        let groups = self.groups(core, at, size)?;
+        for (host, count) in plan.hosts.values() {
+            if *count > 1 {
+                self.set_count(core, core.cluster().index(host.0), *count as u64)?;
+            }
+        }
+        for spot in spots {
+            for group in &groups {
+                let Some(table) = group.table else { continue };
+                let words = self.entry_in(core, group.table, spot.guest)?;
+                let (silent, _) = silent(core, words, spot.guest, group.end)?;
+                let (data, zero) = (silent & spot.data, silent & spot.zero);
+                let new = plan.hosts.get(&(spot.guest, group.roots[0])).copied();
+                let new =
+                    new.filter(|_| data != 0 || EntryFormat::raw_offset(words.entry) != 0 && core.format.extended);
+                let entry = match new {
+                    Some((host, 1)) => EntryFormat::owned(host),
+                    Some((host, _)) => EntryFormat::shared(EntryFormat::owned(host)),
+                    None if data != 0 && core.data_file.is_some() => EntryFormat::owned(HostOffset(spot.guest)),
+                    None if zero != 0 && !core.format.extended => EntryFormat::zero(None),
+                    None => words.entry,
+                };
+                let bitmap = if core.format.extended && !EntryFormat::is_compressed(words.entry) {
+                    let (had, was_zero) = (words.bitmap as u32, (words.bitmap >> 32) as u32);
+                    SubclusterEntry::bitmap(had | data, was_zero | zero)
+                } else {
+                    words.bitmap
+                };
+                self.set_entry_in(core, table, spot.guest, Words { entry, bitmap })?;
+                if new.is_some() {
+                    group.roots.iter().try_for_each(|_| self.release(core, words))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Plan {
+    /// One new cluster for all that have none, or as many as counts of this width need.
+    fn share(&mut self, core: &Core, guest: u64, all: &[Share<'_>]) {
+        let most = max_refcount(core.order);
+        let mut job: Option<Job> = None;
+        for Share { group, data, .. } in all {
+            let fits = |job: &Job| (job.roots.len() + group.roots.len()) as u64 <= most;
+            match &mut job {
+                Some(job) if fits(job) => {
+                    job.mask |= data;
+                    job.roots.extend(&group.roots);
+                }
+                _ => {
+                    let next = Job { guest, mask: *data, roots: group.roots.clone(), old: None };
+                    self.jobs.extend(job.replace(next));
+                }
+            }
+        }
+        self.jobs.extend(job);
+    }
+}
