@@ -10,7 +10,7 @@ use chainfs::image::create::{CreateOptions, NewBacking, initial_image};
 use chainfs::image::write::{Writer, WriterOptions};
 use chainfs::image::{HeaderChange, change_header};
 use serde_json::Value;
-use sim::crash::states;
+use sim::crash::each_state;
 use sim::images::Opened;
 use sim::oracle::Scratch;
 use sim::{KIB, MIB, Machine, Pages, SimDisk};
@@ -77,14 +77,15 @@ fn changed(scratch: &Scratch, pages: &Pages, change: &HeaderChange, what: &str) 
     }
     let new = disk.snapshot();
     let (old_header, new_header) = (header(pages), header(&new));
-    for (index, state) in states(&machine.tape(), std::slice::from_ref(pages)).into_iter().enumerate() {
-        let found = header(&state[0]);
-        let found = nameless(&found);
+    let mut index = 0;
+    each_state(&machine.tape(), std::slice::from_ref(pages), usize::MAX, |_, state| {
+        let found = nameless(&header(&state[0]));
         assert!(found == nameless(&old_header) || found == nameless(&new_header), "{what}: {found:?}");
         if index % 3 == 1 {
             assert_eq!(by_qemu(scratch, &state[0]), by_us(&state[0]), "{what}");
         }
-    }
+        index += 1;
+    });
     assert_eq!(by_qemu(scratch, &new), by_us(&new), "{what}");
     if let Some(frozen) = &change.frozen {
         assert_eq!(new_header.frozen, *frozen, "{what}");

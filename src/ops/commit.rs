@@ -357,7 +357,7 @@ fn set_out(
     })();
     match begun {
         Ok((writer, segment, views, active)) => {
-            Ok(CommitJob { base, writer, intent, is_undoable, segment, _views: views, active })
+            Ok(CommitJob { base, writer, intent, is_undoable, segment, views, active })
         }
         Err(error) => Err(Box::new((error, intent))),
     }

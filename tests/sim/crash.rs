@@ -428,22 +428,23 @@ fn fate(choice: Choice, index: usize, random: &mut Random) -> Fate {
     }
 }
 
-/// The files after every crash worth making, each once.
-pub fn states(tape: &[Event], start: &[Pages]) -> Vec<Vec<Pages>> {
+/// Visits the files after crashes, `limit` of them where there are more, each content once between two flushes
+/// that were acknowledged: how many events of the tape had happened, and the files.
+pub fn each_state(tape: &[Event], start: &[Pages], limit: usize, mut visit: impl FnMut(usize, Vec<Pages>)) {
     let mut random = Random::new(mix(seed()));
-    let (mut disk, mut done, mut seen) = (Volatile::new(start), 0, HashSet::new());
-    let mut found = Vec::new();
-    for Candidate { cut, choice, seed } in candidates(tape, start.len(), &mut random) {
+    let (mut disk, mut done, mut flushes, mut seen) = (Volatile::new(start), 0, 0, HashSet::new());
+    let all = candidates(tape, start.len(), &mut random);
+    for Candidate { cut, choice, seed } in choose(all, limit, &mut random) {
         while done < cut {
             disk.take(tape, done);
+            flushes += u64::from(matches!(tape[done], Event::Flushed));
             done += 1;
         }
         let files = disk.state(tape, choice, &mut Random::new(seed));
-        if seen.insert(files.iter().fold(0, |hash, file| mix(hash) ^ file.hash())) {
-            found.push(files);
+        if seen.insert(files.iter().fold(flushes, |hash, file| mix(hash) ^ file.hash())) {
+            visit(cut, files);
         }
     }
-    found
 }
 
 /// After everything on the tape, some of what was not synced is lost: one such state for each seed.

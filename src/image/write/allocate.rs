@@ -64,6 +64,9 @@ impl Meta {
         }
         for cluster in first..first + count {
             self.set_count(core, cluster, 1)?;
+            if let Some(session) = &mut self.session {
+                session.made.add(cluster, 1);
+            }
         }
         let is_fresh = first >= self.fresh;
         self.fresh = self.fresh.max(first + count);
@@ -88,6 +91,9 @@ impl Meta {
             self.set_count(core, cluster, count - 1)?;
             if count == 1 {
                 self.free_hint = self.free_hint.min(cluster);
+                if let Some(session) = &mut self.session {
+                    session.made.remove(cluster, 1);
+                }
             }
         }
         Ok(())
@@ -199,12 +205,14 @@ impl Meta {
         self.set_word(core, place, Class::L1, EntryFormat::owned(table))?;
         if let Some(old) = entry.l2 {
             let first = core.cluster().index(old.0);
-            self.roles.remove(first, 1);
+            if self.session.is_none() {
+                self.roles.remove(first, 1);
+            }
             // Whoever else refers to it still needs what has changed there.
-            if self.count(core, first)? == 1 {
+            if self.session.is_some() || self.count(core, first)? == 1 {
                 self.slices.forget(old.0, old.0 + core.cluster().size(), core.slice_len());
             }
-            self.pending.push(Freed { first, count: 1 });
+            self.free_later(first);
         }
         Ok(table)
     }
@@ -222,7 +230,7 @@ impl Meta {
                 && !EntryFormat::is_compressed(word)
                 && core.data_file.is_none()
                 && host != 0
-                && self.count(core, host)? != 1
+                && (self.session.is_some() || self.count(core, host)? != 1)
             {
                 set_refcount(first, 0, 6, EntryFormat::shared(word));
             }

@@ -56,7 +56,7 @@ impl Qcow2Writer {
         while self.is_dirty() {
             self.flush_in_turn()?;
         }
-        Ok(())
+        self.give_back_reserve()
     }
 
     pub(super) fn is_dirty(&self) -> bool {
@@ -105,7 +105,7 @@ impl Qcow2Writer {
     }
 
     /// Takes the references of what was freed, now that nothing on disk refers to it.
-    fn release(&self, freed: &[Freed]) -> Result<()> {
+    pub(super) fn release(&self, freed: &[Freed]) -> Result<()> {
         if freed.is_empty() {
             return Ok(());
         }

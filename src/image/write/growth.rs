@@ -19,7 +19,9 @@ use super::qcow2::Qcow2Writer;
 use super::slices::Class;
 
 // Places of header fields, from the specification; each written at once lies in the first sector.
-const SIZE_AT: u64 = 24;
+/// Bytes of the disk (8), the method of encryption (4), then the L1 table as at [`L1_AT`].
+pub(super) const SIZE_AT: u64 = 24;
+/// Entries of the L1 table (4), its offset (8).
 const L1_AT: u64 = 36;
 
 /// A refcount table to come, with the blocks that count it.
@@ -134,7 +136,7 @@ impl Qcow2Writer {
         }
         self.prepare()?;
         if entries > u64::from(self.meta.read().l1.entries) {
-            self.grow_l1(entries as u32)?;
+            if self.is_undoable() { self.extend_l1(entries as u32)? } else { self.grow_l1(entries as u32)? }
         }
         if self.raw_data
             && let Some(data_file) = &self.core.data_file
@@ -148,6 +150,11 @@ impl Qcow2Writer {
             self.zero_held(at, turn, Zeroing::Unmap, size)?;
             self.relieve()?;
             at += turn;
+        }
+        if self.is_undoable() {
+            // The header will say so when it names the new tables.
+            self.size.store(size, Ordering::Release);
+            return Ok(());
         }
         let _turn = self.flushes.turn();
         self.check_poison()?;

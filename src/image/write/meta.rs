@@ -16,6 +16,7 @@ use crate::units::{ClusterBits, GuestOffset, HostOffset};
 
 use super::roles::Roles;
 use super::slices::{Class, Slices};
+use super::undo::Session;
 
 /// Bytes of a slice; tables of smaller clusters have one slice a cluster.
 const SLICE_LEN: u64 = 4096;
@@ -130,6 +131,8 @@ pub(super) struct Meta {
     pub(super) pending: Vec<Freed>,
     /// The internal snapshots, as the header names them.
     pub(super) snapshots: Vec<SnapshotRoot>,
+    /// The image as it was, while what is written can be undone.
+    pub(super) session: Option<Session>,
 }
 
 impl Meta {
@@ -152,8 +155,12 @@ impl Meta {
         if at >= place + have as u64 && at >= self.file_len {
             return Err(core.corrupt(format_args!("a table at {at:#x} lies past the end of the file")));
         }
-        let words: Arc<[u64]> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
-        let mended = if class == Class::L2 && core.has_snapshots() { self.mend(core, &words)? } else { None };
+        let mut words: Arc<[u64]> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
+        if let Some(session) = &self.session {
+            session.mask(core, Arc::make_mut(&mut words), class);
+        }
+        let may_lie = class == Class::L2 && core.has_snapshots() && self.session.is_none();
+        let mended = if may_lie { self.mend(core, &words)? } else { None };
         self.slices.insert(place, class, Arc::clone(&words));
         let Some(mended) = mended else { return Ok((words, index)) };
         self.slices.change(place).expect("it was just kept").copy_from_slice(&mended);
@@ -340,14 +347,11 @@ impl Meta {
         self.set_entry_in(core, table, at, words)
     }
 
-    /// Notes that an entry no longer refers to what `words` name: free after the next flush.
+    /// Notes that an entry no longer refers to what `words` name (see `free_later`).
     pub(super) fn release(&mut self, core: &Core, words: Words) -> Result<()> {
         if let Some(freed) = references(core, words) {
             self.may_be_clusters(core, freed)?;
-            match self.pending.last_mut() {
-                Some(last) if last.first + last.count == freed.first => last.count += freed.count,
-                _ => self.pending.push(freed),
-            }
+            (freed.first..freed.first + freed.count).for_each(|cluster| self.free_later(cluster));
         }
         Ok(())
     }

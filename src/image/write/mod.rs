@@ -6,6 +6,7 @@
 //! The layers below are asked through [`Below`] and never changed.
 
 mod allocate;
+mod copy;
 mod fill;
 mod fill_plan;
 mod flush;
@@ -19,6 +20,7 @@ mod roles;
 mod roots;
 mod slices;
 mod snapshot;
+mod undo;
 mod zero;
 
 use std::sync::Arc;
@@ -28,12 +30,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::HeaderChange;
 use crate::io::{Storage, WriteStorage};
 
-use meta::Piece;
-
-pub use ranges::{Held, Ranges};
-
 pub use fill::{Fill, Wanted};
+pub use ranges::{Held, Ranges};
 pub use snapshot::NewSnapshot;
+
+use meta::Piece;
 
 use qcow2::Qcow2Writer;
 use raw::RawWriter;
@@ -100,6 +101,16 @@ impl From<Piece> for Located {
     }
 }
 
+/// Gives back space that was reserved behind the end of a file, which ends at `from`.
+fn give_back_behind(file: &dyn WriteStorage, from: u64, end: u64) -> Result<()> {
+    if end > from {
+        where_possible(file.punch_hole(from, end - from))?;
+        // Some file systems only do it when the length is set, be it to what it is.
+        file.set_len(from)?;
+    }
+    Ok(())
+}
+
 /// How a writer behaves.
 #[derive(Clone, Copy, Debug)]
 pub struct WriterOptions {
@@ -155,6 +166,55 @@ impl Writer {
         Ok(Arc::new(Self { body: Body::Qcow2(Box::new(writer)) }))
     }
 
+    /// As [`Writer::qcow2`], but what is written can be undone: until [`Writer::publish`], nothing changes on disk
+    /// that the image or an internal snapshot shows, and no cluster that they use; a crash leaves leaks at
+    /// worst. The disk itself reads as it was written. `Unsupported` with an external data file.
+    pub fn qcow2_undoable(
+        name: &str,
+        file: Arc<dyn WriteStorage>,
+        below: Option<Arc<dyn Below>>,
+        options: WriterOptions,
+    ) -> Result<Arc<Self>> {
+        let writer = Qcow2Writer::open_undoable(name, file, below, options)?;
+        Ok(Arc::new(Self { body: Body::Qcow2(Box::new(writer)) }))
+    }
+
+    /// Makes what was written the image's content, with one write to its header, after everything else is
+    /// durable; from then on this is an ordinary writer. If it fails without poisoning the disk, the image
+    /// is as it was, and can be published again or abandoned; otherwise it is one or the other as a whole.
+    ///
+    /// # Panics
+    /// If the writer is none from [`Writer::qcow2_undoable`], or was published already.
+    pub fn publish(&self) -> Result<()> {
+        self.undoable().publish()
+    }
+
+    /// Gives back everything that was taken since the opening: the image is as it was, without leaks. Nothing
+    /// can be done with the writer afterwards. If it fails, leaks are left.
+    ///
+    /// # Panics
+    /// As [`Writer::publish`].
+    pub fn abandon(&self) -> Result<()> {
+        self.undoable().abandon()
+    }
+
+    fn undoable(&self) -> &Qcow2Writer {
+        match &self.body {
+            Body::Raw(_) => panic!("what is written to a raw image cannot be undone"),
+            Body::Qcow2(qcow2) => qcow2,
+        }
+    }
+
+    /// Takes space behind the end of the file, so that `bytes` more of it can be used without fear of a full
+    /// file system. What is left of it is given back when the disk is closed, published or abandoned. Nothing
+    /// happens where the file system cannot do that.
+    pub fn reserve(&self, bytes: u64) -> Result<()> {
+        match &self.body {
+            Body::Raw(raw) => raw.reserve(bytes),
+            Body::Qcow2(qcow2) => qcow2.reserve(bytes),
+        }
+    }
+
     /// Bytes of the disk.
     pub fn size(&self) -> u64 {
         match &self.body {
@@ -184,6 +244,19 @@ impl Writer {
         match &self.body {
             Body::Raw(raw) => raw.write_at(at, bytes),
             Body::Qcow2(qcow2) => qcow2.write_at(at, bytes),
+        }
+    }
+
+    /// Makes `[at, at + len)` hold the bytes of `source` at `from`, all of which it has to have. Whole clusters
+    /// are copied from file to file, so that they may share their bytes where the file system can do that.
+    pub fn copy_from(&self, at: u64, len: u64, source: &dyn Storage, from: u64) -> Result<()> {
+        self.assert_inside(at, len);
+        if len == 0 {
+            return Ok(());
+        }
+        match &self.body {
+            Body::Raw(raw) => raw.copy_from(at, len, source, from),
+            Body::Qcow2(qcow2) => qcow2.copy_from(at, len, source, from),
         }
     }
 
@@ -281,35 +354,6 @@ impl Writer {
             Body::Qcow2(qcow2) => Arc::clone(qcow2.core.data()) as Arc<dyn Storage>,
         }
     }
-
-    /// STUB
-    pub fn qcow2_undoable(
-        name: &str,
-        file: Arc<dyn WriteStorage>,
-        below: Option<Arc<dyn Below>>,
-        options: WriterOptions,
-    ) -> Result<Arc<Self>> {
-        Self::qcow2(name, file, None, below, options)
-    }
-    /// STUB
-    pub fn publish(&self) -> Result<()> {
-        self.close()
-    }
-    /// STUB
-    pub fn abandon(&self) -> Result<()> {
-        self.close()
-    }
-    /// STUB
-    pub fn reserve(&self, _bytes: u64) -> Result<()> {
-        Ok(())
-    }
-    /// STUB
-    pub fn copy_from(&self, at: u64, len: u64, source: &dyn crate::io::Storage, from: u64) -> Result<()> {
-        let mut buf = vec![0; len as usize];
-        source.read_at(from, &mut buf)?;
-        self.write_at(at, &buf)
-    }
-    // END STUBS
 
     /// Whether anything has changed since the last flush.
     pub fn is_dirty(&self) -> bool {

@@ -62,6 +62,7 @@ impl Qcow2Writer {
             file_len,
             pending: Vec::new(),
             snapshots: Vec::new(),
+            session: None,
         };
         meta.learn_roles(&core, &header)?;
         Ok(Self {
@@ -75,12 +76,29 @@ impl Qcow2Writer {
             meta: RwLock::new(meta),
             data_dirty: AtomicBool::new(false),
             has_synced: AtomicBool::new(false),
+            reserved_end: AtomicU64::new(0),
             prepared: AtomicBool::new(false),
             preparing: Mutex::new(()),
             poison: OnceLock::new(),
             decompressed: Self::decompressed_cache(),
             core,
         })
+    }
+
+    /// Opens an image so that what is written can be undone.
+    pub(super) fn open_undoable(
+        name: &str,
+        file: Arc<dyn WriteStorage>,
+        below: Option<Arc<dyn Below>>,
+        options: WriterOptions,
+    ) -> Result<Self> {
+        if read_header(name, &*file)?.data_file.is_some() {
+            let fact = "its data lies in an external file, where nothing can be undone";
+            return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {fact}")));
+        }
+        let writer = Self::open(name, file, None, below, options)?;
+        writer.begin_undoable()?;
+        Ok(writer)
     }
 
     /// What has to be on disk before the first change is.
@@ -94,19 +112,25 @@ impl Qcow2Writer {
             return Ok(());
         }
         let header = read_header(&self.core.name, &*self.core.file)?;
-        let mut is_changed = self.mark_bitmaps(&header)?;
-        // Promises of features that are not known here hold no longer.
-        let kept = header.autoclear & feature::KNOWN_AUTOCLEAR;
-        if header.autoclear != kept {
-            self.core.file.write_at(AUTOCLEAR_AT, &kept.to_be_bytes())?;
-            is_changed = true;
-        }
+        // What can be undone leaves the image as it is until it is published.
+        let is_changed = !self.is_undoable() && self.mark(&header)?;
         self.reserve_tables(&header)?;
         if is_changed {
             self.core.file.sync().map_err(|error| self.poisoned_by(error))?;
         }
         self.prepared.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// Says in the header what no longer holds once the disk has changed; whether that was anything.
+    pub(super) fn mark(&self, header: &Header) -> Result<bool> {
+        let is_changed = self.mark_bitmaps(header)?;
+        // Promises of features that are not known here hold no longer.
+        let kept = header.autoclear & feature::KNOWN_AUTOCLEAR;
+        if header.autoclear != kept {
+            self.core.file.write_at(AUTOCLEAR_AT, &kept.to_be_bytes())?;
+        }
+        Ok(is_changed || header.autoclear != kept)
     }
 
     /// Takes space for the tables there are, which may lie in holes of the file: a full file system then

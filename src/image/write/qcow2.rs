@@ -18,6 +18,7 @@ use crate::units::{GuestOffset, HostOffset};
 
 use super::Below;
 use super::allocate::{Run, Stop};
+use super::copy::{Payload, read_exactly};
 use super::flush::Flushes;
 use super::meta::{Core, Meta, Piece, Words, piece_of};
 use super::ranges::{Held, Ranges};
@@ -52,6 +53,8 @@ pub(super) struct Qcow2Writer {
     pub(super) data_dirty: AtomicBool,
     /// There has been a barrier since the image was opened.
     pub(super) has_synced: AtomicBool,
+    /// Space is reserved up to here, behind the end of the file; 0 if there is none.
+    pub(super) reserved_end: AtomicU64,
     /// What the first write needs has been done.
     pub(super) prepared: AtomicBool,
     pub(super) preparing: Mutex<()>,
@@ -246,7 +249,7 @@ impl Qcow2Writer {
     }
 
     /// As [`Self::lookup`], for a write: damage found here ends all writing.
-    fn lookup_to_write(&self, at: u64, max: u64) -> Result<(Piece, u64)> {
+    pub(super) fn lookup_to_write(&self, at: u64, max: u64) -> Result<(Piece, u64)> {
         loop {
             {
                 let meta = self.meta.read();
@@ -282,9 +285,14 @@ impl Qcow2Writer {
     /// With the range held: gives the first of `bytes` places of their own, and writes them there.
     /// Returns how many; none if the first has one.
     pub(super) fn fill(&self, at: u64, bytes: &[u8]) -> Result<usize> {
-        let target = self.with_tables(|meta| self.find_target(meta, at, bytes.len() as u64))?;
+        self.fill_with(at, Payload::Bytes(bytes))
+    }
+
+    /// The same with bytes from anywhere.
+    pub(super) fn fill_with(&self, at: u64, payload: Payload<'_>) -> Result<usize> {
+        let target = self.with_tables(|meta| self.find_target(meta, at, payload.len()))?;
         let Some(target) = target else { return Ok(0) };
-        let written = self.fill_target(&target, at, bytes);
+        let written = self.fill_target(&target, at, payload);
         if let Err(error) = &written
             && let Some(run) = target.run
             && self.check_poison().is_ok()
@@ -360,13 +368,21 @@ impl Qcow2Writer {
     }
 
     /// Writes what belongs into the target, then lets the tables name it.
-    fn fill_target(&self, target: &Target, at: u64, bytes: &[u8]) -> Result<usize> {
+    fn fill_target(&self, target: &Target, at: u64, payload: Payload<'_>) -> Result<usize> {
         let core = &self.core;
         let target_end = target.guest + target.old.len() as u64 * core.cluster().size();
-        let end = (at + bytes.len() as u64).min(target_end).min(target.limit);
+        let end = (at + payload.len()).min(target_end).min(target.limit);
         let (from, to) = self.region(target, at, end)?;
         self.check_poison()?;
-        self.write_joined(target, from, at, &bytes[..(end - at) as usize], to)?;
+        match payload {
+            Payload::Bytes(bytes) => self.write_joined(target, from, at, &bytes[..(end - at) as usize], to)?,
+            Payload::File(source, read_at, _) if (from, to) == (at, end) => {
+                core.data().copy_from(target.host.0 + (at - target.guest), source, read_at, end - at)?;
+            }
+            Payload::File(source, read_at, _) => {
+                self.write_joined(target, from, at, &read_exactly(source, read_at, end - at)?, to)?;
+            }
+        }
         self.data_dirty.store(true, Ordering::Release);
         let mut meta = self.meta.write();
         for (index, old) in target.old.iter().enumerate() {

@@ -9,10 +9,10 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::WriteStorage;
+use crate::io::{Storage, WriteStorage};
 use crate::units::round_up_to_sector;
 
-use super::{Zeroing, zero_bytes};
+use super::{Zeroing, give_back_behind, where_possible, zero_bytes};
 
 /// A raw file that is written.
 pub(super) struct RawWriter {
@@ -24,6 +24,8 @@ pub(super) struct RawWriter {
     whole: AtomicBool,
     /// Held by whoever changes the file's length.
     growing: Mutex<()>,
+    /// Space is reserved up to here; 0 if there is none.
+    reserved_end: AtomicU64,
     /// Set when a change has been made, before its caller hears of it.
     dirty: AtomicBool,
     /// There has been a sync since the file was opened.
@@ -44,6 +46,7 @@ impl RawWriter {
             size: AtomicU64::new(size),
             whole: AtomicBool::new(len == size),
             growing: Mutex::default(),
+            reserved_end: AtomicU64::new(0),
             dirty: AtomicBool::new(false),
             has_synced: AtomicBool::new(false),
             syncing: Mutex::default(),
@@ -86,6 +89,11 @@ impl RawWriter {
         self.change(end, || self.file.write_at(at, bytes))
     }
 
+    pub(super) fn copy_from(&self, at: u64, len: u64, source: &dyn Storage, from: u64) -> Result<()> {
+        let end = self.check(at, len);
+        self.change(end, || self.file.copy_from(at, source, from, len))
+    }
+
     pub(super) fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
         let end = self.check(at, len);
         self.change(end, || zero_bytes(&*self.file, at, len, zeroing))
@@ -94,6 +102,15 @@ impl RawWriter {
     pub(super) fn allocate(&self, at: u64, len: u64) -> Result<()> {
         let end = self.check(at, len);
         self.change(end, || self.file.allocate(at, len))
+    }
+
+    pub(super) fn reserve(&self, bytes: u64) -> Result<()> {
+        self.healthy()?;
+        let _growing = self.growing.lock();
+        let from = self.file.len()?;
+        where_possible(self.file.reserve(from, bytes))?;
+        self.reserved_end.fetch_max(from.saturating_add(bytes), Ordering::SeqCst);
+        Ok(())
     }
 
     pub(super) fn grow(&self, size: u64) -> Result<()> {
@@ -132,7 +149,10 @@ impl RawWriter {
     }
 
     pub(super) fn close(&self) -> Result<()> {
-        self.flush()
+        self.flush()?;
+        let _growing = self.growing.lock();
+        let end = self.reserved_end.swap(0, Ordering::SeqCst);
+        if end == 0 { Ok(()) } else { give_back_behind(&*self.file, self.file.len()?, end) }
     }
 
     pub(super) fn is_dirty(&self) -> bool {
@@ -186,7 +206,6 @@ impl RawWriter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::Storage;
 
     /// A file in memory whose syncs and space can be made to fail.
     #[derive(Default)]

@@ -8,14 +8,17 @@ use std::collections::HashMap;
 const WORDS: u64 = 8;
 const PER_CHUNK: u64 = WORDS * 64;
 
+/// The clusters that hold tables.
+pub(super) type Roles = ClusterSet;
+
 /// A set of cluster numbers.
 #[derive(Debug, Default)]
-pub(super) struct Roles {
+pub(super) struct ClusterSet {
     chunks: HashMap<u64, [u64; WORDS as usize]>,
 }
 
-impl Roles {
-    /// Whether the cluster holds a table.
+impl ClusterSet {
+    /// Whether the cluster is among them.
     pub(super) fn contains(&self, cluster: u64) -> bool {
         let within = cluster % PER_CHUNK;
         self.chunks
@@ -33,6 +36,21 @@ impl Roles {
             *word |= 1 << (within % 64);
         }
         all_new
+    }
+
+    /// All of them, in order: first ones and counts.
+    pub(super) fn runs(&self) -> Vec<(u64, u64)> {
+        let mut keys: Vec<u64> = self.chunks.keys().copied().collect();
+        keys.sort_unstable();
+        let clusters = keys.into_iter().flat_map(|key| key * PER_CHUNK..(key + 1) * PER_CHUNK);
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for cluster in clusters.filter(|cluster| self.contains(*cluster)) {
+            match runs.last_mut() {
+                Some((first, count)) if *first + *count == cluster => *count += 1,
+                _ => runs.push((cluster, 1)),
+            }
+        }
+        runs
     }
 
     /// Takes clusters out.
@@ -56,6 +74,7 @@ mod tests {
         assert!(roles.add(500, 30) && !roles.contains(499) && roles.contains(500) && roles.contains(529));
         assert!(!roles.add(529, 2) && roles.contains(530));
         roles.remove(500, 29);
+        assert_eq!(roles.runs(), [(529, 2)]);
         assert!(!roles.contains(528) && roles.contains(529) && !roles.contains(1 << 50));
     }
 }

@@ -82,6 +82,12 @@ impl Slices {
         }
     }
 
+    /// Forgets all slices of a class, changed or not.
+    pub(super) fn forget_class(&mut self, class: Class) {
+        self.by_place.retain(|_, slice| slice.class != class);
+        self.dirty[class as usize].clear();
+    }
+
     /// Whether anything of a class has changed.
     pub(super) fn is_dirty(&self) -> bool {
         self.dirty.iter().any(|places| !places.is_empty())
@@ -168,5 +174,9 @@ mod tests {
         slices.change(4096).unwrap()[0] = 9;
         slices.forget(4096, 8192, 4096);
         assert!(!slices.is_dirty() && slices.get(4096).is_none() && slices.get(0).is_some());
+        slices.insert(1 << 20, Class::L1, vec![1; 512].into());
+        slices.change(0).unwrap()[0] = 9;
+        slices.forget_class(Class::L2);
+        assert!(!slices.is_dirty() && slices.get(0).is_none() && slices.get(1 << 20).is_some());
     }
 }

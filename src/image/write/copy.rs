@@ -1,0 +1,86 @@
+//! Copies from a file into the disk.
+//!
+//! Whole clusters go from file to file, in turns as long as the free clusters lie together; what fills no
+//! cluster goes the way of any write. Order, gates and ranges are those of writes.
+
+use std::sync::atomic::Ordering;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::Storage;
+
+use super::meta::Piece;
+use super::qcow2::Qcow2Writer;
+
+/// Bytes that one turn covers, at most.
+const MAX_TURN: u64 = 16 << 20;
+
+/// What is to be written.
+#[derive(Clone, Copy)]
+pub(super) enum Payload<'a> {
+    Bytes(&'a [u8]),
+    /// So many bytes of a file, from a position on.
+    File(&'a dyn Storage, u64, u64),
+}
+
+impl Payload<'_> {
+    pub(super) fn len(&self) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes.len() as u64,
+            Self::File(_, _, len) => *len,
+        }
+    }
+}
+
+impl Qcow2Writer {
+    /// Makes `[at, at + len)` hold the bytes of `source` at `from`.
+    pub(super) fn copy_from(&self, at: u64, len: u64, source: &dyn Storage, from: u64) -> Result<()> {
+        self.prepare()?;
+        let cluster = self.core.cluster();
+        let mut done = 0;
+        while done < len {
+            let (position, read_at, rest) = (at + done, from + done, len - done);
+            let whole = rest - rest % cluster.size();
+            done += if !cluster.aligned(position) || whole == 0 {
+                // A part of a cluster: what is around it may have to move along.
+                let part = rest.min(cluster.size() - cluster.within(position));
+                self.write_at(position, &read_exactly(source, read_at, part)?)?;
+                part
+            } else {
+                let turn = self.core.rest_of_table(position, whole).min(MAX_TURN);
+                match self.copy_in_place(position, turn, source, read_at)? {
+                    0 => self.copy_elsewhere(position, turn, source, read_at)?,
+                    copied => copied,
+                }
+            };
+            self.relieve()?;
+        }
+        Ok(())
+    }
+
+    /// As [`Self::write_in_place`].
+    fn copy_in_place(&self, at: u64, len: u64, source: &dyn Storage, from: u64) -> Result<u64> {
+        let _gate = self.reuse_gate.read();
+        self.check_poison()?;
+        let (Piece::Own(host), run) = self.lookup_to_write(at, len)? else { return Ok(0) };
+        // With subclusters a run may end within a cluster; the rest of that is for the next turn.
+        self.core.data().copy_from(host.0, source, from, run)?;
+        self.data_dirty.store(true, Ordering::Release);
+        Ok(run)
+    }
+
+    /// As [`Self::write_elsewhere`].
+    fn copy_elsewhere(&self, at: u64, len: u64, source: &dyn Storage, from: u64) -> Result<u64> {
+        let _held = self.hold(at, len);
+        self.fill_with(at, Payload::File(source, from, len)).map(|done| done as u64)
+    }
+}
+
+/// Bytes of a source that has to have them.
+pub(super) fn read_exactly(source: &dyn Storage, at: u64, len: u64) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; len as usize];
+    if source.read_at(at, &mut bytes)? < bytes.len() {
+        let fact = format!("a file ends before {:#x}, in the middle of what was to be copied", at + len);
+        return Err(Error::new(ErrorKind::Io, fact));
+    }
+    Ok(bytes)
+}
