@@ -11,7 +11,7 @@ use std::sync::Arc;
 use chainfs::error::ErrorKind;
 use chainfs::image::check::check;
 use chainfs::image::write::{Below, Writer, WriterOptions, Zeroing};
-use chainfs::io::{Descriptors, Root, StoreFile};
+use chainfs::io::{Descriptors, Root, StoreFile, WriterKind};
 use sim::crash::each_state;
 use sim::disk::{Calls, Event};
 use sim::images::{Opened, compressible, scribble};
@@ -445,7 +445,7 @@ fn copies_from_file_to_file_are_what_qemu_reads() {
         scratch.create(IMAGE, options, &size.to_string());
         scratch.io(IMAGE, &["write -q -P 5 1M 3M", "write -q -z 9M 1M"]);
         let (image, source) = (store_file(&scratch, IMAGE), store_file(&scratch, "source.raw"));
-        let lock = image.lock_for_writing(false).unwrap();
+        let lock = image.lock_for_writing(WriterKind::Guest, false).unwrap();
         let file = image.open_for_writing().unwrap();
         let options = WriterOptions::default();
         let writer = if undoable {
@@ -473,7 +473,7 @@ fn copies_from_file_to_file_are_what_qemu_reads() {
     }
     scratch.img(&format!("create -q -f raw raw.img {size}"));
     let (image, source) = (store_file(&scratch, "raw.img"), store_file(&scratch, "source.raw"));
-    let _lock = image.lock_for_writing(false).unwrap();
+    let _lock = image.lock_for_writing(WriterKind::Guest, false).unwrap();
     let writer = Writer::raw("raw.img", image.open_for_writing().unwrap()).unwrap();
     writer.reserve(MIB).unwrap();
     writer.copy_from(0, size, &*source, 0).unwrap();

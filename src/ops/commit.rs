@@ -494,12 +494,13 @@ impl CommitJob {
 
     /// Makes base what everybody stands on. From its first step on there is no way back.
     fn switch(self, engine: &Engine, world: &World, lock: Claim) -> Result<()> {
-        let Self { base, writer, intent, active, views, segment, .. } = self;
+        let Self { base, writer, intent, active, views, segment, is_undoable } = self;
+        let publish = || if is_undoable { writer.publish() } else { writer.close() };
         // Nobody of us needs base as it was any more.
         drop((views, segment));
         let Some((job, mirror)) = active else {
             // Durable and named by its header; then everybody is told.
-            writer.publish()?;
+            publish()?;
             drop(writer);
             base.finish()?;
             return finish::commit(engine, intent, lock);
@@ -515,7 +516,7 @@ impl CommitJob {
         {
             let mut sealed = job.seal();
             mirror.check()?;
-            writer.publish()?;
+            publish()?;
             let prepared = sealed.prepare_fall(base)?;
             finish::take_name(&*names, &old_base.path, &top.path, &name)?;
             sealed.fall(prepared, &own(&name));
