@@ -11,7 +11,7 @@ use crate::chain::{Source, View};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::HeaderChange;
-use crate::image::write::{Below as Lower, Fill, Wanted, Writer};
+use crate::image::write::{Below as Lower, Fill, Place, Wanted, Writer};
 use crate::store::{
     ActiveJob, Deed, ImageIndex, Intent, JobImage, Keeping, Named, OpenView, OwnedIntent, Store, ViewPart, shown,
 };
@@ -163,6 +163,19 @@ impl Fill for Between {
             }
             Source::Data(_) | Source::Compressed | Source::Bad => Ok((Wanted::Data, extent.len)),
         }
+    }
+
+    fn place(&self, at: u64, len: u64) -> Result<(Place, u64)> {
+        let Some(view) = self.between.as_ref().filter(|view| at < view.size()) else { return Ok((None, len)) };
+        let extent = view.resolve(at, len.min(view.size() - at))?;
+        let place = match (extent.source, view.layers().get(extent.layer)) {
+            // A raw file may end within its last sector.
+            (Source::Data(host), Some(layer)) if host.0 + extent.len <= layer.image().data().len()? => {
+                Some((Arc::clone(layer.image().data()), host.0))
+            }
+            _ => None,
+        };
+        Ok((place, extent.len))
     }
 }
 

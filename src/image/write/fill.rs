@@ -7,11 +7,13 @@
 //!
 //! The guest's writes win: what is filled is looked at, copied and named while its range is held.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::error::Result;
 use crate::format::Version;
 use crate::format::subcluster::SUBCLUSTERS;
+use crate::io::Storage;
 use crate::units::HostOffset;
 
 use super::fill_plan::{Plan, Spot, runs_of, unit_len};
@@ -23,7 +25,17 @@ pub trait Fill: Send + Sync {
     /// What is to stand at `at` where the image is silent there, and for how many of `len` bytes the same
     /// holds; at least 1. Asked of the longest of the image's disks.
     fn wanted(&self, at: u64, len: u64) -> Result<(Wanted, u64)>;
+
+    /// The file in which what shows through at `at` lies as it is, and where, so that it need not go through
+    /// memory; and for how many of `len` bytes the same holds.
+    fn place(&self, at: u64, len: u64) -> Result<(Place, u64)> {
+        let _ = at;
+        Ok((None, len))
+    }
 }
+
+/// A file and a position in it, if there is one.
+pub type Place = Option<(Arc<dyn Storage>, u64)>;
 
 /// What is to stand where an image is silent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +121,7 @@ impl Qcow2Writer {
             }
             meta.plan(&self.core, &spots, self.size())
         })?;
-        self.carry_out(&plan, &spots, at, longest).inspect_err(|_| {
+        self.carry_out(&plan, &spots, at, longest, fill).inspect_err(|_| {
             if self.check_poison().is_ok() {
                 // Nothing refers to the clusters: they are as free as before.
                 let mut meta = self.meta.write();
@@ -139,7 +151,7 @@ impl Qcow2Writer {
     }
 
     /// Puts the data where it belongs, then lets the tables name it.
-    fn carry_out(&self, plan: &Plan, spots: &[Spot], at: u64, longest: u64) -> Result<u64> {
+    fn carry_out(&self, plan: &Plan, spots: &[Spot], at: u64, longest: u64, fill: &dyn Fill) -> Result<u64> {
         let core = &self.core;
         self.check_poison()?;
         if self.raw_data
@@ -153,7 +165,7 @@ impl Qcow2Writer {
                 }
             }
         }
-        let copied = self.write_segments(&self.segments(plan, spots, longest))?;
+        let copied = self.write_segments(self.segments(plan, spots, longest), fill)?;
         self.data_dirty.store(true, Ordering::Release);
         let mut meta = self.meta.write();
         meta.name_filled(core, plan, spots, at, self.size()).map_err(|error| self.poisoned_by(error))?;
@@ -224,10 +236,17 @@ impl Qcow2Writer {
     }
 
     /// Writes segments, those that lie side by side together; returns how many bytes came from below.
-    fn write_segments(&self, segments: &[Segment]) -> Result<u64> {
+    fn write_segments(&self, segments: Vec<Segment>, fill: &dyn Fill) -> Result<u64> {
         let (mut bytes, mut copied) = (Vec::new(), 0);
         let below = self.below();
-        let mut rest = segments;
+        let mut left = Vec::with_capacity(segments.len());
+        for segment in segments {
+            match segment.from {
+                Source::Below(guest) => copied += self.copy_placed(&segment, guest, fill, &mut left)?,
+                Source::File(_) | Source::Zero => left.push(segment),
+            }
+        }
+        let mut rest = left.as_slice();
         while let Some(first) = rest.first() {
             let mut count = 0;
             let mut end = first.host;
@@ -254,6 +273,24 @@ impl Qcow2Writer {
             }
             self.core.data().write_at(first.host, &bytes)?;
             rest = &rest[count..];
+        }
+        Ok(copied)
+    }
+
+    /// Moves what of a segment from below lies in a file as it is from there; the rest is left. Returns how many
+    /// bytes that were.
+    fn copy_placed(&self, segment: &Segment, guest: u64, fill: &dyn Fill, left: &mut Vec<Segment>) -> Result<u64> {
+        let (mut done, mut copied) = (0, 0);
+        while done < segment.len {
+            let (place, run) = fill.place(guest + done, segment.len - done)?;
+            let host = segment.host + done;
+            if let Some((file, from)) = place {
+                self.core.data().copy_from(host, &*file, from, run)?;
+                copied += run;
+            } else {
+                left.push(Segment { host, from: Source::Below(guest + done), len: run });
+            }
+            done += run;
         }
         Ok(copied)
     }

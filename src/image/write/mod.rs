@@ -30,7 +30,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::HeaderChange;
 use crate::io::{Storage, WriteStorage};
 
-pub use fill::{Fill, Wanted};
+pub use fill::{Fill, Place, Wanted};
 pub use ranges::{Held, Ranges};
 pub use snapshot::NewSnapshot;
 
