@@ -21,7 +21,7 @@ use crate::store::{
 use super::board::{Progress, Tokens};
 use super::copy::{PIECE, Segment};
 use super::engine::Engine;
-use super::finish::{self, Finish};
+use super::finish::{self, Child, Finish};
 use super::mirror::MergeMirror;
 use super::plan::{Plan, PlanLayer};
 use super::request::CommitRequest;
@@ -276,6 +276,8 @@ pub(super) struct CommitJob {
     /// What is merged, and what keeps it open.
     segment: Segment,
     views: Vec<OpenView>,
+    /// Those that will stand on base: nobody else opens them meanwhile.
+    children: Vec<Child>,
     active: Option<(ActiveJob, Arc<MergeMirror>)>,
 }
 
@@ -353,11 +355,13 @@ fn set_out(
         let view = store.open_view(&world.catalog, &layers.chain[start..], ViewPart::Active, layers.is_active)?;
         let frozen = store.part_of(&view.view, first, segment.len());
         views.push(view);
-        Ok((writer, Segment { live, frozen }, views, active))
+        let take = |child: &ImageIndex| Child::take(store, world, *child);
+        let children = layers.children.iter().map(take).collect::<Result<Vec<_>>>()?;
+        Ok((writer, Segment { live, frozen }, views, children, active))
     })();
     match begun {
-        Ok((writer, segment, views, active)) => {
-            Ok(CommitJob { base, writer, intent, is_undoable, segment, views, active })
+        Ok((writer, segment, views, children, active)) => {
+            Ok(CommitJob { base, writer, intent, is_undoable, segment, views, children, active })
         }
         Err(error) => Err(Box::new((error, intent))),
     }
@@ -385,7 +389,7 @@ impl CommitJob {
         if let Some((job, mirror)) = &self.active {
             job.set_mirror(Some(Arc::clone(mirror) as Arc<dyn Mirror>));
         }
-        let copied = self.copy(progress);
+        let copied = self.copy(&store, progress);
         let switched = copied.and_then(|()| {
             // From the last look at who uses what until the switch, nobody else changes anything.
             let lock = store.guard().lock(&*store.guard_names())?;
@@ -401,14 +405,19 @@ impl CommitJob {
         }
     }
 
-    fn copy(&self, progress: &Progress) -> Result<()> {
+    fn copy(&self, store: &Store, progress: &Progress) -> Result<()> {
         let size = self.segment.size();
         let total = self.segment.data_len()?;
         progress.set_total(total);
-        self.writer.reserve(total)?;
         let old_size = self.writer.size();
         if size > old_size {
             self.writer.grow(size)?;
+        }
+        if !finish::shares_blocks(store) {
+            match self.base.format() {
+                Format::Qcow2 => self.writer.reserve(total)?,
+                Format::Raw => self.segment.reserve_in(&self.writer)?,
+            }
         }
         let mut at = 0;
         while at < self.segment.size() {
@@ -494,7 +503,7 @@ impl CommitJob {
 
     /// Makes base what everybody stands on. From its first step on there is no way back.
     fn switch(self, engine: &Engine, world: &World, lock: Claim) -> Result<()> {
-        let Self { base, writer, intent, active, views, segment, is_undoable } = self;
+        let Self { base, writer, intent, active, views, segment, children, is_undoable } = self;
         let publish = || if is_undoable { writer.publish() } else { writer.close() };
         // Nobody of us needs base as it was any more.
         drop((views, segment));
@@ -503,7 +512,7 @@ impl CommitJob {
             publish()?;
             drop(writer);
             base.finish()?;
-            return finish::commit(engine, intent, lock);
+            return finish::commit(engine, intent, lock, children);
         };
         let store = engine.store();
         let Deed::Commit { top, base: old_base, rename: Some(name), .. } = intent.intent.deed.clone() else {
@@ -532,7 +541,7 @@ pub(super) fn resume(engine: &Engine, intent: OwnedIntent, tokens: &mut Tokens) 
     let lock = store.guard().lock(&*store.guard_names())?;
     let world = World::look(store)?;
     match finish::commit_state(&world, &intent.intent)? {
-        Finish::Copied => finish::commit(engine, intent, lock).map(|()| None),
+        Finish::Copied => finish::commit(engine, intent, lock, Vec::new()).map(|()| None),
         Finish::NotCopied(layers) => {
             let path = intent.intent.chain.clone();
             tokens.extend(&world.chains_of(&[layers.top]))?;

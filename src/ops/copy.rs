@@ -108,6 +108,19 @@ impl Segment {
         Ok(())
     }
 
+    /// Takes space in a raw target for all that will be moved into it.
+    pub(super) fn reserve_in(&self, target: &Writer) -> Result<()> {
+        let (mut at, end) = (0, self.size());
+        while at < end {
+            let (found, run) = self.find(at, end - at)?;
+            if matches!(found, Found::In(..) | Found::Read) {
+                target.allocate(at, run)?;
+            }
+            at += run;
+        }
+        Ok(())
+    }
+
     /// How many bytes of data the segment holds, as far as one can tell without reading any.
     pub(super) fn data_len(&self) -> Result<u64> {
         let (mut at, end, mut sum) = (0, self.size(), 0);

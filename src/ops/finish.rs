@@ -10,7 +10,7 @@ use crate::image::check::{Scope, repair};
 use crate::image::write::Writer;
 use crate::image::{HeaderChange, change_header};
 use crate::io::{Claim, Directory, FileId, directory_of};
-use crate::store::{ActiveJob, Catalog, Deed, Format, ImageIndex, Intent, Named, OwnedIntent, Store, shown};
+use crate::store::{ActiveJob, Catalog, Deed, Format, ImageIndex, Intent, JobImage, Named, OwnedIntent, Store, shown};
 
 use super::commit::Layers;
 use super::engine::Engine;
@@ -96,15 +96,18 @@ pub(super) fn taken(world: &World, path: &Path, refusals: &mut Vec<Error>) {
 pub(super) fn check_room(world: &World, target: ImageIndex, space: u64, refusals: &mut Vec<Error>) {
     let image = world.image(target);
     let free = world.store.file(&image.place, &image.stat, false).free_space();
-    // There what is copied may take no space of its own.
-    let shares = world.store.roots()[0].file_system().is_ok_and(|kind| SHARING.contains(&kind));
     if let Ok(free) = free
         && free < space
-        && !shares
+        && !shares_blocks(&world.store)
     {
         let fact = format!("{} would need {space} bytes, and {free} are free", image.shown());
         refusals.push(Error::new(ErrorKind::NoSpace, fact));
     }
+}
+
+/// Whether what is copied within the store may take no space of its own: none is asked for beforehand then.
+pub(super) fn shares_blocks(store: &Store) -> bool {
+    store.roots()[0].file_system().is_ok_and(|kind| SHARING.contains(&kind))
 }
 
 /// Magic numbers of file systems on which copies may share their blocks: XFS, btrfs, bcachefs.
@@ -141,8 +144,52 @@ pub(super) fn commit_state(world: &World, intent: &Intent) -> Result<Finish> {
     })
 }
 
-/// The steps of a commit after the copy is durable; `lock` is held from the last look at who uses what.
-pub(super) fn commit(engine: &Engine, intent: OwnedIntent, lock: Claim) -> Result<()> {
+/// An image that is to stand on something else, in the hands of a job.
+pub(super) enum Child {
+    /// The top of an active disk, which may be in use.
+    Active(ActiveJob, Named),
+    /// A frozen layer.
+    Image(JobImage),
+}
+
+impl Child {
+    /// Takes it: from here on no other process opens it.
+    pub(super) fn take(store: &Arc<Store>, world: &World, index: ImageIndex) -> Result<Self> {
+        if world.image(index).users.is_empty() && world.catalog.is_active(index) {
+            let job = store.take_active(&world.catalog, &world.catalog.layers(index))?;
+            return Ok(Child::Active(job, world.named(index)));
+        }
+        Ok(Child::Image(store.take_image(&world.catalog, index)?))
+    }
+
+    /// Points it at another backing file, through which the same bytes show. An active disk is returned: in memory
+    /// it does not stand on that yet.
+    fn put_on(self, world: &World, index: ImageIndex, base: ImageIndex) -> Result<Option<(ActiveJob, Named)>> {
+        let change = HeaderChange { backing: Some(Some(world.backing_name(index, base))), frozen: None };
+        match self {
+            Child::Active(job, named) => {
+                job.writer()?.change_header(&change)?;
+                Ok(Some((job, named)))
+            }
+            Child::Image(image) => {
+                change_header(image.name(), &*image.file()?, &change)?;
+                image.finish()?;
+                Ok(None)
+            }
+        }
+    }
+
+    fn is(&self, named: &Named) -> bool {
+        match self {
+            Child::Active(_, own) => own == named,
+            Child::Image(image) => image.id().inode == named.inode,
+        }
+    }
+}
+
+/// The steps of a commit after the copy is durable; `lock` is held from the last look at who uses what. `held`: those
+/// of the children that the job has held all the while.
+pub(super) fn commit(engine: &Engine, intent: OwnedIntent, lock: Claim, mut held: Vec<Child>) -> Result<()> {
     let store = engine.store();
     let Deed::Commit { top, base, between, children, keep, rename } = intent.intent.deed.clone() else {
         unreachable!("the intent of a commit")
@@ -156,18 +203,25 @@ pub(super) fn commit(engine: &Engine, intent: OwnedIntent, lock: Claim) -> Resul
         }
         let world = World::look(store)?;
         let mut jobs = Vec::new();
-        for child in children.iter().filter_map(|named| world.find(named)) {
-            if world.stands_on(child) != Some(base_index) {
-                jobs.extend(put_on(store, &world, child, Some(base_index))?);
+        for named in &children {
+            let Some(index) = world.find(named) else { continue };
+            if world.stands_on(index) == Some(base_index) {
+                continue;
             }
+            let child = match held.iter().position(|child| child.is(named)) {
+                Some(place) => held.swap_remove(place),
+                None => Child::take(store, &world, index)?,
+            };
+            jobs.extend(child.put_on(&world, index, base_index)?);
         }
+        drop(held);
         let world = World::look(store)?;
-        stand_on_new(store, &world, &jobs)?;
+        stand_on_new(&world, &jobs)?;
         if keep
             && let (Some(top), Some(base)) = (world.find(&top), world.find(&base))
             && world.stands_on(top) != Some(base)
         {
-            put_on(store, &world, top, Some(base))?;
+            Child::take(store, &world, top)?.put_on(&world, top, base)?;
         }
         drop(jobs);
         let world = World::look(store)?;
@@ -208,7 +262,7 @@ pub(super) fn active_commit(
     job.settle();
     let Deed::Commit { base, .. } = &intent.intent.deed else { unreachable!("the intent of a commit") };
     tell(store, before, &intent.intent, &base.clone());
-    commit(engine, intent, lock)
+    commit(engine, intent, lock, Vec::new())
 }
 
 fn gone(named: &Named) -> Error {
@@ -238,34 +292,12 @@ pub(super) fn end(store: &Arc<Store>, intent: OwnedIntent, lock: Claim) -> Resul
     store.rescan().map(drop)
 }
 
-/// Points an image at another backing file, through which the same bytes show. An active disk, which may be in use,
-/// is held by the job that is returned until it stands on that in memory, too.
-pub(super) fn put_on(
-    store: &Arc<Store>,
-    world: &World,
-    child: ImageIndex,
-    base: Option<ImageIndex>,
-) -> Result<Option<(ActiveJob, Named)>> {
-    let backing = Some(base.map(|base| world.backing_name(child, base)));
-    let change = HeaderChange { backing, frozen: None };
-    if world.image(child).users.is_empty() && world.catalog.is_active(child) {
-        let job = store.take_active(&world.catalog, &world.catalog.layers(child))?;
-        job.writer()?.change_header(&change)?;
-        return Ok(Some((job, world.named(child))));
-    }
-    let image = store.take_image(&world.catalog, child)?;
-    change_header(image.name(), &*image.file()?, &change)?;
-    image.finish()?;
-    Ok(None)
-}
-
 /// Lets disks stand on what their headers name by now.
-pub(super) fn stand_on_new(store: &Arc<Store>, world: &World, jobs: &[(ActiveJob, Named)]) -> Result<()> {
+pub(super) fn stand_on_new(world: &World, jobs: &[(ActiveJob, Named)]) -> Result<()> {
     for (job, named) in jobs {
         let child = world.find(named).ok_or_else(|| gone(named))?;
         job.stand_on(&world.catalog, &world.catalog.layers(child)[1..])?;
     }
-    let _ = store;
     Ok(())
 }
 

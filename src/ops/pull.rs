@@ -11,7 +11,7 @@ use crate::chain::{Source, View};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::HeaderChange;
-use crate::image::write::{Below as Lower, Fill, Place, Wanted, Writer};
+use crate::image::write::{Below as Lower, Fill, Located, Place, Wanted, Writer};
 use crate::store::{
     ActiveJob, Deed, ImageIndex, Intent, JobImage, Keeping, Named, OpenView, OwnedIntent, Store, ViewPart, shown,
 };
@@ -267,7 +267,7 @@ impl PullJob {
     /// Does it.
     pub(super) fn run(self, engine: &Engine, progress: &Progress) -> Result<()> {
         let store = Arc::clone(engine.store());
-        match self.fill(progress) {
+        match self.fill(&store, progress) {
             Ok(()) => {
                 progress.settle();
                 self.switch(engine)
@@ -295,17 +295,35 @@ impl PullJob {
         }
     }
 
-    fn fill(&self, progress: &Progress) -> Result<()> {
-        progress.set_total(self.end);
+    fn fill(&self, store: &Store, progress: &Progress) -> Result<()> {
+        let needed = self.needed()?;
+        progress.set_total(needed);
+        if !finish::shares_blocks(store) {
+            self.writer.reserve(needed)?;
+        }
         let mut at = 0;
         while at < self.end {
             progress.check()?;
             let len = PIECE.min(self.end - at);
-            self.writer.fill(at, len, &self.fill)?;
-            progress.advance(len);
+            progress.advance(self.writer.fill(at, len, &self.fill)?);
             at += len;
         }
         self.writer.flush()
+    }
+
+    /// Bytes that will be copied, as far as the active tables tell.
+    fn needed(&self) -> Result<u64> {
+        let (mut at, end, mut sum) = (0, self.writer.size(), 0);
+        while at < end {
+            let (located, mut run) = self.writer.locate(at, end - at)?;
+            if located == Located::Below {
+                let (wanted, part) = self.fill.wanted(at, run)?;
+                run = part;
+                sum += if wanted == Wanted::Data { run } else { 0 };
+            }
+            at += run;
+        }
+        Ok(sum)
     }
 
     fn switch(self, engine: &Engine) -> Result<()> {
@@ -322,8 +340,10 @@ impl PullJob {
         writer.change_header(&HeaderChange { backing, frozen: None })?;
         match target {
             Target::Active(job) => {
+                // Gives back what was reserved and not needed.
+                writer.close()?;
                 let world = World::look(store)?;
-                finish::stand_on_new(store, &world, &[(job, into.clone())])?;
+                finish::stand_on_new(&world, &[(job, into.clone())])?;
             }
             Target::Image(image) => {
                 writer.close()?;

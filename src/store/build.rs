@@ -46,6 +46,11 @@ pub(super) fn build(
     if !is_single {
         scan.problems.extend(senseless.into_iter().map(|(path, sentence)| Problem { path, sentence }));
     }
+    for found in intents.iter().filter(|found| !guard.is_owned(found)) {
+        let fact = "was begun and is not finished; what it has spoilt is hidden until the store is mounted without ro";
+        let sentence = format!("holds a chain of which a command {fact}: {}", found.intent.command);
+        scan.problems.push(Problem { path: found.intent.chain.clone(), sentence });
+    }
     drop_new_names(&mut scan, &intents);
     let mut builder = Builder {
         roots,

@@ -207,10 +207,10 @@ impl Writer {
 
     /// Takes space behind the end of the file, so that `bytes` more of it can be used without fear of a full
     /// file system. What is left of it is given back when the disk is closed, published or abandoned. Nothing
-    /// happens where the file system cannot do that.
+    /// happens where the file system cannot do that, nor to a raw image, which uses none there.
     pub fn reserve(&self, bytes: u64) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => raw.reserve(bytes),
+            Body::Raw(_) => Ok(()),
             Body::Qcow2(qcow2) => qcow2.reserve(bytes),
         }
     }

@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Storage, WriteStorage};
 use crate::units::round_up_to_sector;
 
-use super::{Zeroing, give_back_behind, where_possible, zero_bytes};
+use super::{Zeroing, zero_bytes};
 
 /// A raw file that is written.
 pub(super) struct RawWriter {
@@ -24,8 +24,6 @@ pub(super) struct RawWriter {
     whole: AtomicBool,
     /// Held by whoever changes the file's length.
     growing: Mutex<()>,
-    /// Space is reserved up to here; 0 if there is none.
-    reserved_end: AtomicU64,
     /// Set when a change has been made, before its caller hears of it.
     dirty: AtomicBool,
     /// There has been a sync since the file was opened.
@@ -46,7 +44,6 @@ impl RawWriter {
             size: AtomicU64::new(size),
             whole: AtomicBool::new(len == size),
             growing: Mutex::default(),
-            reserved_end: AtomicU64::new(0),
             dirty: AtomicBool::new(false),
             has_synced: AtomicBool::new(false),
             syncing: Mutex::default(),
@@ -104,15 +101,6 @@ impl RawWriter {
         self.change(end, || self.file.allocate(at, len))
     }
 
-    pub(super) fn reserve(&self, bytes: u64) -> Result<()> {
-        self.healthy()?;
-        let _growing = self.growing.lock();
-        let from = self.file.len()?;
-        where_possible(self.file.reserve(from, bytes))?;
-        self.reserved_end.fetch_max(from.saturating_add(bytes), Ordering::SeqCst);
-        Ok(())
-    }
-
     pub(super) fn grow(&self, size: u64) -> Result<()> {
         self.healthy()?;
         let size = size
@@ -149,10 +137,7 @@ impl RawWriter {
     }
 
     pub(super) fn close(&self) -> Result<()> {
-        self.flush()?;
-        let _growing = self.growing.lock();
-        let end = self.reserved_end.swap(0, Ordering::SeqCst);
-        if end == 0 { Ok(()) } else { give_back_behind(&*self.file, self.file.len()?, end) }
+        self.flush()
     }
 
     pub(super) fn is_dirty(&self) -> bool {
