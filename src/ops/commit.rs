@@ -100,6 +100,10 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Commit
         plan.notes.push(format!("a commit into {} {fact}", base.shown()));
     }
     plan.invalid = finish::views_of(&chain, std::iter::once(layers.base).chain(layers.between.iter().copied()));
+    if !request.keep {
+        let is_inner = |name: &Vec<u8>| chain.views.find(name).is_some_and(|view| view.snapshot.is_some());
+        plan.invalid.extend(finish::views_of(&chain, std::iter::once(layers.top)).into_iter().filter(is_inner));
+    }
     let gone = if request.keep { Vec::new() } else { layers.segment() };
     if layers.is_active {
         let name = final_name(world, &layers);
