@@ -132,6 +132,29 @@ reads "$mnt/web01/snapshots/monday.raw" 'monday: all is well'
 show truncate -s 20M "$mnt/try-php9/active.raw"
 show stat -c '%n %s' "$mnt/try-php9/active.raw"
 
+say 'the state of the disk is kept, while it is in use'
+before=$(sha256sum <"$mnt/web01/active.raw")
+exec 3<>"$mnt/web01/active.raw"
+show chainfs snapshot "$mnt/web01" tuesday --description 'before the second upgrade'
+guest_at "$mnt/web01/active.raw" 'wednesday: upgraded again'
+[ "$(sha256sum <"$mnt/web01/snapshots/tuesday.raw")" = "$before" ] || fail 'the snapshot is not what the disk was'
+reads "$mnt/web01/snapshots/tuesday.raw" 'tuesday: mended from outside'
+reads "$mnt/web01/active.raw" 'wednesday: upgraded again'
+
+say 'what a commit would do, what keeps it from being done, and one that is done'
+show chainfs commit "$mnt/web01" --top monday --base installed --dry-run || true
+echo "\$ echo 'top=monday' > control/commit"
+if echo 'top=monday base=installed' 2>/dev/null >"$mnt/web01/control/commit"; then
+    fail 'try-php9 stands on installed, which must not be written'
+fi
+show grep error "$mnt/web01/control/status"
+show chainfs commit "$mnt/web01" --top tuesday --base monday --discard-internal -p
+show chainfs pull "$mnt/web01" --base base
+exec 3<&-
+reads "$mnt/web01/active.raw" 'wednesday: upgraded again'
+reads "$mnt/try-php9/active.raw" 'trying php 9'
+show cat "$mnt/.chainfs/tree.txt"
+
 say 'and away'
 show chainfs umount "$mnt"
 if grep -qF " $mnt " /proc/self/mountinfo; then

@@ -120,16 +120,16 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Commit
     let is_replaced = |path: &PathBuf| plan.renamed.iter().any(|(_, new)| new == path);
     plan.removed =
         gone.iter().map(|index| world.image(*index).place.path.clone()).filter(|p| !is_replaced(p)).collect();
-    if plan.refusals.is_empty() {
-        let segment = frozen_segment(engine.store(), world, &layers);
-        match segment.and_then(|(segment, _views)| segment.data_len()) {
-            Ok(bytes) => plan.bytes = bytes,
-            Err(error) => plan.refusals.push(error),
-        }
-        plan.space = plan.bytes;
-        finish::check_room(world, layers.base, plan.space, &mut plan.refusals);
-        exposed(engine, world, &chain.path, &layers, &mut plan.refusals);
+    // What it would amount to is told of one that is refused, too, if it can be told.
+    let segment = frozen_segment(engine.store(), world, &layers);
+    match segment.and_then(|(segment, _views)| segment.data_len()) {
+        Ok(bytes) => plan.bytes = bytes,
+        Err(error) if plan.refusals.is_empty() => plan.refusals.push(error),
+        Err(_) => {}
     }
+    plan.space = plan.bytes;
+    finish::check_room(world, layers.base, plan.space, &mut plan.refusals);
+    exposed(engine, world, &chain.path, &layers, &mut plan.refusals);
     plan.after = after(&plan, &layers, request);
     Ok((plan, layers))
 }

@@ -103,19 +103,18 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &PullRe
         refusals.push(Error::new(ErrorKind::Broken, problem));
     }
     finish::inner_snapshots(world, layers.remove.iter().copied(), request.discard_internal, refusals);
-    if refusals.is_empty() {
-        let store = engine.store();
-        let counted = store.open_view(&world.catalog, &layers.chain[1..], ViewPart::Active, false).and_then(|open| {
-            let frozen = store.part_of(&open.view, 0, layers.between.len());
-            Segment { live: None, frozen }.data_len()
-        });
-        match counted {
-            Ok(bytes) => plan.bytes = bytes,
-            Err(error) => plan.refusals.push(error),
-        }
-        plan.space = plan.bytes;
-        finish::check_room(world, into, plan.space, &mut plan.refusals);
+    let store = engine.store();
+    let counted = store.open_view(&world.catalog, &layers.chain[1..], ViewPart::Active, false).and_then(|open| {
+        let frozen = store.part_of(&open.view, 0, layers.between.len());
+        Segment { live: None, frozen }.data_len()
+    });
+    match counted {
+        Ok(bytes) => plan.bytes = bytes,
+        Err(error) if plan.refusals.is_empty() => plan.refusals.push(error),
+        Err(_) => {}
     }
+    plan.space = plan.bytes;
+    finish::check_room(world, into, plan.space, &mut plan.refusals);
     plan.removed = layers.remove.iter().map(|index| world.image(*index).place.path.clone()).collect();
     plan.invalid = finish::views_of(&chain, layers.remove.iter().copied());
     plan.notes.push("bytes that the layer holds itself are not copied; how many these are shows as it goes on".into());
