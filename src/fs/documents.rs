@@ -75,11 +75,16 @@ impl Documents {
         store: &Store,
         catalog: &Catalog,
         document: StoreDocument,
+        shares: &report::Shares<'_>,
         live: impl FnOnce() -> String,
     ) -> Arc<[u8]> {
         let make = || match document {
-            StoreDocument::TreeText => text::forest(&report::forest(store, catalog), &TextOptions::local()),
-            StoreDocument::TreeSvg => svg::forest(&report::forest(store, catalog), &TimeZone::system(), false),
+            StoreDocument::TreeText => {
+                text::forest(&report::forest_at_work(store, catalog, shares), &TextOptions::local())
+            }
+            StoreDocument::TreeSvg => {
+                svg::forest(&report::forest_at_work(store, catalog, shares), &TimeZone::system(), false)
+            }
             StoreDocument::Chains => report::chains_json(store, catalog),
             StoreDocument::Problems => report::problems_text(catalog),
             StoreDocument::Metrics => String::new(),
@@ -98,15 +103,18 @@ impl Documents {
         catalog: &Catalog,
         leaf: ImageIndex,
         document: ChainDocument,
+        shares: &report::Shares<'_>,
     ) -> Option<Arc<[u8]>> {
         if document == ChainDocument::Problem {
             return report::chain_problem(catalog, leaf).map(|text| text.into_bytes().into());
         }
         let make = || match document {
             ChainDocument::Chain => json::pretty(&report::chain_info(store, catalog, leaf)),
-            ChainDocument::TreeText => text::forest(&report::chain_forest(store, catalog, leaf), &TextOptions::local()),
+            ChainDocument::TreeText => {
+                text::forest(&report::chain_forest_at_work(store, catalog, leaf, shares), &TextOptions::local())
+            }
             ChainDocument::TreeSvg => {
-                svg::forest(&report::chain_forest(store, catalog, leaf), &TimeZone::system(), false)
+                svg::forest(&report::chain_forest_at_work(store, catalog, leaf, shares), &TimeZone::system(), false)
             }
             ChainDocument::Problem => String::new(),
         };

@@ -13,7 +13,8 @@ use std::time::SystemTime;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Snapshot;
 use crate::io::{FileStat, Storage};
-use crate::ops::Engine;
+use crate::ops::{Engine, JobState};
+use crate::report::status::per_mille;
 use crate::store::{
     ACTIVE, Access, ActiveAttributes, ActiveHandle, Catalog, ChainView, ChainViews, ImageEntry, ImageIndex, OpenDisk,
     STORE_DIRECTORY, Store, ViewPart,
@@ -186,7 +187,7 @@ impl Tree {
 
     fn has_document(&self, catalog: &Catalog, leaf: ImageIndex, document: ChainDocument) -> bool {
         document != ChainDocument::Problem
-            || self.documents.of_chain(&self.store, catalog, leaf, ChainDocument::Problem).is_some()
+            || self.documents.of_chain(&self.store, catalog, leaf, ChainDocument::Problem, &|_| None).is_some()
     }
 
     fn chain_child(&self, catalog: &Arc<Catalog>, chain: &Arc<PathBuf>, name: &OsStr) -> Option<Node> {
@@ -582,14 +583,20 @@ impl Tree {
         })
     }
 
+    /// How much of a chain's command is done, in percent, if one is at work.
+    fn share(&self, chain: &Path) -> Option<u64> {
+        let status = self.engine().status(chain);
+        (status.state == JobState::Running).then(|| per_mille(&status) / 10)
+    }
+
     fn store_document(&self, catalog: &Catalog, document: StoreDocument) -> Arc<[u8]> {
         let live = || metrics(&self.store, &self.counters, self.handles.count(), self.inodes.count());
-        self.documents.of_store(&self.store, catalog, document, live)
+        self.documents.of_store(&self.store, catalog, document, &|chain| self.share(chain), live)
     }
 
     fn chain_document(&self, catalog: &Catalog, leaf: ImageIndex, document: ChainDocument) -> Result<Arc<[u8]>> {
         self.documents
-            .of_chain(&self.store, catalog, leaf, document)
+            .of_chain(&self.store, catalog, leaf, document, &|chain| self.share(chain))
             .ok_or_else(|| Error::new(ErrorKind::NotFound, "nothing is wrong with the chain any more"))
     }
 }

@@ -14,12 +14,20 @@ use crate::format::Snapshot;
 use crate::io::{Holder, WRITER_BYTE, all_lock_holders, probe_writer};
 use crate::report::safe;
 use crate::report::tree::{Forest, Kind, Mark, Tree, TreeNode};
-use crate::store::{ACTIVE, Below, Catalog, Content, Format, ImageEntry, ImageIndex, Store, shown};
+use crate::store::{ACTIVE, Below, Catalog, Content, Deed, Format, FoundIntent, ImageEntry, ImageIndex, Store, shown};
 
 use super::{chain_name, path_text};
 
+/// How much of a chain's command is done, in percent, where that is known.
+pub type Shares<'a> = dyn Fn(&Path) -> Option<u64> + 'a;
+
 /// Every tree of the store.
 pub fn forest(store: &Store, catalog: &Catalog) -> Forest {
+    forest_at_work(store, catalog, &|_| None)
+}
+
+/// The same by somebody who knows how far commands are.
+pub fn forest_at_work(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> Forest {
     let mut bases: Vec<Base> = Vec::new();
     let mut missing: HashMap<Missing<'_>, usize> = HashMap::new();
     for index in 0..catalog.images.len() {
@@ -37,11 +45,16 @@ pub fn forest(store: &Store, catalog: &Catalog) -> Forest {
             }
         }
     }
-    draw(store, catalog, &bases)
+    draw(store, catalog, shares, &bases)
 }
 
 /// The tree that this chain is part of.
 pub fn chain_forest(store: &Store, catalog: &Catalog, leaf: ImageIndex) -> Forest {
+    chain_forest_at_work(store, catalog, leaf, &|_| None)
+}
+
+/// The same by somebody who knows how far commands are.
+pub fn chain_forest_at_work(store: &Store, catalog: &Catalog, leaf: ImageIndex, shares: &Shares<'_>) -> Forest {
     let base = *catalog.layers(leaf).last().expect("a chain has its leaf");
     let missing = Missing::of(catalog, base);
     let images = match missing {
@@ -50,7 +63,7 @@ pub fn chain_forest(store: &Store, catalog: &Catalog, leaf: ImageIndex) -> Fores
             (0..catalog.images.len()).filter(|index| Missing::of(catalog, *index) == Some(wanted)).collect()
         }
     };
-    draw(store, catalog, &[Base { missing, images }])
+    draw(store, catalog, shares, &[Base { missing, images }])
 }
 
 /// What one tree grows from.
@@ -128,12 +141,13 @@ struct Placed {
     depth: usize,
 }
 
-fn draw(store: &Store, catalog: &Catalog, bases: &[Base<'_>]) -> Forest {
+fn draw(store: &Store, catalog: &Catalog, shares: &Shares<'_>, bases: &[Base<'_>]) -> Forest {
+    let begun = begun(store, catalog, shares);
     let mut trees = Vec::with_capacity(bases.len());
     let mut writers = Writers::default();
     for base in bases {
         let placed = place(catalog, &base.images);
-        trees.push(Drawing { store, catalog, placed: &placed }.tree(base, &mut writers));
+        trees.push(Drawing { store, catalog, begun: &begun, placed: &placed }.tree(base, &mut writers));
     }
     writers.name(&mut trees);
     trees.sort_by(|a, b| a.title.cmp(&b.title));
@@ -154,9 +168,26 @@ fn place(catalog: &Catalog, bases: &[ImageIndex]) -> Vec<Placed> {
     placed
 }
 
+/// What is being done to images, or was begun, by inode.
+fn begun(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> HashMap<u64, String> {
+    let flag = |found: &FoundIntent| {
+        let (verb, inode) = match &found.intent.deed {
+            Deed::Snapshot { .. } => return None,
+            Deed::Commit { base, .. } => ("commit", base.inode),
+            Deed::Pull { into, .. } => ("pull", into.inode),
+        };
+        let share = shares(&found.intent.chain);
+        let is_at_work = share.is_some() || store.guard().is_owned(found);
+        let share = share.map(|percent| format!(" {percent} %")).unwrap_or_default();
+        Some((inode, if is_at_work { format!("job: {verb}{share}") } else { format!("unfinished: {verb}") }))
+    };
+    catalog.intents.iter().filter_map(flag).collect()
+}
+
 struct Drawing<'a> {
     store: &'a Store,
     catalog: &'a Catalog,
+    begun: &'a HashMap<u64, String>,
     placed: &'a [Placed],
 }
 
@@ -267,6 +298,7 @@ impl Drawing<'_> {
         flag(header.is_some_and(|header| header.corrupt()), "corrupt");
         flag(header.is_some_and(|header| header.dirty()), "dirty");
         flag(image.qcow2().is_some_and(|qcow2| qcow2.snapshot_problem.is_some()), "bad snapshot table");
+        flags.extend(self.begun.get(&image.stat.id.inode).cloned());
         let data_blocks = image.data_file.as_ref().map_or(0, |(_, stat)| stat.blocks);
         TreeNode {
             date: Some(date(image)),
