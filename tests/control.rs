@@ -13,6 +13,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use common::active::{chain, errno, rw};
+use common::command::{Control, give};
 use common::*;
 use rustix::io::Errno;
 
@@ -20,16 +21,9 @@ const VERBS: [&str; 4] = ["snapshot", "commit", "pull", "cancel"];
 /// Everything else of a `control` directory.
 const OTHERS: [&str; 3] = ["plan", "status", "progress"];
 
-/// One write(2) to a control file.
-fn give(file: &Path, text: &[u8]) -> Option<Errno> {
-    errno(File::options().write(true).open(file).expect("a control file").write(text))
-}
-
 /// A line of `status`.
 fn status(mount: &Mount, key: &str) -> String {
-    let text = mount.text("web/control/status");
-    let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
-    line.unwrap_or_else(|| panic!("no {key} in {text}")).trim().to_string()
+    Control::of(mount, "web").status(key)
 }
 
 /// Names, modes, owners, times and bytes of everything beneath a directory, but what chainfs keeps for itself.

@@ -9,13 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use common::foreign::{Loop, Mounted, amount, fio};
 use common::*;
 use rustix::process::{Pid, Signal, kill_process};
-
-/// More with `tests/run.sh --long`.
-fn amount(usual: u64, long: u64) -> u64 {
-    if std::env::var_os("CHAINFS_LONG").is_some() { long } else { usual }
-}
 
 /// Every geometry that a writer treats differently: options, and whether a backing file lies below.
 const GEOMETRIES: [(&str, bool); 22] = [
@@ -174,42 +170,6 @@ fn fsx_finds_nothing_with_clusters_of_512_bytes() {
     fsx_finds_nothing("cluster_size=512", 3);
 }
 
-/// A loop device that goes with this.
-struct Loop(PathBuf);
-
-impl Loop {
-    fn new(disk: &Path) -> Self {
-        let device = tool("losetup").args(["--find", "--show"]).arg(disk).succeeds();
-        Self(device.trim().into())
-    }
-
-    fn detach(self) {
-        tool("losetup").arg("-d").arg(&self.0).succeeds();
-        // The kernel lets go of the file a moment later.
-        eventually("the loop device is free", Duration::from_secs(10), || {
-            let name = self.0.file_name().expect("a device has a name");
-            !Path::new("/sys/block").join(name).join("loop/backing_file").exists()
-        });
-        std::mem::forget(self);
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = tool("losetup").arg("-d").arg(&self.0).status();
-    }
-}
-
-/// Random sizes, four jobs, each with a quarter of the disk, every block verified by its checksum.
-fn fio(target: &Path, size: u64, words: &[&str]) -> String {
-    let quarter = size / 4;
-    let mut fio = tool("fio");
-    fio.args(["--name=verify", "--thread", "--ioengine=psync", "--numjobs=4", "--bsrange=512-1M", "--bs_unaligned=0"]);
-    fio.args(["--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--group_reporting", "--fsync=64"]);
-    fio.args([&format!("--size={quarter}"), &format!("--offset_increment={quarter}")]).args(words);
-    fio.arg(format!("--filename={}", target.display())).succeeds()
-}
-
 #[test]
 fn fio_reads_back_what_four_jobs_wrote() {
     let size = amount(64, 1024) * MIB;
@@ -239,28 +199,6 @@ fn fio_reads_back_what_it_wrote_and_trimmed_through_a_loop_device() {
     device.detach();
     mount.umount();
     store.img(["check", "-q", "disk.qcow2"]);
-}
-
-/// A file system mounted for as long as this lives.
-struct Mounted(PathBuf);
-
-impl Mounted {
-    fn new(device: &Path, dir: PathBuf) -> Self {
-        fs::create_dir_all(&dir).expect("a mount point");
-        tool("mount").arg(device).arg(&dir).succeeds();
-        Self(dir)
-    }
-
-    fn umount(self) {
-        tool("umount").arg(&self.0).succeeds();
-        std::mem::forget(self);
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = tool("umount").arg("--lazy").arg(&self.0).status();
-    }
 }
 
 /// A tree of many small files, as an archive: what this machine has of manuals, headers and settings.

@@ -136,6 +136,7 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     notify_service_manager(&format!("READY=1\nSTATUS=showing {} on {}", store.given().display(), directory.display()));
     tracing::info!("{} is shown on {}", store.given().display(), directory.display());
     unfinished.finished();
+    tree.engine().set_mount(mount.directory());
     if !options.read_only {
         tree.resume();
     }

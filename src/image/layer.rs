@@ -172,7 +172,11 @@ impl Layer {
 
     /// Data must lie in the file: what is missing there is corrupt, not zero.
     fn within_file(&self, mapping: Mapping, run: u64) -> Result<(Mapping, u64)> {
-        let (Mapping::Data(host), Some(end)) = (mapping, self.image.data_len) else { return Ok((mapping, run)) };
+        let (Mapping::Data(host), Some(mut end)) = (mapping, self.image.data_len) else { return Ok((mapping, run)) };
+        if host.0 >= end {
+            // A frozen image that is filled from below grows, and its tables may be read from then on.
+            end = self.image.data().len()?;
+        }
         if host.0 < end {
             return Ok((mapping, run.min(end - host.0)));
         }

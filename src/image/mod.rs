@@ -66,7 +66,8 @@ pub struct Image {
     file: Arc<dyn Storage>,
     /// Holds the guest's data instead of `file`, where the header says so.
     data_file: Option<Arc<dyn Storage>>,
-    /// Bytes of the file that holds guest data, as of opening; `None` if it may grow meanwhile.
+    /// Bytes of the file that holds guest data, as of opening; `None` if a guest may make it grow. A job
+    /// of ours that fills the image may, too: there is never less.
     data_len: Option<u64>,
     body: Body,
     caches: Arc<Caches>,

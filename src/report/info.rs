@@ -166,6 +166,15 @@ pub struct LayerInfo {
     pub depth: usize,
     /// Whether it never changes.
     pub frozen: bool,
+    /// When chainfs froze it, in seconds since 1970; absent if it did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen_sec: Option<i64>,
+    /// And nanoseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen_nsec: Option<u32>,
+    /// What the user said about it then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
     /// Images that use it as their backing file.
     pub shared_by: usize,
     /// Why it, or what lies below it, cannot be read.
@@ -213,7 +222,7 @@ fn one(image: &ImageInfo, zone: &TimeZone) -> String {
         Some(FormatSpecific::File(_)) | None => {}
     }
     if let Some(layer) = &image.chainfs {
-        out.layer(layer);
+        out.layer(layer, zone);
     }
     out.0
 }
@@ -274,12 +283,17 @@ impl Lines {
         self.line_if("    extended l2", details.extended_l2.map(word));
     }
 
-    fn layer(&mut self, layer: &LayerInfo) {
+    fn layer(&mut self, layer: &LayerInfo, zone: &TimeZone) {
         self.0.push_str("chainfs:\n");
         self.line("    view", &layer.view);
         self.line("    chains", &layer.chains.join(", "));
         self.line("    depth", &layer.depth.to_string());
         self.line("    frozen", if layer.frozen { "true" } else { "false" });
+        if let Some(seconds) = layer.frozen_sec.and_then(|seconds| u64::try_from(seconds).ok()) {
+            let when = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
+            self.line("    frozen at", &when.map_or_else(|| "?".to_owned(), |when| time::second(when, zone)));
+        }
+        self.line_if("    description", layer.description.as_deref());
         self.line("    shared by", &layer.shared_by.to_string());
         if let Some(problem) = &layer.problem {
             self.line("    problem", problem);

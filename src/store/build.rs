@@ -1,6 +1,6 @@
 //! From scanned files to a catalog: who names whom, and what format each is read in.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -52,6 +52,7 @@ pub(super) fn build(
         scan.problems.push(Problem { path: found.intent.chain.clone(), sentence });
     }
     drop_new_names(&mut scan, &intents);
+    let superseded = superseded(&scan, &intents);
     let mut builder = Builder {
         roots,
         options,
@@ -122,7 +123,7 @@ pub(super) fn build(
             backing: backing.filter(|_| format == Some(Format::Qcow2) && !said.is_data_file[index]),
             is_data_file: said.is_data_file[index],
             is_stated: stated.is_some(),
-            is_scanned: index < scanned_count,
+            is_scanned: index < scanned_count && !superseded.contains(&file.stat.id.inode),
         });
     }
     let mut catalog = catalog::link(drafts, builder.problems, is_single, options.probe, next(&SERIAL));
@@ -130,17 +131,37 @@ pub(super) fn build(
     (catalog, next_known, builder.directories)
 }
 
-/// While a snapshot gives an active layer its second name, the first is the one that counts.
+/// While a snapshot gives an active layer its second name, the first is the one that counts, until the overlay has
+/// come.
 fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent]) {
     for found in intents {
         let Deed::Snapshot { disks, .. } = &found.intent.deed else { continue };
-        for NewTop { old, frozen, .. } in disks {
+        for NewTop { old, frozen, overlay, name } in disks {
             let is_old = |file: &ScannedFile, path: &Path| file.place.path == path && file.stat.id.inode == old.inode;
-            if old.path != *frozen && scan.files.iter().any(|file| is_old(file, &old.path)) {
-                scan.files.retain(|file| !is_old(file, frozen));
+            let has_come =
+                scan.files.iter().any(|file| file.place.path == *name && file.stat.id.inode == overlay.inode);
+            let is_there = |path: &Path| scan.files.iter().any(|file| is_old(file, path));
+            if old.path != *frozen && is_there(&old.path) && is_there(frozen) {
+                let dropped = if has_come { &old.path } else { frozen };
+                scan.files.retain(|file| !is_old(file, dropped));
             }
         }
     }
+}
+
+/// The inodes of what a commit of an active layer has left to be removed: with its new name the base is the active
+/// layer, and nobody looks for a chain there.
+fn superseded(scan: &Scan, intents: &[FoundIntent]) -> HashSet<u64> {
+    let mut inodes = HashSet::new();
+    for found in intents {
+        let Deed::Commit { top, base, between, rename: Some(name), .. } = &found.intent.deed else { continue };
+        let is_base = |file: &ScannedFile| file.place.path == *name && file.stat.id.inode == base.inode;
+        let has_name = name != &base.path || !scan.files.iter().any(|file| file.stat.id.inode == top.inode);
+        if has_name && scan.files.iter().any(is_base) {
+            inodes.extend(std::iter::once(top).chain(between).map(|named| named.inode));
+        }
+    }
+    inodes
 }
 
 const DOUBTFUL: &str = "cannot be read: its header and that of the file it names name each other, and a guest may have \

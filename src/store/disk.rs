@@ -53,7 +53,7 @@ impl Store {
         Ok(disk)
     }
 
-    /// Looks anew at all open snapshots that stand on any of `changed`.
+    /// Looks anew at all open snapshots and active disks that stand on any of `changed`.
     pub(crate) fn refresh_disks(&self, changed: &[FileId]) {
         let disks: Vec<Arc<OpenDisk>> = self.disks.disks.lock().iter().filter_map(Weak::upgrade).collect();
         let catalog = self.catalog();
@@ -68,6 +68,7 @@ impl Store {
                 Err(error) => tracing::info!("an open snapshot stays as it was opened: {error}"),
             }
         }
+        self.refresh_active(&catalog, changed);
     }
 
     fn view_now(&self, catalog: &Catalog, disk: &OpenDisk) -> Result<Option<OpenView>> {

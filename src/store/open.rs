@@ -163,6 +163,22 @@ impl Opened {
         names
     }
 
+    /// Whether an active disk's view (its layers are `layers` by now) has any of `changed` below its top layer as
+    /// that was before.
+    pub(super) fn is_behind(
+        &self,
+        open: &OpenView,
+        catalog: &Catalog,
+        layers: &[ImageIndex],
+        changed: &[FileId],
+    ) -> bool {
+        let images = self.images.lock();
+        let is_other = |(id, serial): &(FileId, u64)| images.get(id).is_some_and(|now| now.image.serial() != *serial);
+        let old = open.shown.layers.get(1..).unwrap_or_default();
+        let now = layers.get(1..).unwrap_or_default().iter().map(|index| catalog.images[*index].stat.id);
+        open.shows(changed) && (old.iter().any(is_other) || !old.iter().map(|(id, _)| *id).eq(now))
+    }
+
     /// Lets go of an image of which nothing that is kept may be used any more.
     pub(super) fn forget(&self, id: FileId) {
         self.images.lock().remove(&id);

@@ -76,6 +76,15 @@ impl Lab {
         lab
     }
 
+    /// A chain of which a commit or pull takes long enough to be met at work.
+    pub(crate) fn slow(raw_base: bool) -> Self {
+        let lab = Self::new(Kind { raw_base, options: "cluster_size=4k", sizes: [96 << 20; 5], inner: &[] });
+        for (byte, layer) in (1..).zip(["sn1", "sn2", "sn3"]) {
+            lab.store.speckle(&lab.file(layer), 96 << 20, byte);
+        }
+        lab
+    }
+
     pub(crate) fn format(&self, layer: &str) -> &'static str {
         if layer == "base" && self.raw_base { "raw" } else { "qcow2" }
     }
@@ -136,7 +145,7 @@ impl Lab {
 
     /// The names in the chain of an image as QEMU follows them, top first.
     pub(crate) fn chain(&self, image: &str) -> Vec<String> {
-        let text = self.store.img(["info", "--backing-chain", "--output=json", image]);
+        let text = self.store.img(["info", "-U", "--backing-chain", "--output=json", image]);
         let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
         let all = value.as_array().expect("a list").iter();
         all.map(|layer| layer["filename"].as_str().expect("a name").to_owned()).collect()

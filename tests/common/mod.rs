@@ -6,8 +6,10 @@
 
 pub(crate) mod active;
 pub(crate) mod chains;
+pub(crate) mod command;
 pub(crate) mod compare;
 pub(crate) mod damage;
+pub(crate) mod foreign;
 pub(crate) mod lab;
 pub(crate) mod mount;
 pub(crate) mod rng;

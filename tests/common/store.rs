@@ -126,6 +126,11 @@ impl Store {
         self.io(name, format, commands);
     }
 
+    /// Writes every other 4 KiB of the first `len` bytes, so that whoever copies them is kept busy by many pieces.
+    pub(crate) fn speckle(&self, name: &str, len: u64, byte: u8) {
+        self.io(name, "qcow2", (0..len).step_by(8 << 10).map(|at| format!("write -q -P {byte} {at} 4096")));
+    }
+
     fn scribbles(&self, size: u64, seed: u64) -> Vec<String> {
         let mut rng = Rng::new(seed);
         let mut commands = Vec::new();

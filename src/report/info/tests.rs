@@ -80,6 +80,9 @@ fn what_chainfs_knows_has_an_object_of_its_own() {
         chain_count: 2,
         depth: 2,
         frozen: true,
+        frozen_sec: Some(86_400),
+        frozen_nsec: Some(5),
+        description: Some("before the upgrade".into()),
         shared_by: 2,
         problem: Some("base.raw: missing\x1b".into()),
     };
@@ -87,7 +90,9 @@ fn what_chainfs_knows_has_an_object_of_its_own() {
     image.chainfs = Some(layer);
     let written: serde_json::Value = serde_json::from_str(&pretty(&image)).unwrap();
     assert_eq!(written["chainfs"]["shared-by"], 2);
+    assert_eq!(written["chainfs"]["frozen-sec"], 86_400);
     let text = human(&[image], &TimeZone::UTC);
+    assert!(text.contains("    frozen at: 1970-01-02 00:00:00\n    description: before the upgrade\n"), "{text}");
     assert!(text.contains("    chains: web01, web02\n") && text.ends_with("    problem: base.raw: missing\\x1b\n"));
 }
 

@@ -44,12 +44,16 @@ pub fn chain_info_as(store: &Store, catalog: &Catalog, leaf: ImageIndex, filenam
         let image = &catalog.images[*index];
         let mut info = one(store, image, &filename);
         let sentences = catalog.sentences(*index);
+        let frozen = image.frozen.as_ref();
         info.chainfs = Some(LayerInfo {
             view: name.map(safe::text).unwrap_or_default(),
             chains: sharers.down_to(*index).to_vec(),
             chain_count: image.chain_count,
             depth,
             frozen: depth > 0 || image.is_frozen(),
+            frozen_sec: frozen.map(|frozen| frozen.seconds),
+            frozen_nsec: frozen.map(|frozen| frozen.nanoseconds),
+            description: frozen.map(|frozen| frozen.description.clone()).filter(|words| !words.is_empty()),
             shared_by: image.users.len(),
             problem: (!sentences.is_empty()).then(|| terminal(&sentences.join("; "))),
         });

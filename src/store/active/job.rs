@@ -17,7 +17,7 @@ use crate::io::{FileId, ReadLock, Storage, WriteLock, WriterKind};
 
 use super::super::catalog::{Catalog, ImageIndex, shown as shown_path};
 use super::super::describe::{Content, describe};
-use super::super::open::{OpenImage, OpenView, Shown, hash};
+use super::super::open::{OpenImage, OpenView, Shown, ViewPart, hash};
 use super::super::options::Format;
 use super::super::resolve::Place;
 use super::super::{JobImage, Store};
@@ -182,7 +182,46 @@ impl ActiveJob {
 
     /// Puts other layers (top first) below the disk, through which the same bytes show.
     pub fn stand_on(&self, catalog: &Catalog, below: &[ImageIndex]) -> Result<()> {
-        let store = self.store();
+        self.disk().stand_on(self.store(), catalog, below)
+    }
+}
+
+impl Store {
+    /// Lets active disks in use stand on their layers as they are now, where any of `changed` is among them:
+    /// the same bytes show, but what they had opened was described before a job was at it.
+    pub(in crate::store) fn refresh_active(&self, catalog: &Catalog, changed: &[FileId]) {
+        for disk in self.active.all() {
+            // From here on it neither begins nor ends to be written.
+            let openings = disk.openings.lock();
+            if openings.count > 0
+                && let Err(error) = disk.look_again(self, catalog, changed)
+            {
+                tracing::info!("{} stands on its layers as it was opened: {error}", disk.name());
+            }
+        }
+    }
+}
+
+impl ActiveDisk {
+    fn look_again(&self, store: &Store, catalog: &Catalog, changed: &[FileId]) -> Result<()> {
+        let Some(leaf) = catalog.images.iter().position(|image| image.stat.id == self.id()) else { return Ok(()) };
+        let layers = catalog.layers(leaf);
+        let is_written = match &*self.state.read() {
+            State::Writing(Writing { open, .. }) if store.opened.is_behind(open, catalog, &layers, changed) => true,
+            State::Reading(open) if store.opened.is_behind(open, catalog, &layers, changed) => false,
+            State::Closed(_) | State::Reading(_) | State::Writing(_) | State::Failed(_) => return Ok(()),
+        };
+        if is_written {
+            return self.stand_on(store, catalog, &layers[1..]);
+        }
+        let open = store.open_view(catalog, &layers, ViewPart::Active, true)?;
+        let old = std::mem::replace(&mut *self.state.write(), State::Reading(open));
+        // Not under the gate: it may let go of many files.
+        drop(old);
+        Ok(())
+    }
+
+    fn stand_on(&self, store: &Store, catalog: &Catalog, below: &[ImageIndex]) -> Result<()> {
         let mut locks = Vec::new();
         let mut stack = Vec::new();
         let mut files = Vec::new();
@@ -192,12 +231,13 @@ impl ActiveJob {
             stack.push(Layer::active(&open.image)?);
             files.push(open.file.id());
         }
-        let mut sealed = self.seal();
-        let disk = sealed.disk;
-        let writing = sealed.writing();
+        let mut state = self.state.write();
+        let State::Writing(writing) = &mut *state else {
+            unreachable!("who calls this keeps the disk from ending to be written")
+        };
         let top = Layer::active(&writing.open.top.image)?;
         let view = store.live_view(top, stack);
-        let shown = store.opened.show(&view, &[&[disk.id()], files.as_slice()].concat(), false, &disk.name());
+        let shown = store.opened.show(&view, &[&[self.id()], files.as_slice()].concat(), false, &self.name());
         let lower = store.view_below(&view).map(|view| view as Arc<dyn Below>);
         writing.writer.set_below(lower);
         locks.push(writing.open.top.file.lock(false)?);
@@ -208,7 +248,7 @@ impl ActiveJob {
         let top = writing.open.top.clone();
         let new = OpenView { view, fingerprint, raw_file: None, top, forced: None, locks, shown };
         let old = std::mem::replace(&mut writing.open, new);
-        drop(sealed);
+        drop(state);
         // Not under the gate: it may let go of many files.
         drop(old);
         Ok(())

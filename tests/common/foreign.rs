@@ -1,0 +1,82 @@
+//! Foreign users of a disk: the kernel's loop devices and file systems, and fio.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::tools::{Outcome as _, eventually, tool};
+
+/// More with `tests/run.sh --long`.
+pub(crate) fn amount(usual: u64, long: u64) -> u64 {
+    if std::env::var_os("CHAINFS_LONG").is_some() { long } else { usual }
+}
+
+/// A loop device that goes with this.
+pub(crate) struct Loop(pub(crate) PathBuf);
+
+impl Loop {
+    pub(crate) fn new(disk: &Path) -> Self {
+        let device = tool("losetup").args(["--find", "--show"]).arg(disk).succeeds();
+        Self(device.trim().into())
+    }
+
+    pub(crate) fn read_only(disk: &Path) -> Self {
+        let device = tool("losetup").args(["--read-only", "--find", "--show"]).arg(disk).succeeds();
+        Self(device.trim().into())
+    }
+
+    pub(crate) fn detach(self) {
+        tool("losetup").arg("-d").arg(&self.0).succeeds();
+        // The kernel lets go of the file a moment later.
+        eventually("the loop device is free", Duration::from_secs(10), || {
+            let name = self.0.file_name().expect("a device has a name");
+            !Path::new("/sys/block").join(name).join("loop/backing_file").exists()
+        });
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = tool("losetup").arg("-d").arg(&self.0).status();
+    }
+}
+
+/// Random sizes, four jobs, each with a quarter of the disk, every block verified by its checksum.
+pub(crate) fn fio(target: &Path, size: u64, words: &[&str]) -> String {
+    let quarter = size / 4;
+    let mut fio = tool("fio");
+    fio.args(["--name=verify", "--thread", "--ioengine=psync", "--numjobs=4", "--bsrange=512-1M", "--bs_unaligned=0"]);
+    fio.args([
+        "--verify=crc32c",
+        "--verify_state_save=0",
+        "--verify_fatal=1",
+        "--do_verify=1",
+        "--group_reporting",
+        "--fsync=64",
+    ]);
+    fio.args([&format!("--size={quarter}"), &format!("--offset_increment={quarter}")]).args(words);
+    fio.arg(format!("--filename={}", target.display())).succeeds()
+}
+
+/// A file system mounted for as long as this lives.
+pub(crate) struct Mounted(pub(crate) PathBuf);
+
+impl Mounted {
+    pub(crate) fn new(device: &Path, dir: PathBuf) -> Self {
+        fs::create_dir_all(&dir).expect("a mount point");
+        tool("mount").arg(device).arg(&dir).succeeds();
+        Self(dir)
+    }
+
+    pub(crate) fn umount(self) {
+        tool("umount").arg(&self.0).succeeds();
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = tool("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
