@@ -189,3 +189,36 @@ fn a_file_made_anew_under_an_old_name_shows_its_own_bytes() {
     }
     mount.umount();
 }
+
+#[test]
+fn what_another_process_has_begun_and_left_is_hidden_within_a_second() {
+    use chainfs::io::FileStat;
+    use chainfs::store::{Deed, Intent, Named};
+    let store = Store::new();
+    store.raw("base.raw", MIB, 1);
+    store.overlay("sn1.qcow2", "base.raw", "raw", "");
+    store.overlay("web.qcow2", "sn1.qcow2", "qcow2", "");
+    let mount = Mount::new(&store);
+    let base = mount.path("web/snapshots/base.raw");
+    assert!(base.exists());
+    let named = |name: &str| {
+        let inode = FileStat::of(File::open(store.path(name)).expect("an image")).expect("its attributes").id.inode;
+        Named { path: name.into(), inode }
+    };
+    let deed = Deed::Commit {
+        top: named("sn1.qcow2"),
+        base: named("base.raw"),
+        between: vec![],
+        children: vec![named("web.qcow2")],
+        keep: false,
+        rename: None,
+    };
+    store.dir(".chainfs/intents");
+    store.put(".chainfs/intents/1.toml", Intent::new("commit top=sn1", "web".as_ref(), deed).text().as_bytes());
+    eventually("what is being spoilt is hidden", NOTICED, || !base.exists());
+    assert!(mount.path("web/snapshots/sn1.raw").exists() && mount.path("web/active.raw").exists());
+    let problems = fs::read_to_string(mount.path(".chainfs/problems.txt")).expect("problems");
+    assert!(problems.contains("commit top=sn1"), "{problems}");
+    fs::remove_file(store.path(".chainfs/intents/1.toml")).expect("an intent");
+    eventually("it is shown again", NOTICED, || base.exists());
+}

@@ -25,6 +25,8 @@ const INTENTS: &str = ".chainfs/intents";
 /// Where they are kept beside an image that is in no marked store.
 const STRAY_INTENTS: &str = ".chainfs-intents";
 const LOCK: &str = ".chainfs/lock";
+/// Its name alone: it says nothing by being opened and closed.
+pub(super) const LOCK_NAME: &[u8] = b"lock";
 const STRAY_LOCK: &str = ".chainfs-lock";
 const VERSION: u32 = 1;
 /// Longer notes are not ours.
@@ -257,6 +259,12 @@ impl Guard {
     /// Where intents are kept.
     fn intents(&self) -> &'static Path {
         Path::new(if self.is_marked { INTENTS } else { STRAY_INTENTS })
+    }
+
+    /// The directories of our own that there are.
+    pub(super) fn own_directories(&self) -> Vec<OwnedFd> {
+        let paths = [Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS }), self.intents()];
+        paths.iter().filter_map(|path| self.root.open_directory(path, false).ok().flatten()).collect()
     }
 
     /// Makes sure that there is a place for intents and notes.

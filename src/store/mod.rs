@@ -204,6 +204,9 @@ impl Store {
                 Scan { files: vec![scan::describe_place(&self.roots[0], place, &known)?], problems: Vec::new() }
             }
         };
+        if let Some(watches) = &self.watches {
+            self.guard.own_directories().iter().for_each(|directory| watches.add_own(directory));
+        }
         let previous = self.catalog();
         let (catalog, now_known, directories) =
             build::build(&self.roots, &self.guard, &self.options, scan, &known, &previous, self.single.is_some());

@@ -21,6 +21,7 @@ use rustix::io::Errno;
 
 use super::Store;
 use super::describe::{Content, header_digest};
+use super::intents::{LOCK_NAME, MARKER};
 use super::names::OWN_PREFIX;
 use super::resolve::Place;
 use super::scan::by_descriptor;
@@ -43,6 +44,8 @@ const INTEREST: WatchFlags = WatchFlags::CREATE
 pub(super) struct Watches {
     inotify: OwnedFd,
     directories: Mutex<HashMap<i32, Place>>,
+    /// Where chainfs keeps what was begun: who else works on the store is told of there.
+    own: Mutex<HashSet<i32>>,
     /// Set when a directory could not be watched: then the store is scanned every so often.
     incomplete: AtomicBool,
 }
@@ -51,7 +54,7 @@ impl Watches {
     /// `None` where the system has none to give.
     pub(super) fn new() -> Option<Self> {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).ok()?;
-        Some(Self { inotify, directories: Mutex::default(), incomplete: AtomicBool::new(false) })
+        Some(Self { inotify, directories: Mutex::default(), own: Mutex::default(), incomplete: AtomicBool::new(false) })
     }
 
     /// Watches a directory; one that is watched already only once.
@@ -71,6 +74,13 @@ impl Watches {
         }
     }
 
+    /// Watches a directory of our own.
+    pub(super) fn add_own(&self, directory: &OwnedFd) {
+        if let Ok(watch) = inotify::add_watch(&self.inotify, by_descriptor(directory), INTEREST) {
+            self.own.lock().insert(watch);
+        }
+    }
+
     /// Takes all events that are there.
     fn take(&self, found: &mut Found) {
         let mut buf = [MaybeUninit::uninit(); 16 * 1024];
@@ -82,9 +92,15 @@ impl Watches {
                     let name = event.file_name().map_or(&[][..], |name| name.to_bytes());
                     if flags.contains(ReadFlags::IGNORED) {
                         self.directories.lock().remove(&event.wd()); // the directory has gone
+                        self.own.lock().remove(&event.wd());
                         continue;
                     }
-                    if name.starts_with(OWN_PREFIX) {
+                    if self.own.lock().contains(&event.wd()) {
+                        found.names |= name != LOCK_NAME;
+                        continue;
+                    }
+                    // The directory itself comes but once.
+                    if name.starts_with(OWN_PREFIX) && name != MARKER.as_bytes() {
                         continue;
                     }
                     if flags == ReadFlags::MODIFY {
