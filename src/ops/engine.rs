@@ -92,11 +92,14 @@ impl Engine {
         format!("{now:x}-{}-{}", std::process::id(), self.intents.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Takes up what was begun before and is nobody else's: returns when that runs, or is done if no data has to
-    /// be moved.
+    /// Takes up what was begun before and is nobody else's, and clears away what was not even begun: returns when
+    /// that runs, or is done if no data has to be moved.
     pub fn resume(self: &Arc<Self>) {
         if self.store.options().read_only {
             return;
+        }
+        if let Err(error) = self.store.sweep() {
+            tracing::warn!("what commands that were cut off have left was not removed: {error}");
         }
         for found in self.store.catalog().intents.clone() {
             if let Err(error) = self.take_up(&found)

@@ -342,7 +342,9 @@ fn switch_names(names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
 fn switch_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
     names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
     if top.frozen != top.old.path && top.name != top.old.path {
-        // A raw image goes by its new name alone; the overlay's is another.
+        // A raw image goes by its new name alone; the overlay's is another. Without the overlay that name would be
+        // an active disk's.
+        names.sync(&directory_of(&top.name))?;
         names.unlink(&top.old.path)?;
     }
     Ok(())

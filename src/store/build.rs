@@ -117,6 +117,7 @@ pub(super) fn build(
                 data_file,
                 frozen,
                 readonly,
+                is_merged: false,
                 chain_count: 0,
             },
             // What stands in a file that is read as raw names nothing.
@@ -128,6 +129,7 @@ pub(super) fn build(
     }
     let mut catalog = catalog::link(drafts, builder.problems, is_single, options.probe, next(&SERIAL));
     catalog.note_intents(intents, &guard.prefix);
+    catalog.drafts = scan.drafts;
     (catalog, next_known, builder.directories)
 }
 

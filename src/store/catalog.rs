@@ -52,6 +52,8 @@ pub struct ImageEntry {
     pub frozen: Option<Frozen>,
     /// Whether a user or its mode says that it is never written.
     pub readonly: bool,
+    /// Whether a command that is not finished merges it into another image: for a while nothing may stand on it.
+    pub(super) is_merged: bool,
     /// How many chains it is part of.
     pub chain_count: usize,
 }
@@ -96,6 +98,8 @@ pub struct Catalog {
     pub single: Option<ImageIndex>,
     /// What was begun in the store and is not finished.
     pub intents: Vec<FoundIntent>,
+    /// Drafts of images: of a command at work, or of one that was cut off before its intent was there.
+    pub(super) drafts: Vec<PathBuf>,
     /// Images whose own bytes an intent spoils, and those images above which they do not show.
     spoilt: HashMap<ImageIndex, Vec<Spoilt>>,
 }
@@ -130,7 +134,7 @@ impl ImageEntry {
 
     /// Whether it stays as it is even when nothing stands on it.
     pub fn is_frozen(&self) -> bool {
-        self.frozen.is_some() || self.readonly
+        self.frozen.is_some() || self.readonly || self.is_merged
     }
 
     /// The path beneath its root, safe to print.
@@ -194,18 +198,35 @@ impl Catalog {
         let by_inode: HashMap<u64, ImageIndex> =
             self.images.iter().enumerate().map(|(index, image)| (image.stat.id.inode, index)).collect();
         let find = |named: &Named| by_inode.get(&named.inode).copied();
+        let has_name = |index: Option<ImageIndex>, name: &Path| {
+            index.is_some_and(|index| *name == *prefix.join(&self.images[index].place.path))
+        };
+        let mut merged: Vec<ImageIndex> = Vec::new();
         for (number, found) in intents.iter().enumerate() {
-            let Deed::Commit { top, base, between, children, rename, .. } = &found.intent.deed else { continue };
-            // With its new name the base is the active layer, and good.
-            let is_renamed = |index: ImageIndex| {
-                rename.as_ref().is_some_and(|name| *name == prefix.join(&self.images[index].place.path))
+            let (top, base, between, children, rename) = match &found.intent.deed {
+                Deed::Commit { top, base, between, children, rename, .. } => (top, base, between, children, rename),
+                Deed::Pull { between, .. } => {
+                    merged.extend(between.iter().filter_map(find));
+                    continue;
+                }
+                Deed::Snapshot { .. } => continue,
             };
-            let base = find(base).filter(|index| !is_renamed(*index));
-            for index in base.into_iter().chain(between.iter().filter_map(find)) {
+            let between = between.iter().filter_map(find);
+            // With its new name, or as the only one of its stem, the base is the active layer, and good; what was that
+            // stands on a name that has gone.
+            let has_its_name = rename.as_ref().is_some_and(|name| has_name(find(base), name));
+            let is_active = has_its_name && (rename.as_ref() != Some(&base.path) || find(top).is_none());
+            let fallen = find(top).filter(|_| is_active);
+            let spoilt = find(base).filter(|_| !is_active).into_iter().chain(between.clone()).chain(fallen);
+            for index in spoilt {
                 let children = children.iter().filter_map(find).collect();
                 let spoilt = Spoilt { intent: number, top: find(top), children };
                 self.spoilt.entry(index).or_default().push(spoilt);
             }
+            merged.extend(between.chain(if rename.is_none() { find(top) } else { fallen }));
+        }
+        for index in merged {
+            self.images[index].is_merged = true;
         }
         self.intents = intents;
     }

@@ -18,6 +18,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Claim, Directory, EntryKind, Root};
 
+use super::leftovers::DRAFT;
+
 /// What marks a directory as a store.
 pub const MARKER: &str = ".chainfs";
 /// Where intents are kept beneath the marker.
@@ -316,6 +318,18 @@ impl Guard {
                 Err(error)
             }
         }
+    }
+
+    /// Notes that are being written, or were when somebody was cut off.
+    pub(super) fn drafts(&self) -> Vec<PathBuf> {
+        let directories = [self.intents(), Path::new(MARKER)];
+        let drafts = directories.into_iter().flat_map(|directory| {
+            let listed = self.root.open_directory(directory, false).ok().flatten().map(|fd| Root::list(&fd));
+            let entries = listed.and_then(Result::ok).unwrap_or_default().into_iter();
+            let paths = entries.filter(|entry| entry.kind == EntryKind::File).map(|entry| directory.join(entry.name));
+            paths.filter(|path| path.extension().is_some_and(|extension| extension == DRAFT)).collect::<Vec<_>>()
+        });
+        drafts.collect()
     }
 
     /// Takes up an intent that somebody has left. `Busy` if he has not.

@@ -12,6 +12,7 @@ mod disk;
 mod flusher;
 mod intents;
 mod job_image;
+mod leftovers;
 mod names;
 mod notes;
 mod open;
@@ -201,7 +202,7 @@ impl Store {
                 if let (Some(watches), Some(fd)) = (&self.watches, self.roots[0].open_directory(Path::new(""), true)?) {
                     watches.add(directory, &fd);
                 }
-                Scan { files: vec![scan::describe_place(&self.roots[0], place, &known)?], problems: Vec::new() }
+                Scan { files: vec![scan::describe_place(&self.roots[0], place, &known)?], ..Scan::default() }
             }
         };
         if let Some(watches) = &self.watches {

@@ -18,6 +18,7 @@ use crate::error::Result;
 use crate::io::{DirEntry, EntryKind, FileId, FileStat, Root};
 
 use super::describe::{Content, describe};
+use super::leftovers::is_draft;
 use super::names::OWN_PREFIX;
 use super::resolve::Place;
 
@@ -48,6 +49,8 @@ pub(super) struct Scan {
     pub files: Vec<ScannedFile>,
     /// What could not be looked at.
     pub problems: Vec<Problem>,
+    /// Drafts of images.
+    pub drafts: Vec<PathBuf>,
 }
 
 /// What the last scan knew of each file.
@@ -128,10 +131,13 @@ impl Work<'_> {
         };
         let mut files = Vec::new();
         for DirEntry { name, kind } in entries {
+            let place = path.join(&name);
             if name.as_bytes().starts_with(OWN_PREFIX) {
+                if is_draft(&name) && kind == EntryKind::File {
+                    self.found.lock().drafts.push(place);
+                }
                 continue;
             }
-            let place = path.join(&name);
             if has_extension(&place, SPOILT) {
                 continue;
             }

@@ -278,7 +278,7 @@ fn choose(all: Vec<Candidate>, limit: usize, random: &mut Random) -> Vec<Candida
     kept
 }
 
-fn is_tearable(action: &Action) -> bool {
+pub fn is_tearable(action: &Action) -> bool {
     match action {
         Action::Write { at, bytes } => at / SECTOR != (at + bytes.len() as u64 - 1) / SECTOR,
         Action::Punch { len, .. } | Action::Zero { len, .. } => *len > SECTOR,
@@ -288,7 +288,7 @@ fn is_tearable(action: &Action) -> bool {
 
 /// What may be left of a change that was cut: its first part, its last, or some of its sectors.
 /// Sometimes of a write that made the file longer nothing but the length.
-fn torn(action: &Action, random: &mut Random) -> Vec<Action> {
+pub fn torn(action: &Action, random: &mut Random) -> Vec<Action> {
     let (at, len) = match action {
         Action::Write { at, bytes } => (*at, bytes.len() as u64),
         Action::Punch { at, len } | Action::Zero { at, len } => (*at, *len),
@@ -319,7 +319,7 @@ fn torn(action: &Action, random: &mut Random) -> Vec<Action> {
         0 | 1 => vec![piece(at, bounds[1])],
         2 | 3 => vec![piece(bounds[1], end)],
         // The length alone, as where a file system adds it before the data: nothing to read but zeroes.
-        4 => vec![Action::Allocate { at, len }],
+        4 if !matches!(action, Action::Punch { .. }) => vec![Action::Allocate { at, len }],
         _ => some(random.next()),
     }
 }

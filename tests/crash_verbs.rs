@@ -1,0 +1,164 @@
+//! Snapshot, commit and pull, cut off by a crash at any point of their way: every view that is listed has its
+//! bytes, and after the next opening the command is done or was never given.
+
+#![allow(dead_code, unused_imports, reason = "each test binary uses a part of what tests share")]
+
+mod common;
+mod sim;
+mod verbs;
+
+use common::lab::{Kind, Lab};
+use verbs::run::{SIZE, Scenario};
+
+const SMALL: &str = "cluster_size=512";
+const EXTENDED: &str = "extended_l2=on,cluster_size=16k";
+
+impl Scenario {
+    fn kind(self, change: impl FnOnce(Kind) -> Kind) -> Self {
+        Self { kind: change(self.kind), ..self }
+    }
+
+    fn options(self, options: &'static str) -> Self {
+        self.kind(|kind| kind.with(options))
+    }
+
+    fn raw_base(self) -> Self {
+        self.kind(|kind| Kind { raw_base: true, ..kind })
+    }
+
+    fn sizes(self, sizes: [u64; 5]) -> Self {
+        self.kind(|kind| Kind { sizes, ..kind })
+    }
+
+    fn inner(self, inner: &'static [&'static str]) -> Self {
+        self.kind(|kind| Kind { inner, ..kind })
+    }
+
+    fn freezes(self, frozen: &'static str) -> Self {
+        Self { frozen: Some(frozen), ..self }
+    }
+
+    fn becomes(self, leaf: &'static str) -> Self {
+        Self { live: (self.live.0, leaf), ..self }
+    }
+}
+
+#[test]
+fn a_snapshot_is_there_or_not() {
+    Scenario::new("snapshot", "snapshot monday").freezes("monday.qcow2").survives();
+    Scenario::new("snapshot 512", "snapshot monday description='before the upgrade'")
+        .options(SMALL)
+        .freezes("monday.qcow2")
+        .survives();
+}
+
+#[test]
+fn a_snapshot_under_another_file_is_there_or_not() {
+    Scenario::new("snapshot file", "snapshot monday file=other.qcow2")
+        .options(EXTENDED)
+        .freezes("web.qcow2")
+        .becomes("other.qcow2")
+        .survives();
+}
+
+#[test]
+fn a_snapshot_of_a_raw_leaf_is_there_or_not() {
+    let plain = |lab: &Lab| lab.store.raw("plain.raw", SIZE, 9);
+    Scenario {
+        prepare: plain,
+        chain: "plain",
+        live: ("plain.raw", "plain.qcow2"),
+        active: &["web.qcow2"],
+        ..Scenario::new("snapshot raw", "snapshot first").freezes("first.raw")
+    }
+    .survives();
+}
+
+#[test]
+fn an_internal_snapshot_is_there_or_not() {
+    Scenario::new("snapshot internal", "snapshot monday internal").options(SMALL).survives();
+}
+
+#[test]
+fn two_chains_have_a_snapshot_or_neither() {
+    let second = |lab: &Lab| {
+        lab.store.dir("more");
+        lab.store.create("more/data.qcow2", SIZE, "");
+        lab.store.scribble("more/data.qcow2", "qcow2", 31);
+    };
+    Scenario {
+        prepare: second,
+        chain: "",
+        active: &["more/data.qcow2"],
+        ..Scenario::new("snapshot two", "snapshot monday chains=web,more/data").freezes("monday.qcow2")
+    }
+    .survives();
+}
+
+#[test]
+fn a_commit_down_to_a_qcow2_base_is_done_or_not() {
+    Scenario::new("commit all", "commit top=sn3 base=base").options(SMALL).survives();
+    Scenario::new("commit two", "commit top=sn2 base=base").survives();
+    Scenario::new("commit one", "commit top=sn2 base=sn1").options(EXTENDED).survives();
+}
+
+#[test]
+fn a_commit_down_to_a_raw_base_is_done_or_not() {
+    Scenario::new("commit raw", "commit top=sn2 base=base").raw_base().survives();
+}
+
+#[test]
+fn a_commit_between_disks_of_other_sizes_is_done_or_not() {
+    let (small, large) = (SIZE / 2, SIZE);
+    Scenario::new("commit grows", "commit top=sn3 base=base").sizes([small, large, large, large, large]).survives();
+    Scenario::new("commit shorter", "commit top=sn3 base=base").sizes([large, small, small, small, large]).survives();
+}
+
+#[test]
+fn a_commit_that_keeps_its_top_is_done_or_not() {
+    Scenario::new("commit keep", "commit top=sn3 base=base keep").survives();
+    Scenario::new("commit keep raw", "commit top=sn3 base=base keep").raw_base().survives();
+}
+
+#[test]
+fn all_that_stood_on_a_merged_layer_stands_on_its_base_or_not() {
+    let clone = |lab: &Lab| {
+        lab.store.overlay("clone.qcow2", "sn2.qcow2", "qcow2", "");
+        lab.store.scribble("clone.qcow2", "qcow2", 77);
+    };
+    Scenario {
+        prepare: clone,
+        active: &["clone.qcow2"],
+        ..Scenario::new("commit children", "commit top=sn2 base=base")
+    }
+    .survives();
+}
+
+#[test]
+fn the_active_layer_has_fallen_or_not() {
+    Scenario::new("fall", "commit").options(SMALL).survives();
+    Scenario::new("fall far", "commit base=base").survives();
+    Scenario::new("fall raw", "commit base=base").raw_base().becomes("web.raw").survives();
+    let same_stem = |lab: &Lab| {
+        std::fs::rename(lab.store.path("base.raw"), lab.store.path("web.raw")).expect("another name");
+        lab.store.img(["rebase", "-u", "-b", "web.raw", "-F", "raw", "sn1.qcow2"]);
+    };
+    Scenario { prepare: same_stem, ..Scenario::new("fall onto its stem", "commit base=web") }
+        .raw_base()
+        .becomes("web.raw")
+        .survives();
+}
+
+#[test]
+fn a_pull_is_done_or_not() {
+    Scenario::new("pull", "pull").options(SMALL).survives();
+    Scenario::new("pull part", "pull base=sn1").options(EXTENDED).survives();
+    Scenario::new("pull raw", "pull base=base").raw_base().survives();
+    Scenario::new("pull into", "pull into=sn2").survives();
+}
+
+#[test]
+fn a_pull_keeps_internal_snapshots() {
+    Scenario::new("pull inner", "pull base=base into=sn3").inner(&["sn3"]).survives();
+    Scenario::new("pull inner web", "pull").inner(&["web"]).survives();
+}

@@ -1,0 +1,255 @@
+//! A command, run on a store of its own while a guest writes, and every crash in the course of it.
+
+use std::cell::Cell;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use chainfs::io::Host;
+use chainfs::ops::{Engine, JobState};
+use chainfs::store::Store;
+use tempfile::TempDir;
+
+use super::super::common::lab::{Kind, Lab, run};
+use super::super::sim::history::{History, Moment};
+use super::super::sim::{is_long, mix, seed};
+use super::crash::{Candidate, describe, each_state};
+use super::guest::Guest;
+use super::judge::{Judge, options, recover};
+use super::scene::Scene;
+use super::shape::{Shape, by_qemu, checked_by_qemu, is_qcow2, pages};
+use super::tape::{Event, Naming, Recorder, Tape};
+
+/// States of each command that are judged where not all are.
+const STATES: usize = 260;
+/// Recoveries that are cut off themselves, and states of each.
+const RECOVERIES: (usize, usize) = (10, 12);
+/// One state in so many is shown to QEMU.
+const QEMU_ONE_IN: u64 = 60;
+/// Disks of these tests have so many bytes, if nothing else is said.
+pub(crate) const SIZE: u64 = 512 << 10;
+
+/// A directory that is fast where there is one.
+pub(crate) fn scratch() -> TempDir {
+    let builder = |builder: &mut tempfile::Builder<'_, '_>| {
+        builder.prefix("chainfs-verbs-");
+    };
+    let (mut fast, mut any) = (tempfile::Builder::new(), tempfile::Builder::new());
+    builder(&mut fast);
+    builder(&mut any);
+    fast.tempdir_in("/dev/shm").or_else(|_| any.tempdir()).expect("a temporary directory")
+}
+
+/// A command to be cut off.
+pub(crate) struct Scenario {
+    pub(crate) name: &'static str,
+    pub(crate) kind: Kind,
+    /// What is done with the store before.
+    pub(crate) prepare: fn(&Lab),
+    /// The chain that is asked; empty for the store's own control file.
+    pub(crate) chain: &'static str,
+    pub(crate) command: &'static str,
+    /// The leaf that a guest writes, before and after.
+    pub(crate) live: (&'static str, &'static str),
+    /// Other leaves that are active, before and after.
+    pub(crate) active: &'static [&'static str],
+    /// What a snapshot freezes the guest's disk as.
+    pub(crate) frozen: Option<&'static str>,
+    /// Whether the guest does anything.
+    pub(crate) is_busy: bool,
+}
+
+impl Scenario {
+    pub(crate) fn new(name: &'static str, command: &'static str) -> Self {
+        let kind = Kind { sizes: [SIZE; 5], ..Kind::PLAIN };
+        let live = ("web.qcow2", "web.qcow2");
+        Self { name, kind, prepare: |_| {}, chain: "web", command, live, active: &[], frozen: None, is_busy: true }
+    }
+
+    /// Makes the store, in a directory of its own.
+    pub(crate) fn make(&self) -> (TempDir, PathBuf) {
+        let lab = Lab::new(self.kind);
+        (self.prepare)(&lab);
+        let place = scratch();
+        let root = place.path().join("store");
+        fs::create_dir(&root).expect("a directory");
+        Scene::load(&lab.store.root()).save(&root);
+        (place, root)
+    }
+
+    /// What it shows before.
+    pub(crate) fn before(&self, root: &Path, scratch: &Path) -> Shape {
+        let active: Vec<&str> = self.active.iter().copied().chain([self.live.0]).collect();
+        Shape::of(root, &active, Some(self.live.0), scratch)
+    }
+
+    /// What it shows when the command is done.
+    pub(crate) fn after(&self, root: &Path, scratch: &Path) -> Shape {
+        let active: Vec<&str> = self.active.iter().copied().chain([self.live.1]).collect();
+        Shape::of(root, &active, Some(self.live.1), scratch)
+    }
+
+    /// Runs the command on a recording host; the tape, and the judge who knows what is right.
+    pub(crate) fn record(&self, host: impl FnOnce(&Path) -> Recorder) -> (Tape, Judge) {
+        let (place, root) = self.make();
+        let before = self.before(&root, place.path());
+        let initial = by_qemu(&root, self.live.0, place.path()).expect("the disk");
+        let recorder = host(&root);
+        let store = Store::open_on(&root, options(false), Arc::new(recorder.clone())).expect("a store");
+        let engine = Engine::new(&store);
+        let (history, done) = if self.is_busy {
+            let mut guest = Guest::open(&store, &recorder, self.live.0, &initial, seed() ^ self.name.len() as u64);
+            (0..10).for_each(|_| guest.step());
+            let done = guest.while_at_it(|| {
+                self.command_on(&engine);
+                recorder.mark(Event::Mark)
+            });
+            (0..4).for_each(|_| guest.step());
+            (std::mem::take(&mut guest.history), done)
+        } else {
+            self.command_on(&engine);
+            (History::new(pages(&initial), initial.len() as u64), recorder.mark(Event::Mark))
+        };
+        engine.stop();
+        drop((engine, store));
+        let after = self.after(&root, place.path());
+        for file in after.files.iter().filter(|file| is_qcow2(file)) {
+            checked_by_qemu(&root, file).unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        }
+        let disk = by_qemu(&root, self.live.1, place.path()).expect("the disk");
+        history.judge(0, &disk, Moment::Now).unwrap_or_else(|error| panic!("{}: without a crash: {error}", self.name));
+        let tape = recorder.tape();
+        // The overlay has the disk's name: whoever comes now sees it.
+        let is_switch =
+            |event: &Event| matches!(event, Event::Named(Naming::Rename { to, .. }) if to.as_os_str() == self.live.1);
+        let switch = tape.events.iter().position(is_switch).unwrap_or(done);
+        let judge = Judge {
+            before,
+            frozen: self.frozen.map(|frozen| (frozen, switch)),
+            after,
+            history,
+            done,
+            may_share: self.command.contains("internal"),
+            qemu_one_in: QEMU_ONE_IN,
+            by_qemu: Cell::default(),
+            leaks: Cell::default(),
+            ends: Cell::default(),
+        };
+        (tape, judge)
+    }
+
+    fn command_on(&self, engine: &Arc<Engine>) {
+        let status = run(engine, self.chain, self.command).unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        assert_eq!(status.state, JobState::Done, "{}: {:?}", self.name, status.error);
+    }
+
+    /// Runs it, crashes it everywhere, crashes some of the recoveries, and panics with the first bad states.
+    pub(crate) fn survives(&self) {
+        let (tape, judge) = self.record(|root| Recorder::new(root, true));
+        let tally = walk(&tape, &judge, if is_long() { 20 * STATES } else { STATES }, 3);
+        let mut failures = tally.failures;
+        let mut recoveries = 0;
+        if failures.is_empty() {
+            let (count, states) = if is_long() { (60, 60) } else { RECOVERIES };
+            let mut bad = |sentence: String| failures.push(sentence);
+            recoveries = cut_recoveries(&tape, &judge, count, states, &mut bad);
+        }
+        let (back, end) = judge.ends.get();
+        println!(
+            "{}: {} events, {} of {} states and {recoveries} of recoveries judged ({} by QEMU); {back} went back, \
+             {end} to the end; clusters leaked {:?}",
+            self.name,
+            tape.events.len(),
+            tally.visited,
+            tally.possible,
+            judge.by_qemu.get(),
+            judge.leaks.get(),
+        );
+        assert!(failures.is_empty(), "{}: {} bad states:\n{}", self.name, failures.len(), failures.join("\n---\n"));
+        assert!(end > 0, "{}: no state led to its end", self.name);
+    }
+}
+
+/// What a walk amounted to.
+pub(crate) struct Tally {
+    pub(crate) possible: usize,
+    pub(crate) visited: usize,
+    pub(crate) failures: Vec<String>,
+}
+
+/// Judges states of a tape, until so many are bad.
+pub(crate) fn walk(tape: &Tape, judge: &Judge, limit: usize, stop_after: usize) -> Tally {
+    let mut failures = Vec::new();
+    let (possible, visited) = each_state(tape, limit, seed(), |candidate, scene| {
+        if let Err(error) = judge_scene(&scene, candidate, judge) {
+            failures.push(format!("{error}\nstate: {}\n", describe(tape, candidate)));
+        }
+        failures.len() < stop_after
+    });
+    Tally { possible, visited, failures }
+}
+
+fn judge_scene(scene: &Scene, candidate: &Candidate, judge: &Judge) -> Result<(), String> {
+    let place = scratch();
+    let root = place.path().join("store");
+    fs::create_dir(&root).expect("a directory");
+    scene.save(&root);
+    judge.judge(&root, candidate.cut, candidate.seed).map_err(|error| {
+        // Whatever is wrong, QEMU's word on it helps.
+        let theirs = judge.ask_qemu(&root, candidate.cut).err();
+        let kept = std::env::var_os("CHAINFS_KEEP").map(|kept| {
+            let kept = Path::new(&kept).join(format!("{:x}", mix(candidate.seed)));
+            fs::create_dir_all(&kept).expect("a directory to keep it in");
+            scene.save(&kept);
+            format!("\nkept in {}", kept.display())
+        });
+        format!("{error}{}{}", theirs.map_or_else(String::new, |said| format!("\n{said}")), kept.unwrap_or_default())
+    })
+}
+
+/// Cuts off recoveries: from `count` states of the tape, `limit` states of each.
+fn cut_recoveries(tape: &Tape, judge: &Judge, count: usize, limit: usize, bad: &mut dyn FnMut(String)) -> usize {
+    let mut scenes = Vec::new();
+    // Only where there is something to take up.
+    let has_intent =
+        |scene: &Scene| scene.names.keys().any(|path| path.extension().is_some_and(|extension| extension == "toml"));
+    each_state(tape, 12 * count, seed() ^ 1, |candidate, scene| {
+        if has_intent(&scene) {
+            scenes.push((*candidate, scene));
+        }
+        true
+    });
+    let mut visited = 0;
+    let step = scenes.len().div_ceil(count).max(1);
+    for (candidate, scene) in scenes.into_iter().step_by(step) {
+        let place = scratch();
+        let root = place.path().join("store");
+        fs::create_dir(&root).expect("a directory");
+        scene.save(&root);
+        let recorder = Recorder::new(&root, false);
+        let host: Arc<dyn Host> = Arc::new(recorder.clone());
+        if let Err(error) = recover(&root, host) {
+            bad(format!("{error}\nstate: {}", describe(tape, &candidate)));
+            break;
+        }
+        let again = recorder.tape();
+        let mut is_bad = false;
+        visited += each_state(&again, limit, candidate.seed, |second, scene| {
+            let moment = Candidate { cut: candidate.cut, ..*second };
+            if let Err(error) = judge_scene(&scene, &moment, judge) {
+                is_bad = true;
+                bad(format!(
+                    "{error}\na recovery cut off: {}\nof the state: {}",
+                    describe(&again, second),
+                    describe(tape, &candidate)
+                ));
+            }
+            !is_bad
+        })
+        .1;
+        if is_bad {
+            break;
+        }
+    }
+    visited
+}

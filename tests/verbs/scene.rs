@@ -1,0 +1,94 @@
+//! A store's directory as a value: files, whatever names they have, and the directories those are in.
+//!
+//! It can be made a directory again anywhere. Files have other inode numbers there, so that intents,
+//! which name files by them, are rewritten on the way.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use super::super::sim::{Pages, mix};
+
+/// Where intents lie.
+const INTENTS: &str = ".chainfs/intents";
+/// No file has such a number: the largest that a note can hold, less the file's own.
+const NO_INODE: u64 = i64::MAX as u64;
+
+/// Names and the files that they mean.
+#[derive(Clone, Default)]
+pub(crate) struct Scene {
+    pub(crate) files: Vec<Pages>,
+    /// The inode number that each file had where it was seen.
+    pub(crate) inodes: Vec<u64>,
+    pub(crate) names: BTreeMap<PathBuf, usize>,
+    pub(crate) directories: BTreeSet<PathBuf>,
+}
+
+impl Scene {
+    /// What lies beneath `root`.
+    pub(crate) fn load(root: &Path) -> Self {
+        let mut scene = Self::default();
+        let mut known = HashMap::new();
+        let mut waiting = vec![PathBuf::new()];
+        while let Some(directory) = waiting.pop() {
+            for entry in fs::read_dir(root.join(&directory)).expect("a directory") {
+                let entry = entry.expect("an entry");
+                let (path, metadata) = (directory.join(entry.file_name()), entry.metadata().expect("its attributes"));
+                if metadata.is_dir() {
+                    scene.directories.insert(path.clone());
+                    waiting.push(path);
+                    continue;
+                }
+                let file = *known.entry(metadata.ino()).or_insert_with(|| {
+                    scene.files.push(Pages::load(entry.path()));
+                    scene.inodes.push(metadata.ino());
+                    scene.files.len() - 1
+                });
+                scene.names.insert(path, file);
+            }
+        }
+        scene
+    }
+
+    /// Makes it be, beneath the empty directory `root`.
+    pub(crate) fn save(&self, root: &Path) {
+        for directory in &self.directories {
+            fs::create_dir_all(root.join(directory)).expect("a directory");
+        }
+        let mut made: HashMap<usize, &Path> = HashMap::new();
+        let mut inodes: HashMap<u64, u64> =
+            (0..).zip(&self.inodes).map(|(file, inode)| (*inode, NO_INODE - file)).collect();
+        for (path, file) in &self.names {
+            if let Some(first) = made.get(file) {
+                fs::hard_link(root.join(first), root.join(path)).expect("one more name");
+                continue;
+            }
+            self.files[*file].save(root.join(path));
+            made.insert(*file, path);
+            inodes.insert(self.inodes[*file], fs::metadata(root.join(path)).expect("a file").ino());
+        }
+        for path in self.names.keys().filter(|path| path.starts_with(INTENTS)) {
+            let path = root.join(path);
+            let Ok(text) = fs::read_to_string(&path) else { continue };
+            let line = |line: &str| match line.strip_prefix("inode = ").and_then(|inode| inode.parse().ok()) {
+                Some(inode) => format!("inode = {}\n", inodes.get(&inode).copied().unwrap_or(NO_INODE)),
+                None => format!("{line}\n"),
+            };
+            // What a crash has torn stays as it is.
+            if text.ends_with('\n') {
+                fs::write(&path, text.lines().map(line).collect::<String>()).expect("room");
+            }
+        }
+    }
+
+    /// Equal for equal scenes.
+    pub(crate) fn hash(&self) -> u64 {
+        let mut hash = 0;
+        for (path, file) in &self.names {
+            let name = path.as_os_str().as_encoded_bytes().iter().fold(7, |hash, byte| mix(hash ^ u64::from(*byte)));
+            hash = mix(hash ^ name) ^ mix(self.files[*file].hash() ^ *file as u64);
+        }
+        hash ^ self.directories.len() as u64
+    }
+}
