@@ -232,3 +232,19 @@ fn whatever_others_depend_on_is_not_touched() {
     assert_eq!(lab.chain("clone.qcow2"), ["clone.qcow2", "base.qcow2"]);
     lab.assert_clean();
 }
+
+#[test]
+fn what_a_header_has_no_room_for_is_found_before_anything_is_done() {
+    let lab = Lab::new(Kind { options: "cluster_size=512", sizes: [1 << 20; 5], ..Kind::PLAIN });
+    // A directory whose name leaves no room for the way to the base in a header of 512 bytes.
+    let long = "d".repeat(200);
+    lab.store.dir(&format!("{long}/{long}"));
+    let place = format!("{long}/{long}/base.qcow2");
+    std::fs::rename(lab.store.path("base.qcow2"), lab.store.path(&place)).unwrap();
+    // The layer above finds it by a short name all the same.
+    std::os::unix::fs::symlink(&place, lab.store.path("base.qcow2")).unwrap();
+    let before = lab.content("web.qcow2");
+    let error = lab.refused("commit top=sn3 base=base");
+    assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("web.qcow2"), "{error}");
+    assert!(lab.content("web.qcow2") == before);
+}

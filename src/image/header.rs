@@ -8,7 +8,7 @@ use crate::format::header_edit::{Edit, Step, plan};
 use crate::format::{Frozen, Header};
 use crate::image::create::NewBacking;
 use crate::image::{read_header_with, unreadable};
-use crate::io::WriteStorage;
+use crate::io::{Storage, WriteStorage};
 
 /// What is to become of a header; `None` stays.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +28,11 @@ pub fn change_header(name: &str, file: &dyn WriteStorage, change: &HeaderChange)
     apply(file, &steps(name, file, change)?)
 }
 
+/// What [`change_header`] would refuse; nothing is written.
+pub fn check_header_change<S: Storage + ?Sized>(name: &str, file: &S, change: &HeaderChange) -> Result<()> {
+    steps(name, file, change).map(drop)
+}
+
 /// Does what [`steps`] has found.
 pub(super) fn apply(file: &dyn WriteStorage, steps: &[Step]) -> Result<()> {
     for step in steps {
@@ -40,7 +45,7 @@ pub(super) fn apply(file: &dyn WriteStorage, steps: &[Step]) -> Result<()> {
 }
 
 /// What has to be done, in this order; nothing is written.
-pub(super) fn steps(name: &str, file: &dyn WriteStorage, change: &HeaderChange) -> Result<Vec<Step>> {
+pub(super) fn steps<S: Storage + ?Sized>(name: &str, file: &S, change: &HeaderChange) -> Result<Vec<Step>> {
     let (old, file_len) = read_header_with(name, file, Header::parse)?;
     if let Some(sentence) = unreadable(&old) {
         return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {sentence}")));

@@ -22,7 +22,7 @@ use crate::format::{Compressed, Header, Malformed};
 use crate::io::Storage;
 use crate::units::{HostOffset, round_up_to_sector};
 
-pub use header::{HeaderChange, change_header};
+pub use header::{HeaderChange, change_header, check_header_change};
 pub use layer::{Layer, Mapping};
 pub(crate) use snapshots::{read_snapshots, read_snapshots_with};
 

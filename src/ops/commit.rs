@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::HeaderChange;
 use crate::image::write::{Writer, Zeroing};
 use crate::io::{Claim, directory_of};
 use crate::store::{
@@ -187,6 +188,17 @@ fn refusals(world: &World, layers: &Layers, request: &CommitRequest, plan: &mut 
     }
     if layers.is_active {
         fall_refusals(world, layers, refusals);
+    }
+    let kept = request.keep.then_some(layers.top).filter(|top| world.stands_on(*top) != Some(layers.base));
+    for index in layers.children.iter().copied().chain(kept) {
+        let backing = Some(Some(world.backing_name(index, layers.base)));
+        finish::check_header(world, index, &HeaderChange { backing, frozen: None }, refusals);
+    }
+    if request.keep {
+        finish::check_freeze(world, layers.top, refusals);
+    }
+    if layers.children.is_empty() && !layers.is_active {
+        finish::check_freeze(world, layers.base, refusals);
     }
     if request.keep {
         for path in layers.between.iter().map(|index| spoilt_name(&world.image(*index).place.path)) {

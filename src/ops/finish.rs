@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::check::{Scope, repair};
 use crate::image::write::Writer;
-use crate::image::{HeaderChange, change_header};
+use crate::image::{HeaderChange, change_header, check_header_change};
 use crate::io::{Claim, Directory, FileId, directory_of};
 use crate::store::{ActiveJob, Catalog, Deed, Format, ImageIndex, Intent, JobImage, Named, OwnedIntent, Store, shown};
 
@@ -89,6 +89,23 @@ pub(super) fn taken(world: &World, path: &Path, refusals: &mut Vec<Error>) {
     if world.store.roots()[0].stat(path).is_ok() {
         let fact = "exists already; remove it or choose another name";
         refusals.push(Error::new(ErrorKind::Exists, format!("{} {fact}", shown(path))));
+    }
+}
+
+/// Refuses what a header has no room for: found out later, it could not be done after all.
+pub(super) fn check_header(world: &World, index: ImageIndex, change: &HeaderChange, refusals: &mut Vec<Error>) {
+    let image = world.image(index);
+    if image.qcow2().is_some() {
+        let file = world.store.file(&image.place, &image.stat, false);
+        refusals.extend(check_header_change(&image.shown(), &*file, change).err());
+    }
+}
+
+/// The same for a mark of being frozen, unless there is one.
+pub(super) fn check_freeze(world: &World, index: ImageIndex, refusals: &mut Vec<Error>) {
+    if world.image(index).frozen.is_none() {
+        let change = HeaderChange { backing: None, frozen: Some(Some(Frozen::now(""))) };
+        check_header(world, index, &change, refusals);
     }
 }
 

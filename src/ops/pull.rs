@@ -99,6 +99,14 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &PullRe
     let touched: Vec<ImageIndex> = [into].into_iter().chain(layers.remove.clone()).collect();
     refusals.extend(world.begun(&layers.chain));
     refusals.extend(touched.iter().filter_map(|index| world.untouchable(*index)));
+    let backing = Some(layers.base.map(|base| world.backing_name(into, base)));
+    finish::check_header(world, into, &HeaderChange { backing, frozen: None }, refusals);
+    if let Some(left) = layers.between.iter().find(|index| !layers.remove.contains(index))
+        && world.image(*left).place.root == 0
+        && !world.image(*left).readonly
+    {
+        finish::check_freeze(world, *left, refusals);
+    }
     if let Some(problem) = world.catalog.view_problem(&layers.chain) {
         refusals.push(Error::new(ErrorKind::Broken, problem));
     }

@@ -367,8 +367,15 @@ fn mark(store: &Arc<Store>, old: Fallen, path: &Path, frozen: &Frozen) -> Result
         // A header without room for the mark is no reason to lose the snapshot.
         Format::Qcow2 => match old.writer.change_header(&change) {
             Err(error) if error.kind() == ErrorKind::Unsupported => {
-                let frozen = Frozen { description: String::new(), ..frozen.clone() };
-                old.writer.change_header(&HeaderChange { backing: None, frozen: Some(Some(frozen)) })
+                let bare = Frozen { description: String::new(), ..frozen.clone() };
+                let change = HeaderChange { backing: None, frozen: Some(Some(bare)) };
+                match old.writer.change_header(&change) {
+                    Err(error) if error.kind() == ErrorKind::Unsupported => {
+                        tracing::warn!("{error}: only what stands on it keeps it from being written");
+                        Ok(())
+                    }
+                    done => done,
+                }
             }
             done => done,
         },
