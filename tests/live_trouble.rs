@@ -113,12 +113,11 @@ impl Guest {
     }
 
     /// Until writing fails, or somebody says so.
-    fn work(&mut self, disk: &Path, seed: u64, stop: &AtomicBool) {
-        let disk = rw(disk);
+    fn work(&mut self, disk: &File, seed: u64, stop: &AtomicBool) {
         let mut rng = Rng::new(seed);
         while !stop.load(Ordering::Relaxed) {
             let block = rng.below(self.blocks.len() as u64);
-            let done = if rng.below(24) == 0 { self.sync(&disk) } else { self.write(&disk, block) };
+            let done = if rng.below(24) == 0 { self.sync(disk) } else { self.write(disk, block) };
             if done.is_err() {
                 break;
             }
@@ -172,7 +171,9 @@ fn a_daemon_that_is_killed_at_any_moment_goes_on_at_the_next_mount() {
         let context = format!("round {round}, {command}, raw base {raw_base}");
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
-            let writing = scope.spawn(|| guest.work(&active, round, &stop));
+            let disk = rw(&active);
+            let (guest, stop) = (&mut guest, &stop);
+            let writing = scope.spawn(move || guest.work(&disk, round, stop));
             let control = Control::of(&mount, "web");
             let daemon = Pid::from_raw(mount.daemon().cast_signed()).expect("a process");
             let giving = scope.spawn(move || {
