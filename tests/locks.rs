@@ -3,11 +3,11 @@
 #[allow(dead_code, unused_imports, reason = "each test binary uses its part")]
 mod common;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use common::foreign::Qemu;
 use common::*;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
@@ -27,35 +27,6 @@ fn chain() -> Store {
     store
 }
 
-/// A QEMU that has an image open, writable or not, as a running guest would.
-struct Guest(Child);
-
-impl Guest {
-    fn running_on(store: &Store, image: &str, more: &[&str]) -> Self {
-        let socket = store.beside("guest.sock");
-        let _ = fs::remove_file(&socket);
-        let mut nbd = Command::new("qemu-nbd");
-        nbd.args(["--persistent", "-f", "qcow2", "-k"]).arg(&socket).args(more).arg(image);
-        let child = nbd.current_dir(store.root()).stdin(Stdio::null()).spawn().expect("qemu-nbd starts");
-        let guest = Self(child);
-        // The socket is made after the image is opened and locked.
-        eventually("qemu-nbd serves", Duration::from_secs(10), || socket.exists());
-        guest
-    }
-
-    fn shut_down(mut self) {
-        self.0.kill().expect("a child of ours");
-        self.0.wait().expect("a child of ours");
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// What a write by qemu-io says; it changes nothing, since it writes nothing.
 fn qemu_writes(store: &Store, image: &str, format: &str) -> Result<(), String> {
     let (code, out, err) =
@@ -72,7 +43,7 @@ fn below_a_running_guest_snapshots_can_be_read_and_its_own_disk_is_busy() {
     let store = chain();
     let oracles = [("base", store.oracle("base.raw", "raw")), ("mid", store.oracle("mid.qcow2", "qcow2"))];
     let mount = Mount::new(&store);
-    let guest = Guest::running_on(&store, "web.qcow2", &[]);
+    let guest = Qemu::running_on(&store, "web.qcow2", &[]);
     assert_eq!(open(&mount.path("web/active.raw")).err(), Some(Errno::BUSY));
     for (name, oracle) in &oracles {
         assert_same(&mount.path(format!("web/snapshots/{name}.raw")), oracle);
@@ -87,7 +58,7 @@ fn a_guest_may_start_while_its_snapshots_are_being_read() {
     let store = chain();
     let mount = Mount::new(&store);
     let reading = open(&mount.path("web/snapshots/mid.raw")).expect("a view");
-    let guest = Guest::running_on(&store, "web.qcow2", &[]);
+    let guest = Qemu::running_on(&store, "web.qcow2", &[]);
     guest.shut_down();
     assert!(qemu_writes(&store, "mid.qcow2", "qcow2").is_err(), "the layer being read is not to be written");
     drop(reading);
@@ -99,7 +70,7 @@ fn another_reader_disturbs_nobody() {
     let store = chain();
     let oracle = store.oracle("web.qcow2", "qcow2");
     let mount = Mount::new(&store);
-    let guest = Guest::running_on(&store, "web.qcow2", &["--read-only"]);
+    let guest = Qemu::running_on(&store, "web.qcow2", &["--read-only"]);
     assert_same(&mount.path("web/active.raw"), &oracle);
     guest.shut_down();
     mount.umount();
@@ -110,7 +81,7 @@ fn force_share_reads_under_a_running_guest() {
     let store = chain();
     let oracle = store.oracle("web.qcow2", "qcow2");
     let mount = Mount::with(&store, "force_share");
-    let guest = Guest::running_on(&store, "web.qcow2", &[]);
+    let guest = Qemu::running_on(&store, "web.qcow2", &[]);
     assert_same(&mount.path("web/active.raw"), &oracle);
     let reading = open(&mount.path("web/active.raw")).expect("a view");
     guest.shut_down();
@@ -226,7 +197,7 @@ fn what_a_guest_wrote_between_two_openings_is_read_by_the_second() {
 #[test]
 fn tools_that_look_at_an_image_respect_a_running_guest_as_qemu_img_does() {
     let store = chain();
-    let guest = Guest::running_on(&store, "web.qcow2", &[]);
+    let guest = Qemu::running_on(&store, "web.qcow2", &[]);
     let run = |args: &[&str]| tool(CHAINFS).args(args).arg(store.path("web.qcow2")).outcome();
     let (code, _, err) = run(&["check"]);
     assert_eq!(code, 1, "check could not check: {err}");

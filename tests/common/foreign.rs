@@ -1,9 +1,11 @@
-//! Foreign users of a disk: the kernel's loop devices and file systems, and fio.
+//! Foreign users of disks and images: the kernel's loop devices and file systems, fio, and a running QEMU.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use super::store::Store;
 use super::tools::{Outcome as _, eventually, tool};
 
 /// More with `tests/run.sh --long`.
@@ -78,5 +80,38 @@ impl Mounted {
 impl Drop for Mounted {
     fn drop(&mut self) {
         let _ = tool("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+/// A QEMU that has an image open, writable or not, as a running guest would.
+pub(crate) struct Qemu(Child);
+
+impl Qemu {
+    pub(crate) fn running_on(store: &Store, image: &str, more: &[&str]) -> Self {
+        let socket = store.beside("guest.sock");
+        let _ = fs::remove_file(&socket);
+        let mut nbd = Command::new("qemu-nbd");
+        nbd.args(["--persistent", "-f", "qcow2", "-k"]).arg(&socket).args(more).arg(image);
+        let child = nbd.current_dir(store.root()).stdin(Stdio::null()).spawn().expect("qemu-nbd starts");
+        let qemu = Self(child);
+        // The socket is made after the image is opened and locked.
+        eventually("qemu-nbd serves", Duration::from_secs(10), || socket.exists());
+        qemu
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
+    pub(crate) fn shut_down(mut self) {
+        self.0.kill().expect("a child of ours");
+        self.0.wait().expect("a child of ours");
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }

@@ -1,0 +1,425 @@
+//! Commands on chains of a real mount that are cut off, stopped, or stand in each other's way: every view is
+//! right afterwards, and what was begun is done or was never there. Needs root and loop devices.
+
+#[allow(dead_code, unused_imports, reason = "each test binary uses its part")]
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::active::{NOTICED, rw};
+use common::command::Control;
+use common::foreign::{Loop, Mounted, Qemu, amount};
+use common::lab::{Kind, LAYERS, Lab};
+use common::*;
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, kill_process};
+
+type Contents = BTreeMap<String, Vec<u8>>;
+
+fn contents(lab: &Lab) -> Contents {
+    LAYERS.iter().map(|layer| ((*layer).to_owned(), lab.content(&lab.file(layer)))).collect()
+}
+
+/// What is begun and not finished.
+fn intents(lab: &Lab) -> usize {
+    fs::read_dir(lab.store.path(".chainfs/intents")).map_or(0, Iterator::count)
+}
+
+/// Every snapshot of every chain is what it was; a commit into base has given base the bytes of `merged` if that
+/// is gone. Returns how many there were.
+fn assert_snapshots(mount: &Mount, before: &Contents, merged: Option<(&str, &str)>, context: &str) -> usize {
+    let mut count = 0;
+    for chain in mount.names(".").iter().filter(|name| *name != ".chainfs") {
+        let names = mount.names(Path::new(chain).join("snapshots"));
+        let has = |layer: &str| names.contains(&format!("{layer}.raw"));
+        for name in &names {
+            let layer = name.strip_suffix(".raw").expect("a disk");
+            let Some(own) = before.get(layer) else { continue };
+            let want = match merged {
+                Some((top, base)) if layer == base && !has(top) => &before[top],
+                _ => own,
+            };
+            let shown = fs::read(mount.path(chain).join("snapshots").join(name));
+            let shown = shown.unwrap_or_else(|e| panic!("{context}: {chain}/{name}: {e}"));
+            assert!(shown == *want, "{context}: {chain}/{name} of {names:?} has other bytes");
+            count += 1;
+        }
+    }
+    count
+}
+
+/// Waits until all that was begun is over, by itself.
+fn settled(lab: &Lab, mount: &Mount, context: &str) {
+    let control = Control::of(mount, "web");
+    let start = Instant::now();
+    // Between two states nothing is at work, and yet something may be begun.
+    while intents(lab) > 0 {
+        let (state, error) = (control.status("state"), control.status("error"));
+        let log = || fs::read_to_string(lab.store.beside("mount.output")).unwrap_or_default();
+        assert!(
+            state != "failed" && start.elapsed() < Duration::from_secs(30),
+            "{context}: {state}: {error}\n{}",
+            log()
+        );
+        thread::sleep(Duration::from_millis(10));
+    }
+    let state = control.wait();
+    assert!(state == "done" || state == "idle", "{context}: {state}: {}", control.status("error"));
+}
+
+/// A guest that writes blocks of 4 KiB and knows which of them have to be there.
+struct Guest {
+    /// For each block what was synced last, and all that was written since.
+    blocks: Vec<(u64, Vec<u64>)>,
+    number: u64,
+}
+
+const BLOCK: u64 = 4096;
+/// Where a guest's blocks begin.
+const PLACE: u64 = 512 * KIB;
+
+impl Guest {
+    /// Blocks that have numbers already.
+    fn new(disk: &Path, count: u64) -> Self {
+        let mut guest = Self { blocks: vec![(0, Vec::new()); count as usize], number: 0 };
+        let disk = rw(disk);
+        for block in 0..count {
+            guest.write(&disk, block).expect("a write");
+        }
+        guest.sync(&disk).expect("a sync");
+        guest
+    }
+
+    fn write(&mut self, disk: &File, block: u64) -> std::io::Result<()> {
+        self.number += 1;
+        // Even if it fails, some of it may be there.
+        self.blocks[block as usize].1.push(self.number);
+        disk.write_all_at(&self.number.to_le_bytes().repeat(512), PLACE + block * BLOCK)
+    }
+
+    fn sync(&mut self, disk: &File) -> std::io::Result<()> {
+        disk.sync_data()?;
+        for (synced, since) in &mut self.blocks {
+            *synced = since.last().copied().unwrap_or(*synced);
+            since.clear();
+        }
+        Ok(())
+    }
+
+    /// Until writing fails, or somebody says so.
+    fn work(&mut self, disk: &File, seed: u64, stop: &AtomicBool) {
+        let mut rng = Rng::new(seed);
+        while !stop.load(Ordering::Relaxed) {
+            let block = rng.below(self.blocks.len() as u64);
+            let done = if rng.below(24) == 0 { self.sync(disk) } else { self.write(disk, block) };
+            if done.is_err() {
+                break;
+            }
+        }
+    }
+
+    /// What was synced is there, or what came after it; from now on, that is what is known.
+    fn assert_there(&mut self, disk: &Path, context: &str) {
+        let disk = File::open(disk).expect("the disk");
+        let mut have = [0; BLOCK as usize];
+        for (number, (synced, since)) in self.blocks.iter_mut().enumerate() {
+            disk.read_exact_at(&mut have, PLACE + number as u64 * BLOCK).expect("a read");
+            let first = u64::from_le_bytes(have[..8].try_into().expect("eight bytes"));
+            assert!(have == first.to_le_bytes().repeat(512)[..], "{context}: block {number} is torn");
+            let is_known = first == *synced || since.contains(&first);
+            assert!(is_known, "{context}: block {number} is {first}, not {synced} nor {since:?}");
+            (*synced, *since) = (first, Vec::new());
+        }
+    }
+}
+
+fn kill(mount: Mount) {
+    let daemon = Pid::from_raw(mount.daemon().cast_signed()).expect("a process");
+    kill_process(daemon, Signal::KILL).expect("the daemon is ours");
+    mount.abandon();
+}
+
+#[test]
+fn a_daemon_that_is_killed_at_any_moment_goes_on_at_the_next_mount() {
+    let commands: [(&str, Option<(&str, &str)>); 6] = [
+        ("commit top=sn2 base=base", Some(("sn2", "base"))),
+        ("commit top=sn3 base=sn1", Some(("sn3", "sn1"))),
+        ("commit", None),
+        ("commit base=sn1", None),
+        ("pull into=sn3 base=base", None),
+        ("pull", None),
+    ];
+    let rounds = amount(10, 200);
+    let mut met = 0;
+    for round in 0..rounds {
+        let mut rng = Rng::new(round * 7 + 1);
+        // Every other time it is a snapshot that comes first, and may be what is cut off.
+        let (command, merged) = commands[round as usize % commands.len()];
+        let raw_base = round % 4 >= 2;
+        let kind = Kind { raw_base, options: "cluster_size=512", sizes: [8 << 20; 5], inner: &[] };
+        let lab = Lab::new(kind);
+        let before = contents(&lab);
+        let mount = Mount::new(&lab.store);
+        let active = mount.path("web/active.raw");
+        let mut guest = Guest::new(&active, 64);
+        let context = format!("round {round}, {command}, raw base {raw_base}");
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let disk = rw(&active);
+            let (guest, stop) = (&mut guest, &stop);
+            let writing = scope.spawn(move || guest.work(&disk, round, stop));
+            let control = Control::of(&mount, "web");
+            let daemon = Pid::from_raw(mount.daemon().cast_signed()).expect("a process");
+            let giving = scope.spawn(move || {
+                if round % 3 == 2 {
+                    // Nobody may be left to answer.
+                    let _ = control.give("snapshot monday");
+                }
+                let _ = control.give(command);
+            });
+            thread::sleep(Duration::from_micros(rng.below(60_000)));
+            kill_process(daemon, Signal::KILL).expect("the daemon is ours");
+            giving.join().expect("a command");
+            writing.join().expect("a writer");
+            stop.store(true, Ordering::Relaxed);
+        });
+        mount.abandon();
+        met += intents(&lab);
+        let mount = Mount::new(&lab.store);
+        settled(&lab, &mount, &context);
+        assert_snapshots(&mount, &before, merged, &context);
+        guest.assert_there(&mount.path("web/active.raw"), &context);
+        // The rest of the disk is what it was.
+        let shown = fs::read(mount.path("web/active.raw")).expect("the disk");
+        let (from, to) = (PLACE as usize, (PLACE + 64 * BLOCK) as usize);
+        assert!(shown[..from] == before["web"][..from] && shown[to..] == before["web"][to..], "{context}");
+        mount.umount();
+        for name in lab.files().iter().filter(|name| name.ends_with(".qcow2")) {
+            let (code, out, _) = tool("qemu-img").args(["check", name]).current_dir(lab.store.root()).outcome();
+            assert!(code == 0 || code == 3, "{context}: {name}: {out}");
+        }
+        assert!(lab.files().iter().all(|name| !name.ends_with(".new")), "{context}: {:?}", lab.files());
+    }
+    println!("{met} of {rounds} rounds were cut off in the midst of a command");
+}
+
+/// Mounts a slow chain and gives it a command that is at work when this returns.
+fn at_work(lab: &Lab, command: &str) -> Mount {
+    let mount = Mount::new(&lab.store);
+    let control = Control::of(&mount, "web");
+    assert_eq!(control.give(command), None, "{command}: {}", control.status("error"));
+    eventually("it has moved something", Duration::from_secs(20), || control.status("done") != "0");
+    mount
+}
+
+#[test]
+fn a_mount_that_ends_in_the_midst_of_a_job_leaves_it_to_the_next() {
+    for (command, merged) in [("commit top=sn3 base=base", Some(("sn3", "base"))), ("pull", None)] {
+        for by_signal in [false, true] {
+            let lab = Lab::slow(!by_signal);
+            let before = contents(&lab);
+            let context = format!("{command}, by signal {by_signal}");
+            let mount = at_work(&lab, command);
+            let start = Instant::now();
+            if by_signal {
+                let daemon = Pid::from_raw(mount.daemon().cast_signed()).expect("a process");
+                kill_process(daemon, Signal::TERM).expect("the daemon is ours");
+                eventually("it ends", Duration::from_secs(10), || mount::daemon_of(mount.dir()).is_none());
+                drop(mount);
+            } else {
+                mount.umount();
+            }
+            assert!(start.elapsed() < Duration::from_secs(10), "{context}");
+            assert_eq!(intents(&lab), 1, "{context}");
+            // Who only looks does not go on with it, and sees nothing of what it has spoilt.
+            let mount = Mount::with(&lab.store, "ro");
+            assert_snapshots(&mount, &before, None, &context);
+            assert!(fs::read(mount.path("web/active.raw")).expect("the disk") == before["web"], "{context}");
+            assert_eq!(intents(&lab), 1, "{context}");
+            mount.umount();
+            let mount = Mount::new(&lab.store);
+            settled(&lab, &mount, &context);
+            assert_eq!(Control::of(&mount, "web").status("command"), command, "{context}");
+            assert_snapshots(&mount, &before, merged, &context);
+            assert!(fs::read(mount.path("web/active.raw")).expect("the disk") == before["web"], "{context}");
+            mount.umount();
+            lab.assert_clean();
+        }
+    }
+}
+
+#[test]
+fn what_qemu_holds_is_not_committed_pulled_nor_frozen_and_the_holder_is_named() {
+    let lab = Lab::new(Kind::PLAIN);
+    let before = contents(&lab);
+    let mount = Mount::new(&lab.store);
+    let control = Control::of(&mount, "web");
+    for (held, read_only, command) in [
+        ("base.qcow2", true, "commit top=sn2 base=base"),
+        ("sn1.qcow2", true, "commit top=sn2 base=sn1"),
+        ("web.qcow2", false, "commit"),
+        ("web.qcow2", false, "pull"),
+        ("web.qcow2", false, "snapshot monday"),
+        ("sn3.qcow2", true, "pull into=sn3 base=base"),
+        ("web.qcow2", false, "commit top=sn2 base=sn1"),
+    ] {
+        let files = lab.files();
+        let holder = Qemu::running_on(&lab.store, held, if read_only { &["--read-only"] } else { &[] });
+        let sentence = control.refused(command, Errno::BUSY);
+        let who = format!("qemu-nbd[{}]", holder.pid());
+        assert!(sentence.contains(&who), "{held}: {command}: {sentence}");
+        assert_eq!((lab.files(), intents(&lab)), (files, 0), "{held}: {command}");
+        holder.shut_down();
+    }
+    assert_snapshots(&mount, &before, None, "refused");
+    for command in ["snapshot monday", "commit top=sn2 base=sn1", "commit", "pull"] {
+        control.done(command);
+    }
+    assert!(fs::read(mount.path("web/active.raw")).expect("the disk") == before["web"]);
+    mount.umount();
+    lab.assert_clean();
+}
+
+#[test]
+fn two_daemons_on_one_store_never_work_on_one_chain_at_once() {
+    let lab = Lab::slow(false);
+    let before = contents(&lab);
+    let mount = at_work(&lab, "pull");
+    let second = lab.store.beside("second");
+    fs::create_dir(&second).expect("a directory");
+    let other = Mount::try_new(&lab.store, &lab.store.root(), &second, "").expect("a second mount");
+    let theirs = Control::of(&other, "web");
+    for command in ["commit", "pull", "snapshot monday", "commit top=sn2 base=sn1"] {
+        let sentence = theirs.refused(command, Errno::BUSY);
+        assert!(!sentence.is_empty(), "{command}");
+    }
+    // The command line with a store of its own is one more.
+    let web = lab.store.path("web.qcow2");
+    for words in [&["commit"][..], &["pull"]] {
+        let (code, _, err) = tool(CHAINFS)
+            .args(words)
+            .arg("--store")
+            .arg(lab.store.root())
+            .arg(&web)
+            .env("XDG_CONFIG_HOME", lab.store.beside("config"))
+            .outcome();
+        assert!(code == 1 && !err.is_empty(), "{words:?}: {code} {err}");
+    }
+    let ours = Control::of(&mount, "web");
+    assert_eq!(ours.wait(), "done", "{}", ours.status("error"));
+    // Now it is theirs, and then ours again.
+    eventually("the second has noticed", NOTICED, || theirs.give("snapshot monday").is_none());
+    eventually("the first has noticed", NOTICED, || mount.names("web/snapshots").contains(&"monday.raw".to_owned()));
+    eventually("the first may", NOTICED, || ours.give("commit").is_none());
+    assert_eq!(ours.wait(), "done", "{}", ours.status("error"));
+    for mount in [&mount, &other] {
+        eventually("both show the same", NOTICED, || {
+            fs::read(mount.path("web/active.raw")).is_ok_and(|bytes| bytes == before["web"])
+        });
+        assert_snapshots(mount, &before, None, "two");
+    }
+    other.umount();
+    mount.umount();
+    lab.assert_clean();
+}
+
+/// A file system of this size where the store of a lab is about to be.
+fn small(store: &Store, size: u64) -> (Mounted, Loop) {
+    let file = store.beside("small.img");
+    File::create(&file).and_then(|file| file.set_len(size)).expect("a file");
+    tool("mke2fs").args(["-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal"]).arg(&file).succeeds();
+    let device = Loop::new(&file);
+    let mounted = Mounted::new(&device.0, store.root());
+    let _ = fs::remove_dir(store.path("lost+found"));
+    (mounted, device)
+}
+
+#[test]
+fn what_does_not_fit_is_refused_or_fails_and_leaves_nothing_behind() {
+    let store = Store::new();
+    let (mounted, device) = small(&store, 64 << 20);
+    store.create("base.qcow2", 48 << 20, "");
+    for (name, below) in [("sn1", "base"), ("sn2", "sn1"), ("web", "sn2")] {
+        store.overlay(&format!("{name}.qcow2"), &format!("{below}.qcow2"), "qcow2", "");
+        store.io(&format!("{name}.qcow2"), "qcow2", [format!("write -q -P {} 0 10M", name.len())]);
+    }
+    let views = ["base.qcow2", "sn1.qcow2", "sn2.qcow2", "web.qcow2"];
+    let all = || views.map(|view| fs::read(store.oracle(view, "qcow2")).expect("what QEMU reads"));
+    let before = all();
+    let mount = Mount::new(&store);
+    let control = Control::of(&mount, "web");
+    let full = |left: u64| {
+        let file = File::create(store.path("ballast")).expect("a file");
+        let free = rustix::fs::statvfs(store.root()).map(|stat| stat.f_bavail * stat.f_frsize).expect("statvfs");
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, free - left).expect("room");
+    };
+    full(2 << 20);
+    for command in ["commit top=sn2 base=base", "commit base=base"] {
+        let sentence = control.refused(command, Errno::NOSPC);
+        assert!(sentence.contains("base.qcow2") && sentence.contains("free"), "{sentence}");
+    }
+    // There is room when it begins, and none when it goes on: a guest takes it.
+    fs::remove_file(store.path("ballast")).expect("a file");
+    full(1 << 20);
+    assert_eq!(control.give("snapshot monday"), None, "{}", control.status("error"));
+    control.done("commit");
+    fs::remove_file(store.path("ballast")).expect("a file");
+    full(64 << 10);
+    for command in ["snapshot tuesday", "commit top=sn1", "pull base=sn1"] {
+        let refused = control.give(command);
+        let failed = refused == Some(Errno::NOSPC) || refused.is_none() && control.wait() == "failed";
+        assert!(failed, "{command}: {refused:?} {} {}", control.status("state"), control.status("error"));
+    }
+    let names = names_of(&store);
+    assert_eq!(names, ["ballast", "base.qcow2", "sn1.qcow2", "sn2.qcow2", "web.qcow2"]);
+    assert!(fs::read_dir(store.path(".chainfs/intents")).expect("a directory").next().is_none());
+    assert_eq!(mount.names("web/snapshots"), ["base.raw", "sn1.raw", "sn2.raw"]);
+    fs::remove_file(store.path("ballast")).expect("a file");
+    let (views_now, files) = (all(), views);
+    assert!(views_now == before, "a view has changed");
+    for name in files {
+        store.img(["check", "-q", "-U", name]);
+    }
+    control.done("commit top=sn2 base=base");
+    mount.umount();
+    assert!(fs::read(store.oracle("web.qcow2", "qcow2")).expect("what QEMU reads") == before[3]);
+    mounted.umount();
+    device.detach();
+}
+
+fn names_of(store: &Store) -> Vec<String> {
+    let mut names = mount::names_in(&store.root());
+    names.retain(|name| !name.starts_with(".chainfs"));
+    names
+}
+
+/// Commits into raw bases cannot be called back.
+#[test]
+fn a_mount_that_only_reads_hides_what_a_commit_that_was_cut_off_has_spoilt() {
+    let lab = Lab::slow(true);
+    let before = contents(&lab);
+    let mount = at_work(&lab, "commit top=sn2 base=base");
+    kill(mount);
+    assert_eq!(intents(&lab), 1);
+    let mount = Mount::with(&lab.store, "ro");
+    let names = mount.names("web/snapshots");
+    assert_eq!(names, ["sn2.raw", "sn3.raw"]);
+    assert_snapshots(&mount, &before, None, "read-only");
+    let refused = fs::read(mount.path("web/snapshots/base.raw"));
+    assert!(refused.is_err(), "what is spoilt can be read");
+    mount.umount();
+    let files: Vec<PathBuf> = lab.files().iter().map(|name| lab.store.path(name)).collect();
+    assert_eq!(files.len(), 5, "nothing has gone: {files:?}");
+    let mount = Mount::new(&lab.store);
+    settled(&lab, &mount, "taken up");
+    assert_snapshots(&mount, &before, Some(("sn2", "base")), "taken up");
+    assert_eq!(mount.names("web/snapshots"), ["base.raw", "sn3.raw"]);
+    mount.umount();
+    lab.assert_clean();
+}
