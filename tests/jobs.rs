@@ -27,10 +27,11 @@ const CASES: [(&str, &str, &[&str]); 6] = [
 fn kinds() -> Vec<Kind> {
     let [plain, small, extended] = SIZES;
     let raw = |kind| Kind { raw_base: true, ..kind };
+    let inner = |kind| Kind { inner: &["sn1", "sn3", "web"], ..kind };
     if std::env::var_os("CHAINFS_LONG").is_some() {
-        return SIZES.into_iter().flat_map(|kind| [kind, raw(kind)]).collect();
+        return SIZES.into_iter().flat_map(|kind| [kind, raw(kind), inner(kind), raw(inner(kind))]).collect();
     }
-    vec![plain, raw(small), extended]
+    vec![plain, raw(small), inner(extended)]
 }
 
 fn assert_done(lab: &Lab, command: &str) {
@@ -43,12 +44,15 @@ fn the_six_cases_of_a_commit_change_no_view_that_is_left() {
     for kind in kinds() {
         for (top, base, left) in CASES {
             let lab = Lab::new(kind);
+            let inner = left.iter().filter(|file| kind.inner.iter().any(|layer| lab.file(layer) == **file));
+            let inner: Vec<String> = inner.map(|file| format!("{file}@inner")).collect();
             let mut before = lab.contents(left);
+            before.extend(lab.contents(&inner.iter().map(String::as_str).collect::<Vec<_>>()));
             let top_content = lab.content(&lab.file(top));
-            assert_done(&lab, &format!("commit top={top} base={base}"));
+            assert_done(&lab, &format!("commit top={top} base={base} discard-internal"));
             let base = lab.file(base);
             before.insert(base.clone(), top_content);
-            let views: Vec<&str> = left.iter().copied().chain([base.as_str()]).collect();
+            let views: Vec<&str> = before.keys().map(String::as_str).collect();
             assert!(before == lab.contents(&views), "{top} into {base}, {}", kind.options);
             lab.assert_clean();
             let chain = lab.chain("web.qcow2");
@@ -66,7 +70,7 @@ fn the_active_layer_falls_onto_any_base_and_keeps_its_name() {
             let lab = Lab::new(kind);
             let before = lab.content("web.qcow2");
             let below: Vec<String> = lab.chain(&lab.file(base))[1..].to_vec();
-            assert_done(&lab, &format!("commit base={base}"));
+            assert_done(&lab, &format!("commit base={base} discard-internal"));
             let name = format!("web.{}", lab.format(base));
             assert!(before == lab.content(&name), "{base}, {}", kind.options);
             lab.assert_clean();
