@@ -70,5 +70,8 @@ fn only_the_adapter_names_fuser() {
         .filter(|file| fs::read_to_string(file).unwrap().contains("use fuser"))
         .map(|file| file.strip_prefix(&src).unwrap().to_path_buf())
         .collect();
-    assert_eq!(naming, [PathBuf::from("fs/fuse.rs")]);
+    assert!(
+        !naming.is_empty() && naming.iter().all(|file| file.starts_with("fs/fuse") || file == Path::new("fs/fuse.rs")),
+        "{naming:?}"
+    );
 }

@@ -1,6 +1,9 @@
 //! The adapter to FUSE: requests to [`Tree`], answers to replies, errors to errno. Nothing else
 //! names fuser.
 
+mod entries;
+mod modes;
+
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -13,10 +16,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    AccessFlags, BackingId, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
 use parking_lot::Mutex;
 
@@ -28,7 +31,10 @@ use super::attributes::Attributes;
 use super::change::Fallocate;
 use super::handles::Handle;
 use super::node::NodeKind;
-use super::tree::{Listed, Tree};
+use super::tree::Tree;
+
+use entries::entries;
+use modes::Mode;
 
 /// For how long the kernel believes a name or an attribute. Changes of the store are noticed
 /// within a second; this is their larger part.
@@ -81,18 +87,6 @@ impl Server {
         self.tree.close();
         result
     }
-}
-
-/// How an inode is open now. The kernel wants all openings of one inode to agree.
-#[derive(Default)]
-struct Mode {
-    /// Openings through the kernel's page cache.
-    cached: usize,
-    /// Openings handed to the file itself, and that file.
-    passed: usize,
-    backing: Option<Arc<BackingId>>,
-    /// What the page cache was filled from.
-    fingerprint: Option<u64>,
 }
 
 struct Adapter {
@@ -156,58 +150,6 @@ impl Adapter {
             if let Some(task) = task {
                 task();
             }
-        }
-    }
-
-    /// Whether this opening is handed to the raw file itself. `None` if it is not.
-    fn pass(&self, reply: &ReplyOpen, inode: u64, handle: &Handle) -> Option<Arc<BackingId>> {
-        let Handle::Disk(disk) = handle else { return None };
-        let disk = disk.view();
-        let file = disk.raw_file.as_ref()?;
-        let mut modes = self.modes.lock();
-        let mode = modes.entry(inode).or_default();
-        if mode.cached > 0 {
-            return None;
-        }
-        if mode.backing.is_none() {
-            if !self.passthrough.load(Ordering::Relaxed) {
-                return None;
-            }
-            // Only where the file is the disk to the last byte.
-            let same_size = file.stat().is_ok_and(|stat| stat.signature.size == disk.view.size());
-            let own = file.open_again().ok().filter(|_| same_size)?;
-            match reply.open_backing(own) {
-                Ok(backing) => mode.backing = Some(Arc::new(backing)),
-                Err(error) => {
-                    tracing::info!("raw disks are served by the daemon, for the kernel says: {error}");
-                    self.passthrough.store(false, Ordering::Relaxed);
-                    return None;
-                }
-            }
-        }
-        mode.passed += 1;
-        mode.backing.clone()
-    }
-
-    /// Notes an opening through the page cache; whether what it holds is still good.
-    fn cache(&self, inode: u64, fingerprint: u64) -> bool {
-        let mut modes = self.modes.lock();
-        let mode = modes.entry(inode).or_default();
-        mode.cached += 1;
-        mode.fingerprint.replace(fingerprint) == Some(fingerprint)
-    }
-
-    fn closed(&self, inode: u64, handle: &Handle) {
-        let Handle::Disk(_) = handle else { return };
-        let mut modes = self.modes.lock();
-        let Some(mode) = modes.get_mut(&inode) else { return };
-        if mode.passed > 0 {
-            mode.passed -= 1;
-            if mode.passed == 0 {
-                mode.backing = None;
-            }
-        } else {
-            mode.cached = mode.cached.saturating_sub(1);
         }
     }
 }
@@ -598,32 +540,6 @@ impl Filesystem for Adapter {
     /// Our attributes are read by name: listed, every `cp -a` would try to copy them.
     fn listxattr(&self, _req: &Request, _inode: INodeNo, size: u32, reply: ReplyXattr) {
         if size == 0 { reply.size(0) } else { reply.data(&[]) }
-    }
-}
-
-/// The entries of an open directory.
-struct Entries {
-    inode: u64,
-    listed: Arc<[Listed]>,
-}
-
-fn entries(tree: &Tree, inode: u64, handle: u64) -> Result<Entries> {
-    match tree.handle(handle)? {
-        Handle::Directory(listed) => Ok(Entries { inode, listed }),
-        Handle::Text(_) | Handle::Disk(_) | Handle::Active(_) | Handle::Control(_) | Handle::Progress(_) => {
-            Err(Error::new(ErrorKind::Usage, "not a directory"))
-        }
-    }
-}
-
-impl Entries {
-    /// Those from `offset` on, `.` and `..` being the first, each with the offset of the next.
-    /// Without a copy: the kernel takes a large directory in hundreds of small pieces.
-    fn from(&self, offset: u64) -> impl Iterator<Item = (u64, u64, NodeKind, &OsStr)> {
-        let dots = [".", ".."].map(|name| (self.inode, NodeKind::Directory, OsStr::new(name)));
-        let listed = self.listed.iter().map(|entry| (entry.inode, entry.node.kind(), entry.name.as_os_str()));
-        let all = dots.into_iter().chain(listed).zip(1..);
-        all.skip(offset as usize).map(|((number, kind, name), next)| (next, number, kind, name))
     }
 }
 
