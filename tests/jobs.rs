@@ -1,6 +1,6 @@
 //! Commands on whole chains: what QEMU reads afterwards is what it read before.
 
-#![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(dead_code, unused_imports, reason = "each test binary uses a part of it")]
 
 mod common;
 
