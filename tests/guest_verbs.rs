@@ -52,7 +52,9 @@ impl Archive {
         let (len, name_len) = (content.len(), name.len() + 1);
         let fields = [number, mode as usize, 0, 0, 1, 0, len, 0, 0, 0, 0, name_len, 0];
         self.0.extend_from_slice(b"070701");
-        fields.iter().for_each(|field| self.0.extend_from_slice(format!("{field:08x}").as_bytes()));
+        for field in fields {
+            self.0.extend_from_slice(format!("{field:08x}").as_bytes());
+        }
         self.0.extend_from_slice(name.as_bytes());
         self.0.push(0);
         self.pad();
@@ -74,15 +76,15 @@ fn initramfs(store: &Store, kernel: &Path) -> PathBuf {
     let mut archive = Archive::default();
     archive.add("dev", 0o040_755, b"");
     archive.add("init", 0o100_755, &fs::read(init).expect("the guest's program"));
-    let mut names = String::new();
+    let mut names = Vec::new();
     for module in MODULES {
         let (dir, name) = module.split_once('/').expect("a place");
         let path = only_entry(&drivers.join(dir), &format!("{name}.ko"));
         let name = path.file_name().expect("a name").to_string_lossy().into_owned();
         archive.add(&name, 0o100_644, &fs::read(&path).expect("a module"));
-        names.push_str(&format!("/{name}\n"));
+        names.push(format!("/{name}\n"));
     }
-    archive.add("modules", 0o100_644, names.as_bytes());
+    archive.add("modules", 0o100_644, names.concat().as_bytes());
     archive.add("TRAILER!!!", 0, b"");
     let path = store.beside("initramfs");
     fs::write(&path, archive.0).expect("room");

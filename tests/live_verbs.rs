@@ -16,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 use common::active::{NOTICED, rw};
 use common::command::Control;
 use common::foreign::{Loop, amount, fio};
-use common::lab::{Kind, Lab};
+use common::lab::{Kind, Lab, extension};
 use common::*;
 use rustix::io::Errno;
 
@@ -65,7 +65,9 @@ fn every_command(control: &Control, lowest: &str, round: usize) -> (String, usiz
         "commit".to_owned(),
         format!("snapshot {d}"),
     ];
-    commands.iter().for_each(|command| control.done(command));
+    for command in &commands {
+        control.done(command);
+    }
     (d, commands.len())
 }
 
@@ -124,8 +126,8 @@ fn fio_never_notices(options: &str, raw_base: bool, seconds: u64, words: &[&str]
     assert!(fs::read(store.oracle(leaf.0, leaf.1)).expect("what QEMU reads") == shown, "{} differs", leaf.0);
     for entry in fs::read_dir(store.root()).expect("the store") {
         let name = entry.expect("an entry").file_name().into_string().expect("plain");
-        assert!(!name.ends_with(".new") && !name.ends_with(".invalid"), "{name} is left behind");
-        if name.ends_with(".qcow2") {
+        assert!(!["new", "invalid"].contains(&extension(&name)), "{name} is left behind");
+        if extension(&name) == "qcow2" {
             store.img(["check", "-q", &name]);
         }
     }

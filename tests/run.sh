@@ -18,6 +18,7 @@ fi
 need "${ALL_PROGRAMS[@]}"
 need_rust
 need_fsx
+need_guest
 need_fuse
 
 # All that tests create is beneath one directory, so that what they leave can be told from what others own.

@@ -36,9 +36,9 @@ need() {
     if [ ${#packages[@]} -gt 0 ]; then
         if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
             echo "setup: installing ${packages[*]}" >&2
-            # stdout belongs to the caller.
+            # stdout belongs to the caller. What is there stays: a package from elsewhere may be in the way.
             { apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
-                apt-get -qq install -y --no-install-recommends "${packages[@]}"; } >&2 || exit 1
+                apt-get -qq install -y --no-install-recommends --no-remove "${packages[@]}"; } >&2 || exit 1
         else
             echo "setup: missing: ${packages[*]}; install them and try again:" >&2
             echo "    sudo apt-get install -y --no-install-recommends ${packages[*]}" >&2
@@ -69,6 +69,56 @@ need_fsx() {
     cargo install --quiet --locked fsx --version 0.3.2 --root "$tools" >&2 || exit 1
 }
 
+# need_guest: a whole virtual machine, and a distribution's kernel, beside the tests' own programs. Says what it could
+# not get, and lets the others be tested: the test that needs it fails.
+need_guest() {
+    local tools package
+    tools=$(dirname "${BASH_SOURCE[0]}")/../target/tools
+    command -v qemu-system-x86_64 >/dev/null || install_emulator || return 0
+    [ -d "$tools/kernel" ] && return
+    echo "setup: fetching a kernel for the guest" >&2
+    rm -rf "$tools/kernel.new"
+    mkdir -p "$tools/kernel.new"
+    # The one that the newest kernel's name stands for; taken apart, not installed.
+    package=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '$1 == "Depends:" { print $2; exit }')
+    if [ -n "$package" ] && (cd "$tools/kernel.new" && apt-get -qq download "$package" && dpkg -x ./*.deb .) >&2; then
+        rm -f "$tools/kernel.new"/*.deb
+        mv -T "$tools/kernel.new" "$tools/kernel"
+    else
+        rm -rf "$tools/kernel.new"
+        echo "setup: no kernel: linux-image-cloud-amd64 cannot be downloaded with apt-get; a guest's tests will fail" >&2
+    fi
+}
+
+# install_emulator: of the version of the qemu-utils that are there, for both do not go with each other otherwise. Where
+# these came from the backports, so does it, by a list of sources of its own.
+install_emulator() {
+    local place version list suite words
+    words=(-qq install -y --no-install-recommends --no-remove qemu-system-x86)
+    if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+        export DEBIAN_FRONTEND=noninteractive
+        echo "setup: installing qemu-system-x86" >&2
+        apt-get -qq update >&2 || true
+        apt-get "${words[@]}" >&2 && return
+        version=$(dpkg-query -W -f '${Version}' qemu-utils)
+        suite=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+        place=$(mktemp -d)
+        mkdir -p "$place/lists/partial"
+        for list in "$suite" "$suite-backports"; do
+            echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $list main"
+        done >"$place/sources.list"
+        set -- -o "Dir::Etc::sourcelist=$place/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$place/lists" \
+            -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= -o APT::Sandbox::User=root
+        apt-get "$@" -qq update >&2 || true
+        apt-get "$@" "${words[@]}=$version" "qemu-system-common=$version" "qemu-system-data=$version" \
+            "seabios/$suite-backports" >&2 || true
+        rm -rf "$place"
+    fi
+    command -v qemu-system-x86_64 >/dev/null && return
+    echo "setup: qemu-system-x86_64 is missing (package qemu-system-x86); a guest's tests will fail" >&2
+    return 1
+}
+
 # need_fuse: the device that mounts are served through.
 need_fuse() {
     need fusermount3
@@ -83,5 +133,6 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
     need "${ALL_PROGRAMS[@]}"
     need_rust
     need_fsx
+    need_guest
     need_fuse
 fi

@@ -152,7 +152,8 @@ impl Lab {
     }
 }
 
-fn extension(name: &str) -> &str {
+/// What a name ends in, after its last dot.
+pub(crate) fn extension(name: &str) -> &str {
     name.rsplit('.').next().unwrap_or_default()
 }
 
