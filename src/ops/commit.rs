@@ -540,11 +540,19 @@ impl CommitJob {
         let before = store.catalog();
         {
             let mut sealed = job.seal();
-            mirror.check()?;
-            publish()?;
-            let prepared = sealed.prepare_fall(base)?;
-            finish::take_name(&*names, &old_base.path, &top.path, &name)?;
-            sealed.fall(prepared, &own(&name));
+            // Whatever goes wrong from here on, guests go on with a disk whose flushes are to be believed.
+            let ready = mirror.check().and_then(|()| publish()).and_then(|()| sealed.prepare_fall(base));
+            let prepared = ready.inspect_err(|_| sealed.set_mirror(None))?;
+            let taken = finish::take_name(&*names, &old_base.path, &top.path, &name);
+            let root = &store.guard().root;
+            let is_at = |path: &Path, inode: u64| root.stat(path).is_ok_and(|stat| stat.id.inode == inode);
+            // The same question as whoever takes it up asks.
+            if is_at(&name, old_base.inode) && (name != old_base.path || !is_at(&top.path, top.inode)) {
+                sealed.fall(prepared, &own(&name));
+                taken?;
+            } else {
+                taken.inspect_err(|_| sealed.set_mirror(None))?;
+            }
         }
         drop((writer, mirror));
         finish::active_commit(engine, &job, intent, lock, &before)

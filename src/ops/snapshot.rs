@@ -200,7 +200,11 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
             finish::tell_all(store, &before, &intent.intent);
             finish::end(store, intent, lock)
         }
-        Err(error) => {
+        Err((error, false)) => {
+            drop((intent, lock));
+            store.rescan().and(Err(error))
+        }
+        Err((error, true)) => {
             let ended = intent.end(&*store.guard_names()).and_then(|()| store.rescan());
             ended.map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
             Err(error)
@@ -270,14 +274,14 @@ fn make_overlay(store: &Arc<Store>, world: &World, disk: &Disk, job: &ActiveJob,
     made.inspect_err(|_| drop(names.unlink(&path)))
 }
 
-/// Puts all disks onto their overlays in one moment, or none.
+/// Puts all disks onto their overlays in one moment, or none: then with whether that has left no trace.
 fn stand_on(
     store: &Arc<Store>,
     jobs: &[ActiveJob],
     overlays: Vec<Overlay>,
     disks: &[Disk],
     tops: &[NewTop],
-) -> Result<Vec<Fallen>> {
+) -> std::result::Result<Vec<Fallen>, (Error, bool)> {
     let names = store.guard_names();
     let paths: Vec<PathBuf> = overlays.iter().map(|overlay| overlay.path.clone()).collect();
     // Most of what has to be durable is so before anybody has to wait.
@@ -292,7 +296,7 @@ fn stand_on(
         for (sealed, overlay) in sealed.iter_mut().zip(overlays) {
             prepared.push(sealed.prepare(overlay.top)?);
         }
-        if let Err(error) = switch_names(&*names, tops) {
+        if let Err(error) = switch_names(store, tops) {
             for (sealed, prepared) in sealed.iter_mut().zip(prepared) {
                 sealed.give_up(prepared);
             }
@@ -301,15 +305,40 @@ fn stand_on(
         let all = sealed.into_iter().zip(prepared).zip(disks);
         Ok(all.map(|((sealed, prepared), disk)| sealed.stand(prepared, &disk.name, &disk.frozen)).collect())
     });
-    done.inspect_err(|_| {
-        for (path, top) in paths.iter().zip(tops) {
-            let _ = store.names().unlink(path);
-            if top.frozen != top.old.path {
-                let _ = names.unlink(&top.frozen);
-            }
-            let _ = names.sync(&directory_of(&top.frozen));
+    done.map_err(|error| match call_back(store, &paths, tops) {
+        Ok(()) => (error, true),
+        Err(trouble) => {
+            let fact = "what it has begun goes on when the store is mounted again";
+            (Error::new(error.kind(), format!("{error}; {trouble}; {fact}")), false)
         }
     })
+}
+
+/// Takes away what was made. All old tops have their names back, durably, or nothing more is touched.
+fn call_back(store: &Arc<Store>, overlays: &[PathBuf], tops: &[NewTop]) -> Result<()> {
+    let (names, root) = (store.guard_names(), &store.guard().root);
+    let is_there = |path: &Path| root.stat(path).is_ok();
+    for top in tops {
+        if !is_at(store, &top.old.path, top.old.inode) {
+            let path = &top.old.path;
+            return Err(Error::new(ErrorKind::Io, format!("{} could not get its name back", shown(path))));
+        }
+        names.sync(&directory_of(&top.old.path))?;
+    }
+    for path in overlays.iter().filter(|path| is_there(&store.guard().prefix.join(path))) {
+        store.names().unlink(path)?;
+    }
+    for top in tops.iter().filter(|top| top.frozen != top.old.path) {
+        if is_at(store, &top.frozen, top.old.inode) {
+            names.unlink(&top.frozen)?;
+        }
+    }
+    tops.iter().try_for_each(|top| names.sync(&directory_of(&top.frozen)))
+}
+
+/// Whether that file has that name.
+fn is_at(store: &Store, path: &Path, inode: u64) -> bool {
+    store.guard().root.stat(path).is_ok_and(|stat| stat.id.inode == inode)
 }
 
 /// Gives the old top its new name beside the one it has, durably.
@@ -322,21 +351,22 @@ fn add_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
 }
 
 /// Gives the overlays their names. A failure takes back what was done.
-fn switch_names(names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
-    for (number, top) in tops.iter().enumerate() {
-        if let Err(error) = switch_name(names, top) {
-            for top in tops[..number].iter().rev() {
-                // Nobody has written to the overlays, for all gates are closed.
-                if let Err(trouble) = switch_back(names, top) {
-                    tracing::error!("{}: {trouble}", shown(&top.old.path));
-                }
-            }
-            return Err(error);
-        }
-    }
+fn switch_names(store: &Store, tops: &[NewTop]) -> Result<()> {
+    let names = store.guard_names();
     let mut directories: Vec<PathBuf> = tops.iter().map(|top| directory_of(&top.name)).collect();
     directories.dedup();
-    directories.iter().try_for_each(|directory| names.sync(directory))
+    let switched = tops
+        .iter()
+        .try_for_each(|top| switch_name(&*names, top))
+        .and_then(|()| directories.iter().try_for_each(|directory| names.sync(directory)));
+    switched.inspect_err(|_| {
+        for top in tops.iter().rev() {
+            // Nobody has written to the overlays, for all gates are closed.
+            if let Err(trouble) = switch_back(store, &*names, top) {
+                tracing::error!("{}: {trouble}", shown(&top.old.path));
+            }
+        }
+    })
 }
 
 fn switch_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
@@ -350,13 +380,20 @@ fn switch_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
     Ok(())
 }
 
-fn switch_back(names: &dyn Directory, top: &NewTop) -> Result<()> {
-    if top.frozen == top.old.path {
-        return names.unlink(&top.name);
+/// Gives the old top the name that it had, and takes the overlay's away, as far as they have changed.
+fn switch_back(store: &Store, names: &dyn Directory, top: &NewTop) -> Result<()> {
+    if !is_at(store, &top.old.path, top.old.inode) {
+        if top.name == top.old.path {
+            names.link(&top.frozen, &top.overlay.path)?;
+            names.rename(&top.overlay.path, &top.old.path, true)?;
+        } else {
+            names.link(&top.frozen, &top.old.path)?;
+        }
     }
-    names.link(&top.frozen, &top.overlay.path).or(Ok::<(), Error>(()))?;
-    names.rename(&top.overlay.path, &top.old.path, true)?;
-    if top.name == top.old.path { Ok(()) } else { names.unlink(&top.name) }
+    if top.name != top.old.path && is_at(store, &top.name, top.overlay.inode) {
+        names.unlink(&top.name)?;
+    }
+    Ok(())
 }
 
 /// Marks what has fallen as frozen, and makes it a layer like any other.
@@ -384,7 +421,7 @@ fn mark(store: &Arc<Store>, old: Fallen, path: &Path, frozen: &Frozen) -> Result
     marked.and(finished)
 }
 
-/// Takes up a snapshot that was cut off: to its end if that can be, else back to its beginning.
+/// Takes up a snapshot that was cut off: to its end if it was taken, else back to its beginning.
 pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<()> {
     let store = engine.store();
     let lock = store.guard().lock(&*store.guard_names())?;
@@ -392,11 +429,12 @@ pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<()> {
     let Deed::Snapshot { seconds, nanoseconds, description, disks } = intent.intent.deed.clone() else {
         unreachable!("the intent of a snapshot")
     };
-    let root = &store.guard().root;
-    let is_at = |path: &Path, inode: u64| root.stat(path).is_ok_and(|stat| stat.id.inode == inode);
-    // Where an overlay has gone, nothing was begun that a guest could have seen.
-    let is_there = |top: &NewTop| is_at(&top.overlay.path, top.overlay.inode) || is_at(&top.name, top.overlay.inode);
-    if disks.iter().all(is_there) {
+    let is_at = |path: &Path, inode: u64| is_at(store, path, inode);
+    // Before the first overlay has its name, nothing is frozen; what is then there is of a later moment than was asked
+    // for. Where an overlay has gone, nothing was begun that a guest could have seen.
+    let is_switched = |top: &NewTop| is_at(&top.name, top.overlay.inode);
+    let is_there = |top: &NewTop| is_at(&top.overlay.path, top.overlay.inode) || is_switched(top);
+    if disks.iter().any(is_switched) && disks.iter().all(is_there) {
         for top in &disks {
             if top.frozen != top.old.path && !is_at(&top.frozen, top.old.inode) {
                 add_name(&*names, top)?;

@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use chainfs::error::Result;
 use chainfs::image::write::Zeroing;
 use chainfs::store::{Access, ActiveHandle, Store};
 
-use super::super::sim::history::History;
+use super::super::sim::history::{History, Moment};
 use super::super::sim::value::{Value, pattern_range};
 use super::super::sim::{KIB, Random, SECTOR, mix};
 use super::shape::pages;
@@ -35,7 +36,12 @@ impl Guest {
 
     /// Does something, or waits a little.
     pub(crate) fn step(&mut self) {
-        let size = self.handle.size().expect("a size");
+        self.try_step().expect("a working disk");
+    }
+
+    /// The same on a disk that may fail.
+    pub(crate) fn try_step(&mut self) -> Result<()> {
+        let size = self.handle.size()?;
         let at = self.random.next() % size;
         let len = (1 + self.random.next() % [KIB, 9 * KIB, 40 * KIB][self.random.below(3)]).min(size - at);
         let sectors = (at / SECTOR * SECTOR, len.next_multiple_of(SECTOR).min(size - at / SECTOR * SECTOR));
@@ -48,28 +54,38 @@ impl Guest {
         }
     }
 
-    fn write(&mut self, at: u64, len: u64) {
+    fn write(&mut self, at: u64, len: u64) -> Result<()> {
         self.tag += 1;
         let bytes = pattern_range(self.tag, at, len);
         let number =
             self.history.begin(self.recorder.mark(Event::Mark), format!("write {} at {at:#x}+{len:#x}", self.tag));
         self.history.put(number, at, &bytes, &Value::Written(self.tag));
-        assert_eq!(self.handle.write_at(at, &bytes).expect("a write"), len as usize);
+        assert_eq!(self.handle.write_at(at, &bytes)?, len as usize);
         self.history.acknowledge(number, self.recorder.mark(Event::Mark));
+        Ok(())
     }
 
-    fn zero(&mut self, (at, len): (u64, u64), zeroing: Zeroing) {
+    fn zero(&mut self, (at, len): (u64, u64), zeroing: Zeroing) -> Result<()> {
         let number = self.history.begin(self.recorder.mark(Event::Mark), format!("zero at {at:#x}+{len:#x}"));
         self.history.put(number, at, &vec![0; len as usize], &Value::Zero);
-        self.handle.zero(at, len, zeroing).expect("zeroes");
+        self.handle.zero(at, len, zeroing)?;
         self.history.acknowledge(number, self.recorder.mark(Event::Mark));
+        Ok(())
     }
 
-    pub(crate) fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) -> Result<()> {
         let begun = self.recorder.mark(Event::Mark);
-        self.handle.flush().expect("a flush");
+        self.handle.flush()?;
         let acked = self.recorder.mark(Event::Flushed);
         self.history.flushed(begun, acked);
+        Ok(())
+    }
+
+    /// Whether the disk shows what was written.
+    pub(crate) fn verify(&self) -> std::result::Result<(), String> {
+        let mut bytes = vec![0; self.handle.size().map_err(|error| error.to_string())? as usize];
+        self.handle.read_at(0, &mut bytes).map_err(|error| error.to_string())?;
+        self.history.judge(0, &bytes, Moment::Now)
     }
 
     /// Goes on in a thread of its own while `work` is done.

@@ -28,8 +28,8 @@ pub(crate) struct Judge {
     pub(crate) history: History,
     /// The point of the tape from which on the command was known to be done.
     pub(crate) done: usize,
-    /// The view that a snapshot freezes the guest's disk as, and the point of the tape before which nobody has
-    /// seen that: taken up after an earlier crash, it freezes what the crash has left.
+    /// The view that a snapshot freezes the guest's disk as, where only the guest knows what that was, and the point
+    /// of the tape before which that happened, unless the command has failed and is taken up.
     pub(crate) frozen: Option<(&'static str, usize)>,
     /// Whether an internal snapshot is taken: until its table is there, COPIED flags may say too much.
     pub(crate) may_share: bool,
@@ -40,6 +40,22 @@ pub(crate) struct Judge {
     pub(crate) leaks: Cell<(u64, u64)>,
     /// How many recoveries have led back, and how many to the end.
     pub(crate) ends: Cell<(u64, u64)>,
+}
+
+impl Judge {
+    /// One of the same command, whose guest has done this, and of it before a snapshot what came before `frozen`.
+    pub(crate) fn with(&self, history: History, frozen: Option<(&'static str, usize)>) -> Self {
+        Self {
+            before: self.before.clone(),
+            after: self.after.clone(),
+            history,
+            frozen,
+            by_qemu: Cell::default(),
+            leaks: Cell::default(),
+            ends: Cell::default(),
+            ..*self
+        }
+    }
 }
 
 /// How a store is looked at by tests.
@@ -102,9 +118,8 @@ impl Judge {
             let is_live = live == Some(view.inode) && !name.contains('@');
             let mut legal: Vec<&Content> =
                 [&self.before, &self.after].into_iter().filter_map(|shape| shape.views.get(name)).collect();
-            if is_live || self.freezes_late(name, cut) {
-                legal.push(&Content::Live);
-            }
+            let frozen = self.frozen(name);
+            legal.extend(is_live.then_some(&Content::Live).into_iter().chain(&frozen));
             self.fits(name, view, &legal, cut)?;
             let may_be_active = |shape: &Shape| shape.chains.get(name).is_some_and(|(_, active)| *active);
             if view.is_active && !may_be_active(&self.before) && !may_be_active(&self.after) {
@@ -115,13 +130,20 @@ impl Judge {
     }
 
     /// The inode number of the file that the guest wrote at first.
-    fn live_inode(&self, root: &Path) -> Option<u64> {
+    pub(crate) fn live_inode(&self, root: &Path) -> Option<u64> {
         let name = self.before.views.iter().find(|(_, content)| matches!(content, Content::Live))?.0;
         fs::metadata(root.join(name)).ok().map(|metadata| metadata.ino())
     }
 
-    fn freezes_late(&self, name: &str, cut: usize) -> bool {
-        self.frozen.is_some_and(|(frozen, seen)| frozen == name && cut <= seen)
+    /// What else the view may hold if it is the one that was frozen.
+    fn frozen(&self, name: &str) -> Vec<Content> {
+        match self.frozen {
+            Some((frozen, point)) if frozen == name && self.done == usize::MAX => {
+                vec![Content::LiveUntil(point), Content::Live]
+            }
+            Some((frozen, point)) if frozen == name => vec![Content::LiveUntil(point)],
+            _ => Vec::new(),
+        }
     }
 
     fn fits(&self, name: &str, view: &Seen, legal: &[&Content], cut: usize) -> Result<(), String> {
@@ -142,6 +164,7 @@ impl Judge {
     fn is_content(&self, bytes: &[u8], content: &Content, cut: usize) -> Result<(), String> {
         match content {
             Content::Live => self.history.judge(0, bytes, Moment::Cut(cut)),
+            Content::LiveUntil(point) => self.history.judge(0, bytes, Moment::Cut(cut.min(*point))),
             Content::Fixed(wanted) => match bytes.iter().zip(wanted).position(|(have, want)| have != want) {
                 None if bytes.len() == wanted.len() => Ok(()),
                 None => Err(format!("it has {} bytes, not {}", bytes.len(), wanted.len())),
@@ -203,8 +226,8 @@ impl Judge {
             return Err(format!("its views are {have:?}, not {want:?}"));
         }
         shape.views.iter().try_for_each(|(name, content)| {
-            let late = self.freezes_late(name, cut).then_some(&Content::Live);
-            let legal: Vec<&Content> = std::iter::once(content).chain(late).collect();
+            let frozen = self.frozen(name);
+            let legal: Vec<&Content> = std::iter::once(content).chain(&frozen).collect();
             self.fits(name, &views[name], &legal, cut)
         })
     }
@@ -240,8 +263,8 @@ impl Judge {
             }
             shape.views.iter().try_for_each(|(name, content)| {
                 let bytes = by_qemu(root, name, root.parent().expect("a scratch directory"))?;
-                let late = self.freezes_late(name, cut) && self.is_content(&bytes, &Content::Live, cut).is_ok();
-                let judged = if late { Ok(()) } else { self.is_content(&bytes, content, cut) };
+                let is_frozen = self.frozen(name).iter().any(|frozen| self.is_content(&bytes, frozen, cut).is_ok());
+                let judged = if is_frozen { Ok(()) } else { self.is_content(&bytes, content, cut) };
                 judged.map_err(|error| format!("{name}, as QEMU reads it: {error}"))
             })
         };

@@ -17,13 +17,13 @@ use super::crash::{Candidate, describe, each_state};
 use super::guest::Guest;
 use super::judge::{Judge, options, recover};
 use super::scene::Scene;
-use super::shape::{Shape, by_qemu, checked_by_qemu, is_qcow2, pages};
-use super::tape::{Event, Naming, Recorder, Tape};
+use super::shape::{Shape, by_qemu, checked_by_qemu, is_qcow2, pages, seen};
+use super::tape::{Event, Recorder, Tape};
 
 /// States of each command that are judged where not all are.
-const STATES: usize = 260;
+const STATES: usize = 120;
 /// Recoveries that are cut off themselves, and states of each.
-const RECOVERIES: (usize, usize) = (10, 12);
+const RECOVERIES: (usize, usize) = (6, 8);
 /// One state in so many is shown to QEMU.
 const QEMU_ONE_IN: u64 = 60;
 /// Disks of these tests have so many bytes, if nothing else is said.
@@ -53,7 +53,7 @@ pub(crate) struct Scenario {
     pub(crate) live: (&'static str, &'static str),
     /// Other leaves that are active, before and after.
     pub(crate) active: &'static [&'static str],
-    /// What a snapshot freezes the guest's disk as.
+    /// What a snapshot freezes the guest's disk as, where its moment is not the test's.
     pub(crate) frozen: Option<&'static str>,
     /// Whether the guest does anything.
     pub(crate) is_busy: bool,
@@ -75,6 +75,15 @@ impl Scenario {
         fs::create_dir(&root).expect("a directory");
         Scene::load(&lab.store.root()).save(&root);
         (place, root)
+    }
+
+    /// What the guest's disk holds at first, as our own read path shows it.
+    pub(crate) fn initial(&self, start: &Scene) -> Vec<u8> {
+        let place = scratch();
+        start.save(place.path());
+        let store = Store::open(place.path(), options(true)).expect("a store");
+        let (_, mut views) = seen(&store);
+        views.remove(self.live.0).expect("its view").bytes.expect("its bytes")
     }
 
     /// What it shows before.
@@ -119,13 +128,9 @@ impl Scenario {
         let disk = by_qemu(&root, self.live.1, place.path()).expect("the disk");
         history.judge(0, &disk, Moment::Now).unwrap_or_else(|error| panic!("{}: without a crash: {error}", self.name));
         let tape = recorder.tape();
-        // The overlay has the disk's name: whoever comes now sees it.
-        let is_switch =
-            |event: &Event| matches!(event, Event::Named(Naming::Rename { to, .. }) if to.as_os_str() == self.live.1);
-        let switch = tape.events.iter().position(is_switch).unwrap_or(done);
         let judge = Judge {
             before,
-            frozen: self.frozen.map(|frozen| (frozen, switch)),
+            frozen: None,
             after,
             history,
             done,
@@ -146,7 +151,7 @@ impl Scenario {
     /// Runs it, crashes it everywhere, crashes some of the recoveries, and panics with the first bad states.
     pub(crate) fn survives(&self) {
         let (tape, judge) = self.record(|root| Recorder::new(root, true));
-        let tally = walk(&tape, &judge, if is_long() { 20 * STATES } else { STATES }, 3);
+        let tally = walk(&tape, &judge, if is_long() { 40 * STATES } else { STATES }, 3);
         let mut failures = tally.failures;
         let mut recoveries = 0;
         if failures.is_empty() {

@@ -23,6 +23,8 @@ pub(crate) enum Content {
     Fixed(Vec<u8>),
     /// What a guest has made of it.
     Live,
+    /// What he had made of it by this point of the tape.
+    LiveUntil(usize),
 }
 
 /// What a store is to show.

@@ -177,7 +177,7 @@ impl ActiveJob {
 
     /// Sends all changes from now on through `mirror`; `None` ends that.
     pub fn set_mirror(&self, mirror: Option<Arc<dyn Mirror>>) {
-        self.seal().writing().mirror = mirror;
+        self.seal().set_mirror(mirror);
     }
 
     /// Puts other layers (top first) below the disk, through which the same bytes show.
@@ -275,6 +275,11 @@ impl Sealed<'_> {
                 unreachable!("a job holds the disk open for writing")
             }
         }
+    }
+
+    /// Sends all changes from now on through `mirror`; `None` ends that.
+    pub fn set_mirror(&mut self, mirror: Option<Arc<dyn Mirror>>) {
+        self.writing().mirror = mirror;
     }
 
     /// Makes all that was written durable, and the image as a checker wants it.
