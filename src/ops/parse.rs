@@ -286,6 +286,9 @@ fn check_snapshot(request: &SnapshotRequest) -> Result<()> {
         }
         check_file_name("file=", file, MAX_FILE_NAME_LEN)?;
     }
+    if *internal && chains.len() > 1 {
+        return Err(usage("internal snapshots of several disks are not of one instant; take them one by one"));
+    }
     if description.len() > MAX_DESCRIPTION_LEN {
         let fact = format!("the description has {} bytes; at most {MAX_DESCRIPTION_LEN} are kept", description.len());
         return Err(usage(fact));

@@ -13,10 +13,10 @@ use crate::format::Frozen;
 use crate::image::HeaderChange;
 use crate::image::create::{CreateOptions, NewBacking, initial_image};
 use crate::image::write::NewSnapshot;
-use crate::io::{Directory, directory_of};
+use crate::io::{Directory, Root, directory_of};
 use crate::store::{
-    ActiveJob, Deed, Fallen, Format, ImageEntry, ImageIndex, Intent, Named, NewTop, NewTopFile, OwnedIntent, Store,
-    encode, shown,
+    ActiveJob, Deed, Fallen, Format, ImageEntry, ImageIndex, Intent, JobImage, Named, NewTop, NewTopFile, OwnedIntent,
+    Store, encode, shown,
 };
 
 use super::engine::Engine;
@@ -65,6 +65,12 @@ fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan,
             plan.after.append(&mut before.clone());
         } else {
             refuse_names(world, &chain, image, &frozen, &name, request, &mut plan.refusals);
+            let given = disks.iter().flat_map(|disk: &Disk| [&disk.frozen, &disk.name]);
+            if let Some(twice) = given.into_iter().find(|path| **path == frozen || **path == name) {
+                let fact = "is what two disks of this command would be called; take their snapshots one by one";
+                let sentence = format!("{} ({} as well): {fact}", shown(twice), shown(path));
+                plan.refusals.push(Error::new(ErrorKind::Exists, sentence));
+            }
             let top =
                 PlanLayer { name: b"active".to_vec(), path: name.clone(), active: true, note: "new and empty".into() };
             let mut after = before.clone();
@@ -116,12 +122,19 @@ fn refuse_names(
     refusals: &mut Vec<Error>,
 ) {
     let old = &image.place.path;
+    if frozen == name {
+        let fact = "is what the disk itself is called, whose name stays its own; choose another";
+        let own = String::from_utf8_lossy(&request.name);
+        return refusals.push(Error::new(ErrorKind::Exists, format!("{own} {fact}")));
+    }
     if frozen != old {
         finish::taken(world, frozen, refusals);
+        refuse_misread(world, frozen, image.format.unwrap_or(Format::Raw), true, refusals);
     }
     if name != old {
         finish::taken(world, name, refusals);
     }
+    refuse_misread(world, name, Format::Qcow2, false, refusals);
     let wanted = if request.file.is_some() { Vec::new() } else { encode(&request.name) };
     let has_it = chain.views.views.iter().any(|view| view.snapshot.is_none() && view.name == wanted);
     // Two files of one stem would both be shown by their full names: what is asked for would be called otherwise.
@@ -135,6 +148,14 @@ fn refuse_names(
         let fact = "is the name of another layer already; choose another";
         let name = String::from_utf8_lossy(&request.name);
         refusals.push(Error::new(ErrorKind::Exists, format!("{name} {fact}")));
+    }
+}
+
+/// Refuses a name by which a file would be read in another format, or not at all.
+fn refuse_misread(world: &World, path: &Path, format: Format, is_named: bool, refusals: &mut Vec<Error>) {
+    if !world.store.options().reads_as(path, format, is_named) {
+        let fact = format!("would not be read as {} by that name; choose another", format.name());
+        refusals.push(Error::new(ErrorKind::Usage, format!("{} {fact}", shown(path))));
     }
 }
 
@@ -283,7 +304,7 @@ fn stand_on(
     tops: &[NewTop],
 ) -> std::result::Result<Vec<Fallen>, (Error, bool)> {
     let names = store.guard_names();
-    let paths: Vec<PathBuf> = overlays.iter().map(|overlay| overlay.path.clone()).collect();
+    let root = &store.guard().root;
     // Most of what has to be durable is so before anybody has to wait.
     let ready = jobs
         .iter()
@@ -293,10 +314,11 @@ fn stand_on(
         let mut sealed: Vec<_> = jobs.iter().map(ActiveJob::seal).collect();
         sealed.iter_mut().try_for_each(super::super::store::Sealed::close)?;
         let mut prepared = Vec::new();
-        for (sealed, overlay) in sealed.iter_mut().zip(overlays) {
+        let ready = sealed.iter_mut().zip(overlays).try_for_each(|(sealed, overlay)| {
             prepared.push(sealed.prepare(overlay.top)?);
-        }
-        if let Err(error) = switch_names(store, tops) {
+            Ok(())
+        });
+        if let Err(error) = ready.and_then(|()| switch_names(root, &*names, tops)) {
             for (sealed, prepared) in sealed.iter_mut().zip(prepared) {
                 sealed.give_up(prepared);
             }
@@ -305,7 +327,7 @@ fn stand_on(
         let all = sealed.into_iter().zip(prepared).zip(disks);
         Ok(all.map(|((sealed, prepared), disk)| sealed.stand(prepared, &disk.name, &disk.frozen)).collect())
     });
-    done.map_err(|error| match call_back(store, &paths, tops) {
+    done.map_err(|error| match take_back(root, &*names, tops) {
         Ok(()) => (error, true),
         Err(trouble) => {
             let fact = "what it has begun goes on when the store is mounted again";
@@ -314,31 +336,9 @@ fn stand_on(
     })
 }
 
-/// Takes away what was made. All old tops have their names back, durably, or nothing more is touched.
-fn call_back(store: &Arc<Store>, overlays: &[PathBuf], tops: &[NewTop]) -> Result<()> {
-    let (names, root) = (store.guard_names(), &store.guard().root);
-    let is_there = |path: &Path| root.stat(path).is_ok();
-    for top in tops {
-        if !is_at(store, &top.old.path, top.old.inode) {
-            let path = &top.old.path;
-            return Err(Error::new(ErrorKind::Io, format!("{} could not get its name back", shown(path))));
-        }
-        names.sync(&directory_of(&top.old.path))?;
-    }
-    for path in overlays.iter().filter(|path| is_there(&store.guard().prefix.join(path))) {
-        store.names().unlink(path)?;
-    }
-    for top in tops.iter().filter(|top| top.frozen != top.old.path) {
-        if is_at(store, &top.frozen, top.old.inode) {
-            names.unlink(&top.frozen)?;
-        }
-    }
-    tops.iter().try_for_each(|top| names.sync(&directory_of(&top.frozen)))
-}
-
-/// Whether that file has that name.
-fn is_at(store: &Store, path: &Path, inode: u64) -> bool {
-    store.guard().root.stat(path).is_ok_and(|stat| stat.id.inode == inode)
+/// Whether the file of that inode number has that name.
+fn is_at(root: &Root, path: &Path, inode: u64) -> bool {
+    root.stat(path).is_ok_and(|stat| stat.id.inode == inode)
 }
 
 /// Gives the old top its new name beside the one it has, durably.
@@ -350,19 +350,41 @@ fn add_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
     names.sync(&directory_of(&top.frozen))
 }
 
-/// Gives the overlays their names. A failure takes back what was done.
-fn switch_names(store: &Store, tops: &[NewTop]) -> Result<()> {
-    let names = store.guard_names();
+/// Takes back overlays that nobody has seen, and second names, once all disks have their first ones, durably. By
+/// identity: what others have put there stays.
+fn take_back(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
+    for top in tops {
+        if !is_at(root, &top.old.path, top.old.inode) {
+            let path = &top.old.path;
+            return Err(Error::new(ErrorKind::Io, format!("{} could not get its name back", shown(path))));
+        }
+        names.sync(&directory_of(&top.old.path))?;
+    }
+    for top in tops {
+        if is_at(root, &top.overlay.path, top.overlay.inode) {
+            names.unlink(&top.overlay.path)?;
+        }
+        let has_both = is_at(root, &top.old.path, top.old.inode) && is_at(root, &top.frozen, top.old.inode);
+        if top.frozen != top.old.path && has_both {
+            names.unlink(&top.frozen)?;
+        }
+        names.sync(&directory_of(&top.frozen))?;
+    }
+    Ok(())
+}
+
+/// Gives the overlays their names, durably. A failure takes back what was done.
+fn switch_names(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
     let mut directories: Vec<PathBuf> = tops.iter().map(|top| directory_of(&top.name)).collect();
     directories.dedup();
     let switched = tops
         .iter()
-        .try_for_each(|top| switch_name(&*names, top))
+        .try_for_each(|top| switch_name(names, top))
         .and_then(|()| directories.iter().try_for_each(|directory| names.sync(directory)));
     switched.inspect_err(|_| {
         for top in tops.iter().rev() {
             // Nobody has written to the overlays, for all gates are closed.
-            if let Err(trouble) = switch_back(store, &*names, top) {
+            if let Err(trouble) = switch_back(root, names, top) {
                 tracing::error!("{}: {trouble}", shown(&top.old.path));
             }
         }
@@ -380,20 +402,19 @@ fn switch_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
     Ok(())
 }
 
-/// Gives the old top the name that it had, and takes the overlay's away, as far as they have changed.
-fn switch_back(store: &Store, names: &dyn Directory, top: &NewTop) -> Result<()> {
-    if !is_at(store, &top.old.path, top.old.inode) {
-        if top.name == top.old.path {
-            names.link(&top.frozen, &top.overlay.path)?;
-            names.rename(&top.overlay.path, &top.old.path, true)?;
-        } else {
-            names.link(&top.frozen, &top.old.path)?;
-        }
+/// The way back from wherever [`switch_name`] has come to.
+fn switch_back(root: &Root, names: &dyn Directory, top: &NewTop) -> Result<()> {
+    if !is_at(root, &top.name, top.overlay.inode) {
+        return Ok(());
     }
-    if top.name != top.old.path && is_at(store, &top.name, top.overlay.inode) {
-        names.unlink(&top.name)?;
+    if top.name == top.old.path {
+        names.link(&top.frozen, &top.overlay.path)?;
+        return names.rename(&top.overlay.path, &top.old.path, true);
     }
-    Ok(())
+    if !is_at(root, &top.old.path, top.old.inode) {
+        names.link(&top.frozen, &top.old.path)?;
+    }
+    names.unlink(&top.name)
 }
 
 /// Marks what has fallen as frozen, and makes it a layer like any other.
@@ -429,25 +450,23 @@ pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<()> {
     let Deed::Snapshot { seconds, nanoseconds, description, disks } = intent.intent.deed.clone() else {
         unreachable!("the intent of a snapshot")
     };
-    let is_at = |path: &Path, inode: u64| is_at(store, path, inode);
-    // Before the first overlay has its name, nothing is frozen; what is then there is of a later moment than was asked
-    // for. Where an overlay has gone, nothing was begun that a guest could have seen.
-    let is_switched = |top: &NewTop| is_at(&top.name, top.overlay.inode);
-    let is_there = |top: &NewTop| is_at(&top.overlay.path, top.overlay.inode) || is_switched(top);
-    if disks.iter().any(is_switched) && disks.iter().all(is_there) {
+    let root = &store.guard().root;
+    if disks.iter().all(|top| can_go_on(root, top)) {
+        let held = hold(store, &disks)?;
         for top in &disks {
-            if top.frozen != top.old.path && !is_at(&top.frozen, top.old.inode) {
+            if top.frozen != top.old.path && !is_at(root, &top.frozen, top.old.inode) {
                 add_name(&*names, top)?;
             }
-            if !is_at(&top.name, top.overlay.inode) {
+            if !is_at(root, &top.name, top.overlay.inode) {
                 names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
                 names.sync(&directory_of(&top.name))?;
             }
-            if top.frozen != top.old.path && is_at(&top.old.path, top.old.inode) {
+            if top.frozen != top.old.path && is_at(root, &top.old.path, top.old.inode) {
                 names.unlink(&top.old.path)?;
                 names.sync(&directory_of(&top.old.path))?;
             }
         }
+        held.into_iter().try_for_each(JobImage::finish)?;
         let world = World::look(store)?;
         for top in &disks {
             let frozen = Frozen { seconds, nanoseconds, description: description.clone() };
@@ -455,21 +474,38 @@ pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<()> {
             let old = world.find(&old).ok_or_else(|| {
                 Error::new(ErrorKind::Stale, format!("{} has been taken away by others", shown(&top.frozen)))
             })?;
-            finish::freeze(store, &world, old, &frozen)?;
-        }
-    } else {
-        for top in &disks {
-            if is_at(&top.overlay.path, top.overlay.inode) {
-                names.unlink(&top.overlay.path)?;
+            match finish::freeze(store, &world, old, &frozen) {
+                Err(error) if error.kind() == ErrorKind::Unsupported => tracing::warn!("{error}: it is not marked"),
+                done => done?,
             }
-            let has_both = is_at(&top.old.path, top.old.inode) && is_at(&top.frozen, top.old.inode);
-            if top.frozen != top.old.path && has_both {
-                names.unlink(&top.frozen)?;
-            }
-            names.sync(&directory_of(&top.frozen))?;
         }
+    } else if disks.iter().all(|top| is_at(root, &top.old.path, top.old.inode)) {
+        take_back(root, &*names, &disks)?;
     }
     finish::end(store, intent, lock)
+}
+
+/// Whether all that a disk of a snapshot needs is there, and nothing that others have put there is in the way. Where
+/// an overlay has gone, nothing was begun that a guest could have seen.
+fn can_go_on(root: &Root, top: &NewTop) -> bool {
+    let is_free = |path: &Path| root.stat(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+    let is_old = |path: &Path| is_at(root, path, top.old.inode);
+    let has_come = is_at(root, &top.name, top.overlay.inode);
+    let may_come = is_at(root, &top.overlay.path, top.overlay.inode)
+        && if top.name == top.old.path { is_old(&top.name) } else { is_free(&top.name) };
+    let may_be_named = is_old(&top.frozen) || (is_old(&top.old.path) && is_free(&top.frozen));
+    may_be_named && (has_come || may_come)
+}
+
+/// Keeps everybody from writing to what is to be frozen while its names change.
+fn hold(store: &Arc<Store>, disks: &[NewTop]) -> Result<Vec<JobImage>> {
+    let world = World::look(store)?;
+    let take = |top: &NewTop| {
+        let named = |path: &PathBuf| world.find(&Named { path: path.clone(), inode: top.old.inode });
+        let index = named(&top.old.path).or_else(|| named(&top.frozen));
+        index.map(|index| store.take_image(&world.catalog, index))
+    };
+    disks.iter().filter_map(take).collect()
 }
 
 impl Frozen {

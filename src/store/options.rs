@@ -1,9 +1,13 @@
 //! What a user can say about a store.
 
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use glob::Pattern;
+
+use super::names::OWN_PREFIX;
+use super::scan::{SPOILT, has_extension};
 
 /// An image's format, as a header, a name or a user states it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,6 +86,20 @@ impl StoreOptions {
     /// What the user says of the format of `path`.
     pub(super) fn stated_format(&self, path: &Path) -> Option<Format> {
         self.formats.iter().find(|(pattern, _)| matches(pattern, path)).map(|(_, format)| *format)
+    }
+
+    /// Whether a file called `path`, an image of `format`, would be taken for one: also when no image names it, or
+    /// only as long as one does (`is_named`). One that nobody names is to be an active disk.
+    pub(crate) fn reads_as(&self, path: &Path, format: Format, is_named: bool) -> bool {
+        let name = path.file_name().unwrap_or_default().as_bytes();
+        if has_extension(path, SPOILT) || name.starts_with(OWN_PREFIX) || (!is_named && self.is_readonly(path)) {
+            return false;
+        }
+        match (self.stated_format(path), format) {
+            (Some(stated), _) => stated == format,
+            (None, Format::Raw) => is_named || has_extension(path, "raw") || has_extension(path, "img"),
+            (None, Format::Qcow2) => !has_extension(path, "raw") && (is_named || !has_extension(path, "img")),
+        }
     }
 
     /// Whether the user wants `path` never to be written.

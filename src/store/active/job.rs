@@ -291,9 +291,15 @@ impl Sealed<'_> {
     }
 
     /// Makes ready to stand on `overlay`; nothing has happened yet. What was written has to be durable.
-    pub fn prepare(&mut self, overlay: NewTopFile) -> Result<Prepared> {
+    pub fn prepare(&mut self, mut overlay: NewTopFile) -> Result<Prepared> {
         let (store, disk) = (self.store, self.disk);
         let writing = self.writing();
+        // The disk may have grown since the overlay was made.
+        if overlay.writer.size() < writing.writer.size() {
+            overlay.writer.grow(writing.writer.size())?;
+            overlay.writer.close()?;
+            overlay.image = store.described_anew(&overlay.image)?;
+        }
         let fallen = store.described_anew(&writing.open.top)?;
         let top = Layer::active(&overlay.image.image)?;
         let below = writing.open.view.layers()[1..].iter().cloned();

@@ -1,0 +1,164 @@
+//! What commands must not do with names, files and sizes that nobody thought of.
+
+#[allow(dead_code, unused_imports, reason = "each test binary uses its part")]
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use chainfs::error::ErrorKind;
+use chainfs::ops::{Engine, JobState};
+use chainfs::store::{Format, StoreOptions};
+use common::lab::{Kind, Lab, run};
+
+const MIB: u64 = 1 << 20;
+
+fn assert_done(lab: &Lab, command: &str) {
+    let status = lab.run(command);
+    assert_eq!(status.state, JobState::Done, "{command}: {:?}", status.error);
+}
+
+#[test]
+fn a_disk_is_never_replaced_by_its_own_overlay() {
+    let lab = Lab::new(Kind::PLAIN);
+    let before = lab.content("web.qcow2");
+    assert_eq!(lab.refused("snapshot web").kind(), ErrorKind::Exists);
+    assert!(before == lab.content("web.qcow2"));
+}
+
+#[test]
+fn names_with_a_colon_are_file_names() {
+    let lab = Lab::new(Kind::PLAIN);
+    let before = lab.content("web.qcow2");
+    assert_done(&lab, "snapshot 10:30");
+    assert!(before == lab.content("web.qcow2"));
+    assert_done(&lab, "snapshot 10:45");
+    assert_done(&lab, "commit top=10:45 base=10:30");
+}
+
+#[test]
+fn what_has_the_name_already_is_left_alone_whatever_it_is() {
+    let lab = Lab::new(Kind::PLAIN);
+    let before = lab.content("web.qcow2");
+    std::os::unix::fs::symlink("nowhere", lab.store.path("monday.qcow2")).unwrap();
+    assert_eq!(lab.refused("snapshot monday").kind(), ErrorKind::Exists);
+    assert!(fs::symlink_metadata(lab.store.path("monday.qcow2")).is_ok(), "somebody else's file");
+    assert!(before == lab.content("web.qcow2"));
+}
+
+#[test]
+fn disks_of_one_directory_do_not_get_one_name() {
+    let lab = Lab::new(Kind::PLAIN);
+    lab.store.create("db.qcow2", MIB, "");
+    let before = lab.files();
+    let error = run(&Engine::new(&lab.open()), ".chainfs", "snapshot monday chains=web,db").unwrap_err();
+    assert!(error.kind() == ErrorKind::Exists && error.to_string().contains("db"), "{error}");
+    assert_eq!(before, lab.files());
+}
+
+#[test]
+fn no_file_gets_a_name_by_which_it_is_read_otherwise() {
+    for command in ["snapshot sn file=over.raw", "snapshot sn file=over.img", "snapshot sn file=over.invalid"] {
+        let lab = Lab::new(Kind::PLAIN);
+        let error = lab.refused(command);
+        assert!(error.kind() == ErrorKind::Usage, "{command}: {error}");
+    }
+    let lab = Lab::new(Kind::PLAIN);
+    fs::rename(lab.store.path("web.qcow2"), lab.store.path("plain")).unwrap();
+    for command in ["snapshot sn.raw", "snapshot sn.invalid"] {
+        let error = run(&Engine::new(&lab.open()), "plain", command).unwrap_err();
+        assert!(error.kind() == ErrorKind::Usage, "{command}: {error}");
+    }
+}
+
+#[test]
+fn a_shorter_base_that_grows_shows_nothing_of_what_is_below_it() {
+    for sizes in [[4 * MIB, 2 * MIB, 4 * MIB, 4 * MIB, 5 * MIB], [4 * MIB, MIB, 3 * MIB, 2 * MIB, 4 * MIB]] {
+        for options in ["", "compat=0.10", "cluster_size=2M"] {
+            for command in ["commit top=sn3 base=sn1", "commit top=sn2 base=sn1", "commit base=sn1", "pull base=sn1"] {
+                let lab = Lab::new(Kind { sizes, options, ..Kind::PLAIN });
+                let before = lab.content("web.qcow2");
+                assert_done(&lab, command);
+                assert!(before == lab.content("web.qcow2"), "{command} {options} {sizes:?}");
+                lab.assert_clean();
+            }
+        }
+    }
+}
+
+/// Writes an intent as a command that was cut off has left it.
+fn leave(lab: &Lab, text: &str) {
+    let place = lab.store.dir(".chainfs/intents");
+    fs::write(place.join("old.toml"), text).unwrap();
+}
+
+fn inode(lab: &Lab, name: &str) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata(lab.store.path(name)).unwrap().ino()
+}
+
+fn named(lab: &Lab, name: &str) -> String {
+    format!("{{ path = \"{name}\", inode = {} }}", inode(lab, name))
+}
+
+#[test]
+fn a_base_that_keeps_its_name_is_hidden_while_it_is_spoilt() {
+    let lab = Lab::new(Kind::PLAIN);
+    lab.store.raw("vm.raw", 2 * MIB, 5);
+    lab.store.overlay("vm.qcow2", "vm.raw", "raw", "");
+    let (top, base) = (named(&lab, "vm.qcow2"), named(&lab, "vm.raw"));
+    leave(
+        &lab,
+        &format!(
+            "version = 1\ncommand = \"commit\"\nchain = \"vm\"\nverb = \"commit\"\nbetween = []\nchildren = []\n\
+             keep = false\nrename = \"vm.raw\"\ntop = {top}\nbase = {base}\n"
+        ),
+    );
+    let store = lab.open();
+    let catalog = store.catalog();
+    assert_eq!(catalog.intents.len(), 1, "{:?}", catalog.problems);
+    let leaf = catalog.chain(Path::new("vm")).unwrap();
+    assert_eq!(store.chain_views(&catalog, leaf).snapshots().count(), 0);
+}
+
+#[test]
+fn a_snapshot_that_is_taken_up_replaces_no_other_file() {
+    let lab = Lab::new(Kind::PLAIN);
+    let name = ".chainfs-1-0.new";
+    lab.store.overlay_sized(name, "monday.qcow2", "qcow2", 4 * MIB);
+    let text = format!(
+        "version = 1\ncommand = \"snapshot monday\"\nchain = \"web\"\nverb = \"snapshot\"\nseconds = 1\n\
+         nanoseconds = 0\ndescription = \"\"\n[[disks]]\nfrozen = \"monday.qcow2\"\nname = \"web.qcow2\"\n\
+         old = {}\noverlay = {}\n",
+        named(&lab, "web.qcow2"),
+        named(&lab, name),
+    );
+    leave(&lab, &text);
+    // The second name was given; then the user has put a copy into the place of the first.
+    fs::rename(lab.store.path("web.qcow2"), lab.store.path("monday.qcow2")).unwrap();
+    fs::copy(lab.store.path("sn3.qcow2"), lab.store.path("web.qcow2")).unwrap();
+    let (copy, old) = (inode(&lab, "web.qcow2"), inode(&lab, "monday.qcow2"));
+    let engine = Engine::new(&lab.open());
+    engine.resume();
+    engine.stop();
+    assert_eq!(inode(&lab, "web.qcow2"), copy, "the user's file");
+    assert_eq!(inode(&lab, "monday.qcow2"), old, "the last name of the disk");
+}
+
+#[test]
+fn an_internal_snapshot_is_of_one_disk() {
+    let lab = Lab::new(Kind::PLAIN);
+    lab.store.create("db.qcow2", MIB, "");
+    let error = run(&Engine::new(&lab.open()), ".chainfs", "snapshot monday internal chains=web,db").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Usage);
+}
+
+#[test]
+fn a_format_that_a_user_states_holds_for_new_names_too() {
+    let lab = Lab::new(Kind::PLAIN);
+    lab.store.raw("disk.img", MIB, 7);
+    let formats = vec![(glob::Pattern::new("disk*").unwrap(), Format::Raw)];
+    let options = StoreOptions { notify: false, formats, ..StoreOptions::default() };
+    let store = chainfs::store::Store::open(&lab.store.root(), options).unwrap();
+    assert_eq!(run(&Engine::new(&store), "disk", "snapshot monday").unwrap_err().kind(), ErrorKind::Usage);
+}
