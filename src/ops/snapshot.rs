@@ -451,7 +451,10 @@ pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<()> {
         unreachable!("the intent of a snapshot")
     };
     let root = &store.guard().root;
-    if disks.iter().all(|top| can_go_on(root, top)) {
+    // Before the first overlay has its name, nothing is frozen; what is there then is of a later moment than was asked
+    // for.
+    let is_taken = disks.iter().any(|top| is_at(root, &top.name, top.overlay.inode));
+    if is_taken && disks.iter().all(|top| can_go_on(root, top)) {
         let held = hold(store, &disks)?;
         for top in &disks {
             if top.frozen != top.old.path && !is_at(root, &top.frozen, top.old.inode) {
