@@ -8,7 +8,8 @@ mod sim;
 mod verbs;
 
 use common::lab::{Kind, Lab};
-use verbs::run::{SIZE, Scenario};
+use verbs::run::{SIZE, Scenario, walk};
+use verbs::tape::Recorder;
 
 const SMALL: &str = "cluster_size=512";
 const EXTENDED: &str = "extended_l2=on,cluster_size=16k";
@@ -141,6 +142,14 @@ fn the_active_layer_has_fallen_or_not() {
         .survives();
 }
 
+/// Larger than the pieces in which a disk is moved, so that its guest writes before, in and behind them.
+#[test]
+fn what_is_written_while_a_large_disk_moves_is_there() {
+    let large = [20 << 20; 5];
+    Scenario { states: 12, ..Scenario::new("fall large", "commit base=sn3") }.sizes(large).survives();
+    Scenario { states: 12, ..Scenario::new("pull large", "pull base=sn2") }.sizes(large).survives();
+}
+
 #[test]
 fn a_pull_is_done_or_not() {
     Scenario::new("pull", "pull").options(SMALL).survives();
@@ -153,4 +162,43 @@ fn a_pull_is_done_or_not() {
 fn a_pull_keeps_internal_snapshots() {
     Scenario::new("pull inner", "pull base=base into=sn3").inner(&["sn3"]).survives();
     Scenario::new("pull inner web", "pull").inner(&["web"]).survives();
+}
+
+/// A safe rebase of QEMU 10.0.2 writes the header that names the new backing file before the tables that hold what
+/// the old one held: in between, the disk has lost those bytes, and its checker finds nothing wrong.
+#[test]
+fn the_judge_sees_what_a_rebase_of_qemu_loses() {
+    let scenario =
+        Scenario { active: &["sn3.qcow2"], ..Scenario::new("qemu-img rebase", "") }.options("cluster_size=4k");
+    let (tape, judge) = scenario.record_program(&["qemu-img", "rebase", "-b", "sn1.qcow2", "-F", "qcow2", "web.qcow2"]);
+    let tally = walk(&tape, &judge, 400, usize::MAX);
+    let lost = |failure: &&String| failure.contains("web.qcow2: sector") && !failure.contains("ERROR");
+    let count = tally.failures.iter().filter(lost).count();
+    println!("qemu-img rebase: {count} of {} states have lost bytes", tally.visited);
+    assert!(count > 0, "{} other failures of {}", tally.failures.len(), tally.visited);
+    assert!(count < tally.visited, "some states are sound");
+}
+
+/// Nothing hides the views that a commit of QEMU spoils.
+#[test]
+fn the_judge_sees_what_a_commit_of_qemu_spoils() {
+    let scenario = Scenario::new("qemu-img commit", "");
+    let (tape, judge) = scenario.record_program(&["qemu-img", "commit", "-q", "-b", "base.qcow2", "web.qcow2"]);
+    let tally = walk(&tape, &judge, 200, usize::MAX);
+    let is_spoilt = |failure: &String| failure.starts_with("before the recovery: base.qcow2: at");
+    assert!(tally.failures.iter().any(is_spoilt), "{:?}", tally.failures.first());
+}
+
+#[test]
+fn the_judge_objects_to_a_machine_that_swallows_syncs() {
+    for scenario in [
+        Scenario::new("snapshot", "snapshot monday"),
+        Scenario::new("commit", "commit top=sn3 base=base"),
+        Scenario::new("fall", "commit"),
+        Scenario::new("pull", "pull"),
+    ] {
+        let (tape, judge) = scenario.record(Recorder::swallowing_syncs);
+        let tally = walk(&tape, &judge, 400, 1);
+        assert!(!tally.failures.is_empty(), "{}: {} states and no objection", scenario.name, tally.visited);
+    }
 }

@@ -14,4 +14,5 @@ pub(crate) mod judge;
 pub(crate) mod run;
 pub(crate) mod scene;
 pub(crate) mod shape;
+pub(crate) mod strace;
 pub(crate) mod tape;

@@ -18,6 +18,7 @@ use super::guest::Guest;
 use super::judge::{Judge, options, recover};
 use super::scene::Scene;
 use super::shape::{Shape, by_qemu, checked_by_qemu, is_qcow2, pages, seen};
+use super::strace;
 use super::tape::{Event, Recorder, Tape};
 
 /// States of each command that are judged where not all are.
@@ -55,6 +56,8 @@ pub(crate) struct Scenario {
     pub(crate) active: &'static [&'static str],
     /// What a snapshot freezes the guest's disk as, where its moment is not the test's.
     pub(crate) frozen: Option<&'static str>,
+    /// How many states are judged, where not very many are.
+    pub(crate) states: usize,
     /// Whether the guest does anything.
     pub(crate) is_busy: bool,
 }
@@ -63,7 +66,18 @@ impl Scenario {
     pub(crate) fn new(name: &'static str, command: &'static str) -> Self {
         let kind = Kind { sizes: [SIZE; 5], ..Kind::PLAIN };
         let live = ("web.qcow2", "web.qcow2");
-        Self { name, kind, prepare: |_| {}, chain: "web", command, live, active: &[], frozen: None, is_busy: true }
+        Self {
+            name,
+            kind,
+            prepare: |_| {},
+            chain: "web",
+            command,
+            live,
+            active: &[],
+            frozen: None,
+            states: STATES,
+            is_busy: true,
+        }
     }
 
     /// Makes the store, in a directory of its own.
@@ -128,7 +142,11 @@ impl Scenario {
         let disk = by_qemu(&root, self.live.1, place.path()).expect("the disk");
         history.judge(0, &disk, Moment::Now).unwrap_or_else(|error| panic!("{}: without a crash: {error}", self.name));
         let tape = recorder.tape();
-        let judge = Judge {
+        (tape, self.judge(before, after, history, done))
+    }
+
+    fn judge(&self, before: Shape, after: Shape, history: History, done: usize) -> Judge {
+        Judge {
             before,
             frozen: None,
             after,
@@ -139,7 +157,17 @@ impl Scenario {
             by_qemu: Cell::default(),
             leaks: Cell::default(),
             ends: Cell::default(),
-        };
+        }
+    }
+
+    /// Runs another program on the store, instead of the command.
+    pub(crate) fn record_program(&self, program: &[&str]) -> (Tape, Judge) {
+        let (place, root) = self.make();
+        let before = self.before(&root, place.path());
+        let initial = by_qemu(&root, self.live.0, place.path()).expect("the disk");
+        let tape = strace::record(&root, program, &place.path().join("log"));
+        let history = History::new(pages(&initial), initial.len() as u64);
+        let judge = self.judge(before, self.after(&root, place.path()), history, usize::MAX);
         (tape, judge)
     }
 
@@ -151,11 +179,12 @@ impl Scenario {
     /// Runs it, crashes it everywhere, crashes some of the recoveries, and panics with the first bad states.
     pub(crate) fn survives(&self) {
         let (tape, judge) = self.record(|root| Recorder::new(root, true));
-        let tally = walk(&tape, &judge, if is_long() { 40 * STATES } else { STATES }, 3);
+        let tally = walk(&tape, &judge, if is_long() { 40 * self.states } else { self.states }, 3);
         let mut failures = tally.failures;
         let mut recoveries = 0;
         if failures.is_empty() {
             let (count, states) = if is_long() { (60, 60) } else { RECOVERIES };
+            let count = (count * self.states / STATES).max(1);
             let mut bad = |sentence: String| failures.push(sentence);
             recoveries = cut_recoveries(&tape, &judge, count, states, &mut bad);
         }
