@@ -105,6 +105,22 @@ impl Engine {
                 tracing::error!("{} (chain {}): {error}", found.intent.command, shown(&found.intent.chain));
             }
         }
+        if let Err(error) = self.sweep() {
+            tracing::warn!("what commands that were cut off have half made stays where it is: {error}");
+        }
+    }
+
+    /// Takes away what was being made when its makers were cut off, and nobody knows of.
+    fn sweep(&self) -> Result<()> {
+        let guard = self.store.guard();
+        if !guard.is_prepared() {
+            return Ok(());
+        }
+        let names = self.store.guard_names();
+        let _lock = guard.lock(&*names)?;
+        self.store.rescan()?;
+        guard.sweep(&*names)?;
+        snapshot::sweep(&self.store)
     }
 
     fn take_up(self: &Arc<Self>, found: &FoundIntent) -> Result<u64> {

@@ -4,6 +4,7 @@
 //! disks of a command; a crash leaves the old chain or the new one, with all bytes. While the gates of the disks
 //! are closed there is a flush and a rename, nothing else.
 
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -13,10 +14,10 @@ use crate::format::Frozen;
 use crate::image::HeaderChange;
 use crate::image::create::{CreateOptions, NewBacking, initial_image};
 use crate::image::write::NewSnapshot;
-use crate::io::{Directory, directory_of};
+use crate::io::{Directory, EntryKind, Root, directory_of};
 use crate::store::{
-    ActiveJob, Deed, Fallen, Format, ImageEntry, ImageIndex, Intent, Named, NewTop, NewTopFile, OwnedIntent, Store,
-    encode, shown,
+    ActiveJob, DRAFT, Deed, Fallen, Format, ImageEntry, ImageIndex, Intent, Named, NewTop, NewTopFile, OwnedIntent,
+    Store, encode, shown,
 };
 
 use super::engine::Engine;
@@ -208,6 +209,32 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
     }
 }
 
+/// What the name of an overlay begins with before it gets its own.
+const OVERLAY_PREFIX: &str = ".chainfs-";
+
+/// Takes away overlays that no intent speaks of: who made them was cut off before anything was begun. Under the
+/// store's lock, which whoever makes one holds.
+pub(super) fn sweep(store: &Arc<Store>) -> Result<()> {
+    let catalog = store.catalog();
+    let root = &store.roots()[0];
+    let named: HashSet<u64> =
+        catalog.intents.iter().flat_map(|found| found.intent.files()).map(|named| named.inode).collect();
+    let here = catalog.images.iter().filter(|image| image.place.root == 0);
+    let directories: BTreeSet<PathBuf> = here.map(|image| directory_of(&image.place.path)).collect();
+    for directory in directories {
+        let Some(open) = root.open_directory(&directory, false)? else { continue };
+        for entry in Root::list(&open)? {
+            let path = directory.join(&entry.name);
+            let is_draft = entry.name.as_encoded_bytes().starts_with(OVERLAY_PREFIX.as_bytes())
+                && path.extension().is_some_and(|extension| extension == DRAFT);
+            if entry.kind == EntryKind::File && is_draft && !named.contains(&root.stat(&path)?.id.inode) {
+                store.names().unlink(&path)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// An overlay that nobody sees yet.
 struct Overlay {
     path: PathBuf,
@@ -224,7 +251,7 @@ fn make_overlays(
 ) -> Result<Vec<Overlay>> {
     let mut made: Vec<Overlay> = Vec::new();
     for (number, (disk, job)) in disks.iter().zip(jobs).enumerate() {
-        match make_overlay(store, world, disk, job, &format!(".chainfs-{name}-{number}.new")) {
+        match make_overlay(store, world, disk, job, &format!("{OVERLAY_PREFIX}{name}-{number}.{DRAFT}")) {
             Ok(overlay) => made.push(overlay),
             Err(error) => {
                 unmake(store, &made);

@@ -26,6 +26,8 @@ const INTENTS: &str = ".chainfs/intents";
 const STRAY_INTENTS: &str = ".chainfs-intents";
 const LOCK: &str = ".chainfs/lock";
 const STRAY_LOCK: &str = ".chainfs-lock";
+/// The extension of what is being made and has no name of its own yet.
+pub const DRAFT: &str = "new";
 const VERSION: u32 = 1;
 /// Longer notes are not ours.
 const MAX_LEN: u64 = 4 << 20;
@@ -261,7 +263,7 @@ impl Guard {
 
     /// Makes sure that there is a place for intents and notes.
     pub fn prepare(&self, names: &dyn Directory) -> Result<()> {
-        if self.root.stat(self.intents()).is_ok() {
+        if self.is_prepared() {
             return Ok(());
         }
         if self.is_marked {
@@ -290,7 +292,8 @@ impl Guard {
 
     /// Writes an intent, durably, and keeps it ours.
     pub fn begin(&self, names: &dyn Directory, name: &str, intent: &Intent) -> Result<OwnedIntent> {
-        let (draft, path) = (self.intents().join(format!("{name}.new")), self.intents().join(format!("{name}.toml")));
+        let (draft, path) =
+            (self.intents().join(format!("{name}.{DRAFT}")), self.intents().join(format!("{name}.toml")));
         let written = (|| {
             let file = names.create(&draft, None)?;
             file.write_at(0, intent.text().as_bytes())?;
@@ -308,6 +311,24 @@ impl Guard {
                 Err(error)
             }
         }
+    }
+
+    /// Takes away notes of which a process has left only the draft. Under the store's lock, which whoever writes one
+    /// holds.
+    pub fn sweep(&self, names: &dyn Directory) -> Result<()> {
+        let Some(directory) = self.root.open_directory(self.intents(), false)? else { return Ok(()) };
+        for entry in Root::list(&directory)? {
+            let path = self.intents().join(&entry.name);
+            if entry.kind == EntryKind::File && path.extension().is_some_and(|extension| extension == DRAFT) {
+                names.unlink(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether anything was ever begun here.
+    pub fn is_prepared(&self) -> bool {
+        self.root.stat(self.intents()).is_ok()
     }
 
     /// Takes up an intent that somebody has left. `Busy` if he has not.
@@ -426,6 +447,10 @@ mod tests {
         assert!(guard.read().0.is_empty());
         std::fs::write(place.path().join(".chainfs/intents/2.toml"), "nonsense").unwrap();
         assert_eq!(guard.read().1.len(), 1);
+        std::fs::write(place.path().join(".chainfs/intents/3.new"), "half of it").unwrap();
+        guard.sweep(&*names).unwrap();
+        let left = std::fs::read_dir(place.path().join(".chainfs/intents")).unwrap();
+        assert_eq!(left.count(), 1, "what nobody understands is left to people");
         let lock = guard.lock(&*names).unwrap();
         drop(lock);
         guard.lock(&*names).unwrap();

@@ -43,7 +43,7 @@ pub use catalog::{Below, Catalog, Directory, ImageEntry, ImageIndex, shown};
 pub use describe::{Content, Qcow2};
 pub use disk::OpenDisk;
 pub use flusher::Flusher;
-pub use intents::{Deed, FoundIntent, Guard, Intent, MARKER, Named, NewTop, OwnedIntent};
+pub use intents::{DRAFT, Deed, FoundIntent, Guard, Intent, MARKER, Named, NewTop, OwnedIntent};
 pub use job_image::{JobImage, Keeping};
 pub use names::{ACTIVE, STORE_DIRECTORY, encode};
 pub use notes::FROZEN_NOTES;
