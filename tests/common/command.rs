@@ -46,6 +46,15 @@ impl Control {
         line.unwrap_or_else(|| panic!("no {key} in {text}")).trim().to_owned()
     }
 
+    /// Waits until the command at work has done a part of what it has to do.
+    pub(crate) fn begun(&self) {
+        let start = Instant::now();
+        while self.status("done") == "0" {
+            assert!(start.elapsed() < LIMIT, "{} hangs", self.status("command"));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Waits until nothing is at work; the state it ended in.
     pub(crate) fn wait(&self) -> String {
         let start = Instant::now();

@@ -78,9 +78,9 @@ impl Lab {
 
     /// A chain of which a commit or pull takes long enough to be met at work.
     pub(crate) fn slow(raw_base: bool) -> Self {
-        let lab = Self::new(Kind { raw_base, options: "cluster_size=4k", sizes: [96 << 20; 5], inner: &[] });
+        let lab = Self::new(Kind { raw_base, options: "cluster_size=4k", sizes: [64 << 20; 5], inner: &[] });
         for (byte, layer) in (1..).zip(["sn1", "sn2", "sn3"]) {
-            lab.store.speckle(&lab.file(layer), 96 << 20, byte);
+            lab.store.speckle(&lab.file(layer), 64 << 20, byte);
         }
         lab
     }
