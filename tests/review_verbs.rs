@@ -5,10 +5,12 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use chainfs::error::ErrorKind;
 use chainfs::ops::{Engine, JobState};
-use chainfs::store::{Format, StoreOptions};
+use chainfs::store::{Access, Format, StoreOptions};
 use common::lab::{Kind, Lab, run};
 
 const MIB: u64 = 1 << 20;
@@ -72,6 +74,25 @@ fn no_file_gets_a_name_by_which_it_is_read_otherwise() {
 }
 
 #[test]
+fn a_raw_base_falls_to_a_name_by_which_it_is_raw() {
+    for base in ["base.bak", "base", "base.qcow2"] {
+        let lab = Lab::new(Kind::PLAIN);
+        lab.store.raw(base, 2 * MIB, 5);
+        lab.store.overlay("vm.qcow2", base, "raw", "");
+        lab.store.scribble("vm.qcow2", "qcow2", 9);
+        let before = lab.content("vm.qcow2");
+        // The lab's own chain would stand on the new base.
+        for name in ["web", "sn3", "sn2", "sn1"] {
+            fs::remove_file(lab.store.path(format!("{name}.qcow2"))).unwrap();
+        }
+        let status = run(&Engine::new(&lab.open()), "vm", "commit").unwrap();
+        assert_eq!(status.state, JobState::Done, "{base}: {:?}", status.error);
+        assert!(before == fs::read(lab.store.path("vm.raw")).expect("a raw disk"), "{base}");
+        assert!(lab.open().catalog().chain(Path::new("vm")).is_some(), "{base}");
+    }
+}
+
+#[test]
 fn a_shorter_base_that_grows_shows_nothing_of_what_is_below_it() {
     for sizes in [[4 * MIB, 2 * MIB, 4 * MIB, 4 * MIB, 5 * MIB], [4 * MIB, MIB, 3 * MIB, 2 * MIB, 4 * MIB]] {
         for options in ["", "compat=0.10", "cluster_size=2M"] {
@@ -83,6 +104,38 @@ fn a_shorter_base_that_grows_shows_nothing_of_what_is_below_it() {
                 lab.assert_clean();
             }
         }
+    }
+}
+
+#[test]
+fn a_disk_that_grows_while_it_falls_loses_nothing() {
+    let lab = Lab::new(Kind::PLAIN);
+    let store = lab.open();
+    let catalog = store.catalog();
+    let leaf = catalog.chain(Path::new("web")).unwrap();
+    let guest = store.open_active(&catalog, &catalog.layers(leaf), Access::ReadWrite).unwrap();
+    let done = Arc::new(AtomicBool::new(false));
+    let start = 4 * MIB;
+    let sizes = std::thread::scope(|scope| {
+        let work = scope.spawn(|| {
+            let mut at = start;
+            while !done.load(Ordering::Acquire) {
+                guest.set_size(at + 4096).unwrap();
+                assert_eq!(guest.write_at(at, &[(at >> 12) as u8 | 1; 4096]).unwrap(), 4096);
+                at += 4096;
+            }
+            at
+        });
+        let status = run(&Engine::new(&store), "web", "commit").unwrap();
+        done.store(true, Ordering::Release);
+        assert_eq!(status.state, JobState::Done, "{:?}", status.error);
+        work.join().unwrap()
+    });
+    assert!(sizes > start);
+    let mut page = [0; 4096];
+    for at in (start..sizes).step_by(4096) {
+        guest.read_at(at, &mut page).unwrap();
+        assert!(page == [(at >> 12) as u8 | 1; 4096], "at {at:#x} of {sizes:#x}");
     }
 }
 
@@ -119,6 +172,28 @@ fn a_base_that_keeps_its_name_is_hidden_while_it_is_spoilt() {
     assert_eq!(catalog.intents.len(), 1, "{:?}", catalog.problems);
     let leaf = catalog.chain(Path::new("vm")).unwrap();
     assert_eq!(store.chain_views(&catalog, leaf).snapshots().count(), 0);
+}
+
+#[test]
+fn a_commit_whose_top_was_taken_away_is_not_taken_for_done() {
+    let lab = Lab::new(Kind::PLAIN);
+    let text = format!(
+        "version = 1\ncommand = \"commit\"\nchain = \"web\"\nverb = \"commit\"\nkeep = false\n\
+         between = [{}]\nchildren = [{}]\ntop = {}\nbase = {}\n",
+        named(&lab, "sn1.qcow2"),
+        named(&lab, "sn3.qcow2"),
+        named(&lab, "sn2.qcow2"),
+        named(&lab, "base.qcow2"),
+    );
+    leave(&lab, &text);
+    let away = lab.store.beside("sn2.qcow2");
+    fs::rename(lab.store.path("sn2.qcow2"), &away).unwrap();
+    let files: Vec<_> = lab.files().into_iter().map(|name| (fs::read(lab.store.path(&name)).unwrap(), name)).collect();
+    let engine = Engine::new(&lab.open());
+    engine.resume();
+    engine.stop();
+    let now: Vec<_> = lab.files().into_iter().map(|name| (fs::read(lab.store.path(&name)).unwrap(), name)).collect();
+    assert!(files == now, "nothing is changed: {:?}", lab.files());
 }
 
 #[test]

@@ -266,11 +266,8 @@ impl PullJob {
     /// Does it.
     pub(super) fn run(self, engine: &Engine, progress: &Progress) -> Result<()> {
         let store = Arc::clone(engine.store());
-        match self.fill(&store, progress) {
-            Ok(()) => {
-                progress.settle();
-                self.switch(engine)
-            }
+        match self.fill(&store, progress).and_then(|()| progress.settle()) {
+            Ok(()) => self.switch(engine),
             Err(error) => {
                 let Self { target, writer, intent, .. } = self;
                 // What was copied changes nothing, and may stay.
