@@ -108,6 +108,30 @@ fn a_shorter_base_that_grows_shows_nothing_of_what_is_below_it() {
 }
 
 #[test]
+fn a_data_file_on_which_others_stand_is_not_written() {
+    let lab = Lab::new(Kind::PLAIN);
+    lab.store.create("low.qcow2", 2 * MIB, "data_file=d.raw,data_file_raw=on");
+    lab.store.scribble("low.qcow2", "qcow2", 3);
+    lab.store.overlay("other.qcow2", "d.raw", "raw", "");
+    lab.store.overlay("vm.qcow2", "low.qcow2", "qcow2", "");
+    lab.store.scribble("vm.qcow2", "qcow2", 4);
+    let before = lab.content("other.qcow2");
+    let error = run(&Engine::new(&lab.open()), "vm", "commit").unwrap_err();
+    assert!(error.kind() == ErrorKind::NotEmpty && error.to_string().contains("other.qcow2"), "{error}");
+    assert!(before == lab.content("other.qcow2"));
+}
+
+#[test]
+fn a_data_file_with_another_name_is_not_written() {
+    let lab = Lab::new(Kind::PLAIN);
+    lab.store.create("low.qcow2", 2 * MIB, "data_file=d.raw,data_file_raw=on");
+    lab.store.scribble("low.qcow2", "qcow2", 3);
+    lab.store.overlay("vm.qcow2", "low.qcow2", "qcow2", "");
+    fs::hard_link(lab.store.path("d.raw"), lab.store.beside("copy")).unwrap();
+    assert_eq!(run(&Engine::new(&lab.open()), "vm", "commit").unwrap_err().kind(), ErrorKind::Busy);
+}
+
+#[test]
 fn a_disk_that_grows_while_it_falls_loses_nothing() {
     let lab = Lab::new(Kind::PLAIN);
     let store = lab.open();
