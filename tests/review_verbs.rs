@@ -245,6 +245,20 @@ fn a_snapshot_that_is_taken_up_replaces_no_other_file() {
 }
 
 #[test]
+fn a_frozen_leaf_stays_frozen_when_it_is_merged_down() {
+    let lab = Lab::new(Kind::PLAIN);
+    assert_done(&lab, "pull");
+    let content = lab.content("sn3.qcow2");
+    let engine = Engine::new(&lab.open());
+    let status = run(&engine, "sn3", "commit top=sn3 base=sn2").unwrap();
+    assert_eq!(status.state, JobState::Done, "{:?}", status.error);
+    assert!(lab.content("sn2.qcow2") == content);
+    let catalog = lab.open().catalog();
+    let leaf = catalog.chain(Path::new("sn2")).unwrap();
+    assert!(!catalog.is_active(leaf), "a snapshot that nobody may write");
+}
+
+#[test]
 fn an_internal_snapshot_is_of_one_disk() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.create("db.qcow2", MIB, "");

@@ -229,8 +229,13 @@ pub(super) fn commit(engine: &Engine, intent: OwnedIntent, lock: Claim, mut held
         drop(jobs);
         let world = World::look(store)?;
         if let Some(base) = world.find(&base)
-            && world.image(base).users.is_empty()
+            && !keep
+            && world.image(base).users.iter().all(|user| {
+                let named = world.named(*user);
+                named == top || between.contains(&named)
+            })
         {
+            // What stood there, and goes now, was no disk that anybody wrote.
             freeze(store, &world, base, &Frozen::now(""))?;
         }
     }
