@@ -259,6 +259,23 @@ fn a_frozen_leaf_stays_frozen_when_it_is_merged_down() {
 }
 
 #[test]
+fn a_pull_that_cannot_go_on_leaves_the_chain_free() {
+    let lab = Lab::new(Kind::PLAIN);
+    let text = format!(
+        "version = 1\ncommand = \"pull base=sn1\"\nchain = \"web\"\nverb = \"pull\"\nremove = []\n\
+         between = [{}, {}]\ninto = {}\nbase = {{ path = \"gone.qcow2\", inode = 1 }}\n",
+        named(&lab, "sn3.qcow2"),
+        named(&lab, "sn2.qcow2"),
+        named(&lab, "web.qcow2"),
+    );
+    leave(&lab, &text);
+    let engine = Engine::new(&lab.open());
+    engine.resume();
+    engine.stop();
+    assert_done(&lab, "snapshot monday");
+}
+
+#[test]
 fn an_internal_snapshot_is_of_one_disk() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.create("db.qcow2", MIB, "");
