@@ -284,6 +284,18 @@ fn an_internal_snapshot_is_of_one_disk() {
 }
 
 #[test]
+fn notes_that_cannot_be_read_are_not_written_over() {
+    let lab = Lab::new(Kind::PLAIN);
+    lab.store.raw("disk.raw", MIB, 7);
+    lab.store.dir(".chainfs");
+    lab.store.put(".chainfs/frozen.toml", b"[[frozen]]\npath = 7\n");
+    let engine = Engine::new(&lab.open());
+    assert!(run(&engine, "disk", "snapshot monday").is_err());
+    assert_eq!(fs::read(lab.store.path(".chainfs/frozen.toml")).unwrap(), b"[[frozen]]\npath = 7\n");
+    assert!(lab.files().contains(&"disk.raw".to_owned()), "{:?}", lab.files());
+}
+
+#[test]
 fn a_format_that_a_user_states_holds_for_new_names_too() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.raw("disk.img", MIB, 7);
