@@ -5,10 +5,12 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use chainfs::error::ErrorKind;
 use chainfs::ops::{Engine, JobState};
-use chainfs::store::{Format, StoreOptions};
+use chainfs::store::{Access, Format, StoreOptions};
 use common::lab::{Kind, Lab, run};
 
 const MIB: u64 = 1 << 20;
@@ -72,6 +74,25 @@ fn no_file_gets_a_name_by_which_it_is_read_otherwise() {
 }
 
 #[test]
+fn a_raw_base_falls_to_a_name_by_which_it_is_raw() {
+    for base in ["base.bak", "base", "base.qcow2"] {
+        let lab = Lab::new(Kind::PLAIN);
+        lab.store.raw(base, 2 * MIB, 5);
+        lab.store.overlay("vm.qcow2", base, "raw", "");
+        lab.store.scribble("vm.qcow2", "qcow2", 9);
+        let before = lab.content("vm.qcow2");
+        // The lab's own chain would stand on the new base.
+        for name in ["web", "sn3", "sn2", "sn1"] {
+            fs::remove_file(lab.store.path(format!("{name}.qcow2"))).unwrap();
+        }
+        let status = run(&Engine::new(&lab.open()), "vm", "commit").unwrap();
+        assert_eq!(status.state, JobState::Done, "{base}: {:?}", status.error);
+        assert!(before == fs::read(lab.store.path("vm.raw")).expect("a raw disk"), "{base}");
+        assert!(lab.open().catalog().chain(Path::new("vm")).is_some(), "{base}");
+    }
+}
+
+#[test]
 fn a_shorter_base_that_grows_shows_nothing_of_what_is_below_it() {
     for sizes in [[4 * MIB, 2 * MIB, 4 * MIB, 4 * MIB, 5 * MIB], [4 * MIB, MIB, 3 * MIB, 2 * MIB, 4 * MIB]] {
         for options in ["", "compat=0.10", "cluster_size=2M"] {
@@ -83,6 +104,62 @@ fn a_shorter_base_that_grows_shows_nothing_of_what_is_below_it() {
                 lab.assert_clean();
             }
         }
+    }
+}
+
+#[test]
+fn a_data_file_on_which_others_stand_is_not_written() {
+    let lab = Lab::new(Kind::PLAIN);
+    lab.store.create("low.qcow2", 2 * MIB, "data_file=d.raw,data_file_raw=on");
+    lab.store.scribble("low.qcow2", "qcow2", 3);
+    lab.store.overlay("other.qcow2", "d.raw", "raw", "");
+    lab.store.overlay("vm.qcow2", "low.qcow2", "qcow2", "");
+    lab.store.scribble("vm.qcow2", "qcow2", 4);
+    let before = lab.content("other.qcow2");
+    let error = run(&Engine::new(&lab.open()), "vm", "commit").unwrap_err();
+    assert!(error.kind() == ErrorKind::NotEmpty && error.to_string().contains("other.qcow2"), "{error}");
+    assert!(before == lab.content("other.qcow2"));
+}
+
+#[test]
+fn a_data_file_with_another_name_is_not_written() {
+    let lab = Lab::new(Kind::PLAIN);
+    lab.store.create("low.qcow2", 2 * MIB, "data_file=d.raw,data_file_raw=on");
+    lab.store.scribble("low.qcow2", "qcow2", 3);
+    lab.store.overlay("vm.qcow2", "low.qcow2", "qcow2", "");
+    fs::hard_link(lab.store.path("d.raw"), lab.store.beside("copy")).unwrap();
+    assert_eq!(run(&Engine::new(&lab.open()), "vm", "commit").unwrap_err().kind(), ErrorKind::Busy);
+}
+
+#[test]
+fn a_disk_that_grows_while_it_falls_loses_nothing() {
+    let lab = Lab::new(Kind::PLAIN);
+    let store = lab.open();
+    let catalog = store.catalog();
+    let leaf = catalog.chain(Path::new("web")).unwrap();
+    let guest = store.open_active(&catalog, &catalog.layers(leaf), Access::ReadWrite).unwrap();
+    let done = Arc::new(AtomicBool::new(false));
+    let start = 4 * MIB;
+    let sizes = std::thread::scope(|scope| {
+        let work = scope.spawn(|| {
+            let mut at = start;
+            while !done.load(Ordering::Acquire) {
+                guest.set_size(at + 4096).unwrap();
+                assert_eq!(guest.write_at(at, &[(at >> 12) as u8 | 1; 4096]).unwrap(), 4096);
+                at += 4096;
+            }
+            at
+        });
+        let status = run(&Engine::new(&store), "web", "commit").unwrap();
+        done.store(true, Ordering::Release);
+        assert_eq!(status.state, JobState::Done, "{:?}", status.error);
+        work.join().unwrap()
+    });
+    assert!(sizes > start);
+    let mut page = [0; 4096];
+    for at in (start..sizes).step_by(4096) {
+        guest.read_at(at, &mut page).unwrap();
+        assert!(page == [(at >> 12) as u8 | 1; 4096], "at {at:#x} of {sizes:#x}");
     }
 }
 
@@ -122,6 +199,28 @@ fn a_base_that_keeps_its_name_is_hidden_while_it_is_spoilt() {
 }
 
 #[test]
+fn a_commit_whose_top_was_taken_away_is_not_taken_for_done() {
+    let lab = Lab::new(Kind::PLAIN);
+    let text = format!(
+        "version = 1\ncommand = \"commit\"\nchain = \"web\"\nverb = \"commit\"\nkeep = false\n\
+         between = [{}]\nchildren = [{}]\ntop = {}\nbase = {}\n",
+        named(&lab, "sn1.qcow2"),
+        named(&lab, "sn3.qcow2"),
+        named(&lab, "sn2.qcow2"),
+        named(&lab, "base.qcow2"),
+    );
+    leave(&lab, &text);
+    let away = lab.store.beside("sn2.qcow2");
+    fs::rename(lab.store.path("sn2.qcow2"), &away).unwrap();
+    let files: Vec<_> = lab.files().into_iter().map(|name| (fs::read(lab.store.path(&name)).unwrap(), name)).collect();
+    let engine = Engine::new(&lab.open());
+    engine.resume();
+    engine.stop();
+    let now: Vec<_> = lab.files().into_iter().map(|name| (fs::read(lab.store.path(&name)).unwrap(), name)).collect();
+    assert!(files == now, "nothing is changed: {:?}", lab.files());
+}
+
+#[test]
 fn a_snapshot_that_is_taken_up_replaces_no_other_file() {
     let lab = Lab::new(Kind::PLAIN);
     let name = ".chainfs-1-0.new";
@@ -146,11 +245,54 @@ fn a_snapshot_that_is_taken_up_replaces_no_other_file() {
 }
 
 #[test]
+fn a_frozen_leaf_stays_frozen_when_it_is_merged_down() {
+    let lab = Lab::new(Kind::PLAIN);
+    assert_done(&lab, "pull");
+    let content = lab.content("sn3.qcow2");
+    let engine = Engine::new(&lab.open());
+    let status = run(&engine, "sn3", "commit top=sn3 base=sn2").unwrap();
+    assert_eq!(status.state, JobState::Done, "{:?}", status.error);
+    assert!(lab.content("sn2.qcow2") == content);
+    let catalog = lab.open().catalog();
+    let leaf = catalog.chain(Path::new("sn2")).unwrap();
+    assert!(!catalog.is_active(leaf), "a snapshot that nobody may write");
+}
+
+#[test]
+fn a_pull_that_cannot_go_on_leaves_the_chain_free() {
+    let lab = Lab::new(Kind::PLAIN);
+    let text = format!(
+        "version = 1\ncommand = \"pull base=sn1\"\nchain = \"web\"\nverb = \"pull\"\nremove = []\n\
+         between = [{}, {}]\ninto = {}\nbase = {{ path = \"gone.qcow2\", inode = 1 }}\n",
+        named(&lab, "sn3.qcow2"),
+        named(&lab, "sn2.qcow2"),
+        named(&lab, "web.qcow2"),
+    );
+    leave(&lab, &text);
+    let engine = Engine::new(&lab.open());
+    engine.resume();
+    engine.stop();
+    assert_done(&lab, "snapshot monday");
+}
+
+#[test]
 fn an_internal_snapshot_is_of_one_disk() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.create("db.qcow2", MIB, "");
     let error = run(&Engine::new(&lab.open()), ".chainfs", "snapshot monday internal chains=web,db").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Usage);
+}
+
+#[test]
+fn notes_that_cannot_be_read_are_not_written_over() {
+    let lab = Lab::new(Kind::PLAIN);
+    lab.store.raw("disk.raw", MIB, 7);
+    lab.store.dir(".chainfs");
+    lab.store.put(".chainfs/frozen.toml", b"[[frozen]]\npath = 7\n");
+    let engine = Engine::new(&lab.open());
+    assert!(run(&engine, "disk", "snapshot monday").is_err());
+    assert_eq!(fs::read(lab.store.path(".chainfs/frozen.toml")).unwrap(), b"[[frozen]]\npath = 7\n");
+    assert!(lab.files().contains(&"disk.raw".to_owned()), "{:?}", lab.files());
 }
 
 #[test]

@@ -42,7 +42,7 @@ impl Progress {
             let fact = "stopped; it goes on when the store is mounted again";
             return Err(Error::new(ErrorKind::Cancelled, fact));
         }
-        if self.cancelled.load(Ordering::Acquire) {
+        if self.cancelled.load(Ordering::SeqCst) {
             return Err(Error::new(ErrorKind::Cancelled, "cancelled"));
         }
         Ok(())
@@ -53,17 +53,20 @@ impl Progress {
         self.stopped.load(Ordering::Acquire)
     }
 
-    /// From here on nothing is called back.
-    pub(super) fn settle(&self) {
-        self.settled.store(true, Ordering::Release);
+    /// From here on nothing is called back; `Cancelled` if it has been already.
+    pub(super) fn settle(&self) -> Result<()> {
+        self.settled.store(true, Ordering::SeqCst);
+        self.check()
     }
 
     fn cancel(&self) -> Result<()> {
-        if self.settled.load(Ordering::Acquire) {
-            return Err(Error::new(ErrorKind::Busy, "it is being finished, which cannot be called back"));
+        let busy = || Err(Error::new(ErrorKind::Busy, "it is being finished, which cannot be called back"));
+        if self.settled.load(Ordering::SeqCst) {
+            return busy();
         }
-        self.cancelled.store(true, Ordering::Release);
-        Ok(())
+        // One of the two sees what the other has done.
+        self.cancelled.store(true, Ordering::SeqCst);
+        if self.settled.load(Ordering::SeqCst) { busy() } else { Ok(()) }
     }
 
     fn stop(&self) {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::HeaderChange;
-use crate::image::write::{Writer, Zeroing};
+use crate::image::write::Writer;
 use crate::io::{Claim, directory_of};
 use crate::store::{
     ActiveJob, Deed, Format, ImageIndex, Intent, JobImage, Keeping, Mirror, Named, OpenView, OwnedIntent, Store,
@@ -23,7 +23,7 @@ use super::board::{Progress, Tokens};
 use super::copy::{PIECE, Segment};
 use super::engine::Engine;
 use super::finish::{self, Child, Finish};
-use super::mirror::MergeMirror;
+use super::mirror::{MergeMirror, zero_from};
 use super::plan::{Plan, PlanLayer};
 use super::request::CommitRequest;
 use super::world::{Chain, World, beside};
@@ -214,10 +214,18 @@ fn fall_refusals(world: &World, layers: &Layers, refusals: &mut Vec<Error>) {
     if name != top.place.path && name != base.place.path {
         finish::taken(world, &name, refusals);
     }
+    if !world.store.options().reads_as(&name, base.format.unwrap_or(Format::Raw), false) {
+        let fact = "is what the disk would be called, and it would not be read as what it is; rename the base first";
+        refusals.push(Error::new(ErrorKind::Unsupported, format!("{} {fact}", shown(&name))));
+    }
+    if top.stat.id.device != base.stat.id.device {
+        let fact = "lies on another file system than the active layer, whose name it would take; copy it there first";
+        refusals.push(Error::new(ErrorKind::Unsupported, format!("{} {fact}", base.shown())));
+    }
     let is_elsewhere = directory_of(&top.place.path) != directory_of(&base.place.path);
-    if is_elsewhere && !layers.below.is_empty() {
-        let fact = "stands on other layers and lies in another directory than the active layer, whose name it would \
-                    take: its own backing file name would lead elsewhere; move it into that directory first";
+    if is_elsewhere && (!layers.below.is_empty() || base.data_file.is_some()) {
+        let fact = "stands on other files and lies in another directory than the active layer, whose name it would \
+                    take: the names in its header would lead elsewhere; move it into that directory first";
         refusals.push(Error::new(ErrorKind::Unsupported, format!("{} {fact}", base.shown())));
     }
 }
@@ -248,12 +256,13 @@ fn exposed(engine: &Engine, world: &World, chain: &Path, layers: &Layers, refusa
 /// The name that base gets when the active layer falls onto it.
 fn final_name(world: &World, layers: &Layers) -> PathBuf {
     let (top, base) = (world.image(layers.top), world.image(layers.base));
-    let extension = base.place.path.extension().map_or_else(
-        || base.format.map_or("raw", Format::name).as_bytes().to_vec(),
-        |extension| extension.as_encoded_bytes().to_vec(),
-    );
+    let format = base.format.unwrap_or(Format::Raw);
     let stem = top.place.path.file_stem().unwrap_or_default().as_encoded_bytes();
-    beside(&top.place.path, &[stem, b".", extension.as_slice()].concat())
+    let with = |extension: &[u8]| beside(&top.place.path, &[stem, b".", extension].concat());
+    let own = base.place.path.extension().map(|extension| with(extension.as_encoded_bytes()));
+    // Nobody will stand on it and say what it is.
+    own.filter(|name| world.store.options().reads_as(name, format, false))
+        .unwrap_or_else(|| with(format.name().as_bytes()))
 }
 
 fn spoilt_name(path: &Path) -> PathBuf {
@@ -285,6 +294,8 @@ fn after(plan: &Plan, layers: &Layers, request: &CommitRequest) -> Vec<PlanLayer
 
 /// A commit that was accepted.
 pub(super) struct CommitJob {
+    /// Goes first, and its mirror with it: nothing is written to base without its locks.
+    active: Option<(ActiveJob, Arc<MergeMirror>)>,
     base: JobImage,
     writer: Arc<Writer>,
     intent: OwnedIntent,
@@ -294,7 +305,6 @@ pub(super) struct CommitJob {
     views: Vec<OpenView>,
     /// Those that will stand on base: nobody else opens them meanwhile.
     children: Vec<Child>,
-    active: Option<(ActiveJob, Arc<MergeMirror>)>,
 }
 
 /// Begins a commit: when this returns, nobody sees what it is going to spoil, and nothing is spoilt yet.
@@ -377,7 +387,7 @@ fn set_out(
     })();
     match begun {
         Ok((writer, segment, views, children, active)) => {
-            Ok(CommitJob { base, writer, intent, is_undoable, segment, views, children, active })
+            Ok(CommitJob { active, base, writer, intent, is_undoable, segment, views, children })
         }
         Err(error) => Err(Box::new((error, intent))),
     }
@@ -411,8 +421,7 @@ impl CommitJob {
             let lock = store.guard().lock(&*store.guard_names())?;
             let world = World::look(&store)?;
             self.still_alone(&world)?;
-            progress.check()?;
-            progress.settle();
+            progress.settle()?;
             Ok((lock, world))
         });
         match switched {
@@ -422,12 +431,13 @@ impl CommitJob {
     }
 
     fn copy(&self, store: &Store, progress: &Progress) -> Result<()> {
-        let size = self.segment.size();
         let total = self.segment.data_len()?;
         progress.set_total(total);
-        let old_size = self.writer.size();
-        if size > old_size {
-            self.writer.grow(size)?;
+        let size = || self.segment.size();
+        match &self.active {
+            Some((_, mirror)) => mirror.level(size)?,
+            None if size() > self.writer.size() => self.writer.grow(size())?,
+            None => {}
         }
         if !finish::shares_blocks(store) {
             match self.base.format() {
@@ -436,23 +446,30 @@ impl CommitJob {
             }
         }
         let mut at = 0;
-        while at < self.segment.size() {
-            progress.check()?;
-            let len = PIECE.min(self.segment.size() - at);
-            let moved = match &self.active {
-                None => self.segment.merge(&self.writer, at, len)?,
-                Some((_, mirror)) => {
-                    mirror.check()?;
-                    mirror.copy(at, len, || self.segment.merge(&self.writer, at, len))?
+        loop {
+            while at < size() {
+                progress.check()?;
+                let len = PIECE.min(size() - at);
+                let moved = match &self.active {
+                    None => self.segment.merge(&self.writer, at, len)?,
+                    Some((_, mirror)) => {
+                        mirror.check()?;
+                        mirror.copy(at, len, || self.segment.merge(&self.writer, at, len))?
+                    }
+                };
+                progress.advance(moved);
+                at += len;
+            }
+            // Behind a shorter top nothing shows through it.
+            match &self.active {
+                None => {
+                    zero_from(&self.writer, size())?;
+                    break;
                 }
-            };
-            progress.advance(moved);
-            at += len;
-        }
-        // Behind a shorter top nothing shows through it.
-        let size = self.segment.size();
-        if self.writer.size() > size {
-            self.writer.zero(size, self.writer.size() - size, Zeroing::Unmap)?;
+                Some((_, mirror)) if mirror.complete(at, size)? => break,
+                // It has grown meanwhile.
+                Some(_) => {}
+            }
         }
         // Most of it is durable before anybody has to wait for the rest.
         self.writer.flush()
@@ -538,22 +555,29 @@ impl CommitJob {
         let names = store.guard_names();
         let own = |path: &Path| path.strip_prefix(&store.guard().prefix).unwrap_or(path).to_path_buf();
         let before = store.catalog();
+        let settled;
         {
             let mut sealed = job.seal();
-            // Whatever goes wrong from here on, guests go on with a disk whose flushes are to be believed.
-            let ready = mirror.check().and_then(|()| publish()).and_then(|()| sealed.prepare_fall(base));
-            let prepared = ready.inspect_err(|_| sealed.set_mirror(None))?;
-            let taken = finish::take_name(&*names, &old_base.path, &top.path, &name);
-            let root = &store.guard().root;
-            let is_at = |path: &Path, inode: u64| root.stat(path).is_ok_and(|stat| stat.id.inode == inode);
-            // The same question as whoever takes it up asks.
-            if is_at(&name, old_base.inode) && (name != old_base.path || !is_at(&top.path, top.inode)) {
-                sealed.fall(prepared, &own(&name));
-                taken?;
-            } else {
-                taken.inspect_err(|_| sealed.set_mirror(None))?;
+            let prepared = (|| {
+                mirror.check()?;
+                publish()?;
+                let prepared = sealed.prepare_fall(base)?;
+                finish::take_name(&*names, &old_base.path, &top.path, &name)?;
+                Ok(prepared)
+            })();
+            match prepared {
+                Ok(prepared) => {
+                    // The name has changed hands: whatever fails from here on, guests write to base.
+                    settled = finish::settle_name(&*names, &old_base.path, &top.path, &name);
+                    sealed.fall(prepared, &own(&name));
+                }
+                Err(error) => {
+                    sealed.set_mirror(None);
+                    return Err(error);
+                }
             }
         }
+        settled?;
         drop((writer, mirror));
         finish::active_commit(engine, &job, intent, lock, &before)
     }

@@ -146,8 +146,11 @@ pub(super) fn commit_state(world: &World, intent: &Intent) -> Result<Finish> {
         base_is_there && (*name != base.path || world.find(top).is_none())
     } else {
         let base = world.find(base);
-        let stands = |child: &Named| world.find(child).is_some_and(|child| world.stands_on(child) == base);
-        base.is_some() && (children.iter().any(stands) || world.find(top).is_none())
+        let children: Vec<ImageIndex> = children.iter().filter_map(|child| world.find(child)).collect();
+        let stands = |child: &ImageIndex| world.stands_on(*child) == base;
+        // Top goes last. Where it has gone and somebody was to stand on base and does not, it was not we who took it.
+        let is_over = children.is_empty() && world.find(top).is_none();
+        base.is_some() && (children.iter().any(stands) || is_over)
     };
     if is_switched {
         return Ok(Finish::Copied);
@@ -243,8 +246,13 @@ pub(super) fn commit(engine: &Engine, intent: OwnedIntent, lock: Claim, mut held
         drop(jobs);
         let world = World::look(store)?;
         if let Some(base) = world.find(&base)
-            && world.image(base).users.is_empty()
+            && !keep
+            && world.image(base).users.iter().all(|user| {
+                let named = world.named(*user);
+                named == top || between.contains(&named)
+            })
         {
+            // What stood there, and goes now, was no disk that anybody wrote.
             freeze(store, &world, base, &Frozen::now(""))?;
         }
     }
@@ -345,14 +353,19 @@ pub(super) fn thaw(store: &Arc<Store>, world: &World, writer: &Writer, format: F
 }
 
 /// Gives the base the name of the active layer, or one with its own extension: the moment from which on it is that.
+/// If it fails, nothing has happened.
 pub(super) fn take_name(names: &dyn Directory, base: &Path, top: &Path, name: &Path) -> Result<()> {
-    if name == top {
-        names.rename(base, name, true)?;
-    } else {
-        if name != base {
-            names.rename(base, name, false)?;
-            names.sync(&directory_of(name))?;
-        }
+    if name == base {
+        // What bears the same stem has to go.
+        return names.unlink(top);
+    }
+    names.rename(base, name, name == top)
+}
+
+/// Makes that durable, and takes the old active layer away.
+pub(super) fn settle_name(names: &dyn Directory, base: &Path, top: &Path, name: &Path) -> Result<()> {
+    if name != top && name != base {
+        names.sync(&directory_of(name))?;
         names.unlink(top)?;
     }
     names.sync(&directory_of(name))?;

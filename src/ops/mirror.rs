@@ -17,7 +17,7 @@ pub(super) struct MergeMirror {
     target: Arc<Writer>,
     /// Held by whoever changes a range of the disk, in both places, or copies it.
     ranges: Ranges,
-    /// All before this has been copied.
+    /// All before this has been copied; `u64::MAX` once there is nothing left, wherever the disk ends by then.
     copied: AtomicU64,
     /// Why both are no longer the same.
     failure: Mutex<Option<Error>>,
@@ -39,6 +39,26 @@ impl MergeMirror {
         let moved = copy()?;
         self.copied.store(at + len, Ordering::Release);
         Ok(moved)
+    }
+
+    /// Makes the target as long as the disk, which has `size` bytes, if it is shorter.
+    pub(super) fn level(&self, size: impl FnOnce() -> u64) -> Result<()> {
+        let _held = self.ranges.hold(0, u64::MAX);
+        let size = size();
+        if size > self.target.size() { self.target.grow(size) } else { Ok(()) }
+    }
+
+    /// Ends the copying if the disk, which has `size` bytes, goes no further than `at`: from here on every change
+    /// goes to both, also where the disk grows. What the target has beyond the disk's end reads as zeroes then.
+    pub(super) fn complete(&self, at: u64, size: impl FnOnce() -> u64) -> Result<bool> {
+        let _held = self.ranges.hold(0, u64::MAX);
+        let size = size();
+        if size > at {
+            return Ok(false);
+        }
+        zero_from(&self.target, size)?;
+        self.copied.store(u64::MAX, Ordering::Release);
+        Ok(true)
     }
 
     /// Why the merging cannot go on, if so.
@@ -72,6 +92,14 @@ impl MergeMirror {
 
     fn fail(&self, error: &Error) {
         self.failure.lock().get_or_insert_with(|| error.clone());
+    }
+}
+
+/// Makes everything from `size` on read as zeroes.
+pub(super) fn zero_from(target: &Writer, size: u64) -> Result<()> {
+    match target.size().saturating_sub(size) {
+        0 => Ok(()),
+        rest => target.zero(size, rest, Zeroing::Unmap),
     }
 }
 

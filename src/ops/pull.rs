@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::HeaderChange;
 use crate::image::write::{Below as Lower, Fill, Located, Place, Wanted, Writer};
+use crate::io::Claim;
 use crate::store::{
     ActiveJob, Deed, ImageIndex, Intent, JobImage, Keeping, Named, OpenView, OwnedIntent, Store, ViewPart, shown,
 };
@@ -274,11 +275,9 @@ impl PullJob {
     /// Does it.
     pub(super) fn run(self, engine: &Engine, progress: &Progress) -> Result<()> {
         let store = Arc::clone(engine.store());
-        match self.fill(&store, progress) {
-            Ok(()) => {
-                progress.settle();
-                self.switch(engine)
-            }
+        let filled = self.fill(&store, progress).and_then(|()| progress.settle());
+        match filled.and_then(|()| self.ready_to_switch(&store)) {
+            Ok(ready) => self.switch(engine, ready),
             Err(error) => {
                 let Self { target, writer, intent, .. } = self;
                 // What was copied changes nothing, and may stay.
@@ -333,18 +332,26 @@ impl PullJob {
         Ok(sum)
     }
 
-    fn switch(self, engine: &Engine) -> Result<()> {
-        let store = engine.store();
-        let Self { target, writer, intent, _views: views, .. } = self;
+    /// The last look, and the mark on what will be left alone. Nothing has changed for anybody by then.
+    fn ready_to_switch(&self, store: &Arc<Store>) -> Result<(Claim, World, HeaderChange)> {
         let lock = store.guard().lock(&*store.guard_names())?;
         let world = World::look(store)?;
-        let Deed::Pull { into, base, between, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
-        let into_index = find(&world, into)?;
+        let Deed::Pull { into, base, between, .. } = &self.intent.intent.deed else {
+            unreachable!("the intent of a pull")
+        };
+        let into = find(&world, into)?;
         let base = base.as_ref().map(|base| find(&world, base)).transpose()?;
-        freeze_left(store, &world, into_index, between)?;
+        freeze_left(store, &world, into, between)?;
+        let backing = Some(base.map(|base| world.backing_name(into, base)));
+        Ok((lock, world, HeaderChange { backing, frozen: None }))
+    }
+
+    fn switch(self, engine: &Engine, (lock, world, change): (Claim, World, HeaderChange)) -> Result<()> {
+        let store = engine.store();
+        let Self { target, writer, intent, _views: views, .. } = self;
+        let Deed::Pull { into, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
         let before = Arc::clone(&world.catalog);
-        let backing = Some(base.map(|base| world.backing_name(into_index, base)));
-        writer.change_header(&HeaderChange { backing, frozen: None })?;
+        writer.change_header(&change)?;
         match target {
             Target::Active(job) => {
                 // Gives back what was reserved and not needed.
@@ -389,17 +396,16 @@ fn freeze_left(store: &Arc<Store>, world: &World, into: ImageIndex, between: &[N
 }
 
 /// What follows the switch.
-fn clean_up(
-    engine: &Engine,
-    intent: OwnedIntent,
-    lock: crate::io::Claim,
-    before: &Arc<crate::store::Catalog>,
-) -> Result<()> {
+fn clean_up(engine: &Engine, intent: OwnedIntent, lock: Claim, before: &Arc<crate::store::Catalog>) -> Result<()> {
     let store = engine.store();
     let Deed::Pull { remove, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
     finish::tell_all(store, before, &intent.intent);
-    finish::remove(store, remove)?;
-    finish::end(store, intent, lock)
+    let removed = finish::remove(store, remove);
+    // What is used by others by now stays, and nothing is left to be done.
+    if removed.as_ref().is_err_and(|error| error.kind() != ErrorKind::NotEmpty) {
+        return removed;
+    }
+    finish::end(store, intent, lock).and(removed)
 }
 
 /// Takes up a pull that was cut off. `Ok(None)`: all that was left to do has been done.
@@ -410,16 +416,28 @@ pub(super) fn resume(engine: &Engine, intent: OwnedIntent, tokens: &mut Tokens) 
     let Deed::Pull { into, base, remove, between } = intent.intent.deed.clone() else {
         unreachable!("the intent of a pull")
     };
-    let into = find(&world, &into)?;
-    let base_index = base.as_ref().map(|base| find(&world, base)).transpose()?;
+    let all = |named: &[Named]| named.iter().map(|named| find(&world, named)).collect::<Result<Vec<_>>>();
+    let found = find(&world, &into).and_then(|into| {
+        let base = base.as_ref().map(|base| find(&world, base)).transpose()?;
+        let is_over = world.stands_on(into) == base;
+        let between = if is_over { Vec::new() } else { all(&between)? };
+        Ok((into, base, between, if is_over { Vec::new() } else { all(&remove)? }))
+    });
+    let (into, base_index, between, remove) = match found {
+        Ok(found) => found,
+        Err(error) => {
+            // No view has changed, and none will: what others have done to the chain stands.
+            finish::end(store, intent, lock)?;
+            return Err(error);
+        }
+    };
     if world.stands_on(into) == base_index {
         let before = Arc::clone(&world.catalog);
         return clean_up(engine, intent, lock, &before).map(|()| None);
     }
     let chain = world.catalog.layers(into);
-    let all = |named: &[Named]| named.iter().map(|named| find(&world, named)).collect::<Result<Vec<_>>>();
     let is_active = world.image(into).users.is_empty() && world.catalog.is_active(into);
-    let layers = Layers { chain, base: base_index, between: all(&between)?, remove: all(&remove)?, is_active };
+    let layers = Layers { chain, base: base_index, between, remove, is_active };
     tokens.extend(&world.chains_of(&[into]))?;
     Ok(Some(open(store, &world, &layers)?.with(intent)))
 }

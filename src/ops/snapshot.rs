@@ -55,6 +55,9 @@ fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan,
         let image = world.image(leaf);
         plan.refusals.extend(world.untouchable(leaf));
         plan.refusals.extend(world.begun(&chain.views.layers[..1]));
+        if image.format == Some(Format::Raw) {
+            plan.refusals.extend(world.store.check_notes().err());
+        }
         let old = &image.place.path;
         let (frozen, name) = match &request.file {
             Some(file) => (old.clone(), inside(old, file)?),

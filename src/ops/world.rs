@@ -95,13 +95,21 @@ impl World {
             return others;
         };
         let own_name = image.place.path.file_name().unwrap_or_default();
+        // Its external data file is a part of it.
+        let data = image.data_file.as_ref().map(|(_, stat)| stat.id);
         for (number, other) in catalog.images.iter().enumerate() {
             if number == here || known.contains(&other.stat.id) {
                 continue;
             }
             let stands = catalog.images[here].users.contains(&number);
-            let keeps = other.data_file.as_ref().is_some_and(|(_, stat)| stat.id == image.stat.id);
-            if stands || keeps || names_unfollowed(other, own_name) {
+            let is_ours = |id: FileId| id == image.stat.id || data == Some(id);
+            let keeps = other.data_file.as_ref().is_some_and(|(_, stat)| is_ours(stat.id));
+            let below = match other.below {
+                Below::Image(below) | Below::Broken { image: Some(below), .. } => Some(catalog.images[below].stat.id),
+                Below::Nothing | Below::Broken { image: None, .. } => None,
+            };
+            let shows_data = data.is_some() && below == data;
+            if stands || keeps || shows_data || names_unfollowed(other, own_name) {
                 others.push(other.shown());
             }
         }
@@ -137,6 +145,19 @@ impl World {
         }
         if image.stat.link_count > 1 {
             return refuse(ErrorKind::Busy, "has other names (hard links), under which it would change; remove those");
+        }
+        if let Some((place, stat)) = &image.data_file {
+            let name = shown(&place.path);
+            let refuse = |kind, fact: &str| Some(Error::new(kind, format!("{name} {fact} of {}", image.shown())));
+            if place.root != 0 {
+                return refuse(ErrorKind::ReadOnly, "lies outside of the store, and is the external data file");
+            }
+            if !stat.has_write_bit() || self.store.options().is_readonly(&place.path) {
+                return refuse(ErrorKind::ReadOnly, "is read-only, and is the external data file");
+            }
+            if stat.link_count > 1 {
+                return refuse(ErrorKind::Busy, "has other names (hard links), and is the external data file");
+            }
         }
         if image.qcow2().is_some_and(|qcow2| qcow2.header.corrupt()) {
             return refuse(ErrorKind::Corrupt, "is marked as corrupt; run chainfs check --repair all");

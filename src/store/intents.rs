@@ -121,7 +121,7 @@ pub struct NewTop {
 }
 
 /// Paths as text: bytes that are not plain ASCII are percent-encoded.
-mod encoded {
+pub(super) mod encoded {
     use super::{Deserialize, Deserializer, OsStrExt, OsString, OsStringExt, Path, PathBuf, Serializer};
     use std::fmt::Write;
 
@@ -153,11 +153,11 @@ mod encoded {
         Some(PathBuf::from(OsString::from_vec(bytes)))
     }
 
-    pub(super) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&text(path))
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
         let text = String::deserialize(deserializer)?;
         path(&text).ok_or_else(|| serde::de::Error::custom("a path that is not percent-encoded"))
     }

@@ -283,6 +283,11 @@ impl Store {
         (from < to).then(|| View::new(view.layers()[from..to].to_vec(), live, &self.flat))
     }
 
+    /// Why it cannot be noted that a raw file is frozen, if so.
+    pub(crate) fn check_notes(&self) -> Result<()> {
+        Notes::check(&self.guard)
+    }
+
     /// Notes, durably, that a raw file is frozen, or that it is not. `path` lies beneath the guarded directory.
     pub fn note_frozen(&self, path: &Path, frozen: Option<&Frozen>) -> Result<()> {
         Notes::change(&self.guard, &*self.guard_names(), path, frozen)

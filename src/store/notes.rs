@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::io::{Directory, directory_of};
 
-use super::intents::Guard;
+use super::intents::{Guard, encoded};
 use super::resolve::Place;
 
 /// The file, beneath the store.
@@ -38,6 +38,7 @@ struct File {
 
 #[derive(Deserialize, Serialize)]
 struct Note {
+    #[serde(with = "encoded")]
     path: PathBuf,
     seconds: i64,
     #[serde(default)]
@@ -49,14 +50,24 @@ struct Note {
 impl Notes {
     /// The notes of the store that `guard` guards. Unreadable ones freeze nothing and are logged.
     pub(super) fn read(guard: &Guard) -> Self {
-        let Ok(file) = guard.root.open_file(Path::new(FROZEN_NOTES)) else { return Self::default() };
+        Self::try_read(guard).unwrap_or_else(|error| {
+            tracing::warn!("{error}");
+            Self::default()
+        })
+    }
+
+    fn try_read(guard: &Guard) -> Result<Self> {
+        let file = match guard.root.open_file(Path::new(FROZEN_NOTES)) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::default()),
+            opened => opened?,
+        };
         let mut text = String::new();
         let read = std::fs::File::from(file).take(MAX_LEN).read_to_string(&mut text);
         let parsed = read
             .map_err(|error| error.to_string())
             .and_then(|_| toml::from_str::<File>(&text).map_err(|error| error.message().to_string()));
         match parsed {
-            Ok(File { frozen }) => Self {
+            Ok(File { frozen }) => Ok(Self {
                 frozen: frozen
                     .into_iter()
                     .map(|Note { path, seconds, nanoseconds, description }| {
@@ -64,10 +75,11 @@ impl Notes {
                     })
                     .collect(),
                 prefix: guard.prefix.clone(),
-            },
+            }),
             Err(reason) => {
-                tracing::warn!("{FROZEN_NOTES} cannot be read: {reason}");
-                Self::default()
+                let fact = "cannot be read, and says which raw images are frozen; restore it, or remove it and freeze";
+                let sentence = format!("{FROZEN_NOTES} {fact} them by their mode: {reason}");
+                Err(Error::new(ErrorKind::Corrupt, sentence))
             }
         }
     }
@@ -77,6 +89,11 @@ impl Notes {
         (place.root == 0).then(|| self.frozen.get(&self.prefix.join(&place.path)).cloned()).flatten()
     }
 
+    /// Why nothing can be noted, if so.
+    pub(super) fn check(guard: &Guard) -> Result<()> {
+        Self::try_read(guard).map(drop)
+    }
+
     /// Notes, durably, that the file at `path` beneath the guarded directory is frozen, or that it is not. Under
     /// the store's lock. Where there is no marked store, nothing is noted.
     pub(super) fn change(guard: &Guard, names: &dyn Directory, path: &Path, frozen: Option<&Frozen>) -> Result<()> {
@@ -84,7 +101,8 @@ impl Notes {
             tracing::warn!("{} is in no store; that it is frozen is noted nowhere", path.display());
             return Ok(());
         }
-        let mut notes = Self::read(guard);
+        // What cannot be read would be lost with the next note.
+        let mut notes = Self::try_read(guard)?;
         if notes.frozen.get(path) == frozen {
             return Ok(());
         }
@@ -101,7 +119,7 @@ impl Notes {
         let text = toml::to_string(&File { frozen: notes.frozen.into_iter().map(note).collect() });
         let text = text.map_err(|error| {
             let fact = format!("{} cannot be noted as frozen: {error}; rename it", path.display());
-            crate::error::Error::new(crate::error::ErrorKind::Unsupported, fact)
+            Error::new(ErrorKind::Unsupported, fact)
         })?;
         // What a crash has left of an earlier attempt.
         let _ = names.unlink(Path::new(DRAFT));

@@ -103,7 +103,7 @@ impl StoreOptions {
     }
 
     /// Whether the user wants `path` never to be written.
-    pub(super) fn is_readonly(&self, path: &Path) -> bool {
+    pub(crate) fn is_readonly(&self, path: &Path) -> bool {
         self.readonly.iter().any(|pattern| matches(pattern, path))
     }
 }

@@ -6,6 +6,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLockWriteGuard;
 
@@ -63,6 +64,16 @@ impl Writing {
 #[derive(Debug)]
 pub struct ActiveJob {
     handle: ActiveHandle,
+    has_mirror: AtomicBool,
+}
+
+impl Drop for ActiveJob {
+    fn drop(&mut self) {
+        // However the job ends, nothing goes to where it was at work any more.
+        if self.has_mirror.load(Ordering::Acquire) {
+            self.set_mirror(None);
+        }
+    }
 }
 
 /// A disk that nobody reads or writes until this is dropped.
@@ -109,7 +120,8 @@ pub struct PreparedFall {
 impl Store {
     /// Opens the active disk of the chain of `layers` (leaf first) for a job. `Stale` as for a view.
     pub fn take_active(self: &Arc<Self>, catalog: &Catalog, layers: &[ImageIndex]) -> Result<ActiveJob> {
-        Ok(ActiveJob { handle: self.open_active(catalog, layers, Access::Write)? })
+        let handle = self.open_active(catalog, layers, Access::Write)?;
+        Ok(ActiveJob { handle, has_mirror: AtomicBool::new(false) })
     }
 
     /// Opens a fresh qcow2 image at `path` beneath the store, which is to become the top of a disk by the name
@@ -177,6 +189,7 @@ impl ActiveJob {
 
     /// Sends all changes from now on through `mirror`; `None` ends that.
     pub fn set_mirror(&self, mirror: Option<Arc<dyn Mirror>>) {
+        self.has_mirror.store(mirror.is_some(), Ordering::Release);
         self.seal().set_mirror(mirror);
     }
 
