@@ -170,7 +170,7 @@ fn a_snapshot_is_of_one_moment_while_others_write() {
                         for step in 0..16 {
                             number += 1;
                             let at = place(thread, step);
-                            writer.write_at(at, &pattern(number, at / SECTOR)).unwrap();
+                            writer.write_at(at, &pattern(FIRST_TAG + number, at / SECTOR)).unwrap();
                             rounds[thread as usize].store(number, Ordering::SeqCst);
                         }
                     }
@@ -212,13 +212,16 @@ fn a_snapshot_is_of_one_moment_while_others_write() {
     }
 }
 
+/// Tags of writes begin behind it, so that none is that of the backing image.
+const FIRST_TAG: u64 = 1 << 20;
+
 /// The number that a thread wrote there; 0 where only the backing image shows.
 fn number_at(view: &chainfs::chain::View, at: u64) -> u64 {
     let mut bytes = vec![0; SECTOR as usize];
     view.read_at(at, &mut bytes).unwrap();
-    let number = u64::from_be_bytes(bytes[..8].try_into().unwrap());
-    let is_written = bytes == pattern(number, at / SECTOR) && number != sim::value::BACKING_TAG;
-    if is_written { number } else { 0 }
+    let tag = u64::from_be_bytes(bytes[..8].try_into().unwrap());
+    let is_written = bytes == pattern(tag, at / SECTOR) && tag > FIRST_TAG;
+    if is_written { tag - FIRST_TAG } else { 0 }
 }
 
 #[test]
