@@ -97,7 +97,7 @@ fn a_shorter_base_that_grows_shows_nothing_of_what_is_below_it() {
     for sizes in [[4 * MIB, 2 * MIB, 4 * MIB, 4 * MIB, 5 * MIB], [4 * MIB, MIB, 3 * MIB, 2 * MIB, 4 * MIB]] {
         for options in ["", "compat=0.10", "cluster_size=2M"] {
             for command in ["commit top=sn3 base=sn1", "commit top=sn2 base=sn1", "commit base=sn1", "pull base=sn1"] {
-                let lab = Lab::new(Kind { sizes, options, ..Kind::PLAIN });
+                let lab = Lab::new(Kind { options, sizes, ..Kind::PLAIN });
                 let before = lab.content("web.qcow2");
                 assert_done(&lab, command);
                 assert!(before == lab.content("web.qcow2"), "{command} {options} {sizes:?}");
