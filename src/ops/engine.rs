@@ -7,11 +7,11 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::users_of;
@@ -31,7 +31,8 @@ pub struct Engine {
     /// Where the store is mounted, for saying who has what open.
     mount: Mutex<Option<PathBuf>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    stopping: AtomicBool,
+    /// Whether it is. Held shared while a command begins, so that none begins behind its back.
+    stopping: RwLock<bool>,
     intents: AtomicU64,
 }
 
@@ -64,7 +65,7 @@ impl Engine {
             board: Arc::default(),
             mount: Mutex::default(),
             threads: Mutex::default(),
-            stopping: AtomicBool::new(false),
+            stopping: RwLock::default(),
             intents: AtomicU64::new(0),
         })
     }
@@ -102,6 +103,10 @@ impl Engine {
             tracing::warn!("what commands that were cut off have left was not removed: {error}");
         }
         for found in self.store.catalog().intents.clone() {
+            let stopping = self.stopping.read();
+            if *stopping {
+                return;
+            }
             if let Err(error) = self.take_up(&found)
                 && error.kind() != ErrorKind::Busy
             {
@@ -168,11 +173,12 @@ impl Engine {
     }
 
     fn begin(self: &Arc<Self>, chain: &Path, request: &Request, command: &str) -> Result<u64> {
-        if self.stopping.load(Ordering::Acquire) {
-            return Err(Error::new(ErrorKind::Busy, "the store is being let go of; mount it again first"));
-        }
         if matches!(request, Request::Cancel) {
             return self.board.cancel(chain).map(|()| self.board.status(chain).number);
+        }
+        let stopping = self.stopping.read();
+        if *stopping {
+            return Err(Error::new(ErrorKind::Busy, "the store is being let go of; mount it again first"));
         }
         if self.store.options().read_only {
             let fact = "the store is mounted read-only; mount it without -o ro";
@@ -253,7 +259,7 @@ impl Engine {
     /// Stops all jobs at their next piece, and returns when they have; what they have begun goes on at the next
     /// mount.
     pub fn stop(&self) {
-        self.stopping.store(true, Ordering::Release);
+        *self.stopping.write() = true;
         self.board.stop();
         let threads = std::mem::take(&mut *self.threads.lock());
         for thread in threads {

@@ -256,7 +256,7 @@ pub(super) fn commit(engine: &Engine, intent: OwnedIntent, lock: Claim, mut held
             freeze(store, &world, base, &Frozen::now(""))?;
         }
     }
-    tell(store, &before, &intent.intent, &base);
+    tell(store, &before, &intent.intent, Some(&base));
     let names = store.guard_names();
     if keep {
         for named in &between {
@@ -286,7 +286,7 @@ pub(super) fn active_commit(
     store.rescan()?;
     job.settle();
     let Deed::Commit { base, .. } = &intent.intent.deed else { unreachable!("the intent of a commit") };
-    tell(store, before, &intent.intent, &base.clone());
+    tell(store, before, &intent.intent, Some(base));
     commit(engine, intent, lock, Vec::new())
 }
 
@@ -294,20 +294,19 @@ fn gone(named: &Named) -> Error {
     Error::new(ErrorKind::Stale, format!("{} has been changed or taken away by others", shown(&named.path)))
 }
 
-/// Tells those who have disks open what has become of the files below.
-fn tell(store: &Arc<Store>, before: &Catalog, intent: &Intent, changed: &Named) {
-    let id = |named: &Named| before.images.iter().map(|image| image.stat.id).find(|id| id.inode == named.inode);
-    store.keep_states(before, id(changed));
-    let files: Vec<FileId> = intent.files().iter().filter_map(|named| id(named)).collect();
+/// Tells those who have disks open what has become of the files below; `changed` shows other bytes.
+fn tell(store: &Arc<Store>, before: &Catalog, intent: &Intent, changed: Option<&Named>) {
+    let inodes: Vec<u64> = intent.files().iter().map(|named| named.inode).collect();
+    let all = before.images.iter().map(|image| image.stat.id);
+    let files: Vec<FileId> = all.filter(|id| inodes.contains(&id.inode)).collect();
+    let changed = changed.map(|named| named.inode);
+    store.keep_states(before, &files, changed);
     store.refresh_disks(&files);
 }
 
 /// The same where every layer that is still there shows what it did.
 pub(super) fn tell_all(store: &Arc<Store>, before: &Catalog, intent: &Intent) {
-    store.keep_states(before, None);
-    let inodes: Vec<u64> = intent.files().iter().map(|named| named.inode).collect();
-    let files = before.images.iter().map(|image| image.stat.id).filter(|id| inodes.contains(&id.inode));
-    store.refresh_disks(&files.collect::<Vec<_>>());
+    tell(store, before, intent, None);
 }
 
 /// Takes the intent away: all is done.

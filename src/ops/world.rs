@@ -179,6 +179,7 @@ impl World {
 
     /// Intents that speak of any of these images.
     pub(super) fn begun(&self, images: &[ImageIndex]) -> Option<Error> {
+        // By number alone: one that was moved is still what was begun with.
         let inodes: Vec<u64> = images.iter().map(|index| self.image(*index).stat.id.inode).collect();
         let found = self
             .catalog

@@ -195,9 +195,16 @@ impl Catalog {
 
     /// Notes what is begun; `prefix` leads from the guarded directory to the store's own.
     pub(super) fn note_intents(&mut self, intents: Vec<FoundIntent>, prefix: &Path) {
-        let by_inode: HashMap<u64, ImageIndex> =
-            self.images.iter().enumerate().map(|(index, image)| (image.stat.id.inode, index)).collect();
-        let find = |named: &Named| by_inode.get(&named.inode).copied();
+        let mut by_inode: HashMap<u64, Vec<ImageIndex>> = HashMap::new();
+        for (index, image) in self.images.iter().enumerate() {
+            by_inode.entry(image.stat.id.inode).or_default().push(index);
+        }
+        // Files of several file systems may share a number; one that was moved has it alone.
+        let find = |named: &Named| {
+            let found = by_inode.get(&named.inode)?;
+            let has_path = |index: &&ImageIndex| prefix.join(&self.images[**index].place.path) == named.path;
+            found.iter().find(has_path).or(found.first()).copied()
+        };
         let has_name = |index: Option<ImageIndex>, name: &Path| {
             index.is_some_and(|index| *name == *prefix.join(&self.images[index].place.path))
         };

@@ -240,24 +240,36 @@ impl Store {
         views
     }
 
-    /// Notes that a job of ours has changed files and left every layer of `before` that is still there as it was,
-    /// but for `changed`: their disks stay the same to those who have them open.
-    pub(crate) fn keep_states(&self, before: &Catalog, changed: Option<FileId>) {
+    /// Notes that a job of ours has changed `files` and left every layer of `before` that is still there as it was,
+    /// but for the one numbered `changed`: their disks stay the same to those who have them open. Not where any other
+    /// file of theirs has changed as well.
+    pub(crate) fn keep_states(&self, before: &Catalog, files: &[FileId], changed: Option<u64>) {
         let after = self.catalog();
-        let states = |catalog: &Catalog| -> HashMap<FileId, u64> {
-            let chains = catalog.chains().map(|(_, leaf)| self.chain_views(catalog, leaf));
-            let layers = chains.flat_map(|views| {
-                let ids = views.layers.iter().map(|index| catalog.images[*index].stat.id);
-                ids.enumerate().map(|(layer, id)| (id, views.state(layer))).collect::<Vec<_>>()
-            });
-            layers.collect()
+        let states = |catalog: &Catalog| -> HashMap<FileId, (u64, Vec<u64>)> {
+            let mut states = HashMap::new();
+            for (_, leaf) in catalog.chains() {
+                let views = self.chain_views(catalog, leaf);
+                for (layer, index) in views.layers.iter().enumerate() {
+                    let image = |index: &ImageIndex| &catalog.images[*index];
+                    let is_ours = |index: &&ImageIndex| files.contains(&image(index).stat.id);
+                    if !views.layers[layer..].iter().any(|index| is_ours(&index)) {
+                        break;
+                    }
+                    let others = views.layers[layer..].iter().filter(|index| !is_ours(index));
+                    let versions = others.map(|index| image(index).version).collect();
+                    states.insert(image(index).stat.id, (views.state(layer), versions));
+                }
+            }
+            states
         };
         let old = states(before);
-        let moved: Vec<(u64, u64)> = states(&after)
-            .into_iter()
-            .filter(|(id, _)| Some(*id) != changed)
-            .filter_map(|(id, now)| old.get(&id).filter(|old| **old != now).map(|old| (now, *old)))
-            .collect();
+        let is_kept = |id: &FileId| changed.is_none_or(|inode| id.inode != inode || !files.contains(id));
+        let same = |(id, (now, others)): (FileId, (u64, Vec<u64>))| {
+            let (state, others_then) = old.get(&id)?;
+            (*state != now && *others_then == others).then_some((now, *state))
+        };
+        let moved: Vec<(u64, u64)> =
+            states(&after).into_iter().filter(|(id, _)| is_kept(id)).filter_map(same).collect();
         if !moved.is_empty() {
             self.same_states.lock().extend(moved);
             self.chain_views.lock().clear();
