@@ -52,10 +52,13 @@ fn what_has_the_name_already_is_left_alone_whatever_it_is() {
 fn disks_of_one_directory_do_not_get_one_name() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.create("db.qcow2", MIB, "");
-    let before = lab.files();
-    let error = run(&Engine::new(&lab.open()), ".chainfs", "snapshot monday chains=web,db").unwrap_err();
-    assert!(error.kind() == ErrorKind::Exists && error.to_string().contains("db"), "{error}");
-    assert_eq!(before, lab.files());
+    let before = lab.contents(&["web.qcow2", "db.qcow2"]);
+    run(&Engine::new(&lab.open()), ".chainfs", "snapshot monday chains=web,db").unwrap();
+    assert_eq!(lab.chain("db.qcow2"), ["db.qcow2", "db-monday.qcow2"]);
+    assert_eq!(lab.chain("web.qcow2")[..2], ["web.qcow2", "web-monday.qcow2"]);
+    assert!(before == lab.contents(&["web.qcow2", "db.qcow2"]));
+    let error = run(&Engine::new(&lab.open()), ".chainfs", "snapshot tuesday chains=web,web").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Exists, "{error}");
 }
 
 #[test]

@@ -569,7 +569,7 @@ impl CommitJob {
                 Ok(prepared) => {
                     // The name has changed hands: whatever fails from here on, guests write to base.
                     settled = finish::settle_name(&*names, &old_base.path, &top.path, &name);
-                    sealed.fall(prepared, &own(&name));
+                    sealed.fall(prepared, &own(&name), &settled);
                 }
                 Err(error) => {
                     sealed.set_mirror(None);

@@ -44,8 +44,11 @@ fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan,
     let paths = if request.chains.is_empty() { vec![path.to_path_buf()] } else { request.chains.clone() };
     let mut plan = Plan::default();
     let mut disks = Vec::new();
-    for path in &paths {
-        let chain = world.chain(path)?;
+    let chains = paths.iter().map(|path| world.chain(path)).collect::<Result<Vec<_>>>()?;
+    let leaves: Vec<&Path> =
+        chains.iter().map(|chain| world.image(chain.views.layers[0]).place.path.as_path()).collect();
+    let frozen_names: Vec<Vec<u8>> = leaves.iter().map(|leaf| frozen_name(leaf, &leaves, &request.name)).collect();
+    for ((path, chain), frozen_name) in paths.iter().zip(chains).zip(frozen_names) {
         let mut before = finish::tree(world, &chain);
         let leaf = chain.views.layers[0];
         if chain.views.active().is_none() {
@@ -61,13 +64,13 @@ fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan,
         let old = &image.place.path;
         let (frozen, name) = match &request.file {
             Some(file) => (old.clone(), inside(old, file)?),
-            None => (with_stem(old, &request.name), overlay_name(image)),
+            None => (with_stem(old, &frozen_name), overlay_name(image)),
         };
         if request.internal {
             refuse_inner(world, leaf, request, &mut plan.refusals);
             plan.after.append(&mut before.clone());
         } else {
-            refuse_names(world, &chain, image, &frozen, &name, request, &mut plan.refusals);
+            refuse_names(world, &chain, image, (&frozen, &name), &frozen_name, &mut plan.refusals);
             let given = disks.iter().flat_map(|disk: &Disk| [&disk.frozen, &disk.name]);
             if let Some(twice) = given.into_iter().find(|path| **path == frozen || **path == name) {
                 let fact = "is what two disks of this command would be called; take their snapshots one by one";
@@ -78,7 +81,7 @@ fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan,
                 PlanLayer { name: b"active".to_vec(), path: name.clone(), active: true, note: "new and empty".into() };
             let mut after = before.clone();
             if let Some(line) = after.first_mut() {
-                (line.name, line.path, line.active) = (request.name.clone(), frozen.clone(), false);
+                (line.name, line.path, line.active) = (frozen_name.clone(), frozen.clone(), false);
                 "frozen".clone_into(&mut line.note);
             }
             after.insert(0, top);
@@ -91,6 +94,16 @@ fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan,
         disks.push(Disk { chain, leaf, frozen, name });
     }
     Ok((plan, disks))
+}
+
+/// What the file of a disk's snapshot is called, without extension: NAME, but where disks of one directory are frozen
+/// together each has its own name before that.
+fn frozen_name(leaf: &Path, leaves: &[&Path], name: &[u8]) -> Vec<u8> {
+    if leaves.iter().filter(|other| other.parent() == leaf.parent()).count() > 1 {
+        let stem = leaf.file_stem().unwrap_or_default().as_encoded_bytes();
+        return [stem, b"-", name].concat();
+    }
+    name.to_vec()
 }
 
 /// The place of a file that the user names, from the directory of the image on.
@@ -119,15 +132,14 @@ fn refuse_names(
     world: &World,
     chain: &Chain,
     image: &ImageEntry,
-    frozen: &Path,
-    name: &Path,
-    request: &SnapshotRequest,
+    (frozen, name): (&Path, &Path),
+    frozen_name: &[u8],
     refusals: &mut Vec<Error>,
 ) {
     let old = &image.place.path;
     if frozen == name {
         let fact = "is what the disk itself is called, whose name stays its own; choose another";
-        let own = String::from_utf8_lossy(&request.name);
+        let own = String::from_utf8_lossy(frozen_name);
         return refusals.push(Error::new(ErrorKind::Exists, format!("{own} {fact}")));
     }
     if frozen != old {
@@ -138,7 +150,7 @@ fn refuse_names(
         finish::taken(world, name, refusals);
     }
     refuse_misread(world, name, Format::Qcow2, false, refusals);
-    let wanted = if request.file.is_some() { Vec::new() } else { encode(&request.name) };
+    let wanted = if frozen == old { Vec::new() } else { encode(frozen_name) };
     let has_it = chain.views.views.iter().any(|view| view.snapshot.is_none() && view.name == wanted);
     // Two files of one stem would both be shown by their full names: what is asked for would be called otherwise.
     let same_stem = |other: &&ImageEntry| {
@@ -149,7 +161,7 @@ fn refuse_names(
     let stem_is_taken = frozen != old && world.catalog.images.iter().any(|other| same_stem(&other));
     if (has_it || stem_is_taken) && refusals.iter().all(|refusal| refusal.kind() != ErrorKind::Exists) {
         let fact = "is the name of another layer already; choose another";
-        let name = String::from_utf8_lossy(&request.name);
+        let name = String::from_utf8_lossy(frozen_name);
         refusals.push(Error::new(ErrorKind::Exists, format!("{name} {fact}")));
     }
 }

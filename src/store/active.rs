@@ -10,7 +10,7 @@ mod job;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -104,6 +104,8 @@ struct ActiveDisk {
     mappable: AtomicUsize,
     /// Whether it has been said that the image is no longer in the store.
     is_gone: AtomicBool,
+    /// Why nothing more is written: it is not sure that a crash leaves the disk where it is.
+    unsettled: OnceLock<Error>,
     /// Whether a change was broken off by a bug: tables in memory may be wrong, and must stay there.
     has_panicked: AtomicBool,
 }
@@ -275,6 +277,7 @@ impl ActiveDisks {
             state: RwLock::new(State::Closed(None)),
             mappable: AtomicUsize::new(0),
             is_gone: AtomicBool::new(false),
+            unsettled: OnceLock::new(),
             has_panicked: AtomicBool::new(false),
         });
         numbered.disks.insert(number, Arc::downgrade(&disk));
@@ -420,7 +423,10 @@ impl ActiveDisk {
                 "takes no more writes until it is mounted again, for a change was broken off by a bug in chainfs";
             Error::new(ErrorKind::Poisoned, format!("{} {fact}; what was flushed before is safe", self.name()))
         };
-        writer.poison().or_else(|| self.has_panicked.load(Ordering::Acquire).then(bug))
+        writer
+            .poison()
+            .or_else(|| self.unsettled.get().cloned())
+            .or_else(|| self.has_panicked.load(Ordering::Acquire).then(bug))
     }
 
     fn close_writer(&self, writer: &Writer) {

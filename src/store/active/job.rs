@@ -395,8 +395,9 @@ impl Sealed<'_> {
         Ok(PreparedFall { image, locks, writer, view, shown })
     }
 
-    /// Falls onto what was made ready, whose file has the name `name` by now. Opens the disk again.
-    pub fn fall(mut self, prepared: PreparedFall, name: &Path) {
+    /// Falls onto what was made ready, whose file has the name `name` by now. Opens the disk again. `settled`: whether
+    /// the name is durable; if not, nothing more is written, for a crash might give the disk back what it had before.
+    pub fn fall(mut self, prepared: PreparedFall, name: &Path, settled: &Result<()>) {
         let (store, disk) = (self.store, self.disk);
         let PreparedFall { mut image, locks, writer, view, shown } = prepared;
         image.file.renamed(name);
@@ -412,6 +413,11 @@ impl Sealed<'_> {
         writing.open.locks = kept;
         store.opened.keep(&image);
         disk.take_top(store, image.file.id(), &shown_path(name));
+        if let Err(error) = settled {
+            let fact = "takes no more writes until it is mounted again, for its new name may not be durable";
+            let poison = Error::new(ErrorKind::Poisoned, format!("{} {fact}: {error}", shown_path(name)));
+            let _ = disk.unsettled.set(poison);
+        }
         drop(self);
         // Not under the gate: it may let go of many files.
         drop((old, gone));
