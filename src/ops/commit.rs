@@ -375,7 +375,7 @@ fn set_out(
     })();
     match begun {
         Ok((writer, segment, views, children, active)) => {
-            Ok(CommitJob { base, writer, intent, is_undoable, segment, views, children, active })
+            Ok(CommitJob { active, base, writer, intent, is_undoable, segment, views, children })
         }
         Err(error) => Err(Box::new((error, intent))),
     }
