@@ -58,7 +58,7 @@ fn disks_of_one_directory_do_not_get_one_name() {
     assert_eq!(lab.chain("web.qcow2")[..2], ["web.qcow2", "web-monday.qcow2"]);
     assert!(before == lab.contents(&["web.qcow2", "db.qcow2"]));
     let error = run(&Engine::new(&lab.open()), ".chainfs", "snapshot tuesday chains=web,web").unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Exists, "{error}");
+    assert_eq!(error.kind(), ErrorKind::Usage, "{error}");
 }
 
 #[test]
@@ -146,15 +146,16 @@ fn a_disk_that_grows_while_it_falls_loses_nothing() {
     let sizes = std::thread::scope(|scope| {
         let work = scope.spawn(|| {
             let mut at = start;
-            while !done.load(Ordering::Acquire) {
+            while !done.load(Ordering::Acquire) && at < start + 64 * MIB {
                 guest.set_size(at + 4096).unwrap();
                 assert_eq!(guest.write_at(at, &[(at >> 12) as u8 | 1; 4096]).unwrap(), 4096);
                 at += 4096;
             }
             at
         });
-        let status = run(&Engine::new(&store), "web", "commit").unwrap();
+        let status = run(&Engine::new(&store), "web", "commit");
         done.store(true, Ordering::Release);
+        let status = status.unwrap();
         assert_eq!(status.state, JobState::Done, "{:?}", status.error);
         work.join().unwrap()
     });
@@ -279,6 +280,25 @@ fn a_pull_that_cannot_go_on_leaves_the_chain_free() {
 }
 
 #[test]
+fn a_single_raw_image_keeps_its_chain() {
+    let lab = Lab::new(Kind::PLAIN);
+    lab.store.raw("disk.raw", 2 * MIB, 7);
+    let before = lab.content("disk.raw");
+    let options = StoreOptions { notify: false, ..StoreOptions::default() };
+    for command in ["snapshot monday", "snapshot tuesday file=new.qcow2"] {
+        let place = ["disk.qcow2", "disk.raw"].map(|name| lab.store.path(name)).into_iter().find(|path| path.exists());
+        let store = chainfs::store::Store::open(&place.unwrap(), options.clone()).unwrap();
+        let status = run(&Engine::new(&store), "", command).unwrap();
+        assert_eq!(status.state, JobState::Done, "{command}: {:?}", status.error);
+        store.rescan().unwrap();
+        let catalog = store.catalog();
+        let leaf = catalog.single.unwrap();
+        assert!(catalog.is_active(leaf), "{command}");
+        assert!(before == lab.content(&catalog.images[leaf].place.path.display().to_string()));
+    }
+}
+
+#[test]
 fn an_internal_snapshot_is_of_one_disk() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.create("db.qcow2", MIB, "");
@@ -306,4 +326,26 @@ fn a_format_that_a_user_states_holds_for_new_names_too() {
     let options = StoreOptions { notify: false, formats, ..StoreOptions::default() };
     let store = chainfs::store::Store::open(&lab.store.root(), options).unwrap();
     assert_eq!(run(&Engine::new(&store), "disk", "snapshot monday").unwrap_err().kind(), ErrorKind::Usage);
+}
+
+#[test]
+fn a_store_whose_intents_cannot_be_read_is_not_shown() {
+    let lab = Lab::new(Kind::PLAIN);
+    lab.store.dir(".chainfs");
+    lab.store.put(".chainfs/intents", b"nobody can tell what was begun");
+    let options = StoreOptions { notify: false, ..StoreOptions::default() };
+    let error = chainfs::store::Store::open(&lab.store.root(), options).map(drop).unwrap_err();
+    assert!(error.to_string().contains(".chainfs/intents"), "{error}");
+}
+
+#[test]
+fn a_disk_that_was_frozen_since_it_was_looked_up_is_not_written() {
+    let lab = Lab::new(Kind::PLAIN);
+    lab.store.raw("disk.raw", MIB, 7);
+    let store = lab.open();
+    let catalog = store.catalog();
+    let leaf = catalog.chain(Path::new("disk")).unwrap();
+    let status = run(&Engine::new(&store), "disk", "snapshot monday file=disk.qcow2").unwrap();
+    assert_eq!(status.state, JobState::Done, "{:?}", status.error);
+    assert!(store.open_active(&catalog, &[leaf], Access::Write).is_err());
 }

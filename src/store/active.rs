@@ -172,6 +172,11 @@ impl Store {
             drop(old);
             if access.writes() {
                 disk.begin_writing(self, leaf)?;
+                // A command may have frozen it since the catalog was made: it held the lock until that was seen.
+                if let Err(error) = self.is_still_leaf(catalog, leaf) {
+                    disk.end_writing(self, openings.count > 0);
+                    return Err(error);
+                }
             }
         }
         openings.count += 1;
@@ -179,6 +184,17 @@ impl Store {
         disk.mappable.fetch_add(usize::from(access == Access::ReadWrite), Ordering::AcqRel);
         drop(openings);
         Ok(ActiveHandle::new(self, disk, access))
+    }
+
+    fn is_still_leaf(&self, catalog: &Catalog, leaf: &ImageEntry) -> Result<()> {
+        let now = self.catalog();
+        if now.serial == catalog.serial {
+            return Ok(());
+        }
+        match now.images.iter().find(|image| image.stat.id == leaf.stat.id) {
+            Some(image) => self.may_be_written(&now, image),
+            None => Ok(()),
+        }
     }
 
     /// Whether somebody writes the active disk of that number.

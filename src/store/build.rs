@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::io::{FileId, Root};
 
@@ -41,8 +41,8 @@ pub(super) fn build(
     known: &Known,
     previous: &Catalog,
     is_single: bool,
-) -> (Catalog, Arc<Known>, BTreeSet<Place>) {
-    let (intents, senseless) = guard.read();
+) -> Result<(Catalog, Arc<Known>, BTreeSet<Place>)> {
+    let (intents, senseless) = guard.read()?;
     if !is_single {
         scan.problems.extend(senseless.into_iter().map(|(path, sentence)| Problem { path, sentence }));
     }
@@ -130,7 +130,7 @@ pub(super) fn build(
     let mut catalog = catalog::link(drafts, builder.problems, is_single, options.probe, next(&SERIAL));
     catalog.note_intents(intents, &guard.prefix);
     catalog.drafts = scan.drafts;
-    (catalog, next_known, builder.directories)
+    Ok((catalog, next_known, builder.directories))
 }
 
 /// While a snapshot gives an active layer its second name, the first is the one that counts, until the overlay has
@@ -253,7 +253,7 @@ impl Builder<'_> {
     }
 
     /// The external data file of every image that has one, or why it cannot be used.
-    fn data_files(&mut self) -> HashMap<ImageIndex, Result<ImageIndex, String>> {
+    fn data_files(&mut self) -> HashMap<ImageIndex, std::result::Result<ImageIndex, String>> {
         let mut found = HashMap::new();
         for index in 0..self.files.len() {
             let Content::Qcow2(qcow2) = &self.files[index].content else { continue };
@@ -277,7 +277,7 @@ impl Builder<'_> {
     fn listen(
         &self,
         references: &[Option<Reference>],
-        data_references: &HashMap<ImageIndex, Result<ImageIndex, String>>,
+        data_references: &HashMap<ImageIndex, std::result::Result<ImageIndex, String>>,
     ) -> Said {
         let count = self.files.len();
         let backing = |index: ImageIndex| references[index].as_ref().and_then(|r| r.target.as_ref().ok()).copied();
@@ -333,7 +333,7 @@ impl Builder<'_> {
     }
 
     /// The file that `name` in the header at `from` means. Files that no scan has met are looked at now.
-    fn find(&mut self, from: &Place, name: &[u8]) -> Result<ImageIndex, String> {
+    fn find(&mut self, from: &Place, name: &[u8]) -> std::result::Result<ImageIndex, String> {
         let place = resolve(self.roots, &self.options.maps, from, name)?;
         if climbed(self.roots, &self.options.maps, from, name).iter().any(|directory| !self.is_real(directory)) {
             return Err("goes up (..) from a place that is a symbolic link, or is not in the store, so that it means \

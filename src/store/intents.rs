@@ -210,6 +210,9 @@ impl Intent {
     }
 }
 
+/// Files that ought to be intents, and what is wrong with each.
+pub(super) type Senseless = Vec<(PathBuf, String)>;
+
 /// An intent as it is found in a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FoundIntent {
@@ -352,15 +355,23 @@ impl Guard {
     }
 
     /// All intents of the store, and what is wrong with those that make no sense.
-    pub(super) fn read(&self) -> (Vec<FoundIntent>, Vec<(PathBuf, String)>) {
+    /// Fails where nobody can tell: what is spoilt would be shown.
+    pub(super) fn read(&self) -> Result<(Vec<FoundIntent>, Senseless)> {
         let (mut found, mut problems) = (Vec::new(), Vec::new());
-        let Ok(Some(directory)) = self.root.open_directory(self.intents(), false) else { return (found, problems) };
-        for entry in Root::list(&directory).unwrap_or_default() {
+        let directory = match self.root.open_directory(self.intents(), true) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok((found, problems)),
+            opened => opened?,
+        };
+        let Some(directory) = directory else { return Ok((found, problems)) };
+        for entry in Root::list(&directory)? {
             let path = self.intents().join(&entry.name);
             if entry.kind != EntryKind::File || path.extension().is_none_or(|extension| extension != "toml") {
                 continue;
             }
-            let Ok(file) = self.root.open_file(&path) else { continue };
+            let file = match self.root.open_file(&path) {
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                opened => opened?,
+            };
             let mut text = String::new();
             let read = std::fs::File::from(file).take(MAX_LEN).read_to_string(&mut text);
             match read.map_err(|error| error.to_string()).and_then(|_| Intent::parse(&text)) {
@@ -371,7 +382,7 @@ impl Guard {
                 }
             }
         }
-        (found, problems)
+        Ok((found, problems))
     }
 }
 
@@ -438,16 +449,16 @@ mod tests {
         let guard = Guard::of_directory(&root);
         guard.prepare(&*names).unwrap();
         let owned = guard.begin(&*names, "1", &commit()).unwrap();
-        let (found, problems) = guard.read();
+        let (found, problems) = guard.read().unwrap();
         assert_eq!((found.len(), problems.len(), &found[0].intent), (1, 0, &commit()));
         assert!(guard.is_owned(&found[0]));
         assert_eq!(guard.take_up(&found[0]).unwrap_err().kind(), ErrorKind::Busy);
         drop(owned);
         assert!(!guard.is_owned(&found[0]));
         guard.take_up(&found[0]).unwrap().end(&*names).unwrap();
-        assert!(guard.read().0.is_empty());
+        assert!(guard.read().unwrap().0.is_empty());
         std::fs::write(place.path().join(".chainfs/intents/2.toml"), "nonsense").unwrap();
-        assert_eq!(guard.read().1.len(), 1);
+        assert_eq!(guard.read().unwrap().1.len(), 1);
         let lock = guard.lock(&*names).unwrap();
         drop(lock);
         guard.lock(&*names).unwrap();

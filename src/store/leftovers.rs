@@ -33,7 +33,7 @@ impl Store {
         self.guard.prepare(&*names)?;
         let _lock = self.guard.lock(&*names)?;
         self.rescan()?;
-        let (intents, senseless) = self.guard.read();
+        let (intents, senseless) = self.guard.read()?;
         let spoken_of: HashSet<&Path> =
             intents.iter().flat_map(|found| found.intent.files()).map(|named| named.path.as_path()).collect();
         let images = self.catalog().drafts.iter().map(|path| self.guard.prefix.join(path)).collect::<Vec<PathBuf>>();

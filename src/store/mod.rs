@@ -71,7 +71,8 @@ pub struct Store {
     given: PathBuf,
     roots: Vec<Arc<Root>>,
     options: StoreOptions,
-    single: Option<Place>,
+    /// For a store that is one image: where that is by now. A leaf.
+    single: RwLock<Option<Place>>,
     guard: Guard,
     host: Arc<dyn Host>,
     catalog: RwLock<Arc<Catalog>>,
@@ -129,7 +130,7 @@ impl Store {
             watches: if options.notify { watch::Watches::new() } else { None },
             roots,
             options,
-            single,
+            single: RwLock::new(single),
             guard,
             host,
             catalog: RwLock::default(),
@@ -191,7 +192,8 @@ impl Store {
     pub fn rescan(&self) -> Result<Duration> {
         let start = Instant::now();
         let mut known = self.known.lock();
-        let scan = match &self.single {
+        let single = self.single.read().clone();
+        let scan = match &single {
             None => scan::scan(&self.roots[0], &known, &|path, fd| {
                 if let Some(watches) = &self.watches {
                     watches.add(Place { root: 0, path: path.to_path_buf() }, fd);
@@ -210,7 +212,7 @@ impl Store {
         }
         let previous = self.catalog();
         let (catalog, now_known, directories) =
-            build::build(&self.roots, &self.guard, &self.options, scan, &known, &previous, self.single.is_some());
+            build::build(&self.roots, &self.guard, &self.options, scan, &known, &previous, single.is_some())?;
         *known = now_known;
         for place in directories {
             // One that is not there yet cannot be watched.
@@ -273,6 +275,13 @@ impl Store {
         if !moved.is_empty() {
             self.same_states.lock().extend(moved);
             self.chain_views.lock().clear();
+        }
+    }
+
+    /// Follows the disk of a store that is one image to the file at `path`, which is its top from now on.
+    pub(in crate::store) fn follow_single(&self, path: &Path) {
+        if let Some(place) = &mut *self.single.write() {
+            place.path = path.to_path_buf();
         }
     }
 

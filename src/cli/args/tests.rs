@@ -76,7 +76,8 @@ fn verbs_have_the_words_of_control_files() {
     };
     for (line, command) in [
         ("chainfs snapshot t n --file f --description d", "snapshot n file=f description=d"),
-        ("chainfs snapshot --internal --chains a,b/c t n", "snapshot n internal chains=a,b/c"),
+        ("chainfs snapshot --internal t n", "snapshot n internal"),
+        ("chainfs snapshot --chains a,b/c t n", "snapshot n chains=a,b/c"),
         ("chainfs commit t", "commit"),
         ("chainfs commit t --top a --base b --keep --discard-internal", "commit top=a base=b keep discard-internal"),
         ("chainfs pull t --base none", "pull"),

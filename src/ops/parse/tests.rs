@@ -21,8 +21,7 @@ fn each_word_has_its_place() {
         ..SnapshotRequest::default()
     };
     assert_eq!(snapshot, Request::Snapshot(expected));
-    let Request::Snapshot(several) = request("snapshot n internal chains=a/b,c\\\\,d") else { panic!() };
-    assert!(several.internal);
+    let Request::Snapshot(several) = request("snapshot n chains=a/b,c\\\\,d") else { panic!() };
     assert_eq!(several.chains, [PathBuf::from("a/b"), PathBuf::from("c,d")]);
     let all =
         CommitRequest { top: Some(b"sn3".to_vec()), base: Some(b"a=b".to_vec()), keep: true, discard_internal: true };
@@ -64,6 +63,7 @@ fn names_that_cannot_be_file_names_are_refused() {
         refusal(&format!("snapshot n file={file}"));
     }
     refusal("snapshot n internal file=f");
+    refusal("snapshot n internal chains=a,b");
     request(&format!("snapshot n description={}", "d".repeat(MAX_DESCRIPTION_LEN)));
     refusal(&format!("snapshot n description={}", "d".repeat(MAX_DESCRIPTION_LEN + 1)));
     assert!(Request::parse(Verb::Snapshot, b"n description=\xff").is_err());

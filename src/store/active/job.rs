@@ -372,7 +372,7 @@ impl Sealed<'_> {
         writing.open.locks.append(&mut lower);
         store.opened.keep(&fallen);
         store.opened.keep(&image);
-        disk.take_top(store, image.file.id(), &shown_path(name));
+        disk.take_top(store, image.file.id(), name);
         drop(self);
         Fallen { store: Arc::clone(store), writer, locks, image: fallen }
     }
@@ -412,7 +412,7 @@ impl Sealed<'_> {
         let (kept, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut old.open.locks).into_iter().partition(stays);
         writing.open.locks = kept;
         store.opened.keep(&image);
-        disk.take_top(store, image.file.id(), &shown_path(name));
+        disk.take_top(store, image.file.id(), name);
         if let Err(error) = settled {
             let fact = "takes no more writes until it is mounted again, for its new name may not be durable";
             let poison = Error::new(ErrorKind::Poisoned, format!("{} {fact}: {error}", shown_path(name)));
@@ -425,11 +425,12 @@ impl Sealed<'_> {
 }
 
 impl ActiveDisk {
-    /// Has another image on top from now on.
-    fn take_top(&self, store: &Store, image: FileId, name: &str) {
+    /// Has another image on top from now on, which is at `path`.
+    fn take_top(&self, store: &Store, image: FileId, path: &Path) {
+        store.follow_single(path);
         // Both are the disk's until a scan has seen what has become of the old one.
         store.active.disks.lock().by_image.insert(image, self.number);
-        *self.top.lock() = (image, name.to_owned());
+        *self.top.lock() = (image, shown_path(path));
     }
 }
 
