@@ -418,7 +418,7 @@ impl CommitJob {
         let copied = self.copy(&store, progress);
         let switched = copied.and_then(|()| {
             // From the last look at who uses what until the switch, nobody else changes anything.
-            let lock = store.guard().lock(&*store.guard_names())?;
+            let lock = store.guard().lock_for_job(&*store.guard_names())?;
             let world = World::look(&store)?;
             self.still_alone(&world)?;
             progress.settle()?;

@@ -146,6 +146,11 @@ impl Engine {
 
     /// What `request` on the chain at `chain` would do; only words that make no sense are an error.
     pub fn plan(self: &Arc<Self>, chain: &Path, request: &Request) -> Result<Plan> {
+        // A plan opens what its command would; a command at work is not to meet that.
+        let _tokens = match self.board.take(&[chain.to_path_buf()]) {
+            Ok(tokens) => tokens,
+            Err(busy) => return Ok(Plan { command: request.to_string(), refusals: vec![busy], ..Plan::default() }),
+        };
         let world = World::look(&self.store)?;
         let mut plan = match request {
             Request::Snapshot(request) => snapshot::plan(&world, chain, request)?,
@@ -153,11 +158,6 @@ impl Engine {
             Request::Pull(request) => pull::plan(self, &world, chain, request)?.0,
             Request::Cancel => Plan::default(),
         };
-        if !matches!(request, Request::Cancel)
-            && let Err(busy) = self.board.take(&[chain.to_path_buf()])
-        {
-            plan.refusals.insert(0, busy);
-        }
         plan.command = request.to_string();
         Ok(plan)
     }
@@ -220,7 +220,7 @@ impl Engine {
         tokens: Tokens,
         job: Job,
     ) -> Result<()> {
-        let (engine, chain) = (Arc::clone(self), chain.to_path_buf());
+        let (engine, of) = (Arc::clone(self), chain.to_path_buf());
         let work = move || {
             let done = catch_unwind(AssertUnwindSafe(|| job.run(&engine, &progress)));
             let done = done.unwrap_or_else(|_| {
@@ -228,13 +228,17 @@ impl Engine {
                 Err(Error::new(ErrorKind::Io, fact))
             });
             if let Err(error) = &done {
-                tracing::warn!("chain {}: {error}", shown(&chain));
+                tracing::warn!("chain {}: {error}", shown(&of));
             }
             drop(tokens);
-            engine.board.end(&chain, number, &done);
+            engine.board.end(&of, number, &done);
         };
         let thread = thread::Builder::new().name("job".into()).spawn(work);
-        let thread = thread.map_err(|error| Error::io("starting a thread", error))?;
+        let thread = thread.map_err(|error| {
+            let error = Error::io("starting a thread", error);
+            self.board.end(chain, number, &Err(error.clone()));
+            error
+        })?;
         let mut threads = self.threads.lock();
         threads.retain(|thread| !thread.is_finished());
         threads.push(thread);

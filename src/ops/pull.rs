@@ -411,7 +411,7 @@ fn clean_up(engine: &Engine, intent: OwnedIntent, lock: Claim, before: &Arc<crat
 /// Takes up a pull that was cut off. `Ok(None)`: all that was left to do has been done.
 pub(super) fn resume(engine: &Engine, intent: OwnedIntent, tokens: &mut Tokens) -> Result<Option<PullJob>> {
     let store = engine.store();
-    let lock = store.guard().lock(&*store.guard_names())?;
+    let lock = store.guard().lock_for_job(&*store.guard_names())?;
     let world = World::look(store)?;
     let Deed::Pull { into, base, remove, between } = intent.intent.deed.clone() else {
         unreachable!("the intent of a pull")

@@ -170,16 +170,23 @@ impl World {
 
     /// Why nothing may be done to an image that is not a leaf, if so.
     pub(super) fn unguarded(&self) -> Option<Error> {
-        (!self.store.guard().is_whole).then(|| {
-            let fact = "nobody can tell who else uses its layers: it is a single image in no store; mount the \
-                        directory that holds all who may use them, or name it with --store";
-            Error::new(ErrorKind::Forbidden, format!("{}: {fact}", self.store.given().display()))
-        })
+        if !self.store.guard().is_whole {
+            let fact = "nobody can tell who else uses its layers: it is a single image in no store; mount the directory \
+                        that holds all who may use them, or name it with --store";
+            return Some(Error::new(ErrorKind::Forbidden, format!("{}: {fact}", self.store.given().display())));
+        }
+        let unread = self.whole.as_ref().unwrap_or(&self.catalog).unread.first()?;
+        let fact = "cannot be read, so that nobody can tell what it stands on; make it readable, or move it elsewhere";
+        Some(Error::new(ErrorKind::Forbidden, format!("{} {fact}", shown(unread))))
     }
 
     /// Intents that speak of any of these images.
     pub(super) fn begun(&self, images: &[ImageIndex]) -> Option<Error> {
         // By number alone: one that was moved is still what was begun with.
+        if let Some(path) = self.catalog.senseless.first() {
+            let fact = "notes a command that was begun, and cannot be understood; see what it was before you remove it";
+            return Some(Error::new(ErrorKind::Busy, format!("{} {fact}", shown(path))));
+        }
         let inodes: Vec<u64> = images.iter().map(|index| self.image(*index).stat.id.inode).collect();
         let found = self
             .catalog

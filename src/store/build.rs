@@ -1,7 +1,7 @@
 //! From scanned files to a catalog: who names whom, and what format each is read in.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -43,6 +43,7 @@ pub(super) fn build(
     is_single: bool,
 ) -> Result<(Catalog, Arc<Known>, BTreeSet<Place>)> {
     let (intents, senseless) = guard.read()?;
+    let cannot_tell: Vec<PathBuf> = senseless.iter().map(|(path, _)| path.clone()).collect();
     if !is_single {
         scan.problems.extend(senseless.into_iter().map(|(path, sentence)| Problem { path, sentence }));
     }
@@ -130,6 +131,8 @@ pub(super) fn build(
     let mut catalog = catalog::link(drafts, builder.problems, is_single, options.probe, next(&SERIAL));
     catalog.note_intents(intents, &guard.prefix);
     catalog.drafts = scan.drafts;
+    catalog.unread = scan.unread;
+    catalog.senseless = cannot_tell;
     Ok((catalog, next_known, builder.directories))
 }
 

@@ -98,6 +98,10 @@ pub struct Catalog {
     pub single: Option<ImageIndex>,
     /// What was begun in the store and is not finished.
     pub intents: Vec<FoundIntent>,
+    /// Files and directories that could not be read: what stands on what is not known of them.
+    pub unread: Vec<PathBuf>,
+    /// Notes of commands that were begun, which make no sense: what they speak of is not known.
+    pub senseless: Vec<PathBuf>,
     /// Drafts of images: of a command at work, or of one that was cut off before its intent was there.
     pub(super) drafts: Vec<PathBuf>,
     /// Images whose own bytes an intent spoils, and those images above which they do not show.

@@ -35,6 +35,8 @@ const VERSION: u32 = 1;
 const MAX_LEN: u64 = 4 << 20;
 /// For how long the store's lock is waited for: it is held for moments.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The same for a job that has done hours of work.
+const JOB_PATIENCE: Duration = Duration::from_hours(1);
 
 /// A file that an intent speaks of, by name and identity.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -287,6 +289,15 @@ impl Guard {
 
     /// Takes the store's lock: who holds it may look at who uses what, and change it.
     pub fn lock(&self, names: &dyn Directory) -> Result<Claim> {
+        self.lock_within(names, PATIENCE)
+    }
+
+    /// The same for a job, which would not give up what it has done because another takes its time.
+    pub fn lock_for_job(&self, names: &dyn Directory) -> Result<Claim> {
+        self.lock_within(names, JOB_PATIENCE)
+    }
+
+    fn lock_within(&self, names: &dyn Directory, patience: Duration) -> Result<Claim> {
         let path = Path::new(if self.is_marked { LOCK } else { STRAY_LOCK });
         let file = match self.root.open_file_for_writing(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -298,7 +309,7 @@ impl Guard {
             }
             found => found?,
         };
-        Claim::take(file, path, PATIENCE)
+        Claim::take(file, path, patience)
     }
 
     /// Writes an intent, durably, and keeps it ours.

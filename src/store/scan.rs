@@ -51,6 +51,8 @@ pub(super) struct Scan {
     pub problems: Vec<Problem>,
     /// Drafts of images.
     pub drafts: Vec<PathBuf>,
+    /// What could not be read: whatever it says of other images is not known.
+    pub unread: Vec<PathBuf>,
 }
 
 /// What the last scan knew of each file.
@@ -118,16 +120,24 @@ impl Work<'_> {
         self.found.lock().problems.push(Problem { path, sentence });
     }
 
+    fn unread(&self, path: PathBuf, sentence: String) {
+        // Of every file system that is a store itself, and nobody's but root's.
+        if path.file_name().is_none_or(|name| name != "lost+found") {
+            self.found.lock().unread.push(path.clone());
+        }
+        self.problem(path, sentence);
+    }
+
     fn list(&self, path: &Path) {
         let fd = match self.open(path) {
             Ok(Some(fd)) => fd,
             Ok(None) => return,
-            Err(error) => return self.problem(path.to_path_buf(), format!("cannot be listed: {error}")),
+            Err(error) => return self.unread(path.to_path_buf(), format!("cannot be listed: {error}")),
         };
         (self.visit)(path, &fd);
         let entries = match Root::list(&fd) {
             Ok(entries) => entries,
-            Err(error) => return self.problem(path.to_path_buf(), format!("cannot be listed: {error}")),
+            Err(error) => return self.unread(path.to_path_buf(), format!("cannot be listed: {error}")),
         };
         let mut files = Vec::new();
         for DirEntry { name, kind } in entries {
@@ -148,7 +158,7 @@ impl Work<'_> {
                 EntryKind::Directory => self.push(place),
                 EntryKind::File => match self.file(&fd, &name, &place) {
                     Ok(file) => files.extend(file),
-                    Err(error) => self.problem(place, format!("cannot be read: {error}")),
+                    Err(error) => self.unread(place, format!("cannot be read: {error}")),
                 },
                 EntryKind::Symlink => self.link(place),
                 EntryKind::Other if looks_like_image(&place) => {
