@@ -329,7 +329,8 @@ fn two_daemons_on_one_store_never_work_on_one_chain_at_once() {
             .arg(&web)
             .env("XDG_CONFIG_HOME", lab.store.beside("config"))
             .outcome();
-        assert!(code == 1 && !err.is_empty(), "{words:?}: {code} {err}");
+        // Refused while the pull is at work, and for want of a layer below once it is done.
+        assert!(code != 0 && !err.is_empty(), "{words:?}: {code} {err}");
     }
     let ours = Control::of(&mount, "web");
     assert_eq!(ours.wait(), "done", "{}", ours.status("error"));

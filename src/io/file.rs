@@ -215,6 +215,12 @@ impl StoreFile {
         self.written.load(Ordering::Acquire)
     }
 
+    /// Whether its descriptor carries locks.
+    pub fn is_locked(&self) -> bool {
+        let holders = self.holders.lock();
+        holders.readers > 0 || holders.writer.is_some()
+    }
+
     /// Takes what the file looks like now for what it is to look like from here on: what has
     /// changed was our own doing. Only under a [`WriteLock`].
     pub fn accept_changes(&self) -> Result<()> {

@@ -192,7 +192,13 @@ impl Opened {
         }
         let current: HashMap<FileId, &ImageEntry> = catalog.images.iter().map(|image| (image.stat.id, image)).collect();
         let before = images.len();
-        images.retain(|id, open| current.get(id).is_some_and(|entry| open.is_current(entry) || open.is_ahead(entry)));
+        // A scan may be older than a name that a job has given since. What is in use carries the locks of this process,
+        // and stays; whether it is what an entry says is asked again when it is opened.
+        let is_needed = |id: &FileId, open: &OpenImage| {
+            let is_good = |entry: &&ImageEntry| open.is_current(entry) || open.is_ahead(entry);
+            open.file.is_locked() || current.get(id).is_some_and(is_good)
+        };
+        images.retain(|id, open| is_needed(id, open));
         if images.len() != before {
             self.views.lock().clear();
         }
