@@ -1,20 +1,14 @@
-#!/bin/bash
-# Commit and pull against qemu-img commit and rebase, side by side, on two file systems: that of DIR, and an
-# XFS with reflinks in a file there. Medians and ratios; every run begins with fresh copies.
+#!/usr/bin/env bash
+# Commit and pull against qemu-img commit and rebase, side by side, on two file systems: that of the scratch directory, and
+# an XFS with reflinks in a file there. Medians and ratios; every run begins with fresh copies that are in memory.
 #
-# usage: benches/jobs.sh [MiB] [rounds] [DIR]
+#   benches/jobs.sh [SIZE-IN-MIB [ROUNDS]]      (default 4096 and 3)
 set -euo pipefail
-cd "$(dirname "$0")/.."
-mib=${1:-4096} rounds=${2:-3} dir=$(mktemp -d "${3:-/var/tmp}/chainfs-bench-XXXXXX")
-program=${CHAINFS:-target/release/chainfs}
-[ -x "$program" ] || cargo build --release --locked
-program=$(realpath "$program")
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+need qemu-img qemu-io mkfs.xfs bc
 
-cleanup() {
-    mountpoint -q "$dir/xfs" && umount "$dir/xfs"
-    rm -rf "$dir"
-}
-trap cleanup EXIT
+mib=${1:-4096}
+rounds=${2:-3}
 
 # What is merged: every cluster of a disk, in an overlay over an empty base.
 make_images() {
@@ -52,8 +46,6 @@ fresh() {
     cat "$1/run/"*.qcow2 >/dev/null
 }
 
-median() { sort -n | awk '{ v[NR] = $1 } END { print (NR % 2) ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2 }'; }
-
 compare() { # NAME PLACE IMAGES ours -- theirs
     local name=$1 place=$2 images=$3 ours=() theirs=()
     shift 3
@@ -67,23 +59,24 @@ compare() { # NAME PLACE IMAGES ours -- theirs
         b+=("$(timed "$place/run" "${theirs[@]}")")
     done
     local x y
-    x=$(printf '%s\n' "${a[@]}" | median)
-    y=$(printf '%s\n' "${b[@]}" | median)
+    x=$(median "${a[@]}")
+    y=$(median "${b[@]}")
     printf '%-24s chainfs %8.3f s   qemu-img %8.3f s   ratio %6.2f   (%s | %s)\n' "$name" "$x" "$y" \
         "$(echo "scale=4; $y / $x" | bc)" "${a[*]}" "${b[*]}"
 }
 
 measure() { # NAME PLACE
     make_images "$2"
-    compare "$1 commit" "$2" pristine "$program" commit web.qcow2 --store . -- qemu-img commit -q -d web.qcow2
-    compare "$1 pull" "$2" pulls "$program" pull web.qcow2 --store . -- qemu-img rebase -q -b '' web.qcow2
+    compare "$1 commit" "$2" pristine "$CHAINFS" commit web.qcow2 --store . -- qemu-img commit -q -d web.qcow2
+    compare "$1 pull" "$2" pulls "$CHAINFS" pull web.qcow2 --store . -- qemu-img rebase -q -b '' web.qcow2
     rm -rf "${2:?}/"*
 }
 
-mkdir "$dir/plain"
-measure "$(findmnt -no FSTYPE -T "$dir")" "$dir/plain"
-truncate -s $((mib * 4 + 2048))M "$dir/xfs.img"
-mkfs.xfs -q -m reflink=1 "$dir/xfs.img"
-mkdir "$dir/xfs"
-mount -o loop "$dir/xfs.img" "$dir/xfs"
-measure "xfs, reflinks" "$dir/xfs"
+mkdir "$SCRATCH/plain"
+measure "$(findmnt -no FSTYPE -T "$SCRATCH")" "$SCRATCH/plain"
+truncate -s $((mib * 4 + 2048))M "$SCRATCH/xfs.img"
+mkfs.xfs -q -m reflink=1 "$SCRATCH/xfs.img"
+mkdir "$SCRATCH/xfs"
+mount -o loop "$SCRATCH/xfs.img" "$SCRATCH/xfs"
+measure "xfs, reflinks" "$SCRATCH/xfs"
+umount "$SCRATCH/xfs"
