@@ -316,9 +316,7 @@ pub(super) fn begin(
     tokens: &mut Tokens,
 ) -> Result<CommitJob> {
     let store = engine.store();
-    store.guard().prepare(&*store.guard_names())?;
-    let _lock = store.guard().lock(&*store.guard_names())?;
-    let world = World::look(store)?;
+    let (_lock, world) = World::begin(store)?;
     let (plan, layers) = plan(engine, &world, path, request)?;
     finish::first(plan.refusals)?;
     tokens.extend(&world.chains_of(&[layers.top]))?;

@@ -190,9 +190,7 @@ fn refuse_inner(world: &World, leaf: ImageIndex, request: &SnapshotRequest, refu
 /// Takes the snapshot; when this returns it is there.
 pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, command: &str) -> Result<()> {
     let store = engine.store();
-    store.guard().prepare(&*store.guard_names())?;
-    let lock = store.guard().lock(&*store.guard_names())?;
-    let world = World::look(store)?;
+    let (lock, world) = World::begin(store)?;
     let (plan, disks) = disks(&world, path, request)?;
     finish::first(plan.refusals)?;
     let jobs = disks

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::create::NewBacking;
-use crate::io::FileId;
+use crate::io::{Claim, FileId};
 use crate::store::{Below, Catalog, ChainViews, Format, ImageEntry, ImageIndex, Named, Store, StoreOptions, shown};
 
 /// A store as of one scan.
@@ -36,6 +36,14 @@ impl World {
             None
         };
         Ok(Self { store: Arc::clone(store), catalog: store.catalog(), whole })
+    }
+
+    /// The same for a command: under the store's lock, and with a place for its intent.
+    pub(super) fn begin(store: &Arc<Store>) -> Result<(Claim, Self)> {
+        let names = store.guard_names();
+        store.guard().prepare(&*names)?;
+        let lock = store.guard().lock(&*names)?;
+        Ok((lock, Self::look(store)?))
     }
 
     pub(super) fn image(&self, index: ImageIndex) -> &ImageEntry {

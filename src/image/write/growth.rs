@@ -88,6 +88,20 @@ impl Meta {
         Ok(TableGrowth { first, blocks: contents, table, new })
     }
 
+    /// Writes the L1 table, as it stands in memory, to clusters that were just counted; zeroes behind it. They are
+    /// given back if that fails.
+    pub(super) fn copy_l1(&mut self, core: &Core, run: Run) -> Result<()> {
+        let (size, old) = (core.cluster().size(), self.l1);
+        let copied = self.table_bytes(core, old.offset, old.entries.into(), Class::L1).and_then(|mut table| {
+            table.resize((run.count * size) as usize, 0);
+            core.file.write_at(run.first * size, &table)
+        });
+        if copied.is_err() {
+            self.give_back(core, run)?;
+        }
+        copied
+    }
+
     /// Goes over to the new table, which the header names by now.
     pub(super) fn adopt(&mut self, core: &Core, growth: &TableGrowth) -> Result<()> {
         let size = core.cluster().size();
@@ -179,14 +193,7 @@ impl Qcow2Writer {
         let offset = HostOffset(run.first * size);
         let mut meta = self.meta.write();
         let old = meta.l1;
-        let copied = meta.table_bytes(core, old.offset, old.entries.into(), Class::L1).and_then(|mut table| {
-            table.resize((clusters * size) as usize, 0);
-            core.file.write_at(offset.0, &table)
-        });
-        if let Err(error) = copied {
-            meta.give_back(core, run)?;
-            return Err(error);
-        }
+        meta.copy_l1(core, run)?;
         let mut field = entries.to_be_bytes().to_vec();
         field.extend(offset.0.to_be_bytes());
         let switched = (|| {

@@ -168,14 +168,7 @@ impl Qcow2Writer {
         let offset = HostOffset(run.first * size);
         let mut meta = self.meta.write();
         let old = meta.l1;
-        let copied = meta.table_bytes(core, old.offset, old.entries.into(), Class::L1).and_then(|mut table| {
-            table.resize((clusters * size) as usize, 0);
-            core.file.write_at(offset.0, &table)
-        });
-        if let Err(error) = copied {
-            meta.give_back(core, run)?;
-            return Err(error);
-        }
+        meta.copy_l1(core, run)?;
         self.data_dirty.store(true, Ordering::Release);
         meta.l1 = Table { offset, entries };
         meta.roles.add(run.first, clusters);
