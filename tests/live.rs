@@ -222,3 +222,35 @@ fn what_another_process_has_begun_and_left_is_hidden_within_a_second() {
     fs::remove_file(store.path(".chainfs/intents/1.toml")).expect("an intent");
     eventually("it is shown again", NOTICED, || base.exists());
 }
+
+#[test]
+fn an_image_that_is_replaced_all_the_time_is_there_in_every_scan() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let store = Store::new();
+    for name in ["a.qcow2", "web.qcow2", "z.qcow2"] {
+        store.create(name, MIB, "");
+    }
+    let options = chainfs::store::StoreOptions { notify: false, ..Default::default() };
+    let opened = chainfs::store::Store::open(&store.root(), options).expect("a store");
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 0..3000 {
+                let draft = store.path(format!("{round}.draft"));
+                fs::copy(store.path("web.qcow2"), &draft).expect("a copy");
+                fs::rename(&draft, store.path("web.qcow2")).expect("its name");
+            }
+            is_over.store(true, Ordering::Relaxed);
+        });
+        let mut scans = 0;
+        while !is_over.load(Ordering::Relaxed) {
+            opened.rescan().expect("a scan");
+            assert!(
+                opened.catalog().chain("web".as_ref()).is_some(),
+                "it was not met in scan {scans}: {:?}",
+                opened.catalog().chains().collect::<Vec<_>>()
+            );
+            scans += 1;
+        }
+    });
+}

@@ -60,6 +60,8 @@ pub(super) type Known = HashMap<FileId, (FileStat, Content)>;
 
 /// How the names of files end that a commit has left and that show nothing any more.
 pub(super) const SPOILT: &str = "invalid";
+/// How often a directory is listed that does not keep still.
+const LISTINGS: usize = 8;
 /// Directories below each other, at most; deeper ones are a problem.
 const MAX_NESTING: usize = 64;
 
@@ -135,7 +137,7 @@ impl Work<'_> {
             Err(error) => return self.unread(path.to_path_buf(), format!("cannot be listed: {error}")),
         };
         (self.visit)(path, &fd);
-        let entries = match Root::list(&fd) {
+        let entries = match list_still(&fd) {
             Ok(entries) => entries,
             Err(error) => return self.unread(path.to_path_buf(), format!("cannot be listed: {error}")),
         };
@@ -167,6 +169,7 @@ impl Work<'_> {
                 EntryKind::Other => {}
             }
         }
+        drop_former_names(&fd, &mut files);
         self.found.lock().files.append(&mut files);
     }
 
@@ -214,6 +217,37 @@ impl Work<'_> {
             self.problem(path, sentence);
         }
     }
+}
+
+/// The entries of a directory. What is renamed while it is listed may be met under neither name, and its chain would be
+/// gone until the next scan: one that does not keep still is listed again, and every name counts that was met.
+fn list_still(directory: &OwnedFd) -> Result<Vec<DirEntry>> {
+    let mut before = FileStat::of(directory)?.signature;
+    let mut entries = Root::list(directory)?;
+    for _ in 1..LISTINGS {
+        let after = FileStat::of(directory)?.signature;
+        if after == before {
+            break;
+        }
+        before = after;
+        entries.append(&mut Root::list(directory)?);
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        entries.dedup_by(|a, b| a.name == b.name);
+    }
+    Ok(entries)
+}
+
+/// Of files that were met under two names, those that have lost one of them since: a file that is renamed while its
+/// directory is looked at is not two.
+fn drop_former_names(directory: &OwnedFd, files: &mut Vec<ScannedFile>) {
+    let mut names: HashMap<FileId, usize> = HashMap::new();
+    for file in files.iter() {
+        *names.entry(file.stat.id).or_default() += 1;
+    }
+    files.retain(|file| {
+        let name = file.place.path.file_name().unwrap_or_default();
+        names[&file.stat.id] == 1 || statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+    });
 }
 
 /// Describes one file that a header or the user has named. `None` for a file that is no image.
