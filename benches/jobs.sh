@@ -67,7 +67,8 @@ compare() { # NAME PLACE IMAGES ours -- theirs
 
 measure() { # NAME PLACE
     make_images "$2"
-    compare "$1 commit" "$2" pristine "$CHAINFS" commit web.qcow2 --store . -- qemu-img commit -q -d web.qcow2
+    compare "$1 commit" "$2" pristine "$CHAINFS" commit web.qcow2 --store . -- \
+        sh -c 'qemu-img commit -q -d web.qcow2 && rm web.qcow2' # as the other does
     compare "$1 pull" "$2" pulls "$CHAINFS" pull web.qcow2 --store . -- qemu-img rebase -q -b '' web.qcow2
     rm -rf "${2:?}/"*
 }
