@@ -80,10 +80,7 @@ impl World {
 
     /// What an image stands on, if it can be told.
     pub(super) fn stands_on(&self, index: ImageIndex) -> Option<ImageIndex> {
-        match self.image(index).below {
-            Below::Image(below) | Below::Broken { image: Some(below), .. } => Some(below),
-            Below::Nothing | Below::Broken { image: None, .. } => None,
-        }
+        self.image(index).below.image()
     }
 
     /// Paths of all chains that contain any of these images.
@@ -112,10 +109,7 @@ impl World {
             let stands = catalog.images[here].users.contains(&number);
             let is_ours = |id: FileId| id == image.stat.id || data == Some(id);
             let keeps = other.data_file.as_ref().is_some_and(|(_, stat)| is_ours(stat.id));
-            let below = match other.below {
-                Below::Image(below) | Below::Broken { image: Some(below), .. } => Some(catalog.images[below].stat.id),
-                Below::Nothing | Below::Broken { image: None, .. } => None,
-            };
+            let below = other.below.image().map(|below| catalog.images[below].stat.id);
             let shows_data = data.is_some() && below == data;
             if stands || keeps || shows_data || names_unfollowed(other, own_name) {
                 others.push(other.shown());

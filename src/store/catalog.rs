@@ -74,6 +74,24 @@ pub enum Below {
     },
 }
 
+impl Below {
+    /// The image that it is or was meant to be, if there is one.
+    pub fn image(&self) -> Option<ImageIndex> {
+        match self {
+            Below::Image(below) | Below::Broken { image: Some(below), .. } => Some(*below),
+            Below::Nothing | Below::Broken { image: None, .. } => None,
+        }
+    }
+
+    /// What is wrong with it, to follow the upper image's name.
+    fn sentence(&self) -> Option<&Arc<str>> {
+        match self {
+            Below::Broken { sentence, .. } => Some(sentence),
+            Below::Nothing | Below::Image(_) => None,
+        }
+    }
+}
+
 /// What one directory of the mount shows.
 #[derive(Clone, Debug, Default)]
 pub struct Directory {
@@ -165,7 +183,7 @@ impl Catalog {
         let mut layers = vec![leaf];
         let mut at = leaf;
         // Links that would close a loop have been cut when the catalog was built.
-        while let Below::Image(next) | Below::Broken { image: Some(next), .. } = self.images[at].below {
+        while let Some(next) = self.images[at].below.image() {
             assert!(layers.len() <= self.images.len(), "a loop was not cut");
             layers.push(next);
             at = next;
@@ -176,12 +194,9 @@ impl Catalog {
     /// What is wrong with an image and with its link downwards, as whole sentences.
     pub fn sentences(&self, index: ImageIndex) -> Vec<String> {
         let image = &self.images[index];
-        let link = match &image.below {
-            Below::Broken { sentence, .. } => Some(sentence),
-            Below::Nothing | Below::Image(_) => None,
-        };
         let snapshots = image.qcow2().and_then(|qcow2| qcow2.snapshot_problem.as_deref());
-        let own = image.problem.iter().chain(link).map(|sentence| format!("{} {sentence}", image.shown()));
+        let own =
+            image.problem.iter().chain(image.below.sentence()).map(|sentence| format!("{} {sentence}", image.shown()));
         own.chain(snapshots.map(|sentence| format!("{} {sentence}", image.shown()))).collect()
     }
 
@@ -189,11 +204,7 @@ impl Catalog {
     pub fn view_problem(&self, layers: &[ImageIndex]) -> Option<String> {
         layers.iter().find_map(|index| {
             let image = &self.images[*index];
-            let link = match &image.below {
-                Below::Broken { sentence, .. } => Some(sentence),
-                Below::Nothing | Below::Image(_) => None,
-            };
-            image.problem.as_ref().or(link).map(|sentence| format!("{} {sentence}", image.shown()))
+            image.problem.as_ref().or(image.below.sentence()).map(|sentence| format!("{} {sentence}", image.shown()))
         })
     }
 
@@ -343,7 +354,7 @@ pub(super) fn link(drafts: Vec<Draft>, problems: Vec<Problem>, single: bool, pro
     }
     cut_loops(&mut images, single.then_some(0));
     for index in 0..images.len() {
-        if let Below::Image(next) | Below::Broken { image: Some(next), .. } = images[index].below {
+        if let Some(next) = images[index].below.image() {
             images[next].users.push(index);
         }
     }
@@ -450,9 +461,9 @@ fn cut_loops(images: &mut [ImageEntry], wanted: Option<ImageIndex>) {
             }
             seen[at] = Seen::Now(start);
             path.push(at);
-            match images[at].below {
-                Below::Image(next) | Below::Broken { image: Some(next), .. } => at = next,
-                Below::Nothing | Below::Broken { image: None, .. } => break,
+            match images[at].below.image() {
+                Some(next) => at = next,
+                None => break,
             }
         }
         for index in path {
@@ -479,10 +490,8 @@ fn cut_loop(images: &mut [ImageEntry], members: &[ImageIndex], wanted: Option<Im
 /// Refuses views of more layers than are allowed.
 fn cut_depth(images: &mut [ImageEntry]) {
     // Bases first, then whoever stands on them: no recursion, whatever the depth.
-    let mut order: Vec<(ImageIndex, usize)> = (0..images.len())
-        .filter(|index| matches!(images[*index].below, Below::Nothing | Below::Broken { image: None, .. }))
-        .map(|index| (index, 1))
-        .collect();
+    let mut order: Vec<(ImageIndex, usize)> =
+        (0..images.len()).filter(|index| images[*index].below.image().is_none()).map(|index| (index, 1)).collect();
     while let Some((index, depth)) = order.pop() {
         order.extend(images[index].users.iter().map(|user| (*user, depth + 1)));
         if depth == MAX_DEPTH + 1
@@ -501,7 +510,7 @@ fn count_chains(catalog: &mut Catalog) {
     let mut waiting: Vec<usize> = catalog.images.iter().map(|image| image.users.len()).collect();
     let mut ready: Vec<ImageIndex> = (0..catalog.images.len()).filter(|index| waiting[*index] == 0).collect();
     while let Some(index) = ready.pop() {
-        if let Below::Image(next) | Below::Broken { image: Some(next), .. } = catalog.images[index].below {
+        if let Some(next) = catalog.images[index].below.image() {
             catalog.images[next].chain_count += catalog.images[index].chain_count;
             waiting[next] -= 1;
             if waiting[next] == 0 {

@@ -31,7 +31,7 @@ pub fn forest_at_work(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> 
     let mut bases: Vec<Base> = Vec::new();
     let mut missing: HashMap<Missing<'_>, usize> = HashMap::new();
     for index in 0..catalog.images.len() {
-        if catalog.images[index].chain_count == 0 || image_below(catalog, index).is_some() {
+        if catalog.images[index].chain_count == 0 || catalog.images[index].below.image().is_some() {
             continue;
         }
         match Missing::of(catalog, index) {
@@ -124,13 +124,6 @@ fn own_word(image: &ImageEntry) -> Option<&'static str> {
         Content::Malformed(_) => "malformed",
         Content::Plain | Content::Unseen => "unreadable",
     })
-}
-
-fn image_below(catalog: &Catalog, index: ImageIndex) -> Option<ImageIndex> {
-    match catalog.images[index].below {
-        Below::Image(next) | Below::Broken { image: Some(next), .. } => Some(next),
-        Below::Nothing | Below::Broken { image: None, .. } => None,
-    }
 }
 
 /// An image of a tree, and how far it is from the base.
