@@ -15,7 +15,7 @@ const LAYERS: [(&str, usize); 12] = [
     ("format", 2),
     ("io", 2),
     ("cache", 0),
-    ("units", 0),
+    ("units", 1),
     ("error", 0),
 ];
 

@@ -17,7 +17,7 @@ use common::command::{Control, give};
 use common::*;
 use rustix::io::Errno;
 
-const VERBS: [&str; 4] = ["snapshot", "commit", "pull", "cancel"];
+const VERBS: [&str; 9] = ["snapshot", "commit", "pull", "delete", "revert", "rebase", "clone", "resize", "cancel"];
 /// Everything else of a `control` directory.
 const OTHERS: [&str; 3] = ["plan", "status", "progress"];
 
@@ -107,7 +107,11 @@ fn what_is_no_command_is_refused_by_its_write_and_changes_nothing() {
     let before = everything(&store.root());
     let long = [b"commit ".as_slice(), &vec![b' '; 64 << 10]].concat();
     let cases: Vec<(&str, Vec<u8>, &str)> = vec![
-        ("commit", b"foo\n".into(), "unknown word \"foo\"; commit takes top= base= keep discard-internal"),
+        (
+            "commit",
+            b"foo\n".into(),
+            "unknown word \"foo\"; commit takes top= base= keep discard-internal discard-bitmaps",
+        ),
         ("commit", b"top=a top=b".into(), "top= is given twice"),
         ("commit", b"top=".into(), "top= has no value"),
         ("commit", b"keep=yes".into(), "keep takes no value"),
@@ -120,7 +124,7 @@ fn what_is_no_command_is_refused_by_its_write_and_changes_nothing() {
         ("commit", b"chains=a,b".into(), "unknown word"),
         ("pull", b"base".into(), "base= has no value"),
         ("pull", b"into=../x".into(), "no view"),
-        ("snapshot", b"\n".into(), "a NAME is missing"),
+        ("snapshot", b"\n".into(), "NAME is missing"),
         ("snapshot", b"a b".into(), "unknown word \"b\""),
         ("snapshot", b"a/b".into(), "not a path"),
         ("snapshot", b".chainfs".into(), "for chainfs itself"),

@@ -5,7 +5,9 @@
 
 mod verbs;
 
-pub use verbs::{CancelArgs, CommitArgs, PullArgs, RunArgs, SnapshotArgs};
+pub use verbs::{
+    CancelArgs, CloneArgs, CommitArgs, DeleteArgs, PullArgs, RebaseArgs, ResizeArgs, RevertArgs, RunArgs, SnapshotArgs,
+};
 
 use super::mount_options::ImageFormat;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -59,6 +61,16 @@ pub enum Command {
     Commit(CommitArgs),
     /// Copy what lies below a layer into it
     Pull(PullArgs),
+    /// Remove a snapshot, and change no other
+    Delete(DeleteArgs),
+    /// Make the active disk what a snapshot shows
+    Revert(RevertArgs),
+    /// Put a layer on another backing file
+    Rebase(RebaseArgs),
+    /// Make a new chain on top of a snapshot
+    Clone(CloneArgs),
+    /// Make the active disk longer or shorter
+    Resize(ResizeArgs),
     /// Stop the running command of a chain
     Cancel(CancelArgs),
     /// Print a shell's completion script
@@ -388,7 +400,7 @@ where
 }
 
 fn size(text: &str) -> Result<u64, String> {
-    crate::report::size::parse_size(text).map_err(|error| error.to_string())
+    crate::units::parse_size(text).map_err(|error| error.to_string())
 }
 
 fn key_value(text: &str) -> Result<(String, String), String> {

@@ -12,8 +12,8 @@ use super::store_options::format as store_format;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::create::{CreateOptions, NewBacking, create};
 use crate::report::safe::{terminal, terminal_bytes};
-use crate::report::size::parse_size;
 use crate::store::{Store, StoreOptions};
+use crate::units::parse_size;
 
 /// What else `qemu-img create -o` knows, and the one value that chainfs writes.
 const FIXED: [(&str, &[&str]); 6] = [

@@ -51,6 +51,11 @@ pub fn main() -> ExitCode {
         Command::Snapshot(args) => verb(&args.target, args.request(), &args.run),
         Command::Commit(args) => verb(&args.target, args.request(), &args.run),
         Command::Pull(args) => verb(&args.target, args.request(), &args.run),
+        Command::Delete(args) => verb(&args.target, args.request(), &args.run),
+        Command::Revert(args) => verb(&args.target, args.request(), &args.run),
+        Command::Rebase(args) => verb(&args.target, args.request(), &args.run),
+        Command::Clone(args) => verb(&args.target, args.request(), &args.run),
+        Command::Resize(args) => verb(&args.target, args.request(), &args.run),
         Command::Cancel(args) => verb(&args.target, Ok(Request::Cancel), &RunArgs::default()),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => {

@@ -9,7 +9,7 @@ mod names;
 mod values;
 
 use crate::error::Result;
-use crate::report::size::parse_size;
+use crate::units::parse_size;
 use glob::Pattern;
 use names::{is_ignored, split_list, unknown};
 use std::ffi::OsStr;

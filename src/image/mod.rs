@@ -3,6 +3,7 @@
 //! An [`Image`] knows its file, its header and, through shared caches, its tables; it knows
 //! nothing of other images. [`Layer::map`] is a table lookup and reads no guest data.
 
+mod bitmaps;
 pub mod check;
 pub mod create;
 mod header;
@@ -22,6 +23,7 @@ use crate::format::{Compressed, Header, Malformed};
 use crate::io::Storage;
 use crate::units::{HostOffset, round_up_to_sector};
 
+pub(crate) use bitmaps::read_bitmaps;
 pub use header::{HeaderChange, change_header, check_header_change};
 pub use layer::{Layer, Mapping};
 pub(crate) use snapshots::{read_snapshots, read_snapshots_with};

@@ -23,7 +23,7 @@ use super::{StoreFile, WriteFile, WriteStorage};
 pub trait Directory: Send + Sync {
     /// Makes a new, empty file; `Exists` if the name is taken. It has owner, mode and extended attributes
     /// (access lists and labels among them) of the file `like`, where one is named, before anybody can see it
-    /// filled.
+    /// filled; after one that nobody may write, its owner may write it.
     fn create(&self, path: &Path, like: Option<&Path>) -> Result<Arc<dyn WriteStorage>>;
 
     /// Makes a directory, unless there is one.
@@ -159,7 +159,9 @@ fn resemble(file: &OwnedFd, model: &OwnedFd, path: &Path) -> Result<()> {
     if owner.is_some() || group.is_some() {
         fs::fchown(file, owner, group).map_err(|error| fail("giving its owner to", path, error))?;
     }
-    fs::fchmod(file, Mode::from_raw_mode(stat.mode & 0o7777))
+    // Images are made to be written, also after one that is not.
+    let write = if stat.mode & 0o222 == 0 { 0o200 } else { 0 };
+    fs::fchmod(file, Mode::from_raw_mode(stat.mode & 0o7777 | write))
         .map_err(|error| fail("giving its mode to", path, error))?;
     for name in attribute_names(model).map_err(|error| fail("reading the attributes for", path, error))? {
         let copied = attribute(model, &name).and_then(|value| fs::fsetxattr(file, &*name, &value, XattrFlags::empty()));

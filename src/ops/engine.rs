@@ -18,11 +18,12 @@ use crate::io::users_of;
 use crate::store::{Deed, FoundIntent, Store, shown};
 
 use super::board::{Board, Progress, Tokens};
+use super::branch::{self, BranchJob};
 use super::commit::{self, CommitJob};
 use super::pull::{self, PullJob};
-use super::snapshot;
 use super::world::World;
 use super::{Plan, Request, Status};
+use super::{clone, delete, rebase, resize, revert, snapshot};
 
 /// The jobs of one store.
 pub struct Engine {
@@ -43,9 +44,13 @@ impl std::fmt::Debug for Engine {
 }
 
 /// A job that was accepted.
-enum Job {
+pub(super) enum Job {
+    /// Layers are merged down.
     Commit(Box<CommitJob>),
+    /// Layers are merged up.
     Pull(Box<PullJob>),
+    /// A new image is filled.
+    Branch(Box<BranchJob>),
 }
 
 impl Job {
@@ -53,6 +58,7 @@ impl Job {
         match self {
             Job::Commit(job) => job.run(engine, progress),
             Job::Pull(job) => job.run(engine, progress),
+            Job::Branch(job) => job.run(engine, progress),
         }
     }
 }
@@ -80,11 +86,13 @@ impl Engine {
         *self.mount.lock() = Some(directory.to_path_buf());
     }
 
-    /// Who has snapshots of a chain open in the mount, as a part of a sentence.
+    /// Who has disks of a chain open in the mount, as a part of a sentence.
     pub(super) fn openers(&self, chain: &Path) -> String {
         let Some(mount) = self.mount.lock().clone() else { return String::new() };
-        let users = users_of(&mount.join(chain).join("snapshots"));
-        users.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+        // Not the directory itself: who gives a command has a file open there.
+        let places = [Path::new("snapshots"), Path::new("active.raw")];
+        let users = places.iter().flat_map(|place| users_of(&mount.join(chain).join(place)));
+        users.map(|user| user.to_string()).collect::<Vec<_>>().join(", ")
     }
 
     /// A name for an intent, different from all others.
@@ -124,6 +132,8 @@ impl Engine {
         let (number, progress) = self.board.begin(&chain, &command);
         let begun = match &found.intent.deed {
             Deed::Snapshot { .. } => snapshot::resume(self, owned).map(|()| None),
+            Deed::Copy { .. } => branch::resume(self, owned).map(|()| None),
+            Deed::Shrink { .. } => resize::resume(self, owned).map(|()| None),
             Deed::Commit { .. } => {
                 commit::resume(self, owned, &mut tokens).map(|job| job.map(|job| Job::Commit(Box::new(job))))
             }
@@ -156,6 +166,11 @@ impl Engine {
             Request::Snapshot(request) => snapshot::plan(&world, chain, request)?,
             Request::Commit(request) => commit::plan(self, &world, chain, request)?.0,
             Request::Pull(request) => pull::plan(self, &world, chain, request)?.0,
+            Request::Delete(request) => delete::plan(self, &world, chain, request)?.0,
+            Request::Revert(request) => revert::plan(self, &world, chain, request)?.0,
+            Request::Rebase(request) => rebase::plan(self, &world, chain, request)?.0,
+            Request::Clone(request) => clone::plan(self, &world, chain, request)?.0,
+            Request::Resize(request) => resize::plan(self, &world, chain, request)?.0,
             Request::Cancel => Plan::default(),
         };
         plan.command = request.to_string();
@@ -192,23 +207,35 @@ impl Engine {
             return self.take_up(found);
         }
         let mut tokens = self.board.take(&[chain.to_path_buf()])?;
-        if let Request::Snapshot(request) = request {
-            tokens.extend(&request.chains)?;
-            let (number, _) = self.board.begin(chain, command);
-            let done = snapshot::run(self, chain, request, command);
-            self.board.end(chain, number, &done);
-            return done.map(|()| number);
-        }
-        let job = match request {
-            Request::Commit(request) => {
-                Job::Commit(Box::new(commit::begin(self, chain, request, command, &mut tokens)?))
-            }
-            Request::Pull(request) => Job::Pull(Box::new(pull::begin(self, chain, request, command, &mut tokens)?)),
-            Request::Snapshot(_) | Request::Cancel => unreachable!("done by now"),
-        };
+        let job = self.begin_with(chain, request, command, &mut tokens)?;
         let (number, progress) = self.board.begin(chain, command);
-        self.start(chain, number, progress, tokens, job)?;
+        match job {
+            Some(job) => self.start(chain, number, progress, tokens, job)?,
+            None => self.board.end(chain, number, &Ok(())),
+        }
         Ok(number)
+    }
+
+    /// Does what is asked, or begins the job that does.
+    fn begin_with(&self, chain: &Path, request: &Request, command: &str, tokens: &mut Tokens) -> Result<Option<Job>> {
+        match request {
+            Request::Snapshot(request) => {
+                tokens.extend(&request.chains)?;
+                snapshot::run(self, chain, request, command).map(|()| None)
+            }
+            Request::Commit(request) => {
+                commit::begin(self, chain, request, command, tokens).map(|job| Some(Job::Commit(Box::new(job))))
+            }
+            Request::Pull(request) => {
+                pull::begin(self, chain, request, command, tokens).map(|job| Some(Job::Pull(Box::new(job))))
+            }
+            Request::Delete(request) => delete::begin(self, chain, request, command, tokens),
+            Request::Revert(request) => revert::begin(self, chain, request, command),
+            Request::Rebase(request) => rebase::begin(self, chain, request, command, tokens),
+            Request::Clone(request) => clone::begin(self, chain, request, command),
+            Request::Resize(request) => resize::begin(self, chain, request, command),
+            Request::Cancel => unreachable!("done by now"),
+        }
     }
 
     /// Lets a job run by itself.

@@ -1,51 +1,68 @@
 //! What commands have in common: the words of refusals, and the last steps, which are the same whether a job
 //! comes to them or one that was cut off is taken up again.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::check::{Scope, repair};
 use crate::image::write::Writer;
-use crate::image::{HeaderChange, change_header, check_header_change};
+use crate::image::{HeaderChange, change_header, check_header_change, read_bitmaps};
 use crate::io::{Claim, Directory, FileId, directory_of};
-use crate::store::{ActiveJob, Catalog, Deed, Format, ImageIndex, Intent, JobImage, Named, OwnedIntent, Store, shown};
+use crate::store::{
+    ActiveJob, Catalog, ChainView, Deed, Format, ImageIndex, Intent, JobImage, Named, OwnedIntent, SPOILT, Store, shown,
+};
 
 use super::commit::Layers;
 use super::engine::Engine;
-use super::plan::PlanLayer;
+use super::plan::{Plan, PlanLayer};
 use super::world::{Chain, World, beside};
 
 /// The layer that a view's name means, counted from the leaf.
 pub(super) fn layer(chain: &Chain, name: &[u8]) -> Result<usize> {
-    let shown_name = String::from_utf8_lossy(name);
-    match chain.views.find(name) {
-        Some(view) if view.snapshot.is_some() => {
-            let fact = "is an internal snapshot; name one of the layers";
-            Err(Error::new(ErrorKind::Usage, format!("{shown_name} {fact}")))
-        }
-        Some(view) => Ok(view.layer),
-        None => {
-            let names: Vec<_> = chain.views.views.iter().filter(|view| view.snapshot.is_none()).collect();
-            let names: Vec<_> = names.iter().map(|view| String::from_utf8_lossy(&view.name)).collect();
-            let fact = format!("{} shows no {shown_name}; its layers are {}", shown(&chain.path), names.join(", "));
-            Err(Error::new(ErrorKind::NotFound, fact))
-        }
+    let is_layer = |view: &&ChainView| view.snapshot.is_none();
+    let view = chain.views.find(name);
+    if view.is_some_and(|view| view.snapshot.is_some()) {
+        let fact = "is an internal snapshot; name one of the layers";
+        return Err(Error::new(ErrorKind::Usage, format!("{} {fact}", String::from_utf8_lossy(name))));
     }
+    let layers = chain.views.views.iter().filter(is_layer);
+    view.map(|view| view.layer).ok_or_else(|| no_view(chain, name, "layers", layers))
+}
+
+/// The view of that name.
+pub(super) fn view<'a>(chain: &'a Chain, name: &[u8]) -> Result<&'a ChainView> {
+    chain.views.find(name).ok_or_else(|| no_view(chain, name, "views", chain.views.views.iter()))
+}
+
+fn no_view<'a>(chain: &Chain, name: &[u8], kind: &str, known: impl Iterator<Item = &'a ChainView>) -> Error {
+    const SHOWN: usize = 20;
+    let mut names: Vec<String> = known.map(|view| String::from_utf8_lossy(&view.name).into_owned()).collect();
+    let more = names.len().saturating_sub(SHOWN);
+    names.truncate(SHOWN);
+    if more > 0 {
+        names.push(format!("and {more} more"));
+    }
+    let name = String::from_utf8_lossy(name);
+    let fact = format!("{} shows no {name}; its {kind} are {}", shown(&chain.path), names.join(", "));
+    Error::new(ErrorKind::NotFound, fact)
 }
 
 /// The layers of a chain, top first.
 pub(super) fn tree(world: &World, chain: &Chain) -> Vec<PlanLayer> {
+    chain.views.layers.iter().map(|index| line(world, chain, *index)).collect()
+}
+
+/// An image, as the chain calls it if it is one of its layers.
+pub(super) fn line(world: &World, chain: &Chain, index: ImageIndex) -> PlanLayer {
     let views = &chain.views;
-    let line = |(layer, index): (usize, &ImageIndex)| {
-        let view = views.views.iter().find(|view| view.layer == layer && view.snapshot.is_none());
-        let path = world.image(*index).place.path.clone();
-        let name =
-            view.map_or_else(|| path.file_stem().unwrap_or_default().as_encoded_bytes().to_vec(), |v| v.name.clone());
-        PlanLayer { name, path, active: view.is_some_and(|view| view.active), note: String::new() }
-    };
-    views.layers.iter().enumerate().map(line).collect()
+    let depth = views.layers.iter().position(|layer| *layer == index);
+    let view = views.views.iter().find(|view| Some(view.layer) == depth && view.snapshot.is_none());
+    let path = world.image(index).place.path.clone();
+    let name =
+        view.map_or_else(|| path.file_stem().unwrap_or_default().as_encoded_bytes().to_vec(), |v| v.name.clone());
+    PlanLayer { name, path, active: view.is_some_and(|view| view.active), note: String::new() }
 }
 
 /// Names of the views that show one of these images, or an internal snapshot of it, at their top.
@@ -84,6 +101,36 @@ pub(super) fn inner_snapshots(
     }
 }
 
+/// Refuses what would cost persistent bitmaps that are good, unless the command says so.
+pub(super) fn bitmaps(
+    world: &World,
+    holders: impl Iterator<Item = ImageIndex>,
+    discard: bool,
+    refusals: &mut Vec<Error>,
+) {
+    for index in holders.filter(|_| !discard) {
+        let image = world.image(index);
+        let Some(qcow2) = image.qcow2() else { continue };
+        let file = world.store.file(&image.place, &image.stat, false);
+        let found = read_bitmaps(&image.shown(), &*file, &qcow2.header).unwrap_or_default();
+        let good = found.iter().flat_map(|(_, bitmaps)| bitmaps).filter(|bitmap| !bitmap.in_use);
+        let names: Vec<_> = good.map(|bitmap| String::from_utf8_lossy(&bitmap.name).into_owned()).collect();
+        if !names.is_empty() {
+            let fact = "holds persistent bitmaps, which this would cost";
+            let sentence =
+                format!("{} {fact}: {}; remove them, or say discard-bitmaps", image.shown(), names.join(", "));
+            refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
+        }
+    }
+}
+
+/// Why something cannot be done while views are open.
+pub(super) fn still_open(engine: &Engine, chain: &Path, names: &[String], why: &str) -> Error {
+    let openers = engine.openers(chain);
+    let by = if openers.is_empty() { String::new() } else { format!(" by {openers}") };
+    Error::new(ErrorKind::Busy, format!("still open{by}: {}; {why}, so close them first", names.join(", ")))
+}
+
 /// Refuses a name that something else has.
 pub(super) fn taken(world: &World, path: &Path, refusals: &mut Vec<Error>) {
     if world.store.roots()[0].stat(path).is_ok() {
@@ -99,6 +146,12 @@ pub(super) fn check_header(world: &World, index: ImageIndex, change: &HeaderChan
         let file = world.store.file(&image.place, &image.stat, false);
         refusals.extend(check_header_change(&image.shown(), &*file, change).err());
     }
+}
+
+/// Whether a layer that nobody stands on any more is marked as frozen: not one that is only read.
+pub(super) fn may_be_marked(world: &World, index: ImageIndex) -> bool {
+    let image = world.image(index);
+    image.place.root == 0 && !image.readonly
 }
 
 /// The same for a mark of being frozen, unless there is one.
@@ -120,6 +173,18 @@ pub(super) fn check_room(world: &World, target: ImageIndex, space: u64, refusals
         let fact = format!("{} would need {space} bytes, and {free} are free", image.shown());
         refusals.push(Error::new(ErrorKind::NoSpace, fact));
     }
+}
+
+/// Notes how much would be copied into `target`, as it was `counted`; where that cannot be told, a plan that is refused
+/// anyway does without.
+pub(super) fn count(world: &World, target: ImageIndex, counted: Result<u64>, plan: &mut Plan) {
+    match counted {
+        Ok(bytes) => plan.bytes += bytes,
+        Err(error) if plan.refusals.is_empty() => plan.refusals.push(error),
+        Err(_) => {}
+    }
+    plan.space = plan.bytes;
+    check_room(world, target, plan.space, &mut plan.refusals);
 }
 
 /// Whether what is copied within the store may take no space of its own: none is asked for beforehand then.
@@ -217,7 +282,7 @@ pub(super) fn commit(engine: &Engine, intent: OwnedIntent, lock: Claim, mut held
     let world = World::look(store)?;
     let before = Arc::clone(&world.catalog);
     if rename.is_none() {
-        let base_index = world.find(&base).ok_or_else(|| gone(&base))?;
+        let base_index = world.expect(&base)?;
         if keep && let Some(top) = world.find(&top) {
             freeze(store, &world, top, &Frozen::now(""))?;
         }
@@ -258,11 +323,15 @@ pub(super) fn commit(engine: &Engine, intent: OwnedIntent, lock: Claim, mut held
     }
     tell(store, &before, &intent.intent, Some(&base));
     let names = store.guard_names();
+    if let Some(name) = &rename {
+        // Whoever gave it may have been cut off before it was durable.
+        names.sync(&directory_of(name))?;
+        names.sync(&directory_of(&base.path))?;
+    }
     if keep {
         for named in &between {
             if World::look(store)?.find(named).is_some() {
-                let name = named.path.file_name().unwrap_or_default().as_encoded_bytes();
-                names.rename(&named.path, &beside(&named.path, &[name, b".invalid"].concat()), false)?;
+                names.rename(&named.path, &spoilt_name(&named.path), false)?;
                 names.sync(&directory_of(&named.path))?;
             }
         }
@@ -290,23 +359,20 @@ pub(super) fn active_commit(
     commit(engine, intent, lock, Vec::new())
 }
 
-fn gone(named: &Named) -> Error {
-    Error::new(ErrorKind::Stale, format!("{} has been changed or taken away by others", shown(&named.path)))
+/// Tells those who have disks open what has become of the files below: all layers that are still there show what
+/// they did, but for `changed`.
+pub(super) fn tell(store: &Arc<Store>, before: &Catalog, intent: &Intent, changed: Option<&Named>) {
+    let inodes: Vec<u64> = intent.files().iter().map(|named| named.inode).collect();
+    tell_files(store, before, &inodes, changed);
 }
 
-/// Tells those who have disks open what has become of the files below; `changed` shows other bytes.
-fn tell(store: &Arc<Store>, before: &Catalog, intent: &Intent, changed: Option<&Named>) {
-    let inodes: Vec<u64> = intent.files().iter().map(|named| named.inode).collect();
+/// The same of files by their numbers.
+pub(super) fn tell_files(store: &Arc<Store>, before: &Catalog, inodes: &[u64], changed: Option<&Named>) {
     let all = before.images.iter().map(|image| image.stat.id);
     let files: Vec<FileId> = all.filter(|id| inodes.contains(&id.inode)).collect();
     let changed = changed.map(|named| named.inode);
     store.keep_states(before, &files, changed);
     store.refresh_disks(&files);
-}
-
-/// The same where every layer that is still there shows what it did.
-pub(super) fn tell_all(store: &Arc<Store>, before: &Catalog, intent: &Intent) {
-    tell(store, before, intent, None);
 }
 
 /// Takes the intent away: all is done.
@@ -316,10 +382,16 @@ pub(super) fn end(store: &Arc<Store>, intent: OwnedIntent, lock: Claim) -> Resul
     store.rescan().map(drop)
 }
 
+/// Takes the intent of something that did not come to pass away.
+pub(super) fn forget(store: &Arc<Store>, intent: OwnedIntent) -> Result<()> {
+    intent.end(&*store.guard_names())?;
+    store.rescan().map(drop)
+}
+
 /// Lets disks stand on what their headers name by now.
 pub(super) fn stand_on_new(world: &World, jobs: &[(ActiveJob, Named)]) -> Result<()> {
     for (job, named) in jobs {
-        let child = world.find(named).ok_or_else(|| gone(named))?;
+        let child = world.expect(named)?;
         job.stand_on(&world.catalog, &world.catalog.layers(child)[1..])?;
     }
     Ok(())
@@ -372,6 +444,34 @@ pub(super) fn settle_name(names: &dyn Directory, base: &Path, top: &Path, name: 
         names.sync(&directory_of(base))?;
     }
     Ok(())
+}
+
+/// What becomes of the name of a file that shows nothing any more.
+pub(super) fn spoilt_name(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    beside(path, &[name, b".", SPOILT.as_bytes()].concat())
+}
+
+/// Gives a frozen base, which shows what `top` does by now, the name of that: in one step, since whoever stands on top
+/// names it. Who has top open goes on reading through it, and so has to see base as it is before.
+pub(super) fn replace(
+    store: &Arc<Store>,
+    before: &Catalog,
+    intent: &Intent,
+    (base, top, name): (&Named, &Named, &Path),
+) -> Result<()> {
+    store.rescan()?;
+    tell(store, before, intent, Some(base));
+    let names = store.guard_names();
+    let index = World::look(store)?.expect(base)?;
+    let id = store.catalog().images[index].stat.id;
+    store.rename_open(id, &own_path(store, name), || take_name(&*names, &base.path, &top.path, name))?;
+    settle_name(&*names, &base.path, &top.path, name)
+}
+
+/// A path beneath the guarded directory as one beneath the store.
+pub(super) fn own_path(store: &Store, path: &Path) -> PathBuf {
+    path.strip_prefix(&store.guard().prefix).unwrap_or(path).to_path_buf()
 }
 
 /// Removes files that nothing is left to use, in this order. A user found late stops it.

@@ -6,15 +6,23 @@
 //! the process or the machine dies. Inodes, directories of the mount and the kernel are for others.
 
 mod board;
+mod branch;
+mod check;
+mod clone;
 mod commit;
 mod copy;
+mod delete;
 mod engine;
 mod finish;
 mod mirror;
+mod overlay;
 mod parse;
 mod plan;
 mod pull;
+mod rebase;
 mod request;
+mod resize;
+mod revert;
 mod snapshot;
 mod status;
 mod words;
@@ -22,5 +30,8 @@ mod world;
 
 pub use engine::Engine;
 pub use plan::{Plan, PlanLayer};
-pub use request::{CommitRequest, MAX_COMMAND_LEN, PullRequest, Request, SnapshotRequest, Verb};
+pub use request::{
+    CloneRequest, CommitRequest, DeleteRequest, MAX_COMMAND_LEN, Method, NewSize, PullRequest, RebaseRequest, Request,
+    ResizeRequest, RevertRequest, SnapshotRequest, Verb,
+};
 pub use status::{JobState, Status};

@@ -1,45 +1,59 @@
 //! Requests from words, and words from requests.
 //!
-//! Every refusal names the word that is wrong and the words that there are. What can be said without
-//! looking at the store is said here: a [`Request`] that was parsed, or that passed [`Request::check`],
-//! has names that can be file names and texts of bounded length.
+//! Every refusal names the word that is wrong and the words that there are. Whether names and texts can be
+//! what they are meant to be is for `check` to say.
 
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::units::parse_size;
 
+use super::request::{
+    CloneRequest, CommitRequest, DeleteRequest, Method, NewSize, PullRequest, RebaseRequest, Request, ResizeRequest,
+    RevertRequest, SnapshotRequest, Verb,
+};
 use super::words::{quote, split};
-use super::{CommitRequest, PullRequest, Request, SnapshotRequest, Verb};
 
-/// Bytes of a snapshot's name, at most: with a suffix and a digest it is still a file name.
-const MAX_NAME_LEN: usize = 200;
-/// Bytes of the name of a file or a view, at most (`NAME_MAX`).
-const MAX_FILE_NAME_LEN: usize = 255;
-/// Bytes of a description, at most.
-const MAX_DESCRIPTION_LEN: usize = 1024;
-/// What chainfs keeps for itself in a store begins like this.
-const OWN_PREFIX: &[u8] = b".chainfs";
-
-/// The words that a verb takes, besides `NAME`.
-struct Grammar {
-    name: bool,
+/// The words that a verb takes.
+pub(super) struct Grammar {
+    /// What stands alone.
+    positional: Option<&'static str>,
     keys: &'static [&'static str],
     flags: &'static [&'static str],
 }
 
 const fn grammar(verb: Verb) -> Grammar {
     match verb {
-        Verb::Snapshot => Grammar { name: true, keys: &["file", "description", "chains"], flags: &["internal"] },
-        Verb::Commit => Grammar { name: false, keys: &["top", "base"], flags: &["keep", "discard-internal"] },
-        Verb::Pull => Grammar { name: false, keys: &["base", "into"], flags: &["delete", "discard-internal"] },
-        Verb::Cancel => Grammar { name: false, keys: &[], flags: &[] },
+        Verb::Snapshot => {
+            Grammar { positional: Some("NAME"), keys: &["file", "description", "chains"], flags: &["internal"] }
+        }
+        Verb::Commit => Grammar {
+            positional: None,
+            keys: &["top", "base"],
+            flags: &["keep", "discard-internal", "discard-bitmaps"],
+        },
+        Verb::Pull => Grammar {
+            positional: None,
+            keys: &["base", "into"],
+            flags: &["delete", "discard-internal", "discard-bitmaps"],
+        },
+        Verb::Delete => {
+            Grammar { positional: Some("VIEW"), keys: &["method"], flags: &["discard-internal", "discard-bitmaps"] }
+        }
+        Verb::Revert => {
+            Grammar { positional: None, keys: &["to", "save"], flags: &["discard-internal", "discard-bitmaps"] }
+        }
+        Verb::Rebase => Grammar { positional: None, keys: &["layer", "base"], flags: &["unsafe"] },
+        Verb::Clone => Grammar { positional: Some("NAME"), keys: &["from"], flags: &[] },
+        Verb::Resize => Grammar { positional: Some("SIZE"), keys: &[], flags: &["shrink"] },
+        Verb::Cancel => Grammar { positional: None, keys: &[], flags: &[] },
     }
 }
 
 /// The words of one command, each known and given once.
 struct Given {
-    name: Option<Vec<u8>>,
+    positional: Option<Vec<u8>>,
     values: Vec<(&'static str, Vec<u8>)>,
     flags: Vec<&'static str>,
 }
@@ -68,7 +82,7 @@ impl Request {
         let mut given = Given::of(verb, words)?;
         let request = match verb {
             Verb::Snapshot => Request::Snapshot(SnapshotRequest {
-                name: given.name.take().ok_or_else(|| usage(format!("a NAME is missing; {}", takes(verb))))?,
+                name: given.positional(verb)?,
                 internal: given.flag("internal"),
                 file: given.value("file"),
                 description: match given.value("description") {
@@ -82,12 +96,36 @@ impl Request {
                 base: given.value("base"),
                 keep: given.flag("keep"),
                 discard_internal: given.flag("discard-internal"),
+                discard_bitmaps: given.flag("discard-bitmaps"),
             }),
             Verb::Pull => Request::Pull(PullRequest {
                 base: given.value("base").filter(|base| base != b"none"),
                 into: given.value("into"),
                 delete: given.flag("delete"),
                 discard_internal: given.flag("discard-internal"),
+                discard_bitmaps: given.flag("discard-bitmaps"),
+            }),
+            Verb::Delete => Request::Delete(DeleteRequest {
+                name: given.positional(verb)?,
+                method: given.value("method").map_or(Ok(Method::Auto), |word| Method::parse(&word))?,
+                discard_internal: given.flag("discard-internal"),
+                discard_bitmaps: given.flag("discard-bitmaps"),
+            }),
+            Verb::Revert => Request::Revert(RevertRequest {
+                to: given.needed(verb, "to")?,
+                save: given.value("save"),
+                discard_internal: given.flag("discard-internal"),
+                discard_bitmaps: given.flag("discard-bitmaps"),
+            }),
+            Verb::Rebase => Request::Rebase(RebaseRequest {
+                layer: given.value("layer"),
+                base: Some(given.needed(verb, "base")?).filter(|base| base != b"none"),
+                is_unsafe: given.flag("unsafe"),
+            }),
+            Verb::Clone => Request::Clone(CloneRequest { name: given.positional(verb)?, from: given.value("from") }),
+            Verb::Resize => Request::Resize(ResizeRequest {
+                size: NewSize::parse(&given.positional(verb)?)?,
+                shrink: given.flag("shrink"),
             }),
             Verb::Cancel => Request::Cancel,
         };
@@ -101,24 +139,12 @@ impl Request {
             Request::Snapshot(_) => Verb::Snapshot,
             Request::Commit(_) => Verb::Commit,
             Request::Pull(_) => Verb::Pull,
+            Request::Delete(_) => Verb::Delete,
+            Request::Revert(_) => Verb::Revert,
+            Request::Rebase(_) => Verb::Rebase,
+            Request::Clone(_) => Verb::Clone,
+            Request::Resize(_) => Verb::Resize,
             Request::Cancel => Verb::Cancel,
-        }
-    }
-
-    /// Whether it makes sense by itself: what was parsed does, what was put together may not.
-    pub fn check(&self) -> Result<()> {
-        match self {
-            Request::Snapshot(request) => check_snapshot(request),
-            Request::Commit(CommitRequest { top, base, .. }) => {
-                check_view("top", top.as_deref())?;
-                check_view("base", base.as_deref())
-            }
-            Request::Pull(PullRequest { base, into, .. }) => {
-                assert!(base.as_deref() != Some(b"none"), "standing on nothing is no name");
-                check_view("base", base.as_deref())?;
-                check_view("into", into.as_deref())
-            }
-            Request::Cancel => Ok(()),
         }
     }
 
@@ -152,17 +178,40 @@ impl Request {
                 line.value("description", Some(description.as_bytes()).filter(|text| !text.is_empty()));
                 line.value("chains", Some(print_chains(chains)).filter(|list| !list.is_empty()).as_deref());
             }
-            Request::Commit(CommitRequest { top, base, keep, discard_internal }) => {
+            Request::Commit(CommitRequest { top, base, keep, discard_internal, discard_bitmaps }) => {
                 line.value("top", top.as_deref());
                 line.value("base", base.as_deref());
                 line.flag("keep", *keep);
-                line.flag("discard-internal", *discard_internal);
+                line.discards(*discard_internal, *discard_bitmaps);
             }
-            Request::Pull(PullRequest { base, into, delete, discard_internal }) => {
+            Request::Pull(PullRequest { base, into, delete, discard_internal, discard_bitmaps }) => {
                 line.value("base", base.as_deref());
                 line.value("into", into.as_deref());
                 line.flag("delete", *delete);
-                line.flag("discard-internal", *discard_internal);
+                line.discards(*discard_internal, *discard_bitmaps);
+            }
+            Request::Delete(DeleteRequest { name, method, discard_internal, discard_bitmaps }) => {
+                line.word(&quote(name));
+                line.value("method", Some(method.name().as_bytes()).filter(|_| *method != Method::Auto));
+                line.discards(*discard_internal, *discard_bitmaps);
+            }
+            Request::Revert(RevertRequest { to, save, discard_internal, discard_bitmaps }) => {
+                line.value("to", Some(to));
+                line.value("save", save.as_deref());
+                line.discards(*discard_internal, *discard_bitmaps);
+            }
+            Request::Rebase(RebaseRequest { layer, base, is_unsafe }) => {
+                line.value("layer", layer.as_deref());
+                line.value("base", Some(base.as_deref().unwrap_or(b"none")));
+                line.flag("unsafe", *is_unsafe);
+            }
+            Request::Clone(CloneRequest { name, from }) => {
+                line.word(&quote(name));
+                line.value("from", from.as_deref());
+            }
+            Request::Resize(ResizeRequest { size, shrink }) => {
+                line.word(size.to_string().as_bytes());
+                line.flag("shrink", *shrink);
             }
             Request::Cancel => {}
         }
@@ -205,6 +254,11 @@ impl Line {
         }
     }
 
+    fn discards(&mut self, internal: bool, bitmaps: bool) {
+        self.flag("discard-internal", internal);
+        self.flag("discard-bitmaps", bitmaps);
+    }
+
     fn value(&mut self, key: &str, value: Option<&[u8]>) {
         if let Some(value) = value {
             self.word(&[key.as_bytes(), b"=", &quote(value)].concat());
@@ -215,7 +269,7 @@ impl Line {
 impl Given {
     fn of(verb: Verb, words: Vec<Vec<u8>>) -> Result<Self> {
         let known = grammar(verb);
-        let mut given = Self { name: None, values: Vec::new(), flags: Vec::new() };
+        let mut given = Self { positional: None, values: Vec::new(), flags: Vec::new() };
         for word in words {
             let (key, value) = match word.iter().position(|byte| *byte == b'=') {
                 Some(at) => (&word[..at], Some(&word[at + 1..])),
@@ -243,11 +297,26 @@ impl Given {
                     }
                     given.flags.push(flag);
                 }
-                (None, None, None) if known.name && given.name.is_none() => given.name = Some(word),
+                // A view may be called anything.
+                (None, None, value)
+                    if known.positional.is_some_and(|what| what == "VIEW" || value.is_none())
+                        && given.positional.is_none() =>
+                {
+                    given.positional = Some(word);
+                }
                 (None, None, _) => return Err(usage(format!("unknown word {}; {}", show(&word), takes(verb)))),
             }
         }
         Ok(given)
+    }
+
+    fn positional(&mut self, verb: Verb) -> Result<Vec<u8>> {
+        let what = grammar(verb).positional.expect("a verb that takes one");
+        self.positional.take().ok_or_else(|| usage(format!("{what} is missing; {}", takes(verb))))
+    }
+
+    fn needed(&mut self, verb: Verb, key: &str) -> Result<Vec<u8>> {
+        self.value(key).ok_or_else(|| usage(format!("{key}= is missing; {}", takes(verb))))
     }
 
     fn value(&mut self, key: &str) -> Option<Vec<u8>> {
@@ -260,87 +329,35 @@ impl Given {
     }
 }
 
+/// Whether a word of `verb` is spelt like that.
+pub(super) fn is_word(verb: Verb, name: &[u8]) -> bool {
+    let Grammar { keys, flags, .. } = grammar(verb);
+    keys.iter().chain(flags).any(|word| word.as_bytes() == name)
+}
+
 /// "commit takes top= base= keep discard-internal".
 fn takes(verb: Verb) -> String {
-    let Grammar { name, keys, flags } = grammar(verb);
-    let names = name.then(|| "NAME".to_string()).into_iter();
+    let Grammar { positional, keys, flags } = grammar(verb);
+    let names = positional.map(str::to_owned).into_iter();
     let words: Vec<String> =
         names.chain(keys.iter().map(|key| format!("{key}="))).chain(flags.iter().map(ToString::to_string)).collect();
     let words = if words.is_empty() { "no words".to_string() } else { words.join(" ") };
     format!("{} takes {words}", verb.name())
 }
 
-fn check_snapshot(request: &SnapshotRequest) -> Result<()> {
-    let SnapshotRequest { name, internal, file, description, chains } = request;
-    let Grammar { keys, flags, .. } = grammar(Verb::Snapshot);
-    if keys.iter().chain(flags).any(|word| word.as_bytes() == name) || name.contains(&b'=') {
-        return Err(usage(format!("the name {} would be taken for another word; choose another one", show(name))));
+/// A word in a sentence: short, and in quotes.
+pub(super) fn show(word: &[u8]) -> String {
+    const SHOWN: usize = 60;
+    let text = String::from_utf8_lossy(word);
+    let mut shown: String = text.chars().take(SHOWN).flat_map(char::escape_default).collect();
+    if text.chars().count() > SHOWN {
+        shown.push_str("...");
     }
-    check_file_name("the name", name, MAX_NAME_LEN)?;
-    if name == crate::store::ACTIVE {
-        return Err(usage("the name \"active\" is the active disk's; choose another one"));
-    }
-    if let Some(file) = file {
-        if *internal {
-            return Err(usage("an internal snapshot has no overlay; leave out file= or internal"));
-        }
-        check_file_name("file=", file, MAX_FILE_NAME_LEN)?;
-    }
-    if *internal && chains.len() > 1 {
-        return Err(usage("internal snapshots of several disks are not of one instant; take them one by one"));
-    }
-    if description.len() > MAX_DESCRIPTION_LEN {
-        let fact = format!("the description has {} bytes; at most {MAX_DESCRIPTION_LEN} are kept", description.len());
-        return Err(usage(fact));
-    }
-    check_printable("the description", description.as_bytes())?;
-    for (index, chain) in chains.iter().enumerate() {
-        let is_plain = chain.components().all(|part| matches!(part, Component::Normal(_)));
-        // As it was written, so that two spellings of one chain are not taken for two.
-        let is_settled = chain.components().collect::<PathBuf>().as_os_str() == chain.as_os_str();
-        if chain.as_os_str().is_empty() || !is_plain || !is_settled {
-            let shown = show(chain.as_os_str().as_bytes());
-            return Err(usage(format!("{shown} is no chain's path; name chains as the mount does, as in a/b/web01")));
-        }
-        check_printable("chains=", chain.as_os_str().as_bytes())?;
-        if chains[..index].contains(chain) {
-            return Err(usage(format!("chains= names {} twice", show(chain.as_os_str().as_bytes()))));
-        }
-    }
-    Ok(())
+    format!("\"{shown}\"")
 }
 
-/// Whether `name` can stand alone as the name of a file that tools take for one.
-fn check_file_name(what: &str, name: &[u8], most: usize) -> Result<()> {
-    let refuse = |why: &str| Err(usage(format!("{what} {} {why}", show(name))));
-    check_printable(what, name)?;
-    match name {
-        [] => refuse("is empty"),
-        b"." | b".." => refuse("means a directory"),
-        [b'-', ..] => refuse("begins with -, which programs take for an option"),
-        _ if name.contains(&b'/') => refuse("has a / in it; it is the name of a file, not a path"),
-        _ if name.starts_with(OWN_PREFIX) => refuse("begins with .chainfs, which is for chainfs itself"),
-        _ if name.len() > most => refuse(&format!("has {} bytes; at most {most} fit", name.len())),
-        _ => Ok(()),
-    }
-}
-
-fn check_view(key: &str, name: Option<&[u8]>) -> Result<()> {
-    let Some(name) = name else { return Ok(()) };
-    check_printable(key, name)?;
-    if name.is_empty() || name.len() > MAX_FILE_NAME_LEN || name.contains(&b'/') {
-        let fact = format!("{key}= names no view: {}; the views are active and those in snapshots/", show(name));
-        return Err(usage(fact));
-    }
-    Ok(())
-}
-
-/// What [`split`] refuses cannot be said in a command, so no request may hold it.
-fn check_printable(what: &str, text: &[u8]) -> Result<()> {
-    if text.iter().any(u8::is_ascii_control) {
-        return Err(usage(format!("{what} has control characters: {}", show(text))));
-    }
-    Ok(())
+pub(super) fn usage(fact: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Usage, fact)
 }
 
 /// `a,b`; a comma or a backslash within a path is written `\,` and `\\`.
@@ -375,19 +392,44 @@ fn print_chains(chains: &[PathBuf]) -> Vec<u8> {
     chains.iter().map(escape).collect::<Vec<_>>().join(&b',')
 }
 
-/// A word in a sentence: short, and in quotes.
-fn show(word: &[u8]) -> String {
-    const SHOWN: usize = 60;
-    let text = String::from_utf8_lossy(word);
-    let mut shown: String = text.chars().take(SHOWN).flat_map(char::escape_default).collect();
-    if text.chars().count() > SHOWN {
-        shown.push_str("...");
+impl Method {
+    /// The words of `method=`.
+    const ALL: [(Self, &'static str); 3] = [(Self::Commit, "commit"), (Self::Pull, "pull"), (Self::Auto, "auto")];
+
+    fn parse(word: &[u8]) -> Result<Self> {
+        let known = Self::ALL.iter().find(|(_, name)| name.as_bytes() == word);
+        known
+            .map(|(method, _)| *method)
+            .ok_or_else(|| usage(format!("method= is {}; the methods are commit, pull and auto", show(word))))
     }
-    format!("\"{shown}\"")
+
+    /// Its word.
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(method, _)| *method == self).expect("all of them").1
+    }
 }
 
-fn usage(fact: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Usage, fact)
+impl NewSize {
+    /// Reads `10G`, `+1.5T`, `-512`.
+    pub fn parse(text: &[u8]) -> Result<Self> {
+        let text = str::from_utf8(text).map_err(|_| usage(format!("{} is no size", show(text))))?;
+        match text.as_bytes().first() {
+            Some(b'+') => Ok(Self::More(parse_size(&text[1..])?)),
+            Some(b'-') => Ok(Self::Less(parse_size(&text[1..])?)),
+            _ => Ok(Self::To(parse_size(text)?)),
+        }
+    }
+}
+
+/// In bytes, for [`NewSize::parse`].
+impl std::fmt::Display for NewSize {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::To(size) => write!(f, "{size}"),
+            Self::More(more) => write!(f, "+{more}"),
+            Self::Less(less) => write!(f, "-{less}"),
+        }
+    }
 }
 
 #[cfg(test)]

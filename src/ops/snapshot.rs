@@ -11,16 +11,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::HeaderChange;
-use crate::image::create::{CreateOptions, NewBacking, initial_image};
+use crate::image::create::NewBacking;
 use crate::image::write::NewSnapshot;
 use crate::io::{Directory, Root, directory_of};
 use crate::store::{
     ActiveJob, Deed, Fallen, Format, ImageEntry, ImageIndex, Intent, JobImage, Named, NewTop, NewTopFile, OwnedIntent,
-    Store, encode, shown,
+    Store, encode, is_draft, shown,
 };
 
 use super::engine::Engine;
 use super::finish;
+use super::overlay::{self, Draft};
 use super::plan::{Plan, PlanLayer};
 use super::request::SnapshotRequest;
 use super::world::{Chain, World, beside, relative, with_stem};
@@ -144,12 +145,12 @@ fn refuse_names(
     }
     if frozen != old {
         finish::taken(world, frozen, refusals);
-        refuse_misread(world, frozen, image.format.unwrap_or(Format::Raw), true, refusals);
+        overlay::refuse_misread(world, frozen, image.format.unwrap_or(Format::Raw), true, refusals);
     }
     if name != old {
         finish::taken(world, name, refusals);
     }
-    refuse_misread(world, name, Format::Qcow2, false, refusals);
+    overlay::refuse_misread(world, name, Format::Qcow2, false, refusals);
     let wanted = if frozen == old { Vec::new() } else { encode(frozen_name) };
     let has_it = chain.views.views.iter().any(|view| view.snapshot.is_none() && view.name == wanted);
     // Two files of one stem would both be shown by their full names: what is asked for would be called otherwise.
@@ -163,14 +164,6 @@ fn refuse_names(
         let fact = "is the name of another layer already; choose another";
         let name = String::from_utf8_lossy(frozen_name);
         refusals.push(Error::new(ErrorKind::Exists, format!("{name} {fact}")));
-    }
-}
-
-/// Refuses a name by which a file would be read in another format, or not at all.
-fn refuse_misread(world: &World, path: &Path, format: Format, is_named: bool, refusals: &mut Vec<Error>) {
-    if !world.store.options().reads_as(path, format, is_named) {
-        let fact = format!("would not be read as {} by that name; choose another", format.name());
-        refusals.push(Error::new(ErrorKind::Usage, format!("{} {fact}", shown(path))));
     }
 }
 
@@ -214,7 +207,7 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
         .map(|(disk, overlay)| NewTop {
             old: world.named(disk.leaf),
             frozen: world.guarded(&disk.frozen),
-            overlay: overlay.named.clone(),
+            overlay: overlay.draft.named.clone(),
             name: world.guarded(&disk.name),
         })
         .collect();
@@ -231,7 +224,7 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
             }
             store.rescan()?;
             jobs.iter().for_each(ActiveJob::settle);
-            finish::tell_all(store, &before, &intent.intent);
+            finish::tell(store, &before, &intent.intent, None);
             finish::end(store, intent, lock)
         }
         Err((error, false)) => {
@@ -239,8 +232,7 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
             store.rescan().and(Err(error))
         }
         Err((error, true)) => {
-            let ended = intent.end(&*store.guard_names()).and_then(|()| store.rescan());
-            ended.map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
+            finish::forget(store, intent).map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
             Err(error)
         }
     }
@@ -248,8 +240,7 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
 
 /// An overlay that nobody sees yet.
 struct Overlay {
-    path: PathBuf,
-    named: Named,
+    draft: Draft,
     top: NewTopFile,
 }
 
@@ -262,7 +253,7 @@ fn make_overlays(
 ) -> Result<Vec<Overlay>> {
     let mut made: Vec<Overlay> = Vec::new();
     for (number, (disk, job)) in disks.iter().zip(jobs).enumerate() {
-        match make_overlay(store, world, disk, job, &format!(".chainfs-{name}-{number}.new")) {
+        match make_overlay(store, world, disk, job, overlay::draft_name(&disk.name, name, number)) {
             Ok(overlay) => made.push(overlay),
             Err(error) => {
                 unmake(store, &made);
@@ -274,38 +265,24 @@ fn make_overlays(
 }
 
 fn unmake(store: &Arc<Store>, overlays: &[Overlay]) {
-    for overlay in overlays {
-        let _ = store.names().unlink(&overlay.path);
-    }
+    overlays.iter().for_each(|overlay| overlay.draft.unmake(store));
 }
 
-fn make_overlay(store: &Arc<Store>, world: &World, disk: &Disk, job: &ActiveJob, name: &str) -> Result<Overlay> {
+fn make_overlay(store: &Arc<Store>, world: &World, disk: &Disk, job: &ActiveJob, path: PathBuf) -> Result<Overlay> {
     let image = world.image(disk.leaf);
-    let names = store.names();
-    let path = directory_of(&disk.name).join(name);
-    let format = image.format.unwrap_or(Format::Raw);
     let backing = NewBacking {
         name: relative(&disk.name, &disk.frozen).into_os_string().into_encoded_bytes(),
-        format: format.name().to_owned(),
+        format: image.format.unwrap_or(Format::Raw).name().to_owned(),
     };
-    let header = image.qcow2().map(|qcow2| &qcow2.header);
-    let options = CreateOptions {
-        size: Some(job.writer()?.size()),
-        backing: Some(backing),
-        cluster_bits: header.map_or(16, |header| header.cluster.bits()),
-        extended_l2: header.is_some_and(|header| header.extended_l2()),
-        frozen: None,
-    };
-    let bytes = initial_image(&options)?;
-    let file = names.create(&path, Some(&image.place.path))?;
-    let made = file.write_at(0, &bytes).and_then(|()| file.sync()).and_then(|()| names.sync(&directory_of(&path)));
-    drop(file);
-    let made = made.and_then(|()| {
-        let inode = store.roots()[0].stat(&path)?.id.inode;
-        let top = store.open_new_top(&path, &shown(&disk.name))?;
-        Ok(Overlay { named: Named { path: world.guarded(&path), inode }, path: path.clone(), top })
-    });
-    made.inspect_err(|_| drop(names.unlink(&path)))
+    let options = overlay::options(image, job.writer()?.size(), Some(backing));
+    let draft = Draft::make(world, path, &image.place.path, &options)?;
+    match store.open_new_top(&draft.path, &shown(&disk.name)) {
+        Ok(top) => Ok(Overlay { draft, top }),
+        Err(error) => {
+            draft.unmake(store);
+            Err(error)
+        }
+    }
 }
 
 /// Puts all disks onto their overlays in one moment, or none: then with whether that has left no trace.
@@ -455,50 +432,75 @@ fn mark(store: &Arc<Store>, old: Fallen, path: &Path, frozen: &Frozen) -> Result
     marked.and(finished)
 }
 
-/// Takes up a snapshot that was cut off: to its end if it was taken, else back to its beginning.
+/// Takes up a snapshot, or a revert, that was cut off: to its end if it was taken, else back to its beginning.
 pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<()> {
     let store = engine.store();
     let lock = store.guard().lock(&*store.guard_names())?;
-    let names = store.guard_names();
-    let Deed::Snapshot { seconds, nanoseconds, description, disks } = intent.intent.deed.clone() else {
-        unreachable!("the intent of a snapshot")
-    };
+    let Deed::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
     let root = &store.guard().root;
     // Before the first overlay has its name, nothing is frozen; what is there then is of a later moment than was asked
     // for.
     let is_taken = disks.iter().any(|top| is_at(root, &top.name, top.overlay.inode));
-    if is_taken && disks.iter().all(|top| can_go_on(root, top)) {
-        let held = hold(store, &disks)?;
-        for top in &disks {
-            if top.frozen != top.old.path && !is_at(root, &top.frozen, top.old.inode) {
-                add_name(&*names, top)?;
-            }
-            if !is_at(root, &top.name, top.overlay.inode) {
-                names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
-                names.sync(&directory_of(&top.name))?;
-            }
-            if top.frozen != top.old.path && is_at(root, &top.old.path, top.old.inode) {
-                names.unlink(&top.old.path)?;
-                names.sync(&directory_of(&top.old.path))?;
-            }
-        }
-        held.into_iter().try_for_each(JobImage::finish)?;
-        let world = World::look(store)?;
-        for top in &disks {
-            let frozen = Frozen { seconds, nanoseconds, description: description.clone() };
-            let old = Named { path: top.frozen.clone(), inode: top.old.inode };
-            let old = world.find(&old).ok_or_else(|| {
-                Error::new(ErrorKind::Stale, format!("{} has been taken away by others", shown(&top.frozen)))
-            })?;
-            match finish::freeze(store, &world, old, &frozen) {
-                Err(error) if error.kind() == ErrorKind::Unsupported => tracing::warn!("{error}: it is not marked"),
-                done => done?,
-            }
-        }
-    } else if disks.iter().all(|top| is_at(root, &top.old.path, top.old.inode)) {
-        take_back(root, &*names, &disks)?;
+    let goes_on = is_taken && disks.iter().all(|top| can_go_on(root, top));
+    let held = if goes_on { hold(store, disks)? } else { Vec::new() };
+    let done = carry_on(engine, intent, held, goes_on);
+    drop(lock);
+    done
+}
+
+/// Does what is left of a snapshot whose disks (`held`) nobody uses; or takes back what was begun. Under the store's
+/// lock.
+pub(super) fn carry_on(engine: &Engine, intent: OwnedIntent, held: Vec<JobImage>, goes_on: bool) -> Result<()> {
+    let store = engine.store();
+    let names = store.guard_names();
+    let Deed::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
+    let root = &store.guard().root;
+    let went = if goes_on { go_on(store, &intent.intent.deed, held) } else { Ok(()) };
+    let has_come = disks.iter().any(|top| is_at(root, &top.name, top.overlay.inode));
+    if has_come && went.is_err() {
+        // The intent stays, and with it what is left to be done.
+        return went;
     }
-    finish::end(store, intent, lock)
+    if !has_come && disks.iter().all(|top| is_at(root, &top.old.path, top.old.inode)) {
+        take_back(root, &*names, disks)?;
+    }
+    finish::forget(store, intent).and(went)
+}
+
+fn go_on(store: &Arc<Store>, deed: &Deed, held: Vec<JobImage>) -> Result<()> {
+    let Deed::Snapshot { seconds, nanoseconds, description, disks } = deed else {
+        unreachable!("the intent of a snapshot")
+    };
+    let (root, names) = (&store.guard().root, store.guard_names());
+    for top in disks {
+        if top.frozen != top.old.path && !is_at(root, &top.frozen, top.old.inode) {
+            add_name(&*names, top)?;
+        }
+        if !is_at(root, &top.name, top.overlay.inode) {
+            names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
+            names.sync(&directory_of(&top.name))?;
+        }
+        if top.frozen != top.old.path && is_at(root, &top.old.path, top.old.inode) {
+            names.unlink(&top.old.path)?;
+            names.sync(&directory_of(&top.old.path))?;
+        }
+    }
+    held.into_iter().try_for_each(JobImage::finish)?;
+    for top in disks.iter().filter(|top| is_draft(&top.frozen)) {
+        // What is replaced and not saved.
+        names.unlink(&top.frozen)?;
+        names.sync(&directory_of(&top.frozen))?;
+    }
+    let world = World::look(store)?;
+    for top in disks.iter().filter(|top| !is_draft(&top.frozen)) {
+        let frozen = Frozen { seconds: *seconds, nanoseconds: *nanoseconds, description: description.clone() };
+        let old = world.expect(&Named { path: top.frozen.clone(), inode: top.old.inode })?;
+        match finish::freeze(store, &world, old, &frozen) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => tracing::warn!("{error}: it is not marked"),
+            done => done?,
+        }
+    }
+    Ok(())
 }
 
 /// Whether all that a disk of a snapshot needs is there, and nothing that others have put there is in the way. Where

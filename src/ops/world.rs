@@ -8,7 +8,9 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::create::NewBacking;
 use crate::io::{Claim, FileId};
-use crate::store::{Below, Catalog, ChainViews, Format, ImageEntry, ImageIndex, Named, Store, StoreOptions, shown};
+use crate::store::{
+    Below, Catalog, ChainViews, Format, ImageEntry, ImageIndex, Named, Place, Store, StoreOptions, shown,
+};
 
 /// A store as of one scan.
 pub(super) struct World {
@@ -56,6 +58,14 @@ impl World {
             image.stat.id.inode == named.inode && self.guarded(&image.place.path) == named.path && image.place.root == 0
         };
         self.catalog.images.iter().position(is_it)
+    }
+
+    /// The same where a command cannot go on without it.
+    pub(super) fn expect(&self, named: &Named) -> Result<ImageIndex> {
+        self.find(named).ok_or_else(|| {
+            let fact = "has been changed or taken away by others in the meantime";
+            Error::new(ErrorKind::Stale, format!("{} {fact}", shown(&named.path)))
+        })
     }
 
     /// A path beneath the store as one beneath the guarded directory.
@@ -120,16 +130,34 @@ impl World {
 
     /// How the header of the image at `from` is to name the image at `to`: as its old name was, absolute or not.
     pub(super) fn backing_name(&self, from: ImageIndex, to: ImageIndex) -> NewBacking {
-        let (from, to) = (self.image(from), self.image(to));
-        let old = from.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref());
+        let old = self.image(from).qcow2().and_then(|qcow2| qcow2.header.backing.as_ref());
         let was_absolute = old.is_some_and(|backing| backing.name.starts_with(b"/"));
-        let name = if was_absolute || from.place.root != to.place.root {
+        self.backing(&self.image(from).place, to, was_absolute)
+    }
+
+    /// How the header of an image at `from` is to name the image at `to`.
+    pub(super) fn backing(&self, from: &Place, to: ImageIndex, is_absolute: bool) -> NewBacking {
+        let to = self.image(to);
+        let name = if is_absolute || from.root != to.place.root {
             self.store.roots()[to.place.root].given().join(&to.place.path)
         } else {
-            relative(&from.place.path, &to.place.path)
+            relative(&from.path, &to.place.path)
         };
         let format = to.format.unwrap_or(Format::Raw).name().to_owned();
         NewBacking { name: name.into_os_string().into_vec(), format }
+    }
+
+    /// The image that `name` in the header of the image at `from` would mean.
+    pub(super) fn named_by(&self, from: ImageIndex, name: &[u8]) -> Result<ImageIndex> {
+        let shown_name = shown(Path::new(OsStr::from_bytes(name)));
+        let place = self.store.named_by(&self.image(from).place, name);
+        let place = place.map_err(|fact| Error::new(ErrorKind::Escape, format!("{shown_name} {fact}")))?;
+        let id = self.store.roots()[place.root].stat(&place.path)?.id;
+        let found = self.catalog.images.iter().position(|image| image.stat.id == id && image.format.is_some());
+        found.ok_or_else(|| {
+            let fact = "is no image of the store that could be read; name it *.raw, *.img or *.qcow2";
+            Error::new(ErrorKind::NotFound, format!("{shown_name} {fact}"))
+        })
     }
 
     /// Why an image cannot be written, renamed or removed by any command, if so.

@@ -197,6 +197,25 @@ impl Store {
         }
     }
 
+    /// Does something while nobody has the active disk of that leaf open, and nobody opens it. `Busy` if somebody has.
+    /// Nothing may be done meanwhile that opens or looks after active disks.
+    pub(crate) fn while_closed<T>(&self, leaf: &ImageEntry, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let disk = self.active.disk(leaf);
+        let openings = disk.openings.lock();
+        if openings.count > 0 {
+            return Err(Error::new(ErrorKind::Busy, format!("the active disk of {} is open", leaf.shown())));
+        }
+        let done = work();
+        drop(openings);
+        done
+    }
+
+    /// Whether somebody has the active disk open whose top is the image `id`.
+    pub(crate) fn is_active_open(&self, id: FileId) -> bool {
+        let number = self.active.disks.lock().by_image.get(&id).copied();
+        number.and_then(|number| self.active.find(number)).is_some_and(|disk| disk.openings.lock().count > 0)
+    }
+
     /// Whether somebody writes the active disk of that number.
     pub fn is_written(&self, number: u64) -> bool {
         self.active.find(number).is_some_and(|disk| disk.writer().is_some())

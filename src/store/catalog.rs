@@ -231,7 +231,7 @@ impl Catalog {
                     merged.extend(between.iter().filter_map(find));
                     continue;
                 }
-                Deed::Snapshot { .. } => continue,
+                Deed::Snapshot { .. } | Deed::Copy { .. } | Deed::Shrink { .. } => continue,
             };
             let between = between.iter().filter_map(find);
             // With its new name, or as the only one of its stem, the base is the active layer, and good; what was that

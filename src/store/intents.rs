@@ -96,14 +96,29 @@ pub enum Deed {
     /// Layers are merged up.
     Pull {
         /// What is filled.
-        into: Named,
-        /// What it shall stand on.
+        into: Vec<Named>,
+        /// What they shall stand on.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         base: Option<Named>,
         /// What goes afterwards, if nobody needs it, top first.
         remove: Vec<Named>,
         /// What lies between; frozen afterwards where nobody stands on it any more.
         between: Vec<Named>,
+    },
+    /// A new image is filled, of which nobody knows before it is whole.
+    Copy {
+        /// The image, by the name under which it was made.
+        draft: Named,
+        /// The name that it gets.
+        #[serde(with = "encoded")]
+        name: PathBuf,
+    },
+    /// A disk becomes shorter: what lay behind its end is given back once its header says so.
+    Shrink {
+        /// Its image.
+        image: Named,
+        /// Bytes that it shall have.
+        size: u64,
     },
 }
 
@@ -205,8 +220,10 @@ impl Intent {
             Deed::Commit { top, base, between, children, .. } => {
                 [top, base].into_iter().chain(between).chain(children).collect()
             }
+            Deed::Copy { draft, .. } => vec![draft],
+            Deed::Shrink { image, .. } => vec![image],
             Deed::Pull { into, base, remove, between } => {
-                std::iter::once(into).chain(base).chain(remove).chain(between).collect()
+                into.iter().chain(base).chain(remove).chain(between).collect()
             }
         }
     }
@@ -441,10 +458,12 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let pull = Deed::Pull { into: named("a", 1), base: None, remove: vec![], between: vec![named("b", 2)] };
+        let pull = Deed::Pull { into: vec![named("a", 1)], base: None, remove: vec![], between: vec![named("b", 2)] };
         let disks = vec![NewTop { old: named("a", 1), frozen: "b".into(), overlay: named(".c", 3), name: "a".into() }];
         let snapshot = Deed::Snapshot { seconds: -5, nanoseconds: 6, description: "x\n\"".into(), disks };
-        let more = [pull, snapshot].map(|deed| Intent::new("x", Path::new(""), deed));
+        let copy = Deed::Copy { draft: named(".x.new", 5), name: "y\u{fc}".into() };
+        let shrink = Deed::Shrink { image: named("a", 1), size: 512 };
+        let more = [pull, snapshot, copy, shrink].map(|deed| Intent::new("x", Path::new(""), deed));
         for intent in std::iter::once(commit()).chain(more) {
             assert_eq!(Intent::parse(&intent.text()), Ok(intent.clone()), "{}", intent.text());
         }

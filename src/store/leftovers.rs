@@ -5,7 +5,6 @@
 //! nobody's.
 
 use std::collections::HashSet;
-use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -18,9 +17,10 @@ use super::names::OWN_PREFIX;
 /// How the names of drafts end.
 pub(super) const DRAFT: &str = "new";
 
-/// Whether a file of that name, among the images, is a draft of an image.
-pub(super) fn is_draft(name: &OsStr) -> bool {
-    name.as_bytes().starts_with(OWN_PREFIX) && Path::new(name).extension().is_some_and(|extension| extension == DRAFT)
+/// Whether a file of that name, among the images, is a draft of an image, or what a command has put aside.
+pub(crate) fn is_draft(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default();
+    name.as_bytes().starts_with(OWN_PREFIX) && path.extension().is_some_and(|extension| extension == DRAFT)
 }
 
 impl Store {

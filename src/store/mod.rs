@@ -46,12 +46,13 @@ pub use disk::OpenDisk;
 pub use flusher::Flusher;
 pub use intents::{Deed, FoundIntent, Guard, Intent, MARKER, Named, NewTop, OwnedIntent};
 pub use job_image::{JobImage, Keeping};
+pub(crate) use leftovers::is_draft;
 pub use names::{ACTIVE, STORE_DIRECTORY, encode};
 pub use notes::FROZEN_NOTES;
-pub use open::{OpenView, ViewPart};
+pub use open::{Leaving, OpenView, ViewPart};
 pub use options::{Format, StoreOptions};
 pub use resolve::Place;
-pub use scan::Problem;
+pub use scan::{Problem, SPOILT};
 pub use views::{ChainView, ChainViews};
 pub use watch::Watcher;
 
@@ -317,6 +318,11 @@ impl Store {
     /// A file of the store, to be opened when it is read.
     pub fn file(&self, place: &Place, seen: &FileStat, fixed: bool) -> Arc<StoreFile> {
         StoreFile::new(&self.descriptors, &self.roots[place.root], &place.path, seen, fixed)
+    }
+
+    /// The file that `name` in a header at `from` would mean, or the rest of a sentence on why there is none.
+    pub(crate) fn named_by(&self, from: &Place, name: &[u8]) -> std::result::Result<Place, String> {
+        resolve::resolve(&self.roots, &self.options.maps, from, name)
     }
 
     /// Where an image lies on the host.

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::num::NonZero;
+use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use lru::LruCache;
@@ -68,8 +69,8 @@ impl OpenView {
 pub(super) struct Shown {
     /// Its images, top first, and the serial number of each one's opening.
     layers: Vec<(FileId, u64)>,
-    /// Whether the first is shown by an internal snapshot, whose tables hide other parts of those below.
-    is_inner: bool,
+    /// The id of the internal snapshot by which the first is shown, whose tables hide other parts of those below.
+    inner: Option<Vec<u8>>,
     /// The layer and, if so, that it is the active one, for sentences.
     name: String,
 }
@@ -80,6 +81,24 @@ pub(super) struct Opened {
     views: Mutex<LruCache<Vec<u64>, Arc<View>>>,
     /// Views that are open now. A leaf.
     shown: Mutex<Vec<Weak<Shown>>>,
+    /// Internal snapshots, by image and id, that nobody opens any more. A leaf.
+    leaving: Mutex<Vec<(FileId, Vec<u8>)>>,
+}
+
+/// Keeps an internal snapshot from being opened, until dropped.
+pub struct Leaving<'a> {
+    store: &'a Store,
+    image: FileId,
+    id: Vec<u8>,
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        let mut leaving = self.store.opened.leaving.lock();
+        if let Some(place) = leaving.iter().position(|(image, id)| (*image, id) == (self.image, &self.id)) {
+            leaving.swap_remove(place);
+        }
+    }
 }
 
 /// An image in use or kept for its next.
@@ -127,7 +146,12 @@ impl OpenImage {
 
 impl Opened {
     pub(super) fn new(views: NonZero<usize>) -> Self {
-        Self { images: Mutex::default(), views: Mutex::new(LruCache::new(views)), shown: Mutex::default() }
+        Self {
+            images: Mutex::default(),
+            views: Mutex::new(LruCache::new(views)),
+            shown: Mutex::default(),
+            leaving: Mutex::default(),
+        }
     }
 
     /// Keeps an image for its next opening.
@@ -136,10 +160,10 @@ impl Opened {
     }
 
     /// Notes what is shown.
-    pub(super) fn show(&self, view: &View, images: &[FileId], is_inner: bool, name: &str) -> Arc<Shown> {
+    pub(super) fn show(&self, view: &View, images: &[FileId], inner: Option<Vec<u8>>, name: &str) -> Arc<Shown> {
         let serials = view.layers().iter().map(|layer| layer.image().serial());
         let layers = images.iter().copied().zip(serials).collect();
-        let shown = Arc::new(Shown { layers, is_inner, name: name.to_owned() });
+        let shown = Arc::new(Shown { layers, inner, name: name.to_owned() });
         let mut all = self.shown.lock();
         all.retain(|shown| shown.strong_count() > 0);
         all.push(Arc::downgrade(&shown));
@@ -153,7 +177,7 @@ impl Opened {
         let all = self.shown.lock();
         let exposed = all.iter().filter_map(Weak::upgrade).filter(|shown| {
             let Some(depth) = shown.layers.iter().position(|(id, _)| *id == base) else { return false };
-            let above = &shown.layers[usize::from(shown.is_inner).min(depth)..depth];
+            let above = &shown.layers[usize::from(shown.inner.is_some()).min(depth)..depth];
             let is_covered = cover.iter().all(|id| above.iter().any(|(layer, _)| layer == id));
             !is_covered || cover.is_empty() || serial.is_some_and(|serial| serial != shown.layers[depth].1)
         });
@@ -240,8 +264,18 @@ impl Store {
         let frozen_raw = !live && stack.len() == 1 && part == ViewPart::Active && top.format == Some(Format::Raw);
         let view = self.assemble(&key, stack, live);
         let images: Vec<FileId> = layers.iter().map(|index| catalog.images[*index].stat.id).collect();
-        let is_inner = part != ViewPart::Active;
-        let shown = self.opened.show(&view, &images, is_inner, &top.shown());
+        let inner = match part {
+            ViewPart::Active => None,
+            ViewPart::Snapshot(index) | ViewPart::VmState(index) => Some(snapshot(top, index)?.id.clone()),
+        };
+        let is_inner = inner.is_some();
+        let shown = self.opened.show(&view, &images, inner, &top.shown());
+        if let Some(id) = &shown.inner
+            && self.opened.leaving.lock().iter().any(|(image, leaving)| (*image, leaving) == (images[0], id))
+        {
+            let fact = "is an internal snapshot that is being deleted";
+            return Err(Error::new(ErrorKind::Busy, format!("{}@{} {fact}", top.shown(), String::from_utf8_lossy(id))));
+        }
         // A job that has hidden the view since then has not seen this opening, or sees it from now on.
         if let Some(found) = self.catalog().files_hidden_by(&images, is_inner) {
             return Err(hidden(&top.shown(), found));
@@ -255,6 +289,19 @@ impl Store {
             locks,
             shown,
         })
+    }
+
+    /// Keeps everybody from opening an internal snapshot; `Busy` if somebody has it open.
+    pub(crate) fn leave_inner(&self, image: FileId, id: &[u8]) -> Result<Leaving<'_>> {
+        self.opened.leaving.lock().push((image, id.to_vec()));
+        let leaving = Leaving { store: self, image, id: id.to_vec() };
+        let shows = |shown: Arc<Shown>| shown.layers[0].0 == image && shown.inner.as_deref() == Some(id);
+        let is_open = self.opened.shown.lock().iter().filter_map(Weak::upgrade).any(shows);
+        if is_open {
+            Err(Error::new(ErrorKind::Busy, "the internal snapshot is open; close it first"))
+        } else {
+            Ok(leaving)
+        }
     }
 
     /// The view of that stack; `key` says which state of the top image it is, and the serial of each.
@@ -281,8 +328,19 @@ impl Store {
         let view = self.assemble(&key, stack, true);
         self.opened.keep(&top);
         let images: Vec<FileId> = open.shown.layers.iter().map(|(id, _)| *id).collect();
-        let shown = self.opened.show(&view, &images, false, &open.shown.name);
+        let shown = self.opened.show(&view, &images, None, &open.shown.name);
         Ok(OpenView { view, fingerprint: hash(&key), top, shown, ..open })
+    }
+
+    /// Does `rename`, which gives the image a name at `path`: whoever opens it by that finds it as we have it open.
+    pub(crate) fn rename_open(&self, id: FileId, path: &Path, rename: impl FnOnce() -> Result<()>) -> Result<()> {
+        let mut images = self.opened.images.lock();
+        rename()?;
+        if let Some(open) = images.get_mut(&id) {
+            open.file.renamed(path);
+            open.places.0 = Place { root: 0, path: path.to_path_buf() };
+        }
+        Ok(())
     }
 
     /// An open image as its file describes it now, after we have changed it ourselves. Through the same

@@ -59,7 +59,7 @@ pub(super) struct Scan {
 pub(super) type Known = HashMap<FileId, (FileStat, Content)>;
 
 /// How the names of files end that a commit has left and that show nothing any more.
-pub(super) const SPOILT: &str = "invalid";
+pub const SPOILT: &str = "invalid";
 /// How often a directory is listed that does not keep still.
 const LISTINGS: usize = 8;
 /// Directories below each other, at most; deeper ones are a problem.
@@ -145,7 +145,7 @@ impl Work<'_> {
         for DirEntry { name, kind } in entries {
             let place = path.join(&name);
             if name.as_bytes().starts_with(OWN_PREFIX) {
-                if is_draft(&name) && kind == EntryKind::File {
+                if is_draft(Path::new(&name)) && kind == EntryKind::File {
                     self.found.lock().drafts.push(place);
                 }
                 continue;

@@ -4,10 +4,13 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::error::Result;
-use crate::ops::{CommitRequest, PullRequest, Request, SnapshotRequest};
+use crate::ops::{
+    CloneRequest, CommitRequest, DeleteRequest, Method, NewSize, PullRequest, RebaseRequest, Request, ResizeRequest,
+    RevertRequest, SnapshotRequest,
+};
 
 /// How a verb is carried out.
 #[derive(Debug, Default, Args)]
@@ -80,6 +83,9 @@ pub struct CommitArgs {
     /// Let internal snapshots in the layers concerned go
     #[arg(long)]
     pub discard_internal: bool,
+    /// Let their persistent bitmaps go
+    #[arg(long)]
+    pub discard_bitmaps: bool,
     /// How it is carried out.
     #[command(flatten)]
     pub run: RunArgs,
@@ -107,9 +113,145 @@ pub struct PullArgs {
     /// Let internal snapshots of those go with them
     #[arg(long)]
     pub discard_internal: bool,
+    /// Let their persistent bitmaps go
+    #[arg(long)]
+    pub discard_bitmaps: bool,
     /// How it is carried out.
     #[command(flatten)]
     pub run: RunArgs,
+}
+
+/// The words of `delete`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  chainfs delete /mnt/images/web01 monday
+  chainfs delete -p --method commit /mnt/images/web01 monday
+  chainfs delete --dry-run web01.qcow2 active@before-upgrade")]
+pub struct DeleteArgs {
+    /// A chain's directory in a mount, or the image of a store that is not mounted
+    pub target: PathBuf,
+    /// The snapshot; LAYER@NAME is an internal one
+    pub name: OsString,
+    /// Where its bytes go
+    #[arg(long, value_enum, default_value = "auto")]
+    pub method: DeleteMethod,
+    /// Let internal snapshots in a file that is removed go with it
+    #[arg(long)]
+    pub discard_internal: bool,
+    /// Let its persistent bitmaps go
+    #[arg(long)]
+    pub discard_bitmaps: bool,
+    /// How it is carried out.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// Where the bytes of a snapshot go that is deleted.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum DeleteMethod {
+    /// Whichever of the two copies less
+    Auto,
+    /// What stands on it comes down into its file
+    Commit,
+    /// Up, into everything that stands on it
+    Pull,
+}
+
+/// The words of `revert`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  chainfs revert /mnt/images/web01 monday
+  chainfs revert --save before-revert /mnt/images/web01 monday
+  chainfs revert --dry-run web01.qcow2 active@before-upgrade")]
+pub struct RevertArgs {
+    /// A chain's directory in a mount, or the image of a store that is not mounted
+    pub target: PathBuf,
+    /// What the disk becomes: a snapshot of the chain; LAYER@NAME is an internal one
+    #[arg(value_name = "VIEW")]
+    pub to: OsString,
+    /// Keep what the disk held as this snapshot
+    #[arg(long, value_name = "NAME")]
+    pub save: Option<OsString>,
+    /// Let internal snapshots in a file that is removed go with it
+    #[arg(long)]
+    pub discard_internal: bool,
+    /// Let its persistent bitmaps go
+    #[arg(long)]
+    pub discard_bitmaps: bool,
+    /// How it is carried out.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// The words of `rebase`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  chainfs rebase -b golden.qcow2 /mnt/images/web01
+  chainfs rebase -u -b ../moved/base.raw --layer monday web01.qcow2
+  chainfs rebase -b none /mnt/images/web01")]
+pub struct RebaseArgs {
+    /// A chain's directory in a mount, or the image of a store that is not mounted
+    pub target: PathBuf,
+    /// The new backing file, as the layer's header would name it, or a view of the chain, or none
+    #[arg(short, long, value_name = "FILE")]
+    pub base: OsString,
+    /// The layer that is put on it; by default the active disk
+    #[arg(long, value_name = "VIEW")]
+    pub layer: Option<OsString>,
+    /// Change only the name, as for a backing file that was moved
+    #[arg(short = 'u', long = "unsafe")]
+    pub is_unsafe: bool,
+    /// How it is carried out.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// The words of `clone`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  chainfs clone /mnt/images/web01 web02
+  chainfs clone --from monday /mnt/images/web01 web02
+  chainfs clone --from golden@release golden.qcow2 web03")]
+pub struct CloneArgs {
+    /// A chain's directory in a mount, or the image of a store that is not mounted
+    pub target: PathBuf,
+    /// What the new chain is called
+    pub name: OsString,
+    /// The snapshot that it stands on; by default what the active disk stands on
+    #[arg(long, value_name = "VIEW")]
+    pub from: Option<OsString>,
+    /// How it is carried out.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// The words of `resize`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  chainfs resize /mnt/images/web01 40G
+  chainfs resize web01.qcow2 +10G
+  chainfs resize --shrink web01.qcow2 -- -10G")]
+pub struct ResizeArgs {
+    /// A chain's directory in a mount, or the image of a store that is not mounted
+    pub target: PathBuf,
+    /// How long the disk is to be, or by how much longer (+) or shorter (-)
+    #[arg(value_parser = new_size, allow_hyphen_values = true)]
+    pub size: NewSize,
+    /// It may become shorter, and lose what lies behind its new end
+    #[arg(long)]
+    pub shrink: bool,
+    /// How it is carried out.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+fn new_size(text: &str) -> std::result::Result<NewSize, String> {
+    NewSize::parse(text.as_bytes()).map_err(|error| error.to_string())
 }
 
 /// The words of `cancel`.
@@ -141,6 +283,7 @@ impl CommitArgs {
             base: bytes(self.base.as_ref()),
             keep: self.keep,
             discard_internal: self.discard_internal,
+            discard_bitmaps: self.discard_bitmaps,
         }))
     }
 }
@@ -153,7 +296,61 @@ impl PullArgs {
             into: bytes(self.into.as_ref()),
             delete: self.delete,
             discard_internal: self.discard_internal,
+            discard_bitmaps: self.discard_bitmaps,
         }))
+    }
+}
+
+impl DeleteArgs {
+    /// What is asked for.
+    pub fn request(&self) -> Result<Request> {
+        checked(Request::Delete(DeleteRequest {
+            name: self.name.clone().into_vec(),
+            method: match self.method {
+                DeleteMethod::Auto => Method::Auto,
+                DeleteMethod::Commit => Method::Commit,
+                DeleteMethod::Pull => Method::Pull,
+            },
+            discard_internal: self.discard_internal,
+            discard_bitmaps: self.discard_bitmaps,
+        }))
+    }
+}
+
+impl RevertArgs {
+    /// What is asked for.
+    pub fn request(&self) -> Result<Request> {
+        checked(Request::Revert(RevertRequest {
+            to: self.to.clone().into_vec(),
+            save: bytes(self.save.as_ref()),
+            discard_internal: self.discard_internal,
+            discard_bitmaps: self.discard_bitmaps,
+        }))
+    }
+}
+
+impl RebaseArgs {
+    /// What is asked for.
+    pub fn request(&self) -> Result<Request> {
+        checked(Request::Rebase(RebaseRequest {
+            layer: bytes(self.layer.as_ref()),
+            base: bytes(Some(&self.base)).filter(|base| base != b"none"),
+            is_unsafe: self.is_unsafe,
+        }))
+    }
+}
+
+impl CloneArgs {
+    /// What is asked for.
+    pub fn request(&self) -> Result<Request> {
+        checked(Request::Clone(CloneRequest { name: self.name.clone().into_vec(), from: bytes(self.from.as_ref()) }))
+    }
+}
+
+impl ResizeArgs {
+    /// What is asked for.
+    pub fn request(&self) -> Result<Request> {
+        checked(Request::Resize(ResizeRequest { size: self.size, shrink: self.shrink }))
     }
 }
 

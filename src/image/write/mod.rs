@@ -20,6 +20,7 @@ mod roles;
 mod roots;
 mod slices;
 mod snapshot;
+mod stub;
 mod undo;
 mod zero;
 

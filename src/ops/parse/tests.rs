@@ -1,5 +1,8 @@
+use std::path::PathBuf;
+
 use super::*;
 use crate::ops::MAX_COMMAND_LEN;
+use crate::ops::check::{MAX_DESCRIPTION_LEN, MAX_NAME_LEN};
 
 fn refusal(command: &str) -> String {
     let error = Request::parse_command(command.as_bytes()).expect_err(command);
@@ -23,26 +26,66 @@ fn each_word_has_its_place() {
     assert_eq!(snapshot, Request::Snapshot(expected));
     let Request::Snapshot(several) = request("snapshot n chains=a/b,c\\\\,d") else { panic!() };
     assert_eq!(several.chains, [PathBuf::from("a/b"), PathBuf::from("c,d")]);
-    let all =
-        CommitRequest { top: Some(b"sn3".to_vec()), base: Some(b"a=b".to_vec()), keep: true, discard_internal: true };
-    assert_eq!(request("commit keep base=a=b discard-internal top=sn3"), Request::Commit(all));
+    let all = CommitRequest {
+        top: Some(b"sn3".to_vec()),
+        base: Some(b"a=b".to_vec()),
+        keep: true,
+        discard_internal: true,
+        discard_bitmaps: true,
+    };
+    assert_eq!(request("commit keep base=a=b discard-internal discard-bitmaps top=sn3"), Request::Commit(all));
     assert_eq!(request("commit"), Request::Commit(CommitRequest::default()));
     assert_eq!(request("pull base=none"), Request::Pull(PullRequest::default()));
-    let all =
-        PullRequest { base: Some(b"b".to_vec()), into: Some(b"i".to_vec()), delete: true, discard_internal: true };
-    assert_eq!(request("pull base=b into=i delete discard-internal"), Request::Pull(all));
+    let all = PullRequest {
+        base: Some(b"b".to_vec()),
+        into: Some(b"i".to_vec()),
+        delete: true,
+        discard_internal: true,
+        discard_bitmaps: true,
+    };
+    assert_eq!(request("pull base=b into=i delete discard-internal discard-bitmaps"), Request::Pull(all));
+    let delete = DeleteRequest { name: b"sn1@a=b".to_vec(), method: Method::Commit, ..DeleteRequest::default() };
+    assert_eq!(request("delete sn1@a=b method=commit"), Request::Delete(delete));
+    let revert = RevertRequest { to: b"sn1".to_vec(), save: Some(b"old".to_vec()), ..RevertRequest::default() };
+    assert_eq!(request("revert save=old to=sn1"), Request::Revert(revert));
+    let rebase = RebaseRequest { layer: None, base: Some(b"../x/b.raw".to_vec()), is_unsafe: true };
+    assert_eq!(request("rebase unsafe base=../x/b.raw"), Request::Rebase(rebase));
+    assert_eq!(request("rebase base=none"), Request::Rebase(RebaseRequest::default()));
+    let clone = CloneRequest { name: b"web02".to_vec(), from: Some(b"sn1@x".to_vec()) };
+    assert_eq!(request("clone web02 from=sn1@x"), Request::Clone(clone));
+    for (text, size) in [("2G", NewSize::To(2 << 30)), ("+1K", NewSize::More(1024)), ("-512", NewSize::Less(512))] {
+        assert_eq!(request(&format!("resize {text} shrink")), Request::Resize(ResizeRequest { size, shrink: true }));
+    }
     assert_eq!(request("cancel"), Request::Cancel);
     assert_eq!(Request::parse(Verb::Cancel, b"\n").unwrap(), Request::Cancel);
 }
 
 #[test]
 fn refusals_name_the_word_and_the_words_there_are() {
-    assert_eq!(refusal("commit foo"), "unknown word \"foo\"; commit takes top= base= keep discard-internal");
+    assert_eq!(
+        refusal("commit foo"),
+        "unknown word \"foo\"; commit takes top= base= keep discard-internal discard-bitmaps"
+    );
     assert_eq!(refusal("cancel now"), "unknown word \"now\"; cancel takes no words");
-    assert_eq!(refusal("pull into= delete"), "into= has no value; pull takes base= into= delete discard-internal");
-    assert_eq!(refusal("snapshot"), "a NAME is missing; snapshot takes NAME file= description= chains= internal");
-    assert!(refusal("frob x").starts_with("unknown verb \"frob\"; the verbs are snapshot commit pull cancel"));
+    assert_eq!(
+        refusal("pull into= delete"),
+        "into= has no value; pull takes base= into= delete discard-internal discard-bitmaps"
+    );
+    assert_eq!(refusal("snapshot"), "NAME is missing; snapshot takes NAME file= description= chains= internal");
+    assert!(refusal("frob x").starts_with(
+        "unknown verb \"frob\"; the verbs are snapshot commit pull delete revert rebase clone resize cancel"
+    ));
     assert!(refusal("commit top=a top=b").starts_with("top= is given twice"));
+    assert!(refusal("delete a b").starts_with("unknown word \"b\""));
+    assert!(refusal("delete a method=up").contains("the methods are commit, pull and auto"));
+    assert!(refusal("revert").starts_with("to= is missing") && refusal("rebase").starts_with("base= is missing"));
+    for nonsense in ["delete", "delete a/b", "clone", "clone a/b", "clone ../x", "clone active", "clone x=y", "resize"]
+    {
+        refusal(nonsense);
+    }
+    for size in ["0", "+0", "-0", "ten", "1.5", "8E", "-", "+", "1,5G", "''"] {
+        refusal(&format!("resize {size}"));
+    }
     assert!(refusal("commit keep keep").starts_with("keep is given twice"));
     assert!(refusal("commit keep=yes").starts_with("keep takes no value"));
     assert!(refusal("commit top").starts_with("top= has no value"));
@@ -96,11 +139,24 @@ impl Bytes {
 
 #[test]
 fn any_bytes_are_refused_or_come_back_as_they_are() {
-    const PIECES: [&[u8]; 24] = [
+    const PIECES: [&[u8]; 37] = [
         b"snapshot ",
         b"commit ",
         b"pull ",
+        b"delete ",
+        b"revert ",
+        b"rebase ",
+        b"clone ",
+        b"resize ",
         b"cancel ",
+        b"to=",
+        b"save=",
+        b"layer=",
+        b"from=",
+        b"method=",
+        b"unsafe ",
+        b"shrink ",
+        b"+1G",
         b"top=",
         b"base=",
         b"into=",
@@ -124,7 +180,7 @@ fn any_bytes_are_refused_or_come_back_as_they_are() {
     ];
     let mut bytes = Bytes(1);
     let mut understood = 0;
-    for _ in 0..200_000 {
+    for _ in 0..400_000 {
         let mut text = Vec::new();
         for _ in 0..bytes.below(9) {
             if bytes.below(4) == 0 {
@@ -151,9 +207,9 @@ fn the_longest_command_is_read_and_one_byte_more_is_not() {
 #[test]
 fn the_usage_of_a_verb_names_all_its_words() {
     for (verb, name) in Verb::ALL {
-        let Grammar { keys, flags, .. } = grammar(verb);
+        let Grammar { keys, flags, positional } = grammar(verb);
         assert!(verb.usage().starts_with(name));
-        for word in keys.iter().chain(flags) {
+        for word in keys.iter().chain(flags).chain(&positional) {
             assert!(verb.usage().contains(word), "{name}: {word}");
         }
     }

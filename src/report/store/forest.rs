@@ -164,11 +164,14 @@ fn place(catalog: &Catalog, bases: &[ImageIndex]) -> Vec<Placed> {
 /// What is being done to images, or was begun, by inode.
 fn begun(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> HashMap<u64, String> {
     let flag = |found: &FoundIntent| {
-        let (verb, inode) = match &found.intent.deed {
-            Deed::Snapshot { .. } => return None,
-            Deed::Commit { base, .. } => ("commit", base.inode),
-            Deed::Pull { into, .. } => ("pull", into.inode),
+        let changed = match &found.intent.deed {
+            Deed::Snapshot { .. } | Deed::Copy { .. } => None,
+            Deed::Commit { base, .. } => Some(base),
+            Deed::Pull { into, .. } => into.first(),
+            Deed::Shrink { image, .. } => Some(image),
         };
+        let inode = changed?.inode;
+        let verb = found.intent.command.split(' ').next().unwrap_or_default();
         let share = shares(&found.intent.chain);
         let is_at_work = share.is_some() || store.guard().is_owned(found);
         let share = share.map(|percent| format!(" {percent} %")).unwrap_or_default();

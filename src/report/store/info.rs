@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::format::header::{Compression, Encryption};
 use crate::format::{Header, Snapshot, Version, bitmap};
-use crate::io::Storage;
+use crate::image::read_bitmaps;
 use crate::report::info::{
     BitmapInfo, ChildInfo, FileInfo, FormatSpecific, ImageInfo, LayerInfo, Qcow2Info, SnapshotInfo,
 };
@@ -187,14 +187,12 @@ fn details(header: &Header, bitmaps: Option<Vec<BitmapInfo>>) -> Qcow2Info {
 
 /// The bitmaps, if there are any and their directory can be read.
 fn bitmaps(store: &Store, image: &ImageEntry, header: &Header) -> Option<Vec<BitmapInfo>> {
-    let extension = header.bitmaps.filter(|_| header.bitmaps_consistent())?;
-    let len = extension.directory_len;
+    let len = header.bitmaps.map_or(0, |extension| extension.directory_len);
     if len > MAX_BITMAP_DIRECTORY.min(image.stat.signature.size) {
         return None;
     }
-    let mut directory = vec![0; len as usize];
-    let read = store.file(&image.place, &image.stat, true).read_at(extension.directory.0, &mut directory).ok()?;
-    let found = bitmap::parse_directory(&directory[..read], extension.count, header.cluster).ok()?;
+    let file = store.file(&image.place, &image.stat, true);
+    let (_, found) = read_bitmaps(&image.shown(), &*file, header).ok()??;
     let flags = |bitmap: &bitmap::Bitmap| {
         let flags = [(bitmap.in_use, "in-use"), (bitmap.auto, "auto")];
         flags.into_iter().filter(|(is_set, _)| *is_set).map(|(_, word)| word.to_owned()).collect()

@@ -143,6 +143,13 @@ impl Store {
     }
 }
 
+impl NewTopFile {
+    /// What writes it.
+    pub fn writer(&self) -> &Arc<Writer> {
+        &self.writer
+    }
+}
+
 impl ActiveJob {
     /// What writes the disk now.
     pub fn writer(&self) -> Result<Arc<Writer>> {
@@ -250,7 +257,7 @@ impl ActiveDisk {
         };
         let top = Layer::active(&writing.open.top.image)?;
         let view = store.live_view(top, stack);
-        let shown = store.opened.show(&view, &[&[self.id()], files.as_slice()].concat(), false, &self.name());
+        let shown = store.opened.show(&view, &[&[self.id()], files.as_slice()].concat(), None, &self.name());
         let lower = store.view_below(&view).map(|view| view as Arc<dyn Below>);
         writing.writer.set_below(lower);
         locks.push(writing.open.top.file.lock(false)?);
@@ -320,7 +327,7 @@ impl Sealed<'_> {
         let view = store.live_view(top, below);
         let name = disk.name();
         let images: Vec<FileId> = std::iter::once(overlay.image.file.id()).chain(writing.open.images()).collect();
-        let shown = store.opened.show(&view, &images, false, &name);
+        let shown = store.opened.show(&view, &images, None, &name);
         // From a guest's file it becomes one that stays as it is, whatever a job may still write to its header.
         for lock in &writing.locks {
             lock.become_for(WriterKind::Job)?;
@@ -387,7 +394,7 @@ impl Sealed<'_> {
         let below = writing.open.view.layers()[depth + 1..].to_vec();
         let images: Vec<FileId> = writing.open.images().skip(depth).collect();
         let view = store.live_view(Layer::active(&image.image)?, below);
-        let shown = store.opened.show(&view, &images, false, &image.file.path().to_string_lossy());
+        let shown = store.opened.show(&view, &images, None, &image.file.path().to_string_lossy());
         // Its reader, the disk, was promised that it stays as it is: no more.
         let is_base = |lock: &ReadLock| image.files().any(|file| file.id() == lock.file().id());
         writing.open.locks.iter_mut().filter(|lock| is_base(lock)).for_each(ReadLock::thaw);

@@ -1,0 +1,219 @@
+//! New images that show what a frozen view does, and the job that fills those which cannot be empty.
+//!
+//! Promises: nobody sees an image before it is whole and durable; cut off, nothing has begun.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Snapshot;
+use crate::image::create::CreateOptions;
+use crate::image::write::{Below, Writer};
+use crate::store::{Deed, ImageIndex, Intent, Named, NewTopFile, OpenView, OwnedIntent, Store, ViewPart, shown};
+
+use super::board::Progress;
+use super::clone::{give_name, inner};
+use super::copy::{PIECE, Segment};
+use super::engine::Engine;
+use super::finish;
+use super::overlay::{self, Draft};
+use super::plan::Plan;
+use super::revert::{self, Closed};
+use super::world::World;
+
+/// The view that a new image shows.
+pub(super) struct Source {
+    /// Its layer.
+    pub(super) index: ImageIndex,
+    /// The internal snapshot of that, by its place in the table.
+    pub(super) snapshot: Option<(usize, Snapshot)>,
+}
+
+impl Source {
+    /// The view of a layer, or of an internal snapshot of it.
+    pub(super) fn of(world: &World, index: ImageIndex, snapshot: Option<usize>) -> Result<Self> {
+        let snapshot = snapshot.map(|place| inner(world, index, place).map(|found| (place, found))).transpose()?;
+        Ok(Self { index, snapshot })
+    }
+
+    /// Whether something has to be copied.
+    pub(super) fn is_copied(&self) -> bool {
+        self.snapshot.is_some()
+    }
+
+    /// The layers on which a new image stands, top first.
+    pub(super) fn below(&self, world: &World) -> Vec<ImageIndex> {
+        let layers = world.catalog.layers(self.index);
+        layers[usize::from(self.is_copied())..].to_vec()
+    }
+
+    /// Of what a new image at `name` beneath the store is made.
+    pub(super) fn options(&self, world: &World, name: &Path) -> CreateOptions {
+        let image = world.image(self.index);
+        let inner_size = self.snapshot.as_ref().and_then(|(_, snapshot)| snapshot.virtual_size);
+        let size = inner_size.or(image.virtual_size()).unwrap_or(0);
+        let backing = self.below(world).first().map(|below| overlay::backing(world, name, *below));
+        overlay::options(image, size, backing)
+    }
+
+    /// Notes what a new image takes, and what keeps it from being made.
+    pub(super) fn plan(&self, engine: &Engine, world: &World, plan: &mut Plan) {
+        let layers = world.catalog.layers(self.index);
+        plan.refusals.extend(world.catalog.view_problem(&layers).map(|fact| Error::new(ErrorKind::Broken, fact)));
+        let opened = self.open(engine.store(), world);
+        match opened {
+            Ok((segment, _view)) if self.is_copied() => {
+                finish::count(world, self.index, segment.data_len(), plan);
+            }
+            Ok(_) => {}
+            Err(error) if plan.refusals.is_empty() => plan.refusals.push(error),
+            Err(_) => {}
+        }
+        if let Some((_, snapshot)) = &self.snapshot {
+            let fact = "nothing can stand on an internal snapshot: what it holds is copied, by reference where the file \
+                        system can do that";
+            plan.notes.push(fact.into());
+            if snapshot.vm_state_size > 0 {
+                plan.notes.push("its VM state stays where it is: only the disk is taken".into());
+            }
+        }
+    }
+
+    /// What a new image has to hold itself.
+    fn open(&self, store: &Arc<Store>, world: &World) -> Result<(Segment, OpenView)> {
+        let part = self.snapshot.as_ref().map_or(ViewPart::Active, |(place, _)| ViewPart::Snapshot(*place));
+        let view = store.open_view(&world.catalog, &world.catalog.layers(self.index), part, false)?;
+        let frozen = store.part_of(&view.view, 0, usize::from(self.is_copied()));
+        Ok((Segment { live: None, frozen }, view))
+    }
+}
+
+/// What an image is made for.
+pub(super) enum Purpose {
+    /// A new chain.
+    Clone {
+        /// What its file is called, beneath the store.
+        name: PathBuf,
+    },
+    /// An active disk that becomes what it shows, and which nobody opens meanwhile.
+    Revert(Box<Closed>),
+}
+
+/// An image that is being filled.
+pub(super) struct BranchJob {
+    path: PathBuf,
+    command: String,
+    draft: Draft,
+    top: NewTopFile,
+    segment: Segment,
+    /// The layer below, as it has to be at the end, too.
+    below: Option<Named>,
+    purpose: Purpose,
+    intent: OwnedIntent,
+    _views: Vec<OpenView>,
+}
+
+impl BranchJob {
+    /// Begins to fill a draft; under the store's lock.
+    pub(super) fn begin(
+        engine: &Engine,
+        world: &World,
+        path: &Path,
+        command: &str,
+        of: &str,
+        (source, draft): (Source, Draft),
+        purpose: Purpose,
+    ) -> Result<Self> {
+        let store = engine.store();
+        let name = match &purpose {
+            Purpose::Clone { name } => world.guarded(name),
+            // Its own intent gives it that name; before, it is nothing but a draft.
+            Purpose::Revert(_) => draft.named.path.clone(),
+        };
+        let deed = Deed::Copy { draft: draft.named.clone(), name };
+        let begun = (|| {
+            let (segment, view) = source.open(store, world)?;
+            let top = store.open_new_top(&draft.path, &shown(&draft.path))?;
+            let below = source.below(world);
+            let mut views = vec![view];
+            if !below.is_empty() {
+                let open = store.open_view(&world.catalog, &below, ViewPart::Active, false)?;
+                top.writer().set_below(Some(Arc::clone(&open.view) as Arc<dyn Below>));
+                views.push(open);
+            }
+            let intent = store.guard().begin(&*store.guard_names(), of, &Intent::new(command, path, deed))?;
+            Ok((segment, top, below.first().map(|index| world.named(*index)), views, intent))
+        })();
+        match begun {
+            Ok((segment, top, below, views, intent)) => {
+                let (path, command) = (path.to_path_buf(), command.to_owned());
+                Ok(Self { path, command, draft, top, segment, below, purpose, intent, _views: views })
+            }
+            Err(error) => {
+                draft.unmake(store);
+                Err(error)
+            }
+        }
+    }
+
+    /// Does it.
+    pub(super) fn run(self, engine: &Engine, progress: &Progress) -> Result<()> {
+        let store = Arc::clone(engine.store());
+        let copied = fill(&store, &self.segment, self.top.writer(), progress).and_then(|()| progress.settle());
+        let Self { path, command, draft, top, below, purpose, intent, segment, _views: views } = self;
+        drop((segment, top));
+        let done = copied.and_then(|()| {
+            let lock = store.guard().lock_for_job(&*store.guard_names())?;
+            let world = World::look(&store)?;
+            let below = below.as_ref().map(|named| world.expect(named)).transpose()?;
+            match purpose {
+                Purpose::Clone { name } => {
+                    if let Some(below) = below {
+                        world.begun(&[below]).map_or(Ok(()), Err)?;
+                    }
+                    give_name(&store, &world, &draft, &name).map(|()| lock)
+                }
+                Purpose::Revert(closed) => revert::switch(engine, &world, lock, &path, &command, &draft, *closed),
+            }
+        });
+        drop(views);
+        match done {
+            Ok(lock) => finish::end(&store, intent, lock),
+            Err(error) => {
+                draft.unmake(&store);
+                if let Err(trouble) = finish::forget(&store, intent) {
+                    return Err(error.within(format!("{trouble}, and")));
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Copies what `segment` holds into a new image.
+fn fill(store: &Arc<Store>, segment: &Segment, writer: &Arc<Writer>, progress: &Progress) -> Result<()> {
+    let total = segment.data_len()?;
+    progress.set_total(total);
+    if !finish::shares_blocks(store) {
+        writer.reserve(total)?;
+    }
+    let mut at = 0;
+    while at < segment.size() {
+        progress.check()?;
+        progress.advance(segment.merge(writer, at, PIECE)?);
+        at += PIECE;
+    }
+    writer.close()
+}
+
+/// Takes up what was cut off: what has no name yet goes.
+pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<()> {
+    let store = engine.store();
+    let lock = store.guard().lock(&*store.guard_names())?;
+    let Deed::Copy { draft, .. } = &intent.intent.deed else { unreachable!("the intent of a copy") };
+    let root = &store.guard().root;
+    if root.stat(&draft.path).is_ok_and(|stat| stat.id.inode == draft.inode) {
+        store.guard_names().unlink(&draft.path)?;
+    }
+    finish::end(store, intent, lock)
+}

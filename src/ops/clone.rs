@@ -1,0 +1,109 @@
+//! Clone: a new chain that stands on a frozen layer.
+//!
+//! Nothing is copied: the new image is empty, and what it stands on shows through. On an internal snapshot nothing can
+//! stand, so what that holds itself is copied into the new image, by reference where the file system can do that, and
+//! the new image stands on what the snapshot's layer stands on.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Snapshot;
+use crate::io::directory_of;
+use crate::store::{Format, ImageIndex, Store, shown};
+
+use super::branch::{BranchJob, Purpose, Source};
+use super::engine::{Engine, Job};
+use super::finish;
+use super::overlay::{self, Draft};
+use super::plan::{Plan, PlanLayer};
+use super::request::CloneRequest;
+use super::world::{Chain, World, beside};
+
+/// What a clone comes to.
+pub(super) struct Clone {
+    source: Source,
+    /// The new image, beneath the store.
+    name: PathBuf,
+}
+
+/// What the request would do, with every refusal.
+pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &CloneRequest) -> Result<(Plan, Clone)> {
+    let chain = world.chain(path)?;
+    let source = source(world, &chain, request)?;
+    let leaf = world.image(chain.views.layers[0]);
+    let name = beside(&leaf.place.path, &[&request.name[..], b".qcow2"].concat());
+    let mut plan = Plan { before: finish::tree(world, &chain), ..Plan::default() };
+    let refusals = &mut plan.refusals;
+    overlay::refuse_name(world, &name, (Format::Qcow2, false), None, refusals);
+    refusals.extend(world.begun(&chain.views.layers));
+    if world.store.options().read_only {
+        refusals.push(Error::new(ErrorKind::ReadOnly, "the store is mounted read-only"));
+    }
+    source.plan(engine, world, &mut plan);
+    let file = PlanLayer { name: b"active".to_vec(), path: name.clone(), active: true, note: "new".into() };
+    plan.after = source.below(world).iter().map(|index| finish::line(world, &chain, *index)).collect();
+    plan.after.insert(0, file);
+    plan.notes.push(format!("a new chain {}", shown(&directory_of(path).join(os(&request.name)))));
+    Ok((plan, Clone { source, name }))
+}
+
+fn os(name: &[u8]) -> &std::ffi::OsStr {
+    use std::os::unix::ffi::OsStrExt;
+    std::ffi::OsStr::from_bytes(name)
+}
+
+fn source(world: &World, chain: &Chain, request: &CloneRequest) -> Result<Source> {
+    let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
+    let (depth, inner) = match (&request.from, chain.views.active()) {
+        (Some(name), _) => {
+            let view = finish::view(chain, name)?;
+            if view.active {
+                return Err(usage("the active disk changes, and nothing can stand on it; snapshot it first".into()));
+            }
+            (view.layer, view.snapshot)
+        }
+        (None, Some(_)) if chain.views.layers.len() == 1 => {
+            let fact = "has no snapshot that a clone could stand on; snapshot it first";
+            return Err(usage(format!("{} {fact}", shown(&chain.path))));
+        }
+        (None, active) => (usize::from(active.is_some()), None),
+    };
+    Source::of(world, chain.views.layers[depth], inner)
+}
+
+/// Makes the clone, or begins to where something has to be copied.
+pub(super) fn begin(engine: &Engine, path: &Path, request: &CloneRequest, command: &str) -> Result<Option<Job>> {
+    let store = engine.store();
+    let (lock, world) = World::begin(store)?;
+    let (plan, Clone { source, name }) = plan(engine, &world, path, request)?;
+    finish::first(plan.refusals)?;
+    let like = world.image(world.chain(path)?.views.layers[0]).place.path.clone();
+    let of = engine.intent_name();
+    let draft = overlay::draft_name(&name, &of, 0);
+    let draft = Draft::make(&world, draft, &like, &source.options(&world, &name))?;
+    if source.is_copied() {
+        let purpose = Purpose::Clone { name };
+        let job = BranchJob::begin(engine, &world, path, command, &of, (source, draft), purpose)?;
+        return Ok(Some(Job::Branch(Box::new(job))));
+    }
+    give_name(store, &world, &draft, &name)?;
+    drop(lock);
+    store.rescan().map(|_| None)
+}
+
+/// Gives a whole image its name, durably.
+pub(super) fn give_name(store: &Arc<Store>, world: &World, draft: &Draft, name: &Path) -> Result<()> {
+    let names = store.guard_names();
+    let name = world.guarded(name);
+    let named = names.rename(&draft.named.path, &name, false);
+    named.inspect_err(|_| draft.unmake(store))?;
+    names.sync(&directory_of(&name))
+}
+
+/// The internal snapshot of that place in an image's table.
+pub(super) fn inner(world: &World, index: ImageIndex, inner: usize) -> Result<Snapshot> {
+    let image = world.image(index);
+    let snapshot = image.qcow2().and_then(|qcow2| qcow2.snapshots.get(inner)).cloned();
+    snapshot.ok_or_else(|| Error::new(ErrorKind::Stale, format!("{} has changed", image.shown())))
+}

@@ -1,0 +1,343 @@
+//! A commit at work: copying, the switch, and taking up what was cut off.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::chain::View;
+use crate::error::{Error, Result};
+use crate::image::HeaderChange;
+use crate::image::write::Writer;
+use crate::io::Claim;
+use crate::store::{
+    ActiveJob, Deed, Format, ImageIndex, Intent, JobImage, Keeping, Mirror, Named, OpenView, OwnedIntent, Store,
+    ViewPart, shown,
+};
+
+use super::super::board::{Progress, Tokens};
+use super::super::copy::{PIECE, Segment};
+use super::super::engine::Engine;
+use super::super::finish::{self, Child, Finish};
+use super::super::mirror::{MergeMirror, zero_from};
+use super::super::request::CommitRequest;
+use super::super::world::World;
+use super::{Layers, final_name, is_undoable, plan, refuse, segment};
+
+/// A commit that was accepted.
+pub(in crate::ops) struct CommitJob {
+    /// Goes first, and its mirror with it: nothing is written to base without its locks.
+    active: Option<(ActiveJob, Arc<MergeMirror>)>,
+    base: JobImage,
+    writer: Arc<Writer>,
+    intent: OwnedIntent,
+    is_undoable: bool,
+    /// What is merged, and what keeps it open.
+    segment: Segment,
+    views: Vec<OpenView>,
+    /// Those that will stand on base: nobody else opens them meanwhile.
+    children: Vec<Child>,
+}
+
+/// Begins a commit: when this returns, nobody sees what it is going to spoil, and nothing is spoilt yet.
+pub(in crate::ops) fn begin(
+    engine: &Engine,
+    path: &Path,
+    request: &CommitRequest,
+    command: &str,
+    tokens: &mut Tokens,
+) -> Result<CommitJob> {
+    let (lock, world) = World::begin(engine.store())?;
+    let (plan, layers) = plan(engine, &world, path, request)?;
+    finish::first(plan.refusals)?;
+    begin_with(engine, &world, lock, path, &layers, request.keep, command, tokens)
+}
+
+/// The same for what has been found out, and found good, under the store's lock.
+#[expect(clippy::too_many_arguments, reason = "what a plan has found, and what goes with a command")]
+pub(in crate::ops) fn begin_with(
+    engine: &Engine,
+    world: &World,
+    _lock: Claim,
+    path: &Path,
+    layers: &Layers,
+    keep: bool,
+    command: &str,
+    tokens: &mut Tokens,
+) -> Result<CommitJob> {
+    let store = engine.store();
+    tokens.extend(&world.chains_of(&[layers.top]))?;
+    let deed = Deed::Commit {
+        top: world.named(layers.top),
+        base: world.named(layers.base),
+        between: layers.between.iter().map(|index| world.named(*index)).collect(),
+        children: layers.children.iter().map(|index| world.named(*index)).collect(),
+        keep,
+        rename: layers.takes_name.then(|| world.guarded(&final_name(world, layers))),
+    };
+    let base = store.take_image(&world.catalog, layers.base)?;
+    let name = engine.intent_name();
+    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed))?;
+    set_out(engine, world, path, layers, base, intent).map_err(|failed| {
+        let (error, intent) = *failed;
+        // Nothing has been changed.
+        if let Err(trouble) = finish::forget(store, intent) {
+            tracing::error!("{}: {trouble}", shown(path));
+        }
+        error
+    })
+}
+
+/// A job, or why there is none, with the intent that speaks of it.
+type Begun = std::result::Result<CommitJob, Box<(Error, OwnedIntent)>>;
+
+/// With the intent there: hides what will be spoilt, and opens everything.
+fn set_out(
+    engine: &Engine,
+    world: &World,
+    path: &Path,
+    layers: &Layers,
+    mut base: JobImage,
+    intent: OwnedIntent,
+) -> Begun {
+    let store = engine.store();
+    let is_undoable = is_undoable(world, layers);
+    let begun = (|| {
+        store.rescan()?;
+        let mut refusals = Vec::new();
+        refuse::exposed(engine, world, path, layers, &mut refusals);
+        finish::first(refusals)?;
+        let mut views = Vec::new();
+        let below = open_below(store, world, &layers.below, &mut views)?;
+        let keeping = if is_undoable { Keeping::Everything } else { Keeping::Nothing };
+        let writer = base.open_writer(below, keeping)?;
+        let (live, active) = if layers.is_active {
+            let job = store.take_active(&world.catalog, &layers.chain)?;
+            let live = job.writer()?;
+            let mirror = MergeMirror::new(&writer);
+            (Some(live), Some((job, mirror)))
+        } else {
+            (None, None)
+        };
+        let (segment, view) = segment(store, world, layers, live)?;
+        views.push(view);
+        let take = |child: &ImageIndex| Child::take(store, world, *child);
+        let children = layers.children.iter().map(take).collect::<Result<Vec<_>>>()?;
+        Ok((writer, segment, views, children, active))
+    })();
+    match begun {
+        Ok((writer, segment, views, children, active)) => {
+            Ok(CommitJob { active, base, writer, intent, is_undoable, segment, views, children })
+        }
+        Err(error) => Err(Box::new((error, intent))),
+    }
+}
+
+fn open_below(
+    store: &Arc<Store>,
+    world: &World,
+    below: &[ImageIndex],
+    views: &mut Vec<OpenView>,
+) -> Result<Option<Arc<View>>> {
+    if below.is_empty() {
+        return Ok(None);
+    }
+    let open = store.open_view(&world.catalog, below, ViewPart::Active, false)?;
+    let view = Arc::clone(&open.view);
+    views.push(open);
+    Ok(Some(view))
+}
+
+impl CommitJob {
+    /// Does it. On the way out, whatever happens, every view that is listed is right.
+    pub(in crate::ops) fn run(self, engine: &Engine, progress: &Progress) -> Result<()> {
+        let store = Arc::clone(engine.store());
+        if let Some((job, mirror)) = &self.active {
+            job.set_mirror(Some(Arc::clone(mirror) as Arc<dyn Mirror>));
+        }
+        let copied = self.copy(&store, progress);
+        let switched = copied.and_then(|()| {
+            // From the last look at who uses what until the switch, nobody else changes anything.
+            let lock = store.guard().lock_for_job(&*store.guard_names())?;
+            let world = World::look(&store)?;
+            self.still_alone(&world)?;
+            progress.settle()?;
+            Ok((lock, world))
+        });
+        match switched {
+            Ok((lock, world)) => self.switch(engine, &world, lock),
+            Err(error) => Err(self.call_back(&store, progress, error)),
+        }
+    }
+
+    fn copy(&self, store: &Store, progress: &Progress) -> Result<()> {
+        let total = self.segment.data_len()?;
+        progress.set_total(total);
+        let size = || self.segment.size();
+        match &self.active {
+            Some((_, mirror)) => mirror.level(size)?,
+            None if size() > self.writer.size() => self.writer.grow(size())?,
+            None => {}
+        }
+        if !finish::shares_blocks(store) {
+            match self.base.format() {
+                Format::Qcow2 => self.writer.reserve(total)?,
+                Format::Raw => self.segment.reserve_in(&self.writer)?,
+            }
+        }
+        let mut at = 0;
+        loop {
+            while at < size() {
+                progress.check()?;
+                let len = PIECE.min(size() - at);
+                let moved = match &self.active {
+                    None => self.segment.merge(&self.writer, at, len)?,
+                    Some((_, mirror)) => {
+                        mirror.check()?;
+                        mirror.copy(at, len, || self.segment.merge(&self.writer, at, len))?
+                    }
+                };
+                progress.advance(moved);
+                at += len;
+            }
+            // Behind a shorter top nothing shows through it.
+            match &self.active {
+                None => {
+                    zero_from(&self.writer, size())?;
+                    break;
+                }
+                Some((_, mirror)) if mirror.complete(at, size)? => break,
+                // It has grown meanwhile.
+                Some(_) => {}
+            }
+        }
+        // Most of it is durable before anybody has to wait for the rest.
+        self.writer.flush()
+    }
+
+    /// Whether nobody else has come to use what is about to change for good.
+    fn still_alone(&self, world: &World) -> Result<()> {
+        let Deed::Commit { top, base, between, children, .. } = &self.intent.intent.deed else {
+            unreachable!("the intent of a commit")
+        };
+        let find = |named: &Named| world.expect(named);
+        let (top, base) = (find(top)?, find(base)?);
+        let between = between.iter().map(find).collect::<Result<Vec<_>>>()?;
+        let children = children.iter().map(find).collect::<Result<Vec<_>>>()?;
+        let merged: Vec<ImageIndex> = std::iter::once(top).chain(between.iter().copied()).collect();
+        let mut refusals = Vec::new();
+        for index in between.iter().chain([&base]) {
+            refuse::sharers(world, *index, &merged, &mut refusals);
+        }
+        refuse::sharers(world, top, &children, &mut refusals);
+        finish::first(refusals)?;
+        if let Some((_, mirror)) = &self.active {
+            mirror.check()?;
+        }
+        Ok(())
+    }
+
+    /// It ends before the switch: undone where that is possible, else left to be taken up again.
+    fn call_back(self, store: &Arc<Store>, progress: &Progress, error: Error) -> Error {
+        let Self { base, writer, intent, is_undoable, active, .. } = self;
+        if let Some((job, _)) = &active {
+            job.set_mirror(None);
+        }
+        drop(active);
+        let name = base.name().to_owned();
+        let called_back = if is_undoable { writer.abandon() } else { writer.close() };
+        drop(writer);
+        let finished = called_back.and_then(|()| base.finish());
+        if let Err(trouble) = &finished {
+            tracing::error!("{name}: a commit could not be called back properly: {trouble}");
+        }
+        if is_undoable && !progress.is_stopped() {
+            return match finish::forget(store, intent) {
+                Ok(()) => error,
+                Err(trouble) => error.within(format!("{trouble}, and")),
+            };
+        }
+        drop(intent);
+        if is_undoable {
+            return error;
+        }
+        let fact = format!(
+            "{name} is a part of both by now, and what stands between it and top stays hidden until the \
+                            commit is given again or the store is mounted again"
+        );
+        Error::new(error.kind(), format!("{error}; {fact}"))
+    }
+
+    /// Makes base what everybody stands on. From its first step on there is no way back.
+    fn switch(self, engine: &Engine, world: &World, lock: Claim) -> Result<()> {
+        let Self { base, writer, intent, active, views, segment, children, is_undoable } = self;
+        let publish = || if is_undoable { writer.publish() } else { writer.close() };
+        // Nobody of us needs base as it was any more.
+        drop((views, segment));
+        let store = engine.store();
+        let Deed::Commit { top, base: old_base, rename, .. } = intent.intent.deed.clone() else {
+            unreachable!("the intent of a commit")
+        };
+        let Some((job, mirror)) = active else {
+            // Durable and named by its header; then everybody is told.
+            publish()?;
+            if rename.is_some()
+                && let Some(mark) = world.image(world.expect(&top)?).frozen.clone()
+            {
+                writer.change_header(&HeaderChange { backing: None, frozen: Some(Some(mark)) })?;
+            }
+            drop(writer);
+            base.finish()?;
+            if let Some(name) = rename {
+                finish::replace(store, &world.catalog, &intent.intent, (&old_base, &top, &name))?;
+            }
+            return finish::commit(engine, intent, lock, children);
+        };
+        let name = rename.expect("a base takes the active layer's name");
+        finish::thaw(store, world, &writer, base.format(), &old_base)?;
+        let names = store.guard_names();
+        let own = |path: &Path| path.strip_prefix(&store.guard().prefix).unwrap_or(path).to_path_buf();
+        let before = store.catalog();
+        let settled;
+        {
+            let mut sealed = job.seal();
+            let prepared = (|| {
+                mirror.check()?;
+                publish()?;
+                let prepared = sealed.prepare_fall(base)?;
+                finish::take_name(&*names, &old_base.path, &top.path, &name)?;
+                Ok(prepared)
+            })();
+            match prepared {
+                Ok(prepared) => {
+                    // The name has changed hands: whatever fails from here on, guests write to base.
+                    settled = finish::settle_name(&*names, &old_base.path, &top.path, &name);
+                    sealed.fall(prepared, &own(&name), &settled);
+                }
+                Err(error) => {
+                    sealed.set_mirror(None);
+                    return Err(error);
+                }
+            }
+        }
+        settled?;
+        drop((writer, mirror));
+        finish::active_commit(engine, &job, intent, lock, &before)
+    }
+}
+
+/// Takes up a commit that was cut off. `Ok(None)`: all that was left to do has been done.
+pub(in crate::ops) fn resume(engine: &Engine, intent: OwnedIntent, tokens: &mut Tokens) -> Result<Option<CommitJob>> {
+    let store = engine.store();
+    let lock = store.guard().lock(&*store.guard_names())?;
+    let world = World::look(store)?;
+    match finish::commit_state(&world, &intent.intent)? {
+        Finish::Copied => finish::commit(engine, intent, lock, Vec::new()).map(|()| None),
+        Finish::NotCopied(layers) => {
+            let path = intent.intent.chain.clone();
+            tokens.extend(&world.chains_of(&[layers.top]))?;
+            finish::repair_leaks(store, &world, layers.base)?;
+            let world = World::look(store)?;
+            let base = store.take_image(&world.catalog, layers.base)?;
+            set_out(engine, &world, &path, &layers, base, intent).map(Some).map_err(|failed| failed.0)
+        }
+    }
+}

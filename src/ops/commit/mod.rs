@@ -1,0 +1,229 @@
+//! Commit: what top and the layers between hold is merged into base, and whatever stood on top stands on base.
+//!
+//! Promises: the view through top, and all above it, has the same bytes at every moment, for top covers
+//! what is written below it; views that change are hidden, durably, before the first byte under them does.
+//! Until the switch a commit into a qcow2 base can be called back without a trace; one into a raw base cannot,
+//! and what it has spoilt stays hidden until it is taken up again. Every step can be told from the files to be done,
+//! so that a commit that was cut off is done again from the beginning, or from the switch on.
+
+mod job;
+mod refuse;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::write::Writer;
+use crate::store::{Deed, Format, ImageIndex, OpenView, Store, ViewPart, shown};
+
+use super::copy::Segment;
+use super::engine::Engine;
+use super::finish;
+use super::plan::{Plan, PlanLayer};
+use super::request::CommitRequest;
+use super::world::{Chain, World, beside};
+
+pub(super) use job::{CommitJob, begin, begin_with, resume};
+
+/// What a commit concerns, by index in one catalog.
+#[derive(Clone, Debug)]
+pub(super) struct Layers {
+    /// The layers of the chain, leaf first.
+    chain: Vec<ImageIndex>,
+    top: ImageIndex,
+    base: ImageIndex,
+    /// From below top to above base.
+    between: Vec<ImageIndex>,
+    /// Those that stand on top.
+    children: Vec<ImageIndex>,
+    /// The layers below base, top first.
+    below: Vec<ImageIndex>,
+    /// Whether top is the active layer.
+    is_active: bool,
+    /// Whether base gets top's name, under which everybody finds it who stood on top.
+    takes_name: bool,
+}
+
+impl Layers {
+    /// Top and all between: what is merged.
+    fn segment(&self) -> Vec<ImageIndex> {
+        std::iter::once(self.top).chain(self.between.iter().copied()).collect()
+    }
+}
+
+/// Finds what the words of a commit mean.
+fn layers(world: &World, chain: &Chain, request: &CommitRequest) -> Result<Layers> {
+    let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
+    let views = &chain.views;
+    let top = match &request.top {
+        Some(name) => finish::layer(chain, name)?,
+        None => match views.active() {
+            Some(active) => active.layer,
+            None => return Err(usage(format!("{} has no active layer; say top=", shown(&chain.path)))),
+        },
+    };
+    let base = match &request.base {
+        Some(name) => finish::layer(chain, name)?,
+        None => top + 1,
+    };
+    if base >= views.layers.len() {
+        let name = world.image(views.layers[top]).shown();
+        return Err(usage(format!("{name} stands on nothing that it could be merged into")));
+    }
+    if base <= top {
+        let fact = if base == top { "top and base are the same layer" } else { "base is above top" };
+        return Err(usage(format!("{fact}; base has to be one of the layers below top")));
+    }
+    let is_active = top == 0 && views.active().is_some();
+    Ok(Layers {
+        top: views.layers[top],
+        base: views.layers[base],
+        between: views.layers[top + 1..base].to_vec(),
+        children: world.image(views.layers[top]).users.clone(),
+        below: views.layers[base + 1..].to_vec(),
+        chain: views.layers.clone(),
+        is_active,
+        takes_name: is_active,
+    })
+}
+
+/// What stands on the layer `depth` of a chain, counted from its leaf, is merged into it, and that takes its name.
+pub(super) fn fall_onto(world: &World, chain: &Chain, depth: usize) -> Layers {
+    let views = &chain.views;
+    let top = views.layers[depth - 1];
+    Layers {
+        top,
+        base: views.layers[depth],
+        between: Vec::new(),
+        children: world.image(top).users.clone(),
+        below: views.layers[depth + 1..].to_vec(),
+        chain: views.layers.clone(),
+        is_active: depth == 1 && views.active().is_some(),
+        takes_name: true,
+    }
+}
+
+/// What the request would do, with every refusal.
+pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &CommitRequest) -> Result<(Plan, Layers)> {
+    let chain = world.chain(path)?;
+    let layers = layers(world, &chain, request)?;
+    Ok((plan_of(engine, world, &chain, &layers, request), layers))
+}
+
+/// The same for what has been found out already; of the request only its flags count.
+pub(super) fn plan_of(engine: &Engine, world: &World, chain: &Chain, layers: &Layers, request: &CommitRequest) -> Plan {
+    let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
+    refuse::refusals(world, layers, request, &mut plan.refusals);
+    let is_undoable = is_undoable(world, layers);
+    let base = world.image(layers.base);
+    if !is_undoable {
+        let fact = "cannot be called back once it is begun: if it is cut off, the layers from it up to below top stay \
+                    hidden until it is taken up again";
+        plan.notes.push(format!("a commit into {} {fact}", base.shown()));
+    }
+    plan.invalid = finish::views_of(chain, std::iter::once(layers.base).chain(layers.between.iter().copied()));
+    if !request.keep {
+        let is_inner = |name: &Vec<u8>| chain.views.find(name).is_some_and(|view| view.snapshot.is_some());
+        plan.invalid.extend(finish::views_of(chain, std::iter::once(layers.top)).into_iter().filter(is_inner));
+    }
+    let gone = if request.keep { Vec::new() } else { layers.segment() };
+    if layers.takes_name {
+        let name = final_name(world, layers);
+        if name != base.place.path {
+            plan.renamed.push((base.place.path.clone(), name));
+        }
+    }
+    if request.keep {
+        plan.renamed.extend(layers.between.iter().map(|index| {
+            let path = &world.image(*index).place.path;
+            (path.clone(), finish::spoilt_name(path))
+        }));
+    }
+    let is_replaced = |path: &PathBuf| plan.renamed.iter().any(|(_, new)| new == path);
+    plan.removed =
+        gone.iter().map(|index| world.image(*index).place.path.clone()).filter(|p| !is_replaced(p)).collect();
+    // What it would amount to is told of one that is refused, too, if it can be told.
+    let segment = segment(engine.store(), world, layers, None);
+    finish::count(world, layers.base, segment.and_then(|(segment, _view)| segment.data_len()), &mut plan);
+    refuse::exposed(engine, world, &chain.path, layers, &mut plan.refusals);
+    plan.after = after(&plan, layers, request);
+    plan
+}
+
+/// What is merged, and what keeps it open: seen through top, which is shown throughout; what lies between by itself is
+/// not. Without the active layer's writer (`live`) what a guest has not flushed yet may be missing.
+fn segment(
+    store: &Arc<Store>,
+    world: &World,
+    layers: &Layers,
+    live: Option<Arc<Writer>>,
+) -> Result<(Segment, OpenView)> {
+    let through_top = &layers.chain[position(layers, layers.top)..];
+    let view = store.open_view(&world.catalog, through_top, ViewPart::Active, layers.is_active)?;
+    let first = usize::from(live.is_some());
+    let frozen = store.part_of(&view.view, first, layers.segment().len());
+    Ok((Segment { live, frozen }, view))
+}
+
+fn position(layers: &Layers, index: ImageIndex) -> usize {
+    layers.chain.iter().position(|layer| *layer == index).expect("a layer of the chain")
+}
+
+fn is_undoable(world: &World, layers: &Layers) -> bool {
+    let base = world.image(layers.base);
+    base.format == Some(Format::Qcow2) && base.data_file.is_none()
+}
+
+/// The name that base gets when it takes top's place: the headers above name a frozen layer as it is.
+fn final_name(world: &World, layers: &Layers) -> PathBuf {
+    if !layers.is_active {
+        return world.image(layers.top).place.path.clone();
+    }
+    let (top, base) = (world.image(layers.top), world.image(layers.base));
+    let format = base.format.unwrap_or(Format::Raw);
+    let stem = top.place.path.file_stem().unwrap_or_default().as_encoded_bytes();
+    let with = |extension: &[u8]| beside(&top.place.path, &[stem, b".", extension].concat());
+    let own = base.place.path.extension().map(|extension| with(extension.as_encoded_bytes()));
+    // Nobody will stand on it and say what it is.
+    own.filter(|name| world.store.options().reads_as(name, format, false))
+        .unwrap_or_else(|| with(format.name().as_bytes()))
+}
+
+fn after(plan: &Plan, layers: &Layers, request: &CommitRequest) -> Vec<PlanLayer> {
+    let (from, to) = (position(layers, layers.top), position(layers, layers.base));
+    let mut after: Vec<PlanLayer> = plan.before.clone();
+    if after.len() <= to {
+        return after;
+    }
+    after[to].note = format!("with the bytes of {}", String::from_utf8_lossy(&after[from].name.clone()));
+    if layers.takes_name {
+        after[to].active = layers.is_active;
+        let name = after[from].name.clone();
+        after[to].name = name;
+        if let Some((_, new)) = plan.renamed.first() {
+            after[to].path.clone_from(new);
+        }
+    }
+    if request.keep {
+        "kept, beside the chain".clone_into(&mut after[from].note);
+    }
+    after.drain(from..to);
+    after
+}
+
+impl Layers {
+    /// What an intent names, if all of it is there.
+    pub(super) fn of_intent(world: &World, deed: &Deed) -> Option<Self> {
+        let Deed::Commit { top, base, between, children, rename, .. } = deed else { return None };
+        let top = world.find(top)?;
+        let base = world.find(base)?;
+        let between = between.iter().map(|named| world.find(named)).collect::<Option<Vec<_>>>()?;
+        let children: Vec<ImageIndex> = children.iter().filter_map(|named| world.find(named)).collect();
+        let chain = world.catalog.layers(top);
+        let depth = chain.iter().position(|layer| *layer == base)?;
+        let below = chain[depth + 1..].to_vec();
+        let takes_name = rename.is_some();
+        let is_active = takes_name && world.image(top).users.is_empty() && world.catalog.is_active(top);
+        Some(Self { chain, top, base, between, children, below, is_active, takes_name })
+    }
+}

@@ -1,0 +1,207 @@
+//! Delete: a snapshot goes, and every other view stays what it is.
+//!
+//! A layer's bytes go up, into everything that stands on it, which then stands on what it stood on; or what stands on
+//! it comes down into its file, which takes that one's name. Both are jobs that others know: a pull, and a commit
+//! whose base takes top's name. Which of them copies less is told from the plans of both.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Snapshot;
+use crate::image::write::Writer;
+use crate::io::Claim;
+use crate::store::{ImageIndex, Keeping, Store, shown};
+
+use super::board::Tokens;
+use super::engine::{Engine, Job};
+use super::finish;
+use super::plan::Plan;
+use super::request::{CommitRequest, DeleteRequest, Method, PullRequest};
+use super::world::{Chain, World};
+use super::{commit, pull};
+
+/// What deleting comes to.
+pub(super) enum Way {
+    /// The layer is merged into everything that stands on it.
+    Up(pull::Layers),
+    /// What stands on it is merged into it.
+    Down(commit::Layers),
+    /// An internal snapshot of that image.
+    Inner(ImageIndex, Snapshot),
+}
+
+/// What the request would do, with every refusal.
+pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &DeleteRequest) -> Result<(Plan, Way)> {
+    let chain = world.chain(path)?;
+    let view = finish::view(&chain, &request.name)?;
+    if let Some(inner) = view.snapshot {
+        return plan_inner(world, &chain, chain.views.layers[view.layer], inner);
+    }
+    let (depth, index) = (view.layer, chain.views.layers[view.layer]);
+    let name = world.image(index).shown();
+    if view.active {
+        let fact = "is the active disk's; delete a snapshot, or revert the disk to one";
+        return Err(Error::new(ErrorKind::Usage, format!("{name} {fact}")));
+    }
+    if chain.views.layers.len() == 1 {
+        let fact = "is the last layer of its chain; remove the file if nothing of it is needed any more";
+        return Err(Error::new(ErrorKind::Forbidden, format!("{name} {fact}")));
+    }
+    let up = || plan_up(engine, world, &chain, depth, request);
+    let down = || plan_down(engine, world, &chain, depth, request);
+    let (plan, way, method) = match (depth, request.method) {
+        (0, Method::Commit) => {
+            let fact = "has nothing standing on it that could be merged into it; leave out method=";
+            return Err(Error::new(ErrorKind::Usage, format!("{name} {fact}")));
+        }
+        (0, _) | (_, Method::Pull) => with(up(), "pull"),
+        (_, Method::Commit) => with(down(), "commit"),
+        (_, Method::Auto) => {
+            let (up, down) = (with(up(), "pull"), with(down(), "commit"));
+            let can_go_down = down.0.refusals.is_empty() && has_one_user(world, &chain, depth);
+            let is_less = !up.0.refusals.is_empty() || down.0.bytes < up.0.bytes;
+            if can_go_down && is_less { down } else { up }
+        }
+    };
+    let mut plan = plan;
+    plan.notes.insert(0, format!("method: {method}"));
+    Ok((plan, way))
+}
+
+fn with((plan, way): (Plan, Way), method: &'static str) -> (Plan, Way, &'static str) {
+    (plan, way, method)
+}
+
+fn has_one_user(world: &World, chain: &Chain, depth: usize) -> bool {
+    let (above, index) = (chain.views.layers[depth - 1], chain.views.layers[depth]);
+    world.image(index).users == [above] && world.others_using(index, &[above]).is_empty()
+}
+
+fn plan_up(engine: &Engine, world: &World, chain: &Chain, depth: usize, request: &DeleteRequest) -> (Plan, Way) {
+    let layers = &chain.views.layers;
+    let index = layers[depth];
+    let into = world.image(index).users.clone();
+    let base = layers.get(depth + 1).copied();
+    let between = if into.is_empty() { base.into_iter().collect() } else { vec![index] };
+    let below = if into.is_empty() { Vec::new() } else { layers[depth..].to_vec() };
+    let base = base.filter(|_| !into.is_empty());
+    let found = pull::Layers { into, below, base, between, remove: vec![index] };
+    let terms = PullRequest {
+        discard_internal: request.discard_internal,
+        discard_bitmaps: request.discard_bitmaps,
+        ..PullRequest::default()
+    };
+    let mut plan = pull::plan_of(engine, world, chain, &found, &terms);
+    if found.into.len() > 1 && layers.len() == depth + 1 {
+        let names: Vec<String> = found.into.iter().map(|index| world.image(*index).shown()).collect();
+        let fact = "is the base of several images, each of which would have to hold all of it";
+        let sentence = format!("{} {fact}: {}; pull into those first", world.image(index).shown(), names.join(", "));
+        plan.refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
+    }
+    let others = world.others_using(index, &found.into);
+    if !others.is_empty() {
+        let fact = "may be what others stand on, whose headers cannot be followed";
+        let sentence = format!("{} {fact}: {}; mend those first", world.image(index).shown(), others.join(", "));
+        plan.refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
+    }
+    for other in found.into.iter().filter(|other| !layers.contains(other)) {
+        plan.notes.push(format!("{} stands on it as well, and is filled, too", world.image(*other).shown()));
+    }
+    if depth < plan.after.len() {
+        plan.after.remove(depth);
+        if let Some(above) = depth.checked_sub(1).and_then(|above| plan.after.get_mut(above)) {
+            above.note = format!("with the bytes of {}", String::from_utf8_lossy(&request.name));
+        }
+    }
+    (plan, Way::Up(found))
+}
+
+fn plan_down(engine: &Engine, world: &World, chain: &Chain, depth: usize, request: &DeleteRequest) -> (Plan, Way) {
+    let layers = commit::fall_onto(world, chain, depth);
+    let terms = CommitRequest {
+        discard_internal: request.discard_internal,
+        discard_bitmaps: request.discard_bitmaps,
+        ..CommitRequest::default()
+    };
+    let plan = commit::plan_of(engine, world, chain, &layers, &terms);
+    (plan, Way::Down(layers))
+}
+
+fn plan_inner(world: &World, chain: &Chain, index: ImageIndex, inner: usize) -> Result<(Plan, Way)> {
+    let image = world.image(index);
+    let snapshot = image.qcow2().and_then(|qcow2| qcow2.snapshots.get(inner)).cloned();
+    let snapshot = snapshot.ok_or_else(|| Error::new(ErrorKind::Stale, format!("{} has changed", image.shown())))?;
+    let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
+    plan.after.clone_from(&plan.before);
+    plan.refusals.extend(world.untouchable(index));
+    plan.refusals.extend(world.begun(&[index]));
+    if !image.users.is_empty() {
+        plan.refusals.extend(world.unguarded());
+    }
+    let is_it =
+        |view: &&crate::store::ChainView| view.snapshot == Some(inner) && chain.views.layers[view.layer] == index;
+    plan.invalid = chain.views.views.iter().filter(is_it).map(|view| view.name.clone()).collect();
+    if snapshot.vm_state_size > 0 {
+        plan.notes.push(format!("its VM state ({} bytes) goes with it", snapshot.vm_state_size));
+    }
+    Ok((plan, Way::Inner(index, snapshot)))
+}
+
+/// Begins a delete, or does it if no data has to be moved.
+pub(super) fn begin(
+    engine: &Engine,
+    path: &Path,
+    request: &DeleteRequest,
+    command: &str,
+    tokens: &mut Tokens,
+) -> Result<Option<Job>> {
+    let (lock, world) = World::begin(engine.store())?;
+    let (plan, way) = plan(engine, &world, path, request)?;
+    finish::first(plan.refusals)?;
+    match way {
+        Way::Up(layers) => {
+            let job = pull::begin_with(engine, &world, lock, path, &layers, command, tokens)?;
+            Ok(Some(Job::Pull(Box::new(job))))
+        }
+        Way::Down(layers) => {
+            let job = commit::begin_with(engine, &world, lock, path, &layers, false, command, tokens)?;
+            Ok(Some(Job::Commit(Box::new(job))))
+        }
+        Way::Inner(index, snapshot) => {
+            tokens.extend(&world.chains_of(&[index]))?;
+            delete_inner(engine.store(), &world, index, &snapshot, lock)?;
+            Ok(None)
+        }
+    }
+}
+
+fn delete_inner(store: &Arc<Store>, world: &World, index: ImageIndex, snapshot: &Snapshot, lock: Claim) -> Result<()> {
+    let image = world.image(index);
+    let name = format!("{}@{}", shown(&image.place.path), String::from_utf8_lossy(&snapshot.name));
+    let leaving = store.leave_inner(image.stat.id, &snapshot.id).map_err(|error| error.within(name))?;
+    with_writer(store, world, index, |writer| writer.delete_snapshot(snapshot))?;
+    let before = Arc::clone(&world.catalog);
+    store.rescan()?;
+    finish::tell_files(store, &before, &[image.stat.id.inode], None);
+    drop((leaving, lock));
+    Ok(())
+}
+
+/// Does something with what writes an image: the active disk's writer, also while guests use it, or one of our own.
+pub(super) fn with_writer(
+    store: &Arc<Store>,
+    world: &World,
+    index: ImageIndex,
+    work: impl FnOnce(&Writer) -> Result<()>,
+) -> Result<()> {
+    if world.image(index).users.is_empty() && world.catalog.is_active(index) {
+        let job = store.take_active(&world.catalog, &world.catalog.layers(index))?;
+        return work(&*job.writer()?);
+    }
+    let mut job = store.take_image(&world.catalog, index)?;
+    let writer = job.open_writer(None, Keeping::Nothing)?;
+    let done = work(&writer).and_then(|()| writer.close());
+    drop(writer);
+    done.and(job.finish())
+}

@@ -1,0 +1,220 @@
+//! What a layer needs of its own before it can stand on something else: where it is silent, and what shows through it
+//! now is not what will.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::chain::{Source, View};
+use crate::error::Result;
+use crate::image::write::{Below, Fill, Place, Wanted};
+use crate::store::Store;
+use crate::units::HostOffset;
+
+/// Bytes that are compared at once.
+const COMPARED: u64 = 256 << 10;
+/// Bytes that are the same or not as a whole: a sector.
+const GRAIN: usize = 512;
+
+/// What shows through now, and what will.
+pub(in crate::ops) enum Filling {
+    /// The layers that are left out, and those below them, which stay.
+    Between {
+        /// None if all of them are left out.
+        between: Option<Arc<View>>,
+        /// None if nothing stays.
+        base: Option<Arc<View>>,
+    },
+    /// Two stacks, of which the lower parts may be the same.
+    Differing {
+        /// What shows through now; none if nothing does.
+        old: Option<Arc<View>>,
+        /// What will.
+        new: Option<Arc<View>>,
+        /// What was read and compared last.
+        seen: Mutex<Seen>,
+    },
+}
+
+/// A stretch of both, and for how long from its start on they are the same, or are not.
+#[derive(Default)]
+pub(in crate::ops) struct Seen {
+    at: u64,
+    runs: Vec<(u64, Wanted)>,
+}
+
+impl Filling {
+    /// The first `depth` layers of `below` are left out.
+    pub(super) fn between(store: &Store, below: &View, depth: usize) -> Self {
+        let count = below.layers().len();
+        Self::Between {
+            between: store.part_of(below, 0, depth),
+            base: if depth < count { store.part_of(below, depth, count) } else { None },
+        }
+    }
+
+    /// Another stack takes the place of the one below.
+    pub(super) fn differing(old: Option<Arc<View>>, new: Option<Arc<View>>) -> Self {
+        Self::Differing { old, new, seen: Mutex::default() }
+    }
+
+    /// Whether bytes may have to be copied at `at`, and for how many of `len` the same holds: nothing is read for that.
+    pub(super) fn may_differ(&self, at: u64, len: u64) -> Result<(bool, u64)> {
+        match self {
+            Self::Between { .. } => self.wanted(at, len).map(|(wanted, run)| (wanted == Wanted::Data, run)),
+            Self::Differing { old, new, .. } => {
+                let ((old, old_run), (new, new_run)) = (locate(old.as_ref(), at, len)?, locate(new.as_ref(), at, len)?);
+                Ok((old != new && old != Located::Zero, old_run.min(new_run)))
+            }
+        }
+    }
+}
+
+/// Where a stack has what it shows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Located {
+    Zero,
+    /// In the image of that serial number, there.
+    At(u64, u64),
+    /// In a way that is not compared by its place.
+    Read,
+}
+
+fn locate(view: Option<&Arc<View>>, at: u64, len: u64) -> Result<(Located, u64)> {
+    let Some(view) = view else { return Ok((Located::Zero, len)) };
+    if at >= view.size() {
+        return Ok((Located::Zero, len));
+    }
+    let extent = view.resolve(at, len.min(view.size() - at))?;
+    let Some(layer) = view.layers().get(extent.layer) else { return Ok((Located::Zero, extent.len)) };
+    match extent.source {
+        Source::Zero => Ok((Located::Zero, extent.len)),
+        Source::Data(host) if layer.image().is_raw() => {
+            let (is_data, run) = layer.image().raw_extent(host, HostOffset(host.0 + extent.len))?;
+            let found = if is_data { Located::At(layer.image().serial(), host.0) } else { Located::Zero };
+            Ok((found, run))
+        }
+        Source::Data(host) => Ok((Located::At(layer.image().serial(), host.0), extent.len)),
+        Source::Compressed | Source::Bad => Ok((Located::Read, extent.len)),
+    }
+}
+
+impl Fill for Filling {
+    fn wanted(&self, at: u64, len: u64) -> Result<(Wanted, u64)> {
+        match self {
+            Self::Between { between, base } => between_wants(between.as_ref(), base.as_ref(), at, len),
+            Self::Differing { old, new, seen } => {
+                let ((old_place, old_run), (new_place, new_run)) =
+                    (locate(old.as_ref(), at, len)?, locate(new.as_ref(), at, len)?);
+                let run = old_run.min(new_run);
+                match (old_place, new_place) {
+                    (Located::Zero, Located::Zero) => Ok((Wanted::Nothing, run)),
+                    (Located::At(image, place), Located::At(other, same)) if (image, place) == (other, same) => {
+                        Ok((Wanted::Nothing, run))
+                    }
+                    _ => compare(old.as_ref(), new.as_ref(), at, run, &mut seen.lock()),
+                }
+            }
+        }
+    }
+
+    fn place(&self, at: u64, len: u64) -> Result<(Place, u64)> {
+        let shown = match self {
+            Self::Between { between, .. } => between,
+            Self::Differing { old, .. } => old,
+        };
+        let Some(view) = shown.as_ref().filter(|view| at < view.size()) else { return Ok((None, len)) };
+        let extent = view.resolve(at, len.min(view.size() - at))?;
+        let place = match (extent.source, view.layers().get(extent.layer)) {
+            // A raw file may end within its last sector.
+            (Source::Data(host), Some(layer)) if host.0 + extent.len <= layer.image().data().len()? => {
+                Some((Arc::clone(layer.image().data()), host.0))
+            }
+            _ => None,
+        };
+        Ok((place, extent.len))
+    }
+}
+
+/// What the layers between say, unless what is below them says the same.
+fn between_wants(between: Option<&Arc<View>>, base: Option<&Arc<View>>, at: u64, len: u64) -> Result<(Wanted, u64)> {
+    let zero = |len: u64| match base {
+        // Without anything below, silence reads as zeroes.
+        None => Ok((Wanted::Nothing, len)),
+        Some(base) => {
+            let (is_zero, run) = base.zero_run(at, len)?;
+            Ok((if is_zero { Wanted::Nothing } else { Wanted::Zero }, run))
+        }
+    };
+    let Some(view) = between.filter(|view| at < view.size()) else {
+        // A shorter layer reads as zeroes from its end on.
+        return zero(len);
+    };
+    let extent = view.resolve(at, len.min(view.size() - at))?;
+    if extent.layer >= view.layers().len() {
+        return Ok((Wanted::Nothing, extent.len));
+    }
+    match extent.source {
+        Source::Zero => zero(extent.len),
+        Source::Data(host) if view.layers()[extent.layer].image().is_raw() => {
+            let image = view.layers()[extent.layer].image();
+            let (is_data, run) = image.raw_extent(host, HostOffset(host.0 + extent.len))?;
+            if is_data { Ok((Wanted::Data, run)) } else { zero(run) }
+        }
+        Source::Data(_) | Source::Compressed | Source::Bad => Ok((Wanted::Data, extent.len)),
+    }
+}
+
+/// Reads both, and tells for how long from `at` on the same is wanted.
+fn compare(
+    old: Option<&Arc<View>>,
+    new: Option<&Arc<View>>,
+    at: u64,
+    len: u64,
+    seen: &mut Seen,
+) -> Result<(Wanted, u64)> {
+    if let Some(known) = seen.find(at, len) {
+        return Ok(known);
+    }
+    let len = len.min(COMPARED);
+    let (mut before, mut after) = (vec![0; len as usize], vec![0; len as usize]);
+    read(old, at, &mut before)?;
+    read(new, at, &mut after)?;
+    let mut runs: Vec<(u64, Wanted)> = Vec::new();
+    for (before, after) in before.chunks(GRAIN).zip(after.chunks(GRAIN)) {
+        let wanted = if before == after {
+            Wanted::Nothing
+        } else if before.iter().all(|byte| *byte == 0) {
+            Wanted::Zero
+        } else {
+            Wanted::Data
+        };
+        match runs.last_mut() {
+            Some((run, last)) if *last == wanted => *run += before.len() as u64,
+            _ => runs.push((before.len() as u64, wanted)),
+        }
+    }
+    *seen = Seen { at, runs };
+    Ok(seen.find(at, len).expect("it has just been looked at"))
+}
+
+impl Seen {
+    fn find(&self, at: u64, len: u64) -> Option<(Wanted, u64)> {
+        let mut start = self.at;
+        for (run, wanted) in &self.runs {
+            let end = start + run;
+            if (start..end).contains(&at) {
+                return Some((*wanted, (end - at).min(len)));
+            }
+            start = end;
+        }
+        None
+    }
+}
+
+/// Reads what a stack shows; behind its end, and without one, zeroes.
+fn read(view: Option<&Arc<View>>, at: u64, buf: &mut [u8]) -> Result<()> {
+    let Some(view) = view else { return Ok(()) };
+    let have = view.size().saturating_sub(at).min(buf.len() as u64) as usize;
+    if have == 0 { Ok(()) } else { view.read_at(at, &mut buf[..have]) }
+}

@@ -1,0 +1,309 @@
+//! A pull at work: filling, the switch, and taking up what was cut off.
+//!
+//! Whatever puts layers on something else without a change of what they show is such a job: `pull`, `delete` upwards,
+//! and `rebase`.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Frozen;
+use crate::image::HeaderChange;
+use crate::image::write::{Located, Writer};
+use crate::io::Claim;
+use crate::store::{
+    ActiveJob, Catalog, Deed, ImageIndex, Intent, JobImage, Keeping, Named, OpenView, OwnedIntent, Store, ViewPart,
+    shown,
+};
+
+use super::super::board::{Progress, Tokens};
+use super::super::copy::PIECE;
+use super::super::engine::Engine;
+use super::super::finish;
+use super::super::request::PullRequest;
+use super::super::world::World;
+use super::{Filling, Layers, plan};
+
+/// A pull that was accepted.
+pub(in crate::ops) struct PullJob {
+    parts: Vec<Part>,
+    fill: Filling,
+    intent: OwnedIntent,
+    _views: Vec<OpenView>,
+}
+
+/// A layer that is filled.
+struct Part {
+    target: Target,
+    writer: Arc<Writer>,
+    named: Named,
+    /// Bytes of the longest of its disks.
+    end: u64,
+}
+
+/// Who is filled.
+enum Target {
+    Active(ActiveJob),
+    Image(JobImage),
+}
+
+/// Everything that a pull needs, opened.
+struct Ready {
+    parts: Vec<Part>,
+    fill: Filling,
+    views: Vec<OpenView>,
+}
+
+/// Begins a pull.
+pub(in crate::ops) fn begin(
+    engine: &Engine,
+    path: &Path,
+    request: &PullRequest,
+    command: &str,
+    tokens: &mut Tokens,
+) -> Result<PullJob> {
+    let (lock, world) = World::begin(engine.store())?;
+    let (plan, layers) = plan(engine, &world, path, request)?;
+    finish::first(plan.refusals)?;
+    begin_with(engine, &world, lock, path, &layers, command, tokens)
+}
+
+/// The same for what has been found out, and found good, under the store's lock.
+pub(in crate::ops) fn begin_with(
+    engine: &Engine,
+    world: &World,
+    _lock: Claim,
+    path: &Path,
+    layers: &Layers,
+    command: &str,
+    tokens: &mut Tokens,
+) -> Result<PullJob> {
+    let store = engine.store();
+    tokens.extend(&world.chains_of(&layers.touched()))?;
+    let named = |indices: &[ImageIndex]| indices.iter().map(|index| world.named(*index)).collect::<Vec<Named>>();
+    let deed = Deed::Pull {
+        into: named(&layers.into),
+        base: layers.base.map(|base| world.named(base)),
+        remove: named(&layers.remove),
+        between: named(&layers.between),
+    };
+    let ready = open(store, world, layers)?;
+    let name = engine.intent_name();
+    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed))?;
+    store.rescan()?;
+    Ok(ready.with(intent))
+}
+
+impl Ready {
+    fn with(self, intent: OwnedIntent) -> PullJob {
+        let Self { parts, fill, views } = self;
+        PullJob { parts, fill, intent, _views: views }
+    }
+}
+
+fn open(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Ready> {
+    let view = |layers: &[ImageIndex]| {
+        (!layers.is_empty()).then(|| store.open_view(&world.catalog, layers, ViewPart::Active, false)).transpose()
+    };
+    let below = view(&layers.below)?;
+    let depth = layers.between.len();
+    let mut views = Vec::new();
+    let fill = match &below {
+        // What it will stand on lies below it already.
+        Some(below) if layers.below.get(depth).copied() == layers.base => Filling::between(store, &below.view, depth),
+        _ => {
+            let new = view(&layers.base.map(|base| world.catalog.layers(base)).unwrap_or_default())?;
+            let stack = |open: &OpenView| Arc::clone(&open.view);
+            let fill = Filling::differing(below.as_ref().map(stack), new.as_ref().map(stack));
+            views.extend(new);
+            fill
+        }
+    };
+    let mut parts = Vec::new();
+    for into in &layers.into {
+        let (target, writer) = if world.image(*into).users.is_empty() && world.catalog.is_active(*into) {
+            let job = store.take_active(&world.catalog, &world.catalog.layers(*into))?;
+            let writer = job.writer()?;
+            (Target::Active(job), writer)
+        } else {
+            let mut image = store.take_image(&world.catalog, *into)?;
+            let lower = below.as_ref().map(|below| Arc::clone(&below.view));
+            let writer = image.open_writer(lower, Keeping::Nothing)?;
+            (Target::Image(image), writer)
+        };
+        // An internal snapshot may have a longer disk than the image has now.
+        let longest = writer.snapshots()?.iter().filter_map(|snapshot| snapshot.virtual_size).max().unwrap_or(0);
+        let end = writer.size().max(longest);
+        parts.push(Part { target, writer, named: world.named(*into), end });
+    }
+    views.extend(below);
+    Ok(Ready { parts, fill, views })
+}
+
+impl PullJob {
+    /// Does it.
+    pub(in crate::ops) fn run(self, engine: &Engine, progress: &Progress) -> Result<()> {
+        let store = Arc::clone(engine.store());
+        let filled = self.fill(&store, progress).and_then(|()| progress.settle());
+        match filled.and_then(|()| self.ready_to_switch(&store)) {
+            Ok((lock, world)) => self.switch(engine, lock, &world),
+            Err(error) => {
+                // What was copied changes nothing, and may stay.
+                for part in self.parts {
+                    if let Err(trouble) = part.close() {
+                        tracing::error!("a pull could not be ended properly: {trouble}");
+                    }
+                }
+                if !progress.is_stopped()
+                    && let Err(trouble) = finish::forget(&store, self.intent)
+                {
+                    return Err(error.within(format!("{trouble}, and")));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn fill(&self, store: &Store, progress: &Progress) -> Result<()> {
+        let needed = self.parts.iter().map(|part| part.needed(&self.fill)).collect::<Result<Vec<u64>>>()?;
+        progress.set_total(needed.iter().sum());
+        if !finish::shares_blocks(store) {
+            for (part, needed) in self.parts.iter().zip(needed) {
+                part.writer.reserve(needed)?;
+            }
+        }
+        for Part { writer, end, .. } in &self.parts {
+            let mut at = 0;
+            while at < *end {
+                progress.check()?;
+                let len = PIECE.min(*end - at);
+                progress.advance(writer.fill(at, len, &self.fill)?);
+                at += len;
+            }
+            writer.flush()?;
+        }
+        Ok(())
+    }
+
+    /// The last look, and the mark on what will be left alone. Nothing has changed for anybody by then.
+    fn ready_to_switch(&self, store: &Arc<Store>) -> Result<(Claim, World)> {
+        let lock = store.guard().lock_for_job(&*store.guard_names())?;
+        let world = World::look(store)?;
+        let Deed::Pull { into, base, remove, between } = &self.intent.intent.deed else {
+            unreachable!("the intent of a pull")
+        };
+        into.iter().chain(base).try_for_each(|named| world.expect(named).map(drop))?;
+        freeze_left(store, &world, into, remove, between)?;
+        Ok((lock, world))
+    }
+
+    fn switch(self, engine: &Engine, lock: Claim, world: &World) -> Result<()> {
+        let store = engine.store();
+        let Self { parts, intent, _views: views, .. } = self;
+        let Deed::Pull { base, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
+        let base = base.as_ref().map(|base| world.expect(base)).transpose()?;
+        let before = Arc::clone(&world.catalog);
+        let mut active = Vec::new();
+        for part in parts {
+            let into = world.expect(&part.named)?;
+            let backing = Some(base.map(|base| world.backing_name(into, base)));
+            part.writer.change_header(&HeaderChange { backing, frozen: None })?;
+            // Gives back what was reserved and not needed.
+            active.extend(part.close()?);
+        }
+        let world = World::look(store)?;
+        finish::stand_on_new(&world, &active)?;
+        drop((active, views));
+        clean_up(engine, intent, lock, &before)
+    }
+}
+
+impl Part {
+    /// Bytes that will be copied, as far as the active tables tell.
+    fn needed(&self, fill: &Filling) -> Result<u64> {
+        let (mut at, end, mut sum) = (0, self.writer.size(), 0);
+        while at < end {
+            let (located, mut run) = self.writer.locate(at, end - at)?;
+            if located == Located::Below {
+                let (is_copied, part) = fill.may_differ(at, run)?;
+                run = part;
+                sum += if is_copied { run } else { 0 };
+            }
+            at += run;
+        }
+        Ok(sum)
+    }
+
+    /// Makes it a layer like any other again; an active disk is returned, which goes on.
+    fn close(self) -> Result<Option<(ActiveJob, Named)>> {
+        let Self { target, writer, named, .. } = self;
+        let closed = writer.close();
+        drop(writer);
+        match target {
+            Target::Active(job) => closed.map(|()| Some((job, named))),
+            Target::Image(image) => closed.and_then(|()| image.finish()).map(|()| None),
+        }
+    }
+}
+
+/// Marks what will have nobody standing on it, while somebody still does.
+fn freeze_left(store: &Arc<Store>, world: &World, into: &[Named], remove: &[Named], between: &[Named]) -> Result<()> {
+    let going: Vec<ImageIndex> = into.iter().chain(remove).filter_map(|named| world.find(named)).collect();
+    // Only the uppermost of those that stay becomes a leaf.
+    let stays = between.iter().find(|named| !remove.contains(named)).and_then(|named| world.find(named));
+    let Some(index) = stays else { return Ok(()) };
+    if world.image(index).users.iter().all(|user| going.contains(user)) && finish::may_be_marked(world, index) {
+        finish::freeze(store, world, index, &Frozen::now(""))?;
+    }
+    Ok(())
+}
+
+/// What follows the switch.
+fn clean_up(engine: &Engine, intent: OwnedIntent, lock: Claim, before: &Catalog) -> Result<()> {
+    let store = engine.store();
+    let Deed::Pull { remove, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
+    finish::tell(store, before, &intent.intent, None);
+    let removed = finish::remove(store, remove);
+    // What is used by others by now stays, and nothing is left to be done.
+    if removed.as_ref().is_err_and(|error| error.kind() != ErrorKind::NotEmpty) {
+        return removed;
+    }
+    finish::end(store, intent, lock).and(removed)
+}
+
+/// Takes up a pull that was cut off. `Ok(None)`: all that was left to do has been done.
+pub(in crate::ops) fn resume(engine: &Engine, intent: OwnedIntent, tokens: &mut Tokens) -> Result<Option<PullJob>> {
+    let store = engine.store();
+    let lock = store.guard().lock_for_job(&*store.guard_names())?;
+    let world = World::look(store)?;
+    let found = match find(&world, &intent.intent.deed) {
+        Ok(found) => found,
+        Err(error) => {
+            // No view has changed, and none will: what others have done to the chain stands.
+            finish::end(store, intent, lock)?;
+            return Err(error);
+        }
+    };
+    let Some(layers) = found else {
+        let before = Arc::clone(&world.catalog);
+        return clean_up(engine, intent, lock, &before).map(|()| None);
+    };
+    tokens.extend(&world.chains_of(&layers.touched()))?;
+    Ok(Some(open(store, &world, &layers)?.with(intent)))
+}
+
+/// What is left to be filled, and what that needs; `None` if nothing is.
+fn find(world: &World, deed: &Deed) -> Result<Option<Layers>> {
+    let Deed::Pull { into, base, remove, between } = deed else { unreachable!("the intent of a pull") };
+    let all = |named: &[Named]| named.iter().map(|named| world.expect(named)).collect::<Result<Vec<_>>>();
+    let base = base.as_ref().map(|base| world.expect(base)).transpose()?;
+    let left: Vec<ImageIndex> = all(into)?.into_iter().filter(|index| world.stands_on(*index) != base).collect();
+    let Some(first) = left.first() else { return Ok(None) };
+    let below = world.catalog.layers(*first)[1..].to_vec();
+    if let Some(other) = left.iter().find(|index| world.stands_on(**index) != below.first().copied()) {
+        let fact = "stands on something else by now; see what it is to stand on, and give the command again";
+        let sentence = format!("{} {fact}", shown(&world.image(*other).place.path));
+        return Err(Error::new(ErrorKind::Stale, sentence));
+    }
+    Ok(Some(Layers { into: left, below, base, between: all(between)?, remove: all(remove)? }))
+}

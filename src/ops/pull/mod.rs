@@ -1,0 +1,150 @@
+//! Pull: what lies between a layer and a base is copied into the layer, which then stands on the base.
+//!
+//! Promises: no view changes, at no moment, nor does any become invalid; a guest's write always wins. What
+//! is left with nobody standing on it is marked as frozen before that is so. Cut off anywhere, it goes on where
+//! it was, for what has been copied is not asked for again.
+
+mod fill;
+mod job;
+
+use std::path::Path;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::HeaderChange;
+use crate::store::{ImageIndex, ViewPart, shown};
+
+use super::copy::Segment;
+use super::engine::Engine;
+use super::finish;
+use super::plan::Plan;
+use super::request::PullRequest;
+use super::world::{Chain, World};
+
+pub(super) use fill::Filling;
+pub(super) use job::{PullJob, begin, begin_with, resume};
+
+/// What a pull concerns, by index in one catalog.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Layers {
+    /// What is filled; all of them stand on the same.
+    pub(super) into: Vec<ImageIndex>,
+    /// What that is, and all below it, top first.
+    pub(super) below: Vec<ImageIndex>,
+    /// What they will stand on.
+    pub(super) base: Option<ImageIndex>,
+    /// What they will stand on no more.
+    pub(super) between: Vec<ImageIndex>,
+    /// What goes afterwards.
+    pub(super) remove: Vec<ImageIndex>,
+}
+
+impl Layers {
+    /// What is changed, or goes.
+    fn touched(&self) -> Vec<ImageIndex> {
+        self.into.iter().chain(&self.remove).copied().collect()
+    }
+}
+
+fn layers(world: &World, chain: &Chain, request: &PullRequest) -> Result<Layers> {
+    let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
+    let views = &chain.views;
+    let into = match &request.into {
+        Some(name) => finish::layer(chain, name)?,
+        None => match views.active() {
+            Some(active) => active.layer,
+            None => return Err(usage(format!("{} has no active layer; say into=", shown(&chain.path)))),
+        },
+    };
+    let name = world.image(views.layers[into]).shown();
+    if into + 1 >= views.layers.len() {
+        return Err(usage(format!("{name} stands on nothing: there is nothing to be pulled")));
+    }
+    let base = request.base.as_ref().map(|base| finish::layer(chain, base)).transpose()?;
+    match base {
+        Some(base) if base == into => return Err(usage("the layer and its base are the same".to_owned())),
+        Some(base) if base < into => {
+            return Err(usage("base is above the layer; it has to be one of the layers below".to_owned()));
+        }
+        Some(base) if base == into + 1 => return Err(usage(format!("{name} stands on that already"))),
+        _ => {}
+    }
+    let between = views.layers[into + 1..base.unwrap_or(views.layers.len())].to_vec();
+    let remove = if request.delete { removable(world, views.layers[into], &between) } else { Vec::new() };
+    Ok(Layers {
+        into: vec![views.layers[into]],
+        below: views.layers[into + 1..].to_vec(),
+        base: base.map(|base| views.layers[base]),
+        between,
+        remove,
+    })
+}
+
+/// Of what lies between: what this store froze, nobody else stands on, and something else lies below.
+fn removable(world: &World, into: ImageIndex, between: &[ImageIndex]) -> Vec<ImageIndex> {
+    let mut gone = vec![into];
+    let is_lowest = |index: ImageIndex| world.stands_on(index).is_none();
+    for index in between {
+        let image = world.image(*index);
+        let may_go = image.frozen.is_some() && !is_lowest(*index) && world.untouchable(*index).is_none();
+        if !may_go || !world.others_using(*index, &gone).is_empty() {
+            break;
+        }
+        gone.push(*index);
+    }
+    gone.split_off(1)
+}
+
+/// What the request would do, with every refusal.
+pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &PullRequest) -> Result<(Plan, Layers)> {
+    let chain = world.chain(path)?;
+    let layers = layers(world, &chain, request)?;
+    let mut plan = plan_of(engine, world, &chain, &layers, request);
+    let into = &world.image(layers.into[0]).place.path;
+    let first = plan.before.iter().position(|line| line.path == *into).unwrap_or(0);
+    if let Some(line) = plan.after.get_mut(first) {
+        "with the bytes of what was between".clone_into(&mut line.note);
+        let end = (first + 1 + layers.between.len()).min(plan.after.len());
+        plan.after.drain(first + 1..end);
+    }
+    Ok((plan, layers))
+}
+
+/// The same for what has been found out already, but for the chain afterwards; of the request only its flags count.
+pub(super) fn plan_of(engine: &Engine, world: &World, chain: &Chain, layers: &Layers, request: &PullRequest) -> Plan {
+    let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
+    let refusals = &mut plan.refusals;
+    let is_leaf = |index: &ImageIndex| world.image(*index).users.is_empty();
+    if !layers.into.iter().all(is_leaf) || !layers.remove.is_empty() {
+        refusals.extend(world.unguarded());
+    }
+    let concerned: Vec<ImageIndex> = layers.touched().into_iter().chain(layers.below.iter().copied()).collect();
+    refusals.extend(world.begun(&concerned));
+    refusals.extend(layers.touched().iter().filter_map(|index| world.untouchable(*index)));
+    for into in &layers.into {
+        let backing = Some(layers.base.map(|base| world.backing_name(*into, base)));
+        finish::check_header(world, *into, &HeaderChange { backing, frozen: None }, refusals);
+        let stack: Vec<ImageIndex> = [*into].into_iter().chain(layers.below.iter().copied()).collect();
+        refusals.extend(world.catalog.view_problem(&stack).map(|problem| Error::new(ErrorKind::Broken, problem)));
+    }
+    if let Some(left) = layers.between.iter().find(|index| !layers.remove.contains(index))
+        && finish::may_be_marked(world, *left)
+    {
+        finish::check_freeze(world, *left, refusals);
+    }
+    finish::inner_snapshots(world, layers.remove.iter().copied(), request.discard_internal, refusals);
+    finish::bitmaps(world, layers.remove.iter().copied(), request.discard_bitmaps, refusals);
+    if let Some(first) = layers.into.first().filter(|_| !layers.below.is_empty()) {
+        let store = engine.store();
+        let counted = store.open_view(&world.catalog, &layers.below, ViewPart::Active, false).and_then(|open| {
+            let frozen = store.part_of(&open.view, 0, layers.between.len());
+            Segment { live: None, frozen }.data_len()
+        });
+        finish::count(world, *first, counted.map(|bytes| bytes * layers.into.len() as u64), &mut plan);
+        let fact = "bytes that the layer holds itself are not copied; how many these are shows as it goes on";
+        plan.notes.push(fact.into());
+    }
+    plan.removed = layers.remove.iter().map(|index| world.image(*index).place.path.clone()).collect();
+    plan.invalid = finish::views_of(chain, layers.remove.iter().copied());
+    plan.after.clone_from(&plan.before);
+    plan
+}

@@ -1,0 +1,226 @@
+//! Rebase: a layer is put on another backing file.
+//!
+//! Safely, which is a pull: what the layer shows stays the same, and where the two backing files differ it is copied.
+//! Or by name alone, for files that were moved: then nobody may have a view open that the layer is part of.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::chain::MAX_DEPTH;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Frozen;
+use crate::image::{HeaderChange, change_header};
+use crate::store::{Format, ImageIndex, Store, ViewPart, shown};
+
+use super::board::Tokens;
+use super::engine::{Engine, Job};
+use super::finish;
+use super::plan::{Plan, PlanLayer};
+use super::pull;
+use super::request::{PullRequest, RebaseRequest};
+use super::world::{Chain, World};
+
+/// What a rebase concerns.
+pub(super) struct Layers {
+    /// What is put on something else, counted from the leaf.
+    depth: usize,
+    layer: ImageIndex,
+    base: Option<ImageIndex>,
+    /// What the layer stands on no more.
+    between: Vec<ImageIndex>,
+}
+
+fn layers(world: &World, chain: &Chain, request: &RebaseRequest) -> Result<Layers> {
+    let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
+    let depth = match &request.layer {
+        Some(name) => finish::layer(chain, name)?,
+        None => match chain.views.active() {
+            Some(active) => active.layer,
+            None => return Err(usage(format!("{} has no active layer; say layer=", shown(&chain.path)))),
+        },
+    };
+    let layer = chain.views.layers[depth];
+    let image = world.image(layer);
+    if image.format != Some(Format::Qcow2) {
+        let fact = "is raw, and has no header in which a backing file could be named";
+        return Err(Error::new(ErrorKind::Unsupported, format!("{} {fact}", image.shown())));
+    }
+    let base = request.base.as_ref().map(|name| base(world, chain, layer, name)).transpose()?;
+    let above = base.map(|base| world.catalog.layers(base)).unwrap_or_default();
+    if above.contains(&layer) {
+        let base = world.image(above[0]).shown();
+        return Err(usage(format!("{base} stands on {} itself: that would be a loop", image.shown())));
+    }
+    let below = &chain.views.layers[depth + 1..];
+    let between = below.iter().copied().take_while(|index| !above.contains(index)).collect();
+    Ok(Layers { depth, layer, base, between })
+}
+
+/// The image that `base=` means: a file as the header would name it, else a layer of the chain.
+fn base(world: &World, chain: &Chain, layer: ImageIndex, name: &[u8]) -> Result<ImageIndex> {
+    match world.named_by(layer, name) {
+        Err(error) if error.kind() == ErrorKind::NotFound => match chain.views.find(name) {
+            Some(view) if view.snapshot.is_some() => {
+                let fact = "is an internal snapshot, on which nothing can stand; clone it first";
+                Err(Error::new(ErrorKind::Usage, format!("{} {fact}", String::from_utf8_lossy(name))))
+            }
+            Some(view) => Ok(chain.views.layers[view.layer]),
+            None => Err(error),
+        },
+        found => found,
+    }
+}
+
+/// What the request would do, with every refusal.
+pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &RebaseRequest) -> Result<(Plan, Layers)> {
+    let chain = world.chain(path)?;
+    let layers = layers(world, &chain, request)?;
+    let mut plan = if request.is_unsafe {
+        plan_unsafe(engine, world, &chain, &layers)
+    } else {
+        pull::plan_of(engine, world, &chain, &as_pull(&chain, &layers), &PullRequest::default())
+    };
+    let refusals = &mut plan.refusals;
+    let stands_on = world.stands_on(layers.layer);
+    if !request.is_unsafe && stands_on == layers.base {
+        let fact = if stands_on.is_some() { "stands on that already" } else { "stands on nothing" };
+        return Err(Error::new(ErrorKind::Usage, format!("{} {fact}", world.image(layers.layer).shown())));
+    }
+    if let Some(base) = layers.base {
+        refuse_base(engine, world, &layers, base, request.is_unsafe, refusals);
+        let image = world.image(base);
+        if image.users.is_empty() && world.catalog.is_active(base) {
+            let fact = "is a disk of its own by now; it will be a snapshot, for something stands on it then";
+            plan.notes.push(format!("{} {fact}", image.shown()));
+        }
+    }
+    plan.after = after(world, &chain, &layers);
+    Ok((plan, layers))
+}
+
+fn as_pull(chain: &Chain, layers: &Layers) -> pull::Layers {
+    pull::Layers {
+        into: vec![layers.layer],
+        below: chain.views.layers[layers.depth + 1..].to_vec(),
+        base: layers.base,
+        between: layers.between.clone(),
+        remove: Vec::new(),
+    }
+}
+
+fn refuse_base(
+    engine: &Engine,
+    world: &World,
+    layers: &Layers,
+    base: ImageIndex,
+    is_unsafe: bool,
+    refusals: &mut Vec<Error>,
+) {
+    let below = world.catalog.layers(base);
+    if !is_unsafe {
+        refusals.extend(world.begun(&below));
+    }
+    let above = world
+        .catalog
+        .chains()
+        .filter_map(|(_, leaf)| world.catalog.layers(leaf).iter().position(|index| *index == layers.layer));
+    let depth = above.max().unwrap_or(0) + 1 + below.len();
+    if depth > MAX_DEPTH {
+        let fact = format!("would be {depth} layers deep, and at most {MAX_DEPTH} are read; merge some of them");
+        refusals.push(Error::new(ErrorKind::Limit, format!("the chain {fact}")));
+    }
+    // Whoever writes it keeps us from opening it.
+    match engine.store().open_view(&world.catalog, &below, ViewPart::Active, false) {
+        Err(error) if !is_unsafe || error.kind() == ErrorKind::Busy => refusals.push(error),
+        _ => {}
+    }
+}
+
+fn plan_unsafe(engine: &Engine, world: &World, chain: &Chain, layers: &Layers) -> Plan {
+    let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
+    let refusals = &mut plan.refusals;
+    let image = world.image(layers.layer);
+    if !image.users.is_empty() {
+        refusals.extend(world.unguarded());
+    }
+    refusals.extend(world.begun(&[layers.layer]));
+    refusals.extend(world.untouchable(layers.layer));
+    let is_whole = world.catalog.view_problem(&world.catalog.layers(layers.layer)).is_none();
+    let others = world.others_using(layers.layer, &chain.views.layers);
+    if is_whole && !others.is_empty() {
+        let fact = "is used by other images as well, which might show something else then";
+        let sentence = format!("{} {fact}: {}; do without unsafe", image.shown(), others.join(", "));
+        refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
+    }
+    let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
+    finish::check_header(world, layers.layer, &HeaderChange { backing, frozen: None }, refusals);
+    refuse_open(engine, world, &chain.path, layers.layer, refusals);
+    let fact =
+        "only the name is changed: what is shown stays the same only if the new backing file holds the same bytes";
+    plan.notes.push(fact.into());
+    plan
+}
+
+/// Nobody may have anything open that the layer is part of.
+fn refuse_open(engine: &Engine, world: &World, chain: &Path, layer: ImageIndex, refusals: &mut Vec<Error>) {
+    let names = engine.store().exposed(world.image(layer).stat.id, &[]);
+    if !names.is_empty() {
+        refusals.push(finish::still_open(engine, chain, &names, "this may change what they show"));
+    }
+}
+
+fn after(world: &World, chain: &Chain, layers: &Layers) -> Vec<PlanLayer> {
+    let below = layers.base.map(|base| world.catalog.layers(base)).unwrap_or_default();
+    let stays = chain.views.layers[..=layers.depth].iter().copied();
+    let mut after: Vec<PlanLayer> = stays.chain(below).map(|index| finish::line(world, chain, index)).collect();
+    "put on another backing file".clone_into(&mut after[layers.depth].note);
+    after
+}
+
+/// Begins a rebase, or does it if only a name is changed.
+pub(super) fn begin(
+    engine: &Engine,
+    path: &Path,
+    request: &RebaseRequest,
+    command: &str,
+    tokens: &mut Tokens,
+) -> Result<Option<Job>> {
+    let store = engine.store();
+    let (lock, world) = World::begin(store)?;
+    let (plan, layers) = plan(engine, &world, path, request)?;
+    finish::first(plan.refusals)?;
+    if request.is_unsafe {
+        tokens.extend(&world.chains_of(&[layers.layer]))?;
+        change_name(engine, &world, path, &layers)?;
+        drop(lock);
+        return store.rescan().map(|_| None);
+    }
+    let found = as_pull(&world.chain(path)?, &layers);
+    let job = pull::begin_with(engine, &world, lock, path, &found, command, tokens)?;
+    Ok(Some(Job::Pull(Box::new(job))))
+}
+
+fn change_name(engine: &Engine, world: &World, path: &Path, layers: &Layers) -> Result<()> {
+    let store: &Arc<Store> = engine.store();
+    let change = || {
+        let job = store.take_image(&world.catalog, layers.layer)?;
+        // Under the writer's locks nobody comes to write it, and who reads it from here on reads what it is then.
+        let mut refusals = Vec::new();
+        refuse_open(engine, world, path, layers.layer, &mut refusals);
+        finish::first(refusals)?;
+        if let Some(left) = layers.between.first()
+            && world.image(*left).users == [layers.layer]
+            && finish::may_be_marked(world, *left)
+        {
+            finish::freeze(store, world, *left, &Frozen::now(""))?;
+        }
+        let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
+        change_header(job.name(), &*job.file()?, &HeaderChange { backing, frozen: None })?;
+        job.finish()
+    };
+    let image = world.image(layers.layer);
+    if image.users.is_empty() && world.catalog.is_active(layers.layer) {
+        return store.while_closed(image, change);
+    }
+    change()
+}

@@ -1,0 +1,163 @@
+//! Resize: the active disk becomes longer, also in use, or shorter.
+//!
+//! Promises: what is new reads as zeroes, whatever lies there in layers below; internal snapshots keep their sizes.
+//! What a shorter disk loses is given back only when its header says so, and if that is cut off, by whoever takes it up.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::read_bitmaps;
+use crate::store::{Deed, ImageIndex, Intent, Keeping, OwnedIntent, Store, ViewPart, shown};
+use crate::units::SECTOR_SIZE;
+
+use super::engine::{Engine, Job};
+use super::finish;
+use super::plan::Plan;
+use super::request::{NewSize, ResizeRequest};
+use super::world::World;
+
+/// What a resize comes to.
+pub(super) struct Change {
+    leaf: ImageIndex,
+    old: u64,
+    new: u64,
+}
+
+/// What the request would do, with every refusal.
+pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &ResizeRequest) -> Result<(Plan, Change)> {
+    let chain = world.chain(path)?;
+    let leaf = chain.views.layers[0];
+    let image = world.image(leaf);
+    if chain.views.active().is_none() {
+        let fact = "has no active disk that could be resized; clone it";
+        return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", shown(path))));
+    }
+    let old = image
+        .virtual_size()
+        .ok_or_else(|| Error::new(ErrorKind::Broken, format!("{} cannot be read", image.shown())))?;
+    let too_large = || Error::new(ErrorKind::TooLarge, "no disk is that large (8 EiB)");
+    let wanted = match request.size {
+        NewSize::To(size) => Some(size),
+        NewSize::More(more) => old.checked_add(more),
+        NewSize::Less(less) => Some(old.saturating_sub(less)),
+    };
+    let new = wanted.and_then(|size| size.checked_next_multiple_of(SECTOR_SIZE)).ok_or_else(too_large)?;
+    if new > i64::MAX as u64 {
+        return Err(too_large());
+    }
+    let mut plan = Plan { before: finish::tree(world, &chain), ..Plan::default() };
+    plan.after.clone_from(&plan.before);
+    if let Some(line) = plan.after.first_mut() {
+        line.note = format!("{new} bytes");
+    }
+    let refusals = &mut plan.refusals;
+    if new == 0 {
+        refusals.push(Error::new(ErrorKind::Usage, "nothing would be left of the disk"));
+    }
+    if new == old {
+        refusals.push(Error::new(ErrorKind::Usage, format!("the disk has {old} bytes already")));
+    }
+    refusals.extend(world.untouchable(leaf));
+    refusals.extend(world.begun(&chain.views.layers[..1]));
+    refuse_bitmaps(world, leaf, refusals);
+    if new < old {
+        if !request.shrink {
+            let fact = format!("the disk has {old} bytes and would have {new}: what lies behind that would be lost");
+            refusals.push(Error::new(ErrorKind::Forbidden, format!("{fact}; say shrink if it may")));
+        }
+        if engine.store().is_active_open(image.stat.id) {
+            let names = [format!("the active disk of {}", shown(path))];
+            refusals.push(finish::still_open(engine, path, &names, "it becomes shorter"));
+        }
+        plan.notes.push(format!("{} bytes at the end of the disk are lost", old - new));
+    }
+    plan.notes.push(format!("from {old} bytes to {new}"));
+    Ok((plan, Change { leaf, old, new }))
+}
+
+/// Bitmaps have the size of the disk, and nobody here changes theirs.
+fn refuse_bitmaps(world: &World, leaf: ImageIndex, refusals: &mut Vec<Error>) {
+    let image = world.image(leaf);
+    let Some(qcow2) = image.qcow2() else { return };
+    let file = world.store.file(&image.place, &image.stat, false);
+    let found = read_bitmaps(&image.shown(), &*file, &qcow2.header).unwrap_or_default();
+    let names: Vec<_> =
+        found.iter().flat_map(|(_, all)| all).map(|bitmap| String::from_utf8_lossy(&bitmap.name)).collect();
+    if !names.is_empty() {
+        let fact = "has persistent bitmaps, whose sizes would be wrong";
+        let sentence = format!("{} {fact}: {}; remove them first", image.shown(), names.join(", "));
+        refusals.push(Error::new(ErrorKind::Unsupported, sentence));
+    }
+}
+
+/// Does it.
+pub(super) fn begin(engine: &Engine, path: &Path, request: &ResizeRequest, command: &str) -> Result<Option<Job>> {
+    let store = engine.store();
+    let (lock, world) = World::begin(store)?;
+    let (plan, Change { leaf, old, new }) = plan(engine, &world, path, request)?;
+    finish::first(plan.refusals)?;
+    if new > old {
+        let job = store.take_active(&world.catalog, &world.catalog.layers(leaf))?;
+        // It may have grown since it was looked at.
+        let now = job.writer()?.size();
+        let new = if let NewSize::More(more) = request.size { now.saturating_add(more) } else { new };
+        if new > now {
+            job.writer()?.grow(new)?;
+        }
+        job.writer()?.flush()?;
+        drop((job, lock));
+        return store.rescan().map(|_| None);
+    }
+    let deed = Deed::Shrink { image: world.named(leaf), size: new };
+    let of = engine.intent_name();
+    let intent = store.guard().begin(&*store.guard_names(), &of, &Intent::new(command, path, deed))?;
+    match shrink(store, &world, leaf, new) {
+        Ok(()) => finish::end(store, intent, lock).map(|()| None),
+        Err(error) => {
+            let is_shorter = World::look(store).is_ok_and(|world| {
+                world.find(&image_of(&intent)).is_none_or(|leaf| world.image(leaf).virtual_size() != Some(old))
+            });
+            if is_shorter {
+                let fact = "what is left of it is done when the store is mounted again";
+                return Err(Error::new(error.kind(), format!("{error}; {fact}")));
+            }
+            finish::forget(store, intent).map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
+            Err(error)
+        }
+    }
+}
+
+fn image_of(intent: &OwnedIntent) -> crate::store::Named {
+    let Deed::Shrink { image, .. } = &intent.intent.deed else { unreachable!("the intent of a shrinking") };
+    image.clone()
+}
+
+fn shrink(store: &Arc<Store>, world: &World, leaf: ImageIndex, size: u64) -> Result<()> {
+    let below = world.catalog.layers(leaf)[1..].to_vec();
+    let view = match below.is_empty() {
+        true => None,
+        false => Some(store.open_view(&world.catalog, &below, ViewPart::Active, false)?),
+    };
+    store.while_closed(world.image(leaf), || {
+        let mut job = store.take_image(&world.catalog, leaf)?;
+        let writer = job.open_writer(view.as_ref().map(|open| Arc::clone(&open.view)), Keeping::Nothing)?;
+        let done = writer.shrink(size).and_then(|()| writer.close());
+        drop(writer);
+        done.and(job.finish())
+    })
+}
+
+/// Takes up a shrinking that was cut off: if the disk has its new size, what lies behind that is given back.
+pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<()> {
+    let store = engine.store();
+    let lock = store.guard().lock(&*store.guard_names())?;
+    let world = World::look(store)?;
+    let Deed::Shrink { image, size } = &intent.intent.deed else { unreachable!("the intent of a shrinking") };
+    if let Some(leaf) = world.find(image)
+        && world.image(leaf).virtual_size() == Some(*size)
+    {
+        shrink(store, &world, leaf, *size)?;
+    }
+    finish::end(store, intent, lock)
+}

@@ -1,0 +1,244 @@
+//! Revert: the active disk becomes what a snapshot shows.
+//!
+//! On a layer of the chain a new, empty overlay takes the active layer's name, in one step; an internal snapshot of
+//! the active image is applied to it, in one write of its header. Nobody has the disk open meanwhile. What it held is
+//! kept if it is saved, and lost if not; a crash leaves all of the old disk or all of the new one.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Frozen, Snapshot};
+use crate::image::write::NewSnapshot;
+use crate::io::{Claim, directory_of};
+use crate::store::{Deed, Format, ImageIndex, Intent, Keeping, Named, NewTop, Store, shown};
+
+use super::branch::{BranchJob, Purpose, Source};
+use super::engine::{Engine, Job};
+use super::finish;
+use super::overlay::{self, Draft};
+use super::plan::{Plan, PlanLayer};
+use super::request::RevertRequest;
+use super::snapshot;
+use super::world::{Chain, World, with_stem};
+
+/// What a revert comes to.
+pub(super) struct Layers {
+    leaf: ImageIndex,
+    way: Way,
+    /// What the old active layer is called from then on, beneath the store.
+    saved: Option<PathBuf>,
+}
+
+enum Way {
+    /// A new overlay takes its place.
+    Overlay(Source),
+    /// An internal snapshot of it is applied.
+    Apply(Snapshot),
+}
+
+/// What a disk that is about to be replaced is, while something is being copied for that.
+pub(super) struct Closed {
+    leaf: Named,
+    saved: Option<PathBuf>,
+}
+
+/// What the request would do, with every refusal.
+pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &RevertRequest) -> Result<(Plan, Layers)> {
+    let chain = world.chain(path)?;
+    let view = finish::view(&chain, &request.to)?;
+    let leaf = chain.views.layers[0];
+    let image = world.image(leaf);
+    if chain.views.active().is_none() {
+        let fact = "has no active disk that could be reverted; clone the snapshot";
+        return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", shown(path))));
+    }
+    if view.active {
+        return Err(Error::new(ErrorKind::Usage, "the active disk is what it is; say to= with one of the snapshots"));
+    }
+    let mut plan = Plan { before: finish::tree(world, &chain), ..Plan::default() };
+    let refusals = &mut plan.refusals;
+    refusals.extend(world.untouchable(leaf));
+    refusals.extend(world.begun(&chain.views.layers));
+    if world.store.is_active_open(image.stat.id) {
+        let names = [format!("the active disk of {}", shown(path))];
+        refusals.push(finish::still_open(engine, path, &names, "it becomes another one"));
+    }
+    let (way, saved) = match view.snapshot.filter(|_| view.layer == 0) {
+        Some(place) => {
+            let source = Source::of(world, leaf, Some(place))?;
+            let (_, snapshot) = source.snapshot.expect("an internal snapshot");
+            plan_apply(world, leaf, &snapshot, request, &mut plan);
+            (Way::Apply(snapshot), None)
+        }
+        None => {
+            let source = Source::of(world, chain.views.layers[view.layer], view.snapshot)?;
+            let saved = request.save.as_ref().map(|name| with_stem(&image.place.path, name));
+            plan_overlay(engine, world, &chain, (&source, saved.as_deref()), request, &mut plan);
+            (Way::Overlay(source), saved)
+        }
+    };
+    if request.save.is_none() {
+        plan.notes.push("what the active disk holds is lost; save=NAME keeps it".into());
+    }
+    Ok((plan, Layers { leaf, way, saved }))
+}
+
+fn plan_apply(world: &World, leaf: ImageIndex, snapshot: &Snapshot, request: &RevertRequest, plan: &mut Plan) {
+    finish::bitmaps(world, std::iter::once(leaf), request.discard_bitmaps, &mut plan.refusals);
+    if let Some(name) = &request.save
+        && world.image(leaf).qcow2().is_some_and(|qcow2| qcow2.snapshots.iter().any(|other| other.name == *name))
+    {
+        let name = String::from_utf8_lossy(name);
+        let fact = format!("{} holds an internal snapshot {name} already", world.image(leaf).shown());
+        plan.refusals.push(Error::new(ErrorKind::Exists, format!("{fact}; choose another name")));
+    }
+    if snapshot.vm_state_size > 0 {
+        plan.notes.push("only the disk is reverted: the snapshot's VM state stays where it is".into());
+    }
+    if let Some(name) = &request.save {
+        let fact = format!("what it holds is kept as internal snapshot {}", String::from_utf8_lossy(name));
+        plan.notes.push(fact);
+    }
+    plan.after.clone_from(&plan.before);
+}
+
+fn plan_overlay(
+    engine: &Engine,
+    world: &World,
+    chain: &Chain,
+    (source, saved): (&Source, Option<&Path>),
+    request: &RevertRequest,
+    plan: &mut Plan,
+) {
+    let leaf = chain.views.layers[0];
+    let image = world.image(leaf);
+    let old = &image.place.path;
+    match saved {
+        Some(saved) => {
+            let kind = (image.format.unwrap_or(Format::Raw), false);
+            overlay::refuse_name(world, saved, kind, Some(leaf), &mut plan.refusals);
+            finish::check_freeze(world, leaf, &mut plan.refusals);
+            plan.renamed.push((old.clone(), saved.to_path_buf()));
+        }
+        None => {
+            let gone = || std::iter::once(leaf);
+            finish::inner_snapshots(world, gone(), request.discard_internal, &mut plan.refusals);
+            finish::bitmaps(world, gone(), request.discard_bitmaps, &mut plan.refusals);
+            plan.invalid
+                .extend(finish::views_of(chain, gone()).into_iter().filter(|name| name != crate::store::ACTIVE));
+            if let Some(left) = left_alone(world, leaf, source) {
+                finish::check_freeze(world, left, &mut plan.refusals);
+                plan.notes.push(format!("{} becomes a chain of its own, frozen", world.image(left).shown()));
+            }
+        }
+    }
+    source.plan(engine, world, plan);
+    plan.after = source.below(world).iter().map(|index| finish::line(world, chain, *index)).collect();
+    let top = PlanLayer { name: crate::store::ACTIVE.to_vec(), path: old.clone(), active: true, note: "new".into() };
+    plan.after.insert(0, top);
+}
+
+/// What would have nobody standing on it when the old active layer has gone.
+fn left_alone(world: &World, leaf: ImageIndex, source: &Source) -> Option<ImageIndex> {
+    let below = world.stands_on(leaf)?;
+    let is_left = world.image(below).users == [leaf] && source.below(world).first() != Some(&below);
+    (is_left && finish::may_be_marked(world, below)).then_some(below)
+}
+
+/// Does it, or begins to where something has to be copied.
+pub(super) fn begin(engine: &Engine, path: &Path, request: &RevertRequest, command: &str) -> Result<Option<Job>> {
+    let store = engine.store();
+    let (lock, world) = World::begin(store)?;
+    let (plan, Layers { leaf, way, saved }) = plan(engine, &world, path, request)?;
+    finish::first(plan.refusals)?;
+    let source = match way {
+        Way::Apply(snapshot) => {
+            apply(store, &world, leaf, &snapshot, request.save.as_deref())?;
+            drop(lock);
+            return store.rescan().map(|_| None);
+        }
+        Way::Overlay(source) => source,
+    };
+    if saved.is_none()
+        && let Some(left) = left_alone(&world, leaf, &source)
+    {
+        finish::freeze(store, &world, left, &Frozen::now(""))?;
+    }
+    let world = World::look(store)?;
+    let closed = Closed { leaf: world.named(leaf), saved };
+    let old = world.image(leaf).place.path.clone();
+    let of = engine.intent_name();
+    let draft = overlay::draft_name(&old, &of, 0);
+    let draft = Draft::make(&world, draft, &old, &source.options(&world, &old))?;
+    if source.is_copied() {
+        let purpose = Purpose::Revert(Box::new(closed));
+        let job = BranchJob::begin(engine, &world, path, command, &of, (source, draft), purpose)?;
+        return Ok(Some(Job::Branch(Box::new(job))));
+    }
+    match switch(engine, &world, lock, path, command, &draft, closed) {
+        Ok(lock) => {
+            drop(lock);
+            Ok(None)
+        }
+        Err(error) => {
+            draft.unmake(store);
+            Err(error)
+        }
+    }
+}
+
+/// Applies an internal snapshot, and keeps what there was as another.
+fn apply(store: &Arc<Store>, world: &World, leaf: ImageIndex, snapshot: &Snapshot, save: Option<&[u8]>) -> Result<()> {
+    store.while_closed(world.image(leaf), || {
+        let mut job = store.take_image(&world.catalog, leaf)?;
+        let writer = job.open_writer(None, Keeping::Nothing)?;
+        let applied = (|| {
+            if let Some(name) = save {
+                let now = Frozen::now("");
+                let (seconds, nanoseconds) = (u32::try_from(now.seconds).unwrap_or(0), now.nanoseconds);
+                writer.take_snapshot(&NewSnapshot { name: name.to_vec(), seconds, nanoseconds })?;
+            }
+            writer.apply_snapshot(snapshot)?;
+            writer.close()
+        })();
+        drop(writer);
+        applied.and(job.finish())
+    })
+}
+
+/// Puts a whole overlay into the place of the active layer. Returns the lock when that is durable; nothing has
+/// happened if it fails before.
+pub(super) fn switch(
+    engine: &Engine,
+    world: &World,
+    lock: Claim,
+    path: &Path,
+    command: &str,
+    draft: &Draft,
+    closed: Closed,
+) -> Result<Claim> {
+    let store = engine.store();
+    let Closed { leaf, saved } = closed;
+    let index = world.expect(&leaf)?;
+    let of = engine.intent_name();
+    // What is not saved has a name to go by all the same, until it is gone.
+    let frozen = match &saved {
+        Some(saved) => world.guarded(saved),
+        None => overlay::draft_name(&leaf.path, &of, 1),
+    };
+    let top = NewTop { old: leaf.clone(), frozen, overlay: draft.named.clone(), name: leaf.path.clone() };
+    let mark = Frozen::now("");
+    let (seconds, nanoseconds, description) = (mark.seconds, mark.nanoseconds, mark.description);
+    let deed = Deed::Snapshot { seconds, nanoseconds, description, disks: vec![top] };
+    let names = store.guard_names();
+    store.while_closed(world.image(index), || {
+        let held = store.take_image(&world.catalog, index)?;
+        let intent = store.guard().begin(&*names, &of, &Intent::new(command, path, deed))?;
+        // From here on it goes as it would if it had been cut off.
+        snapshot::carry_on(engine, intent, vec![held], true)
+    })?;
+    names.sync(&directory_of(&leaf.path))?;
+    store.rescan()?;
+    Ok(lock)
+}
