@@ -7,38 +7,9 @@ mod common;
 mod sim;
 mod verbs;
 
-use common::lab::{Kind, Lab};
-use verbs::run::{SIZE, Scenario, walk};
+use common::lab::Lab;
+use verbs::run::{EXTENDED, SIZE, SMALL, Scenario, walk};
 use verbs::tape::Recorder;
-
-const SMALL: &str = "cluster_size=512";
-const EXTENDED: &str = "extended_l2=on,cluster_size=16k";
-
-impl Scenario {
-    fn kind(self, change: impl FnOnce(Kind) -> Kind) -> Self {
-        Self { kind: change(self.kind), ..self }
-    }
-
-    fn options(self, options: &'static str) -> Self {
-        self.kind(|kind| kind.with(options))
-    }
-
-    fn raw_base(self) -> Self {
-        self.kind(|kind| Kind { raw_base: true, ..kind })
-    }
-
-    fn sizes(self, sizes: [u64; 5]) -> Self {
-        self.kind(|kind| Kind { sizes, ..kind })
-    }
-
-    fn inner(self, inner: &'static [&'static str]) -> Self {
-        self.kind(|kind| Kind { inner, ..kind })
-    }
-
-    fn becomes(self, leaf: &'static str) -> Self {
-        Self { live: (self.live.0, leaf), ..self }
-    }
-}
 
 #[test]
 fn a_snapshot_is_there_or_not() {

@@ -339,7 +339,7 @@ fn a_layer_is_put_on_another_file_and_shows_what_it_did() {
                 assert_done(&lab, &format!("rebase layer={layer} base={base}"));
                 let file = if layer == "active" { "web.qcow2" } else { "sn2.qcow2" };
                 assert!(before == lab.contents(&views), "{layer} onto {base}, {}", kind.options);
-                
+
                 let chain = lab.chain(file);
                 assert_eq!(chain.get(1).map(String::as_str), Some(base).filter(|base| *base != "none"));
             }

@@ -71,6 +71,8 @@ pub enum Command {
     Clone(CloneArgs),
     /// Make the active disk longer or shorter
     Resize(ResizeArgs),
+    /// List, restore or remove what commands have put into a store's trash
+    Trash(TrashArgs),
     /// Stop the running command of a chain
     Cancel(CancelArgs),
     /// Print a shell's completion script
@@ -105,6 +107,7 @@ Options of -o:
   nolock                 write images even on file systems without file locks
   nofiles symlinks=HOW   taken, but without effect until guests' files are shown
   rescan=SECONDS         how often a store that cannot be watched is looked through
+  trash=DAYS             for how long layers that a command has removed can be restored
   config=FILE            read this in place of /etc/chainfs.toml and the user's file
   nopassthrough noparallelwrites nosharedmapping noinotify noreadahead
                          do without a feature of the kernel
@@ -133,6 +136,37 @@ pub struct MountArgs {
     /// Ignore mount options that are unknown
     #[arg(short, long, hide = true)]
     pub sloppy: bool,
+}
+
+/// The words of `trash`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Layers go there that a command has removed although they still show what they did: in a store that is mounted, or
+worked on, with -o trash=DAYS. They are removed for good after so many days, or when what they stand on changes.
+
+Examples:
+  chainfs trash /srv/images
+  chainfs trash /srv/images --restore 18dcf2a-1f
+  chainfs trash /srv/images --restore 18dcf2a-1f --name monday-again.qcow2
+  chainfs trash /srv/images --empty")]
+pub struct TrashArgs {
+    /// A store, or a place in its mount
+    pub store: PathBuf,
+    /// Give this layer its place in the store again
+    #[arg(long, value_name = "ID", conflicts_with_all = ["remove", "empty"])]
+    pub restore: Option<String>,
+    /// Under another name, beside where it was
+    #[arg(long, value_name = "FILE", requires = "restore")]
+    pub name: Option<OsString>,
+    /// Remove this layer for good
+    #[arg(long, value_name = "ID", conflicts_with = "empty")]
+    pub remove: Option<String>,
+    /// Remove all of them for good
+    #[arg(long)]
+    pub empty: bool,
+    /// How they are listed.
+    #[command(flatten)]
+    pub output: OutputArgs,
 }
 
 /// The words of `umount`.

@@ -16,6 +16,7 @@ mod output;
 mod progress;
 pub mod store_options;
 mod target;
+mod trash;
 mod tree;
 pub mod umount;
 mod verbs;
@@ -56,6 +57,7 @@ pub fn main() -> ExitCode {
         Command::Rebase(args) => verb(&args.target, args.request(), &args.run),
         Command::Clone(args) => verb(&args.target, args.request(), &args.run),
         Command::Resize(args) => verb(&args.target, args.request(), &args.run),
+        Command::Trash(args) => trash::run(args),
         Command::Cancel(args) => verb(&args.target, Ok(Request::Cancel), &RunArgs::default()),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => {

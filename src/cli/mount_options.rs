@@ -58,6 +58,8 @@ pub struct MountOptions {
     pub symlinks: Option<Symlinks>,
     /// `rescan=`: how often a store that cannot be watched is looked through.
     pub rescan: Option<Duration>,
+    /// `trash=`: for how many days removed layers can be restored.
+    pub trash: Option<Duration>,
     /// `config=`: a file read in place of the usual ones.
     pub config: Option<PathBuf>,
     /// `nopassthrough`: every read goes through the daemon.
@@ -128,7 +130,7 @@ pub(super) enum Takes {
 }
 
 /// Options that a configuration file may set as well.
-pub(super) const SETTINGS: [(&str, Takes); 23] = [
+pub(super) const SETTINGS: [(&str, Takes); 24] = [
     ("ro", Takes::Nothing),
     ("allow_other", Takes::Nothing),
     ("uid", Takes::Value),
@@ -146,6 +148,7 @@ pub(super) const SETTINGS: [(&str, Takes); 23] = [
     ("nofiles", Takes::Nothing),
     ("symlinks", Takes::Value),
     ("rescan", Takes::Value),
+    ("trash", Takes::Value),
     ("nopassthrough", Takes::Nothing),
     ("noparallelwrites", Takes::Nothing),
     ("nosharedmapping", Takes::Nothing),
@@ -191,6 +194,7 @@ impl MountOptions {
             no_files: self.no_files || defaults.no_files,
             symlinks: self.symlinks.or(defaults.symlinks),
             rescan: self.rescan.or(defaults.rescan),
+            trash: self.trash.or(defaults.trash),
             config: self.config.or(defaults.config),
             no_passthrough: self.no_passthrough || defaults.no_passthrough,
             no_parallel_writes: self.no_parallel_writes || defaults.no_parallel_writes,
@@ -263,6 +267,7 @@ impl MountOptions {
                 });
             }
             "rescan" => self.rescan = Some(Duration::from_secs(number(name, value, 1, 86_400)?)),
+            "trash" => self.trash = Some(Duration::from_hours(24 * number(name, value, 1, 36_500)?)),
             "nopassthrough" => self.no_passthrough = true,
             "noparallelwrites" => self.no_parallel_writes = true,
             "nosharedmapping" => self.no_shared_mapping = true,

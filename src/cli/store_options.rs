@@ -20,6 +20,7 @@ pub fn store_options(options: &MountOptions) -> StoreOptions {
         cache: options.cache.unwrap_or(usual.cache),
         rescan: options.rescan.unwrap_or(usual.rescan),
         notify: !options.no_inotify,
+        trash: options.trash,
         whole_store: None,
     }
 }

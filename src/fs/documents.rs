@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 
 use crate::report::metrics::{MetricKind, Metrics};
 use crate::report::text::TextOptions;
-use crate::report::{json, store as report, svg, text};
+use crate::report::{json, store as report, svg, text, trash};
 use crate::store::{Catalog, ImageIndex, Store};
 
 use super::node::{ChainDocument, StoreDocument};
@@ -87,10 +87,18 @@ impl Documents {
             }
             StoreDocument::Chains => report::chains_json(store, catalog),
             StoreDocument::Problems => report::problems_text(catalog),
-            StoreDocument::Metrics => String::new(),
+            StoreDocument::Metrics | StoreDocument::Trash => String::new(),
         };
-        if document == StoreDocument::Metrics {
-            return live().into_bytes().into();
+        match document {
+            StoreDocument::Metrics => return live().into_bytes().into(),
+            StoreDocument::Trash => {
+                let items = store.trash().unwrap_or_else(|error| {
+                    tracing::warn!("the trash cannot be listed: {error}");
+                    Vec::new()
+                });
+                return trash::listed(&items, &TimeZone::system()).into_bytes().into();
+            }
+            _ => {}
         }
         let shows_locks = matches!(document, StoreDocument::TreeText | StoreDocument::TreeSvg);
         self.get((self.subject(catalog, shows_locks), None, Some(document)), make)

@@ -81,6 +81,8 @@ pub enum StoreDocument {
     Problems,
     /// Counters.
     Metrics,
+    /// Removed layers that can be had back.
+    Trash,
 }
 
 /// The files of `info`.
@@ -107,10 +109,11 @@ pub enum NodeKind {
 
 impl StoreDocument {
     /// All of them with their names.
-    pub const ALL: [(StoreDocument, &'static str); 5] = [
+    pub const ALL: [(StoreDocument, &'static str); 6] = [
         (StoreDocument::Chains, "chains.json"),
         (StoreDocument::Metrics, "metrics"),
         (StoreDocument::Problems, "problems.txt"),
+        (StoreDocument::Trash, "trash.txt"),
         (StoreDocument::TreeSvg, "tree.svg"),
         (StoreDocument::TreeText, "tree.txt"),
     ];

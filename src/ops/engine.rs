@@ -107,6 +107,9 @@ impl Engine {
         if self.store.options().read_only {
             return;
         }
+        if let Err(error) = self.store.sweep_trash() {
+            tracing::warn!("the trash cannot be swept: {error}");
+        }
         if let Err(error) = self.store.sweep() {
             tracing::warn!("what commands that were cut off have left was not removed: {error}");
         }

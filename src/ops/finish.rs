@@ -338,7 +338,7 @@ pub(super) fn commit(engine: &Engine, intent: OwnedIntent, lock: Claim, mut held
     } else {
         // From the top down: nothing is left standing on what has gone.
         let all: Vec<Named> = std::iter::once(top).chain(between).collect();
-        remove(store, &all)?;
+        remove(store, &all, false, &intent.intent.command)?;
     }
     end(store, intent, lock)
 }
@@ -474,8 +474,9 @@ pub(super) fn own_path(store: &Store, path: &Path) -> PathBuf {
     path.strip_prefix(&store.guard().prefix).unwrap_or(path).to_path_buf()
 }
 
-/// Removes files that nothing is left to use, in this order. A user found late stops it.
-pub(super) fn remove(store: &Arc<Store>, files: &[Named]) -> Result<()> {
+/// Removes files that nothing is left to use, in this order; a user found late stops it. Those that still show what
+/// they did (`is_valid`) go to the trash, if the store has one.
+pub(super) fn remove(store: &Arc<Store>, files: &[Named], is_valid: bool, command: &str) -> Result<()> {
     let names = store.guard_names();
     for named in files {
         let world = World::look(store)?;
@@ -485,13 +486,41 @@ pub(super) fn remove(store: &Arc<Store>, files: &[Named]) -> Result<()> {
             let fact = format!("is used by {} by now, and was not removed", others.join(", "));
             return Err(Error::new(ErrorKind::NotEmpty, format!("{} {fact}", shown(&named.path))));
         }
-        names.unlink(&named.path)?;
+        if is_valid && store.keeps_trash() {
+            // What comes back is a snapshot.
+            freeze(store, &world, index, &Frozen::now(""))?;
+            let backing = world.stands_on(index).map(|below| world.named(below));
+            store.put_into_trash(&named.path, &named.path, command, backing)?;
+        } else {
+            forget_trash(&world, &[named.inode])?;
+            names.unlink(&named.path)?;
+        }
         if world.image(index).format == Some(Format::Raw) {
             store.note_frozen(&named.path, None)?;
         }
         names.sync(&directory_of(&named.path))?;
     }
     Ok(())
+}
+
+/// Removes from the trash what would show something else if these files (by inode number) were changed or gone.
+pub(super) fn forget_trash(world: &World, changed: &[u64]) -> Result<()> {
+    let spoilt = world.store.trash_on(&world.catalog, changed)?;
+    for item in &spoilt {
+        tracing::info!("{} goes from the trash: what it stands on changes", shown(&item.path));
+    }
+    world.store.remove_from_trash(spoilt.iter())
+}
+
+/// Notes what of the trash would go.
+pub(super) fn note_trash(world: &World, changed: &[ImageIndex], plan: &mut Plan) {
+    let inodes: Vec<u64> = changed.iter().map(|index| world.image(*index).stat.id.inode).collect();
+    let spoilt = world.store.trash_on(&world.catalog, &inodes).unwrap_or_default();
+    plan.notes.extend(
+        spoilt.iter().map(|item| {
+            format!("{} goes from the trash ({}), for what it stands on changes", shown(&item.path), item.id)
+        }),
+    );
 }
 
 /// Gives back what a commit that was cut off has counted in its base and nothing refers to.

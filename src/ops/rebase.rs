@@ -158,6 +158,7 @@ fn plan_unsafe(engine: &Engine, world: &World, chain: &Chain, layers: &Layers) -
     let fact =
         "only the name is changed: what is shown stays the same only if the new backing file holds the same bytes";
     plan.notes.push(fact.into());
+    finish::note_trash(world, &[layers.layer], &mut plan);
     plan
 }
 
@@ -214,6 +215,7 @@ fn change_name(engine: &Engine, world: &World, path: &Path, layers: &Layers) -> 
         {
             finish::freeze(store, world, *left, &Frozen::now(""))?;
         }
+        finish::forget_trash(world, &[world.image(layers.layer).stat.id.inode])?;
         let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
         change_header(job.name(), &*job.file()?, &HeaderChange { backing, frozen: None })?;
         job.finish()

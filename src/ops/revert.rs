@@ -79,7 +79,9 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Revert
         }
     };
     if request.save.is_none() {
-        plan.notes.push("what the active disk holds is lost; save=NAME keeps it".into());
+        let is_kept = world.store.keeps_trash() && matches!(way, Way::Overlay(_));
+        let fate = if is_kept { "goes to the trash" } else { "is lost" };
+        plan.notes.push(format!("what the active disk holds {fate}; save=NAME keeps it"));
     }
     Ok((plan, Layers { leaf, way, saved }))
 }
@@ -227,7 +229,8 @@ pub(super) fn switch(
         Some(saved) => world.guarded(saved),
         None => overlay::draft_name(&leaf.path, &of, 1),
     };
-    let top = NewTop { old: leaf.clone(), frozen, overlay: draft.named.clone(), name: leaf.path.clone() };
+    let backing = world.stands_on(index).filter(|_| saved.is_none()).map(|below| world.named(below));
+    let top = NewTop { old: leaf.clone(), frozen, overlay: draft.named.clone(), name: leaf.path.clone(), backing };
     let mark = Frozen::now("");
     let (seconds, nanoseconds, description) = (mark.seconds, mark.nanoseconds, mark.description);
     let deed = Deed::Snapshot { seconds, nanoseconds, description, disks: vec![top] };

@@ -10,9 +10,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
-use crate::image::HeaderChange;
 use crate::image::create::NewBacking;
 use crate::image::write::NewSnapshot;
+use crate::image::{HeaderChange, change_header};
 use crate::io::{Directory, Root, directory_of};
 use crate::store::{
     ActiveJob, Deed, Fallen, Format, ImageEntry, ImageIndex, Intent, JobImage, Named, NewTop, NewTopFile, OwnedIntent,
@@ -209,6 +209,7 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
             frozen: world.guarded(&disk.frozen),
             overlay: overlay.draft.named.clone(),
             name: world.guarded(&disk.name),
+            backing: None,
         })
         .collect();
     let (seconds, nanoseconds, description) = (frozen.seconds, frozen.nanoseconds, frozen.description.clone());
@@ -455,7 +456,7 @@ pub(super) fn carry_on(engine: &Engine, intent: OwnedIntent, held: Vec<JobImage>
     let names = store.guard_names();
     let Deed::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
     let root = &store.guard().root;
-    let went = if goes_on { go_on(store, &intent.intent.deed, held) } else { Ok(()) };
+    let went = if goes_on { go_on(store, &intent.intent, held) } else { Ok(()) };
     let has_come = disks.iter().any(|top| is_at(root, &top.name, top.overlay.inode));
     if has_come && went.is_err() {
         // The intent stays, and with it what is left to be done.
@@ -467,8 +468,8 @@ pub(super) fn carry_on(engine: &Engine, intent: OwnedIntent, held: Vec<JobImage>
     finish::forget(store, intent).and(went)
 }
 
-fn go_on(store: &Arc<Store>, deed: &Deed, held: Vec<JobImage>) -> Result<()> {
-    let Deed::Snapshot { seconds, nanoseconds, description, disks } = deed else {
+fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()> {
+    let Deed::Snapshot { seconds, nanoseconds, description, disks } = &intent.deed else {
         unreachable!("the intent of a snapshot")
     };
     let (root, names) = (&store.guard().root, store.guard_names());
@@ -485,22 +486,42 @@ fn go_on(store: &Arc<Store>, deed: &Deed, held: Vec<JobImage>) -> Result<()> {
             names.sync(&directory_of(&top.old.path))?;
         }
     }
-    held.into_iter().try_for_each(JobImage::finish)?;
-    for top in disks.iter().filter(|top| is_draft(&top.frozen)) {
-        // What is replaced and not saved.
-        names.unlink(&top.frozen)?;
-        names.sync(&directory_of(&top.frozen))?;
+    let mark = Frozen { seconds: *seconds, nanoseconds: *nanoseconds, description: description.clone() };
+    for job in held {
+        // What comes back from the trash is a snapshot.
+        if store.keeps_trash() && disks.iter().any(|top| is_draft(&top.frozen)) && job.format() == Format::Qcow2 {
+            let change = HeaderChange { backing: None, frozen: Some(Some(mark.clone())) };
+            unless_unsupported(change_header(job.name(), &*job.file()?, &change))?;
+        }
+        job.finish()?;
     }
     let world = World::look(store)?;
-    for top in disks.iter().filter(|top| !is_draft(&top.frozen)) {
-        let frozen = Frozen { seconds: *seconds, nanoseconds: *nanoseconds, description: description.clone() };
-        let old = world.expect(&Named { path: top.frozen.clone(), inode: top.old.inode })?;
-        match finish::freeze(store, &world, old, &frozen) {
-            Err(error) if error.kind() == ErrorKind::Unsupported => tracing::warn!("{error}: it is not marked"),
-            done => done?,
+    for top in disks.iter().filter(|top| is_draft(&top.frozen)) {
+        // What is replaced and not saved. Cut off here it is swept as a draft.
+        if store.keeps_trash() {
+            let backing = top.backing.as_ref().filter(|backing| world.find(backing).is_some()).cloned();
+            store.put_into_trash(&top.frozen, &top.old.path, &intent.command, backing)?;
+        } else {
+            names.unlink(&top.frozen)?;
         }
+        names.sync(&directory_of(&top.frozen))?;
+    }
+    for top in disks.iter().filter(|top| !is_draft(&top.frozen)) {
+        let old = world.expect(&Named { path: top.frozen.clone(), inode: top.old.inode })?;
+        unless_unsupported(finish::freeze(store, &world, old, &mark))?;
     }
     Ok(())
+}
+
+/// A header without room for a mark is no reason to stop halfway.
+fn unless_unsupported(marked: Result<()>) -> Result<()> {
+    match marked {
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            tracing::warn!("{error}: it is not marked");
+            Ok(())
+        }
+        done => done,
+    }
 }
 
 /// Whether all that a disk of a snapshot needs is there, and nothing that others have put there is in the way. Where

@@ -18,4 +18,5 @@ pub mod store;
 pub mod svg;
 pub mod text;
 pub mod time;
+pub mod trash;
 pub mod tree;

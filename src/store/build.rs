@@ -141,7 +141,7 @@ pub(super) fn build(
 fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent]) {
     for found in intents {
         let Deed::Snapshot { disks, .. } = &found.intent.deed else { continue };
-        for NewTop { old, frozen, overlay, name } in disks {
+        for NewTop { old, frozen, overlay, name, .. } in disks {
             let is_old = |file: &ScannedFile, path: &Path| file.place.path == path && file.stat.id.inode == old.inode;
             let has_come =
                 scan.files.iter().any(|file| file.place.path == *name && file.stat.id.inode == overlay.inode);

@@ -1,4 +1,4 @@
-//! Writes back every few seconds what is only in memory.
+//! Writes back every few seconds what is only in memory, and looks every hour whether anything in the trash is too old.
 //!
 //! Who calls fsync(2) does not need it; for all others it bounds what a crash can take. The kernel
 //! does not tell a FUSE daemon of sync(2) or syncfs(2).
@@ -14,6 +14,9 @@ use super::Store;
 /// As the kernel's own for the page cache (`vm.dirty_writeback_centisecs`).
 const PERIOD: Duration = Duration::from_secs(5);
 
+/// Periods between two looks at the trash: an hour.
+const TRASH_PERIODS: u32 = 720;
+
 /// The thread that flushes a store's writers, until dropped.
 pub struct Flusher {
     stop: Option<Sender<()>>,
@@ -26,9 +29,16 @@ impl Flusher {
         let (stop, stopped) = mpsc::channel();
         let store = Arc::clone(store);
         let thread = thread::Builder::new().name("flusher".into()).spawn(move || {
+            let mut periods: u32 = 0;
             while stopped.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
                 // A bug that one image brings out is told in the log, and harms no other.
                 let _ = catch_unwind(AssertUnwindSafe(|| store.flush_writers()));
+                periods = (periods + 1) % TRASH_PERIODS;
+                if periods == 0
+                    && let Err(error) = store.sweep_trash()
+                {
+                    tracing::warn!("the trash cannot be swept: {error}");
+                }
             }
         })?;
         Ok(Self { stop: Some(stop), thread: Some(thread) })

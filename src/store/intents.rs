@@ -135,6 +135,9 @@ pub struct NewTop {
     /// The name that the overlay gets.
     #[serde(with = "encoded")]
     pub name: PathBuf,
+    /// What the old layer stands on, where it is going to be removed: for the trash.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing: Option<Named>,
 }
 
 /// Paths as text: bytes that are not plain ASCII are percent-encoded.
@@ -278,6 +281,11 @@ impl Guard {
             Error::new(ErrorKind::Usage, format!("{} {fact}", marked.display()))
         })?;
         Ok(Self { root: Arc::new(Root::open(&marked)?), prefix: prefix.to_path_buf(), is_whole: true, is_marked: true })
+    }
+
+    /// Whether it is a directory that bears, or may bear, a store's marker.
+    pub(super) fn is_marked(&self) -> bool {
+        self.is_marked
     }
 
     /// Where intents are kept.
@@ -459,7 +467,13 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let pull = Deed::Pull { into: vec![named("a", 1)], base: None, remove: vec![], between: vec![named("b", 2)] };
-        let disks = vec![NewTop { old: named("a", 1), frozen: "b".into(), overlay: named(".c", 3), name: "a".into() }];
+        let disks = vec![NewTop {
+            old: named("a", 1),
+            frozen: "b".into(),
+            overlay: named(".c", 3),
+            name: "a".into(),
+            backing: Some(named("d", 4)),
+        }];
         let snapshot = Deed::Snapshot { seconds: -5, nanoseconds: 6, description: "x\n\"".into(), disks };
         let copy = Deed::Copy { draft: named(".x.new", 5), name: "y\u{fc}".into() };
         let shrink = Deed::Shrink { image: named("a", 1), size: 512 };

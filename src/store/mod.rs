@@ -19,6 +19,7 @@ mod open;
 mod options;
 mod resolve;
 mod scan;
+mod trash;
 mod views;
 mod watch;
 
@@ -53,6 +54,7 @@ pub use open::{Leaving, OpenView, ViewPart};
 pub use options::{Format, StoreOptions};
 pub use resolve::Place;
 pub use scan::{Problem, SPOILT};
+pub use trash::TrashItem;
 pub use views::{ChainView, ChainViews};
 pub use watch::Watcher;
 

@@ -59,6 +59,9 @@ pub struct StoreOptions {
     pub rescan: Duration,
     /// Whether the system is asked to tell of changes (inotify).
     pub notify: bool,
+    /// For how long layers that a command has removed, and that still show what they did, stay in the trash; `None`: they
+    /// are removed for good.
+    pub trash: Option<Duration>,
     /// For a store that is one image: the directory that holds everybody who may use it.
     pub whole_store: Option<PathBuf>,
 }
@@ -77,6 +80,7 @@ impl Default for StoreOptions {
             cache: 128 << 20,
             rescan: Duration::from_secs(30),
             notify: true,
+            trash: None,
             whole_store: None,
         }
     }

@@ -30,6 +30,10 @@ const QEMU_ONE_IN: u64 = 60;
 /// Disks of these tests have so many bytes, if nothing else is said.
 pub(crate) const SIZE: u64 = 512 << 10;
 
+/// Options of images whose clusters are small, or have parts.
+pub(crate) const SMALL: &str = "cluster_size=512";
+pub(crate) const EXTENDED: &str = "extended_l2=on,cluster_size=16k";
+
 /// A directory that is fast where there is one.
 pub(crate) fn scratch() -> TempDir {
     let builder = |builder: &mut tempfile::Builder<'_, '_>| {
@@ -60,6 +64,33 @@ pub(crate) struct Scenario {
     pub(crate) states: usize,
     /// Whether the guest does anything.
     pub(crate) is_busy: bool,
+}
+
+/// What it is made of, said in a word each.
+impl Scenario {
+    pub(crate) fn kind(self, change: impl FnOnce(Kind) -> Kind) -> Self {
+        Self { kind: change(self.kind), ..self }
+    }
+
+    pub(crate) fn options(self, options: &'static str) -> Self {
+        self.kind(|kind| kind.with(options))
+    }
+
+    pub(crate) fn raw_base(self) -> Self {
+        self.kind(|kind| Kind { raw_base: true, ..kind })
+    }
+
+    pub(crate) fn sizes(self, sizes: [u64; 5]) -> Self {
+        self.kind(|kind| Kind { sizes, ..kind })
+    }
+
+    pub(crate) fn inner(self, inner: &'static [&'static str]) -> Self {
+        self.kind(|kind| Kind { inner, ..kind })
+    }
+
+    pub(crate) fn becomes(self, leaf: &'static str) -> Self {
+        Self { live: (self.live.0, leaf), ..self }
+    }
 }
 
 impl Scenario {

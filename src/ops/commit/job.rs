@@ -74,6 +74,9 @@ pub(in crate::ops) fn begin_with(
         rename: layers.takes_name.then(|| world.guarded(&final_name(world, layers))),
     };
     let base = store.take_image(&world.catalog, layers.base)?;
+    let changed: Vec<u64> =
+        layers.segment().iter().chain([&layers.base]).map(|i| world.image(*i).stat.id.inode).collect();
+    finish::forget_trash(world, &changed)?;
     let name = engine.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed))?;
     set_out(engine, world, path, layers, base, intent).map_err(|failed| {

@@ -147,6 +147,8 @@ pub(super) fn plan_of(engine: &Engine, world: &World, chain: &Chain, layers: &La
     finish::count(world, layers.base, segment.and_then(|(segment, _view)| segment.data_len()), &mut plan);
     refuse::exposed(engine, world, &chain.path, layers, &mut plan.refusals);
     plan.after = after(&plan, layers, request);
+    let changed: Vec<ImageIndex> = layers.segment().into_iter().chain([layers.base]).collect();
+    finish::note_trash(world, &changed, &mut plan);
     plan
 }
 

@@ -263,7 +263,7 @@ fn clean_up(engine: &Engine, intent: OwnedIntent, lock: Claim, before: &Catalog)
     let store = engine.store();
     let Deed::Pull { remove, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
     finish::tell(store, before, &intent.intent, None);
-    let removed = finish::remove(store, remove);
+    let removed = finish::remove(store, remove, true, &intent.intent.command);
     // What is used by others by now stays, and nothing is left to be done.
     if removed.as_ref().is_err_and(|error| error.kind() != ErrorKind::NotEmpty) {
         return removed;

@@ -1,0 +1,52 @@
+//! What is in a store's trash.
+
+use std::fmt::Write as _;
+use std::time::{Duration, UNIX_EPOCH};
+
+use jiff::tz::TimeZone;
+use serde::Serialize;
+use unicode_width::UnicodeWidthStr;
+
+use crate::store::TrashItem;
+
+use super::json::pretty;
+use super::safe::{terminal, text};
+use super::size::brief_size;
+use super::time::{minute, rfc3339};
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Entry {
+    id: String,
+    filename: String,
+    removed: Option<String>,
+    actual_size: u64,
+    command: String,
+}
+
+/// A line for each: id, when it was removed, its weight, its file and the command.
+pub fn listed(items: &[TrashItem], zone: &TimeZone) -> String {
+    let names: Vec<String> = items.iter().map(|item| terminal(&item.path.to_string_lossy())).collect();
+    let name_width = names.iter().map(|name| name.width()).max().unwrap_or(0);
+    let id_width = items.iter().map(|item| item.id.width()).max().unwrap_or(0);
+    let mut lines = String::new();
+    for (item, name) in items.iter().zip(&names) {
+        let when = minute(UNIX_EPOCH + Duration::from_secs(item.seconds), zone);
+        let (id, gap) = (terminal(&item.id), name_width - name.width());
+        let (size, command) = (brief_size(item.disk_len), terminal(&item.command));
+        let _ = writeln!(lines, "{id:id_width$}   {when}   {size:>9}   {name}{:gap$}   {command}", "");
+    }
+    lines
+}
+
+/// The same for programs.
+pub fn listed_json(items: &[TrashItem]) -> String {
+    let entry = |item: &TrashItem| Entry {
+        id: item.id.clone(),
+        filename: text(item.path.as_os_str().as_encoded_bytes()),
+        removed: rfc3339(UNIX_EPOCH + Duration::from_secs(item.seconds)),
+        actual_size: item.disk_len,
+        command: item.command.clone(),
+    };
+    pretty(&items.iter().map(entry).collect::<Vec<_>>())
+}
