@@ -106,6 +106,5 @@ fn a_clone_is_there_or_not() {
 #[test]
 fn a_disk_is_shorter_or_not() {
     closed("shrink", "resize 200K shrink").options(SMALL).survives();
-    closed("shrink inner", "resize 100K shrink").inner(&["web"]).survives();
     closed("shrink extended", "resize 333K shrink").options(EXTENDED).survives();
 }

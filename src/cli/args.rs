@@ -237,7 +237,8 @@ pub enum TreeOutput {
 Examples:
   chainfs tree /srv/images
   chainfs tree --full web01.qcow2
-  chainfs tree --output svg /srv/images > tree.svg")]
+  chainfs tree --output svg /srv/images > tree.svg
+  chainfs tree web01.qcow2 --dry-run commit top=sn3 base=sn1")]
 pub struct TreeArgs {
     /// A store, an image, or a place inside a mount
     pub path: PathBuf,
@@ -250,6 +251,9 @@ pub struct TreeArgs {
     /// How to draw
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "human")]
     pub output: TreeOutput,
+    /// Show a chain before and after this command, in the words of the control files; nothing is done
+    #[arg(long, value_name = "COMMAND", num_args = 1.., allow_hyphen_values = true)]
+    pub dry_run: Vec<OsString>,
     /// How images are opened.
     #[command(flatten)]
     pub image: ImageArgs,

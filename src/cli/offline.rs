@@ -2,6 +2,7 @@
 //!
 //! A job that is stopped keeps its intent in the store; the same command, or a mount, goes on with it.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,9 +15,10 @@ use super::config;
 use super::mount_options::MountOptions;
 use super::progress::Meter;
 use super::store_options::{store_options, variable};
+use super::target::place_in_mount;
 use super::verbs::{finished, tell_plan};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::{Engine, JobState, Request, Status};
+use crate::ops::{Engine, JobState, Plan, Request, Status};
 use crate::report::plan;
 use crate::store::{STORE_DIRECTORY, Store, StoreOptions, shown};
 
@@ -43,11 +45,30 @@ pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8
 
 /// The plan of a command on the chain at `chain` of a mounted store that takes none.
 pub(super) fn plan_of_mounted(store: &Path, chain: &Path, request: &Request) -> Result<u8> {
+    let (engine, chain) = in_mount(store, chain, request)?;
+    plan_by(&engine, &chain, request)
+}
+
+fn in_mount(store: &Path, chain: &Path, request: &Request) -> Result<(Arc<Engine>, PathBuf)> {
     let options = config::load(MountOptions::default(), variable)?;
     let options = StoreOptions { notify: false, ..store_options(&options) };
     let store = Store::open(store, options)?;
-    let key = if chain_is_store(request) { store_key() } else { chain.to_path_buf() };
-    plan_by(&Engine::new(&store), &key, request)
+    let chain = if chain_is_store(request) { store_key() } else { chain.to_path_buf() };
+    Ok((Engine::new(&store), chain))
+}
+
+/// The plan of a command on the chain that `target` names, mounted or not, as a value.
+pub(super) fn planned(target: &Path, request: &Request, options: &[OsString]) -> Result<(Arc<Store>, Plan)> {
+    let (engine, chain) = if let Some((store, chain)) = place_in_mount(target)? {
+        in_mount(&store, &chain, request)?
+    } else {
+        let options = config::load(MountOptions::parse(options, false)?, variable)?;
+        let options = StoreOptions { notify: false, ..store_options(&options) };
+        let (store, chain) = find(target, request, None, options)?;
+        (Engine::new(&store), chain)
+    };
+    let plan = engine.plan(&chain, request)?;
+    Ok((Arc::clone(engine.store()), plan))
 }
 
 fn plan_by(engine: &Arc<Engine>, chain: &Path, request: &Request) -> Result<u8> {

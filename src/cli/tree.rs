@@ -2,18 +2,26 @@
 
 use jiff::tz::TimeZone;
 
+use std::os::unix::ffi::OsStrExt;
+
 use super::args::{TreeArgs, TreeOutput};
+use super::offline::planned;
 use super::output::print;
 use super::target::{Target, What};
 use super::warn;
 use crate::error::Result;
+use crate::ops::{Request, quote};
 use crate::report::store::{chain_forest, chain_problem, forest, problems_text};
 use crate::report::text::TextOptions;
-use crate::report::{dot, json, svg, text};
+use crate::report::tree::Forest;
+use crate::report::{dot, json, plan_tree, svg, text};
 use crate::store::shown;
 
 /// Runs the command.
 pub(super) fn run(args: &TreeArgs) -> Result<u8> {
+    if !args.dry_run.is_empty() {
+        return before_and_after(args);
+    }
     let Target { store, catalog, what, filename } = Target::find(&args.path, None, &args.image)?;
     let leaf = match what {
         What::Store => None,
@@ -25,14 +33,7 @@ pub(super) fn run(args: &TreeArgs) -> Result<u8> {
         None => forest(&store, &catalog),
         Some(leaf) => chain_forest(&store, &catalog, leaf),
     };
-    let zone = TimeZone::system();
-    let drawn = match args.output {
-        TreeOutput::Human => text::forest(&forest, &TextOptions { full: args.full, ascii: args.ascii, zone }),
-        TreeOutput::Json => json::forest(&forest),
-        TreeOutput::Dot => dot::forest(&forest, &zone, args.full),
-        TreeOutput::Svg => svg::forest(&forest, &zone, args.full),
-    };
-    print(&drawn)?;
+    print(&drawn(&forest, args))?;
     if args.output == TreeOutput::Human {
         let problems = match leaf {
             None => problems_text(&catalog),
@@ -44,4 +45,26 @@ pub(super) fn run(args: &TreeArgs) -> Result<u8> {
         }
     }
     Ok(0)
+}
+
+fn drawn(forest: &Forest, args: &TreeArgs) -> String {
+    let zone = TimeZone::system();
+    match args.output {
+        TreeOutput::Human => text::forest(forest, &TextOptions { full: args.full, ascii: args.ascii, zone }),
+        TreeOutput::Json => json::forest(forest),
+        TreeOutput::Dot => dot::forest(forest, &zone, args.full),
+        TreeOutput::Svg => svg::forest(forest, &zone, args.full),
+    }
+}
+
+/// Shows the chain as it is and as a command would leave it; 1 if it would be refused.
+fn before_and_after(args: &TreeArgs) -> Result<u8> {
+    // As one line of the words that control files take, quoted where the shell has taken the quotes away.
+    let words: Vec<Vec<u8>> = args.dry_run.iter().map(|word| quote(word.as_bytes())).collect();
+    let request = Request::parse_command(&words.join(&b' '))?;
+    let (store, plan) = planned(&args.path, &request, &args.image.options)?;
+    print(&drawn(&plan_tree::forest(&plan, &store.catalog()), args))?;
+    plan.notes.iter().for_each(|note| warn(note));
+    plan.refusals.iter().for_each(|refusal| warn(&format!("refused: {refusal}")));
+    Ok(u8::from(!plan.refusals.is_empty()))
 }

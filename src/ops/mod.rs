@@ -35,3 +35,4 @@ pub use request::{
     ResizeRequest, RevertRequest, SnapshotRequest, Verb,
 };
 pub use status::{JobState, Status};
+pub use words::quote;

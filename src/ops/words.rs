@@ -62,7 +62,7 @@ fn plain(byte: u8) -> Result<u8> {
 }
 
 /// A word as it has to be written, for [`split`] and for a shell.
-pub(super) fn quote(word: &[u8]) -> Vec<u8> {
+pub fn quote(word: &[u8]) -> Vec<u8> {
     let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || !byte.is_ascii() || b"._-/=@%+:,".contains(byte);
     if !word.is_empty() && word.iter().all(is_plain) {
         return word.to_vec();

@@ -11,6 +11,7 @@ mod layout;
 pub mod map;
 pub mod metrics;
 pub mod plan;
+pub mod plan_tree;
 pub mod safe;
 pub mod size;
 pub mod status;

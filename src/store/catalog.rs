@@ -18,7 +18,7 @@ use crate::io::{FileId, FileStat};
 use crate::units::round_up_to_sector;
 
 use super::describe::{Content, Qcow2};
-use super::intents::{Deed, FoundIntent, Named};
+use super::intents::{Deed, FoundIntent, Named, NewTop};
 use super::names::{self, STORE_DIRECTORY};
 use super::options::Format;
 use super::resolve::Place;
@@ -231,7 +231,13 @@ impl Catalog {
                     merged.extend(between.iter().filter_map(find));
                     continue;
                 }
-                Deed::Snapshot { .. } | Deed::Copy { .. } | Deed::Shrink { .. } => continue,
+                Deed::Snapshot { disks, .. } => {
+                    // Under its new name it is a snapshot, though the mark may be yet to come, and nothing stand on it.
+                    let has_fallen = |top: &NewTop| top.frozen != top.old.path && has_name(find(&top.old), &top.frozen);
+                    merged.extend(disks.iter().filter(|top| has_fallen(top)).filter_map(|top| find(&top.old)));
+                    continue;
+                }
+                Deed::Copy { .. } | Deed::Shrink { .. } => continue,
             };
             let between = between.iter().filter_map(find);
             // With its new name, or as the only one of its stem, the base is the active layer, and good; what was that

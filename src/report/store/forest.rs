@@ -322,7 +322,7 @@ fn kind(image: &ImageEntry) -> Kind {
 }
 
 /// When it was frozen, else when it was last changed.
-fn date(image: &ImageEntry) -> SystemTime {
+pub fn date(image: &ImageEntry) -> SystemTime {
     let (seconds, nanoseconds) = match &image.frozen {
         Some(frozen) => (frozen.seconds, frozen.nanoseconds),
         None => image.stat.signature.mtime,

@@ -16,7 +16,7 @@ use crate::store::{Catalog, ChainViews, Format, ImageIndex, Problem, Store};
 use super::json::pretty;
 use super::safe::{self, terminal};
 
-pub use forest::{Shares, chain_forest, chain_forest_at_work, forest, forest_at_work};
+pub use forest::{Shares, chain_forest, chain_forest_at_work, date, forest, forest_at_work};
 pub use info::{chain_info, chain_info_as, image_info, layer_files};
 
 /// What a chain is called: its path in the mount, or the image's stem where the mount is one image.
