@@ -71,6 +71,35 @@ fn every_command(control: &Control, lowest: &str, round: usize) -> (String, usiz
     (d, commands.len())
 }
 
+/// Every command that removes, moves or grows; the disk stands on `lowest` before and after.
+fn every_other_command(mount: &Mount, lowest: &str, round: usize) -> usize {
+    let [a, b, c, d] = ["a", "b", "c", "d"].map(|letter| format!("{letter}{round}"));
+    let commands = [
+        ("web", format!("snapshot {a}")),
+        ("web", format!("snapshot {b}")),
+        ("web", format!("snapshot {c}")),
+        ("web", format!("delete {b} method=pull")),
+        ("web", format!("delete {c} method=commit")),
+        ("web", "resize +64K".to_owned()),
+        ("web", "snapshot within internal".to_owned()),
+        ("web", format!("snapshot {d}")),
+        ("web", format!("rebase layer={d} base={lowest}")),
+        ("web", format!("clone clone{round} from={d}@within")),
+        ("web", format!("delete {d}@within")),
+        ("web", "rebase base=none".to_owned()),
+        ("web", format!("rebase base={lowest}")),
+        // What is left alone is a frozen chain, and nothing stands on it.
+        (&*d, format!("delete {d}")),
+        (&*a, format!("delete {a}")),
+    ];
+    for (chain, command) in &commands {
+        let control = Control::of(mount, chain);
+        eventually("the chain is there", NOTICED, || mount.path(chain).join("control/status").exists());
+        control.done(command);
+    }
+    commands.len()
+}
+
 /// Lets the others end when this one does, however.
 struct Stopping<'a>(&'a AtomicBool);
 
@@ -80,7 +109,7 @@ impl Drop for Stopping<'_> {
     }
 }
 
-fn fio_never_notices(options: &str, raw_base: bool, seconds: u64, words: &[&str]) {
+fn fio_never_notices(options: &str, raw_base: bool, seconds: u64, words: &[&str], others: bool) {
     let size = 32 * MIB;
     let disk_size = size + MIB;
     let store = Store::new();
@@ -111,6 +140,11 @@ fn fio_never_notices(options: &str, raw_base: bool, seconds: u64, words: &[&str]
         let (mut rounds, mut commands) = (0, 0);
         let stopping = Stopping(&stop);
         while !writing.is_finished() {
+            if others {
+                let file = if raw_base { "base.raw" } else { "base.qcow2" };
+                (rounds, commands) = (rounds + 1, commands + every_other_command(&mount, file, rounds));
+                continue;
+            }
             let (now_lowest, count) = every_command(&control, &lowest, rounds);
             (lowest, rounds, commands) = (now_lowest, rounds + 1, commands + count);
         }
@@ -135,13 +169,24 @@ fn fio_never_notices(options: &str, raw_base: bool, seconds: u64, words: &[&str]
 
 #[test]
 fn fio_finds_nothing_in_a_disk_that_is_snapshotted_committed_and_pulled() {
-    fio_never_notices("", false, amount(8, 300), &["--rw=randwrite", "--randrepeat=0"]);
+    fio_never_notices("", false, amount(8, 300), &["--rw=randwrite", "--randrepeat=0"], false);
+}
+
+#[test]
+fn fio_finds_nothing_in_a_disk_that_grows_while_snapshots_go_and_layers_move() {
+    fio_never_notices("", false, amount(8, 300), &["--rw=randwrite", "--randrepeat=0"], true);
+}
+
+#[test]
+fn nor_in_one_over_a_raw_base_past_the_page_cache() {
+    let words = ["--rw=randrw", "--direct=1", "--blockalign=512"];
+    fio_never_notices("cluster_size=4k", true, amount(8, 300), &words, true);
 }
 
 #[test]
 fn fio_finds_nothing_past_the_page_cache_over_a_raw_base() {
     let words = ["--rw=randrw", "--direct=1", "--blockalign=512"];
-    fio_never_notices("cluster_size=4k", true, amount(8, 300), &words);
+    fio_never_notices("cluster_size=4k", true, amount(8, 300), &words, false);
 }
 
 #[test]
