@@ -12,7 +12,7 @@ use sim::guest::{new_snapshot, open_writer};
 use sim::images::{Opened, compressible};
 use sim::oracle::Scratch;
 use sim::value::pattern;
-use sim::{GIB, Guest, IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, Start, Workload, seed};
+use sim::{Guest, IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, Start, Workload, seed};
 
 /// Writes, zeroes and snapshots all over the disk.
 fn mixed(guest: &Guest, random: &mut Random, snapshots: usize, operations: usize, longest: u64) {
@@ -253,19 +253,4 @@ fn where_there_can_be_none_the_refusal_says_so() {
     let raw = Writer::raw("disk.raw", sim::SimDisk::new(&Machine::honest(), 0, Pages::default())).unwrap();
     assert_eq!(raw.take_snapshot(&new_snapshot("one")).unwrap_err().kind(), ErrorKind::Unsupported);
     assert!(raw.snapshots().unwrap().is_empty());
-}
-
-/// How long nobody else can change a mapping while a snapshot of 65,536 clusters is taken: run with
-/// `--ignored --nocapture`, in a release build.
-#[test]
-#[ignore = "a measurement"]
-fn the_time_that_a_snapshot_of_4_gib_takes() {
-    let image = Start::new("preallocation=metadata", 4 * GIB).load();
-    let guest = Guest::new(&Machine::forgetful(), &image, WriterOptions::default());
-    let writer = guest.writer();
-    for _ in 0..3 {
-        let start = std::time::Instant::now();
-        writer.take_snapshot(&new_snapshot("one")).unwrap();
-        println!("4 GiB in clusters of 64 KiB: {:?}", start.elapsed());
-    }
 }
