@@ -156,14 +156,10 @@ pub fn parse_table(
 /// If `table` is not `count` whole entries: a parser saw to that.
 pub fn with_required_extra(table: &[u8], count: u32, virtual_size: u64) -> Vec<u8> {
     let mut out = Vec::with_capacity(table.len() + count as usize * V3_EXTRA_LEN as usize);
-    let mut at = 0;
-    for _ in 0..count {
-        at += padding(at as u64);
+    for entry in entries(table, count) {
         out.resize(out.len() + padding(out.len() as u64), 0);
-        let entry = &table[at..];
         let extra_len = be_u32(entry, 36);
         let strings_at = FIXED_LEN + extra_len as usize;
-        let end = strings_at + usize::from(be_u16(entry, 12)) + usize::from(be_u16(entry, 14));
         if extra_len < V3_EXTRA_LEN {
             let vm_state_size = if extra_len < 8 { be_u32(entry, 32).into() } else { be_u64(entry, 40) };
             out.extend(&entry[..36]);
@@ -173,10 +169,35 @@ pub fn with_required_extra(table: &[u8], count: u32, virtual_size: u64) -> Vec<u
         } else {
             out.extend(&entry[..strings_at]);
         }
-        out.extend(&entry[strings_at..end]);
-        at += end;
+        out.extend(&entry[strings_at..]);
     }
     out
+}
+
+/// A table without one of its entries; the others stay as they are, whatever extra data they have.
+///
+/// # Panics
+/// As [`with_required_extra`].
+pub fn without(table: &[u8], count: u32, index: usize) -> Vec<u8> {
+    let mut out = Vec::with_capacity(table.len());
+    for (_, entry) in entries(table, count).enumerate().filter(|(number, _)| *number != index) {
+        out.resize(out.len() + padding(out.len() as u64), 0);
+        out.extend(entry);
+    }
+    out
+}
+
+/// The entries of a table that a parser has found whole.
+fn entries(table: &[u8], count: u32) -> impl Iterator<Item = &[u8]> {
+    let mut at = 0;
+    (0..count).map(move |_| {
+        at += padding(at as u64);
+        let entry = &table[at..];
+        let strings = usize::from(be_u16(entry, 12)) + usize::from(be_u16(entry, 14));
+        let len = FIXED_LEN + be_u32(entry, 36) as usize + strings;
+        at += len;
+        &entry[..len]
+    })
 }
 
 /// Adds the entry of `snapshot` to a table of whole entries, which stay as they are. All of the extra
@@ -345,6 +366,25 @@ mod tests {
         assert_eq!((old.vm_state_size, old.virtual_size, old.icount), (4096, None, None));
         let off = &parse(&entry(&extra(&[0, 512, u64::MAX]), "1", "off"), 1, Version::V3).unwrap()[0];
         assert_eq!(off.icount, None);
+    }
+
+    #[test]
+    fn without_an_entry_the_others_stay_byte_for_byte() {
+        let all =
+            [entry(&extra(&[1, 512, 9, 77]), "1", "a"), entry(&[], "22", "bcd"), entry(&extra(&[0, 512]), "3", "x")];
+        let joined = |parts: &[&Vec<u8>]| {
+            let mut table = Vec::new();
+            for part in parts {
+                table = padded(table);
+                table.extend_from_slice(part);
+            }
+            table
+        };
+        let table = joined(&[&all[0], &all[1], &all[2]]);
+        assert_eq!(without(&table, 3, 0), joined(&[&all[1], &all[2]]));
+        assert_eq!(without(&table, 3, 1), joined(&[&all[0], &all[2]]));
+        assert_eq!(without(&table, 3, 2), joined(&[&all[0], &all[1]]));
+        assert!(without(&all[0], 1, 0).is_empty());
     }
 
     #[test]

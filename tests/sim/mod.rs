@@ -14,6 +14,7 @@ pub mod guest;
 pub mod history;
 pub mod images;
 pub mod judge;
+pub mod ledger;
 pub mod pages;
 pub mod value;
 
@@ -32,7 +33,6 @@ pub use random::Random;
 
 pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
-pub const GIB: u64 = 1 << 30;
 pub const SECTOR: u64 = 512;
 
 /// A number from the environment.

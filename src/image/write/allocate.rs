@@ -81,6 +81,22 @@ impl Meta {
         self.unreference(core, Freed { first: run.first, count: run.count })
     }
 
+    /// Takes clusters for a table that is written past the slices.
+    pub(super) fn allocate_table(&mut self, core: &Core, clusters: u64) -> Attempt<Run> {
+        let size = core.cluster().size();
+        let run = self.allocate(core, clusters, true)?;
+        self.roles.add(run.first, run.count);
+        // What they were before may still be in memory.
+        self.slices.forget(run.first * size, (run.first + run.count) * size, core.slice_len());
+        Ok(run)
+    }
+
+    /// Gives them back before anything refers to them.
+    pub(super) fn give_back_table(&mut self, core: &Core, run: Run) -> Result<()> {
+        self.roles.remove(run.first, run.count);
+        self.give_back(core, run)
+    }
+
     /// Takes a reference from each cluster.
     pub(super) fn unreference(&mut self, core: &Core, freed: Freed) -> Result<()> {
         for cluster in freed.first..freed.first + freed.count {

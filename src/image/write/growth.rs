@@ -20,7 +20,7 @@ use super::slices::Class;
 
 // Places of header fields, from the specification; each written at once lies in the first sector.
 /// Bytes of the disk (8), the method of encryption (4), then the L1 table as at [`L1_AT`].
-pub(super) const SIZE_AT: u64 = 24;
+const SIZE_AT: u64 = 24;
 /// Entries of the L1 table (4), its offset (8).
 const L1_AT: u64 = 36;
 
@@ -138,16 +138,8 @@ impl Qcow2Writer {
             return Err(Error::new(ErrorKind::Forbidden, format!("{name}: {sentence}")));
         }
         self.refuse_bitmaps()?;
-        if self.core.has_snapshots() && self.core.format.version == Version::V2 {
-            let sentence = "its version 2 does not note the disk size of internal snapshots, which would grow with it; \
-                            delete them, or amend the image to version 3 (qemu-img amend -o compat=1.1)";
-            return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {sentence}")));
-        }
-        let entries = size.div_ceil(self.core.l1_span());
-        if entries * 8 > MAX_L1_LEN {
-            let fact = format!("{name}: {size} bytes are more than an L1 table of 32 MiB can map; use larger clusters");
-            return Err(Error::new(ErrorKind::TooLarge, fact));
-        }
+        self.refuse_unnoted_sizes()?;
+        let entries = self.l1_entries_for(size)?;
         self.prepare()?;
         if entries > u64::from(self.meta.read().l1.entries) {
             if self.is_undoable() { self.extend_l1(entries as u32)? } else { self.grow_l1(entries as u32)? }
@@ -173,10 +165,45 @@ impl Qcow2Writer {
         let _turn = self.flushes.turn();
         self.check_poison()?;
         self.flush_in_turn()?;
+        self.name_size(size)
+    }
+
+    /// Gives the disk another size, in the header and here; for whoever has the turn.
+    pub(super) fn name_size(&self, size: u64) -> Result<()> {
         let written = self.core.file.write_at(SIZE_AT, &size.to_be_bytes()).and_then(|()| self.core.file.sync());
         written.map_err(|error| self.poisoned_by(error))?;
         self.size.store(size, Ordering::Release);
         Ok(())
+    }
+
+    /// Lets the header name another size and L1 table, durable by now, with one write; for whoever has the turn.
+    pub(super) fn name_l1(&self, size: u64, l1: Table) -> Result<()> {
+        let mut fields = size.to_be_bytes().to_vec();
+        fields.extend(0u32.to_be_bytes()); // the method of encryption, between them: none
+        fields.extend(l1.entries.to_be_bytes());
+        fields.extend(l1.offset.0.to_be_bytes());
+        let switched = self.core.file.write_at(SIZE_AT, &fields).and_then(|()| self.core.file.sync());
+        switched.map_err(|error| self.poisoned_by(error))
+    }
+
+    /// A disk of another size is refused where the internal snapshots would get it, too.
+    pub(super) fn refuse_unnoted_sizes(&self) -> Result<()> {
+        if !self.core.has_snapshots() || self.core.format.version == Version::V3 {
+            return Ok(());
+        }
+        let sentence = "its version 2 does not note the disk size of internal snapshots, which would change with it; \
+                        delete them, or amend the image to version 3 (qemu-img amend -o compat=1.1)";
+        Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", self.core.name)))
+    }
+
+    /// Makes sure that an L1 table may map so many bytes; returns its entries.
+    pub(super) fn l1_entries_for(&self, size: u64) -> Result<u64> {
+        let entries = size.div_ceil(self.core.l1_span());
+        if entries * 8 <= MAX_L1_LEN {
+            return Ok(entries);
+        }
+        let fact = format!("{size} bytes are more than an L1 table of 32 MiB can map; use larger clusters");
+        Err(Error::new(ErrorKind::TooLarge, format!("{}: {fact}", self.core.name)))
     }
 
     /// Replaces the L1 table by one of `entries` entries.

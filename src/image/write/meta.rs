@@ -40,7 +40,7 @@ impl Core {
     }
 
     /// Whether clusters may be shared: COPIED flags are then looked at before they are believed, and
-    /// reading may mend them. Once true, it stays so.
+    /// reading may mend them. Ends with the last internal snapshot.
     pub(super) fn has_snapshots(&self) -> bool {
         self.has_snapshots.load(Ordering::Acquire)
     }
@@ -328,10 +328,15 @@ impl Meta {
 
     /// The L2 table of a position.
     pub(super) fn l2_table(&mut self, core: &Core, at: u64) -> Result<Option<HostOffset>> {
-        if at / core.l1_span() >= u64::from(self.l1.entries) {
+        self.table_of(core, self.l1, at / core.l1_span())
+    }
+
+    /// The L2 table that an entry of any L1 table names; none behind its end.
+    pub(super) fn table_of(&mut self, core: &Core, l1: Table, index: u64) -> Result<Option<HostOffset>> {
+        if index >= u64::from(l1.entries) {
             return Ok(None);
         }
-        let word = self.word(core, self.l1_place(core, at), Class::L1)?;
+        let word = self.word(core, l1.offset.0 + index * 8, Class::L1)?;
         core.format.l1(word).map(|entry| entry.l2).map_err(|reason| core.corrupt(reason.fact()))
     }
 

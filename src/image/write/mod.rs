@@ -16,10 +16,14 @@ mod open;
 mod qcow2;
 mod ranges;
 mod raw;
+mod reach;
 mod roles;
 mod roots;
+mod shrink;
 mod slices;
 mod snapshot;
+mod snapshot_apply;
+mod snapshot_delete;
 mod undo;
 mod zero;
 

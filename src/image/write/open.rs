@@ -166,13 +166,13 @@ impl Qcow2Writer {
         Ok(is_changed)
     }
 
-    /// Bitmaps have the size of the disk, and nobody here makes them longer.
+    /// Bitmaps have the size of the disk, and nobody here gives them another.
     pub(super) fn refuse_bitmaps(&self) -> Result<()> {
         let header = read_header(&self.core.name, &*self.core.file)?;
         let Some((_, bitmaps)) = read_bitmaps(&self.core, &header)? else { return Ok(()) };
         let names: Vec<_> = bitmaps.iter().map(|bitmap| String::from_utf8_lossy(&bitmap.name).into_owned()).collect();
         let sentence = format!(
-            "{}: it has persistent bitmaps ({}), which cannot grow with it; remove them with qemu-img bitmap --remove",
+            "{}: it has persistent bitmaps ({}), which cannot change their size with it; remove them with qemu-img bitmap --remove",
             self.core.name,
             names.join(", ")
         );

@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Storage, WriteStorage};
 use crate::units::round_up_to_sector;
 
+use super::shrink::smaller;
 use super::{Zeroing, zero_bytes};
 
 /// A raw file that is written.
@@ -118,6 +119,21 @@ impl RawWriter {
         self.size.store(size, Ordering::Release);
         self.dirty.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// Makes the file shorter, durably. One that ends within a sector stays as it is if its size is asked for.
+    pub(super) fn shrink(&self, size: u64) -> Result<()> {
+        self.healthy()?;
+        let size = smaller(&self.name, size, self.size())?;
+        let _growing = self.growing.lock();
+        if size < self.size() {
+            self.flush()?;
+            self.file.set_len(size)?;
+            self.whole.store(true, Ordering::Release);
+            self.size.store(size, Ordering::Release);
+            self.dirty.store(true, Ordering::Release);
+        }
+        self.flush()
     }
 
     pub(super) fn flush(&self) -> Result<()> {

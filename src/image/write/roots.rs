@@ -58,13 +58,7 @@ impl Meta {
             if start >= end {
                 continue;
             }
-            let l1 = self.root(root);
-            let table = if index < u64::from(l1.entries) {
-                let word = self.word(core, l1.offset.0 + index * 8, Class::L1)?;
-                core.format.l1(word).map_err(|reason| core.corrupt(reason.fact()))?.l2
-            } else {
-                None
-            };
+            let table = self.table_of(core, self.root(root), index)?;
             match by_table.get(&table).map(|found| &mut groups[*found]) {
                 Some(group) if table.is_some() || group.roots.len() < most => {
                     group.roots.push(root);

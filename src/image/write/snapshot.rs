@@ -4,19 +4,17 @@
 //! One write of 12 bytes within the header's first sector names it; whatever is cut off before that
 //! leaves leaks, and COPIED flags that say too much of clusters that nobody else refers to.
 
-use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{MAX_SNAPSHOTS, SNAPSHOTS_AT};
-use crate::format::refcount::max_refcount;
 use crate::format::snapshot::{MAX_TABLE_LEN, append, next_id};
 use crate::format::{EntryFormat, Snapshot, Table};
 use crate::image::read_snapshots;
 use crate::units::HostOffset;
 
 use super::allocate::Run;
-use super::meta::{Core, Freed, Meta, SnapshotRoot, Words, piece_of, references};
+use super::meta::{Core, Freed, Meta, SnapshotRoot};
 use super::open::read_header;
 use super::qcow2::Qcow2Writer;
 use super::slices::Class;
@@ -55,10 +53,20 @@ impl Writer {
 }
 
 /// The snapshot table as it stands in the file.
-struct SnapshotTable {
-    at: HostOffset,
-    bytes: Vec<u8>,
-    snapshots: Vec<Snapshot>,
+pub(super) struct SnapshotTable {
+    pub(super) at: HostOffset,
+    pub(super) bytes: Vec<u8>,
+    pub(super) snapshots: Vec<Snapshot>,
+}
+
+impl SnapshotTable {
+    /// Its clusters.
+    pub(super) fn clusters(&self, core: &Core) -> Freed {
+        Freed {
+            first: core.cluster().index(self.at.0),
+            count: (self.bytes.len() as u64).div_ceil(core.cluster().size()),
+        }
+    }
 }
 
 /// The clusters of a snapshot to be, which nothing refers to yet.
@@ -69,7 +77,7 @@ struct Places {
 }
 
 impl Qcow2Writer {
-    fn snapshot_table(&self) -> Result<SnapshotTable> {
+    pub(super) fn snapshot_table(&self) -> Result<SnapshotTable> {
         // Taking a snapshot names another table and gives the old one back, at once.
         let _turn = self.flushes.turn();
         let core = &self.core;
@@ -81,13 +89,18 @@ impl Qcow2Writer {
         Ok(SnapshotTable { at: header.snapshots.offset, bytes, snapshots })
     }
 
+    pub(super) fn refuse_data_file(&self) -> Result<()> {
+        if self.core.data_file.is_none() {
+            return Ok(());
+        }
+        let sentence = "its data lies in an external file, of which there are no internal snapshots; take an external \
+                        one";
+        Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", self.core.name)))
+    }
+
     fn take_snapshot(&self, new: &NewSnapshot) -> Result<()> {
         let core = &self.core;
-        if core.data_file.is_some() {
-            let sentence = "its data lies in an external file, of which there are no internal snapshots; take an \
-                            external one";
-            return Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", core.name)));
-        }
+        self.refuse_data_file()?;
         self.prepare()?;
         // No mapping changes from here on; what is written in place goes on.
         let _all = self.ranges.hold(0, u64::MAX);
@@ -101,7 +114,8 @@ impl Qcow2Writer {
             let fact = format!("it has {} internal snapshots, and room for no more; delete some", old.snapshots.len());
             return Err(Error::new(ErrorKind::Limit, format!("{}: {fact}", core.name)));
         }
-        self.refuse_overflow().map_err(|error| self.damaged(error))?;
+        let l1 = self.meta.read().l1;
+        self.refuse_overflow(l1, l1.entries.into()).map_err(|error| self.damaged(error))?;
         let places = self.reserve_places(snapshot.l1, table_len)?;
         // Until the active tables change, failing is only failing.
         let written = self.write_snapshot(&places, &snapshot, table, old.bytes.len());
@@ -140,69 +154,21 @@ impl Qcow2Writer {
         })
     }
 
-    /// Makes sure that everything the active tables reach can be counted once more, and that it may be.
-    fn refuse_overflow(&self) -> Result<()> {
-        let core = &self.core;
-        let most = max_refcount(core.order);
-        let entries = self.meta.read().l1.entries;
-        // Several compressed clusters may lie in one of the file.
-        let mut more: HashMap<u64, u64> = HashMap::new();
-        for index in 0..u64::from(entries) {
-            let mut meta = self.meta.write();
-            let Some((table, all)) = meta.table_entries(core, index)? else { continue };
-            let mut fits = meta.count(core, core.cluster().index(table.0))? < most;
-            for (number, words) in all.iter().enumerate() {
-                let Some(clusters) = references(core, *words) else { continue };
-                let guest = index * core.l1_span() + number as u64 * core.cluster().size();
-                piece_of(core, *words, guest)?;
-                meta.may_be_clusters(core, clusters)?;
-                for cluster in clusters.first..clusters.first + clusters.count {
-                    let mut count = meta.count(core, cluster)?;
-                    if count == 0 {
-                        return Err(core.corrupt(format_args!("cluster {cluster:#x} is in use, but its refcount is 0")));
-                    }
-                    if EntryFormat::is_compressed(words.entry) && count.saturating_mul(2) > most {
-                        let more = more.entry(cluster).or_default();
-                        count += *more;
-                        *more += 1;
-                    }
-                    fits &= count < most;
-                }
-            }
-            if !fits {
-                let bits = 1 << core.order;
-                let sentence = format!(
-                    "its refcounts of {bits} bits cannot count one more internal snapshot; delete some, or give it \
-                     wider ones (qemu-img amend -o refcount_bits=16, or qemu-img convert)"
-                );
-                return Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", core.name)));
-            }
-        }
-        Ok(())
-    }
-
     fn reserve_places(&self, l1: Table, table_len: u64) -> Result<Places> {
         let core = &self.core;
         let size = core.cluster().size();
         self.with_tables(|meta| {
             let l1 = match l1.len_bytes().div_ceil(size) {
                 0 => None,
-                clusters => Some(meta.allocate(core, clusters, true)?),
+                clusters => Some(meta.allocate_table(core, clusters)?),
             };
-            let table = match meta.allocate(core, table_len.div_ceil(size), true) {
-                Ok(table) => table,
+            match meta.allocate_table(core, table_len.div_ceil(size)) {
+                Ok(table) => Ok(Places { l1, table }),
                 Err(stop) => {
-                    l1.map_or(Ok(()), |l1| meta.give_back(core, l1))?;
-                    return Err(stop);
+                    l1.map_or(Ok(()), |l1| meta.give_back_table(core, l1))?;
+                    Err(stop)
                 }
-            };
-            let places = Places { l1, table };
-            for run in places.runs() {
-                meta.roles.add(run.first, run.count);
-                // What they were before may still be in memory.
-                meta.slices.forget(run.first * size, (run.first + run.count) * size, core.slice_len());
             }
-            Ok(places)
         })
     }
 
@@ -244,7 +210,7 @@ impl Qcow2Writer {
         let entries = self.meta.read().l1.entries;
         for index in 0..u64::from(entries) {
             // Halfway there is no way back that could not fail as well.
-            let shared = self.meta.write().share_table(&self.core, index);
+            let shared = self.meta.write().share_active(&self.core, index);
             shared.map_err(|error| self.poisoned_by(error))?;
             self.relieve()?;
         }
@@ -262,18 +228,23 @@ impl Qcow2Writer {
         // What was written in place is part of the snapshot, the copies are only written: one barrier for all.
         self.data_dirty.store(true, Ordering::Release);
         self.flush_in_turn()?;
-        let mut field = (old.snapshots.len() as u32 + 1).to_be_bytes().to_vec();
-        field.extend((places.table.first * size).to_be_bytes());
-        let switched = core.file.write_at(SNAPSHOTS_AT, &field).and_then(|()| core.file.sync());
-        switched.map_err(|error| self.poisoned_by(error))?;
+        self.name_snapshots(old.snapshots.len() as u32 + 1, HostOffset(places.table.first * size))?;
         assert!(len <= places.table.count * size, "the table lies in its clusters");
         let mut meta = self.meta.write();
         core.has_snapshots.store(true, Ordering::Release);
         meta.snapshots.push(SnapshotRoot::of(snapshot));
-        let (first, count) = (core.cluster().index(old.at.0), (old.bytes.len() as u64).div_ceil(size));
-        meta.roles.remove(first, count);
+        let table = old.clusters(core);
+        meta.roles.remove(table.first, table.count);
         // Durably, nothing names it any more.
-        meta.unreference(core, Freed { first, count }).map_err(|error| self.poisoned_by(error))
+        meta.unreference(core, table).map_err(|error| self.poisoned_by(error))
+    }
+
+    /// Lets the header name a snapshot table that is durable by now; for whoever has the turn.
+    pub(super) fn name_snapshots(&self, count: u32, at: HostOffset) -> Result<()> {
+        let mut field = count.to_be_bytes().to_vec();
+        field.extend(at.0.to_be_bytes());
+        let switched = self.core.file.write_at(SNAPSHOTS_AT, &field).and_then(|()| self.core.file.sync());
+        switched.map_err(|error| self.poisoned_by(error))
     }
 }
 
@@ -285,51 +256,6 @@ impl Places {
 
 impl Meta {
     fn drop_places(&mut self, core: &Core, places: &Places) -> Result<()> {
-        places.runs().try_for_each(|run| {
-            self.roles.remove(run.first, run.count);
-            self.give_back(core, run)
-        })
-    }
-
-    /// The L2 table that an entry of the active L1 table names, and its entries (without their bitmaps).
-    fn table_entries(&mut self, core: &Core, index: u64) -> Result<Option<(HostOffset, Vec<Words>)>> {
-        let Some(table) = self.l2_table(core, index * core.l1_span())? else { return Ok(None) };
-        let mut all = Vec::with_capacity(core.format.l2_entries() as usize);
-        let words_per_entry = (core.format.l2_entry_len() / 8) as usize;
-        for at in (table.0..table.0 + core.cluster().size()).step_by(core.slice_len() as usize) {
-            if at > table.0 && at >= self.file_len {
-                break; // the last table of a file may end with it
-            }
-            let (words, _) = self.slice(core, at, Class::L2)?;
-            let bitmap = |entry: &[u64]| entry.get(1).copied().unwrap_or(0);
-            all.extend(words.chunks_exact(words_per_entry).map(|e| Words { entry: e[0], bitmap: bitmap(e) }));
-        }
-        Ok(Some((table, all)))
-    }
-
-    fn share_table(&mut self, core: &Core, index: u64) -> Result<()> {
-        let Some((table, all)) = self.table_entries(core, index)? else { return Ok(()) };
-        for (number, words) in all.iter().enumerate() {
-            let Some(clusters) = references(core, *words) else { continue };
-            for cluster in clusters.first..clusters.first + clusters.count {
-                self.count_once_more(core, cluster)?;
-            }
-            if EntryFormat::copied(words.entry) {
-                let at = table.0 + number as u64 * core.format.l2_entry_len();
-                self.set_word(core, at, Class::L2, EntryFormat::shared(words.entry))?;
-            }
-        }
-        self.count_once_more(core, core.cluster().index(table.0))?;
-        let place = self.l1_place(core, index * core.l1_span());
-        let word = self.word(core, place, Class::L1)?;
-        self.set_word(core, place, Class::L1, EntryFormat::shared(word))
-    }
-
-    fn count_once_more(&mut self, core: &Core, cluster: u64) -> Result<()> {
-        let count = self.count(core, cluster)?;
-        if count >= max_refcount(core.order) {
-            return Err(core.corrupt(format_args!("cluster {cluster:#x} has more references than its refcount")));
-        }
-        self.set_count(core, cluster, count + 1)
+        places.runs().try_for_each(|run| self.give_back_table(core, run))
     }
 }

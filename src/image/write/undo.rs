@@ -14,7 +14,6 @@ use crate::format::refcount::{refcount, set_refcount};
 use crate::format::{EntryFormat, Table};
 use crate::units::HostOffset;
 
-use super::growth::SIZE_AT;
 use super::meta::{Core, Freed, Meta};
 use super::open::read_header;
 use super::qcow2::Qcow2Writer;
@@ -198,12 +197,7 @@ impl Qcow2Writer {
         self.mark(&read_header(&core.name, &*core.file)?)?;
         core.file.sync().map_err(|error| self.poisoned_by(error))?;
 
-        let mut fields = self.size().to_be_bytes().to_vec();
-        fields.extend(0u32.to_be_bytes()); // the method of encryption, between them: none
-        fields.extend(l1.entries.to_be_bytes());
-        fields.extend(l1.offset.0.to_be_bytes());
-        let switched = core.file.write_at(SIZE_AT, &fields).and_then(|()| core.file.sync());
-        switched.map_err(|error| self.poisoned_by(error))?;
+        self.name_l1(self.size(), l1)?;
 
         let freed = {
             let mut meta = self.meta.write();

@@ -97,7 +97,7 @@ impl Qcow2Writer {
     }
 
     /// Writes, for whoever holds the range.
-    fn write_held(&self, at: u64, bytes: &[u8]) -> Result<()> {
+    pub(super) fn write_held(&self, at: u64, bytes: &[u8]) -> Result<()> {
         let mut done = 0;
         while done < bytes.len() {
             let position = at + done as u64;

@@ -1,0 +1,190 @@
+//! A smaller disk: the size first, durably; then what lay behind the new end is given back.
+//!
+//! Whoever makes the disk longer again finds nothing of it: mappings behind the end go, and the
+//! last cluster, where it has bytes of its own, is zero behind the end. Cut off after the size has changed, the
+//! rest of that is left to do; shrinking to the same size once more does it.
+
+use std::sync::atomic::Ordering;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::EntryFormat;
+use crate::units::{HostOffset, SECTOR_SIZE};
+
+use super::meta::{Core, Freed, Meta, Piece, Words, references};
+use super::qcow2::Qcow2Writer;
+use super::slices::Class;
+use super::{Body, Writer, Zeroing, where_possible, zero_bytes};
+
+impl Writer {
+    /// Makes the disk `size` bytes long, rounded up to sectors, and gives back what lies behind. Nobody
+    /// else reads or writes the disk. It is durable when this returns. With the size that the disk has, it only
+    /// gives back what a crash has left behind the end. Internal snapshots keep their sizes and their content.
+    ///
+    /// Refused: `Usage` (larger than now), `TooLarge` (no disk is), `Unsupported` (bitmaps; version 2 with
+    /// internal snapshots). After any other failure [`Writer::size`] says how far it came: the new size, if only
+    /// space is left to be given back.
+    ///
+    /// # Panics
+    /// If what is written can be undone.
+    pub fn shrink(&self, size: u64) -> Result<()> {
+        match &self.body {
+            Body::Raw(raw) => raw.shrink(size),
+            Body::Qcow2(qcow2) => qcow2.shrink(size),
+        }
+    }
+}
+
+/// A size in whole sectors that a disk of `now` bytes can shrink to.
+pub(super) fn smaller(name: &str, size: u64, now: u64) -> Result<u64> {
+    let Some(rounded) = size.checked_next_multiple_of(SECTOR_SIZE) else {
+        return Err(Error::new(ErrorKind::TooLarge, format!("{name}: no disk is that large")));
+    };
+    if rounded > now {
+        let fact = format!("{name} has {now} bytes and does not shrink to {rounded}");
+        return Err(Error::new(ErrorKind::Usage, fact));
+    }
+    Ok(rounded)
+}
+
+impl Qcow2Writer {
+    fn shrink(&self, size: u64) -> Result<()> {
+        assert!(!self.is_undoable(), "what is written can be undone");
+        let _all = self.ranges.hold(0, u64::MAX);
+        self.check_poison()?;
+        let size = smaller(&self.core.name, size, self.size())?;
+        if size < self.size() {
+            self.refuse_unnoted_sizes()?;
+            self.refuse_bitmaps()?;
+            self.prepare()?;
+            let _turn = self.flushes.turn();
+            self.check_poison()?;
+            self.flush_in_turn()?;
+            self.name_size(size)?;
+        }
+        self.trim(size)?;
+        self.close()
+    }
+
+    /// Gives back what lies behind the end of the disk.
+    fn trim(&self, size: u64) -> Result<()> {
+        let core = &self.core;
+        self.prepare()?;
+        let end = size.next_multiple_of(core.cluster().size());
+        self.zero_tail(size, end)?;
+        if let Some(data_file) = &core.data_file {
+            let len = data_file.len()?;
+            if self.raw_data && len > size {
+                data_file.set_len(size)?;
+                self.data_dirty.store(true, Ordering::Release);
+            } else if len > end {
+                where_possible(data_file.punch_hole(end, len - end))?;
+                self.data_dirty.store(true, Ordering::Release);
+            }
+        }
+        let (first, l1) = (end / core.l1_span(), self.meta.read().l1);
+        for index in first..l1.entries.into() {
+            let from = end.saturating_sub(index * core.l1_span()) / core.cluster().size();
+            let own = self.with_tables(|meta| Ok(meta.own_behind(core, index, from)?))?;
+            // By now nobody reads it; afterwards it could be somebody else's.
+            self.punch(&own);
+            if from == 0 {
+                self.with_tables(|meta| Ok(meta.drop_table(core, index)?))?;
+            } else {
+                self.with_tables(|meta| meta.drop_entries(core, index, from))?;
+            }
+            self.relieve()?;
+        }
+        Ok(())
+    }
+
+    /// Makes what the disk has of its own between its end and the end of the cluster zero.
+    fn zero_tail(&self, size: u64, end: u64) -> Result<()> {
+        let core = &self.core;
+        let (mut at, mut is_shared) = (size, false);
+        while at < end && !self.raw_data {
+            let (piece, run) = self.lookup_to_write(at, end - at)?;
+            match piece {
+                Piece::Own(host) => {
+                    let run = self.inside_data_file(host, run)?;
+                    zero_bytes(&**core.data(), host.0, run, Zeroing::Unmap)?;
+                    self.data_dirty.store(true, Ordering::Release);
+                }
+                Piece::Shared(_) | Piece::Compressed(_) => is_shared = true,
+                // Who makes the disk longer sees to what lies below.
+                Piece::Zero | Piece::Below => {}
+            }
+            at += run;
+        }
+        if is_shared {
+            // A cluster of the disk's own: what is behind its end is zero there.
+            let at = size - SECTOR_SIZE;
+            let mut sector = vec![0; SECTOR_SIZE as usize];
+            self.read_inner(at, &mut sector)?;
+            self.write_held(at, &sector)?;
+        }
+        Ok(())
+    }
+
+    /// How much of a run the data file has; nothing else is made longer.
+    fn inside_data_file(&self, host: HostOffset, run: u64) -> Result<u64> {
+        match &self.core.data_file {
+            Some(data_file) => Ok(run.min(data_file.len()?.saturating_sub(host.0))),
+            None => Ok(run),
+        }
+    }
+}
+
+impl Meta {
+    /// What only the active disk refers to, by the entries from `from` on of one of its L2 tables.
+    fn own_behind(&mut self, core: &Core, index: u64, from: u64) -> Result<Vec<Freed>> {
+        let Some(table) = self.table_of(core, self.l1, index)? else { return Ok(Vec::new()) };
+        let mut own: Vec<Freed> = Vec::new();
+        for words in self.all_words(core, table)?.into_iter().skip(from as usize) {
+            let Some(clusters) = references(core, words) else { continue };
+            self.may_be_clusters(core, clusters)?;
+            if EntryFormat::is_compressed(words.entry) || self.count(core, clusters.first)? != 1 {
+                continue;
+            }
+            match own.last_mut() {
+                Some(last) if last.first + last.count == clusters.first => last.count += 1,
+                _ => own.push(clusters),
+            }
+        }
+        Ok(own)
+    }
+
+    /// Forgets all that an L1 entry leads to.
+    fn drop_table(&mut self, core: &Core, index: u64) -> Result<()> {
+        let Some(table) = self.table_of(core, self.l1, index)? else { return Ok(()) };
+        let all = self.all_words(core, table)?;
+        let cluster = core.cluster().index(table.0);
+        let is_own = self.count(core, cluster)? == 1;
+        self.set_word(core, self.l1.offset.0 + index * 8, Class::L1, 0)?;
+        all.into_iter().try_for_each(|words| self.release(core, words))?;
+        self.roles.remove(cluster, 1);
+        if is_own {
+            self.slices.forget(table.0, table.0 + core.cluster().size(), core.slice_len());
+        }
+        self.free_later(cluster);
+        Ok(())
+    }
+
+    /// Forgets what the entries from `from` on of an active L2 table name.
+    fn drop_entries(&mut self, core: &Core, index: u64, from: u64) -> super::allocate::Attempt<()> {
+        let Some(table) = self.table_of(core, self.l1, index)? else { return Ok(()) };
+        let behind = self.all_words(core, table)?.into_iter().skip(from as usize);
+        if behind.into_iter().all(|words| words == Words::default()) {
+            return Ok(());
+        }
+        let start = index * core.l1_span();
+        let table = self.own_l2_table(core, start)?;
+        for (number, words) in self.all_words(core, table)?.into_iter().enumerate().skip(from as usize) {
+            if words != Words::default() {
+                let guest = start + number as u64 * core.cluster().size();
+                self.set_entry_in(core, table, guest, Words::default())?;
+                self.release(core, words)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,128 @@
+//! Internal snapshots applied: the disk becomes what one shows, and the snapshot stays.
+//!
+//! What its disk reaches is counted once more, for a new L1 table that one write within the header's first
+//! sector names together with the size. Cut off before that, the disk is as it was, afterwards as the snapshot
+//! shows it, at worst with leaks. The VM state stays the snapshot's alone.
+
+use std::sync::atomic::Ordering;
+
+use crate::error::Result;
+use crate::format::{EntryFormat, Snapshot, Table};
+use crate::units::HostOffset;
+
+use super::meta::{Core, Freed, Meta};
+use super::qcow2::Qcow2Writer;
+use super::{Body, Writer};
+
+impl Writer {
+    /// Makes the disk what an internal snapshot shows, one of [`Writer::snapshots`], of its size, too, where it
+    /// is noted. What the disk held is gone; the snapshot stays. Nobody else reads or writes the disk. It is
+    /// durable when this returns.
+    ///
+    /// Refused: `Unsupported` (a raw image, an external data file, refcounts too narrow; another size where that
+    /// is none for bitmaps or version 2), `Stale` (it has no such snapshot), `TooLarge`, `Corrupt`. A failure
+    /// behind the point of no return poisons the disk.
+    ///
+    /// # Panics
+    /// If what is written can be undone.
+    pub fn apply_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+        match &self.body {
+            Body::Raw(raw) => Err(raw.without_snapshots()),
+            Body::Qcow2(qcow2) => qcow2.apply_snapshot(snapshot),
+        }
+    }
+}
+
+impl Qcow2Writer {
+    fn apply_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+        let core = &self.core;
+        assert!(!self.is_undoable(), "what is written can be undone");
+        self.refuse_data_file()?;
+        let _all = self.ranges.hold(0, u64::MAX);
+        self.check_poison()?;
+        let table = self.snapshot_table()?;
+        let snapshot = &table.snapshots[self.find_snapshot(&table, snapshot)?];
+        let size = snapshot.virtual_size.unwrap_or(self.size());
+        if size != self.size() {
+            self.refuse_unnoted_sizes()?;
+            self.refuse_bitmaps()?;
+        }
+        let entries = self.l1_entries_for(size)?;
+        self.prepare()?;
+        // What waits to lose references has lost them.
+        self.flush()?;
+        let old = self.meta.read().l1;
+        // Behind the entries of its disk lies VM state.
+        let source = Table { entries: snapshot.l1.entries.min(entries as u32), ..snapshot.l1 };
+        self.refuse_overflow(source, source.entries.into()).map_err(|error| self.damaged(error))?;
+        self.each_table(old, |index| self.meta.write().check_leaving(core, old, index))
+            .map_err(|error| self.damaged(error))?;
+        let new = self.place_l1(source, entries)?;
+        self.each_table(source, |index| {
+            let shared = self.meta.write().share_unless_active(core, source, index);
+            // Halfway there is no way back that could not fail as well.
+            shared.map_err(|error| self.poisoned_by(error))
+        })?;
+        self.switch_to(new, size)?;
+        // All that is left has the snapshot's count as well: nothing has come to be the disk's own.
+        self.leave_l1(old, |meta, index, table| meta.leave_unless_active(core, index, table))?;
+        self.flush()
+    }
+
+    /// Makes everything durable, and lets the header name the new table.
+    fn switch_to(&self, new: Table, size: u64) -> Result<()> {
+        let _turn = self.flushes.turn();
+        self.check_poison()?;
+        self.flush_in_turn()?;
+        self.name_l1(size, new)?;
+        self.meta.write().l1 = new;
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    /// Writes an L1 table of its own for the snapshot's disk, which owns nothing.
+    fn place_l1(&self, source: Table, entries: u64) -> Result<Table> {
+        let core = &self.core;
+        let size = core.cluster().size();
+        if entries == 0 {
+            return Ok(Table { offset: HostOffset(0), entries: 0 });
+        }
+        let mut bytes = Vec::with_capacity((entries * 8).next_multiple_of(size) as usize);
+        for index in 0..entries {
+            let table = self.meta.write().table_of(core, source, index)?;
+            let entry = table.map_or(0, |table| EntryFormat::shared(EntryFormat::owned(table)));
+            bytes.extend(entry.to_be_bytes());
+        }
+        bytes.resize(bytes.len().next_multiple_of(size as usize), 0);
+        let run = self.with_tables(|meta| meta.allocate_table(core, bytes.len() as u64 / size))?;
+        let offset = HostOffset(run.first * size);
+        if let Err(error) = core.file.write_at(offset.0, &bytes) {
+            self.meta.write().give_back_table(core, run).map_err(|error| self.poisoned_by(error))?;
+            return Err(error);
+        }
+        self.data_dirty.store(true, Ordering::Release);
+        Ok(Table { offset, entries: entries as u32 })
+    }
+}
+
+impl Meta {
+    /// Counts the table of an entry for the active disk, too, unless that has it already.
+    fn share_unless_active(&mut self, core: &Core, l1: Table, index: u64) -> Result<()> {
+        match self.table_of(core, l1, index)? {
+            Some(table) if self.table_of(core, self.l1, index)? != Some(table) => {
+                self.roles.add(core.cluster().index(table.0), 1);
+                self.share_table(core, table)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the active disk's references from a table that it has left, unless the new L1 table names it as well.
+    fn leave_unless_active(&mut self, core: &Core, index: u64, table: HostOffset) -> Result<Vec<Freed>> {
+        if self.table_of(core, self.l1, index)? == Some(table) {
+            return Ok(Vec::new());
+        }
+        self.roles.remove(core.cluster().index(table.0), 1);
+        self.leave_table(core, table)
+    }
+}

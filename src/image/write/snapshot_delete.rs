@@ -1,0 +1,143 @@
+//! Internal snapshots, deleted while the disk is read and written.
+//!
+//! One write of 12 bytes within the header's first sector names a table without the entry; only then does
+//! what the snapshot reaches lose its references. Whatever is cut off before that leaves the
+//! snapshot, afterwards leaks, and COPIED flags that are missing where a count is 1 by then.
+
+use std::sync::atomic::Ordering;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::snapshot::without;
+use crate::format::{Snapshot, Table};
+use crate::units::HostOffset;
+
+use super::allocate::Run;
+use super::meta::{Freed, Meta};
+use super::qcow2::Qcow2Writer;
+use super::snapshot::SnapshotTable;
+use super::{Body, Writer};
+
+impl Writer {
+    /// Deletes an internal snapshot, one of [`Writer::snapshots`], while others read and write the disk, and
+    /// gives its space back. Nobody may be reading the snapshot any more. It is gone durably when this
+    /// returns.
+    ///
+    /// Refused: `Unsupported` (a raw image, an external data file), `Stale` (it has no such snapshot), `Corrupt`
+    /// (what it reaches is not counted). A failure behind the point of no return poisons the disk.
+    ///
+    /// # Panics
+    /// If what is written can be undone.
+    pub fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+        match &self.body {
+            Body::Raw(raw) => Err(raw.without_snapshots()),
+            Body::Qcow2(qcow2) => qcow2.delete_snapshot(snapshot),
+        }
+    }
+}
+
+impl Qcow2Writer {
+    fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+        let core = &self.core;
+        assert!(!self.is_undoable(), "what is written can be undone");
+        self.refuse_data_file()?;
+        self.prepare()?;
+        // No mapping changes from here on; what is written in place goes on.
+        let _all = self.ranges.hold(0, u64::MAX);
+        // What waits to lose references has lost them: counts are what they will be.
+        self.flush()?;
+        let old = self.snapshot_table()?;
+        let index = self.find_snapshot(&old, snapshot)?;
+        self.each_table(snapshot.l1, |index| self.meta.write().check_leaving(core, snapshot.l1, index))
+            .map_err(|error| self.damaged(error))?;
+        let table = without(&old.bytes, old.snapshots.len() as u32, index);
+        let place = self.place_table(table)?;
+        self.switch_to_fewer(&old, index, place)?;
+        self.leave_l1(snapshot.l1, |meta, index, table| {
+            let freed = meta.leave_table(core, table)?;
+            meta.flag_own(core, index)?;
+            Ok(freed)
+        })?;
+        // What was freed is free on disk, too.
+        self.flush()
+    }
+
+    /// Where a snapshot stands in the table.
+    pub(super) fn find_snapshot(&self, table: &SnapshotTable, snapshot: &Snapshot) -> Result<usize> {
+        let is_it =
+            |found: &Snapshot| (&found.id, &found.name, found.l1) == (&snapshot.id, &snapshot.name, snapshot.l1);
+        table.snapshots.iter().position(is_it).ok_or_else(|| {
+            let name = String::from_utf8_lossy(&snapshot.name).into_owned();
+            let fact = format!("its internal snapshot \"{}\" has gone or is another by now", name.escape_debug());
+            Error::new(ErrorKind::Stale, format!("{}: {fact}", self.core.name))
+        })
+    }
+
+    /// Does something for each entry of an L1 table, and writes tables back where they become too many.
+    pub(super) fn each_table(&self, l1: Table, mut work: impl FnMut(u64) -> Result<()>) -> Result<()> {
+        for index in 0..u64::from(l1.entries) {
+            work(index)?;
+            self.relieve()?;
+        }
+        Ok(())
+    }
+
+    /// Puts a snapshot table into clusters of its own; an empty one needs none.
+    fn place_table(&self, mut table: Vec<u8>) -> Result<Option<Run>> {
+        if table.is_empty() {
+            return Ok(None);
+        }
+        let core = &self.core;
+        let size = core.cluster().size();
+        table.resize(table.len().next_multiple_of(size as usize), 0);
+        let run = self.with_tables(|meta| meta.allocate_table(core, table.len() as u64 / size))?;
+        if let Err(error) = core.file.write_at(run.first * size, &table) {
+            self.meta.write().give_back_table(core, run).map_err(|error| self.poisoned_by(error))?;
+            return Err(error);
+        }
+        self.data_dirty.store(true, Ordering::Release);
+        Ok(Some(run))
+    }
+
+    /// Lets the header name the table without the entry, and gives the old one back.
+    fn switch_to_fewer(&self, old: &SnapshotTable, index: usize, place: Option<Run>) -> Result<()> {
+        let core = &self.core;
+        let size = core.cluster().size();
+        let _turn = self.flushes.turn();
+        self.check_poison()?;
+        self.flush_in_turn()?;
+        self.name_snapshots(old.snapshots.len() as u32 - 1, HostOffset(place.map_or(0, |run| run.first * size)))?;
+        let mut meta = self.meta.write();
+        meta.snapshots.remove(index);
+        let table = old.clusters(core);
+        meta.roles.remove(table.first, table.count);
+        meta.unreference(core, table).map_err(|error| self.poisoned_by(error))
+    }
+
+    /// Gives back an L1 table that the header does not lead to any more; `leave` takes the references of what its
+    /// entries reach, and says what is free. Halfway there is no way back.
+    pub(super) fn leave_l1(
+        &self,
+        l1: Table,
+        leave: impl Fn(&mut Meta, u64, HostOffset) -> Result<Vec<Freed>>,
+    ) -> Result<()> {
+        let core = &self.core;
+        let size = core.cluster().size();
+        // Whoever looked a place up before is done with it when the gate has been ours.
+        drop(self.reuse_gate.write());
+        self.each_table(l1, |index| {
+            let mut meta = self.meta.write();
+            let table = meta.table_of(core, l1, index).map_err(|error| self.poisoned_by(error))?;
+            let Some(table) = table else { return Ok(()) };
+            let freed = leave(&mut meta, index, table).map_err(|error| self.poisoned_by(error))?;
+            drop(meta);
+            self.punch(&freed);
+            Ok(())
+        })?;
+        let own = Freed { first: core.cluster().index(l1.offset.0), count: l1.len_bytes().div_ceil(size) };
+        let mut meta = self.meta.write();
+        meta.slices.forget(l1.offset.0, l1.offset.0 + own.count * size, core.slice_len());
+        meta.roles.remove(own.first, own.count);
+        core.has_snapshots.store(!meta.snapshots.is_empty(), Ordering::Release);
+        meta.unreference(core, own).map_err(|error| self.poisoned_by(error))
+    }
+}
