@@ -5,14 +5,22 @@ mod sim;
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 
+use chainfs::error::ErrorKind;
 use chainfs::image::check::check;
-use chainfs::image::write::WriterOptions;
+use chainfs::image::write::{Writer, WriterOptions};
+use sim::change::Change;
+use sim::guest::{new_snapshot, open_writer};
 use sim::images::{Opened, compressible};
 use sim::ledger::{Ledger, Tolerance, Views, judge, judge_by_qemu};
 use sim::oracle::Scratch;
-use sim::{IMAGE, KIB, MIB, Machine, Pages, Random, Start, StartImage, is_long, mix, seed};
+use sim::value::pattern_range;
+use sim::{IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, SimDisk, Start, StartImage, is_long, mix, seed};
 
+/// States of each run that are judged where not all are.
+const STATES: usize = 90;
 const LITTLE: WriterOptions = WriterOptions { cache: 32 << 10 };
 
 fn with_snapshots(start: Start, resize: bool) -> Start {
@@ -209,5 +217,255 @@ fn any_operations_in_any_order() {
             }
             judge_end(name, &image, &ledger);
         }
+    }
+}
+
+fn after_some_writes(random: u64, longest: u64) -> impl Fn(&mut Ledger) {
+    move |ledger| {
+        let mut random = Random::new(random);
+        for _ in 0..6 {
+            ledger.step(&mut random, longest).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_crash_leaves_the_snapshot_or_none() {
+    for (number, (name, start, longest)) in kinds().into_iter().enumerate() {
+        let image = start.load();
+        let index = number % image.snapshots.len();
+        let change = Change {
+            name,
+            image: &image,
+            options: if number % 2 == 0 { WriterOptions::default() } else { LITTLE },
+            before: &after_some_writes(mix(seed() ^ longest), longest),
+            act: &|ledger| ledger.delete(index),
+            again: false,
+            missing_flags: true,
+        };
+        let outcome = change.survives_crashes(STATES);
+        println!("{name}: {outcome:?}");
+        assert!(outcome.old > 0 && outcome.states > outcome.old, "{name}");
+    }
+}
+
+#[test]
+fn a_crash_while_the_last_one_goes_leaves_it_or_none() {
+    let (mut states, mut old) = (0, 0);
+    for (name, start, longest) in kinds() {
+        let image = start.load();
+        let change = Change {
+            name,
+            image: &image,
+            options: LITTLE,
+            before: &|ledger| {
+                while ledger.views.snapshots.len() > 1 {
+                    ledger.delete(0).unwrap();
+                }
+                after_some_writes(mix(seed()), longest)(ledger);
+            },
+            act: &|ledger| ledger.delete(0),
+            again: false,
+            missing_flags: true,
+        };
+        let outcome = change.survives_crashes(STATES / 2);
+        println!("{name}: {outcome:?}");
+        (states, old) = (states + outcome.states, old + outcome.old);
+    }
+    assert!(old > 5 && states > 10 * old, "{states} states, {old} as before");
+}
+
+#[test]
+fn a_crash_leaves_the_disk_or_what_was_applied() {
+    for (number, (name, start, longest)) in kinds().into_iter().enumerate() {
+        let image = start.load();
+        let index = number % image.snapshots.len();
+        let change = Change {
+            name,
+            image: &image,
+            options: if number % 2 == 0 { WriterOptions::default() } else { LITTLE },
+            before: &after_some_writes(mix(seed() ^ longest), longest),
+            act: &|ledger| ledger.apply(index),
+            again: true,
+            missing_flags: false,
+        };
+        let outcome = change.survives_crashes(STATES);
+        println!("{name}: {outcome:?}");
+        assert!(outcome.old > 0 && outcome.states > outcome.old, "{name}");
+    }
+}
+
+#[test]
+fn a_failing_call_leaves_one_or_the_other() {
+    let start = |options| with_snapshots(Start::scribbled(options, 512 * KIB), true);
+    for (name, start) in [("4k", start("cluster_size=4k")), ("extended", start("extended_l2=on,cluster_size=16k"))] {
+        let image = start.load();
+        for apply in [false, true] {
+            let change = Change {
+                name,
+                image: &image,
+                options: LITTLE,
+                before: &after_some_writes(mix(seed()), 50 * KIB),
+                act: &|ledger| if apply { ledger.apply(1) } else { ledger.delete(1) },
+                again: false,
+                missing_flags: !apply,
+            };
+            let outcome = change.survives_faults();
+            println!("{name}, apply {apply}: {outcome:?}");
+            assert!(outcome.poisoned > 5 && outcome.retried > 3, "{name}, apply {apply}: {outcome:?}");
+        }
+    }
+}
+
+/// Threads write sectors of their own all over the disk while snapshots come and go: each reads what it wrote,
+/// and nothing is lost, shared or left behind.
+#[test]
+fn others_write_and_read_while_snapshots_come_and_go() {
+    const WRITERS: u64 = 3;
+    for (name, start) in [
+        ("512", with_snapshots(Start::scribbled("cluster_size=512", 512 * KIB), false)),
+        ("64k", with_snapshots(Start::scribbled("", 512 * KIB), false)),
+        ("extended", with_snapshots(Start::over(500 * KIB, "extended_l2=on,cluster_size=16k", 512 * KIB), false)),
+    ] {
+        let image = start.load();
+        let machine = Machine::new(sim::SyncRule::Honest, true, true).forget();
+        let mut ledger = Ledger::new(&image, &machine, LITTLE);
+        let writer = &*ledger.writer;
+        let sectors = image.initial_size / SECTOR;
+        let (done, turns) = (AtomicBool::new(false), AtomicU64::new(0));
+        let written = thread::scope(|scope| {
+            let work = |number: u64| {
+                let mut random = Random::new(mix(seed() ^ number));
+                let mut mine = vec![0; sectors as usize];
+                for tag in 1_000_000 * (number + 1).. {
+                    if done.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let sector = random.next() % (sectors / WRITERS) * WRITERS + number;
+                    writer.write_at(sector * SECTOR, &pattern_range(tag, sector * SECTOR, SECTOR)).unwrap();
+                    mine[sector as usize] = tag;
+                    let sector = random.next() % (sectors / WRITERS) * WRITERS + number;
+                    let mut have = vec![0; SECTOR as usize];
+                    writer.read_at(sector * SECTOR, &mut have).unwrap();
+                    let tag = mine[sector as usize];
+                    assert!(tag == 0 || have == pattern_range(tag, sector * SECTOR, SECTOR), "{name}: {sector:#x}");
+                    if random.once_in(16) {
+                        writer.flush().unwrap();
+                    }
+                    turns.fetch_add(1, Ordering::Relaxed);
+                }
+                mine
+            };
+            let threads: Vec<_> = (0..WRITERS).map(|number| scope.spawn(move || work(number))).collect();
+            let mut random = Random::new(mix(seed()));
+            for number in 0..if is_long() { 200 } else { 14 } {
+                let start = turns.load(Ordering::Relaxed);
+                while turns.load(Ordering::Relaxed) < start + 20 && threads.iter().all(|thread| !thread.is_finished()) {
+                    thread::yield_now();
+                }
+                let snapshots = writer.snapshots().unwrap();
+                if number % 2 == 0 || snapshots.is_empty() {
+                    writer.delete_snapshot(&snapshots[random.below(snapshots.len())]).unwrap();
+                } else {
+                    writer.take_snapshot(&new_snapshot("one more")).unwrap();
+                }
+            }
+            done.store(true, Ordering::Relaxed);
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        for (sector, tag) in written.iter().flat_map(|mine| mine.iter().enumerate()).filter(|(_, tag)| **tag != 0) {
+            let at = sector * SECTOR as usize;
+            ledger.views.disk[at..at + SECTOR as usize].copy_from_slice(&pattern_range(*tag, at as u64, SECTOR));
+        }
+        // Those that are left, of moments that nobody knows, have only to be sound.
+        ledger.writer.close().unwrap();
+        ledger.views.snapshots = Views::read(&image, &Opened::new(&ledger.files()).unwrap()).unwrap().snapshots;
+        judge_end(name, &image, &ledger);
+        while !ledger.views.snapshots.is_empty() {
+            ledger.delete(0).unwrap();
+        }
+        judge_end(name, &image, &ledger);
+    }
+}
+
+#[test]
+fn what_has_gone_is_stale_and_what_cannot_be_is_refused() {
+    let image = with_snapshots(Start::scribbled("cluster_size=4k", 512 * KIB), true).load();
+    let machine = Machine::honest();
+    let mut ledger = Ledger::new(&image, &machine, WriterOptions::default());
+    let listed = ledger.listed();
+    ledger.write(0, SECTOR).unwrap();
+    ledger.delete(1).unwrap();
+    ledger.writer.close().unwrap();
+    let changes = machine.changes();
+    let renamed = chainfs::format::Snapshot { name: b"other".to_vec(), ..listed[0].clone() };
+    for gone in [&listed[1], &renamed] {
+        for refused in [ledger.writer.delete_snapshot(gone), ledger.writer.apply_snapshot(gone)] {
+            assert_eq!((refused.unwrap_err().kind(), machine.changes()), (ErrorKind::Stale, changes));
+        }
+    }
+    let raw = Writer::raw("disk.raw", SimDisk::new(&Machine::honest(), 0, Pages::default())).unwrap();
+    let external = Start::scribbled("data_file=data.raw", MIB).load();
+    let external = Ledger::new(&external, &Machine::honest(), WriterOptions::default());
+    for writer in [&raw, &external.writer] {
+        for refused in [writer.delete_snapshot(&listed[0]), writer.apply_snapshot(&listed[0])] {
+            assert_eq!(refused.unwrap_err().kind(), ErrorKind::Unsupported);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_counted_is_not_applied() {
+    let start = Start::scribbled("refcount_bits=2,cluster_size=4k", 512 * KIB);
+    let image = start.then(|scratch| drop(scratch.img(&format!("snapshot -c first {IMAGE}")))).load();
+    let machine = Machine::honest();
+    let mut ledger = Ledger::new(&image, &machine, WriterOptions::default());
+    // Each table and cluster of the first one is the second's as well, and after a write the disk has its own
+    // tables for what all three share.
+    ledger.take("second").unwrap();
+    ledger.write(0, SECTOR).unwrap();
+    ledger.writer.close().unwrap();
+    let changes = machine.changes();
+    let refused = ledger.apply(0).unwrap_err();
+    assert_eq!((refused.kind(), machine.changes()), (ErrorKind::Unsupported, changes), "{refused}");
+    assert!(refused.to_string().contains("refcount_bits=16"), "{refused}");
+    judge_end("2 bits", &image, &ledger);
+    // With one fewer, there is a count for it.
+    ledger.delete(1).unwrap();
+    ledger.apply(0).unwrap();
+    judge_end("2 bits", &image, &ledger);
+}
+
+#[test]
+fn bitmaps_and_version_2_keep_the_size_of_the_disk() {
+    let bitmap = |scratch: &Scratch| drop(scratch.img(&format!("bitmap --add {IMAGE} one")));
+    let image = with_snapshots(Start::scribbled("", 512 * KIB), true).then(bitmap).load();
+    let mut ledger = Ledger::new(&image, &Machine::honest(), WriterOptions::default());
+    let refused = ledger.apply(0).unwrap_err();
+    assert!(refused.kind() == ErrorKind::Unsupported && refused.to_string().contains("bitmap"), "{refused}");
+    ledger.apply(2).unwrap();
+    ledger.writer.close().unwrap();
+    judge(&image, &ledger.files(), &[&ledger.views], Tolerance::default()).unwrap();
+}
+
+/// Each of them is a disk that QEMU opens and checks with no rest of another left in memory.
+#[test]
+fn the_writer_goes_on_as_if_it_had_been_opened_afresh() {
+    for (name, start, longest) in kinds() {
+        let image = start.load();
+        let mut ledger = Ledger::new(&image, &Machine::forgetful(), WriterOptions::default());
+        ledger.apply(0).unwrap();
+        ledger.delete(0).unwrap();
+        ledger.writer.close().unwrap();
+        // What it has in memory says the same as what is read again.
+        let afresh = open_writer(&ledger.disks, image.backing.as_ref(), WriterOptions::default()).unwrap();
+        let mut random = Random::new(mix(seed()));
+        for _ in 0..40 {
+            let at = random.next() % ledger.views.disk.len() as u64;
+            let max = longest.min(ledger.views.disk.len() as u64 - at);
+            assert_eq!(ledger.writer.locate(at, max).unwrap(), afresh.locate(at, max).unwrap(), "{name}: {at:#x}");
+        }
+        drop(afresh);
+        judge_end(name, &image, &ledger);
     }
 }

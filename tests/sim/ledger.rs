@@ -6,7 +6,7 @@ use std::sync::Arc;
 use chainfs::error::{ErrorKind, Result};
 use chainfs::format::Snapshot;
 use chainfs::image::check::check;
-use chainfs::image::write::{Writer, WriterOptions, Zeroing};
+use chainfs::image::write::{Fill, Wanted, Writer, WriterOptions, Zeroing};
 
 use super::guest::{new_snapshot, open_writer};
 use super::images::{DATA_FILE, Opened};
@@ -124,6 +124,15 @@ pub fn judge_by_qemu(image: &StartImage, files: &[Pages], expected: &Views) {
     assert_eq!(expected.differ_from_qemu(&theirs), None, "as QEMU sees it");
 }
 
+/// Everything is to be filled from below.
+struct All;
+
+impl Fill for All {
+    fn wanted(&self, _at: u64, len: u64) -> Result<(Wanted, u64)> {
+        Ok((Wanted::Data, len))
+    }
+}
+
 /// A writer, and what it must show.
 pub struct Ledger {
     pub machine: Arc<Machine>,
@@ -232,6 +241,7 @@ impl Ledger {
             4 | 5 if count > 0 => self.apply(random.below(count)),
             6 => self.shrink(size - (random.next() % (size / 3 + 1)).min(size)),
             7 => self.grow(size + random.next() % (96 * KIB)),
+            8 | 9 => self.writer.fill(random.next() % (size + 1), longest, &All).map(drop),
             _ => self.step(random, longest),
         };
         done.or_else(|error| if error.kind() == ErrorKind::Unsupported { Ok(()) } else { Err(error) })

@@ -8,6 +8,7 @@
 //! `CHAINFS_SEED` replays random choices, `CHAINFS_LONG=1` takes the time for all of them.
 #![allow(dead_code, unreachable_pub, unused_imports, reason = "each test binary uses its own part")]
 
+pub mod change;
 pub mod crash;
 pub mod disk;
 pub mod guest;
