@@ -400,7 +400,7 @@ fn what_has_gone_is_stale_and_what_cannot_be_is_refused() {
     let changes = machine.changes();
     let renamed = chainfs::format::Snapshot { name: b"other".to_vec(), ..listed[0].clone() };
     for gone in [&listed[1], &renamed] {
-        for refused in [ledger.writer.delete_snapshot(gone), ledger.writer.apply_snapshot(gone)] {
+        for refused in [ledger.writer.delete_snapshot(gone), ledger.writer.apply_snapshot(gone, None)] {
             assert_eq!((refused.unwrap_err().kind(), machine.changes()), (ErrorKind::Stale, changes));
         }
     }
@@ -408,7 +408,7 @@ fn what_has_gone_is_stale_and_what_cannot_be_is_refused() {
     let external = Start::scribbled("data_file=data.raw", MIB).load();
     let external = Ledger::new(&external, &Machine::honest(), WriterOptions::default());
     for writer in [&raw, &external.writer] {
-        for refused in [writer.delete_snapshot(&listed[0]), writer.apply_snapshot(&listed[0])] {
+        for refused in [writer.delete_snapshot(&listed[0]), writer.apply_snapshot(&listed[0], None)] {
             assert_eq!(refused.unwrap_err().kind(), ErrorKind::Unsupported);
         }
     }

@@ -248,9 +248,7 @@ fn internal_snapshots_are_applied_or_copied() {
         assert_done(&lab, "revert to=active@inner save=then");
         twin.store.img(["snapshot", "-a", "inner", "web.qcow2"]);
         assert!(lab.content("web.qcow2") == twin.content("web.qcow2") && before == lab.contents(&views));
-        assert!(
-            lab.content("web.qcow2@then").is_empty() || lab.store.img(["snapshot", "-l", "web.qcow2"]).contains("then")
-        );
+        assert!(lab.store.img(["snapshot", "-l", "web.qcow2"]).contains("then"));
         assert_done(&lab, "revert to=active@then");
         assert!(lab.content("web.qcow2") == web && before == lab.contents(&views), "{}", kind.options);
         lab.assert_clean();

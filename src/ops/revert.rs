@@ -195,15 +195,10 @@ fn apply(store: &Arc<Store>, world: &World, leaf: ImageIndex, snapshot: &Snapsho
     store.while_closed(world.image(leaf), || {
         let mut job = store.take_image(&world.catalog, leaf)?;
         let writer = job.open_writer(None, Keeping::Nothing)?;
-        let applied = (|| {
-            if let Some(name) = save {
-                let now = Frozen::now("");
-                let (seconds, nanoseconds) = (u32::try_from(now.seconds).unwrap_or(0), now.nanoseconds);
-                writer.take_snapshot(&NewSnapshot { name: name.to_vec(), seconds, nanoseconds })?;
-            }
-            writer.apply_snapshot(snapshot)?;
-            writer.close()
-        })();
+        let now = Frozen::now("");
+        let (seconds, nanoseconds) = (u32::try_from(now.seconds).unwrap_or(0), now.nanoseconds);
+        let save = save.map(|name| NewSnapshot { name: name.to_vec(), seconds, nanoseconds });
+        let applied = writer.apply_snapshot(snapshot, save.as_ref()).and_then(|()| writer.close());
         drop(writer);
         applied.and(job.finish())
     })

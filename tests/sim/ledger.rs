@@ -194,7 +194,7 @@ impl Ledger {
     }
 
     pub fn apply(&mut self, index: usize) -> Result<()> {
-        self.writer.apply_snapshot(&self.writer.snapshots()?[index])?;
+        self.writer.apply_snapshot(&self.writer.snapshots()?[index], None)?;
         self.views.disk = self.views.snapshots[index].clone();
         Ok(())
     }

@@ -183,7 +183,7 @@ impl Scenario {
             after,
             history,
             done,
-            may_share: self.command.contains("internal") || self.command.contains("save=then"),
+            may_share: self.command.contains("internal"),
             may_own: self.command.contains('@'),
             qemu_one_in: QEMU_ONE_IN,
             by_qemu: Cell::default(),

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::entry::HOST_OFFSET_END;
-use crate::format::header::{MAX_L1_LEN, MAX_REFCOUNT_TABLE_LEN, REFCOUNT_TABLE_AT, RefcountTable};
+use crate::format::header::{MAX_L1_LEN, MAX_REFCOUNT_TABLE_LEN, REFCOUNT_TABLE_AT, RefcountTable, SNAPSHOTS_AT};
 use crate::format::refcount::{block_entries, set_refcount};
 use crate::format::{Table, Version};
 use crate::units::{HostOffset, SECTOR_SIZE};
@@ -176,12 +176,22 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// Lets the header name another size and L1 table, durable by now, with one write; for whoever has the turn.
-    pub(super) fn name_l1(&self, size: u64, l1: Table) -> Result<()> {
+    /// Lets the header name another size and L1 table, durable by now, with one write; and with `snapshots` (how
+    /// many, and where) another snapshot table. For whoever has the turn.
+    pub(super) fn name_l1(&self, size: u64, l1: Table, snapshots: Option<(u32, HostOffset)>) -> Result<()> {
         let mut fields = size.to_be_bytes().to_vec();
         fields.extend(0u32.to_be_bytes()); // the method of encryption, between them: none
         fields.extend(l1.entries.to_be_bytes());
         fields.extend(l1.offset.0.to_be_bytes());
+        if let Some((count, at)) = snapshots {
+            // The refcount table, between them, stays.
+            let RefcountTable { offset, clusters } = self.meta.read().refcount_table;
+            fields.extend(offset.0.to_be_bytes());
+            fields.extend(clusters.to_be_bytes());
+            assert!(SIZE_AT + fields.len() as u64 == SNAPSHOTS_AT, "the fields lie side by side");
+            fields.extend(count.to_be_bytes());
+            fields.extend(at.0.to_be_bytes());
+        }
         let switched = self.core.file.write_at(SIZE_AT, &fields).and_then(|()| self.core.file.sync());
         switched.map_err(|error| self.poisoned_by(error))
     }

@@ -107,13 +107,8 @@ impl Qcow2Writer {
         self.check_poison()?;
         let old = self.snapshot_table()?;
         let snapshot = self.describe_snapshot(new, &old)?;
-        let mut table = old.bytes.clone();
-        append(&mut table, &snapshot);
+        let table = self.table_with(&old, &snapshot)?;
         let table_len = table.len() as u64;
-        if old.snapshots.len() as u64 >= MAX_SNAPSHOTS || table_len > MAX_TABLE_LEN {
-            let fact = format!("it has {} internal snapshots, and room for no more; delete some", old.snapshots.len());
-            return Err(Error::new(ErrorKind::Limit, format!("{}: {fact}", core.name)));
-        }
         let l1 = self.meta.read().l1;
         self.refuse_overflow(l1, l1.entries.into()).map_err(|error| self.damaged(error))?;
         let places = self.reserve_places(snapshot.l1, table_len)?;
@@ -130,8 +125,19 @@ impl Qcow2Writer {
         self.switch_snapshots(&old, &places, &snapshot, table_len)
     }
 
-    /// The entry of the snapshot, but for the place of its L1 table.
-    fn describe_snapshot(&self, new: &NewSnapshot, old: &SnapshotTable) -> Result<Snapshot> {
+    /// The bytes of the table with one snapshot more.
+    pub(super) fn table_with(&self, old: &SnapshotTable, snapshot: &Snapshot) -> Result<Vec<u8>> {
+        let mut table = old.bytes.clone();
+        append(&mut table, snapshot);
+        if old.snapshots.len() as u64 >= MAX_SNAPSHOTS || table.len() as u64 > MAX_TABLE_LEN {
+            let fact = format!("it has {} internal snapshots, and room for no more; delete some", old.snapshots.len());
+            return Err(Error::new(ErrorKind::Limit, format!("{}: {fact}", self.core.name)));
+        }
+        Ok(table)
+    }
+
+    /// The entry of a snapshot of the disk as it is, with the L1 table that the disk has now.
+    pub(super) fn describe_snapshot(&self, new: &NewSnapshot, old: &SnapshotTable) -> Result<Snapshot> {
         let name = &self.core.name;
         if new.name.len() > usize::from(u16::MAX) {
             return Err(Error::new(ErrorKind::Usage, format!("{name}: the name of the snapshot is too long")));
@@ -230,6 +236,12 @@ impl Qcow2Writer {
         self.flush_in_turn()?;
         self.name_snapshots(old.snapshots.len() as u32 + 1, HostOffset(places.table.first * size))?;
         assert!(len <= places.table.count * size, "the table lies in its clusters");
+        self.adopt_snapshot(old, snapshot)
+    }
+
+    /// Goes over to a table with one snapshot more, which the header names by now.
+    pub(super) fn adopt_snapshot(&self, old: &SnapshotTable, snapshot: &Snapshot) -> Result<()> {
+        let core = &self.core;
         let mut meta = self.meta.write();
         core.has_snapshots.store(true, Ordering::Release);
         meta.snapshots.push(SnapshotRoot::of(snapshot));

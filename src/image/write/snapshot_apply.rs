@@ -10,31 +10,41 @@ use crate::error::Result;
 use crate::format::{EntryFormat, Snapshot, Table};
 use crate::units::HostOffset;
 
+use super::allocate::Run;
 use super::meta::{Core, Freed, Meta};
 use super::qcow2::Qcow2Writer;
+use super::snapshot::{NewSnapshot, SnapshotTable};
 use super::{Body, Writer};
 
 impl Writer {
     /// Makes the disk what an internal snapshot shows, one of [`Writer::snapshots`], of its size, too, where it
-    /// is noted. What the disk held is gone; the snapshot stays. Nobody else reads or writes the disk. It is
-    /// durable when this returns.
+    /// is noted. What the disk held is gone, unless it is to become another snapshot (`save`), in the same moment;
+    /// the snapshot stays. Nobody else reads or writes the disk. It is durable when this returns.
     ///
     /// Refused: `Unsupported` (a raw image, an external data file, refcounts too narrow; another size where that
-    /// is none for bitmaps or version 2), `Stale` (it has no such snapshot), `TooLarge`, `Corrupt`. A failure
+    /// is none for bitmaps or version 2), `Stale` (it has no such snapshot), `TooLarge`, `Limit`, `Corrupt`. A failure
     /// behind the point of no return poisons the disk.
     ///
     /// # Panics
     /// If what is written can be undone.
-    pub fn apply_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+    pub fn apply_snapshot(&self, snapshot: &Snapshot, save: Option<&NewSnapshot>) -> Result<()> {
         match &self.body {
             Body::Raw(raw) => Err(raw.without_snapshots()),
-            Body::Qcow2(qcow2) => qcow2.apply_snapshot(snapshot),
+            Body::Qcow2(qcow2) => qcow2.apply_snapshot(snapshot, save),
         }
     }
 }
 
+/// A snapshot of the disk as it is, which keeps the L1 table that the disk leaves: no count changes by that.
+struct Kept {
+    snapshot: Snapshot,
+    /// The table in which it stands; nothing refers to that yet.
+    table: Run,
+    count: u32,
+}
+
 impl Qcow2Writer {
-    fn apply_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+    fn apply_snapshot(&self, snapshot: &Snapshot, save: Option<&NewSnapshot>) -> Result<()> {
         let core = &self.core;
         assert!(!self.is_undoable(), "what is written can be undone");
         self.refuse_data_file()?;
@@ -55,26 +65,67 @@ impl Qcow2Writer {
         // Behind the entries of its disk lies VM state.
         let source = Table { entries: snapshot.l1.entries.min(entries as u32), ..snapshot.l1 };
         self.refuse_overflow(source, source.entries.into()).map_err(|error| self.damaged(error))?;
-        self.each_table(old, |index| self.meta.write().check_leaving(core, old, index))
-            .map_err(|error| self.damaged(error))?;
-        let new = self.place_l1(source, entries)?;
+        if save.is_none() {
+            self.each_table(old, |index| self.meta.write().check_leaving(core, old, index))
+                .map_err(|error| self.damaged(error))?;
+        }
+        let kept = save.map(|new| self.place_kept(new, &table)).transpose()?;
+        let new = match self.place_l1(source, entries) {
+            Ok(new) => new,
+            Err(error) => {
+                if let Some(kept) = kept {
+                    self.meta.write().give_back_table(core, kept.table).map_err(|error| self.poisoned_by(error))?;
+                }
+                return Err(error);
+            }
+        };
         self.each_table(source, |index| {
-            let shared = self.meta.write().share_unless_active(core, source, index);
+            let mut meta = self.meta.write();
+            let shared = match kept {
+                None => meta.share_unless_active(core, source, index),
+                // The disk's own tables are going to be the other snapshot's, and lose nothing.
+                Some(_) => meta.share_for_active(core, source, index),
+            };
             // Halfway there is no way back that could not fail as well.
             shared.map_err(|error| self.poisoned_by(error))
         })?;
-        self.switch_to(new, size)?;
-        // All that is left has the snapshot's count as well: nothing has come to be the disk's own.
-        self.leave_l1(old, |meta, index, table| meta.leave_unless_active(core, index, table))?;
+        self.switch_to(new, size, kept.as_ref())?;
+        match kept {
+            Some(kept) => {
+                self.adopt_snapshot(&table, &kept.snapshot)?;
+                self.each_table(old, |index| self.meta.write().forget_table(core, old, index))
+                    .map_err(|error| self.poisoned_by(error))?;
+            }
+            // All that is left has the snapshot's count as well: nothing has come to be the disk's own.
+            None => self.leave_l1(old, |meta, index, table| meta.leave_unless_active(core, index, table))?,
+        }
         self.flush()
     }
 
-    /// Makes everything durable, and lets the header name the new table.
-    fn switch_to(&self, new: Table, size: u64) -> Result<()> {
+    /// Writes a snapshot table with one entry more, for the disk as it is.
+    fn place_kept(&self, new: &NewSnapshot, old: &SnapshotTable) -> Result<Kept> {
+        let core = &self.core;
+        let size = core.cluster().size();
+        let snapshot = self.describe_snapshot(new, old)?;
+        let mut bytes = self.table_with(old, &snapshot)?;
+        bytes.resize(bytes.len().next_multiple_of(size as usize), 0);
+        let table = self.with_tables(|meta| meta.allocate_table(core, bytes.len() as u64 / size))?;
+        if let Err(error) = core.file.write_at(table.first * size, &bytes) {
+            self.meta.write().give_back_table(core, table).map_err(|error| self.poisoned_by(error))?;
+            return Err(error);
+        }
+        self.data_dirty.store(true, Ordering::Release);
+        Ok(Kept { snapshot, table, count: old.snapshots.len() as u32 + 1 })
+    }
+
+    /// Makes everything durable, and lets the header name the new tables.
+    fn switch_to(&self, new: Table, size: u64, kept: Option<&Kept>) -> Result<()> {
         let _turn = self.flushes.turn();
         self.check_poison()?;
         self.flush_in_turn()?;
-        self.name_l1(size, new)?;
+        let cluster = self.core.cluster().size();
+        let snapshots = kept.map(|kept| (kept.count, HostOffset(kept.table.first * cluster)));
+        self.name_l1(size, new, snapshots)?;
         self.meta.write().l1 = new;
         self.size.store(size, Ordering::Release);
         Ok(())
@@ -108,13 +159,26 @@ impl Qcow2Writer {
 impl Meta {
     /// Counts the table of an entry for the active disk, too, unless that has it already.
     fn share_unless_active(&mut self, core: &Core, l1: Table, index: u64) -> Result<()> {
-        match self.table_of(core, l1, index)? {
-            Some(table) if self.table_of(core, self.l1, index)? != Some(table) => {
-                self.roles.add(core.cluster().index(table.0), 1);
-                self.share_table(core, table)
-            }
-            _ => Ok(()),
+        let table = self.table_of(core, l1, index)?;
+        if table == self.table_of(core, self.l1, index)? { Ok(()) } else { self.share_for_active(core, l1, index) }
+    }
+
+    /// Counts the table of an entry once more.
+    fn share_for_active(&mut self, core: &Core, l1: Table, index: u64) -> Result<()> {
+        let Some(table) = self.table_of(core, l1, index)? else { return Ok(()) };
+        self.roles.add(core.cluster().index(table.0), 1);
+        self.share_table(core, table)
+    }
+
+    /// A table that the disk has left is none of its tables any more, though a snapshot has it.
+    fn forget_table(&mut self, core: &Core, l1: Table, index: u64) -> Result<()> {
+        let table = self.table_of(core, l1, index)?;
+        if let Some(table) = table
+            && self.table_of(core, self.l1, index)? != Some(table)
+        {
+            self.roles.remove(core.cluster().index(table.0), 1);
         }
+        Ok(())
     }
 
     /// Takes the active disk's references from a table that it has left, unless the new L1 table names it as well.

@@ -197,7 +197,7 @@ impl Qcow2Writer {
         self.mark(&read_header(&core.name, &*core.file)?)?;
         core.file.sync().map_err(|error| self.poisoned_by(error))?;
 
-        self.name_l1(self.size(), l1)?;
+        self.name_l1(self.size(), l1, None)?;
 
         let freed = {
             let mut meta = self.meta.write();
