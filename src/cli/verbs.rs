@@ -110,7 +110,13 @@ fn give(control: &Path, request: &Request) -> Result<Status> {
     let before = status(control)?;
     // One write: the words as a whole, or nothing.
     let written = file.write(&[&request.words()[..], b"\n"].concat());
-    let now = status(control)?;
+    let now = match status(control) {
+        // The chain has gone by what it was told, or has another name.
+        Err(error) if written.is_ok() && error.kind() == ErrorKind::NotFound => {
+            return Ok(Status { number: before.number + 1, state: JobState::Done, ..Status::default() });
+        }
+        read => read?,
+    };
     match (written, &now.error) {
         (Ok(_), _) => Ok(now),
         (Err(error), Some(sentence)) if now.number != before.number => {
@@ -152,7 +158,10 @@ fn follow(control: &Path, mut now: Status, mut meter: Meter) -> Result<Status> {
             },
             None => std::thread::sleep(PATIENCE),
         }
-        now = status(control)?;
+        now = match status(control) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Status { number, state: JobState::Done, ..now },
+            read => read?,
+        };
     }
     if now.number != number {
         now.state = JobState::Idle;

@@ -12,7 +12,7 @@ use crate::image::write::{Below, Writer};
 use crate::store::{Deed, ImageIndex, Intent, Named, NewTopFile, OpenView, OwnedIntent, Store, ViewPart, shown};
 
 use super::board::Progress;
-use super::clone::{give_name, inner};
+use super::clone::give_name;
 use super::copy::{PIECE, Segment};
 use super::engine::Engine;
 use super::finish;
@@ -32,7 +32,8 @@ pub(super) struct Source {
 impl Source {
     /// The view of a layer, or of an internal snapshot of it.
     pub(super) fn of(world: &World, index: ImageIndex, snapshot: Option<usize>) -> Result<Self> {
-        let snapshot = snapshot.map(|place| inner(world, index, place).map(|found| (place, found))).transpose()?;
+        let snapshot =
+            snapshot.map(|place| finish::inner(world, index, place).map(|found| (place, found))).transpose()?;
         Ok(Self { index, snapshot })
     }
 
@@ -65,9 +66,8 @@ impl Source {
             Ok((segment, _view)) if self.is_copied() => {
                 finish::count(world, self.index, segment.data_len(), plan);
             }
-            Ok(_) => {}
             Err(error) if plan.refusals.is_empty() => plan.refusals.push(error),
-            Err(_) => {}
+            Ok(_) | Err(_) => {}
         }
         if let Some((_, snapshot)) = &self.snapshot {
             let fact = "nothing can stand on an internal snapshot: what it holds is copied, by reference where the file \

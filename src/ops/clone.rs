@@ -8,9 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Snapshot;
 use crate::io::directory_of;
-use crate::store::{Format, ImageIndex, Store, shown};
+use crate::store::{Format, Store, shown};
 
 use super::branch::{BranchJob, Purpose, Source};
 use super::engine::{Engine, Job};
@@ -96,14 +95,6 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &CloneRequest, comman
 pub(super) fn give_name(store: &Arc<Store>, world: &World, draft: &Draft, name: &Path) -> Result<()> {
     let names = store.guard_names();
     let name = world.guarded(name);
-    let named = names.rename(&draft.named.path, &name, false);
-    named.inspect_err(|_| draft.unmake(store))?;
+    names.rename(&draft.named.path, &name, false).inspect_err(|_| draft.unmake(store))?;
     names.sync(&directory_of(&name))
-}
-
-/// The internal snapshot of that place in an image's table.
-pub(super) fn inner(world: &World, index: ImageIndex, inner: usize) -> Result<Snapshot> {
-    let image = world.image(index);
-    let snapshot = image.qcow2().and_then(|qcow2| qcow2.snapshots.get(inner)).cloned();
-    snapshot.ok_or_else(|| Error::new(ErrorKind::Stale, format!("{} has changed", image.shown())))
 }

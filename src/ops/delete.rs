@@ -130,8 +130,7 @@ fn plan_down(engine: &Engine, world: &World, chain: &Chain, depth: usize, reques
 
 fn plan_inner(world: &World, chain: &Chain, index: ImageIndex, inner: usize) -> Result<(Plan, Way)> {
     let image = world.image(index);
-    let snapshot = image.qcow2().and_then(|qcow2| qcow2.snapshots.get(inner)).cloned();
-    let snapshot = snapshot.ok_or_else(|| Error::new(ErrorKind::Stale, format!("{} has changed", image.shown())))?;
+    let snapshot = finish::inner(world, index, inner)?;
     let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
     plan.after.clone_from(&plan.before);
     plan.refusals.extend(world.untouchable(index));
@@ -200,7 +199,7 @@ pub(super) fn with_writer(
         return work(&*job.writer()?);
     }
     let mut job = store.take_image(&world.catalog, index)?;
-    let writer = job.open_writer(None, Keeping::Nothing)?;
+    let writer = job.open_writer(None, Keeping::View)?;
     let done = work(&writer).and_then(|()| writer.close());
     drop(writer);
     done.and(job.finish())

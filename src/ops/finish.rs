@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Frozen;
+use crate::format::{Frozen, Snapshot};
 use crate::image::check::{Scope, repair};
 use crate::image::write::Writer;
 use crate::image::{HeaderChange, change_header, check_header_change, read_bitmaps};
@@ -75,6 +75,13 @@ pub(super) fn views_of(chain: &Chain, images: impl Iterator<Item = ImageIndex>) 
 /// The first refusal.
 pub(super) fn first(refusals: Vec<Error>) -> Result<()> {
     refusals.into_iter().next().map_or(Ok(()), Err)
+}
+
+/// The internal snapshot of that place in an image's table.
+pub(super) fn inner(world: &World, index: ImageIndex, place: usize) -> Result<Snapshot> {
+    let image = world.image(index);
+    let snapshot = image.qcow2().and_then(|qcow2| qcow2.snapshots.get(place)).cloned();
+    snapshot.ok_or_else(|| Error::new(ErrorKind::Stale, format!("{} has changed", image.shown())))
 }
 
 /// The names of an image's internal snapshots, if it has any.

@@ -37,9 +37,15 @@ impl Draft {
         drop(file);
         let made = made.and_then(|()| {
             let inode = world.store.roots()[0].stat(&path)?.id.inode;
-            Ok(Self { named: Named { path: world.guarded(&path), inode }, path: path.clone() })
+            Ok(Named { path: world.guarded(&path), inode })
         });
-        made.inspect_err(|_| drop(names.unlink(&path)))
+        match made {
+            Ok(known) => Ok(Self { path, named: known }),
+            Err(error) => {
+                let _ = names.unlink(&path);
+                Err(error)
+            }
+        }
     }
 
     /// Takes it away.

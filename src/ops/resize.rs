@@ -135,10 +135,8 @@ fn image_of(intent: &OwnedIntent) -> crate::store::Named {
 
 fn shrink(store: &Arc<Store>, world: &World, leaf: ImageIndex, size: u64) -> Result<()> {
     let below = world.catalog.layers(leaf)[1..].to_vec();
-    let view = match below.is_empty() {
-        true => None,
-        false => Some(store.open_view(&world.catalog, &below, ViewPart::Active, false)?),
-    };
+    let open = || store.open_view(&world.catalog, &below, ViewPart::Active, false);
+    let view = (!below.is_empty()).then(open).transpose()?;
     store.while_closed(world.image(leaf), || {
         let mut job = store.take_image(&world.catalog, leaf)?;
         let writer = job.open_writer(view.as_ref().map(|open| Arc::clone(&open.view)), Keeping::Nothing)?;

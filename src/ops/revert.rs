@@ -64,19 +64,15 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Revert
         let names = [format!("the active disk of {}", shown(path))];
         refusals.push(finish::still_open(engine, path, &names, "it becomes another one"));
     }
-    let (way, saved) = match view.snapshot.filter(|_| view.layer == 0) {
-        Some(place) => {
-            let source = Source::of(world, leaf, Some(place))?;
-            let (_, snapshot) = source.snapshot.expect("an internal snapshot");
-            plan_apply(world, leaf, &snapshot, request, &mut plan);
-            (Way::Apply(snapshot), None)
-        }
-        None => {
-            let source = Source::of(world, chain.views.layers[view.layer], view.snapshot)?;
-            let saved = request.save.as_ref().map(|name| with_stem(&image.place.path, name));
-            plan_overlay(engine, world, &chain, (&source, saved.as_deref()), request, &mut plan);
-            (Way::Overlay(source), saved)
-        }
+    let (way, saved) = if let Some(place) = view.snapshot.filter(|_| view.layer == 0) {
+        let snapshot = finish::inner(world, leaf, place)?;
+        plan_apply(world, leaf, &snapshot, request, &mut plan);
+        (Way::Apply(snapshot), None)
+    } else {
+        let source = Source::of(world, chain.views.layers[view.layer], view.snapshot)?;
+        let saved = request.save.as_ref().map(|name| with_stem(&image.place.path, name));
+        plan_overlay(engine, world, &chain, (&source, saved.as_deref()), request, &mut plan);
+        (Way::Overlay(source), saved)
     };
     if request.save.is_none() {
         let is_kept = world.store.keeps_trash() && matches!(way, Way::Overlay(_));
@@ -116,23 +112,19 @@ fn plan_overlay(
     let leaf = chain.views.layers[0];
     let image = world.image(leaf);
     let old = &image.place.path;
-    match saved {
-        Some(saved) => {
-            let kind = (image.format.unwrap_or(Format::Raw), false);
-            overlay::refuse_name(world, saved, kind, Some(leaf), &mut plan.refusals);
-            finish::check_freeze(world, leaf, &mut plan.refusals);
-            plan.renamed.push((old.clone(), saved.to_path_buf()));
-        }
-        None => {
-            let gone = || std::iter::once(leaf);
-            finish::inner_snapshots(world, gone(), request.discard_internal, &mut plan.refusals);
-            finish::bitmaps(world, gone(), request.discard_bitmaps, &mut plan.refusals);
-            plan.invalid
-                .extend(finish::views_of(chain, gone()).into_iter().filter(|name| name != crate::store::ACTIVE));
-            if let Some(left) = left_alone(world, leaf, source) {
-                finish::check_freeze(world, left, &mut plan.refusals);
-                plan.notes.push(format!("{} becomes a chain of its own, frozen", world.image(left).shown()));
-            }
+    if let Some(saved) = saved {
+        let kind = (image.format.unwrap_or(Format::Raw), false);
+        overlay::refuse_name(world, saved, kind, Some(leaf), &mut plan.refusals);
+        finish::check_freeze(world, leaf, &mut plan.refusals);
+        plan.renamed.push((old.clone(), saved.to_path_buf()));
+    } else {
+        let gone = || std::iter::once(leaf);
+        finish::inner_snapshots(world, gone(), request.discard_internal, &mut plan.refusals);
+        finish::bitmaps(world, gone(), request.discard_bitmaps, &mut plan.refusals);
+        plan.invalid.extend(finish::views_of(chain, gone()).into_iter().filter(|name| name != crate::store::ACTIVE));
+        if let Some(left) = left_alone(world, leaf, source) {
+            finish::check_freeze(world, left, &mut plan.refusals);
+            plan.notes.push(format!("{} becomes a chain of its own, frozen", world.image(left).shown()));
         }
     }
     source.plan(engine, world, plan);

@@ -266,7 +266,9 @@ fn make_overlays(
 }
 
 fn unmake(store: &Arc<Store>, overlays: &[Overlay]) {
-    overlays.iter().for_each(|overlay| overlay.draft.unmake(store));
+    for overlay in overlays {
+        overlay.draft.unmake(store);
+    }
 }
 
 fn make_overlay(store: &Arc<Store>, world: &World, disk: &Disk, job: &ActiveJob, path: PathBuf) -> Result<Overlay> {

@@ -219,6 +219,15 @@ impl Writer {
         }
     }
 
+    /// Says that what the disk shows is not going to change, whatever is written: bitmaps that note such changes go on
+    /// holding. Before the first write.
+    pub fn keep_content(&self) {
+        match &self.body {
+            Body::Raw(_) => {}
+            Body::Qcow2(qcow2) => qcow2.keeps_content.store(true, std::sync::atomic::Ordering::Release),
+        }
+    }
+
     /// Bytes of the disk.
     pub fn size(&self) -> u64 {
         match &self.body {

@@ -6,13 +6,12 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::{Mutex, RwLock};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::bitmap::{Bitmap, parse_directory};
 use crate::format::feature;
 use crate::format::header::{AUTOCLEAR_AT, INCOMPATIBLE_AT};
-use crate::format::{EntryFormat, Header, Malformed, Version};
+use crate::format::{EntryFormat, Header, Version};
 use crate::image::check::rebuild_dirty;
 use crate::image::header::{self, HeaderChange};
-use crate::image::{read_header_with, read_snapshots, unreadable};
+use crate::image::{read_bitmaps, read_header_with, read_snapshots, unreadable};
 use crate::io::WriteStorage;
 use crate::units::HostOffset;
 
@@ -77,6 +76,7 @@ impl Qcow2Writer {
             data_dirty: AtomicBool::new(false),
             has_synced: AtomicBool::new(false),
             reserved_end: AtomicU64::new(0),
+            keeps_content: AtomicBool::new(false),
             prepared: AtomicBool::new(false),
             preparing: Mutex::new(()),
             poison: OnceLock::new(),
@@ -157,7 +157,10 @@ impl Qcow2Writer {
     /// Bitmaps that follow every write no longer do: they say so themselves, as they would after a
     /// crash of QEMU. Those that are switched off hold.
     fn mark_bitmaps(&self, header: &Header) -> Result<bool> {
-        let Some((at, bitmaps)) = read_bitmaps(&self.core, header)? else { return Ok(false) };
+        if self.keeps_content.load(Ordering::Acquire) {
+            return Ok(false);
+        }
+        let Some((at, bitmaps)) = read_bitmaps(&self.core.name, &*self.core.file, header)? else { return Ok(false) };
         let mut is_changed = false;
         for bitmap in bitmaps.iter().filter(|bitmap| bitmap.auto && !bitmap.in_use) {
             self.core.file.write_at(at.0 + bitmap.flags_at as u64, &bitmap.flags_in_use().to_be_bytes())?;
@@ -169,7 +172,7 @@ impl Qcow2Writer {
     /// Bitmaps have the size of the disk, and nobody here gives them another.
     pub(super) fn refuse_bitmaps(&self) -> Result<()> {
         let header = read_header(&self.core.name, &*self.core.file)?;
-        let Some((_, bitmaps)) = read_bitmaps(&self.core, &header)? else { return Ok(()) };
+        let Some((_, bitmaps)) = read_bitmaps(&self.core.name, &*self.core.file, &header)? else { return Ok(()) };
         let names: Vec<_> = bitmaps.iter().map(|bitmap| String::from_utf8_lossy(&bitmap.name).into_owned()).collect();
         let sentence = format!(
             "{}: it has persistent bitmaps ({}), which cannot change their size with it; remove them with qemu-img bitmap --remove",
@@ -220,10 +223,6 @@ impl Qcow2Writer {
     }
 }
 
-fn malformed(name: &str, reason: &Malformed) -> Error {
-    Error::new(reason.kind(), format!("{name}: {reason}"))
-}
-
 /// Reads the header as it stands in the file.
 pub(super) fn read_header(name: &str, file: &dyn WriteStorage) -> Result<Header> {
     read_header_with(name, file, Header::parse).map(|(header, _)| header)
@@ -238,16 +237,6 @@ fn refuse(name: &str, header: &Header) -> Result<()> {
         return Err(Error::new(ErrorKind::Corrupt, format!("{name}: {sentence}")));
     }
     Ok(())
-}
-
-fn read_bitmaps(core: &Core, header: &Header) -> Result<Option<(HostOffset, Vec<Bitmap>)>> {
-    let Some(extension) = header.bitmaps.filter(|_| header.bitmaps_consistent()) else { return Ok(None) };
-    let have = core.file.len()?.saturating_sub(extension.directory.0).min(extension.directory_len);
-    let mut directory = vec![0; have as usize];
-    core.file.read_at(extension.directory.0, &mut directory)?;
-    let bitmaps = parse_directory(&directory, extension.count, header.cluster)
-        .map_err(|reason| malformed(&core.name, &reason))?;
-    Ok(Some((extension.directory, bitmaps)))
 }
 
 impl Meta {
@@ -268,7 +257,7 @@ impl Meta {
             self.learn(core, "the encryption header", crypto.offset.0, crypto.len)?;
         }
         self.learn_snapshots(core, header)?;
-        if let Some((at, bitmaps)) = read_bitmaps(core, header)? {
+        if let Some((at, bitmaps)) = read_bitmaps(&core.name, &*core.file, header)? {
             self.learn(core, "the bitmap directory", at.0, header.bitmaps.map_or(0, |found| found.directory_len))?;
             for bitmap in bitmaps {
                 self.learn(core, "a bitmap", bitmap.table.0, u64::from(bitmap.table_entries) * 8)?;

@@ -55,6 +55,8 @@ pub(super) struct Qcow2Writer {
     pub(super) has_synced: AtomicBool,
     /// Space is reserved up to here, behind the end of the file; 0 if there is none.
     pub(super) reserved_end: AtomicU64,
+    /// What the disk shows is not going to change: what notes such changes goes on holding.
+    pub(super) keeps_content: AtomicBool,
     /// What the first write needs has been done.
     pub(super) prepared: AtomicBool,
     pub(super) preparing: Mutex<()>,

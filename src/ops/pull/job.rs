@@ -128,7 +128,7 @@ fn open(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Ready> {
         } else {
             let mut image = store.take_image(&world.catalog, *into)?;
             let lower = below.as_ref().map(|below| Arc::clone(&below.view));
-            let writer = image.open_writer(lower, Keeping::Nothing)?;
+            let writer = image.open_writer(lower, Keeping::View)?;
             (Target::Image(image), writer)
         };
         // An internal snapshot may have a longer disk than the image has now.
