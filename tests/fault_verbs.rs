@@ -172,3 +172,38 @@ fn a_pull_that_fails_has_changed_no_view() {
     sweep(&quiet("pull", "pull"));
     sweep(&quiet("pull into", "pull base=base into=sn3"));
 }
+
+#[test]
+fn a_delete_that_fails_has_changed_no_other_view() {
+    sweep(&quiet("delete up", "delete sn2 method=pull"));
+    sweep(&quiet("delete down", "delete sn1 method=commit"));
+    sweep(&quiet("delete down active", "delete sn3 method=commit"));
+    sweep(&quiet("delete internal", "delete sn2@inner").inner(&["sn2"]));
+}
+
+/// A disk for which nobody may have it open: the guest has another one.
+fn closed(name: &'static str, command: &'static str) -> Scenario {
+    let other = |lab: &Lab| {
+        lab.store.create("other.qcow2", SIZE, "");
+        lab.store.scribble("other.qcow2", "qcow2", 31);
+    };
+    Scenario { prepare: other, live: ("other.qcow2", "other.qcow2"), active: &["web.qcow2"], ..quiet(name, command) }
+}
+
+#[test]
+fn a_revert_that_fails_leaves_the_disk_or_has_made_it_another() {
+    sweep(&closed("revert", "revert to=sn1"));
+    sweep(&closed("revert save", "revert to=sn2 save=kept"));
+    sweep(&closed("revert apply", "revert to=active@inner save=then").inner(&["web"]));
+    sweep(&closed("revert copied", "revert to=sn2@inner").inner(&["sn2"]));
+}
+
+#[test]
+fn a_rebase_a_clone_or_a_resize_that_fails_has_done_nothing_or_all() {
+    sweep(&quiet("rebase", "rebase base=none"));
+    sweep(&quiet("rebase below", "rebase layer=sn2 base=base"));
+    sweep(&Scenario { active: &["new.qcow2"], ..quiet("clone", "clone new from=sn2") });
+    sweep(&Scenario { active: &["new.qcow2"], ..quiet("clone internal", "clone new from=sn2@inner") }.inner(&["sn2"]));
+    sweep(&closed("rebase unsafe", "rebase layer=sn2 base=base unsafe"));
+    sweep(&closed("shrink", "resize 200K shrink"));
+}

@@ -267,7 +267,7 @@ fn a_pull_that_cannot_go_on_leaves_the_chain_free() {
     let lab = Lab::new(Kind::PLAIN);
     let text = format!(
         "version = 1\ncommand = \"pull base=sn1\"\nchain = \"web\"\nverb = \"pull\"\nremove = []\n\
-         between = [{}, {}]\ninto = {}\nbase = {{ path = \"gone.qcow2\", inode = 1 }}\n",
+         between = [{}, {}]\ninto = [{}]\nbase = {{ path = \"gone.qcow2\", inode = 1 }}\n",
         named(&lab, "sn3.qcow2"),
         named(&lab, "sn2.qcow2"),
         named(&lab, "web.qcow2"),

@@ -491,7 +491,9 @@ fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()>
     let mark = Frozen { seconds: *seconds, nanoseconds: *nanoseconds, description: description.clone() };
     for job in held {
         // What comes back from the trash is a snapshot.
-        if store.keeps_trash() && disks.iter().any(|top| is_draft(&top.frozen)) && job.format() == Format::Qcow2 {
+        let put_aside = disks.iter().find(|top| top.old.inode == job.id().inode && is_draft(&top.frozen));
+        if let Some(top) = put_aside.filter(|_| store.keeps_trash() && job.format() == Format::Qcow2) {
+            job.renamed(&finish::own_path(store, &top.frozen));
             let change = HeaderChange { backing: None, frozen: Some(Some(mark.clone())) };
             unless_unsupported(change_header(job.name(), &*job.file()?, &change))?;
         }

@@ -4,6 +4,7 @@
 //! very file that the catalog speaks of; and when the job is done, whoever opens it next sees what the job has
 //! made of it. That no view of those readers changes is the job's to see to.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::chain::View;
@@ -71,6 +72,11 @@ impl JobImage {
     /// Its file, for changing its header where nothing else of it is changed.
     pub fn file(&self) -> Result<Arc<dyn WriteStorage>> {
         self.store.host.writable(&self.image.file)
+    }
+
+    /// Follows it to the name that it has by now, at `path` beneath the store.
+    pub fn renamed(&self, path: &Path) {
+        self.image.file.renamed(path);
     }
 
     /// What it is called.
