@@ -228,7 +228,7 @@ fn the_stores_own_files_speak_of_every_chain() {
     let mount = Mount::new(&store);
     assert_eq!(mount.names("."), [".chainfs", "a", "web"]);
     let names = mount.names(".chainfs");
-    for name in ["tree.txt", "tree.svg", "chains.json", "problems.txt", "metrics"] {
+    for name in ["tree.txt", "tree.svg", "chains.json", "problems.txt", "trash.txt", "metrics"] {
         assert!(names.contains(&name.to_owned()), "{name} in {names:?}");
         let shown = fs::metadata(mount.path(".chainfs").join(name)).expect("an entry");
         assert_eq!(shown.mode() & 0o222, 0, "{name} is not for writing");
