@@ -9,6 +9,7 @@ pub(crate) mod chains;
 pub(crate) mod command;
 pub(crate) mod compare;
 pub(crate) mod damage;
+pub(crate) mod examples;
 pub(crate) mod foreign;
 pub(crate) mod lab;
 pub(crate) mod mount;
