@@ -155,6 +155,25 @@ reads "$mnt/web01/active.raw" 'wednesday: upgraded again'
 reads "$mnt/try-php9/active.raw" 'trying php 9'
 show cat "$mnt/.chainfs/tree.txt"
 
+say 'a disk goes back, what it held is kept, and another one is made of the same snapshot'
+show chainfs snapshot "$mnt/web01" thursday
+guest_at "$mnt/web01/active.raw" 'thursday: broken'
+show chainfs revert "$mnt/web01" thursday --save broken
+reads "$mnt/web01/active.raw" 'wednesday: upgraded again'
+reads "$mnt/broken/snapshots/broken.raw" 'thursday: broken'
+show chainfs clone "$mnt/web01" web02 --from thursday
+reads "$mnt/web02/active.raw" 'wednesday: upgraded again'
+
+say 'a snapshot is deleted, and no other disk changes'
+show chainfs tree "$mnt/web01" --dry-run delete thursday
+show chainfs delete "$mnt/web01" thursday -p
+reads "$mnt/web01/active.raw" 'wednesday: upgraded again'
+reads "$mnt/web02/active.raw" 'wednesday: upgraded again'
+reads "$mnt/broken/snapshots/broken.raw" 'thursday: broken'
+show chainfs resize "$mnt/web01" +4M
+show stat -c '%n %s' "$mnt/web01/active.raw"
+show cat "$mnt/.chainfs/tree.txt"
+
 say 'and away'
 show chainfs umount "$mnt"
 if grep -qF " $mnt " /proc/self/mountinfo; then
@@ -162,4 +181,5 @@ if grep -qF " $mnt " /proc/self/mountinfo; then
 fi
 show qemu-img check web01.qcow2
 show qemu-img check try-php9.qcow2
+show qemu-img check web02.qcow2
 say 'done'
