@@ -437,7 +437,7 @@ fn what_cannot_be_counted_is_not_applied() {
 }
 
 #[test]
-fn bitmaps_and_version_2_keep_the_size_of_the_disk() {
+fn a_disk_with_bitmaps_takes_snapshots_of_its_own_size_only() {
     let bitmap = |scratch: &Scratch| drop(scratch.img(&format!("bitmap --add {IMAGE} one")));
     let image = with_snapshots(Start::scribbled("", 512 * KIB), true).then(bitmap).load();
     let mut ledger = Ledger::new(&image, &Machine::honest(), WriterOptions::default());
