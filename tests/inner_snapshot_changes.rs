@@ -296,23 +296,68 @@ fn a_crash_leaves_the_disk_or_what_was_applied() {
 }
 
 #[test]
+fn a_crash_leaves_the_disk_or_what_was_applied_and_what_was_saved() {
+    for (number, (name, start, longest)) in kinds().into_iter().enumerate() {
+        let image = start.load();
+        let index = number % image.snapshots.len();
+        let change = Change {
+            name,
+            image: &image,
+            options: if number % 2 == 0 { WriterOptions::default() } else { LITTLE },
+            before: &after_some_writes(mix(seed() ^ longest), longest),
+            act: &|ledger| ledger.apply_and_save(index, "then"),
+            again: false,
+            missing_flags: false,
+        };
+        let outcome = change.survives_crashes(STATES / 2);
+        println!("{name}: {outcome:?}");
+        assert!(outcome.old > 0 && outcome.states > outcome.old, "{name}");
+    }
+}
+
+#[test]
+fn what_is_saved_is_a_snapshot_like_any_other() {
+    for (name, start, longest) in kinds() {
+        let image = start.load();
+        let mut random = Random::new(mix(seed() ^ longest));
+        let mut ledger = Ledger::new(&image, &Machine::forgetful(), LITTLE);
+        for round in 0..4 {
+            for _ in 0..3 {
+                ledger.step(&mut random, longest).unwrap();
+            }
+            ledger.apply_and_save(random.below(ledger.views.snapshots.len()), &format!("then {round}")).unwrap();
+            judge_end(name, &image, &ledger);
+            for _ in 0..3 {
+                ledger.step(&mut random, longest).unwrap();
+            }
+            ledger.delete(random.below(ledger.views.snapshots.len())).unwrap();
+            judge_end(name, &image, &ledger);
+        }
+    }
+}
+
+#[test]
 fn a_failing_call_leaves_one_or_the_other() {
     let start = |options| with_snapshots(Start::scribbled(options, 512 * KIB), true);
     for (name, start) in [("4k", start("cluster_size=4k")), ("extended", start("extended_l2=on,cluster_size=16k"))] {
         let image = start.load();
-        for apply in [false, true] {
+        for (apply, save) in [(false, false), (true, false), (true, true)] {
             let change = Change {
                 name,
                 image: &image,
                 options: LITTLE,
                 before: &after_some_writes(mix(seed()), 50 * KIB),
-                act: &|ledger| if apply { ledger.apply(1) } else { ledger.delete(1) },
+                act: &|ledger| match (apply, save) {
+                    (false, _) => ledger.delete(1),
+                    (true, false) => ledger.apply(1),
+                    (true, true) => ledger.apply_and_save(1, "then"),
+                },
                 again: false,
                 missing_flags: !apply,
             };
             let outcome = change.survives_faults();
-            println!("{name}, apply {apply}: {outcome:?}");
-            assert!(outcome.poisoned > 5 && outcome.retried > 3, "{name}, apply {apply}: {outcome:?}");
+            println!("{name}, apply {apply}, save {save}: {outcome:?}");
+            assert!(outcome.poisoned > 2 && outcome.retried > 3, "{name}, apply {apply}, save {save}: {outcome:?}");
         }
     }
 }

@@ -199,6 +199,14 @@ impl Ledger {
         Ok(())
     }
 
+    /// Applies one, and keeps what the disk held as another.
+    pub fn apply_and_save(&mut self, index: usize, name: &str) -> Result<()> {
+        self.writer.apply_snapshot(&self.writer.snapshots()?[index], Some(&new_snapshot(name)))?;
+        let disk = self.views.snapshots[index].clone();
+        self.views.snapshots.push(std::mem::replace(&mut self.views.disk, disk));
+        Ok(())
+    }
+
     pub fn shrink(&mut self, size: u64) -> Result<()> {
         self.writer.shrink(size)?;
         self.views.disk.truncate(size.next_multiple_of(SECTOR) as usize);
