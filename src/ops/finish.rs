@@ -158,7 +158,8 @@ pub(super) fn check_header(world: &World, index: ImageIndex, change: &HeaderChan
 /// Whether a layer that nobody stands on any more is marked as frozen: not one that is only read.
 pub(super) fn may_be_marked(world: &World, index: ImageIndex) -> bool {
     let image = world.image(index);
-    image.place.root == 0 && !image.readonly
+    // Without a store around it nobody can tell whose layer it is.
+    image.place.root == 0 && !image.readonly && world.store.guard().is_whole
 }
 
 /// The same for a mark of being frozen, unless there is one.
@@ -493,9 +494,11 @@ pub(super) fn remove(store: &Arc<Store>, files: &[Named], is_valid: bool, comman
             let fact = format!("is used by {} by now, and was not removed", others.join(", "));
             return Err(Error::new(ErrorKind::NotEmpty, format!("{} {fact}", shown(&named.path))));
         }
-        if is_valid && store.keeps_trash() {
-            // What comes back is a snapshot.
-            freeze(store, &world, index, &Frozen::now(""))?;
+        if is_valid && store.keeps_trash(world.image(index).stat.id.device) {
+            // What comes back is a snapshot. If it cannot be marked now, it is when it comes back.
+            if let Err(error) = freeze(store, &world, index, &Frozen::now("")) {
+                tracing::info!("{error}: it goes to the trash as it is");
+            }
             let backing = world.stands_on(index).map(|below| world.named(below));
             store.put_into_trash(&named.path, &named.path, command, backing)?;
         } else {

@@ -75,7 +75,7 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Revert
         (Way::Overlay(source), saved)
     };
     if request.save.is_none() {
-        let is_kept = world.store.keeps_trash() && matches!(way, Way::Overlay(_));
+        let is_kept = world.store.keeps_trash(image.stat.id.device) && matches!(way, Way::Overlay(_));
         let fate = if is_kept { "goes to the trash" } else { "is lost" };
         plan.notes.push(format!("what the active disk holds {fate}; save=NAME keeps it"));
     }

@@ -492,17 +492,20 @@ fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()>
     for job in held {
         // What comes back from the trash is a snapshot.
         let put_aside = disks.iter().find(|top| top.old.inode == job.id().inode && is_draft(&top.frozen));
-        if let Some(top) = put_aside.filter(|_| store.keeps_trash() && job.format() == Format::Qcow2) {
+        if let Some(top) = put_aside.filter(|_| store.keeps_trash(job.id().device) && job.format() == Format::Qcow2) {
             job.renamed(&finish::own_path(store, &top.frozen));
             let change = HeaderChange { backing: None, frozen: Some(Some(mark.clone())) };
-            unless_unsupported(change_header(job.name(), &*job.file()?, &change))?;
+            let marked = job.file().and_then(|file| change_header(job.name(), &*file, &change));
+            if let Err(error) = marked {
+                tracing::info!("{error}: it goes to the trash as it is");
+            }
         }
         job.finish()?;
     }
     let world = World::look(store)?;
     for top in disks.iter().filter(|top| is_draft(&top.frozen)) {
         // What is replaced and not saved. Cut off here it is swept as a draft.
-        if store.keeps_trash() {
+        if root.stat(&top.frozen).is_ok_and(|stat| store.keeps_trash(stat.id.device)) {
             let backing = top.backing.as_ref().filter(|backing| world.find(backing).is_some()).cloned();
             store.put_into_trash(&top.frozen, &top.old.path, &intent.command, backing)?;
         } else {

@@ -61,7 +61,7 @@ fn plain(byte: u8) -> Result<u8> {
     Ok(byte)
 }
 
-/// A word as it has to be written, for [`split`] and for a shell.
+/// A word as it has to be written, for the reader of commands and for a shell.
 pub fn quote(word: &[u8]) -> Vec<u8> {
     let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || !byte.is_ascii() || b"._-/=@%+:,".contains(byte);
     if !word.is_empty() && word.iter().all(is_plain) {

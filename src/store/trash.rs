@@ -8,17 +8,20 @@
 use std::ffi::OsStr;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
+use crate::image::{HeaderChange, change_header};
 use crate::io::{EntryKind, Root, directory_of};
 
 use super::Store;
-use super::catalog::{Catalog, ImageIndex, shown};
+use super::catalog::{Catalog, ImageEntry, ImageIndex, shown};
 use super::intents::{Named, encoded};
+use super::options::Format;
 
 /// Where it is, beneath the store.
 const TRASH: &str = ".chainfs/trash";
@@ -66,9 +69,11 @@ impl TrashItem {
 }
 
 impl Store {
-    /// Whether removed layers go to the trash.
-    pub(crate) fn keeps_trash(&self) -> bool {
-        self.options.trash.is_some() && self.guard.is_marked()
+    /// Whether removed layers that lie on the file system `device` go to the trash: not from another one than the
+    /// store's own directory.
+    pub(crate) fn keeps_trash(&self, device: u64) -> bool {
+        let is_near = || self.guard.root.stat(Path::new(".")).is_ok_and(|own| own.id.device == device);
+        self.options.trash.is_some() && self.guard.is_marked() && is_near()
     }
 
     /// What is in the trash, oldest first. Notes without a file, and files without a note, are none.
@@ -129,7 +134,7 @@ impl Store {
 
     /// Gives a layer of the trash its place in the store again, as a snapshot that nothing stands on; as `name`, a
     /// file beside that, if it is to be called otherwise. Returns where it is, beneath the guarded directory.
-    pub fn restore(&self, id: &str, name: Option<&OsStr>) -> Result<PathBuf> {
+    pub fn restore(self: &Arc<Self>, id: &str, name: Option<&OsStr>) -> Result<PathBuf> {
         let _lock = self.guard.lock(&*self.guard_names())?;
         self.rescan()?;
         let item = self.item(id)?;
@@ -147,7 +152,25 @@ impl Store {
         }
         self.take_from_trash(&self.catalog(), &item, &path)?;
         self.rescan()?;
+        self.freeze_restored(&path)?;
         Ok(path)
+    }
+
+    /// What could not be marked when it was removed is marked now.
+    fn freeze_restored(self: &Arc<Self>, path: &Path) -> Result<()> {
+        let catalog = self.catalog();
+        let is_it = |image: &ImageEntry| image.place.root == 0 && self.guard.prefix.join(&image.place.path) == path;
+        let Some(index) = catalog.images.iter().position(is_it) else { return Ok(()) };
+        let image = &catalog.images[index];
+        if image.frozen.is_some() || image.readonly || image.format != Some(Format::Qcow2) {
+            return Ok(());
+        }
+        let job = self.take_image(&catalog, index)?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mark = Frozen { seconds: now.as_secs().cast_signed(), nanoseconds: 0, description: String::new() };
+        change_header(job.name(), &*job.file()?, &HeaderChange { backing: None, frozen: Some(Some(mark)) })?;
+        job.finish()?;
+        self.rescan().map(drop)
     }
 
     /// Removes layers from the trash for good: one, or all.
@@ -250,7 +273,7 @@ impl Store {
 }
 
 fn find(store: &Store, catalog: &Catalog, named: &Named) -> Option<ImageIndex> {
-    let is_it = |image: &super::ImageEntry| {
+    let is_it = |image: &ImageEntry| {
         image.stat.id.inode == named.inode
             && image.place.root == 0
             && store.guard.prefix.join(&image.place.path) == named.path
