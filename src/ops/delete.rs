@@ -48,6 +48,10 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Delete
         let fact = "is the last layer of its chain; remove the file if nothing of it is needed any more";
         return Err(Error::new(ErrorKind::Forbidden, format!("{name} {fact}")));
     }
+    if depth == 0 && world.catalog.single.is_some() {
+        let fact = "is what is mounted; mount the directory that holds it, and delete it there";
+        return Err(Error::new(ErrorKind::Forbidden, format!("{name} {fact}")));
+    }
     let up = || plan_up(engine, world, &chain, depth, request);
     let down = || plan_down(engine, world, &chain, depth, request);
     let (plan, way, method) = match (depth, request.method) {
@@ -196,7 +200,10 @@ pub(super) fn with_writer(
 ) -> Result<()> {
     if world.image(index).users.is_empty() && world.catalog.is_active(index) {
         let job = store.take_active(&world.catalog, &world.catalog.layers(index))?;
-        return work(&*job.writer()?);
+        let done = work(&*job.writer()?);
+        // Also if it has failed: how far it came is not known.
+        let described = job.describe_anew();
+        return done.and(described);
     }
     let mut job = store.take_image(&world.catalog, index)?;
     let writer = job.open_writer(None, Keeping::View)?;

@@ -164,6 +164,9 @@ impl Engine {
             Ok(tokens) => tokens,
             Err(busy) => return Ok(Plan { command: request.to_string(), refusals: vec![busy], ..Plan::default() }),
         };
+        if let Request::Rebase(request) = request {
+            rebase::introduce(&self.store, chain, request);
+        }
         let world = World::look(&self.store)?;
         let mut plan = match request {
             Request::Snapshot(request) => snapshot::plan(&world, chain, request)?,
@@ -234,7 +237,10 @@ impl Engine {
             }
             Request::Delete(request) => delete::begin(self, chain, request, command, tokens),
             Request::Revert(request) => revert::begin(self, chain, request, command),
-            Request::Rebase(request) => rebase::begin(self, chain, request, command, tokens),
+            Request::Rebase(request) => {
+                rebase::introduce(&self.store, chain, request);
+                rebase::begin(self, chain, request, command, tokens)
+            }
             Request::Clone(request) => clone::begin(self, chain, request, command),
             Request::Resize(request) => resize::begin(self, chain, request, command),
             Request::Cancel => unreachable!("done by now"),

@@ -500,7 +500,8 @@ pub(super) fn remove(store: &Arc<Store>, files: &[Named], is_valid: bool, comman
                 tracing::info!("{error}: it goes to the trash as it is");
             }
             let backing = world.stands_on(index).map(|below| world.named(below));
-            store.put_into_trash(&named.path, &named.path, command, backing)?;
+            let is_raw = world.image(index).format == Some(Format::Raw);
+            store.put_into_trash(&named.path, &named.path, (command, is_raw), backing)?;
         } else {
             forget_trash(&world, &[named.inode])?;
             names.unlink(&named.path)?;

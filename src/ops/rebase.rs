@@ -56,6 +56,22 @@ fn layers(world: &World, chain: &Chain, request: &RebaseRequest) -> Result<Layer
     Ok(Layers { depth, layer, base, between })
 }
 
+/// Has the store look at the file that `base=` names, if it means one: in a directory for backing files there may be
+/// some that nobody stands on yet.
+pub(super) fn introduce(store: &Store, chain: &Path, request: &RebaseRequest) {
+    let Some(name) = &request.base else { return };
+    let catalog = store.catalog();
+    let Some(leaf) = catalog.chain(chain) else { return };
+    let views = store.chain_views(&catalog, leaf);
+    let layer = request.layer.as_ref().map_or(Some(0), |layer| views.find(layer).map(|view| view.layer));
+    if let Some(layer) = layer
+        && let Ok(place) = store.named_by(&catalog.images[views.layers[layer]].place, name)
+        && store.roots()[place.root].stat(&place.path).is_ok()
+    {
+        store.introduce(place);
+    }
+}
+
 /// The image that `base=` means: a file as the header would name it, else a layer of the chain.
 fn base(world: &World, chain: &Chain, layer: ImageIndex, name: &[u8]) -> Result<ImageIndex> {
     match world.named_by(layer, name) {
@@ -143,10 +159,11 @@ fn plan_unsafe(engine: &Engine, world: &World, chain: &Chain, layers: &Layers) -
     if !image.users.is_empty() {
         refusals.extend(world.unguarded());
     }
-    refusals.extend(world.begun(&[layers.layer]));
     refusals.extend(world.untouchable(layers.layer));
     let is_whole = world.catalog.view_problem(&world.catalog.layers(layers.layer)).is_none();
-    let others = world.others_using(layers.layer, &chain.views.layers);
+    let above = &chain.views.layers[..=layers.depth];
+    refusals.extend(world.begun(above));
+    let others: Vec<String> = above.iter().flat_map(|layer| world.others_using(*layer, above)).collect();
     if is_whole && !others.is_empty() {
         let fact = "is used by other images as well, which might show something else then";
         let sentence = format!("{} {fact}: {}; do without unsafe", image.shown(), others.join(", "));
@@ -204,6 +221,11 @@ pub(super) fn begin(
 fn change_name(engine: &Engine, world: &World, path: &Path, layers: &Layers) -> Result<()> {
     let store: &Arc<Store> = engine.store();
     let change = || {
+        // Nobody comes to write the new base meanwhile. What cannot be read may be put below it all the same.
+        let below = layers.base.map(|base| world.catalog.layers(base));
+        let base = below.map(|below| store.open_view(&world.catalog, &below, ViewPart::Active, false));
+        let base =
+            base.transpose().or_else(|error| if error.kind() == ErrorKind::Busy { Err(error) } else { Ok(None) })?;
         let job = store.take_image(&world.catalog, layers.layer)?;
         // Under the writer's locks nobody comes to write it, and who reads it from here on reads what it is then.
         let mut refusals = Vec::new();
@@ -218,6 +240,7 @@ fn change_name(engine: &Engine, world: &World, path: &Path, layers: &Layers) -> 
         finish::forget_trash(world, &[world.image(layers.layer).stat.id.inode])?;
         let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
         change_header(job.name(), &*job.file()?, &HeaderChange { backing, frozen: None })?;
+        drop(base);
         job.finish()
     };
     let image = world.image(layers.layer);

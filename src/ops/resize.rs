@@ -15,6 +15,7 @@ use super::engine::{Engine, Job};
 use super::finish;
 use super::plan::Plan;
 use super::request::{NewSize, ResizeRequest};
+use super::revert::used_by_others;
 use super::world::World;
 
 /// What a resize comes to.
@@ -70,6 +71,7 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Resize
             let names = [format!("the active disk of {}", shown(path))];
             refusals.push(finish::still_open(engine, path, &names, "it becomes shorter"));
         }
+        plan.refusals.extend(used_by_others(world, leaf));
         plan.notes.push(format!("{} bytes at the end of the disk are lost", old - new));
     }
     plan.notes.push(format!("from {old} bytes to {new}"));

@@ -60,6 +60,7 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Revert
     let refusals = &mut plan.refusals;
     refusals.extend(world.untouchable(leaf));
     refusals.extend(world.begun(&chain.views.layers));
+    refusals.extend(used_by_others(world, leaf));
     if world.store.is_active_open(image.stat.id) {
         let names = [format!("the active disk of {}", shown(path))];
         refusals.push(finish::still_open(engine, path, &names, "it becomes another one"));
@@ -131,6 +132,17 @@ fn plan_overlay(
     plan.after = source.below(world).iter().map(|index| finish::line(world, chain, *index)).collect();
     let top = PlanLayer { name: crate::store::ACTIVE.to_vec(), path: old.clone(), active: true, note: "new".into() };
     plan.after.insert(0, top);
+}
+
+/// Why a disk cannot become another, if somebody else needs it as it is, or nobody can tell.
+pub(super) fn used_by_others(world: &World, leaf: ImageIndex) -> Option<Error> {
+    let others = world.others_using(leaf, &[]);
+    if others.is_empty() {
+        return world.unread();
+    }
+    let fact = "is used by other images as well, which would be spoilt";
+    let sentence = format!("{} {fact}: {}; snapshot it instead", world.image(leaf).shown(), others.join(", "));
+    Some(Error::new(ErrorKind::NotEmpty, sentence))
 }
 
 /// What would have nobody standing on it when the old active layer has gone.
@@ -210,6 +222,7 @@ pub(super) fn switch(
     let store = engine.store();
     let Closed { leaf, saved } = closed;
     let index = world.expect(&leaf)?;
+    used_by_others(world, index).map_or(Ok(()), Err)?;
     let of = engine.intent_name();
     // What is not saved has a name to go by all the same, until it is gone.
     let frozen = match &saved {

@@ -481,7 +481,12 @@ fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()>
         }
         if !is_at(root, &top.name, top.overlay.inode) {
             names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
-            names.sync(&directory_of(&top.name))?;
+            names.sync(&directory_of(&top.name)).inspect_err(|error| {
+                // A crash may give the disk back what it had: nothing may be acknowledged on top of that.
+                if let Ok(stat) = root.stat(&top.name) {
+                    store.poison_active(stat.id, &shown(&top.name), error);
+                }
+            })?;
         }
         if top.frozen != top.old.path && is_at(root, &top.old.path, top.old.inode) {
             names.unlink(&top.old.path)?;
@@ -507,7 +512,7 @@ fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()>
         // What is replaced and not saved. Cut off here it is swept as a draft.
         if root.stat(&top.frozen).is_ok_and(|stat| store.keeps_trash(stat.id.device)) {
             let backing = top.backing.as_ref().filter(|backing| world.find(backing).is_some()).cloned();
-            store.put_into_trash(&top.frozen, &top.old.path, &intent.command, backing)?;
+            store.put_into_trash(&top.frozen, &top.old.path, (&intent.command, false), backing)?;
         } else {
             names.unlink(&top.frozen)?;
         }

@@ -54,9 +54,7 @@ impl World {
 
     /// The image that an intent or a plan has named, if it is still that file.
     pub(super) fn find(&self, named: &Named) -> Option<ImageIndex> {
-        let is_it = |image: &ImageEntry| {
-            image.stat.id.inode == named.inode && self.guarded(&image.place.path) == named.path && image.place.root == 0
-        };
+        let is_it = |image: &ImageEntry| image.stat.id.inode == named.inode && self.name_of(image) == named.path;
         self.catalog.images.iter().position(is_it)
     }
 
@@ -76,7 +74,13 @@ impl World {
     /// An image by path and identity.
     pub(super) fn named(&self, index: ImageIndex) -> Named {
         let image = self.image(index);
-        Named { path: self.guarded(&image.place.path), inode: image.stat.id.inode }
+        Named { path: self.name_of(image), inode: image.stat.id.inode }
+    }
+
+    /// The path by which an intent names an image: beneath the guarded directory; what lies outside of the store by its
+    /// full one.
+    fn name_of(&self, image: &ImageEntry) -> PathBuf {
+        if image.place.root == 0 { self.guarded(&image.place.path) } else { self.store.host_path(&image.place) }
     }
 
     /// The chain at that path of the mount.
@@ -205,6 +209,11 @@ impl World {
                         that holds all who may use them, or name it with --store";
             return Some(Error::new(ErrorKind::Forbidden, format!("{}: {fact}", self.store.given().display())));
         }
+        self.unread()
+    }
+
+    /// Why nobody can tell who uses what, if so.
+    pub(super) fn unread(&self) -> Option<Error> {
         let unread = self.whole.as_ref().unwrap_or(&self.catalog).unread.first()?;
         let fact = "cannot be read, so that nobody can tell what it stands on; make it readable, or move it elsewhere";
         Some(Error::new(ErrorKind::Forbidden, format!("{} {fact}", shown(unread))))

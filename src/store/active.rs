@@ -102,6 +102,8 @@ struct ActiveDisk {
     state: RwLock<State>,
     /// Openings that may hold pages they have changed and not yet written.
     mappable: AtomicUsize,
+    /// Whether a command keeps everybody from opening it: who came to wait for that would wait for long.
+    is_closed: AtomicBool,
     /// Whether it has been said that the image is no longer in the store.
     is_gone: AtomicBool,
     /// Why nothing more is written: it is not sure that a crash leaves the disk where it is.
@@ -158,6 +160,10 @@ impl Store {
             self.may_be_written(catalog, leaf)?;
         }
         let disk = self.active.disk(leaf);
+        if disk.is_closed.load(Ordering::Acquire) {
+            let fact = "is kept closed by a command that is at work on it; try again";
+            return Err(Error::new(ErrorKind::Busy, format!("{} {fact}", leaf.shown())));
+        }
         let mut openings = disk.openings.lock();
         let is_written = matches!(&*disk.state.read(), State::Writing(_));
         if is_written {
@@ -205,9 +211,21 @@ impl Store {
         if openings.count > 0 {
             return Err(Error::new(ErrorKind::Busy, format!("the active disk of {} is open", leaf.shown())));
         }
+        disk.is_closed.store(true, Ordering::Release);
         let done = work();
+        // Whoever opens it from here on opens another disk, of another number.
+        self.active.disks.lock().by_image.remove(&leaf.stat.id);
+        disk.is_closed.store(false, Ordering::Release);
         drop(openings);
         done
+    }
+
+    /// Lets nobody write the active disk whose top is the image `id`, until the store is opened anew: its name may not
+    /// be durable.
+    pub(crate) fn poison_active(&self, id: FileId, name: &str, error: &Error) {
+        let fact = "takes no writes until it is mounted again, for its new name may not be durable";
+        let poison = Error::new(ErrorKind::Poisoned, format!("{name} {fact}: {error}"));
+        self.active.poisoned.lock().insert(id, poison);
     }
 
     /// Whether somebody has the active disk open whose top is the image `id`.
@@ -311,6 +329,7 @@ impl ActiveDisks {
             openings: Mutex::default(),
             state: RwLock::new(State::Closed(None)),
             mappable: AtomicUsize::new(0),
+            is_closed: AtomicBool::new(false),
             is_gone: AtomicBool::new(false),
             unsettled: OnceLock::new(),
             has_panicked: AtomicBool::new(false),

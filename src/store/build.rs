@@ -67,6 +67,9 @@ pub(super) fn build(
     };
     builder.add_scanned(scan.files);
     let scanned_count = builder.files.len();
+    for place in scan.introduced {
+        builder.introduce(place);
+    }
     let mut references = builder.follow();
     let data_references = builder.data_files();
     // Data files that no scan has met stand on nothing.
@@ -206,6 +209,19 @@ impl Builder<'_> {
                 self.by_place.insert(file.place, *first);
                 continue;
             }
+            self.add(file);
+        }
+    }
+
+    /// Looks at a file that a command has named, unless it is known. What is wrong with it that command hears.
+    fn introduce(&mut self, place: Place) {
+        if self.by_place.contains_key(&place) {
+            return;
+        }
+        let Ok(file) = describe_place(&self.roots[place.root], &place, self.known) else { return };
+        if let Some(index) = self.by_id.get(&file.stat.id) {
+            self.by_place.insert(place, *index);
+        } else {
             self.add(file);
         }
     }

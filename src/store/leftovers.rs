@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::io::directory_of;
 
 use super::Store;
+use super::intents::Deed;
 use super::names::OWN_PREFIX;
 
 /// How the names of drafts end.
@@ -34,8 +35,13 @@ impl Store {
         let _lock = self.guard.lock(&*names)?;
         self.rescan()?;
         let (intents, senseless) = self.guard.read()?;
-        let spoken_of: HashSet<&Path> =
-            intents.iter().flat_map(|found| found.intent.files()).map(|named| named.path.as_path()).collect();
+        let files = intents.iter().flat_map(|found| found.intent.files()).map(|named| named.path.as_path());
+        // What a revert has put aside is its own to remove, or to put into the trash.
+        let put_aside = intents.iter().flat_map(|found| match &found.intent.deed {
+            Deed::Snapshot { disks, .. } => disks.as_slice(),
+            Deed::Commit { .. } | Deed::Pull { .. } | Deed::Copy { .. } | Deed::Shrink { .. } => &[],
+        });
+        let spoken_of: HashSet<&Path> = files.chain(put_aside.map(|top| top.frozen.as_path())).collect();
         let images = self.catalog().drafts.iter().map(|path| self.guard.prefix.join(path)).collect::<Vec<PathBuf>>();
         // An intent that cannot be understood may speak of any of them.
         let images = images.into_iter().filter(|path| senseless.is_empty() && !spoken_of.contains(path.as_path()));

@@ -69,6 +69,9 @@ const CHAINS_KEPT: usize = 4096;
 /// How many views' flattened maps are kept after their last use.
 const VIEWS_KEPT: usize = 256;
 
+/// How many files that commands have named are remembered.
+const INTRODUCED: usize = 16;
+
 /// A store that is being looked at.
 pub struct Store {
     given: PathBuf,
@@ -88,6 +91,8 @@ pub struct Store {
     opened: Opened,
     active: ActiveDisks,
     disks: OpenDisks,
+    /// Files that a command has named, and that no scan and no header may lead to. A leaf.
+    introduced: Mutex<LruCache<Place, ()>>,
     /// States of layers that our own jobs have given another digest, though they show the same bytes. A leaf.
     same_states: Mutex<HashMap<u64, u64>>,
     chain_views: Mutex<LruCache<(u64, ImageIndex), Arc<ChainViews>>>,
@@ -144,6 +149,7 @@ impl Store {
             opened: Opened::new(NonZero::new(VIEWS_KEPT).expect("not zero")),
             active: ActiveDisks::default(),
             disks: OpenDisks::default(),
+            introduced: Mutex::new(LruCache::new(NonZero::new(INTRODUCED).expect("not zero"))),
             same_states: Mutex::default(),
             chain_views: Mutex::new(LruCache::new(NonZero::new(CHAINS_KEPT).expect("not zero"))),
         });
@@ -196,7 +202,7 @@ impl Store {
         let start = Instant::now();
         let mut known = self.known.lock();
         let single = self.single.read().clone();
-        let scan = match &single {
+        let mut scan = match &single {
             None => scan::scan(&self.roots[0], &known, &|path, fd| {
                 if let Some(watches) = &self.watches {
                     watches.add(Place { root: 0, path: path.to_path_buf() }, fd);
@@ -214,6 +220,7 @@ impl Store {
             self.guard.own_directories().iter().for_each(|directory| watches.add_own(directory));
         }
         let previous = self.catalog();
+        scan.introduced = self.introduced.lock().iter().map(|(place, ())| place.clone()).collect();
         let (catalog, now_known, directories) =
             build::build(&self.roots, &self.guard, &self.options, scan, &known, &previous, single.is_some())?;
         *known = now_known;
@@ -325,6 +332,11 @@ impl Store {
     /// The file that `name` in a header at `from` would mean, or the rest of a sentence on why there is none.
     pub(crate) fn named_by(&self, from: &Place, name: &[u8]) -> std::result::Result<Place, String> {
         resolve::resolve(&self.roots, &self.options.maps, from, name)
+    }
+
+    /// Lets the next scans look at a file, wherever beneath the roots it is.
+    pub(crate) fn introduce(&self, place: Place) {
+        self.introduced.lock().put(place, ());
     }
 
     /// Where an image lies on the host.

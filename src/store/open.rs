@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::Snapshot;
 use crate::image::{Image, Layer, unreadable};
 use crate::io::{FileId, ReadLock, Storage, StoreFile};
 
@@ -276,6 +277,9 @@ impl Store {
             let fact = "is an internal snapshot that is being deleted";
             return Err(Error::new(ErrorKind::Busy, format!("{}@{} {fact}", top.shown(), String::from_utf8_lossy(id))));
         }
+        if let ViewPart::Snapshot(index) | ViewPart::VmState(index) = part {
+            self.is_still_there(top, snapshot(top, index)?)?;
+        }
         // A job that has hidden the view since then has not seen this opening, or sees it from now on.
         if let Some(found) = self.catalog().files_hidden_by(&images, is_inner) {
             return Err(hidden(&top.shown(), found));
@@ -289,6 +293,19 @@ impl Store {
             locks,
             shown,
         })
+    }
+
+    /// Whether the newest catalog still knows an internal snapshot: else what it held may be somebody else's by now.
+    fn is_still_there(&self, image: &ImageEntry, snapshot: &Snapshot) -> Result<()> {
+        let catalog = self.catalog();
+        let now = catalog.images.iter().find(|other| other.stat.id == image.stat.id);
+        let listed = now.and_then(ImageEntry::qcow2).map_or(&[][..], |qcow2| &qcow2.snapshots);
+        let is_it = |other: &Snapshot| other.id == snapshot.id && other.l1 == snapshot.l1;
+        if now.is_none() || listed.iter().any(is_it) {
+            return Ok(());
+        }
+        let name = String::from_utf8_lossy(&snapshot.name).into_owned();
+        Err(Error::new(ErrorKind::Stale, format!("{}@{name} has been deleted; look again", image.shown())))
     }
 
     /// Keeps everybody from opening an internal snapshot; `Busy` if somebody has it open.

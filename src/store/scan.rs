@@ -53,6 +53,8 @@ pub(super) struct Scan {
     pub drafts: Vec<PathBuf>,
     /// What could not be read: whatever it says of other images is not known.
     pub unread: Vec<PathBuf>,
+    /// Files that are looked at besides, because a command has named them.
+    pub introduced: Vec<Place>,
 }
 
 /// What the last scan knew of each file.

@@ -40,6 +40,8 @@ struct Note {
     seconds: u64,
     /// The command that removed it.
     command: String,
+    /// What it is read as: another name may mean another format.
+    is_raw: bool,
     /// What it stands on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     backing: Option<Named>,
@@ -59,6 +61,7 @@ pub struct TrashItem {
     /// Bytes of its file on disk.
     pub disk_len: u64,
     inode: u64,
+    is_raw: bool,
     backing: Option<Named>,
 }
 
@@ -95,7 +98,7 @@ impl Store {
             let mut text = String::new();
             let read =
                 root.open_file(&path).map(|file| std::fs::File::from(file).take(MAX_LEN).read_to_string(&mut text));
-            let Ok(Note { path, seconds, command, backing }) = toml::from_str(&text) else {
+            let Ok(Note { path, seconds, command, is_raw, backing }) = toml::from_str(&text) else {
                 tracing::warn!(
                     "{}: a note of the trash makes no sense{}",
                     shown(&path),
@@ -104,30 +107,46 @@ impl Store {
                 continue;
             };
             let (disk_len, inode) = (stat.blocks * 512, stat.id.inode);
-            items.push(TrashItem { id, path, seconds, command, disk_len, inode, backing });
+            items.push(TrashItem { id, path, seconds, command, disk_len, inode, is_raw, backing });
         }
         items.sort_by(|a, b| (a.seconds, &a.id).cmp(&(b.seconds, &b.id)));
         Ok(items)
     }
 
     /// Puts the file at `at` into the trash, durably: it was at `path` (both beneath the guarded directory), and stands
-    /// on `backing`. Under the store's lock.
-    pub(crate) fn put_into_trash(&self, at: &Path, path: &Path, command: &str, backing: Option<Named>) -> Result<()> {
-        let (names, now) = (self.guard_names(), SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default());
-        names.create_directory(Path::new(TRASH))?;
-        names.sync(&directory_of(Path::new(TRASH)))?;
-        let note = Note { path: path.to_path_buf(), seconds: now.as_secs(), command: command.to_owned(), backing };
-        let text = toml::to_string(&note).map_err(|error| {
-            Error::new(ErrorKind::Unsupported, format!("{} cannot be noted in the trash: {error}", shown(path)))
-        })?;
+    /// on `backing`. Where that cannot be done, it is removed for good: who has asked for that is not to be kept from
+    /// it. Under the store's lock.
+    pub(crate) fn put_into_trash(
+        &self,
+        at: &Path,
+        path: &Path,
+        (command, is_raw): (&str, bool),
+        backing: Option<Named>,
+    ) -> Result<()> {
+        let names = self.guard_names();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let inode = self.guard.root.stat(at)?.id.inode;
         let item = Path::new(TRASH).join(format!("{:x}-{inode:x}", now.as_nanos()));
         let note = item.with_extension("toml");
-        let file = names.create(&note, None)?;
-        file.write_at(0, text.as_bytes())?;
-        file.sync()?;
-        names.sync(Path::new(TRASH))?;
-        names.rename(at, &item, false)?;
+        let put = (|| {
+            names.create_directory(Path::new(TRASH))?;
+            names.sync(&directory_of(Path::new(TRASH)))?;
+            let says =
+                Note { path: path.to_path_buf(), seconds: now.as_secs(), command: command.to_owned(), is_raw, backing };
+            let text = toml::to_string(&says).map_err(|error| {
+                Error::new(ErrorKind::Unsupported, format!("{} cannot be noted: {error}", shown(path)))
+            })?;
+            let file = names.create(&note, None)?;
+            file.write_at(0, text.as_bytes())?;
+            file.sync()?;
+            names.sync(Path::new(TRASH))?;
+            names.rename(at, &item, false)
+        })();
+        if let Err(error) = put {
+            tracing::warn!("{} is removed for good, for it cannot be put into the trash: {error}", shown(path));
+            let _ = names.unlink(&note);
+            return names.unlink(at);
+        }
         names.sync(Path::new(TRASH))?;
         names.sync(&directory_of(at))
     }
@@ -146,6 +165,11 @@ impl Store {
             Some(name) => item.path.with_file_name(name),
             None => item.path.clone(),
         };
+        let format = if item.is_raw { Format::Raw } else { Format::Qcow2 };
+        if !self.options.reads_as(&path, format, false) {
+            let fact = format!("would not be read as {} by that name; say another one", format.name());
+            return Err(Error::new(ErrorKind::Usage, format!("{} {fact}", shown(&path))));
+        }
         if self.guard.root.stat(&path).is_ok() {
             let fact = "is there already; say another name";
             return Err(Error::new(ErrorKind::Exists, format!("{} {fact}", shown(&path))));
@@ -203,8 +227,8 @@ impl Store {
             return Err(Error::new(ErrorKind::Stale, format!("{name}, on which it stands, {fact}; {remedy}")));
         }
         let names = self.guard_names();
-        if path.extension().is_none_or(|extension| extension != "qcow2") {
-            // Raw images cannot say it themselves; nobody else is called that.
+        if item.is_raw {
+            // It cannot say it itself; nobody else is called that.
             self.note_frozen(
                 path,
                 Some(&Frozen { seconds: item.seconds.cast_signed(), nanoseconds: 0, description: String::new() }),
@@ -273,10 +297,10 @@ impl Store {
 }
 
 fn find(store: &Store, catalog: &Catalog, named: &Named) -> Option<ImageIndex> {
-    let is_it = |image: &ImageEntry| {
-        image.stat.id.inode == named.inode
-            && image.place.root == 0
-            && store.guard.prefix.join(&image.place.path) == named.path
+    let path = |image: &ImageEntry| match image.place.root {
+        0 => store.guard.prefix.join(&image.place.path),
+        _ => store.host_path(&image.place),
     };
+    let is_it = |image: &ImageEntry| image.stat.id.inode == named.inode && path(image) == named.path;
     catalog.images.iter().position(is_it)
 }

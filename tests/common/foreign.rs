@@ -71,6 +71,13 @@ impl Mounted {
         Self(dir)
     }
 
+    /// A file system in memory.
+    pub(crate) fn tmpfs(dir: &Path) -> Self {
+        fs::create_dir_all(dir).expect("a mount point");
+        tool("mount").args(["-t", "tmpfs", "none"]).arg(dir).succeeds();
+        Self(dir.to_path_buf())
+    }
+
     pub(crate) fn umount(self) {
         tool("umount").arg(&self.0).succeeds();
         std::mem::forget(self);

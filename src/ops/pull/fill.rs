@@ -43,7 +43,45 @@ pub(in crate::ops) struct Seen {
     runs: Vec<(u64, Wanted)>,
 }
 
+/// What shows through while a layer is filled: what did, but only what will be zero as well is taken for zero. A
+/// guest's zeroes, and what a disk grows by, are then noted in its own tables wherever silence would not say it for
+/// long.
+pub(super) struct Both {
+    pub(super) now: Option<Arc<View>>,
+    pub(super) then: Option<Arc<View>>,
+}
+
+impl Below for Both {
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        match &self.now {
+            Some(now) => Below::read_at(&**now, at, buf),
+            None => {
+                buf.fill(0);
+                Ok(())
+            }
+        }
+    }
+
+    fn zero_run(&self, at: u64, len: u64) -> Result<(bool, u64)> {
+        let ask = |view: &Option<Arc<View>>| view.as_ref().map_or(Ok((true, len)), |view| view.zero_run(at, len));
+        let ((now, now_run), (then, then_run)) = (ask(&self.now)?, ask(&self.then)?);
+        match (now, then) {
+            (true, true) => Ok((true, now_run.min(then_run))),
+            (false, _) => Ok((false, now_run)),
+            (true, false) => Ok((false, then_run)),
+        }
+    }
+}
+
 impl Filling {
+    /// What will show through.
+    pub(super) fn then(&self) -> Option<Arc<View>> {
+        match self {
+            Self::Between { base, .. } => base.clone(),
+            Self::Differing { new, .. } => new.clone(),
+        }
+    }
+
     /// The first `depth` layers of `below` are left out.
     pub(super) fn between(store: &Store, below: &View, depth: usize) -> Self {
         let count = below.layers().len();

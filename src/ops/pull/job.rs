@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::HeaderChange;
-use crate::image::write::{Located, Writer};
+use crate::image::write::{Below, Located, Writer};
 use crate::io::Claim;
 use crate::store::{
     ActiveJob, Catalog, Deed, ImageIndex, Intent, JobImage, Keeping, Named, OpenView, OwnedIntent, Store, ViewPart,
@@ -22,6 +22,7 @@ use super::super::engine::Engine;
 use super::super::finish;
 use super::super::request::PullRequest;
 use super::super::world::World;
+use super::fill::Both;
 use super::{Filling, Layers, plan};
 
 /// A pull that was accepted.
@@ -37,8 +38,8 @@ struct Part {
     target: Target,
     writer: Arc<Writer>,
     named: Named,
-    /// Bytes of the longest of its disks.
-    end: u64,
+    /// Bytes of the longest disk of its internal snapshots: one may be longer than the image's own is now.
+    longest_inner: u64,
 }
 
 /// Who is filled.
@@ -89,9 +90,16 @@ pub(in crate::ops) fn begin_with(
     };
     let ready = open(store, world, layers)?;
     let name = engine.intent_name();
-    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed))?;
-    store.rescan()?;
-    Ok(ready.with(intent))
+    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed));
+    match intent.and_then(|intent| store.rescan().map(|_| intent)) {
+        Ok(intent) => Ok(ready.with(intent)),
+        Err(error) => {
+            for part in ready.parts {
+                part.give_up()?;
+            }
+            Err(error)
+        }
+    }
 }
 
 impl Ready {
@@ -124,6 +132,8 @@ fn open(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Ready> {
         let (target, writer) = if world.image(*into).users.is_empty() && world.catalog.is_active(*into) {
             let job = store.take_active(&world.catalog, &world.catalog.layers(*into))?;
             let writer = job.writer()?;
+            let both = Both { now: job.below(), then: fill.then() };
+            writer.set_below(Some(Arc::new(both)));
             (Target::Active(job), writer)
         } else {
             let mut image = store.take_image(&world.catalog, *into)?;
@@ -131,10 +141,15 @@ fn open(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Ready> {
             let writer = image.open_writer(lower, Keeping::View)?;
             (Target::Image(image), writer)
         };
-        // An internal snapshot may have a longer disk than the image has now.
-        let longest = writer.snapshots()?.iter().filter_map(|snapshot| snapshot.virtual_size).max().unwrap_or(0);
-        let end = writer.size().max(longest);
-        parts.push(Part { target, writer, named: world.named(*into), end });
+        let mut part = Part { target, writer, named: world.named(*into), longest_inner: 0 };
+        match part.writer.snapshots() {
+            Ok(all) => part.longest_inner = all.iter().filter_map(|one| one.virtual_size).max().unwrap_or(0),
+            Err(error) => {
+                part.give_up()?;
+                return Err(error);
+            }
+        }
+        parts.push(part);
     }
     views.extend(below);
     Ok(Ready { parts, fill, views })
@@ -150,7 +165,7 @@ impl PullJob {
             Err(error) => {
                 // What was copied changes nothing, and may stay.
                 for part in self.parts {
-                    if let Err(trouble) = part.close() {
+                    if let Err(trouble) = part.give_up() {
                         tracing::error!("a pull could not be ended properly: {trouble}");
                     }
                 }
@@ -172,15 +187,16 @@ impl PullJob {
                 part.writer.reserve(needed)?;
             }
         }
-        for Part { writer, end, .. } in &self.parts {
+        for part in &self.parts {
             let mut at = 0;
-            while at < *end {
+            // It may grow meanwhile.
+            while at < part.end() {
                 progress.check()?;
-                let len = PIECE.min(*end - at);
-                progress.advance(writer.fill(at, len, &self.fill)?);
+                let len = PIECE.min(part.end() - at);
+                progress.advance(part.writer.fill(at, len, &self.fill)?);
                 at += len;
             }
-            writer.flush()?;
+            part.writer.flush()?;
         }
         Ok(())
     }
@@ -219,6 +235,19 @@ impl PullJob {
 }
 
 impl Part {
+    /// Bytes of the longest of its disks.
+    fn end(&self) -> u64 {
+        self.writer.size().max(self.longest_inner)
+    }
+
+    /// It stays on what it stands on.
+    fn give_up(self) -> Result<()> {
+        if let Target::Active(job) = &self.target {
+            self.writer.set_below(job.below().map(|view| view as Arc<dyn Below>));
+        }
+        self.close().map(drop)
+    }
+
     /// Bytes that will be copied, as far as the active tables tell.
     fn needed(&self, fill: &Filling) -> Result<u64> {
         let (mut at, end, mut sum) = (0, self.writer.size(), 0);
@@ -285,6 +314,10 @@ pub(in crate::ops) fn resume(engine: &Engine, intent: OwnedIntent, tokens: &mut 
         }
     };
     let Some(layers) = found else {
+        let Deed::Pull { into, remove, between, .. } = &intent.intent.deed else {
+            unreachable!("the intent of a pull")
+        };
+        freeze_left(store, &world, into, remove, between)?;
         let before = Arc::clone(&world.catalog);
         return clean_up(engine, intent, lock, &before).map(|()| None);
     };

@@ -187,6 +187,27 @@ impl ActiveJob {
         Sealed { store: self.store(), disk: self.disk(), state: self.disk().state.write() }
     }
 
+    /// Has its top image described anew, because its snapshots are others by now: what was kept of them by their
+    /// places is not what is there.
+    pub fn describe_anew(&self) -> Result<()> {
+        let (store, disk) = (self.store(), self.disk());
+        let mut state = disk.state.write();
+        let State::Writing(writing) = &mut *state else { unreachable!("a job holds the disk open for writing") };
+        let top = store.described_anew(&writing.open.top)?;
+        let below = writing.open.view.layers()[1..].to_vec();
+        let view = store.live_view(Layer::active(&top.image)?, below);
+        let images: Vec<FileId> = writing.open.images().collect();
+        let shown = store.opened.show(&view, &images, None, &disk.name());
+        store.opened.keep(&top);
+        let fingerprint = hash(&serials(&view));
+        let locks = std::mem::take(&mut writing.open.locks);
+        let new = OpenView { view, fingerprint, raw_file: None, top, forced: None, locks, shown };
+        let old = std::mem::replace(&mut writing.open, new);
+        drop(state);
+        drop(old);
+        Ok(())
+    }
+
     /// Only its top image is the disk's from now on: the catalog has seen what became of those before.
     pub fn settle(&self) {
         let (store, disk) = (self.store(), self.disk());
