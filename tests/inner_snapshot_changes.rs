@@ -20,7 +20,7 @@ use sim::value::pattern_range;
 use sim::{IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, SimDisk, Start, StartImage, is_long, mix, seed};
 
 /// States of each run that are judged where not all are.
-const STATES: usize = 90;
+const STATES: usize = 30;
 const LITTLE: WriterOptions = WriterOptions { cache: 32 << 10 };
 
 fn with_snapshots(start: Start, resize: bool) -> Start {

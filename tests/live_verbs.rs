@@ -174,24 +174,24 @@ fn fio_never_notices(options: &str, raw_base: bool, seconds: u64, words: &[&str]
 
 #[test]
 fn fio_finds_nothing_in_a_disk_that_is_snapshotted_committed_and_pulled() {
-    fio_never_notices("", false, amount(8, 300), &["--rw=randwrite", "--randrepeat=0"], false);
+    fio_never_notices("", false, amount(5, 300), &["--rw=randwrite", "--randrepeat=0"], false);
 }
 
 #[test]
 fn fio_finds_nothing_in_a_disk_that_grows_while_snapshots_go_and_layers_move() {
-    fio_never_notices("", false, amount(8, 300), &["--rw=randwrite", "--randrepeat=0"], true);
+    fio_never_notices("", false, amount(5, 300), &["--rw=randwrite", "--randrepeat=0"], true);
 }
 
 #[test]
 fn nor_in_one_over_a_raw_base_past_the_page_cache() {
     let words = ["--rw=randrw", "--direct=1", "--blockalign=512"];
-    fio_never_notices("cluster_size=4k", true, amount(8, 300), &words, true);
+    fio_never_notices("cluster_size=4k", true, amount(5, 300), &words, true);
 }
 
 #[test]
 fn fio_finds_nothing_past_the_page_cache_over_a_raw_base() {
     let words = ["--rw=randrw", "--direct=1", "--blockalign=512"];
-    fio_never_notices("cluster_size=4k", true, amount(8, 300), &words, false);
+    fio_never_notices("cluster_size=4k", true, amount(5, 300), &words, false);
 }
 
 #[test]
@@ -476,7 +476,8 @@ fn progress_tells_of_a_job_until_its_end_and_whoever_stops_listening_stops_nothi
     patient.stdout.take().expect("a pipe").read_to_string(&mut text).expect("text");
     assert!(patient.wait().expect("a child of ours").success());
     let lines: Vec<&str> = text.lines().collect();
-    assert!(lines.len() >= 3 && lines.last() == Some(&"done"), "{text}");
+    // How many there are in between depends on how fast it was.
+    assert!(lines.len() >= 2 && lines.last() == Some(&"done"), "{text}");
     assert!(lines[..lines.len() - 1].iter().all(|line| line.starts_with("pull ")), "{text}");
     assert_eq!(control.status("state"), "done");
     assert!(fs::read(mount.path("web/active.raw")).expect("the disk") == want);

@@ -17,8 +17,7 @@ use chainfs::image::write::Zeroing;
 use chainfs::ops::{Engine, JobState, Request};
 use chainfs::store::{Access, ActiveHandle, Deed, Intent, Named, NewTop, OpenDisk, Store, StoreOptions, ViewPart};
 use common::foreign::Qemu;
-use common::lab::{Kind, Lab, run};
-use common::*;
+use common::lab::{Kind, Lab, extension, run};
 
 fn options(trash: bool) -> StoreOptions {
     let trash = trash.then_some(Duration::from_hours(24));
@@ -83,7 +82,7 @@ fn an_internal_snapshot_in_the_place_of_one_that_is_gone_is_itself() {
     let disk = guest(&store, "web");
     drop(bytes(&inner(&store, 1).unwrap()));
     done(&store, "web", "delete active@second");
-    disk.write_at(0, &[7; 1 << 20]).unwrap();
+    disk.write_at(0, &vec![7; 1 << 20]).unwrap();
     done(&store, "web", "snapshot third internal");
     let mut now = vec![0; 4 << 20];
     disk.read_at(0, &mut now).unwrap();
@@ -98,7 +97,7 @@ fn an_internal_snapshot_that_is_gone_is_not_opened_by_old_news() {
     let layers = catalog.layers(catalog.chain(Path::new("web")).unwrap());
     let disk = guest(&store, "web");
     done(&store, "web", "delete active@inner");
-    disk.write_at(0, &[7; 4 << 20]).unwrap();
+    disk.write_at(0, &vec![7; 4 << 20]).unwrap();
     let late = store.open_disk(&catalog, &layers, ViewPart::Snapshot(0));
     assert_eq!(late.unwrap_err().kind(), ErrorKind::Stale);
 }
@@ -284,7 +283,7 @@ fn the_trash_keeps_nobody_from_deleting() {
     let lab = Lab::new(Kind::PLAIN);
     let place = lab.store.path("sub");
     let mounted = common::foreign::Mounted::tmpfs(&place);
-    for name in lab.files().iter().filter(|name| name.ends_with(".qcow2")) {
+    for name in lab.files().iter().filter(|name| extension(name) == "qcow2") {
         fs::copy(lab.store.path(name), place.join(name)).unwrap();
     }
     let store = open(&lab, true);

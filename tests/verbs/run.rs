@@ -22,9 +22,9 @@ use super::strace;
 use super::tape::{Event, Recorder, Tape};
 
 /// States of each command that are judged where not all are.
-const STATES: usize = 120;
+const STATES: usize = 60;
 /// Recoveries that are cut off themselves, and states of each.
-const RECOVERIES: (usize, usize) = (6, 8);
+const RECOVERIES: (usize, usize) = (5, 6);
 /// One state in so many is shown to QEMU.
 const QEMU_ONE_IN: u64 = 60;
 /// Disks of these tests have so many bytes, if nothing else is said.

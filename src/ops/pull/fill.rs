@@ -53,13 +53,11 @@ pub(super) struct Both {
 
 impl Below for Both {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        match &self.now {
-            Some(now) => Below::read_at(&**now, at, buf),
-            None => {
-                buf.fill(0);
-                Ok(())
-            }
-        }
+        let Some(now) = &self.now else {
+            buf.fill(0);
+            return Ok(());
+        };
+        Below::read_at(&**now, at, buf)
     }
 
     fn zero_run(&self, at: u64, len: u64) -> Result<(bool, u64)> {
