@@ -190,6 +190,9 @@ fn a_disk_that_others_use_is_neither_reverted_nor_shrunk() {
     lab.store.overlay("user.qcow2", "web.qcow2", "qcow2", "");
     let before = lab.content("user.qcow2");
     let store = Store::open(&lab.store.path("web.qcow2"), options(false)).unwrap();
+    let catalog = store.catalog();
+    let written = store.open_active(&catalog, &catalog.layers(0), Access::Write).map(drop).unwrap_err();
+    assert!(written.kind() == ErrorKind::ReadOnly && written.to_string().contains("user.qcow2"), "{written}");
     for command in ["revert to=sn1", "resize 1M shrink"] {
         let error = run(&Engine::new(&store), "", command).unwrap_err();
         assert!(error.kind() == ErrorKind::NotEmpty && error.to_string().contains("user.qcow2"), "{command}: {error}");

@@ -8,9 +8,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::create::NewBacking;
 use crate::io::{Claim, FileId};
-use crate::store::{
-    Below, Catalog, ChainViews, Format, ImageEntry, ImageIndex, Named, Place, Store, StoreOptions, shown,
-};
+use crate::store::{Below, Catalog, ChainViews, Format, ImageEntry, ImageIndex, Named, Place, Store, shown};
 
 /// A store as of one scan.
 pub(super) struct World {
@@ -30,13 +28,7 @@ impl World {
     /// Scans the store, and what is around it.
     pub(super) fn look(store: &Arc<Store>) -> Result<Self> {
         store.rescan()?;
-        let guard = store.guard();
-        let whole = if store.catalog().single.is_some() && guard.is_whole {
-            let options = StoreOptions { notify: false, ..store.options().clone() };
-            Some(Store::open(guard.root.canonical(), options)?.catalog())
-        } else {
-            None
-        };
+        let whole = store.whole()?;
         Ok(Self { store: Arc::clone(store), catalog: store.catalog(), whole })
     }
 

@@ -158,6 +158,7 @@ impl Store {
         let leaf = &catalog.images[layers[0]];
         if access.writes() {
             self.may_be_written(catalog, leaf)?;
+            self.is_nobodys_base(leaf)?;
         }
         let disk = self.active.disk(leaf);
         if disk.is_closed.load(Ordering::Acquire) {
@@ -232,6 +233,19 @@ impl Store {
     pub(crate) fn is_active_open(&self, id: FileId) -> bool {
         let number = self.active.disks.lock().by_image.get(&id).copied();
         number.and_then(|number| self.active.find(number)).is_some_and(|disk| disk.openings.lock().count > 0)
+    }
+
+    /// Of one image that is a store by itself: whether nothing else in the store around it stands on it.
+    fn is_nobodys_base(&self, leaf: &ImageEntry) -> Result<()> {
+        let Some(whole) = self.whole()? else { return Ok(()) };
+        let Some(image) = whole.images.iter().find(|image| image.stat.id == leaf.stat.id) else { return Ok(()) };
+        let users: Vec<String> = image.users.iter().map(|user| whole.images[*user].shown()).collect();
+        if users.is_empty() {
+            return Ok(());
+        }
+        let fact = "has other images of its store standing on it, which would be spoilt";
+        let sentence = format!("{} {fact}: {}; write to one of those", leaf.shown(), users.join(", "));
+        Err(Error::new(ErrorKind::ReadOnly, sentence))
     }
 
     /// Whether somebody writes the active disk of that number.

@@ -334,6 +334,15 @@ impl Store {
         resolve::resolve(&self.roots, &self.options.maps, from, name)
     }
 
+    /// For a store that is one image: everything beneath the marked directory above it, as of now.
+    pub(crate) fn whole(&self) -> Result<Option<Arc<Catalog>>> {
+        if self.catalog().single.is_none() || !self.guard.is_whole {
+            return Ok(None);
+        }
+        let options = StoreOptions { notify: false, ..self.options.clone() };
+        Ok(Some(Self::open(self.guard.root.canonical(), options)?.catalog()))
+    }
+
     /// Lets the next scans look at a file, wherever beneath the roots it is.
     pub(crate) fn introduce(&self, place: Place) {
         self.introduced.lock().put(place, ());
