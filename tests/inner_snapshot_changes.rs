@@ -229,8 +229,13 @@ fn after_some_writes(random: u64, longest: u64) -> impl Fn(&mut Ledger) {
     }
 }
 
-#[test]
-fn a_crash_leaves_the_snapshot_or_none() {
+/// Cuts a change of every kind of image, which is told the place of one of its snapshots.
+fn cut_everywhere(
+    act: &dyn Fn(&mut Ledger, usize) -> chainfs::error::Result<()>,
+    again: bool,
+    missing_flags: bool,
+    limit: usize,
+) {
     for (number, (name, start, longest)) in kinds().into_iter().enumerate() {
         let image = start.load();
         let index = number % image.snapshots.len();
@@ -239,14 +244,19 @@ fn a_crash_leaves_the_snapshot_or_none() {
             image: &image,
             options: if number % 2 == 0 { WriterOptions::default() } else { LITTLE },
             before: &after_some_writes(mix(seed() ^ longest), longest),
-            act: &|ledger| ledger.delete(index),
-            again: false,
-            missing_flags: true,
+            act: &|ledger| act(ledger, index),
+            again,
+            missing_flags,
         };
-        let outcome = change.survives_crashes(STATES);
+        let outcome = change.survives_crashes(limit);
         println!("{name}: {outcome:?}");
         assert!(outcome.old > 0 && outcome.states > outcome.old, "{name}");
     }
+}
+
+#[test]
+fn a_crash_leaves_the_snapshot_or_none() {
+    cut_everywhere(&Ledger::delete, false, true, STATES);
 }
 
 #[test]
@@ -277,42 +287,12 @@ fn a_crash_while_the_last_one_goes_leaves_it_or_none() {
 
 #[test]
 fn a_crash_leaves_the_disk_or_what_was_applied() {
-    for (number, (name, start, longest)) in kinds().into_iter().enumerate() {
-        let image = start.load();
-        let index = number % image.snapshots.len();
-        let change = Change {
-            name,
-            image: &image,
-            options: if number % 2 == 0 { WriterOptions::default() } else { LITTLE },
-            before: &after_some_writes(mix(seed() ^ longest), longest),
-            act: &|ledger| ledger.apply(index),
-            again: true,
-            missing_flags: false,
-        };
-        let outcome = change.survives_crashes(STATES);
-        println!("{name}: {outcome:?}");
-        assert!(outcome.old > 0 && outcome.states > outcome.old, "{name}");
-    }
+    cut_everywhere(&Ledger::apply, true, false, STATES);
 }
 
 #[test]
 fn a_crash_leaves_the_disk_or_what_was_applied_and_what_was_saved() {
-    for (number, (name, start, longest)) in kinds().into_iter().enumerate() {
-        let image = start.load();
-        let index = number % image.snapshots.len();
-        let change = Change {
-            name,
-            image: &image,
-            options: if number % 2 == 0 { WriterOptions::default() } else { LITTLE },
-            before: &after_some_writes(mix(seed() ^ longest), longest),
-            act: &|ledger| ledger.apply_and_save(index, "then"),
-            again: false,
-            missing_flags: false,
-        };
-        let outcome = change.survives_crashes(STATES / 2);
-        println!("{name}: {outcome:?}");
-        assert!(outcome.old > 0 && outcome.states > outcome.old, "{name}");
-    }
+    cut_everywhere(&|ledger, index| ledger.apply_and_save(index, "then"), false, false, STATES / 2);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::directory_of;
-use crate::store::{Format, Store, shown};
+use crate::store::{ACTIVE, Format, Store, shown};
 
 use super::branch::{BranchJob, Purpose, Source};
 use super::engine::{Engine, Job};
@@ -40,7 +40,7 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &CloneR
         refusals.push(Error::new(ErrorKind::ReadOnly, "the store is mounted read-only"));
     }
     source.plan(engine, world, &mut plan);
-    let file = PlanLayer { name: b"active".to_vec(), path: name.clone(), active: true, note: "new".into() };
+    let file = PlanLayer { name: ACTIVE.to_vec(), path: name.clone(), active: true, note: "new".into() };
     plan.after = source.below(world).iter().map(|index| finish::line(world, &chain, *index)).collect();
     plan.after.insert(0, file);
     plan.notes.push(format!("a new chain {}", shown(&directory_of(path).join(os(&request.name)))));

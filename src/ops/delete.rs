@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Snapshot;
-use crate::image::write::Writer;
 use crate::io::Claim;
 use crate::store::{ImageIndex, Keeping, Store, shown};
 
@@ -54,27 +53,23 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Delete
     }
     let up = || plan_up(engine, world, &chain, depth, request);
     let down = || plan_down(engine, world, &chain, depth, request);
-    let (plan, way, method) = match (depth, request.method) {
+    let (mut plan, way) = match (depth, request.method) {
         (0, Method::Commit) => {
             let fact = "has nothing standing on it that could be merged into it; leave out method=";
             return Err(Error::new(ErrorKind::Usage, format!("{name} {fact}")));
         }
-        (0, _) | (_, Method::Pull) => with(up(), "pull"),
-        (_, Method::Commit) => with(down(), "commit"),
+        (0, _) | (_, Method::Pull) => up(),
+        (_, Method::Commit) => down(),
         (_, Method::Auto) => {
-            let (up, down) = (with(up(), "pull"), with(down(), "commit"));
+            let (up, down) = (up(), down());
             let can_go_down = down.0.refusals.is_empty() && has_one_user(world, &chain, depth);
             let is_less = !up.0.refusals.is_empty() || down.0.bytes < up.0.bytes;
             if can_go_down && is_less { down } else { up }
         }
     };
-    let mut plan = plan;
-    plan.notes.insert(0, format!("method: {method}"));
+    let method = if matches!(way, Way::Down(_)) { Method::Commit } else { Method::Pull };
+    plan.notes.insert(0, format!("method: {}", method.name()));
     Ok((plan, way))
-}
-
-fn with((plan, way): (Plan, Way), method: &'static str) -> (Plan, Way, &'static str) {
-    (plan, way, method)
 }
 
 fn has_one_user(world: &World, chain: &Chain, depth: usize) -> bool {
@@ -183,7 +178,7 @@ fn delete_inner(store: &Arc<Store>, world: &World, index: ImageIndex, snapshot: 
     let image = world.image(index);
     let name = format!("{}@{}", shown(&image.place.path), String::from_utf8_lossy(&snapshot.name));
     let leaving = store.leave_inner(image.stat.id, &snapshot.id).map_err(|error| error.within(name))?;
-    with_writer(store, world, index, |writer| writer.delete_snapshot(snapshot))?;
+    delete_by_writer(store, world, index, snapshot)?;
     let before = Arc::clone(&world.catalog);
     store.rescan()?;
     finish::tell_files(store, &before, &[image.stat.id.inode], None);
@@ -191,23 +186,17 @@ fn delete_inner(store: &Arc<Store>, world: &World, index: ImageIndex, snapshot: 
     Ok(())
 }
 
-/// Does something with what writes an image: the active disk's writer, also while guests use it, or one of our own.
-pub(super) fn with_writer(
-    store: &Arc<Store>,
-    world: &World,
-    index: ImageIndex,
-    work: impl FnOnce(&Writer) -> Result<()>,
-) -> Result<()> {
-    if world.image(index).users.is_empty() && world.catalog.is_active(index) {
+/// The active disk's writer does it, also while guests use it, or one of our own.
+fn delete_by_writer(store: &Arc<Store>, world: &World, index: ImageIndex, snapshot: &Snapshot) -> Result<()> {
+    if world.is_active_disk(index) {
         let job = store.take_active(&world.catalog, &world.catalog.layers(index))?;
-        let done = work(&*job.writer()?);
+        let done = job.writer()?.delete_snapshot(snapshot);
         // Also if it has failed: how far it came is not known.
-        let described = job.describe_anew();
-        return done.and(described);
+        return done.and(job.describe_anew());
     }
     let mut job = store.take_image(&world.catalog, index)?;
     let writer = job.open_writer(None, Keeping::View)?;
-    let done = work(&writer).and_then(|()| writer.close());
+    let done = writer.delete_snapshot(snapshot).and_then(|()| writer.close());
     drop(writer);
     done.and(job.finish())
 }

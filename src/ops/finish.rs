@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::bitmap::Bitmap;
 use crate::format::{Frozen, Snapshot};
 use crate::image::check::{Scope, repair};
 use crate::image::write::Writer;
@@ -29,6 +30,18 @@ pub(super) fn layer(chain: &Chain, name: &[u8]) -> Result<usize> {
     }
     let layers = chain.views.views.iter().filter(is_layer);
     view.map(|view| view.layer).ok_or_else(|| no_view(chain, name, "layers", layers))
+}
+
+/// The same, and without a name the active layer; `key` is the word that could say another.
+pub(super) fn layer_or_active(chain: &Chain, name: Option<&[u8]>, key: &str) -> Result<usize> {
+    if let Some(name) = name {
+        return layer(chain, name);
+    }
+    chain
+        .views
+        .active()
+        .map(|active| active.layer)
+        .ok_or_else(|| Error::new(ErrorKind::Usage, format!("{} has no active layer; say {key}=", shown(&chain.path))))
 }
 
 /// The view of that name.
@@ -116,19 +129,24 @@ pub(super) fn bitmaps(
     refusals: &mut Vec<Error>,
 ) {
     for index in holders.filter(|_| !discard) {
-        let image = world.image(index);
-        let Some(qcow2) = image.qcow2() else { continue };
-        let file = world.store.file(&image.place, &image.stat, false);
-        let found = read_bitmaps(&image.shown(), &*file, &qcow2.header).unwrap_or_default();
-        let good = found.iter().flat_map(|(_, bitmaps)| bitmaps).filter(|bitmap| !bitmap.in_use);
-        let names: Vec<_> = good.map(|bitmap| String::from_utf8_lossy(&bitmap.name).into_owned()).collect();
+        let names = bitmap_names(world, index, |bitmap| !bitmap.in_use);
         if !names.is_empty() {
             let fact = "holds persistent bitmaps, which this would cost";
-            let sentence =
-                format!("{} {fact}: {}; remove them, or say discard-bitmaps", image.shown(), names.join(", "));
+            let name = world.image(index).shown();
+            let sentence = format!("{name} {fact}: {}; remove them, or say discard-bitmaps", names.join(", "));
             refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
         }
     }
+}
+
+/// The names of an image's persistent bitmaps, of those that are wanted.
+pub(super) fn bitmap_names(world: &World, index: ImageIndex, wanted: impl Fn(&Bitmap) -> bool) -> Vec<String> {
+    let image = world.image(index);
+    let Some(qcow2) = image.qcow2() else { return Vec::new() };
+    let file = world.store.file(&image.place, &image.stat, false);
+    let found = read_bitmaps(&image.shown(), &*file, &qcow2.header).unwrap_or_default();
+    let all = found.iter().flat_map(|(_, bitmaps)| bitmaps).filter(|bitmap| wanted(bitmap));
+    all.map(|bitmap| String::from_utf8_lossy(&bitmap.name).into_owned()).collect()
 }
 
 /// Why something cannot be done while views are open.
@@ -248,7 +266,7 @@ pub(super) enum Child {
 impl Child {
     /// Takes it: from here on no other process opens it.
     pub(super) fn take(store: &Arc<Store>, world: &World, index: ImageIndex) -> Result<Self> {
-        if world.image(index).users.is_empty() && world.catalog.is_active(index) {
+        if world.is_active_disk(index) {
             let job = store.take_active(&world.catalog, &world.catalog.layers(index))?;
             return Ok(Child::Active(job, world.named(index)));
         }
@@ -385,9 +403,9 @@ pub(super) fn tell_files(store: &Arc<Store>, before: &Catalog, inodes: &[u64], c
 
 /// Takes the intent away: all is done.
 pub(super) fn end(store: &Arc<Store>, intent: OwnedIntent, lock: Claim) -> Result<()> {
-    intent.end(&*store.guard_names())?;
+    let ended = forget(store, intent);
     drop(lock);
-    store.rescan().map(drop)
+    ended
 }
 
 /// Takes the intent of something that did not come to pass away.
@@ -468,11 +486,10 @@ pub(super) fn replace(
     intent: &Intent,
     (base, top, name): (&Named, &Named, &Path),
 ) -> Result<()> {
-    store.rescan()?;
+    let world = World::look(store)?;
     tell(store, before, intent, Some(base));
     let names = store.guard_names();
-    let index = World::look(store)?.expect(base)?;
-    let id = store.catalog().images[index].stat.id;
+    let id = world.image(world.expect(base)?).stat.id;
     store.rename_open(id, &own_path(store, name), || take_name(&*names, &base.path, &top.path, name))?;
     settle_name(&*names, &base.path, &top.path, name)
 }

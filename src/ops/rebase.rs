@@ -10,7 +10,7 @@ use crate::chain::MAX_DEPTH;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::{HeaderChange, change_header};
-use crate::store::{Format, ImageIndex, Store, ViewPart, shown};
+use crate::store::{Format, ImageIndex, Store, ViewPart};
 
 use super::board::Tokens;
 use super::engine::{Engine, Job};
@@ -32,13 +32,7 @@ pub(super) struct Layers {
 
 fn layers(world: &World, chain: &Chain, request: &RebaseRequest) -> Result<Layers> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
-    let depth = match &request.layer {
-        Some(name) => finish::layer(chain, name)?,
-        None => match chain.views.active() {
-            Some(active) => active.layer,
-            None => return Err(usage(format!("{} has no active layer; say layer=", shown(&chain.path)))),
-        },
-    };
+    let depth = finish::layer_or_active(chain, request.layer.as_deref(), "layer")?;
     let layer = chain.views.layers[depth];
     let image = world.image(layer);
     if image.format != Some(Format::Qcow2) {
@@ -105,7 +99,7 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Rebase
     if let Some(base) = layers.base {
         refuse_base(engine, world, &layers, base, request.is_unsafe, refusals);
         let image = world.image(base);
-        if image.users.is_empty() && world.catalog.is_active(base) {
+        if world.is_active_disk(base) {
             let fact = "is a disk of its own by now; it will be a snapshot, for something stands on it then";
             plan.notes.push(format!("{} {fact}", image.shown()));
         }
@@ -243,9 +237,8 @@ fn change_name(engine: &Engine, world: &World, path: &Path, layers: &Layers) -> 
         drop(base);
         job.finish()
     };
-    let image = world.image(layers.layer);
-    if image.users.is_empty() && world.catalog.is_active(layers.layer) {
-        return store.while_closed(image, change);
+    if world.is_active_disk(layers.layer) {
+        return store.while_closed(world.image(layers.layer), change);
     }
     change()
 }

@@ -7,7 +7,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::read_bitmaps;
 use crate::store::{Deed, ImageIndex, Intent, Keeping, OwnedIntent, Store, ViewPart, shown};
 use crate::units::SECTOR_SIZE;
 
@@ -80,15 +79,10 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Resize
 
 /// Bitmaps have the size of the disk, and nobody here changes theirs.
 fn refuse_bitmaps(world: &World, leaf: ImageIndex, refusals: &mut Vec<Error>) {
-    let image = world.image(leaf);
-    let Some(qcow2) = image.qcow2() else { return };
-    let file = world.store.file(&image.place, &image.stat, false);
-    let found = read_bitmaps(&image.shown(), &*file, &qcow2.header).unwrap_or_default();
-    let names: Vec<_> =
-        found.iter().flat_map(|(_, all)| all).map(|bitmap| String::from_utf8_lossy(&bitmap.name)).collect();
+    let names = finish::bitmap_names(world, leaf, |_| true);
     if !names.is_empty() {
         let fact = "has persistent bitmaps, whose sizes would be wrong";
-        let sentence = format!("{} {fact}: {}; remove them first", image.shown(), names.join(", "));
+        let sentence = format!("{} {fact}: {}; remove them first", world.image(leaf).shown(), names.join(", "));
         refusals.push(Error::new(ErrorKind::Unsupported, sentence));
     }
 }
@@ -111,15 +105,15 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &ResizeRequest, comma
         drop((job, lock));
         return store.rescan().map(|_| None);
     }
-    let deed = Deed::Shrink { image: world.named(leaf), size: new };
+    let named = world.named(leaf);
+    let deed = Deed::Shrink { image: named.clone(), size: new };
     let of = engine.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &of, &Intent::new(command, path, deed))?;
     match shrink(store, &world, leaf, new) {
         Ok(()) => finish::end(store, intent, lock).map(|()| None),
         Err(error) => {
-            let is_shorter = World::look(store).is_ok_and(|world| {
-                world.find(&image_of(&intent)).is_none_or(|leaf| world.image(leaf).virtual_size() != Some(old))
-            });
+            let is_shorter = World::look(store)
+                .is_ok_and(|world| world.find(&named).is_none_or(|leaf| world.image(leaf).virtual_size() != Some(old)));
             if is_shorter {
                 let fact = "what is left of it is done when the store is mounted again";
                 return Err(Error::new(error.kind(), format!("{error}; {fact}")));
@@ -128,11 +122,6 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &ResizeRequest, comma
             Err(error)
         }
     }
-}
-
-fn image_of(intent: &OwnedIntent) -> crate::store::Named {
-    let Deed::Shrink { image, .. } = &intent.intent.deed else { unreachable!("the intent of a shrinking") };
-    image.clone()
 }
 
 fn shrink(store: &Arc<Store>, world: &World, leaf: ImageIndex, size: u64) -> Result<()> {

@@ -44,6 +44,11 @@ impl World {
         &self.catalog.images[index]
     }
 
+    /// Whether an image is the top of an active disk.
+    pub(super) fn is_active_disk(&self, index: ImageIndex) -> bool {
+        self.image(index).users.is_empty() && self.catalog.is_active(index)
+    }
+
     /// The image that an intent or a plan has named, if it is still that file.
     pub(super) fn find(&self, named: &Named) -> Option<ImageIndex> {
         let is_it = |image: &ImageEntry| image.stat.id.inode == named.inode && self.name_of(image) == named.path;

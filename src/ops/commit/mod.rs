@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::Writer;
-use crate::store::{Deed, Format, ImageIndex, OpenView, Store, ViewPart, shown};
+use crate::store::{Deed, Format, ImageIndex, OpenView, Store, ViewPart};
 
 use super::copy::Segment;
 use super::engine::Engine;
@@ -55,13 +55,7 @@ impl Layers {
 fn layers(world: &World, chain: &Chain, request: &CommitRequest) -> Result<Layers> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let views = &chain.views;
-    let top = match &request.top {
-        Some(name) => finish::layer(chain, name)?,
-        None => match views.active() {
-            Some(active) => active.layer,
-            None => return Err(usage(format!("{} has no active layer; say top=", shown(&chain.path)))),
-        },
-    };
+    let top = finish::layer_or_active(chain, request.top.as_deref(), "top")?;
     let base = match &request.base {
         Some(name) => finish::layer(chain, name)?,
         None => top + 1,
@@ -225,7 +219,7 @@ impl Layers {
         let depth = chain.iter().position(|layer| *layer == base)?;
         let below = chain[depth + 1..].to_vec();
         let takes_name = rename.is_some();
-        let is_active = takes_name && world.image(top).users.is_empty() && world.catalog.is_active(top);
+        let is_active = takes_name && world.is_active_disk(top);
         Some(Self { chain, top, base, between, children, below, is_active, takes_name })
     }
 }

@@ -129,7 +129,7 @@ fn open(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Ready> {
     };
     let mut parts = Vec::new();
     for into in &layers.into {
-        let (target, writer) = if world.image(*into).users.is_empty() && world.catalog.is_active(*into) {
+        let (target, writer) = if world.is_active_disk(*into) {
             let job = store.take_active(&world.catalog, &world.catalog.layers(*into))?;
             let writer = job.writer()?;
             let both = Both { now: job.below(), then: fill.then() };

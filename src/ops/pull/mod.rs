@@ -11,7 +11,7 @@ use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::HeaderChange;
-use crate::store::{ImageIndex, ViewPart, shown};
+use crate::store::{ImageIndex, ViewPart};
 
 use super::copy::Segment;
 use super::engine::Engine;
@@ -48,13 +48,7 @@ impl Layers {
 fn layers(world: &World, chain: &Chain, request: &PullRequest) -> Result<Layers> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let views = &chain.views;
-    let into = match &request.into {
-        Some(name) => finish::layer(chain, name)?,
-        None => match views.active() {
-            Some(active) => active.layer,
-            None => return Err(usage(format!("{} has no active layer; say into=", shown(&chain.path)))),
-        },
-    };
+    let into = finish::layer_or_active(chain, request.into.as_deref(), "into")?;
     let name = world.image(views.layers[into]).shown();
     if into + 1 >= views.layers.len() {
         return Err(usage(format!("{name} stands on nothing: there is nothing to be pulled")));
