@@ -352,3 +352,24 @@ fn the_one_image_of_a_mount_is_not_deleted() {
     let error = run(&Engine::new(&store), "", "delete kept").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Forbidden, "{error}");
 }
+
+#[test]
+fn nobody_writes_a_disk_while_what_it_will_be_is_copied() {
+    let lab = Lab::slow(false);
+    lab.store.img(["snapshot", "-c", "inner", "sn2.qcow2"]);
+    let want = lab.content("sn2.qcow2@inner");
+    let store = open(&lab, false);
+    let engine = Engine::new(&store);
+    let request = Request::parse_command(b"revert to=sn2@inner").unwrap();
+    engine.run(Path::new("web"), &request, "revert to=sn2@inner").unwrap();
+    let catalog = store.catalog();
+    let layers = catalog.layers(catalog.chain(Path::new("web")).unwrap());
+    let refused = store.open_active(&catalog, &layers, Access::Write).map(drop).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Busy, "what he writes would be lost: {refused}");
+    let mut status = engine.status(Path::new("web"));
+    while status.state == JobState::Running {
+        status = engine.wait(Path::new("web"), status.version, Duration::from_millis(50));
+    }
+    assert_eq!(status.state, JobState::Done, "{:?}", status.error);
+    assert!(lab.content("web.qcow2") == want);
+}

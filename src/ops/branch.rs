@@ -95,7 +95,7 @@ pub(super) enum Purpose {
         /// What its file is called, beneath the store.
         name: PathBuf,
     },
-    /// An active disk that becomes what it shows, and which nobody opens meanwhile.
+    /// An active disk that becomes what it shows, and which nobody writes meanwhile.
     Revert(Box<Closed>),
 }
 

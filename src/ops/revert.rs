@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Frozen, Snapshot};
 use crate::image::write::NewSnapshot;
 use crate::io::{Claim, directory_of};
-use crate::store::{Deed, Format, ImageIndex, Intent, Keeping, Named, NewTop, Store, shown};
+use crate::store::{Deed, Format, ImageIndex, Intent, JobImage, Keeping, Named, NewTop, Store, shown};
 
 use super::branch::{BranchJob, Purpose, Source};
 use super::engine::{Engine, Job};
@@ -37,10 +37,11 @@ enum Way {
     Apply(Snapshot),
 }
 
-/// What a disk that is about to be replaced is, while something is being copied for that.
+/// A disk that is about to be replaced, also while something is being copied for that: nobody comes to write it.
 pub(super) struct Closed {
     leaf: Named,
     saved: Option<PathBuf>,
+    held: JobImage,
 }
 
 /// What the request would do, with every refusal.
@@ -172,7 +173,7 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &RevertRequest, comma
         finish::freeze(store, &world, left, &Frozen::now(""))?;
     }
     let world = World::look(store)?;
-    let closed = Closed { leaf: world.named(leaf), saved };
+    let closed = Closed { leaf: world.named(leaf), saved, held: store.take_image(&world.catalog, leaf)? };
     let old = world.image(leaf).place.path.clone();
     let of = engine.intent_name();
     let draft = overlay::draft_name(&old, &of, 0);
@@ -220,7 +221,7 @@ pub(super) fn switch(
     closed: Closed,
 ) -> Result<Claim> {
     let store = engine.store();
-    let Closed { leaf, saved } = closed;
+    let Closed { leaf, saved, held } = closed;
     let index = world.expect(&leaf)?;
     used_by_others(world, index).map_or(Ok(()), Err)?;
     let of = engine.intent_name();
@@ -236,7 +237,6 @@ pub(super) fn switch(
     let deed = Deed::Snapshot { seconds, nanoseconds, description, disks: vec![top] };
     let names = store.guard_names();
     store.while_closed(world.image(index), || {
-        let held = store.take_image(&world.catalog, index)?;
         let intent = store.guard().begin(&*names, &of, &Intent::new(command, path, deed))?;
         // From here on it goes as it would if it had been cut off.
         snapshot::carry_on(engine, intent, vec![held], true)
