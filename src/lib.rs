@@ -10,6 +10,7 @@ pub mod cli;
 pub mod error;
 pub mod format;
 pub mod fs;
+pub mod guest;
 pub mod image;
 pub mod io;
 pub mod ops;

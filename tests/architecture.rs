@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// From the outermost to the innermost. `format` and `io` stand side by side.
-const LAYERS: [(&str, usize); 12] = [
+/// From the outermost to the innermost. `format`, `io` and `guest` stand side by side.
+const LAYERS: [(&str, usize); 13] = [
     ("cli", 9),
     ("fs", 8),
     ("report", 7),
@@ -14,6 +14,7 @@ const LAYERS: [(&str, usize); 12] = [
     ("image", 3),
     ("format", 2),
     ("io", 2),
+    ("guest", 2),
     ("cache", 0),
     ("units", 1),
     ("error", 0),

@@ -1,0 +1,1 @@
+//! LVM2: logical volumes of physical volumes.

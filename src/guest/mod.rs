@@ -1,0 +1,17 @@
+//! Guests' disks from the inside: partition tables, volumes, and the file systems in them.
+//!
+//! Promises: everything here only reads, from a [`Source`]; whatever bytes that gives, there is an answer or an
+//! [`Error`](crate::error::Error), never a panic, an endless loop, or memory without a bound. Nothing here knows images, names of a store, FUSE
+//! or processes: those who use it decide where it runs.
+
+pub mod ext;
+pub mod fat;
+pub mod filesystem;
+pub mod lvm;
+pub mod partition;
+pub mod source;
+
+pub use filesystem::{
+    Attributes, DirectoryEntry, ExtendedAttribute, FileKind, FileSystem, Ino, Run, RunKind, Statistics, Time,
+};
+pub use source::{Slice, Source};
