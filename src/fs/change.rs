@@ -8,10 +8,10 @@ use std::sync::atomic::Ordering;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::Zeroing;
-use crate::store::{Access, ActiveHandle};
+use crate::store::{Access, ActiveHandle, ViewId};
 
 use super::handles::Handle;
-use super::node::{Node, NodeKind, Part, ViewNode};
+use super::node::{Node, NodeKind};
 use super::tree::Tree;
 
 /// What fallocate(2) asks for.
@@ -123,9 +123,9 @@ impl Tree {
         Ok(())
     }
 
-    fn active_node(&self, inode: u64) -> Result<ViewNode> {
+    fn active_node(&self, inode: u64) -> Result<ViewId> {
         match self.node(inode)? {
-            Node::View(view) if matches!(view.part, Part::Active(_)) => Ok(view),
+            Node::View(view) if view.is_active() => Ok(view),
             _ => Err(read_only()),
         }
     }

@@ -21,6 +21,6 @@ pub use change::Fallocate;
 pub use control::{CONTROL, ControlFile, ControlHandle, ControlScope};
 pub use fuse::{Features, Server};
 pub use handles::Handle;
-pub use node::{ChainDocument, Node, NodeKind, Part, StoreDocument, ViewNode};
+pub use node::{ChainDocument, Node, NodeKind, StoreDocument};
 pub use progress::{Answer, ProgressReader};
 pub use tree::{Listed, Tree};

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 
-use crate::io::FileId;
+use crate::store::ViewId;
 
 use super::control::{ControlFile, ControlScope};
 
@@ -38,34 +38,7 @@ pub enum Node {
     /// A file in `control`.
     ControlFile(ControlScope, ControlFile),
     /// A disk, or saved VM state.
-    View(ViewNode),
-}
-
-/// A disk of a chain.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct ViewNode {
-    /// The chain's path.
-    pub chain: Arc<PathBuf>,
-    /// The view's name, without suffix.
-    pub name: Arc<[u8]>,
-    /// Which disk it is.
-    pub part: Part,
-}
-
-/// Which disk a view is, as an identity: the image that is its top layer, and which state of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Part {
-    /// The active disk, by the store's number for it: its content changes, and so may the image that is its
-    /// top layer; its number stays.
-    Active(u64),
-    /// A frozen layer, by the versions of its file and of those below. All of them: two openings of
-    /// one number share the kernel's page cache, also when one of them still reads a file that
-    /// has been replaced since.
-    Frozen(FileId, u64),
-    /// An internal snapshot, by a digest of its entry in the table and of the files below.
-    Snapshot(FileId, u64),
-    /// The VM state of an internal snapshot, by a digest of its entry.
-    VmState(FileId, u64),
+    View(ViewId),
 }
 
 /// The files of `.chainfs`.

@@ -7,19 +7,17 @@ mod names;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Snapshot;
 use crate::io::{FileStat, Storage};
 use crate::ops::{Engine, JobState};
 use crate::report::status::per_mille;
 use crate::store::{
-    Access, ActiveAttributes, ActiveHandle, Catalog, ChainView, ChainViews, ImageEntry, ImageIndex, OpenDisk, Store,
-    ViewPart,
+    Access, ActiveAttributes, ActiveHandle, Catalog, ImageEntry, ImageIndex, OpenDisk, Part, Store, ViewId, stale,
 };
 
 use super::attributes::{Attributes, Ownership, frozen, modified, taken};
@@ -27,7 +25,7 @@ use super::change::read_only;
 use super::control::{ControlFile, ControlHandle, ControlScope, Controls};
 use super::documents::{Counters, Documents, metrics};
 use super::handles::{Handle, Handles};
-use super::node::{ChainDocument, Inodes, Node, NodeKind, Part, ROOT, StoreDocument, ViewNode};
+use super::node::{ChainDocument, Inodes, Node, NodeKind, ROOT, StoreDocument};
 use super::progress::{Answer, Progress, ProgressReader};
 
 /// One entry of a directory.
@@ -57,27 +55,6 @@ pub struct Tree {
 
 /// Names of the attributes that disks have, after `user.chainfs.`.
 const ATTRIBUTE_PREFIX: &[u8] = b"user.chainfs.";
-
-/// A disk's node, found in the catalog of the moment.
-struct Found {
-    catalog: Arc<Catalog>,
-    views: Arc<ChainViews>,
-    view: ChainView,
-}
-
-impl Found {
-    fn image(&self) -> &ImageEntry {
-        &self.catalog.images[self.views.layers[self.view.layer]]
-    }
-
-    fn layers(&self) -> &[ImageIndex] {
-        &self.views.layers[self.view.layer..]
-    }
-
-    fn snapshot(&self) -> Option<&Snapshot> {
-        self.image().qcow2()?.snapshots.get(self.view.snapshot?)
-    }
-}
 
 impl Tree {
     /// The tree of `store`.
@@ -201,13 +178,13 @@ impl Tree {
         self.store.roots()[0].stat(Path::new("."))
     }
 
-    fn view_attributes(&self, node: &ViewNode, inode: u64) -> Result<Attributes> {
+    fn view_attributes(&self, node: &ViewId, inode: u64) -> Result<Attributes> {
         if let Part::Active(number) = node.part
             && let Some(active) = self.store.active_attributes(number)
         {
             return Ok(self.active_attributes(&active, inode));
         }
-        let found = match self.find(node) {
+        let found = match self.store.find_view(node) {
             Ok(found) => found,
             // Taken away from under those who have it open, who may go on.
             Err(error) => return self.handles.attributes(inode).ok_or(error),
@@ -247,42 +224,11 @@ impl Tree {
                 .is_ok_and(|found| found == (false, size))
     }
 
-    fn find(&self, node: &ViewNode) -> Result<Found> {
-        let catalog = self.store.catalog();
-        let views = self.store.chain_views(&catalog, leaf(&catalog, &node.chain)?);
-        let view = views.find(&node.name).cloned().ok_or_else(|| stale("the disk is no longer part of its chain"))?;
-        let vm_state = matches!(node.part, Part::VmState(..));
-        if self.view_node(&catalog, &node.chain, &views, &view, vm_state) != *node {
-            return Err(stale("another disk has taken its name"));
-        }
-        Ok(Found { catalog, views, view })
-    }
-
-    /// The node of a view: its identity, as the catalog has it now.
-    fn view_node(
-        &self,
-        catalog: &Catalog,
-        chain: &Arc<PathBuf>,
-        views: &ChainViews,
-        view: &ChainView,
-        vm_state: bool,
-    ) -> ViewNode {
-        let image = &catalog.images[views.layers[view.layer]];
-        let snapshot = view.snapshot.and_then(|index| image.qcow2()?.snapshots.get(index));
-        let part = match snapshot {
-            Some(snapshot) if vm_state => Part::VmState(image.stat.id, digest(snapshot, 0)),
-            Some(snapshot) => Part::Snapshot(image.stat.id, digest(snapshot, views.state(view.layer + 1))),
-            None if view.active => Part::Active(self.store.active_number(image.stat.id)),
-            None => Part::Frozen(image.stat.id, views.state(view.layer)),
-        };
-        ViewNode { chain: Arc::clone(chain), name: view.name.as_slice().into(), part }
-    }
-
     /// Opens a file; directories by [`Tree::open_directory`]. The number is for [`Tree::read`].
     pub fn open(&self, inode: u64, access: Access) -> Result<(u64, Handle)> {
         let catalog = self.store.catalog();
         let node = self.node(inode)?;
-        let is_active = matches!(&node, Node::View(view) if matches!(view.part, Part::Active(_)));
+        let is_active = matches!(&node, Node::View(view) if view.is_active());
         let takes_commands = matches!(&node, Node::ControlFile(_, file) if file.takes_commands());
         if access.writes() && !is_active && !takes_commands {
             return Err(read_only());
@@ -307,47 +253,17 @@ impl Tree {
         Ok((self.handles.add(handle.clone(), seen), handle))
     }
 
-    fn open_disk(&self, node: &ViewNode) -> Result<Arc<OpenDisk>> {
-        self.opening(node, |found| {
-            let part = match (node.part, found.view.snapshot) {
-                (Part::VmState(..), Some(index)) => ViewPart::VmState(index),
-                (_, Some(index)) => ViewPart::Snapshot(index),
-                (_, None) => ViewPart::Active,
-            };
-            self.store.open_disk(&found.catalog, found.layers(), part)
-        })
+    fn open_disk(&self, id: &ViewId) -> Result<Arc<OpenDisk>> {
+        self.count_open(self.store.open_frozen(id))
     }
 
-    pub(super) fn open_active(&self, node: &ViewNode, access: Access) -> Result<ActiveHandle> {
-        // Whether other images stand on it by now, or it was frozen, does not show on the image itself,
-        // and news may not have come yet.
-        if access.writes() && !matches!(node.part, Part::Active(number) if self.store.is_written(number)) {
-            self.store.rescan()?;
-        }
-        self.opening(node, |found| self.store.open_active(&found.catalog, found.layers(), access))
+    pub(super) fn open_active(&self, id: &ViewId, access: Access) -> Result<ActiveHandle> {
+        self.count_open(self.store.open_writable(id, access))
     }
 
-    /// Opens what is found at a node; looks again where a file has changed since it was looked up
-    /// and nobody has told us yet.
-    fn opening<T>(&self, node: &ViewNode, open: impl Fn(&Found) -> Result<T>) -> Result<T> {
-        let mut attempts = 0;
-        loop {
-            attempts += 1;
-            let found = self.find(node)?;
-            match open(&found) {
-                Ok(open) => {
-                    self.counters.opens.fetch_add(1, Ordering::Relaxed);
-                    return Ok(open);
-                }
-                Err(error) if matches!(error.kind(), ErrorKind::Stale | ErrorKind::NotFound) => {
-                    self.store.rescan()?;
-                    if attempts == 3 {
-                        return Err(Error::new(ErrorKind::Stale, error.to_string()));
-                    }
-                }
-                Err(error) => return Err(error),
-            }
-        }
+    fn count_open<T>(&self, opened: Result<T>) -> Result<T> {
+        self.counters.opens.fetch_add(u64::from(opened.is_ok()), Ordering::Relaxed);
+        opened
     }
 
     /// Opens a directory: its entries as of now, under a number of their own.
@@ -425,7 +341,7 @@ impl Tree {
             return Ok(Some(std::process::id().to_string().into_bytes()));
         }
         let Node::View(node) = self.node(inode)? else { return Ok(None) };
-        let found = self.find(&node)?;
+        let found = self.store.find_view(&node)?;
         let image = found.image();
         let header = image.qcow2().map(|qcow2| &qcow2.header);
         Ok(match name {
@@ -460,19 +376,6 @@ impl Tree {
     }
 }
 
-fn stale(fact: &str) -> Error {
-    Error::new(ErrorKind::Stale, format!("{fact}; look it up again"))
-}
-
 fn leaf(catalog: &Catalog, chain: &Path) -> Result<ImageIndex> {
     catalog.chain(chain).ok_or_else(|| stale("the chain has gone"))
-}
-
-fn digest(snapshot: &Snapshot, below: u64) -> u64 {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut hasher = DefaultHasher::new();
-    (&snapshot.id, &snapshot.name, snapshot.l1.offset, snapshot.l1.entries).hash(&mut hasher);
-    (snapshot.seconds, snapshot.nanoseconds, snapshot.vm_state_size, snapshot.virtual_size).hash(&mut hasher);
-    below.hash(&mut hasher);
-    hasher.finish()
 }

@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{ACTIVE, Catalog, ImageIndex, STORE_DIRECTORY};
+use crate::store::{ACTIVE, Catalog, ImageIndex, STORE_DIRECTORY, stale};
 
 use super::super::control::{CONTROL, ControlScope};
 use super::super::node::{ChainDocument, Node, StoreDocument};
-use super::{Listed, Tree, leaf, stale};
+use super::{Listed, Tree, leaf};
 
 const SNAPSHOTS: &str = "snapshots";
 const INFO: &str = "info";
@@ -71,7 +71,7 @@ impl Tree {
         let base = name.as_bytes().strip_suffix(DISK_SUFFIX)?;
         let views = self.store.chain_views(catalog, leaf);
         let view = views.active().filter(|_| base == ACTIVE)?;
-        Some(Node::View(self.view_node(catalog, chain, &views, view, false)))
+        Some(Node::View(self.store.view_id(catalog, chain, &views, view, false)))
     }
 
     fn snapshot_child(&self, catalog: &Arc<Catalog>, chain: &Arc<PathBuf>, name: &OsStr) -> Option<Node> {
@@ -82,7 +82,7 @@ impl Tree {
             None => (name.strip_suffix(VM_STATE_SUFFIX)?, true),
         };
         let view = views.find(base).filter(|view| !view.active && (!vm_state || view.has_vm_state))?;
-        Some(Node::View(self.view_node(catalog, chain, &views, view, vm_state)))
+        Some(Node::View(self.store.view_id(catalog, chain, &views, view, vm_state)))
     }
 
     /// The entries of a directory, as of now.
@@ -117,10 +117,10 @@ impl Tree {
             Node::Snapshots(chain) => {
                 let views = self.store.chain_views(&catalog, leaf(&catalog, chain)?);
                 for view in views.snapshots() {
-                    let node = Node::View(self.view_node(&catalog, chain, &views, view, false));
+                    let node = Node::View(self.store.view_id(&catalog, chain, &views, view, false));
                     found.push((file_name(&view.name, DISK_SUFFIX), node));
                     if view.has_vm_state {
-                        let node = Node::View(self.view_node(&catalog, chain, &views, view, true));
+                        let node = Node::View(self.store.view_id(&catalog, chain, &views, view, true));
                         found.push((file_name(&view.name, VM_STATE_SUFFIX), node));
                     }
                 }
@@ -150,7 +150,7 @@ impl Tree {
     ) -> Result<()> {
         let views = self.store.chain_views(catalog, leaf(catalog, chain)?);
         if let Some(view) = views.active() {
-            let node = Node::View(self.view_node(catalog, chain, &views, view, false));
+            let node = Node::View(self.store.view_id(catalog, chain, &views, view, false));
             found.push((file_name(&view.name, DISK_SUFFIX), node));
         }
         found.push((CONTROL.into(), Node::Control(ControlScope::Chain(Arc::clone(chain)))));

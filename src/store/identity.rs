@@ -1,0 +1,171 @@
+//! Which disk of which chain is meant: an identity that never comes to stand for other bytes.
+//!
+//! A name alone would not do: a layer that somebody else has changed, or another one that has taken its name, is
+//! another disk to everybody who has cached anything of the first.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::Snapshot;
+use crate::io::FileId;
+
+use super::Store;
+use super::active::{Access, ActiveHandle};
+use super::catalog::{Catalog, ImageEntry, ImageIndex};
+use super::disk::OpenDisk;
+use super::open::ViewPart;
+use super::views::{ChainView, ChainViews};
+
+/// A disk of a chain.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ViewId {
+    /// The chain's path.
+    pub chain: Arc<PathBuf>,
+    /// The view's name, without suffix.
+    pub name: Arc<[u8]>,
+    /// Which disk it is.
+    pub part: Part,
+}
+
+/// Which disk a view is, as an identity: the image that is its top layer, and which state of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Part {
+    /// The active disk, by the store's number for it: its content changes, and so may the image that is its
+    /// top layer; its number stays.
+    Active(u64),
+    /// A frozen layer, by the versions of its file and of those below. All of them: two openings of
+    /// one number share the kernel's page cache, also when one of them still reads a file that
+    /// has been replaced since.
+    Frozen(FileId, u64),
+    /// An internal snapshot, by a digest of its entry in the table and of the files below.
+    Snapshot(FileId, u64),
+    /// The VM state of an internal snapshot, by a digest of its entry.
+    VmState(FileId, u64),
+}
+
+/// A disk, found in the catalog of the moment.
+#[derive(Debug)]
+pub struct FoundView {
+    /// Where it was found.
+    pub catalog: Arc<Catalog>,
+    /// The views of its chain.
+    pub views: Arc<ChainViews>,
+    /// Its own.
+    pub view: ChainView,
+}
+
+impl ViewId {
+    /// Whether it is the disk that may be written.
+    pub fn is_active(&self) -> bool {
+        matches!(self.part, Part::Active(_))
+    }
+}
+
+impl FoundView {
+    /// Its top layer's image.
+    pub fn image(&self) -> &ImageEntry {
+        &self.catalog.images[self.views.layers[self.view.layer]]
+    }
+
+    /// Its layers, top first.
+    pub fn layers(&self) -> &[ImageIndex] {
+        &self.views.layers[self.view.layer..]
+    }
+
+    /// The internal snapshot that it shows.
+    pub fn snapshot(&self) -> Option<&Snapshot> {
+        self.image().qcow2()?.snapshots.get(self.view.snapshot?)
+    }
+}
+
+impl Store {
+    /// The identity of a view of `chain`, as the catalog has it now.
+    pub fn view_id(
+        &self,
+        catalog: &Catalog,
+        chain: &Arc<PathBuf>,
+        views: &ChainViews,
+        view: &ChainView,
+        vm_state: bool,
+    ) -> ViewId {
+        let image = &catalog.images[views.layers[view.layer]];
+        let snapshot = view.snapshot.and_then(|index| image.qcow2()?.snapshots.get(index));
+        let part = match snapshot {
+            Some(snapshot) if vm_state => Part::VmState(image.stat.id, digest(snapshot, 0)),
+            Some(snapshot) => Part::Snapshot(image.stat.id, digest(snapshot, views.state(view.layer + 1))),
+            None if view.active => Part::Active(self.active_number(image.stat.id)),
+            None => Part::Frozen(image.stat.id, views.state(view.layer)),
+        };
+        ViewId { chain: Arc::clone(chain), name: view.name.as_slice().into(), part }
+    }
+
+    /// The disk of that identity; `Stale` if there is no such disk any more.
+    pub fn find_view(&self, id: &ViewId) -> Result<FoundView> {
+        let catalog = self.catalog();
+        let leaf = catalog.chain(&id.chain).ok_or_else(|| stale("the chain has gone"))?;
+        let views = self.chain_views(&catalog, leaf);
+        let view = views.find(&id.name).cloned().ok_or_else(|| stale("the disk is no longer part of its chain"))?;
+        let vm_state = matches!(id.part, Part::VmState(..));
+        if self.view_id(&catalog, &id.chain, &views, &view, vm_state) != *id {
+            return Err(stale("another disk has taken its name"));
+        }
+        Ok(FoundView { catalog, views, view })
+    }
+
+    /// Opens a disk that does not change.
+    pub fn open_frozen(&self, id: &ViewId) -> Result<Arc<OpenDisk>> {
+        self.opening(id, |found| {
+            let part = match (id.part, found.view.snapshot) {
+                (Part::VmState(..), Some(index)) => ViewPart::VmState(index),
+                (_, Some(index)) => ViewPart::Snapshot(index),
+                (_, None) => ViewPart::Active,
+            };
+            self.open_disk(&found.catalog, found.layers(), part)
+        })
+    }
+
+    /// Opens an active disk.
+    pub fn open_writable(self: &Arc<Self>, id: &ViewId, access: Access) -> Result<ActiveHandle> {
+        // Whether other images stand on it by now, or it was frozen, does not show on the image itself,
+        // and news may not have come yet.
+        if access.writes() && !matches!(id.part, Part::Active(number) if self.is_written(number)) {
+            self.rescan()?;
+        }
+        self.opening(id, |found| self.open_active(&found.catalog, found.layers(), access))
+    }
+
+    /// Opens what is found; looks again where a file has changed since it was looked up
+    /// and nobody has told us yet.
+    fn opening<T>(&self, id: &ViewId, open: impl Fn(&FoundView) -> Result<T>) -> Result<T> {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let found = self.find_view(id)?;
+            match open(&found) {
+                Ok(open) => return Ok(open),
+                Err(error) if matches!(error.kind(), ErrorKind::Stale | ErrorKind::NotFound) => {
+                    self.rescan()?;
+                    if attempts == 3 {
+                        return Err(Error::new(ErrorKind::Stale, error.to_string()));
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+/// That something is no longer what it was.
+pub fn stale(fact: &str) -> Error {
+    Error::new(ErrorKind::Stale, format!("{fact}; look it up again"))
+}
+
+fn digest(snapshot: &Snapshot, below: u64) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (&snapshot.id, &snapshot.name, snapshot.l1.offset, snapshot.l1.entries).hash(&mut hasher);
+    (snapshot.seconds, snapshot.nanoseconds, snapshot.vm_state_size, snapshot.virtual_size).hash(&mut hasher);
+    below.hash(&mut hasher);
+    hasher.finish()
+}
