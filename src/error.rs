@@ -8,11 +8,13 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 /// The result of everything that touches the world.
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// What went wrong, as far as a program needs to know. [`errno`] maps each to its number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ErrorKind {
     /// There is nothing of that name.
     NotFound,

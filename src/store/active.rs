@@ -7,6 +7,7 @@
 
 mod handle;
 mod job;
+mod still;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -25,8 +26,11 @@ use super::describe::header_digest;
 use super::open::{OpenImage, OpenView, ViewPart, changed};
 use super::options::Format;
 
+use still::Stills;
+
 pub use handle::ActiveHandle;
 pub use job::{ActiveJob, Fallen, Mirror, NewTopFile, Prepared, PreparedFall, Sealed};
+pub use still::Still;
 
 /// Memory for the tables of one writer, at most and at least; in between, a part of `cache=`.
 const WRITER_CACHE: (u64, u64) = (1 << 20, 16 << 20);
@@ -110,6 +114,7 @@ struct ActiveDisk {
     unsettled: OnceLock<Error>,
     /// Whether a change was broken off by a bug: tables in memory may be wrong, and must stay there.
     has_panicked: AtomicBool,
+    stills: Stills,
 }
 
 /// Notes a panic that passes by.
@@ -175,7 +180,11 @@ impl Store {
         } else {
             // The same view as before, unless the files have changed since.
             let open = self.open_view(catalog, layers, ViewPart::Active, true)?;
+            let fingerprint = open.fingerprint;
             let old = std::mem::replace(&mut *disk.state.write(), State::Reading(open));
+            if matches!(&old, State::Reading(old) if old.fingerprint != fingerprint) {
+                disk.stills.lose();
+            }
             drop(old);
             if access.writes() {
                 disk.begin_writing(self, leaf)?;
@@ -347,6 +356,7 @@ impl ActiveDisks {
             is_gone: AtomicBool::new(false),
             unsettled: OnceLock::new(),
             has_panicked: AtomicBool::new(false),
+            stills: Stills::default(),
         });
         numbered.disks.insert(number, Arc::downgrade(&disk));
         disk
@@ -435,6 +445,7 @@ impl ActiveDisk {
             unreachable!("only openings change the state, and they wait");
         };
         *state = State::Writing(Writing { writer, locks, open, mirror: None });
+        self.stills.begin();
         Ok(())
     }
 

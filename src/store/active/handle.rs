@@ -66,6 +66,7 @@ impl ActiveHandle {
                 let fact = format!("{} ends at {size:#x}; grow it with truncate", self.disk.name());
                 return Err(Error::new(ErrorKind::NoSpace, fact));
             }
+            self.disk.stills.before_change(writing, at, len as u64);
             writing.write_at(at, &bytes[..len])?;
             Ok(len)
         })
@@ -75,7 +76,10 @@ impl ActiveHandle {
     pub fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
         self.writing(|writing| match writing.writer.size().saturating_sub(at).min(len) {
             0 => Ok(()),
-            len => writing.zero(at, len, zeroing),
+            len => {
+                self.disk.stills.before_change(writing, at, len);
+                writing.zero(at, len, zeroing)
+            }
         })
     }
 
@@ -111,6 +115,7 @@ impl ActiveHandle {
                 let fact = format!("{} has {now} bytes and would have {size}", self.disk.name());
                 return Err(Error::new(ErrorKind::Forbidden, format!("{fact}; a disk is shrunk with resize")));
             }
+            self.disk.stills.before_change(writing, now, 0);
             writing.grow(size)
         })
     }
@@ -183,6 +188,10 @@ impl Drop for ActiveHandle {
             if openings.writers == 0 {
                 self.disk.end_writing(&self.store, openings.count > 0);
             }
+        }
+        if openings.count == 0 {
+            let state = self.disk.state.read();
+            self.disk.stills.end(self.disk.version(&state));
         }
     }
 }

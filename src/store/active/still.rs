@@ -1,0 +1,268 @@
+//! An active disk, held still: what it was at one moment, for those who read it as a whole while it is written.
+//!
+//! Before anything is changed, the bytes that it had are put aside, in memory and within a limit; whoever
+//! reads is given those, or else what the disk still has. Promise: a read gives the bytes of that moment, or `Stale`,
+//! never anything else. The one who writes is never refused because of it.
+//!
+//! A still is kept up only while the disk is in use in this process. Once it is not, what was not changed before can go on
+//! as soon as somebody opens the disk and finds it unchanged.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+
+use crate::error::Result;
+
+use super::super::identity::stale;
+use super::{ActiveDisk, ActiveHandle, State, Writing};
+
+/// Bytes that are put aside as one.
+const CHUNK: u64 = 1 << 16;
+/// Bytes that are put aside for one still, at most. Whoever reads more slowly than the guest changes that much has to
+/// begin again.
+const KEPT_LEN: usize = 256 << 20;
+
+/// A disk as it was at one moment.
+pub struct Still {
+    size: u64,
+    kept: Mutex<Kept>,
+}
+
+impl std::fmt::Debug for Still {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Still").field("size", &self.size).finish_non_exhaustive()
+    }
+}
+
+struct Kept {
+    /// What the disk had where it has been changed since.
+    chunks: HashMap<u64, Box<[u8]>>,
+    hold: Hold,
+}
+
+/// How sure it is that all changes are known of.
+enum Hold {
+    /// They are: each passes by here first.
+    Held,
+    /// Nobody looks. There were none as long as the disk's version is this one.
+    Loose(Version),
+    /// There were some that are not known.
+    Lost,
+}
+
+/// What was written when: equal only if nothing was written in between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Version {
+    fingerprint: u64,
+    changes: u64,
+}
+
+/// The stills of one disk. A leaf, but for the writer's own locks.
+#[derive(Default)]
+pub(super) struct Stills {
+    /// Whether there are any: writers ask each time.
+    any: AtomicBool,
+    held: Mutex<Vec<Weak<Still>>>,
+    /// Changes since the disk began to be written.
+    changes: AtomicU64,
+}
+
+impl Still {
+    /// Bytes of the disk then.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn lose(&self) {
+        let mut kept = self.kept.lock();
+        kept.hold = Hold::Lost;
+        kept.chunks = HashMap::new();
+    }
+
+    /// Nobody looks from here on; the disk is at `version`, or nobody knows.
+    fn loosen(&self, version: Option<Version>) {
+        let mut kept = self.kept.lock();
+        match version {
+            Some(version) if kept.chunks.is_empty() && !matches!(kept.hold, Hold::Lost) => {
+                kept.hold = Hold::Loose(version);
+            }
+            _ => {
+                kept.hold = Hold::Lost;
+                kept.chunks = HashMap::new();
+            }
+        }
+    }
+
+    /// Puts aside what is about to be changed.
+    fn keep(&self, at: u64, len: u64, read: &dyn Fn(u64, &mut [u8]) -> Result<()>) {
+        let end = at.saturating_add(len).min(self.size);
+        let mut kept = self.kept.lock();
+        if at >= end || matches!(kept.hold, Hold::Lost) {
+            return;
+        }
+        for chunk in at / CHUNK..end.div_ceil(CHUNK) {
+            if kept.chunks.contains_key(&chunk) {
+                continue;
+            }
+            let start = chunk * CHUNK;
+            let mut bytes = vec![0; CHUNK.min(self.size - start) as usize].into_boxed_slice();
+            let is_full = (kept.chunks.len() + 1) * CHUNK as usize > KEPT_LEN;
+            if is_full || read(start, &mut bytes).is_err() {
+                kept.hold = Hold::Lost;
+                kept.chunks = HashMap::new();
+                return;
+            }
+            kept.chunks.insert(chunk, bytes);
+        }
+    }
+
+    /// Fills `buf`, which lies within the disk and within one chunk.
+    fn read_chunk(&self, at: u64, buf: &mut [u8], read: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
+        let (chunk, within) = (at / CHUNK, (at % CHUNK) as usize);
+        if !self.copy_kept(chunk, within, buf)? {
+            read(buf)?;
+            // What has been put aside by now may have been changed while it was read; what has not, has not.
+            self.copy_kept(chunk, within, buf)?;
+        }
+        Ok(())
+    }
+
+    fn copy_kept(&self, chunk: u64, within: usize, buf: &mut [u8]) -> Result<bool> {
+        let kept = self.kept.lock();
+        if !matches!(kept.hold, Hold::Held) {
+            return Err(lost());
+        }
+        let Some(bytes) = kept.chunks.get(&chunk) else { return Ok(false) };
+        buf.copy_from_slice(&bytes[within..within + buf.len()]);
+        Ok(true)
+    }
+}
+
+fn lost() -> crate::error::Error {
+    stale("the active disk has been changed too much since it was looked into")
+}
+
+impl Stills {
+    /// Of a disk that begins to be written.
+    pub(super) fn begin(&self) {
+        self.changes.store(0, Ordering::Release);
+    }
+
+    /// A change is about to be made.
+    pub(super) fn before_change(&self, writing: &Writing, at: u64, len: u64) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        if !self.any.load(Ordering::Acquire) {
+            return;
+        }
+        let all: Vec<Arc<Still>> = self.held.lock().iter().filter_map(Weak::upgrade).collect();
+        self.any.store(!all.is_empty(), Ordering::Release);
+        for still in all {
+            still.keep(at, len, &|at, buf| writing.writer.read_at(at, buf));
+        }
+    }
+
+    /// Of a disk that others may have changed.
+    pub(super) fn lose(&self) {
+        for still in self.held.lock().drain(..).filter_map(|still| still.upgrade()) {
+            still.lose();
+        }
+    }
+
+    /// Of a disk that nobody uses any more and that is at `version`.
+    pub(super) fn end(&self, version: Option<Version>) {
+        for still in self.held.lock().drain(..).filter_map(|still| still.upgrade()) {
+            still.loosen(version);
+        }
+    }
+
+    fn add(&self, still: &Arc<Still>) {
+        let mut held = self.held.lock();
+        held.retain(|other| other.strong_count() > 0 && !std::ptr::eq(other.as_ptr(), Arc::as_ptr(still)));
+        held.push(Arc::downgrade(still));
+        self.any.store(true, Ordering::Release);
+    }
+
+    /// Stops looking after a still.
+    fn remove(&self, still: &Arc<Still>, version: Option<Version>) {
+        let mut held = self.held.lock();
+        let before = held.len();
+        held.retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(still)));
+        if held.len() < before {
+            still.loosen(version);
+        }
+    }
+
+    fn version(&self, state: &State) -> Option<Version> {
+        match state {
+            State::Reading(open) => Some(Version { fingerprint: open.fingerprint, changes: 0 }),
+            State::Writing(writing) => Some(Version {
+                fingerprint: writing.open.fingerprint,
+                changes: self.changes.load(Ordering::Acquire),
+            }),
+            State::Closed(_) | State::Failed(_) => None,
+        }
+    }
+}
+
+impl ActiveDisk {
+    pub(super) fn version(&self, state: &State) -> Option<Version> {
+        self.stills.version(state)
+    }
+}
+
+impl ActiveHandle {
+    /// The disk as it is now.
+    pub fn hold_still(&self) -> Result<Arc<Still>> {
+        let size = self.size()?;
+        // Alone: no write is under way that has not been seen.
+        let state = self.disk.state.write();
+        let still = Arc::new(Still { size, kept: Mutex::new(Kept { chunks: HashMap::new(), hold: Hold::Held }) });
+        self.disk.stills.add(&still);
+        drop(state);
+        Ok(still)
+    }
+
+    /// Goes on with a still that was let go of; `Stale` if the disk has been changed since.
+    pub fn hold_again(&self, still: &Arc<Still>) -> Result<()> {
+        let state = self.disk.state.write();
+        let version = self.disk.version(&state);
+        let mut kept = still.kept.lock();
+        match kept.hold {
+            Hold::Held => {}
+            Hold::Loose(then) if Some(then) == version => kept.hold = Hold::Held,
+            Hold::Loose(_) | Hold::Lost => {
+                kept.hold = Hold::Lost;
+                return Err(lost());
+            }
+        }
+        drop(kept);
+        self.disk.stills.add(still);
+        drop(state);
+        Ok(())
+    }
+
+    /// Stops looking after a still: writing costs nothing more because of it. It goes on with
+    /// [`ActiveHandle::hold_again`], if nothing is changed meanwhile.
+    pub fn let_go(&self, still: &Arc<Still>) {
+        let state = self.disk.state.write();
+        self.disk.stills.remove(still, self.disk.version(&state));
+    }
+
+    /// Fills `buf` with what the disk had at `at`. The range must lie within the still.
+    pub fn read_still(&self, still: &Still, at: u64, buf: &mut [u8]) -> Result<()> {
+        let mut rest = buf;
+        let mut at = at;
+        while !rest.is_empty() {
+            let len = rest.len().min((CHUNK - at % CHUNK) as usize);
+            let (piece, more) = rest.split_at_mut(len);
+            still.read_chunk(at, piece, |piece| {
+                // A disk that was made shorter ends within the still.
+                if self.read_at(at, piece)? < len { Err(lost()) } else { Ok(()) }
+            })?;
+            (rest, at) = (more, at + len as u64);
+        }
+        Ok(())
+    }
+}
