@@ -4,12 +4,15 @@
 //! [`Error`](crate::error::Error), never a panic, an endless loop, or memory without a bound. Nothing here knows images, names of a store, FUSE
 //! or processes: those who use it decide where it runs.
 
+mod bytes;
+pub mod content;
 pub mod ext;
 pub mod fat;
 pub mod filesystem;
 pub mod lvm;
 pub mod partition;
 pub mod source;
+pub mod volumes;
 
 pub use filesystem::{
     Attributes, DirectoryEntry, ExtendedAttribute, FileKind, FileSystem, Ino, Run, RunKind, Statistics, Time,

@@ -1,0 +1,247 @@
+//! What a disk, a partition or a logical volume holds, told by its first bytes (and, where a format has them there, its last).
+//!
+//! Names, labels and identities are those that blkid(8) would say. Nothing is verified beyond what tells one format from
+//! another: whether it can be read is found out by reading it.
+
+mod containers;
+mod foreign;
+mod linux;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::guest::Source;
+
+/// All formats that are recognised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "they say it themselves")]
+pub enum Content {
+    /// Zero at every place at which a format would be told.
+    Empty,
+    /// None of the others.
+    Unknown,
+    Ext2,
+    Ext3,
+    Ext4,
+    /// The journal of an ext file system on a device of its own.
+    ExtJournal,
+    Fat12,
+    Fat16,
+    Fat32,
+    Exfat,
+    Ntfs,
+    Refs,
+    Xfs,
+    Btrfs,
+    Bcachefs,
+    F2fs,
+    Jfs,
+    Reiserfs,
+    Nilfs2,
+    Zfs,
+    Squashfs,
+    Erofs,
+    Cramfs,
+    Iso9660,
+    Udf,
+    Hfs,
+    HfsPlus,
+    Apfs,
+    Swap,
+    /// Swap space that keeps a machine that sleeps.
+    Hibernation,
+    LvmPhysicalVolume,
+    MdRaid,
+    Luks1,
+    Luks2,
+    BitLocker,
+    Bcache,
+    Vdo,
+}
+
+impl Content {
+    /// As blkid(8) spells it; `empty` and `unknown`, which it does not.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Empty => "empty",
+            Self::Unknown => "unknown",
+            Self::Ext2 => "ext2",
+            Self::Ext3 => "ext3",
+            Self::Ext4 => "ext4",
+            Self::ExtJournal => "jbd",
+            Self::Fat12 | Self::Fat16 | Self::Fat32 => "vfat",
+            Self::Exfat => "exfat",
+            Self::Ntfs => "ntfs",
+            Self::Refs => "ReFS",
+            Self::Xfs => "xfs",
+            Self::Btrfs => "btrfs",
+            Self::Bcachefs => "bcachefs",
+            Self::F2fs => "f2fs",
+            Self::Jfs => "jfs",
+            Self::Reiserfs => "reiserfs",
+            Self::Nilfs2 => "nilfs2",
+            Self::Zfs => "zfs_member",
+            Self::Squashfs => "squashfs",
+            Self::Erofs => "erofs",
+            Self::Cramfs => "cramfs",
+            Self::Iso9660 => "iso9660",
+            Self::Udf => "udf",
+            Self::Hfs => "hfs",
+            Self::HfsPlus => "hfsplus",
+            Self::Apfs => "apfs",
+            Self::Swap => "swap",
+            Self::Hibernation => "swsuspend",
+            Self::LvmPhysicalVolume => "LVM2_member",
+            Self::MdRaid => "linux_raid_member",
+            Self::Luks1 | Self::Luks2 => "crypto_LUKS",
+            Self::BitLocker => "BitLocker",
+            Self::Bcache => "bcache",
+            Self::Vdo => "vdo",
+        }
+    }
+
+    /// Why files of it cannot be shown; `None` if there is a reader for it.
+    pub fn problem(self) -> Option<String> {
+        let sentence = match self {
+            Self::Ext2 | Self::Ext3 | Self::Ext4 | Self::Fat12 | Self::Fat16 | Self::Fat32 => return None,
+            Self::Empty => "there is nothing in it".to_owned(),
+            Self::Unknown => "what it holds is not known".to_owned(),
+            Self::ExtJournal => "it is the journal of a file system that lies elsewhere".to_owned(),
+            Self::Swap => "it is swap space and holds no files".to_owned(),
+            Self::Hibernation => "it keeps the memory of a machine that sleeps, and no files".to_owned(),
+            Self::LvmPhysicalVolume => "it is a physical volume; its files are in the logical volumes".to_owned(),
+            Self::Luks1 | Self::Luks2 | Self::BitLocker => format!("it is encrypted ({self})"),
+            Self::MdRaid | Self::Bcache | Self::Vdo | Self::Zfs => {
+                format!("it is a part of something larger ({self}), which is not put together")
+            }
+            Self::Exfat
+            | Self::Ntfs
+            | Self::Refs
+            | Self::Xfs
+            | Self::Btrfs
+            | Self::Bcachefs
+            | Self::F2fs
+            | Self::Jfs
+            | Self::Reiserfs
+            | Self::Nilfs2
+            | Self::Squashfs
+            | Self::Erofs
+            | Self::Cramfs
+            | Self::Iso9660
+            | Self::Udf
+            | Self::Hfs
+            | Self::HfsPlus
+            | Self::Apfs => format!("there is no reader for {self} yet"),
+        };
+        Some(sentence)
+    }
+}
+
+impl fmt::Display for Content {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Found {
+    /// The format.
+    pub content: Content,
+    /// What its owner called it.
+    pub label: Option<String>,
+    /// Its identity.
+    pub uuid: Option<String>,
+}
+
+impl Found {
+    fn new(content: Content, label: Option<String>, uuid: Option<String>) -> Self {
+        Self { content, label, uuid }
+    }
+}
+
+/// What `source` holds. What cannot be read is taken for zero.
+pub fn probe(source: &dyn Source) -> Found {
+    let probe = Probe::new(source);
+    // Who is put together of several wins over what is put into it, and what is told by two bytes comes last.
+    let formats = [
+        containers::md_raid,
+        containers::lvm,
+        containers::luks,
+        containers::bitlocker,
+        containers::bcache,
+        containers::vdo,
+        foreign::fat,
+        linux::swap,
+        linux::xfs,
+        linux::ext,
+        linux::reiserfs,
+        linux::jfs,
+        foreign::udf,
+        foreign::iso9660,
+        linux::zfs,
+        foreign::hfs,
+        foreign::ntfs,
+        foreign::refs,
+        linux::cramfs,
+        linux::squashfs,
+        linux::nilfs2,
+        linux::btrfs,
+        foreign::exfat,
+        linux::f2fs,
+        linux::bcachefs,
+        foreign::apfs,
+        linux::erofs,
+    ];
+    let found = formats.iter().find_map(|format| format(&probe));
+    found.unwrap_or_else(|| {
+        let content = if probe.is_zero() { Content::Empty } else { Content::Unknown };
+        Found::new(content, None, None)
+    })
+}
+
+/// What every format looks at: the beginning, read once.
+struct Probe<'a> {
+    source: &'a dyn Source,
+    /// Zeroes beyond the end of a short source.
+    head: Vec<u8>,
+}
+
+impl<'a> Probe<'a> {
+    /// The farthest superblock that has a fixed place early on (btrfs') ends here.
+    const HEAD_LEN: usize = 0x11000;
+
+    fn new(source: &'a dyn Source) -> Self {
+        let mut head = vec![0; Self::HEAD_LEN];
+        let len = source.size().min(head.len() as u64) as usize;
+        if source.read_at(0, &mut head[..len]).is_err() {
+            // Some of it may be had piece by piece.
+            for at in (0..len).step_by(512) {
+                let end = len.min(at + 512);
+                if source.read_at(at as u64, &mut head[at..end]).is_err() {
+                    head[at..end].fill(0);
+                }
+            }
+        }
+        Self { source, head }
+    }
+
+    fn has(&self, at: usize, magic: &[u8]) -> bool {
+        self.head.get(at..).is_some_and(|rest| rest.starts_with(magic))
+    }
+
+    /// `len` bytes that lie elsewhere.
+    fn read(&self, at: u64, len: usize) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        self.source.read_at(at, &mut bytes).ok()?;
+        Some(bytes)
+    }
+
+    fn is_zero(&self) -> bool {
+        let tail_at = self.source.size().saturating_sub(1 << 16);
+        let tail = self.read(tail_at, (self.source.size() - tail_at) as usize);
+        let further = self.read(linux::ZFS_UBERBLOCKS, linux::ZFS_UBERBLOCKS_LEN).unwrap_or_default();
+        [&self.head, &further, &tail.unwrap_or_default()].iter().all(|bytes| bytes.iter().all(|byte| *byte == 0))
+    }
+}

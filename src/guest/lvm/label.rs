@@ -1,0 +1,130 @@
+//! The label that makes a stretch of a disk a physical volume: in one of its first four sectors, with the volume's identity
+//! and where its data and its metadata areas are.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::guest::bytes::{array, crc32, le32, le64, slice};
+
+/// What LVM begins its checksums with; there is no inversion at the end.
+const CRC_SEED: u32 = 0xf597_a6cf;
+/// Labels are found by sectors of 512 bytes, whatever the disk's own are.
+const SECTOR_LEN: usize = 512;
+/// Nothing but LVM's own limit of the header's size bounds the lists of areas; two or three are usual.
+const AREA_LIMIT: usize = 16;
+
+/// LVM's checksum.
+pub(super) fn checksum(bytes: &[u8]) -> u32 {
+    crc32(CRC_SEED, bytes)
+}
+
+/// The identity of a physical volume, a volume group or a logical volume: 32 letters, digits, `!` or `#`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Id([u8; 32]);
+
+impl Id {
+    fn of(bytes: [u8; 32]) -> Option<Self> {
+        let is_known = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'!' | b'#');
+        bytes.iter().all(is_known).then_some(Self(bytes))
+    }
+
+    /// From text with or without hyphens.
+    pub fn parse(text: &str) -> Option<Self> {
+        let bytes: Vec<u8> = text.bytes().filter(|byte| *byte != b'-').take(33).collect();
+        Self::of(bytes.try_into().ok()?)
+    }
+}
+
+impl fmt::Display for Id {
+    /// With hyphens, as LVM writes it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut rest = &self.0[..];
+        for (index, len) in [6, 4, 4, 4, 4, 4, 6].into_iter().enumerate() {
+            let (part, next) = rest.split_at(len);
+            rest = next;
+            let hyphen = if index == 0 { "" } else { "-" };
+            write!(f, "{hyphen}{}", String::from_utf8_lossy(part))?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Id {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl From<Id> for String {
+    fn from(id: Id) -> Self {
+        id.to_string()
+    }
+}
+
+impl TryFrom<String> for Id {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        Self::parse(&text).ok_or("not an identity of LVM's")
+    }
+}
+
+/// What the label says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Label {
+    /// The physical volume's identity.
+    pub id: Id,
+    /// Bytes that it had when it was made.
+    pub device_len: u64,
+    /// Its metadata areas: where, and how many bytes.
+    pub metadata_areas: Vec<(u64, u64)>,
+}
+
+/// The label among the first four sectors of `head`, the first whose checksum is right.
+pub fn find_label(head: &[u8]) -> Option<Label> {
+    head.chunks_exact(SECTOR_LEN).take(4).enumerate().find_map(|(number, sector)| parse(sector, number as u64))
+}
+
+fn parse(sector: &[u8], number: u64) -> Option<Label> {
+    let is_label = sector.starts_with(b"LABELONE") && slice(sector, 24, 8) == b"LVM2 001";
+    if !is_label || le64(sector, 8) != number || le32(sector, 16) != checksum(&sector[20..]) {
+        return None;
+    }
+    let header = sector.get(le32(sector, 20) as usize..)?;
+    let id = Id::of(array(header, 0))?;
+    let mut at = 40;
+    let _data_areas = areas(header, &mut at);
+    let metadata_areas = areas(header, &mut at);
+    Some(Label { id, device_len: le64(header, 32), metadata_areas })
+}
+
+/// A list of places and lengths, ended by a place of 0.
+fn areas(header: &[u8], at: &mut usize) -> Vec<(u64, u64)> {
+    let mut areas = Vec::new();
+    loop {
+        let (offset, len) = (le64(header, *at), le64(header, *at + 8));
+        *at += 16;
+        if offset == 0 || areas.len() == AREA_LIMIT {
+            return areas;
+        }
+        areas.push((offset, len));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identity_is_written_as_lvm_writes_it() {
+        let text = "Zq2hEb-zKAX-21qc-nyTF-Otwz-f61A-2Q7Lhc";
+        let id = Id::parse(text).unwrap();
+        assert_eq!(id.to_string(), text);
+        assert_eq!(Id::parse(&text.replace('-', "")), Some(id));
+        for wrong in ["", "x", "Zq2hEb-zKAX-21qc-nyTF-Otwz-f61A-2Q7Lh/", "Zq2hEb-zKAX-21qc-nyTF-Otwz-f61A-2Q7Lhcc"] {
+            assert_eq!(Id::parse(wrong), None, "{wrong}");
+        }
+    }
+}
