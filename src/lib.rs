@@ -4,6 +4,7 @@
 //! `cli -> fs -> report -> ops -> store -> chain -> image -> { format, io }`, with [`error`],
 //! [`units`] and [`cache`] below all; docs/ARCHITECTURE.md says what each may know.
 
+pub mod browse;
 pub mod cache;
 pub mod chain;
 pub mod cli;

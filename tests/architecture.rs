@@ -4,11 +4,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// From the outermost to the innermost. `format`, `io` and `guest` stand side by side.
-const LAYERS: [(&str, usize); 13] = [
+const LAYERS: [(&str, usize); 14] = [
     ("cli", 9),
     ("fs", 8),
     ("report", 7),
     ("ops", 6),
+    ("browse", 6),
     ("store", 5),
     ("chain", 4),
     ("image", 3),

@@ -5,9 +5,11 @@
 
 mod below;
 mod flat;
+mod origin;
 mod view;
 
 pub use flat::{FlatCache, FlatMap};
+pub use origin::Origin;
 pub use view::{Extent, MapRun, Source, View};
 
 /// Layers of a chain, at most: more is refused as broken.

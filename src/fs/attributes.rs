@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::format::{Frozen, Snapshot};
+use crate::guest;
 use crate::io::FileStat;
 
 use super::node::NodeKind;
@@ -12,20 +13,43 @@ use super::node::NodeKind;
 pub struct Attributes {
     /// Number of the node.
     pub inode: u64,
-    /// Directory or file.
+    /// What it is.
     pub kind: NodeKind,
     /// Bytes.
     pub size: u64,
     /// Blocks of 512 bytes.
     pub blocks: u64,
+    /// Names it has.
+    pub links: u32,
+    /// Number of a device, in FUSE's encoding.
+    pub device: u32,
+    /// Last access.
+    pub accessed: SystemTime,
     /// Last change of content.
-    pub mtime: SystemTime,
+    pub modified: SystemTime,
+    /// Last change of the inode.
+    pub changed: SystemTime,
     /// Permission bits.
     pub permissions: u16,
     /// Owner.
     pub uid: u32,
     /// Group.
     pub gid: u32,
+}
+
+impl Attributes {
+    /// Of something that is not a guest's: with one time, and as many names as its kind has.
+    pub(super) fn plain(
+        inode: u64,
+        kind: NodeKind,
+        (size, blocks): (u64, u64),
+        modified: SystemTime,
+        (uid, gid, permissions): (u32, u32, u16),
+    ) -> Self {
+        let links = if kind == NodeKind::Directory { 2 } else { 1 };
+        let (accessed, changed) = (modified, modified);
+        Self { inode, kind, size, blocks, links, device: 0, accessed, modified, changed, permissions, uid, gid }
+    }
 }
 
 /// What `-o uid=,gid=,umask=` say.
@@ -44,12 +68,31 @@ impl Ownership {
     pub(super) fn apply(&self, stat: &FileStat, kind: NodeKind, writable: bool) -> (u32, u32, u16) {
         let bits = match (self.umask, kind) {
             (Some(umask), NodeKind::Directory) => 0o777 & !umask,
-            (Some(umask), NodeKind::File) => 0o666 & !umask,
+            (Some(umask), _) => 0o666 & !umask,
             (None, NodeKind::Directory) => stat.mode & 0o777,
-            (None, NodeKind::File) => stat.mode & 0o666,
+            (None, _) => stat.mode & 0o666,
         };
         let bits = if writable { bits } else { bits & !0o222 };
         (self.uid.unwrap_or(stat.uid), self.gid.unwrap_or(stat.gid), bits as u16)
+    }
+}
+
+impl Ownership {
+    /// Owner, group and permissions of a guest's file. With a umask, who may read it is the user's word; what can be run, the
+    /// guest's.
+    pub(super) fn of_guest(&self, found: &guest::Attributes) -> (u32, u32, u16) {
+        let bits = match (self.umask, found.kind) {
+            (Some(umask), guest::FileKind::Directory) => 0o777 & !umask as u16,
+            (Some(umask), _) => (0o666 | found.mode & 0o111) & !umask as u16,
+            (None, _) => found.mode & 0o7777,
+        };
+        (self.uid.unwrap_or(found.uid), self.gid.unwrap_or(found.gid), bits)
+    }
+
+    /// Owner, group and permissions of a directory that shows what is in the image `stat`: for those who may read that.
+    pub(super) fn of_contents(&self, stat: &FileStat) -> (u32, u32, u16) {
+        let (uid, gid, bits) = self.apply(stat, NodeKind::File, false);
+        (uid, gid, bits & 0o444 | (bits & 0o444) >> 2)
     }
 }
 
@@ -79,7 +122,8 @@ pub(super) fn taken(snapshot: &Snapshot) -> SystemTime {
     time(i64::from(snapshot.seconds), snapshot.nanoseconds)
 }
 
-fn time(seconds: i64, nanoseconds: u32) -> SystemTime {
+/// A moment as file systems keep it.
+pub(super) fn time(seconds: i64, nanoseconds: u32) -> SystemTime {
     let whole = Duration::from_secs(seconds.unsigned_abs());
     let start = if seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
     // A bad image may say more nanoseconds than a second has.

@@ -11,7 +11,7 @@ use crate::image::write::Zeroing;
 use crate::store::{Access, ActiveHandle, ViewId};
 
 use super::handles::Handle;
-use super::node::{Node, NodeKind};
+use super::node::{Node, NodeKind, PartitionNode};
 use super::tree::Tree;
 
 /// What fallocate(2) asks for.
@@ -30,12 +30,14 @@ impl Tree {
         if let Handle::Control(control) = handle {
             return self.command(control, at, bytes);
         }
-        let disk = active(handle)?;
-        let len = disk.write_at(at, bytes)?;
+        let len = match handle {
+            Handle::Partition(window) => window.write_at(at, bytes)?,
+            _ => active(handle)?.write_at(at, bytes)?,
+        };
         self.counters().writes.fetch_add(1, Ordering::Relaxed);
         self.counters().write_bytes.fetch_add(len as u64, Ordering::Relaxed);
         if sync {
-            disk.flush()?;
+            self.sync(handle)?;
         }
         Ok(len)
     }
@@ -44,9 +46,8 @@ impl Tree {
     pub fn sync(&self, handle: &Handle) -> Result<()> {
         match handle {
             Handle::Active(disk) => disk.flush(),
-            Handle::Text(_) | Handle::Disk(_) | Handle::Control(_) | Handle::Progress(_) | Handle::Directory(_) => {
-                Ok(())
-            }
+            Handle::Partition(window) => self.sync(&window.disk),
+            _ => Ok(()),
         }
     }
 
@@ -54,18 +55,26 @@ impl Tree {
     pub fn closing(&self, handle: &Handle) -> Result<()> {
         match handle {
             Handle::Active(disk) => disk.trouble(),
-            Handle::Text(_) | Handle::Disk(_) | Handle::Control(_) | Handle::Progress(_) | Handle::Directory(_) => {
-                Ok(())
-            }
+            Handle::Partition(window) => self.closing(&window.disk),
+            _ => Ok(()),
         }
     }
 
     /// fallocate(2). Not `keep_size`: a disk that is shorter grows first.
     pub fn fallocate(&self, handle: &Handle, at: u64, len: u64, what: Fallocate, keep_size: bool) -> Result<()> {
-        let disk = active(handle)?;
         let end = at
             .checked_add(len)
             .ok_or_else(|| Error::new(ErrorKind::TooLarge, "no file is as large as this range reaches"))?;
+        if let Handle::Partition(window) = handle {
+            if !keep_size && end > window.len {
+                return window.set_size(end);
+            }
+            return match what {
+                Fallocate::Zero(zeroing) => window.zero(at, len, zeroing),
+                Fallocate::Space => window.allocate(at, len),
+            };
+        }
+        let disk = active(handle)?;
         if !keep_size && end > disk.size()? {
             if what == Fallocate::Space {
                 disk.check_room(end)?;
@@ -84,12 +93,27 @@ impl Tree {
             // `>` cuts a file before it writes; here nothing is kept that could be cut.
             return Ok(());
         }
+        if let Node::Partition(partition) = self.node(inode)? {
+            return self.set_partition_size(&partition, handle, size);
+        }
         let node = self.active_node(inode)?;
         match handle {
             Some(handle) => active(handle)?.set_size(size),
             // open(2) with O_TRUNC, which changes a disk no more than it does a block device.
             None if size == 0 => Ok(()),
             None => self.open_active(&node, Access::Write)?.set_size(size),
+        }
+    }
+
+    fn set_partition_size(&self, partition: &PartitionNode, handle: Option<&Handle>, size: u64) -> Result<()> {
+        match handle {
+            Some(Handle::Partition(window)) => window.set_size(size),
+            // open(2) with O_TRUNC.
+            None if partition.view.is_active() && (size == 0 || size == partition.len) => Ok(()),
+            _ if partition.view.is_active() => {
+                Err(Error::new(ErrorKind::Forbidden, "a partition keeps its size; change the partition table"))
+            }
+            _ => Err(read_only()),
         }
     }
 
@@ -117,7 +141,8 @@ impl Tree {
                 return Err(read_only());
             }
         }
-        if execute && node.kind() == NodeKind::File {
+        // A guest's programs are the guest's: the mount does not let them run, but they are what they are.
+        if execute && node.kind() == Some(NodeKind::File) {
             return Err(Error::new(ErrorKind::Denied, "a file of the mount is not a program"));
         }
         Ok(())
@@ -125,7 +150,7 @@ impl Tree {
 
     fn active_node(&self, inode: u64) -> Result<ViewId> {
         match self.node(inode)? {
-            Node::View(view) if view.is_active() => Ok(view),
+            Node::View(view) | Node::Partition(PartitionNode { view, .. }) if view.is_active() => Ok(view),
             _ => Err(read_only()),
         }
     }
@@ -134,9 +159,7 @@ impl Tree {
 fn active(handle: &Handle) -> Result<&Arc<ActiveHandle>> {
     match handle {
         Handle::Active(disk) => Ok(disk),
-        Handle::Text(_) | Handle::Disk(_) | Handle::Control(_) | Handle::Progress(_) | Handle::Directory(_) => {
-            Err(read_only())
-        }
+        _ => Err(read_only()),
     }
 }
 

@@ -24,6 +24,7 @@ use fuser::{
 use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result, errno};
+use crate::guest::Statistics;
 use crate::image::write::Zeroing;
 use crate::store::Access;
 
@@ -33,12 +34,14 @@ use super::handles::Handle;
 use super::node::NodeKind;
 use super::tree::Tree;
 
-use entries::entries;
+use entries::{Entry, each};
 use modes::Mode;
 
 /// For how long the kernel believes a name or an attribute. Changes of the store are noticed
 /// within a second; this is their larger part.
 const BELIEF: Duration = Duration::from_millis(500);
+/// The same for guests' files.
+const GUEST_BELIEF: Duration = Duration::from_secs(3600);
 /// Bytes of a request, at most: what the kernel's limit of 256 pages allows.
 const MAX_REQUEST: u32 = 1 << 20;
 /// Read-ahead requests in flight, at most.
@@ -183,7 +186,21 @@ impl Filesystem for Adapter {
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         match self.answer(|tree| tree.lookup(parent.0, name)) {
-            Ok(found) => reply.entry(&belief(&found), &attr(&found), Generation(0)),
+            Ok(found) => {
+                self.tree.told(found.inode);
+                reply.entry(&belief(&found), &attr(&found), Generation(0));
+            }
+            Err(errno) => reply.error(errno),
+        }
+    }
+
+    fn forget(&self, _req: &Request, inode: INodeNo, times: u64) {
+        self.tree.forgotten(inode.0, times);
+    }
+
+    fn readlink(&self, _req: &Request, inode: INodeNo, reply: ReplyData) {
+        match self.answer(|tree| tree.read_link(inode.0)) {
+            Ok(target) => reply.data(&target),
             Err(errno) => reply.error(errno),
         }
     }
@@ -215,16 +232,23 @@ impl Filesystem for Adapter {
         if let Some(backing) = self.pass(&reply, inode.0, &handle) {
             return reply.opened_passthrough(FileHandle(number), FopenFlags::empty(), &backing);
         }
-        let flags = match &handle {
+        // A partition is open as its disk is.
+        let disk = if let Handle::Partition(window) = &handle { &*window.disk } else { &handle };
+        let flags = match disk {
             Handle::Active(_) if self.features.parallel_writes => {
                 FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
             }
             Handle::Disk(disk) if self.cache(inode.0, disk.view().fingerprint) => FopenFlags::FOPEN_KEEP_CACHE,
             Handle::Disk(_) => FopenFlags::empty(),
+            // What its number stands for never changes.
+            Handle::GuestFile(_) => FopenFlags::FOPEN_KEEP_CACHE,
             // A disk that changes; and each opening has a text of its own, which no other may be served.
-            Handle::Active(_) | Handle::Text(_) | Handle::Control(_) | Handle::Directory(_) => {
-                FopenFlags::FOPEN_DIRECT_IO
-            }
+            Handle::Active(_)
+            | Handle::Text(_)
+            | Handle::Control(_)
+            | Handle::Directory(_)
+            | Handle::GuestDirectory(_)
+            | Handle::Partition(_) => FopenFlags::FOPEN_DIRECT_IO,
             // News has no places: nobody waits for another's read because of one.
             Handle::Progress(_) => {
                 FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NONSEEKABLE | FopenFlags::FOPEN_STREAM
@@ -472,16 +496,12 @@ impl Filesystem for Adapter {
     }
 
     fn readdir(&self, _req: &Request, inode: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let entries = match self.answer(|tree| entries(tree, inode.0, handle.0)) {
-            Ok(entries) => entries,
-            Err(errno) => return reply.error(errno),
-        };
-        for (index, number, kind, name) in entries.from(offset) {
-            if reply.add(INodeNo(number), index, file_type(kind), name) {
-                break;
-            }
+        let mut take =
+            |entry: &Entry<'_>| reply.add(INodeNo(entry.inode), entry.next, file_type(entry.kind), entry.name);
+        match self.answer(|tree| each(tree, inode.0, handle.0, offset, &mut take)) {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno),
         }
-        reply.ok();
     }
 
     fn readdirplus(
@@ -492,18 +512,21 @@ impl Filesystem for Adapter {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        let entries = match self.answer(|tree| entries(tree, inode.0, handle.0)) {
-            Ok(entries) => entries,
-            Err(errno) => return reply.error(errno),
-        };
-        for (index, number, _, name) in entries.from(offset) {
+        let mut take = |entry: &Entry<'_>| {
             // What has gone since it was listed is left out.
-            let Ok(found) = self.answer(|tree| tree.attributes(number)) else { continue };
-            if reply.add(INodeNo(number), index, name, &belief(&found), &attr(&found), Generation(0)) {
-                break;
+            let known = entry.attributes.map_or_else(|| self.answer(|tree| tree.attributes(entry.inode)), Ok);
+            let Ok(found) = known else { return false };
+            let (inode, is_dots) = (INodeNo(entry.inode), matches!(entry.name.as_encoded_bytes(), b"." | b".."));
+            let is_full = reply.add(inode, entry.next, entry.name, &belief(&found), &attr(&found), Generation(0));
+            if !is_full && !is_dots {
+                self.tree.told(entry.inode);
             }
+            is_full
+        };
+        match self.answer(|tree| each(tree, inode.0, handle.0, offset, &mut take)) {
+            Ok(()) => reply.ok(),
+            Err(errno) => reply.error(errno),
         }
-        reply.ok();
     }
 
     fn releasedir(&self, _req: &Request, _inode: INodeNo, handle: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
@@ -511,7 +534,12 @@ impl Filesystem for Adapter {
         reply.ok();
     }
 
-    fn statfs(&self, _req: &Request, _inode: INodeNo, reply: ReplyStatfs) {
+    fn statfs(&self, _req: &Request, inode: INodeNo, reply: ReplyStatfs) {
+        if let Ok(Some(found)) = self.answer(|tree| tree.guest_statistics(inode.0)) {
+            let Statistics { blocks, free_blocks, available_blocks, inodes, free_inodes, block_size, name_len } = found;
+            let (free, available) = (free_blocks, available_blocks);
+            return reply.statfs(blocks, free, available, inodes, free_inodes, block_size, name_len, block_size);
+        }
         match self.answer(|tree| tree.store().roots()[0].statvfs()) {
             Ok(stat) => reply.statfs(
                 stat.f_blocks,
@@ -537,9 +565,13 @@ impl Filesystem for Adapter {
         }
     }
 
-    /// Our attributes are read by name: listed, every `cp -a` would try to copy them.
-    fn listxattr(&self, _req: &Request, _inode: INodeNo, size: u32, reply: ReplyXattr) {
-        if size == 0 { reply.size(0) } else { reply.data(&[]) }
+    fn listxattr(&self, _req: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
+        match self.answer(|tree| tree.listed_attributes(inode.0)) {
+            Ok(names) if size == 0 => reply.size(names.len() as u32),
+            Ok(names) if names.len() > size as usize => reply.error(Errno::ERANGE),
+            Ok(names) => reply.data(&names),
+            Err(errno) => reply.error(errno),
+        }
     }
 }
 
@@ -547,11 +579,20 @@ fn file_type(kind: NodeKind) -> FileType {
     match kind {
         NodeKind::Directory => FileType::Directory,
         NodeKind::File => FileType::RegularFile,
+        NodeKind::Symlink => FileType::Symlink,
+        NodeKind::CharDevice => FileType::CharDevice,
+        NodeKind::BlockDevice => FileType::BlockDevice,
+        NodeKind::Fifo => FileType::NamedPipe,
+        NodeKind::Socket => FileType::Socket,
     }
 }
 
 /// What commands change is asked for each time: who has resized a disk, or reverted it, looks at it next.
 fn belief(found: &Attributes) -> Duration {
+    // What a guest's number stands for never changes; what leads to it does, and is believed for a moment only.
+    if Tree::is_guest(found.inode) {
+        return GUEST_BELIEF;
+    }
     let is_written = found.kind == NodeKind::File && found.permissions & 0o222 != 0;
     if is_written { Duration::ZERO } else { BELIEF }
 }
@@ -561,16 +602,16 @@ fn attr(found: &Attributes) -> FileAttr {
         ino: INodeNo(found.inode),
         size: found.size,
         blocks: found.blocks,
-        atime: found.mtime,
-        mtime: found.mtime,
-        ctime: found.mtime,
+        atime: found.accessed,
+        mtime: found.modified,
+        ctime: found.changed,
         crtime: SystemTime::UNIX_EPOCH,
         kind: file_type(found.kind),
         perm: found.permissions,
-        nlink: if found.kind == NodeKind::Directory { 2 } else { 1 },
+        nlink: found.links,
         uid: found.uid,
         gid: found.gid,
-        rdev: 0,
+        rdev: found.device,
         blksize: 65_536,
         flags: 0,
     }

@@ -11,8 +11,10 @@ use crate::store::{ActiveHandle, OpenDisk};
 
 use super::attributes::Attributes;
 use super::control::ControlHandle;
+use super::guest_file::{GuestDirectory, GuestFile};
 use super::progress::ProgressReader;
 use super::tree::Listed;
+use super::window::Window;
 
 /// Something open.
 #[derive(Clone, Debug)]
@@ -29,6 +31,12 @@ pub enum Handle {
     Progress(Arc<ProgressReader>),
     /// A directory, as of its opening.
     Directory(Arc<[Listed]>),
+    /// A partition of a disk.
+    Partition(Window),
+    /// A guest's file.
+    GuestFile(Arc<GuestFile>),
+    /// A guest's directory.
+    GuestDirectory(Arc<GuestDirectory>),
 }
 
 /// All that is open.

@@ -13,6 +13,7 @@ use parking_lot::RwLock;
 use crate::store::ViewId;
 
 use super::control::{ControlFile, ControlScope};
+use super::slots::GuestNode;
 
 /// One thing in the tree.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -39,6 +40,35 @@ pub enum Node {
     ControlFile(ControlScope, ControlFile),
     /// A disk, or saved VM state.
     View(ViewId),
+    /// A chain's `partitions` directory.
+    Partitions(Arc<PathBuf>),
+    /// What stands there for one view.
+    PartitionsOf(ViewId),
+    /// A partition, as a disk.
+    Partition(PartitionNode),
+    /// A chain's `files` directory.
+    Files(Arc<PathBuf>),
+    /// What stands there for one view.
+    FilesOf(ViewId),
+    /// The list of a view's volumes.
+    VolumeList(ViewId),
+    /// The link to the volume that holds the operating system.
+    RootLink(ViewId),
+    /// A guest's own file.
+    Guest(GuestNode),
+}
+
+/// A partition of a view, and where it lies: another place is another disk.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PartitionNode {
+    /// The disk.
+    pub view: ViewId,
+    /// As Linux numbers it.
+    pub number: u32,
+    /// Where it begins, in bytes.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
 }
 
 /// The files of `.chainfs`.
@@ -78,6 +108,16 @@ pub enum NodeKind {
     Directory,
     /// A regular file.
     File,
+    /// A symbolic link.
+    Symlink,
+    /// A character device.
+    CharDevice,
+    /// A block device.
+    BlockDevice,
+    /// A named pipe.
+    Fifo,
+    /// A socket.
+    Socket,
 }
 
 impl StoreDocument {
@@ -103,18 +143,29 @@ impl ChainDocument {
 }
 
 impl Node {
-    /// Directory or file.
-    pub fn kind(&self) -> NodeKind {
-        match self {
+    /// What it is; `None` for a guest's file, which has to be asked for.
+    pub fn kind(&self) -> Option<NodeKind> {
+        Some(match self {
             Node::Root
             | Node::Directory(_)
             | Node::Store
             | Node::Chain(_)
             | Node::Snapshots(_)
             | Node::Info(_)
-            | Node::Control(_) => NodeKind::Directory,
-            Node::StoreDocument(_) | Node::ChainDocument(..) | Node::ControlFile(..) | Node::View(_) => NodeKind::File,
-        }
+            | Node::Control(_)
+            | Node::Partitions(_)
+            | Node::PartitionsOf(_)
+            | Node::Files(_)
+            | Node::FilesOf(_) => NodeKind::Directory,
+            Node::StoreDocument(_)
+            | Node::ChainDocument(..)
+            | Node::ControlFile(..)
+            | Node::View(_)
+            | Node::Partition(_)
+            | Node::VolumeList(_) => NodeKind::File,
+            Node::RootLink(_) => NodeKind::Symlink,
+            Node::Guest(_) => return None,
+        })
     }
 }
 
@@ -142,6 +193,9 @@ impl Inodes {
 
     /// The number of a node; a new one if it has none yet.
     pub(super) fn number(&self, node: &Node) -> u64 {
+        if let Node::Guest(guest) = node {
+            return guest.number();
+        }
         if let Some(number) = self.table.read().by_node.get(node) {
             return *number;
         }
@@ -157,6 +211,9 @@ impl Inodes {
 
     /// The node of a number that was given.
     pub(super) fn node(&self, number: u64) -> Option<Node> {
+        if let Some(guest) = GuestNode::from_number(number) {
+            return Some(Node::Guest(guest));
+        }
         let index = usize::try_from(number.checked_sub(1)?).ok()?;
         self.table.read().nodes.get(index).cloned()
     }

@@ -3,6 +3,7 @@
 //! Nothing here waits for anything but the store's files. Names are looked up in the catalog of
 //! the moment; a node whose chain or layer has gone since is stale.
 
+mod guests;
 mod names;
 
 use std::ffi::{OsStr, OsString};
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
+use crate::browse::Browser;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{FileStat, Storage};
 use crate::ops::{Engine, JobState};
@@ -25,8 +27,11 @@ use super::change::read_only;
 use super::control::{ControlFile, ControlHandle, ControlScope, Controls};
 use super::documents::{Counters, Documents, metrics};
 use super::handles::{Handle, Handles};
-use super::node::{ChainDocument, Inodes, Node, NodeKind, ROOT, StoreDocument};
+use super::node::{ChainDocument, Inodes, Node, NodeKind, PartitionNode, ROOT, StoreDocument};
 use super::progress::{Answer, Progress, ProgressReader};
+use super::slots::Slots;
+
+pub use guests::GuestOptions;
 
 /// One entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +53,9 @@ pub struct Tree {
     handles: Handles,
     documents: Documents,
     controls: Controls,
+    browser: Arc<Browser>,
+    guest_options: GuestOptions,
+    slots: Slots,
     progress: Progress,
     counters: Counters,
     started: SystemTime,
@@ -58,7 +66,7 @@ const ATTRIBUTE_PREFIX: &[u8] = b"user.chainfs.";
 
 impl Tree {
     /// The tree of `store`.
-    pub fn new(store: &Arc<Store>, ownership: Ownership) -> Self {
+    pub fn new(store: &Arc<Store>, ownership: Ownership, browser: &Arc<Browser>, guest_options: GuestOptions) -> Self {
         let engine = Engine::new(store);
         Self {
             store: Arc::clone(store),
@@ -66,6 +74,9 @@ impl Tree {
             inodes: Inodes::new(),
             handles: Handles::default(),
             documents: Documents::new(),
+            browser: Arc::clone(browser),
+            guest_options,
+            slots: Slots::default(),
             progress: Progress::new({
                 let engine = Arc::clone(&engine);
                 move |chain| engine.status(chain)
@@ -130,11 +141,18 @@ impl Tree {
 
     /// Attributes of an entry that was just listed.
     pub fn attributes_of(&self, node: &Node, inode: u64) -> Result<Attributes> {
-        let kind = node.kind();
+        let Some(kind) = node.kind() else {
+            let Node::Guest(node) = node else { unreachable!("everything else has a kind") };
+            return self.guest_attributes(*node);
+        };
         let catalog = self.store.catalog();
         let (stat, size, blocks, mtime, writable) = match node {
             Node::Root | Node::Directory(_) | Node::Store => (self.store_stat()?, 0, 0, None, false),
-            Node::Chain(chain) | Node::Snapshots(chain) | Node::Info(chain) => {
+            Node::Chain(chain)
+            | Node::Snapshots(chain)
+            | Node::Info(chain)
+            | Node::Partitions(chain)
+            | Node::Files(chain) => {
                 let leaf = &catalog.images[leaf(&catalog, chain)?];
                 // Who may list a chain is who may list the store: names are no secret of an image's.
                 let stat = FileStat { signature: leaf.stat.signature, ..self.store_stat()? };
@@ -154,16 +172,15 @@ impl Tree {
                 (FileStat { signature: stat.signature, ..self.store_stat()? }, 0, 0, None, false)
             }
             Node::ControlFile(scope, file) => {
-                let (uid, gid, permissions) = self.ownership.control(&self.control_owner(&catalog, scope)?);
+                let owner = self.ownership.control(&self.control_owner(&catalog, scope)?);
                 let size = self.controls.text(scope, *file).len() as u64;
-                let (blocks, mtime) = (size.div_ceil(512), self.started);
-                return Ok(Attributes { inode, kind, size, blocks, mtime, permissions, uid, gid });
+                return Ok(Attributes::plain(inode, kind, (size, size.div_ceil(512)), self.started, owner));
             }
             Node::View(view) => return self.view_attributes(view, inode),
+            _ => return self.guest_document_attributes(node, inode),
         };
-        let (uid, gid, permissions) = self.ownership.apply(&stat, kind, writable);
         let mtime = mtime.unwrap_or_else(|| modified(&stat));
-        Ok(Attributes { inode, kind, size, blocks, mtime, permissions, uid, gid })
+        Ok(Attributes::plain(inode, kind, (size, blocks), mtime, self.ownership.apply(&stat, kind, writable)))
     }
 
     /// Whose control files those of a scope are.
@@ -199,17 +216,17 @@ impl Tree {
         };
         let own = stat.blocks + image.data_file.as_ref().map_or(0, |(_, stat)| stat.blocks);
         let blocks = if own == 0 && self.has_data(image) { 1 } else { own };
-        let (uid, gid, permissions) = self.ownership.apply(&stat, NodeKind::File, found.view.active);
-        Ok(Attributes { inode, kind: NodeKind::File, size, blocks, mtime, permissions, uid, gid })
+        let owner = self.ownership.apply(&stat, NodeKind::File, found.view.active);
+        Ok(Attributes::plain(inode, NodeKind::File, (size, blocks), mtime, owner))
     }
 
     /// The attributes of an active disk that somebody has open: as it is, not as it was when scanned.
     fn active_attributes(&self, active: &ActiveAttributes, inode: u64) -> Attributes {
         let ActiveAttributes { stat, data_blocks, size } = active;
-        let (uid, gid, permissions) = self.ownership.apply(stat, NodeKind::File, true);
+        let owner = self.ownership.apply(stat, NodeKind::File, true);
         // Never a hole as a whole: bytes may be there that have no blocks yet.
         let blocks = (stat.blocks + data_blocks).max(u64::from(stat.signature.size > 0));
-        Attributes { inode, kind: NodeKind::File, size: *size, blocks, mtime: modified(stat), permissions, uid, gid }
+        Attributes::plain(inode, NodeKind::File, (*size, blocks), modified(stat), owner)
     }
 
     /// Whether a file without blocks of its own holds data all the same: then it must not be
@@ -228,7 +245,10 @@ impl Tree {
     pub fn open(&self, inode: u64, access: Access) -> Result<(u64, Handle)> {
         let catalog = self.store.catalog();
         let node = self.node(inode)?;
-        let is_active = matches!(&node, Node::View(view) if view.is_active());
+        let is_active = match &node {
+            Node::View(view) | Node::Partition(PartitionNode { view, .. }) => view.is_active(),
+            _ => false,
+        };
         let takes_commands = matches!(&node, Node::ControlFile(_, file) if file.takes_commands());
         if access.writes() && !is_active && !takes_commands {
             return Err(read_only());
@@ -247,6 +267,9 @@ impl Tree {
             }
             Node::View(view) if is_active => Handle::Active(Arc::new(self.open_active(&view, access)?)),
             Node::View(view) => Handle::Disk(self.open_disk(&view)?),
+            Node::Partition(partition) => self.open_partition(&partition, access)?,
+            Node::VolumeList(view) => Handle::Text(self.volume_list(&view)?),
+            Node::Guest(node) => self.open_guest_file(node)?,
             _ => return Err(Error::new(ErrorKind::Usage, "a directory is not opened as a file")),
         };
         let seen = if let Handle::Disk(_) = &handle { self.attributes(inode).ok() } else { None };
@@ -268,7 +291,11 @@ impl Tree {
 
     /// Opens a directory: its entries as of now, under a number of their own.
     pub fn open_directory(&self, inode: u64) -> Result<u64> {
-        Ok(self.handles.add(Handle::Directory(self.list(inode)?.into()), None))
+        let handle = match self.node(inode)? {
+            Node::Guest(node) => self.open_guest_directory(node)?,
+            _ => Handle::Directory(self.list(inode)?.into()),
+        };
+        Ok(self.handles.add(handle, None))
     }
 
     /// What a number stands for.
@@ -291,9 +318,14 @@ impl Tree {
                 Ok(len)
             }
             Handle::Control(control) => Ok(control.read(&self.controls, at, buf)),
-            Handle::Directory(_) | Handle::Progress(_) => {
+            Handle::Directory(_) | Handle::GuestDirectory(_) | Handle::Progress(_) => {
                 Err(Error::new(ErrorKind::Usage, "this is not read as a file"))
             }
+            Handle::Partition(window) => {
+                let (place, len) = window.clip(at, buf.len() as u64);
+                self.read(&window.disk, place, &mut buf[..len as usize])
+            }
+            Handle::GuestFile(file) => self.count_read(file.read_at(at, buf)),
             Handle::Disk(disk) => {
                 let open = disk.view();
                 let len = open.view.size().saturating_sub(at).min(buf.len() as u64) as usize;
@@ -326,7 +358,12 @@ impl Tree {
             }
             Handle::Active(disk) => (disk.size()?, disk.seek(at, data)?),
             Handle::Control(control) => (control.len(&self.controls), if data { Some(at) } else { None }),
-            Handle::Directory(_) | Handle::Progress(_) => {
+            Handle::GuestFile(file) => (file.size(), file.seek(at, data)?),
+            Handle::Partition(window) => {
+                let (place, _) = window.clip(at, 0);
+                (window.len, if at < window.len { window.found(self.seek(&window.disk, place, data)?, data) } else { None })
+            }
+            Handle::Directory(_) | Handle::GuestDirectory(_) | Handle::Progress(_) => {
                 return Err(Error::new(ErrorKind::Usage, "this has no holes"));
             }
         };
@@ -336,6 +373,9 @@ impl Tree {
 
     /// An extended attribute; `None` if the node has none of that name.
     pub fn extended_attribute(&self, inode: u64, name: &OsStr) -> Result<Option<Vec<u8>>> {
+        if let Node::Guest(node) = self.node(inode)? {
+            return self.guest_attribute(node, name.as_bytes());
+        }
         let Some(name) = name.as_bytes().strip_prefix(ATTRIBUTE_PREFIX) else { return Ok(None) };
         if inode == ROOT && name == b"pid" {
             return Ok(Some(std::process::id().to_string().into_bytes()));

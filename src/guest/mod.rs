@@ -11,10 +11,12 @@ pub mod fat;
 pub mod filesystem;
 pub mod lvm;
 pub mod partition;
+mod readers;
 pub mod source;
 pub mod volumes;
 
 pub use filesystem::{
     Attributes, DirectoryEntry, ExtendedAttribute, FileKind, FileSystem, Ino, Run, RunKind, Statistics, Time,
 };
+pub use readers::open;
 pub use source::{Slice, Source};

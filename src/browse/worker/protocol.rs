@@ -7,7 +7,6 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind};
-use crate::guest::inspect::OperatingSystem;
 use crate::guest::volumes::Layout;
 use crate::guest::{Attributes, DirectoryEntry, ExtendedAttribute, Ino, Run, Statistics};
 
@@ -63,8 +62,6 @@ pub(in crate::browse) enum Request {
     Read(VolumeId, Ino, u64, u32),
     /// All extended attributes.
     ExtendedAttributes(VolumeId, Ino),
-    /// Which operating system the set holds.
-    Inspect(u32),
 }
 
 /// What the worker answers.
@@ -84,7 +81,6 @@ pub(in crate::browse) enum Answer {
     /// The bytes follow as the frame's payload.
     Bytes,
     ExtendedAttributes(Vec<ExtendedAttribute>),
-    OperatingSystem(Option<Box<OperatingSystem>>),
 }
 
 /// What is known of a file system as a whole.
@@ -114,17 +110,17 @@ pub(in crate::browse) struct Failure {
     sentence: String,
 }
 
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
+impl Failure {
+    /// What an error says.
+    pub(in crate::browse) fn of(error: &Error) -> Self {
         Self { kind: error.kind(), sentence: error.to_string() }
     }
-}
 
-impl From<Failure> for Error {
-    fn from(failure: Failure) -> Self {
+    /// The error that was meant.
+    pub(in crate::browse) fn error(&self) -> Error {
         // A sentence may hold whatever was on the disk.
-        let sentence: String = failure.sentence.chars().filter(|c| !c.is_control()).take(1000).collect();
-        Self::new(failure.kind, sentence)
+        let sentence: String = self.sentence.chars().filter(|c| !c.is_control()).take(1000).collect();
+        Error::new(self.kind, sentence)
     }
 }
 

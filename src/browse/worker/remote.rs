@@ -83,7 +83,7 @@ impl RemoteDisk {
                 self.chunks.keys.put(place, Arc::clone(&keys), std::mem::size_of_val(&*keys) + 64);
                 Ok(found)
             }
-            ToWorker::Refused(failure) => Err(failure.into()),
+            ToWorker::Refused(failure) => Err(failure.error()),
             ToWorker::Request(_) | ToWorker::Bytes => Err(confused()),
         }
     }
@@ -91,7 +91,7 @@ impl RemoteDisk {
     fn fetch(&self, at: u64, len: usize) -> Result<Vec<u8>> {
         match ask(&FromWorker::Read { disk: self.index, at, len: len as u32 })? {
             (ToWorker::Bytes, bytes) if bytes.len() == len => Ok(bytes),
-            (ToWorker::Refused(failure), _) => Err(failure.into()),
+            (ToWorker::Refused(failure), _) => Err(failure.error()),
             _ => Err(confused()),
         }
     }

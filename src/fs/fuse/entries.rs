@@ -1,36 +1,120 @@
 //! The entries of an open directory, as the kernel takes them: piece by piece.
 
 use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
+use crate::browse::Listing;
 use crate::error::{Error, ErrorKind, Result};
 
+use super::super::attributes::Attributes;
+use super::super::guest_file::GuestDirectory;
 use super::super::handles::Handle;
-use super::super::node::NodeKind;
+use super::super::node::{Node, NodeKind};
+use super::super::slots::GuestNode;
 use super::super::tree::{Listed, Tree};
 
-/// The entries of an open directory.
-pub(super) struct Entries {
-    inode: u64,
-    listed: Arc<[Listed]>,
+/// Set in the places of a guest's entries: the kernel's first places are those of `.` and `..`.
+const GUEST_PLACE: u64 = 1 << 62;
+
+/// One entry.
+pub(super) struct Entry<'a> {
+    /// Where the listing goes on after it.
+    pub(super) next: u64,
+    pub(super) inode: u64,
+    pub(super) kind: NodeKind,
+    pub(super) name: &'a OsStr,
+    /// What it looks like, if that is known already.
+    pub(super) attributes: Option<Attributes>,
 }
 
-pub(super) fn entries(tree: &Tree, inode: u64, handle: u64) -> Result<Entries> {
-    match tree.handle(handle)? {
-        Handle::Directory(listed) => Ok(Entries { inode, listed }),
-        Handle::Text(_) | Handle::Disk(_) | Handle::Active(_) | Handle::Control(_) | Handle::Progress(_) => {
-            Err(Error::new(ErrorKind::Usage, "not a directory"))
+/// What is open as a directory.
+enum Entries {
+    Ours(Arc<[Listed]>),
+    Guests(Arc<GuestDirectory>, GuestNode),
+}
+
+fn entries(tree: &Tree, inode: u64, handle: u64) -> Result<Entries> {
+    match (tree.handle(handle)?, tree.node(inode)?) {
+        (Handle::Directory(listed), _) => Ok(Entries::Ours(listed)),
+        (Handle::GuestDirectory(directory), Node::Guest(node)) => Ok(Entries::Guests(directory, node)),
+        _ => Err(Error::new(ErrorKind::Usage, "not a directory")),
+    }
+}
+
+/// Calls `take` with the entries of an open directory from `offset` on, `.` and `..` being the first, until it says that it
+/// has enough. Without a copy: the kernel takes a large directory in hundreds of small pieces.
+pub(super) fn each(
+    tree: &Tree,
+    inode: u64,
+    handle: u64,
+    offset: u64,
+    take: &mut dyn FnMut(&Entry<'_>) -> bool,
+) -> Result<()> {
+    let entries = entries(tree, inode, handle)?;
+    for (name, next) in [(".", 1), ("..", 2)] {
+        let kind = NodeKind::Directory;
+        if offset < next && take(&Entry { next, inode, kind, name: OsStr::new(name), attributes: None }) {
+            return Ok(());
+        }
+    }
+    match entries {
+        Entries::Ours(listed) => {
+            for (entry, next) in listed.iter().zip(3..).skip(offset.saturating_sub(2) as usize) {
+                // A guest's file system among ours: its root.
+                let kind = entry.node.kind().unwrap_or(NodeKind::Directory);
+                if take(&Entry { next, inode: entry.inode, kind, name: &entry.name, attributes: None }) {
+                    break;
+                }
+            }
+            Ok(())
+        }
+        Entries::Guests(directory, node) => {
+            let mut place = offset.checked_sub(GUEST_PLACE).unwrap_or_default();
+            let mut has_given = false;
+            loop {
+                let (listing, skip) = match directory.from(place) {
+                    Ok(found) => found,
+                    // What was good is given first; the next call brings the error.
+                    Err(_) if has_given => return Ok(()),
+                    Err(error) => return Err(error),
+                };
+                if give(tree, &directory, node, &listing, skip, take) || listing.ends {
+                    return Ok(());
+                }
+                let Some((last, _)) = listing.entries.last() else { return Ok(()) };
+                has_given |= listing.entries.len() > skip;
+                place = last.next;
+            }
         }
     }
 }
 
-impl Entries {
-    /// Those from `offset` on, `.` and `..` being the first, each with the offset of the next.
-    /// Without a copy: the kernel takes a large directory in hundreds of small pieces.
-    pub(super) fn from(&self, offset: u64) -> impl Iterator<Item = (u64, u64, NodeKind, &OsStr)> {
-        let dots = [".", ".."].map(|name| (self.inode, NodeKind::Directory, OsStr::new(name)));
-        let listed = self.listed.iter().map(|entry| (entry.inode, entry.node.kind(), entry.name.as_os_str()));
-        let all = dots.into_iter().chain(listed).zip(1..);
-        all.skip(offset as usize).map(|((number, kind, name), next)| (next, number, kind, name))
+/// Gives a guest's entries; whether the kernel has enough.
+fn give(
+    tree: &Tree,
+    directory: &GuestDirectory,
+    parent: GuestNode,
+    listing: &Listing,
+    skip: usize,
+    take: &mut dyn FnMut(&Entry<'_>) -> bool,
+) -> bool {
+    for (entry, attributes) in &listing.entries[skip..] {
+        let kind = attributes.as_ref().map(|found| found.kind).or(entry.kind);
+        // One that is damaged is listed, and whoever asks for it gets the error.
+        let kind_shown = kind.unwrap_or(crate::guest::FileKind::File);
+        let node = tree.guest_node(&directory.slot, parent, entry.ino, kind_shown);
+        let shown = attributes.as_ref().map(|found| tree.shown_attributes(node, found));
+        let entry = Entry {
+            next: GUEST_PLACE | entry.next,
+            inode: node.number(),
+            kind: shown.map_or_else(|| tree.shown_kind(kind_shown), |shown| shown.kind),
+            name: OsStr::from_bytes(&entry.name),
+            attributes: shown,
+        };
+        if take(&entry) {
+            return true;
+        }
     }
+    false
 }

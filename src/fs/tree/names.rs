@@ -13,6 +13,7 @@ use crate::store::{ACTIVE, Catalog, ImageIndex, STORE_DIRECTORY, stale};
 
 use super::super::control::{CONTROL, ControlScope};
 use super::super::node::{ChainDocument, Node, StoreDocument};
+use super::guests::{FILES, PARTITIONS};
 use super::{Listed, Tree, leaf};
 
 const SNAPSHOTS: &str = "snapshots";
@@ -49,6 +50,7 @@ impl Tree {
                 found.map(|(file, _)| Node::ControlFile(scope.clone(), *file))
             }
             Node::StoreDocument(_) | Node::ChainDocument(..) | Node::ControlFile(..) | Node::View(_) => None,
+            _ => self.guest_child(parent, name)?,
         })
     }
 
@@ -67,6 +69,12 @@ impl Tree {
         }
         if name == CONTROL {
             return Some(Node::Control(ControlScope::Chain(Arc::clone(chain))));
+        }
+        if self.guest_options.shown && name == PARTITIONS {
+            return Some(Node::Partitions(Arc::clone(chain)));
+        }
+        if self.guest_options.shown && name == FILES {
+            return Some(Node::Files(Arc::clone(chain)));
         }
         let base = name.as_bytes().strip_suffix(DISK_SUFFIX)?;
         let views = self.store.chain_views(catalog, leaf);
@@ -138,6 +146,7 @@ impl Tree {
             Node::StoreDocument(_) | Node::ChainDocument(..) | Node::ControlFile(..) | Node::View(_) => {
                 return Err(Error::new(ErrorKind::Usage, "not a directory"));
             }
+            _ => self.guest_list(&node, &mut found)?,
         }
         Ok(found.into_iter().map(|(name, node)| Listed { inode: self.inodes.number(&node), name, node }).collect())
     }
@@ -154,7 +163,13 @@ impl Tree {
             found.push((file_name(&view.name, DISK_SUFFIX), node));
         }
         found.push((CONTROL.into(), Node::Control(ControlScope::Chain(Arc::clone(chain)))));
+        if self.guest_options.shown {
+            found.push((FILES.into(), Node::Files(Arc::clone(chain))));
+        }
         found.push((INFO.into(), Node::Info(Arc::clone(chain))));
+        if self.guest_options.shown {
+            found.push((PARTITIONS.into(), Node::Partitions(Arc::clone(chain))));
+        }
         found.push((SNAPSHOTS.into(), Node::Snapshots(Arc::clone(chain))));
         Ok(())
     }

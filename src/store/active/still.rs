@@ -15,7 +15,8 @@ use parking_lot::Mutex;
 
 use crate::error::Result;
 
-use super::super::identity::stale;
+use super::super::Store;
+use super::super::identity::{Part, ViewId, stale};
 use super::{ActiveDisk, ActiveHandle, State, Writing};
 
 /// Bytes that are put aside as one.
@@ -73,6 +74,12 @@ impl Still {
     /// Bytes of the disk then.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Whether the disk is known to be still what it was.
+    pub fn is_unchanged(&self) -> bool {
+        let kept = self.kept.lock();
+        kept.chunks.is_empty() && !matches!(kept.hold, Hold::Lost)
     }
 
     fn lose(&self) {
@@ -212,6 +219,18 @@ impl ActiveDisk {
     }
 }
 
+impl Store {
+    /// Stops looking after a still of that disk: writing costs nothing more because of it. It goes on with
+    /// [`ActiveHandle::hold_again`], if nothing is changed meanwhile.
+    pub fn let_go_of_still(&self, id: &ViewId, still: &Arc<Still>) {
+        let Part::Active(number) = id.part else { return };
+        if let Some(disk) = self.active.find(number) {
+            let state = disk.state.write();
+            disk.stills.remove(still, disk.version(&state));
+        }
+    }
+}
+
 impl ActiveHandle {
     /// The disk as it is now.
     pub fn hold_still(&self) -> Result<Arc<Still>> {
@@ -241,13 +260,6 @@ impl ActiveHandle {
         self.disk.stills.add(still);
         drop(state);
         Ok(())
-    }
-
-    /// Stops looking after a still: writing costs nothing more because of it. It goes on with
-    /// [`ActiveHandle::hold_again`], if nothing is changed meanwhile.
-    pub fn let_go(&self, still: &Arc<Still>) {
-        let state = self.disk.state.write();
-        self.disk.stills.remove(still, self.disk.version(&state));
     }
 
     /// Fills `buf` with what the disk had at `at`. The range must lie within the still.

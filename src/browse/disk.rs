@@ -1,0 +1,194 @@
+//! A guest's disk, held still while somebody looks into it.
+//!
+//! A frozen disk is what it is. An active one is held as it was when it was first looked into. Either is
+//! opened, and its files are locked as for any reader, only while somebody has something open in it or is being
+//! answered: whoever else wants the files gets them as soon as nobody looks.
+
+use std::hash::{BuildHasher, Hash, RandomState};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::chain::View;
+use crate::error::Result;
+use crate::guest::source::within;
+use crate::store::{Access, ActiveHandle, OpenDisk, Still, Store, ViewId};
+
+use super::worker::protocol::{CHUNK, ChunkKey};
+
+/// For how long the bytes of an active disk are put aside after its last use.
+const LINGER: Duration = Duration::from_secs(10);
+
+/// A disk that is looked into.
+pub(super) struct Disk {
+    store: Arc<Store>,
+    id: ViewId,
+    size: u64,
+    /// What an active disk was when it was first opened here.
+    still: Option<Arc<Still>>,
+    /// Tells this active disk's chunks from all others'.
+    number: u64,
+    open: Mutex<Open>,
+}
+
+struct Open {
+    holders: usize,
+    bytes: Option<Arc<Bytes>>,
+    left: Instant,
+}
+
+/// Where a disk's bytes come from while it is held.
+pub(super) enum Bytes {
+    Frozen(Arc<OpenDisk>),
+    Active(ActiveHandle, Arc<Still>),
+}
+
+/// A disk that is held: open, and locked.
+pub(super) struct Held<'a> {
+    disk: &'a Disk,
+    bytes: Arc<Bytes>,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.disk.release();
+    }
+}
+
+/// What tells chunks apart.
+#[derive(Debug)]
+pub(super) struct Digests(RandomState, RandomState);
+
+impl Digests {
+    pub(super) fn new() -> Self {
+        Self(RandomState::new(), RandomState::new())
+    }
+
+    fn key(&self, of: &impl Hash) -> ChunkKey {
+        // Never the one that stands for zeroes.
+        ChunkKey(self.0.hash_one(of).max(1), self.1.hash_one(of))
+    }
+}
+
+impl Disk {
+    /// Opens a disk for the first time.
+    pub(super) fn new(store: &Arc<Store>, id: &ViewId) -> Result<Self> {
+        static NUMBERS: AtomicU64 = AtomicU64::new(1);
+        let (size, still) = if id.is_active() {
+            let handle = store.open_writable(id, Access::Read)?;
+            let still = handle.hold_still()?;
+            (still.size(), Some(still))
+        } else {
+            (store.open_frozen(id)?.view().view.size(), None)
+        };
+        let open = Mutex::new(Open { holders: 0, bytes: None, left: Instant::now() });
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { store: Arc::clone(store), id: id.clone(), size, still, number, open })
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub(super) fn id(&self) -> &ViewId {
+        &self.id
+    }
+
+    /// Holds it while that lives. `Stale` if it is not what it was.
+    pub(super) fn hold(&self) -> Result<Held<'_>> {
+        Ok(Held { disk: self, bytes: self.keep()? })
+    }
+
+    /// Opens it, unless somebody has done so, until [`Disk::release`].
+    pub(super) fn keep(&self) -> Result<Arc<Bytes>> {
+        let mut open = self.open.lock();
+        let bytes = match &open.bytes {
+            Some(bytes) => Arc::clone(bytes),
+            None => Arc::clone(open.bytes.insert(Arc::new(self.open()?))),
+        };
+        open.holders += 1;
+        Ok(bytes)
+    }
+
+    /// Lets go of it; the last one closes it.
+    pub(super) fn release(&self) {
+        let mut open = self.open.lock();
+        open.holders -= 1;
+        if open.holders == 0 {
+            open.left = Instant::now();
+            let bytes = open.bytes.take();
+            drop(open);
+            // Not under the lock: closing may let go of many files.
+            drop(bytes);
+        }
+    }
+
+    fn open(&self) -> Result<Bytes> {
+        let Some(still) = &self.still else { return self.store.open_frozen(&self.id).map(Bytes::Frozen) };
+        let handle = self.store.open_writable(&self.id, Access::Read)?;
+        handle.hold_again(still)?;
+        Ok(Bytes::Active(handle, Arc::clone(still)))
+    }
+
+    /// Whether it is still known what the disk was; asked only of disks that are not held.
+    pub(super) fn is_good(&self) -> bool {
+        self.hold().is_ok()
+    }
+
+    /// Whether it is what it was, and nothing has been changed since.
+    pub(super) fn is_unchanged(&self) -> bool {
+        self.still.as_ref().is_none_or(|still| still.is_unchanged()) && self.is_good()
+    }
+
+    /// Lets go of what is put aside for an active disk that nobody has looked into for a while.
+    pub(super) fn rest(&self) {
+        let open = self.open.lock();
+        let Some(still) = self.still.as_ref().filter(|_| open.holders == 0 && open.left.elapsed() > LINGER) else {
+            return;
+        };
+        self.store.let_go_of_still(&self.id, still);
+    }
+}
+
+impl Held<'_> {
+    /// Fills `buf` with the bytes at `at`; `Corrupt` if the range does not lie within the disk.
+    pub(super) fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        within(self.disk.size, at, buf.len())?;
+        match &*self.bytes {
+            Bytes::Frozen(open) => {
+                let open = open.view();
+                // A file that was replaced may make it shorter.
+                within(open.view.size(), at, buf.len())?;
+                open.view.read_at(at, buf)
+            }
+            Bytes::Active(handle, still) => handle.read_still(still, at, buf),
+        }
+    }
+
+    /// Keys of chunks: the same one only where there are the same bytes.
+    pub(super) fn keys(&self, digests: &Digests, first: u64, count: u64) -> Result<Vec<ChunkKey>> {
+        let size = self.disk.size;
+        (first..first.saturating_add(count))
+            .take_while(|chunk| chunk.checked_mul(CHUNK).is_some_and(|start| start < size))
+            .map(|chunk| match &*self.bytes {
+                Bytes::Frozen(open) => {
+                    let start = chunk * CHUNK;
+                    let origins = open.view().view.origins(start, CHUNK.min(size - start))?;
+                    let is_zero = origins.iter().all(|origin| origin.image == 0);
+                    Ok(if is_zero { ChunkKey::ZERO } else { digests.key(&origins) })
+                }
+                Bytes::Active(..) => Ok(digests.key(&(self.disk.number, chunk))),
+            })
+            .collect()
+    }
+
+    /// Which frozen view shows the bytes; `None` for an active disk.
+    pub(super) fn view(&self) -> Option<Arc<View>> {
+        match &*self.bytes {
+            Bytes::Frozen(open) => Some(Arc::clone(&open.view().view)),
+            Bytes::Active(..) => None,
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! What one disk of a chain holds: its volumes, and the files in them.
+//!
+//! Answers come from a worker; bytes of files are read here, straight from the disk, wherever the worker says that they lie. Nothing that the worker
+//! says is believed further than it can be: names are names, places lie within the disks of this set.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::guest::volumes::{Layout, Volume};
+use crate::guest::{Attributes, ExtendedAttribute, Ino, Run, RunKind};
+use crate::store::ViewId;
+
+use super::disk::{Digests, Disk, Held};
+use super::worker::protocol::{Answer, ChunkKey, READ_LEN, Request, VolumeId};
+use super::worker::{Disks, Listing, Mounted, Worker};
+
+/// Bytes of a name, at most.
+const NAME_LEN: usize = 1024;
+/// Bytes of a symbolic link's target, at most: what the kernel takes.
+const LINK_LEN: usize = 4095;
+
+/// What one disk holds.
+pub struct Inside {
+    pub(super) worker: Arc<Worker>,
+    pub(super) digests: Arc<Digests>,
+    pub(super) set: u32,
+    /// The disk itself, and those others that its volume groups lie on.
+    pub(super) disks: Vec<Disk>,
+    pub(super) layout: Layout,
+    /// What has been asked of file systems as a whole, by volume.
+    pub(super) mounted: Vec<Mutex<Option<Mounted>>>,
+}
+
+impl std::fmt::Debug for Inside {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inside").field("id", self.id()).finish_non_exhaustive()
+    }
+}
+
+/// Keeps the disks open, and locked, as long as it lives.
+pub struct Hold {
+    inside: Arc<Inside>,
+}
+
+impl std::fmt::Debug for Hold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.inside.fmt(f)
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        for disk in &self.inside.disks {
+            disk.release();
+        }
+    }
+}
+
+/// The disks of a set, held from the first byte that is asked of each to the end of a conversation.
+pub(super) struct Session<'a> {
+    disks: &'a [Disk],
+    digests: &'a Digests,
+    held: Mutex<Vec<Option<Held<'a>>>>,
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn new(disks: &'a [Disk], digests: &'a Digests) -> Self {
+        Self { disks, digests, held: Mutex::new(disks.iter().map(|_| None).collect()) }
+    }
+
+    fn with<T>(&self, disk: u32, work: impl FnOnce(&Held<'a>) -> Result<T>) -> Result<T> {
+        let mut held = self.held.lock();
+        let (Some(disk), Some(slot)) = (self.disks.get(disk as usize), held.get_mut(disk as usize)) else {
+            return Err(Error::new(ErrorKind::Corrupt, "a volume lies on a disk that is not there"));
+        };
+        if slot.is_none() {
+            *slot = Some(disk.hold()?);
+        }
+        work(slot.as_ref().expect("it was just put there"))
+    }
+}
+
+impl Disks for Session<'_> {
+    fn keys(&self, disk: u32, first: u64, count: u64) -> Result<Vec<ChunkKey>> {
+        self.with(disk, |held| held.keys(self.digests, first, count))
+    }
+
+    fn read(&self, disk: u32, at: u64, buf: &mut [u8]) -> Result<()> {
+        self.with(disk, |held| held.read_at(at, buf))
+    }
+}
+
+pub(super) fn confused() -> Error {
+    Error::new(ErrorKind::Io, "what reads guests' file systems has answered something else than what was asked")
+}
+
+impl Inside {
+    /// Which disk this is the inside of.
+    pub fn id(&self) -> &ViewId {
+        self.disks[0].id()
+    }
+
+    /// Its partitions and volumes.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The volume of that name, by index.
+    pub fn volume(&self, name: &[u8]) -> Option<usize> {
+        self.layout.volumes.iter().position(|volume| volume.name.as_bytes() == name)
+    }
+
+    /// Keeps the disks as they are, until that is dropped. `Stale` if they are no longer.
+    pub fn hold(self: &Arc<Self>) -> Result<Hold> {
+        for (index, disk) in self.disks.iter().enumerate() {
+            if let Err(error) = disk.keep() {
+                for kept in &self.disks[..index] {
+                    kept.release();
+                }
+                return Err(error);
+            }
+        }
+        Ok(Hold { inside: Arc::clone(self) })
+    }
+
+    fn ask(&self, request: &Request) -> Result<(Answer, Vec<u8>)> {
+        let session = Session::new(&self.disks, &self.digests);
+        loop {
+            let answered = self.worker.ask(request, &session)?;
+            if !matches!(answered.0, Answer::NoSuchSet) {
+                return Ok(answered);
+            }
+            // Another process than the one that was told of it, or it has been put away for others.
+            let sizes = self.disks.iter().map(Disk::size).collect();
+            match self.worker.ask(&Request::Open { set: self.set, sizes }, &session)?.0 {
+                Answer::Layout(layout) if *layout == self.layout => {}
+                Answer::Layout(_) => return Err(crate::store::stale("the disk's partitions have changed")),
+                _ => return Err(confused()),
+            }
+        }
+    }
+
+    fn id_of(&self, volume: usize) -> VolumeId {
+        VolumeId { set: self.set, volume: volume as u32 }
+    }
+
+    fn described(&self, volume: usize) -> Result<&Volume> {
+        let described = &self.layout.volumes[volume];
+        match &described.problem {
+            Some(problem) => {
+                Err(Error::new(ErrorKind::Unsupported, format!("{} cannot be looked into: {problem}", described.name)))
+            }
+            None => Ok(described),
+        }
+    }
+
+    /// What is known of a volume's file system as a whole.
+    pub fn mount(&self, volume: usize) -> Result<Mounted> {
+        self.described(volume)?;
+        if let Some(known) = &*self.mounted[volume].lock() {
+            return Ok(known.clone());
+        }
+        match self.ask(&Request::Mount(self.id_of(volume)))?.0 {
+            Answer::Mounted(mounted) => {
+                check_ino(mounted.root)?;
+                Ok(self.mounted[volume].lock().insert(mounted).clone())
+            }
+            _ => Err(confused()),
+        }
+    }
+
+    /// What a name in a directory stands for.
+    pub fn lookup(&self, volume: usize, directory: Ino, name: &[u8]) -> Result<Option<(Ino, Attributes)>> {
+        match self.ask(&Request::Lookup(self.id_of(volume), directory, name.to_vec()))?.0 {
+            Answer::Found(found) => {
+                if let Some((ino, _)) = found {
+                    check_ino(ino)?;
+                }
+                Ok(found)
+            }
+            _ => Err(confused()),
+        }
+    }
+
+    /// Entries of a directory from a place on (0: the beginning; else some entry's `next`).
+    pub fn list(&self, volume: usize, directory: Ino, from: u64) -> Result<Listing> {
+        match self.ask(&Request::List(self.id_of(volume), directory, from))?.0 {
+            Answer::Listed(mut listing) => {
+                let is_usual = |name: &[u8]| {
+                    !matches!(name, b"" | b"." | b"..") && name.len() <= NAME_LEN && !name.contains(&b'/') && !name.contains(&0)
+                };
+                listing.entries.retain(|(entry, _)| is_usual(&entry.name) && entry.ino.0 < Ino::LIMIT && entry.next != 0);
+                Ok(listing)
+            }
+            _ => Err(confused()),
+        }
+    }
+
+    /// What stat(2) says.
+    pub fn attributes(&self, volume: usize, ino: Ino) -> Result<Attributes> {
+        match self.ask(&Request::Attributes(self.id_of(volume), ino))?.0 {
+            Answer::Attributes(attributes) => Ok(attributes),
+            _ => Err(confused()),
+        }
+    }
+
+    /// The target of a symbolic link, as the guest has it.
+    pub fn read_link(&self, volume: usize, ino: Ino) -> Result<Vec<u8>> {
+        match self.ask(&Request::ReadLink(self.id_of(volume), ino))?.0 {
+            Answer::Link(target) if target.is_empty() || target.len() > LINK_LEN || target.contains(&0) => {
+                Err(Error::new(ErrorKind::Corrupt, "a symbolic link with a target that no link can have"))
+            }
+            Answer::Link(target) => Ok(target),
+            _ => Err(confused()),
+        }
+    }
+
+    /// All extended attributes, as the guest's kernel lists them.
+    pub fn extended_attributes(&self, volume: usize, ino: Ino) -> Result<Vec<ExtendedAttribute>> {
+        match self.ask(&Request::ExtendedAttributes(self.id_of(volume), ino))?.0 {
+            Answer::ExtendedAttributes(found) => Ok(found),
+            _ => Err(confused()),
+        }
+    }
+
+    /// Where the bytes of a file are, from `at` on, up to `at + len` or the end of the file, or for as many runs as one
+    /// answer holds. Empty at and beyond the end.
+    pub fn runs(&self, volume: usize, ino: Ino, at: u64, len: u64) -> Result<Vec<Run>> {
+        match self.ask(&Request::Runs(self.id_of(volume), ino, at, len))?.0 {
+            Answer::Runs(runs) => {
+                let mut end = at;
+                for run in &runs {
+                    end = end.checked_add(run.len).filter(|_| run.len > 0).ok_or_else(confused)?;
+                }
+                Ok(runs)
+            }
+            _ => Err(confused()),
+        }
+    }
+
+    /// Reads a range of a file that is one run of `kind`.
+    pub fn read_run(&self, volume: usize, ino: Ino, at: u64, kind: RunKind, buf: &mut [u8]) -> Result<()> {
+        match kind {
+            RunKind::Hole => {
+                buf.fill(0);
+                Ok(())
+            }
+            RunKind::Stored(offset) => self.read_volume(volume, offset, buf),
+            RunKind::Asked => self.read_asked(volume, ino, at, buf),
+        }
+    }
+
+    fn read_asked(&self, volume: usize, ino: Ino, at: u64, buf: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let len = (buf.len() - done).min(READ_LEN);
+            let request = Request::Read(self.id_of(volume), ino, at + done as u64, len as u32);
+            match self.ask(&request)? {
+                (Answer::Bytes, bytes) if !bytes.is_empty() && bytes.len() <= len => {
+                    buf[done..done + bytes.len()].copy_from_slice(&bytes);
+                    done += bytes.len();
+                }
+                _ => return Err(confused()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads bytes of a volume.
+    pub fn read_volume(&self, volume: usize, at: u64, buf: &mut [u8]) -> Result<()> {
+        let session = Session::new(&self.disks, &self.digests);
+        let described = &self.layout.volumes[volume];
+        let mut done = 0;
+        while done < buf.len() {
+            let here = at.checked_add(done as u64).ok_or_else(confused)?;
+            let Some(stretch) = described.locate(here, (buf.len() - done) as u64) else {
+                let fact = format!("{} has nothing at {here:#x}", described.name);
+                return Err(Error::new(ErrorKind::Corrupt, fact));
+            };
+            let end = done + stretch.len as usize;
+            session.read(stretch.disk, stretch.offset, &mut buf[done..end])?;
+            done = end;
+        }
+        Ok(())
+    }
+
+    /// Whether this is still what the disks hold, for somebody who is about to look into them.
+    pub(super) fn is_good(&self) -> bool {
+        self.disks.iter().all(Disk::is_good)
+    }
+
+    /// Whether nothing has been changed since it was looked into first.
+    pub(super) fn is_unchanged(&self) -> bool {
+        self.disks.iter().all(Disk::is_unchanged)
+    }
+
+    /// Lets go of what costs others something, after a while without use.
+    pub(super) fn rest(&self) {
+        self.disks.iter().for_each(Disk::rest);
+    }
+}
+
+fn check_ino(ino: Ino) -> Result<()> {
+    if ino.0 < Ino::LIMIT { Ok(()) } else { Err(confused()) }
+}

@@ -1,0 +1,237 @@
+//! Looking into the disks of a store: the guests' volumes and files, in every view of every chain.
+//!
+//! Promises: nothing is parsed before somebody asks, and never in this process; what one asks for of a view is what the view
+//! shows, and of an active disk what it showed when it was first looked into. The parsers are `guest`'s, the disks are `store`'s; what is
+//! shown where is for others.
+
+mod disk;
+mod inside;
+pub mod worker;
+
+use std::collections::HashMap;
+use std::num::NonZero;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Once};
+use std::time::Duration;
+
+use lru::LruCache;
+use parking_lot::Mutex;
+
+use crate::error::Result;
+use crate::guest::volumes::{Layout, MissingVolumeGroup};
+use crate::store::{ACTIVE, Catalog, Store, ViewId};
+
+use disk::{Digests, Disk};
+use inside::Session;
+use worker::protocol::{Answer, Request};
+use worker::{Program, Worker};
+
+pub use inside::{Hold, Inside};
+pub use worker::{Listing, Mounted};
+
+/// Insides that are kept for whoever looks next.
+const KEPT: NonZero<usize> = NonZero::new(256).expect("not zero");
+/// Workers that run at the same time, about.
+const RUNNING: usize = 16;
+/// After so long without a question a worker ends.
+const IDLE: Duration = Duration::from_secs(30);
+/// How often it is looked whether anything can rest.
+const PERIOD: Duration = Duration::from_secs(2);
+/// Chains in which the other disks of a volume group are looked for, at most.
+const CANDIDATES: usize = 256;
+/// Disks of one set, at most.
+const DISKS: usize = 32;
+
+/// Which moment of an active disk is meant; of all others there is only one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// That of the first look, as long as it is known what the disk was then.
+    First,
+    /// Now, which is the first look for those who look later.
+    Now,
+    /// Now, of the partitions alone: what others see of the files stays as it is.
+    Table,
+}
+
+/// Looks into the disks of one store.
+pub struct Browser {
+    store: Arc<Store>,
+    program: Program,
+    digests: Arc<Digests>,
+    sets: AtomicU32,
+    /// By chain: what one guest has written must not harm another's readers.
+    workers: Mutex<HashMap<Arc<PathBuf>, Arc<Worker>>>,
+    /// By disk, and whether they are for the sake of the partitions alone.
+    insides: Mutex<LruCache<(ViewId, bool), Arc<Inside>>>,
+    /// Held while a view is looked into for the first time: once.
+    first: Mutex<()>,
+    resting: Once,
+}
+
+impl std::fmt::Debug for Browser {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Browser").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
+impl Browser {
+    /// For the disks of `store`, with workers that are `program`.
+    pub fn new(store: &Arc<Store>, program: Program) -> Arc<Self> {
+        Arc::new(Self {
+            store: Arc::clone(store),
+            program,
+            digests: Arc::new(Digests::new()),
+            sets: AtomicU32::new(1),
+            workers: Mutex::default(),
+            insides: Mutex::new(LruCache::new(KEPT)),
+            first: Mutex::new(()),
+            resting: Once::new(),
+        })
+    }
+
+    /// The inside of a disk.
+    pub fn inside(self: &Arc<Self>, id: &ViewId, moment: Moment) -> Result<Arc<Inside>> {
+        let key = (id.clone(), moment == Moment::Table && id.is_active());
+        if let Some(known) = self.known(&key, moment) {
+            return Ok(known);
+        }
+        let _first = self.first.lock();
+        // Somebody else may have done it meanwhile, and that is fresh enough.
+        if let Some(known) = self.known(&key, moment) {
+            return Ok(known);
+        }
+        self.resting.call_once(|| self.begin_to_rest());
+        let inside = Arc::new(self.look_into(id)?);
+        let old = self.insides.lock().push(key, Arc::clone(&inside));
+        drop(old);
+        Ok(inside)
+    }
+
+    fn known(&self, key: &(ViewId, bool), moment: Moment) -> Option<Arc<Inside>> {
+        let known = self.insides.lock().get(key).cloned()?;
+        let is_good = if moment == Moment::First { known.is_good() } else { known.is_unchanged() };
+        is_good.then_some(known)
+    }
+
+    fn worker(&self, chain: &Arc<PathBuf>) -> Arc<Worker> {
+        let mut workers = self.workers.lock();
+        if let Some(worker) = workers.get(chain) {
+            return Arc::clone(worker);
+        }
+        let running: Vec<Arc<Worker>> = workers.values().filter(|worker| worker.is_running()).cloned().collect();
+        if running.len() >= RUNNING {
+            workers.retain(|_, worker| worker.is_running());
+        }
+        let worker = Arc::new(Worker::new(&self.program));
+        workers.insert(Arc::clone(chain), Arc::clone(&worker));
+        drop(workers);
+        if running.len() >= RUNNING {
+            running.iter().for_each(|worker| worker.rest(PERIOD));
+        }
+        worker
+    }
+
+    fn look_into(&self, id: &ViewId) -> Result<Inside> {
+        let worker = self.worker(&id.chain);
+        let mut disks = vec![Disk::new(&self.store, id)?];
+        let mut set = self.sets.fetch_add(1, Ordering::Relaxed);
+        let mut layout = self.open(&worker, set, &disks)?;
+        // Numbers of the layout are places in the list: another list is another set.
+        while let Some(more) = self.more_disks(&worker, &disks, &layout.missing) {
+            disks.extend(more);
+            set = self.sets.fetch_add(1, Ordering::Relaxed);
+            layout = self.open(&worker, set, &disks)?;
+        }
+        let mounted = layout.volumes.iter().map(|_| Mutex::default()).collect();
+        Ok(Inside { worker, digests: Arc::clone(&self.digests), set, disks, layout, mounted })
+    }
+
+    fn open(&self, worker: &Worker, set: u32, disks: &[Disk]) -> Result<Layout> {
+        let sizes = disks.iter().map(Disk::size).collect();
+        match worker.ask(&Request::Open { set, sizes }, &Session::new(disks, &self.digests))?.0 {
+            Answer::Layout(layout) => Ok(*layout),
+            _ => Err(inside::confused()),
+        }
+    }
+
+    /// Disks of other chains that hold what is missing, in the view of the same moment. `None` if there are none.
+    fn more_disks(&self, worker: &Worker, disks: &[Disk], missing: &[MissingVolumeGroup]) -> Option<Vec<Disk>> {
+        if missing.is_empty() || disks.len() >= DISKS {
+            return None;
+        }
+        let catalog = self.store.catalog();
+        let mut found = Vec::new();
+        for id in self.same_moment(&catalog, disks[0].id()) {
+            if disks.len() + found.len() >= DISKS {
+                break;
+            }
+            if disks.iter().any(|disk| disk.id() == &id) {
+                continue;
+            }
+            // One that cannot be opened now is as good as absent, which is said.
+            let Ok(disk) = Disk::new(&self.store, &id) else { continue };
+            let request = Request::PhysicalVolumes { size: disk.size() };
+            let alone = std::slice::from_ref(&disk);
+            let Ok((Answer::PhysicalVolumes(volumes), _)) = worker.ask(&request, &Session::new(alone, &self.digests))
+            else {
+                continue;
+            };
+            let is_wanted = |(group, volume): &(String, String)| {
+                missing.iter().any(|lacking| lacking.id == *group && lacking.absent.contains(volume))
+            };
+            if volumes.iter().any(is_wanted) {
+                found.push(disk);
+            }
+        }
+        (!found.is_empty()).then_some(found)
+    }
+
+    /// The views of other chains that show the moment that `id` shows: the active disks beside an active one, else those of the same name, or of
+    /// the name that a snapshot of several chains gives. Neighbours come first.
+    fn same_moment(&self, catalog: &Catalog, id: &ViewId) -> Vec<ViewId> {
+        let directory = id.chain.parent();
+        let mut chains: Vec<_> = catalog.chains().filter(|(path, _)| *path != *id.chain).collect();
+        chains.sort_by_key(|(path, _)| path.parent() != directory);
+        let name = without_stem(&id.name, &id.chain);
+        let ids = chains.into_iter().take(CANDIDATES).filter_map(|(path, leaf)| {
+            let path = Arc::new(path);
+            let views = self.store.chain_views(catalog, leaf);
+            let is_it = |other: &[u8]| match id.is_active() {
+                true => other == ACTIVE,
+                false => other == &*id.name || without_stem(other, &path) == name,
+            };
+            let view = views.views.iter().find(|view| view.active == id.is_active() && is_it(&view.name))?;
+            Some(self.store.view_id(catalog, &path, &views, view, false))
+        });
+        ids.collect()
+    }
+
+    fn begin_to_rest(self: &Arc<Self>) {
+        let browser = Arc::downgrade(self);
+        let work = move || {
+            loop {
+                std::thread::sleep(PERIOD);
+                let Some(browser) = browser.upgrade() else { return };
+                browser.rest();
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("rest".into()).spawn(work) {
+            tracing::warn!("what reads guests' file systems is not ended when it is idle: {error}");
+        }
+    }
+
+    fn rest(&self) {
+        let insides: Vec<Arc<Inside>> = self.insides.lock().iter().map(|(_, inside)| Arc::clone(inside)).collect();
+        insides.iter().for_each(|inside| inside.rest());
+        let workers: Vec<Arc<Worker>> = self.workers.lock().values().cloned().collect();
+        workers.iter().for_each(|worker| worker.rest(IDLE));
+    }
+}
+
+/// A view's name without its chain's: disks of one directory have snapshots that are called `CHAIN-NAME`.
+fn without_stem<'a>(name: &'a [u8], chain: &std::path::Path) -> &'a [u8] {
+    use std::os::unix::ffi::OsStrExt;
+    let stem = chain.file_name().map_or(&b""[..], OsStrExt::as_bytes);
+    name.strip_prefix(stem).and_then(|rest| rest.strip_prefix(b"-")).unwrap_or(name)
+}

@@ -1,0 +1,13 @@
+//! Guests' file systems are parsed in a process of its own, which has nothing but memory and what it is sent.
+
+mod confine;
+mod lane;
+mod process;
+pub(super) mod protocol;
+mod remote;
+mod serve;
+
+pub use process::{Program, WITHOUT_SECCOMP, WORKER};
+pub(super) use process::{Disks, Worker};
+pub use protocol::{Listing, Mounted};
+pub use serve::serve;

@@ -1,0 +1,275 @@
+//! The daemon's side of a worker: begun when it is needed, watched, ended when it hangs, begun again.
+//!
+//! Promises: whatever a worker does, who asks it gets an answer or an error, and within a bounded time; what one request
+//! does to a worker costs others nothing but time. The worker is given bytes of the disks of the set in question, and nothing else.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, MutexGuard};
+
+use crate::error::{Error, ErrorKind, Result};
+
+use super::lane::Lane;
+use super::protocol::{Answer, CHUNK, ChunkKey, Failure, FromWorker, GROUP, Request, ToWorker};
+
+/// The word that makes the program a worker.
+pub const WORKER: &str = "guest-worker";
+/// The word that keeps a worker from being confined by seccomp.
+pub const WITHOUT_SECCOMP: &str = "--without-seccomp";
+
+/// How often it is asked whether a worker still gets anywhere.
+const GLANCE: Duration = Duration::from_millis(250);
+/// Processor time that an ordinary question may cost, and one that looks at a whole disk.
+const USUAL: Duration = Duration::from_secs(2);
+const LARGE: Duration = Duration::from_secs(30);
+/// How long a worker may be silent, busy or not.
+const SILENCE: Duration = Duration::from_secs(60);
+/// Bytes that one question may need of the disks: a journal, at most.
+const FETCHED: u64 = 8 << 30;
+
+/// How workers are begun.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// This program.
+    pub path: PathBuf,
+    /// Whether workers are confined by seccomp.
+    pub seccomp: bool,
+}
+
+/// The disks of a set, as those who answer a worker see them.
+pub(in crate::browse) trait Disks {
+    /// The keys of chunks of a disk.
+    fn keys(&self, disk: u32, first: u64, count: u64) -> Result<Vec<ChunkKey>>;
+    /// Bytes of a disk; the range may lie anywhere.
+    fn read(&self, disk: u32, at: u64, buf: &mut [u8]) -> Result<()>;
+}
+
+/// A worker, running or not.
+#[derive(Debug)]
+pub(in crate::browse) struct Worker {
+    program: Program,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    process: Option<Arc<Process>>,
+    used: Instant,
+}
+
+#[derive(Debug)]
+struct Process {
+    child: Mutex<Child>,
+    id: u32,
+    lanes: [Mutex<Lane>; 2],
+    turn: AtomicUsize,
+    is_gone: AtomicBool,
+}
+
+/// Why there is no answer.
+enum Trouble {
+    /// The worker has ended, or says what makes no sense.
+    Gone(io::Error),
+    /// It was ended because of this question.
+    Ended(Error),
+}
+
+impl Worker {
+    pub(in crate::browse) fn new(program: &Program) -> Self {
+        Self { program: program.clone(), state: Mutex::new(State { process: None, used: Instant::now() }) }
+    }
+
+    /// Asks. A worker that ends meanwhile is begun anew, once: it may have been another question that ended it.
+    pub(in crate::browse) fn ask(&self, request: &Request, disks: &dyn Disks) -> Result<(Answer, Vec<u8>)> {
+        let mut is_again = false;
+        loop {
+            let process = self.process()?;
+            match process.ask(request, disks) {
+                Ok(answered) => {
+                    self.state.lock().used = Instant::now();
+                    return answered;
+                }
+                Err(Trouble::Ended(error)) => {
+                    self.discard(&process);
+                    tracing::warn!("{error}");
+                    return Err(error);
+                }
+                Err(Trouble::Gone(error)) => {
+                    self.discard(&process);
+                    tracing::warn!("a worker that reads guests' file systems has ended: {error}");
+                    if is_again {
+                        let fact = "what reads guests' file systems has ended twice over this; the disk may be damaged";
+                        return Err(Error::new(ErrorKind::Io, fact));
+                    }
+                    is_again = true;
+                }
+            }
+        }
+    }
+
+    /// Ends the process if nobody has asked it anything for that long.
+    pub(in crate::browse) fn rest(&self, idle: Duration) {
+        let mut state = self.state.lock();
+        if state.used.elapsed() < idle {
+            return;
+        }
+        // Whoever is asking it has it, too.
+        if let Some(process) = state.process.take_if(|process| Arc::strong_count(process) == 1) {
+            drop(state);
+            process.end();
+        }
+    }
+
+    pub(in crate::browse) fn is_running(&self) -> bool {
+        self.state.lock().process.is_some()
+    }
+
+    fn process(&self) -> Result<Arc<Process>> {
+        let mut state = self.state.lock();
+        state.used = Instant::now();
+        if let Some(process) = &state.process {
+            return Ok(Arc::clone(process));
+        }
+        let process = Arc::new(Process::begin(&self.program)?);
+        state.process = Some(Arc::clone(&process));
+        Ok(process)
+    }
+
+    fn discard(&self, process: &Arc<Process>) {
+        let mut state = self.state.lock();
+        if state.process.as_ref().is_some_and(|current| Arc::ptr_eq(current, process)) {
+            state.process = None;
+        }
+        drop(state);
+        process.end();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Process {
+    fn begin(program: &Program) -> Result<Self> {
+        let fail = |error| Error::io("starting a worker that reads guests' file systems", error);
+        let (first, first_end) = UnixStream::pair().map_err(fail)?;
+        let (second, second_end) = UnixStream::pair().map_err(fail)?;
+        for lane in [&first, &second] {
+            lane.set_read_timeout(Some(GLANCE)).map_err(fail)?;
+            lane.set_write_timeout(Some(SILENCE)).map_err(fail)?;
+        }
+        let mut command = Command::new(&program.path);
+        command.arg0("chainfs").arg(WORKER).env_clear().current_dir("/");
+        if !program.seccomp {
+            command.arg(WITHOUT_SECCOMP);
+        }
+        let child = command
+            .stdin(Stdio::from(OwnedFd::from(first_end)))
+            .stdout(Stdio::from(OwnedFd::from(second_end)))
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(fail)?;
+        let id = child.id();
+        let lanes = [first, second].map(|lane| Mutex::new(Lane::new(lane)));
+        Ok(Self { child: Mutex::new(child), id, lanes, turn: AtomicUsize::new(0), is_gone: AtomicBool::new(false) })
+    }
+
+    fn end(&self) {
+        if !self.is_gone.swap(true, Ordering::AcqRel) {
+            let mut child = self.child.lock();
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    fn lane(&self) -> MutexGuard<'_, Lane> {
+        // Where none is free, they wait by turns.
+        let free = self.lanes.iter().find_map(Mutex::try_lock);
+        free.unwrap_or_else(|| {
+            let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+            self.lanes[turn % self.lanes.len()].lock()
+        })
+    }
+
+    /// One conversation.
+    fn ask(&self, request: &Request, disks: &dyn Disks) -> std::result::Result<Result<(Answer, Vec<u8>)>, Trouble> {
+        let mut lane = self.lane();
+        if self.is_gone.load(Ordering::Acquire) {
+            return Err(Trouble::Gone(io::ErrorKind::BrokenPipe.into()));
+        }
+        let is_large = matches!(request, Request::Open { .. } | Request::PhysicalVolumes { .. } | Request::Mount(_));
+        let limit = if is_large { LARGE } else { USUAL };
+        let begun = self.processor_time();
+        let (mut fetched, mut looked) = (0, Instant::now());
+        lane.send(&ToWorker::Request(request.clone()), &[]).map_err(Trouble::Gone)?;
+        loop {
+            let asked = Instant::now();
+            let mut is_too_long = false;
+            let mut patience = || {
+                let spent = self.processor_time().saturating_sub(begun);
+                is_too_long = spent > limit || asked.elapsed() > SILENCE;
+                if is_too_long { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+            };
+            let received = lane.receive::<FromWorker>(&mut patience);
+            if is_too_long {
+                return Err(Trouble::Ended(too_long()));
+            }
+            let (message, payload) = received.map_err(Trouble::Gone)?;
+            match message {
+                FromWorker::Answer(answer) => return Ok(answer.map_err(|failure| failure.error()).map(|answer| (answer, payload))),
+                FromWorker::Locate { disk, first, count } => {
+                    let reply = match disks.keys(disk, first, count.min(GROUP)) {
+                        Ok(keys) => ToWorker::Keys(keys),
+                        Err(error) => ToWorker::Refused(Failure::of(&error)),
+                    };
+                    lane.send(&reply, &[]).map_err(Trouble::Gone)?;
+                }
+                FromWorker::Read { disk, at, len } => {
+                    let mut bytes = vec![0; u64::from(len).min(CHUNK) as usize];
+                    fetched += bytes.len() as u64;
+                    if fetched > FETCHED {
+                        return Err(Trouble::Ended(too_long()));
+                    }
+                    match disks.read(disk, at, &mut bytes) {
+                        Ok(()) => lane.send(&ToWorker::Bytes, &bytes),
+                        Err(error) => lane.send(&ToWorker::Refused(Failure::of(&error)), &[]),
+                    }
+                    .map_err(Trouble::Gone)?;
+                }
+            }
+            // A conversation that never ends is made of short answers, too.
+            if looked.elapsed() > GLANCE {
+                looked = Instant::now();
+                if self.processor_time().saturating_sub(begun) > limit {
+                    return Err(Trouble::Ended(too_long()));
+                }
+            }
+        }
+    }
+
+    /// What the process has used of the processors.
+    fn processor_time(&self) -> Duration {
+        /// The unit of /proc's times, on every architecture that Linux has.
+        const TICK: Duration = Duration::from_millis(10);
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.id)).unwrap_or_default();
+        // The program's name stands in parentheses and may hold anything.
+        let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields);
+        let ticks: u32 = fields.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u32>().ok()).sum();
+        TICK * ticks
+    }
+}
+
+fn too_long() -> Error {
+    let fact = "reading a guest's file system took too long and was broken off; the disk may be damaged";
+    Error::new(ErrorKind::Io, fact)
+}

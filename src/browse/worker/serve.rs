@@ -1,0 +1,217 @@
+//! The worker: a process that parses what guests have written, and can do nothing else.
+//!
+//! Each of its lanes has a thread. What it knows of sets of disks can be had again at any time, so that it may be ended
+//! and begun anew whenever that is better.
+
+use std::num::NonZero;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::{Arc, Barrier, Mutex as StdMutex};
+use std::time::Duration;
+
+use lru::LruCache;
+use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::guest::volumes::{Layout, layout, volume_source};
+use crate::guest::{FileSystem, Ino, Source, open};
+
+use super::confine;
+use super::lane::Lane;
+use super::protocol::{
+    Answer, Failure, FromWorker, LIST_LEN, Listing, Mounted, READ_LEN, RUNS_LEN, Request, ToWorker, VolumeId,
+};
+use super::remote::{Chunks, RemoteDisk, speak_on, with_lane};
+
+/// Sets of disks that are kept, at most: each has file systems with caches of their own.
+const SETS: NonZero<usize> = NonZero::new(24).expect("not zero");
+
+/// A set of disks.
+struct Set {
+    disks: Vec<Arc<dyn Source>>,
+    layout: Layout,
+    /// By volume. Held while a file system is opened: once.
+    open: Vec<Mutex<Option<Arc<dyn FileSystem>>>>,
+}
+
+/// All that a worker knows.
+struct Known {
+    sets: Mutex<LruCache<u32, Arc<Set>>>,
+    chunks: Arc<Chunks>,
+}
+
+/// What the program does as a worker: its standard input and output are its lanes. `confined`: by seccomp.
+pub fn serve(confined: bool) -> ExitCode {
+    match run(confined) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn run(confined: bool) -> Result<()> {
+    let fail = |error: std::io::Error| Error::io("taking over the lanes", error);
+    let lanes: [OwnedFd; 2] = [
+        std::io::stdin().as_fd().try_clone_to_owned().map_err(fail)?,
+        std::io::stdout().as_fd().try_clone_to_owned().map_err(fail)?,
+    ];
+    // Nobody reads what a bug says of itself; the daemon tells of it.
+    std::panic::set_hook(Box::new(|_| {}));
+    let known = Arc::new(Known { sets: Mutex::new(LruCache::new(SETS)), chunks: Arc::new(Chunks::new()) });
+    // Threads cannot be made once the process is confined, and none may work before.
+    let ready = Arc::new(Barrier::new(lanes.len() + 1));
+    let confinement: Arc<StdMutex<bool>> = Arc::default();
+    let mut watched = Vec::new();
+    for lane in lanes {
+        let socket = UnixStream::from(lane);
+        watched.push(socket.try_clone().map_err(fail)?);
+        let (known, ready, confinement) = (Arc::clone(&known), Arc::clone(&ready), Arc::clone(&confinement));
+        let work = move || {
+            speak_on(Lane::new(socket));
+            ready.wait();
+            if confinement.lock().is_ok_and(|done| *done) {
+                let _ = known.converse();
+            }
+            std::process::exit(0);
+        };
+        std::thread::Builder::new().name("lane".into()).spawn(work).map_err(fail)?;
+    }
+    let mut done = confinement.lock().expect("nobody panics with it");
+    ready.wait();
+    confine::limit()?;
+    if confined {
+        confine::filter()?;
+    }
+    *done = true;
+    drop(done);
+    // A daemon that has ended hangs up, whatever the other threads are at.
+    loop {
+        let mut ends: Vec<PollFd<'_>> = watched.iter().map(|end| PollFd::new(end, PollFlags::RDHUP)).collect();
+        match poll(&mut ends, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(_) => std::thread::sleep(Duration::from_secs(1)),
+        }
+        let is_over = PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR;
+        if ends.iter().any(|end| end.revents().intersects(is_over)) {
+            std::process::exit(0);
+        }
+    }
+}
+
+impl Known {
+    /// Answers until the daemon hangs up.
+    fn converse(&self) -> Result<()> {
+        loop {
+            let (message, _) = with_lane(|lane| lane.receive::<ToWorker>(&mut || Ok(())))?;
+            let mut payload = Vec::new();
+            let answer = match message {
+                ToWorker::Request(request) => catch_unwind(AssertUnwindSafe(|| self.answer(request, &mut payload)))
+                    .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "a bug in a reader of guests' file systems"))),
+                ToWorker::Keys(_) | ToWorker::Bytes | ToWorker::Refused(_) => {
+                    Err(Error::new(ErrorKind::Io, "an answer without a question"))
+                }
+            };
+            if answer.is_err() {
+                payload.clear();
+            }
+            let message = FromWorker::Answer(answer.map_err(|error| Failure::of(&error)));
+            with_lane(|lane| lane.send(&message, &payload))?;
+        }
+    }
+
+    fn answer(&self, request: Request, payload: &mut Vec<u8>) -> Result<Answer> {
+        match request {
+            Request::Open { set, sizes } => self.open_set(set, &sizes),
+            Request::PhysicalVolumes { size } => {
+                let disk = RemoteDisk { set: None, index: 0, size, chunks: Arc::clone(&self.chunks) };
+                Ok(Answer::PhysicalVolumes(physical_volumes(&(Arc::new(disk) as Arc<dyn Source>))))
+            }
+            Request::Mount(volume) => self.with(volume, |fs| {
+                let remarks = fs.remarks();
+                Ok(Answer::Mounted(Mounted { root: fs.root(), statistics: fs.statistics(), remarks }))
+            }),
+            Request::Lookup(volume, directory, name) => self.with(volume, |fs| {
+                let Some(ino) = fs.lookup(directory, &name)? else { return Ok(Answer::Found(None)) };
+                Ok(Answer::Found(Some((ino, fs.attributes(ino)?))))
+            }),
+            Request::List(volume, directory, from) => {
+                self.with(volume, |fs| listing(fs, directory, from).map(Answer::Listed))
+            }
+            Request::Attributes(volume, ino) => self.with(volume, |fs| fs.attributes(ino).map(Answer::Attributes)),
+            Request::ReadLink(volume, ino) => self.with(volume, |fs| fs.read_link(ino).map(Answer::Link)),
+            Request::Runs(volume, ino, at, len) => {
+                self.with(volume, |fs| fs.runs(ino, at, len, RUNS_LEN).map(Answer::Runs))
+            }
+            Request::Read(volume, ino, at, len) => self.with(volume, |fs| {
+                payload.resize((len as usize).min(READ_LEN), 0);
+                let len = fs.read_at(ino, at, payload)?;
+                payload.truncate(len);
+                Ok(Answer::Bytes)
+            }),
+            Request::ExtendedAttributes(volume, ino) => {
+                self.with(volume, |fs| fs.extended_attributes(ino).map(Answer::ExtendedAttributes))
+            }
+        }
+    }
+
+    fn open_set(&self, set: u32, sizes: &[u64]) -> Result<Answer> {
+        let disk = |(index, size): (usize, &u64)| -> Arc<dyn Source> {
+            let chunks = Arc::clone(&self.chunks);
+            Arc::new(RemoteDisk { set: Some(set), index: index as u32, size: *size, chunks })
+        };
+        let disks: Vec<Arc<dyn Source>> = sizes.iter().enumerate().map(disk).collect();
+        let layout = layout(&disks);
+        let open = layout.volumes.iter().map(|_| Mutex::default()).collect();
+        let answer = Answer::Layout(Box::new(layout.clone()));
+        let old = self.sets.lock().push(set, Arc::new(Set { disks, layout, open }));
+        drop(old);
+        Ok(answer)
+    }
+
+    /// Does something with a file system, which is opened if it is not yet.
+    fn with(&self, volume: VolumeId, work: impl FnOnce(&dyn FileSystem) -> Result<Answer>) -> Result<Answer> {
+        let Some(set) = self.sets.lock().get(&volume.set).cloned() else { return Ok(Answer::NoSuchSet) };
+        let index = volume.volume as usize;
+        let (Some(found), Some(slot)) = (set.layout.volumes.get(index), set.open.get(index)) else {
+            return Err(Error::new(ErrorKind::Stale, "there is no such volume"));
+        };
+        let mut slot = slot.lock();
+        let fs = match &*slot {
+            Some(fs) => Arc::clone(fs),
+            None => {
+                let fs = open(found.content, volume_source(found, &set.disks))?;
+                Arc::clone(slot.insert(fs))
+            }
+        };
+        drop(slot);
+        work(&*fs)
+    }
+}
+
+fn listing(fs: &dyn FileSystem, directory: Ino, from: u64) -> Result<Listing> {
+    let mut listing = Listing { entries: Vec::new(), ends: true };
+    let listed = fs.list(directory, from, &mut |entry| {
+        if listing.entries.len() == LIST_LEN {
+            listing.ends = false;
+            return false;
+        }
+        listing.entries.push((entry, None));
+        true
+    });
+    // What was good before the damage is given first; who asks on from there gets the error.
+    match listed {
+        Err(error) if listing.entries.is_empty() => return Err(error),
+        Err(_) => listing.ends = false,
+        Ok(()) => {}
+    }
+    for (entry, attributes) in &mut listing.entries {
+        *attributes = fs.attributes(entry.ino).ok();
+    }
+    Ok(listing)
+}
+
+fn physical_volumes(_: &Arc<dyn Source>) -> Vec<(String, String)> {
+    Vec::new()
+}

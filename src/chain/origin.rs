@@ -1,0 +1,73 @@
+//! Where the bytes of a disk come from, as something that can be compared: two stretches of the same origin, be they of one
+//! disk or of two that share layers, hold the same bytes, and nothing has to be read to know it.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Mapping;
+use crate::units::GuestOffset;
+
+use super::view::{Source, View};
+
+/// Where a stretch of bytes comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Origin {
+    /// The opening of an image; 0: none, the bytes are zeroes.
+    pub image: u64,
+    /// A place in that image's data; the beginning of a stream if it is compressed.
+    pub place: u64,
+    /// Bytes from the beginning of what the stream holds; `None` if it is not compressed.
+    pub within: Option<u64>,
+    /// Bytes.
+    pub len: u64,
+}
+
+impl Origin {
+    fn goes_on_with(&self, next: &Origin) -> bool {
+        let goes_on = match (self.within, next.within) {
+            _ if self.image == 0 => true,
+            (None, None) => self.place + self.len == next.place,
+            (Some(within), Some(next_within)) => self.place == next.place && within + self.len == next_within,
+            _ => false,
+        };
+        self.image == next.image && goes_on
+    }
+}
+
+impl View {
+    /// The origins of a range, as far as it lies within the disk, in order; neighbours that belong together are one. `Corrupt` where
+    /// tables are damaged.
+    pub fn origins(&self, start: u64, len: u64) -> Result<Vec<Origin>> {
+        let end = start.saturating_add(len).min(self.size());
+        let mut found: Vec<Origin> = Vec::new();
+        let mut at = start;
+        while at < end {
+            let next = self.origin(at, end - at)?;
+            at += next.len;
+            match found.last_mut() {
+                Some(last) if last.goes_on_with(&next) => last.len += next.len,
+                _ => found.push(next),
+            }
+        }
+        Ok(found)
+    }
+
+    /// The origin of the bytes at `at`, for at most `max` bytes.
+    pub fn origin(&self, at: u64, max: u64) -> Result<Origin> {
+        let extent = self.resolve(at, max)?;
+        let len = extent.len;
+        let zero = Origin { image: 0, place: 0, within: None, len };
+        let Some(layer) = self.layers().get(extent.layer) else { return Ok(zero) };
+        let image = layer.image().serial();
+        match extent.source {
+            Source::Zero => Ok(zero),
+            Source::Data(host) => Ok(Origin { image, place: host.0, within: None, len }),
+            Source::Compressed => match layer.map(GuestOffset(at), len)? {
+                (Mapping::Compressed(stream), run) => {
+                    let within = Some(layer.within_cluster(GuestOffset(at)));
+                    Ok(Origin { image, place: stream.at.0, within, len: run.min(len) })
+                }
+                _ => Err(Error::new(ErrorKind::Stale, "a layer has changed while it was looked at; try again")),
+            },
+            Source::Bad => Err(Error::new(ErrorKind::Corrupt, format!("tables are damaged at {at:#x} of the disk"))),
+        }
+    }
+}

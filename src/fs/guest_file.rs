@@ -1,0 +1,148 @@
+//! An open file of a guest: its bytes are read from the disk, where the worker has said that they are.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::browse::{Hold, Listing};
+use crate::error::{Error, ErrorKind, Result};
+use crate::guest::{Ino, RunKind};
+
+use super::slots::Slot;
+
+/// Bytes of a file about whose place is asked at once.
+const WINDOW: u64 = 1 << 30;
+/// For how long one seek may keep a thread that others wait for.
+const SEEK_LIMIT: Duration = Duration::from_millis(200);
+
+/// An open file.
+#[derive(Debug)]
+pub struct GuestFile {
+    pub(super) slot: Arc<Slot>,
+    ino: Ino,
+    size: u64,
+    known: Mutex<Arc<Known>>,
+    /// The disk stays what it is.
+    _hold: Hold,
+}
+
+/// Where some of a file is: runs without gaps.
+#[derive(Debug, Default)]
+struct Known {
+    start: u64,
+    /// The end of each run, and where its first byte is.
+    runs: Vec<(u64, RunKind)>,
+}
+
+impl Known {
+    /// The run that holds `at`: its beginning, its end, and where its first byte is.
+    fn find(&self, at: u64) -> Option<(u64, u64, RunKind)> {
+        let index = self.runs.partition_point(|(end, _)| *end <= at);
+        let (end, kind) = *self.runs.get(index)?;
+        let start = if index == 0 { self.start } else { self.runs[index - 1].0 };
+        (start <= at).then_some((start, end, kind))
+    }
+}
+
+impl GuestFile {
+    pub(super) fn open(slot: &Arc<Slot>, ino: Ino) -> Result<Self> {
+        let hold = slot.inside.hold()?;
+        let size = slot.inside.attributes(slot.volume, ino)?.size;
+        Ok(Self { slot: Arc::clone(slot), ino, size, known: Mutex::default(), _hold: hold })
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The run at `at`, which lies within the file: where it ends, and where the byte at `at` is.
+    fn run(&self, at: u64) -> Result<(u64, RunKind)> {
+        let mut known = Arc::clone(&self.known.lock());
+        if known.find(at).is_none() {
+            known = Arc::new(self.look(at)?);
+            *self.known.lock() = Arc::clone(&known);
+        }
+        let nowhere = || Error::new(ErrorKind::Corrupt, "a part of the file is nowhere");
+        let (start, end, kind) = known.find(at).ok_or_else(nowhere)?;
+        let kind = match kind {
+            RunKind::Stored(place) => RunKind::Stored(place.checked_add(at - start).ok_or_else(nowhere)?),
+            other => other,
+        };
+        Ok((end.min(self.size), kind))
+    }
+
+    fn look(&self, at: u64) -> Result<Known> {
+        let mut end = at;
+        let runs = self.slot.inside.runs(self.slot.volume, self.ino, at, WINDOW.min(self.size - at))?;
+        let runs = runs.into_iter().map(|run| {
+            end += run.len;
+            (end, run.kind)
+        });
+        Ok(Known { start: at, runs: runs.collect() })
+    }
+
+    /// Reads what there is before the end of the file. As a whole or not at all: a page cache would take a short read for
+    /// zeroes.
+    pub(super) fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        let len = self.size.saturating_sub(at).min(buf.len() as u64) as usize;
+        let mut done = 0;
+        while done < len {
+            let here = at + done as u64;
+            let (end, kind) = self.run(here)?;
+            let piece = ((end - here) as usize).min(len - done);
+            self.slot.inside.read_run(self.slot.volume, self.ino, here, kind, &mut buf[done..done + piece])?;
+            done += piece;
+        }
+        Ok(len)
+    }
+
+    /// As for a disk: who has looked for long enough calls the rest data.
+    pub(super) fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
+        let begun = Instant::now();
+        let mut at = at;
+        while at < self.size {
+            let (end, kind) = self.run(at)?;
+            if (kind != RunKind::Hole) == data {
+                return Ok(Some(at));
+            }
+            at = end;
+            if begun.elapsed() > SEEK_LIMIT {
+                return Ok(Some(at).filter(|at| data && *at < self.size));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// An open directory.
+#[derive(Debug)]
+pub struct GuestDirectory {
+    pub(super) slot: Arc<Slot>,
+    ino: Ino,
+    /// What was listed last, and from which place on.
+    listed: Mutex<Option<(u64, Arc<Listing>)>>,
+    _hold: Hold,
+}
+
+impl GuestDirectory {
+    pub(super) fn open(slot: &Arc<Slot>, ino: Ino) -> Result<Self> {
+        let hold = slot.inside.hold()?;
+        Ok(Self { slot: Arc::clone(slot), ino, listed: Mutex::new(None), _hold: hold })
+    }
+
+    /// Entries from a place on, and how many of them are to be left out.
+    pub(super) fn from(&self, place: u64) -> Result<(Arc<Listing>, usize)> {
+        if let Some((start, listed)) = &*self.listed.lock() {
+            // The kernel takes an answer in several pieces: it goes on within the one that it had.
+            let after = listed.entries.iter().position(|(entry, _)| entry.next == place).map(|index| index + 1);
+            let skip = if *start == place { Some(0) } else { after };
+            if let Some(skip) = skip.filter(|skip| *skip < listed.entries.len() || listed.ends) {
+                return Ok((Arc::clone(listed), skip));
+            }
+        }
+        let listed = Arc::new(self.slot.inside.list(self.slot.volume, self.ino, place)?);
+        *self.listed.lock() = Some((place, Arc::clone(&listed)));
+        Ok((listed, 0))
+    }
+}

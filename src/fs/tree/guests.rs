@@ -1,0 +1,316 @@
+//! `partitions` and `files`: what stands in them, and what it looks like.
+//!
+//! The two directories and what stands for each view are known without looking into a disk. Whoever opens or names something in one of a view's
+//! directories has the view looked into, by the browser.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use crate::browse::{Inside, Moment};
+use crate::error::{Error, ErrorKind, Result};
+use crate::guest::{self, FileKind, Ino, Time};
+use crate::report::volumes;
+use crate::store::{Access, ViewId, stale};
+
+use super::super::attributes::{Attributes, modified, time};
+use super::super::guest_file::{GuestDirectory, GuestFile};
+use super::super::handles::Handle;
+use super::super::links;
+use super::super::node::{Node, NodeKind, PartitionNode};
+use super::super::slots::{GuestNode, Slot};
+use super::super::window::Window;
+use super::{Tree, leaf};
+
+pub(super) const PARTITIONS: &str = "partitions";
+pub(super) const FILES: &str = "files";
+const VOLUMES: &str = "volumes.txt";
+const ROOT_LINK: &str = "root";
+/// The guest's own text of a link that was rewritten. The kernel lets nobody ask a link for `user.` attributes.
+const TARGETS: [&[u8]; 2] = [b"user.chainfs.target", b"system.chainfs.target"];
+
+/// What is shown of guests.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestOptions {
+    /// Whether anything is.
+    pub shown: bool,
+    /// Whether links, and what would keep waiting whoever opens it, are shown just as the guest has them.
+    pub verbatim: bool,
+}
+
+impl Tree {
+    /// The views of a chain that can be looked into, by name.
+    fn inner_views(&self, chain: &Arc<PathBuf>) -> Result<Vec<ViewId>> {
+        let catalog = self.store.catalog();
+        let views = self.store.chain_views(&catalog, leaf(&catalog, chain)?);
+        Ok(views.views.iter().map(|view| self.store.view_id(&catalog, chain, &views, view, false)).collect())
+    }
+
+    fn inner_view(&self, chain: &Arc<PathBuf>, name: &OsStr) -> Result<Option<ViewId>> {
+        let catalog = self.store.catalog();
+        let views = self.store.chain_views(&catalog, leaf(&catalog, chain)?);
+        let found = views.find(name.as_bytes());
+        Ok(found.map(|view| self.store.view_id(&catalog, chain, &views, view, false)))
+    }
+
+    /// The entry of one of the directories that are about guests.
+    pub(super) fn guest_child(&self, parent: &Node, name: &OsStr) -> Result<Option<Node>> {
+        match parent {
+            Node::Partitions(chain) => Ok(self.inner_view(chain, name)?.map(Node::PartitionsOf)),
+            Node::Files(chain) => Ok(self.inner_view(chain, name)?.map(Node::FilesOf)),
+            Node::PartitionsOf(view) => Ok(self
+                .partitions(view)?
+                .into_iter()
+                .find(|(known, _)| known == name)
+                .map(|(_, partition)| Node::Partition(partition))),
+            Node::FilesOf(view) if name == VOLUMES => Ok(Some(Node::VolumeList(view.clone()))),
+            Node::FilesOf(view) if name == ROOT_LINK => {
+                let inside = self.browser.inside(view, Moment::First)?;
+                Ok(inside.operating_system().map(|_| Node::RootLink(view.clone())))
+            }
+            Node::FilesOf(view) => {
+                let inside = self.browser.inside(view, Moment::First)?;
+                inside.volume(name.as_bytes()).map(|volume| self.volume_root(&inside, volume)).transpose()
+            }
+            Node::Guest(parent) => self.guest_lookup(*parent, name),
+            _ => Ok(None),
+        }
+    }
+
+    /// The entries of one of those directories.
+    pub(super) fn guest_list(&self, node: &Node, found: &mut Vec<(OsString, Node)>) -> Result<()> {
+        let name = |view: &ViewId| OsString::from_vec(view.name.to_vec());
+        match node {
+            Node::Partitions(chain) => {
+                found.extend(self.inner_views(chain)?.into_iter().map(|view| (name(&view), Node::PartitionsOf(view))));
+            }
+            Node::Files(chain) => {
+                found.extend(self.inner_views(chain)?.into_iter().map(|view| (name(&view), Node::FilesOf(view))));
+            }
+            Node::PartitionsOf(view) => {
+                let partitions = self.partitions(view)?;
+                found.extend(partitions.into_iter().map(|(name, partition)| (name, Node::Partition(partition))));
+            }
+            Node::FilesOf(view) => {
+                // Whoever opens it wants to see the disk as it is now.
+                let inside = self.browser.inside(view, Moment::Now)?;
+                found.push((VOLUMES.into(), Node::VolumeList(view.clone())));
+                if inside.operating_system().is_some() {
+                    found.push((ROOT_LINK.into(), Node::RootLink(view.clone())));
+                }
+                for (volume, described) in inside.layout().volumes.iter().enumerate() {
+                    // What cannot be shown stands, with the reason, in the list of volumes.
+                    if let Ok(root) = self.volume_root(&inside, volume) {
+                        found.push((described.name.clone().into(), root));
+                    }
+                }
+            }
+            _ => return Err(Error::new(ErrorKind::Usage, "not a directory")),
+        }
+        Ok(())
+    }
+
+    fn partitions(&self, view: &ViewId) -> Result<Vec<(OsString, PartitionNode)>> {
+        let inside = self.browser.inside(view, Moment::Table)?;
+        let shown = inside.layout().partitions.iter().filter(|partition| !partition.is_extended && partition.len > 0);
+        Ok(shown
+            .map(|partition| {
+                let guest::volumes::Partition { number, start, len, .. } = *partition;
+                (format!("p{number}.raw").into(), PartitionNode { view: view.clone(), number, start, len })
+            })
+            .collect())
+    }
+
+    fn volume_root(&self, inside: &Arc<Inside>, volume: usize) -> Result<Node> {
+        let (slot, found) = self.slots.of(inside, volume)?;
+        Ok(Node::Guest(GuestNode { slot, depth: 0, ino: found.mounted.root }))
+    }
+
+    fn guest_lookup(&self, parent: GuestNode, name: &OsStr) -> Result<Option<Node>> {
+        let slot = self.slots.get(parent.slot)?;
+        let found = slot.inside.lookup(slot.volume, parent.ino, name.as_bytes())?;
+        Ok(found.map(|(ino, attributes)| Node::Guest(self.guest_node(&slot, parent, ino, attributes.kind))))
+    }
+
+    /// The node of an entry of the directory `parent`.
+    pub(crate) fn guest_node(&self, slot: &Slot, parent: GuestNode, ino: Ino, kind: FileKind) -> GuestNode {
+        let depth = match kind {
+            FileKind::Directory => parent.depth.saturating_add(1),
+            FileKind::Symlink => parent.depth,
+            _ => 0,
+        };
+        if matches!(kind, FileKind::Directory | FileKind::Symlink) {
+            slot.held_by(ino, parent.ino);
+        }
+        GuestNode { slot: parent.slot, depth, ino }
+    }
+
+    /// What stat(2) says of a guest's file.
+    pub(super) fn guest_attributes(&self, node: GuestNode) -> Result<Attributes> {
+        let slot = self.slots.get(node.slot)?;
+        let found = slot.inside.attributes(slot.volume, node.ino)?;
+        Ok(self.shown_attributes(node, &found))
+    }
+
+    /// As what the mount shows a guest's file.
+    pub(crate) fn shown_kind(&self, kind: FileKind) -> NodeKind {
+        match kind {
+            FileKind::File => NodeKind::File,
+            FileKind::Directory => NodeKind::Directory,
+            FileKind::Symlink => NodeKind::Symlink,
+            FileKind::CharDevice => NodeKind::CharDevice,
+            FileKind::BlockDevice => NodeKind::BlockDevice,
+            FileKind::Socket => NodeKind::Socket,
+            // Whoever opened one would wait for somebody at its other end, and the kernel would not ask us. A socket's
+            // opening fails at once.
+            FileKind::Fifo if !self.guest_options.verbatim => NodeKind::Socket,
+            FileKind::Fifo => NodeKind::Fifo,
+        }
+    }
+
+    /// What the mount says of a guest's file of which the guest's file system says this.
+    pub(crate) fn shown_attributes(&self, node: GuestNode, found: &guest::Attributes) -> Attributes {
+        let (uid, gid, permissions) = self.ownership.of_guest(found);
+        Attributes {
+            inode: node.number(),
+            kind: self.shown_kind(found.kind),
+            size: found.size,
+            blocks: found.blocks,
+            links: found.links,
+            device: device_number(found.device),
+            accessed: shown_time(found.accessed),
+            modified: shown_time(found.modified),
+            changed: shown_time(found.changed),
+            permissions,
+            uid,
+            gid,
+        }
+    }
+
+    /// What stat(2) says of the things that are about guests, but not the guest's own.
+    pub(super) fn guest_document_attributes(&self, node: &Node, inode: u64) -> Result<Attributes> {
+        match node {
+            Node::PartitionsOf(view) | Node::FilesOf(view) => {
+                let found = self.store.find_view(view)?;
+                let stat = self.store.stat_now(found.image());
+                Ok(Attributes::plain(inode, NodeKind::Directory, (0, 0), modified(&stat), self.ownership.of_contents(&stat)))
+            }
+            Node::Partition(partition) => {
+                let whole = self.view_attributes(&partition.view, inode)?;
+                let blocks = (partition.len / 512).min(whole.blocks);
+                Ok(Attributes { size: partition.len, blocks, ..whole })
+            }
+            Node::VolumeList(view) => {
+                let whole = self.view_attributes(view, inode)?;
+                let size = self.volume_list(view)?.len() as u64;
+                let permissions = whole.permissions & 0o444;
+                Ok(Attributes { size, blocks: size.div_ceil(512), permissions, ..whole })
+            }
+            Node::RootLink(view) => {
+                let whole = self.view_attributes(view, inode)?;
+                let size = self.root_target(view)?.len() as u64;
+                Ok(Attributes { kind: NodeKind::Symlink, size, blocks: 0, permissions: 0o777, ..whole })
+            }
+            _ => Err(stale("nothing that is about a guest")),
+        }
+    }
+
+    pub(super) fn volume_list(&self, view: &ViewId) -> Result<Arc<[u8]>> {
+        let inside = self.browser.inside(view, Moment::First)?;
+        Ok(volumes::listed(&inside).into_bytes().into())
+    }
+
+    fn root_target(&self, view: &ViewId) -> Result<Vec<u8>> {
+        let inside = self.browser.inside(view, Moment::First)?;
+        let found = inside.operating_system().ok_or_else(|| stale("no operating system is on the disk any more"))?;
+        Ok(found.volume.clone().into_bytes())
+    }
+
+    /// The target of a symbolic link.
+    pub fn read_link(&self, inode: u64) -> Result<Vec<u8>> {
+        match self.node(inode)? {
+            Node::RootLink(view) => self.root_target(&view),
+            Node::Guest(node) => {
+                let slot = self.slots.get(node.slot)?;
+                let target = slot.inside.read_link(slot.volume, node.ino)?;
+                if self.guest_options.verbatim { Ok(target) } else { links::inside(&slot, node, &target) }
+            }
+            _ => Err(Error::new(ErrorKind::Usage, "not a symbolic link")),
+        }
+    }
+
+    pub(super) fn open_partition(&self, partition: &PartitionNode, access: Access) -> Result<Handle> {
+        let disk = if partition.view.is_active() {
+            Handle::Active(Arc::new(self.open_active(&partition.view, access)?))
+        } else {
+            Handle::Disk(self.open_disk(&partition.view)?)
+        };
+        Ok(Handle::Partition(Window { disk: Box::new(disk), start: partition.start, len: partition.len }))
+    }
+
+    pub(super) fn open_guest_file(&self, node: GuestNode) -> Result<Handle> {
+        let slot = self.slots.get(node.slot)?;
+        Ok(Handle::GuestFile(Arc::new(GuestFile::open(&slot, node.ino)?)))
+    }
+
+    pub(super) fn open_guest_directory(&self, node: GuestNode) -> Result<Handle> {
+        let slot = self.slots.get(node.slot)?;
+        Ok(Handle::GuestDirectory(Arc::new(GuestDirectory::open(&slot, node.ino)?)))
+    }
+
+    /// An extended attribute of a guest's file.
+    pub(super) fn guest_attribute(&self, node: GuestNode, name: &[u8]) -> Result<Option<Vec<u8>>> {
+        let slot = self.slots.get(node.slot)?;
+        if TARGETS.contains(&name) {
+            let found = slot.inside.attributes(slot.volume, node.ino)?;
+            let is_link = found.kind == FileKind::Symlink;
+            return if is_link { slot.inside.read_link(slot.volume, node.ino).map(Some) } else { Ok(None) };
+        }
+        let found = slot.extended_attributes(node.ino)?;
+        Ok(found.iter().find(|attribute| attribute.name == name).map(|attribute| attribute.value.clone()))
+    }
+
+    /// The names of all extended attributes that are listed, each with a NUL behind it.
+    pub fn listed_attributes(&self, inode: u64) -> Result<Vec<u8>> {
+        // Our own are read by name: listed, every `cp -a` would try to copy them.
+        let Node::Guest(node) = self.node(inode)? else { return Ok(Vec::new()) };
+        let found = self.slots.get(node.slot)?.extended_attributes(node.ino)?;
+        Ok(found.iter().flat_map(|attribute| [attribute.name.as_slice(), b"\0"].concat()).collect())
+    }
+
+    /// The sizes of a guest's file system; `None` for everything else.
+    pub fn guest_statistics(&self, inode: u64) -> Result<Option<guest::Statistics>> {
+        let Node::Guest(node) = self.node(inode)? else { return Ok(None) };
+        Ok(Some(self.slots.get(node.slot)?.mounted.statistics))
+    }
+
+    /// Whether a number is that of a guest's file.
+    pub fn is_guest(inode: u64) -> bool {
+        GuestNode::from_number(inode).is_some()
+    }
+
+    /// The kernel has been told of a number.
+    pub fn told(&self, inode: u64) {
+        if let Some(node) = GuestNode::from_number(inode) {
+            self.slots.told(node.slot);
+        }
+    }
+
+    /// The kernel has forgotten a number, of which it had been told that often.
+    pub fn forgotten(&self, inode: u64, times: u64) {
+        if let Some(node) = GuestNode::from_number(inode) {
+            self.slots.forgotten(node.slot, times);
+        }
+    }
+}
+
+/// Linux' encoding of a device's numbers for FUSE: as stat(2) of 32-bit programs has them.
+fn device_number((major, minor): (u32, u32)) -> u32 {
+    (minor & 0xff) | (major << 8) & 0xf_ff00 | (minor & !0xff) << 12
+}
+
+fn shown_time(Time { seconds, nanoseconds }: Time) -> SystemTime {
+    time(seconds, nanoseconds)
+}

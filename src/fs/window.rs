@@ -1,0 +1,73 @@
+//! A partition, shown as a disk: a stretch of a disk that is open.
+//!
+//! Nothing outside of the stretch can be reached through it, and it cannot be made longer or shorter.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::write::Zeroing;
+use crate::store::ActiveHandle;
+
+use super::handles::Handle;
+
+/// A stretch of an open disk.
+#[derive(Clone, Debug)]
+pub struct Window {
+    /// The disk: a snapshot or an active one.
+    pub(super) disk: Box<Handle>,
+    /// Where it begins.
+    pub(super) start: u64,
+    /// Bytes.
+    pub(super) len: u64,
+}
+
+impl Window {
+    /// The part of a range that lies within, as a place on the disk and a length.
+    pub(super) fn clip(&self, at: u64, len: u64) -> (u64, u64) {
+        let at = at.min(self.len);
+        (self.start + at, len.min(self.len - at))
+    }
+
+    /// The active disk that it is a part of.
+    fn active(&self) -> Result<&ActiveHandle> {
+        match &*self.disk {
+            Handle::Active(disk) => Ok(disk),
+            _ => Err(super::change::read_only()),
+        }
+    }
+
+    pub(super) fn write_at(&self, at: u64, bytes: &[u8]) -> Result<usize> {
+        let (place, len) = self.clip(at, bytes.len() as u64);
+        if len == 0 && !bytes.is_empty() {
+            let fact = format!("the partition ends at {:#x}; change the partition table through the disk", self.len);
+            return Err(Error::new(ErrorKind::NoSpace, fact));
+        }
+        self.active()?.write_at(place, &bytes[..len as usize])
+    }
+
+    pub(super) fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
+        let (place, len) = self.clip(at, len);
+        if len == 0 { Ok(()) } else { self.active()?.zero(place, len, zeroing) }
+    }
+
+    pub(super) fn allocate(&self, at: u64, len: u64) -> Result<()> {
+        let (place, len) = self.clip(at, len);
+        if len == 0 { Ok(()) } else { self.active()?.allocate(place, len) }
+    }
+
+    /// `Forbidden`, unless it is the size that it has.
+    pub(super) fn set_size(&self, size: u64) -> Result<()> {
+        if size == self.len {
+            return Ok(());
+        }
+        let fact = format!("a partition of {} bytes keeps its size; change the partition table", self.len);
+        Err(Error::new(ErrorKind::Forbidden, fact))
+    }
+
+    /// What [`Tree::seek`](super::Tree::seek) has found on the disk, as a place in the partition.
+    pub(super) fn found(&self, found: Option<u64>, data: bool) -> Option<u64> {
+        match found.map(|found| found - self.start) {
+            Some(found) if found < self.len => Some(found),
+            // Every file ends with a hole.
+            _ => (!data).then_some(self.len),
+        }
+    }
+}
