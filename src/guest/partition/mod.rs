@@ -1,1 +1,175 @@
-//! Partition tables.
+//! Partition tables: GPT, and the MBR's with its logical partitions.
+//!
+//! Promises: partitions are numbered and delimited as Linux does it, whether the disk's sectors have 512 or 4096 bytes.
+//! What a table says of itself that cannot be true is a remark; what lies outside of the disk is cut off.
+
+mod gpt;
+mod mbr;
+mod types;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::guest::Source;
+use crate::guest::bytes::{be16, le32, slice};
+use crate::guest::content::{Content, probe};
+use crate::guest::source::within;
+
+/// Linux has no more on one disk.
+const MOST_PARTITIONS: usize = 255;
+/// The sizes that sectors have.
+const SECTOR_LENS: [u64; 2] = [512, 4096];
+
+/// A partition of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Partition {
+    /// As Linux numbers them: from 1, logical ones from 5.
+    pub number: u32,
+    /// Where it begins, in bytes.
+    pub start: u64,
+    /// Bytes; what would lie beyond the end of the disk is cut off.
+    pub len: u64,
+    /// Its name in the table (GPT), if it has one.
+    pub name: Option<String>,
+    /// What the table says that it is for: `Linux filesystem`, `EFI System`, or its type's code.
+    pub type_name: String,
+    /// What Linux calls its `PARTUUID`.
+    pub uuid: Option<String>,
+    /// It only holds logical partitions.
+    pub is_extended: bool,
+}
+
+/// The kinds of tables that are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    /// EFI's.
+    Gpt,
+    /// That of the master boot record.
+    Dos,
+}
+
+impl Kind {
+    /// As blkid(8) spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gpt => "gpt",
+            Self::Dos => "dos",
+        }
+    }
+}
+
+/// What a disk's partition table says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// Its kind.
+    pub kind: Kind,
+    /// Bytes of a sector, as it counts them.
+    pub sector_len: u64,
+    /// By number.
+    pub partitions: Vec<Partition>,
+}
+
+/// The partition table of a disk, if it has one, and what should be known of it.
+pub fn read(disk: &dyn Source) -> (Option<Table>, Vec<String>) {
+    let mut remarks = Vec::new();
+    let mut sector = vec![0; 512];
+    if disk.read_at(0, &mut sector).is_err() {
+        return (None, remarks);
+    }
+    let record = mbr::Record::parse(&sector);
+    // As the kernel decides it: a GPT counts if the MBR protects it. Here also if there is nothing else in the MBR.
+    let protects = record.as_ref().is_some_and(mbr::Record::protects);
+    let has_others = record.as_ref().is_some_and(mbr::Record::has_others);
+    let table = if protects || !has_others { gpt::read(disk, protects, &mut remarks) } else { None };
+    let table = table.or_else(|| match &record {
+        Some(record) if has_others && !is_boot_sector(disk) => Some(mbr::read(disk, record, &mut remarks)),
+        _ => None,
+    });
+    match &table {
+        Some(table) => remark_overlaps(&table.partitions, &mut remarks),
+        None => remark_others(disk, &mut remarks),
+    }
+    (table, remarks)
+}
+
+/// FAT and its like end their first sector as an MBR does.
+fn is_boot_sector(disk: &dyn Source) -> bool {
+    matches!(
+        probe(disk).content,
+        Content::Fat12 | Content::Fat16 | Content::Fat32 | Content::Exfat | Content::Ntfs | Content::BitLocker
+    )
+}
+
+/// Cuts what a table says to what the disk has.
+fn fit(partition: &mut Partition, size: u64, remarks: &mut Vec<String>) {
+    let left = size.saturating_sub(partition.start);
+    if partition.len > left {
+        let fact = if left == 0 { "lies beyond" } else { "reaches beyond" };
+        remarks.push(format!("partition {} {fact} the end of the disk", partition.number));
+        partition.len = left;
+    }
+}
+
+fn remark_overlaps(partitions: &[Partition], remarks: &mut Vec<String>) {
+    let mut order: Vec<&Partition> = partitions.iter().filter(|part| !part.is_extended && part.len > 0).collect();
+    order.sort_by_key(|part| part.start);
+    let mut last: Option<&Partition> = None;
+    for part in order {
+        match last {
+            Some(before) if part.start < before.start.saturating_add(before.len) => {
+                remarks.push(format!("partitions {} and {} overlap", before.number, part.number));
+            }
+            _ => {}
+        }
+        let end = |part: &Partition| part.start.saturating_add(part.len);
+        last = last.filter(|before| end(before) > end(part)).or(Some(part));
+    }
+}
+
+/// Tables that are known, but not read.
+fn remark_others(disk: &dyn Source, remarks: &mut Vec<String>) {
+    let mut head = vec![0; 2048];
+    if disk.read_at(0, &mut head).is_err() {
+        return;
+    }
+    let other = if slice(&head, 0, 2) == b"ER" && slice(&head, 512, 2) == b"PM" {
+        "an Apple partition map"
+    } else if le32(&head, 512) == 0x8256_4557 || le32(&head, 64) == 0x8256_4557 {
+        "a BSD disk label"
+    } else if be16(&head, 508) == 0xdabe {
+        "a Sun disk label"
+    } else {
+        return;
+    };
+    remarks.push(format!("{other} is there, which is not read"));
+}
+
+/// What a stretch of a disk holds is known.
+fn is_known(disk: &dyn Source, start: u64, len: u64) -> bool {
+    !matches!(probe(&Part::new(disk, start, len)).content, Content::Empty | Content::Unknown)
+}
+
+/// A stretch of a disk that is only looked at.
+pub(super) struct Part<'a> {
+    disk: &'a dyn Source,
+    start: u64,
+    len: u64,
+}
+
+impl<'a> Part<'a> {
+    /// `len` bytes from `start` on, cut short where the disk ends.
+    pub(super) fn new(disk: &'a dyn Source, start: u64, len: u64) -> Self {
+        Self { disk, start, len: len.min(disk.size().saturating_sub(start)) }
+    }
+}
+
+impl Source for Part<'_> {
+    fn size(&self) -> u64 {
+        self.len
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        within(self.len, at, buf.len())?;
+        self.disk.read_at(self.start + at, buf)
+    }
+}

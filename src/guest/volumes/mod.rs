@@ -9,10 +9,15 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::guest::Source;
-use crate::guest::content::{Content, probe};
+use crate::guest::content::{Content, Found, probe};
+use crate::guest::lvm::{self, PhysicalVolume};
+use crate::guest::{Slice, Source, partition};
 
+pub use crate::guest::partition::Partition;
 pub use map::{Leg, Place, Segment, Stretch, locate};
+
+/// Remarks that are kept.
+const REMARK_LIMIT: usize = 100;
 
 /// What the guest's disks hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,25 +34,6 @@ pub struct Layout {
     pub remarks: Vec<String>,
     /// Volume groups that the first disk has a part in, and parts of which are on no disk that was given.
     pub missing: Vec<MissingVolumeGroup>,
-}
-
-/// A partition of the first disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Partition {
-    /// As Linux numbers them: from 1, logical ones from 5.
-    pub number: u32,
-    /// Where it begins, in bytes.
-    pub start: u64,
-    /// Bytes; what would lie beyond the end of the disk is cut off.
-    pub len: u64,
-    /// Its name in the table (GPT), if it has one.
-    pub name: Option<String>,
-    /// What the table says that it is for: `Linux filesystem`, `EFI System`, or its type's code.
-    pub type_name: String,
-    /// What Linux calls its `PARTUUID`.
-    pub uuid: Option<String>,
-    /// It only holds logical partitions.
-    pub is_extended: bool,
 }
 
 /// A volume: something that may hold a file system.
@@ -87,14 +73,53 @@ impl Volume {
     }
 }
 
+/// A physical volume that a disk holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PhysicalVolumeName {
+    /// Its identity.
+    pub id: String,
+    /// The identity of the volume group that it says it belongs to.
+    pub group: Option<String>,
+}
+
 /// What the guest's disks hold. `disks[0]` is the one that is looked at; the others are offered for the volume groups that it
 /// has a part in, and only those parts of them are used.
 pub fn layout(disks: &[Arc<dyn Source>]) -> Layout {
-    let mut layout = Layout::default();
-    if let Some(disk) = disks.first() {
-        layout.volumes.push(whole(disk));
+    let Some(disk) = disks.first() else { return Layout::default() };
+    let (table, remarks) = partition::read(disk);
+    let mut layout = Layout { remarks, ..Layout::default() };
+    if let Some(table) = table {
+        layout.table = Some(table.kind.name().to_owned());
+        layout.sector_size = Some(table.sector_len as u32);
+        layout.partitions = table.partitions;
+    }
+    for part in layout.partitions.iter().filter(|part| !part.is_extended) {
+        layout.volumes.push(plain(format!("p{}", part.number), disk, part.start, part.len));
+    }
+    let disk_as_a_whole = plain("disk".to_owned(), disk, 0, disk.size());
+    // A disc made to be started from a stick has a partition table as well, which says less.
+    if layout.volumes.is_empty() || disk_as_a_whole.content == Content::Iso9660 {
+        layout.volumes.push(disk_as_a_whole);
+    }
+    if layout.volumes.iter().any(|volume| volume.content == Content::LvmPhysicalVolume) {
+        add_logical_volumes(&mut layout, disks);
+    }
+    if layout.remarks.len() > REMARK_LIMIT {
+        let more = layout.remarks.len() - REMARK_LIMIT;
+        layout.remarks.truncate(REMARK_LIMIT);
+        layout.remarks.push(format!("there is more to be said of it ({more} remarks)"));
     }
     layout
+}
+
+/// The physical volumes that a disk holds, itself or in its partitions: by these the other disks of a volume group are
+/// found.
+pub fn physical_volumes(disk: &Arc<dyn Source>) -> Vec<PhysicalVolumeName> {
+    let name = |pv: PhysicalVolume| PhysicalVolumeName {
+        id: pv.id.to_string(),
+        group: pv.group_id().map(|id| id.to_string()),
+    };
+    find_physical_volumes(disk, 0).into_iter().map(name).collect()
 }
 
 /// The bytes of a volume; `disks` as [`layout`] was given them.
@@ -102,16 +127,55 @@ pub fn volume_source(volume: &Volume, disks: &[Arc<dyn Source>]) -> Arc<dyn Sour
     Arc::new(map::Mapped { size: volume.size, segments: volume.segments.clone(), disks: disks.to_vec() })
 }
 
-/// A disk without a partition table.
-fn whole(disk: &Arc<dyn Source>) -> Volume {
-    plain("disk".to_owned(), disk, 0, disk.size())
-}
-
 /// A volume that is a stretch of the first disk.
 fn plain(name: String, disk: &Arc<dyn Source>, start: u64, len: u64) -> Volume {
-    let found = probe(&crate::guest::Slice::new(Arc::clone(disk), start, len));
+    let found = probe(&Slice::new(Arc::clone(disk), start, len));
     let place = Place::Linear(Leg { disk: 0, offset: start });
     let segments = if len > 0 { vec![Segment { at: 0, len, place }] } else { Vec::new() };
+    described(name, len, segments, found)
+}
+
+fn described(name: String, size: u64, segments: Vec<Segment>, found: Found) -> Volume {
     let problem = found.content.problem();
-    Volume { name, size: len, segments, content: found.content, label: found.label, uuid: found.uuid, problem }
+    Volume { name, size, segments, content: found.content, label: found.label, uuid: found.uuid, problem }
+}
+
+fn find_physical_volumes(disk: &Arc<dyn Source>, number: u32) -> Vec<PhysicalVolume> {
+    let in_partition = |part: &Partition| PhysicalVolume::find(disk, number, part.start, part.len);
+    match partition::read(disk).0 {
+        // LVM leaves a disk with partitions alone, even where a label was left in front of them.
+        Some(table) if !table.partitions.is_empty() => {
+            table.partitions.iter().filter(|part| !part.is_extended).filter_map(in_partition).collect()
+        }
+        _ => PhysicalVolume::find(disk, number, 0, disk.size()).into_iter().collect(),
+    }
+}
+
+fn add_logical_volumes(layout: &mut Layout, disks: &[Arc<dyn Source>]) {
+    let mut physical = Vec::new();
+    for (number, disk) in (0..).zip(disks) {
+        let mut found = find_physical_volumes(disk, number);
+        if number == 0 {
+            for pv in &mut found {
+                layout.remarks.append(&mut pv.remarks);
+            }
+        }
+        physical.append(&mut found);
+    }
+    let groups = lvm::groups(&physical, disks);
+    layout.missing = groups.missing;
+    layout.remarks.extend(groups.remarks);
+    for found in groups.volumes {
+        let unknown = Found { content: Content::Unknown, label: None, uuid: None };
+        let mut volume = described(found.name, found.size, Vec::new(), unknown);
+        match found.segments {
+            Ok(segments) => {
+                volume.segments = segments;
+                let found = probe(&*volume_source(&volume, disks));
+                volume = described(volume.name, volume.size, volume.segments, found);
+            }
+            Err(problem) => volume.problem = Some(problem),
+        }
+        layout.volumes.push(volume);
+    }
 }

@@ -1,0 +1,224 @@
+//! A volume group as its metadata describe it: physical volumes, logical volumes, and the segments of these.
+
+use std::collections::BTreeMap;
+
+use super::config::{Section, Value};
+use super::label::Id;
+
+const SECTOR_LEN: u64 = 512;
+/// LVM's own limit of a name.
+const NAME_LIMIT: usize = 127;
+
+/// A volume group.
+#[derive(Clone, Debug)]
+pub(super) struct Group {
+    pub(super) name: String,
+    pub(super) id: Id,
+    /// Grows with every change.
+    pub(super) number: u64,
+    /// Bytes of an extent.
+    pub(super) extent_len: u64,
+    /// It has been given up by one machine, and not been taken by another.
+    pub(super) is_exported: bool,
+    /// By the name by which segments refer to them.
+    pub(super) physical: BTreeMap<String, Physical>,
+    /// By name.
+    pub(super) logical: BTreeMap<String, Logical>,
+}
+
+/// What a group knows of a physical volume.
+#[derive(Clone, Debug)]
+pub(super) struct Physical {
+    pub(super) id: Id,
+    /// It was absent when the group was changed: what it holds may be old.
+    pub(super) is_missing: bool,
+    /// Where its extents begin, in bytes.
+    pub(super) start: u64,
+    pub(super) extent_count: u64,
+}
+
+/// A logical volume.
+#[derive(Clone, Debug)]
+pub(super) struct Logical {
+    pub(super) is_visible: bool,
+    /// An image of a mirror that is being made anew.
+    pub(super) is_rebuilding: bool,
+    /// An image of a mirror that is only read if there is no other.
+    pub(super) is_write_mostly: bool,
+    /// In order and without gaps; or what is wrong with them.
+    pub(super) segments: Result<Vec<Segment>, String>,
+}
+
+/// Some extents of a logical volume.
+#[derive(Clone, Debug)]
+pub(super) struct Segment {
+    /// Extents.
+    pub(super) start: u64,
+    pub(super) count: u64,
+    pub(super) kind: Kind,
+}
+
+/// Extents of a physical or another logical volume.
+#[derive(Clone, Debug)]
+pub(super) struct Area {
+    pub(super) name: String,
+    pub(super) extent: u64,
+}
+
+/// An image of a mirror, and where its state is kept.
+#[derive(Clone, Debug)]
+pub(super) struct Image {
+    pub(super) data: Area,
+    pub(super) state: Option<String>,
+}
+
+/// How a segment is made.
+#[derive(Clone, Debug)]
+pub(super) enum Kind {
+    /// Dealt to the areas in turn; with one area just that.
+    Striped { stripe_len: u64, areas: Vec<Area> },
+    /// Dealt in turn to sets of `copies` images that have the same content; with one set just that.
+    Mirrored { stripe_len: u64, copies: usize, images: Vec<Image> },
+    /// A snapshot of the old kind: not a volume itself, but what ties two together.
+    Snapshot { origin: String, store: String, is_merging: bool },
+    /// Of a kind that is not read.
+    Other(String),
+}
+
+impl Group {
+    /// Reads LVM's text.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        let all = Section::parse(text)?;
+        let (name, group) = all.sections.iter().next().ok_or("there is no volume group in it")?;
+        check_name(name)?;
+        let need = |key: &str| group.number(key).ok_or_else(|| format!("there is no {key} in it"));
+        let extent_len = need("extent_size")? * SECTOR_LEN;
+        if extent_len == 0 {
+            return Err("its extents have no length".to_owned());
+        }
+        let sections = |key: &str| group.sections.get(key).into_iter().flat_map(|section| &section.sections);
+        let physical = |(name, section): (&String, &Section)| Some((name.clone(), physical(section)?));
+        let logical = |(name, section): (&String, &Section)| (name.clone(), logical(section));
+        Ok(Self {
+            name: name.clone(),
+            id: group.text("id").and_then(Id::parse).ok_or("it has no identity")?,
+            number: need("seqno")?,
+            extent_len,
+            is_exported: group.has("status", "EXPORTED"),
+            physical: sections("physical_volumes").filter_map(physical).collect(),
+            logical: sections("logical_volumes").map(logical).collect(),
+        })
+    }
+}
+
+/// Names stand in names of files.
+pub(super) fn check_name(name: &str) -> Result<(), String> {
+    let is_known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '_' | '.' | '-');
+    if name.len() <= NAME_LIMIT && name.chars().all(is_known) && !matches!(name, "." | "..") && !name.starts_with('-') {
+        return Ok(());
+    }
+    let shown: String = name.chars().take(NAME_LIMIT).collect();
+    Err(format!("{shown:?} is no name that LVM allows"))
+}
+
+fn physical(section: &Section) -> Option<Physical> {
+    let is_missing = section.has("flags", "MISSING") || section.has("status", "MISSING");
+    let id = section.text("id").and_then(Id::parse)?;
+    let start = section.number("pe_start")? * SECTOR_LEN;
+    Some(Physical { id, is_missing, start, extent_count: section.number("pe_count")? })
+}
+
+fn logical(section: &Section) -> Logical {
+    let has = |flag| section.has("status", flag);
+    Logical {
+        is_visible: has("VISIBLE"),
+        is_rebuilding: has("REBUILD"),
+        is_write_mostly: has("WRITEMOSTLY"),
+        segments: segments(section),
+    }
+}
+
+fn segments(section: &Section) -> Result<Vec<Segment>, String> {
+    let count = section.number("segment_count").ok_or("it has no segments")?;
+    let (mut segments, mut end) = (Vec::new(), 0);
+    for number in 1..=count {
+        let name = format!("segment{number}");
+        let Some(found) = section.sections.get(&name) else { return Err(format!("it has no {name}")) };
+        let segment = segment(found).ok_or_else(|| format!("{name} cannot be understood"))?;
+        if segment.start != end || segment.count == 0 {
+            return Err(format!("{name} does not follow the one before"));
+        }
+        end = segment.start + segment.count;
+        segments.push(segment);
+    }
+    Ok(segments)
+}
+
+fn segment(section: &Section) -> Option<Segment> {
+    let (start, count) = (section.number("start_extent")?, section.number("extent_count")?);
+    let stripe_len = section.number("stripe_size").unwrap_or(0) * SECTOR_LEN;
+    let name = section.text("type")?;
+    let kind = match name {
+        "striped" | "linear" => Kind::Striped { stripe_len, areas: areas(section.list("stripes"))? },
+        "raid0" => Kind::Striped { stripe_len, areas: areas(section.list("raid0_lvs"))? },
+        "raid0_meta" => {
+            let images = images(section.list("raids"))?;
+            Kind::Striped { stripe_len, areas: images.into_iter().map(|image| image.data).collect() }
+        }
+        "mirror" => {
+            let areas = areas(section.list("mirrors"))?;
+            let copies = areas.len();
+            let images = areas.into_iter().map(|data| Image { data, state: None }).collect();
+            Kind::Mirrored { stripe_len: 0, copies, images }
+        }
+        "raid1" => {
+            let images = images(section.list("raids"))?;
+            Kind::Mirrored { stripe_len: 0, copies: images.len(), images }
+        }
+        "raid10" | "raid10_near" => {
+            let images = images(section.list("raids"))?;
+            let copies = section.number("data_copies").unwrap_or(2) as usize;
+            // An odd number of images has copies that begin in one row and end in the next.
+            if copies == 0 || !images.len().is_multiple_of(copies) {
+                Kind::Other(format!("raid10 of {} images", images.len()))
+            } else {
+                Kind::Mirrored { stripe_len, copies, images }
+            }
+        }
+        "snapshot" => {
+            let merging = section.text("merging_store");
+            let store = merging.or_else(|| section.text("cow_store"))?.to_owned();
+            Kind::Snapshot { origin: section.text("origin")?.to_owned(), store, is_merging: merging.is_some() }
+        }
+        other => Kind::Other(other.chars().take(NAME_LIMIT).collect()),
+    };
+    let has_areas = match &kind {
+        Kind::Striped { areas, .. } => !areas.is_empty(),
+        Kind::Mirrored { images, .. } => !images.is_empty(),
+        Kind::Snapshot { .. } | Kind::Other(_) => true,
+    };
+    has_areas.then_some(Segment { start, count, kind })
+}
+
+/// Pairs of a name and an extent.
+fn areas(list: &[Value]) -> Option<Vec<Area>> {
+    let area = |pair: &[Value]| match pair {
+        [Value::Text(name), Value::Number(extent)] => {
+            let extent = u32::try_from(*extent).ok()?;
+            Some(Area { name: name.clone(), extent: extent.into() })
+        }
+        _ => None,
+    };
+    list.chunks(2).map(area).collect()
+}
+
+/// Pairs of the name of what keeps the state, and the name of what has the data.
+fn images(list: &[Value]) -> Option<Vec<Image>> {
+    let image = |pair: &[Value]| match pair {
+        [Value::Text(state), Value::Text(data)] => {
+            Some(Image { data: Area { name: data.clone(), extent: 0 }, state: Some(state.clone()) })
+        }
+        _ => None,
+    };
+    list.chunks(2).map(image).collect()
+}

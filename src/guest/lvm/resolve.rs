@@ -1,0 +1,298 @@
+//! From the segments of a logical volume to places on disks.
+//!
+//! Volumes stand on volumes (the images of a mirror, say). Each is resolved once, whoever asks; a loop, or more
+//! segments than [`SEGMENT_LIMIT`], is a problem of the volumes that are hit.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::guest::Source;
+use crate::guest::bytes::{le32, le64};
+use crate::guest::volumes::{Leg, Place, Segment, locate};
+
+use super::group::{Area, Group, Image, Kind, Physical, Segment as Extents};
+use super::label::Id;
+
+/// Segments and legs of all volumes of a group together. A group of 10,000 volumes in pieces has fewer.
+const SEGMENT_LIMIT: usize = 1 << 17;
+/// Volumes on volumes: a mirror's images on something integrity-protected is three deep.
+const DEPTH_LIMIT: u32 = 8;
+
+/// Where a physical volume is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Present {
+    pub(super) disk: u32,
+    pub(super) start: u64,
+    pub(super) len: u64,
+}
+
+/// The segments of a volume, or a sentence that says why they are not known.
+type Resolved = Result<Arc<Vec<Segment>>, String>;
+
+pub(super) struct Resolver<'a> {
+    pub(super) group: &'a Group,
+    pub(super) present: &'a BTreeMap<Id, Present>,
+    pub(super) disks: &'a [Arc<dyn Source>],
+    known: BTreeMap<String, Resolved>,
+    left: usize,
+}
+
+impl<'a> Resolver<'a> {
+    pub(super) fn new(group: &'a Group, present: &'a BTreeMap<Id, Present>, disks: &'a [Arc<dyn Source>]) -> Self {
+        Self { group, present, disks, known: BTreeMap::new(), left: SEGMENT_LIMIT }
+    }
+
+    /// Where the bytes of a logical volume are.
+    pub(super) fn volume(&mut self, name: &str) -> Resolved {
+        self.logical(name, 0)
+    }
+
+    fn logical(&mut self, name: &str, depth: u32) -> Resolved {
+        if let Some(known) = self.known.get(name) {
+            return known.clone();
+        }
+        if depth > DEPTH_LIMIT {
+            return Err("volumes stand on each other without an end".to_owned());
+        }
+        let resolved = self.segments_of(name, depth).map(Arc::new);
+        self.known.insert(name.to_owned(), resolved.clone());
+        resolved
+    }
+
+    fn segments_of(&mut self, name: &str, depth: u32) -> Result<Vec<Segment>, String> {
+        let logical = self.group.logical.get(name).ok_or_else(|| format!("there is no volume {name}"))?;
+        let mut all = Vec::new();
+        for extents in logical.segments.as_ref().map_err(Clone::clone)? {
+            let at = self.bytes(extents.start)?;
+            for mut segment in self.extents(name, extents, depth)? {
+                segment.at += at;
+                self.spend(&segment)?;
+                append(&mut all, segment);
+            }
+        }
+        Ok(all)
+    }
+
+    /// The segments of some extents, as if they began at 0.
+    fn extents(&mut self, name: &str, extents: &Extents, depth: u32) -> Result<Vec<Segment>, String> {
+        match &extents.kind {
+            Kind::Striped { stripe_len, areas } => {
+                let count = share(extents.count, areas.len())?;
+                let mut legs = Vec::new();
+                for area in areas {
+                    legs.push(self.area(area, count, depth)?);
+                }
+                stripe(&legs, *stripe_len)
+            }
+            Kind::Mirrored { stripe_len, copies, images } => {
+                if extents.start != 0 {
+                    return Err("only a part of it is mirrored".to_owned());
+                }
+                let count = share(extents.count, images.len() / copies)?;
+                let mut legs = Vec::new();
+                for (index, set) in images.chunks(*copies).enumerate() {
+                    legs.push(self.best(set, index * copies, count, depth)?);
+                }
+                stripe(&legs, *stripe_len)
+            }
+            Kind::Snapshot { .. } => Err(format!("{name} is of the type snapshot, which is not read")),
+            Kind::Other(kind) => Err(format!("it is of the type {kind}, which is not read")),
+        }
+    }
+
+    /// The image to be read of some that have the same content: one in step with the newest, if there is one. `first` is the
+    /// first one's number.
+    fn best(&mut self, set: &[Image], first: usize, count: u64, depth: u32) -> Result<Vec<Segment>, String> {
+        let mut absent = None;
+        let mut found = Vec::new();
+        for (index, image) in set.iter().enumerate() {
+            match self.area(&image.data, count, depth) {
+                Ok(segments) => found.push((index, segments, self.state(image, depth))),
+                Err(problem) => absent = absent.or(Some(problem)),
+            }
+        }
+        let newest = found.iter().filter_map(|(_, _, state)| *state).max_by_key(|state| state.events);
+        let rank = |index: usize, state: Option<State>| {
+            let logical = self.group.logical.get(&set[index].data.name);
+            let is_rebuilding = logical.is_some_and(|logical| logical.is_rebuilding);
+            let is_in_step = match (state, newest) {
+                (Some(state), Some(newest)) => {
+                    let number = first + index;
+                    let has_failed = number < 64 && newest.failed & (1 << number) != 0;
+                    // The states of images are written one after the other.
+                    state.is_whole && !has_failed && state.events + 1 >= newest.events
+                }
+                (None, Some(_)) => false,
+                (_, None) => true,
+            };
+            let is_last_choice = logical.is_some_and(|logical| logical.is_write_mostly);
+            (is_in_step && !is_rebuilding, !is_last_choice, std::cmp::Reverse(index))
+        };
+        let best = found.into_iter().max_by_key(|(index, _, state)| rank(*index, *state));
+        match best {
+            Some((index, segments, state)) if rank(index, state).0 => Ok(segments),
+            Some(_) => Err(match absent {
+                Some(problem) => format!("the images that are there are out of step, and of another {problem}"),
+                None => "all its images are out of step".to_owned(),
+            }),
+            None => Err(absent.unwrap_or_else(|| "it has no images".to_owned())),
+        }
+    }
+
+    /// What the kernel keeps of an image; `None` if it was never used.
+    fn state(&mut self, image: &Image, depth: u32) -> Option<State> {
+        let segments = self.logical(image.state.as_deref()?, depth + 1).ok()?;
+        let stretch = locate(&segments, 0, 512).filter(|stretch| stretch.len == 512)?;
+        let mut block = vec![0; 512];
+        self.disks.get(stretch.disk as usize)?.read_at(stretch.offset, &mut block).ok()?;
+        State::parse(&block)
+    }
+
+    /// Extents of a physical or a logical volume, as if they began at 0.
+    fn area(&mut self, area: &Area, count: u64, depth: u32) -> Result<Vec<Segment>, String> {
+        let (from, len) = (self.bytes(area.extent)?, self.bytes(count)?);
+        if let Some(physical) = self.group.physical.get(&area.name) {
+            return self.physical(physical, area, count);
+        }
+        let segments = self.logical(&area.name, depth + 1)?;
+        let mut cut = Vec::new();
+        let end = from.checked_add(len).ok_or("it is too large")?;
+        for segment in &segments[segments.partition_point(|segment| segment.at + segment.len <= from)..] {
+            if segment.at >= end {
+                break;
+            }
+            let Place::Linear(leg) = &segment.place else {
+                return Err(format!("{}, which it stands on, has stripes", area.name));
+            };
+            let (first, last) = (segment.at.max(from), (segment.at + segment.len).min(end));
+            let leg = Leg { disk: leg.disk, offset: leg.offset + (first - segment.at) };
+            let segment = Segment { at: first - from, len: last - first, place: Place::Linear(leg) };
+            self.spend(&segment)?;
+            cut.push(segment);
+        }
+        if cut.last().is_none_or(|last| last.at + last.len != len) {
+            return Err(format!("{}, which it stands on, is too small", area.name));
+        }
+        Ok(cut)
+    }
+
+    fn physical(&self, physical: &Physical, area: &Area, count: u64) -> Result<Vec<Segment>, String> {
+        let id = physical.id;
+        let Some(present) = self.present.get(&id) else {
+            return Err(format!("physical volume {id} is missing"));
+        };
+        if physical.is_missing {
+            return Err(format!("physical volume {id} is marked as missing: what it holds may be old"));
+        }
+        let end = area.extent + count;
+        let from = self.bytes(area.extent)?.checked_add(physical.start);
+        let to = self.bytes(end)?.checked_add(physical.start);
+        match (from, to) {
+            (Some(from), Some(to)) if end <= physical.extent_count && to <= present.len => {
+                let leg = Leg { disk: present.disk, offset: present.start + from };
+                Ok(vec![Segment { at: 0, len: to - from, place: Place::Linear(leg) }])
+            }
+            _ => Err(format!("it reaches beyond the end of physical volume {id}")),
+        }
+    }
+
+    fn bytes(&self, extents: u64) -> Result<u64, String> {
+        let bytes = extents.checked_mul(self.group.extent_len).filter(|bytes| i64::try_from(*bytes).is_ok());
+        bytes.ok_or_else(|| "it is too large".to_owned())
+    }
+
+    fn spend(&mut self, segment: &Segment) -> Result<(), String> {
+        let price = match &segment.place {
+            Place::Linear(_) => 1,
+            Place::Striped { legs, .. } => 1 + legs.len(),
+        };
+        self.left = self.left.checked_sub(price).ok_or("the volume group is in too many pieces")?;
+        Ok(())
+    }
+}
+
+/// What dm-raid writes at the beginning of each image's state.
+#[derive(Clone, Copy)]
+struct State {
+    /// Grows with every change of the set.
+    events: u64,
+    /// A bit for each image that is given up.
+    failed: u64,
+    /// Nothing of it is still to be made anew.
+    is_whole: bool,
+}
+
+impl State {
+    fn parse(block: &[u8]) -> Option<Self> {
+        const MAGIC: u32 = 0x6452_6d44;
+        (le32(block, 0) == MAGIC).then(|| Self {
+            events: le64(block, 16).min(u64::MAX - 1),
+            failed: le64(block, 24),
+            is_whole: le64(block, 32) == u64::MAX,
+        })
+    }
+}
+
+/// What each of `count` parts gets.
+fn share(extents: u64, count: usize) -> Result<u64, String> {
+    let count = count as u64;
+    if count == 0 || !extents.is_multiple_of(count) {
+        return Err(format!("{extents} extents cannot be dealt to {count}"));
+    }
+    Ok(extents / count)
+}
+
+/// Puts legs of equal lengths together. Where one of them goes on elsewhere, a new segment begins.
+fn stripe(legs: &[Vec<Segment>], stripe_len: u64) -> Result<Vec<Segment>, String> {
+    let [first, others @ ..] = legs else { return Err("it has no legs".to_owned()) };
+    if others.is_empty() {
+        return Ok(first.clone());
+    }
+    if stripe_len == 0 {
+        return Err("its stripes have no length".to_owned());
+    }
+    let mut ends: Vec<u64> = legs.iter().flatten().map(|segment| segment.at + segment.len).collect();
+    ends.sort_unstable();
+    ends.dedup();
+    if ends.len().saturating_mul(legs.len()) > SEGMENT_LIMIT {
+        return Err("it is in too many pieces".to_owned());
+    }
+    let count = legs.len() as u64;
+    let mut striped = Vec::new();
+    let mut places = vec![0; legs.len()];
+    let mut from = 0;
+    for end in ends {
+        if !end.is_multiple_of(stripe_len) {
+            return Err("its parts do not end where stripes do".to_owned());
+        }
+        let mut here = Vec::new();
+        for (leg, place) in legs.iter().zip(&mut places) {
+            while leg.get(*place).is_some_and(|segment| segment.at + segment.len <= from) {
+                *place += 1;
+            }
+            let Some(Segment { at, place: Place::Linear(leg), .. }) = leg.get(*place) else {
+                return Err("its legs are of different kinds or lengths".to_owned());
+            };
+            here.push(Leg { disk: leg.disk, offset: leg.offset + (from - at) });
+        }
+        let (Some(at), Some(len)) = (from.checked_mul(count), (end - from).checked_mul(count)) else {
+            return Err("it is too large".to_owned());
+        };
+        striped.push(Segment { at, len, place: Place::Striped { stripe_len, legs: here } });
+        from = end;
+    }
+    Ok(striped)
+}
+
+/// Adds a segment; one that only goes on where the last one ends makes that one longer.
+fn append(all: &mut Vec<Segment>, segment: Segment) {
+    if let Some(last) = all.last_mut()
+        && let (Place::Linear(before), Place::Linear(leg)) = (&last.place, &segment.place)
+        && before.disk == leg.disk
+        && before.offset + last.len == leg.offset
+    {
+        last.len += segment.len;
+        return;
+    }
+    all.push(segment);
+}

@@ -1,0 +1,174 @@
+//! The table of the master boot record, and the chain of extended boot records behind it.
+//!
+//! Nothing in it tells how many bytes its sectors have. They are 512, unless it makes sense only with 4096.
+
+use super::{Kind, MOST_PARTITIONS, Partition, SECTOR_LENS, Table, fit, is_known, types};
+use crate::guest::Source;
+use crate::guest::bytes::{le32, slice};
+
+const SIGNATURE: &[u8] = b"\x55\xaa";
+const PROTECTIVE: u8 = 0xee;
+/// Extended boot records without any partition that may follow each other; the kernel's limit.
+const EMPTY_RECORDS_LIMIT: u32 = 100;
+
+/// An entry of a table.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    kind: u8,
+    /// In sectors.
+    start: u32,
+    count: u32,
+}
+
+impl Entry {
+    fn is_extended(self) -> bool {
+        matches!(self.kind, 0x05 | 0x0f | 0x85)
+    }
+}
+
+/// A master or extended boot record.
+pub(super) struct Record {
+    entries: [Entry; 4],
+    /// The disk's own number.
+    signature: u32,
+}
+
+impl Record {
+    /// The record in a sector; `None` if it has no signature or is something else's first sector.
+    pub(super) fn parse(sector: &[u8]) -> Option<Self> {
+        let record = Self::parse_chained(sector)?;
+        // Something other than a boot mark means that there are no entries, but code.
+        (0..4).all(|index| matches!(sector[446 + index * 16], 0 | 0x80)).then_some(record)
+    }
+
+    /// An extended record: it has no boot marks worth looking at.
+    fn parse_chained(sector: &[u8]) -> Option<Self> {
+        if slice(sector, 510, 2) != SIGNATURE {
+            return None;
+        }
+        let entry = |index: usize| {
+            let at = 446 + index * 16;
+            Entry { kind: sector[at + 4], start: le32(sector, at + 8), count: le32(sector, at + 12) }
+        };
+        Some(Self { entries: [entry(0), entry(1), entry(2), entry(3)], signature: le32(sector, 440) })
+    }
+
+    /// It says that the disk belongs to a GPT.
+    pub(super) fn protects(&self) -> bool {
+        self.entries.iter().any(|entry| entry.kind == PROTECTIVE)
+    }
+
+    /// It has partitions of its own.
+    pub(super) fn has_others(&self) -> bool {
+        self.entries.iter().any(|entry| entry.kind != PROTECTIVE && entry.count != 0)
+    }
+}
+
+pub(super) fn read(disk: &dyn Source, record: &Record, remarks: &mut Vec<String>) -> Table {
+    let [(small, mut small_remarks), (large, mut large_remarks)] = SECTOR_LENS.map(|sector_len| {
+        let mut remarks = Vec::new();
+        (read_with(disk, record, sector_len, &mut remarks), remarks)
+    });
+    // A chain of extended records is found only where it is; other partitions are judged by what they hold.
+    let is_large = large_remarks.is_empty()
+        && if small.partitions.iter().any(|part| part.is_extended) {
+            !small_remarks.is_empty()
+        } else {
+            let makes_sense = |table: &Table| table.partitions.iter().any(|part| is_known(disk, part.start, part.len));
+            !makes_sense(&small) && makes_sense(&large)
+        };
+    let (table, found) = if is_large { (large, &mut large_remarks) } else { (small, &mut small_remarks) };
+    remarks.append(found);
+    for partition in &table.partitions {
+        if matches!(partition.type_name.as_str(), "FreeBSD" | "OpenBSD" | "NetBSD" | "Solaris") {
+            let (number, name) = (partition.number, &partition.type_name);
+            remarks.push(format!("partition {number} may have a disk label of {name}, which is not read"));
+        }
+    }
+    table
+}
+
+fn read_with(disk: &dyn Source, record: &Record, sector_len: u64, remarks: &mut Vec<String>) -> Table {
+    let mut partitions = Vec::new();
+    let mut logical = Chain { disk, sector_len, signature: record.signature, found: Vec::new() };
+    for (number, entry) in (1..).zip(record.entries) {
+        if entry.count == 0 || entry.kind == PROTECTIVE {
+            continue;
+        }
+        let start = u64::from(entry.start) * sector_len;
+        let mut partition = partition(number, start, u64::from(entry.count) * sector_len, entry.kind, record.signature);
+        fit(&mut partition, disk.size(), remarks);
+        partitions.push(partition);
+        if entry.is_extended() {
+            logical.follow(start, u64::from(entry.count) * sector_len, number, remarks);
+        }
+    }
+    for mut partition in logical.found {
+        fit(&mut partition, disk.size(), remarks);
+        partitions.push(partition);
+    }
+    Table { kind: Kind::Dos, sector_len, partitions }
+}
+
+fn partition(number: u32, start: u64, len: u64, kind: u8, signature: u32) -> Partition {
+    Partition {
+        number,
+        start,
+        len,
+        name: None,
+        type_name: types::of_code(kind).map_or_else(|| format!("{kind:#04x}"), str::to_owned),
+        uuid: (signature != 0).then(|| format!("{signature:08x}-{number:02x}")),
+        is_extended: Entry { kind, start: 0, count: 0 }.is_extended(),
+    }
+}
+
+/// Logical partitions as they are found.
+struct Chain<'a> {
+    disk: &'a dyn Source,
+    sector_len: u64,
+    signature: u32,
+    found: Vec<Partition>,
+}
+
+impl Chain<'_> {
+    /// Follows the chain that begins with an extended partition, as the kernel does.
+    fn follow(&mut self, first: u64, first_len: u64, number: u32, remarks: &mut Vec<String>) {
+        let (mut here, mut here_len) = (first, first_len);
+        let mut empty_count = 0;
+        let mut sector = vec![0; 512];
+        loop {
+            let record = match self.disk.read_at(here, &mut sector) {
+                Ok(()) => Record::parse_chained(&sector),
+                Err(_) => None,
+            };
+            let Some(record) = record else {
+                remarks.push(format!("the chain of extended partition {number} breaks off at {here:#x}"));
+                return;
+            };
+            let before = self.found.len();
+            for (index, entry) in record.entries.into_iter().enumerate() {
+                let (start, len) = (u64::from(entry.start) * self.sector_len, u64::from(entry.count) * self.sector_len);
+                let is_outside = start + len > here_len || here + start + len > first + first_len;
+                // The third and the fourth often are garbage.
+                if entry.count == 0 || entry.is_extended() || (index >= 2 && is_outside) {
+                    continue;
+                }
+                if 4 + self.found.len() >= MOST_PARTITIONS {
+                    remarks.push(format!("there are more than {MOST_PARTITIONS} partitions"));
+                    return;
+                }
+                let number = 5 + self.found.len() as u32;
+                self.found.push(partition(number, here + start, len, entry.kind, self.signature));
+            }
+            empty_count = if self.found.len() > before { 0 } else { empty_count + 1 };
+            let next = record.entries.into_iter().find(|entry| entry.count != 0 && entry.is_extended());
+            let Some(next) = next else { return };
+            if empty_count > EMPTY_RECORDS_LIMIT {
+                remarks.push(format!("the chain of extended partition {number} does not end"));
+                return;
+            }
+            here = first + u64::from(next.start) * self.sector_len;
+            here_len = u64::from(next.count) * self.sector_len;
+        }
+    }
+}
