@@ -3,11 +3,12 @@
 //! Answers come from a worker; bytes of files are read here, straight from the disk, wherever the worker says that they lie. Nothing that the worker
 //! says is believed further than it can be: names are names, places lie within the disks of this set.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::guest::inspect::OperatingSystem;
 use crate::guest::volumes::{Layout, Volume};
 use crate::guest::{Attributes, ExtendedAttribute, Ino, Run, RunKind};
 use crate::store::ViewId;
@@ -31,6 +32,7 @@ pub struct Inside {
     pub(super) layout: Layout,
     /// What has been asked of file systems as a whole, by volume.
     pub(super) mounted: Vec<Mutex<Option<Mounted>>>,
+    pub(super) system: OnceLock<Option<OperatingSystem>>,
 }
 
 impl std::fmt::Debug for Inside {
@@ -167,6 +169,17 @@ impl Inside {
                 check_ino(mounted.root)?;
                 Ok(self.mounted[volume].lock().insert(mounted).clone())
             }
+            _ => Err(confused()),
+        }
+    }
+
+    /// The operating system that the volumes hold, if there is one.
+    pub fn operating_system(&self) -> Result<Option<&OperatingSystem>> {
+        if let Some(known) = self.system.get() {
+            return Ok(known.as_ref());
+        }
+        match self.ask(&Request::Inspect(self.set))?.0 {
+            Answer::OperatingSystem(found) => Ok(self.system.get_or_init(|| found.map(|found| *found)).as_ref()),
             _ => Err(confused()),
         }
     }

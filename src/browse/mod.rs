@@ -12,14 +12,14 @@ use std::collections::HashMap;
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Once};
+use std::sync::{Arc, Once, OnceLock};
 use std::time::Duration;
 
 use lru::LruCache;
 use parking_lot::Mutex;
 
 use crate::error::Result;
-use crate::guest::volumes::{Layout, MissingVolumeGroup};
+use crate::guest::volumes::{Layout, MissingVolumeGroup, PhysicalVolumeName};
 use crate::store::{ACTIVE, Catalog, Store, ViewId};
 
 use disk::{Digests, Disk};
@@ -144,7 +144,8 @@ impl Browser {
             layout = self.open(&worker, set, &disks)?;
         }
         let mounted = layout.volumes.iter().map(|_| Mutex::default()).collect();
-        Ok(Inside { worker, digests: Arc::clone(&self.digests), set, disks, layout, mounted })
+        let (digests, system) = (Arc::clone(&self.digests), OnceLock::new());
+        Ok(Inside { worker, digests, set, disks, layout, mounted, system })
     }
 
     fn open(&self, worker: &Worker, set: u32, disks: &[Disk]) -> Result<Layout> {
@@ -177,8 +178,9 @@ impl Browser {
             else {
                 continue;
             };
-            let is_wanted = |(group, volume): &(String, String)| {
-                missing.iter().any(|lacking| lacking.id == *group && lacking.absent.contains(volume))
+            let is_wanted = |volume: &PhysicalVolumeName| {
+                let is_of = |group: &MissingVolumeGroup| volume.group.as_ref().is_none_or(|id| *id == group.id);
+                missing.iter().any(|group| is_of(group) && group.absent.contains(&volume.id))
             };
             if volumes.iter().any(is_wanted) {
                 found.push(disk);

@@ -75,6 +75,13 @@ pub enum Command {
     Trash(TrashArgs),
     /// Stop the running command of a chain
     Cancel(CancelArgs),
+    /// Read guests' file systems for the program that has started this one
+    #[command(name = crate::browse::worker::WORKER, hide = true)]
+    Worker {
+        /// Without the kernel's filter of system calls
+        #[arg(long)]
+        without_seccomp: bool,
+    },
     /// Print a shell's completion script
     #[command(after_help = "Example:\n  chainfs completions bash > /usr/share/bash-completion/completions/chainfs")]
     Completions {

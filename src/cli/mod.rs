@@ -42,6 +42,7 @@ pub fn main() -> ExitCode {
     };
     let result = match &cli.command {
         Command::Mount(args) => return mount::run(args),
+        Command::Worker { without_seccomp } => return crate::browse::worker::serve(!without_seccomp),
         Command::Umount(args) => return umount::run(args),
         Command::Tree(args) => tree::run(args),
         Command::Info(args) => info::run(args),

@@ -19,12 +19,14 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
 use super::args::MountArgs;
-use super::mount_options::MountOptions;
+use super::mount_options::{MountOptions, Symlinks};
 use super::store_options::{store_options, variable};
 use super::{complain, config};
+use crate::browse::Browser;
+use crate::browse::worker::Program;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fs::mount::{self, OwnMount};
-use crate::fs::{Features, Ownership, Server, Tree};
+use crate::fs::{Features, GuestOptions, Ownership, Server, Tree};
 use crate::io::users_of;
 use crate::store::{Flusher, Store, Watcher};
 
@@ -102,7 +104,9 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
         Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ]).map_err(|error| Error::io("catching signals", error))?;
     let store = Store::open(&args.store, store_options(&options))?;
     let ownership = Ownership { uid: options.uid, gid: options.gid, umask: options.umask };
-    let tree = Arc::new(Tree::new(&store, ownership));
+    let browser = Browser::new(&store, Program::this(!options.no_seccomp));
+    let guests = GuestOptions { shown: !options.no_files, verbatim: options.symlinks == Some(Symlinks::Verbatim) };
+    let tree = Arc::new(Tree::new(&store, ownership, &browser, guests));
     let wanted = mount::MountOptions {
         allow_other: options.allow_other,
         exec: options.exec.unwrap_or(false),

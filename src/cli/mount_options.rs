@@ -68,6 +68,8 @@ pub struct MountOptions {
     pub no_parallel_writes: bool,
     /// `nosharedmapping`: active disks are mapped privately only.
     pub no_shared_mapping: bool,
+    /// `noseccomp`: what reads guests' file systems is not confined to the system calls it needs.
+    pub no_seccomp: bool,
     /// `noinotify`: the store is looked through every `rescan` seconds instead of being watched.
     pub no_inotify: bool,
     /// `noreadahead`: the kernel's own read-ahead is left as it is.
@@ -130,7 +132,7 @@ pub(super) enum Takes {
 }
 
 /// Options that a configuration file may set as well.
-pub(super) const SETTINGS: [(&str, Takes); 24] = [
+pub(super) const SETTINGS: [(&str, Takes); 25] = [
     ("ro", Takes::Nothing),
     ("allow_other", Takes::Nothing),
     ("uid", Takes::Value),
@@ -152,6 +154,7 @@ pub(super) const SETTINGS: [(&str, Takes); 24] = [
     ("nopassthrough", Takes::Nothing),
     ("noparallelwrites", Takes::Nothing),
     ("nosharedmapping", Takes::Nothing),
+    ("noseccomp", Takes::Nothing),
     ("noinotify", Takes::Nothing),
     ("noreadahead", Takes::Nothing),
     ("noexec", Takes::Nothing),
@@ -199,6 +202,7 @@ impl MountOptions {
             no_passthrough: self.no_passthrough || defaults.no_passthrough,
             no_parallel_writes: self.no_parallel_writes || defaults.no_parallel_writes,
             no_shared_mapping: self.no_shared_mapping || defaults.no_shared_mapping,
+            no_seccomp: self.no_seccomp || defaults.no_seccomp,
             no_inotify: self.no_inotify || defaults.no_inotify,
             no_readahead: self.no_readahead || defaults.no_readahead,
             exec: self.exec.or(defaults.exec),
@@ -271,6 +275,7 @@ impl MountOptions {
             "nopassthrough" => self.no_passthrough = true,
             "noparallelwrites" => self.no_parallel_writes = true,
             "nosharedmapping" => self.no_shared_mapping = true,
+            "noseccomp" => self.no_seccomp = true,
             "noinotify" => self.no_inotify = true,
             "noreadahead" => self.no_readahead = true,
             "noexec" => self.exec = Some(false),

@@ -25,10 +25,6 @@ impl Lane {
         Self { socket, buffer: Vec::new() }
     }
 
-    pub(super) fn socket(&self) -> &UnixStream {
-        &self.socket
-    }
-
     /// Sends a message and the bytes that follow it.
     pub(super) fn send(&mut self, message: &impl Serialize, payload: &[u8]) -> io::Result<()> {
         self.buffer.clear();

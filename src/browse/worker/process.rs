@@ -44,6 +44,13 @@ pub struct Program {
     pub seccomp: bool,
 }
 
+impl Program {
+    /// This program, whatever has become of its file since it was started.
+    pub fn this(seccomp: bool) -> Self {
+        Self { path: "/proc/self/exe".into(), seccomp }
+    }
+}
+
 /// The disks of a set, as those who answer a worker see them.
 pub(in crate::browse) trait Disks {
     /// The keys of chunks of a disk.
@@ -207,7 +214,16 @@ impl Process {
         if self.is_gone.load(Ordering::Acquire) {
             return Err(Trouble::Gone(io::ErrorKind::BrokenPipe.into()));
         }
-        let is_large = matches!(request, Request::Open { .. } | Request::PhysicalVolumes { .. } | Request::Mount(_));
+        let is_large = !matches!(
+            request,
+            Request::Lookup(..)
+                | Request::List(..)
+                | Request::Attributes(..)
+                | Request::ReadLink(..)
+                | Request::Runs(..)
+                | Request::Read(..)
+                | Request::ExtendedAttributes(..)
+        );
         let limit = if is_large { LARGE } else { USUAL };
         let begun = self.processor_time();
         let (mut fetched, mut looked) = (0, Instant::now());

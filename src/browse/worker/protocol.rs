@@ -7,7 +7,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind};
-use crate::guest::volumes::Layout;
+use crate::guest::inspect::OperatingSystem;
+use crate::guest::volumes::{Layout, PhysicalVolumeName};
 use crate::guest::{Attributes, DirectoryEntry, ExtendedAttribute, Ino, Run, Statistics};
 
 /// Bytes that are fetched and kept as one.
@@ -62,6 +63,8 @@ pub(in crate::browse) enum Request {
     Read(VolumeId, Ino, u64, u32),
     /// All extended attributes.
     ExtendedAttributes(VolumeId, Ino),
+    /// Which operating system a set holds.
+    Inspect(u32),
 }
 
 /// What the worker answers.
@@ -70,8 +73,7 @@ pub(in crate::browse) enum Answer {
     /// To a request for a set that is not kept, or no longer: it is to be opened again.
     NoSuchSet,
     Layout(Box<Layout>),
-    /// Volume group and physical volume, by identifier.
-    PhysicalVolumes(Vec<(String, String)>),
+    PhysicalVolumes(Vec<PhysicalVolumeName>),
     Mounted(Mounted),
     Found(Option<(Ino, Attributes)>),
     Listed(Listing),
@@ -81,6 +83,7 @@ pub(in crate::browse) enum Answer {
     /// The bytes follow as the frame's payload.
     Bytes,
     ExtendedAttributes(Vec<ExtendedAttribute>),
+    OperatingSystem(Option<Box<OperatingSystem>>),
 }
 
 /// What is known of a file system as a whole.

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::volumes::{Layout, layout, volume_source};
+use crate::guest::volumes::{Layout, layout, physical_volumes, volume_source};
 use crate::guest::{FileSystem, Ino, Source, open};
 
 use super::confine;
@@ -153,6 +153,7 @@ impl Known {
             Request::ExtendedAttributes(volume, ino) => {
                 self.with(volume, |fs| fs.extended_attributes(ino).map(Answer::ExtendedAttributes))
             }
+            Request::Inspect(set) => self.inspect(set),
         }
     }
 
@@ -173,21 +174,35 @@ impl Known {
     /// Does something with a file system, which is opened if it is not yet.
     fn with(&self, volume: VolumeId, work: impl FnOnce(&dyn FileSystem) -> Result<Answer>) -> Result<Answer> {
         let Some(set) = self.sets.lock().get(&volume.set).cloned() else { return Ok(Answer::NoSuchSet) };
-        let index = volume.volume as usize;
-        let (Some(found), Some(slot)) = (set.layout.volumes.get(index), set.open.get(index)) else {
+        work(&*set.file_system(volume.volume as usize)?)
+    }
+
+    fn inspect(&self, set: u32) -> Result<Answer> {
+        let Some(set) = self.sets.lock().get(&set).cloned() else { return Ok(Answer::NoSuchSet) };
+        // One that cannot be opened holds no system that could be shown.
+        let open: Vec<_> = (0..set.open.len()).map(|index| set.file_system(index).ok()).collect();
+        let found = operating_system(&set.layout, &open);
+        Ok(Answer::OperatingSystem(found.map(Box::new)))
+    }
+}
+
+impl Set {
+    /// The file system of a volume, which is opened if it is not yet.
+    fn file_system(&self, index: usize) -> Result<Arc<dyn FileSystem>> {
+        let (Some(found), Some(slot)) = (self.layout.volumes.get(index), self.open.get(index)) else {
             return Err(Error::new(ErrorKind::Stale, "there is no such volume"));
         };
         let mut slot = slot.lock();
-        let fs = match &*slot {
-            Some(fs) => Arc::clone(fs),
-            None => {
-                let fs = open(found.content, volume_source(found, &set.disks))?;
-                Arc::clone(slot.insert(fs))
-            }
-        };
-        drop(slot);
-        work(&*fs)
+        if let Some(fs) = &*slot {
+            return Ok(Arc::clone(fs));
+        }
+        let fs = open(found.content, volume_source(found, &self.disks))?;
+        Ok(Arc::clone(slot.insert(fs)))
     }
+}
+
+fn operating_system(_: &Layout, _: &[Option<Arc<dyn FileSystem>>]) -> Option<crate::guest::inspect::OperatingSystem> {
+    None
 }
 
 fn listing(fs: &dyn FileSystem, directory: Ino, from: u64) -> Result<Listing> {
@@ -210,8 +225,4 @@ fn listing(fs: &dyn FileSystem, directory: Ino, from: u64) -> Result<Listing> {
         *attributes = fs.attributes(entry.ino).ok();
     }
     Ok(listing)
-}
-
-fn physical_volumes(_: &Arc<dyn Source>) -> Vec<(String, String)> {
-    Vec::new()
 }

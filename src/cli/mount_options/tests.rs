@@ -41,6 +41,7 @@ fn every_option_of_ours_is_understood() {
         no_passthrough: true,
         no_parallel_writes: true,
         no_shared_mapping: true,
+        no_seccomp: true,
         no_inotify: true,
         no_readahead: true,
         exec: Some(false),

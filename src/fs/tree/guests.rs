@@ -68,7 +68,7 @@ impl Tree {
             Node::FilesOf(view) if name == VOLUMES => Ok(Some(Node::VolumeList(view.clone()))),
             Node::FilesOf(view) if name == ROOT_LINK => {
                 let inside = self.browser.inside(view, Moment::First)?;
-                Ok(inside.operating_system().map(|_| Node::RootLink(view.clone())))
+                Ok(inside.operating_system()?.map(|_| Node::RootLink(view.clone())))
             }
             Node::FilesOf(view) => {
                 let inside = self.browser.inside(view, Moment::First)?;
@@ -97,7 +97,7 @@ impl Tree {
                 // Whoever opens it wants to see the disk as it is now.
                 let inside = self.browser.inside(view, Moment::Now)?;
                 found.push((VOLUMES.into(), Node::VolumeList(view.clone())));
-                if inside.operating_system().is_some() {
+                if inside.operating_system()?.is_some() {
                     found.push((ROOT_LINK.into(), Node::RootLink(view.clone())));
                 }
                 for (volume, described) in inside.layout().volumes.iter().enumerate() {
@@ -135,7 +135,7 @@ impl Tree {
     }
 
     /// The node of an entry of the directory `parent`.
-    pub(crate) fn guest_node(&self, slot: &Slot, parent: GuestNode, ino: Ino, kind: FileKind) -> GuestNode {
+    pub(in crate::fs) fn guest_node(&self, slot: &Slot, parent: GuestNode, ino: Ino, kind: FileKind) -> GuestNode {
         let depth = match kind {
             FileKind::Directory => parent.depth.saturating_add(1),
             FileKind::Symlink => parent.depth,
@@ -155,7 +155,7 @@ impl Tree {
     }
 
     /// As what the mount shows a guest's file.
-    pub(crate) fn shown_kind(&self, kind: FileKind) -> NodeKind {
+    pub(in crate::fs) fn shown_kind(&self, kind: FileKind) -> NodeKind {
         match kind {
             FileKind::File => NodeKind::File,
             FileKind::Directory => NodeKind::Directory,
@@ -171,7 +171,7 @@ impl Tree {
     }
 
     /// What the mount says of a guest's file of which the guest's file system says this.
-    pub(crate) fn shown_attributes(&self, node: GuestNode, found: &guest::Attributes) -> Attributes {
+    pub(in crate::fs) fn shown_attributes(&self, node: GuestNode, found: &guest::Attributes) -> Attributes {
         let (uid, gid, permissions) = self.ownership.of_guest(found);
         Attributes {
             inode: node.number(),
@@ -224,7 +224,7 @@ impl Tree {
 
     fn root_target(&self, view: &ViewId) -> Result<Vec<u8>> {
         let inside = self.browser.inside(view, Moment::First)?;
-        let found = inside.operating_system().ok_or_else(|| stale("no operating system is on the disk any more"))?;
+        let found = inside.operating_system()?.ok_or_else(|| stale("no operating system is on the disk any more"))?;
         Ok(found.volume.clone().into_bytes())
     }
 

@@ -1,0 +1,53 @@
+//! The volumes of a guest's disk as text.
+
+use std::fmt::Write as _;
+
+use unicode_width::UnicodeWidthStr;
+
+use crate::browse::Inside;
+use crate::guest::volumes::Volume;
+
+use super::safe::terminal;
+use super::size::brief_size;
+
+/// A line for each volume: its name, what it holds, its size, label and identity, and why its files are not shown; then what should be known of each.
+pub fn listed(inside: &Inside) -> String {
+    let layout = inside.layout();
+    let rows: Vec<[String; 3]> = layout
+        .volumes
+        .iter()
+        .map(|volume| [terminal(&volume.name), volume.content.name().to_owned(), brief_size(volume.size)])
+        .collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].width()).max().unwrap_or(0);
+    let widths = [width(0), width(1), width(2)];
+    let mut text = String::new();
+    for (index, (volume, [name, content, size])) in layout.volumes.iter().zip(&rows).enumerate() {
+        let gap = widths[0] - name.width();
+        let _ = write!(text, "{name}{:gap$}   {content:1$}   {size:>2$}", "", widths[1], widths[2]);
+        let _ = writeln!(text, "{}", remarks(inside, index, volume));
+    }
+    let table = layout.table.as_deref().unwrap_or("none");
+    let _ = writeln!(text, "\npartition table: {table}");
+    for remark in &layout.remarks {
+        let _ = writeln!(text, "{}", terminal(remark));
+    }
+    for group in &layout.missing {
+        let absent = group.absent.join(", ");
+        let fact = format!("volume group {} lacks the physical volumes {absent}, which no disk of this store has", group.name);
+        let _ = writeln!(text, "{}", terminal(&fact));
+    }
+    text
+}
+
+fn remarks(inside: &Inside, index: usize, volume: &Volume) -> String {
+    let mut words: Vec<String> = Vec::new();
+    words.extend(volume.label.as_ref().map(|label| format!("label {}", terminal(label))));
+    words.extend(volume.uuid.as_ref().map(|uuid| format!("uuid {}", terminal(uuid))));
+    match (&volume.problem, volume.problem.is_none().then(|| inside.mount(index))) {
+        (Some(problem), _) => words.push(format!("not shown: {}", terminal(problem))),
+        (None, Some(Err(error))) => words.push(format!("not shown: {}", terminal(&error.to_string()))),
+        (None, Some(Ok(mounted))) => words.extend(mounted.remarks.iter().map(|remark| terminal(remark))),
+        (None, None) => {}
+    }
+    if words.is_empty() { String::new() } else { format!("   {}", words.join("; ")) }
+}
