@@ -8,6 +8,7 @@
 //! as soon as somebody opens the disk and finds it unchanged.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -109,20 +110,29 @@ impl Still {
         if at >= end || matches!(kept.hold, Hold::Lost) {
             return;
         }
-        for chunk in at / CHUNK..end.div_ceil(CHUNK) {
+        let touched = at / CHUNK..end.div_ceil(CHUNK);
+        // Asked first: whoever discards a disk does not wait until as much as would fit has been read.
+        let room = (KEPT_LEN / CHUNK as usize).saturating_sub(kept.chunks.len()) as u64;
+        let is_kept = touched.end - touched.start <= room && self.keep_all(&mut kept, touched, read);
+        if !is_kept {
+            kept.hold = Hold::Lost;
+            kept.chunks = HashMap::new();
+        }
+    }
+
+    fn keep_all(&self, kept: &mut Kept, touched: Range<u64>, read: &dyn Fn(u64, &mut [u8]) -> Result<()>) -> bool {
+        for chunk in touched {
             if kept.chunks.contains_key(&chunk) {
                 continue;
             }
             let start = chunk * CHUNK;
             let mut bytes = vec![0; CHUNK.min(self.size - start) as usize].into_boxed_slice();
-            let is_full = (kept.chunks.len() + 1) * CHUNK as usize > KEPT_LEN;
-            if is_full || read(start, &mut bytes).is_err() {
-                kept.hold = Hold::Lost;
-                kept.chunks = HashMap::new();
-                return;
+            if read(start, &mut bytes).is_err() {
+                return false;
             }
             kept.chunks.insert(chunk, bytes);
         }
+        true
     }
 
     /// Fills `buf`, which lies within the disk and within one chunk.
@@ -276,5 +286,125 @@ impl ActiveHandle {
             (rest, at) = (more, at + len as u64);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+    use crate::error::ErrorKind;
+    use crate::image::create::{CreateOptions, initial_image};
+    use crate::image::write::Zeroing;
+    use crate::store::{Access, StoreOptions};
+
+    const SIZE: u64 = 4 << 20;
+
+    struct Lab {
+        _directory: tempfile::TempDir,
+        store: Arc<Store>,
+        id: ViewId,
+    }
+
+    fn lab() -> Lab {
+        let directory = tempfile::tempdir().unwrap();
+        let options = CreateOptions { size: Some(SIZE), ..CreateOptions::default() };
+        std::fs::write(directory.path().join("a.qcow2"), initial_image(&options).unwrap()).unwrap();
+        let store = Store::open(directory.path(), StoreOptions::default()).unwrap();
+        let catalog = store.catalog();
+        let views = store.chain_views(&catalog, catalog.chain(Path::new("a")).unwrap());
+        let chain = Arc::new(PathBuf::from("a"));
+        let id = store.view_id(&catalog, &chain, &views, views.active().unwrap(), false);
+        Lab { _directory: directory, store, id }
+    }
+
+    fn pattern(seed: u64, len: usize) -> Vec<u8> {
+        let mut state = seed * 2 + 1;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as u8
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn what_is_read_is_what_the_disk_was_whoever_writes_meanwhile() {
+        let Lab { store, id, .. } = &lab();
+        let writer = store.open_writable(id, Access::ReadWrite).unwrap();
+        let before = pattern(1, SIZE as usize / 2);
+        writer.write_at(0, &before).unwrap();
+        let reader = store.open_writable(id, Access::Read).unwrap();
+        let still = reader.hold_still().unwrap();
+        std::thread::scope(|scope| {
+            for thread in 0..3_u64 {
+                let writer = &writer;
+                scope.spawn(move || {
+                    for round in 0..200 {
+                        let at = (round * 104_729 + thread * 611_953) % SIZE;
+                        if round % 7 == 0 {
+                            writer.zero(at, 100_000, Zeroing::Unmap).unwrap();
+                        } else {
+                            writer.write_at(at, &pattern(round + 100 * thread, 5_000)).unwrap();
+                        }
+                    }
+                });
+            }
+            for round in 0..200_u64 {
+                let mut buf = vec![0; 70_000];
+                let at = (round * 15_485_863) % (SIZE - buf.len() as u64);
+                reader.read_still(&still, at, &mut buf).unwrap();
+                let expected = (at..at + 70_000).map(|at| before.get(at as usize).copied().unwrap_or(0));
+                assert!(buf.iter().copied().eq(expected), "at {at:#x}");
+            }
+        });
+        assert!(!still.is_unchanged());
+        let mut now = [0; 5_000];
+        writer.read_at(0, &mut now).unwrap();
+        assert!(now[..] != before[..5_000], "it was written indeed");
+    }
+
+    #[test]
+    fn a_still_goes_on_after_a_pause_only_if_nothing_was_changed() {
+        let Lab { store, id, .. } = &lab();
+        let read = |still: &Arc<Still>| -> Result<()> {
+            let reader = store.open_writable(id, Access::Read)?;
+            reader.hold_again(still)?;
+            reader.read_still(still, 0, &mut [0; 100])
+        };
+        let still = store.open_writable(id, Access::Read).unwrap().hold_still().unwrap();
+        read(&still).unwrap();
+        let writer = store.open_writable(id, Access::ReadWrite).unwrap();
+        read(&still).unwrap();
+        store.let_go_of_still(id, &still);
+        read(&still).unwrap();
+        // While it is looked after, changes pass by it; while it is not, they end it.
+        writer.write_at(0, b"changed").unwrap();
+        read(&still).unwrap();
+        let second = store.open_writable(id, Access::Read).unwrap().hold_still().unwrap();
+        store.let_go_of_still(id, &second);
+        writer.write_at(0, b"once more").unwrap();
+        for still in [&second, &second] {
+            assert_eq!(read(still).unwrap_err().kind(), ErrorKind::Stale);
+        }
+        let third = store.open_writable(id, Access::Read).unwrap().hold_still().unwrap();
+        drop(writer);
+        // Of the first, what it was is put aside only while somebody has the disk open.
+        assert_eq!(read(&still).unwrap_err().kind(), ErrorKind::Stale);
+        let writer = store.open_writable(id, Access::Write).unwrap();
+        writer.write_at(SIZE - 10, b"the end").unwrap();
+        drop(writer);
+        assert_eq!(read(&third).unwrap_err().kind(), ErrorKind::Stale);
+    }
+
+    #[test]
+    fn who_changes_too_much_ends_the_still_and_is_never_refused() {
+        let Lab { store, id, .. } = &lab();
+        let writer = store.open_writable(id, Access::ReadWrite).unwrap();
+        writer.set_size(1 << 30).unwrap();
+        let still = writer.hold_still().unwrap();
+        writer.zero(0, 1 << 30, Zeroing::Unmap).unwrap();
+        assert_eq!(writer.read_still(&still, 0, &mut [0; 10]).unwrap_err().kind(), ErrorKind::Stale);
+        assert!(still.kept.lock().chunks.is_empty());
     }
 }
