@@ -26,8 +26,6 @@ pub enum Kind {
 pub struct Volume {
     /// Its kind.
     pub kind: Kind,
-    /// Bytes of a sector.
-    pub(super) sector_len: u32,
     /// Bytes of a cluster.
     pub(super) cluster_len: u32,
     /// Where the first table begins, and the bytes of each.
@@ -124,7 +122,6 @@ impl Volume {
         let information = u64::from(le16(head, 48));
         Ok(Self {
             kind,
-            sector_len,
             cluster_len,
             table_at,
             table_len,

@@ -160,7 +160,7 @@ fn segment(section: &Section) -> Option<Segment> {
     let name = section.text("type")?;
     let kind = match name {
         "striped" | "linear" => Kind::Striped { stripe_len, areas: areas(section.list("stripes"))? },
-        "raid0" => Kind::Striped { stripe_len, areas: areas(section.list("raid0_lvs"))? },
+        "raid0" => Kind::Striped { stripe_len, areas: names(section.list("raid0_lvs"))? },
         "raid0_meta" => {
             let images = images(section.list("raids"))?;
             Kind::Striped { stripe_len, areas: images.into_iter().map(|image| image.data).collect() }
@@ -210,6 +210,15 @@ fn areas(list: &[Value]) -> Option<Vec<Area>> {
         _ => None,
     };
     list.chunks(2).map(area).collect()
+}
+
+/// Names of volumes that are used from their beginning.
+fn names(list: &[Value]) -> Option<Vec<Area>> {
+    let area = |value: &Value| match value {
+        Value::Text(name) => Some(Area { name: name.clone(), extent: 0 }),
+        Value::Number(_) | Value::Other | Value::List(_) => None,
+    };
+    list.iter().map(area).collect()
 }
 
 /// Pairs of the name of what keeps the state, and the name of what has the data.

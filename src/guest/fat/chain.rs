@@ -1,0 +1,190 @@
+//! The tables: which cluster follows which, and which are free.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::cache::Cache;
+use crate::error::{Error, ErrorKind, Result};
+use crate::guest::Source;
+use crate::guest::bytes::{le16, le32};
+
+use super::volume::{FIRST_CLUSTER, Kind, Volume};
+
+/// Bytes of a table that are read at once. Entries of 12, 16 and 32 bits all end with it.
+const PAGE_LEN: u64 = 3 << 11;
+const PAGES_BUDGET: usize = 1 << 20;
+/// Of a chain every so-manieth cluster is remembered.
+const MARK_EVERY: u64 = 1024;
+const MARKS_BUDGET: usize = 1 << 20;
+
+/// Some clusters that lie together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stretch {
+    pub(super) first: u32,
+    pub(super) count: u64,
+}
+
+/// The tables of a volume.
+pub(super) struct Chains {
+    pages: Cache<u64, Arc<[u8]>>,
+    /// By a chain's first cluster: the clusters numbered 0, 1024, 2048 ... of it.
+    marks: Cache<u32, Arc<Mutex<Vec<u32>>>>,
+}
+
+impl Chains {
+    pub(super) fn new() -> Self {
+        Self { pages: Cache::new(PAGES_BUDGET), marks: Cache::new(MARKS_BUDGET) }
+    }
+
+    /// The clusters of a chain from the one numbered `from` on: up to `count` of them in up to `most` stretches. There are
+    /// fewer where the chain ends or breaks; an error, if `from` is behind that.
+    pub(super) fn clusters(
+        &self,
+        place: (&Volume, &dyn Source),
+        start: u32,
+        from: u64,
+        count: u64,
+        most: usize,
+    ) -> Result<Vec<Stretch>> {
+        let mut walk = Walk { chains: self, place, page: None };
+        let mut cluster = self.seek(&mut walk, start, from)?;
+        let mut stretches: Vec<Stretch> = Vec::new();
+        for left in (0..count).rev() {
+            let stretch_count = stretches.len();
+            match stretches.last_mut() {
+                Some(last) if u64::from(last.first) + last.count == u64::from(cluster) => last.count += 1,
+                _ if stretch_count == most => break,
+                _ => stretches.push(Stretch { first: cluster, count: 1 }),
+            }
+            if left > 0 {
+                match walk.next(cluster) {
+                    Ok(Some(next)) => cluster = next,
+                    Ok(None) | Err(_) => break,
+                }
+            }
+        }
+        Ok(stretches)
+    }
+
+    /// The cluster behind another one; `None` at the end of the chain.
+    pub(super) fn next(&self, place: (&Volume, &dyn Source), cluster: u32) -> Result<Option<u32>> {
+        Walk { chains: self, place, page: None }.next(cluster)
+    }
+
+    /// The cluster numbered `index` of a chain.
+    fn seek(&self, walk: &mut Walk<'_>, start: u32, index: u64) -> Result<u32> {
+        walk.check(start)?;
+        let marks = self.marks.get(&start).unwrap_or_else(|| {
+            let marks = Arc::new(Mutex::new(vec![start]));
+            // Enough for a file of 4 GiB in clusters of 4 KiB.
+            self.marks.put(start, Arc::clone(&marks), 4096);
+            marks
+        });
+        let (mut number, mut cluster) = {
+            let marks = marks.lock();
+            let mark = (index / MARK_EVERY).min(marks.len() as u64 - 1);
+            (mark * MARK_EVERY, marks[mark as usize])
+        };
+        while number < index {
+            let Some(next) = walk.next(cluster)? else {
+                return Err(corrupt(format!("the chain of cluster {start} ends after {} clusters", number + 1)));
+            };
+            (number, cluster) = (number + 1, next);
+            if number.is_multiple_of(MARK_EVERY) {
+                let mut marks = marks.lock();
+                if marks.len() as u64 == number / MARK_EVERY {
+                    marks.push(cluster);
+                }
+            }
+        }
+        Ok(cluster)
+    }
+
+    /// How many clusters are free.
+    pub(super) fn free_count(&self, place: (&Volume, &dyn Source)) -> Result<u64> {
+        let mut walk = Walk { chains: self, place, page: None };
+        let mut count = 0;
+        for cluster in FIRST_CLUSTER..FIRST_CLUSTER + place.0.cluster_count {
+            count += u64::from(walk.entry(cluster)? == 0);
+        }
+        Ok(count)
+    }
+
+    /// A page of the first table, or of another one if that cannot be read.
+    fn page(&self, (volume, source): (&Volume, &dyn Source), number: u64) -> Result<Arc<[u8]>> {
+        if let Some(page) = self.pages.get(&number) {
+            return Ok(page);
+        }
+        let at = number * PAGE_LEN;
+        let mut page = vec![0; volume.table_len.saturating_sub(at).min(PAGE_LEN) as usize];
+        let mut result = Ok(());
+        for table in 0..u64::from(volume.table_count) {
+            result = source.read_at(volume.table_at + table * volume.table_len + at, &mut page);
+            if result.is_ok() {
+                break;
+            }
+        }
+        result?;
+        let page: Arc<[u8]> = page.into();
+        self.pages.put(number, Arc::clone(&page), page.len());
+        Ok(page)
+    }
+}
+
+/// A walk along a chain, with the page of the table that was needed last.
+struct Walk<'a> {
+    chains: &'a Chains,
+    place: (&'a Volume, &'a dyn Source),
+    page: Option<(u64, Arc<[u8]>)>,
+}
+
+impl Walk<'_> {
+    fn next(&mut self, cluster: u32) -> Result<Option<u32>> {
+        let entry = self.entry(cluster)?;
+        // As the kernel takes it: what marks a bad cluster ends the chain, too.
+        let end = match self.place.0.kind {
+            Kind::Fat12 => 0xff7,
+            Kind::Fat16 => 0xfff7,
+            Kind::Fat32 => 0x0fff_fff7,
+        };
+        if entry >= end {
+            return Ok(None);
+        }
+        self.check(entry)?;
+        Ok(Some(entry))
+    }
+
+    fn check(&self, cluster: u32) -> Result<()> {
+        match self.place.0.cluster_at(cluster) {
+            Some(_) => Ok(()),
+            None => Err(corrupt(format!("a chain leads to cluster {cluster}, which does not exist"))),
+        }
+    }
+
+    fn entry(&mut self, cluster: u32) -> Result<u32> {
+        let kind = self.place.0.kind;
+        let at = match kind {
+            Kind::Fat12 => u64::from(cluster / 2) * 3,
+            Kind::Fat16 => u64::from(cluster) * 2,
+            Kind::Fat32 => u64::from(cluster) * 4,
+        };
+        let number = at / PAGE_LEN;
+        let page = match &self.page {
+            Some((kept, page)) if *kept == number => page,
+            _ => &self.page.insert((number, self.chains.page(self.place, number)?)).1,
+        };
+        let within = (at % PAGE_LEN) as usize;
+        Ok(match kind {
+            Kind::Fat12 if cluster % 2 == 1 => u32::from(le16(page, within + 1)) >> 4,
+            // The last one of a table may be without its neighbour.
+            Kind::Fat12 => u32::from(le16(page, within)) & 0xfff,
+            Kind::Fat16 => u32::from(le16(page, within)),
+            Kind::Fat32 => le32(page, within) & 0x0fff_ffff,
+        })
+    }
+}
+
+pub(super) fn corrupt(fact: String) -> Error {
+    Error::new(ErrorKind::Corrupt, fact)
+}
