@@ -16,12 +16,12 @@ use crate::browse::{Inside, Mounted};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{ExtendedAttribute, Ino};
 
-/// Set in every number of a guest's file.
-const GUEST: u64 = 1 << 63;
+/// Set in every number of a guest's file; the highest bit stays free, for programs that take numbers for signed.
+const GUEST: u64 = 1 << 62;
 const SLOT_BITS: u32 = 15;
-const DEPTH_BITS: u32 = 8;
+const DEPTH_BITS: u32 = 7;
 const INO_BITS: u32 = 40;
-const _: () = assert!(1 + SLOT_BITS + DEPTH_BITS + INO_BITS == 64 && 1 << INO_BITS == Ino::LIMIT);
+const _: () = assert!(SLOT_BITS + DEPTH_BITS + INO_BITS == 62 && 1 << INO_BITS == Ino::LIMIT);
 
 /// File systems that are shown at the same time, at most.
 const SLOTS: usize = 1 << SLOT_BITS;
@@ -44,7 +44,7 @@ pub struct GuestNode {
 
 impl GuestNode {
     /// The deepest that is counted; whatever is deeper has this, too.
-    pub(super) const DEEPEST: u8 = u8::MAX;
+    pub(super) const DEEPEST: u8 = (1 << DEPTH_BITS) - 1;
 
     /// Its number in the mount.
     pub(super) fn number(self) -> u64 {
@@ -55,7 +55,7 @@ impl GuestNode {
     pub(super) fn from_number(number: u64) -> Option<Self> {
         (number & GUEST != 0).then(|| Self {
             slot: (number >> (DEPTH_BITS + INO_BITS)) as u16 & (SLOTS - 1) as u16,
-            depth: (number >> INO_BITS) as u8,
+            depth: (number >> INO_BITS) as u8 & Self::DEEPEST,
             ino: Ino(number & (Ino::LIMIT - 1)),
         })
     }
@@ -193,7 +193,7 @@ mod tests {
     #[test]
     fn a_number_says_what_it_stands_for() {
         for slot in [0, 1, 0x7fff] {
-            for depth in [0, 1, 255] {
+            for depth in [0, 1, GuestNode::DEEPEST] {
                 for ino in [0, 2, Ino::LIMIT - 1] {
                     let node = GuestNode { slot, depth, ino: Ino(ino) };
                     assert_eq!(GuestNode::from_number(node.number()), Some(node));

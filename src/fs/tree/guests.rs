@@ -137,7 +137,7 @@ impl Tree {
     /// The node of an entry of the directory `parent`.
     pub(in crate::fs) fn guest_node(&self, slot: &Slot, parent: GuestNode, ino: Ino, kind: FileKind) -> GuestNode {
         let depth = match kind {
-            FileKind::Directory => parent.depth.saturating_add(1),
+            FileKind::Directory => (parent.depth + 1).min(GuestNode::DEEPEST),
             FileKind::Symlink => parent.depth,
             _ => 0,
         };
