@@ -1,1 +1,186 @@
-//! ext2, ext3 and ext4.
+//! ext2, ext3 and ext4, read from any [`Source`] without a kernel.
+//!
+//! Promises: the file system is shown as the kernel would show it after mounting it, with the journal and fast commits
+//! replayed in memory. What is damaged is an error of the entry that is asked for; whatever else can be read stays
+//! readable. Opening reads the superblock and, if it is needed, the journal; everything else is read when it is asked
+//! for. Left to others: who may see what, and what a symbolic link leads to.
+
+mod acl;
+mod blocks;
+mod bytes;
+mod checksum;
+mod directory;
+mod extents;
+mod fast;
+mod groups;
+mod hash;
+mod htree;
+mod indirect;
+mod inline;
+mod inode;
+mod journal;
+mod map;
+mod statistics;
+mod superblock;
+mod symlink;
+mod xattr;
+
+mod open;
+
+use std::hash::RandomState;
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+
+use crate::cache::Cache;
+use crate::error::{Error, Result};
+
+use super::filesystem::{Attributes, DirectoryEntry, ExtendedAttribute, FileKind, FileSystem, Ino, Run, Statistics};
+use super::source::Source;
+
+pub use superblock::{Probe, probe};
+
+use blocks::{Block, Blocks};
+use bytes::{corrupt, unsupported};
+use directory::NameIndex;
+use fast::FastCommits;
+use inode::{Inode, flags};
+use superblock::Superblock;
+
+const ROOT: u64 = 2;
+/// Bytes of inodes kept, and of indexes made of directories that have none.
+const INODE_CACHE_LEN: usize = 2 << 20;
+const NAME_CACHE_LEN: usize = 16 << 20;
+
+/// An ext2, ext3 or ext4 file system.
+pub struct Ext {
+    superblock: Superblock,
+    blocks: Blocks,
+    fast: FastCommits,
+    inodes: Cache<u32, Arc<Inode>>,
+    name_indexes: Cache<u32, Arc<NameIndex>>,
+    name_hasher: RandomState,
+    statistics: OnceLock<Statistics>,
+    /// What should be known of what is shown. Taken for a moment only, and no other lock within.
+    remarks: Mutex<Vec<String>>,
+}
+
+impl Ext {
+    /// The file system that fills `source`. A journal that cannot be replayed is no error: [`FileSystem::remarks`]
+    /// says that what is shown is old.
+    pub fn open(source: Arc<dyn Source>) -> Result<Self> {
+        open::open(source)
+    }
+
+    fn remark(&self, remark: String) {
+        let mut remarks = self.remarks.lock();
+        if !remarks.contains(&remark) {
+            remarks.push(remark);
+        }
+    }
+
+    fn number(&self, ino: Ino) -> Result<u32> {
+        let number = u32::try_from(ino.0).ok().filter(|number| (1..=self.superblock.inode_count).contains(number));
+        number.ok_or_else(|| corrupt(format!("inode {} is named, but there is none", ino.0)))
+    }
+
+    fn inode(&self, number: u32) -> Result<Arc<Inode>> {
+        if let Some(inode) = self.inodes.get(&number) {
+            return Ok(inode);
+        }
+        let inode = match self.fast.inode(number) {
+            // Its checksum is of the time before where its blocks are was added.
+            Some(raw) => Inode::parse(&self.superblock, number, raw.into(), false)?,
+            None => Inode::parse(&self.superblock, number, self.raw_inode(number)?, true)?,
+        };
+        let inode = Arc::new(inode);
+        self.inodes.put(number, Arc::clone(&inode), inode.raw.len() + size_of::<Inode>() + 64);
+        Ok(inode)
+    }
+
+    /// An inode's bytes, as the disk and the journal's transactions have them.
+    fn raw_inode(&self, number: u32) -> Result<Box<[u8]>> {
+        let superblock = &self.superblock;
+        if !(1..=superblock.inode_count).contains(&number) {
+            return Err(corrupt(format!("inode {number} is named, but there is none")));
+        }
+        let index = u64::from(number - 1);
+        let (group, index) =
+            (index / u64::from(superblock.inodes_per_group), index % u64::from(superblock.inodes_per_group));
+        let found = groups::group(superblock, &self.blocks, group)?;
+        if !found.sound {
+            self.remark(format!("the descriptor of group {group} is damaged; the inodes in it are read nevertheless"));
+        }
+        let at = index * superblock.inode_len as u64;
+        let block = Block(found.inode_table.0 + (at >> superblock.block_bits));
+        let at = at as usize & (superblock.block_len() - 1);
+        Ok(self.blocks.read(block)?[at..][..superblock.inode_len].into())
+    }
+}
+
+impl Inode {
+    /// What is wrong with it.
+    fn corrupt(&self, fact: &str) -> Error {
+        corrupt(format!("inode {} {fact}", self.number))
+    }
+
+    /// An error that was met while this was read.
+    fn about(&self, error: Error) -> Error {
+        error.within(format!("inode {}", self.number))
+    }
+
+    fn refuse_encrypted(&self) -> Result<()> {
+        if self.is(flags::ENCRYPT) {
+            return Err(unsupported(format!("inode {} is encrypted by the file system", self.number)));
+        }
+        Ok(())
+    }
+}
+
+impl FileSystem for Ext {
+    fn root(&self) -> Ino {
+        Ino(ROOT)
+    }
+
+    fn statistics(&self) -> Statistics {
+        *self.statistics.get_or_init(|| self.count())
+    }
+
+    fn remarks(&self) -> Vec<String> {
+        self.remarks.lock().clone()
+    }
+
+    fn lookup(&self, directory: Ino, name: &[u8]) -> Result<Option<Ino>> {
+        Ok(self.look_up(self.number(directory)?, name)?.map(|number| Ino(number.into())))
+    }
+
+    fn list(&self, directory: Ino, from: u64, each: &mut dyn FnMut(DirectoryEntry) -> bool) -> Result<()> {
+        self.list_directory(self.number(directory)?, from, each)
+    }
+
+    fn attributes(&self, ino: Ino) -> Result<Attributes> {
+        Ok(self.inode(self.number(ino)?)?.attributes())
+    }
+
+    fn read_link(&self, ino: Ino) -> Result<Vec<u8>> {
+        self.target(self.number(ino)?)
+    }
+
+    fn runs(&self, ino: Ino, at: u64, len: u64, most: usize) -> Result<Vec<Run>> {
+        self.runs_of(self.number(ino)?, at, len, most)
+    }
+
+    fn read_at(&self, ino: Ino, at: u64, buf: &mut [u8]) -> Result<usize> {
+        self.read_file(self.number(ino)?, at, buf)
+    }
+
+    fn extended_attributes(&self, ino: Ino) -> Result<Vec<ExtendedAttribute>> {
+        self.attributes_of(self.number(ino)?)
+    }
+}
+
+impl std::fmt::Debug for Ext {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ext").field("superblock", &self.superblock).finish_non_exhaustive()
+    }
+}

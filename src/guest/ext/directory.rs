@@ -1,0 +1,366 @@
+//! Directories: blocks of entries, an index over them in large ones, and names that fast commits added or removed.
+//!
+//! A listing reads all blocks in order; those of an index look like blocks without names. What is damaged ends its
+//! block, not the listing: what the other blocks hold is given first, the error comes last. For that the places that
+//! a listing hands out remember whether there was damage before them.
+
+use std::hash::BuildHasher as _;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::guest::filesystem::{DirectoryEntry, FileKind, Ino};
+
+use super::bytes::{le16, le32};
+use super::checksum::crc32c;
+use super::fast::Names;
+use super::inode::{BLOCK_AREA, Inode, flags, kind_of_entry};
+use super::map::{Place, Walk};
+use super::superblock::incompat;
+use super::{Ext, htree, inline};
+
+/// Set in a place after damage.
+const DAMAGED: u64 = 1 << 61;
+/// Set in a place among the names that fast commits added: their number, not a byte.
+const ADDED: u64 = 1 << 62;
+
+/// Blocks that one question reads at most: 4 GiB of names.
+const MAX_BLOCKS: u64 = 1 << 20;
+/// A directory of more blocks without an index of its own gets one in memory.
+const SMALL: u64 = 4;
+/// Names of such a directory at most; larger ones are read for each question.
+const MAX_INDEXED: usize = 4 << 20;
+
+const HEADER_LEN: usize = 8;
+const TAIL_LEN: usize = 12;
+const TAIL_KIND: u8 = 0xde;
+
+/// Where the inline entries begin, behind the parent's number.
+const INLINE_FIRST: usize = 4;
+
+/// An entry in use.
+struct Found<'a> {
+    name: &'a [u8],
+    ino: u32,
+    kind: Option<FileKind>,
+    /// Where the entry begins, and where the next does: bytes of the directory.
+    at: u64,
+    next: u64,
+    /// Something before it is damaged.
+    damaged: bool,
+}
+
+/// Which block holds a name, by the name's hash; sorted.
+pub(super) struct NameIndex {
+    hashes: Vec<(u32, u32)>,
+    damage: Option<Error>,
+}
+
+impl Ext {
+    fn directory(&self, number: u32) -> Result<Arc<Inode>> {
+        let inode = self.inode(number)?;
+        if inode.kind != FileKind::Directory {
+            return Err(inode.corrupt("is not a directory"));
+        }
+        inode.refuse_encrypted()?;
+        Ok(inode)
+    }
+
+    pub(super) fn look_up(&self, directory: u32, name: &[u8]) -> Result<Option<u32>> {
+        let inode = self.directory(directory)?;
+        let Some(names) = self.fast.names(directory) else { return self.stored_name(&inode, name) };
+        let stored = if names.fresh() { None } else { self.stored_name(&inode, name)? };
+        Ok(names.now(name, stored))
+    }
+
+    pub(super) fn list_directory(
+        &self,
+        directory: u32,
+        from: u64,
+        each: &mut dyn FnMut(DirectoryEntry) -> bool,
+    ) -> Result<()> {
+        let inode = self.directory(directory)?;
+        let names = self.fast.names(directory);
+        let (was_damaged, place) = (from & DAMAGED != 0, from & !(DAMAGED | ADDED));
+        let mut damage = None;
+        if from & ADDED == 0 && !names.is_some_and(Names::fresh) {
+            let (stopped, found) = self.visit(&inode, place, &mut |found: Found<'_>| {
+                let mut entry = DirectoryEntry {
+                    name: found.name.to_vec(),
+                    ino: Ino(found.ino.into()),
+                    kind: found.kind,
+                    next: found.next | if found.damaged || was_damaged { DAMAGED } else { 0 },
+                };
+                if let Some(names) = names {
+                    match names.now(found.name, Some(found.ino)) {
+                        None => return true,
+                        Some(now) if now != found.ino => (entry.ino, entry.kind) = (Ino(now.into()), None),
+                        Some(_) => {}
+                    }
+                }
+                each(entry)
+            });
+            if stopped {
+                return Ok(());
+            }
+            damage = found;
+        }
+        let damaged = was_damaged || damage.is_some();
+        if let Some(names) = names {
+            let skip = if from & ADDED == 0 { 0 } else { place as usize };
+            for (number, name) in names.in_order().iter().enumerate().skip(skip) {
+                if !names.fresh() && self.stored_name(&inode, name)?.is_some() {
+                    continue;
+                }
+                let Some(ino) = names.now(name, None) else { continue };
+                let next = ADDED | (number as u64 + 1) | if damaged { DAMAGED } else { 0 };
+                let kind = self.inode(ino).ok().map(|inode| inode.kind);
+                if !each(DirectoryEntry { name: name.clone(), ino: Ino(ino.into()), kind, next }) {
+                    return Ok(());
+                }
+            }
+        }
+        match damage {
+            Some(error) => Err(error),
+            None if was_damaged => Err(inode.corrupt("is a directory with damaged blocks")),
+            None => Ok(()),
+        }
+    }
+
+    /// What a name stands for without fast commits.
+    fn stored_name(&self, inode: &Inode, name: &[u8]) -> Result<Option<u32>> {
+        if inode.is(flags::INLINE_DATA) {
+            return self.search(inode, name);
+        }
+        let indexed = inode.is(flags::INDEX) && self.superblock.indexed_directories();
+        if indexed
+            && !inode.is(flags::CASEFOLD)
+            && let Ok(leaves) = htree::leaves(self, inode, name)
+        {
+            return self.search_blocks(inode, leaves.into_iter(), name);
+        }
+        if inode.size >> self.superblock.block_bits <= SMALL {
+            return self.search(inode, name);
+        }
+        let Some(index) = self.name_index(inode) else { return self.search(inode, name) };
+        let hash = self.hash_of(name);
+        let first = index.hashes.partition_point(|(other, _)| *other < hash);
+        let blocks = index.hashes[first..].iter().take_while(|(other, _)| *other == hash).map(|(_, block)| *block);
+        match self.search_blocks(inode, blocks, name)? {
+            None => index.damage.clone().map_or(Ok(None), Err),
+            found => Ok(found),
+        }
+    }
+
+    fn hash_of(&self, name: &[u8]) -> u32 {
+        self.name_hasher.hash_one(name) as u32
+    }
+
+    fn search_blocks(&self, inode: &Inode, blocks: impl Iterator<Item = u32>, name: &[u8]) -> Result<Option<u32>> {
+        for block in blocks {
+            let bytes = self.directory_block(inode, block)?;
+            let mut entries = Entries::new(self, &bytes, 0);
+            if let Some(found) = entries.find(|found| found.name == name) {
+                return Ok(Some(found.ino));
+            }
+            if entries.damaged {
+                return Err(inode.corrupt("is a directory with a damaged block"));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Reads the directory until the name is found.
+    fn search(&self, inode: &Inode, name: &[u8]) -> Result<Option<u32>> {
+        let mut found = None;
+        let (_, damage) = self.visit(inode, 0, &mut |entry: Found<'_>| {
+            if entry.name == name {
+                found = Some(entry.ino);
+            }
+            found.is_none()
+        });
+        match (found, damage) {
+            (None, Some(damage)) => Err(damage),
+            (found, _) => Ok(found),
+        }
+    }
+
+    /// The index in memory of a directory that has none of its own; `None` if it is too large for that.
+    fn name_index(&self, inode: &Inode) -> Option<Arc<NameIndex>> {
+        if let Some(index) = self.name_indexes.get(&inode.number) {
+            return Some(index);
+        }
+        let mut hashes = Vec::new();
+        let bits = self.superblock.block_bits;
+        let (full, damage) = self.visit(inode, 0, &mut |found: Found<'_>| {
+            hashes.push((self.hash_of(found.name), (found.at >> bits) as u32));
+            hashes.len() < MAX_INDEXED
+        });
+        if full {
+            return None;
+        }
+        hashes.sort_unstable();
+        let weight = hashes.len() * 8 + 64;
+        let index = Arc::new(NameIndex { hashes, damage });
+        self.name_indexes.put(inode.number, Arc::clone(&index), weight);
+        Some(index)
+    }
+
+    /// Calls `each` with the entries in use from byte `from` on, without `.` and `..`, until it returns false, which
+    /// is the first answer; the second is the first damage.
+    fn visit(&self, inode: &Inode, from: u64, each: &mut dyn FnMut(Found<'_>) -> bool) -> (bool, Option<Error>) {
+        let mut damage = None;
+        let mut part = |bytes: &[u8], start: u64, damage: &mut Option<Error>| {
+            let mut entries = Entries::new(self, bytes, start);
+            for found in entries.by_ref() {
+                if found.at >= from && !each(Found { damaged: damage.is_some(), ..found }) {
+                    return true;
+                }
+            }
+            if entries.damaged && damage.is_none() {
+                *damage = Some(inode.corrupt("is a directory with a damaged block"));
+            }
+            false
+        };
+        if inode.is(flags::INLINE_DATA) {
+            let first = &inode.raw[BLOCK_AREA][INLINE_FIRST..];
+            let first_len = (inode.size as usize).saturating_sub(INLINE_FIRST).min(first.len());
+            let stopped = part(&first[..first_len], INLINE_FIRST as u64, &mut damage);
+            return match inline::rest(inode) {
+                _ if stopped => (true, damage),
+                Ok(rest) => (part(rest, inline::FIRST_LEN as u64, &mut damage), damage),
+                Err(error) => (false, Some(error)),
+            };
+        }
+        let bits = self.superblock.block_bits;
+        let (end, mut at) = (inode.size.div_ceil(1 << bits), from >> bits);
+        let mut walk = Walk::new(self, inode);
+        let mut left = MAX_BLOCKS.min(self.superblock.block_count);
+        while at < end {
+            let segment = match walk.segment(at, end - at) {
+                Ok(segment) => segment,
+                Err(error) => return (false, damage.or(Some(error))),
+            };
+            if let Place::Stored(first) = segment.place {
+                for index in 0..segment.count {
+                    let Some(less) = left.checked_sub(1) else {
+                        let error = inode.corrupt("is a directory with more blocks than there are");
+                        return (false, damage.or(Some(error)));
+                    };
+                    left = less;
+                    let bytes = self.blocks.read(super::Block(first.0 + index));
+                    match bytes.and_then(|bytes| self.verified(inode, bytes)) {
+                        Ok(bytes) if part(&bytes, (at + index) << bits, &mut damage) => return (true, damage),
+                        Ok(_) => {}
+                        Err(error) => drop(damage.get_or_insert(error)),
+                    }
+                }
+            }
+            at += segment.count;
+        }
+        (false, damage)
+    }
+
+    /// A block of a directory, by its number within that.
+    pub(super) fn directory_block(&self, inode: &Inode, number: u32) -> Result<Arc<[u8]>> {
+        let at = u64::from(number);
+        if at >= inode.size.div_ceil(self.superblock.block_len() as u64) {
+            return Err(inode.corrupt("is a directory that names a block beyond its end"));
+        }
+        match Walk::new(self, inode).segment(at, 1)?.place {
+            Place::Stored(block) => self.verified(inode, self.blocks.read(block)?),
+            Place::Hole | Place::Unwritten => Err(inode.corrupt("is a directory that names a block it has not")),
+        }
+    }
+
+    /// The same block, if its checksum is right or there is none.
+    fn verified(&self, inode: &Inode, bytes: Arc<[u8]>) -> Result<Arc<[u8]>> {
+        let Some(seed) = inode.seed else { return Ok(bytes) };
+        let tail = &bytes[bytes.len() - TAIL_LEN..];
+        let right = if le32(tail, 0) == 0 && le16(tail, 4) == TAIL_LEN as u16 && tail[6..8] == [0, TAIL_KIND] {
+            crc32c(seed, &bytes[..bytes.len() - TAIL_LEN]) == le32(tail, 8)
+        } else {
+            index_sum_is_right(seed, &bytes)
+        };
+        if right { Ok(bytes) } else { Err(inode.corrupt("is a directory with a wrong checksum in a block")) }
+    }
+}
+
+/// The checksum of a block of an index, which covers the entries in use and lies behind the place for all.
+fn index_sum_is_right(seed: u32, bytes: &[u8]) -> bool {
+    let at = match record_len(bytes, 0, bytes.len()) {
+        len if len == bytes.len() => 8,
+        12 => 32,
+        _ => return false,
+    };
+    let (limit, count) = (usize::from(le16(bytes, at)), usize::from(le16(bytes, at + 2)));
+    let tail = at + limit * 8;
+    if count > limit || tail + 8 > bytes.len() {
+        return false;
+    }
+    let state = crc32c(seed, &bytes[..at + count * 8]);
+    crc32c(crc32c(state, &bytes[tail..tail + 4]), &[0; 4]) == le32(bytes, tail + 4)
+}
+
+/// The length of the entry at `at`; the two lowest bits are used for lengths above 65,535.
+fn record_len(bytes: &[u8], at: usize, block_len: usize) -> usize {
+    let raw = usize::from(le16(bytes, at + 4));
+    if block_len < 1 << 16 {
+        return raw;
+    }
+    if raw == 0 || raw == 0xffff { block_len } else { raw & 0xfffc | (raw & 3) << 16 }
+}
+
+/// The entries in use of a block, or of inline data.
+struct Entries<'a> {
+    bytes: &'a [u8],
+    /// The byte of the directory at which `bytes` begin.
+    start: u64,
+    at: usize,
+    typed: bool,
+    block_len: usize,
+    damaged: bool,
+}
+
+impl<'a> Entries<'a> {
+    fn new(ext: &Ext, bytes: &'a [u8], start: u64) -> Self {
+        let typed = ext.superblock.has(incompat::FILETYPE);
+        Self { bytes, start, at: 0, typed, block_len: ext.superblock.block_len(), damaged: false }
+    }
+}
+
+impl<'a> Iterator for Entries<'a> {
+    type Item = Found<'a>;
+
+    fn next(&mut self) -> Option<Found<'a>> {
+        while self.at + HEADER_LEN <= self.bytes.len() {
+            let at = self.at;
+            let len = record_len(self.bytes, at, self.block_len);
+            let name_len = if self.typed { self.bytes[at + 6].into() } else { usize::from(le16(self.bytes, at + 6)) };
+            let ino = le32(self.bytes, at);
+            if len < HEADER_LEN || len % 4 != 0 || at + len > self.bytes.len() {
+                self.damaged = true;
+                self.at = self.bytes.len();
+                return None;
+            }
+            self.at += len;
+            if ino == 0 {
+                continue;
+            }
+            let name = &self.bytes[at + HEADER_LEN..at + len];
+            let Some(name) = name.get(..name_len).filter(|name| is_a_name(name)) else {
+                self.damaged = true;
+                continue;
+            };
+            if name != b"." && name != b".." {
+                let kind = if self.typed { kind_of_entry(self.bytes[at + 7]) } else { None };
+                let (at, next) = (self.start + at as u64, self.start + self.at as u64);
+                return Some(Found { name, ino, kind, at, next, damaged: false });
+            }
+        }
+        None
+    }
+}
+
+fn is_a_name(name: &[u8]) -> bool {
+    !name.is_empty() && name.len() <= 255 && !name.iter().any(|byte| matches!(byte, 0 | b'/'))
+}

@@ -1,0 +1,138 @@
+//! Extent trees: where the blocks of a file are, in ext4.
+//!
+//! Each node is looked into by bisection, and each must lie within what its parent says of it, so that a walk always
+//! goes forward through the file and ends, whatever the tree looks like.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+
+use super::blocks::{Block, Blocks};
+use super::bytes::{join, le16, le32};
+use super::checksum::crc32c;
+use super::inode::{BLOCK_AREA, Inode};
+use super::map::{Place, Segment};
+
+const MAGIC: u16 = 0xf30a;
+const ENTRY_LEN: usize = 12;
+const MAX_DEPTH: u16 = 5;
+/// The number of blocks an extent can have; more means that they are reserved, but not written.
+const MAX_WRITTEN: u16 = 1 << 15;
+/// Files have less blocks than this.
+const END: u64 = 1 << 32;
+
+/// A node of the tree, checked as far as its header goes.
+struct Node {
+    bytes: Arc<[u8]>,
+    count: usize,
+    depth: u16,
+}
+
+impl Node {
+    fn parse(inode: &Inode, bytes: Arc<[u8]>, depth: Option<u16>) -> Result<Self> {
+        let (count, max) = (usize::from(le16(&bytes, 2)), usize::from(le16(&bytes, 4)));
+        let found = le16(&bytes, 6);
+        let fits = (1 + max) * ENTRY_LEN <= bytes.len() && count <= max;
+        if le16(&bytes, 0) != MAGIC || !fits || found > MAX_DEPTH || depth.is_some_and(|depth| depth != found) {
+            return Err(inode.corrupt("has a damaged extent tree"));
+        }
+        if count == 0 && found > 0 {
+            return Err(inode.corrupt("has an extent tree with an empty index"));
+        }
+        let end = (1 + max) * ENTRY_LEN;
+        if let Some(seed) = inode.seed.filter(|_| depth.is_some())
+            && (end + 4 > bytes.len() || crc32c(seed, &bytes[..end]) != le32(&bytes, end))
+        {
+            return Err(inode.corrupt("has an extent block with a wrong checksum"));
+        }
+        Ok(Self { bytes, count, depth: found })
+    }
+
+    fn entry(&self, index: usize) -> &[u8] {
+        &self.bytes[(1 + index) * ENTRY_LEN..][..ENTRY_LEN]
+    }
+
+    /// The block of the file at which an entry begins.
+    fn key(&self, index: usize) -> u64 {
+        le32(self.entry(index), 0).into()
+    }
+
+    /// How many entries begin at or before `at`.
+    fn until(&self, at: u64) -> usize {
+        let (mut low, mut high) = (0, self.count);
+        while low < high {
+            let middle = usize::midpoint(low, high);
+            if self.key(middle) <= at {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        low
+    }
+}
+
+/// A leaf of the tree, and for which of the file's blocks it speaks.
+pub(super) struct Leaf {
+    node: Node,
+    start: u64,
+    end: u64,
+}
+
+/// The leaf that speaks for block `at` of a file.
+pub(super) fn leaf(inode: &Inode, blocks: &Blocks, at: u64) -> Result<Leaf> {
+    let (mut start, mut end) = (0, END);
+    let mut node = Node::parse(inode, inode.raw[BLOCK_AREA].into(), None)?;
+    while node.depth > 0 {
+        // The first child speaks for the hole before it as well.
+        let child = node.until(at).saturating_sub(1);
+        let key = node.key(child);
+        if child + 1 < node.count {
+            end = end.min(node.key(child + 1));
+        }
+        if child > 0 {
+            start = start.max(key);
+        }
+        if start > at || end <= at {
+            return Err(inode.corrupt("has an extent tree that is not in order"));
+        }
+        let entry = node.entry(child);
+        let block = Block(join(le32(entry, 4), le16(entry, 8)));
+        let bytes = blocks.read(block).map_err(|error| inode.about(error))?;
+        node = Node::parse(inode, bytes, Some(node.depth - 1))?;
+        if node.count > 0 && node.key(0) < key {
+            return Err(inode.corrupt("has an extent tree that is not in order"));
+        }
+    }
+    Ok(Leaf { node, start, end })
+}
+
+impl Leaf {
+    pub(super) fn speaks_for(&self, at: u64) -> bool {
+        (self.start..self.end).contains(&at)
+    }
+
+    /// What begins at block `at` of the file, for which this leaf speaks, and how long it goes on in this leaf.
+    pub(super) fn segment(&self, inode: &Inode, at: u64) -> Result<Segment> {
+        debug_assert!(self.speaks_for(at));
+        let after = self.node.until(at);
+        let next = if after < self.node.count { self.node.key(after) } else { self.end };
+        if next <= at {
+            return Err(inode.corrupt("has extents that are not in order"));
+        }
+        let Some(before) = after.checked_sub(1) else {
+            return Ok(Segment { count: next.min(self.end) - at, place: Place::Hole });
+        };
+        let entry = self.node.entry(before);
+        let (key, len) = (self.node.key(before), le16(entry, 4));
+        let (len, written) = if len > MAX_WRITTEN { (len - MAX_WRITTEN, false) } else { (len, true) };
+        let into = at - key;
+        if into >= u64::from(len) {
+            return Ok(Segment { count: next.min(self.end) - at, place: Place::Hole });
+        }
+        let first = Block(join(le32(entry, 8), le16(entry, 6)) + into);
+        // Never beyond the next extent: the walk must meet each.
+        let count = (u64::from(len) - into).min(next - at);
+        Ok(Segment { count, place: if written { Place::Stored(first) } else { Place::Unwritten } })
+    }
+}

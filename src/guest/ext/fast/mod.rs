@@ -1,0 +1,170 @@
+//! Fast commits: small changes that were committed between two transactions, kept as an overlay in memory.
+//!
+//! They say "this name was added", "these blocks hold that part of the file", "the inode now reads so". The kernel
+//! carries them out when it mounts; here they are kept as they are and looked through when something is asked: by
+//! name in a directory, by block in a file, by number among the inodes.
+
+mod replay;
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::map::{Place, Segment};
+
+/// What all fast commits together changed.
+#[derive(Debug, Default)]
+pub(super) struct FastCommits {
+    inodes: HashMap<u32, Box<[u8]>>,
+    ranges: HashMap<u32, Ranges>,
+    names: HashMap<u32, Names>,
+}
+
+impl FastCommits {
+    /// An inode as it was committed last.
+    pub(super) fn inode(&self, number: u32) -> Option<&[u8]> {
+        self.inodes.get(&number).map(AsRef::as_ref)
+    }
+
+    /// What became of the names of a directory.
+    pub(super) fn names(&self, directory: u32) -> Option<&Names> {
+        self.names.get(&directory)
+    }
+
+    /// What was said of block `at` of a file, and of those after it.
+    pub(super) fn range(&self, number: u32, at: u64) -> Option<Segment> {
+        self.ranges.get(&number)?.covering(at)
+    }
+
+    /// The next block after `at` of which something was said.
+    pub(super) fn next_range(&self, number: u32, at: u64) -> Option<u64> {
+        self.ranges.get(&number)?.0.range(at + 1..).next().map(|(start, _)| *start)
+    }
+}
+
+/// Segments of a file by their first block; none overlaps another.
+#[derive(Debug, Default)]
+struct Ranges(BTreeMap<u64, Segment>);
+
+impl Ranges {
+    fn covering(&self, at: u64) -> Option<Segment> {
+        let (start, segment) = self.0.range(..=at).next_back()?;
+        (at - start < segment.count).then(|| rest(*segment, at - start))
+    }
+
+    /// From now on this holds there, whatever was said before.
+    fn put(&mut self, start: u64, segment: Segment) {
+        let end = start + segment.count;
+        if let Some((first, before)) = self.0.range(..start).next_back().map(|(first, before)| (*first, *before)) {
+            let cut = start - first;
+            if before.count > cut {
+                self.0.insert(first, Segment { count: cut, ..before });
+                if before.count > end - first {
+                    self.0.insert(end, rest(before, end - first));
+                }
+            }
+        }
+        while let Some((first, old)) = self.0.range(start..end).next().map(|(first, old)| (*first, *old)) {
+            self.0.remove(&first);
+            if first + old.count > end {
+                self.0.insert(end, rest(old, end - first));
+            }
+        }
+        self.0.insert(start, segment);
+    }
+}
+
+/// A segment without its first `skip` blocks.
+fn rest(segment: Segment, skip: u64) -> Segment {
+    let place = match segment.place {
+        Place::Stored(first) => Place::Stored(super::Block(first.0 + skip)),
+        place => place,
+    };
+    Segment { count: segment.count - skip, place }
+}
+
+/// What became of a name.
+#[derive(Clone, Copy, Debug)]
+enum Change {
+    Added(u32),
+    Removed(u32),
+}
+
+/// What became of the names of one directory.
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    changes: HashMap<Vec<u8>, Vec<Change>>,
+    order: Vec<Vec<u8>>,
+    fresh: bool,
+}
+
+impl Names {
+    /// The directory was made by a fast commit: there is nothing in it but what was added then.
+    pub(super) fn fresh(&self) -> bool {
+        self.fresh
+    }
+
+    /// All names of which something was said, in the order in which they were first.
+    pub(super) fn in_order(&self) -> &[Vec<u8>] {
+        &self.order
+    }
+
+    /// What a name stands for, if it stood for `stored` before.
+    pub(super) fn now(&self, name: &[u8], stored: Option<u32>) -> Option<u32> {
+        let changes = self.changes.get(name).map_or(&[][..], Vec::as_slice);
+        changes.iter().fold(stored, |now, change| match (now, change) {
+            (None, Change::Added(ino)) => Some(*ino),
+            // It may have come to disk before, or been replaced since.
+            (Some(now), Change::Removed(ino)) if now == *ino => None,
+            (now, _) => now,
+        })
+    }
+
+    fn change(&mut self, name: &[u8], change: Change) {
+        if let Some(changes) = self.changes.get_mut(name) {
+            changes.push(change);
+            return;
+        }
+        self.order.push(name.to_vec());
+        self.changes.insert(name.to_vec(), vec![change]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Block;
+    use super::*;
+
+    fn stored(count: u64, first: u64) -> Segment {
+        Segment { count, place: Place::Stored(Block(first)) }
+    }
+
+    #[test]
+    fn a_later_range_replaces_what_it_covers() {
+        let mut ranges = Ranges::default();
+        ranges.put(10, stored(10, 100));
+        ranges.put(14, Segment { count: 2, place: Place::Hole });
+        ranges.put(30, stored(1, 7));
+        ranges.put(19, stored(12, 500));
+        let all: Vec<_> = ranges.0.into_iter().collect();
+        let hole = Segment { count: 2, place: Place::Hole };
+        assert_eq!(all, [(10, stored(4, 100)), (14, hole), (16, stored(3, 106)), (19, stored(12, 500))]);
+    }
+
+    #[test]
+    fn a_range_in_the_middle_is_found_by_each_of_its_blocks() {
+        let mut ranges = Ranges::default();
+        ranges.put(10, stored(3, 100));
+        assert_eq!(ranges.covering(9), None);
+        assert_eq!(ranges.covering(12), Some(stored(1, 102)));
+        assert_eq!(ranges.covering(13), None);
+    }
+
+    #[test]
+    fn names_follow_the_changes_in_their_order() {
+        let mut names = Names::default();
+        names.change(b"a", Change::Removed(5));
+        names.change(b"a", Change::Added(6));
+        assert_eq!(names.now(b"a", Some(5)), Some(6));
+        assert_eq!(names.now(b"a", Some(7)), Some(7), "the directory was written in the meantime");
+        assert_eq!(names.now(b"b", Some(7)), Some(7));
+    }
+}

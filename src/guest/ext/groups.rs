@@ -1,0 +1,92 @@
+//! Group descriptors, read when an inode is asked for: they say where a group's inodes are.
+//!
+//! A descriptor whose checksum is wrong is a descriptor still: a copy of it is tried, and without a good one it is
+//! used as long as what it names lies within the file system. The inode that is read by it has a checksum of its own.
+
+use crate::error::Result;
+
+use super::blocks::{Block, Blocks};
+use super::bytes::{corrupt, join, le16, le32};
+use super::checksum::{crc16, crc32c, crc32c_without};
+use super::superblock::{Checksums, Superblock, incompat};
+
+/// What is used of a group's descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Group {
+    pub(super) inode_table: Block,
+    pub(super) free_clusters: u32,
+    pub(super) free_inodes: u32,
+    /// Its checksum is right, or it has none.
+    pub(super) sound: bool,
+}
+
+/// The descriptor of a group.
+pub(super) fn group(superblock: &Superblock, blocks: &Blocks, group: u64) -> Result<Group> {
+    if group >= superblock.group_count() {
+        return Err(corrupt(format!("group {group} is named, but there are {}", superblock.group_count())));
+    }
+    let per_block = superblock.block_len() as u64 / superblock.descriptor_len as u64;
+    let (index, place) = (group / per_block, (group % per_block) as usize * superblock.descriptor_len);
+    let usable = |block: Block| -> Result<Group> {
+        let bytes = blocks.read(block)?;
+        let found = decode(superblock, group, &bytes[place..place + superblock.descriptor_len]);
+        let table_len = u64::from(superblock.inodes_per_group) * superblock.inode_len as u64;
+        blocks.within(found.inode_table, table_len.div_ceil(superblock.block_len() as u64))?;
+        if found.inode_table.0 <= u64::from(superblock.first_data_block) {
+            return Err(corrupt(format!("the inodes of group {group} are said to lie in the superblock")));
+        }
+        Ok(found)
+    };
+    let [first, copies @ ..] = places(superblock, index);
+    let primary = usable(first.expect("there is always a first place"));
+    if primary.as_ref().is_ok_and(|group| group.sound) {
+        return primary;
+    }
+    let copy = copies.into_iter().flatten().filter_map(|block| usable(block).ok()).find(|copy| copy.sound);
+    match (primary, copy) {
+        // Without checksums a copy is as good as any, but then the first is only wrong if it is absurd.
+        (_, Some(copy)) => Ok(Group { sound: false, ..copy }),
+        (primary, None) => primary,
+    }
+}
+
+/// The blocks in which the descriptors of this index are: the first, then its copies.
+fn places(superblock: &Superblock, index: u64) -> [Option<Block>; 3] {
+    let per_block = superblock.block_len() as u64 / superblock.descriptor_len as u64;
+    let at_start_of = |group: u64| {
+        // Where blocks are 1 KiB large, block 0 is the boot sector even if counting begins with it (bigalloc).
+        let boot = u64::from(superblock.block_bits == 10 && superblock.first_data_block == 0 && group == 0);
+        let copy = u64::from(superblock.group_has_copy(group));
+        Block(superblock.group_start(group).saturating_add(boot + copy))
+    };
+    if superblock.has(incompat::META_BG) && index >= superblock.first_meta_group.into() {
+        let first = index * per_block;
+        let count = superblock.group_count();
+        let copy = |group: u64| (group < count).then(|| at_start_of(group));
+        return [Some(at_start_of(first)), copy(first + 1), copy(first + per_block - 1)];
+    }
+    let backup = (1..superblock.group_count().min(1 << 16)).find(|group| superblock.group_has_copy(*group));
+    [Some(Block(at_start_of(0).0 + index)), backup.map(|group| Block(at_start_of(group).0 + index)), None]
+}
+
+fn decode(superblock: &Superblock, group: u64, raw: &[u8]) -> Group {
+    let wide = raw.len() >= 64;
+    let high = |at: usize| if wide { le32(raw, at) } else { 0 };
+    let high16 = |at: usize| if wide { u32::from(le16(raw, at)) << 16 } else { 0 };
+    let group = (group as u32).to_le_bytes();
+    let sum = le16(raw, 0x1e);
+    let sound = match superblock.checksums {
+        Checksums::None => true,
+        Checksums::All(seed) => crc32c_without(crc32c(seed, &group), raw, 0x1e, 2) as u16 == sum,
+        Checksums::Descriptors => {
+            let state = crc16(crc16(crc16(!0, &superblock.uuid), &group), &raw[..0x1e]);
+            crc16(state, if wide { &raw[0x20..] } else { &[] }) == sum
+        }
+    };
+    Group {
+        inode_table: Block(join(le32(raw, 0x8), high(0x28))),
+        free_clusters: u32::from(le16(raw, 0xc)) | high16(0x2c),
+        free_inodes: u32::from(le16(raw, 0xe)) | high16(0x2e),
+        sound,
+    }
+}

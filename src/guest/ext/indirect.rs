@@ -1,0 +1,68 @@
+//! Block maps with indirect blocks: where the blocks of a file are, in ext2 and ext3.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+
+use super::blocks::{Block, Blocks};
+use super::bytes::le32;
+use super::inode::{BLOCK_AREA, Inode};
+use super::map::{Place, Segment};
+
+/// Blocks that the inode names itself.
+const DIRECT: u64 = 12;
+/// No file has more blocks.
+const END: u64 = 1 << 32;
+
+/// What begins at block `at` of a file, and how long it goes on in the same block of numbers.
+pub(super) fn segment(inode: &Inode, blocks: &Blocks, at: u64) -> Result<Segment> {
+    let area = &inode.raw[BLOCK_AREA];
+    if at < DIRECT {
+        return Ok(run(&area[..DIRECT as usize * 4], at as usize));
+    }
+    if at >= END {
+        return Ok(Segment { count: u64::MAX - at, place: Place::Hole });
+    }
+    let per_block_bits = blocks.block_bits() - 2;
+    let mut index = at - DIRECT;
+    for level in 1..=3u32 {
+        // Blocks of the file behind one number of the inode.
+        let behind = 1u64 << (per_block_bits * level);
+        if index < behind {
+            return descend(inode, blocks, le32(area, (11 + level as usize) * 4), index, level);
+        }
+        index -= behind;
+    }
+    Ok(Segment { count: u64::MAX - at, place: Place::Hole })
+}
+
+/// From a number that stands for `level` levels of indirect blocks down to the run at `index`.
+fn descend(inode: &Inode, blocks: &Blocks, number: u32, mut index: u64, level: u32) -> Result<Segment> {
+    let bits = blocks.block_bits() - 2;
+    let mut number = number;
+    for level in (1..=level).rev() {
+        if number == 0 {
+            return Ok(Segment { count: (1 << (bits * level)) - index, place: Place::Hole });
+        }
+        let bytes: Arc<[u8]> = blocks.read(Block(number.into())).map_err(|error| inode.about(error))?;
+        let below = bits * (level - 1);
+        let slot = (index >> below) as usize;
+        if level == 1 {
+            return Ok(run(&bytes, slot));
+        }
+        number = le32(&bytes, slot * 4);
+        index &= (1 << below) - 1;
+    }
+    unreachable!("the lowest level returns")
+}
+
+/// The run of consecutive numbers, or of none, that begins at `slot`.
+fn run(numbers: &[u8], slot: usize) -> Segment {
+    let first = le32(numbers, slot * 4);
+    let rest = numbers[slot * 4..].chunks_exact(4).map(|number| le32(number, 0));
+    if first == 0 {
+        return Segment { count: rest.take_while(|number| *number == 0).count() as u64, place: Place::Hole };
+    }
+    let count = rest.zip(u64::from(first)..).take_while(|(number, expected)| u64::from(*number) == *expected).count();
+    Segment { count: count as u64, place: Place::Stored(Block(first.into())) }
+}

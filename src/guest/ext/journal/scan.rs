@@ -1,0 +1,106 @@
+//! Finds the transactions that are whole, as the kernel tells them from leftovers of older ones.
+
+use crate::error::Result;
+
+use super::super::blocks::JOURNAL_MAGIC;
+use super::super::bytes::{be32, be64, corrupt};
+use super::super::checksum::{crc32_be, crc32c, crc32c_without};
+use super::log::{Log, incompat};
+use super::tags;
+
+const DESCRIPTOR: u32 = 1;
+const COMMIT: u32 = 2;
+const REVOKE: u32 = 5;
+
+const COMMIT_HEADER_LEN: usize = 64;
+const COMMIT_SUM_AT: usize = 16;
+
+/// The journal's own blocks of whole transactions, each with the number of its transaction.
+#[derive(Default)]
+pub(super) struct Scan {
+    pub(super) descriptors: Vec<(u32, u32)>,
+    pub(super) revokes: Vec<(u32, u32)>,
+    /// The number after that of the last whole transaction.
+    pub(super) end: u32,
+    pub(super) remarks: Vec<String>,
+}
+
+pub(super) fn scan(log: &Log) -> Result<Scan> {
+    let mut found = Scan { end: log.sequence, ..Scan::default() };
+    let (mut at, mut left) = (log.start, log.last - log.first);
+    // Of the transaction at hand: what is found of it, its sum, and whether a block of it has a wrong one.
+    let (mut descriptors, mut revokes) = (Vec::new(), Vec::new());
+    let (mut sum, mut doubtful) = (!0, false);
+    let mut last_time = 0;
+    while left > 0 {
+        let bytes = log.read(at)?;
+        if bytes[..4] != JOURNAL_MAGIC || be32(&bytes, 8) != found.end {
+            break;
+        }
+        let (here, mut used) = (at, 1);
+        match be32(&bytes, 4) {
+            DESCRIPTOR => {
+                doubtful |= !log.tail_is_right(&bytes);
+                let count = tags::tags(log, &bytes).count() as u32;
+                if log.sums_transactions() {
+                    sum = crc32_be(sum, &bytes);
+                    for block in 1..=count.min(left - 1) {
+                        sum = crc32_be(sum, &log.read(log.skip(at, block))?);
+                    }
+                }
+                used += count;
+                descriptors.push((here, found.end));
+            }
+            REVOKE => {
+                doubtful |= !log.tail_is_right(&bytes);
+                revokes.push((here, found.end));
+            }
+            COMMIT => {
+                let time = be64(&bytes, 48);
+                // The clock tells a leftover of an older round from damage.
+                if doubtful && time >= last_time {
+                    return Err(corrupt(format!("transaction {} of the journal has a wrong checksum", found.end)));
+                }
+                if doubtful {
+                    break;
+                }
+                if !commit_is_right(log, &bytes, sum) {
+                    if time >= last_time && !log.has(incompat::ASYNC_COMMIT) {
+                        let transaction = found.end;
+                        found.remarks.push(format!(
+                            "transaction {transaction} in the journal is damaged: it is not shown, nor is what came later"
+                        ));
+                    }
+                    break;
+                }
+                found.descriptors.append(&mut descriptors);
+                found.revokes.append(&mut revokes);
+                found.end = found.end.wrapping_add(1);
+                (sum, last_time) = (!0, time);
+            }
+            _ => break,
+        }
+        at = log.skip(at, used);
+        left = left.saturating_sub(used);
+    }
+    Ok(found)
+}
+
+fn commit_is_right(log: &Log, bytes: &[u8], sum: u32) -> bool {
+    let kept = be32(bytes, COMMIT_SUM_AT);
+    if log.tail_len() > 0 {
+        let whole = crc32c_without(log.seed, bytes, COMMIT_SUM_AT, 4);
+        // A disk may write the beginning of a block and leave old bytes in its rest.
+        let padding = vec![0; bytes.len() - COMMIT_HEADER_LEN];
+        let part = crc32c(crc32c_without(log.seed, &bytes[..COMMIT_HEADER_LEN], COMMIT_SUM_AT, 4), &padding);
+        return kept == whole || kept == part;
+    }
+    if !log.sums_transactions() {
+        return true;
+    }
+    match bytes[12..14] {
+        [1, 4] => kept == sum,
+        [0, 0] => kept == 0,
+        _ => false,
+    }
+}

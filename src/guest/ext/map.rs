@@ -1,0 +1,209 @@
+//! Where the bytes of a file are: one answer for extents, indirect blocks, inline data, and what fast commits changed.
+//!
+//! A [`Walk`] goes forward through a file's blocks and remembers the leaf it is in, so that listing a file with
+//! thousands of extents looks at each once. Blocks that are newer in the journal are found there.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::guest::filesystem::{FileKind, Run, RunKind};
+
+use super::Ext;
+use super::blocks::{Block, Journaled};
+use super::extents::{self, Leaf};
+use super::inode::{Inode, flags};
+use super::{indirect, inline};
+
+/// Blocks of numbers without any number in them that one question may go through; a file has none such in good health.
+const EMPTY_MAPS: u32 = 1 << 14;
+
+/// Where the blocks of a segment are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    Hole,
+    /// Reserved, never written: zeroes.
+    Unwritten,
+    Stored(Block),
+}
+
+/// Blocks of a file that follow each other, in the file and on the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Segment {
+    /// At least 1.
+    pub(super) count: u64,
+    pub(super) place: Place,
+}
+
+/// A way forward through a file's blocks.
+pub(super) struct Walk<'a> {
+    ext: &'a Ext,
+    inode: &'a Inode,
+    leaf: Option<Leaf>,
+}
+
+impl<'a> Walk<'a> {
+    pub(super) fn new(ext: &'a Ext, inode: &'a Inode) -> Self {
+        Self { ext, inode, leaf: None }
+    }
+
+    /// What begins at block `at` and how long it goes on, at most `limit` blocks. Whatever is stored lies within the
+    /// file system.
+    pub(super) fn segment(&mut self, at: u64, limit: u64) -> Result<Segment> {
+        let mut limit = limit;
+        let segment = match self.ext.fast.range(self.inode.number, at) {
+            Some(changed) => changed,
+            None => {
+                if let Some(next) = self.ext.fast.next_range(self.inode.number, at) {
+                    limit = limit.min(next - at);
+                }
+                self.unchanged(at)?
+            }
+        };
+        let segment = Segment { count: segment.count.min(limit), ..segment };
+        debug_assert!(segment.count > 0, "a walk must go on");
+        if let Place::Stored(first) = segment.place {
+            self.ext.blocks.within(first, segment.count).map_err(|error| self.inode.about(error))?;
+        }
+        Ok(segment)
+    }
+
+    /// The same without fast commits.
+    fn unchanged(&mut self, at: u64) -> Result<Segment> {
+        if !self.inode.is(flags::EXTENTS) {
+            return indirect::segment(self.inode, &self.ext.blocks, at);
+        }
+        if at >= 1 << 32 {
+            return Ok(Segment { count: u64::MAX - at, place: Place::Hole });
+        }
+        let leaf = match self.leaf.take() {
+            Some(leaf) if leaf.speaks_for(at) => leaf,
+            _ => extents::leaf(self.inode, &self.ext.blocks, at)?,
+        };
+        self.leaf.insert(leaf).segment(self.inode, at)
+    }
+}
+
+impl Ext {
+    /// A regular file whose content can be read.
+    fn file(&self, number: u32) -> Result<Arc<Inode>> {
+        let inode = self.inode(number)?;
+        if inode.kind != FileKind::File {
+            return Err(inode.corrupt("is not a regular file"));
+        }
+        inode.refuse_encrypted()?;
+        Ok(inode)
+    }
+
+    pub(super) fn runs_of(&self, number: u32, at: u64, len: u64, most: usize) -> Result<Vec<Run>> {
+        let inode = self.file(number)?;
+        let end = inode.size.min(at.saturating_add(len));
+        let mut runs = Runs { runs: Vec::new(), most };
+        if at >= end || most == 0 {
+            return Ok(runs.runs);
+        }
+        if inode.is(flags::INLINE_DATA) {
+            return Ok(vec![Run { len: end - at, kind: RunKind::Asked }]);
+        }
+        let bits = self.superblock.block_bits;
+        let (mut walk, mut at, mut barren) = (Walk::new(self, &inode), at, 0);
+        while at < end {
+            let block = at >> bits;
+            let segment = walk.segment(block, (end.div_ceil(1 << bits) - block).max(1))?;
+            let segment_end = ((block + segment.count) << bits).min(end);
+            barren = if segment.place == Place::Hole { barren + 1 } else { 0 };
+            if barren > EMPTY_MAPS {
+                return Err(inode.corrupt("is mapped by thousands of empty blocks"));
+            }
+            let room = match segment.place {
+                Place::Hole | Place::Unwritten => runs.push(segment_end - at, RunKind::Hole),
+                Place::Stored(first) => self.stored(first, at & ((1 << bits) - 1), segment_end - at, &mut runs),
+            };
+            if !room {
+                break;
+            }
+            at = segment_end;
+        }
+        Ok(runs.runs)
+    }
+
+    /// Adds what is stored from `skip` bytes after the beginning of `first` on; false if there is no room for more.
+    fn stored(&self, mut first: Block, mut skip: u64, mut len: u64, runs: &mut Runs) -> bool {
+        let block_len = self.superblock.block_len() as u64;
+        while len > 0 {
+            let count = (skip + len).div_ceil(block_len);
+            let newer = self.blocks.overlay().first_of(first, count);
+            let plain = newer.map_or(count, |(newer, _)| newer.0 - first.0);
+            let here = if plain == 0 { 1 } else { plain };
+            let now = (here * block_len - skip).min(len);
+            let kind = match newer {
+                Some((_, Journaled { escaped: true, .. })) if plain == 0 => RunKind::Asked,
+                Some((_, Journaled { place, .. })) if plain == 0 => RunKind::Stored(self.blocks.offset(place) + skip),
+                _ => RunKind::Stored(self.blocks.offset(first) + skip),
+            };
+            if !runs.push(now, kind) {
+                return false;
+            }
+            (first, skip, len) = (Block(first.0 + here), 0, len - now);
+        }
+        true
+    }
+
+    pub(super) fn read_file(&self, number: u32, at: u64, buf: &mut [u8]) -> Result<usize> {
+        let inode = self.file(number)?;
+        self.read_content(&inode, at, buf)
+    }
+
+    /// Reads from `at` on what there is of an inode's content, whatever kind it is of.
+    pub(super) fn read_content(&self, inode: &Inode, at: u64, buf: &mut [u8]) -> Result<usize> {
+        let len = inode.size.saturating_sub(at).min(buf.len() as u64) as usize;
+        let buf = &mut buf[..len];
+        if inode.is(flags::INLINE_DATA) {
+            inline::read(inode, at, buf)?;
+            return Ok(len);
+        }
+        let bits = self.superblock.block_bits;
+        let (mut walk, mut done) = (Walk::new(self, inode), 0);
+        while done < len {
+            let here = at + done as u64;
+            let (block, skip) = (here >> bits, here & ((1 << bits) - 1));
+            let left = (len - done) as u64;
+            let segment = walk.segment(block, (skip + left).div_ceil(1 << bits))?;
+            let now = ((segment.count << bits) - skip).min(left) as usize;
+            let part = &mut buf[done..][..now];
+            match segment.place {
+                Place::Hole | Place::Unwritten => part.fill(0),
+                Place::Stored(first) => self.blocks.read_at(first, skip, part)?,
+            }
+            done += now;
+        }
+        Ok(len)
+    }
+}
+
+/// Runs as they come, those that belong together joined.
+struct Runs {
+    runs: Vec<Run>,
+    most: usize,
+}
+
+impl Runs {
+    /// False if it would be one too many.
+    fn push(&mut self, len: u64, kind: RunKind) -> bool {
+        if let Some(last) = self.runs.last_mut() {
+            let goes_on = match (last.kind, kind) {
+                (RunKind::Hole, RunKind::Hole) | (RunKind::Asked, RunKind::Asked) => true,
+                (RunKind::Stored(start), RunKind::Stored(next)) => start + last.len == next,
+                _ => false,
+            };
+            if goes_on {
+                last.len += len;
+                return true;
+            }
+        }
+        if self.runs.len() == self.most {
+            return false;
+        }
+        self.runs.push(Run { len, kind });
+        true
+    }
+}

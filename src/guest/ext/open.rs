@@ -1,0 +1,141 @@
+//! Opening: finds a superblock that holds, and replays the journal if the file system was not left clean.
+
+use std::hash::RandomState;
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+
+use crate::cache::Cache;
+use crate::error::Result;
+use crate::guest::source::Source;
+
+use super::blocks::{Blocks, Overlay};
+use super::bytes::corrupt;
+use super::fast::FastCommits;
+use super::journal::{self, Log, Replayed};
+use super::superblock::{JournalPlace, SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock, incompat};
+use super::{Ext, INODE_CACHE_LEN, NAME_CACHE_LEN};
+
+/// Groups that may begin with a copy of the superblock.
+const COPIES: [u64; 8] = [1, 3, 5, 7, 9, 25, 27, 49];
+/// How many times as large groups are whose bitmaps count clusters (as a power of two), at most.
+const MAX_CLUSTER_BITS: u32 = 6;
+
+pub(super) fn open(source: Arc<dyn Source>) -> Result<Ext> {
+    let (superblock, remark) = find(&*source)?;
+    let mut ext = bare(source, superblock, Overlay::default());
+    ext.remarks.get_mut().extend(remark);
+    let have = ext.blocks.source().size();
+    let need = ext.superblock.block_count << ext.superblock.block_bits;
+    if have < need {
+        ext.remark(format!("the file system has {need} bytes, but only {have} are there: the rest is cut off"));
+    }
+    let copy = ext.superblock.group != 0;
+    if !copy && !ext.superblock.has(incompat::RECOVER) {
+        return Ok(ext);
+    }
+    match ext.superblock.journal {
+        JournalPlace::None => Ok(ext),
+        JournalPlace::OtherDevice => {
+            ext.remark(old("it is on another device"));
+            Ok(ext)
+        }
+        // A copy of the superblock does not say whether there is something to be replayed; the journal does.
+        JournalPlace::Inode(number) => match Log::open(&ext, number).and_then(|log| replay(&ext, log)) {
+            Ok(Some(replayed)) => Ok(replayed),
+            Ok(None) => Ok(ext),
+            Err(error) => {
+                ext.remark(old(error));
+                Ok(ext)
+            }
+        },
+    }
+}
+
+fn old(why: impl std::fmt::Display) -> String {
+    format!("the journal cannot be replayed ({why}): what was written after the last checkpoint is missing or old")
+}
+
+/// The file system with what its journal holds; `None` if there is nothing to be replayed.
+fn replay(ext: &Ext, log: Option<Log>) -> Result<Option<Ext>> {
+    let Some(log) = log else { return Ok(None) };
+    let Replayed { overlay, end, remarks } = journal::replay(&log)?;
+    let source = Arc::clone(ext.blocks.source());
+    let mut replayed = bare(source, ext.superblock.clone(), overlay);
+    // The file system may have grown in a transaction.
+    let mut raw = vec![0; SUPERBLOCK_LEN];
+    let block = super::Block(SUPERBLOCK_AT >> ext.superblock.block_bits);
+    let skip = SUPERBLOCK_AT & (ext.superblock.block_len() as u64 - 1);
+    if ext.superblock.group == 0 && replayed.blocks.read_at(block, skip, &mut raw).is_ok() {
+        match Superblock::parse(&raw) {
+            Ok(newer) if newer.sound && newer.block_bits == ext.superblock.block_bits => {
+                replayed.blocks.set_count(newer.block_count);
+                replayed.superblock = newer;
+            }
+            _ => replayed.remark("the superblock in the journal is damaged; the one before is used".into()),
+        }
+    }
+    replayed.remarks.get_mut().extend(ext.remarks.lock().drain(..));
+    replayed.remarks.get_mut().extend(remarks);
+    match FastCommits::replay(&replayed, &log, end) {
+        Ok(fast) => replayed.fast = fast,
+        Err(error) => {
+            replayed.remark(format!("fast commits cannot be replayed ({error}): what they changed last is missing"));
+        }
+    }
+    Ok(Some(replayed))
+}
+
+fn bare(source: Arc<dyn Source>, superblock: Superblock, overlay: Overlay) -> Ext {
+    Ext {
+        blocks: Blocks::new(source, superblock.block_bits, superblock.block_count, overlay),
+        superblock,
+        fast: FastCommits::default(),
+        inodes: Cache::new(INODE_CACHE_LEN),
+        name_indexes: Cache::new(NAME_CACHE_LEN),
+        name_hasher: RandomState::new(),
+        statistics: OnceLock::new(),
+        remarks: Mutex::default(),
+    }
+}
+
+/// The superblock, or a copy of it if it is damaged, and what should be said of that.
+fn find(source: &dyn Source) -> Result<(Superblock, Option<String>)> {
+    let primary = read(source, SUPERBLOCK_AT);
+    match &primary {
+        Ok(superblock) if superblock.sound => return primary.map(|superblock| (superblock, None)),
+        // A feature that is not known is not known in a copy either.
+        Err(error) if error.kind() == crate::error::ErrorKind::Unsupported => {
+            return primary.map(|found| (found, None));
+        }
+        _ => {}
+    }
+    for bits in 10..=16 {
+        for cluster_bits in 0..=MAX_CLUSTER_BITS {
+            for group in COPIES {
+                if let Some(found) = copy(source, bits, cluster_bits, group) {
+                    let remark = format!("the superblock is damaged: its copy in group {group} is used");
+                    return Ok((found, Some(remark)));
+                }
+            }
+        }
+    }
+    let remark = "the superblock's checksum is wrong, and there is no copy; it is used nevertheless";
+    primary.map(|superblock| (superblock, Some(remark.into())))
+}
+
+/// The copy in a group, if it is one, and sound.
+fn copy(source: &dyn Source, bits: u32, cluster_bits: u32, group: u64) -> Option<Superblock> {
+    // As many blocks as a bitmap of one block has bits, which also has to be countable in 16.
+    let per_group = (8u64 << bits).min(if bits > 12 { 65_528 } else { u64::MAX }) << cluster_bits;
+    let first = u64::from(bits == 10 && cluster_bits == 0);
+    let found = read(source, (first + group * per_group) << bits).ok()?;
+    let fits = u64::from(found.group) == group && found.block_bits == bits && found.sound;
+    fits.then_some(found)
+}
+
+fn read(source: &dyn Source, at: u64) -> Result<Superblock> {
+    let mut raw = vec![0; SUPERBLOCK_LEN];
+    source.read_at(at, &mut raw).map_err(|_| corrupt("there is no ext2, ext3 or ext4 superblock"))?;
+    Superblock::parse(&raw)
+}
