@@ -60,7 +60,9 @@ fn compare(disk: &Disk, what: &str) -> Ext {
 
 #[test]
 fn ext2_of_all_kinds() {
-    for mkfs in ["mkfs.ext2", "mkfs.ext2 -b 1024", "mkfs.ext2 -b 4096 -I 128", "mkfs.ext2 -O ^filetype,^dir_index -b 2048"] {
+    for mkfs in
+        ["mkfs.ext2", "mkfs.ext2 -b 1024", "mkfs.ext2 -b 4096 -I 128", "mkfs.ext2 -O ^filetype,^dir_index -b 2048"]
+    {
         shown_as_by_the_kernel(mkfs, 96 * MIB, &Content::small());
     }
 }

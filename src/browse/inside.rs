@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::OperatingSystem;
 use crate::guest::volumes::{Layout, Volume};
-use crate::guest::{Attributes, ExtendedAttribute, Ino, Run, RunKind};
+use crate::guest::{Attributes, DirectoryEntry, ExtendedAttribute, Ino, Run, RunKind};
 use crate::store::ViewId;
 
 use super::disk::{Digests, Disk, Held};
@@ -202,9 +202,16 @@ impl Inside {
         match self.ask(&Request::List(self.id_of(volume), directory, from))?.0 {
             Answer::Listed(mut listing) => {
                 let is_usual = |name: &[u8]| {
-                    !matches!(name, b"" | b"." | b"..") && name.len() <= NAME_LEN && !name.contains(&b'/') && !name.contains(&0)
+                    !matches!(name, b"" | b"." | b"..")
+                        && name.len() <= NAME_LEN
+                        && !name.contains(&b'/')
+                        && !name.contains(&0)
                 };
-                listing.entries.retain(|(entry, _)| is_usual(&entry.name) && entry.ino.0 < Ino::LIMIT && entry.next != 0);
+                listing.entries.retain(|(entry, _)| {
+                    is_usual(&entry.name)
+                        && entry.ino.0 < Ino::LIMIT
+                        && (1..DirectoryEntry::NEXT_LIMIT - 2).contains(&entry.next)
+                });
                 Ok(listing)
             }
             _ => Err(confused()),

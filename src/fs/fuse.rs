@@ -188,7 +188,7 @@ impl Filesystem for Adapter {
         match self.answer(|tree| tree.lookup(parent.0, name)) {
             Ok(found) => {
                 self.tree.told(found.inode);
-                reply.entry(&belief(&found), &attr(&found), Generation(0));
+                reply.entry(&belief(parent.0, &found), &attr(&found), Generation(0));
             }
             Err(errno) => reply.error(errno),
         }
@@ -207,7 +207,7 @@ impl Filesystem for Adapter {
 
     fn getattr(&self, _req: &Request, inode: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
         match self.answer(|tree| tree.attributes(inode.0)) {
-            Ok(found) => reply.attr(&belief(&found), &attr(&found)),
+            Ok(found) => reply.attr(&belief(inode.0, &found), &attr(&found)),
             Err(errno) => reply.error(errno),
         }
     }
@@ -390,7 +390,7 @@ impl Filesystem for Adapter {
             tree.attributes(inode.0)
         });
         match changed {
-            Ok(found) => reply.attr(&belief(&found), &attr(&found)),
+            Ok(found) => reply.attr(&belief(inode.0, &found), &attr(&found)),
             Err(errno) => reply.error(errno),
         }
     }
@@ -516,8 +516,9 @@ impl Filesystem for Adapter {
             // What has gone since it was listed is left out.
             let known = entry.attributes.map_or_else(|| self.answer(|tree| tree.attributes(entry.inode)), Ok);
             let Ok(found) = known else { return false };
-            let (inode, is_dots) = (INodeNo(entry.inode), matches!(entry.name.as_encoded_bytes(), b"." | b".."));
-            let is_full = reply.add(inode, entry.next, entry.name, &belief(&found), &attr(&found), Generation(0));
+            let (number, is_dots) = (INodeNo(entry.inode), matches!(entry.name.as_encoded_bytes(), b"." | b".."));
+            let is_full =
+                reply.add(number, entry.next, entry.name, &belief(inode.0, &found), &attr(&found), Generation(0));
             if !is_full && !is_dots {
                 self.tree.told(entry.inode);
             }
@@ -587,10 +588,11 @@ fn file_type(kind: NodeKind) -> FileType {
     }
 }
 
-/// What commands change is asked for each time: who has resized a disk, or reverted it, looks at it next.
-fn belief(found: &Attributes) -> Duration {
-    // What a guest's number stands for never changes; what leads to it does, and is believed for a moment only.
-    if Tree::is_guest(found.inode) {
+/// For how long the kernel believes what it was told of `found` when it asked `by`, the directory or the thing itself. What commands change is asked for each time: who has resized a disk, or reverted it, looks at it next.
+fn belief(by: u64, found: &Attributes) -> Duration {
+    // What a guest's number stands for never changes, and what it leads to does not; what leads to it does, and is
+    // believed for a moment only.
+    if Tree::is_guest(by) {
         return GUEST_BELIEF;
     }
     let is_written = found.kind == NodeKind::File && found.permissions & 0o222 != 0;

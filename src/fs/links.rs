@@ -52,7 +52,8 @@ impl Walk<'_> {
 
     fn text(&self, rest: &[&[u8]]) -> Result<Vec<u8>> {
         let ups = std::iter::repeat_n(&b".."[..], self.ups);
-        let parts: Vec<&[u8]> = ups.chain(self.down.iter().map(|(name, _)| &name[..])).chain(rest.iter().copied()).collect();
+        let parts: Vec<&[u8]> =
+            ups.chain(self.down.iter().map(|(name, _)| &name[..])).chain(rest.iter().copied()).collect();
         let text = if parts.is_empty() { b".".to_vec() } else { parts.join(&b'/') };
         if text.len() > PATH_LEN {
             return Err(Error::new(ErrorKind::Limit, "a link's target would be longer than any path may be"));
@@ -119,7 +120,8 @@ fn follow(mut walk: Walk<'_>, path: &[&[u8]]) -> Result<Vec<u8>> {
             // Nothing that could be gone through: the kernel comes as far, and no further.
             _ => {
                 rest.push(part);
-                let beyond: Vec<&[u8]> = rest.iter().rev().map(Vec::as_slice).take_while(|part| *part != b"..").collect();
+                let beyond: Vec<&[u8]> =
+                    rest.iter().rev().map(Vec::as_slice).take_while(|part| *part != b"..").collect();
                 return walk.text(&beyond);
             }
         }

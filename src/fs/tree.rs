@@ -361,7 +361,10 @@ impl Tree {
             Handle::GuestFile(file) => (file.size(), file.seek(at, data)?),
             Handle::Partition(window) => {
                 let (place, _) = window.clip(at, 0);
-                (window.len, if at < window.len { window.found(self.seek(&window.disk, place, data)?, data) } else { None })
+                (
+                    window.len,
+                    if at < window.len { window.found(self.seek(&window.disk, place, data)?, data) } else { None },
+                )
             }
             Handle::Directory(_) | Handle::GuestDirectory(_) | Handle::Progress(_) => {
                 return Err(Error::new(ErrorKind::Usage, "this has no holes"));

@@ -20,5 +20,5 @@ pub mod svg;
 pub mod text;
 pub mod time;
 pub mod trash;
-pub mod volumes;
 pub mod tree;
+pub mod volumes;

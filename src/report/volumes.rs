@@ -33,7 +33,8 @@ pub fn listed(inside: &Inside) -> String {
     }
     for group in &layout.missing {
         let absent = group.absent.join(", ");
-        let fact = format!("volume group {} lacks the physical volumes {absent}, which no disk of this store has", group.name);
+        let fact =
+            format!("volume group {} lacks the physical volumes {absent}, which no disk of this store has", group.name);
         let _ = writeln!(text, "{}", terminal(&fact));
     }
     text

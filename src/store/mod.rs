@@ -40,7 +40,8 @@ use crate::image::Caches;
 use crate::io::{Descriptors, Directory as Names, FileId, FileStat, Host, Root, StoreFile, ThisHost};
 
 pub use active::{
-    Access, ActiveAttributes, ActiveHandle, ActiveJob, Fallen, Mirror, NewTopFile, Prepared, PreparedFall, Sealed, Still,
+    Access, ActiveAttributes, ActiveHandle, ActiveJob, Fallen, Mirror, NewTopFile, Prepared, PreparedFall, Sealed,
+    Still,
 };
 pub use catalog::{Below, Catalog, Directory, ImageEntry, ImageIndex, shown};
 pub use describe::{Content, Qcow2};

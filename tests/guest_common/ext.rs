@@ -230,7 +230,8 @@ fn kernel_xattrs(path: &Path) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut value = vec![0; 64 << 10];
     names
         .map(|name| {
-            let len = rustix::fs::lgetxattr(path, name, &mut value[..]).unwrap_or_else(|e| panic!("{path:?} {name:?}: {e}"));
+            let len =
+                rustix::fs::lgetxattr(path, name, &mut value[..]).unwrap_or_else(|e| panic!("{path:?} {name:?}: {e}"));
             (name.to_vec(), value[..len].to_vec())
         })
         .collect()
@@ -407,7 +408,10 @@ pub(crate) fn walk_everything(ext: &Ext, mut asked: impl FnMut(&str, Ino)) -> us
         }
         let mut count = |failed: Option<ErrorKind>| {
             if let Some(kind) = failed {
-                let known = matches!(kind, ErrorKind::Corrupt | ErrorKind::Unsupported | ErrorKind::Limit | ErrorKind::NotFound);
+                let known = matches!(
+                    kind,
+                    ErrorKind::Corrupt | ErrorKind::Unsupported | ErrorKind::Limit | ErrorKind::NotFound
+                );
                 assert!(known, "inode {}: {kind:?}", ino.0);
                 errors += 1;
             }

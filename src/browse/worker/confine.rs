@@ -51,12 +51,7 @@ const CALLS: [libc::c_long; 31] = [
 
 /// Limits memory and descriptors. From here on nothing can be opened.
 pub(super) fn limit() -> Result<()> {
-    let limits = [
-        (Resource::As, ADDRESSES),
-        (Resource::Nofile, 0),
-        (Resource::Fsize, 0),
-        (Resource::Core, 0),
-    ];
+    let limits = [(Resource::As, ADDRESSES), (Resource::Nofile, 0), (Resource::Fsize, 0), (Resource::Core, 0)];
     for (resource, limit) in limits {
         setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) })
             .map_err(|error| Error::io("limiting a worker", error))?;

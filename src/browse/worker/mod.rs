@@ -7,7 +7,7 @@ pub(super) mod protocol;
 mod remote;
 mod serve;
 
-pub use process::{Program, WITHOUT_SECCOMP, WORKER};
 pub(super) use process::{Disks, Worker};
+pub use process::{Program, WITHOUT_SECCOMP, WORKER};
 pub use protocol::{Listing, Mounted};
 pub use serve::serve;

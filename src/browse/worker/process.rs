@@ -242,7 +242,9 @@ impl Process {
             }
             let (message, payload) = received.map_err(Trouble::Gone)?;
             match message {
-                FromWorker::Answer(answer) => return Ok(answer.map_err(|failure| failure.error()).map(|answer| (answer, payload))),
+                FromWorker::Answer(answer) => {
+                    return Ok(answer.map_err(|failure| failure.error()).map(|answer| (answer, payload)));
+                }
                 FromWorker::Locate { disk, first, count } => {
                     let reply = match disks.keys(disk, first, count.min(GROUP)) {
                         Ok(keys) => ToWorker::Keys(keys),

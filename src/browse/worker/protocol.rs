@@ -141,8 +141,16 @@ pub(in crate::browse) enum ToWorker {
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::browse) enum FromWorker {
     /// The keys of chunks of a disk of the set in question.
-    Locate { disk: u32, first: u64, count: u64 },
+    Locate {
+        disk: u32,
+        first: u64,
+        count: u64,
+    },
     /// Bytes of a disk.
-    Read { disk: u32, at: u64, len: u32 },
+    Read {
+        disk: u32,
+        at: u64,
+        len: u32,
+    },
     Answer(Result<Answer, Failure>),
 }

@@ -53,6 +53,7 @@ pub fn serve(confined: bool) -> ExitCode {
 
 fn run(confined: bool) -> Result<()> {
     let fail = |error: std::io::Error| Error::io("taking over the lanes", error);
+    close_others();
     let lanes: [OwnedFd; 2] = [
         std::io::stdin().as_fd().try_clone_to_owned().map_err(fail)?,
         std::io::stdout().as_fd().try_clone_to_owned().map_err(fail)?,
@@ -97,6 +98,16 @@ fn run(confined: bool) -> Result<()> {
         if ends.iter().any(|end| end.revents().intersects(is_over)) {
             std::process::exit(0);
         }
+    }
+}
+
+/// Closes what whoever has started the daemon has left open in it: none of it is a worker's business.
+fn close_others() {
+    let Ok(open) = std::fs::read_dir("/proc/self/fd") else { return };
+    let numbers: Vec<i32> = open.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    // The directory's own, closed by now, is among them.
+    for number in numbers.into_iter().filter(|number| *number > 2) {
+        let _ = nix::unistd::close(number);
     }
 }
 

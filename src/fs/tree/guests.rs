@@ -195,7 +195,13 @@ impl Tree {
             Node::PartitionsOf(view) | Node::FilesOf(view) => {
                 let found = self.store.find_view(view)?;
                 let stat = self.store.stat_now(found.image());
-                Ok(Attributes::plain(inode, NodeKind::Directory, (0, 0), modified(&stat), self.ownership.of_contents(&stat)))
+                Ok(Attributes::plain(
+                    inode,
+                    NodeKind::Directory,
+                    (0, 0),
+                    modified(&stat),
+                    self.ownership.of_contents(&stat),
+                ))
             }
             Node::Partition(partition) => {
                 let whole = self.view_attributes(&partition.view, inode)?;

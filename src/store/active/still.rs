@@ -214,10 +214,9 @@ impl Stills {
     fn version(&self, state: &State) -> Option<Version> {
         match state {
             State::Reading(open) => Some(Version { fingerprint: open.fingerprint, changes: 0 }),
-            State::Writing(writing) => Some(Version {
-                fingerprint: writing.open.fingerprint,
-                changes: self.changes.load(Ordering::Acquire),
-            }),
+            State::Writing(writing) => {
+                Some(Version { fingerprint: writing.open.fingerprint, changes: self.changes.load(Ordering::Acquire) })
+            }
             State::Closed(_) | State::Failed(_) => None,
         }
     }
