@@ -59,7 +59,9 @@ impl Content {
         let to = dir.join("copies");
         fs::create_dir(&to).expect("a directory");
         let (from, count) = if self.files == 0 { ("/etc", 250) } else { ("/usr/share", self.files) };
-        let script = format!("cd {from} && find . -xdev \\( -type f -size -300k -o -type l \\) | sort | head -n {count} | tar cf - -T - | tar xf - -C \"$1\"");
+        let script = format!(
+            "cd {from} && find . -xdev \\( -type f -size -300k -o -type l \\) | sort | head -n {count} | tar cf - -T - | tar xf - -C \"$1\""
+        );
         tool("sh").args(["-c", &script, "sh"]).arg(&to).succeeds();
         // What is removed leaves entries without an inode in the middle of blocks.
         let mut removed = tool("find");
@@ -208,7 +210,8 @@ fn owners(dir: &Path) {
 fn times(dir: &Path) {
     let dir = dir.join("times");
     fs::create_dir(&dir).expect("a directory");
-    let seconds = [-0x8000_0000, -1_000_000_000, -1, 0, 1, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, 0x1_0000_0000, 0x3_7fff_ffff];
+    let seconds =
+        [-0x8000_0000, -1_000_000_000, -1, 0, 1, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, 0x1_0000_0000, 0x3_7fff_ffff];
     for tv_sec in seconds {
         let path = dir.join(tv_sec.to_string());
         fs::write(&path, "when").expect("a file");
