@@ -429,3 +429,50 @@ fn fast_commits_are_replayed() {
     let inline = "mkfs.ext4 -b 4096 -O fast_commit,inline_data";
     replayed_as_by_the_kernel("fast commits, inline", inline, 128 * MIB, "data=ordered", 3, small_changes);
 }
+
+/// What is made by fast commits that is neither a file nor a name of one.
+fn odd_changes(dir: &Path, number: u64) {
+    if number == 0 {
+        fs::create_dir_all(dir.join("old/empty")).expect("directories");
+        fs::write(dir.join("plain"), "plain").expect("a file");
+        tool("sync").arg("-f").arg(dir).succeeds();
+        return;
+    }
+    let sub = dir.join(format!("directory {number}"));
+    fs::create_dir(&sub).expect("a directory");
+    fs::write(sub.join("first"), "first").expect("a file");
+    sync(&sub.join("first"));
+    fs::create_dir(sub.join("deeper")).expect("a directory");
+    fs::write(sub.join("deeper/second"), "second").expect("a file");
+    sync(&sub.join("deeper/second"));
+    if number == 2 {
+        fs::remove_dir(dir.join("old/empty")).expect("a removal");
+        fs::remove_file(dir.join("plain")).expect("a removal");
+        fs::remove_file(dir.join("directory 1/first")).expect("a removal");
+        sync(&sub.join("first"));
+    }
+    if number == 3 {
+        // The kernel has no fast commit of these: it makes a whole transaction.
+        symlink("short", sub.join("short link")).expect("a link");
+        symlink("l".repeat(100), sub.join("long link")).expect("a link");
+        rustix::fs::mknodat(rustix::fs::CWD, sub.join("fifo"), rustix::fs::FileType::Fifo, 0o600.into(), 0)
+            .expect("a fifo");
+        let device = rustix::fs::makedev(1, 3);
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            sub.join("null"),
+            rustix::fs::FileType::CharacterDevice,
+            0o600.into(),
+            device,
+        )
+        .expect("a device");
+        fs::write(sub.join("third"), "third").expect("a file");
+        sync(&sub.join("third"));
+    }
+}
+
+#[test]
+fn fast_commits_of_other_things_than_files() {
+    let mkfs = "mkfs.ext4 -b 4096 -O fast_commit";
+    replayed_as_by_the_kernel("fast commits of other things", mkfs, 128 * MIB, "data=ordered", 5, odd_changes);
+}
