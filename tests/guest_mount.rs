@@ -374,6 +374,7 @@ fn a_worker_has_nothing_and_its_end_is_no_end() {
         assert!(bytes == fs::read(store.beside("tree/usr/lib/big")).expect("the original"));
         assert_eq!(mount.names("vm/files/sn1/p1/deep/er").len(), 6);
         assert_ne!(workers(&mount), [worker]);
+        drop(open);
         mount.umount();
     }
 }
