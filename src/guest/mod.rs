@@ -9,6 +9,7 @@ pub mod content;
 pub mod ext;
 pub mod fat;
 pub mod filesystem;
+pub mod inspect;
 pub mod lvm;
 pub mod partition;
 pub mod source;
