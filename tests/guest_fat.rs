@@ -258,7 +258,7 @@ fn entries(name: &str, number: u32) -> Vec<u8> {
     let count = units.len() / 13;
     let mut entries = Vec::new();
     for (part, units) in units.chunks(13).enumerate().rev() {
-        let order = part as u8 + 1 | if part + 1 == count { 0x40 } else { 0 };
+        let order = part as u8 + if part + 1 == count { 0x41 } else { 1 };
         let text: Vec<u8> = units.iter().flat_map(|unit| unit.to_le_bytes()).collect();
         entries.extend([&[order], &text[..10], &[0x0f, 0, sum], &text[10..22], &[0, 0], &text[22..]].concat());
     }

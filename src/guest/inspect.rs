@@ -72,3 +72,6 @@ pub struct Mount {
 pub fn inspect(volumes: &[Opened<'_>]) -> Vec<OperatingSystem> {
     volumes.iter().filter_map(|volume| system::find(volume, volumes)).collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -100,6 +100,17 @@ impl Disk {
         tool("debugfs").args(["-w", "-R", command]).arg(&self.image).succeeds()
     }
 
+    /// Where the first blocks of a file are.
+    pub(crate) fn blocks_of(&self, file: &str, count: usize) -> Vec<u64> {
+        let script = self.image.with_file_name("script");
+        let lines: String = (0..count).map(|block| format!("bmap {file} {block}\n")).collect();
+        fs::write(&script, lines).expect("a script");
+        let told = tool("debugfs").arg("-f").arg(&script).arg(&self.image).succeeds();
+        let blocks: Vec<u64> = told.lines().filter_map(|line| line.trim().parse().ok()).collect();
+        assert_eq!(blocks.len(), count, "{told}");
+        blocks
+    }
+
     /// Overwrites bytes of the disk.
     pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
         File::options().write(true).open(&self.image).and_then(|f| f.write_all_at(bytes, at)).expect("a change");

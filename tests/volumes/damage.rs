@@ -73,7 +73,7 @@ fn no_damage_to_partition_tables_makes_it_panic_or_hang() {
     let dir = TempDir::new().expect("a directory");
     let disk = dir.path().join("disk");
     let gpt = "label: gpt\nsize=1M, name=a\nsize=1M\nsize=1M, name=\"long name\"\n";
-    let dos = "label: dos\nsize=1M\nsize=5M, type=5\nsize=1M\nsize=1M\n";
+    let dos = "label: dos\nsize=1M\nsize=5M, type=5\n5: size=1M\n6: size=1M\n";
     for orders in [gpt, dos] {
         blank(&disk, 12 * MIB);
         told("sfdisk", &["-q", "--wipe=always"], &disk, orders);
@@ -92,8 +92,8 @@ fn no_damage_to_partition_tables_makes_it_panic_or_hang() {
 
 #[test]
 fn no_damage_to_a_volume_group_makes_it_panic_or_hang() {
-    let good = super::groups::sample();
     const SEED: u32 = 0xf597_a6cf;
+    let good = super::groups::sample();
     mutate(&good, 0, |bytes| {
         let field = |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
         let (at, len) = (field(bytes, 4096 + 40), field(bytes, 4096 + 48));

@@ -16,6 +16,9 @@ use crate::common::*;
 
 const EXTENT: u64 = 64 * KIB;
 
+/// A segment as LVM tells it: the stripes' length, and of each leg the disk and where it begins and ends there.
+type Told = (u64, Vec<(usize, u64, u64)>);
+
 /// Disks in files, and LVM that sees nothing else.
 struct Lab {
     dir: TempDir,
@@ -80,6 +83,13 @@ impl Lab {
         self.lvm(&format!("vgcfgbackup -q -f {} {group}", file.display()));
         let text = fs::read_to_string(&file).expect("a backup");
         let end = text.trim_end().rfind('}').expect("its end");
+        // LVM numbers physical volumes as it likes.
+        let device = |line: &str| Some(line.trim().strip_prefix("device = \"")?.split('"').next()?.to_owned());
+        let order = text.lines().filter_map(device);
+        let volumes = order.enumerate().fold(volumes.to_owned(), |volumes, (number, device)| {
+            let disk = self.devices.iter().position(|known| known.path() == Path::new(&device)).expect("our device");
+            volumes.replace(&format!("\"disk{disk}\""), &format!("\"pv{number}\""))
+        });
         fs::write(&file, format!("{}\nlogical_volumes {{\n{volumes}\n}}\n}}\n", &text[..end])).expect("a backup");
         self.lvm(&format!("vgcfgrestore -q --force -f {} {group}", file.display()));
     }
@@ -97,9 +107,8 @@ impl Lab {
         self.disks.iter().enumerate().map(scribble).collect()
     }
 
-    /// The segments that LVM tells of the visible volumes: by `VG/LV` the stripes' length, and of each leg the disk and where it
-    /// begins and ends there.
-    fn judged(&self) -> BTreeMap<String, Vec<(u64, Vec<(usize, u64, u64)>)>> {
+    /// The segments that LVM tells of the visible volumes: by `VG/LV`.
+    fn judged(&self) -> BTreeMap<String, Vec<Told>> {
         let mut begins = BTreeMap::new();
         for line in self.lvm("pvs --noheadings --units b --nosuffix -o pv_name,pe_start").lines() {
             let mut words = line.split_whitespace();
@@ -111,6 +120,10 @@ impl Lab {
         let mut judged: BTreeMap<_, Vec<_>> = BTreeMap::new();
         for line in self.lvm(&format!("lvs {words} -o {fields}")).lines() {
             let words: Vec<&str> = line.split_whitespace().collect();
+            // Others are made of other volumes, or of none.
+            if !words.get(4).is_some_and(|range| range.starts_with("/dev/")) {
+                continue;
+            }
             let legs = words[4..].iter().map(|range| {
                 let (device, extents) = range.split_once(':').expect("a range");
                 let (first, last) = extents.split_once('-').expect("a range");
@@ -144,7 +157,7 @@ fn read(layout: &Layout, name: &str, disks: &[Arc<dyn Source>]) -> Vec<u8> {
 }
 
 /// Deals bytes as LVM says, a stripe at a time.
-fn put_together(segments: &[(u64, Vec<(usize, u64, u64)>)], disks: &[Arc<dyn Source>]) -> Vec<u8> {
+fn put_together(segments: &[Told], disks: &[Arc<dyn Source>]) -> Vec<u8> {
     let mut all = Vec::new();
     for (stripe_len, legs) in segments {
         let mut places: Vec<u64> = legs.iter().map(|leg| leg.1).collect();
@@ -166,12 +179,12 @@ fn put_together(segments: &[(u64, Vec<(usize, u64, u64)>)], disks: &[Arc<dyn Sou
 fn volumes_of_three_disks_are_put_together_as_lvm_says() {
     let lab = Lab::new(&[24 * MIB, 20 * MIB, 16 * MIB]);
     lab.group("my-vg.1");
-    lab.create("-n root-1 -L 30m my-vg.1");
     lab.create(&format!("-n striped -i 3 -I 4k -L 3m my-vg.1 {} {} {}", lab.device(2), lab.device(1), lab.device(0)));
+    lab.create("-n root-1 -L 30m my-vg.1");
     lab.create("-n gap -L 2m my-vg.1");
     lab.create("-n last -L 3m my-vg.1");
     lab.lvm("lvremove -q -y my-vg.1/gap");
-    lab.lvm("lvextend -q -an -L +4m my-vg.1/root-1");
+    lab.lvm("lvextend -q -L +4m my-vg.1/root-1");
     let disks = lab.scribbled();
     let layout = layout(&disks);
     let judged = lab.judged();
@@ -203,8 +216,8 @@ fn without_a_disk_what_does_not_need_it_is_shown() {
     lab.create(&format!("-n there -L 5m vg {}", lab.device(1)));
     lab.create("-n both -i 2 -L 2m vg");
     let disks = lab.scribbled();
-    let ids = lab.lvm("pvs --noheadings -o pv_uuid -O pv_name");
-    let absent = ids.lines().nth(1).expect("a line").trim();
+    let ids = lab.lvm(&format!("pvs --noheadings -o pv_uuid {}", lab.device(1)));
+    let absent = ids.trim();
     let part = layout(&disks[..1]);
     assert_eq!(names(&part), ["disk", "vg-both", "vg-here", "vg-there"]);
     for name in ["vg-both", "vg-there"] {
@@ -253,6 +266,29 @@ fn physical_volumes_in_partitions_are_found() {
     assert_eq!(physical_volumes(&disks[0]).len(), 2);
 }
 
+/// A machine that was copied has groups of one name; so has a disk that was put into another machine.
+#[test]
+fn two_groups_of_one_name_are_told_apart() {
+    let dir = TempDir::new().expect("a directory");
+    let whole = dir.path().join("disk");
+    blank(&whole, 40 * MIB);
+    told("sfdisk", &["-q"], &whole, "label: gpt\nsize=16M, type=V\nsize=16M, type=V\n");
+    let mut bytes = fs::read(&whole).expect("the disk");
+    let mut ids = Vec::new();
+    for at in [MIB, 17 * MIB] {
+        let lab = Lab::new(&[16 * MIB]);
+        lab.group("vg");
+        lab.create("-n root -L 1m vg");
+        ids.push(lab.lvm("vgs --noheadings -o vg_uuid").trim().to_owned());
+        lab.scribbled()[0].read_at(0, &mut bytes[at as usize..(at + 16 * MIB) as usize]).expect("a part");
+    }
+    ids.sort();
+    let layout = layout(&[Arc::new(bytes)]);
+    assert_eq!(names(&layout), ["p1", "p2", "vg-root", &format!("vg-root~{}", ids[1])]);
+    let place = |name| volume(&layout, name).locate(0, 1).expect("a place").offset;
+    assert_ne!(place("vg-root"), place(&format!("vg-root~{}", ids[1])));
+}
+
 /// A logical volume in LVM's text.
 fn text(name: &str, number: u32, status: &str, count: u64, segment: &str) -> String {
     format!(
@@ -265,11 +301,15 @@ fn text(name: &str, number: u32, status: &str, count: u64, segment: &str) -> Str
 const SHOWN: &str = ", \"VISIBLE\"";
 
 fn linear(disk: usize, extent: u64) -> String {
-    format!("type = \"striped\" stripe_count = 1 stripes = [ \"pv{disk}\", {extent} ]")
+    format!("type = \"striped\" stripe_count = 1 stripes = [ \"disk{disk}\", {extent} ]")
 }
 
-/// Mirrors of two and four images; each image lies at an extent of its own.
-fn mirrors() -> String {
+/// Mirrors of two and four images on two disks, the second of which may be a part of the first.
+fn mirrors(disk_count: usize) -> String {
+    let linear = |disk: usize, extent: u64| match disk_count {
+        1 => linear(0, extent + 75 * disk as u64),
+        _ => linear(disk, extent),
+    };
     let mut all = String::new();
     let mut number = 0;
     let mut add = |name: &str, status: &str, count, segment: &str| {
@@ -304,7 +344,6 @@ fn mirrors() -> String {
 /// What dm-raid keeps of an image.
 fn state(events: u64, failed: u64, recovered: u64) -> Vec<u8> {
     let mut block = vec![0; 512];
-    block[..4].copy_from_slice(b"DmRd".map(|byte| byte).iter().rev().copied().collect::<Vec<_>>().as_slice());
     block[..4].copy_from_slice(&0x6452_6d44_u32.to_le_bytes());
     block[16..24].copy_from_slice(&events.to_le_bytes());
     block[24..32].copy_from_slice(&failed.to_le_bytes());
@@ -316,7 +355,7 @@ fn state(events: u64, failed: u64, recovered: u64) -> Vec<u8> {
 fn mirrors_are_read_from_an_image_that_is_there_and_in_step() {
     let lab = Lab::new(&[16 * MIB, 16 * MIB]);
     lab.group("vg");
-    lab.restore("vg", &mirrors());
+    lab.restore("vg", &mirrors(2));
     // LVM itself has taken them.
     let judged = lab.lvm("lvs --noheadings -o lv_name,segtype,devices -O lv_name vg");
     let judged: Vec<&str> = judged.lines().map(str::trim_end).map(str::trim_start).collect();
@@ -364,7 +403,6 @@ fn mirrors_are_read_from_an_image_that_is_there_and_in_step() {
     assert_eq!(place("vg-one", &with([Some(good.clone()), Some(good.clone())]), 0), (0, 1));
     assert_eq!(place("vg-one", &with([Some(state(5, 0, whole)), Some(good.clone())]), 0), (1, 1));
     assert_eq!(place("vg-one", &with([Some(state(9, 0, 77)), Some(good.clone())]), 0), (1, 1));
-    assert_eq!(place("vg-one", &with([Some(good.clone()), Some(state(9, 1, whole))]), 0), (0, 1));
     assert_eq!(place("vg-one", &with([Some(state(8, 0, whole)), Some(state(9, 1, whole))]), 0), (1, 1));
     assert_eq!(place("vg-one", &with([None, Some(good.clone())]), 0), (1, 1));
     let stale = with([Some(state(9, 0, 77)), Some(good)]);
@@ -378,7 +416,7 @@ fn what_cannot_be_put_together_is_listed_with_its_type() {
     lab.group("vg");
     let mut all = text("root", 1, SHOWN, 4, &linear(0, 0));
     all += &text("snap", 2, SHOWN, 4, &linear(0, 4));
-    all += &text("snapshot0", 3, "", 4, "type = \"snapshot\" chunk_size = 8 origin = \"root\" cow_store = \"snap\"");
+    all += &text("snapshot0", 3, SHOWN, 4, "type = \"snapshot\" chunk_size = 8 origin = \"root\" cow_store = \"snap\"");
     let pool = "type = \"thin-pool\" metadata = \"pool_tmeta\" pool = \"pool_tdata\" transaction_id = 1 chunk_size = 128\n\
                 discards = \"passdown\" zero_new_blocks = 1";
     all += &text("pool", 4, SHOWN, 4, pool);
@@ -408,7 +446,7 @@ fn stripes_over_volumes_in_pieces_are_put_together() {
     lab.group("vg");
     lab.create("--type raid0 -i 2 -I 16k -L 4m -n zero vg");
     lab.create(&format!("-n gap0 -L 1m vg {}", lab.device(0)));
-    lab.lvm("lvextend -q -an -L +4m vg/zero");
+    lab.lvm("lvextend -q -L +4m vg/zero");
     let images = lab.lvm("lvs -a --segments --noheadings -o lv_name,seg_pe_ranges -O lv_name,seg_start vg");
     let mut legs: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     let disks = lab.scribbled();
@@ -447,10 +485,10 @@ fn metadata_are_found_wherever_in_their_ring_they_are() {
     let device = Loop::new(&file, 512);
     let lab = Lab { dir, disks: vec![file.clone()], devices: vec![device] };
     lab.configure();
-    lab.lvm(&format!("pvcreate -q -y --metadatasize 12k --dataalignment 4k {}", lab.device(0)));
+    lab.lvm(&format!("pvcreate -q -y --metadatasize 32k --dataalignment 4k {}", lab.device(0)));
     lab.lvm(&format!("vgcreate -q -s {EXTENT}b vg {}", lab.device(0)));
     let (mut wrapped_count, mut last_at) = (0, 0);
-    for turn in 0..40 {
+    for turn in 0..90 {
         if turn % 3 == 2 {
             lab.lvm(&format!("lvremove -q -y vg/lv{}", turn - 1));
         } else {
@@ -498,6 +536,21 @@ fn an_exported_group_and_damaged_metadata_are_remarked() {
 }
 
 #[test]
+fn the_newest_description_of_a_group_counts_and_is_remarked() {
+    let lab = Lab::new(&[16 * MIB, 16 * MIB]);
+    lab.group("vg");
+    lab.create("-n root -L 1m vg");
+    let old = lab.scribbled();
+    lab.create("-n later -L 1m vg");
+    let new = lab.scribbled();
+    let disks = [Arc::clone(&old[0]), Arc::clone(&new[1])];
+    let layout = layout(&disks);
+    assert_eq!(names(&layout), ["disk", "vg-later", "vg-root"]);
+    let remark = &layout.remarks[0];
+    assert!(remark.contains("disk 1") && remark.contains("newer"), "{remark}");
+}
+
+#[test]
 fn the_comparison_notices_what_changes() {
     let lab = Lab::new(&[16 * MIB]);
     lab.group("vg");
@@ -513,11 +566,11 @@ fn the_comparison_notices_what_changes() {
 
 /// A disk with a group that has something of everything.
 pub(super) fn sample() -> Vec<u8> {
-    let lab = Lab::new(&[8 * MIB]);
+    let lab = Lab::new(&[16 * MIB]);
     lab.group("vg");
-    let stripes = "type = \"striped\" stripe_count = 2 stripe_size = 8 stripes = [ \"pv0\", 80, \"one_rimage_0\", 0 ]";
+    let stripes = "type = \"striped\" stripe_count = 2 stripe_size = 8 stripes = [ \"disk0\", 160, \"disk0\", 170 ]";
     let mut all = text("wide", 90, SHOWN, 8, stripes);
-    all += &mirrors().replace("pv1", "pv0");
+    all += &mirrors(1);
     lab.restore("vg", &all);
     fs::read(&lab.disks[0]).expect("the disk")
 }
