@@ -9,7 +9,8 @@
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 ALL_PROGRAMS=(qemu-img qemu-io fusermount3 mke2fs debugfs mkfs.xfs mkfs.btrfs fio strace e2fsck fstrim cc pkg-config setfattr
-    setfacl jq python3)
+    setfacl jq python3 sfdisk sgdisk partx losetup blkid mkfs.vfat mcopy pvcreate mkswap cryptsetup mkntfs mkfs.exfat mkfs.f2fs mkfs.jfs
+    mkfs.nilfs2 mkudffs make-bcache mksquashfs mkfs.erofs mkfs.cramfs genisoimage)
 
 # The Debian package of a program.
 package_of() {
@@ -19,7 +20,24 @@ package_of() {
         mke2fs | debugfs | e2fsck) echo e2fsprogs ;;
         mkfs.xfs) echo xfsprogs ;;
         mkfs.btrfs) echo btrfs-progs ;;
-        fstrim) echo util-linux ;;
+        fstrim | partx | blkid | mkswap) echo util-linux ;;
+        losetup) echo mount ;;
+        sfdisk) echo fdisk ;;
+        sgdisk) echo gdisk ;;
+        mkfs.vfat) echo dosfstools ;;
+        mcopy) echo mtools ;;
+        pvcreate) echo lvm2 ;;
+        cryptsetup) echo cryptsetup-bin ;;
+        mkntfs) echo ntfs-3g ;;
+        mkfs.exfat) echo exfatprogs ;;
+        mkfs.f2fs) echo f2fs-tools ;;
+        mkfs.jfs) echo jfsutils ;;
+        mkfs.nilfs2) echo nilfs-tools ;;
+        mkudffs) echo udftools ;;
+        make-bcache) echo bcache-tools ;;
+        mksquashfs) echo squashfs-tools ;;
+        mkfs.erofs) echo erofs-utils ;;
+        mkfs.cramfs) echo util-linux-extra ;;
         cc) echo "gcc libc6-dev" ;;
         setfattr) echo attr ;;
         setfacl) echo acl ;;

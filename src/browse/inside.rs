@@ -11,7 +11,7 @@ use crate::chain::Origin;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::OperatingSystem;
 use crate::guest::volumes::{Layout, Volume};
-use crate::guest::{Attributes, ExtendedAttribute, Ino, Run, RunKind};
+use crate::guest::{Attributes, DirectoryEntry, ExtendedAttribute, Ino, Run, RunKind};
 use crate::store::ViewId;
 
 use super::disk::{Digests, Disk, Held};
@@ -33,7 +33,7 @@ pub struct Inside {
     pub(super) layout: Layout,
     /// What has been asked of file systems as a whole, by volume.
     pub(super) mounted: Vec<Mutex<Option<Mounted>>>,
-    pub(super) system: OnceLock<Option<OperatingSystem>>,
+    pub(super) systems: OnceLock<Vec<OperatingSystem>>,
 }
 
 impl std::fmt::Debug for Inside {
@@ -174,15 +174,24 @@ impl Inside {
         }
     }
 
-    /// The operating system that the volumes hold, if there is one.
-    pub fn operating_system(&self) -> Result<Option<&OperatingSystem>> {
-        if let Some(known) = self.system.get() {
-            return Ok(known.as_ref());
+    /// The operating systems that the volumes hold; the first is the one to show where one is wanted.
+    pub fn operating_systems(&self) -> Result<&[OperatingSystem]> {
+        if let Some(known) = self.systems.get() {
+            return Ok(known);
         }
         match self.ask(&Request::Inspect(self.set))?.0 {
-            Answer::OperatingSystem(found) => Ok(self.system.get_or_init(|| found.map(|found| *found)).as_ref()),
+            Answer::OperatingSystems(mut found) => {
+                // Their volumes become targets of links.
+                found.retain(|system| self.volume(system.volume.as_bytes()).is_some());
+                Ok(self.systems.get_or_init(|| found))
+            }
             _ => Err(confused()),
         }
+    }
+
+    /// The same, if that has been asked before: nobody has to wait.
+    pub fn known_operating_systems(&self) -> Option<&[OperatingSystem]> {
+        self.systems.get().map(Vec::as_slice)
     }
 
     /// What a name in a directory stands for.
@@ -208,9 +217,11 @@ impl Inside {
                         && !name.contains(&b'/')
                         && !name.contains(&0)
                 };
-                listing
-                    .entries
-                    .retain(|(entry, _)| is_usual(&entry.name) && entry.ino.0 < Ino::LIMIT && entry.next != 0);
+                listing.entries.retain(|(entry, _)| {
+                    is_usual(&entry.name)
+                        && entry.ino.0 < Ino::LIMIT
+                        && (1..DirectoryEntry::NEXT_LIMIT - 2).contains(&entry.next)
+                });
                 Ok(listing)
             }
             _ => Err(confused()),

@@ -121,6 +121,11 @@ impl Browser {
         self.read.load(Ordering::Relaxed)
     }
 
+    /// The inside of a disk, if somebody has looked into it before.
+    pub fn known_inside(&self, id: &ViewId) -> Option<Arc<Inside>> {
+        self.insides.lock().peek(&(id.clone(), false)).cloned()
+    }
+
     fn known(&self, key: &(ViewId, bool), moment: Moment) -> Option<Arc<Inside>> {
         let known = self.insides.lock().get(key).cloned()?;
         let is_good = if moment == Moment::First { known.is_good() } else { known.is_unchanged() };
@@ -157,8 +162,8 @@ impl Browser {
             layout = self.open(&worker, set, &disks)?;
         }
         let mounted = layout.volumes.iter().map(|_| Mutex::default()).collect();
-        let (digests, system) = (Arc::clone(&self.digests), OnceLock::new());
-        Ok(Inside { worker, digests, set, disks, layout, mounted, system })
+        let (digests, systems) = (Arc::clone(&self.digests), OnceLock::new());
+        Ok(Inside { worker, digests, set, disks, layout, mounted, systems })
     }
 
     fn open(&self, worker: &Worker, set: u32, disks: &[Disk]) -> Result<Layout> {

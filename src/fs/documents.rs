@@ -124,7 +124,7 @@ impl Documents {
             ChainDocument::TreeSvg => {
                 svg::forest(&report::chain_forest_at_work(store, catalog, leaf, shares), &TimeZone::system(), false)
             }
-            ChainDocument::Problem => String::new(),
+            ChainDocument::Problem | ChainDocument::OperatingSystem => String::new(),
         };
         let shows_locks = matches!(document, ChainDocument::TreeText | ChainDocument::TreeSvg);
         Some(self.get((self.subject(catalog, shows_locks), Some((leaf, document)), None), make))

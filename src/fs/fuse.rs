@@ -3,16 +3,16 @@
 
 mod entries;
 mod modes;
+mod threads;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -23,7 +23,7 @@ use fuser::{
 };
 use parking_lot::Mutex;
 
-use crate::error::{Error, ErrorKind, Result, errno};
+use crate::error::{Error, ErrorKind};
 use crate::guest::Statistics;
 use crate::image::write::Zeroing;
 use crate::store::Access;
@@ -36,6 +36,7 @@ use super::tree::Tree;
 
 use entries::{Entry, each};
 use modes::Mode;
+use threads::answer;
 
 /// For how long the kernel believes a name or an attribute. Changes of the store are noticed
 /// within a second; this is their larger part.
@@ -75,6 +76,7 @@ impl Server {
             passthrough: AtomicBool::new(features.passthrough),
             features,
             modes: Mutex::default(),
+            waiting: Arc::default(),
         };
         let mut config = Config::default();
         config.n_threads = Some(features.threads);
@@ -98,63 +100,8 @@ struct Adapter {
     /// Cleared when the kernel has refused it once.
     passthrough: AtomicBool,
     modes: Mutex<HashMap<u64, Mode>>,
-}
-
-/// Runs a handler; a bug in it becomes EIO for this request instead of an end of the thread.
-fn answer<T>(tree: &Tree, work: impl FnOnce(&Tree) -> Result<T>) -> std::result::Result<T, Errno> {
-    let result = catch_unwind(AssertUnwindSafe(|| work(tree))).unwrap_or_else(|_| {
-        Err(Error::new(ErrorKind::Io, "a bug in chainfs; please report what the log says before this line"))
-    });
-    result.map_err(|error| {
-        if error.kind() != ErrorKind::NotFound {
-            tree.count_error();
-            tracing::warn!("refused: {error}");
-        }
-        Errno::from_i32(errno(error.kind()).raw_os_error())
-    })
-}
-
-impl Adapter {
-    fn answer<T>(&self, work: impl FnOnce(&Tree) -> Result<T>) -> std::result::Result<T, Errno> {
-        answer(&self.tree, work)
-    }
-
-    /// Runs a handler of which only success or failure is told.
-    fn done(&self, reply: ReplyEmpty, work: impl FnOnce(&Tree) -> Result<()>) {
-        match self.answer(work) {
-            Ok(()) => reply.ok(),
-            Err(errno) => reply.error(errno),
-        }
-    }
-
-    /// Runs a handler in a thread of its own: disks take their time, and the workers are for those who do not
-    /// wait for one. Where there can be no thread, a worker waits after all.
-    fn aside<R: Send + 'static, T>(
-        &self,
-        name: &str,
-        reply: R,
-        work: impl FnOnce(&Tree) -> Result<T> + Send + 'static,
-        tell: impl FnOnce(R, std::result::Result<T, Errno>) + Send + 'static,
-    ) {
-        let tree = Arc::clone(&self.tree);
-        let task = Arc::new(Mutex::new(Some(move || tell(reply, answer(&tree, work)))));
-        let run = {
-            let task = Arc::clone(&task);
-            move || {
-                // Not while it is locked: it takes its time.
-                let task = task.lock().take();
-                if let Some(task) = task {
-                    task();
-                }
-            }
-        };
-        if std::thread::Builder::new().name(name.into()).spawn(run).is_err() {
-            let task = task.lock().take();
-            if let Some(task) = task {
-                task();
-            }
-        }
-    }
+    /// Threads of the mount that may be waiting for a worker.
+    waiting: Arc<AtomicUsize>,
 }
 
 thread_local! {
@@ -185,13 +132,14 @@ impl Filesystem for Adapter {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.answer(|tree| tree.lookup(parent.0, name)) {
+        let name = name.to_owned();
+        self.look(parent.0, move |tree| match answer(tree, |tree| tree.lookup(parent.0, &name)) {
             Ok(found) => {
-                self.tree.told(found.inode);
-                reply.entry(&belief(&found), &attr(&found), Generation(0));
+                tree.told(found.inode);
+                reply.entry(&belief(parent.0, &found), &attr(&found), Generation(0));
             }
             Err(errno) => reply.error(errno),
-        }
+        });
     }
 
     fn forget(&self, _req: &Request, inode: INodeNo, times: u64) {
@@ -199,17 +147,17 @@ impl Filesystem for Adapter {
     }
 
     fn readlink(&self, _req: &Request, inode: INodeNo, reply: ReplyData) {
-        match self.answer(|tree| tree.read_link(inode.0)) {
+        self.look(inode.0, move |tree| match answer(tree, |tree| tree.read_link(inode.0)) {
             Ok(target) => reply.data(&target),
             Err(errno) => reply.error(errno),
-        }
+        });
     }
 
     fn getattr(&self, _req: &Request, inode: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
-        match self.answer(|tree| tree.attributes(inode.0)) {
-            Ok(found) => reply.attr(&belief(&found), &attr(&found)),
+        self.look(inode.0, move |tree| match answer(tree, |tree| tree.attributes(inode.0)) {
+            Ok(found) => reply.attr(&belief(inode.0, &found), &attr(&found)),
             Err(errno) => reply.error(errno),
-        }
+        });
     }
 
     /// Asked only where the kernel does not enforce modes: for the one user who may come in at all.
@@ -225,6 +173,14 @@ impl Filesystem for Adapter {
             OpenAccMode::O_WRONLY => Access::Write,
             OpenAccMode::O_RDWR => Access::ReadWrite,
         };
+        if self.tree.may_wait(inode.0) {
+            return self.look(inode.0, move |tree| match answer(tree, |tree| tree.open(inode.0, access)) {
+                // What its number stands for never changes.
+                Ok((number, Handle::GuestFile(_))) => reply.opened(FileHandle(number), FopenFlags::FOPEN_KEEP_CACHE),
+                Ok((number, _)) => reply.opened(FileHandle(number), FopenFlags::FOPEN_DIRECT_IO),
+                Err(errno) => reply.error(errno),
+            });
+        }
         let (number, handle) = match self.answer(|tree| tree.open(inode.0, access)) {
             Ok(opened) => opened,
             Err(errno) => return reply.error(errno),
@@ -240,13 +196,12 @@ impl Filesystem for Adapter {
             }
             Handle::Disk(disk) if self.cache(inode.0, disk.view().fingerprint) => FopenFlags::FOPEN_KEEP_CACHE,
             Handle::Disk(_) => FopenFlags::empty(),
-            // What its number stands for never changes.
-            Handle::GuestFile(_) => FopenFlags::FOPEN_KEEP_CACHE,
             // A disk that changes; and each opening has a text of its own, which no other may be served.
             Handle::Active(_)
             | Handle::Text(_)
             | Handle::Control(_)
             | Handle::Directory(_)
+            | Handle::GuestFile(_)
             | Handle::GuestDirectory(_)
             | Handle::Partition(_) => FopenFlags::FOPEN_DIRECT_IO,
             // News has no places: nobody waits for another's read because of one.
@@ -260,7 +215,7 @@ impl Filesystem for Adapter {
     fn read(
         &self,
         _req: &Request,
-        _inode: INodeNo,
+        inode: INodeNo,
         handle: FileHandle,
         offset: u64,
         size: u32,
@@ -277,30 +232,32 @@ impl Filesystem for Adapter {
             Ok(open) => open,
             Err(errno) => return reply.error(errno),
         };
-        BUFFER.with_borrow_mut(|buffer| {
-            if buffer.len() < size as usize {
-                buffer.resize(size as usize, 0);
-            }
-            let buffer = &mut buffer[..size as usize];
-            match self.answer(|tree| tree.read(&open, offset, buffer)) {
-                Ok(len) => reply.data(&buffer[..len]),
-                Err(errno) => reply.error(errno),
-            }
+        self.look(inode.0, move |tree| {
+            BUFFER.with_borrow_mut(|buffer| {
+                if buffer.len() < size as usize {
+                    buffer.resize(size as usize, 0);
+                }
+                let buffer = &mut buffer[..size as usize];
+                match answer(tree, |tree| tree.read(&open, offset, buffer)) {
+                    Ok(len) => reply.data(&buffer[..len]),
+                    Err(errno) => reply.error(errno),
+                }
+            });
         });
     }
 
-    fn lseek(&self, _req: &Request, _inode: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+    fn lseek(&self, _req: &Request, inode: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
         let data = match whence {
             nix::libc::SEEK_DATA => true,
             nix::libc::SEEK_HOLE => false,
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(at) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-        match self.answer(|tree| tree.seek(&tree.handle(handle.0)?, at, data)) {
+        self.look(inode.0, move |tree| match answer(tree, |tree| tree.seek(&tree.handle(handle.0)?, at, data)) {
             Ok(Some(found)) => reply.offset(found.cast_signed()),
             Ok(None) => reply.error(Errno::ENXIO),
             Err(errno) => reply.error(errno),
-        }
+        });
     }
 
     fn write(
@@ -390,7 +347,7 @@ impl Filesystem for Adapter {
             tree.attributes(inode.0)
         });
         match changed {
-            Ok(found) => reply.attr(&belief(&found), &attr(&found)),
+            Ok(found) => reply.attr(&belief(inode.0, &found), &attr(&found)),
             Err(errno) => reply.error(errno),
         }
     }
@@ -489,19 +446,21 @@ impl Filesystem for Adapter {
     }
 
     fn opendir(&self, _req: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        match self.answer(|tree| tree.open_directory(inode.0)) {
+        self.look(inode.0, move |tree| match answer(tree, |tree| tree.open_directory(inode.0)) {
             Ok(number) => reply.opened(FileHandle(number), FopenFlags::empty()),
             Err(errno) => reply.error(errno),
-        }
+        });
     }
 
     fn readdir(&self, _req: &Request, inode: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let mut take =
-            |entry: &Entry<'_>| reply.add(INodeNo(entry.inode), entry.next, file_type(entry.kind), entry.name);
-        match self.answer(|tree| each(tree, inode.0, handle.0, offset, &mut take)) {
-            Ok(()) => reply.ok(),
-            Err(errno) => reply.error(errno),
-        }
+        self.look(inode.0, move |tree| {
+            let mut take =
+                |entry: &Entry<'_>| reply.add(INodeNo(entry.inode), entry.next, file_type(entry.kind), entry.name);
+            match answer(tree, |tree| each(tree, inode.0, handle.0, offset, &mut take)) {
+                Ok(()) => reply.ok(),
+                Err(errno) => reply.error(errno),
+            }
+        });
     }
 
     fn readdirplus(
@@ -512,21 +471,24 @@ impl Filesystem for Adapter {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        let mut take = |entry: &Entry<'_>| {
-            // What has gone since it was listed is left out.
-            let known = entry.attributes.map_or_else(|| self.answer(|tree| tree.attributes(entry.inode)), Ok);
-            let Ok(found) = known else { return false };
-            let (inode, is_dots) = (INodeNo(entry.inode), matches!(entry.name.as_encoded_bytes(), b"." | b".."));
-            let is_full = reply.add(inode, entry.next, entry.name, &belief(&found), &attr(&found), Generation(0));
-            if !is_full && !is_dots {
-                self.tree.told(entry.inode);
+        self.look(inode.0, move |tree| {
+            let mut take = |entry: &Entry<'_>| {
+                // What has gone since it was listed is left out.
+                let known = entry.attributes.map_or_else(|| answer(tree, |tree| tree.attributes(entry.inode)), Ok);
+                let Ok(found) = known else { return false };
+                let (number, is_dots) = (INodeNo(entry.inode), matches!(entry.name.as_encoded_bytes(), b"." | b".."));
+                let belief = belief(inode.0, &found);
+                let is_full = reply.add(number, entry.next, entry.name, &belief, &attr(&found), Generation(0));
+                if !is_full && !is_dots {
+                    tree.told(entry.inode);
+                }
+                is_full
+            };
+            match answer(tree, |tree| each(tree, inode.0, handle.0, offset, &mut take)) {
+                Ok(()) => reply.ok(),
+                Err(errno) => reply.error(errno),
             }
-            is_full
-        };
-        match self.answer(|tree| each(tree, inode.0, handle.0, offset, &mut take)) {
-            Ok(()) => reply.ok(),
-            Err(errno) => reply.error(errno),
-        }
+        });
     }
 
     fn releasedir(&self, _req: &Request, _inode: INodeNo, handle: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
@@ -556,22 +518,28 @@ impl Filesystem for Adapter {
     }
 
     fn getxattr(&self, _req: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        match self.answer(|tree| tree.extended_attribute(inode.0, name)) {
-            Ok(Some(value)) if size == 0 => reply.size(value.len() as u32),
-            Ok(Some(value)) if value.len() > size as usize => reply.error(Errno::ERANGE),
-            Ok(Some(value)) => reply.data(&value),
+        let name = name.to_owned();
+        self.look(inode.0, move |tree| match answer(tree, |tree| tree.extended_attribute(inode.0, &name)) {
+            Ok(Some(value)) => give(reply, size, &value),
             Ok(None) => reply.error(Errno::ENODATA),
             Err(errno) => reply.error(errno),
-        }
+        });
     }
 
     fn listxattr(&self, _req: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
-        match self.answer(|tree| tree.listed_attributes(inode.0)) {
-            Ok(names) if size == 0 => reply.size(names.len() as u32),
-            Ok(names) if names.len() > size as usize => reply.error(Errno::ERANGE),
-            Ok(names) => reply.data(&names),
+        self.look(inode.0, move |tree| match answer(tree, |tree| tree.listed_attributes(inode.0)) {
+            Ok(names) => give(reply, size, &names),
             Err(errno) => reply.error(errno),
-        }
+        });
+    }
+}
+
+/// An extended attribute, or their names: as large as there is room for, or how large it is if no room is offered.
+fn give(reply: ReplyXattr, room: u32, bytes: &[u8]) {
+    match room as usize {
+        0 => reply.size(bytes.len() as u32),
+        room if bytes.len() > room => reply.error(Errno::ERANGE),
+        _ => reply.data(bytes),
     }
 }
 
@@ -587,10 +555,11 @@ fn file_type(kind: NodeKind) -> FileType {
     }
 }
 
-/// What commands change is asked for each time: who has resized a disk, or reverted it, looks at it next.
-fn belief(found: &Attributes) -> Duration {
-    // What a guest's number stands for never changes; what leads to it does, and is believed for a moment only.
-    if Tree::is_guest(found.inode) {
+/// For how long the kernel believes what it was told of `found` when it asked `by`, the directory or the thing itself. What commands change is asked for each time: who has resized a disk, or reverted it, looks at it next.
+fn belief(by: u64, found: &Attributes) -> Duration {
+    // What a guest's number stands for never changes, and what it leads to does not; what leads to it does, and is
+    // believed for a moment only.
+    if Tree::is_guest(by) {
         return GUEST_BELIEF;
     }
     let is_written = found.kind == NodeKind::File && found.permissions & 0o222 != 0;

@@ -99,6 +99,8 @@ pub enum ChainDocument {
     TreeSvg,
     /// What is wrong; only where something is.
     Problem,
+    /// Which operating system there is on the disk; only where guests are shown.
+    OperatingSystem,
 }
 
 /// File types that the mount has.
@@ -134,8 +136,9 @@ impl StoreDocument {
 
 impl ChainDocument {
     /// All of them with their names.
-    pub const ALL: [(ChainDocument, &'static str); 4] = [
+    pub const ALL: [(ChainDocument, &'static str); 5] = [
         (ChainDocument::Chain, "chain.json"),
+        (ChainDocument::OperatingSystem, "os.txt"),
         (ChainDocument::Problem, "problem.txt"),
         (ChainDocument::TreeSvg, "tree.svg"),
         (ChainDocument::TreeText, "tree.txt"),

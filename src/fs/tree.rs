@@ -164,7 +164,10 @@ impl Tree {
             }
             Node::ChainDocument(chain, document) => {
                 let leaf = leaf(&catalog, chain)?;
-                let len = self.chain_document(&catalog, leaf, *document)?.len() as u64;
+                let len = match document {
+                    ChainDocument::OperatingSystem => self.os_text_len(chain),
+                    _ => self.chain_document(&catalog, leaf, *document)?.len() as u64,
+                };
                 (catalog.images[leaf].stat, len, len.div_ceil(512), None, false)
             }
             Node::Control(scope) => {
@@ -255,6 +258,7 @@ impl Tree {
         }
         let handle = match node {
             Node::StoreDocument(document) => Handle::Text(self.store_document(&catalog, document)),
+            Node::ChainDocument(chain, ChainDocument::OperatingSystem) => Handle::Text(self.os_text(&chain)?),
             Node::ChainDocument(chain, document) => {
                 Handle::Text(self.chain_document(&catalog, leaf(&catalog, &chain)?, document)?)
             }

@@ -76,8 +76,13 @@ pub struct DirectoryEntry {
     pub ino: Ino,
     /// What that is, if the directory says so.
     pub kind: Option<FileKind>,
-    /// Where the listing goes on after this entry; never 0.
+    /// Where the listing goes on after this entry; never 0, and below [`DirectoryEntry::NEXT_LIMIT`].
     pub next: u64,
+}
+
+impl DirectoryEntry {
+    /// Places in a directory are below this, so that the kernel's signed offsets can hold them.
+    pub const NEXT_LIMIT: u64 = 1 << 63;
 }
 
 /// An extended attribute as the guest's kernel shows it: `user.x`, `security.selinux`, and access control lists as

@@ -12,6 +12,7 @@ pub mod json;
 mod layout;
 pub mod map;
 pub mod metrics;
+pub mod os;
 pub mod plan;
 pub mod plan_tree;
 pub mod safe;

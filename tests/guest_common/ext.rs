@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use chainfs::error::{Error, ErrorKind, Result};
 use chainfs::guest::ext::Ext;
@@ -19,19 +20,24 @@ use rustix::fs::{SeekFrom, XattrFlags};
 use super::tools::{Outcome as _, tool};
 
 /// Files larger than this are compared where they have data only.
-const READ_WHOLE: u64 = 64 << 20;
+const READ_WHOLE: u64 = 128 << 20;
 
 /// A plain file as a source.
 pub(crate) struct FileSource {
     file: File,
     size: u64,
+    read: AtomicU64,
 }
 
 impl FileSource {
     pub(crate) fn open(path: &Path) -> Self {
         let file = File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let size = file.metadata().expect("a size").len();
-        Self { file, size }
+        Self { file, size, read: AtomicU64::new(0) }
+    }
+
+    pub(crate) fn bytes_read(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
     }
 }
 
@@ -42,6 +48,7 @@ impl Source for FileSource {
 
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         chainfs::guest::source::within(self.size, at, buf.len())?;
+        self.read.fetch_add(buf.len() as u64, Ordering::Relaxed);
         self.file.read_exact_at(buf, at).map_err(|e| Error::io("reading a disk", e))
     }
 }
@@ -91,6 +98,17 @@ impl Disk {
     /// What debugfs does to the disk.
     pub(crate) fn debugfs(&self, command: &str) -> String {
         tool("debugfs").args(["-w", "-R", command]).arg(&self.image).succeeds()
+    }
+
+    /// Where the first blocks of a file are.
+    pub(crate) fn blocks_of(&self, file: &str, count: usize) -> Vec<u64> {
+        let script = self.image.with_file_name("script");
+        let lines: String = (0..count).map(|block| format!("bmap {file} {block}\n")).collect();
+        fs::write(&script, lines).expect("a script");
+        let told = tool("debugfs").arg("-f").arg(&script).arg(&self.image).succeeds();
+        let blocks: Vec<u64> = told.lines().filter_map(|line| line.trim().parse().ok()).collect();
+        assert_eq!(blocks.len(), count, "{told}");
+        blocks
     }
 
     /// Overwrites bytes of the disk.
@@ -393,7 +411,7 @@ pub(crate) fn differences(theirs: &Tree, ours: &Tree) -> Vec<String> {
 #[track_caller]
 pub(crate) fn assert_same_trees(what: &str, theirs: &Tree, ours: &Tree) {
     let lines = differences(theirs, ours);
-    assert!(lines.is_empty(), "{what}: {} differences\n{}", lines.len(), lines[..lines.len().min(40)].join("\n"));
+    assert!(lines.is_empty(), "{what}: {} differences\n{}", lines.len(), lines[..lines.len().min(8)].join("\n"));
     assert!(theirs.len() > 1, "{what}: nothing was compared");
 }
 

@@ -63,7 +63,7 @@ pub(in crate::browse) enum Request {
     Read(VolumeId, Ino, u64, u32),
     /// All extended attributes.
     ExtendedAttributes(VolumeId, Ino),
-    /// Which operating system a set holds.
+    /// Which operating systems a set holds.
     Inspect(u32),
 }
 
@@ -83,7 +83,7 @@ pub(in crate::browse) enum Answer {
     /// The bytes follow as the frame's payload.
     Bytes,
     ExtendedAttributes(Vec<ExtendedAttribute>),
-    OperatingSystem(Option<Box<OperatingSystem>>),
+    OperatingSystems(Vec<OperatingSystem>),
 }
 
 /// What is known of a file system as a whole.

@@ -16,7 +16,8 @@ use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::volumes::{Layout, layout, physical_volumes, volume_source};
+use crate::guest::inspect::{Opened, inspect};
+use crate::guest::volumes::{Layout, Volume, layout, physical_volumes, volume_source};
 use crate::guest::{FileSystem, Ino, Source, open};
 
 use super::confine;
@@ -53,6 +54,7 @@ pub fn serve(confined: bool) -> ExitCode {
 
 fn run(confined: bool) -> Result<()> {
     let fail = |error: std::io::Error| Error::io("taking over the lanes", error);
+    close_others();
     let lanes: [OwnedFd; 2] = [
         std::io::stdin().as_fd().try_clone_to_owned().map_err(fail)?,
         std::io::stdout().as_fd().try_clone_to_owned().map_err(fail)?,
@@ -97,6 +99,16 @@ fn run(confined: bool) -> Result<()> {
         if ends.iter().any(|end| end.revents().intersects(is_over)) {
             std::process::exit(0);
         }
+    }
+}
+
+/// Closes what whoever has started the daemon has left open in it: none of it is a worker's business.
+fn close_others() {
+    let Ok(open) = std::fs::read_dir("/proc/self/fd") else { return };
+    let numbers: Vec<i32> = open.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    // The directory's own, closed by now, is among them.
+    for number in numbers.into_iter().filter(|number| *number > 2) {
+        let _ = nix::unistd::close(number);
     }
 }
 
@@ -181,8 +193,7 @@ impl Known {
         let Some(set) = self.sets.lock().get(&set).cloned() else { return Ok(Answer::NoSuchSet) };
         // One that cannot be opened holds no system that could be shown.
         let open: Vec<_> = (0..set.open.len()).map(|index| set.file_system(index).ok()).collect();
-        let found = operating_system(&set.layout, &open);
-        Ok(Answer::OperatingSystem(found.map(Box::new)))
+        Ok(Answer::OperatingSystems(inspect(&opened(&set.layout, &open))))
     }
 }
 
@@ -201,8 +212,21 @@ impl Set {
     }
 }
 
-fn operating_system(_: &Layout, _: &[Option<Arc<dyn FileSystem>>]) -> Option<crate::guest::inspect::OperatingSystem> {
-    None
+/// Which volumes are open, and what an fstab may call them.
+fn opened<'a>(layout: &'a Layout, open: &'a [Option<Arc<dyn FileSystem>>]) -> Vec<Opened<'a>> {
+    let volumes = layout.volumes.iter().zip(open);
+    let described = |(volume, open): (&'a Volume, &'a Option<Arc<dyn FileSystem>>)| {
+        let partition = layout.partitions.iter().find(|partition| volume.name == format!("p{}", partition.number));
+        Some(Opened {
+            name: &volume.name,
+            files: &**open.as_ref()?,
+            label: volume.label.as_deref(),
+            uuid: volume.uuid.as_deref(),
+            partition_uuid: partition.and_then(|partition| partition.uuid.as_deref()),
+            partition_label: partition.and_then(|partition| partition.name.as_deref()),
+        })
+    };
+    volumes.filter_map(described).collect()
 }
 
 fn listing(fs: &dyn FileSystem, directory: Ino, from: u64) -> Result<Listing> {

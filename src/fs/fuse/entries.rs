@@ -14,8 +14,8 @@ use super::super::node::{Node, NodeKind};
 use super::super::slots::GuestNode;
 use super::super::tree::{Listed, Tree};
 
-/// Set in the places of a guest's entries: the kernel's first places are those of `.` and `..`.
-const GUEST_PLACE: u64 = 1 << 62;
+/// The kernel's first places are those of `.` and `..`.
+const DOTS: u64 = 2;
 
 /// One entry.
 pub(super) struct Entry<'a> {
@@ -60,7 +60,7 @@ pub(super) fn each(
     }
     match entries {
         Entries::Ours(listed) => {
-            for (entry, next) in listed.iter().zip(3..).skip(offset.saturating_sub(2) as usize) {
+            for (entry, next) in listed.iter().zip(3..).skip(offset.saturating_sub(DOTS) as usize) {
                 // A guest's file system among ours: its root.
                 let kind = entry.node.kind().unwrap_or(NodeKind::Directory);
                 if take(&Entry { next, inode: entry.inode, kind, name: &entry.name, attributes: None }) {
@@ -70,7 +70,7 @@ pub(super) fn each(
             Ok(())
         }
         Entries::Guests(directory, node) => {
-            let mut place = offset.checked_sub(GUEST_PLACE).unwrap_or_default();
+            let mut place = offset.saturating_sub(DOTS);
             let mut has_given = false;
             loop {
                 let (listing, skip) = match directory.from(place) {
@@ -106,7 +106,7 @@ fn give(
         let node = tree.guest_node(&directory.slot, parent, entry.ino, kind_shown);
         let shown = attributes.as_ref().map(|found| tree.shown_attributes(node, found));
         let entry = Entry {
-            next: GUEST_PLACE | entry.next,
+            next: entry.next + DOTS,
             inode: node.number(),
             kind: shown.map_or_else(|| tree.shown_kind(kind_shown), |shown| shown.kind),
             name: OsStr::from_bytes(&entry.name),

@@ -12,14 +12,14 @@ use std::time::SystemTime;
 use crate::browse::{Inside, Moment};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{self, FileKind, Ino, Time};
-use crate::report::volumes;
+use crate::report::{os, volumes};
 use crate::store::{Access, ViewId, stale};
 
 use super::super::attributes::{Attributes, modified, time};
 use super::super::guest_file::{GuestDirectory, GuestFile};
 use super::super::handles::Handle;
 use super::super::links;
-use super::super::node::{Node, NodeKind, PartitionNode};
+use super::super::node::{ChainDocument, Node, NodeKind, PartitionNode};
 use super::super::slots::{GuestNode, Slot};
 use super::super::window::Window;
 use super::{Tree, leaf};
@@ -68,7 +68,7 @@ impl Tree {
             Node::FilesOf(view) if name == VOLUMES => Ok(Some(Node::VolumeList(view.clone()))),
             Node::FilesOf(view) if name == ROOT_LINK => {
                 let inside = self.browser.inside(view, Moment::First)?;
-                Ok(inside.operating_system()?.map(|_| Node::RootLink(view.clone())))
+                Ok(inside.operating_systems()?.first().map(|_| Node::RootLink(view.clone())))
             }
             Node::FilesOf(view) => {
                 let inside = self.browser.inside(view, Moment::First)?;
@@ -97,7 +97,7 @@ impl Tree {
                 // Whoever opens it wants to see the disk as it is now.
                 let inside = self.browser.inside(view, Moment::Now)?;
                 found.push((VOLUMES.into(), Node::VolumeList(view.clone())));
-                if inside.operating_system()?.is_some() {
+                if !inside.operating_systems()?.is_empty() {
                     found.push((ROOT_LINK.into(), Node::RootLink(view.clone())));
                 }
                 for (volume, described) in inside.layout().volumes.iter().enumerate() {
@@ -228,10 +228,28 @@ impl Tree {
         Ok(volumes::listed(&inside).into_bytes().into())
     }
 
+    /// What `info/os.txt` says: of the active disk, or of the topmost there is.
+    pub(super) fn os_text(&self, chain: &Arc<PathBuf>) -> Result<Arc<[u8]>> {
+        let Some(view) = self.inner_views(chain)?.into_iter().next() else {
+            return Ok(Arc::from(&b"no disk of this chain can be read\n"[..]));
+        };
+        let inside = self.browser.inside(&view, Moment::First)?;
+        Ok(os::text(inside.operating_systems()?).into_bytes().into())
+    }
+
+    /// How long that is, as far as it is known: nothing is looked into because somebody lists the directory.
+    pub(super) fn os_text_len(&self, chain: &Arc<PathBuf>) -> u64 {
+        let view = self.inner_views(chain).ok().and_then(|views| views.into_iter().next());
+        let inside = view.and_then(|view| self.browser.known_inside(&view));
+        inside
+            .and_then(|inside| inside.known_operating_systems().map(|found| os::text(found).len() as u64))
+            .unwrap_or(0)
+    }
+
     fn root_target(&self, view: &ViewId) -> Result<Vec<u8>> {
         let inside = self.browser.inside(view, Moment::First)?;
-        let found = inside.operating_system()?.ok_or_else(|| stale("no operating system is on the disk any more"))?;
-        Ok(found.volume.clone().into_bytes())
+        let gone = || stale("no operating system is on the disk any more");
+        Ok(inside.operating_systems()?.first().ok_or_else(gone)?.volume.clone().into_bytes())
     }
 
     /// The target of a symbolic link.
@@ -290,6 +308,19 @@ impl Tree {
     pub fn guest_statistics(&self, inode: u64) -> Result<Option<guest::Statistics>> {
         let Node::Guest(node) = self.node(inode)? else { return Ok(None) };
         Ok(Some(self.slots.get(node.slot)?.mounted.statistics))
+    }
+
+    /// Whether what is asked of a number may have to wait until a disk has been looked into.
+    pub fn may_wait(&self, inode: u64) -> bool {
+        Self::is_guest(inode)
+            || matches!(
+                self.node(inode),
+                Ok(Node::FilesOf(_)
+                    | Node::PartitionsOf(_)
+                    | Node::VolumeList(_)
+                    | Node::RootLink(_)
+                    | Node::ChainDocument(_, ChainDocument::OperatingSystem))
+            )
     }
 
     /// Whether a number is that of a guest's file.

@@ -55,8 +55,13 @@ impl Tree {
     }
 
     fn has_document(&self, catalog: &Catalog, leaf: ImageIndex, document: ChainDocument) -> bool {
-        document != ChainDocument::Problem
-            || self.documents.of_chain(&self.store, catalog, leaf, ChainDocument::Problem, &|_| None).is_some()
+        match document {
+            ChainDocument::Problem => {
+                self.documents.of_chain(&self.store, catalog, leaf, document, &|_| None).is_some()
+            }
+            ChainDocument::OperatingSystem => self.guest_options.shown,
+            ChainDocument::Chain | ChainDocument::TreeText | ChainDocument::TreeSvg => true,
+        }
     }
 
     fn chain_child(&self, catalog: &Arc<Catalog>, chain: &Arc<PathBuf>, name: &OsStr) -> Option<Node> {

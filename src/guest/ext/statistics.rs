@@ -2,6 +2,7 @@
 
 use crate::guest::filesystem::Statistics;
 
+use super::superblock::incompat;
 use super::{Ext, groups};
 
 /// Groups whose descriptors are read for it: 128 TiB with the usual sizes. Of more, the superblock's numbers are taken.
@@ -18,6 +19,8 @@ impl Ext {
         // What the kernel keeps back for itself: a fiftieth, at most 4,096 clusters.
         let kept =
             if superblock.version == "ext4" { (superblock.block_count >> superblock.cluster_bits) / 50 } else { 0 };
+        let clusters = superblock.block_count >> superblock.cluster_bits;
+        let kept = if superblock.has(incompat::EXTENTS) { clusters / 50 } else { 0 };
         let kept = kept.min(4096) << superblock.cluster_bits;
         Statistics {
             block_size: 1 << superblock.block_bits,

@@ -21,6 +21,7 @@ pub(super) mod incompat {
     pub(in super::super) const RECOVER: u32 = 0x4;
     pub(in super::super) const JOURNAL_DEV: u32 = 0x8;
     pub(in super::super) const META_BG: u32 = 0x10;
+    pub(in super::super) const EXTENTS: u32 = 0x40;
     pub(in super::super) const SIXTY_FOUR: u32 = 0x80;
     pub(in super::super) const EA_INODE: u32 = 0x400;
     pub(in super::super) const CSUM_SEED: u32 = 0x2000;

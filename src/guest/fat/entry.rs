@@ -156,7 +156,7 @@ mod tests {
         for (year, month, day, days) in [(2100, 3, 1, 47541), (2101, 1, 1, 47847), (2107, 12, 31, 50402)] {
             assert_eq!(at(year, month, day), days, "{year}-{month}-{day}");
         }
-        let late = time(0, 23 << 11 | 59 << 5 | 29, 199);
+        let late = time(0, (23 << 11) + (59 << 5) + 29, 199);
         assert_eq!((late.seconds % 86_400, late.nanoseconds), (86_399, 990_000_000));
     }
 }

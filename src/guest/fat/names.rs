@@ -79,7 +79,7 @@ mod tests {
         assert_eq!(short_name(*b"README  TXT", LOWER_BASE), "readme.TXT");
         assert_eq!(short_name(*b"README  TXT", LOWER_EXTENSION), "README.txt");
         assert_eq!(short_name(*b"A B        ", 0), "A B");
-        assert_eq!(short_name(*b"\x05\x8a\x9a/   \x01  ", LOWER_BASE), "σèü\u{fffd}.\u{fffd}");
+        assert_eq!(short_name(*b"\x05\x8a\x9a/    \x01  ", LOWER_BASE), "σèü\u{fffd}.\u{fffd}");
     }
 
     #[test]

@@ -111,6 +111,14 @@ impl Group {
     }
 }
 
+impl Logical {
+    /// It only ties a snapshot of the old kind to its origin.
+    pub(super) fn is_tie(&self) -> bool {
+        let is_tie = |segment: &Segment| matches!(segment.kind, Kind::Snapshot { .. });
+        self.segments.as_ref().is_ok_and(|segments| segments.iter().any(is_tie))
+    }
+}
+
 /// Names stand in names of files.
 pub(super) fn check_name(name: &str) -> Result<(), String> {
     let is_known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '_' | '.' | '-');

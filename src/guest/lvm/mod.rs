@@ -17,7 +17,7 @@ use crate::guest::Source;
 use crate::guest::partition::Part;
 use crate::guest::volumes::{MissingVolumeGroup, Segment};
 
-use group::{Group, Kind, check_name};
+use group::{Group, Kind, Logical, check_name};
 use resolve::{Present, Resolver};
 
 pub use label::{Id, Label, find_label};
@@ -131,9 +131,25 @@ fn show(group: &Group, suffix: &str, physical: &[PhysicalVolume], disks: &[Arc<d
     if !absent.is_empty() {
         shown.missing.push(MissingVolumeGroup { name: name.clone(), id: id.to_string(), absent });
     }
+    let known = |pv: &&PhysicalVolume| pv.group.as_ref().filter(|group| group.id == id).map(|group| group.number);
+    let own = physical.iter().filter(|pv| pv.present.disk == 0).filter_map(|pv| known(&pv)).max();
+    if let Some(own) = own
+        && own < group.number
+        && let Some(other) = physical.iter().find(|pv| known(pv) == Some(group.number))
+    {
+        // Disks of different machines, or of different moments; or one that was absent for a while.
+        let disk = other.present.disk;
+        let fact =
+            format!("disk {disk} describes volume group {name} by a newer state ({}), which is used", group.number);
+        shown.remarks.push(format!("{fact}, than the first one does ({own})"));
+    }
     let ties = ties(group);
     let mut resolver = Resolver::new(group, &present, disks);
-    let visible: Vec<_> = group.logical.iter().filter(|(_, logical)| logical.is_visible).collect();
+    // A snapshot is known by the name of its store, which is hidden, not by that of what ties it to its origin.
+    let is_shown = |name: &String, logical: &Logical| {
+        !logical.is_tie() && (logical.is_visible || ties.contains_key(name.as_str()))
+    };
+    let visible: Vec<_> = group.logical.iter().filter(|(name, logical)| is_shown(name, logical)).collect();
     if visible.len() > VOLUME_LIMIT {
         shown.remarks.push(format!("volume group {name} has {} volumes; {VOLUME_LIMIT} are shown", visible.len()));
     }

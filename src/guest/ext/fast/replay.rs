@@ -1,5 +1,7 @@
 //! Reads fast commits from the journal, as far as they are whole, and carries them out in memory.
 
+use std::ops::Range;
+
 use crate::error::{Error, ErrorKind, Result};
 
 use super::super::Ext;
@@ -24,6 +26,11 @@ const HEAD: u16 = 9;
 const TAG_LEN: usize = 4;
 /// Blocks of fast commits at most; the kernel uses 256.
 const MAX_BLOCKS: usize = 1 << 16;
+/// Fields of an inode.
+const LINKS: Range<usize> = 0x1a..0x1c;
+const SECTORS: Range<usize> = 0x1c..0x20;
+const SECTORS_HIGH: Range<usize> = 0x74..0x76;
+
 /// Written, if an extent has at most so many blocks; else reserved, and so many less.
 const MAX_WRITTEN: u16 = 1 << 15;
 
@@ -82,7 +89,7 @@ impl FastCommits {
                 }
                 CREATE => {
                     let (parent, ino) = found.change_name(value, Change::Added);
-                    found.make_directory(ext, parent, ino);
+                    found.make_directory(parent, ino);
                 }
                 LINK => drop(found.change_name(value, Change::Added)),
                 UNLINK => drop(found.change_name(value, Change::Removed)),
@@ -114,16 +121,18 @@ impl FastCommits {
         (parent, ino)
     }
 
-    /// A directory that was made has no blocks yet that a fast commit would tell of: it is taken for empty.
-    fn make_directory(&mut self, ext: &Ext, parent: u32, ino: u32) {
-        let is_directory = |raw: &[u8]| le16(raw, 0) >> 12 == 0o4;
-        let made = match self.inode(ino) {
-            Some(raw) => is_directory(raw),
-            None => ext.raw_inode(ino).is_ok_and(|raw| is_directory(&raw)),
+    /// A directory that was made has no blocks of which a fast commit would tell: it is empty until names are added.
+    /// The kernel gives it one link and counts no blocks, and so is it shown: with one link, nobody takes it for a
+    /// directory without others in it.
+    fn make_directory(&mut self, parent: u32, ino: u32) {
+        // The inode comes before its name.
+        let Some(raw) = self.inodes.get_mut(&ino).filter(|raw| le16(raw, 0) >> 12 == 0o4 && parent != ino) else {
+            return;
         };
-        if made && parent != ino {
-            self.names.entry(ino).or_default().fresh = true;
-        }
+        raw[LINKS].copy_from_slice(&1u16.to_le_bytes());
+        raw[SECTORS].fill(0);
+        raw[SECTORS_HIGH].fill(0);
+        self.names.entry(ino).or_default().fresh = true;
     }
 
     /// The new bytes of an inode, but for where its blocks are: that is told by ranges.
