@@ -138,7 +138,7 @@ pub(super) fn volume(inside: &Inside, name: &[u8]) -> Result<usize> {
         return Ok(index);
     }
     let is_root = name == ROOT;
-    if is_root && let Some(found) = inside.operating_system()? {
+    if is_root && let Some(found) = inside.operating_systems()?.first() {
         return inside
             .volume(found.volume.as_bytes())
             .ok_or_else(|| crate::store::stale("the disk's partitions have changed"));
