@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::chain::View;
 use crate::error::Result;
 use crate::guest::source::within;
 use crate::store::{Access, ActiveHandle, OpenDisk, Still, Store, ViewId};
@@ -182,13 +181,5 @@ impl Held<'_> {
                 Bytes::Active(..) => Ok(digests.key(&(self.disk.number, chunk))),
             })
             .collect()
-    }
-
-    /// Which frozen view shows the bytes; `None` for an active disk.
-    pub(super) fn view(&self) -> Option<Arc<View>> {
-        match &*self.bytes {
-            Bytes::Frozen(open) => Some(Arc::clone(&open.view().view)),
-            Bytes::Active(..) => None,
-        }
     }
 }
