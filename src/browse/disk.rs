@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::error::Result;
+use crate::chain::Origin;
+use crate::error::{ErrorKind, Result};
 use crate::guest::source::within;
 use crate::store::{Access, ActiveHandle, OpenDisk, Still, Store, ViewId};
 
@@ -29,6 +30,8 @@ pub(super) struct Disk {
     still: Option<Arc<Still>>,
     /// Tells this active disk's chunks from all others'.
     number: u64,
+    /// Bytes that have been read of all disks.
+    read: Arc<AtomicU64>,
     open: Mutex<Open>,
 }
 
@@ -72,8 +75,8 @@ impl Digests {
 }
 
 impl Disk {
-    /// Opens a disk for the first time.
-    pub(super) fn new(store: &Arc<Store>, id: &ViewId) -> Result<Self> {
+    /// Opens a disk for the first time. What is read of it is added to `read`.
+    pub(super) fn new(store: &Arc<Store>, id: &ViewId, read: &Arc<AtomicU64>) -> Result<Self> {
         static NUMBERS: AtomicU64 = AtomicU64::new(1);
         let (size, still) = if id.is_active() {
             let handle = store.open_writable(id, Access::Read)?;
@@ -84,7 +87,7 @@ impl Disk {
         };
         let open = Mutex::new(Open { holders: 0, bytes: None, left: Instant::now() });
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { store: Arc::clone(store), id: id.clone(), size, still, number, open })
+        Ok(Self { store: Arc::clone(store), id: id.clone(), size, still, number, read: Arc::clone(read), open })
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -155,6 +158,7 @@ impl Held<'_> {
     /// Fills `buf` with the bytes at `at`; `Corrupt` if the range does not lie within the disk.
     pub(super) fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         within(self.disk.size, at, buf.len())?;
+        self.disk.read.fetch_add(buf.len() as u64, Ordering::Relaxed);
         match &*self.bytes {
             Bytes::Frozen(open) => {
                 let open = open.view();
@@ -171,15 +175,40 @@ impl Held<'_> {
         let size = self.disk.size;
         (first..first.saturating_add(count))
             .take_while(|chunk| chunk.checked_mul(CHUNK).is_some_and(|start| start < size))
-            .map(|chunk| match &*self.bytes {
-                Bytes::Frozen(open) => {
-                    let start = chunk * CHUNK;
-                    let origins = open.view().view.origins(start, CHUNK.min(size - start))?;
-                    let is_zero = origins.iter().all(|origin| origin.image == 0);
-                    Ok(if is_zero { ChunkKey::ZERO } else { digests.key(&origins) })
+            .map(|chunk| {
+                let start = chunk * CHUNK;
+                let origins = match &*self.bytes {
+                    Bytes::Frozen(open) => open.view().view.origins(start, CHUNK.min(size - start)).map(Some),
+                    Bytes::Active(handle, still) => handle.origins_below(still, start, CHUNK.min(size - start)),
+                };
+                match origins {
+                    Ok(Some(origins)) if origins.iter().all(|origin| origin.image == 0) => Ok(ChunkKey::ZERO),
+                    Ok(Some(origins)) => Ok(digests.key(&origins)),
+                    Ok(None) => Ok(digests.key(&(self.disk.number, chunk))),
+                    // Whoever reads this chunk is told of the damage; its neighbours are good.
+                    Err(error) if error.kind() == ErrorKind::Corrupt => Ok(digests.key(&(self.disk.number, chunk))),
+                    Err(error) => Err(error),
                 }
-                Bytes::Active(..) => Ok(digests.key(&(self.disk.number, chunk))),
             })
             .collect()
+    }
+
+    /// Where the bytes from `at` on come from, for at most `max` of them; `None` where only reading can tell.
+    pub(super) fn origin(&self, at: u64, max: u64) -> Result<Option<Origin>> {
+        let found = match &*self.bytes {
+            Bytes::Frozen(open) => {
+                let open = open.view();
+                if at >= open.view.size() {
+                    return Ok(None);
+                }
+                open.view.origin(at, max).map(Some)
+            }
+            Bytes::Active(handle, still) => handle.origin_still(still, at, max),
+        };
+        match found {
+            // Whoever reads there is told of the damage.
+            Err(error) if error.kind() == ErrorKind::Corrupt => Ok(None),
+            other => other,
+        }
     }
 }

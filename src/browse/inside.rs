@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
+use crate::chain::Origin;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::OperatingSystem;
 use crate::guest::volumes::{Layout, Volume};
@@ -311,6 +312,20 @@ impl Inside {
             done = end;
         }
         Ok(())
+    }
+
+    /// Where the bytes of a volume from `at` on come from, and for how many of `max` that holds; `None` where only
+    /// reading can tell. `Corrupt` where the volume has nothing.
+    pub fn origin(&self, volume: usize, at: u64, max: u64) -> Result<(Option<Origin>, u64)> {
+        let described = &self.layout.volumes[volume];
+        let stretch = described.locate(at, max);
+        let found = stretch.and_then(|stretch| Some((stretch, self.disks.get(stretch.disk as usize)?)));
+        let Some((stretch, disk)) = found else {
+            return Err(Error::new(ErrorKind::Corrupt, format!("{} has nothing at {at:#x}", described.name)));
+        };
+        let origin = disk.hold()?.origin(stretch.offset, stretch.len)?;
+        let len = origin.map_or(stretch.len, |origin| origin.len);
+        Ok((origin, len))
     }
 
     /// Whether this is still what the disks hold, for somebody who is about to look into them.

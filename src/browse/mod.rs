@@ -4,14 +4,19 @@
 //! shows, and of an active disk what it showed when it was first looked into. The parsers are `guest`'s, the disks are `store`'s; what is
 //! shown where is for others.
 
+pub mod content;
+pub mod difference;
 mod disk;
 mod inside;
+pub mod ranges;
+pub mod versions;
+pub mod walk;
 pub mod worker;
 
 use std::collections::HashMap;
 use std::num::NonZero;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Once, OnceLock};
 use std::time::Duration;
 
@@ -60,6 +65,8 @@ pub struct Browser {
     program: Program,
     digests: Arc<Digests>,
     sets: AtomicU32,
+    /// Bytes that have been read of disks.
+    read: Arc<AtomicU64>,
     /// By chain: what one guest has written must not harm another's readers.
     workers: Mutex<HashMap<Arc<PathBuf>, Arc<Worker>>>,
     /// By disk, and whether they are for the sake of the partitions alone.
@@ -83,6 +90,7 @@ impl Browser {
             program,
             digests: Arc::new(Digests::new()),
             sets: AtomicU32::new(1),
+            read: Arc::default(),
             workers: Mutex::default(),
             insides: Mutex::new(LruCache::new(KEPT)),
             first: Mutex::new(()),
@@ -106,6 +114,11 @@ impl Browser {
         let old = self.insides.lock().push(key, Arc::clone(&inside));
         drop(old);
         Ok(inside)
+    }
+
+    /// Bytes that have been read of disks so far, be it for a worker or for a file's sake.
+    pub fn bytes_read(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
     }
 
     /// The inside of a disk, if somebody has looked into it before.
@@ -139,7 +152,7 @@ impl Browser {
 
     fn look_into(&self, id: &ViewId) -> Result<Inside> {
         let worker = self.worker(&id.chain);
-        let mut disks = vec![Disk::new(&self.store, id)?];
+        let mut disks = vec![Disk::new(&self.store, id, &self.read)?];
         let mut set = self.sets.fetch_add(1, Ordering::Relaxed);
         let mut layout = self.open(&worker, set, &disks)?;
         // Numbers of the layout are places in the list: another list is another set.
@@ -176,7 +189,7 @@ impl Browser {
                 continue;
             }
             // One that cannot be opened now is as good as absent, which is said.
-            let Ok(disk) = Disk::new(&self.store, &id) else { continue };
+            let Ok(disk) = Disk::new(&self.store, &id, &self.read) else { continue };
             let request = Request::PhysicalVolumes { size: disk.size() };
             let alone = std::slice::from_ref(&disk);
             let Ok((Answer::PhysicalVolumes(volumes), _)) = worker.ask(&request, &Session::new(alone, &self.digests))

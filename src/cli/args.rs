@@ -3,8 +3,10 @@
 //! qemu-img's and mount(8)'s spellings wherever they have one. Nothing is done here; wrong words
 //! end with the exit code of the command they were meant for.
 
+mod guests;
 mod verbs;
 
+pub use guests::{CatArgs, CpArgs, DiffArgs, LookArgs, LsArgs, VersionsArgs};
 pub use verbs::{
     CancelArgs, CloneArgs, CommitArgs, DeleteArgs, PullArgs, RebaseArgs, ResizeArgs, RevertArgs, RunArgs, SnapshotArgs,
 };
@@ -27,7 +29,7 @@ Examples:
   chainfs tree /srv/images                 who stands on whom, without mounting
   chainfs umount /mnt/images               returns when every file has been let go
 
-Exit codes: 0, 1 failed, 2 usage; mount, check and compare say theirs in their own help."
+Exit codes: 0, 1 failed, 2 usage; mount, check, compare and diff say theirs in their own help."
 )]
 pub struct Cli {
     /// What to do.
@@ -51,8 +53,17 @@ pub enum Command {
     /// Look for damage in images
     Check(CheckArgs),
     /// Compare the disks that two images or snapshots show
-    #[command(visible_alias = "diff")]
     Compare(CompareArgs),
+    /// Tell in which ranges two disks differ, or in which files
+    Diff(DiffArgs),
+    /// List the volumes of a guest's disk, or files in them
+    Ls(LsArgs),
+    /// Print files of a guest
+    Cat(CatArgs),
+    /// Copy files of a guest out of its disk
+    Cp(CpArgs),
+    /// Tell which snapshots hold which version of a guest's file
+    Versions(VersionsArgs),
     /// Create an empty qcow2 image, alone or on top of another
     Create(CreateArgs),
     /// Freeze the active disk of a chain under a name

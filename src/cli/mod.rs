@@ -5,6 +5,7 @@ mod check;
 mod compare;
 pub mod config;
 mod create;
+mod guest;
 mod info;
 mod log;
 pub mod manual;
@@ -49,6 +50,11 @@ pub fn main() -> ExitCode {
         Command::Map(args) => map::run(args),
         Command::Check(args) => check::run(args),
         Command::Compare(args) => compare::run(args),
+        Command::Diff(args) => guest::diff::run(args),
+        Command::Ls(args) => guest::ls::run(args),
+        Command::Cat(args) => guest::cat::run(args),
+        Command::Cp(args) => guest::copy::run(args),
+        Command::Versions(args) => guest::versions::run(args),
         Command::Create(args) => create::run(args),
         Command::Snapshot(args) => verb(&args.target, args.request(), &args.run),
         Command::Commit(args) => verb(&args.target, args.request(), &args.run),
@@ -81,7 +87,7 @@ fn failure(command: &Command, kind: ErrorKind) -> u8 {
     match (command, kind) {
         // Its 2 is an answer.
         (Command::Check(_), _) => 1,
-        (Command::Compare(_), _) | (_, ErrorKind::Usage) => 2,
+        (Command::Compare(_) | Command::Diff(_), _) | (_, ErrorKind::Usage) => 2,
         _ => 1,
     }
 }

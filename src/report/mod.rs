@@ -4,7 +4,9 @@
 //! system nothing; [`store`] fills them in. Names come from images and from directories, so every
 //! rendering treats them as hostile (see [`safe`]).
 
+pub mod difference;
 pub mod dot;
+pub mod files;
 pub mod info;
 pub mod json;
 mod layout;
@@ -22,4 +24,5 @@ pub mod text;
 pub mod time;
 pub mod trash;
 pub mod tree;
+pub mod versions;
 pub mod volumes;

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
 use crate::browse::Inside;
@@ -38,6 +39,36 @@ pub fn listed(inside: &Inside) -> String {
         let _ = writeln!(text, "{}", terminal(&fact));
     }
     text
+}
+
+/// A volume for programs.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct VolumeObject {
+    name: String,
+    #[serde(rename = "type")]
+    content: &'static str,
+    size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    label: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uuid: Option<String>,
+    /// Why its files cannot be shown.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
+}
+
+/// The same for programs.
+pub fn objects(inside: &Inside) -> Vec<VolumeObject> {
+    let object = |(index, volume): (usize, &Volume)| VolumeObject {
+        name: volume.name.clone(),
+        content: volume.content.name(),
+        size: volume.size,
+        label: volume.label.clone(),
+        uuid: volume.uuid.clone(),
+        problem: volume.problem.clone().or_else(|| inside.mount(index).err().map(|error| error.to_string())),
+    };
+    inside.layout().volumes.iter().enumerate().map(object).collect()
 }
 
 fn remarks(inside: &Inside, index: usize, volume: &Volume) -> String {

@@ -14,6 +14,7 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
+use crate::chain::Origin;
 use crate::error::Result;
 
 use super::super::Store;
@@ -81,6 +82,12 @@ impl Still {
     pub fn is_unchanged(&self) -> bool {
         let kept = self.kept.lock();
         kept.chunks.is_empty() && !matches!(kept.hold, Hold::Lost)
+    }
+
+    /// Whether the disk is what it was, as far as this process has a say, and any change would be known of.
+    fn is_held_unchanged(&self) -> bool {
+        let kept = self.kept.lock();
+        kept.chunks.is_empty() && matches!(kept.hold, Hold::Held)
     }
 
     fn lose(&self) {
@@ -285,6 +292,30 @@ impl ActiveHandle {
             (rest, at) = (more, at + len as u64);
         }
         Ok(())
+    }
+
+    /// Where the bytes that a still shows from `at` on come from, for at most `max` of them; `None` where only reading can
+    /// tell, as while the disk is written here.
+    pub fn origin_still(&self, still: &Still, at: u64, max: u64) -> Result<Option<Origin>> {
+        // Held over the look: nobody begins to write meanwhile.
+        match &*self.disk.state.read() {
+            State::Reading(open) if still.is_held_unchanged() && at < open.view.size() => {
+                open.view.origin(at, max).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The origins of a range that a still shows, if all of it comes from below the disk's top layer: those places keep
+    /// their bytes also when the disk is written later.
+    pub fn origins_below(&self, still: &Still, at: u64, len: u64) -> Result<Option<Vec<Origin>>> {
+        let State::Reading(open) = &*self.disk.state.read() else { return Ok(None) };
+        if !still.is_held_unchanged() || at.checked_add(len).is_none_or(|end| end > open.view.size()) {
+            return Ok(None);
+        }
+        let origins = open.view.origins(at, len)?;
+        let top = open.top.image.serial();
+        Ok(Some(origins).filter(|origins| origins.iter().all(|origin| origin.image != top)))
     }
 }
 

@@ -1,0 +1,227 @@
+//! The bytes of a guest's file: where they are, what they are, and whether two files have the same.
+//!
+//! Promise of [`same_bytes`]: what two files are known to have in common, since both have it from one place of one image, is
+//! not read.
+
+use crate::chain::Origin;
+use crate::error::{Error, ErrorKind, Result};
+use crate::guest::{Ino, RunKind};
+
+use super::Inside;
+use super::walk::{Entry, Tree};
+
+/// Bytes of a file about whose place is asked at once.
+const WINDOW: u64 = 1 << 30;
+/// Bytes that are compared at once.
+const STEP: u64 = 1 << 20;
+
+/// An open file.
+#[derive(Debug)]
+pub struct Content<'a> {
+    tree: &'a Tree,
+    ino: Ino,
+    size: u64,
+    /// Runs without gaps from `known_start` on: the end of each, and where its first byte is.
+    known: Vec<(u64, RunKind)>,
+    known_start: u64,
+}
+
+/// Where some bytes of a file come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum From {
+    Zero,
+    Place {
+        image: u64,
+        place: u64,
+        within: Option<u64>,
+    },
+    /// Only reading can tell.
+    Unknown,
+}
+
+impl<'a> Content<'a> {
+    /// The bytes of a regular file.
+    pub fn new(tree: &'a Tree, file: &Entry) -> Self {
+        let (ino, size) = (file.ino, file.attributes.size);
+        Self { tree, ino, size, known: Vec::new(), known_start: 0 }
+    }
+
+    /// The run at `at`, which lies within the file: bytes that are left of it, and where the first one is.
+    pub fn run(&mut self, at: u64) -> Result<(u64, RunKind)> {
+        if let Some(found) = self.known_run(at) {
+            return Ok(found);
+        }
+        let Tree { inside, volume, .. } = self.tree;
+        let runs = inside.runs(*volume, self.ino, at, WINDOW.min(self.size - at))?;
+        let mut end = at;
+        self.known_start = at;
+        self.known.clear();
+        self.known.extend(runs.into_iter().map(|run| {
+            end += run.len;
+            (end, run.kind)
+        }));
+        self.known_run(at).ok_or_else(nowhere)
+    }
+
+    fn known_run(&self, at: u64) -> Option<(u64, RunKind)> {
+        let index = self.known.partition_point(|(end, _)| *end <= at);
+        let (end, kind) = *self.known.get(index)?;
+        let start = if index == 0 { self.known_start } else { self.known[index - 1].0 };
+        let into = at.checked_sub(start)?;
+        let kind = match kind {
+            RunKind::Stored(place) => RunKind::Stored(place.checked_add(into)?),
+            other => other,
+        };
+        Some((end.min(self.size) - at, kind))
+    }
+
+    /// Fills `buf` with the bytes at `at`, all of which lie before the file's end.
+    pub fn read_at(&mut self, at: u64, buf: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let here = at + done as u64;
+            let (len, kind) = self.run(here)?;
+            let piece = (len as usize).min(buf.len() - done);
+            let Tree { inside, volume, .. } = self.tree;
+            inside.read_run(*volume, self.ino, here, kind, &mut buf[done..done + piece])?;
+            done += piece;
+        }
+        Ok(())
+    }
+}
+
+impl From {
+    fn of(origin: Option<Origin>) -> Self {
+        match origin {
+            None => Self::Unknown,
+            Some(Origin { image: 0, .. }) => Self::Zero,
+            Some(Origin { image, place, within, .. }) => Self::Place { image, place, within },
+        }
+    }
+
+    /// Whether it is known that the bytes of both are the same.
+    fn is_same(self, other: Self) -> bool {
+        self == other && self != Self::Unknown
+    }
+}
+
+/// Bytes that are compared.
+trait Bytes {
+    fn size(&self) -> u64;
+    /// Where the bytes at `at` come from, and for how many that holds.
+    fn origin(&mut self, at: u64) -> Result<(From, u64)>;
+    fn read_at(&mut self, at: u64, buf: &mut [u8]) -> Result<()>;
+}
+
+impl Bytes for Content<'_> {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn origin(&mut self, at: u64) -> Result<(From, u64)> {
+        let (len, kind) = self.run(at)?;
+        match kind {
+            RunKind::Hole => Ok((From::Zero, len)),
+            RunKind::Asked => Ok((From::Unknown, len)),
+            RunKind::Stored(place) => {
+                let (origin, len) = self.tree.inside.origin(self.tree.volume, place, len)?;
+                Ok((From::of(origin), len))
+            }
+        }
+    }
+
+    fn read_at(&mut self, at: u64, buf: &mut [u8]) -> Result<()> {
+        Content::read_at(self, at, buf)
+    }
+}
+
+/// A volume as a whole.
+struct Whole<'a>(&'a Inside, usize);
+
+impl Bytes for Whole<'_> {
+    fn size(&self) -> u64 {
+        self.0.layout().volumes[self.1].size
+    }
+
+    fn origin(&mut self, at: u64) -> Result<(From, u64)> {
+        let (origin, len) = self.0.origin(self.1, at, self.size() - at)?;
+        Ok((From::of(origin), len))
+    }
+
+    fn read_at(&mut self, at: u64, buf: &mut [u8]) -> Result<()> {
+        self.0.read_volume(self.1, at, buf)
+    }
+}
+
+/// Whether two files hold the same bytes.
+pub fn same_bytes(a: &mut Content<'_>, b: &mut Content<'_>) -> Result<bool> {
+    same(a, b)
+}
+
+/// Whether two volumes hold the same bytes.
+pub(super) fn same_volumes(a: (&Inside, usize), b: (&Inside, usize)) -> Result<bool> {
+    same(&mut Whole(a.0, a.1), &mut Whole(b.0, b.1))
+}
+
+fn same(a: &mut dyn Bytes, b: &mut dyn Bytes) -> Result<bool> {
+    if a.size() != b.size() {
+        return Ok(false);
+    }
+    let mut buffers = [Vec::new(), Vec::new()];
+    let mut at = 0;
+    while at < a.size() {
+        let ((from_a, len_a), (from_b, len_b)) = (a.origin(at)?, b.origin(at)?);
+        let mut len = len_a.min(len_b);
+        if !from_a.is_same(from_b) {
+            len = len.min(STEP);
+            let sides: [(&mut dyn Bytes, From); 2] = [(&mut *a, from_a), (&mut *b, from_b)];
+            for ((bytes, from), buf) in sides.into_iter().zip(&mut buffers) {
+                buf.clear();
+                buf.resize(len as usize, 0);
+                if from != From::Zero {
+                    bytes.read_at(at, buf)?;
+                }
+            }
+            if buffers[0] != buffers[1] {
+                return Ok(false);
+            }
+        }
+        at += len;
+    }
+    Ok(true)
+}
+
+/// Whether two volumes are known to hold the same bytes from beginning to end. Nothing is read for it.
+pub(super) fn same_origins(a: (&Inside, usize), b: (&Inside, usize)) -> bool {
+    let (mut a, mut b) = (Whole(a.0, a.1), Whole(b.0, b.1));
+    let size = a.size();
+    let mut at = 0;
+    while at < size {
+        let (Ok((from_a, len_a)), Ok((from_b, len_b))) = (a.origin(at), b.origin(at)) else { return false };
+        if !from_a.is_same(from_b) {
+            return false;
+        }
+        at += len_a.min(len_b);
+    }
+    size == b.size()
+}
+
+fn nowhere() -> Error {
+    Error::new(ErrorKind::Corrupt, "a part of the file is nowhere")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_known_is_never_the_same() {
+        let place = |image, place, within| Some(Origin { image, place, within, len: 10 });
+        let same = |a, b| From::of(a).is_same(From::of(b));
+        assert!(same(place(1, 5, None), place(1, 5, None)));
+        assert!(same(place(0, 5, None), place(0, 9, None)), "zeroes come from nowhere");
+        assert!(!same(place(1, 5, None), place(2, 5, None)));
+        assert!(!same(place(1, 5, Some(0)), place(1, 5, Some(512))));
+        assert!(!same(None, None));
+    }
+}

@@ -1,0 +1,293 @@
+//! What differs between the files of two volumes.
+//!
+//! Promises: entries come in the order of their paths; what cannot be read is one more finding, and the rest goes on; what is known to
+//! be the same is not read (see [`content`](super::content)). Times of last access never count.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::guest::{Attributes, FileKind};
+
+use super::Inside;
+use super::content::{Content, same_bytes, same_origins, same_volumes};
+use super::walk::{Entry, Named, Tree, Visited};
+
+/// What differs of two entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Aspect {
+    /// What they are: a file and a directory, say.
+    Kind,
+    /// The bytes of a file.
+    Content,
+    /// How many there are.
+    Size,
+    /// The target of a symbolic link.
+    Target,
+    /// The numbers of a device.
+    Device,
+    /// The bits of permissions.
+    Mode,
+    /// Owner or group.
+    Owner,
+    /// When the content was last changed.
+    Modified,
+    /// Extended attributes, access control lists among them.
+    Attributes,
+    /// When the inode was last changed.
+    Changed,
+}
+
+impl Aspect {
+    /// In one word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Kind => "type",
+            Self::Content => "content",
+            Self::Size => "size",
+            Self::Target => "target",
+            Self::Device => "device",
+            Self::Mode => "mode",
+            Self::Owner => "owner",
+            Self::Modified => "time",
+            Self::Attributes => "xattrs",
+            Self::Changed => "ctime",
+        }
+    }
+}
+
+/// Which differences count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counted {
+    /// Times of directories, which change with what is in them.
+    pub directory_times: bool,
+    /// Times of inodes' last change.
+    pub changed: bool,
+}
+
+/// One of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The first.
+    A,
+    /// The second.
+    B,
+}
+
+/// What was found at a path.
+#[derive(Clone, Debug)]
+pub enum Finding {
+    /// Only the second has it.
+    Added(Attributes),
+    /// Only the first has it.
+    Removed(Attributes),
+    /// Both have it.
+    Changed {
+        /// In the first.
+        before: Attributes,
+        /// In the second.
+        after: Attributes,
+        /// In the order of [`Aspect`]; not empty.
+        what: Vec<Aspect>,
+    },
+    /// A volume's bytes differ, and which files it holds is not known.
+    Bytes,
+    /// It cannot be read.
+    Unreadable(Side, crate::error::Error),
+}
+
+/// Is told of everything that is found, by its path: beginning with `/`, or empty for where the comparison began.
+pub type Each<'a> = dyn FnMut(&[u8], Finding) -> Result<()> + 'a;
+
+/// Whether a whole volume is known to be the same in both, with nothing read.
+pub fn is_surely_same(a: (&Arc<Inside>, usize), b: (&Arc<Inside>, usize)) -> bool {
+    let held = (a.0.hold(), b.0.hold());
+    held.0.is_ok() && held.1.is_ok() && same_origins((a.0, a.1), (b.0, b.1))
+}
+
+/// Whether volumes that hold no files we could read are the same, byte for byte.
+pub fn is_same_raw(a: (&Arc<Inside>, usize), b: (&Arc<Inside>, usize)) -> Result<bool> {
+    let _held = (a.0.hold()?, b.0.hold()?);
+    same_volumes((a.0, a.1), (b.0, b.1))
+}
+
+/// What differs of two entries, without what is in them if they are directories.
+pub fn differing(
+    a: (&Tree, &Entry),
+    b: (&Tree, &Entry),
+    counted: Counted,
+) -> std::result::Result<Vec<Aspect>, (Side, crate::error::Error)> {
+    let (was, is) = (&a.1.attributes, &b.1.attributes);
+    if was.kind != is.kind {
+        return Ok(vec![Aspect::Kind]);
+    }
+    let on = |side| move |error| (side, error);
+    let is_directory = was.kind == FileKind::Directory;
+    let mut what = Vec::new();
+    let mut note = |differs: bool, aspect| {
+        if differs {
+            what.push(aspect);
+        }
+    };
+    match was.kind {
+        FileKind::File => {
+            let differs = was.size != is.size
+                || !same_bytes(&mut Content::new(a.0, a.1), &mut Content::new(b.0, b.1)).map_err(|error| {
+                    // Of two that are read in turn the one that cannot be is asked for again.
+                    let side = if readable(a) { Side::B } else { Side::A };
+                    (side, error)
+                })?;
+            note(differs, Aspect::Content);
+            note(was.size != is.size, Aspect::Size);
+        }
+        FileKind::Symlink => {
+            let target = |(tree, entry): (&Tree, &Entry)| tree.read_link(entry.ino);
+            note(target(a).map_err(on(Side::A))? != target(b).map_err(on(Side::B))?, Aspect::Target);
+        }
+        FileKind::CharDevice | FileKind::BlockDevice => note(was.device != is.device, Aspect::Device),
+        FileKind::Directory | FileKind::Fifo | FileKind::Socket => {}
+    }
+    note(was.mode != is.mode, Aspect::Mode);
+    note((was.uid, was.gid) != (is.uid, is.gid), Aspect::Owner);
+    note(was.modified != is.modified && (!is_directory || counted.directory_times), Aspect::Modified);
+    // An inode whose last change is the same has the same attributes; but that of one which counts whole seconds may have been
+    // changed twice in one.
+    let is_same_inode = a.1.ino == b.1.ino && was.changed == is.changed && was.changed.nanoseconds != 0;
+    if !is_same_inode {
+        let all = |(tree, entry): (&Tree, &Entry)| {
+            let mut all = tree.extended_attributes(entry.ino)?;
+            all.sort();
+            Ok(all)
+        };
+        note(all(a).map_err(on(Side::A))? != all(b).map_err(on(Side::B))?, Aspect::Attributes);
+    }
+    note(was.changed != is.changed && counted.changed, Aspect::Changed);
+    Ok(what)
+}
+
+fn readable((tree, entry): (&Tree, &Entry)) -> bool {
+    let (mut content, mut at, mut buf) = (Content::new(tree, entry), 0, vec![0; 1 << 20]);
+    while at < entry.attributes.size {
+        let len = (entry.attributes.size - at).min(buf.len() as u64);
+        if content.read_at(at, &mut buf[..len as usize]).is_err() {
+            return false;
+        }
+        at += len;
+    }
+    true
+}
+
+/// Compares two entries, one of which may be none, and all that is in them.
+pub fn compare(
+    a: (&Tree, Option<Entry>),
+    b: (&Tree, Option<Entry>),
+    counted: Counted,
+    each: &mut Each<'_>,
+) -> Result<()> {
+    let mut walk = Walk { a: a.0, b: b.0, counted, visited: Default::default(), frames: Vec::new(), path: Vec::new() };
+    walk.pair(a.1.map(Ok), b.1.map(Ok), each)?;
+    loop {
+        let depth = walk.frames.len();
+        let Some(frame) = walk.frames.last_mut() else { return Ok(()) };
+        let Some((name, of_a, of_b)) = frame.next() else {
+            walk.frames.pop();
+            continue;
+        };
+        walk.path.truncate(depth - 1);
+        walk.path.push(name);
+        walk.pair(of_a, of_b, each)?;
+    }
+}
+
+/// What two directories have by one name.
+type Pair = (Vec<u8>, Option<Result<Entry>>, Option<Result<Entry>>);
+
+struct Walk<'a> {
+    a: &'a Tree,
+    b: &'a Tree,
+    counted: Counted,
+    visited: [Visited; 2],
+    /// What is left to be compared of each directory on the way.
+    frames: Vec<std::vec::IntoIter<Pair>>,
+    path: Vec<Vec<u8>>,
+}
+
+impl Walk<'_> {
+    fn here(&self) -> Vec<u8> {
+        self.path.iter().flat_map(|name| [b"/", name.as_slice()].concat()).collect()
+    }
+
+    fn pair(&mut self, a: Option<Result<Entry>>, b: Option<Result<Entry>>, each: &mut Each<'_>) -> Result<()> {
+        let path = self.here();
+        let mut take = |side, found: Option<Result<Entry>>| match found {
+            Some(Err(error)) => each(&path, Finding::Unreadable(side, error)).map(|()| None),
+            Some(Ok(entry)) => Ok(Some(entry)),
+            None => Ok(None),
+        };
+        let is_there = (a.is_some(), b.is_some());
+        let (a, b) = (take(Side::A, a)?, take(Side::B, b)?);
+        match (a, b) {
+            (Some(a), Some(b)) => match differing((self.a, &a), (self.b, &b), self.counted) {
+                Ok(what) if what.is_empty() => {}
+                Ok(what) => each(&path, Finding::Changed { before: a.attributes, after: b.attributes, what })?,
+                Err((side, error)) => each(&path, Finding::Unreadable(side, error))?,
+            },
+            (Some(a), None) if !is_there.1 => each(&path, Finding::Removed(a.attributes))?,
+            (None, Some(b)) if !is_there.0 => each(&path, Finding::Added(b.attributes))?,
+            _ => return Ok(()),
+        }
+        let mut listed = [Vec::new(), Vec::new()];
+        for (number, (side, tree, entry)) in [(Side::A, self.a, a), (Side::B, self.b, b)].into_iter().enumerate() {
+            let Some(entry) = entry.filter(|entry| entry.attributes.kind == FileKind::Directory) else { continue };
+            if let Err(error) = self.visited[number].enter(entry.ino, self.frames.len()) {
+                each(&path, Finding::Unreadable(side, error))?;
+                continue;
+            }
+            let (entries, trouble) = tree.entries(entry.ino);
+            if let Some(error) = trouble {
+                each(&path, Finding::Unreadable(side, error))?;
+            }
+            listed[number] = entries;
+        }
+        let [of_a, of_b] = listed;
+        let is_directory =
+            |entry: Option<Entry>| entry.is_some_and(|entry| entry.attributes.kind == FileKind::Directory);
+        if is_directory(a) || is_directory(b) {
+            self.frames.push(merged(of_a, of_b).into_iter());
+        }
+        Ok(())
+    }
+}
+
+/// Two sorted lists as one.
+fn merged(a: Vec<Named>, b: Vec<Named>) -> Vec<Pair> {
+    let mut all = Vec::with_capacity(a.len().max(b.len()));
+    let (mut a, mut b) = (a.into_iter().peekable(), b.into_iter().peekable());
+    loop {
+        let name = match (a.peek(), b.peek()) {
+            (Some(a), Some(b)) => a.name.as_slice().min(&b.name).to_vec(),
+            (Some(one), None) | (None, Some(one)) => one.name.clone(),
+            (None, None) => return all,
+        };
+        let of_a = a.next_if(|found| found.name == name).map(|found| found.entry);
+        let of_b = b.next_if(|found| found.name == name).map(|found| found.entry);
+        all.push((name, of_a, of_b));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Error, ErrorKind};
+
+    #[test]
+    fn sorted_lists_meet_at_equal_names() {
+        let named = |name: &str| Named { name: name.into(), entry: Err(Error::new(ErrorKind::Io, "")) };
+        let list = |names: &[&str]| names.iter().map(|name| named(name)).collect();
+        let all = merged(list(&["a", "c", "d"]), list(&["b", "c", "e"]));
+        let found: Vec<(&str, bool, bool)> =
+            all.iter().map(|(name, a, b)| (std::str::from_utf8(name).unwrap(), a.is_some(), b.is_some())).collect();
+        let expected =
+            [("a", true, false), ("b", false, true), ("c", true, true), ("d", true, false), ("e", false, true)];
+        assert_eq!(found, expected);
+    }
+}

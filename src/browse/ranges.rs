@@ -1,0 +1,99 @@
+//! Where two disks differ, byte ranges at a time.
+//!
+//! Promise: what both have from one place of one image, and what is zero on both, is not read.
+
+use crate::chain::{Origin, View};
+use crate::error::Result;
+use crate::units::SECTOR_SIZE;
+
+/// Bytes that are compared at once.
+const STEP: u64 = 1 << 20;
+
+/// Tells `each` of all ranges that differ, in order: whole sectors, as long as they go on. Where one disk has ended, the other's zeroes
+/// are no difference. Returns how many bytes were read.
+pub fn differing_ranges(a: &View, b: &View, each: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<u64> {
+    let mut walk = Walk { a, b, read: 0, open: None, buffers: [Vec::new(), Vec::new()] };
+    let size = a.size().max(b.size());
+    let mut at = 0;
+    while at < size {
+        at += walk.step(at, size - at, each)?;
+    }
+    walk.close(each)?;
+    Ok(walk.read)
+}
+
+struct Walk<'a> {
+    a: &'a View,
+    b: &'a View,
+    read: u64,
+    /// A range that differs and may go on.
+    open: Option<(u64, u64)>,
+    buffers: [Vec<u8>; 2],
+}
+
+impl Walk<'_> {
+    /// Compares what is at `at`, and returns how much that was.
+    fn step(&mut self, at: u64, max: u64, each: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<u64> {
+        let (from_a, from_b) = (origin(self.a, at, max)?, origin(self.b, at, max)?);
+        let len = from_a.len.min(from_b.len);
+        if is_same(&from_a, &from_b) {
+            return Ok(len);
+        }
+        // A raw image has holes that no table tells of.
+        let (run_a, run_b) = (zeroes(self.a, &from_a, at, len)?, zeroes(self.b, &from_b, at, len)?);
+        let len = run_a.1.min(run_b.1);
+        if run_a.0 && run_b.0 {
+            return Ok(len);
+        }
+        let len = len.min(STEP);
+        for ((view, is_zero), buffer) in [(self.a, run_a.0), (self.b, run_b.0)].into_iter().zip(&mut self.buffers) {
+            buffer.clear();
+            buffer.resize(len as usize, 0);
+            if !is_zero {
+                view.read_at(at, buffer)?;
+                self.read += len;
+            }
+        }
+        let sector = SECTOR_SIZE as usize;
+        for (index, (one, other)) in self.buffers[0].chunks(sector).zip(self.buffers[1].chunks(sector)).enumerate() {
+            if one != other {
+                let start = at + (index * sector) as u64;
+                match &mut self.open {
+                    Some((open, len)) if *open + *len == start => *len += one.len() as u64,
+                    _ => {
+                        if let Some((open, len)) = self.open.replace((start, one.len() as u64)) {
+                            each(open, len)?;
+                        }
+                    }
+                }
+            }
+        }
+        Ok(len)
+    }
+
+    fn close(&mut self, each: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<()> {
+        self.open.take().map_or(Ok(()), |(start, len)| each(start, len))
+    }
+}
+
+/// Where a disk's bytes come from; behind its end they are zeroes.
+fn origin(view: &View, at: u64, max: u64) -> Result<Origin> {
+    if at < view.size() {
+        view.origin(at, max.min(view.size() - at))
+    } else {
+        Ok(Origin { image: 0, place: 0, within: None, len: max })
+    }
+}
+
+fn is_same(a: &Origin, b: &Origin) -> bool {
+    a.image == b.image && (a.image == 0 || (a.place, a.within) == (b.place, b.within))
+}
+
+/// Whether a range of that origin is zeroes, and for how long that holds.
+fn zeroes(view: &View, origin: &Origin, at: u64, len: u64) -> Result<(bool, u64)> {
+    if origin.image == 0 {
+        return Ok((true, len));
+    }
+    let run = view.map_run(at, len)?;
+    Ok((run.zero, run.len.min(len)))
+}

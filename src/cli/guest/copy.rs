@@ -1,0 +1,301 @@
+//! `chainfs cp`: guests' files copied out of their disks.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use super::super::args::CpArgs;
+use super::super::warn;
+use super::images::Images;
+use super::out::{Folder, Keep, Lost};
+use super::{Opened, about, complain, open, shown};
+use crate::browse::content::Content;
+use crate::browse::walk::{Entry, Last, Named, Tree, Visited};
+use crate::error::{Error, ErrorKind, Result};
+use crate::guest::{ExtendedAttribute, FileKind, Ino, RunKind};
+use crate::report::files::kind;
+use crate::report::safe::terminal_bytes;
+use crate::store::ViewId;
+
+/// Bytes that are copied at once.
+const STEP: u64 = 1 << 20;
+
+/// Runs the command.
+pub(in crate::cli) fn run(args: &CpArgs) -> Result<u8> {
+    let is_directory = args.dest.is_dir();
+    if args.sources.len() > 1 && !is_directory {
+        let fact = format!("{} is no directory, and several files cannot become one", shown(args.dest.as_os_str()));
+        return Err(Error::new(ErrorKind::Usage, fact));
+    }
+    let archive = args.archive;
+    let keep =
+        Keep { all: args.preserve || archive, set_id: archive && rustix::process::geteuid().is_root(), umask: umask() };
+    let mut copy = Copy {
+        recursive: args.recursive || archive,
+        archive,
+        keep,
+        failed: false,
+        remarks: BTreeMap::new(),
+        names: HashMap::new(),
+    };
+    let mut images = Images::new(&args.look, &[])?;
+    for word in &args.sources {
+        if let Err(error) = copy.source(&mut images, word, &args.dest, is_directory) {
+            complain(&mut copy.failed, &about(word, error));
+        }
+    }
+    copy.tell();
+    Ok(u8::from(copy.failed))
+}
+
+/// What is copied how, and what could not be.
+struct Copy {
+    recursive: bool,
+    archive: bool,
+    keep: Keep,
+    failed: bool,
+    /// What was not kept of files: of how many, and the first.
+    remarks: BTreeMap<String, (u64, String)>,
+    /// Where files with several names have been copied to first.
+    names: HashMap<(ViewId, usize, Ino), (Rc<Folder>, PathBuf)>,
+}
+
+/// One source.
+struct Source<'a> {
+    word: &'a OsStr,
+    tree: &'a Tree,
+    volume: &'a (ViewId, usize),
+    /// The directory that all of it is copied into.
+    root: Rc<Folder>,
+}
+
+/// A directory that is being copied.
+struct Frame {
+    folder: Rc<Folder>,
+    entry: Entry,
+    entries: std::vec::IntoIter<Named>,
+    /// From the source's root.
+    path: PathBuf,
+    /// Whether it gets what the source has besides its entries.
+    finish: bool,
+}
+
+impl Copy {
+    fn source(&mut self, images: &mut Images, word: &OsStr, dest: &Path, is_directory: bool) -> Result<()> {
+        let Opened { tree, path, volume } = open(images, word)?;
+        let last = if self.recursive { Last::Itself } else { Last::Followed };
+        let entry = tree.resolve(&path, last)?;
+        let is_tree = entry.attributes.kind == FileKind::Directory;
+        if is_tree && !self.recursive {
+            return Err(Error::new(ErrorKind::Usage, "it is a directory; give -r to copy it with all that is in it"));
+        }
+        let names = path.split(|byte| *byte == b'/').filter(|name| !name.is_empty());
+        let name = names.last().unwrap_or_else(|| volume_name(word));
+        if name == b".." {
+            return Err(Error::new(ErrorKind::Usage, "it has no name of its own; say which"));
+        }
+        let source = |root| Source { word, tree: &tree, volume: &volume, root };
+        if name == b"." && is_tree && is_directory {
+            let root = Rc::new(Folder::open(dest)?);
+            return self.directories(&source(Rc::clone(&root)), root, entry, PathBuf::new(), self.keep.all);
+        }
+        let (folder, name) = if is_directory && name != b"." {
+            (dest, OsStr::from_bytes(name))
+        } else {
+            let name =
+                dest.file_name().ok_or_else(|| Error::new(ErrorKind::Usage, "it needs a name to be copied to"))?;
+            (dest.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")), name)
+        };
+        let root = Rc::new(Folder::open(folder)?);
+        let source = source(Rc::clone(&root));
+        self.entry(&source, &root, &entry, Path::new(name))?.map_or(Ok(()), |(folder, is_new)| {
+            self.directories(&source, folder, entry, PathBuf::from(name), is_new || self.keep.all)
+        })
+    }
+
+    /// Copies a directory's entries, and all below, into `folder`.
+    fn directories(
+        &mut self,
+        source: &Source<'_>,
+        folder: Rc<Folder>,
+        top: Entry,
+        path: PathBuf,
+        finish: bool,
+    ) -> Result<()> {
+        let mut visited = Visited::default();
+        let mut frames = Vec::new();
+        frames.push(self.frame(source, &mut visited, 0, folder, top, path, finish)?);
+        while let Some(frame) = frames.last_mut() {
+            let Some(Named { name, entry }) = frame.entries.next() else {
+                let Some(Frame { folder, entry, path, finish, .. }) = frames.pop() else { break };
+                // Times of a directory change with each entry that is made in it: they come last.
+                if finish {
+                    let extended = self.extended(source, &entry, &path);
+                    let lost = folder.finish(&entry.attributes, &extended, self.keep);
+                    self.note(source, &path, lost);
+                }
+                continue;
+            };
+            let path = frame.path.join(OsStr::from_bytes(&name));
+            let folder = Rc::clone(&frame.folder);
+            let copied = entry.and_then(|entry| {
+                let Some((folder, is_new)) = self.entry(source, &folder, &entry, &path)? else { return Ok(None) };
+                let finish = is_new || self.keep.all;
+                self.frame(source, &mut visited, frames.len(), folder, entry, path.clone(), finish).map(Some)
+            });
+            match copied {
+                Ok(frame) => frames.extend(frame),
+                Err(error) => self.trouble(source, &path, error),
+            }
+        }
+        Ok(())
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "it is what a frame is made of")]
+    fn frame(
+        &mut self,
+        source: &Source<'_>,
+        visited: &mut Visited,
+        depth: usize,
+        folder: Rc<Folder>,
+        entry: Entry,
+        path: PathBuf,
+        finish: bool,
+    ) -> Result<Frame> {
+        visited.enter(entry.ino, depth)?;
+        let (entries, trouble) = source.tree.entries(entry.ino);
+        if let Some(error) = trouble {
+            self.trouble(source, &path, error);
+        }
+        Ok(Frame { folder, entry, entries: entries.into_iter(), path, finish })
+    }
+
+    /// Copies one entry to the last name of `path`; of a directory, only the directory, which is returned, and whether it is new.
+    fn entry(
+        &mut self,
+        source: &Source<'_>,
+        folder: &Folder,
+        entry: &Entry,
+        path: &Path,
+    ) -> Result<Option<(Rc<Folder>, bool)>> {
+        let name = path.file_name().expect("a path of names").as_bytes();
+        let found = &entry.attributes;
+        if found.kind == FileKind::Directory {
+            let (made, is_new) = folder.enter(name)?;
+            return Ok(Some((Rc::new(made), is_new)));
+        }
+        let key = (source.volume.0.clone(), source.volume.1, entry.ino);
+        let has_more_names = self.archive && found.links > 1;
+        if has_more_names && let Some((root, first)) = self.names.get(&key) {
+            folder.name_again(name, root, first)?;
+            return Ok(None);
+        }
+        let lost = match found.kind {
+            FileKind::File => {
+                let extended = self.extended(source, entry, path);
+                folder.file(name, found, &extended, self.keep, |file| fill(file, source.tree, entry))?
+            }
+            FileKind::Symlink => {
+                let extended = self.extended(source, entry, path);
+                folder.link(name, &source.tree.read_link(entry.ino)?, found, &extended, self.keep)?
+            }
+            FileKind::CharDevice | FileKind::BlockDevice | FileKind::Fifo | FileKind::Socket if self.archive => {
+                let extended = self.extended(source, entry, path);
+                match folder.special(name, found, &extended, self.keep) {
+                    Err(error) if error.kind() == ErrorKind::Denied => {
+                        self.remark(
+                            format!("a {} may only be made by root, and was not copied", kind(found.kind)),
+                            source,
+                            path,
+                        );
+                        return Ok(None);
+                    }
+                    other => other?,
+                }
+            }
+            _ => {
+                self.remark(format!("a {} is copied only with -a", kind(found.kind)), source, path);
+                return Ok(None);
+            }
+        };
+        if has_more_names {
+            self.names.insert(key, (Rc::clone(&source.root), path.to_path_buf()));
+        }
+        self.note(source, path, lost);
+        Ok(None)
+    }
+
+    fn extended(&mut self, source: &Source<'_>, entry: &Entry, path: &Path) -> Vec<ExtendedAttribute> {
+        if !self.keep.all {
+            return Vec::new();
+        }
+        source.tree.extended_attributes(entry.ino).unwrap_or_else(|error| {
+            self.trouble(source, path, error);
+            Vec::new()
+        })
+    }
+
+    fn note(&mut self, source: &Source<'_>, path: &Path, lost: Vec<Lost>) {
+        for Lost { what, why, matters } in lost {
+            self.failed |= matters;
+            self.remark(format!("{what} could not be kept ({why})"), source, path);
+        }
+    }
+
+    fn remark(&mut self, fact: String, source: &Source<'_>, path: &Path) {
+        let place = || format!("{} of {}", terminal_bytes(path.as_os_str().as_bytes()), shown(source.word));
+        self.remarks.entry(fact).or_insert_with(|| (0, place())).0 += 1;
+    }
+
+    fn trouble(&mut self, source: &Source<'_>, path: &Path, error: Error) {
+        let place = terminal_bytes(path.as_os_str().as_bytes());
+        complain(&mut self.failed, &about(source.word, error.within(place)));
+    }
+
+    /// Says what was not kept: each thing once.
+    fn tell(&self) {
+        for (fact, (count, first)) in &self.remarks {
+            let more = if *count > 1 { format!(", and {} more", count - 1) } else { String::new() };
+            warn(&format!("{fact}: {first}{more}"));
+        }
+    }
+}
+
+/// Writes a file's bytes; what is a hole stays one.
+fn fill(file: &File, tree: &Tree, entry: &Entry) -> Result<()> {
+    let fail = |error| Error::io("writing the copy", error);
+    let size = entry.attributes.size;
+    file.set_len(size).map_err(fail)?;
+    let mut content = Content::new(tree, entry);
+    let mut buf = Vec::new();
+    let mut at = 0;
+    while at < size {
+        let (len, kind) = content.run(at)?;
+        if kind == RunKind::Hole {
+            at += len;
+            continue;
+        }
+        buf.resize(len.min(STEP) as usize, 0);
+        content.read_at(at, &mut buf)?;
+        file.write_all_at(&buf, at).map_err(fail)?;
+        at += buf.len() as u64;
+    }
+    Ok(())
+}
+
+/// The volume that a word names.
+fn volume_name(word: &OsStr) -> &[u8] {
+    let names = word.as_bytes().split(|byte| matches!(byte, b'/' | b':')).filter(|name| !name.is_empty());
+    names.last().unwrap_or(b"disk")
+}
+
+/// Permission bits that new files do not get. There is no call that only tells.
+fn umask() -> u16 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("Umask:"));
+    line.and_then(|octal| u16::from_str_radix(octal.trim(), 8).ok()).unwrap_or(0o022)
+}

@@ -1,0 +1,183 @@
+//! The images that a command names, opened in the store that shows most of them at once.
+//!
+//! An image is opened by itself, as by every other command, unless that is not enough: other disks of its volume groups lie in
+//! other chains, and two images that share layers are compared without reading those only if one store has both.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::super::args::LookArgs;
+use super::super::config;
+use super::super::mount_options::{FormatRule, ImageFormat, MountOptions};
+use super::super::store_options::{store_options, variable};
+use super::place::{self, Spot};
+use super::places::{DiskName, Place};
+use crate::browse::worker::Program;
+use crate::browse::{Browser, Inside, Moment};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{MARKER, OpenView, Store, StoreOptions, ViewId, shown};
+
+/// The stores that a command has opened.
+pub(super) struct Images {
+    options: StoreOptions,
+    /// The store that the user has named.
+    store: Option<PathBuf>,
+    open: Vec<Arc<OpenStore>>,
+}
+
+/// A store, and what looks into its disks.
+pub(super) struct OpenStore {
+    path: PathBuf,
+    pub(super) store: Arc<Store>,
+    pub(super) browser: Arc<Browser>,
+}
+
+/// A disk of an open store.
+#[derive(Clone)]
+pub(super) struct Disk {
+    pub(super) opened: Arc<OpenStore>,
+    pub(super) spot: Spot,
+    pub(super) id: ViewId,
+}
+
+impl Disk {
+    /// What it holds.
+    pub(super) fn inside(&self) -> Result<Arc<Inside>> {
+        self.opened.browser.inside(&self.id, Moment::First)
+    }
+
+    /// The disk itself, open.
+    pub(super) fn view(&self) -> Result<OpenView> {
+        let catalog = self.opened.store.catalog();
+        let live = self.id.is_active() || self.opened.store.options().force_share;
+        self.opened.store.open_view(&catalog, &self.spot.layers(), self.spot.part(), live)
+    }
+}
+
+impl Images {
+    pub(super) fn new(args: &LookArgs, formats: &[(&Path, Option<ImageFormat>)]) -> Result<Self> {
+        let mut options = config::load(MountOptions::parse(&args.image.options, false)?, variable)?;
+        options.force_share |= args.image.force_share;
+        for (path, format) in formats {
+            if let (Some(format), Some(name)) = (format, path.file_name().and_then(|name| name.to_str())) {
+                let glob = glob::Pattern::new(&glob::Pattern::escape(name)).expect("an escaped pattern is one");
+                options.formats.insert(0, FormatRule { glob, format: *format });
+            }
+        }
+        // For one look nothing is watched.
+        let options = StoreOptions { notify: false, ..store_options(&options) };
+        Ok(Self { options, store: args.store.clone(), open: Vec::new() })
+    }
+
+    fn open(&mut self, path: &Path) -> Result<Arc<OpenStore>> {
+        if let Some(known) = self.open.iter().find(|known| known.path == path) {
+            return Ok(Arc::clone(known));
+        }
+        let store = Store::open(path, self.options.clone())?;
+        let browser = Browser::new(&store, Program::this(true));
+        let opened = Arc::new(OpenStore { path: path.to_path_buf(), store, browser });
+        self.open.push(Arc::clone(&opened));
+        Ok(opened)
+    }
+
+    /// The disk that is meant, in a store that has all that it needs.
+    pub(super) fn disk(&mut self, place: &Place) -> Result<Disk> {
+        let DiskName::Image { path, .. } = &place.disk else { return self.mounted(&place.disk) };
+        let image = canonical(path)?;
+        if let Some(store) = self.store.clone() {
+            return self.in_store(&store, &image, &place.disk);
+        }
+        let disk = self.alone(&image, &place.disk)?;
+        // What cannot be looked into is told of by whoever asks for more.
+        let lacks = place.has_inner && disk.inside().is_ok_and(|inside| !inside.layout().missing.is_empty());
+        match around(&image).filter(|_| lacks) {
+            Some(directory) => Ok(self.within(&directory, &image, &place.disk)?.unwrap_or(disk)),
+            None => Ok(disk),
+        }
+    }
+
+    /// Two disks, in one store if there is one that has both.
+    pub(super) fn pair(&mut self, a: &Place, b: &Place) -> Result<(Disk, Disk)> {
+        let (DiskName::Image { path: path_a, .. }, DiskName::Image { path: path_b, .. }) = (&a.disk, &b.disk) else {
+            return Ok((self.disk(a)?, self.disk(b)?));
+        };
+        let (image_a, image_b) = (canonical(path_a)?, canonical(path_b)?);
+        if let Some(store) = self.store.clone() {
+            let both = (self.in_store(&store, &image_a, &a.disk)?, self.in_store(&store, &image_b, &b.disk)?);
+            return Ok(place::in_one_chain(both));
+        }
+        // Either may be a layer of the other; else a directory may have both.
+        let mut candidates = vec![image_a.clone(), image_b.clone()];
+        let is_near = |above: &Path, other: &Path| other.parent().is_some_and(|parent| parent.starts_with(above));
+        for (image, other) in [(&image_a, &image_b), (&image_b, &image_a)] {
+            candidates.extend(around(image).filter(|above| is_near(above, other)));
+        }
+        for candidate in &candidates {
+            // One that cannot be opened is no help; whether that matters is found out below.
+            let Ok(Some(found_a)) = self.within(candidate, &image_a, &a.disk) else { continue };
+            let Ok(Some(found_b)) = self.within(candidate, &image_b, &b.disk) else { continue };
+            let lacks = |disk: &Disk| disk.inside().is_ok_and(|inside| !inside.layout().missing.is_empty());
+            if candidate.is_file() && (a.has_inner || b.has_inner) && (lacks(&found_a) || lacks(&found_b)) {
+                continue;
+            }
+            return Ok(place::in_one_chain((found_a, found_b)));
+        }
+        Ok((self.disk(a)?, self.disk(b)?))
+    }
+
+    /// The disk, in the store around it.
+    pub(super) fn in_its_store(&mut self, place: &Place) -> Result<Disk> {
+        let DiskName::Image { path, .. } = &place.disk else { return self.mounted(&place.disk) };
+        let image = canonical(path)?;
+        if let Some(store) = self.store.clone() {
+            return self.in_store(&store, &image, &place.disk);
+        }
+        let found = match around(&image) {
+            Some(directory) => self.within(&directory, &image, &place.disk)?,
+            None => None,
+        };
+        match found {
+            Some(disk) => Ok(disk),
+            None => self.alone(&image, &place.disk),
+        }
+    }
+
+    fn alone(&mut self, image: &Path, name: &DiskName) -> Result<Disk> {
+        let opened = self.open(image)?;
+        place::find(&opened, image, name)?.ok_or_else(|| not_in(image, image))
+    }
+
+    fn in_store(&mut self, store: &Path, image: &Path, name: &DiskName) -> Result<Disk> {
+        let opened = self.open(store)?;
+        place::find(&opened, image, name)?.ok_or_else(|| not_in(image, store))
+    }
+
+    /// The disk in the store at `path`; `None` if it has no such image.
+    fn within(&mut self, path: &Path, image: &Path, name: &DiskName) -> Result<Option<Disk>> {
+        let opened = self.open(path)?;
+        place::find(&opened, image, name)
+    }
+
+    fn mounted(&mut self, name: &DiskName) -> Result<Disk> {
+        let DiskName::Mounted { store, chain, view } = name else { unreachable!("asked only of places in mounts") };
+        let opened = self.open(store)?;
+        place::in_chain(&opened, chain, view.as_deref())
+    }
+}
+
+/// Links are the user's own word: what they lead to is what is meant.
+fn canonical(path: &Path) -> Result<PathBuf> {
+    path.canonicalize().map_err(|error| Error::io(format!("opening {}", shown(path)), error))
+}
+
+/// The store around an image: the marked directory above, or else the one that it is in.
+fn around(image: &Path) -> Option<PathBuf> {
+    let marked = image.ancestors().skip(1).find(|above| above.join(MARKER).is_dir());
+    marked.or(image.parent()).map(Path::to_path_buf)
+}
+
+fn not_in(image: &Path, store: &Path) -> Error {
+    let fact =
+        format!("{} is no image of the store {}; chainfs tree tells which there are", shown(image), shown(store));
+    Error::new(ErrorKind::NotFound, fact)
+}

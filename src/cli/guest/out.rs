@@ -1,0 +1,336 @@
+//! Writing files of a guest onto the host.
+//!
+//! Promises: nothing is written anywhere but in the directories that were opened or made here. No name that a guest has chosen, and no
+//! symbolic link that it has had copied before, leads anywhere else: each is one name, made new in a directory that is open. A file gets
+//! its name when it is whole.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{
+    self, AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags,
+};
+use rustix::io::Errno;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::guest::{Attributes, ExtendedAttribute, FileKind};
+use crate::store::shown;
+
+/// What of a file is kept besides its bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Keep {
+    /// All permission bits, attributes and, where allowed, the owner.
+    pub(super) all: bool,
+    /// What gives whoever runs the file rights of somebody else: only by root, and with the owner.
+    pub(super) set_id: bool,
+    /// Permission bits that new files do not get.
+    pub(super) umask: u16,
+}
+
+/// What could not be kept of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Lost {
+    pub(super) what: String,
+    pub(super) why: Errno,
+    /// Whether the user has asked for it.
+    pub(super) matters: bool,
+}
+
+/// A directory of the host that is written into.
+#[derive(Debug)]
+pub(super) struct Folder(OwnedFd);
+
+const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
+impl Folder {
+    /// The directory that the user names, links and all.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let opened = fs::openat(CWD, path, FOLDER, Mode::empty());
+        opened.map(Self).map_err(|error| Error::io(format!("opening {}", shown(path)), error))
+    }
+
+    /// The directory of that name, which is made if there is none; whether it was. What is there and is none, a link to one too, is not
+    /// entered.
+    pub(super) fn enter(&self, name: &[u8]) -> Result<(Self, bool)> {
+        let is_new = match fs::mkdirat(&self.0, name, Mode::RWXU) {
+            Ok(()) => true,
+            Err(Errno::EXIST) => false,
+            Err(error) => return Err(failed("making the directory", error)),
+        };
+        match fs::openat(&self.0, name, FOLDER | OFlags::NOFOLLOW, Mode::empty()) {
+            Ok(opened) => Ok((Self(opened), is_new)),
+            Err(Errno::NOTDIR | Errno::LOOP) => {
+                let fact = "something that is no directory has its name already; remove that first";
+                Err(Error::new(ErrorKind::Exists, fact))
+            }
+            Err(error) => Err(failed("opening the directory", error)),
+        }
+    }
+
+    /// The directory at a path of names that were made here.
+    fn below(&self, path: &Path) -> Result<Self> {
+        if path.as_os_str().is_empty() {
+            return self.0.try_clone().map(Self).map_err(|error| Error::io("opening the directory", error));
+        }
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let opened = fs::openat2(&self.0, path, FOLDER, Mode::empty(), resolve);
+        opened.map(Self).map_err(|error| failed("finding the first of its names", error))
+    }
+
+    /// Makes a regular file; `fill` writes it. Whatever had its name is replaced, unless that is a directory.
+    pub(super) fn file(
+        &self,
+        name: &[u8],
+        found: &Attributes,
+        extended: &[ExtendedAttribute],
+        keep: Keep,
+        fill: impl FnOnce(&File) -> Result<()>,
+    ) -> Result<Vec<Lost>> {
+        self.placed(name, |draft| {
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let file = fs::openat(&self.0, draft, flags, Mode::RUSR | Mode::WUSR);
+            let file = File::from(file.map_err(|error| failed("making the file", error))?);
+            fill(&file)?;
+            Ok(finish(file.as_fd(), found, extended, keep))
+        })
+    }
+
+    /// Makes a symbolic link.
+    pub(super) fn link(
+        &self,
+        name: &[u8],
+        target: &[u8],
+        found: &Attributes,
+        extended: &[ExtendedAttribute],
+        keep: Keep,
+    ) -> Result<Vec<Lost>> {
+        self.placed(name, |draft| {
+            fs::symlinkat(target, &self.0, draft).map_err(|error| failed("making the symbolic link", error))?;
+            Ok(self.finish_at(draft, found, extended, keep, false))
+        })
+    }
+
+    /// Makes a device, FIFO or socket.
+    pub(super) fn special(
+        &self,
+        name: &[u8],
+        found: &Attributes,
+        extended: &[ExtendedAttribute],
+        keep: Keep,
+    ) -> Result<Vec<Lost>> {
+        let kind = match found.kind {
+            FileKind::CharDevice => FileType::CharacterDevice,
+            FileKind::BlockDevice => FileType::BlockDevice,
+            FileKind::Socket => FileType::Socket,
+            FileKind::Fifo | FileKind::File | FileKind::Directory | FileKind::Symlink => FileType::Fifo,
+        };
+        self.placed(name, |draft| {
+            let device = fs::makedev(found.device.0, found.device.1);
+            let made = fs::mknodat(&self.0, draft, kind, Mode::RUSR | Mode::WUSR, device);
+            made.map_err(|error| failed("making it", error))?;
+            Ok(self.finish_at(draft, found, extended, keep, true))
+        })
+    }
+
+    /// Gives a file that was made here, beneath `root`, one more name.
+    pub(super) fn name_again(&self, name: &[u8], root: &Self, first: &Path) -> Result<()> {
+        let parent = root.below(first.parent().unwrap_or(Path::new("")))?;
+        let old = first.file_name().unwrap_or_default();
+        self.placed(name, |draft| {
+            fs::linkat(&parent.0, old, &self.0, draft, AtFlags::empty())
+                .map_err(|error| failed("linking it to the first of its names", error))
+        })
+    }
+
+    /// Gives the directory itself what its source has.
+    pub(super) fn finish(&self, found: &Attributes, extended: &[ExtendedAttribute], keep: Keep) -> Vec<Lost> {
+        finish(self.0.as_fd(), found, extended, keep)
+    }
+
+    /// Makes something under a name that nobody has, and gives it its own when it is whole.
+    fn placed<T>(&self, name: &[u8], make: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+        static DRAFTS: AtomicU64 = AtomicU64::new(0);
+        let number = DRAFTS.fetch_add(1, Ordering::Relaxed);
+        let draft = PathBuf::from(format!(".chainfs-{}-{number}", std::process::id()));
+        let placed = make(&draft).and_then(|made| {
+            let renamed = fs::renameat(&self.0, &draft, &self.0, name);
+            renamed.map(|()| made).map_err(|error| failed("giving it its name", error))
+        });
+        // After a success it is there only if it was one more name of what had the name before.
+        let _ = fs::unlinkat(&self.0, &draft, AtFlags::empty());
+        placed
+    }
+
+    /// As [`finish`], of what cannot be opened.
+    fn finish_at(
+        &self,
+        name: &Path,
+        found: &Attributes,
+        extended: &[ExtendedAttribute],
+        keep: Keep,
+        has_mode: bool,
+    ) -> Vec<Lost> {
+        let mut lost = Vec::new();
+        let mut is_owned = false;
+        if keep.all {
+            let (uid, gid) = (Uid::from_raw(found.uid), Gid::from_raw(found.gid));
+            let owned = fs::chownat(&self.0, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW);
+            is_owned = owned.is_ok();
+            note_owner(&mut lost, owned);
+            // There is no call that takes a directory and a name; the name is ours, and not followed.
+            let path = PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd())).join(name);
+            set_extended(&mut lost, extended, keep, is_owned, |name, value| {
+                fs::lsetxattr(&path, name, value, XattrFlags::empty())
+            });
+        }
+        if has_mode {
+            // Made by us a moment ago under a name that nobody else has: it is no link.
+            note(
+                &mut lost,
+                "permission bits",
+                fs::chmodat(&self.0, name, mode(found, keep, is_owned), AtFlags::empty()),
+            );
+        }
+        note(&mut lost, "times", fs::utimensat(&self.0, name, &times(found), AtFlags::SYMLINK_NOFOLLOW));
+        lost
+    }
+}
+
+/// Gives an open file or directory owner, attributes, permission bits and times, in an order in which none spoils another.
+fn finish(
+    fd: std::os::fd::BorrowedFd<'_>,
+    found: &Attributes,
+    extended: &[ExtendedAttribute],
+    keep: Keep,
+) -> Vec<Lost> {
+    let mut lost = Vec::new();
+    let mut is_owned = false;
+    if keep.all {
+        let owned = fs::fchown(fd, Some(Uid::from_raw(found.uid)), Some(Gid::from_raw(found.gid)));
+        is_owned = owned.is_ok();
+        note_owner(&mut lost, owned);
+        set_extended(&mut lost, extended, keep, is_owned, |name, value| {
+            fs::fsetxattr(fd, name, value, XattrFlags::empty())
+        });
+    }
+    note(&mut lost, "permission bits", fs::fchmod(fd, mode(found, keep, is_owned)));
+    note(&mut lost, "times", fs::futimens(fd, &times(found)));
+    lost
+}
+
+fn set_extended(
+    lost: &mut Vec<Lost>,
+    extended: &[ExtendedAttribute],
+    keep: Keep,
+    is_owned: bool,
+    set: impl Fn(&std::ffi::OsStr, &[u8]) -> rustix::io::Result<()>,
+) {
+    for attribute in extended {
+        // It gives whoever runs the file rights, as a set-ID bit does.
+        if attribute.name == b"security.capability" && !(keep.set_id && is_owned) {
+            continue;
+        }
+        let name = std::ffi::OsStr::from_bytes(&attribute.name);
+        if let Err(why) = set(name, &attribute.value) {
+            let what = format!("the attribute {}", shown(Path::new(name)));
+            lost.push(Lost { what, why, matters: attribute.name.starts_with(b"user.") });
+        }
+    }
+}
+
+fn note_owner(lost: &mut Vec<Lost>, result: rustix::io::Result<()>) {
+    match result {
+        // Who is not root gives nothing away, and knows it.
+        Err(Errno::PERM) if !rustix::process::geteuid().is_root() => {}
+        Err(why) => lost.push(Lost { what: "the owner".to_owned(), why, matters: false }),
+        Ok(()) => {}
+    }
+}
+
+fn note(lost: &mut Vec<Lost>, what: &str, result: rustix::io::Result<()>) {
+    if let Err(why) = result {
+        lost.push(Lost { what: what.to_owned(), why, matters: true });
+    }
+}
+
+fn mode(found: &Attributes, keep: Keep, is_owned: bool) -> Mode {
+    let bits = match (keep.all, keep.set_id && is_owned) {
+        (true, true) => found.mode & 0o7777,
+        (true, false) => found.mode & 0o1777,
+        (false, _) => found.mode & 0o777 & !keep.umask,
+    };
+    Mode::from_raw_mode(bits.into())
+}
+
+fn times(found: &Attributes) -> Timestamps {
+    let time = |at: crate::guest::Time| Timespec { tv_sec: at.seconds, tv_nsec: at.nanoseconds.into() };
+    Timestamps { last_access: time(found.accessed), last_modification: time(found.modified) }
+}
+
+fn failed(what: &str, error: Errno) -> Error {
+    Error::io(what, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::Time;
+    use std::os::unix::fs::symlink;
+
+    fn attributes(kind: FileKind) -> Attributes {
+        let time = Time { seconds: 1_000_000, nanoseconds: 5 };
+        let (accessed, modified, changed) = (time, time, time);
+        let device = (0, 0);
+        Attributes {
+            kind,
+            mode: 0o6754,
+            uid: 7,
+            gid: 8,
+            size: 1,
+            blocks: 0,
+            links: 1,
+            device,
+            accessed,
+            modified,
+            changed,
+            created: None,
+        }
+    }
+
+    #[test]
+    fn a_link_that_is_in_the_way_is_replaced_and_never_followed() {
+        let place = tempfile::tempdir().unwrap();
+        let (inside, outside) = (place.path().join("in"), place.path().join("out"));
+        for directory in [&inside, &outside] {
+            std::fs::create_dir(directory).unwrap();
+        }
+        std::fs::write(outside.join("passwd"), "mine").unwrap();
+        symlink(&outside, inside.join("a")).unwrap();
+        symlink(outside.join("passwd"), inside.join("b")).unwrap();
+        let folder = Folder::open(&inside).unwrap();
+        let keep = Keep { all: false, set_id: false, umask: 0o022 };
+        assert_eq!(folder.enter(b"a").unwrap_err().kind(), ErrorKind::Exists);
+        let found = attributes(FileKind::File);
+        let lost = folder.file(b"b", &found, &[], keep, |file| {
+            std::io::Write::write_all(&mut &*file, b"the guest's").map_err(|error| Error::io("", error))
+        });
+        assert!(lost.unwrap().is_empty());
+        assert_eq!(std::fs::read_to_string(outside.join("passwd")).unwrap(), "mine");
+        assert_eq!(std::fs::read_to_string(inside.join("b")).unwrap(), "the guest's");
+        let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(inside.join("b")).unwrap().permissions());
+        assert_eq!(mode & 0o7777, 0o754, "no set-ID bits");
+        // What fails leaves what there was, and nothing else.
+        let refused = folder.file(b"b", &found, &[], keep, |_| Err(Error::new(ErrorKind::Io, "")));
+        assert!(refused.is_err());
+        assert_eq!(std::fs::read_to_string(inside.join("b")).unwrap(), "the guest's");
+        folder.name_again(b"c", &folder, Path::new("b")).unwrap();
+        folder.name_again(b"c", &folder, Path::new("b")).unwrap();
+        assert_eq!(folder.name_again(b"d", &folder, Path::new("a/passwd")).unwrap_err().kind(), ErrorKind::Io);
+        let mut names: Vec<_> = std::fs::read_dir(&inside).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["a", "b", "c"]);
+    }
+}

@@ -1,0 +1,172 @@
+//! Which view of which chain a disk's name means in a store that is open.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::images::{Disk, OpenStore};
+use super::places::DiskName;
+use super::shown;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{Catalog, ChainView, ChainViews, ImageIndex, ViewPart};
+
+/// A view of a chain.
+#[derive(Clone, Debug)]
+pub(super) struct Spot {
+    views: Arc<ChainViews>,
+    view: ChainView,
+}
+
+impl Spot {
+    /// Its layers, top first.
+    pub(super) fn layers(&self) -> Vec<ImageIndex> {
+        self.views.layers[self.view.layer..].to_vec()
+    }
+
+    /// Which state of the top one.
+    pub(super) fn part(&self) -> ViewPart {
+        self.view.snapshot.map_or(ViewPart::Active, ViewPart::Snapshot)
+    }
+}
+
+/// The disk of that name in a store; `None` if the image is none of its.
+pub(super) fn find(opened: &Arc<OpenStore>, image: &Path, name: &DiskName) -> Result<Option<Disk>> {
+    let DiskName::Image { snapshot, .. } = name else { unreachable!("asked only of images") };
+    let catalog = opened.store.catalog();
+    let Some(index) = catalog.images.iter().position(|entry| opened.store.host_path(&entry.place) == image) else {
+        return Ok(None);
+    };
+    let Some((chain, leaf)) = chains_of(&catalog, index).into_iter().next() else {
+        let fact = format!("{} is part of no chain", shown(image.as_os_str()));
+        return Err(Error::new(ErrorKind::Broken, fact));
+    };
+    let chain = Arc::new(chain);
+    let views = opened.store.chain_views(&catalog, leaf);
+    let layer = views.layers.iter().position(|layer| *layer == index).expect("the chain has it");
+    let of_layer = |snapshot: Option<usize>| {
+        views.views.iter().find(|view| view.layer == layer && view.snapshot == snapshot).cloned()
+    };
+    let view = match snapshot {
+        None => of_layer(None).ok_or_else(|| unshown(&catalog, index))?,
+        Some(wanted) => {
+            let inner = catalog.images[index].qcow2().map_or(&[][..], |qcow2| &qcow2.snapshots);
+            let by_name = inner.iter().position(|snapshot| snapshot.name == *wanted);
+            let inner = by_name.or_else(|| inner.iter().position(|snapshot| snapshot.id == *wanted));
+            let found = match inner {
+                Some(inner) => of_layer(Some(inner)),
+                None => views.find(wanted).cloned(),
+            };
+            found.ok_or_else(|| no_view(image, wanted, &views))?
+        }
+    };
+    Ok(Some(disk(opened, &catalog, &chain, &views, view)))
+}
+
+/// A view of a chain by the path that it has in a mount; the leaf's if none is named.
+pub(super) fn in_chain(opened: &Arc<OpenStore>, chain: &Path, view: Option<&[u8]>) -> Result<Disk> {
+    let catalog = opened.store.catalog();
+    let leaf = catalog.chain(chain).ok_or_else(|| {
+        let fact = format!("the mounted store has no chain {}", shown(chain.as_os_str()));
+        Error::new(ErrorKind::NotFound, fact)
+    })?;
+    let views = opened.store.chain_views(&catalog, leaf);
+    let found = match view {
+        Some(name) => views.find(name),
+        None => views.views.iter().find(|view| view.layer == 0 && view.snapshot.is_none()),
+    };
+    let view = found.cloned().ok_or_else(|| no_view(chain, view.unwrap_or(b"active"), &views))?;
+    Ok(disk(opened, &catalog, &Arc::new(chain.to_path_buf()), &views, view))
+}
+
+/// The same two disks, as views of one chain if there is one that has both: then one process looks into them.
+pub(super) fn in_one_chain((a, b): (Disk, Disk)) -> (Disk, Disk) {
+    let catalog = a.opened.store.catalog();
+    let top = |disk: &Disk| disk.spot.layers()[0];
+    for (chain, leaf) in chains_of(&catalog, top(&a)) {
+        let views = a.opened.store.chain_views(&catalog, leaf);
+        let same = |disk: &Disk| {
+            let is_it =
+                |view: &&ChainView| views.layers[view.layer] == top(disk) && view.snapshot == disk.spot.view.snapshot;
+            views.views.iter().find(is_it).cloned()
+        };
+        if let (Some(view_a), Some(view_b)) = (same(&a), same(&b)) {
+            let chain = Arc::new(chain);
+            let of = |view| disk(&a.opened, &catalog, &chain, &views, view);
+            return (of(view_a), of(view_b));
+        }
+    }
+    (a, b)
+}
+
+/// All views of all chains that have the disk's top layer as a layer, from the bases upwards, each once: its name, and the disk.
+pub(super) fn all_around(disk: &Disk) -> Vec<(Vec<u8>, Disk)> {
+    let opened = &disk.opened;
+    let catalog = opened.store.catalog();
+    let chains = chains_of(&catalog, disk.spot.layers()[0]);
+    let mut met: Vec<(ImageIndex, Option<usize>)> = Vec::new();
+    let mut all = Vec::new();
+    for (chain, leaf) in &chains {
+        let views = opened.store.chain_views(&catalog, *leaf);
+        let chain = Arc::new(chain.clone());
+        for layer in (0..views.layers.len()).rev() {
+            let of_layer = |view: &&ChainView| view.layer == layer;
+            // Internal snapshots are older than what the layer became.
+            let (inner, own): (Vec<_>, Vec<_>) =
+                views.views.iter().filter(of_layer).partition(|view| view.snapshot.is_some());
+            for view in inner.into_iter().chain(own) {
+                let key = (views.layers[layer], view.snapshot);
+                if met.contains(&key) {
+                    continue;
+                }
+                met.push(key);
+                // Each chain has an active disk.
+                let is_shared = chains.len() > 1 && layer == 0;
+                let prefix = if is_shared { [chain.as_os_str().as_bytes(), b"/"].concat() } else { Vec::new() };
+                let name = [prefix.as_slice(), &view.name].concat();
+                all.push((name, self::disk(opened, &catalog, &chain, &views, view.clone())));
+            }
+        }
+    }
+    all
+}
+
+/// The chains that an image is a layer of, that of which it is the leaf first.
+fn chains_of(catalog: &Catalog, index: ImageIndex) -> Vec<(PathBuf, ImageIndex)> {
+    let mut chains: Vec<_> = catalog.chains().filter(|(_, leaf)| catalog.layers(*leaf).contains(&index)).collect();
+    chains.sort_by(|(a, leaf_a), (b, leaf_b)| ((*leaf_a != index), a).cmp(&(*leaf_b != index, b)));
+    chains
+}
+
+fn disk(
+    opened: &Arc<OpenStore>,
+    catalog: &Catalog,
+    chain: &Arc<PathBuf>,
+    views: &Arc<ChainViews>,
+    view: ChainView,
+) -> Disk {
+    let id = opened.store.view_id(catalog, chain, views, &view, false);
+    let spot = Spot { views: Arc::clone(views), view };
+    Disk { opened: Arc::clone(opened), spot, id }
+}
+
+/// Why an image has no view.
+fn unshown(catalog: &Catalog, index: ImageIndex) -> Error {
+    let sentences = catalog.sentences(index);
+    let fact =
+        sentences.first().cloned().unwrap_or_else(|| format!("{} cannot be read", catalog.images[index].shown()));
+    Error::new(ErrorKind::Broken, fact)
+}
+
+fn no_view(image: &Path, wanted: &[u8], views: &ChainViews) -> Error {
+    /// Names that are told of, at most.
+    const TOLD: usize = 12;
+    let mut names: Vec<String> =
+        views.views.iter().take(TOLD).map(|view| shown(OsStr::from_bytes(&view.name))).collect();
+    if views.views.len() > TOLD {
+        names.push("…".to_owned());
+    }
+    let wanted = shown(OsStr::from_bytes(wanted));
+    let fact = format!("{} has no snapshot or view {wanted}; there is {}", shown(image.as_os_str()), names.join(", "));
+    Error::new(ErrorKind::NotFound, fact)
+}

@@ -1,0 +1,200 @@
+//! What `IMAGE[@SNAPSHOT]:/VOLUME/PATH` says.
+//!
+//! File names may hold colons and at signs: the longest beginning of a word that is a file's name is that file.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::super::target::place_in_mount;
+use super::shown;
+use crate::browse::Inside;
+use crate::error::{Error, ErrorKind, Result};
+
+/// The name that stands for the volume with the operating system.
+const ROOT: &[u8] = b"root";
+
+/// A word, and what it says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) disk: DiskName,
+    /// A volume and a path in it.
+    pub(super) inner: Option<Inner>,
+    /// Whether the word goes on behind the image's name: `IMAGE:` is not `IMAGE`.
+    pub(super) has_inner: bool,
+}
+
+/// A disk, as the user names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum DiskName {
+    /// An image's, or that of a snapshot.
+    Image { path: PathBuf, snapshot: Option<Vec<u8>> },
+    /// One that a mount of the store at `store` shows.
+    Mounted { store: PathBuf, chain: PathBuf, view: Option<Vec<u8>> },
+}
+
+/// A place on a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Inner {
+    pub(super) volume: Vec<u8>,
+    /// Within the volume; as it was written.
+    pub(super) path: Vec<u8>,
+}
+
+impl Inner {
+    /// `/VOLUME/PATH`; `None` if there is no volume in it.
+    fn of(text: &[u8]) -> Option<Self> {
+        let text = &text[text.iter().position(|byte| *byte != b'/')?..];
+        let end = text.iter().position(|byte| *byte == b'/').unwrap_or(text.len());
+        Some(Self { volume: text[..end].to_vec(), path: text[end..].to_vec() })
+    }
+}
+
+/// Finds out what a word names.
+pub(super) fn parse(word: &OsStr) -> Result<Place> {
+    let bytes = word.as_bytes();
+    let ends = (1..=bytes.len()).rev().filter(|end| bytes.get(*end).is_none_or(|byte| matches!(byte, b':' | b'@')));
+    for end in ends {
+        let path = Path::new(OsStr::from_bytes(&bytes[..end]));
+        if !path.metadata().is_ok_and(|found| found.is_file()) {
+            continue;
+        }
+        let Some((snapshot, inner)) = split(&bytes[end..]) else { continue };
+        if let Some((store, rest)) = place_in_mount(path)? {
+            return mounted(word, store, &rest, snapshot, inner);
+        }
+        let disk = DiskName::Image { path: path.to_path_buf(), snapshot: snapshot.map(<[u8]>::to_vec) };
+        return Ok(Place { disk, inner: inner.and_then(Inner::of), has_inner: inner.is_some() });
+    }
+    if let Some((store, rest)) = place_in_mount(Path::new(word))? {
+        return mounted(word, store, &rest, None, None);
+    }
+    // What stands before the first colon was meant, probably.
+    let end = bytes.iter().position(|byte| *byte == b':').unwrap_or(bytes.len());
+    let path = Path::new(OsStr::from_bytes(&bytes[..end]));
+    if path.is_dir() {
+        let fact = format!("{} is a directory; name one of its images", shown(path.as_os_str()));
+        return Err(Error::new(ErrorKind::Usage, fact));
+    }
+    let fact = format!("there is no image {}; a place in one is written IMAGE:/VOLUME/PATH", shown(path.as_os_str()));
+    Err(Error::new(ErrorKind::NotFound, fact))
+}
+
+/// `[@SNAPSHOT][:INNER]` in its two parts; `None` if it is nothing of that kind.
+fn split(rest: &[u8]) -> Option<(Option<&[u8]>, Option<&[u8]>)> {
+    match rest {
+        [] => Some((None, None)),
+        [b':', inner @ ..] => Some((None, Some(inner))),
+        [b'@', rest @ ..] => {
+            // Names of snapshots are often times, and have colons.
+            let end = rest.windows(2).position(|pair| pair == b":/");
+            let end = end.or_else(|| rest.len().checked_sub(1).filter(|last| rest[*last] == b':'));
+            let (snapshot, inner) = match end {
+                Some(end) => (&rest[..end], Some(&rest[end + 1..])),
+                None => (rest, None),
+            };
+            (!snapshot.is_empty()).then_some((Some(snapshot), inner))
+        }
+        _ => None,
+    }
+}
+
+/// A place in a mount: a disk that it shows, or a guest's file.
+fn mounted(word: &OsStr, store: PathBuf, rest: &Path, snapshot: Option<&[u8]>, inner: Option<&[u8]>) -> Result<Place> {
+    let nothing = || {
+        let fact = format!("{} is neither a disk nor a guest's file of a mount", shown(word));
+        Error::new(ErrorKind::Usage, fact)
+    };
+    let names: Vec<&[u8]> = rest.iter().map(OsStr::as_bytes).collect();
+    let chain = |count: usize| names[..count].iter().map(|name| OsStr::from_bytes(name)).collect::<PathBuf>();
+    let place = |chain, view: Option<&[u8]>, inner: Option<&[u8]>| {
+        let view = snapshot.or(view).map(<[u8]>::to_vec);
+        let disk = DiskName::Mounted { store: store.clone(), chain, view };
+        Place { disk, inner: inner.and_then(Inner::of), has_inner: inner.is_some() }
+    };
+    if let Some(at) = names.iter().position(|name| *name == b"files") {
+        let view = *names.get(at + 1).ok_or_else(nothing)?;
+        // The kernel has taken a slash at the end for granted; whoever wrote it means the directory behind a link.
+        let mut within = names[at + 2..].join(&b'/');
+        if word.as_bytes().ends_with(b"/") {
+            within.push(b'/');
+        }
+        return Ok(place(chain(at), Some(view), Some(&within)));
+    }
+    match names.as_slice() {
+        [.., b"snapshots", file] => {
+            let view = file.strip_suffix(b".raw").ok_or_else(nothing)?;
+            Ok(place(chain(names.len() - 2), Some(view), inner))
+        }
+        [.., b"active.raw"] => Ok(place(chain(names.len() - 1), Some(b"active"), inner)),
+        // The chain itself stands for its leaf.
+        _ => Ok(place(chain(names.len()), None, inner)),
+    }
+}
+
+/// The volume of that name; `root` is the one with the operating system.
+pub(super) fn volume(inside: &Inside, name: &[u8]) -> Result<usize> {
+    if let Some(index) = inside.volume(name) {
+        return Ok(index);
+    }
+    let is_root = name == ROOT;
+    if is_root && let Some(found) = inside.operating_systems()?.first() {
+        return inside
+            .volume(found.volume.as_bytes())
+            .ok_or_else(|| crate::store::stale("the disk's partitions have changed"));
+    }
+    let names: Vec<&str> = inside.layout().volumes.iter().map(|volume| volume.name.as_str()).collect();
+    let fact = if is_root {
+        "no operating system was found on the disk".to_owned()
+    } else {
+        format!("the disk has no volume {}", shown(OsStr::from_bytes(name)))
+    };
+    let remedy =
+        if names.is_empty() { "it has none at all".to_owned() } else { format!("there is {}", names.join(", ")) };
+    Err(Error::new(ErrorKind::NotFound, format!("{fact}; {remedy}")))
+}
+
+/// That a word names a disk where a file is wanted.
+pub(super) fn no_volume(word: &OsStr) -> Error {
+    let word = shown(word);
+    let fact =
+        format!("{word} names no volume; chainfs ls {}: tells which there are", word.trim_end_matches([':', '/']));
+    Error::new(ErrorKind::Usage, fact)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_beginning_that_is_a_file_is_the_image() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        for name in ["a", "a:", "b@c", "b"] {
+            std::fs::write(at(name), "").unwrap();
+        }
+        let said = |word: &str| {
+            let place = parse(at(word).as_os_str()).unwrap();
+            let DiskName::Image { path, snapshot } = place.disk else { panic!() };
+            let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+            let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+            let inner = place.inner.map(|inner| (text(inner.volume), text(inner.path)));
+            (name, snapshot.map(text), inner, place.has_inner)
+        };
+        let inner = |volume: &str, path: &str| Some((volume.to_owned(), path.to_owned()));
+        let name = |name: &str| name.to_owned();
+        assert_eq!(said("a"), (name("a"), None, None, false));
+        assert_eq!(said("a:"), (name("a:"), None, None, false));
+        assert_eq!(said("a::"), (name("a:"), None, None, true));
+        assert_eq!(said("a:/p1/x:y/@z"), (name("a"), None, inner("p1", "/x:y/@z"), true));
+        assert_eq!(said("a:p1"), (name("a"), None, inner("p1", ""), true));
+        assert_eq!(said("b@c:/p1/"), (name("b@c"), None, inner("p1", "/"), true));
+        assert_eq!(said("b@d:/"), (name("b"), Some(name("d")), None, true));
+        assert_eq!(said("b@12:30:/disk/e"), (name("b"), Some(name("12:30")), inner("disk", "/e"), true));
+        assert_eq!(said("b@active@monday"), (name("b"), Some(name("active@monday")), None, false));
+        let absent = |word: &str| parse(at(word).as_os_str()).unwrap_err();
+        assert_eq!(absent("c:/p1").kind(), ErrorKind::NotFound);
+        assert!(absent("c:/p1").to_string().contains("no image"), "{}", absent("c:/p1"));
+        assert_eq!(absent(":/p1").kind(), ErrorKind::Usage, "the directory itself");
+    }
+}
