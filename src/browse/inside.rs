@@ -16,7 +16,7 @@ use crate::store::ViewId;
 
 use super::disk::{Digests, Disk, Held};
 use super::worker::protocol::{Answer, ChunkKey, READ_LEN, Request, VolumeId};
-use super::worker::{Disks, Listing, Mounted, Worker};
+use super::worker::{Disks, Listing, Mounted, OpenedFile, Worker};
 
 /// Bytes of a name, at most.
 const NAME_LEN: usize = 1024;
@@ -211,17 +211,7 @@ impl Inside {
     pub fn list(&self, volume: usize, directory: Ino, from: u64) -> Result<Listing> {
         match self.ask(&Request::List(self.id_of(volume), directory, from))?.0 {
             Answer::Listed(mut listing) => {
-                let is_usual = |name: &[u8]| {
-                    !matches!(name, b"" | b"." | b"..")
-                        && name.len() <= NAME_LEN
-                        && !name.contains(&b'/')
-                        && !name.contains(&0)
-                };
-                listing.entries.retain(|(entry, _)| {
-                    is_usual(&entry.name)
-                        && entry.ino.0 < Ino::LIMIT
-                        && (1..DirectoryEntry::NEXT_LIMIT - 2).contains(&entry.next)
-                });
+                listing.entries.retain(|listed| is_usual(&listed.entry));
                 Ok(listing)
             }
             _ => Err(confused()),
@@ -255,15 +245,23 @@ impl Inside {
         }
     }
 
+    /// Size of a regular file, and where its first bytes are.
+    pub fn open_file(&self, volume: usize, ino: Ino) -> Result<OpenedFile> {
+        match self.ask(&Request::OpenFile(self.id_of(volume), ino))?.0 {
+            Answer::OpenedFile(opened) => {
+                check_runs(0, &opened.runs)?;
+                Ok(opened)
+            }
+            _ => Err(confused()),
+        }
+    }
+
     /// Where the bytes of a file are, from `at` on, up to `at + len` or the end of the file, or for as many runs as one
     /// answer holds. Empty at and beyond the end.
     pub fn runs(&self, volume: usize, ino: Ino, at: u64, len: u64) -> Result<Vec<Run>> {
         match self.ask(&Request::Runs(self.id_of(volume), ino, at, len))?.0 {
             Answer::Runs(runs) => {
-                let mut end = at;
-                for run in &runs {
-                    end = end.checked_add(run.len).filter(|_| run.len > 0).ok_or_else(confused)?;
-                }
+                check_runs(at, &runs)?;
                 Ok(runs)
             }
             _ => Err(confused()),
@@ -344,6 +342,22 @@ impl Inside {
     pub(super) fn rest(&self) {
         self.disks.iter().for_each(Disk::rest);
     }
+}
+
+/// Whether an entry can be shown as it is.
+fn is_usual(entry: &DirectoryEntry) -> bool {
+    let name = &entry.name[..];
+    let is_name = !matches!(name, b"" | b"." | b"..") && name.len() <= NAME_LEN;
+    is_name
+        && !name.iter().any(|byte| matches!(byte, 0 | b'/'))
+        && entry.ino.0 < Ino::LIMIT
+        && (1..DirectoryEntry::NEXT_LIMIT - 2).contains(&entry.next)
+}
+
+/// `Err` unless each run has bytes, and none ends beyond what can be counted.
+fn check_runs(at: u64, runs: &[Run]) -> Result<()> {
+    let end = |end: u64, run: &Run| end.checked_add(run.len).filter(|_| run.len > 0);
+    runs.iter().try_fold(at, end).map(drop).ok_or_else(confused)
 }
 
 fn check_ino(ino: Ino) -> Result<()> {

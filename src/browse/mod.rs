@@ -33,7 +33,7 @@ use worker::protocol::{Answer, Request};
 use worker::{Program, Worker};
 
 pub use inside::{Hold, Inside};
-pub use worker::{Listing, Mounted};
+pub use worker::{ListedEntry, Listing, Mounted, OpenedFile};
 
 /// Insides that are kept for whoever looks next.
 const KEPT: NonZero<usize> = NonZero::new(256).expect("not zero");

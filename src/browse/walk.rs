@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{Attributes, ExtendedAttribute, FileKind, Ino};
 use crate::store::shown;
 
-use super::{Hold, Inside};
+use super::{Hold, Inside, ListedEntry};
 
 /// Symbolic links that one path leads over, at most: as many as Linux follows.
 const LINKS: usize = 40;
@@ -151,12 +151,12 @@ impl Tree {
         let mut from = 0;
         loop {
             let listing = self.inside.list(self.volume, directory, from)?;
-            let Some((last, _)) = listing.entries.last() else {
+            let Some(last) = listing.entries.last() else {
                 let fact = "a directory's listing does not end";
                 return if listing.ends { Ok(()) } else { Err(Error::new(ErrorKind::Corrupt, fact)) };
             };
-            from = last.next;
-            for (found, attributes) in listing.entries {
+            from = last.entry.next;
+            for ListedEntry { entry: found, attributes, .. } in listing.entries {
                 let attributes = match attributes {
                     Some(attributes) => Ok(attributes),
                     None => self.inside.attributes(self.volume, found.ino),

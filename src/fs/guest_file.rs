@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::browse::{Hold, Listing};
+use crate::browse::{Hold, Listing, OpenedFile};
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::{Ino, RunKind};
+use crate::guest::{Ino, Run, RunKind};
 
 use super::slots::Slot;
 
@@ -36,6 +36,15 @@ struct Known {
 }
 
 impl Known {
+    fn new(start: u64, runs: Vec<Run>) -> Self {
+        let mut end = start;
+        let runs = runs.into_iter().map(|run| {
+            end += run.len;
+            (end, run.kind)
+        });
+        Self { start, runs: runs.collect() }
+    }
+
     /// The run that holds `at`: its beginning, its end, and where its first byte is.
     fn find(&self, at: u64) -> Option<(u64, u64, RunKind)> {
         let index = self.runs.partition_point(|(end, _)| *end <= at);
@@ -48,8 +57,9 @@ impl Known {
 impl GuestFile {
     pub(super) fn open(slot: &Arc<Slot>, ino: Ino) -> Result<Self> {
         let hold = slot.inside.hold()?;
-        let size = slot.inside.attributes(slot.volume, ino)?.size;
-        Ok(Self { slot: Arc::clone(slot), ino, size, known: Mutex::default(), _hold: hold })
+        let OpenedFile { size, runs } = slot.inside.open_file(slot.volume, ino)?;
+        let known = Mutex::new(Arc::new(Known::new(0, runs)));
+        Ok(Self { slot: Arc::clone(slot), ino, size, known, _hold: hold })
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -73,13 +83,8 @@ impl GuestFile {
     }
 
     fn look(&self, at: u64) -> Result<Known> {
-        let mut end = at;
         let runs = self.slot.inside.runs(self.slot.volume, self.ino, at, WINDOW.min(self.size - at))?;
-        let runs = runs.into_iter().map(|run| {
-            end += run.len;
-            (end, run.kind)
-        });
-        Ok(Known { start: at, runs: runs.collect() })
+        Ok(Known::new(at, runs))
     }
 
     /// Reads what there is before the end of the file. As a whole or not at all: a page cache would take a short read for
@@ -135,7 +140,7 @@ impl GuestDirectory {
     pub(super) fn from(&self, place: u64) -> Result<(Arc<Listing>, usize)> {
         if let Some((start, listed)) = &*self.listed.lock() {
             // The kernel takes an answer in several pieces: it goes on within the one that it had.
-            let after = listed.entries.iter().position(|(entry, _)| entry.next == place).map(|index| index + 1);
+            let after = listed.entries.iter().position(|listed| listed.entry.next == place).map(|index| index + 1);
             let skip = if *start == place { Some(0) } else { after };
             if let Some(skip) = skip.filter(|skip| *skip < listed.entries.len() || listed.ends) {
                 return Ok((Arc::clone(listed), skip));

@@ -5,7 +5,6 @@
 //! remembered for as long as the kernel knows anything of it; only then may others get its numbers.
 
 use std::collections::HashMap;
-use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -26,10 +25,12 @@ const _: () = assert!(SLOT_BITS + DEPTH_BITS + INO_BITS == 62 && 1 << INO_BITS =
 /// File systems that are shown at the same time, at most.
 const SLOTS: usize = 1 << SLOT_BITS;
 /// Inodes whose extended attributes are kept: `ls -l` asks for several of each file.
-const ATTRIBUTES_KEPT: NonZero<usize> = NonZero::new(256).expect("not zero");
+const ATTRIBUTES_KEPT: usize = 256;
+/// Inodes that are known to have none.
+const PLAIN_KEPT: usize = 1 << 16;
 
 /// Directories and links of which is kept what holds them: some targets of links depend on that.
-const PARENTS_KEPT: NonZero<usize> = NonZero::new(1 << 14).expect("not zero");
+const PARENTS_KEPT: usize = 1 << 14;
 
 /// A file of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -68,8 +69,9 @@ pub(super) struct Slot {
     pub(super) mounted: Mounted,
     /// How often the kernel has been told of anything of it, and has not forgotten it.
     known: AtomicI64,
-    attributes: Mutex<LruCache<Ino, Arc<[ExtendedAttribute]>>>,
-    parents: Mutex<LruCache<Ino, Ino>>,
+    attributes: Kept<Arc<[ExtendedAttribute]>>,
+    plain: Kept<()>,
+    parents: Kept<Ino>,
 }
 
 impl std::fmt::Debug for Slot {
@@ -78,24 +80,56 @@ impl std::fmt::Debug for Slot {
     }
 }
 
+/// Something of inodes, the least recently used of which are forgotten. Takes no memory before there is any.
+struct Kept<T> {
+    most: usize,
+    found: Mutex<LruCache<Ino, T>>,
+}
+
+impl<T: Clone> Kept<T> {
+    fn new(most: usize) -> Self {
+        Self { most, found: Mutex::new(LruCache::unbounded()) }
+    }
+
+    fn get(&self, ino: Ino) -> Option<T> {
+        self.found.lock().get(&ino).cloned()
+    }
+
+    fn put(&self, ino: Ino, value: T) {
+        let mut found = self.found.lock();
+        found.put(ino, value);
+        if found.len() > self.most {
+            found.pop_lru();
+        }
+    }
+}
+
 impl Slot {
+    /// Notes that an inode has no extended attributes.
+    pub(super) fn note_plain(&self, ino: Ino) {
+        self.plain.put(ino, ());
+    }
+
     /// Notes which directory holds a directory or a link.
     pub(super) fn held_by(&self, ino: Ino, parent: Ino) {
-        self.parents.lock().put(ino, parent);
+        self.parents.put(ino, parent);
     }
 
     /// The directory that holds a directory or a link, if that was noted.
     pub(super) fn parent(&self, ino: Ino) -> Option<Ino> {
-        self.parents.lock().get(&ino).copied()
+        self.parents.get(ino)
     }
 
     /// All extended attributes of an inode.
     pub(super) fn extended_attributes(&self, ino: Ino) -> Result<Arc<[ExtendedAttribute]>> {
-        if let Some(known) = self.attributes.lock().get(&ino) {
-            return Ok(Arc::clone(known));
+        if self.plain.get(ino).is_some() {
+            return Ok(Arc::default());
+        }
+        if let Some(known) = self.attributes.get(ino) {
+            return Ok(known);
         }
         let found: Arc<[ExtendedAttribute]> = self.inside.extended_attributes(self.volume, ino)?.into();
-        self.attributes.lock().put(ino, Arc::clone(&found));
+        self.attributes.put(ino, Arc::clone(&found));
         Ok(found)
     }
 }
@@ -130,8 +164,9 @@ impl Slots {
             volume,
             mounted,
             known: AtomicI64::new(0),
-            attributes: Mutex::new(LruCache::new(ATTRIBUTES_KEPT)),
-            parents: Mutex::new(LruCache::new(PARENTS_KEPT)),
+            attributes: Kept::new(ATTRIBUTES_KEPT),
+            plain: Kept::new(PLAIN_KEPT),
+            parents: Kept::new(PARENTS_KEPT),
         });
         let mut table = self.table.write();
         if let Some(slot) = table.places.get(&place) {

@@ -55,19 +55,24 @@ const fn table() -> [u32; 256] {
     table
 }
 
-/// Text up to its first NUL, without spaces at its end; `None` if nothing is left.
+/// Text up to its first NUL, without spaces at its end, fit for a terminal; `None` if nothing is left.
 pub(super) fn text(bytes: &[u8]) -> Option<String> {
     let len = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     let text = String::from_utf8_lossy(&bytes[..len]);
     let text = text.trim_end();
-    (!text.is_empty()).then(|| text.to_owned())
+    (!text.is_empty()).then(|| shown(text))
 }
 
-/// UTF-16 (little-endian) up to its first NUL; `None` if nothing is there.
+/// UTF-16 (little-endian) up to its first NUL, fit for a terminal; `None` if nothing is there.
 pub(super) fn utf16(bytes: &[u8]) -> Option<String> {
     let units = bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
     let units: Vec<u16> = units.take_while(|unit| *unit != 0).collect();
-    (!units.is_empty()).then(|| String::from_utf16_lossy(&units))
+    (!units.is_empty()).then(|| shown(&String::from_utf16_lossy(&units)))
+}
+
+/// What a guest has written must not move anybody's cursor, nor begin a line of a list.
+fn shown(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 
 /// A UUID whose bytes are in the order of its digits; `None` if it is all zero.
@@ -103,6 +108,14 @@ mod tests {
     #[test]
     fn the_checksum_is_that_of_ethernet() {
         assert_eq!(!crc32(!0, b"123456789"), 0xcbf4_3926);
+    }
+
+    #[test]
+    fn texts_end_at_nul_and_are_fit_for_a_terminal() {
+        assert_eq!(text(b"a b  \0c").as_deref(), Some("a b"));
+        assert_eq!(text(b"a\x1b[2J\n").as_deref(), Some("a\u{fffd}[2J"));
+        assert_eq!(utf16(b"a\0\n\0\0\0b\0").as_deref(), Some("a\u{fffd}"));
+        assert_eq!((text(b"  \0"), utf16(b"\0\0a\0")), (None, None));
     }
 
     #[test]

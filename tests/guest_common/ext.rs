@@ -103,8 +103,8 @@ impl Disk {
     /// Where the first blocks of a file are.
     pub(crate) fn blocks_of(&self, file: &str, count: usize) -> Vec<u64> {
         let script = self.image.with_file_name("script");
-        let lines: String = (0..count).map(|block| format!("bmap {file} {block}\n")).collect();
-        fs::write(&script, lines).expect("a script");
+        let lines: Vec<String> = (0..count).map(|block| format!("bmap {file} {block}")).collect();
+        fs::write(&script, lines.join("\n")).expect("a script");
         let told = tool("debugfs").arg("-f").arg(&script).arg(&self.image).succeeds();
         let blocks: Vec<u64> = told.lines().filter_map(|line| line.trim().parse().ok()).collect();
         assert_eq!(blocks.len(), count, "{told}");
@@ -195,7 +195,8 @@ fn kernel_node(path: &Path) -> Node {
         kind if kind.is_fifo() => FileKind::Fifo,
         _ => FileKind::Socket,
     };
-    let time = |seconds, nanoseconds: i64| Time { seconds, nanoseconds: nanoseconds as u32 };
+    let time =
+        |seconds, nanoseconds: i64| Time { seconds, nanoseconds: u32::try_from(nanoseconds).expect("below a second") };
     let is_device = matches!(kind, FileKind::CharDevice | FileKind::BlockDevice);
     let rdev = if is_device { metadata.rdev() } else { 0 };
     let attributes = Attributes {
@@ -227,7 +228,7 @@ fn born(path: &Path) -> Option<Time> {
     use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
     let found = statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BTIME).expect("statx");
     let time = found.stx_btime;
-    (found.stx_mask & StatxFlags::BTIME.bits() != 0).then(|| Time { seconds: time.tv_sec, nanoseconds: time.tv_nsec })
+    (found.stx_mask & StatxFlags::BTIME.bits() != 0).then_some(Time { seconds: time.tv_sec, nanoseconds: time.tv_nsec })
 }
 
 fn kernel_data(file: &File, size: u64) -> Vec<(u64, u64)> {
@@ -248,8 +249,8 @@ fn kernel_xattrs(path: &Path) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut value = vec![0; 64 << 10];
     names
         .map(|name| {
-            let len =
-                rustix::fs::lgetxattr(path, name, &mut value[..]).unwrap_or_else(|e| panic!("{path:?} {name:?}: {e}"));
+            let len = rustix::fs::lgetxattr(path, name, &mut value[..])
+                .unwrap_or_else(|e| panic!("{name:?} of {}: {e}", path.display()));
             (name.to_vec(), value[..len].to_vec())
         })
         .collect()

@@ -191,7 +191,7 @@ fn fragmented(path: &Path, pieces: u64, block_len: u64, punched: bool) {
 fn reserved(dir: &Path) {
     let file = File::create(dir.join("reserved")).expect("a file");
     rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, 3 << 20).expect("space");
-    file.write_all_at(&[1; 100_000], 1 << 20).expect("a part of it");
+    file.write_all_at(&vec![1; 100_000], 1 << 20).expect("a part of it");
     let beyond = File::create(dir.join("reserved beyond its end")).expect("a file");
     beyond.write_all_at(b"short", 0).expect("a beginning");
     rustix::fs::fallocate(&beyond, FallocateFlags::KEEP_SIZE, 0, 1 << 20).expect("space");

@@ -10,6 +10,10 @@ use serde::de::DeserializeOwned;
 
 /// Bytes of a message, at most.
 const MESSAGE_LEN: usize = 4 << 20;
+/// Bytes of the two lengths.
+const LENGTHS: usize = 8;
+/// Bytes that are asked for at once.
+const PIECE: usize = 4096;
 /// Bytes that follow a message, at most.
 const PAYLOAD_LEN: usize = 2 << 20;
 
@@ -17,25 +21,29 @@ const PAYLOAD_LEN: usize = 2 << 20;
 #[derive(Debug)]
 pub(super) struct Lane {
     socket: UnixStream,
-    buffer: Vec<u8>,
+    outgoing: Vec<u8>,
+    /// What has come in and has not been taken: most messages come in one piece.
+    incoming: Vec<u8>,
+    taken: usize,
 }
 
 impl Lane {
     pub(super) fn new(socket: UnixStream) -> Self {
-        Self { socket, buffer: Vec::new() }
+        Self { socket, outgoing: Vec::new(), incoming: Vec::new(), taken: 0 }
     }
 
     /// Sends a message and the bytes that follow it.
     pub(super) fn send(&mut self, message: &impl Serialize, payload: &[u8]) -> io::Result<()> {
-        self.buffer.clear();
-        self.buffer.resize(8, 0);
-        let buffer = postcard::to_extend(message, std::mem::take(&mut self.buffer)).map_err(io::Error::other)?;
-        self.buffer = buffer;
-        let len = (self.buffer.len() - 8) as u32;
-        self.buffer[..4].copy_from_slice(&len.to_le_bytes());
-        self.buffer[4..8].copy_from_slice(&(payload.len() as u32).to_le_bytes());
-        self.buffer.extend_from_slice(payload);
-        self.socket.write_all(&self.buffer)
+        let mut buffer = std::mem::take(&mut self.outgoing);
+        buffer.clear();
+        buffer.resize(LENGTHS, 0);
+        let mut buffer = postcard::to_extend(message, buffer).map_err(io::Error::other)?;
+        let len = (buffer.len() - LENGTHS) as u32;
+        buffer[..4].copy_from_slice(&len.to_le_bytes());
+        buffer[4..LENGTHS].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+        buffer.extend_from_slice(payload);
+        self.outgoing = buffer;
+        self.socket.write_all(&self.outgoing)
     }
 
     /// Receives a message and the bytes that follow it. `patience` is asked whenever the socket's time limit has
@@ -44,8 +52,8 @@ impl Lane {
         &mut self,
         patience: &mut dyn FnMut() -> io::Result<()>,
     ) -> io::Result<(T, Vec<u8>)> {
-        let mut lengths = [0; 8];
-        self.fill(&mut lengths, patience)?;
+        self.await_bytes(LENGTHS, patience)?;
+        let lengths = self.take(LENGTHS);
         let [message, payload] = [0, 4].map(|at| {
             let bytes = lengths[at..at + 4].try_into().expect("four bytes");
             u32::from_le_bytes(bytes) as usize
@@ -53,24 +61,33 @@ impl Lane {
         if message > MESSAGE_LEN || payload > PAYLOAD_LEN {
             return Err(io::Error::new(ErrorKind::InvalidData, "a message that is too long"));
         }
-        let mut bytes = std::mem::take(&mut self.buffer);
-        bytes.resize(message, 0);
-        self.fill(&mut bytes, patience)?;
-        let value = postcard::from_bytes(&bytes).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
-        self.buffer = bytes;
-        let mut rest = vec![0; payload];
-        self.fill(&mut rest, patience)?;
-        Ok((value, rest))
+        self.await_bytes(message + payload, patience)?;
+        let value = postcard::from_bytes(self.take(message));
+        let value = value.map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
+        Ok((value, self.take(payload).to_vec()))
     }
 
-    fn fill(&mut self, mut rest: &mut [u8], patience: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
-        while !rest.is_empty() {
-            match self.socket.read(rest) {
+    fn take(&mut self, len: usize) -> &[u8] {
+        self.taken += len;
+        &self.incoming[self.taken - len..self.taken]
+    }
+
+    /// Returns when so many bytes are there to be taken.
+    fn await_bytes(&mut self, need: usize, patience: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+        if self.taken > 0 {
+            self.incoming.drain(..self.taken);
+            self.taken = 0;
+        }
+        while self.incoming.len() < need {
+            let len = self.incoming.len();
+            self.incoming.resize(need.max(len + PIECE), 0);
+            let received = self.socket.read(&mut self.incoming[len..]);
+            self.incoming.truncate(len + received.as_ref().copied().unwrap_or(0));
+            match received {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(len) => rest = &mut rest[len..],
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => patience()?,
-                Err(error) => return Err(error),
+                Err(error) if error.kind() != ErrorKind::Interrupted => return Err(error),
+                Ok(_) | Err(_) => {}
             }
         }
         Ok(())

@@ -9,5 +9,5 @@ mod serve;
 
 pub(super) use process::{Disks, Worker};
 pub use process::{Program, WITHOUT_SECCOMP, WORKER};
-pub use protocol::{Listing, Mounted};
+pub use protocol::{ListedEntry, Listing, Mounted, OpenedFile};
 pub use serve::serve;

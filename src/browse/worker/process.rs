@@ -220,20 +220,25 @@ impl Process {
                 | Request::List(..)
                 | Request::Attributes(..)
                 | Request::ReadLink(..)
+                | Request::OpenFile(..)
                 | Request::Runs(..)
                 | Request::Read(..)
                 | Request::ExtendedAttributes(..)
         );
         let limit = if is_large { LARGE } else { USUAL };
-        let begun = self.processor_time();
+        // Asked only of those that take their time: most do not.
+        let mut begun = None;
+        let mut spent = || {
+            let now = self.processor_time();
+            now.saturating_sub(*begun.get_or_insert(now))
+        };
         let (mut fetched, mut looked) = (0, Instant::now());
         lane.send(&ToWorker::Request(request.clone()), &[]).map_err(Trouble::Gone)?;
         loop {
             let asked = Instant::now();
             let mut is_too_long = false;
             let mut patience = || {
-                let spent = self.processor_time().saturating_sub(begun);
-                is_too_long = spent > limit || asked.elapsed() > SILENCE;
+                is_too_long = spent() > limit || asked.elapsed() > SILENCE;
                 if is_too_long { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
             };
             let received = lane.receive::<FromWorker>(&mut patience);
@@ -268,7 +273,7 @@ impl Process {
             // A conversation that never ends is made of short answers, too.
             if looked.elapsed() > GLANCE {
                 looked = Instant::now();
-                if self.processor_time().saturating_sub(begun) > limit {
+                if spent() > limit {
                     return Err(Trouble::Ended(too_long()));
                 }
             }

@@ -19,6 +19,10 @@ pub(in crate::browse) const GROUP: u64 = 64;
 pub(in crate::browse) const READ_LEN: usize = 1 << 20;
 /// Entries of a directory in one answer, at most.
 pub(in crate::browse) const LIST_LEN: usize = 256;
+/// Bytes of a file about whose place is asked at once.
+pub(in crate::browse) const RUNS_SPAN: u64 = 1 << 30;
+/// Runs that are told of a file when it is opened, at most.
+pub(in crate::browse) const FIRST_RUNS_LEN: usize = 64;
 /// Runs in one answer, at most.
 pub(in crate::browse) const RUNS_LEN: usize = 1024;
 
@@ -57,6 +61,8 @@ pub(in crate::browse) enum Request {
     Attributes(VolumeId, Ino),
     /// The target of a symbolic link.
     ReadLink(VolumeId, Ino),
+    /// A file that is about to be read.
+    OpenFile(VolumeId, Ino),
     /// Where bytes of a file are.
     Runs(VolumeId, Ino, u64, u64),
     /// Bytes of a file.
@@ -79,6 +85,7 @@ pub(in crate::browse) enum Answer {
     Listed(Listing),
     Attributes(Attributes),
     Link(Vec<u8>),
+    OpenedFile(OpenedFile),
     Runs(Vec<Run>),
     /// The bytes follow as the frame's payload.
     Bytes,
@@ -97,11 +104,31 @@ pub struct Mounted {
     pub remarks: Vec<String>,
 }
 
+/// An entry of a directory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ListedEntry {
+    /// Its name, and what that stands for.
+    pub entry: DirectoryEntry,
+    /// What stat(2) says, where that can be said.
+    pub attributes: Option<Attributes>,
+    /// Whether it is known to have no extended attributes.
+    pub is_plain: bool,
+}
+
+/// A file that is about to be read.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct OpenedFile {
+    /// Bytes.
+    pub size: u64,
+    /// Where the first of them are.
+    pub runs: Vec<Run>,
+}
+
 /// A part of a directory.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Listing {
-    /// Entries, with what stat(2) says where that can be said.
-    pub entries: Vec<(DirectoryEntry, Option<Attributes>)>,
+    /// Its entries.
+    pub entries: Vec<ListedEntry>,
     /// Whether these were the last.
     pub ends: bool,
 }

@@ -18,12 +18,13 @@ use rustix::event::{PollFd, PollFlags, poll};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::{Opened, inspect};
 use crate::guest::volumes::{Layout, Volume, layout, physical_volumes, volume_source};
-use crate::guest::{FileSystem, Ino, Source, open};
+use crate::guest::{FileKind, FileSystem, Ino, Source, open};
 
 use super::confine;
 use super::lane::Lane;
 use super::protocol::{
-    Answer, Failure, FromWorker, LIST_LEN, Listing, Mounted, READ_LEN, RUNS_LEN, Request, ToWorker, VolumeId,
+    Answer, FIRST_RUNS_LEN, Failure, FromWorker, LIST_LEN, ListedEntry, Listing, Mounted, OpenedFile, READ_LEN,
+    RUNS_LEN, RUNS_SPAN, Request, ToWorker, VolumeId,
 };
 use super::remote::{Chunks, RemoteDisk, speak_on, with_lane};
 
@@ -153,6 +154,14 @@ impl Known {
             }
             Request::Attributes(volume, ino) => self.with(volume, |fs| fs.attributes(ino).map(Answer::Attributes)),
             Request::ReadLink(volume, ino) => self.with(volume, |fs| fs.read_link(ino).map(Answer::Link)),
+            Request::OpenFile(volume, ino) => self.with(volume, |fs| {
+                let found = fs.attributes(ino)?;
+                if found.kind != FileKind::File {
+                    return Err(Error::new(ErrorKind::Usage, "not a regular file"));
+                }
+                let runs = fs.runs(ino, 0, found.size.min(RUNS_SPAN), FIRST_RUNS_LEN)?;
+                Ok(Answer::OpenedFile(OpenedFile { size: found.size, runs }))
+            }),
             Request::Runs(volume, ino, at, len) => {
                 self.with(volume, |fs| fs.runs(ino, at, len, RUNS_LEN).map(Answer::Runs))
             }
@@ -236,7 +245,7 @@ fn listing(fs: &dyn FileSystem, directory: Ino, from: u64) -> Result<Listing> {
             listing.ends = false;
             return false;
         }
-        listing.entries.push((entry, None));
+        listing.entries.push(ListedEntry { entry, attributes: None, is_plain: false });
         true
     });
     // What was good before the damage is given first; who asks on from there gets the error.
@@ -245,8 +254,9 @@ fn listing(fs: &dyn FileSystem, directory: Ino, from: u64) -> Result<Listing> {
         Err(_) => listing.ends = false,
         Ok(()) => {}
     }
-    for (entry, attributes) in &mut listing.entries {
-        *attributes = fs.attributes(entry.ino).ok();
+    for listed in &mut listing.entries {
+        listed.attributes = fs.attributes(listed.entry.ino).ok();
+        listed.is_plain = fs.extended_attributes(listed.entry.ino).is_ok_and(|found| found.is_empty());
     }
     Ok(listing)
 }

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
-use crate::browse::Listing;
+use crate::browse::{ListedEntry, Listing};
 use crate::error::{Error, ErrorKind, Result};
 
 use super::super::attributes::Attributes;
@@ -82,9 +82,9 @@ pub(super) fn each(
                 if give(tree, &directory, node, &listing, skip, take) || listing.ends {
                     return Ok(());
                 }
-                let Some((last, _)) = listing.entries.last() else { return Ok(()) };
+                let Some(last) = listing.entries.last() else { return Ok(()) };
                 has_given |= listing.entries.len() > skip;
-                place = last.next;
+                place = last.entry.next;
             }
         }
     }
@@ -99,7 +99,10 @@ fn give(
     skip: usize,
     take: &mut dyn FnMut(&Entry<'_>) -> bool,
 ) -> bool {
-    for (entry, attributes) in &listing.entries[skip..] {
+    for ListedEntry { entry, attributes, is_plain } in &listing.entries[skip..] {
+        if *is_plain {
+            directory.slot.note_plain(entry.ino);
+        }
         let kind = attributes.as_ref().map(|found| found.kind).or(entry.kind);
         // One that is damaged is listed, and whoever asks for it gets the error.
         let kind_shown = kind.unwrap_or(crate::guest::FileKind::File);

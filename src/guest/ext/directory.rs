@@ -248,7 +248,7 @@ impl Ext {
                     };
                     left = less;
                     let bytes = self.blocks.read(super::Block(first.0 + index));
-                    match bytes.and_then(|bytes| self.verified(inode, bytes)) {
+                    match bytes.and_then(|bytes| verified(inode, bytes)) {
                         Ok(bytes) if part(&bytes, (at + index) << bits, &mut damage) => return (true, damage),
                         Ok(_) => {}
                         Err(error) => drop(damage.get_or_insert(error)),
@@ -267,18 +267,18 @@ impl Ext {
             return Err(inode.corrupt("is a directory that names a block beyond its end"));
         }
         match Walk::new(self, inode).segment(at, 1)?.place {
-            Place::Stored(block) => self.verified(inode, self.blocks.read(block)?),
+            Place::Stored(block) => verified(inode, self.blocks.read(block)?),
             Place::Hole | Place::Unwritten => Err(inode.corrupt("is a directory that names a block it has not")),
         }
     }
+}
 
-    /// The same block, if its checksum is right or there is none.
-    fn verified(&self, inode: &Inode, bytes: Arc<[u8]>) -> Result<Arc<[u8]>> {
-        let Some(seed) = inode.seed else { return Ok(bytes) };
-        // A block of an index that was one of names once may still end like one.
-        let right = names_sum_is_right(seed, &bytes) || index_sum_is_right(seed, &bytes);
-        if right { Ok(bytes) } else { Err(inode.corrupt("is a directory with a wrong checksum in a block")) }
-    }
+/// The same block of a directory, if its checksum is right or there is none.
+fn verified(inode: &Inode, bytes: Arc<[u8]>) -> Result<Arc<[u8]>> {
+    let Some(seed) = inode.seed else { return Ok(bytes) };
+    // A block of an index that was one of names once may still end like one.
+    let right = names_sum_is_right(seed, &bytes) || index_sum_is_right(seed, &bytes);
+    if right { Ok(bytes) } else { Err(inode.corrupt("is a directory with a wrong checksum in a block")) }
 }
 
 /// The checksum of a block of names, in an entry without one at its end.
@@ -340,7 +340,7 @@ impl<'a> Iterator for Entries<'a> {
             let len = record_len(self.bytes, at, self.block_len);
             let name_len = if self.typed { self.bytes[at + 6].into() } else { usize::from(le16(self.bytes, at + 6)) };
             let ino = le32(self.bytes, at);
-            if len < HEADER_LEN || len % 4 != 0 || at + len > self.bytes.len() {
+            if len < HEADER_LEN || !len.is_multiple_of(4) || at + len > self.bytes.len() {
                 self.damaged = true;
                 self.at = self.bytes.len();
                 return None;

@@ -49,15 +49,12 @@ impl<'a> Walk<'a> {
     /// What begins at block `at` and how long it goes on, at most `limit` blocks. Whatever is stored lies within the
     /// file system.
     pub(super) fn segment(&mut self, at: u64, limit: u64) -> Result<Segment> {
-        let mut limit = limit;
-        let segment = match self.ext.fast.range(self.inode.number, at) {
-            Some(changed) => changed,
-            None => {
-                if let Some(next) = self.ext.fast.next_range(self.inode.number, at) {
-                    limit = limit.min(next - at);
-                }
-                self.unchanged(at)?
-            }
+        let number = self.inode.number;
+        let (segment, limit) = if let Some(changed) = self.ext.fast.range(number, at) {
+            (changed, limit)
+        } else {
+            let next = self.ext.fast.next_range(number, at);
+            (self.unchanged(at)?, next.map_or(limit, |next| limit.min(next - at)))
         };
         let segment = Segment { count: segment.count.min(limit), ..segment };
         debug_assert!(segment.count > 0, "a walk must go on");

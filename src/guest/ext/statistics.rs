@@ -17,11 +17,9 @@ impl Ext {
         let (free_blocks, free_inodes) =
             self.count_free().unwrap_or((superblock.free_blocks, superblock.free_inodes.into()));
         // What the kernel keeps back for itself: a fiftieth, at most 4,096 clusters.
-        let kept =
-            if superblock.version == "ext4" { (superblock.block_count >> superblock.cluster_bits) / 50 } else { 0 };
         let clusters = superblock.block_count >> superblock.cluster_bits;
-        let kept = if superblock.has(incompat::EXTENTS) { clusters / 50 } else { 0 };
-        let kept = kept.min(4096) << superblock.cluster_bits;
+        let kept = if superblock.has(incompat::EXTENTS) { (clusters / 50).min(4096) } else { 0 };
+        let kept = kept << superblock.cluster_bits;
         Statistics {
             block_size: 1 << superblock.block_bits,
             blocks: whole,

@@ -102,7 +102,6 @@ pub(super) enum Checksums {
 
 #[derive(Clone, Debug)]
 pub(super) struct Superblock {
-    pub(super) version: &'static str,
     pub(super) uuid: [u8; 16],
     /// 10 to 16.
     pub(super) block_bits: u32,
@@ -144,13 +143,17 @@ impl Superblock {
             return Err(corrupt("there is no ext2, ext3 or ext4 superblock"));
         }
         let incompat = le32(raw, 0x60);
-        refuse_unknown(incompat, version(raw))?;
+        let ro_compat = le32(raw, 0x64);
+        let sound = ro_compat & RO_COMPAT_METADATA_CSUM == 0 || crc32c(!0, &raw[..0x3fc]) == le32(raw, 0x3fc);
+        if let Err(error) = refuse_unknown(incompat, version(raw)) {
+            // A feature that nobody knows may be nothing but damage.
+            return Err(if sound { error } else { corrupt(format!("the superblock is damaged ({error})")) });
+        }
         let wrong = |what: &str, found: u64| corrupt(format!("the superblock's {what} is {found}, which cannot be"));
         let (log_block, log_cluster) = (le32(raw, 0x18), le32(raw, 0x1c));
         if log_block > 6 {
             return Err(wrong("block size exponent", log_block.into()));
         }
-        let ro_compat = le32(raw, 0x64);
         let clustered = ro_compat & 0x200 != 0;
         let cluster_bits = if clustered { log_cluster.checked_sub(log_block) } else { Some(0) };
         let cluster_bits =
@@ -182,7 +185,6 @@ impl Superblock {
         let all = ro_compat & RO_COMPAT_METADATA_CSUM != 0;
         let seed = if incompat & incompat::CSUM_SEED != 0 { le32(raw, 0x270) } else { crc32c(!0, &uuid) };
         Ok(Self {
-            version: version(raw),
             uuid,
             block_bits,
             block_count,
@@ -215,7 +217,7 @@ impl Superblock {
             hash_seed: [0xec, 0xf0, 0xf4, 0xf8].map(|at| le32(raw, at)),
             unsigned_hash: le32(raw, 0x160) & FLAG_UNSIGNED_HASH != 0,
             group: le16(raw, 0x5a),
-            sound: !all || crc32c(!0, &raw[..0x3fc]) == le32(raw, 0x3fc),
+            sound,
         })
     }
 

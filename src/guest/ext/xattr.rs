@@ -1,6 +1,6 @@
 //! Extended attributes: in the inode, in a block of their own, in inodes of their own.
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::guest::filesystem::ExtendedAttribute;
 
 use super::Ext;
@@ -15,6 +15,9 @@ const BLOCK_HEADER_LEN: usize = 32;
 const ENTRY_LEN: usize = 16;
 /// What Linux allows a value to be long.
 const MAX_VALUE_LEN: u32 = 64 << 10;
+
+/// Bytes of all values of an inode, at most.
+const MAX_LEN: usize = 16 << 20;
 
 const INDEX_ACCESS_ACL: u8 = 2;
 const INDEX_DEFAULT_ACL: u8 = 3;
@@ -123,6 +126,13 @@ impl Ext {
                 value = acl::as_shown(&value).ok_or_else(|| inode.corrupt("has a damaged access control list"))?;
             }
             found.push(ExtendedAttribute { name, value });
+            let len: usize = found.iter().map(|found| found.value.len()).sum();
+            if len > MAX_LEN {
+                return Err(Error::new(
+                    ErrorKind::Limit,
+                    format!("inode {} has too many extended attributes", inode.number),
+                ));
+            }
         }
         Ok(())
     }

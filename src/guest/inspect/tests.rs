@@ -20,7 +20,8 @@ impl Tree {
     fn new(files: &[(&str, &str)]) -> Self {
         let mut tree = Self(vec![Node::Directory(BTreeMap::new())]);
         for (path, content) in files {
-            let (directories, name) = path.trim_start_matches('/').rsplit_once('/').unwrap_or(("", path));
+            let path = path.trim_start_matches('/');
+            let (directories, name) = path.rsplit_once('/').unwrap_or(("", path));
             let mut here = Ino(0);
             for directory in directories.split('/').filter(|directory| !directory.is_empty()) {
                 here = match tree.lookup(here, directory.as_bytes()).unwrap() {

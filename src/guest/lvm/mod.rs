@@ -25,7 +25,11 @@ pub use label::{Id, Label, find_label};
 /// Groups that one disk may have a part in.
 const GROUP_LIMIT: usize = 64;
 /// Volumes of a group that are shown.
-const VOLUME_LIMIT: usize = 4096;
+const VOLUME_LIMIT: usize = 1024;
+/// Bytes of a name in `/dev/mapper`; the kernel has none that are longer.
+const MAPPER_NAME_LIMIT: usize = 127;
+/// Characters of a sentence that may quote names.
+const PROBLEM_LIMIT: usize = 300;
 
 /// A physical volume, and what it says of its group.
 pub struct PhysicalVolume {
@@ -154,7 +158,9 @@ fn show(group: &Group, suffix: &str, physical: &[PhysicalVolume], disks: &[Arc<d
         shown.remarks.push(format!("volume group {name} has {} volumes; {VOLUME_LIMIT} are shown", visible.len()));
     }
     for (volume, logical) in visible.into_iter().take(VOLUME_LIMIT) {
-        if let Err(fact) = check_name(volume) {
+        let shown_name = format!("{}{suffix}", mapper_name(name, volume));
+        let fits = if shown_name.len() - suffix.len() > MAPPER_NAME_LIMIT { Err(too_long(volume)) } else { Ok(()) };
+        if let Err(fact) = check_name(volume).and(fits) {
             shown.remarks.push(format!("volume group {name}: {fact}"));
             continue;
         }
@@ -164,8 +170,9 @@ fn show(group: &Group, suffix: &str, physical: &[PhysicalVolume], disks: &[Arc<d
         };
         let extents =
             logical.segments.as_ref().ok().and_then(|all| all.last()).map_or(0, |last| last.start + last.count);
+        let segments = segments.map_err(|problem| readable(&problem));
         let size = extents.saturating_mul(group.extent_len);
-        shown.volumes.push(LogicalVolume { name: format!("{}{suffix}", mapper_name(name, volume)), segments, size });
+        shown.volumes.push(LogicalVolume { name: shown_name, segments, size });
     }
 }
 
@@ -213,6 +220,16 @@ fn ties(group: &Group) -> BTreeMap<&str, String> {
         }
     }
     ties
+}
+
+fn too_long(volume: &str) -> String {
+    format!("the name of volume {} is too long", readable(volume))
+}
+
+/// A sentence that quotes names which nobody has checked.
+fn readable(text: &str) -> String {
+    let shown = text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c });
+    shown.take(PROBLEM_LIMIT).collect()
 }
 
 /// As in `/dev/mapper`: hyphens are doubled, and a single one stands between.

@@ -93,7 +93,38 @@ enum Change {
 pub(super) struct Names {
     changes: HashMap<Vec<u8>, Vec<Change>>,
     order: Vec<Vec<u8>>,
+    settled: HashMap<Vec<u8>, Outcome>,
     fresh: bool,
+}
+
+/// What all changes of a name come to.
+#[derive(Debug, Default)]
+struct Outcome {
+    /// If it stood for nothing before.
+    absent: Option<u32>,
+    /// If it stood for one of those that were removed; any other stays.
+    removed: HashMap<u32, Option<u32>>,
+}
+
+impl Outcome {
+    /// A name that is there keeps what it stands for when another is added: it came to disk before. A removal means
+    /// what it says only of the inode that it names.
+    fn of(changes: &[Change]) -> Self {
+        // From the last change to the first: what comes of a name that is absent before it, and where each is removed.
+        let mut absent = vec![None; changes.len() + 1];
+        let mut removal: HashMap<u32, usize> = HashMap::new();
+        for (index, change) in changes.iter().enumerate().rev() {
+            absent[index] = match change {
+                Change::Added(ino) => removal.get(ino).map_or(Some(*ino), |index| absent[index + 1]),
+                Change::Removed(ino) => {
+                    removal.insert(*ino, index);
+                    absent[index + 1]
+                }
+            };
+        }
+        let removed = removal.into_iter().map(|(ino, index)| (ino, absent[index + 1])).collect();
+        Self { absent: absent[0], removed }
+    }
 }
 
 impl Names {
@@ -109,13 +140,8 @@ impl Names {
 
     /// What a name stands for, if it stood for `stored` before.
     pub(super) fn now(&self, name: &[u8], stored: Option<u32>) -> Option<u32> {
-        let changes = self.changes.get(name).map_or(&[][..], Vec::as_slice);
-        changes.iter().fold(stored, |now, change| match (now, change) {
-            (None, Change::Added(ino)) => Some(*ino),
-            // It may have come to disk before, or been replaced since.
-            (Some(now), Change::Removed(ino)) if now == *ino => None,
-            (now, _) => now,
-        })
+        let Some(outcome) = self.settled.get(name) else { return stored };
+        stored.map_or(outcome.absent, |ino| outcome.removed.get(&ino).copied().unwrap_or(stored))
     }
 
     fn change(&mut self, name: &[u8], change: Change) {
@@ -125,6 +151,12 @@ impl Names {
         }
         self.order.push(name.to_vec());
         self.changes.insert(name.to_vec(), vec![change]);
+    }
+
+    /// There are no more changes.
+    fn settle(&mut self) {
+        let changes = std::mem::take(&mut self.changes);
+        self.settled = changes.into_iter().map(|(name, changes)| (name, Outcome::of(&changes))).collect();
     }
 }
 
@@ -163,8 +195,14 @@ mod tests {
         let mut names = Names::default();
         names.change(b"a", Change::Removed(5));
         names.change(b"a", Change::Added(6));
+        for change in [Change::Added(1), Change::Removed(1), Change::Added(2), Change::Added(3), Change::Removed(3)] {
+            names.change(b"c", change);
+        }
+        names.settle();
         assert_eq!(names.now(b"a", Some(5)), Some(6));
         assert_eq!(names.now(b"a", Some(7)), Some(7), "the directory was written in the meantime");
         assert_eq!(names.now(b"b", Some(7)), Some(7));
+        let of_c = [None, Some(1), Some(3), Some(9)].map(|stored| names.now(b"c", stored));
+        assert_eq!(of_c, [Some(2), Some(2), None, Some(9)]);
     }
 }

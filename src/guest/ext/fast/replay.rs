@@ -11,7 +11,7 @@ use super::super::checksum::crc32c;
 use super::super::inode::{BLOCK_AREA, OLD_LEN, flags};
 use super::super::journal::Log;
 use super::super::map::{Place, Segment};
-use super::{Change, FastCommits};
+use super::{Change, FastCommits, Names};
 
 const ADD_RANGE: u16 = 1;
 const DEL_RANGE: u16 = 2;
@@ -25,7 +25,7 @@ const HEAD: u16 = 9;
 
 const TAG_LEN: usize = 4;
 /// Blocks of fast commits at most; the kernel uses 256.
-const MAX_BLOCKS: usize = 1 << 16;
+const MAX_BLOCKS: usize = 1 << 12;
 /// Fields of an inode.
 const LINKS: Range<usize> = 0x1a..0x1c;
 const SECTORS: Range<usize> = 0x1c..0x20;
@@ -97,6 +97,7 @@ impl FastCommits {
                 _ => {}
             }
         }
+        found.names.values_mut().for_each(Names::settle);
         Ok(found)
     }
 

@@ -25,6 +25,8 @@ const COMPAT_CHECKSUM: u32 = 0x1;
 const SUPERBLOCK_LEN: usize = 1024;
 const CRC32C: u8 = 4;
 
+/// Blocks of a journal; e2fsprogs' limit.
+const MAX_BLOCKS: u32 = 10_240_000;
 /// Pieces in which a journal may lie on the disk.
 const MAX_PIECES: usize = 1 << 16;
 /// What a journal keeps for transactions, however many blocks are for fast commits.
@@ -61,6 +63,9 @@ impl Log {
         }
         let bits = ext.superblock.block_bits;
         let count = u32::try_from(inode.size >> bits).unwrap_or(u32::MAX);
+        if !(2..=MAX_BLOCKS).contains(&count) {
+            return Err(inode.corrupt("is a journal of an impossible size"));
+        }
         let mut log = Self {
             source: Arc::clone(ext.blocks.source()),
             bits,
@@ -83,9 +88,6 @@ impl Log {
                 return Err(inode.corrupt("is a journal in too many pieces"));
             }
             at += segment.count;
-        }
-        if count < 2 {
-            return Err(inode.corrupt("is a journal without blocks"));
         }
         let mut raw = log.read(0)?;
         raw.truncate(SUPERBLOCK_LEN);
