@@ -84,11 +84,7 @@ impl Guest {
         let sectors = (P1.0 / 512).to_string();
         tool("mkfs.vfat").args(["--offset", &sectors]).arg(&disk).arg((P1.1 / 1024).to_string()).succeeds();
         let offset = format!("offset={}", P2.0);
-        tool("mkfs.ext4")
-            .args(["-q", "-F", "-E", &offset])
-            .arg(&disk)
-            .arg(format!("{}k", P2.1 / 1024))
-            .succeeds();
+        tool("mkfs.ext4").args(["-q", "-F", "-E", &offset]).arg(&disk).arg(format!("{}k", P2.1 / 1024)).succeeds();
         let file = File::options().write(true).open(&disk).expect("the disk");
         file.write_all_at(&Rng::new(3).bytes(P3.1), P3.0).expect("what nobody knows");
         Self { store, disk }
@@ -128,7 +124,8 @@ impl Guest {
 
     /// The ext4 of a view, as the kernel shows what QEMU reads.
     fn judge(&self, image: &str, snapshot: Option<&str>, name: &str) -> Attached {
-        let oracle = self.store.try_oracle(Path::new(image), "qcow2", snapshot).unwrap_or_else(|e| panic!("{image}: {e}"));
+        let oracle =
+            self.store.try_oracle(Path::new(image), "qcow2", snapshot).unwrap_or_else(|e| panic!("{image}: {e}"));
         Attached::new(&oracle, P2, self.store.beside(name), "ro")
     }
 }
@@ -202,9 +199,9 @@ fn walk(root: &Path) -> BTreeMap<PathBuf, Entry> {
         let place = root.join(&path);
         let stat = fs::symlink_metadata(&place).expect("attributes");
         let kind = kind(stat.file_type());
-        let device = kind.ends_with("device").then(|| {
-            format!("{}:{}", rustix::fs::major(stat.rdev()), rustix::fs::minor(stat.rdev()))
-        });
+        let device = kind
+            .ends_with("device")
+            .then(|| format!("{}:{}", rustix::fs::major(stat.rdev()), rustix::fs::minor(stat.rdev())));
         let entry = Entry {
             kind,
             mode: stat.permissions().mode() & 0o7777,
@@ -227,7 +224,9 @@ fn walk(root: &Path) -> BTreeMap<PathBuf, Entry> {
 /// The bytes of a name in JSON.
 fn name(object: &Value, plain: &str, bytes: &str) -> Vec<u8> {
     match object[bytes].as_str() {
-        Some(hex) => (0..hex.len() / 2).map(|at| u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).expect("hex")).collect(),
+        Some(hex) => {
+            (0..hex.len() / 2).map(|at| u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).expect("hex")).collect()
+        }
         None => object[plain].as_str().unwrap_or_else(|| panic!("{plain} in {object}")).as_bytes().to_vec(),
     }
 }
@@ -281,7 +280,9 @@ fn what_ls_lists_and_cp_copies_is_what_the_kernel_shows() {
                 Some(entry.modified),
             );
             assert_eq!(told, truth, "{path:?}");
-            if let Some(target) = entry.target.as_ref().and_then(|target| target.to_str()).filter(|text| text.is_ascii()) {
+            if let Some(target) =
+                entry.target.as_ref().and_then(|target| target.to_str()).filter(|text| text.is_ascii())
+            {
                 assert_eq!(object["target"], target, "{path:?}");
             }
             seen.insert(path);
@@ -352,7 +353,18 @@ fn before(dir: &Path) {
     fs::write(at("large"), Rng::new(5).bytes(24 * MIB)).expect("a file");
     fs::write(at("silent"), Rng::new(6).bytes(300_000)).expect("a file");
     fs::write(at("rewritten"), Rng::new(7).bytes(200_000)).expect("a file");
-    for name in ["gone", "longer", "mode", "owner", "touched", "attributes", "kind", "tree/old/deep/er", "tree/moved", "tree/kept"] {
+    for name in [
+        "gone",
+        "longer",
+        "mode",
+        "owner",
+        "touched",
+        "attributes",
+        "kind",
+        "tree/old/deep/er",
+        "tree/moved",
+        "tree/kept",
+    ] {
         fs::write(at(name), name).expect("a file");
     }
     symlink("somewhere", at("link")).expect("a link");
@@ -380,7 +392,8 @@ fn differences(a: &Path, b: &Path) -> BTreeMap<PathBuf, (String, Vec<String>)> {
             ("time", is_kept && !is_directory && was.modified != is.modified),
             ("xattrs", is_kept && was.attributes != is.attributes),
         ];
-        let what: Vec<String> = what.iter().filter(|(_, differs)| *differs).map(|(word, _)| (*word).to_owned()).collect();
+        let what: Vec<String> =
+            what.iter().filter(|(_, differs)| *differs).map(|(word, _)| (*word).to_owned()).collect();
         (!what.is_empty()).then(|| (path.clone(), ("changed".to_owned(), what)))
     });
     found.collect()
@@ -507,7 +520,8 @@ fn diff_of_disks_tells_the_sectors_that_differ() {
             let (code, out, err) = chainfs(&["diff", "--json"]).arg(store.path(one)).arg(store.path(other)).outcome();
             let answer: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{one} {other}: {e}\n{out}{err}"));
             let ranges = answer["ranges"].as_array().expect("ranges").iter();
-            let ranges: Vec<_> = ranges.map(|range| (range["start"].as_u64().unwrap(), range["length"].as_u64().unwrap())).collect();
+            let ranges: Vec<_> =
+                ranges.map(|range| (range["start"].as_u64().unwrap(), range["length"].as_u64().unwrap())).collect();
             assert_eq!(ranges, expected, "{one} {other}");
             assert_eq!(code, i32::from(!expected.is_empty()), "{one} {other}");
             let read = answer["bytes-read"].as_u64().expect("a number");
@@ -618,12 +632,13 @@ fn cp_never_writes_outside_of_its_destination() {
     assert!(err.contains("/p2/second/.: a: something that is no directory has its name"), "{err}");
     assert!(err.contains("a fifo is copied only with -a"), "{err}");
     assert_eq!(fs::read_to_string(out.join("b")).expect("a file"), "the guest's", "the link was replaced");
-    let left: Vec<_> = fs::read_dir(&outside).expect("a directory").map(|entry| entry.expect("an entry").file_name()).collect();
+    let left: Vec<_> =
+        fs::read_dir(&outside).expect("a directory").map(|entry| entry.expect("an entry").file_name()).collect();
     assert_eq!(left, ["passwd"]);
     assert_eq!(fs::read_to_string(outside.join("passwd")).expect("a file"), "mine");
-    let drafts = fs::read_dir(&out).expect("a directory").filter(|entry| {
-        entry.as_ref().expect("an entry").file_name().as_bytes().starts_with(b".chainfs")
-    });
+    let drafts = fs::read_dir(&out)
+        .expect("a directory")
+        .filter(|entry| entry.as_ref().expect("an entry").file_name().as_bytes().starts_with(b".chainfs"));
     assert_eq!(drafts.count(), 0);
     // Root keeps set-ID bits with -a, and only then.
     chainfs(&["cp", "-p"]).arg(guest.place("vm.qcow2:/p2/second/c")).arg(out.join("plain")).succeeds();
@@ -759,7 +774,8 @@ fn the_other_disks_of_a_volume_group_are_found_beside_the_image() {
     }
     let place = store.path("sys.qcow2:/vg-far/f");
     assert_eq!(chainfs(&["cat"]).arg(&place).succeeds(), "found");
-    let same = chainfs(&["diff", "--files"]).arg(store.path("sys.qcow2:/vg-far")).arg(store.path("sys.qcow2")).outcome();
+    let same =
+        chainfs(&["diff", "--files"]).arg(store.path("sys.qcow2:/vg-far")).arg(store.path("sys.qcow2")).outcome();
     assert_eq!(same.0, 0, "{same:?}");
     // Without the other disk it is said what is missing.
     let apart = store.dir("apart");
