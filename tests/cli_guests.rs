@@ -786,3 +786,45 @@ fn the_other_disks_of_a_volume_group_are_found_beside_the_image() {
     let by_store = chainfs(&["cat", "--store"]).arg(&root).arg(apart.join("sys.qcow2:/vg-far/f")).outcome();
     assert_eq!((by_store.0, by_store.1.as_str()), (0, "found"), "{by_store:?}");
 }
+
+#[test]
+fn what_is_damaged_is_named_and_the_rest_goes_on() {
+    let guest = Guest::install();
+    guest.works(|dir| {
+        fs::create_dir_all(dir.join("sub/ring")).expect("a directory");
+        for name in ["a", "bad", "c", "sub/deep"] {
+            fs::write(dir.join(name), Rng::new(9).bytes(50_000)).expect("a file");
+        }
+    });
+    guest.freeze("base.qcow2", None);
+    guest.works(|dir| fs::write(dir.join("c"), "changed").expect("a file"));
+    let target = format!("{}?offset={}", guest.disk.display(), P2.0);
+    // Where its bytes are is no longer known; and a directory holds the one that it is in.
+    for order in ["set_inode_field /bad block[0] 0", "ln /sub /sub/ring/again"] {
+        tool("debugfs").args(["-w", "-R", order, &target]).succeeds();
+    }
+    guest.freeze("vm.qcow2", Some("base.qcow2"));
+    let (base, vm) = (guest.place("base.qcow2"), guest.place("vm.qcow2"));
+    let (code, out, err) = chainfs(&["diff", "--files"]).args([&base, &vm]).outcome();
+    assert_eq!(code, 2, "{out}{err}");
+    let lines: Vec<&str> = out.lines().collect();
+    assert!(lines[0].starts_with("! /p2/bad   not readable in the second: "), "{out}");
+    assert_eq!(lines[1], "~ /p2/c   content, size, time", "{out}");
+    assert_eq!(lines[2], "+ /p2/sub/ring/again", "{out}");
+    assert!(lines[3].starts_with("! /p2/sub/ring/again   not readable in the second: "), "{out}");
+    assert!(lines[4].starts_with("1 added, 0 removed, 1 changed, 2 not readable; ") && lines.len() == 5, "{out}");
+    let (code, back, _) = chainfs(&["diff", "--files"]).args([&vm, &base]).outcome();
+    assert!(code == 2 && back.starts_with("! /p2/bad   not readable in the first: "), "{back}");
+
+    let (code, _, err) = chainfs(&["ls", "-R"]).arg(guest.place("vm.qcow2:/p2")).outcome();
+    assert!(code == 1 && err.contains("/sub/ring/again: this directory is also somewhere else"), "{code} {err}");
+    let out = guest.store.beside("out");
+    let (code, _, err) = chainfs(&["cp", "-r"]).arg(guest.place("vm.qcow2:/p2")).arg(&out).outcome();
+    assert!(code == 1 && err.contains(": out/bad: "), "{code} {err}");
+    assert_eq!(fs::read_to_string(out.join("c")).expect("a file"), "changed");
+    assert!(fs::read(out.join("sub/deep")).expect("a file") == Rng::new(9).bytes(50_000));
+    assert!(!out.join("bad").exists(), "nothing that is not whole gets its name");
+    let both = [guest.place("vm.qcow2:/p2/bad"), guest.place("vm.qcow2:/p2/c")];
+    let (code, text, err) = chainfs(&["cat"]).args(both).outcome();
+    assert!(code == 1 && text == "changed" && err.contains("/p2/bad: "), "{code} {text} {err}");
+}

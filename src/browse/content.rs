@@ -105,6 +105,18 @@ impl From {
     }
 }
 
+/// One of two that are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The first.
+    A,
+    /// The second.
+    B,
+}
+
+/// An answer, or which of the two cannot be read, and why.
+pub type Compared<T> = std::result::Result<T, (Side, Error)>;
+
 /// Bytes that are compared.
 trait Bytes {
     fn size(&self) -> u64;
@@ -154,32 +166,34 @@ impl Bytes for Whole<'_> {
 }
 
 /// Whether two files hold the same bytes.
-pub fn same_bytes(a: &mut Content<'_>, b: &mut Content<'_>) -> Result<bool> {
+pub fn same_bytes(a: &mut Content<'_>, b: &mut Content<'_>) -> Compared<bool> {
     same(a, b)
 }
 
 /// Whether two volumes hold the same bytes.
-pub(super) fn same_volumes(a: (&Inside, usize), b: (&Inside, usize)) -> Result<bool> {
+pub(super) fn same_volumes(a: (&Inside, usize), b: (&Inside, usize)) -> Compared<bool> {
     same(&mut Whole(a.0, a.1), &mut Whole(b.0, b.1))
 }
 
-fn same(a: &mut dyn Bytes, b: &mut dyn Bytes) -> Result<bool> {
+fn same(a: &mut dyn Bytes, b: &mut dyn Bytes) -> Compared<bool> {
+    let on = |side| move |error| (side, error);
     if a.size() != b.size() {
         return Ok(false);
     }
     let mut buffers = [Vec::new(), Vec::new()];
     let mut at = 0;
     while at < a.size() {
-        let ((from_a, len_a), (from_b, len_b)) = (a.origin(at)?, b.origin(at)?);
+        let (from_a, len_a) = a.origin(at).map_err(on(Side::A))?;
+        let (from_b, len_b) = b.origin(at).map_err(on(Side::B))?;
         let mut len = len_a.min(len_b);
         if !from_a.is_same(from_b) {
             len = len.min(STEP);
-            let sides: [(&mut dyn Bytes, From); 2] = [(&mut *a, from_a), (&mut *b, from_b)];
-            for ((bytes, from), buf) in sides.into_iter().zip(&mut buffers) {
+            let sides: [(Side, &mut dyn Bytes, From); 2] = [(Side::A, &mut *a, from_a), (Side::B, &mut *b, from_b)];
+            for ((side, bytes, from), buf) in sides.into_iter().zip(&mut buffers) {
                 buf.clear();
                 buf.resize(len as usize, 0);
                 if from != From::Zero {
-                    bytes.read_at(at, buf)?;
+                    bytes.read_at(at, buf).map_err(on(side))?;
                 }
             }
             if buffers[0] != buffers[1] {

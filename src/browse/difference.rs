@@ -9,8 +9,10 @@ use crate::error::Result;
 use crate::guest::{Attributes, FileKind};
 
 use super::Inside;
-use super::content::{Content, same_bytes, same_origins, same_volumes};
+use super::content::{Compared, Content, same_bytes, same_origins, same_volumes};
 use super::walk::{Entry, Named, Tree, Visited};
+
+pub use super::content::Side;
 
 /// What differs of two entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -64,15 +66,6 @@ pub struct Counted {
     pub changed: bool,
 }
 
-/// One of two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// The first.
-    A,
-    /// The second.
-    B,
-}
-
 /// What was found at a path.
 #[derive(Clone, Debug)]
 pub enum Finding {
@@ -105,17 +98,13 @@ pub fn is_surely_same(a: (&Arc<Inside>, usize), b: (&Arc<Inside>, usize)) -> boo
 }
 
 /// Whether volumes that hold no files we could read are the same, byte for byte.
-pub fn is_same_raw(a: (&Arc<Inside>, usize), b: (&Arc<Inside>, usize)) -> Result<bool> {
-    let _held = (a.0.hold()?, b.0.hold()?);
+pub fn is_same_raw(a: (&Arc<Inside>, usize), b: (&Arc<Inside>, usize)) -> Compared<bool> {
+    let _held = (a.0.hold().map_err(|error| (Side::A, error))?, b.0.hold().map_err(|error| (Side::B, error))?);
     same_volumes((a.0, a.1), (b.0, b.1))
 }
 
 /// What differs of two entries, without what is in them if they are directories.
-pub fn differing(
-    a: (&Tree, &Entry),
-    b: (&Tree, &Entry),
-    counted: Counted,
-) -> std::result::Result<Vec<Aspect>, (Side, crate::error::Error)> {
+pub fn differing(a: (&Tree, &Entry), b: (&Tree, &Entry), counted: Counted) -> Compared<Vec<Aspect>> {
     let (was, is) = (&a.1.attributes, &b.1.attributes);
     if was.kind != is.kind {
         return Ok(vec![Aspect::Kind]);
@@ -130,12 +119,7 @@ pub fn differing(
     };
     match was.kind {
         FileKind::File => {
-            let differs = was.size != is.size
-                || !same_bytes(&mut Content::new(a.0, a.1), &mut Content::new(b.0, b.1)).map_err(|error| {
-                    // Of two that are read in turn the one that cannot be is asked for again.
-                    let side = if readable(a) { Side::B } else { Side::A };
-                    (side, error)
-                })?;
+            let differs = was.size != is.size || !same_bytes(&mut Content::new(a.0, a.1), &mut Content::new(b.0, b.1))?;
             note(differs, Aspect::Content);
             note(was.size != is.size, Aspect::Size);
         }
@@ -162,18 +146,6 @@ pub fn differing(
     }
     note(was.changed != is.changed && counted.changed, Aspect::Changed);
     Ok(what)
-}
-
-fn readable((tree, entry): (&Tree, &Entry)) -> bool {
-    let (mut content, mut at, mut buf) = (Content::new(tree, entry), 0, vec![0; 1 << 20]);
-    while at < entry.attributes.size {
-        let len = (entry.attributes.size - at).min(buf.len() as u64);
-        if content.read_at(at, &mut buf[..len as usize]).is_err() {
-            return false;
-        }
-        at += len;
-    }
-    true
 }
 
 /// Compares two entries, one of which may be none, and all that is in them.

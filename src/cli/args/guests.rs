@@ -157,8 +157,8 @@ pub struct DiffArgs {
 /// The words of `versions`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-IMAGE is any layer: all views of the chains of its store that it is part of are looked at, from the base upwards, internal snapshots as \
-well. Views that show the same content, owner, permissions, attributes and time of the file are one version. A symbolic link \
+IMAGE is any layer: all views of the chains that it is part of are looked at, from the base upwards, internal snapshots as well. \
+These are the chains of its store: --store, or the marked directory above, or else the image's own directory. Views that show the same content, owner, permissions, attributes and time of the file are one version. A symbolic link \
 at the end of the path is itself what is looked for.
 
 Examples:

@@ -176,7 +176,7 @@ impl Files<'_> {
             return match is_same_raw(a, b) {
                 Ok(true) => Ok(()),
                 Ok(false) => self.found(&path, &Finding::Bytes),
-                Err(error) => self.found(&path, &Finding::Unreadable(Side::A, error)),
+                Err((side, error)) => self.found(&path, &Finding::Unreadable(side, error)),
             };
         }
         match (Tree::open(a.0, a.1), Tree::open(b.0, b.1)) {
