@@ -1,7 +1,7 @@
 //! LVM2: logical volumes of physical volumes.
 //!
-//! [`label`] finds a physical volume, [`area`] its metadata; these are text, which [`config`] reads and [`group`]
-//! understands. [`resolve`] says where the bytes of a logical volume are. Here they are put together: which physical
+//! `label` finds a physical volume, `area` its metadata; these are text, which `config` reads and `group`
+//! understands. `resolve` says where the bytes of a logical volume are. Here they are put together: which physical
 //! volumes belong to a group, and what it shows.
 
 mod area;
