@@ -16,21 +16,21 @@ for word in "$@"; do
     esac
 done
 
-. benches/common.sh
 cargo build --release --locked
-chainfs=$(realpath "${CARGO_TARGET_DIR:-target}")/release/chainfs
+. benches/common.sh
+need debootstrap sgdisk qemu-img mkfs.ext4 losetup
 
-work=$(mktemp -d "${TMPDIR:-/tmp}/chainfs-bench.XXXXXX")
+work=$SCRATCH
 mkdir "$work"/{store,mnt,guest,kernel,tree}
 loop=
-clean_up() {
+put_back() {
     cd /
-    umount "$work/guest" "$work/kernel" 2>/dev/null || true
+    umount "$work/guest" 2>/dev/null || true
+    umount "$work/kernel" 2>/dev/null || true
     [ -z "$loop" ] || losetup -d "$loop" 2>/dev/null || true
-    "$chainfs" umount --lazy "$work/mnt" 2>/dev/null || true
-    rm -rf --one-file-system "$work"
+    clean_up
 }
-trap clean_up EXIT
+trap put_back EXIT
 trap 'exit 130' INT TERM
 
 echo "installing Debian"
@@ -38,7 +38,7 @@ debootstrap --variant=minbase bookworm "$work/tree" >"$work/debootstrap.log" 2>&
 
 cd "$work"
 qemu-img create -q -f qcow2 store/vm.qcow2 4G
-"$chainfs" mount store mnt
+"$CHAINFS" mount store mnt
 sgdisk -n1:2048:+64M -t1:ef00 -n2:0:0 mnt/vm/active.raw >/dev/null
 mkfs.ext4 -q -F mnt/vm/partitions/active/p2.raw
 loop=$(losetup -f --show mnt/vm/partitions/active/p2.raw)
@@ -62,7 +62,7 @@ umount guest
 losetup -d "$loop"
 loop=
 cp --sparse=always mnt/vm/partitions/second/p2.raw copy.raw
-"$chainfs" umount mnt
+"$CHAINFS" umount mnt
 # The kernel replays the journal once; what is timed is its mount of a clean file system.
 mount -o loop copy.raw kernel
 files=$(find kernel | wc -l)
@@ -83,16 +83,16 @@ archive() { tar cf - "$1" | cat; }
 
 for _ in $(seq "$rounds"); do
     echo 3 >/proc/sys/vm/drop_caches
-    timed mount-cold "$chainfs" mount store mnt
+    timed mount-cold "$CHAINFS" mount store mnt
     timed first-byte-cold cat mnt/vm/files/second/p2/etc/hostname
     timed first-byte-other-view cat mnt/vm/files/first/p2/etc/hostname
     timed first-byte-warm cat mnt/vm/files/second/p2/etc/hostname
-    "$chainfs" umount mnt
-    "$chainfs" mount store mnt
+    "$CHAINFS" umount mnt
+    "$CHAINFS" mount store mnt
     timed first-byte-fresh-mount cat mnt/vm/files/second/p2/etc/hostname
     timed first-byte-root cat mnt/vm/files/second/root/etc/hostname
-    "$chainfs" umount mnt
-    timed first-byte-command "$chainfs" cat store/second.qcow2:/p2/etc/hostname
+    "$CHAINFS" umount mnt
+    timed first-byte-command "$CHAINFS" cat store/second.qcow2:/p2/etc/hostname
     [ -z "$guestfish" ] || timed guestfish guestfish --ro -i -a store/second.qcow2 cat /etc/hostname
     cat copy.raw store/* >/dev/null
     for kind in tree archive; do
@@ -100,13 +100,13 @@ for _ in $(seq "$rounds"); do
         timed "$kind-kernel" "$kind" kernel
         timed "$kind-kernel-again" "$kind" kernel
         umount kernel
-        "$chainfs" mount store mnt
+        "$CHAINFS" mount store mnt
         ls mnt/vm/files/second/p2 >/dev/null
         timed "$kind-chainfs" "$kind" mnt/vm/files/second/p2
         timed "$kind-chainfs-again" "$kind" mnt/vm/files/second/p2
-        "$chainfs" umount mnt
+        "$CHAINFS" umount mnt
     done
-    timed diff-files "$chainfs" diff --files store/base.qcow2 store/second.qcow2 || true
+    timed diff-files "$CHAINFS" diff --files store/base.qcow2 store/second.qcow2 || true
 done
 
 for times in times.*; do
@@ -114,4 +114,4 @@ for times in times.*; do
         { all[NR] = $1 }
         END { printf "%-24s median %9.1f ms  (%.1f - %.1f, %d rounds)\n", name, all[int((NR + 1) / 2)], all[1], all[NR], NR }'
 done
-"$chainfs" diff --files store/base.qcow2 store/second.qcow2 | tail -1
+"$CHAINFS" diff --files store/base.qcow2 store/second.qcow2 | tail -1
