@@ -535,7 +535,7 @@ fn help_names_every_verb_of_this_version() {
     let help = chainfs(&["--help"]).stdin(Stdio::null()).succeeds();
     for verb in [
         "mount", "umount", "tree", "info", "map", "check", "compare", "diff", "create", "snapshot", "commit", "pull",
-        "cancel",
+        "cancel", "ls", "cat", "cp", "versions",
     ] {
         assert!(help.contains(verb), "{verb} in\n{help}");
     }

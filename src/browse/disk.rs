@@ -28,6 +28,8 @@ pub(super) struct Disk {
     size: u64,
     /// What an active disk was when it was first opened here.
     still: Option<Arc<Still>>,
+    /// Whether another process writes it, so that nothing is known of what it was.
+    is_forced: bool,
     /// Tells this active disk's chunks from all others'.
     number: u64,
     /// Bytes that have been read of all disks.
@@ -78,16 +80,23 @@ impl Disk {
     /// Opens a disk for the first time. What is read of it is added to `read`.
     pub(super) fn new(store: &Arc<Store>, id: &ViewId, read: &Arc<AtomicU64>) -> Result<Self> {
         static NUMBERS: AtomicU64 = AtomicU64::new(1);
+        let (mut is_forced, mut holders, mut bytes) = (false, 0, None);
         let (size, still) = if id.is_active() {
             let handle = store.open_writable(id, Access::Read)?;
             let still = handle.hold_still()?;
+            is_forced = handle.is_forced();
+            if is_forced {
+                // Another opening would be another disk: this one is kept.
+                (holders, bytes) = (1, Some(Arc::new(Bytes::Active(handle, Arc::clone(&still)))));
+            }
             (still.size(), Some(still))
         } else {
             (store.open_frozen(id)?.view().view.size(), None)
         };
-        let open = Mutex::new(Open { holders: 0, bytes: None, left: Instant::now() });
+        let open = Mutex::new(Open { holders, bytes, left: Instant::now() });
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { store: Arc::clone(store), id: id.clone(), size, still, number, read: Arc::clone(read), open })
+        let (store, id, read) = (Arc::clone(store), id.clone(), Arc::clone(read));
+        Ok(Self { store, id, size, still, is_forced, number, read, open })
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -141,7 +150,7 @@ impl Disk {
 
     /// Whether it is what it was, and nothing has been changed since.
     pub(super) fn is_unchanged(&self) -> bool {
-        self.still.as_ref().is_none_or(|still| still.is_unchanged()) && self.is_good()
+        !self.is_forced && self.still.as_ref().is_none_or(|still| still.is_unchanged()) && self.is_good()
     }
 
     /// Lets go of what is put aside for an active disk that nobody has looked into for a while.

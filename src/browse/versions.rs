@@ -13,7 +13,7 @@ use super::walk::{Entry, Last, Tree};
 #[derive(Debug)]
 pub enum Found {
     /// Something.
-    There(Tree, Entry),
+    There(Box<(Tree, Entry)>),
     /// Nothing, or not even the volume.
     Absent,
     /// That cannot be told.
@@ -39,7 +39,7 @@ pub fn find(inside: &Arc<Inside>, volume: Option<usize>, path: &[u8]) -> Found {
         Ok((tree, entry))
     });
     match found {
-        Ok((tree, entry)) => Found::There(tree, entry),
+        Ok(found) => Found::There(Box::new(found)),
         Err(error) if error.kind() == crate::error::ErrorKind::NotFound => Found::Absent,
         Err(error) => Found::Unreadable(error),
     }
@@ -62,7 +62,8 @@ pub fn versions(found: &[Found]) -> Vec<Version> {
 fn is_same(a: &Found, b: &Found, version: &Version) -> bool {
     match (a, b) {
         (Found::Absent, Found::Absent) => true,
-        (Found::There(tree, entry), Found::There(other_tree, other)) => {
+        (Found::There(one), Found::There(other)) => {
+            let ((tree, entry), (other_tree, other)) = (&**one, &**other);
             let counted = Counted { directory_times: true, changed: false };
             let is_good = matches!(version.state, Some(Ok(_)));
             is_good && differing((tree, entry), (other_tree, other), counted).is_ok_and(|what| what.is_empty())
@@ -75,7 +76,8 @@ fn version(found: &Found, index: usize) -> Version {
     let (state, target) = match found {
         Found::Absent => (None, None),
         Found::Unreadable(error) => (Some(Err(error.clone())), None),
-        Found::There(tree, Entry { ino, attributes }) => {
+        Found::There(there) => {
+            let (tree, Entry { ino, attributes }) = &**there;
             let is_link = attributes.kind == crate::guest::FileKind::Symlink;
             match is_link.then(|| tree.read_link(*ino)).transpose() {
                 Ok(target) => (Some(Ok(*attributes)), target),

@@ -1,5 +1,7 @@
 //! Guests' files as lists: what `ls` prints, and the same for programs.
 
+use std::fmt::Write as _;
+
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use serde::Serialize;
@@ -24,14 +26,17 @@ pub struct Listed {
 pub fn long(files: &[Listed], zone: &TimeZone) -> String {
     let columns: Vec<[String; 6]> = files.iter().map(|file| columns(file, zone)).collect();
     let width = |column: usize| columns.iter().map(|row| row[column].len()).max().unwrap_or(0);
-    let [_, links, uid, gid, size, time] = std::array::from_fn(width);
+    let widths: [usize; 6] = std::array::from_fn(width);
     let line = |(file, row): (&Listed, &[String; 6])| {
-        let [mode, of_links, of_uid, of_gid, of_size, of_time] = row;
-        let target = file.target.as_ref().map(|target| format!(" -> {}", terminal_bytes(target))).unwrap_or_default();
-        let name = terminal_bytes(&file.name);
-        format!(
-            "{mode} {of_links:>links$} {of_uid:>uid$} {of_gid:>gid$} {of_size:>size$} {of_time:>time$} {name}{target}\n"
-        )
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(widths) {
+            let _ = write!(line, "{cell:>width$} ");
+        }
+        line += &terminal_bytes(&file.name);
+        if let Some(target) = &file.target {
+            let _ = write!(line, " -> {}", terminal_bytes(target));
+        }
+        line + "\n"
     };
     files.iter().zip(&columns).map(line).collect()
 }
@@ -184,7 +189,10 @@ pub fn kind(kind: FileKind) -> &'static str {
 }
 
 pub(super) fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 #[cfg(test)]

@@ -93,8 +93,8 @@ impl Copy {
         if is_tree && !self.recursive {
             return Err(Error::new(ErrorKind::Usage, "it is a directory; give -r to copy it with all that is in it"));
         }
-        let names = path.split(|byte| *byte == b'/').filter(|name| !name.is_empty());
-        let name = names.last().unwrap_or_else(|| volume_name(word));
+        let mut names = path.rsplit(|byte| *byte == b'/').filter(|name| !name.is_empty());
+        let name = names.next().unwrap_or_else(|| volume_name(word));
         if name == b".." {
             return Err(Error::new(ErrorKind::Usage, "it has no name of its own; say which"));
         }
@@ -289,8 +289,8 @@ fn fill(file: &File, tree: &Tree, entry: &Entry) -> Result<()> {
 
 /// The volume that a word names.
 fn volume_name(word: &OsStr) -> &[u8] {
-    let names = word.as_bytes().split(|byte| matches!(byte, b'/' | b':')).filter(|name| !name.is_empty());
-    names.last().unwrap_or(b"disk")
+    let mut names = word.as_bytes().rsplit(|byte| matches!(byte, b'/' | b':')).filter(|name| !name.is_empty());
+    names.next().unwrap_or(b"disk")
 }
 
 /// Permission bits that new files do not get. There is no call that only tells.

@@ -91,10 +91,10 @@ impl Folder {
     ) -> Result<Vec<Lost>> {
         self.placed(name, |draft| {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let file = fs::openat(&self.0, draft, flags, Mode::RUSR | Mode::WUSR);
-            let file = File::from(file.map_err(|error| failed("making the file", error))?);
-            fill(&file)?;
-            Ok(finish(file.as_fd(), found, extended, keep))
+            let made = fs::openat(&self.0, draft, flags, Mode::RUSR | Mode::WUSR);
+            let made = File::from(made.map_err(|error| failed("making the file", error))?);
+            fill(&made)?;
+            Ok(finish(made.as_fd(), found, extended, keep))
         })
     }
 

@@ -99,11 +99,13 @@ pub(super) fn in_one_chain((a, b): (Disk, Disk)) -> (Disk, Disk) {
     (a, b)
 }
 
-/// All views of all chains that have the disk's top layer as a layer, from the bases upwards, each once: its name, and the disk.
-pub(super) fn all_around(disk: &Disk) -> Vec<(Vec<u8>, Disk)> {
+/// All views of all chains that have the disk's top layer as a layer, or of that chain alone, from the bases upwards, each once: its
+/// name, and the disk.
+pub(super) fn all_around(disk: &Disk, alone: Option<&Path>) -> Vec<(Vec<u8>, Disk)> {
     let opened = &disk.opened;
     let catalog = opened.store.catalog();
-    let chains = chains_of(&catalog, disk.spot.layers()[0]);
+    let mut chains = chains_of(&catalog, disk.spot.layers()[0]);
+    chains.retain(|(chain, _)| alone.is_none_or(|alone| alone == chain));
     let mut met: Vec<(ImageIndex, Option<usize>)> = Vec::new();
     let mut all = Vec::new();
     for (chain, leaf) in &chains {

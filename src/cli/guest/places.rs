@@ -61,13 +61,13 @@ pub(super) fn parse(word: &OsStr) -> Result<Place> {
         }
         let Some((snapshot, inner)) = split(&bytes[end..]) else { continue };
         if let Some((store, rest)) = place_in_mount(path)? {
-            return mounted(word, store, &rest, snapshot, inner);
+            return mounted(word, &store, &rest, snapshot, inner);
         }
         let disk = DiskName::Image { path: path.to_path_buf(), snapshot: snapshot.map(<[u8]>::to_vec) };
         return Ok(Place { disk, inner: inner.and_then(Inner::of), has_inner: inner.is_some() });
     }
     if let Some((store, rest)) = place_in_mount(Path::new(word))? {
-        return mounted(word, store, &rest, None, None);
+        return mounted(word, &store, &rest, None, None);
     }
     // What stands before the first colon was meant, probably.
     let end = bytes.iter().position(|byte| *byte == b':').unwrap_or(bytes.len());
@@ -80,8 +80,11 @@ pub(super) fn parse(word: &OsStr) -> Result<Place> {
     Err(Error::new(ErrorKind::NotFound, fact))
 }
 
+/// A snapshot's name, and what stands behind the colon.
+type Split<'a> = (Option<&'a [u8]>, Option<&'a [u8]>);
+
 /// `[@SNAPSHOT][:INNER]` in its two parts; `None` if it is nothing of that kind.
-fn split(rest: &[u8]) -> Option<(Option<&[u8]>, Option<&[u8]>)> {
+fn split(rest: &[u8]) -> Option<Split<'_>> {
     match rest {
         [] => Some((None, None)),
         [b':', inner @ ..] => Some((None, Some(inner))),
@@ -100,7 +103,7 @@ fn split(rest: &[u8]) -> Option<(Option<&[u8]>, Option<&[u8]>)> {
 }
 
 /// A place in a mount: a disk that it shows, or a guest's file.
-fn mounted(word: &OsStr, store: PathBuf, rest: &Path, snapshot: Option<&[u8]>, inner: Option<&[u8]>) -> Result<Place> {
+fn mounted(word: &OsStr, store: &Path, rest: &Path, snapshot: Option<&[u8]>, inner: Option<&[u8]>) -> Result<Place> {
     let nothing = || {
         let fact = format!("{} is neither a disk nor a guest's file of a mount", shown(word));
         Error::new(ErrorKind::Usage, fact)
@@ -109,7 +112,7 @@ fn mounted(word: &OsStr, store: PathBuf, rest: &Path, snapshot: Option<&[u8]>, i
     let chain = |count: usize| names[..count].iter().map(|name| OsStr::from_bytes(name)).collect::<PathBuf>();
     let place = |chain, view: Option<&[u8]>, inner: Option<&[u8]>| {
         let view = snapshot.or(view).map(<[u8]>::to_vec);
-        let disk = DiskName::Mounted { store: store.clone(), chain, view };
+        let disk = DiskName::Mounted { store: store.to_path_buf(), chain, view };
         Place { disk, inner: inner.and_then(Inner::of), has_inner: inner.is_some() }
     };
     if let Some(at) = names.iter().position(|name| *name == b"files") {

@@ -7,7 +7,7 @@ use jiff::tz::TimeZone;
 use super::super::args::{Output, VersionsArgs};
 use super::super::output::print;
 use super::images::{Disk, Images};
-use super::places::{self, Inner};
+use super::places::{self, DiskName, Inner};
 use super::{about, place, shown};
 use crate::browse::versions::{Found, find, versions};
 use crate::error::{Error, ErrorKind, Result};
@@ -25,7 +25,12 @@ fn look(args: &VersionsArgs) -> Result<u8> {
     let Some(inner) = &place.inner else { return Err(places::no_volume(word)) };
     let mut images = Images::new(&args.look, &[])?;
     let disk = images.in_its_store(&place)?;
-    let (names, disks): (Vec<Vec<u8>>, Vec<Disk>) = place::all_around(&disk).into_iter().unzip();
+    // In a mount, it is one chain of those that have it that was named.
+    let alone = match &place.disk {
+        DiskName::Mounted { chain, .. } => Some(chain.as_path()),
+        DiskName::Image { .. } => None,
+    };
+    let (names, disks): (Vec<Vec<u8>>, Vec<Disk>) = place::all_around(&disk, alone).into_iter().unzip();
     let found: Vec<Found> = disks.iter().map(|disk| found(disk, inner)).collect();
     if found.iter().all(|found| matches!(found, Found::Absent)) {
         let names: Vec<String> =

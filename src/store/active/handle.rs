@@ -43,6 +43,11 @@ impl ActiveHandle {
         })
     }
 
+    /// Whether another process writes the disk meanwhile, and it is read by force.
+    pub fn is_forced(&self) -> bool {
+        matches!(&*self.disk.state.read(), State::Reading(open) if open.forced.is_some())
+    }
+
     /// Whether it was opened to be written.
     pub fn writes(&self) -> bool {
         self.access.writes()

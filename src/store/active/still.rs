@@ -299,7 +299,7 @@ impl ActiveHandle {
     pub fn origin_still(&self, still: &Still, at: u64, max: u64) -> Result<Option<Origin>> {
         // Held over the look: nobody begins to write meanwhile.
         match &*self.disk.state.read() {
-            State::Reading(open) if still.is_held_unchanged() && at < open.view.size() => {
+            State::Reading(open) if open.forced.is_none() && still.is_held_unchanged() && at < open.view.size() => {
                 open.view.origin(at, max).map(Some)
             }
             _ => Ok(None),
@@ -310,7 +310,10 @@ impl ActiveHandle {
     /// their bytes also when the disk is written later.
     pub fn origins_below(&self, still: &Still, at: u64, len: u64) -> Result<Option<Vec<Origin>>> {
         let State::Reading(open) = &*self.disk.state.read() else { return Ok(None) };
-        if !still.is_held_unchanged() || at.checked_add(len).is_none_or(|end| end > open.view.size()) {
+        if open.forced.is_some()
+            || !still.is_held_unchanged()
+            || at.checked_add(len).is_none_or(|end| end > open.view.size())
+        {
             return Ok(None);
         }
         let origins = open.view.origins(at, len)?;
