@@ -111,6 +111,19 @@ reads "$mnt/web01/snapshots/active@before-upgrade.raw" 'tuesday: before the upgr
 reads "$mnt/web01/active.raw" 'tuesday: upgraded'
 reads "$mnt/try-php9/active.raw" 'trying php 9'
 
+say "the guests' own files, in every snapshot, with ordinary tools"
+show ls "$mnt/web01/files" "$mnt/web01/files/monday" "$mnt/web01/files/monday/disk"
+show cat "$mnt/web01/files/monday/disk/etc/motd"
+show cat "$mnt/web01/files/monday/volumes.txt"
+status=0
+show diff -r "$mnt/web01/files/installed/disk" "$mnt/web01/files/active/disk" || status=$?
+[ "$status" -eq 1 ] || fail "diff should exit 1 for files that differ, not $status"
+status=0
+show chainfs diff --files installed.qcow2 web01.qcow2 || status=$?
+[ "$status" -eq 1 ] || fail "chainfs diff should exit 1 for files that differ, not $status"
+show chainfs versions web01.qcow2:/disk/etc/motd
+[ "$(show chainfs cat monday.qcow2:/disk/etc/motd | tail -1)" = 'monday: all is well' ] || fail 'the same without a mount'
+
 say 'qemu-img sees the same'
 show qemu-img compare -U -f raw -F qcow2 "$mnt/web01/snapshots/monday.raw" monday.qcow2
 

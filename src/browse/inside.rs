@@ -31,6 +31,8 @@ pub struct Inside {
     /// The disk itself, and those others that its volume groups lie on.
     pub(super) disks: Vec<Disk>,
     pub(super) layout: Layout,
+    /// What should be known of how the disks were found.
+    pub(super) remarks: Vec<String>,
     /// What has been asked of file systems as a whole, by volume.
     pub(super) mounted: Vec<Mutex<Option<Mounted>>>,
     pub(super) systems: OnceLock<Vec<OperatingSystem>>,
@@ -108,6 +110,11 @@ impl Inside {
     /// Its partitions and volumes.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// What should be known of them, a sentence each.
+    pub fn remarks(&self) -> impl Iterator<Item = &String> {
+        self.layout.remarks.iter().chain(&self.remarks)
     }
 
     /// The volume of that name, by index.

@@ -13,7 +13,7 @@ pub mod versions;
 pub mod walk;
 pub mod worker;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -25,7 +25,7 @@ use parking_lot::Mutex;
 
 use crate::error::Result;
 use crate::guest::volumes::{Layout, MissingVolumeGroup, PhysicalVolumeName};
-use crate::store::{ACTIVE, Catalog, Store, ViewId};
+use crate::store::{ACTIVE, Catalog, Store, ViewId, shown};
 
 use disk::{Digests, Disk};
 use inside::Session;
@@ -156,14 +156,16 @@ impl Browser {
         let mut set = self.sets.fetch_add(1, Ordering::Relaxed);
         let mut layout = self.open(&worker, set, &disks)?;
         // Numbers of the layout are places in the list: another list is another set.
-        while let Some(more) = self.more_disks(&worker, &disks, &layout.missing) {
+        let mut remarks = Vec::new();
+        while let Some(more) = self.more_disks(&worker, &disks, &layout.missing, &mut remarks) {
+            remarks.clear();
             disks.extend(more);
             set = self.sets.fetch_add(1, Ordering::Relaxed);
             layout = self.open(&worker, set, &disks)?;
         }
         let mounted = layout.volumes.iter().map(|_| Mutex::default()).collect();
         let (digests, systems) = (Arc::clone(&self.digests), OnceLock::new());
-        Ok(Inside { worker, digests, set, disks, layout, mounted, systems })
+        Ok(Inside { remarks, worker, digests, set, disks, layout, mounted, systems })
     }
 
     fn open(&self, worker: &Worker, set: u32, disks: &[Disk]) -> Result<Layout> {
@@ -174,37 +176,73 @@ impl Browser {
         }
     }
 
-    /// Disks of other chains that hold what is missing, in the view of the same moment. `None` if there are none.
-    fn more_disks(&self, worker: &Worker, disks: &[Disk], missing: &[MissingVolumeGroup]) -> Option<Vec<Disk>> {
+    /// Disks of other chains that hold what is missing, in the view of the same moment, and what should be known of it. A guest's other disks
+    /// are told by what both say of their group. Clones of guests say the same, so a neighbour goes before all others, and where that leaves a choice, none is
+    /// taken.
+    fn more_disks(
+        &self,
+        worker: &Worker,
+        disks: &[Disk],
+        missing: &[MissingVolumeGroup],
+        remarks: &mut Vec<String>,
+    ) -> Option<Vec<Disk>> {
         if missing.is_empty() || disks.len() >= DISKS {
             return None;
         }
         let catalog = self.store.catalog();
-        let mut found = Vec::new();
-        for id in self.same_moment(&catalog, disks[0].id()) {
-            if disks.len() + found.len() >= DISKS {
-                break;
-            }
-            if disks.iter().any(|disk| disk.id() == &id) {
+        let id = disks[0].id();
+        let mut candidates = Vec::new();
+        for other in self.same_moment(&catalog, id) {
+            if disks.iter().any(|disk| disk.id() == &other) || !self.is_as_open(id, &other) {
                 continue;
             }
             // One that cannot be opened now is as good as absent, which is said.
-            let Ok(disk) = Disk::new(&self.store, &id, &self.read) else { continue };
+            let Ok(disk) = Disk::new(&self.store, &other, &self.read) else { continue };
             let request = Request::PhysicalVolumes { size: disk.size() };
-            let alone = std::slice::from_ref(&disk);
-            let Ok((Answer::PhysicalVolumes(volumes), _)) = worker.ask(&request, &Session::new(alone, &self.digests))
-            else {
-                continue;
-            };
-            let is_wanted = |volume: &PhysicalVolumeName| {
-                let is_of = |group: &MissingVolumeGroup| volume.group.as_ref().is_none_or(|id| *id == group.id);
-                missing.iter().any(|group| is_of(group) && group.absent.contains(&volume.id))
-            };
-            if volumes.iter().any(is_wanted) {
-                found.push(disk);
+            let session = Session::new(std::slice::from_ref(&disk), &self.digests);
+            if let Ok((Answer::PhysicalVolumes(held), _)) = worker.ask(&request, &session) {
+                drop(session);
+                candidates.push((disk, held));
             }
         }
-        (!found.is_empty()).then_some(found)
+        let mut chosen = BTreeSet::new();
+        for group in missing {
+            for absent in &group.absent {
+                let is_it = |held: &PhysicalVolumeName| {
+                    let says_so = held.group.as_ref().is_none_or(|id| *id == group.id);
+                    held.id == *absent && says_so && held.state.is_none_or(|state| state == group.state)
+                };
+                let mut found: Vec<usize> =
+                    (0..candidates.len()).filter(|at| candidates[*at].1.iter().any(is_it)).collect();
+                let is_near = |at: &usize| candidates[*at].0.id().chain.parent() == id.chain.parent();
+                if found.iter().any(is_near) {
+                    found.retain(is_near);
+                }
+                match found[..] {
+                    [] => {}
+                    [one] => {
+                        chosen.insert(one);
+                    }
+                    _ => {
+                        let names: Vec<_> = found.iter().map(|at| shown(&candidates[*at].0.id().chain)).collect();
+                        let fact = format!("physical volume {absent} of {} is on several disks", group.name);
+                        remarks.push(format!("{fact}, and none was taken for this guest's: {}", names.join(", ")));
+                    }
+                }
+            }
+        }
+        let taken = candidates.into_iter().enumerate().filter(|(at, _)| chosen.contains(at)).map(|(_, (disk, _))| disk);
+        let taken: Vec<Disk> = taken.take(DISKS - disks.len()).collect();
+        (!taken.is_empty()).then_some(taken)
+    }
+
+    /// Whether whoever may read one disk may read the other: what one shows of the other is no secret then.
+    fn is_as_open(&self, one: &ViewId, other: &ViewId) -> bool {
+        let owner = |id: &ViewId| {
+            let stat = self.store.find_view(id).ok()?.image().stat;
+            Some((stat.uid, stat.gid, stat.mode & 0o444))
+        };
+        owner(one).is_some_and(|known| owner(other) == Some(known))
     }
 
     /// The views of other chains that show the moment that `id` shows: the active disks beside an active one, else those of the same name, or of

@@ -175,8 +175,11 @@ impl Filesystem for Adapter {
         };
         if self.tree.may_wait(inode.0) {
             return self.look(inode.0, move |tree| match answer(tree, |tree| tree.open(inode.0, access)) {
-                // What its number stands for never changes.
-                Ok((number, Handle::GuestFile(_))) => reply.opened(FileHandle(number), FopenFlags::FOPEN_KEEP_CACHE),
+                // What its number stands for never changes; and nothing is ever written that closing could tell of.
+                Ok((number, Handle::GuestFile(_))) => {
+                    let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
+                    reply.opened(FileHandle(number), flags);
+                }
                 Ok((number, _)) => reply.opened(FileHandle(number), FopenFlags::FOPEN_DIRECT_IO),
                 Err(errno) => reply.error(errno),
             });
@@ -447,6 +450,11 @@ impl Filesystem for Adapter {
 
     fn opendir(&self, _req: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         self.look(inode.0, move |tree| match answer(tree, |tree| tree.open_directory(inode.0)) {
+            // A guest's directory never changes, either.
+            Ok(number) if Tree::is_guest(inode.0) => {
+                let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR;
+                reply.opened(FileHandle(number), flags);
+            }
             Ok(number) => reply.opened(FileHandle(number), FopenFlags::empty()),
             Err(errno) => reply.error(errno),
         });

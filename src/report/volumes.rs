@@ -29,13 +29,15 @@ pub fn listed(inside: &Inside) -> String {
     }
     let table = layout.table.as_deref().unwrap_or("none");
     let _ = writeln!(text, "\npartition table: {table}");
-    for remark in &layout.remarks {
+    for remark in inside.remarks() {
         let _ = writeln!(text, "{}", terminal(remark));
     }
     for group in &layout.missing {
         let absent = group.absent.join(", ");
-        let fact =
-            format!("volume group {} lacks the physical volumes {absent}, which no disk of this store has", group.name);
+        let fact = format!(
+            "volume group {} lacks the physical volumes {absent}, which no disk of this store was found to have",
+            group.name
+        );
         let _ = writeln!(text, "{}", terminal(&fact));
     }
     text

@@ -345,6 +345,13 @@ fn a_torn_transaction_is_not_replayed() {
     let copy = dirty.snapshot();
     copy.write(journal[descriptor + 1] * 4096 + 50, b"damage");
     assert!(copy.open().remarks()[0].contains("1 blocks in the journal are damaged"), "{:?}", copy.open().remarks());
+    // A damaged list of them ends what is replayed; what came before it is shown.
+    let last = journal[1..].iter().rfind(|block| kind(block) == Some(1)).expect("a descriptor");
+    let copy = dirty.snapshot();
+    copy.write(last * 4096 + 4000, b"damage");
+    let ours = copy.open();
+    assert!(ours.remarks()[0].contains("in the journal is damaged: it is not shown"), "{:?}", ours.remarks());
+    assert!(ours.lookup(ours.root(), b"step 0").expect("it is whole").is_some());
 }
 
 /// The layouts of the journal that no kernel of today writes.

@@ -92,10 +92,8 @@ impl Group {
         let (name, group) = all.sections.iter().next().ok_or("there is no volume group in it")?;
         check_name(name)?;
         let need = |key: &str| group.number(key).ok_or_else(|| format!("there is no {key} in it"));
-        let extent_len = need("extent_size")? * SECTOR_LEN;
-        if extent_len == 0 {
-            return Err("its extents have no length".to_owned());
-        }
+        let extent_len = need("extent_size")?.checked_mul(SECTOR_LEN).filter(|len| *len > 0);
+        let extent_len = extent_len.ok_or("its extents have no length")?;
         let sections = |key: &str| group.sections.get(key).into_iter().flat_map(|section| &section.sections);
         let physical = |(name, section): (&String, &Section)| Some((name.clone(), physical(section)?));
         let logical = |(name, section): (&String, &Section)| (name.clone(), logical(section));

@@ -1,7 +1,7 @@
 //! LVM2: logical volumes of physical volumes.
 //!
-//! [`label`] finds a physical volume, [`area`] its metadata; these are text, which [`config`] reads and [`group`]
-//! understands. [`resolve`] says where the bytes of a logical volume are. Here they are put together: which physical
+//! `label` finds a physical volume, `area` its metadata; these are text, which `config` reads and `group`
+//! understands. `resolve` says where the bytes of a logical volume are. Here they are put together: which physical
 //! volumes belong to a group, and what it shows.
 
 mod area;
@@ -60,6 +60,11 @@ impl PhysicalVolume {
         }
         let present = Present { disk: number, start, len: part.size() };
         Some(Self { id: label.id, present, group, remarks })
+    }
+
+    /// How often its group had been changed when it was last told.
+    pub fn state(&self) -> Option<u64> {
+        self.group.as_ref().map(|group| group.number)
     }
 
     /// The identity of its group, as far as it knows it itself.
@@ -133,7 +138,8 @@ fn show(group: &Group, suffix: &str, physical: &[PhysicalVolume], disks: &[Arc<d
         shown.remarks.push(format!("volume group {name} is exported"));
     }
     if !absent.is_empty() {
-        shown.missing.push(MissingVolumeGroup { name: name.clone(), id: id.to_string(), absent });
+        let state = group.number;
+        shown.missing.push(MissingVolumeGroup { name: name.clone(), id: id.to_string(), state, absent });
     }
     let known = |pv: &&PhysicalVolume| pv.group.as_ref().filter(|group| group.id == id).map(|group| group.number);
     let own = physical.iter().filter(|pv| pv.present.disk == 0).filter_map(|pv| known(&pv)).max();

@@ -62,6 +62,8 @@ pub struct MissingVolumeGroup {
     pub name: String,
     /// Its identity.
     pub id: String,
+    /// How often it has been changed: its other physical volumes say the same, unless they were away.
+    pub state: u64,
     /// The identities of the physical volumes that are not there.
     pub absent: Vec<String>,
 }
@@ -80,6 +82,8 @@ pub struct PhysicalVolumeName {
     pub id: String,
     /// The identity of the volume group that it says it belongs to.
     pub group: Option<String>,
+    /// How often that group had been changed when it was last told.
+    pub state: Option<u64>,
 }
 
 /// What the guest's disks hold. `disks[0]` is the one that is looked at; the others are offered for the volume groups that it
@@ -118,6 +122,7 @@ pub fn physical_volumes(disk: &Arc<dyn Source>) -> Vec<PhysicalVolumeName> {
     let name = |pv: PhysicalVolume| PhysicalVolumeName {
         id: pv.id.to_string(),
         group: pv.group_id().map(|id| id.to_string()),
+        state: pv.state(),
     };
     find_physical_volumes(disk, 0).into_iter().map(name).collect()
 }

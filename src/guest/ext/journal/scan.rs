@@ -3,7 +3,7 @@
 use crate::error::Result;
 
 use super::super::blocks::JOURNAL_MAGIC;
-use super::super::bytes::{be32, be64, corrupt};
+use super::super::bytes::{be32, be64};
 use super::super::checksum::{crc32_be, crc32c, crc32c_without};
 use super::log::{Log, incompat};
 use super::tags;
@@ -57,15 +57,12 @@ pub(super) fn scan(log: &Log) -> Result<Scan> {
             }
             COMMIT => {
                 let time = be64(&bytes, 48);
-                // The clock tells a leftover of an older round from damage.
-                if doubtful && time >= last_time {
-                    return Err(corrupt(format!("transaction {} of the journal has a wrong checksum", found.end)));
-                }
-                if doubtful {
-                    break;
-                }
-                if !commit_is_right(log, &bytes, sum) {
-                    if time >= last_time && !log.has(incompat::ASYNC_COMMIT) {
+                // The clock tells a leftover of an older round from damage; and a commit that may come to disk before
+                // what it commits is no damage without it.
+                let whole = !doubtful && commit_is_right(log, &bytes, sum);
+                let torn = !doubtful && log.has(incompat::ASYNC_COMMIT);
+                if !whole {
+                    if time >= last_time && !torn {
                         let transaction = found.end;
                         found.remarks.push(format!(
                             "transaction {transaction} in the journal is damaged: it is not shown, nor is what came later"
