@@ -453,6 +453,14 @@ fn diff_tells_every_file_that_changed_and_reads_little() {
     let last = text.lines().last().expect("a summary");
     assert!(last.contains(" added, ") && last.contains(" of 154 MiB read"), "{last}");
 
+    // Of a guest that runs, what its own layer does not hold is not read either.
+    let qemu = Qemu::running_on(&guest.store, "vm.qcow2", &[]);
+    let running = json(chainfs(&["diff", "--files", "--json", "-U"]).args([&base, &vm]));
+    qemu.shut_down();
+    assert_eq!(running["changes"], answer["changes"]);
+    let read = running["bytes-read"].as_u64().expect("a number");
+    assert!(read < 8 * MIB, "{read} bytes were read");
+
     // A part of it, named once.
     let part = json(chainfs(&["diff", "--json"]).arg(guest.place("base.qcow2:/p2/tree/")).arg(&vm));
     let below = expected.iter().filter(|(path, _)| path.starts_with("tree"));

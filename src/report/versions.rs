@@ -9,6 +9,9 @@ use crate::browse::versions::Version;
 use super::files::{AttributesObject, mode, time};
 use super::safe::{terminal, terminal_bytes, text};
 
+/// Views in a row that are named one by one.
+const ROW: usize = 5;
+
 /// A line for each version: time, size, mode, the views that have it, and a link's target.
 pub fn table(versions: &[Version], views: &[Vec<u8>], zone: &TimeZone) -> String {
     let rows: Vec<([String; 3], String)> = versions.iter().map(|version| row(version, views, zone)).collect();
@@ -21,8 +24,7 @@ pub fn table(versions: &[Version], views: &[Vec<u8>], zone: &TimeZone) -> String
 }
 
 fn row(version: &Version, views: &[Vec<u8>], zone: &TimeZone) -> ([String; 3], String) {
-    let names: Vec<String> = version.disks.iter().map(|disk| terminal_bytes(&views[*disk])).collect();
-    let names = names.join(", ");
+    let names = names(&version.disks, views);
     match &version.state {
         None => (["absent".to_owned(), String::new(), String::new()], names),
         Some(Err(error)) => {
@@ -35,6 +37,17 @@ fn row(version: &Version, views: &[Vec<u8>], zone: &TimeZone) -> ([String; 3], S
             ([time(found.modified, zone), found.size.to_string(), mode(found)], rest)
         }
     }
+}
+
+/// Names of views; of many in a row, the first and the last.
+fn names(disks: &[usize], views: &[Vec<u8>]) -> String {
+    let name = |disk: usize| terminal_bytes(&views[disk]);
+    let rows = disks.chunk_by(|one, next| one + 1 == *next);
+    let told = rows.flat_map(|row| match row {
+        [first, .., last] if row.len() > ROW => vec![format!("{} .. {} ({})", name(*first), name(*last), row.len())],
+        _ => row.iter().map(|disk| name(*disk)).collect(),
+    });
+    told.collect::<Vec<String>>().join(", ")
 }
 
 /// All versions for programs.
@@ -73,5 +86,17 @@ impl VersionsObject {
             error: version.state.as_ref().and_then(|state| state.as_ref().err()).map(ToString::to_string),
         };
         Self { versions: versions.iter().map(object).collect(), bytes_read }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_views_in_a_row_are_told_by_their_ends() {
+        let views: Vec<Vec<u8>> = (0..20).map(|number| format!("l{number}").into_bytes()).collect();
+        let disks: Vec<usize> = [0, 2, 3].into_iter().chain(5..15).collect();
+        assert_eq!(names(&disks, &views), "l0, l2, l3, l5 .. l14 (10)");
     }
 }

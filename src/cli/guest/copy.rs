@@ -247,13 +247,12 @@ impl Copy {
     }
 
     fn remark(&mut self, fact: String, source: &Source<'_>, path: &Path) {
-        let place = || format!("{} of {}", terminal_bytes(path.as_os_str().as_bytes()), shown(source.word));
+        let place = || format!("{} of {}", named(path), shown(source.word));
         self.remarks.entry(fact).or_insert_with(|| (0, place())).0 += 1;
     }
 
     fn trouble(&mut self, source: &Source<'_>, path: &Path, error: Error) {
-        let place = terminal_bytes(path.as_os_str().as_bytes());
-        complain(&mut self.failed, &about(source.word, error.within(place)));
+        complain(&mut self.failed, &about(source.word, error.within(named(path))));
     }
 
     /// Says what was not kept: each thing once.
@@ -263,6 +262,11 @@ impl Copy {
             warn(&format!("{fact}: {first}{more}"));
         }
     }
+}
+
+/// A path below the destination as part of a sentence.
+fn named(path: &Path) -> String {
+    if path.as_os_str().is_empty() { ".".to_owned() } else { terminal_bytes(path.as_os_str().as_bytes()) }
 }
 
 /// Writes a file's bytes; what is a hole stays one.

@@ -295,15 +295,16 @@ impl ActiveHandle {
     }
 
     /// Where the bytes that a still shows from `at` on come from, for at most `max` of them; `None` where only reading can
-    /// tell, as while the disk is written here.
+    /// tell, as while the disk is written here. Of a disk that is read by force only what lies below its top layer is told.
     pub fn origin_still(&self, still: &Still, at: u64, max: u64) -> Result<Option<Origin>> {
         // Held over the look: nobody begins to write meanwhile.
-        match &*self.disk.state.read() {
-            State::Reading(open) if open.forced.is_none() && still.is_held_unchanged() && at < open.view.size() => {
-                open.view.origin(at, max).map(Some)
-            }
-            _ => Ok(None),
+        let State::Reading(open) = &*self.disk.state.read() else { return Ok(None) };
+        if !still.is_held_unchanged() || at >= open.view.size() {
+            return Ok(None);
         }
+        let origin = open.view.origin(at, max)?;
+        let may_change = open.forced.is_some() && origin.image == open.top.image.serial();
+        Ok((!may_change).then_some(origin))
     }
 
     /// The origins of a range that a still shows, if all of it comes from below the disk's top layer: those places keep
