@@ -236,7 +236,7 @@ brw-rw---T 1 0 1000 8, 1 2026-01-03 09:12:00 sda1
     #[test]
     fn names_go_down_first() {
         let files: Vec<Listed> = ["a", "bb", "c", "d", "e"].map(|name| file(name.as_bytes(), FileKind::File, 0)).into();
-        assert_eq!(short(&files, Some(12)), "a   d\nbb  e\nc\n");
+        assert_eq!(short(&files, Some(12)), "a   c   e\nbb  d\n");
         assert_eq!(short(&files, None), "a\nbb\nc\nd\ne\n");
         assert_eq!(short(&[], Some(80)), "");
     }
