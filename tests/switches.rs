@@ -14,6 +14,7 @@ fn without_a_feature_of_the_kernel_every_view_is_the_same() {
         "noparallelwrites",
         "nosharedmapping",
         "noreadahead",
+        "noseccomp",
         "noinotify",
         "threads=1",
         "cache=1M",
@@ -70,4 +71,4 @@ fn without_inotify_changes_are_noticed_by_looking_again() {
 }
 
 const ALL_OFF: &str =
-    "nopassthrough,noparallelwrites,nosharedmapping,noreadahead,noinotify,rescan=1,threads=1,cache=1M";
+    "nopassthrough,noparallelwrites,nosharedmapping,noreadahead,noseccomp,noinotify,rescan=1,threads=1,cache=1M";

@@ -123,11 +123,12 @@ Options of -o:
   probe                  believe the content where a header names no backing format
   force_share            show what another process is writing
   nolock                 write images even on file systems without file locks
-  nofiles symlinks=HOW   taken, but without effect until guests' files are shown
+  nofiles                leave the guests' partitions and files out
+  symlinks=HOW           links of guests: inside (their volume, the default) or verbatim
   rescan=SECONDS         how often a store that cannot be watched is looked through
   trash=DAYS             for how long layers that a command has removed can be restored
   config=FILE            read this in place of /etc/chainfs.toml and the user's file
-  nopassthrough noparallelwrites nosharedmapping noinotify noreadahead
+  nopassthrough noparallelwrites nosharedmapping noseccomp noinotify noreadahead
                          do without a feature of the kernel
 A comma within a value is written \\, - what mount(8), fstab and systemd add is understood.
 
