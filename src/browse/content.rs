@@ -11,7 +11,7 @@ use super::Inside;
 use super::walk::{Entry, Tree};
 
 /// Bytes of a file about whose place is asked at once.
-const WINDOW: u64 = 1 << 30;
+const WINDOW: u64 = 1 << 40;
 /// Bytes that are compared at once.
 const STEP: u64 = 1 << 20;
 
