@@ -236,7 +236,7 @@ fn internal_snapshots_stay_what_they_were() {
     for (name, options) in
         [("snapshots", ""), ("snapshots of small clusters", "cluster_size=512"), ("snapshots v2", "compat=0.10")]
     {
-        Workload::new(name, with_snapshots(options, 2 * MIB)).states(400).survives(|guest| {
+        Workload::new(name, with_snapshots(options, 2 * MIB)).states(260).survives(|guest| {
             guest.write(512, 512);
             guest.write(10 * KIB, 70 * KIB);
             guest.flush();
@@ -265,7 +265,7 @@ fn every_cluster_size() {
     {
         let cluster = 1u64 << bits;
         let start = Start::scribbled(&format!("cluster_size={cluster}"), 8 * cluster.max(32 * KIB));
-        let states = if bits >= 20 { 50 } else { 150 };
+        let states = if bits >= 20 { 40 } else { 100 };
         Workload::new(name, start).states(states).survives(|guest| {
             mixed(guest, &mut Random::new(seed() ^ bits), 25, 2 * cluster);
             guest.close();
@@ -283,7 +283,7 @@ fn subclusters() {
     for (name, cluster) in [("extended 16k", 16 * KIB), ("extended 64k", 64 * KIB), ("extended 2M", 2 * MIB)] {
         let sub = cluster / 32;
         let start = Start::over(6 * cluster, &format!("extended_l2=on,cluster_size={cluster}"), 8 * cluster);
-        let states = if cluster > MIB { 80 } else { 300 };
+        let states = if cluster > MIB { 60 } else { 200 };
         Workload::new(name, start).states(states).survives(|guest| {
             guest.write(sub * 3, sub);
             guest.write(cluster + sub * 5 + 512, sub * 2);
@@ -316,7 +316,7 @@ fn every_refcount_width() {
         let start = Start::scribbled(&format!("refcount_bits={bits},cluster_size=1k"), MIB);
         let start =
             if bits >= 2 { start.then(|scratch| drop(scratch.img(&format!("snapshot -c a {IMAGE}")))) } else { start };
-        Workload::new(name, start).states(150).survives(|guest| {
+        Workload::new(name, start).states(100).survives(|guest| {
             mixed(guest, &mut Random::new(seed() ^ bits), 40, 30 * KIB);
             guest.close();
         });
@@ -487,7 +487,7 @@ fn any_operations_in_any_order() {
             1 => with_snapshots(&format!("cluster_size={cluster}"), 2 * MIB),
             _ => Start::new("extended_l2=on,cluster_size=16k", MIB).then(|scratch| scribble(scratch, MIB)),
         };
-        Workload::new("random", start).cache(64 << 10).states(300).survives(|guest| {
+        Workload::new("random", start).cache(64 << 10).states(200).survives(|guest| {
             mixed(guest, &mut Random::new(seed() + turn), 80, 50 * KIB);
             guest.close();
         });

@@ -8,6 +8,7 @@ mod sim;
 mod verbs;
 
 use common::lab::Lab;
+use sim::is_long;
 use verbs::run::{EXTENDED, SIZE, SMALL, Scenario, walk};
 use verbs::tape::Recorder;
 
@@ -142,7 +143,7 @@ fn the_judge_sees_what_a_rebase_of_qemu_loses() {
     let scenario =
         Scenario { active: &["sn3.qcow2"], ..Scenario::new("qemu-img rebase", "") }.options("cluster_size=4k");
     let (tape, judge) = scenario.record_program(&["qemu-img", "rebase", "-b", "sn1.qcow2", "-F", "qcow2", "web.qcow2"]);
-    let tally = walk(&tape, &judge, 400, usize::MAX);
+    let tally = walk(&tape, &judge, if is_long() { 400 } else { 160 }, usize::MAX);
     let lost = |failure: &&String| failure.contains("web.qcow2: sector") && !failure.contains("ERROR");
     let count = tally.failures.iter().filter(lost).count();
     println!("qemu-img rebase: {count} of {} states have lost bytes", tally.visited);
@@ -155,7 +156,7 @@ fn the_judge_sees_what_a_rebase_of_qemu_loses() {
 fn the_judge_sees_what_a_commit_of_qemu_spoils() {
     let scenario = Scenario::new("qemu-img commit", "");
     let (tape, judge) = scenario.record_program(&["qemu-img", "commit", "-q", "-b", "base.qcow2", "web.qcow2"]);
-    let tally = walk(&tape, &judge, 200, usize::MAX);
+    let tally = walk(&tape, &judge, if is_long() { 200 } else { 60 }, usize::MAX);
     let is_spoilt = |failure: &String| failure.starts_with("before the recovery: base.qcow2: at");
     assert!(tally.failures.iter().any(is_spoilt), "{:?}", tally.failures.first());
 }

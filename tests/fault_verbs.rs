@@ -26,7 +26,7 @@ use verbs::shape::files;
 use verbs::tape::{Event, Fault, Recorder};
 
 /// Calls of each command that fail where not all do.
-const FAULTS: u64 = 20;
+const FAULTS: u64 = 12;
 
 /// What became of a command.
 #[derive(Default)]

@@ -98,6 +98,10 @@ fn the_same_commands_leave_the_same_disk_as_qemu_does() {
         let run = |disk: &Path, format: &str| {
             let mut io = tool("qemu-io");
             io.args(["-d", "unmap", "-f", format]);
+            if format == "qcow2" {
+                // Only chainfs has to sync.
+                io.args(["-t", "unsafe"]);
+            }
             io.args(commands.iter().flat_map(|command| ["-c", command]));
             io.arg(disk).succeeds();
         };
@@ -145,7 +149,7 @@ fn fsx_finds_nothing(options: &str, seed: u64) {
                 write = 3\nmapread = 0.3\nmapwrite = 1\ninvalidate = 0.2\nfsync = 0.02\nfdatasync = 0.02\npunch_hole = 1\n";
     fs::write(&config, text).expect("a configuration");
     let mount = Mount::new(&store);
-    let operations = amount(8_000, 1_000_000).to_string();
+    let operations = amount(5_000, 1_000_000).to_string();
     let mut run = Command::new("timeout");
     run.args(["--kill-after=5", &amount(140, 3600).to_string()]).arg(fsx());
     run.args(["-q", "-N", &operations, "-S", &seed.to_string(), "-P"]).arg(store.beside("")).arg("-f").arg(&config);

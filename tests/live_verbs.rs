@@ -174,24 +174,24 @@ fn fio_never_notices(options: &str, raw_base: bool, seconds: u64, words: &[&str]
 
 #[test]
 fn fio_finds_nothing_in_a_disk_that_is_snapshotted_committed_and_pulled() {
-    fio_never_notices("", false, amount(5, 300), &["--rw=randwrite", "--randrepeat=0"], false);
+    fio_never_notices("", false, amount(3, 300), &["--rw=randwrite", "--randrepeat=0"], false);
 }
 
 #[test]
 fn fio_finds_nothing_in_a_disk_that_grows_while_snapshots_go_and_layers_move() {
-    fio_never_notices("", false, amount(5, 300), &["--rw=randwrite", "--randrepeat=0"], true);
+    fio_never_notices("", false, amount(3, 300), &["--rw=randwrite", "--randrepeat=0"], true);
 }
 
 #[test]
 fn nor_in_one_over_a_raw_base_past_the_page_cache() {
     let words = ["--rw=randrw", "--direct=1", "--blockalign=512"];
-    fio_never_notices("cluster_size=4k", true, amount(5, 300), &words, true);
+    fio_never_notices("cluster_size=4k", true, amount(3, 300), &words, true);
 }
 
 #[test]
 fn fio_finds_nothing_past_the_page_cache_over_a_raw_base() {
     let words = ["--rw=randrw", "--direct=1", "--blockalign=512"];
-    fio_never_notices("cluster_size=4k", true, amount(5, 300), &words, false);
+    fio_never_notices("cluster_size=4k", true, amount(3, 300), &words, false);
 }
 
 #[test]
@@ -306,10 +306,12 @@ fn readers_of_snapshots_see_the_same_bytes_whatever_is_done_below_and_above_them
             view => mount.path("web/snapshots").join(format!("{view}.raw")),
         };
         let mut readers = Vec::new();
-        for (view, want) in views.iter().zip(&wants) {
-            for how in ["cached", "direct", "mmap"] {
+        for (number, (view, want)) in views.iter().zip(&wants).enumerate() {
+            for (way, how) in ["cached", "direct", "mmap"].into_iter().enumerate() {
+                // Each of them over one of the bases, or over both.
+                let is_here = amount(0, 1) == 1 || (number + way + usize::from(raw_base)).is_multiple_of(2);
                 // Of an active disk a mapping would be the kernel's own copy of it.
-                if (*view, how) != ("web", "mmap") {
+                if is_here && (*view, how) != ("web", "mmap") {
                     readers.push(Reader::new(&disk(view), want, how));
                 }
             }

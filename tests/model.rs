@@ -21,7 +21,7 @@ use sim::{
 };
 
 /// Operations of all kinds of image together, unless said otherwise.
-const OPERATIONS: u64 = 120_000;
+const OPERATIONS: u64 = 80_000;
 
 /// Operations for each of `kinds` kinds of image.
 fn operations(kinds: usize) -> u64 {
@@ -473,7 +473,7 @@ fn in_parallel(name: &str, start: &Start, unit: u64, turns: u64) {
 
 #[test]
 fn threads_that_share_every_cluster() {
-    let turns = if is_long() { 20_000 } else { 1500 };
+    let turns = if is_long() { 20_000 } else { 1000 };
     for (options, backing) in [
         ("", 3 * MIB),
         ("cluster_size=4k", 3 * MIB),
@@ -491,7 +491,7 @@ fn threads_that_share_every_cluster() {
 
 #[test]
 fn threads_whose_clusters_are_their_own() {
-    let turns = if is_long() { 20_000 } else { 1500 };
+    let turns = if is_long() { 20_000 } else { 1000 };
     for options in ["cluster_size=4k", "cluster_size=512", "extended_l2=on,cluster_size=16k"] {
         in_parallel(options, &Start::over(3 * MIB, options, 4 * MIB), 16 * KIB, turns);
     }

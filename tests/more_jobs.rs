@@ -11,6 +11,7 @@ use std::path::Path;
 use chainfs::error::ErrorKind;
 use chainfs::ops::{Engine, JobState};
 use chainfs::store::{Access, ViewPart};
+use common::foreign::amount;
 use common::lab::{Kind, LAYERS, Lab, run};
 
 const KINDS: [Kind; 3] = [
@@ -22,6 +23,12 @@ const KINDS: [Kind; 3] = [
 /// Every kind of clusters, on a base of either format.
 fn kinds() -> impl Iterator<Item = Kind> {
     KINDS.into_iter().flat_map(|kind| [kind, Kind { raw_base: true, ..kind }])
+}
+
+/// Whether a case is tried with the kind of this number. Without much time it is half of them: every case with some
+/// kinds of clusters, and on a base of either format.
+fn is_tried(number: usize, case: usize) -> bool {
+    amount(0, 1) == 1 || (number / 2 + number + case).is_multiple_of(2)
 }
 
 fn assert_done(lab: &Lab, command: &str) {
@@ -42,9 +49,9 @@ fn branch(lab: &Lab, layer: &str) {
 
 #[test]
 fn a_snapshot_goes_up_into_everything_that_stands_on_it() {
-    for kind in kinds() {
-        for name in ["sn1", "sn2", "sn3"] {
-            for has_two in [false, true] {
+    for (number, kind) in kinds().enumerate() {
+        for (depth, name) in (1..).zip(["sn1", "sn2", "sn3"]) {
+            for has_two in [false, true].into_iter().filter(|has_two| is_tried(number, depth + usize::from(*has_two))) {
                 let lab = Lab::new(kind);
                 let twin = Lab::new(kind);
                 let mut views = files(&lab);
@@ -56,7 +63,6 @@ fn a_snapshot_goes_up_into_everything_that_stands_on_it() {
                 }
                 let views: Vec<&str> = views.iter().map(String::as_str).collect();
                 let before = lab.contents(&views);
-                let depth = LAYERS.iter().position(|layer| *layer == name).unwrap();
                 let (above, below) = (LAYERS[depth + 1], LAYERS[depth - 1]);
                 let method = if has_two { "" } else { "method=pull" };
                 assert_done(&lab, &format!("delete {name} {method}"));
@@ -78,11 +84,14 @@ fn a_snapshot_goes_up_into_everything_that_stands_on_it() {
 
 #[test]
 fn what_stands_on_a_snapshot_comes_down_into_it_and_keeps_its_name() {
-    for kind in kinds() {
+    for (number, kind) in kinds().enumerate() {
         for name in ["base", "sn1", "sn2", "sn3"] {
+            let depth = LAYERS.iter().position(|layer| *layer == name).unwrap();
+            if !is_tried(number, depth) {
+                continue;
+            }
             let lab = Lab::new(kind);
             let twin = Lab::new(kind);
-            let depth = LAYERS.iter().position(|layer| *layer == name).unwrap();
             let above = LAYERS[depth + 1];
             if lab.format(name) == "raw" {
                 // The headers above state another format than the one that it would be.

@@ -651,7 +651,7 @@ fn a_chain_of_depth_128_reads_as_qemu_reads_it() {
 fn a_chain_of_depth_1000_reads_as_qemu_reads_it_where_time_allows() {
     match std::env::var_os("CHAINFS_LONG") {
         Some(_) => reads_at_depth(1000, 101),
-        None => reads_at_depth(300, 60),
+        None => reads_at_depth(200, 40),
     }
 }
 

@@ -1,15 +1,18 @@
 //! A chain under commands: base <- sn1 <- sn2 <- sn3 <- web, what QEMU reads of each layer, and the engine that
 //! is told what to do.
 
-use std::collections::BTreeMap;
-use std::fs;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use chainfs::error::Result;
 use chainfs::ops::{Engine, JobState, Request, Status};
 use chainfs::store::{Store as Opened, StoreOptions};
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 
 use super::store::Store;
 
@@ -19,7 +22,7 @@ pub(crate) const LAYERS: [&str; 5] = ["base", "sn1", "sn2", "sn3", "web"];
 const LIMIT: Duration = Duration::from_mins(2);
 
 /// How a chain is made.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Kind {
     pub(crate) raw_base: bool,
     /// Options of all qcow2 layers, as for `qemu-img -o`.
@@ -44,7 +47,22 @@ pub(crate) struct Lab {
 }
 
 impl Lab {
+    /// QEMU makes the chain once in a process; who wants another one of its kind gets the same bytes and holes.
     pub(crate) fn new(kind: Kind) -> Self {
+        static MADE: Mutex<Option<HashMap<Kind, Arc<Vec<Kept>>>>> = Mutex::new(None);
+        let kept = MADE.lock().expect("nobody panics here").get_or_insert_default().get(&kind).cloned();
+        let Some(kept) = kept else {
+            let lab = Self::made(kind);
+            let kept = lab.files().iter().map(|name| Kept::load(&lab.store, name)).collect();
+            MADE.lock().expect("nor here").get_or_insert_default().insert(kind, Arc::new(kept));
+            return lab;
+        };
+        let lab = Self { store: Store::new(), raw_base: kind.raw_base };
+        kept.iter().for_each(|file| file.save(&lab.store));
+        lab
+    }
+
+    fn made(kind: Kind) -> Self {
         let store = Store::new();
         let lab = Self { store, raw_base: kind.raw_base };
         for (number, (layer, size)) in LAYERS.iter().zip(kind.sizes).enumerate() {
@@ -149,6 +167,42 @@ impl Lab {
         let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
         let all = value.as_array().expect("a list").iter();
         all.map(|layer| layer["filename"].as_str().expect("a name").to_owned()).collect()
+    }
+}
+
+/// A file as it was: its name, its length, and what it holds where it is no hole.
+struct Kept {
+    name: String,
+    len: u64,
+    parts: Vec<(u64, Vec<u8>)>,
+}
+
+impl Kept {
+    fn load(store: &Store, name: &str) -> Self {
+        let file = File::open(store.path(name)).expect("a layer");
+        let len = file.metadata().expect("its length").len();
+        let (mut parts, mut at) = (Vec::new(), 0);
+        loop {
+            at = match seek(&file, SeekFrom::Data(at)) {
+                Ok(at) => at,
+                Err(Errno::NXIO) => break,
+                Err(error) => panic!("{name}: {error}"),
+            };
+            let end = seek(&file, SeekFrom::Hole(at)).expect("every file ends with a hole");
+            let mut bytes = vec![0; (end - at) as usize];
+            file.read_exact_at(&mut bytes, at).expect("its bytes");
+            parts.push((at, bytes));
+            at = end;
+        }
+        Self { name: name.to_owned(), len, parts }
+    }
+
+    fn save(&self, store: &Store) {
+        let file = File::create(store.path(&self.name)).expect("a layer");
+        file.set_len(self.len).expect("room");
+        for (at, bytes) in &self.parts {
+            file.write_all_at(bytes, *at).expect("room");
+        }
     }
 }
 

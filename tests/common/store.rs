@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -19,6 +20,9 @@ use super::tools::{Outcome as _, tool};
 const PATTERN_COUNT: u64 = 16;
 const PATTERN_LEN: u64 = 65_521;
 
+static PATTERNS: LazyLock<Vec<Vec<u8>>> =
+    LazyLock::new(|| (0..PATTERN_COUNT).map(|number| Rng::new(0x5eed_0000 + number).bytes(PATTERN_LEN)).collect());
+
 pub(crate) struct Store {
     scratch: TempDir,
 }
@@ -30,8 +34,7 @@ impl Store {
         for dir in ["store", "mnt", "oracle", "patterns", "config"] {
             fs::create_dir(store.beside(dir)).expect("a directory beside the store");
         }
-        for number in 0..PATTERN_COUNT {
-            let bytes = Rng::new(0x5eed_0000 + number).bytes(PATTERN_LEN);
+        for (number, bytes) in (0..).zip(&*PATTERNS) {
             fs::write(store.pattern(number), bytes).expect("a pattern file");
         }
         store

@@ -182,7 +182,7 @@ fn what_cannot_be_shown_says_so() {
 /// Random changes of metadata: an answer or an error, in time, and never a panic.
 #[test]
 fn whatever_the_disk_says_there_is_an_answer() {
-    let rounds = if long() { 2000 } else { 60 };
+    let rounds = if long() { 2000 } else { 36 };
     let with_journal = Disk::format("mkfs.ext4 -b 1024 -O fast_commit,^metadata_csum -J size=4", 32 * MIB);
     let dirty = with_journal.mounted("rw,commit=300", |dir| {
         small_changes(dir, 0);

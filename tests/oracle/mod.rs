@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A directory of one test's own, removed at its end.
@@ -15,7 +16,10 @@ impl Scratch {
     /// A new directory. Panics where QEMU's tools are missing: a judge that is absent judges nothing.
     pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        Command::new("qemu-img").arg("--version").output().expect("qemu-img is needed: install qemu-utils");
+        static THERE: LazyLock<Output> = LazyLock::new(|| {
+            Command::new("qemu-img").arg("--version").output().expect("qemu-img is needed: install qemu-utils")
+        });
+        LazyLock::force(&THERE);
         let unique = format!("chainfs-oracle-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let path = std::env::temp_dir().join(unique);
         fs::create_dir_all(&path).unwrap();

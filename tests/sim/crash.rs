@@ -15,7 +15,7 @@ use super::judge::{Judge, State};
 use super::{Machine, Pages, Random, SECTOR, Start, StartImage, SyncRule, is_long, mix, seed};
 
 /// States of each workload that are judged where not all are.
-const STATES: usize = 700;
+const STATES: usize = 450;
 /// One of so many is shown to QEMU.
 const QEMU_ONE_IN: u64 = 50;
 

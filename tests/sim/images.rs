@@ -141,6 +141,30 @@ impl Start {
     }
 }
 
+impl StartImage {
+    /// The same image, in a directory of its own.
+    pub fn elsewhere(&self) -> Self {
+        let scratch = Scratch::new();
+        if let Some(backing) = &self.backing {
+            backing.0.save(scratch.path(BACKING));
+        }
+        Self {
+            scratch,
+            files: self.files.clone(),
+            backing: self.backing.clone(),
+            initial: self.initial.clone(),
+            snapshots: self.snapshots.clone(),
+            ..*self
+        }
+    }
+
+    /// Without its directory, for who keeps it until the process ends; [`elsewhere`](Self::elsewhere) is one to be used.
+    pub fn kept(self) -> Self {
+        drop(std::fs::remove_dir_all(self.scratch.path("")));
+        self
+    }
+}
+
 /// An image in memory, and what it shows.
 pub struct StartImage {
     /// Where it was made; its backing file is there for QEMU.

@@ -22,9 +22,9 @@ use super::strace;
 use super::tape::{Event, Recorder, Tape};
 
 /// States of each command that are judged where not all are.
-const STATES: usize = 60;
+const STATES: usize = 40;
 /// Recoveries that are cut off themselves, and states of each.
-const RECOVERIES: (usize, usize) = (5, 6);
+const RECOVERIES: (usize, usize) = (4, 5);
 /// One state in so many is shown to QEMU.
 const QEMU_ONE_IN: u64 = 60;
 /// Disks of these tests have so many bytes, if nothing else is said.
@@ -211,7 +211,7 @@ impl Scenario {
     /// Runs it, crashes it everywhere, crashes some of the recoveries, and panics with the first bad states.
     pub(crate) fn survives(&self) {
         let (tape, judge) = self.record(|root| Recorder::new(root, true));
-        let tally = walk(&tape, &judge, if is_long() { 40 * self.states } else { self.states }, 3);
+        let tally = walk(&tape, &judge, if is_long() { 60 * self.states } else { self.states }, 3);
         let mut failures = tally.failures;
         let mut recoveries = 0;
         if failures.is_empty() {
