@@ -27,7 +27,7 @@ fn group(store: &Store, tree: &Path) -> [PathBuf; 2] {
     let etc = store.beside("lvm");
     fs::create_dir(&etc).expect("a directory");
     let names = devices.each_ref().map(|device| device.0.display().to_string());
-    let accepted: String = names.iter().map(|name| format!("\"a|^{name}$|\", ")).collect();
+    let accepted = names.each_ref().map(|name| format!("\"a|^{name}$|\", ")).concat();
     let config = format!(
         "devices {{ use_devicesfile = 0 obtain_device_list_from_udev = 0 external_device_info_source = \"none\"\n\
          filter = [ {accepted} \"r|.*|\" ] global_filter = [ {accepted} \"r|.*|\" ] }}\n\

@@ -268,7 +268,7 @@ fn links_stay_inside_their_volume_and_nothing_that_would_wait_can_be_opened() {
     }
     assert_eq!(fs::read_link(root.join("deep/er/absolute")).expect("a target"), Path::new("../../etc/hostname"));
     assert_eq!(fs::canonicalize(root.join("root-itself")).expect("a place"), fs::canonicalize(&root).expect("a place"));
-    let mut target = vec![0; 100];
+    let mut target = [0; 100];
     let link = root.join("deep/er/absolute");
     let len = rustix::fs::lgetxattr(&link, "system.chainfs.target", &mut target[..]).expect("the guest's own text");
     assert_eq!(&target[..len], b"/etc/hostname");
@@ -338,8 +338,8 @@ fn nothing_is_parsed_before_somebody_looks_and_nothing_stays_locked_after() {
     assert_eq!(mount.text("vm/files/active/p1/etc/hostname"), "web01\n");
     assert_eq!(workers(&mount).len(), 1);
     // Another program can write the image now, though the kernel still knows the guest's files.
-    store.io("vm.qcow2", "qcow2", &["write -q -P 7 40M 64k"]);
-    store.io("vm.qcow2", "qcow2", &["write -q -P 8 40M 64k"]);
+    store.io("vm.qcow2", "qcow2", ["write -q -P 7 40M 64k"]);
+    store.io("vm.qcow2", "qcow2", ["write -q -P 8 40M 64k"]);
     assert_eq!(mount.text("vm/files/active/p1/etc/hostname"), "web01\n");
     mount.umount();
 }

@@ -145,7 +145,9 @@ impl Browser {
         workers.insert(Arc::clone(chain), Arc::clone(&worker));
         drop(workers);
         if running.len() >= RUNNING {
-            running.iter().for_each(|worker| worker.rest(PERIOD));
+            for worker in running {
+                worker.rest(PERIOD);
+            }
         }
         worker
     }
@@ -165,7 +167,7 @@ impl Browser {
         }
         let mounted = layout.volumes.iter().map(|_| Mutex::default()).collect();
         let (digests, systems) = (Arc::clone(&self.digests), OnceLock::new());
-        Ok(Inside { remarks, worker, digests, set, disks, layout, mounted, systems })
+        Ok(Inside { worker, digests, set, disks, layout, remarks, mounted, systems })
     }
 
     fn open(&self, worker: &Worker, set: u32, disks: &[Disk]) -> Result<Layout> {
@@ -255,9 +257,9 @@ impl Browser {
         let ids = chains.into_iter().take(CANDIDATES).filter_map(|(path, leaf)| {
             let path = Arc::new(path);
             let views = self.store.chain_views(catalog, leaf);
-            let is_it = |other: &[u8]| match id.is_active() {
-                true => other == ACTIVE,
-                false => other == &*id.name || without_stem(other, &path) == name,
+            let is_it = |other: &[u8]| {
+                let is_same = other == &*id.name || without_stem(other, &path) == name;
+                if id.is_active() { other == ACTIVE } else { is_same }
             };
             let view = views.views.iter().find(|view| view.active == id.is_active() && is_it(&view.name))?;
             Some(self.store.view_id(catalog, &path, &views, view, false))
@@ -281,9 +283,13 @@ impl Browser {
 
     fn rest(&self) {
         let insides: Vec<Arc<Inside>> = self.insides.lock().iter().map(|(_, inside)| Arc::clone(inside)).collect();
-        insides.iter().for_each(|inside| inside.rest());
+        for inside in insides {
+            inside.rest();
+        }
         let workers: Vec<Arc<Worker>> = self.workers.lock().values().cloned().collect();
-        workers.iter().for_each(|worker| worker.rest(IDLE));
+        for worker in workers {
+            worker.rest(IDLE);
+        }
     }
 }
 

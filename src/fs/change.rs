@@ -44,18 +44,16 @@ impl Tree {
 
     /// fsync(2) and fdatasync(2).
     pub fn sync(&self, handle: &Handle) -> Result<()> {
-        match handle {
+        match handle.disk() {
             Handle::Active(disk) => disk.flush(),
-            Handle::Partition(window) => self.sync(&window.disk),
             _ => Ok(()),
         }
     }
 
     /// close(2): nothing is flushed, as for any file, but trouble of the past is told of.
     pub fn closing(&self, handle: &Handle) -> Result<()> {
-        match handle {
+        match handle.disk() {
             Handle::Active(disk) => disk.trouble(),
-            Handle::Partition(window) => self.closing(&window.disk),
             _ => Ok(()),
         }
     }
@@ -94,7 +92,7 @@ impl Tree {
             return Ok(());
         }
         if let Node::Partition(partition) = self.node(inode)? {
-            return self.set_partition_size(&partition, handle, size);
+            return set_partition_size(&partition, handle, size);
         }
         let node = self.active_node(inode)?;
         match handle {
@@ -102,18 +100,6 @@ impl Tree {
             // open(2) with O_TRUNC, which changes a disk no more than it does a block device.
             None if size == 0 => Ok(()),
             None => self.open_active(&node, Access::Write)?.set_size(size),
-        }
-    }
-
-    fn set_partition_size(&self, partition: &PartitionNode, handle: Option<&Handle>, size: u64) -> Result<()> {
-        match handle {
-            Some(Handle::Partition(window)) => window.set_size(size),
-            // open(2) with O_TRUNC.
-            None if partition.view.is_active() && (size == 0 || size == partition.len) => Ok(()),
-            _ if partition.view.is_active() => {
-                Err(Error::new(ErrorKind::Forbidden, "a partition keeps its size; change the partition table"))
-            }
-            _ => Err(read_only()),
         }
     }
 
@@ -153,6 +139,18 @@ impl Tree {
             Node::View(view) | Node::Partition(PartitionNode { view, .. }) if view.is_active() => Ok(view),
             _ => Err(read_only()),
         }
+    }
+}
+
+fn set_partition_size(partition: &PartitionNode, handle: Option<&Handle>, size: u64) -> Result<()> {
+    match handle {
+        Some(Handle::Partition(window)) => window.set_size(size),
+        // open(2) with O_TRUNC.
+        None if partition.view.is_active() && (size == 0 || size == partition.len) => Ok(()),
+        _ if partition.view.is_active() => {
+            Err(Error::new(ErrorKind::Forbidden, "a partition keeps its size; change the partition table"))
+        }
+        _ => Err(read_only()),
     }
 }
 

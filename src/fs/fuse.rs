@@ -42,7 +42,7 @@ use threads::answer;
 /// within a second; this is their larger part.
 const BELIEF: Duration = Duration::from_millis(500);
 /// The same for guests' files.
-const GUEST_BELIEF: Duration = Duration::from_secs(3600);
+const GUEST_BELIEF: Duration = Duration::from_hours(1);
 /// Bytes of a request, at most: what the kernel's limit of 256 pages allows.
 const MAX_REQUEST: u32 = 1 << 20;
 /// Read-ahead requests in flight, at most.
@@ -192,8 +192,7 @@ impl Filesystem for Adapter {
             return reply.opened_passthrough(FileHandle(number), FopenFlags::empty(), &backing);
         }
         // A partition is open as its disk is.
-        let disk = if let Handle::Partition(window) = &handle { &*window.disk } else { &handle };
-        let flags = match disk {
+        let flags = match handle.disk() {
             Handle::Active(_) if self.features.parallel_writes => {
                 FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
             }

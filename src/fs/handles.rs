@@ -39,6 +39,13 @@ pub enum Handle {
     GuestDirectory(Arc<GuestDirectory>),
 }
 
+impl Handle {
+    /// What is really open: of a partition, its disk.
+    pub(super) fn disk(&self) -> &Handle {
+        if let Handle::Partition(window) = self { &window.disk } else { self }
+    }
+}
+
 /// All that is open.
 #[derive(Debug, Default)]
 pub(super) struct Handles {

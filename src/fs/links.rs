@@ -29,7 +29,7 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn to_root(&mut self) {
+    fn go_to_root(&mut self) {
         (self.ups, self.base) = (self.depth, Some(self.slot.mounted.root));
         self.down.clear();
     }
@@ -80,7 +80,7 @@ pub(super) fn inside(slot: &Slot, node: GuestNode, target: &[u8]) -> Result<Vec<
     }
     let mut walk = Walk { slot, depth: usize::from(node.depth), ups: 0, base: slot.parent(node.ino), down: Vec::new() };
     if walk.depth == 0 || is_absolute {
-        walk.to_root();
+        walk.go_to_root();
     }
     for _ in &all[..ups] {
         walk.up();
@@ -109,7 +109,7 @@ fn follow(mut walk: Walk<'_>, path: &[&[u8]]) -> Result<Vec<u8>> {
                 }
                 let target = slot.inside.read_link(slot.volume, ino)?;
                 if target.starts_with(b"/") {
-                    walk.to_root();
+                    walk.go_to_root();
                 }
                 rest.extend(parts(&target).into_iter().rev().map(<[u8]>::to_vec));
                 if rest.len() > PATH_LEN {

@@ -54,7 +54,7 @@ impl GuestNode {
 
     /// What a number stands for, if it is a guest's file.
     pub(super) fn from_number(number: u64) -> Option<Self> {
-        (number & GUEST != 0).then(|| Self {
+        (number & GUEST != 0).then_some(Self {
             slot: (number >> (DEPTH_BITS + INO_BITS)) as u16 & (SLOTS - 1) as u16,
             depth: (number >> INO_BITS) as u8 & Self::DEEPEST,
             ino: Ino(number & (Ino::LIMIT - 1)),

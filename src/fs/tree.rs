@@ -32,6 +32,7 @@ use super::progress::{Answer, Progress, ProgressReader};
 use super::slots::Slots;
 
 pub use guests::GuestOptions;
+pub(super) use guests::guest_node;
 
 /// One entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -31,7 +31,7 @@ const GLANCE: Duration = Duration::from_millis(250);
 const USUAL: Duration = Duration::from_secs(2);
 const LARGE: Duration = Duration::from_secs(30);
 /// How long a worker may be silent, busy or not.
-const SILENCE: Duration = Duration::from_secs(60);
+const SILENCE: Duration = Duration::from_mins(1);
 /// Bytes that one question may need of the disks: a journal, at most.
 const FETCHED: u64 = 8 << 30;
 

@@ -174,7 +174,7 @@ impl Known {
             Request::ExtendedAttributes(volume, ino) => {
                 self.with(volume, |fs| fs.extended_attributes(ino).map(Answer::ExtendedAttributes))
             }
-            Request::Inspect(set) => self.inspect(set),
+            Request::Inspect(set) => Ok(self.inspect(set)),
         }
     }
 
@@ -184,6 +184,10 @@ impl Known {
             Arc::new(RemoteDisk { set: Some(set), index: index as u32, size: *size, chunks })
         };
         let disks: Vec<Arc<dyn Source>> = sizes.iter().enumerate().map(disk).collect();
+        // Parsers take what they cannot read for absent. A disk of which nothing can be read is not empty: it is an error.
+        for disk in &disks {
+            disk.read_at(0, &mut vec![0; disk.size().min(512) as usize])?;
+        }
         let layout = layout(&disks);
         let open = layout.volumes.iter().map(|_| Mutex::default()).collect();
         let answer = Answer::Layout(Box::new(layout.clone()));
@@ -198,11 +202,11 @@ impl Known {
         work(&*set.file_system(volume.volume as usize)?)
     }
 
-    fn inspect(&self, set: u32) -> Result<Answer> {
-        let Some(set) = self.sets.lock().get(&set).cloned() else { return Ok(Answer::NoSuchSet) };
+    fn inspect(&self, set: u32) -> Answer {
+        let Some(set) = self.sets.lock().get(&set).cloned() else { return Answer::NoSuchSet };
         // One that cannot be opened holds no system that could be shown.
         let open: Vec<_> = (0..set.open.len()).map(|index| set.file_system(index).ok()).collect();
-        Ok(Answer::OperatingSystems(inspect(&opened(&set.layout, &open))))
+        Answer::OperatingSystems(inspect(&opened(&set.layout, &open)))
     }
 }
 

@@ -127,7 +127,7 @@ Examples:
 
 Exit codes: 0 same, 1 different, 2 trouble.")]
 pub struct DiffArgs {
-    /// An image, IMAGE@SNAPSHOT, IMAGE[@SNAPSHOT]:/VOLUME/PATH, or a place inside a mount
+    /// An image, IMAGE@SNAPSHOT, either with :/VOLUME/PATH behind it, or a place inside a mount
     pub a: OsString,
     /// Another
     pub b: OsString,

@@ -12,7 +12,7 @@ use super::super::guest_file::GuestDirectory;
 use super::super::handles::Handle;
 use super::super::node::{Node, NodeKind};
 use super::super::slots::GuestNode;
-use super::super::tree::{Listed, Tree};
+use super::super::tree::{Listed, Tree, guest_node};
 
 /// The kernel's first places are those of `.` and `..`.
 const DOTS: u64 = 2;
@@ -106,7 +106,7 @@ fn give(
         let kind = attributes.as_ref().map(|found| found.kind).or(entry.kind);
         // One that is damaged is listed, and whoever asks for it gets the error.
         let kind_shown = kind.unwrap_or(crate::guest::FileKind::File);
-        let node = tree.guest_node(&directory.slot, parent, entry.ino, kind_shown);
+        let node = guest_node(&directory.slot, parent, entry.ino, kind_shown);
         let shown = attributes.as_ref().map(|found| tree.shown_attributes(node, found));
         let entry = Entry {
             next: entry.next + DOTS,

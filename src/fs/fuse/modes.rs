@@ -62,8 +62,7 @@ impl Adapter {
     }
 
     pub(super) fn closed(&self, inode: u64, handle: &Handle) {
-        let disk = if let Handle::Partition(window) = handle { &*window.disk } else { handle };
-        let Handle::Disk(_) = disk else { return };
+        let Handle::Disk(_) = handle.disk() else { return };
         let mut modes = self.modes.lock();
         let Some(mode) = modes.get_mut(&inode) else { return };
         if mode.passed > 0 {

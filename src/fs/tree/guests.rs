@@ -131,20 +131,7 @@ impl Tree {
     fn guest_lookup(&self, parent: GuestNode, name: &OsStr) -> Result<Option<Node>> {
         let slot = self.slots.get(parent.slot)?;
         let found = slot.inside.lookup(slot.volume, parent.ino, name.as_bytes())?;
-        Ok(found.map(|(ino, attributes)| Node::Guest(self.guest_node(&slot, parent, ino, attributes.kind))))
-    }
-
-    /// The node of an entry of the directory `parent`.
-    pub(in crate::fs) fn guest_node(&self, slot: &Slot, parent: GuestNode, ino: Ino, kind: FileKind) -> GuestNode {
-        let depth = match kind {
-            FileKind::Directory => (parent.depth + 1).min(GuestNode::DEEPEST),
-            FileKind::Symlink => parent.depth,
-            _ => 0,
-        };
-        if matches!(kind, FileKind::Directory | FileKind::Symlink) {
-            slot.held_by(ino, parent.ino);
-        }
-        GuestNode { slot: parent.slot, depth, ino }
+        Ok(found.map(|(ino, attributes)| Node::Guest(guest_node(&slot, parent, ino, attributes.kind))))
     }
 
     /// What stat(2) says of a guest's file.
@@ -341,6 +328,19 @@ impl Tree {
             self.slots.forgotten(node.slot, times);
         }
     }
+}
+
+/// The node of an entry of the directory `parent`.
+pub(in crate::fs) fn guest_node(slot: &Slot, parent: GuestNode, ino: Ino, kind: FileKind) -> GuestNode {
+    let depth = match kind {
+        FileKind::Directory => (parent.depth + 1).min(GuestNode::DEEPEST),
+        FileKind::Symlink => parent.depth,
+        _ => 0,
+    };
+    if matches!(kind, FileKind::Directory | FileKind::Symlink) {
+        slot.held_by(ino, parent.ino);
+    }
+    GuestNode { slot: parent.slot, depth, ino }
 }
 
 /// Linux' encoding of a device's numbers for FUSE: as stat(2) of 32-bit programs has them.
