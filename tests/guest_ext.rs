@@ -21,6 +21,9 @@ mod ext_damage;
 #[path = "guest_common/ext_journals.rs"]
 mod ext_journals;
 
+#[path = "guest_common/scramble.rs"]
+mod scramble;
+
 use std::fs::{self};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, symlink};

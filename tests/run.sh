@@ -72,7 +72,7 @@ failed=0
 # The build is not the tests' time. The profile is a release with all checks on.
 cargo build --profile checked --workspace --locked
 cargo test --profile checked --workspace --locked --no-run
-timeout --kill-after=30 "${minutes}m" cargo test --profile checked --workspace --locked "$@" || failed=$?
+timeout --kill-after=30 "${minutes}m" cargo test --profile checked --workspace --locked --no-fail-fast "$@" || failed=$?
 if [ "$failed" -eq 124 ] || [ "$failed" -eq 137 ]; then
     echo "run.sh: the tests took more than $minutes minutes and were stopped" >&2
 fi

@@ -9,11 +9,13 @@ pub mod difference;
 mod disk;
 mod inside;
 pub mod ranges;
+mod together;
+mod turns;
 pub mod versions;
 pub mod walk;
 pub mod worker;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -24,11 +26,12 @@ use lru::LruCache;
 use parking_lot::Mutex;
 
 use crate::error::Result;
-use crate::guest::volumes::{Layout, MissingVolumeGroup, PhysicalVolumeName};
-use crate::store::{ACTIVE, Catalog, Store, ViewId, shown};
+use crate::guest::volumes::Layout;
+use crate::store::{Store, ViewId};
 
 use disk::{Digests, Disk};
 use inside::Session;
+use turns::Turns;
 use worker::protocol::{Answer, Request};
 use worker::{Program, Worker};
 
@@ -43,10 +46,6 @@ const RUNNING: usize = 16;
 const IDLE: Duration = Duration::from_secs(30);
 /// How often it is looked whether anything can rest.
 const PERIOD: Duration = Duration::from_secs(2);
-/// Chains in which the other disks of a volume group are looked for, at most.
-const CANDIDATES: usize = 256;
-/// Disks of one set, at most.
-const DISKS: usize = 32;
 
 /// Which moment of an active disk is meant; of all others there is only one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +58,9 @@ pub enum Moment {
     Table,
 }
 
+/// A disk, and whether it is looked into for the sake of its partitions alone.
+type Key = (ViewId, bool);
+
 /// Looks into the disks of one store.
 pub struct Browser {
     store: Arc<Store>,
@@ -69,10 +71,9 @@ pub struct Browser {
     read: Arc<AtomicU64>,
     /// By chain: what one guest has written must not harm another's readers.
     workers: Mutex<HashMap<Arc<PathBuf>, Arc<Worker>>>,
-    /// By disk, and whether they are for the sake of the partitions alone.
-    insides: Mutex<LruCache<(ViewId, bool), Arc<Inside>>>,
-    /// Held while a view is looked into for the first time: once.
-    first: Mutex<()>,
+    insides: Mutex<LruCache<Key, Arc<Inside>>>,
+    /// Views are looked into for the first time by one at a time; others need not wait for it.
+    first: Turns<Key>,
     resting: Once,
 }
 
@@ -93,7 +94,7 @@ impl Browser {
             read: Arc::default(),
             workers: Mutex::default(),
             insides: Mutex::new(LruCache::new(KEPT)),
-            first: Mutex::new(()),
+            first: Turns::default(),
             resting: Once::new(),
         })
     }
@@ -104,14 +105,14 @@ impl Browser {
         if let Some(known) = self.known(&key, moment) {
             return Ok(known);
         }
-        let _first = self.first.lock();
+        let _first = self.first.take(&key);
         // Somebody else may have done it meanwhile, and that is fresh enough.
         if let Some(known) = self.known(&key, moment) {
             return Ok(known);
         }
         self.resting.call_once(|| self.begin_to_rest());
         let inside = Arc::new(self.look_into(id)?);
-        let old = self.insides.lock().push(key, Arc::clone(&inside));
+        let old = self.insides.lock().push(key.clone(), Arc::clone(&inside));
         drop(old);
         Ok(inside)
     }
@@ -126,7 +127,7 @@ impl Browser {
         self.insides.lock().peek(&(id.clone(), false)).cloned()
     }
 
-    fn known(&self, key: &(ViewId, bool), moment: Moment) -> Option<Arc<Inside>> {
+    fn known(&self, key: &Key, moment: Moment) -> Option<Arc<Inside>> {
         let known = self.insides.lock().get(key).cloned()?;
         let is_good = if moment == Moment::First { known.is_good() } else { known.is_unchanged() };
         is_good.then_some(known)
@@ -178,95 +179,6 @@ impl Browser {
         }
     }
 
-    /// Disks of other chains that hold what is missing, in the view of the same moment, and what should be known of it. A guest's other disks
-    /// are told by what both say of their group. Clones of guests say the same, so a neighbour goes before all others, and where that leaves a choice, none is
-    /// taken.
-    fn more_disks(
-        &self,
-        worker: &Worker,
-        disks: &[Disk],
-        missing: &[MissingVolumeGroup],
-        remarks: &mut Vec<String>,
-    ) -> Option<Vec<Disk>> {
-        if missing.is_empty() || disks.len() >= DISKS {
-            return None;
-        }
-        let catalog = self.store.catalog();
-        let id = disks[0].id();
-        let mut candidates = Vec::new();
-        for other in self.same_moment(&catalog, id) {
-            if disks.iter().any(|disk| disk.id() == &other) || !self.is_as_open(id, &other) {
-                continue;
-            }
-            // One that cannot be opened now is as good as absent, which is said.
-            let Ok(disk) = Disk::new(&self.store, &other, &self.read) else { continue };
-            let request = Request::PhysicalVolumes { size: disk.size() };
-            let session = Session::new(std::slice::from_ref(&disk), &self.digests);
-            if let Ok((Answer::PhysicalVolumes(held), _)) = worker.ask(&request, &session) {
-                drop(session);
-                candidates.push((disk, held));
-            }
-        }
-        let mut chosen = BTreeSet::new();
-        for group in missing {
-            for absent in &group.absent {
-                let is_it = |held: &PhysicalVolumeName| {
-                    let says_so = held.group.as_ref().is_none_or(|id| *id == group.id);
-                    held.id == *absent && says_so && held.state.is_none_or(|state| state == group.state)
-                };
-                let mut found: Vec<usize> =
-                    (0..candidates.len()).filter(|at| candidates[*at].1.iter().any(is_it)).collect();
-                let is_near = |at: &usize| candidates[*at].0.id().chain.parent() == id.chain.parent();
-                if found.iter().any(is_near) {
-                    found.retain(is_near);
-                }
-                match found[..] {
-                    [] => {}
-                    [one] => {
-                        chosen.insert(one);
-                    }
-                    _ => {
-                        let names: Vec<_> = found.iter().map(|at| shown(&candidates[*at].0.id().chain)).collect();
-                        let fact = format!("physical volume {absent} of {} is on several disks", group.name);
-                        remarks.push(format!("{fact}, and none was taken for this guest's: {}", names.join(", ")));
-                    }
-                }
-            }
-        }
-        let taken = candidates.into_iter().enumerate().filter(|(at, _)| chosen.contains(at)).map(|(_, (disk, _))| disk);
-        let taken: Vec<Disk> = taken.take(DISKS - disks.len()).collect();
-        (!taken.is_empty()).then_some(taken)
-    }
-
-    /// Whether whoever may read one disk may read the other: what one shows of the other is no secret then.
-    fn is_as_open(&self, one: &ViewId, other: &ViewId) -> bool {
-        let owner = |id: &ViewId| {
-            let stat = self.store.find_view(id).ok()?.image().stat;
-            Some((stat.uid, stat.gid, stat.mode & 0o444))
-        };
-        owner(one).is_some_and(|known| owner(other) == Some(known))
-    }
-
-    /// The views of other chains that show the moment that `id` shows: the active disks beside an active one, else those of the same name, or of
-    /// the name that a snapshot of several chains gives. Neighbours come first.
-    fn same_moment(&self, catalog: &Catalog, id: &ViewId) -> Vec<ViewId> {
-        let directory = id.chain.parent();
-        let mut chains: Vec<_> = catalog.chains().filter(|(path, _)| *path != *id.chain).collect();
-        chains.sort_by_key(|(path, _)| path.parent() != directory);
-        let name = without_stem(&id.name, &id.chain);
-        let ids = chains.into_iter().take(CANDIDATES).filter_map(|(path, leaf)| {
-            let path = Arc::new(path);
-            let views = self.store.chain_views(catalog, leaf);
-            let is_it = |other: &[u8]| {
-                let is_same = other == &*id.name || without_stem(other, &path) == name;
-                if id.is_active() { other == ACTIVE } else { is_same }
-            };
-            let view = views.views.iter().find(|view| view.active == id.is_active() && is_it(&view.name))?;
-            Some(self.store.view_id(catalog, &path, &views, view, false))
-        });
-        ids.collect()
-    }
-
     fn begin_to_rest(self: &Arc<Self>) {
         let browser = Arc::downgrade(self);
         let work = move || {
@@ -291,11 +203,4 @@ impl Browser {
             worker.rest(IDLE);
         }
     }
-}
-
-/// A view's name without its chain's: disks of one directory have snapshots that are called `CHAIN-NAME`.
-fn without_stem<'a>(name: &'a [u8], chain: &std::path::Path) -> &'a [u8] {
-    use std::os::unix::ffi::OsStrExt;
-    let stem = chain.file_name().map_or(&b""[..], OsStrExt::as_bytes);
-    name.strip_prefix(stem).and_then(|rest| rest.strip_prefix(b"-")).unwrap_or(name)
 }

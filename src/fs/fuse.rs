@@ -3,6 +3,7 @@
 
 mod entries;
 mod modes;
+mod replies;
 mod threads;
 
 use std::cell::RefCell;
@@ -13,13 +14,13 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use fuser::{
-    AccessFlags, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, Config, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
+    Session, SessionACL, TimeOrNow, WriteFlags,
 };
 use parking_lot::Mutex;
 
@@ -28,21 +29,15 @@ use crate::guest::Statistics;
 use crate::image::write::Zeroing;
 use crate::store::Access;
 
-use super::attributes::Attributes;
 use super::change::Fallocate;
 use super::handles::Handle;
-use super::node::NodeKind;
 use super::tree::Tree;
 
 use entries::{Entry, each};
 use modes::Mode;
+use replies::{attr, belief, file_type, give};
 use threads::answer;
 
-/// For how long the kernel believes a name or an attribute. Changes of the store are noticed
-/// within a second; this is their larger part.
-const BELIEF: Duration = Duration::from_millis(500);
-/// The same for guests' files.
-const GUEST_BELIEF: Duration = Duration::from_hours(1);
 /// Bytes of a request, at most: what the kernel's limit of 256 pages allows.
 const MAX_REQUEST: u32 = 1 << 20;
 /// Read-ahead requests in flight, at most.
@@ -538,57 +533,5 @@ impl Filesystem for Adapter {
             Ok(names) => give(reply, size, &names),
             Err(errno) => reply.error(errno),
         });
-    }
-}
-
-/// An extended attribute, or their names: as large as there is room for, or how large it is if no room is offered.
-fn give(reply: ReplyXattr, room: u32, bytes: &[u8]) {
-    match room as usize {
-        0 => reply.size(bytes.len() as u32),
-        room if bytes.len() > room => reply.error(Errno::ERANGE),
-        _ => reply.data(bytes),
-    }
-}
-
-fn file_type(kind: NodeKind) -> FileType {
-    match kind {
-        NodeKind::Directory => FileType::Directory,
-        NodeKind::File => FileType::RegularFile,
-        NodeKind::Symlink => FileType::Symlink,
-        NodeKind::CharDevice => FileType::CharDevice,
-        NodeKind::BlockDevice => FileType::BlockDevice,
-        NodeKind::Fifo => FileType::NamedPipe,
-        NodeKind::Socket => FileType::Socket,
-    }
-}
-
-/// For how long the kernel believes what it was told of `found` when it asked `by`, the directory or the thing itself. What commands change is asked for each time: who has resized a disk, or reverted it, looks at it next.
-fn belief(by: u64, found: &Attributes) -> Duration {
-    // What a guest's number stands for never changes, and what it leads to does not; what leads to it does, and is
-    // believed for a moment only.
-    if Tree::is_guest(by) {
-        return GUEST_BELIEF;
-    }
-    let is_written = found.kind == NodeKind::File && found.permissions & 0o222 != 0;
-    if is_written { Duration::ZERO } else { BELIEF }
-}
-
-fn attr(found: &Attributes) -> FileAttr {
-    FileAttr {
-        ino: INodeNo(found.inode),
-        size: found.size,
-        blocks: found.blocks,
-        atime: found.accessed,
-        mtime: found.modified,
-        ctime: found.changed,
-        crtime: SystemTime::UNIX_EPOCH,
-        kind: file_type(found.kind),
-        perm: found.permissions,
-        nlink: found.links,
-        uid: found.uid,
-        gid: found.gid,
-        rdev: found.device,
-        blksize: 65_536,
-        flags: 0,
     }
 }

@@ -13,6 +13,7 @@ use super::ext::*;
 use super::ext_content::*;
 use super::ext_journals::{small_changes, work};
 use super::rng::Rng;
+use super::scramble::{scramble, telling_blocks};
 
 use super::{MIB, long};
 
@@ -202,26 +203,8 @@ fn whatever_the_disk_says_there_is_an_answer() {
     for round in 0..rounds {
         let mut rng = Rng::new(round + 4711);
         let mut bytes = disks[round as usize % disks.len()].clone();
-        // Where something is, that is not only content.
-        let used: Vec<usize> = (0..bytes.len() / 1024)
-            .filter(|at| {
-                let block = &bytes[at * 1024..][..1024];
-                block.iter().any(|byte| *byte != 0) && block[..1000] != [block[0]; 1000]
-            })
-            .collect();
-        for _ in 0..=rng.below(40) {
-            let at = used[rng.below(used.len() as u64) as usize] * 1024 + rng.below(1024) as usize;
-            match rng.below(4) {
-                0 => bytes[at] ^= 1 << rng.below(8),
-                1 => bytes[at] = [0, 0xff, 0x7f, 0x80][rng.below(4) as usize],
-                2 => bytes[at & !3..][..4].copy_from_slice(&(rng.next() as u32).to_le_bytes()),
-                _ => {
-                    let from = rng.below(bytes.len() as u64 - 64) as usize;
-                    let to = (at & !15).min(bytes.len() - 64);
-                    bytes.copy_within(from..from + 64, to);
-                }
-            }
-        }
+        let blocks = telling_blocks(&bytes);
+        scramble(&mut bytes, &blocks, &mut rng);
         let start = Instant::now();
         let opened = Ext::open(Arc::new(bytes));
         assert!(start.elapsed() < Duration::from_secs(2), "round {round}: opening took {:?}", start.elapsed());

@@ -1,0 +1,119 @@
+//! The disks that one guest's volumes lie on, brought together from several chains.
+//!
+//! Promises: none but those of the same moment, that whoever may read the disk asked for may read as well, and never a guess where two could be meant.
+
+use std::collections::BTreeSet;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::guest::volumes::{MissingVolumeGroup, PhysicalVolumeName};
+use crate::store::{ACTIVE, Catalog, ViewId, shown};
+
+use super::Browser;
+use super::disk::Disk;
+use super::inside::Session;
+use super::worker::Worker;
+use super::worker::protocol::{Answer, Request};
+
+/// Chains in which the other disks of a volume group are looked for, at most.
+const CANDIDATES: usize = 256;
+/// Disks of one set, at most.
+const DISKS: usize = 32;
+
+impl Browser {
+    /// Disks of other chains that hold what is missing, in the view of the same moment, and what should be known of it. A guest's other disks
+    /// are told by what both say of their group. Clones of guests say the same, so a neighbour goes before all others, and where that leaves a choice, none is
+    /// taken.
+    pub(super) fn more_disks(
+        &self,
+        worker: &Worker,
+        disks: &[Disk],
+        missing: &[MissingVolumeGroup],
+        remarks: &mut Vec<String>,
+    ) -> Option<Vec<Disk>> {
+        if missing.is_empty() || disks.len() >= DISKS {
+            return None;
+        }
+        let catalog = self.store.catalog();
+        let id = disks[0].id();
+        let mut candidates = Vec::new();
+        for other in self.same_moment(&catalog, id) {
+            if disks.iter().any(|disk| disk.id() == &other) || !self.is_as_open(id, &other) {
+                continue;
+            }
+            // One that cannot be opened now is as good as absent, which is said.
+            let Ok(disk) = Disk::new(&self.store, &other, &self.read) else { continue };
+            let request = Request::PhysicalVolumes { size: disk.size() };
+            let session = Session::new(std::slice::from_ref(&disk), &self.digests);
+            if let Ok((Answer::PhysicalVolumes(held), _)) = worker.ask(&request, &session) {
+                drop(session);
+                candidates.push((disk, held));
+            }
+        }
+        let mut chosen = BTreeSet::new();
+        for group in missing {
+            for absent in &group.absent {
+                let is_it = |held: &PhysicalVolumeName| {
+                    let says_so = held.group.as_ref().is_none_or(|id| *id == group.id);
+                    held.id == *absent && says_so && held.state.is_none_or(|state| state == group.state)
+                };
+                let mut found: Vec<usize> =
+                    (0..candidates.len()).filter(|at| candidates[*at].1.iter().any(is_it)).collect();
+                let is_near = |at: &usize| candidates[*at].0.id().chain.parent() == id.chain.parent();
+                if found.iter().any(is_near) {
+                    found.retain(is_near);
+                }
+                match found[..] {
+                    [] => {}
+                    [one] => {
+                        chosen.insert(one);
+                    }
+                    _ => {
+                        let names: Vec<_> = found.iter().map(|at| shown(&candidates[*at].0.id().chain)).collect();
+                        let fact = format!("physical volume {absent} of {} is on several disks", group.name);
+                        remarks.push(format!("{fact}, and none was taken for this guest's: {}", names.join(", ")));
+                    }
+                }
+            }
+        }
+        let taken = candidates.into_iter().enumerate().filter(|(at, _)| chosen.contains(at)).map(|(_, (disk, _))| disk);
+        let taken: Vec<Disk> = taken.take(DISKS - disks.len()).collect();
+        (!taken.is_empty()).then_some(taken)
+    }
+
+    /// Whether whoever may read one disk may read the other: what one shows of the other is no secret then.
+    fn is_as_open(&self, one: &ViewId, other: &ViewId) -> bool {
+        let owner = |id: &ViewId| {
+            let stat = self.store.find_view(id).ok()?.image().stat;
+            Some((stat.uid, stat.gid, stat.mode & 0o444))
+        };
+        owner(one).is_some_and(|known| owner(other) == Some(known))
+    }
+
+    /// The views of other chains that show the moment that `id` shows: the active disks beside an active one, else those of the same name, or of
+    /// the name that a snapshot of several chains gives. Neighbours come first.
+    fn same_moment(&self, catalog: &Catalog, id: &ViewId) -> Vec<ViewId> {
+        let directory = id.chain.parent();
+        let mut chains: Vec<_> = catalog.chains().filter(|(path, _)| *path != *id.chain).collect();
+        chains.sort_by_key(|(path, _)| path.parent() != directory);
+        let name = without_stem(&id.name, &id.chain);
+        let ids = chains.into_iter().take(CANDIDATES).filter_map(|(path, leaf)| {
+            let path = Arc::new(path);
+            let views = self.store.chain_views(catalog, leaf);
+            let is_it = |other: &[u8]| {
+                let is_same = other == &*id.name || without_stem(other, &path) == name;
+                if id.is_active() { other == ACTIVE } else { is_same }
+            };
+            let view = views.views.iter().find(|view| view.active == id.is_active() && is_it(&view.name))?;
+            Some(self.store.view_id(catalog, &path, &views, view, false))
+        });
+        ids.collect()
+    }
+}
+
+/// A view's name without its chain's: disks of one directory have snapshots that are called `CHAIN-NAME`.
+fn without_stem<'a>(name: &'a [u8], chain: &Path) -> &'a [u8] {
+    let stem = chain.file_name().map_or(&b""[..], OsStrExt::as_bytes);
+    name.strip_prefix(stem).and_then(|rest| rest.strip_prefix(b"-")).unwrap_or(name)
+}
