@@ -363,6 +363,17 @@ pub enum RepairScope {
     All,
 }
 
+/// Formats of two images.
+#[derive(Debug, Args)]
+pub struct FormatsArgs {
+    /// Format of the first
+    #[arg(short = 'f', long, value_enum, value_name = "FORMAT")]
+    pub a_format: Option<ImageFormat>,
+    /// Format of the second
+    #[arg(short = 'F', long, value_enum, value_name = "FORMAT")]
+    pub b_format: Option<ImageFormat>,
+}
+
 /// The words of `compare`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -379,12 +390,9 @@ pub struct CompareArgs {
     pub a: PathBuf,
     /// Another
     pub b: PathBuf,
-    /// Format of the first
-    #[arg(short = 'f', long, value_enum, value_name = "FORMAT")]
-    pub a_format: Option<ImageFormat>,
-    /// Format of the second
-    #[arg(short = 'F', long, value_enum, value_name = "FORMAT")]
-    pub b_format: Option<ImageFormat>,
+    /// What the two are.
+    #[command(flatten)]
+    pub formats: FormatsArgs,
     /// Different sizes and different holes are differences, too
     #[arg(short, long)]
     pub strict: bool,

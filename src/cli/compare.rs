@@ -17,8 +17,8 @@ const CHUNK: u64 = 2 << 20;
 
 /// Runs the command.
 pub(super) fn run(args: &CompareArgs) -> Result<u8> {
-    let a = Target::find(&args.a, args.a_format, &args.image)?;
-    let b = Target::find(&args.b, args.b_format, &args.image)?;
+    let a = Target::find(&args.a, args.formats.a_format, &args.image)?;
+    let b = Target::find(&args.b, args.formats.b_format, &args.image)?;
     let (a, b) = (a.open()?, b.open()?);
     let sizes_differ = a.view.size() != b.view.size();
     let difference = compare(&a.view, &b.view, args.strict)?;

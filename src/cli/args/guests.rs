@@ -5,8 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{ImageArgs, OutputArgs};
-use crate::cli::mount_options::ImageFormat;
+use super::{FormatsArgs, ImageArgs, OutputArgs};
 
 /// How the images that are looked into are found and opened.
 #[derive(Debug, Args)]
@@ -137,12 +136,9 @@ pub struct DiffArgs {
     /// Times of directories and of inodes count, too
     #[arg(long)]
     pub all: bool,
-    /// Format of the first
-    #[arg(short = 'f', long, value_enum, value_name = "FORMAT")]
-    pub a_format: Option<ImageFormat>,
-    /// Format of the second
-    #[arg(short = 'F', long, value_enum, value_name = "FORMAT")]
-    pub b_format: Option<ImageFormat>,
+    /// What the two are.
+    #[command(flatten)]
+    pub formats: FormatsArgs,
     /// Say nothing; the exit code tells
     #[arg(short, long)]
     pub quiet: bool,

@@ -52,7 +52,7 @@ fn qemu_img_s_spellings_work() {
     let Ok(Command::Map(args)) = words("chainfs map --json a@sn") else { panic!() };
     assert_eq!(args.output.format(), Output::Json);
     let Ok(Command::Compare(args)) = words("chainfs compare -s -U -f raw -F qcow2 a b") else { panic!() };
-    assert!(args.strict && args.b_format == Some(ImageFormat::Qcow2));
+    assert!(args.strict && args.formats.b_format == Some(ImageFormat::Qcow2));
     let Ok(Command::Create(args)) =
         words("chainfs create -f qcow2 -b base.raw -F raw -o cluster_size=64K,compat=1.1 new.qcow2 1.5G")
     else {

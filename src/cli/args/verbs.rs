@@ -61,6 +61,17 @@ pub struct SnapshotArgs {
     pub run: RunArgs,
 }
 
+/// What may go with a file that is merged or removed.
+#[derive(Debug, Args)]
+pub struct DiscardArgs {
+    /// Let internal snapshots in a file that is merged or removed go with it
+    #[arg(long)]
+    pub discard_internal: bool,
+    /// Let its persistent bitmaps go
+    #[arg(long)]
+    pub discard_bitmaps: bool,
+}
+
 /// The words of `commit`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -80,12 +91,9 @@ pub struct CommitArgs {
     /// Keep top's file
     #[arg(long)]
     pub keep: bool,
-    /// Let internal snapshots in the layers concerned go
-    #[arg(long)]
-    pub discard_internal: bool,
-    /// Let their persistent bitmaps go
-    #[arg(long)]
-    pub discard_bitmaps: bool,
+    /// What may be lost.
+    #[command(flatten)]
+    pub discard: DiscardArgs,
     /// How it is carried out.
     #[command(flatten)]
     pub run: RunArgs,
@@ -110,12 +118,9 @@ pub struct PullArgs {
     /// Remove layers that nobody needs afterwards
     #[arg(long)]
     pub delete: bool,
-    /// Let internal snapshots of those go with them
-    #[arg(long)]
-    pub discard_internal: bool,
-    /// Let their persistent bitmaps go
-    #[arg(long)]
-    pub discard_bitmaps: bool,
+    /// What may be lost.
+    #[command(flatten)]
+    pub discard: DiscardArgs,
     /// How it is carried out.
     #[command(flatten)]
     pub run: RunArgs,
@@ -136,12 +141,9 @@ pub struct DeleteArgs {
     /// Where its bytes go
     #[arg(long, value_enum, default_value = "auto")]
     pub method: DeleteMethod,
-    /// Let internal snapshots in a file that is removed go with it
-    #[arg(long)]
-    pub discard_internal: bool,
-    /// Let its persistent bitmaps go
-    #[arg(long)]
-    pub discard_bitmaps: bool,
+    /// What may be lost.
+    #[command(flatten)]
+    pub discard: DiscardArgs,
     /// How it is carried out.
     #[command(flatten)]
     pub run: RunArgs,
@@ -174,12 +176,9 @@ pub struct RevertArgs {
     /// Keep what the disk held as this snapshot
     #[arg(long, value_name = "NAME")]
     pub save: Option<OsString>,
-    /// Let internal snapshots in a file that is removed go with it
-    #[arg(long)]
-    pub discard_internal: bool,
-    /// Let its persistent bitmaps go
-    #[arg(long)]
-    pub discard_bitmaps: bool,
+    /// What may be lost.
+    #[command(flatten)]
+    pub discard: DiscardArgs,
     /// How it is carried out.
     #[command(flatten)]
     pub run: RunArgs,
@@ -282,8 +281,8 @@ impl CommitArgs {
             top: bytes(self.top.as_ref()),
             base: bytes(self.base.as_ref()),
             keep: self.keep,
-            discard_internal: self.discard_internal,
-            discard_bitmaps: self.discard_bitmaps,
+            discard_internal: self.discard.discard_internal,
+            discard_bitmaps: self.discard.discard_bitmaps,
         }))
     }
 }
@@ -295,8 +294,8 @@ impl PullArgs {
             base: bytes(self.base.as_ref()).filter(|base| base != b"none"),
             into: bytes(self.into.as_ref()),
             delete: self.delete,
-            discard_internal: self.discard_internal,
-            discard_bitmaps: self.discard_bitmaps,
+            discard_internal: self.discard.discard_internal,
+            discard_bitmaps: self.discard.discard_bitmaps,
         }))
     }
 }
@@ -311,8 +310,8 @@ impl DeleteArgs {
                 DeleteMethod::Commit => Method::Commit,
                 DeleteMethod::Pull => Method::Pull,
             },
-            discard_internal: self.discard_internal,
-            discard_bitmaps: self.discard_bitmaps,
+            discard_internal: self.discard.discard_internal,
+            discard_bitmaps: self.discard.discard_bitmaps,
         }))
     }
 }
@@ -323,8 +322,8 @@ impl RevertArgs {
         checked(Request::Revert(RevertRequest {
             to: self.to.clone().into_vec(),
             save: bytes(self.save.as_ref()),
-            discard_internal: self.discard_internal,
-            discard_bitmaps: self.discard_bitmaps,
+            discard_internal: self.discard.discard_internal,
+            discard_bitmaps: self.discard.discard_bitmaps,
         }))
     }
 }

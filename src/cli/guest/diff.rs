@@ -43,7 +43,8 @@ fn look(args: &DiffArgs) -> Result<u8> {
     a.inner = a.inner.take().or_else(|| b.inner.clone());
     b.inner = b.inner.take().or_else(|| a.inner.clone());
     (a.has_inner, b.has_inner) = (of_files, of_files);
-    let mut images = Images::new(&args.look, &[(image(&a), args.a_format), (image(&b), args.b_format)])?;
+    let mut images =
+        Images::new(&args.look, &[(image(&a), args.formats.a_format), (image(&b), args.formats.b_format)])?;
     let disks = images.pair(&a, &b)?;
     let out = Out { args, text: String::new() };
     if of_files { files(args, (&a, &b), &disks, out) } else { ranges(args, &disks, out) }
