@@ -95,7 +95,8 @@ impl Walk {
             assert_ne!(entry.ino(), 0);
             let path = entry.path();
             let Some(found) = self.timed(|| fs::symlink_metadata(&path)) else { continue };
-            self.timed(|| rustix::fs::llistxattr(&path, &mut [0u8; 65_536][..]).map_err(Into::into));
+            let mut names = vec![0u8; 65_536];
+            self.timed(|| rustix::fs::llistxattr(&path, &mut names[..]).map_err(Into::into));
             if found.is_dir() {
                 self.directory(&path);
             } else if found.is_symlink() {
