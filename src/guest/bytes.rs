@@ -33,6 +33,10 @@ pub(super) fn be32(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes(array(bytes, at))
 }
 
+pub(super) fn be64(bytes: &[u8], at: usize) -> u64 {
+    u64::from_be_bytes(array(bytes, at))
+}
+
 /// The reflected CRC-32 of Ethernet, without its inversions: formats begin and end it as they like.
 pub(super) fn crc32(seed: u32, bytes: &[u8]) -> u32 {
     const TABLE: [u32; 256] = table();

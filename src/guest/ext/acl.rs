@@ -1,6 +1,6 @@
 //! POSIX access control lists: from the short form on disk to the one that getxattr(2) gives.
 
-use super::bytes::{le16, le32};
+use crate::guest::bytes::{le16, le32};
 
 const DISK_VERSION: u32 = 1;
 const SHOWN_VERSION: u32 = 2;
@@ -35,6 +35,7 @@ pub(super) fn as_shown(disk: &[u8]) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+
     use super::*;
 
     #[test]

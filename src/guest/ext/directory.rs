@@ -8,9 +8,9 @@ use std::hash::BuildHasher as _;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::guest::bytes::{le16, le32};
 use crate::guest::filesystem::{DirectoryEntry, FileKind, Ino};
 
-use super::bytes::{le16, le32};
 use super::checksum::crc32c;
 use super::fast::Names;
 use super::inode::{BLOCK_AREA, Inode, flags, kind_of_entry};

@@ -6,9 +6,10 @@
 use std::sync::Arc;
 
 use crate::error::Result;
+use crate::guest::bytes::{le16, le32};
 
 use super::blocks::{Block, Blocks};
-use super::bytes::{join, le16, le32};
+use super::bytes::join;
 use super::checksum::crc32c;
 use super::inode::{BLOCK_AREA, Inode};
 use super::map::{Place, Segment};

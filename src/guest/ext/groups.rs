@@ -4,9 +4,10 @@
 //! used as long as what it names lies within the file system. The inode that is read by it has a checksum of its own.
 
 use crate::error::Result;
+use crate::guest::bytes::{le16, le32};
 
 use super::blocks::{Block, Blocks};
-use super::bytes::{corrupt, join, le16, le32};
+use super::bytes::{corrupt, join};
 use super::checksum::{crc16, crc32c, crc32c_without};
 use super::superblock::{Checksums, Superblock, incompat};
 

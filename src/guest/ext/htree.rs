@@ -4,9 +4,9 @@
 //! to its end.
 
 use crate::error::Result;
+use crate::guest::bytes::{le16, le32};
 
 use super::Ext;
-use super::bytes::{le16, le32};
 use super::hash::Hasher;
 use super::inode::Inode;
 

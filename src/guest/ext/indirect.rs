@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::error::Result;
+use crate::guest::bytes::le32;
 
 use super::blocks::{Block, Blocks};
-use super::bytes::le32;
 use super::inode::{BLOCK_AREA, Inode};
 use super::map::{Place, Segment};
 

@@ -1,9 +1,10 @@
 //! An inode: its raw bytes, verified, and what stat(2) says of it.
 
 use crate::error::Result;
+use crate::guest::bytes::{le16, le32};
 use crate::guest::filesystem::{Attributes, FileKind, Time};
 
-use super::bytes::{corrupt, join, le16, le32};
+use super::bytes::{corrupt, join};
 use super::checksum::crc32c;
 use super::superblock::Superblock;
 

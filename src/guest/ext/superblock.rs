@@ -4,8 +4,9 @@
 //! nothing that is divided by is zero. Whether all that it names lies on the disk is found out when it is read.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::guest::bytes::{le16, le32};
 
-use super::bytes::{corrupt, join, le16, le32, unsupported};
+use super::bytes::{corrupt, join, unsupported};
 use super::checksum::crc32c;
 
 /// Where the first superblock is, and how long each is.

@@ -1,12 +1,12 @@
 //! Extended attributes: in the inode, in a block of their own, in inodes of their own.
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::guest::bytes::{le16, le32};
 use crate::guest::filesystem::ExtendedAttribute;
 
 use super::Ext;
 use super::acl;
 use super::blocks::Block;
-use super::bytes::{le16, le32};
 use super::checksum::{crc32c, crc32c_without};
 use super::inode::{Inode, flags};
 

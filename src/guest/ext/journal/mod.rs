@@ -11,9 +11,10 @@ mod tags;
 use std::collections::HashMap;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::guest::bytes::{be32, be64};
 
 use super::blocks::{Block, Journaled, Overlay};
-use super::bytes::{be32, be64, corrupt};
+use super::bytes::corrupt;
 
 pub(super) use log::Log;
 use scan::Scan;

@@ -1,9 +1,9 @@
 //! Finds the transactions that are whole, as the kernel tells them from leftovers of older ones.
 
 use crate::error::Result;
+use crate::guest::bytes::{be32, be64};
 
 use super::super::blocks::JOURNAL_MAGIC;
-use super::super::bytes::{be32, be64};
 use super::super::checksum::{crc32_be, crc32c, crc32c_without};
 use super::log::{Log, incompat};
 use super::tags;

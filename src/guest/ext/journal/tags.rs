@@ -1,9 +1,10 @@
 //! Tags: which block of the file system each block after a descriptor is, in all four layouts.
 
 use crate::error::Result;
+use crate::guest::bytes::{be16, be32};
 
 use super::super::blocks::Block;
-use super::super::bytes::{be16, be32, join};
+use super::super::bytes::join;
 use super::super::checksum::crc32c;
 use super::log::{Log, incompat};
 
