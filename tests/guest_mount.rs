@@ -365,7 +365,7 @@ fn a_worker_has_nothing_and_its_end_is_no_end() {
         for link in links {
             let target = fs::read_link(link.expect("a descriptor").path()).expect("what it is");
             let target = target.to_str().expect("plain");
-            assert!(target.starts_with("socket:") || target == "/dev/null", "a worker has {target}");
+            assert!(target.starts_with("socket:"), "a worker has {target}");
         }
         // The file is open while the worker goes, and while another is there.
         let open = File::open(mount.path("vm/files/sn1/p1/usr/lib/big")).expect("a file");
@@ -377,6 +377,30 @@ fn a_worker_has_nothing_and_its_end_is_no_end() {
         assert_ne!(workers(&mount), [worker]);
         drop(open);
         mount.umount();
+    }
+}
+
+/// How often the first thread of a process has gone to sleep.
+fn sleeps(process: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/task/{process}/status")).expect("its status");
+    let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).expect("how often");
+    line.trim().parse().expect("a number")
+}
+
+#[test]
+fn a_worker_sleeps_until_it_is_asked_or_its_daemon_is_gone() {
+    let store = small_chain();
+    let mount = Mount::with(&store, "");
+    assert_eq!(mount.text("vm/files/sn1/p1/etc/hostname"), "web01\n");
+    let [worker] = workers(&mount)[..] else { panic!("one worker") };
+    let before = sleeps(worker);
+    std::thread::sleep(Duration::from_millis(2500));
+    assert_eq!(sleeps(worker), before, "whoever waits for the daemon's end does not look for it again and again");
+    tool("kill").args(["-9", &mount.daemon().to_string()]).succeeds();
+    let begun = Instant::now();
+    while fs::exists(format!("/proc/{worker}")).expect("/proc") {
+        assert!(begun.elapsed() < Duration::from_secs(5), "the worker lives on");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

@@ -77,6 +77,8 @@ struct Process {
     child: Mutex<Child>,
     id: u32,
     lanes: [Mutex<Lane>; 2],
+    /// Nothing is ever said on it: its other end tells the worker that the daemon is no more.
+    _life: UnixStream,
     turn: AtomicUsize,
     is_gone: AtomicBool,
 }
@@ -171,6 +173,7 @@ impl Process {
         let fail = |error| Error::io("starting a worker that reads guests' file systems", error);
         let (first, first_end) = UnixStream::pair().map_err(fail)?;
         let (second, second_end) = UnixStream::pair().map_err(fail)?;
+        let (life, life_end) = UnixStream::pair().map_err(fail)?;
         for lane in [&first, &second] {
             lane.set_read_timeout(Some(GLANCE)).map_err(fail)?;
             lane.set_write_timeout(Some(SILENCE)).map_err(fail)?;
@@ -183,12 +186,13 @@ impl Process {
         let child = command
             .stdin(Stdio::from(OwnedFd::from(first_end)))
             .stdout(Stdio::from(OwnedFd::from(second_end)))
-            .stderr(Stdio::null())
+            .stderr(Stdio::from(OwnedFd::from(life_end)))
             .spawn()
             .map_err(fail)?;
         let id = child.id();
         let lanes = [first, second].map(|lane| Mutex::new(Lane::new(lane)));
-        Ok(Self { child: Mutex::new(child), id, lanes, turn: AtomicUsize::new(0), is_gone: AtomicBool::new(false) })
+        let (turn, is_gone) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Ok(Self { child: Mutex::new(child), id, lanes, _life: life, turn, is_gone })
     }
 
     fn end(&self) {
