@@ -358,6 +358,10 @@ fn a_worker_has_nothing_and_its_end_is_no_end() {
             line[name.len() + 1..].trim().to_owned()
         };
         assert_eq!(field("Seccomp"), seccomp, "{options}");
+        for rights in ["CapInh", "CapPrm", "CapEff"] {
+            assert_eq!(field(rights), "0000000000000000", "{rights}, {options}");
+        }
+        assert_eq!(field("NoNewPrivs"), "1", "{options}");
         let limits = fs::read_to_string(format!("/proc/{worker}/limits")).expect("its limits");
         let open_files = limits.lines().find(|line| line.starts_with("Max open files")).expect("the limit");
         assert_eq!(open_files.split_whitespace().nth(3), Some("0"), "{open_files}");

@@ -56,6 +56,7 @@ pub fn serve(confined: bool) -> ExitCode {
 fn run(confined: bool) -> Result<()> {
     let fail = |error: std::io::Error| Error::io("taking over the lanes", error);
     close_others();
+    confine::give_up_rights()?;
     let lanes: [OwnedFd; 2] = [
         std::io::stdin().as_fd().try_clone_to_owned().map_err(fail)?,
         std::io::stdout().as_fd().try_clone_to_owned().map_err(fail)?,
