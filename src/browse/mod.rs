@@ -139,7 +139,8 @@ impl Browser {
         }
         let running: Vec<Arc<Worker>> = workers.values().filter(|worker| worker.is_running()).cloned().collect();
         if running.len() >= RUNNING {
-            workers.retain(|_, worker| worker.is_running());
+            // One that somebody still has may be begun again, and only those in here are ended when they are idle.
+            workers.retain(|_, worker| worker.is_running() || Arc::strong_count(worker) > 1);
         }
         let worker = Arc::new(Worker::new(&self.program));
         workers.insert(Arc::clone(chain), Arc::clone(&worker));
