@@ -71,8 +71,6 @@ pub struct Browser {
     workers: Mutex<HashMap<Arc<PathBuf>, Arc<Worker>>>,
     /// By disk, and whether they are for the sake of the partitions alone.
     insides: Mutex<LruCache<(ViewId, bool), Arc<Inside>>>,
-    /// Held while a view is looked into for the first time: once.
-    first: Mutex<()>,
     resting: Once,
 }
 
@@ -93,7 +91,6 @@ impl Browser {
             read: Arc::default(),
             workers: Mutex::default(),
             insides: Mutex::new(LruCache::new(KEPT)),
-            first: Mutex::new(()),
             resting: Once::new(),
         })
     }
@@ -104,13 +101,14 @@ impl Browser {
         if let Some(known) = self.known(&key, moment) {
             return Ok(known);
         }
-        let _first = self.first.lock();
+        let worker = self.worker(&id.chain);
+        let _first = worker.first.lock();
         // Somebody else may have done it meanwhile, and that is fresh enough.
         if let Some(known) = self.known(&key, moment) {
             return Ok(known);
         }
         self.resting.call_once(|| self.begin_to_rest());
-        let inside = Arc::new(self.look_into(id)?);
+        let inside = Arc::new(self.look_into(id, &worker)?);
         let old = self.insides.lock().push(key, Arc::clone(&inside));
         drop(old);
         Ok(inside)
@@ -153,21 +151,20 @@ impl Browser {
         worker
     }
 
-    fn look_into(&self, id: &ViewId) -> Result<Inside> {
-        let worker = self.worker(&id.chain);
+    fn look_into(&self, id: &ViewId, worker: &Arc<Worker>) -> Result<Inside> {
         let mut disks = vec![Disk::new(&self.store, id, &self.read)?];
         let mut set = self.sets.fetch_add(1, Ordering::Relaxed);
-        let mut layout = self.open(&worker, set, &disks)?;
+        let mut layout = self.open(worker, set, &disks)?;
         // Numbers of the layout are places in the list: another list is another set.
         let mut remarks = Vec::new();
-        while let Some(more) = self.more_disks(&worker, &disks, &layout.missing, &mut remarks) {
+        while let Some(more) = self.more_disks(worker, &disks, &layout.missing, &mut remarks) {
             remarks.clear();
             disks.extend(more);
             set = self.sets.fetch_add(1, Ordering::Relaxed);
-            layout = self.open(&worker, set, &disks)?;
+            layout = self.open(worker, set, &disks)?;
         }
         let mounted = layout.volumes.iter().map(|_| Mutex::default()).collect();
-        let (digests, systems) = (Arc::clone(&self.digests), OnceLock::new());
+        let (worker, digests, systems) = (Arc::clone(worker), Arc::clone(&self.digests), OnceLock::new());
         Ok(Inside { worker, digests, set, disks, layout, remarks, mounted, systems })
     }
 

@@ -68,6 +68,8 @@ pub(in crate::browse) trait Disks {
 pub(in crate::browse) struct Worker {
     program: Program,
     state: Mutex<State>,
+    /// Held while a view is looked into for the first time: once. Other chains' views do not wait for what this one's guest has written.
+    pub(in crate::browse) first: Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -106,7 +108,8 @@ enum Trouble {
 
 impl Worker {
     pub(in crate::browse) fn new(program: &Program) -> Self {
-        Self { program: program.clone(), state: Mutex::new(State { process: None, used: Instant::now() }) }
+        let state = Mutex::new(State { process: None, used: Instant::now() });
+        Self { program: program.clone(), state, first: Mutex::new(()) }
     }
 
     /// Asks. A worker that ends meanwhile is begun anew, once: it may have been another question that ended it.
