@@ -4,6 +4,7 @@
 //! shows, and of an active disk what it showed when it was first looked into. The parsers are `guest`'s, the disks are `store`'s; what is
 //! shown where is for others.
 
+mod border;
 pub mod content;
 pub mod difference;
 mod disk;
@@ -171,8 +172,11 @@ impl Browser {
     fn open(&self, worker: &Worker, set: u32, disks: &[Disk]) -> Result<Layout> {
         let sizes = disks.iter().map(Disk::size).collect();
         match worker.ask(&Request::Open { set, sizes }, &Session::new(disks, &self.digests))?.0 {
-            Answer::Layout(layout) => Ok(*layout),
-            _ => Err(inside::confused()),
+            Answer::Layout(layout) => {
+                border::check_layout(&layout, disks[0].size())?;
+                Ok(*layout)
+            }
+            _ => Err(border::confused()),
         }
     }
 
@@ -200,7 +204,9 @@ impl Browser {
             let Ok(disk) = Disk::new(&self.store, &other, &self.read) else { continue };
             let request = Request::PhysicalVolumes { size: disk.size() };
             let session = Session::new(std::slice::from_ref(&disk), &self.digests);
-            if let Ok((Answer::PhysicalVolumes(held), _)) = worker.ask(&request, &session) {
+            if let Ok((Answer::PhysicalVolumes(held), _)) = worker.ask(&request, &session)
+                && border::check_physical_volumes(&held).is_ok()
+            {
                 drop(session);
                 candidates.push((disk, held));
             }
