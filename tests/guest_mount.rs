@@ -408,6 +408,35 @@ fn a_worker_sleeps_until_it_is_asked_or_its_daemon_is_gone() {
     }
 }
 
+/// A file whose inode is damaged is an error by itself; its name and its neighbours stay.
+#[test]
+fn a_damaged_file_has_its_name() {
+    let store = Store::new();
+    let tree = small_tree(&store);
+    let disk = disk(&store, "disk", &tree);
+    let damage = "set_inode_field /etc/hostname checksum 0x1234";
+    tool("debugfs").args(["-w", "-R", damage]).arg(format!("{}?offset={START}", disk.display())).succeeds();
+    chain_on(&store, &disk);
+    let mount = Mount::with(&store, "");
+    let etc = mount.path("vm/files/sn1/p1/etc");
+    let names = || {
+        let entries = fs::read_dir(&etc).expect("a directory").map(|entry| entry.expect("an entry").file_name());
+        let mut names: Vec<_> = entries.collect();
+        names.sort();
+        names
+    };
+    for _ in 0..2 {
+        assert_eq!(names(), ["hostname", "os-release"]);
+        for _ in 0..2 {
+            let error = fs::symlink_metadata(etc.join("hostname")).expect_err("it is damaged");
+            assert_eq!(error.raw_os_error(), Some(Errno::IO.raw_os_error()), "{error}");
+        }
+        let whole = fs::read_to_string(etc.join("os-release")).expect("it is whole");
+        assert!(whole.contains("ID=debian"), "{whole}");
+    }
+    mount.umount();
+}
+
 #[test]
 fn an_active_disk_is_shown_as_it_was_when_it_was_opened_however_it_is_written() {
     let store = small_chain();

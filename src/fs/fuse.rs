@@ -480,11 +480,16 @@ impl Filesystem for Adapter {
     ) {
         self.look(inode.0, move |tree| {
             let mut take = |entry: &Entry<'_>| {
-                // What has gone since it was listed is left out.
-                let known = entry.attributes.map_or_else(|| answer(tree, |tree| tree.attributes(entry.inode)), Ok);
-                let Ok(found) = known else { return false };
+                let known =
+                    entry.attributes.map_or_else(|| answer(tree, |tree| known(tree, entry)), |found| Ok(Some(found)));
+                let (found, belief) = match known {
+                    Ok(Some(found)) => (found, belief(inode.0, &found)),
+                    // It has its name, which is believed for no time: whoever asks for it is told what is wrong with it.
+                    Ok(None) => (Attributes::unknown(entry.inode, entry.kind), Duration::ZERO),
+                    // What has gone since it was listed is left out.
+                    Err(_) => return false,
+                };
                 let (number, is_dots) = (INodeNo(entry.inode), matches!(entry.name.as_encoded_bytes(), b"." | b".."));
-                let belief = belief(inode.0, &found);
                 let is_full = reply.add(number, entry.next, entry.name, &belief, &attr(&found), Generation(0));
                 if !is_full && !is_dots {
                     tree.told(entry.inode);
@@ -538,6 +543,17 @@ impl Filesystem for Adapter {
             Ok(names) => give(reply, size, &names),
             Err(errno) => reply.error(errno),
         });
+    }
+}
+
+/// The attributes of an entry that is being listed; `None` if it is damaged, and will be whenever it is asked for.
+fn known(tree: &Tree, entry: &Entry<'_>) -> crate::error::Result<Option<Attributes>> {
+    match tree.attributes(entry.inode) {
+        Err(error) if Tree::is_guest(entry.inode) => match error.kind() {
+            ErrorKind::Corrupt | ErrorKind::Unsupported => Ok(None),
+            _ => Err(error),
+        },
+        found => found.map(Some),
     }
 }
 
