@@ -11,6 +11,7 @@ use std::time::Duration;
 use chainfs::browse::worker::Program;
 use chainfs::browse::{Browser, Inside, Moment};
 use chainfs::error::{ErrorKind, Result};
+use chainfs::fs::{GuestOptions, NodeKind, Ownership, Tree};
 use chainfs::store::{Store, StoreOptions};
 
 /// Longer than anything here takes.
@@ -46,6 +47,14 @@ fn system_on(name: &str) -> String {
     answer(&[&[12, 1, name.len() as u8], name.as_bytes(), &[0; 8]].concat())
 }
 
+/// What stat(2) says of an inode of that kind.
+fn attributes(kind: u8) -> Vec<u8> {
+    [&[kind, 0, 0, 0, 0, 0, 1][..], &[0; 9]].concat()
+}
+
+const DIRECTORY: u8 = 1;
+const SYMLINK: u8 = 2;
+
 /// A worker that says `first`, and then `again` and again, without listening.
 fn worker(place: &Path, first: &str, again: &str) -> Program {
     let path = place.join("worker");
@@ -55,14 +64,20 @@ fn worker(place: &Path, first: &str, again: &str) -> Program {
     Program { path, seccomp: false }
 }
 
-/// What such a worker makes of the only disk of a store.
-fn inside(first: &str, again: &str) -> (tempfile::TempDir, Result<Arc<Inside>>) {
+/// A store of one disk, and who looks into it by such a worker.
+fn browser(first: &str, again: &str) -> (tempfile::TempDir, Arc<Store>, Arc<Browser>) {
     let place = tempfile::tempdir().expect("a directory");
     let images = place.path().join("store");
     fs::create_dir(&images).expect("a store");
     fs::write(images.join("vm.raw"), vec![0; 1 << 20]).expect("a disk");
     let store = Store::open(&images, StoreOptions { notify: false, ..StoreOptions::default() }).expect("a store");
     let browser = Browser::new(&store, worker(place.path(), first, again));
+    (place, store, browser)
+}
+
+/// What such a worker makes of the disk.
+fn inside(first: &str, again: &str) -> (tempfile::TempDir, Result<Arc<Inside>>) {
+    let (place, store, browser) = browser(first, again);
     let catalog = store.catalog();
     let chain = Arc::new(PathBuf::from("vm"));
     let views = store.chain_views(&catalog, catalog.chain(&chain).expect("the chain"));
@@ -88,4 +103,26 @@ fn a_set_that_is_never_kept_is_not_opened_for_ever() {
     let found = found.expect("there is nothing wrong with that");
     let mounted = soon(move || found.mount(0));
     assert_eq!(mounted.expect_err("there is no set").kind(), ErrorKind::Io);
+}
+
+/// The number of an entry says how deep it lies, which is told by its being a directory or not, and how far up a link leads depends on that.
+#[test]
+fn what_an_entry_is_and_its_number_are_of_one_answer() {
+    let mounted = answer(&[&[3, 2, 1][..], &[0; 7]].concat());
+    let root = answer(&[&[6][..], &attributes(DIRECTORY)].concat());
+    let found = answer(&[&[4, 1, 12][..], &attributes(DIRECTORY)].concat());
+    let other = answer(&[&[6][..], &attributes(SYMLINK)].concat());
+    let (_place, store, browser) = browser(&[layout("disk"), mounted, root, found].concat(), &other);
+    let options = GuestOptions { shown: true, verbatim: false };
+    let tree = Tree::new(&store, Ownership::default(), &browser, options);
+    let kind = soon(move || {
+        let path = ["vm", "files", "active", "disk", "entry"];
+        let step = |at: (u64, NodeKind), name: &&str| {
+            let found = tree.lookup(at.0, name.as_ref())?;
+            Ok((found.inode, found.kind))
+        };
+        let found: Result<_> = path.iter().try_fold((1, NodeKind::Directory), step);
+        found.map(|(_, kind)| kind)
+    });
+    assert_eq!(kind.expect("it is there"), NodeKind::Directory);
 }

@@ -105,7 +105,8 @@ pub(super) fn check_physical_volumes(found: &[PhysicalVolumeName]) -> Result<()>
 /// What is said of a file system as a whole.
 pub(super) fn check_mounted(mounted: &Mounted) -> Result<()> {
     check_ino(mounted.root)?;
-    check(are_remarks(&mounted.remarks))
+    // Programs divide by it.
+    check(mounted.statistics.block_size > 0 && are_remarks(&mounted.remarks))
 }
 
 /// Which operating systems some volumes are said to hold.

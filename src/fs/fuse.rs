@@ -546,9 +546,11 @@ impl Filesystem for Adapter {
     }
 }
 
-/// The attributes of an entry that is being listed; `None` if it is damaged, and will be whenever it is asked for.
+/// The attributes of an entry that is being listed; `None` if it is damaged, and will be whenever it is asked for, or is something
+/// else than its number was made for.
 fn known(tree: &Tree, entry: &Entry<'_>) -> crate::error::Result<Option<Attributes>> {
     match tree.attributes(entry.inode) {
+        Ok(found) if Tree::is_guest(entry.inode) && found.kind != entry.kind => Ok(None),
         Err(error) if Tree::is_guest(entry.inode) => match error.kind() {
             ErrorKind::Corrupt | ErrorKind::Unsupported => Ok(None),
             _ => Err(error),
