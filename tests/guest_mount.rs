@@ -358,6 +358,10 @@ fn a_worker_has_nothing_and_its_end_is_no_end() {
             line[name.len() + 1..].trim().to_owned()
         };
         assert_eq!(field("Seccomp"), seccomp, "{options}");
+        for rights in ["CapInh", "CapPrm", "CapEff"] {
+            assert_eq!(field(rights), "0000000000000000", "{rights}, {options}");
+        }
+        assert_eq!(field("NoNewPrivs"), "1", "{options}");
         let limits = fs::read_to_string(format!("/proc/{worker}/limits")).expect("its limits");
         let open_files = limits.lines().find(|line| line.starts_with("Max open files")).expect("the limit");
         assert_eq!(open_files.split_whitespace().nth(3), Some("0"), "{open_files}");
@@ -365,7 +369,7 @@ fn a_worker_has_nothing_and_its_end_is_no_end() {
         for link in links {
             let target = fs::read_link(link.expect("a descriptor").path()).expect("what it is");
             let target = target.to_str().expect("plain");
-            assert!(target.starts_with("socket:") || target == "/dev/null", "a worker has {target}");
+            assert!(target.starts_with("socket:"), "a worker has {target}");
         }
         // The file is open while the worker goes, and while another is there.
         let open = File::open(mount.path("vm/files/sn1/p1/usr/lib/big")).expect("a file");
@@ -378,6 +382,59 @@ fn a_worker_has_nothing_and_its_end_is_no_end() {
         drop(open);
         mount.umount();
     }
+}
+
+/// How often the first thread of a process has gone to sleep.
+fn sleeps(process: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/task/{process}/status")).expect("its status");
+    let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).expect("how often");
+    line.trim().parse().expect("a number")
+}
+
+#[test]
+fn a_worker_sleeps_until_it_is_asked_or_its_daemon_is_gone() {
+    let store = small_chain();
+    let mount = Mount::with(&store, "");
+    assert_eq!(mount.text("vm/files/sn1/p1/etc/hostname"), "web01\n");
+    let [worker] = workers(&mount)[..] else { panic!("one worker") };
+    let before = sleeps(worker);
+    std::thread::sleep(Duration::from_millis(2500));
+    assert_eq!(sleeps(worker), before, "whoever waits for the daemon's end does not look for it again and again");
+    tool("kill").args(["-9", &mount.daemon().to_string()]).succeeds();
+    let begun = Instant::now();
+    while fs::exists(format!("/proc/{worker}")).expect("/proc") {
+        assert!(begun.elapsed() < Duration::from_secs(5), "the worker lives on");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A file whose inode is damaged is an error by itself; its name and its neighbours stay.
+#[test]
+fn a_damaged_file_has_its_name() {
+    let store = Store::new();
+    let tree = small_tree(&store);
+    let disk = disk(&store, "disk", &tree);
+    let damage = "set_inode_field /etc/hostname checksum 0x1234";
+    tool("debugfs").args(["-w", "-R", damage]).arg(format!("{}?offset={START}", disk.display())).succeeds();
+    chain_on(&store, &disk);
+    let mount = Mount::with(&store, "");
+    let etc = mount.path("vm/files/sn1/p1/etc");
+    let names = || {
+        let entries = fs::read_dir(&etc).expect("a directory").map(|entry| entry.expect("an entry").file_name());
+        let mut names: Vec<_> = entries.collect();
+        names.sort();
+        names
+    };
+    for _ in 0..2 {
+        assert_eq!(names(), ["hostname", "os-release"]);
+        for _ in 0..2 {
+            let error = fs::symlink_metadata(etc.join("hostname")).expect_err("it is damaged");
+            assert_eq!(error.raw_os_error(), Some(Errno::IO.raw_os_error()), "{error}");
+        }
+        let whole = fs::read_to_string(etc.join("os-release")).expect("it is whole");
+        assert!(whole.contains("ID=debian"), "{whole}");
+    }
+    mount.umount();
 }
 
 #[test]

@@ -11,15 +11,16 @@ use crate::chain::Origin;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::OperatingSystem;
 use crate::guest::volumes::{Layout, Volume};
-use crate::guest::{Attributes, DirectoryEntry, ExtendedAttribute, Ino, Run, RunKind};
+use crate::guest::{Attributes, ExtendedAttribute, Ino, Run, RunKind};
 use crate::store::ViewId;
 
+use super::border::{check_extended_attributes, check_ino, check_mounted, check_runs, check_systems, confused, usual};
 use super::disk::{Digests, Disk, Held};
 use super::worker::protocol::{Answer, ChunkKey, READ_LEN, Request, VolumeId};
 use super::worker::{Disks, Listing, Mounted, OpenedFile, Worker};
 
-/// Bytes of a name, at most.
-const NAME_LEN: usize = 1024;
+/// How often a set is opened for one question: it may have been put away for others each time, but not for ever.
+const OPENINGS: usize = 8;
 /// Bytes of a symbolic link's target, at most: what the kernel takes.
 const LINK_LEN: usize = 4095;
 
@@ -97,10 +98,6 @@ impl Disks for Session<'_> {
     }
 }
 
-pub(super) fn confused() -> Error {
-    Error::new(ErrorKind::Io, "what reads guests' file systems has answered something else than what was asked")
-}
-
 impl Inside {
     /// Which disk this is the inside of.
     pub fn id(&self) -> &ViewId {
@@ -137,7 +134,7 @@ impl Inside {
 
     fn ask(&self, request: &Request) -> Result<(Answer, Vec<u8>)> {
         let session = Session::new(&self.disks, &self.digests);
-        loop {
+        for _ in 0..OPENINGS {
             let answered = self.worker.ask(request, &session)?;
             if !matches!(answered.0, Answer::NoSuchSet) {
                 return Ok(answered);
@@ -150,6 +147,7 @@ impl Inside {
                 _ => return Err(confused()),
             }
         }
+        Err(confused())
     }
 
     fn id_of(&self, volume: usize) -> VolumeId {
@@ -174,7 +172,7 @@ impl Inside {
         }
         match self.ask(&Request::Mount(self.id_of(volume)))?.0 {
             Answer::Mounted(mounted) => {
-                check_ino(mounted.root)?;
+                check_mounted(&mounted)?;
                 Ok(self.mounted[volume].lock().insert(mounted).clone())
             }
             _ => Err(confused()),
@@ -190,6 +188,7 @@ impl Inside {
             Answer::OperatingSystems(mut found) => {
                 // Their volumes become targets of links.
                 found.retain(|system| self.volume(system.volume.as_bytes()).is_some());
+                check_systems(&found, self.layout.volumes.len())?;
                 Ok(self.systems.get_or_init(|| found))
             }
             _ => Err(confused()),
@@ -217,10 +216,7 @@ impl Inside {
     /// Entries of a directory from a place on (0: the beginning; else some entry's `next`).
     pub fn list(&self, volume: usize, directory: Ino, from: u64) -> Result<Listing> {
         match self.ask(&Request::List(self.id_of(volume), directory, from))?.0 {
-            Answer::Listed(mut listing) => {
-                listing.entries.retain(|listed| is_usual(&listed.entry));
-                Ok(listing)
-            }
+            Answer::Listed(listing) => usual(listing, from),
             _ => Err(confused()),
         }
     }
@@ -247,7 +243,10 @@ impl Inside {
     /// All extended attributes, as the guest's kernel lists them.
     pub fn extended_attributes(&self, volume: usize, ino: Ino) -> Result<Vec<ExtendedAttribute>> {
         match self.ask(&Request::ExtendedAttributes(self.id_of(volume), ino))?.0 {
-            Answer::ExtendedAttributes(found) => Ok(found),
+            Answer::ExtendedAttributes(found) => {
+                check_extended_attributes(&found)?;
+                Ok(found)
+            }
             _ => Err(confused()),
         }
     }
@@ -349,24 +348,4 @@ impl Inside {
     pub(super) fn rest(&self) {
         self.disks.iter().for_each(Disk::rest);
     }
-}
-
-/// Whether an entry can be shown as it is.
-fn is_usual(entry: &DirectoryEntry) -> bool {
-    let name = &entry.name[..];
-    let is_name = !matches!(name, b"" | b"." | b"..") && name.len() <= NAME_LEN;
-    is_name
-        && !name.iter().any(|byte| matches!(byte, 0 | b'/'))
-        && entry.ino.0 < Ino::LIMIT
-        && (1..DirectoryEntry::NEXT_LIMIT - 2).contains(&entry.next)
-}
-
-/// `Err` unless each run has bytes, and none ends beyond what can be counted.
-fn check_runs(at: u64, runs: &[Run]) -> Result<()> {
-    let end = |end: u64, run: &Run| end.checked_add(run.len).filter(|_| run.len > 0);
-    runs.iter().try_fold(at, end).map(drop).ok_or_else(confused)
-}
-
-fn check_ino(ino: Ino) -> Result<()> {
-    if ino.0 < Ino::LIMIT { Ok(()) } else { Err(confused()) }
 }

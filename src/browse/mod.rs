@@ -4,13 +4,13 @@
 //! shows, and of an active disk what it showed when it was first looked into. The parsers are `guest`'s, the disks are `store`'s; what is
 //! shown where is for others.
 
+mod border;
 pub mod content;
 pub mod difference;
 mod disk;
 mod inside;
 pub mod ranges;
 mod together;
-mod turns;
 pub mod versions;
 pub mod walk;
 pub mod worker;
@@ -31,7 +31,6 @@ use crate::store::{Store, ViewId};
 
 use disk::{Digests, Disk};
 use inside::Session;
-use turns::Turns;
 use worker::protocol::{Answer, Request};
 use worker::{Program, Worker};
 
@@ -72,8 +71,6 @@ pub struct Browser {
     /// By chain: what one guest has written must not harm another's readers.
     workers: Mutex<HashMap<Arc<PathBuf>, Arc<Worker>>>,
     insides: Mutex<LruCache<Key, Arc<Inside>>>,
-    /// Views are looked into for the first time by one at a time; others need not wait for it.
-    first: Turns<Key>,
     resting: Once,
 }
 
@@ -94,7 +91,6 @@ impl Browser {
             read: Arc::default(),
             workers: Mutex::default(),
             insides: Mutex::new(LruCache::new(KEPT)),
-            first: Turns::default(),
             resting: Once::new(),
         })
     }
@@ -105,14 +101,15 @@ impl Browser {
         if let Some(known) = self.known(&key, moment) {
             return Ok(known);
         }
-        let _first = self.first.take(&key);
+        let worker = self.worker(&id.chain);
+        let _first = worker.first.lock();
         // Somebody else may have done it meanwhile, and that is fresh enough.
         if let Some(known) = self.known(&key, moment) {
             return Ok(known);
         }
         self.resting.call_once(|| self.begin_to_rest());
-        let inside = Arc::new(self.look_into(id)?);
-        let old = self.insides.lock().push(key.clone(), Arc::clone(&inside));
+        let inside = Arc::new(self.look_into(id, &worker)?);
+        let old = self.insides.lock().push(key, Arc::clone(&inside));
         drop(old);
         Ok(inside)
     }
@@ -140,7 +137,8 @@ impl Browser {
         }
         let running: Vec<Arc<Worker>> = workers.values().filter(|worker| worker.is_running()).cloned().collect();
         if running.len() >= RUNNING {
-            workers.retain(|_, worker| worker.is_running());
+            // One that somebody still has may be begun again, and only those in here are ended when they are idle.
+            workers.retain(|_, worker| worker.is_running() || Arc::strong_count(worker) > 1);
         }
         let worker = Arc::new(Worker::new(&self.program));
         workers.insert(Arc::clone(chain), Arc::clone(&worker));
@@ -153,29 +151,31 @@ impl Browser {
         worker
     }
 
-    fn look_into(&self, id: &ViewId) -> Result<Inside> {
-        let worker = self.worker(&id.chain);
+    fn look_into(&self, id: &ViewId, worker: &Arc<Worker>) -> Result<Inside> {
         let mut disks = vec![Disk::new(&self.store, id, &self.read)?];
         let mut set = self.sets.fetch_add(1, Ordering::Relaxed);
-        let mut layout = self.open(&worker, set, &disks)?;
+        let mut layout = self.open(worker, set, &disks)?;
         // Numbers of the layout are places in the list: another list is another set.
         let mut remarks = Vec::new();
-        while let Some(more) = self.more_disks(&worker, &disks, &layout.missing, &mut remarks) {
+        while let Some(more) = self.more_disks(worker, &disks, &layout.missing, &mut remarks) {
             remarks.clear();
             disks.extend(more);
             set = self.sets.fetch_add(1, Ordering::Relaxed);
-            layout = self.open(&worker, set, &disks)?;
+            layout = self.open(worker, set, &disks)?;
         }
         let mounted = layout.volumes.iter().map(|_| Mutex::default()).collect();
-        let (digests, systems) = (Arc::clone(&self.digests), OnceLock::new());
+        let (worker, digests, systems) = (Arc::clone(worker), Arc::clone(&self.digests), OnceLock::new());
         Ok(Inside { worker, digests, set, disks, layout, remarks, mounted, systems })
     }
 
     fn open(&self, worker: &Worker, set: u32, disks: &[Disk]) -> Result<Layout> {
         let sizes = disks.iter().map(Disk::size).collect();
         match worker.ask(&Request::Open { set, sizes }, &Session::new(disks, &self.digests))?.0 {
-            Answer::Layout(layout) => Ok(*layout),
-            _ => Err(inside::confused()),
+            Answer::Layout(layout) => {
+                border::check_layout(&layout, disks[0].size())?;
+                Ok(*layout)
+            }
+            _ => Err(border::confused()),
         }
     }
 

@@ -10,11 +10,11 @@ use std::sync::Arc;
 use crate::guest::volumes::{MissingVolumeGroup, PhysicalVolumeName};
 use crate::store::{ACTIVE, Catalog, ViewId, shown};
 
-use super::Browser;
 use super::disk::Disk;
 use super::inside::Session;
 use super::worker::Worker;
 use super::worker::protocol::{Answer, Request};
+use super::{Browser, border};
 
 /// Chains in which the other disks of a volume group are looked for, at most.
 const CANDIDATES: usize = 256;
@@ -46,7 +46,9 @@ impl Browser {
             let Ok(disk) = Disk::new(&self.store, &other, &self.read) else { continue };
             let request = Request::PhysicalVolumes { size: disk.size() };
             let session = Session::new(std::slice::from_ref(&disk), &self.digests);
-            if let Ok((Answer::PhysicalVolumes(held), _)) = worker.ask(&request, &session) {
+            if let Ok((Answer::PhysicalVolumes(held), _)) = worker.ask(&request, &session)
+                && border::check_physical_volumes(&held).is_ok()
+            {
                 drop(session);
                 candidates.push((disk, held));
             }

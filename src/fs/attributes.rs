@@ -52,6 +52,13 @@ impl Attributes {
     }
 }
 
+impl Attributes {
+    /// Of something of which only that is known.
+    pub(super) fn unknown(inode: u64, kind: NodeKind) -> Self {
+        Self::plain(inode, kind, (0, 0), UNIX_EPOCH, (0, 0, 0))
+    }
+}
+
 /// What `-o uid=,gid=,umask=` say.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ownership {

@@ -14,7 +14,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use fuser::{
     AccessFlags, BsdFileFlags, Config, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
@@ -29,11 +29,12 @@ use crate::guest::Statistics;
 use crate::image::write::Zeroing;
 use crate::store::Access;
 
+use super::attributes::Attributes;
 use super::change::Fallocate;
 use super::handles::Handle;
 use super::tree::Tree;
 
-use entries::{Entry, each};
+use entries::{Entry, each, known};
 use modes::Mode;
 use replies::{attr, belief, file_type, give};
 use threads::answer;
@@ -475,11 +476,16 @@ impl Filesystem for Adapter {
     ) {
         self.look(inode.0, move |tree| {
             let mut take = |entry: &Entry<'_>| {
-                // What has gone since it was listed is left out.
-                let known = entry.attributes.map_or_else(|| answer(tree, |tree| tree.attributes(entry.inode)), Ok);
-                let Ok(found) = known else { return false };
+                let known =
+                    entry.attributes.map_or_else(|| answer(tree, |tree| known(tree, entry)), |found| Ok(Some(found)));
+                let (found, belief) = match known {
+                    Ok(Some(found)) => (found, belief(inode.0, &found)),
+                    // It has its name, which is believed for no time: whoever asks for it is told what is wrong with it.
+                    Ok(None) => (Attributes::unknown(entry.inode, entry.kind), Duration::ZERO),
+                    // What has gone since it was listed is left out.
+                    Err(_) => return false,
+                };
                 let (number, is_dots) = (INodeNo(entry.inode), matches!(entry.name.as_encoded_bytes(), b"." | b".."));
-                let belief = belief(inode.0, &found);
                 let is_full = reply.add(number, entry.next, entry.name, &belief, &attr(&found), Generation(0));
                 if !is_full && !is_dots {
                     tree.told(entry.inode);

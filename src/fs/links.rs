@@ -4,6 +4,8 @@
 //! root, would lead to the host's own files. Here each becomes a relative path to what it names in the guest, from the
 //! directory that holds it. Promise: the text that is given never climbs above the volume's root, wherever other links in it lead.
 
+use std::time::{Duration, Instant};
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{FileKind, Ino};
 use crate::store::stale;
@@ -12,6 +14,8 @@ use super::slots::{GuestNode, Slot};
 
 /// Links that are followed one after the other, at most: as Linux does.
 const FOLLOWED: usize = 40;
+/// For how long a link is followed: each name on its way may be one among millions.
+const FOLLOW_LIMIT: Duration = Duration::from_secs(5);
 /// Bytes of a path, at most.
 const PATH_LEN: usize = 4095;
 
@@ -94,8 +98,11 @@ pub(super) fn inside(slot: &Slot, node: GuestNode, target: &[u8]) -> Result<Vec<
 fn follow(mut walk: Walk<'_>, path: &[&[u8]]) -> Result<Vec<u8>> {
     let mut rest: Vec<Vec<u8>> = path.iter().rev().map(|part| part.to_vec()).collect();
     let mut followed = 0;
-    let slot = walk.slot;
+    let (slot, begun) = (walk.slot, Instant::now());
     while let Some(part) = rest.pop() {
+        if begun.elapsed() > FOLLOW_LIMIT {
+            return Err(Error::new(ErrorKind::Limit, "following a link took too long and was broken off"));
+        }
         if part == b".." {
             walk.up();
             continue;

@@ -24,8 +24,8 @@ const _: () = assert!(SLOT_BITS + DEPTH_BITS + INO_BITS == 62 && 1 << INO_BITS =
 
 /// File systems that are shown at the same time, at most.
 const SLOTS: usize = 1 << SLOT_BITS;
-/// Inodes whose extended attributes are kept: `ls -l` asks for several of each file.
-const ATTRIBUTES_KEPT: usize = 256;
+/// Bytes of extended attributes that are kept: `ls -l` asks for several of each file. One inode may have megabytes.
+const ATTRIBUTES_KEPT: usize = 256 << 10;
 /// Inodes that are known to have none.
 const PLAIN_KEPT: usize = 1 << 16;
 
@@ -82,24 +82,37 @@ impl std::fmt::Debug for Slot {
 
 /// Something of inodes, the least recently used of which are forgotten. Takes no memory before there is any.
 struct Kept<T> {
+    /// What all of them weigh together, at most.
     most: usize,
-    found: Mutex<LruCache<Ino, T>>,
+    found: Mutex<Found<T>>,
+}
+
+struct Found<T> {
+    by_ino: LruCache<Ino, (T, usize)>,
+    weight: usize,
 }
 
 impl<T: Clone> Kept<T> {
     fn new(most: usize) -> Self {
-        Self { most, found: Mutex::new(LruCache::unbounded()) }
+        Self { most, found: Mutex::new(Found { by_ino: LruCache::unbounded(), weight: 0 }) }
     }
 
     fn get(&self, ino: Ino) -> Option<T> {
-        self.found.lock().get(&ino).cloned()
+        self.found.lock().by_ino.get(&ino).map(|(value, _)| value.clone())
     }
 
-    fn put(&self, ino: Ino, value: T) {
+    /// Keeps something that weighs so much; nothing, if that is too much by itself.
+    fn put(&self, ino: Ino, value: T, weight: usize) {
+        if weight > self.most {
+            return;
+        }
         let mut found = self.found.lock();
-        found.put(ino, value);
-        if found.len() > self.most {
-            found.pop_lru();
+        found.weight += weight;
+        let old = found.by_ino.put(ino, (value, weight));
+        found.weight -= old.map_or(0, |(_, weight)| weight);
+        while found.weight > self.most {
+            let Some((_, (_, weight))) = found.by_ino.pop_lru() else { break };
+            found.weight -= weight;
         }
     }
 }
@@ -107,12 +120,12 @@ impl<T: Clone> Kept<T> {
 impl Slot {
     /// Notes that an inode has no extended attributes.
     pub(super) fn note_plain(&self, ino: Ino) {
-        self.plain.put(ino, ());
+        self.plain.put(ino, (), 1);
     }
 
     /// Notes which directory holds a directory or a link.
     pub(super) fn held_by(&self, ino: Ino, parent: Ino) {
-        self.parents.put(ino, parent);
+        self.parents.put(ino, parent, 1);
     }
 
     /// The directory that holds a directory or a link, if that was noted.
@@ -129,7 +142,8 @@ impl Slot {
             return Ok(known);
         }
         let found: Arc<[ExtendedAttribute]> = self.inside.extended_attributes(self.volume, ino)?.into();
-        self.attributes.put(ino, Arc::clone(&found));
+        let bytes = |attribute: &ExtendedAttribute| attribute.name.len() + attribute.value.len() + 64;
+        self.attributes.put(ino, Arc::clone(&found), found.iter().map(bytes).sum::<usize>() + 64);
         Ok(found)
     }
 }
@@ -224,6 +238,22 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_kept_of_inodes_is_bounded_by_its_weight() {
+        let kept = Kept::new(100);
+        for number in 0..10 {
+            kept.put(Ino(number), number, 30);
+        }
+        let known: Vec<u64> = (0..10).filter_map(|number| kept.get(Ino(number))).collect();
+        assert_eq!(known, [7, 8, 9]);
+        kept.put(Ino(10), 10, 101);
+        assert_eq!(kept.get(Ino(10)), None);
+        // Put once more, it weighs what it weighs now.
+        kept.put(Ino(9), 99, 40);
+        assert_eq!((kept.get(Ino(7)), kept.get(Ino(8)), kept.get(Ino(9))), (Some(7), Some(8), Some(99)));
+        assert_eq!(kept.found.lock().weight, 100);
+    }
 
     #[test]
     fn a_number_says_what_it_stands_for() {

@@ -131,7 +131,11 @@ impl Tree {
     /// The entry `name` of the directory `parent`.
     pub fn lookup(&self, parent: u64, name: &OsStr) -> Result<Attributes> {
         let parent = self.node(parent)?;
-        let node = self.child(&parent, name)?.ok_or_else(|| Error::new(ErrorKind::NotFound, "no such name"))?;
+        let nothing = || Error::new(ErrorKind::NotFound, "no such name");
+        if let Node::Guest(parent) = parent {
+            return self.guest_entry(parent, name)?.ok_or_else(nothing);
+        }
+        let node = self.child(&parent, name)?.ok_or_else(nothing)?;
         self.attributes_of(&node, self.inodes.number(&node))
     }
 

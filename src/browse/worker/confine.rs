@@ -1,13 +1,17 @@
 //! What keeps a worker from doing anything but computing and speaking with its daemon.
 //!
-//! Bounded memory and no more descriptors by resource limits, which every kernel has; no system calls but those that
+//! No rights, bounded memory and no more descriptors, which every kernel can see to; no system calls but those that
 //! are listed here by seccomp. Whatever else it tries ends it.
 
 use std::collections::BTreeMap;
 
 use nix::libc;
 use rustix::process::{Resource, Rlimit, setrlimit};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter_all_threads};
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    apply_filter_all_threads,
+};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -15,17 +19,14 @@ use crate::error::{Error, ErrorKind, Result};
 const ADDRESSES: u64 = 1 << 30;
 
 /// What a worker needs once its threads are there: its lanes, memory, locks, the clock, and its end.
-const CALLS: [libc::c_long; 31] = [
+const CALLS: [libc::c_long; 27] = [
     libc::SYS_read,
     libc::SYS_write,
     libc::SYS_recvfrom,
     libc::SYS_sendto,
-    libc::SYS_ppoll,
     libc::SYS_futex,
-    libc::SYS_mmap,
     libc::SYS_munmap,
     libc::SYS_mremap,
-    libc::SYS_mprotect,
     libc::SYS_madvise,
     libc::SYS_brk,
     libc::SYS_clock_gettime,
@@ -41,7 +42,6 @@ const CALLS: [libc::c_long; 31] = [
     libc::SYS_restart_syscall,
     libc::SYS_gettid,
     libc::SYS_getpid,
-    libc::SYS_tgkill,
     libc::SYS_close,
     libc::SYS_rseq,
     libc::SYS_set_robust_list,
@@ -49,9 +49,28 @@ const CALLS: [libc::c_long; 31] = [
     libc::SYS_exit_group,
 ];
 
+/// Those that may not be made in every way, each with the number of an argument, the bits of it that count, and what these have to be:
+/// it ends itself where something is very wrong, but nobody else, and what it may run is what it began with.
+fn bound_calls() -> [(libc::c_long, u8, u64, u64); 3] {
+    let exec = libc::PROT_EXEC.unsigned_abs().into();
+    let own = std::process::id().into();
+    [(libc::SYS_mmap, 2, exec, 0), (libc::SYS_mprotect, 2, exec, 0), (libc::SYS_tgkill, 0, u32::MAX.into(), own)]
+}
+
+/// Gives up the rights that whoever has started the daemon had, root's among them: without them no limit can be raised again. Threads
+/// have their own, so there may be no other yet.
+pub(super) fn give_up_rights() -> Result<()> {
+    let fail = |error: rustix::io::Errno| Error::io("giving up a worker's rights", error);
+    let none = CapabilitySet::empty();
+    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none }).map_err(fail)?;
+    set_no_new_privs(true).map_err(fail)
+}
+
 /// Limits memory and descriptors. From here on nothing can be opened.
 pub(super) fn limit() -> Result<()> {
-    let limits = [(Resource::As, ADDRESSES), (Resource::Nofile, 0), (Resource::Fsize, 0), (Resource::Core, 0)];
+    // What a guest has written is in nobody's dumps, either. Where a program takes them, the kernel goes by this limit only if it is 1, and no
+    // file is that short.
+    let limits = [(Resource::As, ADDRESSES), (Resource::Nofile, 0), (Resource::Fsize, 0), (Resource::Core, 1)];
     for (resource, limit) in limits {
         setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) })
             .map_err(|error| Error::io("limiting a worker", error))?;
@@ -62,7 +81,13 @@ pub(super) fn limit() -> Result<()> {
 /// Lets all threads make no system call but the listed ones; any other ends the process.
 pub(super) fn filter() -> Result<()> {
     let fail = |error: String| Error::new(ErrorKind::Io, format!("confining a worker with seccomp: {error}"));
-    let rules: BTreeMap<i64, Vec<seccompiler::SeccompRule>> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
+    for (call, argument, bits, value) in bound_calls() {
+        let equal = SeccompCmpOp::MaskedEq(bits);
+        let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, equal, value);
+        let rule = condition.and_then(|condition| SeccompRule::new(vec![condition]));
+        rules.insert(call, vec![rule.map_err(|error| fail(error.to_string()))?]);
+    }
     let architecture = std::env::consts::ARCH.try_into().map_err(|error| fail(format!("{error}")))?;
     let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, architecture)
         .map_err(|error| fail(error.to_string()))?;

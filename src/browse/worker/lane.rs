@@ -47,7 +47,7 @@ impl Lane {
     }
 
     /// Receives a message and the bytes that follow it. `patience` is asked whenever the socket's time limit has
-    /// passed without news, and ends the waiting with an error.
+    /// passed without news, and after news that was not all, and ends the waiting with an error.
     pub(super) fn receive<T: DeserializeOwned>(
         &mut self,
         patience: &mut dyn FnMut() -> io::Result<()>,
@@ -87,6 +87,8 @@ impl Lane {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => patience()?,
                 Err(error) if error.kind() != ErrorKind::Interrupted => return Err(error),
+                // Who sends byte by byte keeps others waiting as well.
+                Ok(_) if self.incoming.len() < need => patience()?,
                 Ok(_) | Err(_) => {}
             }
         }

@@ -32,6 +32,10 @@ const USUAL: Duration = Duration::from_secs(2);
 const LARGE: Duration = Duration::from_secs(30);
 /// How long a worker may be silent, busy or not.
 const SILENCE: Duration = Duration::from_mins(1);
+/// How long one question may keep whoever asks waiting for the worker, however often that says something: where a machine
+/// has much else to do, a worker gets a small part of a processor.
+const USUAL_WAIT: Duration = Duration::from_mins(1);
+const LARGE_WAIT: Duration = Duration::from_mins(5);
 /// Bytes that one question may need of the disks: a journal, at most.
 const FETCHED: u64 = 8 << 30;
 
@@ -64,6 +68,8 @@ pub(in crate::browse) trait Disks {
 pub(in crate::browse) struct Worker {
     program: Program,
     state: Mutex<State>,
+    /// Held while a view is looked into for the first time: once. Other chains' views do not wait for what this one's guest has written.
+    pub(in crate::browse) first: Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -77,8 +83,19 @@ struct Process {
     child: Mutex<Child>,
     id: u32,
     lanes: [Mutex<Lane>; 2],
+    /// Nothing is ever said on it: its other end tells the worker that the daemon is no more.
+    _life: UnixStream,
     turn: AtomicUsize,
     is_gone: AtomicBool,
+}
+
+/// What one question may cost.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// Of the processors.
+    spent: Duration,
+    /// Of the time of whoever asks, but for what the disks take.
+    waited: Duration,
 }
 
 /// Why there is no answer.
@@ -91,7 +108,8 @@ enum Trouble {
 
 impl Worker {
     pub(in crate::browse) fn new(program: &Program) -> Self {
-        Self { program: program.clone(), state: Mutex::new(State { process: None, used: Instant::now() }) }
+        let state = Mutex::new(State { process: None, used: Instant::now() });
+        Self { program: program.clone(), state, first: Mutex::new(()) }
     }
 
     /// Asks. A worker that ends meanwhile is begun anew, once: it may have been another question that ended it.
@@ -171,6 +189,7 @@ impl Process {
         let fail = |error| Error::io("starting a worker that reads guests' file systems", error);
         let (first, first_end) = UnixStream::pair().map_err(fail)?;
         let (second, second_end) = UnixStream::pair().map_err(fail)?;
+        let (life, life_end) = UnixStream::pair().map_err(fail)?;
         for lane in [&first, &second] {
             lane.set_read_timeout(Some(GLANCE)).map_err(fail)?;
             lane.set_write_timeout(Some(SILENCE)).map_err(fail)?;
@@ -183,12 +202,13 @@ impl Process {
         let child = command
             .stdin(Stdio::from(OwnedFd::from(first_end)))
             .stdout(Stdio::from(OwnedFd::from(second_end)))
-            .stderr(Stdio::null())
+            .stderr(Stdio::from(OwnedFd::from(life_end)))
             .spawn()
             .map_err(fail)?;
         let id = child.id();
         let lanes = [first, second].map(|lane| Mutex::new(Lane::new(lane)));
-        Ok(Self { child: Mutex::new(child), id, lanes, turn: AtomicUsize::new(0), is_gone: AtomicBool::new(false) })
+        let (turn, is_gone) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Ok(Self { child: Mutex::new(child), id, lanes, _life: life, turn, is_gone })
     }
 
     fn end(&self) {
@@ -225,59 +245,12 @@ impl Process {
                 | Request::Read(..)
                 | Request::ExtendedAttributes(..)
         );
-        let limit = if is_large { LARGE } else { USUAL };
-        // Asked only of those that take their time: most do not.
-        let mut begun = None;
-        let mut spent = || {
-            let now = self.processor_time();
-            now.saturating_sub(*begun.get_or_insert(now))
+        let limits = if is_large {
+            Limits { spent: LARGE, waited: LARGE_WAIT }
+        } else {
+            Limits { spent: USUAL, waited: USUAL_WAIT }
         };
-        let (mut fetched, mut looked) = (0, Instant::now());
-        lane.send(&ToWorker::Request(request.clone()), &[]).map_err(Trouble::Gone)?;
-        loop {
-            let asked = Instant::now();
-            let mut is_too_long = false;
-            let mut patience = || {
-                is_too_long = spent() > limit || asked.elapsed() > SILENCE;
-                if is_too_long { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
-            };
-            let received = lane.receive::<FromWorker>(&mut patience);
-            if is_too_long {
-                return Err(Trouble::Ended(too_long()));
-            }
-            let (message, payload) = received.map_err(Trouble::Gone)?;
-            match message {
-                FromWorker::Answer(answer) => {
-                    return Ok(answer.map_err(|failure| failure.error()).map(|answer| (answer, payload)));
-                }
-                FromWorker::Locate { disk, first, count } => {
-                    let reply = match disks.keys(disk, first, count.min(GROUP)) {
-                        Ok(keys) => ToWorker::Keys(keys),
-                        Err(error) => ToWorker::Refused(Failure::of(&error)),
-                    };
-                    lane.send(&reply, &[]).map_err(Trouble::Gone)?;
-                }
-                FromWorker::Read { disk, at, len } => {
-                    let mut bytes = vec![0; u64::from(len).min(CHUNK) as usize];
-                    fetched += bytes.len() as u64;
-                    if fetched > FETCHED {
-                        return Err(Trouble::Ended(too_long()));
-                    }
-                    match disks.read(disk, at, &mut bytes) {
-                        Ok(()) => lane.send(&ToWorker::Bytes, &bytes),
-                        Err(error) => lane.send(&ToWorker::Refused(Failure::of(&error)), &[]),
-                    }
-                    .map_err(Trouble::Gone)?;
-                }
-            }
-            // A conversation that never ends is made of short answers, too.
-            if looked.elapsed() > GLANCE {
-                looked = Instant::now();
-                if spent() > limit {
-                    return Err(Trouble::Ended(too_long()));
-                }
-            }
-        }
+        converse(&mut lane, request, disks, limits, &|| self.processor_time())
     }
 
     /// What the process has used of the processors.
@@ -292,7 +265,134 @@ impl Process {
     }
 }
 
+/// Asks, and answers what the worker asks back, until it answers.
+fn converse(
+    lane: &mut Lane,
+    request: &Request,
+    disks: &dyn Disks,
+    limits: Limits,
+    processor_time: &dyn Fn() -> Duration,
+) -> std::result::Result<Result<(Answer, Vec<u8>)>, Trouble> {
+    // Asked only of those that take their time: most do not.
+    let mut begun = None;
+    let mut spent = || {
+        let now = processor_time();
+        now.saturating_sub(*begun.get_or_insert(now))
+    };
+    let (mut fetched, mut waited, mut looked) = (0, Duration::ZERO, Instant::now());
+    let (mut reply, mut bytes) = (ToWorker::Request(request.clone()), Vec::new());
+    loop {
+        let asked = Instant::now();
+        let mut patience = || {
+            let mut is_too_long = asked.elapsed() > SILENCE || waited + asked.elapsed() > limits.waited;
+            if looked.elapsed() > GLANCE {
+                looked = Instant::now();
+                is_too_long |= spent() > limits.spent;
+            }
+            if is_too_long { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+        };
+        lane.send(&reply, &bytes).map_err(Trouble::Gone)?;
+        let received = lane.receive::<FromWorker>(&mut patience);
+        // A conversation that never ends is made of short answers, too.
+        let received = received.and_then(|found| match found.0 {
+            FromWorker::Answer(_) => Ok(found),
+            FromWorker::Locate { .. } | FromWorker::Read { .. } => patience().map(|()| found),
+        });
+        let (message, payload) = received.map_err(|error| match error.kind() {
+            io::ErrorKind::TimedOut => Trouble::Ended(too_long()),
+            _ => Trouble::Gone(error),
+        })?;
+        waited += asked.elapsed();
+        bytes.clear();
+        reply = match message {
+            FromWorker::Answer(answer) => {
+                return Ok(answer.map_err(|failure| failure.error()).map(|answer| (answer, payload)));
+            }
+            FromWorker::Locate { disk, first, count } => match disks.keys(disk, first, count.min(GROUP)) {
+                Ok(keys) => ToWorker::Keys(keys),
+                Err(error) => ToWorker::Refused(Failure::of(&error)),
+            },
+            FromWorker::Read { disk, at, len } => {
+                bytes.resize(u64::from(len).min(CHUNK) as usize, 0);
+                fetched += bytes.len() as u64;
+                if fetched > FETCHED {
+                    return Err(Trouble::Ended(too_long()));
+                }
+                match disks.read(disk, at, &mut bytes) {
+                    Ok(()) => ToWorker::Bytes,
+                    Err(error) => {
+                        bytes.clear();
+                        ToWorker::Refused(Failure::of(&error))
+                    }
+                }
+            }
+        };
+    }
+}
+
 fn too_long() -> Error {
     let fact = "reading a guest's file system took too long and was broken off; the disk may be damaged";
     Error::new(ErrorKind::Io, fact)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::browse::worker::protocol::VolumeId;
+    use crate::guest::Ino;
+
+    /// Disks that have whatever is asked for.
+    struct All;
+
+    impl Disks for All {
+        fn keys(&self, _disk: u32, _first: u64, count: u64) -> Result<Vec<ChunkKey>> {
+            Ok(vec![ChunkKey::ZERO; count as usize])
+        }
+
+        fn read(&self, _disk: u32, _at: u64, _buf: &mut [u8]) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What becomes of a question to a worker that uses no processor and does `work` on its end of the lane.
+    fn asked(work: impl FnOnce(UnixStream) + Send + 'static) -> Trouble {
+        let (lane, end) = UnixStream::pair().unwrap();
+        lane.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
+        let worker = std::thread::spawn(move || work(end));
+        let request = Request::Attributes(VolumeId { set: 1, volume: 0 }, Ino(2));
+        let limits = Limits { spent: Duration::from_secs(1), waited: Duration::from_millis(300) };
+        let begun = Instant::now();
+        let answer = converse(&mut Lane::new(lane), &request, &All, limits, &|| Duration::ZERO);
+        assert!(begun.elapsed() < Duration::from_secs(5), "it took {:?}", begun.elapsed());
+        worker.join().unwrap();
+        answer.expect_err("there is none")
+    }
+
+    #[test]
+    fn a_worker_that_sends_byte_by_byte_is_not_waited_for() {
+        let trouble = asked(|mut end| {
+            use io::Write as _;
+            // A message of a mebibyte, which takes days.
+            let _ = end.write_all(&[0, 0, 16, 0, 0, 0, 0, 0]);
+            while end.write_all(&[0]).is_ok() {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        });
+        assert!(matches!(trouble, Trouble::Ended(_)));
+    }
+
+    #[test]
+    fn a_worker_that_asks_back_for_ever_is_not_answered_for_ever() {
+        let trouble = asked(|end| {
+            let mut lane = Lane::new(end);
+            let question = FromWorker::Locate { disk: 0, first: 0, count: 1 };
+            while lane.receive::<ToWorker>(&mut || Ok(())).is_ok() {
+                std::thread::sleep(Duration::from_millis(5));
+                if lane.send(&question, &[]).is_err() {
+                    break;
+                }
+            }
+        });
+        assert!(matches!(trouble, Trouble::Ended(_)));
+    }
 }

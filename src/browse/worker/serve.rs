@@ -3,17 +3,16 @@
 //! Each of its lanes has a thread. What it knows of sets of disks can be had again at any time, so that it may be ended
 //! and begun anew whenever that is better.
 
+use std::io::Read as _;
 use std::num::NonZero;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::{Arc, Barrier, Mutex as StdMutex};
-use std::time::Duration;
 
 use lru::LruCache;
 use parking_lot::Mutex;
-use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::{Opened, inspect};
@@ -45,7 +44,8 @@ struct Known {
     chunks: Arc<Chunks>,
 }
 
-/// What the program does as a worker: its standard input and output are its lanes. `confined`: by seccomp.
+/// What the program does as a worker: its standard input and output are its lanes, and the third of its descriptors ends with the
+/// daemon. `confined`: by seccomp.
 pub fn serve(confined: bool) -> ExitCode {
     match run(confined) {
         Ok(()) => ExitCode::SUCCESS,
@@ -56,6 +56,7 @@ pub fn serve(confined: bool) -> ExitCode {
 fn run(confined: bool) -> Result<()> {
     let fail = |error: std::io::Error| Error::io("taking over the lanes", error);
     close_others();
+    confine::give_up_rights()?;
     let lanes: [OwnedFd; 2] = [
         std::io::stdin().as_fd().try_clone_to_owned().map_err(fail)?,
         std::io::stdout().as_fd().try_clone_to_owned().map_err(fail)?,
@@ -66,10 +67,9 @@ fn run(confined: bool) -> Result<()> {
     // Threads cannot be made once the process is confined, and none may work before.
     let ready = Arc::new(Barrier::new(lanes.len() + 1));
     let confinement: Arc<StdMutex<bool>> = Arc::default();
-    let mut watched = Vec::new();
+    let mut life = UnixStream::from(std::io::stderr().as_fd().try_clone_to_owned().map_err(fail)?);
     for lane in lanes {
         let socket = UnixStream::from(lane);
-        watched.push(socket.try_clone().map_err(fail)?);
         let (known, ready, confinement) = (Arc::clone(&known), Arc::clone(&ready), Arc::clone(&confinement));
         let work = move || {
             speak_on(Lane::new(socket));
@@ -89,16 +89,12 @@ fn run(confined: bool) -> Result<()> {
     }
     *done = true;
     drop(done);
-    // A daemon that has ended hangs up, whatever the other threads are at.
+    // A daemon that has ended hangs up, whatever the other threads are at. It cannot be waited for with poll(2), which takes no more
+    // descriptors than a process may open.
     loop {
-        let mut ends: Vec<PollFd<'_>> = watched.iter().map(|end| PollFd::new(end, PollFlags::RDHUP)).collect();
-        match poll(&mut ends, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(_) => std::thread::sleep(Duration::from_secs(1)),
-        }
-        let is_over = PollFlags::HUP | PollFlags::RDHUP | PollFlags::ERR;
-        if ends.iter().any(|end| end.revents().intersects(is_over)) {
-            std::process::exit(0);
+        match life.read(&mut [0]) {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Ok(_) | Err(_) => std::process::exit(0),
         }
     }
 }

@@ -121,3 +121,16 @@ fn give(
     }
     false
 }
+
+/// The attributes of an entry that is being listed; `None` if it is damaged, and will be whenever it is asked for, or is something
+/// else than its number was made for.
+pub(super) fn known(tree: &Tree, entry: &Entry<'_>) -> Result<Option<Attributes>> {
+    match tree.attributes(entry.inode) {
+        Ok(found) if Tree::is_guest(entry.inode) && found.kind != entry.kind => Ok(None),
+        Err(error) if Tree::is_guest(entry.inode) => match error.kind() {
+            ErrorKind::Corrupt | ErrorKind::Unsupported => Ok(None),
+            _ => Err(error),
+        },
+        found => found.map(Some),
+    }
+}

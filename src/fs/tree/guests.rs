@@ -74,7 +74,6 @@ impl Tree {
                 let inside = self.browser.inside(view, Moment::First)?;
                 inside.volume(name.as_bytes()).map(|volume| self.volume_root(&inside, volume)).transpose()
             }
-            Node::Guest(parent) => self.guest_lookup(*parent, name),
             _ => Ok(None),
         }
     }
@@ -128,10 +127,12 @@ impl Tree {
         Ok(Node::Guest(GuestNode { slot, depth: 0, ino: found.mounted.root }))
     }
 
-    fn guest_lookup(&self, parent: GuestNode, name: &OsStr) -> Result<Option<Node>> {
+    /// An entry of a guest's directory. Its number and what stat(2) says of it are of one answer: how far up a link may lead is
+    /// told by the number, which depends on its being one.
+    pub(super) fn guest_entry(&self, parent: GuestNode, name: &OsStr) -> Result<Option<Attributes>> {
         let slot = self.slots.get(parent.slot)?;
         let found = slot.inside.lookup(slot.volume, parent.ino, name.as_bytes())?;
-        Ok(found.map(|(ino, attributes)| Node::Guest(guest_node(&slot, parent, ino, attributes.kind))))
+        Ok(found.map(|(ino, found)| self.shown_attributes(guest_node(&slot, parent, ino, found.kind), &found)))
     }
 
     /// What stat(2) says of a guest's file.

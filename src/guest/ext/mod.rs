@@ -51,6 +51,8 @@ const ROOT: u64 = 2;
 /// Bytes of inodes kept, and of indexes made of directories that have none.
 const INODE_CACHE_LEN: usize = 2 << 20;
 const NAME_CACHE_LEN: usize = 16 << 20;
+/// Remarks that are kept: a disk can have millions of groups, each of them damaged.
+const REMARK_LIMIT: usize = 100;
 
 /// An ext2, ext3 or ext4 file system.
 pub struct Ext {
@@ -74,7 +76,7 @@ impl Ext {
 
     fn remark(&self, remark: String) {
         let mut remarks = self.remarks.lock();
-        if !remarks.contains(&remark) {
+        if remarks.len() < REMARK_LIMIT && !remarks.contains(&remark) {
             remarks.push(remark);
         }
     }

@@ -1,0 +1,253 @@
+//! What a worker has answered, looked at before anybody believes it.
+//!
+//! Whoever has taken over a worker says what he likes. Promises: what passes here takes a bounded amount of memory, its names are names, and
+//! whoever goes through it comes to an end. The limits are those that honest parsers keep; what is beyond them is an answer to nothing that was asked.
+
+use std::collections::HashSet;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::guest::inspect::OperatingSystem;
+use crate::guest::volumes::{Layout, MissingVolumeGroup, Partition, PhysicalVolumeName, Place, Segment, Volume};
+use crate::guest::{DirectoryEntry, ExtendedAttribute, Ino, Run};
+
+use super::worker::protocol::LIST_LEN;
+use super::worker::{Listing, Mounted};
+
+/// Bytes of a name in a directory, at most: FAT's longest, in UTF-8.
+const NAME_LEN: usize = 1024;
+/// Bytes of a volume's name, at most, and of any other text.
+const VOLUME_NAME_LEN: usize = 255;
+const TEXT_LEN: usize = 4096;
+/// Volumes, and what is kept of each set besides.
+const VOLUMES: usize = 1 << 14;
+const PARTITIONS: usize = 256;
+const SEGMENTS: usize = 1 << 18;
+const REMARKS: usize = 128;
+const MOUNTS: usize = 256;
+/// Physical volumes of one disk, and those that are missing altogether.
+const PHYSICAL_VOLUMES: usize = 1024;
+/// Extended attributes of one inode; bytes of a name and of a value, which damage makes longer than the kernel takes them.
+const ATTRIBUTES: usize = 8192;
+const ATTRIBUTE_NAME_LEN: usize = 300;
+const ATTRIBUTE_LEN: usize = 1 << 17;
+
+/// The error that an answer is which makes no sense.
+pub(super) fn confused() -> Error {
+    Error::new(ErrorKind::Io, "what reads guests' file systems has answered something else than what was asked")
+}
+
+fn check(is_good: bool) -> Result<()> {
+    if is_good { Ok(()) } else { Err(confused()) }
+}
+
+fn is_text(text: &str) -> bool {
+    text.len() <= TEXT_LEN
+}
+
+fn are_texts<'a>(texts: impl IntoIterator<Item = &'a Option<String>>) -> bool {
+    texts.into_iter().flatten().all(|text| is_text(text))
+}
+
+fn are_remarks(remarks: &[String]) -> bool {
+    remarks.len() <= REMARKS && remarks.iter().all(|remark| is_text(remark))
+}
+
+/// What a disk of `size` bytes, and others with it, are said to hold.
+pub(super) fn check_layout(layout: &Layout, size: u64) -> Result<()> {
+    let mut numbers = HashSet::new();
+    let is_partition = |partition: &Partition| {
+        let is_within = partition.start.checked_add(partition.len).is_some_and(|end| end <= size);
+        let texts = [&partition.name, &partition.uuid];
+        (is_within || partition.len == 0) && are_texts(texts) && is_text(&partition.type_name)
+    };
+    let partitions = &layout.partitions;
+    check(partitions.len() <= PARTITIONS && partitions.iter().all(is_partition))?;
+    check(partitions.iter().all(|partition| numbers.insert(partition.number)))?;
+    let mut names = HashSet::new();
+    let is_volume =
+        |volume: &Volume| is_volume_name(&volume.name) && are_texts([&volume.label, &volume.uuid, &volume.problem]);
+    let volumes = &layout.volumes;
+    check(volumes.len() <= VOLUMES && volumes.iter().all(is_volume))?;
+    check(volumes.iter().all(|volume| names.insert(volume.name.as_str())))?;
+    check(volumes.iter().flat_map(|volume| &volume.segments).map(weight).sum::<usize>() <= SEGMENTS)?;
+    check(are_remarks(&layout.remarks) && are_texts([&layout.table]))?;
+    check(layout.missing.iter().map(|group| group.absent.len()).sum::<usize>() <= PHYSICAL_VOLUMES)?;
+    let is_group = |group: &MissingVolumeGroup| {
+        let is_absent = |id: &String| is_text(id);
+        is_text(&group.name) && is_text(&group.id) && group.absent.iter().all(is_absent)
+    };
+    check(layout.missing.len() <= PHYSICAL_VOLUMES && layout.missing.iter().all(is_group))
+}
+
+/// How many places a segment names.
+fn weight(segment: &Segment) -> usize {
+    match &segment.place {
+        Place::Linear(_) => 1,
+        Place::Striped { legs, .. } => 1 + legs.len(),
+    }
+}
+
+/// Names of volumes are names of directories, and targets of the link that leads to the one with the operating system.
+fn is_volume_name(name: &str) -> bool {
+    let is_known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '_' | '.' | '-' | '~' | '!' | '#');
+    let number = name.strip_prefix('p').unwrap_or_default();
+    let is_partition = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    let is_logical = name.contains('-') && name.chars().all(is_known);
+    (name == "disk" || is_partition || is_logical) && name.len() <= VOLUME_NAME_LEN
+}
+
+/// Which physical volumes a disk is said to hold.
+pub(super) fn check_physical_volumes(found: &[PhysicalVolumeName]) -> Result<()> {
+    let is_one = |held: &PhysicalVolumeName| is_text(&held.id) && are_texts([&held.group]);
+    check(found.len() <= PHYSICAL_VOLUMES && found.iter().all(is_one))
+}
+
+/// What is said of a file system as a whole.
+pub(super) fn check_mounted(mounted: &Mounted) -> Result<()> {
+    check_ino(mounted.root)?;
+    // Programs divide by it.
+    check(mounted.statistics.block_size > 0 && are_remarks(&mounted.remarks))
+}
+
+/// Which operating systems some volumes are said to hold.
+pub(super) fn check_systems(systems: &[OperatingSystem], volume_count: usize) -> Result<()> {
+    let is_one = |found: &OperatingSystem| {
+        let OperatingSystem { volume: _, id, name, version, pretty_name, host_name, machine_id, architecture, mounts } =
+            found;
+        let is_mount = |mount: &crate::guest::inspect::Mount| {
+            let words = [&mount.device, &mount.directory, &mount.kind, &mount.options];
+            words.into_iter().all(|word| is_text(word)) && are_texts([&mount.volume])
+        };
+        are_texts([id, name, version, pretty_name, host_name, machine_id, architecture])
+            && mounts.len() <= MOUNTS
+            && mounts.iter().all(is_mount)
+    };
+    check(systems.len() <= volume_count && systems.iter().all(is_one))
+}
+
+/// A part of a directory from a place on, without what cannot be shown. Each entry's place lies behind the one before, so that every
+/// listing ends.
+pub(super) fn usual(mut listing: Listing, from: u64) -> Result<Listing> {
+    check(listing.entries.len() <= LIST_LEN)?;
+    let mut before = from;
+    for listed in &listing.entries {
+        let next = listed.entry.next;
+        check(next > before && next < DirectoryEntry::NEXT_LIMIT - 2)?;
+        before = next;
+    }
+    listing.entries.retain(|listed| is_usual(&listed.entry));
+    if listing.entries.is_empty() && !listing.ends {
+        return Err(Error::new(ErrorKind::Corrupt, "a directory with many names that cannot be shown"));
+    }
+    Ok(listing)
+}
+
+/// Whether an entry can be shown as it is.
+fn is_usual(entry: &DirectoryEntry) -> bool {
+    let name = &entry.name[..];
+    let is_name = !matches!(name, b"" | b"." | b"..") && name.len() <= NAME_LEN;
+    is_name && !name.iter().any(|byte| matches!(byte, 0 | b'/')) && entry.ino.0 < Ino::LIMIT
+}
+
+/// All extended attributes of an inode.
+pub(super) fn check_extended_attributes(found: &[ExtendedAttribute]) -> Result<()> {
+    let is_one = |attribute: &ExtendedAttribute| {
+        (1..=ATTRIBUTE_NAME_LEN).contains(&attribute.name.len())
+            && !attribute.name.contains(&0)
+            && attribute.value.len() <= ATTRIBUTE_LEN
+    };
+    check(found.len() <= ATTRIBUTES && found.iter().all(is_one))
+}
+
+/// `Err` unless each run has bytes, and none ends beyond what can be counted.
+pub(super) fn check_runs(at: u64, runs: &[Run]) -> Result<()> {
+    let end = |end: u64, run: &Run| end.checked_add(run.len).filter(|_| run.len > 0);
+    runs.iter().try_fold(at, end).map(drop).ok_or_else(confused)
+}
+
+pub(super) fn check_ino(ino: Ino) -> Result<()> {
+    check(ino.0 < Ino::LIMIT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::browse::ListedEntry;
+    use crate::guest::content::Content;
+
+    const SIZE: u64 = 1 << 30;
+
+    fn volume(name: &str) -> Volume {
+        let (label, uuid, problem) = (None, None, None);
+        Volume { name: name.into(), size: 0, segments: Vec::new(), content: Content::Ext4, label, uuid, problem }
+    }
+
+    fn partition(number: u32, start: u64, len: u64) -> Partition {
+        let (name, uuid) = (None, None);
+        Partition { number, start, len, name, type_name: "Linux".into(), uuid, is_extended: false }
+    }
+
+    fn with_volumes(names: &[&str]) -> Layout {
+        Layout { volumes: names.iter().map(|name| volume(name)).collect(), ..Layout::default() }
+    }
+
+    #[test]
+    fn volumes_have_names_of_volumes_and_each_its_own() {
+        let long = format!("vg-{}", "a".repeat(120));
+        let good = with_volumes(&["p1", "p15", "disk", "vg-lv", "vg--a-lv.1+b", "vg-lv~Zq2hEb-zKAX", &long]);
+        check_layout(&good, SIZE).unwrap();
+        let bad =
+            ["", ".", "..", "root", "volumes.txt", "p", "p1/..", "../../../etc", "a-b/c", "a-b\0", "a-b\n", "p1 "];
+        for name in bad {
+            assert!(check_layout(&with_volumes(&[name]), SIZE).is_err(), "{name:?}");
+        }
+        assert!(check_layout(&with_volumes(&["p1", "p1"]), SIZE).is_err());
+    }
+
+    #[test]
+    fn partitions_lie_within_the_disk() {
+        let layout = |partitions| Layout { partitions, ..Layout::default() };
+        check_layout(&layout(vec![partition(1, 512, SIZE - 512), partition(2, SIZE * 2, 0)]), SIZE).unwrap();
+        for (start, len) in [(512, SIZE), (SIZE, 1), (u64::MAX, 2), (1 << 63, 1 << 63)] {
+            assert!(check_layout(&layout(vec![partition(1, start, len)]), SIZE).is_err(), "{start} + {len}");
+        }
+        assert!(check_layout(&layout(vec![partition(1, 0, 1), partition(1, 1, 1)]), SIZE).is_err());
+    }
+
+    #[test]
+    fn what_is_kept_is_bounded() {
+        let many = |count| Layout { remarks: vec!["a".into(); count], ..Layout::default() };
+        check_layout(&many(101), SIZE).unwrap();
+        assert!(check_layout(&many(1000), SIZE).is_err());
+        let long = Layout { remarks: vec!["a".repeat(1 << 20)], ..Layout::default() };
+        assert!(check_layout(&long, SIZE).is_err());
+        let place =
+            Place::Striped { stripe_len: 1, legs: vec![crate::guest::volumes::Leg { disk: 0, offset: 0 }; SEGMENTS] };
+        let mut striped = with_volumes(&["a-b"]);
+        striped.volumes[0].segments = vec![Segment { at: 0, len: 1, place }];
+        assert!(check_layout(&striped, SIZE).is_err());
+    }
+
+    fn listing(entries: &[(&str, u64)], ends: bool) -> Listing {
+        let listed = |(name, next): &(&str, u64)| {
+            let entry = DirectoryEntry { name: name.as_bytes().to_vec(), ino: Ino(2), kind: None, next: *next };
+            ListedEntry { entry, attributes: None, is_plain: false }
+        };
+        Listing { entries: entries.iter().map(listed).collect(), ends }
+    }
+
+    #[test]
+    fn a_listing_goes_forward_and_has_names() {
+        let names = |found: Listing| found.entries.into_iter().map(|listed| listed.entry.name).collect::<Vec<_>>();
+        let mixed = [("a", 6), ("..", 7), ("b/c", 8), ("", 9), ("d\0", 10), ("e", 11)];
+        assert_eq!(names(usual(listing(&mixed, false), 5).unwrap()), [b"a", b"e"]);
+        for places in [[6, 6], [6, 5], [5, 6], [6, u64::MAX]] {
+            let entries = [("a", places[0]), ("b", places[1])];
+            assert!(usual(listing(&entries, false), 5).is_err(), "{places:?}");
+        }
+        // Nothing is left, and more is to come: that is no end.
+        assert!(usual(listing(&[("/", 6)], false), 5).is_err());
+        assert!(usual(listing(&[("/", 6)], true), 5).unwrap().entries.is_empty());
+        assert!(usual(listing(&[], false), 5).is_err());
+    }
+}
