@@ -286,8 +286,16 @@ impl ActiveHandle {
             let len = rest.len().min((CHUNK - at % CHUNK) as usize);
             let (piece, more) = rest.split_at_mut(len);
             still.read_chunk(at, piece, |piece| {
-                // A disk that was made shorter ends within the still.
-                if self.read_at(at, piece)? < len { Err(lost()) } else { Ok(()) }
+                let mut done = 0;
+                while done < len {
+                    // Short where the rest is damaged: asked for that alone, it says so.
+                    match self.read_at(at + done as u64, &mut piece[done..])? {
+                        // A disk that was made shorter ends within the still.
+                        0 => return Err(lost()),
+                        more => done += more,
+                    }
+                }
+                Ok(())
             })?;
             (rest, at) = (more, at + len as u64);
         }
@@ -429,6 +437,24 @@ mod tests {
         writer.write_at(SIZE - 10, b"the end").unwrap();
         drop(writer);
         assert_eq!(read(&third).unwrap_err().kind(), ErrorKind::Stale);
+    }
+
+    #[test]
+    fn what_is_damaged_is_an_error_of_its_own_and_not_a_disk_that_has_changed() {
+        let Lab { _directory: directory, store, id } = &lab();
+        let writer = store.open_writable(id, Access::Write).unwrap();
+        writer.write_at(0, &pattern(1, 2 << 16)).unwrap();
+        drop(writer);
+        // The second cluster was the last to be taken: where the file ends now, it is cut off in its middle.
+        let file = std::fs::File::options().write(true).open(directory.path().join("a.qcow2")).unwrap();
+        file.set_len(file.metadata().unwrap().len() - (1 << 15)).unwrap();
+        store.rescan().unwrap();
+        let reader = store.open_writable(id, Access::Read).unwrap();
+        let still = reader.hold_still().unwrap();
+        let damaged = reader.read_still(&still, 1 << 16, &mut [0; 1 << 16]).unwrap_err();
+        assert_ne!(damaged.kind(), ErrorKind::Stale, "{damaged}");
+        reader.read_still(&still, 1 << 16, &mut [0; 1 << 15]).unwrap();
+        assert!(still.is_unchanged());
     }
 
     #[test]
