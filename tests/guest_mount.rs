@@ -412,6 +412,40 @@ fn an_active_disk_is_shown_as_it_was_when_it_was_opened_however_it_is_written() 
     mount.umount();
 }
 
+/// Bytes that the daemon has in memory.
+fn memory(mount: &Mount) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", mount.daemon())).expect("its status");
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).expect("its memory");
+    line.split_whitespace().nth(1).and_then(|number| number.parse::<u64>().ok()).expect("a number") << 10
+}
+
+#[test]
+fn what_a_disk_was_costs_nothing_when_nobody_has_looked_at_it_for_a_while() {
+    let store = small_chain();
+    let mount = Mount::new(&store);
+    let disk = File::options().write(true).open(mount.path("vm/active.raw")).expect("a disk");
+    let mut shown = Vec::new();
+    for round in 0..5 {
+        // Each time the disk is another one, and the kernel knows files of all of them.
+        disk.write_all_at(&[round], START + PARTITION - 1).expect("a write");
+        assert!(mount.names("vm/files/active").contains(&"p1".to_owned()));
+        shown.push(rustix::fs::open(
+            mount.path("vm/files/active/p1"),
+            rustix::fs::OFlags::PATH,
+            rustix::fs::Mode::empty(),
+        ));
+    }
+    std::thread::sleep(Duration::from_secs(14));
+    let before = memory(&mount);
+    for at in (0..PARTITION).step_by(MIB as usize) {
+        disk.write_all_at(&vec![0xee; MIB as usize], START + at).expect("a write");
+    }
+    let more = memory(&mount).saturating_sub(before);
+    assert!(more < PARTITION, "{more} bytes are kept for nobody");
+    drop((shown, disk));
+    mount.umount();
+}
+
 #[test]
 fn commands_wait_for_those_who_have_a_guests_file_open_and_for_nobody_else() {
     let store = small_chain();
