@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use common::command::Control;
-use common::foreign::{Loop, Mounted};
+use common::foreign::{Loop, Mounted, Qemu};
 use common::*;
 use rustix::io::Errno;
 
@@ -443,6 +443,20 @@ fn what_a_disk_was_costs_nothing_when_nobody_has_looked_at_it_for_a_while() {
     let more = memory(&mount).saturating_sub(before);
     assert!(more < PARTITION, "{more} bytes are kept for nobody");
     drop((shown, disk));
+    mount.umount();
+}
+
+#[test]
+fn a_disk_that_was_read_by_force_is_let_go_of() {
+    let store = small_chain();
+    let mount = Mount::with(&store, "force_share");
+    let control = Control::of(&mount, "vm");
+    let qemu = Qemu::running_on(&store, "vm.qcow2", &[]);
+    assert_eq!(mount.text("vm/files/active/p1/etc/hostname"), "web01\n");
+    qemu.shut_down();
+    std::thread::sleep(Duration::from_secs(14));
+    control.done("revert to=sn1");
+    assert_eq!(mount.text("vm/files/active/p1/etc/hostname"), "web01\n");
     mount.umount();
 }
 
