@@ -150,7 +150,13 @@ impl Disk {
 
     /// Whether it is what it was, and nothing has been changed since.
     pub(super) fn is_unchanged(&self) -> bool {
-        !self.is_forced && self.still.as_ref().is_none_or(|still| still.is_unchanged()) && self.is_good()
+        let Some(still) = &self.still else { return self.is_good() };
+        // One that has grown has the bytes that it had, and more.
+        let is_as_long = |held: Held<'_>| match &*held.bytes {
+            Bytes::Frozen(_) => true,
+            Bytes::Active(handle, still) => handle.size().is_ok_and(|size| size == still.size()),
+        };
+        !self.is_forced && still.is_unchanged() && self.hold().is_ok_and(is_as_long)
     }
 
     /// Lets go of what is put aside for an active disk that nobody has looked into for a while.
@@ -222,5 +228,32 @@ impl Held<'_> {
             Err(error) if error.kind() == ErrorKind::Corrupt => Ok(None),
             other => other,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+    use crate::image::create::{CreateOptions, initial_image};
+    use crate::store::StoreOptions;
+
+    #[test]
+    fn a_disk_that_has_grown_is_not_what_it_was() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = CreateOptions { size: Some(1 << 20), ..CreateOptions::default() };
+        std::fs::write(directory.path().join("a.qcow2"), initial_image(&options).unwrap()).unwrap();
+        let store = Store::open(directory.path(), StoreOptions::default()).unwrap();
+        let catalog = store.catalog();
+        let views = store.chain_views(&catalog, catalog.chain(Path::new("a")).unwrap());
+        let chain = Arc::new(PathBuf::from("a"));
+        let id = store.view_id(&catalog, &chain, &views, views.active().unwrap(), false);
+        let writer = store.open_writable(&id, Access::Write).unwrap();
+        let disk = Disk::new(&store, &id, &Arc::default()).unwrap();
+        assert!(disk.is_unchanged());
+        writer.set_size(2 << 20).unwrap();
+        assert!(disk.is_good() && !disk.is_unchanged());
+        assert!(Disk::new(&store, &id, &Arc::default()).unwrap().is_unchanged());
     }
 }
