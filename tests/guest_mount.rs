@@ -461,6 +461,24 @@ fn a_disk_that_was_read_by_force_is_let_go_of() {
 }
 
 #[test]
+fn an_open_partition_of_a_disk_that_is_taken_away_goes_on() {
+    let store = small_chain();
+    let mount = Mount::new(&store);
+    let open = File::open(mount.path("vm/partitions/sn1/p1.raw")).expect("a partition");
+    let before = fs::read(store.oracle("sn1.qcow2", "qcow2")).expect("a disk");
+    fs::rename(store.path("vm.qcow2"), store.beside("vm.qcow2")).expect("it goes");
+    eventually("it is seen to have gone", Duration::from_secs(5), || !mount.path("vm").exists());
+    // For as long the kernel believes what it was told.
+    std::thread::sleep(Duration::from_millis(700));
+    assert_eq!(open.metadata().expect("what it was").len(), PARTITION);
+    let mut bytes = vec![0; MIB as usize];
+    open.read_exact_at(&mut bytes, 0).expect("its bytes");
+    assert!(bytes == before[START as usize..][..MIB as usize]);
+    drop(open);
+    mount.umount();
+}
+
+#[test]
 fn commands_wait_for_those_who_have_a_guests_file_open_and_for_nobody_else() {
     let store = small_chain();
     let mount = Mount::new(&store);
