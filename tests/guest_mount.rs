@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use common::command::Control;
-use common::foreign::{Loop, Mounted};
+use common::foreign::{Loop, Mounted, Qemu};
 use common::*;
 use rustix::io::Errno;
 
@@ -466,6 +466,72 @@ fn an_active_disk_is_shown_as_it_was_when_it_was_opened_however_it_is_written() 
     });
     assert_eq!(mount.text("vm/files/sn1/p1/etc/hostname"), "web01\n");
     drop(part);
+    mount.umount();
+}
+
+/// Bytes that the daemon has in memory.
+fn memory(mount: &Mount) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", mount.daemon())).expect("its status");
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).expect("its memory");
+    line.split_whitespace().nth(1).and_then(|number| number.parse::<u64>().ok()).expect("a number") << 10
+}
+
+#[test]
+fn what_a_disk_was_costs_nothing_when_nobody_has_looked_at_it_for_a_while() {
+    let store = small_chain();
+    let mount = Mount::new(&store);
+    let disk = File::options().write(true).open(mount.path("vm/active.raw")).expect("a disk");
+    let mut shown = Vec::new();
+    for round in 0..5 {
+        // Each time the disk is another one, and the kernel knows files of all of them.
+        disk.write_all_at(&[round], START + PARTITION - 1).expect("a write");
+        assert!(mount.names("vm/files/active").contains(&"p1".to_owned()));
+        shown.push(rustix::fs::open(
+            mount.path("vm/files/active/p1"),
+            rustix::fs::OFlags::PATH,
+            rustix::fs::Mode::empty(),
+        ));
+    }
+    std::thread::sleep(Duration::from_secs(14));
+    let before = memory(&mount);
+    for at in (0..PARTITION).step_by(MIB as usize) {
+        disk.write_all_at(&vec![0xee; MIB as usize], START + at).expect("a write");
+    }
+    let more = memory(&mount).saturating_sub(before);
+    assert!(more < PARTITION, "{more} bytes are kept for nobody");
+    drop((shown, disk));
+    mount.umount();
+}
+
+#[test]
+fn a_disk_that_was_read_by_force_is_let_go_of() {
+    let store = small_chain();
+    let mount = Mount::with(&store, "force_share");
+    let control = Control::of(&mount, "vm");
+    let qemu = Qemu::running_on(&store, "vm.qcow2", &[]);
+    assert_eq!(mount.text("vm/files/active/p1/etc/hostname"), "web01\n");
+    qemu.shut_down();
+    std::thread::sleep(Duration::from_secs(14));
+    control.done("revert to=sn1");
+    assert_eq!(mount.text("vm/files/active/p1/etc/hostname"), "web01\n");
+    mount.umount();
+}
+
+#[test]
+fn an_open_partition_of_a_disk_that_is_taken_away_goes_on() {
+    let store = small_chain();
+    let mount = Mount::new(&store);
+    let open = File::open(mount.path("vm/partitions/sn1/p1.raw")).expect("a partition");
+    let before = fs::read(store.oracle("sn1.qcow2", "qcow2")).expect("a disk");
+    fs::rename(store.path("vm.qcow2"), store.beside("vm.qcow2")).expect("it goes");
+    eventually("it is seen to have gone", Duration::from_secs(5), || !mount.path("vm").exists());
+    // For as long the kernel believes what it was told.
+    std::thread::sleep(Duration::from_millis(700));
+    assert_eq!(open.metadata().expect("what it was").len(), PARTITION);
+    let mut bytes = vec![0; MIB as usize];
+    open.read_exact_at(&mut bytes, 0).expect("its bytes");
+    assert!(bytes == before[START as usize..][..MIB as usize]);
+    drop(open);
     mount.umount();
 }
 

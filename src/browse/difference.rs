@@ -208,14 +208,17 @@ impl Walk<'_> {
             _ => return Ok(()),
         }
         let mut listed = [Vec::new(), Vec::new()];
+        let mut is_whole = [true; 2];
         for (number, (side, tree, entry)) in [(Side::A, self.a, a), (Side::B, self.b, b)].into_iter().enumerate() {
             let Some(entry) = entry.filter(|entry| entry.attributes.kind == FileKind::Directory) else { continue };
             if let Err(error) = self.visited[number].enter(entry.ino, self.frames.len()) {
+                is_whole[number] = false;
                 each(&path, Finding::Unreadable(side, error))?;
                 continue;
             }
             let (entries, trouble) = tree.entries(entry.ino);
             if let Some(error) = trouble {
+                is_whole[number] = false;
                 each(&path, Finding::Unreadable(side, error))?;
             }
             listed[number] = entries;
@@ -224,7 +227,10 @@ impl Walk<'_> {
         let is_directory =
             |entry: Option<Entry>| entry.is_some_and(|entry| entry.attributes.kind == FileKind::Directory);
         if is_directory(a) || is_directory(b) {
-            self.frames.push(merged(of_a, of_b).into_iter());
+            let mut pairs = merged(of_a, of_b);
+            // What only one has may be among what could not be listed of the other.
+            pairs.retain(|(_, a, b)| (a.is_some() || is_whole[0]) && (b.is_some() || is_whole[1]));
+            self.frames.push(pairs.into_iter());
         }
         Ok(())
     }

@@ -80,20 +80,20 @@ impl Disk {
     /// Opens a disk for the first time. What is read of it is added to `read`.
     pub(super) fn new(store: &Arc<Store>, id: &ViewId, read: &Arc<AtomicU64>) -> Result<Self> {
         static NUMBERS: AtomicU64 = AtomicU64::new(1);
-        let (mut is_forced, mut holders, mut bytes) = (false, 0, None);
+        let (mut is_forced, mut bytes) = (false, None);
         let (size, still) = if id.is_active() {
             let handle = store.open_writable(id, Access::Read)?;
             let still = handle.hold_still()?;
             is_forced = handle.is_forced();
             if is_forced {
-                // Another opening would be another disk: this one is kept.
-                (holders, bytes) = (1, Some(Arc::new(Bytes::Active(handle, Arc::clone(&still)))));
+                // Another opening would be another disk: this one is kept, until it rests.
+                bytes = Some(Arc::new(Bytes::Active(handle, Arc::clone(&still))));
             }
             (still.size(), Some(still))
         } else {
             (store.open_frozen(id)?.view().view.size(), None)
         };
-        let open = Mutex::new(Open { holders, bytes, left: Instant::now() });
+        let open = Mutex::new(Open { holders: 0, bytes, left: Instant::now() });
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
         let (store, id, read) = (Arc::clone(store), id.clone(), Arc::clone(read));
         Ok(Self { store, id, size, still, is_forced, number, read, open })
@@ -129,7 +129,7 @@ impl Disk {
         open.holders -= 1;
         if open.holders == 0 {
             open.left = Instant::now();
-            let bytes = open.bytes.take();
+            let bytes = open.bytes.take_if(|_| !self.is_forced);
             drop(open);
             // Not under the lock: closing may let go of many files.
             drop(bytes);
@@ -150,16 +150,25 @@ impl Disk {
 
     /// Whether it is what it was, and nothing has been changed since.
     pub(super) fn is_unchanged(&self) -> bool {
-        !self.is_forced && self.still.as_ref().is_none_or(|still| still.is_unchanged()) && self.is_good()
+        let Some(still) = &self.still else { return self.is_good() };
+        // One that has grown has the bytes that it had, and more.
+        let is_as_long = |held: Held<'_>| match &*held.bytes {
+            Bytes::Frozen(_) => true,
+            Bytes::Active(handle, still) => handle.size().is_ok_and(|size| size == still.size()),
+        };
+        !self.is_forced && still.is_unchanged() && self.hold().is_ok_and(is_as_long)
     }
 
     /// Lets go of what is put aside for an active disk that nobody has looked into for a while.
     pub(super) fn rest(&self) {
-        let open = self.open.lock();
+        let mut open = self.open.lock();
         let Some(still) = self.still.as_ref().filter(|_| open.holders == 0 && open.left.elapsed() > LINGER) else {
             return;
         };
         self.store.let_go_of_still(&self.id, still);
+        let bytes = open.bytes.take();
+        drop(open);
+        drop(bytes);
     }
 }
 
@@ -219,5 +228,32 @@ impl Held<'_> {
             Err(error) if error.kind() == ErrorKind::Corrupt => Ok(None),
             other => other,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+    use crate::image::create::{CreateOptions, initial_image};
+    use crate::store::StoreOptions;
+
+    #[test]
+    fn a_disk_that_has_grown_is_not_what_it_was() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = CreateOptions { size: Some(1 << 20), ..CreateOptions::default() };
+        std::fs::write(directory.path().join("a.qcow2"), initial_image(&options).unwrap()).unwrap();
+        let store = Store::open(directory.path(), StoreOptions::default()).unwrap();
+        let catalog = store.catalog();
+        let views = store.chain_views(&catalog, catalog.chain(Path::new("a")).unwrap());
+        let chain = Arc::new(PathBuf::from("a"));
+        let id = store.view_id(&catalog, &chain, &views, views.active().unwrap(), false);
+        let writer = store.open_writable(&id, Access::Write).unwrap();
+        let disk = Disk::new(&store, &id, &Arc::default()).unwrap();
+        assert!(disk.is_unchanged());
+        writer.set_size(2 << 20).unwrap();
+        assert!(disk.is_good() && !disk.is_unchanged());
+        assert!(Disk::new(&store, &id, &Arc::default()).unwrap().is_unchanged());
     }
 }

@@ -349,3 +349,31 @@ impl Inside {
         self.disks.iter().for_each(Disk::rest);
     }
 }
+
+#[cfg(test)]
+impl Inside {
+    /// That of a disk with one volume, of which everything is known that is asked when it is shown.
+    pub(crate) fn with_one_volume(store: &Arc<crate::store::Store>, id: &ViewId) -> Arc<Self> {
+        use crate::guest::{Statistics, content::Content};
+        let volume = Volume {
+            name: "disk".into(),
+            size: 0,
+            segments: Vec::new(),
+            content: Content::Ext4,
+            label: None,
+            uuid: None,
+            problem: None,
+        };
+        let mounted = Mounted { root: Ino(2), statistics: Statistics::default(), remarks: Vec::new() };
+        Arc::new(Self {
+            worker: Arc::new(Worker::new(&super::Program::this(true))),
+            digests: Arc::new(Digests::new()),
+            set: 0,
+            disks: vec![Disk::new(store, id, &Arc::default()).expect("a disk")],
+            layout: Layout { volumes: vec![volume], ..Layout::default() },
+            remarks: Vec::new(),
+            mounted: vec![Mutex::new(Some(mounted))],
+            systems: OnceLock::new(),
+        })
+    }
+}

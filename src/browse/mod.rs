@@ -19,7 +19,7 @@ use std::collections::HashMap;
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Once, OnceLock};
+use std::sync::{Arc, Once, OnceLock, Weak};
 use std::time::Duration;
 
 use lru::LruCache;
@@ -71,6 +71,8 @@ pub struct Browser {
     /// By chain: what one guest has written must not harm another's readers.
     workers: Mutex<HashMap<Arc<PathBuf>, Arc<Worker>>>,
     insides: Mutex<LruCache<Key, Arc<Inside>>>,
+    /// All that somebody still has, be they kept here or not. A leaf.
+    in_use: Mutex<Vec<Weak<Inside>>>,
     resting: Once,
 }
 
@@ -91,6 +93,7 @@ impl Browser {
             read: Arc::default(),
             workers: Mutex::default(),
             insides: Mutex::new(LruCache::new(KEPT)),
+            in_use: Mutex::default(),
             resting: Once::new(),
         })
     }
@@ -109,6 +112,7 @@ impl Browser {
         }
         self.resting.call_once(|| self.begin_to_rest());
         let inside = Arc::new(self.look_into(id, &worker)?);
+        self.in_use.lock().push(Arc::downgrade(&inside));
         let old = self.insides.lock().push(key, Arc::clone(&inside));
         drop(old);
         Ok(inside)
@@ -194,7 +198,11 @@ impl Browser {
     }
 
     fn rest(&self) {
-        let insides: Vec<Arc<Inside>> = self.insides.lock().iter().map(|(_, inside)| Arc::clone(inside)).collect();
+        // Those of earlier moments, too: the kernel goes on to know their files when others have taken their place here.
+        let mut in_use = self.in_use.lock();
+        in_use.retain(|inside| inside.strong_count() > 0);
+        let insides: Vec<Arc<Inside>> = in_use.iter().filter_map(Weak::upgrade).collect();
+        drop(in_use);
         for inside in insides {
             inside.rest();
         }

@@ -2,11 +2,13 @@
 //!
 //! A number says by itself what it stands for: which file system, how deep below its root (for directories and links, whose
 //! targets depend on that), and which inode. So nothing is remembered for each of a million files. A file system is
-//! remembered for as long as the kernel knows anything of it; only then may others get its numbers.
+//! remembered for as long as the kernel knows anything of it, or whoever looks next would find it; then its place is empty,
+//! and when all others have been given, others get its numbers.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::{Duration, Instant};
 
 use lru::LruCache;
 use parking_lot::{Mutex, RwLock};
@@ -26,6 +28,9 @@ const _: () = assert!(SLOT_BITS + DEPTH_BITS + INO_BITS == 62 && 1 << INO_BITS =
 const SLOTS: usize = 1 << SLOT_BITS;
 /// Bytes of extended attributes that are kept: `ls -l` asks for several of each file. One inode may have megabytes.
 const ATTRIBUTES_KEPT: usize = 256 << 10;
+/// For how long one that nobody knows of keeps its place all the same: whoever lists a directory is told of what is in it
+/// some time later.
+const GRACE: Duration = Duration::from_mins(1);
 /// Inodes that are known to have none.
 const PLAIN_KEPT: usize = 1 << 16;
 
@@ -67,6 +72,7 @@ pub(super) struct Slot {
     pub(super) inside: Arc<Inside>,
     pub(super) volume: usize,
     pub(super) mounted: Mounted,
+    since: Instant,
     /// How often the kernel has been told of anything of it, and has not forgotten it.
     known: AtomicI64,
     attributes: Kept<Arc<[ExtendedAttribute]>>,
@@ -118,6 +124,15 @@ impl<T: Clone> Kept<T> {
 }
 
 impl Slot {
+    /// Whether nobody knows of it, if `this` is all there is of it.
+    fn is_forgotten(this: &Arc<Self>) -> bool {
+        this.known.load(Ordering::Relaxed) <= 0 && Arc::strong_count(this) == 1
+    }
+
+    fn place(&self) -> (usize, usize) {
+        (Arc::as_ptr(&self.inside) as usize, self.volume)
+    }
+
     /// Notes that an inode has no extended attributes.
     pub(super) fn note_plain(&self, ino: Ino) {
         self.plain.put(ino, (), 1);
@@ -156,7 +171,8 @@ pub(super) struct Slots {
 
 #[derive(Debug, Default)]
 struct Table {
-    slots: Vec<Arc<Slot>>,
+    /// `None` where there was one.
+    slots: Vec<Option<Arc<Slot>>>,
     /// By address of the inside, which lives as long as its slot, and volume.
     places: HashMap<(usize, usize), u16>,
     /// Where the search for one that is free begins.
@@ -167,64 +183,98 @@ impl Slots {
     /// The slot of a volume; a new one if it has none.
     pub(super) fn of(&self, inside: &Arc<Inside>, volume: usize) -> Result<(u16, Arc<Slot>)> {
         let place = (Arc::as_ptr(inside) as usize, volume);
-        let table = self.table.read();
-        if let Some(slot) = table.places.get(&place) {
-            return Ok((*slot, Arc::clone(&table.slots[usize::from(*slot)])));
+        if let Some(found) = self.table.read().find(place) {
+            return Ok(found);
         }
-        drop(table);
         let mounted = inside.mount(volume)?;
         let slot = Arc::new(Slot {
             inside: Arc::clone(inside),
             volume,
             mounted,
+            since: Instant::now(),
             known: AtomicI64::new(0),
             attributes: Kept::new(ATTRIBUTES_KEPT),
             plain: Kept::new(PLAIN_KEPT),
             parents: Kept::new(PARENTS_KEPT),
         });
         let mut table = self.table.write();
-        if let Some(slot) = table.places.get(&place) {
-            return Ok((*slot, Arc::clone(&table.slots[usize::from(*slot)])));
+        if let Some(found) = table.find(place) {
+            return Ok(found);
         }
+        let gone = table.vacate(GRACE);
         let number = table.free()?;
         if number == table.slots.len() {
-            table.slots.push(Arc::clone(&slot));
-        } else {
-            let old = std::mem::replace(&mut table.slots[number], Arc::clone(&slot));
-            table.places.remove(&(Arc::as_ptr(&old.inside) as usize, old.volume));
+            table.slots.push(None);
+        }
+        let old = table.slots[number].replace(Arc::clone(&slot));
+        if let Some(old) = &old {
+            table.places.remove(&old.place());
         }
         table.places.insert(place, number as u16);
+        drop(table);
+        // Not under the lock: a disk may be closed with it.
+        drop((gone, old));
         Ok((number as u16, slot))
     }
 
     /// The slot of that number.
     pub(super) fn get(&self, slot: u16) -> Result<Arc<Slot>> {
-        let table = self.table.read();
-        table.slots.get(usize::from(slot)).cloned().ok_or_else(|| crate::store::stale("a number that was never given"))
+        let found = self.table.read().get(slot).cloned();
+        found.ok_or_else(|| crate::store::stale("a number that was never given, or that was forgotten"))
     }
 
     /// The kernel has been told of something in a slot.
     pub(super) fn told(&self, slot: u16) {
-        if let Some(slot) = self.table.read().slots.get(usize::from(slot)) {
+        if let Some(slot) = self.table.read().get(slot) {
             slot.known.fetch_add(1, Ordering::Relaxed);
         }
     }
 
     /// The kernel has forgotten something in a slot, of which it had been told that often.
     pub(super) fn forgotten(&self, slot: u16, times: u64) {
-        if let Some(slot) = self.table.read().slots.get(usize::from(slot)) {
+        if let Some(slot) = self.table.read().get(slot) {
             slot.known.fetch_sub(times.cast_signed(), Ordering::Relaxed);
         }
     }
 }
 
 impl Table {
+    fn get(&self, slot: u16) -> Option<&Arc<Slot>> {
+        self.slots.get(usize::from(slot))?.as_ref()
+    }
+
+    fn find(&self, place: (usize, usize)) -> Option<(u16, Arc<Slot>)> {
+        let slot = *self.places.get(&place)?;
+        Some((slot, Arc::clone(self.get(slot)?)))
+    }
+
+    /// Takes out those that nobody knows of, and whose disk nobody looks into any more: of an active disk, there is another one
+    /// for each moment that somebody wanted to see.
+    fn vacate(&mut self, grace: Duration) -> Vec<Arc<Slot>> {
+        let mut own: HashMap<usize, usize> = HashMap::new();
+        for slot in self.slots.iter().flatten() {
+            *own.entry(slot.place().0).or_default() += 1;
+        }
+        let mut gone = Vec::new();
+        for place in &mut self.slots {
+            let is_over = |slot: &mut Arc<Slot>| {
+                let is_elsewhere = Arc::strong_count(&slot.inside) > own[&slot.place().0];
+                Slot::is_forgotten(slot) && !is_elsewhere && slot.since.elapsed() >= grace
+            };
+            gone.extend(place.take_if(is_over));
+        }
+        for slot in &gone {
+            self.places.remove(&slot.place());
+        }
+        gone
+    }
+
     /// A slot that was never used, else one that nobody knows of any more.
     fn free(&mut self) -> Result<usize> {
         if self.slots.len() < SLOTS {
             return Ok(self.slots.len());
         }
-        let is_free = |slot: &Arc<Slot>| slot.known.load(Ordering::Relaxed) <= 0 && Arc::strong_count(slot) == 1;
+        let is_free = |slot: &Option<Arc<Slot>>| slot.as_ref().is_none_or(Slot::is_forgotten);
         let found = (0..SLOTS).map(|step| (self.next + step) % SLOTS).find(|index| is_free(&self.slots[*index]));
         let Some(found) = found else {
             let fact = format!("{SLOTS} file systems of guests are in use; close some of what is open in the mount");
@@ -237,7 +287,11 @@ impl Table {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::image::create::{CreateOptions, initial_image};
+    use crate::store::{Store, StoreOptions};
 
     #[test]
     fn what_is_kept_of_inodes_is_bounded_by_its_weight() {
@@ -267,5 +321,36 @@ mod tests {
         }
         assert_eq!(GuestNode::from_number(1), None);
         assert_eq!(GuestNode::from_number(GUEST - 1), None);
+    }
+
+    #[test]
+    fn what_nobody_knows_of_any_more_is_not_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = CreateOptions { size: Some(1 << 20), ..CreateOptions::default() };
+        std::fs::write(directory.path().join("a.qcow2"), initial_image(&options).unwrap()).unwrap();
+        let store = Store::open(directory.path(), StoreOptions::default()).unwrap();
+        let catalog = store.catalog();
+        let views = store.chain_views(&catalog, catalog.chain(Path::new("a")).unwrap());
+        let id = store.view_id(&catalog, &Arc::new("a".into()), &views, views.active().unwrap(), false);
+        let slots = Slots::default();
+        // As many moments of one disk: the first is the kernel's, the second is being read, the third is shown to whoever looks next.
+        let [known, open, shown, gone] = [0; 4].map(|_| Inside::with_one_volume(&store, &id));
+        let (kernels, _) = slots.of(&known, 0).unwrap();
+        let (_, _read) = slots.of(&open, 0).unwrap();
+        slots.of(&shown, 0).unwrap();
+        let (number, _) = slots.of(&gone, 0).unwrap();
+        slots.told(kernels);
+        let [is_known, is_open, is_gone] = [known, open, gone].map(|inside| Arc::downgrade(&inside));
+        assert!(slots.table.write().vacate(GRACE).is_empty(), "somebody may just be about to be told of it");
+        assert_eq!(slots.table.write().vacate(Duration::ZERO).len(), 1);
+        assert!(is_known.strong_count() == 1 && is_open.strong_count() == 1 && is_gone.strong_count() == 0);
+        assert_eq!(slots.get(number).map(drop).unwrap_err().kind(), ErrorKind::Stale);
+        slots.told(number);
+        slots.forgotten(kernels, 1);
+        assert_eq!(slots.table.write().vacate(Duration::ZERO).len(), 1);
+        assert_eq!(is_known.strong_count(), 0);
+        // Its number is not given again as long as there are others.
+        assert_eq!(slots.of(&Inside::with_one_volume(&store, &id), 0).unwrap().0, number + 1);
+        assert_eq!(slots.of(&shown, 0).unwrap().0, number - 1);
     }
 }

@@ -281,7 +281,7 @@ impl Tree {
             Node::Guest(node) => self.open_guest_file(node)?,
             _ => return Err(Error::new(ErrorKind::Usage, "a directory is not opened as a file")),
         };
-        let seen = if let Handle::Disk(_) = &handle { self.attributes(inode).ok() } else { None };
+        let seen = if let Handle::Disk(_) = handle.disk() { self.attributes(inode).ok() } else { None };
         Ok((self.handles.add(handle.clone(), seen), handle))
     }
 

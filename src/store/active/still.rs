@@ -23,9 +23,9 @@ use super::{ActiveDisk, ActiveHandle, State, Writing};
 
 /// Bytes that are put aside as one.
 const CHUNK: u64 = 1 << 16;
-/// Bytes that are put aside for one still, at most. Whoever reads more slowly than the guest changes that much has to
-/// begin again.
-const KEPT_LEN: usize = 256 << 20;
+/// Chunks that are put aside for all stills of one disk, at most. Whoever reads more slowly than the guest changes that
+/// much has to begin again.
+const KEPT_COUNT: usize = (256 << 20) / CHUNK as usize;
 
 /// A disk as it was at one moment.
 pub struct Still {
@@ -67,6 +67,7 @@ pub(super) struct Version {
 pub(super) struct Stills {
     /// Whether there are any: writers ask each time.
     any: AtomicBool,
+    /// In the order in which they began to be held. Taken before the lock of any of them.
     held: Mutex<Vec<Weak<Still>>>,
     /// Changes since the disk began to be written.
     changes: AtomicU64,
@@ -110,18 +111,34 @@ impl Still {
         }
     }
 
-    /// Puts aside what is about to be changed.
-    fn keep(&self, at: u64, len: u64, read: &dyn Fn(u64, &mut [u8]) -> Result<()>) {
+    /// The chunks of it that a range touches.
+    fn touched(&self, at: u64, len: u64) -> Range<u64> {
         let end = at.saturating_add(len).min(self.size);
+        if at < end { at / CHUNK..end.div_ceil(CHUNK) } else { 0..0 }
+    }
+
+    /// How many chunks are put aside, and how many would be if `touched` were to be changed; as many as never are if
+    /// that is more than can be.
+    fn count(&self, touched: &Range<u64>) -> (usize, usize) {
+        let kept = self.kept.lock();
+        let now = kept.chunks.len();
+        if matches!(kept.hold, Hold::Lost) {
+            return (now, now);
+        }
+        // Asked first: whoever discards a disk does not wait until all of its chunks have been counted.
+        if touched.end - touched.start > 2 * KEPT_COUNT as u64 {
+            return (now, usize::MAX);
+        }
+        (now, now + touched.clone().filter(|chunk| !kept.chunks.contains_key(chunk)).count())
+    }
+
+    /// Puts aside what is about to be changed.
+    fn keep(&self, touched: Range<u64>, read: &dyn Fn(u64, &mut [u8]) -> Result<()>) {
         let mut kept = self.kept.lock();
-        if at >= end || matches!(kept.hold, Hold::Lost) {
+        if matches!(kept.hold, Hold::Lost) {
             return;
         }
-        let touched = at / CHUNK..end.div_ceil(CHUNK);
-        // Asked first: whoever discards a disk does not wait until as much as would fit has been read.
-        let room = (KEPT_LEN / CHUNK as usize).saturating_sub(kept.chunks.len()) as u64;
-        let is_kept = touched.end - touched.start <= room && self.keep_all(&mut kept, touched, read);
-        if !is_kept {
+        if !self.keep_all(&mut kept, touched, read) {
             kept.hold = Hold::Lost;
             kept.chunks = HashMap::new();
         }
@@ -180,10 +197,29 @@ impl Stills {
         if !self.any.load(Ordering::Acquire) {
             return;
         }
-        let all: Vec<Arc<Still>> = self.held.lock().iter().filter_map(Weak::upgrade).collect();
+        // Locked to the end: there is room for so much of all of them, whoever else writes.
+        let held = self.held.lock();
+        let all: Vec<Arc<Still>> = held.iter().filter_map(Weak::upgrade).collect();
         self.any.store(!all.is_empty(), Ordering::Release);
-        for still in all {
-            still.keep(at, len, &|at, buf| writing.writer.read_at(at, buf));
+        let mut counts: Vec<usize> = all.iter().map(|still| still.count(&(0..0)).0).collect();
+        // The last first: where there is no room for all of them, those go that have had the most time.
+        for (index, still) in all.iter().enumerate().rev() {
+            let touched = still.touched(at, len);
+            let wanted = still.count(&touched).1;
+            let is_too_much =
+                |counts: &[usize]| wanted.saturating_add(counts.iter().sum::<usize>() - counts[index]) > KEPT_COUNT;
+            for older in 0..index {
+                if wanted <= KEPT_COUNT && is_too_much(&counts) && counts[older] > 0 {
+                    all[older].lose();
+                    counts[older] = 0;
+                }
+            }
+            if is_too_much(&counts) {
+                still.lose();
+            } else {
+                still.keep(touched, &|at, buf| writing.writer.read_at(at, buf));
+            }
+            counts[index] = still.count(&(0..0)).0;
         }
     }
 
@@ -240,6 +276,10 @@ impl Store {
     /// [`ActiveHandle::hold_again`], if nothing is changed meanwhile.
     pub fn let_go_of_still(&self, id: &ViewId, still: &Arc<Still>) {
         let Part::Active(number) = id.part else { return };
+        // Whoever asks again and again keeps nobody waiting.
+        if !matches!(still.kept.lock().hold, Hold::Held) {
+            return;
+        }
         if let Some(disk) = self.active.find(number) {
             let state = disk.state.write();
             disk.stills.remove(still, disk.version(&state));
@@ -286,8 +326,16 @@ impl ActiveHandle {
             let len = rest.len().min((CHUNK - at % CHUNK) as usize);
             let (piece, more) = rest.split_at_mut(len);
             still.read_chunk(at, piece, |piece| {
-                // A disk that was made shorter ends within the still.
-                if self.read_at(at, piece)? < len { Err(lost()) } else { Ok(()) }
+                let mut done = 0;
+                while done < len {
+                    // Short where the rest is damaged: asked for that alone, it says so.
+                    match self.read_at(at + done as u64, &mut piece[done..])? {
+                        // A disk that was made shorter ends within the still.
+                        0 => return Err(lost()),
+                        more => done += more,
+                    }
+                }
+                Ok(())
             })?;
             (rest, at) = (more, at + len as u64);
         }
@@ -432,6 +480,24 @@ mod tests {
     }
 
     #[test]
+    fn what_is_damaged_is_an_error_of_its_own_and_not_a_disk_that_has_changed() {
+        let Lab { _directory: directory, store, id } = &lab();
+        let writer = store.open_writable(id, Access::Write).unwrap();
+        writer.write_at(0, &pattern(1, 2 << 16)).unwrap();
+        drop(writer);
+        // The second cluster was the last to be taken: where the file ends now, it is cut off in its middle.
+        let file = std::fs::File::options().write(true).open(directory.path().join("a.qcow2")).unwrap();
+        file.set_len(file.metadata().unwrap().len() - (1 << 15)).unwrap();
+        store.rescan().unwrap();
+        let reader = store.open_writable(id, Access::Read).unwrap();
+        let still = reader.hold_still().unwrap();
+        let damaged = reader.read_still(&still, 1 << 16, &mut vec![0; 1 << 16]).unwrap_err();
+        assert_ne!(damaged.kind(), ErrorKind::Stale, "{damaged}");
+        reader.read_still(&still, 1 << 16, &mut vec![0; 1 << 15]).unwrap();
+        assert!(still.is_unchanged());
+    }
+
+    #[test]
     fn who_changes_too_much_ends_the_still_and_is_never_refused() {
         let Lab { store, id, .. } = &lab();
         let writer = store.open_writable(id, Access::ReadWrite).unwrap();
@@ -440,5 +506,21 @@ mod tests {
         writer.zero(0, 1 << 30, Zeroing::Unmap).unwrap();
         assert_eq!(writer.read_still(&still, 0, &mut [0; 10]).unwrap_err().kind(), ErrorKind::Stale);
         assert!(still.kept.lock().chunks.is_empty());
+    }
+
+    #[test]
+    fn however_many_look_a_disk_costs_no_more_than_one_of_them_and_the_last_are_served() {
+        let Lab { store, id, .. } = &lab();
+        let writer = store.open_writable(id, Access::ReadWrite).unwrap();
+        writer.set_size(1 << 30).unwrap();
+        let stills: Vec<_> = (0..6).map(|_| writer.hold_still().unwrap()).collect();
+        let kept = || stills.iter().map(|still| still.kept.lock().chunks.len()).sum::<usize>();
+        for round in 0..10 {
+            writer.zero(round * (10 << 20), 10 << 20, Zeroing::Unmap).unwrap();
+            assert!(kept() <= KEPT_COUNT, "{} in round {round}", kept());
+        }
+        let is_good = |still: &&Arc<Still>| writer.read_still(still, 0, &mut [0; 10]).is_ok();
+        assert_eq!(stills.iter().rev().take_while(is_good).count(), 2);
+        assert_eq!(stills.iter().filter(is_good).count(), 2);
     }
 }
