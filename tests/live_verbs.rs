@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use common::active::{NOTICED, rw};
+use common::active::{self, Model, NOTICED, rw};
 use common::command::Control;
 use common::foreign::{Loop, amount, fio};
 use common::lab::{Kind, Lab, extension};
@@ -282,6 +282,31 @@ impl Reader {
         let status = self.child.wait().expect("a child of ours");
         assert!(status.success(), "{status}: {said}");
     }
+}
+
+#[test]
+fn an_internal_snapshot_shows_its_moment_while_the_disk_goes_on_being_written() {
+    let store = active::chain();
+    let mount = Mount::new(&store);
+    let control = Control::of(&mount, "web");
+    let path = mount.path("web/active.raw");
+    // Whatever is kept of the disk's tables is kept from here on.
+    let mut model = Model::of(&path);
+    let disk = rw(&path);
+    let mut taken = Vec::new();
+    for round in 0..3_u8 {
+        model.write(&disk, u64::from(round) * 600_000, &vec![round + 1; 300_000]);
+        control.done(&format!("snapshot round{round} internal"));
+        taken.push(model.0.clone());
+        for (number, bytes) in taken.iter().enumerate() {
+            let shown = fs::read(mount.path(format!("web/snapshots/active@round{number}.raw"))).expect("a snapshot");
+            assert!(shown == *bytes, "round{number}, in round {round}");
+        }
+    }
+    model.assert_is(&path);
+    drop(disk);
+    mount.umount();
+    store.img(["check", "-q", "web.qcow2"]);
 }
 
 /// What each view of `views` should hold, as files beside the store.

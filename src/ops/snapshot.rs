@@ -194,6 +194,9 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
     if request.internal {
         for job in &jobs {
             let (seconds, nanoseconds) = (u32::try_from(frozen.seconds).unwrap_or(0), frozen.nanoseconds);
+            // What is kept of the disk's tables is from before they were written. They become the snapshot's, and
+            // whoever opens that has to find them as they are by then.
+            job.describe_anew()?;
             job.writer()?.take_snapshot(&NewSnapshot { name: request.name.clone(), seconds, nanoseconds })?;
         }
         drop(lock);
