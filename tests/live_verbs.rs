@@ -309,6 +309,31 @@ fn an_internal_snapshot_shows_its_moment_while_the_disk_goes_on_being_written() 
     store.img(["check", "-q", "web.qcow2"]);
 }
 
+#[test]
+fn a_pull_changes_no_internal_snapshot_while_the_disk_goes_on_being_written() {
+    let store = active::chain();
+    let mount = Mount::new(&store);
+    let control = Control::of(&mount, "web");
+    let path = mount.path("web/active.raw");
+    control.done("snapshot monday internal");
+    let monday = mount.path("web/snapshots/active@monday.raw");
+    let model = Model::of(&monday);
+    let disk = rw(&path);
+    let open = File::open(&monday).expect("a snapshot");
+    control.done("pull");
+    model.assert_is(&monday);
+    model.assert_is(&path);
+    let mut bytes = vec![0; model.0.len()];
+    open.read_exact_at(&mut bytes, 0).expect("a read");
+    assert!(bytes == model.0, "what was open before");
+    // Nothing of it is lost, whoever copies it.
+    control.done("clone copy from=active@monday");
+    model.assert_is(&mount.path("copy/active.raw"));
+    drop((disk, open));
+    mount.umount();
+    store.img(["check", "-q", "web.qcow2"]);
+}
+
 /// What each view of `views` should hold, as files beside the store.
 fn wanted(lab: &Lab, views: &[&str]) -> Vec<PathBuf> {
     let keep = |view: &&str| {

@@ -108,6 +108,13 @@ impl JobImage {
         Ok(writer)
     }
 
+    /// Has it described anew for those who open it from now on: what was written is in the file, and what was kept of
+    /// its tables is not that.
+    pub fn describe_anew(&self) -> Result<()> {
+        self.store.opened.keep(&self.store.described_anew(&self.image)?);
+        Ok(())
+    }
+
     /// What it is by now: the image as its file describes it, its locks and its writer.
     pub(super) fn into_parts(self) -> Result<(OpenImage, Vec<WriteLock>, Arc<Writer>)> {
         let image = self.store.described_anew(&self.image)?;

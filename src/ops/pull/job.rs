@@ -223,6 +223,7 @@ impl PullJob {
         for part in parts {
             let into = world.expect(&part.named)?;
             let backing = Some(base.map(|base| world.backing_name(into, base)));
+            part.describe_anew()?;
             part.writer.change_header(&HeaderChange { backing, frozen: None })?;
             // Gives back what was reserved and not needed.
             active.extend(part.close()?);
@@ -261,6 +262,15 @@ impl Part {
             at += run;
         }
         Ok(sum)
+    }
+
+    /// Lets nobody see its tables, or those of its internal snapshots, as they were kept before they were filled: above
+    /// another layer, or none, they would show other bytes.
+    fn describe_anew(&self) -> Result<()> {
+        match &self.target {
+            Target::Active(job) => job.describe_anew(),
+            Target::Image(image) => image.describe_anew(),
+        }
     }
 
     /// Makes it a layer like any other again; an active disk is returned, which goes on.
