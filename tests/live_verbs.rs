@@ -334,6 +334,28 @@ fn a_pull_changes_no_internal_snapshot_while_the_disk_goes_on_being_written() {
     store.img(["check", "-q", "web.qcow2"]);
 }
 
+#[test]
+fn a_disk_is_put_aside_though_its_internal_snapshots_are_being_read() {
+    let store = active::chain();
+    let mount = Mount::new(&store);
+    let control = Control::of(&mount, "web");
+    control.done("snapshot monday internal");
+    let path = mount.path("web/snapshots/active@monday.raw");
+    let (model, open) = (Model::of(&path), File::open(&path).expect("a snapshot"));
+    let base = Model::of(&mount.path("web/snapshots/base.raw"));
+    control.done("revert to=base save=kept");
+    base.assert_is(&mount.path("web/active.raw"));
+    let mut bytes = vec![0; model.0.len()];
+    open.read_exact_at(&mut bytes, 0).expect("a read");
+    assert!(bytes == model.0, "who had it open reads on");
+    for view in ["kept", "kept@monday"] {
+        model.assert_is(&mount.path(format!("kept/snapshots/{view}.raw")));
+    }
+    drop(open);
+    mount.umount();
+    store.img(["check", "-q", "kept.qcow2"]);
+}
+
 /// What each view of `views` should hold, as files beside the store.
 fn wanted(lab: &Lab, views: &[&str]) -> Vec<PathBuf> {
     let keep = |view: &&str| {

@@ -497,11 +497,15 @@ fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()>
         }
     }
     let mark = Frozen { seconds: *seconds, nanoseconds: *nanoseconds, description: description.clone() };
-    for job in held {
-        // What comes back from the trash is a snapshot.
-        let put_aside = disks.iter().find(|top| top.old.inode == job.id().inode && is_draft(&top.frozen));
-        if let Some(top) = put_aside.filter(|_| store.keeps_trash(job.id().device) && job.format() == Format::Qcow2) {
+    for mut job in held {
+        let top = disks.iter().find(|top| top.old.inode == job.id().inode);
+        // Those who read its internal snapshots have it open, and their locks are ours only if it is found by its new name.
+        if let Some(top) = top {
             job.renamed(&finish::own_path(store, &top.frozen));
+        }
+        // What comes back from the trash is a snapshot.
+        let is_put_aside = top.is_some_and(|top| is_draft(&top.frozen));
+        if is_put_aside && store.keeps_trash(job.id().device) && job.format() == Format::Qcow2 {
             let change = HeaderChange { backing: None, frozen: Some(Some(mark.clone())) };
             let marked = job.file().and_then(|file| change_header(job.name(), &*file, &change));
             if let Err(error) = marked {

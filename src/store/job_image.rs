@@ -17,6 +17,7 @@ use super::active::{unchanged, writer_options};
 use super::catalog::{Catalog, ImageIndex};
 use super::open::OpenImage;
 use super::options::Format;
+use super::resolve::Place;
 
 /// An image that a job writes.
 pub struct JobImage {
@@ -75,8 +76,9 @@ impl JobImage {
     }
 
     /// Follows it to the name that it has by now, at `path` beneath the store.
-    pub fn renamed(&self, path: &Path) {
+    pub fn renamed(&mut self, path: &Path) {
         self.image.file.renamed(path);
+        self.image.places.0 = Place { root: 0, path: path.to_path_buf() };
     }
 
     /// What it is called.
