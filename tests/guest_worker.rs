@@ -1,6 +1,10 @@
 //! Workers that have been taken over: whatever one answers, whoever asks it gets an error or what can do no harm. A shell script says
 //! what such a worker would say.
 
+#[allow(dead_code, reason = "each test binary uses its part")]
+#[path = "common/rng.rs"]
+mod rng;
+
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -8,11 +12,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use chainfs::browse::content::Content;
 use chainfs::browse::worker::Program;
-use chainfs::browse::{Browser, Inside, Moment};
+use chainfs::browse::{Browser, Inside, Moment, walk};
 use chainfs::error::{ErrorKind, Result};
 use chainfs::fs::{GuestOptions, NodeKind, Ownership, Tree};
+use chainfs::guest::{Ino, RunKind};
 use chainfs::store::{Store, StoreOptions};
+use rng::Rng;
 
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_secs(30);
@@ -125,4 +132,133 @@ fn what_an_entry_is_and_its_number_are_of_one_answer() {
         found.map(|(_, kind)| kind)
     });
     assert_eq!(kind.expect("it is there"), NodeKind::Directory);
+}
+
+/// Numbers at which something ends, and others.
+fn odd(rng: &mut Rng) -> u64 {
+    let known = [0, 1, 2, 511, 512, 4096, 65_535, SIZE - 1, SIZE, SIZE + 1, 1 << 32, 1 << 40, 1 << 62, i64::MAX as u64];
+    match rng.below(20) {
+        19 => u64::MAX,
+        18 => rng.below(u64::MAX),
+        17 => u64::MAX - rng.below(5000),
+        index if index < 14 => known[index as usize],
+        _ => rng.below(SIZE),
+    }
+}
+
+fn number(mut value: u64, into: &mut Vec<u8>) {
+    while value >= 0x80 {
+        into.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    into.push(value as u8);
+}
+
+/// An answer of that kind, each number in it an odd one.
+fn odd_answer(rng: &mut Rng, kind: u8) -> String {
+    let mut bytes = vec![kind];
+    let run = |rng: &mut Rng, into: &mut Vec<u8>| {
+        number(odd(rng), into);
+        let stored = rng.below(4) > 0;
+        into.push(u8::from(stored));
+        if stored {
+            number(odd(rng), into);
+        }
+    };
+    match kind {
+        LAYOUT => {
+            bytes.extend([0, 0, 0, 1, 4]);
+            bytes.extend(b"disk");
+            number(odd(rng), &mut bytes);
+            let count = rng.below(4) as u8;
+            bytes.push(count);
+            for _ in 0..count {
+                number(odd(rng), &mut bytes);
+                number(odd(rng), &mut bytes);
+                let legs = rng.below(4) as u8;
+                bytes.push(u8::from(legs != 1));
+                if legs != 1 {
+                    number(odd(rng), &mut bytes);
+                    bytes.push(legs);
+                }
+                for _ in 0..legs {
+                    number(rng.below(3), &mut bytes);
+                    number(odd(rng), &mut bytes);
+                }
+            }
+            bytes.extend([4, 0, 0, 0, 0, 0]);
+        }
+        OPENED => {
+            number(odd(rng), &mut bytes);
+            let count = rng.below(5) as u8;
+            bytes.push(count);
+            (0..count).for_each(|_| run(rng, &mut bytes));
+        }
+        RUNS => {
+            let count = rng.below(5) as u8;
+            bytes.push(count);
+            (0..count).for_each(|_| run(rng, &mut bytes));
+        }
+        ATTRIBUTES => {
+            bytes.extend([0, 0, 0, 0]);
+            number(odd(rng), &mut bytes);
+            number(odd(rng), &mut bytes);
+            bytes.extend([1, 0, 0]);
+            for _ in 0..3 {
+                number(odd(rng), &mut bytes);
+                number(odd(rng) & u64::from(u32::MAX), &mut bytes);
+            }
+            bytes.push(0);
+        }
+        _ => bytes.extend([2, 1, 0, 0, 0, 0, 0, 0, 0, 0]),
+    }
+    answer(&bytes)
+}
+
+const SIZE: u64 = 1 << 20;
+const LAYOUT: u8 = 1;
+const MOUNTED: u8 = 3;
+const ATTRIBUTES: u8 = 6;
+const OPENED: u8 = 8;
+const RUNS: u8 = 9;
+
+/// Reads all that a worker says about, as far as it can be read.
+fn look_at_everything(inside: &Arc<Inside>, rng: &mut Rng) {
+    let mut buf = vec![0; 5000];
+    for _ in 0..20 {
+        let (at, len) = (odd(rng), rng.below(5000) as usize);
+        let _ = inside.read_volume(0, at, &mut buf[..len]);
+        let _ = inside.origin(0, at, odd(rng));
+    }
+    let _ = chainfs::report::volumes::listed(inside);
+    if let Ok(tree) = walk::Tree::open(inside, 0) {
+        let entry = tree.root();
+        let mut content = Content::new(&tree, &entry);
+        for at in [0, entry.attributes.size / 2, entry.attributes.size.saturating_sub(1)] {
+            let left = entry.attributes.size.saturating_sub(at).min(5000) as usize;
+            let _ = content.read_at(at, &mut buf[..left]);
+        }
+    }
+    let Ok(opened) = inside.open_file(0, Ino(12)) else { return };
+    for run in opened.runs {
+        if let RunKind::Stored(_) | RunKind::Hole = run.kind {
+            let _ = inside.read_run(0, Ino(12), 0, run.kind, &mut buf);
+        }
+    }
+}
+
+#[test]
+fn no_number_of_a_worker_is_more_than_an_error() {
+    let mut looked = 0;
+    for seed in 0..150 {
+        let mut rng = Rng::new(seed);
+        let kinds = [LAYOUT, MOUNTED, ATTRIBUTES, RUNS, RUNS, RUNS, OPENED];
+        let said: String = kinds.iter().map(|kind| odd_answer(&mut rng, *kind)).collect();
+        let (_place, found) = inside(&said, &odd_answer(&mut rng, RUNS));
+        if let Ok(found) = found {
+            looked += 1;
+            soon(move || look_at_everything(&found, &mut rng));
+        }
+    }
+    assert!(looked > 100, "{looked} answers were understood");
 }

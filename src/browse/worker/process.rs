@@ -219,18 +219,19 @@ impl Process {
         }
     }
 
-    fn lane(&self) -> MutexGuard<'_, Lane> {
+    /// A lane that nobody else is on, and its number.
+    fn lane(&self) -> (MutexGuard<'_, Lane>, usize) {
         // Where none is free, they wait by turns.
-        let free = self.lanes.iter().find_map(Mutex::try_lock);
+        let free = self.lanes.iter().enumerate().find_map(|(number, lane)| Some((lane.try_lock()?, number)));
         free.unwrap_or_else(|| {
-            let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-            self.lanes[turn % self.lanes.len()].lock()
+            let number = self.turn.fetch_add(1, Ordering::Relaxed) % self.lanes.len();
+            (self.lanes[number].lock(), number)
         })
     }
 
     /// One conversation.
     fn ask(&self, request: &Request, disks: &dyn Disks) -> std::result::Result<Result<(Answer, Vec<u8>)>, Trouble> {
-        let mut lane = self.lane();
+        let (mut lane, number) = self.lane();
         if self.is_gone.load(Ordering::Acquire) {
             return Err(Trouble::Gone(io::ErrorKind::BrokenPipe.into()));
         }
@@ -250,19 +251,28 @@ impl Process {
         } else {
             Limits { spent: USUAL, waited: USUAL_WAIT }
         };
-        converse(&mut lane, request, disks, limits, &|| self.processor_time())
+        converse(&mut lane, request, disks, limits, &|| processor_time(self.id, &lane_name(number)))
     }
+}
 
-    /// What the process has used of the processors.
-    fn processor_time(&self) -> Duration {
-        /// The unit of /proc's times, on every architecture that Linux has.
-        const TICK: Duration = Duration::from_millis(10);
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.id)).unwrap_or_default();
-        // The program's name stands in parentheses and may hold anything.
-        let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields);
-        let ticks: u32 = fields.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u32>().ok()).sum();
-        TICK * ticks
-    }
+/// What the thread is called that serves a lane.
+pub(super) fn lane_name(number: usize) -> String {
+    format!("lane {number}")
+}
+
+/// What a process's thread of that name has used of the processors: whoever asks on one lane does not pay for what is asked on
+/// another. What the whole process has used, before it has such a thread.
+fn processor_time(process: u32, thread: &str) -> Duration {
+    /// The unit of /proc's times, on every architecture that Linux has.
+    const TICK: Duration = Duration::from_millis(10);
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let mut stats = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok());
+    let whole = || std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    let stat = stats.find(|stat| stat.contains(&format!("({thread}) "))).unwrap_or_else(whole);
+    // The program's name stands in parentheses and may hold anything.
+    let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields);
+    let ticks: u32 = fields.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u32>().ok()).sum();
+    TICK * ticks
 }
 
 /// Asks, and answers what the worker asks back, until it answers.
@@ -366,6 +376,34 @@ mod tests {
         assert!(begun.elapsed() < Duration::from_secs(5), "it took {:?}", begun.elapsed());
         worker.join().unwrap();
         answer.expect_err("there is none")
+    }
+
+    #[test]
+    fn each_lane_has_a_time_of_its_own() {
+        let stop = Arc::new(AtomicBool::new(false));
+        let thread = |number: usize, is_busy: bool| {
+            let stop = Arc::clone(&stop);
+            let work = move || {
+                while !stop.load(Ordering::Relaxed) {
+                    if !is_busy {
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                }
+            };
+            std::thread::Builder::new().name(lane_name(number)).spawn(work).unwrap()
+        };
+        let threads = [thread(77, true), thread(78, false)];
+        let begun = Instant::now();
+        let spent = |number| processor_time(std::process::id(), &lane_name(number));
+        while spent(77) < Duration::from_millis(200) {
+            assert!(begun.elapsed() < Duration::from_secs(30));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(spent(78) < Duration::from_millis(100), "{:?}", spent(78));
+        stop.store(true, Ordering::Relaxed);
+        for thread in threads {
+            thread.join().unwrap();
+        }
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::guest::{FileKind, FileSystem, Ino, Source, open};
 
 use super::confine;
 use super::lane::Lane;
+use super::process::lane_name;
 use super::protocol::{
     Answer, FIRST_RUNS_LEN, Failure, FromWorker, LIST_LEN, ListedEntry, Listing, Mounted, OpenedFile, READ_LEN,
     RUNS_LEN, RUNS_SPAN, Request, ToWorker, VolumeId,
@@ -68,7 +69,7 @@ fn run(confined: bool) -> Result<()> {
     let ready = Arc::new(Barrier::new(lanes.len() + 1));
     let confinement: Arc<StdMutex<bool>> = Arc::default();
     let mut life = UnixStream::from(std::io::stderr().as_fd().try_clone_to_owned().map_err(fail)?);
-    for lane in lanes {
+    for (number, lane) in lanes.into_iter().enumerate() {
         let socket = UnixStream::from(lane);
         let (known, ready, confinement) = (Arc::clone(&known), Arc::clone(&ready), Arc::clone(&confinement));
         let work = move || {
@@ -79,7 +80,7 @@ fn run(confined: bool) -> Result<()> {
             }
             std::process::exit(0);
         };
-        std::thread::Builder::new().name("lane".into()).spawn(work).map_err(fail)?;
+        std::thread::Builder::new().name(lane_name(number)).spawn(work).map_err(fail)?;
     }
     let mut done = confinement.lock().expect("nobody panics with it");
     ready.wait();
