@@ -11,13 +11,14 @@ use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use chainfs::error::{Error, ErrorKind, Result};
 use chainfs::guest::ext::Ext;
 use chainfs::guest::{Attributes, FileKind, FileSystem, Ino, RunKind, Source, Time};
 use rustix::fs::{SeekFrom, XattrFlags};
 
-use super::tools::{Outcome as _, tool};
+use super::tools::{Outcome as _, eventually, tool};
 
 /// Files larger than this are compared where they have data only.
 const READ_WHOLE: u64 = 128 << 20;
@@ -84,11 +85,17 @@ impl Disk {
         result
     }
 
-    /// The disk as it is at this moment, also while it is mounted: what a snapshot would hold.
+    /// The disk as it is at one moment, also while it is mounted: what a snapshot would hold.
     pub(crate) fn snapshot(&self) -> Self {
-        let copy = Self::blank(0);
-        tool("cp").arg("--sparse=always").arg(&self.image).arg(&copy.image).succeeds();
-        copy
+        // Copying takes its time, and the kernel may write meanwhile. What is still the same afterwards is of one moment.
+        for _ in 0..20 {
+            let copy = Self::blank(0);
+            tool("cp").arg("--sparse=always").arg(&self.image).arg(&copy.image).succeeds();
+            if tool("cmp").arg("--silent").arg(&self.image).arg(&copy.image).outcome().0 == 0 {
+                return copy;
+            }
+        }
+        panic!("{} changes all the time", self.image.display());
     }
 
     pub(crate) fn open(&self) -> Ext {
@@ -137,7 +144,8 @@ impl Mounted {
     }
 
     fn end(mut self) {
-        tool("umount").arg(&self.dir).succeeds();
+        // A process that another test has just forked holds our descriptors until it runs its program.
+        eventually("unmounted", Duration::from_secs(10), || tool("umount").arg(&self.dir).outcome().0 == 0);
         self.ended = true;
     }
 }

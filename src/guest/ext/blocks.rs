@@ -11,8 +11,8 @@ use crate::guest::source::Source;
 
 use super::bytes::corrupt;
 
-/// Bytes of metadata kept per file system: the inodes of a directory of 50,000 files, and room.
-const CACHE_LEN: usize = 16 << 20;
+/// Bytes of metadata kept per file system. What they were cut from is kept as well, for all views of a chain together.
+const CACHE_LEN: usize = 4 << 20;
 
 /// What every block of the journal's own begins with. A block of data that does too is kept with zeroes instead.
 pub(super) const JOURNAL_MAGIC: [u8; 4] = [0xc0, 0x3b, 0x39, 0x98];

@@ -50,7 +50,7 @@ use superblock::Superblock;
 const ROOT: u64 = 2;
 /// Bytes of inodes kept, and of indexes made of directories that have none.
 const INODE_CACHE_LEN: usize = 2 << 20;
-const NAME_CACHE_LEN: usize = 16 << 20;
+const NAME_CACHE_LEN: usize = 2 << 20;
 /// Remarks that are kept: a disk can have millions of groups, each of them damaged.
 const REMARK_LIMIT: usize = 100;
 
