@@ -63,6 +63,10 @@ fn small_tree(store: &Store) -> PathBuf {
     for (name, target) in links {
         symlink(target, tree.join(name)).expect("a link");
     }
+    fs::write(tree.join("home/joe/marked"), "for all").expect("a file");
+    let marked =
+        rustix::fs::setxattr(tree.join("home/joe/marked"), "trusted.mark", b"1", rustix::fs::XattrFlags::empty());
+    marked.expect("an attribute");
     tool("mkfifo").arg(tree.join("pipe")).succeeds();
     tool("mknod").arg(tree.join("null")).args(["c", "1", "3"]).succeeds();
     tree
@@ -576,11 +580,17 @@ fn an_ordinary_user_reads_it_all_and_others_only_what_the_image_lets_them() {
         "cd {0} && cat sn1/p1/etc/hostname && cat active/p1/home/joe/secret && cat sn1/root/etc/hostname && sha256sum < base/p1/usr/lib/big && ls -lR . | wc -l",
         shown.display()
     ));
+    // Of what the kernel gives to root alone, nobody else is told.
+    let copied = as_user(&format!(
+        "copy=$(mktemp -d -p /dev/shm); cp --preserve=xattr {}/active/p1/home/joe/marked $copy; said=$?; rm -r $copy; exit $said",
+        shown.display()
+    ));
     let unmounted = as_user(&format!("{CHAINFS} umount {}", dir.display()));
-    assert_eq!((code, unmounted.0), (0, 0), "{said}{}", unmounted.2);
+    assert_eq!((code, copied.0, unmounted.0), (0, 0, 0), "{said}{}{}", copied.2, unmounted.2);
     assert!(out.starts_with("web01\nfor joe aloneweb01\n"), "{out}");
     // With others let in, the kernel asks who may read the image, and then the guest's own modes.
     let mount = Mount::with(&store, "allow_other");
+    assert_eq!(attributes(&mount.path("vm/files/sn1/p1/home/joe/marked")), [(b"trusted.mark".to_vec(), b"1".to_vec())]);
     let refused = as_user(&format!("cat {}/vm/files/sn1/p1/etc/hostname", mount.dir().display()));
     assert_eq!(refused.0, 0, "the image is nobody's: {}", refused.2);
     let refused = as_user(&format!("cat {}/vm/files/sn1/p1/home/joe/secret", mount.dir().display()));

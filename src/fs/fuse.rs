@@ -534,8 +534,9 @@ impl Filesystem for Adapter {
         });
     }
 
-    fn listxattr(&self, _req: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
-        self.look(inode.0, move |tree| match answer(tree, |tree| tree.listed_attributes(inode.0)) {
+    fn listxattr(&self, req: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
+        let to_root = req.uid() == 0;
+        self.look(inode.0, move |tree| match answer(tree, |tree| tree.listed_attributes(inode.0, to_root)) {
             Ok(names) => give(reply, size, &names),
             Err(errno) => reply.error(errno),
         });

@@ -465,7 +465,8 @@ pub(super) fn carry_on(engine: &Engine, intent: OwnedIntent, held: Vec<JobImage>
     let has_come = disks.iter().any(|top| is_at(root, &top.name, top.overlay.inode));
     if has_come && went.is_err() {
         // The intent stays, and with it what is left to be done.
-        return went;
+        let fact = "the disk has been switched already; what is left of it is done when the store is mounted again";
+        return went.map_err(|error| error.within(fact));
     }
     if !has_come && disks.iter().all(|top| is_at(root, &top.old.path, top.old.inode)) {
         take_back(root, &*names, disks)?;

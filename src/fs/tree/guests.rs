@@ -285,11 +285,13 @@ impl Tree {
     }
 
     /// The names of all extended attributes that are listed, each with a NUL behind it.
-    pub fn listed_attributes(&self, inode: u64) -> Result<Vec<u8>> {
+    pub fn listed_attributes(&self, inode: u64, to_root: bool) -> Result<Vec<u8>> {
         // Our own are read by name: listed, every `cp -a` would try to copy them.
         let Node::Guest(node) = self.node(inode)? else { return Ok(Vec::new()) };
         let found = self.slots.get(node.slot)?.extended_attributes(node.ino)?;
-        Ok(found.iter().flat_map(|attribute| [attribute.name.as_slice(), b"\0"].concat()).collect())
+        // The kernel gives their values to nobody else, and `cp -a` would complain of each.
+        let shown = found.iter().filter(|attribute| to_root || !attribute.name.starts_with(b"trusted."));
+        Ok(shown.flat_map(|attribute| [attribute.name.as_slice(), b"\0"].concat()).collect())
     }
 
     /// The sizes of a guest's file system; `None` for everything else.
