@@ -91,7 +91,7 @@ show ls -ls
 say 'one command makes a tree of it'
 show chainfs mount "$store" "$mnt"
 show cat "$mnt/.chainfs/tree.txt"
-show ls -lsR "$mnt"
+show ls -ls "$mnt" "$mnt/web01" "$mnt/web01/snapshots"
 [ ! -s "$mnt/.chainfs/problems.txt" ] || fail "there should be no problems: $(cat "$mnt/.chainfs/problems.txt")"
 
 say 'every snapshot is a disk: any tool that reads disks reads the past'

@@ -480,9 +480,12 @@ fn memory(mount: &Mount) -> u64 {
     line.split_whitespace().nth(1).and_then(|number| number.parse::<u64>().ok()).expect("a number") << 10
 }
 
+/// Ten seconds, and what it takes to see that they are over.
+const NOBODY_LOOKS: Duration = Duration::from_secs(14);
+
 #[test]
-fn what_a_disk_was_costs_nothing_when_nobody_has_looked_at_it_for_a_while() {
-    let store = small_chain();
+fn a_disk_that_nobody_looks_at_for_a_while_costs_nothing_and_is_let_go_of() {
+    let (store, forced_store) = (small_chain(), small_chain());
     let mount = Mount::new(&store);
     let disk = File::options().write(true).open(mount.path("vm/active.raw")).expect("a disk");
     let mut shown = Vec::new();
@@ -492,11 +495,18 @@ fn what_a_disk_was_costs_nothing_when_nobody_has_looked_at_it_for_a_while() {
         assert!(mount.names("vm/files/active").contains(&"p1".to_owned()));
         shown.push(rustix::fs::open(
             mount.path("vm/files/active/p1"),
-            rustix::fs::OFlags::PATH,
+            rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC,
             rustix::fs::Mode::empty(),
         ));
     }
-    std::thread::sleep(Duration::from_secs(14));
+    // And one that was read by force, when another process had it.
+    let forced = Mount::with(&forced_store, "force_share");
+    let qemu = Qemu::running_on(&forced_store, "vm.qcow2", &[]);
+    assert_eq!(forced.text("vm/files/active/p1/etc/hostname"), "web01\n");
+    qemu.shut_down();
+
+    std::thread::sleep(NOBODY_LOOKS);
+
     let before = memory(&mount);
     for at in (0..PARTITION).step_by(MIB as usize) {
         disk.write_all_at(&vec![0xee; MIB as usize], START + at).expect("a write");
@@ -505,20 +515,10 @@ fn what_a_disk_was_costs_nothing_when_nobody_has_looked_at_it_for_a_while() {
     assert!(more < PARTITION, "{more} bytes are kept for nobody");
     drop((shown, disk));
     mount.umount();
-}
 
-#[test]
-fn a_disk_that_was_read_by_force_is_let_go_of() {
-    let store = small_chain();
-    let mount = Mount::with(&store, "force_share");
-    let control = Control::of(&mount, "vm");
-    let qemu = Qemu::running_on(&store, "vm.qcow2", &[]);
-    assert_eq!(mount.text("vm/files/active/p1/etc/hostname"), "web01\n");
-    qemu.shut_down();
-    std::thread::sleep(Duration::from_secs(14));
-    control.done("revert to=sn1");
-    assert_eq!(mount.text("vm/files/active/p1/etc/hostname"), "web01\n");
-    mount.umount();
+    Control::of(&forced, "vm").done("revert to=sn1");
+    assert_eq!(forced.text("vm/files/active/p1/etc/hostname"), "web01\n");
+    forced.umount();
 }
 
 #[test]
