@@ -300,7 +300,7 @@ impl Run {
 
 #[test]
 fn every_view_is_what_it_was_made_of_whatever_is_done_in_whatever_order() {
-    for seed in 0..amount(4, 150) {
+    for seed in 0..amount(10, 150) {
         let mut run = Run::new(seed);
         run.judge();
         for number in 0..amount(30, 60) {
