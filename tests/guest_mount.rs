@@ -603,6 +603,66 @@ fn an_ordinary_user_reads_it_all_and_others_only_what_the_image_lets_them() {
     mount.umount();
 }
 
+/// An access control list as extended attributes have it: whom, what for, and whose number.
+fn access_list(entries: &[(u16, u16, u32)]) -> Vec<u8> {
+    let bytes = |(tag, bits, id): &(u16, u16, u32)| {
+        [tag.to_le_bytes().as_slice(), &bits.to_le_bytes(), &id.to_le_bytes()].concat()
+    };
+    [2u32.to_le_bytes().to_vec(), entries.iter().flat_map(bytes).collect()].concat()
+}
+
+#[test]
+fn others_are_let_in_by_the_guests_access_control_lists_as_well() {
+    const NO_ID: u32 = !0;
+    let [owner, user, group, mask, other] = [1, 2, 4, 0x10, 0x20];
+    let (store, nobody) = (Store::new(), 65_534);
+    let tree = small_tree(&store);
+    // What the mode shows as the group's bits is the mask: more than the group may, or less than a user.
+    let lists = [
+        (
+            "let-in",
+            0o640,
+            [(owner, 6, NO_ID), (user, 4, nobody), (group, 0, NO_ID), (mask, 4, NO_ID), (other, 0, NO_ID)],
+        ),
+        (
+            "kept-out",
+            0o644,
+            [(owner, 6, NO_ID), (user, 0, nobody), (group, 4, NO_ID), (mask, 4, NO_ID), (other, 4, NO_ID)],
+        ),
+    ];
+    for (name, mode, list) in lists {
+        let path = tree.join(name);
+        fs::write(&path, name).expect("a file");
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("a mode");
+        let set = rustix::fs::setxattr(
+            &path,
+            "system.posix_acl_access",
+            &access_list(&list),
+            rustix::fs::XattrFlags::empty(),
+        );
+        set.expect("a list");
+    }
+    chain_on(&store, &disk(&store, "disk", &tree));
+    fs::set_permissions(store.root().parent().expect("a parent"), fs::Permissions::from_mode(0o755)).expect("a mode");
+    for (options, let_in, kept_out) in [
+        ("allow_other", 0, 1),
+        // Modes alone.
+        ("allow_other,noacl", 1, 0),
+        // The word of who mounts it.
+        ("allow_other,umask=022", 0, 0),
+        ("allow_other,umask=077", 1, 1),
+    ] {
+        let mount = Mount::with(&store, options);
+        for (name, code) in [("let-in", let_in), ("kept-out", kept_out)] {
+            let mut cat = tool("setpriv");
+            cat.args(["--reuid=nobody", "--regid=nogroup", "--clear-groups", "--inh-caps=-all", "cat"]);
+            let found = cat.arg(mount.path("vm/files/sn1/p1").join(name)).outcome();
+            assert_eq!(found.0, code, "{options}, {name}: {}", found.2);
+        }
+        mount.umount();
+    }
+}
+
 #[test]
 fn without_files_there_are_none() {
     let store = small_chain();

@@ -13,6 +13,7 @@ fn without_a_feature_of_the_kernel_every_view_is_the_same() {
         "nopassthrough",
         "noparallelwrites",
         "nosharedmapping",
+        "noacl",
         "noreadahead",
         "noseccomp",
         "noinotify",
@@ -71,4 +72,4 @@ fn without_inotify_changes_are_noticed_by_looking_again() {
 }
 
 const ALL_OFF: &str =
-    "nopassthrough,noparallelwrites,nosharedmapping,noreadahead,noseccomp,noinotify,rescan=1,threads=1,cache=1M";
+    "nopassthrough,noparallelwrites,nosharedmapping,noacl,noreadahead,noseccomp,noinotify,rescan=1,threads=1,cache=1M";

@@ -128,7 +128,7 @@ Options of -o:
   rescan=SECONDS         how often a store that cannot be watched is looked through
   trash=DAYS             for how long layers that a command has removed can be restored
   config=FILE            read this in place of /etc/chainfs.toml and the user's file
-  nopassthrough noparallelwrites nosharedmapping noseccomp noinotify noreadahead
+  nopassthrough noparallelwrites nosharedmapping noacl noseccomp noinotify noreadahead
                          do without a feature of the kernel
 A comma within a value is written \\, - what mount(8), fstab and systemd add is understood.
 

@@ -120,6 +120,8 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
         passthrough: !options.no_passthrough,
         parallel_writes: !options.no_parallel_writes,
         shared_mapping: !options.no_shared_mapping,
+        // Who says whose the files are does not go by whom else the guest lets in.
+        access_lists: options.allow_other && !options.no_acl && ownership.is_the_images(),
         threads,
     };
     let server = Server::connect(&tree, device, features).map_err(|error| Error::io("answering the kernel", error))?;

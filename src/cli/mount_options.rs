@@ -68,6 +68,8 @@ pub struct MountOptions {
     pub no_parallel_writes: bool,
     /// `nosharedmapping`: active disks are mapped privately only.
     pub no_shared_mapping: bool,
+    /// `noacl`: guests' access control lists are shown, and not gone by.
+    pub no_acl: bool,
     /// `noseccomp`: what reads guests' file systems is not confined to the system calls it needs.
     pub no_seccomp: bool,
     /// `noinotify`: the store is looked through every `rescan` seconds instead of being watched.
@@ -132,7 +134,7 @@ pub(super) enum Takes {
 }
 
 /// Options that a configuration file may set as well.
-pub(super) const SETTINGS: [(&str, Takes); 25] = [
+pub(super) const SETTINGS: [(&str, Takes); 26] = [
     ("ro", Takes::Nothing),
     ("allow_other", Takes::Nothing),
     ("uid", Takes::Value),
@@ -154,6 +156,7 @@ pub(super) const SETTINGS: [(&str, Takes); 25] = [
     ("nopassthrough", Takes::Nothing),
     ("noparallelwrites", Takes::Nothing),
     ("nosharedmapping", Takes::Nothing),
+    ("noacl", Takes::Nothing),
     ("noseccomp", Takes::Nothing),
     ("noinotify", Takes::Nothing),
     ("noreadahead", Takes::Nothing),
@@ -202,6 +205,7 @@ impl MountOptions {
             no_passthrough: self.no_passthrough || defaults.no_passthrough,
             no_parallel_writes: self.no_parallel_writes || defaults.no_parallel_writes,
             no_shared_mapping: self.no_shared_mapping || defaults.no_shared_mapping,
+            no_acl: self.no_acl || defaults.no_acl,
             no_seccomp: self.no_seccomp || defaults.no_seccomp,
             no_inotify: self.no_inotify || defaults.no_inotify,
             no_readahead: self.no_readahead || defaults.no_readahead,
@@ -275,6 +279,7 @@ impl MountOptions {
             "nopassthrough" => self.no_passthrough = true,
             "noparallelwrites" => self.no_parallel_writes = true,
             "nosharedmapping" => self.no_shared_mapping = true,
+            "noacl" => self.no_acl = true,
             "noseccomp" => self.no_seccomp = true,
             "noinotify" => self.no_inotify = true,
             "noreadahead" => self.no_readahead = true,

@@ -71,6 +71,11 @@ pub struct Ownership {
 }
 
 impl Ownership {
+    /// Whether owners and modes are shown as the images and the guests have them.
+    pub fn is_the_images(&self) -> bool {
+        matches!(self, Self { uid: None, gid: None, umask: None })
+    }
+
     /// Owner, group and permissions of something that belongs to the file or directory `stat`.
     pub(super) fn apply(&self, stat: &FileStat, kind: NodeKind, writable: bool) -> (u32, u32, u16) {
         let bits = match (self.umask, kind) {

@@ -46,6 +46,7 @@ const MAX_BACKGROUND: u16 = 64;
 
 /// Features of the kernel that can be done without.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 pub struct Features {
     /// Reads of frozen raw layers that never leave the kernel (Linux 6.9, root).
     pub passthrough: bool,
@@ -53,6 +54,8 @@ pub struct Features {
     pub parallel_writes: bool,
     /// Mappings of active disks that are shared and writable (Linux 6.6).
     pub shared_mapping: bool,
+    /// Access control lists of guests' files, which the kernel goes by where it goes by modes.
+    pub access_lists: bool,
     /// Worker threads.
     pub threads: usize,
 }
@@ -117,7 +120,9 @@ impl Filesystem for Adapter {
             | InitFlags::FUSE_ABORT_ERROR;
         let mapping =
             if self.features.shared_mapping { InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP } else { InitFlags::empty() };
-        for flag in (wanted | mapping).iter() {
+        // Not where modes do not count: the kernel takes the one for the other.
+        let lists = if self.features.access_lists { InitFlags::FUSE_POSIX_ACL } else { InitFlags::empty() };
+        for flag in (wanted | mapping | lists).iter() {
             let _ = config.add_capabilities(flag);
         }
         let possible = self.passthrough.load(Ordering::Relaxed)

@@ -13,7 +13,7 @@ fn every_option_of_ours_is_understood() {
     let options = parse(
         "ro,allow_other,uid=5,gid=0,umask=027,threads=4,cache=64M,backing_dir=/a,backing_dir=/b,map=/old=/new,\
          readonly=base*.raw,format=*.img:raw,format=a:b.*:qcow2,probe,force_share,nolock,nofiles,symlinks=verbatim,rescan=30,trash=7,\
-         config=/c.toml,nopassthrough,noparallelwrites,nosharedmapping,noseccomp,noinotify,noreadahead,noexec,noatime,sync,dirsync",
+         config=/c.toml,nopassthrough,noparallelwrites,nosharedmapping,noacl,noseccomp,noinotify,noreadahead,noexec,noatime,sync,dirsync",
     );
     let expected = MountOptions {
         read_only: true,
@@ -41,6 +41,7 @@ fn every_option_of_ours_is_understood() {
         no_passthrough: true,
         no_parallel_writes: true,
         no_shared_mapping: true,
+        no_acl: true,
         no_seccomp: true,
         no_inotify: true,
         no_readahead: true,
