@@ -233,27 +233,17 @@ impl Held<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::{Path, PathBuf};
-
     use super::*;
-    use crate::image::create::{CreateOptions, initial_image};
-    use crate::store::StoreOptions;
+    use crate::store::testing::OneDisk;
 
     #[test]
     fn a_disk_that_has_grown_is_not_what_it_was() {
-        let directory = tempfile::tempdir().unwrap();
-        let options = CreateOptions { size: Some(1 << 20), ..CreateOptions::default() };
-        std::fs::write(directory.path().join("a.qcow2"), initial_image(&options).unwrap()).unwrap();
-        let store = Store::open(directory.path(), StoreOptions::default()).unwrap();
-        let catalog = store.catalog();
-        let views = store.chain_views(&catalog, catalog.chain(Path::new("a")).unwrap());
-        let chain = Arc::new(PathBuf::from("a"));
-        let id = store.view_id(&catalog, &chain, &views, views.active().unwrap(), false);
-        let writer = store.open_writable(&id, Access::Write).unwrap();
-        let disk = Disk::new(&store, &id, &Arc::default()).unwrap();
+        let OneDisk { store, id, .. } = &OneDisk::new(1 << 20);
+        let writer = store.open_writable(id, Access::Write).unwrap();
+        let disk = Disk::new(store, id, &Arc::default()).unwrap();
         assert!(disk.is_unchanged());
         writer.set_size(2 << 20).unwrap();
         assert!(disk.is_good() && !disk.is_unchanged());
-        assert!(Disk::new(&store, &id, &Arc::default()).unwrap().is_unchanged());
+        assert!(Disk::new(store, id, &Arc::default()).unwrap().is_unchanged());
     }
 }

@@ -287,11 +287,8 @@ impl Table {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
-    use crate::image::create::{CreateOptions, initial_image};
-    use crate::store::{Store, StoreOptions};
+    use crate::store::testing::OneDisk;
 
     #[test]
     fn what_is_kept_of_inodes_is_bounded_by_its_weight() {
@@ -325,16 +322,10 @@ mod tests {
 
     #[test]
     fn what_nobody_knows_of_any_more_is_not_kept() {
-        let directory = tempfile::tempdir().unwrap();
-        let options = CreateOptions { size: Some(1 << 20), ..CreateOptions::default() };
-        std::fs::write(directory.path().join("a.qcow2"), initial_image(&options).unwrap()).unwrap();
-        let store = Store::open(directory.path(), StoreOptions::default()).unwrap();
-        let catalog = store.catalog();
-        let views = store.chain_views(&catalog, catalog.chain(Path::new("a")).unwrap());
-        let id = store.view_id(&catalog, &Arc::new("a".into()), &views, views.active().unwrap(), false);
+        let OneDisk { store, id, .. } = &OneDisk::new(1 << 20);
         let slots = Slots::default();
         // As many moments of one disk: the first is the kernel's, the second is being read, the third is shown to whoever looks next.
-        let [known, open, shown, gone] = [0; 4].map(|_| Inside::with_one_volume(&store, &id));
+        let [known, open, shown, gone] = [0; 4].map(|_| Inside::with_one_volume(store, id));
         let (kernels, _) = slots.of(&known, 0).unwrap();
         let (_, _read) = slots.of(&open, 0).unwrap();
         slots.of(&shown, 0).unwrap();
@@ -350,7 +341,7 @@ mod tests {
         assert_eq!(slots.table.write().vacate(Duration::ZERO).len(), 1);
         assert_eq!(is_known.strong_count(), 0);
         // Its number is not given again as long as there are others.
-        assert_eq!(slots.of(&Inside::with_one_volume(&store, &id), 0).unwrap().0, number + 1);
+        assert_eq!(slots.of(&Inside::with_one_volume(store, id), 0).unwrap().0, number + 1);
         assert_eq!(slots.of(&shown, 0).unwrap().0, number - 1);
     }
 }

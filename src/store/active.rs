@@ -556,19 +556,15 @@ pub(super) fn writer_options(store: &Store) -> WriterOptions {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::create::{CreateOptions, initial_image};
     use crate::image::write::Zeroing;
-    use crate::store::StoreOptions;
+    use crate::store::testing::OneDisk;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::path::Path;
 
     #[test]
     fn a_change_that_a_bug_broke_off_is_never_flushed_and_ends_all_writing() {
-        let directory = tempfile::tempdir().unwrap();
+        let OneDisk { directory, store, .. } = &OneDisk::new(1 << 20);
         let place = directory.path().join("a.qcow2");
-        let options = CreateOptions { size: Some(1 << 20), ..CreateOptions::default() };
-        std::fs::write(&place, initial_image(&options).unwrap()).unwrap();
-        let store = Store::open(directory.path(), StoreOptions::default()).unwrap();
         let catalog = store.catalog();
         let leaf = catalog.chain(Path::new("a")).unwrap();
         let open = |access| store.open_active(&catalog, &[leaf], access);

@@ -20,6 +20,8 @@ mod open;
 mod options;
 mod resolve;
 mod scan;
+#[cfg(test)]
+pub(crate) mod testing;
 mod trash;
 mod views;
 mod watch;

@@ -373,33 +373,13 @@ impl ActiveHandle {
 
 #[cfg(test)]
 mod tests {
-    use std::path::{Path, PathBuf};
-
     use super::*;
     use crate::error::ErrorKind;
-    use crate::image::create::{CreateOptions, initial_image};
     use crate::image::write::Zeroing;
-    use crate::store::{Access, StoreOptions};
+    use crate::store::Access;
+    use crate::store::testing::OneDisk;
 
     const SIZE: u64 = 4 << 20;
-
-    struct Lab {
-        _directory: tempfile::TempDir,
-        store: Arc<Store>,
-        id: ViewId,
-    }
-
-    fn lab() -> Lab {
-        let directory = tempfile::tempdir().unwrap();
-        let options = CreateOptions { size: Some(SIZE), ..CreateOptions::default() };
-        std::fs::write(directory.path().join("a.qcow2"), initial_image(&options).unwrap()).unwrap();
-        let store = Store::open(directory.path(), StoreOptions::default()).unwrap();
-        let catalog = store.catalog();
-        let views = store.chain_views(&catalog, catalog.chain(Path::new("a")).unwrap());
-        let chain = Arc::new(PathBuf::from("a"));
-        let id = store.view_id(&catalog, &chain, &views, views.active().unwrap(), false);
-        Lab { _directory: directory, store, id }
-    }
 
     fn pattern(seed: u64, len: usize) -> Vec<u8> {
         let mut state = seed * 2 + 1;
@@ -412,7 +392,7 @@ mod tests {
 
     #[test]
     fn what_is_read_is_what_the_disk_was_whoever_writes_meanwhile() {
-        let Lab { store, id, .. } = &lab();
+        let OneDisk { store, id, .. } = &OneDisk::new(SIZE);
         let writer = store.open_writable(id, Access::ReadWrite).unwrap();
         let before = pattern(1, SIZE as usize / 2);
         writer.write_at(0, &before).unwrap();
@@ -448,7 +428,7 @@ mod tests {
 
     #[test]
     fn a_still_goes_on_after_a_pause_only_if_nothing_was_changed() {
-        let Lab { store, id, .. } = &lab();
+        let OneDisk { store, id, .. } = &OneDisk::new(SIZE);
         let read = |still: &Arc<Still>| -> Result<()> {
             let reader = store.open_writable(id, Access::Read)?;
             reader.hold_again(still)?;
@@ -481,7 +461,7 @@ mod tests {
 
     #[test]
     fn what_is_damaged_is_an_error_of_its_own_and_not_a_disk_that_has_changed() {
-        let Lab { _directory: directory, store, id } = &lab();
+        let OneDisk { directory, store, id } = &OneDisk::new(SIZE);
         let writer = store.open_writable(id, Access::Write).unwrap();
         writer.write_at(0, &pattern(1, 2 << 16)).unwrap();
         drop(writer);
@@ -499,7 +479,7 @@ mod tests {
 
     #[test]
     fn who_changes_too_much_ends_the_still_and_is_never_refused() {
-        let Lab { store, id, .. } = &lab();
+        let OneDisk { store, id, .. } = &OneDisk::new(SIZE);
         let writer = store.open_writable(id, Access::ReadWrite).unwrap();
         writer.set_size(1 << 30).unwrap();
         let still = writer.hold_still().unwrap();
@@ -510,7 +490,7 @@ mod tests {
 
     #[test]
     fn however_many_look_a_disk_costs_no_more_than_one_of_them_and_the_last_are_served() {
-        let Lab { store, id, .. } = &lab();
+        let OneDisk { store, id, .. } = &OneDisk::new(SIZE);
         let writer = store.open_writable(id, Access::ReadWrite).unwrap();
         writer.set_size(1 << 30).unwrap();
         let stills: Vec<_> = (0..6).map(|_| writer.hold_still().unwrap()).collect();
