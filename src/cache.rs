@@ -1,5 +1,5 @@
-//! A least-recently-used cache bounded by bytes and split into shards, so that worker threads
-//! seldom wait for each other.
+//! Caches of what was least recently used, bounded by weight: one for a single holder, and one split into shards, so that
+//! worker threads seldom wait for each other.
 
 use std::hash::{BuildHasher, Hash, RandomState};
 
@@ -10,49 +10,75 @@ const SHARD_COUNT: usize = 16;
 
 /// Values by key; the least recently used go when their weights exceed the budget.
 pub struct Cache<K, V> {
-    shards: Vec<Mutex<Shard<K, V>>>,
+    shards: Vec<Mutex<Weighted<K, V>>>,
     hasher: RandomState,
 }
 
-struct Shard<K, V> {
+/// The same without locks. Takes no memory to speak of before there is anything in it.
+pub(crate) struct Weighted<K, V> {
     entries: LruCache<K, (V, usize)>,
     weight: usize,
     budget: usize,
 }
 
+impl<K: Hash + Eq, V: Clone> Weighted<K, V> {
+    pub(crate) fn new(budget: usize) -> Self {
+        Self { entries: LruCache::unbounded(), weight: 0, budget }
+    }
+
+    /// What all of them may weigh together.
+    pub(crate) fn budget(&self) -> usize {
+        self.budget
+    }
+
+    /// What all of them weigh now.
+    pub(crate) fn weight(&self) -> usize {
+        self.weight
+    }
+
+    /// The value, now the most recently used.
+    pub(crate) fn get(&mut self, key: &K) -> Option<V> {
+        self.entries.get(key).map(|(value, _)| value.clone())
+    }
+
+    /// Keeps a value that weighs so much. One that is heavier than the budget stays until the next is kept.
+    pub(crate) fn put(&mut self, key: K, value: V, weight: usize) {
+        if let Some((_, old)) = self.entries.put(key, (value, weight)) {
+            self.weight -= old;
+        }
+        self.weight += weight;
+        while self.weight > self.budget && self.entries.len() > 1 {
+            let Some((_, (_, old))) = self.entries.pop_lru() else { break };
+            self.weight -= old;
+        }
+    }
+}
+
 impl<K: Hash + Eq, V: Clone> Cache<K, V> {
     /// A cache of about `budget` bytes.
     pub fn new(budget: usize) -> Self {
-        let shard = || Mutex::new(Shard { entries: LruCache::unbounded(), weight: 0, budget: budget / SHARD_COUNT });
+        let shard = || Mutex::new(Weighted::new(budget / SHARD_COUNT));
         Self { shards: (0..SHARD_COUNT).map(|_| shard()).collect(), hasher: RandomState::new() }
     }
 
-    fn shard(&self, key: &K) -> &Mutex<Shard<K, V>> {
+    fn shard(&self, key: &K) -> &Mutex<Weighted<K, V>> {
         &self.shards[self.hasher.hash_one(key) as usize % SHARD_COUNT]
     }
 
     /// The value, now the most recently used.
     pub fn get(&self, key: &K) -> Option<V> {
-        self.shard(key).lock().entries.get(key).map(|(value, _)| value.clone())
+        self.shard(key).lock().get(key)
     }
 
     /// Keeps a value that takes `weight` bytes. One that is larger than a whole shard stays
     /// until the next is kept: the caller has just paid for it.
     pub fn put(&self, key: K, value: V, weight: usize) {
-        let mut shard = self.shard(&key).lock();
-        if let Some((_, old)) = shard.entries.put(key, (value, weight)) {
-            shard.weight -= old;
-        }
-        shard.weight += weight;
-        while shard.weight > shard.budget && shard.entries.len() > 1 {
-            let Some((_, (_, old))) = shard.entries.pop_lru() else { break };
-            shard.weight -= old;
-        }
+        self.shard(&key).lock().put(key, value, weight);
     }
 
     /// Bytes held now.
     pub fn weight(&self) -> usize {
-        self.shards.iter().map(|shard| shard.lock().weight).sum()
+        self.shards.iter().map(|shard| shard.lock().weight()).sum()
     }
 }
 

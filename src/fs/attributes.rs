@@ -50,9 +50,7 @@ impl Attributes {
         let (accessed, changed) = (modified, modified);
         Self { inode, kind, size, blocks, links, device: 0, accessed, modified, changed, permissions, uid, gid }
     }
-}
 
-impl Attributes {
     /// Of something of which only that is known.
     pub(super) fn unknown(inode: u64, kind: NodeKind) -> Self {
         Self::plain(inode, kind, (0, 0), UNIX_EPOCH, (0, 0, 0))

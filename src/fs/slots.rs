@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
-use lru::LruCache;
 use parking_lot::{Mutex, RwLock};
 
 use crate::browse::{Inside, Mounted};
+use crate::cache::Weighted;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{ExtendedAttribute, Ino};
 
@@ -86,39 +86,24 @@ impl std::fmt::Debug for Slot {
     }
 }
 
-/// Something of inodes, the least recently used of which are forgotten. Takes no memory before there is any.
-struct Kept<T> {
-    /// What all of them weigh together, at most.
-    most: usize,
-    found: Mutex<Found<T>>,
-}
-
-struct Found<T> {
-    by_ino: LruCache<Ino, (T, usize)>,
-    weight: usize,
-}
+/// Something of inodes, the least recently used of which are forgotten.
+struct Kept<T>(Mutex<Weighted<Ino, T>>);
 
 impl<T: Clone> Kept<T> {
+    /// What weighs so much together, at most.
     fn new(most: usize) -> Self {
-        Self { most, found: Mutex::new(Found { by_ino: LruCache::unbounded(), weight: 0 }) }
+        Self(Mutex::new(Weighted::new(most)))
     }
 
     fn get(&self, ino: Ino) -> Option<T> {
-        self.found.lock().by_ino.get(&ino).map(|(value, _)| value.clone())
+        self.0.lock().get(&ino)
     }
 
     /// Keeps something that weighs so much; nothing, if that is too much by itself.
     fn put(&self, ino: Ino, value: T, weight: usize) {
-        if weight > self.most {
-            return;
-        }
-        let mut found = self.found.lock();
-        found.weight += weight;
-        let old = found.by_ino.put(ino, (value, weight));
-        found.weight -= old.map_or(0, |(_, weight)| weight);
-        while found.weight > self.most {
-            let Some((_, (_, weight))) = found.by_ino.pop_lru() else { break };
-            found.weight -= weight;
+        let mut kept = self.0.lock();
+        if weight <= kept.budget() {
+            kept.put(ino, value, weight);
         }
     }
 }
@@ -303,7 +288,7 @@ mod tests {
         // Put once more, it weighs what it weighs now.
         kept.put(Ino(9), 99, 40);
         assert_eq!((kept.get(Ino(7)), kept.get(Ino(8)), kept.get(Ino(9))), (Some(7), Some(8), Some(99)));
-        assert_eq!(kept.found.lock().weight, 100);
+        assert_eq!(kept.0.lock().weight(), 100);
     }
 
     #[test]

@@ -45,6 +45,13 @@ struct Kept {
     hold: Hold,
 }
 
+impl Kept {
+    fn lose(&mut self) {
+        self.hold = Hold::Lost;
+        self.chunks = HashMap::new();
+    }
+}
+
 /// How sure it is that all changes are known of.
 enum Hold {
     /// They are: each passes by here first.
@@ -92,9 +99,7 @@ impl Still {
     }
 
     fn lose(&self) {
-        let mut kept = self.kept.lock();
-        kept.hold = Hold::Lost;
-        kept.chunks = HashMap::new();
+        self.kept.lock().lose();
     }
 
     /// Nobody looks from here on; the disk is at `version`, or nobody knows.
@@ -117,19 +122,22 @@ impl Still {
         if at < end { at / CHUNK..end.div_ceil(CHUNK) } else { 0..0 }
     }
 
-    /// How many chunks are put aside, and how many would be if `touched` were to be changed; as many as never are if
-    /// that is more than can be.
-    fn count(&self, touched: &Range<u64>) -> (usize, usize) {
+    /// How many chunks are put aside.
+    fn kept_count(&self) -> usize {
+        self.kept.lock().chunks.len()
+    }
+
+    /// How many would be if `touched` were to be changed; as many as never are if that is more than can be.
+    fn count_with(&self, touched: &Range<u64>) -> usize {
         let kept = self.kept.lock();
-        let now = kept.chunks.len();
         if matches!(kept.hold, Hold::Lost) {
-            return (now, now);
+            return kept.chunks.len();
         }
         // Asked first: whoever discards a disk does not wait until all of its chunks have been counted.
         if touched.end - touched.start > 2 * KEPT_COUNT as u64 {
-            return (now, usize::MAX);
+            return usize::MAX;
         }
-        (now, now + touched.clone().filter(|chunk| !kept.chunks.contains_key(chunk)).count())
+        kept.chunks.len() + touched.clone().filter(|chunk| !kept.chunks.contains_key(chunk)).count()
     }
 
     /// Puts aside what is about to be changed.
@@ -139,8 +147,7 @@ impl Still {
             return;
         }
         if !self.keep_all(&mut kept, touched, read) {
-            kept.hold = Hold::Lost;
-            kept.chunks = HashMap::new();
+            kept.lose();
         }
     }
 
@@ -201,25 +208,25 @@ impl Stills {
         let held = self.held.lock();
         let all: Vec<Arc<Still>> = held.iter().filter_map(Weak::upgrade).collect();
         self.any.store(!all.is_empty(), Ordering::Release);
-        let mut counts: Vec<usize> = all.iter().map(|still| still.count(&(0..0)).0).collect();
+        let mut total: usize = all.iter().map(|still| still.kept_count()).sum();
         // The last first: where there is no room for all of them, those go that have had the most time.
         for (index, still) in all.iter().enumerate().rev() {
             let touched = still.touched(at, len);
-            let wanted = still.count(&touched).1;
-            let is_too_much =
-                |counts: &[usize]| wanted.saturating_add(counts.iter().sum::<usize>() - counts[index]) > KEPT_COUNT;
-            for older in 0..index {
-                if wanted <= KEPT_COUNT && is_too_much(&counts) && counts[older] > 0 {
-                    all[older].lose();
-                    counts[older] = 0;
+            let (wanted, mut others) = (still.count_with(&touched), total - still.kept_count());
+            let is_too_much = |others: usize| wanted.saturating_add(others) > KEPT_COUNT;
+            for older in &all[..index] {
+                let count = older.kept_count();
+                if count > 0 && wanted <= KEPT_COUNT && is_too_much(others) {
+                    older.lose();
+                    others -= count;
                 }
             }
-            if is_too_much(&counts) {
+            if is_too_much(others) {
                 still.lose();
             } else {
                 still.keep(touched, &|at, buf| writing.writer.read_at(at, buf));
             }
-            counts[index] = still.count(&(0..0)).0;
+            total = others + still.kept_count();
         }
     }
 
