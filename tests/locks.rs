@@ -204,3 +204,30 @@ fn tools_that_look_at_an_image_respect_a_running_guest_as_qemu_img_does() {
     guest.shut_down();
     assert_eq!(run(&["check"]).0, 0);
 }
+
+/// `losetup` and `mount -o loop` take EBUSY for a loop device that another has got first.
+#[test]
+fn a_loop_device_on_a_disk_that_a_guest_writes_is_refused_and_not_tried_for_ever() {
+    let store = chain();
+    let mount = Mount::new(&store);
+    let guest = Qemu::running_on(&store, "web.qcow2", &[]);
+    let active = mount.path("web/active.raw");
+    assert_eq!(open(&active).err(), Some(Errno::BUSY));
+    let point = store.beside("point");
+    std::fs::create_dir(&point).expect("a directory");
+    for options in [&["--read-only", "--find", "--show"][..], &["--find", "--show"]] {
+        let (code, out, err) = tool("losetup").args(options).arg(&active).outcome();
+        assert_eq!((code, out.as_str()), (1, ""), "losetup {options:?}: {err}");
+        assert!(err.contains("Text file busy"), "losetup {options:?}: {err}");
+    }
+    let (code, _, err) = tool("mount").args(["-o", "loop,ro"]).arg(&active).arg(&point).outcome();
+    assert_eq!(code, 32, "mount: {err}");
+    // Others are told what it is.
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| open(&active).err());
+        assert_eq!(other.join().expect("no panic"), Some(Errno::BUSY));
+    });
+    guest.shut_down();
+    assert_same(&active, &store.oracle("web.qcow2", "qcow2"));
+    mount.umount();
+}

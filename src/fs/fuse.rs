@@ -1,6 +1,7 @@
 //! The adapter to FUSE: requests to [`Tree`], answers to replies, errors to errno. Nothing else
 //! names fuser.
 
+mod again;
 mod entries;
 mod modes;
 mod replies;
@@ -34,6 +35,7 @@ use super::change::Fallocate;
 use super::handles::Handle;
 use super::tree::Tree;
 
+use again::Refusals;
 use entries::{Entry, each, known};
 use modes::Mode;
 use replies::{attr, belief, file_type, give};
@@ -76,6 +78,7 @@ impl Server {
             features,
             modes: Mutex::default(),
             waiting: Arc::default(),
+            refusals: Refusals::default(),
         };
         let mut config = Config::default();
         config.n_threads = Some(features.threads);
@@ -101,6 +104,7 @@ struct Adapter {
     modes: Mutex<HashMap<u64, Mode>>,
     /// Threads of the mount that may be waiting for a worker.
     waiting: Arc<AtomicUsize>,
+    refusals: Refusals,
 }
 
 thread_local! {
@@ -168,7 +172,7 @@ impl Filesystem for Adapter {
         });
     }
 
-    fn open(&self, _req: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, req: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let access = match flags.acc_mode() {
             OpenAccMode::O_RDONLY => Access::Read,
             OpenAccMode::O_WRONLY => Access::Write,
@@ -187,7 +191,7 @@ impl Filesystem for Adapter {
         }
         let (number, handle) = match self.answer(|tree| tree.open(inode.0, access)) {
             Ok(opened) => opened,
-            Err(errno) => return reply.error(errno),
+            Err(errno) => return reply.error(self.refusals.tell(req.pid(), inode.0, errno)),
         };
         if let Some(backing) = self.pass(&reply, inode.0, &handle) {
             return reply.opened_passthrough(FileHandle(number), FopenFlags::empty(), &backing);

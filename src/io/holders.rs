@@ -1,11 +1,16 @@
 //! Who it is that holds a lock or keeps a mount busy, where `/proc` tells.
 //!
-//! Only for sentences: the answer is a moment old, and lacks what another user's processes hide.
+//! Only for sentences: the answer is a moment old, and lacks what another user's processes hide. It is bounded: however many
+//! ask, and however often, `/proc` is walked through by one at a time, for a limited time, and what was found answers all.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use super::file::FileId;
 
@@ -26,38 +31,86 @@ impl fmt::Display for Holder {
 
 /// Other processes that hold a lock on `byte` of the file `id`.
 pub fn lock_holders(id: FileId, byte: i64) -> Vec<Holder> {
-    others(|process| holds_lock(process, id, byte))
-}
-
-fn holds_lock(process: &Path, id: FileId, byte: i64) -> bool {
-    let Ok(infos) = fs::read_dir(process.join("fdinfo")) else { return false };
-    infos.flatten().any(|info| {
-        fs::read_to_string(info.path())
-            .is_ok_and(|text| text.lines().any(|line| locked_inode(line, byte) == Some(id.inode)))
-    })
+    Survey::for_lock(id.inode, byte).holders(id.inode, byte)
 }
 
 /// As [`lock_holders`], for many files at once: who holds `byte` of which inode. Inode numbers
 /// are those of any file system, so ask only about files that are known to be locked.
-pub fn all_lock_holders(byte: i64) -> HashMap<u64, Vec<Holder>> {
-    let mut found: HashMap<u64, Vec<Holder>> = HashMap::new();
-    for (pid, process) in processes() {
-        let Ok(infos) = fs::read_dir(process.join("fdinfo")) else { continue };
-        let texts = infos.flatten().filter_map(|info| fs::read_to_string(info.path()).ok());
-        let mut inodes: Vec<u64> = texts
-            .flat_map(|text| text.lines().filter_map(|line| locked_inode(line, byte)).collect::<Vec<_>>())
-            .collect();
-        inodes.sort_unstable();
-        inodes.dedup();
-        if inodes.is_empty() {
-            continue;
-        }
-        let holder = Holder::of(pid, &process);
-        for inode in inodes {
-            found.entry(inode).or_default().push(holder.clone());
-        }
+pub fn all_lock_holders(inodes: &[u64], byte: i64) -> HashMap<u64, Vec<Holder>> {
+    let Some(first) = inodes.first() else { return HashMap::new() };
+    // One that nobody is known to hold is a reason to look again.
+    let unknown = |survey: &Survey| inodes.iter().copied().find(|inode| survey.holders(*inode, byte).is_empty());
+    let mut survey = Survey::for_lock(*first, byte);
+    if let Some(inode) = unknown(&survey) {
+        survey = Survey::for_lock(inode, byte);
     }
-    found
+    inodes.iter().map(|inode| (*inode, survey.holders(*inode, byte))).collect()
+}
+
+/// How long one walk through `/proc` may take: a host may have many thousand processes, and who asks waits.
+const WALK: Duration = Duration::from_millis(250);
+/// For how many times its own cost a walk answers all who ask: looking again and again, as a program does that is
+/// refused and tries again at once, takes a tenth of a processor at most.
+const ANSWERS: u32 = 10;
+
+/// All locks of all processes at one moment.
+struct Survey {
+    begun: Instant,
+    cost: Duration,
+    /// By inode: first and last locked byte, and who holds it; `None` is this process.
+    locks: HashMap<u64, Vec<(i64, i64, Option<Holder>)>>,
+}
+
+impl Survey {
+    /// The last one, if it still holds for this question; else a new one. Whoever comes while one is made waits for it.
+    fn for_lock(inode: u64, byte: i64) -> Arc<Self> {
+        static LAST: Mutex<Option<Arc<Survey>>> = Mutex::new(None);
+        let mut last = LAST.lock();
+        if let Some(known) = &*last {
+            let is_found = known.all(inode, byte).next().is_some();
+            // Who is not found may have come since.
+            let holds_for = if is_found { known.cost * ANSWERS } else { known.cost };
+            if known.begun.elapsed() < known.cost + holds_for {
+                return Arc::clone(known);
+            }
+        }
+        Arc::clone(last.insert(Arc::new(Self::new(WALK))))
+    }
+
+    /// Looks at all processes, for as long as there is time.
+    fn new(limit: Duration) -> Self {
+        let begun = Instant::now();
+        let mut locks: HashMap<u64, Vec<(i64, i64, Option<Holder>)>> = HashMap::new();
+        let own = std::process::id();
+        for (pid, process) in processes(true).take_while(|_| begun.elapsed() <= limit) {
+            let Ok(infos) = fs::read_dir(process.join("fdinfo")) else { continue };
+            let mut holder = None;
+            for info in infos.flatten().take_while(|_| begun.elapsed() <= limit) {
+                let text = fs::read_to_string(info.path()).unwrap_or_default();
+                for (inode, first, last) in text.lines().filter_map(lock) {
+                    let holder = (pid != own).then(|| holder.get_or_insert_with(|| Holder::of(pid, &process)).clone());
+                    let held = locks.entry(inode).or_default();
+                    if !held.contains(&(first, last, holder.clone())) {
+                        held.push((first, last, holder));
+                    }
+                }
+            }
+        }
+        Self { begun, cost: begun.elapsed(), locks }
+    }
+
+    fn all(&self, inode: u64, byte: i64) -> impl Iterator<Item = &Option<Holder>> {
+        let held = self.locks.get(&inode).into_iter().flatten();
+        held.filter(move |(first, last, _)| (*first..=*last).contains(&byte)).map(|(_, _, holder)| holder)
+    }
+
+    /// The other processes that hold a byte.
+    fn holders(&self, inode: u64, byte: i64) -> Vec<Holder> {
+        let mut holders: Vec<Holder> = self.all(inode, byte).flatten().cloned().collect();
+        holders.sort();
+        holders.dedup();
+        holders
+    }
 }
 
 /// Other processes that have a file open, mapped, or as their place, beneath `directory`.
@@ -81,10 +134,11 @@ const UNSEEN: &str = "which one cannot be seen from here";
 
 /// The holders of `byte` as part of a sentence.
 pub(super) fn describe(id: FileId, byte: i64) -> String {
-    let holders = lock_holders(id, byte);
+    let survey = Survey::for_lock(id.inode, byte);
+    let holders = survey.holders(id.inode, byte);
     if holders.is_empty() {
         // Two openings of ours: the older one is of the file as it was before somebody changed it.
-        let is_own = holds_lock(Path::new("/proc/self"), id, byte);
+        let is_own = survey.all(id.inode, byte).next().is_some();
         let sentence = if is_own { "by this mount, in a disk opened before the file changed" } else { UNSEEN };
         return sentence.to_string();
     }
@@ -92,16 +146,22 @@ pub(super) fn describe(id: FileId, byte: i64) -> String {
 }
 
 fn others(is_one: impl Fn(&Path) -> bool) -> Vec<Holder> {
-    processes().filter(|(_, process)| is_one(process)).map(|(pid, process)| Holder::of(pid, &process)).collect()
+    let found = processes(false).filter(|(_, process)| is_one(process));
+    let mut holders: Vec<Holder> = found.map(|(pid, process)| Holder::of(pid, &process)).collect();
+    holders.sort();
+    holders
 }
 
-/// Numbers and directories of all processes but this one, in the order of their numbers.
-fn processes() -> impl Iterator<Item = (u32, PathBuf)> {
+/// Numbers and directories of all processes, `with_own` among them or not, the newest first: what holds a lock is more
+/// often a program of today than one of the system's.
+fn processes(with_own: bool) -> impl Iterator<Item = (u32, PathBuf)> {
     let own = std::process::id();
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut pids: Vec<u32> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
-    pids.sort_unstable();
-    pids.into_iter().filter(move |pid| *pid != own).map(|pid| (pid, Path::new("/proc").join(pid.to_string())))
+    pids.sort_unstable_by(|one, other| other.cmp(one));
+    pids.into_iter()
+        .filter(move |pid| with_own || *pid != own)
+        .map(|pid| (pid, Path::new("/proc").join(pid.to_string())))
 }
 
 impl Holder {
@@ -111,25 +171,48 @@ impl Holder {
     }
 }
 
-/// The inode that a line of fdinfo says is locked at `byte`:
+/// What a line of fdinfo says is locked: inode, first and last byte.
 /// `lock:\t1: OFDLCK  ADVISORY  READ -1 fe:00:1234 101 101`.
-fn locked_inode(line: &str, byte: i64) -> Option<u64> {
+fn lock(line: &str) -> Option<(u64, i64, i64)> {
     let words: Vec<_> = line.strip_prefix("lock:")?.split_whitespace().collect();
-    let [.., file, start, end] = words.as_slice() else { return None };
-    let starts = start.parse().is_ok_and(|start: i64| start <= byte);
-    let ends = *end == "EOF" || end.parse().is_ok_and(|end: i64| byte <= end);
-    if starts && ends { file.rsplit(':').next()?.parse().ok() } else { None }
+    let [.., file, first, last] = words.as_slice() else { return None };
+    let last = if *last == "EOF" { i64::MAX } else { last.parse().ok()? };
+    Some((file.rsplit(':').next()?.parse().ok()?, first.parse().ok()?, last))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::Claim;
+    use super::super::file::FileStat;
     use super::*;
+    use std::os::fd::OwnedFd;
 
     #[test]
     fn a_lock_line_names_file_and_range() {
         let line = "lock:\t3: OFDLCK  ADVISORY  READ -1 fe:00:1234 101 103";
-        assert_eq!([100, 101, 103, 104].map(|byte| locked_inode(line, byte)), [None, Some(1234), Some(1234), None]);
-        assert_eq!(locked_inode("lock:\t1: POSIX  ADVISORY  WRITE 7 fe:00:9 0 EOF", 4711), Some(9));
-        assert_eq!(locked_inode("pos:\t0", 0), None);
+        assert_eq!(lock(line), Some((1234, 101, 103)));
+        assert_eq!(lock("lock:\t1: POSIX  ADVISORY  WRITE 7 fe:00:9 0 EOF"), Some((9, 0, i64::MAX)));
+        assert_eq!(lock("pos:\t0"), None);
+        assert_eq!(lock("lock:\t1: OFDLCK ADVISORY READ -1 fe:00:x 1 2"), None);
+    }
+
+    #[test]
+    fn one_walk_answers_many_who_ask_and_who_is_not_found_is_looked_for_again() {
+        let place = tempfile::NamedTempFile::new().unwrap();
+        let file = std::fs::File::options().read(true).write(true).open(place.path()).unwrap();
+        let id = FileStat::of(&file).unwrap().id;
+        let claim = Claim::take(OwnedFd::from(file), place.path(), Duration::ZERO).unwrap();
+        let own = |survey: &Survey| survey.all(id.inode, 0).next().is_some();
+        // Another test's walk may have begun before the claim was there.
+        let found = (0..1000).map(|_| Survey::for_lock(id.inode, 0)).find(|survey| own(survey)).expect("our own lock");
+        assert!(found.holders(id.inode, 0).is_empty(), "this process is nobody else");
+        let again: Vec<_> = (0..20).map(|_| Survey::for_lock(id.inode, 0)).collect();
+        assert!(again.windows(2).filter(|pair| !Arc::ptr_eq(&pair[0], &pair[1])).count() < 10, "few walks for many");
+        drop(claim);
+    }
+
+    #[test]
+    fn a_walk_ends_when_its_time_is_over() {
+        assert!(Survey::new(Duration::ZERO).locks.is_empty());
     }
 }

@@ -365,7 +365,8 @@ impl Writers {
         if self.locked.is_empty() {
             return;
         }
-        let holders = all_lock_holders(WRITER_BYTE);
+        let inodes: Vec<u64> = self.locked.iter().map(|(_, _, inode)| *inode).collect();
+        let holders = all_lock_holders(&inodes, WRITER_BYTE);
         for (tree, node, inode) in &self.locked {
             let names: Vec<_> = holders.get(inode).into_iter().flatten().map(Holder::to_string).collect();
             let flag = if names.is_empty() { "locked".to_owned() } else { format!("locked by {}", names.join(", ")) };
