@@ -42,8 +42,10 @@ pub enum ErrorKind {
     Broken,
     /// A name that leads out of the store.
     Escape,
-    /// A limit of chainfs or of the system is reached.
+    /// What is asked for is more than a limit of chainfs or of a format allows.
     Limit,
+    /// The process has no more files, threads or processes to give; it may have some again in a moment.
+    Exhausted,
     /// The change is not one that may be made this way.
     Forbidden,
     /// The file system that holds the image is full.
@@ -59,7 +61,7 @@ pub enum ErrorKind {
 }
 
 /// Every kind, for tests and tables.
-pub const ERROR_KINDS: [ErrorKind; 20] = [
+pub const ERROR_KINDS: [ErrorKind; 21] = [
     ErrorKind::NotFound,
     ErrorKind::Usage,
     ErrorKind::Exists,
@@ -74,6 +76,7 @@ pub const ERROR_KINDS: [ErrorKind; 20] = [
     ErrorKind::Broken,
     ErrorKind::Escape,
     ErrorKind::Limit,
+    ErrorKind::Exhausted,
     ErrorKind::Forbidden,
     ErrorKind::NoSpace,
     ErrorKind::Quota,
@@ -101,7 +104,7 @@ pub fn errno(kind: ErrorKind) -> rustix::io::Errno {
         ErrorKind::NoSpace => Errno::NOSPC,
         ErrorKind::Quota => Errno::DQUOT,
         ErrorKind::TooLarge => Errno::FBIG,
-        ErrorKind::Limit => Errno::MFILE,
+        ErrorKind::Limit | ErrorKind::Exhausted => Errno::MFILE,
     }
 }
 
@@ -132,9 +135,20 @@ impl Error {
             io::ErrorKind::StorageFull => ErrorKind::NoSpace,
             io::ErrorKind::QuotaExceeded => ErrorKind::Quota,
             io::ErrorKind::FileTooLarge => ErrorKind::TooLarge,
+            _ if source.raw_os_error().is_some_and(is_exhaustion) => ErrorKind::Exhausted,
             _ => ErrorKind::Io,
         };
         Self { kind, context: context.into(), source: Some(Arc::new(source)) }
+    }
+
+    /// An error while beginning a thread or a process: there may be no more of them.
+    pub fn beginning(context: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        let mut error = Self::io(context, source);
+        let is_again = |source: &Arc<io::Error>| source.kind() == io::ErrorKind::WouldBlock;
+        if error.source.as_ref().is_some_and(is_again) {
+            error.kind = ErrorKind::Exhausted;
+        }
+        error
     }
 
     /// What a program needs to know.
@@ -148,6 +162,12 @@ impl Error {
         self.context = format!("{context}: {}", self.context);
         self
     }
+}
+
+/// Whether a number says that the process or the system has no more files open to give.
+fn is_exhaustion(errno: i32) -> bool {
+    use rustix::io::Errno;
+    [Errno::MFILE, Errno::NFILE].iter().any(|known| known.raw_os_error() == errno)
 }
 
 impl fmt::Display for Error {

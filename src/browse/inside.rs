@@ -134,6 +134,8 @@ impl Inside {
 
     fn ask(&self, request: &Request) -> Result<(Answer, Vec<u8>)> {
         let session = Session::new(&self.disks, &self.digests);
+        // The one that is told of the set is the one that is asked.
+        let _kept = self.worker.hold()?;
         for _ in 0..OPENINGS {
             let answered = self.worker.ask(request, &session)?;
             if !matches!(answered.0, Answer::NoSuchSet) {
@@ -366,7 +368,7 @@ impl Inside {
         };
         let mounted = Mounted { root: Ino(2), statistics: Statistics::default(), remarks: Vec::new() };
         Arc::new(Self {
-            worker: Arc::new(Worker::new(&super::Program::this(true))),
+            worker: Worker::new(&super::Pool::new(super::Program::this(true), store.descriptors())),
             digests: Arc::new(Digests::new()),
             set: 0,
             disks: vec![Disk::new(store, id, &Arc::default()).expect("a disk")],

@@ -19,7 +19,7 @@ use std::collections::HashMap;
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Once, OnceLock, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use lru::LruCache;
@@ -32,15 +32,15 @@ use crate::store::{Store, ViewId};
 use disk::{Digests, Disk};
 use inside::Session;
 use worker::protocol::{Answer, Request};
-use worker::{Program, Worker};
+use worker::{Pool, Program, Worker};
 
 pub use inside::{Hold, Inside};
 pub use worker::{ListedEntry, Listing, Mounted, OpenedFile};
 
 /// Insides that are kept for whoever looks next.
 const KEPT: NonZero<usize> = NonZero::new(256).expect("not zero");
-/// Workers that run at the same time, about.
-const RUNNING: usize = 16;
+/// Workers that are kept, running or not: each is of one chain.
+const WORKERS_KEPT: usize = 64;
 /// After so long without a question a worker ends.
 const IDLE: Duration = Duration::from_secs(30);
 /// How often it is looked whether anything can rest.
@@ -63,7 +63,7 @@ type Key = (ViewId, bool);
 /// Looks into the disks of one store.
 pub struct Browser {
     store: Arc<Store>,
-    program: Program,
+    pool: Arc<Pool>,
     digests: Arc<Digests>,
     sets: AtomicU32,
     /// Bytes that have been read of disks.
@@ -73,7 +73,8 @@ pub struct Browser {
     insides: Mutex<LruCache<Key, Arc<Inside>>>,
     /// All that somebody still has, be they kept here or not. A leaf.
     in_use: Mutex<Vec<Weak<Inside>>>,
-    resting: Once,
+    /// Whether there is a thread that lets go of what rests.
+    resting: Mutex<bool>,
 }
 
 impl std::fmt::Debug for Browser {
@@ -87,14 +88,14 @@ impl Browser {
     pub fn new(store: &Arc<Store>, program: Program) -> Arc<Self> {
         Arc::new(Self {
             store: Arc::clone(store),
-            program,
+            pool: Pool::new(program, store.descriptors()),
             digests: Arc::new(Digests::new()),
             sets: AtomicU32::new(1),
             read: Arc::default(),
             workers: Mutex::default(),
             insides: Mutex::new(LruCache::new(KEPT)),
             in_use: Mutex::default(),
-            resting: Once::new(),
+            resting: Mutex::default(),
         })
     }
 
@@ -110,7 +111,7 @@ impl Browser {
         if let Some(known) = self.known(&key, moment) {
             return Ok(known);
         }
-        self.resting.call_once(|| self.begin_to_rest());
+        self.begin_to_rest();
         let inside = Arc::new(self.look_into(id, &worker)?);
         self.in_use.lock().push(Arc::downgrade(&inside));
         let old = self.insides.lock().push(key, Arc::clone(&inside));
@@ -139,20 +140,18 @@ impl Browser {
         if let Some(worker) = workers.get(chain) {
             return Arc::clone(worker);
         }
-        let running: Vec<Arc<Worker>> = workers.values().filter(|worker| worker.is_running()).cloned().collect();
-        if running.len() >= RUNNING {
+        if workers.len() >= WORKERS_KEPT {
             // One that somebody still has may be begun again, and only those in here are ended when they are idle.
-            workers.retain(|_, worker| worker.is_running() || Arc::strong_count(worker) > 1);
+            workers.retain(|_, worker| worker.may_run() || Arc::strong_count(worker) > 1);
         }
-        let worker = Arc::new(Worker::new(&self.program));
+        let worker = Worker::new(&self.pool);
         workers.insert(Arc::clone(chain), Arc::clone(&worker));
-        drop(workers);
-        if running.len() >= RUNNING {
-            for worker in running {
-                worker.rest(PERIOD);
-            }
-        }
         worker
+    }
+
+    /// How many processes that read guests' file systems run.
+    pub fn workers(&self) -> usize {
+        self.pool.running()
     }
 
     fn look_into(&self, id: &ViewId, worker: &Arc<Worker>) -> Result<Inside> {
@@ -184,6 +183,10 @@ impl Browser {
     }
 
     fn begin_to_rest(self: &Arc<Self>) {
+        let mut is_resting = self.resting.lock();
+        if *is_resting {
+            return;
+        }
         let browser = Arc::downgrade(self);
         let work = move || {
             loop {
@@ -192,8 +195,10 @@ impl Browser {
                 browser.rest();
             }
         };
-        if let Err(error) = std::thread::Builder::new().name("rest".into()).spawn(work) {
-            tracing::warn!("what reads guests' file systems is not ended when it is idle: {error}");
+        match std::thread::Builder::new().name("rest".into()).spawn(work) {
+            Ok(_) => *is_resting = true,
+            // Whoever looks next tries again.
+            Err(error) => tracing::warn!("what reads guests' file systems is not ended when it is idle: {error}"),
         }
     }
 

@@ -58,7 +58,7 @@ pub fn run(args: &MountArgs) -> ExitCode {
 
 /// Starts the child and waits for its word.
 fn spawn() -> Result<ExitCode> {
-    let fail = |error| Error::io("starting the daemon", error);
+    let fail = |error| Error::beginning("starting the daemon", error);
     let program = std::env::current_exe().map_err(fail)?;
     let words: Vec<OsString> = std::env::args_os().skip(1).collect();
     let mut child = Command::new(program)
@@ -130,10 +130,12 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     {
         tracing::debug!("the kernel's read-ahead stays as it is: {error}");
     }
-    let watcher = Watcher::start(&store).map_err(|error| Error::io("starting the watcher", error))?;
-    let flusher = Flusher::start(&store).map_err(|error| Error::io("starting the flusher", error))?;
+    let watcher = Watcher::start(&store).map_err(|error| Error::beginning("starting the watcher", error))?;
+    let flusher = Flusher::start(&store).map_err(|error| Error::beginning("starting the flusher", error))?;
     let ending = Arc::new(AtomicBool::new(false));
     end_on_signals(signals, mount.clone(), Arc::clone(&tree), Arc::clone(&ending))?;
+    // One for each of the mount's threads is yet to come.
+    store.descriptors().settle(threads)?;
     if as_child {
         let _ = rustix::process::chdir("/");
         detach()?;
@@ -196,7 +198,7 @@ fn end_on_signals(mut signals: Signals, mount: OwnMount, tree: Arc<Tree>, ending
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(work)
-        .map_err(|error| Error::io("starting a thread", error))?;
+        .map_err(|error| Error::beginning("starting a thread", error))?;
     Ok(())
 }
 

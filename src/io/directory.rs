@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::beneath::Root;
-use super::descriptors::Descriptors;
+use super::descriptors::{Descriptors, with_room};
 use super::file::FileStat;
 use super::{StoreFile, WriteFile, WriteStorage};
 
@@ -98,11 +98,13 @@ fn fail(doing: &str, path: &Path, error: Errno) -> Error {
 
 impl Directory for RootDirectory {
     fn create(&self, path: &Path, like: Option<&Path>) -> Result<Arc<dyn WriteStorage>> {
+        let room = self.descriptors.claim(1)?;
         let (directory, name) = self.parent(path)?;
         // Nobody else may look at it before it looks like the one it is made after.
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = if like.is_some() { Mode::RUSR | Mode::WUSR } else { Mode::from_raw_mode(0o644) };
-        let file = fs::openat(&directory, name, flags, mode).map_err(|error| fail("creating", path, error))?;
+        let file = with_room(|| fs::openat(&directory, name, flags, mode));
+        let file = file.map_err(|error| fail("creating", path, error))?;
         if let Some(like) = like {
             let resembles = self.root.open_file(like).and_then(|model| resemble(&file, &model, path));
             if let Err(error) = resembles {
@@ -111,7 +113,7 @@ impl Directory for RootDirectory {
                 return Err(error);
             }
         }
-        Ok(WriteFile::new(file, path, &self.descriptors, &Arc::default()))
+        Ok(WriteFile::new(file, path, room, &Arc::default()))
     }
 
     fn create_directory(&self, path: &Path) -> Result<()> {

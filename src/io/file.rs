@@ -18,7 +18,7 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::beneath::Root;
-use super::descriptors::Descriptors;
+use super::descriptors::{Descriptors, Idle, Pin, Room};
 use super::locks;
 use super::{Conflict, Storage, WriteFile};
 
@@ -106,9 +106,9 @@ pub struct StoreFile {
     /// What the file looked like when it was described; `None` for files that may change while
     /// they are read (a disk that somebody else writes, read by force). A leaf.
     expected: Mutex<Option<Signature>>,
-    descriptor: RwLock<Option<Arc<OwnedFd>>>,
+    descriptor: RwLock<Option<(Arc<OwnedFd>, Room)>>,
     /// Set by every use, cleared by the search for a descriptor to close.
-    pub(super) used: AtomicBool,
+    used: AtomicBool,
     descriptors: Arc<Descriptors>,
     /// This very file, for the register of open descriptors.
     me: Weak<Self>,
@@ -133,6 +133,13 @@ struct Holders {
     /// Who writes, if anybody does.
     writer: Option<WriterKind>,
 }
+
+/// Descriptors of a file that is written: that which carries the locks, and that which is written through.
+const DESCRIPTORS_OF_A_WRITER: usize = 2;
+/// Which part of all descriptors may be those of disks that guests write, and of all files that are written: what is left is for
+/// everybody who reads.
+const GUESTS_PART: (usize, usize) = (2, 5);
+const JOBS_PART: (usize, usize) = (3, 5);
 
 /// For whom a file is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -263,6 +270,8 @@ impl StoreFile {
         if holders.frozen > 0 && kind == WriterKind::Guest {
             return busy("is open as a snapshot in this mount; close that first");
         }
+        let part = if kind == WriterKind::Guest { GUESTS_PART } else { JOBS_PART };
+        let pin = self.descriptors.pin(DESCRIPTORS_OF_A_WRITER, part)?;
         // Before the locks are taken: from here on nobody closes the descriptor.
         self.pinned.store(true, Ordering::Release);
         if let Err(error) = self.take_writer_set(&holders, without_locks) {
@@ -271,7 +280,7 @@ impl StoreFile {
         }
         holders.writer = Some(kind);
         self.written.store(true, Ordering::Release);
-        Ok(WriteLock { file: Arc::clone(self) })
+        Ok(WriteLock { file: Arc::clone(self), _pin: pin })
     }
 
     fn take_writer_set(&self, holders: &Holders, without_locks: bool) -> Result<()> {
@@ -293,11 +302,12 @@ impl StoreFile {
 
     /// The file again, to be written through. Its identity is that of this one, or it is `Stale`.
     pub fn open_for_writing(&self) -> Result<Arc<WriteFile>> {
+        let room = self.descriptors.claim(1)?;
         let file = self.root.open_file_for_writing(&self.path())?;
         if FileStat::of(&file)?.id != self.id {
             return Err(self.stale());
         }
-        Ok(WriteFile::new(file, &self.path(), &self.descriptors, &self.tables))
+        Ok(WriteFile::new(file, &self.path(), room, &self.tables))
     }
 
     fn refused(&self, conflict: &Conflict, for_reading: bool) -> Error {
@@ -326,7 +336,7 @@ impl StoreFile {
         holders.frozen -= usize::from(frozen);
         if holders.readers == 0
             && holders.writer.is_none()
-            && let Some(descriptor) = &*self.descriptor.read()
+            && let Some((descriptor, _)) = &*self.descriptor.read()
         {
             locks::drop_all(descriptor.as_fd());
         }
@@ -335,7 +345,7 @@ impl StoreFile {
     fn unlock_writing(&self) {
         let mut holders = self.holders.lock();
         holders.writer = None;
-        if let Some(descriptor) = &*self.descriptor.read() {
+        if let Some((descriptor, _)) = &*self.descriptor.read() {
             if holders.readers == 0 {
                 locks::drop_all(descriptor.as_fd());
             } else {
@@ -348,24 +358,25 @@ impl StoreFile {
 
     /// The descriptor, opened if need be. Callers let go of it soon: it is what keeps the file open.
     pub(crate) fn descriptor(&self) -> Result<Arc<OwnedFd>> {
-        if let Some(open) = &*self.descriptor.read() {
+        if let Some((open, _)) = &*self.descriptor.read() {
             self.used.store(true, Ordering::Relaxed);
             return Ok(Arc::clone(open));
         }
         let mut slot = self.descriptor.write();
-        if let Some(open) = &*slot {
+        if let Some((open, _)) = &*slot {
             return Ok(Arc::clone(open));
         }
+        let room = self.descriptors.claim(1)?;
         let open = Arc::new(self.open()?);
         // A reader's locks went with the descriptor that was closed; they come back with this one,
         // and `open` has made sure that nothing was written in between.
         if self.holders.try_lock().is_none_or(|holders| holders.readers > 0) {
             locks::take_reader_set(open.as_fd()).map_err(|conflict| self.refused(&conflict, true))?;
         }
-        *slot = Some(Arc::clone(&open));
+        *slot = Some((Arc::clone(&open), room));
         drop(slot);
         self.used.store(true, Ordering::Relaxed);
-        self.descriptors.opened(&self.me);
+        self.descriptors.register(Weak::clone(&self.me) as _);
         Ok(open)
     }
 
@@ -382,24 +393,30 @@ impl StoreFile {
         let fact = "was changed or replaced since it was looked up; open it again";
         Error::new(ErrorKind::Stale, format!("{} {fact}", self.path().display()))
     }
-
-    /// Closes the descriptor unless somebody is just using the slot. Called when descriptors run short.
-    pub(super) fn close_idle(&self) -> bool {
-        // A writer's locks cannot come back: they would have to be asked for anew.
-        let close = |slot: &mut Option<_>| !self.pinned.load(Ordering::Acquire) && slot.take().is_some();
-        let is_closed = self.descriptor.try_write().is_some_and(|mut slot| close(&mut slot));
-        if is_closed {
-            self.descriptors.closed();
-        }
-        is_closed
-    }
 }
 
-impl Drop for StoreFile {
-    fn drop(&mut self) {
-        if self.descriptor.get_mut().is_some() {
-            self.descriptors.closed();
+impl Idle for StoreFile {
+    fn was_used(&self) -> bool {
+        self.used.swap(false, Ordering::Relaxed)
+    }
+
+    /// Closes the descriptor. Who has the file open may miss its locks, which are taken again when it is next read, but
+    /// somebody else may have come in between; a writer's could not come back, and stay.
+    fn let_go(&self, at_any_cost: bool) -> bool {
+        let is_locked = || self.holders.try_lock().is_none_or(|held| held.readers > 0 || held.writer.is_some());
+        if self.pinned.load(Ordering::Acquire) || (!at_any_cost && is_locked()) {
+            return false;
         }
+        let Some(mut slot) = self.descriptor.try_write() else { return false };
+        let is_used = slot.as_ref().is_some_and(|(open, _)| Arc::strong_count(open) > 1);
+        // Once more: who is about to write has said so before taking the descriptor.
+        if is_used || self.pinned.load(Ordering::Acquire) {
+            return false;
+        }
+        let old = slot.take();
+        drop(slot);
+        drop(old);
+        true
     }
 }
 
@@ -487,6 +504,7 @@ impl Drop for ReadLock {
 #[derive(Debug)]
 pub struct WriteLock {
     file: Arc<StoreFile>,
+    _pin: Pin,
 }
 
 impl WriteLock {

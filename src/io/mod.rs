@@ -16,7 +16,7 @@ mod write_file;
 
 pub use beneath::{DirEntry, EntryKind, OWN_KIND, Root};
 pub use claim::Claim;
-pub use descriptors::Descriptors;
+pub use descriptors::{Descriptors, Idle, Pin, Room};
 pub use directory::{Directory, Host, ThisHost, directory_of};
 pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile, WriteLock, WriterKind, read_full};
 pub use holders::{Holder, all_lock_holders, lock_holders, users_of};

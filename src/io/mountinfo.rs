@@ -1,10 +1,16 @@
 //! What is mounted where, as `/proc/self/mountinfo` tells it (proc(5)).
 
 use std::ffi::OsString;
+use std::fs::File;
+use std::io::Read as _;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
+use rustix::fs::{self, Mode, OFlags};
+
 use crate::error::{Error, Result};
+
+use super::descriptors::with_room;
 
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,7 +27,11 @@ pub struct MountEntry {
 
 /// All mounts of this namespace, in the order in which they were made.
 pub fn mounts() -> Result<Vec<MountEntry>> {
-    let text = std::fs::read("/proc/self/mountinfo").map_err(|error| Error::io("reading the list of mounts", error))?;
+    let fail = |error: std::io::Error| Error::io("reading the list of mounts", error);
+    let open = || fs::open("/proc/self/mountinfo", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let mut text = Vec::new();
+    let mut file = File::from(with_room(open).map_err(|error| fail(error.into()))?);
+    file.read_to_end(&mut text).map_err(fail)?;
     Ok(text.split(|byte| *byte == b'\n').filter_map(entry).collect())
 }
 

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
 
-use super::descriptors::Descriptors;
+use super::descriptors::Room;
 use super::file::{FileStat, extent, read_full};
 use super::{Storage, WriteStorage, copy_by_hand};
 
@@ -28,23 +28,16 @@ const MAX_COPY: u64 = 16 << 20;
 pub struct WriteFile {
     file: Arc<OwnedFd>,
     path: PathBuf,
-    descriptors: Arc<Descriptors>,
+    _room: Room,
     /// Held alone while tables are written, shared by those who read them through the
     /// [`StoreFile`](super::StoreFile). A leaf.
     tables: Arc<RwLock<()>>,
 }
 
 impl WriteFile {
-    /// Takes over an open file; `path` is for messages.
-    pub(super) fn new(
-        file: OwnedFd,
-        path: &Path,
-        descriptors: &Arc<Descriptors>,
-        tables: &Arc<RwLock<()>>,
-    ) -> Arc<Self> {
-        descriptors.pinned();
-        let (descriptors, tables) = (Arc::clone(descriptors), Arc::clone(tables));
-        Arc::new(Self { file: Arc::new(file), path: path.to_path_buf(), descriptors, tables })
+    /// Takes over an open file, for which there is `room`; `path` is for messages.
+    pub(super) fn new(file: OwnedFd, path: &Path, room: Room, tables: &Arc<RwLock<()>>) -> Arc<Self> {
+        Arc::new(Self { file: Arc::new(file), path: path.to_path_buf(), _room: room, tables: Arc::clone(tables) })
     }
 
     fn fail(&self, doing: &str, error: impl Into<std::io::Error>) -> Error {
@@ -68,12 +61,6 @@ impl WriteFile {
                 Err(error) => return Err(self.fail(doing, error)),
             }
         }
-    }
-}
-
-impl Drop for WriteFile {
-    fn drop(&mut self) {
-        self.descriptors.closed();
     }
 }
 

@@ -271,7 +271,7 @@ impl Engine {
         };
         let thread = thread::Builder::new().name("job".into()).spawn(work);
         let thread = thread.map_err(|error| {
-            let error = Error::io("starting a thread", error);
+            let error = Error::beginning("starting a thread", error);
             self.board.end(chain, number, &Err(error.clone()));
             error
         })?;

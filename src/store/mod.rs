@@ -177,6 +177,11 @@ impl Store {
         &self.guard
     }
 
+    /// The bound on what it has open.
+    pub fn descriptors(&self) -> Arc<Descriptors> {
+        Arc::clone(&self.descriptors)
+    }
+
     /// With what it is changed.
     pub fn host(&self) -> &Arc<dyn Host> {
         &self.host
@@ -212,7 +217,7 @@ impl Store {
                 if let Some(watches) = &self.watches {
                     watches.add(Place { root: 0, path: path.to_path_buf() }, fd);
                 }
-            }),
+            })?,
             Some(place) => {
                 let directory = Place { root: 0, path: PathBuf::new() };
                 if let (Some(watches), Some(fd)) = (&self.watches, self.roots[0].open_directory(Path::new(""), true)?) {

@@ -263,7 +263,8 @@ impl Store {
             stack.push(Layer::active(&open.image)?);
         }
         let frozen_raw = !live && stack.len() == 1 && part == ViewPart::Active && top.format == Some(Format::Raw);
-        let view = self.assemble(&key, stack, live);
+        // What is read by force is never the same as for the next who opens it: kept, it would only keep its files open.
+        let view = if forced.is_some() { View::new(stack, live, &self.flat) } else { self.assemble(&key, stack, live) };
         let images: Vec<FileId> = layers.iter().map(|index| catalog.images[*index].stat.id).collect();
         let inner = match part {
             ViewPart::Active => None,

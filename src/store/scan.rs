@@ -14,7 +14,7 @@ use std::thread;
 use parking_lot::{Condvar, Mutex};
 use rustix::fs::{AtFlags, statat};
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::io::{DirEntry, EntryKind, FileId, FileStat, Root};
 
 use super::describe::{Content, describe};
@@ -67,6 +67,9 @@ const LISTINGS: usize = 8;
 /// Directories below each other, at most; deeper ones are a problem.
 const MAX_NESTING: usize = 64;
 
+/// Threads that walk at the same time, at most: each has a few directories and files open.
+const MAX_THREADS: usize = 8;
+
 struct Work<'a> {
     root: &'a Root,
     known: &'a Known,
@@ -76,10 +79,13 @@ struct Work<'a> {
     queue: Mutex<(Vec<PathBuf>, usize)>,
     changed: Condvar,
     found: Mutex<Scan>,
+    /// Why nothing of this scan can be believed.
+    failed: Mutex<Option<Error>>,
 }
 
-/// Walks the whole store.
-pub(super) fn scan(root: &Root, known: &Known, visit: &(dyn Fn(&Path, &OwnedFd) + Sync)) -> Scan {
+/// Walks the whole store. `Exhausted` if the system has run out of something: what could not be looked at for that is no
+/// fact about the store.
+pub(super) fn scan(root: &Root, known: &Known, visit: &(dyn Fn(&Path, &OwnedFd) + Sync)) -> Result<Scan> {
     let work = Work {
         root,
         known,
@@ -87,14 +93,22 @@ pub(super) fn scan(root: &Root, known: &Known, visit: &(dyn Fn(&Path, &OwnedFd) 
         queue: Mutex::new((vec![PathBuf::new()], 0)),
         changed: Condvar::new(),
         found: Mutex::new(Scan::default()),
+        failed: Mutex::default(),
     };
-    let threads = thread::available_parallelism().map_or(2, usize::from).min(8);
+    let threads = thread::available_parallelism().map_or(2, usize::from).min(MAX_THREADS);
     thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| work.run());
+        for _ in 1..threads {
+            // Where there can be no more threads, there are fewer that work.
+            if thread::Builder::new().name("scan".into()).spawn_scoped(scope, || work.run()).is_err() {
+                break;
+            }
         }
+        work.run();
     });
-    work.found.into_inner()
+    match work.failed.into_inner() {
+        Some(error) => Err(error),
+        None => Ok(work.found.into_inner()),
+    }
 }
 
 impl Work<'_> {
@@ -124,6 +138,16 @@ impl Work<'_> {
         self.found.lock().problems.push(Problem { path, sentence });
     }
 
+    /// Whether it is for want of something that `error` says a thing cannot be read: then the scan comes to nothing.
+    fn is_exhausted(&self, error: &Error) -> bool {
+        let is_exhausted = error.kind() == ErrorKind::Exhausted;
+        if is_exhausted {
+            self.failed.lock().get_or_insert_with(|| error.clone());
+            self.queue.lock().0.clear();
+        }
+        is_exhausted
+    }
+
     fn unread(&self, path: PathBuf, sentence: String) {
         // Of every file system that is a store itself, and nobody's but root's.
         if path.file_name().is_none_or(|name| name != "lost+found") {
@@ -136,11 +160,13 @@ impl Work<'_> {
         let fd = match self.open(path) {
             Ok(Some(fd)) => fd,
             Ok(None) => return,
+            Err(error) if self.is_exhausted(&error) => return,
             Err(error) => return self.unread(path.to_path_buf(), format!("cannot be listed: {error}")),
         };
         (self.visit)(path, &fd);
         let entries = match list_still(&fd) {
             Ok(entries) => entries,
+            Err(error) if self.is_exhausted(&error) => return,
             Err(error) => return self.unread(path.to_path_buf(), format!("cannot be listed: {error}")),
         };
         let mut files = Vec::new();
@@ -162,6 +188,7 @@ impl Work<'_> {
                 EntryKind::Directory => self.push(place),
                 EntryKind::File => match self.file(&fd, &name, &place) {
                     Ok(file) => files.extend(file),
+                    Err(error) if self.is_exhausted(&error) => return,
                     Err(error) => self.unread(place, format!("cannot be read: {error}")),
                 },
                 EntryKind::Symlink => self.link(place),
@@ -214,6 +241,7 @@ impl Work<'_> {
     fn link(&self, path: PathBuf) {
         if looks_like_image(&path)
             && let Err(error) = self.root.stat(&path)
+            && !self.is_exhausted(&error)
         {
             let sentence = format!("is a symbolic link that cannot be followed: {error}; put the file itself here");
             self.problem(path, sentence);

@@ -29,6 +29,9 @@ use super::scan::by_descriptor;
 /// How long events are gathered before anything is done about them.
 const GATHER: Duration = Duration::from_millis(100);
 
+/// After how long a scan that came to nothing is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
+
 const INTEREST: WatchFlags = WatchFlags::CREATE
     .union(WatchFlags::DELETE)
     .union(WatchFlags::MOVED_FROM)
@@ -155,14 +158,18 @@ impl Drop for Watcher {
 fn follow(store: &Arc<Store>, stop: &OwnedFd) {
     let rescan_after = store.options().rescan.max(Duration::from_secs(1));
     let mut last_scan = Instant::now();
+    // Whether the last scan has come to nothing.
+    let mut is_behind = false;
     loop {
         let told = store.watches.as_ref().filter(|watches| !watches.incomplete.load(Ordering::Relaxed));
         let polled = told.is_none() || is_remote(store);
         let patience = if polled { rescan_after.saturating_sub(last_scan.elapsed()) } else { Duration::from_hours(1) };
+        let patience = if is_behind { patience.min(AGAIN) } else { patience };
         if wait(stop, store.watches.as_ref().map(|watches| &watches.inotify), patience) {
             return;
         }
-        let mut found = Found { names: polled && last_scan.elapsed() >= rescan_after, ..Found::default() };
+        let is_due = (polled && last_scan.elapsed() >= rescan_after) || (is_behind && last_scan.elapsed() >= AGAIN);
+        let mut found = Found { names: is_due, ..Found::default() };
         if let Some(watches) = &store.watches {
             watches.take(&mut found);
             if !found.names && found.written.is_empty() {
@@ -178,7 +185,9 @@ fn follow(store: &Arc<Store>, stop: &OwnedFd) {
             found.names = found.written.iter().any(|place| describes_itself_anew(store, place));
         }
         if found.names {
-            match store.rescan() {
+            let scanned = store.rescan();
+            is_behind = scanned.is_err();
+            match scanned {
                 // A large store that changes all the time is not scanned all the time.
                 Ok(took) if took > GATHER && wait(stop, None, 3 * took) => return,
                 Ok(_) => {}

@@ -49,6 +49,9 @@ const CALLS: [libc::c_long; 27] = [
     libc::SYS_exit_group,
 ];
 
+/// One that fails and does not end the worker: the C library looks into /proc when it gives memory back, and gets along without.
+const REFUSED: libc::c_long = libc::SYS_openat;
+
 /// Those that may not be made in every way, each with the number of an argument, the bits of it that count, and what these have to be:
 /// it ends itself where something is very wrong, but nobody else, and what it may run is what it began with.
 fn bound_calls() -> [(libc::c_long, u8, u64, u64); 3] {
@@ -88,9 +91,21 @@ pub(super) fn filter() -> Result<()> {
         let rule = condition.and_then(|condition| SeccompRule::new(vec![condition]));
         rules.insert(call, vec![rule.map_err(|error| fail(error.to_string()))?]);
     }
-    let architecture = std::env::consts::ARCH.try_into().map_err(|error| fail(format!("{error}")))?;
-    let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, architecture)
-        .map_err(|error| fail(error.to_string()))?;
-    let program: BpfProgram = filter.try_into().map_err(|error: seccompiler::BackendError| fail(error.to_string()))?;
-    apply_filter_all_threads(&program).map_err(|error| fail(error.to_string()))
+    // Of two filters the stricter holds. This one comes first: the other lets no more be installed.
+    let refusal = SeccompAction::Errno(libc::EMFILE.unsigned_abs());
+    install(BTreeMap::from([(REFUSED, Vec::new())]), SeccompAction::Allow, refusal).map_err(fail)?;
+    rules.insert(REFUSED, Vec::new());
+    install(rules, SeccompAction::KillProcess, SeccompAction::Allow).map_err(fail)
+}
+
+/// One filter: what becomes of calls that meet none of the rules, and of those that do.
+fn install(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    others: SeccompAction,
+    listed: SeccompAction,
+) -> std::result::Result<(), String> {
+    let architecture = std::env::consts::ARCH.try_into().map_err(|error| format!("{error}"))?;
+    let filter = SeccompFilter::new(rules, others, listed, architecture).map_err(|error| error.to_string())?;
+    let program: BpfProgram = filter.try_into().map_err(|error: seccompiler::BackendError| error.to_string())?;
+    apply_filter_all_threads(&program).map_err(|error| error.to_string())
 }

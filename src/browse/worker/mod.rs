@@ -2,11 +2,13 @@
 
 mod confine;
 mod lane;
+mod pool;
 mod process;
 pub(super) mod protocol;
 mod remote;
 mod serve;
 
+pub(super) use pool::Pool;
 pub(super) use process::{Disks, Worker};
 pub use process::{Program, WITHOUT_SECCOMP, WORKER};
 pub use protocol::{ListedEntry, Listing, Mounted, OpenedFile};

@@ -9,15 +9,17 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::Idle;
 
 use super::lane::Lane;
+use super::pool::{Permit, Pool};
 use super::protocol::{Answer, CHUNK, ChunkKey, Failure, FromWorker, GROUP, Request, ToWorker};
 
 /// The word that makes the program a worker.
@@ -66,7 +68,11 @@ pub(in crate::browse) trait Disks {
 /// A worker, running or not.
 #[derive(Debug)]
 pub(in crate::browse) struct Worker {
-    program: Program,
+    pool: Arc<Pool>,
+    /// This very worker, for those who end what is idle.
+    me: Weak<Self>,
+    /// Whether it was asked since the search for something to end last looked.
+    is_used: AtomicBool,
     state: Mutex<State>,
     /// Held while a view is looked into for the first time: once. Other chains' views do not wait for what this one's guest has written.
     pub(in crate::browse) first: Mutex<()>,
@@ -87,6 +93,13 @@ struct Process {
     _life: UnixStream,
     turn: AtomicUsize,
     is_gone: AtomicBool,
+    /// Given back when all of the above has gone.
+    _permit: Permit,
+}
+
+/// A process that is not ended because nobody asks it anything.
+pub(in crate::browse) struct Kept {
+    _process: Arc<Process>,
 }
 
 /// What one question may cost.
@@ -107,9 +120,14 @@ enum Trouble {
 }
 
 impl Worker {
-    pub(in crate::browse) fn new(program: &Program) -> Self {
-        let state = Mutex::new(State { process: None, used: Instant::now() });
-        Self { program: program.clone(), state, first: Mutex::new(()) }
+    pub(in crate::browse) fn new(pool: &Arc<Pool>) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
+            pool: Arc::clone(pool),
+            me: Weak::clone(me),
+            is_used: AtomicBool::new(false),
+            state: Mutex::new(State { process: None, used: Instant::now() }),
+            first: Mutex::new(()),
+        })
     }
 
     /// Asks. A worker that ends meanwhile is begun anew, once: it may have been another question that ended it.
@@ -140,30 +158,53 @@ impl Worker {
         }
     }
 
-    /// Ends the process if nobody has asked it anything for that long.
-    pub(in crate::browse) fn rest(&self, idle: Duration) {
-        let mut state = self.state.lock();
-        if state.used.elapsed() < idle {
-            return;
-        }
-        // Whoever is asking it has it, too.
-        if let Some(process) = state.process.take_if(|process| Arc::strong_count(process) == 1) {
-            drop(state);
-            process.end();
-        }
+    /// Keeps the process from being ended for another worker's sake, until dropped: for who asks several things of which one goes by the other.
+    pub(in crate::browse) fn hold(&self) -> Result<Kept> {
+        Ok(Kept { _process: self.process()? })
     }
 
-    pub(in crate::browse) fn is_running(&self) -> bool {
-        self.state.lock().process.is_some()
+    /// Ends the process if nobody has asked it anything for that long; whether that was so.
+    pub(in crate::browse) fn rest(&self, idle: Duration) -> bool {
+        // Who begins it keeps it, and is not waited for.
+        let Some(mut state) = self.state.try_lock() else { return false };
+        if state.used.elapsed() < idle {
+            return false;
+        }
+        // Whoever is asking it has it, too.
+        let Some(process) = state.process.take_if(|process| Arc::strong_count(process) == 1) else { return false };
+        drop(state);
+        process.end();
+        true
+    }
+
+    /// Whether it runs, or somebody is just beginning it.
+    pub(in crate::browse) fn may_run(&self) -> bool {
+        self.state.try_lock().is_none_or(|state| state.process.is_some())
+    }
+
+    /// For how long nobody has asked it anything; `None` if it does not run or is being asked.
+    pub(super) fn idle_for(&self) -> Option<Duration> {
+        let state = self.state.try_lock()?;
+        let is_idle = state.process.as_ref().is_some_and(|process| Arc::strong_count(process) == 1);
+        is_idle.then(|| state.used.elapsed())
     }
 
     fn process(&self) -> Result<Arc<Process>> {
+        self.is_used.store(true, Ordering::Relaxed);
         let mut state = self.state.lock();
         state.used = Instant::now();
         if let Some(process) = &state.process {
             return Ok(Arc::clone(process));
         }
-        let process = Arc::new(Process::begin(&self.program)?);
+        let me = self.me.upgrade().expect("whoever asks has it");
+        let mut begun = Process::begin(&self.pool.program, self.pool.admit(&me)?);
+        // There may be no more processes because of those that only wait to be asked.
+        if begun.as_ref().is_err_and(|error| error.kind() == ErrorKind::Exhausted) && self.pool.end_one(Duration::ZERO)
+        {
+            begun = Process::begin(&self.pool.program, self.pool.admit(&me)?);
+        }
+        let process = Arc::new(begun?);
+        state.used = Instant::now();
         state.process = Some(Arc::clone(&process));
         Ok(process)
     }
@@ -178,6 +219,16 @@ impl Worker {
     }
 }
 
+impl Idle for Worker {
+    fn was_used(&self) -> bool {
+        self.is_used.swap(false, Ordering::Relaxed)
+    }
+
+    fn let_go(&self, _at_any_cost: bool) -> bool {
+        self.rest(Duration::ZERO)
+    }
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
         self.end();
@@ -185,8 +236,11 @@ impl Drop for Process {
 }
 
 impl Process {
-    fn begin(program: &Program) -> Result<Self> {
-        let fail = |error| Error::io("starting a worker that reads guests' file systems", error);
+    fn begin(program: &Program, permit: Permit) -> Result<Self> {
+        /// One at a time: it takes some more descriptors until the other end of each has gone.
+        static BEGINNING: Mutex<()> = Mutex::new(());
+        let fail = |error| Error::beginning("starting a worker that reads guests' file systems", error);
+        let _one = BEGINNING.lock();
         let (first, first_end) = UnixStream::pair().map_err(fail)?;
         let (second, second_end) = UnixStream::pair().map_err(fail)?;
         let (life, life_end) = UnixStream::pair().map_err(fail)?;
@@ -208,7 +262,7 @@ impl Process {
         let id = child.id();
         let lanes = [first, second].map(|lane| Mutex::new(Lane::new(lane)));
         let (turn, is_gone) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Ok(Self { child: Mutex::new(child), id, lanes, _life: life, turn, is_gone })
+        Ok(Self { child: Mutex::new(child), id, lanes, _life: life, turn, is_gone, _permit: permit })
     }
 
     fn end(&self) {
