@@ -250,7 +250,7 @@ fn rest(most: usize, others: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{FileStat, Root, Storage};
+    use super::super::{FileStat, Root, Storage, StoreFile};
     use super::*;
     use std::path::Path;
 

@@ -174,7 +174,7 @@ impl WriteStorage for WriteFile {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Root, StoreFile, WriterKind};
+    use super::super::{Descriptors, Idle, Root, StoreFile, WriterKind};
     use super::*;
 
     fn file(content: &[u8]) -> (tempfile::TempDir, Arc<StoreFile>) {
@@ -182,7 +182,7 @@ mod tests {
         std::fs::write(directory.path().join("a"), content).unwrap();
         let root = Arc::new(Root::open(directory.path()).unwrap());
         let seen = root.stat(Path::new("a")).unwrap();
-        let file = StoreFile::new(&Descriptors::with_limit(1), &root, Path::new("a"), &seen, true);
+        let file = StoreFile::new(&Descriptors::with_limit(2), &root, Path::new("a"), &seen, true);
         (directory, file)
     }
 
@@ -217,11 +217,11 @@ mod tests {
         let lock = seen.lock_for_writing(WriterKind::Guest, false).unwrap();
         let file = seen.open_for_writing().unwrap();
         file.write_at(0, b"new bytes").unwrap();
-        assert!(!seen.close_idle());
+        assert!(!seen.let_go(true));
         assert!(seen.is_as_expected().unwrap(), "our own changes");
         seen.accept_changes().unwrap();
         drop(lock);
-        assert!(seen.close_idle());
+        assert!(seen.let_go(true));
         assert_eq!(seen.read_at(0, &mut [0; 16]).unwrap(), 9, "it is the file as we left it");
     }
 
