@@ -3,10 +3,12 @@
 //! A function that takes a [`GuestOffset`] and a [`HostOffset`] cannot be called the wrong
 //! way round. Shifting and masking by the cluster size stands here and nowhere else.
 
+mod list;
 mod size;
 
 use std::fmt;
 
+pub use list::{join_list, split_list};
 pub use size::parse_size;
 
 // Lengths in memory are `usize`, lengths on disk `u64`; conversions between them are only

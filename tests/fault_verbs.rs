@@ -204,6 +204,6 @@ fn a_rebase_a_clone_or_a_resize_that_fails_has_done_nothing_or_all() {
     sweep(&quiet("rebase below", "rebase layer=sn2 base=base"));
     sweep(&Scenario { active: &["new.qcow2"], ..quiet("clone", "clone new from=sn2") });
     sweep(&Scenario { active: &["new.qcow2"], ..quiet("clone internal", "clone new from=sn2@inner") }.inner(&["sn2"]));
-    sweep(&closed("rebase unsafe", "rebase layer=sn2 base=base unsafe"));
+    sweep(&closed("rebase unsafe", "rebase layer=sn2 base=base unsafe drop-layers"));
     sweep(&closed("shrink", "resize 200K shrink"));
 }

@@ -242,7 +242,7 @@ fn a_daemon_that_is_killed_while_a_disk_becomes_another_leaves_the_old_one_or_th
         "revert to=active@inner save=then",
         "revert to=sn2@inner discard-internal",
         "resize 3M shrink",
-        "rebase base=sn2 unsafe",
+        "rebase base=sn2 unsafe drop-layers",
     ];
     for round in 0..amount(7, 200) {
         let command = commands[round as usize % commands.len()];
@@ -266,7 +266,7 @@ fn a_daemon_that_is_killed_while_a_disk_becomes_another_leaves_the_old_one_or_th
             "revert to=sn2 save=kept" => &before["sn2"],
             "revert to=sn2@inner discard-internal" => &before["sn2@inner"],
             "resize 3M shrink" => &before["web"][..3 << 20],
-            "rebase base=sn2 unsafe" => &unsafely,
+            "rebase base=sn2 unsafe drop-layers" => &unsafely,
             _ => &before["web@inner"],
         };
         let mount = Mount::new(&lab.store);

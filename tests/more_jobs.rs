@@ -464,9 +464,12 @@ fn what_is_open_is_neither_reverted_nor_shrunk_nor_put_elsewhere_by_name() {
     };
     for access in [Access::Read, Access::Write] {
         let disk = store.open_active(&catalog, &layers, access).unwrap();
-        for command in
-            ["revert to=sn1 discard-internal", "revert to=active@inner", "resize 1M shrink", "rebase base=sn2 unsafe"]
-        {
+        for command in [
+            "revert to=sn1 discard-internal",
+            "revert to=active@inner",
+            "resize 1M shrink",
+            "rebase base=sn2 unsafe drop-layers",
+        ] {
             busy(command);
         }
         drop(disk);

@@ -305,13 +305,13 @@ pub struct InfoArgs {
 /// The words of `map`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-IMAGE@SNAPSHOT is the disk of an internal snapshot, as in web01.qcow2@before-upgrade.
+IMAGE@VIEW is the disk of an internal snapshot or of a layer below, as in web01.qcow2@before-upgrade.
 
 Examples:
   chainfs map web01.qcow2
   chainfs map --output json web01.qcow2@before-upgrade")]
 pub struct MapArgs {
-    /// An image, IMAGE@SNAPSHOT, or a disk inside a mount
+    /// An image, IMAGE@VIEW, or a disk inside a mount
     pub path: PathBuf,
     /// The image's format, where its name and header do not tell
     #[arg(short, long, value_enum)]
@@ -377,7 +377,7 @@ pub struct FormatsArgs {
 /// The words of `compare`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-IMAGE@SNAPSHOT is the disk of an internal snapshot. A longer disk is the same if its rest is zero, unless --strict.
+IMAGE@VIEW is the disk of an internal snapshot or of a layer below. A longer disk is the same if its rest is zero, unless --strict.
 
 Examples:
   chainfs compare web01.qcow2 web02.qcow2
@@ -386,7 +386,7 @@ Examples:
 
 Exit codes: 0 same, 1 different, 2 trouble.")]
 pub struct CompareArgs {
-    /// An image, IMAGE@SNAPSHOT, or a disk inside a mount
+    /// An image, IMAGE@VIEW, or a disk inside a mount
     pub a: PathBuf,
     /// Another
     pub b: PathBuf,

@@ -1,5 +1,6 @@
 //! The command line: what people type, before anything is done about it.
 
+mod address;
 pub mod args;
 mod check;
 mod compare;

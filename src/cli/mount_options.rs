@@ -9,9 +9,9 @@ mod names;
 mod values;
 
 use crate::error::Result;
-use crate::units::parse_size;
+use crate::units::{parse_size, split_list};
 use glob::Pattern;
-use names::{is_ignored, split_list, unknown};
+use names::{is_ignored, unknown};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -168,7 +168,7 @@ impl MountOptions {
     pub fn parse<S: AsRef<OsStr>>(lists: &[S], sloppy: bool) -> Result<Self> {
         let mut options = Self::default();
         for list in lists {
-            for option in split_list(list.as_ref().as_bytes()) {
+            for option in split_list(list.as_ref().as_bytes()).into_iter().filter(|option| !option.is_empty()) {
                 let (name, value) = match option.iter().position(|byte| *byte == b'=') {
                     Some(at) => (&option[..at], Some(&option[at + 1..])),
                     None => (option.as_slice(), None),

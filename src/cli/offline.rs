@@ -54,7 +54,7 @@ fn in_mount(store: &Path, chain: &Path, request: &Request) -> Result<(Arc<Engine
     let options = StoreOptions { notify: false, ..store_options(&options) };
     let store = Store::open(store, options)?;
     let chain = if chain_is_store(request) { store_key() } else { chain.to_path_buf() };
-    Ok((Engine::new(&store), chain))
+    Ok((Engine::beside_mount(&store), chain))
 }
 
 /// The plan of a command on the chain that `target` names, mounted or not, as a value.

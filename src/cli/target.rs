@@ -1,4 +1,4 @@
-//! What a PATH means: a store, an image, an internal snapshot of one, or a place inside a mount.
+//! What a PATH means: a store, an image, a view of one, or a place inside a mount.
 //!
 //! A mount is never asked anything: its store is opened in its place, so that a daemon which is
 //! gone or busy keeps nobody from looking.
@@ -14,6 +14,7 @@ use crate::fs::mount::KIND;
 use crate::io::mounts;
 use crate::store::{Catalog, ChainView, ImageIndex, OpenView, Store, StoreOptions, ViewPart, shown};
 
+use super::address;
 use super::args::ImageArgs;
 use super::config;
 use super::mount_options::{FormatRule, ImageFormat, MountOptions};
@@ -49,6 +50,14 @@ pub(super) struct Disk {
     pub(super) part: ViewPart,
 }
 
+impl Disk {
+    /// The disk of a view of the chain from the image `top` downwards.
+    fn of(catalog: &Catalog, top: ImageIndex, view: &ChainView) -> Self {
+        let layers = catalog.layers(top)[view.layer..].to_vec();
+        Self { layers, part: view.snapshot.map_or(ViewPart::Active, ViewPart::Snapshot) }
+    }
+}
+
 impl Target {
     /// Finds out what `path` names. `format` is the user's word on an image's format.
     pub(super) fn find(path: &Path, format: Option<ImageFormat>, args: &ImageArgs) -> Result<Self> {
@@ -57,7 +66,7 @@ impl Target {
         if let Some((store, rest)) = place_in_mount(path)? {
             return Self::in_mount(&store, &rest, &look_options(&options));
         }
-        let (image, snapshot) = split_snapshot(path);
+        let (image, view) = split_view(path);
         if let (Some(format), Some(name)) = (format, image.file_name().and_then(OsStr::to_str)) {
             // What is said of one image comes before what is said of many.
             options.formats.insert(0, FormatRule { glob: literal(name), format });
@@ -72,12 +81,20 @@ impl Target {
             other => other?,
         };
         let catalog = store.catalog();
-        let what = match (catalog.single, snapshot) {
+        let mut filename = image.to_path_buf();
+        let what = match (catalog.single, view) {
             (None, _) => What::Store,
             (Some(leaf), None) => What::Disk(Disk { layers: catalog.layers(leaf), part: ViewPart::Active }),
-            (Some(leaf), Some(name)) => What::Disk(internal(&catalog, leaf, image, name)?),
+            (Some(leaf), Some(name)) => {
+                let view = address::resolve(&store, &catalog, leaf, image, name)?;
+                let disk = Disk::of(&catalog, leaf, &view);
+                if view.layer > 0 {
+                    filename = host_path(&store, &catalog, disk.layers[0]);
+                }
+                What::Disk(disk)
+            }
         };
-        Ok(Self { store, catalog, what, filename: image.to_path_buf() })
+        Ok(Self { store, catalog, what, filename })
     }
 
     /// What lies at `rest` of a mount of the store at `path`.
@@ -161,35 +178,39 @@ fn canonical(path: &Path) -> Option<PathBuf> {
     })
 }
 
-/// `IMAGE@SNAPSHOT` in its two parts, unless there is a file of the whole name.
-fn split_snapshot(path: &Path) -> (&Path, Option<&[u8]>) {
-    let bytes = path.as_os_str().as_bytes();
+/// `IMAGE@VIEW` in its two parts, unless there is a file of the whole name.
+fn split_view(path: &Path) -> (&Path, Option<&[u8]>) {
     if path.symlink_metadata().is_ok() {
         return (path, None);
     }
-    let mut splits = (0..bytes.len()).rev().filter(|at| bytes[*at] == b'@');
-    let found = splits.find(|at| Path::new(OsStr::from_bytes(&bytes[..*at])).is_file());
-    match found {
-        Some(at) => (Path::new(OsStr::from_bytes(&bytes[..at])), Some(&bytes[at + 1..])),
-        None => (path, None),
-    }
+    let found = ats(path).find(|(image, _)| image.is_file());
+    found.map_or((path, None), |(image, view)| (image, Some(view)))
 }
 
-/// The disk of an internal snapshot: by name first, then by id, as QEMU does.
-fn internal(catalog: &Catalog, leaf: ImageIndex, image: &Path, wanted: &[u8]) -> Result<Disk> {
-    let snapshots = catalog.images[leaf].qcow2().map_or(&[][..], |qcow2| &qcow2.snapshots);
-    let by_name = snapshots.iter().position(|snapshot| snapshot.name == wanted);
-    let index = by_name.or_else(|| snapshots.iter().position(|snapshot| snapshot.id == wanted));
-    let index = index.ok_or_else(|| {
-        let name = shown(Path::new(OsStr::from_bytes(wanted)));
-        let sentence = format!("{} has no internal snapshot \"{name}\"; see chainfs info", shown(image));
-        Error::new(ErrorKind::NotFound, sentence)
-    })?;
-    Ok(Disk { layers: catalog.layers(leaf), part: ViewPart::Snapshot(index) })
+/// The two parts of a path at each of its at signs, the last one first.
+fn ats(path: &Path) -> impl Iterator<Item = (&Path, &[u8])> {
+    let bytes = path.as_os_str().as_bytes();
+    let splits = (0..bytes.len()).rev().filter(|at| bytes[*at] == b'@');
+    splits.map(|at| (Path::new(OsStr::from_bytes(&bytes[..at])), &bytes[at + 1..]))
+}
+
+/// What stands at `rest` of a mount, or the view that `DISK@VIEW` means there.
+fn resolve(store: &Store, catalog: &Catalog, rest: &Path) -> Result<What> {
+    let unknown = match resolve_path(store, catalog, rest) {
+        Err(error) if error.kind() == ErrorKind::NotFound => error,
+        found => return found,
+    };
+    for (disk, view) in ats(rest) {
+        if let Ok(What::Disk(Disk { layers, part: ViewPart::Active })) = resolve_path(store, catalog, disk) {
+            let view = address::resolve(store, catalog, layers[0], disk, view)?;
+            return Ok(What::Disk(Disk::of(catalog, layers[0], &view)));
+        }
+    }
+    Err(unknown)
 }
 
 /// What stands at `rest` of a mount.
-fn resolve(store: &Store, catalog: &Catalog, rest: &Path) -> Result<What> {
+fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<What> {
     let names: Vec<&OsStr> = rest.iter().collect();
     let chain = (0..=names.len())
         .find_map(|len| catalog.chain(&names[..len].iter().collect::<PathBuf>()).map(|leaf| (leaf, &names[len..])));

@@ -257,6 +257,24 @@ impl StoreFile {
         Ok(ReadLock { file: Arc::clone(self), frozen })
     }
 
+    /// Why the file could not be locked now, as by [`StoreFile::lock`] or [`StoreFile::lock_for_writing`], because of
+    /// other processes: a look, nothing is taken.
+    pub fn locked_out(&self, for_writing: bool, without_locks: bool) -> Option<Error> {
+        let holders = self.holders.lock();
+        if holders.writer.is_some() {
+            return None;
+        }
+        let descriptor = match self.descriptor() {
+            Ok(descriptor) => descriptor,
+            Err(error) => return Some(error),
+        };
+        match locks::look(descriptor.as_fd(), for_writing) {
+            Ok(()) => None,
+            Err(Conflict::System(error)) if without_locks && locks::is_unsupported(error) => None,
+            Err(conflict) => Some(self.refused(&conflict, !for_writing)),
+        }
+    }
+
     /// Takes QEMU's writer locks, beside those of our own readers, for as long as the guard lives;
     /// until then the descriptor stays open. `Busy` if another process has the file open in a way that
     /// does not allow it, or one of our own readers was promised that it does not change; `ReadOnly`

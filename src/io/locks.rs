@@ -81,6 +81,15 @@ pub(super) fn add_writer_set(file: BorrowedFd<'_>) -> Result<(), Conflict> {
     test(file, &WRITER_CONFLICTS).inspect_err(|_| drop_writer_set(file))
 }
 
+/// What would keep a reader, or a writer, from the file now: a look, nothing is taken.
+pub(super) fn look(file: BorrowedFd<'_>, for_writing: bool) -> Result<(), Conflict> {
+    let conflicts: &[(i64, &str)] = if for_writing { &WRITER_CONFLICTS } else { &READER_CONFLICTS };
+    match test(file, conflicts) {
+        Err(Conflict::System(error)) if !for_writing && is_unsupported(error) => Ok(()),
+        found => found,
+    }
+}
+
 /// Becomes a reader again.
 pub(super) fn drop_writer_set(file: BorrowedFd<'_>) {
     for byte in WRITER_ADDS {

@@ -50,6 +50,9 @@ impl Request {
                 check_view("to=", Some(to))?;
                 save.as_deref().map_or(Ok(()), |name| check_new_name(Verb::Revert, name))
             }
+            Request::Rebase(RebaseRequest { drop_layers: true, is_unsafe: false, .. }) => {
+                Err(usage("drop-layers goes with unsafe; a safe rebase loses nothing"))
+            }
             Request::Rebase(RebaseRequest { layer, base, .. }) => {
                 assert!(base.as_deref() != Some(b"none"), "standing on nothing is no name");
                 check_view("layer=", layer.as_deref())?;

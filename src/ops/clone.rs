@@ -14,6 +14,7 @@ use crate::store::{ACTIVE, Format, Store, shown};
 use super::branch::{BranchJob, Purpose, Source};
 use super::engine::{Engine, Job};
 use super::finish;
+use super::locked::Touched;
 use super::overlay::{self, Draft};
 use super::plan::{Plan, PlanLayer};
 use super::request::CloneRequest;
@@ -24,6 +25,13 @@ pub(super) struct Clone {
     source: Source,
     /// The new image, beneath the store.
     name: PathBuf,
+}
+
+impl Clone {
+    /// What is opened for it.
+    pub(super) fn touched(&self, world: &World) -> Touched {
+        Touched { written: Vec::new(), read: world.catalog.layers(self.source.index) }
+    }
 }
 
 /// What the request would do, with every refusal.
@@ -56,7 +64,7 @@ fn source(world: &World, chain: &Chain, request: &CloneRequest) -> Result<Source
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let (depth, inner) = match (&request.from, chain.views.active()) {
         (Some(name), _) => {
-            let view = finish::view(chain, name)?;
+            let view = finish::view(world, chain, name)?;
             if view.active {
                 return Err(usage("the active disk changes, and nothing can stand on it; snapshot it first".into()));
             }
@@ -64,7 +72,7 @@ fn source(world: &World, chain: &Chain, request: &CloneRequest) -> Result<Source
         }
         (None, Some(_)) if chain.views.layers.len() == 1 => {
             let fact = "has no snapshot that a clone could stand on; snapshot it first";
-            return Err(usage(format!("{} {fact}", shown(&chain.path))));
+            return Err(usage(format!("{} {fact}", chain.shown(world))));
         }
         (None, active) => (usize::from(active.is_some()), None),
     };

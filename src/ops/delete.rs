@@ -15,6 +15,7 @@ use crate::store::{ImageIndex, Keeping, Store, shown};
 use super::board::Tokens;
 use super::engine::{Engine, Job};
 use super::finish;
+use super::locked::Touched;
 use super::plan::Plan;
 use super::request::{CommitRequest, DeleteRequest, Method, PullRequest};
 use super::world::{Chain, World};
@@ -30,10 +31,21 @@ pub(super) enum Way {
     Inner(ImageIndex, Snapshot),
 }
 
+impl Way {
+    /// What is opened for it.
+    pub(super) fn touched(&self) -> Touched {
+        match self {
+            Way::Up(layers) => layers.opened(),
+            Way::Down(layers) => layers.touched(),
+            Way::Inner(index, _) => Touched { written: vec![*index], read: Vec::new() },
+        }
+    }
+}
+
 /// What the request would do, with every refusal.
 pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &DeleteRequest) -> Result<(Plan, Way)> {
     let chain = world.chain(path)?;
-    let view = finish::view(&chain, &request.name)?;
+    let view = finish::view(world, &chain, &request.name)?;
     if let Some(inner) = view.snapshot {
         return plan_inner(world, &chain, chain.views.layers[view.layer], inner);
     }

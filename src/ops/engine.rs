@@ -20,8 +20,9 @@ use crate::store::{Deed, FoundIntent, Store, shown};
 use super::board::{Board, Progress, Tokens};
 use super::branch::{self, BranchJob};
 use super::commit::{self, CommitJob};
+use super::locked::Touched;
 use super::pull::{self, PullJob};
-use super::world::World;
+use super::world::{World, of_chain};
 use super::{Plan, Request, Status};
 use super::{clone, delete, rebase, resize, revert, snapshot};
 
@@ -35,6 +36,8 @@ pub struct Engine {
     /// Whether it is. Held shared while a command begins, so that none begins behind its back.
     stopping: RwLock<bool>,
     intents: AtomicU64,
+    /// Whether plans say what other processes have locked.
+    looks_at_locks: bool,
 }
 
 impl std::fmt::Debug for Engine {
@@ -66,6 +69,15 @@ impl Job {
 impl Engine {
     /// The engine of `store`; nothing is done before somebody asks.
     pub fn new(store: &Arc<Store>) -> Arc<Self> {
+        Self::with(store, true)
+    }
+
+    /// The same for plans of a store that is mounted: what the daemon has locked keeps no command of its own away.
+    pub fn beside_mount(store: &Arc<Store>) -> Arc<Self> {
+        Self::with(store, false)
+    }
+
+    fn with(store: &Arc<Store>, looks_at_locks: bool) -> Arc<Self> {
         Arc::new(Self {
             store: Arc::clone(store),
             board: Arc::default(),
@@ -73,6 +85,7 @@ impl Engine {
             threads: Mutex::default(),
             stopping: RwLock::default(),
             intents: AtomicU64::new(0),
+            looks_at_locks,
         })
     }
 
@@ -121,7 +134,7 @@ impl Engine {
             if let Err(error) = self.take_up(&found)
                 && error.kind() != ErrorKind::Busy
             {
-                tracing::error!("{} (chain {}): {error}", found.intent.command, shown(&found.intent.chain));
+                tracing::error!("{}{}: {error}", found.intent.command, of_chain(&found.intent.chain));
             }
         }
     }
@@ -131,7 +144,7 @@ impl Engine {
         let mut tokens = self.board.take(std::slice::from_ref(&chain))?;
         let owned = self.store.guard().take_up(found)?;
         let command = found.intent.command.clone();
-        tracing::info!("taking up: {command} (chain {})", shown(&chain));
+        tracing::info!("taking up: {command}{}", of_chain(&chain));
         let (number, progress) = self.board.begin(&chain, &command);
         let begun = match &found.intent.deed {
             Deed::Snapshot { .. } => snapshot::resume(self, owned).map(|()| None),
@@ -168,17 +181,41 @@ impl Engine {
             rebase::introduce(&self.store, chain, request);
         }
         let world = World::look(&self.store)?;
-        let mut plan = match request {
+        let (mut plan, touched) = match request {
             Request::Snapshot(request) => snapshot::plan(&world, chain, request)?,
-            Request::Commit(request) => commit::plan(self, &world, chain, request)?.0,
-            Request::Pull(request) => pull::plan(self, &world, chain, request)?.0,
-            Request::Delete(request) => delete::plan(self, &world, chain, request)?.0,
-            Request::Revert(request) => revert::plan(self, &world, chain, request)?.0,
-            Request::Rebase(request) => rebase::plan(self, &world, chain, request)?.0,
-            Request::Clone(request) => clone::plan(self, &world, chain, request)?.0,
-            Request::Resize(request) => resize::plan(self, &world, chain, request)?.0,
-            Request::Cancel => Plan::default(),
+            Request::Commit(request) => {
+                let (plan, layers) = commit::plan(self, &world, chain, request)?;
+                (plan, layers.touched())
+            }
+            Request::Pull(request) => {
+                let (plan, layers) = pull::plan(self, &world, chain, request)?;
+                (plan, layers.opened())
+            }
+            Request::Delete(request) => {
+                let (plan, way) = delete::plan(self, &world, chain, request)?;
+                (plan, way.touched())
+            }
+            Request::Revert(request) => {
+                let (plan, layers) = revert::plan(self, &world, chain, request)?;
+                (plan, layers.touched(&world))
+            }
+            Request::Rebase(request) => {
+                let (plan, layers) = rebase::plan(self, &world, chain, request)?;
+                (plan, layers.touched())
+            }
+            Request::Clone(request) => {
+                let (plan, clone) = clone::plan(self, &world, chain, request)?;
+                (plan, clone.touched(&world))
+            }
+            Request::Resize(request) => {
+                let (plan, _) = resize::plan(self, &world, chain, request)?;
+                (plan, Touched::top_of(&world.chain(chain)?.views.layers))
+            }
+            Request::Cancel => (Plan::default(), Touched::default()),
         };
+        if self.looks_at_locks {
+            touched.refuse(&world, &mut plan);
+        }
         plan.command = request.to_string();
         Ok(plan)
     }

@@ -21,45 +21,30 @@ use super::plan::{Plan, PlanLayer};
 use super::world::{Chain, World, beside};
 
 /// The layer that a view's name means, counted from the leaf.
-pub(super) fn layer(chain: &Chain, name: &[u8]) -> Result<usize> {
-    let is_layer = |view: &&ChainView| view.snapshot.is_none();
+pub(super) fn layer(world: &World, chain: &Chain, name: &[u8]) -> Result<usize> {
     let view = chain.views.find(name);
     if view.is_some_and(|view| view.snapshot.is_some()) {
         let fact = "is an internal snapshot; name one of the layers";
         return Err(Error::new(ErrorKind::Usage, format!("{} {fact}", String::from_utf8_lossy(name))));
     }
-    let layers = chain.views.views.iter().filter(is_layer);
-    view.map(|view| view.layer).ok_or_else(|| no_view(chain, name, "layers", layers))
+    let is_layer = |view: &ChainView| view.snapshot.is_none();
+    view.map(|view| view.layer).ok_or_else(|| chain.views.unknown(&chain.shown(world), name, is_layer))
 }
 
 /// The same, and without a name the active layer; `key` is the word that could say another.
-pub(super) fn layer_or_active(chain: &Chain, name: Option<&[u8]>, key: &str) -> Result<usize> {
+pub(super) fn layer_or_active(world: &World, chain: &Chain, name: Option<&[u8]>, key: &str) -> Result<usize> {
     if let Some(name) = name {
-        return layer(chain, name);
+        return layer(world, chain, name);
     }
-    chain
-        .views
-        .active()
-        .map(|active| active.layer)
-        .ok_or_else(|| Error::new(ErrorKind::Usage, format!("{} has no active layer; say {key}=", shown(&chain.path))))
+    chain.views.active().map(|active| active.layer).ok_or_else(|| {
+        let fact = format!("{} has no active layer; say {key}= with one of its layers", chain.shown(world));
+        Error::new(ErrorKind::Usage, fact)
+    })
 }
 
 /// The view of that name.
-pub(super) fn view<'a>(chain: &'a Chain, name: &[u8]) -> Result<&'a ChainView> {
-    chain.views.find(name).ok_or_else(|| no_view(chain, name, "views", chain.views.views.iter()))
-}
-
-fn no_view<'a>(chain: &Chain, name: &[u8], kind: &str, known: impl Iterator<Item = &'a ChainView>) -> Error {
-    const SHOWN: usize = 20;
-    let mut names: Vec<String> = known.map(|view| String::from_utf8_lossy(&view.name).into_owned()).collect();
-    let more = names.len().saturating_sub(SHOWN);
-    names.truncate(SHOWN);
-    if more > 0 {
-        names.push(format!("and {more} more"));
-    }
-    let name = String::from_utf8_lossy(name);
-    let fact = format!("{} shows no {name}; its {kind} are {}", shown(&chain.path), names.join(", "));
-    Error::new(ErrorKind::NotFound, fact)
+pub(super) fn view<'a>(world: &World, chain: &'a Chain, name: &[u8]) -> Result<&'a ChainView> {
+    chain.views.find(name).ok_or_else(|| chain.views.unknown(&chain.shown(world), name, |_| true))
 }
 
 /// The layers of a chain, top first.

@@ -12,8 +12,10 @@ mod clone;
 mod commit;
 mod copy;
 mod delete;
+mod dropped;
 mod engine;
 mod finish;
+mod locked;
 mod mirror;
 mod overlay;
 mod parse;
@@ -29,6 +31,7 @@ mod words;
 mod world;
 
 pub use engine::Engine;
+pub use parse::parse_chains;
 pub use plan::{Plan, PlanLayer};
 pub use request::{
     CloneRequest, CommitRequest, DeleteRequest, MAX_COMMAND_LEN, Method, NewSize, PullRequest, RebaseRequest, Request,

@@ -4,10 +4,10 @@
 //! what they are meant to be is for `check` to say.
 
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::parse_size;
+use crate::units::{join_list, parse_size, split_list};
 
 use super::request::{
     CloneRequest, CommitRequest, DeleteRequest, Method, NewSize, PullRequest, RebaseRequest, Request, ResizeRequest,
@@ -44,7 +44,7 @@ const fn grammar(verb: Verb) -> Grammar {
         Verb::Revert => {
             Grammar { positional: None, keys: &["to", "save"], flags: &["discard-internal", "discard-bitmaps"] }
         }
-        Verb::Rebase => Grammar { positional: None, keys: &["layer", "base"], flags: &["unsafe"] },
+        Verb::Rebase => Grammar { positional: None, keys: &["layer", "base"], flags: &["unsafe", "drop-layers"] },
         Verb::Clone => Grammar { positional: Some("NAME"), keys: &["from"], flags: &[] },
         Verb::Resize => Grammar { positional: Some("SIZE"), keys: &[], flags: &["shrink"] },
         Verb::Cancel => Grammar { positional: None, keys: &[], flags: &[] },
@@ -89,7 +89,7 @@ impl Request {
                     Some(text) => String::from_utf8(text).map_err(|_| usage("the description is not UTF-8"))?,
                     None => String::new(),
                 },
-                chains: given.value("chains").map_or_else(|| Ok(Vec::new()), |list| parse_chains(&list))?,
+                chains: given.value("chains").map(|list| parse_chains(&list)).unwrap_or_default(),
             }),
             Verb::Commit => Request::Commit(CommitRequest {
                 top: given.value("top"),
@@ -121,6 +121,7 @@ impl Request {
                 layer: given.value("layer"),
                 base: Some(given.needed(verb, "base")?).filter(|base| base != b"none"),
                 is_unsafe: given.flag("unsafe"),
+                drop_layers: given.flag("drop-layers"),
             }),
             Verb::Clone => Request::Clone(CloneRequest { name: given.positional(verb)?, from: given.value("from") }),
             Verb::Resize => Request::Resize(ResizeRequest {
@@ -200,10 +201,11 @@ impl Request {
                 line.value("save", save.as_deref());
                 line.discards(*discard_internal, *discard_bitmaps);
             }
-            Request::Rebase(RebaseRequest { layer, base, is_unsafe }) => {
+            Request::Rebase(RebaseRequest { layer, base, is_unsafe, drop_layers }) => {
                 line.value("layer", layer.as_deref());
                 line.value("base", Some(base.as_deref().unwrap_or(b"none")));
                 line.flag("unsafe", *is_unsafe);
+                line.flag("drop-layers", *drop_layers);
             }
             Request::Clone(CloneRequest { name, from }) => {
                 line.word(&quote(name));
@@ -360,36 +362,13 @@ pub(super) fn usage(fact: impl Into<String>) -> Error {
     Error::new(ErrorKind::Usage, fact)
 }
 
-/// `a,b`; a comma or a backslash within a path is written `\,` and `\\`.
-fn parse_chains(text: &[u8]) -> Result<Vec<PathBuf>> {
-    let mut chains = vec![Vec::new()];
-    let mut bytes = text.iter();
-    while let Some(byte) = bytes.next() {
-        let current = chains.last_mut().expect("there is one from the start");
-        match byte {
-            b',' => chains.push(Vec::new()),
-            b'\\' => match bytes.next() {
-                Some(escaped @ (b',' | b'\\')) => current.push(*escaped),
-                _ => return Err(usage("in chains= a backslash escapes only a comma or a backslash")),
-            },
-            _ => current.push(*byte),
-        }
-    }
-    Ok(chains.into_iter().map(|chain| PathBuf::from(std::ffi::OsString::from_vec(chain))).collect())
+/// The chains of a list, as [`split_list`] reads it.
+pub fn parse_chains(list: &[u8]) -> Vec<PathBuf> {
+    split_list(list).into_iter().map(|chain| PathBuf::from(std::ffi::OsString::from_vec(chain))).collect()
 }
 
 fn print_chains(chains: &[PathBuf]) -> Vec<u8> {
-    let escape = |chain: &PathBuf| {
-        let mut escaped = Vec::new();
-        for byte in Path::as_os_str(chain).as_bytes() {
-            if matches!(byte, b',' | b'\\') {
-                escaped.push(b'\\');
-            }
-            escaped.push(*byte);
-        }
-        escaped
-    };
-    chains.iter().map(escape).collect::<Vec<_>>().join(&b',')
+    join_list(chains.iter().map(|chain| chain.as_os_str().as_bytes()))
 }
 
 impl Method {

@@ -13,8 +13,10 @@ use crate::image::{HeaderChange, change_header};
 use crate::store::{Format, ImageIndex, Store, ViewPart};
 
 use super::board::Tokens;
+use super::dropped;
 use super::engine::{Engine, Job};
 use super::finish;
+use super::locked::Touched;
 use super::plan::{Plan, PlanLayer};
 use super::pull;
 use super::request::{PullRequest, RebaseRequest};
@@ -30,9 +32,16 @@ pub(super) struct Layers {
     between: Vec<ImageIndex>,
 }
 
+impl Layers {
+    /// What is opened for it; what the base consists of is opened by the plan itself.
+    pub(super) fn touched(&self) -> Touched {
+        Touched { written: vec![self.layer], read: Vec::new() }
+    }
+}
+
 fn layers(world: &World, chain: &Chain, request: &RebaseRequest) -> Result<Layers> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
-    let depth = finish::layer_or_active(chain, request.layer.as_deref(), "layer")?;
+    let depth = finish::layer_or_active(world, chain, request.layer.as_deref(), "layer")?;
     let layer = chain.views.layers[depth];
     let image = world.image(layer);
     if image.format != Some(Format::Qcow2) {
@@ -86,7 +95,7 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Rebase
     let chain = world.chain(path)?;
     let layers = layers(world, &chain, request)?;
     let mut plan = if request.is_unsafe {
-        plan_unsafe(engine, world, &chain, &layers)
+        plan_unsafe(engine, world, &chain, &layers, request.drop_layers)
     } else {
         pull::plan_of(engine, world, &chain, &as_pull(&chain, &layers), &PullRequest::default())
     };
@@ -146,7 +155,7 @@ fn refuse_base(
     }
 }
 
-fn plan_unsafe(engine: &Engine, world: &World, chain: &Chain, layers: &Layers) -> Plan {
+fn plan_unsafe(engine: &Engine, world: &World, chain: &Chain, layers: &Layers, drop_layers: bool) -> Plan {
     let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
     let refusals = &mut plan.refusals;
     let image = world.image(layers.layer);
@@ -163,12 +172,18 @@ fn plan_unsafe(engine: &Engine, world: &World, chain: &Chain, layers: &Layers) -
         let sentence = format!("{} {fact}: {}; do without unsafe", image.shown(), others.join(", "));
         refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
     }
+    let dropped = dropped::refusal(world, chain, layers.layer, layers.base, &layers.between);
+    refusals.extend(dropped.filter(|_| !drop_layers));
     let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
     finish::check_header(world, layers.layer, &HeaderChange { backing, frozen: None }, refusals);
     refuse_open(engine, world, &chain.path, layers.layer, refusals);
     let fact =
         "only the name is changed: what is shown stays the same only if the new backing file holds the same bytes";
     plan.notes.push(fact.into());
+    if !layers.between.is_empty() {
+        let names: Vec<String> = layers.between.iter().map(|index| world.image(*index).shown()).collect();
+        plan.notes.push(format!("no longer part of the chain: {}", names.join(", ")));
+    }
     finish::note_trash(world, &[layers.layer], &mut plan);
     plan
 }

@@ -146,6 +146,8 @@ pub struct RebaseRequest {
     pub base: Option<Vec<u8>>,
     /// Whether only the name in the header is changed.
     pub is_unsafe: bool,
+    /// Whether layers may drop out of the chain by that.
+    pub drop_layers: bool,
 }
 
 /// The words of `clone`.
@@ -272,13 +274,15 @@ Makes the active disk what VIEW shows. Nobody may have it open. What it held is 
 ";
 
 const REBASE_USAGE: &str = "\
-rebase [layer=VIEW] base=FILE|none [unsafe]
+rebase [layer=VIEW] base=FILE|none [unsafe [drop-layers]]
 
 Puts a layer on another backing file.
   layer=VIEW   the layer (the active disk)
   base=FILE    as the layer's header would name it, or a view of this chain; none: it stands on nothing
   unsafe       only the name is changed: for a backing file that was moved or renamed, also when the old one is gone.
-               Without it what the layer shows stays the same, and what differs is copied
+               The layer is the one right above that file. Without it what the layer shows stays the same, and what
+               differs is copied
+  drop-layers  with unsafe: FILE need not be the old backing file, and what lies between may drop out of the chain
 ";
 
 const CLONE_USAGE: &str = "\

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Deed, ImageIndex, Intent, Keeping, OwnedIntent, Store, ViewPart, shown};
+use crate::store::{Deed, ImageIndex, Intent, Keeping, OwnedIntent, Store, ViewPart};
 use crate::units::SECTOR_SIZE;
 
 use super::engine::{Engine, Job};
@@ -31,7 +31,7 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Resize
     let image = world.image(leaf);
     if chain.views.active().is_none() {
         let fact = "has no active disk that could be resized; clone it";
-        return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", shown(path))));
+        return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", chain.shown(world))));
     }
     let old = image
         .virtual_size()
@@ -67,7 +67,7 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Resize
             refusals.push(Error::new(ErrorKind::Forbidden, format!("{fact}; say shrink if it may")));
         }
         if engine.store().is_active_open(image.stat.id) {
-            let names = [format!("the active disk of {}", shown(path))];
+            let names = [format!("the active disk of {}", chain.shown(world))];
             refusals.push(finish::still_open(engine, path, &names, "it becomes shorter"));
         }
         plan.refusals.extend(used_by_others(world, leaf));

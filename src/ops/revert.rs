@@ -11,14 +11,15 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Frozen, Snapshot};
 use crate::image::write::NewSnapshot;
 use crate::io::{Claim, directory_of};
-use crate::store::{Deed, Format, ImageIndex, Intent, JobImage, Keeping, Named, NewTop, Store, shown};
+use crate::store::{Deed, Format, ImageIndex, Intent, JobImage, Keeping, Named, NewTop, Store};
 
 use super::branch::{BranchJob, Purpose, Source};
 use super::engine::{Engine, Job};
 use super::finish;
+use super::locked::Touched;
 use super::overlay::{self, Draft};
 use super::plan::{Plan, PlanLayer};
-use super::request::RevertRequest;
+use super::request::{RevertRequest, SnapshotRequest};
 use super::snapshot;
 use super::world::{Chain, World, with_stem};
 
@@ -44,15 +45,26 @@ pub(super) struct Closed {
     held: JobImage,
 }
 
+impl Layers {
+    /// What is opened for it.
+    pub(super) fn touched(&self, world: &World) -> Touched {
+        let read = match &self.way {
+            Way::Overlay(source) => world.catalog.layers(source.index),
+            Way::Apply(_) => world.catalog.layers(self.leaf),
+        };
+        Touched { written: vec![self.leaf], read }
+    }
+}
+
 /// What the request would do, with every refusal.
 pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &RevertRequest) -> Result<(Plan, Layers)> {
     let chain = world.chain(path)?;
-    let view = finish::view(&chain, &request.to)?;
+    let view = finish::view(world, &chain, &request.to)?;
     let leaf = chain.views.layers[0];
     let image = world.image(leaf);
     if chain.views.active().is_none() {
         let fact = "has no active disk that could be reverted; clone the snapshot";
-        return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", shown(path))));
+        return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", chain.shown(world))));
     }
     if view.active {
         return Err(Error::new(ErrorKind::Usage, "the active disk is what it is; say to= with one of the snapshots"));
@@ -63,12 +75,12 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Revert
     refusals.extend(world.begun(&chain.views.layers));
     refusals.extend(used_by_others(world, leaf));
     if world.store.is_active_open(image.stat.id) {
-        let names = [format!("the active disk of {}", shown(path))];
+        let names = [format!("the active disk of {}", chain.shown(world))];
         refusals.push(finish::still_open(engine, path, &names, "it becomes another one"));
     }
     let (way, saved) = if let Some(place) = view.snapshot.filter(|_| view.layer == 0) {
         let snapshot = finish::inner(world, leaf, place)?;
-        plan_apply(world, leaf, &snapshot, request, &mut plan);
+        plan_apply(world, &chain, &snapshot, request, &mut plan);
         (Way::Apply(snapshot), None)
     } else {
         let source = Source::of(world, chain.views.layers[view.layer], view.snapshot)?;
@@ -84,7 +96,8 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Revert
     Ok((plan, Layers { leaf, way, saved }))
 }
 
-fn plan_apply(world: &World, leaf: ImageIndex, snapshot: &Snapshot, request: &RevertRequest, plan: &mut Plan) {
+fn plan_apply(world: &World, chain: &Chain, snapshot: &Snapshot, request: &RevertRequest, plan: &mut Plan) {
+    let leaf = chain.views.layers[0];
     finish::bitmaps(world, std::iter::once(leaf), request.discard_bitmaps, &mut plan.refusals);
     if let Some(name) = &request.save
         && world.image(leaf).qcow2().is_some_and(|qcow2| qcow2.snapshots.iter().any(|other| other.name == *name))
@@ -92,6 +105,10 @@ fn plan_apply(world: &World, leaf: ImageIndex, snapshot: &Snapshot, request: &Re
         let name = String::from_utf8_lossy(name);
         let fact = format!("{} holds an internal snapshot {name} already", world.image(leaf).shown());
         plan.refusals.push(Error::new(ErrorKind::Exists, format!("{fact}; choose another name")));
+    }
+    if let Some(name) = &request.save {
+        let inner = SnapshotRequest { name: name.clone(), internal: true, ..SnapshotRequest::default() };
+        snapshot::refuse_address(world, chain, name, &inner, &mut plan.refusals);
     }
     if snapshot.vm_state_size > 0 {
         plan.notes.push("only the disk is reverted: the snapshot's VM state stays where it is".into());

@@ -21,6 +21,7 @@ use crate::store::{
 
 use super::engine::Engine;
 use super::finish;
+use super::locked::Touched;
 use super::overlay::{self, Draft};
 use super::plan::{Plan, PlanLayer};
 use super::request::SnapshotRequest;
@@ -36,9 +37,11 @@ struct Disk {
 }
 
 /// What the request would do, with every refusal.
-pub(super) fn plan(world: &World, path: &Path, request: &SnapshotRequest) -> Result<Plan> {
-    let (plan, _) = disks(world, path, request)?;
-    Ok(plan)
+pub(super) fn plan(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan, Touched)> {
+    let (plan, disks) = disks(world, path, request)?;
+    let layers = |disk: &Disk| disk.chain.views.layers.clone();
+    let written = disks.iter().map(|disk| disk.leaf).collect();
+    Ok((plan, Touched { written, read: disks.iter().flat_map(layers).collect() }))
 }
 
 fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan, Vec<Disk>)> {
@@ -54,7 +57,7 @@ fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan,
         let leaf = chain.views.layers[0];
         if chain.views.active().is_none() {
             let fact = "has no active layer that could be frozen";
-            plan.refusals.push(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", shown(path))));
+            plan.refusals.push(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", chain.shown(world))));
         }
         let image = world.image(leaf);
         plan.refusals.extend(world.untouchable(leaf));
@@ -63,6 +66,7 @@ fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan,
             plan.refusals.extend(world.store.check_notes().err());
         }
         let old = &image.place.path;
+        refuse_address(world, &chain, &frozen_name, request, &mut plan.refusals);
         let (frozen, name) = match &request.file {
             Some(file) => (old.clone(), inside(old, file)?),
             None => (with_stem(old, &frozen_name), overlay_name(image)),
@@ -164,6 +168,35 @@ fn refuse_names(
         let fact = "is the name of another layer already; choose another";
         let name = String::from_utf8_lossy(frozen_name);
         refusals.push(Error::new(ErrorKind::Exists, format!("{name} {fact}")));
+    }
+}
+
+/// Refuses a name by which an address would come to mean another disk: IMAGE@NAME is an internal snapshot of the
+/// active image, by name or by id, or else a layer of its chain.
+pub(super) fn refuse_address(
+    world: &World,
+    chain: &Chain,
+    name: &[u8],
+    request: &SnapshotRequest,
+    refusals: &mut Vec<Error>,
+) {
+    let image = world.image(chain.views.layers[0]);
+    let name = if request.internal { &request.name } else { name };
+    let shown_name = String::from_utf8_lossy(name);
+    let address = format!("{}@{shown_name}", image.shown());
+    let inner = image.qcow2().map_or(&[][..], |qcow2| &qcow2.snapshots);
+    let is_layer = |view: &crate::store::ChainView| view.snapshot.is_none() && !view.active;
+    if request.internal {
+        if inner.iter().any(|snapshot| snapshot.id == *name && snapshot.name != *name) {
+            let fact = format!("{address} means the internal snapshot of that id; choose another name");
+            refusals.push(Error::new(ErrorKind::Exists, fact));
+        } else if chain.views.find(&encode(name)).is_some_and(is_layer) {
+            let fact = format!("{address} means the layer {shown_name}; choose another name");
+            refusals.push(Error::new(ErrorKind::Exists, fact));
+        }
+    } else if request.file.is_none() && inner.iter().any(|snapshot| snapshot.name == *name || snapshot.id == *name) {
+        let fact = format!("{address} means an internal snapshot; choose another name");
+        refusals.push(Error::new(ErrorKind::Exists, fact));
     }
 }
 

@@ -24,6 +24,18 @@ pub(super) struct Chain {
     pub(super) views: Arc<ChainViews>,
 }
 
+impl Chain {
+    /// What it is called in a sentence: one that was mounted by itself has no path, and is its image.
+    pub(super) fn shown(&self, world: &World) -> String {
+        if self.path.as_os_str().is_empty() { world.image(self.views.layers[0]).shown() } else { shown(&self.path) }
+    }
+}
+
+/// Which chain a command was given to, as the end of a sentence; nothing for an image that was mounted by itself.
+pub(super) fn of_chain(path: &Path) -> String {
+    if path.as_os_str().is_empty() { String::new() } else { format!(" (chain {})", shown(path)) }
+}
+
 impl World {
     /// Scans the store, and what is around it.
     pub(super) fn look(store: &Arc<Store>) -> Result<Self> {
@@ -231,7 +243,7 @@ impl World {
             .find(|found| found.intent.files().iter().any(|named| inodes.contains(&named.inode)))?;
         let is_owned = self.store.guard().is_owned(found);
         let state = if is_owned { "is at work on them" } else { "was begun and waits to be taken up; mount the store" };
-        let fact = format!("another command {state}: {} (chain {})", found.intent.command, shown(&found.intent.chain));
+        let fact = format!("another command {state}: {}{}", found.intent.command, of_chain(&found.intent.chain));
         Some(Error::new(ErrorKind::Busy, fact))
     }
 }

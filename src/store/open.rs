@@ -296,6 +296,22 @@ impl Store {
         })
     }
 
+    /// Why an image could not be opened now, to be read or to be written by a command, because of what other
+    /// processes have locked. Nothing is opened for that and nothing locked.
+    pub(crate) fn locked_out(&self, entry: &ImageEntry, for_writing: bool) -> Option<Error> {
+        if self.options.force_share && !for_writing {
+            return None;
+        }
+        // Where it is open, its descriptor carries this process' own locks.
+        let known = self.opened.images.lock().get(&entry.stat.id).map(|open| open.files().cloned().collect::<Vec<_>>());
+        let files = known.unwrap_or_else(|| {
+            let own = self.file(&entry.place, &entry.stat, false);
+            let data = entry.data_file.as_ref().map(|(place, stat)| self.file(place, stat, false));
+            std::iter::once(own).chain(data).collect()
+        });
+        files.iter().find_map(|file| file.locked_out(for_writing, self.options.no_lock))
+    }
+
     /// Whether the newest catalog still knows an internal snapshot: else what it held may be somebody else's by now.
     fn is_still_there(&self, image: &ImageEntry, snapshot: &Snapshot) -> Result<()> {
         let catalog = self.catalog();

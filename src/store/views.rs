@@ -1,11 +1,15 @@
 //! The views of one chain: their names, and which layer and internal snapshot each shows.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
+use crate::error::{Error, ErrorKind};
 use crate::format::Snapshot;
 
-use super::catalog::{Catalog, ImageIndex};
+use super::catalog::{Catalog, ImageIndex, shown};
 use super::names::{ViewForm, view_names};
 
 /// One view of a chain.
@@ -21,6 +25,13 @@ pub struct ChainView {
     pub active: bool,
     /// Whether VM state was saved with it.
     pub has_vm_state: bool,
+}
+
+impl ChainView {
+    /// Its name as part of a sentence.
+    pub fn shown(&self) -> String {
+        shown(Path::new(OsStr::from_bytes(&self.name)))
+    }
 }
 
 /// All views of a chain.
@@ -93,6 +104,26 @@ impl ChainViews {
     /// The view of that name.
     pub fn find(&self, name: &[u8]) -> Option<&ChainView> {
         self.by_name.get(name).map(|index| &self.views[*index])
+    }
+
+    /// Why there is no view of that name among those `wanted`; `subject` is what was asked for it.
+    pub fn unknown(&self, subject: &str, name: &[u8], wanted: impl Fn(&ChainView) -> bool) -> Error {
+        /// Names that are told of, at most.
+        const TOLD: usize = 20;
+        let all: Vec<&ChainView> = self.views.iter().filter(|view| wanted(view)).collect();
+        let mut names: Vec<String> = all.iter().take(TOLD).map(|view| view.shown()).collect();
+        if all.len() > TOLD {
+            names.push(format!("{} more", all.len() - TOLD));
+        }
+        // As files of the mount or of the store, views have a suffix.
+        let stem = [&b".raw"[..], b".qcow2", b".img"].into_iter().find_map(|suffix| name.strip_suffix(suffix));
+        let remedy = match (stem.and_then(|stem| all.iter().find(|view| view.name == stem)), names.is_empty()) {
+            (Some(meant), _) => format!("write {}, without the suffix", meant.shown()),
+            (None, true) => "there is none".to_owned(),
+            (None, false) => format!("there is {}", names.join(", ")),
+        };
+        let name = shown(Path::new(OsStr::from_bytes(name)));
+        Error::new(ErrorKind::NotFound, format!("{subject} has no view {name}; {remedy}"))
     }
 
     /// The active disk, if the chain has one.

@@ -21,8 +21,8 @@ pub struct LookArgs {
 /// The words of `ls`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-What is listed is IMAGE[@SNAPSHOT]:/VOLUME/PATH. IMAGE: alone lists the volumes; VOLUME is one of these names, or root for the \
-one that holds the operating system. SNAPSHOT is an internal snapshot of the image, by name or id, or else a view of its chain \
+What is listed is IMAGE[@VIEW]:/VOLUME/PATH. IMAGE: alone lists the volumes; VOLUME is one of these names, or root for the \
+one that holds the operating system. VIEW is an internal snapshot of the image, by name or id, or a view of its chain \
 (base, active@monday). A place in a mount will do as well: MOUNT/web01/files/sn1/p1/etc.
 Nothing is mounted and nothing is written; the image must not be in use for writing, unless -U.
 
@@ -34,7 +34,7 @@ Examples:
 #[expect(clippy::struct_excessive_bools, reason = "each is a letter of ls")]
 pub struct LsArgs {
     /// What to list
-    #[arg(required = true, value_name = "IMAGE[@SNAPSHOT]:/VOLUME/PATH")]
+    #[arg(required = true, value_name = "IMAGE[@VIEW]:/VOLUME/PATH")]
     pub places: Vec<OsString>,
     /// Type, mode, links, owner, group, size, time and a link's target as well
     #[arg(short, long)]
@@ -69,7 +69,7 @@ Examples:
   chainfs cat web01.qcow2@sn1:/p1/var/log/syslog | grep error")]
 pub struct CatArgs {
     /// The files
-    #[arg(required = true, value_name = "IMAGE[@SNAPSHOT]:/VOLUME/PATH")]
+    #[arg(required = true, value_name = "IMAGE[@VIEW]:/VOLUME/PATH")]
     pub places: Vec<OsString>,
     /// How images are found.
     #[command(flatten)]
@@ -90,7 +90,7 @@ Examples:
   chainfs cp -a web01.qcow2:/p1/. /srv/rescue")]
 pub struct CpArgs {
     /// What to copy
-    #[arg(required = true, num_args = 1.., value_name = "IMAGE[@SNAPSHOT]:/VOLUME/PATH")]
+    #[arg(required = true, num_args = 1.., value_name = "IMAGE[@VIEW]:/VOLUME/PATH")]
     pub sources: Vec<OsString>,
     /// Where to
     #[arg(value_name = "DEST")]
@@ -114,7 +114,7 @@ pub struct CpArgs {
 #[command(after_help = "\
 Without --files: the ranges of the two disks that differ, and the volumes that these lie in. A longer disk is the same if its rest \
 is zero.
-With --files, or where A or B is IMAGE[@SNAPSHOT]:/VOLUME[/PATH]: the files that were added (+), removed (-) or changed (~, and what of \
+With --files, or where A or B is IMAGE[@VIEW]:/VOLUME[/PATH]: the files that were added (+), removed (-) or changed (~, and what of \
 them), and those that cannot be read (!). Where only one has a path, the other's is the same. What the disks share is not read. \
 Times of last access never count; times of directories, and times of last change of the inode, only with --all.
 
@@ -126,7 +126,7 @@ Examples:
 
 Exit codes: 0 same, 1 different, 2 trouble.")]
 pub struct DiffArgs {
-    /// An image, IMAGE@SNAPSHOT, either with :/VOLUME/PATH behind it, or a place inside a mount
+    /// An image, IMAGE@VIEW, either with :/VOLUME/PATH behind it, or a place inside a mount
     pub a: OsString,
     /// Another
     pub b: OsString,

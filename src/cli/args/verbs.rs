@@ -1,7 +1,7 @@
 //! The verbs that change chains: the same words as in control files, as options.
 
 use std::ffi::OsString;
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use crate::error::Result;
 use crate::ops::{
     CloneRequest, CommitRequest, DeleteRequest, Method, NewSize, PullRequest, RebaseRequest, Request, ResizeRequest,
-    RevertRequest, SnapshotRequest,
+    RevertRequest, SnapshotRequest, parse_chains,
 };
 
 /// How a verb is carried out.
@@ -53,9 +53,9 @@ pub struct SnapshotArgs {
     /// Your words on it
     #[arg(long, value_name = "TEXT")]
     pub description: Option<String>,
-    /// These chains at one instant; TARGET is then the mount, or the store
-    #[arg(long, value_name = "CHAINS", value_delimiter = ',')]
-    pub chains: Vec<PathBuf>,
+    /// These chains at one instant; TARGET is then the mount, or the store. A comma within a path is written \,
+    #[arg(long, value_name = "CHAINS")]
+    pub chains: Vec<OsString>,
     /// How it is carried out.
     #[command(flatten)]
     pub run: RunArgs,
@@ -200,9 +200,12 @@ pub struct RebaseArgs {
     /// The layer that is put on it; by default the active disk
     #[arg(long, value_name = "VIEW")]
     pub layer: Option<OsString>,
-    /// Change only the name, as for a backing file that was moved
+    /// Change only the name, as for a backing file that was moved: of the layer right above that file
     #[arg(short = 'u', long = "unsafe")]
     pub is_unsafe: bool,
+    /// With --unsafe: let layers drop out of the chain
+    #[arg(long, requires = "is_unsafe")]
+    pub drop_layers: bool,
     /// How it is carried out.
     #[command(flatten)]
     pub run: RunArgs,
@@ -269,7 +272,7 @@ impl SnapshotArgs {
             internal: self.internal,
             file: bytes(self.file.as_ref()),
             description: self.description.clone().unwrap_or_default(),
-            chains: self.chains.clone(),
+            chains: self.chains.iter().flat_map(|list| parse_chains(list.as_bytes())).collect(),
         }))
     }
 }
@@ -335,6 +338,7 @@ impl RebaseArgs {
             layer: bytes(self.layer.as_ref()),
             base: bytes(Some(&self.base)).filter(|base| base != b"none"),
             is_unsafe: self.is_unsafe,
+            drop_layers: self.drop_layers,
         }))
     }
 }

@@ -159,9 +159,11 @@ impl Images {
     }
 
     fn mounted(&mut self, name: &DiskName) -> Result<Disk> {
-        let DiskName::Mounted { store, chain, view } = name else { unreachable!("asked only of places in mounts") };
+        let DiskName::Mounted { store, chain, view, address } = name else {
+            unreachable!("asked only of places in mounts")
+        };
         let opened = self.open(store)?;
-        place::in_chain(&opened, chain, view.as_deref())
+        place::in_chain(&opened, chain, view.as_deref(), address.as_deref())
     }
 }
 

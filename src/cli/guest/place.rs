@@ -1,10 +1,10 @@
 //! Which view of which chain a disk's name means in a store that is open.
 
-use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::super::address;
 use super::images::{Disk, OpenStore};
 use super::places::DiskName;
 use super::shown;
@@ -44,27 +44,28 @@ pub(super) fn find(opened: &Arc<OpenStore>, image: &Path, name: &DiskName) -> Re
     let chain = Arc::new(chain);
     let views = opened.store.chain_views(&catalog, leaf);
     let layer = views.layers.iter().position(|layer| *layer == index).expect("the chain has it");
-    let of_layer = |snapshot: Option<usize>| {
+    let of_layer = |layer: usize, snapshot: Option<usize>| {
         views.views.iter().find(|view| view.layer == layer && view.snapshot == snapshot).cloned()
     };
     let view = match snapshot {
-        None => of_layer(None).ok_or_else(|| unshown(&catalog, index))?,
+        None => of_layer(layer, None),
         Some(wanted) => {
-            let inner = catalog.images[index].qcow2().map_or(&[][..], |qcow2| &qcow2.snapshots);
-            let by_name = inner.iter().position(|snapshot| snapshot.name == *wanted);
-            let inner = by_name.or_else(|| inner.iter().position(|snapshot| snapshot.id == *wanted));
-            let found = match inner {
-                Some(inner) => of_layer(Some(inner)),
-                None => views.find(wanted).cloned(),
-            };
-            found.ok_or_else(|| no_view(image, wanted, &views))?
+            let meant = address::resolve(&opened.store, &catalog, index, image, wanted)?;
+            of_layer(layer + meant.layer, meant.snapshot)
         }
     };
+    let view = view.ok_or_else(|| unshown(&catalog, index))?;
     Ok(Some(disk(opened, &catalog, &chain, &views, view)))
 }
 
-/// A view of a chain by the path that it has in a mount; the leaf's if none is named.
-pub(super) fn in_chain(opened: &Arc<OpenStore>, chain: &Path, view: Option<&[u8]>) -> Result<Disk> {
+/// A view of a chain by the path that it has in a mount; the leaf's if none is named. `wanted`: what stands behind an
+/// at sign.
+pub(super) fn in_chain(
+    opened: &Arc<OpenStore>,
+    chain: &Path,
+    view: Option<&[u8]>,
+    wanted: Option<&[u8]>,
+) -> Result<Disk> {
     let catalog = opened.store.catalog();
     let leaf = catalog.chain(chain).ok_or_else(|| {
         let fact = format!("the mounted store has no chain {}", shown(chain.as_os_str()));
@@ -75,7 +76,15 @@ pub(super) fn in_chain(opened: &Arc<OpenStore>, chain: &Path, view: Option<&[u8]
         Some(name) => views.find(name),
         None => views.views.iter().find(|view| view.layer == 0 && view.snapshot.is_none()),
     };
-    let view = found.cloned().ok_or_else(|| no_view(chain, view.unwrap_or(b"active"), &views))?;
+    let unknown = || views.unknown(&shown(chain.as_os_str()), view.unwrap_or(b"active"), |_| true);
+    let mut view = found.cloned().ok_or_else(unknown)?;
+    if let Some(wanted) = wanted {
+        let top = views.layers[view.layer];
+        let meant = address::resolve(&opened.store, &catalog, top, chain, wanted)?;
+        let layer = view.layer + meant.layer;
+        let of_layer = |view: &&ChainView| view.layer == layer && view.snapshot == meant.snapshot;
+        view = views.views.iter().find(of_layer).cloned().ok_or_else(|| unshown(&catalog, views.layers[layer]))?;
+    }
     Ok(disk(opened, &catalog, &Arc::new(chain.to_path_buf()), &views, view))
 }
 
@@ -158,17 +167,4 @@ fn unshown(catalog: &Catalog, index: ImageIndex) -> Error {
     let fact =
         sentences.first().cloned().unwrap_or_else(|| format!("{} cannot be read", catalog.images[index].shown()));
     Error::new(ErrorKind::Broken, fact)
-}
-
-fn no_view(image: &Path, wanted: &[u8], views: &ChainViews) -> Error {
-    /// Names that are told of, at most.
-    const TOLD: usize = 12;
-    let mut names: Vec<String> =
-        views.views.iter().take(TOLD).map(|view| shown(OsStr::from_bytes(&view.name))).collect();
-    if views.views.len() > TOLD {
-        names.push("…".to_owned());
-    }
-    let wanted = shown(OsStr::from_bytes(wanted));
-    let fact = format!("{} has no snapshot or view {wanted}; there is {}", shown(image.as_os_str()), names.join(", "));
-    Error::new(ErrorKind::NotFound, fact)
 }

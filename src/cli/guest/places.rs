@@ -1,4 +1,4 @@
-//! What `IMAGE[@SNAPSHOT]:/VOLUME/PATH` says.
+//! What `IMAGE[@VIEW]:/VOLUME/PATH` says.
 //!
 //! File names may hold colons and at signs: the longest beginning of a word that is a file's name is that file.
 
@@ -29,8 +29,8 @@ pub(super) struct Place {
 pub(super) enum DiskName {
     /// An image's, or that of a snapshot.
     Image { path: PathBuf, snapshot: Option<Vec<u8>> },
-    /// One that a mount of the store at `store` shows.
-    Mounted { store: PathBuf, chain: PathBuf, view: Option<Vec<u8>> },
+    /// One that a mount of the store at `store` shows, or the view that stands behind an at sign there.
+    Mounted { store: PathBuf, chain: PathBuf, view: Option<Vec<u8>>, address: Option<Vec<u8>> },
 }
 
 /// A place on a disk.
@@ -111,8 +111,8 @@ fn mounted(word: &OsStr, store: &Path, rest: &Path, snapshot: Option<&[u8]>, inn
     let names: Vec<&[u8]> = rest.iter().map(OsStr::as_bytes).collect();
     let chain = |count: usize| names[..count].iter().map(|name| OsStr::from_bytes(name)).collect::<PathBuf>();
     let place = |chain, view: Option<&[u8]>, inner: Option<&[u8]>| {
-        let view = snapshot.or(view).map(<[u8]>::to_vec);
-        let disk = DiskName::Mounted { store: store.to_path_buf(), chain, view };
+        let (view, address) = (view.map(<[u8]>::to_vec), snapshot.map(<[u8]>::to_vec));
+        let disk = DiskName::Mounted { store: store.to_path_buf(), chain, view, address };
         Place { disk, inner: inner.and_then(Inner::of), has_inner: inner.is_some() }
     };
     if let Some(at) = names.iter().position(|name| *name == b"files") {

@@ -44,22 +44,6 @@ const IGNORED: [&str; 32] = [
 /// Known words that are neither settings nor ignored, for suggestions.
 const OTHERS: [&str; 7] = ["config", "exec", "atime", "noatime", "sync", "async", "dirsync"];
 
-/// Splits at commas that no backslash stands before. `\,` and `\\` lose theirs; any other stays.
-pub(super) fn split_list(bytes: &[u8]) -> Vec<Vec<u8>> {
-    let mut parts = vec![Vec::new()];
-    let mut bytes = bytes.iter().copied().peekable();
-    while let Some(byte) = bytes.next() {
-        let last = parts.len() - 1;
-        match byte {
-            b'\\' => parts[last].push(bytes.next_if(|next| matches!(next, b',' | b'\\')).unwrap_or(b'\\')),
-            b',' => parts.push(Vec::new()),
-            _ => parts[last].push(byte),
-        }
-    }
-    parts.retain(|part| !part.is_empty());
-    parts
-}
-
 pub(super) fn is_ignored(name: &str) -> bool {
     let for_others = ["x-", "X-"].iter().any(|prefix| name.starts_with(prefix));
     for_others || matches!(name, "comment" | "fsname" | "subtype" | "uhelper" | "helper") || IGNORED.contains(&name)

@@ -19,6 +19,7 @@ use crate::store::{Deed, Format, ImageIndex, OpenView, Store, ViewPart};
 use super::copy::Segment;
 use super::engine::Engine;
 use super::finish;
+use super::locked::Touched;
 use super::plan::{Plan, PlanLayer};
 use super::request::CommitRequest;
 use super::world::{Chain, World, beside};
@@ -45,6 +46,13 @@ pub(super) struct Layers {
 }
 
 impl Layers {
+    /// What is opened for it.
+    pub(super) fn touched(&self) -> Touched {
+        let active = self.is_active.then_some(self.top);
+        let children = self.children.iter().copied().filter(|_| !self.takes_name);
+        Touched { written: children.chain(active).chain([self.base]).collect(), read: self.segment() }
+    }
+
     /// Top and all between: what is merged.
     fn segment(&self) -> Vec<ImageIndex> {
         std::iter::once(self.top).chain(self.between.iter().copied()).collect()
@@ -55,9 +63,9 @@ impl Layers {
 fn layers(world: &World, chain: &Chain, request: &CommitRequest) -> Result<Layers> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let views = &chain.views;
-    let top = finish::layer_or_active(chain, request.top.as_deref(), "top")?;
+    let top = finish::layer_or_active(world, chain, request.top.as_deref(), "top")?;
     let base = match &request.base {
-        Some(name) => finish::layer(chain, name)?,
+        Some(name) => finish::layer(world, chain, name)?,
         None => top + 1,
     };
     if base >= views.layers.len() {

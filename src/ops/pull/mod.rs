@@ -16,6 +16,7 @@ use crate::store::{ImageIndex, ViewPart};
 use super::copy::Segment;
 use super::engine::Engine;
 use super::finish;
+use super::locked::Touched;
 use super::plan::Plan;
 use super::request::PullRequest;
 use super::world::{Chain, World};
@@ -39,6 +40,11 @@ pub(super) struct Layers {
 }
 
 impl Layers {
+    /// What is opened for it.
+    pub(super) fn opened(&self) -> Touched {
+        Touched { written: self.into.clone(), read: self.below.clone() }
+    }
+
     /// What is changed, or goes.
     fn touched(&self) -> Vec<ImageIndex> {
         self.into.iter().chain(&self.remove).copied().collect()
@@ -48,12 +54,12 @@ impl Layers {
 fn layers(world: &World, chain: &Chain, request: &PullRequest) -> Result<Layers> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let views = &chain.views;
-    let into = finish::layer_or_active(chain, request.into.as_deref(), "into")?;
+    let into = finish::layer_or_active(world, chain, request.into.as_deref(), "into")?;
     let name = world.image(views.layers[into]).shown();
     if into + 1 >= views.layers.len() {
         return Err(usage(format!("{name} stands on nothing: there is nothing to be pulled")));
     }
-    let base = request.base.as_ref().map(|base| finish::layer(chain, base)).transpose()?;
+    let base = request.base.as_ref().map(|base| finish::layer(world, chain, base)).transpose()?;
     match base {
         Some(base) if base == into => return Err(usage("the layer and its base are the same".to_owned())),
         Some(base) if base < into => {

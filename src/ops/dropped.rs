@@ -1,0 +1,154 @@
+//! What an unsafe rebase would drop from a chain: layers between the layer and its new backing file.
+//!
+//! `unsafe` is for a backing file that was moved, renamed or copied. Promise: where the new file is not the old one by
+//! the evidence at hand, the refusal names what would drop out, and only `drop-layers` overrides it. The evidence is
+//! the same inode; the same length and content; or, where the old file is gone, its name or its format and size.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use crate::error::{Error, ErrorKind};
+use crate::io::{Storage, directory_of};
+use crate::store::{Below, ImageEntry, ImageIndex, shown};
+
+use super::world::{Chain, World};
+
+/// Files up to this length are compared as a whole, larger ones by samples.
+const WHOLE_LEN: u64 = 16 << 20;
+/// Samples of a larger file, spread evenly.
+const SAMPLE_COUNT: u64 = 1024;
+/// Bytes of a sample.
+const SAMPLE_LEN: usize = 16 << 10;
+
+/// Why a layer is not put on `base` (none: on nothing) by name alone, unless `drop-layers` says that it may.
+/// `between`: the layers of its chain that `base` does not stand on.
+pub(super) fn refusal(
+    world: &World,
+    chain: &Chain,
+    layer: ImageIndex,
+    base: Option<ImageIndex>,
+    between: &[ImageIndex],
+) -> Option<Error> {
+    let image = world.image(layer);
+    let Some(named) = image.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref()) else { return None };
+    let old_name = shown(Path::new(OsStr::from_bytes(&named.name)));
+    let refuse = |fact: String| {
+        let sentence = format!("{fact}; {}, or say drop-layers if that is wanted", remedy(world, chain, layer));
+        Some(Error::new(ErrorKind::NotEmpty, sentence))
+    };
+    let new = base.map(|base| world.image(base));
+    let new_name = new.map_or_else(|| "nothing".to_owned(), ImageEntry::shown);
+    let Some(old) = world.stands_on(layer) else {
+        // The old file is gone, or cannot be read.
+        let why = not_the_missing(world, image, new, &named.name, named.format.as_deref())?;
+        let fact = format!(
+            "{} names {old_name} as its backing file, and {new_name} is not that file moved: {why}",
+            image.shown()
+        );
+        return refuse(fact);
+    };
+    let is_moved = new.is_some_and(|new| is_same(world, world.image(old), new));
+    let dropped: Vec<String> =
+        between.iter().filter(|index| !(is_moved && **index == old)).map(|index| world.image(*index).shown()).collect();
+    if dropped.is_empty() {
+        return None;
+    }
+    let (is, what) = if dropped.len() == 1 { ("drops", "it holds") } else { ("drop", "they hold") };
+    refuse(format!(
+        "{} would be on {new_name} instead of {}: {} {is} out of the chain with what {what}",
+        image.shown(),
+        world.image(old).shown(),
+        dropped.join(", ")
+    ))
+}
+
+/// What the user probably wants to do instead.
+fn remedy(world: &World, chain: &Chain, layer: ImageIndex) -> String {
+    // A layer further down whose backing file is missing is the one to be rebased.
+    let depth = chain.views.layers.iter().position(|index| *index == layer).unwrap_or(0);
+    let broken = chain
+        .views
+        .layers
+        .iter()
+        .skip(depth + 1)
+        .find(|index| matches!(world.image(**index).below, Below::Broken { .. }));
+    let view = broken.and_then(|index| {
+        let depth = chain.views.layers.iter().position(|other| other == index)?;
+        chain.views.views.iter().find(|view| view.layer == depth && view.snapshot.is_none())
+    });
+    match view {
+        Some(view) => {
+            let name = String::from_utf8_lossy(&view.name);
+            format!("the layer whose backing file is missing is {name}: say layer={name}")
+        }
+        None if world.stands_on(layer).is_some() => "leave out unsafe, and what differs is copied".to_owned(),
+        None => "put the missing file back, or name the file that it is now".to_owned(),
+    }
+}
+
+/// Why `new` cannot be taken for a backing file that is gone, if so.
+fn not_the_missing(
+    world: &World,
+    image: &ImageEntry,
+    new: Option<&ImageEntry>,
+    name: &[u8],
+    format: Option<&str>,
+) -> Option<String> {
+    let Some(new) = new else { return Some("all that the missing file holds would read as zeroes".to_owned()) };
+    let own = new.format.map(crate::store::Format::name);
+    if let (Some(stated), Some(own)) = (format, own)
+        && stated != own
+    {
+        return Some(format!("it is {own}, and the header says {stated}"));
+    }
+    let old_file = Path::new(OsStr::from_bytes(name)).file_name();
+    if old_file == new.place.path.file_name() {
+        return None;
+    }
+    if let Some(old_file) = old_file {
+        let beside = directory_of(&new.place.path).join(old_file);
+        if world.store.roots()[new.place.root].stat(&beside).is_ok() {
+            return Some(format!("{} is there", shown(&beside)));
+        }
+    }
+    if new.virtual_size() < image.virtual_size() {
+        return Some("its disk is shorter".to_owned());
+    }
+    None
+}
+
+/// Whether two images are the same file, or copies of one.
+fn is_same(world: &World, old: &ImageEntry, new: &ImageEntry) -> bool {
+    if old.stat.id == new.stat.id {
+        return true;
+    }
+    let digest = |image: &ImageEntry| image.qcow2().map(|qcow2| qcow2.digest);
+    let is_alike = old.format == new.format
+        && old.stat.signature.size == new.stat.signature.size
+        && digest(old) == digest(new)
+        // A copy of the header alone says nothing of data that lies elsewhere.
+        && old.data_file.is_none()
+        && new.data_file.is_none();
+    is_alike && has_same_content(world, old, new).unwrap_or(false)
+}
+
+fn has_same_content(world: &World, old: &ImageEntry, new: &ImageEntry) -> crate::error::Result<bool> {
+    let [old, new] =
+        [old, new].map(|image| (world.store.file(&image.place, &image.stat, false), image.stat.signature.size));
+    let (files, len) = ((old.0, new.0), old.1);
+    let step = if len <= WHOLE_LEN { SAMPLE_LEN as u64 } else { len / SAMPLE_COUNT };
+    let mut buffers = (vec![0; SAMPLE_LEN], vec![0; SAMPLE_LEN]);
+    let last = len.saturating_sub(SAMPLE_LEN as u64);
+    let mut at = 0;
+    loop {
+        let counts = (files.0.read_at(at, &mut buffers.0)?, files.1.read_at(at, &mut buffers.1)?);
+        if counts.0 != counts.1 || buffers.0[..counts.0] != buffers.1[..counts.1] {
+            return Ok(false);
+        }
+        if at >= last {
+            return Ok(true);
+        }
+        at = (at + step).min(last);
+    }
+}
