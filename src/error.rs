@@ -173,9 +173,24 @@ fn is_exhaustion(errno: i32) -> bool {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.source {
-            Some(source) => write!(f, "{}: {}", self.context, source),
+            Some(source) => write!(f, "{}: {}", self.context, system_fact(source)),
             None => f.write_str(&self.context),
         }
+    }
+}
+
+/// What the system says, without its number; where its words explain nothing, what they mean here.
+fn system_fact(source: &io::Error) -> String {
+    let said = source.to_string();
+    let Some(number) = source.raw_os_error() else { return said };
+    match rustix::io::Errno::from_raw_os_error(number) {
+        rustix::io::Errno::XDEV => {
+            "it lies on another file system, or behind a symbolic link that leads out of the store".to_owned()
+        }
+        rustix::io::Errno::NOTCONN => "the mount is dead, for its daemon has gone; take it away with chainfs umount, and \
+                                       mount the store again"
+            .to_owned(),
+        _ => said.split(" (os error ").next().unwrap_or_default().to_owned(),
     }
 }
 

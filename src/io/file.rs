@@ -333,9 +333,22 @@ impl StoreFile {
         let path = path.display();
         match conflict {
             Conflict::Held { byte, fact } => {
-                let holders = super::holders::describe(self.id, *byte);
-                let remedy = if for_reading { ", or mount with -o force_share" } else { "" };
-                Error::new(ErrorKind::Busy, format!("{path} {fact} ({holders}); wait until it is closed{remedy}"))
+                let (holders, domain) = super::holders::describe(self.id, *byte);
+                let remedy = match domain {
+                    Some(domain) if for_reading => format!(
+                        "what lies below it can be read: take a snapshot with virsh snapshot-create-as {domain} --disk-only \
+                         and read that, or shut {domain} down"
+                    ),
+                    Some(domain) => format!(
+                        "while {domain} runs, its images are changed with virsh (snapshot-create-as, blockcommit, \
+                         blockpull); or shut it down"
+                    ),
+                    None if for_reading => {
+                        "wait until it is closed; -U, or force_share for a mount, reads what it is while it changes".into()
+                    }
+                    None => "wait until it is closed".into(),
+                };
+                Error::new(ErrorKind::Busy, format!("{path} {fact} ({holders}); {remedy}"))
             }
             Conflict::System(error) if !for_reading && locks::is_unsupported(*error) => Error::new(
                 ErrorKind::ReadOnly,
