@@ -187,9 +187,11 @@ fn system_fact(source: &io::Error) -> String {
         rustix::io::Errno::XDEV => {
             "it lies on another file system, or behind a symbolic link that leads out of the store".to_owned()
         }
-        rustix::io::Errno::NOTCONN => "the mount is dead, for its daemon has gone; take it away with chainfs umount, and \
+        rustix::io::Errno::NOTCONN => {
+            "the mount is dead, for its daemon has gone; take it away with chainfs umount, and \
                                        mount the store again"
-            .to_owned(),
+                .to_owned()
+        }
         _ => said.split(" (os error ").next().unwrap_or_default().to_owned(),
     }
 }

@@ -9,7 +9,7 @@ mod size;
 use std::fmt;
 
 pub use list::{join_list, split_list};
-pub use size::parse_size;
+pub use size::{brief_size, human_size, parse_size};
 
 // Lengths in memory are `usize`, lengths on disk `u64`; conversions between them are only
 // right where the two are equally wide.

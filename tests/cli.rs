@@ -204,7 +204,7 @@ fn internal_snapshots_are_disks_of_their_own() {
     }
     assert_eq!(chainfs(&store, &["compare", "web.qcow2", oracle, "-F", "raw"]).outcome().0, 1);
     let (code, _, err) = chainfs(&store, &["map", "web.qcow2@c"]).outcome();
-    assert!(code == 1 && err.contains("no internal snapshot \"c\""), "{code} {err}");
+    assert!(code == 1 && err.contains("web.qcow2 has no view c; there is active, active@a@b"), "{code} {err}");
     // A file of that very name is what is meant.
     store.create("web.qcow2@1", 2 * MIB, "");
     let found = json(&chainfs(&store, &["info", "--json", "web.qcow2@1"]).succeeds());

@@ -11,7 +11,9 @@ pub use verbs::{
     CancelArgs, CloneArgs, CommitArgs, DeleteArgs, PullArgs, RebaseArgs, ResizeArgs, RevertArgs, RunArgs, SnapshotArgs,
 };
 
-use super::mount_options::ImageFormat;
+use super::mount_options::{ImageFormat, SETTINGS, Takes, suggestion};
+use clap::builder::StyledStr;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use std::ffi::OsString;
@@ -454,6 +456,7 @@ where
 {
     let words: Vec<OsString> = words.into_iter().map(Into::into).collect();
     Cli::try_parse_from(&words).map_err(|error| {
+        let error = with_right_tip(error, words.get(1));
         let usage_is_one = words.get(1).is_some_and(|word| word == "mount" || word == "check");
         let code = match (error.use_stderr(), usage_is_one) {
             (false, _) => 0,
@@ -462,6 +465,24 @@ where
         };
         Refusal { error, code }
     })
+}
+
+/// An unknown option with a tip that helps: clap's own, to give it behind `--`, would make it a file's name.
+fn with_right_tip(mut error: clap::Error, command: Option<&OsString>) -> clap::Error {
+    if error.kind() != ErrorKind::UnknownArgument {
+        return error;
+    }
+    let Some(ContextValue::String(given)) = error.get(ContextKind::InvalidArg).cloned() else { return error };
+    let (name, value) = given.split_once('=').map_or((given.as_str(), None), |(name, value)| (name, Some(value)));
+    let option = suggestion(name.trim_start_matches('-')).filter(|_| command.is_some_and(|word| word == "mount"));
+    error.remove(ContextKind::Suggested);
+    if let Some(option) = option {
+        let takes_value = SETTINGS.iter().any(|(known, takes)| *known == option && *takes != Takes::Nothing);
+        let value = value.or(takes_value.then_some("...")).map(|value| format!("={value}")).unwrap_or_default();
+        let tip = StyledStr::from(format!("mount options are given with -o: -o {option}{value}"));
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip]));
+    }
+    error
 }
 
 fn size(text: &str) -> Result<u64, String> {

@@ -10,6 +10,7 @@ use crate::report::safe::{terminal, terminal_bytes};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use toml::de::DeTable;
 use toml::{Table, Value};
 
 /// Where the configuration of the whole machine is.
@@ -52,9 +53,28 @@ pub fn parse(text: &str, name: &str) -> Result<MountOptions> {
     })?;
     let mut options = MountOptions::default();
     for (key, value) in &table {
-        set(&mut options, key, value).map_err(|error| error.within(name))?;
+        set(&mut options, key, value).map_err(|error| at(error, text, name, key))?;
     }
     Ok(options)
+}
+
+/// An error of a key, with the place where that stands.
+fn at(error: Error, text: &str, name: &str, key: &str) -> Error {
+    let table = DeTable::parse(text).ok();
+    let start =
+        table.and_then(|table| table.get_ref().keys().find(|known| known.get_ref() == key).map(|k| k.span().start));
+    let line = start.map(|start| text[..start].matches('\n').count() + 1);
+    error.within(line.map_or_else(|| name.to_owned(), |line| format!("{name}: line {line}")))
+}
+
+/// That the directories are there which a file names: the mount fails without them, and nobody would look for the
+/// reason in a file.
+fn check_directories(options: &MountOptions, text: &str, name: &str) -> Result<()> {
+    let missing = options.backing_dirs.iter().find_map(|place| Some((place, std::fs::read_dir(place).err()?)));
+    let Some((place, error)) = missing else { return Ok(()) };
+    let shown = terminal_bytes(place.as_os_str().as_bytes());
+    let fact = format!("key 'backing_dir': opening {shown}");
+    Err(at(Error::io(fact, error), text, name, "backing_dir"))
 }
 
 fn set(options: &mut MountOptions, key: &str, value: &Value) -> Result<()> {
@@ -93,7 +113,11 @@ fn one(options: &mut MountOptions, key: &str, value: &Value) -> Result<()> {
 fn read(path: &Path) -> Result<Option<MountOptions>> {
     let name = terminal_bytes(path.as_os_str().as_bytes());
     match std::fs::read_to_string(path) {
-        Ok(text) => parse(&text, &name).map(Some),
+        Ok(text) => {
+            let options = parse(&text, &name)?;
+            check_directories(&options, &text, &name)?;
+            Ok(Some(options))
+        }
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
         Err(error) => Err(Error::io(format!("reading {name}"), error)),
     }
@@ -124,26 +148,39 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_file_and_key() {
+    fn errors_name_file_line_and_key() {
         for (text, said) in [
-            ("readnly = \"x\"", "f: key 'readnly': unknown; did you mean 'readonly'?"),
-            ("nofail = true", "f: key 'nofail': unknown"),
-            ("config = \"/x\"", "f: key 'config': unknown"),
-            ("ro = 1", "f: key 'ro': must be true or false"),
-            ("uid = true", "f: key 'uid': must be text or a number"),
-            ("uid = [1]", "f: key 'uid': must be text or a number"),
-            ("umask = 22", "f: key 'umask': must be text, as in \"027\""),
+            ("readnly = \"x\"", "f: line 1: key 'readnly': unknown; did you mean 'readonly'?"),
+            ("nofail = true", "f: line 1: key 'nofail': unknown"),
+            ("config = \"/x\"", "f: line 1: key 'config': unknown"),
+            ("ro = 1", "f: line 1: key 'ro': must be true or false"),
+            ("uid = true", "f: line 1: key 'uid': must be text or a number"),
+            ("uid = [1]", "f: line 1: key 'uid': must be text or a number"),
+            ("umask = 22", "f: line 1: key 'umask': must be text, as in \"027\""),
             (
                 "backing_dir = \"x\"",
-                "f: key 'backing_dir': must be an absolute path: a file knows no current directory",
+                "f: line 1: key 'backing_dir': must be an absolute path: a file knows no current directory",
             ),
-            ("uid = -1", "f: key 'uid': mount option 'uid': '-1' must be a number from 0 to 4294967294"),
+            ("uid = -1", "f: line 1: key 'uid': mount option 'uid': '-1' must be a number from 0 to 4294967294"),
         ] {
             assert_eq!(parse(text, "f").unwrap_err().to_string(), said);
         }
+        let error = parse("ro = true\n\n'uid' = -1\n", "f").unwrap_err().to_string();
+        assert!(error.starts_with("f: line 3: key 'uid': "), "{error}");
         let error = parse("ro = true\n\nuid = = 3\n", "f").unwrap_err().to_string();
         assert!(error.starts_with("f: line 3: "), "{error}");
         assert!(parse("ro = true\nro = true", "f").unwrap_err().to_string().starts_with("f: line 2: "));
+    }
+
+    #[test]
+    fn a_backing_directory_that_is_not_there_is_told_of_with_its_line() {
+        let place = tempfile::tempdir().unwrap();
+        let file = place.path().join("c.toml");
+        std::fs::write(&file, "ro = true\nbacking_dir = [\"/nonexistent/templates\"]\n").unwrap();
+        let options = MountOptions { config: Some(file.clone()), ..MountOptions::default() };
+        let said = load(options, |_| None).unwrap_err().to_string();
+        let fact = "line 2: key 'backing_dir': opening /nonexistent/templates: No such file or directory";
+        assert_eq!(said, format!("{}: {fact}", file.display()));
     }
 
     #[test]

@@ -21,13 +21,14 @@ use signal_hook::iterator::Signals;
 use super::args::MountArgs;
 use super::mount_options::{MountOptions, Symlinks};
 use super::store_options::{store_options, variable};
-use super::{complain, config};
+use super::{complain, config, warn};
 use crate::browse::Browser;
 use crate::browse::worker::Program;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fs::mount::{self, OwnMount};
 use crate::fs::{Features, GuestOptions, Ownership, Server, Tree};
-use crate::io::users_of;
+use crate::io::{other_users_of, users_of};
+use crate::report::store as report;
 use crate::store::{Flusher, Store, Watcher};
 
 /// mount(8)'s exit codes.
@@ -103,6 +104,7 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     let signals =
         Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ]).map_err(|error| Error::io("catching signals", error))?;
     let store = Store::open(&args.store, store_options(&options))?;
+    hints(&args.dir, &store, &options).iter().for_each(|hint| warn(hint));
     let ownership = Ownership { uid: options.uid, gid: options.gid, umask: options.umask };
     let browser = Browser::new(&store, Program::this(!options.no_seccomp));
     let guests = GuestOptions { shown: !options.no_files, verbatim: options.symlinks == Some(Symlinks::Verbatim) };
@@ -156,6 +158,26 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// What is allowed, and probably not what the user wants.
+fn hints(directory: &Path, store: &Store, options: &MountOptions) -> Vec<String> {
+    let mut hints = Vec::new();
+    let own = rustix::process::getuid().as_raw();
+    if !options.allow_other
+        && let Some(uid) = options.uid.filter(|uid| *uid != own)
+    {
+        hints
+            .push(format!("uid={uid} shows who owns the files, and lets nobody in but user {own}; add -o allow_other"));
+    }
+    let entry_count = std::fs::read_dir(directory).map_or(0, Iterator::count);
+    if entry_count > 0 {
+        let (entries, are) = if entry_count == 1 { ("entry", "is") } else { ("entries", "are") };
+        let shown = directory.display();
+        hints.push(format!("{shown} is not empty: its {entry_count} {entries} {are} hidden while it is mounted"));
+    }
+    hints.extend(report::no_images(store, &store.catalog()));
+    hints
+}
+
 /// Tells the parent that all is well, and lets go of its pipe and terminal.
 fn detach() -> Result<()> {
     let fail = |error: std::io::Error| Error::io("telling that the mount is ready", error);
@@ -206,8 +228,10 @@ fn end_on_signals(mut signals: Signals, mount: OwnMount, tree: Arc<Tree>, ending
 pub(super) fn busy(directory: &Path) -> String {
     let users = users_of(directory);
     let names: Vec<String> = users.iter().map(ToString::to_string).collect();
+    let others = other_users_of(directory, names.is_empty());
+    let names: Vec<String> = names.into_iter().chain(others).collect();
     let by = if names.is_empty() {
-        "by whom cannot be seen from here".to_string()
+        "by whom cannot be seen from here: maybe by another user's process, or in another mount namespace".to_string()
     } else {
         format!("by {}", names.join(", "))
     };

@@ -17,6 +17,7 @@ use super::progress::Meter;
 use super::store_options::{store_options, variable};
 use super::target::place_in_mount;
 use super::verbs::{finished, tell_plan};
+use super::warn;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::{Engine, JobState, Plan, Request, Status};
 use crate::report::plan;
@@ -37,9 +38,13 @@ pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8
         return plan_by(&engine, &chain, request);
     }
     let stopping = catch_signals()?;
+    let had_notes = store.guard().has_place();
     let result = carry_out(&engine, &chain, request, args, &stopping);
     engine.stop();
     store.close_writers();
+    if !had_notes && store.guard().has_place() {
+        warn(&store.guard().place_note());
+    }
     result
 }
 
@@ -140,6 +145,9 @@ fn carry_out(
 ) -> Result<u8> {
     // What was begun before and cut off goes on when it is given again. Other commands are refused until then: once
     // it is done, the chain is another one, and so might be what they mean.
+    if matches!(request, Request::Revert(_)) {
+        engine.plan(chain, request)?.notes.iter().for_each(|note| warn(note));
+    }
     engine.run(chain, request, &request.to_string())?;
     finished(&wait(engine, chain, Meter::new(args.progress), stopping)?)
 }

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use crate::ops::{JobState, Status};
 use crate::report::safe::terminal;
-use crate::report::size::brief_size;
 use crate::report::status::per_mille;
+use crate::units::brief_size;
 
 /// Characters of the bar.
 const BAR_LEN: u64 = 30;

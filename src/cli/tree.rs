@@ -11,7 +11,7 @@ use super::target::{Target, What};
 use super::warn;
 use crate::error::Result;
 use crate::ops::{Request, quote};
-use crate::report::store::{chain_forest, chain_problem, forest, problems_text};
+use crate::report::store::{chain_forest, chain_problem, forest, no_images, problems_text};
 use crate::report::text::TextOptions;
 use crate::report::tree::Forest;
 use crate::report::{dot, json, plan_tree, svg, text};
@@ -41,7 +41,7 @@ pub(super) fn run(args: &TreeArgs) -> Result<u8> {
         };
         problems.lines().for_each(warn);
         if forest.trees.is_empty() {
-            warn(&format!("{} holds no disk images", shown(&filename)));
+            warn(&no_images(&store, &catalog).unwrap_or_else(|| format!("{} holds no disk images", shown(&filename))));
         }
     }
     Ok(0)

@@ -22,6 +22,9 @@ use crate::store::shown;
 /// How long to wait where there is no `progress` to wait at.
 const PATIENCE: Duration = Duration::from_millis(200);
 
+/// Chains that are named where one was mistyped, at most.
+const CHAINS_TOLD: usize = 8;
+
 /// Runs a verb on what `target` names.
 pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8> {
     let Some((store, rest)) = place_in_mount(target)? else {
@@ -42,6 +45,10 @@ pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8
             // A mount that is read-only takes no text at all.
             None => offline::plan_of_mounted(&store, &rest, request),
         };
+    }
+    // Where the chain takes another shape than a command's name says, it is told before.
+    if let (Request::Revert(_), Some(plan)) = (request, planned(&control, request)?) {
+        plan.lines().filter_map(|line| line.strip_prefix("note: ")).for_each(warn);
     }
     let status = give(&control, request)?;
     if args.detach || *request == Request::Cancel {
@@ -77,11 +84,40 @@ fn control_directory(target: &Path, request: &Request) -> Result<PathBuf> {
     match std::fs::metadata(directory.join("status")) {
         Ok(_) => Ok(directory),
         Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
-            let wanted = if is_for_store { "the mount itself, for --chains" } else { "a chain's directory in it" };
-            Err(Error::new(ErrorKind::Usage, format!("{} takes no commands; name {wanted}", shown(target))))
+            Err(takes_no_commands(target, is_for_store))
         }
         Err(error) => Err(Error::io(format!("opening {}", shown(&directory)), error)),
     }
+}
+
+/// Why a place in a mount takes no commands, and which does.
+fn takes_no_commands(target: &Path, is_for_store: bool) -> Error {
+    let usage = |fact: String| Error::new(ErrorKind::Usage, format!("{} {fact}", shown(target)));
+    if is_for_store {
+        return usage("takes no commands for several chains; name the mount itself".into());
+    }
+    let takes = |place: &Path| place.join(CONTROL).join("status").exists();
+    if let Some(chain) = target.ancestors().skip(1).find(|above| takes(above)) {
+        return usage(format!("takes no commands; name its chain, {}", shown(chain)));
+    }
+    let directory = if target.is_dir() { target } else { target.parent().unwrap_or(target) };
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut chains: Vec<String> = entries
+        .map(|entry| entry.path())
+        .filter(|path| !path.ends_with(".chainfs") && takes(path))
+        .map(|path| shown(&path))
+        .take(CHAINS_TOLD)
+        .collect();
+    chains.sort();
+    let remedy = if chains.is_empty() {
+        "name a chain's directory".to_owned()
+    } else {
+        format!("name a chain, as in {}", chains.join(", "))
+    };
+    if target.is_dir() {
+        return usage(format!("takes no commands; {remedy}"));
+    }
+    Error::new(ErrorKind::NotFound, format!("there is no chain {}; {remedy}", shown(target)))
 }
 
 /// The plan of a command; `None` where the mount is read-only.

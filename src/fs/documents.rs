@@ -86,7 +86,7 @@ impl Documents {
                 svg::forest(&report::forest_at_work(store, catalog, shares), &TimeZone::system(), false)
             }
             StoreDocument::Chains => report::chains_json(store, catalog),
-            StoreDocument::Problems => report::problems_text(catalog),
+            StoreDocument::Problems => report::problems_text(catalog) + &report::locked_text(store, catalog),
             StoreDocument::Metrics | StoreDocument::Trash => String::new(),
         };
         match document {
@@ -100,7 +100,8 @@ impl Documents {
             }
             _ => {}
         }
-        let shows_locks = matches!(document, StoreDocument::TreeText | StoreDocument::TreeSvg);
+        let shows_locks =
+            matches!(document, StoreDocument::TreeText | StoreDocument::TreeSvg | StoreDocument::Problems);
         self.get((self.subject(catalog, shows_locks), None, Some(document)), make)
     }
 

@@ -260,10 +260,10 @@ impl StoreFile {
     /// Why the file could not be locked now, as by [`StoreFile::lock`] or [`StoreFile::lock_for_writing`], because of
     /// other processes: a look, nothing is taken.
     pub fn locked_out(&self, for_writing: bool, without_locks: bool) -> Option<Error> {
-        let holders = self.holders.lock();
-        if holders.writer.is_some() {
+        if self.holders.lock().writer.is_some() {
             return None;
         }
+        // Not under the lock: it would take that for a reader's, and lock the file for him.
         let descriptor = match self.descriptor() {
             Ok(descriptor) => descriptor,
             Err(error) => return Some(error),
@@ -344,7 +344,8 @@ impl StoreFile {
                          blockpull); or shut it down"
                     ),
                     None if for_reading => {
-                        "wait until it is closed; -U, or force_share for a mount, reads what it is while it changes".into()
+                        "wait until it is closed; -U, or force_share for a mount, reads what it is while it changes"
+                            .into()
                     }
                     None => "wait until it is closed".into(),
                 };

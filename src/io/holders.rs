@@ -1,4 +1,4 @@
-//! Who it is that holds a lock or keeps a mount busy, where `/proc` tells.
+//! Who it is that holds a lock, where `/proc` tells: process, program, and the virtual machine that it runs.
 //!
 //! Only for sentences: the answer is a moment old, and lacks what another user's processes hide. It is bounded: however many
 //! ask, and however often, `/proc` is walked through by one at a time, for a limited time, and what was found answers all.
@@ -21,11 +21,14 @@ pub struct Holder {
     pub pid: u32,
     /// Its program's name as `/proc/PID/comm` says.
     pub program: String,
+    /// The virtual machine that it runs, as QEMU and libvirt call it.
+    pub domain: Option<String>,
 }
 
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}[{}]", self.program, self.pid)
+        write!(f, "{}[{}]", self.program, self.pid)?;
+        self.domain.as_ref().map_or(Ok(()), |domain| write!(f, " of domain {domain}"))
     }
 }
 
@@ -113,39 +116,23 @@ impl Survey {
     }
 }
 
-/// Other processes that have a file open, mapped, or as their place, beneath `directory`.
-pub fn users_of(directory: &Path) -> Vec<Holder> {
-    let beneath = |link: &Path| fs::read_link(link).is_ok_and(|target| target.starts_with(directory));
-    others(|process| {
-        if beneath(&process.join("cwd")) || beneath(&process.join("root")) || beneath(&process.join("exe")) {
-            return true;
-        }
-        let maps = || {
-            fs::read_dir(process.join("map_files"))
-                .is_ok_and(|mut all| all.any(|m| m.is_ok_and(|m| beneath(&m.path()))))
-        };
-        let open =
-            fs::read_dir(process.join("fd")).is_ok_and(|mut all| all.any(|fd| fd.is_ok_and(|fd| beneath(&fd.path()))));
-        open || maps()
-    })
-}
-
 const UNSEEN: &str = "which one cannot be seen from here";
 
-/// The holders of `byte` as part of a sentence.
-pub(super) fn describe(id: FileId, byte: i64) -> String {
+/// The holders of `byte` as part of a sentence, and the virtual machine of one that runs any.
+pub(super) fn describe(id: FileId, byte: i64) -> (String, Option<String>) {
     let survey = Survey::for_lock(id.inode, byte);
     let holders = survey.holders(id.inode, byte);
     if holders.is_empty() {
         // Two openings of ours: the older one is of the file as it was before somebody changed it.
         let is_own = survey.all(id.inode, byte).next().is_some();
         let sentence = if is_own { "by this mount, in a disk opened before the file changed" } else { UNSEEN };
-        return sentence.to_string();
+        return (sentence.to_string(), None);
     }
-    holders.iter().map(Holder::to_string).collect::<Vec<_>>().join(", ")
+    let domain = holders.iter().find_map(|holder| holder.domain.clone());
+    (holders.iter().map(Holder::to_string).collect::<Vec<_>>().join(", "), domain)
 }
 
-fn others(is_one: impl Fn(&Path) -> bool) -> Vec<Holder> {
+pub(super) fn others(is_one: impl Fn(&Path) -> bool) -> Vec<Holder> {
     let found = processes(false).filter(|(_, process)| is_one(process));
     let mut holders: Vec<Holder> = found.map(|(pid, process)| Holder::of(pid, &process)).collect();
     holders.sort();
@@ -154,7 +141,7 @@ fn others(is_one: impl Fn(&Path) -> bool) -> Vec<Holder> {
 
 /// Numbers and directories of all processes, `with_own` among them or not, the newest first: what holds a lock is more
 /// often a program of today than one of the system's.
-fn processes(with_own: bool) -> impl Iterator<Item = (u32, PathBuf)> {
+pub(super) fn processes(with_own: bool) -> impl Iterator<Item = (u32, PathBuf)> {
     let own = std::process::id();
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut pids: Vec<u32> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
@@ -165,10 +152,32 @@ fn processes(with_own: bool) -> impl Iterator<Item = (u32, PathBuf)> {
 }
 
 impl Holder {
-    fn of(pid: u32, process: &Path) -> Self {
+    pub(super) fn of(pid: u32, process: &Path) -> Self {
         let program = fs::read_to_string(process.join("comm")).unwrap_or_default();
-        Self { pid, program: program.trim_end().to_string() }
+        Self { pid, program: program.trim_end().to_string(), domain: domain(process) }
     }
+}
+
+/// The name that a QEMU was given with `-name`.
+fn domain(process: &Path) -> Option<String> {
+    let line = fs::read(process.join("cmdline")).ok()?;
+    let mut words = line.split(|byte| *byte == 0);
+    let is_qemu = words.next()?.rsplit(|byte| *byte == b'/').next()?.starts_with(b"qemu");
+    domain_of(words.skip_while(|word| *word != b"-name").nth(1).filter(|_| is_qemu)?)
+}
+
+/// `guest=web01,debug-threads=on`, or the name alone before the first comma; one within the name is doubled.
+fn domain_of(value: &[u8]) -> Option<String> {
+    let mut name = Vec::new();
+    let mut bytes = value.strip_prefix(b"guest=").unwrap_or(value).iter().copied().peekable();
+    while let Some(byte) = bytes.next() {
+        if byte == b',' && bytes.next_if_eq(&b',').is_none() {
+            break;
+        }
+        name.push(byte);
+    }
+    let name = String::from_utf8_lossy(&name).into_owned();
+    (!name.is_empty() && !name.contains(char::is_control)).then_some(name)
 }
 
 /// What a line of fdinfo says is locked: inode, first and last byte.
@@ -186,6 +195,15 @@ mod tests {
     use super::super::file::FileStat;
     use super::*;
     use std::os::fd::OwnedFd;
+
+    #[test]
+    fn a_domain_is_what_qemu_was_called() {
+        let name = |value: &str| domain_of(value.as_bytes());
+        assert_eq!(name("guest=web01,debug-threads=on").as_deref(), Some("web01"));
+        assert_eq!(name("web01").as_deref(), Some("web01"));
+        assert_eq!(name("guest=a,,b,process=x").as_deref(), Some("a,b"));
+        assert_eq!(name(""), None);
+    }
 
     #[test]
     fn a_lock_line_names_file_and_range() {

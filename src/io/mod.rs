@@ -11,6 +11,7 @@ mod directory;
 mod file;
 mod holders;
 mod locks;
+mod mount_users;
 mod mountinfo;
 mod write_file;
 
@@ -19,8 +20,9 @@ pub use claim::Claim;
 pub use descriptors::{Descriptors, Idle, Pin, Room};
 pub use directory::{Directory, Host, ThisHost, directory_of};
 pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile, WriteLock, WriterKind, read_full};
-pub use holders::{Holder, all_lock_holders, lock_holders, users_of};
+pub use holders::{Holder, all_lock_holders, lock_holders};
 pub use locks::{Conflict, WRITER_BYTE, probe_writer};
+pub use mount_users::{namespaces_with, other_users_of, users_of};
 pub use mountinfo::{MountEntry, mounts};
 pub use write_file::WriteFile;
 

@@ -11,6 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Snapshot;
 use crate::io::Claim;
 use crate::store::{ImageIndex, Keeping, Store, shown};
+use crate::units::human_size;
 
 use super::board::Tokens;
 use super::engine::{Engine, Job};
@@ -153,7 +154,7 @@ fn plan_inner(world: &World, chain: &Chain, index: ImageIndex, inner: usize) -> 
         |view: &&crate::store::ChainView| view.snapshot == Some(inner) && chain.views.layers[view.layer] == index;
     plan.invalid = chain.views.views.iter().filter(is_it).map(|view| view.name.clone()).collect();
     if snapshot.vm_state_size > 0 {
-        plan.notes.push(format!("its VM state ({} bytes) goes with it", snapshot.vm_state_size));
+        plan.notes.push(format!("its VM state ({}) goes with it", human_size(snapshot.vm_state_size)));
     }
     Ok((plan, Way::Inner(index, snapshot)))
 }

@@ -56,7 +56,7 @@ pub(super) fn refusal(
     }
     let (is, what) = if dropped.len() == 1 { ("drops", "it holds") } else { ("drop", "they hold") };
     refuse(format!(
-        "{} would be on {new_name} instead of {}: {} {is} out of the chain with what {what}",
+        "{} would be backed by {new_name} instead of {}: {} {is} out of the chain with what {what}",
         image.shown(),
         world.image(old).shown(),
         dropped.join(", ")

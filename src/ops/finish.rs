@@ -14,6 +14,7 @@ use crate::io::{Claim, Directory, FileId, directory_of};
 use crate::store::{
     ActiveJob, Catalog, ChainView, Deed, Format, ImageIndex, Intent, JobImage, Named, OwnedIntent, SPOILT, Store, shown,
 };
+use crate::units::human_size;
 
 use super::commit::Layers;
 use super::engine::Engine;
@@ -181,7 +182,7 @@ pub(super) fn check_room(world: &World, target: ImageIndex, space: u64, refusals
         && free < space
         && !shares_blocks(&world.store)
     {
-        let fact = format!("{} would need {space} bytes, and {free} are free", image.shown());
+        let fact = format!("{} would need {}, and {} are free", image.shown(), human_size(space), human_size(free));
         refusals.push(Error::new(ErrorKind::NoSpace, fact));
     }
 }

@@ -400,13 +400,20 @@ impl NewSize {
     }
 }
 
-/// In bytes, for [`NewSize::parse`].
+/// A size in the largest unit of which it is a whole number.
+fn shortest(size: u64) -> String {
+    let units = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];
+    let unit = units.into_iter().find(|(shift, _)| size > 0 && size.trailing_zeros() >= *shift);
+    unit.map_or_else(|| size.to_string(), |(shift, unit)| format!("{}{unit}", size >> shift))
+}
+
+/// Exactly, for [`NewSize::parse`].
 impl std::fmt::Display for NewSize {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::To(size) => write!(f, "{size}"),
-            Self::More(more) => write!(f, "+{more}"),
-            Self::Less(less) => write!(f, "-{less}"),
+            Self::To(size) => f.write_str(&shortest(*size)),
+            Self::More(more) => write!(f, "+{}", shortest(*more)),
+            Self::Less(less) => write!(f, "-{}", shortest(*less)),
         }
     }
 }

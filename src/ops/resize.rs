@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Deed, ImageIndex, Intent, Keeping, OwnedIntent, Store, ViewPart};
-use crate::units::SECTOR_SIZE;
+use crate::units::{SECTOR_SIZE, human_size};
 
 use super::engine::{Engine, Job};
 use super::finish;
@@ -49,21 +49,25 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Resize
     let mut plan = Plan { before: finish::tree(world, &chain), ..Plan::default() };
     plan.after.clone_from(&plan.before);
     if let Some(line) = plan.after.first_mut() {
-        line.note = format!("{new} bytes");
+        line.note = human_size(new);
     }
     let refusals = &mut plan.refusals;
     if new == 0 {
         refusals.push(Error::new(ErrorKind::Usage, "nothing would be left of the disk"));
     }
     if new == old {
-        refusals.push(Error::new(ErrorKind::Usage, format!("the disk has {old} bytes already")));
+        refusals.push(Error::new(ErrorKind::Usage, format!("the disk has {} already", exact(old))));
     }
     refusals.extend(world.untouchable(leaf));
     refusals.extend(world.begun(&chain.views.layers[..1]));
     refuse_bitmaps(world, leaf, refusals);
     if new < old {
         if !request.shrink {
-            let fact = format!("the disk has {old} bytes and would have {new}: what lies behind that would be lost");
+            let fact = format!(
+                "the disk has {} and would have {}: what lies behind that would be lost",
+                exact(old),
+                exact(new)
+            );
             refusals.push(Error::new(ErrorKind::Forbidden, format!("{fact}; say shrink if it may")));
         }
         if engine.store().is_active_open(image.stat.id) {
@@ -71,10 +75,15 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Resize
             refusals.push(finish::still_open(engine, path, &names, "it becomes shorter"));
         }
         plan.refusals.extend(used_by_others(world, leaf));
-        plan.notes.push(format!("{} bytes at the end of the disk are lost", old - new));
+        plan.notes.push(format!("{} at the end of the disk are lost", exact(old - new)));
     }
-    plan.notes.push(format!("from {old} bytes to {new}"));
+    plan.notes.push(format!("from {} to {}", exact(old), exact(new)));
     Ok((plan, Change { leaf, old, new }))
+}
+
+/// A size for people, and the bytes that it stands for.
+fn exact(len: u64) -> String {
+    format!("{} ({len} bytes)", human_size(len))
 }
 
 /// Bitmaps have the size of the disk, and nobody here changes theirs.

@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Frozen, Snapshot};
 use crate::image::write::NewSnapshot;
 use crate::io::{Claim, directory_of};
-use crate::store::{Deed, Format, ImageIndex, Intent, JobImage, Keeping, Named, NewTop, Store};
+use crate::store::{Deed, Format, ImageIndex, Intent, JobImage, Keeping, Named, NewTop, Store, shown};
 
 use super::branch::{BranchJob, Purpose, Source};
 use super::engine::{Engine, Job};
@@ -143,13 +143,35 @@ fn plan_overlay(
         plan.invalid.extend(finish::views_of(chain, gone()).into_iter().filter(|name| name != crate::store::ACTIVE));
         if let Some(left) = left_alone(world, leaf, source) {
             finish::check_freeze(world, left, &mut plan.refusals);
-            plan.notes.push(format!("{} becomes a chain of its own, frozen", world.image(left).shown()));
         }
     }
+    note_newer(world, chain, source, saved, &mut plan.notes);
     source.plan(engine, world, plan);
     plan.after = source.below(world).iter().map(|index| finish::line(world, chain, *index)).collect();
     let top = PlanLayer { name: crate::store::ACTIVE.to_vec(), path: old.clone(), active: true, note: "new".into() };
     plan.after.insert(0, top);
+}
+
+/// Says where snapshots go on that are newer than the one to which a disk goes back: no longer below it.
+fn note_newer(world: &World, chain: &Chain, source: &Source, saved: Option<&Path>, notes: &mut Vec<String>) {
+    let layers = &chain.views.layers;
+    let end = source.below(world).first().and_then(|first| layers.iter().position(|layer| layer == first));
+    let newer = &layers[1..end.unwrap_or(layers.len()).max(1)];
+    let names: Vec<String> = newer.iter().map(|index| world.image(*index).shown()).collect();
+    let Some(first) = newer.first() else {
+        if let Some(saved) = saved {
+            notes.push(format!("{} becomes a chain of its own", shown(saved)));
+        }
+        return;
+    };
+    let is_alone = world.image(*first).users == [layers[0]];
+    let chain = match saved {
+        Some(saved) => shown(Path::new(saved.file_stem().unwrap_or_default())),
+        None if is_alone => shown(Path::new(world.image(*first).place.path.file_stem().unwrap_or_default())),
+        None => "of those who use them".to_owned(),
+    };
+    let (is, go) = if names.len() == 1 { ("is", "goes") } else { ("are", "go") };
+    notes.push(format!("{} {is} newer, and {go} on in the chain {chain}, beside this one", names.join(", ")));
 }
 
 /// Why a disk cannot become another, if somebody else needs it as it is, or nobody can tell.

@@ -214,9 +214,12 @@ impl World {
     /// Why nothing may be done to an image that is not a leaf, if so.
     pub(super) fn unguarded(&self) -> Option<Error> {
         if !self.store.guard().is_whole {
-            let fact = "nobody can tell who else uses its layers: it is a single image in no store; mount the directory \
-                        that holds all who may use them, or name it with --store";
-            return Some(Error::new(ErrorKind::Forbidden, format!("{}: {fact}", self.store.given().display())));
+            let directory = self.store.roots()[0].canonical().display();
+            let fact = format!(
+                "is a single image of no store, so that other users of its layers are not known; say --store DIR, the \
+                 directory that holds all images which may use them (as in --store {directory}), or mount that directory"
+            );
+            return Some(Error::new(ErrorKind::Forbidden, format!("{} {fact}", self.store.given().display())));
         }
         self.unread()
     }

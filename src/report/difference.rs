@@ -6,7 +6,7 @@ use crate::browse::difference::{Aspect, Finding, Side};
 
 use super::files::{AttributesObject, hexadecimal};
 use super::safe::{terminal_bytes, text};
-use super::size::human_size;
+use crate::units::human_size;
 
 /// How much was found.
 #[derive(Clone, Debug, Default)]

@@ -1,10 +1,10 @@
 //! The tree in Graphviz' language: `chainfs tree --output dot STORE | dot -Tpng`.
 
 use super::layout::{Item, Row, rows};
-use super::size::brief_size;
 use super::text::{Folded, flags};
 use super::tree::{Forest, Mark, Tree};
 use super::{safe, time};
+use crate::units::brief_size;
 use jiff::tz::TimeZone;
 use std::fmt::Write as _;
 

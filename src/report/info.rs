@@ -4,8 +4,8 @@
 //! chainfs knows is in one object of its own, `chainfs`. The text is qemu-img's, too.
 
 use super::safe::terminal;
-use super::size::human_size;
 use super::time;
+use crate::units::human_size;
 use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 use std::fmt::Write as _;

@@ -16,7 +16,6 @@ pub mod os;
 pub mod plan;
 pub mod plan_tree;
 pub mod safe;
-pub mod size;
 pub mod status;
 pub mod store;
 pub mod svg;

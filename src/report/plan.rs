@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::ops::{Plan, PlanLayer};
 
 use super::safe::{terminal, terminal_bytes};
-use super::size::human_size;
+use crate::units::human_size;
 
 /// The key of lines that say why a plan would not be carried out.
 const REFUSED: &str = "refused";
@@ -37,7 +37,7 @@ pub fn plan(plan: &Plan) -> String {
         line("renamed", format!("{} -> {}", name(old), name(new)));
     }
     for view in invalid {
-        line("invalid", terminal_bytes(view));
+        line("invalidated", terminal_bytes(view));
     }
     for note in notes {
         line("note", terminal(note));
@@ -130,8 +130,8 @@ copied: 1.5 MiB (1572864 bytes)
 space: 64 KiB (65536 bytes)
 removed: mönday.qcow2
 renamed: a -> a.invalid
-invalid: base
-invalid: x\\x1b[2J\\x0arefused: no
+invalidated: base
+invalidated: x\\x1b[2J\\x0arefused: no
 note: base is raw
 ";
         assert_eq!(text, expected);

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use crate::ops::{JobState, Status};
 
 use super::safe::terminal;
-use super::size::brief_size;
+use crate::units::brief_size;
 
 /// `key: value` lines: number, command, state, done, total, error.
 pub fn status(status: &Status) -> String {

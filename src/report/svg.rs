@@ -4,10 +4,10 @@
 //! screen. Always well-formed XML, whatever the names are.
 
 use super::layout::{Item, Joint, Row, rows};
-use super::size::brief_size;
 use super::text::{Folded, TextOptions, flags, summary};
 use super::tree::{Forest, Mark, Tree};
 use super::{safe, time};
+use crate::units::brief_size;
 use jiff::tz::TimeZone;
 use std::fmt::Write as _;
 use unicode_width::UnicodeWidthStr;

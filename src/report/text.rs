@@ -4,9 +4,9 @@
 //! snapshots hang below their layer. Long straight runs fold unless asked otherwise.
 
 use super::layout::{Item, Joint, Row, rows};
-use super::size::{brief_size, human_size};
 use super::tree::{Forest, Kind, Mark, Tree, TreeNode};
 use super::{safe, time};
+use crate::units::{brief_size, human_size};
 use jiff::tz::TimeZone;
 use unicode_width::UnicodeWidthStr;
 

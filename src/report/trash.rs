@@ -11,8 +11,8 @@ use crate::store::TrashItem;
 
 use super::json::pretty;
 use super::safe::{terminal, text};
-use super::size::brief_size;
 use super::time::{minute, rfc3339};
+use crate::units::brief_size;
 
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]

@@ -9,7 +9,7 @@ use crate::browse::Inside;
 use crate::guest::volumes::Volume;
 
 use super::safe::terminal;
-use super::size::brief_size;
+use crate::units::brief_size;
 
 /// A line for each volume: its name, what it holds, its size, label and identity, and why its files are not shown; then what should be known of each.
 pub fn listed(inside: &Inside) -> String {

@@ -284,6 +284,7 @@ impl Builder<'_> {
                     .to_string()),
                 Some(name) => self
                     .find(&from, name)
+                    .map_err(|sentence| sentence.replace(REBASE, AMEND))
                     .map_err(|sentence| format!("cannot be read: its data file \"{}\" {sentence}", printable(name))),
             };
             found.insert(index, target);
@@ -453,10 +454,7 @@ fn not_there(root: &Root, path: &Path, error: &Error) -> String {
     let path = root.canonical().join(path);
     match error.kind() {
         ErrorKind::NotFound => {
-            format!(
-                "is missing (looked for {}); put it back, or point the header elsewhere with qemu-img rebase -u",
-                path.display()
-            )
+            format!("is missing (looked for {}); put it back, or {REBASE}", path.display())
         }
         ErrorKind::Escape => {
             "leads out of the store by a symbolic link, and is never followed; move the file itself into the store"
@@ -465,6 +463,11 @@ fn not_there(root: &Root, path: &Path, error: &Error) -> String {
         _ => format!("cannot be opened ({error})"),
     }
 }
+
+/// How a header is made to name another backing file, or another data file.
+const REBASE: &str = "point the header elsewhere with qemu-img rebase -u";
+const AMEND: &str = "name it anew: qemu-img amend -o data_file=NEW --image-opts \
+                     driver=qcow2,file.filename=IMAGE,data-file.filename=NEW";
 
 fn printable(name: &[u8]) -> String {
     catalog::shown(Path::new(catalog::os(name)))

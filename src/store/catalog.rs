@@ -176,6 +176,8 @@ pub fn shown(path: &Path) -> String {
         .collect()
 }
 
+const MARKED_CORRUPT: &str = "is marked as corrupt: it is read, and not written; run chainfs check --repair all";
+
 impl Catalog {
     /// The layers of the chain whose leaf this is, top first. Ends where the chain does, or
     /// where it cannot be followed.
@@ -197,7 +199,10 @@ impl Catalog {
         let snapshots = image.qcow2().and_then(|qcow2| qcow2.snapshot_problem.as_deref());
         let own =
             image.problem.iter().chain(image.below.sentence()).map(|sentence| format!("{} {sentence}", image.shown()));
-        own.chain(snapshots.map(|sentence| format!("{} {sentence}", image.shown()))).collect()
+        let is_corrupt = image.qcow2().is_some_and(|qcow2| qcow2.header.corrupt());
+        let corrupt = is_corrupt.then_some(MARKED_CORRUPT);
+        own.chain(snapshots.into_iter().chain(corrupt).map(|sentence| format!("{} {sentence}", image.shown())))
+            .collect()
     }
 
     /// Why a view cannot be read; unlike [`Catalog::sentences`] without what concerns only others.

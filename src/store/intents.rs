@@ -312,6 +312,24 @@ impl Guard {
         names.sync(self.intents().parent().unwrap_or(Path::new("")))
     }
 
+    /// Whether there is a place for intents and notes.
+    pub fn has_place(&self) -> bool {
+        self.root.stat(self.intents()).is_ok()
+    }
+
+    /// What a first command has left in a directory, for users to know.
+    pub fn place_note(&self) -> String {
+        let directory = self.root.canonical().display();
+        if self.is_marked {
+            format!("{directory}/{MARKER} was made: it marks the store, and holds its lock and notes; keep it")
+        } else {
+            format!(
+                "{STRAY_LOCK} and {STRAY_INTENTS} were made in {directory}, for the lock and notes of commands; they may be \
+                 removed while no command runs and {STRAY_INTENTS} is empty"
+            )
+        }
+    }
+
     /// Takes the store's lock: who holds it may look at who uses what, and change it.
     pub fn lock(&self, names: &dyn Directory) -> Result<Claim> {
         self.lock_within(names, PATIENCE)

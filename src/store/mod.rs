@@ -134,7 +134,7 @@ impl Store {
             Some(_) => Guard::of_image(&roots[0], options.whole_store.as_deref())?,
         };
         for directory in &options.backing_dirs {
-            roots.push(Arc::new(Root::open(directory)?));
+            roots.push(Arc::new(Root::open(directory).map_err(|error| error.within("backing_dir"))?));
         }
         // Half for the flattened maps, a quarter each for tables and for decompressed clusters.
         let quarter = (options.cache / 4) as usize;

@@ -37,7 +37,7 @@ pub(super) fn resolve(
             protocol.escape_debug()
         ));
     }
-    let name = mapped(maps, name);
+    let (name, given) = (mapped(maps, name), Path::new(OsStr::from_bytes(name)));
     if name.is_relative() {
         let directory = from.path.parent().unwrap_or(Path::new(""));
         if let Some(path) = normal(&directory.join(&name)) {
@@ -50,6 +50,14 @@ pub(super) fn resolve(
         if let Some(path) = directory.relative(&absolute) {
             return Ok(Place { root, path });
         }
+    }
+    if name != given {
+        let directory = absolute.parent().unwrap_or(&absolute).display();
+        return Err(format!(
+            "leads out of the store to {} by a map=, and is never followed there; allow that as well with \
+             -o backing_dir={directory}",
+            absolute.display()
+        ));
     }
     Err("leads out of the store, and is never followed; move the file into the store, or mount with -o backing_dir= or map=".into())
 }

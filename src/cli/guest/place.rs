@@ -32,7 +32,7 @@ impl Spot {
 
 /// The disk of that name in a store; `None` if the image is none of its.
 pub(super) fn find(opened: &Arc<OpenStore>, image: &Path, name: &DiskName) -> Result<Option<Disk>> {
-    let DiskName::Image { snapshot, .. } = name else { unreachable!("asked only of images") };
+    let DiskName::Image { path, snapshot } = name else { unreachable!("asked only of images") };
     let catalog = opened.store.catalog();
     let Some(index) = catalog.images.iter().position(|entry| opened.store.host_path(&entry.place) == image) else {
         return Ok(None);
@@ -50,7 +50,7 @@ pub(super) fn find(opened: &Arc<OpenStore>, image: &Path, name: &DiskName) -> Re
     let view = match snapshot {
         None => of_layer(layer, None),
         Some(wanted) => {
-            let meant = address::resolve(&opened.store, &catalog, index, image, wanted)?;
+            let meant = address::resolve(&opened.store, &catalog, index, path, wanted)?;
             of_layer(layer + meant.layer, meant.snapshot)
         }
     };

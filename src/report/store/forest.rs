@@ -161,6 +161,31 @@ fn place(catalog: &Catalog, bases: &[ImageIndex]) -> Vec<Placed> {
     placed
 }
 
+/// Active disks that other processes write, a line each: they cannot be opened meanwhile. Not a fault, but what somebody
+/// looks for who is refused.
+pub fn locked_text(store: &Store, catalog: &Catalog) -> String {
+    if store.options().force_share {
+        return String::new();
+    }
+    let is_written = |image: &&ImageEntry| {
+        let file = store.roots()[image.place.root].open_file(&image.place.path);
+        file.is_ok_and(|file| probe_writer(file.as_fd()))
+    };
+    let leaves = catalog.chains().map(|(_, leaf)| leaf).filter(|leaf| catalog.is_active(*leaf));
+    let written: Vec<&ImageEntry> = leaves.map(|leaf| &catalog.images[leaf]).filter(is_written).collect();
+    let inodes: Vec<u64> = written.iter().map(|image| image.stat.id.inode).collect();
+    let holders = all_lock_holders(&inodes, WRITER_BYTE);
+    let line = |image: &&ImageEntry| {
+        let names: Vec<String> = holders.get(&image.stat.id.inode)?.iter().map(Holder::to_string).collect();
+        let fact = "is being written by";
+        let rest = "its active disk cannot be opened until that ends, and all snapshots below it can be read";
+        let sentence = format!("{}: {fact} {}: {rest}", path_text(&image.place.path), names.join(", "));
+        // What this mount itself writes is open to all.
+        (!names.is_empty()).then(|| safe::terminal(&sentence) + "\n")
+    };
+    written.iter().filter_map(line).collect()
+}
+
 /// What is being done to images, or was begun, by inode.
 fn begun(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> HashMap<u64, String> {
     let flag = |found: &FoundIntent| {

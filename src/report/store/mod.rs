@@ -16,7 +16,7 @@ use crate::store::{Catalog, ChainViews, Format, ImageIndex, Problem, Store};
 use super::json::pretty;
 use super::safe::{self, terminal};
 
-pub use forest::{Shares, chain_forest, chain_forest_at_work, date, forest, forest_at_work};
+pub use forest::{Shares, chain_forest, chain_forest_at_work, date, forest, forest_at_work, locked_text};
 pub use info::{chain_info, chain_info_as, image_info, layer_files};
 
 /// What a chain is called: its path in the mount, or the image's stem where the mount is one image.
@@ -52,6 +52,28 @@ pub fn chain_problem(catalog: &Catalog, leaf: ImageIndex) -> Option<String> {
         sentences.push(format!("so what stands on it cannot be read either: {shown}"));
     }
     (!sentences.is_empty()).then(|| sentences.iter().map(|sentence| terminal(sentence) + "\n").collect())
+}
+
+/// That a store shows no disk at all, and what may be done about it; `None` if it does.
+pub fn no_images(store: &Store, catalog: &Catalog) -> Option<String> {
+    if catalog.chains().next().is_some() {
+        return None;
+    }
+    let is_plain = |image: &&crate::store::ImageEntry| image.format.is_none() && image.problem.is_none();
+    let files: Vec<String> = catalog.images.iter().filter(is_plain).map(|image| image.shown()).collect();
+    let shown = path_text(store.given());
+    Some(match files.as_slice() {
+        [] => format!("{shown} holds no disk images"),
+        [first, ..] => {
+            let count = if files.len() == 1 { "a file".to_owned() } else { format!("{} files", files.len()) };
+            format!(
+                "{shown} holds no disk images, but {count} of no known format ({}): if they are raw disks, say so with \
+                 -o format=GLOB:raw, as in format={}:raw",
+                terminal(first),
+                terminal(&Path::new(first).file_name().unwrap_or_default().to_string_lossy())
+            )
+        }
+    })
 }
 
 /// Every chain and layer, and every problem, for programs.

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::Zeroing;
+use crate::units::human_size;
 
 use super::super::Store;
 use super::{Access, ActiveDisk, State, Watch, Writing};
@@ -103,7 +104,8 @@ impl ActiveHandle {
         let State::Writing(Writing { writer, open, .. }) = &*state else { return Ok(()) };
         let free = open.top.data_file.as_ref().unwrap_or(&open.top.file).free_space()?;
         if size.saturating_sub(writer.size()) > free {
-            let fact = format!("{} would need {size} bytes, and {free} are free", self.disk.name());
+            let fact =
+                format!("{} would need {}, and {} are free", self.disk.name(), human_size(size), human_size(free));
             return Err(Error::new(ErrorKind::NoSpace, fact));
         }
         Ok(())
@@ -117,7 +119,7 @@ impl ActiveHandle {
                 return Ok(());
             }
             if size < now {
-                let fact = format!("{} has {now} bytes and would have {size}", self.disk.name());
+                let fact = format!("{} has {} and would have {}", self.disk.name(), human_size(now), human_size(size));
                 return Err(Error::new(ErrorKind::Forbidden, format!("{fact}; a disk is shrunk with resize")));
             }
             self.disk.stills.before_change(writing, now, 0);

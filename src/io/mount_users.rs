@@ -1,0 +1,64 @@
+//! Who keeps a mount busy, and who keeps one alive that has been taken away here.
+//!
+//! Only for sentences: the answer is a moment old, and lacks what another user's processes hide.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::holders::{Holder, others, processes};
+use super::mounts;
+
+/// Other processes that have a file open, mapped, or as their place, beneath `directory`.
+pub fn users_of(directory: &Path) -> Vec<Holder> {
+    let beneath = |link: &Path| fs::read_link(link).is_ok_and(|target| target.starts_with(directory));
+    others(|process| {
+        if beneath(&process.join("cwd")) || beneath(&process.join("root")) || beneath(&process.join("exe")) {
+            return true;
+        }
+        let maps = || {
+            fs::read_dir(process.join("map_files"))
+                .is_ok_and(|mut all| all.any(|m| m.is_ok_and(|m| beneath(&m.path()))))
+        };
+        let open =
+            fs::read_dir(process.join("fd")).is_ok_and(|mut all| all.any(|fd| fd.is_ok_and(|fd| beneath(&fd.path()))));
+        open || maps()
+    })
+}
+
+/// What else keeps a mount at `directory` busy: loop devices, mounts on it, and `with_own` this process' own place.
+pub fn other_users_of(directory: &Path, with_own: bool) -> Vec<String> {
+    let mut users = Vec::new();
+    if with_own && fs::read_link("/proc/self/cwd").is_ok_and(|place| place.starts_with(directory)) {
+        users.push("this command, whose current directory it is".to_owned());
+    }
+    for device in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+        let file = fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
+        if Path::new(file.trim_end_matches('\n')).starts_with(directory) {
+            let name = device.file_name().to_string_lossy().into_owned();
+            users.push(format!("/dev/{name} (detach it: losetup -d /dev/{name})"));
+        }
+    }
+    let places = mounts().unwrap_or_default().into_iter().map(|mount| mount.directory);
+    let beneath = places.filter(|place| place != directory && place.starts_with(directory));
+    users.extend(beneath.map(|place| format!("a mount on {}", place.display())));
+    users
+}
+
+/// One process of each other mount namespace that still shows the mount of that device: there it goes on.
+pub fn namespaces_with(device: (u32, u32)) -> Vec<Holder> {
+    let mut seen: Vec<PathBuf> = fs::read_link("/proc/self/ns/mnt").into_iter().collect();
+    let wanted = format!("{}:{}", device.0, device.1);
+    let mut found = Vec::new();
+    for (pid, process) in processes(false) {
+        let Ok(namespace) = fs::read_link(process.join("ns/mnt")) else { continue };
+        if seen.contains(&namespace) {
+            continue;
+        }
+        seen.push(namespace);
+        let text = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
+        if text.lines().any(|line| line.split(' ').nth(2) == Some(&wanted)) {
+            found.push(Holder::of(pid, &process));
+        }
+    }
+    found
+}
