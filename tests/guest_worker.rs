@@ -16,7 +16,7 @@ use chainfs::browse::content::Content;
 use chainfs::browse::worker::Program;
 use chainfs::browse::{Browser, Inside, Moment, walk};
 use chainfs::error::{ErrorKind, Result};
-use chainfs::fs::{GuestOptions, NodeKind, Ownership, Tree};
+use chainfs::fs::{Caller, GuestOptions, NodeKind, Ownership, Tree};
 use chainfs::guest::{Ino, RunKind};
 use chainfs::store::{Store, StoreOptions};
 use rng::Rng;
@@ -125,7 +125,7 @@ fn what_an_entry_is_and_its_number_are_of_one_answer() {
     let kind = soon(move || {
         let path = ["vm", "files", "active", "disk", "entry"];
         let step = |at: (u64, NodeKind), name: &&str| {
-            let found = tree.lookup(at.0, name.as_ref())?;
+            let found = tree.lookup(&Caller::ADMINISTRATOR, at.0, name.as_ref())?;
             Ok((found.inode, found.kind))
         };
         let found: Result<_> = path.iter().try_fold((1, NodeKind::Directory), step);

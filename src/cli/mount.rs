@@ -108,7 +108,8 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     let ownership = Ownership { uid: options.uid, gid: options.gid, umask: options.umask };
     let browser = Browser::new(&store, Program::this(!options.no_seccomp));
     let guests = GuestOptions { shown: !options.no_files, verbatim: options.symlinks == Some(Symlinks::Verbatim) };
-    let tree = Arc::new(Tree::new(&store, ownership, &browser, guests));
+    let tree = Tree::new(&store, ownership, &browser, guests);
+    let tree = Arc::new(if options.allow_other { tree.shared() } else { tree });
     let wanted = mount::MountOptions {
         allow_other: options.allow_other,
         exec: options.exec.unwrap_or(false),

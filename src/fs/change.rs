@@ -10,6 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::Zeroing;
 use crate::store::{Access, ActiveHandle, ViewId};
 
+use super::access::Caller;
 use super::handles::Handle;
 use super::node::{Node, NodeKind, PartitionNode};
 use super::tree::Tree;
@@ -86,7 +87,7 @@ impl Tree {
     }
 
     /// truncate(2), and ftruncate(2) if there is a handle. `Forbidden` if that is less than now.
-    pub fn set_size(&self, inode: u64, handle: Option<&Handle>, size: u64) -> Result<()> {
+    pub fn set_size(&self, caller: &Caller, inode: u64, handle: Option<&Handle>, size: u64) -> Result<()> {
         if self.takes_commands(inode)? {
             // `>` cuts a file before it writes; here nothing is kept that could be cut.
             return Ok(());
@@ -99,7 +100,10 @@ impl Tree {
             Some(handle) => active(handle)?.set_size(size),
             // open(2) with O_TRUNC, which changes a disk no more than it does a block device.
             None if size == 0 => Ok(()),
-            None => self.open_active(&node, Access::Write)?.set_size(size),
+            None => {
+                self.check_write(caller, &node)?;
+                self.open_active(&node, Access::Write)?.set_size(size)
+            }
         }
     }
 

@@ -11,10 +11,11 @@ use lru::LruCache;
 use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::{Engine, MAX_COMMAND_LEN, Request, Verb};
+use crate::ops::{Engine, MAX_COMMAND_LEN, Request, Verb, as_user};
 use crate::report;
 use crate::store::STORE_DIRECTORY;
 
+use super::access::Viewer;
 use super::change::read_only;
 use super::tree::Tree;
 
@@ -119,6 +120,8 @@ pub(super) struct Controls {
 pub struct ControlHandle {
     scope: ControlScope,
     file: ControlFile,
+    /// Who has opened it: by whose rights commands are judged, whoever writes them.
+    viewer: Viewer,
     position: Mutex<Position>,
 }
 
@@ -149,7 +152,7 @@ impl Controls {
     }
 
     /// What a control file says when it is opened now.
-    pub(super) fn text(&self, scope: &ControlScope, file: ControlFile) -> Arc<[u8]> {
+    fn text(&self, scope: &ControlScope, file: ControlFile) -> Arc<[u8]> {
         match file {
             ControlFile::Verb(verb) => verb.usage().as_bytes().into(),
             ControlFile::Status => report::status::status(&self.engine.status(scope.key())).into_bytes().into(),
@@ -170,17 +173,18 @@ Does nothing. What the command would do, or why it would be refused, is read her
 ";
 
 impl ControlHandle {
-    pub(super) fn new(scope: ControlScope, file: ControlFile) -> Self {
-        Self { scope, file, position: Mutex::default() }
+    pub(super) fn new(scope: ControlScope, file: ControlFile, viewer: Viewer) -> Self {
+        Self { scope, file, viewer, position: Mutex::default() }
     }
 
     /// What there is from `at` on.
-    pub(super) fn read(&self, controls: &Controls, at: u64, buf: &mut [u8]) -> usize {
+    pub(super) fn read(&self, tree: &Tree, at: u64, buf: &mut [u8]) -> usize {
         let mut position = self.position.lock();
         let after_command = position.written.take() == Some(at);
         if at == 0 || after_command || at < position.origin {
             position.origin = if after_command { at } else { 0 };
-            position.text = position.plan.clone().unwrap_or_else(|| controls.text(&self.scope, self.file));
+            let text = position.plan.as_ref().map(|plan| tree.redacted(&self.viewer, plan));
+            position.text = text.unwrap_or_else(|| tree.control_text(&self.viewer, &self.scope, self.file));
         }
         let from = usize::try_from(at - position.origin).ok();
         let rest = from.and_then(|from| position.text.get(from..)).unwrap_or_default();
@@ -190,8 +194,8 @@ impl ControlHandle {
     }
 
     /// How much there is to be read.
-    pub(super) fn len(&self, controls: &Controls) -> u64 {
-        controls.text(&self.scope, self.file).len() as u64
+    pub(super) fn len(&self, tree: &Tree) -> u64 {
+        tree.control_text(&self.viewer, &self.scope, self.file).len() as u64
     }
 
     /// Whether `len` bytes at `at` go on with what was refused. The kernel hands a long write over in
@@ -218,6 +222,23 @@ impl Drop for Resuming {
 }
 
 impl Tree {
+    /// What a control file says to a user who opens it now.
+    pub(super) fn control_text(&self, viewer: &Viewer, scope: &ControlScope, file: ControlFile) -> Arc<[u8]> {
+        let text = self.controls().text(scope, file);
+        match file {
+            ControlFile::Status | ControlFile::Plan => self.redacted(viewer, &text),
+            ControlFile::Verb(_) | ControlFile::Progress => text,
+        }
+    }
+
+    /// What was told of a command, for a user who may not read every image.
+    fn redacted(&self, viewer: &Viewer, text: &Arc<[u8]>) -> Arc<[u8]> {
+        if viewer.subject().is_none() {
+            return Arc::clone(text);
+        }
+        self.rights().redact(viewer, &String::from_utf8_lossy(text)).into_bytes().into()
+    }
+
     /// Takes up what was begun before. Only commands wait for that: what it looks at may be this very mount, if
     /// that lies in its own store.
     pub fn resume(self: &Arc<Self>) {
@@ -240,10 +261,14 @@ impl Tree {
         if handle.is_rest(at, text.len()) {
             return Err(Error::new(ErrorKind::Usage, "the beginning of this text was refused"));
         }
-        let ControlHandle { scope, file, position } = handle;
+        let ControlHandle { scope, file, viewer, position } = handle;
         if let ControlScope::Chain(chain) = scope {
-            self.leaf_of(chain)?;
+            let leaf = self.leaf_of(chain)?;
+            let catalog = self.store().catalog();
+            // Who may not see all of the chain is not told what a command would do to it.
+            self.rights().check_read(viewer, &catalog, &catalog.layers(leaf), true)?;
         }
+        let _asker = viewer.commander().map(|subject| as_user(self.store(), subject));
         match file {
             ControlFile::Verb(verb) => self.run(scope, *verb, text)?,
             ControlFile::Plan => {

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use crate::report::metrics::{MetricKind, Metrics};
 use crate::report::text::TextOptions;
 use crate::report::{json, store as report, svg, text, trash};
-use crate::store::{Catalog, ImageIndex, Store};
+use crate::store::{Catalog, ImageIndex, Store, TrashItem};
 
 use super::node::{ChainDocument, StoreDocument};
 
@@ -77,6 +77,7 @@ impl Documents {
         document: StoreDocument,
         shares: &report::Shares<'_>,
         live: impl FnOnce() -> String,
+        may_see: &dyn Fn(&TrashItem) -> bool,
     ) -> Arc<[u8]> {
         let make = || match document {
             StoreDocument::TreeText => {
@@ -92,10 +93,11 @@ impl Documents {
         match document {
             StoreDocument::Metrics => return live().into_bytes().into(),
             StoreDocument::Trash => {
-                let items = store.trash().unwrap_or_else(|error| {
+                let mut items = store.trash().unwrap_or_else(|error| {
                     tracing::warn!("the trash cannot be listed: {error}");
                     Vec::new()
                 });
+                items.retain(may_see);
                 return trash::listed(&items, &TimeZone::system()).into_bytes().into();
             }
             _ => {}
@@ -151,8 +153,7 @@ impl Documents {
 }
 
 /// The counters in Prometheus' text format.
-pub(super) fn metrics(store: &Store, counters: &Counters, open: usize, inodes: usize) -> String {
-    let catalog = store.catalog();
+pub(super) fn metrics(store: &Store, catalog: &Catalog, counters: &Counters, open: usize, inodes: usize) -> String {
     let (tables, clusters, maps, descriptors) = store.usage();
     let mut metrics = Metrics::new();
     let mut counter = |name, help: &str, value: &AtomicU64| {

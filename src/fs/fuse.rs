@@ -38,7 +38,7 @@ use super::tree::Tree;
 use again::Refusals;
 use entries::{Entry, each, known};
 use modes::Mode;
-use replies::{attr, belief, file_type, give};
+use replies::{attr, belief, caller, file_type, give};
 use threads::answer;
 
 /// Bytes of a request, at most: what the kernel's limit of 256 pages allows.
@@ -136,12 +136,12 @@ impl Filesystem for Adapter {
         Ok(())
     }
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let name = name.to_owned();
-        self.look(parent.0, move |tree| match answer(tree, |tree| tree.lookup(parent.0, &name)) {
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let (name, caller) = (name.to_owned(), caller(req));
+        self.look(parent.0, move |tree| match answer(tree, |tree| tree.lookup(&caller, parent.0, &name)) {
             Ok(found) => {
                 tree.told(found.inode);
-                reply.entry(&belief(parent.0, &found), &attr(&found), Generation(0));
+                reply.entry(&belief(tree, parent.0, &found), &attr(&found), Generation(0));
             }
             Err(errno) => reply.error(errno),
         });
@@ -158,9 +158,10 @@ impl Filesystem for Adapter {
         });
     }
 
-    fn getattr(&self, _req: &Request, inode: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
-        self.look(inode.0, move |tree| match answer(tree, |tree| tree.attributes(inode.0)) {
-            Ok(found) => reply.attr(&belief(inode.0, &found), &attr(&found)),
+    fn getattr(&self, req: &Request, inode: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
+        let caller = caller(req);
+        self.look(inode.0, move |tree| match answer(tree, |tree| tree.attributes(&caller, inode.0)) {
+            Ok(found) => reply.attr(&belief(tree, inode.0, &found), &attr(&found)),
             Err(errno) => reply.error(errno),
         });
     }
@@ -173,13 +174,14 @@ impl Filesystem for Adapter {
     }
 
     fn open(&self, req: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let caller = caller(req);
         let access = match flags.acc_mode() {
             OpenAccMode::O_RDONLY => Access::Read,
             OpenAccMode::O_WRONLY => Access::Write,
             OpenAccMode::O_RDWR => Access::ReadWrite,
         };
         if self.tree.may_wait(inode.0) {
-            return self.look(inode.0, move |tree| match answer(tree, |tree| tree.open(inode.0, access)) {
+            return self.look(inode.0, move |tree| match answer(tree, |tree| tree.open(&caller, inode.0, access)) {
                 // What its number stands for never changes; and nothing is ever written that closing could tell of.
                 Ok((number, Handle::GuestFile(_))) => {
                     let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
@@ -189,7 +191,7 @@ impl Filesystem for Adapter {
                 Err(errno) => reply.error(errno),
             });
         }
-        let (number, handle) = match self.answer(|tree| tree.open(inode.0, access)) {
+        let (number, handle) = match self.answer(|tree| tree.open(&caller, inode.0, access)) {
             Ok(opened) => opened,
             Err(errno) => return reply.error(self.refusals.tell(req.pid(), inode.0, errno)),
         };
@@ -323,7 +325,7 @@ impl Filesystem for Adapter {
 
     fn setattr(
         &self,
-        _req: &Request,
+        req: &Request,
         inode: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -339,6 +341,7 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        let caller = caller(req);
         let changed = self.answer(|tree| {
             if mode.is_some() || uid.is_some() || gid.is_some() {
                 let fact = "owner and mode are those of the image file; change them there";
@@ -347,14 +350,14 @@ impl Filesystem for Adapter {
             match size {
                 Some(size) => {
                     let handle = handle.map(|handle| tree.handle(handle.0)).transpose()?;
-                    tree.set_size(inode.0, handle.as_ref(), size)?;
+                    tree.set_size(&caller, inode.0, handle.as_ref(), size)?;
                 }
                 None => tree.set_times(inode.0)?,
             }
-            tree.attributes(inode.0)
+            tree.attributes(&caller, inode.0)
         });
         match changed {
-            Ok(found) => reply.attr(&belief(inode.0, &found), &attr(&found)),
+            Ok(found) => reply.attr(&belief(&self.tree, inode.0, &found), &attr(&found)),
             Err(errno) => reply.error(errno),
         }
     }
@@ -452,8 +455,9 @@ impl Filesystem for Adapter {
         });
     }
 
-    fn opendir(&self, _req: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        self.look(inode.0, move |tree| match answer(tree, |tree| tree.open_directory(inode.0)) {
+    fn opendir(&self, req: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let caller = caller(req);
+        self.look(inode.0, move |tree| match answer(tree, |tree| tree.open_directory(&caller, inode.0)) {
             // A guest's directory never changes, either.
             Ok(number) if Tree::is_guest(inode.0) => {
                 let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR;
@@ -477,18 +481,20 @@ impl Filesystem for Adapter {
 
     fn readdirplus(
         &self,
-        _req: &Request,
+        req: &Request,
         inode: INodeNo,
         handle: FileHandle,
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
+        let caller = caller(req);
         self.look(inode.0, move |tree| {
             let mut take = |entry: &Entry<'_>| {
-                let known =
-                    entry.attributes.map_or_else(|| answer(tree, |tree| known(tree, entry)), |found| Ok(Some(found)));
+                let known = entry
+                    .attributes
+                    .map_or_else(|| answer(tree, |tree| known(tree, &caller, entry)), |found| Ok(Some(found)));
                 let (found, belief) = match known {
-                    Ok(Some(found)) => (found, belief(inode.0, &found)),
+                    Ok(Some(found)) => (found, belief(tree, inode.0, &found)),
                     // It has its name, which is believed for no time: whoever asks for it is told what is wrong with it.
                     Ok(None) => (Attributes::unknown(entry.inode, entry.kind), Duration::ZERO),
                     // What has gone since it was listed is left out.
@@ -534,9 +540,9 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn getxattr(&self, _req: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        let name = name.to_owned();
-        self.look(inode.0, move |tree| match answer(tree, |tree| tree.extended_attribute(inode.0, &name)) {
+    fn getxattr(&self, req: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let (name, caller) = (name.to_owned(), caller(req));
+        self.look(inode.0, move |tree| match answer(tree, |tree| tree.extended_attribute(&caller, inode.0, &name)) {
             Ok(Some(value)) => give(reply, size, &value),
             Ok(None) => reply.error(Errno::ENODATA),
             Err(errno) => reply.error(errno),

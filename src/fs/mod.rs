@@ -5,6 +5,7 @@
 //! written; `change` is about that. What is written to control files goes to the engine; `control` and
 //! `progress` are about those.
 
+mod access;
 mod attributes;
 mod change;
 mod control;
@@ -20,6 +21,7 @@ mod slots;
 mod tree;
 mod window;
 
+pub use access::Caller;
 pub use attributes::{Attributes, Ownership};
 pub use change::Fallocate;
 pub use control::{CONTROL, ControlFile, ControlHandle, ControlScope};

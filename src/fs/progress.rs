@@ -13,6 +13,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::ops::Status;
 use crate::report::status::progress;
 
+use super::access::{Rights, Viewer};
 use super::control::ControlScope;
 
 /// How long a read waits, at most.
@@ -27,6 +28,8 @@ pub type Answer = Box<dyn FnOnce(&[u8]) + Send>;
 #[derive(Debug)]
 pub struct ProgressReader {
     chain: PathBuf,
+    /// Who reads, where names may have to be kept from that user.
+    reader: Option<(Arc<Rights>, Viewer)>,
     /// Taken before nothing else, and left before an answer is given.
     line: Mutex<Line>,
 }
@@ -74,8 +77,8 @@ impl std::fmt::Debug for Progress {
 }
 
 impl ProgressReader {
-    pub(super) fn new(scope: &ControlScope) -> Self {
-        Self { chain: scope.key().to_path_buf(), line: Mutex::default() }
+    pub(super) fn new(scope: &ControlScope, reader: Option<(Arc<Rights>, Viewer)>) -> Self {
+        Self { chain: scope.key().to_path_buf(), reader, line: Mutex::default() }
     }
 
     /// What a read gets now; none if it has to wait. `impatient`: the last line again, rather than waiting.
@@ -91,7 +94,12 @@ impl ProgressReader {
             }
             line.told = Some(status.version);
             line.over = status.state.is_over();
-            line.rest = progress(&status).into_bytes();
+            let text = progress(&status);
+            let text = match &self.reader {
+                Some((rights, viewer)) if line.over => rights.redact(viewer, &text),
+                _ => text,
+            };
+            line.rest = text.into_bytes();
             line.rest.push(b'\n');
         }
         let len = line.rest.len().min(most);
@@ -195,7 +203,7 @@ mod tests {
     use crate::ops::JobState;
 
     fn reader() -> ProgressReader {
-        ProgressReader::new(&ControlScope::Chain(Arc::new(PathBuf::from("web"))))
+        ProgressReader::new(&ControlScope::Chain(Arc::new(PathBuf::from("web"))), None)
     }
 
     #[test]

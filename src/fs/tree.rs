@@ -15,13 +15,15 @@ use std::time::SystemTime;
 
 use crate::browse::Browser;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{FileStat, Storage};
+use crate::io::{FileStat, Storage, directory_of};
 use crate::ops::{Engine, JobState};
 use crate::report::status::per_mille;
 use crate::store::{
-    Access, ActiveAttributes, ActiveHandle, Catalog, ImageEntry, ImageIndex, OpenDisk, Part, Store, ViewId, stale,
+    Access, ActiveAttributes, ActiveHandle, Catalog, ImageEntry, ImageIndex, OpenDisk, Part, Store, TrashItem, ViewId,
+    stale,
 };
 
+use super::access::{Caller, Rights, Viewer};
 use super::attributes::{Attributes, Ownership, frozen, modified, taken};
 use super::change::read_only;
 use super::control::{ControlFile, ControlHandle, ControlScope, Controls};
@@ -50,6 +52,7 @@ pub struct Listed {
 pub struct Tree {
     store: Arc<Store>,
     ownership: Ownership,
+    rights: Arc<Rights>,
     inodes: Inodes,
     handles: Handles,
     documents: Documents,
@@ -72,6 +75,7 @@ impl Tree {
         Self {
             store: Arc::clone(store),
             ownership,
+            rights: Arc::new(Rights::new(store, ownership, false)),
             inodes: Inodes::new(),
             handles: Handles::default(),
             documents: Documents::new(),
@@ -86,6 +90,31 @@ impl Tree {
             counters: Counters::default(),
             started: SystemTime::now(),
         }
+    }
+
+    /// The same for a mount into which others than the mounting user may come.
+    #[must_use]
+    pub fn shared(mut self) -> Self {
+        self.rights = Arc::new(Rights::new(&self.store, self.ownership, true));
+        self
+    }
+
+    pub(super) fn rights(&self) -> &Rights {
+        &self.rights
+    }
+
+    /// Whether the kernel has to ask each time who it is that looks something up.
+    pub fn asks_who(&self, inode: u64) -> bool {
+        self.rights.is_judged()
+            && matches!(
+                self.node(inode),
+                Ok(Node::View(_)
+                    | Node::Partition(_)
+                    | Node::PartitionsOf(_)
+                    | Node::FilesOf(_)
+                    | Node::StoreDocument(_)
+                    | Node::ChainDocument(..))
+            )
     }
 
     /// The store that is shown.
@@ -129,59 +158,114 @@ impl Tree {
     }
 
     /// The entry `name` of the directory `parent`.
-    pub fn lookup(&self, parent: u64, name: &OsStr) -> Result<Attributes> {
+    pub fn lookup(&self, caller: &Caller, parent: u64, name: &OsStr) -> Result<Attributes> {
         let parent = self.node(parent)?;
         let nothing = || Error::new(ErrorKind::NotFound, "no such name");
         if let Node::Guest(parent) = parent {
             return self.guest_entry(parent, name)?.ok_or_else(nothing);
         }
         let node = self.child(&parent, name)?.ok_or_else(nothing)?;
-        self.attributes_of(&node, self.inodes.number(&node))
+        self.check_read(&self.rights.viewer(caller), &node, false)?;
+        self.attributes_of(caller, &node, self.inodes.number(&node))
     }
 
     /// Attributes of a node.
-    pub fn attributes(&self, inode: u64) -> Result<Attributes> {
-        self.attributes_of(&self.node(inode)?, inode)
+    pub fn attributes(&self, caller: &Caller, inode: u64) -> Result<Attributes> {
+        self.attributes_of(caller, &self.node(inode)?, inode)
+    }
+
+    /// Refuses what a user may not read; `now`: by what holds at this moment, not a moment ago.
+    fn check_read(&self, viewer: &Viewer, node: &Node, now: bool) -> Result<()> {
+        if viewer.subject().is_none() {
+            return Ok(());
+        }
+        match node {
+            Node::View(view)
+            | Node::Partition(PartitionNode { view, .. })
+            | Node::PartitionsOf(view)
+            | Node::FilesOf(view)
+            | Node::VolumeList(view)
+            | Node::RootLink(view) => match self.store.find_view(view) {
+                Ok(found) => self.rights.check_read(viewer, &found.catalog, found.layers(), now),
+                // Whoever uses it hears what has become of it.
+                Err(_) => Ok(()),
+            },
+            Node::Snapshots(chain)
+            | Node::Info(chain)
+            | Node::ChainDocument(chain, _)
+            | Node::Control(ControlScope::Chain(chain))
+            | Node::ControlFile(ControlScope::Chain(chain), _)
+            | Node::Partitions(chain)
+            | Node::Files(chain)
+            | Node::Chain(chain) => {
+                let catalog = self.store.catalog();
+                self.rights.check_read(viewer, &catalog, &[leaf(&catalog, chain)?], now)
+            }
+            Node::Root
+            | Node::Directory(_)
+            | Node::Store
+            | Node::StoreDocument(_)
+            | Node::Control(ControlScope::Store)
+            | Node::ControlFile(ControlScope::Store, _)
+            | Node::Guest(_) => Ok(()),
+        }
     }
 
     /// Attributes of an entry that was just listed.
-    pub fn attributes_of(&self, node: &Node, inode: u64) -> Result<Attributes> {
+    fn attributes_of(&self, caller: &Caller, node: &Node, inode: u64) -> Result<Attributes> {
         let Some(kind) = node.kind() else {
             let Node::Guest(node) = node else { unreachable!("everything else has a kind") };
             return self.guest_attributes(*node);
         };
         let catalog = self.store.catalog();
         let (stat, size, blocks, mtime, writable) = match node {
-            Node::Root | Node::Directory(_) | Node::Store => (self.store_stat()?, 0, 0, None, false),
-            Node::Chain(chain)
+            Node::Root | Node::Store => (self.store_stat()?, 0, 0, None, false),
+            Node::Directory(path) => (self.directory_stat(path)?, 0, 0, None, false),
+            Node::Control(ControlScope::Chain(chain))
+            | Node::Chain(chain)
             | Node::Snapshots(chain)
             | Node::Info(chain)
             | Node::Partitions(chain)
             | Node::Files(chain) => {
-                let leaf = &catalog.images[leaf(&catalog, chain)?];
-                // Who may list a chain is who may list the store: names are no secret of an image's.
-                let stat = FileStat { signature: leaf.stat.signature, ..self.store_stat()? };
-                (stat, 0, 0, None, false)
+                let index = leaf(&catalog, chain)?;
+                let leaf = &catalog.images[index].stat;
+                if self.rights.is_judged() {
+                    // What is in it is told by the image: names of its layers, and of what was kept in it.
+                    let owner = self.rights.restrict(self.ownership.of_contents(leaf), &catalog, &[index]);
+                    return Ok(Attributes::plain(inode, kind, (0, 0), modified(leaf), owner));
+                }
+                (
+                    FileStat { signature: leaf.signature, ..self.directory_stat(directory_of(chain).as_path())? },
+                    0,
+                    0,
+                    None,
+                    false,
+                )
             }
             Node::StoreDocument(document) => {
-                let len = self.store_document(&catalog, *document).len() as u64;
+                let catalog = self.rights.shown(&self.rights.viewer(caller), &catalog);
+                let len = self.store_document(&self.rights.viewer(caller), &catalog, *document).len() as u64;
                 (self.store_stat()?, len, len.div_ceil(512), Some(self.started), false)
             }
             Node::ChainDocument(chain, document) => {
-                let leaf = leaf(&catalog, chain)?;
+                let index = leaf(&catalog, chain)?;
                 let len = match document {
                     ChainDocument::OperatingSystem => self.os_text_len(chain),
-                    _ => self.chain_document(&catalog, leaf, *document)?.len() as u64,
+                    _ => self.chain_document(&self.rights.viewer(caller), &catalog, chain, *document)?.len() as u64,
                 };
-                (catalog.images[leaf].stat, len, len.div_ceil(512), None, false)
+                let stat = &catalog.images[index].stat;
+                let layers = match document {
+                    // It speaks of what is on the disk.
+                    ChainDocument::OperatingSystem => catalog.layers(index),
+                    _ => vec![index],
+                };
+                let owner = self.rights.restrict(self.ownership.apply(stat, kind, false), &catalog, &layers);
+                return Ok(Attributes::plain(inode, kind, (len, len.div_ceil(512)), modified(stat), owner));
             }
-            Node::Control(scope) => {
-                let stat = self.control_owner(&catalog, scope)?;
-                (FileStat { signature: stat.signature, ..self.store_stat()? }, 0, 0, None, false)
-            }
+            Node::Control(ControlScope::Store) => (self.store_stat()?, 0, 0, None, false),
             Node::ControlFile(scope, file) => {
                 let owner = self.ownership.control(&self.control_owner(&catalog, scope)?);
-                let size = self.controls.text(scope, *file).len() as u64;
+                let size = self.control_text(&self.rights.viewer(caller), scope, *file).len() as u64;
                 return Ok(Attributes::plain(inode, kind, (size, size.div_ceil(512)), self.started, owner));
             }
             Node::View(view) => return self.view_attributes(view, inode),
@@ -203,7 +287,26 @@ impl Tree {
         self.store.roots()[0].stat(Path::new("."))
     }
 
+    /// The directory of the store that a directory of the mount stands for.
+    fn directory_stat(&self, path: &Path) -> Result<FileStat> {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        self.store.roots()[0].stat(path).or_else(|_| self.store_stat())
+    }
+
     fn view_attributes(&self, node: &ViewId, inode: u64) -> Result<Attributes> {
+        let mut found = self.shown_attributes_of(node, inode)?;
+        if self.rights.is_judged() {
+            let owner = (found.uid, found.gid, found.permissions);
+            (found.uid, found.gid, found.permissions) = match self.store.find_view(node) {
+                Ok(view) => self.rights.restrict(owner, &view.catalog, view.layers()),
+                // It has gone, and is its owner's until he closes it.
+                Err(_) => (owner.0, owner.1, owner.2 & 0o700),
+            };
+        }
+        Ok(found)
+    }
+
+    fn shown_attributes_of(&self, node: &ViewId, inode: u64) -> Result<Attributes> {
         if let Part::Active(number) = node.part
             && let Some(active) = self.store.active_attributes(number)
         {
@@ -250,7 +353,7 @@ impl Tree {
     }
 
     /// Opens a file; directories by [`Tree::open_directory`]. The number is for [`Tree::read`].
-    pub fn open(&self, inode: u64, access: Access) -> Result<(u64, Handle)> {
+    pub fn open(&self, caller: &Caller, inode: u64, access: Access) -> Result<(u64, Handle)> {
         let catalog = self.store.catalog();
         let node = self.node(inode)?;
         let is_active = match &node {
@@ -261,17 +364,29 @@ impl Tree {
         if access.writes() && !is_active && !takes_commands {
             return Err(read_only());
         }
+        let viewer = self.rights.viewer(caller);
+        self.check_read(&viewer, &node, true)?;
+        if access.writes()
+            && let Node::View(view) | Node::Partition(PartitionNode { view, .. }) = &node
+        {
+            self.check_write(caller, view)?;
+        }
         let handle = match node {
-            Node::StoreDocument(document) => Handle::Text(self.store_document(&catalog, document)),
+            Node::StoreDocument(document) => {
+                Handle::Text(self.store_document(&viewer, &self.rights.shown(&viewer, &catalog), document))
+            }
             Node::ChainDocument(chain, ChainDocument::OperatingSystem) => Handle::Text(self.os_text(&chain)?),
             Node::ChainDocument(chain, document) => {
-                Handle::Text(self.chain_document(&catalog, leaf(&catalog, &chain)?, document)?)
+                Handle::Text(self.chain_document(&viewer, &catalog, &chain, document)?)
             }
             Node::ControlFile(scope, file) => {
                 self.control_owner(&catalog, &scope)?;
                 match file {
-                    ControlFile::Progress => Handle::Progress(Arc::new(ProgressReader::new(&scope))),
-                    _ => Handle::Control(Arc::new(ControlHandle::new(scope, file))),
+                    ControlFile::Progress => Handle::Progress(Arc::new(ProgressReader::new(
+                        &scope,
+                        Some((Arc::clone(&self.rights), viewer)),
+                    ))),
+                    _ => Handle::Control(Arc::new(ControlHandle::new(scope, file, viewer))),
                 }
             }
             Node::View(view) if is_active => Handle::Active(Arc::new(self.open_active(&view, access)?)),
@@ -281,8 +396,18 @@ impl Tree {
             Node::Guest(node) => self.open_guest_file(node)?,
             _ => return Err(Error::new(ErrorKind::Usage, "a directory is not opened as a file")),
         };
-        let seen = if let Handle::Disk(_) = handle.disk() { self.attributes(inode).ok() } else { None };
+        let seen = if let Handle::Disk(_) = handle.disk() { self.attributes(caller, inode).ok() } else { None };
         Ok((self.handles.add(handle.clone(), seen), handle))
+    }
+
+    /// Refuses what the caller may not write.
+    pub(super) fn check_write(&self, caller: &Caller, id: &ViewId) -> Result<()> {
+        let viewer = self.rights.viewer(caller);
+        if viewer.subject().is_none() {
+            return Ok(());
+        }
+        let found = self.store.find_view(id)?;
+        self.rights.check_write(&viewer, &found.catalog, found.layers())
     }
 
     fn open_disk(&self, id: &ViewId) -> Result<Arc<OpenDisk>> {
@@ -299,10 +424,19 @@ impl Tree {
     }
 
     /// Opens a directory: its entries as of now, under a number of their own.
-    pub fn open_directory(&self, inode: u64) -> Result<u64> {
-        let handle = match self.node(inode)? {
+    pub fn open_directory(&self, caller: &Caller, inode: u64) -> Result<u64> {
+        let node = self.node(inode)?;
+        let viewer = self.rights.viewer(caller);
+        self.check_read(&viewer, &node, false)?;
+        let handle = match node {
             Node::Guest(node) => self.open_guest_directory(node)?,
-            _ => Handle::Directory(self.list(inode)?.into()),
+            _ => {
+                let mut listed = self.list(inode)?;
+                if viewer.subject().is_some() && !matches!(node, Node::Root | Node::Directory(_)) {
+                    listed.retain(|entry| self.check_read(&viewer, &entry.node, false).is_ok());
+                }
+                Handle::Directory(listed.into())
+            }
         };
         Ok(self.handles.add(handle, None))
     }
@@ -326,7 +460,7 @@ impl Tree {
                 buf[..len].copy_from_slice(&rest[..len]);
                 Ok(len)
             }
-            Handle::Control(control) => Ok(control.read(&self.controls, at, buf)),
+            Handle::Control(control) => Ok(control.read(self, at, buf)),
             Handle::Directory(_) | Handle::GuestDirectory(_) | Handle::Progress(_) => {
                 Err(Error::new(ErrorKind::Usage, "this is not read as a file"))
             }
@@ -366,7 +500,7 @@ impl Tree {
                 (size, if at < size { open.view.seek(at, data)? } else { None })
             }
             Handle::Active(disk) => (disk.size()?, disk.seek(at, data)?),
-            Handle::Control(control) => (control.len(&self.controls), if data { Some(at) } else { None }),
+            Handle::Control(control) => (control.len(self), if data { Some(at) } else { None }),
             Handle::GuestFile(file) => (file.size(), file.seek(at, data)?),
             Handle::Partition(window) => {
                 let (place, _) = window.clip(at, 0);
@@ -384,7 +518,7 @@ impl Tree {
     }
 
     /// An extended attribute; `None` if the node has none of that name.
-    pub fn extended_attribute(&self, inode: u64, name: &OsStr) -> Result<Option<Vec<u8>>> {
+    pub fn extended_attribute(&self, caller: &Caller, inode: u64, name: &OsStr) -> Result<Option<Vec<u8>>> {
         if let Node::Guest(node) = self.node(inode)? {
             return self.guest_attribute(node, name.as_bytes());
         }
@@ -394,6 +528,7 @@ impl Tree {
         }
         let Node::View(node) = self.node(inode)? else { return Ok(None) };
         let found = self.store.find_view(&node)?;
+        self.rights.check_read(&self.rights.viewer(caller), &found.catalog, found.layers(), true)?;
         let image = found.image();
         let header = image.qcow2().map(|qcow2| &qcow2.header);
         Ok(match name {
@@ -416,12 +551,25 @@ impl Tree {
         (status.state == JobState::Running).then(|| per_mille(&status) / 10)
     }
 
-    fn store_document(&self, catalog: &Catalog, document: StoreDocument) -> Arc<[u8]> {
-        let live = || metrics(&self.store, &self.counters, self.handles.count(), self.inodes.count());
-        self.documents.of_store(&self.store, catalog, document, &|chain| self.share(chain), live)
+    fn store_document(&self, viewer: &Viewer, catalog: &Catalog, document: StoreDocument) -> Arc<[u8]> {
+        let live = || metrics(&self.store, catalog, &self.counters, self.handles.count(), self.inodes.count());
+        let may_see = |item: &TrashItem| {
+            let Some(subject) = viewer.subject() else { return true };
+            // A single image's trash may be that of a store above it, of which nothing is said here.
+            self.store.guard().prefix.as_os_str().is_empty() && self.rights.judge().may_see_item(subject, item)
+        };
+        self.documents.of_store(&self.store, catalog, document, &|chain| self.share(chain), live, &may_see)
     }
 
-    fn chain_document(&self, catalog: &Catalog, leaf: ImageIndex, document: ChainDocument) -> Result<Arc<[u8]>> {
+    fn chain_document(
+        &self,
+        viewer: &Viewer,
+        catalog: &Arc<Catalog>,
+        chain: &Path,
+        document: ChainDocument,
+    ) -> Result<Arc<[u8]>> {
+        let catalog = &*self.rights.shown(viewer, catalog);
+        let leaf = leaf(catalog, chain)?;
         self.documents
             .of_chain(&self.store, catalog, leaf, document, &|chain| self.share(chain))
             .ok_or_else(|| Error::new(ErrorKind::NotFound, "nothing is wrong with the chain any more"))

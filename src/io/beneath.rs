@@ -108,7 +108,12 @@ impl Root {
         FileStat::of(&self.open_with(path, OFlags::PATH)?)
     }
 
-    fn open_with(&self, path: &Path, flags: OFlags) -> Result<OwnedFd> {
+    /// The descriptor of the root itself.
+    pub(super) fn descriptor(&self) -> &OwnedFd {
+        &self.directory
+    }
+
+    pub(super) fn open_with(&self, path: &Path, flags: OFlags) -> Result<OwnedFd> {
         let open = |resolve| self.resolve(path, flags | OFlags::CLOEXEC, resolve);
         // On this file system first: on another, which may be our own mount, asking is waiting for ourselves.
         let found = match open(BENEATH | ResolveFlags::NO_XDEV) {

@@ -9,10 +9,12 @@ mod claim;
 mod descriptors;
 mod directory;
 mod file;
+mod groups;
 mod holders;
 mod locks;
 mod mount_users;
 mod mountinfo;
+mod permissions;
 mod write_file;
 
 pub use beneath::{DirEntry, EntryKind, OWN_KIND, Root};
@@ -21,9 +23,11 @@ pub use descriptors::{Descriptors, Idle, Pin, Room};
 pub use directory::{Directory, Host, ThisHost, directory_of};
 pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile, WriteLock, WriterKind, read_full};
 pub use holders::{Holder, all_lock_holders, lock_holders};
+pub use groups::groups_of_process;
 pub use locks::{Conflict, WRITER_BYTE, probe_writer};
 pub use mount_users::{namespaces_with, other_users_of, users_of};
 pub use mountinfo::{MountEntry, mounts};
+pub use permissions::{AccessEntry, Permissions, Who};
 pub use write_file::WriteFile;
 
 use std::os::fd::OwnedFd;

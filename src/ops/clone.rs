@@ -84,7 +84,7 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &CloneRequest, comman
     let store = engine.store();
     let (lock, world) = World::begin(store)?;
     let (plan, Clone { source, name }) = plan(engine, &world, path, request)?;
-    finish::first(plan.refusals)?;
+    world.accept(&plan)?;
     let like = world.image(world.chain(path)?.views.layers[0]).place.path.clone();
     let of = engine.intent_name();
     let draft = overlay::draft_name(&name, &of, 0);

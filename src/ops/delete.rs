@@ -169,7 +169,7 @@ pub(super) fn begin(
 ) -> Result<Option<Job>> {
     let (lock, world) = World::begin(engine.store())?;
     let (plan, way) = plan(engine, &world, path, request)?;
-    finish::first(plan.refusals)?;
+    world.accept(&plan)?;
     match way {
         Way::Up(layers) => {
             let job = pull::begin_with(engine, &world, lock, path, &layers, command, tokens)?;

@@ -216,6 +216,7 @@ impl Engine {
         if self.looks_at_locks {
             touched.refuse(&world, &mut plan);
         }
+        plan.refusals.extend(world.not_permitted(&plan));
         plan.command = request.to_string();
         Ok(plan)
     }

@@ -157,6 +157,7 @@ pub(super) fn check_header(world: &World, index: ImageIndex, change: &HeaderChan
         let file = world.store.file(&image.place, &image.stat, false);
         refusals.extend(check_header_change(&image.shown(), &*file, change).err());
     }
+    refusals.extend(world.unwritable(index));
 }
 
 /// Whether a layer that nobody stands on any more is marked as frozen: not one that is only read.

@@ -5,6 +5,7 @@
 //! Promises: every view that is listed has exactly the bytes it had, whatever fails and whenever
 //! the process or the machine dies. Inodes, directories of the mount and the kernel are for others.
 
+mod asker;
 mod board;
 mod branch;
 mod check;
@@ -30,6 +31,7 @@ mod status;
 mod words;
 mod world;
 
+pub use asker::{AsUser, as_user};
 pub use engine::Engine;
 pub use parse::parse_chains;
 pub use plan::{Plan, PlanLayer};

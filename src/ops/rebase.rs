@@ -215,7 +215,7 @@ pub(super) fn begin(
     let store = engine.store();
     let (lock, world) = World::begin(store)?;
     let (plan, layers) = plan(engine, &world, path, request)?;
-    finish::first(plan.refusals)?;
+    world.accept(&plan)?;
     if request.is_unsafe {
         tokens.extend(&world.chains_of(&[layers.layer]))?;
         change_name(engine, &world, path, &layers)?;

@@ -101,7 +101,7 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &ResizeRequest, comma
     let store = engine.store();
     let (lock, world) = World::begin(store)?;
     let (plan, Change { leaf, old, new }) = plan(engine, &world, path, request)?;
-    finish::first(plan.refusals)?;
+    world.accept(&plan)?;
     if new > old {
         let job = store.take_active(&world.catalog, &world.catalog.layers(leaf))?;
         // It may have grown since it was looked at.

@@ -72,6 +72,10 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Revert
     let mut plan = Plan { before: finish::tree(world, &chain), ..Plan::default() };
     let refusals = &mut plan.refusals;
     refusals.extend(world.untouchable(leaf));
+    if view.snapshot.is_none() || view.layer != 0 {
+        // A new overlay takes its name.
+        refusals.extend(world.not_renamable(&image.place.path));
+    }
     refusals.extend(world.begun(&chain.views.layers));
     refusals.extend(used_by_others(world, leaf));
     if world.store.is_active_open(image.stat.id) {
@@ -197,7 +201,7 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &RevertRequest, comma
     let store = engine.store();
     let (lock, world) = World::begin(store)?;
     let (plan, Layers { leaf, way, saved }) = plan(engine, &world, path, request)?;
-    finish::first(plan.refusals)?;
+    world.accept(&plan)?;
     let source = match way {
         Way::Apply(snapshot) => {
             apply(store, &world, leaf, &snapshot, request.save.as_deref())?;

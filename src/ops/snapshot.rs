@@ -218,7 +218,7 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
     let store = engine.store();
     let (lock, world) = World::begin(store)?;
     let (plan, disks) = disks(&world, path, request)?;
-    finish::first(plan.refusals)?;
+    world.accept(&plan)?;
     let jobs = disks
         .iter()
         .map(|disk| store.take_active(&world.catalog, &disk.chain.views.layers))

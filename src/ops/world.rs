@@ -10,12 +10,16 @@ use crate::image::create::NewBacking;
 use crate::io::{Claim, FileId};
 use crate::store::{Below, Catalog, ChainViews, Format, ImageEntry, ImageIndex, Named, Place, Store, shown};
 
+use super::asker::{Asker, asker};
+
 /// A store as of one scan.
 pub(super) struct World {
     pub(super) store: Arc<Store>,
     pub(super) catalog: Arc<Catalog>,
     /// For a store that is one image: everything beneath the marked directory above it.
-    whole: Option<Arc<Catalog>>,
+    pub(super) whole: Option<Arc<Catalog>>,
+    /// Whose command it is, if that counts.
+    pub(super) asker: Option<Arc<Asker>>,
 }
 
 /// One chain of it.
@@ -41,7 +45,7 @@ impl World {
     pub(super) fn look(store: &Arc<Store>) -> Result<Self> {
         store.rescan()?;
         let whole = store.whole()?;
-        Ok(Self { store: Arc::clone(store), catalog: store.catalog(), whole })
+        Ok(Self { store: Arc::clone(store), catalog: store.catalog(), whole, asker: asker(store) })
     }
 
     /// The same for a command: under the store's lock, and with a place for its intent.
@@ -135,7 +139,7 @@ impl World {
             let below = other.below.image().map(|below| catalog.images[below].stat.id);
             let shows_data = data.is_some() && below == data;
             if stands || keeps || shows_data || names_unfollowed(other, own_name) {
-                others.push(other.shown());
+                others.push(self.called(other));
             }
         }
         others
@@ -165,6 +169,9 @@ impl World {
         let shown_name = shown(Path::new(OsStr::from_bytes(name)));
         let place = self.store.named_by(&self.image(from).place, name);
         let place = place.map_err(|fact| Error::new(ErrorKind::Escape, format!("{shown_name} {fact}")))?;
+        if let Some(refusal) = self.unreachable(&place) {
+            return Err(refusal);
+        }
         let id = self.store.roots()[place.root].stat(&place.path)?.id;
         let found = self.catalog.images.iter().position(|image| image.stat.id == id && image.format.is_some());
         found.ok_or_else(|| {
@@ -204,6 +211,9 @@ impl World {
         }
         if image.qcow2().is_some_and(|qcow2| qcow2.header.corrupt()) {
             return refuse(ErrorKind::Corrupt, "is marked as corrupt; run chainfs check --repair all");
+        }
+        if let Some(refusal) = self.unwritable(index) {
+            return Some(refusal);
         }
         if let Some(problem) = &image.problem {
             return Some(Error::new(ErrorKind::Broken, format!("{} {problem}", image.shown())));

@@ -188,6 +188,11 @@ struct Said {
 static VERSION: AtomicU64 = AtomicU64::new(1);
 static SERIAL: AtomicU64 = AtomicU64::new(1);
 
+/// A number for a catalog, different from all others.
+pub(super) fn next_serial() -> u64 {
+    next(&SERIAL)
+}
+
 fn next(counter: &AtomicU64) -> u64 {
     counter.fetch_add(1, Ordering::Relaxed)
 }

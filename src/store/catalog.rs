@@ -123,12 +123,12 @@ pub struct Catalog {
     /// Drafts of images: of a command at work, or of one that was cut off before its intent was there.
     pub(super) drafts: Vec<PathBuf>,
     /// Images whose own bytes an intent spoils, and those images above which they do not show.
-    spoilt: HashMap<ImageIndex, Vec<Spoilt>>,
+    pub(super) spoilt: HashMap<ImageIndex, Vec<Spoilt>>,
 }
 
 /// What an intent does to an image.
 #[derive(Debug)]
-struct Spoilt {
+pub(super) struct Spoilt {
     /// Index of the intent.
     intent: usize,
     /// Above this image nothing of it shows.
@@ -281,6 +281,20 @@ impl Catalog {
             let spoilt = self.spoilt.get(index)?.iter().find(shows)?;
             Some(&self.intents[spoilt.intent])
         })
+    }
+
+    /// Hides in `visible` what is hidden here; `places`: what its images are called there.
+    pub(super) fn copy_invalidated(&self, visible: &mut Catalog, places: &HashMap<ImageIndex, ImageIndex>) {
+        let place = |index: &ImageIndex| places.get(index).copied();
+        for (index, spoilt) in &self.spoilt {
+            let Some(index) = place(index) else { continue };
+            let moved = spoilt.iter().map(|Spoilt { intent, top, children }| Spoilt {
+                intent: *intent,
+                top: top.as_ref().and_then(place),
+                children: children.iter().filter_map(place).collect(),
+            });
+            visible.spoilt.insert(index, moved.collect());
+        }
     }
 
     /// As [`Catalog::hidden_by`], for a view that was opened by an earlier catalog.
@@ -516,7 +530,7 @@ fn cut_depth(images: &mut [ImageEntry]) {
 }
 
 /// Counts for each image the chains that it is part of.
-fn count_chains(catalog: &mut Catalog) {
+pub(super) fn count_chains(catalog: &mut Catalog) {
     // Tops first: an image's count is complete when all its users have handed theirs down.
     let mut waiting: Vec<usize> = catalog.images.iter().map(|image| image.users.len()).collect();
     let mut ready: Vec<ImageIndex> = (0..catalog.images.len()).filter(|index| waiting[*index] == 0).collect();

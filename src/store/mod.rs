@@ -13,17 +13,21 @@ mod flusher;
 mod identity;
 mod intents;
 mod job_image;
+mod judge;
 mod leftovers;
 mod names;
 mod notes;
 mod open;
 mod options;
 mod resolve;
+mod rights;
 mod scan;
 #[cfg(test)]
 pub(crate) mod testing;
 mod trash;
+mod users;
 mod views;
+mod visible;
 mod watch;
 
 use std::collections::HashMap;
@@ -52,12 +56,14 @@ pub use flusher::Flusher;
 pub use identity::{FoundView, Part, ViewId, stale};
 pub use intents::{Deed, FoundIntent, Guard, Intent, MARKER, Named, NewTop, OwnedIntent};
 pub use job_image::{JobImage, Keeping};
+pub use judge::Judge;
 pub(crate) use leftovers::is_draft;
 pub use names::{ACTIVE, STORE_DIRECTORY, encode};
 pub use notes::FROZEN_NOTES;
 pub use open::{Leaving, OpenView, ViewPart};
 pub use options::{Format, StoreOptions};
 pub use resolve::Place;
+pub use rights::Subject;
 pub use scan::{Problem, SPOILT};
 pub use trash::TrashItem;
 pub use views::{ChainView, ChainViews};
@@ -356,6 +362,11 @@ impl Store {
     /// Lets the next scans look at a file, wherever beneath the roots it is.
     pub(crate) fn introduce(&self, place: Place) {
         self.introduced.lock().put(place, ());
+    }
+
+    /// Who may do what with its files, as of now.
+    pub fn judge(&self) -> Judge {
+        Judge::new(&self.roots)
     }
 
     /// Where an image lies on the host.

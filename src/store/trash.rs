@@ -66,7 +66,8 @@ pub struct TrashItem {
 }
 
 impl TrashItem {
-    fn file(&self) -> PathBuf {
+    /// Its file, beneath the guarded directory.
+    pub(crate) fn file(&self) -> PathBuf {
         Path::new(TRASH).join(&self.id)
     }
 }

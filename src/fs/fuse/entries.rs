@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::browse::{ListedEntry, Listing};
 use crate::error::{Error, ErrorKind, Result};
 
+use super::super::access::Caller;
 use super::super::attributes::Attributes;
 use super::super::guest_file::GuestDirectory;
 use super::super::handles::Handle;
@@ -124,8 +125,8 @@ fn give(
 
 /// The attributes of an entry that is being listed; `None` if it is damaged, and will be whenever it is asked for, or is something
 /// else than its number was made for.
-pub(super) fn known(tree: &Tree, entry: &Entry<'_>) -> Result<Option<Attributes>> {
-    match tree.attributes(entry.inode) {
+pub(super) fn known(tree: &Tree, caller: &Caller, entry: &Entry<'_>) -> Result<Option<Attributes>> {
+    match tree.attributes(caller, entry.inode) {
         Ok(found) if Tree::is_guest(entry.inode) && found.kind != entry.kind => Ok(None),
         Err(error) if Tree::is_guest(entry.inode) => match error.kind() {
             ErrorKind::Corrupt | ErrorKind::Unsupported => Ok(None),

@@ -2,8 +2,9 @@
 
 use std::time::{Duration, SystemTime};
 
-use fuser::{Errno, FileAttr, FileType, INodeNo, ReplyXattr};
+use fuser::{Errno, FileAttr, FileType, INodeNo, ReplyXattr, Request};
 
+use super::super::access::Caller;
 use super::super::attributes::Attributes;
 use super::super::node::NodeKind;
 use super::super::tree::Tree;
@@ -23,6 +24,11 @@ pub(super) fn give(reply: ReplyXattr, room: u32, bytes: &[u8]) {
     }
 }
 
+/// Who asks.
+pub(super) fn caller(request: &Request) -> Caller {
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
+}
+
 pub(super) fn file_type(kind: NodeKind) -> FileType {
     match kind {
         NodeKind::Directory => FileType::Directory,
@@ -37,14 +43,15 @@ pub(super) fn file_type(kind: NodeKind) -> FileType {
 
 /// For how long the kernel believes what it was told of `found` when it asked `by`, the directory or the thing itself. What commands change
 /// is asked for each time: who has resized a disk, or reverted it, looks at it next.
-pub(super) fn belief(by: u64, found: &Attributes) -> Duration {
+pub(super) fn belief(tree: &Tree, by: u64, found: &Attributes) -> Duration {
     // What a guest's number stands for never changes, and what it leads to does not; what leads to it does, and is
     // believed for a moment only.
     if Tree::is_guest(by) {
         return GUEST_BELIEF;
     }
     let is_written = found.kind == NodeKind::File && found.permissions & 0o222 != 0;
-    if is_written { Duration::ZERO } else { BELIEF }
+    // Nor is one user told what another has found.
+    if is_written || tree.asks_who(found.inode) { Duration::ZERO } else { BELIEF }
 }
 
 pub(super) fn attr(found: &Attributes) -> FileAttr {

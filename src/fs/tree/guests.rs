@@ -183,13 +183,8 @@ impl Tree {
             Node::PartitionsOf(view) | Node::FilesOf(view) => {
                 let found = self.store.find_view(view)?;
                 let stat = self.store.stat_now(found.image());
-                Ok(Attributes::plain(
-                    inode,
-                    NodeKind::Directory,
-                    (0, 0),
-                    modified(&stat),
-                    self.ownership.of_contents(&stat),
-                ))
+                let owner = self.rights.restrict(self.ownership.of_contents(&stat), &found.catalog, found.layers());
+                Ok(Attributes::plain(inode, NodeKind::Directory, (0, 0), modified(&stat), owner))
             }
             Node::Partition(partition) => {
                 let whole = self.view_attributes(&partition.view, inode)?;

@@ -65,7 +65,7 @@ pub(in crate::ops) fn begin(
 ) -> Result<PullJob> {
     let (lock, world) = World::begin(engine.store())?;
     let (plan, layers) = plan(engine, &world, path, request)?;
-    finish::first(plan.refusals)?;
+    world.accept(&plan)?;
     begin_with(engine, &world, lock, path, &layers, command, tokens)
 }
 

@@ -1,0 +1,53 @@
+//! The groups of a process that waits for us.
+
+use std::path::Path;
+
+/// Bytes of a process' status that are looked at: 65,536 groups fit.
+const MAX_STATUS: usize = 1 << 20;
+
+/// The groups of the thread `pid`, if that still acts for `uid`; only `gid` where nobody can tell. Whoever asks the
+/// kernel for something waits for the answer, so that the number is still that of the one who asked.
+pub fn groups_of_process(pid: u32, uid: u32, gid: u32) -> Vec<u32> {
+    let mut groups = vec![gid];
+    // 0: the one who asks cannot be seen from here.
+    if pid != 0 {
+        groups.extend(read(Path::new(&format!("/proc/{pid}/status")), uid).unwrap_or_default());
+    }
+    groups
+}
+
+fn read(status: &Path, uid: u32) -> Option<Vec<u32>> {
+    use std::io::Read as _;
+    let mut text = String::new();
+    let len = std::fs::File::open(status).ok()?.take(MAX_STATUS as u64).read_to_string(&mut text).ok()?;
+    if len == MAX_STATUS { None } else { parse(&text, uid) }
+}
+
+/// What a status says of groups, if the user by whose rights files are reached is `uid`.
+fn parse(text: &str, uid: u32) -> Option<Vec<u32>> {
+    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
+    // Real, effective, saved, and of file systems.
+    let acts_for: u32 = field("Uid:")?.split_ascii_whitespace().nth(3)?.parse().ok()?;
+    if acts_for != uid {
+        return None;
+    }
+    field("Groups:")?.split_ascii_whitespace().map(|group| group.parse().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_one_who_asks_is_looked_at() {
+        let text = "Name:\tx\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t10 11 \nNStgid:\t1\n";
+        assert_eq!(parse(text, 4), Some(vec![10, 11]));
+        assert_eq!(parse(text, 2), None);
+        assert_eq!(parse("Uid:\t1\t1\t1\t1\nGroups:\tx\n", 1), None);
+        assert_eq!(parse("Uid:\t1\t1\t1\t1\nGroups:\t\n", 1), Some(vec![]));
+        assert_eq!(groups_of_process(0, 1, 7), [7]);
+        let own = rustix::process::geteuid().as_raw();
+        assert!(groups_of_process(std::process::id(), own, 7).starts_with(&[7]));
+        assert_eq!(groups_of_process(std::process::id(), own + 1, 7), [7]);
+    }
+}

@@ -1,0 +1,211 @@
+//! Whose a file or directory is, and whom it lets in, as Linux goes by it: owner, group, mode and POSIX access list.
+//!
+//! Only looks. What follows for whom is decided in `store::rights`.
+
+use std::ffi::OsString;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{self, Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::error::{Error, ErrorKind, Result};
+
+use super::beneath::Root;
+use super::file::FileStat;
+
+/// What the kernel goes by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Permissions {
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Type and permission bits.
+    pub mode: u32,
+    /// The access list, where there is one.
+    pub list: Option<Vec<AccessEntry>>,
+}
+
+/// An entry of an access list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AccessEntry {
+    /// Whom it is about.
+    pub who: Who,
+    /// What they may: 4 is reading, 2 writing, 1 running or searching.
+    pub bits: u32,
+}
+
+/// Whom an entry of an access list is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// The owner.
+    Owner,
+    /// A user.
+    User(u32),
+    /// The file's group.
+    Group,
+    /// Another group.
+    NamedGroup(u32),
+    /// Nobody: the most that any of those between gets.
+    Mask,
+    /// Everybody else.
+    Other,
+}
+
+/// Bytes of an access list, at most (the kernel's limit for any attribute).
+const MAX_LIST: usize = 64 << 10;
+/// Directories above each other, and links that lead on to each other, at most.
+const MAX_STEPS: usize = 1024;
+const MAX_LINKS: usize = 40;
+
+impl Permissions {
+    /// Those of an open file or directory. Also of one that was opened with `O_PATH`.
+    pub fn of(file: &OwnedFd) -> Result<Self> {
+        let FileStat { uid, gid, mode, .. } = FileStat::of(file)?;
+        let mut value = vec![0; MAX_LIST];
+        // A descriptor of O_PATH has no attributes but by this way.
+        let place = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let list = match fs::getxattr(&place, "system.posix_acl_access", value.as_mut_slice()) {
+            Ok(len) => Some(parse_list(&value[..len]).ok_or_else(|| {
+                Error::new(ErrorKind::Denied, "the access list of a file cannot be understood, and lets nobody in")
+            })?),
+            Err(Errno::NODATA | Errno::OPNOTSUPP) => None,
+            Err(error) => return Err(Error::io("reading an access list", error)),
+        };
+        Ok(Self { uid, gid, mode, list })
+    }
+}
+
+/// Reads a list in the form that the attribute has.
+fn parse_list(bytes: &[u8]) -> Option<Vec<AccessEntry>> {
+    let (version, entries) = bytes.split_at_checked(4)?;
+    if version != 2_u32.to_le_bytes() || entries.len() % 8 != 0 {
+        return None;
+    }
+    let entry = |bytes: &[u8]| {
+        let bits = u32::from(u16::from_le_bytes([bytes[2], bytes[3]])) & 7;
+        let id = u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
+        let who = match u16::from_le_bytes([bytes[0], bytes[1]]) {
+            0x01 => Who::Owner,
+            0x02 => Who::User(id),
+            0x04 => Who::Group,
+            0x08 => Who::NamedGroup(id),
+            0x10 => Who::Mask,
+            0x20 => Who::Other,
+            _ => return None,
+        };
+        Some(AccessEntry { who, bits })
+    };
+    entries.chunks_exact(8).map(entry).collect()
+}
+
+impl Root {
+    /// Those of what `path` names, links followed beneath the root.
+    pub fn permissions(&self, path: &Path) -> Result<Permissions> {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        Permissions::of(&self.open_with(path, OFlags::PATH)?)
+    }
+
+    /// Those of the root itself and of all directories above it, however it was reached: by its descriptor, for a mount of
+    /// our own may lie over it.
+    pub fn permissions_above(&self) -> Result<Vec<Permissions>> {
+        let fail = |error: Errno| Error::io("looking at the directories above the store", error);
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut at = fs::openat(self.descriptor(), ".", flags, Mode::empty()).map_err(fail)?;
+        let mut found = Vec::new();
+        for _ in 0..MAX_STEPS {
+            found.push(Permissions::of(&at)?);
+            let above = fs::openat(&at, "..", flags, Mode::empty()).map_err(fail)?;
+            if FileStat::of(&above)?.id == FileStat::of(&at)?.id {
+                return Ok(found);
+            }
+            at = above;
+        }
+        Err(Error::new(ErrorKind::Io, "the store lies in too many directories"))
+    }
+
+    /// The directories beneath the root, by path, that are searched on the way to `path`, and what it names in the end
+    /// without any link.
+    pub fn steps(&self, path: &Path) -> Result<(Vec<PathBuf>, PathBuf)> {
+        let mut searched = Vec::new();
+        let mut rest: Vec<PathBuf> = components(path);
+        let mut plain = PathBuf::new();
+        let mut links = 0;
+        while let Some(next) = rest.pop() {
+            searched.push(plain.clone());
+            if next == Path::new("..") {
+                plain.pop();
+                continue;
+            }
+            let step = plain.join(&next);
+            match fs::readlinkat(self.descriptor(), &step, Vec::new()) {
+                Ok(target) => {
+                    links += 1;
+                    if links > MAX_LINKS || searched.len() > MAX_STEPS {
+                        return Err(Error::new(ErrorKind::Escape, format!("{} has too many links", path.display())));
+                    }
+                    let target = PathBuf::from(OsString::from_vec(target.into_bytes()));
+                    // What leads out is never opened; what it would be allowed does not matter.
+                    rest.extend(components(&target));
+                }
+                // No link, or nothing at all, as whoever opens it finds out.
+                Err(_) => plain = step,
+            }
+        }
+        searched.dedup();
+        Ok((searched, plain))
+    }
+}
+
+/// The parts of a path, the last one first.
+fn components(path: &Path) -> Vec<PathBuf> {
+    let part = |component: Component<'_>| match component {
+        Component::Normal(part) => Some(PathBuf::from(part)),
+        Component::ParentDir => Some(PathBuf::from("..")),
+        Component::CurDir | Component::RootDir | Component::Prefix(_) => None,
+    };
+    path.components().rev().filter_map(part).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    #[test]
+    fn the_way_to_a_file_goes_through_every_directory_that_is_searched() {
+        let outer = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(outer.path().join("a/b")).unwrap();
+        std::fs::create_dir_all(outer.path().join("c")).unwrap();
+        std::fs::write(outer.path().join("a/b/f"), "").unwrap();
+        symlink("../a/b/f", outer.path().join("c/link")).unwrap();
+        let root = Root::open(outer.path()).unwrap();
+        let steps = |path: &str| {
+            let (steps, end) = root.steps(Path::new(path)).unwrap();
+            let steps: Vec<String> = steps.iter().map(|step| step.display().to_string()).collect();
+            (steps.join(" "), end.display().to_string())
+        };
+        assert_eq!(steps("a/b/f"), (" a a/b".into(), "a/b/f".into()));
+        assert_eq!(steps("c/link"), (" c  a a/b".into(), "a/b/f".into()));
+        assert_eq!(steps("gone/x"), (" gone".into(), "gone/x".into()));
+        std::fs::set_permissions(outer.path().join("a"), std::fs::Permissions::from_mode(0o750)).unwrap();
+        assert_eq!(root.permissions(Path::new("a")).unwrap().mode & 0o777, 0o750);
+        assert!(root.permissions_above().unwrap().len() > 1);
+    }
+
+    #[test]
+    fn lists_are_read_as_the_kernel_writes_them() {
+        let bytes = |tag: u16, bits: u16, id: u32| {
+            [tag.to_le_bytes().as_slice(), &bits.to_le_bytes(), &id.to_le_bytes()].concat()
+        };
+        let list = [2_u32.to_le_bytes().to_vec(), bytes(1, 6, !0), bytes(2, 4, 7), bytes(0x20, 1, !0)].concat();
+        let entry = |who, bits| AccessEntry { who, bits };
+        let expected = vec![entry(Who::Owner, 6), entry(Who::User(7), 4), entry(Who::Other, 1)];
+        assert_eq!(parse_list(&list), Some(expected));
+        for bad in [&list[..3], &list[..11], &[1, 0, 0, 0], &[list.as_slice(), &bytes(3, 0, 0)].concat()] {
+            assert_eq!(parse_list(bad), None);
+        }
+    }
+}

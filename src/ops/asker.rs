@@ -1,0 +1,126 @@
+//! By whose rights a command is judged that somebody has given through a shared mount.
+//!
+//! The rights are those of the thread that serves the command, from [`as_user`] on until what that returns is dropped: every look at
+//! the store that a plan takes goes by them. A job that was accepted, and one that is resumed, is nobody's: what
+//! it may do was judged when it was accepted.
+
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{ImageEntry, ImageIndex, Judge, Place, Store, Subject, shown};
+
+use super::plan::Plan;
+use super::world::World;
+
+thread_local! {
+    static ASKER: RefCell<Option<Arc<Asker>>> = const { RefCell::new(None) };
+}
+
+/// A user, and who may do what as of the moment at which the store was looked at.
+#[derive(Debug)]
+pub(super) struct Asker {
+    subject: Subject,
+    judge: Judge,
+}
+
+/// Until this is dropped, commands of this thread are a user's.
+#[derive(Debug)]
+#[must_use = "dropped at once, it judges nothing"]
+pub struct AsUser {
+    before: Option<Arc<Asker>>,
+    /// It is this thread's.
+    _here: PhantomData<*const ()>,
+}
+
+impl Drop for AsUser {
+    fn drop(&mut self) {
+        ASKER.set(self.before.take());
+    }
+}
+
+/// Judges the commands of this thread by what a user may do with the files of `store`.
+pub fn as_user(store: &Store, subject: &Subject) -> AsUser {
+    let asker = Arc::new(Asker { subject: subject.clone(), judge: store.judge() });
+    AsUser { before: ASKER.replace(Some(asker)), _here: PhantomData }
+}
+
+/// The user whose command this thread serves, with the permissions of this moment.
+pub(super) fn asker(store: &Store) -> Option<Arc<Asker>> {
+    let subject = ASKER.with_borrow(|asker| asker.as_ref().map(|asker| asker.subject.clone()))?;
+    Some(Arc::new(Asker { subject, judge: store.judge() }))
+}
+
+impl World {
+    /// Why the user may not write an image, if so.
+    pub(super) fn unwritable(&self, index: ImageIndex) -> Option<Error> {
+        let asker = self.asker.as_ref()?;
+        let image = self.image(index);
+        if asker.judge.may_write(&asker.subject, image) {
+            return None;
+        }
+        let name = self.called(image);
+        let fact = "would be changed by this, and you may not write it; ask its owner, or root";
+        Some(Error::new(ErrorKind::Denied, format!("{name} {fact}")))
+    }
+
+    /// Why the user may not come to a file, if so: before anything is said of it.
+    pub(super) fn unreachable(&self, place: &Place) -> Option<Error> {
+        let asker = self.asker.as_ref()?;
+        let may = asker.judge.may_read_place(&asker.subject, place);
+        (!may)
+            .then(|| Error::new(ErrorKind::Denied, "you may not read the file that this names; ask its owner, or root"))
+    }
+
+    /// Why a plan is not the user's to carry out: of every layer before and after something may be copied, and every name
+    /// that is given or taken away changes a directory.
+    pub(super) fn not_permitted(&self, plan: &Plan) -> Vec<Error> {
+        let Some(asker) = &self.asker else { return Vec::new() };
+        let layers: Vec<&Path> = plan.before.iter().chain(&plan.after).map(|layer| layer.path.as_path()).collect();
+        let mut refusals = Vec::new();
+        for image in self.catalog.images.iter().filter(|image| layers.contains(&image.place.path.as_path())) {
+            if !asker.judge.may_read(&asker.subject, image) {
+                let fact = "the chain has layers that you may not read; ask their owners, or root";
+                refusals.push(Error::new(ErrorKind::Denied, fact));
+                break;
+            }
+        }
+        let renamed = plan.renamed.iter().flat_map(|(old, new)| [old, new]);
+        let is_new = |path: &&PathBuf| !plan.before.iter().any(|layer| layer.path == **path);
+        let made = plan.after.iter().map(|layer| &layer.path).filter(is_new);
+        let is_known = |path: &PathBuf| self.catalog.images.iter().any(|image| image.place.path == *path);
+        let overlays = made.filter(|path| !is_known(path));
+        for path in plan.removed.iter().chain(renamed).chain(overlays) {
+            refusals.extend(self.not_renamable(path));
+        }
+        refusals
+    }
+
+    /// Why the user may not give a file that name, or take it away, if so.
+    pub(super) fn not_renamable(&self, path: &Path) -> Option<Error> {
+        let asker = self.asker.as_ref()?;
+        let place = Place { root: 0, path: path.to_path_buf() };
+        if asker.judge.may_change_name(&asker.subject, &place) {
+            return None;
+        }
+        let fact = "cannot be made, renamed or removed by you: you may not change its directory, or that lets only owners \
+                    do it; ask the owner of the directory, or root";
+        Some(Error::new(ErrorKind::Denied, format!("{} {fact}", shown(path))))
+    }
+
+    /// What an image is called in a sentence: only those who may read it are told its name.
+    pub(super) fn called(&self, image: &ImageEntry) -> String {
+        let Some(asker) = &self.asker else { return image.shown() };
+        // Of a store above that of a single image nothing is known here.
+        let may = self.whole.is_none() && asker.judge.may_read(&asker.subject, image);
+        if may { image.shown() } else { "an image that you may not read".to_owned() }
+    }
+
+    /// The first thing that keeps a plan from being carried out.
+    pub(super) fn accept(&self, plan: &Plan) -> Result<()> {
+        let refusals = plan.refusals.iter().cloned().chain(self.not_permitted(plan));
+        refusals.into_iter().next().map_or(Ok(()), Err)
+    }
+}

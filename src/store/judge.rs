@@ -1,0 +1,180 @@
+//! Who may do what with the images of a store, as of one moment: the rule of [`rights`](super::rights), asked of every
+//! directory on the way as well.
+//!
+//! Promises: what cannot be looked at lets nobody in but the administrator. Nothing is opened but by `O_PATH`.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::io::{Permissions, Root};
+
+use super::catalog::{Catalog, ImageEntry, ImageIndex};
+use super::resolve::Place;
+use super::rights::{Class, READ, SEARCH, Subject, WRITE};
+use super::trash::TrashItem;
+use super::users::groups_of;
+
+/// What it takes to come to a file, and what the file is; `None` where that could not be found out.
+type Way = Option<Arc<Steps>>;
+
+#[derive(Debug)]
+struct Steps {
+    directories: Vec<Arc<Permissions>>,
+    file: Arc<Permissions>,
+}
+
+/// Looks at permissions once and remembers them: for one question, or for a moment.
+#[derive(Debug)]
+pub struct Judge {
+    roots: Vec<Arc<Root>>,
+    above: Vec<Option<Vec<Arc<Permissions>>>>,
+    kept: Mutex<HashMap<Place, Option<Arc<Permissions>>>>,
+    ways: Mutex<HashMap<Place, Way>>,
+}
+
+impl Judge {
+    /// Judges of files beneath these.
+    pub(super) fn new(roots: &[Arc<Root>]) -> Self {
+        let above = |root: &Arc<Root>| {
+            let found = root.permissions_above().inspect_err(|error| tracing::warn!("{error}")).ok()?;
+            Some(found.into_iter().map(Arc::new).collect())
+        };
+        Self {
+            above: roots.iter().map(above).collect(),
+            roots: roots.to_vec(),
+            kept: Mutex::default(),
+            ways: Mutex::default(),
+        }
+    }
+
+    fn permissions(&self, root: usize, path: &Path) -> Option<Arc<Permissions>> {
+        let place = Place { root, path: path.to_path_buf() };
+        if let Some(kept) = self.kept.lock().get(&place) {
+            return kept.clone();
+        }
+        let found = self.roots.get(root).and_then(|root| root.permissions(path).ok()).map(Arc::new);
+        self.kept.lock().insert(place, found.clone());
+        found
+    }
+
+    /// The directories that are searched on the way to `place`, and what it is in the end.
+    fn steps(&self, place: &Place) -> Option<(Vec<Arc<Permissions>>, std::path::PathBuf)> {
+        let (searched, plain) = self.roots.get(place.root)?.steps(&place.path).ok()?;
+        let mut directories = self.above.get(place.root)?.clone()?;
+        for directory in searched.iter().filter(|path| !path.as_os_str().is_empty()) {
+            directories.push(self.permissions(place.root, directory)?);
+        }
+        Some((directories, plain))
+    }
+
+    fn way(&self, place: &Place) -> Way {
+        if let Some(way) = self.ways.lock().get(place) {
+            return way.clone();
+        }
+        let found = self.steps(place).and_then(|(directories, plain)| {
+            Some(Arc::new(Steps { directories, file: self.permissions(place.root, &plain)? }))
+        });
+        self.ways.lock().insert(place.clone(), found.clone());
+        found
+    }
+
+    fn may(&self, who: &Subject, place: &Place, want: u32) -> bool {
+        let is_met = |way: Arc<Steps>| {
+            way.directories.iter().all(|directory| who.may(directory, SEARCH)) && who.may(&way.file, want)
+        };
+        who.is_root() || self.way(place).is_some_and(is_met)
+    }
+
+    /// Whether a user may come to where a file is, or would be.
+    pub(crate) fn may_reach(&self, who: &Subject, place: &Place) -> bool {
+        let is_open =
+            |(directories, _): (Vec<Arc<Permissions>>, _)| directories.iter().all(|step| who.may(step, SEARCH));
+        who.is_root() || self.steps(place).is_some_and(is_open)
+    }
+
+    /// Whether a user may read a file.
+    pub(crate) fn may_read_place(&self, who: &Subject, place: &Place) -> bool {
+        self.may(who, place, READ)
+    }
+
+    /// Whether a user could make a file readable for itself, or may read it: what is his own is his.
+    pub(super) fn counts_for(&self, who: &Subject, place: &Place) -> bool {
+        let passes = |step: &Permissions, want| step.uid == who.uid || who.may(step, want);
+        let is_met =
+            |way: Arc<Steps>| way.directories.iter().all(|step| passes(step, SEARCH)) && passes(&way.file, READ);
+        who.is_root() || self.way(place).is_some_and(is_met)
+    }
+
+    /// Whether a user may read what is in the trash, and could come to where it was.
+    pub fn may_see_item(&self, who: &Subject, item: &TrashItem) -> bool {
+        let place = |path: &Path| Place { root: 0, path: path.to_path_buf() };
+        self.may_read_place(who, &place(&item.file())) && self.may_reach(who, &place(&item.path))
+    }
+
+    /// Whether a user may list a directory.
+    pub(crate) fn may_list(&self, who: &Subject, directory: &Place) -> bool {
+        self.may(who, directory, READ | SEARCH)
+    }
+
+    /// Whether a user may read an image: all files of it.
+    pub fn may_read(&self, who: &Subject, image: &ImageEntry) -> bool {
+        places(image).all(|place| self.may(who, place, READ))
+    }
+
+    /// Whether a user may read all of these.
+    pub fn may_read_all(&self, who: &Subject, catalog: &Catalog, layers: &[ImageIndex]) -> bool {
+        who.is_root() || layers.iter().all(|index| self.may_read(who, &catalog.images[*index]))
+    }
+
+    /// Whether a user may read and write an image.
+    pub fn may_write(&self, who: &Subject, image: &ImageEntry) -> bool {
+        places(image).all(|place| self.may(who, place, READ | WRITE))
+    }
+
+    /// Whether a user may give a file of this directory another name, remove it, or, where there is no such file, make it.
+    pub(crate) fn may_change_name(&self, who: &Subject, place: &Place) -> bool {
+        if who.is_root() {
+            return true;
+        }
+        let directory = place.path.parent().unwrap_or(Path::new(""));
+        let Some((steps, _)) = self.steps(place) else { return false };
+        let Some(parent) = self.permissions(place.root, directory) else { return false };
+        let owner = self.permissions(place.root, &place.path).map_or(who.uid, |file| file.uid);
+        steps.iter().all(|step| who.may(step, SEARCH)) && who.may_rename_in(&parent, owner)
+    }
+
+    /// What the mode of a disk made of these layers, top first, says: for the owner of the first, its group, and all others.
+    pub fn mode(&self, catalog: &Catalog, layers: &[ImageIndex], is_writable: bool) -> u32 {
+        let Some(top) = layers.first().map(|index| &catalog.images[*index]) else { return 0 };
+        let Some(own) = self.way(&top.place) else { return 0 };
+        let (uid, gid) = (own.file.uid, own.file.gid);
+        let classes =
+            [Class::Owner(Subject::new(uid, groups_of(uid))), Class::Group { uid, gid }, Class::Other { uid, gid }];
+        let mut mode = 0;
+        for (class, shift) in classes.iter().zip([6, 3, 0]) {
+            if layers
+                .iter()
+                .all(|index| places(&catalog.images[*index]).all(|place| self.class_may(class, place, READ)))
+            {
+                mode |= READ << shift;
+                if is_writable && places(top).all(|place| self.class_may(class, place, WRITE)) {
+                    mode |= WRITE << shift;
+                }
+            }
+        }
+        mode
+    }
+
+    fn class_may(&self, class: &Class, place: &Place, want: u32) -> bool {
+        self.way(place)
+            .is_some_and(|way| way.directories.iter().all(|step| class.may(step, SEARCH)) && class.may(&way.file, want))
+    }
+}
+
+/// The files of an image.
+fn places(image: &ImageEntry) -> impl Iterator<Item = &Place> {
+    std::iter::once(&image.place).chain(image.data_file.as_ref().map(|(place, _)| place))
+}

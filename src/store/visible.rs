@@ -1,0 +1,93 @@
+//! A catalog as one user may see it: without what that user may not read.
+//!
+//! Reports are made of it, so that none of them can say more. Promises: an image that is hidden is in no text, be it by its
+//! name, its size or what is kept in it; what stands on it says that its backing file may not be read, by the name that
+//! its own header has.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use super::build::next_serial;
+use super::catalog::{Below, Catalog, Directory, ImageEntry, ImageIndex, count_chains, shown};
+use super::judge::Judge;
+use super::resolve::Place;
+use super::rights::Subject;
+use super::scan::Problem;
+
+impl Catalog {
+    /// What `who` may see of it.
+    pub fn shown_to(&self, judge: &Judge, who: &Subject) -> Catalog {
+        let kept: Vec<ImageIndex> =
+            (0..self.images.len()).filter(|index| judge.may_read(who, &self.images[*index])).collect();
+        let places: HashMap<ImageIndex, ImageIndex> = kept.iter().enumerate().map(|(new, old)| (*old, new)).collect();
+        let images = kept.iter().map(|index| self.image_shown(*index, &places)).collect();
+        let mut visible = Catalog {
+            serial: next_serial(),
+            images,
+            single: self.single.and_then(|leaf| places.get(&leaf).copied()),
+            problems: self.problems_shown(judge, who, &places),
+            intents: self.intents.clone(),
+            ..Catalog::default()
+        };
+        visible.directories.insert(PathBuf::new(), Directory::default());
+        for (path, leaf) in self.chains() {
+            let Some(leaf) = places.get(&leaf) else { continue };
+            visible.images[*leaf].chain_count = 1;
+            visible.add_chain(&path, *leaf);
+        }
+        count_chains(&mut visible);
+        self.copy_invalidated(&mut visible, &places);
+        visible
+    }
+
+    fn image_shown(&self, index: ImageIndex, places: &HashMap<ImageIndex, ImageIndex>) -> ImageEntry {
+        let mut image = self.images[index].clone();
+        image.users = image.users.iter().filter_map(|user| places.get(user).copied()).collect();
+        image.chain_count = 0;
+        let below = image.below.image().map(|below| places.get(&below).copied());
+        match (below, &mut image.below) {
+            (None, _) => {}
+            (Some(None), _) => image.below = hidden(&image),
+            (Some(Some(place)), Below::Image(below) | Below::Broken { image: Some(below), .. }) => *below = place,
+            (Some(Some(_)), _) => unreachable!("it is one of the two that have an image"),
+        }
+        image
+    }
+
+    /// The problems of what the user may read, or of what is not there in a directory that he may list.
+    fn problems_shown(&self, judge: &Judge, who: &Subject, places: &HashMap<ImageIndex, ImageIndex>) -> Vec<Problem> {
+        let hidden: Vec<String> = (0..self.images.len())
+            .filter(|index| !places.contains_key(index))
+            .map(|index| self.images[index].shown())
+            .collect();
+        let by_path: HashMap<&Path, ImageIndex> =
+            self.images.iter().enumerate().map(|(index, image)| (image.place.path.as_path(), index)).collect();
+        let is_shown = |problem: &&Problem| {
+            let place = Place { root: 0, path: problem.path.clone() };
+            let may = match by_path.get(problem.path.as_path()) {
+                Some(index) => places.contains_key(index),
+                None => judge.may_read_place(who, &place) && judge.may_reach(who, &place),
+            };
+            may && !hidden.iter().any(|name| problem.sentence.contains(name.as_str()))
+        };
+        self.problems.iter().filter(is_shown).cloned().collect()
+    }
+
+    fn add_chain(&mut self, path: &Path, leaf: ImageIndex) {
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return };
+        self.directories.entry(parent.to_path_buf()).or_default().chains.insert(name.to_os_string(), leaf);
+        let mut below = parent;
+        while let (Some(parent), Some(name)) = (below.parent(), below.file_name()) {
+            self.directories.entry(parent.to_path_buf()).or_default().directories.insert(name.to_os_string());
+            below = parent;
+        }
+    }
+}
+
+/// What is said of an image whose backing file is not shown.
+fn hidden(image: &ImageEntry) -> Below {
+    let name = image.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref()).map_or(&b""[..], |backing| &backing.name);
+    let name = shown(Path::new(super::catalog::os(name)));
+    let fact = "may not be read by you; ask its owner, or root";
+    Below::Broken { image: None, sentence: format!("cannot be read: its backing file \"{name}\" {fact}").into() }
+}
