@@ -4,11 +4,15 @@
 //! feature that chainfs lacks is [`ErrorKind::Unsupported`]; our own bugs are assertions.
 //! Every error says what it is about: the file, the fact and, where there is one, the remedy.
 
+mod printable;
+
 use std::fmt;
 use std::io;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+
+pub use printable::{escaped, is_plain, printable};
 
 /// The result of everything that touches the world.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -173,8 +177,9 @@ fn is_exhaustion(errno: i32) -> bool {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.source {
-            Some(source) => write!(f, "{}: {}", self.context, system_fact(source)),
-            None => f.write_str(&self.context),
+            // Names in sentences are whatever an image or a directory says.
+            Some(source) => write!(f, "{}: {}", printable(&self.context), printable(&system_fact(source))),
+            None => f.write_str(&printable(&self.context)),
         }
     }
 }

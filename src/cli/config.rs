@@ -7,7 +7,7 @@
 use super::mount_options::{MountOptions, SETTINGS, Takes, suggestion};
 use crate::error::{Error, ErrorKind, Result};
 use crate::report::safe::{terminal, terminal_bytes};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use toml::de::DeTable;
@@ -110,10 +110,38 @@ fn one(options: &mut MountOptions, key: &str, value: &Value) -> Result<()> {
     options.set(key, text.as_bytes()).map_err(|error| error.within(format!("key '{key}'")))
 }
 
+/// Refuses a file that others could have written: of the machine's, anybody but root; else anybody but root and the user.
+fn check_trust(path: &Path, name: &str, file: &std::fs::Metadata) -> Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let (own, is_system) = (rustix::process::geteuid().as_raw(), path == Path::new(SYSTEM_FILE));
+    let refuse = |why: String| {
+        let owner = if is_system { "root".to_owned() } else { format!("root or uid {own}") };
+        let fact =
+            format!("{name}: {why}, and is not trusted; it has to belong to {owner}, and nobody else may write it");
+        Err(Error::new(ErrorKind::Denied, fact))
+    };
+    if file.uid() != 0 && (is_system || file.uid() != own) {
+        return refuse(format!("belongs to uid {}", file.uid()));
+    }
+    // Many a user's own group is that user's alone.
+    let bits = if is_system { 0o022 } else { 0o002 };
+    if file.mode() & bits != 0 {
+        return refuse(format!("can be written by others (mode {:o})", file.mode() & 0o7777));
+    }
+    Ok(())
+}
+
 fn read(path: &Path) -> Result<Option<MountOptions>> {
     let name = terminal_bytes(path.as_os_str().as_bytes());
-    match std::fs::read_to_string(path) {
-        Ok(text) => {
+    let read = || -> io::Result<_> {
+        let mut file = std::fs::File::open(path)?;
+        let mut text = String::new();
+        file.read_to_string(&mut text)?;
+        Ok((file.metadata()?, text))
+    };
+    match read() {
+        Ok((file, text)) => {
+            check_trust(path, &name, &file)?;
             let options = parse(&text, &name)?;
             check_directories(&options, &text, &name)?;
             Ok(Some(options))

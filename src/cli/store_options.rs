@@ -21,6 +21,7 @@ pub fn store_options(options: &MountOptions) -> StoreOptions {
         rescan: options.rescan.unwrap_or(usual.rescan),
         notify: !options.no_inotify,
         trash: options.trash,
+        owners_count: options.allow_other || rustix::process::geteuid().is_root(),
         whole_store: None,
     }
 }

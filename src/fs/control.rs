@@ -266,7 +266,12 @@ impl Tree {
             let leaf = self.leaf_of(chain)?;
             let catalog = self.store().catalog();
             // Who may not see all of the chain is not told what a command would do to it.
-            self.rights().check_read(viewer, &catalog, &catalog.layers(leaf), true)?;
+            if let Err(error) = self.rights().check_read(viewer, &catalog, &catalog.layers(leaf), true) {
+                if let ControlFile::Verb(verb) = file {
+                    self.engine().refused(scope.key(), &shown(*verb, text), &error);
+                }
+                return Err(error);
+            }
         }
         let _asker = viewer.commander().map(|subject| as_user(self.store(), subject));
         match file {

@@ -18,11 +18,14 @@ use crate::report::{json, store as report, svg, text, trash};
 use crate::store::{Catalog, ImageIndex, Store, TrashItem};
 
 use super::node::{ChainDocument, StoreDocument};
+use super::pieces::Pieces;
 
 /// Documents of one chain are small, those of the store few.
 const KEPT: usize = 8192;
 /// Bytes of documents that are kept.
 const KEPT_LEN: usize = 32 << 20;
+/// Lists of chains that are kept: for the administrator, and for a few others.
+const LISTS_KEPT: usize = 4;
 
 /// Counters of a mount since it began.
 #[derive(Debug, Default)]
@@ -54,19 +57,32 @@ type Kept = (LruCache<Key, Arc<[u8]>>, usize);
 #[derive(Debug)]
 pub(super) struct Documents {
     kept: Mutex<Kept>,
+    /// Lists of chains, by catalog.
+    chains: Mutex<LruCache<u64, Arc<Pieces>>>,
     started: Instant,
 }
 
 impl Documents {
     pub(super) fn new() -> Self {
         let kept = Mutex::new((LruCache::new(NonZero::new(KEPT).expect("not zero")), 0));
-        Self { kept, started: Instant::now() }
+        let chains = Mutex::new(LruCache::new(NonZero::new(LISTS_KEPT).expect("not zero")));
+        Self { kept, chains, started: Instant::now() }
     }
 
     /// What a document speaks of: a catalog and, for the locks that a tree shows, a moment.
     fn subject(&self, catalog: &Catalog, shows_locks: bool) -> (u64, u64) {
         let moment = if shows_locks { self.started.elapsed().as_secs() / MOMENT.as_secs() } else { 0 };
         (catalog.serial, moment)
+    }
+
+    /// The list of all chains.
+    pub(super) fn chains(&self, store: &Arc<Store>, catalog: &Arc<Catalog>) -> Arc<Pieces> {
+        if let Some(kept) = self.chains.lock().get(&catalog.serial) {
+            return Arc::clone(kept);
+        }
+        let made = Arc::new(Pieces::new(report::ChainsJson::new(store, catalog)));
+        self.chains.lock().put(catalog.serial, Arc::clone(&made));
+        made
     }
 
     /// A document of the store as a whole.
@@ -86,9 +102,8 @@ impl Documents {
             StoreDocument::TreeSvg => {
                 svg::forest(&report::forest_at_work(store, catalog, shares), &TimeZone::system(), false)
             }
-            StoreDocument::Chains => report::chains_json(store, catalog),
             StoreDocument::Problems => report::problems_text(catalog) + &report::locked_text(store, catalog),
-            StoreDocument::Metrics | StoreDocument::Trash => String::new(),
+            StoreDocument::Chains | StoreDocument::Metrics | StoreDocument::Trash => String::new(),
         };
         match document {
             StoreDocument::Metrics => return live().into_bytes().into(),
@@ -120,7 +135,7 @@ impl Documents {
             return report::chain_problem(catalog, leaf).map(|text| text.into_bytes().into());
         }
         let make = || match document {
-            ChainDocument::Chain => json::pretty(&report::chain_info(store, catalog, leaf)),
+            ChainDocument::Chain => json::pretty(&report::chain_info_in_short(store, catalog, leaf)),
             ChainDocument::TreeText => {
                 text::forest(&report::chain_forest_at_work(store, catalog, leaf, shares), &TextOptions::local())
             }

@@ -208,6 +208,7 @@ impl Filesystem for Adapter {
             // A disk that changes; and each opening has a text of its own, which no other may be served.
             Handle::Active(_)
             | Handle::Text(_)
+            | Handle::Pieces(_)
             | Handle::Control(_)
             | Handle::Directory(_)
             | Handle::GuestFile(_)

@@ -12,6 +12,7 @@ use crate::store::{ActiveHandle, OpenDisk};
 use super::attributes::Attributes;
 use super::control::ControlHandle;
 use super::guest_file::{GuestDirectory, GuestFile};
+use super::pieces::Pieces;
 use super::progress::ProgressReader;
 use super::tree::Listed;
 use super::window::Window;
@@ -21,6 +22,8 @@ use super::window::Window;
 pub enum Handle {
     /// A document, as of its opening.
     Text(Arc<[u8]>),
+    /// A long document, as of its opening.
+    Pieces(Arc<Pieces>),
     /// A snapshot; QEMU's locks are held as long as it lives.
     Disk(Arc<OpenDisk>),
     /// An active disk. The kernel hands every read and write of it to us.

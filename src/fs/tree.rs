@@ -243,8 +243,12 @@ impl Tree {
                 )
             }
             Node::StoreDocument(document) => {
-                let catalog = self.rights.shown(&self.rights.viewer(caller), &catalog);
-                let len = self.store_document(&self.rights.viewer(caller), &catalog, *document).len() as u64;
+                let viewer = self.rights.viewer(caller);
+                let catalog = self.rights.shown(&viewer, &catalog);
+                let len = match document {
+                    StoreDocument::Chains => self.documents.chains(&self.store, &catalog).len(),
+                    _ => self.store_document(&viewer, &catalog, *document).len() as u64,
+                };
                 (self.store_stat()?, len, len.div_ceil(512), Some(self.started), false)
             }
             Node::ChainDocument(chain, document) => {
@@ -372,6 +376,9 @@ impl Tree {
             self.check_write(caller, view)?;
         }
         let handle = match node {
+            Node::StoreDocument(StoreDocument::Chains) => {
+                Handle::Pieces(self.documents.chains(&self.store, &self.rights.shown(&viewer, &catalog)))
+            }
             Node::StoreDocument(document) => {
                 Handle::Text(self.store_document(&viewer, &self.rights.shown(&viewer, &catalog), document))
             }
@@ -460,6 +467,7 @@ impl Tree {
                 buf[..len].copy_from_slice(&rest[..len]);
                 Ok(len)
             }
+            Handle::Pieces(pieces) => Ok(pieces.read(at, buf)),
             Handle::Control(control) => Ok(control.read(self, at, buf)),
             Handle::Directory(_) | Handle::GuestDirectory(_) | Handle::Progress(_) => {
                 Err(Error::new(ErrorKind::Usage, "this is not read as a file"))
@@ -494,6 +502,7 @@ impl Tree {
     pub fn seek(&self, handle: &Handle, at: u64, data: bool) -> Result<Option<u64>> {
         let (size, found) = match handle {
             Handle::Text(text) => (text.len() as u64, if data { Some(at) } else { None }),
+            Handle::Pieces(pieces) => (pieces.len(), if data { Some(at) } else { None }),
             Handle::Disk(disk) => {
                 let open = disk.view();
                 let size = open.view.size();

@@ -133,7 +133,8 @@ impl World {
             if number == here || known.contains(&other.stat.id) {
                 continue;
             }
-            let stands = catalog.images[here].users.contains(&number);
+            let stands =
+                catalog.images[here].users.contains(&number) || catalog.uncounted_users(here).contains(&number);
             let is_ours = |id: FileId| id == image.stat.id || data == Some(id);
             let keeps = other.data_file.as_ref().is_some_and(|(_, stat)| is_ours(stat.id));
             let below = other.below.image().map(|below| catalog.images[below].stat.id);

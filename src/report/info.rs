@@ -177,6 +177,9 @@ pub struct LayerInfo {
     pub description: Option<String>,
     /// Images that use it as their backing file.
     pub shared_by: usize,
+    /// Internal snapshots that are not listed; absent if all are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshots_left_out: Option<usize>,
     /// Why it, or what lies below it, cannot be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,

@@ -3,6 +3,12 @@
 //! Nodes are a flat list and name each other by index: nested objects would go beyond what JSON
 //! parsers take after a hundred layers. Nothing is folded. Sizes are spelled as QEMU spells them.
 
+use std::io::{self, Write};
+
+use serde_json::ser::{Formatter, PrettyFormatter};
+
+use crate::error::is_plain;
+
 use super::time;
 use super::tree::{Forest, Kind, Tree, TreeNode};
 use serde::Serialize;
@@ -19,11 +25,65 @@ pub fn forest(forest: &Forest) -> String {
 /// If the value has something that JSON lacks (maps whose keys are no strings): the models have not.
 pub fn pretty<T: Serialize>(value: &T) -> String {
     let mut text = Vec::new();
-    let layout = serde_json::ser::PrettyFormatter::with_indent(b"    ");
+    let layout = Harmless(PrettyFormatter::with_indent(b"    "));
     let mut serializer = serde_json::Serializer::with_formatter(&mut text, layout);
     value.serialize(&mut serializer).expect("the models have no keys or numbers that JSON lacks");
     text.push(b'\n');
     String::from_utf8(text).expect("serde_json writes UTF-8")
+}
+
+/// As `PrettyFormatter`; in strings, what a terminal would act on is escaped as well, and stays the same to programs.
+struct Harmless(PrettyFormatter<'static>);
+
+impl Formatter for Harmless {
+    fn begin_array<W: ?Sized + Write>(&mut self, out: &mut W) -> io::Result<()> {
+        self.0.begin_array(out)
+    }
+
+    fn end_array<W: ?Sized + Write>(&mut self, out: &mut W) -> io::Result<()> {
+        self.0.end_array(out)
+    }
+
+    fn begin_array_value<W: ?Sized + Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
+        self.0.begin_array_value(out, first)
+    }
+
+    fn end_array_value<W: ?Sized + Write>(&mut self, out: &mut W) -> io::Result<()> {
+        self.0.end_array_value(out)
+    }
+
+    fn begin_object<W: ?Sized + Write>(&mut self, out: &mut W) -> io::Result<()> {
+        self.0.begin_object(out)
+    }
+
+    fn end_object<W: ?Sized + Write>(&mut self, out: &mut W) -> io::Result<()> {
+        self.0.end_object(out)
+    }
+
+    fn begin_object_key<W: ?Sized + Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
+        self.0.begin_object_key(out, first)
+    }
+
+    fn begin_object_value<W: ?Sized + Write>(&mut self, out: &mut W) -> io::Result<()> {
+        self.0.begin_object_value(out)
+    }
+
+    fn end_object_value<W: ?Sized + Write>(&mut self, out: &mut W) -> io::Result<()> {
+        self.0.end_object_value(out)
+    }
+
+    fn write_string_fragment<W: ?Sized + Write>(&mut self, out: &mut W, text: &str) -> io::Result<()> {
+        let mut rest = text;
+        while let Some(at) = rest.find(|c| !is_plain(c)) {
+            out.write_all(&rest.as_bytes()[..at])?;
+            let c = rest[at..].chars().next().unwrap_or_default();
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                write!(out, "\\u{unit:04x}")?;
+            }
+            rest = &rest[at + c.len_utf8()..];
+        }
+        out.write_all(rest.as_bytes())
+    }
 }
 
 #[derive(Serialize)]
@@ -121,6 +181,6 @@ mod tests {
         let text = forest(&Forest { trees: vec![Tree { title: name.into(), ..Tree::default() }] });
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(value["trees"][0]["title"], name);
-        assert!(!text.contains('\u{1b}'));
+        assert!(!text.contains('\u{1b}') && !text.contains('\u{202e}') && text.contains("\\u202e"));
     }
 }

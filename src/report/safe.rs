@@ -6,9 +6,11 @@
 
 use std::fmt::Write as _;
 
+use crate::error::{escaped, is_plain, printable};
+
 /// `text` for a terminal: control, invisible and reordering characters become `\x1b` or `\u{202e}`.
 pub fn terminal(text: &str) -> String {
-    escape(text, |c| !is_plain(c))
+    printable(text)
 }
 
 /// Bytes from an image for a terminal: as [`terminal`], and bytes that are not UTF-8 as `\xff`.
@@ -30,7 +32,7 @@ pub fn text(bytes: &[u8]) -> String {
 
 /// `text` in ASCII alone, for `--ascii` and for terminals that know no better.
 pub fn ascii(text: &str) -> String {
-    escape(text, |c| !is_plain(c) || !c.is_ascii())
+    escaped(text, |c| !is_plain(c) || !c.is_ascii())
 }
 
 /// `text` as the content or a quoted attribute of XML. What XML cannot say at all is escaped as on a terminal.
@@ -52,32 +54,6 @@ pub fn xml(text: &str) -> String {
 /// `text` within the double quotes of a Graphviz string, shown as it is: no `\N` or `\l` of its own works.
 pub fn dot(text: &str) -> String {
     terminal(text).replace('\\', "\\\\").replace('"', "\\\"")
-}
-
-fn escape(text: &str, hostile: impl Fn(char) -> bool) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for c in text.chars() {
-        if !hostile(c) {
-            safe.push(c);
-        } else if u32::from(c) < 0x80 {
-            let _ = write!(safe, "\\x{:02x}", u32::from(c));
-        } else {
-            let _ = write!(safe, "\\u{{{:x}}}", u32::from(c));
-        }
-    }
-    safe
-}
-
-/// Whether a character shows as itself and leaves the ones around it alone.
-fn is_plain(c: char) -> bool {
-    !c.is_control()
-        && !matches!(c,
-            '\u{ad}' | '\u{61c}' | '\u{180e}'
-            | '\u{200b}'..='\u{200f}'   // zero width, left-to-right and right-to-left marks
-            | '\u{2028}'..='\u{202e}'   // line and paragraph ends, embeddings, overrides
-            | '\u{2060}'..='\u{206f}'   // joiners, isolates
-            | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{fffe}' | '\u{ffff}'
-            | '\u{e0000}'..='\u{e007f}')
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use super::describe::Content;
 use super::intents::{Deed, FoundIntent, Guard, NewTop};
 use super::notes::Notes;
 use super::options::{Format, StoreOptions};
+use super::owners::Owners;
 use super::resolve::{Place, climbed, resolve};
 use super::scan::{Known, Problem, Scan, ScannedFile, describe_place, has_extension, known_of};
 
@@ -29,6 +30,9 @@ struct Builder<'a> {
     is_single: bool,
     /// Where files that headers name are, or ought to be, and no scan comes by.
     directories: BTreeSet<Place>,
+    owners: Owners<'a>,
+    /// Images whose names do not count, and what they name.
+    uncounted: Vec<(Place, ImageIndex)>,
 }
 
 /// Builds the catalog, and says what the next scan need not read again, and in which directories
@@ -64,6 +68,8 @@ pub(super) fn build(
         problems: scan.problems,
         is_single,
         directories: BTreeSet::new(),
+        owners: Owners::new(roots, options),
+        uncounted: Vec::new(),
     };
     builder.add_scanned(scan.files);
     let scanned_count = builder.files.len();
@@ -132,6 +138,7 @@ pub(super) fn build(
         });
     }
     let mut catalog = catalog::link(drafts, builder.problems, is_single, options.probe, next(&SERIAL));
+    catalog.note_uncounted(&builder.uncounted);
     catalog.note_intents(intents, &guard.prefix);
     catalog.drafts = scan.drafts;
     catalog.unread = scan.unread;
@@ -357,8 +364,19 @@ impl Builder<'_> {
         said
     }
 
-    /// The file that `name` in the header at `from` means. Files that no scan has met are looked at now.
+    /// The file that `name` in the header at `from` means, if the name counts there.
     fn find(&mut self, from: &Place, name: &[u8]) -> std::result::Result<ImageIndex, String> {
+        let owner = self.by_place.get(from).map_or(0, |index| self.files[*index].stat.uid);
+        let place = resolve(self.roots, &self.options.maps, from, name)?;
+        let Some(sentence) = self.owners.refuse(owner, from, &place) else { return self.find_any(from, name) };
+        if let Ok(target) = self.find_any(from, name) {
+            self.uncounted.push((from.clone(), target));
+        }
+        Err(sentence)
+    }
+
+    /// The same whether it counts or not. Files that no scan has met are looked at now.
+    fn find_any(&mut self, from: &Place, name: &[u8]) -> std::result::Result<ImageIndex, String> {
         let place = resolve(self.roots, &self.options.maps, from, name)?;
         if climbed(self.roots, &self.options.maps, from, name).iter().any(|directory| !self.is_real(directory)) {
             return Err("goes up (..) from a place that is a symbolic link, or is not in the store, so that it means \

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::chain::MAX_DEPTH;
+use crate::error::printable;
 use crate::format::Frozen;
 use crate::image::unreadable;
 use crate::io::{FileId, FileStat};
@@ -122,6 +123,9 @@ pub struct Catalog {
     pub senseless: Vec<PathBuf>,
     /// Drafts of images: of a command at work, or of one that was cut off before its intent was there.
     pub(super) drafts: Vec<PathBuf>,
+    /// For images, those that name them and whose owners may not read them: they use nothing, but nothing is taken from them
+    /// either.
+    uncounted: HashMap<ImageIndex, Vec<ImageIndex>>,
     /// Images whose own bytes an intent spoils, and those images above which they do not show.
     pub(super) spoilt: HashMap<ImageIndex, Vec<Spoilt>>,
 }
@@ -167,18 +171,17 @@ impl ImageEntry {
 
 /// A path as part of a sentence: what a terminal would act on is escaped.
 pub fn shown(path: &Path) -> String {
-    String::from_utf8_lossy(path.as_os_str().as_bytes())
-        .chars()
-        .flat_map(|c| {
-            let escape = c.is_control();
-            escape.then(|| c.escape_default()).into_iter().flatten().chain((!escape).then_some(c))
-        })
-        .collect()
+    printable(&String::from_utf8_lossy(path.as_os_str().as_bytes()))
 }
 
 const MARKED_CORRUPT: &str = "is marked as corrupt: it is read, and not written; run chainfs check --repair all";
 
 impl Catalog {
+    /// One of nothing.
+    pub(super) fn empty(serial: u64) -> Self {
+        Self { serial, ..Self::default() }
+    }
+
     /// The layers of the chain whose leaf this is, top first. Ends where the chain does, or
     /// where it cannot be followed.
     pub fn layers(&self, leaf: ImageIndex) -> Vec<ImageIndex> {
@@ -305,6 +308,21 @@ impl Catalog {
         let find = |id: &FileId| self.images.iter().position(|image| image.stat.id == *id);
         let layers: Vec<ImageIndex> = files.iter().map_while(find).collect();
         self.hidden_by(&layers, inner)
+    }
+
+    /// Notes which names do not count.
+    pub(super) fn note_uncounted(&mut self, uncounted: &[(Place, ImageIndex)]) {
+        let by_place: HashMap<&Place, ImageIndex> =
+            self.images.iter().enumerate().map(|(index, image)| (&image.place, index)).collect();
+        for (from, target) in uncounted {
+            let Some(user) = by_place.get(from) else { continue };
+            self.uncounted.entry(*target).or_default().push(*user);
+        }
+    }
+
+    /// The images that name this one and do not count as its users: no command takes from them what they name.
+    pub fn uncounted_users(&self, index: ImageIndex) -> &[ImageIndex] {
+        self.uncounted.get(&index).map_or(&[], Vec::as_slice)
     }
 
     /// Whether the leaf's disk is the active one of its chain: not if it is frozen.

@@ -20,6 +20,8 @@ use crate::io::{Claim, Directory, EntryKind, Root};
 
 use super::leftovers::DRAFT;
 
+use super::trust;
+
 /// What marks a directory as a store.
 pub const MARKER: &str = ".chainfs";
 /// Where intents are kept beneath the marker.
@@ -299,6 +301,12 @@ impl Guard {
         paths.iter().filter_map(|path| self.root.open_directory(path, false).ok().flatten()).collect()
     }
 
+    /// Fails if what is kept here may be another's word.
+    pub(super) fn check_trust(&self) -> Result<()> {
+        let own = Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS });
+        trust::check(&self.root, own).and_then(|()| trust::check(&self.root, self.intents()))
+    }
+
     /// Makes sure that there is a place for intents and notes.
     pub fn prepare(&self, names: &dyn Directory) -> Result<()> {
         if self.root.stat(self.intents()).is_ok() {
@@ -412,6 +420,10 @@ impl Guard {
     /// Fails where nobody can tell: what is spoilt would be shown.
     pub(super) fn read(&self) -> Result<(Vec<FoundIntent>, Senseless)> {
         let (mut found, mut problems) = (Vec::new(), Vec::new());
+        if let Err(error) = self.check_trust() {
+            let sentence = format!("notes commands that were begun, and nothing of it is carried out: {error}");
+            return Ok((found, vec![(self.intents().to_path_buf(), sentence)]));
+        }
         let directory = match self.root.open_directory(self.intents(), true) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok((found, problems)),
             opened => opened?,

@@ -100,23 +100,31 @@ impl Judge {
         self.may(who, place, READ)
     }
 
-    /// Whether a user could make a file readable for itself, or may read it: what is his own is his.
-    pub(super) fn counts_for(&self, who: &Subject, place: &Place) -> bool {
+    /// Whether a name in the image at `from`, which is a user's, may lead that user to `place`: what is the user's own counts
+    /// whatever its mode says, and directories in which the image itself lies keep nobody from anything. Where nothing is,
+    /// whether the user may see that.
+    pub(super) fn counts_for(&self, who: &Subject, from: &Place, place: &Place) -> bool {
         let passes = |step: &Permissions, want| step.uid == who.uid || who.may(step, want);
-        let is_met =
-            |way: Arc<Steps>| way.directories.iter().all(|step| passes(step, SEARCH)) && passes(&way.file, READ);
-        who.is_root() || self.way(place).is_some_and(is_met)
+        let Some((searched, plain)) = self.roots.get(place.root).and_then(|root| root.steps(&place.path).ok()) else {
+            return false;
+        };
+        let is_same_root = from.root == place.root;
+        let above = self.above.get(place.root).and_then(Option::as_ref).filter(|_| !is_same_root);
+        if !is_same_root && !above.is_some_and(|above| above.iter().all(|step| passes(step, SEARCH))) {
+            return false;
+        }
+        let is_shared = |directory: &Path| is_same_root && from.path.starts_with(directory);
+        let may_search = searched
+            .iter()
+            .filter(|directory| !directory.as_os_str().is_empty() && !is_shared(directory))
+            .all(|directory| self.permissions(place.root, directory).is_some_and(|step| passes(&step, SEARCH)));
+        may_search && self.permissions(place.root, &plain).is_none_or(|file| passes(&file, READ))
     }
 
     /// Whether a user may read what is in the trash, and could come to where it was.
     pub fn may_see_item(&self, who: &Subject, item: &TrashItem) -> bool {
         let place = |path: &Path| Place { root: 0, path: path.to_path_buf() };
         self.may_read_place(who, &place(&item.file())) && self.may_reach(who, &place(&item.path))
-    }
-
-    /// Whether a user may list a directory.
-    pub(crate) fn may_list(&self, who: &Subject, directory: &Place) -> bool {
-        self.may(who, directory, READ | SEARCH)
     }
 
     /// Whether a user may read an image: all files of it.

@@ -19,12 +19,14 @@ mod names;
 mod notes;
 mod open;
 mod options;
+mod owners;
 mod resolve;
 mod rights;
 mod scan;
 #[cfg(test)]
 pub(crate) mod testing;
 mod trash;
+mod trust;
 mod users;
 mod views;
 mod visible;
@@ -39,6 +41,7 @@ use std::time::{Duration, Instant};
 use lru::LruCache;
 use parking_lot::{Mutex, RwLock};
 
+use crate::cache::Weighted;
 use crate::chain::{FlatCache, View};
 use crate::error::{Error, Result};
 use crate::format::Frozen;
@@ -75,8 +78,8 @@ use notes::Notes;
 use open::Opened;
 use scan::{Known, Scan};
 
-/// How many chains' names are kept worked out.
-const CHAINS_KEPT: usize = 4096;
+/// Bytes of chains' names that are kept worked out.
+const CHAINS_KEPT_LEN: usize = 16 << 20;
 /// How many views' flattened maps are kept after their last use.
 const VIEWS_KEPT: usize = 256;
 
@@ -106,7 +109,7 @@ pub struct Store {
     introduced: Mutex<LruCache<Place, ()>>,
     /// States of layers that our own jobs have given another digest, though they show the same bytes. A leaf.
     same_states: Mutex<HashMap<u64, u64>>,
-    chain_views: Mutex<LruCache<(u64, ImageIndex), Arc<ChainViews>>>,
+    chain_views: Mutex<Weighted<(u64, ImageIndex), Arc<ChainViews>>>,
 }
 
 impl std::fmt::Debug for Store {
@@ -162,7 +165,7 @@ impl Store {
             disks: OpenDisks::default(),
             introduced: Mutex::new(LruCache::new(NonZero::new(INTRODUCED).expect("not zero"))),
             same_states: Mutex::default(),
-            chain_views: Mutex::new(LruCache::new(NonZero::new(CHAINS_KEPT).expect("not zero"))),
+            chain_views: Mutex::new(Weighted::new(CHAINS_KEPT_LEN)),
         });
         store.rescan()?;
         Ok(store)
@@ -259,12 +262,12 @@ impl Store {
     pub fn chain_views(&self, catalog: &Catalog, leaf: ImageIndex) -> Arc<ChainViews> {
         let key = (catalog.serial, leaf);
         if let Some(views) = self.chain_views.lock().get(&key) {
-            return Arc::clone(views);
+            return views;
         }
         let mut views = ChainViews::new(catalog, leaf);
         views.rename_states(&self.same_states.lock());
         let views = Arc::new(views);
-        self.chain_views.lock().put(key, Arc::clone(&views));
+        self.chain_views.lock().put(key, Arc::clone(&views), views.weight());
         views
     }
 
@@ -300,7 +303,7 @@ impl Store {
             states(&after).into_iter().filter(|(id, _)| is_kept(id)).filter_map(same).collect();
         if !moved.is_empty() {
             self.same_states.lock().extend(moved);
-            self.chain_views.lock().clear();
+            *self.chain_views.lock() = Weighted::new(CHAINS_KEPT_LEN);
         }
     }
 

@@ -63,7 +63,7 @@ fn file_name(path: &Path) -> &[u8] {
 /// Names of the chains of one directory, in the order of `leaves` (paths of that directory).
 /// `taken`: sub-directories that are shown, and reserved words.
 pub(super) fn chain_names(leaves: &[&Path], taken: &BTreeSet<Vec<u8>>) -> Vec<Vec<u8>> {
-    settle(&leaves.iter().map(|path| chain_forms(path)).collect::<Vec<_>>(), taken)
+    settle(leaves.len(), &|index, level| chain_forms(leaves[index]).into_iter().nth(level), taken)
 }
 
 /// What the chain of the leaf at `path` may be called, best first.
@@ -91,28 +91,29 @@ pub(super) struct ViewForm<'a> {
 pub(super) fn view_names(views: &[ViewForm<'_>]) -> Vec<Vec<u8>> {
     let (layers, snapshots): (Vec<_>, Vec<_>) = (0..views.len()).partition(|index| views[*index].snapshot.is_none());
     let mut names = vec![Vec::new(); views.len()];
-    let layer_forms: Vec<_> = layers.iter().map(|index| layer_forms(&views[*index])).collect();
     let mut taken = BTreeSet::new();
     let mut by_layer: BTreeMap<(&Path, bool), Vec<u8>> = BTreeMap::new();
-    for (index, name) in layers.iter().zip(settle(&layer_forms, &taken)) {
+    let form = |place: usize, level: usize| layer_forms(&views[layers[place]]).into_iter().nth(level);
+    for (index, name) in layers.iter().zip(settle(layers.len(), &form, &taken)) {
         taken.insert(name.clone());
         by_layer.insert((views[*index].path, views[*index].active), name.clone());
         names[*index] = name;
     }
-    let snapshot_forms: Vec<_> = snapshots
-        .iter()
-        .map(|index| {
-            let view = &views[*index];
-            let layer = by_layer.get(&(view.path, view.active)).cloned().unwrap_or_else(|| encode(stem(view.path)));
-            let (name, id) = view.snapshot.expect("a snapshot's form");
-            let short = [&layer, &b"@"[..], &encode(name)].concat();
-            let with_id = [&short, &b"~"[..], &encode(id)].concat();
-            // Ids ought to be unique; where a bad table repeats them, the place in it is.
-            let with_place = [&with_id, format!("~{index}").as_bytes()].concat();
-            [short, with_id, with_place].into_iter().map(|name| fit(name, MAX_NAME - VM_STATE_SUFFIX_LEN)).collect()
-        })
-        .collect();
-    for (index, name) in snapshots.iter().zip(settle(&snapshot_forms, &taken)) {
+    let form = |place: usize, level: usize| {
+        let (index, view) = (snapshots[place], &views[snapshots[place]]);
+        let layer = by_layer.get(&(view.path, view.active)).cloned().unwrap_or_else(|| encode(stem(view.path)));
+        let (name, id) = view.snapshot.expect("a snapshot's form");
+        let mut form = [&layer, &b"@"[..], &encode(name)].concat();
+        if level >= 1 {
+            form = [&form, &b"~"[..], &encode(id)].concat();
+        }
+        // Ids ought to be unique; where a bad table repeats them, the place in it is.
+        if level >= 2 {
+            form.extend_from_slice(format!("~{index}").as_bytes());
+        }
+        (level <= 2).then(|| fit(form, MAX_NAME - VM_STATE_SUFFIX_LEN))
+    };
+    for (index, name) in snapshots.iter().zip(settle(snapshots.len(), &form, &taken)) {
         names[*index] = name;
     }
     names
@@ -129,24 +130,27 @@ fn layer_forms(view: &ViewForm<'_>) -> Vec<Vec<u8>> {
     forms.into_iter().map(|name| fit(name, MAX_NAME - DISK_SUFFIX_LEN)).collect()
 }
 
-/// Gives each its first form; those that clash, with each other or with `taken`, move to their
-/// next, until nobody does.
-fn settle(forms: &[Vec<Vec<u8>>], taken: &BTreeSet<Vec<u8>>) -> Vec<Vec<u8>> {
-    let mut level = vec![0; forms.len()];
+/// Gives each of so many its first form; those that clash, with each other or with `taken`, move to their
+/// next, until nobody does. Forms are made when they are needed: there may be very many, and long ones.
+fn settle(count: usize, form: &dyn Fn(usize, usize) -> Option<Vec<u8>>, taken: &BTreeSet<Vec<u8>>) -> Vec<Vec<u8>> {
+    let mut level = vec![0; count];
+    let mut names: Vec<Vec<u8>> = (0..count).map(|index| form(index, 0).unwrap_or_default()).collect();
     loop {
-        let mut users: BTreeMap<&[u8], Vec<usize>> = BTreeMap::new();
-        for (index, forms) in forms.iter().enumerate() {
-            users.entry(&forms[level[index]]).or_default().push(index);
+        let mut order: Vec<usize> = (0..count).collect();
+        order.sort_unstable_by(|a, b| names[*a].cmp(&names[*b]));
+        let clashing: Vec<usize> = order
+            .chunk_by(|a, b| names[*a] == names[*b])
+            .filter(|same| same.len() > 1 || taken.contains(&names[same[0]]))
+            .flatten()
+            .copied()
+            .collect();
+        if clashing.is_empty() {
+            return names;
         }
         let mut moved = false;
-        for (name, users) in users {
-            if users.len() > 1 || taken.contains(name) {
-                for index in users {
-                    if level[index] + 1 < forms[index].len() {
-                        level[index] += 1;
-                        moved = true;
-                    }
-                }
+        for index in clashing {
+            if let Some(next) = form(index, level[index] + 1) {
+                (level[index], names[index], moved) = (level[index] + 1, next, true);
             }
         }
         if !moved {
@@ -154,14 +158,11 @@ fn settle(forms: &[Vec<Vec<u8>>], taken: &BTreeSet<Vec<u8>>) -> Vec<Vec<u8>> {
         }
     }
     let mut used = taken.clone();
-    let mut names = Vec::with_capacity(forms.len());
-    for (index, (forms, level)) in forms.iter().zip(level).enumerate() {
-        let mut name = forms[level].clone();
+    for (index, name) in names.iter_mut().enumerate() {
         // Even the last forms may clash where somebody has set his mind to it; nothing is hidden.
         while !used.insert(name.clone()) {
-            name = fit([&name, format!("~{index}").as_bytes()].concat(), MAX_NAME - VM_STATE_SUFFIX_LEN);
+            *name = fit([name, format!("~{index}").as_bytes()].concat(), MAX_NAME - VM_STATE_SUFFIX_LEN);
         }
-        names.push(name);
     }
     names
 }

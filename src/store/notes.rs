@@ -57,6 +57,7 @@ impl Notes {
     }
 
     fn try_read(guard: &Guard) -> Result<Self> {
+        guard.check_trust()?;
         let file = match guard.root.open_file(Path::new(FROZEN_NOTES)) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::default()),
             opened => opened?,

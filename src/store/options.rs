@@ -62,6 +62,9 @@ pub struct StoreOptions {
     /// For how long layers that a command has removed, and that still show what they did, stay in the trash; `None`: they
     /// are removed for good.
     pub trash: Option<Duration>,
+    /// Whether names in images count only if the owners of these may read what they name: where root looks at the store,
+    /// or others are let in.
+    pub owners_count: bool,
     /// For a store that is one image: the directory that holds everybody who may use it.
     pub whole_store: Option<PathBuf>,
 }
@@ -81,6 +84,7 @@ impl Default for StoreOptions {
             rescan: Duration::from_secs(30),
             notify: true,
             trash: None,
+            owners_count: false,
             whole_store: None,
         }
     }

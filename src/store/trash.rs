@@ -83,6 +83,7 @@ impl Store {
     /// What is in the trash, oldest first. Notes without a file, and files without a note, are none.
     pub fn trash(&self) -> Result<Vec<TrashItem>> {
         let root = &self.guard.root;
+        self.guard.check_trust()?;
         let directory = match root.open_directory(Path::new(TRASH), true) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
             opened => opened?,

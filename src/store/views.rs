@@ -41,7 +41,8 @@ pub struct ChainViews {
     pub layers: Vec<ImageIndex>,
     /// Its views: layers first, from the leaf down, then internal snapshots.
     pub views: Vec<ChainView>,
-    by_name: HashMap<Vec<u8>, usize>,
+    /// Places of all views, by name.
+    by_name: Vec<usize>,
     /// For each layer, a digest of which files there are from it down to the base, and in what version.
     states: Vec<u64>,
 }
@@ -83,7 +84,8 @@ impl ChainViews {
         for (view, name) in views.iter_mut().zip(view_names(&forms)) {
             view.name = name;
         }
-        let by_name = views.iter().enumerate().map(|(index, view)| (view.name.clone(), index)).collect();
+        let mut by_name: Vec<usize> = (0..views.len()).collect();
+        by_name.sort_unstable_by(|a, b| views[*a].name.cmp(&views[*b].name));
         let states = states(catalog, &layers);
         Self { layers, views, by_name, states }
     }
@@ -103,7 +105,14 @@ impl ChainViews {
 
     /// The view of that name.
     pub fn find(&self, name: &[u8]) -> Option<&ChainView> {
-        self.by_name.get(name).map(|index| &self.views[*index])
+        let place = self.by_name.binary_search_by(|index| self.views[*index].name.as_slice().cmp(name)).ok()?;
+        Some(&self.views[self.by_name[place]])
+    }
+
+    /// Bytes of memory that all that takes, roughly.
+    pub(super) fn weight(&self) -> usize {
+        let names: usize = self.views.iter().map(|view| view.name.len()).sum();
+        names + 96 * self.views.len() + 16 * self.layers.len() + 128
     }
 
     /// Why there is no view of that name among those `wanted`; `subject` is what was asked for it.

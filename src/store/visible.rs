@@ -21,14 +21,11 @@ impl Catalog {
             (0..self.images.len()).filter(|index| judge.may_read(who, &self.images[*index])).collect();
         let places: HashMap<ImageIndex, ImageIndex> = kept.iter().enumerate().map(|(new, old)| (*old, new)).collect();
         let images = kept.iter().map(|index| self.image_shown(*index, &places)).collect();
-        let mut visible = Catalog {
-            serial: next_serial(),
-            images,
-            single: self.single.and_then(|leaf| places.get(&leaf).copied()),
-            problems: self.problems_shown(judge, who, &places),
-            intents: self.intents.clone(),
-            ..Catalog::default()
-        };
+        let mut visible = Catalog::empty(next_serial());
+        visible.images = images;
+        visible.single = self.single.and_then(|leaf| places.get(&leaf).copied());
+        visible.problems = self.problems_shown(judge, who, &places);
+        visible.intents.clone_from(&self.intents);
         visible.directories.insert(PathBuf::new(), Directory::default());
         for (path, leaf) in self.chains() {
             let Some(leaf) = places.get(&leaf) else { continue };

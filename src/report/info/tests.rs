@@ -84,6 +84,7 @@ fn what_chainfs_knows_has_an_object_of_its_own() {
         frozen_nsec: Some(5),
         description: Some("before the upgrade".into()),
         shared_by: 2,
+        snapshots_left_out: None,
         problem: Some("base.raw: missing\x1b".into()),
     };
     let mut image: ImageInfo = serde_json::from_str(V2).unwrap();

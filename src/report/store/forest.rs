@@ -16,7 +16,7 @@ use crate::report::safe;
 use crate::report::tree::{Forest, Kind, Mark, Tree, TreeNode};
 use crate::store::{ACTIVE, Below, Catalog, Content, Deed, Format, FoundIntent, ImageEntry, ImageIndex, Store, shown};
 
-use super::{chain_name, path_text};
+use super::{Room, chain_name, path_text};
 
 /// How much of a chain's command is done, in percent, where that is known.
 pub type Shares<'a> = dyn Fn(&Path) -> Option<u64> + 'a;
@@ -224,6 +224,7 @@ impl Drawing<'_> {
         }
         // Internal snapshots stand between the images, so that places in the two lists differ.
         let mut nodes: Vec<usize> = Vec::with_capacity(self.placed.len());
+        let mut room = Room::default();
         for (Placed { image: index, parent, .. }, name) in self.placed.iter().zip(names) {
             let image = &self.catalog.images[*index];
             let node = self.node(*index, name);
@@ -241,8 +242,14 @@ impl Drawing<'_> {
                 tree.nodes.len() - 1
             };
             nodes.push(place);
-            for snapshot in image.qcow2().iter().flat_map(|qcow2| &qcow2.snapshots) {
+            let snapshots = image.qcow2().map_or(&[][..], |qcow2| &qcow2.snapshots);
+            let listed = snapshots.iter().take_while(|snapshot| room.take(snapshot)).count();
+            for snapshot in &snapshots[..listed] {
                 tree.add(place, internal(snapshot));
+            }
+            if listed < snapshots.len() {
+                let name = format!("{} more", snapshots.len() - listed);
+                tree.add(place, TreeNode::new(Mark::Internal, Kind::Internal, name));
             }
         }
         writers.tree_count += 1;

@@ -17,7 +17,7 @@ use crate::report::safe::{self, terminal};
 use crate::store::{Catalog, Content, Format, ImageEntry, ImageIndex, Qcow2, Store};
 use crate::units::round_up_to_sector;
 
-use super::{chain_name, path_text};
+use super::{Room, chain_name, path_text};
 
 /// Longer bitmap directories are not listed.
 const MAX_BITMAP_DIRECTORY: u64 = 4 << 20;
@@ -27,11 +27,23 @@ const MAX_CHAINS_NAMED: usize = 100;
 /// The layers of a chain, leaf first, named by their paths on the host.
 pub fn chain_info(store: &Store, catalog: &Catalog, leaf: ImageIndex) -> Vec<ImageInfo> {
     let place = &catalog.images[leaf].place;
-    chain_info_as(store, catalog, leaf, &store.roots()[place.root].given().join(&place.path))
+    let filename = store.roots()[place.root].given().join(&place.path);
+    infos(store, catalog, leaf, &filename, Room::endless())
+}
+
+/// The same for a file that is made as a whole: of very many internal snapshots the first ones only.
+pub fn chain_info_in_short(store: &Store, catalog: &Catalog, leaf: ImageIndex) -> Vec<ImageInfo> {
+    let place = &catalog.images[leaf].place;
+    let filename = store.roots()[place.root].given().join(&place.path);
+    infos(store, catalog, leaf, &filename, Room::default())
 }
 
 /// The same, where the user calls the leaf `filename`: names of layers follow from it as QEMU's do.
 pub fn chain_info_as(store: &Store, catalog: &Catalog, leaf: ImageIndex, filename: &Path) -> Vec<ImageInfo> {
+    infos(store, catalog, leaf, filename, Room::endless())
+}
+
+fn infos(store: &Store, catalog: &Catalog, leaf: ImageIndex, filename: &Path, room: Room) -> Vec<ImageInfo> {
     let views = store.chain_views(catalog, leaf);
     let mut names: Vec<Option<&[u8]>> = vec![None; views.layers.len()];
     for view in views.views.iter().filter(|view| view.snapshot.is_none()) {
@@ -39,10 +51,13 @@ pub fn chain_info_as(store: &Store, catalog: &Catalog, leaf: ImageIndex, filenam
     }
     let mut sharers = Sharers::new(catalog, leaf);
     let filenames = filenames(store, catalog, &views.layers, filename);
+    let mut room = room;
     let mut infos: Vec<ImageInfo> = Vec::with_capacity(views.layers.len());
     for (depth, ((index, name), filename)) in views.layers.iter().zip(names).zip(filenames).enumerate() {
         let image = &catalog.images[*index];
-        let mut info = one(store, image, &filename);
+        let mut info = one(store, image, &filename, &mut room);
+        let left_out =
+            image.qcow2().map_or(0, |qcow2| qcow2.snapshots.len()) - info.snapshots.as_ref().map_or(0, Vec::len);
         let sentences = catalog.sentences(*index);
         let frozen = image.frozen.as_ref();
         info.chainfs = Some(LayerInfo {
@@ -55,6 +70,7 @@ pub fn chain_info_as(store: &Store, catalog: &Catalog, leaf: ImageIndex, filenam
             frozen_nsec: frozen.map(|frozen| frozen.nanoseconds),
             description: frozen.map(|frozen| frozen.description.clone()).filter(|words| !words.is_empty()),
             shared_by: image.users.len(),
+            snapshots_left_out: (left_out > 0).then_some(left_out),
             problem: (!sentences.is_empty()).then(|| terminal(&sentences.join("; "))),
         });
         infos.push(info);
@@ -92,10 +108,10 @@ fn filenames(store: &Store, catalog: &Catalog, layers: &[ImageIndex], filename: 
 
 /// One image, as the user calls it. Without what only its chain knows.
 pub fn image_info(store: &Store, catalog: &Catalog, index: ImageIndex, filename: &Path) -> ImageInfo {
-    one(store, &catalog.images[index], filename)
+    one(store, &catalog.images[index], filename, &mut Room::endless())
 }
 
-fn one(store: &Store, image: &ImageEntry, filename: &Path) -> ImageInfo {
+fn one(store: &Store, image: &ImageEntry, filename: &Path, room: &mut Room) -> ImageInfo {
     let file_size = round_up_to_sector(image.stat.signature.size);
     let actual_size = Some(image.stat.blocks * 512);
     let qcow2 = content(image);
@@ -126,7 +142,7 @@ fn one(store: &Store, image: &ImageEntry, filename: &Path) -> ImageInfo {
             info.backing_filename_format.clone_from(&backing.format);
         }
         if !qcow2.snapshots.is_empty() {
-            info.snapshots = Some(qcow2.snapshots.iter().map(snapshot).collect());
+            info.snapshots = Some(qcow2.snapshots.iter().take_while(|found| room.take(found)).map(snapshot).collect());
         }
         info.format_specific = Some(FormatSpecific::Qcow2(details(header, bitmaps(store, image, header))));
     }

@@ -7,17 +7,19 @@ mod forest;
 mod info;
 
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
 
+use crate::format::Snapshot;
 use crate::store::{Catalog, ChainViews, Format, ImageIndex, Problem, Store};
 
 use super::json::pretty;
 use super::safe::{self, terminal};
 
 pub use forest::{Shares, chain_forest, chain_forest_at_work, date, forest, forest_at_work, locked_text};
-pub use info::{chain_info, chain_info_as, image_info, layer_files};
+pub use info::{chain_info, chain_info_as, chain_info_in_short, image_info, layer_files};
 
 /// What a chain is called: its path in the mount, or the image's stem where the mount is one image.
 pub fn chain_name(catalog: &Catalog, leaf: ImageIndex) -> String {
@@ -76,29 +78,105 @@ pub fn no_images(store: &Store, catalog: &Catalog) -> Option<String> {
     })
 }
 
-/// Every chain and layer, and every problem, for programs.
-pub fn chains_json(store: &Store, catalog: &Catalog) -> String {
-    let chains = catalog.chains().map(|(path, leaf)| {
-        let views = store.chain_views(catalog, leaf);
-        ChainObject {
-            path: path_text(&path),
-            active: catalog.is_active(leaf),
-            problem: catalog.view_problem(&views.layers).map(|sentence| terminal(&sentence)),
-            layers: LayerObject::all(store, catalog, &views),
-        }
-    });
-    let problems = catalog
-        .problems
-        .iter()
-        .map(|problem| ProblemObject { path: place_text(&problem.path), problem: terminal(&problem.sentence) });
-    pretty(&StoreObject { store: path_text(store.given()), chains: chains.collect(), problems: problems.collect() })
+/// Internal snapshots that are listed of the images of one chain, at most.
+const MAX_SNAPSHOTS: usize = 1000;
+/// Bytes of their names.
+const MAX_NAMES_LEN: usize = 128 << 10;
+
+/// How many internal snapshots are still listed: a guest's host can have 65,536 in an image, with names of 64 KiB.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    count: usize,
+    len: usize,
 }
 
-#[derive(Serialize)]
-struct StoreObject {
-    store: String,
-    chains: Vec<ChainObject>,
-    problems: Vec<ProblemObject>,
+impl Default for Room {
+    fn default() -> Self {
+        Self { count: MAX_SNAPSHOTS, len: MAX_NAMES_LEN }
+    }
+}
+
+impl Room {
+    /// For those who print as they go.
+    pub(super) fn endless() -> Self {
+        Self { count: usize::MAX, len: usize::MAX }
+    }
+
+    /// Takes the room that a snapshot needs, if there is any left.
+    pub(super) fn take(&mut self, snapshot: &Snapshot) -> bool {
+        let len = snapshot.name.len() + snapshot.id.len();
+        if self.count == 0 || self.len < len {
+            // What comes behind is left out as well: there is one end, and one number.
+            self.count = 0;
+            return false;
+        }
+        self.count -= 1;
+        self.len -= len;
+        true
+    }
+}
+
+/// Every chain and layer, and every problem, for programs: made piece by piece, so that it takes no memory to speak of.
+#[derive(Debug)]
+pub struct ChainsJson {
+    store: Arc<Store>,
+    catalog: Arc<Catalog>,
+    chains: Vec<(PathBuf, ImageIndex)>,
+}
+
+impl ChainsJson {
+    /// Of what `catalog` has.
+    pub fn new(store: &Arc<Store>, catalog: &Arc<Catalog>) -> Self {
+        Self { store: Arc::clone(store), catalog: Arc::clone(catalog), chains: catalog.chains().collect() }
+    }
+
+    /// How many pieces there are: one for each chain, one for each problem, and what stands around them.
+    pub fn count(&self) -> usize {
+        self.chains.len() + self.catalog.problems.len() + 1
+    }
+
+    /// A piece. All of them, one behind the other, are the text.
+    pub fn piece(&self, index: usize) -> String {
+        let (chain_count, problem_count) = (self.chains.len(), self.catalog.problems.len());
+        let mut text = String::new();
+        if index == 0 {
+            text =
+                format!("{{\n    \"store\": {},\n    \"chains\": [", pretty(&path_text(self.store.given())).trim_end());
+        }
+        if index < chain_count {
+            let (path, leaf) = &self.chains[index];
+            item(&mut text, index == 0, &self.chain(path, *leaf));
+        }
+        if index == chain_count {
+            text.push_str(if chain_count == 0 { "],\n    \"problems\": [" } else { "\n    ],\n    \"problems\": [" });
+        }
+        if let Some(problem) = index.checked_sub(chain_count).and_then(|place| self.catalog.problems.get(place)) {
+            let problem = ProblemObject { path: place_text(&problem.path), problem: terminal(&problem.sentence) };
+            item(&mut text, index == chain_count, &problem);
+        }
+        if index == chain_count + problem_count {
+            text.push_str(if problem_count == 0 { "]\n}\n" } else { "\n    ]\n}\n" });
+        }
+        text
+    }
+
+    fn chain(&self, path: &Path, leaf: ImageIndex) -> ChainObject {
+        let views = self.store.chain_views(&self.catalog, leaf);
+        ChainObject {
+            path: path_text(path),
+            active: self.catalog.is_active(leaf),
+            problem: self.catalog.view_problem(&views.layers).map(|sentence| terminal(&sentence)),
+            layers: LayerObject::all(&self.store, &self.catalog, &views),
+        }
+    }
+}
+
+/// Adds an entry of a list to `text`, in the layout of [`pretty`].
+fn item<T: Serialize>(text: &mut String, is_first: bool, value: &T) {
+    const INDENT: &str = "\n        ";
+    text.push_str(if is_first { "" } else { "," });
+    text.push_str(INDENT);
+    text.push_str(&pretty(value).trim_end().replace('\n', INDENT));
 }
 
 #[derive(Serialize)]
@@ -125,8 +203,16 @@ struct LayerObject {
     frozen: bool,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     snapshots: Vec<SnapshotObject>,
+    /// How many more there are than are listed.
+    #[serde(skip_serializing_if = "is_none_left")]
+    snapshots_left_out: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     problem: Option<String>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde calls")]
+fn is_none_left(count: &usize) -> bool {
+    *count == 0
 }
 
 #[derive(Serialize)]
@@ -162,20 +248,26 @@ impl LayerObject {
                     actual_size: image.stat.blocks * 512,
                     frozen: image.is_frozen(),
                     snapshots: Vec::new(),
+                    snapshots_left_out: 0,
                     problem: (!sentences.is_empty()).then(|| terminal(&sentences.join("; "))),
                 }
             })
             .collect();
+        let mut room = Room::default();
         for view in &views.views {
             let object = &mut objects[view.layer];
-            let name = safe::text(&view.name);
+            let name = || safe::text(&view.name);
             match view.snapshot {
-                None => object.view = Some(name),
+                None => object.view = Some(name()),
                 Some(place) => {
                     let qcow2 = catalog.images[views.layers[view.layer]].qcow2();
                     let snapshot = &qcow2.expect("only qcow2 images have snapshots").snapshots[place];
+                    if !room.take(snapshot) {
+                        object.snapshots_left_out += 1;
+                        continue;
+                    }
                     let (id, snapshot_name) = (safe::text(&snapshot.id), safe::text(&snapshot.name));
-                    object.snapshots.push(SnapshotObject { view: name, id, name: snapshot_name });
+                    object.snapshots.push(SnapshotObject { view: name(), id, name: snapshot_name });
                 }
             }
         }

@@ -191,7 +191,11 @@ fn chains_are_listed_with_layers_views_and_problems() {
     lab.qemu("snapshot -c a/b sub/web.qcow2");
     std::fs::write(lab.path("bad\n\u{1b}.qcow2"), b"").unwrap();
     let (store, catalog) = lab.open();
-    let value: serde_json::Value = serde_json::from_str(&chains_json(&store, &catalog)).unwrap();
+    let pieces = ChainsJson::new(&store, &catalog);
+    let text: String = (0..pieces.count()).map(|index| pieces.piece(index)).collect();
+    let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert!(text.starts_with("{\n    \"store\": \"") && text.ends_with("\n    ]\n}\n"), "{text}");
+    assert!(text.contains("\n        {\n            \"path\": "), "{text}");
     let chains = value["chains"].as_array().unwrap();
     let web = chains.iter().find(|chain| chain["path"] == "sub/web").unwrap();
     assert_eq!(web["layers"][0]["view"], "active");

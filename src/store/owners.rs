@@ -1,0 +1,46 @@
+//! Whether a name in an image counts: only if the owner of that image may read what it names.
+//!
+//! Else anybody could name another user's private disk as a backing file, and have it read, merged and moved by a mount of root's,
+//! or keep its owner from writing it. What is a user's own counts for that user whatever its mode says.
+
+use std::cell::OnceCell;
+use std::sync::Arc;
+
+use crate::io::Root;
+
+use super::judge::Judge;
+use super::options::StoreOptions;
+use super::resolve::Place;
+use super::rights::Subject;
+use super::users::groups_of;
+
+/// The rule, as of one scan.
+pub(super) struct Owners<'a> {
+    roots: &'a [Arc<Root>],
+    /// Whether it holds: where whoever looks may read more than each owner.
+    holds: bool,
+    /// Made when a file is met that is not root's.
+    judge: OnceCell<Judge>,
+}
+
+impl<'a> Owners<'a> {
+    pub(super) fn new(roots: &'a [Arc<Root>], options: &StoreOptions) -> Self {
+        Self { roots, holds: options.owners_count, judge: OnceCell::new() }
+    }
+
+    /// Why a name that means `place` does not count in the image at `from`, which is the user `owner`'s, as the rest of a
+    /// sentence.
+    pub(super) fn refuse(&self, owner: u32, from: &Place, place: &Place) -> Option<String> {
+        if !self.holds || owner == 0 {
+            return None;
+        }
+        let judge = self.judge.get_or_init(|| Judge::new(self.roots));
+        if judge.counts_for(&Subject::new(owner, groups_of(owner)), from, place) {
+            return None;
+        }
+        Some(format!(
+            "does not count, for the owner of the image (uid {owner}) may not read it; let that user read the file and search \
+             the directories on the way, or give the image to root"
+        ))
+    }
+}
