@@ -18,6 +18,9 @@ mod ext_content;
 #[path = "guest_common/ext_damage.rs"]
 mod ext_damage;
 
+#[path = "guest_common/ext_encrypted.rs"]
+mod ext_encrypted;
+
 #[path = "guest_common/ext_journals.rs"]
 mod ext_journals;
 

@@ -670,3 +670,60 @@ fn without_files_there_are_none() {
     assert_eq!(mount.names("vm"), ["active.raw", "control", "info", "snapshots"]);
     mount.umount();
 }
+
+/// A journal that cannot be replayed: what is shown is not what the guest wrote last, which nobody may overlook.
+#[test]
+fn an_old_state_of_a_volume_is_said_by_every_command_and_stands_beside_it() {
+    let store = Store::new();
+    let tree = small_tree(&store);
+    for name in ["good.raw", "old.raw"] {
+        let image = store.path(name);
+        tool("mkfs.ext4")
+            .args(["-q", "-b", "4096", "-O", "^metadata_csum", "-d"])
+            .arg(&tree)
+            .arg(&image)
+            .arg("32M")
+            .succeeds();
+    }
+    let image = store.path("old.raw");
+    let journal: u64 =
+        tool("debugfs").args(["-R", "bmap <8> 0"]).arg(&image).succeeds().trim().parse().expect("a block");
+    let file = File::options().read(true).write(true).open(&image).expect("an image");
+    let mut features = [0];
+    file.read_exact_at(&mut features, 1024 + 0x60).expect("a superblock");
+    file.write_all_at(&[features[0] | 4], 1024 + 0x60).expect("a superblock of a guest that runs");
+    file.write_all_at(&[0], journal * 4096).expect("a damaged journal");
+    drop(file);
+    let (old, good) = (image.display().to_string(), store.path("good.raw").display().to_string());
+    let copied = store.beside("copied").display().to_string();
+    let host = format!("{old}:/disk/etc/hostname");
+    let commands: [(&[&str], i32, &str); 7] = [
+        (&["ls", &format!("{old}:/disk/etc")], 1, "hostname"),
+        (&["ls", &old], 1, "ext4"),
+        (&["ls", "--output", "json", &old], 1, "cannot be replayed"),
+        (&["cat", &host], 1, "web01"),
+        (&["cp", &host, &copied], 1, ""),
+        (&["versions", &host], 1, "web01"),
+        (&["diff", "--files", &good, &old], 2, ""),
+    ];
+    for (words, want, shown) in commands {
+        let (code, out, err) = tool(CHAINFS).args(words).outcome();
+        assert_eq!(code, want, "{words:?}: {out}{err}");
+        assert!(words[0] == "versions" || out.contains(shown), "{words:?}: what there is is shown: {out}");
+        let is_said = err.contains("disk of active: the journal cannot be replayed") && err.contains("e2fsck");
+        assert!(is_said, "{words:?}: {err}");
+    }
+    assert_eq!(fs::read_to_string(&copied).expect("a copy"), "web01\n");
+    let (code, _, err) = tool(CHAINFS).args(["ls", &format!("{good}:/disk/etc")]).outcome();
+    assert_eq!((code, err.as_str()), (0, ""));
+
+    let mount = Mount::new(&store);
+    assert_eq!(mount.names("old/files/active"), ["disk", "disk.problem.txt", "root", "volumes.txt"]);
+    assert_eq!(mount.names("good/files/active"), ["disk", "root", "volumes.txt"]);
+    let said = mount.text("old/files/active/disk.problem.txt");
+    assert!(said.contains("the journal cannot be replayed") && said.ends_with('\n'), "{said}");
+    assert!(mount.text("old/files/active/volumes.txt").contains("the journal cannot be replayed"));
+    assert_eq!(mount.text("old/files/active/disk/etc/hostname"), "web01\n");
+    assert!(!mount.path("good/files/active/disk.problem.txt").exists());
+    mount.umount();
+}

@@ -106,7 +106,7 @@ pub(super) fn check_physical_volumes(found: &[PhysicalVolumeName]) -> Result<()>
 pub(super) fn check_mounted(mounted: &Mounted) -> Result<()> {
     check_ino(mounted.root)?;
     // Programs divide by it.
-    check(mounted.statistics.block_size > 0 && are_remarks(&mounted.remarks))
+    check(mounted.statistics.block_size > 0 && are_remarks(&mounted.remarks) && are_remarks(&mounted.stale))
 }
 
 /// Which operating systems some volumes are said to hold.

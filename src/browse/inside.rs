@@ -181,6 +181,14 @@ impl Inside {
         }
     }
 
+    /// Why what is shown of volumes is not what was written last, as far as they have been asked: name and sentence.
+    pub fn stale(&self) -> Vec<(&str, String)> {
+        let volumes = self.layout.volumes.iter().zip(&self.mounted);
+        let stale =
+            volumes.filter_map(|(volume, mounted)| Some((&*volume.name, mounted.lock().as_ref()?.stale.clone())));
+        stale.flat_map(|(name, all)| all.into_iter().map(move |sentence| (name, sentence))).collect()
+    }
+
     /// The operating systems that the volumes hold; the first is the one to show where one is wanted.
     pub fn operating_systems(&self) -> Result<&[OperatingSystem]> {
         if let Some(known) = self.systems.get() {
@@ -366,7 +374,8 @@ impl Inside {
             uuid: None,
             problem: None,
         };
-        let mounted = Mounted { root: Ino(2), statistics: Statistics::default(), remarks: Vec::new() };
+        let mounted =
+            Mounted { root: Ino(2), statistics: Statistics::default(), remarks: Vec::new(), stale: Vec::new() };
         Arc::new(Self {
             worker: Worker::new(&super::Pool::new(super::Program::this(true), store.descriptors())),
             digests: Arc::new(Digests::new()),

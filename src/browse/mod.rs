@@ -124,6 +124,17 @@ impl Browser {
         self.read.load(Ordering::Relaxed)
     }
 
+    /// Why what has been shown of some volumes is not what was written last: disk, volume and sentence.
+    pub fn stale(&self) -> Vec<(ViewId, String, String)> {
+        let mut insides: Vec<Arc<Inside>> = self.insides.lock().iter().map(|(_, inside)| Arc::clone(inside)).collect();
+        insides.reverse();
+        let of = |inside: &Arc<Inside>| {
+            let all = inside.stale().into_iter();
+            all.map(|(volume, said)| (inside.id().clone(), volume.to_owned(), said)).collect::<Vec<_>>()
+        };
+        insides.iter().flat_map(of).collect()
+    }
+
     /// The inside of a disk, if somebody has looked into it before.
     pub fn known_inside(&self, id: &ViewId) -> Option<Arc<Inside>> {
         self.insides.lock().peek(&(id.clone(), false)).cloned()

@@ -52,6 +52,8 @@ pub enum Node {
     FilesOf(ViewId),
     /// The list of a view's volumes.
     VolumeList(ViewId),
+    /// Why what is shown of a volume is not what was written last.
+    VolumeProblem(ViewId, Arc<str>),
     /// The link to the volume that holds the operating system.
     RootLink(ViewId),
     /// A guest's own file.
@@ -165,7 +167,8 @@ impl Node {
             | Node::ControlFile(..)
             | Node::View(_)
             | Node::Partition(_)
-            | Node::VolumeList(_) => NodeKind::File,
+            | Node::VolumeList(_)
+            | Node::VolumeProblem(..) => NodeKind::File,
             Node::RootLink(_) => NodeKind::Symlink,
             Node::Guest(_) => return None,
         })

@@ -400,6 +400,7 @@ impl Tree {
             Node::View(view) => Handle::Disk(self.open_disk(&view)?),
             Node::Partition(partition) => self.open_partition(&partition, access)?,
             Node::VolumeList(view) => Handle::Text(self.volume_list(&view)?),
+            Node::VolumeProblem(view, volume) => Handle::Text(self.volume_problem(&view, &volume)?),
             Node::Guest(node) => self.open_guest_file(node)?,
             _ => return Err(Error::new(ErrorKind::Usage, "a directory is not opened as a file")),
         };

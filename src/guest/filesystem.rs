@@ -145,6 +145,11 @@ pub trait FileSystem: Send + Sync {
     /// What should be known of what is shown, a sentence each: that a journal could not be replayed, say.
     fn remarks(&self) -> Vec<String>;
 
+    /// Those of them that say that what is shown is not what was written last: a journal could not be replayed, or not all of it.
+    fn stale(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// What a name in a directory stands for, by the file system's own rules (letters' case, say).
     fn lookup(&self, directory: Ino, name: &[u8]) -> Result<Option<Ino>>;
 

@@ -55,6 +55,9 @@ pub struct VolumeObject {
     label: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     uuid: Option<String>,
+    /// Why what is shown of it is not what was written last.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    stale: Vec<String>,
     /// Why its files cannot be shown.
     #[serde(skip_serializing_if = "Option::is_none")]
     problem: Option<String>,
@@ -68,6 +71,7 @@ pub fn objects(inside: &Inside) -> Vec<VolumeObject> {
         size: volume.size,
         label: volume.label.clone(),
         uuid: volume.uuid.clone(),
+        stale: inside.mount(index).map(|mounted| mounted.stale).unwrap_or_default(),
         problem: volume.problem.clone().or_else(|| inside.mount(index).err().map(|error| error.to_string())),
     };
     inside.layout().volumes.iter().enumerate().map(object).collect()

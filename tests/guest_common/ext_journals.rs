@@ -7,8 +7,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use chainfs::error::ErrorKind;
 use chainfs::guest::ext::{Ext, probe};
-use chainfs::guest::{FileKind, FileSystem as _, Time};
+use chainfs::guest::{FileKind, FileSystem as _, Source, Time};
 
 use super::ext::*;
 use super::ext_content::*;
@@ -299,7 +300,8 @@ fn an_old_state_is_never_shown_silently() {
         work(dir, 0);
         disk.snapshot()
     });
-    let said = |ours: &Ext| ours.remarks().iter().any(|remark| remark.contains("missing or old"));
+    let is_old = |remark: &String| remark.contains("missing or old");
+    let said = |ours: &Ext| ours.remarks().iter().any(is_old) && ours.stale().iter().any(is_old);
     assert!(!said(&dirty.open()));
     let external = dirty.snapshot();
     external.debugfs("set_super_value journal_inum 0");
@@ -314,6 +316,46 @@ fn an_old_state_is_never_shown_silently() {
         assert!(said(&ours), "{at:#x}: {:?}", ours.remarks());
         assert!(ours.attributes(ours.root()).is_ok());
     }
+}
+
+/// A disk of which a range cannot be read at this moment.
+struct Troubled(FileSource, std::ops::Range<u64>, ErrorKind);
+
+impl Source for Troubled {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> chainfs::error::Result<()> {
+        if at < self.1.end && at + buf.len() as u64 > self.1.start {
+            return Err(chainfs::error::Error::new(self.2, "not at this moment"));
+        }
+        self.0.read_at(at, buf)
+    }
+}
+
+/// What only cannot be read at this moment is no fact about the journal: an old state is not shown for it.
+#[test]
+fn a_journal_that_cannot_be_read_at_this_moment_is_an_error_and_asked_for_again() {
+    let disk = Disk::format("mkfs.ext4 -b 4096", 96 * MIB);
+    let dirty = disk.mounted("rw,commit=300", |dir| {
+        work(dir, 0);
+        disk.snapshot()
+    });
+    let journal = dirty.debugfs("bmap <8> 0").trim().parse::<u64>().expect("a block") * 4096;
+    let open = |range, kind| Ext::open(Arc::new(Troubled(FileSource::open(&dirty.image), range, kind)));
+    for range in [journal..journal + 1, journal + 4096..journal + 4097, journal + 5 * 4096..journal + 6 * 4096, 0..4096]
+    {
+        for kind in [ErrorKind::Io, ErrorKind::Stale, ErrorKind::Exhausted] {
+            assert_eq!(open(range.clone(), kind).expect_err("not now").kind(), kind, "{range:?}");
+        }
+        if range.start > 0 {
+            let damaged = open(range.clone(), ErrorKind::Corrupt).expect("what is damaged is shown as far as it goes");
+            assert!(!damaged.stale().is_empty(), "{range:?}");
+        }
+    }
+    let ours = open(0..0, ErrorKind::Io).expect("it can be read again");
+    assert!(ours.stale().is_empty());
 }
 
 /// A transaction that did not come to the disk as a whole is as if it had never been.

@@ -102,6 +102,8 @@ pub struct Mounted {
     pub statistics: Statistics,
     /// What should be known of what is shown.
     pub remarks: Vec<String>,
+    /// Why what is shown is not what was written last, if so.
+    pub stale: Vec<String>,
 }
 
 /// An entry of a directory.

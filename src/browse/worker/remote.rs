@@ -12,7 +12,7 @@ use crate::guest::Source;
 use crate::guest::source::within;
 
 use super::lane::Lane;
-use super::protocol::{CHUNK, ChunkKey, FromWorker, GROUP, ToWorker};
+use super::protocol::{CHUNK, ChunkKey, Failure, FromWorker, GROUP, ToWorker};
 
 /// Bytes of chunks that are kept.
 const CHUNKS_LEN: usize = 48 << 20;
@@ -33,6 +33,30 @@ pub(super) fn speak_on(lane: Lane) {
 pub(super) fn with_lane<T>(work: impl FnOnce(&mut Lane) -> std::io::Result<T>) -> Result<T> {
     LANE.with_borrow_mut(|lane| work(lane.as_mut().expect("a thread of the worker has a lane")))
         .map_err(|error| Error::io("speaking with the daemon", error))
+}
+
+thread_local! {
+    /// The first error that this thread has met and that is no fact about a disk.
+    static TROUBLE: RefCell<Option<Error>> = const { RefCell::new(None) };
+}
+
+/// Does something for which parsers take what they cannot read for absent or damaged. That is right of what is damaged; what only could not be
+/// read at this moment is an error of the whole, and is asked for again.
+pub(super) fn untroubled<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    TROUBLE.take();
+    let done = work();
+    TROUBLE.take().map_or(done, Err)
+}
+
+/// Why the daemon does not give what was asked for.
+fn refused(failure: &Failure) -> Error {
+    let error = failure.error();
+    if !matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported | ErrorKind::Limit) {
+        TROUBLE.with_borrow_mut(|trouble| {
+            trouble.get_or_insert_with(|| error.clone());
+        });
+    }
+    error
 }
 
 /// Chunks of all disks.
@@ -83,7 +107,7 @@ impl RemoteDisk {
                 self.chunks.keys.put(place, Arc::clone(&keys), std::mem::size_of_val(&*keys) + 64);
                 Ok(found)
             }
-            ToWorker::Refused(failure) => Err(failure.error()),
+            ToWorker::Refused(failure) => Err(refused(&failure)),
             ToWorker::Request(_) | ToWorker::Bytes => Err(confused()),
         }
     }
@@ -91,7 +115,7 @@ impl RemoteDisk {
     fn fetch(&self, at: u64, len: usize) -> Result<Vec<u8>> {
         match ask(&FromWorker::Read { disk: self.index, at, len: len as u32 })? {
             (ToWorker::Bytes, bytes) if bytes.len() == len => Ok(bytes),
-            (ToWorker::Refused(failure), _) => Err(failure.error()),
+            (ToWorker::Refused(failure), _) => Err(refused(&failure)),
             _ => Err(confused()),
         }
     }

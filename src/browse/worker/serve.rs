@@ -26,7 +26,7 @@ use super::protocol::{
     Answer, FIRST_RUNS_LEN, Failure, FromWorker, LIST_LEN, ListedEntry, Listing, Mounted, OpenedFile, READ_LEN,
     RUNS_LEN, RUNS_SPAN, Request, ToWorker, VolumeId,
 };
-use super::remote::{Chunks, RemoteDisk, speak_on, with_lane};
+use super::remote::{Chunks, RemoteDisk, speak_on, untroubled, with_lane};
 
 /// Sets of disks that are kept, at most: each has file systems with caches of their own.
 const SETS: NonZero<usize> = NonZero::new(24).expect("not zero");
@@ -136,11 +136,11 @@ impl Known {
             Request::Open { set, sizes } => self.open_set(set, &sizes),
             Request::PhysicalVolumes { size } => {
                 let disk = RemoteDisk { set: None, index: 0, size, chunks: Arc::clone(&self.chunks) };
-                Ok(Answer::PhysicalVolumes(physical_volumes(&(Arc::new(disk) as Arc<dyn Source>))))
+                untroubled(|| Ok(Answer::PhysicalVolumes(physical_volumes(&(Arc::new(disk) as Arc<dyn Source>)))))
             }
             Request::Mount(volume) => self.with(volume, |fs| {
-                let remarks = fs.remarks();
-                Ok(Answer::Mounted(Mounted { root: fs.root(), statistics: fs.statistics(), remarks }))
+                let (root, statistics) = (fs.root(), fs.statistics());
+                Ok(Answer::Mounted(Mounted { root, statistics, remarks: fs.remarks(), stale: fs.stale() }))
             }),
             Request::Lookup(volume, directory, name) => self.with(volume, |fs| {
                 let Some(ino) = fs.lookup(directory, &name)? else { return Ok(Answer::Found(None)) };
@@ -171,7 +171,7 @@ impl Known {
             Request::ExtendedAttributes(volume, ino) => {
                 self.with(volume, |fs| fs.extended_attributes(ino).map(Answer::ExtendedAttributes))
             }
-            Request::Inspect(set) => Ok(self.inspect(set)),
+            Request::Inspect(set) => untroubled(|| Ok(self.inspect(set))),
         }
     }
 
@@ -185,7 +185,7 @@ impl Known {
         for disk in &disks {
             disk.read_at(0, &mut vec![0; disk.size().min(512) as usize])?;
         }
-        let layout = layout(&disks);
+        let layout = untroubled(|| Ok(layout(&disks)))?;
         let open = layout.volumes.iter().map(|_| Mutex::default()).collect();
         let answer = Answer::Layout(Box::new(layout.clone()));
         let old = self.sets.lock().push(set, Arc::new(Set { disks, layout, open }));
@@ -217,7 +217,7 @@ impl Set {
         if let Some(fs) = &*slot {
             return Ok(Arc::clone(fs));
         }
-        let fs = open(found.content, volume_source(found, &self.disks))?;
+        let fs = untroubled(|| open(found.content, volume_source(found, &self.disks)))?;
         Ok(Arc::clone(slot.insert(fs)))
     }
 }

@@ -39,7 +39,8 @@ pub(in crate::cli) fn run(args: &CatArgs) -> Result<u8> {
             Err(Stopped::Failed(error)) => complain(&mut failed, &about(word, error)),
         }
     }
-    Ok(u8::from(failed))
+    let is_stale = images.tell_stale();
+    Ok(u8::from(failed || is_stale))
 }
 
 fn print(images: &mut Images, word: &OsStr) -> std::result::Result<(), Stopped> {

@@ -49,7 +49,8 @@ pub(in crate::cli) fn run(args: &CpArgs) -> Result<u8> {
         }
     }
     copy.tell();
-    Ok(u8::from(copy.failed))
+    let is_stale = images.tell_stale();
+    Ok(u8::from(copy.failed || is_stale))
 }
 
 /// What is copied how, and what could not be.

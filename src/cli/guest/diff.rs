@@ -47,7 +47,9 @@ fn look(args: &DiffArgs) -> Result<u8> {
         Images::new(&args.look, &[(image(&a), args.formats.a_format), (image(&b), args.formats.b_format)])?;
     let disks = images.pair(&a, &b)?;
     let out = Out { args, text: String::new() };
-    if of_files { files(args, (&a, &b), &disks, out) } else { ranges(args, &disks, out) }
+    let found = if of_files { files(args, (&a, &b), &disks, out) } else { ranges(args, &disks, out) };
+    // Two states that are not what the guests wrote last tell nothing of those that are.
+    if images.tell_stale() { found.map(|_| TROUBLE) } else { found }
 }
 
 fn image(place: &Place) -> &Path {

@@ -3,6 +3,7 @@
 //! An image is opened by itself, as by every other command, unless that is not enough: other disks of its volume groups lie in
 //! other chains, and two images that share layers are compared without reading those only if one store has both.
 
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,12 +11,17 @@ use super::super::args::LookArgs;
 use super::super::config;
 use super::super::mount_options::{FormatRule, ImageFormat, MountOptions};
 use super::super::store_options::{store_options, variable};
+use super::super::warn;
 use super::place::{self, Spot};
 use super::places::{DiskName, Place};
 use crate::browse::worker::Program;
 use crate::browse::{Browser, Inside, Moment};
 use crate::error::{Error, ErrorKind, Result};
+use crate::report::safe::terminal;
 use crate::store::{MARKER, OpenView, Store, StoreOptions, ViewId, shown};
+
+/// What to do about a journal that is not replayed.
+const REPLAY: &str = "let the guest replay it, or run e2fsck on a clone";
 
 /// The stores that a command has opened.
 pub(super) struct Images {
@@ -67,6 +73,19 @@ impl Images {
         // For one look nothing is watched.
         let options = StoreOptions { notify: false, ..store_options(&options) };
         Ok(Self { options, store: args.store.clone(), open: Vec::new() })
+    }
+
+    /// Says of which volumes that have been looked into what was written last is not shown; whether there are any.
+    pub(super) fn tell_stale(&self) -> bool {
+        let mut is_stale = false;
+        for opened in &self.open {
+            for (view, volume, sentence) in opened.browser.stale() {
+                is_stale = true;
+                let (store, view) = (shown(&opened.path), shown(Path::new(std::ffi::OsStr::from_bytes(&view.name))));
+                warn(&terminal(&format!("{store}: {volume} of {view}: {sentence}; {REPLAY}")));
+            }
+        }
+        is_stale
     }
 
     fn open(&mut self, path: &Path) -> Result<Arc<OpenStore>> {

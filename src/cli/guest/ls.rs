@@ -30,7 +30,8 @@ pub(in crate::cli) fn run(args: &LsArgs) -> Result<u8> {
     if args.output.format() == Output::Json {
         print(&pretty(&list.objects))?;
     }
-    Ok(u8::from(list.failed))
+    let is_stale = images.tell_stale();
+    Ok(u8::from(list.failed || is_stale))
 }
 
 /// What is listed so far.

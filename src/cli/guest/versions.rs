@@ -42,7 +42,8 @@ fn look(args: &VersionsArgs) -> Result<u8> {
         Output::Human => table(&versions, &names, &TimeZone::system()),
         Output::Json => pretty(&VersionsObject::of(&versions, &names, disk.opened.browser.bytes_read())),
     })?;
-    Ok(u8::from(versions.iter().any(|version| matches!(version.state, Some(Err(_))))))
+    let is_stale = images.tell_stale();
+    Ok(u8::from(is_stale || versions.iter().any(|version| matches!(version.state, Some(Err(_))))))
 }
 
 fn found(disk: &Disk, inner: &Inner) -> Found {

@@ -12,6 +12,7 @@ use std::time::SystemTime;
 use crate::browse::{Inside, Moment};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{self, FileKind, Ino, Time};
+use crate::report::safe::terminal;
 use crate::report::{os, volumes};
 use crate::store::{Access, ViewId, stale};
 
@@ -28,6 +29,8 @@ pub(super) const PARTITIONS: &str = "partitions";
 pub(super) const FILES: &str = "files";
 const VOLUMES: &str = "volumes.txt";
 const ROOT_LINK: &str = "root";
+/// How the name of a file beside a volume ends that says why what is shown of it is old.
+const PROBLEM: &str = ".problem.txt";
 /// The guest's own text of a link that was rewritten. The kernel lets nobody ask a link for `user.` attributes.
 const TARGETS: [&[u8]; 2] = [b"user.chainfs.target", b"system.chainfs.target"];
 
@@ -72,7 +75,13 @@ impl Tree {
             }
             Node::FilesOf(view) => {
                 let inside = self.browser.inside(view, Moment::First)?;
-                inside.volume(name.as_bytes()).map(|volume| self.volume_root(&inside, volume)).transpose()
+                if let Some(volume) = inside.volume(name.as_bytes()) {
+                    return self.volume_root(&inside, volume).map(Some);
+                }
+                let volume = name.to_str().and_then(|name| name.strip_suffix(PROBLEM));
+                let Some(index) = volume.and_then(|volume| inside.volume(volume.as_bytes())) else { return Ok(None) };
+                let is_stale = inside.mount(index).is_ok_and(|mounted| !mounted.stale.is_empty());
+                Ok(is_stale.then(|| volume_problem_node(view, &inside, index)))
             }
             _ => Ok(None),
         }
@@ -103,6 +112,11 @@ impl Tree {
                     // What cannot be shown stands, with the reason, in the list of volumes.
                     if let Ok(root) = self.volume_root(&inside, volume) {
                         found.push((described.name.clone().into(), root));
+                        let name = format!("{}{PROBLEM}", described.name);
+                        let is_free = inside.volume(name.as_bytes()).is_none();
+                        if is_free && inside.mount(volume).is_ok_and(|mounted| !mounted.stale.is_empty()) {
+                            found.push((name.into(), volume_problem_node(view, &inside, volume)));
+                        }
                     }
                 }
             }
@@ -197,6 +211,12 @@ impl Tree {
                 let permissions = whole.permissions & 0o444;
                 Ok(Attributes { size, blocks: size.div_ceil(512), permissions, ..whole })
             }
+            Node::VolumeProblem(view, volume) => {
+                let whole = self.view_attributes(view, inode)?;
+                let size = self.volume_problem(view, volume)?.len() as u64;
+                let permissions = whole.permissions & 0o444;
+                Ok(Attributes { size, blocks: size.div_ceil(512), permissions, ..whole })
+            }
             Node::RootLink(view) => {
                 let whole = self.view_attributes(view, inode)?;
                 let size = self.root_target(view)?.len() as u64;
@@ -209,6 +229,14 @@ impl Tree {
     pub(super) fn volume_list(&self, view: &ViewId) -> Result<Arc<[u8]>> {
         let inside = self.browser.inside(view, Moment::First)?;
         Ok(volumes::listed(&inside).into_bytes().into())
+    }
+
+    /// Why what is shown of a volume is not what was written last, a line for each reason.
+    pub(super) fn volume_problem(&self, view: &ViewId, volume: &str) -> Result<Arc<[u8]>> {
+        let inside = self.browser.inside(view, Moment::First)?;
+        let Some(index) = inside.volume(volume.as_bytes()) else { return Err(stale("the volume has gone")) };
+        let lines = inside.mount(index)?.stale.into_iter().map(|sentence| terminal(&sentence) + "\n");
+        Ok(lines.collect::<String>().into_bytes().into())
     }
 
     /// What `info/os.txt` says: of the active disk, or of the topmost there is.
@@ -303,6 +331,7 @@ impl Tree {
                 Ok(Node::FilesOf(_)
                     | Node::PartitionsOf(_)
                     | Node::VolumeList(_)
+                    | Node::VolumeProblem(..)
                     | Node::RootLink(_)
                     | Node::ChainDocument(_, ChainDocument::OperatingSystem))
             )
@@ -326,6 +355,10 @@ impl Tree {
             self.slots.forgotten(node.slot, times);
         }
     }
+}
+
+fn volume_problem_node(view: &ViewId, inside: &Inside, volume: usize) -> Node {
+    Node::VolumeProblem(view.clone(), inside.layout().volumes[volume].name.as_str().into())
 }
 
 /// The node of an entry of the directory `parent`.

@@ -16,7 +16,7 @@ use super::fast::Names;
 use super::inode::{BLOCK_AREA, Inode, flags, kind_of_entry};
 use super::map::{Place, Walk};
 use super::superblock::incompat;
-use super::{Ext, htree, inline};
+use super::{Ext, htree, inline, nokey};
 
 /// Set in a place after damage.
 const DAMAGED: u64 = 1 << 61;
@@ -40,6 +40,8 @@ const INLINE_FIRST: usize = 4;
 /// An entry in use.
 struct Found<'a> {
     name: &'a [u8],
+    /// What its place has behind the name, from the next multiple of four bytes on.
+    behind: &'a [u8],
     ino: u32,
     kind: Option<FileKind>,
     /// Where the entry begins, and where the next does: bytes of the directory.
@@ -61,14 +63,34 @@ impl Ext {
         if inode.kind != FileKind::Directory {
             return Err(inode.corrupt("is not a directory"));
         }
-        inode.refuse_encrypted()?;
         Ok(inode)
     }
 
     pub(super) fn look_up(&self, directory: u32, name: &[u8]) -> Result<Option<u32>> {
         let inode = self.directory(directory)?;
-        let Some(names) = self.fast.names(directory) else { return self.stored_name(&inode, name) };
-        let stored = if names.fresh() { None } else { self.stored_name(&inode, name)? };
+        if !inode.is(flags::ENCRYPT) {
+            return self.look_up_raw(&inode, directory, name);
+        }
+        let Some((meant, is_whole)) = nokey::meant(name) else { return Ok(None) };
+        if is_whole && !inode.is(flags::CASEFOLD) {
+            let is_it = nokey::shown(&meant, nokey::Hashes::of(self, &inode).get(&meant, &[])) == name;
+            return if is_it { self.look_up_raw(&inode, directory, &meant) } else { Ok(None) };
+        }
+        // What it says of the rest can only be compared.
+        let mut found = None;
+        self.list_directory(directory, 0, &mut |entry| {
+            if entry.name == name {
+                found = Some(entry.ino.0 as u32);
+            }
+            found.is_none()
+        })?;
+        Ok(found)
+    }
+
+    /// The same of a name as it is on the disk.
+    fn look_up_raw(&self, inode: &Inode, directory: u32, name: &[u8]) -> Result<Option<u32>> {
+        let Some(names) = self.fast.names(directory) else { return self.stored_name(inode, name) };
+        let stored = if names.fresh() { None } else { self.stored_name(inode, name)? };
         Ok(names.now(name, stored))
     }
 
@@ -80,12 +102,17 @@ impl Ext {
     ) -> Result<()> {
         let inode = self.directory(directory)?;
         let names = self.fast.names(directory);
+        let hashes = inode.is(flags::ENCRYPT).then(|| nokey::Hashes::of(self, &inode));
+        let shown = |raw: &[u8], behind: &[u8]| match &hashes {
+            Some(hashes) => nokey::shown(raw, hashes.get(raw, behind)),
+            None => raw.to_vec(),
+        };
         let (was_damaged, place) = (from & DAMAGED != 0, from & !(DAMAGED | ADDED));
         let mut damage = None;
         if from & ADDED == 0 && !names.is_some_and(Names::fresh) {
             let (stopped, found) = self.visit(&inode, place, &mut |found: Found<'_>| {
                 let mut entry = DirectoryEntry {
-                    name: found.name.to_vec(),
+                    name: shown(found.name, found.behind),
                     ino: Ino(found.ino.into()),
                     kind: found.kind,
                     next: found.next | if found.damaged || was_damaged { DAMAGED } else { 0 },
@@ -114,7 +141,7 @@ impl Ext {
                 let Some(ino) = names.now(name, None) else { continue };
                 let next = ADDED | (number as u64 + 1) | if damaged { DAMAGED } else { 0 };
                 let kind = self.inode(ino).ok().map(|inode| inode.kind);
-                if !each(DirectoryEntry { name: name.clone(), ino: Ino(ino.into()), kind, next }) {
+                if !each(DirectoryEntry { name: shown(name, &[]), ino: Ino(ino.into()), kind, next }) {
                     return Ok(());
                 }
             }
@@ -158,7 +185,7 @@ impl Ext {
     fn search_blocks(&self, inode: &Inode, blocks: impl Iterator<Item = u32>, name: &[u8]) -> Result<Option<u32>> {
         for block in blocks {
             let bytes = self.directory_block(inode, block)?;
-            let mut entries = Entries::new(self, &bytes, 0);
+            let mut entries = Entries::new(self, inode, &bytes, 0);
             if let Some(found) = entries.find(|found| found.name == name) {
                 return Ok(Some(found.ino));
             }
@@ -210,7 +237,7 @@ impl Ext {
     fn visit(&self, inode: &Inode, from: u64, each: &mut dyn FnMut(Found<'_>) -> bool) -> (bool, Option<Error>) {
         let mut damage = None;
         let mut part = |bytes: &[u8], start: u64, damage: &mut Option<Error>| {
-            let mut entries = Entries::new(self, bytes, start);
+            let mut entries = Entries::new(self, inode, bytes, start);
             for found in entries.by_ref() {
                 if found.at >= from && !each(Found { damaged: damage.is_some(), ..found }) {
                     return true;
@@ -320,14 +347,17 @@ struct Entries<'a> {
     start: u64,
     at: usize,
     typed: bool,
+    /// Whether names are encrypted: they have any bytes then, and a length.
+    is_encrypted: bool,
     block_len: usize,
     damaged: bool,
 }
 
 impl<'a> Entries<'a> {
-    fn new(ext: &Ext, bytes: &'a [u8], start: u64) -> Self {
+    fn new(ext: &Ext, directory: &Inode, bytes: &'a [u8], start: u64) -> Self {
         let typed = ext.superblock.has(incompat::FILETYPE);
-        Self { bytes, start, at: 0, typed, block_len: ext.superblock.block_len(), damaged: false }
+        let (is_encrypted, block_len) = (directory.is(flags::ENCRYPT), ext.superblock.block_len());
+        Self { bytes, start, at: 0, typed, is_encrypted, block_len, damaged: false }
     }
 }
 
@@ -349,19 +379,26 @@ impl<'a> Iterator for Entries<'a> {
             if ino == 0 {
                 continue;
             }
-            let name = &self.bytes[at + HEADER_LEN..at + len];
-            let Some(name) = name.get(..name_len).filter(|name| is_a_name(name)) else {
+            let place = &self.bytes[at + HEADER_LEN..at + len];
+            let is_good = |name: &&[u8]| if self.is_encrypted { is_a_cipher(name) } else { is_a_name(name) };
+            let behind = place.get(name_len.next_multiple_of(4)..).unwrap_or_default();
+            let Some(name) = place.get(..name_len).filter(is_good) else {
                 self.damaged = true;
                 continue;
             };
             if name != b"." && name != b".." {
                 let kind = if self.typed { kind_of_entry(self.bytes[at + 7]) } else { None };
                 let (at, next) = (self.start + at as u64, self.start + self.at as u64);
-                return Some(Found { name, ino, kind, at, next, damaged: false });
+                return Some(Found { name, behind, ino, kind, at, next, damaged: false });
             }
         }
         None
     }
+}
+
+/// Whether an encrypted directory may have such a name.
+fn is_a_cipher(name: &[u8]) -> bool {
+    (nokey::LEAST..=255).contains(&name.len()) || name == b"." || name == b".."
 }
 
 fn is_a_name(name: &[u8]) -> bool {

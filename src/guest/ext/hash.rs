@@ -32,26 +32,31 @@ impl Hasher {
 
     /// The hash; its lowest bit is 0, for an index uses that to say that a hash goes on in the next block.
     pub(super) fn hash(&self, name: &[u8]) -> u32 {
+        self.hashes(name).0
+    }
+
+    /// The hash, and the one that tells names of the same hash apart.
+    pub(super) fn hashes(&self, name: &[u8]) -> (u32, u32) {
         let own = [0x6745_2301, 0xefcd_ab89, 0x98ba_dcfe, 0x1032_5476];
         let mut state = if self.seed == [0; 4] { own } else { self.seed };
-        let hash = match self.kind {
-            Kind::Legacy => self.legacy(name),
+        let (hash, minor) = match self.kind {
+            Kind::Legacy => (self.legacy(name), 0),
             Kind::HalfMd4 => {
                 for rest in pieces(name, 32) {
                     half_md4(&mut state, self.words(rest));
                 }
-                state[1]
+                (state[1], state[2])
             }
             Kind::Tea => {
                 for rest in pieces(name, 16) {
                     tea(&mut state, self.words(rest));
                 }
-                state[0]
+                (state[0], state[1])
             }
         };
         let hash = hash & !1;
         // The largest means the end of a directory.
-        if hash == 0xffff_fffe { 0xffff_fffc } else { hash }
+        (if hash == 0xffff_fffe { 0xffff_fffc } else { hash }, minor)
     }
 
     fn byte(&self, byte: u8) -> u32 {

@@ -19,6 +19,11 @@ const MAX_LEVELS: u8 = 3;
 /// Blocks in which one hash can go on; a name among more is found by reading the directory.
 const MAX_LEAVES: usize = 4096;
 
+/// Which hash a directory with an index has.
+pub(super) fn version(ext: &Ext, inode: &Inode) -> Result<u8> {
+    Ok(ext.directory_block(inode, 0)?[INFO_AT + 4])
+}
+
 /// The blocks of the directory that can hold `name`, in order.
 pub(super) fn leaves(ext: &Ext, inode: &Inode, name: &[u8]) -> Result<Vec<u32>> {
     let wrong = || inode.corrupt("has a damaged index of its names");

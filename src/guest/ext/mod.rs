@@ -20,6 +20,7 @@ mod inline;
 mod inode;
 mod journal;
 mod map;
+mod nokey;
 mod statistics;
 mod superblock;
 mod symlink;
@@ -65,6 +66,8 @@ pub struct Ext {
     statistics: OnceLock<Statistics>,
     /// What should be known of what is shown. Taken for a moment only, and no other lock within.
     remarks: Mutex<Vec<String>>,
+    /// Those of them by which what is shown is old. Known when it is opened.
+    stale: Vec<String>,
 }
 
 impl Ext {
@@ -79,6 +82,12 @@ impl Ext {
         if remarks.len() < REMARK_LIMIT && !remarks.contains(&remark) {
             remarks.push(remark);
         }
+    }
+
+    /// A remark by which what is shown is old.
+    fn stale_remark(&mut self, remark: String) {
+        self.remark(remark.clone());
+        self.stale.push(remark);
     }
 
     fn number(&self, ino: Ino) -> Result<u32> {
@@ -152,6 +161,10 @@ impl FileSystem for Ext {
         self.remarks.lock().clone()
     }
 
+    fn stale(&self) -> Vec<String> {
+        self.stale.clone()
+    }
+
     fn lookup(&self, directory: Ino, name: &[u8]) -> Result<Option<Ino>> {
         Ok(self.look_up(self.number(directory)?, name)?.map(|number| Ino(number.into())))
     }
@@ -161,7 +174,13 @@ impl FileSystem for Ext {
     }
 
     fn attributes(&self, ino: Ino) -> Result<Attributes> {
-        Ok(self.inode(self.number(ino)?)?.attributes())
+        let inode = self.inode(self.number(ino)?)?;
+        let mut attributes = inode.attributes();
+        // As long as what is shown of it.
+        if inode.kind == FileKind::Symlink && inode.is(flags::ENCRYPT) {
+            attributes.size = self.target(inode.number).map_or(attributes.size, |target| target.len() as u64);
+        }
+        Ok(attributes)
     }
 
     fn read_link(&self, ino: Ino) -> Result<Vec<u8>> {

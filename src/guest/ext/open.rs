@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 
 use crate::cache::Cache;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::guest::source::Source;
 
 use super::blocks::{Blocks, Overlay};
@@ -37,19 +37,25 @@ pub(super) fn open(source: Arc<dyn Source>) -> Result<Ext> {
     match ext.superblock.journal {
         JournalPlace::None => Ok(ext),
         JournalPlace::OtherDevice => {
-            ext.remark(old("it is on another device"));
+            ext.stale_remark(old("it is on another device"));
             Ok(ext)
         }
         // A copy of the superblock does not say whether there is something to be replayed; the journal does.
         JournalPlace::Inode(number) => match Log::open(&ext, number).and_then(|log| replay(&ext, log)) {
             Ok(Some(replayed)) => Ok(replayed),
             Ok(None) => Ok(ext),
-            Err(error) => {
-                ext.remark(old(error));
+            Err(error) if is_fact(&error) => {
+                ext.stale_remark(old(error));
                 Ok(ext)
             }
+            Err(error) => Err(error),
         },
     }
+}
+
+/// Whether an error says something of the file system itself. Any other is of this moment: whoever asks again may get an answer.
+fn is_fact(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported | ErrorKind::Limit)
 }
 
 fn old(why: impl std::fmt::Display) -> String {
@@ -66,21 +72,27 @@ fn replay(ext: &Ext, log: Option<Log>) -> Result<Option<Ext>> {
     let mut raw = vec![0; SUPERBLOCK_LEN];
     let block = super::Block(SUPERBLOCK_AT >> ext.superblock.block_bits);
     let skip = SUPERBLOCK_AT & (ext.superblock.block_len() as u64 - 1);
-    if ext.superblock.group == 0 && replayed.blocks.read_at(block, skip, &mut raw).is_ok() {
+    let is_read = match replayed.blocks.read_at(block, skip, &mut raw) {
+        Err(error) if !is_fact(&error) => return Err(error),
+        read => read.is_ok(),
+    };
+    if ext.superblock.group == 0 && is_read {
         match Superblock::parse(&raw) {
             Ok(newer) if newer.sound && newer.block_bits == ext.superblock.block_bits => {
                 replayed.blocks.set_count(newer.block_count);
                 replayed.superblock = newer;
             }
-            _ => replayed.remark("the superblock in the journal is damaged; the one before is used".into()),
+            _ => replayed.stale_remark("the superblock in the journal is damaged; the one before is used".into()),
         }
     }
     replayed.remarks.get_mut().extend(ext.remarks.lock().drain(..));
-    replayed.remarks.get_mut().extend(remarks);
+    remarks.into_iter().for_each(|remark| replayed.stale_remark(remark));
     match FastCommits::replay(&replayed, &log, end) {
         Ok(fast) => replayed.fast = fast,
+        Err(error) if !is_fact(&error) => return Err(error),
         Err(error) => {
-            replayed.remark(format!("fast commits cannot be replayed ({error}): what they changed last is missing"));
+            replayed
+                .stale_remark(format!("fast commits cannot be replayed ({error}): what they changed last is missing"));
         }
     }
     Ok(Some(replayed))
@@ -96,6 +108,7 @@ fn bare(source: Arc<dyn Source>, superblock: Superblock, overlay: Overlay) -> Ex
         name_hasher: RandomState::new(),
         statistics: OnceLock::new(),
         remarks: Mutex::default(),
+        stale: Vec::new(),
     }
 }
 
@@ -105,15 +118,13 @@ fn find(source: &dyn Source) -> Result<(Superblock, Option<String>)> {
     match &primary {
         Ok(superblock) if superblock.sound => return primary.map(|superblock| (superblock, None)),
         // A feature that is not known is not known in a copy either.
-        Err(error) if error.kind() == crate::error::ErrorKind::Unsupported => {
-            return primary.map(|found| (found, None));
-        }
+        Err(error) if error.kind() != ErrorKind::Corrupt => return primary.map(|found| (found, None)),
         _ => {}
     }
     for bits in 10..=16 {
         for cluster_bits in 0..=MAX_CLUSTER_BITS {
             for group in COPIES {
-                if let Some(found) = copy(source, bits, cluster_bits, group) {
+                if let Some(found) = copy(source, bits, cluster_bits, group)? {
                     let remark = format!("the superblock is damaged: its copy in group {group} is used");
                     return Ok((found, Some(remark)));
                 }
@@ -125,17 +136,23 @@ fn find(source: &dyn Source) -> Result<(Superblock, Option<String>)> {
 }
 
 /// The copy in a group, if it is one, and sound.
-fn copy(source: &dyn Source, bits: u32, cluster_bits: u32, group: u64) -> Option<Superblock> {
+fn copy(source: &dyn Source, bits: u32, cluster_bits: u32, group: u64) -> Result<Option<Superblock>> {
     // As many blocks as a bitmap of one block has bits, which also has to be countable in 16.
     let per_group = (8u64 << bits).min(if bits > 12 { 65_528 } else { u64::MAX }) << cluster_bits;
     let first = u64::from(bits == 10 && cluster_bits == 0);
-    let found = read(source, (first + group * per_group) << bits).ok()?;
+    let found = match read(source, (first + group * per_group) << bits) {
+        Ok(found) => found,
+        Err(error) if is_fact(&error) => return Ok(None),
+        Err(error) => return Err(error),
+    };
     let fits = u64::from(found.group) == group && found.block_bits == bits && found.sound;
-    fits.then_some(found)
+    Ok(fits.then_some(found))
 }
 
 fn read(source: &dyn Source, at: u64) -> Result<Superblock> {
     let mut raw = vec![0; SUPERBLOCK_LEN];
-    source.read_at(at, &mut raw).map_err(|_| corrupt("there is no ext2, ext3 or ext4 superblock"))?;
+    source
+        .read_at(at, &mut raw)
+        .map_err(|error| if is_fact(&error) { corrupt("there is no ext2, ext3 or ext4 superblock") } else { error })?;
     Superblock::parse(&raw)
 }

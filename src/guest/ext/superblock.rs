@@ -130,6 +130,8 @@ pub(super) struct Superblock {
     pub(super) journal: JournalPlace,
     pub(super) hash_seed: [u32; 4],
     pub(super) unsigned_hash: bool,
+    /// Which hash directories have where they do not say.
+    pub(super) hash_version: u8,
     /// The group of whose copy this is.
     pub(super) group: u16,
     /// Whether its own checksum is right, or there is none.
@@ -217,6 +219,7 @@ impl Superblock {
             },
             hash_seed: [0xec, 0xf0, 0xf4, 0xf8].map(|at| le32(raw, at)),
             unsigned_hash: le32(raw, 0x160) & FLAG_UNSIGNED_HASH != 0,
+            hash_version: raw[0xfc],
             group: le16(raw, 0x5a),
             sound,
         })

@@ -1,0 +1,193 @@
+//! Names of directories that the file system encrypts, as Linux shows them to who has no key (fs/crypto/fname.c).
+//!
+//! A name is what the disk has, with the hash by which the directory is sorted in front, in the letters of
+//! base64url; of a long one all that is behind its first 149 bytes is a SHA-256 sum. Names of files are not secret by that, and unlike
+//! anything of the guest's own; but each file can be named, looked at and told from others.
+
+use crate::guest::bytes::le32;
+
+use super::Ext;
+use super::hash::Hasher;
+use super::inode::{Inode, flags};
+
+/// Bytes that an encrypted name has at least.
+pub(super) const LEAST: usize = 16;
+/// Bytes of it that are shown as they are.
+const SHOWN: usize = 149;
+const HASHES_LEN: usize = 8;
+const SUM_LEN: usize = 32;
+const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+
+/// The name that stands for the encrypted one, whose hashes these are.
+pub(super) fn shown(raw: &[u8], hashes: (u32, u32)) -> Vec<u8> {
+    let mut bytes = [hashes.0.to_le_bytes(), hashes.1.to_le_bytes()].concat();
+    let (head, rest) = raw.split_at(raw.len().min(SHOWN));
+    bytes.extend_from_slice(head);
+    if !rest.is_empty() {
+        bytes.extend_from_slice(&sha256(rest));
+    }
+    encode(&bytes)
+}
+
+/// What a name that is shown says of the encrypted one: all of it, or its beginning.
+pub(super) fn meant(name: &[u8]) -> Option<(Vec<u8>, bool)> {
+    let mut bytes = decode(name)?;
+    let is_whole = bytes.len() <= HASHES_LEN + SHOWN;
+    if !is_whole && bytes.len() != HASHES_LEN + SHOWN + SUM_LEN {
+        return None;
+    }
+    bytes.truncate(HASHES_LEN + SHOWN);
+    (bytes.len() >= HASHES_LEN + LEAST).then(|| (bytes.split_off(HASHES_LEN), is_whole))
+}
+
+/// By which hashes Linux shows the names of a directory, beside what each entry has itself.
+pub(super) enum Hashes {
+    /// Read from block to block: none.
+    None,
+    /// The index's.
+    Of(Hasher),
+    /// They stand behind each name.
+    Stored,
+}
+
+impl Hashes {
+    pub(super) fn of(ext: &Ext, inode: &Inode) -> Self {
+        let superblock = &ext.superblock;
+        let is_indexed = inode.is(flags::INDEX);
+        let is_small = inode.size >> superblock.block_bits == 1 || inode.is(flags::INLINE_DATA);
+        if !superblock.indexed_directories() || !(is_indexed || is_small) {
+            return Self::None;
+        }
+        if inode.is(flags::CASEFOLD) {
+            return Self::Stored;
+        }
+        let version = if is_indexed { super::htree::version(ext, inode).ok() } else { Some(superblock.hash_version) };
+        let hasher = version.and_then(|number| Hasher::new(number, superblock.unsigned_hash, superblock.hash_seed));
+        hasher.map_or(Self::None, Self::Of)
+    }
+
+    /// Those of a name; `behind` is what its entry has behind it.
+    pub(super) fn get(&self, raw: &[u8], behind: &[u8]) -> (u32, u32) {
+        match self {
+            Self::None => (0, 0),
+            Self::Of(hasher) => hasher.hashes(raw),
+            Self::Stored => match behind.get(..HASHES_LEN) {
+                Some(stored) => (le32(stored, 0), le32(stored, 4)),
+                None => (0, 0),
+            },
+        }
+    }
+}
+
+fn encode(bytes: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(bytes.len().div_ceil(3) * 4);
+    for group in bytes.chunks(3) {
+        let word = group.iter().fold(0, |word, byte| word << 8 | u32::from(*byte)) << (8 * (3 - group.len()));
+        let letters = (0..=group.len()).map(|place| LETTERS[(word >> (18 - 6 * place)) as usize & 63]);
+        out.extend(letters);
+    }
+    out
+}
+
+fn decode(name: &[u8]) -> Option<Vec<u8>> {
+    let mut out = Vec::with_capacity(name.len() / 4 * 3 + 2);
+    let (mut word, mut bits) = (0u32, 0);
+    for letter in name {
+        let value = LETTERS.iter().position(|known| known == letter)?;
+        (word, bits) = (word << 6 | value as u32, bits + 6);
+        if bits >= 8 {
+            bits -= 8;
+            out.push((word >> bits) as u8);
+            word &= (1 << bits) - 1;
+        }
+    }
+    // What is left over has to be nothing: each name has one way to be written.
+    (word == 0 && bits < 6).then_some(out)
+}
+
+/// FIPS 180-4.
+fn sha256(bytes: &[u8]) -> [u8; SUM_LEN] {
+    const START: [u32; 8] =
+        [0x6a09_e667, 0xbb67_ae85, 0x3c6e_f372, 0xa54f_f53a, 0x510e_527f, 0x9b05_688c, 0x1f83_d9ab, 0x5be0_cd19];
+    let constants = constants();
+    let mut state = START;
+    let mut message = bytes.to_vec();
+    message.push(0x80);
+    message.resize((bytes.len() + 9).next_multiple_of(64) - 8, 0);
+    message.extend_from_slice(&(bytes.len() as u64 * 8).to_be_bytes());
+    for block in message.chunks_exact(64) {
+        let mut words = [0u32; 64];
+        for (word, bytes) in words.iter_mut().zip(block.chunks_exact(4)) {
+            *word = u32::from_be_bytes(bytes.try_into().expect("four bytes"));
+        }
+        for at in 16..64 {
+            let (near, far) = (words[at - 2], words[at - 15]);
+            let far = far.rotate_right(7) ^ far.rotate_right(18) ^ (far >> 3);
+            let near = near.rotate_right(17) ^ near.rotate_right(19) ^ (near >> 10);
+            words[at] = words[at - 16].wrapping_add(far).wrapping_add(words[at - 7]).wrapping_add(near);
+        }
+        let [mut a, mut b, mut c, mut d, mut e, mut f, mut g, mut h] = state;
+        for (word, constant) in words.iter().zip(constants) {
+            let mixed = e.rotate_right(6) ^ e.rotate_right(11) ^ e.rotate_right(25);
+            let one = h.wrapping_add(mixed).wrapping_add(e & f ^ !e & g).wrapping_add(constant).wrapping_add(*word);
+            let mixed = a.rotate_right(2) ^ a.rotate_right(13) ^ a.rotate_right(22);
+            let two = mixed.wrapping_add(a & b ^ a & c ^ b & c);
+            (h, g, f, e, d, c, b, a) = (g, f, e, d.wrapping_add(one), c, b, a, one.wrapping_add(two));
+        }
+        for (word, add) in state.iter_mut().zip([a, b, c, d, e, f, g, h]) {
+            *word = word.wrapping_add(add);
+        }
+    }
+    let mut sum = [0; SUM_LEN];
+    for (bytes, word) in sum.chunks_exact_mut(4).zip(state) {
+        bytes.copy_from_slice(&word.to_be_bytes());
+    }
+    sum
+}
+
+/// The first 32 bits of the fractional parts of the cube roots of the first 64 primes.
+fn constants() -> [u32; 64] {
+    let mut constants = [0; 64];
+    let mut primes = (2u128..).filter(|number| (2..*number).take_while(|d| d * d <= *number).all(|d| number % d != 0));
+    for constant in &mut constants {
+        let scaled = primes.next().expect("there are more") << 96;
+        // The cube root of the prime, times 2^32.
+        let (mut low, mut high) = (0u128, 1 << 36);
+        while low + 1 < high {
+            let middle = u128::midpoint(low, high);
+            if middle * middle * middle <= scaled { low = middle } else { high = middle }
+        }
+        *constant = low as u32;
+    }
+    constants
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    #[test]
+    fn sums_are_those_of_the_standard() {
+        assert_eq!(hex(&sha256(b"abc")), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!(hex(&sha256(b"")), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+        let two = sha256(b"abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq");
+        assert_eq!(hex(&two), "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
+    }
+
+    #[test]
+    fn a_name_says_which_is_meant_and_nothing_else_does() {
+        for len in [LEAST, 17, 18, 32, SHOWN, SHOWN + 1, 255] {
+            let raw: Vec<u8> = (0..len as u32).map(|at| (at * 37) as u8).collect();
+            let name = shown(&raw, (0x1234_5678, 9));
+            assert!(name.len() <= 255 && name.iter().all(|letter| LETTERS.contains(letter)));
+            let head = raw[..len.min(SHOWN)].to_vec();
+            assert_eq!(meant(&name), Some((head, len <= SHOWN)));
+            assert_eq!(meant(&name[1..]).filter(|(meant, _)| *meant == raw), None);
+        }
+        assert_eq!([meant(b"AAAA"), meant(b"a name"), meant(b"")], [None, None, None]);
+    }
+}
