@@ -126,15 +126,18 @@ fn sha256(bytes: &[u8]) -> [u8; SUM_LEN] {
             let near = near.rotate_right(17) ^ near.rotate_right(19) ^ (near >> 10);
             words[at] = words[at - 16].wrapping_add(far).wrapping_add(words[at - 7]).wrapping_add(near);
         }
-        let [mut a, mut b, mut c, mut d, mut e, mut f, mut g, mut h] = state;
+        let mut mixed = state;
         for (word, constant) in words.iter().zip(constants) {
-            let mixed = e.rotate_right(6) ^ e.rotate_right(11) ^ e.rotate_right(25);
-            let one = h.wrapping_add(mixed).wrapping_add(e & f ^ !e & g).wrapping_add(constant).wrapping_add(*word);
-            let mixed = a.rotate_right(2) ^ a.rotate_right(13) ^ a.rotate_right(22);
-            let two = mixed.wrapping_add(a & b ^ a & c ^ b & c);
-            (h, g, f, e, d, c, b, a) = (g, f, e, d.wrapping_add(one), c, b, a, one.wrapping_add(two));
+            let turned = mixed[4].rotate_right(6) ^ mixed[4].rotate_right(11) ^ mixed[4].rotate_right(25);
+            let chosen = mixed[4] & mixed[5] ^ !mixed[4] & mixed[6];
+            let one = mixed[7].wrapping_add(turned).wrapping_add(chosen).wrapping_add(constant).wrapping_add(*word);
+            let turned = mixed[0].rotate_right(2) ^ mixed[0].rotate_right(13) ^ mixed[0].rotate_right(22);
+            let most = mixed[0] & mixed[1] ^ mixed[0] & mixed[2] ^ mixed[1] & mixed[2];
+            mixed.rotate_right(1);
+            mixed[4] = mixed[4].wrapping_add(one);
+            mixed[0] = one.wrapping_add(turned).wrapping_add(most);
         }
-        for (word, add) in state.iter_mut().zip([a, b, c, d, e, f, g, h]) {
+        for (word, add) in state.iter_mut().zip(mixed) {
             *word = word.wrapping_add(add);
         }
     }
@@ -167,7 +170,7 @@ mod tests {
     use super::*;
 
     fn hex(bytes: &[u8]) -> String {
-        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+        bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
     }
 
     #[test]

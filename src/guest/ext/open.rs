@@ -86,7 +86,9 @@ fn replay(ext: &Ext, log: Option<Log>) -> Result<Option<Ext>> {
         }
     }
     replayed.remarks.get_mut().extend(ext.remarks.lock().drain(..));
-    remarks.into_iter().for_each(|remark| replayed.stale_remark(remark));
+    for remark in remarks {
+        replayed.stale_remark(remark);
+    }
     match FastCommits::replay(&replayed, &log, end) {
         Ok(fast) => replayed.fast = fast,
         Err(error) if !is_fact(&error) => return Err(error),
