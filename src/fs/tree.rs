@@ -185,6 +185,7 @@ impl Tree {
             | Node::PartitionsOf(view)
             | Node::FilesOf(view)
             | Node::VolumeList(view)
+            | Node::VolumeProblem(view, _)
             | Node::RootLink(view) => match self.store.find_view(view) {
                 Ok(found) => self.rights.check_read(viewer, &found.catalog, found.layers(), now),
                 // Whoever uses it hears what has become of it.
