@@ -184,11 +184,12 @@ impl Rights {
         let Some(subject) = viewer.subject() else { return text.to_owned() };
         let catalog = self.store.catalog();
         let judge = self.judge();
-        let hidden: Vec<&Path> = catalog
-            .images
-            .iter()
-            .filter(|image| !judge.may_read(subject, image))
+        let images = catalog.images.iter().filter(|image| !judge.may_read(subject, image));
+        // What cannot be read by us is no image, and has its name all the same.
+        let others = catalog.problems.iter().filter(|problem| !judge.may_read_in_store(subject, &problem.path));
+        let hidden: Vec<&Path> = images
             .map(|image| image.place.path.as_path())
+            .chain(others.map(|problem| problem.path.as_path()))
             .collect();
         redacted(text, &hidden)
     }

@@ -220,7 +220,7 @@ impl Tree {
         };
         let catalog = self.store.catalog();
         let (stat, size, blocks, mtime, writable) = match node {
-            Node::Root | Node::Store => (self.store_stat()?, 0, 0, None, false),
+            Node::Root | Node::Store | Node::Control(ControlScope::Store) => (self.store_stat()?, 0, 0, None, false),
             Node::Directory(path) => (self.directory_stat(path)?, 0, 0, None, false),
             Node::Control(ControlScope::Chain(chain))
             | Node::Chain(chain)
@@ -267,7 +267,6 @@ impl Tree {
                 let owner = self.rights.restrict(self.ownership.apply(stat, kind, false), &catalog, &layers);
                 return Ok(Attributes::plain(inode, kind, (len, len.div_ceil(512)), modified(stat), owner));
             }
-            Node::Control(ControlScope::Store) => (self.store_stat()?, 0, 0, None, false),
             Node::ControlFile(scope, file) => {
                 let owner = self.ownership.control(&self.control_owner(&catalog, scope)?);
                 let size = self.control_text(&self.rights.viewer(caller), scope, *file).len() as u64;
@@ -437,15 +436,14 @@ impl Tree {
         let node = self.node(inode)?;
         let viewer = self.rights.viewer(caller);
         self.check_read(&viewer, &node, false)?;
-        let handle = match node {
-            Node::Guest(node) => self.open_guest_directory(node)?,
-            _ => {
-                let mut listed = self.list(inode)?;
-                if viewer.subject().is_some() && !matches!(node, Node::Root | Node::Directory(_)) {
-                    listed.retain(|entry| self.check_read(&viewer, &entry.node, false).is_ok());
-                }
-                Handle::Directory(listed.into())
+        let handle = if let Node::Guest(node) = node {
+            self.open_guest_directory(node)?
+        } else {
+            let mut listed = self.list(inode)?;
+            if viewer.subject().is_some() && !matches!(node, Node::Root | Node::Directory(_)) {
+                listed.retain(|entry| self.check_read(&viewer, &entry.node, false).is_ok());
             }
+            Handle::Directory(listed.into())
         };
         Ok(self.handles.add(handle, None))
     }

@@ -100,6 +100,11 @@ impl Judge {
         self.may(who, place, READ)
     }
 
+    /// Whether a user may read what has this path in the store.
+    pub fn may_read_in_store(&self, who: &Subject, path: &Path) -> bool {
+        self.may_read_place(who, &Place { root: 0, path: path.to_path_buf() })
+    }
+
     /// Whether a name in the image at `from`, which is a user's, may lead that user to `place`: what is the user's own counts
     /// whatever its mode says, and directories in which the image itself lies keep nobody from anything. Where nothing is,
     /// whether the user may see that.

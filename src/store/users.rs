@@ -12,7 +12,10 @@ use parking_lot::Mutex;
 /// For how long an answer is believed.
 const BELIEF: Duration = Duration::from_secs(30);
 
-static KNOWN: Mutex<Option<HashMap<u32, (Instant, Vec<u32>)>>> = Mutex::new(None);
+/// Groups by user, and when they were looked up.
+type Known = HashMap<u32, (Instant, Vec<u32>)>;
+
+static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
 
 /// The groups of a user; none where nobody knows the user.
 pub(super) fn groups_of(uid: u32) -> Vec<u32> {

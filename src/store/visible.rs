@@ -16,6 +16,7 @@ use super::scan::Problem;
 
 impl Catalog {
     /// What `who` may see of it.
+    #[must_use]
     pub fn shown_to(&self, judge: &Judge, who: &Subject) -> Catalog {
         let kept: Vec<ImageIndex> =
             (0..self.images.len()).filter(|index| judge.may_read(who, &self.images[*index])).collect();
