@@ -5,7 +5,7 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use chainfs::error::ErrorKind;
@@ -511,4 +511,130 @@ fn persistent_bitmaps_are_named_before_they_are_lost() {
     assert_done(&lab, "revert to=sn1 save=old");
     let info = lab.store.img(["info", "--output=json", "old.qcow2"]);
     assert!(info.contains("hourly"), "{info}");
+}
+
+/// The flags of each bitmap of an image, as QEMU tells them.
+fn bitmaps(lab: &Lab, file: &str) -> Vec<Vec<String>> {
+    let info = lab.store.info(file, "qcow2");
+    let all = info["format-specific"]["data"]["bitmaps"].as_array().cloned().unwrap_or_default();
+    let flags = |bitmap: &serde_json::Value| {
+        let flags = bitmap["flags"].as_array().expect("a list").iter();
+        let mut flags: Vec<String> = flags.map(|flag| flag.as_str().expect("a word").to_owned()).collect();
+        flags.sort();
+        flags
+    };
+    all.iter().map(flags).collect()
+}
+
+#[test]
+fn commands_that_change_no_byte_of_a_disk_leave_its_bitmaps_in_force() {
+    let kind = Kind { inner: &["web"], ..Kind::PLAIN };
+    for command in [
+        "pull",
+        "pull base=sn1",
+        "pull into=sn3 base=base",
+        "rebase base=sn1.qcow2",
+        "rebase base=none",
+        "rebase layer=sn3 base=none",
+        "snapshot new internal",
+        "delete active@inner",
+        "delete sn3 method=pull discard-bitmaps",
+        "commit top=sn2 base=sn1",
+    ] {
+        let lab = Lab::new(kind);
+        for file in ["web.qcow2", "sn3.qcow2"] {
+            lab.store.img(["bitmap", "--add", file, "follows"]);
+        }
+        let engine = Engine::new(&lab.open());
+        let status = run(&engine, "web", command).unwrap_or_else(|error| panic!("{command}: {error}"));
+        assert_eq!(status.state, JobState::Done, "{command}: {:?}", status.error);
+        drop(engine);
+        for file in lab.files().iter().filter(|file| ["web.qcow2", "sn3.qcow2"].contains(&file.as_str())) {
+            assert_eq!(bitmaps(&lab, file), [["auto"]], "{command}: {file}");
+        }
+        lab.assert_clean();
+    }
+    // A guest's write is another matter, also while a command is at work on the disk.
+    let lab = Lab::new(kind);
+    lab.store.img(["bitmap", "--add", "web.qcow2", "follows"]);
+    let store = lab.open();
+    let catalog = store.catalog();
+    let leaf = catalog.chain(Path::new("web")).expect("the chain");
+    let job = store.take_active(&catalog, &catalog.layers(leaf)).expect("a job");
+    let disk = store.open_active(&catalog, &catalog.layers(leaf), Access::Write).expect("the disk");
+    disk.write_at(0, b"a guest").expect("a write");
+    drop((job, disk));
+    assert_eq!(bitmaps(&lab, "web.qcow2"), [["auto", "in-use"]]);
+}
+
+#[test]
+fn what_is_so_already_is_done() {
+    let lab = Lab::new(Kind { raw_base: true, ..Kind::PLAIN });
+    let before = fs::read(lab.store.path("web.qcow2")).expect("the image");
+    let absolute = format!("rebase base={}", lab.store.path("sn3.qcow2").display());
+    let store = lab.open();
+    let engine = Engine::new(&store);
+    let catalog = store.catalog();
+    let leaf = catalog.chain(Path::new("web")).expect("the chain");
+    let disk = store.open_active(&catalog, &catalog.layers(leaf), Access::Write).expect("the disk");
+    for command in [
+        "pull base=sn3",
+        "pull into=sn3 base=sn2 delete",
+        "pull into=sn1 base=base",
+        "pull into=base",
+        "rebase base=sn3.qcow2",
+        "rebase base=./sn3.qcow2",
+        "rebase base=sn3",
+        &absolute,
+        "rebase layer=sn1 base=base.raw",
+        "rebase base=sn3.qcow2 unsafe",
+    ] {
+        let status = run(&engine, "web", command).unwrap_or_else(|error| panic!("{command}: {error}"));
+        assert_eq!(status.state, JobState::Done, "{command}: {:?}", status.error);
+        let request = chainfs::ops::Request::parse_command(command.as_bytes()).expect("a command");
+        let plan = engine.plan(Path::new("web"), &request).expect("a plan");
+        assert!(plan.refusals.is_empty() && plan.bytes == 0, "{command}");
+        assert!(plan.notes.iter().any(|note| note.contains("nothing is left to do")), "{command}: {:?}", plan.notes);
+    }
+    drop(disk);
+    assert!(fs::read(lab.store.path("web.qcow2")).expect("the image") == before, "nothing was written");
+    // What it stands on cannot be told: that is not "already".
+    fs::remove_file(lab.store.path("sn3.qcow2")).expect("a layer");
+    assert_eq!(lab.refused("pull").kind(), ErrorKind::Broken);
+    assert_eq!(lab.refused("rebase base=none").kind(), ErrorKind::Broken);
+}
+
+#[test]
+fn holes_of_what_lies_below_take_no_space_and_no_time() {
+    const LARGE: u64 = 1 << 40;
+    for (base, format) in [("thin.raw", "raw"), ("promised.qcow2", "qcow2")] {
+        for command in ["pull", "rebase base=none", "clone copy from=active@inner", "delete sn1 method=pull"] {
+            let lab = Lab::new(Kind { sizes: [1 << 20; 5], ..Kind::PLAIN });
+            let store = &lab.store;
+            lab.files().iter().for_each(|file| fs::remove_file(store.path(file)).expect("a layer"));
+            if format == "raw" {
+                store.img(["create", "-q", "-f", "raw", base, &LARGE.to_string()]);
+            } else {
+                store.create(base, 8 << 30, "preallocation=metadata");
+            }
+            store.io(base, format, ["write -q -P 7 1G 64k"]);
+            let on = |name: &str, below: &str, format: &str| store.overlay(name, below, format, "");
+            on("sn1.qcow2", base, format);
+            on("web.qcow2", "sn1.qcow2", "qcow2");
+            store.img(["snapshot", "-c", "inner", "web.qcow2"]);
+            let engine = Engine::new(&lab.open());
+            let request = chainfs::ops::Request::parse_command(command.as_bytes()).expect("a command");
+            let plan = engine.plan(Path::new("web"), &request).expect("a plan");
+            assert!(plan.refusals.is_empty(), "{base}, {command}: {:?}", plan.refusals);
+            assert!(plan.bytes <= 256 << 10, "{base}, {command}: {} bytes", plan.bytes);
+            let status = run(&engine, "web", command).unwrap_or_else(|error| panic!("{base}, {command}: {error}"));
+            assert_eq!(status.state, JobState::Done, "{base}, {command}: {:?}", status.error);
+            drop(engine);
+            for file in lab.files().iter().filter(|file| **file != base) {
+                let taken = fs::metadata(store.path(file)).expect("an image").blocks() * 512;
+                assert!(taken < 4 << 20, "{base}, {command}: {file} takes {taken} bytes");
+            }
+            store.io("web.qcow2", "qcow2", ["read -q -P 7 1G 64k", "read -q -P 0 0 1M"]);
+        }
+    }
 }

@@ -52,7 +52,7 @@ pub struct Extent {
 }
 
 /// A run for `map`: as QEMU describes one.
-#[expect(clippy::struct_excessive_bools, reason = "QEMU's four flags")]
+#[expect(clippy::struct_excessive_bools, reason = "QEMU's four flags, and one more")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapRun {
     /// First byte.
@@ -69,6 +69,8 @@ pub struct MapRun {
     pub data: bool,
     /// Whether it is compressed.
     pub compressed: bool,
+    /// Whether nobody knows: it is in none of the layers that are left.
+    pub lost: bool,
     /// Where in that layer's data file.
     pub offset: Option<u64>,
 }
@@ -219,7 +221,7 @@ impl View {
         match source {
             // A raw image has its holes in its file.
             Source::Data(host) if self.layers[layer].image().is_raw() => {
-                self.layers[layer].image().raw_extent(host, HostOffset(host.0 + len))
+                self.layers[layer].image().file_extent(host, HostOffset(host.0 + len))
             }
             // What cannot be read is no hole: whoever copies must hear of it.
             Source::Data(_) | Source::Compressed | Source::Bad => Ok((true, len)),
@@ -239,6 +241,7 @@ impl View {
             zero: false,
             data: true,
             compressed: false,
+            lost: false,
             offset: None,
         };
         match source {
@@ -246,7 +249,7 @@ impl View {
                 run.offset = Some(host.0);
                 if self.layers[layer].image().is_raw() {
                     let end = HostOffset(host.0 + len);
-                    (run.data, run.len) = self.layers[layer].image().raw_extent(host, end)?;
+                    (run.data, run.len) = self.layers[layer].image().file_extent(host, end)?;
                     run.zero = !run.data;
                 }
             }
@@ -261,6 +264,9 @@ impl View {
                 if let (Mapping::Zero(Some(host)), len) = self.layers[run.depth].map(GuestOffset(at), run.len)? {
                     (run.offset, run.len) = (Some(host.0), len);
                 }
+            }
+            Source::Bad if self.layers[layer].image().is_lost() => {
+                (run.present, run.data, run.lost) = (false, false, true);
             }
             Source::Bad => {
                 self.layers[layer].map(GuestOffset(at), len)?;

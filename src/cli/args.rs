@@ -124,6 +124,7 @@ Options of -o:
   format=GLOB:FORMAT     raw or qcow2, for images that do not tell (repeatable)
   probe                  believe the content where a header names no backing format
   force_share            show what another process is writing
+  salvage                where a layer is lost, read what the others hold; the rest is an error
   nolock                 write images even on file systems without file locks
   nofiles                leave the guests' partitions and files out
   symlinks=HOW           links of guests: inside (their volume, the default) or verbatim

@@ -108,10 +108,17 @@ fn judge(
     let storage = file.open_for_writing()?;
     let scope = match scope {
         RepairScope::Leaks => Scope::Leaks,
-        RepairScope::All => Scope::All,
+        RepairScope::All => Scope::Loss,
     };
     let done = repair(&*storage, name, scope, &mut |found| say(&format!("{title}{}", safe_lines(found))))?;
     let (leaks, corruptions) = (done.report.leaks_fixed, done.report.corruptions_fixed);
+    let lost = done.lost.to_string();
+    if args.output.format() == Output::Json {
+        // What is lost is said in any case.
+        lost.lines().for_each(|line| eprintln!("chainfs: {name}: {}", terminal(line)));
+    } else {
+        print(&lost.lines().map(|line| terminal(line) + "\n").collect::<String>())?;
+    }
     let notes: Vec<String> = done.notes.iter().map(|note| terminal(note) + "\n").collect();
     let text = if done.is_mended {
         format!(

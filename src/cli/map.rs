@@ -45,6 +45,7 @@ fn entry(run: &MapRun, files: &[String]) -> MapEntry {
         zero: run.zero,
         data: run.data,
         compressed: run.compressed,
+        lost: run.lost,
         offset: run.offset,
         filename: files.get(run.depth).filter(|_| run.data).cloned(),
     }
@@ -52,7 +53,7 @@ fn entry(run: &MapRun, files: &[String]) -> MapEntry {
 
 /// Whether `run` goes on where `last` ends, on the disk and in the file.
 fn continues(last: &MapEntry, run: &MapRun) -> bool {
-    let flags = (last.depth, last.present, last.zero, last.data, last.compressed);
-    flags == (run.depth, run.present, run.zero, run.data, run.compressed)
+    let flags = (last.depth, last.present, last.zero, last.data, last.compressed, last.lost);
+    flags == (run.depth, run.present, run.zero, run.data, run.compressed, run.lost)
         && last.offset.map(|offset| offset + last.length) == run.offset
 }

@@ -50,6 +50,8 @@ pub struct MountOptions {
     pub probe: bool,
     /// `force_share`: show what another process is writing.
     pub force_share: bool,
+    /// `salvage`: read disks of which a layer is lost, as far as the other layers hold them.
+    pub salvage: bool,
     /// `nolock`: write images even where file locks do not work.
     pub no_lock: bool,
     /// `nofiles`: leave `files/` out.
@@ -134,7 +136,7 @@ pub(super) enum Takes {
 }
 
 /// Options that a configuration file may set as well.
-pub(super) const SETTINGS: [(&str, Takes); 26] = [
+pub(super) const SETTINGS: [(&str, Takes); 27] = [
     ("ro", Takes::Nothing),
     ("allow_other", Takes::Nothing),
     ("uid", Takes::Value),
@@ -148,6 +150,7 @@ pub(super) const SETTINGS: [(&str, Takes); 26] = [
     ("format", Takes::Values),
     ("probe", Takes::Nothing),
     ("force_share", Takes::Nothing),
+    ("salvage", Takes::Nothing),
     ("nolock", Takes::Nothing),
     ("nofiles", Takes::Nothing),
     ("symlinks", Takes::Value),
@@ -196,6 +199,7 @@ impl MountOptions {
             formats: defaults.formats.into_iter().chain(self.formats).collect(),
             probe: self.probe || defaults.probe,
             force_share: self.force_share || defaults.force_share,
+            salvage: self.salvage || defaults.salvage,
             no_lock: self.no_lock || defaults.no_lock,
             no_files: self.no_files || defaults.no_files,
             symlinks: self.symlinks.or(defaults.symlinks),
@@ -265,6 +269,7 @@ impl MountOptions {
             "format" => self.formats.push(format_rule(utf8(name, value)?)?),
             "probe" => self.probe = true,
             "force_share" => self.force_share = true,
+            "salvage" => self.salvage = true,
             "nolock" => self.no_lock = true,
             "nofiles" => self.no_files = true,
             "symlinks" => {

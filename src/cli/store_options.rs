@@ -15,6 +15,7 @@ pub fn store_options(options: &MountOptions) -> StoreOptions {
         formats: options.formats.iter().map(|rule| (rule.glob.clone(), format(rule.format))).collect(),
         probe: options.probe,
         force_share: options.force_share,
+        salvage: options.salvage,
         read_only: options.read_only,
         no_lock: options.no_lock,
         cache: options.cache.unwrap_or(usual.cache),

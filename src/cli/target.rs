@@ -128,7 +128,7 @@ impl Target {
         let Disk { layers, part } = self.disk()?;
         // Without locks somebody may be writing the topmost layer.
         let live = self.store.options().force_share;
-        self.store.open_view(&self.catalog, &layers, part, live)
+        self.store.open_shown(&self.catalog, &layers, part, live)
     }
 }
 

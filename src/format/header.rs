@@ -43,6 +43,8 @@ pub const MAX_REFCOUNT_TABLE_LEN: u64 = 8 << 20;
 pub const MAX_SNAPSHOTS: u64 = 65_536;
 /// Longest backing file name, in bytes.
 pub const MAX_BACKING_NAME_LEN: u64 = 1023;
+const L1_TABLE: &str = "L1 table";
+const REFCOUNT_TABLE: &str = "refcount table";
 const MAX_BITMAPS: u64 = 65_535;
 const MAX_BITMAP_DIRECTORY_LEN: u64 = 64 << 20;
 /// The smallest entry of a snapshot table; bounds the table from below.
@@ -93,6 +95,8 @@ pub struct Header {
     pub frozen: Option<Frozen>,
     /// What forbids reading guest data: features that chainfs does not know.
     pub unsupported: Option<Unsupported>,
+    /// What is wrong with the refcounts. Who only reads does not need them.
+    pub refcount_damage: Option<Malformed>,
 }
 
 /// Whether these are the first bytes of a qcow2 image (or of qcow version 1).
@@ -176,21 +180,27 @@ impl Header {
         if features.has(feature::EXTENDED_L2) && cluster.bits() < 14 {
             return Err(Malformed::SubclustersTooSmall(cluster.bits()));
         }
-        if later.refcount_order > 6 {
-            return Err(Malformed::RefcountOrder(later.refcount_order));
+        let mut refcount_order = later.refcount_order;
+        let mut refcount_damage = None;
+        if refcount_order > 6 {
+            let damage = Malformed::RefcountOrder(std::mem::replace(&mut refcount_order, 4));
+            if purpose == Purpose::Check {
+                return Err(damage);
+            }
+            refcount_damage = Some(damage);
         }
         check_crypto(encryption, extensions.crypto_header, cluster)?;
         check_bitmaps(features, extensions.bitmaps, cluster)?;
         let data_file = features.data_file(&extensions, backing_name.is_some())?;
 
         let size = be_u64(bytes, 24);
-        let header = Self {
+        let mut header = Self {
             version,
             cluster,
             virtual_size: size - size % SECTOR_SIZE,
             l1: Table { offset: HostOffset(be_u64(bytes, 40)), entries: be_u32(bytes, 36) },
             refcount_table: RefcountTable { offset: HostOffset(be_u64(bytes, 48)), clusters: be_u32(bytes, 56) },
-            refcount_order: later.refcount_order,
+            refcount_order,
             snapshots: SnapshotTable { offset: HostOffset(be_u64(bytes, 64)), count: be_u32(bytes, 60) },
             incompatible: features.incompatible,
             compatible: later.compatible,
@@ -206,8 +216,14 @@ impl Header {
             header_len: header_len as u32,
             frozen: extensions.frozen,
             unsupported: unsupported.or(compression_unsupported),
+            refcount_damage,
         };
         header.check_tables(size)?;
+        if let Err(damage) = header.check_refcount_table() {
+            // Nothing is known of it: a checker counts anew.
+            header.refcount_table = RefcountTable { offset: HostOffset(0), clusters: 0 };
+            header.refcount_damage.get_or_insert(damage);
+        }
         if purpose == Purpose::Read {
             header.check_places(file_len)?;
         }
@@ -217,10 +233,6 @@ impl Header {
     /// Limits, alignment and range of the tables; that the L1 table covers the disk.
     fn check_tables(&self, size: u64) -> Result<(), Malformed> {
         let cluster = self.cluster;
-        let len = u64::from(self.refcount_table.clusters) * cluster.size();
-        at_most("length of the refcount table", len, MAX_REFCOUNT_TABLE_LEN)?;
-        check_table("refcount table", self.refcount_table.offset, len, cluster)?;
-
         at_most("number of snapshots", self.snapshots.count.into(), MAX_SNAPSHOTS)?;
         let len = u64::from(self.snapshots.count) * MIN_SNAPSHOT_LEN;
         check_table("snapshot table", self.snapshots.offset, len, cluster)?;
@@ -235,10 +247,16 @@ impl Header {
         Ok(())
     }
 
+    fn check_refcount_table(&self) -> Result<(), Malformed> {
+        let len = u64::from(self.refcount_table.clusters) * self.cluster.size();
+        at_most("length of the refcount table", len, MAX_REFCOUNT_TABLE_LEN)?;
+        check_table("refcount table", self.refcount_table.offset, len, self.cluster)
+    }
+
     /// That the tables exist where they should, and do not lie on the header or each other.
-    fn check_places(&self, file_len: u64) -> Result<(), Malformed> {
+    fn check_places(&mut self, file_len: u64) -> Result<(), Malformed> {
         if self.refcount_table.clusters == 0 {
-            return Err(Malformed::NoRefcountTable);
+            self.refcount_damage.get_or_insert(Malformed::NoRefcountTable);
         }
         let end = self.l1.offset.0 + self.l1.len_bytes();
         if self.l1.entries > 0 && end > file_len {
@@ -246,9 +264,9 @@ impl Header {
         }
         let places = [
             ("header", 0, u64::from(self.header_len)),
-            ("L1 table", self.l1.offset.0, self.l1.len_bytes()),
+            (L1_TABLE, self.l1.offset.0, self.l1.len_bytes()),
             (
-                "refcount table",
+                REFCOUNT_TABLE,
                 self.refcount_table.offset.0,
                 u64::from(self.refcount_table.clusters) * self.cluster.size(),
             ),
@@ -257,8 +275,15 @@ impl Header {
         for (index, &(first, start, len)) in places.iter().enumerate() {
             for &(second, other_start, other_len) in &places[index + 1..] {
                 let apart = start + len <= other_start || other_start + other_len <= start;
-                if len > 0 && other_len > 0 && !apart {
-                    return Err(Malformed::Overlap { first, second });
+                if len == 0 || other_len == 0 || apart {
+                    continue;
+                }
+                let overlap = Malformed::Overlap { first, second };
+                // Which of two places is wrong cannot be told: it must not be that of the mappings.
+                if [first, second].contains(&REFCOUNT_TABLE) && ![first, second].contains(&L1_TABLE) {
+                    self.refcount_damage.get_or_insert(overlap);
+                } else {
+                    return Err(overlap);
                 }
             }
         }

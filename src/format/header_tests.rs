@@ -168,19 +168,29 @@ fn the_l1_table_lies_in_the_file_and_not_on_other_tables() {
 
 #[test]
 fn the_refcount_table_is_there_within_its_limits() {
+    // Readers do without it; whoever writes asks what is wrong.
+    let damage = |image: &Image| image.parse().unwrap().refcount_damage.expect("damage");
     let (what, unit) = ("refcount table", 65_536);
-    assert_eq!(Image::v3().u64(48, 0x10200).reason(), Malformed::Unaligned { what, offset: 0x10200, unit });
+    let unaligned = Image::v3().u64(48, 0x10200);
+    assert_eq!(damage(&unaligned), Malformed::Unaligned { what, offset: 0x10200, unit });
+    let counted_anew = Header::parse_for_check(&unaligned.bytes, unaligned.file_len).unwrap().refcount_table;
+    assert_eq!(counted_anew.clusters, 0);
     let offset = 0x7fff_ffff_ffff_0000;
-    assert_eq!(Image::v3().u64(48, offset).reason(), Malformed::OutOfRange { what, offset, len: 65_536 });
+    assert_eq!(damage(&Image::v3().u64(48, offset)), Malformed::OutOfRange { what, offset, len: 65_536 });
     let none = Image::v3().u32(56, 0);
-    assert_eq!(none.reason(), Malformed::NoRefcountTable);
+    assert_eq!(damage(&none), Malformed::NoRefcountTable);
     assert!(Header::parse_for_check(&none.bytes, none.file_len).is_ok());
+    let on_header = Malformed::Overlap { first: "header", second: what };
+    assert_eq!(damage(&Image::v3().u64(48, 0)), on_header);
     let (what, found, max) = ("length of the refcount table", 129 << 16, 8 << 20);
-    assert_eq!(Image::v3().u32(56, 129).reason(), Malformed::TooLarge { what, found, max });
-    // Readers do not need it, so its place is the checker's business.
+    assert_eq!(damage(&Image::v3().u32(56, 129)), Malformed::TooLarge { what, found, max });
+    // Its place in the file is the checker's business.
     assert!(Image::v3().u64(48, 0x100_0000).parse().is_ok());
     for order in [7, 64, u32::MAX] {
-        assert_eq!(Image::v3().u32(96, order).reason(), Malformed::RefcountOrder(order));
+        let image = Image::v3().u32(96, order);
+        assert_eq!(damage(&image), Malformed::RefcountOrder(order));
+        let checked = Header::parse_for_check(&image.bytes, image.file_len);
+        assert_eq!(checked.unwrap_err(), Malformed::RefcountOrder(order));
     }
 }
 

@@ -46,6 +46,8 @@ pub struct Snapshot {
     pub icount: Option<u64>,
     /// Bytes of extra data in the entry.
     pub extra_len: u32,
+    /// Why it cannot be read, if so. Other entries of the table can be all the same.
+    pub damage: Option<Malformed>,
 }
 
 impl Snapshot {
@@ -120,9 +122,19 @@ impl SnapshotParser {
         Ok(self.left == 0)
     }
 
+    /// Whether all entries are there.
+    pub fn is_complete(&self) -> bool {
+        self.left == 0
+    }
+
     /// Bytes of the table understood so far; once complete, its length.
     pub fn table_len(&self) -> u64 {
         self.consumed
+    }
+
+    /// The snapshots that were understood before the table ended or made no sense.
+    pub fn understood(self) -> Vec<Snapshot> {
+        self.snapshots
     }
 
     /// The snapshots, or the reason that there is no more to feed.
@@ -136,7 +148,7 @@ impl SnapshotParser {
     }
 }
 
-/// Parses a table that is there as a whole.
+/// Parses a table that is there as a whole, and in which no entry is damaged.
 pub fn parse_table(
     bytes: &[u8],
     count: u32,
@@ -146,7 +158,11 @@ pub fn parse_table(
     let table = SnapshotTable { offset: HostOffset(0), count };
     let mut parser = SnapshotParser::with(table, cluster, version);
     parser.feed(bytes)?;
-    parser.finish()
+    let snapshots = parser.finish()?;
+    match snapshots.iter().find_map(|snapshot| snapshot.damage.clone()) {
+        Some(damage) => Err(damage),
+        None => Ok(snapshots),
+    }
 }
 
 /// A table whose entries all have the extra data that version 3 requires: what an entry of
@@ -198,6 +214,20 @@ fn entries(table: &[u8], count: u32) -> impl Iterator<Item = &[u8]> {
         at += len;
         &entry[..len]
     })
+}
+
+/// Where each entry of a table of whole entries begins.
+///
+/// # Panics
+/// If `table` is not `count` whole entries: a parser saw to that.
+pub fn places(table: &[u8], count: u32) -> Vec<usize> {
+    let mut at = 0;
+    let place = |entry: &[u8]| {
+        let begin = at + padding(at as u64);
+        at = begin + entry.len();
+        begin
+    };
+    entries(table, count).map(place).collect()
 }
 
 /// Adds the entry of `snapshot` to a table of whole entries, which stay as they are. All of the extra
@@ -252,13 +282,7 @@ fn parse_entry(bytes: &[u8], rules: Rules) -> Result<Option<(Snapshot, usize)>, 
     }
     let extra_len = be_u32(bytes, 36);
     at_most("length of a snapshot's extra data", extra_len.into(), MAX_EXTRA_LEN)?;
-    if extra_len < rules.extra_required {
-        return Err(Malformed::SnapshotExtraShort(extra_len));
-    }
     let l1 = Table { offset: HostOffset(be_u64(bytes, 0)), entries: be_u32(bytes, 8) };
-    if !rules.l1_unchecked {
-        check_l1(l1, rules.cluster)?;
-    }
     let id_at = FIXED_LEN + extra_len as usize;
     let name_at = id_at + usize::from(be_u16(bytes, 12));
     let end = name_at + usize::from(be_u16(bytes, 14));
@@ -267,10 +291,14 @@ fn parse_entry(bytes: &[u8], rules: Rules) -> Result<Option<(Snapshot, usize)>, 
     let vm_state_size = extra(40).unwrap_or_else(|| be_u32(entry, 32).into());
     // As with the header's size, what is left of a sector at the end is no part of the disk.
     let virtual_size = extra(48).map(|size| size - size % SECTOR_SIZE);
-    if !rules.l1_unchecked {
+    let damage = || {
+        if extra_len < rules.extra_required {
+            return Err(Malformed::SnapshotExtraShort(extra_len));
+        }
+        check_l1(l1, rules.cluster)?;
         at_most("size of a snapshot's VM state", vm_state_size, MAX_SIZE)?;
-        at_most("size of a snapshot's disk", virtual_size.unwrap_or(0), MAX_SIZE)?;
-    }
+        at_most("size of a snapshot's disk", virtual_size.unwrap_or(0), MAX_SIZE)
+    };
     let snapshot = Snapshot {
         id: entry[id_at..name_at].to_vec(),
         name: entry[name_at..].to_vec(),
@@ -283,6 +311,7 @@ fn parse_entry(bytes: &[u8], rules: Rules) -> Result<Option<(Snapshot, usize)>, 
         // All ones: not counted.
         icount: extra(56).filter(|&count| count != u64::MAX),
         extra_len,
+        damage: if rules.l1_unchecked { None } else { damage().err() },
     };
     Ok(Some((snapshot, end)))
 }
@@ -337,6 +366,7 @@ mod tests {
             virtual_size: Some(1 << 30),
             icount: Some(9),
             extra_len: 24,
+            damage: None,
         };
         assert_eq!(snapshots[0], expected);
         assert_eq!((snapshots[1].id.as_slice(), snapshots[1].name.as_slice()), (b"12".as_slice(), b"m".as_slice()));
@@ -431,6 +461,19 @@ mod tests {
     }
 
     #[test]
+    fn a_damaged_entry_costs_itself_only() {
+        let good = |id: &str| padded(entry(&extra(&[0, 512]), id, "x"));
+        let mut bad = good("2");
+        bad[..8].copy_from_slice(&0x50200u64.to_be_bytes());
+        let table = SnapshotTable { offset: HostOffset(0), count: 3 };
+        let mut parser = SnapshotParser::with(table, ClusterBits::new(16).unwrap(), Version::V3);
+        assert_eq!(parser.feed(&[good("1"), bad, good("3")].concat()), Ok(true));
+        let found = parser.finish().unwrap();
+        let damaged: Vec<(&[u8], bool)> = found.iter().map(|s| (s.id.as_slice(), s.damage.is_some())).collect();
+        assert_eq!(damaged, [(&b"1"[..], false), (b"2", true), (b"3", false)]);
+    }
+
+    #[test]
     fn what_is_appended_parses_to_the_same_behind_what_was_there() {
         let mut table = entry(&extra(&[0, 512]), "7", "odd");
         let old = table.clone();
@@ -445,6 +488,7 @@ mod tests {
             virtual_size: Some(1 << 30),
             icount: None,
             extra_len: 24,
+            damage: None,
         };
         append(&mut table, &new);
         assert_eq!(table[..old.len()], old);

@@ -7,6 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::header_edit::{Edit, Step, plan};
 use crate::format::{Frozen, Header};
 use crate::image::create::NewBacking;
+use crate::image::write::refcounts_damaged;
 use crate::image::{read_header_with, unreadable};
 use crate::io::{Storage, WriteStorage};
 
@@ -49,6 +50,9 @@ pub(super) fn steps<S: Storage + ?Sized>(name: &str, file: &S, change: &HeaderCh
     let (old, file_len) = read_header_with(name, file, Header::parse)?;
     if let Some(sentence) = unreadable(&old) {
         return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {sentence}")));
+    }
+    if let Some(reason) = &old.refcount_damage {
+        return Err(refcounts_damaged(name, reason));
     }
     if old.corrupt() {
         let sentence = "it is marked as corrupt and is not written to; run chainfs check --repair all";

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::subcluster::SUBCLUSTERS;
 use crate::format::{self, Compressed, EntryFormat, Header, Malformed, Snapshot, Table};
 use crate::units::{GuestOffset, HostOffset};
@@ -86,6 +86,10 @@ impl Layer {
         let max = max.min(self.size - at.0);
         match &self.image.body {
             Body::Raw => Ok((Mapping::Data(HostOffset(at.0)), max)),
+            Body::Lost(sentence) => {
+                let fact = "this part of the disk is in none of the layers that are left";
+                Err(Error::new(ErrorKind::Corrupt, format!("{sentence}; {fact}")))
+            }
             Body::Qcow2(header) => self.map_qcow2(header, GuestOffset(at.0.saturating_add(self.shift)), max),
         }
     }

@@ -26,7 +26,7 @@ use crate::units::{HostOffset, round_up_to_sector};
 pub(crate) use bitmaps::read_bitmaps;
 pub use header::{HeaderChange, change_header, check_header_change};
 pub use layer::{Layer, Mapping};
-pub(crate) use snapshots::{read_snapshots, read_snapshots_with};
+pub(crate) use snapshots::{read_snapshots, read_snapshots_there_are, read_snapshots_with};
 
 /// Caches shared by all images of a store, keyed by image.
 #[derive(Debug)]
@@ -58,6 +58,8 @@ impl Caches {
 enum Body {
     Raw,
     Qcow2(Arc<Header>),
+    /// It is not there, for this reason: all that is asked of it is an error.
+    Lost(String),
 }
 
 /// An open image.
@@ -101,6 +103,24 @@ impl Image {
         }))
     }
 
+    /// Stands for an image that is lost, for the reason that `sentence` gives.
+    pub fn lost(sentence: &str, caches: &Arc<Caches>) -> Arc<Self> {
+        Arc::new(Self {
+            serial: next_serial(),
+            name: sentence.to_owned(),
+            file: Arc::new(Vec::new()),
+            data_file: None,
+            data_len: Some(0),
+            body: Body::Lost(sentence.to_owned()),
+            caches: Arc::clone(caches),
+        })
+    }
+
+    /// Whether it only stands for one that is lost.
+    pub fn is_lost(&self) -> bool {
+        matches!(self.body, Body::Lost(_))
+    }
+
     /// A qcow2 image whose header has been parsed. `Unsupported` if its content cannot be read,
     /// naming the feature.
     pub fn qcow2(
@@ -142,7 +162,7 @@ impl Image {
     /// Its header; `None` for a raw image.
     pub fn header(&self) -> Option<&Arc<Header>> {
         match &self.body {
-            Body::Raw => None,
+            Body::Raw | Body::Lost(_) => None,
             Body::Qcow2(header) => Some(header),
         }
     }
@@ -152,6 +172,8 @@ impl Image {
         match &self.body {
             Body::Raw => Ok(round_up_to_sector(self.data_end()?)),
             Body::Qcow2(header) => Ok(header.virtual_size),
+            // Longer than any disk above it: beyond its end it would be known to be zero.
+            Body::Lost(_) => Ok(u64::MAX),
         }
     }
 
@@ -212,9 +234,10 @@ impl Image {
         Ok(cluster)
     }
 
-    /// The first run of the raw image's `[at, end)` that is all data or all hole, and its length.
+    /// The first run of the data file's `[at, end)` that is all data or all hole, and its length: a raw image has its
+    /// holes there, and clusters that were only preallocated are holes as well, which read as zeroes.
     /// Of a file that was cut short everything is data: whoever copies must read, and hear of it.
-    pub fn raw_extent(&self, at: HostOffset, end: HostOffset) -> Result<(bool, u64)> {
+    pub fn file_extent(&self, at: HostOffset, end: HostOffset) -> Result<(bool, u64)> {
         let (is_data, len) = self.data().extent(at.0, end.0)?;
         let is_cut = !is_data && self.data().len()? < self.data_len.unwrap_or(0);
         Ok(if is_cut { (true, end.0 - at.0) } else { (is_data, len) })

@@ -19,26 +19,48 @@ pub(crate) fn read_snapshots(name: &str, storage: &dyn Storage, header: &Header)
 
 /// The same by any parser, from any source; what is wrong with the table is for the caller to say.
 pub(crate) fn read_snapshots_with(
+    parser: SnapshotParser,
+    header: &Header,
+    read: impl FnMut(u64, &mut [u8]) -> Result<usize>,
+) -> Result<std::result::Result<(Vec<Snapshot>, u64), Malformed>> {
+    let (parser, reason) = feed(parser, header, read)?;
+    let len = parser.table_len();
+    Ok(reason.map_or(Ok(()), Err).and_then(|()| parser.finish()).map(|snapshots| (snapshots, len)))
+}
+
+/// As many internal snapshots as can be told, and what ends the table before its time.
+pub(crate) fn read_snapshots_there_are(
+    header: &Header,
+    read: impl FnMut(u64, &mut [u8]) -> Result<usize>,
+) -> Result<(Vec<Snapshot>, Option<Malformed>)> {
+    let (parser, reason) = feed(SnapshotParser::new(header), header, read)?;
+    if reason.is_some() || !parser.is_complete() {
+        let cut =
+            Malformed::Truncated { what: "snapshot table", need: parser.table_len() + 1, have: parser.table_len() };
+        return Ok((parser.understood(), Some(reason.unwrap_or(cut))));
+    }
+    Ok((parser.understood(), None))
+}
+
+/// Reads the table in growing pieces; also says why that ended, if it makes no sense.
+fn feed(
     mut parser: SnapshotParser,
     header: &Header,
     mut read: impl FnMut(u64, &mut [u8]) -> Result<usize>,
-) -> Result<std::result::Result<(Vec<Snapshot>, u64), Malformed>> {
+) -> Result<(SnapshotParser, Option<Malformed>)> {
     let mut at = header.snapshots.offset.0;
     let mut piece = vec![0; FIRST_PIECE];
     // Ends at the latest with the limit of the table's length.
-    let mut is_whole = header.snapshots.count == 0;
-    while !is_whole {
+    while !parser.is_complete() {
         let have = read(at, &mut piece)?;
         if have == 0 {
             break;
         }
-        is_whole = match parser.feed(&piece[..have]) {
-            Ok(is_whole) => is_whole,
-            Err(reason) => return Ok(Err(reason)),
-        };
+        if let Err(reason) = parser.feed(&piece[..have]) {
+            return Ok((parser, Some(reason)));
+        }
         at += have as u64;
         piece.resize((piece.len() * 2).min(LARGEST_PIECE), 0);
     }
-    let len = parser.table_len();
-    Ok(parser.finish().map(|snapshots| (snapshots, len)))
+    Ok((parser, None))
 }

@@ -213,8 +213,22 @@ impl StoreFile {
 
     /// Whether the file still looks as it was described, or is changed by nobody but ourselves.
     pub fn is_as_expected(&self) -> Result<bool> {
-        let Some(expected) = self.expected() else { return Ok(true) };
-        Ok(self.is_written() || self.stat()?.signature == expected)
+        loop {
+            let Some(expected) = self.expected() else { return Ok(true) };
+            if self.is_written() || self.stat()?.signature == expected {
+                return Ok(true);
+            }
+            // Our own writer may have left in between, and noted what it has made of the file.
+            if self.expected() == Some(expected) {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Whether nobody but ourselves has changed the file since it was described, also while we write it: everything
+    /// that was ours is noted by now.
+    pub fn is_untouched(&self) -> Result<bool> {
+        Ok(self.expected() == Some(self.stat()?.signature))
     }
 
     /// Whether this process writes the file now.

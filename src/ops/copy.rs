@@ -9,6 +9,7 @@ use crate::chain::{Source as Place, View};
 use crate::error::Result;
 use crate::image::write::{Located, Writer, Zeroing};
 use crate::io::Storage;
+use crate::units::HostOffset;
 
 /// Bytes of the disk that are looked at in one piece, at most.
 pub(super) const PIECE: u64 = 8 << 20;
@@ -63,7 +64,12 @@ impl Segment {
         let Some(layer) = view.layers().get(extent.layer) else { return Ok((Found::Silent, extent.len)) };
         let found = match extent.source {
             Place::Zero => Found::Zero,
-            Place::Data(host) => Found::In(Arc::clone(layer.image().data()), host.0),
+            Place::Data(host) => {
+                // What the file has no blocks for reads as zeroes, and costs no space where it goes.
+                let (is_data, run) = layer.image().file_extent(host, HostOffset(host.0 + extent.len))?;
+                let found = if is_data { Found::In(Arc::clone(layer.image().data()), host.0) } else { Found::Zero };
+                return Ok((found, run));
+            }
             Place::Compressed | Place::Bad => Found::Read,
         };
         Ok((found, extent.len))

@@ -208,7 +208,7 @@ fn delete_by_writer(store: &Arc<Store>, world: &World, index: ImageIndex, snapsh
         return done.and(job.describe_anew());
     }
     let mut job = store.take_image(&world.catalog, index)?;
-    let writer = job.open_writer(None, Keeping::View)?;
+    let writer = job.open_writer(None, Keeping::Nothing)?;
     let done = writer.delete_snapshot(snapshot).and_then(|()| writer.close());
     drop(writer);
     done.and(job.finish())

@@ -271,7 +271,7 @@ impl Engine {
                 commit::begin(self, chain, request, command, tokens).map(|job| Some(Job::Commit(Box::new(job))))
             }
             Request::Pull(request) => {
-                pull::begin(self, chain, request, command, tokens).map(|job| Some(Job::Pull(Box::new(job))))
+                pull::begin(self, chain, request, command, tokens).map(|job| job.map(|job| Job::Pull(Box::new(job))))
             }
             Request::Delete(request) => delete::begin(self, chain, request, command, tokens),
             Request::Revert(request) => revert::begin(self, chain, request, command),

@@ -30,6 +30,8 @@ pub(super) struct Layers {
     base: Option<ImageIndex>,
     /// What the layer stands on no more.
     between: Vec<ImageIndex>,
+    /// Whether it stands there already.
+    is_done: bool,
 }
 
 impl Layers {
@@ -56,7 +58,7 @@ fn layers(world: &World, chain: &Chain, request: &RebaseRequest) -> Result<Layer
     }
     let below = &chain.views.layers[depth + 1..];
     let between = below.iter().copied().take_while(|index| !above.contains(index)).collect();
-    Ok(Layers { depth, layer, base, between })
+    Ok(Layers { depth, layer, base, between, is_done: false })
 }
 
 /// Has the store look at the file that `base=` names, if it means one: in a directory for backing files there may be
@@ -94,17 +96,18 @@ fn base(world: &World, chain: &Chain, layer: ImageIndex, name: &[u8]) -> Result<
 pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &RebaseRequest) -> Result<(Plan, Layers)> {
     let chain = world.chain(path)?;
     let layers = layers(world, &chain, request)?;
+    if pull::stands_already(world, layers.layer, layers.base).or_else(|error| {
+        // Who gives another name only may mean just that.
+        if request.is_unsafe { Ok(false) } else { Err(error) }
+    })? {
+        return Ok((pull::nothing_to_do(world, &chain), Layers { is_done: true, ..layers }));
+    }
     let mut plan = if request.is_unsafe {
         plan_unsafe(engine, world, &chain, &layers, request.drop_layers)
     } else {
         pull::plan_of(engine, world, &chain, &as_pull(&chain, &layers), &PullRequest::default())
     };
     let refusals = &mut plan.refusals;
-    let stands_on = world.stands_on(layers.layer);
-    if !request.is_unsafe && stands_on == layers.base {
-        let fact = if stands_on.is_some() { "stands on that already" } else { "stands on nothing" };
-        return Err(Error::new(ErrorKind::Usage, format!("{} {fact}", world.image(layers.layer).shown())));
-    }
     if let Some(base) = layers.base {
         refuse_base(engine, world, &layers, base, request.is_unsafe, refusals);
         let image = world.image(base);
@@ -216,6 +219,9 @@ pub(super) fn begin(
     let (lock, world) = World::begin(store)?;
     let (plan, layers) = plan(engine, &world, path, request)?;
     world.accept(&plan)?;
+    if layers.is_done {
+        return Ok(None);
+    }
     if request.is_unsafe {
         tokens.extend(&world.chains_of(&[layers.layer]))?;
         change_name(engine, &world, path, &layers)?;

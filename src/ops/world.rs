@@ -210,6 +210,9 @@ impl World {
                 return refuse(ErrorKind::Busy, "has other names (hard links), and is the external data file");
             }
         }
+        if let Some(problem) = image.qcow2().and_then(|qcow2| qcow2.refcount_problem.as_ref()) {
+            return refuse(ErrorKind::Corrupt, problem);
+        }
         if image.qcow2().is_some_and(|qcow2| qcow2.header.corrupt()) {
             return refuse(ErrorKind::Corrupt, "is marked as corrupt; run chainfs check --repair all");
         }

@@ -22,6 +22,9 @@ pub struct MapEntry {
     pub data: bool,
     /// Whether they are compressed.
     pub compressed: bool,
+    /// Whether nobody knows, for a layer is missing: ours. QEMU's flags then say neither data nor zeroes.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub lost: bool,
     /// Where in the file, if the bytes stand there as they are.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
@@ -41,6 +44,9 @@ pub fn json(entries: &[MapEntry]) -> String {
              \"compressed\": {}",
             entry.start, entry.length, entry.depth, entry.present, entry.zero, entry.data, entry.compressed
         );
+        if entry.lost {
+            text.push_str(", \"lost\": true");
+        }
         if let Some(offset) = entry.offset {
             let _ = write!(text, ", \"offset\": {offset}");
         }
@@ -53,8 +59,9 @@ pub fn json(entries: &[MapEntry]) -> String {
 /// As `qemu-img map`: what is stored, and where. Compressed runs, at which qemu-img gives up, say so.
 pub fn human(entries: &[MapEntry]) -> String {
     let mut text = format!("{:<16}{:<16}{:<16}{}\n", "Offset", "Length", "Mapped to", "File");
-    for entry in entries.iter().filter(|entry| entry.data && !entry.zero) {
+    for entry in entries.iter().filter(|entry| entry.data && !entry.zero || entry.lost) {
         let place = match entry.offset {
+            _ if entry.lost => "missing".to_owned(),
             Some(offset) => hex(offset),
             None if entry.compressed => "compressed".to_owned(),
             None => "-".to_owned(),
@@ -86,6 +93,7 @@ mod tests {
             zero: false,
             data,
             compressed: false,
+            lost: false,
             offset: None,
             filename: None,
         }
@@ -110,6 +118,15 @@ mod tests {
         let parsed: serde_json::Value = serde_json::from_str(expected).unwrap();
         assert_eq!(serde_json::to_value(sample()).unwrap(), parsed);
         assert_eq!(json(&[]), "[]\n");
+    }
+
+    #[test]
+    fn what_is_lost_is_neither_data_nor_zero() {
+        let lost = MapEntry { present: false, data: false, lost: true, ..entry(0, 512) };
+        let expected = "[{ \"start\": 0, \"length\": 512, \"depth\": 0, \"present\": false, \"zero\": false, \"data\": false, \
+                        \"compressed\": false, \"lost\": true}]\n";
+        assert_eq!(json(std::slice::from_ref(&lost)), expected);
+        assert!(human(&[lost]).ends_with("\n0               0x200           missing\n"));
     }
 
     #[test]

@@ -22,7 +22,7 @@ use crate::io::{FileId, FileStat, StoreFile, WriteLock, WriterKind};
 
 use super::Store;
 use super::catalog::{Catalog, ImageEntry, ImageIndex};
-use super::describe::header_digest;
+use super::describe::{Content, describe, header_digest};
 use super::open::{OpenImage, OpenView, ViewPart, changed};
 use super::options::Format;
 
@@ -164,6 +164,11 @@ impl Store {
         if access.writes() {
             self.may_be_written(catalog, leaf)?;
             self.is_nobodys_base(leaf)?;
+            if self.options.salvage
+                && let Some(problem) = catalog.view_problem(layers)
+            {
+                return Err(Error::new(ErrorKind::ReadOnly, format!("{problem}; what is left of it is only read")));
+            }
         }
         let disk = self.active.disk(leaf);
         if disk.is_closed.load(Ordering::Acquire) {
@@ -179,7 +184,7 @@ impl Store {
             }
         } else {
             // The same view as before, unless the files have changed since.
-            let open = self.open_view(catalog, layers, ViewPart::Active, true)?;
+            let open = self.open_shown(catalog, layers, ViewPart::Active, true)?;
             let fingerprint = open.fingerprint;
             let old = std::mem::replace(&mut *disk.state.write(), State::Reading(open));
             if matches!(&old, State::Reading(old) if old.fingerprint != fingerprint) {
@@ -523,16 +528,21 @@ impl ActiveDisk {
 pub(super) fn unchanged(top: &OpenImage, leaf: &ImageEntry) -> Result<()> {
     let seen = std::iter::once(&leaf.stat).chain(leaf.data_file.as_ref().map(|(_, stat)| stat));
     for (file, seen) in top.files().zip(seen) {
-        if file.stat()?.signature != seen.signature {
+        // The catalog may be older than what our own last writer has made of it, of which all is known.
+        if file.stat()?.signature != seen.signature && !file.is_untouched()? {
             return Err(changed(file));
         }
     }
-    let Some(qcow2) = leaf.qcow2() else { return Ok(()) };
+    let (Some(qcow2), Some(known)) = (leaf.qcow2(), top.image.header()) else { return Ok(()) };
     // Times of files are coarse.
-    if header_digest(&*top.file.descriptor()?, leaf.stat.signature.size)? != qcow2.digest {
-        return Err(changed(&top.file));
+    let descriptor = top.file.descriptor()?;
+    if header_digest(&descriptor, leaf.stat.signature.size)? == qcow2.digest {
+        return Ok(());
     }
-    Ok(())
+    match describe(&descriptor, top.file.stat()?.signature.size)? {
+        Content::Qcow2(now) if now.header == *known => Ok(()),
+        _ => Err(changed(&top.file)),
+    }
 }
 
 fn new_writer(store: &Store, top: &OpenImage, view: &View) -> Result<Arc<Writer>> {
@@ -560,6 +570,51 @@ mod tests {
     use crate::store::testing::OneDisk;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::path::Path;
+
+    #[test]
+    fn what_our_own_writer_has_left_since_the_scan_is_no_change_by_others() {
+        let OneDisk { directory, store, .. } = &OneDisk::new(1 << 20);
+        let catalog = store.catalog();
+        let leaf = catalog.chain(Path::new("a")).unwrap();
+        for at in 0..8 {
+            let disk = store.open_active(&catalog, &[leaf], Access::Write).unwrap();
+            disk.write_at(at << 16, b"guest").unwrap();
+            drop(disk);
+            // By the same catalog, which is older than all of that.
+            let job = store.take_active(&catalog, &[leaf]).unwrap();
+            job.writer().unwrap().write_at(at << 16, b"a job").unwrap();
+            drop(job);
+            let mut image = store.take_image(&catalog, leaf).unwrap();
+            image.open_writer(None, crate::store::Keeping::Nothing).unwrap().close().unwrap();
+            image.finish().unwrap();
+            let disk = store.open_active(&catalog, &[leaf], Access::Read).unwrap();
+            let mut have = [0; 5];
+            disk.read_at(at << 16, &mut have).unwrap();
+            assert_eq!(&have, b"a job");
+        }
+        // By others it is.
+        let place = directory.path().join("a.qcow2");
+        let image = std::fs::read(&place).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::fs::write(&place, image).unwrap();
+        let open = |access| store.open_active(&catalog, &[leaf], access).map(drop);
+        for refused in [open(Access::Write), open(Access::Read), store.take_image(&catalog, leaf).map(drop)] {
+            assert_eq!(refused.unwrap_err().kind(), ErrorKind::Stale);
+        }
+    }
+
+    #[test]
+    fn a_disk_that_has_grown_since_the_scan_is_looked_at_again() {
+        let OneDisk { store, .. } = &OneDisk::new(1 << 20);
+        let catalog = store.catalog();
+        let leaf = catalog.chain(Path::new("a")).unwrap();
+        let disk = store.open_active(&catalog, &[leaf], Access::Write).unwrap();
+        disk.set_size(2 << 20).unwrap();
+        drop(disk);
+        let open = |catalog: &Catalog| store.open_active(catalog, &[leaf], Access::Read).map(drop);
+        assert_eq!(open(&catalog).unwrap_err().kind(), ErrorKind::Stale);
+        open(&store.catalog()).unwrap();
+    }
 
     #[test]
     fn a_change_that_a_bug_broke_off_is_never_flushed_and_ends_all_writing() {

@@ -199,13 +199,14 @@ impl Catalog {
     /// What is wrong with an image and with its link downwards, as whole sentences.
     pub fn sentences(&self, index: ImageIndex) -> Vec<String> {
         let image = &self.images[index];
-        let snapshots = image.qcow2().and_then(|qcow2| qcow2.snapshot_problem.as_deref());
+        let within = image.qcow2().into_iter();
+        let within = within.flat_map(|qcow2| qcow2.snapshot_problem.iter().chain(&qcow2.refcount_problem));
         let own =
             image.problem.iter().chain(image.below.sentence()).map(|sentence| format!("{} {sentence}", image.shown()));
         let is_corrupt = image.qcow2().is_some_and(|qcow2| qcow2.header.corrupt());
         let corrupt = is_corrupt.then_some(MARKED_CORRUPT);
-        own.chain(snapshots.into_iter().chain(corrupt).map(|sentence| format!("{} {sentence}", image.shown())))
-            .collect()
+        let within = within.map(String::as_str).chain(corrupt);
+        own.chain(within.map(|sentence| format!("{} {sentence}", image.shown()))).collect()
     }
 
     /// Why a view cannot be read; unlike [`Catalog::sentences`] without what concerns only others.

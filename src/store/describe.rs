@@ -7,9 +7,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::format::snapshot::{Snapshot, SnapshotParser};
+use crate::format::snapshot::Snapshot;
 use crate::format::{Header, Malformed, header};
-use crate::image::read_snapshots_with;
+use crate::image::read_snapshots_there_are;
 use crate::io::read_full;
 
 /// A file's own word.
@@ -35,6 +35,8 @@ pub struct Qcow2 {
     /// What is wrong with its internal snapshots, to follow the file's name; the active state can
     /// be read all the same.
     pub snapshot_problem: Option<String>,
+    /// What is wrong with its refcounts, to follow the file's name; only writers need them.
+    pub refcount_problem: Option<String>,
     /// A digest of the bytes that were read as header.
     pub digest: u64,
 }
@@ -57,15 +59,47 @@ pub(super) fn describe(file: &OwnedFd, len: u64) -> Result<Content> {
         Ok(header) => Arc::new(header),
         Err(reason) => return malformed(reason.to_string()),
     };
-    let (snapshots, snapshot_problem) = match snapshots(file, &header) {
-        Ok(Ok(snapshots)) => {
-            let problem = lost_snapshot(&snapshots, len);
-            (snapshots, problem)
-        }
-        Ok(Err(reason)) => (Vec::new(), Some(format!("shows no internal snapshots: {reason}"))),
-        Err(error) => return Err(error),
+    let (snapshots, cut) = read_snapshots_there_are(&header, |at, buf| read(file, at, buf))?;
+    let snapshot_problem = match cut {
+        Some(reason) => Some(missing_snapshots(&header, snapshots.len(), &reason)),
+        None => damaged_snapshots(&snapshots).or_else(|| lost_snapshot(&snapshots, len)),
     };
-    Ok(Content::Qcow2(Arc::new(Qcow2 { header, snapshots, snapshot_problem, digest: digest(&bytes) })))
+    let refcount_problem = header.refcount_damage.as_ref().map(|reason| {
+        let fact = format!("has damaged refcounts, without which it is read, and not written: {}", reason.fact());
+        format!("{fact}; unmount it and run chainfs check --repair all")
+    });
+    let digest = digest(&bytes);
+    Ok(Content::Qcow2(Arc::new(Qcow2 { header, snapshots, snapshot_problem, refcount_problem, digest })))
+}
+
+/// Damaged snapshots that are named one by one.
+const NAMED: usize = 8;
+
+/// Says that the table ends before its time.
+fn missing_snapshots(header: &Header, found: usize, reason: &Malformed) -> String {
+    let count = header.snapshots.count;
+    let reason = match reason {
+        Malformed::Truncated { .. } => {
+            format!("the snapshot table of {count} entries is cut off by the end of the file")
+        }
+        reason => reason.to_string(),
+    };
+    match found {
+        0 => format!("shows no internal snapshots: {reason}"),
+        found => format!("shows {found} of {count} internal snapshots: {reason}"),
+    }
+}
+
+/// Names the snapshots of which the entry makes no sense; the others can be read all the same.
+fn damaged_snapshots(snapshots: &[Snapshot]) -> Option<String> {
+    let damaged: Vec<&Snapshot> = snapshots.iter().filter(|snapshot| snapshot.damage.is_some()).collect();
+    let reason = damaged.first()?.damage.as_ref()?;
+    let name = |snapshot: &&Snapshot| format!("\"{}\"", String::from_utf8_lossy(&snapshot.name).escape_debug());
+    let names = damaged.iter().take(NAMED).map(name).collect::<Vec<_>>().join(", ");
+    let more = damaged.len().saturating_sub(NAMED);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    let what = if damaged.len() == 1 { "an internal snapshot" } else { "internal snapshots" };
+    Some(format!("has {what} that cannot be read, {names}{more}: {reason}"))
 }
 
 /// Says of the first snapshot whose L1 table is not in the file that it cannot be read.
@@ -89,18 +123,6 @@ pub(super) fn header_digest(file: &OwnedFd, len: u64) -> Result<u64> {
     bytes = vec![0; needed.min(len) as usize];
     read(file, 0, &mut bytes)?;
     Ok(digest(&bytes))
-}
-
-fn snapshots(file: &OwnedFd, header: &Header) -> Result<std::result::Result<Vec<Snapshot>, String>> {
-    let found = read_snapshots_with(SnapshotParser::new(header), header, |at, buf| read(file, at, buf))?;
-    Ok(match found {
-        Ok((snapshots, _)) => Ok(snapshots),
-        Err(Malformed::Truncated { .. }) => {
-            let count = header.snapshots.count;
-            Err(format!("the snapshot table of {count} entries is cut off by the end of the file"))
-        }
-        Err(reason) => Err(reason.to_string()),
-    })
 }
 
 fn read(file: &OwnedFd, at: u64, buf: &mut [u8]) -> Result<usize> {

@@ -43,7 +43,7 @@ pub(super) struct OpenDisks {
 impl Store {
     /// Opens the snapshot that `layers` (top first) show. `Stale` as for a view.
     pub fn open_disk(&self, catalog: &Catalog, layers: &[ImageIndex], part: ViewPart) -> Result<Arc<OpenDisk>> {
-        let view = RwLock::new(Arc::new(self.open_view(catalog, layers, part, false)?));
+        let view = RwLock::new(Arc::new(self.open_shown(catalog, layers, part, false)?));
         let top = &catalog.images[layers[0]];
         let inner = place(part).and_then(|index| snapshots(top).get(index).cloned());
         let disk = Arc::new(OpenDisk { top: top.stat.id, part, inner, view });
@@ -82,7 +82,7 @@ impl Store {
                 if matches!(part, ViewPart::VmState(_)) { ViewPart::VmState(index) } else { ViewPart::Snapshot(index) }
             }
         };
-        self.open_view(catalog, &catalog.layers(top), part, false).map(Some)
+        self.open_shown(catalog, &catalog.layers(top), part, false).map(Some)
     }
 }
 

@@ -35,8 +35,6 @@ pub enum Keeping {
     Nothing,
     /// Until the job is published nothing of it is.
     Everything,
-    /// It is written to, and shows the same afterwards.
-    View,
 }
 
 impl Store {
@@ -98,14 +96,11 @@ impl JobImage {
                 let below = below.map(|view| view as Arc<dyn Below>);
                 let options = writer_options(&self.store);
                 match keeping {
-                    Keeping::Nothing | Keeping::View => Writer::qcow2(name, file, data_file, below, options)?,
+                    Keeping::Nothing => Writer::qcow2(name, file, data_file, below, options)?,
                     Keeping::Everything => Writer::qcow2_undoable(name, file, below, options)?,
                 }
             }
         };
-        if keeping == Keeping::View {
-            writer.keep_content();
-        }
         self.writer = Some(Arc::clone(&writer));
         Ok(writer)
     }

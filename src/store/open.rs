@@ -13,16 +13,19 @@ use parking_lot::Mutex;
 
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Snapshot;
+use crate::format::{Header, Snapshot};
 use crate::image::{Image, Layer, unreadable};
 use crate::io::{FileId, ReadLock, Storage, StoreFile};
 
 use super::Store;
-use super::catalog::{Catalog, ImageEntry, ImageIndex};
+use super::catalog::{Below, Catalog, ImageEntry, ImageIndex};
 use super::describe::{Content, describe};
 use super::intents::FoundIntent;
 use super::options::Format;
 use super::resolve::Place;
+
+/// How often an image is opened that our own writers leave meanwhile.
+const OPEN_TRIES: usize = 16;
 
 /// Which disk of a view's top layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -143,6 +146,25 @@ impl OpenImage {
         let as_expected = |file: &Arc<StoreFile>| file.is_as_expected().unwrap_or(false);
         self.is_at(entry) && self.files().all(as_expected)
     }
+
+    /// Whether an older look at the image still tells of it what commands go by: a guest that writes it moves its tables
+    /// and marks its bitmaps, and changes nothing else.
+    fn is_as_told(&self, entry: &ImageEntry) -> bool {
+        let now = self.image.header();
+        match (now, entry.qcow2()) {
+            (None, None) => self.image.virtual_size().ok() == entry.virtual_size(),
+            (Some(now), Some(told)) => {
+                let told = Header {
+                    l1: now.l1,
+                    refcount_table: now.refcount_table,
+                    autoclear: now.autoclear,
+                    ..(*told.header).clone()
+                };
+                told == **now
+            }
+            (None, Some(_)) | (Some(_), None) => false,
+        }
+    }
 }
 
 impl Opened {
@@ -231,9 +253,39 @@ impl Opened {
 }
 
 impl Store {
+    /// Opens the view of `layers` (top first) for somebody who looks at it. Where a layer is lost and the user wants to
+    /// salvage what is left, what the layers above it are silent on is an error, and the rest can be read.
+    pub fn open_shown(&self, catalog: &Catalog, layers: &[ImageIndex], part: ViewPart, live: bool) -> Result<OpenView> {
+        let is_whole = matches!(part, ViewPart::VmState(_)) || catalog.view_problem(layers).is_none();
+        if is_whole {
+            return self.open_view(catalog, layers, part, live);
+        }
+        if self.options.salvage {
+            return self.open_stack(catalog, layers, part, live, true);
+        }
+        self.open_view(catalog, layers, part, live).map_err(|error| match error.kind() {
+            ErrorKind::Broken => {
+                let remedy = "or read what its other layers hold with -o salvage";
+                Error::new(ErrorKind::Broken, format!("{error}, {remedy}"))
+            }
+            _ => error,
+        })
+    }
+
     /// Opens the view of `layers` (top first). `live`: the top layer may change while it is read.
     /// `Stale` if a file is no longer what the catalog says: look again, then open again.
     pub fn open_view(&self, catalog: &Catalog, layers: &[ImageIndex], part: ViewPart, live: bool) -> Result<OpenView> {
+        self.open_stack(catalog, layers, part, live, false)
+    }
+
+    fn open_stack(
+        &self,
+        catalog: &Catalog,
+        layers: &[ImageIndex],
+        part: ViewPart,
+        live: bool,
+        is_salvage: bool,
+    ) -> Result<OpenView> {
         let (top, below) = layers.split_first().expect("a view has a top layer");
         let top = &catalog.images[*top];
         let mut locks = Vec::with_capacity(layers.len());
@@ -250,17 +302,29 @@ impl Store {
         let mut stack = vec![first];
         // VM state was never in a lower layer, and needs none.
         let below = if matches!(part, ViewPart::VmState(_)) { None } else { Some(below) };
+        let (below, lost) = match below {
+            Some(_) if is_salvage => left(catalog, layers),
+            below => (below.unwrap_or_default(), None),
+        };
         // An encrypted layer says more than "broken" does.
-        for index in below.unwrap_or_default() {
+        for index in below {
             readable(&catalog.images[*index])?;
         }
-        if let Some(problem) = below.and_then(|_| catalog.view_problem(layers)) {
+        if !is_salvage
+            && !matches!(part, ViewPart::VmState(_))
+            && let Some(problem) = catalog.view_problem(layers)
+        {
             return Err(Error::new(ErrorKind::Broken, problem));
         }
-        for index in below.unwrap_or_default() {
+        for index in below {
             let open = self.open_image(&catalog.images[*index], true, &mut locks, &mut forced)?;
             key.push(open.image.serial());
             stack.push(Layer::active(&open.image)?);
+        }
+        if let Some(sentence) = lost {
+            let lost = Image::lost(&sentence, &self.caches);
+            key.push(lost.serial());
+            stack.push(Layer::active(&lost)?);
         }
         let frozen_raw = !live && stack.len() == 1 && part == ViewPart::Active && top.format == Some(Format::Raw);
         // What is read by force is never the same as for the next who opens it: kept, it would only keep its files open.
@@ -407,16 +471,34 @@ impl Store {
         forced: &mut Option<Error>,
     ) -> Result<OpenImage> {
         readable(entry)?;
+        for _ in 0..OPEN_TRIES {
+            let mut own = Vec::new();
+            if let Some(open) = self.try_open_image(entry, frozen, &mut own, forced)? {
+                locks.append(&mut own);
+                return Ok(open);
+            }
+        }
+        let fact = "is opened and closed for writing all the while; try again";
+        Err(Error::new(ErrorKind::Stale, format!("{} {fact}", entry.shown())))
+    }
+
+    /// The same; `None` if our own writer has left in between.
+    fn try_open_image(
+        &self,
+        entry: &ImageEntry,
+        frozen: bool,
+        locks: &mut Vec<ReadLock>,
+        forced: &mut Option<Error>,
+    ) -> Result<Option<OpenImage>> {
         let format = entry.format.expect("a readable image has a format");
         let known = self.opened.images.lock().get(&entry.stat.id).cloned();
         let mut is_known = false;
         let open = match known {
-            Some(open) if open.is_current(entry) => {
+            // One more opening beside ours would be another process to our own locks.
+            Some(open) if open.is_current(entry) || open.is_ahead(entry) => {
                 is_known = true;
                 open
             }
-            // One more opening beside ours would be another process to our own locks.
-            Some(open) if open.is_ahead(entry) => return Err(changed(&open.file)),
             _ => self.make(entry, format, true)?,
         };
         match lock(&open, frozen, locks) {
@@ -425,7 +507,7 @@ impl Store {
             // of it may be remembered for the next who opens it.
             Err(error) if error.kind() == ErrorKind::Busy && self.options.force_share && !open.file.is_written() => {
                 *forced = Some(error);
-                return self.make(entry, format, false);
+                return self.make(entry, format, false).map(Some);
             }
             Err(error) => return Err(error),
         }
@@ -439,11 +521,15 @@ impl Store {
         if !is_known {
             images.insert(entry.stat.id, open.clone());
         } else if !images.get(&entry.stat.id).is_some_and(|now| Arc::ptr_eq(&now.image, &open.image)) {
-            // Our own writer has left in between: what is kept of the tables is from before it.
-            return Err(changed(&open.file));
+            // What is kept of the tables is from before the writer.
+            return Ok(None);
         }
         drop(images);
-        Ok(open)
+        // A catalog that is older than our own last change will do, if that has changed nothing it is asked about.
+        if !open.file.is_written() && !open.is_current(entry) && !open.is_as_told(entry) {
+            return Err(changed(&open.file));
+        }
+        Ok(Some(open))
     }
 
     fn make(&self, entry: &ImageEntry, format: Format, fixed: bool) -> Result<OpenImage> {
@@ -461,6 +547,22 @@ impl Store {
         };
         Ok(OpenImage { image, file, data_file, places: places(entry), format })
     }
+}
+
+/// Of a chain (top first), what lies below its top and can be read, and why that is not all.
+fn left<'a>(catalog: &Catalog, layers: &'a [ImageIndex]) -> (&'a [ImageIndex], Option<String>) {
+    for (depth, index) in layers.iter().enumerate() {
+        let image = &catalog.images[*index];
+        if depth > 0
+            && let Some(problem) = &image.problem
+        {
+            return (&layers[1..depth], Some(format!("{} {problem}", image.shown())));
+        }
+        if matches!(image.below, Below::Broken { .. }) {
+            return (&layers[1..=depth], catalog.view_problem(&[*index]));
+        }
+    }
+    (&layers[1..], None)
 }
 
 /// Refuses an image that is known to be unreadable.

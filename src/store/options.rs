@@ -49,6 +49,8 @@ pub struct StoreOptions {
     pub probe: bool,
     /// Whether images that another process writes are opened all the same.
     pub force_share: bool,
+    /// Whether a disk of which a layer is lost is opened all the same, to be read as far as the others hold it.
+    pub salvage: bool,
     /// Whether nothing is ever opened for writing.
     pub read_only: bool,
     /// Whether images are written even where no file locks keep two writers apart.
@@ -78,6 +80,7 @@ impl Default for StoreOptions {
             formats: Vec::new(),
             probe: false,
             force_share: false,
+            salvage: false,
             read_only: false,
             no_lock: false,
             cache: 128 << 20,

@@ -69,7 +69,8 @@ impl ChainViews {
                 continue;
             }
             let active = layer == 0 && catalog.is_active(leaf);
-            for (snapshot, Snapshot { name, id, vm_state_size, .. }) in qcow2.snapshots.iter().enumerate() {
+            let good = qcow2.snapshots.iter().enumerate().filter(|(_, snapshot)| snapshot.damage.is_none());
+            for (snapshot, Snapshot { name, id, vm_state_size, .. }) in good {
                 forms.push(ViewForm { path: &image.place.path, active, snapshot: Some((name, id)) });
                 let has_vm_state = *vm_state_size > 0;
                 views.push(ChainView {

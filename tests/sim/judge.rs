@@ -6,6 +6,7 @@
 
 use std::cell::Cell;
 
+use chainfs::format::Version;
 use chainfs::image::check::{CheckReport, check};
 use chainfs::image::write::{Writer, WriterOptions, Zeroing};
 
@@ -105,14 +106,13 @@ impl<'a> Judge<'a> {
         if header.corrupt() {
             return Err("it is marked corrupt".into());
         }
-        if header.dirty() && !self.image.is_dirty {
+        // Where an internal snapshot is under way, counts and flags may differ, and the image says so if it can.
+        let is_sharing = self.history.is_sharing(Moment::Cut(state.cut));
+        if header.dirty() && !self.image.is_dirty && !is_sharing {
             return Err("it is marked dirty".into());
         }
-        let leaks = if header.dirty() {
-            u64::MAX
-        } else {
-            judge_report(&state.files, self.history.is_sharing(Moment::Cut(state.cut)))?.leaks
-        };
+        let may_share = is_sharing && header.version == Version::V2;
+        let leaks = if header.dirty() { u64::MAX } else { judge_report(&state.files, may_share)?.leaks };
         let sizes = self.history.legal_sizes(Moment::Cut(state.cut));
         if !sizes.contains(&header.virtual_size) {
             return Err(format!("the disk has {} bytes, legal are {sizes:?}", header.virtual_size));
@@ -123,10 +123,9 @@ impl<'a> Judge<'a> {
         }
         self.judge_snapshots(&opened, &content, state.cut)?;
         if mix(state.seed).is_multiple_of(self.qemu_one_in) {
-            let may_share = self.history.is_sharing(Moment::Cut(state.cut));
             self.ask_qemu(&state.files, header.dirty(), may_share, &content)?;
         }
-        self.write_on(state, leaks, content, &mut random)
+        self.write_on(state, (leaks, may_share), content, &mut random)
     }
 
     fn read(&self, opened: &Opened, ranges: Vec<(u64, u64)>) -> Result<Content, String> {
@@ -159,7 +158,13 @@ impl<'a> Judge<'a> {
     }
 
     /// What a user would do next: open it and go on.
-    fn write_on(&self, state: &State, leaks: u64, content: Content, random: &mut Random) -> Result<(), String> {
+    fn write_on(
+        &self,
+        state: &State,
+        (leaks, may_share): (u64, bool),
+        content: Content,
+        random: &mut Random,
+    ) -> Result<(), String> {
         let text = |what: &str| {
             let what = what.to_owned();
             move |error: chainfs::error::Error| format!("after the crash, {what}: {error}")
@@ -169,9 +174,11 @@ impl<'a> Judge<'a> {
             state.files.iter().enumerate().map(|(file, pages)| SimDisk::new(&machine, file, pages.clone())).collect();
         let backing = self.image.backing.as_ref();
         let writer = open_writer(&disks, backing, self.options).map_err(text("opening"))?;
-        if leaks != u64::MAX && machine.changes() > 0 {
+        if leaks != u64::MAX && !may_share && machine.changes() > 0 {
             return Err("opening it for writing has changed the files".into());
         }
+        let opened: Vec<_> = disks.iter().map(|disk| disk.snapshot()).collect();
+        judge_report(&opened, false).map_err(|sentence| format!("opened for writing after the crash, {sentence}"))?;
         let mut content = content;
         let same = |writer: &Writer, content: &Content, when: &str| {
             for (at, bytes) in content {
@@ -200,8 +207,7 @@ impl<'a> Judge<'a> {
         writer.close().map_err(text("closing"))?;
         drop(writer);
         let files: Vec<_> = disks.iter().map(|disk| disk.snapshot()).collect();
-        let report = judge_report(&files, self.history.is_sharing(Moment::Cut(state.cut)))
-            .map_err(|sentence| format!("after writing on, {sentence}"))?;
+        let report = judge_report(&files, false).map_err(|sentence| format!("after writing on, {sentence}"))?;
         if report.leaks > leaks || leaks == u64::MAX && report.leaks > 0 {
             // Counts of clusters past the end of the file are no leaks until the file grows over them.
             let mut before = state.files.clone();

@@ -56,7 +56,7 @@ impl Disk {
     pub(super) fn view(&self) -> Result<OpenView> {
         let catalog = self.opened.store.catalog();
         let live = self.id.is_active() || self.opened.store.options().force_share;
-        self.opened.store.open_view(&catalog, &self.spot.layers(), self.spot.part(), live)
+        self.opened.store.open_shown(&catalog, &self.spot.layers(), self.spot.part(), live)
     }
 }
 

@@ -27,7 +27,7 @@ use refcounts::Refcounts;
 use tables::L2List;
 use window::{WINDOW_CLUSTERS, Window};
 
-pub use repair::{Actions, Repaired, Scope, rebuild_dirty, repair};
+pub use repair::{Actions, Repaired, Scope, mend_flags, rebuild_dirty, repair};
 use report::Kind;
 pub use report::{CheckReport, MAX_FINDINGS};
 
@@ -206,6 +206,9 @@ impl<'a> Audited<'a> {
 
     fn collect_metadata(&self, places: &mut Places, report: &mut CheckReport) -> Result<()> {
         let header = &self.header;
+        if let Some(damage) = &header.refcount_damage {
+            report.corruptions(Kind::Structure, 1, || damage.fact());
+        }
         self.add_region(places, 0, header.cluster.size(), report);
         self.add_l1(places, header.l1.offset.0, header.l1.len_bytes(), Weight::ACTIVE, report);
         let (snapshots, table_len) = self.read_snapshots()?;

@@ -168,6 +168,11 @@ pub(super) enum Verdict {
 }
 
 impl L2Table {
+    /// Where the cluster of an entry lies on the guest's disk.
+    pub(super) fn guest_of(&self, index: u64, cluster_size: u64) -> u64 {
+        self.guest.0.saturating_add(index.saturating_mul(cluster_size))
+    }
+
     /// What an entry of this table is, by its words and number.
     pub(super) fn verdict(&self, format: EntryFormat, refcounts: &Refcounts, entry: [u64; 2], index: u64) -> Verdict {
         let walk = EntryWalk { table: self, format, refcounts, expected_next: None };

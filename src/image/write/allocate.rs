@@ -57,7 +57,12 @@ impl Meta {
         }
         if end > self.file_len {
             // Others have no business here, but if they have made the file longer, it is not cut.
-            if core.file.len()? < end {
+            let len = core.file.len()?;
+            if len < self.file_len {
+                let fact = format_args!("the file was cut short at {len:#x} by others while it was written");
+                return Err(core.corrupt(fact).into());
+            }
+            if len < end {
                 core.file.set_len(end)?;
             }
             self.file_len = end;

@@ -34,7 +34,7 @@ impl Payload<'_> {
 impl Qcow2Writer {
     /// Makes `[at, at + len)` hold the bytes of `source` at `from`.
     pub(super) fn copy_from(&self, at: u64, len: u64, source: &dyn Storage, from: u64) -> Result<()> {
-        self.prepare()?;
+        self.prepare_content()?;
         let cluster = self.core.cluster();
         let mut done = 0;
         while done < len {

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::Version;
 use crate::format::subcluster::SUBCLUSTERS;
 use crate::io::Storage;
@@ -80,6 +80,10 @@ struct Segment {
 
 impl Qcow2Writer {
     fn fill_from_below(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<u64> {
+        if self.meta.read().has_damaged_snapshots {
+            let fact = "it has an internal snapshot whose entry is damaged, and what shows through that cannot be kept";
+            return Err(Error::new(ErrorKind::Corrupt, format!("{}: {fact}; restore it from a copy", self.core.name)));
+        }
         self.prepare()?;
         let cluster = self.core.cluster();
         let (mut at, end) = (cluster.floor(at), at.saturating_add(len));

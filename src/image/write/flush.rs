@@ -96,7 +96,8 @@ impl Qcow2Writer {
                 data_file.sync()?;
             }
             if !batch.is_empty() || (is_first && (is_first_flush || is_data_dirty && self.core.data_file.is_none())) {
-                self.core.file.sync()?;
+                // The kernel may have forgotten what it could not write, and show it all the same.
+                self.core.file.sync().inspect_err(|_| self.has_lost_writes.store(true, Ordering::Release))?;
             }
             self.meta.write().slices.written(batch);
         }

@@ -131,6 +131,8 @@ pub(super) struct Meta {
     pub(super) pending: Vec<Freed>,
     /// The internal snapshots, as the header names them.
     pub(super) snapshots: Vec<SnapshotRoot>,
+    /// Whether there are others, whose tables cannot be found.
+    pub(super) has_damaged_snapshots: bool,
     /// The image as it was, while what is written can be undone.
     pub(super) session: Option<Session>,
 }

@@ -11,6 +11,7 @@ mod fill;
 mod fill_plan;
 mod flush;
 mod growth;
+mod loss;
 mod meta;
 mod open;
 mod qcow2;
@@ -25,6 +26,7 @@ mod snapshot;
 mod snapshot_apply;
 mod snapshot_delete;
 mod undo;
+mod unfinished;
 mod zero;
 
 use std::sync::Arc;
@@ -35,6 +37,7 @@ use crate::image::HeaderChange;
 use crate::io::{Storage, WriteStorage};
 
 pub use fill::{Fill, Place, Wanted};
+pub(super) use open::refcounts_damaged;
 pub use ranges::{Held, Ranges};
 pub use snapshot::NewSnapshot;
 
@@ -216,15 +219,6 @@ impl Writer {
         match &self.body {
             Body::Raw(_) => Ok(()),
             Body::Qcow2(qcow2) => qcow2.reserve(bytes),
-        }
-    }
-
-    /// Says that what the disk shows is not going to change, whatever is written: bitmaps that note such changes go on
-    /// holding. Before the first write.
-    pub fn keep_content(&self) {
-        match &self.body {
-            Body::Raw(_) => {}
-            Body::Qcow2(qcow2) => qcow2.keeps_content.store(true, std::sync::atomic::Ordering::Release),
         }
     }
 

@@ -8,8 +8,8 @@ use parking_lot::{Mutex, RwLock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::feature;
 use crate::format::header::{AUTOCLEAR_AT, INCOMPATIBLE_AT};
-use crate::format::{EntryFormat, Header, Version};
-use crate::image::check::rebuild_dirty;
+use crate::format::{EntryFormat, Header, Malformed, Snapshot, Version};
+use crate::image::check::{mend_flags, rebuild_dirty};
 use crate::image::header::{self, HeaderChange};
 use crate::image::{read_bitmaps, read_header_with, read_snapshots, unreadable};
 use crate::io::WriteStorage;
@@ -38,6 +38,9 @@ impl Qcow2Writer {
             // Whoever wrote it last did not come to the end.
             rebuild_dirty(&*file, name)?;
             header = read_header(name, &*file)?;
+        } else if header.version == Version::V2 && header.data_file.is_none() {
+            // It cannot say so.
+            mend_flags(&*file, name)?;
         }
         if header.data_file.is_some() != data_file.is_some() {
             return Err(Error::new(ErrorKind::Broken, format!("{name}: its external data file is not there")));
@@ -61,9 +64,11 @@ impl Qcow2Writer {
             file_len,
             pending: Vec::new(),
             snapshots: Vec::new(),
+            has_damaged_snapshots: false,
             session: None,
         };
         meta.learn_roles(&core, &header)?;
+        meta.refuse_loss(&core, &header)?;
         Ok(Self {
             compression: header.compression,
             raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
@@ -76,9 +81,10 @@ impl Qcow2Writer {
             data_dirty: AtomicBool::new(false),
             has_synced: AtomicBool::new(false),
             reserved_end: AtomicU64::new(0),
-            keeps_content: AtomicBool::new(false),
             prepared: AtomicBool::new(false),
+            is_told: AtomicBool::new(false),
             preparing: Mutex::new(()),
+            has_lost_writes: AtomicBool::new(false),
             poison: OnceLock::new(),
             decompressed: Self::decompressed_cache(),
             core,
@@ -101,6 +107,25 @@ impl Qcow2Writer {
         Ok(writer)
     }
 
+    /// What has to be on disk before the first change of what the disk shows: bitmaps no longer hold. Commands that
+    /// leave every byte as it was do with [`Self::prepare`].
+    pub(super) fn prepare_content(&self) -> Result<()> {
+        self.prepare()?;
+        // What can be undone leaves the image as it is until it is published.
+        if self.is_told.load(Ordering::Acquire) || self.is_undoable() {
+            return Ok(());
+        }
+        let _one = self.preparing.lock();
+        if self.is_told.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if self.mark_bitmaps(&read_header(&self.core.name, &*self.core.file)?)? {
+            self.core.file.sync().map_err(|error| self.poisoned_by(error))?;
+        }
+        self.is_told.store(true, Ordering::Release);
+        Ok(())
+    }
+
     /// What has to be on disk before the first change is.
     pub(super) fn prepare(&self) -> Result<()> {
         self.check_poison()?;
@@ -113,7 +138,7 @@ impl Qcow2Writer {
         }
         let header = read_header(&self.core.name, &*self.core.file)?;
         // What can be undone leaves the image as it is until it is published.
-        let is_changed = !self.is_undoable() && self.mark(&header)?;
+        let is_changed = !self.is_undoable() && self.drop_unknown_features(&header)?;
         self.reserve_tables(&header)?;
         if is_changed {
             self.core.file.sync().map_err(|error| self.poisoned_by(error))?;
@@ -122,15 +147,14 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// Says in the header what no longer holds once the disk has changed; whether that was anything.
-    pub(super) fn mark(&self, header: &Header) -> Result<bool> {
-        let is_changed = self.mark_bitmaps(header)?;
-        // Promises of features that are not known here hold no longer.
+    /// Takes promises of features that are not known here, which hold no longer, out of the header; whether there were
+    /// any.
+    pub(super) fn drop_unknown_features(&self, header: &Header) -> Result<bool> {
         let kept = header.autoclear & feature::KNOWN_AUTOCLEAR;
         if header.autoclear != kept {
             self.core.file.write_at(AUTOCLEAR_AT, &kept.to_be_bytes())?;
         }
-        Ok(is_changed || header.autoclear != kept)
+        Ok(header.autoclear != kept)
     }
 
     /// Takes space for the tables there are, which may lie in holes of the file: a full file system then
@@ -156,10 +180,7 @@ impl Qcow2Writer {
 
     /// Bitmaps that follow every write no longer do: they say so themselves, as they would after a
     /// crash of QEMU. Those that are switched off hold.
-    fn mark_bitmaps(&self, header: &Header) -> Result<bool> {
-        if self.keeps_content.load(Ordering::Acquire) {
-            return Ok(false);
-        }
+    pub(super) fn mark_bitmaps(&self, header: &Header) -> Result<bool> {
         let Some((at, bitmaps)) = read_bitmaps(&self.core.name, &*self.core.file, header)? else { return Ok(false) };
         let mut is_changed = false;
         for bitmap in bitmaps.iter().filter(|bitmap| bitmap.auto && !bitmap.in_use) {
@@ -228,9 +249,19 @@ pub(super) fn read_header(name: &str, file: &dyn WriteStorage) -> Result<Header>
     read_header_with(name, file, Header::parse).map(|(header, _)| header)
 }
 
+/// Why an image is not written of which the refcounts are damaged.
+pub(in crate::image) fn refcounts_damaged(name: &str, reason: &Malformed) -> Error {
+    let fact = format!("its refcounts are damaged: {}", reason.fact());
+    let remedy = "it can be read; to write it, unmount it and run chainfs check --repair all";
+    Error::new(ErrorKind::Corrupt, format!("{name}: {fact}; {remedy}"))
+}
+
 fn refuse(name: &str, header: &Header) -> Result<()> {
     if let Some(sentence) = unreadable(header) {
         return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {sentence}")));
+    }
+    if let Some(reason) = &header.refcount_damage {
+        return Err(refcounts_damaged(name, reason));
     }
     if header.corrupt() {
         let sentence = "it is marked as corrupt and is not written to; read it, or run chainfs check --repair all";
@@ -280,10 +311,13 @@ impl Meta {
     fn learn_snapshots(&mut self, core: &Core, header: &Header) -> Result<()> {
         let (snapshots, table_len) = read_snapshots(&core.name, &*core.file, header)?;
         self.learn(core, "the snapshot table", header.snapshots.offset.0, table_len)?;
-        for snapshot in &snapshots {
+        // What a damaged entry reaches is counted, and so nobody's to take; where that is cannot be told.
+        let is_good = |snapshot: &&Snapshot| snapshot.damage.is_none();
+        for snapshot in snapshots.iter().filter(is_good) {
             self.learn(core, "the L1 table of an internal snapshot", snapshot.l1.offset.0, snapshot.l1.len_bytes())?;
         }
-        self.snapshots = snapshots.iter().map(SnapshotRoot::of).collect();
+        self.snapshots = snapshots.iter().filter(is_good).map(SnapshotRoot::of).collect();
+        self.has_damaged_snapshots = self.snapshots.len() < snapshots.len();
         Ok(())
     }
 

@@ -55,11 +55,13 @@ pub(super) struct Qcow2Writer {
     pub(super) has_synced: AtomicBool,
     /// Space is reserved up to here, behind the end of the file; 0 if there is none.
     pub(super) reserved_end: AtomicU64,
-    /// What the disk shows is not going to change: what notes such changes goes on holding.
-    pub(super) keeps_content: AtomicBool,
-    /// What the first write needs has been done.
+    /// What the first change needs has been done.
     pub(super) prepared: AtomicBool,
+    /// What notes changes of the disk's content has been told that there are some.
+    pub(super) is_told: AtomicBool,
     pub(super) preparing: Mutex<()>,
+    /// A barrier has failed: the file may read otherwise than it will after a crash.
+    pub(super) has_lost_writes: AtomicBool,
     /// Why nothing is written any more.
     pub(super) poison: OnceLock<Error>,
     pub(super) decompressed: Cache<(u64, u32), Arc<[u8]>>,
@@ -229,7 +231,7 @@ impl Qcow2Writer {
         if bytes.is_empty() {
             return Ok(());
         }
-        self.prepare()?;
+        self.prepare_content()?;
         let mut done = 0;
         while done < bytes.len() {
             let position = at + done as u64;

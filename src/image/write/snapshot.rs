@@ -1,13 +1,13 @@
 //! Internal snapshots, taken while the disk is read and written.
 //!
 //! A snapshot is the active L1 table once more, and one reference more to everything that it reaches.
-//! One write of 12 bytes within the header's first sector names it; whatever is cut off before that
-//! leaves leaks, and COPIED flags that say too much of clusters that nobody else refers to.
+//! One write of 20 bytes within the header's first sector names it; whatever is cut off before that
+//! leaves leaks, and COPIED flags that say too much of clusters that nobody else refers to (see [`super::unfinished`]).
 
 use std::sync::atomic::Ordering;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header::{MAX_SNAPSHOTS, SNAPSHOTS_AT};
+use crate::format::header::{INCOMPATIBLE_AT, MAX_SNAPSHOTS, SNAPSHOTS_AT};
 use crate::format::snapshot::{MAX_TABLE_LEN, append, next_id};
 use crate::format::{EntryFormat, Snapshot, Table};
 use crate::image::read_snapshots;
@@ -121,8 +121,16 @@ impl Qcow2Writer {
                 return Err(error);
             }
         };
-        self.share_everything()?;
-        self.switch_snapshots(&old, &places, &snapshot, table_len)
+        let bits = match self.reserve_l2_tables().and_then(|()| self.mark_unfinished()) {
+            Ok(bits) => bits,
+            Err(error) => {
+                self.meta.write().drop_places(core, &places).map_err(|error| self.poisoned_by(error))?;
+                return Err(error);
+            }
+        };
+        let shared = self.share_everything();
+        let done = shared.and_then(|()| self.switch_snapshots(&old, &places, &snapshot, table_len, bits));
+        done.inspect_err(|_| self.mend_unfinished())
     }
 
     /// The bytes of the table with one snapshot more.
@@ -157,6 +165,7 @@ impl Qcow2Writer {
             virtual_size: Some(self.size()),
             icount: None,
             extra_len: 24,
+            damage: None,
         })
     }
 
@@ -226,7 +235,14 @@ impl Qcow2Writer {
     }
 
     /// Makes everything durable, lets the header name the new table, and gives the old one back.
-    fn switch_snapshots(&self, old: &SnapshotTable, places: &Places, snapshot: &Snapshot, len: u64) -> Result<()> {
+    fn switch_snapshots(
+        &self,
+        old: &SnapshotTable,
+        places: &Places,
+        snapshot: &Snapshot,
+        len: u64,
+        bits: Option<u64>,
+    ) -> Result<()> {
         let core = &self.core;
         let size = core.cluster().size();
         let _turn = self.flushes.turn();
@@ -234,7 +250,8 @@ impl Qcow2Writer {
         // What was written in place is part of the snapshot, the copies are only written: one barrier for all.
         self.data_dirty.store(true, Ordering::Release);
         self.flush_in_turn()?;
-        self.name_snapshots(old.snapshots.len() as u32 + 1, HostOffset(places.table.first * size))?;
+        // With that, counts and flags agree again.
+        self.name_snapshots(old.snapshots.len() as u32 + 1, HostOffset(places.table.first * size), bits)?;
         assert!(len <= places.table.count * size, "the table lies in its clusters");
         self.adopt_snapshot(old, snapshot)
     }
@@ -251,11 +268,19 @@ impl Qcow2Writer {
         meta.unreference(core, table).map_err(|error| self.poisoned_by(error))
     }
 
-    /// Lets the header name a snapshot table that is durable by now; for whoever has the turn.
-    pub(super) fn name_snapshots(&self, count: u32, at: HostOffset) -> Result<()> {
+    /// Lets the header name a snapshot table that is durable by now; for whoever has the turn. `bits`, if there is
+    /// a place for them, are the incompatible features from then on.
+    pub(super) fn name_snapshots(&self, count: u32, at: HostOffset, bits: Option<u64>) -> Result<()> {
         let mut field = count.to_be_bytes().to_vec();
         field.extend(at.0.to_be_bytes());
-        let switched = self.core.file.write_at(SNAPSHOTS_AT, &field).and_then(|()| self.core.file.sync());
+        if let Some(bits) = bits {
+            assert!(SNAPSHOTS_AT + field.len() as u64 == INCOMPATIBLE_AT, "the fields lie side by side");
+            field.extend(bits.to_be_bytes());
+        }
+        let switched =
+            self.core.file.write_at(SNAPSHOTS_AT, &field).and_then(|()| {
+                self.core.file.sync().inspect_err(|_| self.has_lost_writes.store(true, Ordering::Release))
+            });
         switched.map_err(|error| self.poisoned_by(error))
     }
 }

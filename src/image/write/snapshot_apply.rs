@@ -58,7 +58,7 @@ impl Qcow2Writer {
             self.refuse_bitmaps()?;
         }
         let entries = self.l1_entries_for(size)?;
-        self.prepare()?;
+        self.prepare_content()?;
         // What waits to lose references has lost them.
         self.flush()?;
         let old = self.meta.read().l1;

@@ -1,12 +1,14 @@
 //! Internal snapshots, deleted while the disk is read and written.
 //!
-//! One write of 12 bytes within the header's first sector names a table without the entry; only then does
+//! One write of 20 bytes within the header's first sector names a table without the entry; only then does
 //! what the snapshot reaches lose its references. Whatever is cut off before that leaves the
-//! snapshot, afterwards leaks, and COPIED flags that are missing where a count is 1 by then.
+//! snapshot, afterwards leaks, and COPIED flags that are missing where a count is 1 by then (see
+//! [`super::unfinished`]).
 
 use std::sync::atomic::Ordering;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::feature;
 use crate::format::snapshot::without;
 use crate::format::{Snapshot, Table};
 use crate::units::HostOffset;
@@ -47,18 +49,24 @@ impl Qcow2Writer {
         self.flush()?;
         let old = self.snapshot_table()?;
         let index = self.find_snapshot(&old, snapshot)?;
+        if let Some(damage) = &snapshot.damage {
+            let fact = format!("its internal snapshot cannot be deleted, for what it refers to is not known: {damage}");
+            return Err(Error::new(ErrorKind::Corrupt, format!("{}: {fact}", core.name)));
+        }
         self.each_table(snapshot.l1, |index| self.meta.write().check_leaving(core, snapshot.l1, index))
             .map_err(|error| self.damaged(error))?;
         let table = without(&old.bytes, old.snapshots.len() as u32, index);
+        let bits = self.finished_bits()?;
         let place = self.place_table(table)?;
-        self.switch_to_fewer(&old, index, place)?;
-        self.leave_l1(snapshot.l1, |meta, index, table| {
+        self.switch_to_fewer(&old, index, place, bits)?;
+        let left = self.leave_l1(snapshot.l1, |meta, index, table| {
             let freed = meta.leave_table(core, table)?;
             meta.flag_own(core, index)?;
             Ok(freed)
-        })?;
+        });
         // What was freed is free on disk, too.
-        self.flush()
+        left.and_then(|()| self.flush()).inspect_err(|_| self.mend_unfinished())?;
+        self.clear_unfinished(bits)
     }
 
     /// Where a snapshot stands in the table.
@@ -99,15 +107,18 @@ impl Qcow2Writer {
     }
 
     /// Lets the header name the table without the entry, and gives the old one back.
-    fn switch_to_fewer(&self, old: &SnapshotTable, index: usize, place: Option<Run>) -> Result<()> {
+    fn switch_to_fewer(&self, old: &SnapshotTable, index: usize, place: Option<Run>, bits: Option<u64>) -> Result<()> {
         let core = &self.core;
         let size = core.cluster().size();
         let _turn = self.flushes.turn();
         self.check_poison()?;
         self.flush_in_turn()?;
-        self.name_snapshots(old.snapshots.len() as u32 - 1, HostOffset(place.map_or(0, |run| run.first * size)))?;
+        // From here on counts go down, and flags that are missing are set.
+        let bits = bits.map(|bits| bits | feature::DIRTY);
+        self.name_snapshots(old.snapshots.len() as u32 - 1, HostOffset(place.map_or(0, |run| run.first * size)), bits)?;
         let mut meta = self.meta.write();
-        meta.snapshots.remove(index);
+        // Of damaged ones nothing is known here.
+        meta.snapshots.remove(old.snapshots[..index].iter().filter(|snapshot| snapshot.damage.is_none()).count());
         let table = old.clusters(core);
         meta.roles.remove(table.first, table.count);
         meta.unreference(core, table).map_err(|error| self.poisoned_by(error))
@@ -137,7 +148,8 @@ impl Qcow2Writer {
         let mut meta = self.meta.write();
         meta.slices.forget(l1.offset.0, l1.offset.0 + own.count * size, core.slice_len());
         meta.roles.remove(own.first, own.count);
-        core.has_snapshots.store(!meta.snapshots.is_empty(), Ordering::Release);
+        let has_some = meta.has_damaged_snapshots || !meta.snapshots.is_empty();
+        core.has_snapshots.store(has_some, Ordering::Release);
         meta.unreference(core, own).map_err(|error| self.poisoned_by(error))
     }
 }

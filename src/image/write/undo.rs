@@ -194,7 +194,9 @@ impl Qcow2Writer {
             self.flush_in_turn()?;
         }
         let l1 = self.flag_what_is_own()?;
-        self.mark(&read_header(&core.name, &*core.file)?)?;
+        let header = read_header(&core.name, &*core.file)?;
+        self.mark_bitmaps(&header)?;
+        self.drop_unknown_features(&header)?;
         core.file.sync().map_err(|error| self.poisoned_by(error))?;
 
         self.name_l1(self.size(), l1, None)?;

@@ -40,7 +40,7 @@ impl Change {
 impl Qcow2Writer {
     /// Makes a range read as zeroes.
     pub(super) fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
-        self.prepare()?;
+        self.prepare_content()?;
         let end = at + len;
         let mut at = at;
         while at < end {

@@ -94,6 +94,18 @@ impl Filling {
         Self::Differing { old, new, seen: Mutex::default() }
     }
 
+    /// For how many of `len` bytes from `at` on nothing is to be done, if that shows without reading.
+    pub(super) fn nothing_for(&self, at: u64, len: u64) -> Result<Option<u64>> {
+        let (is_nothing, run) = match self {
+            Self::Between { .. } => self.wanted(at, len).map(|(wanted, run)| (wanted == Wanted::Nothing, run))?,
+            Self::Differing { old, new, .. } => {
+                let ((old, old_run), (new, new_run)) = (locate(old.as_ref(), at, len)?, locate(new.as_ref(), at, len)?);
+                (old == new && old != Located::Read, old_run.min(new_run))
+            }
+        };
+        Ok(is_nothing.then_some(run))
+    }
+
     /// Whether bytes may have to be copied at `at`, and for how many of `len` the same holds: nothing is read for that.
     pub(super) fn may_differ(&self, at: u64, len: u64) -> Result<(bool, u64)> {
         match self {
@@ -125,12 +137,11 @@ fn locate(view: Option<&Arc<View>>, at: u64, len: u64) -> Result<(Located, u64)>
     let Some(layer) = view.layers().get(extent.layer) else { return Ok((Located::Zero, extent.len)) };
     match extent.source {
         Source::Zero => Ok((Located::Zero, extent.len)),
-        Source::Data(host) if layer.image().is_raw() => {
-            let (is_data, run) = layer.image().raw_extent(host, HostOffset(host.0 + extent.len))?;
+        Source::Data(host) => {
+            let (is_data, run) = layer.image().file_extent(host, HostOffset(host.0 + extent.len))?;
             let found = if is_data { Located::At(layer.image().serial(), host.0) } else { Located::Zero };
             Ok((found, run))
         }
-        Source::Data(host) => Ok((Located::At(layer.image().serial(), host.0), extent.len)),
         Source::Compressed | Source::Bad => Ok((Located::Read, extent.len)),
     }
 }
@@ -192,12 +203,12 @@ fn between_wants(between: Option<&Arc<View>>, base: Option<&Arc<View>>, at: u64,
     }
     match extent.source {
         Source::Zero => zero(extent.len),
-        Source::Data(host) if view.layers()[extent.layer].image().is_raw() => {
+        Source::Data(host) => {
             let image = view.layers()[extent.layer].image();
-            let (is_data, run) = image.raw_extent(host, HostOffset(host.0 + extent.len))?;
+            let (is_data, run) = image.file_extent(host, HostOffset(host.0 + extent.len))?;
             if is_data { Ok((Wanted::Data, run)) } else { zero(run) }
         }
-        Source::Data(_) | Source::Compressed | Source::Bad => Ok((Wanted::Data, extent.len)),
+        Source::Compressed | Source::Bad => Ok((Wanted::Data, extent.len)),
     }
 }
 

@@ -55,18 +55,21 @@ struct Ready {
     views: Vec<OpenView>,
 }
 
-/// Begins a pull.
+/// Begins a pull. `Ok(None)`: nothing is left to be done.
 pub(in crate::ops) fn begin(
     engine: &Engine,
     path: &Path,
     request: &PullRequest,
     command: &str,
     tokens: &mut Tokens,
-) -> Result<PullJob> {
+) -> Result<Option<PullJob>> {
     let (lock, world) = World::begin(engine.store())?;
     let (plan, layers) = plan(engine, &world, path, request)?;
     world.accept(&plan)?;
-    begin_with(engine, &world, lock, path, &layers, command, tokens)
+    if layers.into.is_empty() {
+        return Ok(None);
+    }
+    begin_with(engine, &world, lock, path, &layers, command, tokens).map(Some)
 }
 
 /// The same for what has been found out, and found good, under the store's lock.
@@ -138,7 +141,7 @@ fn open(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Ready> {
         } else {
             let mut image = store.take_image(&world.catalog, *into)?;
             let lower = below.as_ref().map(|below| Arc::clone(&below.view));
-            let writer = image.open_writer(lower, Keeping::View)?;
+            let writer = image.open_writer(lower, Keeping::Nothing)?;
             (Target::Image(image), writer)
         };
         let mut part = Part { target, writer, named: world.named(*into), longest_inner: 0 };
@@ -192,6 +195,11 @@ impl PullJob {
             // It may grow meanwhile.
             while at < part.end() {
                 progress.check()?;
+                // A disk of which next to nothing was ever written has terabytes of this.
+                if let Some(run) = self.fill.nothing_for(at, part.end() - at)? {
+                    at += run;
+                    continue;
+                }
                 let len = PIECE.min(part.end() - at);
                 progress.advance(part.writer.fill(at, len, &self.fill)?);
                 at += len;

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::HeaderChange;
-use crate::store::{ImageIndex, ViewPart};
+use crate::store::{Below, ImageIndex, ViewPart};
 
 use super::copy::Segment;
 use super::engine::Engine;
@@ -24,7 +24,7 @@ use super::world::{Chain, World};
 pub(super) use fill::Filling;
 pub(super) use job::{PullJob, begin, begin_with, resume};
 
-/// What a pull concerns, by index in one catalog.
+/// What a pull concerns, by index in one catalog. Nothing is filled if all is as it should be already.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Layers {
     /// What is filled; all of them stand on the same.
@@ -56,7 +56,7 @@ fn layers(world: &World, chain: &Chain, request: &PullRequest) -> Result<Layers>
     let views = &chain.views;
     let into = finish::layer_or_active(world, chain, request.into.as_deref(), "into")?;
     let name = world.image(views.layers[into]).shown();
-    if into + 1 >= views.layers.len() {
+    if into + 1 >= views.layers.len() && request.base.is_some() {
         return Err(usage(format!("{name} stands on nothing: there is nothing to be pulled")));
     }
     let base = request.base.as_ref().map(|base| finish::layer(world, chain, base)).transpose()?;
@@ -65,18 +65,42 @@ fn layers(world: &World, chain: &Chain, request: &PullRequest) -> Result<Layers>
         Some(base) if base < into => {
             return Err(usage("base is above the layer; it has to be one of the layers below".to_owned()));
         }
-        Some(base) if base == into + 1 => return Err(usage(format!("{name} stands on that already"))),
         _ => {}
+    }
+    let base_index = base.map(|base| views.layers[base]);
+    if stands_already(world, views.layers[into], base_index)? {
+        return Ok(Layers::default());
     }
     let between = views.layers[into + 1..base.unwrap_or(views.layers.len())].to_vec();
     let remove = if request.delete { removable(world, views.layers[into], &between) } else { Vec::new() };
     Ok(Layers {
         into: vec![views.layers[into]],
         below: views.layers[into + 1..].to_vec(),
-        base: base.map(|base| views.layers[base]),
+        base: base_index,
         between,
         remove,
     })
+}
+
+/// Whether a layer stands on that already, so that a command which would put it there is done: it can be given again.
+/// `Broken` if what it stands on cannot be told.
+pub(super) fn stands_already(world: &World, layer: ImageIndex, base: Option<ImageIndex>) -> Result<bool> {
+    match &world.image(layer).below {
+        Below::Nothing => Ok(base.is_none()),
+        Below::Image(below) => Ok(base == Some(*below)),
+        Below::Broken { image, .. } if *image == base => {
+            let problem = world.catalog.view_problem(&[layer]).unwrap_or_default();
+            Err(Error::new(ErrorKind::Broken, problem))
+        }
+        Below::Broken { .. } => Ok(false),
+    }
+}
+
+/// The plan of what is so already.
+pub(super) fn nothing_to_do(world: &World, chain: &Chain) -> Plan {
+    let tree = finish::tree(world, chain);
+    let note = "nothing is left to do: the layer stands on that already".to_owned();
+    Plan { before: tree.clone(), after: tree, notes: vec![note], ..Plan::default() }
 }
 
 /// Of what lies between: what this store froze, nobody else stands on, and something else lies below.
@@ -98,6 +122,9 @@ fn removable(world: &World, into: ImageIndex, between: &[ImageIndex]) -> Vec<Ima
 pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &PullRequest) -> Result<(Plan, Layers)> {
     let chain = world.chain(path)?;
     let layers = layers(world, &chain, request)?;
+    if layers.into.is_empty() {
+        return Ok((nothing_to_do(world, &chain), layers));
+    }
     let mut plan = plan_of(engine, world, &chain, &layers, request);
     let into = &world.image(layers.into[0]).place.path;
     let first = plan.before.iter().position(|line| line.path == *into).unwrap_or(0);
@@ -121,6 +148,12 @@ pub(super) fn plan_of(engine: &Engine, world: &World, chain: &Chain, layers: &La
     refusals.extend(world.begun(&concerned));
     refusals.extend(layers.touched().iter().filter_map(|index| world.untouchable(*index)));
     for into in &layers.into {
+        let snapshots = world.image(*into).qcow2().map_or(&[][..], |qcow2| &qcow2.snapshots);
+        if snapshots.iter().any(|snapshot| snapshot.damage.is_some()) {
+            let fact = "has an internal snapshot whose entry is damaged, and what shows through that cannot be kept";
+            let sentence = format!("{} {fact}; restore it from a copy", world.image(*into).shown());
+            refusals.push(Error::new(ErrorKind::Corrupt, sentence));
+        }
         let backing = Some(layers.base.map(|base| world.backing_name(*into, base)));
         finish::check_header(world, *into, &HeaderChange { backing, frozen: None }, refusals);
         let stack: Vec<ImageIndex> = [*into].into_iter().chain(layers.below.iter().copied()).collect();

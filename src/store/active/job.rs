@@ -255,7 +255,7 @@ impl ActiveDisk {
         if is_written {
             return self.stand_on(store, catalog, &layers[1..]);
         }
-        let open = store.open_view(catalog, &layers, ViewPart::Active, true)?;
+        let open = store.open_shown(catalog, &layers, ViewPart::Active, true)?;
         let old = std::mem::replace(&mut *self.state.write(), State::Reading(open));
         // Not under the gate: it may let go of many files.
         drop(old);

@@ -104,7 +104,7 @@ impl Stage<'_> {
     }
 
     /// Writes back what lies from the first to the last change.
-    fn put_words(&self, at: u64, mut bytes: Vec<u8>, changes: &[(usize, u64)]) -> Result<()> {
+    pub(super) fn put_words(&self, at: u64, mut bytes: Vec<u8>, changes: &[(usize, u64)]) -> Result<()> {
         let (Some(&(first, _)), Some(&(last, _))) = (changes.first(), changes.last()) else { return Ok(()) };
         for &(at, word) in changes {
             bytes[at..at + 8].copy_from_slice(&word.to_be_bytes());

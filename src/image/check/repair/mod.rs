@@ -1,6 +1,6 @@
 //! Repairing what an audit has found, as `qemu-img check -r` does it, but so that nothing is lost.
 //!
-//! Promises: no view of the image changes, at no moment; a crash or a failing write leaves an image
+//! Promises: no view of the image changes, at no moment (but with [`Scope::Loss`], where errors become zeroes); a crash or a failing write leaves an image
 //! that the same repair mends when it is called again. Hence the order, each step durable before
 //! the next: counts that are too low are raised, COPIED flags follow, counts that are too high
 //! are lowered, the dirty and corrupt bits go last. Where the refcounts themselves lie on other
@@ -16,6 +16,7 @@ use std::fmt;
 
 mod counts;
 mod entries;
+mod loss;
 mod rebuild;
 mod survey;
 
@@ -35,6 +36,9 @@ pub enum Scope {
     Leaks,
     /// Whatever can be without guessing.
     All,
+    /// As [`Scope::All`]; and what lies beyond the end of a file that was cut short, and is an error for whoever reads
+    /// it, becomes zeroes for good: each place is told.
+    Loss,
 }
 
 /// The result of a repair.
@@ -48,6 +52,8 @@ pub struct Repaired {
     pub actions: Actions,
     /// Sentences on what the numbers do not tell.
     pub notes: Vec<String>,
+    /// What was lost and reads as zeroes from now on, a line for each of the first [`MAX_FINDINGS`] stretches.
+    pub lost: Actions,
 }
 
 /// Lines on what was done, in `qemu-img`'s words.
@@ -123,6 +129,17 @@ pub fn rebuild_dirty(storage: &dyn WriteStorage, name: &str) -> Result<CheckRepo
     Ok(report)
 }
 
+/// Puts COPIED flags right that an interrupted command has left, and gives back what it has counted; does nothing to an
+/// image with which anything else is wrong.
+pub fn mend_flags(storage: &dyn WriteStorage, name: &str) -> Result<()> {
+    let report = check_in_windows(storage, name, WINDOW_CLUSTERS)?;
+    let flags = report.count_of(Kind::Flag);
+    if flags == 0 || report.corruptions > flags || report.check_errors > 0 {
+        return Ok(());
+    }
+    repair(storage, name, Scope::Leaks, &mut |_| Ok(())).map(drop)
+}
+
 pub(super) fn repair_in_windows(
     storage: &dyn WriteStorage,
     name: &str,
@@ -142,6 +159,7 @@ pub(super) fn repair_in_windows(
         corruptions_fixed: 0,
         actions: Actions::default(),
         notes: Vec::new(),
+        lost: Actions::default(),
     };
     repair.mend(scope, &before)?;
     let is_mended = repair.leaks_fixed + repair.corruptions_fixed > 0;
@@ -149,7 +167,7 @@ pub(super) fn repair_in_windows(
     report.leaks_fixed = repair.leaks_fixed;
     report.corruptions_fixed = repair.corruptions_fixed;
     repair.clear_bits(&report)?;
-    Ok(Repaired { report, is_mended, actions: repair.actions, notes: repair.notes })
+    Ok(Repaired { report, is_mended, actions: repair.actions, notes: repair.notes, lost: repair.lost })
 }
 
 /// A repair under way.
@@ -161,6 +179,7 @@ struct Repair<'a> {
     corruptions_fixed: u64,
     actions: Actions,
     notes: Vec<String>,
+    lost: Actions,
 }
 
 /// The image as it is at one step of a repair.
@@ -181,7 +200,8 @@ impl<'a> Repair<'a> {
     }
 
     fn mend(&mut self, scope: Scope, before: &CheckReport) -> Result<()> {
-        if before.corruptions == 0 && before.check_errors == 0 && before.leaks == 0 {
+        let is_whole = scope != Scope::Loss || self.is_whole()?;
+        if before.corruptions == 0 && before.check_errors == 0 && before.leaks == 0 && is_whole {
             return self.drop_unknown_features();
         }
         let mut stage = self.stage()?;
@@ -193,6 +213,19 @@ impl<'a> Repair<'a> {
         }
         self.drop_unknown_features()?;
         let mut report = before.clone();
+        let is_loss_accepted = scope == Scope::Loss;
+        if is_loss_accepted {
+            let mended = stage.accept_loss(&survey, &mut self.lost, &mut self.notes)?;
+            if mended > 0 {
+                self.storage.sync()?;
+                self.corruptions_fixed += mended;
+                report = check_in_windows(self.storage, self.name, self.window_clusters)?;
+                stage = self.stage()?;
+                survey = Survey::take(&stage)?;
+            }
+        }
+        // From here on there is no difference.
+        let scope = if scope == Scope::Loss { Scope::All } else { scope };
         if scope == Scope::All && report.count_of(Kind::KeptPlace) > 0 {
             let mended = stage.mend_kept_places(&survey, &mut self.actions)?;
             if mended > 0 {
@@ -257,7 +290,18 @@ impl<'a> Repair<'a> {
             self.leaks_fixed += stage.store_counts(u32::min, &mut self.actions)?;
             self.storage.sync()?;
         }
+        if is_loss_accepted && !in_doubt {
+            // What was counted there is lost; the file may grow over it again.
+            self.stage()?.forget_counts_behind()?;
+            self.storage.sync()?;
+        }
         Ok(())
+    }
+
+    /// Whether the file ends where a cluster does: else the audit, as QEMU's, lets a reference reach over its end.
+    fn is_whole(&self) -> Result<bool> {
+        let audited = Audited::open(self.storage as &dyn Storage, self.name)?;
+        Ok(audited.file_len.is_multiple_of(audited.header.cluster.size()))
     }
 
     /// Whoever writes clears the bits whose meaning it does not know: that is what they are for.
