@@ -206,3 +206,21 @@ impl std::error::Error for Error {
         self.source.as_deref().map(|source| source as _)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_system_s_words_come_without_numbers_and_with_what_they_mean() {
+        let said = |number: i32| Error::io("opening x", io::Error::from_raw_os_error(number)).to_string();
+        assert_eq!(said(2), "opening x: No such file or directory");
+        let crossing = "it lies on another file system, or behind a symbolic link that leads out of the store";
+        assert_eq!(said(rustix::io::Errno::XDEV.raw_os_error()), format!("opening x: {crossing}"));
+        assert!(said(rustix::io::Errno::NOTCONN.raw_os_error()).contains("take it away with chainfs umount"));
+        assert_eq!(
+            Error::io("x", io::Error::other("words (os error of ours)")).to_string(),
+            "x: words (os error of ours)"
+        );
+    }
+}

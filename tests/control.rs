@@ -314,9 +314,9 @@ fn the_command_line_says_what_the_control_files_say() {
     let (root, web) = (mount.dir().to_str().expect("UTF-8"), mount.path("web"));
     let web = web.to_str().expect("UTF-8");
     for (args, code, sentence) in [
-        (&["commit", root][..], 2, "a chain's directory in it"),
-        (&["commit", &format!("{web}/active.raw")], 2, "a chain's directory in it"),
-        (&["commit", &format!("{root}/nosuch")], 2, "a chain's directory in it"),
+        (&["commit", root][..], 2, "takes no commands; name a chain, as in "),
+        (&["commit", &format!("{web}/active.raw")], 2, "takes no commands; name its chain, "),
+        (&["commit", &format!("{root}/nosuch")], 2, "there is no chain "),
         (&["snapshot", web, "n", "--chains", "web,plain"], 2, "the mount itself"),
         (&["snapshot", web, "a/b"], 2, "not a path"),
         (&["snapshot", web, "internal"], 2, "taken for another word"),

@@ -135,7 +135,7 @@ fn a_command_in_a_mount_names_the_chain_that_is_meant() {
     all_say(
         &store,
         &[
-            ("commit mnt/nope", 1, "there is no chain mnt/nope; name a chain, as in mnt/web01\n"),
+            ("commit mnt/nope", 2, "there is no chain mnt/nope; name a chain, as in mnt/web01\n"),
             ("commit mnt", 2, "mnt takes no commands; name a chain, as in mnt/web01\n"),
             ("commit mnt/web01/snapshots/monday.raw", 2, "takes no commands; name its chain, mnt/web01\n"),
             ("snapshot mnt/web01 x --chains web01", 2, "takes no commands for several chains; name the mount itself\n"),

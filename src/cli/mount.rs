@@ -39,6 +39,8 @@ const FAILED: u8 = 32;
 const SERVE: &str = "CHAINFS_SERVE";
 const READY: &str = "ready";
 
+/// Entries of a mount point that are counted.
+const MOST_COUNTED: usize = 1000;
 const USUAL_THREADS: usize = 4;
 const MOST_THREADS: usize = 64;
 /// What the kernel reads ahead on our mounts, in KiB: a whole request.
@@ -169,11 +171,19 @@ fn hints(directory: &Path, store: &Store, options: &MountOptions) -> Vec<String>
         hints
             .push(format!("uid={uid} shows who owns the files, and lets nobody in but user {own}; add -o allow_other"));
     }
-    let entry_count = std::fs::read_dir(directory).map_or(0, Iterator::count);
+    // What is mounted there already is not listed: under an automount that would wait for this very mount.
+    let place = directory.canonicalize().ok();
+    let is_mount_point = place.and_then(|place| mount::top_mount(&place).ok().flatten()).is_some();
+    let entry_count = if is_mount_point {
+        0
+    } else {
+        std::fs::read_dir(directory).map_or(0, |entries| entries.take(MOST_COUNTED).count())
+    };
     if entry_count > 0 {
         let (entries, are) = if entry_count == 1 { ("entry", "is") } else { ("entries", "are") };
         let shown = directory.display();
-        hints.push(format!("{shown} is not empty: its {entry_count} {entries} {are} hidden while it is mounted"));
+        let more = if entry_count == MOST_COUNTED { " or more" } else { "" };
+        hints.push(format!("{shown} is not empty: its {entry_count}{more} {entries} {are} hidden while it is mounted"));
     }
     hints.extend(report::no_images(store, &store.catalog()));
     hints

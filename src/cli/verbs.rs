@@ -117,7 +117,7 @@ fn takes_no_commands(target: &Path, is_for_store: bool) -> Error {
     if target.is_dir() {
         return usage(format!("takes no commands; {remedy}"));
     }
-    Error::new(ErrorKind::NotFound, format!("there is no chain {}; {remedy}", shown(target)))
+    Error::new(ErrorKind::Usage, format!("there is no chain {}; {remedy}", shown(target)))
 }
 
 /// The plan of a command; `None` where the mount is read-only.
