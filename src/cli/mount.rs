@@ -106,7 +106,9 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     let signals =
         Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ]).map_err(|error| Error::io("catching signals", error))?;
     let store = Store::open(&args.store, store_options(&options))?;
-    hints(&args.dir, &store, &options).iter().for_each(|hint| warn(hint));
+    for hint in hints(&args.dir, &store, &options) {
+        warn(&hint);
+    }
     let ownership = Ownership { uid: options.uid, gid: options.gid, umask: options.umask };
     let browser = Browser::new(&store, Program::this(!options.no_seccomp));
     let guests = GuestOptions { shown: !options.no_files, verbatim: options.symlinks == Some(Symlinks::Verbatim) };

@@ -31,7 +31,7 @@ pub(super) fn refusal(
     between: &[ImageIndex],
 ) -> Option<Error> {
     let image = world.image(layer);
-    let Some(named) = image.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref()) else { return None };
+    let named = image.qcow2()?.header.backing.as_ref()?;
     let old_name = shown(Path::new(OsStr::from_bytes(&named.name)));
     let refuse = |fact: String| {
         let sentence = format!("{fact}; {}, or say drop-layers if that is wanted", remedy(world, chain, layer));

@@ -5,16 +5,16 @@
 
 /// The words of a list, empty ones as well.
 pub fn split_list(list: &[u8]) -> Vec<Vec<u8>> {
-    let mut words = vec![Vec::new()];
+    let (mut words, mut word) = (Vec::new(), Vec::new());
     let mut bytes = list.iter().copied().peekable();
     while let Some(byte) = bytes.next() {
-        let last = words.len() - 1;
         match byte {
-            b'\\' => words[last].push(bytes.next_if(|next| matches!(next, b',' | b'\\')).unwrap_or(b'\\')),
-            b',' => words.push(Vec::new()),
-            _ => words[last].push(byte),
+            b'\\' => word.push(bytes.next_if(|next| matches!(next, b',' | b'\\')).unwrap_or(b'\\')),
+            b',' => words.push(std::mem::take(&mut word)),
+            _ => word.push(byte),
         }
     }
+    words.push(word);
     words
 }
 

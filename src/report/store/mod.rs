@@ -62,7 +62,7 @@ pub fn no_images(store: &Store, catalog: &Catalog) -> Option<String> {
         return None;
     }
     let is_plain = |image: &&crate::store::ImageEntry| image.format.is_none() && image.problem.is_none();
-    let files: Vec<String> = catalog.images.iter().filter(is_plain).map(|image| image.shown()).collect();
+    let files: Vec<String> = catalog.images.iter().filter(is_plain).map(crate::store::ImageEntry::shown).collect();
     let shown = path_text(store.given());
     Some(match files.as_slice() {
         [] => format!("{shown} holds no disk images"),
