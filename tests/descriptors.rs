@@ -265,8 +265,9 @@ impl Drop for Group {
 fn where_there_can_be_no_more_threads_or_processes_requests_fail_and_the_mount_lives_on() {
     let store = chains(3, 3);
     store.put("plain.raw", &[5; 4096]);
-    let mount = Mount::new(&store);
+    // Dropped after the mount, whose process is in it.
     let group = Group::new("daemon");
+    let mount = Mount::new(&store);
     group.add(mount.daemon());
     // Those that are there already may stay.
     group.allow("1");
