@@ -122,6 +122,7 @@ Options of -o:
   map=OLD=NEW            where files are that moved since images named them (repeatable)
   readonly=GLOB          images that never become writable (repeatable)
   format=GLOB:FORMAT     raw or qcow2, for images that do not tell (repeatable)
+  standalone=GLOB        files and directories that cannot be read, and stand on nothing (repeatable)
   probe                  believe the content where a header names no backing format
   force_share            show what another process is writing
   salvage                where a layer is lost, read what the others hold; the rest is an error

@@ -44,7 +44,15 @@ pub(super) fn run(args: &InfoArgs) -> Result<u8> {
         let problems = chains.iter().flatten().filter_map(|image| image.chainfs.as_ref()?.problem.as_ref());
         problems.for_each(|problem| warn(problem));
     }
-    Ok(0)
+    let top = match &target.what {
+        What::Store => None,
+        What::Chain(leaf) => Some(*leaf),
+        What::Disk(disk) => Some(disk.layers[0]),
+    };
+    let layers = top.map(|top| catalog.layers(top)).unwrap_or_default();
+    let shown = if args.backing_chain { &layers[..] } else { &layers[..layers.len().min(1)] };
+    let is_unreadable = shown.iter().any(|layer| catalog.images[*layer].format.is_none());
+    Ok(u8::from(is_unreadable))
 }
 
 /// The chain from this layer down. An image that was named by itself is described as qemu-img does,

@@ -29,7 +29,7 @@ use crate::fs::mount::{self, OwnMount};
 use crate::fs::{Features, GuestOptions, Ownership, Server, Tree};
 use crate::io::{other_users_of, users_of};
 use crate::report::store as report;
-use crate::store::{Flusher, Store, Watcher};
+use crate::store::{Flusher, Store, StoreOptions, Watcher};
 
 /// mount(8)'s exit codes.
 const USAGE: u8 = 1;
@@ -105,7 +105,8 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     // Signals are caught before there is a mount that they could leave behind.
     let signals =
         Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ]).map_err(|error| Error::io("catching signals", error))?;
-    let store = Store::open(&args.store, store_options(&options))?;
+    let store_options = StoreOptions { remember: !options.read_only, ..store_options(&options) };
+    let store = Store::open(&args.store, store_options)?;
     for hint in hints(&args.dir, &store, &options) {
         warn(&hint);
     }

@@ -46,6 +46,8 @@ pub struct MountOptions {
     pub readonly: Vec<Pattern>,
     /// `format=GLOB:FORMAT`: formats of images whose names and headers do not tell.
     pub formats: Vec<FormatRule>,
+    /// `standalone=GLOB`: files and directories that stand on nothing, though nobody can tell that from them.
+    pub standalone: Vec<Pattern>,
     /// `probe`: believe the content where a header names no backing format.
     pub probe: bool,
     /// `force_share`: show what another process is writing.
@@ -136,7 +138,7 @@ pub(super) enum Takes {
 }
 
 /// Options that a configuration file may set as well.
-pub(super) const SETTINGS: [(&str, Takes); 27] = [
+pub(super) const SETTINGS: [(&str, Takes); 28] = [
     ("ro", Takes::Nothing),
     ("allow_other", Takes::Nothing),
     ("uid", Takes::Value),
@@ -148,6 +150,7 @@ pub(super) const SETTINGS: [(&str, Takes); 27] = [
     ("map", Takes::Values),
     ("readonly", Takes::Values),
     ("format", Takes::Values),
+    ("standalone", Takes::Values),
     ("probe", Takes::Nothing),
     ("force_share", Takes::Nothing),
     ("salvage", Takes::Nothing),
@@ -197,6 +200,7 @@ impl MountOptions {
             maps: defaults.maps.into_iter().chain(self.maps).collect(),
             readonly: defaults.readonly.into_iter().chain(self.readonly).collect(),
             formats: defaults.formats.into_iter().chain(self.formats).collect(),
+            standalone: defaults.standalone.into_iter().chain(self.standalone).collect(),
             probe: self.probe || defaults.probe,
             force_share: self.force_share || defaults.force_share,
             salvage: self.salvage || defaults.salvage,
@@ -267,6 +271,7 @@ impl MountOptions {
             "map" => self.maps.push(path_map(value)?),
             "readonly" => self.readonly.push(glob(name, utf8(name, value)?)?),
             "format" => self.formats.push(format_rule(utf8(name, value)?)?),
+            "standalone" => self.standalone.push(glob(name, utf8(name, value)?)?),
             "probe" => self.probe = true,
             "force_share" => self.force_share = true,
             "salvage" => self.salvage = true,

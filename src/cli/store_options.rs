@@ -13,6 +13,8 @@ pub fn store_options(options: &MountOptions) -> StoreOptions {
         maps: options.maps.iter().map(|PathMap { old, new }| (old.clone(), new.clone())).collect(),
         readonly: options.readonly.clone(),
         formats: options.formats.iter().map(|rule| (rule.glob.clone(), format(rule.format))).collect(),
+        standalone: options.standalone.clone(),
+        remember: false,
         probe: options.probe,
         force_share: options.force_share,
         salvage: options.salvage,

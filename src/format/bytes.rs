@@ -1,4 +1,4 @@
-//! Big-endian numbers at known positions.
+//! Numbers at known positions: big-endian as in qcow2, little-endian as elsewhere.
 //!
 //! Callers have checked the length before: a position outside of the bytes is our own bug and
 //! panics, it is never the image's fault.
@@ -24,4 +24,16 @@ pub(super) fn be_u64(bytes: &[u8], at: usize) -> u64 {
 
 pub(super) fn be_i64(bytes: &[u8], at: usize) -> i64 {
     i64::from_be_bytes(field(bytes, at))
+}
+
+pub(super) fn le_u16(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes(field(bytes, at))
+}
+
+pub(super) fn le_u32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(field(bytes, at))
+}
+
+pub(super) fn le_u64(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(field(bytes, at))
 }

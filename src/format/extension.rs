@@ -67,7 +67,6 @@ pub(super) struct Extensions {
 /// name or the first cluster does.
 pub(super) fn parse(area: &[u8]) -> Result<Extensions, Malformed> {
     let mut found = Extensions::default();
-    let mut seen = Vec::new();
     let mut rest = area;
     // Fewer than 8 bytes cannot hold an extension: the backing file name follows directly.
     while rest.len() >= 8 {
@@ -78,13 +77,8 @@ pub(super) fn parse(area: &[u8]) -> Result<Extensions, Malformed> {
         rest = &rest[8..];
         let data = rest.get(..len as usize);
         let data = data.ok_or(Malformed::ExtensionTooLong { magic, len, left: rest.len() as u64 })?;
-        let known = found.take(magic, len, data)?;
-        if known && seen.contains(&magic) {
-            return Err(Malformed::ExtensionTwice(magic));
-        }
-        if known {
-            seen.push(magic);
-        }
+        // Of two of a kind the latter counts, as it does to QEMU.
+        found.take(magic, len, data)?;
         // The padding of the last one may be cut by the end of the area.
         rest = rest.get(data.len().next_multiple_of(8)..).unwrap_or_default();
     }
@@ -92,8 +86,8 @@ pub(super) fn parse(area: &[u8]) -> Result<Extensions, Malformed> {
 }
 
 impl Extensions {
-    /// Takes one in; returns whether it is of a kind that may stand once only.
-    fn take(&mut self, magic: u32, len: u32, data: &[u8]) -> Result<bool, Malformed> {
+    /// Takes one in.
+    fn take(&mut self, magic: u32, len: u32, data: &[u8]) -> Result<(), Malformed> {
         match magic {
             BACKING_FORMAT => self.backing_format = backing_format(data)?,
             FEATURE_NAMES => self.feature_names = feature::parse_names(data),
@@ -105,14 +99,11 @@ impl Extensions {
                 }
                 self.data_file = (!data.is_empty()).then(|| data.to_vec());
             }
-            FROZEN_MAGIC if frozen::is_thawed(data) => return Ok(false),
+            FROZEN_MAGIC if frozen::is_thawed(data) => {}
             FROZEN_MAGIC => self.frozen = Some(Frozen::parse(data)?),
-            _ => {
-                self.unknown.push(UnknownExtension { magic, data: data.to_vec() });
-                return Ok(false);
-            }
+            _ => self.unknown.push(UnknownExtension { magic, data: data.to_vec() }),
         }
-        Ok(true)
+        Ok(())
     }
 }
 
@@ -181,8 +172,6 @@ mod tests {
     #[test]
     fn each_rule_has_its_reason() {
         let reason = |magic, data: &[u8]| parse(&extension(magic, data)).unwrap_err();
-        let twice = [extension(BACKING_FORMAT, b"raw"), extension(BACKING_FORMAT, b"raw")].concat();
-        assert_eq!(parse(&twice).unwrap_err(), Malformed::ExtensionTwice(BACKING_FORMAT));
         let what = "length of the backing format";
         assert_eq!(reason(BACKING_FORMAT, &[b'a'; 16]), Malformed::TooLarge { what, found: 16, max: 15 });
         assert_eq!(reason(BACKING_FORMAT, b"raw\0"), Malformed::BackingFormat);
@@ -192,6 +181,12 @@ mod tests {
         let what = "LUKS header";
         assert_eq!(reason(CRYPTO_HEADER, &[0; 17]), Malformed::ExtensionLength { what, found: 17, expected: 16 });
         assert_eq!(reason(FROZEN_MAGIC, b""), Malformed::FrozenLength { have: 0, need: 24 });
+    }
+
+    #[test]
+    fn of_two_of_a_kind_the_latter_counts_as_it_does_to_qemu() {
+        let twice = [extension(BACKING_FORMAT, b"qcow2"), extension(BACKING_FORMAT, b"raw")].concat();
+        assert_eq!(parse(&twice).unwrap().backing_format.as_deref(), Some("raw"));
     }
 
     #[test]

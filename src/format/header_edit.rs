@@ -266,6 +266,12 @@ fn compact(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Option<Draft> {
 
 fn in_place(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Option<Draft> {
     let edit = wish.edit;
+    let is_twice =
+        |wanted: &dyn Fn(&Extension) -> bool| old.extensions.iter().filter(|found| wanted(found)).count() > 1;
+    // Of several the last counts, and all have to go.
+    if is_twice(&|found| found.magic == BACKING_FORMAT) || is_twice(&|found| found.is_mark(bytes)) {
+        return None;
+    }
     let mut new = bytes.to_vec();
     let mut more = Vec::new();
     match wish.names {

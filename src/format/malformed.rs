@@ -119,8 +119,6 @@ pub enum Malformed {
         /// Bytes left in the area.
         left: u64,
     },
-    /// A header extension that may stand once stands twice.
-    ExtensionTwice(u32),
     /// A header extension of fixed length has another.
     ExtensionLength {
         /// The extension.
@@ -288,7 +286,6 @@ impl fmt::Display for Malformed {
             Self::ExtensionTooLong { magic, len, left } => {
                 write!(f, "header extension {magic:#010x} has {len} bytes, but only {left} are left for it")
             }
-            Self::ExtensionTwice(magic) => write!(f, "header extension {magic:#010x} stands there twice"),
             Self::ExtensionLength { what, found, expected } => {
                 write!(f, "the {what} extension has {found} bytes; it has to have {expected}")
             }

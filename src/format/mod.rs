@@ -10,6 +10,7 @@ pub mod compressed;
 pub mod entry;
 pub mod extension;
 pub mod feature;
+pub mod foreign;
 pub mod frozen;
 pub mod header;
 pub mod header_edit;

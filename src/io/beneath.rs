@@ -166,8 +166,32 @@ impl Root {
 
     /// Whether `path` is a directory to which no symbolic link leads on the way.
     pub fn is_real_directory(&self, path: &Path) -> bool {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        self.resolve(path, flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV).is_ok()
+        self.open_real(path, OFlags::DIRECTORY).is_ok()
+    }
+
+    /// Where the symbolic link `path` points to, to which no other leads; `None` if it is none.
+    pub fn link_target(&self, path: &Path) -> Option<PathBuf> {
+        let link = self.open_real(path, OFlags::NOFOLLOW).ok()?;
+        let target = fs::readlinkat(&link, "", Vec::new()).ok()?;
+        Some(PathBuf::from(OsStr::from_bytes(target.to_bytes())))
+    }
+
+    /// Attributes of what `path` is itself, also where that is a symbolic link.
+    pub fn stat_itself(&self, path: &Path) -> Result<FileStat> {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        let file = self.open_real(path, OFlags::NOFOLLOW);
+        FileStat::of(&file.map_err(|error| Error::io(format!("opening {}", path.display()), error))?)
+    }
+
+    /// Opens a path of which no part is a symbolic link, to ask about it only. Other file systems are entered, but not
+    /// a mount of chainfs.
+    fn open_real(&self, path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+        let flags = flags | OFlags::PATH | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        match self.resolve(path, flags, resolve | ResolveFlags::NO_XDEV) {
+            Err(Errno::XDEV) if matches!(self.crossing(path), Ok(Some(_))) => self.resolve(path, flags, resolve),
+            found => found,
+        }
     }
 
     /// Opens a sub-directory for listing and watching. `None` if it is the root of another

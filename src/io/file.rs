@@ -78,6 +78,13 @@ impl FileStat {
     }
 }
 
+/// When an open file was made, in seconds and nanoseconds; 0 where its file system does not say.
+pub fn birth_of(file: impl AsFd) -> (i64, u32) {
+    let found = fs::statx(file, "", fs::AtFlags::EMPTY_PATH, fs::StatxFlags::BTIME);
+    let has_birth = |found: &fs::Statx| found.stx_mask & fs::StatxFlags::BTIME.bits() != 0;
+    found.ok().filter(has_birth).map_or((0, 0), |found| (found.stx_btime.tv_sec, found.stx_btime.tv_nsec))
+}
+
 impl From<fs::Stat> for FileStat {
     fn from(stat: fs::Stat) -> Self {
         Self {

@@ -182,7 +182,7 @@ fn note_newer(world: &World, chain: &Chain, source: &Source, saved: Option<&Path
 pub(super) fn used_by_others(world: &World, leaf: ImageIndex) -> Option<Error> {
     let others = world.others_using(leaf, &[]);
     if others.is_empty() {
-        return world.unread();
+        return None;
     }
     let fact = "is used by other images as well, which would be spoilt";
     let sentence = format!("{} {fact}: {}; snapshot it instead", world.image(leaf).shown(), others.join(", "));

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::create::NewBacking;
 use crate::io::{Claim, FileId};
-use crate::store::{Below, Catalog, ChainViews, Format, ImageEntry, ImageIndex, Named, Place, Store, shown};
+use crate::store::{Catalog, ChainViews, Format, ImageEntry, ImageIndex, Named, Place, Store, shown};
 
 use super::asker::{Asker, asker};
 
@@ -16,7 +16,7 @@ use super::asker::{Asker, asker};
 pub(super) struct World {
     pub(super) store: Arc<Store>,
     pub(super) catalog: Arc<Catalog>,
-    /// For a store that is one image: everything beneath the marked directory above it.
+    /// For a store that is one image, or lies in a marked one: everything beneath the marked directory above it.
     pub(super) whole: Option<Arc<Catalog>>,
     /// Whose command it is, if that counts.
     pub(super) asker: Option<Arc<Asker>>,
@@ -116,8 +116,8 @@ impl World {
         self.catalog.chains().filter(|(_, leaf)| contains(*leaf)).map(|(path, _)| path).collect()
     }
 
-    /// Who uses an image, but for `known`: images that stand on it or have it as their data file, and those of
-    /// which nobody can tell because the name that they give cannot be followed.
+    /// Who uses an image, but for `known`: images that stand on it or have it as their data file, and those of which
+    /// nobody can tell.
     pub(super) fn others_using(&self, index: ImageIndex, known: &[ImageIndex]) -> Vec<String> {
         let image = self.image(index);
         let known: Vec<FileId> = known.iter().map(|index| self.image(*index).stat.id).collect();
@@ -126,7 +126,6 @@ impl World {
         let Some(here) = catalog.images.iter().position(|other| other.stat.id == image.stat.id) else {
             return others;
         };
-        let own_name = image.place.path.file_name().unwrap_or_default();
         // Its external data file is a part of it.
         let data = image.data_file.as_ref().map(|(_, stat)| stat.id);
         for (number, other) in catalog.images.iter().enumerate() {
@@ -139,11 +138,22 @@ impl World {
             let keeps = other.data_file.as_ref().is_some_and(|(_, stat)| is_ours(stat.id));
             let below = other.below.image().map(|below| catalog.images[below].stat.id);
             let shows_data = data.is_some() && below == data;
-            if stands || keeps || shows_data || names_unfollowed(other, own_name) {
+            if stands || keeps || shows_data {
                 others.push(self.called(other));
             }
         }
+        others.extend(catalog.claims_on(here).map(|claim| format!("{} (perhaps)", shown(&claim.by))));
         others
+    }
+
+    /// Why an image is left alone because somebody may stand on it of whom nobody can tell, if so.
+    fn claimed(&self, image: &ImageEntry) -> Option<Error> {
+        let find = |catalog: &Arc<Catalog>| {
+            let here = catalog.images.iter().position(|other| other.stat.id == image.stat.id)?;
+            Some(catalog.claims_on(here).next()?.sentence(&catalog.images[here]))
+        };
+        let sentence = self.whole.iter().chain([&self.catalog]).find_map(find)?;
+        Some(Error::new(ErrorKind::Forbidden, sentence))
     }
 
     /// How the header of the image at `from` is to name the image at `to`: as its old name was, absolute or not.
@@ -222,7 +232,17 @@ impl World {
         if let Some(problem) = &image.problem {
             return Some(Error::new(ErrorKind::Broken, format!("{} {problem}", image.shown())));
         }
-        None
+        self.claimed(image).or_else(|| self.used_around(image))
+    }
+
+    /// Why a leaf is left alone on which others of the store around stand, if so.
+    fn used_around(&self, image: &ImageEntry) -> Option<Error> {
+        let whole = self.whole.as_ref().filter(|_| image.users.is_empty())?;
+        let here = whole.images.iter().find(|other| other.stat.id == image.stat.id)?;
+        let users: Vec<String> = here.users.iter().map(|user| whole.images[*user].shown()).collect();
+        let fact = "has other images of the store around it standing on it";
+        let sentence = format!("{} {fact}: {}; give the command there", image.shown(), users.join(", "));
+        (!users.is_empty()).then(|| Error::new(ErrorKind::NotEmpty, sentence))
     }
 
     /// Why nothing may be done to an image that is not a leaf, if so.
@@ -235,14 +255,7 @@ impl World {
             );
             return Some(Error::new(ErrorKind::Forbidden, format!("{} {fact}", self.store.given().display())));
         }
-        self.unread()
-    }
-
-    /// Why nobody can tell who uses what, if so.
-    pub(super) fn unread(&self) -> Option<Error> {
-        let unread = self.whole.as_ref().unwrap_or(&self.catalog).unread.first()?;
-        let fact = "cannot be read, so that nobody can tell what it stands on; make it readable, or move it elsewhere";
-        Some(Error::new(ErrorKind::Forbidden, format!("{} {fact}", shown(unread))))
+        None
     }
 
     /// Intents that speak of any of these images.
@@ -253,25 +266,14 @@ impl World {
             return Some(Error::new(ErrorKind::Busy, format!("{} {fact}", shown(path))));
         }
         let inodes: Vec<u64> = images.iter().map(|index| self.image(*index).stat.id.inode).collect();
-        let found = self
-            .catalog
-            .intents
-            .iter()
-            .find(|found| found.intent.files().iter().any(|named| inodes.contains(&named.inode)))?;
+        let all = self.catalog.intents.iter().chain(self.whole.iter().flat_map(|whole| &whole.intents));
+        let found =
+            all.into_iter().find(|found| found.intent.files().iter().any(|named| inodes.contains(&named.inode)))?;
         let is_owned = self.store.guard().is_owned(found);
         let state = if is_owned { "is at work on them" } else { "was begun and waits to be taken up; mount the store" };
         let fact = format!("another command {state}: {}{}", found.intent.command, of_chain(&found.intent.chain));
         Some(Error::new(ErrorKind::Busy, fact))
     }
-}
-
-/// Whether an image names, in a way that could not be followed, something called `name`.
-fn names_unfollowed(image: &ImageEntry, name: &OsStr) -> bool {
-    let Below::Broken { image: None, .. } = image.below else { return false };
-    let Some(qcow2) = image.qcow2() else { return false };
-    let Some(backing) = &qcow2.header.backing else { return false };
-    let (text, name) = (backing.name.as_slice(), name.as_bytes());
-    !name.is_empty() && text.windows(name.len()).any(|part| part == name)
 }
 
 /// The way from the file `from` to the file `to`, both beneath one root.

@@ -22,8 +22,9 @@ pub struct ImageInfo {
     pub filename: String,
     /// "qcow2", "raw", or "file" for the file below.
     pub format: String,
-    /// Bytes of the disk; of a file its length.
-    pub virtual_size: u64,
+    /// Bytes of the disk; of a file its length. Absent where the image cannot be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub virtual_size: Option<u64>,
     /// Bytes that the file takes on its file system.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub actual_size: Option<u64>,
@@ -195,7 +196,8 @@ fn one(image: &ImageInfo, zone: &TimeZone) -> String {
     let mut out = Lines(String::new());
     out.line("image", &image.filename);
     out.line("file format", &image.format);
-    out.line("virtual size", &format!("{} ({} bytes)", human_size(image.virtual_size), image.virtual_size));
+    let size = |size: u64| format!("{} ({size} bytes)", human_size(size));
+    out.line("virtual size", &image.virtual_size.map_or_else(|| "unknown".to_owned(), size));
     out.line("disk size", &image.actual_size.map_or_else(|| "unavailable".to_owned(), human_size));
     if image.encrypted == Some(true) {
         out.line("encrypted", "yes");

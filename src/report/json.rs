@@ -146,6 +146,7 @@ impl<'a> NodeObject<'a> {
             format: match node.kind {
                 Kind::Raw => Some("raw"),
                 Kind::Qcow2 | Kind::Internal => Some("qcow2"),
+                Kind::Foreign(name) => Some(name),
                 Kind::Missing => None,
             },
             date: node.date.and_then(time::rfc3339),

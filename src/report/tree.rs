@@ -76,6 +76,8 @@ pub enum Kind {
     Raw,
     /// A qcow2 image.
     Qcow2,
+    /// An image of another format, which is not read.
+    Foreign(&'static str),
     /// A snapshot within a qcow2 image.
     Internal,
     /// A file that an image names and that is not there.
@@ -143,6 +145,7 @@ impl Kind {
             Kind::Raw => "raw",
             Kind::Qcow2 => "qcow2",
             Kind::Internal => "int",
+            Kind::Foreign(name) => name,
             Kind::Missing => "?",
         }
     }

@@ -152,6 +152,15 @@ struct Writing {
     mirror: Option<Arc<dyn Mirror>>,
 }
 
+/// That nobody may stand on an image without its being known.
+fn is_unclaimed(catalog: &Catalog, id: FileId) -> Result<()> {
+    let Some(index) = catalog.images.iter().position(|image| image.stat.id == id) else { return Ok(()) };
+    match catalog.claims_on(index).next() {
+        None => Ok(()),
+        Some(claim) => Err(Error::new(ErrorKind::ReadOnly, claim.sentence(&catalog.images[index]))),
+    }
+}
+
 impl Store {
     /// Opens the active disk of the chain of `layers` (leaf first). `Stale` as for a view.
     pub fn open_active(
@@ -249,9 +258,10 @@ impl Store {
         number.and_then(|number| self.active.find(number)).is_some_and(|disk| disk.openings.lock().count > 0)
     }
 
-    /// Of one image that is a store by itself: whether nothing else in the store around it stands on it.
+    /// Of a store in a store: whether nothing else in the one around it stands on the image, or may do so.
     fn is_nobodys_base(&self, leaf: &ImageEntry) -> Result<()> {
         let Some(whole) = self.whole()? else { return Ok(()) };
+        is_unclaimed(&whole, leaf.stat.id)?;
         let Some(image) = whole.images.iter().find(|image| image.stat.id == leaf.stat.id) else { return Ok(()) };
         let users: Vec<String> = image.users.iter().map(|user| whole.images[*user].shown()).collect();
         if users.is_empty() {
@@ -284,6 +294,7 @@ impl Store {
         if !leaf.users.is_empty() {
             return refuse(leaf, "has other images standing on it, which would be spoilt; write to one of those");
         }
+        is_unclaimed(catalog, leaf.stat.id)?;
         // A header may name any file: what keeps an image from being written keeps it here, too.
         let is_data_file =
             |image: &&ImageEntry| leaf.data_file.as_ref().is_some_and(|(_, stat)| stat.id == image.stat.id);
@@ -300,6 +311,7 @@ impl Store {
             if !data.users.is_empty() {
                 return refuse(data, "has images standing on it, which would be spoilt: it is an external data file");
             }
+            is_unclaimed(catalog, data.stat.id)?;
         }
         self.active.poisoned.lock().get(&leaf.stat.id).map_or(Ok(()), |poison| Err(poison.clone()))
     }

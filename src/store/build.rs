@@ -7,27 +7,34 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
+use crate::format::foreign::Kind;
 use crate::io::{FileId, Root};
 
 use super::catalog::{self, Below, Catalog, Draft, ImageEntry, ImageIndex, Reference, qcow2_problem, versions};
+use super::claimants::{claims_of, foreign_kind, names_of};
+use super::claims::{Claim, Reach, pattern};
 use super::describe::Content;
 use super::intents::{Deed, FoundIntent, Guard, NewTop};
 use super::notes::Notes;
 use super::options::{Format, StoreOptions};
 use super::owners::Owners;
 use super::resolve::{Place, climbed, resolve};
-use super::scan::{Known, Problem, Scan, ScannedFile, describe_place, has_extension, known_of};
+use super::scan::{Known, Problem, Scan, ScannedFile, Ways, describe_place, has_extension, known_of};
 
 /// Files of a scan, and those that headers name besides, on their way to a catalog.
-struct Builder<'a> {
-    roots: &'a [Arc<Root>],
-    options: &'a StoreOptions,
-    known: &'a Known,
-    files: Vec<ScannedFile>,
-    by_place: HashMap<Place, ImageIndex>,
-    by_id: HashMap<FileId, ImageIndex>,
-    problems: Vec<Problem>,
+pub(super) struct Builder<'a> {
+    pub(super) roots: &'a [Arc<Root>],
+    pub(super) options: &'a StoreOptions,
+    ways: &'a Ways<'a>,
+    pub(super) files: Vec<ScannedFile>,
+    pub(super) by_place: HashMap<Place, ImageIndex>,
+    pub(super) by_id: HashMap<FileId, ImageIndex>,
+    pub(super) problems: Vec<Problem>,
+    /// Who may stand on what.
+    pub(super) claims: Vec<Claim>,
     is_single: bool,
+    /// The link by which the user has named the one image.
+    by_link: Option<Place>,
     /// Where files that headers name are, or ought to be, and no scan comes by.
     directories: BTreeSet<Place>,
     owners: Owners<'a>,
@@ -42,9 +49,9 @@ pub(super) fn build(
     guard: &Guard,
     options: &StoreOptions,
     mut scan: Scan,
-    known: &Known,
+    ways: &Ways<'_>,
     previous: &Catalog,
-    is_single: bool,
+    (is_single, by_link): (bool, Option<Place>),
 ) -> Result<(Catalog, Arc<Known>, BTreeSet<Place>)> {
     let (intents, senseless) = guard.read()?;
     let cannot_tell: Vec<PathBuf> = senseless.iter().map(|(path, _)| path.clone()).collect();
@@ -56,36 +63,41 @@ pub(super) fn build(
         let sentence = format!("holds a chain of which a command {fact}: {}", found.intent.command);
         scan.problems.push(Problem { path: found.intent.chain.clone(), sentence });
     }
-    drop_new_names(&mut scan, &intents);
-    let superseded = superseded(&scan, &intents);
+    drop_new_names(&mut scan, &intents, &guard.prefix);
+    let superseded = superseded(&scan, &intents, &guard.prefix);
     let mut builder = Builder {
         roots,
         options,
-        known,
+        ways,
         files: Vec::new(),
         by_place: HashMap::new(),
         by_id: HashMap::new(),
         problems: scan.problems,
+        claims: Vec::new(),
         is_single,
+        by_link,
         directories: BTreeSet::new(),
         owners: Owners::new(roots, options),
         uncounted: Vec::new(),
     };
     builder.add_scanned(scan.files);
     let scanned_count = builder.files.len();
+    scan.links.into_iter().for_each(|path| builder.link(path));
+    scan.unread.into_iter().for_each(|unread| builder.unread(unread));
     for place in scan.introduced {
         builder.introduce(place);
     }
     let mut references = builder.follow();
     let data_references = builder.data_files();
-    // Data files that no scan has met stand on nothing.
-    references.resize_with(builder.files.len(), || None);
+    // Nor are data files passed over that no scan has met.
+    builder.follow_rest(&mut references);
     let said = builder.listen(&references, &data_references);
     let next_known = known_of(&builder.files);
     let notes = Notes::read(guard);
     let names = builder.other_names();
     let old = versions(previous);
     let mut drafts: Vec<Draft> = Vec::with_capacity(builder.files.len());
+    let (mut more, mut headless) = (Vec::new(), Vec::new());
     for ((index, file), backing) in builder.files.iter().enumerate().zip(references) {
         let stated = options.stated_format(&file.place.path);
         let (format, mut problem, content) = if said.is_doubtful[index] {
@@ -93,6 +105,14 @@ pub(super) fn build(
         } else {
             builder.decide(file, &said.formats[index], is_single && index == 0)
         };
+        let is_unreadable = format.is_none() && matches!(content, Content::Malformed(_));
+        let is_drawn =
+            !said.is_data_file[index] && (format == Some(Format::Qcow2) || is_unreadable && problem.is_some());
+        let (backing, meant) = claims_of(file, backing, is_drawn, options);
+        more.extend(meant.into_iter().map(|reach| (index, reach, is_drawn)));
+        if problem.is_some() && matches!(content, Content::Plain) {
+            headless.push(index);
+        }
         let mut data_file = None;
         match data_references.get(&index).filter(|_| format == Some(Format::Qcow2)) {
             Some(Ok(target)) => {
@@ -130,31 +150,41 @@ pub(super) fn build(
                 is_merged: false,
                 chain_count: 0,
             },
-            // What stands in a file that is read as raw names nothing.
-            backing: backing.filter(|_| format == Some(Format::Qcow2) && !said.is_data_file[index]),
+            backing,
             is_data_file: said.is_data_file[index],
             is_stated: stated.is_some(),
-            is_scanned: index < scanned_count && !superseded.contains(&file.stat.id.inode),
+            is_scanned: index < scanned_count && !file.is_hidden && !superseded.contains(&file.stat.id.inode),
+            is_unreadable,
         });
     }
-    let mut catalog = catalog::link(drafts, builder.problems, is_single, options.probe, next(&SERIAL));
-    catalog.note_uncounted(&builder.uncounted);
+    for (index, reach, is_drawn) in more {
+        builder.claim(index, reach, is_drawn);
+    }
+    for index in headless {
+        builder.claim_without_magic(index);
+    }
+    builder.name_foreign(&drafts);
+    let Builder { problems, mut claims, directories, owners, uncounted, .. } = builder;
+    let targets: Vec<Option<ImageIndex>> = drafts.iter().map(Draft::target).collect();
+    let mut catalog = catalog::link(drafts, problems, is_single, options.probe, next(&SERIAL));
+    claims.extend(catalog.cut_links(&targets));
+    catalog.note_claims(claims, &owners);
+    catalog.note_uncounted(&uncounted);
     catalog.note_intents(intents, &guard.prefix);
     catalog.drafts = scan.drafts;
-    catalog.unread = scan.unread;
     catalog.senseless = cannot_tell;
-    Ok((catalog, next_known, builder.directories))
+    Ok((catalog, next_known, directories))
 }
 
 /// While a snapshot gives an active layer its second name, the first is the one that counts, until the overlay has
 /// come.
-fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent]) {
+fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path) {
+    let is_at = |file: &ScannedFile, path: &Path| prefix.join(&file.place.path) == path;
     for found in intents {
         let Deed::Snapshot { disks, .. } = &found.intent.deed else { continue };
         for NewTop { old, frozen, overlay, name, .. } in disks {
-            let is_old = |file: &ScannedFile, path: &Path| file.place.path == path && file.stat.id.inode == old.inode;
-            let has_come =
-                scan.files.iter().any(|file| file.place.path == *name && file.stat.id.inode == overlay.inode);
+            let is_old = |file: &ScannedFile, path: &Path| is_at(file, path) && file.stat.id.inode == old.inode;
+            let has_come = scan.files.iter().any(|file| is_at(file, name) && file.stat.id.inode == overlay.inode);
             let is_there = |path: &Path| scan.files.iter().any(|file| is_old(file, path));
             if old.path != *frozen && is_there(&old.path) && is_there(frozen) {
                 let dropped = if has_come { &old.path } else { frozen };
@@ -166,11 +196,11 @@ fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent]) {
 
 /// The inodes of what a commit of an active layer has left to be removed: with its new name the base is the active
 /// layer, and nobody looks for a chain there.
-fn superseded(scan: &Scan, intents: &[FoundIntent]) -> HashSet<u64> {
+fn superseded(scan: &Scan, intents: &[FoundIntent], prefix: &Path) -> HashSet<u64> {
     let mut inodes = HashSet::new();
     for found in intents {
         let Deed::Commit { top, base, between, rename: Some(name), .. } = &found.intent.deed else { continue };
-        let is_base = |file: &ScannedFile| file.place.path == *name && file.stat.id.inode == base.inode;
+        let is_base = |file: &ScannedFile| prefix.join(&file.place.path) == *name && file.stat.id.inode == base.inode;
         let has_name = name != &base.path || !scan.files.iter().any(|file| file.stat.id.inode == top.inode);
         if has_name && scan.files.iter().any(is_base) {
             inodes.extend(std::iter::once(top).chain(between).map(|named| named.inode));
@@ -230,7 +260,7 @@ impl Builder<'_> {
         if self.by_place.contains_key(&place) {
             return;
         }
-        let Ok(file) = describe_place(&self.roots[place.root], &place, self.known) else { return };
+        let Ok(file) = describe_place(&self.roots[place.root], &place, self.ways) else { return };
         if let Some(index) = self.by_id.get(&file.stat.id) {
             self.by_place.insert(place, *index);
         } else {
@@ -247,15 +277,7 @@ impl Builder<'_> {
         names
     }
 
-    fn add(&mut self, mut file: ScannedFile) -> ImageIndex {
-        // Named *.raw, and so not looked into, but the user says otherwise.
-        let is_qcow2 = self.options.stated_format(&file.place.path) == Some(Format::Qcow2);
-        if is_qcow2
-            && matches!(file.content, Content::Unseen)
-            && let Ok(described) = describe_place(&self.roots[file.place.root], &file.place, self.known)
-        {
-            file = described;
-        }
+    pub(super) fn add(&mut self, file: ScannedFile) -> ImageIndex {
         let index = self.files.len();
         self.by_place.insert(file.place.clone(), index);
         self.by_id.insert(file.stat.id, index);
@@ -263,24 +285,96 @@ impl Builder<'_> {
         index
     }
 
-    /// Follows the backing file name of every header, and of those of the files so found.
-    fn follow(&mut self) -> Vec<Option<Reference>> {
+    /// Follows the names in every header, and in those of the files so found.
+    fn follow(&mut self) -> Vec<Vec<Reference>> {
         let mut references = Vec::new();
-        while references.len() < self.files.len() {
-            let file = &self.files[references.len()];
-            let Content::Qcow2(qcow2) = &file.content else {
-                references.push(None);
-                continue;
-            };
-            let header = Arc::clone(&qcow2.header);
-            let from = file.place.clone();
-            references.push(header.backing.as_ref().map(|backing| Reference {
-                target: self.find(&from, &backing.name),
-                format: backing.format.clone(),
-                name: printable(&backing.name),
-            }));
+        self.follow_rest(&mut references);
+        let doubtful = self.follow_other_names(&mut references);
+        self.follow_rest(&mut references);
+        for reference in references.iter_mut().flatten() {
+            let Some(other) = reference.via.as_ref().and_then(|via| doubtful.get(via)) else { continue };
+            if let Ok(target) = reference.target {
+                reference.meant = vec![Reach::Image(target)];
+                let fact = "is another name of a file, and by that name QEMU finds another backing file";
+                reference.target = Err(format!("{fact} ({other}) than by the file's own; name the file itself"));
+            }
         }
         references
+    }
+
+    fn follow_rest(&mut self, references: &mut Vec<Vec<Reference>>) {
+        while references.len() < self.files.len() {
+            let file = &self.files[references.len()];
+            let from = file.place.clone();
+            let found = match &file.content {
+                Content::Qcow2(qcow2) => {
+                    let backing = qcow2.header.backing.clone();
+                    backing.map(|backing| vec![(backing.name, backing.format)]).unwrap_or_default()
+                }
+                content => names_of(content).iter().map(|name| (name.clone(), None)).collect(),
+            };
+            let found = found.into_iter().map(|(name, format)| self.reference(&from, name, format)).collect();
+            references.push(found);
+        }
+    }
+
+    fn reference(&mut self, from: &Place, name: Vec<u8>, format: Option<String>) -> Reference {
+        let target = self.find(from, &name);
+        let meant = if target.is_err() { self.meant(from, &name) } else { Vec::new() };
+        let via = resolve(self.roots, &self.options.maps, from, &name).ok();
+        Reference { target, meant, format, name: printable(&name), via, raw_name: name }
+    }
+
+    /// A relative name is looked for from the directory of the name by which QEMU was given the image, so that a file of
+    /// several names may stand on several files. What it stands on by its other names counts where there is nothing by
+    /// its own; where both lead somewhere, what it is by the other name is doubtful: returns what it would stand on.
+    fn follow_other_names(&mut self, references: &mut [Vec<Reference>]) -> HashMap<Place, String> {
+        let is_elsewhere =
+            |place: &Place, own: &Place| place.root != own.root || place.path.parent() != own.path.parent();
+        let mut others: Vec<(Place, ImageIndex)> =
+            self.by_place.iter().map(|(place, index)| (place.clone(), *index)).collect();
+        others.retain(|(place, index)| {
+            let is_relative = |reference: &Reference| !reference.raw_name.starts_with(b"/");
+            *index < references.len()
+                && references[*index].first().is_some_and(is_relative)
+                && is_elsewhere(place, &self.files[*index].place)
+        });
+        others.sort();
+        if let Some(link) = self.by_link.clone() {
+            others.retain(|(place, index)| *index != 0 || *place != link);
+            if references.first().is_some_and(|first| !first.is_empty()) {
+                others.insert(0, (link, 0));
+            }
+        }
+        let mut doubtful = HashMap::new();
+        for (place, index) in others {
+            let Some(own) = references[index].first() else { continue };
+            let (own_target, format) = (own.target.clone(), own.format.clone());
+            let other = self.reference(&place, own.raw_name.clone(), format);
+            let Ok(target) = other.target else { continue };
+            let is_given = self.by_link.as_ref() == Some(&place);
+            match own_target {
+                Ok(own_target) if own_target == target => {}
+                Ok(_) if !is_given => {
+                    let name = catalog::shown(&self.files[target].place.path);
+                    let fact = format!(
+                        "is another name of {}, by which QEMU reads it on {name}",
+                        self.files[index].place.path.display()
+                    );
+                    let remedy = "remove it, or have one name for each image";
+                    self.claims.push(Claim {
+                        by: place.path.clone(),
+                        owner: None,
+                        uid: self.files[index].stat.uid,
+                        reach: Reach::Image(target),
+                        why: format!("{fact}; {remedy}").into(),
+                    });
+                    doubtful.insert(place, name);
+                }
+                _ => references[index][0] = other,
+            }
+        }
+        doubtful
     }
 
     /// The external data file of every image that has one, or why it cannot be used.
@@ -308,11 +402,11 @@ impl Builder<'_> {
     /// into a raw disk a guest may have written any header.
     fn listen(
         &self,
-        references: &[Option<Reference>],
+        references: &[Vec<Reference>],
         data_references: &HashMap<ImageIndex, std::result::Result<ImageIndex, String>>,
     ) -> Said {
         let count = self.files.len();
-        let backing = |index: ImageIndex| references[index].as_ref().and_then(|r| r.target.as_ref().ok()).copied();
+        let backing = |index: ImageIndex| references[index].first().and_then(|r| r.target.as_ref().ok()).copied();
         let data = |index: ImageIndex| data_references.get(&index).and_then(|target| target.as_ref().ok()).copied();
         let named =
             |index: ImageIndex| [backing(index), data(index)].into_iter().flatten().filter(move |t| *t != index);
@@ -344,8 +438,8 @@ impl Builder<'_> {
                 && self.decide(&self.files[index], &said.formats[index], self.is_single && index == 0).0
                     == Some(Format::Qcow2);
             if is_believed {
-                if let (Some(target), Some(reference)) = (backing(index), &references[index]) {
-                    let is_plain = matches!(self.files[target].content, Content::Plain);
+                if let (Some(target), Some(reference)) = (backing(index), references[index].first()) {
+                    let is_plain = self.files[target].is_plain || matches!(self.files[target].content, Content::Plain);
                     // Only where the user asks for it is a format guessed from content.
                     let guess = (self.options.probe && is_plain).then_some(Format::Raw);
                     said.formats[target].extend(reference.format.as_ref().map_or(guess, |f| Format::from_name(f)));
@@ -365,7 +459,7 @@ impl Builder<'_> {
     }
 
     /// The file that `name` in the header at `from` means, if the name counts there.
-    fn find(&mut self, from: &Place, name: &[u8]) -> std::result::Result<ImageIndex, String> {
+    pub(super) fn find(&mut self, from: &Place, name: &[u8]) -> std::result::Result<ImageIndex, String> {
         let owner = self.by_place.get(from).map_or(0, |index| self.files[*index].stat.uid);
         let place = resolve(self.roots, &self.options.maps, from, name)?;
         let Some(sentence) = self.owners.refuse(owner, from, &place) else { return self.find_any(from, name) };
@@ -390,16 +484,30 @@ impl Builder<'_> {
         if let Some(index) = self.by_place.get(&place) {
             return Ok(*index);
         }
-        let file = match describe_place(&self.roots[place.root], &place, self.known) {
+        let file = match describe_place(&self.roots[place.root], &place, self.ways) {
             Ok(file) => file,
-            Err(error) => return Err(not_there(&self.roots[place.root], &place.path, &error)),
+            Err(error) => {
+                if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Escape) {
+                    self.unopened(&place, &error);
+                }
+                return Err(not_there(&self.roots[place.root], &place.path, &error));
+            }
         };
-        // A link, or another name of a file that is known already.
+        Ok(self.met(place, file))
+    }
+
+    /// The file at a place that no scan has come by, which may be known by another name already.
+    pub(super) fn met(&mut self, place: Place, file: ScannedFile) -> ImageIndex {
         if let Some(index) = self.by_id.get(&file.stat.id) {
             self.by_place.insert(place, *index);
-            return Ok(*index);
+            return *index;
         }
-        Ok(self.add(file))
+        self.add(file)
+    }
+
+    /// Looks at a file by its place.
+    pub(super) fn look_at(&self, place: &Place) -> Result<ScannedFile> {
+        describe_place(&self.roots[place.root], place, self.ways)
     }
 
     /// Whether a directory that a name goes up from is what it seems: a root, what lies above one,
@@ -419,7 +527,18 @@ impl Builder<'_> {
         is_single: bool,
     ) -> (Option<Format>, Option<Arc<str>>, Content) {
         let path = &file.place.path;
-        let has_magic = matches!(file.content, Content::Qcow2(_) | Content::Malformed(_));
+        let has_magic = file.content.has_magic();
+        let foreign = foreign_kind(file);
+        let is_foreign = || {
+            let kind = foreign.map_or("", Kind::name);
+            let fact =
+                format!("cannot be read: it is taken for an image of the format {kind}, which chainfs does not read");
+            let remedy = format!(
+                "convert it with qemu-img convert -O qcow2, or, if it is a raw disk, say so with -o format={}:raw",
+                pattern(path)
+            );
+            (None, Some(format!("{fact}; {remedy}").into()), file.content.clone())
+        };
         let raw = || (Some(Format::Raw), None, file.content.clone());
         let decided = match self.options.stated_format(path) {
             Some(format) => Some(format),
@@ -436,8 +555,10 @@ impl Builder<'_> {
                                written; say which with -o format=NAME:raw or -o format=NAME:qcow2";
                 (None, Some(problem.into()), file.content.clone())
             }
+            None if has_extension(path, "img") && foreign.is_some() => is_foreign(),
             None if has_extension(path, "img") => raw(),
-            None if has_magic || has_extension(path, "qcow2") => self.as_qcow2(file),
+            None if has_extension(path, "qcow2") || has_magic && !file.is_plain => self.as_qcow2(file),
+            None if is_single && foreign.is_some() => is_foreign(),
             // The user has named it; what else should it be.
             None if is_single => raw(),
             None => (None, None, file.content.clone()),
@@ -446,17 +567,22 @@ impl Builder<'_> {
 
     fn as_qcow2(&self, file: &ScannedFile) -> (Option<Format>, Option<Arc<str>>, Content) {
         let content = match &file.content {
-            // Another name of a file of which the first look saw only the name, or one that could not be opened.
-            Content::Unseen => match describe_place(&self.roots[file.place.root], &file.place, &Known::new()) {
+            // Another name of one that could not be opened.
+            Content::Unseen => match self.look_at(&file.place) {
                 Ok(file) => file.content,
-                Err(error) => return (None, Some(format!("cannot be read: {error}").into()), Content::Plain),
+                Err(error) => return (None, Some(format!("cannot be read: {error}").into()), Content::Unseen),
             },
             content => content.clone(),
         };
         match &content {
             Content::Qcow2(qcow2) => (Some(Format::Qcow2), qcow2_problem(qcow2), content),
-            Content::Malformed(reason) => {
-                let problem = format!("cannot be read: {reason}");
+            Content::Malformed(header) => {
+                let problem = format!("cannot be read: {}", header.reason);
+                (None, Some(problem.into()), content)
+            }
+            Content::Foreign(foreign) => {
+                let fact = "and chainfs reads raw and qcow2; convert it with qemu-img convert -O qcow2";
+                let problem = format!("cannot be read: it is an image of the format {}, {fact}", foreign.kind.name());
                 (None, Some(problem.into()), content)
             }
             Content::Plain | Content::Unseen => {

@@ -18,10 +18,12 @@ use crate::image::unreadable;
 use crate::io::{FileId, FileStat};
 use crate::units::round_up_to_sector;
 
+use super::claims::{Claim, Claims, Reach};
 use super::describe::{Content, Qcow2};
 use super::intents::{Deed, FoundIntent, Named, NewTop};
 use super::names::{self, STORE_DIRECTORY};
 use super::options::Format;
+use super::owners::Owners;
 use super::resolve::Place;
 use super::scan::Problem;
 
@@ -117,8 +119,8 @@ pub struct Catalog {
     pub single: Option<ImageIndex>,
     /// What was begun in the store and is not finished.
     pub intents: Vec<FoundIntent>,
-    /// Files and directories that could not be read: what stands on what is not known of them.
-    pub unread: Vec<PathBuf>,
+    /// Who may stand on which images without its being known.
+    claims: Claims,
     /// Notes of commands that were begun, which make no sense: what they speak of is not known.
     pub senseless: Vec<PathBuf>,
     /// Drafts of images: of a command at work, or of one that was cut off before its intent was there.
@@ -215,6 +217,42 @@ impl Catalog {
             let image = &self.images[*index];
             image.problem.as_ref().or(image.below.sentence()).map(|sentence| format!("{} {sentence}", image.shown()))
         })
+    }
+
+    /// Who may stand on an image without its being known.
+    pub fn claims_on(&self, index: ImageIndex) -> impl Iterator<Item = &Claim> {
+        self.claims.on(index, &self.images[index])
+    }
+
+    /// Takes in who may stand on what; whoever cannot be understood is a problem.
+    pub(super) fn note_claims(&mut self, claims: Vec<Claim>, owners: &Owners<'_>) {
+        // Those whose names cannot be followed have their problem already.
+        let known: BTreeSet<PathBuf> = self.problems.iter().map(|problem| problem.path.clone()).collect();
+        let counts = |claim: &Claim, index: ImageIndex| {
+            let from = Place { root: 0, path: claim.by.clone() };
+            owners.refuse(claim.uid, &from, &self.images[index].place).is_none()
+        };
+        self.claims = Claims::new(claims, &self.images, &counts);
+        let is_news = |claim: &&Claim| claim.reach == Reach::All || !known.contains(&claim.by);
+        let problem = |claim: &Claim| Problem { path: claim.by.clone(), sentence: claim.problem() };
+        let problems: Vec<Problem> = self.claims.all().iter().filter(is_news).map(problem).collect();
+        self.problems.extend(problems);
+        self.problems.sort();
+        self.problems.dedup();
+    }
+
+    /// Links that have been cut, so that loops end: they count all the same. `targets`: what images say that they stand
+    /// on.
+    pub(super) fn cut_links(&self, targets: &[Option<ImageIndex>]) -> Vec<Claim> {
+        let cut = |(index, target): (ImageIndex, &Option<ImageIndex>)| {
+            let image = &self.images[index];
+            let (None, Some(target), Some(sentence)) = (image.below.image(), target, image.below.sentence()) else {
+                return None;
+            };
+            let (by, owner, uid) = (image.place.path.clone(), Some(image.stat.id), image.stat.uid);
+            Some(Claim { by, owner, uid, reach: Reach::Image(*target), why: Arc::clone(sentence) })
+        };
+        targets.iter().enumerate().filter_map(cut).collect()
     }
 
     /// Notes what is begun; `prefix` leads from the guarded directory to the store's own.
@@ -364,6 +402,7 @@ impl Catalog {
 }
 
 /// An image as far as it is known before links are drawn.
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Draft {
     pub(super) entry: ImageEntry,
     /// Where its header says that its backing file is, and in what format.
@@ -374,16 +413,31 @@ pub(super) struct Draft {
     pub(super) is_stated: bool,
     /// Whether it was found by itself, not only by its name in a header.
     pub(super) is_scanned: bool,
+    /// Whether it cannot be read, but what it stands on is known.
+    pub(super) is_unreadable: bool,
 }
 
 /// A file that a header names.
 pub(super) struct Reference {
     /// The file, or why there is none.
     pub(super) target: Result<ImageIndex, String>,
+    /// Where there is none, what may be meant.
+    pub(super) meant: Vec<Reach>,
     /// The format that the header states.
     pub(super) format: Option<String>,
-    /// The name as it stands in the header.
+    /// The name as it stands in the header, safe to print.
     pub(super) name: String,
+    /// And as it is.
+    pub(super) raw_name: Vec<u8>,
+    /// The place that it leads to.
+    pub(super) via: Option<Place>,
+}
+
+impl Draft {
+    /// What it says that it stands on.
+    pub(super) fn target(&self) -> Option<ImageIndex> {
+        self.backing.as_ref().and_then(|reference| reference.target.as_ref().ok()).copied()
+    }
 }
 
 /// Draws links, cuts loops, finds leaves and names them.
@@ -428,12 +482,16 @@ pub(super) fn link(drafts: Vec<Draft>, problems: Vec<Problem>, single: bool, pro
 
 /// What an image stands on, and whether it may.
 fn below(draft: &Draft, drafts: &[Draft], probe: bool) -> Below {
-    let Some(Reference { target, format, name }) = &draft.backing else { return Below::Nothing };
+    let Some(Reference { target, format, name, .. }) = &draft.backing else { return Below::Nothing };
     let broken = |image, sentence: String| Below::Broken { image, sentence: sentence.into() };
     let target = match target {
         Ok(target) => *target,
+        // What may be meant is claimed.
         Err(sentence) => return broken(None, format!("cannot be read: its backing file \"{name}\" {sentence}")),
     };
+    if draft.is_unreadable {
+        return Below::Image(target);
+    }
     let lower = &drafts[target].entry;
     let Some(format) = format else {
         // The user has said it, or wants it guessed.
@@ -474,7 +532,7 @@ fn below(draft: &Draft, drafts: &[Draft], probe: bool) -> Below {
 
 /// A word of a remedy, quoted if a shell would make anything else of it: remedies are copied, and
 /// names are whatever an image says.
-fn shell_word(word: &str) -> String {
+pub(super) fn shell_word(word: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "._-/+@%,:=".contains(c);
     let plain = !word.is_empty() && word.chars().all(is_plain);
     if plain { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::format::foreign::{self, Kind, Parents};
 use crate::format::snapshot::Snapshot;
 use crate::format::{Header, Malformed, header};
 use crate::image::read_snapshots_there_are;
@@ -15,15 +16,45 @@ use crate::io::read_full;
 /// A file's own word.
 #[derive(Clone, Debug)]
 pub enum Content {
-    /// Nobody has looked: its name says all.
+    /// Nobody could look: its name says all.
     Unseen,
-    /// It does not begin with qcow2's magic.
+    /// It begins with no magic that is known.
     Plain,
     /// A qcow2 image.
     Qcow2(Arc<Qcow2>),
-    /// It bears the magic, and this is wrong with it.
-    Malformed(Arc<str>),
+    /// It bears the magic, and something is wrong with it.
+    Malformed(Arc<BadHeader>),
+    /// An image of a format that chainfs does not read.
+    Foreign(Arc<Foreign>),
 }
+
+/// A qcow2 image of which no more can be told than what it stands on.
+#[derive(Debug)]
+pub struct BadHeader {
+    /// What is wrong with it.
+    pub reason: String,
+    /// What it stands on.
+    pub parents: Parents,
+}
+
+/// An image of a format that chainfs does not read.
+#[derive(Debug)]
+pub struct Foreign {
+    /// Its format.
+    pub kind: Kind,
+    /// The files that it needs.
+    pub parents: Parents,
+}
+
+impl Content {
+    /// Whether it begins with qcow2's magic.
+    pub fn has_magic(&self) -> bool {
+        matches!(self, Content::Qcow2(_) | Content::Malformed(_))
+    }
+}
+
+/// Bytes of the smallest header that can name anything.
+pub(super) const MIN_HEADER_LEN: u64 = header::V2_LEN as u64;
 
 /// What was read of a qcow2 image.
 #[derive(Debug)]
@@ -43,12 +74,20 @@ pub struct Qcow2 {
 
 /// Reads what `file`, of `len` bytes, says of itself. `Err` only if it cannot be read.
 pub(super) fn describe(file: &OwnedFd, len: u64) -> Result<Content> {
-    let mut bytes = vec![0; header::PROBE_LEN];
-    read(file, 0, &mut bytes)?;
+    let mut bytes = vec![0; foreign::PROBE_LEN];
+    let got = read(file, 0, &mut bytes)?;
+    if let Some(kind) = foreign::probe(&bytes[..got]) {
+        let parents = foreign::parents(kind, len, &mut |at, buf| read(file, at, buf))?;
+        return Ok(Content::Foreign(Arc::new(Foreign { kind, parents })));
+    }
     if !header::has_magic(&bytes) {
         return Ok(Content::Plain);
     }
-    let malformed = |reason: String| Ok(Content::Malformed(reason.into()));
+    bytes.truncate(header::PROBE_LEN);
+    let malformed = |reason: String| {
+        let parents = foreign::qcow(len, &mut |at, buf| read(file, at, buf))?;
+        Ok(Content::Malformed(Arc::new(BadHeader { reason, parents })))
+    };
     let needed = match header::needed_len(&bytes) {
         Ok(needed) => needed.min(len),
         Err(reason) => return malformed(reason.to_string()),
@@ -102,6 +141,17 @@ fn damaged_snapshots(snapshots: &[Snapshot]) -> Option<String> {
     Some(format!("has {what} that cannot be read, {names}{more}: {reason}"))
 }
 
+/// What a file stands on that ought to begin with qcow2's magic and does not: as far as its header says it all the same.
+pub(super) fn parents_without_magic(file: &OwnedFd, len: u64) -> Result<Parents> {
+    let mut head = vec![0; header::PROBE_LEN];
+    let got = read(file, 0, &mut head)?;
+    if foreign::is_qcow2_but_for_magic(&head[..got]) {
+        foreign::qcow(len, &mut |at, buf| read(file, at, buf))
+    } else {
+        Ok(Parents::Unknown)
+    }
+}
+
 /// Says of the first snapshot whose L1 table is not in the file that it cannot be read.
 fn lost_snapshot(snapshots: &[Snapshot], len: u64) -> Option<String> {
     let is_lost = |s: &&Snapshot| s.l1.offset.0.checked_add(s.l1.len_bytes()).is_none_or(|end| end > len);
@@ -119,6 +169,9 @@ fn lost_snapshot(snapshots: &[Snapshot], len: u64) -> Option<String> {
 pub(super) fn header_digest(file: &OwnedFd, len: u64) -> Result<u64> {
     let mut bytes = vec![0; header::PROBE_LEN];
     read(file, 0, &mut bytes)?;
+    if !header::has_magic(&bytes) {
+        return Ok(0);
+    }
     let Ok(needed) = header::needed_len(&bytes) else { return Ok(0) };
     bytes = vec![0; needed.min(len) as usize];
     read(file, 0, &mut bytes)?;

@@ -32,6 +32,11 @@ const LOCK: &str = ".chainfs/lock";
 /// Its name alone: it says nothing by being opened and closed.
 pub(super) const LOCK_NAME: &[u8] = b"lock";
 const STRAY_LOCK: &str = ".chainfs-lock";
+/// Whether a name is one of those under which chainfs keeps what it knows of a store.
+pub(super) fn is_own_name(name: &[u8]) -> bool {
+    [MARKER, STRAY_INTENTS, STRAY_LOCK].iter().any(|own| own.as_bytes() == name)
+}
+
 const VERSION: u32 = 1;
 /// Longer notes are not ours.
 const MAX_LEN: u64 = 4 << 20;
@@ -261,9 +266,16 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// The guard of a store that is a directory.
-    pub(super) fn of_directory(root: &Arc<Root>) -> Self {
-        Self { root: Arc::clone(root), prefix: PathBuf::new(), is_whole: true, is_marked: true }
+    /// The guard of a store that is a directory: its own, unless it is not marked and lies in a store that is.
+    pub(super) fn of_directory(root: &Arc<Root>) -> Result<Self> {
+        let own = root.canonical();
+        let (root, prefix) = match marked(own).next() {
+            Some(marked) if marked != own => {
+                (Arc::new(Root::open(marked)?), own.strip_prefix(marked).unwrap_or(Path::new("")).to_path_buf())
+            }
+            _ => (Arc::clone(root), PathBuf::new()),
+        };
+        Ok(Self { root, prefix, is_whole: true, is_marked: true })
     }
 
     /// The guard of a single image in the directory `root`; `stated`: the store as the user says.
@@ -273,7 +285,7 @@ impl Guard {
             Some(stated) => {
                 Some(stated.canonicalize().map_err(|error| Error::io(format!("opening {}", stated.display()), error))?)
             }
-            None => own.ancestors().find(|above| above.join(MARKER).is_dir()).map(Path::to_path_buf),
+            None => marked(own).next().map(Path::to_path_buf),
         };
         let Some(marked) = marked else {
             return Ok(Self { root: Arc::clone(root), prefix: PathBuf::new(), is_whole: false, is_marked: false });
@@ -452,6 +464,11 @@ impl Guard {
     }
 }
 
+/// The marked directories from this one upwards.
+pub(super) fn marked(directory: &Path) -> impl Iterator<Item = &Path> {
+    directory.ancestors().filter(|above| above.join(MARKER).is_dir())
+}
+
 /// An intent that is ours to finish.
 #[derive(Debug)]
 pub struct OwnedIntent {
@@ -520,7 +537,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let root = Arc::new(Root::open(place.path()).unwrap());
         let names = ThisHost.directory(&root, &Descriptors::with_limit(4));
-        let guard = Guard::of_directory(&root);
+        let guard = Guard::of_directory(&root).unwrap();
         guard.prepare(&*names).unwrap();
         let owned = guard.begin(&*names, "1", &commit()).unwrap();
         let (found, problems) = guard.read().unwrap();

@@ -7,6 +7,8 @@
 mod active;
 mod build;
 mod catalog;
+mod claimants;
+mod claims;
 mod describe;
 mod disk;
 mod flusher;
@@ -20,6 +22,7 @@ mod notes;
 mod open;
 mod options;
 mod owners;
+mod plain;
 mod resolve;
 mod rights;
 mod scan;
@@ -34,6 +37,7 @@ mod watch;
 
 use std::collections::HashMap;
 use std::num::NonZero;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -53,7 +57,8 @@ pub use active::{
     Still,
 };
 pub use catalog::{Below, Catalog, Directory, ImageEntry, ImageIndex, shown};
-pub use describe::{Content, Qcow2};
+pub use claims::Claim;
+pub use describe::{BadHeader, Content, Foreign, Qcow2};
 pub use disk::OpenDisk;
 pub use flusher::Flusher;
 pub use identity::{FoundView, Part, ViewId, stale};
@@ -76,7 +81,8 @@ use active::ActiveDisks;
 use disk::OpenDisks;
 use notes::Notes;
 use open::Opened;
-use scan::{Known, Scan};
+use plain::Plain;
+use scan::{Known, Scan, Ways};
 
 /// Bytes of chains' names that are kept worked out.
 const CHAINS_KEPT_LEN: usize = 16 << 20;
@@ -98,6 +104,12 @@ pub struct Store {
     catalog: RwLock<Arc<Catalog>>,
     /// What the last scan knew. Held during a scan: one at a time.
     known: Mutex<Arc<Known>>,
+    /// Which files have been seen without qcow2's magic. A leaf.
+    plain: Mutex<Plain>,
+    /// What lies around it, once somebody has asked. Taken before all that a scan takes.
+    whole: Mutex<Option<Arc<Store>>>,
+    /// The link by which the user has named the one image.
+    by_link: Option<Place>,
     watches: Option<watch::Watches>,
     descriptors: Arc<Descriptors>,
     caches: Arc<Caches>,
@@ -138,13 +150,21 @@ impl Store {
             (directory, Some(Place { root: 0, path: name }))
         };
         let mut roots = vec![Arc::new(Root::open(&directory)?)];
+        let link = if single.is_some() { link_of(path, &directory)? } else { None };
         let guard = match &single {
-            None => Guard::of_directory(&roots[0]),
+            None => Guard::of_directory(&roots[0])?,
             Some(_) => Guard::of_image(&roots[0], options.whole_store.as_deref())?,
         };
         for directory in &options.backing_dirs {
             roots.push(Arc::new(Root::open(directory).map_err(|error| error.within("backing_dir"))?));
         }
+        let by_link = match link {
+            Some((directory, path)) => {
+                roots.push(Arc::new(Root::open(&directory)?));
+                Some(Place { root: roots.len() - 1, path })
+            }
+            None => None,
+        };
         // Half for the flattened maps, a quarter each for tables and for decompressed clusters.
         let quarter = (options.cache / 4) as usize;
         let store = Arc::new(Self {
@@ -157,6 +177,9 @@ impl Store {
             host,
             catalog: RwLock::default(),
             known: Mutex::default(),
+            plain: Mutex::default(),
+            whole: Mutex::default(),
+            by_link,
             descriptors: Descriptors::for_process(),
             caches: Caches::new(quarter, quarter),
             flat: Arc::new(FlatCache::new(2 * quarter)),
@@ -221,18 +244,21 @@ impl Store {
         let start = Instant::now();
         let mut known = self.known.lock();
         let single = self.single.read().clone();
+        self.plain.lock().refresh(&self.guard);
+        let visit = |path: &Path, fd: &OwnedFd| {
+            if let Some(watches) = &self.watches {
+                watches.add(Place { root: 0, path: path.to_path_buf() }, fd);
+            }
+        };
+        let ways = Ways { known: &known, plain: &self.plain, prefix: &self.guard.prefix, visit: &visit };
         let mut scan = match &single {
-            None => scan::scan(&self.roots[0], &known, &|path, fd| {
-                if let Some(watches) = &self.watches {
-                    watches.add(Place { root: 0, path: path.to_path_buf() }, fd);
-                }
-            })?,
+            None => scan::scan(&self.roots[0], &ways)?,
             Some(place) => {
                 let directory = Place { root: 0, path: PathBuf::new() };
                 if let (Some(watches), Some(fd)) = (&self.watches, self.roots[0].open_directory(Path::new(""), true)?) {
                     watches.add(directory, &fd);
                 }
-                Scan { files: vec![scan::describe_place(&self.roots[0], place, &known)?], ..Scan::default() }
+                Scan { files: vec![scan::describe_place(&self.roots[0], place, &ways)?], ..Scan::default() }
             }
         };
         if let Some(watches) = &self.watches {
@@ -240,8 +266,13 @@ impl Store {
         }
         let previous = self.catalog();
         scan.introduced = self.introduced.lock().iter().map(|(place, ())| place.clone()).collect();
+        if let Some(damage) = self.plain.lock().damage() {
+            scan.problems.push(Problem { path: plain::PLAIN.into(), sentence: damage.to_owned() });
+        }
+        let which = (single.is_some(), self.by_link.clone());
         let (catalog, now_known, directories) =
-            build::build(&self.roots, &self.guard, &self.options, scan, &known, &previous, single.is_some())?;
+            build::build(&self.roots, &self.guard, &self.options, scan, &ways, &previous, which)?;
+        self.remember_plain();
         *known = now_known;
         for place in directories {
             // One that is not there yet cannot be watched.
@@ -256,6 +287,17 @@ impl Store {
         self.active.tell_of_gone(&catalog);
         *self.catalog.write() = catalog;
         Ok(start.elapsed())
+    }
+
+    /// Writes down which files have been seen without qcow2's magic, where that is wanted and can be done.
+    fn remember_plain(&self) {
+        let mut plain = self.plain.lock();
+        if !self.options.remember || self.options.read_only || !plain.is_ahead() {
+            return;
+        }
+        if let Err(error) = plain.save(&self.guard, &*self.guard_names()) {
+            tracing::info!("which files are raw is remembered for as long as this mount lives only: {error}");
+        }
     }
 
     /// The views of a chain, worked out once per catalog.
@@ -353,13 +395,25 @@ impl Store {
         resolve::resolve(&self.roots, &self.options.maps, from, name)
     }
 
-    /// For a store that is one image: everything beneath the marked directory above it, as of now.
+    /// For a store that is one image, or lies in a marked one: everything beneath the uppermost marked directory, or
+    /// the one that the user has named, as of now.
     pub(crate) fn whole(&self) -> Result<Option<Arc<Catalog>>> {
-        if self.catalog().single.is_none() || !self.guard.is_whole {
+        let is_single = self.catalog().single.is_some();
+        let own = self.guard.root.canonical();
+        let stated = self.options.whole_store.is_some();
+        let around = intents::marked(own).last().filter(|_| !stated).unwrap_or(own);
+        if !self.guard.is_whole || (!is_single && around == self.roots[0].canonical()) {
             return Ok(None);
         }
-        let options = StoreOptions { notify: false, ..self.options.clone() };
-        Ok(Some(Self::open(self.guard.root.canonical(), options)?.catalog()))
+        let mut whole = self.whole.lock();
+        if let Some(store) = &*whole {
+            store.rescan()?;
+            return Ok(Some(store.catalog()));
+        }
+        let options =
+            StoreOptions { notify: false, remember: false, read_only: true, whole_store: None, ..self.options.clone() };
+        let store = whole.insert(Self::open(around, options)?);
+        Ok(Some(store.catalog()))
     }
 
     /// Lets the next scans look at a file, wherever beneath the roots it is.
@@ -383,4 +437,14 @@ impl Store {
         let (tables, clusters) = self.caches.weights();
         (tables, clusters, self.flat.weight(), self.descriptors.open_count())
     }
+}
+
+/// The directory and name of the link by which the user names an image that lies in another directory: names in its
+/// header are meant from there, as QEMU has it.
+fn link_of(path: &Path, directory: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
+    let fail = |error| Error::io("finding the image", error);
+    let absolute = std::path::absolute(path).map_err(fail)?;
+    let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else { return Ok(None) };
+    let parent = parent.canonicalize().map_err(fail)?;
+    Ok((parent != directory).then(|| (parent, name.into())))
 }

@@ -45,6 +45,10 @@ pub struct StoreOptions {
     pub readonly: Vec<Pattern>,
     /// Formats of files whose names match; the first match counts.
     pub formats: Vec<(Pattern, Format)>,
+    /// Files and directories that stand on nothing, though that cannot be told from them.
+    pub standalone: Vec<Pattern>,
+    /// Whether it is remembered in the store which files have been seen without qcow2's magic.
+    pub remember: bool,
     /// Whether a backing file without a format in the header may be judged by its content.
     pub probe: bool,
     /// Whether images that another process writes are opened all the same.
@@ -78,6 +82,8 @@ impl Default for StoreOptions {
             maps: Vec::new(),
             readonly: Vec::new(),
             formats: Vec::new(),
+            standalone: Vec::new(),
+            remember: false,
             probe: false,
             force_share: false,
             salvage: false,
@@ -111,6 +117,14 @@ impl StoreOptions {
             (None, Format::Raw) => is_named || has_extension(path, "raw") || has_extension(path, "img"),
             (None, Format::Qcow2) => !has_extension(path, "raw") && (is_named || !has_extension(path, "img")),
         }
+    }
+
+    /// Whether the user says that `path`, or a directory that holds it, stands on nothing.
+    pub(super) fn is_standalone(&self, path: &Path) -> bool {
+        let is_it = |pattern: &Pattern, path: &Path| {
+            if path.as_os_str().is_empty() { pattern.as_str() == "." } else { matches(pattern, path) }
+        };
+        self.standalone.iter().any(|pattern| path.ancestors().any(|path| is_it(pattern, path)))
     }
 
     /// Whether the user wants `path` never to be written.

@@ -46,10 +46,8 @@ pub(super) fn resolve(
     }
     // Beneath another root, or in the store by its full path.
     let absolute = lexical(&absolute(roots, from, &name));
-    for (root, directory) in roots.iter().enumerate() {
-        if let Some(path) = directory.relative(&absolute) {
-            return Ok(Place { root, path });
-        }
+    if let Some(place) = beneath(roots, &absolute) {
+        return Ok(place);
     }
     if name != given {
         let directory = absolute.parent().unwrap_or(&absolute).display();
@@ -80,6 +78,50 @@ pub(super) fn climbed(roots: &[Arc<Root>], maps: &[(PathBuf, PathBuf)], from: &P
     climbed
 }
 
+/// Links that are followed one after the other, as the kernel does it.
+const MAX_LINKS: usize = 40;
+
+/// Where `name` in the header of the image at `from` leads, links and `..` followed as the kernel would, if that is
+/// beneath a root. Nothing is opened, and outside of the roots nothing is asked: `None` also where it cannot be told.
+pub(super) fn traced(roots: &[Arc<Root>], maps: &[(PathBuf, PathBuf)], from: &Place, name: &[u8]) -> Option<Place> {
+    // What is still to be walked, the last part first.
+    let parts = |path: &Path| path.iter().rev().map(OsStr::to_os_string).collect::<Vec<_>>();
+    let mut at = roots[from.root].canonical().join(from.path.parent().unwrap_or(Path::new("")));
+    let mut rest = parts(&mapped(maps, name));
+    let mut links = 0;
+    while let Some(part) = rest.pop() {
+        match part.as_bytes() {
+            b"/" => at = PathBuf::from("/"),
+            b"." => {}
+            b".." => {
+                // What is no link for sure: a root and what lies above it, and what has been asked on the way.
+                let is_real =
+                    roots.iter().any(|root| root.canonical().starts_with(&at)) || beneath(roots, &at).is_some();
+                if !is_real {
+                    return None;
+                }
+                at.pop();
+            }
+            _ => {
+                let next = at.join(&part);
+                let inside = beneath(roots, &next).filter(|place| !place.path.as_os_str().is_empty());
+                match inside.and_then(|place| roots[place.root].link_target(&place.path)) {
+                    Some(target) => {
+                        links += 1;
+                        if links > MAX_LINKS {
+                            return None;
+                        }
+                        rest.extend(parts(&target));
+                    }
+                    // By whatever path a root was reached, what lies above it is what lies above it.
+                    None => at = root_at(roots, &next).map_or(next, Path::to_path_buf),
+                }
+            }
+        }
+    }
+    beneath(roots, &at)
+}
+
 fn mapped(maps: &[(PathBuf, PathBuf)], name: &[u8]) -> PathBuf {
     let name = Path::new(OsStr::from_bytes(name));
     let mapped = maps.iter().find_map(|(old, new)| name.strip_prefix(old).ok().map(|rest| new.join(rest)));
@@ -91,8 +133,36 @@ fn absolute(roots: &[Arc<Root>], from: &Place, name: &Path) -> PathBuf {
     roots[from.root].canonical().join(from.path.parent().unwrap_or(Path::new(""))).join(name)
 }
 
+/// Where an absolute path lies beneath the roots.
+fn beneath(roots: &[Arc<Root>], absolute: &Path) -> Option<Place> {
+    let inside = |(root, directory): (usize, &Arc<Root>)| Some(Place { root, path: directory.relative(absolute)? });
+    roots.iter().enumerate().find_map(inside)
+}
+
+/// The root that an absolute path names, without links.
+fn root_at<'a>(roots: &'a [Arc<Root>], absolute: &Path) -> Option<&'a Path> {
+    roots.iter().find(|root| root.given() == absolute).map(|root| root.canonical())
+}
+
+/// The names of files in a `json:` description, as far as it gives any; `None` if it cannot be read.
+pub(super) fn names_in_json(name: &[u8]) -> Option<Vec<Vec<u8>>> {
+    let value: serde_json::Value = serde_json::from_slice(name.strip_prefix(b"json:")?).ok()?;
+    let mut names = Vec::new();
+    let mut rest = vec![&value];
+    while let Some(value) = rest.pop() {
+        rest.extend(value.as_array().into_iter().flatten());
+        for (key, value) in value.as_object().into_iter().flatten() {
+            match value.as_str().filter(|_| key.rsplit('.').next() == Some("filename")) {
+                Some(text) => names.push(text.as_bytes().to_vec()),
+                None => rest.push(value),
+            }
+        }
+    }
+    Some(names)
+}
+
 /// What QEMU takes for a protocol: what stands before the first `:`, if no `/` does.
-fn protocol(name: &[u8]) -> Option<&[u8]> {
+pub(super) fn protocol(name: &[u8]) -> Option<&[u8]> {
     let end = name.iter().position(|byte| matches!(byte, b':' | b'/'))?;
     (name[end] == b':').then(|| &name[..end])
 }
@@ -161,5 +231,34 @@ mod tests {
         assert!(resolve("json:{}").unwrap_err().contains("json:"));
         assert!(resolve("nbd://host/x").unwrap_err().contains("protocol \"nbd\""));
         assert!(resolve("we:ird.raw").unwrap_err().contains("protocol"));
+    }
+
+    #[test]
+    fn links_are_traced_to_where_the_kernel_would_follow_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let top = directory.path().canonicalize().unwrap();
+        std::fs::create_dir_all(top.join("store/sub/deep")).unwrap();
+        let link = |to: &str, at: &str| std::os::unix::fs::symlink(to, top.join("store").join(at)).unwrap();
+        link("../base.raw", "sub/near");
+        link(top.join("store/base.raw").to_str().unwrap(), "absolute");
+        link("sub/deep", "jump");
+        link("../store/absolute", "around");
+        link("loop", "loop");
+        let roots = [Arc::new(Root::open(&top.join("store")).unwrap())];
+        let traced = |name: &str| traced(&roots, &[], &place("web.qcow2"), name.as_bytes()).map(|place| place.path);
+        for name in ["sub/near", "absolute", "around", "jump/../../base.raw", "../store/sub/near", "./base.raw"] {
+            assert_eq!(traced(name), Some("base.raw".into()), "{name}");
+        }
+        assert_eq!(traced("jump/x"), Some("sub/deep/x".into()));
+        assert_eq!((traced("loop"), traced("/etc/passwd"), traced("../x")), (None, None, None));
+    }
+
+    #[test]
+    fn the_names_in_a_json_description_are_found() {
+        let names = |text: &str| names_in_json(text.as_bytes()).map(|names| names.len());
+        assert_eq!(names(r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"b"}}"#), Some(1));
+        assert_eq!(names(r#"json:{"file.filename":"b","backing":{"file":{"filename":"c"}}}"#), Some(2));
+        assert_eq!(names(r#"json:{"driver":"nbd","host":"x"}"#), Some(0));
+        assert_eq!(names("json:{"), None);
     }
 }

@@ -1,8 +1,8 @@
 //! A store's directory becomes a list of files, each with its own word.
 //!
 //! Directories are walked and files described by as many threads as there are processors. A file
-//! whose signature has not changed since the last scan is not opened again; one whose name says
-//! that it is raw is not opened at all. Other mounts are entered, except those of chainfs.
+//! whose signature has not changed since the last scan is not opened again. What cannot be looked at is
+//! told of: it may stand on anything. Other mounts are entered, except those of chainfs.
 
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -13,13 +13,16 @@ use std::thread;
 
 use parking_lot::{Condvar, Mutex};
 use rustix::fs::{AtFlags, statat};
+use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{DirEntry, EntryKind, FileId, FileStat, Root};
+use crate::io::{DirEntry, EntryKind, FileId, FileStat, Root, birth_of};
 
-use super::describe::{Content, describe};
+use super::describe::{Content, MIN_HEADER_LEN, describe};
+use super::intents::is_own_name;
 use super::leftovers::is_draft;
 use super::names::OWN_PREFIX;
+use super::plain::{Plain, Trace};
 use super::resolve::Place;
 
 /// A file that may be an image.
@@ -31,6 +34,19 @@ pub(super) struct ScannedFile {
     pub stat: FileStat,
     /// What it says of itself.
     pub content: Content,
+    /// Whether it has been seen without qcow2's magic once: what it says may be a guest's word.
+    pub is_plain: bool,
+    /// Whether its name, or that of a directory above, is one of chainfs' own: it is no chain.
+    pub is_hidden: bool,
+}
+
+/// What could not be read, and why: it may stand on anything.
+#[derive(Clone, Debug)]
+pub(super) struct Unread {
+    /// The file or directory.
+    pub path: PathBuf,
+    /// Why, to follow its name.
+    pub fact: String,
 }
 
 /// Something that could not be shown, and why.
@@ -52,13 +68,35 @@ pub(super) struct Scan {
     /// Drafts of images.
     pub drafts: Vec<PathBuf>,
     /// What could not be read: whatever it says of other images is not known.
-    pub unread: Vec<PathBuf>,
+    pub unread: Vec<Unread>,
+    /// Symbolic links.
+    pub links: Vec<PathBuf>,
     /// Files that are looked at besides, because a command has named them.
     pub introduced: Vec<Place>,
 }
 
 /// What the last scan knew of each file.
-pub(super) type Known = HashMap<FileId, (FileStat, Content)>;
+pub(super) type Known = HashMap<FileId, Seen>;
+
+/// What was seen of one file.
+#[derive(Clone, Debug)]
+pub(super) struct Seen {
+    stat: FileStat,
+    content: Content,
+    is_plain: bool,
+}
+
+/// What a scan is made of besides the directory.
+pub(super) struct Ways<'a> {
+    /// What the last scan knew.
+    pub known: &'a Known,
+    /// Which files have been seen without the magic.
+    pub plain: &'a Mutex<Plain>,
+    /// The path from the guarded directory to the store's own.
+    pub prefix: &'a Path,
+    /// Told of every directory before it is listed, so that no change falls between.
+    pub visit: &'a (dyn Fn(&Path, &OwnedFd) + Sync),
+}
 
 /// How the names of files end that a commit has left and that show nothing any more.
 pub const SPOILT: &str = "invalid";
@@ -72,9 +110,7 @@ const MAX_THREADS: usize = 8;
 
 struct Work<'a> {
     root: &'a Root,
-    known: &'a Known,
-    /// Told of every directory before it is listed, so that no change falls between.
-    visit: &'a (dyn Fn(&Path, &OwnedFd) + Sync),
+    ways: &'a Ways<'a>,
     /// Directories to be listed, and how many are being listed now.
     queue: Mutex<(Vec<PathBuf>, usize)>,
     changed: Condvar,
@@ -85,11 +121,10 @@ struct Work<'a> {
 
 /// Walks the whole store. `Exhausted` if the system has run out of something: what could not be looked at for that is no
 /// fact about the store.
-pub(super) fn scan(root: &Root, known: &Known, visit: &(dyn Fn(&Path, &OwnedFd) + Sync)) -> Result<Scan> {
+pub(super) fn scan(root: &Root, ways: &Ways<'_>) -> Result<Scan> {
     let work = Work {
         root,
-        known,
-        visit,
+        ways,
         queue: Mutex::new((vec![PathBuf::new()], 0)),
         changed: Condvar::new(),
         found: Mutex::new(Scan::default()),
@@ -148,12 +183,12 @@ impl Work<'_> {
         is_exhausted
     }
 
-    fn unread(&self, path: PathBuf, sentence: String) {
+    fn unread(&self, path: PathBuf, fact: String) {
         // Of every file system that is a store itself, and nobody's but root's.
-        if path.file_name().is_none_or(|name| name != "lost+found") {
-            self.found.lock().unread.push(path.clone());
+        if path.file_name().is_some_and(|name| name == "lost+found") {
+            return self.problem(path, fact);
         }
-        self.problem(path, sentence);
+        self.found.lock().unread.push(Unread { path, fact });
     }
 
     fn list(&self, path: &Path) {
@@ -161,19 +196,22 @@ impl Work<'_> {
             Ok(Some(fd)) => fd,
             Ok(None) => return,
             Err(error) if self.is_exhausted(&error) => return,
-            Err(error) => return self.unread(path.to_path_buf(), format!("cannot be listed: {error}")),
+            Err(error) => return self.unread(path.to_path_buf(), format!("cannot be listed ({error})")),
         };
-        (self.visit)(path, &fd);
+        (self.ways.visit)(path, &fd);
         let entries = match list_still(&fd) {
             Ok(entries) => entries,
             Err(error) if self.is_exhausted(&error) => return,
-            Err(error) => return self.unread(path.to_path_buf(), format!("cannot be listed: {error}")),
+            Err(error) => return self.unread(path.to_path_buf(), format!("cannot be listed ({error})")),
         };
         let mut files = Vec::new();
         for DirEntry { name, kind } in entries {
             let place = path.join(&name);
-            if name.as_bytes().starts_with(OWN_PREFIX) {
-                if is_draft(Path::new(&name)) && kind == EntryKind::File {
+            if is_own_name(name.as_bytes()) {
+                continue;
+            }
+            if is_draft(Path::new(&name)) {
+                if kind == EntryKind::File {
                     self.found.lock().drafts.push(place);
                 }
                 continue;
@@ -183,15 +221,14 @@ impl Work<'_> {
             }
             match kind {
                 EntryKind::Directory if place.components().count() > MAX_NESTING => {
-                    self.problem(place, format!("lies more than {MAX_NESTING} directories deep; mount it on its own"));
+                    self.unread(
+                        place,
+                        format!("lies more than {MAX_NESTING} directories deep, and is not looked into"),
+                    );
                 }
                 EntryKind::Directory => self.push(place),
-                EntryKind::File => match self.file(&fd, &name, &place) {
-                    Ok(file) => files.extend(file),
-                    Err(error) if self.is_exhausted(&error) => return,
-                    Err(error) => self.unread(place, format!("cannot be read: {error}")),
-                },
-                EntryKind::Symlink => self.link(place),
+                EntryKind::File => self.file(&fd, &name, &place, &mut files),
+                EntryKind::Symlink => self.found.lock().links.push(place),
                 EntryKind::Other if looks_like_image(&place) => {
                     self.problem(place, "is not a regular file, and is not opened; remove or rename it".into());
                 }
@@ -217,36 +254,81 @@ impl Work<'_> {
         }
     }
 
-    fn file(&self, directory: &OwnedFd, name: &std::ffi::OsStr, path: &Path) -> Result<Option<ScannedFile>> {
-        let place = Place { root: 0, path: path.to_path_buf() };
+    fn file(&self, directory: &OwnedFd, name: &std::ffi::OsStr, path: &Path, files: &mut Vec<ScannedFile>) {
         // The attributes are asked for without opening, for most files have been seen before.
-        let Ok(stat) = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) else { return Ok(None) };
-        let stat = FileStat::from(stat);
-        if let Some((old, content)) = self.known.get(&stat.id)
-            && old.signature == stat.signature
-        {
-            return Ok(Some(ScannedFile { place, stat, content: content.clone() }));
+        let stat = match statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => FileStat::from(stat),
+            Err(Errno::NOENT) => return,
+            Err(error) => {
+                let error = Error::io("asking for its attributes", error);
+                return self.unread(path.to_path_buf(), format!("cannot be read ({error})"));
+            }
+        };
+        let is_hidden = is_hidden(path);
+        let file = |stat, (content, is_plain)| {
+            let place = Place { root: 0, path: path.to_path_buf() };
+            ScannedFile { place, stat, content, is_plain, is_hidden }
+        };
+        if let Some(seen) = seen(self.ways.known, &stat) {
+            return files.push(file(stat, seen));
         }
-        if has_extension(path, "raw") {
-            return Ok(Some(ScannedFile { place, stat, content: Content::Unseen }));
+        match self.look(directory, name, path) {
+            Ok(Some((stat, seen))) => files.push(file(stat, seen)),
+            Ok(None) => {}
+            Err(error) if self.is_exhausted(&error) => {}
+            Err(error) => {
+                // By its name it is a disk all the same.
+                if has_extension(path, "raw") {
+                    files.push(file(stat, (Content::Unseen, false)));
+                }
+                if stat.signature.size >= MIN_HEADER_LEN {
+                    self.unread(path.to_path_buf(), format!("cannot be read ({error})"));
+                } else {
+                    self.problem(path.to_path_buf(), format!("cannot be read: {error}"));
+                }
+            }
         }
+    }
+
+    fn look(
+        &self,
+        directory: &OwnedFd,
+        name: &std::ffi::OsStr,
+        path: &Path,
+    ) -> Result<Option<(FileStat, (Content, bool))>> {
         let Some(file) = Root::open_entry(directory, name)? else { return Ok(None) };
         let stat = FileStat::of(&file)?;
         let content = describe(&file, stat.signature.size)?;
-        Ok(Some(ScannedFile { place, stat, content }))
+        let is_plain = recall(self.ways, &file, path, &stat, &content);
+        Ok(Some((stat, (content, is_plain))))
     }
+}
 
-    /// A link is another name, not another image. One that leads nowhere we may go is worth a word
-    /// if its name says that somebody expects an image there.
-    fn link(&self, path: PathBuf) {
-        if looks_like_image(&path)
-            && let Err(error) = self.root.stat(&path)
-            && !self.is_exhausted(&error)
-        {
-            let sentence = format!("is a symbolic link that cannot be followed: {error}; put the file itself here");
-            self.problem(path, sentence);
-        }
+/// What was seen of a file that has not changed since.
+fn seen(known: &Known, stat: &FileStat) -> Option<(Content, bool)> {
+    let seen = known.get(&stat.id).filter(|seen| seen.stat.signature == stat.signature)?;
+    // One that could not be opened is tried again.
+    (!matches!(seen.content, Content::Unseen)).then(|| (seen.content.clone(), seen.is_plain))
+}
+
+/// Whether a file has once been seen without the magic; one that is seen so now is remembered. An empty file is yet to
+/// become something, and a qcow2 image by its name says what it is.
+fn recall(ways: &Ways<'_>, file: &OwnedFd, path: &Path, stat: &FileStat, content: &Content) -> bool {
+    if stat.signature.size == 0 || has_extension(path, "qcow2") {
+        return false;
     }
+    let trace = Trace { inode: stat.id.inode, birth: birth_of(file), path: ways.prefix.join(path) };
+    let mut plain = ways.plain.lock();
+    let is_plain = plain.knows(&trace);
+    if matches!(content, Content::Plain) {
+        plain.note(trace);
+    }
+    is_plain || matches!(content, Content::Plain)
+}
+
+/// Whether a name on the way is one of those that chainfs gives.
+fn is_hidden(path: &Path) -> bool {
+    path.iter().any(|name| name.as_bytes().starts_with(OWN_PREFIX))
 }
 
 /// The entries of a directory. What is renamed while it is listed may be met under neither name, and its chain would be
@@ -281,16 +363,18 @@ fn drop_former_names(directory: &OwnedFd, files: &mut Vec<ScannedFile>) {
 }
 
 /// Describes one file that a header or the user has named. `None` for a file that is no image.
-pub(super) fn describe_place(root: &Root, place: &Place, known: &Known) -> Result<ScannedFile> {
+pub(super) fn describe_place(root: &Root, place: &Place, ways: &Ways<'_>) -> Result<ScannedFile> {
     let file = root.open_file(&place.path)?;
     let stat = FileStat::of(&file)?;
-    let content = match known.get(&stat.id) {
-        Some((old, content)) if old.signature == stat.signature && !matches!(content, Content::Unseen) => {
-            content.clone()
-        }
-        _ => describe(&file, stat.signature.size)?,
+    let (content, is_plain) = if let Some(seen) = seen(ways.known, &stat) {
+        seen
+    } else {
+        let content = describe(&file, stat.signature.size)?;
+        // What lies outside of the store is not remembered there.
+        let is_plain = place.root == 0 && recall(ways, &file, &place.path, &stat, &content);
+        (content, is_plain)
     };
-    Ok(ScannedFile { place: place.clone(), stat, content })
+    Ok(ScannedFile { place: place.clone(), stat, content, is_plain, is_hidden: false })
 }
 
 /// Whether `path` ends in `.extension`, in any case.
@@ -317,5 +401,6 @@ pub(super) fn by_descriptor(fd: &OwnedFd) -> PathBuf {
 
 /// Shared by those who follow [`Known`].
 pub(super) fn known_of<'a>(files: impl IntoIterator<Item = &'a ScannedFile>) -> Arc<Known> {
-    Arc::new(files.into_iter().map(|file| (file.stat.id, (file.stat, file.content.clone()))).collect())
+    let seen = |file: &ScannedFile| Seen { stat: file.stat, content: file.content.clone(), is_plain: file.is_plain };
+    Arc::new(files.into_iter().map(|file| (file.stat.id, seen(file))).collect())
 }

@@ -21,8 +21,9 @@ use rustix::io::Errno;
 
 use super::Store;
 use super::describe::{Content, header_digest};
-use super::intents::{LOCK_NAME, MARKER};
-use super::names::OWN_PREFIX;
+use super::intents::{LOCK_NAME, MARKER, is_own_name};
+use super::leftovers::is_draft;
+use super::plain::PLAIN_NAME;
 use super::resolve::Place;
 use super::scan::by_descriptor;
 
@@ -99,11 +100,12 @@ impl Watches {
                         continue;
                     }
                     if self.own.lock().contains(&event.wd()) {
-                        found.names |= name != LOCK_NAME;
+                        found.names |= name != LOCK_NAME && name != PLAIN_NAME;
                         continue;
                     }
                     // The directory itself comes but once.
-                    if name.starts_with(OWN_PREFIX) && name != MARKER.as_bytes() {
+                    let is_ours = is_own_name(name) || is_draft(std::ffi::OsStr::from_bytes(name).as_ref());
+                    if is_ours && name != MARKER.as_bytes() {
                         continue;
                     }
                     if flags == ReadFlags::MODIFY {
@@ -221,7 +223,9 @@ fn describes_itself_anew(store: &Store, place: &Place) -> bool {
     let Ok(stat) = crate::io::FileStat::of(&file) else { return true };
     match &image.content {
         Content::Qcow2(qcow2) => header_digest(&file, stat.signature.size).map_or(true, |now| now != qcow2.digest),
-        Content::Malformed(_) => true,
+        Content::Malformed(_) | Content::Foreign(_) => true,
+        // What ought to have a header may get it.
+        Content::Plain if image.problem.is_some() => true,
         Content::Plain | Content::Unseen => stat.signature.size != image.stat.signature.size,
     }
 }

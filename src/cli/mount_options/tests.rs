@@ -12,7 +12,7 @@ fn refusal(list: &str) -> String {
 fn every_option_of_ours_is_understood() {
     let options = parse(
         "ro,allow_other,uid=5,gid=0,umask=027,threads=4,cache=64M,backing_dir=/a,backing_dir=/b,map=/old=/new,\
-         readonly=base*.raw,format=*.img:raw,format=a:b.*:qcow2,probe,force_share,salvage,nolock,nofiles,symlinks=verbatim,rescan=30,trash=7,\
+         readonly=base*.raw,format=*.img:raw,format=a:b.*:qcow2,standalone=old/*,probe,force_share,salvage,nolock,nofiles,symlinks=verbatim,rescan=30,trash=7,\
          config=/c.toml,nopassthrough,noparallelwrites,nosharedmapping,noacl,noseccomp,noinotify,noreadahead,noexec,noatime,sync,dirsync",
     );
     let expected = MountOptions {
@@ -26,6 +26,7 @@ fn every_option_of_ours_is_understood() {
         backing_dirs: vec!["/a".into(), "/b".into()],
         maps: vec![PathMap { old: "/old".into(), new: "/new".into() }],
         readonly: vec![Pattern::new("base*.raw").unwrap()],
+        standalone: vec![Pattern::new("old/*").unwrap()],
         formats: vec![
             FormatRule { glob: Pattern::new("*.img").unwrap(), format: ImageFormat::Raw },
             FormatRule { glob: Pattern::new("a:b.*").unwrap(), format: ImageFormat::Qcow2 },

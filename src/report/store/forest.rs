@@ -122,6 +122,7 @@ fn own_word(image: &ImageEntry) -> Option<&'static str> {
         Content::Qcow2(_) if image.format.is_none() => "format unclear",
         Content::Qcow2(_) => "data file",
         Content::Malformed(_) => "malformed",
+        Content::Foreign(_) => "not read",
         Content::Plain | Content::Unseen => "unreadable",
     })
 }
@@ -319,7 +320,10 @@ impl Drawing<'_> {
                 flags.push(word.to_owned());
             }
         };
-        flag(mark == Mark::Active, "writable");
+        let claim = self.catalog.claims_on(index).next().filter(|_| is_active);
+        let claim = claim.map(|claim| format!("not written: {} may stand on it", shown(&claim.by)));
+        flag(mark == Mark::Active && claim.is_none(), "writable");
+        flag(claim.is_some(), claim.as_deref().unwrap_or_default());
         flag(image.users.len() > 1, &format!("shared by {}", image.chain_count));
         flag(own.is_some(), own.unwrap_or_default());
         flag(link.is_some(), link.unwrap_or_default());
@@ -349,6 +353,7 @@ fn internal(snapshot: &Snapshot) -> TreeNode {
 fn kind(image: &ImageEntry) -> Kind {
     match (image.format, &image.content) {
         (Some(Format::Qcow2), _) | (None, Content::Qcow2(_) | Content::Malformed(_)) => Kind::Qcow2,
+        (None, Content::Foreign(foreign)) => Kind::Foreign(foreign.kind.name()),
         (Some(Format::Raw) | None, _) => Kind::Raw,
     }
 }

@@ -117,8 +117,8 @@ fn one(store: &Store, image: &ImageEntry, filename: &Path, room: &mut Room) -> I
     let qcow2 = content(image);
     let mut info = ImageInfo {
         filename: path_text(filename),
-        format: if qcow2.is_some() { "qcow2" } else { "raw" }.to_owned(),
-        virtual_size: qcow2.map_or(file_size, |qcow2| qcow2.header.virtual_size),
+        format: format_of(image).to_owned(),
+        virtual_size: qcow2.map(|qcow2| qcow2.header.virtual_size).or(image.virtual_size()),
         actual_size,
         dirty_flag: Some(false),
         ..ImageInfo::default()
@@ -126,7 +126,7 @@ fn one(store: &Store, image: &ImageEntry, filename: &Path, room: &mut Room) -> I
     let file = ImageInfo {
         children: Some(Vec::new()),
         format: "file".to_owned(),
-        virtual_size: file_size,
+        virtual_size: Some(file_size),
         format_specific: Some(FormatSpecific::File(FileInfo::default())),
         ..info.clone()
     };
@@ -147,6 +147,19 @@ fn one(store: &Store, image: &ImageEntry, filename: &Path, room: &mut Room) -> I
         info.format_specific = Some(FormatSpecific::Qcow2(details(header, bitmaps(store, image, header))));
     }
     info
+}
+
+/// QEMU's word for what an image is, as far as that is known: what cannot be read is not raw.
+fn format_of(image: &ImageEntry) -> &'static str {
+    match (image.format, &image.content) {
+        (Some(format), _) => format.name(),
+        (None, Content::Foreign(foreign)) => foreign.kind.name(),
+        (None, content) if content.has_magic() => Format::Qcow2.name(),
+        (None, _) if image.place.path.extension().is_some_and(|found| found.eq_ignore_ascii_case("qcow2")) => {
+            Format::Qcow2.name()
+        }
+        (None, _) => crate::format::foreign::Kind::of_name(&image.place.path).map_or("unknown", |kind| kind.name()),
+    }
 }
 
 /// The image's own word if it is qcow2, read as such or not.

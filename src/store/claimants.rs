@@ -1,0 +1,282 @@
+//! Who makes claims: files that cannot be read, or are not read as what they may be, and names that are not followed.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, ErrorKind};
+use crate::format::foreign::{Kind, Parents};
+
+use super::build::Builder;
+use super::catalog::{Draft, ImageIndex, Reference};
+use super::claims::{Claim, Reach, pattern, standalone_remedy};
+use super::describe::{Content, MIN_HEADER_LEN, parents_without_magic};
+use super::options::{Format, StoreOptions};
+use super::resolve::{Place, names_in_json, protocol, traced};
+use super::scan::{Problem, ScannedFile, Unread, has_extension, looks_like_image};
+
+/// Drivers of QEMU whose files lie on other machines, or are none.
+const REMOTE: [&str; 14] = [
+    "nbd", "ssh", "http", "https", "ftp", "ftps", "iscsi", "rbd", "nfs", "gluster", "vxhs", "nvme", "null-co",
+    "null-aio",
+];
+
+/// The names that stand in a file which is no readable qcow2 image.
+pub(super) fn names_of(content: &Content) -> &[Vec<u8>] {
+    match parents_of(content) {
+        Some(Parents::Named(names)) => names,
+        Some(Parents::None | Parents::Unknown) | None => &[],
+    }
+}
+
+fn parents_of(content: &Content) -> Option<&Parents> {
+    match content {
+        Content::Malformed(header) => Some(&header.parents),
+        Content::Foreign(foreign) => Some(&foreign.parents),
+        Content::Qcow2(_) | Content::Plain | Content::Unseen => None,
+    }
+}
+
+/// The foreign format that a file is taken for: what it says, unless a guest may have written it, else what its name
+/// says.
+pub(super) fn foreign_kind(file: &ScannedFile) -> Option<Kind> {
+    match &file.content {
+        Content::Foreign(foreign) if !file.is_plain => Some(foreign.kind),
+        _ if file.stat.signature.size == 0 => None,
+        _ => Kind::of_name(&file.place.path),
+    }
+}
+
+/// Of the names in a file: which draws a link to what the image stands on, and what is only claimed. `is_drawn`: it is
+/// shown as standing on something.
+pub(super) fn claims_of(
+    file: &ScannedFile,
+    references: Vec<Reference>,
+    is_drawn: bool,
+    options: &StoreOptions,
+) -> (Option<Reference>, Vec<Reach>) {
+    // Nothing of less bytes than a header can be read by anybody.
+    let is_too_short = file.stat.signature.size < MIN_HEADER_LEN;
+    let is_standalone = is_too_short || options.is_standalone(&file.place.path);
+    let is_read = matches!(file.content, Content::Qcow2(_));
+    if is_drawn && (is_read || !is_standalone) {
+        let mut meant: Vec<Reach> = references.iter().flat_map(|reference| reference.meant.clone()).collect();
+        if is_standalone {
+            meant.clear();
+        }
+        if matches!(parents_of(&file.content), Some(Parents::Unknown)) {
+            meant.push(Reach::All);
+        }
+        return (references.into_iter().next(), meant);
+    }
+    // What is known to be raw stands on nothing, whatever its guest has written into it.
+    if file.is_plain || is_standalone || options.stated_format(&file.place.path) == Some(Format::Raw) {
+        return (None, Vec::new());
+    }
+    if matches!(parents_of(&file.content), Some(Parents::Unknown)) {
+        return (None, vec![Reach::All]);
+    }
+    let meant = references.into_iter().flat_map(|reference| match reference.target {
+        Ok(target) => vec![Reach::Image(target)],
+        Err(_) => reference.meant,
+    });
+    (None, meant.collect())
+}
+
+impl Builder<'_> {
+    /// Whose a file of the store is; root's if that cannot be told.
+    fn owner_of(&self, path: &Path) -> u32 {
+        self.roots[0].stat_itself(path).map_or(0, |stat| stat.uid)
+    }
+
+    /// A file or directory that could not be looked at.
+    pub(super) fn unread(&mut self, Unread { path, fact }: Unread) {
+        let is_known = self.options.is_standalone(&path) || self.options.stated_format(&path) == Some(Format::Raw);
+        if is_known {
+            self.problems.push(Problem { path, sentence: format!("{fact}; make it readable, or move it elsewhere") });
+            return;
+        }
+        let remedy = format!("make it readable, or move it elsewhere; {}", standalone_remedy(&path));
+        let (uid, why) = (self.owner_of(&path), format!("{fact}; {remedy}").into());
+        self.claims.push(Claim { by: path, owner: None, uid, reach: Reach::All, why });
+    }
+
+    /// A file that a header names and that cannot be opened, outside of what a scan comes by.
+    pub(super) fn unopened(&mut self, place: &Place, error: &Error) {
+        if place.root != 0 {
+            let path = self.roots[place.root].canonical().join(&place.path);
+            self.unread(Unread { path, fact: format!("cannot be read ({error})") });
+        }
+    }
+
+    /// What a name may mean that is not followed.
+    pub(super) fn meant(&mut self, from: &Place, name: &[u8]) -> Vec<Reach> {
+        if name.starts_with(b"json:") {
+            return self.meant_by_json(from, name);
+        }
+        match protocol(name) {
+            // QEMU's word for a file that is none of those.
+            Some(b"file") => {
+                let path = &name[b"file:".len()..];
+                let found = self.traced_image(from, path).map(Reach::Image);
+                found.into_iter().chain([Reach::Named(path.to_vec())]).collect()
+            }
+            Some(_) => vec![Reach::Mentioned(name.to_vec())],
+            None => vec![self.traced_image(from, name).map_or_else(|| Reach::Named(name.to_vec()), Reach::Image)],
+        }
+    }
+
+    /// Names in a description are looked for from where QEMU was started, which nobody knows.
+    fn meant_by_json(&mut self, from: &Place, name: &[u8]) -> Vec<Reach> {
+        let text = String::from_utf8_lossy(name);
+        match names_in_json(name) {
+            Some(names) if !names.is_empty() => {
+                let found = names.iter().filter_map(|name| self.traced_image(from, name)).map(Reach::Image);
+                let found: Vec<Reach> = found.collect();
+                found.into_iter().chain([Reach::Mentioned(name.to_vec())]).collect()
+            }
+            Some(_) if REMOTE.iter().any(|driver| text.contains(&format!("\"{driver}\""))) => {
+                vec![Reach::Mentioned(name.to_vec())]
+            }
+            _ => vec![Reach::All],
+        }
+    }
+
+    /// The image that a name leads to, all links followed.
+    fn traced_image(&mut self, from: &Place, name: &[u8]) -> Option<ImageIndex> {
+        let place = traced(self.roots, &self.options.maps, from, name)?;
+        if let Some(index) = self.by_place.get(&place) {
+            return Some(*index);
+        }
+        match self.look_at(&place) {
+            Ok(file) => Some(self.met(place, file)),
+            Err(_) => None,
+        }
+    }
+
+    /// A symbolic link is another name, not another image. One that leads nowhere we may go is worth a word if its name
+    /// says that somebody expects an image there, and that image may stand on any of ours.
+    pub(super) fn link(&mut self, path: PathBuf) {
+        let error = match self.roots[0].stat(&path) {
+            Ok(stat) => {
+                if let Some(index) = self.by_id.get(&stat.id).filter(|_| stat.is_file()) {
+                    self.by_place.insert(Place { root: 0, path }, *index);
+                }
+                return;
+            }
+            Err(error) => error,
+        };
+        let name = path.file_name().unwrap_or_default().to_owned();
+        let place = Place { root: 0, path: path.clone() };
+        let is_there = error.kind() != ErrorKind::NotFound;
+        if is_there && let Some(index) = self.traced_image(&place, name.as_encoded_bytes()) {
+            // By a full path that ends in the store.
+            self.by_place.insert(place, index);
+            return;
+        }
+        if is_there && !self.options.is_standalone(&path) && self.promises_image(&path) {
+            let fact = format!("is a symbolic link that cannot be followed ({error})");
+            let remedy = format!("put the file itself here, or remove the link; {}", standalone_remedy(&path));
+            let why = format!("{fact}; {remedy}").into();
+            let uid = self.owner_of(&path);
+            self.claims.push(Claim { by: path, owner: None, uid, reach: Reach::All, why });
+            return;
+        }
+        if looks_like_image(&path) {
+            let sentence = format!("is a symbolic link that cannot be followed: {error}; put the file itself here");
+            self.problems.push(Problem { path, sentence });
+        }
+    }
+
+    /// Whether what a link leads to may be an image that stands on others, by the names of both.
+    fn promises_image(&self, path: &Path) -> bool {
+        let is_one =
+            |path: &Path| (looks_like_image(path) && !has_extension(path, "raw")) || Kind::of_name(path).is_some();
+        is_one(path) || self.roots[0].link_target(path).is_some_and(|target| is_one(&target))
+    }
+
+    /// What a file may stand on that is not read as what it may be, or whose names are not followed.
+    pub(super) fn claim(&mut self, index: ImageIndex, reach: Reach, is_drawn: bool) {
+        let file = &self.files[index];
+        let path = &file.place.path;
+        let why = match &file.content {
+            Content::Qcow2(_) if is_drawn => {
+                format!(
+                    "names it, perhaps, in a way that cannot be followed; mend its header, or {}",
+                    standalone_remedy(path)
+                )
+            }
+            Content::Malformed(header) if is_drawn => {
+                format!("cannot be read ({}); restore it from a copy, or {}", header.reason, standalone_remedy(path))
+            }
+            Content::Foreign(foreign) => {
+                let kind = foreign.kind.name();
+                let remedy = format!("if it is a raw disk, say so with -o format={}:raw", pattern(path));
+                format!("is an image of the format {kind}; convert it, or {}; {remedy}", standalone_remedy(path))
+            }
+            _ => {
+                let remedy = format!("if it is a raw disk, say so with -o format={}:raw", pattern(path));
+                let or = standalone_remedy(path);
+                format!("begins with a header of qcow2, though it is not read as that; {remedy}; {or}")
+            }
+        };
+        let (owner, uid) = (Some(file.stat.id), file.stat.uid);
+        let claim = Claim { by: path.clone(), owner, uid, reach, why: why.into() };
+        self.claims.push(claim);
+    }
+
+    /// What a file may stand on that ought to be qcow2 and does not begin as one.
+    pub(super) fn claim_without_magic(&mut self, index: ImageIndex) {
+        let file = &self.files[index];
+        let (place, len) = (file.place.clone(), file.stat.signature.size);
+        if len < MIN_HEADER_LEN || self.options.is_standalone(&place.path) {
+            return;
+        }
+        let found = self.roots[place.root].open_file(&place.path).and_then(|file| parents_without_magic(&file, len));
+        let reaches = match found {
+            Ok(Parents::None) => return,
+            Ok(Parents::Named(names)) => names.iter().flat_map(|name| self.known_meaning(&place, name)).collect(),
+            Ok(Parents::Unknown) | Err(_) => vec![Reach::All],
+        };
+        for reach in reaches {
+            let remedy =
+                format!("restore it from a copy, or rename it if it is raw; {}", standalone_remedy(&place.path));
+            let why = format!("does not begin with qcow2's magic; {remedy}").into();
+            let (owner, uid) = (Some(self.files[index].stat.id), self.files[index].stat.uid);
+            self.claims.push(Claim { by: place.path.clone(), owner, uid, reach, why });
+        }
+    }
+
+    /// What a name means among the files that are known.
+    fn known_meaning(&self, from: &Place, name: &[u8]) -> Vec<Reach> {
+        let found = traced(self.roots, &self.options.maps, from, name);
+        let image = found.and_then(|place| self.by_place.get(&place).copied()).map(Reach::Image);
+        image.into_iter().chain([Reach::Mentioned(name.to_vec())]).collect()
+    }
+
+    /// Files that are no images here though they are somewhere else, and those that a guest may have made look like one.
+    pub(super) fn name_foreign(&mut self, drafts: &[Draft]) {
+        for (file, draft) in self.files.iter().zip(drafts) {
+            let path = &file.place.path;
+            if !draft.is_scanned || draft.is_data_file || draft.entry.format.is_some() || draft.entry.problem.is_some()
+            {
+                continue;
+            }
+            let sentence = if let Some(kind) = foreign_kind(file) {
+                format!(
+                    "is taken for an image of the format {}, which chainfs does not read; convert it with qemu-img convert \
+                     -O qcow2, or, if it is a raw disk, say so with -o format={}:raw",
+                    kind.name(),
+                    pattern(path)
+                )
+            } else if file.content.has_magic() {
+                format!(
+                    "begins with qcow2's magic, but has been seen without: a guest may have written that into its raw \
+                     disk; say what it is with -o format={0}:raw or -o format={0}:qcow2",
+                    pattern(path)
+                )
+            } else {
+                continue;
+            };
+            self.problems.push(Problem { path: path.clone(), sentence });
+        }
+    }
+}

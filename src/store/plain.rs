@@ -1,0 +1,291 @@
+//! Which files of a store have once been seen without qcow2's magic: what stands in those since, a guest may have
+//! written, and it says nothing of what they are.
+//!
+//! `.chainfs/plain` in the guarded directory: a line that says whose list it is, then one line a file, of inode number,
+//! time of birth, path, and a sum over these. Lines are only ever added. A line that a crash has cut off is made up for
+//! by the next; any other damage makes all files suspect. A file is known again by inode and birth, by whatever name; in
+//! a list that was copied with its store, or where files have no birth, by its path as well.
+
+use std::collections::HashSet;
+use std::fmt::Write as _;
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Directory, birth_of};
+
+use super::intents::Guard;
+
+/// The file, beneath the guarded directory.
+pub(super) const PLAIN: &str = ".chainfs/plain";
+/// Its name alone: what is added there changes nothing that is shown.
+pub(super) const PLAIN_NAME: &[u8] = b"plain";
+const TITLE: &str = "chainfs-plain-1";
+/// Longer lists are not ours.
+const MAX_LEN: u64 = 1 << 30;
+
+/// A file as the list knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Trace {
+    /// Its inode number.
+    pub inode: u64,
+    /// When it was made, in seconds and nanoseconds; 0 where its file system does not say.
+    pub birth: (i64, u32),
+    /// Its path beneath the guarded directory.
+    pub path: PathBuf,
+}
+
+/// The list of one store.
+#[derive(Debug, Default)]
+pub(super) struct Plain {
+    files: HashSet<(u64, (i64, u32))>,
+    paths: HashSet<PathBuf>,
+    /// Whether the list came with a copy of the store, so that paths are what there is to go by.
+    is_copied: bool,
+    /// Why it cannot be believed, if it cannot.
+    damage: Option<String>,
+    /// What is not in the file yet.
+    new: Vec<Trace>,
+    /// How much of the file has been read.
+    read_len: u64,
+}
+
+impl Plain {
+    /// Takes in what others have added since the last look. What cannot be read makes all files suspect.
+    pub(super) fn refresh(&mut self, guard: &Guard) {
+        if let Err(error) = self.try_refresh(guard) {
+            self.damage = Some(error.to_string());
+        }
+    }
+
+    /// Why every file is taken for one that was seen without the magic, if so.
+    pub(super) fn damage(&self) -> Option<&str> {
+        self.damage.as_deref()
+    }
+
+    fn try_refresh(&mut self, guard: &Guard) -> Result<()> {
+        let mut file = match guard.root.open_file(Path::new(PLAIN)) {
+            // What was known stays known.
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                self.read_len = 0;
+                return Ok(());
+            }
+            opened => std::fs::File::from(opened?),
+        };
+        let fail = |error| Error::io(format!("reading {PLAIN}"), error);
+        let len = file.metadata().map_err(fail)?.len();
+        if len == self.read_len && self.damage.is_none() {
+            return Ok(());
+        }
+        let mut bytes = Vec::new();
+        (&mut file).take(MAX_LEN).read_to_end(&mut bytes).map_err(fail)?;
+        self.damage = None;
+        let mut lines = bytes.split_inclusive(|byte| *byte == b'\n').enumerate().peekable();
+        while let Some((number, line)) = lines.next() {
+            let is_cut = line.last() != Some(&b'\n');
+            match parsed(line) {
+                Some(found) if number == 0 => {
+                    self.is_copied = !is_of(&found, &OwnedFd::from(file.try_clone().map_err(fail)?));
+                }
+                Some(found) => {
+                    self.files.insert((found.inode, found.birth));
+                    self.paths.insert(found.path);
+                }
+                None if is_cut && lines.peek().is_none() => {}
+                None => {
+                    let fact = "is damaged, so that no file becomes qcow2 by its content alone; restore it, or remove it \
+                                once all files of the store have names that say what they are";
+                    return Err(Error::new(ErrorKind::Corrupt, format!("line {} {fact}", number + 1)));
+                }
+            }
+        }
+        self.read_len = bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Whether a file is one that was seen without the magic, as far as anybody can tell.
+    pub(super) fn knows(&self, trace: &Trace) -> bool {
+        let has_no_birth = trace.birth == (0, 0);
+        self.damage.is_some()
+            || self.files.contains(&(trace.inode, trace.birth))
+            || (self.is_copied || has_no_birth) && self.paths.contains(&trace.path)
+    }
+
+    /// Notes a file that is seen without the magic.
+    pub(super) fn note(&mut self, trace: Trace) {
+        if self.files.insert((trace.inode, trace.birth)) {
+            self.paths.insert(trace.path.clone());
+            self.new.push(trace);
+        }
+    }
+
+    /// Whether there is something to be written.
+    pub(super) fn is_ahead(&self) -> bool {
+        !self.new.is_empty()
+    }
+
+    /// Adds to the file what is new, durably. Where that cannot be, it is remembered for as long as this lives.
+    pub(super) fn save(&mut self, guard: &Guard, names: &dyn Directory) -> Result<()> {
+        if self.new.is_empty() || self.damage.is_some() {
+            return Ok(());
+        }
+        guard.prepare(names)?;
+        let path = Path::new(PLAIN);
+        let fail = |error: std::io::Error| Error::io(format!("writing {PLAIN}"), error);
+        let is_new = guard.root.stat(path).is_err();
+        if is_new {
+            match names.create(path, None) {
+                Err(error) if error.kind() != ErrorKind::Exists => return Err(error),
+                _ => names.sync(path.parent().unwrap_or(Path::new("")))?,
+            }
+        }
+        let file = guard.root.open_file_for_writing(path)?;
+        // Whoever comes second adds behind what the first has written.
+        flock(&file, FlockOperation::LockExclusive).map_err(|error| fail(error.into()))?;
+        let own = Trace { inode: crate::io::FileStat::of(&file)?.id.inode, birth: birth_of(&file), path: "".into() };
+        let mut file = std::fs::File::from(file);
+        let mut bytes = Vec::new();
+        (&mut file).take(MAX_LEN).read_to_end(&mut bytes).map_err(fail)?;
+        // What a crash has cut off is not followed by anything.
+        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1) as u64;
+        file.set_len(whole).map_err(fail)?;
+        file.seek(SeekFrom::Start(whole)).map_err(fail)?;
+        let title = if whole == 0 { line(&own, TITLE) } else { String::new() };
+        let lines: String = self.new.iter().map(|trace| line(trace, "")).collect();
+        file.write_all((title + &lines).as_bytes()).and_then(|()| file.sync_data()).map_err(fail)?;
+        self.new.clear();
+        Ok(())
+    }
+}
+
+/// Whether that file's list is the one it was begun as.
+fn is_of(found: &Trace, file: &OwnedFd) -> bool {
+    let inode = crate::io::FileStat::of(file).map(|stat| stat.id.inode);
+    inode.is_ok_and(|inode| inode == found.inode) && birth_of(file) == found.birth
+}
+
+fn line(trace: &Trace, title: &str) -> String {
+    let mut text = format!("{} {}.{:09} ", trace.inode, trace.birth.0, trace.birth.1);
+    for byte in if title.is_empty() { trace.path.as_os_str().as_bytes() } else { title.as_bytes() } {
+        match byte {
+            b'!'..=b'~' if *byte != b'%' => text.push(char::from(*byte)),
+            _ => {
+                let _ = write!(text, "%{byte:02X}");
+            }
+        }
+    }
+    let sum = sum(text.as_bytes());
+    let _ = writeln!(text, " {sum:08x}");
+    text
+}
+
+fn parsed(line: &[u8]) -> Option<Trace> {
+    let text = std::str::from_utf8(line).ok()?.strip_suffix('\n')?;
+    let (body, check) = text.rsplit_once(' ')?;
+    if check.len() != 8 || u32::from_str_radix(check, 16).ok()? != sum(body.as_bytes()) {
+        return None;
+    }
+    let mut words = body.split(' ');
+    let inode = words.next()?.parse().ok()?;
+    let (seconds, nanoseconds) = words.next()?.split_once('.')?;
+    let birth = (seconds.parse().ok()?, nanoseconds.parse().ok()?);
+    let mut path = Vec::new();
+    let mut bytes = words.next()?.bytes();
+    while let Some(byte) = bytes.next() {
+        let digit = |byte: Option<u8>| byte.and_then(|byte| char::from(byte).to_digit(16));
+        path.push(if byte == b'%' { (digit(bytes.next())? * 16 + digit(bytes.next())?) as u8 } else { byte });
+    }
+    Some(Trace { inode, birth, path: PathBuf::from(std::ffi::OsString::from_vec(path)) })
+}
+
+/// FNV-1a: enough against what a crash leaves of a line.
+fn sum(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0x811c_9dc5, |sum, byte| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::{Descriptors, Host, Root, ThisHost};
+    use std::sync::Arc;
+
+    fn trace(inode: u64, path: &str) -> Trace {
+        Trace { inode, birth: (7, 9), path: path.into() }
+    }
+
+    fn lab() -> (tempfile::TempDir, Guard, Arc<dyn Directory>) {
+        let place = tempfile::tempdir().unwrap();
+        let root = Arc::new(Root::open(place.path()).unwrap());
+        let names = ThisHost.directory(&root, &Descriptors::with_limit(4));
+        (place, Guard::of_directory(&root).unwrap(), names)
+    }
+
+    fn read(guard: &Guard) -> Plain {
+        let mut list = Plain::default();
+        list.refresh(guard);
+        list
+    }
+
+    #[test]
+    fn what_is_noted_is_known_by_whoever_reads_the_list() {
+        let (_place, guard, names) = lab();
+        let mut list = Plain::default();
+        let odd = Trace { path: PathBuf::from(std::ffi::OsString::from_vec(b"a b\n%\xff".to_vec())), ..trace(5, "") };
+        list.note(trace(3, "x"));
+        list.note(odd.clone());
+        list.save(&guard, &*names).unwrap();
+        list.note(trace(4, "y"));
+        list.save(&guard, &*names).unwrap();
+        let known = read(&guard);
+        assert!(known.damage().is_none());
+        assert!([trace(3, "renamed"), odd, trace(4, "y")].iter().all(|trace| known.knows(trace)));
+        // Another file of the same number, or of the same name.
+        assert!(!known.knows(&Trace { birth: (8, 0), ..trace(3, "x") }));
+        assert!(!known.knows(&trace(9, "x")));
+        assert!(known.knows(&Trace { birth: (0, 0), ..trace(9, "x") }), "without a birth the path counts");
+    }
+
+    #[test]
+    fn a_list_that_came_with_a_copied_store_goes_by_paths() {
+        let (place, guard, names) = lab();
+        let mut list = Plain::default();
+        list.note(trace(3, "x"));
+        list.save(&guard, &*names).unwrap();
+        let path = place.path().join(PLAIN);
+        std::fs::copy(&path, path.with_extension("copy")).unwrap();
+        std::fs::rename(path.with_extension("copy"), &path).unwrap();
+        let known = read(&guard);
+        assert!(known.knows(&trace(99, "x")) && !known.knows(&trace(99, "y")));
+    }
+
+    #[test]
+    fn a_line_that_was_cut_off_is_made_up_for_and_other_damage_makes_all_suspect() {
+        let (place, guard, names) = lab();
+        let path = place.path().join(PLAIN);
+        let mut list = Plain::default();
+        list.note(trace(3, "x"));
+        list.save(&guard, &*names).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        for cut in 0..whole.len() {
+            std::fs::write(&path, &whole[..cut]).unwrap();
+            assert!(read(&guard).damage().is_none(), "cut at {cut}");
+            let mut next = Plain::default();
+            next.note(trace(4, "y"));
+            next.save(&guard, &*names).unwrap();
+            let known = read(&guard);
+            assert!(known.damage().is_none() && known.knows(&trace(4, "y")), "cut at {cut}");
+        }
+        for at in 0..whole.len() {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 1;
+            std::fs::write(&path, &bytes).unwrap();
+            let known = read(&guard);
+            let is_cut = at + 1 == whole.len();
+            assert!(is_cut || known.damage().is_some() && known.knows(&trace(77, "z")), "damage at {at}");
+        }
+    }
+}
