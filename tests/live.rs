@@ -192,8 +192,8 @@ fn a_file_made_anew_under_an_old_name_shows_its_own_bytes() {
 
 #[test]
 fn what_another_process_has_begun_and_left_is_hidden_within_a_second() {
-    use chainfs::io::FileStat;
-    use chainfs::store::{Deed, Intent, Named};
+    use chainfs::store::Deed;
+    use common::intents::{leave, witness};
     let store = Store::new();
     store.raw("base.raw", MIB, 1);
     store.overlay("sn1.qcow2", "base.raw", "raw", "");
@@ -201,25 +201,22 @@ fn what_another_process_has_begun_and_left_is_hidden_within_a_second() {
     let mount = Mount::new(&store);
     let base = mount.path("web/snapshots/base.raw");
     assert!(base.exists());
-    let named = |name: &str| {
-        let inode = FileStat::of(File::open(store.path(name)).expect("an image")).expect("its attributes").id.inode;
-        Named { path: name.into(), inode }
-    };
+    let named = |name: &str| witness(&store, name, false);
     let deed = Deed::Commit {
         top: named("sn1.qcow2"),
         base: named("base.raw"),
         between: vec![],
         children: vec![named("web.qcow2")],
         keep: false,
+        is_copied: false,
         rename: None,
     };
-    store.dir(".chainfs/intents");
-    store.put(".chainfs/intents/1.toml", Intent::new("commit top=sn1", "web".as_ref(), deed).text().as_bytes());
+    let intent = leave(&store, "commit top=sn1", "web", deed);
     eventually("what is being spoilt is hidden", NOTICED, || !base.exists());
     assert!(mount.path("web/snapshots/sn1.raw").exists() && mount.path("web/active.raw").exists());
     let problems = fs::read_to_string(mount.path(".chainfs/problems.txt")).expect("problems");
     assert!(problems.contains("commit top=sn1"), "{problems}");
-    fs::remove_file(store.path(".chainfs/intents/1.toml")).expect("an intent");
+    fs::remove_file(store.path(intent)).expect("an intent");
     eventually("it is shown again", NOTICED, || base.exists());
 }
 

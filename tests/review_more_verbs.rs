@@ -6,7 +6,6 @@ mod common;
 
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -15,8 +14,9 @@ use std::time::Duration;
 use chainfs::error::ErrorKind;
 use chainfs::image::write::Zeroing;
 use chainfs::ops::{Engine, JobState, Request};
-use chainfs::store::{Access, ActiveHandle, Deed, Intent, Named, NewTop, OpenDisk, Store, StoreOptions, ViewPart};
+use chainfs::store::{Access, ActiveHandle, Deed, Intent, NewTop, OpenDisk, Store, StoreOptions, ViewPart};
 use common::foreign::Qemu;
+use common::intents::witness;
 use common::lab::{Kind, Lab, extension, run};
 
 fn options(trash: bool) -> StoreOptions {
@@ -235,10 +235,7 @@ fn what_a_leaf_stood_on_stays_frozen_though_its_deletion_was_cut_off() {
     let store = open(&lab, false);
     let catalog = store.catalog();
     let kept = catalog.chain(Path::new("kept")).unwrap();
-    let named = |index: usize| {
-        let image = &catalog.images[index];
-        Named { path: image.place.path.clone(), inode: image.stat.id.inode }
-    };
+    let named = |index: usize| witness(&lab.store, &catalog.images[index].shown(), false);
     let between = vec![named(catalog.layers(kept)[1])];
     let deed = Deed::Pull { into: vec![], base: None, remove: vec![named(kept)], between };
     let store = taken_up(&lab, store, false, "delete kept", "kept", deed);
@@ -254,17 +251,13 @@ fn what_a_revert_has_put_aside_when_it_was_killed_goes_to_the_trash() {
     let store = open(&lab, true);
     let catalog = store.catalog();
     let layers = catalog.layers(catalog.chain(Path::new("web")).unwrap());
-    let named = |index: usize| {
-        let image = &catalog.images[index];
-        Named { path: image.place.path.clone(), inode: image.stat.id.inode }
-    };
+    let named = |index: usize| witness(&lab.store, &catalog.images[index].shown(), false);
     let (aside, overlay) = (".chainfs-x-1.new", ".chainfs-x-0.new");
     lab.store.img(["create", "-q", "-f", "qcow2", "-b", "sn1.qcow2", "-F", "qcow2", overlay]);
-    let inode = fs::metadata(lab.store.path(overlay)).unwrap().ino();
     let top = NewTop {
         old: named(layers[0]),
         frozen: aside.into(),
-        overlay: Named { path: overlay.into(), inode },
+        overlay: witness(&lab.store, overlay, false),
         name: "web.qcow2".into(),
         backing: Some(named(layers[1])),
     };

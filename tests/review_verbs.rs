@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use chainfs::error::ErrorKind;
 use chainfs::ops::{Engine, JobState};
-use chainfs::store::{Access, Format, StoreOptions};
+use chainfs::store::{Access, Deed, Format, Named, NewTop, StoreOptions};
+use common::intents::{leave, witness};
 use common::lab::{Kind, Lab, run};
 
 const MIB: u64 = 1 << 20;
@@ -167,19 +168,13 @@ fn a_disk_that_grows_while_it_falls_loses_nothing() {
     }
 }
 
-/// Writes an intent as a command that was cut off has left it.
-fn leave(lab: &Lab, text: &str) {
-    let place = lab.store.dir(".chainfs/intents");
-    fs::write(place.join("old.toml"), text).unwrap();
-}
-
 fn inode(lab: &Lab, name: &str) -> u64 {
     use std::os::unix::fs::MetadataExt;
     fs::metadata(lab.store.path(name)).unwrap().ino()
 }
 
-fn named(lab: &Lab, name: &str) -> String {
-    format!("{{ path = \"{name}\", inode = {} }}", inode(lab, name))
+fn named(lab: &Lab, name: &str) -> Named {
+    witness(&lab.store, name, false)
 }
 
 #[test]
@@ -187,14 +182,16 @@ fn a_base_that_keeps_its_name_is_hidden_while_it_is_spoilt() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.raw("vm.raw", 2 * MIB, 5);
     lab.store.overlay("vm.qcow2", "vm.raw", "raw", "");
-    let (top, base) = (named(&lab, "vm.qcow2"), named(&lab, "vm.raw"));
-    leave(
-        &lab,
-        &format!(
-            "version = 1\ncommand = \"commit\"\nchain = \"vm\"\nverb = \"commit\"\nbetween = []\nchildren = []\n\
-             keep = false\nrename = \"vm.raw\"\ntop = {top}\nbase = {base}\n"
-        ),
-    );
+    let deed = Deed::Commit {
+        top: named(&lab, "vm.qcow2"),
+        base: named(&lab, "vm.raw"),
+        between: Vec::new(),
+        children: Vec::new(),
+        keep: false,
+        is_copied: false,
+        rename: Some("vm.raw".into()),
+    };
+    leave(&lab.store, "commit", "vm", deed);
     let store = lab.open();
     let catalog = store.catalog();
     assert_eq!(catalog.intents.len(), 1, "{:?}", catalog.problems);
@@ -205,15 +202,16 @@ fn a_base_that_keeps_its_name_is_hidden_while_it_is_spoilt() {
 #[test]
 fn a_commit_whose_top_was_taken_away_is_not_taken_for_done() {
     let lab = Lab::new(Kind::PLAIN);
-    let text = format!(
-        "version = 1\ncommand = \"commit\"\nchain = \"web\"\nverb = \"commit\"\nkeep = false\n\
-         between = [{}]\nchildren = [{}]\ntop = {}\nbase = {}\n",
-        named(&lab, "sn1.qcow2"),
-        named(&lab, "sn3.qcow2"),
-        named(&lab, "sn2.qcow2"),
-        named(&lab, "base.qcow2"),
-    );
-    leave(&lab, &text);
+    let deed = Deed::Commit {
+        top: named(&lab, "sn2.qcow2"),
+        base: named(&lab, "base.qcow2"),
+        between: vec![named(&lab, "sn1.qcow2")],
+        children: vec![named(&lab, "sn3.qcow2")],
+        keep: false,
+        is_copied: false,
+        rename: None,
+    };
+    leave(&lab.store, "commit", "web", deed);
     let away = lab.store.beside("sn2.qcow2");
     fs::rename(lab.store.path("sn2.qcow2"), &away).unwrap();
     let files: Vec<_> = lab.files().into_iter().map(|name| (fs::read(lab.store.path(&name)).unwrap(), name)).collect();
@@ -229,14 +227,15 @@ fn a_snapshot_that_is_taken_up_replaces_no_other_file() {
     let lab = Lab::new(Kind::PLAIN);
     let name = ".chainfs-1-0.new";
     lab.store.overlay_sized(name, "monday.qcow2", "qcow2", 4 * MIB);
-    let text = format!(
-        "version = 1\ncommand = \"snapshot monday\"\nchain = \"web\"\nverb = \"snapshot\"\nseconds = 1\n\
-         nanoseconds = 0\ndescription = \"\"\n[[disks]]\nfrozen = \"monday.qcow2\"\nname = \"web.qcow2\"\n\
-         old = {}\noverlay = {}\n",
-        named(&lab, "web.qcow2"),
-        named(&lab, name),
-    );
-    leave(&lab, &text);
+    let disks = vec![NewTop {
+        old: named(&lab, "web.qcow2"),
+        frozen: "monday.qcow2".into(),
+        overlay: named(&lab, name),
+        name: "web.qcow2".into(),
+        backing: None,
+    }];
+    let deed = Deed::Snapshot { seconds: 1, nanoseconds: 0, description: String::new(), disks };
+    leave(&lab.store, "snapshot monday", "web", deed);
     // The second name was given; then the user has put a copy into the place of the first.
     fs::rename(lab.store.path("web.qcow2"), lab.store.path("monday.qcow2")).unwrap();
     fs::copy(lab.store.path("sn3.qcow2"), lab.store.path("web.qcow2")).unwrap();
@@ -326,16 +325,6 @@ fn a_format_that_a_user_states_holds_for_new_names_too() {
     let options = StoreOptions { notify: false, formats, ..StoreOptions::default() };
     let store = chainfs::store::Store::open(&lab.store.root(), options).unwrap();
     assert_eq!(run(&Engine::new(&store), "disk", "snapshot monday").unwrap_err().kind(), ErrorKind::Usage);
-}
-
-#[test]
-fn a_store_whose_intents_cannot_be_read_is_not_shown() {
-    let lab = Lab::new(Kind::PLAIN);
-    lab.store.dir(".chainfs");
-    lab.store.put(".chainfs/intents", b"nobody can tell what was begun");
-    let options = StoreOptions { notify: false, ..StoreOptions::default() };
-    let error = chainfs::store::Store::open(&lab.store.root(), options).map(drop).unwrap_err();
-    assert!(error.to_string().contains(".chainfs/intents"), "{error}");
 }
 
 #[test]

@@ -86,6 +86,8 @@ pub enum Command {
     Resize(ResizeArgs),
     /// List, restore or remove what commands have put into a store's trash
     Trash(TrashArgs),
+    /// Finish or give up what commands that were cut off have left
+    Recover(RecoverArgs),
     /// Stop the running command of a chain
     Cancel(CancelArgs),
     /// Read guests' file systems for the program that has started this one
@@ -159,6 +161,30 @@ pub struct MountArgs {
     /// Ignore mount options that are unknown
     #[arg(short, long, hide = true)]
     pub sloppy: bool,
+}
+
+/// The words of `recover`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A mount takes up by itself what was cut off. What it could not take up stays hidden; here is why, and once that has been
+seen to it goes on. Exits 1 if something is left.
+
+Examples:
+  chainfs recover --dry-run /srv/images
+  chainfs recover /srv/images
+  chainfs recover /srv/images --forget 18dcf2a-1-0")]
+pub struct RecoverArgs {
+    /// A store, or a place in its mount
+    pub store: PathBuf,
+    /// Only say what can be done
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Give this command up, or what frozen.toml said: nothing is hidden for its sake any more
+    #[arg(long, value_name = "NAME")]
+    pub forget: Option<OsString>,
+    /// Mount options that say how the store is read, as for mount
+    #[arg(short = 'o', value_name = "OPTIONS")]
+    pub options: Vec<OsString>,
 }
 
 /// The words of `trash`.

@@ -16,6 +16,7 @@ pub mod mount_options;
 mod offline;
 mod output;
 mod progress;
+mod recover;
 pub mod store_options;
 mod target;
 mod trash;
@@ -66,6 +67,7 @@ pub fn main() -> ExitCode {
         Command::Clone(args) => verb(&args.target, args.request(), &args.run),
         Command::Resize(args) => verb(&args.target, args.request(), &args.run),
         Command::Trash(args) => trash::run(args),
+        Command::Recover(args) => recover::run(args),
         Command::Cancel(args) => verb(&args.target, Ok(Request::Cancel), &RunArgs::default()),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => {

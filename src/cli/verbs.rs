@@ -67,6 +67,7 @@ pub(super) fn tell_plan(plan: &str) -> Result<u8> {
 /// What the end of a command means for ours.
 pub(super) fn finished(status: &Status) -> Result<u8> {
     let sentence = |otherwise: &str| status.error.clone().unwrap_or_else(|| otherwise.to_string());
+    status.notes.iter().for_each(|note| warn(note));
     match status.state {
         JobState::Done => Ok(0),
         JobState::Cancelled => Err(Error::new(ErrorKind::Cancelled, sentence("the command has been cancelled"))),

@@ -44,6 +44,11 @@ pub struct Frozen {
 }
 
 impl Frozen {
+    /// A mark without words, of that time.
+    pub fn of_time((seconds, nanoseconds): (i64, u32)) -> Self {
+        Self { seconds, nanoseconds, description: String::new() }
+    }
+
     /// Reads the payload of the extension.
     pub fn parse(payload: &[u8]) -> Result<Self, Malformed> {
         let have = payload.len() as u64;

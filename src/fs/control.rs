@@ -210,6 +210,9 @@ impl ControlHandle {
     }
 }
 
+/// How often to see whether another process has died and left its command to us: nothing tells of that.
+const NEXT_LOOK: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// Lets commands in when it goes, whatever it goes by.
 struct Resuming(Arc<Tree>);
 
@@ -244,7 +247,18 @@ impl Tree {
     pub fn resume(self: &Arc<Self>) {
         *self.controls().resuming.lock() = true;
         let resuming = Resuming(Arc::clone(self));
-        let work = move || resuming.0.engine().resume();
+        let engine = Arc::downgrade(resuming.0.engine());
+        let work = move || {
+            resuming.0.engine().resume();
+            drop(resuming);
+            while let Some(engine) = engine.upgrade().filter(|engine| !engine.is_stopping()) {
+                if engine.has_work_left() {
+                    engine.take_up_what_is_left();
+                }
+                drop(engine);
+                std::thread::sleep(NEXT_LOOK);
+            }
+        };
         if let Err(error) = std::thread::Builder::new().name("resume".into()).spawn(work) {
             tracing::warn!("what was begun before is left to the next mount: {error}");
         }

@@ -108,12 +108,14 @@ impl Documents {
         match document {
             StoreDocument::Metrics => return live().into_bytes().into(),
             StoreDocument::Trash => {
-                let mut items = store.trash().unwrap_or_else(|error| {
-                    tracing::warn!("the trash cannot be listed: {error}");
-                    Vec::new()
-                });
-                items.retain(may_see);
-                return trash::listed(&items, &TimeZone::system()).into_bytes().into();
+                let text = match store.trash() {
+                    Ok(mut items) => {
+                        items.retain(may_see);
+                        trash::listed(&items, &TimeZone::system())
+                    }
+                    Err(error) => trash::unlisted(&error),
+                };
+                return text.into_bytes().into();
             }
             _ => {}
         }

@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::descriptors::with_room;
-use super::file::FileStat;
+use super::file::{FileStat, Identity};
 use super::mountinfo::{MountEntry, mounts};
 
 /// A directory beneath which files may be opened.
@@ -111,6 +111,11 @@ impl Root {
     /// The descriptor of the root itself.
     pub(super) fn descriptor(&self) -> &OwnedFd {
         &self.directory
+    }
+
+    /// Which file `path` names, links followed within the root.
+    pub fn identify(&self, path: &Path) -> Result<Identity> {
+        Identity::of(&self.open_with(path, OFlags::PATH)?)
     }
 
     pub(super) fn open_with(&self, path: &Path, flags: OFlags) -> Result<OwnedFd> {

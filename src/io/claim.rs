@@ -30,11 +30,19 @@ impl Claim {
     /// Takes the claim that `file` stands for; waits for at most `patience` while another holds it, then it is
     /// `Busy`, naming who. `path` is for the sentence.
     pub fn take(file: OwnedFd, path: &Path, patience: Duration) -> Result<Self> {
+        Self::take_while(file, path, patience, &|| Ok(()))
+    }
+
+    /// The same; `go_on` is asked all the while, and what it fails with ends the waiting: the holder may be stopped.
+    pub fn take_while(file: OwnedFd, path: &Path, patience: Duration, go_on: &dyn Fn() -> Result<()>) -> Result<Self> {
         let start = Instant::now();
         loop {
             match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&whole())) {
                 Ok(_) => return Ok(Self { _file: file }),
-                Err(Errno::EAGAIN | Errno::EACCES) if start.elapsed() < patience => thread::sleep(PAUSE),
+                Err(Errno::EAGAIN | Errno::EACCES) if start.elapsed() < patience => {
+                    go_on()?;
+                    thread::sleep(PAUSE);
+                }
                 Err(Errno::EAGAIN | Errno::EACCES) => {
                     let holders = lock_holders(FileStat::of(&file)?.id, 0);
                     let names: Vec<String> = holders.iter().map(ToString::to_string).collect();

@@ -31,6 +31,34 @@ pub struct FileId {
     pub inode: u64,
 }
 
+/// Which file this is for as long as it exists: device and inode number, and when it was born, by which a number
+/// that was given to another file is told. Not every file system knows the last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// Device and inode number.
+    pub id: FileId,
+    /// Birth time, seconds and nanoseconds.
+    pub birth: Option<(i64, u32)>,
+}
+
+impl Identity {
+    /// Of an open file, whatever it was opened for.
+    pub fn of(file: impl AsFd) -> Result<Self> {
+        let mask = fs::StatxFlags::INO | fs::StatxFlags::BTIME;
+        let found = fs::statx(file, "", fs::AtFlags::EMPTY_PATH, mask)
+            .map_err(|error| Error::io("asking which file it is", error))?;
+        let has_birth = fs::StatxFlags::from_bits_retain(found.stx_mask).contains(fs::StatxFlags::BTIME);
+        let device = fs::makedev(found.stx_dev_major, found.stx_dev_minor);
+        let birth = (found.stx_btime.tv_sec, found.stx_btime.tv_nsec);
+        Ok(Self { id: FileId { device, inode: found.stx_ino }, birth: has_birth.then_some(birth) })
+    }
+
+    /// Whether both are one file, as far as the file system tells.
+    pub fn is(&self, other: &Self) -> bool {
+        self.id == other.id && (self.birth.is_none() || other.birth.is_none() || self.birth == other.birth)
+    }
+}
+
 /// What changes when somebody writes to a file: size, mtime and ctime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Signature {

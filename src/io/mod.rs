@@ -21,7 +21,9 @@ pub use beneath::{DirEntry, EntryKind, OWN_KIND, Root};
 pub use claim::Claim;
 pub use descriptors::{Descriptors, Idle, Pin, Room};
 pub use directory::{Directory, Host, ThisHost, directory_of};
-pub use file::{FileId, FileStat, ReadLock, Signature, StoreFile, WriteLock, WriterKind, birth_of, read_full};
+pub use file::{
+    FileId, FileStat, Identity, ReadLock, Signature, StoreFile, WriteLock, WriterKind, birth_of, read_full,
+};
 pub use groups::groups_of_process;
 pub use holders::{Holder, all_lock_holders, lock_holders};
 pub use locks::{Conflict, WRITER_BYTE, probe_writer};

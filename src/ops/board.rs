@@ -100,6 +100,8 @@ pub(super) struct Board {
 pub(super) struct Tokens {
     board: Arc<Board>,
     chains: Vec<PathBuf>,
+    /// What whoever gave the command has to be told of it.
+    pub(super) notes: Vec<String>,
 }
 
 impl Drop for Tokens {
@@ -131,7 +133,7 @@ impl Board {
             return Err(Error::new(ErrorKind::Busy, fact));
         }
         state.tokens.extend(chains.iter().cloned());
-        Ok(Tokens { board: Arc::clone(self), chains: chains.to_vec() })
+        Ok(Tokens { board: Arc::clone(self), chains: chains.to_vec(), notes: Vec::new() })
     }
 
     /// Notes that a command begins; returns its number and its progress.
@@ -144,6 +146,13 @@ impl Board {
         state.set(chain, Last { status, progress: Some(Arc::clone(&progress)) });
         self.changed.notify_all();
         (number, progress)
+    }
+
+    /// Adds what is to be told of the command that has just begun.
+    pub(super) fn note(&self, chain: &Path, notes: Vec<String>) {
+        if let Some(last) = self.state.lock().chains.get_mut(chain) {
+            last.status.notes = notes;
+        }
     }
 
     /// Notes how a command has ended, unless a later one has begun.

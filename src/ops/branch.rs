@@ -9,7 +9,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Snapshot;
 use crate::image::create::CreateOptions;
 use crate::image::write::{Below, Writer};
-use crate::store::{Deed, ImageIndex, Intent, Named, NewTopFile, OpenView, OwnedIntent, Store, ViewPart, shown};
+use crate::io::Claim;
+use crate::store::{
+    Deed, ImageIndex, Intent, Named, NewTopFile, OpenView, OwnedIntent, Store, ViewPart, is_draft, shown,
+};
 
 use super::board::Progress;
 use super::clone::give_name;
@@ -159,13 +162,14 @@ impl BranchJob {
     /// Does it.
     pub(super) fn run(self, engine: &Engine, progress: &Progress) -> Result<()> {
         let store = Arc::clone(engine.store());
-        let copied = fill(&store, &self.segment, self.top.writer(), progress).and_then(|()| progress.settle());
+        let copied = fill(&store, &self.segment, self.top.writer(), progress);
         let Self { path, command, draft, top, below, purpose, intent, segment, _views: views } = self;
         drop((segment, top));
         let done = copied.and_then(|()| {
-            let lock = store.guard().lock_for_job(&*store.guard_names())?;
+            let lock = finish::lock_for_job(&store, progress)?;
             let world = World::look(&store)?;
             let below = below.as_ref().map(|named| world.expect(named)).transpose()?;
+            progress.settle()?;
             match purpose {
                 Purpose::Clone { name } => {
                     if let Some(below) = below {
@@ -207,12 +211,10 @@ fn fill(store: &Arc<Store>, segment: &Segment, writer: &Arc<Writer>, progress: &
 }
 
 /// Takes up what was cut off: what has no name yet goes.
-pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<()> {
+pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: Claim) -> Result<()> {
     let store = engine.store();
-    let lock = store.guard().lock(&*store.guard_names())?;
     let Deed::Copy { draft, .. } = &intent.intent.deed else { unreachable!("the intent of a copy") };
-    let root = &store.guard().root;
-    if root.stat(&draft.path).is_ok_and(|stat| stat.id.inode == draft.inode) {
+    if is_draft(&draft.path) && draft.is_at(&store.guard().root, &draft.path) {
         store.guard_names().unlink(&draft.path)?;
     }
     finish::end(store, intent, lock)

@@ -156,6 +156,10 @@ fn plan_inner(world: &World, chain: &Chain, index: ImageIndex, inner: usize) -> 
     if snapshot.vm_state_size > 0 {
         plan.notes.push(format!("its VM state ({}) goes with it", human_size(snapshot.vm_state_size)));
     }
+    if world.store.has_trash() {
+        let fact = "an internal snapshot goes with its clusters; clone it first if it may be needed";
+        plan.notes.push(format!("{}{}: {fact}", finish::NOT_KEPT, String::from_utf8_lossy(&snapshot.name)));
+    }
     Ok((plan, Way::Inner(index, snapshot)))
 }
 
@@ -170,6 +174,7 @@ pub(super) fn begin(
     let (lock, world) = World::begin(engine.store())?;
     let (plan, way) = plan(engine, &world, path, request)?;
     world.accept(&plan)?;
+    tokens.notes.extend(finish::not_kept(plan.notes));
     match way {
         Way::Up(layers) => {
             let job = pull::begin_with(engine, &world, lock, path, &layers, command, tokens)?;
@@ -194,7 +199,7 @@ fn delete_inner(store: &Arc<Store>, world: &World, index: ImageIndex, snapshot: 
     delete_by_writer(store, world, index, snapshot)?;
     let before = Arc::clone(&world.catalog);
     store.rescan()?;
-    finish::tell_files(store, &before, &[image.stat.id.inode], None);
+    finish::tell_files(store, &before, &[image.stat.id], None);
     drop((leaving, lock));
     Ok(())
 }

@@ -4,6 +4,7 @@
 //! renames or unlinks; a request that is refused has changed nothing; a bug that one job brings out harms no
 //! other, and leaves its intent to be taken up.
 
+use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::users_of;
-use crate::store::{Deed, FoundIntent, Store, shown};
+use crate::store::{Deed, FoundIntent, Intent, Store, shown};
 
 use super::board::{Board, Progress, Tokens};
 use super::branch::{self, BranchJob};
@@ -126,10 +127,20 @@ impl Engine {
         if let Err(error) = self.store.sweep() {
             tracing::warn!("what commands that were cut off have left was not removed: {error}");
         }
+        self.take_up_what_is_left();
+    }
+
+    /// Takes up what nobody is at work on, and what was not refused before. Who stops or is killed while others have the
+    /// store open leaves it to them.
+    pub fn take_up_what_is_left(self: &Arc<Self>) {
         for found in self.store.catalog().intents.clone() {
             let stopping = self.stopping.read();
-            if *stopping {
+            if *stopping || self.store.options().read_only {
                 return;
+            }
+            let guard = self.store.guard();
+            if guard.refusal(&found.name).is_some() || guard.is_owned(&found) {
+                continue;
             }
             if let Err(error) = self.take_up(&found)
                 && error.kind() != ErrorKind::Busy
@@ -139,23 +150,44 @@ impl Engine {
         }
     }
 
+    /// Whether something may be left to be taken up.
+    pub fn has_work_left(&self) -> bool {
+        let catalog = self.store.catalog();
+        let is_left = |found: &FoundIntent| {
+            self.store.guard().refusal(&found.name).is_none() && !self.store.guard().is_owned(found)
+        };
+        !self.store.options().read_only && catalog.intents.iter().any(is_left)
+    }
+
+    /// Takes up an intent also if that was refused before. Returns the command's number.
+    pub fn recover(self: &Arc<Self>, found: &FoundIntent) -> Result<u64> {
+        self.take_up(found)
+    }
+
     fn take_up(self: &Arc<Self>, found: &FoundIntent) -> Result<u64> {
-        let chain = found.intent.chain.clone();
+        let (chain, command) = (found.intent.chain.clone(), found.intent.command.clone());
         let mut tokens = self.board.take(std::slice::from_ref(&chain))?;
-        let owned = self.store.guard().take_up(found)?;
-        let command = found.intent.command.clone();
+        let names = self.store.guard_names();
+        let lock = self.store.guard().lock(&*names)?;
+        let owned = self.store.guard().take_up(&*names, found).map_err(|error| {
+            // Who is at work on it will say himself how it goes.
+            if error.kind() == ErrorKind::Busy { error } else { self.not_taken_up(found, error) }
+        });
+        let owned = owned.inspect_err(|error| self.board.refused(&chain, &command, error))?;
+        self.store.guard().note_refusal(&found.name, None);
         tracing::info!("taking up: {command}{}", of_chain(&chain));
         let (number, progress) = self.board.begin(&chain, &command);
-        let begun = match &found.intent.deed {
-            Deed::Snapshot { .. } => snapshot::resume(self, owned).map(|()| None),
-            Deed::Copy { .. } => branch::resume(self, owned).map(|()| None),
-            Deed::Shrink { .. } => resize::resume(self, owned).map(|()| None),
+        let begun = match &owned.intent.deed {
+            Deed::Snapshot { .. } => snapshot::resume(self, owned, lock).map(|()| None),
+            Deed::Copy { .. } => branch::resume(self, owned, lock).map(|()| None),
+            Deed::Shrink { .. } => resize::resume(self, owned, lock).map(|()| None),
             Deed::Commit { .. } => {
-                commit::resume(self, owned, &mut tokens).map(|job| job.map(|job| Job::Commit(Box::new(job))))
+                commit::resume(self, owned, lock, &mut tokens).map(|job| job.map(|job| Job::Commit(Box::new(job))))
             }
             Deed::Pull { .. } => {
-                pull::resume(self, owned, &mut tokens).map(|job| job.map(|job| Job::Pull(Box::new(job))))
+                pull::resume(self, owned, lock, &mut tokens).map(|job| job.map(|job| Job::Pull(Box::new(job))))
             }
+            Deed::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
         };
         match begun {
             Ok(Some(job)) => {
@@ -163,11 +195,35 @@ impl Engine {
             }
             Ok(None) => self.board.end(&chain, number, &Ok(())),
             Err(error) => {
+                let error = self.not_taken_up(found, error);
                 self.board.end(&chain, number, &Err(error.clone()));
                 return Err(error);
             }
         }
         Ok(number)
+    }
+
+    /// Notes for all who look at the store why a command was not taken up.
+    fn not_taken_up(&self, found: &FoundIntent, error: Error) -> Error {
+        self.store.guard().note_refusal(&found.name, Some(error.to_string()));
+        match self.store.rescan() {
+            Ok(_) => error,
+            Err(trouble) => error.within(format!("{trouble}, and")),
+        }
+    }
+
+    /// What would become of an intent if it were taken up now: in words, or why it is not. Nothing is changed.
+    pub fn examine(&self, intent: &Intent, name: &OsStr) -> Result<&'static str> {
+        let world = World::look_for(&self.store, name)?;
+        match &intent.deed {
+            Deed::Snapshot { .. } => snapshot::examine(&world, intent)
+                .map(|goes_on| if goes_on { "goes on to its end" } else { "goes back to its beginning" }),
+            Deed::Copy { .. } => Ok("what was half made goes"),
+            Deed::Shrink { .. } => resize::examine(self, &world, intent).map(|_| "goes on to its end"),
+            Deed::Commit { .. } => commit::examine(&world, intent).map(|_| "goes on to its end"),
+            Deed::Pull { .. } => pull::examine(&world, intent).map(|_| "goes on to its end"),
+            Deed::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
+        }
     }
 
     /// What `request` on the chain at `chain` would do; only words that make no sense are an error.
@@ -253,6 +309,7 @@ impl Engine {
         let mut tokens = self.board.take(&[chain.to_path_buf()])?;
         let job = self.begin_with(chain, request, command, &mut tokens)?;
         let (number, progress) = self.board.begin(chain, command);
+        self.board.note(chain, std::mem::take(&mut tokens.notes));
         match job {
             Some(job) => self.start(chain, number, progress, tokens, job)?,
             None => self.board.end(chain, number, &Ok(())),
@@ -334,9 +391,16 @@ impl Engine {
         self.board.wait(chain, version, patience)
     }
 
+    /// Whether it takes no more commands.
+    pub fn is_stopping(&self) -> bool {
+        *self.stopping.read()
+    }
+
     /// Stops all jobs at their next piece, and returns when they have; what they have begun goes on at the next
     /// mount.
     pub fn stop(&self) {
+        // Who has begun to wait for the store's lock holds the other back.
+        self.store.guard().leave();
         *self.stopping.write() = true;
         self.board.stop();
         let threads = std::mem::take(&mut *self.threads.lock());

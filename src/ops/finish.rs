@@ -16,9 +16,11 @@ use crate::store::{
 };
 use crate::units::human_size;
 
+use super::board::Progress;
 use super::commit::Layers;
 use super::engine::Engine;
 use super::plan::{Plan, PlanLayer};
+use super::request::{CommitRequest, Request};
 use super::world::{Chain, World, beside};
 
 /// The layer that a view's name means, counted from the leaf.
@@ -115,7 +117,17 @@ pub(super) fn bitmaps(
     refusals: &mut Vec<Error>,
 ) {
     for index in holders.filter(|_| !discard) {
-        let names = bitmap_names(world, index, |bitmap| !bitmap.in_use);
+        let names = match bitmap_names(world, index, |bitmap| !bitmap.in_use) {
+            Ok(names) => names,
+            // Nobody can tell whether they are good.
+            Err(error) => {
+                let fact = "holds persistent bitmaps that cannot be read, and which this would cost";
+                let name = world.image(index).shown();
+                let sentence = format!("{name} {fact}: {error}; remove them, or say discard-bitmaps");
+                refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
+                continue;
+            }
+        };
         if !names.is_empty() {
             let fact = "holds persistent bitmaps, which this would cost";
             let name = world.image(index).shown();
@@ -125,14 +137,14 @@ pub(super) fn bitmaps(
     }
 }
 
-/// The names of an image's persistent bitmaps, of those that are wanted.
-pub(super) fn bitmap_names(world: &World, index: ImageIndex, wanted: impl Fn(&Bitmap) -> bool) -> Vec<String> {
+/// The names of an image's persistent bitmaps, of those that are wanted. Fails where that cannot be read.
+pub(super) fn bitmap_names(world: &World, index: ImageIndex, wanted: impl Fn(&Bitmap) -> bool) -> Result<Vec<String>> {
     let image = world.image(index);
-    let Some(qcow2) = image.qcow2() else { return Vec::new() };
+    let Some(qcow2) = image.qcow2() else { return Ok(Vec::new()) };
     let file = world.store.file(&image.place, &image.stat, false);
-    let found = read_bitmaps(&image.shown(), &*file, &qcow2.header).unwrap_or_default();
+    let found = read_bitmaps(&image.shown(), &*file, &qcow2.header)?;
     let all = found.iter().flat_map(|(_, bitmaps)| bitmaps).filter(|bitmap| wanted(bitmap));
-    all.map(|bitmap| String::from_utf8_lossy(&bitmap.name).into_owned()).collect()
+    Ok(all.map(|bitmap| String::from_utf8_lossy(&bitmap.name).into_owned()).collect())
 }
 
 /// Why something cannot be done while views are open.
@@ -208,6 +220,24 @@ pub(super) fn shares_blocks(store: &Store) -> bool {
 /// Magic numbers of file systems on which copies may share their blocks: XFS, btrfs, bcachefs.
 const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683E, 0xCA45_1A4E];
 
+/// The store's lock for a job that has done its work, unless it is cancelled or stopped while another has that.
+pub(super) fn lock_for_job(store: &Store, progress: &Progress) -> Result<Claim> {
+    store.guard().lock_for_job(&*store.guard_names(), &|| progress.check())
+}
+
+/// What the command of an intent said of what may be lost, whichever verb it was.
+pub(super) fn terms(intent: &Intent) -> CommitRequest {
+    let keep = matches!(intent.deed, Deed::Commit { keep: true, .. });
+    let (discard_internal, discard_bitmaps) = match Request::parse_command(intent.command.as_bytes()) {
+        Ok(Request::Commit(request)) => (request.discard_internal, request.discard_bitmaps),
+        Ok(Request::Pull(request)) => (request.discard_internal, request.discard_bitmaps),
+        Ok(Request::Delete(request)) => (request.discard_internal, request.discard_bitmaps),
+        // Nothing was said.
+        _ => (false, false),
+    };
+    CommitRequest { keep, discard_internal, discard_bitmaps, ..CommitRequest::default() }
+}
+
 /// How far a commit has come.
 pub(super) enum Finish {
     /// Base holds everything, durably.
@@ -218,17 +248,12 @@ pub(super) enum Finish {
 
 /// How far the commit of an intent has come, by what the files say.
 pub(super) fn commit_state(world: &World, intent: &Intent) -> Result<Finish> {
-    let Deed::Commit { top, base, children, rename, .. } = &intent.deed else { unreachable!("asked of a commit") };
+    let Deed::Commit { top, base, is_copied, rename, .. } = &intent.deed else { unreachable!("asked of a commit") };
     let is_switched = if let Some(name) = rename {
-        let base_is_there = world.find(&Named { path: name.clone(), inode: base.inode }).is_some();
+        let base_is_there = world.find(&Named::known(name.clone(), base.file)).is_some();
         base_is_there && (*name != base.path || world.find(top).is_none())
     } else {
-        let base = world.find(base);
-        let children: Vec<ImageIndex> = children.iter().filter_map(|child| world.find(child)).collect();
-        let stands = |child: &ImageIndex| world.stands_on(*child) == base;
-        // Top goes last. Where it has gone and somebody was to stand on base and does not, it was not we who took it.
-        let is_over = children.is_empty() && world.find(top).is_none();
-        base.is_some() && (children.iter().any(stands) || is_over)
+        *is_copied && world.find(base).is_some()
     };
     if is_switched {
         return Ok(Finish::Copied);
@@ -279,17 +304,23 @@ impl Child {
 
     fn is(&self, named: &Named) -> bool {
         match self {
-            Child::Active(_, own) => own == named,
-            Child::Image(image) => image.id().inode == named.inode,
+            Child::Active(_, own) => own.is(named),
+            Child::Image(image) => image.id() == named.file.id,
         }
     }
 }
 
 /// The steps of a commit after the copy is durable; `lock` is held from the last look at who uses what. `held`: those
 /// of the children that the job has held all the while.
-pub(super) fn commit(engine: &Engine, intent: OwnedIntent, lock: Claim, mut held: Vec<Child>) -> Result<()> {
+pub(super) fn commit(engine: &Engine, mut intent: OwnedIntent, lock: Claim, mut held: Vec<Child>) -> Result<()> {
     let store = engine.store();
-    let Deed::Commit { top, base, between, children, keep, rename } = intent.intent.deed.clone() else {
+    if let Deed::Commit { is_copied, rename: None, .. } = &mut intent.intent.deed
+        && !std::mem::replace(is_copied, true)
+    {
+        // Before anybody stands on base: what is found there later may be others' doing.
+        store.guard().rewrite(&*store.guard_names(), &mut intent)?;
+    }
+    let Deed::Commit { top, base, between, children, keep, rename, .. } = intent.intent.deed.clone() else {
         unreachable!("the intent of a commit")
     };
     let world = World::look(store)?;
@@ -327,7 +358,7 @@ pub(super) fn commit(engine: &Engine, intent: OwnedIntent, lock: Claim, mut held
             && !keep
             && world.image(base).users.iter().all(|user| {
                 let named = world.named(*user);
-                named == top || between.contains(&named)
+                named.is(&top) || between.iter().any(|other| other.is(&named))
             })
         {
             // What stood there, and goes now, was no disk that anybody wrote.
@@ -375,16 +406,15 @@ pub(super) fn active_commit(
 /// Tells those who have disks open what has become of the files below: all layers that are still there show what
 /// they did, but for `changed`.
 pub(super) fn tell(store: &Arc<Store>, before: &Catalog, intent: &Intent, changed: Option<&Named>) {
-    let inodes: Vec<u64> = intent.files().iter().map(|named| named.inode).collect();
-    tell_files(store, before, &inodes, changed);
+    let files: Vec<FileId> = intent.files().iter().map(|named| named.file.id).collect();
+    tell_files(store, before, &files, changed);
 }
 
 /// The same of files by their numbers.
-pub(super) fn tell_files(store: &Arc<Store>, before: &Catalog, inodes: &[u64], changed: Option<&Named>) {
+pub(super) fn tell_files(store: &Arc<Store>, before: &Catalog, files: &[FileId], changed: Option<&Named>) {
     let all = before.images.iter().map(|image| image.stat.id);
-    let files: Vec<FileId> = all.filter(|id| inodes.contains(&id.inode)).collect();
-    let changed = changed.map(|named| named.inode);
-    store.keep_states(before, &files, changed);
+    let files: Vec<FileId> = all.filter(|id| files.contains(id)).collect();
+    store.keep_states(before, &files, changed.map(|named| named.file.id));
     store.refresh_disks(&files);
 }
 
@@ -505,9 +535,15 @@ pub(super) fn remove(store: &Arc<Store>, files: &[Named], is_valid: bool, comman
             }
             let backing = world.stands_on(index).map(|below| world.named(below));
             let is_raw = world.image(index).format == Some(Format::Raw);
-            store.put_into_trash(&named.path, &named.path, (command, is_raw), backing)?;
+            let kind = (command, is_raw);
+            store.put_into_trash(&world.catalog, &named.path, &named.path, kind, backing.as_ref()).map_err(
+                |error| {
+                    let remedy = "it stays as a snapshot of its own; see to the trash, and delete it again";
+                    Error::new(ErrorKind::NotEmpty, format!("{error}; {remedy}"))
+                },
+            )?;
         } else {
-            forget_trash(&world, &[named.inode])?;
+            forget_trash(&world, &[named.file.id])?;
             names.unlink(&named.path)?;
         }
         if world.image(index).format == Some(Format::Raw) {
@@ -518,8 +554,8 @@ pub(super) fn remove(store: &Arc<Store>, files: &[Named], is_valid: bool, comman
     Ok(())
 }
 
-/// Removes from the trash what would show something else if these files (by inode number) were changed or gone.
-pub(super) fn forget_trash(world: &World, changed: &[u64]) -> Result<()> {
+/// Removes from the trash what would show something else if these files were changed or gone.
+pub(super) fn forget_trash(world: &World, changed: &[FileId]) -> Result<()> {
     let spoilt = world.store.trash_on(&world.catalog, changed)?;
     for item in &spoilt {
         tracing::info!("{} goes from the trash: what it stands on changes", shown(&item.path));
@@ -527,10 +563,22 @@ pub(super) fn forget_trash(world: &World, changed: &[u64]) -> Result<()> {
     world.store.remove_from_trash(spoilt.iter())
 }
 
+/// How notes begin on what does not go to the trash.
+pub(super) const NOT_KEPT: &str = "not kept in the trash: ";
+
+/// Those notes: they are told also of a command that is not only planned.
+pub(super) fn not_kept(notes: Vec<String>) -> impl Iterator<Item = String> {
+    notes.into_iter().filter(|note| note.starts_with(NOT_KEPT))
+}
+
 /// Notes what of the trash would go.
 pub(super) fn note_trash(world: &World, changed: &[ImageIndex], plan: &mut Plan) {
-    let inodes: Vec<u64> = changed.iter().map(|index| world.image(*index).stat.id.inode).collect();
-    let spoilt = world.store.trash_on(&world.catalog, &inodes).unwrap_or_default();
+    let files: Vec<FileId> = changed.iter().map(|index| world.image(*index).stat.id).collect();
+    let spoilt = match world.store.trash_on(&world.catalog, &files) {
+        Ok(spoilt) => spoilt,
+        // The command would be refused with that.
+        Err(error) => return plan.refusals.push(error),
+    };
     plan.notes.extend(
         spoilt.iter().map(|item| {
             format!("{} goes from the trash ({}), for what it stands on changes", shown(&item.path), item.id)

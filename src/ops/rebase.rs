@@ -252,7 +252,7 @@ fn change_name(engine: &Engine, world: &World, path: &Path, layers: &Layers) -> 
         {
             finish::freeze(store, world, *left, &Frozen::now(""))?;
         }
-        finish::forget_trash(world, &[world.image(layers.layer).stat.id.inode])?;
+        finish::forget_trash(world, &[world.image(layers.layer).stat.id])?;
         let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
         change_header(job.name(), &*job.file()?, &HeaderChange { backing, frozen: None })?;
         drop(base);

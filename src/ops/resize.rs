@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::Claim;
 use crate::store::{Deed, ImageIndex, Intent, Keeping, OwnedIntent, Store, ViewPart};
 use crate::units::{SECTOR_SIZE, human_size};
 
@@ -88,7 +89,14 @@ fn exact(len: u64) -> String {
 
 /// Bitmaps have the size of the disk, and nobody here changes theirs.
 fn refuse_bitmaps(world: &World, leaf: ImageIndex, refusals: &mut Vec<Error>) {
-    let names = finish::bitmap_names(world, leaf, |_| true);
+    let names = match finish::bitmap_names(world, leaf, |_| true) {
+        Ok(names) => names,
+        Err(error) => {
+            let fact = "has persistent bitmaps that cannot be read, and whose sizes would be wrong";
+            let sentence = format!("{} {fact}: {error}; remove them first", world.image(leaf).shown());
+            return refusals.push(Error::new(ErrorKind::Unsupported, sentence));
+        }
+    };
     if !names.is_empty() {
         let fact = "has persistent bitmaps, whose sizes would be wrong";
         let sentence = format!("{} {fact}: {}; remove them first", world.image(leaf).shown(), names.join(", "));
@@ -114,15 +122,17 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &ResizeRequest, comma
         drop((job, lock));
         return store.rescan().map(|_| None);
     }
-    let named = world.named(leaf);
+    let named = world.witness(leaf, false)?;
     let deed = Deed::Shrink { image: named.clone(), size: new };
     let of = engine.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &of, &Intent::new(command, path, deed))?;
     match shrink(store, &world, leaf, new) {
         Ok(()) => finish::end(store, intent, lock).map(|()| None),
         Err(error) => {
-            let is_shorter = World::look(store)
-                .is_ok_and(|world| world.find(&named).is_none_or(|leaf| world.image(leaf).virtual_size() != Some(old)));
+            // Where nobody can tell, it may be.
+            let is_shorter = World::look(store).map_or(true, |world| {
+                world.find(&named).is_none_or(|leaf| world.image(leaf).virtual_size() != Some(old))
+            });
             if is_shorter {
                 let fact = "what is left of it is done when the store is mounted again";
                 return Err(Error::new(error.kind(), format!("{error}; {fact}")));
@@ -146,16 +156,31 @@ fn shrink(store: &Arc<Store>, world: &World, leaf: ImageIndex, size: u64) -> Res
     })
 }
 
+/// What keeps a shrinking that was cut off from being taken up; whether anything is left to be done.
+pub(super) fn examine(engine: &Engine, world: &World, intent: &Intent) -> Result<Option<ImageIndex>> {
+    let Deed::Shrink { image, size } = &intent.deed else { unreachable!("the intent of a shrinking") };
+    let Some(leaf) = world.find(image).filter(|leaf| world.image(*leaf).virtual_size() == Some(*size)) else {
+        return Ok(None);
+    };
+    let mut refusals: Vec<Error> = Vec::new();
+    refusals.extend(world.untouchable(leaf));
+    refusals.extend(world.begun(&[leaf]));
+    refusals.extend(used_by_others(world, leaf));
+    if engine.store().is_active_open(world.image(leaf).stat.id) {
+        let names = ["the active disk".to_owned()];
+        refusals.push(finish::still_open(engine, &intent.chain, &names, "what lies behind its end goes"));
+    }
+    finish::first(refusals)?;
+    Ok(Some(leaf))
+}
+
 /// Takes up a shrinking that was cut off: if the disk has its new size, what lies behind that is given back.
-pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<()> {
+pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: Claim) -> Result<()> {
     let store = engine.store();
-    let lock = store.guard().lock(&*store.guard_names())?;
-    let world = World::look(store)?;
-    let Deed::Shrink { image, size } = &intent.intent.deed else { unreachable!("the intent of a shrinking") };
-    if let Some(leaf) = world.find(image)
-        && world.image(leaf).virtual_size() == Some(*size)
-    {
-        shrink(store, &world, leaf, *size)?;
+    let world = World::look_for(store, &intent.name)?;
+    let Deed::Shrink { size, .. } = intent.intent.deed else { unreachable!("the intent of a shrinking") };
+    if let Some(leaf) = examine(engine, &world, &intent.intent)? {
+        shrink(store, &world, leaf, size)?;
     }
     finish::end(store, intent, lock)
 }

@@ -273,8 +273,15 @@ pub(super) fn switch(
         Some(saved) => world.guarded(saved),
         None => overlay::draft_name(&leaf.path, &of, 1),
     };
-    let backing = world.stands_on(index).filter(|_| saved.is_none()).map(|below| world.named(below));
-    let top = NewTop { old: leaf.clone(), frozen, overlay: draft.named.clone(), name: leaf.path.clone(), backing };
+    let below = world.stands_on(index).filter(|_| saved.is_none());
+    let backing = below.map(|below| world.witness(below, false)).transpose()?;
+    let top = NewTop {
+        old: world.witness(index, false)?,
+        frozen,
+        overlay: draft.named.clone(),
+        name: leaf.path.clone(),
+        backing,
+    };
     let mark = Frozen::now("");
     let (seconds, nanoseconds, description) = (mark.seconds, mark.nanoseconds, mark.description);
     let deed = Deed::Snapshot { seconds, nanoseconds, description, disks: vec![top] };

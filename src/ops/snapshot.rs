@@ -13,7 +13,7 @@ use crate::format::Frozen;
 use crate::image::create::NewBacking;
 use crate::image::write::NewSnapshot;
 use crate::image::{HeaderChange, change_header};
-use crate::io::{Directory, Root, directory_of};
+use crate::io::{Claim, Directory, Root, directory_of};
 use crate::store::{
     ActiveJob, Deed, Fallen, Format, ImageEntry, ImageIndex, Intent, JobImage, Named, NewTop, NewTopFile, OwnedIntent,
     Store, encode, is_draft, shown,
@@ -237,17 +237,20 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
     }
     let name = engine.intent_name();
     let overlays = make_overlays(store, &world, &disks, &jobs, &name)?;
-    let tops: Vec<NewTop> = disks
+    let tops = disks
         .iter()
         .zip(&overlays)
-        .map(|(disk, overlay)| NewTop {
-            old: world.named(disk.leaf),
-            frozen: world.guarded(&disk.frozen),
-            overlay: overlay.draft.named.clone(),
-            name: world.guarded(&disk.name),
-            backing: None,
+        .map(|(disk, overlay)| {
+            Ok(NewTop {
+                old: world.witness(disk.leaf, false)?,
+                frozen: world.guarded(&disk.frozen),
+                overlay: overlay.draft.named.clone(),
+                name: world.guarded(&disk.name),
+                backing: None,
+            })
         })
-        .collect();
+        .collect::<Result<Vec<NewTop>>>();
+    let tops = tops.inspect_err(|_| unmake(store, &overlays))?;
     let (seconds, nanoseconds, description) = (frozen.seconds, frozen.nanoseconds, frozen.description.clone());
     let deed = Deed::Snapshot { seconds, nanoseconds, description, disks: tops.clone() };
     let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed));
@@ -365,9 +368,9 @@ fn stand_on(
     })
 }
 
-/// Whether the file of that inode number has that name.
-fn is_at(root: &Root, path: &Path, inode: u64) -> bool {
-    root.stat(path).is_ok_and(|stat| stat.id.inode == inode)
+/// Whether that file has that name.
+fn is_at(root: &Root, path: &Path, named: &Named) -> bool {
+    named.is_at(root, path)
 }
 
 /// Gives the old top its new name beside the one it has, durably.
@@ -383,17 +386,17 @@ fn add_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
 /// identity: what others have put there stays.
 fn take_back(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
     for top in tops {
-        if !is_at(root, &top.old.path, top.old.inode) {
+        if !is_at(root, &top.old.path, &top.old) {
             let path = &top.old.path;
             return Err(Error::new(ErrorKind::Io, format!("{} could not get its name back", shown(path))));
         }
         names.sync(&directory_of(&top.old.path))?;
     }
     for top in tops {
-        if is_at(root, &top.overlay.path, top.overlay.inode) {
+        if is_at(root, &top.overlay.path, &top.overlay) {
             names.unlink(&top.overlay.path)?;
         }
-        let has_both = is_at(root, &top.old.path, top.old.inode) && is_at(root, &top.frozen, top.old.inode);
+        let has_both = is_at(root, &top.old.path, &top.old) && is_at(root, &top.frozen, &top.old);
         if top.frozen != top.old.path && has_both {
             names.unlink(&top.frozen)?;
         }
@@ -433,14 +436,14 @@ fn switch_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
 
 /// The way back from wherever [`switch_name`] has come to.
 fn switch_back(root: &Root, names: &dyn Directory, top: &NewTop) -> Result<()> {
-    if !is_at(root, &top.name, top.overlay.inode) {
+    if !is_at(root, &top.name, &top.overlay) {
         return Ok(());
     }
     if top.name == top.old.path {
         names.link(&top.frozen, &top.overlay.path)?;
         return names.rename(&top.overlay.path, &top.old.path, true);
     }
-    if !is_at(root, &top.old.path, top.old.inode) {
+    if !is_at(root, &top.old.path, &top.old) {
         names.link(&top.frozen, &top.old.path)?;
     }
     names.unlink(&top.name)
@@ -471,16 +474,60 @@ fn mark(store: &Arc<Store>, old: Fallen, path: &Path, frozen: &Frozen) -> Result
     marked.and(finished)
 }
 
-/// Takes up a snapshot, or a revert, that was cut off: to its end if it was taken, else back to its beginning.
-pub(super) fn resume(engine: &Engine, intent: OwnedIntent) -> Result<()> {
-    let store = engine.store();
-    let lock = store.guard().lock(&*store.guard_names())?;
-    let Deed::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
-    let root = &store.guard().root;
+/// Whether a snapshot, or a revert, that was cut off goes on to its end, or back to its beginning; every refusal is asked
+/// again. Nothing is changed.
+pub(super) fn examine(world: &World, intent: &Intent) -> Result<bool> {
+    let Deed::Snapshot { disks, .. } = &intent.deed else { unreachable!("the intent of a snapshot") };
+    let root = &world.store.guard().root;
     // Before the first overlay has its name, nothing is frozen; what is there then is of a later moment than was asked
     // for.
-    let is_taken = disks.iter().any(|top| is_at(root, &top.name, top.overlay.inode));
+    let is_taken = disks.iter().any(|top| is_at(root, &top.name, &top.overlay));
     let goes_on = is_taken && disks.iter().all(|top| can_go_on(root, top));
+    let mut refusals = Vec::new();
+    for top in disks {
+        refuse_rest(world, top, goes_on, &mut refusals);
+    }
+    finish::first(refusals)?;
+    Ok(goes_on)
+}
+
+/// What keeps a disk of a snapshot from being given what is left to be given, or taken from it.
+fn refuse_rest(world: &World, top: &NewTop, goes_on: bool, refusals: &mut Vec<Error>) {
+    let root = &world.store.guard().root;
+    let find = |path: &PathBuf| world.find(&Named::known(path.clone(), top.old.file));
+    let Some(old) = find(&top.old.path).or_else(|| find(&top.frozen)) else { return };
+    let has_come = is_at(root, &top.name, &top.overlay);
+    let image = world.image(old);
+    // Two names are its own for a while.
+    let own_names = [&top.old.path, &top.frozen].iter().filter(|path| is_at(root, path, &top.old)).count();
+    let own_names = if top.old.path == top.frozen { 1 } else { own_names };
+    if image.stat.link_count > own_names as u64 {
+        let fact = "has got other names (hard links), under which it would change; remove those";
+        refusals.push(Error::new(ErrorKind::Busy, format!("{} {fact}", image.shown())));
+    }
+    let is_done = has_come && own_names == 1 && image.frozen.is_some();
+    if goes_on && !is_done {
+        let is_link = |error: &Error| error.kind() == ErrorKind::Busy;
+        refusals.extend(world.untouchable(old).filter(|error| !is_link(error)));
+    }
+    if !has_come {
+        // Who has come to stand on it by its name would stand on the overlay; who does by its new one, on nothing.
+        let others = world.others_using(old, &[]);
+        if !others.is_empty() && (goes_on || own_names > 1) {
+            let fact = "has come to be used by other images, which would lose it";
+            let sentence =
+                format!("{} {fact}: {}; put those on something else first", image.shown(), others.join(", "));
+            refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
+        }
+    }
+}
+
+/// Takes up a snapshot, or a revert, that was cut off: to its end if it was taken, else back to its beginning.
+pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: Claim) -> Result<()> {
+    let store = engine.store();
+    let world = World::look_for(store, &intent.name)?;
+    let goes_on = examine(&world, &intent.intent)?;
+    let Deed::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
     let held = if goes_on { hold(store, disks)? } else { Vec::new() };
     let done = carry_on(engine, intent, held, goes_on);
     drop(lock);
@@ -495,13 +542,13 @@ pub(super) fn carry_on(engine: &Engine, intent: OwnedIntent, held: Vec<JobImage>
     let Deed::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
     let root = &store.guard().root;
     let went = if goes_on { go_on(store, &intent.intent, held) } else { Ok(()) };
-    let has_come = disks.iter().any(|top| is_at(root, &top.name, top.overlay.inode));
+    let has_come = disks.iter().any(|top| is_at(root, &top.name, &top.overlay));
     if has_come && went.is_err() {
         // The intent stays, and with it what is left to be done.
         let fact = "the disk has been switched already; what is left of it is done when the store is mounted again";
         return went.map_err(|error| error.within(fact));
     }
-    if !has_come && disks.iter().all(|top| is_at(root, &top.old.path, top.old.inode)) {
+    if !has_come && disks.iter().all(|top| is_at(root, &top.old.path, &top.old)) {
         take_back(root, &*names, disks)?;
     }
     finish::forget(store, intent).and(went)
@@ -513,10 +560,10 @@ fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()>
     };
     let (root, names) = (&store.guard().root, store.guard_names());
     for top in disks {
-        if top.frozen != top.old.path && !is_at(root, &top.frozen, top.old.inode) {
+        if top.frozen != top.old.path && !is_at(root, &top.frozen, &top.old) {
             add_name(&*names, top)?;
         }
-        if !is_at(root, &top.name, top.overlay.inode) {
+        if !is_at(root, &top.name, &top.overlay) {
             names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
             names.sync(&directory_of(&top.name)).inspect_err(|error| {
                 // A crash may give the disk back what it had: nothing may be acknowledged on top of that.
@@ -525,14 +572,14 @@ fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()>
                 }
             })?;
         }
-        if top.frozen != top.old.path && is_at(root, &top.old.path, top.old.inode) {
+        if top.frozen != top.old.path && is_at(root, &top.old.path, &top.old) {
             names.unlink(&top.old.path)?;
             names.sync(&directory_of(&top.old.path))?;
         }
     }
     let mark = Frozen { seconds: *seconds, nanoseconds: *nanoseconds, description: description.clone() };
     for mut job in held {
-        let top = disks.iter().find(|top| top.old.inode == job.id().inode);
+        let top = disks.iter().find(|top| top.old.file.id == job.id());
         // Those who read its internal snapshots have it open, and their locks are ours only if it is found by its new name.
         if let Some(top) = top {
             job.renamed(&finish::own_path(store, &top.frozen));
@@ -552,15 +599,21 @@ fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()>
     for top in disks.iter().filter(|top| is_draft(&top.frozen)) {
         // What is replaced and not saved. Cut off here it is swept as a draft.
         if root.stat(&top.frozen).is_ok_and(|stat| store.keeps_trash(stat.id.device)) {
-            let backing = top.backing.as_ref().filter(|backing| world.find(backing).is_some()).cloned();
-            store.put_into_trash(&top.frozen, &top.old.path, (&intent.command, false), backing)?;
+            // What it stands on is named also where that has gone: it does not come back as if it were good.
+            store.put_into_trash(
+                &world.catalog,
+                &top.frozen,
+                &top.old.path,
+                (&intent.command, false),
+                top.backing.as_ref(),
+            )?;
         } else {
             names.unlink(&top.frozen)?;
         }
         names.sync(&directory_of(&top.frozen))?;
     }
     for top in disks.iter().filter(|top| !is_draft(&top.frozen)) {
-        let old = world.expect(&Named { path: top.frozen.clone(), inode: top.old.inode })?;
+        let old = world.expect(&Named::known(top.frozen.clone(), top.old.file))?;
         unless_unsupported(finish::freeze(store, &world, old, &mark))?;
     }
     Ok(())
@@ -581,9 +634,9 @@ fn unless_unsupported(marked: Result<()>) -> Result<()> {
 /// an overlay has gone, nothing was begun that a guest could have seen.
 fn can_go_on(root: &Root, top: &NewTop) -> bool {
     let is_free = |path: &Path| root.stat(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
-    let is_old = |path: &Path| is_at(root, path, top.old.inode);
-    let has_come = is_at(root, &top.name, top.overlay.inode);
-    let may_come = is_at(root, &top.overlay.path, top.overlay.inode)
+    let is_old = |path: &Path| is_at(root, path, &top.old);
+    let has_come = is_at(root, &top.name, &top.overlay);
+    let may_come = is_at(root, &top.overlay.path, &top.overlay)
         && if top.name == top.old.path { is_old(&top.name) } else { is_free(&top.name) };
     let may_be_named = is_old(&top.frozen) || (is_old(&top.old.path) && is_free(&top.frozen));
     may_be_named && (has_come || may_come)
@@ -593,7 +646,7 @@ fn can_go_on(root: &Root, top: &NewTop) -> bool {
 fn hold(store: &Arc<Store>, disks: &[NewTop]) -> Result<Vec<JobImage>> {
     let world = World::look(store)?;
     let take = |top: &NewTop| {
-        let named = |path: &PathBuf| world.find(&Named { path: path.clone(), inode: top.old.inode });
+        let named = |path: &PathBuf| world.find(&Named::known(path.clone(), top.old.file));
         let index = named(&top.old.path).or_else(|| named(&top.frozen));
         index.map(|index| store.take_image(&world.catalog, index))
     };

@@ -49,6 +49,8 @@ pub struct Status {
     pub total: u64,
     /// Why it was refused or has failed.
     pub error: Option<String>,
+    /// What is to be known of it besides.
+    pub notes: Vec<String>,
     /// Different whenever anything else is.
     pub version: u64,
 }

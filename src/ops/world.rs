@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::create::NewBacking;
-use crate::io::{Claim, FileId};
-use crate::store::{Catalog, ChainViews, Format, ImageEntry, ImageIndex, Named, Place, Store, shown};
+use crate::io::{Claim, FileId, Identity};
+use crate::store::{Catalog, ChainViews, Format, FoundIntent, ImageEntry, ImageIndex, Named, Place, Store, shown};
 
 use super::asker::{Asker, asker};
 
@@ -20,6 +20,8 @@ pub(super) struct World {
     pub(super) whole: Option<Arc<Catalog>>,
     /// Whose command it is, if that counts.
     pub(super) asker: Option<Arc<Asker>>,
+    /// The intent that is being taken up: it stands in nobody's way.
+    own: Option<OsString>,
 }
 
 /// One chain of it.
@@ -45,7 +47,12 @@ impl World {
     pub(super) fn look(store: &Arc<Store>) -> Result<Self> {
         store.rescan()?;
         let whole = store.whole()?;
-        Ok(Self { store: Arc::clone(store), catalog: store.catalog(), whole, asker: asker(store) })
+        Ok(Self { store: Arc::clone(store), catalog: store.catalog(), whole, asker: asker(store), own: None })
+    }
+
+    /// The same for taking up an intent.
+    pub(super) fn look_for(store: &Arc<Store>, intent: &OsStr) -> Result<Self> {
+        Ok(Self { own: Some(intent.to_owned()), ..Self::look(store)? })
     }
 
     /// The same for a command: under the store's lock, and with a place for its intent.
@@ -67,7 +74,9 @@ impl World {
 
     /// The image that an intent or a plan has named, if it is still that file.
     pub(super) fn find(&self, named: &Named) -> Option<ImageIndex> {
-        let is_it = |image: &ImageEntry| image.stat.id.inode == named.inode && self.name_of(image) == named.path;
+        let is_it = |image: &ImageEntry| {
+            image.stat.id == named.file.id && self.name_of(image) == named.path && self.identity(image).is(&named.file)
+        };
         self.catalog.images.iter().position(is_it)
     }
 
@@ -87,7 +96,31 @@ impl World {
     /// An image by path and identity.
     pub(super) fn named(&self, index: ImageIndex) -> Named {
         let image = self.image(index);
-        Named { path: self.name_of(image), inode: image.stat.id.inode }
+        Named::known(self.name_of(image), self.identity(image))
+    }
+
+    fn identity(&self, image: &ImageEntry) -> Identity {
+        let found = self.store.roots()[image.place.root].identify(&image.place.path);
+        // What has gone since it was looked at is found out by who opens it.
+        let seen = Identity { id: image.stat.id, birth: None };
+        found.ok().filter(|found| found.id == image.stat.id).unwrap_or(seen)
+    }
+
+    /// The same for an intent: with evidence of what it holds. `fixed`: nobody but the command changes it.
+    pub(super) fn witness(&self, index: ImageIndex, fixed: bool) -> Result<Named> {
+        let image = self.image(index);
+        let root = &self.store.roots()[image.place.root];
+        let format = image.format.unwrap_or(Format::Raw);
+        let named = Named::witness(root, &image.place.path, format, fixed)?;
+        if named.file.id != image.stat.id {
+            return Err(Error::new(ErrorKind::Stale, format!("{} has changed; give the command again", image.shown())));
+        }
+        Ok(Named { path: self.name_of(image), ..named })
+    }
+
+    /// The same for several.
+    pub(super) fn witnesses(&self, images: &[ImageIndex], fixed: bool) -> Result<Vec<Named>> {
+        images.iter().map(|index| self.witness(*index, fixed)).collect()
     }
 
     /// The path by which an intent names an image: beneath the guarded directory; what lies outside of the store by its
@@ -260,15 +293,21 @@ impl World {
 
     /// Intents that speak of any of these images.
     pub(super) fn begun(&self, images: &[ImageIndex]) -> Option<Error> {
-        // By number alone: one that was moved is still what was begun with.
         if let Some(path) = self.catalog.senseless.first() {
-            let fact = "notes a command that was begun, and cannot be understood; see what it was before you remove it";
+            let fact = "notes a command that was begun, and cannot be understood; see what chainfs recover says of it";
             return Some(Error::new(ErrorKind::Busy, format!("{} {fact}", shown(path))));
         }
-        let inodes: Vec<u64> = images.iter().map(|index| self.image(*index).stat.id.inode).collect();
+        // By identity alone: one that was moved is still what was begun with; and by name alone: nobody may be able
+        // to tell that it is another.
+        let speaks = |named: &&Named| {
+            images.iter().map(|index| self.image(*index)).any(|image| {
+                image.stat.id == named.file.id && self.identity(image).is(&named.file)
+                    || self.name_of(image) == named.path
+            })
+        };
+        let is_others = |found: &&FoundIntent| self.own.as_ref() != Some(&found.name);
         let all = self.catalog.intents.iter().chain(self.whole.iter().flat_map(|whole| &whole.intents));
-        let found =
-            all.into_iter().find(|found| found.intent.files().iter().any(|named| inodes.contains(&named.inode)))?;
+        let found = all.filter(is_others).find(|found| found.intent.files().iter().any(speaks))?;
         let is_owned = self.store.guard().is_owned(found);
         let state = if is_owned { "is at work on them" } else { "was begun and waits to be taken up; mount the store" };
         let fact = format!("another command {state}: {}{}", found.intent.command, of_chain(&found.intent.chain));

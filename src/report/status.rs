@@ -9,9 +9,9 @@ use crate::ops::{JobState, Status};
 use super::safe::terminal;
 use crate::units::brief_size;
 
-/// `key: value` lines: number, command, state, done, total, error.
+/// `key: value` lines: number, command, state, done, total, error, and a `note` for each thing to be known besides.
 pub fn status(status: &Status) -> String {
-    let Status { number, command, state, done, total, error, version: _ } = status;
+    let Status { number, command, state, done, total, error, notes, version: _ } = status;
     let mut text = String::new();
     let error = error.as_deref().unwrap_or_default();
     let lines = [
@@ -24,6 +24,9 @@ pub fn status(status: &Status) -> String {
     ];
     for (key, value) in lines {
         let _ = writeln!(text, "{}", format!("{key}: {value}").trim_end());
+    }
+    for note in notes {
+        let _ = writeln!(text, "note: {}", terminal(note));
     }
     text
 }
@@ -44,6 +47,7 @@ pub fn parse_status(text: &str) -> Status {
         done: number("done"),
         total: number("total"),
         error: Some(value("error")).filter(|error| !error.is_empty()).map(str::to_string),
+        notes: text.lines().filter_map(|line| line.strip_prefix("note: ")).map(str::to_string).collect(),
         version: 0,
     }
 }

@@ -7,6 +7,7 @@ use jiff::tz::TimeZone;
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
+use crate::error::Error;
 use crate::store::TrashItem;
 
 use super::json::pretty;
@@ -22,6 +23,13 @@ struct Entry {
     removed: Option<String>,
     actual_size: u64,
     command: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
+}
+
+/// What is said where it cannot be listed: that it is not empty.
+pub fn unlisted(error: &Error) -> String {
+    format!("the trash cannot be listed: {}; see to .chainfs/trash in the store\n", terminal(&error.to_string()))
 }
 
 /// A line for each: id, when it was removed, its weight, its file and the command.
@@ -34,7 +42,8 @@ pub fn listed(items: &[TrashItem], zone: &TimeZone) -> String {
         let when = minute(UNIX_EPOCH + Duration::from_secs(item.seconds), zone);
         let (id, gap) = (terminal(&item.id), name_width - name.width());
         let (size, command) = (brief_size(item.disk_len), terminal(&item.command));
-        let _ = writeln!(lines, "{id:id_width$}   {when}   {size:>9}   {name}{:gap$}   {command}", "");
+        let problem = item.problem.as_ref().map(|problem| format!("   ({})", terminal(problem))).unwrap_or_default();
+        let _ = writeln!(lines, "{id:id_width$}   {when}   {size:>9}   {name}{:gap$}   {command}{problem}", "");
     }
     lines
 }
@@ -47,6 +56,7 @@ pub fn listed_json(items: &[TrashItem]) -> String {
         removed: rfc3339(UNIX_EPOCH + Duration::from_secs(item.seconds)),
         actual_size: item.disk_len,
         command: item.command.clone(),
+        problem: item.problem.clone(),
     };
     pretty(&items.iter().map(entry).collect::<Vec<_>>())
 }

@@ -10,12 +10,12 @@ use crate::format::Frozen;
 use crate::format::foreign::Kind;
 use crate::io::{FileId, Root};
 
-use super::catalog::{self, Below, Catalog, Draft, ImageEntry, ImageIndex, Reference, qcow2_problem, versions};
+use super::catalog::{self, Below, Catalog, Draft, ImageEntry, ImageIndex, IsFile, Reference, qcow2_problem, versions};
 use super::claimants::{claims_of, foreign_kind, names_of};
 use super::claims::{Claim, Reach, pattern};
 use super::describe::Content;
-use super::intents::{Deed, FoundIntent, Guard, NewTop};
-use super::notes::Notes;
+use super::intents::{Deed, FoundIntent, Guard, Named, NewTop};
+use super::notes::{FROZEN_NOTES, Notes};
 use super::options::{Format, StoreOptions};
 use super::owners::Owners;
 use super::resolve::{Place, climbed, resolve};
@@ -53,18 +53,14 @@ pub(super) fn build(
     previous: &Catalog,
     (is_single, by_link): (bool, Option<Place>),
 ) -> Result<(Catalog, Arc<Known>, BTreeSet<Place>)> {
-    let (intents, senseless) = guard.read()?;
-    let cannot_tell: Vec<PathBuf> = senseless.iter().map(|(path, _)| path.clone()).collect();
-    if !is_single {
-        scan.problems.extend(senseless.into_iter().map(|(path, sentence)| Problem { path, sentence }));
-    }
-    for found in intents.iter().filter(|found| !guard.is_owned(found)) {
-        let fact = "was begun and is not finished; what it has spoilt is hidden until the store is mounted without ro";
-        let sentence = format!("holds a chain of which a command {fact}: {}", found.intent.command);
-        scan.problems.push(Problem { path: found.intent.chain.clone(), sentence });
-    }
-    drop_new_names(&mut scan, &intents, &guard.prefix);
-    let superseded = superseded(&scan, &intents, &guard.prefix);
+    let (intents, senseless) = guard.read();
+    scan.problems.extend(unreadable(&senseless));
+    let unowned = intents.iter().filter(|found| !guard.is_owned(found));
+    let mut unfinished: Vec<Problem> = unowned.map(|found| not_finished(guard, found)).collect();
+    scan.problems.append(&mut unfinished);
+    let is_it = |place: &Place, id: FileId, named: &Named| is_file(roots, place, id, named);
+    drop_new_names(&mut scan, &intents, &guard.prefix, &is_it);
+    let superseded = superseded(&scan, &intents, &guard.prefix, &is_it);
     let mut builder = Builder {
         roots,
         options,
@@ -94,6 +90,7 @@ pub(super) fn build(
     let said = builder.listen(&references, &data_references);
     let next_known = known_of(&builder.files);
     let notes = Notes::read(guard);
+    builder.problems.extend(notes.problem().map(|sentence| Problem { path: FROZEN_NOTES.into(), sentence }));
     let names = builder.other_names();
     let old = versions(previous);
     let mut drafts: Vec<Draft> = Vec::with_capacity(builder.files.len());
@@ -130,6 +127,9 @@ pub(super) fn build(
         let others = names.get(&index).map_or(&[][..], Vec::as_slice);
         let frozen: Option<Frozen> = match &content {
             Content::Qcow2(qcow2) if format == Some(Format::Qcow2) => qcow2.header.frozen.clone(),
+            _ if format == Some(Format::Raw) && notes.problem().is_some() => {
+                Some(Frozen::of_time(file.stat.signature.mtime))
+            }
             _ => std::iter::once(&file.place).chain(others).find_map(|place| notes.frozen(place)),
         };
         let is_named_readonly = |place: &Place| place.root != 0 || options.is_readonly(&place.path);
@@ -153,7 +153,7 @@ pub(super) fn build(
             backing,
             is_data_file: said.is_data_file[index],
             is_stated: stated.is_some(),
-            is_scanned: index < scanned_count && !file.is_hidden && !superseded.contains(&file.stat.id.inode),
+            is_scanned: index < scanned_count && !file.is_hidden && !superseded.contains(&file.stat.id),
             is_unreadable,
         });
     }
@@ -170,21 +170,53 @@ pub(super) fn build(
     claims.extend(catalog.cut_links(&targets));
     catalog.note_claims(claims, &owners);
     catalog.note_uncounted(&uncounted);
-    catalog.note_intents(intents, &guard.prefix);
+    catalog.note_intents(intents, &guard.prefix, &is_it);
+    catalog.hide_all(&senseless);
     catalog.drafts = scan.drafts;
-    catalog.senseless = cannot_tell;
+    catalog.senseless = senseless.into_iter().map(|(path, _)| path).collect();
     Ok((catalog, next_known, directories))
+}
+
+/// Whether the file at a place is the one that an intent names. One of which that cannot be asked may be it.
+fn is_file(roots: &[Arc<Root>], place: &Place, id: FileId, named: &Named) -> bool {
+    let is_born = || roots[place.root].identify(&place.path).map_or(true, |found| found.is(&named.file));
+    id == named.file.id && (named.file.birth.is_none() || is_born())
+}
+
+/// What intents are whose words nobody understands.
+fn unreadable(senseless: &[(PathBuf, String)]) -> impl Iterator<Item = Problem> {
+    let fact = "notes a command that was begun, but cannot be understood";
+    let remedy = "nothing of the store is shown, for nobody can tell what that has spoilt; restore it, or see what \
+                  chainfs recover STORE says of it";
+    senseless
+        .iter()
+        .map(move |(path, reason)| Problem { path: path.clone(), sentence: format!("{fact}: {reason}; {remedy}") })
+}
+
+fn not_finished(guard: &Guard, found: &FoundIntent) -> Problem {
+    let state = match (guard.refusal(&found.name), found.is_copied) {
+        (Some(refusal), _) => format!("could not be taken up ({refusal})"),
+        (None, true) => "is not finished, in the store of which this is a copy".to_owned(),
+        (None, false) => "is not finished".to_owned(),
+    };
+    let remedy =
+        "what it has spoilt is hidden until the store is mounted without ro, or chainfs recover has seen to it";
+    let sentence =
+        format!("holds a chain of which a command was begun and {state}; {remedy}: {}", found.intent.command);
+    Problem { path: found.intent.chain.clone(), sentence }
 }
 
 /// While a snapshot gives an active layer its second name, the first is the one that counts, until the overlay has
 /// come.
-fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path) {
+fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) {
     let is_at = |file: &ScannedFile, path: &Path| prefix.join(&file.place.path) == path;
     for found in intents {
         let Deed::Snapshot { disks, .. } = &found.intent.deed else { continue };
         for NewTop { old, frozen, overlay, name, .. } in disks {
-            let is_old = |file: &ScannedFile, path: &Path| is_at(file, path) && file.stat.id.inode == old.inode;
-            let has_come = scan.files.iter().any(|file| is_at(file, name) && file.stat.id.inode == overlay.inode);
+            let is_old =
+                |file: &ScannedFile, path: &Path| is_at(file, path) && is_it(&file.place, file.stat.id, old);
+            let is_overlay = |file: &ScannedFile| is_it(&file.place, file.stat.id, overlay);
+            let has_come = scan.files.iter().any(|file| is_at(file, name) && is_overlay(file));
             let is_there = |path: &Path| scan.files.iter().any(|file| is_old(file, path));
             if old.path != *frozen && is_there(&old.path) && is_there(frozen) {
                 let dropped = if has_come { &old.path } else { frozen };
@@ -194,19 +226,20 @@ fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path) {
     }
 }
 
-/// The inodes of what a commit of an active layer has left to be removed: with its new name the base is the active
-/// layer, and nobody looks for a chain there.
-fn superseded(scan: &Scan, intents: &[FoundIntent], prefix: &Path) -> HashSet<u64> {
-    let mut inodes = HashSet::new();
+/// What a commit of an active layer has left to be removed: with its new name the base is the active layer, and nobody
+/// looks for a chain there.
+fn superseded(scan: &Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) -> HashSet<FileId> {
+    let mut files = HashSet::new();
     for found in intents {
         let Deed::Commit { top, base, between, rename: Some(name), .. } = &found.intent.deed else { continue };
-        let is_base = |file: &ScannedFile| prefix.join(&file.place.path) == *name && file.stat.id.inode == base.inode;
-        let has_name = name != &base.path || !scan.files.iter().any(|file| file.stat.id.inode == top.inode);
+        let is = |file: &ScannedFile, named: &Named| is_it(&file.place, file.stat.id, named);
+        let is_base = |file: &ScannedFile| prefix.join(&file.place.path) == *name && is(file, base);
+        let has_name = name != &base.path || !scan.files.iter().any(|file| is(file, top));
         if has_name && scan.files.iter().any(is_base) {
-            inodes.extend(std::iter::once(top).chain(between).map(|named| named.inode));
+            files.extend(std::iter::once(top).chain(between).map(|named| named.file.id));
         }
     }
-    inodes
+    files
 }
 
 const DOUBTFUL: &str = "cannot be read: its header and that of the file it names name each other, and a guest may have \

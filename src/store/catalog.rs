@@ -20,7 +20,7 @@ use crate::units::round_up_to_sector;
 
 use super::claims::{Claim, Claims, Reach};
 use super::describe::{Content, Qcow2};
-use super::intents::{Deed, FoundIntent, Named, NewTop};
+use super::intents::{Deed, FoundIntent, Intent, Named, NewTop, UNTRUSTED};
 use super::names::{self, STORE_DIRECTORY};
 use super::options::Format;
 use super::owners::Owners;
@@ -123,6 +123,8 @@ pub struct Catalog {
     claims: Claims,
     /// Notes of commands that were begun, which make no sense: what they speak of is not known.
     pub senseless: Vec<PathBuf>,
+    /// Stands for those: it hides everything.
+    unknown: Option<FoundIntent>,
     /// Drafts of images: of a command at work, or of one that was cut off before its intent was there.
     pub(super) drafts: Vec<PathBuf>,
     /// For images, those that name them and whose owners may not read them: they use nothing, but nothing is taken from them
@@ -131,6 +133,9 @@ pub struct Catalog {
     /// Images whose own bytes an intent spoils, and those images above which they do not show.
     pub(super) spoilt: HashMap<ImageIndex, Vec<Spoilt>>,
 }
+
+/// Whether the file at a place, of that identity, is the one that is named.
+pub(super) type IsFile<'a> = dyn Fn(&Place, FileId, &Named) -> bool + 'a;
 
 /// What an intent does to an image.
 #[derive(Debug)]
@@ -255,17 +260,22 @@ impl Catalog {
         targets.iter().enumerate().filter_map(cut).collect()
     }
 
-    /// Notes what is begun; `prefix` leads from the guarded directory to the store's own.
-    pub(super) fn note_intents(&mut self, intents: Vec<FoundIntent>, prefix: &Path) {
-        let mut by_inode: HashMap<u64, Vec<ImageIndex>> = HashMap::new();
+    /// Notes what is begun; `prefix` leads from the guarded directory to the store's own, and `is_it` tells whether
+    /// a file is the one that is named.
+    pub(super) fn note_intents(&mut self, intents: Vec<FoundIntent>, prefix: &Path, is_it: &IsFile<'_>) {
+        let mut by_id: HashMap<FileId, ImageIndex> = HashMap::new();
         for (index, image) in self.images.iter().enumerate() {
-            by_inode.entry(image.stat.id.inode).or_default().push(index);
+            by_id.insert(image.stat.id, index);
         }
-        // Files of several file systems may share a number; one that was moved has it alone.
         let find = |named: &Named| {
-            let found = by_inode.get(&named.inode)?;
-            let has_path = |index: &&ImageIndex| prefix.join(&self.images[**index].place.path) == named.path;
-            found.iter().find(has_path).or(found.first()).copied()
+            let index = *by_id.get(&named.file.id)?;
+            let image = &self.images[index];
+            is_it(&image.place, image.stat.id, named).then_some(index)
+        };
+        // Where the file is not found, what has its name may be it all the same.
+        let may_be = |named: &Named| {
+            let has_path = |image: &ImageEntry| image.place.root == 0 && prefix.join(&image.place.path) == named.path;
+            find(named).or_else(|| self.images.iter().position(has_path))
         };
         let has_name = |index: Option<ImageIndex>, name: &Path| {
             index.is_some_and(|index| *name == *prefix.join(&self.images[index].place.path))
@@ -284,15 +294,15 @@ impl Catalog {
                     merged.extend(disks.iter().filter(|top| has_fallen(top)).filter_map(|top| find(&top.old)));
                     continue;
                 }
-                Deed::Copy { .. } | Deed::Shrink { .. } => continue,
+                Deed::Copy { .. } | Deed::Shrink { .. } | Deed::Unknown => continue,
             };
-            let between = between.iter().filter_map(find);
+            let between = between.iter().filter_map(may_be);
             // With its new name, or as the only one of its stem, the base is the active layer, and good; what was that
             // stands on a name that has gone.
             let has_its_name = rename.as_ref().is_some_and(|name| has_name(find(base), name));
             let is_active = has_its_name && (rename.as_ref() != Some(&base.path) || find(top).is_none());
             let fallen = find(top).filter(|_| is_active);
-            let spoilt = find(base).filter(|_| !is_active).into_iter().chain(between.clone()).chain(fallen);
+            let spoilt = may_be(base).filter(|_| !is_active).into_iter().chain(between.clone()).chain(fallen);
             for index in spoilt {
                 let children = children.iter().filter_map(find).collect();
                 let spoilt = Spoilt { intent: number, top: find(top), children };
@@ -306,9 +316,24 @@ impl Catalog {
         self.intents = intents;
     }
 
+    /// Hides everything, and lets nothing be written, while there are intents of which nobody can tell what they spoil.
+    pub(super) fn hide_all(&mut self, senseless: &[(PathBuf, String)]) {
+        // What another has put there is no word of ours.
+        let is_ours = |(_, reason): &&(PathBuf, String)| !reason.starts_with(UNTRUSTED);
+        let Some((path, reason)) = senseless.iter().find(is_ours) else { return };
+        let command = format!("{}, which cannot be understood ({reason}); see chainfs recover", shown(path));
+        let name = path.file_name().unwrap_or_default().to_owned();
+        let intent = Intent::new(&command, Path::new(""), Deed::Unknown);
+        self.unknown = Some(FoundIntent { name, intent, is_copied: false });
+        self.images.iter_mut().for_each(|image| image.is_merged = true);
+    }
+
     /// The intent that hides a view (its layers, top first; `inner`: an internal snapshot of the first), if
     /// one does: it is changing bytes that show through.
     pub fn hidden_by(&self, layers: &[ImageIndex], inner: bool) -> Option<&FoundIntent> {
+        if self.unknown.is_some() {
+            return self.unknown.as_ref();
+        }
         if self.spoilt.is_empty() {
             return None;
         }
@@ -341,7 +366,7 @@ impl Catalog {
 
     /// As [`Catalog::hidden_by`], for a view that was opened by an earlier catalog.
     pub(super) fn files_hidden_by(&self, files: &[FileId], inner: bool) -> Option<&FoundIntent> {
-        if self.spoilt.is_empty() {
+        if self.spoilt.is_empty() && self.unknown.is_none() {
             return None;
         }
         let find = |id: &FileId| self.images.iter().position(|image| image.stat.id == *id);

@@ -5,20 +5,28 @@
 //! intent spoils is not shown by anybody who scans the store, until it is gone. How its steps are done is for
 //! others; each of them can be told, from the files alone, to be done or not.
 
-use std::ffi::OsString;
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Claim, Directory, EntryKind, Root};
+use crate::io::{Claim, Directory, EntryKind, Identity, Root, directory_of};
 
+use super::bind::{Finding, bind};
 use super::leftovers::DRAFT;
+use super::notes;
+use super::trash::TRASH;
+pub use super::witness::Named;
+use super::witness::identity;
 
 use super::trust;
 
@@ -37,7 +45,10 @@ pub(super) fn is_own_name(name: &[u8]) -> bool {
     [MARKER, STRAY_INTENTS, STRAY_LOCK].iter().any(|own| own.as_bytes() == name)
 }
 
-const VERSION: u32 = 1;
+/// Written down in each intent. One of another version is not understood, and hides the whole store.
+const VERSION: u32 = 2;
+/// What is said of intents that may be another's words.
+pub(super) const UNTRUSTED: &str = "notes commands that were begun, and nothing of it is carried out";
 /// Longer notes are not ours.
 const MAX_LEN: u64 = 4 << 20;
 /// For how long the store's lock is waited for: it is held for moments.
@@ -45,20 +56,13 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// The same for a job that has done hours of work.
 const JOB_PATIENCE: Duration = Duration::from_hours(1);
 
-/// A file that an intent speaks of, by name and identity.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Named {
-    /// Its path beneath the guarded directory.
-    #[serde(with = "encoded")]
-    pub path: PathBuf,
-    /// Its inode number: a name can be given to another file.
-    pub inode: u64,
-}
-
 /// What was begun.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Intent {
     version: u32,
+    /// Its own file: in a store that was copied it is another one. None before it is written.
+    #[serde(default, with = "identity_option", skip_serializing_if = "Option::is_none")]
+    pub(super) own: Option<Identity>,
     /// The command's words.
     pub command: String,
     /// The chain that was asked, by its path in the mount.
@@ -96,6 +100,10 @@ pub enum Deed {
         children: Vec<Named>,
         /// Whether top's file stays.
         keep: bool,
+        /// Whether base holds everything, durably: from then on it goes to its end. Not said where base gets another
+        /// name, which says it.
+        #[serde(default)]
+        is_copied: bool,
         /// For the active layer: the name that base gets.
         #[serde(default, with = "encoded_option", skip_serializing_if = "Option::is_none")]
         rename: Option<PathBuf>,
@@ -127,6 +135,9 @@ pub enum Deed {
         /// Bytes that it shall have.
         size: u64,
     },
+    /// Nobody can tell. Only in memory.
+    #[serde(skip)]
+    Unknown,
 }
 
 /// One disk of a snapshot.
@@ -206,10 +217,26 @@ mod encoded_option {
     }
 }
 
+mod identity_option {
+    use super::{Deserializer, Identity, Serializer, identity};
+
+    #[expect(clippy::ref_option, reason = "what serde calls")]
+    pub(super) fn serialize<S: Serializer>(own: &Option<Identity>, serializer: S) -> Result<S::Ok, S::Error> {
+        match own {
+            Some(own) => identity::serialize(own, serializer),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Identity>, D::Error> {
+        identity::deserialize(deserializer).map(Some)
+    }
+}
+
 impl Intent {
     /// An intent of a command on a chain.
     pub fn new(command: &str, chain: &Path, deed: Deed) -> Self {
-        Self { version: VERSION, command: command.to_owned(), chain: chain.to_path_buf(), deed }
+        Self { version: VERSION, own: None, command: command.to_owned(), chain: chain.to_path_buf(), deed }
     }
 
     /// The text of its file.
@@ -217,10 +244,45 @@ impl Intent {
         toml::to_string(self).expect("strings, numbers and tables")
     }
 
-    /// Reads the text of its file.
+    /// Reads the text of its file. Whatever is missing makes it one that is not understood: its own identity, and
+    /// evidence for each file.
     pub fn parse(text: &str) -> std::result::Result<Self, String> {
-        let intent: Self = toml::from_str(text).map_err(|error| error.message().to_owned())?;
-        if intent.version == VERSION { Ok(intent) } else { Err(format!("its version is {}", intent.version)) }
+        #[derive(Deserialize)]
+        struct Head {
+            version: u32,
+        }
+        let fail = |error: toml::de::Error| error.message().to_owned();
+        let Head { version } = toml::from_str(text).map_err(fail)?;
+        if version != VERSION {
+            return Err(format!("its version is {version}, and this chainfs knows {VERSION}"));
+        }
+        let intent: Self = toml::from_str(text).map_err(fail)?;
+        if intent.own.is_none() {
+            return Err("it does not say which file it is itself".to_owned());
+        }
+        match intent.files().iter().find(|named| named.evidence.is_none()) {
+            Some(named) => Err(format!("it keeps no evidence of {}", named.path.display())),
+            None => Ok(intent),
+        }
+    }
+
+    /// The same, to be told which files they are.
+    fn files_mut(&mut self) -> Vec<&mut Named> {
+        match &mut self.deed {
+            Deed::Snapshot { disks, .. } => disks
+                .iter_mut()
+                .flat_map(|disk| [&mut disk.old, &mut disk.overlay].into_iter().chain(&mut disk.backing))
+                .collect(),
+            Deed::Commit { top, base, between, children, .. } => {
+                [top, base].into_iter().chain(between).chain(children).collect()
+            }
+            Deed::Copy { draft, .. } => vec![draft],
+            Deed::Shrink { image, .. } => vec![image],
+            Deed::Unknown => Vec::new(),
+            Deed::Pull { into, base, remove, between } => {
+                into.iter_mut().chain(base).chain(remove).chain(between).collect()
+            }
+        }
     }
 
     /// All files that it speaks of as being changed, renamed or removed, or as what that rests on.
@@ -232,6 +294,7 @@ impl Intent {
             }
             Deed::Copy { draft, .. } => vec![draft],
             Deed::Shrink { image, .. } => vec![image],
+            Deed::Unknown => Vec::new(),
             Deed::Pull { into, base, remove, between } => {
                 into.iter().chain(base).chain(remove).chain(between).collect()
             }
@@ -247,9 +310,17 @@ pub(super) type Senseless = Vec<(PathBuf, String)>;
 pub struct FoundIntent {
     /// The name of its file.
     pub name: OsString,
-    /// What it says.
+    /// What it says. Of a copied store: with the files that were found to be those that it names.
     pub intent: Intent,
+    /// Whether the store was copied since: neither devices nor inode numbers say anything then.
+    pub is_copied: bool,
 }
+
+/// Why commands that were begun were not taken up, by the names of their intents.
+type Refused = Arc<Mutex<HashMap<OsString, String>>>;
+
+/// The intents of this process, by name, and the claims on them: known also where somebody has removed their files.
+type Live = Arc<Mutex<HashMap<OsString, (Intent, Claim)>>>;
 
 /// Where the intents and the lock of a store are: at the store's own directory, or for a single image at the nearest
 /// marked one above it.
@@ -263,9 +334,29 @@ pub struct Guard {
     pub is_whole: bool,
     /// Whether what is kept lies beneath the marker.
     is_marked: bool,
+    live: Live,
+    refused: Refused,
+    is_leaving: Arc<AtomicBool>,
 }
 
 impl Guard {
+    fn at(root: Arc<Root>, prefix: PathBuf, is_marked: bool) -> Self {
+        Self {
+            root,
+            prefix,
+            is_whole: is_marked,
+            is_marked,
+            live: Live::default(),
+            refused: Refused::default(),
+            is_leaving: Arc::default(),
+        }
+    }
+
+    /// Who waits for the store's lock gives up: its holder may be stopped, and the store is to be let go of.
+    pub(crate) fn leave(&self) {
+        self.is_leaving.store(true, Ordering::Release);
+    }
+
     /// The guard of a store that is a directory: its own, unless it is not marked and lies in a store that is.
     pub(super) fn of_directory(root: &Arc<Root>) -> Result<Self> {
         let own = root.canonical();
@@ -275,7 +366,7 @@ impl Guard {
             }
             _ => (Arc::clone(root), PathBuf::new()),
         };
-        Ok(Self { root, prefix, is_whole: true, is_marked: true })
+        Ok(Self::at(root, prefix, true))
     }
 
     /// The guard of a single image in the directory `root`; `stated`: the store as the user says.
@@ -288,13 +379,13 @@ impl Guard {
             None => marked(own).next().map(Path::to_path_buf),
         };
         let Some(marked) = marked else {
-            return Ok(Self { root: Arc::clone(root), prefix: PathBuf::new(), is_whole: false, is_marked: false });
+            return Ok(Self::at(Arc::clone(root), PathBuf::new(), false));
         };
         let prefix = own.strip_prefix(&marked).map_err(|_| {
             let fact = "does not hold the image; name the directory of its store";
             Error::new(ErrorKind::Usage, format!("{} {fact}", marked.display()))
         })?;
-        Ok(Self { root: Arc::new(Root::open(&marked)?), prefix: prefix.to_path_buf(), is_whole: true, is_marked: true })
+        Ok(Self::at(Arc::new(Root::open(&marked)?), prefix.to_path_buf(), true))
     }
 
     /// Whether it is a directory that bears, or may bear, a store's marker.
@@ -319,17 +410,18 @@ impl Guard {
         trust::check(&self.root, own).and_then(|()| trust::check(&self.root, self.intents()))
     }
 
-    /// Makes sure that there is a place for intents and notes.
+    /// Makes sure that there is a place for intents and notes, and a list of what is frozen.
     pub fn prepare(&self, names: &dyn Directory) -> Result<()> {
-        if self.root.stat(self.intents()).is_ok() {
-            return Ok(());
+        let has_place = self.root.stat(self.intents()).is_ok();
+        if !has_place {
+            if self.is_marked {
+                names.create_directory(Path::new(MARKER))?;
+                names.sync(Path::new(""))?;
+            }
+            names.create_directory(self.intents())?;
+            names.sync(self.intents().parent().unwrap_or(Path::new("")))?;
         }
-        if self.is_marked {
-            names.create_directory(Path::new(MARKER))?;
-            names.sync(Path::new(""))?;
-        }
-        names.create_directory(self.intents())?;
-        names.sync(self.intents().parent().unwrap_or(Path::new("")))
+        if self.is_marked { notes::prepare(self, names) } else { Ok(()) }
     }
 
     /// Whether there is a place for intents and notes.
@@ -352,15 +444,16 @@ impl Guard {
 
     /// Takes the store's lock: who holds it may look at who uses what, and change it.
     pub fn lock(&self, names: &dyn Directory) -> Result<Claim> {
-        self.lock_within(names, PATIENCE)
+        self.lock_within(names, PATIENCE, &|| Ok(()))
     }
 
-    /// The same for a job, which would not give up what it has done because another takes its time.
-    pub fn lock_for_job(&self, names: &dyn Directory) -> Result<Claim> {
-        self.lock_within(names, JOB_PATIENCE)
+    /// The same for a job, which would not give up what it has done because another takes its time; `go_on` is asked
+    /// all the while, and what it fails with ends the waiting.
+    pub fn lock_for_job(&self, names: &dyn Directory, go_on: &dyn Fn() -> Result<()>) -> Result<Claim> {
+        self.lock_within(names, JOB_PATIENCE, go_on)
     }
 
-    fn lock_within(&self, names: &dyn Directory, patience: Duration) -> Result<Claim> {
+    fn lock_within(&self, names: &dyn Directory, patience: Duration, go_on: &dyn Fn() -> Result<()>) -> Result<Claim> {
         let path = Path::new(if self.is_marked { LOCK } else { STRAY_LOCK });
         let file = match self.root.open_file_for_writing(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -372,34 +465,81 @@ impl Guard {
             }
             found => found?,
         };
-        Claim::take(file, path, patience)
+        let go_on = || {
+            if self.is_leaving.load(Ordering::Acquire) {
+                let fact = "is held by another, and the store is being let go of";
+                return Err(Error::new(ErrorKind::Cancelled, format!("{} {fact}", path.display())));
+            }
+            go_on()
+        };
+        Claim::take_while(file, path, patience, &go_on)
     }
 
     /// Writes an intent, durably, and keeps it ours.
     pub fn begin(&self, names: &dyn Directory, name: &str, intent: &Intent) -> Result<OwnedIntent> {
-        let (draft, path) = (self.intents().join(format!("{name}.new")), self.intents().join(format!("{name}.toml")));
+        let name = OsString::from(format!("{name}.toml"));
+        match self.write(names, &name, intent) {
+            Ok((intent, claim)) => Ok(self.own(&name, intent, claim)),
+            Err(error) => {
+                let _ = names.unlink(&self.intents().join(&name));
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes one that is ours already anew, durably: at every moment there is the old one or the new.
+    pub fn rewrite(&self, names: &dyn Directory, owned: &mut OwnedIntent) -> Result<()> {
+        let (intent, claim) = self.write(names, &owned.name, &owned.intent)?;
+        owned.intent = intent.clone();
+        self.live.lock().insert(owned.name.clone(), (intent, claim));
+        Ok(())
+    }
+
+    fn write(&self, names: &dyn Directory, name: &OsStr, intent: &Intent) -> Result<(Intent, Claim)> {
+        let path = self.intents().join(name);
+        let draft = path.with_extension(DRAFT);
         let written = (|| {
             let file = names.create(&draft, None)?;
+            let intent = Intent { own: Some(self.root.identify(&draft)?), ..intent.clone() };
             file.write_at(0, intent.text().as_bytes())?;
             file.sync()?;
             let claim = Claim::take(self.root.open_file_for_writing(&draft)?, &draft, Duration::ZERO)?;
-            names.rename(&draft, &path, false)?;
+            names.rename(&draft, &path, true)?;
             names.sync(self.intents())?;
-            Ok(claim)
+            Ok((intent, claim))
         })();
-        match written {
-            Ok(claim) => Ok(OwnedIntent { path, intent: intent.clone(), _claim: claim }),
-            Err(error) => {
-                let _ = names.unlink(&draft);
-                let _ = names.unlink(&path);
-                Err(error)
+        written.inspect_err(|_| {
+            let _ = names.unlink(&draft);
+        })
+    }
+
+    fn own(&self, name: &OsStr, intent: Intent, claim: Claim) -> OwnedIntent {
+        self.live.lock().insert(name.to_owned(), (intent.clone(), claim));
+        let (name, live) = (name.to_owned(), Arc::clone(&self.live));
+        OwnedIntent { path: self.intents().join(&name), name, intent, live }
+    }
+
+    /// Writes those intents of this process again whose files somebody has removed.
+    pub(super) fn restore(&self, names: &dyn Directory) {
+        let is_lost = |name: &OsString| {
+            let found = self.root.stat(&self.intents().join(name));
+            found.is_err_and(|error| error.kind() == ErrorKind::NotFound)
+        };
+        let all: Vec<(OsString, Intent)> =
+            self.live.lock().iter().map(|(name, (intent, _))| (name.clone(), intent.clone())).collect();
+        for (name, intent) in all.into_iter().filter(|(name, _)| is_lost(name)) {
+            tracing::warn!("{} was removed while its command is at work, and is written again", shown_name(&name));
+            let written = self.prepare(names).and_then(|()| self.write(names, &name, &intent));
+            match written {
+                Ok(written) => drop(self.live.lock().insert(name, written)),
+                Err(error) => tracing::error!("{}: {error}", shown_name(&name)),
             }
         }
     }
 
     /// Notes that are being written, or were when somebody was cut off.
     pub(super) fn drafts(&self) -> Vec<PathBuf> {
-        let directories = [self.intents(), Path::new(MARKER)];
+        let directories = [self.intents(), Path::new(MARKER), Path::new(TRASH)];
         let drafts = directories.into_iter().flat_map(|directory| {
             let listed = self.root.open_directory(directory, false).ok().flatten().map(|fd| Root::list(&fd));
             let entries = listed.and_then(Result::ok).unwrap_or_default().into_iter();
@@ -409,59 +549,149 @@ impl Guard {
         drafts.collect()
     }
 
-    /// Takes up an intent that somebody has left. `Busy` if he has not.
-    pub fn take_up(&self, found: &FoundIntent) -> Result<OwnedIntent> {
+    /// Takes up an intent that somebody has left. `Busy` if he has not; `Stale` if it is not proven of every file that it
+    /// is the one that was named. Under the store's lock.
+    pub fn take_up(&self, names: &dyn Directory, found: &FoundIntent) -> Result<OwnedIntent> {
         let path = self.intents().join(&found.name);
         let file = self.root.open_file_for_writing(&path)?;
-        let seen = crate::io::FileStat::of(&file)?.id;
+        let seen = Identity::of(&file)?;
         let claim = Claim::take(file, &path, Duration::ZERO)?;
         // He may have finished it in between.
-        if self.root.stat(&path)?.id != seen {
+        if self.root.identify(&path)? != seen {
             return Err(Error::new(ErrorKind::Stale, format!("{} has changed hands", path.display())));
         }
-        Ok(OwnedIntent { path, intent: found.intent.clone(), _claim: claim })
+        let (intent, is_copied, findings) = self.examine(&found.name)?;
+        if let Some(doubt) = findings.into_iter().find_map(Finding::into_doubt) {
+            let fact = "nothing is written or removed until that is certain: chainfs recover shows what can be done";
+            return Err(Error::new(ErrorKind::Stale, format!("{doubt}; {fact}")));
+        }
+        let mut owned = self.own(&found.name, intent, claim);
+        if is_copied {
+            // From here on it is the store's own again.
+            self.rewrite(names, &mut owned)?;
+        }
+        Ok(owned)
     }
 
-    /// Whether somebody is at work on an intent.
+    /// What an intent says, read anew, with the files that are proven to be those that it names; whether the store was
+    /// copied; and what was found of each.
+    pub fn examine(&self, name: &OsStr) -> Result<(Intent, bool, Vec<Finding>)> {
+        let path = self.intents().join(name);
+        let (mut intent, is_copied) = self.read_one(&path).map_err(|reason| {
+            Error::new(ErrorKind::Corrupt, format!("{} cannot be understood: {reason}", path.display()))
+        })?;
+        let findings = bind(&self.root, &mut intent, is_copied, true);
+        Ok((intent, is_copied, findings))
+    }
+
+    /// Whether somebody is at work on an intent. Where nobody can tell, nobody is said to be: who wants to take it up
+    /// asks the lock itself.
     pub fn is_owned(&self, found: &FoundIntent) -> bool {
         let path = self.intents().join(&found.name);
         self.root.open_file(&path).and_then(|file: OwnedFd| Claim::is_held(file, &path)).unwrap_or(false)
     }
 
-    /// All intents of the store, and what is wrong with those that make no sense.
-    /// Fails where nobody can tell: what is spoilt would be shown.
-    pub(super) fn read(&self) -> Result<(Vec<FoundIntent>, Senseless)> {
+    /// Notes why an intent was not taken up, for those who look at the store; `None`: it may be, by now.
+    pub fn note_refusal(&self, name: &OsStr, sentence: Option<String>) {
+        let mut refused = self.refused.lock();
+        match sentence {
+            Some(sentence) => drop(refused.insert(name.to_owned(), sentence)),
+            None => drop(refused.remove(name)),
+        }
+    }
+
+    /// Why it was not taken up, if it was tried.
+    pub fn refusal(&self, name: &OsStr) -> Option<String> {
+        self.refused.lock().get(name).cloned()
+    }
+
+    /// Puts what nobody wants to be taken up any more, or what is no intent, aside, durably, where nobody heeds it.
+    /// Under the store's lock. Returns its name beneath the guarded directory.
+    pub fn discard(&self, names: &dyn Directory, path: &Path) -> Result<PathBuf> {
+        let name = path.file_name().unwrap_or_default();
+        if let Ok(file) = self.root.open_file_for_writing(path) {
+            let _claim = Claim::take(file, path, Duration::ZERO)?;
+        }
+        let mut aside = name.to_owned();
+        aside.push(".discarded");
+        let aside = path.with_file_name(aside);
+        names.rename(path, &aside, true)?;
+        names.sync(&directory_of(path))?;
+        self.note_refusal(name, None);
+        Ok(aside)
+    }
+
+    /// Where the intent of that name is, beneath the guarded directory.
+    pub fn path_of(&self, name: &OsStr) -> PathBuf {
+        self.intents().join(name)
+    }
+
+    /// All intents of the store, and what is wrong with those that make no sense, or cannot be read: nobody can tell
+    /// what those spoil.
+    pub(super) fn read(&self) -> (Vec<FoundIntent>, Senseless) {
         let (mut found, mut problems) = (Vec::new(), Vec::new());
         if let Err(error) = self.check_trust() {
-            let sentence = format!("notes commands that were begun, and nothing of it is carried out: {error}");
-            return Ok((found, vec![(self.intents().to_path_buf(), sentence)]));
+            let sentence = format!("{UNTRUSTED}: {error}");
+            return (found, vec![(self.intents().to_path_buf(), sentence)]);
         }
-        let directory = match self.root.open_directory(self.intents(), true) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok((found, problems)),
-            opened => opened?,
+        let listed = match self.root.open_directory(self.intents(), true) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+            Ok(Some(directory)) => Root::list(&directory),
+            Ok(None) => Ok(Vec::new()),
+            Err(error) => Err(error),
         };
-        let Some(directory) = directory else { return Ok((found, problems)) };
-        for entry in Root::list(&directory)? {
+        let entries = listed.unwrap_or_else(|error| {
+            problems.push((self.intents().to_path_buf(), error.to_string()));
+            Vec::new()
+        });
+        for entry in entries {
             let path = self.intents().join(&entry.name);
-            if entry.kind != EntryKind::File || path.extension().is_none_or(|extension| extension != "toml") {
+            if path.extension().is_none_or(|extension| extension != "toml") {
                 continue;
             }
-            let file = match self.root.open_file(&path) {
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                opened => opened?,
-            };
-            let mut text = String::new();
-            let read = std::fs::File::from(file).take(MAX_LEN).read_to_string(&mut text);
-            match read.map_err(|error| error.to_string()).and_then(|_| Intent::parse(&text)) {
-                Ok(intent) => found.push(FoundIntent { name: entry.name, intent }),
-                Err(reason) => {
-                    let sentence = format!("notes a command that was begun, but cannot be understood: {reason}");
-                    problems.push((path, sentence));
+            match self.read_one(&path) {
+                Ok((mut intent, is_copied)) => {
+                    bind(&self.root, &mut intent, is_copied, false);
+                    found.push(FoundIntent { name: entry.name, intent, is_copied });
                 }
+                Err(_)
+                    if entry.kind == EntryKind::File
+                        && self.root.stat(&path).is_err_and(|error| error.kind() == ErrorKind::NotFound) => {}
+                Err(reason) => problems.push((path, reason)),
             }
         }
-        Ok((found, problems))
+        let live = self.live.lock();
+        let lost = live.iter().filter(|(name, _)| found.iter().all(|found| found.name != **name));
+        let lost: Vec<FoundIntent> = lost
+            .map(|(name, (intent, _))| FoundIntent { name: name.clone(), intent: intent.clone(), is_copied: false })
+            .collect();
+        found.extend(lost);
+        (found, problems)
     }
+
+    /// An intent, and whether the store was copied since it was written: then the file is not the one that it says.
+    fn read_one(&self, path: &Path) -> std::result::Result<(Intent, bool), String> {
+        let file = self.root.open_file(path).map_err(|error| error.to_string())?;
+        let now = Identity::of(&file).map_err(|error| error.to_string())?;
+        let mut text = String::new();
+        let read = std::fs::File::from(file).take(MAX_LEN).read_to_string(&mut text);
+        read.map_err(|error| error.to_string())?;
+        let mut intent = Intent::parse(&text)?;
+        let was = intent.own.unwrap_or(now);
+        let is_copied = (was.id.inode, was.birth) != (now.id.inode, now.birth);
+        if !is_copied && was.id.device != now.id.device {
+            // The same file system goes by another number after the next start of the machine.
+            intent.files_mut().into_iter().filter(|named| named.file.id.device == was.id.device).for_each(|named| {
+                named.file.id.device = now.id.device;
+            });
+            intent.own = Some(now);
+        }
+        Ok((intent, is_copied))
+    }
+}
+
+fn shown_name(name: &OsStr) -> String {
+    super::catalog::shown(Path::new(name))
 }
 
 /// The marked directories from this one upwards.
@@ -472,10 +702,12 @@ pub(super) fn marked(directory: &Path) -> impl Iterator<Item = &Path> {
 /// An intent that is ours to finish.
 #[derive(Debug)]
 pub struct OwnedIntent {
+    /// The name of its file.
+    pub name: OsString,
     path: PathBuf,
     /// What it says.
     pub intent: Intent,
-    _claim: Claim,
+    live: Live,
 }
 
 impl OwnedIntent {
@@ -485,27 +717,45 @@ impl OwnedIntent {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        names.sync(self.path.parent().unwrap_or(Path::new("")))
+        match names.sync(self.path.parent().unwrap_or(Path::new(""))) {
+            // Somebody has removed it with all there was.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            done => done,
+        }
+    }
+}
+
+impl Drop for OwnedIntent {
+    fn drop(&mut self) {
+        self.live.lock().remove(&self.name);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::{Descriptors, Host, ThisHost};
+    use crate::io::{Descriptors, FileId, Host, ThisHost};
+    use crate::store::{Digest, Evidence, Format, Sample};
 
-    fn named(path: &str, inode: u64) -> Named {
-        Named { path: path.into(), inode }
+    fn named(path: impl Into<PathBuf>, inode: u64) -> Named {
+        let file = Identity { id: FileId { device: 3, inode }, birth: Some((1_700_000_000, 5)) };
+        let evidence = Evidence::Raw {
+            size: 512,
+            samples: vec![Sample { at: 0, was: Digest::of(b"a"), becomes: None }],
+            written: None,
+        };
+        Named { path: path.into(), file, evidence: Some(evidence) }
     }
 
     fn commit() -> Intent {
         let odd = PathBuf::from(OsString::from_vec(b"sub/\xff 100%\n.qcow2".to_vec()));
         let deed = Deed::Commit {
-            top: Named { path: odd, inode: 7 },
+            top: named(odd, u64::MAX),
             base: named("base.raw", 1),
             between: vec![named("sn1.qcow2", 2)],
             children: vec![],
             keep: true,
+            is_copied: true,
             rename: Some("web01.raw".into()),
         };
         Intent::new("commit top=\"a b\"", Path::new("web01"), deed)
@@ -514,8 +764,16 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let pull = Deed::Pull { into: vec![named("a", 1)], base: None, remove: vec![], between: vec![named("b", 2)] };
+        let qcow2 = Evidence::Qcow2 {
+            size: 1,
+            shape: Digest::of(b""),
+            backing: Digest::of(b"b"),
+            tables: None,
+            is_frozen: true,
+            written: None,
+        };
         let disks = vec![NewTop {
-            old: named("a", 1),
+            old: Named { evidence: Some(qcow2), ..named("a", 1) },
             frozen: "b".into(),
             overlay: named(".c", 3),
             name: "a".into(),
@@ -525,11 +783,29 @@ mod tests {
         let copy = Deed::Copy { draft: named(".x.new", 5), name: "y\u{fc}".into() };
         let shrink = Deed::Shrink { image: named("a", 1), size: 512 };
         let more = [pull, snapshot, copy, shrink].map(|deed| Intent::new("x", Path::new(""), deed));
+        let own = Some(named("own", 9).file);
         for intent in std::iter::once(commit()).chain(more) {
+            let intent = Intent { own, ..intent };
             assert_eq!(Intent::parse(&intent.text()), Ok(intent.clone()), "{}", intent.text());
         }
-        assert!(Intent::parse("version = 1").is_err());
-        assert!(Intent::parse(&commit().text().replace("version = 1", "version = 2")).is_err());
+    }
+
+    #[test]
+    fn what_lacks_a_part_is_not_understood() {
+        let intent = Intent { own: Some(named("own", 9).file), ..commit() };
+        let text = intent.text();
+        assert!(Intent::parse(&text).is_ok());
+        let fails = |text: &str| assert!(Intent::parse(text).is_err(), "{text}");
+        fails("");
+        fails("version = 2");
+        fails(&text.replace("version = 2", "version = 1"));
+        fails(&text.replace("version = 2", "version = 3"));
+        fails(&commit().text());
+        let without = Deed::Shrink { image: Named { evidence: None, ..named("a", 1) }, size: 512 };
+        fails(&Intent { deed: without, ..intent.clone() }.text());
+        for len in (0..text.len()).step_by(7) {
+            fails(&text[..len]);
+        }
     }
 
     #[test]
@@ -539,17 +815,30 @@ mod tests {
         let names = ThisHost.directory(&root, &Descriptors::with_limit(4));
         let guard = Guard::of_directory(&root).unwrap();
         guard.prepare(&*names).unwrap();
-        let owned = guard.begin(&*names, "1", &commit()).unwrap();
-        let (found, problems) = guard.read().unwrap();
-        assert_eq!((found.len(), problems.len(), &found[0].intent), (1, 0, &commit()));
+        std::fs::write(place.path().join("a"), "a").unwrap();
+        let image = Named::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
+        let intent = Intent::new("x", Path::new(""), Deed::Shrink { image, size: 1 });
+        let owned = guard.begin(&*names, "1", &intent).unwrap();
+        let (found, problems) = guard.read();
+        assert_eq!((found.len(), problems.len(), &found[0].intent.deed), (1, 0, &intent.deed));
         assert!(guard.is_owned(&found[0]));
-        assert_eq!(guard.take_up(&found[0]).unwrap_err().kind(), ErrorKind::Busy);
+        assert_eq!(guard.take_up(&*names, &found[0]).unwrap_err().kind(), ErrorKind::Busy);
+        // Somebody removes what he should not.
+        std::fs::remove_dir_all(place.path().join(".chainfs")).unwrap();
+        assert_eq!(guard.read().0.len(), 1, "who is at work knows");
+        guard.restore(&*names);
+        assert!(guard.is_owned(&guard.read().0[0]), "and others can know again");
         drop(owned);
+        let found = guard.read().0;
         assert!(!guard.is_owned(&found[0]));
-        guard.take_up(&found[0]).unwrap().end(&*names).unwrap();
-        assert!(guard.read().unwrap().0.is_empty());
+        std::fs::write(place.path().join("a"), "another").unwrap();
+        assert_eq!(guard.take_up(&*names, &found[0]).unwrap_err().kind(), ErrorKind::Stale);
+        std::fs::write(place.path().join("a"), "a").unwrap();
+        guard.take_up(&*names, &found[0]).unwrap().end(&*names).unwrap();
+        assert!(guard.read().0.is_empty());
         std::fs::write(place.path().join(".chainfs/intents/2.toml"), "nonsense").unwrap();
-        assert_eq!(guard.read().unwrap().1.len(), 1);
+        std::fs::create_dir(place.path().join(".chainfs/intents/3.toml")).unwrap();
+        assert_eq!(guard.read().1.len(), 2);
         let lock = guard.lock(&*names).unwrap();
         drop(lock);
         guard.lock(&*names).unwrap();

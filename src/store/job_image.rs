@@ -125,7 +125,11 @@ impl JobImage {
         // The descriptor goes before the file's looks are noted: closing may be what changes them.
         drop(writer);
         for file in image.files() {
+            let before = file.expected();
             file.accept_changes()?;
+            if let (Some(before), Some(after)) = (before, file.expected()) {
+                store.touched(file.id(), &before, &after);
+            }
         }
         store.opened.keep(&store.described_anew(&image)?);
         drop((locks, reads));

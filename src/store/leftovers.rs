@@ -34,12 +34,12 @@ impl Store {
         self.guard.prepare(&*names)?;
         let _lock = self.guard.lock(&*names)?;
         self.rescan()?;
-        let (intents, senseless) = self.guard.read()?;
+        let (intents, senseless) = self.guard.read();
         let files = intents.iter().flat_map(|found| found.intent.files()).map(|named| named.path.as_path());
         // What a revert has put aside is its own to remove, or to put into the trash.
         let put_aside = intents.iter().flat_map(|found| match &found.intent.deed {
             Deed::Snapshot { disks, .. } => disks.as_slice(),
-            Deed::Commit { .. } | Deed::Pull { .. } | Deed::Copy { .. } | Deed::Shrink { .. } => &[],
+            Deed::Commit { .. } | Deed::Pull { .. } | Deed::Copy { .. } | Deed::Shrink { .. } | Deed::Unknown => &[],
         });
         let spoken_of: HashSet<&Path> = files.chain(put_aside.map(|top| top.frozen.as_path())).collect();
         let images = self.catalog().drafts.iter().map(|path| self.guard.prefix.join(path)).collect::<Vec<PathBuf>>();

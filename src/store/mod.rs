@@ -5,6 +5,7 @@
 //! What is shown to users is for others.
 
 mod active;
+mod bind;
 mod build;
 mod catalog;
 mod claimants;
@@ -34,6 +35,7 @@ mod users;
 mod views;
 mod visible;
 mod watch;
+mod witness;
 
 use std::collections::HashMap;
 use std::num::NonZero;
@@ -56,6 +58,7 @@ pub use active::{
     Access, ActiveAttributes, ActiveHandle, ActiveJob, Fallen, Mirror, NewTopFile, Prepared, PreparedFall, Sealed,
     Still,
 };
+pub use bind::Finding;
 pub use catalog::{Below, Catalog, Directory, ImageEntry, ImageIndex, shown};
 pub use claims::Claim;
 pub use describe::{BadHeader, Content, Foreign, Qcow2};
@@ -76,6 +79,7 @@ pub use scan::{Problem, SPOILT};
 pub use trash::TrashItem;
 pub use views::{ChainView, ChainViews};
 pub use watch::Watcher;
+pub use witness::{Digest, Evidence, Sample};
 
 use active::ActiveDisks;
 use disk::OpenDisks;
@@ -261,6 +265,7 @@ impl Store {
                 Scan { files: vec![scan::describe_place(&self.roots[0], place, &ways)?], ..Scan::default() }
             }
         };
+        self.guard.restore(&*self.guard_names());
         if let Some(watches) = &self.watches {
             self.guard.own_directories().iter().for_each(|directory| watches.add_own(directory));
         }
@@ -314,9 +319,9 @@ impl Store {
     }
 
     /// Notes that a job of ours has changed `files` and left every layer of `before` that is still there as it was,
-    /// but for the one numbered `changed`: their disks stay the same to those who have them open. Not where any other
+    /// but for `changed`: their disks stay the same to those who have them open. Not where any other
     /// file of theirs has changed as well.
-    pub(crate) fn keep_states(&self, before: &Catalog, files: &[FileId], changed: Option<u64>) {
+    pub(crate) fn keep_states(&self, before: &Catalog, files: &[FileId], changed: Option<FileId>) {
         let after = self.catalog();
         let states = |catalog: &Catalog| -> HashMap<FileId, (u64, Vec<u64>)> {
             let mut states = HashMap::new();
@@ -336,7 +341,7 @@ impl Store {
             states
         };
         let old = states(before);
-        let is_kept = |id: &FileId| changed.is_none_or(|inode| id.inode != inode || !files.contains(id));
+        let is_kept = |id: &FileId| changed.is_none_or(|changed| *id != changed || !files.contains(id));
         let same = |(id, (now, others)): (FileId, (u64, Vec<u64>))| {
             let (state, others_then) = old.get(&id)?;
             (*state != now && *others_then == others).then_some((now, *state))
@@ -378,6 +383,16 @@ impl Store {
     /// Why it cannot be noted that a raw file is frozen, if so.
     pub(crate) fn check_notes(&self) -> Result<()> {
         Notes::check(&self.guard)
+    }
+
+    /// Why nobody can tell which raw images are frozen, if so.
+    pub fn notes_problem(&self) -> Option<String> {
+        Notes::read(&self.guard).problem()
+    }
+
+    /// Gives up what an unusable list of frozen raw images said. Under the store's lock.
+    pub fn forget_notes(&self) -> Result<()> {
+        notes::forget(&self.guard, &*self.guard_names())
     }
 
     /// Notes, durably, that a raw file is frozen, or that it is not. `path` lies beneath the guarded directory.

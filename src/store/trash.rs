@@ -1,9 +1,10 @@
 //! The store's trash: layers that a command has removed although they still show what they did.
 //!
 //! `.chainfs/trash/ID` is the file, `.chainfs/trash/ID.toml` says what it was. Promises: what is in the trash keeps no
-//! command from anything, and is no part of any chain; it is restored only onto the very file on which it stood; and
-//! what would show something else, because a command changes or removes what lies below it, goes before that. A note
-//! is durable before its file comes, and goes after it.
+//! command from anything, and is no part of any chain; it is restored only onto the very files on which it stood, and
+//! only while nobody but commands that left its bytes alone has written those: else it says so. What would show something
+//! else, because a command changes or removes what lies below it, goes before that. A note is durable before its file
+//! comes, and goes after it. What cannot be put into the trash is not removed.
 
 use std::ffi::OsStr;
 use std::io::Read as _;
@@ -16,15 +17,20 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::{HeaderChange, change_header};
-use crate::io::{EntryKind, Root, directory_of};
+use crate::io::{EntryKind, FileId, Identity, Root, Signature, directory_of};
 
 use super::Store;
 use super::catalog::{Catalog, ImageEntry, ImageIndex, shown};
 use super::intents::{Named, encoded};
+use super::leftovers::DRAFT;
+use super::notes::write;
 use super::options::Format;
+use super::witness::identity;
 
 /// Where it is, beneath the store.
-const TRASH: &str = ".chainfs/trash";
+pub(super) const TRASH: &str = ".chainfs/trash";
+/// How the names of notes end.
+const NOTE: &str = "toml";
 /// Longer notes are not ours.
 const MAX_LEN: u64 = 64 << 10;
 /// Notes that are read, at most.
@@ -45,6 +51,31 @@ struct Note {
     /// What it stands on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     backing: Option<Named>,
+    /// All that lies below it, top first, as that was when it was removed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    below: Vec<Below>,
+}
+
+/// A file below a layer of the trash: whoever writes it changes these.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Below {
+    #[serde(with = "identity")]
+    file: Identity,
+    size: u64,
+    /// Of its last modification: seconds since 1970, and nanoseconds of that second.
+    seconds: i64,
+    nanoseconds: u32,
+}
+
+impl Below {
+    fn of(file: Identity, signature: &Signature) -> Self {
+        let (seconds, nanoseconds) = signature.mtime;
+        Self { file, size: signature.size, seconds, nanoseconds }
+    }
+
+    fn looks_like(&self, signature: &Signature) -> bool {
+        (self.size, (self.seconds, self.nanoseconds)) == (signature.size, signature.mtime)
+    }
 }
 
 /// A layer in the trash.
@@ -60,12 +91,18 @@ pub struct TrashItem {
     pub command: String,
     /// Bytes of its file on disk.
     pub disk_len: u64,
-    inode: u64,
-    is_raw: bool,
-    backing: Option<Named>,
+    /// Why it does not show what it did, or nobody can tell, if so.
+    pub problem: Option<String>,
+    identity: Identity,
+    /// None if the note cannot be read.
+    note: Option<Note>,
 }
 
 impl TrashItem {
+    fn backing(&self) -> Option<&Named> {
+        self.note.as_ref()?.backing.as_ref()
+    }
+
     /// Its file, beneath the guarded directory.
     pub(crate) fn file(&self) -> PathBuf {
         Path::new(TRASH).join(&self.id)
@@ -76,11 +113,27 @@ impl Store {
     /// Whether removed layers that lie on the file system `device` go to the trash: not from another one than the
     /// store's own directory.
     pub(crate) fn keeps_trash(&self, device: u64) -> bool {
-        let is_near = || self.guard.root.stat(Path::new(".")).is_ok_and(|own| own.id.device == device);
+        // Where nobody can tell, whatever is wrong keeps it from being removed.
+        let is_near = || self.guard.root.stat(Path::new(".")).map_or(true, |own| own.id.device == device);
         self.options.trash.is_some() && self.guard.is_marked() && is_near()
     }
 
-    /// What is in the trash, oldest first. Notes without a file, and files without a note, are none.
+    /// Whether removed layers go to the trash at all.
+    pub(crate) fn has_trash(&self) -> bool {
+        self.options.trash.is_some() && self.guard.is_marked()
+    }
+
+    /// Whether a copy of an image that shares its blocks can be kept, as far as its file system tells.
+    pub(crate) fn can_keep_copy(&self, image: &ImageEntry) -> bool {
+        // Magic numbers of XFS, btrfs and bcachefs: an XFS may have been made without it, which shows when it is tried.
+        const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683E, 0xCA45_1A4E];
+        let kind = self.guard.root.file_system();
+        let is_near = self.keeps_trash(image.stat.id.device) && image.place.root == 0 && image.data_file.is_none();
+        is_near && kind.is_ok_and(|kind| SHARING.contains(&kind))
+    }
+
+    /// What is in the trash, oldest first. Notes without a file are nothing; a file of which no note can be read is an item
+    /// that says so.
     pub fn trash(&self) -> Result<Vec<TrashItem>> {
         let root = &self.guard.root;
         self.guard.check_trust()?;
@@ -92,65 +145,208 @@ impl Store {
         let mut items = Vec::new();
         for entry in Root::list(&directory)?.into_iter().take(MAX_ITEMS) {
             let path = Path::new(TRASH).join(&entry.name);
-            let Some(id) = path.file_stem().and_then(|stem| stem.to_str()).map(str::to_owned) else { continue };
-            if entry.kind != EntryKind::File || path.extension().is_none_or(|extension| extension != "toml") {
+            if entry.kind != EntryKind::File || path.extension().is_some() {
                 continue;
             }
-            let Ok(stat) = root.stat(&path.with_extension("")) else { continue };
-            let mut text = String::new();
-            let read =
-                root.open_file(&path).map(|file| std::fs::File::from(file).take(MAX_LEN).read_to_string(&mut text));
-            let Ok(Note { path, seconds, command, is_raw, backing }) = toml::from_str(&text) else {
-                tracing::warn!(
-                    "{}: a note of the trash makes no sense{}",
-                    shown(&path),
-                    read.err().map_or_else(String::new, |error| format!(": {error}"))
-                );
-                continue;
+            let id = entry.name.to_string_lossy().into_owned();
+            let (stat, identity) = match root.stat(&path).and_then(|stat| Ok((stat, root.identify(&path)?))) {
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                found => found?,
             };
-            let (disk_len, inode) = (stat.blocks * 512, stat.id.inode);
-            items.push(TrashItem { id, path, seconds, command, disk_len, inode, is_raw, backing });
+            let disk_len = stat.blocks * 512;
+            items.push(match self.note(&path.with_extension(NOTE)) {
+                Ok(note) => {
+                    let (path, command) = (note.path.clone(), note.command.clone());
+                    let seconds = note.seconds;
+                    TrashItem { id, path, seconds, command, disk_len, problem: None, identity, note: Some(note) }
+                }
+                Err(error) => {
+                    let problem = format!("its note cannot be read ({error}); see for yourself what it is");
+                    let seconds = stat.signature.mtime.0.max(0).cast_unsigned();
+                    let (command, problem) = (String::new(), Some(problem));
+                    TrashItem { id, path, seconds, command, disk_len, problem, identity, note: None }
+                }
+            });
         }
         items.sort_by(|a, b| (a.seconds, &a.id).cmp(&(b.seconds, &b.id)));
+        let catalog = self.catalog();
+        let problems: Vec<_> = items.iter().map(|item| self.doubt(&catalog, &items, item)).collect();
+        for (item, problem) in items.iter_mut().zip(problems) {
+            item.problem = item.problem.take().or(problem);
+        }
         Ok(items)
     }
 
+    fn note(&self, path: &Path) -> Result<Note> {
+        let mut text = String::new();
+        let file = std::fs::File::from(self.guard.root.open_file(path)?);
+        let read = file.take(MAX_LEN).read_to_string(&mut text);
+        read.map_err(|error| Error::io(format!("reading {}", shown(path)), error))?;
+        toml::from_str(&text).map_err(|error| Error::new(ErrorKind::Corrupt, error.message().to_owned()))
+    }
+
+    /// Why an item does not show what it did, or why nobody can tell, if so. What it stands on may be in the trash, too.
+    fn doubt(&self, catalog: &Catalog, items: &[TrashItem], item: &TrashItem) -> Option<String> {
+        let note = item.note.as_ref()?;
+        let backing = note.backing.as_ref()?;
+        let name = shown(&backing.path);
+        let Some(index) = find(self, catalog, backing) else {
+            let is_below = |other: &&TrashItem| other.identity.is(&backing.file);
+            return match items.iter().find(is_below) {
+                Some(_) => None,
+                None => Some(format!("{name}, on which it stands, is not there any more, or another file by now")),
+            };
+        };
+        let layers = catalog.layers(index);
+        let is_as_it_was = |index: &&ImageIndex| {
+            let image = &catalog.images[**index];
+            let now = self.stat_now(image).signature;
+            note.below.iter().any(|below| below.file.id == image.stat.id && below.looks_like(&now))
+        };
+        let written = layers.iter().find(|index| !is_as_it_was(index))?;
+        let name = catalog.images[*written].shown();
+        Some(format!("{name}, on which it stands, has been written since: it may show other bytes"))
+    }
+
+    /// What lies below an image, as it is now.
+    fn below(&self, catalog: &Catalog, backing: Option<&Named>) -> Vec<Below> {
+        let index = backing.and_then(|backing| find(self, catalog, backing));
+        let layers = index.map(|index| catalog.layers(index)).unwrap_or_default();
+        let look = |index: &ImageIndex| {
+            let image = &catalog.images[*index];
+            let file = self.roots[image.place.root].identify(&image.place.path);
+            // What cannot be asked is not known later either, and then the item says so.
+            let file = file.unwrap_or(Identity { id: image.stat.id, birth: None });
+            Below::of(file, &self.stat_now(image).signature)
+        };
+        layers.iter().map(look).collect()
+    }
+
     /// Puts the file at `at` into the trash, durably: it was at `path` (both beneath the guarded directory), and stands
-    /// on `backing`. Where that cannot be done, it is removed for good: who has asked for that is not to be kept from
-    /// it. Under the store's lock.
+    /// on `backing`. Where that cannot be done it stays where it is. Under the store's lock.
     pub(crate) fn put_into_trash(
         &self,
+        catalog: &Catalog,
         at: &Path,
         path: &Path,
-        (command, is_raw): (&str, bool),
-        backing: Option<Named>,
+        says: (&str, bool),
+        backing: Option<&Named>,
     ) -> Result<()> {
         let names = self.guard_names();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let inode = self.guard.root.stat(at)?.id.inode;
+        let put = self.write_note(catalog, inode, path, says, backing).and_then(|item| {
+            names.rename(at, &item, false).inspect_err(|_| {
+                let _ = names.unlink(&item.with_extension(NOTE));
+            })
+        });
+        put.map_err(|error| {
+            let fact = "could not be put into the trash, and is where it was";
+            Error::new(error.kind(), format!("{} {fact}: {error}", shown(at)))
+        })?;
+        names.sync(Path::new(TRASH))?;
+        names.sync(&directory_of(at))
+    }
+
+    /// Writes the note of an item that is about to come; where that is to be.
+    fn write_note(
+        &self,
+        catalog: &Catalog,
+        inode: u64,
+        path: &Path,
+        (command, is_raw): (&str, bool),
+        backing: Option<&Named>,
+    ) -> Result<PathBuf> {
+        let names = self.guard_names();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let item = Path::new(TRASH).join(format!("{:x}-{inode:x}", now.as_nanos()));
-        let note = item.with_extension("toml");
-        let put = (|| {
-            names.create_directory(Path::new(TRASH))?;
-            names.sync(&directory_of(Path::new(TRASH)))?;
-            let says =
-                Note { path: path.to_path_buf(), seconds: now.as_secs(), command: command.to_owned(), is_raw, backing };
-            let text = toml::to_string(&says).map_err(|error| {
-                Error::new(ErrorKind::Unsupported, format!("{} cannot be noted: {error}", shown(path)))
-            })?;
+        let note = item.with_extension(NOTE);
+        names.create_directory(Path::new(TRASH))?;
+        names.sync(&directory_of(Path::new(TRASH)))?;
+        let says = Note {
+            path: path.to_path_buf(),
+            seconds: now.as_secs(),
+            command: command.to_owned(),
+            is_raw,
+            backing: backing.cloned(),
+            below: self.below(catalog, backing),
+        };
+        let text = toml::to_string(&says)
+            .map_err(|error| Error::new(ErrorKind::Unsupported, format!("{} cannot be noted: {error}", shown(path))))?;
+        let written = (|| {
             let file = names.create(&note, None)?;
             file.write_at(0, text.as_bytes())?;
             file.sync()?;
-            names.sync(Path::new(TRASH))?;
-            names.rename(at, &item, false)
+            names.sync(Path::new(TRASH))
         })();
-        if let Err(error) = put {
-            tracing::warn!("{} is removed for good, for it cannot be put into the trash: {error}", shown(path));
-            let _ = names.unlink(&note);
-            return names.unlink(at);
+        if let Err(error) = written {
+            if error.kind() != ErrorKind::Exists {
+                let _ = names.unlink(&note);
+            }
+            return Err(error);
         }
-        names.sync(Path::new(TRASH))?;
-        names.sync(&directory_of(at))
+        Ok(item)
+    }
+
+    /// Puts a copy of the image into the trash that shares its blocks with it, before a command changes it. `None`:
+    /// the file system cannot do that, and nothing is kept. Returns by what it is called there. Under the store's lock.
+    pub(crate) fn keep_copy(&self, catalog: &Catalog, index: ImageIndex, command: &str) -> Result<Option<String>> {
+        let image = &catalog.images[index];
+        if image.place.root != 0 || image.data_file.is_some() || !self.keeps_trash(image.stat.id.device) {
+            return Ok(None);
+        }
+        let (names, root) = (self.guard_names(), &self.guard.root);
+        let path = self.guard.prefix.join(&image.place.path);
+        let backing = image.below.image().map(|below| self.known(&catalog.images[below]));
+        let is_raw = image.format == Some(Format::Raw);
+        let item = self.write_note(catalog, image.stat.id.inode, &path, (command, is_raw), backing.as_ref())?;
+        let copied = (|| {
+            names.create(&item, Some(&path))?;
+            let (from, to) = (root.open_file(&path)?, root.open_file_for_writing(&item)?);
+            if rustix::fs::ioctl_ficlone(&to, &from).is_err() {
+                return Ok(false);
+            }
+            rustix::fs::fsync(&to).map_err(|error| Error::io("syncing a copy", error))?;
+            names.sync(Path::new(TRASH)).map(|()| true)
+        })();
+        if !matches!(copied, Ok(true)) {
+            let _ = names.unlink(&item);
+            let _ = names.unlink(&item.with_extension(NOTE));
+        }
+        let id = item.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        copied.map(|is_copied| is_copied.then_some(id))
+    }
+
+    /// An image by its path beneath the guarded directory and by its identity.
+    fn known(&self, image: &ImageEntry) -> Named {
+        let path = match image.place.root {
+            0 => self.guard.prefix.join(&image.place.path),
+            _ => self.host_path(&image.place),
+        };
+        let found = self.roots[image.place.root].identify(&image.place.path);
+        Named::known(path, found.unwrap_or(Identity { id: image.stat.id, birth: None }))
+    }
+
+    /// Notes for what stands on a file in the trash that a command has written it and left what it shows as it was.
+    pub(super) fn touched(&self, file: FileId, before: &Signature, after: &Signature) {
+        if before == after || self.guard.root.stat(Path::new(TRASH)).is_err() {
+            return;
+        }
+        let noted = self.trash().and_then(|items| {
+            for mut item in items {
+                let Some(note) = &mut item.note else { continue };
+                let is_it = |below: &&mut Below| below.file.id == file && below.looks_like(before);
+                let Some(below) = note.below.iter_mut().find(is_it) else { continue };
+                *below = Below::of(below.file, after);
+                let text = toml::to_string(note);
+                let text = text.map_err(|error| Error::new(ErrorKind::Unsupported, error.to_string()))?;
+                let path = item.file().with_extension(NOTE);
+                write(&*self.guard_names(), &path.with_extension(DRAFT), &path, &text)?;
+            }
+            Ok(())
+        });
+        if let Err(error) = noted {
+            tracing::warn!("what the trash holds cannot be followed, and will be said to be doubtful: {error}");
+        }
     }
 
     /// Gives a layer of the trash its place in the store again, as a snapshot that nothing stands on; as `name`, a
@@ -167,14 +363,24 @@ impl Store {
             Some(name) => item.path.with_file_name(name),
             None => item.path.clone(),
         };
-        let format = if item.is_raw { Format::Raw } else { Format::Qcow2 };
+        if let Some(problem) = &item.problem {
+            let fact = "cannot be restored as it was";
+            let remedy = format!("take the file itself, {}, if it is of use", shown(&item.file()));
+            return Err(Error::new(ErrorKind::Stale, format!("{id} {fact}: {problem}; {remedy}")));
+        }
+        let is_raw = item.note.as_ref().is_some_and(|note| note.is_raw);
+        let format = if is_raw { Format::Raw } else { Format::Qcow2 };
         if !self.options.reads_as(&path, format, false) {
             let fact = format!("would not be read as {} by that name; say another one", format.name());
             return Err(Error::new(ErrorKind::Usage, format!("{} {fact}", shown(&path))));
         }
-        if self.guard.root.stat(&path).is_ok() {
-            let fact = "is there already; say another name";
-            return Err(Error::new(ErrorKind::Exists, format!("{} {fact}", shown(&path))));
+        match self.guard.root.stat(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+            Ok(_) => {
+                let fact = "is there already; say another name";
+                return Err(Error::new(ErrorKind::Exists, format!("{} {fact}", shown(&path))));
+            }
         }
         self.take_from_trash(&self.catalog(), &item, &path)?;
         self.rescan()?;
@@ -209,6 +415,11 @@ impl Store {
         self.remove_from_trash(items.iter())
     }
 
+    /// Removes an item again that was put there in vain.
+    pub(crate) fn forget_item(&self, id: &str) -> Result<()> {
+        self.remove_from_trash(std::iter::once(&self.item(id)?))
+    }
+
     fn item(&self, id: &str) -> Result<TrashItem> {
         self.trash()?.into_iter().find(|item| item.id == id).ok_or_else(|| {
             let fact = "is not in the trash; chainfs trash lists what is";
@@ -217,19 +428,18 @@ impl Store {
     }
 
     fn take_from_trash(&self, catalog: &Catalog, item: &TrashItem, path: &Path) -> Result<()> {
-        if let Some(backing) = &item.backing
+        if let Some(backing) = item.backing()
             && find(self, catalog, backing).is_none()
         {
-            let fact = "is not there any more, or another file by now";
-            let remedy = match self.trash()?.iter().find(|other| other.inode == backing.inode) {
-                Some(other) => format!("restore it first: it is {} in the trash", other.id),
-                None => "it cannot be restored".to_owned(),
-            };
+            let items = self.trash()?;
+            let other = items.iter().find(|other| other.identity.is(&backing.file));
+            let id = other.map_or("gone", |other| &other.id);
             let name = shown(&backing.path);
-            return Err(Error::new(ErrorKind::Stale, format!("{name}, on which it stands, {fact}; {remedy}")));
+            let fact = "is in the trash as well; restore it first: it is";
+            return Err(Error::new(ErrorKind::Stale, format!("{name}, on which it stands, {fact} {id}")));
         }
         let names = self.guard_names();
-        if item.is_raw {
+        if item.note.as_ref().is_some_and(|note| note.is_raw) {
             // It cannot say it itself; nobody else is called that.
             self.note_frozen(
                 path,
@@ -239,7 +449,7 @@ impl Store {
         names.rename(&item.file(), path, false)?;
         names.sync(&directory_of(path))?;
         names.sync(Path::new(TRASH))?;
-        names.unlink(&item.file().with_extension("toml"))?;
+        names.unlink(&item.file().with_extension(NOTE))?;
         names.sync(Path::new(TRASH))
     }
 
@@ -249,31 +459,28 @@ impl Store {
         for item in items {
             names.unlink(&item.file())?;
             names.sync(Path::new(TRASH))?;
-            names.unlink(&item.file().with_extension("toml"))?;
+            names.unlink(&item.file().with_extension(NOTE))?;
             is_changed = true;
         }
         if is_changed { names.sync(Path::new(TRASH)) } else { Ok(()) }
     }
 
-    /// What in the trash would show something else if any of these images (by inode number) were changed or gone.
-    pub(crate) fn trash_on(&self, catalog: &Catalog, changed: &[u64]) -> Result<Vec<TrashItem>> {
+    /// What in the trash would show something else if any of these images were changed or gone.
+    pub(crate) fn trash_on(&self, catalog: &Catalog, changed: &[FileId]) -> Result<Vec<TrashItem>> {
         let items = self.trash()?;
         let stands_on_changed = |item: &TrashItem| {
-            let mut below = item.backing.clone();
+            let mut below = item.backing().cloned();
             // As many steps as there are items: a file that stands on itself is met and left.
             for _ in 0..=items.len() {
                 let Some(backing) = below.take() else { return false };
-                if changed.contains(&backing.inode) {
+                if changed.contains(&backing.file.id) {
                     return true;
                 }
                 if let Some(index) = find(self, catalog, &backing) {
-                    return catalog
-                        .layers(index)
-                        .iter()
-                        .any(|layer| changed.contains(&catalog.images[*layer].stat.id.inode));
+                    return catalog.layers(index).iter().any(|layer| changed.contains(&catalog.images[*layer].stat.id));
                 }
-                let Some(next) = items.iter().find(|other| other.inode == backing.inode) else { return false };
-                below.clone_from(&next.backing);
+                let Some(next) = items.iter().find(|other| other.identity.is(&backing.file)) else { return false };
+                below = next.backing().cloned();
             }
             false
         };
@@ -299,10 +506,5 @@ impl Store {
 }
 
 fn find(store: &Store, catalog: &Catalog, named: &Named) -> Option<ImageIndex> {
-    let path = |image: &ImageEntry| match image.place.root {
-        0 => store.guard.prefix.join(&image.place.path),
-        _ => store.host_path(&image.place),
-    };
-    let is_it = |image: &ImageEntry| image.stat.id.inode == named.inode && path(image) == named.path;
-    catalog.images.iter().position(is_it)
+    catalog.images.iter().position(|image| image.stat.id == named.file.id && store.known(image).is(named))
 }

@@ -11,6 +11,7 @@ pub(crate) mod compare;
 pub(crate) mod damage;
 pub(crate) mod examples;
 pub(crate) mod foreign;
+pub(crate) mod intents;
 pub(crate) mod lab;
 pub(crate) mod mount;
 pub(crate) mod rng;

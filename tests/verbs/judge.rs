@@ -42,6 +42,8 @@ pub(crate) struct Judge {
     pub(crate) leaks: Cell<(u64, u64)>,
     /// How many recoveries have led back, and how many to the end.
     pub(crate) ends: Cell<(u64, u64)>,
+    /// How many of them had something to take up: in the store itself, and in a copy of it.
+    pub(crate) resumed: Cell<(u64, u64)>,
 }
 
 impl Judge {
@@ -55,6 +57,7 @@ impl Judge {
             by_qemu: Cell::default(),
             leaks: Cell::default(),
             ends: Cell::default(),
+            resumed: Cell::default(),
             ..*self
         }
     }
@@ -94,23 +97,30 @@ pub(crate) fn recover(root: &Path, host: Arc<dyn Host>) -> Result<Arc<Store>, St
 impl Judge {
     /// Judges the state that lies beneath `root`: the first `cut` events of the tape have happened.
     pub(crate) fn judge(&self, root: &Path, cut: usize, seed: u64) -> Result<(), String> {
-        self.at_once(root, cut)?;
+        let is_copy = self.at_once(root, cut)?;
         let store = recover(root, Arc::new(ThisHost))?;
         self.recovered(root, &store, cut)?;
         drop(store);
+        let (own, copied) = self.resumed.get();
+        match is_copy {
+            Some(false) => self.resumed.set((own + 1, copied)),
+            Some(true) => self.resumed.set((own, copied + 1)),
+            None => {}
+        }
         if mix(seed).is_multiple_of(self.qemu_one_in) {
             self.ask_qemu(root, cut)?;
         }
         Ok(())
     }
 
-    /// Whoever only looks sees nothing wrong.
-    pub(crate) fn at_once(&self, root: &Path, cut: usize) -> Result<(), String> {
+    /// Whoever only looks sees nothing wrong. Whether the store is a copy, if anything is left to be taken up.
+    pub(crate) fn at_once(&self, root: &Path, cut: usize) -> Result<Option<bool>, String> {
         let within = |error: String| format!("before the recovery: {error}");
         let leaks = self.sound(root).map_err(within)?;
         self.leaks.set((self.leaks.get().0 + leaks, self.leaks.get().1));
         let store = Store::open(root, options(true)).map_err(|error| within(error.to_string()))?;
-        self.listed(&store, cut, self.live_inode(root)).map_err(within)
+        self.listed(&store, cut, self.live_inode(root)).map_err(within)?;
+        Ok(store.catalog().intents.first().map(|found| found.is_copied))
     }
 
     /// Every view that `store` lists is what it was or is to be.
@@ -282,7 +292,9 @@ impl Judge {
 /// Nothing of a command is left in chainfs' own directory.
 fn no_strays(root: &Path) -> Result<(), String> {
     let scene = Scene::load(root);
-    let is_kept = |path: &Path| [".chainfs/lock", ".chainfs/frozen.toml"].iter().any(|kept| path == Path::new(kept));
+    let is_kept = |path: &Path| {
+        [".chainfs/lock", ".chainfs/frozen.toml", ".chainfs/layout"].iter().any(|kept| path == Path::new(kept))
+    };
     let stray = scene.names.keys().find(|path| path.starts_with(".chainfs") && !is_kept(path));
     stray.map_or(Ok(()), |path| Err(format!("{} is left", path.display())))
 }

@@ -176,6 +176,17 @@ impl Scenario {
         (tape, self.judge(before, after, history, done))
     }
 
+    /// Whether the command leaves something that is taken up when it is cut off.
+    fn has_intent(&self) -> bool {
+        let is_inner = self.command.contains(" internal")
+            || self.command.contains("delete active@")
+            || self.command.contains("delete sn2@");
+        let is_applied = self.command.starts_with("revert to=active@");
+        let is_one_step =
+            self.command.contains("unsafe") || (self.command.starts_with("clone") && !self.command.contains('@'));
+        !is_inner && !is_applied && !is_one_step
+    }
+
     fn judge(&self, before: Shape, after: Shape, history: History, done: usize) -> Judge {
         Judge {
             before,
@@ -189,6 +200,7 @@ impl Scenario {
             by_qemu: Cell::default(),
             leaks: Cell::default(),
             ends: Cell::default(),
+            resumed: Cell::default(),
         }
     }
 
@@ -221,9 +233,10 @@ impl Scenario {
             recoveries = cut_recoveries(&tape, &judge, count, states, &mut bad);
         }
         let (back, end) = judge.ends.get();
+        let (own, copied) = judge.resumed.get();
         println!(
-            "{}: {} events, {} of {} states and {recoveries} of recoveries judged ({} by QEMU); {back} went back, \
-             {end} to the end; clusters leaked {:?}",
+            "{}: {} events, {} of {} states and {recoveries} of recoveries judged ({} by QEMU); {own} were taken up and \
+             {copied} as copies; {back} went back, {end} to the end; clusters leaked {:?}",
             self.name,
             tape.events.len(),
             tally.visited,
@@ -233,6 +246,8 @@ impl Scenario {
         );
         assert!(failures.is_empty(), "{}: {} bad states:\n{}", self.name, failures.len(), failures.join("\n---\n"));
         assert!(end > 0, "{}: no state led to its end", self.name);
+        let is_taken_up = own > 0 && copied > 0;
+        assert_eq!(is_taken_up, self.has_intent(), "{}: {own} and {copied} states were taken up", self.name);
     }
 }
 
@@ -259,7 +274,8 @@ fn judge_scene(scene: &Scene, candidate: &Candidate, judge: &Judge) -> Result<()
     let place = scratch();
     let root = place.path().join("store");
     fs::create_dir(&root).expect("a directory");
-    scene.save(&root);
+    // Every other time it is a copy of the store that is taken up.
+    scene.save_as(&root, mix(candidate.seed ^ 0xC0).is_multiple_of(2));
     judge.judge(&root, candidate.cut, candidate.seed).map_err(|error| {
         // Whatever is wrong, QEMU's word on it helps.
         let theirs = judge.ask_qemu(&root, candidate.cut).err();
@@ -277,8 +293,11 @@ fn judge_scene(scene: &Scene, candidate: &Candidate, judge: &Judge) -> Result<()
 fn cut_recoveries(tape: &Tape, judge: &Judge, count: usize, limit: usize, bad: &mut dyn FnMut(String)) -> usize {
     let mut scenes = Vec::new();
     // Only where there is something to take up.
-    let has_intent =
-        |scene: &Scene| scene.names.keys().any(|path| path.extension().is_some_and(|extension| extension == "toml"));
+    let has_intent = |scene: &Scene| {
+        scene.names.keys().any(|path| {
+            path.starts_with(".chainfs/intents") && path.extension().is_some_and(|extension| extension == "toml")
+        })
+    };
     each_state(tape, 12 * count, seed() ^ 1, |candidate, scene| {
         if has_intent(&scene) {
             scenes.push((*candidate, scene));

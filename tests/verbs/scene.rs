@@ -1,19 +1,29 @@
 //! A store's directory as a value: files, whatever names they have, and the directories those are in.
 //!
-//! It can be made a directory again anywhere. Files have other inode numbers there, so that intents,
-//! which name files by them, are rewritten on the way.
+//! It can be made a directory again anywhere. Files have other inode numbers there: either intents, which name files by
+//! them, are rewritten on the way, and it is the store as it was; or they are not, and it is a copy of that.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use chainfs::io::Identity;
+
 use super::super::sim::{Pages, mix};
 
 /// Where intents lie.
 const INTENTS: &str = ".chainfs/intents";
-/// No file has such a number: the largest that a note can hold, less the file's own.
-const NO_INODE: u64 = i64::MAX as u64;
+/// No file is that.
+const NOBODY: &str = "0:0:-";
+
+/// Which file that is, in the words of an intent.
+fn identity(path: &Path) -> String {
+    let file = fs::File::open(path).expect("a file");
+    let Identity { id, birth } = Identity::of(&file).expect("its identity");
+    let birth = birth.map_or("-".to_owned(), |(seconds, nanoseconds)| format!("{seconds:x}.{nanoseconds:x}"));
+    format!("{:x}:{:x}:{birth}", id.device, id.inode)
+}
 
 /// Names and the files that they mean.
 #[derive(Clone, Default)]
@@ -53,12 +63,16 @@ impl Scene {
 
     /// Makes it be, beneath the empty directory `root`.
     pub(crate) fn save(&self, root: &Path) {
+        self.save_as(root, false);
+    }
+
+    /// The same, as the store itself or as a copy of it.
+    pub(crate) fn save_as(&self, root: &Path, is_copy: bool) {
         for directory in &self.directories {
             fs::create_dir_all(root.join(directory)).expect("a directory");
         }
         let mut made: HashMap<usize, &Path> = HashMap::new();
-        let mut inodes: HashMap<u64, u64> =
-            (0..).zip(&self.inodes).map(|(file, inode)| (*inode, NO_INODE - file)).collect();
+        let mut files: HashMap<u64, (String, i128)> = HashMap::new();
         for (path, file) in &self.names {
             if let Some(first) = made.get(file) {
                 fs::hard_link(root.join(first), root.join(path)).expect("one more name");
@@ -66,14 +80,25 @@ impl Scene {
             }
             self.files[*file].save(root.join(path));
             made.insert(*file, path);
-            inodes.insert(self.inodes[*file], fs::metadata(root.join(path)).expect("a file").ino());
+            let written = fs::metadata(root.join(path)).expect("a file");
+            let written = i128::from(written.mtime()) * 1_000_000_000 + i128::from(written.mtime_nsec());
+            files.insert(self.inodes[*file], (identity(&root.join(path)), written));
         }
-        for path in self.names.keys().filter(|path| path.starts_with(INTENTS)) {
+        for path in self.names.keys().filter(|path| path.starts_with(INTENTS) && !is_copy) {
             let path = root.join(path);
             let Ok(text) = fs::read_to_string(&path) else { continue };
-            let line = |line: &str| match line.strip_prefix("inode = ").and_then(|inode| inode.parse().ok()) {
-                Some(inode) => format!("inode = {}\n", inodes.get(&inode).copied().unwrap_or(NO_INODE)),
-                None => format!("{line}\n"),
+            let own = identity(&path);
+            let mut last = None;
+            let line = |line: &str| match line.split_once(" = ") {
+                Some(("own", _)) => format!("own = \"{own}\"\n"),
+                Some(("file", text)) => {
+                    let inode = text.split(':').nth(1).and_then(|inode| u64::from_str_radix(inode, 16).ok());
+                    let found = inode.and_then(|inode| files.get(&inode));
+                    last = found.map(|(_, written)| *written);
+                    format!("file = \"{}\"\n", found.map_or(NOBODY, |(file, _)| file))
+                }
+                Some(("written", _)) => format!("written = {}\n", last.unwrap_or_default()),
+                _ => format!("{line}\n"),
             };
             // What a crash has torn stays as it is.
             if text.ends_with('\n') {

@@ -7,10 +7,10 @@ use crate::chain::View;
 use crate::error::{Error, Result};
 use crate::image::HeaderChange;
 use crate::image::write::Writer;
-use crate::io::Claim;
+use crate::io::{Claim, FileId};
 use crate::store::{
-    ActiveJob, Deed, Format, ImageIndex, Intent, JobImage, Keeping, Mirror, Named, OpenView, OwnedIntent, Store,
-    ViewPart, shown,
+    ActiveJob, Deed, Digest, Format, ImageIndex, Intent, JobImage, Keeping, Mirror, Named, OpenView, OwnedIntent,
+    Sample, Store, ViewPart, shown,
 };
 
 use super::super::board::{Progress, Tokens};
@@ -35,6 +35,8 @@ pub(in crate::ops) struct CommitJob {
     views: Vec<OpenView>,
     /// Those that will stand on base: nobody else opens them meanwhile.
     children: Vec<Child>,
+    /// What of base went to the trash beforehand.
+    kept: Option<String>,
 }
 
 /// Begins a commit: when this returns, nobody sees what it is going to spoil, and nothing is spoilt yet.
@@ -48,6 +50,7 @@ pub(in crate::ops) fn begin(
     let (lock, world) = World::begin(engine.store())?;
     let (plan, layers) = plan(engine, &world, path, request)?;
     world.accept(&plan)?;
+    tokens.notes.extend(finish::not_kept(plan.notes));
     begin_with(engine, &world, lock, path, &layers, request.keep, command, tokens)
 }
 
@@ -66,27 +69,58 @@ pub(in crate::ops) fn begin_with(
     let store = engine.store();
     tokens.extend(&world.chains_of(&[layers.top]))?;
     let deed = Deed::Commit {
-        top: world.named(layers.top),
-        base: world.named(layers.base),
-        between: layers.between.iter().map(|index| world.named(*index)).collect(),
-        children: layers.children.iter().map(|index| world.named(*index)).collect(),
+        top: world.witness(layers.top, !layers.is_active)?,
+        base: witness_base(store, world, layers)?,
+        between: world.witnesses(&layers.between, true)?,
+        children: world.witnesses(&layers.children, false)?,
         keep,
+        is_copied: false,
         rename: layers.takes_name.then(|| world.guarded(&final_name(world, layers))),
     };
     let base = store.take_image(&world.catalog, layers.base)?;
-    let changed: Vec<u64> =
-        layers.segment().iter().chain([&layers.base]).map(|i| world.image(*i).stat.id.inode).collect();
+    let changed: Vec<FileId> = layers.segment().iter().chain([&layers.base]).map(|i| world.image(*i).stat.id).collect();
     finish::forget_trash(world, &changed)?;
+    let kept = if layers.is_deletion { store.keep_copy(&world.catalog, layers.base, command)? } else { None };
     let name = engine.intent_name();
-    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed))?;
-    set_out(engine, world, path, layers, base, intent).map_err(|failed| {
+    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed));
+    let intent = intent.inspect_err(|_| take_back(store, kept.as_deref()))?;
+    let begun = set_out(engine, world, path, layers, base, intent);
+    begun.map(|job| CommitJob { kept: kept.clone(), ..job }).map_err(|failed| {
         let (error, intent) = *failed;
+        take_back(store, kept.as_deref());
         // Nothing has been changed.
         if let Err(trouble) = finish::forget(store, intent) {
             tracing::error!("{}: {trouble}", shown(path));
         }
         error
     })
+}
+
+/// Base with evidence of what it holds; of a raw one, which is written in place, also of what it is going to hold.
+fn witness_base(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Named> {
+    let mut base = world.witness(layers.base, world.image(layers.base).format == Some(Format::Raw))?;
+    base.will_be_written();
+    if !base.samples().is_empty() {
+        let (_, open) = segment(store, world, layers, None)?;
+        for sample in base.samples() {
+            let mut bytes = [0; Sample::LEN];
+            let have = open.view.size().saturating_sub(sample.at).min(bytes.len() as u64) as usize;
+            if have > 0 {
+                open.view.read_at(sample.at, &mut bytes[..have])?;
+            }
+            sample.becomes = Some(Digest::of(&bytes));
+        }
+    }
+    Ok(base)
+}
+
+/// Removes from the trash what has not been deleted after all.
+fn take_back(store: &Store, kept: Option<&str>) {
+    if let Some(id) = kept
+        && let Err(error) = store.forget_item(id)
+    {
+        tracing::warn!("{id} is in the trash, and was not deleted after all: {error}");
+    }
 }
 
 /// A job, or why there is none, with the intent that speaks of it.
@@ -128,7 +162,7 @@ fn set_out(
     })();
     match begun {
         Ok((writer, segment, views, children, active)) => {
-            Ok(CommitJob { active, base, writer, intent, is_undoable, segment, views, children })
+            Ok(CommitJob { active, base, writer, intent, is_undoable, segment, views, children, kept: None })
         }
         Err(error) => Err(Box::new((error, intent))),
     }
@@ -159,7 +193,7 @@ impl CommitJob {
         let copied = self.copy(&store, progress);
         let switched = copied.and_then(|()| {
             // From the last look at who uses what until the switch, nobody else changes anything.
-            let lock = store.guard().lock_for_job(&*store.guard_names())?;
+            let lock = finish::lock_for_job(&store, progress)?;
             let world = World::look(&store)?;
             self.still_alone(&world)?;
             progress.settle()?;
@@ -226,7 +260,8 @@ impl CommitJob {
         let between = between.iter().map(find).collect::<Result<Vec<_>>>()?;
         let children = children.iter().map(find).collect::<Result<Vec<_>>>()?;
         let merged: Vec<ImageIndex> = std::iter::once(top).chain(between.iter().copied()).collect();
-        let mut refusals = Vec::new();
+        let mut refusals: Vec<Error> = Vec::new();
+        refusals.extend(merged.iter().chain([&base]).chain(&children).filter_map(|index| world.untouchable(*index)));
         for index in between.iter().chain([&base]) {
             refuse::sharers(world, *index, &merged, &mut refusals);
         }
@@ -240,7 +275,7 @@ impl CommitJob {
 
     /// It ends before the switch: undone where that is possible, else left to be taken up again.
     fn call_back(self, store: &Arc<Store>, progress: &Progress, error: Error) -> Error {
-        let Self { base, writer, intent, is_undoable, active, .. } = self;
+        let Self { base, writer, intent, is_undoable, active, kept, .. } = self;
         if let Some((job, _)) = &active {
             job.set_mirror(None);
         }
@@ -253,6 +288,7 @@ impl CommitJob {
             tracing::error!("{name}: a commit could not be called back properly: {trouble}");
         }
         if is_undoable && !progress.is_stopped() {
+            take_back(store, kept.as_deref());
             return match finish::forget(store, intent) {
                 Ok(()) => error,
                 Err(trouble) => error.within(format!("{trouble}, and")),
@@ -271,7 +307,7 @@ impl CommitJob {
 
     /// Makes base what everybody stands on. From its first step on there is no way back.
     fn switch(self, engine: &Engine, world: &World, lock: Claim) -> Result<()> {
-        let Self { base, writer, intent, active, views, segment, children, is_undoable } = self;
+        let Self { base, writer, intent, active, views, segment, children, is_undoable, kept: _ } = self;
         let publish = || if is_undoable { writer.publish() } else { writer.close() };
         // Nobody of us needs base as it was any more.
         drop((views, segment));
@@ -327,18 +363,34 @@ impl CommitJob {
     }
 }
 
+/// What is left of a commit that was cut off; every refusal is asked again. Nothing is changed.
+pub(in crate::ops) fn examine(world: &World, intent: &Intent) -> Result<Finish> {
+    let state = finish::commit_state(world, intent)?;
+    let mut refusals = Vec::new();
+    match &state {
+        Finish::Copied => refuse::rest(world, &intent.deed, &mut refusals),
+        Finish::NotCopied(layers) => refuse::refusals(world, layers, &finish::terms(intent), &mut refusals),
+    }
+    finish::first(refusals)?;
+    Ok(state)
+}
+
 /// Takes up a commit that was cut off. `Ok(None)`: all that was left to do has been done.
-pub(in crate::ops) fn resume(engine: &Engine, intent: OwnedIntent, tokens: &mut Tokens) -> Result<Option<CommitJob>> {
+pub(in crate::ops) fn resume(
+    engine: &Engine,
+    intent: OwnedIntent,
+    lock: Claim,
+    tokens: &mut Tokens,
+) -> Result<Option<CommitJob>> {
     let store = engine.store();
-    let lock = store.guard().lock(&*store.guard_names())?;
-    let world = World::look(store)?;
-    match finish::commit_state(&world, &intent.intent)? {
+    let world = World::look_for(store, &intent.name)?;
+    match examine(&world, &intent.intent)? {
         Finish::Copied => finish::commit(engine, intent, lock, Vec::new()).map(|()| None),
         Finish::NotCopied(layers) => {
             let path = intent.intent.chain.clone();
             tokens.extend(&world.chains_of(&[layers.top]))?;
             finish::repair_leaks(store, &world, layers.base)?;
-            let world = World::look(store)?;
+            let world = World::look_for(store, &intent.name)?;
             let base = store.take_image(&world.catalog, layers.base)?;
             set_out(engine, &world, &path, &layers, base, intent).map(Some).map_err(|failed| failed.0)
         }

@@ -24,7 +24,7 @@ use super::plan::{Plan, PlanLayer};
 use super::request::CommitRequest;
 use super::world::{Chain, World, beside};
 
-pub(super) use job::{CommitJob, begin, begin_with, resume};
+pub(super) use job::{CommitJob, begin, begin_with, examine, resume};
 
 /// What a commit concerns, by index in one catalog.
 #[derive(Clone, Debug)]
@@ -43,6 +43,8 @@ pub(super) struct Layers {
     is_active: bool,
     /// Whether base gets top's name, under which everybody finds it who stood on top.
     takes_name: bool,
+    /// Whether that is how base is deleted.
+    is_deletion: bool,
 }
 
 impl Layers {
@@ -86,6 +88,7 @@ fn layers(world: &World, chain: &Chain, request: &CommitRequest) -> Result<Layer
         chain: views.layers.clone(),
         is_active,
         takes_name: is_active,
+        is_deletion: false,
     })
 }
 
@@ -102,6 +105,7 @@ pub(super) fn fall_onto(world: &World, chain: &Chain, depth: usize) -> Layers {
         chain: views.layers.clone(),
         is_active: depth == 1 && views.active().is_some(),
         takes_name: true,
+        is_deletion: true,
     }
 }
 
@@ -151,7 +155,35 @@ pub(super) fn plan_of(engine: &Engine, world: &World, chain: &Chain, layers: &La
     plan.after = after(&plan, layers, request);
     let changed: Vec<ImageIndex> = layers.segment().into_iter().chain([layers.base]).collect();
     finish::note_trash(world, &changed, &mut plan);
+    note_what_is_not_kept(world, chain, layers, &mut plan);
     plan
+}
+
+/// Says what of all that is no longer shown does not go to the trash, where the store has one, and why.
+fn note_what_is_not_kept(world: &World, chain: &Chain, layers: &Layers, plan: &mut Plan) {
+    let base = world.image(layers.base);
+    if plan.invalid.is_empty() || !world.store.has_trash() {
+        return;
+    }
+    let mut lost = plan.invalid.clone();
+    if layers.is_deletion && world.store.can_keep_copy(base) {
+        let kept = finish::line(world, chain, layers.base).name;
+        lost.retain(|name| *name != kept);
+        plan.notes.push(format!("{} goes to the trash, as a copy that shares its blocks", base.shown()));
+    }
+    if lost.is_empty() {
+        return;
+    }
+    let names: Vec<_> = lost.iter().map(|name| String::from_utf8_lossy(name)).collect();
+    let reason = match (layers.is_deletion, lost.len()) {
+        (true, 1) => {
+            "its file takes the bytes of what stands on it, and this file system shares no blocks between \
+                      files, which would keep it free of cost; method=pull keeps it"
+        }
+        (true, _) => "internal snapshots go with the file that is changed; method=pull keeps them",
+        (false, _) => "what is merged into stays in its place, with other bytes; take a clone of what you need",
+    };
+    plan.notes.push(format!("{}{}: {reason}", finish::NOT_KEPT, names.join(", ")));
 }
 
 /// What is merged, and what keeps it open: seen through top, which is shown throughout; what lies between by itself is
@@ -228,6 +260,6 @@ impl Layers {
         let below = chain[depth + 1..].to_vec();
         let takes_name = rename.is_some();
         let is_active = takes_name && world.is_active_disk(top);
-        Some(Self { chain, top, base, between, children, below, is_active, takes_name })
+        Some(Self { chain, top, base, between, children, below, is_active, takes_name, is_deletion: false })
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::error::{Error, ErrorKind};
 use crate::image::HeaderChange;
 use crate::io::directory_of;
-use crate::store::{Format, ImageIndex, shown};
+use crate::store::{Deed, Format, ImageIndex, shown};
 
 use super::super::engine::Engine;
 use super::super::finish;
@@ -63,6 +63,17 @@ pub(super) fn refusals(world: &World, layers: &Layers, request: &CommitRequest, 
             finish::taken(world, &path, refusals);
         }
     }
+}
+
+/// What keeps the rest from being done of a commit whose copy is whole: what is to be written or removed has to be ours to
+/// change, still.
+pub(super) fn rest(world: &World, deed: &Deed, refusals: &mut Vec<Error>) {
+    let Deed::Commit { top, base, between, children, rename, .. } = deed else { return };
+    let base = world.find(base);
+    let is_left = |index: &ImageIndex| rename.is_none() && world.stands_on(*index) != base;
+    let children = children.iter().filter_map(|named| world.find(named)).filter(is_left);
+    let merged = std::iter::once(top).chain(between).filter_map(|named| world.find(named));
+    refusals.extend(children.chain(merged).filter_map(|index| world.untouchable(index)));
 }
 
 /// What keeps a base from taking top's place.

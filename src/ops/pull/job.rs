@@ -20,10 +20,10 @@ use super::super::board::{Progress, Tokens};
 use super::super::copy::PIECE;
 use super::super::engine::Engine;
 use super::super::finish;
-use super::super::request::PullRequest;
+use super::super::request::{CommitRequest, PullRequest};
 use super::super::world::World;
 use super::fill::Both;
-use super::{Filling, Layers, plan};
+use super::{Filling, Layers, plan, refuse};
 
 /// A pull that was accepted.
 pub(in crate::ops) struct PullJob {
@@ -69,6 +69,7 @@ pub(in crate::ops) fn begin(
     if layers.into.is_empty() {
         return Ok(None);
     }
+    tokens.notes.extend(finish::not_kept(plan.notes));
     begin_with(engine, &world, lock, path, &layers, command, tokens).map(Some)
 }
 
@@ -84,12 +85,11 @@ pub(in crate::ops) fn begin_with(
 ) -> Result<PullJob> {
     let store = engine.store();
     tokens.extend(&world.chains_of(&layers.touched()))?;
-    let named = |indices: &[ImageIndex]| indices.iter().map(|index| world.named(*index)).collect::<Vec<Named>>();
     let deed = Deed::Pull {
-        into: named(&layers.into),
-        base: layers.base.map(|base| world.named(base)),
-        remove: named(&layers.remove),
-        between: named(&layers.between),
+        into: world.witnesses(&layers.into, false)?,
+        base: layers.base.map(|base| world.witness(base, false)).transpose()?,
+        remove: world.witnesses(&layers.remove, true)?,
+        between: world.witnesses(&layers.between, false)?,
     };
     let ready = open(store, world, layers)?;
     let name = engine.intent_name();
@@ -162,8 +162,8 @@ impl PullJob {
     /// Does it.
     pub(in crate::ops) fn run(self, engine: &Engine, progress: &Progress) -> Result<()> {
         let store = Arc::clone(engine.store());
-        let filled = self.fill(&store, progress).and_then(|()| progress.settle());
-        match filled.and_then(|()| self.ready_to_switch(&store)) {
+        let filled = self.fill(&store, progress);
+        match filled.and_then(|()| self.ready_to_switch(&store, progress)) {
             Ok((lock, world)) => self.switch(engine, lock, &world),
             Err(error) => {
                 // What was copied changes nothing, and may stay.
@@ -210,13 +210,17 @@ impl PullJob {
     }
 
     /// The last look, and the mark on what will be left alone. Nothing has changed for anybody by then.
-    fn ready_to_switch(&self, store: &Arc<Store>) -> Result<(Claim, World)> {
-        let lock = store.guard().lock_for_job(&*store.guard_names())?;
+    fn ready_to_switch(&self, store: &Arc<Store>, progress: &Progress) -> Result<(Claim, World)> {
+        let lock = finish::lock_for_job(store, progress)?;
         let world = World::look(store)?;
         let Deed::Pull { into, base, remove, between } = &self.intent.intent.deed else {
             unreachable!("the intent of a pull")
         };
-        into.iter().chain(base).try_for_each(|named| world.expect(named).map(drop))?;
+        for named in into {
+            world.untouchable(world.expect(named)?).map_or(Ok(()), Err)?;
+        }
+        base.iter().try_for_each(|named| world.expect(named).map(drop))?;
+        progress.settle()?;
         freeze_left(store, &world, into, remove, between)?;
         Ok((lock, world))
     }
@@ -318,20 +322,43 @@ fn clean_up(engine: &Engine, intent: OwnedIntent, lock: Claim, before: &Catalog)
     finish::end(store, intent, lock).and(removed)
 }
 
-/// Takes up a pull that was cut off. `Ok(None)`: all that was left to do has been done.
-pub(in crate::ops) fn resume(engine: &Engine, intent: OwnedIntent, tokens: &mut Tokens) -> Result<Option<PullJob>> {
-    let store = engine.store();
-    let lock = store.guard().lock_for_job(&*store.guard_names())?;
-    let world = World::look(store)?;
-    let found = match find(&world, &intent.intent.deed) {
-        Ok(found) => found,
-        Err(error) => {
-            // No view has changed, and none will: what others have done to the chain stands.
-            finish::end(store, intent, lock)?;
-            return Err(error);
+/// What is left of a pull that was cut off; every refusal is asked again. Nothing is changed.
+pub(in crate::ops) fn examine(world: &World, intent: &Intent) -> Result<Option<Layers>> {
+    let found = find(world, &intent.deed)?;
+    let mut refusals = Vec::new();
+    match &found {
+        Some(layers) => refuse(world, layers, &terms(intent), &mut refusals),
+        None => {
+            let Deed::Pull { remove, .. } = &intent.deed else { unreachable!("the intent of a pull") };
+            let left = remove.iter().filter_map(|named| world.find(named));
+            refusals.extend(left.filter_map(|index| world.untouchable(index)));
         }
-    };
-    let Some(layers) = found else {
+    }
+    finish::first(refusals)?;
+    Ok(found)
+}
+
+/// What the command said of what may be lost.
+fn terms(intent: &Intent) -> PullRequest {
+    let CommitRequest { discard_internal, discard_bitmaps, .. } = finish::terms(intent);
+    PullRequest { discard_internal, discard_bitmaps, ..PullRequest::default() }
+}
+
+/// Takes up a pull that was cut off. `Ok(None)`: all that was left to do has been done.
+pub(in crate::ops) fn resume(
+    engine: &Engine,
+    intent: OwnedIntent,
+    lock: Claim,
+    tokens: &mut Tokens,
+) -> Result<Option<PullJob>> {
+    let store = engine.store();
+    let world = World::look_for(store, &intent.name)?;
+    if let Err(error) = find(&world, &intent.intent.deed) {
+        // No view has changed, and none will: what others have done to the chain stands.
+        finish::end(store, intent, lock)?;
+        return Err(error);
+    }
+    let Some(layers) = examine(&world, &intent.intent)? else {
         let Deed::Pull { into, remove, between, .. } = &intent.intent.deed else {
             unreachable!("the intent of a pull")
         };

@@ -22,7 +22,7 @@ use super::request::PullRequest;
 use super::world::{Chain, World};
 
 pub(super) use fill::Filling;
-pub(super) use job::{PullJob, begin, begin_with, resume};
+pub(super) use job::{PullJob, begin, begin_with, examine, resume};
 
 /// What a pull concerns, by index in one catalog. Nothing is filled if all is as it should be already.
 #[derive(Clone, Debug, Default)]
@@ -139,7 +139,32 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &PullRe
 /// The same for what has been found out already, but for the chain afterwards; of the request only its flags count.
 pub(super) fn plan_of(engine: &Engine, world: &World, chain: &Chain, layers: &Layers, request: &PullRequest) -> Plan {
     let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
-    let refusals = &mut plan.refusals;
+    refuse(world, layers, request, &mut plan.refusals);
+    if let Some(first) = layers.into.first().filter(|_| !layers.below.is_empty()) {
+        let store = engine.store();
+        let counted = store.open_view(&world.catalog, &layers.below, ViewPart::Active, false).and_then(|open| {
+            let frozen = store.part_of(&open.view, 0, layers.between.len());
+            Segment { live: None, frozen }.data_len()
+        });
+        finish::count(world, *first, counted.map(|bytes| bytes * layers.into.len() as u64), &mut plan);
+        let fact = "bytes that the layer holds itself are not copied; how many these are shows as it goes on";
+        plan.notes.push(fact.into());
+    }
+    plan.removed = layers.remove.iter().map(|index| world.image(*index).place.path.clone()).collect();
+    plan.invalid = finish::views_of(chain, layers.remove.iter().copied());
+    let is_far = |index: &&ImageIndex| !world.store.keeps_trash(world.image(**index).stat.id.device);
+    if world.store.has_trash() {
+        plan.notes.extend(layers.remove.iter().filter(is_far).map(|index| {
+            let fact = "lies on another file system than the store's own directory";
+            format!("{}{}: it {fact}", finish::NOT_KEPT, world.image(*index).shown())
+        }));
+    }
+    plan.after.clone_from(&plan.before);
+    plan
+}
+
+/// Everything that keeps a pull from being done.
+fn refuse(world: &World, layers: &Layers, request: &PullRequest, refusals: &mut Vec<Error>) {
     let is_leaf = |index: &ImageIndex| world.image(*index).users.is_empty();
     if !layers.into.iter().all(is_leaf) || !layers.remove.is_empty() {
         refusals.extend(world.unguarded());
@@ -166,18 +191,4 @@ pub(super) fn plan_of(engine: &Engine, world: &World, chain: &Chain, layers: &La
     }
     finish::inner_snapshots(world, layers.remove.iter().copied(), request.discard_internal, refusals);
     finish::bitmaps(world, layers.remove.iter().copied(), request.discard_bitmaps, refusals);
-    if let Some(first) = layers.into.first().filter(|_| !layers.below.is_empty()) {
-        let store = engine.store();
-        let counted = store.open_view(&world.catalog, &layers.below, ViewPart::Active, false).and_then(|open| {
-            let frozen = store.part_of(&open.view, 0, layers.between.len());
-            Segment { live: None, frozen }.data_len()
-        });
-        finish::count(world, *first, counted.map(|bytes| bytes * layers.into.len() as u64), &mut plan);
-        let fact = "bytes that the layer holds itself are not copied; how many these are shows as it goes on";
-        plan.notes.push(fact.into());
-    }
-    plan.removed = layers.remove.iter().map(|index| world.image(*index).place.path.clone()).collect();
-    plan.invalid = finish::views_of(chain, layers.remove.iter().copied());
-    plan.after.clone_from(&plan.before);
-    plan
 }

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use crate::format::Snapshot;
-use crate::io::{Holder, WRITER_BYTE, all_lock_holders, probe_writer};
+use crate::io::{FileId, Holder, WRITER_BYTE, all_lock_holders, probe_writer};
 use crate::report::safe;
 use crate::report::tree::{Forest, Kind, Mark, Tree, TreeNode};
 use crate::store::{ACTIVE, Below, Catalog, Content, Deed, Format, FoundIntent, ImageEntry, ImageIndex, Store, shown};
@@ -187,21 +187,21 @@ pub fn locked_text(store: &Store, catalog: &Catalog) -> String {
     written.iter().filter_map(line).collect()
 }
 
-/// What is being done to images, or was begun, by inode.
-fn begun(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> HashMap<u64, String> {
+/// What is being done to images, or was begun.
+fn begun(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> HashMap<FileId, String> {
     let flag = |found: &FoundIntent| {
         let changed = match &found.intent.deed {
-            Deed::Snapshot { .. } | Deed::Copy { .. } => None,
+            Deed::Snapshot { .. } | Deed::Copy { .. } | Deed::Unknown => None,
             Deed::Commit { base, .. } => Some(base),
             Deed::Pull { into, .. } => into.first(),
             Deed::Shrink { image, .. } => Some(image),
         };
-        let inode = changed?.inode;
+        let file = changed?.file.id;
         let verb = found.intent.command.split(' ').next().unwrap_or_default();
         let share = shares(&found.intent.chain);
         let is_at_work = share.is_some() || store.guard().is_owned(found);
         let share = share.map(|percent| format!(" {percent} %")).unwrap_or_default();
-        Some((inode, if is_at_work { format!("job: {verb}{share}") } else { format!("unfinished: {verb}") }))
+        Some((file, if is_at_work { format!("job: {verb}{share}") } else { format!("unfinished: {verb}") }))
     };
     catalog.intents.iter().filter_map(flag).collect()
 }
@@ -209,7 +209,7 @@ fn begun(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> HashMap<u64, 
 struct Drawing<'a> {
     store: &'a Store,
     catalog: &'a Catalog,
-    begun: &'a HashMap<u64, String>,
+    begun: &'a HashMap<FileId, String>,
     placed: &'a [Placed],
 }
 
@@ -330,7 +330,7 @@ impl Drawing<'_> {
         flag(header.is_some_and(|header| header.corrupt()), "corrupt");
         flag(header.is_some_and(|header| header.dirty()), "dirty");
         flag(image.qcow2().is_some_and(|qcow2| qcow2.snapshot_problem.is_some()), "bad snapshot table");
-        flags.extend(self.begun.get(&image.stat.id.inode).cloned());
+        flags.extend(self.begun.get(&image.stat.id).cloned());
         let data_blocks = image.data_file.as_ref().map_or(0, |(_, stat)| stat.blocks);
         TreeNode {
             date: Some(date(image)),

@@ -1,0 +1,197 @@
+//! Which files an intent that somebody has left speaks of.
+//!
+//! Promises: a file is bound to a name of the intent only if it is proven to be the one that was meant; what cannot
+//! be is said. In the store where the intent was written that is the file's identity and, before anything is done, its
+//! evidence; in a store that was copied as a whole it is one of the names that the command gives it, and the evidence.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::ErrorKind;
+use crate::io::{FileId, Identity, Root};
+
+use super::catalog::shown;
+use super::intents::{Deed, Intent, NewTop};
+use super::scan::SPOILT;
+use super::witness::{Allowed, Named};
+
+/// What was found of a file that an intent names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Finding {
+    /// It is there, by that name.
+    Here(PathBuf),
+    /// No file that could be it has any of its names.
+    Gone(PathBuf),
+    /// Nobody can tell: a sentence.
+    Doubt(String),
+}
+
+impl Finding {
+    /// Why nobody can tell, if so.
+    pub fn into_doubt(self) -> Option<String> {
+        match self {
+            Self::Doubt(sentence) => Some(sentence),
+            Self::Here(_) | Self::Gone(_) => None,
+        }
+    }
+}
+
+/// A file of an intent, by which names it may go by, and what may have become of it.
+struct Wanted<'a> {
+    named: &'a mut Named,
+    names: Vec<PathBuf>,
+    allowed: Allowed,
+}
+
+/// No file has it.
+const NOBODY: Identity = Identity { id: FileId { device: 0, inode: 0 }, birth: None };
+
+/// Finds the files of an intent, and notes in it which they are. `thoroughly`: evidence is asked for also where
+/// identity could be enough.
+pub(super) fn bind(root: &Root, intent: &mut Intent, is_copied: bool, thoroughly: bool) -> Vec<Finding> {
+    let mut wanted = wanted(&mut intent.deed);
+    if is_copied {
+        return bind_copies(root, &mut wanted);
+    }
+    let mut findings = Vec::new();
+    for Wanted { named, names, allowed } in &mut wanted {
+        let here = names.iter().find_map(|name| {
+            let found = root.identify(name).ok()?;
+            is_same(&named.file, &found).then_some((name, found))
+        });
+        let Some((name, found)) = here else {
+            findings.push(Finding::Gone(named.path.clone()));
+            continue;
+        };
+        named.file = found;
+        let against = if thoroughly { against(root, name, named, *allowed) } else { None };
+        findings.push(against.map_or_else(|| Finding::Here(name.clone()), Finding::Doubt));
+    }
+    findings
+}
+
+/// Whether a file that is met is the one of which a note was kept. A device may go by another number after the next
+/// start of the machine.
+fn is_same(noted: &Identity, found: &Identity) -> bool {
+    match (noted.birth, found.birth) {
+        (Some(noted_birth), Some(birth)) => noted.id.inode == found.id.inode && noted_birth == birth,
+        _ => noted.id == found.id,
+    }
+}
+
+/// Why the file at `name` is not proven to be the one that is meant, if so.
+fn against(root: &Root, name: &Path, named: &Named, allowed: Allowed) -> Option<String> {
+    let Some(evidence) = &named.evidence else { return Some(format!("nothing is known of {}", shown(name))) };
+    match evidence.against(root, name, allowed) {
+        Ok(None) => None,
+        Ok(Some(fact)) => Some(format!("{} {fact}", shown(name))),
+        Err(error) => Some(format!("{} cannot be looked at: {error}", shown(name))),
+    }
+}
+
+fn bind_copies(root: &Root, wanted: &mut [Wanted<'_>]) -> Vec<Finding> {
+    // Each file that is there, by its name, and what speaks against it.
+    let candidates: Vec<Vec<(PathBuf, Identity, Option<String>)>> = wanted
+        .iter()
+        .map(|Wanted { named, names, allowed }| {
+            let look = |name: &PathBuf| match root.identify(name) {
+                Ok(found) => {
+                    let allowed = Allowed { any_time: true, ..*allowed };
+                    Some((name.clone(), found, against(root, name, named, allowed)))
+                }
+                Err(error) if error.kind() == ErrorKind::NotFound => None,
+                Err(error) => Some((name.clone(), NOBODY, Some(error.to_string()))),
+            };
+            names.iter().filter_map(look).collect()
+        })
+        .collect();
+    let proven = |candidates: &[(PathBuf, Identity, Option<String>)]| {
+        let mut files: Vec<(PathBuf, Identity)> = Vec::new();
+        for (name, found, against) in candidates {
+            if against.is_none() && files.iter().all(|(_, known)| known != found) {
+                files.push((name.clone(), *found));
+            }
+        }
+        files
+    };
+    let meant: Vec<Identity> = wanted.iter().map(|wanted| wanted.named.file).collect();
+    let all: Vec<Vec<(PathBuf, Identity)>> = candidates.iter().map(|found| proven(found)).collect();
+    let mut findings = Vec::new();
+    for (number, Wanted { named, .. }) in wanted.iter_mut().enumerate() {
+        let path = named.path.clone();
+        let others = || (0..meant.len()).filter(|other| meant[*other] != meant[number]);
+        let is_anothers = |found: &Identity| others().any(|other| all[other].iter().any(|(_, known)| known == found));
+        let finding = match all[number].as_slice() {
+            [(name, found)] if !is_anothers(found) => {
+                named.file = *found;
+                findings.push(Finding::Here(name.clone()));
+                continue;
+            }
+            [] => {
+                let strange = candidates[number].iter().find(|(_, found, _)| !is_anothers(found));
+                match strange.and_then(|(_, _, against)| against.clone()) {
+                    None => Finding::Gone(path),
+                    Some(against) => Finding::Doubt(format!("the store was copied, and {against}")),
+                }
+            }
+            [(name, _)] => Finding::Doubt(format!("{} could be either of two files of the command", shown(name))),
+            [(one, _), (other, _), ..] => {
+                let fact = "could both be the one that was meant; remove the one that is not";
+                Finding::Doubt(format!("{} and {} {fact}", shown(one), shown(other)))
+            }
+        };
+        named.file = NOBODY;
+        findings.push(finding);
+    }
+    findings
+}
+
+fn wanted(deed: &mut Deed) -> Vec<Wanted<'_>> {
+    let as_it_was = Allowed::default();
+    let grown = Allowed { growth: true, ..as_it_was };
+    let mut all = Vec::new();
+    let mut want = |named, more: Vec<PathBuf>, allowed| {
+        let named: &mut Named = named;
+        // What lies outside of the store is never changed, nor copied with it.
+        if !named.path.is_absolute() {
+            let names = std::iter::once(named.path.clone()).chain(more).collect();
+            all.push(Wanted { named, names, allowed });
+        }
+    };
+    match deed {
+        Deed::Snapshot { disks, .. } => {
+            for NewTop { old, frozen, overlay, name, backing } in disks {
+                want(old, vec![frozen.clone()], Allowed { any_size: true, ..as_it_was });
+                want(overlay, vec![name.clone()], grown);
+                backing.iter_mut().for_each(|named| want(named, Vec::new(), Allowed { backing: true, ..grown }));
+            }
+        }
+        Deed::Commit { top, base, between, children, keep, rename, .. } => {
+            want(top, Vec::new(), Allowed { backing: *keep, growth: rename.is_some(), ..as_it_was });
+            want(base, rename.iter().cloned().collect(), grown);
+            for named in between {
+                let spoilt = spoilt_name(&named.path);
+                want(named, vec![spoilt], as_it_was);
+            }
+            children.iter_mut().for_each(|child| want(child, Vec::new(), Allowed { backing: true, ..grown }));
+        }
+        Deed::Pull { into, base, remove, between } => {
+            into.iter_mut().for_each(|named| want(named, Vec::new(), Allowed { backing: true, ..grown }));
+            base.iter_mut()
+                .for_each(|named| want(named, Vec::new(), Allowed { backing: true, any_size: true, ..grown }));
+            remove.iter_mut().for_each(|named| want(named, Vec::new(), as_it_was));
+            between.iter_mut().for_each(|named| want(named, Vec::new(), grown));
+        }
+        Deed::Copy { draft, .. } => want(draft, Vec::new(), grown),
+        Deed::Shrink { image, .. } => want(image, Vec::new(), Allowed { any_size: true, ..as_it_was }),
+        Deed::Unknown => {}
+    }
+    all
+}
+
+/// What a layer is called that shows nothing any more.
+fn spoilt_name(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".");
+    name.push(SPOILT);
+    path.with_file_name(name)
+}

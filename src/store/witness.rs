@@ -1,0 +1,417 @@
+//! Which file a note of the store speaks of, and how that is proven of a file which is met later.
+//!
+//! Promises: a file counts as the one that was named only if device, inode and birth agree, and what the note has kept of
+//! its content as well; in a store that was copied as a whole, where none of the former can, the name and the content.
+//! The evidence is what no step of the command itself changes: the shape of a qcow2 image and what it stands on, the
+//! tables of a layer that nobody writes, a few sectors of a raw one with what the command will make of them.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{SeekFrom, seek};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Header, Version};
+use crate::io::{FileId, FileStat, Identity, Root, read_full};
+
+use super::describe::{Content, describe};
+use super::intents::encoded;
+use super::options::Format;
+
+/// Sectors of a raw file that are looked at.
+const SAMPLES: u64 = 24;
+const SECTOR: usize = 512;
+/// Bytes of a table that are read at once.
+const PIECE: u64 = 1 << 20;
+
+/// A file that a note speaks of, by name and identity.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Named {
+    /// Its path beneath the guarded directory.
+    #[serde(with = "encoded")]
+    pub path: PathBuf,
+    /// Which file it is: a name, and a number, can be given to another one.
+    #[serde(with = "identity")]
+    pub file: Identity,
+    /// By what of its content it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<Evidence>,
+}
+
+/// What is known of a file's content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "format", rename_all = "lowercase")]
+pub enum Evidence {
+    /// A qcow2 image.
+    Qcow2 {
+        /// Bytes of its disk.
+        size: u64,
+        /// Digest of what never changes in its header.
+        shape: Digest,
+        /// Digest of the name and format of its backing file.
+        backing: Digest,
+        /// Digest of its L1 table, if nobody writes it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tables: Option<Digest>,
+        /// Whether it bears a mark of being frozen.
+        is_frozen: bool,
+        /// When it was written last, if nobody writes it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        written: Option<Moment>,
+    },
+    /// A raw image.
+    Raw {
+        /// Bytes of the file.
+        size: u64,
+        /// A few sectors of it; none if guests write it.
+        samples: Vec<Sample>,
+        /// When it was written last, if nobody writes it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        written: Option<Moment>,
+    },
+}
+
+/// A time of a file, in nanoseconds since 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Moment(i64);
+
+impl Moment {
+    fn of((seconds, nanoseconds): (i64, u32)) -> Self {
+        Self(seconds.saturating_mul(1_000_000_000).saturating_add(i64::from(nanoseconds)))
+    }
+}
+
+/// One sector of a raw image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Where it is.
+    pub at: u64,
+    /// Digest of its bytes.
+    pub was: Digest,
+    /// Digest of those that the command will put there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub becomes: Option<Digest>,
+}
+
+/// A digest that is the same on every machine and in every version (FNV-1a). Nobody gains anything by forging one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Digest(u64);
+
+impl Digest {
+    /// Of these bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self::EMPTY.and(bytes)
+    }
+
+    const EMPTY: Self = Self(0xcbf2_9ce4_8422_2325);
+
+    fn and(self, bytes: &[u8]) -> Self {
+        Self(bytes.iter().fold(self.0, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)))
+    }
+}
+
+impl Serialize for Digest {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.serialize_str(&format!("{:016x}", self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Digest {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        u64::from_str_radix(&text, 16).map(Self).map_err(|_| serde::de::Error::custom("a digest that is no number"))
+    }
+}
+
+/// An identity as text: `device:inode:birth` in hexadecimal digits, `-` for a birth that is not known.
+pub(super) mod identity {
+    use super::{Deserialize, Deserializer, FileId, Identity, Serializer};
+
+    pub(super) fn text(identity: &Identity) -> String {
+        let birth = identity
+            .birth
+            .map_or("-".to_owned(), |(seconds, nanoseconds)| format!("{:x}.{nanoseconds:x}", seconds.cast_unsigned()));
+        format!("{:x}:{:x}:{birth}", identity.id.device, identity.id.inode)
+    }
+
+    pub(super) fn parse(text: &str) -> Option<Identity> {
+        let number = |text: &str| u64::from_str_radix(text, 16).ok();
+        let mut parts = text.split(':');
+        let (device, inode, birth) = (parts.next()?, parts.next()?, parts.next()?);
+        let birth = match birth.split_once('.') {
+            None if birth == "-" => None,
+            None => return None,
+            Some((seconds, nanoseconds)) => {
+                Some((number(seconds)?.cast_signed(), u32::from_str_radix(nanoseconds, 16).ok()?))
+            }
+        };
+        let id = FileId { device: number(device)?, inode: number(inode)? };
+        parts.next().is_none().then_some(Identity { id, birth })
+    }
+
+    pub(crate) fn serialize<S: Serializer>(identity: &Identity, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&text(identity))
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Identity, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        parse(&text).ok_or_else(|| serde::de::Error::custom("an identity that is not device:inode:birth"))
+    }
+}
+
+/// What may have become of a file since its evidence was taken.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Allowed {
+    /// It may stand on something else.
+    pub(super) backing: bool,
+    /// Its disk may have grown.
+    pub(super) growth: bool,
+    /// Its disk may have another size.
+    pub(super) any_size: bool,
+    /// It is a copy, of which the file system knows other times.
+    pub(super) any_time: bool,
+}
+
+impl Named {
+    /// A file by its identity alone.
+    pub fn known(path: PathBuf, file: Identity) -> Self {
+        Self { path, file, evidence: None }
+    }
+
+    /// The file at `path` beneath `root`, with evidence. `fixed`: nobody writes it until the command is done, which
+    /// itself writes at most its header.
+    pub fn witness(root: &Root, path: &Path, format: Format, fixed: bool) -> Result<Self> {
+        let file = root.open_file(path)?;
+        let evidence = evidence(&file, path, format, fixed)?;
+        Ok(Self { path: path.to_path_buf(), file: Identity::of(&file)?, evidence: Some(evidence) })
+    }
+
+    /// Whether both speak of one file by one name.
+    pub fn is(&self, other: &Self) -> bool {
+        self.path == other.path && self.file.is(&other.file)
+    }
+
+    /// Whether the file at `path` beneath `root` is this one, by its identity.
+    pub(crate) fn is_at(&self, root: &Root, path: &Path) -> bool {
+        root.identify(path).is_ok_and(|found| found.is(&self.file))
+    }
+
+    /// Notes that the command is going to write it.
+    pub fn will_be_written(&mut self) {
+        match &mut self.evidence {
+            Some(Evidence::Raw { written, .. } | Evidence::Qcow2 { written, .. }) => *written = None,
+            None => {}
+        }
+    }
+
+    /// The sectors of a raw image that are looked at, to be told what they will become.
+    pub(crate) fn samples(&mut self) -> &mut [Sample] {
+        match &mut self.evidence {
+            Some(Evidence::Raw { samples, .. }) => samples,
+            _ => &mut [],
+        }
+    }
+}
+
+impl Sample {
+    /// Bytes of a sample.
+    pub(crate) const LEN: usize = SECTOR;
+}
+
+fn evidence(file: &OwnedFd, path: &Path, format: Format, fixed: bool) -> Result<Evidence> {
+    let signature = FileStat::of(file)?.signature;
+    let (len, written) = (signature.size, fixed.then_some(Moment::of(signature.mtime)));
+    if format == Format::Raw {
+        let samples = if fixed { samples(file, len)? } else { Vec::new() };
+        return Ok(Evidence::Raw { size: len, samples, written });
+    }
+    let header = header(file, len)?.ok_or_else(|| {
+        Error::new(ErrorKind::Stale, format!("{} is no qcow2 image any more; look at it again", path.display()))
+    })?;
+    let tables = if fixed { Some(tables(file, &header)?) } else { None };
+    let (size, is_frozen) = (header.virtual_size, header.frozen.is_some());
+    Ok(Evidence::Qcow2 { size, shape: shape(&header), backing: backing(&header), tables, is_frozen, written })
+}
+
+fn header(file: &OwnedFd, len: u64) -> Result<Option<std::sync::Arc<Header>>> {
+    Ok(match describe(file, len)? {
+        Content::Qcow2(qcow2) => Some(std::sync::Arc::clone(&qcow2.header)),
+        Content::Plain | Content::Foreign(_) | Content::Malformed(_) | Content::Unseen => None,
+    })
+}
+
+/// What no command changes in a header.
+fn shape(header: &Header) -> Digest {
+    let data_file = header.data_file.as_ref().and_then(|file| file.name.as_deref());
+    let numbers = [
+        u8::from(header.version == Version::V3),
+        header.cluster.bits() as u8,
+        header.refcount_order as u8,
+        u8::from(header.extended_l2()),
+        u8::from(header.encryption.is_some()),
+        u8::from(header.data_file.is_some()),
+    ];
+    Digest::of(&numbers).and(data_file.unwrap_or_default())
+}
+
+fn backing(header: &Header) -> Digest {
+    let Some(backing) = &header.backing else { return Digest::EMPTY };
+    let format = backing.format.as_deref().unwrap_or_default();
+    Digest::of(&backing.name).and(&[0]).and(format.as_bytes())
+}
+
+fn tables(file: &OwnedFd, header: &Header) -> Result<Digest> {
+    let (mut digest, len) = (Digest::EMPTY, header.l1.len_bytes());
+    let mut at = 0;
+    while at < len {
+        let mut bytes = vec![0; PIECE.min(len - at) as usize];
+        let read = read_full(file, header.l1.offset.0 + at, &mut bytes);
+        let read = read.map_err(|error| Error::io("reading its L1 table", error))?;
+        digest = digest.and(&bytes[..read]);
+        at += bytes.len() as u64;
+    }
+    Ok(digest)
+}
+
+fn samples(file: &OwnedFd, len: u64) -> Result<Vec<Sample>> {
+    let sectors = len.div_ceil(SECTOR as u64);
+    let mut places: Vec<u64> = (0..SAMPLES.min(sectors)).map(|n| sectors * n / SAMPLES.min(sectors)).collect();
+    places.extend(sectors.checked_sub(1));
+    let mut found: Vec<Sample> = Vec::new();
+    for place in places {
+        let place = place * SECTOR as u64;
+        // Where there is data it tells more than a hole does.
+        let data = seek(file, SeekFrom::Data(place)).ok().filter(|data| *data < len);
+        let at = data.map_or(place, |data| data / SECTOR as u64 * SECTOR as u64);
+        if found.iter().all(|sample| sample.at != at) {
+            found.push(Sample { at, was: sector(file, at)?, becomes: None });
+        }
+    }
+    Ok(found)
+}
+
+/// The digest of a sector; behind the end of the file are zeroes.
+fn sector(file: &OwnedFd, at: u64) -> Result<Digest> {
+    let mut bytes = [0; SECTOR];
+    read_full(file, at, &mut bytes).map_err(|error| Error::io("reading a sector of it", error))?;
+    Ok(Digest::of(&bytes))
+}
+
+impl Evidence {
+    /// What speaks against the file at `path` being the one of which this was kept, to follow its name; `None` if
+    /// nothing does.
+    pub(super) fn against(&self, root: &Root, path: &Path, allowed: Allowed) -> Result<Option<&'static str>> {
+        let file = root.open_file(path)?;
+        let signature = FileStat::of(&file)?.signature;
+        let len = signature.size;
+        let is_time = |written: &Option<Moment>| {
+            allowed.any_time || written.is_none_or(|written| written == Moment::of(signature.mtime))
+        };
+        let is_size = |old: u64, now: u64| allowed.any_size || now == old || (allowed.growth && now > old);
+        let verdict = match self {
+            Self::Raw { size, samples, written } => {
+                if !is_size(*size, len) {
+                    Some("has another size than it had")
+                } else if has_others(&file, samples)? {
+                    Some("holds other bytes than it did")
+                } else if !is_time(written) {
+                    Some("has been written since")
+                } else {
+                    None
+                }
+            }
+            Self::Qcow2 { size, shape: old_shape, backing: old_backing, tables: old_tables, is_frozen, written } => {
+                let Some(header) = header(&file, len)? else { return Ok(Some("is no qcow2 image any more")) };
+                if shape(&header) != *old_shape {
+                    Some("is another qcow2 image than it was")
+                } else if !is_size(*size, header.virtual_size) {
+                    Some("holds a disk of another size than it did")
+                } else if !allowed.backing && backing(&header) != *old_backing {
+                    Some("names another backing file than it did")
+                } else if let Some(old) = old_tables
+                    && tables(&file, &header)? != *old
+                {
+                    Some("has other tables than it had")
+                } else if !is_time(written)
+                    // Steps of the command itself write its header: they leave it marked, or on another file.
+                    && header.frozen.is_some() == *is_frozen
+                    && backing(&header) == *old_backing
+                {
+                    Some("has been written since")
+                } else {
+                    None
+                }
+            }
+        };
+        Ok(verdict)
+    }
+}
+
+/// Whether too many of the sectors hold neither what they did nor what they were to hold: a guest that wrote meanwhile
+/// changes a few of those that become something, and none of the others.
+fn has_others(file: &OwnedFd, samples: &[Sample]) -> Result<bool> {
+    let (mut others, mut is_other) = (0, false);
+    for Sample { at, was, becomes } in samples {
+        let now = sector(file, *at)?;
+        if now != *was && *becomes != Some(now) {
+            others += 1;
+            is_other |= becomes.is_none();
+        }
+    }
+    Ok(is_other || 2 * others > samples.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identity_is_read_as_it_was_written() {
+        let id = FileId { device: 0xfd01, inode: u64::MAX };
+        for birth in [None, Some((-5, 999_999_999)), Some((1_700_000_000, 0))] {
+            let file = Identity { id, birth };
+            assert_eq!(identity::parse(&identity::text(&file)), Some(file));
+        }
+        for text in ["", "1:2", "1:2:3", "1:2:3.4:5", "x:2:-", "1:2:-1.0.0"] {
+            assert_eq!(identity::parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_number_that_was_given_again_is_another_file() {
+        let id = FileId { device: 1, inode: 2 };
+        let (old, new, unknown) = (Some((5, 1)), Some((5, 2)), None);
+        let is = |a, b| Identity { id, birth: a }.is(&Identity { id, birth: b });
+        assert!(is(old, old) && is(old, unknown) && !is(old, new));
+    }
+
+    #[test]
+    fn other_bytes_and_sizes_speak_against_a_raw_file() {
+        let place = tempfile::tempdir().unwrap();
+        let root = Root::open(place.path()).unwrap();
+        let mut bytes: Vec<u8> = (0..196 * 512_u32).map(|n| (n / 512) as u8).collect();
+        std::fs::write(place.path().join("a"), &bytes).unwrap();
+        let mut named = Named::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
+        named.will_be_written();
+        let against = |named: &Named, allowed| {
+            named.evidence.as_ref().unwrap().against(&root, Path::new("a"), allowed).unwrap().is_some()
+        };
+        assert!(!against(&named, Allowed::default()));
+        bytes.push(1);
+        std::fs::write(place.path().join("a"), &bytes).unwrap();
+        assert!(against(&named, Allowed::default()));
+        assert!(!against(&named, Allowed { growth: true, ..Allowed::default() }));
+        bytes.fill(7);
+        std::fs::write(place.path().join("a"), &bytes).unwrap();
+        let grown = Allowed { growth: true, ..Allowed::default() };
+        assert!(against(&named, grown));
+        let seven = Digest::of(&[7; Sample::LEN]);
+        let last = named.samples().len() - 1;
+        named.samples()[..last].iter_mut().for_each(|sample| sample.becomes = Some(seven));
+        assert!(against(&named, grown), "the last one was not to change");
+        named.samples()[last].becomes = Some(seven);
+        assert!(!against(&named, grown));
+    }
+}
