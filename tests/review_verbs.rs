@@ -264,14 +264,15 @@ fn a_frozen_leaf_stays_frozen_when_it_is_merged_down() {
 #[test]
 fn a_pull_that_cannot_go_on_leaves_the_chain_free() {
     let lab = Lab::new(Kind::PLAIN);
-    let text = format!(
-        "version = 1\ncommand = \"pull base=sn1\"\nchain = \"web\"\nverb = \"pull\"\nremove = []\n\
-         between = [{}, {}]\ninto = [{}]\nbase = {{ path = \"gone.qcow2\", inode = 1 }}\n",
-        named(&lab, "sn3.qcow2"),
-        named(&lab, "sn2.qcow2"),
-        named(&lab, "web.qcow2"),
-    );
-    leave(&lab, &text);
+    lab.store.create("gone.qcow2", MIB, "");
+    let deed = Deed::Pull {
+        into: vec![named(&lab, "web.qcow2")],
+        base: Some(named(&lab, "gone.qcow2")),
+        remove: Vec::new(),
+        between: vec![named(&lab, "sn3.qcow2"), named(&lab, "sn2.qcow2")],
+    };
+    leave(&lab.store, "pull base=sn1", "web", deed);
+    fs::remove_file(lab.store.path("gone.qcow2")).unwrap();
     let engine = Engine::new(&lab.open());
     engine.resume();
     engine.stop();

@@ -320,7 +320,16 @@ pub struct FoundIntent {
 type Refused = Arc<Mutex<HashMap<OsString, String>>>;
 
 /// The intents of this process, by name, and the claims on them: known also where somebody has removed their files.
-type Live = Arc<Mutex<HashMap<OsString, (Intent, Claim)>>>;
+type Live = Arc<Mutex<HashMap<OsString, LiveIntent>>>;
+
+#[derive(Debug)]
+struct LiveIntent {
+    intent: Intent,
+    /// Held for as long as it is.
+    _claim: Claim,
+    /// Whether its file is being taken away by its owner.
+    is_ending: bool,
+}
 
 /// Where the intents and the lock of a store are: at the store's own directory, or for a single image at the nearest
 /// marked one above it.
@@ -491,7 +500,8 @@ impl Guard {
     pub fn rewrite(&self, names: &dyn Directory, owned: &mut OwnedIntent) -> Result<()> {
         let (intent, claim) = self.write(names, &owned.name, &owned.intent)?;
         owned.intent = intent.clone();
-        self.live.lock().insert(owned.name.clone(), (intent, claim));
+        let entry = LiveIntent { intent, _claim: claim, is_ending: false };
+        self.live.lock().insert(owned.name.clone(), entry);
         Ok(())
     }
 
@@ -514,25 +524,25 @@ impl Guard {
     }
 
     fn own(&self, name: &OsStr, intent: Intent, claim: Claim) -> OwnedIntent {
-        self.live.lock().insert(name.to_owned(), (intent.clone(), claim));
+        let entry = LiveIntent { intent: intent.clone(), _claim: claim, is_ending: false };
+        self.live.lock().insert(name.to_owned(), entry);
         let (name, live) = (name.to_owned(), Arc::clone(&self.live));
         OwnedIntent { path: self.intents().join(&name), name, intent, live }
     }
 
     /// Writes those intents of this process again whose files somebody has removed.
     pub(super) fn restore(&self, names: &dyn Directory) {
-        let is_lost = |name: &OsString| {
+        // Whoever ends one says so here before its file goes.
+        let mut live = self.live.lock();
+        for (name, entry) in live.iter_mut().filter(|(_, entry)| !entry.is_ending) {
             let found = self.root.stat(&self.intents().join(name));
-            found.is_err_and(|error| error.kind() == ErrorKind::NotFound)
-        };
-        let all: Vec<(OsString, Intent)> =
-            self.live.lock().iter().map(|(name, (intent, _))| (name.clone(), intent.clone())).collect();
-        for (name, intent) in all.into_iter().filter(|(name, _)| is_lost(name)) {
-            tracing::warn!("{} was removed while its command is at work, and is written again", shown_name(&name));
-            let written = self.prepare(names).and_then(|()| self.write(names, &name, &intent));
-            match written {
-                Ok(written) => drop(self.live.lock().insert(name, written)),
-                Err(error) => tracing::error!("{}: {error}", shown_name(&name)),
+            if !found.is_err_and(|error| error.kind() == ErrorKind::NotFound) {
+                continue;
+            }
+            tracing::warn!("{} was removed while its command is at work, and is written again", shown_name(name));
+            match self.prepare(names).and_then(|()| self.write(names, name, &entry.intent)) {
+                Ok((intent, claim)) => *entry = LiveIntent { intent, _claim: claim, is_ending: false },
+                Err(error) => tracing::error!("{}: {error}", shown_name(name)),
             }
         }
     }
@@ -661,9 +671,12 @@ impl Guard {
             }
         }
         let live = self.live.lock();
-        let lost = live.iter().filter(|(name, _)| found.iter().all(|found| found.name != **name));
+        let is_lost = |(name, entry): &(&OsString, &LiveIntent)| {
+            !entry.is_ending && found.iter().all(|found| found.name != **name)
+        };
+        let lost = live.iter().filter(is_lost);
         let lost: Vec<FoundIntent> = lost
-            .map(|(name, (intent, _))| FoundIntent { name: name.clone(), intent: intent.clone(), is_copied: false })
+            .map(|(name, entry)| FoundIntent { name: name.clone(), intent: entry.intent.clone(), is_copied: false })
             .collect();
         found.extend(lost);
         (found, problems)
@@ -713,6 +726,9 @@ pub struct OwnedIntent {
 impl OwnedIntent {
     /// All is done, or undone: takes the note away, durably.
     pub fn end(self, names: &dyn Directory) -> Result<()> {
+        if let Some(entry) = self.live.lock().get_mut(&self.name) {
+            entry.is_ending = true;
+        }
         match names.unlink(&self.path) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
             _ => {}

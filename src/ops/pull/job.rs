@@ -301,7 +301,8 @@ impl Part {
 fn freeze_left(store: &Arc<Store>, world: &World, into: &[Named], remove: &[Named], between: &[Named]) -> Result<()> {
     let going: Vec<ImageIndex> = into.iter().chain(remove).filter_map(|named| world.find(named)).collect();
     // Only the uppermost of those that stay becomes a leaf.
-    let stays = between.iter().find(|named| !remove.contains(named)).and_then(|named| world.find(named));
+    let stays =
+        between.iter().find(|named| !remove.iter().any(|gone| gone.is(named))).and_then(|named| world.find(named));
     let Some(index) = stays else { return Ok(()) };
     if world.image(index).users.iter().all(|user| going.contains(user)) && finish::may_be_marked(world, index) {
         finish::freeze(store, world, index, &Frozen::now(""))?;
