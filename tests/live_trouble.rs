@@ -206,7 +206,14 @@ fn a_daemon_that_is_killed_at_any_moment_goes_on_at_the_next_mount() {
                 }
                 let _ = control.give(command);
             });
-            thread::sleep(Duration::from_micros(rng.below(60_000)));
+            // Every other time it is surely met at work.
+            let start = Instant::now();
+            let is_waiting = round % 2 == 0;
+            while is_waiting && intents(&lab) == 0 && !giving.is_finished() && start.elapsed() < Duration::from_secs(20)
+            {
+                thread::sleep(Duration::from_micros(100));
+            }
+            thread::sleep(Duration::from_micros(rng.below(if is_waiting { 3_000 } else { 60_000 })));
             kill_process(daemon, Signal::KILL).expect("the daemon is ours");
             giving.join().expect("a command");
             writing.join().expect("a writer");
