@@ -213,8 +213,7 @@ fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path, is_it
     for found in intents {
         let Deed::Snapshot { disks, .. } = &found.intent.deed else { continue };
         for NewTop { old, frozen, overlay, name, .. } in disks {
-            let is_old =
-                |file: &ScannedFile, path: &Path| is_at(file, path) && is_it(&file.place, file.stat.id, old);
+            let is_old = |file: &ScannedFile, path: &Path| is_at(file, path) && is_it(&file.place, file.stat.id, old);
             let is_overlay = |file: &ScannedFile| is_it(&file.place, file.stat.id, overlay);
             let has_come = scan.files.iter().any(|file| is_at(file, name) && is_overlay(file));
             let is_there = |path: &Path| scan.files.iter().any(|file| is_old(file, path));
