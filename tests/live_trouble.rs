@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::active::{NOTICED, rw};
+use common::block_guest::{BLOCK, BlockGuest as Guest, PLACE};
 use common::command::Control;
 use common::foreign::{Loop, Mounted, Qemu, amount};
 use common::lab::{Kind, LAYERS, Lab, extension};
@@ -71,74 +72,6 @@ fn settled(lab: &Lab, mount: &Mount, context: &str) {
     }
     let state = control.wait();
     assert!(state == "done" || state == "idle", "{context}: {state}: {}", control.status("error"));
-}
-
-/// A guest that writes blocks of 4 KiB and knows which of them have to be there.
-struct Guest {
-    /// For each block what was synced last, and all that was written since.
-    blocks: Vec<(u64, Vec<u64>)>,
-    number: u64,
-}
-
-const BLOCK: u64 = 4096;
-/// Where a guest's blocks begin.
-const PLACE: u64 = 512 * KIB;
-
-impl Guest {
-    /// Blocks that have numbers already.
-    fn new(disk: &Path, count: u64) -> Self {
-        let mut guest = Self { blocks: vec![(0, Vec::new()); count as usize], number: 0 };
-        let disk = rw(disk);
-        for block in 0..count {
-            guest.write(&disk, block).expect("a write");
-        }
-        guest.sync(&disk).expect("a sync");
-        guest
-    }
-
-    fn write(&mut self, disk: &File, block: u64) -> std::io::Result<()> {
-        self.number += 1;
-        // Even if it fails, some of it may be there.
-        self.blocks[block as usize].1.push(self.number);
-        disk.write_all_at(&self.number.to_le_bytes().repeat(512), PLACE + block * BLOCK)
-    }
-
-    fn sync(&mut self, disk: &File) -> std::io::Result<()> {
-        disk.sync_data()?;
-        for (synced, since) in &mut self.blocks {
-            *synced = since.last().copied().unwrap_or(*synced);
-            since.clear();
-        }
-        Ok(())
-    }
-
-    /// Until writing fails, or somebody says so.
-    fn work(&mut self, disk: &File, seed: u64, stop: &AtomicBool) {
-        let mut rng = Rng::new(seed);
-        while !stop.load(Ordering::Relaxed) {
-            let block = rng.below(self.blocks.len() as u64);
-            let done = if rng.below(24) == 0 { self.sync(disk) } else { self.write(disk, block) };
-            if done.is_err() {
-                break;
-            }
-        }
-    }
-
-    /// What was synced is there, or what came after it. A write that was cut off may have reached a part of its
-    /// sectors, as on any disk.
-    fn assert_there(&self, disk: &Path, context: &str) {
-        let disk = File::open(disk).expect("the disk");
-        let mut have = [0; BLOCK as usize];
-        for (number, (synced, since)) in self.blocks.iter().enumerate() {
-            disk.read_exact_at(&mut have, PLACE + number as u64 * BLOCK).expect("a read");
-            for sector in have.chunks_exact(512) {
-                let first = u64::from_le_bytes(sector[..8].try_into().expect("eight bytes"));
-                assert!(sector == &first.to_le_bytes().repeat(64)[..], "{context}: a sector of block {number} is torn");
-                let is_known = first == *synced || since.contains(&first);
-                assert!(is_known, "{context}: block {number} is {first}, not {synced} nor {since:?}");
-            }
-        }
-    }
 }
 
 /// QEMU finds nothing in an image but leaks, and clusters that are counted once and not flagged, which are copied

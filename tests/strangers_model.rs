@@ -45,6 +45,7 @@ fn no_hand_changes_what_another_relies_on() {
     });
     let total = *total.lock();
     println!("{total:?}");
-    let happened = [total.writes, total.done, total.refused, total.killed, total.resumed, total.damaged, total.compared];
+    let happened =
+        [total.writes, total.done, total.refused, total.killed, total.resumed, total.damaged, total.compared];
     assert!(happened.iter().all(|count| *count > 0), "something never happened: {total:?}");
 }

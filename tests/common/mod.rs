@@ -5,6 +5,7 @@
 //! tool's own words.
 
 pub(crate) mod active;
+pub(crate) mod block_guest;
 pub(crate) mod chains;
 pub(crate) mod command;
 pub(crate) mod compare;

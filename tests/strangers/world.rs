@@ -459,9 +459,7 @@ impl World {
         let views = store.chain_views(&catalog, leaf);
         let layers = views.views.iter().filter(|view| view.snapshot.is_none());
         let file = |layer: usize| catalog.images[views.layers[layer]].place.path.display().to_string();
-        layers
-            .map(|view| (String::from_utf8_lossy(&view.name).into_owned(), file(view.layer), view.active))
-            .collect()
+        layers.map(|view| (String::from_utf8_lossy(&view.name).into_owned(), file(view.layer), view.active)).collect()
     }
 
     /// A guest writes to any active disk.
@@ -1000,9 +998,8 @@ impl World {
         }
         let plain = self.scratch.path().join("plain");
         let foreign = self.foreign.iter().map(|(name, (kind, disk))| (name, *kind, disk));
-        let own = self.disks.iter().map(|(name, disk)| {
-            (name, if name.ends_with(".raw") { "raw" } else { "qcow2" }, disk)
-        });
+        let own =
+            self.disks.iter().map(|(name, disk)| (name, if name.ends_with(".raw") { "raw" } else { "qcow2" }, disk));
         for (name, format, wanted) in own.chain(foreign) {
             let mut convert = tool("qemu-img");
             convert.current_dir(&self.root).args(["convert", "-f", format, "-O", "raw", name]).arg(&plain);
