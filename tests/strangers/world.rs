@@ -271,9 +271,6 @@ impl World {
         };
         let size = disk.len().to_string();
         let mut args = vec!["create", "-q", "-u", "-f", kind, "-b", &backing, "-F", format];
-        if kind == "qcow" {
-            args.truncate(args.len() - 2);
-        }
         if kind == "qcow2" {
             args.extend(["-o", OPTIONS]);
         }
