@@ -410,6 +410,38 @@ fn mirrors_are_read_from_an_image_that_is_there_and_in_step() {
     assert!(problem.contains("out of step") && problem.contains("is missing"), "{problem}");
 }
 
+/// A volume is being moved from one disk to another, in three pieces: one has been moved, one is being moved, one is yet to be.
+#[test]
+fn a_volume_that_pvmove_is_moving_is_read_where_it_is_by_now() {
+    let lab = Lab::new(&[16 * MIB, 16 * MIB]);
+    lab.group("vg");
+    let segment = |number: usize, moved: &str, from: u64, to: u64| {
+        format!(
+            "segment{number} {{ start_extent = {} extent_count = 4 type = \"mirror\" mirror_count = 2 region_size = 64 {moved}\n\
+             mirrors = [ \"disk0\", {from}, \"disk1\", {to} ] }}\n",
+            (number - 1) * 4
+        )
+    };
+    let segments =
+        segment(1, "extents_moved = 4", 30, 50) + &segment(2, "extents_moved = 2", 40, 54) + &segment(3, "", 60, 58);
+    let mut all = text("root", 1, SHOWN, 12, "type = \"striped\" stripe_count = 1 stripes = [ \"pvmove0\", 0 ]");
+    all += &format!(
+        "pvmove0 {{ id = \"000002-0000-0000-0000-0000-0000-000000\" status = [\"READ\", \"WRITE\", \"PVMOVE\", \"LOCKED\"]\n\
+         flags = [] creation_host = \"a\" creation_time = 1 allocation_policy = \"contiguous\" segment_count = 3\n\
+         {segments} }}\n"
+    );
+    lab.restore("vg", &all);
+    let begin: u64 =
+        lab.lvm("pvs --noheadings --units b --nosuffix -o pe_start").lines().next().unwrap().trim().parse().unwrap();
+    let shown = layout(&lab.scribbled());
+    let volume = volume(&shown, "vg-root");
+    let place = |extent: u64| {
+        let stretch = volume.locate(extent * EXTENT, 1).unwrap_or_else(|| panic!("{:?}", volume.problem));
+        (stretch.disk, (stretch.offset - begin) / EXTENT)
+    };
+    assert_eq!([0, 3, 4, 7, 8, 11].map(place), [(1, 50), (1, 53), (0, 40), (0, 43), (0, 60), (0, 63)]);
+}
+
 #[test]
 fn what_cannot_be_put_together_is_listed_with_its_type() {
     let lab = Lab::new(&[16 * MIB]);

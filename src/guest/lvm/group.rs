@@ -172,7 +172,12 @@ fn segment(section: &Section) -> Option<Segment> {
             Kind::Striped { stripe_len, areas: images.into_iter().map(|image| image.data).collect() }
         }
         "mirror" => {
-            let areas = areas(section.list("mirrors"))?;
+            let mut areas = areas(section.list("mirrors"))?;
+            // What pvmove has moved is written in its new place only, and what it is at in both. (The copies of a mirror
+            // that stays one are written together.)
+            if section.number("extents_moved") == Some(count) && areas.len() > 1 {
+                areas.remove(0);
+            }
             let copies = areas.len();
             let images = areas.into_iter().map(|data| Image { data, state: None }).collect();
             Kind::Mirrored { stripe_len: 0, copies, images }

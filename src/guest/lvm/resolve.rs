@@ -85,7 +85,8 @@ impl<'a> Resolver<'a> {
                 stripe(&legs, *stripe_len)
             }
             Kind::Mirrored { stripe_len, copies, images } => {
-                if extents.start != 0 {
+                // The images of a set are whole volumes, used from their beginning; pvmove's are places of their own.
+                if extents.start != 0 && images.iter().any(|image| image.state.is_some()) {
                     return Err("only a part of it is mirrored".to_owned());
                 }
                 let count = share(extents.count, images.len() / copies)?;
