@@ -466,6 +466,10 @@ impl World {
         let chains = self.chains();
         let Some(chain) = self.pick(&chains) else { return };
         let Some((_, file, true)) = self.layers(&chain).into_iter().next() else { return };
+        if self.damage.values().any(|damage| damage.present_name() == Some(&file)) {
+            // By the name that it has now it is a raw disk, to whoever writes it.
+            return;
+        }
         if !self.disks.contains_key(&file) {
             self.fail(&format!("{file} is an active disk, and no image of the store"));
         }
@@ -511,6 +515,9 @@ impl World {
         let chains = self.chains();
         let chain = self.pick(&chains)?;
         let layers = self.layers(&chain);
+        if layers.iter().any(|layer| self.damage.values().any(|damage| damage.present_name() == Some(&layer.1))) {
+            return None;
+        }
         let names: Vec<String> = layers.iter().filter(|layer| !layer.2).map(|layer| layer.0.clone()).collect();
         let number = self.next("");
         let any = |world: &mut Self, word: &str| match world.pick(&names) {
@@ -714,7 +721,7 @@ impl World {
                 if let Some(name) = active
                     && let Some(disk) = self.reader().disk(&name)
                 {
-                    if !is_same_disk(&disk, &old[&name]) {
+                    if old.get(&name).is_some_and(|was| !is_same_disk(&disk, was)) {
                         self.fail(&format!("{name} shows something else behind its old end"));
                     }
                     self.disks.insert(name, disk);
