@@ -146,7 +146,7 @@ fn what_nobody_needs_any_more_is_not_kept() {
         let (open, now, _) = in_use(&mount);
         open <= before + 3 && now <= threads
     };
-    eventually("nothing is left of sixty openings", Duration::from_secs(60), is_as_before);
+    eventually("nothing is left of sixty openings", Duration::from_mins(1), is_as_before);
     std::thread::scope(|scope| {
         for number in 0..4_u8 {
             let mount = &mount;

@@ -19,6 +19,9 @@ use common::*;
 
 const SIZE: u64 = 4 << 20;
 
+/// A way to damage something, and what it is called.
+type Spoiling = (&'static str, fn(&Path));
+
 fn options() -> StoreOptions {
     StoreOptions { notify: false, ..StoreOptions::default() }
 }
@@ -371,7 +374,7 @@ fn a_snapshot_that_is_taken_up_asks_again() {
 
 #[test]
 fn an_intent_that_nobody_understands_hides_all_it_could_have_spoilt() {
-    let spoil: [(&str, fn(&Path)); 6] = [
+    let spoil: [Spoiling; 6] = [
         ("cut", |path| {
             let text = fs::read(path).unwrap();
             fs::write(path, &text[..text.len() / 2]).unwrap();
@@ -473,7 +476,7 @@ fn is_active(store: &Arc<Store>, chain: &str) -> bool {
 
 #[test]
 fn without_a_list_that_can_be_used_every_raw_image_counts_as_frozen() {
-    let spoil: [(&str, fn(&Path)); 7] = [
+    let spoil: [Spoiling; 7] = [
         ("nonsense", |path| fs::write(path, "][").unwrap()),
         ("empty", |path| fs::write(path, "").unwrap()),
         ("cut", |path| {

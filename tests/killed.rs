@@ -1,7 +1,7 @@
 //! A daemon that is killed in the midst of a command while a guest writes; before the store is mounted again, others
 //! change it. No view shows other bytes, nothing that others have made is changed, and what the guest synced is there.
 //!
-//! CHAINFS_ROUNDS says how many times; needs root.
+//! `CHAINFS_ROUNDS` says how many times; needs root.
 
 #[allow(dead_code, unused_imports, reason = "each test binary uses its part")]
 mod common;
@@ -87,7 +87,7 @@ fn others(lab: &Lab, raw_base: bool, rng: &mut Rng) -> Others {
             tool("cp").arg("-a").arg(lab.store.root()).arg(&copy).succeeds();
             fs::remove_dir_all(lab.store.root()).expect("the store");
             fs::rename(&copy, lab.store.root()).expect("the copy");
-            others.said = "copied".to_owned();
+            "copied".clone_into(&mut others.said);
         }
     }
     others
@@ -98,7 +98,7 @@ fn settled(lab: &Lab, mount: &Mount, context: &str) -> bool {
     let (control, start) = (Control::of(mount, "web"), Instant::now());
     let mut quiet = 0;
     while intents(lab) > 0 && quiet < 20 {
-        assert!(start.elapsed() < Duration::from_secs(60), "{context}: it never ends");
+        assert!(start.elapsed() < Duration::from_mins(1), "{context}: it never ends");
         quiet = if control.status("state") == "running" { 0 } else { quiet + 1 };
         thread::sleep(Duration::from_millis(10));
     }
@@ -127,7 +127,7 @@ fn assert_snapshots(mount: &Mount, before: &BTreeMap<String, Vec<u8>>, legal: &[
 fn round(number: u64, tally: &mut Tally) {
     let mut rng = Rng::new(number * 13 + 5);
     let (command, merged) = COMMANDS[number as usize % COMMANDS.len()];
-    let raw_base = number / COMMANDS.len() as u64 % 2 == 0;
+    let raw_base = (number / COMMANDS.len() as u64).is_multiple_of(2);
     let kind = Kind { raw_base, options: "cluster_size=512", sizes: [8 << 20; 5], inner: &[] };
     let lab = Lab::new(kind);
     let before: BTreeMap<String, Vec<u8>> =

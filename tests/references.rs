@@ -193,7 +193,7 @@ fn whoever_cannot_be_understood_may_stand_on_anything_until_the_user_says_otherw
             assert!(why.contains(word), "{what}: {command}: {why}");
         }
         let opened = open_with(&store, |options| {
-            options.standalone = vec![glob::Pattern::new(name.split('/').next().unwrap()).unwrap()]
+            options.standalone = vec![glob::Pattern::new(name.split('/').next().unwrap()).unwrap()];
         });
         assert_eq!(refusal_to_write(&opened, "base"), None, "{what}: with the override");
         assert_eq!(refusal_of(&opened, "base", "snapshot s1"), None, "{what}: with the override");
@@ -593,7 +593,7 @@ fn a_mount_shows_what_is_not_written_and_why() {
 #[test]
 fn what_may_not_be_opened_may_stand_on_anything() {
     let store = store_with_top();
-    fs::set_permissions(store.path("top.qcow2"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(store.path("top.qcow2"), fs::Permissions::from_mode(0o000)).unwrap();
     fs::set_permissions(store.beside(""), fs::Permissions::from_mode(0o755)).unwrap();
     let mut as_other = tool("setpriv");
     as_other.args([

@@ -36,8 +36,8 @@ impl Draft {
         let made = file.write_at(0, &bytes).and_then(|()| file.sync()).and_then(|()| names.sync(&directory_of(&path)));
         drop(file);
         let made = made.and_then(|()| {
-            let named = Named::witness(&world.store.roots()[0], &path, Format::Qcow2, false)?;
-            Ok(Named { path: world.guarded(&path), ..named })
+            let seen = Named::witness(&world.store.roots()[0], &path, Format::Qcow2, false)?;
+            Ok(Named { path: world.guarded(&path), ..seen })
         });
         match made {
             Ok(known) => Ok(Self { path, named: known }),

@@ -153,8 +153,8 @@ fn wanted(deed: &mut Deed) -> Vec<Wanted<'_>> {
         let named: &mut Named = named;
         // What lies outside of the store is never changed, nor copied with it.
         if !named.path.is_absolute() {
-            let names = std::iter::once(named.path.clone()).chain(more).collect();
-            all.push(Wanted { named, names, allowed });
+            let paths = std::iter::once(named.path.clone()).chain(more).collect();
+            all.push(Wanted { named, names: paths, allowed });
         }
     };
     match deed {
@@ -162,7 +162,9 @@ fn wanted(deed: &mut Deed) -> Vec<Wanted<'_>> {
             for NewTop { old, frozen, overlay, name, backing } in disks {
                 want(old, vec![frozen.clone()], Allowed { any_size: true, ..as_it_was });
                 want(overlay, vec![name.clone()], grown);
-                backing.iter_mut().for_each(|named| want(named, Vec::new(), Allowed { backing: true, ..grown }));
+                for named in backing.iter_mut() {
+                    want(named, Vec::new(), Allowed { backing: true, ..grown });
+                }
             }
         }
         Deed::Commit { top, base, between, children, keep, rename, .. } => {
@@ -172,14 +174,23 @@ fn wanted(deed: &mut Deed) -> Vec<Wanted<'_>> {
                 let spoilt = spoilt_name(&named.path);
                 want(named, vec![spoilt], as_it_was);
             }
-            children.iter_mut().for_each(|child| want(child, Vec::new(), Allowed { backing: true, ..grown }));
+            for child in children.iter_mut() {
+                want(child, Vec::new(), Allowed { backing: true, ..grown });
+            }
         }
         Deed::Pull { into, base, remove, between } => {
-            into.iter_mut().for_each(|named| want(named, Vec::new(), Allowed { backing: true, ..grown }));
-            base.iter_mut()
-                .for_each(|named| want(named, Vec::new(), Allowed { backing: true, any_size: true, ..grown }));
-            remove.iter_mut().for_each(|named| want(named, Vec::new(), as_it_was));
-            between.iter_mut().for_each(|named| want(named, Vec::new(), grown));
+            for named in into.iter_mut() {
+                want(named, Vec::new(), Allowed { backing: true, ..grown });
+            }
+            for named in base.iter_mut() {
+                want(named, Vec::new(), Allowed { backing: true, any_size: true, ..grown });
+            }
+            for named in remove.iter_mut() {
+                want(named, Vec::new(), as_it_was);
+            }
+            for named in between.iter_mut() {
+                want(named, Vec::new(), grown);
+            }
         }
         Deed::Copy { draft, .. } => want(draft, Vec::new(), grown),
         Deed::Shrink { image, .. } => want(image, Vec::new(), Allowed { any_size: true, ..as_it_was }),

@@ -52,7 +52,7 @@ pub(super) fn build(
     ways: &Ways<'_>,
     previous: &Catalog,
     (is_single, by_link): (bool, Option<Place>),
-) -> Result<(Catalog, Arc<Known>, BTreeSet<Place>)> {
+) -> (Catalog, Arc<Known>, BTreeSet<Place>) {
     let (intents, senseless) = guard.read();
     scan.problems.extend(unreadable(&senseless));
     let unowned = intents.iter().filter(|found| !guard.is_owned(found));
@@ -174,7 +174,7 @@ pub(super) fn build(
     catalog.hide_all(&senseless);
     catalog.drafts = scan.drafts;
     catalog.senseless = senseless.into_iter().map(|(path, _)| path).collect();
-    Ok((catalog, next_known, directories))
+    (catalog, next_known, directories)
 }
 
 /// Whether the file at a place is the one that an intent names. One of which that cannot be asked may be it.
@@ -209,13 +209,13 @@ fn not_finished(guard: &Guard, found: &FoundIntent) -> Problem {
 /// While a snapshot gives an active layer its second name, the first is the one that counts, until the overlay has
 /// come.
 fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) {
-    let is_at = |file: &ScannedFile, path: &Path| prefix.join(&file.place.path) == path;
+    let lies_at = |file: &ScannedFile, path: &Path| prefix.join(&file.place.path) == path;
     for found in intents {
         let Deed::Snapshot { disks, .. } = &found.intent.deed else { continue };
         for NewTop { old, frozen, overlay, name, .. } in disks {
-            let is_old = |file: &ScannedFile, path: &Path| is_at(file, path) && is_it(&file.place, file.stat.id, old);
+            let is_old = |file: &ScannedFile, path: &Path| lies_at(file, path) && is_it(&file.place, file.stat.id, old);
             let is_overlay = |file: &ScannedFile| is_it(&file.place, file.stat.id, overlay);
-            let has_come = scan.files.iter().any(|file| is_at(file, name) && is_overlay(file));
+            let has_come = scan.files.iter().any(|file| lies_at(file, name) && is_overlay(file));
             let is_there = |path: &Path| scan.files.iter().any(|file| is_old(file, path));
             if old.path != *frozen && is_there(&old.path) && is_there(frozen) {
                 let dropped = if has_come { &old.path } else { frozen };

@@ -276,7 +276,7 @@ impl Store {
         }
         let which = (single.is_some(), self.by_link.clone());
         let (catalog, now_known, directories) =
-            build::build(&self.roots, &self.guard, &self.options, scan, &ways, &previous, which)?;
+            build::build(&self.roots, &self.guard, &self.options, scan, &ways, &previous, which);
         self.remember_plain();
         *known = now_known;
         for place in directories {

@@ -102,7 +102,7 @@ impl Notes {
 
     /// Why nothing can be noted, if so.
     pub(super) fn check(guard: &Guard) -> Result<()> {
-        Self::try_read(guard).map(drop).map_err(said)
+        Self::try_read(guard).map(drop).map_err(|error| said(&error))
     }
 
     /// Notes, durably, that the file at `path` beneath the guarded directory is frozen, or that it is not. Under
@@ -113,7 +113,7 @@ impl Notes {
             return Ok(());
         }
         // What cannot be read would be lost with the next note.
-        let mut notes = Self::try_read(guard).map_err(said)?;
+        let mut notes = Self::try_read(guard).map_err(|error| said(&error))?;
         if notes.frozen.get(path) == frozen {
             return Ok(());
         }
@@ -138,7 +138,7 @@ impl Notes {
 }
 
 /// As a sentence of its own.
-fn said(error: Error) -> Error {
+fn said(error: &Error) -> Error {
     let fact = "says which raw images are frozen, and cannot be used; see chainfs recover STORE";
     Error::new(error.kind(), format!("{FROZEN_NOTES} {fact}: {error}"))
 }

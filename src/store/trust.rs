@@ -47,7 +47,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let root = Root::open(directory.path()).unwrap();
         let plain = root.stat(Path::new(".")).unwrap();
-        let of = |uid, gid, mode| FileStat { uid, gid, mode, ..plain };
+        let of = |uid, gid, mode| FileStat { mode, uid, gid, ..plain };
         let store = of(1000, 100, 0o755);
         assert!(is_trusted(&of(0, 0, 0o755), &store, 7));
         assert!(is_trusted(&of(1000, 0, 0o755), &store, 7));

@@ -162,6 +162,7 @@ pub(super) mod identity {
 }
 
 /// What may have become of a file since its evidence was taken.
+#[expect(clippy::struct_excessive_bools, reason = "each is a change of its own")]
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Allowed {
     /// It may stand on something else.

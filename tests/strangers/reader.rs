@@ -19,6 +19,11 @@ pub(crate) struct Reader<'a> {
     pub(crate) damage: &'a BTreeMap<String, Damage>,
 }
 
+/// Whether a file of the model is raw, by its name.
+pub(crate) fn is_raw(name: &str) -> bool {
+    Path::new(name).extension().is_some_and(|extension| extension == "raw")
+}
+
 fn be(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
     Some(bytes.get(at..at + len)?.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
 }
@@ -59,7 +64,7 @@ impl Reader<'_> {
     /// What is written in the header as backing file, if the file is qcow2.
     pub(crate) fn backing(&self, name: &str) -> Option<String> {
         let bytes = self.file(name)?;
-        if be(&bytes, 0, 4)? != 0x5146_49FB || name.ends_with(".raw") {
+        if be(&bytes, 0, 4)? != 0x5146_49FB || is_raw(name) {
             return None;
         }
         let (at, len) = (be(&bytes, 8, 8)? as usize, be(&bytes, 16, 4)? as usize);
@@ -77,7 +82,7 @@ impl Reader<'_> {
     fn disk_within(&self, name: &str, depth: usize) -> Option<Vec<u8>> {
         let depth = depth.checked_sub(1)?;
         let bytes = self.file(name)?;
-        if name.ends_with(".raw") {
+        if is_raw(name) {
             return Some(bytes);
         }
         if be(&bytes, 0, 4)? != 0x5146_49FB {

@@ -17,7 +17,7 @@ use super::super::common::lab::run;
 use super::super::common::{Outcome as _, Rng, tool};
 use super::damage::Damage;
 use super::host::Mortal;
-use super::reader::Reader;
+use super::reader::{Reader, is_raw};
 
 /// Bytes of a disk.
 const SIZE: u64 = 64 << 10;
@@ -111,6 +111,14 @@ fn is_tail_zero(bytes: &[u8], from: usize) -> bool {
 fn is_same_disk(have: &[u8], want: &[u8]) -> bool {
     let common = have.len().min(want.len());
     have[..common] == want[..common] && is_tail_zero(have, common) && is_tail_zero(want, common)
+}
+
+/// Files whose own bytes a plan changes.
+fn changed_files(plan: &Plan, before: &[(String, String, bool)]) -> Vec<String> {
+    let is_invalid = |name: &str| plan.invalid.iter().any(|invalid| invalid == name.as_bytes());
+    let removed: Vec<String> = plan.removed.iter().map(|path| path.display().to_string()).collect();
+    let changed = before.iter().filter(|(view, file, _)| is_invalid(view) && !removed.contains(file));
+    changed.map(|(_, file, _)| file.clone()).collect()
 }
 
 impl World {
@@ -245,7 +253,7 @@ impl World {
         let sound: Vec<String> = self.names().into_iter().filter(|name| self.is_sound(name)).collect();
         let Some(base) = self.pick(&sound) else { return };
         let Some(disk) = self.reader().disk(&base) else { return };
-        let format = if base.ends_with(".raw") { "raw" } else { "qcow2" };
+        let format = if is_raw(&base) { "raw" } else { "qcow2" };
         let stem = self.next("o");
         let (name, kind) = match if is_without("foreign") { 9 } else { self.rng.below(12) } {
             0 => (format!("{stem}.qed"), "qed"),
@@ -293,7 +301,7 @@ impl World {
         let whole: Vec<String> = self
             .names()
             .into_iter()
-            .filter(|name| name.ends_with(".qcow2") && !self.damage.contains_key(name))
+            .filter(|name| !is_raw(name) && !self.damage.contains_key(name))
             .filter(|name| fs::metadata(self.root.join(name)).is_ok_and(|found| found.nlink() == 1))
             .collect();
         let Some(name) = self.pick(&whole) else { return };
@@ -332,7 +340,7 @@ impl World {
             return self.say(format!("another program removes {name}"));
         }
         let content = self.content();
-        if name.ends_with(".raw") {
+        if is_raw(&name) {
             fs::write(self.root.join(&name), &content).expect("another file");
         } else {
             let plain = self.scratch.path().join("plain");
@@ -363,24 +371,19 @@ impl World {
 
     fn spoil_freeze_list(&mut self) {
         let list = self.root.join(".chainfs/frozen.toml");
-        match self.freeze_list.take() {
-            Some(saved) => {
-                let _ = fs::remove_dir(&list);
-                fs::write(&list, saved).expect("the list");
-                self.say("the list of frozen files is mended");
-            }
-            None => {
-                let Ok(saved) = fs::read(&list) else { return };
-                match self.rng.below(4) {
-                    0 => fs::write(&list, "][").expect("the list"),
-                    1 => fs::write(&list, "").expect("the list"),
-                    2 => fs::write(&list, &saved[..saved.len() / 2]).expect("the list"),
-                    _ => fs::remove_file(&list).expect("the list"),
-                }
-                self.freeze_list = Some(saved);
-                self.say("the list of frozen files is damaged");
-            }
+        if let Some(saved) = self.freeze_list.take() {
+            fs::write(&list, saved).expect("the list");
+            return self.say("the list of frozen files is mended");
         }
+        let Ok(saved) = fs::read(&list) else { return };
+        match self.rng.below(4) {
+            0 => fs::write(&list, "][").expect("the list"),
+            1 => fs::write(&list, "").expect("the list"),
+            2 => fs::write(&list, &saved[..saved.len() / 2]).expect("the list"),
+            _ => fs::remove_file(&list).expect("the list"),
+        }
+        self.freeze_list = Some(saved);
+        self.say("the list of frozen files is damaged");
     }
 
     /// A note of what was begun is damaged: what it speaks of is not known any more.
@@ -566,7 +569,7 @@ impl World {
         let Some((chain, command)) = self.command() else { return };
         let before = self.layers(&chain);
         let Some((request, plan)) = self.plan(&chain, &command) else { return };
-        let changed = self.changed_files(&plan, &before);
+        let changed = changed_files(&plan, &before);
         let (_, engine, _) = self.store.as_ref().expect("an open store");
         let engine = Arc::clone(engine);
         let status = run(&engine, &chain, &command);
@@ -589,14 +592,6 @@ impl World {
             }
         }
         self.follow(&request, &plan, &before);
-    }
-
-    /// Files whose own bytes a plan changes.
-    fn changed_files(&self, plan: &Plan, before: &[(String, String, bool)]) -> Vec<String> {
-        let is_invalid = |name: &str| plan.invalid.iter().any(|invalid| invalid == name.as_bytes());
-        let removed: Vec<String> = plan.removed.iter().map(|path| path.display().to_string()).collect();
-        let changed = before.iter().filter(|(view, file, _)| is_invalid(view) && !removed.contains(file));
-        changed.map(|(_, file, _)| file.clone()).collect()
     }
 
     /// A command is done: the model follows, as the plan has said.
@@ -656,14 +651,14 @@ impl World {
             if !old.values().any(|known| is_same_disk(&disk, known)) {
                 self.fail(&format!("{name} is new, and shows what nothing showed before"));
             }
-            if verb == Verb::Snapshot && name.ends_with(".raw") {
+            if verb == Verb::Snapshot && is_raw(&name) {
                 self.frozen.insert(name.clone());
             }
             self.disks.insert(name, disk);
         }
         // What shows something else on purpose.
         let active = before.first().filter(|leaf| leaf.2).map(|leaf| leaf.1.clone());
-        for name in self.changed_files(plan, before) {
+        for name in changed_files(plan, before) {
             let top = active.clone().unwrap_or_default();
             let legal: Vec<Vec<u8>> = before
                 .iter()
@@ -752,7 +747,7 @@ impl World {
             .chain(plan.renamed.iter().flat_map(|(from, to)| [text(from), text(to)]))
             .collect();
         let verb = command.split(' ').next().unwrap_or_default().to_owned();
-        let is_changing = self.changed_files(&plan, &before);
+        let is_changing = changed_files(&plan, &before);
         for file in &involved {
             let mut may: Vec<Vec<u8>> = old.get(file).cloned().into_iter().collect();
             let is_renamed = plan.renamed.iter().any(|(from, to)| text(from) == *file || text(to) == *file);
@@ -892,7 +887,7 @@ impl World {
                 || name.ends_with(".invalid")
                 || self.damage.values().any(|damage| damage.present_name() == Some(&name));
             if !is_known && let Some(disk) = self.reader().disk(&name) {
-                if name.ends_with(".raw") && pending.command.starts_with("snapshot") {
+                if is_raw(&name) && pending.command.starts_with("snapshot") {
                     self.frozen.insert(name.clone());
                 }
                 self.disks.insert(name, disk);
@@ -965,7 +960,6 @@ impl World {
     pub(crate) fn step(&mut self) -> bool {
         self.tally.steps += 1;
         match self.rng.below(28) {
-            0..=5 => self.write(),
             6..=11 => self.give(),
             12 | 13 if self.disks.len() < MAX_IMAGES => self.overlay(),
             14 if self.disks.len() < MAX_IMAGES => self.base(),
@@ -1002,8 +996,7 @@ impl World {
         }
         let plain = self.scratch.path().join("plain");
         let foreign = self.foreign.iter().map(|(name, (kind, disk))| (name, *kind, disk));
-        let own =
-            self.disks.iter().map(|(name, disk)| (name, if name.ends_with(".raw") { "raw" } else { "qcow2" }, disk));
+        let own = self.disks.iter().map(|(name, disk)| (name, if is_raw(name) { "raw" } else { "qcow2" }, disk));
         for (name, format, wanted) in own.chain(foreign) {
             let mut convert = tool("qemu-img");
             convert.current_dir(&self.root).args(["convert", "-f", format, "-O", "raw", name]).arg(&plain);

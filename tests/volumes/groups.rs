@@ -425,11 +425,12 @@ fn a_volume_that_pvmove_is_moving_is_read_where_it_is_by_now() {
     let segments =
         segment(1, "extents_moved = 4", 30, 50) + &segment(2, "extents_moved = 2", 40, 54) + &segment(3, "", 60, 58);
     let mut all = text("root", 1, SHOWN, 12, "type = \"striped\" stripe_count = 1 stripes = [ \"pvmove0\", 0 ]");
-    all += &format!(
+    let moving = format!(
         "pvmove0 {{ id = \"000002-0000-0000-0000-0000-0000-000000\" status = [\"READ\", \"WRITE\", \"PVMOVE\", \"LOCKED\"]\n\
          flags = [] creation_host = \"a\" creation_time = 1 allocation_policy = \"contiguous\" segment_count = 3\n\
          {segments} }}\n"
     );
+    all += &moving;
     lab.restore("vg", &all);
     let begin: u64 =
         lab.lvm("pvs --noheadings --units b --nosuffix -o pe_start").lines().next().unwrap().trim().parse().unwrap();

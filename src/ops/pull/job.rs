@@ -327,13 +327,12 @@ fn clean_up(engine: &Engine, intent: OwnedIntent, lock: Claim, before: &Catalog)
 pub(in crate::ops) fn examine(world: &World, intent: &Intent) -> Result<Option<Layers>> {
     let found = find(world, &intent.deed)?;
     let mut refusals = Vec::new();
-    match &found {
-        Some(layers) => refuse(world, layers, &terms(intent), &mut refusals),
-        None => {
-            let Deed::Pull { remove, .. } = &intent.deed else { unreachable!("the intent of a pull") };
-            let left = remove.iter().filter_map(|named| world.find(named));
-            refusals.extend(left.filter_map(|index| world.untouchable(index)));
-        }
+    if let Some(layers) = &found {
+        refuse(world, layers, &terms(intent), &mut refusals);
+    } else {
+        let Deed::Pull { remove, .. } = &intent.deed else { unreachable!("the intent of a pull") };
+        let left = remove.iter().filter_map(|named| world.find(named));
+        refusals.extend(left.filter_map(|index| world.untouchable(index)));
     }
     finish::first(refusals)?;
     Ok(found)
