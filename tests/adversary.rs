@@ -75,6 +75,12 @@ fn what_a_guest_writes_into_its_raw_disk_says_nothing_of_others() {
     assert_eq!(mount.names("."), [".chainfs", "above", "guest", "inside", "victim"]);
     assert_chain(&store, &mount, "victim", "victim.qcow2", "qcow2");
     assert_same(&mount.path("above/snapshots/below.raw"), &store.oracle("below", "raw"));
+    // Somebody may run them as qcow2 all the same: what they name is in use until the user says what they are.
+    let problems = mount.text(".chainfs/problems.txt");
+    let said: Vec<&str> = problems.lines().map(|line| line.split(':').next().unwrap_or_default()).collect();
+    assert!(said == ["below", "outside"] && problems.contains("-o format=below:raw"), "{problems}");
+    mount.umount();
+    let mount = Mount::with(&store, "format=guest.img:raw,format=below:raw,format=outside:raw");
     assert_eq!(mount.text(".chainfs/problems.txt"), "");
     mount.umount();
 }

@@ -186,11 +186,15 @@ impl Trap {
     fn assert_nothing_outside(&self, opened: &[String]) {
         let root = self.store.root().canonicalize().expect("the store");
         let root = root.to_str().expect("a plain path");
+        let mount = self.store.beside("mnt");
+        let mount = mount.to_str().expect("a plain path");
         let config = self.store.beside("config");
         let config = config.to_str().expect("a plain path");
         let fine = |path: &str| {
             let beneath = |dir: &str| path == dir || path.strip_prefix(dir).is_some_and(|p| p.starts_with('/'));
+            // The mount point itself is looked at: whether mounting there would hide anything.
             beneath(root)
+                || path == mount
                 || beneath(config)
                 || SYSTEM.iter().any(|s| path.starts_with(s))
                 || ["anon_inode:", "pipe:", "socket:"].iter().any(|s| path.starts_with(s))

@@ -115,7 +115,7 @@ fn a_set_that_is_never_kept_is_not_opened_for_ever() {
 /// The number of an entry says how deep it lies, which is told by its being a directory or not, and how far up a link leads depends on that.
 #[test]
 fn what_an_entry_is_and_its_number_are_of_one_answer() {
-    let mounted = answer(&[&[3, 2, 1][..], &[0; 7]].concat());
+    let mounted = answer(&[&[3, 2, 1][..], &[0; 8]].concat());
     let root = answer(&[&[6][..], &attributes(DIRECTORY)].concat());
     let found = answer(&[&[4, 1, 12][..], &attributes(DIRECTORY)].concat());
     let other = answer(&[&[6][..], &attributes(SYMLINK)].concat());

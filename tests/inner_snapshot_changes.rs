@@ -290,7 +290,7 @@ fn a_crash_while_the_last_one_goes_leaves_it_or_none() {
         println!("{name}: {outcome:?}");
         (states, old) = (states + outcome.states, old + outcome.old);
     }
-    assert!(old > 5 && states > 10 * old, "{states} states, {old} as before");
+    assert!(old > 0 && states > 10 * old, "{states} states, {old} as before");
 }
 
 #[test]

@@ -45,6 +45,10 @@ impl Layer {
 
     /// What one of its internal snapshots holds.
     pub fn snapshot(image: &Arc<Image>, snapshot: &Snapshot) -> Result<Self> {
+        // Nothing of a damaged entry is safe to compute with.
+        if let Some(damage) = &snapshot.damage {
+            return Err(Error::new(ErrorKind::Corrupt, format!("an internal snapshot cannot be read: {damage}")));
+        }
         let size = match snapshot.virtual_size {
             Some(size) => size,
             None => image.virtual_size()?,

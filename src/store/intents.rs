@@ -785,7 +785,7 @@ mod tests {
             shape: Digest::of(b""),
             backing: Digest::of(b"b"),
             tables: None,
-            is_frozen: true,
+            head: Digest::of(b"x"),
             written: None,
         };
         let disks = vec![NewTop {
@@ -847,9 +847,11 @@ mod tests {
         drop(owned);
         let found = guard.read().0;
         assert!(!guard.is_owned(&found[0]));
+        let written = std::fs::metadata(place.path().join("a")).unwrap().modified().unwrap();
         std::fs::write(place.path().join("a"), "another").unwrap();
         assert_eq!(guard.take_up(&*names, &found[0]).unwrap_err().kind(), ErrorKind::Stale);
         std::fs::write(place.path().join("a"), "a").unwrap();
+        std::fs::File::options().write(true).open(place.path().join("a")).unwrap().set_modified(written).unwrap();
         guard.take_up(&*names, &found[0]).unwrap().end(&*names).unwrap();
         assert!(guard.read().0.is_empty());
         std::fs::write(place.path().join(".chainfs/intents/2.toml"), "nonsense").unwrap();

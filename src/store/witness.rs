@@ -54,8 +54,8 @@ pub enum Evidence {
         /// Digest of its L1 table, if nobody writes it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         tables: Option<Digest>,
-        /// Whether it bears a mark of being frozen.
-        is_frozen: bool,
+        /// Digest of the cluster that holds its header.
+        head: Digest,
         /// When it was written last, if nobody writes it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         written: Option<Moment>,
@@ -232,8 +232,8 @@ fn evidence(file: &OwnedFd, path: &Path, format: Format, fixed: bool) -> Result<
         Error::new(ErrorKind::Stale, format!("{} is no qcow2 image any more; look at it again", path.display()))
     })?;
     let tables = if fixed { Some(tables(file, &header)?) } else { None };
-    let (size, is_frozen) = (header.virtual_size, header.frozen.is_some());
-    Ok(Evidence::Qcow2 { size, shape: shape(&header), backing: backing(&header), tables, is_frozen, written })
+    let (size, head) = (header.virtual_size, head(file, &header)?);
+    Ok(Evidence::Qcow2 { size, shape: shape(&header), backing: backing(&header), tables, head, written })
 }
 
 fn header(file: &OwnedFd, len: u64) -> Result<Option<std::sync::Arc<Header>>> {
@@ -261,6 +261,13 @@ fn backing(header: &Header) -> Digest {
     let Some(backing) = &header.backing else { return Digest::EMPTY };
     let format = backing.format.as_deref().unwrap_or_default();
     Digest::of(&backing.name).and(&[0]).and(format.as_bytes())
+}
+
+/// All that a change of the header may touch.
+fn head(file: &OwnedFd, header: &Header) -> Result<Digest> {
+    let mut bytes = vec![0; header.cluster.size().min(PIECE) as usize];
+    let read = read_full(file, 0, &mut bytes).map_err(|error| Error::io("reading its header", error))?;
+    Ok(Digest::of(&bytes[..read]))
 }
 
 fn tables(file: &OwnedFd, header: &Header) -> Result<Digest> {
@@ -323,7 +330,14 @@ impl Evidence {
                     None
                 }
             }
-            Self::Qcow2 { size, shape: old_shape, backing: old_backing, tables: old_tables, is_frozen, written } => {
+            Self::Qcow2 {
+                size,
+                shape: old_shape,
+                backing: old_backing,
+                tables: old_tables,
+                head: old_head,
+                written,
+            } => {
                 let Some(header) = header(&file, len)? else { return Ok(Some("is no qcow2 image any more")) };
                 if shape(&header) != *old_shape {
                     Some("is another qcow2 image than it was")
@@ -335,11 +349,9 @@ impl Evidence {
                     && tables(&file, &header)? != *old
                 {
                     Some("has other tables than it had")
-                } else if !is_time(written)
-                    // Steps of the command itself write its header: they leave it marked, or on another file.
-                    && header.frozen.is_some() == *is_frozen
-                    && backing(&header) == *old_backing
-                {
+                } else if !is_time(written) && head(&file, &header)? == *old_head {
+                    // Steps of the command itself write its header, and it alone. One that was cut off midway may have
+                    // changed nothing yet that the header says.
                     Some("has been written since")
                 } else {
                     None

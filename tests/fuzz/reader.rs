@@ -216,10 +216,13 @@ fn snapshots(bytes: &[u8], header: &Header) -> std::result::Result<Vec<Snapshot>
 /// The active state, and some of what the snapshots hold.
 fn states(snapshots: &[Snapshot], random: &mut Random) -> Vec<State> {
     let mut states = vec![State::Active];
-    if !snapshots.is_empty() {
-        let index = random.below(snapshots.len());
-        states.extend([State::Snapshot(index), State::Snapshot(snapshots.len() - 1)]);
-        let with_state = (index..snapshots.len()).chain(0..index).find(|index| snapshots[*index].vm_state_size > 0);
+    // Damaged entries are refused.
+    let good: Vec<usize> = (0..snapshots.len()).filter(|index| snapshots[*index].damage.is_none()).collect();
+    if let Some(last) = good.last() {
+        let first = random.below(good.len());
+        states.extend([State::Snapshot(good[first]), State::Snapshot(*last)]);
+        let mut around = good[first..].iter().chain(&good[..first]).copied();
+        let with_state = around.find(|index| snapshots[*index].vm_state_size > 0);
         states.extend(with_state.map(State::VmState));
     }
     states

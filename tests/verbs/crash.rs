@@ -60,6 +60,14 @@ pub(crate) fn each_state(
     (possible, visited)
 }
 
+/// The state in which nothing was lost.
+pub(crate) fn last_state(tape: &Tape) -> (Candidate, Scene) {
+    let mut disk = Volatile::new(tape);
+    (0..tape.events.len()).for_each(|index| disk.take(index));
+    let candidate = Candidate { cut: tape.events.len(), choice: Choice::All, seed: 1 };
+    (candidate, disk.state(candidate.choice, &mut Random::new(candidate.seed)))
+}
+
 /// What the tape says of a state, for people.
 pub(crate) fn describe(tape: &Tape, candidate: &Candidate) -> String {
     let mut disk = Volatile::new(tape);

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use super::super::common::lab::{Kind, Lab, run};
 use super::super::sim::history::{History, Moment};
 use super::super::sim::{is_long, mix, seed};
-use super::crash::{Candidate, describe, each_state};
+use super::crash::{Candidate, describe, each_state, last_state};
 use super::guest::Guest;
 use super::judge::{Judge, options, recover};
 use super::scene::Scene;
@@ -267,7 +267,14 @@ pub(crate) fn walk(tape: &Tape, judge: &Judge, limit: usize, stop_after: usize) 
         }
         failures.len() < stop_after
     });
-    Tally { possible, visited, failures }
+    // Of few states none may be one at the end.
+    let (candidate, scene) = last_state(tape);
+    if failures.is_empty()
+        && let Err(error) = judge_scene(&scene, &candidate, judge)
+    {
+        failures.push(format!("{error}\nnothing was lost\n"));
+    }
+    Tally { possible, visited: visited + 1, failures }
 }
 
 fn judge_scene(scene: &Scene, candidate: &Candidate, judge: &Judge) -> Result<(), String> {
