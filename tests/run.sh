@@ -7,8 +7,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Seven on two quiet processors; more are left to busy ones.
-minutes=15
+# Twelve on two quiet processors; more are left to busy ones.
+minutes=25
 if [ "${1:-}" = --long ]; then
     shift
     export CHAINFS_LONG=1

@@ -73,7 +73,7 @@ impl Survey {
             let is_found = known.all(inode, byte).next().is_some();
             // Who is not found may have come since.
             let holds_for = if is_found { known.cost * ANSWERS } else { known.cost };
-            if known.begun.elapsed() < known.cost + holds_for {
+            if known.begun.elapsed() < known.cost + holds_for && !known.names_the_dead(inode, byte) {
                 return Arc::clone(known);
             }
         }
@@ -105,6 +105,11 @@ impl Survey {
     fn all(&self, inode: u64, byte: i64) -> impl Iterator<Item = &Option<Holder>> {
         let held = self.locks.get(&inode).into_iter().flatten();
         held.filter(move |(first, last, _)| (*first..=*last).contains(&byte)).map(|(_, _, holder)| holder)
+    }
+
+    /// Whether one that held the byte has ended since: another may hold it by now.
+    fn names_the_dead(&self, inode: u64, byte: i64) -> bool {
+        self.all(inode, byte).flatten().any(|holder| !Path::new(&format!("/proc/{}", holder.pid)).exists())
     }
 
     /// The other processes that hold a byte.
