@@ -189,7 +189,6 @@ fn what_cannot_be_deleted_says_why_and_stays() {
         ("revert to=sn1 save=sn2", ErrorKind::Exists, "sn2"),
         ("rebase base=web.qcow2", ErrorKind::Usage, "loop"),
         ("rebase layer=sn1 base=sn3", ErrorKind::Usage, "loop"),
-        ("rebase base=sn3", ErrorKind::Usage, "already"),
         ("rebase base=../outside.qcow2", ErrorKind::Escape, "out of the store"),
         ("rebase base=nothing.qcow2", ErrorKind::NotFound, "nothing.qcow2"),
         ("rebase layer=base base=none", ErrorKind::Usage, "nothing"),

@@ -57,7 +57,7 @@ fn a_raw_image_that_was_frozen_is_not_written_even_if_nobody_has_told_the_mount(
     let mount = Mount::with(&store, DEAF);
     drop(open_rw(&mount.path("plain/active.raw")).expect("a leaf"));
     let_go(&store, "plain.raw", "raw");
-    fs::create_dir(store.path(".chainfs")).expect("a directory");
+    store.dir(".chainfs");
     store.put(".chainfs/frozen.toml", b"[[frozen]]\npath = \"plain.raw\"\nseconds = 1\n");
     let refused = open_rw(&mount.path("plain/active.raw"));
     assert!(matches!(refused, Err(Errno::ROFS | Errno::STALE | Errno::NOENT)), "{refused:?}");
@@ -98,7 +98,7 @@ fn an_external_data_file_is_as_safe_from_writing_as_an_image() {
     store.overlay("top.qcow2", "data.raw", "raw", "");
     assert_not_written(&store, "", "another image stands on it");
     fs::remove_file(store.path("top.qcow2")).expect("an overlay");
-    fs::create_dir(store.path(".chainfs")).expect("a directory");
+    store.dir(".chainfs");
     store.put(".chainfs/frozen.toml", b"[[frozen]]\npath = \"data.raw\"\nseconds = 1\n");
     assert_not_written(&store, "", "it is frozen");
 }
