@@ -214,7 +214,6 @@ fn whatever_others_depend_on_is_not_touched() {
         ("commit top=nobody", ErrorKind::NotFound, "nobody"),
         ("commit top=base", ErrorKind::Usage, "stands on nothing"),
         ("commit top=sn2@inner", ErrorKind::Usage, "internal snapshot"),
-        ("pull into=base", ErrorKind::Usage, "nothing"),
         ("pull base=active", ErrorKind::Usage, "same"),
         ("snapshot sn1", ErrorKind::Exists, "sn1"),
         ("cancel", ErrorKind::NotFound, "no command"),
