@@ -855,16 +855,13 @@ impl World {
             return;
         }
         for (name, legal) in &pending.legal {
-            let exists = self.root.join(name).exists();
-            if !exists {
-                let is_renamed_by_damage = self.damage.contains_key(name);
-                if !is_renamed_by_damage && self.disks.contains_key(name) && !pending.leaving.contains(name) {
+            let present = self.damage.get(name).and_then(Damage::present_name).unwrap_or(name);
+            if !self.root.join(present).exists() {
+                if self.disks.contains_key(name) && !pending.leaving.contains(name) {
                     self.fail(&format!("{name} has gone after {}", pending.command));
                 }
-                if !is_renamed_by_damage {
-                    self.disks.remove(name);
-                    self.frozen.remove(name);
-                }
+                self.disks.remove(name);
+                self.frozen.remove(name);
                 continue;
             }
             let Some(disk) = self.reader().disk(name) else {
