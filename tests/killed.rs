@@ -64,13 +64,18 @@ fn intents(lab: &Lab) -> u64 {
 fn others(lab: &Lab, raw_base: bool, rng: &mut Rng) -> Others {
     let mut others = Others::default();
     let (base, format) = (lab.file("base"), if raw_base { "raw" } else { "qcow2" });
+    // What a command has left behind may rest on a file that has another name by now.
+    let is_readable = |name: &str| {
+        let info = ["info", "--backing-chain", name];
+        tool("qemu-img").args(info).current_dir(lab.store.root()).outcome().0 == 0
+    };
     match rng.below(7) {
-        0 | 1 if lab.store.path(&base).exists() => {
+        0 | 1 if is_readable(&base) => {
             // Whatever it is that base shows now, who makes an overlay of it relies on that.
             lab.store.overlay("theirs.qcow2", &base, format, "");
             others.files.insert("theirs.qcow2".to_owned(), lab.content("theirs.qcow2"));
         }
-        2 if lab.store.path("sn1.qcow2").exists() => {
+        2 if is_readable("sn1.qcow2") => {
             lab.store.overlay("theirs.qcow2", "sn1.qcow2", "qcow2", "");
             others.files.insert("theirs.qcow2".to_owned(), lab.content("theirs.qcow2"));
         }
