@@ -623,3 +623,19 @@ fn bitmaps_that_cannot_be_read_are_not_none() {
     assert_eq!(error.kind(), ErrorKind::NotEmpty, "{error}");
     assert!(error.to_string().contains("cannot be read"), "{error}");
 }
+
+#[test]
+fn a_command_that_cannot_note_its_end_is_refused_before_it_writes() {
+    for command in ["commit base=base", "delete base"] {
+        let lab = Lab::new(Kind { raw_base: true, ..Kind::PLAIN });
+        lab.store.dir(".chainfs");
+        lab.store.put(".chainfs/frozen.toml", b"][");
+        let root = lab.store.root();
+        let images =
+            || -> Vec<_> { contents(&root).into_iter().filter(|(path, _)| !path.starts_with(".chainfs")).collect() };
+        let before = images();
+        let error = lab.refused(command);
+        assert!(error.to_string().contains("frozen.toml"), "{command}: {error}");
+        assert!(contents(&root) == before, "{command} has changed something");
+    }
+}

@@ -181,6 +181,9 @@ pub(super) fn may_be_marked(world: &World, index: ImageIndex) -> bool {
 
 /// The same for a mark of being frozen, unless there is one.
 pub(super) fn check_freeze(world: &World, index: ImageIndex, refusals: &mut Vec<Error>) {
+    if world.image(index).format == Some(Format::Raw) {
+        refusals.extend(world.store.check_notes().err());
+    }
     if world.image(index).frozen.is_none() {
         let change = HeaderChange { backing: None, frozen: Some(Some(Frozen::now(""))) };
         check_header(world, index, &change, refusals);

@@ -262,6 +262,12 @@ impl World {
         if let Some(refusal) = self.unwritable(index) {
             return Some(refusal);
         }
+        // Whether it is frozen is noted in the store's list: one that fails at the end would leave the command unfinished.
+        if image.format == Some(Format::Raw)
+            && let Err(error) = self.store.check_notes()
+        {
+            return Some(error);
+        }
         if let Some(problem) = &image.problem {
             return Some(Error::new(ErrorKind::Broken, format!("{} {problem}", image.shown())));
         }
