@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Twelve on two quiet processors; more are left to busy ones.
+# About fifteen on two processors; more are left to busy ones.
 minutes=25
 if [ "${1:-}" = --long ]; then
     shift
