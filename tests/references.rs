@@ -613,3 +613,22 @@ fn what_may_not_be_opened_may_stand_on_anything() {
         as_other.arg(store.root()).arg(store.path("base.qcow2")).arg("s1").env("HOME", "/").outcome();
     assert!(code != 0 && format!("{out}{err}").contains("top.qcow2"), "{code} {out} {err}");
 }
+
+#[test]
+fn a_link_to_a_file_of_the_store_that_is_gone_claims_nothing() {
+    let store = Store::new();
+    store.create("vm.qcow2", MIB, "");
+    std::os::unix::fs::symlink(store.path("gone.qcow2"), store.path("link.qcow2")).unwrap();
+    let mount = Mount::new(&store);
+    let disk = fs::File::options().write(true).open(mount.path("vm/active.raw")).expect("a writable disk");
+    drop(disk);
+    assert!(mount.text(".chainfs/problems.txt").starts_with("link.qcow2: is a symbolic link that cannot be followed"));
+    mount.umount();
+    // One that leads elsewhere may be an overlay of anything.
+    fs::remove_file(store.path("link.qcow2")).unwrap();
+    std::os::unix::fs::symlink("/nowhere/gone.qcow2", store.path("link.qcow2")).unwrap();
+    let mount = Mount::new(&store);
+    let refused = fs::File::options().write(true).open(mount.path("vm/active.raw"));
+    assert_eq!(refused.expect_err("a claim").raw_os_error(), Some(30));
+    mount.umount();
+}

@@ -172,6 +172,8 @@ impl Builder<'_> {
             self.by_place.insert(place, index);
             return;
         }
+        // Where the way ends in the store, it can be told that nothing is there.
+        let is_there = is_there && !self.leads_to_nothing(&place, name.as_encoded_bytes());
         if is_there && !self.options.is_standalone(&path) && self.promises_image(&path) {
             let fact = format!("is a symbolic link that cannot be followed ({error})");
             let remedy = format!("put the file itself here, or remove the link; {}", standalone_remedy(&path));
@@ -184,6 +186,15 @@ impl Builder<'_> {
             let sentence = format!("is a symbolic link that cannot be followed: {error}; put the file itself here");
             self.problems.push(Problem { path, sentence });
         }
+    }
+
+    /// Whether a link leads to a place beneath a root where no file is.
+    fn leads_to_nothing(&self, link: &Place, name: &[u8]) -> bool {
+        let target = traced(self.roots, &self.options.maps, link, name);
+        let is_gone = |place: Place| {
+            self.roots[place.root].stat(&place.path).is_err_and(|error| error.kind() == ErrorKind::NotFound)
+        };
+        target.is_some_and(is_gone)
     }
 
     /// Whether what a link leads to may be an image that stands on others, by the names of both.
