@@ -286,11 +286,11 @@ fn a_crash_while_the_last_one_goes_leaves_it_or_none() {
             again: false,
             missing_flags: true,
         };
-        let outcome = change.survives_crashes(STATES / 2);
+        let outcome = change.survives_crashes(STATES);
         println!("{name}: {outcome:?}");
         (states, old) = (states + outcome.states, old + outcome.old);
     }
-    assert!(old > 0 && states > 10 * old, "{states} states, {old} as before");
+    assert!(old > 5 && states > 10 * old, "{states} states, {old} as before");
 }
 
 #[test]

@@ -196,9 +196,7 @@ impl World {
     fn overlays_of(&self, name: &str) -> Vec<String> {
         let reader = self.reader();
         // Of a command that was cut off there may be files that the model does not know yet.
-        let entries = fs::read_dir(&self.root).expect("the store").map(|entry| entry.expect("an entry"));
-        let files = entries.filter(|entry| entry.file_type().expect("its type").is_file());
-        let mut others: BTreeSet<String> = files.map(|file| file.file_name().to_string_lossy().into_owned()).collect();
+        let mut others = self.files_present();
         others.extend(self.names());
         others.remove(name);
         let mut found: Vec<String> =
@@ -208,6 +206,25 @@ impl World {
             (base == name).then(|| other.clone())
         }));
         found
+    }
+
+    /// The names of all regular files of the store's own directory.
+    fn files_present(&self) -> BTreeSet<String> {
+        let entries = fs::read_dir(&self.root).expect("the store").map(|entry| entry.expect("an entry"));
+        let files = entries.filter(|entry| entry.file_type().expect("its type").is_file());
+        files.map(|file| file.file_name().to_string_lossy().into_owned()).collect()
+    }
+
+    /// Of these, images of which the model does not know yet.
+    fn unknown_files(&self) -> Vec<String> {
+        let is_known = |name: &String| {
+            self.disks.contains_key(name)
+                || self.foreign.contains_key(name)
+                || name.starts_with(".chainfs")
+                || name.ends_with(".invalid")
+                || self.damage.values().any(|damage| damage.present_name() == Some(name))
+        };
+        self.files_present().into_iter().filter(|name| !is_known(name)).collect()
     }
 
     /// Where the model notes on what a foreign overlay rests.
@@ -635,18 +652,7 @@ impl World {
             self.disks.remove(name);
         }
         // What is new.
-        let entries = fs::read_dir(&self.root).expect("the store").map(|entry| entry.expect("an entry"));
-        let files = entries.filter(|entry| entry.file_type().expect("its type").is_file());
-        let names: Vec<String> = files.map(|file| file.file_name().to_string_lossy().into_owned()).collect();
-        for name in names {
-            let is_known = self.disks.contains_key(&name)
-                || self.foreign.contains_key(&name)
-                || name.starts_with(".chainfs")
-                || name.ends_with(".invalid")
-                || self.damage.values().any(|damage| damage.present_name() == Some(&name));
-            if is_known {
-                continue;
-            }
+        for name in self.unknown_files() {
             let Some(disk) = self.reader().disk(&name) else { self.fail(&format!("{name} cannot be read")) };
             if !old.values().any(|known| is_same_disk(&disk, known)) {
                 self.fail(&format!("{name} is new, and shows what nothing showed before"));
@@ -874,16 +880,8 @@ impl World {
             self.disks.insert(name.clone(), disk);
         }
         // What the command has made.
-        let entries = fs::read_dir(&self.root).expect("the store").map(|entry| entry.expect("an entry"));
-        let files = entries.filter(|entry| entry.file_type().expect("its type").is_file());
-        let names: Vec<String> = files.map(|file| file.file_name().to_string_lossy().into_owned()).collect();
-        for name in names {
-            let is_known = self.disks.contains_key(&name)
-                || self.foreign.contains_key(&name)
-                || name.starts_with(".chainfs")
-                || name.ends_with(".invalid")
-                || self.damage.values().any(|damage| damage.present_name() == Some(&name));
-            if !is_known && let Some(disk) = self.reader().disk(&name) {
+        for name in self.unknown_files() {
+            if let Some(disk) = self.reader().disk(&name) {
                 if is_raw(&name) && pending.command.starts_with("snapshot") {
                     self.frozen.insert(name.clone());
                 }
