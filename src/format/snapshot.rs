@@ -148,7 +148,8 @@ impl SnapshotParser {
     }
 }
 
-/// Parses a table that is there as a whole, and in which no entry is damaged.
+/// Parses a table that is there as a whole. As from a parser, a damaged entry is among the others,
+/// with its reason.
 pub fn parse_table(
     bytes: &[u8],
     count: u32,
@@ -158,11 +159,7 @@ pub fn parse_table(
     let table = SnapshotTable { offset: HostOffset(0), count };
     let mut parser = SnapshotParser::with(table, cluster, version);
     parser.feed(bytes)?;
-    let snapshots = parser.finish()?;
-    match snapshots.iter().find_map(|snapshot| snapshot.damage.clone()) {
-        Some(damage) => Err(damage),
-        None => Ok(snapshots),
-    }
+    parser.finish()
 }
 
 /// A table whose entries all have the extra data that version 3 requires: what an entry of
@@ -346,8 +343,13 @@ mod tests {
         bytes
     }
 
+    /// The entries of a table in which none is damaged, or what is wrong with the first that is.
     fn parse(bytes: &[u8], count: u32, version: Version) -> Result<Vec<Snapshot>, Malformed> {
-        parse_table(bytes, count, ClusterBits::new(16).unwrap(), version)
+        let snapshots = parse_table(bytes, count, ClusterBits::new(16).unwrap(), version)?;
+        match snapshots.iter().find_map(|snapshot| snapshot.damage.clone()) {
+            Some(damage) => Err(damage),
+            None => Ok(snapshots),
+        }
     }
 
     #[test]
