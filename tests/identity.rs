@@ -373,6 +373,45 @@ fn a_snapshot_that_is_taken_up_asks_again() {
 }
 
 #[test]
+fn a_name_that_others_have_come_to_stand_on_is_not_taken_away() {
+    let lab = common::Store::new();
+    let shows = |name: &str| fs::read(lab.try_oracle(Path::new(name), "qcow2", None).unwrap()).unwrap();
+    lab.raw("vm.raw", SIZE, 5);
+    lab.overlay("vm.qcow2", "vm.raw", "raw", "");
+    lab.img(["rebase", "-u", "-F", "raw", "-b", "monday.raw", "vm.qcow2"]);
+    let top = NewTop {
+        old: witness(&lab, "vm.raw", false),
+        frozen: "monday.raw".into(),
+        overlay: witness(&lab, "vm.qcow2", false),
+        name: "vm.qcow2".into(),
+        backing: None,
+    };
+    let deed = Deed::Snapshot { seconds: 1, nanoseconds: 0, description: String::new(), disks: vec![top] };
+    leave(&lab, "snapshot monday", "vm", deed);
+    fs::hard_link(lab.path("vm.raw"), lab.path("monday.raw")).unwrap();
+    // The overlay has come; the raw disk still has both names.
+    let content = fs::read(lab.path("vm.raw")).unwrap();
+    let full = lab.path("vm.raw").display().to_string();
+    std::os::unix::fs::symlink("vm.raw", lab.path("near.raw")).unwrap();
+    std::os::unix::fs::symlink(&full, lab.path("far.raw")).unwrap();
+    let json = r#"json:{"driver":"raw","file":{"driver":"file","filename":"vm.raw"}}"#;
+    for backing in ["vm.raw", &full, "near.raw", "far.raw", json] {
+        lab.overlay_sized("mine.qcow2", backing, "raw", SIZE);
+        let said = taken_up(&open(&lab.root())).unwrap_or_else(|| panic!("{backing}: it is taken up"));
+        assert!(said.contains("mine.qcow2"), "{backing}: {said}");
+        assert!(shows("mine.qcow2") == content, "{backing}");
+        fs::remove_file(lab.path("mine.qcow2")).unwrap();
+    }
+    fs::remove_file(lab.path("near.raw")).unwrap();
+    fs::remove_file(lab.path("far.raw")).unwrap();
+    // By its new name it stays.
+    lab.overlay("mine.qcow2", "monday.raw", "raw", "");
+    assert_eq!(taken_up(&open(&lab.root())), None);
+    assert!(shows("mine.qcow2") == content && shows("vm.qcow2") == content);
+    assert!(!lab.path("vm.raw").exists());
+}
+
+#[test]
 fn an_intent_that_nobody_understands_hides_all_it_could_have_spoilt() {
     let spoil: [Spoiling; 6] = [
         ("cut", |path| {

@@ -510,7 +510,16 @@ fn refuse_rest(world: &World, top: &NewTop, goes_on: bool, refusals: &mut Vec<Er
         let is_link = |error: &Error| error.kind() == ErrorKind::Busy;
         refusals.extend(world.untouchable(old).filter(|error| !is_link(error)));
     }
-    if !has_come {
+    if has_come && own_names > 1 {
+        // Its old name is taken away: who has come to stand on it by that would stand on nothing.
+        let others = world.others_using(old, &world.users_by_name(old));
+        if !others.is_empty() {
+            let (given, others) = (shown(&top.old.path), others.join(", "));
+            let fact = format!("has come to be used by {others} under its old name {given}, which is taken away");
+            let sentence = format!("{} {fact}; put those on {} first", image.shown(), image.shown());
+            refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
+        }
+    } else if !has_come {
         // Who has come to stand on it by its name would stand on the overlay; who does by its new one, on nothing.
         let others = world.others_using(old, &[]);
         if !others.is_empty() && (goes_on || own_names > 1) {

@@ -179,6 +179,17 @@ impl World {
         others
     }
 
+    /// Those images whose header means an image by the very name under which it is shown. Who means it by another name, or
+    /// through a link, is not among them.
+    pub(super) fn users_by_name(&self, index: ImageIndex) -> Vec<ImageIndex> {
+        let place = &self.image(index).place;
+        let means_it = |other: &ImageEntry| {
+            let backing = other.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref());
+            backing.is_some_and(|backing| self.store.named_by(&other.place, &backing.name).as_ref() == Ok(place))
+        };
+        (0..self.catalog.images.len()).filter(|other| means_it(self.image(*other))).collect()
+    }
+
     /// Why an image is left alone because somebody may stand on it of whom nobody can tell, if so.
     fn claimed(&self, image: &ImageEntry) -> Option<Error> {
         let find = |catalog: &Arc<Catalog>| {
