@@ -121,6 +121,11 @@ fn changed_files(plan: &Plan, before: &[(String, String, bool)]) -> Vec<String> 
     changed.map(|(_, file, _)| file.clone()).collect()
 }
 
+/// Whether a command changes something although the chain stays as it is.
+fn is_small(request: &Request) -> bool {
+    matches!(request.verb(), Verb::Clone | Verb::Resize)
+}
+
 impl World {
     pub(crate) fn new(seed: u64) -> Self {
         let scratch = tempfile::Builder::new().prefix("chainfs-test-").tempdir().expect("a temporary directory");
@@ -161,7 +166,7 @@ impl World {
 
     fn pick(&mut self, among: &[String]) -> Option<String> {
         let first: Vec<&String> = among.iter().filter(|name| self.focus.contains(name)).collect();
-        if !first.is_empty() && self.rng.below(2) == 0 {
+        if !first.is_empty() && self.rng.below(4) > 0 {
             return Some(first[self.rng.below(first.len() as u64) as usize].clone());
         }
         (!among.is_empty()).then(|| among[self.rng.below(among.len() as u64) as usize].clone())
@@ -368,6 +373,25 @@ impl World {
         self.disks.insert(name, content);
     }
 
+    /// Another program removes all overlays of a raw file that a snapshot has frozen: it is a leaf again.
+    fn strand(&mut self) {
+        let frozen: Vec<String> = self.frozen.iter().cloned().collect();
+        let Some(name) = self.pick(&frozen) else { return };
+        let overlays = self.overlays_of(&name);
+        let is_free = |world: &Self, other: &String| {
+            world.disks.contains_key(other) && !world.damage.contains_key(other) && world.overlays_of(other).is_empty()
+        };
+        if !overlays.iter().all(|other| is_free(self, other)) {
+            return;
+        }
+        for other in &overlays {
+            fs::remove_file(self.root.join(other)).expect("an overlay");
+            self.disks.remove(other);
+            self.odd.remove(other);
+        }
+        self.say(format!("another program removes all that stands on {name}: {overlays:?}"));
+    }
+
     fn protect(&mut self) {
         let names = self.names();
         let Some(name) = self.pick(&names) else { return };
@@ -509,7 +533,7 @@ impl World {
         if self.frozen.contains(&file) {
             self.fail(&format!("{file} was frozen, and can be written"));
         }
-        for _ in 0..=self.rng.below(3) {
+        for _ in 0..=self.rng.below(6) {
             let size = self.disks[&file].len() as u64;
             let at = self.rng.below(size);
             let len = (1 + self.rng.below(9000)).min(size - at);
@@ -544,7 +568,9 @@ impl World {
             Some(name) if world.rng.below(3) > 0 => format!(" {word}={name}"),
             _ => String::new(),
         };
+        let is_raw_leaf = layers.first().is_some_and(|leaf| is_raw(&leaf.1));
         let command = match self.rng.below(16) {
+            0..=2 | 8 if is_raw_leaf => format!("snapshot s{number}"),
             0..=2 => format!("snapshot s{number}"),
             3..=6 => {
                 let (top, base) = (any(self, "top"), any(self, "base"));
@@ -583,7 +609,11 @@ impl World {
     }
 
     fn give(&mut self) {
-        let Some((chain, command)) = self.command() else { return };
+        let found = match self.rng.below(3) {
+            0 => self.command(),
+            _ => self.sensible().map(|(chain, command, _)| (chain, command)),
+        };
+        let Some((chain, command)) = found else { return };
         let before = self.layers(&chain);
         let Some((request, plan)) = self.plan(&chain, &command) else { return };
         let changed = changed_files(&plan, &before);
@@ -609,6 +639,22 @@ impl World {
             }
         }
         self.follow(&request, &plan, &before);
+    }
+
+    /// A command that makes sense now, if one is found.
+    fn sensible(&mut self) -> Option<(String, String, Plan)> {
+        for _ in 0..8 {
+            let Some((chain, command)) = self.command() else { continue };
+            match self.plan(&chain, &command) {
+                Some((request, plan))
+                    if plan.refusals.is_empty() && (plan.before != plan.after || is_small(&request)) =>
+                {
+                    return Some((chain, command, plan));
+                }
+                _ => {}
+            }
+        }
+        None
     }
 
     /// A command is done: the model follows, as the plan has said.
@@ -734,12 +780,8 @@ impl World {
 
     /// A command is cut off by a kill; others change the store before it is opened again.
     fn kill(&mut self) {
-        let Some((chain, command)) = self.command() else { return };
+        let Some((chain, command, plan)) = self.sensible() else { return };
         let before = self.layers(&chain);
-        let Some((_, plan)) = self.plan(&chain, &command) else { return };
-        if !plan.refusals.is_empty() {
-            return;
-        }
         let text = |path: &PathBuf| path.display().to_string();
         let old = self.disks.clone();
         let above = |file: &str| -> Vec<String> {
@@ -773,7 +815,14 @@ impl World {
         }
         let (_, engine, host) = self.store.as_ref().expect("an open store");
         let (engine, host) = (Arc::clone(engine), host.clone());
-        let calls = self.rng.below(40);
+        // About as many changes as such a command makes.
+        let usual = match verb.as_str() {
+            "commit" | "delete" => 30,
+            "clone" | "resize" => 8,
+            "rebase" => 18,
+            _ => 24,
+        };
+        let calls = self.rng.below(usual);
         host.dies_after(calls);
         let status = run(&engine, &chain, &command);
         let was_killed = host.is_dead();
@@ -788,11 +837,11 @@ impl World {
         // The model does not know which of what the command has made is whole: others leave that alone.
         self.settle_names(&pending);
         self.focus = pending.legal.keys().cloned().collect();
-        for _ in 0..self.rng.below(4) {
-            match self.rng.below(10) {
+        for _ in 0..self.rng.below(5) {
+            match self.rng.below(11) {
                 0..=2 => self.overlay(),
                 3 | 4 => self.replace(),
-                5 => self.protect(),
+                5 | 10 => self.protect(),
                 6 if !is_without("damage") => self.damage(),
                 7 => self.mend(),
                 8 => self.spoil_intent(),
@@ -827,7 +876,9 @@ impl World {
                 (name.clone(), (inode, disk.clone()))
             })
             .collect();
+        let guarded = self.guarded();
         self.open();
+        self.assert_guarded(&guarded, &pending.command);
         let (store, ..) = self.store.as_ref().expect("an open store");
         let catalog = store.catalog();
         let is_left = !catalog.intents.is_empty() || !catalog.senseless.is_empty();
@@ -887,6 +938,39 @@ impl World {
                 }
                 self.disks.insert(name, disk);
             }
+        }
+    }
+
+    /// Files that nobody may change: by their mode, or because they have another name outside of the store.
+    fn guarded(&self) -> BTreeMap<u64, (String, Vec<u8>)> {
+        let outside: BTreeSet<u64> = fs::read_dir(self.scratch.path())
+            .expect("what is beside the store")
+            .map(|entry| entry.expect("an entry").metadata().expect("what it is").ino())
+            .collect();
+        let mut guarded = BTreeMap::new();
+        for name in self.files_present().into_iter().filter(|name| !name.starts_with(".chainfs")) {
+            let path = self.root.join(&name);
+            let found = fs::metadata(&path).expect("a file of the store");
+            if found.permissions().mode() & 0o222 == 0 || outside.contains(&found.ino()) {
+                guarded.insert(found.ino(), (name, fs::read(&path).expect("its bytes")));
+            }
+        }
+        guarded
+    }
+
+    fn assert_guarded(&self, guarded: &BTreeMap<u64, (String, Vec<u8>)>, command: &str) {
+        let mut left = guarded.clone();
+        for name in self.files_present() {
+            let path = self.root.join(&name);
+            let Some((_, bytes)) = left.remove(&fs::metadata(&path).expect("a file of the store").ino()) else {
+                continue;
+            };
+            if fs::read(&path).expect("its bytes") != bytes {
+                self.fail(&format!("{name} was protected, and {command} changed it"));
+            }
+        }
+        if let Some((name, _)) = left.values().next() {
+            self.fail(&format!("{name} was protected, and {command} removed it"));
         }
     }
 
@@ -954,7 +1038,7 @@ impl World {
     /// One step. Whether the run goes on.
     pub(crate) fn step(&mut self) -> bool {
         self.tally.steps += 1;
-        match self.rng.below(28) {
+        match self.rng.below(29) {
             6..=11 => self.give(),
             12 | 13 if self.disks.len() < MAX_IMAGES => self.overlay(),
             14 if self.disks.len() < MAX_IMAGES => self.base(),
@@ -963,7 +1047,8 @@ impl World {
             19 => self.replace(),
             20 => self.protect(),
             21 if !is_without("list") => self.spoil_freeze_list(),
-            22 | 21 => {
+            22 => self.strand(),
+            28 | 21 => {
                 self.close();
                 if self.rng.below(3) == 0 {
                     self.copy();
