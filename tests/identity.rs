@@ -678,3 +678,28 @@ fn a_command_that_cannot_note_its_end_is_refused_before_it_writes() {
         assert!(contents(&root) == before, "{command} has changed something");
     }
 }
+
+#[test]
+fn what_has_another_name_or_is_only_read_is_not_marked() {
+    for (command, left) in
+        [("pull into=sn3 base=base", "sn2"), ("rebase layer=sn3 base=base", "sn2"), ("revert to=sn1", "sn3")]
+    {
+        let commands = |protect: &dyn Fn(&Path)| {
+            let lab = Lab::new(Kind::PLAIN);
+            let file = lab.store.path(format!("{left}.qcow2"));
+            protect(&file);
+            let before = fs::read(&file).unwrap();
+            let store = open(&lab.store.root());
+            let engine = Engine::new(&store);
+            let status = run(&engine, "web", command).unwrap();
+            assert_eq!((status.state, status.error), (JobState::Done, None), "{command}");
+            engine.stop();
+            fs::read(&file).unwrap() == before
+        };
+        let kept =
+            commands(&|file| fs::hard_link(file, file.parent().unwrap().parent().unwrap().join("mine")).unwrap());
+        assert!(kept, "{command}: it has another name");
+        let kept = commands(&|file| fs::set_permissions(file, fs::Permissions::from_mode(0o444)).unwrap());
+        assert!(kept, "{command}: it is only read");
+    }
+}

@@ -172,11 +172,13 @@ pub(super) fn check_header(world: &World, index: ImageIndex, change: &HeaderChan
     refusals.extend(world.unwritable(index));
 }
 
-/// Whether a layer that nobody stands on any more is marked as frozen: not one that is only read.
+/// Whether a layer that nobody stands on any more is marked as frozen: not one that is only read, or whose header would
+/// change under another name as well.
 pub(super) fn may_be_marked(world: &World, index: ImageIndex) -> bool {
     let image = world.image(index);
+    let is_its_own = image.format == Some(Format::Raw) || image.stat.link_count == 1;
     // Without a store around it nobody can tell whose layer it is.
-    image.place.root == 0 && !image.readonly && world.store.guard().is_whole
+    image.place.root == 0 && !image.readonly && is_its_own && world.store.guard().is_whole
 }
 
 /// The same for a mark of being frozen, unless there is one.

@@ -727,28 +727,23 @@ impl World {
             }
             self.disks.insert(name, disk);
         }
-        for (_, to) in &plan.renamed {
+        for (from, to) in &plan.renamed {
             let name = text(to);
-            // What has taken the name of a layer shows what that did.
-            if let (Some(wanted), true) = (old.get(&name), verb == Verb::Commit || verb == Verb::Delete) {
-                let wanted = wanted.clone();
-                let Some(disk) = self.reader().disk(&name) else { self.fail(&format!("{name} cannot be read")) };
-                if !is_same_disk(&disk, &wanted) {
-                    self.fail(&format!("{name} does not show what it did"));
-                }
-                self.disks.insert(name, disk);
-            } else if verb == Verb::Commit
-                && let Some(top) = active.as_ref().and_then(|top| old.get(top)).cloned()
-                && !name.ends_with(".invalid")
-            {
-                let Some(disk) = self.reader().disk(&name) else { self.fail(&format!("{name} cannot be read")) };
-                if !is_same_disk(&disk, &top) {
-                    self.fail(&format!("{name} does not show what the active disk did"));
-                }
-                self.disks.insert(name, disk);
-            } else if name.ends_with(".invalid") {
+            if name.ends_with(".invalid") {
                 self.disks.remove(&name);
+                continue;
             }
+            // What has taken the name of a layer, but for the extension where it is raw, shows what that did.
+            let is_it = |layer: &&(String, String, bool)| {
+                layer.1 != text(from) && Path::new(&layer.1).file_stem() == to.file_stem()
+            };
+            let layer = before.iter().find(is_it).filter(|_| verb == Verb::Commit || verb == Verb::Delete);
+            let Some(wanted) = layer.and_then(|layer| old.get(&layer.1)) else { continue };
+            let Some(disk) = self.reader().disk(&name) else { self.fail(&format!("{name} cannot be read")) };
+            if !is_same_disk(&disk, wanted) {
+                self.fail(&format!("{name} does not show what it did"));
+            }
+            self.disks.insert(name, disk);
         }
         match request {
             Request::Revert(request) => {
@@ -965,8 +960,10 @@ impl World {
             let Some((_, bytes)) = left.remove(&fs::metadata(&path).expect("a file of the store").ino()) else {
                 continue;
             };
-            if fs::read(&path).expect("its bytes") != bytes {
-                self.fail(&format!("{name} was protected, and {command} changed it"));
+            let now = fs::read(&path).expect("its bytes");
+            if now != bytes {
+                let at = now.iter().zip(&bytes).position(|(now, was)| now != was);
+                self.fail(&format!("{name} was protected, and {command} changed it, first at {at:?}"));
             }
         }
         if let Some((name, _)) = left.values().next() {
