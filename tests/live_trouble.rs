@@ -4,74 +4,21 @@
 #[allow(dead_code, unused_imports, reason = "each test binary uses its part")]
 mod common;
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use common::active::{NOTICED, rw};
 use common::block_guest::{BLOCK, BlockGuest as Guest, PLACE};
 use common::command::Control;
 use common::foreign::{Loop, Mounted, Qemu, amount};
-use common::lab::{Kind, LAYERS, Lab, extension};
+use common::jobs::{assert_snapshots, at_work, contents, intents, kill, settled};
+use common::lab::{Kind, Lab, extension};
 use common::*;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
-
-type Contents = BTreeMap<String, Vec<u8>>;
-
-fn contents(lab: &Lab) -> Contents {
-    LAYERS.iter().map(|layer| ((*layer).to_owned(), lab.content(&lab.file(layer)))).collect()
-}
-
-/// What is begun and not finished.
-fn intents(lab: &Lab) -> usize {
-    fs::read_dir(lab.store.path(".chainfs/intents")).map_or(0, Iterator::count)
-}
-
-/// Every snapshot of every chain is what it was; a commit into base has given base the bytes of `merged` if that
-/// is gone. Returns how many there were.
-fn assert_snapshots(mount: &Mount, before: &Contents, merged: Option<(&str, &str)>, context: &str) -> usize {
-    let mut count = 0;
-    for chain in mount.names(".").iter().filter(|name| *name != ".chainfs") {
-        let names = mount.names(Path::new(chain).join("snapshots"));
-        let has = |layer: &str| names.contains(&format!("{layer}.raw"));
-        for name in &names {
-            let layer = name.strip_suffix(".raw").expect("a disk");
-            let Some(own) = before.get(layer) else { continue };
-            let want = match merged {
-                Some((top, base)) if layer == base && !has(top) => &before[top],
-                _ => own,
-            };
-            let shown = fs::read(mount.path(chain).join("snapshots").join(name));
-            let shown = shown.unwrap_or_else(|e| panic!("{context}: {chain}/{name}: {e}"));
-            assert!(shown == *want, "{context}: {chain}/{name} of {names:?} has other bytes");
-            count += 1;
-        }
-    }
-    count
-}
-
-/// Waits until all that was begun is over, by itself.
-fn settled(lab: &Lab, mount: &Mount, context: &str) {
-    let control = Control::of(mount, "web");
-    let start = Instant::now();
-    // Between two states nothing is at work, and yet something may be begun.
-    while intents(lab) > 0 {
-        let (state, error) = (control.status("state"), control.status("error"));
-        let log = || fs::read_to_string(lab.store.beside("mount.output")).unwrap_or_default();
-        assert!(
-            state != "failed" && start.elapsed() < Duration::from_secs(30),
-            "{context}: {state}: {error}\n{}",
-            log()
-        );
-        thread::sleep(Duration::from_millis(10));
-    }
-    let state = control.wait();
-    assert!(state == "done" || state == "idle", "{context}: {state}: {}", control.status("error"));
-}
 
 /// QEMU finds nothing in an image but leaks, and clusters that are counted once and not flagged, which are copied
 /// before they are written.
@@ -81,12 +28,6 @@ fn assert_sound(lab: &Lab, name: &str, context: &str) {
     let is_flag = |line: &str| line.starts_with("ERROR OFLAG_COPIED") && line.contains("refcount=1");
     let is_sound = matches!(code, 0 | 3) || (code == 2 && errors.clone().count() > 0 && errors.clone().all(is_flag));
     assert!(is_sound, "{context}: {name}: {code}: {out}\n{}", errors.take(5).collect::<Vec<_>>().join("\n"));
-}
-
-fn kill(mount: Mount) {
-    let daemon = Pid::from_raw(mount.daemon().cast_signed()).expect("a process");
-    kill_process(daemon, Signal::KILL).expect("the daemon is ours");
-    mount.abandon();
 }
 
 #[test]
@@ -239,21 +180,29 @@ fn what_was_half_made_when_its_maker_was_killed_goes_at_the_next_mount() {
     let mount = Mount::new(&lab.store);
     Control::of(&mount, "web").done("snapshot monday");
     mount.umount();
-    let left = [".chainfs/intents/1.new", ".chainfs-1-2-3-0.new"].map(|name| lab.store.put(name, b"half"));
-    let kept = [".chainfs-notes", "mine.new"].map(|name| lab.store.put(name, b"somebody's"));
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_nanos();
+    let (draft, hour) = (|when: u128, number| format!(".chainfs-{when:x}-4711-0-{number}.new"), 3_600_000_000_000);
+    let begun = b"QFI\xfb\0\0\0\x03";
+    let intent = format!(".chainfs/intents/{now:x}-4711-0.new");
+    let drafts = [(draft(now, 0), &b""[..]), (draft(now, 1), begun), (draft(now, 2), &[0; 4096]), (intent, b"half")];
+    let left = drafts.map(|(name, bytes)| lab.store.put(name, bytes));
+    // Names that are like those, and files of theirs that hold, or are, something else.
+    let names = [".chainfs-notes", "mine.new", ".chainfs.new", ".chainfs-notes.new", ".chainfs-1-2-3-0.new"];
+    let own = [".chainfs/mine.new", ".chainfs/intents/mine.new", ".chainfs/intents/1.new"];
+    let mut kept: Vec<PathBuf> = names.iter().chain(&own).map(|name| lab.store.put(name, b"theirs")).collect();
+    kept.push(lab.store.put(draft(now, 3), b"somebody's"));
+    kept.push(lab.store.put(draft(now - hour, 4), begun));
+    kept.push(lab.store.put(draft(now + hour, 5), begun));
+    kept.push(lab.store.put(draft(now, 6), begun));
+    fs::hard_link(lab.store.path(draft(now, 6)), lab.store.path("another-name")).expect("a link");
+    kept.push(lab.store.dir(&draft(now, 7)));
     let mount = Mount::new(&lab.store);
     eventually("nothing is left", NOTICED, || left.iter().all(|path| !path.exists()));
-    assert!(kept.iter().all(|path| path.exists()), "only what chainfs makes itself goes");
+    // Who comes after the first look has found nothing more to remove.
+    Control::of(&mount, "web").done("snapshot tuesday");
+    let gone: Vec<_> = kept.iter().filter(|path| !path.exists()).collect();
+    assert!(gone.is_empty(), "only what chainfs makes itself goes: {gone:?}");
     mount.umount();
-}
-
-/// Mounts a slow chain and gives it a command that is at work when this returns.
-fn at_work(lab: &Lab, command: &str) -> Mount {
-    let mount = Mount::new(&lab.store);
-    let control = Control::of(&mount, "web");
-    assert_eq!(control.give(command), None, "{command}: {}", control.status("error"));
-    control.begun();
-    mount
 }
 
 #[test]

@@ -138,3 +138,18 @@ fn the_command_line_and_the_mount_list_and_restore() {
     assert!(code == 1 && err.contains("not in the trash"), "{err}");
     mount.umount();
 }
+
+#[test]
+fn files_of_others_in_the_trash_stay_however_old_they_are() {
+    let lab = Lab::new(Kind::PLAIN);
+    let store = open(&lab, Some(WEEK));
+    done(&store, "delete sn2 method=pull");
+    let path = lab.store.put(".chainfs/trash/mine", b"somebody's");
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    let store = open(&lab, Some(Duration::ZERO));
+    std::thread::sleep(Duration::from_millis(1100));
+    store.sweep_trash().unwrap();
+    assert!(path.exists(), "nobody can tell whose it is");
+    assert_eq!(store.trash().unwrap().len(), 1, "what is ours has gone");
+}

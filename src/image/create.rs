@@ -6,7 +6,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -80,7 +80,9 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
         }
         _ => Error::io(context("creating"), error),
     })?;
-    let unfinished = Unfinished(Some(path.to_owned()));
+    let own =
+        file.metadata().map(|own| (own.dev(), own.ino())).map_err(|error| Error::io(context("creating"), error))?;
+    let unfinished = Unfinished(Some((path.to_owned(), own)));
     write_image(&file, &image).map_err(|error| Error::io(context("writing"), error))?;
     unfinished.keep();
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -89,7 +91,7 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
 }
 
 /// A file that is removed when its making fails.
-struct Unfinished(Option<PathBuf>);
+struct Unfinished(Option<(PathBuf, (u64, u64))>);
 
 impl Unfinished {
     fn keep(mut self) {
@@ -99,7 +101,10 @@ impl Unfinished {
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        if let Some(path) = self.0.take() {
+        if let Some((path, own)) = self.0.take()
+            // Others may have put something there since.
+            && fs::symlink_metadata(&path).is_ok_and(|found| (found.dev(), found.ino()) == own)
+        {
             // The error that brought us here is the one to tell.
             drop(fs::remove_file(path));
         }

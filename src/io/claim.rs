@@ -23,10 +23,15 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// A claim that is held until this is dropped.
 #[derive(Debug)]
 pub struct Claim {
-    _file: OwnedFd,
+    file: OwnedFd,
 }
 
 impl Claim {
+    /// The file that it stands for.
+    pub fn file(&self) -> &OwnedFd {
+        &self.file
+    }
+
     /// Takes the claim that `file` stands for; waits for at most `patience` while another holds it, then it is
     /// `Busy`, naming who. `path` is for the sentence.
     pub fn take(file: OwnedFd, path: &Path, patience: Duration) -> Result<Self> {
@@ -38,7 +43,7 @@ impl Claim {
         let start = Instant::now();
         loop {
             match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&whole())) {
-                Ok(_) => return Ok(Self { _file: file }),
+                Ok(_) => return Ok(Self { file }),
                 Err(Errno::EAGAIN | Errno::EACCES) if start.elapsed() < patience => {
                     go_on()?;
                     thread::sleep(PAUSE);

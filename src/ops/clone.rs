@@ -103,6 +103,10 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &CloneRequest, comman
 pub(super) fn give_name(store: &Arc<Store>, world: &World, draft: &Draft, name: &Path) -> Result<()> {
     let names = store.guard_names();
     let name = world.guarded(name);
+    if !draft.is_there(store) {
+        let fact = "has been replaced by others, and gets no name; give the command again";
+        return Err(Error::new(ErrorKind::Stale, format!("{} {fact}", shown(&draft.path))));
+    }
     names.rename(&draft.named.path, &name, false).inspect_err(|_| draft.unmake(store))?;
     names.sync(&directory_of(&name))
 }

@@ -16,7 +16,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::users_of;
-use crate::store::{Deed, FoundIntent, Intent, Store, shown};
+use crate::store::{Deed, FoundIntent, Intent, Store, command_name, shown};
 
 use super::board::{Board, Progress, Tokens};
 use super::branch::{self, BranchJob};
@@ -111,8 +111,8 @@ impl Engine {
 
     /// A name for an intent, different from all others.
     pub(super) fn intent_name(&self) -> String {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-        format!("{now:x}-{}-{}", std::process::id(), self.intents.fetch_add(1, Ordering::Relaxed))
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        command_name(now, std::process::id(), self.intents.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Takes up what was begun before and is nobody else's, and clears away what was not even begun: returns when
@@ -139,7 +139,7 @@ impl Engine {
                 return;
             }
             let guard = self.store.guard();
-            if guard.refusal(&found.name).is_some() || guard.is_owned(&found) {
+            if guard.is_refused(&found.name) || guard.is_owned(&found) {
                 continue;
             }
             if let Err(error) = self.take_up(&found)
@@ -153,9 +153,8 @@ impl Engine {
     /// Whether something may be left to be taken up.
     pub fn has_work_left(&self) -> bool {
         let catalog = self.store.catalog();
-        let is_left = |found: &FoundIntent| {
-            self.store.guard().refusal(&found.name).is_none() && !self.store.guard().is_owned(found)
-        };
+        let is_left =
+            |found: &FoundIntent| !self.store.guard().is_refused(&found.name) && !self.store.guard().is_owned(found);
         !self.store.options().read_only && catalog.intents.iter().any(is_left)
     }
 
@@ -168,13 +167,14 @@ impl Engine {
         let (chain, command) = (found.intent.chain.clone(), found.intent.command.clone());
         let mut tokens = self.board.take(std::slice::from_ref(&chain))?;
         let names = self.store.guard_names();
+        // Somebody may have removed all there was.
+        self.store.guard().prepare(&*names)?;
         let lock = self.store.guard().lock(&*names)?;
         let owned = self.store.guard().take_up(&*names, found).map_err(|error| {
             // Who is at work on it will say himself how it goes.
             if error.kind() == ErrorKind::Busy { error } else { self.not_taken_up(found, error) }
         });
         let owned = owned.inspect_err(|error| self.board.refused(&chain, &command, error))?;
-        self.store.guard().note_refusal(&found.name, None);
         tracing::info!("taking up: {command}{}", of_chain(&chain));
         let (number, progress) = self.board.begin(&chain, &command);
         let begun = match &owned.intent.deed {
@@ -189,6 +189,9 @@ impl Engine {
             }
             Deed::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
         };
+        if begun.is_ok() {
+            self.store.guard().forget_refusal(&found.name);
+        }
         match begun {
             Ok(Some(job)) => {
                 self.start(&chain, number, progress, tokens, job)?;
@@ -205,7 +208,11 @@ impl Engine {
 
     /// Notes for all who look at the store why a command was not taken up.
     fn not_taken_up(&self, found: &FoundIntent, error: Error) -> Error {
-        self.store.guard().note_refusal(&found.name, Some(error.to_string()));
+        // What others have open they close some time.
+        let is_final = error.kind() != ErrorKind::Busy;
+        if !self.store.guard().note_refusal(&found.name, error.to_string(), is_final) {
+            return error;
+        }
         match self.store.rescan() {
             Ok(_) => error,
             Err(trouble) => error.within(format!("{trouble}, and")),

@@ -24,7 +24,7 @@ pub(super) struct Draft {
 
 /// The name of a draft beside `name`, of the command or intent called `of`.
 pub(super) fn draft_name(name: &Path, of: &str, number: usize) -> PathBuf {
-    beside(name, format!(".chainfs-{of}-{number}.new").as_bytes())
+    beside(name, crate::store::draft_name(of, number).as_bytes())
 }
 
 impl Draft {
@@ -50,8 +50,15 @@ impl Draft {
 
     /// Takes it away.
     pub(super) fn unmake(&self, store: &Arc<Store>) {
-        // Else it is swept when the store is opened the next time.
-        let _ = store.names().unlink(&self.path);
+        // By identity: what others have put there stays. Else it is swept when the store is opened the next time.
+        if self.is_there(store) {
+            let _ = store.names().unlink(&self.path);
+        }
+    }
+
+    /// Whether it is what has its name.
+    pub(super) fn is_there(&self, store: &Arc<Store>) -> bool {
+        self.named.is_at(&store.roots()[0], &self.path)
     }
 }
 

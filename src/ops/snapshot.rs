@@ -411,7 +411,7 @@ fn switch_names(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<(
     directories.dedup();
     let switched = tops
         .iter()
-        .try_for_each(|top| switch_name(names, top))
+        .try_for_each(|top| switch_name(root, names, top))
         .and_then(|()| directories.iter().try_for_each(|directory| names.sync(directory)));
     switched.inspect_err(|_| {
         for top in tops.iter().rev() {
@@ -423,15 +423,27 @@ fn switch_names(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<(
     })
 }
 
-fn switch_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
+fn switch_name(root: &Root, names: &dyn Directory, top: &NewTop) -> Result<()> {
+    // What others have put there in between stays.
+    expect_at(root, &top.overlay.path, &top.overlay)?;
+    expect_at(root, &top.old.path, &top.old)?;
     names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
     if top.frozen != top.old.path && top.name != top.old.path {
         // A raw image goes by its new name alone; the overlay's is another. Without the overlay that name would be
         // an active disk's.
         names.sync(&directory_of(&top.name))?;
+        expect_at(root, &top.old.path, &top.old)?;
         names.unlink(&top.old.path)?;
     }
     Ok(())
+}
+
+fn expect_at(root: &Root, path: &Path, named: &Named) -> Result<()> {
+    if is_at(root, path, named) {
+        return Ok(());
+    }
+    let fact = "has been replaced by others in the meantime; give the command again";
+    Err(Error::new(ErrorKind::Stale, format!("{} {fact}", shown(path))))
 }
 
 /// The way back from wherever [`switch_name`] has come to.
@@ -573,6 +585,10 @@ fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()>
             add_name(&*names, top)?;
         }
         if !is_at(root, &top.name, &top.overlay) {
+            expect_at(root, &top.overlay.path, &top.overlay)?;
+            if top.name == top.old.path {
+                expect_at(root, &top.name, &top.old)?;
+            }
             names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
             names.sync(&directory_of(&top.name)).inspect_err(|error| {
                 // A crash may give the disk back what it had: nothing may be acknowledged on top of that.
@@ -606,7 +622,10 @@ fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()>
     }
     let world = World::look(store)?;
     for top in disks.iter().filter(|top| is_draft(&top.frozen)) {
-        // What is replaced and not saved. Cut off here it is swept as a draft.
+        // What is replaced and not saved; what others have put there is not that.
+        if !is_at(root, &top.frozen, &top.old) {
+            continue;
+        }
         if root.stat(&top.frozen).is_ok_and(|stat| store.keeps_trash(stat.id.device)) {
             // What it stands on is named also where that has gone: it does not come back as if it were good.
             store.put_into_trash(

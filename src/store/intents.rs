@@ -13,18 +13,19 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Claim, Directory, EntryKind, Identity, Root, directory_of};
+use crate::io::{Claim, Directory, EntryKind, Identity, Root, directory_of, read_full};
 
 use super::bind::{Finding, bind};
-use super::leftovers::DRAFT;
+use super::leftovers::{DRAFT, is_intents_draft};
 use super::notes;
-use super::trash::TRASH;
+use super::scan::by_descriptor;
 pub use super::witness::Named;
 use super::witness::identity;
 
@@ -51,10 +52,20 @@ const VERSION: u32 = 2;
 pub(super) const UNTRUSTED: &str = "notes commands that were begun, and nothing of it is carried out";
 /// Longer notes are not ours.
 const MAX_LEN: u64 = 4 << 20;
+/// How the file of an intent begins, and what its owner writes over that before he takes it away: who has seen it can
+/// tell whether it went in order, or was removed by somebody who should not.
+const BEGUN: &str = "# begun\n";
+const ENDED: &str = "# ended\n";
+const _: () = assert!(BEGUN.len() == ENDED.len());
+/// Intents of others that are kept open for that, at most: each costs a descriptor.
+const MOST_SEEN: usize = 64;
 /// For how long the store's lock is waited for: it is held for moments.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The same for a job that has done hours of work.
 const JOB_PATIENCE: Duration = Duration::from_hours(1);
+
+/// After how long what was refused because of somebody else is tried again.
+const RETRY: Duration = Duration::from_secs(3);
 
 /// What was begun.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -317,16 +328,46 @@ pub struct FoundIntent {
 }
 
 /// Why commands that were begun were not taken up, by the names of their intents.
-type Refused = Arc<Mutex<HashMap<OsString, String>>>;
+type Refused = Arc<Mutex<HashMap<OsString, Refusal>>>;
+
+#[derive(Debug)]
+struct Refusal {
+    sentence: String,
+    /// Whether trying again, as things are, comes to the same.
+    is_final: bool,
+    when: Instant,
+}
 
 /// The intents of this process, by name, and the claims on them: known also where somebody has removed their files.
 type Live = Arc<Mutex<HashMap<OsString, LiveIntent>>>;
+
+/// Intents of others that have been seen, by name.
+type Seen = Arc<Mutex<HashMap<OsString, SeenIntent>>>;
+
+#[derive(Debug)]
+struct SeenIntent {
+    intent: Intent,
+    is_copied: bool,
+    /// Its file, which tells what has become of it also when it has no name any more.
+    file: OwnedFd,
+}
+
+impl SeenIntent {
+    /// Whether somebody has removed its file, and its owner has not.
+    fn is_lost(&self) -> bool {
+        // One that has a name was given another, which says that nobody wants it any more.
+        let has_name = rustix::fs::fstat(&self.file).is_ok_and(|stat| stat.st_nlink > 0);
+        let mut start = [0; ENDED.len()];
+        let is_read = read_full(&self.file, 0, &mut start).is_ok_and(|len| len == start.len());
+        !(has_name || is_read && start == ENDED.as_bytes())
+    }
+}
 
 #[derive(Debug)]
 struct LiveIntent {
     intent: Intent,
     /// Held for as long as it is.
-    _claim: Claim,
+    claim: Claim,
     /// Whether its file is being taken away by its owner.
     is_ending: bool,
 }
@@ -344,6 +385,7 @@ pub struct Guard {
     /// Whether what is kept lies beneath the marker.
     is_marked: bool,
     live: Live,
+    seen: Seen,
     refused: Refused,
     is_leaving: Arc<AtomicBool>,
 }
@@ -356,6 +398,7 @@ impl Guard {
             is_whole: is_marked,
             is_marked,
             live: Live::default(),
+            seen: Seen::default(),
             refused: Refused::default(),
             is_leaving: Arc::default(),
         }
@@ -464,16 +507,6 @@ impl Guard {
 
     fn lock_within(&self, names: &dyn Directory, patience: Duration, go_on: &dyn Fn() -> Result<()>) -> Result<Claim> {
         let path = Path::new(if self.is_marked { LOCK } else { STRAY_LOCK });
-        let file = match self.root.open_file_for_writing(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                match names.create(path, None) {
-                    Err(error) if error.kind() != ErrorKind::Exists => return Err(error),
-                    _ => {}
-                }
-                self.root.open_file_for_writing(path)?
-            }
-            found => found?,
-        };
         let go_on = || {
             if self.is_leaving.load(Ordering::Acquire) {
                 let fact = "is held by another, and the store is being let go of";
@@ -481,7 +514,28 @@ impl Guard {
             }
             go_on()
         };
-        Claim::take_while(file, path, patience, &go_on)
+        loop {
+            let file = match self.root.open_file_for_writing(path) {
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    match names.create(path, None) {
+                        Err(error) if error.kind() != ErrorKind::Exists => return Err(error),
+                        _ => {}
+                    }
+                    self.root.open_file_for_writing(path)?
+                }
+                found => found?,
+            };
+            let opened = Identity::of(&file)?;
+            let claim = Claim::take_while(file, path, patience, &go_on)?;
+            // One that was removed while it was waited for keeps nobody away who comes later.
+            match self.root.identify(path) {
+                Ok(now) if now == opened => return Ok(claim),
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+            go_on()?;
+        }
     }
 
     /// Writes an intent, durably, and keeps it ours.
@@ -500,8 +554,10 @@ impl Guard {
     pub fn rewrite(&self, names: &dyn Directory, owned: &mut OwnedIntent) -> Result<()> {
         let (intent, claim) = self.write(names, &owned.name, &owned.intent)?;
         owned.intent = intent.clone();
-        let entry = LiveIntent { intent, _claim: claim, is_ending: false };
-        self.live.lock().insert(owned.name.clone(), entry);
+        let entry = LiveIntent { intent, claim, is_ending: false };
+        if let Some(old) = self.live.lock().insert(owned.name.clone(), entry) {
+            say_ended(old.claim.file());
+        }
         Ok(())
     }
 
@@ -511,7 +567,7 @@ impl Guard {
         let written = (|| {
             let file = names.create(&draft, None)?;
             let intent = Intent { own: Some(self.root.identify(&draft)?), ..intent.clone() };
-            file.write_at(0, intent.text().as_bytes())?;
+            file.write_at(0, format!("{BEGUN}{}", intent.text()).as_bytes())?;
             file.sync()?;
             let claim = Claim::take(self.root.open_file_for_writing(&draft)?, &draft, Duration::ZERO)?;
             names.rename(&draft, &path, true)?;
@@ -524,7 +580,7 @@ impl Guard {
     }
 
     fn own(&self, name: &OsStr, intent: Intent, claim: Claim) -> OwnedIntent {
-        let entry = LiveIntent { intent: intent.clone(), _claim: claim, is_ending: false };
+        let entry = LiveIntent { intent: intent.clone(), claim, is_ending: false };
         self.live.lock().insert(name.to_owned(), entry);
         let (name, live) = (name.to_owned(), Arc::clone(&self.live));
         OwnedIntent { path: self.intents().join(&name), name, intent, live }
@@ -541,7 +597,10 @@ impl Guard {
             }
             tracing::warn!("{} was removed while its command is at work, and is written again", shown_name(name));
             match self.prepare(names).and_then(|()| self.write(names, name, &entry.intent)) {
-                Ok((intent, claim)) => *entry = LiveIntent { intent, _claim: claim, is_ending: false },
+                Ok((intent, claim)) => {
+                    say_ended(entry.claim.file());
+                    *entry = LiveIntent { intent, claim, is_ending: false };
+                }
                 Err(error) => tracing::error!("{}: {error}", shown_name(name)),
             }
         }
@@ -549,12 +608,12 @@ impl Guard {
 
     /// Notes that are being written, or were when somebody was cut off.
     pub(super) fn drafts(&self) -> Vec<PathBuf> {
-        let directories = [self.intents(), Path::new(MARKER), Path::new(TRASH)];
+        let directories = [self.intents(), Path::new(MARKER)];
         let drafts = directories.into_iter().flat_map(|directory| {
             let listed = self.root.open_directory(directory, false).ok().flatten().map(|fd| Root::list(&fd));
             let entries = listed.and_then(Result::ok).unwrap_or_default().into_iter();
             let paths = entries.filter(|entry| entry.kind == EntryKind::File).map(|entry| directory.join(entry.name));
-            paths.filter(|path| path.extension().is_some_and(|extension| extension == DRAFT)).collect::<Vec<_>>()
+            paths.filter(|path| is_intents_draft(path) || notes::is_draft(path)).collect::<Vec<_>>()
         });
         drafts.collect()
     }
@@ -563,6 +622,7 @@ impl Guard {
     /// is the one that was named. Under the store's lock.
     pub fn take_up(&self, names: &dyn Directory, found: &FoundIntent) -> Result<OwnedIntent> {
         let path = self.intents().join(&found.name);
+        self.write_lost(names, &found.name)?;
         let file = self.root.open_file_for_writing(&path)?;
         let seen = Identity::of(&file)?;
         let claim = Claim::take(file, &path, Duration::ZERO)?;
@@ -583,11 +643,31 @@ impl Guard {
         Ok(owned)
     }
 
+    /// Writes an intent again that somebody has removed, and whose owner has ended without having done that.
+    fn write_lost(&self, names: &dyn Directory, name: &OsStr) -> Result<()> {
+        let seen = self.seen.lock();
+        let Some(entry) = seen.get(name).filter(|entry| entry.is_lost()) else { return Ok(()) };
+        let path = self.intents().join(name);
+        if self.root.stat(&path).is_ok() {
+            return Ok(());
+        }
+        if Claim::is_held(&entry.file, &path)? {
+            return Err(Error::new(ErrorKind::Busy, format!("{} is being worked on", path.display())));
+        }
+        tracing::warn!("{} was removed before its command was done, and is written again", shown_name(name));
+        self.prepare(names)?;
+        self.write(names, name, &entry.intent)?;
+        if let Ok(file) = rustix::fs::open(by_descriptor(&entry.file), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+            say_ended(&file);
+        }
+        Ok(())
+    }
+
     /// What an intent says, read anew, with the files that are proven to be those that it names; whether the store was
     /// copied; and what was found of each.
     pub fn examine(&self, name: &OsStr) -> Result<(Intent, bool, Vec<Finding>)> {
         let path = self.intents().join(name);
-        let (mut intent, is_copied) = self.read_one(&path).map_err(|reason| {
+        let (mut intent, is_copied, _) = self.read_one(&path).map_err(|reason| {
             Error::new(ErrorKind::Corrupt, format!("{} cannot be understood: {reason}", path.display()))
         })?;
         let findings = bind(&self.root, &mut intent, is_copied, true);
@@ -598,21 +678,44 @@ impl Guard {
     /// asks the lock itself.
     pub fn is_owned(&self, found: &FoundIntent) -> bool {
         let path = self.intents().join(&found.name);
-        self.root.open_file(&path).and_then(|file: OwnedFd| Claim::is_held(file, &path)).unwrap_or(false)
+        let held = match self.root.open_file(&path) {
+            Ok(file) => Claim::is_held(file, &path),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let is_ours = self.live.lock().contains_key(&found.name);
+                match self.seen.lock().get(&found.name) {
+                    _ if is_ours => Ok(true),
+                    Some(entry) => Claim::is_held(&entry.file, &path),
+                    None => Ok(false),
+                }
+            }
+            Err(error) => Err(error),
+        };
+        held.unwrap_or(false)
     }
 
-    /// Notes why an intent was not taken up, for those who look at the store; `None`: it may be, by now.
-    pub fn note_refusal(&self, name: &OsStr, sentence: Option<String>) {
+    /// Notes why an intent was not taken up, for those who look at the store, and whether that lasts. Returns whether it
+    /// is news.
+    pub fn note_refusal(&self, name: &OsStr, sentence: String, is_final: bool) -> bool {
         let mut refused = self.refused.lock();
-        match sentence {
-            Some(sentence) => drop(refused.insert(name.to_owned(), sentence)),
-            None => drop(refused.remove(name)),
-        }
+        let is_news = refused.get(name).is_none_or(|refusal| refusal.sentence != sentence);
+        refused.insert(name.to_owned(), Refusal { sentence, is_final, when: Instant::now() });
+        is_news
+    }
+
+    /// An intent is taken up, or given up.
+    pub fn forget_refusal(&self, name: &OsStr) {
+        self.refused.lock().remove(name);
     }
 
     /// Why it was not taken up, if it was tried.
     pub fn refusal(&self, name: &OsStr) -> Option<String> {
-        self.refused.lock().get(name).cloned()
+        self.refused.lock().get(name).map(|refusal| refusal.sentence.clone())
+    }
+
+    /// Whether it was tried, and need not be tried again yet.
+    pub fn is_refused(&self, name: &OsStr) -> bool {
+        let refused = self.refused.lock();
+        refused.get(name).is_some_and(|refusal| refusal.is_final || refusal.when.elapsed() < RETRY)
     }
 
     /// Puts what nobody wants to be taken up any more, or what is no intent, aside, durably, where nobody heeds it.
@@ -627,7 +730,7 @@ impl Guard {
         let aside = path.with_file_name(aside);
         names.rename(path, &aside, true)?;
         names.sync(&directory_of(path))?;
-        self.note_refusal(name, None);
+        self.forget_refusal(name);
         Ok(aside)
     }
 
@@ -660,7 +763,8 @@ impl Guard {
                 continue;
             }
             match self.read_one(&path) {
-                Ok((mut intent, is_copied)) => {
+                Ok((mut intent, is_copied, file)) => {
+                    self.has_seen(&entry.name, &intent, is_copied, file);
                     bind(&self.root, &mut intent, is_copied, false);
                     found.push(FoundIntent { name: entry.name, intent, is_copied });
                 }
@@ -679,15 +783,34 @@ impl Guard {
             .map(|(name, entry)| FoundIntent { name: name.clone(), intent: entry.intent.clone(), is_copied: false })
             .collect();
         found.extend(lost);
+        // What others have begun stays begun, too, whoever has removed its note.
+        let mut seen = self.seen.lock();
+        let is_here = |found: &[FoundIntent], name: &OsStr| found.iter().any(|found| *found.name == *name);
+        seen.retain(|name, entry| is_here(&found, name) && !live.contains_key(name) || entry.is_lost());
+        for (name, SeenIntent { intent, is_copied, .. }) in &*seen {
+            if !is_here(&found, name) && problems.iter().all(|(path, _)| path.file_name() != Some(name)) {
+                let mut intent = intent.clone();
+                bind(&self.root, &mut intent, *is_copied, false);
+                found.push(FoundIntent { name: name.clone(), intent, is_copied: *is_copied });
+            }
+        }
         (found, problems)
     }
 
+    fn has_seen(&self, name: &OsStr, intent: &Intent, is_copied: bool, file: OwnedFd) {
+        let mut seen = self.seen.lock();
+        if seen.len() < MOST_SEEN || seen.contains_key(name) {
+            seen.insert(name.to_owned(), SeenIntent { intent: intent.clone(), is_copied, file });
+        }
+    }
+
     /// An intent, and whether the store was copied since it was written: then the file is not the one that it says.
-    fn read_one(&self, path: &Path) -> std::result::Result<(Intent, bool), String> {
+    fn read_one(&self, path: &Path) -> std::result::Result<(Intent, bool, OwnedFd), String> {
         let file = self.root.open_file(path).map_err(|error| error.to_string())?;
         let now = Identity::of(&file).map_err(|error| error.to_string())?;
         let mut text = String::new();
-        let read = std::fs::File::from(file).take(MAX_LEN).read_to_string(&mut text);
+        let mut file = std::fs::File::from(file);
+        let read = (&mut file).take(MAX_LEN).read_to_string(&mut text);
         read.map_err(|error| error.to_string())?;
         let mut intent = Intent::parse(&text)?;
         let was = intent.own.unwrap_or(now);
@@ -699,8 +822,14 @@ impl Guard {
             });
             intent.own = Some(now);
         }
-        Ok((intent, is_copied))
+        Ok((intent, is_copied, file.into()))
     }
+}
+
+/// Says to those who have the file of an intent open that it goes in order, or has been written anew. If that cannot be
+/// said, they look after it once more.
+fn say_ended(file: &OwnedFd) {
+    let _ = rustix::io::pwrite(file, ENDED.as_bytes(), 0);
 }
 
 fn shown_name(name: &OsStr) -> String {
@@ -728,6 +857,7 @@ impl OwnedIntent {
     pub fn end(self, names: &dyn Directory) -> Result<()> {
         if let Some(entry) = self.live.lock().get_mut(&self.name) {
             entry.is_ending = true;
+            say_ended(entry.claim.file());
         }
         match names.unlink(&self.path) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),

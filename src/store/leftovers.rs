@@ -2,26 +2,89 @@
 //!
 //! Promises: only files of chainfs' own making go, and none that an intent speaks of. Whoever makes a draft
 //! holds the store's lock until an intent speaks of it or it is gone, so that under the lock all others are
-//! nobody's.
+//! nobody's. An image is of our making if its name is exactly one that a command gives, its birth is of the time that
+//! the name says, it has no other name, and it holds nothing or the beginning of a qcow2 image; its owner tells
+//! nothing, for it is that of the image it is made after. All others stay, also where that leaves a draft behind: in a
+//! store that was copied.
 
 use std::collections::HashSet;
-use std::os::unix::ffi::OsStrExt;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use crate::error::Result;
-use crate::io::directory_of;
+use crate::error::{Error, Result};
+use crate::format::header::MAGIC;
+use crate::io::{FileStat, Root, birth_of, directory_of, read_full};
 
 use super::Store;
+use super::catalog::shown;
 use super::intents::Deed;
-use super::names::OWN_PREFIX;
 
 /// How the names of drafts end.
 pub(super) const DRAFT: &str = "new";
 
+/// How much later than its name says a draft may have been made: whoever makes it may have been stopped meanwhile.
+const LATEST: Duration = Duration::from_mins(10);
+/// The clock of a file system lags behind by a tick.
+const LAG: Duration = Duration::from_secs(1);
+
+/// The name of a command's intent, different from all others: when it was given, by which process, and a number.
+pub(crate) fn command_name(when: Duration, process: u32, number: u64) -> String {
+    format!("{:x}-{process}-{number}", when.as_nanos())
+}
+
+/// When the command was given whose intent has that name.
+fn when_named(name: &str) -> Option<Duration> {
+    let mut parts = name.split('-');
+    let (when, process, number) = (parts.next()?, parts.next()?, parts.next()?);
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    // Any time of this century has as many digits.
+    let is_whole = when.len() == 16 && is_number(process) && is_number(number) && parts.next().is_none();
+    is_whole.then(|| u64::from_str_radix(when, 16).ok().map(Duration::from_nanos)).flatten()
+}
+
+/// The name of a draft beside `name`, of the command called `of`.
+pub(crate) fn draft_name(of: &str, number: usize) -> String {
+    format!(".chainfs-{of}-{number}.{DRAFT}")
+}
+
+/// When a draft of an image was made, or what a command has put aside was, by its name; `None`: it is neither.
+fn when_drafted(path: &Path) -> Option<Duration> {
+    let name = path.file_name()?.to_str()?;
+    let (command, number) = name.strip_prefix(".chainfs-")?.strip_suffix(".new")?.rsplit_once('-')?;
+    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    when_named(command).filter(|_| is_number)
+}
+
 /// Whether a file of that name, among the images, is a draft of an image, or what a command has put aside.
 pub(crate) fn is_draft(path: &Path) -> bool {
-    let name = path.file_name().unwrap_or_default();
-    name.as_bytes().starts_with(OWN_PREFIX) && path.extension().is_some_and(|extension| extension == DRAFT)
+    when_drafted(path).is_some()
+}
+
+/// Whether a file of that name, among the intents, is the draft of one.
+pub(super) fn is_intents_draft(path: &Path) -> bool {
+    let is_named = |name: &str| when_named(name).is_some();
+    path.extension().is_some_and(|own| own == DRAFT) && path.file_stem().and_then(OsStr::to_str).is_some_and(is_named)
+}
+
+/// Why the file of a draft's name is not proven to be one, if so.
+fn doubt(root: &Root, path: &Path) -> Result<Option<&'static str>> {
+    let file = root.open_file(path)?;
+    let stat = FileStat::of(&file)?;
+    if stat.link_count != 1 {
+        return Ok(Some("has another name"));
+    }
+    let (seconds, nanoseconds) = birth_of(&file);
+    let birth = u64::try_from(seconds).map(|seconds| Duration::new(seconds, nanoseconds)).unwrap_or_default();
+    let is_of_then = |when: Duration| birth + LAG >= when && birth <= when + LATEST;
+    if birth != Duration::ZERO && !when_drafted(path).is_some_and(is_of_then) {
+        return Ok(Some("was made at another time than its name says"));
+    }
+    let mut head = [0; 512];
+    let len = read_full(&file, 0, &mut head).map_err(|error| Error::io(format!("reading {}", shown(path)), error))?;
+    // Of what was written right before a power failure there may be zeroes.
+    let is_image = head[..len].starts_with(&MAGIC.to_be_bytes()) || head[..len].iter().all(|byte| *byte == 0);
+    Ok((!is_image).then_some("holds something else than a new image"))
 }
 
 impl Store {
@@ -45,11 +108,42 @@ impl Store {
         let images = self.catalog().drafts.iter().map(|path| self.guard.prefix.join(path)).collect::<Vec<PathBuf>>();
         // An intent that cannot be understood may speak of any of them.
         let images = images.into_iter().filter(|path| senseless.is_empty() && !spoken_of.contains(path.as_path()));
-        for path in images.chain(self.guard.drafts()) {
+        let (root, mut ours) = (&self.guard.root, self.guard.drafts());
+        for path in images {
+            match doubt(root, &path) {
+                Ok(None) => ours.push(path),
+                Ok(Some(fact)) => tracing::info!("{} {fact}: it is left alone", shown(&path)),
+                Err(error) => tracing::info!("{}: {error}: it is left alone", shown(&path)),
+            }
+        }
+        for path in ours {
             tracing::info!("removing {}, a draft of a command that was cut off", path.display());
             names.unlink(&path)?;
             names.sync(&directory_of(&path))?;
         }
         self.rescan().map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_that_commands_give_are_drafts() {
+        let of = command_name(Duration::from_secs(1_750_000_000), 4711, 3);
+        let draft = draft_name(&of, 12);
+        assert!(is_draft(Path::new("a/b").join(&draft).as_path()), "{draft}");
+        assert!(is_intents_draft(Path::new(&of).with_extension(DRAFT).as_path()), "{of}");
+        let beside =
+            [&draft[1..], &draft.replace(".new", ".new2"), &draft.replace("4711", "x"), &draft.replace("-12", "")];
+        for name in
+            [".chainfs.new", ".chainfs-notes.new", ".chainfs-1-2-3-0.new", ".chainfs-1.new"].iter().chain(&beside)
+        {
+            assert!(!is_draft(Path::new(name)), "{name}");
+        }
+        for name in ["mine.new", "1.new", "1-2-3.new", ".new"] {
+            assert!(!is_intents_draft(Path::new(name)), "{name}");
+        }
     }
 }

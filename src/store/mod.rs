@@ -68,7 +68,7 @@ pub use identity::{FoundView, Part, ViewId, stale};
 pub use intents::{Deed, FoundIntent, Guard, Intent, MARKER, Named, NewTop, OwnedIntent};
 pub use job_image::{JobImage, Keeping};
 pub use judge::Judge;
-pub(crate) use leftovers::is_draft;
+pub(crate) use leftovers::{command_name, draft_name, is_draft};
 pub use names::{ACTIVE, STORE_DIRECTORY, encode};
 pub use notes::FROZEN_NOTES;
 pub use open::{Leaving, OpenView, ViewPart};
@@ -265,7 +265,7 @@ impl Store {
                 Scan { files: vec![scan::describe_place(&self.roots[0], place, &ways)?], ..Scan::default() }
             }
         };
-        self.guard.restore(&*self.guard_names());
+        self.restore_intents();
         if let Some(watches) = &self.watches {
             self.guard.own_directories().iter().for_each(|directory| watches.add_own(directory));
         }
@@ -292,6 +292,11 @@ impl Store {
         self.active.tell_of_gone(&catalog);
         *self.catalog.write() = catalog;
         Ok(start.elapsed())
+    }
+
+    /// Writes those intents of ours again whose files somebody has removed.
+    pub(crate) fn restore_intents(&self) {
+        self.guard.restore(&*self.guard_names());
     }
 
     /// Writes down which files have been seen without qcow2's magic, where that is wanted and can be done.

@@ -143,6 +143,11 @@ fn said(error: &Error) -> Error {
     Error::new(error.kind(), format!("{FROZEN_NOTES} {fact}: {error}"))
 }
 
+/// Whether that is the path of a note that is being written.
+pub(super) fn is_draft(path: &Path) -> bool {
+    path == Path::new(DRAFT) || path == Path::new(LAYOUT).with_extension("new")
+}
+
 /// Writes a small note, durably: at every moment there is the old one or the new.
 pub(super) fn write(names: &dyn Directory, draft: &Path, path: &Path, text: &str) -> Result<()> {
     // What a crash has left of an earlier attempt.

@@ -150,6 +150,17 @@ impl Plain {
         let mut file = std::fs::File::from(file);
         let mut bytes = Vec::new();
         (&mut file).take(MAX_LEN).read_to_end(&mut bytes).map_err(fail)?;
+        // Replaced by others since it was read, it is not ours to cut.
+        let mut lines = bytes.split_inclusive(|byte| *byte == b'\n');
+        let is_whole = |line: &[u8]| parsed(line).is_some() || line.last() != Some(&b'\n');
+        // Or the very first line was cut off.
+        let title = line(&own, TITLE);
+        let is_begun =
+            bytes.contains(&b'\n') || title.as_bytes().starts_with(&bytes) || bytes.iter().all(|byte| *byte == 0);
+        if !is_begun || !lines.all(is_whole) {
+            self.read_len = 0;
+            return Err(Error::new(ErrorKind::Stale, format!("{PLAIN} has been replaced by something else")));
+        }
         // What a crash has cut off is not followed by anything.
         let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1) as u64;
         file.set_len(whole).map_err(fail)?;
@@ -260,6 +271,20 @@ mod tests {
         std::fs::rename(path.with_extension("copy"), &path).unwrap();
         let known = read(&guard);
         assert!(known.knows(&trace(99, "x")) && !known.knows(&trace(99, "y")));
+    }
+
+    #[test]
+    fn a_file_of_others_that_took_the_place_of_the_list_is_not_cut() {
+        let (place, guard, names) = lab();
+        let mut list = Plain::default();
+        list.note(trace(3, "x"));
+        list.save(&guard, &*names).unwrap();
+        for theirs in ["somebody's", "somebody's\nwords\nunfinished"] {
+            std::fs::write(place.path().join(PLAIN), theirs).unwrap();
+            list.note(trace(4, theirs));
+            assert_eq!(list.save(&guard, &*names).unwrap_err().kind(), ErrorKind::Stale);
+            assert_eq!(std::fs::read_to_string(place.path().join(PLAIN)).unwrap(), theirs);
+        }
     }
 
     #[test]

@@ -491,7 +491,9 @@ impl Store {
     pub fn sweep_trash(&self) -> Result<()> {
         let Some(days) = self.options.trash.filter(|_| !self.options.read_only) else { return Ok(()) };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let is_old = |item: &TrashItem| now.saturating_sub(Duration::from_secs(item.seconds)) > days;
+        // Nobody can tell whose a file without a note is.
+        let is_old =
+            |item: &TrashItem| item.note.is_some() && now.saturating_sub(Duration::from_secs(item.seconds)) > days;
         if !self.trash()?.iter().any(is_old) {
             return Ok(());
         }

@@ -177,6 +177,9 @@ fn follow(store: &Arc<Store>, stop: &OwnedFd) {
             if !found.names && found.written.is_empty() {
                 continue;
             }
+            // A note that somebody has removed is missed by others, and is what is left of a command if this process is
+            // killed: that does not wait.
+            store.restore_intents();
             // What belongs together comes together: a rename, a burst of writes.
             if wait(stop, None, GATHER) {
                 return;

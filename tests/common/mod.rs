@@ -13,6 +13,7 @@ pub(crate) mod damage;
 pub(crate) mod examples;
 pub(crate) mod foreign;
 pub(crate) mod intents;
+pub(crate) mod jobs;
 pub(crate) mod lab;
 pub(crate) mod mount;
 pub(crate) mod rng;

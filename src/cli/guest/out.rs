@@ -153,8 +153,14 @@ impl Folder {
     /// Makes something under a name that nobody has, and gives it its own when it is whole.
     fn placed<T>(&self, name: &[u8], make: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
         static DRAFTS: AtomicU64 = AtomicU64::new(0);
-        let number = DRAFTS.fetch_add(1, Ordering::Relaxed);
-        let draft = PathBuf::from(format!(".chainfs-{}-{number}", std::process::id()));
+        // One that somebody else has is left alone.
+        let draft = loop {
+            let number = DRAFTS.fetch_add(1, Ordering::Relaxed);
+            let draft = PathBuf::from(format!(".chainfs-{}-{number}", std::process::id()));
+            if fs::statat(&self.0, &draft, AtFlags::SYMLINK_NOFOLLOW).is_err() {
+                break draft;
+            }
+        };
         let placed = make(&draft).and_then(|made| {
             let renamed = fs::renameat(&self.0, &draft, &self.0, name);
             renamed.map(|()| made).map_err(|error| failed("giving it its name", error))
@@ -332,5 +338,21 @@ mod tests {
         let mut names: Vec<_> = std::fs::read_dir(&inside).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, ["a", "b", "c"]);
+    }
+
+    #[test]
+    fn what_others_have_under_the_name_of_a_draft_stays() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = Folder::open(place.path()).unwrap();
+        let theirs = |number: u64| place.path().join(format!(".chainfs-{}-{number}", std::process::id()));
+        (0..40).for_each(|number| std::fs::write(theirs(number), "theirs").unwrap());
+        let make = |draft: &Path| {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+            fs::openat(&folder.0, draft, flags, Mode::RUSR).map(drop).map_err(|error| failed("making it", error))
+        };
+        for _ in 0..30 {
+            folder.placed(b"made", make).unwrap();
+        }
+        assert!((0..40).all(|number| std::fs::read(theirs(number)).is_ok_and(|bytes| bytes == b"theirs")));
     }
 }

@@ -1,0 +1,349 @@
+//! Jobs that wait for the store's lock, or whose notes and files others take away: they can be cancelled, the mount
+//! can be left, another mount goes on, and nobody is shown a layer that is half written. Needs root.
+
+#[allow(dead_code, unused_imports, reason = "each test binary uses its part")]
+mod common;
+
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use chainfs::io::Claim;
+use common::active::NOTICED;
+use common::command::Control;
+use common::jobs::{assert_snapshots, at_work, contents, intents, kill, settled};
+use common::lab::Lab;
+use common::*;
+use rustix::process::{Pid, Signal, kill_process};
+
+/// What ends a wait does so within this.
+const SOON: Duration = Duration::from_secs(5);
+
+/// A stopped process that holds the store's lock.
+struct Stopped(Child);
+
+impl Stopped {
+    fn holding(lab: &Lab) -> Self {
+        let path = lab.store.path(".chainfs/lock");
+        let file = File::options().read(true).write(true).open(&path).expect("the store's lock");
+        // The lock goes with the open file, which the child shares.
+        let shared = file.try_clone().expect("two of a descriptor");
+        let claim = Claim::take(OwnedFd::from(file), &path, SOON).expect("nobody holds it for long");
+        let child = Command::new("sleep").arg("600").stdin(Stdio::from(shared)).spawn().expect("sleep(1)");
+        drop(claim);
+        kill_process(Pid::from_child(&child), Signal::STOP).expect("a child of ours");
+        Self(child)
+    }
+
+    fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Waits until a job has copied all that it has to, and so waits for the lock.
+fn all_copied(control: &Control) {
+    eventually("all is copied", Duration::from_secs(60), || {
+        control.status("state") == "running" && control.status("done") == control.status("total")
+    });
+}
+
+fn active(mount: &Mount) -> Vec<u8> {
+    fs::read(mount.path("web/active.raw")).expect("the disk")
+}
+
+const JOBS: [(&str, Option<(&str, &str)>); 3] =
+    [("commit top=sn3 base=base", Some(("sn3", "base"))), ("commit", None), ("pull", None)];
+
+#[test]
+fn a_job_that_waits_for_a_stopped_process_can_be_cancelled() {
+    for (command, _) in JOBS {
+        let lab = Lab::slow(false);
+        let before = contents(&lab);
+        let mount = at_work(&lab, command);
+        let control = Control::of(&mount, "web");
+        let stopped = Stopped::holding(&lab);
+        all_copied(&control);
+        let start = Instant::now();
+        assert_eq!(control.give("cancel"), None, "{command}: {}", control.status("error"));
+        assert_eq!(control.wait(), "cancelled", "{command}: {}", control.status("error"));
+        assert!(start.elapsed() < SOON, "{command}: {:?}", start.elapsed());
+        assert_snapshots(&mount, &before, None, command);
+        assert!(active(&mount) == before["web"], "{command}");
+        drop(stopped);
+        // It is as if it had never been given.
+        control.done(command);
+        mount.umount();
+        lab.assert_clean();
+    }
+}
+
+#[test]
+fn a_mount_whose_job_waits_for_a_stopped_process_ends_and_leaves_the_job_to_the_next() {
+    for (command, merged) in JOBS {
+        let lab = Lab::slow(false);
+        let before = contents(&lab);
+        let mount = at_work(&lab, command);
+        let stopped = Stopped::holding(&lab);
+        all_copied(&Control::of(&mount, "web"));
+        let start = Instant::now();
+        mount.umount();
+        assert!(start.elapsed() < SOON, "{command}: {:?}", start.elapsed());
+        assert_eq!(intents(&lab), 1, "{command}");
+        // The next one cannot go on yet either; it can be used, and left.
+        let mount = Mount::new(&lab.store);
+        assert_snapshots(&mount, &before, None, command);
+        assert!(active(&mount) == before["web"], "{command}");
+        let start = Instant::now();
+        mount.umount();
+        assert!(start.elapsed() < SOON, "{command}: {:?}", start.elapsed());
+        let mount = Mount::new(&lab.store);
+        drop(stopped);
+        settled(&lab, &mount, command);
+        assert_snapshots(&mount, &before, merged, command);
+        assert!(active(&mount) == before["web"], "{command}");
+        mount.umount();
+        lab.assert_clean();
+    }
+}
+
+#[test]
+fn a_command_that_finds_the_lock_held_by_a_stopped_process_names_it() {
+    let lab = Lab::slow(false);
+    let mount = Mount::new(&lab.store);
+    let control = Control::of(&mount, "web");
+    control.done("snapshot monday");
+    let stopped = Stopped::holding(&lab);
+    let sentence = control.refused("snapshot tuesday", rustix::io::Errno::BUSY);
+    assert!(sentence.contains(&format!("sleep[{}]", stopped.pid())), "{sentence}");
+    drop(stopped);
+    control.done("snapshot tuesday");
+    mount.umount();
+}
+
+/// A second mount of the store of `lab`.
+fn second(lab: &Lab) -> Mount {
+    let directory = lab.store.beside("second");
+    fs::create_dir_all(&directory).expect("a directory");
+    Mount::try_new(&lab.store, &lab.store.root(), &directory, "").expect("a second mount")
+}
+
+#[test]
+fn another_live_mount_goes_on_with_what_a_killed_one_has_left() {
+    for raw_base in [true, false] {
+        for (command, merged) in JOBS {
+            let context = format!("{command}, raw base {raw_base}");
+            let lab = Lab::slow(raw_base);
+            let before = contents(&lab);
+            // It is there before the first of all commands is given, and before there is any note.
+            let other = second(&lab);
+            let mount = at_work(&lab, command);
+            eventually("the other shows only what is right", NOTICED, || {
+                command.contains("pull") || !raw_base || other.names("web/snapshots").len() < 4
+            });
+            kill(mount);
+            assert_eq!(intents(&lab), 1, "{context}");
+            watch_until_over(&[&other], &before, || intents(&lab) == 0, &context);
+            settled(&lab, &other, &context);
+            eventually("the other shows what has become", NOTICED, || {
+                let names =
+                    if other.path("web/snapshots").exists() { other.names("web/snapshots") } else { Vec::new() };
+                let is_over = |layer: &str| !names.contains(&format!("{layer}.raw"));
+                merged.map_or_else(|| is_over("sn3"), |(top, _)| is_over(top))
+            });
+            assert_snapshots(&other, &before, merged, &context);
+            assert!(active(&other) == before["web"], "{context}");
+            other.umount();
+            lab.assert_clean();
+        }
+    }
+}
+
+/// Every snapshot that is listed shows what it did, whoever looks, time and again until a job is over.
+fn watch_until_over(mounts: &[&Mount], before: &common::jobs::Contents, is_over: impl Fn() -> bool, context: &str) {
+    let (start, mut looks) = (Instant::now(), 0);
+    while !is_over() && start.elapsed() < Duration::from_secs(60) {
+        for mount in mounts {
+            // The last one goes with the directory.
+            let Ok(entries) = fs::read_dir(mount.path("web/snapshots")) else { continue };
+            for name in entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()) {
+                let layer = name.strip_suffix(".raw").expect("a disk");
+                // One that is hidden meanwhile cannot be opened any more.
+                let Ok(shown) = fs::read(mount.path("web/snapshots").join(&name)) else { continue };
+                let is_right = shown == before[layer] || (layer == "base" && is_over());
+                assert!(is_right, "{context}: {} shows other bytes of {name}", mount.dir().display());
+                looks += 1;
+            }
+        }
+    }
+    assert!(looks > 0 && is_over(), "{context}: {looks} looks; {}", mounts[0].text(".chainfs/problems.txt"));
+}
+
+#[test]
+fn nobody_sees_half_of_a_layer_when_the_notes_of_a_job_are_removed() {
+    let lab = Lab::slow(true);
+    let before = contents(&lab);
+    let other = second(&lab);
+    let mount = at_work(&lab, "commit top=sn3 base=base");
+    let spoilt = |mount: &Mount| !mount.names("web/snapshots").contains(&"base.raw".to_owned());
+    assert!(spoilt(&mount));
+    eventually("the other hides it", NOTICED, || spoilt(&other));
+    fs::remove_dir_all(lab.store.path(".chainfs")).expect("what nobody should remove");
+    let control = Control::of(&mount, "web");
+    watch_until_over(&[&mount, &other], &before, || control.status("state") != "running", "removed");
+    assert_eq!(control.wait(), "done", "{}", control.status("error"));
+    eventually("the note has gone", NOTICED, || intents(&lab) == 0);
+    for mount in [&mount, &other] {
+        eventually("it is shown again", NOTICED, || !spoilt(mount) && mount.names("web/snapshots").len() == 1);
+        assert_snapshots(mount, &before, Some(("sn3", "base")), "done");
+    }
+    other.umount();
+    mount.umount();
+    lab.assert_clean();
+}
+
+#[test]
+fn a_job_whose_notes_were_removed_and_that_was_killed_then_is_taken_up() {
+    for pause in [0, 20, 60, 400] {
+        let context = format!("killed {pause} ms after that");
+        let lab = Lab::slow(true);
+        let before = contents(&lab);
+        // Who sees both, the note and its going, knows of it also where its owner had no time to write it again.
+        let other = (pause < 400).then(|| second(&lab));
+        let mount = at_work(&lab, "commit top=sn3 base=base");
+        let spoilt = |mount: &Mount| !mount.names("web/snapshots").contains(&"base.raw".to_owned());
+        if let Some(other) = &other {
+            eventually("the other hides it", NOTICED, || spoilt(other));
+        }
+        fs::remove_dir_all(lab.store.path(".chainfs")).expect("what nobody should remove");
+        std::thread::sleep(Duration::from_millis(pause));
+        kill(mount);
+        let mount = other.unwrap_or_else(|| Mount::new(&lab.store));
+        let is_over = || !spoilt(&mount);
+        watch_until_over(&[&mount], &before, is_over, &context);
+        settled(&lab, &mount, &context);
+        eventually("all is done", NOTICED, || mount.names("web/snapshots").len() == 1);
+        assert_snapshots(&mount, &before, Some(("sn3", "base")), &context);
+        assert!(active(&mount) == before["web"], "{context}");
+        mount.umount();
+        lab.assert_clean();
+    }
+}
+
+/// Files or directories that nobody may change or remove, root neither.
+struct Immutable(Vec<std::path::PathBuf>);
+
+impl Immutable {
+    fn new(lab: &Lab, names: &[&str]) -> Self {
+        let paths: Vec<_> = names.iter().map(|name| lab.store.path(name)).collect();
+        paths.iter().for_each(|path| drop(tool("chattr").arg("+i").arg(path).succeeds()));
+        Self(paths)
+    }
+}
+
+impl Drop for Immutable {
+    fn drop(&mut self) {
+        for path in self.0.iter().filter(|path| path.exists()) {
+            let _ = tool("chattr").arg("-i").arg(path).status();
+        }
+    }
+}
+
+#[test]
+fn a_commit_that_may_not_clean_up_lists_no_layer_that_shows_something_else() {
+    let cases: [(&str, &[&str], Option<(&str, &str)>); 7] = [
+        // What lies between may not be removed, then top may not, then no name may be changed.
+        ("commit top=sn3 base=base", &["sn1.qcow2"], Some(("sn3", "base"))),
+        ("commit top=sn3 base=base", &["sn3.qcow2"], Some(("sn3", "base"))),
+        ("commit top=sn3 base=base", &["."], Some(("sn3", "base"))),
+        ("commit top=sn3 base=sn1 keep", &["."], None),
+        ("delete sn2 method=commit", &["."], None),
+        ("commit base=base", &["."], None),
+        ("commit base=base", &["sn2.qcow2"], None),
+    ];
+    for raw_base in [true, false] {
+        for (command, protected, merged) in cases {
+            let context = format!("{command}, {protected:?} immutable, raw base {raw_base}");
+            let lab = Lab::slow(raw_base);
+            let before = contents(&lab);
+            let mount = at_work(&lab, command);
+            let immutable = Immutable::new(&lab, protected);
+            let control = Control::of(&mount, "web");
+            let state = control.wait();
+            assert_eq!(state, "failed", "{context}");
+            let sentence = control.status("error");
+            assert!(sentence.contains("denied") || sentence.contains("permitted"), "{context}: {sentence}");
+            let judge = |mount: &Mount, context: &str| {
+                for chain in mount.names(".").iter().filter(|name| *name != ".chainfs") {
+                    assert!(
+                        !mount.path(chain).join("info/problem.txt").exists(),
+                        "{context}: {}",
+                        mount.text(Path::new(chain).join("info/problem.txt"))
+                    );
+                }
+                // Where base was given the bytes of what is merged, it shows those, or is not listed.
+                let names = mount.names("web/snapshots");
+                for name in &names {
+                    let layer = name.strip_suffix(".raw").expect("a disk");
+                    let shown = fs::read(mount.path("web/snapshots").join(name));
+                    let shown = shown.unwrap_or_else(|error| panic!("{context}: {name}: {error}"));
+                    let is_merged = command.contains(&format!("base={layer}")) && shown == before["sn3"];
+                    let is_deleted = command.starts_with("delete") && layer == "sn2" && shown == before["sn2"];
+                    assert!(shown == before[layer] || is_merged || is_deleted, "{context}: {name} of {names:?}");
+                }
+                assert!(active(mount) == before["web"], "{context}: the disk");
+            };
+            judge(&mount, &context);
+            mount.umount();
+            let mount = Mount::new(&lab.store);
+            judge(&mount, &format!("{context}, mounted again"));
+            drop(immutable);
+            mount.umount();
+            let mount = Mount::new(&lab.store);
+            settled(&lab, &mount, &context);
+            judge(&mount, &format!("{context}, once it may"));
+            if merged.is_some() {
+                assert_snapshots(&mount, &before, merged, &context);
+            }
+            mount.umount();
+            assert!(!lab.files().iter().any(|name| name.starts_with(".chainfs-")), "{context}: {:?}", lab.files());
+            lab.assert_clean();
+        }
+    }
+}
+
+/// An image that is filled has no name yet; what others put in its place gets none, and stays.
+#[test]
+fn what_others_put_in_the_place_of_a_new_image_is_neither_named_nor_removed() {
+    for is_cancelled in [false, true] {
+        let lab = Lab::slow(false);
+        lab.store.img(["snapshot", "-c", "inner", "sn3.qcow2"]);
+        lab.store.speckle("sn3.qcow2", 64 << 20, 9);
+        let mount = at_work(&lab, "clone new from=sn3@inner");
+        let control = Control::of(&mount, "web");
+        let is_draft = |name: &String| name.starts_with(".chainfs-") && name.ends_with(".new");
+        let draft = mount::names_in(&lab.store.root()).into_iter().find(is_draft).expect("a draft");
+        fs::remove_file(lab.store.path(&draft)).expect("the draft");
+        let theirs = lab.store.put(&draft, b"somebody's");
+        if is_cancelled {
+            assert_eq!(control.give("cancel"), None);
+        }
+        let state = control.wait();
+        assert_eq!(state, if is_cancelled { "cancelled" } else { "failed" }, "{}", control.status("error"));
+        assert_eq!(fs::read(&theirs).expect("their file"), b"somebody's");
+        assert!(!lab.store.path("new.qcow2").exists());
+        mount.umount();
+        let mount = Mount::new(&lab.store);
+        Control::of(&mount, "web").done("snapshot monday");
+        assert_eq!(fs::read(&theirs).expect("their file"), b"somebody's");
+        mount.umount();
+    }
+}
