@@ -9,6 +9,8 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::Command;
 
+use chainfs::ops::{Engine, Request};
+use chainfs::store::{Store as Opened, StoreOptions};
 use common::CHAINFS;
 use common::active::errno;
 use common::command::Control;
@@ -433,5 +435,95 @@ fn what_the_layers_above_a_lost_one_hold_can_be_salvaged() {
             let is_held = depths[(at / CLUSTER) as usize].is_some_and(|depth| depth < 2);
             assert_eq!(run["lost"] == true, !is_held, "{at:#x}: {run}");
         }
+    }
+}
+
+/// A plan refuses what the command does, in the same words.
+fn assert_planned(store: &Store, command: &str, says: &str) {
+    let options = StoreOptions { notify: false, ..StoreOptions::default() };
+    let opened = Opened::open(&store.root(), options).expect("a store");
+    let engine = Engine::new(&opened);
+    let request = Request::parse_command(command.as_bytes()).expect("a command");
+    let plan = engine.plan(Path::new("t"), &request).unwrap_or_else(|error| panic!("{command}: {error}"));
+    let planned: Vec<String> = plan.refusals.iter().map(ToString::to_string).collect();
+    let refused = engine.run(Path::new("t"), &request, command);
+    let refused = refused.expect_err(command).to_string();
+    assert!(refused.contains(says), "{command}: {refused}");
+    assert!(planned.contains(&refused), "{command}: {refused}\nis not planned: {planned:#?}");
+}
+
+#[test]
+fn plans_refuse_what_would_grow_over_what_was_lost() {
+    let chain = |options: &str| {
+        let store = Store::new();
+        store.create("base.qcow2", DISK, options);
+        store.io("base.qcow2", "qcow2", ["write -q -P 1 0 3M"]);
+        for (name, below) in [("mid.qcow2", "base.qcow2"), ("t.qcow2", "mid.qcow2")] {
+            store.overlay(name, below, "qcow2", options);
+            store.io(name, "qcow2", ["write -q -P 2 512k 2M"]);
+        }
+        store.img(["snapshot", "-c", "inner", "t.qcow2"]);
+        // What comes last in each file is the disk's alone.
+        ["base.qcow2", "mid.qcow2", "t.qcow2"]
+            .iter()
+            .for_each(|name| store.io(name, "qcow2", ["write -q -P 3 3M 64k"]));
+        store.dir(".chainfs");
+        store
+    };
+    let cases = [
+        ("t.qcow2", "snapshot monday"),
+        ("t.qcow2", "snapshot monday internal"),
+        ("t.qcow2", "pull"),
+        ("t.qcow2", "pull base=base"),
+        ("t.qcow2", "rebase base=none"),
+        ("t.qcow2", "resize 8M"),
+        ("t.qcow2", "resize 1M shrink"),
+        ("t.qcow2", "delete mid method=pull discard-internal"),
+        ("t.qcow2", "delete active@inner"),
+        ("t.qcow2", "revert to=active@inner"),
+        ("mid.qcow2", "commit discard-internal"),
+        ("mid.qcow2", "pull into=mid"),
+        ("base.qcow2", "commit top=mid"),
+        ("base.qcow2", "delete base method=commit"),
+    ];
+    for (cut, command) in cases {
+        let store = chain("");
+        let image = Damage::to(store.path(cut));
+        image.set_len(image.host_offset(3 << 20));
+        assert_planned(&store, command, "cut short");
+    }
+}
+
+#[test]
+fn plans_refuse_what_would_grow_a_data_file_that_was_cut() {
+    for command in ["pull", "resize 8M", "snapshot monday"] {
+        let store = Store::new();
+        store.create("base.qcow2", DISK, "");
+        store.overlay("t.qcow2", "base.qcow2", "qcow2", "data_file=t.data");
+        store.io("t.qcow2", "qcow2", ["write -q -P 2 512k 2M"]);
+        store.dir(".chainfs");
+        File::options().write(true).open(store.path("t.data")).and_then(|file| file.set_len(1 << 20)).expect("a file");
+        assert_planned(&store, command, "data file ends");
+    }
+}
+
+#[test]
+fn plans_refuse_where_nothing_can_be_noted() {
+    let store = Store::new();
+    store.create("base.qcow2", DISK, "");
+    store.overlay("t.qcow2", "base.qcow2", "qcow2", "");
+    for place in [".chainfs", ".chainfs/intents"] {
+        store.dir(".chainfs/intents");
+        // What a first command has made.
+        let names = [".chainfs/lock", ".chainfs/plain"].map(|name| store.put(name, b""));
+        assert!(names.iter().all(|name| name.exists()));
+        tool("chattr").arg("+i").arg(store.path(place)).succeeds();
+        let told = std::panic::catch_unwind(|| {
+            for command in ["commit", "pull", "snapshot monday", "resize 8M", "clone new from=base"] {
+                assert_planned(&store, command, "cannot be written");
+            }
+        });
+        tool("chattr").arg("-i").arg(store.path(place)).succeeds();
+        assert!(told.is_ok(), "{place}");
     }
 }

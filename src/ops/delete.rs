@@ -147,6 +147,7 @@ fn plan_inner(world: &World, chain: &Chain, index: ImageIndex, inner: usize) -> 
     plan.after.clone_from(&plan.before);
     plan.refusals.extend(world.untouchable(index));
     plan.refusals.extend(world.begun(&[index]));
+    plan.refusals.extend(world.unfillable(index));
     if !image.users.is_empty() {
         plan.refusals.extend(world.unguarded());
     }

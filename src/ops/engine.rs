@@ -280,6 +280,9 @@ impl Engine {
             touched.refuse(&world, &mut plan);
         }
         plan.refusals.extend(world.not_permitted(&plan));
+        if !self.store.options().read_only {
+            plan.refusals.extend(self.store.guard().check_place().err());
+        }
         plan.command = request.to_string();
         Ok(plan)
     }

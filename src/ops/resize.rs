@@ -61,6 +61,7 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Resize
     }
     refusals.extend(world.untouchable(leaf));
     refusals.extend(world.begun(&chain.views.layers[..1]));
+    refusals.extend(world.unfillable(leaf));
     refuse_bitmaps(world, leaf, refusals);
     if new < old {
         if !request.shrink {

@@ -103,6 +103,7 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Revert
 fn plan_apply(world: &World, chain: &Chain, snapshot: &Snapshot, request: &RevertRequest, plan: &mut Plan) {
     let leaf = chain.views.layers[0];
     finish::bitmaps(world, std::iter::once(leaf), request.discard_bitmaps, &mut plan.refusals);
+    plan.refusals.extend(world.unfillable(leaf));
     if let Some(name) = &request.save
         && world.image(leaf).qcow2().is_some_and(|qcow2| qcow2.snapshots.iter().any(|other| other.name == *name))
     {

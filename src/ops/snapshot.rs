@@ -62,6 +62,7 @@ fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan,
         let image = world.image(leaf);
         plan.refusals.extend(world.untouchable(leaf));
         plan.refusals.extend(world.begun(&chain.views.layers[..1]));
+        plan.refusals.extend(world.unfillable(leaf));
         if image.format == Some(Format::Raw) {
             plan.refusals.extend(world.store.check_notes().err());
         }

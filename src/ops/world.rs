@@ -58,6 +58,7 @@ impl World {
     /// The same for a command: under the store's lock, and with a place for its intent.
     pub(super) fn begin(store: &Arc<Store>) -> Result<(Claim, Self)> {
         let names = store.guard_names();
+        store.guard().check_place()?;
         store.guard().prepare(&*names)?;
         let lock = store.guard().lock(&*names)?;
         Ok((lock, Self::look(store)?))
@@ -283,6 +284,11 @@ impl World {
             return Some(Error::new(ErrorKind::Broken, format!("{} {problem}", image.shown())));
         }
         self.claimed(image).or_else(|| self.used_around(image))
+    }
+
+    /// Why the disk of an image cannot be written, if so: who opens it for that would be refused.
+    pub(super) fn unfillable(&self, index: ImageIndex) -> Option<Error> {
+        self.store.check_writable(&self.catalog, index).err()
     }
 
     /// Why a leaf is left alone on which others of the store around stand, if so.

@@ -17,8 +17,8 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::write::{Below, Writer, WriterOptions};
-use crate::io::{FileId, FileStat, StoreFile, WriteLock, WriterKind};
+use crate::image::write::{Below, Writer, WriterOptions, check_writable};
+use crate::io::{FileId, FileStat, Storage, StoreFile, WriteLock, WriterKind};
 
 use super::Store;
 use super::catalog::{Catalog, ImageEntry, ImageIndex};
@@ -256,6 +256,20 @@ impl Store {
     pub(crate) fn is_active_open(&self, id: FileId) -> bool {
         let number = self.active.disks.lock().by_image.get(&id).copied();
         number.and_then(|number| self.active.find(number)).is_some_and(|disk| disk.openings.lock().count > 0)
+    }
+
+    /// Why the disk of an image could not be written, if so: nothing is locked or written to find out. What this process
+    /// writes already has been found good.
+    pub(crate) fn check_writable(&self, catalog: &Catalog, index: ImageIndex) -> Result<()> {
+        let image = &catalog.images[index];
+        let number = self.active.disks.lock().by_image.get(&image.stat.id).copied();
+        let is_written = number.and_then(|number| self.active.find(number)).is_some_and(|disk| disk.writer().is_some());
+        if image.qcow2().is_none() || is_written {
+            return Ok(());
+        }
+        let file = self.file(&image.place, &image.stat, false);
+        let data_file = image.data_file.as_ref().map(|(place, stat)| self.file(place, stat, false) as Arc<dyn Storage>);
+        check_writable(&image.shown(), file, data_file, writer_options(self))
     }
 
     /// Of a store in a store: whether nothing else in the one around it stands on the image, or may do so.

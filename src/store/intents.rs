@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, accessat};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -474,6 +474,27 @@ impl Guard {
             names.sync(self.intents().parent().unwrap_or(Path::new("")))?;
         }
         if self.is_marked { notes::prepare(self, names) } else { Ok(()) }
+    }
+
+    /// Fails if no notes can be written where they are kept.
+    pub fn check_place(&self) -> Result<()> {
+        let own = [Path::new(""), Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS }), self.intents()];
+        let mut is_needed = true;
+        for path in own.iter().rev() {
+            let Some(directory) = self.root.open_directory(path, path.as_os_str().is_empty()).ok().flatten() else {
+                continue;
+            };
+            // Above what is there nothing has to be made.
+            let access = Access::WRITE_OK | Access::EXEC_OK;
+            if std::mem::take(&mut is_needed) || *path == Path::new(MARKER) {
+                accessat(CWD, by_descriptor(&directory), access, AtFlags::EACCESS).map_err(|error| {
+                    let shown = self.root.canonical().join(path).display().to_string();
+                    let fact = "is where commands are noted, and cannot be written; make it writable first";
+                    Error::new(Error::io("", error).kind(), format!("{shown} {fact} ({error})"))
+                })?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether there is a place for intents and notes.

@@ -12,7 +12,7 @@ use crate::format::{EntryFormat, Header, Malformed, Snapshot, Version};
 use crate::image::check::{mend_flags, rebuild_dirty};
 use crate::image::header::{self, HeaderChange};
 use crate::image::{read_bitmaps, read_header_with, read_snapshots, unreadable};
-use crate::io::WriteStorage;
+use crate::io::{Storage, WriteStorage};
 use crate::units::HostOffset;
 
 use super::flush::Flushes;
@@ -42,33 +42,7 @@ impl Qcow2Writer {
             // It cannot say so.
             mend_flags(&*file, name)?;
         }
-        if header.data_file.is_some() != data_file.is_some() {
-            return Err(Error::new(ErrorKind::Broken, format!("{name}: its external data file is not there")));
-        }
-        let core = Core {
-            name: name.to_owned(),
-            data_file,
-            format: header.entry_format(),
-            order: header.refcount_order,
-            has_snapshots: AtomicBool::new(header.snapshots.count > 0),
-            file,
-        };
-        let file_len = core.file.len()?;
-        let mut meta = Meta {
-            l1: header.l1,
-            refcount_table: header.refcount_table,
-            slices: Slices::new(options.cache / core.slice_len() as usize),
-            roles: Roles::default(),
-            free_hint: 0,
-            fresh: file_len.div_ceil(core.cluster().size()),
-            file_len,
-            pending: Vec::new(),
-            snapshots: Vec::new(),
-            has_damaged_snapshots: false,
-            session: None,
-        };
-        meta.learn_roles(&core, &header)?;
-        meta.refuse_loss(&core, &header)?;
+        let (core, meta) = look(name, &header, file, data_file, options)?;
         Ok(Self {
             compression: header.compression,
             raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
@@ -254,6 +228,119 @@ pub(in crate::image) fn refcounts_damaged(name: &str, reason: &Malformed) -> Err
     let fact = format!("its refcounts are damaged: {}", reason.fact());
     let remedy = "it can be read; to write it, unmount it and run chainfs check --repair all";
     Error::new(ErrorKind::Corrupt, format!("{name}: {fact}; {remedy}"))
+}
+
+/// Why an image cannot be opened for writing, if so: a look, nothing is written. One that was not closed properly is
+/// repaired by who opens it, and can be judged only then.
+pub(super) fn check_writable(
+    name: &str,
+    file: Arc<dyn Storage>,
+    data_file: Option<Arc<dyn Storage>>,
+    options: WriterOptions,
+) -> Result<()> {
+    let file = Arc::new(OnlyRead(file));
+    let header = read_header(name, &*file)?;
+    refuse(name, &header)?;
+    if header.dirty() {
+        return Ok(());
+    }
+    let data_file = data_file.map(|file| Arc::new(OnlyRead(file)) as Arc<dyn WriteStorage>);
+    look(name, &header, file, data_file, options).map(drop)
+}
+
+/// What a writer knows of an image before it writes anything. Fails if it may not.
+fn look(
+    name: &str,
+    header: &Header,
+    file: Arc<dyn WriteStorage>,
+    data_file: Option<Arc<dyn WriteStorage>>,
+    options: WriterOptions,
+) -> Result<(Core, Meta)> {
+    if header.data_file.is_some() != data_file.is_some() {
+        return Err(Error::new(ErrorKind::Broken, format!("{name}: its external data file is not there")));
+    }
+    let core = Core {
+        name: name.to_owned(),
+        data_file,
+        format: header.entry_format(),
+        order: header.refcount_order,
+        has_snapshots: AtomicBool::new(header.snapshots.count > 0),
+        file,
+    };
+    let file_len = core.file.len()?;
+    let mut meta = Meta {
+        l1: header.l1,
+        refcount_table: header.refcount_table,
+        slices: Slices::new(options.cache / core.slice_len() as usize),
+        roles: Roles::default(),
+        free_hint: 0,
+        fresh: file_len.div_ceil(core.cluster().size()),
+        file_len,
+        pending: Vec::new(),
+        snapshots: Vec::new(),
+        has_damaged_snapshots: false,
+        session: None,
+    };
+    meta.learn_roles(&core, header)?;
+    meta.refuse_loss(&core, header)?;
+    Ok((core, meta))
+}
+
+/// A file of which somebody who writes files is shown all, and to which he writes nothing.
+struct OnlyRead(Arc<dyn Storage>);
+
+impl OnlyRead {
+    fn refuse<T>() -> Result<T> {
+        Err(Error::new(ErrorKind::ReadOnly, "nothing is written by who only looks"))
+    }
+}
+
+impl Storage for OnlyRead {
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        self.0.read_at(at, buf)
+    }
+
+    fn len(&self) -> Result<u64> {
+        self.0.len()
+    }
+
+    fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
+        self.0.extent(at, end)
+    }
+
+    fn read_table_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        self.0.read_table_at(at, buf)
+    }
+}
+
+impl WriteStorage for OnlyRead {
+    fn write_at(&self, _at: u64, _bytes: &[u8]) -> Result<()> {
+        Self::refuse()
+    }
+
+    fn set_len(&self, _len: u64) -> Result<()> {
+        Self::refuse()
+    }
+
+    fn punch_hole(&self, _at: u64, _len: u64) -> Result<()> {
+        Self::refuse()
+    }
+
+    fn write_zeroes(&self, _at: u64, _len: u64) -> Result<()> {
+        Self::refuse()
+    }
+
+    fn allocate(&self, _at: u64, _len: u64) -> Result<()> {
+        Self::refuse()
+    }
+
+    fn reserve(&self, _at: u64, _len: u64) -> Result<()> {
+        Self::refuse()
+    }
+
+    fn sync(&self) -> Result<()> {
+        Self::refuse()
+    }
 }
 
 fn refuse(name: &str, header: &Header) -> Result<()> {

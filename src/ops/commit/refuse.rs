@@ -20,6 +20,9 @@ pub(super) fn refusals(world: &World, layers: &Layers, request: &CommitRequest, 
         layers.segment().into_iter().chain([layers.base]).chain(layers.children.clone()).collect();
     refusals.extend(world.begun(&all));
     refusals.extend(all.iter().filter_map(|index| world.untouchable(*index)));
+    let active = layers.children.iter().copied().filter(|index| world.is_active_disk(*index));
+    let active = active.chain(layers.is_active.then_some(layers.top));
+    refusals.extend(std::iter::once(layers.base).chain(active).filter_map(|index| world.unfillable(index)));
     if let Some(problem) = world.catalog.view_problem(&layers.chain[position(layers, layers.top)..]) {
         refusals.push(Error::new(ErrorKind::Broken, problem));
     }

@@ -172,6 +172,7 @@ fn refuse(world: &World, layers: &Layers, request: &PullRequest, refusals: &mut 
     let concerned: Vec<ImageIndex> = layers.touched().into_iter().chain(layers.below.iter().copied()).collect();
     refusals.extend(world.begun(&concerned));
     refusals.extend(layers.touched().iter().filter_map(|index| world.untouchable(*index)));
+    refusals.extend(layers.into.iter().filter_map(|index| world.unfillable(*index)));
     for into in &layers.into {
         let snapshots = world.image(*into).qcow2().map_or(&[][..], |qcow2| &qcow2.snapshots);
         if snapshots.iter().any(|snapshot| snapshot.damage.is_some()) {
