@@ -347,3 +347,61 @@ fn what_others_put_in_the_place_of_a_new_image_is_neither_named_nor_removed() {
         mount.umount();
     }
 }
+
+/// All bytes of the store's own files.
+fn bytes_of(lab: &Lab) -> Vec<(String, Vec<u8>)> {
+    let read = |name: String| (name.clone(), fs::read(lab.store.path(name)).expect("a file"));
+    lab.files().into_iter().map(read).collect()
+}
+
+#[test]
+fn a_data_file_that_was_replaced_keeps_a_command_from_going_on() {
+    let commit = |lab: &Lab| {
+        let words = ["convert", "-O", "qcow2", "-o", "data_file=base.data,cluster_size=4k", "base.qcow2", "new.qcow2"];
+        lab.store.img(words);
+        fs::rename(lab.store.path("new.qcow2"), lab.store.path("base.qcow2")).expect("a name");
+    };
+    let pull = |lab: &Lab| {
+        fs::remove_file(lab.store.path("web.qcow2")).expect("the top");
+        lab.store.overlay("web.qcow2", "sn3.qcow2", "qcow2", "data_file=web.data,cluster_size=4k");
+        lab.store.io("web.qcow2", "qcow2", ["write -q -P 77 1M 3M"]);
+    };
+    let cases: [(&dyn Fn(&Lab), &str, &str); 2] =
+        [(&commit, "commit top=sn3 base=base", "base.data"), (&pull, "pull", "web.data")];
+    for (make, command, data) in cases {
+        for same_bytes in [true, false] {
+            let context = format!("{command}, with the same bytes: {same_bytes}");
+            let lab = Lab::slow(false);
+            make(&lab);
+            let web = lab.content("web.qcow2");
+            kill(at_work(&lab, command));
+            assert_eq!(intents(&lab), 1, "{context}");
+            let (data, kept) = (lab.store.path(data), lab.store.beside("kept.data"));
+            fs::rename(&data, &kept).expect("put aside");
+            if same_bytes {
+                tool("cp").args(["--sparse=always"]).args([&kept, &data]).succeeds();
+            } else {
+                let len = fs::metadata(&kept).expect("its length").len();
+                File::create(&data).and_then(|file| file.set_len(len)).expect("another file");
+            }
+            let before = bytes_of(&lab);
+            let mount = Mount::new(&lab.store);
+            let told = || mount.text(".chainfs/problems.txt");
+            eventually("it says so", NOTICED, || told().contains("is another file than it was"));
+            let hidden = if command == "pull" { "nothing" } else { "base.raw" };
+            assert!(!mount.names("web/snapshots").contains(&hidden.to_owned()), "{context}");
+            mount.umount();
+            let recover = tool(CHAINFS).args(["recover", "--dry-run"]).arg(lab.store.root()).outcome();
+            let said = format!("{}{}", recover.1, recover.2);
+            assert!(said.contains("is another file than it was"), "{context}: {said}");
+            assert_eq!(intents(&lab), 1, "{context}");
+            assert!(bytes_of(&lab) == before, "{context}: something was written or removed");
+            fs::rename(&kept, &data).expect("put back");
+            let mount = Mount::new(&lab.store);
+            settled(&lab, &mount, &context);
+            assert!(active(&mount) == web, "{context}");
+            mount.umount();
+            assert!(lab.content("web.qcow2") == web, "{context}");
+        }
+    }
+}

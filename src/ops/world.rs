@@ -8,7 +8,9 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::create::NewBacking;
 use crate::io::{Claim, FileId, Identity};
-use crate::store::{Catalog, ChainViews, Format, FoundIntent, ImageEntry, ImageIndex, Named, Place, Store, shown};
+use crate::store::{
+    Catalog, ChainViews, Data, Format, FoundIntent, ImageEntry, ImageIndex, Named, Place, Store, shown,
+};
 
 use super::asker::{Asker, asker};
 
@@ -116,7 +118,11 @@ impl World {
         if named.file.id != image.stat.id {
             return Err(Error::new(ErrorKind::Stale, format!("{} has changed; give the command again", image.shown())));
         }
-        Ok(Named { path: self.name_of(image), ..named })
+        let data = image.data_file.as_ref().map(|(place, _)| {
+            let name = if place.root == 0 { self.guarded(&place.path) } else { self.store.host_path(place) };
+            Data::witness(&self.store.roots()[place.root], &place.path, name, fixed).map(Box::new)
+        });
+        Ok(Named { path: self.name_of(image), data: data.transpose()?, ..named })
     }
 
     /// The same for several.

@@ -12,7 +12,7 @@ use crate::io::{FileId, Identity, Root};
 use super::catalog::shown;
 use super::intents::{Deed, Intent, NewTop};
 use super::scan::SPOILT;
-use super::witness::{Allowed, Named};
+use super::witness::{Allowed, Named, is_same};
 
 /// What was found of a file that an intent names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,26 +63,17 @@ pub(super) fn bind(root: &Root, intent: &mut Intent, is_copied: bool, thoroughly
             continue;
         };
         named.file = found;
-        let against = if thoroughly { against(root, name, named, *allowed) } else { None };
+        let against = if thoroughly { against(root, name, named, *allowed, false) } else { None };
         findings.push(against.map_or_else(|| Finding::Here(name.clone()), Finding::Doubt));
     }
     findings
 }
 
-/// Whether a file that is met is the one of which a note was kept. A device may go by another number after the next
-/// start of the machine.
-fn is_same(noted: &Identity, found: &Identity) -> bool {
-    match (noted.birth, found.birth) {
-        (Some(noted_birth), Some(birth)) => noted.id.inode == found.id.inode && noted_birth == birth,
-        _ => noted.id == found.id,
-    }
-}
-
 /// Why the file at `name` is not proven to be the one that is meant, if so.
-fn against(root: &Root, name: &Path, named: &Named, allowed: Allowed) -> Option<String> {
+fn against(root: &Root, name: &Path, named: &Named, allowed: Allowed, is_copied: bool) -> Option<String> {
     let Some(evidence) = &named.evidence else { return Some(format!("nothing is known of {}", shown(name))) };
-    match evidence.against(root, name, allowed) {
-        Ok(None) => None,
+    match evidence.against(root, name, allowed, named.data.is_some()) {
+        Ok(None) => named.data.as_ref().and_then(|data| data.against(root, allowed, is_copied)),
         Ok(Some(fact)) => Some(format!("{} {fact}", shown(name))),
         Err(error) => Some(format!("{} cannot be looked at: {error}", shown(name))),
     }
@@ -96,7 +87,7 @@ fn bind_copies(root: &Root, wanted: &mut [Wanted<'_>]) -> Vec<Finding> {
             let look = |name: &PathBuf| match root.identify(name) {
                 Ok(found) => {
                     let allowed = Allowed { any_time: true, ..*allowed };
-                    Some((name.clone(), found, against(root, name, named, allowed)))
+                    Some((name.clone(), found, against(root, name, named, allowed, true)))
                 }
                 Err(error) if error.kind() == ErrorKind::NotFound => None,
                 Err(error) => Some((name.clone(), NOBODY, Some(error.to_string()))),

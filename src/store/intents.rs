@@ -911,7 +911,7 @@ mod tests {
             samples: vec![Sample { at: 0, was: Digest::of(b"a"), becomes: None }],
             written: None,
         };
-        Named { path: path.into(), file, evidence: Some(evidence) }
+        Named { path: path.into(), file, evidence: Some(evidence), data: None }
     }
 
     fn commit() -> Intent {

@@ -79,6 +79,7 @@ pub use scan::{Problem, SPOILT};
 pub use trash::TrashItem;
 pub use views::{ChainView, ChainViews};
 pub use watch::Watcher;
+pub(crate) use witness::Data;
 pub use witness::{Digest, Evidence, Sample};
 
 use active::ActiveDisks;

@@ -37,6 +37,79 @@ pub struct Named {
     /// By what of its content it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evidence: Option<Evidence>,
+    /// Its external data file, which is as much a part of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<Box<Data>>,
+}
+
+/// An external data file, by name and identity.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Data {
+    /// Its path beneath the guarded directory; what lies outside of the store by its full one, and is not looked at.
+    #[serde(with = "encoded")]
+    path: PathBuf,
+    #[serde(with = "identity")]
+    file: Identity,
+    /// Bytes of the file.
+    size: u64,
+    /// A few sectors of it; none if it is written.
+    #[serde(default)]
+    samples: Vec<Sample>,
+    /// When it was written last, if nobody writes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    written: Option<Moment>,
+}
+
+impl Data {
+    /// The file at `path` beneath `root`, which a note calls `name`.
+    pub(crate) fn witness(root: &Root, path: &Path, name: PathBuf, fixed: bool) -> Result<Self> {
+        let file = root.open_file(path)?;
+        let signature = FileStat::of(&file)?.signature;
+        let samples = if fixed { samples(&file, signature.size)? } else { Vec::new() };
+        let written = fixed.then_some(Moment::of(signature.mtime));
+        Ok(Self { path: name, file: Identity::of(&file)?, size: signature.size, samples, written })
+    }
+
+    /// What speaks against the file of its name being it, as a sentence. In a store that was copied the name and the
+    /// content have to do.
+    pub(super) fn against(&self, root: &Root, allowed: Allowed, is_copied: bool) -> Option<String> {
+        if self.path.is_absolute() {
+            return None;
+        }
+        let fact = match self.differs(root, allowed, is_copied) {
+            Ok(fact) => fact?.to_owned(),
+            Err(error) => format!("cannot be looked at: {error}"),
+        };
+        Some(format!("{}, an external data file, {fact}", super::catalog::shown(&self.path)))
+    }
+
+    fn differs(&self, root: &Root, allowed: Allowed, is_copied: bool) -> Result<Option<&'static str>> {
+        let file = root.open_file(&self.path)?;
+        let (found, signature) = (Identity::of(&file)?, FileStat::of(&file)?.signature);
+        let len = signature.size;
+        let is_size = allowed.any_size || len == self.size || (allowed.growth && len > self.size);
+        let is_time = is_copied || self.written.is_none_or(|written| written == Moment::of(signature.mtime));
+        Ok(if !is_copied && !is_same(&self.file, &found) {
+            Some("is another file than it was")
+        } else if !is_size {
+            Some("has another size than it had")
+        } else if has_others(&file, &self.samples)? {
+            Some("holds other bytes than it did")
+        } else if !is_time {
+            Some("has been written since")
+        } else {
+            None
+        })
+    }
+}
+
+/// Whether a file that is met is the one of which a note was kept. A device may go by another number after the next
+/// start of the machine.
+pub(super) fn is_same(noted: &Identity, found: &Identity) -> bool {
+    match (noted.birth, found.birth) {
+        (Some(noted_birth), Some(birth)) => noted.id.inode == found.id.inode && noted_birth == birth,
+        _ => noted.id == found.id,
+    }
 }
 
 /// What is known of a file's content.
@@ -178,7 +251,7 @@ pub(super) struct Allowed {
 impl Named {
     /// A file by its identity alone.
     pub fn known(path: PathBuf, file: Identity) -> Self {
-        Self { path, file, evidence: None }
+        Self { path, file, evidence: None, data: None }
     }
 
     /// The file at `path` beneath `root`, with evidence. `fixed`: nobody writes it until the command is done, which
@@ -186,7 +259,7 @@ impl Named {
     pub fn witness(root: &Root, path: &Path, format: Format, fixed: bool) -> Result<Self> {
         let file = root.open_file(path)?;
         let evidence = evidence(&file, path, format, fixed)?;
-        Ok(Self { path: path.to_path_buf(), file: Identity::of(&file)?, evidence: Some(evidence) })
+        Ok(Self { path: path.to_path_buf(), file: Identity::of(&file)?, evidence: Some(evidence), data: None })
     }
 
     /// Whether both speak of one file by one name.
@@ -204,6 +277,10 @@ impl Named {
         match &mut self.evidence {
             Some(Evidence::Raw { written, .. } | Evidence::Qcow2 { written, .. }) => *written = None,
             None => {}
+        }
+        if let Some(data) = &mut self.data {
+            data.written = None;
+            data.samples.clear();
         }
     }
 
@@ -310,7 +387,13 @@ fn sector(file: &OwnedFd, at: u64) -> Result<Digest> {
 impl Evidence {
     /// What speaks against the file at `path` being the one of which this was kept, to follow its name; `None` if
     /// nothing does.
-    pub(super) fn against(&self, root: &Root, path: &Path, allowed: Allowed) -> Result<Option<&'static str>> {
+    pub(super) fn against(
+        &self,
+        root: &Root,
+        path: &Path,
+        allowed: Allowed,
+        has_data: bool,
+    ) -> Result<Option<&'static str>> {
         let file = root.open_file(path)?;
         let signature = FileStat::of(&file)?.signature;
         let len = signature.size;
@@ -341,6 +424,8 @@ impl Evidence {
                 let Some(header) = header(&file, len)? else { return Ok(Some("is no qcow2 image any more")) };
                 if shape(&header) != *old_shape {
                     Some("is another qcow2 image than it was")
+                } else if header.data_file.is_some() && !has_data {
+                    Some("has an external data file of which nothing is known")
                 } else if !is_size(*size, header.virtual_size) {
                     Some("holds a disk of another size than it did")
                 } else if !allowed.backing && backing(&header) != *old_backing {
@@ -409,7 +494,7 @@ mod tests {
         let mut named = Named::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
         named.will_be_written();
         let against = |named: &Named, allowed| {
-            named.evidence.as_ref().unwrap().against(&root, Path::new("a"), allowed).unwrap().is_some()
+            named.evidence.as_ref().unwrap().against(&root, Path::new("a"), allowed, false).unwrap().is_some()
         };
         assert!(!against(&named, Allowed::default()));
         bytes.push(1);
