@@ -587,6 +587,11 @@ fn layers_drop_out_of_a_chain_only_when_that_is_said() {
         fs::remove_file(store.path("base.raw")).expect("the base");
         store.create("other.qcow2", MIB, "");
     };
+    let renamed: fn(&Store) = |store| fs::rename(store.path("base.raw"), store.path("golden.raw")).expect("renamed");
+    let other_raw: fn(&Store) = |store| {
+        fs::remove_file(store.path("base.raw")).expect("the base");
+        store.raw("other.raw", MIB, 4);
+    };
     let changed: fn(&Store) = |store| {
         fs::copy(store.path("tuesday.qcow2"), store.path("copy.qcow2")).expect("a copy");
         store.io("copy.qcow2", "qcow2", ["write -q -P 7 0 512"]);
@@ -626,6 +631,16 @@ fn layers_drop_out_of_a_chain_only_when_that_is_said() {
             "other.qcow2 is not that file moved: it is qcow2, and the header says raw",
         ),
         (changed, "rebase base=copy.qcow2 unsafe", "tuesday.qcow2 drops out of the chain"),
+        (
+            renamed,
+            "rebase layer=monday base=golden.raw unsafe",
+            "golden.raw is not that file moved: it has another name, and nothing is left of the missing file with which it could be compared; put the missing file back, or name the file that it is now, or say drop-layers",
+        ),
+        (
+            other_raw,
+            "rebase layer=monday base=other.raw unsafe",
+            "other.raw is not that file moved: it has another name",
+        ),
     ];
     for (prepare, command, sentence) in refused {
         let store = chain();
@@ -642,10 +657,8 @@ fn layers_drop_out_of_a_chain_only_when_that_is_said() {
     let copied: fn(&Store) = |store| {
         fs::copy(store.path("tuesday.qcow2"), store.path("copy.qcow2")).expect("a copy");
     };
-    let renamed: fn(&Store) = |store| fs::rename(store.path("base.raw"), store.path("golden.raw")).expect("renamed");
     for (prepare, command) in [
         (moved, "rebase layer=monday base=moved/base.raw unsafe"),
-        (renamed, "rebase layer=monday base=golden.raw unsafe"),
         (all_moved, "rebase base=moved/tuesday.qcow2 unsafe"),
         (copied, "rebase base=copy.qcow2 unsafe"),
         (keep, "rebase base=tuesday.qcow2 unsafe"),
@@ -678,4 +691,33 @@ fn a_list_of_chains_is_read_the_same_by_the_program_and_by_the_control_file() {
         );
     }
     mount.umount();
+}
+
+#[test]
+fn what_is_made_in_a_store_is_said_once() {
+    const MADE: &str = "store/.chainfs was made: it marks the store, and holds its lock and notes; keep it";
+    let output = |store: &Store| fs::read_to_string(store.beside("mount.output")).expect("what the mount said");
+    // Which disks are raw is remembered.
+    let store = chain();
+    Mount::with(&store, "ro").umount();
+    assert!(!output(&store).contains("made") && !store.path(".chainfs").exists(), "{}", output(&store));
+    Mount::new(&store).umount();
+    assert!(output(&store).contains(MADE) && store.path(".chainfs").exists(), "{}", output(&store));
+    Mount::new(&store).umount();
+    assert!(!output(&store).contains("made"), "{}", output(&store));
+    // Else it is the first command that needs a place for its notes.
+    let store = Store::new();
+    store.create("a.qcow2", MIB, "");
+    let mount = Mount::new(&store);
+    assert!(!output(&store).contains("made") && !store.path(".chainfs").exists(), "{}", output(&store));
+    let first = said(&store, "snapshot mnt/a monday", 0);
+    assert!(first.contains(MADE), "{first}");
+    let second = said(&store, "snapshot mnt/a tuesday", 0);
+    assert!(!second.contains("made"), "{second}");
+    mount.umount();
+    // An image by itself leaves nothing beside it that nobody has asked for.
+    let store = Store::new();
+    store.raw("a.raw", MIB, 1);
+    Mount::try_new(&store, &store.path("a.raw"), &store.beside("mnt"), "").expect("a mount").umount();
+    assert_eq!(mount::names_in(&store.root()), ["a.raw"], "{}", output(&store));
 }

@@ -189,6 +189,7 @@ fn hints(directory: &Path, store: &Store, options: &MountOptions) -> Vec<String>
         hints.push(format!("{shown} is not empty: its {entry_count}{more} {entries} {are} hidden while it is mounted"));
     }
     hints.extend(report::no_images(store, &store.catalog()));
+    hints.extend(store.guard().new_place_note());
     hints
 }
 

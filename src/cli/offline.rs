@@ -38,12 +38,11 @@ pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8
         return plan_by(&engine, &chain, request);
     }
     let stopping = catch_signals()?;
-    let had_notes = store.guard().has_place();
     let result = carry_out(&engine, &chain, request, args, &stopping);
     engine.stop();
     store.close_writers();
-    if !had_notes && store.guard().has_place() {
-        warn(&store.guard().place_note());
+    if let Some(note) = store.guard().new_place_note() {
+        warn(&note);
     }
     result
 }

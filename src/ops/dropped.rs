@@ -2,7 +2,8 @@
 //!
 //! `unsafe` is for a backing file that was moved, renamed or copied. Promise: where the new file is not the old one by
 //! the evidence at hand, the refusal names what would drop out, and only `drop-layers` overrides it. The evidence is
-//! the same inode; the same length and content; or, where the old file is gone, its name or its format and size.
+//! the same inode; the same length and content; or, where the old file is gone and nothing of its content is known, its
+//! name and format. Format and size alone are those of any number of files.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -115,7 +116,7 @@ fn not_the_missing(
     if new.virtual_size() < image.virtual_size() {
         return Some("its disk is shorter".to_owned());
     }
-    None
+    Some("it has another name, and nothing is left of the missing file with which it could be compared".to_owned())
 }
 
 /// Whether two images are the same file, or copies of one.

@@ -319,6 +319,10 @@ impl Engine {
         let mut tokens = self.board.take(&[chain.to_path_buf()])?;
         let job = self.begin_with(chain, request, command, &mut tokens)?;
         let (number, progress) = self.board.begin(chain, command);
+        // Without a mount whoever opened the store says so.
+        if self.mount.lock().is_some() {
+            tokens.notes.extend(self.store.guard().new_place_note());
+        }
         self.board.note(chain, std::mem::take(&mut tokens.notes));
         match job {
             Some(job) => self.start(chain, number, progress, tokens, job)?,

@@ -388,6 +388,8 @@ pub struct Guard {
     seen: Seen,
     refused: Refused,
     is_leaving: Arc<AtomicBool>,
+    /// Whether the place for notes was made, and nobody has been told.
+    is_new_place: Arc<AtomicBool>,
 }
 
 impl Guard {
@@ -401,6 +403,7 @@ impl Guard {
             seen: Seen::default(),
             refused: Refused::default(),
             is_leaving: Arc::default(),
+            is_new_place: Arc::default(),
         }
     }
 
@@ -471,6 +474,7 @@ impl Guard {
                 names.sync(Path::new(""))?;
             }
             names.create_directory(self.intents())?;
+            self.is_new_place.store(true, Ordering::Release);
             names.sync(self.intents().parent().unwrap_or(Path::new("")))?;
         }
         if self.is_marked { notes::prepare(self, names) } else { Ok(()) }
@@ -497,13 +501,12 @@ impl Guard {
         Ok(())
     }
 
-    /// Whether there is a place for intents and notes.
-    pub fn has_place(&self) -> bool {
-        self.root.stat(self.intents()).is_ok()
+    /// What has been made in the user's directory, to be told once.
+    pub fn new_place_note(&self) -> Option<String> {
+        self.is_new_place.swap(false, Ordering::AcqRel).then(|| self.place_note())
     }
 
-    /// What a first command has left in a directory, for users to know.
-    pub fn place_note(&self) -> String {
+    fn place_note(&self) -> String {
         let directory = self.root.canonical().display();
         if self.is_marked {
             format!("{directory}/{MARKER} was made: it marks the store, and holds its lock and notes; keep it")

@@ -133,6 +133,9 @@ impl Plain {
         if self.new.is_empty() || self.damage.is_some() {
             return Ok(());
         }
+        if !guard.is_marked() {
+            return Err(Error::new(ErrorKind::NotFound, "there is no store around the image"));
+        }
         guard.prepare(names)?;
         let path = Path::new(PLAIN);
         let fail = |error: std::io::Error| Error::io(format!("writing {PLAIN}"), error);
