@@ -264,6 +264,37 @@ fn a_directory_above_the_store_shuts_out_as_well() {
 }
 
 #[test]
+fn no_command_puts_an_image_on_what_its_owner_may_not_read() {
+    let store = open_store();
+    store.create("base.qcow2", MIB, "");
+    store.overlay("mid.qcow2", "base.qcow2", "qcow2", "");
+    store.overlay("vm.qcow2", "mid.qcow2", "qcow2", "");
+    own(&store.path("base.qcow2"), 0, 0o600);
+    own(&store.path("mid.qcow2"), 0, 0o644);
+    own(&store.path("vm.qcow2"), A, 0o600);
+    let mount = Mount::with(&store, "allow_other");
+    let give = |verb: &str, words: &str| give(&mount.path("vm/control").join(verb), words.as_bytes());
+    // Root's own commands: the names that they would write would not count, and the image would be broken.
+    let all = [
+        ("commit", "top=mid"),
+        ("pull", "base=base"),
+        ("delete", "mid method=pull"),
+        ("rebase", "base=base.qcow2"),
+        ("rebase", "base=base.qcow2 unsafe drop-layers"),
+        ("revert", "to=base"),
+        ("clone", "other from=base"),
+    ];
+    for (verb, words) in all {
+        assert_eq!(give(verb, words), Some(Errno::ACCESS), "{verb} {words}");
+        let status = mount.text("vm/control/status");
+        assert!(status.contains("would stand on base.qcow2, which does not count"), "{verb} {words}: {status}");
+    }
+    mode(&store.path("base.qcow2"), 0o644);
+    assert_eq!(give("clone", "other from=base"), None);
+    mount.umount();
+}
+
+#[test]
 fn reports_name_nothing_that_a_user_may_not_read() {
     let store = open_store();
     for (name, bits) in [("open.qcow2", 0o644), ("hidden.qcow2", 0o600)] {

@@ -60,8 +60,11 @@ impl Source {
         overlay::options(image, size, backing)
     }
 
-    /// Notes what a new image takes, and what keeps it from being made.
-    pub(super) fn plan(&self, engine: &Engine, world: &World, plan: &mut Plan) {
+    /// Notes what a new image takes, and what keeps it from being made. It is made after the image `like`, at `name` beneath
+    /// the store.
+    pub(super) fn plan(&self, engine: &Engine, world: &World, (like, name): (ImageIndex, &Path), plan: &mut Plan) {
+        let below = self.below(world);
+        plan.refusals.extend(below.first().and_then(|below| world.uncounted(like, name, *below)));
         let layers = world.catalog.layers(self.index);
         plan.refusals.extend(world.catalog.view_problem(&layers).map(|fact| Error::new(ErrorKind::Broken, fact)));
         let opened = self.open(engine.store(), world);

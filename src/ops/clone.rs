@@ -47,7 +47,7 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &CloneR
     if world.store.options().read_only {
         refusals.push(Error::new(ErrorKind::ReadOnly, "the store is mounted read-only"));
     }
-    source.plan(engine, world, &mut plan);
+    source.plan(engine, world, (chain.views.layers[0], &name), &mut plan);
     let file = PlanLayer { name: ACTIVE.to_vec(), path: name.clone(), active: true, note: "new".into() };
     plan.after = source.below(world).iter().map(|index| finish::line(world, &chain, *index)).collect();
     plan.after.insert(0, file);

@@ -177,6 +177,7 @@ fn plan_unsafe(engine: &Engine, world: &World, chain: &Chain, layers: &Layers, d
     }
     let dropped = dropped::refusal(world, chain, layers.layer, layers.base, &layers.between);
     refusals.extend(dropped.filter(|_| !drop_layers));
+    refusals.extend(layers.base.and_then(|base| world.uncounted(layers.layer, &image.place.path, base)));
     let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
     finish::check_header(world, layers.layer, &HeaderChange { backing, frozen: None }, refusals);
     refuse_open(engine, world, &chain.path, layers.layer, refusals);

@@ -151,7 +151,7 @@ fn plan_overlay(
         }
     }
     note_newer(world, chain, source, saved, &mut plan.notes);
-    source.plan(engine, world, plan);
+    source.plan(engine, world, (leaf, old), plan);
     plan.after = source.below(world).iter().map(|index| finish::line(world, chain, *index)).collect();
     let top = PlanLayer { name: crate::store::ACTIVE.to_vec(), path: old.clone(), active: true, note: "new".into() };
     plan.after.insert(0, top);

@@ -77,6 +77,9 @@ fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan,
             plan.after.append(&mut before.clone());
         } else {
             refuse_names(world, &chain, image, (&frozen, &name), &frozen_name, &mut plan.refusals);
+            if frozen == *old {
+                plan.refusals.extend(world.uncounted(leaf, &name, leaf));
+            }
             let given = disks.iter().flat_map(|disk: &Disk| [&disk.frozen, &disk.name]);
             if let Some(twice) = given.into_iter().find(|path| **path == frozen || **path == name) {
                 let fact = "is what two disks of this command would be called; take their snapshots one by one";

@@ -226,6 +226,16 @@ impl World {
         NewBacking { name: name.into_os_string().into_vec(), format }
     }
 
+    /// Why an image that is `owner`'s, at `path` beneath the store, may not come to stand on the image `to`, if so: what its
+    /// owner may not read would not count there, and the image would be broken.
+    pub(super) fn uncounted(&self, owner: ImageIndex, path: &Path, to: ImageIndex) -> Option<Error> {
+        let (owner, to) = (self.image(owner).stat.uid, self.image(to));
+        let from = Place { root: 0, path: path.to_path_buf() };
+        let fact = self.store.uncounted(owner, &from, &to.place)?;
+        let sentence = format!("{} would stand on {}, which {fact}", shown(path), self.called(to));
+        Some(Error::new(ErrorKind::Denied, sentence))
+    }
+
     /// The image that `name` in the header of the image at `from` would mean.
     pub(super) fn named_by(&self, from: ImageIndex, name: &[u8]) -> Result<ImageIndex> {
         let shown_name = shown(Path::new(OsStr::from_bytes(name)));

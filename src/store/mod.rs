@@ -86,6 +86,7 @@ use active::ActiveDisks;
 use disk::OpenDisks;
 use notes::Notes;
 use open::Opened;
+use owners::Owners;
 use plain::Plain;
 use scan::{Known, Scan, Ways};
 
@@ -414,6 +415,12 @@ impl Store {
     /// The file that `name` in a header at `from` would mean, or the rest of a sentence on why there is none.
     pub(crate) fn named_by(&self, from: &Place, name: &[u8]) -> std::result::Result<Place, String> {
         resolve::resolve(&self.roots, &self.options.maps, from, name)
+    }
+
+    /// Why a name that means `to` would not count in an image at `from` that is the user `owner`'s, as the rest of a
+    /// sentence.
+    pub(crate) fn uncounted(&self, owner: u32, from: &Place, to: &Place) -> Option<String> {
+        Owners::new(&self.roots, &self.options).refuse(owner, from, to)
     }
 
     /// For a store that is one image, or lies in a marked one: everything beneath the uppermost marked directory, or

@@ -52,6 +52,7 @@ pub(super) fn refusals(world: &World, layers: &Layers, request: &CommitRequest, 
     let kept = request.keep.then_some(layers.top).filter(|top| world.stands_on(*top) != Some(layers.base));
     let put_on_base = layers.children.iter().copied().filter(|_| !layers.takes_name);
     for index in put_on_base.chain(kept) {
+        refusals.extend(world.uncounted(index, &world.image(index).place.path, layers.base));
         let backing = Some(Some(world.backing_name(index, layers.base)));
         finish::check_header(world, index, &HeaderChange { backing, frozen: None }, refusals);
     }

@@ -180,6 +180,7 @@ fn refuse(world: &World, layers: &Layers, request: &PullRequest, refusals: &mut 
             let sentence = format!("{} {fact}; restore it from a copy", world.image(*into).shown());
             refusals.push(Error::new(ErrorKind::Corrupt, sentence));
         }
+        refusals.extend(layers.base.and_then(|base| world.uncounted(*into, &world.image(*into).place.path, base)));
         let backing = Some(layers.base.map(|base| world.backing_name(*into, base)));
         finish::check_header(world, *into, &HeaderChange { backing, frozen: None }, refusals);
         let stack: Vec<ImageIndex> = [*into].into_iter().chain(layers.below.iter().copied()).collect();

@@ -1,0 +1,149 @@
+//! What a command has done, beside what the kernel would have let its user do, and beside what each file has to show.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use super::image::{chain, disk, is_raw, is_same_disk};
+use super::people::text;
+use super::seen::{May, Seen, SeenFile};
+
+/// The bit of a directory in which only owners take names away.
+const STICKY: u32 = 0o1000;
+
+/// A command as it was given.
+pub(crate) struct Given {
+    pub(crate) verb: String,
+    /// Whose it is, and what the kernel let that user do then; none for root.
+    pub(crate) by: Option<(u32, May)>,
+    pub(crate) before: Seen,
+    /// Files of its chain, top first.
+    pub(crate) layers: Vec<PathBuf>,
+    /// By user: whether the kernel lets that user read the first of them.
+    pub(crate) readers: Vec<bool>,
+}
+
+impl Given {
+    /// Why the user had no right to what has become of the store, if so.
+    pub(crate) fn overstepped(&self, after: &Seen) -> Option<String> {
+        let Some((uid, may)) = &self.by else { return None };
+        for (path, file) in &self.before.files {
+            let Some(now) = after.path_of(file.inode) else { continue };
+            if after.files[now].bytes != file.bytes && !may.write.contains(path) {
+                return Some(format!("{} was written, which uid {uid} may not write", path.display()));
+            }
+        }
+        let (was, is) = (self.before.names(), after.names());
+        let all: BTreeSet<&PathBuf> = was.keys().chain(is.keys()).collect();
+        for path in all.into_iter().filter(|path| was.get(*path) != is.get(*path)) {
+            let directory = path.parent().unwrap_or(Path::new(""));
+            if !may.change.contains(directory) {
+                return Some(format!("{} came or went, and uid {uid} may not change its directory", path.display()));
+            }
+            let found = &self.before.directories[directory];
+            let owner = self.before.files.get(path).map_or(*uid, |file| file.uid);
+            if found.mode & STICKY != 0 && owner != *uid && found.uid != *uid {
+                return Some(format!("{} was another's in a sticky directory, not uid {uid}'s", path.display()));
+            }
+        }
+        None
+    }
+
+    /// Why files do not belong to whom they should, or let in more than they should, if so. `reads`: whether each user
+    /// may read a file now.
+    pub(crate) fn misowned(&self, after: &Seen, reads: impl Fn(&Path) -> Vec<bool>) -> Option<String> {
+        for (path, file) in &after.files {
+            let name = path.display();
+            let own = |file: &SeenFile| (file.uid, file.gid, file.mode, file.has_list);
+            if let Some(was) = self.before.path_of(file.inode) {
+                let was = &self.before.files[was];
+                if own(was) != own(file) {
+                    return Some(format!("{name} had {:?}, and has {:?}", own(was), own(file)));
+                }
+                continue;
+            }
+            let Some((leaf, like)) = self.layers.first().and_then(|leaf| Some((leaf, self.before.files.get(leaf)?)))
+            else {
+                continue;
+            };
+            let is_draft = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".chainfs"));
+            if (file.uid, file.gid) != (like.uid, like.gid) && !(is_draft && file.mode & 0o077 == 0) {
+                return Some(format!("{name} is {}:{}'s, made like {}:{}'s", file.uid, file.gid, like.uid, like.gid));
+            }
+            if path.parent() == leaf.parent() && reads(path).iter().zip(&self.readers).any(|(now, was)| *now && !was) {
+                return Some(format!("{name} is new, and is read by some who could not read {}", leaf.display()));
+            }
+        }
+        None
+    }
+
+    /// Whether the command takes the name of a raw file that `overlay` names.
+    fn is_snapshot_of_raw(&self, overlay: &Path) -> bool {
+        let leaf = self.layers.first().filter(|leaf| is_raw(leaf));
+        let named = chain(&self.before, overlay).unwrap_or_default();
+        ["snapshot", "revert"].contains(&&*self.verb) && leaf.is_some_and(|leaf| named.contains(leaf))
+    }
+
+    /// Why a file shows something else than it has to, if so: only layers of the chain may come to show what others of it
+    /// did, or go.
+    pub(crate) fn spoilt(&self, after: &Seen) -> Option<String> {
+        let old: Vec<Vec<u8>> = self.layers.iter().filter_map(|layer| disk(&self.before, layer)).collect();
+        for (path, file) in &self.before.files {
+            let (name, is_of_chain) = (path.display(), self.layers.contains(path));
+            let Some(now) = after.path_of(file.inode) else {
+                if is_of_chain || text(path).contains(".chainfs") {
+                    continue;
+                }
+                return Some(format!("{name} has gone, which is none of the chain's"));
+            };
+            if now != path && !is_of_chain {
+                return Some(format!("{name} has another name, and is none of the chain's"));
+            }
+            let Some(wanted) = disk(&self.before, path) else { continue };
+            let is_right = |disk: &Vec<u8>| {
+                is_same_disk(disk, &wanted) || (is_of_chain && old.iter().any(|other| is_same_disk(disk, other)))
+            };
+            match disk(after, now) {
+                Some(shown) if is_right(&shown) => {}
+                // Half of a command that goes on at the next start.
+                None if now.extension().is_some_and(|extension| extension == "invalid") => {}
+                // The disk that somebody names who may not read it has another file now.
+                None if !is_of_chain && self.is_snapshot_of_raw(path) => {}
+                Some(_) => return Some(format!("{name} shows other bytes than it has to")),
+                None => return Some(format!("{name} cannot be read any more")),
+            }
+        }
+        None
+    }
+}
+
+/// Whether a file's name, in whatever image stands on it, means nothing: its owner may surely not read it. `may`: what
+/// the kernel says of that owner, in no group.
+pub(crate) fn is_surely_uncounted(seen: &Seen, overlay: &Path, target: &Path, may: &May) -> bool {
+    let owner = seen.files[overlay].uid;
+    if owner == 0 || may.read.contains(target) {
+        return false;
+    }
+    let shut: Vec<&Path> = target.ancestors().skip(1).filter(|directory| !may.search.contains(*directory)).collect();
+    // The outermost directory that shuts the owner out.
+    match shut.last() {
+        None => seen.files[target].uid != owner,
+        Some(directory) => seen.directories[*directory].uid != owner && !overlay.starts_with(directory),
+    }
+}
+
+/// Whether somebody gets at a file by any class of its mode, and at all directories on the way to it: by modes that are
+/// said of classes nobody is shut out then.
+pub(crate) fn is_open_to(seen: &Seen, path: &Path, uid: u32, is_owner: bool, want: u32) -> bool {
+    let all = |want: u32| want << 6 | want << 3 | want;
+    let is_open = |of: u32, mode: u32, has_list: bool, want: u32| {
+        !has_list && if of == uid && is_owner { mode >> 6 & want == want } else { mode & all(want) == all(want) }
+    };
+    let file = &seen.files[path];
+    is_open(file.uid, file.mode, file.has_list, want)
+        && seen.way(path).iter().all(|step| is_open(step.uid, step.mode, step.has_list, 1))
+}
+
+/// Whether the chain of a file is all there.
+pub(crate) fn is_sound(seen: &Seen, path: &Path) -> bool {
+    chain(seen, path).is_some() && disk(seen, path).is_some() && (is_raw(path) || seen.files.contains_key(path))
+}
