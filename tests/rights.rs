@@ -3,18 +3,24 @@
 
 #[allow(dead_code, unused_imports, reason = "each test binary uses its part")]
 mod common;
+#[allow(dead_code, reason = "each test binary uses its part")]
+#[path = "strangers/host.rs"]
+mod host;
 
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _, chown};
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use chainfs::io::Root;
-use chainfs::store::Subject;
+use chainfs::ops::{Engine, as_user};
+use chainfs::store::{Store as Opened, StoreOptions, Subject};
 use common::command::give;
 use common::*;
+use host::Mortal;
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
@@ -261,6 +267,37 @@ fn a_directory_above_the_store_shuts_out_as_well() {
     mode(&store.beside(""), 0o700);
     eventually("it is shut", SOON, || !may_read(A, &[], &dir.join("vm/active.raw")));
     mount.umount();
+}
+
+#[test]
+fn a_command_that_was_cut_off_goes_on_whoever_gives_it_again() {
+    let options = || StoreOptions { notify: false, owners_count: true, ..StoreOptions::default() };
+    let mut left = 0;
+    for changes in (6..40).step_by(2) {
+        let store = open_store();
+        store.create("base.qcow2", MIB, "");
+        store.overlay("vm.qcow2", "base.qcow2", "qcow2", "");
+        for name in ["base.qcow2", "vm.qcow2"] {
+            own(&store.path(name), A, 0o644);
+        }
+        let host = Mortal::new();
+        let opened = Opened::open_on(&store.root(), options(), Arc::new(host.clone())).expect("a store");
+        let engine = Engine::new(&opened);
+        host.dies_after(changes);
+        let _ = lab::run(&engine, "vm", "commit");
+        engine.stop();
+        drop((engine, opened));
+        // Somebody else, who has no right to it, is there before it is taken up.
+        let opened = Opened::open(&store.root(), options()).expect("a store");
+        let engine = Engine::new(&opened);
+        left += opened.catalog().intents.len();
+        let asker = as_user(&opened, &Subject::new(B, vec![B]));
+        let _ = lab::run(&engine, "vm", "commit");
+        drop(asker);
+        engine.resume();
+        eventually("it is done", SOON, || opened.rescan().is_ok() && opened.catalog().intents.is_empty());
+    }
+    assert!(left > 3, "{left} were cut off");
 }
 
 #[test]

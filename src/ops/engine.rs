@@ -18,6 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::users_of;
 use crate::store::{Deed, FoundIntent, Intent, Store, command_name, shown};
 
+use super::asker::as_nobody;
 use super::board::{Board, Progress, Tokens};
 use super::branch::{self, BranchJob};
 use super::commit::{self, CommitJob};
@@ -164,6 +165,9 @@ impl Engine {
     }
 
     fn take_up(self: &Arc<Self>, found: &FoundIntent) -> Result<u64> {
+        // What it may do was judged when it was accepted. By the rights of whoever gives it again it might be refused, and what
+        // it has spoilt would stay hidden.
+        let _nobody = as_nobody();
         let (chain, command) = (found.intent.chain.clone(), found.intent.command.clone());
         let mut tokens = self.board.take(std::slice::from_ref(&chain))?;
         let names = self.store.guard_names();
