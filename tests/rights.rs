@@ -269,9 +269,27 @@ fn a_directory_above_the_store_shuts_out_as_well() {
     mount.umount();
 }
 
+/// Gives a command that is cut off after so many changes, and opens the store again; nothing is taken up yet.
+fn cut_off(store: &Store, chain: &str, command: &str, changes: u64) -> (Arc<Opened>, Arc<Engine>) {
+    let options = || StoreOptions { notify: false, owners_count: true, ..StoreOptions::default() };
+    let host = Mortal::new();
+    let opened = Opened::open_on(&store.root(), options(), Arc::new(host.clone())).expect("a store");
+    let engine = Engine::new(&opened);
+    host.dies_after(changes);
+    let _ = lab::run(&engine, chain, command);
+    engine.stop();
+    drop((engine, opened));
+    let opened = Opened::open(&store.root(), options()).expect("a store");
+    let engine = Engine::new(&opened);
+    (opened, engine)
+}
+
+fn assert_done(opened: &Opened) {
+    eventually("it is done", SOON, || opened.rescan().is_ok() && opened.catalog().intents.is_empty());
+}
+
 #[test]
 fn a_command_that_was_cut_off_goes_on_whoever_gives_it_again() {
-    let options = || StoreOptions { notify: false, owners_count: true, ..StoreOptions::default() };
     let mut left = 0;
     for changes in (6..40).step_by(2) {
         let store = open_store();
@@ -280,22 +298,27 @@ fn a_command_that_was_cut_off_goes_on_whoever_gives_it_again() {
         for name in ["base.qcow2", "vm.qcow2"] {
             own(&store.path(name), A, 0o644);
         }
-        let host = Mortal::new();
-        let opened = Opened::open_on(&store.root(), options(), Arc::new(host.clone())).expect("a store");
-        let engine = Engine::new(&opened);
-        host.dies_after(changes);
-        let _ = lab::run(&engine, "vm", "commit");
-        engine.stop();
-        drop((engine, opened));
-        // Somebody else, who has no right to it, is there before it is taken up.
-        let opened = Opened::open(&store.root(), options()).expect("a store");
-        let engine = Engine::new(&opened);
+        let (opened, engine) = cut_off(&store, "vm", "commit", changes);
         left += opened.catalog().intents.len();
+        // Somebody else, who has no right to it, is there before it is taken up.
         let asker = as_user(&opened, &Subject::new(B, vec![B]));
         let _ = lab::run(&engine, "vm", "commit");
         drop(asker);
         engine.resume();
-        eventually("it is done", SOON, || opened.rescan().is_ok() && opened.catalog().intents.is_empty());
+        assert_done(&opened);
+    }
+    assert!(left > 3, "{left} were cut off");
+}
+
+#[test]
+fn a_name_that_does_not_count_keeps_no_snapshot_from_going_on() {
+    let mut left = 0;
+    for changes in 6..36 {
+        let store = two_users();
+        let (opened, engine) = cut_off(&store, "b/secret", "snapshot monday", changes);
+        left += opened.catalog().intents.len();
+        engine.resume();
+        assert_done(&opened);
     }
     assert!(left > 3, "{left} were cut off");
 }

@@ -537,7 +537,9 @@ fn refuse_rest(world: &World, top: &NewTop, goes_on: bool, refusals: &mut Vec<Er
         }
     } else if !has_come {
         // Who has come to stand on it by its name would stand on the overlay; who does by its new one, on nothing.
-        let others = world.others_using(old, &[]);
+        // One that is kept is still there for those whose names do not count, as it was when it was begun.
+        let is_kept = !is_draft(&top.frozen);
+        let others = if is_kept { world.others_counting(old) } else { world.others_using(old, &[]) };
         if !others.is_empty() && (goes_on || own_names > 1) {
             let fact = "has come to be used by other images, which would lose it";
             let sentence =

@@ -159,6 +159,15 @@ impl World {
     /// Who uses an image, but for `known`: images that stand on it or have it as their data file, and those of which
     /// nobody can tell.
     pub(super) fn others_using(&self, index: ImageIndex, known: &[ImageIndex]) -> Vec<String> {
+        self.others(index, known, true)
+    }
+
+    /// The same without those who may not read it: for what goes on showing what it did, they keep nobody from anything.
+    pub(super) fn others_counting(&self, index: ImageIndex) -> Vec<String> {
+        self.others(index, &[], false)
+    }
+
+    fn others(&self, index: ImageIndex, known: &[ImageIndex], is_all: bool) -> Vec<String> {
         let image = self.image(index);
         let known: Vec<FileId> = known.iter().map(|index| self.image(*index).stat.id).collect();
         let catalog = self.whole.as_ref().unwrap_or(&self.catalog);
@@ -172,8 +181,8 @@ impl World {
             if number == here || known.contains(&other.stat.id) {
                 continue;
             }
-            let stands =
-                catalog.images[here].users.contains(&number) || catalog.uncounted_users(here).contains(&number);
+            let stands = catalog.images[here].users.contains(&number)
+                || (is_all && catalog.uncounted_users(here).contains(&number));
             let is_ours = |id: FileId| id == image.stat.id || data == Some(id);
             let keeps = other.data_file.as_ref().is_some_and(|(_, stat)| is_ours(stat.id));
             let below = other.below.image().map(|below| catalog.images[below].stat.id);

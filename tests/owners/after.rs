@@ -66,7 +66,7 @@ impl Given {
                 continue;
             };
             let is_draft = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".chainfs"));
-            if (file.uid, file.gid) != (like.uid, like.gid) && !(is_draft && file.mode & 0o077 == 0) {
+            if (file.uid, file.gid) != (like.uid, like.gid) && !(is_draft && file.mode.trailing_zeros() >= 6) {
                 return Some(format!("{name} is {}:{}'s, made like {}:{}'s", file.uid, file.gid, like.uid, like.gid));
             }
             if path.parent() == leaf.parent() && reads(path).iter().zip(&self.readers).any(|(now, was)| *now && !was) {

@@ -120,15 +120,16 @@ pub(crate) fn disk(seen: &Seen, path: &Path) -> Option<Vec<u8>> {
 /// The bytes of a layer over those below it, be it marked as dirty or not. Standard and zero clusters: the model's images have no others.
 fn lay_over(disk: &mut Vec<u8>, bytes: &[u8]) -> Option<()> {
     let (cluster_bits, size, version) = (be(bytes, 20, 4)?, be(bytes, 24, 8)?, be(bytes, 4, 4)?);
-    if version != 3 || cluster_bits != 12 || size > 1 << 20 || be(bytes, 72, 8)? & !1 != 0 {
+    if version != 3 || !(9..=21).contains(&cluster_bits) || size > 1 << 20 || be(bytes, 72, 8)? & !1 != 0 {
         return None;
     }
     let mut whole = vec![0; size as usize];
     let kept = disk.len().min(whole.len());
     whole[..kept].copy_from_slice(&disk[..kept]);
     *disk = whole;
-    let (l1, per_table) = (be(bytes, 40, 8)?, CLUSTER as u64 / 8);
-    for (number, part) in disk.chunks_mut(CLUSTER).enumerate() {
+    let cluster = 1 << cluster_bits;
+    let (l1, per_table) = (be(bytes, 40, 8)?, cluster as u64 / 8);
+    for (number, part) in disk.chunks_mut(cluster).enumerate() {
         let number = number as u64;
         let table = be(bytes, (l1 + number / per_table * 8) as usize, 8)? & 0x00FF_FFFF_FFFF_FE00;
         if table == 0 {

@@ -615,7 +615,6 @@ impl<'a> World<'a> {
             0 if images < MAX_IMAGES => self.base(),
             1..=3 if images < MAX_IMAGES => self.overlay(),
             4..=6 => self.allow(),
-            7 => self.replace(),
             8 => self.damage(),
             9..=11 => self.write(),
             12..=16 => self.give(false),
