@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use super::image::{chain, disk, is_raw, is_same_disk};
+use super::image::{backing_name, chain, disk, is_raw, is_same_disk};
 use super::people::text;
 use super::seen::{May, Seen, SeenFile};
 
@@ -83,6 +83,17 @@ impl Given {
         ["snapshot", "revert"].contains(&&*self.verb) && leaf.is_some_and(|leaf| named.contains(leaf))
     }
 
+    /// Whether somewhere in the chain of `overlay` a description (`json:`) leads to a layer of the command's that is
+    /// another user's.
+    fn is_described_by_another(&self, overlay: &Path) -> bool {
+        let named = chain(&self.before, overlay).unwrap_or_default();
+        named.windows(2).any(|pair| {
+            let (from, to) = (&self.before.files[&pair[0]], &self.before.files[&pair[1]]);
+            let is_described = backing_name(&from.bytes).is_some_and(|name| name.starts_with("json:"));
+            is_described && from.uid != 0 && from.uid != to.uid && self.layers.contains(&pair[1])
+        })
+    }
+
     /// Why a file shows something else than it has to, if so: only layers of the chain may come to show what others of it
     /// did, or go.
     pub(crate) fn spoilt(&self, after: &Seen) -> Option<String> {
@@ -108,6 +119,8 @@ impl Given {
                 None if now.extension().is_some_and(|extension| extension == "invalid") => {}
                 // The disk that somebody names who may not read it has another file now.
                 None if !is_of_chain && self.is_snapshot_of_raw(path) => {}
+                // What is named in a way that is never followed is kept for those only who may read it.
+                _ if !is_of_chain && self.is_described_by_another(path) => {}
                 Some(_) => return Some(format!("{name} shows other bytes than it has to")),
                 None => return Some(format!("{name} cannot be read any more")),
             }
