@@ -165,6 +165,65 @@ fn a_name_that_does_not_count_is_still_not_cut_off() {
 }
 
 #[test]
+fn a_description_that_does_not_count_is_still_not_cut_off() {
+    let store = two_users();
+    store.overlay("b/top.qcow2", "secret.qcow2", "qcow2", "");
+    own(&store.path("b/top.qcow2"), B, 0o600);
+    // Another way to name the same, which is never followed.
+    for (name, target) in [("a/x.qcow2", "../b/secret.qcow2"), ("a/y.qcow2", "../b/top.qcow2")] {
+        let path = store.path(name);
+        let described = format!(r#"json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{target}"}}}}"#);
+        store.create(name, MIB, "");
+        let rebased = ["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", &described];
+        tool("qemu-img").args(rebased).arg(&path).succeeds();
+        own(&path, A, 0o600);
+    }
+    let mount = Mount::with(&store, "allow_other");
+    // It stays its owner's disk.
+    let disk = mount.path("b/top/active.raw");
+    let written = acting(B, &[], || {
+        let file = File::options().read(true).write(true).open(&disk)?;
+        file.write_all_at(b"mine", 0)?;
+        file.sync_all()
+    });
+    written.expect("its owner writes it");
+    let before = [fs::read(store.path("b/secret.qcow2")), fs::read(store.path("b/top.qcow2"))];
+    // But nobody changes or removes what is named, root neither.
+    for (verb, words) in [("commit", "\n"), ("revert", "to=secret"), ("delete", "secret method=commit")] {
+        let control = mount.path("b/top/control").join(verb);
+        for uid in [0, B] {
+            let refused = acting(uid, &[], || give(&control, words.as_bytes()));
+            assert_eq!(refused, Some(Errno::NOTEMPTY), "{verb} {words}: {}", mount.text("b/top/control/status"));
+        }
+        let status = acting(B, &[], || fs::read_to_string(mount.path("b/top/control/status"))).expect("a status");
+        assert!(status.contains("an image that you may not read"), "{status}");
+        assert!(!status.contains("x.qcow2") && !status.contains("y.qcow2"), "{status}");
+    }
+    let after = [fs::read(store.path("b/secret.qcow2")), fs::read(store.path("b/top.qcow2"))];
+    assert!(before.iter().zip(&after).all(|(was, is)| was.as_ref().ok() == is.as_ref().ok()), "nothing is changed");
+    mount.umount();
+}
+
+#[test]
+fn a_link_to_an_image_makes_no_name_count() {
+    let store = open_store();
+    for (directory, bits) in [("shut", 0o750), ("all", 0o755)] {
+        fs::create_dir(store.path(directory)).expect("a directory");
+        mode(&store.path(directory), bits);
+    }
+    store.create("shut/base.qcow2", MIB, "");
+    mode(&store.path("shut/base.qcow2"), 0o644);
+    store.overlay("all/x.qcow2", "../shut/base.qcow2", "qcow2", "");
+    own(&store.path("all/x.qcow2"), A, 0o644);
+    // The image does not lie in that directory, though somebody has linked it there.
+    std::os::unix::fs::symlink("../all/x.qcow2", store.path("shut/link.qcow2")).expect("a link");
+    let mount = Mount::with(&store, "allow_other");
+    assert!(mount.path("shut/base/active.raw").exists(), "{}", mount.text(".chainfs/tree.txt"));
+    assert!(mount.text(".chainfs/problems.txt").contains("does not count"));
+    mount.umount();
+}
+
+#[test]
 fn usual_stores_of_libvirt_are_read_and_root_s_base_is_kept() {
     let store = open_store();
     store.raw("base.raw", MIB, 5);

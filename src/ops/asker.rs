@@ -123,6 +123,13 @@ impl World {
         if may { image.shown() } else { "an image that you may not read".to_owned() }
     }
 
+    /// The same for what has this path in the store, be it an image or not.
+    pub(super) fn called_at(&self, path: &Path) -> String {
+        let Some(asker) = &self.asker else { return shown(path) };
+        let may = self.whole.is_none() && asker.judge.may_read_in_store(&asker.subject, path);
+        if may { shown(path) } else { "a file that you may not read".to_owned() }
+    }
+
     /// The first thing that keeps a plan from being carried out.
     pub(super) fn accept(&self, plan: &Plan) -> Result<()> {
         let refusals = plan.refusals.iter().cloned().chain(self.not_permitted(plan));

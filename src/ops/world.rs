@@ -191,7 +191,7 @@ impl World {
                 others.push(self.called(other));
             }
         }
-        others.extend(catalog.claims_on(here).map(|claim| format!("{} (perhaps)", shown(&claim.by))));
+        others.extend(catalog.claims_on(here).map(|claim| format!("{} (perhaps)", self.called_at(&claim.by))));
         others
     }
 

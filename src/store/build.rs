@@ -396,7 +396,7 @@ impl Builder<'_> {
                     let remedy = "remove it, or have one name for each image";
                     self.claims.push(Claim {
                         by: place.path.clone(),
-                        owner: None,
+                        owner: Some(self.files[index].stat.id).filter(|_| target != index),
                         uid: self.files[index].stat.uid,
                         reach: Reach::Image(target),
                         why: format!("{fact}; {remedy}").into(),
@@ -492,9 +492,11 @@ impl Builder<'_> {
 
     /// The file that `name` in the header at `from` means, if the name counts there.
     pub(super) fn find(&mut self, from: &Place, name: &[u8]) -> std::result::Result<ImageIndex, String> {
-        let owner = self.by_place.get(from).map_or(0, |index| self.files[*index].stat.uid);
+        let image = self.by_place.get(from).map(|index| &self.files[*index]);
+        // By whatever other name or link it was met: those are not its owner's to answer for.
+        let (owner, lies_at) = image.map_or((0, from), |image| (image.stat.uid, &image.place));
         let place = resolve(self.roots, &self.options.maps, from, name)?;
-        let Some(sentence) = self.owners.refuse(owner, from, &place) else { return self.find_any(from, name) };
+        let Some(sentence) = self.owners.refuse(owner, lies_at, &place) else { return self.find_any(from, name) };
         if let Ok(target) = self.find_any(from, name) {
             self.uncounted.push((from.clone(), target));
         }

@@ -238,6 +238,10 @@ impl Catalog {
             owners.refuse(claim.uid, &from, &self.images[index].place).is_none()
         };
         self.claims = Claims::new(claims, &self.images, &counts);
+        for (target, by) in self.claims.uncounted() {
+            let Some(user) = self.images.iter().position(|image| image.stat.id == *by) else { continue };
+            self.uncounted.entry(*target).or_default().push(user);
+        }
         let is_news = |claim: &&Claim| claim.reach == Reach::All || !known.contains(&claim.by);
         let problem = |claim: &Claim| Problem { path: claim.by.clone(), sentence: claim.problem() };
         let problems: Vec<Problem> = self.claims.all().iter().filter(is_news).map(problem).collect();

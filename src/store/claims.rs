@@ -49,6 +49,9 @@ pub(super) struct Claims {
     by_image: HashMap<ImageIndex, Vec<usize>>,
     /// Claims on any image.
     wide: Vec<usize>,
+    /// By image: files that name it in such a way and whose owners may not read it. They make no claim, but nothing is
+    /// taken from them either.
+    uncounted: Vec<(ImageIndex, FileId)>,
 }
 
 impl Claims {
@@ -63,7 +66,7 @@ impl Claims {
         let mut found = Self::default();
         for claim in claims {
             let number = found.all.len();
-            let is_other = |index: &ImageIndex| claim.owner != Some(images[*index].stat.id) && counts(&claim, *index);
+            let is_other = |index: &ImageIndex| claim.owner != Some(images[*index].stat.id);
             let mentions = |text: &[u8], index: &ImageIndex| {
                 let name = file_name(&images[*index].place.path);
                 !name.is_empty() && text.windows(name.len()).any(|part| part == name)
@@ -80,7 +83,12 @@ impl Claims {
                 Reach::Named(path) => by_name.get(last_part(path)).cloned().unwrap_or_default(),
                 Reach::Mentioned(text) => (0..images.len()).filter(|index| mentions(text, index)).collect(),
             };
-            let on: Vec<ImageIndex> = on.into_iter().filter(is_other).collect();
+            let (on, others): (Vec<ImageIndex>, Vec<ImageIndex>) =
+                on.into_iter().filter(is_other).partition(|index| counts(&claim, *index));
+            // Who reaches everything has named nothing.
+            if let Some(by) = claim.owner.filter(|_| claim.reach != Reach::All) {
+                found.uncounted.extend(others.into_iter().map(|index| (index, by)));
+            }
             if !on.is_empty() {
                 for index in on {
                     found.by_image.entry(index).or_default().push(number);
@@ -94,6 +102,11 @@ impl Claims {
     /// All of them.
     pub(super) fn all(&self) -> &[Claim] {
         &self.all
+    }
+
+    /// Images, and files that name them without its counting.
+    pub(super) fn uncounted(&self) -> &[(ImageIndex, FileId)] {
+        &self.uncounted
     }
 
     /// Those on an image.
