@@ -14,7 +14,7 @@ use owners::people::People;
 use owners::world::{Tally, World};
 
 /// Steps of one store.
-const STEPS: u64 = 40;
+const STEPS: u64 = 60;
 
 fn number(name: &str, usual: u64) -> u64 {
     std::env::var(name).map_or(usual, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
@@ -23,7 +23,7 @@ fn number(name: &str, usual: u64) -> u64 {
 #[test]
 fn nobody_gets_what_the_kernel_would_not_give() {
     let is_long = std::env::var_os("CHAINFS_LONG").is_some();
-    let steps = number("CHAINFS_STEPS", if is_long { 100_000 } else { 600 });
+    let steps = number("CHAINFS_STEPS", if is_long { 100_000 } else { 800 });
     let first = number("CHAINFS_SEED", 1);
     let (seed, taken) = (AtomicU64::new(first), AtomicU64::new(0));
     let total = parking_lot::Mutex::new(Tally::default());

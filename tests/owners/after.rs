@@ -27,7 +27,7 @@ impl Given {
     pub(crate) fn overstepped(&self, after: &Seen) -> Option<String> {
         let Some((uid, may)) = &self.by else { return None };
         for (path, file) in &self.before.files {
-            let Some(now) = after.path_of(file.inode) else { continue };
+            let Some(now) = after.place_of(path, file.inode) else { continue };
             if after.files[now].bytes != file.bytes && !may.write.contains(path) {
                 return Some(format!("{} was written, which uid {uid} may not write", path.display()));
             }
@@ -54,7 +54,7 @@ impl Given {
         for (path, file) in &after.files {
             let name = path.display();
             let own = |file: &SeenFile| (file.uid, file.gid, file.mode, file.has_list);
-            if let Some(was) = self.before.path_of(file.inode) {
+            if let Some(was) = self.before.place_of(path, file.inode) {
                 let was = &self.before.files[was];
                 if own(was) != own(file) {
                     return Some(format!("{name} had {:?}, and has {:?}", own(was), own(file)));
@@ -83,15 +83,57 @@ impl Given {
         ["snapshot", "revert"].contains(&&*self.verb) && leaf.is_some_and(|leaf| named.contains(leaf))
     }
 
-    /// Whether somewhere in the chain of `overlay` a description (`json:`) leads to a layer of the command's that is
-    /// another user's.
-    fn is_described_by_another(&self, overlay: &Path) -> bool {
-        let named = chain(&self.before, overlay).unwrap_or_default();
-        named.windows(2).any(|pair| {
-            let (from, to) = (&self.before.files[&pair[0]], &self.before.files[&pair[1]]);
-            let is_described = backing_name(&from.bytes).is_some_and(|name| name.starts_with("json:"));
-            is_described && from.uid != 0 && from.uid != to.uid && self.layers.contains(&pair[1])
-        })
+    /// Why an image was put on what its owner may not read, if so. `is_shut`: whether the second file surely does not
+    /// count in the first.
+    pub(crate) fn cut_off_from(&self, after: &Seen, is_shut: impl Fn(&Path, &Path) -> bool) -> Option<String> {
+        let is_wrong = |(path, file): &(&PathBuf, &SeenFile)| {
+            let Some(target) = &file.backing else { return false };
+            let was = self.before.place_of(path, file.inode).map(|was| backing_name(&self.before.files[was].bytes));
+            let is_draft = text(path).contains(".chainfs");
+            was != Some(backing_name(&file.bytes)) && !is_draft && is_shut(path, target)
+        };
+        let (path, file) = after.files.iter().find(is_wrong)?;
+        let target = file.backing.as_ref().map(|target| target.display().to_string()).unwrap_or_default();
+        Some(format!("{} was put on {target}, which its owner may not read", path.display()))
+    }
+
+    /// Whether it is the command's to change a file: a layer, or what it has made itself until `half`.
+    fn is_own(&self, inode: u64, half: &Seen) -> bool {
+        self.layers.iter().filter_map(|layer| self.before.files.get(layer)).any(|file| file.inode == inode)
+            || (half.path_of(inode).is_some() && self.before.path_of(inode).is_none())
+    }
+
+    /// Why something was done to what others have made or changed since the command was cut off, if so. `half`: the store
+    /// as it was then; `mid`: as it was when the command went on.
+    pub(crate) fn trespassed(&self, half: &Seen, mid: &Seen, after: &Seen) -> Option<String> {
+        for (path, file) in &mid.files {
+            let (name, is_own) = (path.display(), self.is_own(file.inode, half));
+            let now = after.place_of(path, file.inode);
+            let Some(now) = now.filter(|now| is_own || *now == path) else {
+                if is_own || text(path).contains(".chainfs") {
+                    continue;
+                }
+                return Some(format!("{name} is none of the command's, and has lost its name"));
+            };
+            let now = &after.files[now];
+            let own = |file: &SeenFile| (file.uid, file.gid, file.mode, file.has_list);
+            let is_made = self.before.path_of(file.inode).is_none() && is_own;
+            if !is_made && own(file) != own(now) {
+                return Some(format!("{name} had {:?}, and has {:?}", own(file), own(now)));
+            }
+            if is_own || now.bytes == file.bytes {
+                continue;
+            }
+            let (was, is) = (disk(mid, path), disk(after, path));
+            let is_same = was.zip(is).is_none_or(|(was, is)| is_same_disk(&is, &was));
+            if self.before.path_of(file.inode).is_none() || !is_same {
+                return Some(format!("{name} is none of the command's, and was written"));
+            }
+            if let Some((uid, _)) = self.by.as_ref().filter(|(_, may)| !may.write.contains(path)) {
+                return Some(format!("{name} was written, which uid {uid} could not write"));
+            }
+        }
+        None
     }
 
     /// Why a file shows something else than it has to, if so: only layers of the chain may come to show what others of it
@@ -99,8 +141,10 @@ impl Given {
     pub(crate) fn spoilt(&self, after: &Seen) -> Option<String> {
         let old: Vec<Vec<u8>> = self.layers.iter().filter_map(|layer| disk(&self.before, layer)).collect();
         for (path, file) in &self.before.files {
-            let (name, is_of_chain) = (path.display(), self.layers.contains(path));
-            let Some(now) = after.path_of(file.inode) else {
+            let is_layer =
+                |layer: &PathBuf| self.before.files.get(layer).is_some_and(|found| found.inode == file.inode);
+            let (name, is_of_chain) = (path.display(), self.layers.iter().any(is_layer));
+            let Some(now) = after.place_of(path, file.inode) else {
                 if is_of_chain || text(path).contains(".chainfs") {
                     continue;
                 }
@@ -119,8 +163,6 @@ impl Given {
                 None if now.extension().is_some_and(|extension| extension == "invalid") => {}
                 // The disk that somebody names who may not read it has another file now.
                 None if !is_of_chain && self.is_snapshot_of_raw(path) => {}
-                // What is named in a way that is never followed is kept for those only who may read it.
-                _ if !is_of_chain && self.is_described_by_another(path) => {}
                 Some(_) => return Some(format!("{name} shows other bytes than it has to")),
                 None => return Some(format!("{name} cannot be read any more")),
             }

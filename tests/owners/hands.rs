@@ -31,25 +31,25 @@ impl World<'_> {
         who.map(|number| &self.people.users[number])
     }
 
-    fn called(&self, who: Option<usize>) -> String {
+    pub(crate) fn called(&self, who: Option<usize>) -> String {
         self.person(who).map_or("root".into(), |person| format!("uid {}", person.uid))
     }
 
     /// Does it as somebody.
-    fn as_somebody<T>(&self, who: Option<usize>, work: impl FnOnce() -> T) -> T {
+    pub(crate) fn as_somebody<T>(&self, who: Option<usize>, work: impl FnOnce() -> T) -> T {
         match self.person(who) {
             Some(person) => person.does(work),
             None => work(),
         }
     }
 
-    fn put(&self, who: Option<usize>, path: &Path, bytes: Vec<u8>, mode: u32) -> io::Result<()> {
+    pub(crate) fn put(&self, who: Option<usize>, path: &Path, bytes: Vec<u8>, mode: u32) -> io::Result<()> {
         let path = self.root.join(path);
         self.as_somebody(who, move || make(&path, &bytes, mode))
     }
 
     /// A directory in which somebody may make files.
-    fn room(&mut self, who: Option<usize>, seen: &Seen) -> Option<PathBuf> {
+    pub(crate) fn room(&mut self, who: Option<usize>, seen: &Seen) -> Option<PathBuf> {
         let all: Vec<PathBuf> = match self.person(who) {
             Some(person) => May::of(person, &self.root, seen).change.into_iter().collect(),
             None => seen.directories.keys().cloned().collect(),
@@ -57,19 +57,20 @@ impl World<'_> {
         self.pick(&all)
     }
 
-    fn file_mode(&mut self) -> u32 {
+    pub(crate) fn file_mode(&mut self) -> u32 {
         [0o600, 0o644, 0o640, 0o660, 0o604, 0o664, 0o666][self.rng.below(7) as usize]
     }
 
+    /// A disk of which no cluster is like another, with zeroes at its end.
     pub(crate) fn content(&mut self) -> Vec<u8> {
-        let mut content = self.rng.bytes(SIZE);
-        let at = self.rng.below(SIZE) as usize;
-        content[at..].fill(0);
+        let (seed, end) = (self.rng.bytes(24), self.rng.below(SIZE));
+        let mut content: Vec<u8> = (0..SIZE / 32).flat_map(|at| [&seed[..], &at.to_le_bytes()].concat()).collect();
+        content[end as usize..].fill(0);
         content
     }
 
     pub(crate) fn base(&mut self) {
-        let (who, seen) = (self.somebody(), Seen::of(&self.root));
+        let (who, seen) = (self.somebody(), self.seen());
         let Some(directory) = self.room(who, &seen) else { return };
         let (content, mode, stem) = (self.content(), self.file_mode(), self.next());
         let (name, bytes) = if self.rng.below(3) == 0 {
@@ -84,7 +85,7 @@ impl World<'_> {
 
     /// An image on any other, whether who makes it may read that or not.
     pub(crate) fn overlay(&mut self) {
-        let (who, seen) = (self.somebody(), Seen::of(&self.root));
+        let (who, seen) = (self.somebody(), self.seen());
         let Some(directory) = self.room(who, &seen) else { return };
         let targets: Vec<PathBuf> =
             seen.files.keys().filter(|path| !text(path).contains(".chainfs")).cloned().collect();
@@ -92,7 +93,8 @@ impl World<'_> {
         let near: Vec<PathBuf> =
             targets.iter().filter(|path| readable.as_ref().is_none_or(|may| may.contains(*path))).cloned().collect();
         let is_near = !near.is_empty() && self.rng.below(3) > 0;
-        let Some(target) = self.pick(if is_near { &near } else { &targets }) else { return };
+        let far: Vec<PathBuf> = targets.iter().filter(|path| !near.contains(path)).cloned().collect();
+        let Some(target) = self.pick(if is_near || far.is_empty() { &near } else { &far }) else { return };
         let (stem, mode) = (self.next(), self.file_mode());
         let path = directory.join(format!("{stem}.qcow2"));
         let format = if is_raw(&target) { "raw" } else { "qcow2" };
@@ -131,7 +133,7 @@ impl World<'_> {
     /// Root gives files and directories other owners, modes and lists.
     pub(crate) fn allow(&mut self) {
         for _ in 0..=self.rng.below(3) {
-            let seen = Seen::of(&self.root);
+            let seen = self.seen();
             let is_directory = self.rng.below(3) == 0;
             let all: Vec<PathBuf> = if is_directory {
                 seen.directories.keys().filter(|path| !path.as_os_str().is_empty()).cloned().collect()
@@ -143,7 +145,7 @@ impl World<'_> {
         }
     }
 
-    fn let_in(&mut self, path: &Path, is_directory: bool) {
+    pub(crate) fn let_in(&mut self, path: &Path, is_directory: bool) {
         let at = self.root.join(path);
         let owner = [0, UIDS[0], UIDS[1], UIDS[2]][self.rng.below(4) as usize];
         let group = GIDS[self.rng.below(3) as usize];
@@ -178,12 +180,17 @@ impl World<'_> {
 
     /// Somebody removes, replaces or moves a file, if the kernel agrees.
     pub(crate) fn replace(&mut self) {
-        let (who, seen) = (self.somebody(), Seen::of(&self.root));
+        let (who, seen) = (self.somebody(), self.seen());
         let is_any = self.rng.below(5) == 0;
         let all: Vec<PathBuf> =
             seen.files.keys().filter(|path| is_any || seen.overlays_of(path).is_empty()).cloned().collect();
-        let Some(path) = self.pick(&all) else { return };
-        let (at, called) = (self.root.join(&path), self.called(who));
+        if let Some(path) = self.pick(&all) {
+            self.replace_it(who, &path);
+        }
+    }
+
+    fn replace_it(&mut self, who: Option<usize>, path: &Path) {
+        let (at, called, seen) = (self.root.join(path), self.called(who), self.seen());
         if self.rng.below(3) == 0 {
             let Some(to) = self.room(who, &seen) else { return };
             let to = to.join(path.file_name().unwrap_or_default());
@@ -198,16 +205,64 @@ impl World<'_> {
         self.say(format!("{called} removes {}: {done:?}", path.display()));
         if done.is_ok() && self.rng.below(2) == 0 {
             let (content, mode) = (self.content(), self.file_mode());
-            let bytes = if is_raw(&path) { content } else { image::qcow2(SIZE, None, &image::clusters(&content)) };
-            let done = self.put(who, &path, bytes, mode);
+            let bytes = if is_raw(path) { content } else { image::qcow2(SIZE, None, &image::clusters(&content)) };
+            let done = self.put(who, path, bytes, mode);
             self.say(format!("{called} makes it anew ({mode:o}): {done:?}"));
+        }
+    }
+
+    /// Somebody gives a file a further name, or copies it.
+    pub(crate) fn link(&mut self) {
+        let (who, seen) = (self.somebody(), self.seen());
+        let all: Vec<PathBuf> = seen.files.keys().cloned().collect();
+        match self.pick(&all) {
+            Some(path) if self.rng.below(2) == 0 => self.link_it(who, &path),
+            Some(path) => self.copy_it(who, &path),
+            None => {}
+        }
+    }
+
+    fn link_it(&mut self, who: Option<usize>, path: &Path) {
+        let Some(to) = self.room(who, &self.seen()) else { return };
+        let to = to.join(self.next()).with_extension(if is_raw(path) { "raw" } else { "qcow2" });
+        let (old, new) = (self.root.join(path), self.root.join(&to));
+        let done = self.as_somebody(who, move || fs::hard_link(old, new));
+        self.tally.linked += u64::from(done.is_ok());
+        self.say(format!("{} links {} to {}: {done:?}", self.called(who), path.display(), to.display()));
+    }
+
+    /// Somebody copies a file that the kernel lets be read.
+    fn copy_it(&mut self, who: Option<usize>, path: &Path) {
+        let Some(to) = self.room(who, &self.seen()) else { return };
+        let to = to.join(self.next()).with_extension(if is_raw(path) { "raw" } else { "qcow2" });
+        let (old, new, mode) = (self.root.join(path), self.root.join(&to), self.file_mode());
+        let done = self.as_somebody(who, move || make(&new, &fs::read(old)?, mode));
+        self.tally.copied += u64::from(done.is_ok());
+        self.say(format!("{} copies {} to {}: {done:?}", self.called(who), path.display(), to.display()));
+    }
+
+    /// Others act on what a command that was cut off has to do with, or on anything.
+    pub(crate) fn interfere(&mut self, layers: &[PathBuf]) {
+        for _ in 0..=self.rng.below(3) {
+            let (who, seen) = (self.somebody(), self.seen());
+            let all: Vec<PathBuf> = seen.files.keys().cloned().collect();
+            let is_near = |path: &&PathBuf| layers.contains(path) || text(path).contains(".chainfs");
+            let near: Vec<PathBuf> = all.iter().filter(is_near).cloned().collect();
+            let is_any = near.is_empty() || self.rng.below(3) == 0;
+            let Some(path) = self.pick(if is_any { &all } else { &near }) else { return };
+            match self.rng.below(5) {
+                0 => self.let_in(&path, false),
+                1 => self.copy_it(who, &path),
+                2 => self.link_it(who, &path),
+                _ => self.replace_it(who, &path),
+            }
         }
     }
 
     /// Somebody damages a header that the kernel lets be written, or mends it.
     pub(crate) fn damage(&mut self) {
         if let Some((inode, at, saved)) = self.damage.pop() {
-            let seen = Seen::of(&self.root);
+            let seen = self.seen();
             if let Some(path) = seen.path_of(inode) {
                 let file = File::options().write(true).open(self.root.join(path)).expect("the damaged file");
                 file.write_all_at(&saved, at).expect("its header");
@@ -216,7 +271,7 @@ impl World<'_> {
             }
             return;
         }
-        let (who, seen) = (self.somebody(), Seen::of(&self.root));
+        let (who, seen) = (self.somebody(), self.seen());
         let all: Vec<PathBuf> = seen.files.keys().filter(|path| !is_raw(path)).cloned().collect();
         let Some(path) = self.pick(&all) else { return };
         let (place, bytes) = DAMAGE[self.rng.below(DAMAGE.len() as u64) as usize];

@@ -71,21 +71,15 @@ pub(crate) fn backing_name(bytes: &[u8]) -> Option<&str> {
     std::str::from_utf8(bytes.get(at..at.checked_add(len)?)?).ok()
 }
 
-/// The file of the store that an image at `path` names, if it names one and that is there.
-pub(crate) fn backing(root: &Path, path: &Path, bytes: &[u8]) -> Option<PathBuf> {
+/// The name of its backing file that an image at `path` bears, if it does.
+pub(crate) fn backing_file(path: &Path, bytes: &[u8]) -> Option<PathBuf> {
     if is_raw(path) {
         return None;
     }
     let name = backing_name(bytes)?;
-    let name = match name.strip_prefix("json:") {
-        Some(json) => {
-            let value: serde_json::Value = serde_json::from_str(json).ok()?;
-            value["file"]["filename"].as_str()?.to_owned()
-        }
-        None => name.to_owned(),
-    };
-    let found = root.join(path).parent()?.join(name).canonicalize().ok()?;
-    Some(found.strip_prefix(root).ok()?.to_path_buf())
+    let Some(json) = name.strip_prefix("json:") else { return Some(name.into()) };
+    let value: serde_json::Value = serde_json::from_str(json).ok()?;
+    Some(value["file"]["filename"].as_str()?.into())
 }
 
 /// The files of an image's chain, top first; `None` if one is missing.
@@ -109,7 +103,7 @@ pub(crate) fn disk(seen: &Seen, path: &Path) -> Option<Vec<u8>> {
     for path in chain.iter().rev() {
         let bytes = &seen.files.get(path)?.bytes;
         if is_raw(path) {
-            disk.clone_from(bytes);
+            disk.clone_from(&**bytes);
         } else {
             lay_over(&mut disk, bytes)?;
         }

@@ -1,6 +1,8 @@
 //! A store of several owners, and the kernel as the judge of what they do to it.
 
 pub(crate) mod after;
+pub(crate) mod checks;
+pub(crate) mod commands;
 pub(crate) mod hands;
 #[path = "../strangers/host.rs"]
 pub(crate) mod host;

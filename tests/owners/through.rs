@@ -62,7 +62,11 @@ impl Through {
         access: Access,
         work: impl FnOnce(&Handle) -> T,
     ) -> Result<T> {
-        let (number, handle) = self.tree.open(&person.caller(), inode, access)?;
+        self.open_as(&person.caller(), inode, access, work)
+    }
+
+    fn open_as<T>(&self, caller: &Caller, inode: u64, access: Access, work: impl FnOnce(&Handle) -> T) -> Result<T> {
+        let (number, handle) = self.tree.open(caller, inode, access)?;
         let done = work(&handle);
         drop(handle);
         self.tree.release(number);
@@ -115,10 +119,10 @@ impl Through {
         }
     }
 
-    /// What a plan says to the person.
-    pub(crate) fn plan(&self, person: &Person, chain: &Path, command: &str) -> Option<Vec<u8>> {
+    /// What a plan says to whoever asks.
+    pub(crate) fn plan(&self, caller: &Caller, chain: &Path, command: &str) -> Option<Vec<u8>> {
         let inode = self.number(&chain.join("control/plan"))?;
-        let said = self.open(person, inode, Access::ReadWrite, |handle| {
+        let said = self.open_as(caller, inode, Access::ReadWrite, |handle| {
             let _ = self.tree.write(handle, 0, command.as_bytes(), false);
             self.bytes(handle)
         });
