@@ -43,6 +43,8 @@ pub(crate) struct Tally {
     pub(crate) copied: u64,
     pub(crate) damaged: u64,
     pub(crate) compared: u64,
+    /// Raw disks that are frozen, and nothing stands on them any more.
+    pub(crate) stranded: u64,
 }
 
 impl Tally {
@@ -58,6 +60,7 @@ impl Tally {
         self.copied += other.copied;
         self.damaged += other.damaged;
         self.compared += other.compared;
+        self.stranded += other.stranded;
     }
 }
 
@@ -68,6 +71,8 @@ struct Pending {
     legal: BTreeMap<String, Vec<Vec<u8>>>,
     /// Files that may be gone, or have another name.
     leaving: BTreeSet<String>,
+    /// Raw files that it freezes, by the names that they have then.
+    freezing: BTreeSet<String>,
 }
 
 /// One run.
@@ -85,10 +90,12 @@ pub(crate) struct World {
     odd: BTreeSet<String>,
     /// Raw files that a snapshot has frozen.
     frozen: BTreeSet<String>,
-    /// What stood in the list of frozen files before it was damaged.
-    freeze_list: Option<Vec<u8>>,
+    /// What stood in the list of frozen files before it was damaged, and after.
+    freeze_list: Option<(Vec<u8>, Option<Vec<u8>>)>,
     /// Files that others look at first: those of a command that was cut off.
     focus: Vec<String>,
+    /// Names at which another file has come since a command was cut off.
+    replaced: BTreeSet<String>,
     number: u64,
     log: Vec<String>,
     pub(crate) tally: Tally,
@@ -143,6 +150,7 @@ impl World {
             frozen: BTreeSet::new(),
             freeze_list: None,
             focus: Vec::new(),
+            replaced: BTreeSet::new(),
             number: 0,
             log: vec![format!("seed {seed}")],
             tally: Tally::default(),
@@ -256,10 +264,7 @@ impl World {
         let content = self.content();
         let name = self.next("b");
         if self.rng.below(2) == 0 {
-            let name = format!("{name}.raw");
-            fs::write(self.root.join(&name), &content).expect("a base");
-            self.say(format!("a new base {name}"));
-            self.disks.insert(name, content);
+            self.raw_base(format!("{name}.raw"), content);
         } else {
             let (name, plain) = (format!("{name}.qcow2"), self.scratch.path().join("plain"));
             fs::write(&plain, &content).expect("the content");
@@ -268,6 +273,12 @@ impl World {
             self.say(format!("a new base {name}"));
             self.disks.insert(name, content);
         }
+    }
+
+    fn raw_base(&mut self, name: String, content: Vec<u8>) {
+        fs::write(self.root.join(&name), &content).expect("a base");
+        self.say(format!("a new base {name}"));
+        self.disks.insert(name, content);
     }
 
     /// Another program makes an overlay on any image, in any of the ways in which QEMU can name a file.
@@ -355,26 +366,47 @@ impl World {
             .filter(|name| self.overlays_of(name).is_empty() && !self.damage.contains_key(name))
             .collect();
         let Some(name) = self.pick(&free) else { return };
-        fs::remove_file(self.root.join(&name)).expect("a file of the store");
+        let path = self.root.join(&name);
         self.disks.remove(&name);
         self.frozen.remove(&name);
         if self.rng.below(2) == 0 {
+            fs::remove_file(&path).expect("a file of the store");
             return self.say(format!("another program removes {name}"));
         }
         let content = self.content();
-        if is_raw(&name) {
-            fs::write(self.root.join(&name), &content).expect("another file");
-        } else {
-            let plain = self.scratch.path().join("plain");
+        let mut bytes = content.clone();
+        if !is_raw(&name) {
+            let [plain, image] = ["plain", "image"].map(|name| self.scratch.path().join(name));
             fs::write(&plain, &content).expect("the content");
-            self.img(&["convert", "-f", "raw", "-O", "qcow2", "-o", OPTIONS, plain.to_str().expect("plain"), &name]);
+            let [plain, image] = [&plain, &image].map(|path| path.to_str().expect("a plain path"));
+            self.img(&["convert", "-f", "raw", "-O", "qcow2", "-o", OPTIONS, plain, image]);
+            bytes = fs::read(image).expect("another image");
         }
+        // At once: some file systems then give it the same inode number.
+        fs::remove_file(&path).expect("a file of the store");
+        fs::write(&path, bytes).expect("another file");
         self.say(format!("another program puts another {name} in its place"));
+        self.replaced.insert(name.clone());
         self.disks.insert(name, content);
     }
 
-    /// Another program removes all overlays of a raw file that a snapshot has frozen: it is a leaf again.
+    /// A raw disk is frozen by a snapshot, and another program removes all that stands on it: it is a leaf again.
     fn strand(&mut self) {
+        let is_raw_leaf = |world: &Self, chain: &String| {
+            world.layers(chain).first().is_some_and(|leaf| is_raw(&leaf.1) && world.disks.contains_key(&leaf.1))
+        };
+        let mut chains: Vec<String> = self.chains().into_iter().filter(|chain| is_raw_leaf(self, chain)).collect();
+        if chains.is_empty() && self.disks.len() < MAX_IMAGES {
+            let (content, stem) = (self.content(), self.next("b"));
+            self.raw_base(format!("{stem}.raw"), content);
+            let (store, ..) = self.store.as_ref().expect("an open store");
+            store.rescan().unwrap_or_else(|error| self.fail(&format!("scanning: {error}")));
+            chains.push(stem);
+        }
+        if let Some(chain) = self.pick(&chains) {
+            let name = self.next("s");
+            self.give_this(&chain, &format!("snapshot {name}"));
+        }
         let frozen: Vec<String> = self.frozen.iter().cloned().collect();
         let Some(name) = self.pick(&frozen) else { return };
         let overlays = self.overlays_of(&name);
@@ -390,6 +422,10 @@ impl World {
             self.odd.remove(other);
         }
         self.say(format!("another program removes all that stands on {name}: {overlays:?}"));
+        self.tally.stranded += 1;
+        if self.freeze_list.is_none() && self.rng.below(2) == 0 {
+            self.spoil_freeze_list();
+        }
     }
 
     fn protect(&mut self) {
@@ -412,7 +448,11 @@ impl World {
 
     fn spoil_freeze_list(&mut self) {
         let list = self.root.join(".chainfs/frozen.toml");
-        if let Some(saved) = self.freeze_list.take() {
+        if let Some((saved, damaged)) = self.freeze_list.take() {
+            if fs::read(&list).ok() != damaged {
+                // What was left of it could be used, and has been since.
+                return;
+            }
             fs::write(&list, saved).expect("the list");
             return self.say("the list of frozen files is mended");
         }
@@ -423,8 +463,8 @@ impl World {
             2 => fs::write(&list, &saved[..saved.len() / 2]).expect("the list"),
             _ => fs::remove_file(&list).expect("the list"),
         }
-        self.freeze_list = Some(saved);
         self.say("the list of frozen files is damaged");
+        self.freeze_list = Some((saved, fs::read(&list).ok()));
     }
 
     /// A note of what was begun is damaged: what it speaks of is not known any more.
@@ -613,13 +653,18 @@ impl World {
             0 => self.command(),
             _ => self.sensible().map(|(chain, command, _)| (chain, command)),
         };
-        let Some((chain, command)) = found else { return };
-        let before = self.layers(&chain);
-        let Some((request, plan)) = self.plan(&chain, &command) else { return };
+        if let Some((chain, command)) = found {
+            self.give_this(&chain, &command);
+        }
+    }
+
+    fn give_this(&mut self, chain: &str, command: &str) {
+        let before = self.layers(chain);
+        let Some((request, plan)) = self.plan(chain, command) else { return };
         let changed = changed_files(&plan, &before);
         let (_, engine, _) = self.store.as_ref().expect("an open store");
         let engine = Arc::clone(engine);
-        let status = run(&engine, &chain, &command);
+        let status = run(&engine, chain, command);
         let outcome = match &status {
             Ok(status) if status.state == JobState::Done => Ok(()),
             Ok(status) => Err(status.error.clone().unwrap_or_default()),
@@ -672,7 +717,8 @@ impl World {
             if let Some(damage) = self.damage.remove(&from) {
                 self.damage.insert(to.clone(), damage);
             }
-            if self.frozen.remove(&from) && verb != Verb::Commit && verb != Verb::Delete {
+            let was_frozen = self.frozen.remove(&from) && verb != Verb::Commit && verb != Verb::Delete;
+            if was_frozen || verb == Verb::Snapshot && is_raw(&to) {
                 self.frozen.insert(to);
             }
         }
@@ -702,9 +748,6 @@ impl World {
             let Some(disk) = self.reader().disk(&name) else { self.fail(&format!("{name} cannot be read")) };
             if !old.values().any(|known| is_same_disk(&disk, known)) {
                 self.fail(&format!("{name} is new, and shows what nothing showed before"));
-            }
-            if verb == Verb::Snapshot && is_raw(&name) {
-                self.frozen.insert(name.clone());
             }
             self.disks.insert(name, disk);
         }
@@ -828,14 +871,19 @@ impl World {
             host.dies_after(i64::MAX as u64);
         }
         self.tally.killed += u64::from(was_killed);
-        let pending = Pending { command, legal, leaving };
+        let freezing = match verb.as_str() {
+            "snapshot" => plan.renamed.iter().map(|(_, to)| text(to)).filter(|to| is_raw(to)).collect(),
+            _ => BTreeSet::new(),
+        };
+        let mut pending = Pending { command, legal, leaving, freezing };
         // The model does not know which of what the command has made is whole: others leave that alone.
         self.settle_names(&pending);
         self.focus = pending.legal.keys().cloned().collect();
+        self.replaced.clear();
         for _ in 0..self.rng.below(5) {
-            match self.rng.below(11) {
+            match self.rng.below(12) {
                 0..=2 => self.overlay(),
-                3 | 4 => self.replace(),
+                3 | 4 | 11 => self.replace(),
                 5 | 10 => self.protect(),
                 6 if !is_without("damage") => self.damage(),
                 7 => self.mend(),
@@ -844,7 +892,7 @@ impl World {
             }
         }
         self.focus.clear();
-        self.reopen_after(&pending);
+        self.reopen_after(&mut pending);
     }
 
     /// Drops from the model what a command that was cut off has taken away, before others do anything.
@@ -861,7 +909,12 @@ impl World {
         }
     }
 
-    fn reopen_after(&mut self, pending: &Pending) {
+    fn reopen_after(&mut self, pending: &mut Pending) {
+        // What was put in the place of a file of the command is not the command's.
+        pending.legal.retain(|name, _| !self.replaced.contains(name));
+        pending.leaving.retain(|name| !self.replaced.contains(name));
+        pending.freezing.retain(|name| !self.replaced.contains(name));
+        let pending = &*pending;
         let by_others: BTreeMap<String, (u64, Vec<u8>)> = self
             .disks
             .iter()
@@ -923,14 +976,14 @@ impl World {
             if !legal.iter().chain(own.iter()).any(|wanted| is_same_disk(&disk, wanted)) {
                 self.fail(&format!("{name} shows what it never did nor is to, after {}", pending.command));
             }
+            if pending.freezing.contains(name) {
+                self.frozen.insert(name.clone());
+            }
             self.disks.insert(name.clone(), disk);
         }
         // What the command has made.
         for name in self.unknown_files() {
             if let Some(disk) = self.reader().disk(&name) {
-                if is_raw(&name) && pending.command.starts_with("snapshot") {
-                    self.frozen.insert(name.clone());
-                }
                 self.disks.insert(name, disk);
             }
         }
@@ -1044,8 +1097,8 @@ impl World {
             19 => self.replace(),
             20 => self.protect(),
             21 if !is_without("list") => self.spoil_freeze_list(),
-            22 => self.strand(),
-            28 | 21 => {
+            22 if !is_without("list") => self.strand(),
+            28 | 21 | 22 => {
                 self.close();
                 if self.rng.below(3) == 0 {
                     self.copy();
