@@ -358,18 +358,33 @@ impl World {
         self.damage.remove(&name).expect("its damage").undo(&self.root, &name);
     }
 
+    /// Files on which nothing rests.
+    fn free(&self) -> Vec<String> {
+        let is_free = |name: &String| self.overlays_of(name).is_empty() && !self.damage.contains_key(name);
+        self.names().into_iter().filter(is_free).collect()
+    }
+
     /// A file that nothing rests on goes, and perhaps another of that name comes.
     fn replace(&mut self) {
-        let free: Vec<String> = self
-            .names()
-            .into_iter()
-            .filter(|name| self.overlays_of(name).is_empty() && !self.damage.contains_key(name))
-            .collect();
-        let Some(name) = self.pick(&free) else { return };
+        let free = self.free();
+        if let Some(name) = self.pick(&free) {
+            let is_gone = self.rng.below(2) == 0;
+            self.replace_this(name, is_gone);
+        }
+    }
+
+    /// Others come in the place of all files of a command that was cut off on which nothing rests.
+    fn replace_all(&mut self) {
+        for name in self.free().into_iter().filter(|name| self.focus.contains(name)).collect::<Vec<_>>() {
+            self.replace_this(name, false);
+        }
+    }
+
+    fn replace_this(&mut self, name: String, is_gone: bool) {
         let path = self.root.join(&name);
         self.disks.remove(&name);
         self.frozen.remove(&name);
-        if self.rng.below(2) == 0 {
+        if is_gone {
             fs::remove_file(&path).expect("a file of the store");
             return self.say(format!("another program removes {name}"));
         }
@@ -880,6 +895,9 @@ impl World {
         self.settle_names(&pending);
         self.focus = pending.legal.keys().cloned().collect();
         self.replaced.clear();
+        if self.rng.below(4) == 0 {
+            self.replace_all();
+        }
         for _ in 0..self.rng.below(5) {
             match self.rng.below(12) {
                 0..=2 => self.overlay(),
