@@ -12,28 +12,46 @@ use rustix::io::Errno;
 
 /// A host that can be killed.
 #[derive(Clone)]
-pub(crate) struct Mortal(Arc<AtomicI64>);
+pub(crate) struct Mortal {
+    /// How many changes are left to it.
+    left: Arc<AtomicI64>,
+    /// How many changes of names.
+    names_left: Arc<AtomicI64>,
+}
 
 impl Mortal {
     pub(crate) fn new() -> Self {
-        Self(Arc::new(AtomicI64::new(i64::MAX)))
+        let endless = || Arc::new(AtomicI64::new(i64::MAX));
+        Self { left: endless(), names_left: endless() }
     }
 
     /// It does so many more changes.
     pub(crate) fn dies_after(&self, calls: u64) {
-        self.0.store(calls.cast_signed(), Ordering::SeqCst);
+        self.left.store(calls.cast_signed(), Ordering::SeqCst);
+    }
+
+    /// It does so many more changes of names, and dies at the next.
+    pub(crate) fn dies_after_names(&self, calls: u64) {
+        self.names_left.store(calls.cast_signed(), Ordering::SeqCst);
     }
 
     /// Whether its time was up.
     pub(crate) fn is_dead(&self) -> bool {
-        self.0.load(Ordering::SeqCst) < 0
+        self.left.load(Ordering::SeqCst) < 0
+    }
+
+    fn name(&self) -> Result<()> {
+        if self.names_left.fetch_sub(1, Ordering::SeqCst) <= 0 {
+            self.left.store(-1, Ordering::SeqCst);
+        }
+        self.breathe()
     }
 
     fn breathe(&self) -> Result<()> {
-        if self.0.fetch_sub(1, Ordering::SeqCst) > 0 {
+        if self.left.fetch_sub(1, Ordering::SeqCst) > 0 {
             return Ok(());
         }
-        self.0.store(-1, Ordering::SeqCst);
+        self.left.store(-1, Ordering::SeqCst);
         Err(Error::io("a process that was killed: changing a file", Errno::IO))
     }
 }
@@ -129,27 +147,27 @@ struct MortalNames {
 
 impl Directory for MortalNames {
     fn create(&self, path: &Path, like: Option<&Path>) -> Result<Arc<dyn WriteStorage>> {
-        self.host.breathe()?;
+        self.host.name()?;
         Ok(Arc::new(MortalFile { inner: self.inner.create(path, like)?, host: self.host.clone() }))
     }
 
     fn create_directory(&self, path: &Path) -> Result<()> {
-        self.host.breathe()?;
+        self.host.name()?;
         self.inner.create_directory(path)
     }
 
     fn link(&self, from: &Path, to: &Path) -> Result<()> {
-        self.host.breathe()?;
+        self.host.name()?;
         self.inner.link(from, to)
     }
 
     fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
-        self.host.breathe()?;
+        self.host.name()?;
         self.inner.rename(from, to, replace)
     }
 
     fn unlink(&self, path: &Path) -> Result<()> {
-        self.host.breathe()?;
+        self.host.name()?;
         self.inner.unlink(path)
     }
 

@@ -619,6 +619,15 @@ impl World {
         }
         let names: Vec<String> = layers.iter().filter(|layer| !layer.2).map(|layer| layer.0.clone()).collect();
         let number = self.next("");
+        // Two layers of which the first is above the second; no name for the active one.
+        let pair = |world: &mut Self| {
+            if layers.len() < 2 || world.rng.below(4) == 0 {
+                return None;
+            }
+            let lower = 1 + world.rng.below(layers.len() as u64 - 1) as usize;
+            let upper = &layers[world.rng.below(lower as u64) as usize];
+            Some(((!upper.2).then(|| upper.0.clone()), layers[lower].0.clone()))
+        };
         let any = |world: &mut Self, word: &str| match world.pick(&names) {
             Some(name) if world.rng.below(3) > 0 => format!(" {word}={name}"),
             _ => String::new(),
@@ -628,12 +637,22 @@ impl World {
             0..=2 | 8 if is_raw_leaf => format!("snapshot s{number}"),
             0..=2 => format!("snapshot s{number}"),
             3..=6 => {
-                let (top, base) = (any(self, "top"), any(self, "base"));
+                let (top, base) = match pair(self) {
+                    Some((top, base)) => {
+                        (top.map_or(String::new(), |top| format!(" top={top}")), format!(" base={base}"))
+                    }
+                    None => (any(self, "top"), any(self, "base")),
+                };
                 let keep = if self.rng.below(5) == 0 { " keep" } else { "" };
                 format!("commit{top}{base}{keep}")
             }
             7..=9 => {
-                let (base, into) = (any(self, "base"), any(self, "into"));
+                let (base, into) = match pair(self) {
+                    Some((into, base)) => {
+                        (format!(" base={base}"), into.map_or(String::new(), |into| format!(" into={into}")))
+                    }
+                    None => (any(self, "base"), any(self, "into")),
+                };
                 let delete = if self.rng.below(2) == 0 { " delete" } else { "" };
                 format!("pull{base}{into}{delete}")
             }
@@ -875,15 +894,23 @@ impl World {
             "rebase" => 18,
             _ => 24,
         };
-        let calls = self.rng.below(usual);
-        host.dies_after(calls);
+        let (calls, what) = if self.rng.below(2) == 0 {
+            let calls = self.rng.below(usual);
+            host.dies_after(calls);
+            (calls, "changes")
+        } else {
+            let calls = self.rng.below(9);
+            host.dies_after_names(calls);
+            (calls, "names")
+        };
         let status = run(&engine, &chain, &command);
         let was_killed = host.is_dead();
-        self.say(format!("{chain}: {command}: killed after {calls} changes: {:?}", status.map(|s| s.error)));
+        self.say(format!("{chain}: {command}: killed after {calls} {what}: {:?}", status.map(|s| s.error)));
         drop(engine);
         self.close();
         if !was_killed {
             host.dies_after(i64::MAX as u64);
+            host.dies_after_names(i64::MAX as u64);
         }
         self.tally.killed += u64::from(was_killed);
         let freezing = match verb.as_str() {
@@ -895,7 +922,7 @@ impl World {
         self.settle_names(&pending);
         self.focus = pending.legal.keys().cloned().collect();
         self.replaced.clear();
-        if self.rng.below(4) == 0 {
+        if self.rng.below(3) == 0 {
             self.replace_all();
         }
         for _ in 0..self.rng.below(5) {
