@@ -715,3 +715,27 @@ fn what_may_not_be_read_is_not_told_to_be_missing() {
     assert!(said("a/z").contains("is missing"));
     mount.umount();
 }
+
+#[test]
+fn a_file_that_is_named_to_a_command_is_not_told_of() {
+    let store = two_users();
+    store.create("a/mine.qcow2", MIB, "");
+    own(&store.path("a/mine.qcow2"), A, 0o600);
+    fs::write(store.path("b/letter.txt"), "x").expect("a file");
+    let mount = Mount::with(&store, "allow_other");
+    let rebase = mount.path("a/mine/control/rebase");
+    // There is an image, something else and nothing: whoever may not look there hears the same.
+    let answers: Vec<(Option<Errno>, String)> = ["secret.qcow2", "letter.txt", "none.qcow2"]
+        .iter()
+        .map(|name| {
+            let refused = acting(A, &[], || give(&rebase, format!("base=../b/{name}").as_bytes()));
+            let status = acting(A, &[], || fs::read_to_string(mount.path("a/mine/control/status")));
+            let status = status.expect("a status");
+            let error = status.lines().find(|line| line.starts_with("error:")).unwrap_or_default();
+            (refused, error.replace(name, "NAME"))
+        })
+        .collect();
+    assert_eq!(answers[0].0, Some(Errno::ACCESS), "{answers:?}");
+    assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+    mount.umount();
+}

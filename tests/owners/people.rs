@@ -135,13 +135,13 @@ pub(crate) fn access_list(mode: u32, named: &[(bool, u32, u16)], mask: u16) -> V
     bytes
 }
 
-/// All names of the model's (`q12z`) that a text holds.
+/// All names of the model's (`q12z`) that a text holds; names of links (`q12z-link`) are others.
 pub(crate) fn names(text: &[u8]) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for (at, _) in text.iter().enumerate().filter(|(_, byte)| **byte == b'q') {
         let rest = &text[at + 1..];
         let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
-        if digits > 0 && rest.get(digits) == Some(&b'z') {
+        if digits > 0 && rest.get(digits) == Some(&b'z') && rest.get(digits + 1) != Some(&b'-') {
             found.insert(String::from_utf8_lossy(&text[at..at + digits + 2]).into_owned());
         }
     }

@@ -10,7 +10,7 @@ use chainfs::store::{Store, StoreOptions};
 use super::super::common::{Outcome as _, Rng, tool};
 use super::host::Mortal;
 use super::image::is_raw;
-use super::people::{GIDS, People, Person, UIDS};
+use super::people::{GIDS, People, Person, UIDS, text};
 use super::seen::{Looker, May, Seen};
 use super::through::Through;
 
@@ -244,7 +244,7 @@ impl<'a> World<'a> {
             while !self.damage.is_empty() {
                 self.damage();
             }
-            for path in self.seen().files.keys().filter(|path| !is_raw(path)) {
+            for path in self.seen().files.keys().filter(|path| !is_raw(path) && !text(path).contains(".chainfs")) {
                 let (at, name) = (self.root.join(path), path.display());
                 // What it stands on is another's to check.
                 let file = serde_json::json!({ "driver": "file", "filename": at });
