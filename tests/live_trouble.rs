@@ -280,11 +280,11 @@ fn what_qemu_holds_is_not_committed_pulled_nor_frozen_and_the_holder_is_named() 
 fn two_daemons_on_one_store_never_work_on_one_chain_at_once() {
     let lab = Lab::slow(false);
     let before = contents(&lab);
-    let mount = at_work(&lab, "pull");
     let second = lab.store.beside("second");
     fs::create_dir(&second).expect("a directory");
     let other = Mount::try_new(&lab.store, &lab.store.root(), &second, "").expect("a second mount");
     let theirs = Control::of(&other, "web");
+    let mount = at_work(&lab, "pull");
     for command in ["commit", "pull", "snapshot monday", "commit top=sn2 base=sn1"] {
         let sentence = theirs.refused(command, Errno::BUSY);
         assert!(!sentence.is_empty(), "{command}");
