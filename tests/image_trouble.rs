@@ -464,9 +464,9 @@ fn plans_refuse_what_would_grow_over_what_was_lost() {
         }
         store.img(["snapshot", "-c", "inner", "t.qcow2"]);
         // What comes last in each file is the disk's alone.
-        ["base.qcow2", "mid.qcow2", "t.qcow2"]
-            .iter()
-            .for_each(|name| store.io(name, "qcow2", ["write -q -P 3 3M 64k"]));
+        for name in ["base.qcow2", "mid.qcow2", "t.qcow2"] {
+            store.io(name, "qcow2", ["write -q -P 3 3M 64k"]);
+        }
         store.dir(".chainfs");
         store
     };
