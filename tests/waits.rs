@@ -51,7 +51,7 @@ impl Drop for Stopped {
 
 /// Waits until a job has copied all that it has to, and so waits for the lock.
 fn all_copied(control: &Control) {
-    eventually("all is copied", Duration::from_secs(60), || {
+    eventually("all is copied", Duration::from_mins(1), || {
         control.status("state") == "running" && control.status("done") == control.status("total")
     });
 }
@@ -170,7 +170,7 @@ fn another_live_mount_goes_on_with_what_a_killed_one_has_left() {
 /// Every snapshot that is listed shows what it did, whoever looks, time and again until a job is over.
 fn watch_until_over(mounts: &[&Mount], before: &common::jobs::Contents, is_over: impl Fn() -> bool, context: &str) {
     let (start, mut looks) = (Instant::now(), 0);
-    while !is_over() && start.elapsed() < Duration::from_secs(60) {
+    while !is_over() && start.elapsed() < Duration::from_mins(1) {
         for mount in mounts {
             // The last one goes with the directory.
             let Ok(entries) = fs::read_dir(mount.path("web/snapshots")) else { continue };
@@ -244,7 +244,9 @@ struct Immutable(Vec<std::path::PathBuf>);
 impl Immutable {
     fn new(lab: &Lab, names: &[&str]) -> Self {
         let paths: Vec<_> = names.iter().map(|name| lab.store.path(name)).collect();
-        paths.iter().for_each(|path| drop(tool("chattr").arg("+i").arg(path).succeeds()));
+        for path in &paths {
+            tool("chattr").arg("+i").arg(path).succeeds();
+        }
         Self(paths)
     }
 }
@@ -257,9 +259,12 @@ impl Drop for Immutable {
     }
 }
 
+/// A command, what it may not change, and the top and base that it merges where snapshots show that.
+type Protected<'a> = (&'a str, &'a [&'a str], Option<(&'a str, &'a str)>);
+
 #[test]
 fn a_commit_that_may_not_clean_up_lists_no_layer_that_shows_something_else() {
-    let cases: [(&str, &[&str], Option<(&str, &str)>); 7] = [
+    let cases: [Protected<'_>; 7] = [
         // What lies between may not be removed, then top may not, then no name may be changed.
         ("commit top=sn3 base=base", &["sn1.qcow2"], Some(("sn3", "base"))),
         ("commit top=sn3 base=base", &["sn3.qcow2"], Some(("sn3", "base"))),
@@ -329,7 +334,9 @@ fn what_others_put_in_the_place_of_a_new_image_is_neither_named_nor_removed() {
         lab.store.speckle("sn3.qcow2", 64 << 20, 9);
         let mount = at_work(&lab, "clone new from=sn3@inner");
         let control = Control::of(&mount, "web");
-        let is_draft = |name: &String| name.starts_with(".chainfs-") && name.ends_with(".new");
+        let is_draft = |name: &String| {
+            name.starts_with(".chainfs-") && Path::new(name).extension().is_some_and(|end| end == "new")
+        };
         let draft = mount::names_in(&lab.store.root()).into_iter().find(is_draft).expect("a draft");
         fs::remove_file(lab.store.path(&draft)).expect("the draft");
         let theirs = lab.store.put(&draft, b"somebody's");
@@ -356,19 +363,17 @@ fn bytes_of(lab: &Lab) -> Vec<(String, Vec<u8>)> {
 
 #[test]
 fn a_data_file_that_was_replaced_keeps_a_command_from_going_on() {
-    let commit = |lab: &Lab| {
+    let commit: fn(&Lab) = |lab| {
         let words = ["convert", "-O", "qcow2", "-o", "data_file=base.data,cluster_size=4k", "base.qcow2", "new.qcow2"];
         lab.store.img(words);
         fs::rename(lab.store.path("new.qcow2"), lab.store.path("base.qcow2")).expect("a name");
     };
-    let pull = |lab: &Lab| {
+    let pull: fn(&Lab) = |lab| {
         fs::remove_file(lab.store.path("web.qcow2")).expect("the top");
         lab.store.overlay("web.qcow2", "sn3.qcow2", "qcow2", "data_file=web.data,cluster_size=4k");
         lab.store.io("web.qcow2", "qcow2", ["write -q -P 77 1M 3M"]);
     };
-    let cases: [(&dyn Fn(&Lab), &str, &str); 2] =
-        [(&commit, "commit top=sn3 base=base", "base.data"), (&pull, "pull", "web.data")];
-    for (make, command, data) in cases {
+    for (make, command, data) in [(commit, "commit top=sn3 base=base", "base.data"), (pull, "pull", "web.data")] {
         for same_bytes in [true, false] {
             let context = format!("{command}, with the same bytes: {same_bytes}");
             let lab = Lab::slow(false);
