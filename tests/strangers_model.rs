@@ -22,7 +22,7 @@ fn number(name: &str, usual: u64) -> u64 {
 #[test]
 fn no_hand_changes_what_another_relies_on() {
     let is_long = std::env::var_os("CHAINFS_LONG").is_some();
-    let steps = number("CHAINFS_STEPS", if is_long { 100_000 } else { 1200 });
+    let steps = number("CHAINFS_STEPS", if is_long { 100_000 } else { 800 });
     let first = number("CHAINFS_SEED", 1);
     let (seed, taken) = (AtomicU64::new(first), AtomicU64::new(0));
     let total = parking_lot::Mutex::new(Tally::default());
