@@ -703,3 +703,44 @@ fn what_has_another_name_or_is_only_read_is_not_marked() {
         assert!(kept, "{command}: it is only read");
     }
 }
+
+#[test]
+fn a_note_that_others_could_have_written_hides_and_is_not_carried_out() {
+    let spoils: [Spoiling; 3] = [
+        ("everybody may write the directory", |root| {
+            fs::set_permissions(root.join(".chainfs"), fs::Permissions::from_mode(0o777)).unwrap();
+        }),
+        ("the directory of notes is another's", |root| {
+            std::os::unix::fs::chown(root.join(".chainfs/intents"), Some(2001), None).unwrap();
+        }),
+        ("all is another's but the store's own directory", |root| {
+            tool("chown").args(["-R", "2001"]).arg(root).succeeds();
+            std::os::unix::fs::chown(root, Some(0), None).unwrap();
+        }),
+    ];
+    for (what, spoil) in spoils {
+        let commit = Commit::new();
+        let before = fs::read(commit.lab.store.path("base.raw")).unwrap();
+        spoil(&commit.lab.store.root());
+        let store = open(&commit.lab.store.root());
+        assert_eq!(taken_up(&store), None, "{what}");
+        let names: Vec<String> = shown(&store).into_iter().map(|(name, _)| name).collect();
+        assert!(!names.iter().any(|name| name == "base.raw" || name == "sn1.qcow2"), "{what}: {names:?}");
+        assert!(fs::read(commit.lab.store.path("base.raw")).unwrap() == before, "{what}");
+        drop(store);
+        let (code, out, err) = tool(CHAINFS).arg("recover").arg(commit.lab.store.root()).outcome();
+        assert!(code != 0 && format!("{out}{err}").contains("others may have written"), "{what}: {out}{err}");
+        assert!(fs::read(commit.lab.store.path("base.raw")).unwrap() == before, "{what}");
+    }
+}
+
+#[test]
+fn a_note_of_another_hides_nobodys_images() {
+    let commit = Commit::new();
+    let intents = commit.lab.store.path(".chainfs/intents");
+    tool("chown").args(["-R", "2001"]).arg(&intents).succeeds();
+    let store = open(&commit.lab.store.root());
+    let names: Vec<String> = shown(&store).into_iter().map(|(name, _)| name).collect();
+    assert!(names.iter().any(|name| name == "base.raw"), "{names:?}");
+    assert!(store.catalog().problems.iter().any(|problem| problem.sentence.contains("is not trusted")));
+}

@@ -90,6 +90,8 @@ fn one(engine: &Arc<Engine>, found: &FoundIntent, is_dry: bool) -> Result<bool> 
     }
     let outcome = if doubts > 0 {
         Err(Error::new(ErrorKind::Stale, "it is not certain of all files that they are those it was about"))
+    } else if !found.is_trusted {
+        Err(Error::new(ErrorKind::Denied, "others may have written its note"))
     } else if is_dry {
         engine.examine(&intent, name).map(|way| format!("  would be taken up: it {way}\n"))
     } else {

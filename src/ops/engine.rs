@@ -140,7 +140,7 @@ impl Engine {
                 return;
             }
             let guard = self.store.guard();
-            if guard.is_refused(&found.name) || guard.is_owned(&found) {
+            if !found.is_trusted || guard.is_refused(&found.name) || guard.is_owned(&found) {
                 continue;
             }
             if let Err(error) = self.take_up(&found)
@@ -154,8 +154,9 @@ impl Engine {
     /// Whether something may be left to be taken up.
     pub fn has_work_left(&self) -> bool {
         let catalog = self.store.catalog();
+        let guard = self.store.guard();
         let is_left =
-            |found: &FoundIntent| !self.store.guard().is_refused(&found.name) && !self.store.guard().is_owned(found);
+            |found: &FoundIntent| found.is_trusted && !guard.is_refused(&found.name) && !guard.is_owned(found);
         !self.store.options().read_only && catalog.intents.iter().any(is_left)
     }
 
@@ -168,6 +169,10 @@ impl Engine {
         // What it may do was judged when it was accepted. By the rights of whoever gives it again it might be refused, and what
         // it has spoilt would stay hidden.
         let _nobody = as_nobody();
+        if !found.is_trusted {
+            let fact = "is not carried out, for others may have written its note; see problems.txt";
+            return Err(Error::new(ErrorKind::Denied, format!("{} {fact}", found.intent.command)));
+        }
         let (chain, command) = (found.intent.chain.clone(), found.intent.command.clone());
         let mut tokens = self.board.take(std::slice::from_ref(&chain))?;
         let names = self.store.guard_names();

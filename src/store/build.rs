@@ -194,6 +194,14 @@ fn unreadable(senseless: &[(PathBuf, String)]) -> impl Iterator<Item = Problem> 
 }
 
 fn not_finished(guard: &Guard, found: &FoundIntent) -> Problem {
+    if !found.is_trusted {
+        let fact = "holds a chain of which a command was begun and is not finished, and whose note is not trusted";
+        let remedy = "what it may have spoilt is hidden until the note is trusted or taken away";
+        return Problem {
+            path: found.intent.chain.clone(),
+            sentence: format!("{fact}; {remedy}: {}", found.intent.command),
+        };
+    }
     let state = match (guard.refusal(&found.name), found.is_copied) {
         (Some(refusal), _) => format!("could not be taken up ({refusal})"),
         (None, true) => "is not finished, in the store of which this is a copy".to_owned(),

@@ -328,7 +328,7 @@ impl Catalog {
         let command = format!("{}, which cannot be understood ({reason}); see chainfs recover", shown(path));
         let name = path.file_name().unwrap_or_default().to_owned();
         let intent = Intent::new(&command, Path::new(""), Deed::Unknown);
-        self.unknown = Some(FoundIntent { name, intent, is_copied: false });
+        self.unknown = Some(FoundIntent { name, intent, is_copied: false, is_trusted: false });
         self.images.iter_mut().for_each(|image| image.is_merged = true);
     }
 

@@ -20,7 +20,7 @@ use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, accessat};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Claim, Directory, EntryKind, Identity, Root, directory_of, read_full};
+use crate::io::{Claim, Directory, EntryKind, FileStat, Identity, Root, directory_of, read_full};
 
 use super::bind::{Finding, bind};
 use super::leftovers::{DRAFT, is_intents_draft};
@@ -325,6 +325,8 @@ pub struct FoundIntent {
     pub intent: Intent,
     /// Whether the store was copied since: neither devices nor inode numbers say anything then.
     pub is_copied: bool,
+    /// Whether it may be carried out. If not, others may have written it: it only hides what it may have spoilt.
+    pub is_trusted: bool,
 }
 
 /// Why commands that were begun were not taken up, by the names of their intents.
@@ -767,10 +769,9 @@ impl Guard {
     /// what those spoil.
     pub(super) fn read(&self) -> (Vec<FoundIntent>, Senseless) {
         let (mut found, mut problems) = (Vec::new(), Vec::new());
-        if let Err(error) = self.check_trust() {
-            let sentence = format!("{UNTRUSTED}: {error}");
-            return (found, vec![(self.intents().to_path_buf(), sentence)]);
-        }
+        let trust = self.check_trust();
+        let is_trusted = trust.is_ok();
+        problems.extend(trust.err().map(|error| (self.intents().to_path_buf(), format!("{UNTRUSTED}: {error}"))));
         let listed = match self.root.open_directory(self.intents(), true) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
             Ok(Some(directory)) => Root::list(&directory),
@@ -778,7 +779,9 @@ impl Guard {
             Err(error) => Err(error),
         };
         let entries = listed.unwrap_or_else(|error| {
-            problems.push((self.intents().to_path_buf(), error.to_string()));
+            if is_trusted {
+                problems.push((self.intents().to_path_buf(), error.to_string()));
+            }
             Vec::new()
         });
         for entry in entries {
@@ -787,11 +790,16 @@ impl Guard {
                 continue;
             }
             match self.read_one(&path) {
-                Ok((mut intent, is_copied, file)) => {
-                    self.has_seen(&entry.name, &intent, is_copied, file);
+                Ok((mut intent, is_copied, file)) if is_trusted || self.is_owners(&file, &intent) => {
+                    if is_trusted {
+                        self.has_seen(&entry.name, &intent, is_copied, file);
+                    }
                     bind(&self.root, &mut intent, is_copied, false);
-                    found.push(FoundIntent { name: entry.name, intent, is_copied });
+                    found.push(FoundIntent { name: entry.name, intent, is_copied, is_trusted });
                 }
+                // Nobody's images are hidden by what another says of them.
+                _ if !is_trusted => {}
+                Ok(_) => {}
                 Err(_)
                     if entry.kind == EntryKind::File
                         && self.root.stat(&path).is_err_and(|error| error.kind() == ErrorKind::NotFound) => {}
@@ -804,7 +812,12 @@ impl Guard {
         };
         let lost = live.iter().filter(is_lost);
         let lost: Vec<FoundIntent> = lost
-            .map(|(name, entry)| FoundIntent { name: name.clone(), intent: entry.intent.clone(), is_copied: false })
+            .map(|(name, entry)| FoundIntent {
+                name: name.clone(),
+                intent: entry.intent.clone(),
+                is_copied: false,
+                is_trusted: true,
+            })
             .collect();
         found.extend(lost);
         // What others have begun stays begun, too, whoever has removed its note.
@@ -815,7 +828,7 @@ impl Guard {
             if !is_here(&found, name) && problems.iter().all(|(path, _)| path.file_name() != Some(name)) {
                 let mut intent = intent.clone();
                 bind(&self.root, &mut intent, *is_copied, false);
-                found.push(FoundIntent { name: name.clone(), intent, is_copied: *is_copied });
+                found.push(FoundIntent { name: name.clone(), intent, is_copied: *is_copied, is_trusted: true });
             }
         }
         (found, problems)
@@ -829,6 +842,14 @@ impl Guard {
     }
 
     /// An intent, and whether the store was copied since it was written: then the file is not the one that it says.
+    /// Whether a note is of somebody who could have carried it out: of whom the directory of notes would be trusted, or of
+    /// the owner of all files that it names.
+    fn is_owners(&self, note: &OwnedFd, intent: &Intent) -> bool {
+        let Ok(note) = FileStat::of(note) else { return false };
+        let is_own = |named: &&Named| self.root.stat(&named.path).map_or(true, |stat| stat.uid == note.uid);
+        trust::is_known(&self.root, note.uid) || intent.files().iter().all(is_own)
+    }
+
     fn read_one(&self, path: &Path) -> std::result::Result<(Intent, bool, OwnedFd), String> {
         let file = self.root.open_file(path).map_err(|error| error.to_string())?;
         let now = Identity::of(&file).map_err(|error| error.to_string())?;
