@@ -350,7 +350,7 @@ fn a_pull_that_is_taken_up_asks_again_and_removes_no_other_file() {
 #[test]
 fn a_snapshot_that_is_taken_up_asks_again() {
     let lab = Lab::new(Kind::PLAIN);
-    let overlay = ".chainfs-left-0.new";
+    let overlay = ".chainfs-184f2a3b4c5d6e7f-1-0-0.new";
     lab.store.overlay_sized(overlay, "monday.qcow2", "qcow2", SIZE);
     let top = NewTop {
         old: witness(&lab.store, "web.qcow2", false),

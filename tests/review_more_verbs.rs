@@ -253,7 +253,7 @@ fn what_a_revert_has_put_aside_when_it_was_killed_goes_to_the_trash() {
     let catalog = store.catalog();
     let layers = catalog.layers(catalog.chain(Path::new("web")).unwrap());
     let named = |index: usize| witness(&lab.store, &catalog.images[index].shown(), false);
-    let (aside, overlay) = (".chainfs-x-1.new", ".chainfs-x-0.new");
+    let (aside, overlay) = (".chainfs-184f2a3b4c5d6e7f-1-0-1.new", ".chainfs-184f2a3b4c5d6e7f-1-0-0.new");
     lab.store.img(["create", "-q", "-f", "qcow2", "-b", "sn1.qcow2", "-F", "qcow2", overlay]);
     let top = NewTop {
         old: named(layers[0]),

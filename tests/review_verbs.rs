@@ -225,7 +225,7 @@ fn a_commit_whose_top_was_taken_away_is_not_taken_for_done() {
 #[test]
 fn a_snapshot_that_is_taken_up_replaces_no_other_file() {
     let lab = Lab::new(Kind::PLAIN);
-    let name = ".chainfs-1-0.new";
+    let name = ".chainfs-184f2a3b4c5d6e7f-1-0-0.new";
     lab.store.overlay_sized(name, "monday.qcow2", "qcow2", 4 * MIB);
     let disks = vec![NewTop {
         old: named(&lab, "web.qcow2"),
