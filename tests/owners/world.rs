@@ -246,6 +246,10 @@ impl<'a> World<'a> {
             }
             for path in self.seen().files.keys().filter(|path| !is_raw(path) && !text(path).contains(".chainfs")) {
                 let (at, name) = (self.root.join(path), path.display());
+                // Somebody has given another name to a draft, which was not made any further.
+                if fs::metadata(&at).is_ok_and(|found| found.len() == 0) {
+                    continue;
+                }
                 // What it stands on is another's to check.
                 let file = serde_json::json!({ "driver": "file", "filename": at });
                 let image = serde_json::json!({ "driver": "qcow2", "backing": null, "file": file });
