@@ -24,6 +24,8 @@ pub(super) struct World {
     pub(super) asker: Option<Arc<Asker>>,
     /// The intent that is being taken up: it stands in nobody's way.
     own: Option<OsString>,
+    /// Whether a command begins, which opens what it writes next, and is refused by that.
+    begins: bool,
 }
 
 /// One chain of it.
@@ -49,7 +51,14 @@ impl World {
     pub(super) fn look(store: &Arc<Store>) -> Result<Self> {
         store.rescan()?;
         let whole = store.whole()?;
-        Ok(Self { store: Arc::clone(store), catalog: store.catalog(), whole, asker: asker(store), own: None })
+        Ok(Self {
+            store: Arc::clone(store),
+            catalog: store.catalog(),
+            whole,
+            asker: asker(store),
+            own: None,
+            begins: false,
+        })
     }
 
     /// The same for taking up an intent.
@@ -63,7 +72,7 @@ impl World {
         store.guard().check_place()?;
         store.guard().prepare(&*names)?;
         let lock = store.guard().lock(&*names)?;
-        Ok((lock, Self::look(store)?))
+        Ok((lock, Self { begins: true, ..Self::look(store)? }))
     }
 
     pub(super) fn image(&self, index: ImageIndex) -> &ImageEntry {
@@ -313,6 +322,10 @@ impl World {
 
     /// Why the disk of an image cannot be written, if so: who opens it for that would be refused.
     pub(super) fn unfillable(&self, index: ImageIndex) -> Option<Error> {
+        if self.begins {
+            // All of its tables need not be read twice.
+            return None;
+        }
         self.store.check_writable(&self.catalog, index).err()
     }
 
