@@ -87,7 +87,9 @@ impl World {
     /// The image that an intent or a plan has named, if it is still that file.
     pub(super) fn find(&self, named: &Named) -> Option<ImageIndex> {
         let is_it = |image: &ImageEntry| {
-            image.stat.id == named.file.id && self.name_of(image) == named.path && self.identity(image).is(&named.file)
+            image.stat.id == named.file.id
+                && self.name_of(&image.place) == named.path
+                && self.identity(image).is(&named.file)
         };
         self.catalog.images.iter().position(is_it)
     }
@@ -108,7 +110,7 @@ impl World {
     /// An image by path and identity.
     pub(super) fn named(&self, index: ImageIndex) -> Named {
         let image = self.image(index);
-        Named::known(self.name_of(image), self.identity(image))
+        Named::known(self.name_of(&image.place), self.identity(image))
     }
 
     fn identity(&self, image: &ImageEntry) -> Identity {
@@ -128,10 +130,9 @@ impl World {
             return Err(Error::new(ErrorKind::Stale, format!("{} has changed; give the command again", image.shown())));
         }
         let data = image.data_file.as_ref().map(|(place, _)| {
-            let name = if place.root == 0 { self.guarded(&place.path) } else { self.store.host_path(place) };
-            Data::witness(&self.store.roots()[place.root], &place.path, name, fixed).map(Box::new)
+            Data::witness(&self.store.roots()[place.root], &place.path, self.name_of(place), fixed).map(Box::new)
         });
-        Ok(Named { path: self.name_of(image), data: data.transpose()?, ..named })
+        Ok(Named { path: self.name_of(&image.place), data: data.transpose()?, ..named })
     }
 
     /// The same for several.
@@ -139,10 +140,10 @@ impl World {
         images.iter().map(|index| self.witness(*index, fixed)).collect()
     }
 
-    /// The path by which an intent names an image: beneath the guarded directory; what lies outside of the store by its
+    /// The path by which an intent names a file: beneath the guarded directory; what lies outside of the store by its
     /// full one.
-    fn name_of(&self, image: &ImageEntry) -> PathBuf {
-        if image.place.root == 0 { self.guarded(&image.place.path) } else { self.store.host_path(&image.place) }
+    fn name_of(&self, place: &Place) -> PathBuf {
+        if place.root == 0 { self.guarded(&place.path) } else { self.store.host_path(place) }
     }
 
     /// The chain at that path of the mount.
@@ -363,7 +364,7 @@ impl World {
         let speaks = |named: &&Named| {
             images.iter().map(|index| self.image(*index)).any(|image| {
                 image.stat.id == named.file.id && self.identity(image).is(&named.file)
-                    || self.name_of(image) == named.path
+                    || self.name_of(&image.place) == named.path
             })
         };
         let is_others = |found: &&FoundIntent| self.own.as_ref() != Some(&found.name);

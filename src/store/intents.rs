@@ -790,16 +790,17 @@ impl Guard {
                 continue;
             }
             match self.read_one(&path) {
-                Ok((mut intent, is_copied, file)) if is_trusted || self.is_owners(&file, &intent) => {
+                Ok((mut intent, is_copied, file)) => {
                     if is_trusted {
                         self.has_seen(&entry.name, &intent, is_copied, file);
+                    } else if !self.is_owners(&file, &intent) {
+                        // Nobody's images are hidden by what another says of them.
+                        continue;
                     }
                     bind(&self.root, &mut intent, is_copied, false);
                     found.push(FoundIntent { name: entry.name, intent, is_copied, is_trusted });
                 }
-                // Nobody's images are hidden by what another says of them.
-                _ if !is_trusted => {}
-                Ok(_) => {}
+                Err(_) if !is_trusted => {}
                 Err(_)
                     if entry.kind == EntryKind::File
                         && self.root.stat(&path).is_err_and(|error| error.kind() == ErrorKind::NotFound) => {}
@@ -841,7 +842,6 @@ impl Guard {
         }
     }
 
-    /// An intent, and whether the store was copied since it was written: then the file is not the one that it says.
     /// Whether a note is of somebody who could have carried it out: of whom the directory of notes would be trusted, or of
     /// the owner of all files that it names.
     fn is_owners(&self, note: &OwnedFd, intent: &Intent) -> bool {
@@ -850,6 +850,7 @@ impl Guard {
         trust::is_known(&self.root, note.uid) || intent.files().iter().all(is_own)
     }
 
+    /// An intent, and whether the store was copied since it was written: then the file is not the one that it says.
     fn read_one(&self, path: &Path) -> std::result::Result<(Intent, bool, OwnedFd), String> {
         let file = self.root.open_file(path).map_err(|error| error.to_string())?;
         let now = Identity::of(&file).map_err(|error| error.to_string())?;

@@ -34,12 +34,16 @@ pub(super) fn check(root: &Root, path: &Path) -> Result<()> {
 /// Whether that user is one of those who are trusted.
 pub(super) fn is_known(root: &Root, uid: u32) -> bool {
     let own = rustix::process::geteuid().as_raw();
-    [0, own].contains(&uid) || root.stat(Path::new(".")).is_ok_and(|store| store.uid == uid)
+    root.stat(Path::new(".")).map_or(true, |store| is_one_of_us(uid, &store, own))
+}
+
+fn is_one_of_us(uid: u32, store: &FileStat, own: u32) -> bool {
+    [0, own, store.uid].contains(&uid)
 }
 
 fn is_trusted(kept: &FileStat, store: &FileStat, own: u32) -> bool {
     let is_of_the_group = store.mode & 0o020 != 0 && store.mode & STICKY == 0 && kept.gid == store.gid;
-    let is_ours = [0, own, store.uid].contains(&kept.uid) || is_of_the_group;
+    let is_ours = is_one_of_us(kept.uid, store, own) || is_of_the_group;
     is_ours && kept.mode & 0o002 == 0
 }
 

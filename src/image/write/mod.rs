@@ -42,19 +42,10 @@ pub use ranges::{Held, Ranges};
 pub use snapshot::NewSnapshot;
 
 use meta::Piece;
+pub use open::check_writable;
 
 use qcow2::Qcow2Writer;
 use raw::RawWriter;
-
-/// Why a qcow2 image cannot be opened for writing, if so: what [`Writer::qcow2`] would say. Nothing is written.
-pub fn check_writable(
-    name: &str,
-    file: Arc<dyn Storage>,
-    data_file: Option<Arc<dyn Storage>>,
-    options: WriterOptions,
-) -> Result<()> {
-    open::check_writable(name, file, data_file, options)
-}
 
 /// What lies below the image that is written: where it is silent, these bytes show through.
 pub trait Below: Send + Sync {

@@ -230,9 +230,9 @@ pub(in crate::image) fn refcounts_damaged(name: &str, reason: &Malformed) -> Err
     Error::new(ErrorKind::Corrupt, format!("{name}: {fact}; {remedy}"))
 }
 
-/// Why an image cannot be opened for writing, if so: a look, nothing is written. One that was not closed properly is
-/// repaired by who opens it, and can be judged only then.
-pub(super) fn check_writable(
+/// Why an image cannot be opened for writing, if so: what [`super::Writer::qcow2`] would say. Nothing is written. One that
+/// was not closed properly is repaired by who opens it, and can be judged only then.
+pub fn check_writable(
     name: &str,
     file: Arc<dyn Storage>,
     data_file: Option<Arc<dyn Storage>>,
