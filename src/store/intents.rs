@@ -59,6 +59,8 @@ const ENDED: &str = "# ended\n";
 const _: () = assert!(BEGUN.len() == ENDED.len());
 /// Intents of others that are kept open for that, at most: each costs a descriptor.
 const MOST_SEEN: usize = 64;
+/// Former files of one intent that are kept, at most. Who has missed as many knows nothing of it.
+const MOST_FORMER: usize = 16;
 /// For how long the store's lock is waited for: it is held for moments.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The same for a job that has done hours of work.
@@ -370,8 +372,27 @@ struct LiveIntent {
     intent: Intent,
     /// Held for as long as it is.
     claim: Claim,
+    /// The same for the files that it had before it was written anew: who has seen one of those alone, because the next
+    /// was removed too, must not take it for ended before it is.
+    former: Vec<Claim>,
     /// Whether its file is being taken away by its owner.
     is_ending: bool,
+}
+
+impl LiveIntent {
+    /// It has another file from now on.
+    fn replace(&mut self, intent: Intent, claim: Claim) {
+        self.intent = intent;
+        self.former.push(std::mem::replace(&mut self.claim, claim));
+        if self.former.len() > MOST_FORMER {
+            say_ended(self.former.remove(0).file());
+        }
+    }
+
+    /// Says to those who have one of its files open that it goes in order.
+    fn say_ended(&self) {
+        self.former.iter().chain([&self.claim]).for_each(|claim| say_ended(claim.file()));
+    }
 }
 
 /// Where the intents and the lock of a store are: at the store's own directory, or for a single image at the nearest
@@ -568,7 +589,7 @@ impl Guard {
     pub fn begin(&self, names: &dyn Directory, name: &str, intent: &Intent) -> Result<OwnedIntent> {
         let name = OsString::from(format!("{name}.toml"));
         match self.write(names, &name, intent) {
-            Ok((intent, claim)) => Ok(self.own(&name, intent, claim)),
+            Ok((intent, claim)) => Ok(self.own(&name, intent, claim, Vec::new())),
             Err(error) => {
                 let _ = names.unlink(&self.intents().join(&name));
                 Err(error)
@@ -580,9 +601,8 @@ impl Guard {
     pub fn rewrite(&self, names: &dyn Directory, owned: &mut OwnedIntent) -> Result<()> {
         let (intent, claim) = self.write(names, &owned.name, &owned.intent)?;
         owned.intent = intent.clone();
-        let entry = LiveIntent { intent, claim, is_ending: false };
-        if let Some(old) = self.live.lock().insert(owned.name.clone(), entry) {
-            say_ended(old.claim.file());
+        if let Some(entry) = self.live.lock().get_mut(&owned.name) {
+            entry.replace(intent, claim);
         }
         Ok(())
     }
@@ -605,8 +625,8 @@ impl Guard {
         })
     }
 
-    fn own(&self, name: &OsStr, intent: Intent, claim: Claim) -> OwnedIntent {
-        let entry = LiveIntent { intent: intent.clone(), claim, is_ending: false };
+    fn own(&self, name: &OsStr, intent: Intent, claim: Claim, former: Vec<Claim>) -> OwnedIntent {
+        let entry = LiveIntent { intent: intent.clone(), claim, former, is_ending: false };
         self.live.lock().insert(name.to_owned(), entry);
         let (name, live) = (name.to_owned(), Arc::clone(&self.live));
         OwnedIntent { path: self.intents().join(&name), name, intent, live }
@@ -623,10 +643,7 @@ impl Guard {
             }
             tracing::warn!("{} was removed while its command is at work, and is written again", shown_name(name));
             match self.prepare(names).and_then(|()| self.write(names, name, &entry.intent)) {
-                Ok((intent, claim)) => {
-                    say_ended(entry.claim.file());
-                    *entry = LiveIntent { intent, claim, is_ending: false };
-                }
+                Ok((intent, claim)) => entry.replace(intent, claim),
                 Err(error) => tracing::error!("{}: {error}", shown_name(name)),
             }
         }
@@ -648,7 +665,7 @@ impl Guard {
     /// is the one that was named. Under the store's lock.
     pub fn take_up(&self, names: &dyn Directory, found: &FoundIntent) -> Result<OwnedIntent> {
         let path = self.intents().join(&found.name);
-        self.write_lost(names, &found.name)?;
+        let former = self.write_lost(names, &found.name)?;
         let file = self.root.open_file_for_writing(&path)?;
         let seen = Identity::of(&file)?;
         let claim = Claim::take(file, &path, Duration::ZERO)?;
@@ -661,7 +678,7 @@ impl Guard {
             let fact = "nothing is written or removed until that is certain: chainfs recover shows what can be done";
             return Err(Error::new(ErrorKind::Stale, format!("{doubt}; {fact}")));
         }
-        let mut owned = self.own(&found.name, intent, claim);
+        let mut owned = self.own(&found.name, intent, claim, Vec::from_iter(former));
         if is_copied {
             // From here on it is the store's own again.
             self.rewrite(names, &mut owned)?;
@@ -669,24 +686,22 @@ impl Guard {
         Ok(owned)
     }
 
-    /// Writes an intent again that somebody has removed, and whose owner has ended without having done that.
-    fn write_lost(&self, names: &dyn Directory, name: &OsStr) -> Result<()> {
+    /// Writes an intent again that somebody has removed, and whose owner has ended without having done that. Returns the
+    /// file that it had.
+    fn write_lost(&self, names: &dyn Directory, name: &OsStr) -> Result<Option<Claim>> {
         let seen = self.seen.lock();
-        let Some(entry) = seen.get(name).filter(|entry| entry.is_lost()) else { return Ok(()) };
+        let Some(entry) = seen.get(name).filter(|entry| entry.is_lost()) else { return Ok(None) };
         let path = self.intents().join(name);
         if self.root.stat(&path).is_ok() {
-            return Ok(());
+            return Ok(None);
         }
-        if Claim::is_held(&entry.file, &path)? {
-            return Err(Error::new(ErrorKind::Busy, format!("{} is being worked on", path.display())));
-        }
+        let opened = rustix::fs::open(by_descriptor(&entry.file), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+        let file = opened.map_err(|error| Error::io(format!("opening {} again", path.display()), error))?;
+        let claim = Claim::take(file, &path, Duration::ZERO)?;
         tracing::warn!("{} was removed before its command was done, and is written again", shown_name(name));
         self.prepare(names)?;
         self.write(names, name, &entry.intent)?;
-        if let Ok(file) = rustix::fs::open(by_descriptor(&entry.file), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
-            say_ended(&file);
-        }
-        Ok(())
+        Ok(Some(claim))
     }
 
     /// What an intent says, read anew, with the files that are proven to be those that it names; whether the store was
@@ -872,8 +887,8 @@ impl Guard {
     }
 }
 
-/// Says to those who have the file of an intent open that it goes in order, or has been written anew. If that cannot be
-/// said, they look after it once more.
+/// Says to those who have the file of an intent open that it goes in order. If that cannot be said, they look after it
+/// once more.
 fn say_ended(file: &OwnedFd) {
     let _ = rustix::io::pwrite(file, ENDED.as_bytes(), 0);
 }
@@ -903,7 +918,7 @@ impl OwnedIntent {
     pub fn end(self, names: &dyn Directory) -> Result<()> {
         if let Some(entry) = self.live.lock().get_mut(&self.name) {
             entry.is_ending = true;
-            say_ended(entry.claim.file());
+            entry.say_ended();
         }
         match names.unlink(&self.path) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
@@ -997,6 +1012,47 @@ mod tests {
         fails(&Intent { deed: without, ..intent.clone() }.text());
         for len in (0..text.len()).step_by(7) {
             fails(&text[..len]);
+        }
+    }
+
+    #[test]
+    fn an_intent_that_is_removed_each_time_it_is_written_is_known_to_who_saw_the_first() {
+        let place = tempfile::tempdir().unwrap();
+        let root = Arc::new(Root::open(place.path()).unwrap());
+        let names = ThisHost.directory(&root, &Descriptors::with_limit(4));
+        let [owner, other, third] = [(); 3].map(|()| Guard::of_directory(&root).unwrap());
+        std::fs::write(place.path().join("a"), "a").unwrap();
+        let image = Named::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
+        let intent = Intent::new("x", Path::new(""), Deed::Shrink { image, size: 1 });
+        let remove = || std::fs::remove_dir_all(place.path().join(".chainfs")).unwrap();
+        let known = |guard: &Guard, is_owned: bool, at: &str| {
+            let found = guard.read().0;
+            assert_eq!(found.len(), 1, "{at}");
+            assert_eq!(guard.is_owned(&found[0]), is_owned, "{at}");
+        };
+        for is_ended in [true, false] {
+            owner.prepare(&*names).unwrap();
+            let mut owned = owner.begin(&*names, "1", &intent).unwrap();
+            [&other, &third].into_iter().for_each(|guard| known(guard, true, "begun"));
+            // Nobody but the owner sees the second and the third file.
+            remove();
+            owner.restore(&*names);
+            owner.rewrite(&*names, &mut owned).unwrap();
+            remove();
+            [&other, &third].into_iter().for_each(|guard| known(guard, true, "removed"));
+            if is_ended {
+                owned.end(&*names).unwrap();
+                [&other, &third].into_iter().for_each(|guard| assert!(guard.read().0.is_empty(), "it has ended"));
+                continue;
+            }
+            drop(owned);
+            [&other, &third].into_iter().for_each(|guard| known(guard, false, "its owner has gone"));
+            let found = other.read().0;
+            let owned = other.take_up(&*names, &found[0]).unwrap();
+            remove();
+            known(&third, true, "taken up, and removed");
+            owned.end(&*names).unwrap();
+            assert!(third.read().0.is_empty(), "taken up, and ended");
         }
     }
 
