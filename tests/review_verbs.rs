@@ -245,6 +245,7 @@ fn a_snapshot_that_is_taken_up_replaces_no_other_file() {
     engine.stop();
     assert_eq!(inode(&lab, "web.qcow2"), copy, "the user's file");
     assert_eq!(inode(&lab, "monday.qcow2"), old, "the last name of the disk");
+    assert!(!lab.store.path(name).exists(), "an overlay that nobody has seen, and nobody wants");
 }
 
 #[test]

@@ -396,15 +396,22 @@ fn take_back(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<()> 
         }
         names.sync(&directory_of(&top.old.path))?;
     }
+    remove_overlays(root, names, tops)?;
     for top in tops {
-        if is_at(root, &top.overlay.path, &top.overlay) {
-            names.unlink(&top.overlay.path)?;
-        }
         let has_both = is_at(root, &top.old.path, &top.old) && is_at(root, &top.frozen, &top.old);
         if top.frozen != top.old.path && has_both {
             names.unlink(&top.frozen)?;
         }
         names.sync(&directory_of(&top.frozen))?;
+    }
+    Ok(())
+}
+
+/// Removes overlays that nobody has seen, durably.
+fn remove_overlays(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
+    for top in tops.iter().filter(|top| is_at(root, &top.overlay.path, &top.overlay)) {
+        names.unlink(&top.overlay.path)?;
+        names.sync(&directory_of(&top.overlay.path))?;
     }
     Ok(())
 }
@@ -577,6 +584,9 @@ pub(super) fn carry_on(engine: &Engine, intent: OwnedIntent, held: Vec<JobImage>
     }
     if !has_come && disks.iter().all(|top| is_at(root, &top.old.path, &top.old)) {
         take_back(root, &*names, disks)?;
+    } else if !has_come {
+        // Others have taken the name of a disk: its new one is the only one that it has, and stays.
+        remove_overlays(root, &*names, disks)?;
     }
     finish::forget(store, intent).and(went)
 }

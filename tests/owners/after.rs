@@ -22,7 +22,21 @@ pub(crate) struct Given {
     pub(crate) readers: Vec<bool>,
 }
 
+/// Whether a file has the name of a draft.
+fn is_draft(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".chainfs"))
+}
+
 impl Given {
+    /// Forgets drafts of former commands that this one has left alone, and that the mount has swept after that: its
+    /// user had no part in it. `half`: what the command itself has left behind.
+    pub(crate) fn forget_swept(&mut self, half: &Seen, after: &Seen) {
+        let is_swept = |path: &Path, inode: u64| {
+            half.files.get(path).is_some_and(|left| left.inode == inode) && !after.files.contains_key(path)
+        };
+        self.before.files.retain(|path, file| !(is_draft(path) && is_swept(path, file.inode)));
+    }
+
     /// Why the user had no right to what has become of the store, if so.
     pub(crate) fn overstepped(&self, after: &Seen) -> Option<String> {
         let Some((uid, may)) = &self.by else { return None };
@@ -65,8 +79,7 @@ impl Given {
             else {
                 continue;
             };
-            let is_draft = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".chainfs"));
-            if (file.uid, file.gid) != (like.uid, like.gid) && !(is_draft && file.mode.trailing_zeros() >= 6) {
+            if (file.uid, file.gid) != (like.uid, like.gid) && !(is_draft(path) && file.mode.trailing_zeros() >= 6) {
                 return Some(format!("{name} is {}:{}'s, made like {}:{}'s", file.uid, file.gid, like.uid, like.gid));
             }
             if path.parent() == leaf.parent() && reads(path).iter().zip(&self.readers).any(|(now, was)| *now && !was) {
@@ -89,8 +102,7 @@ impl Given {
         let is_wrong = |(path, file): &(&PathBuf, &SeenFile)| {
             let Some(target) = &file.backing else { return false };
             let was = self.before.place_of(path, file.inode).map(|was| backing_name(&self.before.files[was].bytes));
-            let is_draft = text(path).contains(".chainfs");
-            was != Some(backing_name(&file.bytes)) && !is_draft && is_shut(path, target)
+            was != Some(backing_name(&file.bytes)) && !is_draft(path) && is_shut(path, target)
         };
         let (path, file) = after.files.iter().find(is_wrong)?;
         let target = file.backing.as_ref().map(|target| target.display().to_string()).unwrap_or_default();

@@ -250,7 +250,7 @@ impl World<'_> {
     pub(crate) fn kill(&mut self) {
         let is_root = self.rng.below(4) == 0;
         let Some((who, chain, layers, command)) = self.command(is_root) else { return };
-        let given = self.given(who, &command, &layers);
+        let mut given = self.given(who, &command, &layers);
         let through = Through::new(&self.store());
         let (_, host) = self.store.as_ref().expect("an open store");
         let most = if self.rng.below(2) == 0 { 10 } else { 30 };
@@ -300,6 +300,7 @@ impl World<'_> {
             let why = self.store().catalog().problems.iter().map(|found| found.sentence.clone()).collect::<Vec<_>>();
             self.fail(&format!("a command that was cut off is left: {why:?}"));
         }
+        given.forget_swept(&half, &self.seen());
         self.judge(&given, &command);
     }
 }

@@ -20,8 +20,9 @@ pub(super) struct Pending {
     pub(super) legal: BTreeMap<String, Vec<Vec<u8>>>,
     /// Files that may be gone, or have another name.
     leaving: BTreeSet<String>,
-    /// Raw files that it freezes, by the names that they have then.
-    freezing: BTreeSet<String>,
+    /// Raw files that it freezes, by the names that they have then; and the name that each has lost, if it had not yet
+    /// when the command was cut off. Where others take that one, it is no snapshot of what is there.
+    freezing: BTreeMap<String, Option<String>>,
 }
 
 impl World {
@@ -89,8 +90,12 @@ impl World {
         }
         self.tally.killed += u64::from(was_killed);
         let freezing = match verb.as_str() {
-            "snapshot" => plan.renamed.iter().map(|(_, to)| text(to)).filter(|to| is_raw(to)).collect(),
-            _ => BTreeSet::new(),
+            "snapshot" => {
+                let inode = |path: &PathBuf| fs::metadata(self.root.join(path)).ok().map(|found| found.ino());
+                let renamed = plan.renamed.iter().filter(|(_, to)| is_raw(&text(to)));
+                renamed.map(|(from, to)| (text(to), (inode(from) == inode(to)).then(|| text(from)))).collect()
+            }
+            _ => BTreeMap::new(),
         };
         let mut pending = Pending { command, legal, leaving, freezing };
         // The model does not know which of what the command has made is whole: others leave that alone.
@@ -133,7 +138,10 @@ impl World {
         // What was put in the place of a file of the command is not the command's.
         pending.legal.retain(|name, _| !self.replaced.contains(name));
         pending.leaving.retain(|name| !self.replaced.contains(name));
-        pending.freezing.retain(|name| !self.replaced.contains(name));
+        pending.freezing.retain(|name, lost| {
+            let is_kept = |name: &String| !self.replaced.contains(name) && self.root.join(name).exists();
+            is_kept(name) && lost.as_ref().is_none_or(is_kept)
+        });
         let pending = &*pending;
         let by_others: BTreeMap<String, (u64, Vec<u8>)> = self
             .disks
@@ -196,7 +204,7 @@ impl World {
             if !legal.iter().chain(own.iter()).any(|wanted| is_same_disk(&disk, wanted)) {
                 self.fail(&format!("{name} shows what it never did nor is to, after {}", pending.command));
             }
-            if pending.freezing.contains(name) {
+            if pending.freezing.contains_key(name) {
                 self.frozen.insert(name.clone());
             }
             self.disks.insert(name.clone(), disk);
