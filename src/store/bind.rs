@@ -63,17 +63,17 @@ pub(super) fn bind(root: &Root, intent: &mut Intent, is_copied: bool, thoroughly
             continue;
         };
         named.file = found;
-        let against = if thoroughly { against(root, name, named, *allowed, false) } else { None };
+        let against = if thoroughly { against(root, name, named, *allowed) } else { None };
         findings.push(against.map_or_else(|| Finding::Here(name.clone()), Finding::Doubt));
     }
     findings
 }
 
 /// Why the file at `name` is not proven to be the one that is meant, if so.
-fn against(root: &Root, name: &Path, named: &Named, allowed: Allowed, is_copied: bool) -> Option<String> {
+fn against(root: &Root, name: &Path, named: &Named, allowed: Allowed) -> Option<String> {
     let Some(evidence) = &named.evidence else { return Some(format!("nothing is known of {}", shown(name))) };
     match evidence.against(root, name, allowed, named.data.is_some()) {
-        Ok(None) => named.data.as_ref().and_then(|data| data.against(root, allowed, is_copied)),
+        Ok(None) => named.data.as_ref().and_then(|data| data.against(root, allowed)),
         Ok(Some(fact)) => Some(format!("{} {fact}", shown(name))),
         Err(error) => Some(format!("{} cannot be looked at: {error}", shown(name))),
     }
@@ -86,8 +86,8 @@ fn bind_copies(root: &Root, wanted: &mut [Wanted<'_>]) -> Vec<Finding> {
         .map(|Wanted { named, names, allowed }| {
             let look = |name: &PathBuf| match root.identify(name) {
                 Ok(found) => {
-                    let allowed = Allowed { any_time: true, ..*allowed };
-                    Some((name.clone(), found, against(root, name, named, allowed, true)))
+                    let allowed = Allowed { is_copy: true, ..*allowed };
+                    Some((name.clone(), found, against(root, name, named, allowed)))
                 }
                 Err(error) if error.kind() == ErrorKind::NotFound => None,
                 Err(error) => Some((name.clone(), NOBODY, Some(error.to_string()))),

@@ -70,37 +70,45 @@ impl Data {
         Ok(Self { path: name, file: Identity::of(&file)?, size: signature.size, samples, written })
     }
 
-    /// What speaks against the file of its name being it, as a sentence. In a store that was copied the name and the
-    /// content have to do.
-    pub(super) fn against(&self, root: &Root, allowed: Allowed, is_copied: bool) -> Option<String> {
+    /// What speaks against the file of its name being it, as a sentence. Of a copy the name and the content have to do.
+    pub(super) fn against(&self, root: &Root, allowed: Allowed) -> Option<String> {
         if self.path.is_absolute() {
             return None;
         }
-        let fact = match self.differs(root, allowed, is_copied) {
+        let fact = match self.differs(root, allowed) {
             Ok(fact) => fact?.to_owned(),
             Err(error) => format!("cannot be looked at: {error}"),
         };
         Some(format!("{}, an external data file, {fact}", super::catalog::shown(&self.path)))
     }
 
-    fn differs(&self, root: &Root, allowed: Allowed, is_copied: bool) -> Result<Option<&'static str>> {
+    fn differs(&self, root: &Root, allowed: Allowed) -> Result<Option<&'static str>> {
         let file = root.open_file(&self.path)?;
-        let (found, signature) = (Identity::of(&file)?, FileStat::of(&file)?.signature);
-        let len = signature.size;
-        let is_size = allowed.any_size || len == self.size || (allowed.growth && len > self.size);
-        let is_time = is_copied || self.written.is_none_or(|written| written == Moment::of(signature.mtime));
-        Ok(if !is_copied && !is_same(&self.file, &found) {
-            Some("is another file than it was")
-        } else if !is_size {
-            Some("has another size than it had")
-        } else if has_others(&file, &self.samples)? {
-            Some("holds other bytes than it did")
-        } else if !is_time {
-            Some("has been written since")
-        } else {
-            None
-        })
+        if !allowed.is_copy && !is_same(&self.file, &Identity::of(&file)?) {
+            return Ok(Some("is another file than it was"));
+        }
+        other_bytes(&file, allowed, self.size, &self.samples, self.written)
     }
+}
+
+/// What speaks against a file without a header holding what it did.
+fn other_bytes(
+    file: &OwnedFd,
+    allowed: Allowed,
+    size: u64,
+    samples: &[Sample],
+    written: Option<Moment>,
+) -> Result<Option<&'static str>> {
+    let signature = FileStat::of(file)?.signature;
+    Ok(if !allowed.is_size(size, signature.size) {
+        Some("has another size than it had")
+    } else if has_others(file, samples)? {
+        Some("holds other bytes than it did")
+    } else if !allowed.is_time(written, signature.mtime) {
+        Some("has been written since")
+    } else {
+        None
+    })
 }
 
 /// Whether a file that is met is the one of which a note was kept. A device may go by another number after the next
@@ -245,7 +253,17 @@ pub(super) struct Allowed {
     /// Its disk may have another size.
     pub(super) any_size: bool,
     /// It is a copy, of which the file system knows other times.
-    pub(super) any_time: bool,
+    pub(super) is_copy: bool,
+}
+
+impl Allowed {
+    fn is_size(self, old: u64, now: u64) -> bool {
+        self.any_size || now == old || (self.growth && now > old)
+    }
+
+    fn is_time(self, written: Option<Moment>, now: (i64, u32)) -> bool {
+        self.is_copy || written.is_none_or(|written| written == Moment::of(now))
+    }
 }
 
 impl Named {
@@ -396,23 +414,8 @@ impl Evidence {
     ) -> Result<Option<&'static str>> {
         let file = root.open_file(path)?;
         let signature = FileStat::of(&file)?.signature;
-        let len = signature.size;
-        let is_time = |written: &Option<Moment>| {
-            allowed.any_time || written.is_none_or(|written| written == Moment::of(signature.mtime))
-        };
-        let is_size = |old: u64, now: u64| allowed.any_size || now == old || (allowed.growth && now > old);
         let verdict = match self {
-            Self::Raw { size, samples, written } => {
-                if !is_size(*size, len) {
-                    Some("has another size than it had")
-                } else if has_others(&file, samples)? {
-                    Some("holds other bytes than it did")
-                } else if !is_time(written) {
-                    Some("has been written since")
-                } else {
-                    None
-                }
-            }
+            Self::Raw { size, samples, written } => other_bytes(&file, allowed, *size, samples, *written)?,
             Self::Qcow2 {
                 size,
                 shape: old_shape,
@@ -421,12 +424,14 @@ impl Evidence {
                 head: old_head,
                 written,
             } => {
-                let Some(header) = header(&file, len)? else { return Ok(Some("is no qcow2 image any more")) };
+                let Some(header) = header(&file, signature.size)? else {
+                    return Ok(Some("is no qcow2 image any more"));
+                };
                 if shape(&header) != *old_shape {
                     Some("is another qcow2 image than it was")
                 } else if header.data_file.is_some() && !has_data {
                     Some("has an external data file of which nothing is known")
-                } else if !is_size(*size, header.virtual_size) {
+                } else if !allowed.is_size(*size, header.virtual_size) {
                     Some("holds a disk of another size than it did")
                 } else if !allowed.backing && backing(&header) != *old_backing {
                     Some("names another backing file than it did")
@@ -434,7 +439,7 @@ impl Evidence {
                     && tables(&file, &header)? != *old
                 {
                     Some("has other tables than it had")
-                } else if !is_time(written) && head(&file, &header)? == *old_head {
+                } else if !allowed.is_time(*written, signature.mtime) && head(&file, &header)? == *old_head {
                     // Steps of the command itself write its header, and it alone. One that was cut off midway may have
                     // changed nothing yet that the header says.
                     Some("has been written since")

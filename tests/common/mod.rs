@@ -17,6 +17,7 @@ pub(crate) mod jobs;
 pub(crate) mod lab;
 pub(crate) mod mount;
 pub(crate) mod rng;
+pub(crate) mod seeds;
 pub(crate) mod store;
 pub(crate) mod tools;
 pub(crate) mod victims;

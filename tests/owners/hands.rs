@@ -238,6 +238,14 @@ impl World<'_> {
         let (old, new, mode) = (self.root.join(path), self.root.join(&to), self.file_mode());
         let done = self.as_somebody(who, move || make(&new, &fs::read(old)?, mode));
         self.tally.copied += u64::from(done.is_ok());
+        if done.is_ok() {
+            // What is damaged is so in the copy, too.
+            let seen = self.seen();
+            let [from, copy] = [path, &to].map(|path| seen.files[path].inode);
+            let damage = self.damage.iter().filter(|(inode, ..)| *inode == from).cloned();
+            let copied: Vec<_> = damage.map(|(_, place, saved)| (copy, place, saved)).collect();
+            self.damage.extend(copied);
+        }
         self.say(format!("{} copies {} to {}: {done:?}", self.called(who), path.display(), to.display()));
     }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use chainfs::store::{Store, StoreOptions};
 
+use super::super::common::seeds::tally;
 use super::super::common::{Outcome as _, Rng, tool};
 use super::host::Mortal;
 use super::image::is_raw;
@@ -17,28 +18,8 @@ use super::through::Through;
 /// More images than this are not made.
 const MAX_IMAGES: usize = 13;
 
-macro_rules! tally {
-    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
-        /// What has happened, so that a run in which nothing did is noticed.
-        #[derive(Clone, Debug, Default)]
-        pub(crate) struct Tally { pub(crate) steps: u64, pub(crate) left: u64, $($(#[$doc])* pub(crate) $name: u64),* }
-
-        impl Tally {
-            pub(crate) fn add(&mut self, other: &Self) {
-                self.steps += other.steps;
-                self.left += other.left;
-                $(self.$name += other.$name;)*
-            }
-
-            /// Whether nothing is missing.
-            pub(crate) fn all_happened(&self) -> bool {
-                [$(self.$name),*].iter().all(|count| *count > 0)
-            }
-        }
-    };
-}
-
 tally! {
+    always:
     /// Owners, modes and lists that root has changed.
     modes,
     damaged,
@@ -54,15 +35,17 @@ tally! {
     done, refused, denied, done_by_root,
     /// Commands of users that were cut off; that were given again by others; that went on at the next start.
     killed, again, resumed,
-    /// Commands that were cut off and others then did something to the store. (`left`: of these, those that were not taken
-    /// up, which is rare.)
+    /// Commands that were cut off and others then did something to the store.
     touched,
     /// Further names of files; copies.
     linked, copied,
     /// Images that QEMU has checked.
     checked,
     /// Texts that were looked at, and names that had to be in none.
-    texts, hidden,
+    texts, hidden;
+    rarely:
+    /// Commands that were cut off and are not taken up.
+    left,
 }
 
 /// One run.

@@ -12,6 +12,7 @@ use std::time::Duration;
 use chainfs::ops::Engine;
 use chainfs::store::Store;
 
+use super::super::common::seeds::tally;
 use super::super::common::{Outcome as _, Rng, tool};
 use super::damage::Damage;
 use super::host::Mortal;
@@ -26,40 +27,21 @@ pub(super) const MAX_IMAGES: usize = 14;
 /// No recovery takes longer.
 pub(super) const LIMIT: Duration = Duration::from_mins(1);
 
-/// What has happened, so that a run in which nothing did is noticed.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Tally {
-    pub(crate) steps: u64,
-    pub(crate) writes: u64,
-    pub(crate) denied_writes: u64,
-    pub(crate) done: u64,
-    pub(crate) refused: u64,
-    pub(crate) killed: u64,
-    /// Of these, how many stores were whole when they were opened again, and in how many something stayed hidden.
-    pub(crate) resumed: u64,
-    pub(crate) hidden: u64,
-    pub(crate) copied: u64,
-    pub(crate) damaged: u64,
-    pub(crate) compared: u64,
+tally! {
+    always:
+    writes, done, refused,
+    /// Commands that were cut off; of these, how many stores were whole when they were opened again.
+    killed, resumed,
+    damaged,
+    /// Views that were compared.
+    compared,
     /// Raw disks that are frozen, and nothing stands on them any more.
-    pub(crate) stranded: u64,
-}
-
-impl Tally {
-    pub(crate) fn add(&mut self, other: &Self) {
-        self.steps += other.steps;
-        self.writes += other.writes;
-        self.denied_writes += other.denied_writes;
-        self.done += other.done;
-        self.refused += other.refused;
-        self.killed += other.killed;
-        self.resumed += other.resumed;
-        self.hidden += other.hidden;
-        self.copied += other.copied;
-        self.damaged += other.damaged;
-        self.compared += other.compared;
-        self.stranded += other.stranded;
-    }
+    stranded;
+    rarely:
+    denied_writes,
+    /// Commands that were cut off, of which something stayed hidden.
+    hidden,
+    copied,
 }
 
 /// One run.
