@@ -10,7 +10,7 @@ use std::path::Path;
 
 use chainfs::error::ErrorKind;
 use chainfs::ops::{Engine, JobState};
-use chainfs::store::{Access, ViewPart};
+use chainfs::store::{Access, Store as Opened, StoreOptions, ViewPart};
 use common::foreign::amount;
 use common::lab::{Kind, LAYERS, Lab, run};
 
@@ -637,5 +637,45 @@ fn holes_of_what_lies_below_take_no_space_and_no_time() {
             }
             store.io("web.qcow2", "qcow2", ["read -q -P 7 1G 64k", "read -q -P 0 0 1M"]);
         }
+    }
+}
+
+/// A relative backing name is looked for from the directory of the name by which an image is reached: of several names
+/// only one may lead there, and by that one a header has to name it.
+#[test]
+fn what_finds_its_base_by_another_of_its_names_is_named_by_that() {
+    // The name that leads to base, the other one, and whether the former is a symbolic link to the latter.
+    let cases = [
+        ("b/mid.qcow2", "a/other.qcow2", false),
+        ("b/mid.qcow2", "z/other.qcow2", false),
+        ("b/mid.qcow2", "a/mid.qcow2", true),
+    ];
+    for (found, other, is_symlink) in cases {
+        let store = common::Store::new();
+        for name in ["a", "b", "z"] {
+            store.dir(name);
+        }
+        store.create("b/base.qcow2", 1 << 20, "");
+        store.scribble("b/base.qcow2", "qcow2", 1);
+        store.overlay(found, "base.qcow2", "qcow2", "");
+        store.scribble(found, "qcow2", 2);
+        if is_symlink {
+            fs::rename(store.path(found), store.path(other)).unwrap();
+            std::os::unix::fs::symlink(Path::new("..").join(other), store.path(found)).unwrap();
+        } else {
+            fs::hard_link(store.path(found), store.path(other)).unwrap();
+        }
+        store.overlay("b/web.qcow2", "base.qcow2", "qcow2", "");
+        store.scribble("b/web.qcow2", "qcow2", 3);
+        let shows = |name: &str| fs::read(store.oracle(name, "qcow2")).unwrap();
+        let (web, mid) = (shows("b/web.qcow2"), shows(found));
+        let engine = Engine::new(&Opened::open(&store.root(), StoreOptions::default()).unwrap());
+        let status = run(&engine, "b/web", "rebase base=mid.qcow2").unwrap();
+        assert_eq!(status.state, JobState::Done, "{other}: {:?}", status.error);
+        assert!(shows("b/web.qcow2") == web && shows(found) == mid, "{other}");
+        assert_eq!(store.info("b/web.qcow2", "qcow2")["backing-filename"], "mid.qcow2", "{other}");
+        let refused = run(&engine, "b/web", "commit base=mid").map(|status| status.error);
+        assert!(refused.is_err(), "{other}: its own header would name nothing: {refused:?}");
+        assert!(shows("b/web.qcow2") == web && shows(found) == mid, "{other}");
     }
 }

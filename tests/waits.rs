@@ -381,8 +381,57 @@ fn what_others_put_in_the_place_of_a_new_image_is_neither_named_nor_removed() {
 
 /// All bytes of the store's own files.
 fn bytes_of(lab: &Lab) -> Vec<(String, Vec<u8>)> {
-    let read = |name: String| (name.clone(), fs::read(lab.store.path(name)).expect("a file"));
+    bytes_in(lab, &lab.store.root())
+}
+
+/// The same of a copy of the store.
+fn bytes_in(lab: &Lab, root: &Path) -> Vec<(String, Vec<u8>)> {
+    let read = |name: String| (name.clone(), fs::read(root.join(name)).expect("a file"));
     lab.files().into_iter().map(read).collect()
+}
+
+/// Puts an image into the place of another that holds as much at the same places, and other bytes.
+fn replace_by_one_alike(lab: &Lab, name: &str) {
+    let (old, new) = (lab.store.path(name), lab.store.path("alike.qcow2"));
+    fs::copy(&old, &new).expect("a copy");
+    let map = lab.store.img(["map", "--output=json", name]);
+    let map: serde_json::Value = serde_json::from_str(&map).expect("JSON");
+    let own = map.as_array().expect("a list").iter().filter(|run| run["depth"] == 0 && run["data"] == true);
+    lab.store.io("alike.qcow2", "qcow2", own.map(|run| format!("write -q -P 85 {} {}", run["start"], run["length"])));
+    fs::rename(&new, &old).expect("its name");
+}
+
+/// In a copied store only names and content say which file is which.
+#[test]
+fn in_a_copied_store_an_image_made_alike_is_neither_written_nor_removed() {
+    let command = "commit top=sn3 base=base";
+    for replaced in ["base.qcow2", "sn2.qcow2", "sn3.qcow2"] {
+        let context = format!("{replaced} replaced");
+        let lab = Lab::slow(false);
+        kill(at_work(&lab, command));
+        assert_eq!(intents(&lab), 1, "{context}");
+        replace_by_one_alike(&lab, replaced);
+        let copy = lab.store.beside("copy");
+        tool("cp").args(["-a", "--sparse=always"]).args([&lab.store.root(), &copy]).succeeds();
+        let before = bytes_in(&lab, &copy);
+        let at = lab.store.beside("mount-of-copy");
+        fs::create_dir(&at).expect("a directory");
+        let mount = Mount::try_new(&lab.store, &copy, &at, "").expect("a mount of the copy");
+        let fact = format!("{replaced} holds other bytes than it did");
+        eprintln!(
+            "DBG {context}: {} {:?} {:?} {:?}",
+            mount.text(".chainfs/problems.txt"),
+            mount.names("."),
+            fs::read_dir(copy.join(".chainfs/intents"))
+                .unwrap()
+                .map(|e| fs::read_to_string(e.unwrap().path()))
+                .collect::<Vec<_>>(),
+            mount::names_in(&copy)
+        );
+        eventually("it says so", NOTICED, || mount.text(".chainfs/problems.txt").contains(&fact));
+        mount.umount();
+        assert!(bytes_in(&lab, &copy) == before, "{context}: something was written or removed");
+    }
 }
 
 #[test]

@@ -236,10 +236,11 @@ impl World {
     /// How the header of an image at `from` is to name the image at `to`.
     pub(super) fn backing(&self, from: &Place, to: ImageIndex, is_absolute: bool) -> NewBacking {
         let to = self.image(to);
-        let name = if is_absolute || from.root != to.place.root {
-            self.store.roots()[to.place.root].given().join(&to.place.path)
+        let place = to.named_place();
+        let name = if is_absolute || from.root != place.root {
+            self.store.roots()[place.root].given().join(&place.path)
         } else {
-            relative(&from.path, &to.place.path)
+            relative(&from.path, &place.path)
         };
         let format = to.format.unwrap_or(Format::Raw).name().to_owned();
         NewBacking { name: name.into_os_string().into_vec(), format }
@@ -250,7 +251,7 @@ impl World {
     pub(super) fn uncounted(&self, owner: ImageIndex, path: &Path, to: ImageIndex) -> Option<Error> {
         let (owner, to) = (self.image(owner).stat.uid, self.image(to));
         let from = Place { root: 0, path: path.to_path_buf() };
-        let fact = self.store.uncounted(owner, &from, &to.place)?;
+        let fact = self.store.uncounted(owner, &from, to.named_place())?;
         let sentence = format!("{} would stand on {}, which {fact}", shown(path), self.called(to));
         Some(Error::new(ErrorKind::Denied, sentence))
     }
@@ -286,6 +287,11 @@ impl World {
         }
         if image.stat.link_count > 1 {
             return refuse(ErrorKind::Busy, "has other names (hard links), under which it would change; remove those");
+        }
+        if let Some(other) = &image.found_by {
+            let fact = "would lose its backing file, which is found only from its other name";
+            let remedy = "give it a name that is found from its own, with qemu-img rebase -u";
+            return refuse(ErrorKind::Broken, &format!("{fact} {}; {remedy}", shown(&other.path)));
         }
         if let Some((place, stat)) = &image.data_file {
             let name = shown(&place.path);

@@ -40,6 +40,8 @@ pub(super) struct Builder<'a> {
     owners: Owners<'a>,
     /// Images whose names do not count, and what they name.
     uncounted: Vec<(Place, ImageIndex)>,
+    /// The other names from which alone images' backing files are found.
+    found_by: HashMap<ImageIndex, Place>,
 }
 
 /// Builds the catalog, and says what the next scan need not read again, and in which directories
@@ -75,6 +77,7 @@ pub(super) fn build(
         directories: BTreeSet::new(),
         owners: Owners::new(roots, options),
         uncounted: Vec::new(),
+        found_by: HashMap::new(),
     };
     builder.add_scanned(scan.files);
     let scanned_count = builder.files.len();
@@ -147,6 +150,7 @@ pub(super) fn build(
                 data_file,
                 frozen,
                 readonly,
+                found_by: builder.found_by.get(&index).cloned(),
                 is_merged: false,
                 chain_count: 0,
             },
@@ -411,7 +415,13 @@ impl Builder<'_> {
                     });
                     doubtful.insert(place, name);
                 }
-                _ => references[index][0] = other,
+                Ok(_) => references[index][0] = other,
+                Err(_) => {
+                    references[index][0] = other;
+                    if !is_given {
+                        self.found_by.insert(index, place);
+                    }
+                }
             }
         }
         doubtful

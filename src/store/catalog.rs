@@ -55,6 +55,8 @@ pub struct ImageEntry {
     pub frozen: Option<Frozen>,
     /// Whether a user or its mode says that it is never written.
     pub readonly: bool,
+    /// Its other name, from which alone its backing file is found: who is put on it has to name it so.
+    pub found_by: Option<Place>,
     /// Whether a command that is not finished merges it into another image: for a while nothing may stand on it.
     pub(super) is_merged: bool,
     /// How many chains it is part of.
@@ -149,6 +151,11 @@ pub(super) struct Spoilt {
 }
 
 impl ImageEntry {
+    /// The place by which a header is to name it.
+    pub fn named_place(&self) -> &Place {
+        self.found_by.as_ref().unwrap_or(&self.place)
+    }
+
     /// The qcow2 part, if it is one that could be parsed.
     pub fn qcow2(&self) -> Option<&Arc<Qcow2>> {
         match (&self.content, self.format) {

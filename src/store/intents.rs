@@ -976,6 +976,7 @@ mod tests {
             shape: Digest::of(b""),
             backing: Digest::of(b"b"),
             tables: None,
+            samples: vec![Sample { at: 65536, was: Digest::of(b"y"), becomes: None }],
             head: Digest::of(b"x"),
             written: None,
         };

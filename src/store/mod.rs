@@ -80,7 +80,7 @@ pub use trash::TrashItem;
 pub use views::{ChainView, ChainViews};
 pub use watch::Watcher;
 pub(crate) use witness::Data;
-pub use witness::{Digest, Evidence, Sample};
+pub use witness::{Digest, Evidence, SAMPLES, Sample};
 
 use active::ActiveDisks;
 use disk::OpenDisks;

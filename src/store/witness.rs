@@ -3,7 +3,7 @@
 //! Promises: a file counts as the one that was named only if device, inode and birth agree, and what the note has kept of
 //! its content as well; in a store that was copied as a whole, where none of the former can, the name and the content.
 //! The evidence is what no step of the command itself changes: the shape of a qcow2 image and what it stands on, the
-//! tables of a layer that nobody writes, a few sectors of a raw one with what the command will make of them.
+//! tables and a few sectors of a layer that nobody writes, a few of a raw one with what the command will make of them.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -19,8 +19,8 @@ use super::describe::{Content, describe};
 use super::intents::encoded;
 use super::options::Format;
 
-/// Sectors of a raw file that are looked at.
-const SAMPLES: u64 = 24;
+/// Sectors of a file that are looked at.
+pub const SAMPLES: u64 = 24;
 const SECTOR: usize = 512;
 /// Bytes of a table that are read at once.
 const PIECE: u64 = 1 << 20;
@@ -52,7 +52,7 @@ pub struct Data {
     file: Identity,
     /// Bytes of the file.
     size: u64,
-    /// A few sectors of it; none if it is written.
+    /// A few sectors of it; none if guests write it.
     #[serde(default)]
     samples: Vec<Sample>,
     /// When it was written last, if nobody writes it.
@@ -135,6 +135,10 @@ pub enum Evidence {
         /// Digest of its L1 table, if nobody writes it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         tables: Option<Digest>,
+        /// A few sectors of the file behind its header: images that were made alike have the same tables. None if guests
+        /// write it.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        samples: Vec<Sample>,
         /// Digest of the cluster that holds its header.
         head: Digest,
         /// When it was written last, if nobody writes it.
@@ -164,7 +168,7 @@ impl Moment {
     }
 }
 
-/// One sector of a raw image.
+/// One sector of a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sample {
     /// Where it is.
@@ -293,12 +297,25 @@ impl Named {
     /// Notes that the command is going to write it.
     pub fn will_be_written(&mut self) {
         match &mut self.evidence {
-            Some(Evidence::Raw { written, .. } | Evidence::Qcow2 { written, .. }) => *written = None,
+            Some(Evidence::Raw { written, .. }) => *written = None,
+            Some(Evidence::Qcow2 { samples, written, .. }) => {
+                *written = None;
+                samples.clear();
+            }
             None => {}
         }
         if let Some(data) = &mut self.data {
             data.written = None;
             data.samples.clear();
+        }
+    }
+
+    /// Notes sectors of the file that holds its data clusters.
+    pub(crate) fn keep_samples(&mut self, kept: Vec<Sample>) {
+        if let Some(data) = &mut self.data {
+            data.samples = kept;
+        } else if let Some(Evidence::Qcow2 { samples, .. }) = &mut self.evidence {
+            *samples = kept;
         }
     }
 
@@ -327,8 +344,10 @@ fn evidence(file: &OwnedFd, path: &Path, format: Format, fixed: bool) -> Result<
         Error::new(ErrorKind::Stale, format!("{} is no qcow2 image any more; look at it again", path.display()))
     })?;
     let tables = if fixed { Some(tables(file, &header)?) } else { None };
+    let mut samples = if fixed { samples(file, len)? } else { Vec::new() };
+    samples.retain(|sample| sample.at >= header.cluster.size());
     let (size, head) = (header.virtual_size, head(file, &header)?);
-    Ok(Evidence::Qcow2 { size, shape: shape(&header), backing: backing(&header), tables, head, written })
+    Ok(Evidence::Qcow2 { size, shape: shape(&header), backing: backing(&header), tables, samples, head, written })
 }
 
 fn header(file: &OwnedFd, len: u64) -> Result<Option<std::sync::Arc<Header>>> {
@@ -421,6 +440,7 @@ impl Evidence {
                 shape: old_shape,
                 backing: old_backing,
                 tables: old_tables,
+                samples,
                 head: old_head,
                 written,
             } => {
@@ -439,6 +459,8 @@ impl Evidence {
                     && tables(&file, &header)? != *old
                 {
                     Some("has other tables than it had")
+                } else if has_others(&file, samples)? {
+                    Some("holds other bytes than it did")
                 } else if !allowed.is_time(*written, signature.mtime) && head(&file, &header)? == *old_head {
                     // Steps of the command itself write its header, and it alone. One that was cut off midway may have
                     // changed nothing yet that the header says.

@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use crate::chain::View;
 use crate::error::{Error, Result};
-use crate::image::HeaderChange;
 use crate::image::write::Writer;
+use crate::image::{HeaderChange, Layer, Mapping};
 use crate::io::{Claim, FileId};
 use crate::store::{
     ActiveJob, Deed, Digest, Format, ImageIndex, Intent, JobImage, Keeping, Mirror, Named, OpenView, OwnedIntent,
-    Sample, Store, ViewPart, shown,
+    SAMPLES, Sample, Store, ViewPart, shown,
 };
+use crate::units::{GuestOffset, HostOffset};
 
 use super::super::board::{Progress, Tokens};
 use super::super::copy::{PIECE, Segment};
@@ -21,6 +22,9 @@ use super::super::mirror::{MergeMirror, zero_from};
 use super::super::request::CommitRequest;
 use super::super::world::World;
 use super::{Layers, final_name, is_undoable, plan, refuse, segment};
+
+/// Stretches of a layer without data that are passed over, at most, in search of a sample.
+const MOST_RUNS: usize = 64;
 
 /// A commit that was accepted.
 pub(in crate::ops) struct CommitJob {
@@ -96,22 +100,62 @@ pub(in crate::ops) fn begin_with(
     })
 }
 
-/// Base with evidence of what it holds; of a raw one, which is written in place, also of what it is going to hold.
+/// Base with evidence of what it holds, and of what it is going to hold where it is written in place.
 fn witness_base(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Named> {
     let mut base = world.witness(layers.base, world.image(layers.base).format == Some(Format::Raw))?;
     base.will_be_written();
-    if !base.samples().is_empty() {
-        let (_, open) = segment(store, world, layers, None)?;
-        for sample in base.samples() {
-            let mut bytes = [0; Sample::LEN];
-            let have = open.view.size().saturating_sub(sample.at).min(bytes.len() as u64) as usize;
-            if have > 0 {
-                open.view.read_at(sample.at, &mut bytes[..have])?;
-            }
-            sample.becomes = Some(Digest::of(&bytes));
-        }
+    let (_, open) = segment(store, world, layers, None)?;
+    for sample in base.samples() {
+        sample.becomes = Some(Digest::of(&sector(&open.view, sample.at)?));
+    }
+    let layer = &open.view.layers()[layers.segment().len()];
+    if !layer.image().is_raw() {
+        base.keep_samples(sample_clusters(layer, &open.view));
     }
     Ok(base)
+}
+
+/// The sector of a disk that begins there; behind its end are zeroes.
+fn sector(view: &View, at: u64) -> Result<[u8; Sample::LEN]> {
+    let mut bytes = [0; Sample::LEN];
+    let have = view.size().saturating_sub(at).min(bytes.len() as u64) as usize;
+    if have > 0 {
+        view.read_at(at, &mut bytes[..have])?;
+    }
+    Ok(bytes)
+}
+
+/// A few sectors of the data clusters of a qcow2 base, each with what a commit of `view` makes of it. What cannot be read
+/// tells nothing.
+fn sample_clusters(base: &Layer, view: &View) -> Vec<Sample> {
+    let mut samples = Vec::<Sample>::new();
+    for number in 0..SAMPLES {
+        let start = base.size() / SAMPLES * number / Sample::LEN as u64 * Sample::LEN as u64;
+        let Some((at, host)) = next_data(base, start) else { continue };
+        let mut was = [0; Sample::LEN];
+        let is_known = samples.iter().any(|sample| sample.at == host.0);
+        if is_known || base.image().read_data(host, &mut was).is_err() {
+            continue;
+        }
+        let Ok(becomes) = sector(view, at) else { continue };
+        // The place of what becomes zeroes may be given to something else.
+        if becomes == was || becomes.iter().any(|byte| *byte != 0) {
+            samples.push(Sample { at: host.0, was: Digest::of(&was), becomes: Some(Digest::of(&becomes)) });
+        }
+    }
+    samples
+}
+
+/// Where the next data of a layer are, in the disk and in the file.
+fn next_data(layer: &Layer, mut at: u64) -> Option<(u64, HostOffset)> {
+    for _ in 0..MOST_RUNS {
+        let left = layer.size().checked_sub(at).filter(|left| *left > 0)?;
+        match layer.map(GuestOffset(at), left).ok()? {
+            (Mapping::Data(host), _) => return Some((at, host)),
+            (_, len) => at += len,
+        }
+    }
+    None
 }
 
 /// Removes from the trash what has not been deleted after all.
