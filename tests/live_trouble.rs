@@ -14,7 +14,7 @@ use common::active::{NOTICED, rw};
 use common::block_guest::{BLOCK, BlockGuest as Guest, PLACE};
 use common::command::Control;
 use common::foreign::{Loop, Mounted, Qemu, amount};
-use common::jobs::{assert_snapshots, at_work, contents, intents, kill, settled};
+use common::jobs::{assert_snapshots, at_work, contents, intents, kill, settled, slow};
 use common::lab::{Kind, Lab, extension};
 use common::*;
 use rustix::io::Errno;
@@ -212,8 +212,7 @@ fn a_mount_that_ends_in_the_midst_of_a_job_leaves_it_to_the_next() {
         let ways = [merged.is_none(), merged.is_some()];
         for by_signal in &ways[..amount(1, 2) as usize] {
             let by_signal = *by_signal;
-            let lab = Lab::slow(!by_signal);
-            let before = contents(&lab);
+            let (lab, before) = slow(!by_signal);
             let context = format!("{command}, by signal {by_signal}");
             let mount = at_work(&lab, command);
             let start = Instant::now();
@@ -278,8 +277,7 @@ fn what_qemu_holds_is_not_committed_pulled_nor_frozen_and_the_holder_is_named() 
 
 #[test]
 fn two_daemons_on_one_store_never_work_on_one_chain_at_once() {
-    let lab = Lab::slow(false);
-    let before = contents(&lab);
+    let (lab, before) = slow(false);
     let second = lab.store.beside("second");
     fs::create_dir(&second).expect("a directory");
     let other = Mount::try_new(&lab.store, &lab.store.root(), &second, "").expect("a second mount");
@@ -395,8 +393,7 @@ fn names_of(store: &Store) -> Vec<String> {
 /// Commits into raw bases cannot be called back.
 #[test]
 fn a_mount_that_only_reads_hides_what_a_commit_that_was_cut_off_has_spoilt() {
-    let lab = Lab::slow(true);
-    let before = contents(&lab);
+    let (lab, before) = slow(true);
     let mount = at_work(&lab, "commit top=sn2 base=base");
     kill(mount);
     assert_eq!(intents(&lab), 1);

@@ -14,7 +14,7 @@ use chainfs::io::Claim;
 use common::active::NOTICED;
 use common::command::Control;
 use common::foreign::amount;
-use common::jobs::{assert_snapshots, at_work, contents, intents, kill, settled};
+use common::jobs::{assert_snapshots, at_work, intents, kill, settled, slow};
 use common::lab::Lab;
 use common::*;
 use rustix::process::{Pid, Signal, kill_process};
@@ -67,8 +67,7 @@ const JOBS: [(&str, Option<(&str, &str)>); 3] =
 #[test]
 fn a_job_that_waits_for_a_stopped_process_can_be_cancelled() {
     for (command, _) in JOBS {
-        let lab = Lab::slow(false);
-        let before = contents(&lab);
+        let (lab, before) = slow(false);
         let mount = at_work(&lab, command);
         let control = Control::of(&mount, "web");
         let stopped = Stopped::holding(&lab);
@@ -90,8 +89,7 @@ fn a_job_that_waits_for_a_stopped_process_can_be_cancelled() {
 #[test]
 fn a_mount_whose_job_waits_for_a_stopped_process_ends_and_leaves_the_job_to_the_next() {
     for (command, merged) in JOBS {
-        let lab = Lab::slow(false);
-        let before = contents(&lab);
+        let (lab, before) = slow(false);
         let mount = at_work(&lab, command);
         let stopped = Stopped::holding(&lab);
         all_copied(&Control::of(&mount, "web"));
@@ -151,8 +149,7 @@ fn another_live_mount_goes_on_with_what_a_killed_one_has_left() {
                 continue;
             }
             let context = format!("{command}, raw base {raw_base}");
-            let lab = Lab::slow(raw_base);
-            let before = contents(&lab);
+            let (lab, before) = slow(raw_base);
             // It is there before the first of all commands is given, and before there is any note.
             let other = second(&lab);
             let mount = at_work(&lab, command);
@@ -207,8 +204,7 @@ fn watch_until_over(
 
 #[test]
 fn nobody_sees_half_of_a_layer_when_the_notes_of_a_job_are_removed() {
-    let lab = Lab::slow(true);
-    let before = contents(&lab);
+    let (lab, before) = slow(true);
     let other = second(&lab);
     let mount = at_work(&lab, "commit top=sn3 base=base");
     let spoilt = |mount: &Mount| !mount.names("web/snapshots").contains(&"base.raw".to_owned());
@@ -234,8 +230,7 @@ fn a_job_whose_notes_were_removed_and_that_was_killed_then_is_taken_up() {
     let mut looks = 0;
     for pause in [0, 20, 400] {
         let context = format!("killed {pause} ms after that");
-        let lab = Lab::slow(true);
-        let before = contents(&lab);
+        let (lab, before) = slow(true);
         // Who sees both, the note and its going, knows of it also where its owner had no time to write it again.
         let other = (pause < 400).then(|| second(&lab));
         let mount = at_work(&lab, "commit top=sn3 base=base");
@@ -301,8 +296,7 @@ fn a_commit_that_may_not_clean_up_lists_no_layer_that_shows_something_else() {
                 continue;
             }
             let context = format!("{command}, {protected:?} immutable, raw base {raw_base}");
-            let lab = Lab::slow(raw_base);
-            let before = contents(&lab);
+            let (lab, before) = slow(raw_base);
             let mount = at_work(&lab, command);
             let immutable = Immutable::new(&lab, protected);
             let control = Control::of(&mount, "web");

@@ -1021,7 +1021,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let root = Arc::new(Root::open(place.path()).unwrap());
         let names = ThisHost.directory(&root, &Descriptors::with_limit(4));
-        let [owner, other, third] = [(); 3].map(|()| Guard::of_directory(&root).unwrap());
+        let [first, other, third] = [(); 3].map(|()| Guard::of_directory(&root).unwrap());
         std::fs::write(place.path().join("a"), "a").unwrap();
         let image = Named::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
         let intent = Intent::new("x", Path::new(""), Deed::Shrink { image, size: 1 });
@@ -1031,23 +1031,27 @@ mod tests {
             assert_eq!(found.len(), 1, "{at}");
             assert_eq!(guard.is_owned(&found[0]), is_owned, "{at}");
         };
+        let both_know = |is_owned: bool, at: &str| {
+            known(&other, is_owned, at);
+            known(&third, is_owned, at);
+        };
         for is_ended in [true, false] {
-            owner.prepare(&*names).unwrap();
-            let mut owned = owner.begin(&*names, "1", &intent).unwrap();
-            [&other, &third].into_iter().for_each(|guard| known(guard, true, "begun"));
+            first.prepare(&*names).unwrap();
+            let mut owned = first.begin(&*names, "1", &intent).unwrap();
+            both_know(true, "begun");
             // Nobody but the owner sees the second and the third file.
             remove();
-            owner.restore(&*names);
-            owner.rewrite(&*names, &mut owned).unwrap();
+            first.restore(&*names);
+            first.rewrite(&*names, &mut owned).unwrap();
             remove();
-            [&other, &third].into_iter().for_each(|guard| known(guard, true, "removed"));
+            both_know(true, "removed");
             if is_ended {
                 owned.end(&*names).unwrap();
-                [&other, &third].into_iter().for_each(|guard| assert!(guard.read().0.is_empty(), "it has ended"));
+                assert!(other.read().0.is_empty() && third.read().0.is_empty(), "it has ended");
                 continue;
             }
             drop(owned);
-            [&other, &third].into_iter().for_each(|guard| known(guard, false, "its owner has gone"));
+            both_know(false, "its owner has gone");
             let found = other.read().0;
             let owned = other.take_up(&*names, &found[0]).unwrap();
             remove();

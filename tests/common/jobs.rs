@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,14 @@ pub(crate) type Contents = BTreeMap<String, Vec<u8>>;
 
 pub(crate) fn contents(lab: &Lab) -> Contents {
     LAYERS.iter().map(|layer| ((*layer).to_owned(), lab.content(&lab.file(layer)))).collect()
+}
+
+/// A slow chain, and what its layers show, which QEMU is asked once.
+pub(crate) fn slow(raw_base: bool) -> (Lab, Arc<Contents>) {
+    static SHOWN: [OnceLock<Arc<Contents>>; 2] = [OnceLock::new(), OnceLock::new()];
+    let lab = Lab::slow(raw_base);
+    let shown = SHOWN[usize::from(raw_base)].get_or_init(|| Arc::new(contents(&lab)));
+    (lab, Arc::clone(shown))
 }
 
 /// What is begun and not finished.

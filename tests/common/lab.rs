@@ -18,6 +18,8 @@ use super::store::Store;
 
 /// The layers, base first, and web last.
 pub(crate) const LAYERS: [&str; 5] = ["base", "sn1", "sn2", "sn3", "web"];
+/// Bytes of the disks of a slow chain.
+const SLOW_SIZE: u64 = 64 << 20;
 /// No job of a test takes longer.
 const LIMIT: Duration = Duration::from_mins(2);
 
@@ -41,20 +43,31 @@ impl Kind {
     }
 }
 
+/// Chains that were made, by kind, and whether they are slow.
+type Made = HashMap<(Kind, bool), Arc<Vec<Kept>>>;
+
 pub(crate) struct Lab {
     pub(crate) store: Store,
     raw_base: bool,
 }
 
 impl Lab {
-    /// QEMU makes the chain once in a process; who wants another one of its kind gets the same bytes and holes.
     pub(crate) fn new(kind: Kind) -> Self {
-        static MADE: Mutex<Option<HashMap<Kind, Arc<Vec<Kept>>>>> = Mutex::new(None);
-        let kept = MADE.lock().expect("nobody panics here").get_or_insert_default().get(&kind).cloned();
+        Self::made_once(kind, false)
+    }
+
+    /// QEMU makes the chain once in a process; who wants another one of its kind gets the same bytes and holes.
+    fn made_once(kind: Kind, is_speckled: bool) -> Self {
+        static MADE: Mutex<Option<Made>> = Mutex::new(None);
+        let key = (kind, is_speckled);
+        let kept = MADE.lock().expect("nobody panics here").get_or_insert_default().get(&key).cloned();
         let Some(kept) = kept else {
             let lab = Self::made(kind);
+            for (byte, layer) in (1..).zip(["sn1", "sn2", "sn3"]).filter(|_| is_speckled) {
+                lab.store.speckle(&lab.file(layer), SLOW_SIZE, byte);
+            }
             let kept = lab.files().iter().map(|name| Kept::load(&lab.store, name)).collect();
-            MADE.lock().expect("nor here").get_or_insert_default().insert(kind, Arc::new(kept));
+            MADE.lock().expect("nor here").get_or_insert_default().insert(key, Arc::new(kept));
             return lab;
         };
         let lab = Self { store: Store::new(), raw_base: kind.raw_base };
@@ -96,11 +109,7 @@ impl Lab {
 
     /// A chain of which a commit or pull takes long enough to be met at work.
     pub(crate) fn slow(raw_base: bool) -> Self {
-        let lab = Self::new(Kind { raw_base, options: "cluster_size=4k", sizes: [64 << 20; 5], inner: &[] });
-        for (byte, layer) in (1..).zip(["sn1", "sn2", "sn3"]) {
-            lab.store.speckle(&lab.file(layer), 64 << 20, byte);
-        }
-        lab
+        Self::made_once(Kind { raw_base, options: "cluster_size=4k", sizes: [SLOW_SIZE; 5], inner: &[] }, true)
     }
 
     pub(crate) fn format(&self, layer: &str) -> &'static str {

@@ -31,6 +31,8 @@ impl Damage {
             7 => (24, vec![0xff; 8], "a disk of exabytes"),
             8 if rng.below(4) > 0 => (36, vec![0xff; 4], "an endless L1 table"),
             8 => (0, vec![0; 512], "no header"),
+            // A command on a raw file of that stem would take the name that is free then.
+            _ if root.join(format!("{stem}.raw")).exists() => (0, vec![0; 4], "no magic"),
             kind => {
                 let to = match kind {
                     9 => format!("{stem}-was.img"),
