@@ -611,6 +611,11 @@ impl Guard {
         let path = self.intents().join(name);
         let draft = path.with_extension(DRAFT);
         let written = (|| {
+            // Whoever had it before may have been cut off while he wrote it.
+            match names.unlink(&draft) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
             let file = names.create(&draft, None)?;
             let intent = Intent { own: Some(self.root.identify(&draft)?), ..intent.clone() };
             file.write_at(0, format!("{BEGUN}{}", intent.text()).as_bytes())?;
@@ -1052,8 +1057,12 @@ mod tests {
             }
             drop(owned);
             both_know(false, "its owner has gone");
+            first.prepare(&*names).unwrap();
+            std::fs::write(place.path().join(".chainfs/intents/1.new"), "# beg").unwrap();
             let found = other.read().0;
-            let owned = other.take_up(&*names, &found[0]).unwrap();
+            let mut owned = other.take_up(&*names, &found[0]).unwrap();
+            std::fs::write(place.path().join(".chainfs/intents/1.new"), "# beg").unwrap();
+            other.rewrite(&*names, &mut owned).unwrap();
             remove();
             known(&third, true, "taken up, and removed");
             owned.end(&*names).unwrap();
