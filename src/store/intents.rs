@@ -599,9 +599,11 @@ impl Guard {
 
     /// Writes one that is ours already anew, durably: at every moment there is the old one or the new.
     pub fn rewrite(&self, names: &dyn Directory, owned: &mut OwnedIntent) -> Result<()> {
+        // Who writes it again because somebody has removed it waits.
+        let mut live = self.live.lock();
         let (intent, claim) = self.write(names, &owned.name, &owned.intent)?;
         owned.intent = intent.clone();
-        if let Some(entry) = self.live.lock().get_mut(&owned.name) {
+        if let Some(entry) = live.get_mut(&owned.name) {
             entry.replace(intent, claim);
         }
         Ok(())
