@@ -278,6 +278,31 @@ fn a_new_disk_with_the_name_of_a_merged_layer_stays() {
 }
 
 #[test]
+fn what_others_have_put_on_something_else_stays_there() {
+    for (is_copied, other) in [(true, "other.qcow2"), (true, ""), (false, "other.qcow2"), (false, "")] {
+        let lab = Lab::new(Kind::PLAIN);
+        lab.store.create("other.qcow2", SIZE, "");
+        lab.store.scribble("other.qcow2", "qcow2", 77);
+        let deed = Deed::Commit {
+            top: witness(&lab.store, "sn3.qcow2", true),
+            base: witness(&lab.store, "sn2.qcow2", false),
+            between: Vec::new(),
+            children: vec![witness(&lab.store, "web.qcow2", false)],
+            keep: false,
+            is_copied,
+            rename: None,
+        };
+        leave(&lab.store, "commit top=sn3 base=sn2", "web", deed);
+        let format: &[&str] = if other.is_empty() { &[] } else { &["-F", "qcow2"] };
+        lab.store.img([&["rebase", "-u", "-b", other], format, &["web.qcow2"]].concat());
+        let content = lab.content("web.qcow2");
+        assert_eq!(taken_up(&open(&lab.store.root())), None, "{is_copied} {other:?}");
+        assert!(!lab.store.path("sn3.qcow2").exists(), "{is_copied} {other:?}");
+        assert!(lab.content("web.qcow2") == content, "{is_copied} {other:?}");
+    }
+}
+
+#[test]
 fn a_command_that_is_taken_up_asks_all_refusals_again() {
     // Somebody has come to stand on what is written.
     let commit = Commit::new();

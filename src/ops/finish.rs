@@ -338,10 +338,8 @@ pub(super) fn commit(engine: &Engine, mut intent: OwnedIntent, lock: Claim, mut 
         let world = World::look(store)?;
         let mut jobs = Vec::new();
         for named in &children {
-            let Some(index) = world.find(named) else { continue };
-            if world.stands_on(index) == Some(base_index) {
-                continue;
-            }
+            // What others have put on something else in the meantime shows that.
+            let Some(index) = world.find(named).filter(|index| world.names(*index, &top)) else { continue };
             let child = match held.iter().position(|child| child.is(named)) {
                 Some(place) => held.swap_remove(place),
                 None => Child::take(store, &world, index)?,

@@ -160,6 +160,17 @@ impl World {
         self.image(index).below.image()
     }
 
+    /// Whether an image stands on that file, or its header still names it after it has gone.
+    pub(super) fn names(&self, index: ImageIndex, named: &Named) -> bool {
+        let image = self.image(index);
+        if let Some(below) = self.stands_on(index) {
+            return self.find(named) == Some(below);
+        }
+        let backing = image.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref());
+        let place = backing.and_then(|backing| self.store.named_by(&image.place, &backing.name).ok());
+        place.is_some_and(|place| self.name_of(&place) == named.path)
+    }
+
     /// Paths of all chains that contain any of these images.
     pub(super) fn chains_of(&self, images: &[ImageIndex]) -> Vec<PathBuf> {
         let contains = |leaf: ImageIndex| self.catalog.layers(leaf).iter().any(|layer| images.contains(layer));

@@ -254,7 +254,8 @@ impl Layers {
         let top = world.find(top)?;
         let base = world.find(base)?;
         let between = between.iter().map(|named| world.find(named)).collect::<Option<Vec<_>>>()?;
-        let children: Vec<ImageIndex> = children.iter().filter_map(|named| world.find(named)).collect();
+        let children = children.iter().filter_map(|named| world.find(named));
+        let children = children.filter(|index| world.stands_on(*index) == Some(top)).collect();
         let chain = world.catalog.layers(top);
         let depth = chain.iter().position(|layer| *layer == base)?;
         let below = chain[depth + 1..].to_vec();

@@ -72,9 +72,8 @@ pub(super) fn refusals(world: &World, layers: &Layers, request: &CommitRequest, 
 /// What keeps the rest from being done of a commit whose copy is whole: what is to be written or removed has to be ours to
 /// change, still.
 pub(super) fn rest(world: &World, deed: &Deed, refusals: &mut Vec<Error>) {
-    let Deed::Commit { top, base, between, children, rename, .. } = deed else { return };
-    let base = world.find(base);
-    let is_left = |index: &ImageIndex| rename.is_none() && world.stands_on(*index) != base;
+    let Deed::Commit { top, between, children, rename, .. } = deed else { return };
+    let is_left = |index: &ImageIndex| rename.is_none() && world.names(*index, top);
     let children = children.iter().filter_map(|named| world.find(named)).filter(is_left);
     let merged = std::iter::once(top).chain(between).filter_map(|named| world.find(named));
     refusals.extend(children.chain(merged).filter_map(|index| world.untouchable(index)));
