@@ -429,9 +429,14 @@ fn a_name_that_others_have_come_to_stand_on_is_not_taken_away() {
     }
     fs::remove_file(lab.path("near.raw")).unwrap();
     fs::remove_file(lab.path("far.raw")).unwrap();
+    // Whose names do not count loses nothing that he had.
+    lab.overlay_sized("theirs.qcow2", "vm.raw", "raw", SIZE);
+    std::os::unix::fs::chown(lab.path("theirs.qcow2"), Some(2001), Some(2001)).unwrap();
+    fs::set_permissions(lab.path("vm.raw"), fs::Permissions::from_mode(0o600)).unwrap();
     // By its new name it stays.
     lab.overlay("mine.qcow2", "monday.raw", "raw", "");
-    assert_eq!(taken_up(&open(&lab.root())), None);
+    let counting = StoreOptions { owners_count: true, ..options() };
+    assert_eq!(taken_up(&Store::open(&lab.root(), counting).unwrap()), None);
     assert!(shows("mine.qcow2") == content && shows("vm.qcow2") == content);
     assert!(!lab.path("vm.raw").exists());
 }

@@ -533,9 +533,14 @@ fn refuse_rest(world: &World, top: &NewTop, goes_on: bool, refusals: &mut Vec<Er
         let is_link = |error: &Error| error.kind() == ErrorKind::Busy;
         refusals.extend(world.untouchable(old).filter(|error| !is_link(error)));
     }
+    // One that is kept is still there for those whose names do not count, as it was when it was begun.
+    let is_kept = !is_draft(&top.frozen);
+    let others_using = |known: &[ImageIndex]| {
+        if is_kept { world.others_counting(old, known) } else { world.others_using(old, known) }
+    };
     if has_come && own_names > 1 {
         // Its old name is taken away: who has come to stand on it by that would stand on nothing.
-        let others = world.others_using(old, &world.users_by_name(old));
+        let others = others_using(&world.users_by_name(old));
         if !others.is_empty() {
             let (given, others) = (shown(&top.old.path), others.join(", "));
             let fact = format!("has come to be used by {others} under its old name {given}, which is taken away");
@@ -544,9 +549,7 @@ fn refuse_rest(world: &World, top: &NewTop, goes_on: bool, refusals: &mut Vec<Er
         }
     } else if !has_come {
         // Who has come to stand on it by its name would stand on the overlay; who does by its new one, on nothing.
-        // One that is kept is still there for those whose names do not count, as it was when it was begun.
-        let is_kept = !is_draft(&top.frozen);
-        let others = if is_kept { world.others_counting(old) } else { world.others_using(old, &[]) };
+        let others = others_using(&[]);
         if !others.is_empty() && (goes_on || own_names > 1) {
             let fact = "has come to be used by other images, which would lose it";
             let sentence =

@@ -184,8 +184,8 @@ impl World {
     }
 
     /// The same without those who may not read it: for what goes on showing what it did, they keep nobody from anything.
-    pub(super) fn others_counting(&self, index: ImageIndex) -> Vec<String> {
-        self.others(index, &[], false)
+    pub(super) fn others_counting(&self, index: ImageIndex, known: &[ImageIndex]) -> Vec<String> {
+        self.others(index, known, false)
     }
 
     fn others(&self, index: ImageIndex, known: &[ImageIndex], is_all: bool) -> Vec<String> {
