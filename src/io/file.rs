@@ -501,6 +501,17 @@ impl Idle for StoreFile {
     }
 }
 
+/// A file that is held open for a moment.
+impl Storage for OwnedFd {
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        read_full(self, at, buf).map_err(|error| Error::io(format!("reading at {at:#x}"), error))
+    }
+
+    fn len(&self) -> Result<u64> {
+        Ok(FileStat::of(self)?.signature.size)
+    }
+}
+
 impl Storage for StoreFile {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         let descriptor = self.descriptor()?;

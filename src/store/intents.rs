@@ -984,6 +984,7 @@ mod tests {
             backing: Digest::of(b"b"),
             tables: None,
             samples: vec![Sample { at: 65536, was: Digest::of(b"y"), becomes: None }],
+            disk: vec![Sample { at: 512, was: Digest::of(b"y"), becomes: Some(Digest::of(b"z")) }],
             head: Digest::of(b"x"),
             written: None,
         };

@@ -7,12 +7,15 @@
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{SeekFrom, seek};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::chain::{FlatCache, View};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, Version};
+use crate::image::{Caches, Image, Layer};
 use crate::io::{FileId, FileStat, Identity, Root, read_full};
 
 use super::describe::{Content, describe};
@@ -136,10 +139,13 @@ pub enum Evidence {
         /// Digest of its L1 table, if nobody writes it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         tables: Option<Digest>,
-        /// A few sectors of the file behind its header: images that were made alike have the same tables. None if guests
-        /// write it.
+        /// A few sectors of the file behind its header, if nobody writes it: images that were made alike have the same
+        /// tables.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         samples: Vec<Sample>,
+        /// A few sectors of its disk, by their places there, that the command is going to write.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        disk: Vec<Sample>,
         /// Digest of the cluster that holds its header.
         head: Digest,
         /// When it was written last, if nobody writes it.
@@ -317,12 +323,13 @@ impl Named {
         }
     }
 
-    /// Notes sectors of the file that holds its data clusters.
-    pub(crate) fn keep_samples(&mut self, kept: Vec<Sample>) {
+    /// Notes sectors of a qcow2 image that the command writes: of its external data file (`take(true)`), or of its disk,
+    /// for in the image itself clusters are given to other data.
+    pub(crate) fn keep_samples(&mut self, take: impl FnOnce(bool) -> Vec<Sample>) {
         if let Some(data) = &mut self.data {
-            data.samples = kept;
-        } else if let Some(Evidence::Qcow2 { samples, .. }) = &mut self.evidence {
-            *samples = kept;
+            data.samples = take(true);
+        } else if let Some(Evidence::Qcow2 { disk, .. }) = &mut self.evidence {
+            *disk = take(false);
         }
     }
 
@@ -354,7 +361,8 @@ fn evidence(file: &OwnedFd, path: &Path, format: Format, fixed: bool) -> Result<
     let mut samples = if fixed { samples(file, len)? } else { Vec::new() };
     samples.retain(|sample| sample.at >= header.cluster.size());
     let (size, head) = (header.virtual_size, head(file, &header)?);
-    Ok(Evidence::Qcow2 { size, shape: shape(&header), backing: backing(&header), tables, samples, head, written })
+    let (shape, backing, disk) = (shape(&header), backing(&header), Vec::new());
+    Ok(Evidence::Qcow2 { size, shape, backing, tables, samples, disk, head, written })
 }
 
 fn header(file: &OwnedFd, len: u64) -> Result<Option<std::sync::Arc<Header>>> {
@@ -448,6 +456,7 @@ impl Evidence {
                 backing: old_backing,
                 tables: old_tables,
                 samples,
+                disk,
                 head: old_head,
                 written,
             } => {
@@ -466,7 +475,7 @@ impl Evidence {
                     && tables(&file, &header)? != *old
                 {
                     Some("has other tables than it had")
-                } else if has_others(&file, if old_tables.is_some() { samples } else { allowed.of_copy(samples) })? {
+                } else if has_others(&file, samples)? || is_other_disk(root, path, &header, allowed.of_copy(disk))? {
                     Some("holds other bytes than it did")
                 } else if !allowed.is_time(*written, signature.mtime) && head(&file, &header)? == *old_head {
                     // Steps of the command itself write its header, and it alone. One that was cut off midway may have
@@ -484,9 +493,29 @@ impl Evidence {
 /// Whether too many of the sectors hold neither what they did nor what they were to hold: a guest that wrote meanwhile
 /// changes a few of those that become something, and none of the others.
 fn has_others(file: &OwnedFd, samples: &[Sample]) -> Result<bool> {
+    are_others(samples, |at| sector(file, at))
+}
+
+/// The same of places in the disk of a qcow2 image, as far as the image itself says what is there.
+fn is_other_disk(root: &Root, path: &Path, header: &Arc<Header>, samples: &[Sample]) -> Result<bool> {
+    if samples.is_empty() || header.data_file.is_some() {
+        return Ok(false);
+    }
+    let (name, caches) = (super::catalog::shown(path), Caches::new(PIECE as usize, PIECE as usize));
+    let image = Image::qcow2(&name, Arc::new(root.open_file(path)?), None, Arc::clone(header), false, &caches)?;
+    let view = View::new(vec![Layer::active(&image)?], false, &Arc::new(FlatCache::new(0)));
+    are_others(samples, |at| {
+        let mut bytes = [0; SECTOR];
+        let have = view.size().saturating_sub(at).min(SECTOR as u64) as usize;
+        view.read_at(at, &mut bytes[..have])?;
+        Ok(Digest::of(&bytes))
+    })
+}
+
+fn are_others(samples: &[Sample], read: impl Fn(u64) -> Result<Digest>) -> Result<bool> {
     let (mut others, mut is_other) = (0, false);
     for Sample { at, was, becomes } in samples {
-        let now = sector(file, *at)?;
+        let now = read(*at)?;
         if now != *was && *becomes != Some(now) {
             others += 1;
             is_other |= becomes.is_none();

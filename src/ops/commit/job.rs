@@ -110,7 +110,7 @@ fn witness_base(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Na
     }
     let layer = &open.view.layers()[layers.segment().len()];
     if !layer.image().is_raw() {
-        base.keep_samples(sample_clusters(layer, &open.view));
+        base.keep_samples(|is_file| sample_clusters(layer, &open.view, is_file));
     }
     Ok(base)
 }
@@ -125,23 +125,20 @@ fn sector(view: &View, at: u64) -> Result<[u8; Sample::LEN]> {
     Ok(bytes)
 }
 
-/// A few sectors of the data clusters of a qcow2 base, each with what a commit of `view` makes of it. What cannot be read
-/// tells nothing.
-fn sample_clusters(base: &Layer, view: &View) -> Vec<Sample> {
+/// A few sectors of the data clusters of a qcow2 base, each with what a commit of `view` makes of it, by their places in
+/// the disk or (`is_file`) in its data file. What cannot be read tells nothing.
+fn sample_clusters(base: &Layer, view: &View, is_file: bool) -> Vec<Sample> {
     let mut samples = Vec::<Sample>::new();
     for number in 0..SAMPLES {
         let start = base.size() / SAMPLES * number / Sample::LEN as u64 * Sample::LEN as u64;
         let Some((at, host)) = next_data(base, start) else { continue };
-        let mut was = [0; Sample::LEN];
-        let is_known = samples.iter().any(|sample| sample.at == host.0);
+        let (mut was, place) = ([0; Sample::LEN], if is_file { host.0 } else { at });
+        let is_known = samples.iter().any(|sample| sample.at == place);
         if is_known || base.image().read_data(host, &mut was).is_err() {
             continue;
         }
         let Ok(becomes) = sector(view, at) else { continue };
-        // The place of what becomes zeroes may be given to something else.
-        if becomes == was || becomes.iter().any(|byte| *byte != 0) {
-            samples.push(Sample { at: host.0, was: Digest::of(&was), becomes: Some(Digest::of(&becomes)) });
-        }
+        samples.push(Sample { at: place, was: Digest::of(&was), becomes: Some(Digest::of(&becomes)) });
     }
     samples
 }
