@@ -410,12 +410,7 @@ fn qemu_nbd_serves_nothing_that_the_mount_writes_and_the_other_way_round() {
     let mut program = Command::new("qemu-nbd");
     nbd(&mut program, &[]);
     let guest = Foreign { child: program.spawn().expect("qemu-nbd starts") };
-    // Its socket is there before the image is open. Whoever tried the lock would be in its way.
-    eventually("it has the image", RELEASED, || {
-        let infos = fs::read_dir(format!("/proc/{}/fdinfo", guest.pid())).expect("a process").flatten();
-        infos.filter_map(|info| fs::read_to_string(info.path()).ok()).any(|text| text.contains("OFDLCK"))
-    });
-    std::thread::sleep(Duration::from_millis(100));
+    common::foreign::greeted(&store.beside("nbd.sock"));
     assert_eq!(open_rw(&active).map(drop), Err(Errno::BUSY));
     drop(guest);
     eventually("it can be written", RELEASED, || open_rw(&active).is_ok());

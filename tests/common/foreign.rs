@@ -1,6 +1,8 @@
 //! Foreign users of disks and images: the kernel's loop devices and file systems, fio, and a running QEMU.
 
 use std::fs;
+use std::io::Read as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -11,6 +13,18 @@ use super::tools::{Outcome as _, eventually, tool};
 /// More with `tests/run.sh --long`.
 pub(crate) fn amount(usual: u64, long: u64) -> u64 {
     if std::env::var_os("CHAINFS_LONG").is_some() { long } else { usual }
+}
+
+/// Waits until the qemu-nbd that makes this socket has its image open: it listens before it opens and locks that, and
+/// greets after it.
+pub(crate) fn greeted(socket: &Path) {
+    const LIMIT: Duration = Duration::from_secs(10);
+    eventually("qemu-nbd listens", LIMIT, || socket.exists());
+    let mut stream = UnixStream::connect(socket).expect("qemu-nbd listens");
+    stream.set_read_timeout(Some(LIMIT)).expect("a limit");
+    let mut greeting = [0; 8];
+    stream.read_exact(&mut greeting).expect("qemu-nbd greets");
+    assert_eq!(&greeting, b"NBDMAGIC");
 }
 
 /// A loop device that goes with this.
@@ -101,8 +115,7 @@ impl Qemu {
         nbd.args(["--persistent", "-f", "qcow2", "-k"]).arg(&socket).args(more).arg(image);
         let child = nbd.current_dir(store.root()).stdin(Stdio::null()).spawn().expect("qemu-nbd starts");
         let qemu = Self(child);
-        // The socket is made after the image is opened and locked.
-        eventually("qemu-nbd serves", Duration::from_secs(10), || socket.exists());
+        greeted(&socket);
         qemu
     }
 
