@@ -3,7 +3,7 @@
 //! Promises: a file counts as the one that was named only if device, inode and birth agree, and what the note has kept of
 //! its content as well; in a store that was copied as a whole, where none of the former can, the name and the content.
 //! The evidence is what no step of the command itself changes: the shape of a qcow2 image and what it stands on, the
-//! tables and a few sectors of a layer that nobody writes, a few of a raw one with what the command will make of them.
+//! tables and a few sectors of a layer that nobody writes, a few of what is written with what the command makes of them.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
