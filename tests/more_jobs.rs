@@ -679,3 +679,29 @@ fn what_finds_its_base_by_another_of_its_names_is_named_by_that() {
         assert!(shows("b/web.qcow2") == web && shows(found) == mid, "{other}");
     }
 }
+
+/// Whose name for a base does not count keeps it as it is, by whichever of his own names he finds it.
+#[test]
+fn what_an_uncounted_image_of_several_names_stands_on_is_not_changed() {
+    for other in ["a/other.qcow2", "z/other.qcow2"] {
+        let store = common::Store::new();
+        for name in ["a", "b", "base", "z"] {
+            store.dir(name);
+        }
+        store.create("base/base.qcow2", 1 << 20, "");
+        store.scribble("base/base.qcow2", "qcow2", 1);
+        std::os::unix::fs::symlink("../base/base.qcow2", store.path("b/link.qcow2")).unwrap();
+        store.overlay("b/theirs.qcow2", "link.qcow2", "qcow2", "");
+        fs::hard_link(store.path("b/theirs.qcow2"), store.path(other)).unwrap();
+        store.overlay("base/web.qcow2", "base.qcow2", "qcow2", "");
+        store.scribble("base/web.qcow2", "qcow2", 2);
+        std::os::unix::fs::chown(store.path(other), Some(2002), Some(2002)).unwrap();
+        fs::set_permissions(store.path("base/base.qcow2"), fs::Permissions::from_mode(0o600)).unwrap();
+        let theirs = fs::read(store.oracle("b/theirs.qcow2", "qcow2")).unwrap();
+        let options = StoreOptions { owners_count: true, ..StoreOptions::default() };
+        let engine = Engine::new(&Opened::open(&store.root(), options).unwrap());
+        let refused = run(&engine, "base/web", "commit base=base").unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::NotEmpty, "{other}: {refused}");
+        assert!(fs::read(store.oracle("b/theirs.qcow2", "qcow2")).unwrap() == theirs, "{other}");
+    }
+}

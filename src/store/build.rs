@@ -39,7 +39,7 @@ pub(super) struct Builder<'a> {
     directories: BTreeSet<Place>,
     owners: Owners<'a>,
     /// Images whose names do not count, and what they name.
-    uncounted: Vec<(Place, ImageIndex)>,
+    uncounted: Vec<(ImageIndex, ImageIndex)>,
     /// The other names from which alone images' backing files are found.
     found_by: HashMap<ImageIndex, Place>,
 }
@@ -510,13 +510,14 @@ impl Builder<'_> {
 
     /// The file that `name` in the header at `from` means, if the name counts there.
     pub(super) fn find(&mut self, from: &Place, name: &[u8]) -> std::result::Result<ImageIndex, String> {
-        let image = self.by_place.get(from).map(|index| &self.files[*index]);
+        let user = self.by_place.get(from).copied();
+        let image = user.map(|index| &self.files[index]);
         // By whatever other name or link it was met: those are not its owner's to answer for.
         let (owner, lies_at) = image.map_or((0, from), |image| (image.stat.uid, &image.place));
         let place = resolve(self.roots, &self.options.maps, from, name)?;
         let Some(sentence) = self.owners.refuse(owner, lies_at, &place) else { return self.find_any(from, name) };
-        if let Ok(target) = self.find_any(from, name) {
-            self.uncounted.push((from.clone(), target));
+        if let (Some(user), Ok(target)) = (user, self.find_any(from, name)) {
+            self.uncounted.push((user, target));
         }
         Err(sentence)
     }

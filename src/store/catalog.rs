@@ -386,11 +386,8 @@ impl Catalog {
     }
 
     /// Notes which names do not count.
-    pub(super) fn note_uncounted(&mut self, uncounted: &[(Place, ImageIndex)]) {
-        let by_place: HashMap<&Place, ImageIndex> =
-            self.images.iter().enumerate().map(|(index, image)| (&image.place, index)).collect();
-        for (from, target) in uncounted {
-            let Some(user) = by_place.get(from) else { continue };
+    pub(super) fn note_uncounted(&mut self, uncounted: &[(ImageIndex, ImageIndex)]) {
+        for (user, target) in uncounted {
             self.uncounted.entry(*target).or_default().push(*user);
         }
     }
