@@ -244,20 +244,25 @@ fn a_new_file_of_the_old_name_is_neither_written_nor_removed() {
     }
 }
 
-/// What is left of a commit whose copy is whole is to remove the layers.
-#[test]
-fn a_new_disk_with_the_name_of_a_merged_layer_stays() {
-    let lab = Lab::new(Kind::PLAIN);
+/// Leaves the intent of a commit of sn3 into sn2, with web on top.
+fn leave_commit_of_sn3(lab: &Lab, is_copied: bool) {
     let deed = Deed::Commit {
         top: witness(&lab.store, "sn3.qcow2", true),
         base: witness(&lab.store, "sn2.qcow2", false),
         between: Vec::new(),
         children: vec![witness(&lab.store, "web.qcow2", false)],
         keep: false,
-        is_copied: true,
+        is_copied,
         rename: None,
     };
     leave(&lab.store, "commit top=sn3 base=sn2", "web", deed);
+}
+
+/// What is left of a commit whose copy is whole is to remove the layers.
+#[test]
+fn a_new_disk_with_the_name_of_a_merged_layer_stays() {
+    let lab = Lab::new(Kind::PLAIN);
+    leave_commit_of_sn3(&lab, true);
     lab.store.img(["rebase", "-u", "-b", "sn2.qcow2", "-F", "qcow2", "web.qcow2"]);
     let path = lab.store.path("sn3.qcow2");
     let mut inodes = Vec::new();
@@ -283,16 +288,7 @@ fn what_others_have_put_on_something_else_stays_there() {
         let lab = Lab::new(Kind::PLAIN);
         lab.store.create("other.qcow2", SIZE, "");
         lab.store.scribble("other.qcow2", "qcow2", 77);
-        let deed = Deed::Commit {
-            top: witness(&lab.store, "sn3.qcow2", true),
-            base: witness(&lab.store, "sn2.qcow2", false),
-            between: Vec::new(),
-            children: vec![witness(&lab.store, "web.qcow2", false)],
-            keep: false,
-            is_copied,
-            rename: None,
-        };
-        leave(&lab.store, "commit top=sn3 base=sn2", "web", deed);
+        leave_commit_of_sn3(&lab, is_copied);
         let format: &[&str] = if other.is_empty() { &[] } else { &["-F", "qcow2"] };
         lab.store.img([&["rebase", "-u", "-b", other], format, &["web.qcow2"]].concat());
         let content = lab.content("web.qcow2");

@@ -345,6 +345,16 @@ impl Named {
 impl Sample {
     /// Bytes of a sample.
     pub(crate) const LEN: usize = SECTOR;
+
+    /// The bytes of one that begins there in a disk; behind its end are zeroes.
+    pub(crate) fn read(view: &View, at: u64) -> Result<[u8; Self::LEN]> {
+        let mut bytes = [0; Self::LEN];
+        let have = view.size().saturating_sub(at).min(bytes.len() as u64) as usize;
+        if have > 0 {
+            view.read_at(at, &mut bytes[..have])?;
+        }
+        Ok(bytes)
+    }
 }
 
 fn evidence(file: &OwnedFd, path: &Path, format: Format, fixed: bool) -> Result<Evidence> {
@@ -504,12 +514,7 @@ fn is_other_disk(root: &Root, path: &Path, header: &Arc<Header>, samples: &[Samp
     let (name, caches) = (super::catalog::shown(path), Caches::new(PIECE as usize, PIECE as usize));
     let image = Image::qcow2(&name, Arc::new(root.open_file(path)?), None, Arc::clone(header), false, &caches)?;
     let view = View::new(vec![Layer::active(&image)?], false, &Arc::new(FlatCache::new(0)));
-    are_others(samples, |at| {
-        let mut bytes = [0; SECTOR];
-        let have = view.size().saturating_sub(at).min(SECTOR as u64) as usize;
-        view.read_at(at, &mut bytes[..have])?;
-        Ok(Digest::of(&bytes))
-    })
+    are_others(samples, |at| Sample::read(&view, at).map(|bytes| Digest::of(&bytes)))
 }
 
 fn are_others(samples: &[Sample], read: impl Fn(u64) -> Result<Digest>) -> Result<bool> {

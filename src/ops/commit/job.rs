@@ -106,23 +106,13 @@ fn witness_base(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Na
     base.will_be_written();
     let (_, open) = segment(store, world, layers, None)?;
     for sample in base.samples() {
-        sample.becomes = Some(Digest::of(&sector(&open.view, sample.at)?));
+        sample.becomes = Some(Digest::of(&Sample::read(&open.view, sample.at)?));
     }
     let layer = &open.view.layers()[layers.segment().len()];
     if !layer.image().is_raw() {
         base.keep_samples(|is_file| sample_clusters(layer, &open.view, is_file));
     }
     Ok(base)
-}
-
-/// The sector of a disk that begins there; behind its end are zeroes.
-fn sector(view: &View, at: u64) -> Result<[u8; Sample::LEN]> {
-    let mut bytes = [0; Sample::LEN];
-    let have = view.size().saturating_sub(at).min(bytes.len() as u64) as usize;
-    if have > 0 {
-        view.read_at(at, &mut bytes[..have])?;
-    }
-    Ok(bytes)
 }
 
 /// A few sectors of the data clusters of a qcow2 base, each with what a commit of `view` makes of it, by their places in
@@ -137,7 +127,7 @@ fn sample_clusters(base: &Layer, view: &View, is_file: bool) -> Vec<Sample> {
         if is_known || base.image().read_data(host, &mut was).is_err() {
             continue;
         }
-        let Ok(becomes) = sector(view, at) else { continue };
+        let Ok(becomes) = Sample::read(view, at) else { continue };
         samples.push(Sample { at: place, was: Digest::of(&was), becomes: Some(Digest::of(&becomes)) });
     }
     samples
