@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::HeaderChange;
-use crate::image::write::{BackingDisk, Located, Writer};
+use crate::image::write::{Below, Located, Writer};
 use crate::io::Claim;
 use crate::store::{
     ActiveJob, Catalog, Deed, ImageIndex, Intent, JobImage, Keeping, Named, OpenView, OwnedIntent, Store, ViewPart,
@@ -136,7 +136,7 @@ fn open(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Ready> {
             let job = store.take_active(&world.catalog, &world.catalog.layers(*into))?;
             let writer = job.writer()?;
             let both = Both { now: job.below(), then: fill.then() };
-            writer.set_backing(Some(Arc::new(both)));
+            writer.set_below(Some(Arc::new(both)));
             (Target::Active(job), writer)
         } else {
             let mut image = store.take_image(&world.catalog, *into)?;
@@ -256,7 +256,7 @@ impl Part {
     /// It stays on what it stands on.
     fn give_up(self) -> Result<()> {
         if let Target::Active(job) = &self.target {
-            self.writer.set_backing(job.below().map(|view| view as Arc<dyn BackingDisk>));
+            self.writer.set_below(job.below().map(|view| view as Arc<dyn Below>));
         }
         self.close().map(drop)
     }
