@@ -1,4 +1,4 @@
-//! The adapter to FUSE: requests to [`Tree`], answers to replies, errors to errno. Nothing else
+//! The adapter to FUSE: requests to [`MountTree`], answers to replies, errors to errno. Nothing else
 //! names fuser.
 
 mod again;

@@ -1,7 +1,7 @@
 //! An active disk in the hands of a job, while guests read and write it.
 //!
 //! Promises: what stands below the disk, and even its top image, is replaced in one moment, between two
-//! requests; everybody who has it open goes on without noticing. While it is [`Sealed`] nobody reads or writes,
+//! requests; everybody who has it open goes on without noticing. While it is [`Quiesced`] nobody reads or writes,
 //! so that lasts no longer than a flush and a rename. Whether the bytes stay the same is the job's to see to.
 
 use std::path::Path;
