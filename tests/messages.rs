@@ -149,7 +149,7 @@ fn a_command_in_a_mount_names_the_chain_that_is_meant() {
                 1,
                 "web01 has no view nope; there is active, tuesday, monday, base, active@inner\n",
             ),
-            ("umount mnt/web01", 1, "mnt/web01 is not a mount point; it lies in the mount at mnt: name that\n"),
+            ("umount mnt/web01", 1, "mnt/web01 is not a mount point; it is in the mount at mnt: name that\n"),
         ],
     );
     let control = Control::of(&mount, "web01");
@@ -207,7 +207,7 @@ fn a_revert_says_where_newer_snapshots_go() {
 fn a_mount_says_what_it_hides_and_whom_it_lets_in() {
     let store = chain();
     for (options, hint) in [
-        ("ro,uid=4711", "uid=4711 shows who owns the files, and lets nobody in but user 0; add -o allow_other\n"),
+        ("ro,uid=4711", "uid=4711 only changes the owner shown: still only uid 0 has access; add -o allow_other\n"),
         ("ro,uid=4711,allow_other", ""),
         ("ro", ""),
     ] {
@@ -425,7 +425,7 @@ fn an_unmount_that_waits_says_for_whom() {
         .expect("chainfs");
     let mut sentence = String::new();
     BufReader::new(waiting.stderr.take().expect("piped")).read_line(&mut sentence).expect("its word");
-    let fact = "to end: the mount goes on in the mount namespace of sleep[";
+    let fact = "to end: the store is still mounted in the mount namespace of sleep[";
     assert!(sentence.contains(fact), "{sentence}");
     let pid = Pid::from_raw(other.id().cast_signed()).expect("a process");
     kill_process(pid, Signal::TERM).expect("ours");
@@ -523,8 +523,8 @@ fn an_address_means_the_same_in_every_command() {
 fn an_address_that_could_mean_two_disks_is_refused_with_both() {
     let store = chain();
     store.img(["snapshot", "-c", "monday", "web01.qcow2"]);
-    let both = "store/web01.qcow2@monday could mean the layer (store/web01.qcow2@monday.qcow2) or the internal snapshot \
-                (store/web01.qcow2@active@monday); say which\n";
+    let both = "store/web01.qcow2@monday is ambiguous: the layer (store/web01.qcow2@monday.qcow2) or the internal snapshot \
+                (store/web01.qcow2@active@monday); name one of them\n";
     let (sector, oracle) = ("store/web01.qcow2@monday", store.oracle("monday.qcow2", "qcow2"));
     all_say(
         &store,
