@@ -312,7 +312,7 @@ fn who_writes_a_disk_is_named_with_what_to_do() {
     let mount = Mount::new(&store);
     let held = Qemu::running_on(&store, "web01.qcow2", &[]);
     let by = "web01.qcow2 is being written by another process (qemu-nbd[";
-    let rest = "]); wait until it is closed; -U, or force_share for a mount, reads what it is while it changes\n";
+    let rest = "]); wait until it is closed, or read it while it changes with -U (for a mount: -o force_share)\n";
     for words in ["map store/web01.qcow2", "ls mnt/web01/active.raw:", "info -U store/web01.qcow2"] {
         let (code, _, err) = chainfs(&store, words).outcome();
         let is_refused = !words.contains("-U");
@@ -328,10 +328,11 @@ fn who_writes_a_disk_is_named_with_what_to_do() {
     drop(held);
     eventually("problems.txt is empty again", LIMIT, || mount.text(".chainfs/problems.txt").is_empty());
     let held = Holder::domain(&store, "web01.qcow2", "db,,7");
-    let domain = " of domain db,7); what lies below it can be read: take a snapshot with virsh snapshot-create-as db,7 \
+    let domain = " of domain db,7); take a snapshot with virsh snapshot-create-as db,7 \
                   --disk-only and read that, or shut db,7 down\n";
     all_say(&store, &[("map store/web01.qcow2", 1, domain)]);
-    let command = "of domain db,7); while db,7 runs, its images are changed with virsh (snapshot-create-as, blockcommit, blockpull)";
+    let command =
+        "of domain db,7); while db,7 runs, change its images with virsh (snapshot-create-as, blockcommit, blockpull)";
     let sentence = Control::of(&mount, "web01").refused("resize +1M", Errno::BUSY);
     assert!(sentence.contains("domain db,7") && !sentence.contains("force_share"), "{sentence}");
     let plan = chainfs(&store, "resize mnt/web01 +1M --dry-run").outcome().1;
@@ -402,7 +403,10 @@ fn an_unmount_says_who_is_in_its_way() {
     // A shell that becomes chainfs, in the mount itself.
     let script = format!("cd {}/web01 && exec {CHAINFS} umount ..", mount.dir().display());
     let said = tool("bash").args(["-c", &script]).fails();
-    assert!(said.contains("is in use by ") && said.contains("this command, whose current directory it is"), "{said}");
+    assert!(
+        said.contains("is in use by ") && said.contains("this command, which has its current directory there"),
+        "{said}"
+    );
     mount.umount();
 }
 
@@ -442,7 +446,7 @@ fn a_dead_mount_is_told_from_one_that_is_not_there() {
     kill_process(daemon, Signal::KILL).expect("ours");
     eventually("the mount is dead", LIMIT, || fs::metadata(mount.dir()).is_err());
     let remedy =
-        "the mount is dead, for its daemon has gone; take it away with chainfs umount, and mount the store again\n";
+        "the mount is dead because its daemon has ended; unmount it with chainfs umount, and mount the store again\n";
     all_say(
         &store,
         &[

@@ -1,9 +1,9 @@
 //! Resolves the `VIEW` of `IMAGE@VIEW`: an internal snapshot of the image, or a view of its chain.
 //!
 //! All commands use this resolver. Promise: an address means the same one disk in every command. An ambiguous
-//! address is refused with the addresses of all candidates. `VIEW` is an internal snapshot's name; a view's name
-//! as in a mount of the image (`active@monday`, `sn1`); the file name of a layer; or, if it is none of these, an
-//! internal snapshot's id.
+//! address is refused with the addresses of all candidates. `VIEW` is an internal snapshot's name; a view's
+//! name as in a mount of the image (`active@monday`, `sn1`); the file name of a layer; or, if it is none of
+//! these, an internal snapshot's id.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -13,8 +13,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::report::safe::terminal_bytes;
 use crate::store::{Catalog, ChainView, ChainViews, ImageIndex, Store};
 
-/// The view that `wanted` names in the chain from the image `index` downwards; `image` is the user's name for it.
-/// The view's layer number is relative to the image.
+/// The view that `wanted` names in the chain from the image `index` downwards; `image` is the user's name for
+/// it. The view's layer number is relative to the image.
 pub(super) fn resolve(
     store: &Store,
     catalog: &Catalog,

@@ -496,7 +496,8 @@ where
     })
 }
 
-/// Replaces clap's tip for an unknown option: clap suggests to put it behind `--`, which would make it a file name.
+/// Replaces clap's tip for an unknown option: clap suggests to put it behind `--`, which would make it a file
+/// name.
 fn with_right_tip(mut error: clap::Error, command: Option<&OsString>) -> clap::Error {
     if error.kind() != ErrorKind::UnknownArgument {
         return error;

@@ -67,8 +67,8 @@ fn at(error: Error, text: &str, name: &str, key: &str) -> Error {
     error.within(line.map_or_else(|| name.to_owned(), |line| format!("{name}: line {line}")))
 }
 
-/// Checks that the directories named in a file exist. Without them the mount fails with an error that does not
-/// point to the configuration file.
+/// Checks that the directories named in a file exist. Without them the mount fails with an error that does
+/// not point to the configuration file.
 fn check_directories(options: &MountOptions, text: &str, name: &str) -> Result<()> {
     let missing = options.backing_dirs.iter().find_map(|place| Some((place, std::fs::read_dir(place).err()?)));
     let Some((place, error)) = missing else { return Ok(()) };

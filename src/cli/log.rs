@@ -93,8 +93,8 @@ impl Write for Syslog {
     }
 }
 
-/// Sends without blocking, and drops the message if the log is not ready: threads that serve the kernel must not
-/// wait for another process.
+/// Sends without blocking, and drops the message if the log is not ready: threads that serve the kernel must
+/// not wait for another process.
 fn send(message: &[u8], log: &Path) -> io::Result<()> {
     let socket = UnixDatagram::unbound()?;
     socket.set_nonblocking(true)?;

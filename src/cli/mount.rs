@@ -208,14 +208,14 @@ fn detach() -> Result<()> {
     Ok(())
 }
 
-/// Flushes all writers and unmounts on SIGTERM or SIGINT. A mount in use goes on serving; a second signal detaches
-/// it, and it ends when its last file is closed.
+/// Flushes all writers and unmounts on SIGTERM or SIGINT. A mount in use goes on serving; a second signal
+/// detaches it, and it ends when its last file is closed.
 fn end_on_signals(mut signals: Signals, mount: OwnMount, tree: Arc<MountTree>, ending: Arc<AtomicBool>) -> Result<()> {
     let work = move || {
         let mut asked = false;
         for signal in &mut signals {
-            // SIGHUP: the terminal has gone. SIGXFSZ: a write beyond a file size limit, which the client sees as
-            // EFBIG. Neither is a request to unmount.
+            // SIGHUP: the terminal has gone. SIGXFSZ: a write beyond a file size limit, which the client sees
+            // as EFBIG. Neither is a request to unmount.
             if matches!(signal, SIGHUP | SIGXFSZ) {
                 continue;
             }
@@ -228,8 +228,8 @@ fn end_on_signals(mut signals: Signals, mount: OwnMount, tree: Arc<MountTree>, e
                     notify_service_manager(&format!("STATUS={sentence}"));
                     asked = true;
                 }
-                // A mount in use keeps running its jobs. This one is unmounted, though open files may keep the
-                // daemon alive: the jobs stop now, and the next mount resumes them.
+                // A mount in use keeps running its jobs. This one is unmounted, though open files may keep
+                // the daemon alive: the jobs stop now, and the next mount resumes them.
                 Ok(()) => tree.stop(),
                 Err(error) if !ending.load(Ordering::Relaxed) => tracing::warn!("{error}"),
                 Err(_) => {}

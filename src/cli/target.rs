@@ -1,7 +1,7 @@
 //! Resolves a PATH operand: a store, an image, a view of an image, or a path in a mount.
 //!
-//! For a path in a mount, the store of the mount is opened directly. No request goes to the daemon, so commands
-//! work while it is dead or busy.
+//! For a path in a mount, the store of the mount is opened directly. No request goes to the daemon, so
+//! commands work while it is dead or busy.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;

@@ -59,7 +59,8 @@ fn drawn(forest: &Forest, args: &TreeArgs) -> String {
 
 /// Shows the chain before and after a command; 1 if the command would be refused.
 fn before_and_after(args: &TreeArgs) -> Result<u8> {
-    // One line in the syntax of control files; the arguments are quoted again because the shell removed the quotes.
+    // One line in the syntax of control files; the arguments are quoted again because the shell removed the
+    // quotes.
     let words: Vec<Vec<u8>> = args.dry_run.iter().map(|word| quote(word.as_bytes())).collect();
     let request = Request::parse_command(&words.join(&b' '))?;
     let (store, plan) = planned(&args.path, &request, &args.image.options)?;

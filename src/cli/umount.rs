@@ -1,4 +1,5 @@
-//! `chainfs umount`: returns when the daemon has closed all files and released all locks; umount(8) does not wait.
+//! `chainfs umount`: returns when the daemon has closed all files and released all locks; umount(8) does not
+//! wait.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;

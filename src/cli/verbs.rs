@@ -1,5 +1,5 @@
-//! The verbs (`chainfs snapshot`, `commit` ...): through a mount's control files, or in this process if the store
-//! is not mounted.
+//! The verbs (`chainfs snapshot`, `commit` ...): through a mount's control files, or in this process if the
+//! store is not mounted.
 
 use std::fs::File;
 use std::io::{Read, Write};

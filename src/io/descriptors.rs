@@ -1,9 +1,10 @@
-//! One bound on everything that is open: a store has more images than a process may have descriptors.
+//! A limit for open descriptors: a store may have more images than a process may have descriptors.
 //!
-//! Whoever opens something that lasts takes room for it first: images, files that are written, and the sockets of the
-//! processes that read guests' file systems. Where there is none left, what was not used for longest (by the clock algorithm) and can be had again
-//! is let go of: files that are idle and processes that nobody asks anything, then files that only carry a reader's locks. Whoever finds nothing that can
-//! go is refused; nobody else is. A reserve stays for what is open for a moment: directories that are listed, files that are looked at.
+//! Long-lived opens reserve descriptors first: images, files that are written, and the sockets of the workers
+//! that read guests' file systems. If none is left, the least recently used entry (by the clock algorithm)
+//! that can be reopened is closed: first idle files and idle workers, then files that only carry a reader's
+//! locks. If no entry can be closed, the request is refused. A reserve is kept for short-lived opens:
+//! directories that are listed, files that are probed.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,35 +17,36 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// More would only slow down `fork` and `exec` of nobody, and help nobody.
+/// More descriptors would not help.
 const MOST: usize = 65_536;
-/// With less room than that nothing can be served.
+/// With fewer descriptors, requests cannot be served.
 const LEAST: usize = 12;
-/// What is going to be open for as long as the process lives, before it has been counted.
+/// Estimate of the descriptors that stay open for the life of the process, until they are counted.
 const EXPECTED: usize = 16;
-/// How long somebody waits for what is just being used, and how often he looks.
+/// How long a request waits for entries that are in use, and how often it tries.
 const PATIENCE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(2);
-/// How often something is opened that is open for a moment only, where the process has no descriptor left.
+/// Attempts at a short-lived open while the process has no descriptor left.
 const TRIES: usize = 64;
 
-/// Something that costs descriptors and can be had again.
+/// An entry that uses descriptors and can be reopened.
 pub trait Reclaimable: Send + Sync {
-    /// Whether it was used since this was asked last.
+    /// Whether it was used since the last call.
     fn was_used(&self) -> bool;
-    /// Gives back what it has, unless somebody is just using it, or (not `at_any_cost`) might miss it. It waits for nobody.
+    /// Closes its descriptors, unless they are in use or (without `at_any_cost`) carry locks. Never blocks.
     fn let_go(&self, at_any_cost: bool) -> bool;
 }
 
-/// All that is open and lasts.
+/// All long-lived open descriptors.
 pub struct Descriptors {
     limit: AtomicUsize,
     count: AtomicUsize,
-    /// Those of them that cannot be let go of.
+    /// The number of those that cannot be closed.
     pinned: AtomicUsize,
-    /// In the order of the clock's hand; among them some that have been dropped since.
+    /// In the order of the clock's hand; some may have been dropped since.
     idle: Mutex<VecDeque<Weak<dyn Reclaimable>>>,
-    /// Held during a search for what can go: one at a time. Below it things are only tried.
+    /// Held during a search for entries to close: one search at a time. While it is held, other locks are
+    /// only tried.
     search: Mutex<()>,
 }
 
@@ -54,7 +56,7 @@ impl std::fmt::Debug for Descriptors {
     }
 }
 
-/// Room for some descriptors, until dropped.
+/// A reservation of descriptors, until dropped.
 #[derive(Debug)]
 pub struct DescriptorReservation {
     of: Arc<Descriptors>,
@@ -67,7 +69,7 @@ impl Drop for DescriptorReservation {
     }
 }
 
-/// Says that some of what has room cannot be let go of, until dropped.
+/// Marks some reserved descriptors as not closable, until dropped.
 #[derive(Debug)]
 pub struct Pin {
     of: Arc<Descriptors>,
@@ -81,13 +83,14 @@ impl Drop for Pin {
 }
 
 impl Descriptors {
-    /// Those of this process: as many as it may have, less what is open besides and a reserve. Raises the soft limit to the hard one.
+    /// The limit of this process, less other open descriptors and a reserve. Raises the soft limit to the
+    /// hard one.
     pub fn for_process() -> Arc<Self> {
         static PROCESS: LazyLock<Arc<Descriptors>> = LazyLock::new(|| {
             let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
             let wanted = maximum.unwrap_or(MOST as u64).min(MOST as u64);
             if current.is_some_and(|current| current < wanted) {
-                // Refused or not, what counts is the limit that holds afterwards.
+                // The result is ignored: the limit is read again below.
                 let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum });
             }
             Descriptors::with_limit(rest(process_limit(), others(0) + EXPECTED).max(LEAST))
@@ -106,36 +109,36 @@ impl Descriptors {
         })
     }
 
-    /// Counts what is open besides, once all is that is going to be open for as long as the process lives, but for `more`.
-    /// `Exhausted` if that leaves too little.
+    /// Counts the other open descriptors. Called when all permanent ones but `more` are open. `Exhausted` if
+    /// too few are left.
     pub fn settle(&self, more: usize) -> Result<()> {
         let (most, others) = (process_limit(), others(self.open_count()) + more);
         let limit = rest(most, others);
         if limit < LEAST {
             let least = (others + reserve(0) + LEAST).next_multiple_of(16);
-            let fact = format!("at most {most} files may be open at a time, which is too few: {least} are needed");
+            let fact = format!("the limit of open files is {most}, which is too low: {least} are needed");
             return Err(Error::new(ErrorKind::Exhausted, format!("{fact}; {RAISE}")));
         }
         self.limit.store(limit, Ordering::Release);
         Ok(())
     }
 
-    /// How many may be open.
+    /// The limit of open descriptors.
     pub fn limit(&self) -> usize {
         self.limit.load(Ordering::Acquire)
     }
 
-    /// How many are open; for metrics.
+    /// The number of open descriptors; for metrics.
     pub fn open_count(&self) -> usize {
         self.count.load(Ordering::Acquire)
     }
 
-    /// How many may be open for a moment besides.
+    /// The reserve for short-lived opens.
     pub fn reserve(&self) -> usize {
         reserve(self.limit())
     }
 
-    /// Room for `count` more. Waits a moment for what is just being used; then it is `Exhausted`.
+    /// Reserves `count` descriptors. Waits briefly for entries in use; then fails with `Exhausted`.
     pub fn claim(self: &Arc<Self>, count: usize) -> Result<DescriptorReservation> {
         let begun = Instant::now();
         loop {
@@ -143,14 +146,14 @@ impl Descriptors {
                 return Ok(room);
             }
             if begun.elapsed() > PATIENCE {
-                let fact = format!("{} files are open, and more may not be", self.open_count());
+                let fact = format!("{} files are open, which is the limit", self.open_count());
                 return Err(Error::new(ErrorKind::Exhausted, format!("{fact}; close some of them, or {RAISE}")));
             }
             std::thread::sleep(PAUSE);
         }
     }
 
-    /// Room for `count` more, if there is some or what is idle can make some.
+    /// Reserves `count` descriptors, and closes idle entries if necessary; `None` if that is not enough.
     pub fn try_claim(self: &Arc<Self>, count: usize) -> Option<DescriptorReservation> {
         let take = || {
             let more = |now: usize| (now + count <= self.limit()).then_some(now + count);
@@ -160,8 +163,8 @@ impl Descriptors {
         is_taken.then(|| DescriptorReservation { of: Arc::clone(self), count })
     }
 
-    /// Notes that `count` descriptors cannot be let go of. `Exhausted` if more than `part` (nominator and denominator) of all were pinned
-    /// then: something has to be left to read everything else with.
+    /// Marks `count` descriptors as not closable. `Exhausted` if more than `part` (numerator and denominator)
+    /// of all would be pinned: readers need the rest.
     pub fn pin(self: &Arc<Self>, count: usize, part: (usize, usize)) -> Result<Pin> {
         let most = self.limit() * part.0 / part.1;
         let more = |now: usize| (now + count <= most.max(count)).then_some(now + count);
@@ -172,7 +175,7 @@ impl Descriptors {
         Ok(Pin { of: Arc::clone(self), count })
     }
 
-    /// Notes something that has room and can be let go of.
+    /// Registers an entry that has a reservation and can be closed.
     pub fn register(&self, idle: Weak<dyn Reclaimable>) {
         let mut all = self.idle.lock();
         if all.len() > 2 * self.limit() {
@@ -181,11 +184,11 @@ impl Descriptors {
         all.push_back(idle);
     }
 
-    /// Lets go of what was not used for longest, until no more than `most` are open; whether they are.
+    /// Closes the least recently used entries until at most `most` are open; whether that succeeded.
     fn make_room(&self, most: usize) -> bool {
         let _search = self.search.lock();
         for at_any_cost in [false, true] {
-            // Twice round at most: the first time round all may have been used since the last.
+            // At most two rounds: in the first one, all entries may have their use mark set.
             let mut steps = 2 * self.idle.lock().len();
             while self.open_count() > most && steps > 0 {
                 steps -= 1;
@@ -199,12 +202,12 @@ impl Descriptors {
         self.open_count() <= most
     }
 
-    /// The process has no descriptor left though there was room: something else has more open than was known.
+    /// Handles EMFILE despite a reservation: other code has more descriptors open than was counted.
     fn relieve(&self) {
         let has_let_go = self.make_room(self.open_count().saturating_sub(4));
-        // That can be asked only where there is a descriptor left to ask with.
+        // Counting needs a descriptor of its own.
         if has_let_go {
-            // What is open for a moment is among the others: the reserve is theirs.
+            // Short-lived opens are counted among the others: they use the reserve.
             let limit = process_limit().saturating_sub(others(self.open_count()));
             self.limit.fetch_min(limit.max(LEAST), Ordering::AcqRel);
         }
@@ -214,7 +217,7 @@ impl Descriptors {
 /// The remedy.
 const RAISE: &str = "raise the limit of open files (ulimit -n, LimitNOFILE=)";
 
-/// Opens something for a moment; where the process has no descriptor left, what is idle makes room for it.
+/// Runs a short-lived open; closes idle entries if the process has no descriptor left.
 pub(super) fn with_room<T>(mut open: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
     for _ in 0..TRIES {
         match open() {
@@ -227,19 +230,19 @@ pub(super) fn with_room<T>(mut open: impl FnMut() -> rustix::io::Result<T>) -> r
     open()
 }
 
-/// How many descriptors the process may have.
+/// The process' limit of descriptors.
 fn process_limit() -> usize {
     getrlimit(Resource::Nofile).current.map_or(MOST, |current| current.min(MOST as u64) as usize)
 }
 
-/// How many descriptors are open besides those `counted`.
+/// The number of open descriptors other than those `counted`.
 fn others(counted: usize) -> usize {
-    // One is the directory's own.
+    // One is that of the directory itself.
     let open = std::fs::read_dir("/proc/self/fd").map_or(EXPECTED, |all| all.count().saturating_sub(1));
     open.saturating_sub(counted)
 }
 
-/// What is kept for what is open for a moment only.
+/// The reserve for short-lived opens, for a limit.
 fn reserve(most: usize) -> usize {
     (most / 8).clamp(24, 128)
 }
@@ -311,7 +314,7 @@ mod tests {
         let _ = FileStat::of(std::fs::File::open(place).unwrap()).unwrap();
     }
 
-    /// Something that has room for three, as long as nobody asks for it back.
+    /// An entry with three descriptors that closes on request.
     struct Lent(Mutex<Option<DescriptorReservation>>, bool);
 
     impl Reclaimable for Lent {

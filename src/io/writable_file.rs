@@ -1,8 +1,8 @@
-//! The descriptor through which a file is written.
+//! The descriptor for writing a file.
 //!
-//! Lives for as long as somebody writes: it is never closed to make room for another. It carries no
-//! locks, those are on the [`StoreFile`](super::StoreFile)'s own, and is given only for the very file
-//! that they are on.
+//! It stays open as long as the file has a writer: it is never closed to free a descriptor. It carries no
+//! locks: those are on the [`StoreFile`](super::StoreFile)'s descriptor. It is always of the same file as
+//! those.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -18,9 +18,9 @@ use super::descriptors::DescriptorReservation;
 use super::file::{FileStat, extent, read_full};
 use super::{Storage, WriteStorage, copy_by_hand};
 
-/// What is written at once where a file system cannot zero by itself.
+/// Bytes written at a time if the file system cannot zero a range.
 const ZEROES: &[u8] = &[0; 64 << 10];
-/// What the kernel is asked to copy at once: a copy cannot be broken off.
+/// Bytes per copy request to the kernel: a request cannot be interrupted.
 const MAX_COPY: u64 = 16 << 20;
 
 /// A file that is open for reading and writing.
@@ -29,13 +29,13 @@ pub struct WritableFile {
     file: Arc<OwnedFd>,
     path: PathBuf,
     _room: DescriptorReservation,
-    /// Held alone while tables are written, shared by those who read them through the
+    /// Exclusive while tables are written, shared by readers of tables through the
     /// [`StoreFile`](super::StoreFile). A leaf.
     tables: Arc<RwLock<()>>,
 }
 
 impl WritableFile {
-    /// Takes over an open file, for which there is `room`; `path` is for messages.
+    /// Takes over an open file, for which `room` is reserved; `path` is for messages.
     pub(super) fn new(file: OwnedFd, path: &Path, room: DescriptorReservation, tables: &Arc<RwLock<()>>) -> Arc<Self> {
         Arc::new(Self { file: Arc::new(file), path: path.to_path_buf(), _room: room, tables: Arc::clone(tables) })
     }
@@ -107,7 +107,7 @@ impl WriteStorage for WritableFile {
     }
 
     fn punch_hole(&self, at: u64, len: u64) -> Result<()> {
-        self.fallocate("giving back space of", FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, len)
+        self.fallocate("punching a hole in", FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, len)
     }
 
     fn write_zeroes(&self, at: u64, len: u64) -> Result<()> {
@@ -141,7 +141,7 @@ impl WriteStorage for WritableFile {
         let Some(source_file) = source.open_file() else { return copy_by_hand(self, at, source, from, len) };
         let mut done = 0;
         while done < len {
-            // The kernel shares the blocks where the file system can (it tries that first), and copies else.
+            // The kernel first tries to share the blocks, and copies otherwise.
             let (mut read_at, mut write_at) = (from + done, at + done);
             let piece = (len - done).min(MAX_COPY) as usize;
             match fs::copy_file_range(&source_file, Some(&mut read_at), &self.file, Some(&mut write_at), piece) {
@@ -151,7 +151,7 @@ impl WriteStorage for WritableFile {
                 }
                 Ok(copied) => done += copied as u64,
                 Err(Errno::INTR) => {}
-                // Between file systems that do not know each other, and on those that cannot.
+                // Across file systems, and on file systems without support for copies.
                 Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::TXTBSY | Errno::PERM) => {
                     return copy_by_hand(self, at + done, source, from + done, len - done);
                 }
@@ -222,7 +222,7 @@ mod tests {
         seen.accept_changes().unwrap();
         drop(lock);
         assert!(seen.let_go(true));
-        assert_eq!(seen.read_at(0, &mut [0; 16]).unwrap(), 9, "it is the file as we left it");
+        assert_eq!(seen.read_at(0, &mut [0; 16]).unwrap(), 9, "it is the file as this process left it");
     }
 
     #[test]

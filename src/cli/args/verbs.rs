@@ -53,7 +53,8 @@ pub struct SnapshotArgs {
     /// A description of the snapshot
     #[arg(long, value_name = "TEXT")]
     pub description: Option<String>,
-    /// Snapshot these chains at one instant; TARGET is the mount or the store. Write a comma within a path as \,
+    /// Snapshot these chains at one instant; TARGET is the mount or the store. Write a comma within a path as
+    /// \,
     #[arg(long, value_name = "CHAINS")]
     pub chains: Vec<OsString>,
     /// How the verb is run.

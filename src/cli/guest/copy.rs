@@ -179,8 +179,8 @@ impl CopyRun {
         Ok(CopyFrame { folder, entry, entries: entries.into_iter(), path, finish })
     }
 
-    /// Copies one entry to the last name of `path`. Of a directory, only the directory itself is created; it is
-    /// returned, with whether it is new.
+    /// Copies one entry to the last name of `path`. Of a directory, only the directory itself is created; it
+    /// is returned, with whether it is new.
     fn entry(
         &mut self,
         source: &CopyOperand<'_>,

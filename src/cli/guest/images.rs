@@ -1,7 +1,8 @@
 //! Opens the images that a command names, each in a store that is large enough.
 //!
-//! An image is opened alone, as in all other commands, unless that is not enough: a volume group may need disks
-//! of other chains, and a comparison of two images skips their shared layers only if one store has both.
+//! An image is opened alone, as in all other commands, unless that is not enough: a volume group may need
+//! disks of other chains, and a comparison of two images skips their shared layers only if one store has
+//! both.
 
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -75,7 +76,8 @@ impl OpenStores {
         Ok(Self { options, store: args.store.clone(), open: Vec::new() })
     }
 
-    /// Warns of each volume that was read without its journal, and so without its last writes; whether there are any.
+    /// Warns of each volume that was read without its journal, and so without its last writes; whether there
+    /// are any.
     pub(super) fn warn_stale(&self) -> bool {
         let mut is_stale = false;
         for opened in &self.open {

@@ -1,8 +1,8 @@
 //! Writes a guest's files to the host.
 //!
-//! Promises: files are written only in directories that were opened or created here. No name from the guest and
-//! no copied symbolic link leads elsewhere: each name is a single component, created in an open directory. A file
-//! gets its name when it is complete.
+//! Promises: files are written only in directories that were opened or created here. No name from the guest
+//! and no copied symbolic link leads elsewhere: each name is a single component, created in an open
+//! directory. A file gets its name when it is complete.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -52,8 +52,8 @@ impl OutputDirectory {
         opened.map(Self).map_err(|error| Error::io(format!("opening {}", shown(path)), error))
     }
 
-    /// Opens the subdirectory of that name, or creates it; returns it with whether it is new. A file of another
-    /// type, or a symbolic link to a directory, is an error.
+    /// Opens the subdirectory of that name, or creates it; returns it with whether it is new. A file of
+    /// another type, or a symbolic link to a directory, is an error.
     pub(super) fn enter(&self, name: &[u8]) -> Result<(Self, bool)> {
         let is_new = match fs::mkdirat(&self.0, name, Mode::RWXU) {
             Ok(()) => true,
@@ -210,8 +210,8 @@ impl OutputDirectory {
     }
 }
 
-/// Sets owner, attributes, permission bits and times of an open file or directory, in an order in which no step
-/// resets an earlier one.
+/// Sets owner, attributes, permission bits and times of an open file or directory, in an order in which no
+/// step resets an earlier one.
 fn finish(
     fd: std::os::fd::BorrowedFd<'_>,
     found: &FileAttributes,

@@ -58,7 +58,8 @@ pub(super) fn find(opened: &Arc<OpenStore>, image: &Path, name: &DiskName) -> Re
     Ok(Some(disk(opened, &catalog, &chain, &views, view)))
 }
 
-/// A view of a chain by its path in a mount; without `view`, the active disk. `wanted` is the part after an at sign.
+/// A view of a chain by its path in a mount; without `view`, the active disk. `wanted` is the part after an
+/// at sign.
 pub(super) fn in_chain(
     opened: &Arc<OpenStore>,
     chain: &Path,
@@ -108,8 +109,8 @@ pub(super) fn in_one_chain((a, b): (StoreDisk, StoreDisk)) -> (StoreDisk, StoreD
     (a, b)
 }
 
-/// All views of the chains that contain the disk's top layer, or of the chain `alone`, from the bases upwards: name
-/// and disk. Each view occurs once.
+/// All views of the chains that contain the disk's top layer, or of the chain `alone`, from the bases
+/// upwards: name and disk. Each view occurs once.
 pub(super) fn all_around(disk: &StoreDisk, alone: Option<&Path>) -> Vec<(Vec<u8>, StoreDisk)> {
     let opened = &disk.opened;
     let catalog = opened.store.catalog();
