@@ -449,6 +449,7 @@ pub(super) fn freeze(store: &Arc<Store>, world: &World, index: ImageIndex, froze
     if image.frozen.is_some() {
         return Ok(());
     }
+    // C5: durably, or the command fails.
     if image.format == Some(Format::Raw) {
         return store.note_frozen(&world.guarded(&image.place.path), Some(frozen));
     }
@@ -559,6 +560,7 @@ pub(super) fn remove(store: &Arc<Store>, files: &[Named], is_valid: bool, comman
 
 /// Removes from the trash what would show something else if these files were changed or gone.
 pub(super) fn forget_trash(world: &World, changed: &[FileId]) -> Result<()> {
+    // T1: what would show something else goes before that happens.
     let spoilt = world.store.trash_on(&world.catalog, changed)?;
     for item in &spoilt {
         tracing::info!("{} goes from the trash: what it stands on changes", shown(&item.path));

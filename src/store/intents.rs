@@ -623,6 +623,7 @@ impl Guard {
             file.write_at(0, format!("{BEGUN}{}", intent.text()).as_bytes())?;
             file.sync()?;
             let claim = Claim::take(self.root.open_file_for_writing(&draft)?, &draft, Duration::ZERO)?;
+            // J2: the file and its name are on disk before this returns.
             names.rename(&draft, &path, true)?;
             names.sync(self.intents())?;
             Ok((intent, claim))

@@ -82,6 +82,7 @@ impl Judge {
     }
 
     fn may(&self, who: &Subject, place: &Place, want: u32) -> bool {
+        // A1: each directory on the way, and the file.
         let is_met = |way: Arc<Steps>| {
             way.directories.iter().all(|directory| who.may(directory, SEARCH)) && who.may(&way.file, want)
         };

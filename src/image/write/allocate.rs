@@ -223,6 +223,7 @@ impl Meta {
             return Err(error.into());
         }
         self.roles.add(run.first, 1);
+        // M2: the new table is counted once.
         self.set_word(core, place, Class::L1, EntryFormat::owned(table))?;
         if let Some(old) = entry.l2 {
             let first = core.cluster().index(old.0);

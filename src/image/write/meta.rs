@@ -302,6 +302,7 @@ impl Meta {
         if end > self.fresh {
             return Err(core.corrupt(format_args!("a data cluster at {first:#x} lies past the end of the file")));
         }
+        // M3: a table is never data.
         match (first..end).find(|cluster| self.roles.contains(*cluster)) {
             Some(table) => Err(core.corrupt(format_args!("cluster {table:#x} is named as data, but holds a table"))),
             None => Ok(()),

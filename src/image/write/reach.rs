@@ -146,6 +146,7 @@ impl Meta {
         for (number, words) in self.all_words(core, table)?.into_iter().enumerate() {
             let Some(clusters) = references(core, words) else { continue };
             for cluster in clusters.first..clusters.first + clusters.count {
+                // M1, M2: the count rises first, then the flag goes.
                 self.count_once_more(core, cluster)?;
             }
             if EntryFormat::copied(words.entry) {
@@ -217,6 +218,7 @@ impl Meta {
             if EntryFormat::is_compressed(words.entry) || EntryFormat::copied(words.entry) || host == 0 {
                 continue;
             }
+            // M2: what is counted once is flagged, and nothing else.
             if self.count(core, core.cluster().index(host))? == 1 {
                 let at = table.0 + number as u64 * core.format.l2_entry_len();
                 let owned = words.entry | EntryFormat::owned(HostOffset(host));

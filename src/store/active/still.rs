@@ -221,6 +221,7 @@ impl Stills {
                     others -= count;
                 }
             }
+            // G5: the view is lost; the write goes on.
             if is_too_much(others) {
                 still.lose();
             } else {
@@ -332,6 +333,7 @@ impl ActiveHandle {
         while !rest.is_empty() {
             let len = rest.len().min((CHUNK - at % CHUNK) as usize);
             let (piece, more) = rest.split_at_mut(len);
+            // G2: the before-image where there is one; `Stale` where it was lost.
             still.read_chunk(at, piece, |piece| {
                 let mut done = 0;
                 while done < len {
