@@ -10,7 +10,6 @@ use std::time::Duration;
 use common::foreign::Qemu;
 use common::*;
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::libc;
 use rustix::io::Errno;
 
 /// A lock goes away when its last holder closes; the kernel may tell us a moment later.

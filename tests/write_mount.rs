@@ -13,7 +13,6 @@ use std::time::Duration;
 use common::active::{LEAVES, Model, NOTICED, assert_left_behind, chain, errno, rw};
 use common::compare::runs_by_seek;
 use common::*;
-use nix::libc;
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 

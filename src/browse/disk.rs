@@ -112,7 +112,7 @@ impl BrowsedDisk {
         Ok(LeasedDisk { disk: self, bytes: self.keep()? })
     }
 
-    /// Opens it, unless somebody has done so, until [`Disk::release`].
+    /// Opens it, unless somebody has done so, until [`BrowsedDisk::release`].
     pub(super) fn keep(&self) -> Result<Arc<DiskBytes>> {
         let mut open = self.open.lock();
         let bytes = match &open.bytes {

@@ -1,7 +1,7 @@
 //! A volume's tree of files, for whoever walks it without a kernel.
 //!
 //! Promises: nothing here goes on for ever, whatever a guest has written: links are followed a bounded number of times, a
-//! directory has a bounded number of entries, and [`Visited`] tells which directories were met before. Names are bytes.
+//! directory has a bounded number of entries, and [`VisitedDirectories`] tells which directories were met before. Names are bytes.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;

@@ -30,7 +30,7 @@ pub enum Handle {
     Active(Arc<ActiveHandle>),
     /// A control file.
     Control(Arc<ControlHandle>),
-    /// A `control/progress`; [`Tree::read_progress`](super::Tree::read_progress) reads it.
+    /// A `control/progress`; [`MountTree::read_progress`](super::MountTree::read_progress) reads it.
     Progress(Arc<ProgressReader>),
     /// A directory, as of its opening.
     Directory(Arc<[NodeEntry]>),

@@ -1,6 +1,6 @@
 //! The mount: the store's tree in plain types, and the thin adapter that FUSE needs.
 //!
-//! [`Tree`] answers what a kernel asks (lookup, attributes, reading, seeking) in terms of nodes;
+//! [`MountTree`] answers what a kernel asks (lookup, attributes, reading, seeking) in terms of nodes;
 //! only the file `fuse` names fuser, only `mount` speaks to mount(2). Only active disks can be
 //! written; `change` is about that. What is written to control files goes to the engine; `control` and
 //! `progress` are about those.

@@ -57,7 +57,7 @@ impl OwnMount {
     }
 }
 
-/// Takes a mount away again that comes to nothing, unless it is [`Unfinished::finished`].
+/// Takes a mount away again that comes to nothing, unless it is [`MountRollback::finished`].
 #[derive(Debug)]
 pub struct MountRollback(Option<OwnMount>);
 

@@ -62,7 +62,7 @@ impl PartitionRange {
         Err(Error::new(ErrorKind::Forbidden, fact))
     }
 
-    /// What [`Tree::seek`](super::Tree::seek) has found on the disk, as a place in the partition.
+    /// What [`MountTree::seek`](super::MountTree::seek) has found on the disk, as a place in the partition.
     pub(super) fn found(&self, found: Option<u64>, data: bool) -> Option<u64> {
         match found.map(|found| found - self.start) {
             Some(found) if found < self.len => Some(found),

@@ -356,7 +356,7 @@ impl MountTree {
                 .is_ok_and(|found| found == (false, size))
     }
 
-    /// Opens a file; directories by [`Tree::open_directory`]. The number is for [`Tree::read`].
+    /// Opens a file; directories by [`MountTree::open_directory`]. The number is for [`MountTree::read`].
     pub fn open(&self, caller: &Caller, inode: u64, access: Access) -> Result<(u64, Handle)> {
         let catalog = self.store.catalog();
         let node = self.node(inode)?;

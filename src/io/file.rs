@@ -4,7 +4,7 @@
 //! to be opened again, another file at that place, or the same one changed, is `Stale`, never
 //! silently read. While a [`ReadLock`] is held, its descriptor carries QEMU's reader locks, and while a
 //! [`WriteLock`] is, the writer's. It is this one descriptor that carries all locks of the process on
-//! the file, also when the writing itself goes through another ([`WriteFile`]).
+//! the file, also when the writing itself goes through another ([`WritableFile`]).
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -154,7 +154,7 @@ pub struct StoreFile {
     pinned: AtomicBool,
     /// Whether this process writes the file: then whatever is seen to change is our own doing.
     written: AtomicBool,
-    /// See [`WriteFile`]. A leaf.
+    /// See [`WritableFile`]. A leaf.
     tables: Arc<RwLock<()>>,
 }
 

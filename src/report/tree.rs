@@ -1,6 +1,6 @@
 //! The branching tree of a store as plain values.
 //!
-//! A [`Tree`] stands on one base; its nodes name each other by index, so that a chain of a
+//! A [`BackingTree`] stands on one base; its nodes name each other by index, so that a chain of a
 //! thousand layers is no deeper for a program than one of three. The renderings ([`super::text`],
 //! [`super::svg`], [`super::dot`], [`super::json`]) take it as it is: they skip what is named twice
 //! or not there, and never fail.
@@ -85,7 +85,7 @@ pub enum TreeNodeKind {
 }
 
 impl BackingTree {
-    /// A tree of one node; more are added with [`Tree::add`].
+    /// A tree of one node; more are added with [`BackingTree::add`].
     pub fn new(title: impl Into<String>, base: TreeNode) -> Self {
         Self { title: title.into(), nodes: vec![base], ..Self::default() }
     }

@@ -171,7 +171,7 @@ fn lost_snapshot(snapshots: &[Snapshot], len: u64) -> Option<String> {
     ))
 }
 
-/// The digest of a file's header now, to be compared with [`Qcow2::digest`].
+/// The digest of a file's header now, to be compared with [`Qcow2Description::digest`].
 pub(super) fn header_digest(file: &OwnedFd, len: u64) -> Result<u64> {
     let mut bytes = vec![0; header::PROBE_LEN];
     read(file, 0, &mut bytes)?;

@@ -400,7 +400,7 @@ pub(super) fn by_descriptor(fd: &OwnedFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
-/// Shared by those who follow [`Known`].
+/// Shared by those who follow [`KnownFiles`].
 pub(super) fn known_of<'a>(files: impl IntoIterator<Item = &'a ScannedFile>) -> Arc<KnownFiles> {
     let seen =
         |file: &ScannedFile| KnownFile { stat: file.stat, content: file.content.clone(), is_plain: file.is_plain };

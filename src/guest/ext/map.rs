@@ -1,6 +1,6 @@
 //! Where the bytes of a file are: one answer for extents, indirect blocks, inline data, and what fast commits changed.
 //!
-//! A [`Walk`] goes forward through a file's blocks and remembers the leaf it is in, so that listing a file with
+//! A [`MapWalk`] goes forward through a file's blocks and remembers the leaf it is in, so that listing a file with
 //! thousands of extents looks at each once. Blocks that are newer in the journal are found there.
 
 use std::sync::Arc;

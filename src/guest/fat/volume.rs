@@ -1,4 +1,4 @@
-//! What the boot sector says, checked as Linux' driver and blkid(8) check it. A [`Volume`] that exists is safe to compute
+//! What the boot sector says, checked as Linux' driver and blkid(8) check it. A [`FatVolume`] that exists is safe to compute
 //! with: no place of a cluster below its count overflows. Whether the source reaches that far is found out by reading.
 
 use crate::guest::Source;

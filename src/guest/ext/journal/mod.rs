@@ -1,6 +1,6 @@
 //! The journal, replayed in memory: which blocks are newer in it, and where.
 //!
-//! Nothing is written, and no content is kept: the answer is an [`Overlay`] of places. What the kernel would replay is
+//! Nothing is written, and no content is kept: the answer is a [`JournalOverlay`] of places. What the kernel would replay is
 //! replayed, up to the first transaction that is not whole. What it would refuse is an error here; whoever opens the
 //! file system then shows it as of the last checkpoint, and says so.
 
