@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use chainfs::error::{ERROR_KINDS, errno};
-use support::examples::{Ending, blocks, document, examples, matches};
+use support::examples::{Ending, Example, blocks, document, examples, matches};
 use support::{Outcome as _, chainfs_binary, project, tool};
 
 const DOCUMENT: &str = "docs/SEMANTICS.md";
@@ -68,19 +68,17 @@ impl Readme {
     }
 }
 
-/// The commands of the README's table.
+/// The commands of the README: the lines of its `sh` blocks that are no comments.
 fn one_liners(readme: &str) -> Vec<String> {
-    let rows = readme.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| to |"));
-    let command =
-        |row: &str| row.split_once("| `").expect("a command").1.split_once('`').expect("its end").0.replace("\\|", "|");
-    rows.map(command).collect()
+    let blocks = blocks(readme).into_iter().filter(|(info, _)| *info == "sh");
+    blocks.flat_map(|(_, lines)| lines).filter(|line| !line.starts_with('#')).map(str::to_owned).collect()
 }
 
 #[test]
 fn every_one_liner_of_the_readme_works_on_its_store() {
     let made = Readme::new();
     let commands = one_liners(&document("README.md"));
-    assert!(commands.len() >= 30, "the table has lost its rows");
+    assert!(commands.len() >= 30, "the README has lost its commands");
     let kept = made.place.join("kept");
     made.runs(&format!("cp -a /srv/images {}", kept.display()));
     for command in &commands {
@@ -146,6 +144,19 @@ fn the_readme_s_picture_and_tree_show_its_store() {
     let listed = made.runs("ls -A /mnt/images /mnt/images/web01 /mnt/images/web01/snapshots");
     for name in listed.lines().filter(|line| !line.is_empty() && !line.ends_with(':')) {
         assert!(shown.iter().any(|shown| shown.split('/').next() == Some(name)), "{name} is not in the picture");
+    }
+    made.runs("chainfs umount /mnt/images");
+}
+
+#[test]
+fn the_readme_s_output_is_the_program_s() {
+    let made = Readme::new();
+    let examples = examples(&document("README.md"), "console");
+    assert!(examples.len() >= 3, "the README has lost its output");
+    made.runs("chainfs mount /srv/images /mnt/images");
+    for Example { command, expected } in examples {
+        let (_, out, _) = made.run(&command);
+        assert!(matches(&out, &expected), "$ {command}\nsaid:\n{out}\nbut the README shows:\n{expected}");
     }
     made.runs("chainfs umount /mnt/images");
 }
