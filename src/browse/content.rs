@@ -7,8 +7,8 @@ use crate::chain::Origin;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{Ino, RunKind};
 
-use super::Inside;
-use super::walk::{Entry, Tree};
+use super::DiskContents;
+use super::walk::{GuestEntry, GuestTree};
 
 /// Bytes of a file about whose place is asked at once.
 const WINDOW: u64 = 1 << 40;
@@ -17,8 +17,8 @@ const STEP: u64 = 1 << 20;
 
 /// An open file.
 #[derive(Debug)]
-pub struct Content<'a> {
-    tree: &'a Tree,
+pub struct OpenContent<'a> {
+    tree: &'a GuestTree,
     ino: Ino,
     size: u64,
     /// Runs without gaps from `known_start` on: the end of each, and where its first byte is.
@@ -28,7 +28,7 @@ pub struct Content<'a> {
 
 /// Where some bytes of a file come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum From {
+enum ByteSource {
     Zero,
     Place {
         image: u64,
@@ -39,9 +39,9 @@ enum From {
     Unknown,
 }
 
-impl<'a> Content<'a> {
+impl<'a> OpenContent<'a> {
     /// The bytes of a regular file.
-    pub fn new(tree: &'a Tree, file: &Entry) -> Self {
+    pub fn new(tree: &'a GuestTree, file: &GuestEntry) -> Self {
         let (ino, size) = (file.ino, file.attributes.size);
         Self { tree, ino, size, known: Vec::new(), known_start: 0 }
     }
@@ -51,7 +51,7 @@ impl<'a> Content<'a> {
         if let Some(found) = self.known_run(at) {
             return Ok(found);
         }
-        let Tree { inside, volume, .. } = self.tree;
+        let GuestTree { inside, volume, .. } = self.tree;
         let runs = inside.runs(*volume, self.ino, at, WINDOW.min(self.size - at))?;
         let mut end = at;
         self.known_start = at;
@@ -82,7 +82,7 @@ impl<'a> Content<'a> {
             let here = at + done as u64;
             let (len, kind) = self.run(here)?;
             let piece = (len as usize).min(buf.len() - done);
-            let Tree { inside, volume, .. } = self.tree;
+            let GuestTree { inside, volume, .. } = self.tree;
             inside.read_run(*volume, self.ino, here, kind, &mut buf[done..done + piece])?;
             done += piece;
         }
@@ -90,7 +90,7 @@ impl<'a> Content<'a> {
     }
 }
 
-impl From {
+impl ByteSource {
     fn of(origin: Option<Origin>) -> Self {
         match origin {
             None => Self::Unknown,
@@ -118,46 +118,46 @@ pub enum Side {
 pub type Compared<T> = std::result::Result<T, (Side, Error)>;
 
 /// Bytes that are compared.
-trait Bytes {
+trait ComparedBytes {
     fn size(&self) -> u64;
     /// Where the bytes at `at` come from, and for how many that holds.
-    fn origin(&mut self, at: u64) -> Result<(From, u64)>;
+    fn origin(&mut self, at: u64) -> Result<(ByteSource, u64)>;
     fn read_at(&mut self, at: u64, buf: &mut [u8]) -> Result<()>;
 }
 
-impl Bytes for Content<'_> {
+impl ComparedBytes for OpenContent<'_> {
     fn size(&self) -> u64 {
         self.size
     }
 
-    fn origin(&mut self, at: u64) -> Result<(From, u64)> {
+    fn origin(&mut self, at: u64) -> Result<(ByteSource, u64)> {
         let (len, kind) = self.run(at)?;
         match kind {
-            RunKind::Hole => Ok((From::Zero, len)),
-            RunKind::Asked => Ok((From::Unknown, len)),
+            RunKind::Hole => Ok((ByteSource::Zero, len)),
+            RunKind::Asked => Ok((ByteSource::Unknown, len)),
             RunKind::Stored(place) => {
                 let (origin, len) = self.tree.inside.origin(self.tree.volume, place, len)?;
-                Ok((From::of(origin), len))
+                Ok((ByteSource::of(origin), len))
             }
         }
     }
 
     fn read_at(&mut self, at: u64, buf: &mut [u8]) -> Result<()> {
-        Content::read_at(self, at, buf)
+        OpenContent::read_at(self, at, buf)
     }
 }
 
 /// A volume as a whole.
-struct Whole<'a>(&'a Inside, usize);
+struct WholeVolume<'a>(&'a DiskContents, usize);
 
-impl Bytes for Whole<'_> {
+impl ComparedBytes for WholeVolume<'_> {
     fn size(&self) -> u64 {
         self.0.layout().volumes[self.1].size
     }
 
-    fn origin(&mut self, at: u64) -> Result<(From, u64)> {
+    fn origin(&mut self, at: u64) -> Result<(ByteSource, u64)> {
         let (origin, len) = self.0.origin(self.1, at, self.size() - at)?;
-        Ok((From::of(origin), len))
+        Ok((ByteSource::of(origin), len))
     }
 
     fn read_at(&mut self, at: u64, buf: &mut [u8]) -> Result<()> {
@@ -166,16 +166,16 @@ impl Bytes for Whole<'_> {
 }
 
 /// Whether two files hold the same bytes.
-pub fn same_bytes(a: &mut Content<'_>, b: &mut Content<'_>) -> Compared<bool> {
+pub fn same_bytes(a: &mut OpenContent<'_>, b: &mut OpenContent<'_>) -> Compared<bool> {
     same(a, b)
 }
 
 /// Whether two volumes hold the same bytes.
-pub(super) fn same_volumes(a: (&Inside, usize), b: (&Inside, usize)) -> Compared<bool> {
-    same(&mut Whole(a.0, a.1), &mut Whole(b.0, b.1))
+pub(super) fn same_volumes(a: (&DiskContents, usize), b: (&DiskContents, usize)) -> Compared<bool> {
+    same(&mut WholeVolume(a.0, a.1), &mut WholeVolume(b.0, b.1))
 }
 
-fn same(a: &mut dyn Bytes, b: &mut dyn Bytes) -> Compared<bool> {
+fn same(a: &mut dyn ComparedBytes, b: &mut dyn ComparedBytes) -> Compared<bool> {
     let on = |side| move |error| (side, error);
     if a.size() != b.size() {
         return Ok(false);
@@ -188,11 +188,12 @@ fn same(a: &mut dyn Bytes, b: &mut dyn Bytes) -> Compared<bool> {
         let mut len = len_a.min(len_b);
         if !from_a.is_same(from_b) {
             len = len.min(STEP);
-            let sides: [(Side, &mut dyn Bytes, From); 2] = [(Side::A, &mut *a, from_a), (Side::B, &mut *b, from_b)];
+            let sides: [(Side, &mut dyn ComparedBytes, ByteSource); 2] =
+                [(Side::A, &mut *a, from_a), (Side::B, &mut *b, from_b)];
             for ((side, bytes, from), buf) in sides.into_iter().zip(&mut buffers) {
                 buf.clear();
                 buf.resize(len as usize, 0);
-                if from != From::Zero {
+                if from != ByteSource::Zero {
                     bytes.read_at(at, buf).map_err(on(side))?;
                 }
             }
@@ -206,8 +207,8 @@ fn same(a: &mut dyn Bytes, b: &mut dyn Bytes) -> Compared<bool> {
 }
 
 /// Whether two volumes are known to hold the same bytes from beginning to end. Nothing is read for it.
-pub(super) fn same_origins(a: (&Inside, usize), b: (&Inside, usize)) -> bool {
-    let (mut a, mut b) = (Whole(a.0, a.1), Whole(b.0, b.1));
+pub(super) fn same_origins(a: (&DiskContents, usize), b: (&DiskContents, usize)) -> bool {
+    let (mut a, mut b) = (WholeVolume(a.0, a.1), WholeVolume(b.0, b.1));
     let size = a.size();
     let mut at = 0;
     while at < size {
@@ -231,7 +232,7 @@ mod tests {
     #[test]
     fn what_is_not_known_is_never_the_same() {
         let place = |image, place, within| Some(Origin { image, place, within, len: 10 });
-        let same = |a, b| From::of(a).is_same(From::of(b));
+        let same = |a, b| ByteSource::of(a).is_same(ByteSource::of(b));
         assert!(same(place(1, 5, None), place(1, 5, None)));
         assert!(same(place(0, 5, None), place(0, 9, None)), "zeroes come from nowhere");
         assert!(!same(place(1, 5, None), place(2, 5, None)));

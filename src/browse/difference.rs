@@ -6,11 +6,11 @@
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::guest::{Attributes, FileKind};
+use crate::guest::{FileAttributes, FileKind};
 
-use super::Inside;
-use super::content::{Compared, Content, same_bytes, same_origins, same_volumes};
-use super::walk::{Entry, Named, Tree, Visited};
+use super::DiskContents;
+use super::content::{Compared, OpenContent, same_bytes, same_origins, same_volumes};
+use super::walk::{GuestEntry, GuestTree, NamedEntry, VisitedDirectories};
 
 pub use super::content::Side;
 
@@ -68,17 +68,17 @@ pub struct Counted {
 
 /// What was found at a path.
 #[derive(Clone, Debug)]
-pub enum Finding {
+pub enum PathDifference {
     /// Only the second has it.
-    Added(Attributes),
+    Added(FileAttributes),
     /// Only the first has it.
-    Removed(Attributes),
+    Removed(FileAttributes),
     /// Both have it.
     Changed {
         /// In the first.
-        before: Attributes,
+        before: FileAttributes,
         /// In the second.
-        after: Attributes,
+        after: FileAttributes,
         /// In the order of [`Aspect`]; not empty.
         what: Vec<Aspect>,
     },
@@ -89,22 +89,26 @@ pub enum Finding {
 }
 
 /// Is told of everything that is found, by its path: beginning with `/`, or empty for where the comparison began.
-pub type Each<'a> = dyn FnMut(&[u8], Finding) -> Result<()> + 'a;
+pub type DifferenceVisitor<'a> = dyn FnMut(&[u8], PathDifference) -> Result<()> + 'a;
 
 /// Whether a whole volume is known to be the same in both, with nothing read.
-pub fn is_surely_same(a: (&Arc<Inside>, usize), b: (&Arc<Inside>, usize)) -> bool {
+pub fn is_surely_same(a: (&Arc<DiskContents>, usize), b: (&Arc<DiskContents>, usize)) -> bool {
     let held = (a.0.hold(), b.0.hold());
     held.0.is_ok() && held.1.is_ok() && same_origins((a.0, a.1), (b.0, b.1))
 }
 
 /// Whether volumes that hold no files we could read are the same, byte for byte.
-pub fn is_same_raw(a: (&Arc<Inside>, usize), b: (&Arc<Inside>, usize)) -> Compared<bool> {
+pub fn is_same_raw(a: (&Arc<DiskContents>, usize), b: (&Arc<DiskContents>, usize)) -> Compared<bool> {
     let _held = (a.0.hold().map_err(|error| (Side::A, error))?, b.0.hold().map_err(|error| (Side::B, error))?);
     same_volumes((a.0, a.1), (b.0, b.1))
 }
 
 /// What differs of two entries, without what is in them if they are directories.
-pub fn differing(a: (&Tree, &Entry), b: (&Tree, &Entry), counted: Counted) -> Compared<Vec<Aspect>> {
+pub fn differing(
+    a: (&GuestTree, &GuestEntry),
+    b: (&GuestTree, &GuestEntry),
+    counted: Counted,
+) -> Compared<Vec<Aspect>> {
     let (was, is) = (&a.1.attributes, &b.1.attributes);
     if was.kind != is.kind {
         return Ok(vec![Aspect::Kind]);
@@ -119,12 +123,13 @@ pub fn differing(a: (&Tree, &Entry), b: (&Tree, &Entry), counted: Counted) -> Co
     };
     match was.kind {
         FileKind::File => {
-            let differs = was.size != is.size || !same_bytes(&mut Content::new(a.0, a.1), &mut Content::new(b.0, b.1))?;
+            let differs =
+                was.size != is.size || !same_bytes(&mut OpenContent::new(a.0, a.1), &mut OpenContent::new(b.0, b.1))?;
             note(differs, Aspect::Content);
             note(was.size != is.size, Aspect::Size);
         }
         FileKind::Symlink => {
-            let target = |(tree, entry): (&Tree, &Entry)| tree.read_link(entry.ino);
+            let target = |(tree, entry): (&GuestTree, &GuestEntry)| tree.read_link(entry.ino);
             note(target(a).map_err(on(Side::A))? != target(b).map_err(on(Side::B))?, Aspect::Target);
         }
         FileKind::CharDevice | FileKind::BlockDevice => note(was.device != is.device, Aspect::Device),
@@ -137,7 +142,7 @@ pub fn differing(a: (&Tree, &Entry), b: (&Tree, &Entry), counted: Counted) -> Co
     // changed twice in one.
     let is_same_inode = a.1.ino == b.1.ino && was.changed == is.changed && was.changed.nanoseconds != 0;
     if !is_same_inode {
-        let all = |(tree, entry): (&Tree, &Entry)| {
+        let all = |(tree, entry): (&GuestTree, &GuestEntry)| {
             let mut all = tree.extended_attributes(entry.ino)?;
             all.sort();
             Ok(all)
@@ -150,12 +155,13 @@ pub fn differing(a: (&Tree, &Entry), b: (&Tree, &Entry), counted: Counted) -> Co
 
 /// Compares two entries, one of which may be none, and all that is in them.
 pub fn compare(
-    a: (&Tree, Option<Entry>),
-    b: (&Tree, Option<Entry>),
+    a: (&GuestTree, Option<GuestEntry>),
+    b: (&GuestTree, Option<GuestEntry>),
     counted: Counted,
-    each: &mut Each<'_>,
+    each: &mut DifferenceVisitor<'_>,
 ) -> Result<()> {
-    let mut walk = Walk { a: a.0, b: b.0, counted, visited: Default::default(), frames: Vec::new(), path: Vec::new() };
+    let mut walk =
+        DifferenceWalk { a: a.0, b: b.0, counted, visited: Default::default(), frames: Vec::new(), path: Vec::new() };
     walk.pair(a.1.map(Ok), b.1.map(Ok), each)?;
     loop {
         let depth = walk.frames.len();
@@ -171,27 +177,32 @@ pub fn compare(
 }
 
 /// What two directories have by one name.
-type Pair = (Vec<u8>, Option<Result<Entry>>, Option<Result<Entry>>);
+type EntryPair = (Vec<u8>, Option<Result<GuestEntry>>, Option<Result<GuestEntry>>);
 
-struct Walk<'a> {
-    a: &'a Tree,
-    b: &'a Tree,
+struct DifferenceWalk<'a> {
+    a: &'a GuestTree,
+    b: &'a GuestTree,
     counted: Counted,
-    visited: [Visited; 2],
+    visited: [VisitedDirectories; 2],
     /// What is left to be compared of each directory on the way.
-    frames: Vec<std::vec::IntoIter<Pair>>,
+    frames: Vec<std::vec::IntoIter<EntryPair>>,
     path: Vec<Vec<u8>>,
 }
 
-impl Walk<'_> {
+impl DifferenceWalk<'_> {
     fn here(&self) -> Vec<u8> {
         self.path.iter().flat_map(|name| [b"/", name.as_slice()].concat()).collect()
     }
 
-    fn pair(&mut self, a: Option<Result<Entry>>, b: Option<Result<Entry>>, each: &mut Each<'_>) -> Result<()> {
+    fn pair(
+        &mut self,
+        a: Option<Result<GuestEntry>>,
+        b: Option<Result<GuestEntry>>,
+        each: &mut DifferenceVisitor<'_>,
+    ) -> Result<()> {
         let path = self.here();
-        let mut take = |side, found: Option<Result<Entry>>| match found {
-            Some(Err(error)) => each(&path, Finding::Unreadable(side, error)).map(|()| None),
+        let mut take = |side, found: Option<Result<GuestEntry>>| match found {
+            Some(Err(error)) => each(&path, PathDifference::Unreadable(side, error)).map(|()| None),
             Some(Ok(entry)) => Ok(Some(entry)),
             None => Ok(None),
         };
@@ -200,11 +211,11 @@ impl Walk<'_> {
         match (a, b) {
             (Some(a), Some(b)) => match differing((self.a, &a), (self.b, &b), self.counted) {
                 Ok(what) if what.is_empty() => {}
-                Ok(what) => each(&path, Finding::Changed { before: a.attributes, after: b.attributes, what })?,
-                Err((side, error)) => each(&path, Finding::Unreadable(side, error))?,
+                Ok(what) => each(&path, PathDifference::Changed { before: a.attributes, after: b.attributes, what })?,
+                Err((side, error)) => each(&path, PathDifference::Unreadable(side, error))?,
             },
-            (Some(a), None) if !is_there.1 => each(&path, Finding::Removed(a.attributes))?,
-            (None, Some(b)) if !is_there.0 => each(&path, Finding::Added(b.attributes))?,
+            (Some(a), None) if !is_there.1 => each(&path, PathDifference::Removed(a.attributes))?,
+            (None, Some(b)) if !is_there.0 => each(&path, PathDifference::Added(b.attributes))?,
             _ => return Ok(()),
         }
         let mut listed = [Vec::new(), Vec::new()];
@@ -213,19 +224,19 @@ impl Walk<'_> {
             let Some(entry) = entry.filter(|entry| entry.attributes.kind == FileKind::Directory) else { continue };
             if let Err(error) = self.visited[number].enter(entry.ino, self.frames.len()) {
                 is_whole[number] = false;
-                each(&path, Finding::Unreadable(side, error))?;
+                each(&path, PathDifference::Unreadable(side, error))?;
                 continue;
             }
             let (entries, trouble) = tree.entries(entry.ino);
             if let Some(error) = trouble {
                 is_whole[number] = false;
-                each(&path, Finding::Unreadable(side, error))?;
+                each(&path, PathDifference::Unreadable(side, error))?;
             }
             listed[number] = entries;
         }
         let [of_a, of_b] = listed;
         let is_directory =
-            |entry: Option<Entry>| entry.is_some_and(|entry| entry.attributes.kind == FileKind::Directory);
+            |entry: Option<GuestEntry>| entry.is_some_and(|entry| entry.attributes.kind == FileKind::Directory);
         if is_directory(a) || is_directory(b) {
             let mut pairs = merged(of_a, of_b);
             // What only one has may be among what could not be listed of the other.
@@ -237,7 +248,7 @@ impl Walk<'_> {
 }
 
 /// Two sorted lists as one.
-fn merged(a: Vec<Named>, b: Vec<Named>) -> Vec<Pair> {
+fn merged(a: Vec<NamedEntry>, b: Vec<NamedEntry>) -> Vec<EntryPair> {
     let mut all = Vec::with_capacity(a.len().max(b.len()));
     let (mut a, mut b) = (a.into_iter().peekable(), b.into_iter().peekable());
     loop {
@@ -259,7 +270,7 @@ mod tests {
 
     #[test]
     fn sorted_lists_meet_at_equal_names() {
-        let named = |name: &str| Named { name: name.into(), entry: Err(Error::new(ErrorKind::Io, "")) };
+        let named = |name: &str| NamedEntry { name: name.into(), entry: Err(Error::new(ErrorKind::Io, "")) };
         let list = |names: &[&str]| names.iter().map(|name| named(name)).collect();
         let all = merged(list(&["a", "c", "d"]), list(&["b", "c", "e"]));
         let found: Vec<(&str, bool, bool)> =

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use crate::chain::Origin;
 use crate::error::{ErrorKind, Result};
 use crate::guest::source::within;
-use crate::store::{Access, ActiveHandle, OpenDisk, Still, Store, ViewId};
+use crate::store::{Access, ActiveHandle, OpenDisk, PointInTimeView, Store, ViewId};
 
 use super::worker::protocol::{CHUNK, ChunkKey};
 
@@ -22,40 +22,40 @@ use super::worker::protocol::{CHUNK, ChunkKey};
 const LINGER: Duration = Duration::from_secs(10);
 
 /// A disk that is looked into.
-pub(super) struct Disk {
+pub(super) struct BrowsedDisk {
     store: Arc<Store>,
     id: ViewId,
     size: u64,
     /// What an active disk was when it was first opened here.
-    still: Option<Arc<Still>>,
+    still: Option<Arc<PointInTimeView>>,
     /// Whether another process writes it, so that nothing is known of what it was.
     is_forced: bool,
     /// Tells this active disk's chunks from all others'.
     number: u64,
     /// Bytes that have been read of all disks.
     read: Arc<AtomicU64>,
-    open: Mutex<Open>,
+    open: Mutex<OpenDiskFn>,
 }
 
-struct Open {
+struct OpenDiskFn {
     holders: usize,
-    bytes: Option<Arc<Bytes>>,
+    bytes: Option<Arc<DiskBytes>>,
     left: Instant,
 }
 
 /// Where a disk's bytes come from while it is held.
-pub(super) enum Bytes {
+pub(super) enum DiskBytes {
     Frozen(Arc<OpenDisk>),
-    Active(ActiveHandle, Arc<Still>),
+    Active(ActiveHandle, Arc<PointInTimeView>),
 }
 
 /// A disk that is held: open, and locked.
-pub(super) struct Held<'a> {
-    disk: &'a Disk,
-    bytes: Arc<Bytes>,
+pub(super) struct LeasedDisk<'a> {
+    disk: &'a BrowsedDisk,
+    bytes: Arc<DiskBytes>,
 }
 
-impl Drop for Held<'_> {
+impl Drop for LeasedDisk<'_> {
     fn drop(&mut self) {
         self.disk.release();
     }
@@ -76,7 +76,7 @@ impl Digests {
     }
 }
 
-impl Disk {
+impl BrowsedDisk {
     /// Opens a disk for the first time. What is read of it is added to `read`.
     pub(super) fn new(store: &Arc<Store>, id: &ViewId, read: &Arc<AtomicU64>) -> Result<Self> {
         static NUMBERS: AtomicU64 = AtomicU64::new(1);
@@ -87,13 +87,13 @@ impl Disk {
             is_forced = handle.is_forced();
             if is_forced {
                 // Another opening would be another disk: this one is kept, until it rests.
-                bytes = Some(Arc::new(Bytes::Active(handle, Arc::clone(&still))));
+                bytes = Some(Arc::new(DiskBytes::Active(handle, Arc::clone(&still))));
             }
             (still.size(), Some(still))
         } else {
             (store.open_frozen(id)?.view().view.size(), None)
         };
-        let open = Mutex::new(Open { holders: 0, bytes, left: Instant::now() });
+        let open = Mutex::new(OpenDiskFn { holders: 0, bytes, left: Instant::now() });
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
         let (store, id, read) = (Arc::clone(store), id.clone(), Arc::clone(read));
         Ok(Self { store, id, size, still, is_forced, number, read, open })
@@ -108,12 +108,12 @@ impl Disk {
     }
 
     /// Holds it while that lives. `Stale` if it is not what it was.
-    pub(super) fn hold(&self) -> Result<Held<'_>> {
-        Ok(Held { disk: self, bytes: self.keep()? })
+    pub(super) fn hold(&self) -> Result<LeasedDisk<'_>> {
+        Ok(LeasedDisk { disk: self, bytes: self.keep()? })
     }
 
-    /// Opens it, unless somebody has done so, until [`Disk::release`].
-    pub(super) fn keep(&self) -> Result<Arc<Bytes>> {
+    /// Opens it, unless somebody has done so, until [`BrowsedDisk::release`].
+    pub(super) fn keep(&self) -> Result<Arc<DiskBytes>> {
         let mut open = self.open.lock();
         let bytes = match &open.bytes {
             Some(bytes) => Arc::clone(bytes),
@@ -136,11 +136,11 @@ impl Disk {
         }
     }
 
-    fn open(&self) -> Result<Bytes> {
-        let Some(still) = &self.still else { return self.store.open_frozen(&self.id).map(Bytes::Frozen) };
+    fn open(&self) -> Result<DiskBytes> {
+        let Some(still) = &self.still else { return self.store.open_frozen(&self.id).map(DiskBytes::Frozen) };
         let handle = self.store.open_writable(&self.id, Access::Read)?;
         handle.hold_again(still)?;
-        Ok(Bytes::Active(handle, Arc::clone(still)))
+        Ok(DiskBytes::Active(handle, Arc::clone(still)))
     }
 
     /// Whether it is still known what the disk was; asked only of disks that are not held.
@@ -152,9 +152,9 @@ impl Disk {
     pub(super) fn is_unchanged(&self) -> bool {
         let Some(still) = &self.still else { return self.is_good() };
         // One that has grown has the bytes that it had, and more.
-        let is_as_long = |held: Held<'_>| match &*held.bytes {
-            Bytes::Frozen(_) => true,
-            Bytes::Active(handle, still) => handle.size().is_ok_and(|size| size == still.size()),
+        let is_as_long = |held: LeasedDisk<'_>| match &*held.bytes {
+            DiskBytes::Frozen(_) => true,
+            DiskBytes::Active(handle, still) => handle.size().is_ok_and(|size| size == still.size()),
         };
         !self.is_forced && still.is_unchanged() && self.hold().is_ok_and(is_as_long)
     }
@@ -172,19 +172,19 @@ impl Disk {
     }
 }
 
-impl Held<'_> {
+impl LeasedDisk<'_> {
     /// Fills `buf` with the bytes at `at`; `Corrupt` if the range does not lie within the disk.
     pub(super) fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         within(self.disk.size, at, buf.len())?;
         self.disk.read.fetch_add(buf.len() as u64, Ordering::Relaxed);
         match &*self.bytes {
-            Bytes::Frozen(open) => {
+            DiskBytes::Frozen(open) => {
                 let open = open.view();
                 // A file that was replaced may make it shorter.
                 within(open.view.size(), at, buf.len())?;
                 open.view.read_at(at, buf)
             }
-            Bytes::Active(handle, still) => handle.read_still(still, at, buf),
+            DiskBytes::Active(handle, still) => handle.read_still(still, at, buf),
         }
     }
 
@@ -196,8 +196,8 @@ impl Held<'_> {
             .map(|chunk| {
                 let start = chunk * CHUNK;
                 let origins = match &*self.bytes {
-                    Bytes::Frozen(open) => open.view().view.origins(start, CHUNK.min(size - start)).map(Some),
-                    Bytes::Active(handle, still) => handle.origins_below(still, start, CHUNK.min(size - start)),
+                    DiskBytes::Frozen(open) => open.view().view.origins(start, CHUNK.min(size - start)).map(Some),
+                    DiskBytes::Active(handle, still) => handle.origins_below(still, start, CHUNK.min(size - start)),
                 };
                 match origins {
                     Ok(Some(origins)) if origins.iter().all(|origin| origin.image == 0) => Ok(ChunkKey::ZERO),
@@ -214,14 +214,14 @@ impl Held<'_> {
     /// Where the bytes from `at` on come from, for at most `max` of them; `None` where only reading can tell.
     pub(super) fn origin(&self, at: u64, max: u64) -> Result<Option<Origin>> {
         let found = match &*self.bytes {
-            Bytes::Frozen(open) => {
+            DiskBytes::Frozen(open) => {
                 let open = open.view();
                 if at >= open.view.size() {
                     return Ok(None);
                 }
                 open.view.origin(at, max).map(Some)
             }
-            Bytes::Active(handle, still) => handle.origin_still(still, at, max),
+            DiskBytes::Active(handle, still) => handle.origin_still(still, at, max),
         };
         match found {
             // Whoever reads there is told of the damage.
@@ -240,10 +240,10 @@ mod tests {
     fn a_disk_that_has_grown_is_not_what_it_was() {
         let OneDisk { store, id, .. } = &OneDisk::new(1 << 20);
         let writer = store.open_writable(id, Access::Write).unwrap();
-        let disk = Disk::new(store, id, &Arc::default()).unwrap();
+        let disk = BrowsedDisk::new(store, id, &Arc::default()).unwrap();
         assert!(disk.is_unchanged());
         writer.set_size(2 << 20).unwrap();
         assert!(disk.is_good() && !disk.is_unchanged());
-        assert!(Disk::new(store, id, &Arc::default()).unwrap().is_unchanged());
+        assert!(BrowsedDisk::new(store, id, &Arc::default()).unwrap().is_unchanged());
     }
 }

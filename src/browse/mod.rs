@@ -4,13 +4,13 @@
 //! shows, and of an active disk what it showed when it was first looked into. The parsers are `guest`'s, the disks are `store`'s; what is
 //! shown where is for others.
 
-mod border;
+mod assembly;
 pub mod content;
 pub mod difference;
 mod disk;
-mod inside;
+mod disk_contents;
 pub mod ranges;
-mod together;
+mod validate;
 pub mod versions;
 pub mod walk;
 pub mod worker;
@@ -26,15 +26,15 @@ use lru::LruCache;
 use parking_lot::Mutex;
 
 use crate::error::Result;
-use crate::guest::volumes::Layout;
+use crate::guest::volumes::VolumeLayout;
 use crate::store::{Store, ViewId};
 
-use disk::{Digests, Disk};
-use inside::Session;
+use disk::{BrowsedDisk, Digests};
+use disk_contents::Exchange;
 use worker::protocol::{Answer, Request};
-use worker::{Pool, Program, Worker};
+use worker::{Pool, Worker, WorkerProgram};
 
-pub use inside::{Hold, Inside};
+pub use disk_contents::{DiskContents, DiskLease};
 pub use worker::{ListedEntry, Listing, Mounted, OpenedFile};
 
 /// Insides that are kept for whoever looks next.
@@ -48,7 +48,7 @@ const PERIOD: Duration = Duration::from_secs(2);
 
 /// Which moment of an active disk is meant; of all others there is only one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Moment {
+pub enum PointInTime {
     /// That of the first look, as long as it is known what the disk was then.
     First,
     /// Now, which is the first look for those who look later.
@@ -58,7 +58,7 @@ pub enum Moment {
 }
 
 /// A disk, and whether it is looked into for the sake of its partitions alone.
-type Key = (ViewId, bool);
+type ContentsKey = (ViewId, bool);
 
 /// Looks into the disks of one store.
 pub struct Browser {
@@ -70,9 +70,9 @@ pub struct Browser {
     read: Arc<AtomicU64>,
     /// By chain: what one guest has written must not harm another's readers.
     workers: Mutex<HashMap<Arc<PathBuf>, Arc<Worker>>>,
-    insides: Mutex<LruCache<Key, Arc<Inside>>>,
+    insides: Mutex<LruCache<ContentsKey, Arc<DiskContents>>>,
     /// All that somebody still has, be they kept here or not. A leaf.
-    in_use: Mutex<Vec<Weak<Inside>>>,
+    in_use: Mutex<Vec<Weak<DiskContents>>>,
     /// Whether there is a thread that lets go of what rests.
     resting: Mutex<bool>,
 }
@@ -85,7 +85,7 @@ impl std::fmt::Debug for Browser {
 
 impl Browser {
     /// For the disks of `store`, with workers that are `program`.
-    pub fn new(store: &Arc<Store>, program: Program) -> Arc<Self> {
+    pub fn new(store: &Arc<Store>, program: WorkerProgram) -> Arc<Self> {
         Arc::new(Self {
             store: Arc::clone(store),
             pool: Pool::new(program, store.descriptors()),
@@ -100,8 +100,8 @@ impl Browser {
     }
 
     /// The inside of a disk.
-    pub fn inside(self: &Arc<Self>, id: &ViewId, moment: Moment) -> Result<Arc<Inside>> {
-        let key = (id.clone(), moment == Moment::Table && id.is_active());
+    pub fn inside(self: &Arc<Self>, id: &ViewId, moment: PointInTime) -> Result<Arc<DiskContents>> {
+        let key = (id.clone(), moment == PointInTime::Table && id.is_active());
         if let Some(known) = self.known(&key, moment) {
             return Ok(known);
         }
@@ -126,9 +126,10 @@ impl Browser {
 
     /// Why what has been shown of some volumes is not what was written last: disk, volume and sentence.
     pub fn stale(&self) -> Vec<(ViewId, String, String)> {
-        let mut insides: Vec<Arc<Inside>> = self.insides.lock().iter().map(|(_, inside)| Arc::clone(inside)).collect();
+        let mut insides: Vec<Arc<DiskContents>> =
+            self.insides.lock().iter().map(|(_, inside)| Arc::clone(inside)).collect();
         insides.reverse();
-        let of = |inside: &Arc<Inside>| {
+        let of = |inside: &Arc<DiskContents>| {
             let all = inside.stale().into_iter();
             all.map(|(volume, said)| (inside.id().clone(), volume.to_owned(), said)).collect::<Vec<_>>()
         };
@@ -136,13 +137,13 @@ impl Browser {
     }
 
     /// The inside of a disk, if somebody has looked into it before.
-    pub fn known_inside(&self, id: &ViewId) -> Option<Arc<Inside>> {
+    pub fn known_inside(&self, id: &ViewId) -> Option<Arc<DiskContents>> {
         self.insides.lock().peek(&(id.clone(), false)).cloned()
     }
 
-    fn known(&self, key: &Key, moment: Moment) -> Option<Arc<Inside>> {
+    fn known(&self, key: &ContentsKey, moment: PointInTime) -> Option<Arc<DiskContents>> {
         let known = self.insides.lock().get(key).cloned()?;
-        let is_good = if moment == Moment::First { known.is_good() } else { known.is_unchanged() };
+        let is_good = if moment == PointInTime::First { known.is_good() } else { known.is_unchanged() };
         is_good.then_some(known)
     }
 
@@ -165,8 +166,8 @@ impl Browser {
         self.pool.running()
     }
 
-    fn look_into(&self, id: &ViewId, worker: &Arc<Worker>) -> Result<Inside> {
-        let mut disks = vec![Disk::new(&self.store, id, &self.read)?];
+    fn look_into(&self, id: &ViewId, worker: &Arc<Worker>) -> Result<DiskContents> {
+        let mut disks = vec![BrowsedDisk::new(&self.store, id, &self.read)?];
         let mut set = self.sets.fetch_add(1, Ordering::Relaxed);
         let mut layout = self.open(worker, set, &disks)?;
         // Numbers of the layout are places in the list: another list is another set.
@@ -179,17 +180,17 @@ impl Browser {
         }
         let mounted = layout.volumes.iter().map(|_| Mutex::default()).collect();
         let (worker, digests, systems) = (Arc::clone(worker), Arc::clone(&self.digests), OnceLock::new());
-        Ok(Inside { worker, digests, set, disks, layout, remarks, mounted, systems })
+        Ok(DiskContents { worker, digests, set, disks, layout, remarks, mounted, systems })
     }
 
-    fn open(&self, worker: &Worker, set: u32, disks: &[Disk]) -> Result<Layout> {
-        let sizes = disks.iter().map(Disk::size).collect();
-        match worker.ask(&Request::Open { set, sizes }, &Session::new(disks, &self.digests))?.0 {
+    fn open(&self, worker: &Worker, set: u32, disks: &[BrowsedDisk]) -> Result<VolumeLayout> {
+        let sizes = disks.iter().map(BrowsedDisk::size).collect();
+        match worker.ask(&Request::Open { set, sizes }, &Exchange::new(disks, &self.digests))?.0 {
             Answer::Layout(layout) => {
-                border::check_layout(&layout, disks[0].size())?;
+                validate::check_layout(&layout, disks[0].size())?;
                 Ok(*layout)
             }
-            _ => Err(border::confused()),
+            _ => Err(validate::confused()),
         }
     }
 
@@ -217,7 +218,7 @@ impl Browser {
         // Those of earlier moments, too: the kernel goes on to know their files when others have taken their place here.
         let mut in_use = self.in_use.lock();
         in_use.retain(|inside| inside.strong_count() > 0);
-        let insides: Vec<Arc<Inside>> = in_use.iter().filter_map(Weak::upgrade).collect();
+        let insides: Vec<Arc<DiskContents>> = in_use.iter().filter_map(Weak::upgrade).collect();
         drop(in_use);
         for inside in insides {
             inside.rest();

@@ -12,7 +12,7 @@ const STEP: u64 = 1 << 20;
 /// Tells `each` of all ranges that differ, in order: whole sectors, as long as they go on. Where one disk has ended, the other's zeroes
 /// are no difference. Returns how many bytes were read.
 pub fn differing_ranges(a: &View, b: &View, each: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<u64> {
-    let mut walk = Walk { a, b, read: 0, open: None, buffers: [Vec::new(), Vec::new()] };
+    let mut walk = RangeWalk { a, b, read: 0, open: None, buffers: [Vec::new(), Vec::new()] };
     let size = a.size().max(b.size());
     let mut at = 0;
     while at < size {
@@ -22,7 +22,7 @@ pub fn differing_ranges(a: &View, b: &View, each: &mut dyn FnMut(u64, u64) -> Re
     Ok(walk.read)
 }
 
-struct Walk<'a> {
+struct RangeWalk<'a> {
     a: &'a View,
     b: &'a View,
     read: u64,
@@ -31,7 +31,7 @@ struct Walk<'a> {
     buffers: [Vec<u8>; 2],
 }
 
-impl Walk<'_> {
+impl RangeWalk<'_> {
     /// Compares what is at `at`, and returns how much that was.
     fn step(&mut self, at: u64, max: u64, each: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<u64> {
         let (from_a, from_b) = (origin(self.a, at, max)?, origin(self.b, at, max)?);

@@ -3,17 +3,17 @@
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::guest::Attributes;
+use crate::guest::FileAttributes;
 
-use super::Inside;
+use super::DiskContents;
 use super::difference::{Counted, differing};
-use super::walk::{Entry, Last, Tree};
+use super::walk::{FinalSymlink, GuestEntry, GuestTree};
 
 /// What a disk has at a path.
 #[derive(Debug)]
-pub enum Found {
+pub enum PathState {
     /// Something.
-    There(Box<(Tree, Entry)>),
+    There(Box<(GuestTree, GuestEntry)>),
     /// Nothing, or not even the volume.
     Absent,
     /// That cannot be told.
@@ -22,9 +22,9 @@ pub enum Found {
 
 /// A version, and which of the disks have it.
 #[derive(Debug)]
-pub struct Version {
+pub struct PathVersion {
     /// What it is; `None` if there is nothing.
-    pub state: Option<Result<Attributes>>,
+    pub state: Option<Result<FileAttributes>>,
     /// The target, of a symbolic link.
     pub target: Option<Vec<u8>>,
     /// Indices of the disks, in their order.
@@ -32,23 +32,23 @@ pub struct Version {
 }
 
 /// What `inside` has at `path` of a volume; the path's last name may be a link's, and means it.
-pub fn find(inside: &Arc<Inside>, volume: Option<usize>, path: &[u8]) -> Found {
-    let Some(volume) = volume else { return Found::Absent };
-    let found = Tree::open(inside, volume).and_then(|tree| {
-        let entry = tree.resolve(path, Last::Itself)?;
+pub fn find(inside: &Arc<DiskContents>, volume: Option<usize>, path: &[u8]) -> PathState {
+    let Some(volume) = volume else { return PathState::Absent };
+    let found = GuestTree::open(inside, volume).and_then(|tree| {
+        let entry = tree.resolve(path, FinalSymlink::Itself)?;
         Ok((tree, entry))
     });
     match found {
-        Ok(found) => Found::There(Box::new(found)),
-        Err(error) if error.kind() == crate::error::ErrorKind::NotFound => Found::Absent,
-        Err(error) => Found::Unreadable(error),
+        Ok(found) => PathState::There(Box::new(found)),
+        Err(error) if error.kind() == crate::error::ErrorKind::NotFound => PathState::Absent,
+        Err(error) => PathState::Unreadable(error),
     }
 }
 
 /// The versions of what was found in several disks, in the order in which they are first met.
-pub fn versions(found: &[Found]) -> Vec<Version> {
+pub fn versions(found: &[PathState]) -> Vec<PathVersion> {
     // The first disk of each version stands for it.
-    let mut all: Vec<(usize, Version)> = Vec::new();
+    let mut all: Vec<(usize, PathVersion)> = Vec::new();
     for (index, one) in found.iter().enumerate() {
         // Most often it is what the disk below has.
         match all.iter_mut().rev().find(|(first, version)| is_same(&found[*first], one, version)) {
@@ -59,10 +59,10 @@ pub fn versions(found: &[Found]) -> Vec<Version> {
     all.into_iter().map(|(_, version)| version).collect()
 }
 
-fn is_same(a: &Found, b: &Found, version: &Version) -> bool {
+fn is_same(a: &PathState, b: &PathState, version: &PathVersion) -> bool {
     match (a, b) {
-        (Found::Absent, Found::Absent) => true,
-        (Found::There(one), Found::There(other)) => {
+        (PathState::Absent, PathState::Absent) => true,
+        (PathState::There(one), PathState::There(other)) => {
             let ((tree, entry), (other_tree, other)) = (&**one, &**other);
             let counted = Counted { directory_times: true, changed: false };
             let is_good = matches!(version.state, Some(Ok(_)));
@@ -72,12 +72,12 @@ fn is_same(a: &Found, b: &Found, version: &Version) -> bool {
     }
 }
 
-fn version(found: &Found, index: usize) -> Version {
+fn version(found: &PathState, index: usize) -> PathVersion {
     let (state, target) = match found {
-        Found::Absent => (None, None),
-        Found::Unreadable(error) => (Some(Err(error.clone())), None),
-        Found::There(there) => {
-            let (tree, Entry { ino, attributes }) = &**there;
+        PathState::Absent => (None, None),
+        PathState::Unreadable(error) => (Some(Err(error.clone())), None),
+        PathState::There(there) => {
+            let (tree, GuestEntry { ino, attributes }) = &**there;
             let is_link = attributes.kind == crate::guest::FileKind::Symlink;
             match is_link.then(|| tree.read_link(*ino)).transpose() {
                 Ok(target) => (Some(Ok(*attributes)), target),
@@ -85,5 +85,5 @@ fn version(found: &Found, index: usize) -> Version {
             }
         }
     };
-    Version { state, target, disks: vec![index] }
+    PathVersion { state, target, disks: vec![index] }
 }

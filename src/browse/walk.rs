@@ -1,7 +1,7 @@
 //! A volume's tree of files, for whoever walks it without a kernel.
 //!
 //! Promises: nothing here goes on for ever, whatever a guest has written: links are followed a bounded number of times, a
-//! directory has a bounded number of entries, and [`Visited`] tells which directories were met before. Names are bytes.
+//! directory has a bounded number of entries, and [`VisitedDirectories`] tells which directories were met before. Names are bytes.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -10,10 +10,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::{Attributes, ExtendedAttribute, FileKind, Ino};
+use crate::guest::{ExtendedAttribute, FileAttributes, FileKind, Ino};
 use crate::store::shown;
 
-use super::{Hold, Inside, ListedEntry};
+use super::{DiskContents, DiskLease, ListedEntry};
 
 /// Symbolic links that one path leads over, at most: as many as Linux follows.
 const LINKS: usize = 40;
@@ -24,34 +24,34 @@ pub const DEPTH: usize = 512;
 
 /// The files of one volume. Its disks are held while it lives.
 #[derive(Debug)]
-pub struct Tree {
-    pub(super) inside: Arc<Inside>,
+pub struct GuestTree {
+    pub(super) inside: Arc<DiskContents>,
     pub(super) volume: usize,
-    root: Entry,
-    _hold: Hold,
+    root: GuestEntry,
+    _hold: DiskLease,
 }
 
 /// Something in a tree.
 #[derive(Clone, Copy, Debug)]
-pub struct Entry {
+pub struct GuestEntry {
     /// Its number.
     pub ino: Ino,
     /// What stat(2) says of it.
-    pub attributes: Attributes,
+    pub attributes: FileAttributes,
 }
 
 /// Something in a directory.
 #[derive(Clone, Debug)]
-pub struct Named {
+pub struct NamedEntry {
     /// Its name: not empty, without `/` and NUL, never `.` or `..`.
     pub name: Vec<u8>,
     /// What it names, or why that cannot be told.
-    pub entry: Result<Entry>,
+    pub entry: Result<GuestEntry>,
 }
 
 /// What a path means whose last name is that of a symbolic link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Last {
+pub enum FinalSymlink {
     /// What it leads to.
     Followed,
     /// The link.
@@ -60,9 +60,9 @@ pub enum Last {
 
 /// Directories that have been met: a damaged one may hold itself, or others the same one many times.
 #[derive(Debug, Default)]
-pub struct Visited(HashSet<Ino>);
+pub struct VisitedDirectories(HashSet<Ino>);
 
-impl Visited {
+impl VisitedDirectories {
     /// Notes that a directory is entered; why it is not to be.
     pub fn enter(&mut self, directory: Ino, depth: usize) -> Result<()> {
         if !self.0.insert(directory) {
@@ -78,22 +78,22 @@ impl Visited {
     }
 }
 
-impl Tree {
+impl GuestTree {
     /// The files of a volume, by index.
-    pub fn open(inside: &Arc<Inside>, volume: usize) -> Result<Self> {
+    pub fn open(inside: &Arc<DiskContents>, volume: usize) -> Result<Self> {
         let hold = inside.hold()?;
         let ino = inside.mount(volume)?.root;
-        let root = Entry { ino, attributes: inside.attributes(volume, ino)? };
+        let root = GuestEntry { ino, attributes: inside.attributes(volume, ino)? };
         Ok(Self { inside: Arc::clone(inside), volume, root, _hold: hold })
     }
 
     /// The root directory.
-    pub fn root(&self) -> Entry {
+    pub fn root(&self) -> GuestEntry {
         self.root
     }
 
     /// What a path from the root means, by the guest's own rules: links that are absolute, or climb, stay in the volume.
-    pub fn resolve(&self, path: &[u8], last: Last) -> Result<Entry> {
+    pub fn resolve(&self, path: &[u8], last: FinalSymlink) -> Result<GuestEntry> {
         let mut left: Vec<Vec<u8>> = Vec::new();
         push_names(&mut left, path);
         if path.ends_with(b"/") {
@@ -120,7 +120,7 @@ impl Tree {
                 let name = shown(Path::new(OsStr::from_bytes(&name)));
                 Error::new(ErrorKind::NotFound, format!("there is no {name}"))
             })?;
-            if attributes.kind == FileKind::Symlink && (last == Last::Followed || !left.is_empty()) {
+            if attributes.kind == FileKind::Symlink && (last == FinalSymlink::Followed || !left.is_empty()) {
                 link_count += 1;
                 if link_count > LINKS {
                     return Err(Error::new(ErrorKind::NotFound, "there are too many symbolic links on the way"));
@@ -132,13 +132,13 @@ impl Tree {
                 push_names(&mut left, &target);
                 continue;
             }
-            above.push(Entry { ino, attributes });
+            above.push(GuestEntry { ino, attributes });
         }
         Ok(above[above.len() - 1])
     }
 
     /// All entries of a directory, sorted by name, and why there are no more if something is wrong with it.
-    pub fn entries(&self, directory: Ino) -> (Vec<Named>, Option<Error>) {
+    pub fn entries(&self, directory: Ino) -> (Vec<NamedEntry>, Option<Error>) {
         let mut all = Vec::new();
         let trouble = self.list(directory, &mut all).err();
         all.sort_by(|a, b| a.name.cmp(&b.name));
@@ -147,7 +147,7 @@ impl Tree {
         (all, trouble)
     }
 
-    fn list(&self, directory: Ino, all: &mut Vec<Named>) -> Result<()> {
+    fn list(&self, directory: Ino, all: &mut Vec<NamedEntry>) -> Result<()> {
         let mut from = 0;
         loop {
             let listing = self.inside.list(self.volume, directory, from)?;
@@ -161,8 +161,8 @@ impl Tree {
                     Some(attributes) => Ok(attributes),
                     None => self.inside.attributes(self.volume, found.ino),
                 };
-                let entry = attributes.map(|attributes| Entry { ino: found.ino, attributes });
-                all.push(Named { name: found.name, entry });
+                let entry = attributes.map(|attributes| GuestEntry { ino: found.ino, attributes });
+                all.push(NamedEntry { name: found.name, entry });
             }
             if listing.ends {
                 return Ok(());
@@ -206,7 +206,7 @@ mod tests {
 
     #[test]
     fn a_directory_is_entered_once_and_not_too_deep() {
-        let mut visited = Visited::default();
+        let mut visited = VisitedDirectories::default();
         visited.enter(Ino(2), 0).unwrap();
         assert_eq!(visited.enter(Ino(2), 1).unwrap_err().kind(), ErrorKind::Corrupt);
         assert_eq!(visited.enter(Ino(3), DEPTH).unwrap_err().kind(), ErrorKind::Limit);

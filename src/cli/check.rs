@@ -3,13 +3,13 @@
 use super::args::{CheckArgs, Output, RepairScope};
 use super::complain;
 use super::output::print;
-use super::target::{Target, What, host_path};
+use super::target::{Target, TargetKind, host_path};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::check::{CheckReport, Scope, check, repair};
 use crate::io::{Storage, WriterKind};
 use crate::report::json::pretty;
 use crate::report::safe::terminal;
-use crate::store::{Catalog, Content, Format, ImageIndex, Store};
+use crate::store::{Catalog, DetectedContent, Format, ImageIndex, Store};
 
 const COULD_NOT: u8 = 1;
 const CORRUPT: u8 = 2;
@@ -26,9 +26,9 @@ pub(super) fn run(args: &CheckArgs) -> Result<u8> {
     }
     let Target { store, catalog, .. } = &target;
     let images: Vec<ImageIndex> = match &target.what {
-        What::Store => (0..catalog.images.len()).filter(|index| catalog.images[*index].chain_count > 0).collect(),
-        What::Chain(leaf) => catalog.layers(*leaf),
-        What::Disk(disk) => return one(&target, disk.layers[0], args),
+        TargetKind::Store => (0..catalog.images.len()).filter(|index| catalog.images[*index].chain_count > 0).collect(),
+        TargetKind::Chain(leaf) => catalog.layers(*leaf),
+        TargetKind::Disk(disk) => return one(&target, disk.layers[0], args),
     };
     let images: Vec<ImageIndex> = images.into_iter().filter(|index| !is_raw(catalog, *index)).collect();
     let mut worst = 0;
@@ -85,8 +85,8 @@ fn judge(
     title: &str,
 ) -> Result<CheckReport> {
     let image = &catalog.images[index];
-    let bears_magic = matches!(image.content, Content::Qcow2(_) | Content::Malformed(_));
-    let is_undecided = image.format.is_none() && matches!(image.content, Content::Qcow2(_));
+    let bears_magic = matches!(image.content, DetectedContent::Qcow2(_) | DetectedContent::Malformed(_));
+    let is_undecided = image.format.is_none() && matches!(image.content, DetectedContent::Qcow2(_));
     if let Some(problem) = image.problem.as_ref().filter(|_| !bears_magic || is_undecided) {
         return Err(Error::new(ErrorKind::Broken, format!("{name} {problem}")));
     }

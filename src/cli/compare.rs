@@ -25,7 +25,7 @@ pub(super) fn run(args: &CompareArgs) -> Result<u8> {
     if !args.quiet {
         print(&match args.output.format() {
             Output::Human => sentences(difference, sizes_differ),
-            Output::Json => pretty(&Answer::of(difference, sizes_differ)),
+            Output::Json => pretty(&CompareReport::of(difference, sizes_differ)),
         })?;
     }
     Ok(if difference.is_some() { DIFFERENT } else { SAME })
@@ -33,7 +33,7 @@ pub(super) fn run(args: &CompareArgs) -> Result<u8> {
 
 /// The first difference that counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Difference {
+enum FirstDifference {
     /// Their bytes from here on.
     Content { at: u64, sizes_seen: bool },
     /// In strict mode, the sizes.
@@ -45,7 +45,7 @@ enum Difference {
 /// For programs.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Answer {
+struct CompareReport {
     identical: bool,
     size_mismatch: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -54,33 +54,33 @@ struct Answer {
     offset: Option<u64>,
 }
 
-impl Answer {
-    fn of(difference: Option<Difference>, size_mismatch: bool) -> Self {
+impl CompareReport {
+    fn of(difference: Option<FirstDifference>, size_mismatch: bool) -> Self {
         let (word, offset) = match difference {
             None => (None, None),
-            Some(Difference::Content { at, .. }) => (Some("content"), Some(at)),
-            Some(Difference::Size) => (Some("size"), None),
-            Some(Difference::Status(at)) => (Some("status"), Some(at)),
+            Some(FirstDifference::Content { at, .. }) => (Some("content"), Some(at)),
+            Some(FirstDifference::Size) => (Some("size"), None),
+            Some(FirstDifference::Status(at)) => (Some("status"), Some(at)),
         };
         Self { identical: difference.is_none(), size_mismatch, difference: word, offset }
     }
 }
 
-fn sentences(difference: Option<Difference>, sizes_differ: bool) -> String {
+fn sentences(difference: Option<FirstDifference>, sizes_differ: bool) -> String {
     const SIZES: &str = "Warning: Image size mismatch!\n";
     match difference {
         None => format!("{}Images are identical.\n", if sizes_differ { SIZES } else { "" }),
-        Some(Difference::Content { at, sizes_seen }) => {
+        Some(FirstDifference::Content { at, sizes_seen }) => {
             format!("{}Content mismatch at offset {at}!\n", if sizes_seen { SIZES } else { "" })
         }
-        Some(Difference::Size) => "Strict mode: Image size mismatch!\n".to_owned(),
-        Some(Difference::Status(at)) => format!("Strict mode: Offset {at} block status mismatch!\n"),
+        Some(FirstDifference::Size) => "Strict mode: Image size mismatch!\n".to_owned(),
+        Some(FirstDifference::Status(at)) => format!("Strict mode: Offset {at} block status mismatch!\n"),
     }
 }
 
-fn compare(a: &View, b: &View, strict: bool) -> Result<Option<Difference>> {
+fn compare(a: &View, b: &View, strict: bool) -> Result<Option<FirstDifference>> {
     if strict && a.size() != b.size() {
-        return Ok(Some(Difference::Size));
+        return Ok(Some(FirstDifference::Size));
     }
     let common = a.size().min(b.size());
     let mut buffers = (Vec::new(), Vec::new());
@@ -91,7 +91,7 @@ fn compare(a: &View, b: &View, strict: bool) -> Result<Option<Difference>> {
         let run_b = run_at(b, at, common, &mut runs.1)?;
         let end = (run_a.start + run_a.len).min(run_b.start + run_b.len);
         if strict && status(&run_a) != status(&run_b) {
-            return Ok(Some(Difference::Status(at)));
+            return Ok(Some(FirstDifference::Status(at)));
         }
         if is_zero(&run_a) && is_zero(&run_b) {
             at = end;
@@ -108,7 +108,7 @@ fn compare(a: &View, b: &View, strict: bool) -> Result<Option<Difference>> {
             (false, true) => first_nonzero(read(b, at, len, &mut buffers.1)?),
         };
         if let Some(within) = different {
-            return Ok(Some(Difference::Content { at: at + within, sizes_seen: false }));
+            return Ok(Some(FirstDifference::Content { at: at + within, sizes_seen: false }));
         }
         at += len;
     }
@@ -124,7 +124,7 @@ fn compare(a: &View, b: &View, strict: bool) -> Result<Option<Difference>> {
         }
         let len = (end - at).min(CHUNK);
         if let Some(within) = first_nonzero(read(longer, at, len, &mut buffers.0)?) {
-            return Ok(Some(Difference::Content { at: at + within, sizes_seen: true }));
+            return Ok(Some(FirstDifference::Content { at: at + within, sizes_seen: true }));
         }
         at += len;
     }

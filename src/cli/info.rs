@@ -4,7 +4,7 @@ use jiff::tz::TimeZone;
 
 use super::args::{InfoArgs, Output};
 use super::output::print;
-use super::target::{Target, What, host_path};
+use super::target::{Target, TargetKind, host_path};
 use super::warn;
 use crate::error::Result;
 use crate::report::info::{ImageInfo, human};
@@ -17,12 +17,12 @@ pub(super) fn run(args: &InfoArgs) -> Result<u8> {
     let target = Target::find(&args.path, args.format, &args.image)?;
     let Target { store, catalog, .. } = &target;
     let chains: Vec<Vec<ImageInfo>> = match &target.what {
-        What::Store => {
+        TargetKind::Store => {
             let leaves = catalog.chains().map(|(_, leaf)| leaf);
             leaves.map(|leaf| chain_info(store, catalog, leaf)).collect()
         }
-        What::Chain(leaf) => vec![chain_info(store, catalog, *leaf)],
-        What::Disk(disk) => vec![from_layer(&target, disk.layers[0])],
+        TargetKind::Chain(leaf) => vec![chain_info(store, catalog, *leaf)],
+        TargetKind::Disk(disk) => vec![from_layer(&target, disk.layers[0])],
     };
     let chains: Vec<Vec<ImageInfo>> = if args.backing_chain {
         chains
@@ -35,19 +35,19 @@ pub(super) fn run(args: &InfoArgs) -> Result<u8> {
             let texts: Vec<String> = chains.iter().map(|chain| human(chain, &zone)).collect();
             print(&texts.join("\n"))?;
         }
-        (Output::Json, What::Store) if args.backing_chain => print(&pretty(&chains))?,
-        (Output::Json, What::Store) => print(&pretty(&chains.concat()))?,
+        (Output::Json, TargetKind::Store) if args.backing_chain => print(&pretty(&chains))?,
+        (Output::Json, TargetKind::Store) => print(&pretty(&chains.concat()))?,
         (Output::Json, _) if args.backing_chain => print(&pretty(&chains[0]))?,
         (Output::Json, _) => print(&pretty(&chains[0][0]))?,
     }
-    if !matches!(target.what, What::Store) {
+    if !matches!(target.what, TargetKind::Store) {
         let problems = chains.iter().flatten().filter_map(|image| image.chainfs.as_ref()?.problem.as_ref());
         problems.for_each(|problem| warn(problem));
     }
     let top = match &target.what {
-        What::Store => None,
-        What::Chain(leaf) => Some(*leaf),
-        What::Disk(disk) => Some(disk.layers[0]),
+        TargetKind::Store => None,
+        TargetKind::Chain(leaf) => Some(*leaf),
+        TargetKind::Disk(disk) => Some(disk.layers[0]),
     };
     let layers = top.map(|top| catalog.layers(top)).unwrap_or_default();
     let shown = if args.backing_chain { &layers[..] } else { &layers[..layers.len().min(1)] };

@@ -23,10 +23,10 @@ use super::mount_options::{MountOptions, Symlinks};
 use super::store_options::{store_options, variable};
 use super::{complain, config, warn};
 use crate::browse::Browser;
-use crate::browse::worker::Program;
+use crate::browse::worker::WorkerProgram;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fs::mount::{self, OwnMount};
-use crate::fs::{Features, GuestOptions, Ownership, Server, Tree};
+use crate::fs::{Features, GuestOptions, MountTree, Ownership, Server};
 use crate::io::{other_users_of, users_of};
 use crate::report::store as report;
 use crate::store::{Flusher, Store, StoreOptions, Watcher};
@@ -111,9 +111,9 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
         warn(&hint);
     }
     let ownership = Ownership { uid: options.uid, gid: options.gid, umask: options.umask };
-    let browser = Browser::new(&store, Program::this(!options.no_seccomp));
+    let browser = Browser::new(&store, WorkerProgram::this(!options.no_seccomp));
     let guests = GuestOptions { shown: !options.no_files, verbatim: options.symlinks == Some(Symlinks::Verbatim) };
-    let tree = Tree::new(&store, ownership, &browser, guests);
+    let tree = MountTree::new(&store, ownership, &browser, guests);
     let tree = Arc::new(if options.allow_other { tree.shared() } else { tree });
     let wanted = mount::MountOptions {
         allow_other: options.allow_other,
@@ -122,7 +122,7 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     };
     let (device, mount) = mount::mount(store.given(), &args.dir, &wanted)?;
     // Whatever fails from here on, or if nobody waits for us any more, leaves no dead mount.
-    let unfinished = mount::Unfinished::new(&mount);
+    let unfinished = mount::MountRollback::new(&mount);
     let directory = mount.directory();
     let features = Features {
         passthrough: !options.no_passthrough,
@@ -206,7 +206,7 @@ fn detach() -> Result<()> {
 
 /// Flushes everything and unmounts when asked to. A mount in use goes on serving; asked again, it is taken out of the
 /// way and ends with its last user.
-fn end_on_signals(mut signals: Signals, mount: OwnMount, tree: Arc<Tree>, ending: Arc<AtomicBool>) -> Result<()> {
+fn end_on_signals(mut signals: Signals, mount: OwnMount, tree: Arc<MountTree>, ending: Arc<AtomicBool>) -> Result<()> {
     let work = move || {
         let mut asked = false;
         for signal in &mut signals {

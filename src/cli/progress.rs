@@ -19,13 +19,13 @@ const MEMORY: f64 = 5.0;
 /// Shows how far a command is.
 #[derive(Debug)]
 pub(super) struct Meter {
-    shown: Shown,
+    shown: ProgressDisplay,
     drawn: Option<Instant>,
     rate: Rate,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Shown {
+enum ProgressDisplay {
     Nothing,
     Bar,
     Percent,
@@ -35,31 +35,31 @@ impl Meter {
     /// `wanted`: the user has asked for it.
     pub(super) fn new(wanted: bool) -> Self {
         let shown = match (wanted, std::io::stderr().is_terminal()) {
-            (false, _) => Shown::Nothing,
-            (true, true) => Shown::Bar,
-            (true, false) => Shown::Percent,
+            (false, _) => ProgressDisplay::Nothing,
+            (true, true) => ProgressDisplay::Bar,
+            (true, false) => ProgressDisplay::Percent,
         };
         Self { shown, drawn: None, rate: Rate::default() }
     }
 
     /// Whether anybody sees it.
     pub(super) fn is_shown(&self) -> bool {
-        self.shown != Shown::Nothing
+        self.shown != ProgressDisplay::Nothing
     }
 
     /// Draws how far it is now.
     pub(super) fn draw(&mut self, status: &Status) {
         let now = Instant::now();
-        if self.shown == Shown::Nothing || self.drawn.is_some_and(|drawn| now - drawn < INTERVAL) {
+        if self.shown == ProgressDisplay::Nothing || self.drawn.is_some_and(|drawn| now - drawn < INTERVAL) {
             return;
         }
         let since = self.drawn.replace(now).map(|drawn| (now - drawn).as_secs_f64());
         self.rate.note(status.done, since);
         // With nobody to look at it there is nothing to do about it.
         let _ = match self.shown {
-            Shown::Nothing => Ok(()),
-            Shown::Bar => write!(std::io::stderr(), "\r{}\x1b[K", bar(status, self.rate.per_second)),
-            Shown::Percent => percent(status),
+            ProgressDisplay::Nothing => Ok(()),
+            ProgressDisplay::Bar => write!(std::io::stderr(), "\r{}\x1b[K", bar(status, self.rate.per_second)),
+            ProgressDisplay::Percent => percent(status),
         };
     }
 
@@ -71,9 +71,9 @@ impl Meter {
         // The last state is seen, however short the time was.
         self.draw(status);
         let _ = match self.shown {
-            Shown::Nothing => Ok(()),
-            Shown::Bar => writeln!(std::io::stderr()),
-            Shown::Percent => writeln!(std::io::stdout()),
+            ProgressDisplay::Nothing => Ok(()),
+            ProgressDisplay::Bar => writeln!(std::io::stderr()),
+            ProgressDisplay::Percent => writeln!(std::io::stdout()),
         };
     }
 }

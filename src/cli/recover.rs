@@ -18,7 +18,7 @@ use super::target::place_in_mount;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::{Engine, JobState};
 use crate::report::safe::terminal;
-use crate::store::{FROZEN_NOTES, Finding, FoundIntent, Store, StoreOptions, shown};
+use crate::store::{FROZEN_NOTES, FileBinding, FoundIntent, Store, StoreOptions, shown};
 
 /// How long to wait for news.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -80,9 +80,9 @@ fn one(engine: &Arc<Engine>, found: &FoundIntent, is_dry: bool) -> Result<bool> 
     let mut doubts = 0;
     for finding in findings {
         match finding {
-            Finding::Here(path) => say(&format!("  {} is there\n", shown(&path)))?,
-            Finding::Gone(path) => say(&format!("  {} has gone, or is another file by now\n", shown(&path)))?,
-            Finding::Doubt(sentence) => {
+            FileBinding::Here(path) => say(&format!("  {} is there\n", shown(&path)))?,
+            FileBinding::Gone(path) => say(&format!("  {} has gone, or is another file by now\n", shown(&path)))?,
+            FileBinding::Doubt(sentence) => {
                 doubts += 1;
                 say(&format!("  {sentence}\n"))?;
             }

@@ -25,32 +25,32 @@ use super::store_options::{store_options, variable};
 pub(super) struct Target {
     pub(super) store: Arc<Store>,
     pub(super) catalog: Arc<Catalog>,
-    pub(super) what: What,
+    pub(super) what: TargetKind,
     /// What the image is called in answers: as the user did, where the user named it.
     pub(super) filename: PathBuf,
 }
 
 /// What a path names.
 #[derive(Clone, Debug)]
-pub(super) enum What {
+pub(super) enum TargetKind {
     /// A whole store.
     Store,
     /// A chain, by its leaf.
     Chain(ImageIndex),
     /// One disk of a chain.
-    Disk(Disk),
+    Disk(TargetDisk),
 }
 
 /// One disk of a chain.
 #[derive(Clone, Debug)]
-pub(super) struct Disk {
+pub(super) struct TargetDisk {
     /// Its layers, top first.
     pub(super) layers: Vec<ImageIndex>,
     /// Which state of the top one.
     pub(super) part: ViewPart,
 }
 
-impl Disk {
+impl TargetDisk {
     /// The disk of a view of the chain from the image `top` downwards.
     fn of(catalog: &Catalog, top: ImageIndex, view: &ChainView) -> Self {
         let layers = catalog.layers(top)[view.layer..].to_vec();
@@ -83,15 +83,15 @@ impl Target {
         let catalog = store.catalog();
         let mut filename = image.to_path_buf();
         let what = match (catalog.single, view) {
-            (None, _) => What::Store,
-            (Some(leaf), None) => What::Disk(Disk { layers: catalog.layers(leaf), part: ViewPart::Active }),
+            (None, _) => TargetKind::Store,
+            (Some(leaf), None) => TargetKind::Disk(TargetDisk { layers: catalog.layers(leaf), part: ViewPart::Active }),
             (Some(leaf), Some(name)) => {
                 let view = address::resolve(&store, &catalog, leaf, image, name)?;
-                let disk = Disk::of(&catalog, leaf, &view);
+                let disk = TargetDisk::of(&catalog, leaf, &view);
                 if view.layer > 0 {
                     filename = host_path(&store, &catalog, disk.layers[0]);
                 }
-                What::Disk(disk)
+                TargetKind::Disk(disk)
             }
         };
         Ok(Self { store, catalog, what, filename })
@@ -103,20 +103,20 @@ impl Target {
         let catalog = store.catalog();
         let what = resolve(&store, &catalog, rest)?;
         let top = match &what {
-            What::Store => None,
-            What::Chain(leaf) => Some(*leaf),
-            What::Disk(disk) => Some(disk.layers[0]),
+            TargetKind::Store => None,
+            TargetKind::Chain(leaf) => Some(*leaf),
+            TargetKind::Disk(disk) => Some(disk.layers[0]),
         };
         let filename = top.map_or_else(|| path.to_path_buf(), |top| host_path(&store, &catalog, top));
         Ok(Self { store, catalog, what, filename })
     }
 
     /// The disk that is meant; a chain stands for that of its leaf.
-    pub(super) fn disk(&self) -> Result<Disk> {
+    pub(super) fn disk(&self) -> Result<TargetDisk> {
         match &self.what {
-            What::Disk(disk) => Ok(disk.clone()),
-            What::Chain(leaf) => Ok(Disk { layers: self.catalog.layers(*leaf), part: ViewPart::Active }),
-            What::Store => Err(Error::new(
+            TargetKind::Disk(disk) => Ok(disk.clone()),
+            TargetKind::Chain(leaf) => Ok(TargetDisk { layers: self.catalog.layers(*leaf), part: ViewPart::Active }),
+            TargetKind::Store => Err(Error::new(
                 ErrorKind::Usage,
                 format!("{} is a store; name one of its images or disks", shown(&self.filename)),
             )),
@@ -125,7 +125,7 @@ impl Target {
 
     /// Opens the disk that is meant for reading.
     pub(super) fn open(&self) -> Result<OpenView> {
-        let Disk { layers, part } = self.disk()?;
+        let TargetDisk { layers, part } = self.disk()?;
         // Without locks somebody may be writing the topmost layer.
         let live = self.store.options().force_share;
         self.store.open_shown(&self.catalog, &layers, part, live)
@@ -195,29 +195,30 @@ fn ats(path: &Path) -> impl Iterator<Item = (&Path, &[u8])> {
 }
 
 /// What stands at `rest` of a mount, or the view that `DISK@VIEW` means there.
-fn resolve(store: &Store, catalog: &Catalog, rest: &Path) -> Result<What> {
+fn resolve(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetKind> {
     let unknown = match resolve_path(store, catalog, rest) {
         Err(error) if error.kind() == ErrorKind::NotFound => error,
         found => return found,
     };
     for (disk, view) in ats(rest) {
-        if let Ok(What::Disk(Disk { layers, part: ViewPart::Active })) = resolve_path(store, catalog, disk) {
+        if let Ok(TargetKind::Disk(TargetDisk { layers, part: ViewPart::Active })) = resolve_path(store, catalog, disk)
+        {
             let view = address::resolve(store, catalog, layers[0], disk, view)?;
-            return Ok(What::Disk(Disk::of(catalog, layers[0], &view)));
+            return Ok(TargetKind::Disk(TargetDisk::of(catalog, layers[0], &view)));
         }
     }
     Err(unknown)
 }
 
 /// What stands at `rest` of a mount.
-fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<What> {
+fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetKind> {
     let names: Vec<&OsStr> = rest.iter().collect();
     let chain = (0..=names.len())
         .find_map(|len| catalog.chain(&names[..len].iter().collect::<PathBuf>()).map(|leaf| (leaf, &names[len..])));
     let Some((leaf, inner)) = chain else {
         let is_directory = catalog.directories.contains_key(rest);
         let is_own = names.first().is_some_and(|name| name.as_bytes() == crate::store::STORE_DIRECTORY);
-        return if is_directory || is_own { Ok(What::Store) } else { Err(nothing_at(rest)) };
+        return if is_directory || is_own { Ok(TargetKind::Store) } else { Err(nothing_at(rest)) };
     };
     let view = |name: &[u8], suffix: &[u8]| -> Result<(ChainView, Vec<ImageIndex>)> {
         let views = store.chain_views(catalog, leaf);
@@ -225,22 +226,22 @@ fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<What> {
         Ok((view.clone(), views.layers[view.layer..].to_vec()))
     };
     match inner {
-        [] => Ok(What::Chain(leaf)),
+        [] => Ok(TargetKind::Chain(leaf)),
         [name]
             if *name == "snapshots"
                 || *name == "info"
                 || *name == CONTROL
                 || name.as_bytes() == crate::store::STORE_DIRECTORY =>
         {
-            Ok(What::Chain(leaf))
+            Ok(TargetKind::Chain(leaf))
         }
         [name, _] if *name == "info" || *name == CONTROL || name.as_bytes() == crate::store::STORE_DIRECTORY => {
-            Ok(What::Chain(leaf))
+            Ok(TargetKind::Chain(leaf))
         }
         [name, file] if *name == "snapshots" && file.as_bytes().ends_with(b".vmstate") => {
             match view(file.as_bytes(), b".vmstate")? {
                 (ChainView { snapshot: Some(index), .. }, layers) => {
-                    Ok(What::Disk(Disk { layers, part: ViewPart::VmState(index) }))
+                    Ok(TargetKind::Disk(TargetDisk { layers, part: ViewPart::VmState(index) }))
                 }
                 _ => Err(nothing_at(rest)),
             }
@@ -252,7 +253,7 @@ fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<What> {
                 return Err(nothing_at(rest));
             }
             let part = view.snapshot.map_or(ViewPart::Active, ViewPart::Snapshot);
-            Ok(What::Disk(Disk { layers, part }))
+            Ok(TargetKind::Disk(TargetDisk { layers, part }))
         }
         _ => Err(nothing_at(rest)),
     }

@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use super::args::{TreeArgs, TreeOutput};
 use super::offline::planned;
 use super::output::print;
-use super::target::{Target, What};
+use super::target::{Target, TargetKind};
 use super::warn;
 use crate::error::Result;
 use crate::ops::{Request, quote};
@@ -24,10 +24,10 @@ pub(super) fn run(args: &TreeArgs) -> Result<u8> {
     }
     let Target { store, catalog, what, filename } = Target::find(&args.path, None, &args.image)?;
     let leaf = match what {
-        What::Store => None,
-        What::Chain(leaf) => Some(leaf),
+        TargetKind::Store => None,
+        TargetKind::Chain(leaf) => Some(leaf),
         // All disks of a chain are in the tree of its base.
-        What::Disk(disk) => disk.layers.last().copied(),
+        TargetKind::Disk(disk) => disk.layers.last().copied(),
     };
     let forest = match leaf {
         None => forest(&store, &catalog),

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::groups_of_process;
-use crate::store::{Catalog, ImageIndex, Judge, Store, Subject};
+use crate::store::{AccessJudge, Catalog, ImageIndex, Store, Subject};
 
 use super::attributes::Ownership;
 
@@ -62,7 +62,7 @@ impl Viewer {
 }
 
 /// What is shown of a catalog to a user.
-type Shown = LruCache<(u64, Subject), (Instant, Arc<Catalog>)>;
+type VisibleCatalog = LruCache<(u64, Subject), (Instant, Arc<Catalog>)>;
 
 /// The rules of a mount.
 #[derive(Debug)]
@@ -73,9 +73,9 @@ pub(super) struct Rights {
     is_shared: bool,
     own_uid: u32,
     /// A leaf.
-    judge: Mutex<Option<(Instant, Arc<Judge>)>>,
+    judge: Mutex<Option<(Instant, Arc<AccessJudge>)>>,
     /// A leaf.
-    shown: Mutex<Shown>,
+    shown: Mutex<VisibleCatalog>,
 }
 
 impl Rights {
@@ -109,7 +109,7 @@ impl Rights {
     }
 
     /// Who may do what, as of a moment ago.
-    pub(super) fn judge(&self) -> Arc<Judge> {
+    pub(super) fn judge(&self) -> Arc<AccessJudge> {
         let mut kept = self.judge.lock();
         if let Some((when, judge)) = &*kept
             && when.elapsed() < BELIEF

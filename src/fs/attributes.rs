@@ -90,7 +90,7 @@ impl Ownership {
 impl Ownership {
     /// Owner, group and permissions of a guest's file. With a umask, who may read it is the user's word; what can be run, the
     /// guest's.
-    pub(super) fn of_guest(&self, found: &guest::Attributes) -> (u32, u32, u16) {
+    pub(super) fn of_guest(&self, found: &guest::FileAttributes) -> (u32, u32, u16) {
         let bits = match (self.umask, found.kind) {
             (Some(umask), guest::FileKind::Directory) => 0o777 & !umask as u16,
             (Some(umask), _) => (0o666 | found.mode & 0o111) & !umask as u16,

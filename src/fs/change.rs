@@ -13,7 +13,7 @@ use crate::store::{Access, ActiveHandle, ViewId};
 use super::access::Caller;
 use super::handles::Handle;
 use super::node::{Node, NodeKind, PartitionNode};
-use super::tree::Tree;
+use super::tree::MountTree;
 
 /// What fallocate(2) asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub enum Fallocate {
     Space,
 }
 
-impl Tree {
+impl MountTree {
     /// Writes what there is room for before the end of the disk, and returns how much that is.
     /// `sync`: it is durable then. To a control file: gives one command, which may take its time.
     pub fn write(&self, handle: &Handle, at: u64, bytes: &[u8], sync: bool) -> Result<usize> {

@@ -17,7 +17,7 @@ use crate::store::STORE_DIRECTORY;
 
 use super::access::Viewer;
 use super::change::read_only;
-use super::tree::Tree;
+use super::tree::MountTree;
 
 /// Name of the directories that hold control files.
 pub const CONTROL: &str = "control";
@@ -178,7 +178,7 @@ impl ControlHandle {
     }
 
     /// What there is from `at` on.
-    pub(super) fn read(&self, tree: &Tree, at: u64, buf: &mut [u8]) -> usize {
+    pub(super) fn read(&self, tree: &MountTree, at: u64, buf: &mut [u8]) -> usize {
         let mut position = self.position.lock();
         let after_command = position.written.take() == Some(at);
         if at == 0 || after_command || at < position.origin {
@@ -194,7 +194,7 @@ impl ControlHandle {
     }
 
     /// How much there is to be read.
-    pub(super) fn len(&self, tree: &Tree) -> u64 {
+    pub(super) fn len(&self, tree: &MountTree) -> u64 {
         tree.control_text(&self.viewer, &self.scope, self.file).len() as u64
     }
 
@@ -214,7 +214,7 @@ impl ControlHandle {
 const NEXT_LOOK: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Lets commands in when it goes, whatever it goes by.
-struct Resuming(Arc<Tree>);
+struct Resuming(Arc<MountTree>);
 
 impl Drop for Resuming {
     fn drop(&mut self) {
@@ -224,7 +224,7 @@ impl Drop for Resuming {
     }
 }
 
-impl Tree {
+impl MountTree {
     /// What a control file says to a user who opens it now.
     pub(super) fn control_text(&self, viewer: &Viewer, scope: &ControlScope, file: ControlFile) -> Arc<[u8]> {
         let text = self.controls().text(scope, file);

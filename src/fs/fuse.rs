@@ -1,4 +1,4 @@
-//! The adapter to FUSE: requests to [`Tree`], answers to replies, errors to errno. Nothing else
+//! The adapter to FUSE: requests to [`MountTree`], answers to replies, errors to errno. Nothing else
 //! names fuser.
 
 mod again;
@@ -33,11 +33,11 @@ use crate::store::Access;
 use super::attributes::Attributes;
 use super::change::Fallocate;
 use super::handles::Handle;
-use super::tree::Tree;
+use super::tree::MountTree;
 
 use again::Refusals;
-use entries::{Entry, each, known};
-use modes::Mode;
+use entries::{ListingEntry, each, known};
+use modes::OpenMode;
 use replies::{attr, belief, caller, file_type, give};
 use threads::answer;
 
@@ -65,13 +65,13 @@ pub struct Features {
 /// A connected mount.
 pub struct Server {
     session: Session<Adapter>,
-    tree: Arc<Tree>,
+    tree: Arc<MountTree>,
 }
 
 impl Server {
     /// Answers the kernel's first request on `device`, a mounted /dev/fuse: from here on the
     /// mount can be used.
-    pub fn connect(tree: &Arc<Tree>, device: OwnedFd, features: Features) -> io::Result<Self> {
+    pub fn connect(tree: &Arc<MountTree>, device: OwnedFd, features: Features) -> io::Result<Self> {
         let adapter = Adapter {
             tree: Arc::clone(tree),
             passthrough: AtomicBool::new(features.passthrough),
@@ -97,11 +97,11 @@ impl Server {
 }
 
 struct Adapter {
-    tree: Arc<Tree>,
+    tree: Arc<MountTree>,
     features: Features,
     /// Cleared when the kernel has refused it once.
     passthrough: AtomicBool,
-    modes: Mutex<HashMap<u64, Mode>>,
+    modes: Mutex<HashMap<u64, OpenMode>>,
     /// Threads of the mount that may be waiting for a worker.
     waiting: Arc<AtomicUsize>,
     refusals: Refusals,
@@ -460,7 +460,7 @@ impl Filesystem for Adapter {
         let caller = caller(req);
         self.look(inode.0, move |tree| match answer(tree, |tree| tree.open_directory(&caller, inode.0)) {
             // A guest's directory never changes, either.
-            Ok(number) if Tree::is_guest(inode.0) => {
+            Ok(number) if MountTree::is_guest(inode.0) => {
                 let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR;
                 reply.opened(FileHandle(number), flags);
             }
@@ -471,8 +471,9 @@ impl Filesystem for Adapter {
 
     fn readdir(&self, _req: &Request, inode: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         self.look(inode.0, move |tree| {
-            let mut take =
-                |entry: &Entry<'_>| reply.add(INodeNo(entry.inode), entry.next, file_type(entry.kind), entry.name);
+            let mut take = |entry: &ListingEntry<'_>| {
+                reply.add(INodeNo(entry.inode), entry.next, file_type(entry.kind), entry.name)
+            };
             match answer(tree, |tree| each(tree, inode.0, handle.0, offset, &mut take)) {
                 Ok(()) => reply.ok(),
                 Err(errno) => reply.error(errno),
@@ -490,7 +491,7 @@ impl Filesystem for Adapter {
     ) {
         let caller = caller(req);
         self.look(inode.0, move |tree| {
-            let mut take = |entry: &Entry<'_>| {
+            let mut take = |entry: &ListingEntry<'_>| {
                 let known = entry
                     .attributes
                     .map_or_else(|| answer(tree, |tree| known(tree, &caller, entry)), |found| Ok(Some(found)));

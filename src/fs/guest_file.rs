@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::browse::{Hold, Listing, OpenedFile};
+use crate::browse::{DiskLease, Listing, OpenedFile};
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::{Ino, Run, RunKind};
+use crate::guest::{FileRun, Ino, RunKind};
 
-use super::slots::Slot;
+use super::mounted_volumes::MountedVolume;
 
 /// Bytes of a file about whose place is asked at once.
 const WINDOW: u64 = 1 << 30;
@@ -19,24 +19,24 @@ const SEEK_LIMIT: Duration = Duration::from_millis(200);
 /// An open file.
 #[derive(Debug)]
 pub struct GuestFile {
-    pub(super) slot: Arc<Slot>,
+    pub(super) slot: Arc<MountedVolume>,
     ino: Ino,
     size: u64,
-    known: Mutex<Arc<Known>>,
+    known: Mutex<Arc<KnownRuns>>,
     /// The disk stays what it is.
-    _hold: Hold,
+    _hold: DiskLease,
 }
 
 /// Where some of a file is: runs without gaps.
 #[derive(Debug, Default)]
-struct Known {
+struct KnownRuns {
     start: u64,
     /// The end of each run, and where its first byte is.
     runs: Vec<(u64, RunKind)>,
 }
 
-impl Known {
-    fn new(start: u64, runs: Vec<Run>) -> Self {
+impl KnownRuns {
+    fn new(start: u64, runs: Vec<FileRun>) -> Self {
         let mut end = start;
         let runs = runs.into_iter().map(|run| {
             end += run.len;
@@ -55,10 +55,10 @@ impl Known {
 }
 
 impl GuestFile {
-    pub(super) fn open(slot: &Arc<Slot>, ino: Ino) -> Result<Self> {
+    pub(super) fn open(slot: &Arc<MountedVolume>, ino: Ino) -> Result<Self> {
         let hold = slot.inside.hold()?;
         let OpenedFile { size, runs } = slot.inside.open_file(slot.volume, ino)?;
-        let known = Mutex::new(Arc::new(Known::new(0, runs)));
+        let known = Mutex::new(Arc::new(KnownRuns::new(0, runs)));
         Ok(Self { slot: Arc::clone(slot), ino, size, known, _hold: hold })
     }
 
@@ -82,9 +82,9 @@ impl GuestFile {
         Ok((end.min(self.size), kind))
     }
 
-    fn look(&self, at: u64) -> Result<Known> {
+    fn look(&self, at: u64) -> Result<KnownRuns> {
         let runs = self.slot.inside.runs(self.slot.volume, self.ino, at, WINDOW.min(self.size - at))?;
-        Ok(Known::new(at, runs))
+        Ok(KnownRuns::new(at, runs))
     }
 
     /// Reads what there is before the end of the file. As a whole or not at all: a page cache would take a short read for
@@ -123,15 +123,15 @@ impl GuestFile {
 /// An open directory.
 #[derive(Debug)]
 pub struct GuestDirectory {
-    pub(super) slot: Arc<Slot>,
+    pub(super) slot: Arc<MountedVolume>,
     ino: Ino,
     /// What was listed last, and from which place on.
     listed: Mutex<Option<(u64, Arc<Listing>)>>,
-    _hold: Hold,
+    _hold: DiskLease,
 }
 
 impl GuestDirectory {
-    pub(super) fn open(slot: &Arc<Slot>, ino: Ino) -> Result<Self> {
+    pub(super) fn open(slot: &Arc<MountedVolume>, ino: Ino) -> Result<Self> {
         let hold = slot.inside.hold()?;
         Ok(Self { slot: Arc::clone(slot), ino, listed: Mutex::new(None), _hold: hold })
     }

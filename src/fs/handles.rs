@@ -12,10 +12,10 @@ use crate::store::{ActiveHandle, OpenDisk};
 use super::attributes::Attributes;
 use super::control::ControlHandle;
 use super::guest_file::{GuestDirectory, GuestFile};
+use super::partition_range::PartitionRange;
 use super::pieces::Pieces;
 use super::progress::ProgressReader;
-use super::tree::Listed;
-use super::window::Window;
+use super::tree::NodeEntry;
 
 /// Something open.
 #[derive(Clone, Debug)]
@@ -30,12 +30,12 @@ pub enum Handle {
     Active(Arc<ActiveHandle>),
     /// A control file.
     Control(Arc<ControlHandle>),
-    /// A `control/progress`; [`Tree::read_progress`](super::Tree::read_progress) reads it.
+    /// A `control/progress`; [`MountTree::read_progress`](super::MountTree::read_progress) reads it.
     Progress(Arc<ProgressReader>),
     /// A directory, as of its opening.
-    Directory(Arc<[Listed]>),
+    Directory(Arc<[NodeEntry]>),
     /// A partition of a disk.
-    Partition(Window),
+    Partition(PartitionRange),
     /// A guest's file.
     GuestFile(Arc<GuestFile>),
     /// A guest's directory.

@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{FileKind, Ino};
 use crate::store::stale;
 
-use super::slots::{GuestNode, Slot};
+use super::mounted_volumes::{GuestNode, MountedVolume};
 
 /// Links that are followed one after the other, at most: as Linux does.
 const FOLLOWED: usize = 40;
@@ -20,8 +20,8 @@ const FOLLOW_LIMIT: Duration = Duration::from_secs(5);
 const PATH_LEN: usize = 4095;
 
 /// Where a walk through a volume has got to, as seen from the directory that it began in.
-struct Walk<'a> {
-    slot: &'a Slot,
+struct LinkWalk<'a> {
+    slot: &'a MountedVolume,
     /// How deep the directory is that it began in.
     depth: usize,
     /// How far up it has gone from there.
@@ -32,7 +32,7 @@ struct Walk<'a> {
     down: Vec<(Vec<u8>, Ino)>,
 }
 
-impl Walk<'_> {
+impl LinkWalk<'_> {
     fn go_to_root(&mut self) {
         (self.ups, self.base) = (self.depth, Some(self.slot.mounted.root));
         self.down.clear();
@@ -72,7 +72,7 @@ fn parts(path: &[u8]) -> Vec<&[u8]> {
 }
 
 /// The target of the link `node`, which the guest has as `target`, from the directory that holds it.
-pub(super) fn inside(slot: &Slot, node: GuestNode, target: &[u8]) -> Result<Vec<u8>> {
+pub(super) fn inside(slot: &MountedVolume, node: GuestNode, target: &[u8]) -> Result<Vec<u8>> {
     let is_absolute = target.starts_with(b"/");
     let all = parts(target);
     let ups = all.iter().take_while(|part| **part == b"..").count();
@@ -82,7 +82,8 @@ pub(super) fn inside(slot: &Slot, node: GuestNode, target: &[u8]) -> Result<Vec<
     if node.depth == GuestNode::DEEPEST {
         return Err(Error::new(ErrorKind::Limit, "a link that leads up stands too deep in its volume to be rewritten"));
     }
-    let mut walk = Walk { slot, depth: usize::from(node.depth), ups: 0, base: slot.parent(node.ino), down: Vec::new() };
+    let mut walk =
+        LinkWalk { slot, depth: usize::from(node.depth), ups: 0, base: slot.parent(node.ino), down: Vec::new() };
     if walk.depth == 0 || is_absolute {
         walk.go_to_root();
     }
@@ -95,7 +96,7 @@ pub(super) fn inside(slot: &Slot, node: GuestNode, target: &[u8]) -> Result<Vec<
 
 /// Goes on as the guest's kernel would: what is above a directory that a link has led to is above that directory,
 /// not above the link.
-fn follow(mut walk: Walk<'_>, path: &[&[u8]]) -> Result<Vec<u8>> {
+fn follow(mut walk: LinkWalk<'_>, path: &[&[u8]]) -> Result<Vec<u8>> {
     let mut rest: Vec<Vec<u8>> = path.iter().rev().map(|part| part.to_vec()).collect();
     let mut followed = 0;
     let (slot, begun) = (walk.slot, Instant::now());

@@ -1,6 +1,6 @@
 //! The mount: the store's tree in plain types, and the thin adapter that FUSE needs.
 //!
-//! [`Tree`] answers what a kernel asks (lookup, attributes, reading, seeking) in terms of nodes;
+//! [`MountTree`] answers what a kernel asks (lookup, attributes, reading, seeking) in terms of nodes;
 //! only the file `fuse` names fuser, only `mount` speaks to mount(2). Only active disks can be
 //! written; `change` is about that. What is written to control files goes to the engine; `control` and
 //! `progress` are about those.
@@ -9,18 +9,18 @@ mod access;
 mod attributes;
 mod change;
 mod control;
-mod documents;
 mod fuse;
 mod guest_file;
 mod handles;
+mod info_files;
 mod links;
 pub mod mount;
+mod mounted_volumes;
 mod node;
+mod partition_range;
 mod pieces;
 mod progress;
-mod slots;
 mod tree;
-mod window;
 
 pub use access::Caller;
 pub use attributes::{Attributes, Ownership};
@@ -29,9 +29,9 @@ pub use control::{CONTROL, ControlFile, ControlHandle, ControlScope};
 pub use fuse::{Features, Server};
 pub use guest_file::{GuestDirectory, GuestFile};
 pub use handles::Handle;
+pub use mounted_volumes::GuestNode;
 pub use node::{ChainDocument, Node, NodeKind, PartitionNode, StoreDocument};
+pub use partition_range::PartitionRange;
 pub use pieces::Pieces;
-pub use progress::{Answer, ProgressReader};
-pub use slots::GuestNode;
-pub use tree::{GuestOptions, Listed, Tree};
-pub use window::Window;
+pub use progress::{ProgressReader, ProgressReply};
+pub use tree::{GuestOptions, MountTree, NodeEntry};

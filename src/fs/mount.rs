@@ -57,11 +57,11 @@ impl OwnMount {
     }
 }
 
-/// Takes a mount away again that comes to nothing, unless it is [`Unfinished::finished`].
+/// Takes a mount away again that comes to nothing, unless it is [`MountRollback::finished`].
 #[derive(Debug)]
-pub struct Unfinished(Option<OwnMount>);
+pub struct MountRollback(Option<OwnMount>);
 
-impl Unfinished {
+impl MountRollback {
     /// Watches over `mount`.
     pub fn new(mount: &OwnMount) -> Self {
         Self(Some(mount.clone()))
@@ -73,7 +73,7 @@ impl Unfinished {
     }
 }
 
-impl Drop for Unfinished {
+impl Drop for MountRollback {
     fn drop(&mut self) {
         if let Some(mount) = self.0.take() {
             let _ = mount.unmount(true);

@@ -13,7 +13,7 @@ use parking_lot::RwLock;
 use crate::store::ViewId;
 
 use super::control::{ControlFile, ControlScope};
-use super::slots::GuestNode;
+use super::mounted_volumes::GuestNode;
 
 /// One thing in the tree.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -181,11 +181,11 @@ pub(super) const ROOT: u64 = 1;
 /// Numbers given so far.
 #[derive(Debug)]
 pub(super) struct Inodes {
-    table: RwLock<Table>,
+    table: RwLock<InodeTable>,
 }
 
 #[derive(Debug)]
-struct Table {
+struct InodeTable {
     by_node: HashMap<Node, u64>,
     nodes: Vec<Node>,
 }
@@ -193,7 +193,7 @@ struct Table {
 impl Inodes {
     /// Only the root has a number.
     pub(super) fn new() -> Self {
-        let table = Table { by_node: HashMap::from([(Node::Root, ROOT)]), nodes: vec![Node::Root] };
+        let table = InodeTable { by_node: HashMap::from([(Node::Root, ROOT)]), nodes: vec![Node::Root] };
         Self { table: RwLock::new(table) }
     }
 

@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_millis(240);
 const TICK: Duration = Duration::from_millis(40);
 
 /// Takes what has been read; nothing means the end.
-pub type Answer = Box<dyn FnOnce(&[u8]) + Send>;
+pub type ProgressReply = Box<dyn FnOnce(&[u8]) + Send>;
 
 /// An opening of `control/progress`.
 #[derive(Debug)]
@@ -31,11 +31,11 @@ pub struct ProgressReader {
     /// Who reads, where names may have to be kept from that user.
     reader: Option<(Arc<Rights>, Viewer)>,
     /// Taken before nothing else, and left before an answer is given.
-    line: Mutex<Line>,
+    line: Mutex<ProgressLine>,
 }
 
 #[derive(Debug, Default)]
-struct Line {
+struct ProgressLine {
     /// The state that was told last.
     told: Option<u64>,
     /// What has not been taken of the line that was told last.
@@ -45,20 +45,20 @@ struct Line {
 }
 
 /// All reads that wait.
-pub(super) struct Progress {
-    shared: Arc<Shared>,
+pub(super) struct PendingReads {
+    shared: Arc<SharedReads>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-struct Shared {
+struct SharedReads {
     /// How a chain's last command is doing; asked under no lock but a reader's own.
     status: Box<dyn Fn(&Path) -> Status + Send + Sync>,
-    waiting: Mutex<Waiting>,
+    waiting: Mutex<PendingRead>,
     news: Condvar,
 }
 
 #[derive(Default)]
-struct Waiting {
+struct PendingRead {
     reads: Vec<Read>,
     ended: bool,
 }
@@ -67,10 +67,10 @@ struct Read {
     reader: Arc<ProgressReader>,
     most: usize,
     until: Instant,
-    answer: Answer,
+    answer: ProgressReply,
 }
 
-impl std::fmt::Debug for Progress {
+impl std::fmt::Debug for PendingReads {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Progress").field("waiting", &self.shared.waiting.lock().reads.len()).finish_non_exhaustive()
     }
@@ -107,15 +107,15 @@ impl ProgressReader {
     }
 }
 
-impl Progress {
+impl PendingReads {
     /// `status` tells how the last command of a chain is doing.
     pub(super) fn new(status: impl Fn(&Path) -> Status + Send + Sync + 'static) -> Self {
-        let shared = Shared { status: Box::new(status), waiting: Mutex::default(), news: Condvar::new() };
+        let shared = SharedReads { status: Box::new(status), waiting: Mutex::default(), news: Condvar::new() };
         Self { shared: Arc::new(shared), thread: Mutex::default() }
     }
 
     /// Answers a read of at most `most` bytes, now or later.
-    pub(super) fn read(&self, reader: &Arc<ProgressReader>, most: usize, answer: Answer) {
+    pub(super) fn read(&self, reader: &Arc<ProgressReader>, most: usize, answer: ProgressReply) {
         if let Some(bytes) = self.shared.next(reader, most, false) {
             return answer(&bytes);
         }
@@ -150,13 +150,13 @@ impl Progress {
     }
 }
 
-impl Drop for Progress {
+impl Drop for PendingReads {
     fn drop(&mut self) {
         self.end();
     }
 }
 
-impl Shared {
+impl SharedReads {
     fn next(&self, reader: &ProgressReader, most: usize, impatient: bool) -> Option<Vec<u8>> {
         reader.next(|| (self.status)(&reader.chain), most, impatient)
     }
@@ -243,13 +243,13 @@ mod tests {
     }
 
     /// A command at work that somebody moves on, and what is read of it.
-    fn at_work() -> (Arc<Mutex<Status>>, Progress) {
+    fn at_work() -> (Arc<Mutex<Status>>, PendingReads) {
         let job = Arc::new(Mutex::new(Status { state: JobState::Running, total: 9, ..Status::default() }));
         let seen = Arc::clone(&job);
-        (job, Progress::new(move |_| seen.lock().clone()))
+        (job, PendingReads::new(move |_| seen.lock().clone()))
     }
 
-    fn read(progress: &Progress, reader: &Arc<ProgressReader>) -> Receiver<Vec<u8>> {
+    fn read(progress: &PendingReads, reader: &Arc<ProgressReader>) -> Receiver<Vec<u8>> {
         let (tell, told) = channel();
         progress.read(reader, 4096, Box::new(move |bytes| tell.send(bytes.to_vec()).expect("somebody listens")));
         told

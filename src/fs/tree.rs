@@ -19,26 +19,26 @@ use crate::io::{FileStat, Storage, directory_of};
 use crate::ops::{Engine, JobState};
 use crate::report::status::per_mille;
 use crate::store::{
-    Access, ActiveAttributes, ActiveHandle, Catalog, ImageEntry, ImageIndex, OpenDisk, Part, Store, TrashItem, ViewId,
-    stale,
+    Access, ActiveAttributes, ActiveHandle, Catalog, ImageEntry, ImageIndex, OpenDisk, Store, TrashItem, ViewId,
+    ViewIdentity, stale,
 };
 
 use super::access::{Caller, Rights, Viewer};
 use super::attributes::{Attributes, Ownership, frozen, modified, taken};
 use super::change::read_only;
 use super::control::{ControlFile, ControlHandle, ControlScope, Controls};
-use super::documents::{Counters, Documents, metrics};
 use super::handles::{Handle, Handles};
+use super::info_files::{Counters, InfoFiles, metrics};
+use super::mounted_volumes::MountedVolumes;
 use super::node::{ChainDocument, Inodes, Node, NodeKind, PartitionNode, ROOT, StoreDocument};
-use super::progress::{Answer, Progress, ProgressReader};
-use super::slots::Slots;
+use super::progress::{PendingReads, ProgressReader, ProgressReply};
 
 pub use guests::GuestOptions;
 pub(super) use guests::guest_node;
 
 /// One entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listed {
+pub struct NodeEntry {
     /// Its name.
     pub name: OsString,
     /// What it is.
@@ -49,18 +49,18 @@ pub struct Listed {
 
 /// The mount's tree.
 #[derive(Debug)]
-pub struct Tree {
+pub struct MountTree {
     store: Arc<Store>,
     ownership: Ownership,
     rights: Arc<Rights>,
     inodes: Inodes,
     handles: Handles,
-    documents: Documents,
+    documents: InfoFiles,
     controls: Controls,
     browser: Arc<Browser>,
     guest_options: GuestOptions,
-    slots: Slots,
-    progress: Progress,
+    slots: MountedVolumes,
+    progress: PendingReads,
     counters: Counters,
     started: SystemTime,
 }
@@ -68,7 +68,7 @@ pub struct Tree {
 /// Names of the attributes that disks have, after `user.chainfs.`.
 const ATTRIBUTE_PREFIX: &[u8] = b"user.chainfs.";
 
-impl Tree {
+impl MountTree {
     /// The tree of `store`.
     pub fn new(store: &Arc<Store>, ownership: Ownership, browser: &Arc<Browser>, guest_options: GuestOptions) -> Self {
         let engine = Engine::new(store);
@@ -78,11 +78,11 @@ impl Tree {
             rights: Arc::new(Rights::new(store, ownership, false)),
             inodes: Inodes::new(),
             handles: Handles::default(),
-            documents: Documents::new(),
+            documents: InfoFiles::new(),
             browser: Arc::clone(browser),
             guest_options,
-            slots: Slots::default(),
-            progress: Progress::new({
+            slots: MountedVolumes::default(),
+            progress: PendingReads::new({
                 let engine = Arc::clone(&engine);
                 move |chain| engine.status(chain)
             }),
@@ -311,7 +311,7 @@ impl Tree {
     }
 
     fn shown_attributes_of(&self, node: &ViewId, inode: u64) -> Result<Attributes> {
-        if let Part::Active(number) = node.part
+        if let ViewIdentity::Active(number) = node.part
             && let Some(active) = self.store.active_attributes(number)
         {
             return Ok(self.active_attributes(&active, inode));
@@ -325,7 +325,7 @@ impl Tree {
         // The active disk's file changes all the time; a frozen one is as it was.
         let stat = if found.view.active { self.store.stat_now(image) } else { image.stat };
         let (size, mtime) = match (node.part, found.snapshot()) {
-            (Part::VmState(..), Some(snapshot)) => (snapshot.vm_state_size, taken(snapshot)),
+            (ViewIdentity::VmState(..), Some(snapshot)) => (snapshot.vm_state_size, taken(snapshot)),
             (_, Some(snapshot)) => (snapshot.virtual_size.or(image.virtual_size()).unwrap_or(0), taken(snapshot)),
             _ => (image.virtual_size().unwrap_or(0), image.frozen.as_ref().map_or(modified(&stat), frozen)),
         };
@@ -356,7 +356,7 @@ impl Tree {
                 .is_ok_and(|found| found == (false, size))
     }
 
-    /// Opens a file; directories by [`Tree::open_directory`]. The number is for [`Tree::read`].
+    /// Opens a file; directories by [`MountTree::open_directory`]. The number is for [`MountTree::read`].
     pub fn open(&self, caller: &Caller, inode: u64, access: Access) -> Result<(u64, Handle)> {
         let catalog = self.store.catalog();
         let node = self.node(inode)?;
@@ -488,7 +488,7 @@ impl Tree {
     }
 
     /// Reads at most `most` bytes of a `control/progress`; `answer` is called when there is news.
-    pub fn read_progress(&self, reader: &Arc<ProgressReader>, most: usize, answer: Answer) {
+    pub fn read_progress(&self, reader: &Arc<ProgressReader>, most: usize, answer: ProgressReply) {
         self.progress.read(reader, most, answer);
     }
 

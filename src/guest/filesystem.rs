@@ -40,7 +40,7 @@ pub enum FileKind {
 
 /// What stat(2) says of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Attributes {
+pub struct FileAttributes {
     /// What it is.
     pub kind: FileKind,
     /// The twelve bits of permissions, set-ID and sticky bits.
@@ -97,7 +97,7 @@ pub struct ExtendedAttribute {
 
 /// A run of a file and where its bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Run {
+pub struct FileRun {
     /// Bytes; never 0.
     pub len: u64,
     /// Where.
@@ -158,14 +158,14 @@ pub trait FileSystem: Send + Sync {
     fn list(&self, directory: Ino, from: u64, each: &mut dyn FnMut(DirectoryEntry) -> bool) -> Result<()>;
 
     /// What stat(2) says.
-    fn attributes(&self, ino: Ino) -> Result<Attributes>;
+    fn attributes(&self, ino: Ino) -> Result<FileAttributes>;
 
     /// The target of a symbolic link.
     fn read_link(&self, ino: Ino) -> Result<Vec<u8>>;
 
     /// Where the bytes of a regular file are, from `at` on: runs without gaps that reach up to `at + len` or the end of the file,
     /// whichever comes first, but no more than `most` of them. Empty at and beyond the end of the file.
-    fn runs(&self, ino: Ino, at: u64, len: u64, most: usize) -> Result<Vec<Run>>;
+    fn runs(&self, ino: Ino, at: u64, len: u64, most: usize) -> Result<Vec<FileRun>>;
 
     /// Reads from `at` on what there is of a regular file before its end, and returns how much that is.
     fn read_at(&self, ino: Ino, at: u64, buf: &mut [u8]) -> Result<usize>;

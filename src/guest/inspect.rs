@@ -15,7 +15,7 @@ pub use path::{read_text, resolve_path};
 
 /// A volume whose file system has been opened.
 #[derive(Clone, Copy)]
-pub struct Opened<'a> {
+pub struct OpenedVolume<'a> {
     /// As in the layout: `p1`, `vg-root`.
     pub name: &'a str,
     /// Its files.
@@ -50,12 +50,12 @@ pub struct OperatingSystem {
     /// `x86_64`, `aarch64`: uname's word for what its programs run on.
     pub architecture: Option<String>,
     /// What its fstab mounts, in that order.
-    pub mounts: Vec<Mount>,
+    pub mounts: Vec<FstabEntry>,
 }
 
 /// A line of an fstab.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mount {
+pub struct FstabEntry {
     /// As it stands there: `UUID=...`, `/dev/vda1`.
     pub device: String,
     /// The volume that it is.
@@ -69,7 +69,7 @@ pub struct Mount {
 }
 
 /// The operating systems on some volumes, in the order of these. The first is the one to show where one is wanted.
-pub fn inspect(volumes: &[Opened<'_>]) -> Vec<OperatingSystem> {
+pub fn inspect(volumes: &[OpenedVolume<'_>]) -> Vec<OperatingSystem> {
     volumes.iter().filter_map(|volume| system::find(volume, volumes)).collect()
 }
 

@@ -17,7 +17,7 @@ pub mod source;
 pub mod volumes;
 
 pub use filesystem::{
-    Attributes, DirectoryEntry, ExtendedAttribute, FileKind, FileSystem, Ino, Run, RunKind, Statistics, Time,
+    DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, RunKind, Statistics, Time,
 };
 pub use readers::open;
 pub use source::{Slice, Source};

@@ -29,7 +29,7 @@ const PAUSE: Duration = Duration::from_millis(2);
 const TRIES: usize = 64;
 
 /// Something that costs descriptors and can be had again.
-pub trait Idle: Send + Sync {
+pub trait Reclaimable: Send + Sync {
     /// Whether it was used since this was asked last.
     fn was_used(&self) -> bool;
     /// Gives back what it has, unless somebody is just using it, or (not `at_any_cost`) might miss it. It waits for nobody.
@@ -43,7 +43,7 @@ pub struct Descriptors {
     /// Those of them that cannot be let go of.
     pinned: AtomicUsize,
     /// In the order of the clock's hand; among them some that have been dropped since.
-    idle: Mutex<VecDeque<Weak<dyn Idle>>>,
+    idle: Mutex<VecDeque<Weak<dyn Reclaimable>>>,
     /// Held during a search for what can go: one at a time. Below it things are only tried.
     search: Mutex<()>,
 }
@@ -56,12 +56,12 @@ impl std::fmt::Debug for Descriptors {
 
 /// Room for some descriptors, until dropped.
 #[derive(Debug)]
-pub struct Room {
+pub struct DescriptorReservation {
     of: Arc<Descriptors>,
     count: usize,
 }
 
-impl Drop for Room {
+impl Drop for DescriptorReservation {
     fn drop(&mut self) {
         self.of.count.fetch_sub(self.count, Ordering::AcqRel);
     }
@@ -136,7 +136,7 @@ impl Descriptors {
     }
 
     /// Room for `count` more. Waits a moment for what is just being used; then it is `Exhausted`.
-    pub fn claim(self: &Arc<Self>, count: usize) -> Result<Room> {
+    pub fn claim(self: &Arc<Self>, count: usize) -> Result<DescriptorReservation> {
         let begun = Instant::now();
         loop {
             if let Some(room) = self.try_claim(count) {
@@ -151,13 +151,13 @@ impl Descriptors {
     }
 
     /// Room for `count` more, if there is some or what is idle can make some.
-    pub fn try_claim(self: &Arc<Self>, count: usize) -> Option<Room> {
+    pub fn try_claim(self: &Arc<Self>, count: usize) -> Option<DescriptorReservation> {
         let take = || {
             let more = |now: usize| (now + count <= self.limit()).then_some(now + count);
             self.count.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
         };
         let is_taken = take() || (self.make_room(self.limit().saturating_sub(count)) && take());
-        is_taken.then(|| Room { of: Arc::clone(self), count })
+        is_taken.then(|| DescriptorReservation { of: Arc::clone(self), count })
     }
 
     /// Notes that `count` descriptors cannot be let go of. `Exhausted` if more than `part` (nominator and denominator) of all were pinned
@@ -173,7 +173,7 @@ impl Descriptors {
     }
 
     /// Notes something that has room and can be let go of.
-    pub fn register(&self, idle: Weak<dyn Idle>) {
+    pub fn register(&self, idle: Weak<dyn Reclaimable>) {
         let mut all = self.idle.lock();
         if all.len() > 2 * self.limit() {
             all.retain(|idle| idle.strong_count() > 0);
@@ -312,9 +312,9 @@ mod tests {
     }
 
     /// Something that has room for three, as long as nobody asks for it back.
-    struct Lent(Mutex<Option<Room>>, bool);
+    struct Lent(Mutex<Option<DescriptorReservation>>, bool);
 
-    impl Idle for Lent {
+    impl Reclaimable for Lent {
         fn was_used(&self) -> bool {
             false
         }

@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use super::beneath::Root;
 use super::descriptors::{Descriptors, with_room};
 use super::file::FileStat;
-use super::{StoreFile, WriteFile, WriteStorage};
+use super::{StoreFile, WritableFile, WriteStorage};
 
 /// What may be done to the names beneath one root.
 pub trait Directory: Send + Sync {
@@ -113,7 +113,7 @@ impl Directory for RootDirectory {
                 return Err(error);
             }
         }
-        Ok(WriteFile::new(file, path, room, &Arc::default()))
+        Ok(WritableFile::new(file, path, room, &Arc::default()))
     }
 
     fn create_directory(&self, path: &Path) -> Result<()> {

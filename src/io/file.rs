@@ -4,7 +4,7 @@
 //! to be opened again, another file at that place, or the same one changed, is `Stale`, never
 //! silently read. While a [`ReadLock`] is held, its descriptor carries QEMU's reader locks, and while a
 //! [`WriteLock`] is, the writer's. It is this one descriptor that carries all locks of the process on
-//! the file, also when the writing itself goes through another ([`WriteFile`]).
+//! the file, also when the writing itself goes through another ([`WritableFile`]).
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -18,9 +18,9 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::beneath::Root;
-use super::descriptors::{Descriptors, Idle, Pin, Room};
+use super::descriptors::{DescriptorReservation, Descriptors, Pin, Reclaimable};
 use super::locks;
-use super::{Conflict, Storage, WriteFile};
+use super::{Conflict, Storage, WritableFile};
 
 /// Which file this is, whatever its name: device and inode number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -61,7 +61,7 @@ impl Identity {
 
 /// What changes when somebody writes to a file: size, mtime and ctime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Signature {
+pub struct FileVersion {
     /// Bytes.
     pub size: u64,
     /// Modification time, seconds and nanoseconds.
@@ -76,7 +76,7 @@ pub struct FileStat {
     /// Which file.
     pub id: FileId,
     /// Whether it has changed.
-    pub signature: Signature,
+    pub signature: FileVersion,
     /// Allocated blocks of 512 bytes.
     pub blocks: u64,
     /// Type and permission bits.
@@ -117,7 +117,7 @@ impl From<fs::Stat> for FileStat {
     fn from(stat: fs::Stat) -> Self {
         Self {
             id: FileId { device: stat.st_dev, inode: stat.st_ino },
-            signature: Signature {
+            signature: FileVersion {
                 size: stat.st_size.unsigned_abs(),
                 mtime: (stat.st_mtime, stat.st_mtime_nsec as u32),
                 ctime: (stat.st_ctime, stat.st_ctime_nsec as u32),
@@ -140,27 +140,27 @@ pub struct StoreFile {
     id: FileId,
     /// What the file looked like when it was described; `None` for files that may change while
     /// they are read (a disk that somebody else writes, read by force). A leaf.
-    expected: Mutex<Option<Signature>>,
-    descriptor: RwLock<Option<(Arc<OwnedFd>, Room)>>,
+    expected: Mutex<Option<FileVersion>>,
+    descriptor: RwLock<Option<(Arc<OwnedFd>, DescriptorReservation)>>,
     /// Set by every use, cleared by the search for a descriptor to close.
     used: AtomicBool,
     descriptors: Arc<Descriptors>,
     /// This very file, for the register of open descriptors.
     me: Weak<Self>,
     /// Who wants QEMU's locks held. Taken before `descriptor`.
-    holders: Mutex<Holders>,
+    holders: Mutex<LockOwners>,
     /// Whether its descriptor has to stay open, for it carries a writer's locks. Changed under
     /// `holders`, as is `written`.
     pinned: AtomicBool,
     /// Whether this process writes the file: then whatever is seen to change is our own doing.
     written: AtomicBool,
-    /// See [`WriteFile`]. A leaf.
+    /// See [`WritableFile`]. A leaf.
     tables: Arc<RwLock<()>>,
 }
 
 /// Those for whom the file's descriptor carries locks.
 #[derive(Debug, Default)]
-struct Holders {
+struct LockOwners {
     /// Openings to read.
     readers: usize,
     /// Those of the readers that were promised that the file does not change.
@@ -242,7 +242,7 @@ impl StoreFile {
     }
 
     /// What the file is expected to look like; `None` if it may change.
-    pub fn expected(&self) -> Option<Signature> {
+    pub fn expected(&self) -> Option<FileVersion> {
         *self.expected.lock()
     }
 
@@ -350,7 +350,7 @@ impl StoreFile {
         Ok(WriteLock { file: Arc::clone(self), _pin: pin })
     }
 
-    fn take_writer_set(&self, holders: &Holders, without_locks: bool) -> Result<()> {
+    fn take_writer_set(&self, holders: &LockOwners, without_locks: bool) -> Result<()> {
         let descriptor = self.descriptor()?;
         if holders.readers == 0 {
             locks::take_reader_set(descriptor.as_fd()).map_err(|conflict| self.refused(&conflict, false))?;
@@ -368,13 +368,13 @@ impl StoreFile {
     }
 
     /// The file again, to be written through. Its identity is that of this one, or it is `Stale`.
-    pub fn open_for_writing(&self) -> Result<Arc<WriteFile>> {
+    pub fn open_for_writing(&self) -> Result<Arc<WritableFile>> {
         let room = self.descriptors.claim(1)?;
         let file = self.root.open_file_for_writing(&self.path())?;
         if FileStat::of(&file)?.id != self.id {
             return Err(self.stale());
         }
-        Ok(WriteFile::new(file, &self.path(), room, &self.tables))
+        Ok(WritableFile::new(file, &self.path(), room, &self.tables))
     }
 
     fn refused(&self, conflict: &Conflict, for_reading: bool) -> Error {
@@ -382,7 +382,7 @@ impl StoreFile {
         let path = path.display();
         match conflict {
             Conflict::Held { byte, fact } => {
-                let (holders, domain) = super::holders::describe(self.id, *byte);
+                let (holders, domain) = super::lock_holders::describe(self.id, *byte);
                 let remedy = match domain {
                     Some(domain) if for_reading => format!(
                         "what lies below it can be read: take a snapshot with virsh snapshot-create-as {domain} --disk-only \
@@ -476,7 +476,7 @@ impl StoreFile {
     }
 }
 
-impl Idle for StoreFile {
+impl Reclaimable for StoreFile {
     fn was_used(&self) -> bool {
         self.used.swap(false, Ordering::Relaxed)
     }

@@ -5,32 +5,32 @@
 //! nothing of qcow2.
 
 mod beneath;
-mod claim;
 mod descriptors;
 mod directory;
 mod file;
+mod file_lock;
 mod groups;
-mod holders;
+mod lock_holders;
 mod locks;
 mod mount_users;
 mod mountinfo;
 mod permissions;
-mod write_file;
+mod writable_file;
 
 pub use beneath::{DirEntry, EntryKind, OWN_KIND, Root};
-pub use claim::Claim;
-pub use descriptors::{Descriptors, Idle, Pin, Room};
+pub use descriptors::{DescriptorReservation, Descriptors, Pin, Reclaimable};
 pub use directory::{Directory, Host, ThisHost, directory_of};
 pub use file::{
-    FileId, FileStat, Identity, ReadLock, Signature, StoreFile, WriteLock, WriterKind, birth_of, read_full,
+    FileId, FileStat, FileVersion, Identity, ReadLock, StoreFile, WriteLock, WriterKind, birth_of, read_full,
 };
+pub use file_lock::FileLock;
 pub use groups::groups_of_process;
-pub use holders::{Holder, all_lock_holders, lock_holders};
+pub use lock_holders::{LockHolder, all_lock_holders, lock_holders};
 pub use locks::{Conflict, WRITER_BYTE, probe_writer};
 pub use mount_users::{namespaces_with, other_users_of, users_of};
 pub use mountinfo::{MountEntry, mounts};
 pub use permissions::{AccessEntry, Permissions, Who};
-pub use write_file::WriteFile;
+pub use writable_file::WritableFile;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

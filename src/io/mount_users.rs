@@ -5,11 +5,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::holders::{Holder, others, processes};
+use super::lock_holders::{LockHolder, others, processes};
 use super::mounts;
 
 /// Other processes that have a file open, mapped, or as their place, beneath `directory`.
-pub fn users_of(directory: &Path) -> Vec<Holder> {
+pub fn users_of(directory: &Path) -> Vec<LockHolder> {
     let beneath = |link: &Path| fs::read_link(link).is_ok_and(|target| target.starts_with(directory));
     others(|process| {
         if beneath(&process.join("cwd")) || beneath(&process.join("root")) || beneath(&process.join("exe")) {
@@ -45,7 +45,7 @@ pub fn other_users_of(directory: &Path, with_own: bool) -> Vec<String> {
 }
 
 /// One process of each other mount namespace that still shows the mount of that device: there it goes on.
-pub fn namespaces_with(device: (u32, u32)) -> Vec<Holder> {
+pub fn namespaces_with(device: (u32, u32)) -> Vec<LockHolder> {
     let mut seen: Vec<PathBuf> = fs::read_link("/proc/self/ns/mnt").into_iter().collect();
     let wanted = format!("{}:{}", device.0, device.1);
     let mut found = Vec::new();
@@ -57,7 +57,7 @@ pub fn namespaces_with(device: (u32, u32)) -> Vec<Holder> {
         seen.push(namespace);
         let text = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
         if text.lines().any(|line| line.split(' ').nth(2) == Some(&wanted)) {
-            found.push(Holder::of(pid, &process));
+            found.push(LockHolder::of(pid, &process));
         }
     }
     found

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{ImageEntry, ImageIndex, Judge, Place, Store, Subject, shown};
+use crate::store::{AccessJudge, ImageEntry, ImageIndex, Store, StorePath, Subject, shown};
 
 use super::plan::Plan;
-use super::world::World;
+use super::scanned_store::ScannedStore;
 
 thread_local! {
     static ASKER: RefCell<Option<Arc<Asker>>> = const { RefCell::new(None) };
@@ -23,7 +23,7 @@ thread_local! {
 #[derive(Debug)]
 pub(super) struct Asker {
     subject: Subject,
-    judge: Judge,
+    judge: AccessJudge,
 }
 
 /// Until this is dropped, commands of this thread are a user's.
@@ -58,7 +58,7 @@ pub(super) fn asker(store: &Store) -> Option<Arc<Asker>> {
     Some(Arc::new(Asker { subject, judge: store.judge() }))
 }
 
-impl World {
+impl ScannedStore {
     /// Why the user may not write an image, if so.
     pub(super) fn unwritable(&self, index: ImageIndex) -> Option<Error> {
         let asker = self.asker.as_ref()?;
@@ -72,7 +72,7 @@ impl World {
     }
 
     /// Why the user may not come to a file, if so: before anything is said of it.
-    pub(super) fn unreachable(&self, place: &Place) -> Option<Error> {
+    pub(super) fn unreachable(&self, place: &StorePath) -> Option<Error> {
         let asker = self.asker.as_ref()?;
         let may = asker.judge.may_read_place(&asker.subject, place);
         (!may)
@@ -106,7 +106,7 @@ impl World {
     /// Why the user may not give a file that name, or take it away, if so.
     pub(super) fn not_renamable(&self, path: &Path) -> Option<Error> {
         let asker = self.asker.as_ref()?;
-        let place = Place { root: 0, path: path.to_path_buf() };
+        let place = StorePath { root: 0, path: path.to_path_buf() };
         if asker.judge.may_change_name(&asker.subject, &place) {
             return None;
         }

@@ -9,32 +9,32 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Snapshot;
 use crate::image::create::CreateOptions;
 use crate::image::write::{Below, Writer};
-use crate::io::Claim;
+use crate::io::FileLock;
 use crate::store::{
-    Deed, ImageIndex, Intent, Named, NewTopFile, OpenView, OwnedIntent, Store, ViewPart, is_draft, shown,
+    FileRef, ImageIndex, Intent, NewTopFile, OpenView, Operation, OwnedIntent, Store, ViewPart, is_draft, shown,
 };
 
-use super::board::Progress;
 use super::clone::give_name;
-use super::copy::{PIECE, Segment};
+use super::copy::{CommitSegment, PIECE};
 use super::engine::Engine;
 use super::finish;
-use super::overlay::{self, Draft};
+use super::job_table::JobProgress;
+use super::overlay::{self, DraftImage};
 use super::plan::Plan;
-use super::revert::{self, Closed};
-use super::world::World;
+use super::revert::{self, ClosedDisk};
+use super::scanned_store::ScannedStore;
 
 /// The view that a new image shows.
-pub(super) struct Source {
+pub(super) struct CopySource {
     /// Its layer.
     pub(super) index: ImageIndex,
     /// The internal snapshot of that, by its place in the table.
     pub(super) snapshot: Option<(usize, Snapshot)>,
 }
 
-impl Source {
+impl CopySource {
     /// The view of a layer, or of an internal snapshot of it.
-    pub(super) fn of(world: &World, index: ImageIndex, snapshot: Option<usize>) -> Result<Self> {
+    pub(super) fn of(world: &ScannedStore, index: ImageIndex, snapshot: Option<usize>) -> Result<Self> {
         let snapshot =
             snapshot.map(|place| finish::inner(world, index, place).map(|found| (place, found))).transpose()?;
         Ok(Self { index, snapshot })
@@ -46,13 +46,13 @@ impl Source {
     }
 
     /// The layers on which a new image stands, top first.
-    pub(super) fn below(&self, world: &World) -> Vec<ImageIndex> {
+    pub(super) fn below(&self, world: &ScannedStore) -> Vec<ImageIndex> {
         let layers = world.catalog.layers(self.index);
         layers[usize::from(self.is_copied())..].to_vec()
     }
 
     /// Of what a new image at `name` beneath the store is made.
-    pub(super) fn options(&self, world: &World, name: &Path) -> CreateOptions {
+    pub(super) fn options(&self, world: &ScannedStore, name: &Path) -> CreateOptions {
         let image = world.image(self.index);
         let inner_size = self.snapshot.as_ref().and_then(|(_, snapshot)| snapshot.virtual_size);
         let size = inner_size.or(image.virtual_size()).unwrap_or(0);
@@ -62,7 +62,13 @@ impl Source {
 
     /// Notes what a new image takes, and what keeps it from being made. It is made after the image `like`, at `name` beneath
     /// the store.
-    pub(super) fn plan(&self, engine: &Engine, world: &World, (like, name): (ImageIndex, &Path), plan: &mut Plan) {
+    pub(super) fn plan(
+        &self,
+        engine: &Engine,
+        world: &ScannedStore,
+        (like, name): (ImageIndex, &Path),
+        plan: &mut Plan,
+    ) {
         let below = self.below(world);
         plan.refusals.extend(below.first().and_then(|below| world.uncounted(like, name, *below)));
         let layers = world.catalog.layers(self.index);
@@ -86,35 +92,35 @@ impl Source {
     }
 
     /// What a new image has to hold itself.
-    fn open(&self, store: &Arc<Store>, world: &World) -> Result<(Segment, OpenView)> {
+    fn open(&self, store: &Arc<Store>, world: &ScannedStore) -> Result<(CommitSegment, OpenView)> {
         let part = self.snapshot.as_ref().map_or(ViewPart::Active, |(place, _)| ViewPart::Snapshot(*place));
         let view = store.open_view(&world.catalog, &world.catalog.layers(self.index), part, false)?;
         let frozen = store.part_of(&view.view, 0, usize::from(self.is_copied()));
-        Ok((Segment { live: None, frozen }, view))
+        Ok((CommitSegment { live: None, frozen }, view))
     }
 }
 
 /// What an image is made for.
-pub(super) enum Purpose {
+pub(super) enum ImagePurpose {
     /// A new chain.
     Clone {
         /// What its file is called, beneath the store.
         name: PathBuf,
     },
     /// An active disk that becomes what it shows, and which nobody writes meanwhile.
-    Revert(Box<Closed>),
+    Revert(Box<ClosedDisk>),
 }
 
 /// An image that is being filled.
 pub(super) struct BranchJob {
     path: PathBuf,
     command: String,
-    draft: Draft,
+    draft: DraftImage,
     top: NewTopFile,
-    segment: Segment,
+    segment: CommitSegment,
     /// The layer below, as it has to be at the end, too.
-    below: Option<Named>,
-    purpose: Purpose,
+    below: Option<FileRef>,
+    purpose: ImagePurpose,
     intent: OwnedIntent,
     _views: Vec<OpenView>,
 }
@@ -123,20 +129,20 @@ impl BranchJob {
     /// Begins to fill a draft; under the store's lock.
     pub(super) fn begin(
         engine: &Engine,
-        world: &World,
+        world: &ScannedStore,
         path: &Path,
         command: &str,
         of: &str,
-        (source, draft): (Source, Draft),
-        purpose: Purpose,
+        (source, draft): (CopySource, DraftImage),
+        purpose: ImagePurpose,
     ) -> Result<Self> {
         let store = engine.store();
         let name = match &purpose {
-            Purpose::Clone { name } => world.guarded(name),
+            ImagePurpose::Clone { name } => world.guarded(name),
             // Its own intent gives it that name; before, it is nothing but a draft.
-            Purpose::Revert(_) => draft.named.path.clone(),
+            ImagePurpose::Revert(_) => draft.named.path.clone(),
         };
-        let deed = Deed::Copy { draft: draft.named.clone(), name };
+        let deed = Operation::Copy { draft: draft.named.clone(), name };
         let begun = (|| {
             let (segment, view) = source.open(store, world)?;
             let top = store.open_new_top(&draft.path, &shown(&draft.path))?;
@@ -163,24 +169,24 @@ impl BranchJob {
     }
 
     /// Does it.
-    pub(super) fn run(self, engine: &Engine, progress: &Progress) -> Result<()> {
+    pub(super) fn run(self, engine: &Engine, progress: &JobProgress) -> Result<()> {
         let store = Arc::clone(engine.store());
         let copied = fill(&store, &self.segment, self.top.writer(), progress);
         let Self { path, command, draft, top, below, purpose, intent, segment, _views: views } = self;
         drop((segment, top));
         let done = copied.and_then(|()| {
             let lock = finish::lock_for_job(&store, progress)?;
-            let world = World::look(&store)?;
+            let world = ScannedStore::look(&store)?;
             let below = below.as_ref().map(|named| world.expect(named)).transpose()?;
             progress.settle()?;
             match purpose {
-                Purpose::Clone { name } => {
+                ImagePurpose::Clone { name } => {
                     if let Some(below) = below {
                         world.begun(&[below]).map_or(Ok(()), Err)?;
                     }
                     give_name(&store, &world, &draft, &name).map(|()| lock)
                 }
-                Purpose::Revert(closed) => revert::switch(engine, &world, lock, &path, &command, &draft, *closed),
+                ImagePurpose::Revert(closed) => revert::switch(engine, &world, lock, &path, &command, &draft, *closed),
             }
         });
         drop(views);
@@ -198,7 +204,7 @@ impl BranchJob {
 }
 
 /// Copies what `segment` holds into a new image.
-fn fill(store: &Arc<Store>, segment: &Segment, writer: &Arc<Writer>, progress: &Progress) -> Result<()> {
+fn fill(store: &Arc<Store>, segment: &CommitSegment, writer: &Arc<Writer>, progress: &JobProgress) -> Result<()> {
     let total = segment.data_len()?;
     progress.set_total(total);
     if !finish::shares_blocks(store) {
@@ -214,9 +220,9 @@ fn fill(store: &Arc<Store>, segment: &Segment, writer: &Arc<Writer>, progress: &
 }
 
 /// Takes up what was cut off: what has no name yet goes.
-pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: Claim) -> Result<()> {
+pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: FileLock) -> Result<()> {
     let store = engine.store();
-    let Deed::Copy { draft, .. } = &intent.intent.deed else { unreachable!("the intent of a copy") };
+    let Operation::Copy { draft, .. } = &intent.intent.deed else { unreachable!("the intent of a copy") };
     if is_draft(&draft.path) && draft.is_at(&store.guard().root, &draft.path) {
         store.guard_names().unlink(&draft.path)?;
     }

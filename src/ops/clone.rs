@@ -11,31 +11,36 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::directory_of;
 use crate::store::{ACTIVE, Format, Store, shown};
 
-use super::branch::{BranchJob, Purpose, Source};
+use super::branch::{BranchJob, CopySource, ImagePurpose};
 use super::engine::{Engine, Job};
 use super::finish;
-use super::locked::Touched;
-use super::overlay::{self, Draft};
+use super::locked::TouchedImages;
+use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
 use super::request::CloneRequest;
-use super::world::{Chain, World, beside};
+use super::scanned_store::{ScannedChain, ScannedStore, beside};
 
 /// What a clone comes to.
-pub(super) struct Clone {
-    source: Source,
+pub(super) struct PlannedClone {
+    source: CopySource,
     /// The new image, beneath the store.
     name: PathBuf,
 }
 
-impl Clone {
+impl PlannedClone {
     /// What is opened for it.
-    pub(super) fn touched(&self, world: &World) -> Touched {
-        Touched { written: Vec::new(), read: world.catalog.layers(self.source.index) }
+    pub(super) fn touched(&self, world: &ScannedStore) -> TouchedImages {
+        TouchedImages { written: Vec::new(), read: world.catalog.layers(self.source.index) }
     }
 }
 
 /// What the request would do, with every refusal.
-pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &CloneRequest) -> Result<(Plan, Clone)> {
+pub(super) fn plan(
+    engine: &Engine,
+    world: &ScannedStore,
+    path: &Path,
+    request: &CloneRequest,
+) -> Result<(Plan, PlannedClone)> {
     let chain = world.chain(path)?;
     let source = source(world, &chain, request)?;
     let leaf = world.image(chain.views.layers[0]);
@@ -52,7 +57,7 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &CloneR
     plan.after = source.below(world).iter().map(|index| finish::line(world, &chain, *index)).collect();
     plan.after.insert(0, file);
     plan.notes.push(format!("a new chain {}", shown(&directory_of(path).join(os(&request.name)))));
-    Ok((plan, Clone { source, name }))
+    Ok((plan, PlannedClone { source, name }))
 }
 
 fn os(name: &[u8]) -> &std::ffi::OsStr {
@@ -60,7 +65,7 @@ fn os(name: &[u8]) -> &std::ffi::OsStr {
     std::ffi::OsStr::from_bytes(name)
 }
 
-fn source(world: &World, chain: &Chain, request: &CloneRequest) -> Result<Source> {
+fn source(world: &ScannedStore, chain: &ScannedChain, request: &CloneRequest) -> Result<CopySource> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let (depth, inner) = match (&request.from, chain.views.active()) {
         (Some(name), _) => {
@@ -76,21 +81,21 @@ fn source(world: &World, chain: &Chain, request: &CloneRequest) -> Result<Source
         }
         (None, active) => (usize::from(active.is_some()), None),
     };
-    Source::of(world, chain.views.layers[depth], inner)
+    CopySource::of(world, chain.views.layers[depth], inner)
 }
 
 /// Makes the clone, or begins to where something has to be copied.
 pub(super) fn begin(engine: &Engine, path: &Path, request: &CloneRequest, command: &str) -> Result<Option<Job>> {
     let store = engine.store();
-    let (lock, world) = World::begin(store)?;
-    let (plan, Clone { source, name }) = plan(engine, &world, path, request)?;
+    let (lock, world) = ScannedStore::begin(store)?;
+    let (plan, PlannedClone { source, name }) = plan(engine, &world, path, request)?;
     world.accept(&plan)?;
     let like = world.image(world.chain(path)?.views.layers[0]).place.path.clone();
     let of = engine.intent_name();
     let draft = overlay::draft_name(&name, &of, 0);
-    let draft = Draft::make(&world, draft, &like, &source.options(&world, &name))?;
+    let draft = DraftImage::make(&world, draft, &like, &source.options(&world, &name))?;
     if source.is_copied() {
-        let purpose = Purpose::Clone { name };
+        let purpose = ImagePurpose::Clone { name };
         let job = BranchJob::begin(engine, &world, path, command, &of, (source, draft), purpose)?;
         return Ok(Some(Job::Branch(Box::new(job))));
     }
@@ -100,7 +105,7 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &CloneRequest, comman
 }
 
 /// Gives a whole image its name, durably.
-pub(super) fn give_name(store: &Arc<Store>, world: &World, draft: &Draft, name: &Path) -> Result<()> {
+pub(super) fn give_name(store: &Arc<Store>, world: &ScannedStore, draft: &DraftImage, name: &Path) -> Result<()> {
     let names = store.guard_names();
     let name = world.guarded(name);
     if !draft.is_there(store) {

@@ -17,7 +17,7 @@ pub(super) const PIECE: u64 = 8 << 20;
 const BUFFER: u64 = 1 << 20;
 
 /// What is merged down.
-pub(super) struct Segment {
+pub(super) struct CommitSegment {
     /// The active layer, of which the writer alone knows what it holds; `None` if all are frozen.
     pub(super) live: Option<Arc<Writer>>,
     /// The frozen layers, top first; `None` if there are none.
@@ -25,7 +25,7 @@ pub(super) struct Segment {
 }
 
 /// What a segment holds somewhere.
-enum Found {
+enum SegmentMapping {
     Silent,
     Zero,
     /// In this file at this place.
@@ -34,7 +34,7 @@ enum Found {
     Read,
 }
 
-impl Segment {
+impl CommitSegment {
     /// Bytes of the disk as its top shows it.
     pub(super) fn size(&self) -> u64 {
         match (&self.live, &self.frozen) {
@@ -44,33 +44,37 @@ impl Segment {
         }
     }
 
-    fn find(&self, at: u64, max: u64) -> Result<(Found, u64)> {
+    fn find(&self, at: u64, max: u64) -> Result<(SegmentMapping, u64)> {
         let mut max = max;
         if let Some(writer) = &self.live {
             let (located, run) = writer.locate(at, max)?;
             match located {
-                Located::Data(host) => return Ok((Found::In(writer.data_storage(), host), run)),
-                Located::Zero => return Ok((Found::Zero, run)),
-                Located::Compressed => return Ok((Found::Read, run)),
+                Located::Data(host) => return Ok((SegmentMapping::In(writer.data_storage(), host), run)),
+                Located::Zero => return Ok((SegmentMapping::Zero, run)),
+                Located::Compressed => return Ok((SegmentMapping::Read, run)),
                 Located::Below => max = run,
             }
         }
-        let Some(view) = &self.frozen else { return Ok((Found::Silent, max)) };
+        let Some(view) = &self.frozen else { return Ok((SegmentMapping::Silent, max)) };
         if at >= view.size() {
             // A shorter layer reads as zeroes from its end on, whatever lies below it.
-            return Ok((Found::Zero, max));
+            return Ok((SegmentMapping::Zero, max));
         }
         let extent = view.resolve(at, max.min(view.size() - at))?;
-        let Some(layer) = view.layers().get(extent.layer) else { return Ok((Found::Silent, extent.len)) };
+        let Some(layer) = view.layers().get(extent.layer) else { return Ok((SegmentMapping::Silent, extent.len)) };
         let found = match extent.source {
-            Place::Zero => Found::Zero,
+            Place::Zero => SegmentMapping::Zero,
             Place::Data(host) => {
                 // What the file has no blocks for reads as zeroes, and costs no space where it goes.
                 let (is_data, run) = layer.image().file_extent(host, HostOffset(host.0 + extent.len))?;
-                let found = if is_data { Found::In(Arc::clone(layer.image().data()), host.0) } else { Found::Zero };
+                let found = if is_data {
+                    SegmentMapping::In(Arc::clone(layer.image().data()), host.0)
+                } else {
+                    SegmentMapping::Zero
+                };
                 return Ok((found, run));
             }
-            Place::Compressed | Place::Bad => Found::Read,
+            Place::Compressed | Place::Bad => SegmentMapping::Read,
         };
         Ok((found, extent.len))
     }
@@ -82,13 +86,13 @@ impl Segment {
         while at < end {
             let (found, run) = self.find(at, end - at)?;
             match found {
-                Found::Silent => {}
-                Found::Zero => target.zero(at, run, Zeroing::Unmap)?,
-                Found::In(storage, host) => {
+                SegmentMapping::Silent => {}
+                SegmentMapping::Zero => target.zero(at, run, Zeroing::Unmap)?,
+                SegmentMapping::In(storage, host) => {
                     target.copy_from(at, run, &*storage, host)?;
                     moved += run;
                 }
-                Found::Read => {
+                SegmentMapping::Read => {
                     self.carry(target, at, run)?;
                     moved += run;
                 }
@@ -119,7 +123,7 @@ impl Segment {
         let (mut at, end) = (0, self.size());
         while at < end {
             let (found, run) = self.find(at, end - at)?;
-            if matches!(found, Found::In(..) | Found::Read) {
+            if matches!(found, SegmentMapping::In(..) | SegmentMapping::Read) {
                 target.allocate(at, run)?;
             }
             at += run;
@@ -132,7 +136,7 @@ impl Segment {
         let (mut at, end, mut sum) = (0, self.size(), 0);
         while at < end {
             let (found, run) = self.find(at, end - at)?;
-            if matches!(found, Found::In(..) | Found::Read) {
+            if matches!(found, SegmentMapping::In(..) | SegmentMapping::Read) {
                 sum += run;
             }
             at += run;

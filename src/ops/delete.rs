@@ -9,42 +9,47 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Snapshot;
-use crate::io::Claim;
-use crate::store::{ImageIndex, Keeping, Store, shown};
+use crate::io::FileLock;
+use crate::store::{CachePolicy, ImageIndex, Store, shown};
 use crate::units::human_size;
 
-use super::board::Tokens;
 use super::engine::{Engine, Job};
 use super::finish;
-use super::locked::Touched;
+use super::job_table::ChainLocks;
+use super::locked::TouchedImages;
 use super::plan::Plan;
-use super::request::{CommitRequest, DeleteRequest, Method, PullRequest};
-use super::world::{Chain, World};
+use super::request::{CommitRequest, DeleteMethod, DeleteRequest, PullRequest};
+use super::scanned_store::{ScannedChain, ScannedStore};
 use super::{commit, pull};
 
 /// What deleting comes to.
-pub(super) enum Way {
+pub(super) enum PlannedDelete {
     /// The layer is merged into everything that stands on it.
-    Up(pull::Layers),
+    Up(pull::PullRange),
     /// What stands on it is merged into it.
-    Down(commit::Layers),
+    Down(commit::CommitRange),
     /// An internal snapshot of that image.
     Inner(ImageIndex, Snapshot),
 }
 
-impl Way {
+impl PlannedDelete {
     /// What is opened for it.
-    pub(super) fn touched(&self) -> Touched {
+    pub(super) fn touched(&self) -> TouchedImages {
         match self {
-            Way::Up(layers) => layers.opened(),
-            Way::Down(layers) => layers.touched(),
-            Way::Inner(index, _) => Touched { written: vec![*index], read: Vec::new() },
+            PlannedDelete::Up(layers) => layers.opened(),
+            PlannedDelete::Down(layers) => layers.touched(),
+            PlannedDelete::Inner(index, _) => TouchedImages { written: vec![*index], read: Vec::new() },
         }
     }
 }
 
 /// What the request would do, with every refusal.
-pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &DeleteRequest) -> Result<(Plan, Way)> {
+pub(super) fn plan(
+    engine: &Engine,
+    world: &ScannedStore,
+    path: &Path,
+    request: &DeleteRequest,
+) -> Result<(Plan, PlannedDelete)> {
     let chain = world.chain(path)?;
     let view = finish::view(world, &chain, &request.name)?;
     if let Some(inner) = view.snapshot {
@@ -67,30 +72,36 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Delete
     let up = || plan_up(engine, world, &chain, depth, request);
     let down = || plan_down(engine, world, &chain, depth, request);
     let (mut plan, way) = match (depth, request.method) {
-        (0, Method::Commit) => {
+        (0, DeleteMethod::Commit) => {
             let fact = "has nothing standing on it that could be merged into it; leave out method=";
             return Err(Error::new(ErrorKind::Usage, format!("{name} {fact}")));
         }
-        (0, _) | (_, Method::Pull) => up(),
-        (_, Method::Commit) => down(),
-        (_, Method::Auto) => {
+        (0, _) | (_, DeleteMethod::Pull) => up(),
+        (_, DeleteMethod::Commit) => down(),
+        (_, DeleteMethod::Auto) => {
             let (up, down) = (up(), down());
             let can_go_down = down.0.refusals.is_empty() && has_one_user(world, &chain, depth);
             let is_less = !up.0.refusals.is_empty() || down.0.bytes < up.0.bytes;
             if can_go_down && is_less { down } else { up }
         }
     };
-    let method = if matches!(way, Way::Down(_)) { Method::Commit } else { Method::Pull };
+    let method = if matches!(way, PlannedDelete::Down(_)) { DeleteMethod::Commit } else { DeleteMethod::Pull };
     plan.notes.insert(0, format!("method: {}", method.name()));
     Ok((plan, way))
 }
 
-fn has_one_user(world: &World, chain: &Chain, depth: usize) -> bool {
+fn has_one_user(world: &ScannedStore, chain: &ScannedChain, depth: usize) -> bool {
     let (above, index) = (chain.views.layers[depth - 1], chain.views.layers[depth]);
     world.image(index).users == [above] && world.others_using(index, &[above]).is_empty()
 }
 
-fn plan_up(engine: &Engine, world: &World, chain: &Chain, depth: usize, request: &DeleteRequest) -> (Plan, Way) {
+fn plan_up(
+    engine: &Engine,
+    world: &ScannedStore,
+    chain: &ScannedChain,
+    depth: usize,
+    request: &DeleteRequest,
+) -> (Plan, PlannedDelete) {
     let layers = &chain.views.layers;
     let index = layers[depth];
     let into = world.image(index).users.clone();
@@ -98,7 +109,7 @@ fn plan_up(engine: &Engine, world: &World, chain: &Chain, depth: usize, request:
     let between = if into.is_empty() { base.into_iter().collect() } else { vec![index] };
     let below = if into.is_empty() { Vec::new() } else { layers[depth..].to_vec() };
     let base = base.filter(|_| !into.is_empty());
-    let found = pull::Layers { into, below, base, between, remove: vec![index] };
+    let found = pull::PullRange { into, below, base, between, remove: vec![index] };
     let terms = PullRequest {
         discard_internal: request.discard_internal,
         discard_bitmaps: request.discard_bitmaps,
@@ -126,10 +137,16 @@ fn plan_up(engine: &Engine, world: &World, chain: &Chain, depth: usize, request:
             above.note = format!("with the bytes of {}", String::from_utf8_lossy(&request.name));
         }
     }
-    (plan, Way::Up(found))
+    (plan, PlannedDelete::Up(found))
 }
 
-fn plan_down(engine: &Engine, world: &World, chain: &Chain, depth: usize, request: &DeleteRequest) -> (Plan, Way) {
+fn plan_down(
+    engine: &Engine,
+    world: &ScannedStore,
+    chain: &ScannedChain,
+    depth: usize,
+    request: &DeleteRequest,
+) -> (Plan, PlannedDelete) {
     let layers = commit::fall_onto(world, chain, depth);
     let terms = CommitRequest {
         discard_internal: request.discard_internal,
@@ -137,10 +154,15 @@ fn plan_down(engine: &Engine, world: &World, chain: &Chain, depth: usize, reques
         ..CommitRequest::default()
     };
     let plan = commit::plan_of(engine, world, chain, &layers, &terms);
-    (plan, Way::Down(layers))
+    (plan, PlannedDelete::Down(layers))
 }
 
-fn plan_inner(world: &World, chain: &Chain, index: ImageIndex, inner: usize) -> Result<(Plan, Way)> {
+fn plan_inner(
+    world: &ScannedStore,
+    chain: &ScannedChain,
+    index: ImageIndex,
+    inner: usize,
+) -> Result<(Plan, PlannedDelete)> {
     let image = world.image(index);
     let snapshot = finish::inner(world, index, inner)?;
     let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
@@ -161,7 +183,7 @@ fn plan_inner(world: &World, chain: &Chain, index: ImageIndex, inner: usize) -> 
         let fact = "an internal snapshot goes with its clusters; clone it first if it may be needed";
         plan.notes.push(format!("{}{}: {fact}", finish::NOT_KEPT, String::from_utf8_lossy(&snapshot.name)));
     }
-    Ok((plan, Way::Inner(index, snapshot)))
+    Ok((plan, PlannedDelete::Inner(index, snapshot)))
 }
 
 /// Begins a delete, or does it if no data has to be moved.
@@ -170,22 +192,22 @@ pub(super) fn begin(
     path: &Path,
     request: &DeleteRequest,
     command: &str,
-    tokens: &mut Tokens,
+    tokens: &mut ChainLocks,
 ) -> Result<Option<Job>> {
-    let (lock, world) = World::begin(engine.store())?;
+    let (lock, world) = ScannedStore::begin(engine.store())?;
     let (plan, way) = plan(engine, &world, path, request)?;
     world.accept(&plan)?;
     tokens.notes.extend(finish::not_kept(plan.notes));
     match way {
-        Way::Up(layers) => {
+        PlannedDelete::Up(layers) => {
             let job = pull::begin_with(engine, &world, lock, path, &layers, command, tokens)?;
             Ok(Some(Job::Pull(Box::new(job))))
         }
-        Way::Down(layers) => {
+        PlannedDelete::Down(layers) => {
             let job = commit::begin_with(engine, &world, lock, path, &layers, false, command, tokens)?;
             Ok(Some(Job::Commit(Box::new(job))))
         }
-        Way::Inner(index, snapshot) => {
+        PlannedDelete::Inner(index, snapshot) => {
             tokens.extend(&world.chains_of(&[index]))?;
             delete_inner(engine.store(), &world, index, &snapshot, lock)?;
             Ok(None)
@@ -193,7 +215,13 @@ pub(super) fn begin(
     }
 }
 
-fn delete_inner(store: &Arc<Store>, world: &World, index: ImageIndex, snapshot: &Snapshot, lock: Claim) -> Result<()> {
+fn delete_inner(
+    store: &Arc<Store>,
+    world: &ScannedStore,
+    index: ImageIndex,
+    snapshot: &Snapshot,
+    lock: FileLock,
+) -> Result<()> {
     let image = world.image(index);
     let name = format!("{}@{}", shown(&image.place.path), String::from_utf8_lossy(&snapshot.name));
     let leaving = store.leave_inner(image.stat.id, &snapshot.id).map_err(|error| error.within(name))?;
@@ -206,7 +234,7 @@ fn delete_inner(store: &Arc<Store>, world: &World, index: ImageIndex, snapshot: 
 }
 
 /// The active disk's writer does it, also while guests use it, or one of our own.
-fn delete_by_writer(store: &Arc<Store>, world: &World, index: ImageIndex, snapshot: &Snapshot) -> Result<()> {
+fn delete_by_writer(store: &Arc<Store>, world: &ScannedStore, index: ImageIndex, snapshot: &Snapshot) -> Result<()> {
     if world.is_active_disk(index) {
         let job = store.take_active(&world.catalog, &world.catalog.layers(index))?;
         let done = job.writer()?.delete_snapshot(snapshot);
@@ -214,7 +242,7 @@ fn delete_by_writer(store: &Arc<Store>, world: &World, index: ImageIndex, snapsh
         return done.and(job.describe_anew());
     }
     let mut job = store.take_image(&world.catalog, index)?;
-    let writer = job.open_writer(None, Keeping::Nothing)?;
+    let writer = job.open_writer(None, CachePolicy::Nothing)?;
     let done = writer.delete_snapshot(snapshot).and_then(|()| writer.close());
     drop(writer);
     done.and(job.finish())

@@ -11,9 +11,9 @@ use std::path::Path;
 
 use crate::error::{Error, ErrorKind};
 use crate::io::{Storage, directory_of};
-use crate::store::{Below, ImageEntry, ImageIndex, shown};
+use crate::store::{BackingLink, ImageEntry, ImageIndex, shown};
 
-use super::world::{Chain, World};
+use super::scanned_store::{ScannedChain, ScannedStore};
 
 /// Files up to this length are compared as a whole, larger ones by samples.
 const WHOLE_LEN: u64 = 16 << 20;
@@ -25,8 +25,8 @@ const SAMPLE_LEN: usize = 16 << 10;
 /// Why a layer is not put on `base` (none: on nothing) by name alone, unless `drop-layers` says that it may.
 /// `between`: the layers of its chain that `base` does not stand on.
 pub(super) fn refusal(
-    world: &World,
-    chain: &Chain,
+    world: &ScannedStore,
+    chain: &ScannedChain,
     layer: ImageIndex,
     base: Option<ImageIndex>,
     between: &[ImageIndex],
@@ -65,7 +65,7 @@ pub(super) fn refusal(
 }
 
 /// What the user probably wants to do instead.
-fn remedy(world: &World, chain: &Chain, layer: ImageIndex) -> String {
+fn remedy(world: &ScannedStore, chain: &ScannedChain, layer: ImageIndex) -> String {
     // A layer further down whose backing file is missing is the one to be rebased.
     let depth = chain.views.layers.iter().position(|index| *index == layer).unwrap_or(0);
     let broken = chain
@@ -73,7 +73,7 @@ fn remedy(world: &World, chain: &Chain, layer: ImageIndex) -> String {
         .layers
         .iter()
         .skip(depth + 1)
-        .find(|index| matches!(world.image(**index).below, Below::Broken { .. }));
+        .find(|index| matches!(world.image(**index).below, BackingLink::Broken { .. }));
     let view = broken.and_then(|index| {
         let depth = chain.views.layers.iter().position(|other| other == index)?;
         chain.views.views.iter().find(|view| view.layer == depth && view.snapshot.is_none())
@@ -90,7 +90,7 @@ fn remedy(world: &World, chain: &Chain, layer: ImageIndex) -> String {
 
 /// Why `new` cannot be taken for a backing file that is gone, if so.
 fn not_the_missing(
-    world: &World,
+    world: &ScannedStore,
     image: &ImageEntry,
     new: Option<&ImageEntry>,
     name: &[u8],
@@ -120,7 +120,7 @@ fn not_the_missing(
 }
 
 /// Whether two images are the same file, or copies of one.
-fn is_same(world: &World, old: &ImageEntry, new: &ImageEntry) -> bool {
+fn is_same(world: &ScannedStore, old: &ImageEntry, new: &ImageEntry) -> bool {
     if old.stat.id == new.stat.id {
         return true;
     }
@@ -134,7 +134,7 @@ fn is_same(world: &World, old: &ImageEntry, new: &ImageEntry) -> bool {
     is_alike && has_same_content(world, old, new).unwrap_or(false)
 }
 
-fn has_same_content(world: &World, old: &ImageEntry, new: &ImageEntry) -> crate::error::Result<bool> {
+fn has_same_content(world: &ScannedStore, old: &ImageEntry, new: &ImageEntry) -> crate::error::Result<bool> {
     let [old, new] =
         [old, new].map(|image| (world.store.file(&image.place, &image.stat, false), image.stat.signature.size));
     let (files, len) = ((old.0, new.0), old.1);

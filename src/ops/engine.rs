@@ -16,22 +16,22 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::users_of;
-use crate::store::{Deed, FoundIntent, Intent, Store, command_name, shown};
+use crate::store::{FoundIntent, Intent, Operation, Store, command_name, shown};
 
 use super::asker::as_nobody;
-use super::board::{Board, Progress, Tokens};
 use super::branch::{self, BranchJob};
 use super::commit::{self, CommitJob};
-use super::locked::Touched;
+use super::job_table::{ChainLocks, JobProgress, JobTable};
+use super::locked::TouchedImages;
 use super::pull::{self, PullJob};
-use super::world::{World, of_chain};
+use super::scanned_store::{ScannedStore, of_chain};
 use super::{Plan, Request, Status};
 use super::{clone, delete, rebase, resize, revert, snapshot};
 
 /// The jobs of one store.
 pub struct Engine {
     store: Arc<Store>,
-    board: Arc<Board>,
+    board: Arc<JobTable>,
     /// Where the store is mounted, for saying who has what open.
     mount: Mutex<Option<PathBuf>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -59,7 +59,7 @@ pub(super) enum Job {
 }
 
 impl Job {
-    fn run(self, engine: &Engine, progress: &Progress) -> Result<()> {
+    fn run(self, engine: &Engine, progress: &JobProgress) -> Result<()> {
         match self {
             Job::Commit(job) => job.run(engine, progress),
             Job::Pull(job) => job.run(engine, progress),
@@ -187,16 +187,16 @@ impl Engine {
         tracing::info!("taking up: {command}{}", of_chain(&chain));
         let (number, progress) = self.board.begin(&chain, &command);
         let begun = match &owned.intent.deed {
-            Deed::Snapshot { .. } => snapshot::resume(self, owned, lock).map(|()| None),
-            Deed::Copy { .. } => branch::resume(self, owned, lock).map(|()| None),
-            Deed::Shrink { .. } => resize::resume(self, owned, lock).map(|()| None),
-            Deed::Commit { .. } => {
+            Operation::Snapshot { .. } => snapshot::resume(self, owned, lock).map(|()| None),
+            Operation::Copy { .. } => branch::resume(self, owned, lock).map(|()| None),
+            Operation::Shrink { .. } => resize::resume(self, owned, lock).map(|()| None),
+            Operation::Commit { .. } => {
                 commit::resume(self, owned, lock, &mut tokens).map(|job| job.map(|job| Job::Commit(Box::new(job))))
             }
-            Deed::Pull { .. } => {
+            Operation::Pull { .. } => {
                 pull::resume(self, owned, lock, &mut tokens).map(|job| job.map(|job| Job::Pull(Box::new(job))))
             }
-            Deed::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
+            Operation::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
         };
         if begun.is_ok() {
             self.store.guard().forget_refusal(&found.name);
@@ -230,15 +230,15 @@ impl Engine {
 
     /// What would become of an intent if it were taken up now: in words, or why it is not. Nothing is changed.
     pub fn examine(&self, intent: &Intent, name: &OsStr) -> Result<&'static str> {
-        let world = World::look_for(&self.store, name)?;
+        let world = ScannedStore::look_for(&self.store, name)?;
         match &intent.deed {
-            Deed::Snapshot { .. } => snapshot::examine(&world, intent)
+            Operation::Snapshot { .. } => snapshot::examine(&world, intent)
                 .map(|goes_on| if goes_on { "goes on to its end" } else { "goes back to its beginning" }),
-            Deed::Copy { .. } => Ok("what was half made goes"),
-            Deed::Shrink { .. } => resize::examine(self, &world, intent).map(|_| "goes on to its end"),
-            Deed::Commit { .. } => commit::examine(&world, intent).map(|_| "goes on to its end"),
-            Deed::Pull { .. } => pull::examine(&world, intent).map(|_| "goes on to its end"),
-            Deed::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
+            Operation::Copy { .. } => Ok("what was half made goes"),
+            Operation::Shrink { .. } => resize::examine(self, &world, intent).map(|_| "goes on to its end"),
+            Operation::Commit { .. } => commit::examine(&world, intent).map(|_| "goes on to its end"),
+            Operation::Pull { .. } => pull::examine(&world, intent).map(|_| "goes on to its end"),
+            Operation::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
         }
     }
 
@@ -252,7 +252,7 @@ impl Engine {
         if let Request::Rebase(request) = request {
             rebase::introduce(&self.store, chain, request);
         }
-        let world = World::look(&self.store)?;
+        let world = ScannedStore::look(&self.store)?;
         let (mut plan, touched) = match request {
             Request::Snapshot(request) => snapshot::plan(&world, chain, request)?,
             Request::Commit(request) => {
@@ -281,9 +281,9 @@ impl Engine {
             }
             Request::Resize(request) => {
                 let (plan, _) = resize::plan(self, &world, chain, request)?;
-                (plan, Touched::top_of(&world.chain(chain)?.views.layers))
+                (plan, TouchedImages::top_of(&world.chain(chain)?.views.layers))
             }
-            Request::Cancel => (Plan::default(), Touched::default()),
+            Request::Cancel => (Plan::default(), TouchedImages::default()),
         };
         if self.looks_at_locks {
             touched.refuse(&world, &mut plan);
@@ -341,7 +341,13 @@ impl Engine {
     }
 
     /// Does what is asked, or begins the job that does.
-    fn begin_with(&self, chain: &Path, request: &Request, command: &str, tokens: &mut Tokens) -> Result<Option<Job>> {
+    fn begin_with(
+        &self,
+        chain: &Path,
+        request: &Request,
+        command: &str,
+        tokens: &mut ChainLocks,
+    ) -> Result<Option<Job>> {
         match request {
             Request::Snapshot(request) => {
                 tokens.extend(&request.chains)?;
@@ -370,8 +376,8 @@ impl Engine {
         self: &Arc<Self>,
         chain: &Path,
         number: u64,
-        progress: Arc<Progress>,
-        tokens: Tokens,
+        progress: Arc<JobProgress>,
+        tokens: ChainLocks,
         job: Job,
     ) -> Result<()> {
         let (engine, of) = (Arc::clone(self), chain.to_path_buf());

@@ -10,21 +10,22 @@ use crate::format::{Frozen, Snapshot};
 use crate::image::check::{Scope, repair};
 use crate::image::write::Writer;
 use crate::image::{HeaderChange, change_header, check_header_change, read_bitmaps};
-use crate::io::{Claim, Directory, FileId, directory_of};
+use crate::io::{Directory, FileId, FileLock, directory_of};
 use crate::store::{
-    ActiveJob, Catalog, ChainView, Deed, Format, ImageIndex, Intent, JobImage, Named, OwnedIntent, SPOILT, Store, shown,
+    ActiveJob, Catalog, ChainView, FileRef, Format, ImageIndex, Intent, JobImage, Operation, OwnedIntent, SPOILT,
+    Store, shown,
 };
 use crate::units::human_size;
 
-use super::board::Progress;
-use super::commit::Layers;
+use super::commit::CommitRange;
 use super::engine::Engine;
+use super::job_table::JobProgress;
 use super::plan::{Plan, PlanLayer};
 use super::request::{CommitRequest, Request};
-use super::world::{Chain, World, beside};
+use super::scanned_store::{ScannedChain, ScannedStore, beside};
 
 /// The layer that a view's name means, counted from the leaf.
-pub(super) fn layer(world: &World, chain: &Chain, name: &[u8]) -> Result<usize> {
+pub(super) fn layer(world: &ScannedStore, chain: &ScannedChain, name: &[u8]) -> Result<usize> {
     let view = chain.views.find(name);
     if view.is_some_and(|view| view.snapshot.is_some()) {
         let fact = "is an internal snapshot; name one of the layers";
@@ -35,7 +36,12 @@ pub(super) fn layer(world: &World, chain: &Chain, name: &[u8]) -> Result<usize> 
 }
 
 /// The same, and without a name the active layer; `key` is the word that could say another.
-pub(super) fn layer_or_active(world: &World, chain: &Chain, name: Option<&[u8]>, key: &str) -> Result<usize> {
+pub(super) fn layer_or_active(
+    world: &ScannedStore,
+    chain: &ScannedChain,
+    name: Option<&[u8]>,
+    key: &str,
+) -> Result<usize> {
     if let Some(name) = name {
         return layer(world, chain, name);
     }
@@ -46,17 +52,17 @@ pub(super) fn layer_or_active(world: &World, chain: &Chain, name: Option<&[u8]>,
 }
 
 /// The view of that name.
-pub(super) fn view<'a>(world: &World, chain: &'a Chain, name: &[u8]) -> Result<&'a ChainView> {
+pub(super) fn view<'a>(world: &ScannedStore, chain: &'a ScannedChain, name: &[u8]) -> Result<&'a ChainView> {
     chain.views.find(name).ok_or_else(|| chain.views.unknown(&chain.shown(world), name, |_| true))
 }
 
 /// The layers of a chain, top first.
-pub(super) fn tree(world: &World, chain: &Chain) -> Vec<PlanLayer> {
+pub(super) fn tree(world: &ScannedStore, chain: &ScannedChain) -> Vec<PlanLayer> {
     chain.views.layers.iter().map(|index| line(world, chain, *index)).collect()
 }
 
 /// An image, as the chain calls it if it is one of its layers.
-pub(super) fn line(world: &World, chain: &Chain, index: ImageIndex) -> PlanLayer {
+pub(super) fn line(world: &ScannedStore, chain: &ScannedChain, index: ImageIndex) -> PlanLayer {
     let views = &chain.views;
     let depth = views.layers.iter().position(|layer| *layer == index);
     let view = views.views.iter().find(|view| Some(view.layer) == depth && view.snapshot.is_none());
@@ -67,7 +73,7 @@ pub(super) fn line(world: &World, chain: &Chain, index: ImageIndex) -> PlanLayer
 }
 
 /// Names of the views that show one of these images, or an internal snapshot of it, at their top.
-pub(super) fn views_of(chain: &Chain, images: impl Iterator<Item = ImageIndex>) -> Vec<Vec<u8>> {
+pub(super) fn views_of(chain: &ScannedChain, images: impl Iterator<Item = ImageIndex>) -> Vec<Vec<u8>> {
     let images: Vec<ImageIndex> = images.collect();
     let shows = |layer: usize| images.contains(&chain.views.layers[layer]);
     chain.views.views.iter().filter(|view| shows(view.layer)).map(|view| view.name.clone()).collect()
@@ -79,14 +85,14 @@ pub(super) fn first(refusals: Vec<Error>) -> Result<()> {
 }
 
 /// The internal snapshot of that place in an image's table.
-pub(super) fn inner(world: &World, index: ImageIndex, place: usize) -> Result<Snapshot> {
+pub(super) fn inner(world: &ScannedStore, index: ImageIndex, place: usize) -> Result<Snapshot> {
     let image = world.image(index);
     let snapshot = image.qcow2().and_then(|qcow2| qcow2.snapshots.get(place)).cloned();
     snapshot.ok_or_else(|| Error::new(ErrorKind::Stale, format!("{} has changed", image.shown())))
 }
 
 /// The names of an image's internal snapshots, if it has any.
-pub(super) fn inner_names(world: &World, index: ImageIndex) -> Option<String> {
+pub(super) fn inner_names(world: &ScannedStore, index: ImageIndex) -> Option<String> {
     let qcow2 = world.image(index).qcow2()?;
     let names: Vec<_> = qcow2.snapshots.iter().map(|snapshot| String::from_utf8_lossy(&snapshot.name)).collect();
     let count = qcow2.header.snapshots.count;
@@ -95,7 +101,7 @@ pub(super) fn inner_names(world: &World, index: ImageIndex) -> Option<String> {
 
 /// Refuses what would cost internal snapshots, unless the command says so.
 pub(super) fn inner_snapshots(
-    world: &World,
+    world: &ScannedStore,
     holders: impl Iterator<Item = ImageIndex>,
     discard: bool,
     refusals: &mut Vec<Error>,
@@ -111,7 +117,7 @@ pub(super) fn inner_snapshots(
 
 /// Refuses what would cost persistent bitmaps that are good, unless the command says so.
 pub(super) fn bitmaps(
-    world: &World,
+    world: &ScannedStore,
     holders: impl Iterator<Item = ImageIndex>,
     discard: bool,
     refusals: &mut Vec<Error>,
@@ -138,7 +144,11 @@ pub(super) fn bitmaps(
 }
 
 /// The names of an image's persistent bitmaps, of those that are wanted. Fails where that cannot be read.
-pub(super) fn bitmap_names(world: &World, index: ImageIndex, wanted: impl Fn(&Bitmap) -> bool) -> Result<Vec<String>> {
+pub(super) fn bitmap_names(
+    world: &ScannedStore,
+    index: ImageIndex,
+    wanted: impl Fn(&Bitmap) -> bool,
+) -> Result<Vec<String>> {
     let image = world.image(index);
     let Some(qcow2) = image.qcow2() else { return Ok(Vec::new()) };
     let file = world.store.file(&image.place, &image.stat, false);
@@ -155,7 +165,7 @@ pub(super) fn still_open(engine: &Engine, chain: &Path, names: &[String], why: &
 }
 
 /// Refuses a name that something else has.
-pub(super) fn taken(world: &World, path: &Path, refusals: &mut Vec<Error>) {
+pub(super) fn taken(world: &ScannedStore, path: &Path, refusals: &mut Vec<Error>) {
     if world.store.roots()[0].stat(path).is_ok() {
         let fact = "exists already; remove it or choose another name";
         refusals.push(Error::new(ErrorKind::Exists, format!("{} {fact}", shown(path))));
@@ -163,7 +173,7 @@ pub(super) fn taken(world: &World, path: &Path, refusals: &mut Vec<Error>) {
 }
 
 /// Refuses what a header has no room for: found out later, it could not be done after all.
-pub(super) fn check_header(world: &World, index: ImageIndex, change: &HeaderChange, refusals: &mut Vec<Error>) {
+pub(super) fn check_header(world: &ScannedStore, index: ImageIndex, change: &HeaderChange, refusals: &mut Vec<Error>) {
     let image = world.image(index);
     if image.qcow2().is_some() {
         let file = world.store.file(&image.place, &image.stat, false);
@@ -174,7 +184,7 @@ pub(super) fn check_header(world: &World, index: ImageIndex, change: &HeaderChan
 
 /// Whether a layer that nobody stands on any more is marked as frozen: not one that is only read, or whose header would
 /// change under another name as well.
-pub(super) fn may_be_marked(world: &World, index: ImageIndex) -> bool {
+pub(super) fn may_be_marked(world: &ScannedStore, index: ImageIndex) -> bool {
     let image = world.image(index);
     let is_its_own = image.format == Some(Format::Raw) || image.stat.link_count == 1;
     // Without a store around it nobody can tell whose layer it is.
@@ -182,7 +192,7 @@ pub(super) fn may_be_marked(world: &World, index: ImageIndex) -> bool {
 }
 
 /// The same for a mark of being frozen, unless there is one.
-pub(super) fn check_freeze(world: &World, index: ImageIndex, refusals: &mut Vec<Error>) {
+pub(super) fn check_freeze(world: &ScannedStore, index: ImageIndex, refusals: &mut Vec<Error>) {
     if world.image(index).format == Some(Format::Raw) {
         refusals.extend(world.store.check_notes().err());
     }
@@ -193,7 +203,7 @@ pub(super) fn check_freeze(world: &World, index: ImageIndex, refusals: &mut Vec<
 }
 
 /// Refuses what there is surely no room for.
-pub(super) fn check_room(world: &World, target: ImageIndex, space: u64, refusals: &mut Vec<Error>) {
+pub(super) fn check_room(world: &ScannedStore, target: ImageIndex, space: u64, refusals: &mut Vec<Error>) {
     let image = world.image(target);
     let free = world.store.file(&image.place, &image.stat, false).free_space();
     if let Ok(free) = free
@@ -207,7 +217,7 @@ pub(super) fn check_room(world: &World, target: ImageIndex, space: u64, refusals
 
 /// Notes how much would be copied into `target`, as it was `counted`; where that cannot be told, a plan that is refused
 /// anyway does without.
-pub(super) fn count(world: &World, target: ImageIndex, counted: Result<u64>, plan: &mut Plan) {
+pub(super) fn count(world: &ScannedStore, target: ImageIndex, counted: Result<u64>, plan: &mut Plan) {
     match counted {
         Ok(bytes) => plan.bytes += bytes,
         Err(error) if plan.refusals.is_empty() => plan.refusals.push(error),
@@ -226,13 +236,13 @@ pub(super) fn shares_blocks(store: &Store) -> bool {
 const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683E, 0xCA45_1A4E];
 
 /// The store's lock for a job that has done its work, unless it is cancelled or stopped while another has that.
-pub(super) fn lock_for_job(store: &Store, progress: &Progress) -> Result<Claim> {
+pub(super) fn lock_for_job(store: &Store, progress: &JobProgress) -> Result<FileLock> {
     store.guard().lock_for_job(&*store.guard_names(), &|| progress.check())
 }
 
 /// What the command of an intent said of what may be lost, whichever verb it was.
 pub(super) fn terms(intent: &Intent) -> CommitRequest {
-    let keep = matches!(intent.deed, Deed::Commit { keep: true, .. });
+    let keep = matches!(intent.deed, Operation::Commit { keep: true, .. });
     let (discard_internal, discard_bitmaps) = match Request::parse_command(intent.command.as_bytes()) {
         Ok(Request::Commit(request)) => (request.discard_internal, request.discard_bitmaps),
         Ok(Request::Pull(request)) => (request.discard_internal, request.discard_bitmaps),
@@ -244,26 +254,28 @@ pub(super) fn terms(intent: &Intent) -> CommitRequest {
 }
 
 /// How far a commit has come.
-pub(super) enum Finish {
+pub(super) enum CommitStage {
     /// Base holds everything, durably.
     Copied,
     /// Nobody knows what base holds; top and all between are as they were.
-    NotCopied(Layers),
+    NotCopied(CommitRange),
 }
 
 /// How far the commit of an intent has come, by what the files say.
-pub(super) fn commit_state(world: &World, intent: &Intent) -> Result<Finish> {
-    let Deed::Commit { top, base, is_copied, rename, .. } = &intent.deed else { unreachable!("asked of a commit") };
+pub(super) fn commit_state(world: &ScannedStore, intent: &Intent) -> Result<CommitStage> {
+    let Operation::Commit { top, base, is_copied, rename, .. } = &intent.deed else {
+        unreachable!("asked of a commit")
+    };
     let is_switched = if let Some(name) = rename {
-        let base_is_there = world.find(&Named::known(name.clone(), base.file)).is_some();
+        let base_is_there = world.find(&FileRef::known(name.clone(), base.file)).is_some();
         base_is_there && (*name != base.path || world.find(top).is_none())
     } else {
         *is_copied && world.find(base).is_some()
     };
     if is_switched {
-        return Ok(Finish::Copied);
+        return Ok(CommitStage::Copied);
     }
-    Layers::of_intent(world, &intent.deed).map(Finish::NotCopied).ok_or_else(|| {
+    CommitRange::of_intent(world, &intent.deed).map(CommitStage::NotCopied).ok_or_else(|| {
         let gone: Vec<String> =
             intent.files().iter().filter(|named| world.find(named).is_none()).map(|named| shown(&named.path)).collect();
         let fact = "cannot be taken up: what it was merging has been changed or taken away";
@@ -273,33 +285,33 @@ pub(super) fn commit_state(world: &World, intent: &Intent) -> Result<Finish> {
 }
 
 /// An image that is to stand on something else, in the hands of a job.
-pub(super) enum Child {
+pub(super) enum OverlayToRebase {
     /// The top of an active disk, which may be in use.
-    Active(ActiveJob, Named),
+    Active(ActiveJob, FileRef),
     /// A frozen layer.
     Image(JobImage),
 }
 
-impl Child {
+impl OverlayToRebase {
     /// Takes it: from here on no other process opens it.
-    pub(super) fn take(store: &Arc<Store>, world: &World, index: ImageIndex) -> Result<Self> {
+    pub(super) fn take(store: &Arc<Store>, world: &ScannedStore, index: ImageIndex) -> Result<Self> {
         if world.is_active_disk(index) {
             let job = store.take_active(&world.catalog, &world.catalog.layers(index))?;
-            return Ok(Child::Active(job, world.named(index)));
+            return Ok(OverlayToRebase::Active(job, world.named(index)));
         }
-        Ok(Child::Image(store.take_image(&world.catalog, index)?))
+        Ok(OverlayToRebase::Image(store.take_image(&world.catalog, index)?))
     }
 
     /// Points it at another backing file, through which the same bytes show. An active disk is returned: in memory
     /// it does not stand on that yet.
-    fn put_on(self, world: &World, index: ImageIndex, base: ImageIndex) -> Result<Option<(ActiveJob, Named)>> {
+    fn put_on(self, world: &ScannedStore, index: ImageIndex, base: ImageIndex) -> Result<Option<(ActiveJob, FileRef)>> {
         let change = HeaderChange { backing: Some(Some(world.backing_name(index, base))), frozen: None };
         match self {
-            Child::Active(job, named) => {
+            OverlayToRebase::Active(job, named) => {
                 job.writer()?.change_header(&change)?;
                 Ok(Some((job, named)))
             }
-            Child::Image(image) => {
+            OverlayToRebase::Image(image) => {
                 change_header(image.name(), &*image.file()?, &change)?;
                 image.finish()?;
                 Ok(None)
@@ -307,56 +319,61 @@ impl Child {
         }
     }
 
-    fn is(&self, named: &Named) -> bool {
+    fn is(&self, named: &FileRef) -> bool {
         match self {
-            Child::Active(_, own) => own.is(named),
-            Child::Image(image) => image.id() == named.file.id,
+            OverlayToRebase::Active(_, own) => own.is(named),
+            OverlayToRebase::Image(image) => image.id() == named.file.id,
         }
     }
 }
 
 /// The steps of a commit after the copy is durable; `lock` is held from the last look at who uses what. `held`: those
 /// of the children that the job has held all the while.
-pub(super) fn commit(engine: &Engine, mut intent: OwnedIntent, lock: Claim, mut held: Vec<Child>) -> Result<()> {
+pub(super) fn commit(
+    engine: &Engine,
+    mut intent: OwnedIntent,
+    lock: FileLock,
+    mut held: Vec<OverlayToRebase>,
+) -> Result<()> {
     let store = engine.store();
-    if let Deed::Commit { is_copied, rename: None, .. } = &mut intent.intent.deed
+    if let Operation::Commit { is_copied, rename: None, .. } = &mut intent.intent.deed
         && !std::mem::replace(is_copied, true)
     {
         // Before anybody stands on base: what is found there later may be others' doing.
         store.guard().rewrite(&*store.guard_names(), &mut intent)?;
     }
-    let Deed::Commit { top, base, between, children, keep, rename, .. } = intent.intent.deed.clone() else {
+    let Operation::Commit { top, base, between, children, keep, rename, .. } = intent.intent.deed.clone() else {
         unreachable!("the intent of a commit")
     };
-    let world = World::look(store)?;
+    let world = ScannedStore::look(store)?;
     let before = Arc::clone(&world.catalog);
     if rename.is_none() {
         let base_index = world.expect(&base)?;
         if keep && let Some(top) = world.find(&top) {
             freeze(store, &world, top, &Frozen::now(""))?;
         }
-        let world = World::look(store)?;
+        let world = ScannedStore::look(store)?;
         let mut jobs = Vec::new();
         for named in &children {
             // What others have put on something else in the meantime shows that.
             let Some(index) = world.find(named).filter(|index| world.names(*index, &top)) else { continue };
             let child = match held.iter().position(|child| child.is(named)) {
                 Some(place) => held.swap_remove(place),
-                None => Child::take(store, &world, index)?,
+                None => OverlayToRebase::take(store, &world, index)?,
             };
             jobs.extend(child.put_on(&world, index, base_index)?);
         }
         drop(held);
-        let world = World::look(store)?;
+        let world = ScannedStore::look(store)?;
         stand_on_new(&world, &jobs)?;
         if keep
             && let (Some(top), Some(base)) = (world.find(&top), world.find(&base))
             && world.stands_on(top) != Some(base)
         {
-            Child::take(store, &world, top)?.put_on(&world, top, base)?;
+            OverlayToRebase::take(store, &world, top)?.put_on(&world, top, base)?;
         }
         drop(jobs);
-        let world = World::look(store)?;
+        let world = ScannedStore::look(store)?;
         if let Some(base) = world.find(&base)
             && !keep
             && world.image(base).users.iter().all(|user| {
@@ -377,14 +394,14 @@ pub(super) fn commit(engine: &Engine, mut intent: OwnedIntent, lock: Claim, mut 
     }
     if keep {
         for named in &between {
-            if World::look(store)?.find(named).is_some() {
+            if ScannedStore::look(store)?.find(named).is_some() {
                 names.rename(&named.path, &spoilt_name(&named.path), false)?;
                 names.sync(&directory_of(&named.path))?;
             }
         }
     } else {
         // From the top down: nothing is left standing on what has gone.
-        let all: Vec<Named> = std::iter::once(top).chain(between).collect();
+        let all: Vec<FileRef> = std::iter::once(top).chain(between).collect();
         remove(store, &all, false, &intent.intent.command)?;
     }
     end(store, intent, lock)
@@ -395,26 +412,26 @@ pub(super) fn active_commit(
     engine: &Engine,
     job: &ActiveJob,
     intent: OwnedIntent,
-    lock: Claim,
+    lock: FileLock,
     before: &Arc<Catalog>,
 ) -> Result<()> {
     let store = engine.store();
     store.rescan()?;
     job.settle();
-    let Deed::Commit { base, .. } = &intent.intent.deed else { unreachable!("the intent of a commit") };
+    let Operation::Commit { base, .. } = &intent.intent.deed else { unreachable!("the intent of a commit") };
     tell(store, before, &intent.intent, Some(base));
     commit(engine, intent, lock, Vec::new())
 }
 
 /// Tells those who have disks open what has become of the files below: all layers that are still there show what
 /// they did, but for `changed`.
-pub(super) fn tell(store: &Arc<Store>, before: &Catalog, intent: &Intent, changed: Option<&Named>) {
+pub(super) fn tell(store: &Arc<Store>, before: &Catalog, intent: &Intent, changed: Option<&FileRef>) {
     let files: Vec<FileId> = intent.files().iter().map(|named| named.file.id).collect();
     tell_files(store, before, &files, changed);
 }
 
 /// The same of files by their numbers.
-pub(super) fn tell_files(store: &Arc<Store>, before: &Catalog, files: &[FileId], changed: Option<&Named>) {
+pub(super) fn tell_files(store: &Arc<Store>, before: &Catalog, files: &[FileId], changed: Option<&FileRef>) {
     let all = before.images.iter().map(|image| image.stat.id);
     let files: Vec<FileId> = all.filter(|id| files.contains(id)).collect();
     store.keep_states(before, &files, changed.map(|named| named.file.id));
@@ -422,7 +439,7 @@ pub(super) fn tell_files(store: &Arc<Store>, before: &Catalog, files: &[FileId],
 }
 
 /// Takes the intent away: all is done.
-pub(super) fn end(store: &Arc<Store>, intent: OwnedIntent, lock: Claim) -> Result<()> {
+pub(super) fn end(store: &Arc<Store>, intent: OwnedIntent, lock: FileLock) -> Result<()> {
     let ended = forget(store, intent);
     drop(lock);
     ended
@@ -435,7 +452,7 @@ pub(super) fn forget(store: &Arc<Store>, intent: OwnedIntent) -> Result<()> {
 }
 
 /// Lets disks stand on what their headers name by now.
-pub(super) fn stand_on_new(world: &World, jobs: &[(ActiveJob, Named)]) -> Result<()> {
+pub(super) fn stand_on_new(world: &ScannedStore, jobs: &[(ActiveJob, FileRef)]) -> Result<()> {
     for (job, named) in jobs {
         let child = world.expect(named)?;
         job.stand_on(&world.catalog, &world.catalog.layers(child)[1..])?;
@@ -444,7 +461,7 @@ pub(super) fn stand_on_new(world: &World, jobs: &[(ActiveJob, Named)]) -> Result
 }
 
 /// Marks an image as frozen, durably, unless it is.
-pub(super) fn freeze(store: &Arc<Store>, world: &World, index: ImageIndex, frozen: &Frozen) -> Result<()> {
+pub(super) fn freeze(store: &Arc<Store>, world: &ScannedStore, index: ImageIndex, frozen: &Frozen) -> Result<()> {
     let image = world.image(index);
     if image.frozen.is_some() {
         return Ok(());
@@ -459,7 +476,13 @@ pub(super) fn freeze(store: &Arc<Store>, world: &World, index: ImageIndex, froze
 }
 
 /// Takes the mark away from what is about to become the active layer.
-pub(super) fn thaw(store: &Arc<Store>, world: &World, writer: &Writer, format: Format, base: &Named) -> Result<()> {
+pub(super) fn thaw(
+    store: &Arc<Store>,
+    world: &ScannedStore,
+    writer: &Writer,
+    format: Format,
+    base: &FileRef,
+) -> Result<()> {
     match (format, world.find(base)) {
         (Format::Raw, _) => store.note_frozen(&base.path, None),
         (Format::Qcow2, Some(index)) if world.image(index).frozen.is_some() => {
@@ -504,9 +527,9 @@ pub(super) fn replace(
     store: &Arc<Store>,
     before: &Catalog,
     intent: &Intent,
-    (base, top, name): (&Named, &Named, &Path),
+    (base, top, name): (&FileRef, &FileRef, &Path),
 ) -> Result<()> {
-    let world = World::look(store)?;
+    let world = ScannedStore::look(store)?;
     tell(store, before, intent, Some(base));
     let names = store.guard_names();
     let id = world.image(world.expect(base)?).stat.id;
@@ -521,10 +544,10 @@ pub(super) fn own_path(store: &Store, path: &Path) -> PathBuf {
 
 /// Removes files that nothing is left to use, in this order; a user found late stops it. Those that still show what
 /// they did (`is_valid`) go to the trash, if the store has one.
-pub(super) fn remove(store: &Arc<Store>, files: &[Named], is_valid: bool, command: &str) -> Result<()> {
+pub(super) fn remove(store: &Arc<Store>, files: &[FileRef], is_valid: bool, command: &str) -> Result<()> {
     let names = store.guard_names();
     for named in files {
-        let world = World::look(store)?;
+        let world = ScannedStore::look(store)?;
         let Some(index) = world.find(named) else { continue };
         let others = world.others_using(index, &[]);
         if !others.is_empty() {
@@ -558,7 +581,7 @@ pub(super) fn remove(store: &Arc<Store>, files: &[Named], is_valid: bool, comman
 }
 
 /// Removes from the trash what would show something else if these files were changed or gone.
-pub(super) fn forget_trash(world: &World, changed: &[FileId]) -> Result<()> {
+pub(super) fn forget_trash(world: &ScannedStore, changed: &[FileId]) -> Result<()> {
     let spoilt = world.store.trash_on(&world.catalog, changed)?;
     for item in &spoilt {
         tracing::info!("{} goes from the trash: what it stands on changes", shown(&item.path));
@@ -575,7 +598,7 @@ pub(super) fn not_kept(notes: Vec<String>) -> impl Iterator<Item = String> {
 }
 
 /// Notes what of the trash would go.
-pub(super) fn note_trash(world: &World, changed: &[ImageIndex], plan: &mut Plan) {
+pub(super) fn note_trash(world: &ScannedStore, changed: &[ImageIndex], plan: &mut Plan) {
     let files: Vec<FileId> = changed.iter().map(|index| world.image(*index).stat.id).collect();
     let spoilt = match world.store.trash_on(&world.catalog, &files) {
         Ok(spoilt) => spoilt,
@@ -590,7 +613,7 @@ pub(super) fn note_trash(world: &World, changed: &[ImageIndex], plan: &mut Plan)
 }
 
 /// Gives back what a commit that was cut off has counted in its base and nothing refers to.
-pub(super) fn repair_leaks(store: &Arc<Store>, world: &World, base: ImageIndex) -> Result<()> {
+pub(super) fn repair_leaks(store: &Arc<Store>, world: &ScannedStore, base: ImageIndex) -> Result<()> {
     if world.image(base).format != Some(Format::Qcow2) {
         return Ok(());
     }

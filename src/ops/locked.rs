@@ -5,25 +5,25 @@
 use crate::store::ImageIndex;
 
 use super::plan::Plan;
-use super::world::World;
+use super::scanned_store::ScannedStore;
 
 /// The images that a command would open.
 #[derive(Default)]
-pub(super) struct Touched {
+pub(super) struct TouchedImages {
     /// To write them.
     pub(super) written: Vec<ImageIndex>,
     /// To read them.
     pub(super) read: Vec<ImageIndex>,
 }
 
-impl Touched {
+impl TouchedImages {
     /// A chain of which the first layer is written.
     pub(super) fn top_of(layers: &[ImageIndex]) -> Self {
         Self { written: layers[..1].to_vec(), read: layers[1..].to_vec() }
     }
 
     /// Adds a refusal for each image that another process has locked, unless the plan says so already.
-    pub(super) fn refuse(self, world: &World, plan: &mut Plan) {
+    pub(super) fn refuse(self, world: &ScannedStore, plan: &mut Plan) {
         let read = self.read.iter().filter(|index| !self.written.contains(index)).map(|index| (*index, false));
         let mut all: Vec<(ImageIndex, bool)> = self.written.iter().map(|index| (*index, true)).chain(read).collect();
         all.sort_unstable();

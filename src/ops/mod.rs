@@ -6,7 +6,6 @@
 //! the process or the machine dies. Inodes, directories of the mount and the kernel are for others.
 
 mod asker;
-mod board;
 mod branch;
 mod check;
 mod clone;
@@ -16,6 +15,7 @@ mod delete;
 mod dropped;
 mod engine;
 mod finish;
+mod job_table;
 mod locked;
 mod mirror;
 mod overlay;
@@ -26,18 +26,18 @@ mod rebase;
 mod request;
 mod resize;
 mod revert;
+mod scanned_store;
 mod snapshot;
 mod status;
-mod words;
-mod world;
+mod tokenize;
 
 pub use asker::{AsUser, as_user};
 pub use engine::Engine;
 pub use parse::parse_chains;
 pub use plan::{Plan, PlanLayer};
 pub use request::{
-    CloneRequest, CommitRequest, DeleteRequest, MAX_COMMAND_LEN, Method, NewSize, PullRequest, RebaseRequest, Request,
-    ResizeRequest, RevertRequest, SnapshotRequest, Verb,
+    CloneRequest, CommitRequest, DeleteMethod, DeleteRequest, MAX_COMMAND_LEN, NewSize, PullRequest, RebaseRequest,
+    Request, ResizeRequest, RevertRequest, SnapshotRequest, Verb,
 };
 pub use status::{JobState, Status};
-pub use words::quote;
+pub use tokenize::quote;

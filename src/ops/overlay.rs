@@ -9,17 +9,17 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::create::{CreateOptions, NewBacking, initial_image};
 use crate::io::directory_of;
-use crate::store::{Format, ImageEntry, ImageIndex, Named, Place, Store, shown};
+use crate::store::{FileRef, Format, ImageEntry, ImageIndex, Store, StorePath, shown};
 
 use super::finish;
-use super::world::{World, beside};
+use super::scanned_store::{ScannedStore, beside};
 
 /// An image that nobody sees yet.
-pub(super) struct Draft {
+pub(super) struct DraftImage {
     /// Beneath the store.
     pub(super) path: PathBuf,
     /// Beneath the guarded directory.
-    pub(super) named: Named,
+    pub(super) named: FileRef,
 }
 
 /// The name of a draft beside `name`, of the command or intent called `of`.
@@ -27,17 +27,17 @@ pub(super) fn draft_name(name: &Path, of: &str, number: usize) -> PathBuf {
     beside(name, crate::store::draft_name(of, number).as_bytes())
 }
 
-impl Draft {
+impl DraftImage {
     /// Makes an image at `path` beneath the store, after the file at `like`.
-    pub(super) fn make(world: &World, path: PathBuf, like: &Path, options: &CreateOptions) -> Result<Self> {
+    pub(super) fn make(world: &ScannedStore, path: PathBuf, like: &Path, options: &CreateOptions) -> Result<Self> {
         let names = world.store.names();
         let bytes = initial_image(options)?;
         let file = names.create(&path, Some(like))?;
         let made = file.write_at(0, &bytes).and_then(|()| file.sync()).and_then(|()| names.sync(&directory_of(&path)));
         drop(file);
         let made = made.and_then(|()| {
-            let seen = Named::witness(&world.store.roots()[0], &path, Format::Qcow2, false)?;
-            Ok(Named { path: world.guarded(&path), ..seen })
+            let seen = FileRef::witness(&world.store.roots()[0], &path, Format::Qcow2, false)?;
+            Ok(FileRef { path: world.guarded(&path), ..seen })
         });
         match made {
             Ok(known) => Ok(Self { path, named: known }),
@@ -75,12 +75,18 @@ pub(super) fn options(model: &ImageEntry, size: u64, backing: Option<NewBacking>
 }
 
 /// How a new image at `path` beneath the store is to name the image `to`.
-pub(super) fn backing(world: &World, path: &Path, to: ImageIndex) -> NewBacking {
-    world.backing(&Place { root: 0, path: path.to_path_buf() }, to, false)
+pub(super) fn backing(world: &ScannedStore, path: &Path, to: ImageIndex) -> NewBacking {
+    world.backing(&StorePath { root: 0, path: path.to_path_buf() }, to, false)
 }
 
 /// Refuses a name by which a file would be read in another format, or not at all.
-pub(super) fn refuse_misread(world: &World, path: &Path, format: Format, is_named: bool, refusals: &mut Vec<Error>) {
+pub(super) fn refuse_misread(
+    world: &ScannedStore,
+    path: &Path,
+    format: Format,
+    is_named: bool,
+    refusals: &mut Vec<Error>,
+) {
     if !world.store.options().reads_as(path, format, is_named) {
         let fact = format!("would not be read as {} by that name; choose another", format.name());
         refusals.push(Error::new(ErrorKind::Usage, format!("{} {fact}", shown(path))));
@@ -90,7 +96,7 @@ pub(super) fn refuse_misread(world: &World, path: &Path, format: Format, is_name
 /// Refuses a name for a file that is not there yet: one that is taken, misread, or of another image's stem, for both
 /// would be shown by their full names then. `but`: the image that gets it, if that is there already.
 pub(super) fn refuse_name(
-    world: &World,
+    world: &ScannedStore,
     path: &Path,
     (format, is_named): (Format, bool),
     but: Option<ImageIndex>,

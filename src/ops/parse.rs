@@ -10,10 +10,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::units::{join_list, parse_size, split_list};
 
 use super::request::{
-    CloneRequest, CommitRequest, DeleteRequest, Method, NewSize, PullRequest, RebaseRequest, Request, ResizeRequest,
-    RevertRequest, SnapshotRequest, Verb,
+    CloneRequest, CommitRequest, DeleteMethod, DeleteRequest, NewSize, PullRequest, RebaseRequest, Request,
+    ResizeRequest, RevertRequest, SnapshotRequest, Verb,
 };
-use super::words::{quote, split};
+use super::tokenize::{quote, split};
 
 /// The words that a verb takes.
 pub(super) struct Grammar {
@@ -52,7 +52,7 @@ const fn grammar(verb: Verb) -> Grammar {
 }
 
 /// The words of one command, each known and given once.
-struct Given {
+struct ParsedWords {
     positional: Option<Vec<u8>>,
     values: Vec<(&'static str, Vec<u8>)>,
     flags: Vec<&'static str>,
@@ -79,7 +79,7 @@ impl Request {
     }
 
     fn from_words(verb: Verb, words: Vec<Vec<u8>>) -> Result<Self> {
-        let mut given = Given::of(verb, words)?;
+        let mut given = ParsedWords::of(verb, words)?;
         let request = match verb {
             Verb::Snapshot => Request::Snapshot(SnapshotRequest {
                 name: given.positional(verb)?,
@@ -107,7 +107,7 @@ impl Request {
             }),
             Verb::Delete => Request::Delete(DeleteRequest {
                 name: given.positional(verb)?,
-                method: given.value("method").map_or(Ok(Method::Auto), |word| Method::parse(&word))?,
+                method: given.value("method").map_or(Ok(DeleteMethod::Auto), |word| DeleteMethod::parse(&word))?,
                 discard_internal: given.flag("discard-internal"),
                 discard_bitmaps: given.flag("discard-bitmaps"),
             }),
@@ -170,7 +170,7 @@ impl Request {
 
     /// Its words without the verb, quoted for [`Request::parse`] and for a shell.
     pub fn words(&self) -> Vec<u8> {
-        let mut line = Line::default();
+        let mut line = LineBuilder::default();
         match self {
             Request::Snapshot(SnapshotRequest { name, internal, file, description, chains }) => {
                 line.word(&quote(name));
@@ -193,7 +193,7 @@ impl Request {
             }
             Request::Delete(DeleteRequest { name, method, discard_internal, discard_bitmaps }) => {
                 line.word(&quote(name));
-                line.value("method", Some(method.name().as_bytes()).filter(|_| *method != Method::Auto));
+                line.value("method", Some(method.name().as_bytes()).filter(|_| *method != DeleteMethod::Auto));
                 line.discards(*discard_internal, *discard_bitmaps);
             }
             Request::Revert(RevertRequest { to, save, discard_internal, discard_bitmaps }) => {
@@ -222,7 +222,7 @@ impl Request {
 
     /// The whole command, verb first, quoted for [`Request::parse_command`] and for a shell.
     pub fn command_line(&self) -> Vec<u8> {
-        let mut line = Line(self.verb().name().into());
+        let mut line = LineBuilder(self.verb().name().into());
         let words = self.words();
         if !words.is_empty() {
             line.word(&words);
@@ -240,9 +240,9 @@ impl std::fmt::Display for Request {
 
 /// A line in the making.
 #[derive(Default)]
-struct Line(Vec<u8>);
+struct LineBuilder(Vec<u8>);
 
-impl Line {
+impl LineBuilder {
     fn word(&mut self, word: &[u8]) {
         if !self.0.is_empty() {
             self.0.push(b' ');
@@ -268,7 +268,7 @@ impl Line {
     }
 }
 
-impl Given {
+impl ParsedWords {
     fn of(verb: Verb, words: Vec<Vec<u8>>) -> Result<Self> {
         let known = grammar(verb);
         let mut given = Self { positional: None, values: Vec::new(), flags: Vec::new() };
@@ -371,7 +371,7 @@ fn print_chains(chains: &[PathBuf]) -> Vec<u8> {
     join_list(chains.iter().map(|chain| chain.as_os_str().as_bytes()))
 }
 
-impl Method {
+impl DeleteMethod {
     /// The words of `method=`.
     const ALL: [(Self, &'static str); 3] = [(Self::Commit, "commit"), (Self::Pull, "pull"), (Self::Auto, "auto")];
 

@@ -12,18 +12,18 @@ use crate::format::Frozen;
 use crate::image::{HeaderChange, change_header};
 use crate::store::{Format, ImageIndex, Store, ViewPart};
 
-use super::board::Tokens;
 use super::dropped;
 use super::engine::{Engine, Job};
 use super::finish;
-use super::locked::Touched;
+use super::job_table::ChainLocks;
+use super::locked::TouchedImages;
 use super::plan::{Plan, PlanLayer};
 use super::pull;
 use super::request::{PullRequest, RebaseRequest};
-use super::world::{Chain, World};
+use super::scanned_store::{ScannedChain, ScannedStore};
 
 /// What a rebase concerns.
-pub(super) struct Layers {
+pub(super) struct RebaseRange {
     /// What is put on something else, counted from the leaf.
     depth: usize,
     layer: ImageIndex,
@@ -34,14 +34,14 @@ pub(super) struct Layers {
     is_done: bool,
 }
 
-impl Layers {
+impl RebaseRange {
     /// What is opened for it; what the base consists of is opened by the plan itself.
-    pub(super) fn touched(&self) -> Touched {
-        Touched { written: vec![self.layer], read: Vec::new() }
+    pub(super) fn touched(&self) -> TouchedImages {
+        TouchedImages { written: vec![self.layer], read: Vec::new() }
     }
 }
 
-fn layers(world: &World, chain: &Chain, request: &RebaseRequest) -> Result<Layers> {
+fn layers(world: &ScannedStore, chain: &ScannedChain, request: &RebaseRequest) -> Result<RebaseRange> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let depth = finish::layer_or_active(world, chain, request.layer.as_deref(), "layer")?;
     let layer = chain.views.layers[depth];
@@ -58,7 +58,7 @@ fn layers(world: &World, chain: &Chain, request: &RebaseRequest) -> Result<Layer
     }
     let below = &chain.views.layers[depth + 1..];
     let between = below.iter().copied().take_while(|index| !above.contains(index)).collect();
-    Ok(Layers { depth, layer, base, between, is_done: false })
+    Ok(RebaseRange { depth, layer, base, between, is_done: false })
 }
 
 /// Has the store look at the file that `base=` names, if it means one: in a directory for backing files there may be
@@ -78,7 +78,7 @@ pub(super) fn introduce(store: &Store, chain: &Path, request: &RebaseRequest) {
 }
 
 /// The image that `base=` means: a file as the header would name it, else a layer of the chain.
-fn base(world: &World, chain: &Chain, layer: ImageIndex, name: &[u8]) -> Result<ImageIndex> {
+fn base(world: &ScannedStore, chain: &ScannedChain, layer: ImageIndex, name: &[u8]) -> Result<ImageIndex> {
     match world.named_by(layer, name) {
         Err(error) if error.kind() == ErrorKind::NotFound => match chain.views.find(name) {
             Some(view) if view.snapshot.is_some() => {
@@ -93,14 +93,19 @@ fn base(world: &World, chain: &Chain, layer: ImageIndex, name: &[u8]) -> Result<
 }
 
 /// What the request would do, with every refusal.
-pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &RebaseRequest) -> Result<(Plan, Layers)> {
+pub(super) fn plan(
+    engine: &Engine,
+    world: &ScannedStore,
+    path: &Path,
+    request: &RebaseRequest,
+) -> Result<(Plan, RebaseRange)> {
     let chain = world.chain(path)?;
     let layers = layers(world, &chain, request)?;
     if pull::stands_already(world, layers.layer, layers.base).or_else(|error| {
         // Who gives another name only may mean just that.
         if request.is_unsafe { Ok(false) } else { Err(error) }
     })? {
-        return Ok((pull::nothing_to_do(world, &chain), Layers { is_done: true, ..layers }));
+        return Ok((pull::nothing_to_do(world, &chain), RebaseRange { is_done: true, ..layers }));
     }
     let mut plan = if request.is_unsafe {
         plan_unsafe(engine, world, &chain, &layers, request.drop_layers)
@@ -120,8 +125,8 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Rebase
     Ok((plan, layers))
 }
 
-fn as_pull(chain: &Chain, layers: &Layers) -> pull::Layers {
-    pull::Layers {
+fn as_pull(chain: &ScannedChain, layers: &RebaseRange) -> pull::PullRange {
+    pull::PullRange {
         into: vec![layers.layer],
         below: chain.views.layers[layers.depth + 1..].to_vec(),
         base: layers.base,
@@ -132,8 +137,8 @@ fn as_pull(chain: &Chain, layers: &Layers) -> pull::Layers {
 
 fn refuse_base(
     engine: &Engine,
-    world: &World,
-    layers: &Layers,
+    world: &ScannedStore,
+    layers: &RebaseRange,
     base: ImageIndex,
     is_unsafe: bool,
     refusals: &mut Vec<Error>,
@@ -158,7 +163,13 @@ fn refuse_base(
     }
 }
 
-fn plan_unsafe(engine: &Engine, world: &World, chain: &Chain, layers: &Layers, drop_layers: bool) -> Plan {
+fn plan_unsafe(
+    engine: &Engine,
+    world: &ScannedStore,
+    chain: &ScannedChain,
+    layers: &RebaseRange,
+    drop_layers: bool,
+) -> Plan {
     let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
     let refusals = &mut plan.refusals;
     let image = world.image(layers.layer);
@@ -193,14 +204,14 @@ fn plan_unsafe(engine: &Engine, world: &World, chain: &Chain, layers: &Layers, d
 }
 
 /// Nobody may have anything open that the layer is part of.
-fn refuse_open(engine: &Engine, world: &World, chain: &Path, layer: ImageIndex, refusals: &mut Vec<Error>) {
+fn refuse_open(engine: &Engine, world: &ScannedStore, chain: &Path, layer: ImageIndex, refusals: &mut Vec<Error>) {
     let names = engine.store().exposed(world.image(layer).stat.id, &[]);
     if !names.is_empty() {
         refusals.push(finish::still_open(engine, chain, &names, "this may change what they show"));
     }
 }
 
-fn after(world: &World, chain: &Chain, layers: &Layers) -> Vec<PlanLayer> {
+fn after(world: &ScannedStore, chain: &ScannedChain, layers: &RebaseRange) -> Vec<PlanLayer> {
     let below = layers.base.map(|base| world.catalog.layers(base)).unwrap_or_default();
     let stays = chain.views.layers[..=layers.depth].iter().copied();
     let mut after: Vec<PlanLayer> = stays.chain(below).map(|index| finish::line(world, chain, index)).collect();
@@ -214,10 +225,10 @@ pub(super) fn begin(
     path: &Path,
     request: &RebaseRequest,
     command: &str,
-    tokens: &mut Tokens,
+    tokens: &mut ChainLocks,
 ) -> Result<Option<Job>> {
     let store = engine.store();
-    let (lock, world) = World::begin(store)?;
+    let (lock, world) = ScannedStore::begin(store)?;
     let (plan, layers) = plan(engine, &world, path, request)?;
     world.accept(&plan)?;
     if layers.is_done {
@@ -234,7 +245,7 @@ pub(super) fn begin(
     Ok(Some(Job::Pull(Box::new(job))))
 }
 
-fn change_name(engine: &Engine, world: &World, path: &Path, layers: &Layers) -> Result<()> {
+fn change_name(engine: &Engine, world: &ScannedStore, path: &Path, layers: &RebaseRange) -> Result<()> {
     let store: &Arc<Store> = engine.store();
     let change = || {
         // Nobody comes to write the new base meanwhile. What cannot be read may be put below it all the same.

@@ -105,7 +105,7 @@ pub struct DeleteRequest {
     /// The snapshot, as a view's name.
     pub name: Vec<u8>,
     /// Where its bytes go.
-    pub method: Method,
+    pub method: DeleteMethod,
     /// Whether internal snapshots in files that are removed may go with them.
     pub discard_internal: bool,
     /// Whether their persistent bitmaps may.
@@ -114,7 +114,7 @@ pub struct DeleteRequest {
 
 /// Where the bytes go by which others differ from a snapshot that is deleted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Method {
+pub enum DeleteMethod {
     /// The way that copies less, of those that can be gone.
     #[default]
     Auto,

@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::Claim;
-use crate::store::{Deed, ImageIndex, Intent, Keeping, OwnedIntent, Store, ViewPart};
+use crate::io::FileLock;
+use crate::store::{CachePolicy, ImageIndex, Intent, Operation, OwnedIntent, Store, ViewPart};
 use crate::units::{SECTOR_SIZE, human_size};
 
 use super::engine::{Engine, Job};
@@ -16,17 +16,22 @@ use super::finish;
 use super::plan::Plan;
 use super::request::{NewSize, ResizeRequest};
 use super::revert::used_by_others;
-use super::world::World;
+use super::scanned_store::ScannedStore;
 
 /// What a resize comes to.
-pub(super) struct Change {
+pub(super) struct PlannedResize {
     leaf: ImageIndex,
     old: u64,
     new: u64,
 }
 
 /// What the request would do, with every refusal.
-pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &ResizeRequest) -> Result<(Plan, Change)> {
+pub(super) fn plan(
+    engine: &Engine,
+    world: &ScannedStore,
+    path: &Path,
+    request: &ResizeRequest,
+) -> Result<(Plan, PlannedResize)> {
     let chain = world.chain(path)?;
     let leaf = chain.views.layers[0];
     let image = world.image(leaf);
@@ -80,7 +85,7 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Resize
         plan.notes.push(format!("{} at the end of the disk are lost", exact(old - new)));
     }
     plan.notes.push(format!("from {} to {}", exact(old), exact(new)));
-    Ok((plan, Change { leaf, old, new }))
+    Ok((plan, PlannedResize { leaf, old, new }))
 }
 
 /// A size for people, and the bytes that it stands for.
@@ -89,7 +94,7 @@ fn exact(len: u64) -> String {
 }
 
 /// Bitmaps have the size of the disk, and nobody here changes theirs.
-fn refuse_bitmaps(world: &World, leaf: ImageIndex, refusals: &mut Vec<Error>) {
+fn refuse_bitmaps(world: &ScannedStore, leaf: ImageIndex, refusals: &mut Vec<Error>) {
     let names = match finish::bitmap_names(world, leaf, |_| true) {
         Ok(names) => names,
         Err(error) => {
@@ -108,8 +113,8 @@ fn refuse_bitmaps(world: &World, leaf: ImageIndex, refusals: &mut Vec<Error>) {
 /// Does it.
 pub(super) fn begin(engine: &Engine, path: &Path, request: &ResizeRequest, command: &str) -> Result<Option<Job>> {
     let store = engine.store();
-    let (lock, world) = World::begin(store)?;
-    let (plan, Change { leaf, old, new }) = plan(engine, &world, path, request)?;
+    let (lock, world) = ScannedStore::begin(store)?;
+    let (plan, PlannedResize { leaf, old, new }) = plan(engine, &world, path, request)?;
     world.accept(&plan)?;
     if new > old {
         let job = store.take_active(&world.catalog, &world.catalog.layers(leaf))?;
@@ -124,14 +129,14 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &ResizeRequest, comma
         return store.rescan().map(|_| None);
     }
     let named = world.witness(leaf, false)?;
-    let deed = Deed::Shrink { image: named.clone(), size: new };
+    let deed = Operation::Shrink { image: named.clone(), size: new };
     let of = engine.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &of, &Intent::new(command, path, deed))?;
     match shrink(store, &world, leaf, new) {
         Ok(()) => finish::end(store, intent, lock).map(|()| None),
         Err(error) => {
             // Where nobody can tell, it may be.
-            let is_shorter = World::look(store).map_or(true, |world| {
+            let is_shorter = ScannedStore::look(store).map_or(true, |world| {
                 world.find(&named).is_none_or(|leaf| world.image(leaf).virtual_size() != Some(old))
             });
             if is_shorter {
@@ -144,13 +149,13 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &ResizeRequest, comma
     }
 }
 
-fn shrink(store: &Arc<Store>, world: &World, leaf: ImageIndex, size: u64) -> Result<()> {
+fn shrink(store: &Arc<Store>, world: &ScannedStore, leaf: ImageIndex, size: u64) -> Result<()> {
     let below = world.catalog.layers(leaf)[1..].to_vec();
     let open = || store.open_view(&world.catalog, &below, ViewPart::Active, false);
     let view = (!below.is_empty()).then(open).transpose()?;
     store.while_closed(world.image(leaf), || {
         let mut job = store.take_image(&world.catalog, leaf)?;
-        let writer = job.open_writer(view.as_ref().map(|open| Arc::clone(&open.view)), Keeping::Nothing)?;
+        let writer = job.open_writer(view.as_ref().map(|open| Arc::clone(&open.view)), CachePolicy::Nothing)?;
         let done = writer.shrink(size).and_then(|()| writer.close());
         drop(writer);
         done.and(job.finish())
@@ -158,8 +163,8 @@ fn shrink(store: &Arc<Store>, world: &World, leaf: ImageIndex, size: u64) -> Res
 }
 
 /// What keeps a shrinking that was cut off from being taken up; whether anything is left to be done.
-pub(super) fn examine(engine: &Engine, world: &World, intent: &Intent) -> Result<Option<ImageIndex>> {
-    let Deed::Shrink { image, size } = &intent.deed else { unreachable!("the intent of a shrinking") };
+pub(super) fn examine(engine: &Engine, world: &ScannedStore, intent: &Intent) -> Result<Option<ImageIndex>> {
+    let Operation::Shrink { image, size } = &intent.deed else { unreachable!("the intent of a shrinking") };
     let Some(leaf) = world.find(image).filter(|leaf| world.image(*leaf).virtual_size() == Some(*size)) else {
         return Ok(None);
     };
@@ -176,10 +181,10 @@ pub(super) fn examine(engine: &Engine, world: &World, intent: &Intent) -> Result
 }
 
 /// Takes up a shrinking that was cut off: if the disk has its new size, what lies behind that is given back.
-pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: Claim) -> Result<()> {
+pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: FileLock) -> Result<()> {
     let store = engine.store();
-    let world = World::look_for(store, &intent.name)?;
-    let Deed::Shrink { size, .. } = intent.intent.deed else { unreachable!("the intent of a shrinking") };
+    let world = ScannedStore::look_for(store, &intent.name)?;
+    let Operation::Shrink { size, .. } = intent.intent.deed else { unreachable!("the intent of a shrinking") };
     if let Some(leaf) = examine(engine, &world, &intent.intent)? {
         shrink(store, &world, leaf, size)?;
     }

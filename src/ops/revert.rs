@@ -10,54 +10,59 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Frozen, Snapshot};
 use crate::image::write::NewSnapshot;
-use crate::io::{Claim, directory_of};
-use crate::store::{Deed, Format, ImageIndex, Intent, JobImage, Keeping, Named, NewTop, Store, shown};
+use crate::io::{FileLock, directory_of};
+use crate::store::{CachePolicy, FileRef, Format, ImageIndex, Intent, JobImage, NewTop, Operation, Store, shown};
 
-use super::branch::{BranchJob, Purpose, Source};
+use super::branch::{BranchJob, CopySource, ImagePurpose};
 use super::engine::{Engine, Job};
 use super::finish;
-use super::locked::Touched;
-use super::overlay::{self, Draft};
+use super::locked::TouchedImages;
+use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
 use super::request::{RevertRequest, SnapshotRequest};
+use super::scanned_store::{ScannedChain, ScannedStore, with_stem};
 use super::snapshot;
-use super::world::{Chain, World, with_stem};
 
 /// What a revert comes to.
-pub(super) struct Layers {
+pub(super) struct PlannedRevert {
     leaf: ImageIndex,
-    way: Way,
+    way: RevertMethod,
     /// What the old active layer is called from then on, beneath the store.
     saved: Option<PathBuf>,
 }
 
-enum Way {
+enum RevertMethod {
     /// A new overlay takes its place.
-    Overlay(Source),
+    Overlay(CopySource),
     /// An internal snapshot of it is applied.
     Apply(Snapshot),
 }
 
 /// A disk that is about to be replaced, also while something is being copied for that: nobody comes to write it.
-pub(super) struct Closed {
-    leaf: Named,
+pub(super) struct ClosedDisk {
+    leaf: FileRef,
     saved: Option<PathBuf>,
     held: JobImage,
 }
 
-impl Layers {
+impl PlannedRevert {
     /// What is opened for it.
-    pub(super) fn touched(&self, world: &World) -> Touched {
+    pub(super) fn touched(&self, world: &ScannedStore) -> TouchedImages {
         let read = match &self.way {
-            Way::Overlay(source) => world.catalog.layers(source.index),
-            Way::Apply(_) => world.catalog.layers(self.leaf),
+            RevertMethod::Overlay(source) => world.catalog.layers(source.index),
+            RevertMethod::Apply(_) => world.catalog.layers(self.leaf),
         };
-        Touched { written: vec![self.leaf], read }
+        TouchedImages { written: vec![self.leaf], read }
     }
 }
 
 /// What the request would do, with every refusal.
-pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &RevertRequest) -> Result<(Plan, Layers)> {
+pub(super) fn plan(
+    engine: &Engine,
+    world: &ScannedStore,
+    path: &Path,
+    request: &RevertRequest,
+) -> Result<(Plan, PlannedRevert)> {
     let chain = world.chain(path)?;
     let view = finish::view(world, &chain, &request.to)?;
     let leaf = chain.views.layers[0];
@@ -85,22 +90,28 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &Revert
     let (way, saved) = if let Some(place) = view.snapshot.filter(|_| view.layer == 0) {
         let snapshot = finish::inner(world, leaf, place)?;
         plan_apply(world, &chain, &snapshot, request, &mut plan);
-        (Way::Apply(snapshot), None)
+        (RevertMethod::Apply(snapshot), None)
     } else {
-        let source = Source::of(world, chain.views.layers[view.layer], view.snapshot)?;
+        let source = CopySource::of(world, chain.views.layers[view.layer], view.snapshot)?;
         let saved = request.save.as_ref().map(|name| with_stem(&image.place.path, name));
         plan_overlay(engine, world, &chain, (&source, saved.as_deref()), request, &mut plan);
-        (Way::Overlay(source), saved)
+        (RevertMethod::Overlay(source), saved)
     };
     if request.save.is_none() {
-        let is_kept = world.store.keeps_trash(image.stat.id.device) && matches!(way, Way::Overlay(_));
+        let is_kept = world.store.keeps_trash(image.stat.id.device) && matches!(way, RevertMethod::Overlay(_));
         let fate = if is_kept { "goes to the trash" } else { "is lost" };
         plan.notes.push(format!("what the active disk holds {fate}; save=NAME keeps it"));
     }
-    Ok((plan, Layers { leaf, way, saved }))
+    Ok((plan, PlannedRevert { leaf, way, saved }))
 }
 
-fn plan_apply(world: &World, chain: &Chain, snapshot: &Snapshot, request: &RevertRequest, plan: &mut Plan) {
+fn plan_apply(
+    world: &ScannedStore,
+    chain: &ScannedChain,
+    snapshot: &Snapshot,
+    request: &RevertRequest,
+    plan: &mut Plan,
+) {
     let leaf = chain.views.layers[0];
     finish::bitmaps(world, std::iter::once(leaf), request.discard_bitmaps, &mut plan.refusals);
     plan.refusals.extend(world.unfillable(leaf));
@@ -127,9 +138,9 @@ fn plan_apply(world: &World, chain: &Chain, snapshot: &Snapshot, request: &Rever
 
 fn plan_overlay(
     engine: &Engine,
-    world: &World,
-    chain: &Chain,
-    (source, saved): (&Source, Option<&Path>),
+    world: &ScannedStore,
+    chain: &ScannedChain,
+    (source, saved): (&CopySource, Option<&Path>),
     request: &RevertRequest,
     plan: &mut Plan,
 ) {
@@ -158,7 +169,13 @@ fn plan_overlay(
 }
 
 /// Says where snapshots go on that are newer than the one to which a disk goes back: no longer below it.
-fn note_newer(world: &World, chain: &Chain, source: &Source, saved: Option<&Path>, notes: &mut Vec<String>) {
+fn note_newer(
+    world: &ScannedStore,
+    chain: &ScannedChain,
+    source: &CopySource,
+    saved: Option<&Path>,
+    notes: &mut Vec<String>,
+) {
     let layers = &chain.views.layers;
     let end = source.below(world).first().and_then(|first| layers.iter().position(|layer| layer == first));
     let newer = &layers[1..end.unwrap_or(layers.len()).max(1)];
@@ -180,7 +197,7 @@ fn note_newer(world: &World, chain: &Chain, source: &Source, saved: Option<&Path
 }
 
 /// Why a disk cannot become another, if somebody else needs it as it is, or nobody can tell.
-pub(super) fn used_by_others(world: &World, leaf: ImageIndex) -> Option<Error> {
+pub(super) fn used_by_others(world: &ScannedStore, leaf: ImageIndex) -> Option<Error> {
     let others = world.others_using(leaf, &[]);
     if others.is_empty() {
         return None;
@@ -191,7 +208,7 @@ pub(super) fn used_by_others(world: &World, leaf: ImageIndex) -> Option<Error> {
 }
 
 /// What would have nobody standing on it when the old active layer has gone.
-fn left_alone(world: &World, leaf: ImageIndex, source: &Source) -> Option<ImageIndex> {
+fn left_alone(world: &ScannedStore, leaf: ImageIndex, source: &CopySource) -> Option<ImageIndex> {
     let below = world.stands_on(leaf)?;
     let is_left = world.image(below).users == [leaf] && source.below(world).first() != Some(&below);
     (is_left && finish::may_be_marked(world, below)).then_some(below)
@@ -200,30 +217,30 @@ fn left_alone(world: &World, leaf: ImageIndex, source: &Source) -> Option<ImageI
 /// Does it, or begins to where something has to be copied.
 pub(super) fn begin(engine: &Engine, path: &Path, request: &RevertRequest, command: &str) -> Result<Option<Job>> {
     let store = engine.store();
-    let (lock, world) = World::begin(store)?;
-    let (plan, Layers { leaf, way, saved }) = plan(engine, &world, path, request)?;
+    let (lock, world) = ScannedStore::begin(store)?;
+    let (plan, PlannedRevert { leaf, way, saved }) = plan(engine, &world, path, request)?;
     world.accept(&plan)?;
     let source = match way {
-        Way::Apply(snapshot) => {
+        RevertMethod::Apply(snapshot) => {
             apply(store, &world, leaf, &snapshot, request.save.as_deref())?;
             drop(lock);
             return store.rescan().map(|_| None);
         }
-        Way::Overlay(source) => source,
+        RevertMethod::Overlay(source) => source,
     };
     if saved.is_none()
         && let Some(left) = left_alone(&world, leaf, &source)
     {
         finish::freeze(store, &world, left, &Frozen::now(""))?;
     }
-    let world = World::look(store)?;
-    let closed = Closed { leaf: world.named(leaf), saved, held: store.take_image(&world.catalog, leaf)? };
+    let world = ScannedStore::look(store)?;
+    let closed = ClosedDisk { leaf: world.named(leaf), saved, held: store.take_image(&world.catalog, leaf)? };
     let old = world.image(leaf).place.path.clone();
     let of = engine.intent_name();
     let draft = overlay::draft_name(&old, &of, 0);
-    let draft = Draft::make(&world, draft, &old, &source.options(&world, &old))?;
+    let draft = DraftImage::make(&world, draft, &old, &source.options(&world, &old))?;
     if source.is_copied() {
-        let purpose = Purpose::Revert(Box::new(closed));
+        let purpose = ImagePurpose::Revert(Box::new(closed));
         let job = BranchJob::begin(engine, &world, path, command, &of, (source, draft), purpose)?;
         return Ok(Some(Job::Branch(Box::new(job))));
     }
@@ -240,10 +257,16 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &RevertRequest, comma
 }
 
 /// Applies an internal snapshot, and keeps what there was as another.
-fn apply(store: &Arc<Store>, world: &World, leaf: ImageIndex, snapshot: &Snapshot, save: Option<&[u8]>) -> Result<()> {
+fn apply(
+    store: &Arc<Store>,
+    world: &ScannedStore,
+    leaf: ImageIndex,
+    snapshot: &Snapshot,
+    save: Option<&[u8]>,
+) -> Result<()> {
     store.while_closed(world.image(leaf), || {
         let mut job = store.take_image(&world.catalog, leaf)?;
-        let writer = job.open_writer(None, Keeping::Nothing)?;
+        let writer = job.open_writer(None, CachePolicy::Nothing)?;
         let now = Frozen::now("");
         let (seconds, nanoseconds) = (u32::try_from(now.seconds).unwrap_or(0), now.nanoseconds);
         let save = save.map(|name| NewSnapshot { name: name.to_vec(), seconds, nanoseconds });
@@ -257,15 +280,15 @@ fn apply(store: &Arc<Store>, world: &World, leaf: ImageIndex, snapshot: &Snapsho
 /// happened if it fails before.
 pub(super) fn switch(
     engine: &Engine,
-    world: &World,
-    lock: Claim,
+    world: &ScannedStore,
+    lock: FileLock,
     path: &Path,
     command: &str,
-    draft: &Draft,
-    closed: Closed,
-) -> Result<Claim> {
+    draft: &DraftImage,
+    closed: ClosedDisk,
+) -> Result<FileLock> {
     let store = engine.store();
-    let Closed { leaf, saved, held } = closed;
+    let ClosedDisk { leaf, saved, held } = closed;
     let index = world.expect(&leaf)?;
     used_by_others(world, index).map_or(Ok(()), Err)?;
     let of = engine.intent_name();
@@ -285,7 +308,7 @@ pub(super) fn switch(
     };
     let mark = Frozen::now("");
     let (seconds, nanoseconds, description) = (mark.seconds, mark.nanoseconds, mark.description);
-    let deed = Deed::Snapshot { seconds, nanoseconds, description, disks: vec![top] };
+    let deed = Operation::Snapshot { seconds, nanoseconds, description, disks: vec![top] };
     let names = store.guard_names();
     store.while_closed(world.image(index), || {
         let intent = store.guard().begin(&*names, &of, &Intent::new(command, path, deed))?;

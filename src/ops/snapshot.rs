@@ -13,23 +13,23 @@ use crate::format::Frozen;
 use crate::image::create::NewBacking;
 use crate::image::write::NewSnapshot;
 use crate::image::{HeaderChange, change_header};
-use crate::io::{Claim, Directory, Root, directory_of};
+use crate::io::{Directory, FileLock, Root, directory_of};
 use crate::store::{
-    ActiveJob, Deed, Fallen, Format, ImageEntry, ImageIndex, Intent, JobImage, Named, NewTop, NewTopFile, OwnedIntent,
-    Store, encode, is_draft, shown,
+    ActiveJob, FileRef, Format, FormerTop, ImageEntry, ImageIndex, Intent, JobImage, NewTop, NewTopFile, Operation,
+    OwnedIntent, Store, encode, is_draft, shown,
 };
 
 use super::engine::Engine;
 use super::finish;
-use super::locked::Touched;
-use super::overlay::{self, Draft};
+use super::locked::TouchedImages;
+use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
 use super::request::SnapshotRequest;
-use super::world::{Chain, World, beside, relative, with_stem};
+use super::scanned_store::{ScannedChain, ScannedStore, beside, relative, with_stem};
 
 /// What becomes of one disk.
-struct Disk {
-    chain: Chain,
+struct SnapshotDisk {
+    chain: ScannedChain,
     leaf: ImageIndex,
     /// Beneath the store: what the old top is called then, and the overlay.
     frozen: PathBuf,
@@ -37,14 +37,14 @@ struct Disk {
 }
 
 /// What the request would do, with every refusal.
-pub(super) fn plan(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan, Touched)> {
+pub(super) fn plan(world: &ScannedStore, path: &Path, request: &SnapshotRequest) -> Result<(Plan, TouchedImages)> {
     let (plan, disks) = disks(world, path, request)?;
-    let layers = |disk: &Disk| disk.chain.views.layers.clone();
+    let layers = |disk: &SnapshotDisk| disk.chain.views.layers.clone();
     let written = disks.iter().map(|disk| disk.leaf).collect();
-    Ok((plan, Touched { written, read: disks.iter().flat_map(layers).collect() }))
+    Ok((plan, TouchedImages { written, read: disks.iter().flat_map(layers).collect() }))
 }
 
-fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan, Vec<Disk>)> {
+fn disks(world: &ScannedStore, path: &Path, request: &SnapshotRequest) -> Result<(Plan, Vec<SnapshotDisk>)> {
     let paths = if request.chains.is_empty() { vec![path.to_path_buf()] } else { request.chains.clone() };
     let mut plan = Plan::default();
     let mut disks = Vec::new();
@@ -80,7 +80,7 @@ fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan,
             if frozen == *old {
                 plan.refusals.extend(world.uncounted(leaf, &name, leaf));
             }
-            let given = disks.iter().flat_map(|disk: &Disk| [&disk.frozen, &disk.name]);
+            let given = disks.iter().flat_map(|disk: &SnapshotDisk| [&disk.frozen, &disk.name]);
             if let Some(twice) = given.into_iter().find(|path| **path == frozen || **path == name) {
                 let fact = "is what two disks of this command would be called; take their snapshots one by one";
                 let sentence = format!("{} ({} as well): {fact}", shown(twice), shown(path));
@@ -100,7 +100,7 @@ fn disks(world: &World, path: &Path, request: &SnapshotRequest) -> Result<(Plan,
             }
         }
         plan.before.append(&mut before);
-        disks.push(Disk { chain, leaf, frozen, name });
+        disks.push(SnapshotDisk { chain, leaf, frozen, name });
     }
     Ok((plan, disks))
 }
@@ -138,8 +138,8 @@ fn overlay_name(image: &ImageEntry) -> PathBuf {
 }
 
 fn refuse_names(
-    world: &World,
-    chain: &Chain,
+    world: &ScannedStore,
+    chain: &ScannedChain,
     image: &ImageEntry,
     (frozen, name): (&Path, &Path),
     frozen_name: &[u8],
@@ -178,8 +178,8 @@ fn refuse_names(
 /// Refuses a name by which an address would come to mean another disk: IMAGE@NAME is an internal snapshot of the
 /// active image, by name or by id, or else a layer of its chain.
 pub(super) fn refuse_address(
-    world: &World,
-    chain: &Chain,
+    world: &ScannedStore,
+    chain: &ScannedChain,
     name: &[u8],
     request: &SnapshotRequest,
     refusals: &mut Vec<Error>,
@@ -204,7 +204,7 @@ pub(super) fn refuse_address(
     }
 }
 
-fn refuse_inner(world: &World, leaf: ImageIndex, request: &SnapshotRequest, refusals: &mut Vec<Error>) {
+fn refuse_inner(world: &ScannedStore, leaf: ImageIndex, request: &SnapshotRequest, refusals: &mut Vec<Error>) {
     let image = world.image(leaf);
     let Some(qcow2) = image.qcow2() else {
         let fact = "is raw, and holds no internal snapshots; take an external one";
@@ -220,7 +220,7 @@ fn refuse_inner(world: &World, leaf: ImageIndex, request: &SnapshotRequest, refu
 /// Takes the snapshot; when this returns it is there.
 pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, command: &str) -> Result<()> {
     let store = engine.store();
-    let (lock, world) = World::begin(store)?;
+    let (lock, world) = ScannedStore::begin(store)?;
     let (plan, disks) = disks(&world, path, request)?;
     world.accept(&plan)?;
     let jobs = disks
@@ -256,7 +256,7 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
         .collect::<Result<Vec<NewTop>>>();
     let tops = tops.inspect_err(|_| unmake(store, &overlays))?;
     let (seconds, nanoseconds, description) = (frozen.seconds, frozen.nanoseconds, frozen.description.clone());
-    let deed = Deed::Snapshot { seconds, nanoseconds, description, disks: tops.clone() };
+    let deed = Operation::Snapshot { seconds, nanoseconds, description, disks: tops.clone() };
     let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed));
     let intent = intent.inspect_err(|_| unmake(store, &overlays))?;
     let before = Arc::clone(&world.catalog);
@@ -283,19 +283,19 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
 }
 
 /// An overlay that nobody sees yet.
-struct Overlay {
-    draft: Draft,
+struct NewOverlay {
+    draft: DraftImage,
     top: NewTopFile,
 }
 
 fn make_overlays(
     store: &Arc<Store>,
-    world: &World,
-    disks: &[Disk],
+    world: &ScannedStore,
+    disks: &[SnapshotDisk],
     jobs: &[ActiveJob],
     name: &str,
-) -> Result<Vec<Overlay>> {
-    let mut made: Vec<Overlay> = Vec::new();
+) -> Result<Vec<NewOverlay>> {
+    let mut made: Vec<NewOverlay> = Vec::new();
     for (number, (disk, job)) in disks.iter().zip(jobs).enumerate() {
         match make_overlay(store, world, disk, job, overlay::draft_name(&disk.name, name, number)) {
             Ok(overlay) => made.push(overlay),
@@ -308,22 +308,28 @@ fn make_overlays(
     Ok(made)
 }
 
-fn unmake(store: &Arc<Store>, overlays: &[Overlay]) {
+fn unmake(store: &Arc<Store>, overlays: &[NewOverlay]) {
     for overlay in overlays {
         overlay.draft.unmake(store);
     }
 }
 
-fn make_overlay(store: &Arc<Store>, world: &World, disk: &Disk, job: &ActiveJob, path: PathBuf) -> Result<Overlay> {
+fn make_overlay(
+    store: &Arc<Store>,
+    world: &ScannedStore,
+    disk: &SnapshotDisk,
+    job: &ActiveJob,
+    path: PathBuf,
+) -> Result<NewOverlay> {
     let image = world.image(disk.leaf);
     let backing = NewBacking {
         name: relative(&disk.name, &disk.frozen).into_os_string().into_encoded_bytes(),
         format: image.format.unwrap_or(Format::Raw).name().to_owned(),
     };
     let options = overlay::options(image, job.writer()?.size(), Some(backing));
-    let draft = Draft::make(world, path, &image.place.path, &options)?;
+    let draft = DraftImage::make(world, path, &image.place.path, &options)?;
     match store.open_new_top(&draft.path, &shown(&disk.name)) {
-        Ok(top) => Ok(Overlay { draft, top }),
+        Ok(top) => Ok(NewOverlay { draft, top }),
         Err(error) => {
             draft.unmake(store);
             Err(error)
@@ -335,10 +341,10 @@ fn make_overlay(store: &Arc<Store>, world: &World, disk: &Disk, job: &ActiveJob,
 fn stand_on(
     store: &Arc<Store>,
     jobs: &[ActiveJob],
-    overlays: Vec<Overlay>,
-    disks: &[Disk],
+    overlays: Vec<NewOverlay>,
+    disks: &[SnapshotDisk],
     tops: &[NewTop],
-) -> std::result::Result<Vec<Fallen>, (Error, bool)> {
+) -> std::result::Result<Vec<FormerTop>, (Error, bool)> {
     let names = store.guard_names();
     let root = &store.guard().root;
     // Most of what has to be durable is so before anybody has to wait.
@@ -348,7 +354,7 @@ fn stand_on(
         .and_then(|()| tops.iter().try_for_each(|top| add_name(&*names, top)));
     let done = ready.and_then(|()| {
         let mut sealed: Vec<_> = jobs.iter().map(ActiveJob::seal).collect();
-        sealed.iter_mut().try_for_each(super::super::store::Sealed::close)?;
+        sealed.iter_mut().try_for_each(super::super::store::Quiesced::close)?;
         let mut prepared = Vec::new();
         let ready = sealed.iter_mut().zip(overlays).try_for_each(|(sealed, overlay)| {
             prepared.push(sealed.prepare(overlay.top)?);
@@ -373,7 +379,7 @@ fn stand_on(
 }
 
 /// Whether that file has that name.
-fn is_at(root: &Root, path: &Path, named: &Named) -> bool {
+fn is_at(root: &Root, path: &Path, named: &FileRef) -> bool {
     named.is_at(root, path)
 }
 
@@ -449,7 +455,7 @@ fn switch_name(root: &Root, names: &dyn Directory, top: &NewTop) -> Result<()> {
     Ok(())
 }
 
-fn expect_at(root: &Root, path: &Path, named: &Named) -> Result<()> {
+fn expect_at(root: &Root, path: &Path, named: &FileRef) -> Result<()> {
     if is_at(root, path, named) {
         return Ok(());
     }
@@ -473,7 +479,7 @@ fn switch_back(root: &Root, names: &dyn Directory, top: &NewTop) -> Result<()> {
 }
 
 /// Marks what has fallen as frozen, and makes it a layer like any other.
-fn mark(store: &Arc<Store>, old: Fallen, path: &Path, frozen: &Frozen) -> Result<()> {
+fn mark(store: &Arc<Store>, old: FormerTop, path: &Path, frozen: &Frozen) -> Result<()> {
     let change = HeaderChange { backing: None, frozen: Some(Some(frozen.clone())) };
     let marked = match old.format() {
         Format::Raw => store.note_frozen(path, Some(frozen)),
@@ -499,8 +505,8 @@ fn mark(store: &Arc<Store>, old: Fallen, path: &Path, frozen: &Frozen) -> Result
 
 /// Whether a snapshot, or a revert, that was cut off goes on to its end, or back to its beginning; every refusal is asked
 /// again. Nothing is changed.
-pub(super) fn examine(world: &World, intent: &Intent) -> Result<bool> {
-    let Deed::Snapshot { disks, .. } = &intent.deed else { unreachable!("the intent of a snapshot") };
+pub(super) fn examine(world: &ScannedStore, intent: &Intent) -> Result<bool> {
+    let Operation::Snapshot { disks, .. } = &intent.deed else { unreachable!("the intent of a snapshot") };
     let root = &world.store.guard().root;
     // Before the first overlay has its name, nothing is frozen; what is there then is of a later moment than was asked
     // for.
@@ -515,9 +521,9 @@ pub(super) fn examine(world: &World, intent: &Intent) -> Result<bool> {
 }
 
 /// What keeps a disk of a snapshot from being given what is left to be given, or taken from it.
-fn refuse_rest(world: &World, top: &NewTop, goes_on: bool, refusals: &mut Vec<Error>) {
+fn refuse_rest(world: &ScannedStore, top: &NewTop, goes_on: bool, refusals: &mut Vec<Error>) {
     let root = &world.store.guard().root;
-    let find = |path: &PathBuf| world.find(&Named::known(path.clone(), top.old.file));
+    let find = |path: &PathBuf| world.find(&FileRef::known(path.clone(), top.old.file));
     let Some(old) = find(&top.old.path).or_else(|| find(&top.frozen)) else { return };
     let has_come = is_at(root, &top.name, &top.overlay);
     let image = world.image(old);
@@ -560,11 +566,11 @@ fn refuse_rest(world: &World, top: &NewTop, goes_on: bool, refusals: &mut Vec<Er
 }
 
 /// Takes up a snapshot, or a revert, that was cut off: to its end if it was taken, else back to its beginning.
-pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: Claim) -> Result<()> {
+pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: FileLock) -> Result<()> {
     let store = engine.store();
-    let world = World::look_for(store, &intent.name)?;
+    let world = ScannedStore::look_for(store, &intent.name)?;
     let goes_on = examine(&world, &intent.intent)?;
-    let Deed::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
+    let Operation::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
     let held = if goes_on { hold(store, disks)? } else { Vec::new() };
     let done = carry_on(engine, intent, held, goes_on);
     drop(lock);
@@ -576,7 +582,7 @@ pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: Claim) -> Resul
 pub(super) fn carry_on(engine: &Engine, intent: OwnedIntent, held: Vec<JobImage>, goes_on: bool) -> Result<()> {
     let store = engine.store();
     let names = store.guard_names();
-    let Deed::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
+    let Operation::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
     let root = &store.guard().root;
     let went = if goes_on { go_on(store, &intent.intent, held) } else { Ok(()) };
     let has_come = disks.iter().any(|top| is_at(root, &top.name, &top.overlay));
@@ -595,7 +601,7 @@ pub(super) fn carry_on(engine: &Engine, intent: OwnedIntent, held: Vec<JobImage>
 }
 
 fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()> {
-    let Deed::Snapshot { seconds, nanoseconds, description, disks } = &intent.deed else {
+    let Operation::Snapshot { seconds, nanoseconds, description, disks } = &intent.deed else {
         unreachable!("the intent of a snapshot")
     };
     let (root, names) = (&store.guard().root, store.guard_names());
@@ -639,7 +645,7 @@ fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()>
         }
         job.finish()?;
     }
-    let world = World::look(store)?;
+    let world = ScannedStore::look(store)?;
     for top in disks.iter().filter(|top| is_draft(&top.frozen)) {
         // What is replaced and not saved; what others have put there is not that.
         if !is_at(root, &top.frozen, &top.old) {
@@ -660,7 +666,7 @@ fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()>
         names.sync(&directory_of(&top.frozen))?;
     }
     for top in disks.iter().filter(|top| !is_draft(&top.frozen)) {
-        let old = world.expect(&Named::known(top.frozen.clone(), top.old.file))?;
+        let old = world.expect(&FileRef::known(top.frozen.clone(), top.old.file))?;
         unless_unsupported(finish::freeze(store, &world, old, &mark))?;
     }
     Ok(())
@@ -691,9 +697,9 @@ fn can_go_on(root: &Root, top: &NewTop) -> bool {
 
 /// Keeps everybody from writing to what is to be frozen while its names change.
 fn hold(store: &Arc<Store>, disks: &[NewTop]) -> Result<Vec<JobImage>> {
-    let world = World::look(store)?;
+    let world = ScannedStore::look(store)?;
     let take = |top: &NewTop| {
-        let named = |path: &PathBuf| world.find(&Named::known(path.clone(), top.old.file));
+        let named = |path: &PathBuf| world.find(&FileRef::known(path.clone(), top.old.file));
         let index = named(&top.old.path).or_else(|| named(&top.frozen));
         index.map(|index| store.take_image(&world.catalog, index))
     };

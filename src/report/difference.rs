@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::browse::difference::{Aspect, Finding, Side};
+use crate::browse::difference::{Aspect, PathDifference, Side};
 
 use super::files::{AttributesObject, hexadecimal};
 use super::safe::{terminal_bytes, text};
@@ -27,12 +27,12 @@ pub struct Tally {
 
 impl Tally {
     /// Counts one more.
-    pub fn count(&mut self, finding: &Finding) {
+    pub fn count(&mut self, finding: &PathDifference) {
         match finding {
-            Finding::Added(_) => self.added += 1,
-            Finding::Removed(_) => self.removed += 1,
-            Finding::Changed { .. } | Finding::Bytes => self.changed += 1,
-            Finding::Unreadable(..) => self.unreadable += 1,
+            PathDifference::Added(_) => self.added += 1,
+            PathDifference::Removed(_) => self.removed += 1,
+            PathDifference::Changed { .. } | PathDifference::Bytes => self.changed += 1,
+            PathDifference::Unreadable(..) => self.unreadable += 1,
         }
     }
 
@@ -43,14 +43,14 @@ impl Tally {
 }
 
 /// `~ /p1/etc/hostname   content, time`.
-pub fn line(path: &[u8], finding: &Finding) -> String {
+pub fn line(path: &[u8], finding: &PathDifference) -> String {
     let path = terminal_bytes(path);
     match finding {
-        Finding::Added(_) => format!("+ {path}\n"),
-        Finding::Removed(_) => format!("- {path}\n"),
-        Finding::Changed { what, .. } => format!("~ {path}   {}\n", words(what).join(", ")),
-        Finding::Bytes => format!("~ {path}   content, which is not looked into\n"),
-        Finding::Unreadable(side, error) => {
+        PathDifference::Added(_) => format!("+ {path}\n"),
+        PathDifference::Removed(_) => format!("- {path}\n"),
+        PathDifference::Changed { what, .. } => format!("~ {path}   {}\n", words(what).join(", ")),
+        PathDifference::Bytes => format!("~ {path}   content, which is not looked into\n"),
+        PathDifference::Unreadable(side, error) => {
             let error = super::safe::terminal(&error.to_string());
             format!("! {path}   not readable in {}: {error}\n", side_name(*side))
         }
@@ -102,7 +102,7 @@ pub struct ChangeObject {
 
 impl ChangeObject {
     /// The same finding.
-    pub fn of(path: &[u8], finding: &Finding) -> Self {
+    pub fn of(path: &[u8], finding: &PathDifference) -> Self {
         let mut object = Self {
             change: "unreadable",
             path: text(path),
@@ -113,21 +113,21 @@ impl ChangeObject {
             error: None,
         };
         match finding {
-            Finding::Added(after) => {
+            PathDifference::Added(after) => {
                 (object.change, object.b) = ("added", Some(AttributesObject::of(after)));
             }
-            Finding::Removed(before) => {
+            PathDifference::Removed(before) => {
                 (object.change, object.a) = ("removed", Some(AttributesObject::of(before)));
             }
-            Finding::Changed { before, after, what } => {
+            PathDifference::Changed { before, after, what } => {
                 (object.change, object.what) = ("changed", words(what));
                 object.a = Some(AttributesObject::of(before));
                 object.b = Some(AttributesObject::of(after));
             }
-            Finding::Bytes => {
+            PathDifference::Bytes => {
                 (object.change, object.what) = ("changed", vec![Aspect::Content.word()]);
             }
-            Finding::Unreadable(side, error) => {
+            PathDifference::Unreadable(side, error) => {
                 object.error = Some(format!("in {}: {error}", side_name(*side)));
             }
         }
@@ -206,7 +206,7 @@ mod tests {
     #[test]
     fn a_hostile_name_stays_in_its_line() {
         let error = Error::new(ErrorKind::Corrupt, "bad\nblock");
-        let said = line(b"/p1/a\nb", &Finding::Unreadable(Side::B, error));
+        let said = line(b"/p1/a\nb", &PathDifference::Unreadable(Side::B, error));
         assert_eq!(said, "! /p1/a\\x0ab   not readable in the second: bad\\x0ablock\n");
         let tally =
             Tally { added: 3, removed: 1, changed: 12, bytes_read: 4_299_162, bytes_total: 1 << 30, unreadable: 0 };

@@ -1,8 +1,8 @@
 //! The tree in Graphviz' language: `chainfs tree --output dot STORE | dot -Tpng`.
 
-use super::layout::{Item, Row, rows};
+use super::layout::{Row, RowItem, rows};
 use super::text::{Folded, flags};
-use super::tree::{Forest, Mark, Tree};
+use super::tree::{BackingTree, Forest, NodeMark};
 use super::{safe, time};
 use crate::units::brief_size;
 use jiff::tz::TimeZone;
@@ -30,21 +30,21 @@ pub fn forest(forest: &Forest, zone: &TimeZone, full: bool) -> String {
     dot
 }
 
-fn label(row: &Row, tree: &Tree, zone: &TimeZone) -> ([String; 4], &'static str) {
+fn label(row: &Row, tree: &BackingTree, zone: &TimeZone) -> ([String; 4], &'static str) {
     match &row.item {
-        Item::Node(node) => {
+        RowItem::Node(node) => {
             let node = &tree.nodes[*node];
             let style = match node.mark {
-                Mark::Frozen => "",
-                Mark::Internal => ", shape=ellipse",
-                Mark::Active => ", penwidth=2, color=darkgreen",
-                Mark::Broken => ", color=red",
+                NodeMark::Frozen => "",
+                NodeMark::Internal => ", shape=ellipse",
+                NodeMark::Active => ", penwidth=2, color=darkgreen",
+                NodeMark::Broken => ", color=red",
             };
             let size = node.own_size.map(|len| format!(" {}", brief_size(len))).unwrap_or_default();
             let date = node.date.map(|date| time::minute(date, zone)).unwrap_or_default();
             ([node.name.clone(), format!("{}{size}", node.kind.word()), date, flags(tree, node)], style)
         }
-        Item::Fold(run) => {
+        RowItem::Fold(run) => {
             let folded = Folded::of(tree, run, zone);
             let size = format!("{} {}", folded.kind, brief_size(folded.own_size));
             let names = format!("{} .. {}", folded.names.0, folded.names.1);
@@ -55,13 +55,17 @@ fn label(row: &Row, tree: &Tree, zone: &TimeZone) -> ([String; 4], &'static str)
 
 #[cfg(test)]
 mod tests {
-    use super::super::tree::{Kind, TreeNode};
+    use super::super::tree::{TreeNode, TreeNodeKind};
     use super::*;
 
     #[test]
     fn an_edge_leads_to_what_a_layer_stands_on_and_names_cannot_end_their_quotes() {
-        let mut tree = Tree::new("t", TreeNode::new(Mark::Frozen, Kind::Raw, "base\"]; x [label=\""));
-        tree.add(0, TreeNode { own_size: Some(2048), ..TreeNode::new(Mark::Active, Kind::Qcow2, "a\\N\n") });
+        let mut tree =
+            BackingTree::new("t", TreeNode::new(NodeMark::Frozen, TreeNodeKind::Raw, "base\"]; x [label=\""));
+        tree.add(
+            0,
+            TreeNode { own_size: Some(2048), ..TreeNode::new(NodeMark::Active, TreeNodeKind::Qcow2, "a\\N\n") },
+        );
         let expected = r#"digraph chainfs {
   rankdir=BT;
   node [shape=box, style=rounded, fontname="monospace", fontsize=10];

@@ -7,7 +7,7 @@ use jiff::tz::TimeZone;
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
-use crate::guest::{Attributes, FileKind, Time};
+use crate::guest::{FileAttributes, FileKind, Time};
 
 use super::safe::{terminal_bytes, text};
 
@@ -17,7 +17,7 @@ pub struct Listed {
     /// Its name, or its path.
     pub name: Vec<u8>,
     /// What stat(2) says; `None` if that cannot be told.
-    pub attributes: Option<Attributes>,
+    pub attributes: Option<FileAttributes>,
     /// The target of a symbolic link.
     pub target: Option<Vec<u8>>,
 }
@@ -76,7 +76,7 @@ pub fn short(files: &[Listed], width: Option<usize>) -> String {
 }
 
 /// `drwxr-xr-x`.
-pub fn mode(found: &Attributes) -> String {
+pub fn mode(found: &FileAttributes) -> String {
     let kind = match found.kind {
         FileKind::File => '-',
         FileKind::Directory => 'd',
@@ -158,7 +158,7 @@ impl FileObject {
 
 impl AttributesObject {
     /// The same attributes.
-    pub fn of(found: &Attributes) -> Self {
+    pub fn of(found: &FileAttributes) -> Self {
         let is_device = matches!(found.kind, FileKind::CharDevice | FileKind::BlockDevice);
         let time = |at| timestamp(at).map(|at| at.to_string());
         Self {
@@ -201,7 +201,7 @@ mod tests {
 
     fn file(name: &[u8], kind: FileKind, mode: u16) -> Listed {
         let time = Time { seconds: 1_767_431_520, nanoseconds: 5 };
-        let attributes = Attributes {
+        let attributes = FileAttributes {
             kind,
             mode,
             uid: 0,

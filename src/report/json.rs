@@ -10,7 +10,7 @@ use serde_json::ser::{Formatter, PrettyFormatter};
 use crate::error::is_plain;
 
 use super::time;
-use super::tree::{Forest, Kind, Tree, TreeNode};
+use super::tree::{BackingTree, Forest, TreeNode, TreeNodeKind};
 use serde::Serialize;
 
 /// `{"trees": [...]}`, one object a tree.
@@ -123,7 +123,7 @@ struct NodeObject<'a> {
 }
 
 impl<'a> TreeObject<'a> {
-    fn of(tree: &'a Tree) -> Self {
+    fn of(tree: &'a BackingTree) -> Self {
         Self {
             title: &tree.title,
             virtual_size: tree.virtual_size,
@@ -144,10 +144,10 @@ impl<'a> NodeObject<'a> {
             name: &node.name,
             state: node.mark.word(),
             format: match node.kind {
-                Kind::Raw => Some("raw"),
-                Kind::Qcow2 | Kind::Internal => Some("qcow2"),
-                Kind::Foreign(name) => Some(name),
-                Kind::Missing => None,
+                TreeNodeKind::Raw => Some("raw"),
+                TreeNodeKind::Qcow2 | TreeNodeKind::Internal => Some("qcow2"),
+                TreeNodeKind::Foreign(name) => Some(name),
+                TreeNodeKind::Missing => None,
             },
             date: node.date.and_then(time::rfc3339),
             actual_size: node.own_size,
@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn a_hostile_name_is_one_string() {
         let name = "\"},\u{0}\u{1b}\u{202e}";
-        let text = forest(&Forest { trees: vec![Tree { title: name.into(), ..Tree::default() }] });
+        let text = forest(&Forest { trees: vec![BackingTree { title: name.into(), ..BackingTree::default() }] });
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(value["trees"][0]["title"], name);
         assert!(!text.contains('\u{1b}') && !text.contains('\u{202e}') && text.contains("\\u202e"));

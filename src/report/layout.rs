@@ -5,7 +5,7 @@
 //! a base to its disk is one straight column however long, and columns grow with the number of
 //! nested branches only. Long runs of layers that have nothing to say fold into one row.
 
-use super::tree::{Kind, Mark, Tree};
+use super::tree::{BackingTree, NodeMark, TreeNodeKind};
 
 /// A run folds if it hides at least so many layers.
 const FOLD_FROM: usize = 5;
@@ -14,7 +14,7 @@ const FOLD_FROM: usize = 5;
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Row {
     /// What stands here.
-    pub(super) item: Item,
+    pub(super) item: RowItem,
     /// How it hangs on the row below it.
     pub(super) joint: Joint,
     /// Row on which it stands; `None` for the base.
@@ -25,7 +25,7 @@ pub(super) struct Row {
 
 /// What a row shows.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Item {
+pub(super) enum RowItem {
     /// The node of that index.
     Node(usize),
     /// So many layers of a straight run, lowest first.
@@ -63,7 +63,7 @@ struct Pending {
 }
 
 /// The rows of `tree` from its base up. With `full` nothing folds.
-pub(super) fn rows(tree: &Tree, full: bool) -> Vec<Row> {
+pub(super) fn rows(tree: &BackingTree, full: bool) -> Vec<Row> {
     let children = children(tree);
     let main = main_children(tree, &children);
     let mut rows = Vec::new();
@@ -86,12 +86,12 @@ pub(super) fn rows(tree: &Tree, full: bool) -> Vec<Row> {
         if let Joint::Side { last } = joint {
             column.push(!last);
         }
-        rows.push(Row { item: Item::Node(node), joint, parent, bars });
+        rows.push(Row { item: RowItem::Node(node), joint, parent, bars });
         let mut top = node;
         if run.len() >= FOLD_FROM {
             top = run[run.len() - 1];
             let below = Some(rows.len() - 1);
-            rows.push(Row { item: Item::Fold(run), joint: Joint::Straight, parent: below, bars: column.clone() });
+            rows.push(Row { item: RowItem::Fold(run), joint: Joint::Straight, parent: below, bars: column.clone() });
         }
         let here = Some(rows.len() - 1);
         if let Some(next) = main[top] {
@@ -109,7 +109,7 @@ pub(super) fn rows(tree: &Tree, full: bool) -> Vec<Row> {
 }
 
 /// Each node's children, internal snapshots first, without indices that lead nowhere or to a node drawn before.
-fn children(tree: &Tree) -> Vec<Vec<usize>> {
+fn children(tree: &BackingTree) -> Vec<Vec<usize>> {
     let mut seen = vec![false; tree.nodes.len()];
     let mut children = vec![Vec::new(); tree.nodes.len()];
     let mut pending = Vec::from_iter((tree.root < tree.nodes.len()).then_some(tree.root));
@@ -124,14 +124,14 @@ fn children(tree: &Tree) -> Vec<Vec<usize>> {
                 pending.push(child);
             }
         }
-        children[node].sort_by_key(|child| tree.nodes[*child].kind != Kind::Internal);
+        children[node].sort_by_key(|child| tree.nodes[*child].kind != TreeNodeKind::Internal);
     }
     children
 }
 
 /// For each node the child that goes on in its column: the one with the longest way above it. Among
 /// equals the one that leads to the titular chain, then to an active disk, then the first by name.
-fn main_children(tree: &Tree, children: &[Vec<usize>]) -> Vec<Option<usize>> {
+fn main_children(tree: &BackingTree, children: &[Vec<usize>]) -> Vec<Option<usize>> {
     let mut order = Vec::from_iter((tree.root < tree.nodes.len()).then_some(tree.root));
     let mut next = 0;
     while let Some(&node) = order.get(next) {
@@ -144,21 +144,21 @@ fn main_children(tree: &Tree, children: &[Vec<usize>]) -> Vec<Option<usize>> {
         let best = children[node]
             .iter()
             .copied()
-            .filter(|child| tree.nodes[*child].kind != Kind::Internal)
+            .filter(|child| tree.nodes[*child].kind != TreeNodeKind::Internal)
             .max_by(|a, b| rank[*a].cmp(&rank[*b]).then_with(|| tree.nodes[*b].name.cmp(&tree.nodes[*a].name)));
         let (depth, titular, active) = best.map_or((0, false, false), |best| rank[best]);
         let own = &tree.nodes[node];
         let is_titular = own.chain.as_deref() == Some(tree.title.as_str());
-        rank[node] = (depth + 1, titular || is_titular, active || own.mark == Mark::Active);
+        rank[node] = (depth + 1, titular || is_titular, active || own.mark == NodeMark::Active);
         main[node] = best;
     }
     main
 }
 
 /// Whether a layer has nothing to say that a folded row would hide.
-fn has_nothing_to_say(tree: &Tree, node: usize) -> bool {
+fn has_nothing_to_say(tree: &BackingTree, node: usize) -> bool {
     let node = &tree.nodes[node];
-    node.mark == Mark::Frozen && node.flags.is_empty() && node.chain.is_none() && node.children.len() == 1
+    node.mark == NodeMark::Frozen && node.flags.is_empty() && node.chain.is_none() && node.children.len() == 1
 }
 
 #[cfg(test)]
@@ -167,7 +167,7 @@ mod tests {
     use super::*;
 
     fn plain(name: &str) -> TreeNode {
-        TreeNode::new(Mark::Frozen, Kind::Qcow2, name)
+        TreeNode::new(NodeMark::Frozen, TreeNodeKind::Qcow2, name)
     }
 
     #[test]
@@ -182,47 +182,47 @@ mod tests {
 
     #[test]
     fn a_thousand_layers_fold_into_a_few_rows() {
-        let mut tree = Tree::new("deep", plain("base"));
+        let mut tree = BackingTree::new("deep", plain("base"));
         for layer in 0..1_000 {
             tree.add(layer, plain(&layer.to_string()));
         }
         assert_eq!(rows(&tree, true).len(), 1_001);
         let folded = rows(&tree, false);
         assert_eq!(folded.len(), 4);
-        assert!(matches!(&folded[2].item, Item::Fold(run) if run.len() == 998));
+        assert!(matches!(&folded[2].item, RowItem::Fold(run) if run.len() == 998));
     }
 
     #[test]
     fn short_runs_do_not_fold() {
-        let mut tree = Tree::new("short", plain("base"));
+        let mut tree = BackingTree::new("short", plain("base"));
         for layer in 0..=FOLD_FROM {
             tree.add(layer, plain("layer"));
         }
-        assert!(rows(&tree, false).iter().all(|row| matches!(row.item, Item::Node(_))));
+        assert!(rows(&tree, false).iter().all(|row| matches!(row.item, RowItem::Node(_))));
     }
 
     #[test]
     fn loops_and_indices_that_lead_nowhere_end_the_way() {
-        let mut tree = Tree::new("bad", plain("base"));
+        let mut tree = BackingTree::new("bad", plain("base"));
         let above = tree.add(0, plain("above"));
         tree.nodes[above].children = vec![0, above, 77];
         assert_eq!(rows(&tree, false).len(), 2);
         tree.root = 9;
         assert!(rows(&tree, false).is_empty());
-        assert!(rows(&Tree::default(), false).is_empty());
+        assert!(rows(&BackingTree::default(), false).is_empty());
     }
 
     #[test]
     fn equal_ways_are_told_apart_by_chain_activity_and_name() {
-        let mut tree = Tree::new("b", plain("base"));
+        let mut tree = BackingTree::new("b", plain("base"));
         tree.add(0, plain("c"));
         tree.add(0, plain("a"));
-        let last = |tree: &Tree| match rows(tree, false).last().unwrap().item {
-            Item::Node(node) => tree.nodes[node].name.clone(),
-            Item::Fold(_) => unreachable!(),
+        let last = |tree: &BackingTree| match rows(tree, false).last().unwrap().item {
+            RowItem::Node(node) => tree.nodes[node].name.clone(),
+            RowItem::Fold(_) => unreachable!(),
         };
         assert_eq!(last(&tree), "a");
-        tree.add(0, TreeNode { mark: Mark::Active, ..plain("x") });
+        tree.add(0, TreeNode { mark: NodeMark::Active, ..plain("x") });
         assert_eq!(last(&tree), "x");
         tree.add(0, TreeNode { chain: Some("b".into()), ..plain("y") });
         assert_eq!(last(&tree), "y");

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::guest::inspect::{Mount, OperatingSystem};
+use crate::guest::inspect::{FstabEntry, OperatingSystem};
 
 use super::safe::terminal;
 
@@ -37,7 +37,7 @@ fn system(found: &OperatingSystem) -> String {
 }
 
 /// As fstab has it, with the volume in front, if it is known which that is.
-fn mounted(Mount { device, volume, directory, kind, options }: &Mount) -> String {
+fn mounted(FstabEntry { device, volume, directory, kind, options }: &FstabEntry) -> String {
     let volume = volume.as_deref().unwrap_or("-");
     format!("{directory} {volume} {kind} {options} ({device})")
 }

@@ -5,7 +5,7 @@ use crate::store::{Catalog, Format, ImageEntry};
 
 use super::safe;
 use super::store::date;
-use super::tree::{Forest, Kind, Mark, Tree, TreeNode};
+use super::tree::{BackingTree, Forest, NodeMark, TreeNode, TreeNodeKind};
 
 /// The chain that a command is given to, as it is and as it would be.
 pub fn forest(plan: &Plan, catalog: &Catalog) -> Forest {
@@ -24,10 +24,14 @@ fn is_in(layers: &[PlanLayer], wanted: &PlanLayer) -> bool {
 }
 
 /// A straight tree of layers that are given top first; none of no layers.
-fn tree<'a>(title: &str, layers: &[PlanLayer], known: &impl Fn(&PlanLayer) -> Option<&'a ImageEntry>) -> Option<Tree> {
+fn tree<'a>(
+    title: &str,
+    layers: &[PlanLayer],
+    known: &impl Fn(&PlanLayer) -> Option<&'a ImageEntry>,
+) -> Option<BackingTree> {
     let mut upwards = layers.iter().rev();
     let base = upwards.next()?;
-    let mut tree = Tree::new(safe::terminal(title), node(base, known(base)));
+    let mut tree = BackingTree::new(safe::terminal(title), node(base, known(base)));
     let mut top = 0;
     for layer in upwards {
         top = tree.add(top, node(layer, known(layer)));
@@ -39,10 +43,10 @@ fn tree<'a>(title: &str, layers: &[PlanLayer], known: &impl Fn(&PlanLayer) -> Op
 }
 
 fn node(layer: &PlanLayer, image: Option<&ImageEntry>) -> TreeNode {
-    let mark = if layer.active { Mark::Active } else { Mark::Frozen };
+    let mark = if layer.active { NodeMark::Active } else { NodeMark::Frozen };
     let kind = match image.and_then(|image| image.format) {
-        Some(Format::Raw) => Kind::Raw,
-        Some(Format::Qcow2) | None => Kind::Qcow2,
+        Some(Format::Raw) => TreeNodeKind::Raw,
+        Some(Format::Qcow2) | None => TreeNodeKind::Qcow2,
     };
     let users = image.map_or(0, |image| image.users.len());
     let shared = (users > 1).then(|| format!("shared by {}", image.map_or(0, |image| image.chain_count)));

@@ -3,9 +3,9 @@
 //! No scripts, no fonts or files from elsewhere, colours that follow the reader's light or dark
 //! screen. Always well-formed XML, whatever the names are.
 
-use super::layout::{Item, Joint, Row, rows};
+use super::layout::{Joint, Row, RowItem, rows};
 use super::text::{Folded, TextOptions, flags, summary};
-use super::tree::{Forest, Mark, Tree};
+use super::tree::{BackingTree, Forest, NodeMark};
 use super::{safe, time};
 use crate::units::brief_size;
 use jiff::tz::TimeZone;
@@ -37,7 +37,7 @@ pub fn forest(forest: &Forest, zone: &TimeZone, full: bool) -> String {
 }
 
 /// One tree as a picture.
-pub fn tree(tree: &Tree, zone: &TimeZone, full: bool) -> String {
+pub fn tree(tree: &BackingTree, zone: &TimeZone, full: bool) -> String {
     let mut canvas = Canvas { body: String::new(), width: 0, y: MARGIN };
     canvas.tree(tree, zone, full);
     canvas.finish()
@@ -60,7 +60,7 @@ struct Label {
 }
 
 impl Canvas {
-    fn tree(&mut self, tree: &Tree, zone: &TimeZone, full: bool) {
+    fn tree(&mut self, tree: &BackingTree, zone: &TimeZone, full: bool) {
         let options = TextOptions { full, ascii: false, zone: zone.clone() };
         let title = summary(tree, &options);
         self.y += ROW / 2;
@@ -143,16 +143,16 @@ impl Canvas {
     }
 }
 
-fn label(row: &Row, tree: &Tree, zone: &TimeZone) -> Label {
+fn label(row: &Row, tree: &BackingTree, zone: &TimeZone) -> Label {
     match &row.item {
-        Item::Node(node) => {
+        RowItem::Node(node) => {
             let node = &tree.nodes[*node];
             Label {
                 class: match node.mark {
-                    Mark::Frozen => "frozen",
-                    Mark::Internal => "internal",
-                    Mark::Active => "active",
-                    Mark::Broken => "broken",
+                    NodeMark::Frozen => "frozen",
+                    NodeMark::Internal => "internal",
+                    NodeMark::Active => "active",
+                    NodeMark::Broken => "broken",
                 },
                 name: node.name.clone(),
                 kind: node.kind.word(),
@@ -161,7 +161,7 @@ fn label(row: &Row, tree: &Tree, zone: &TimeZone) -> Label {
                 flags: flags(tree, node),
             }
         }
-        Item::Fold(run) => {
+        RowItem::Fold(run) => {
             let folded = Folded::of(tree, run, zone);
             Label {
                 class: "fold",
@@ -202,7 +202,7 @@ fn clipped(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tree::{Kind, TreeNode, sample};
+    use super::super::tree::{TreeNode, TreeNodeKind, sample};
     use super::*;
 
     fn parsed(svg: &str) -> (usize, Vec<String>) {
@@ -226,7 +226,7 @@ mod tests {
     #[test]
     fn hostile_names_leave_it_well_formed() {
         let name = "</text><script>alert(1)</script>\u{0}\u{ffff}&\"'\x1b";
-        let mut bad = Tree::new(name, TreeNode::new(Mark::Broken, Kind::Missing, name.repeat(20)));
+        let mut bad = BackingTree::new(name, TreeNode::new(NodeMark::Broken, TreeNodeKind::Missing, name.repeat(20)));
         bad.nodes[0].flags.push(name.into());
         let svg = forest(&Forest { trees: vec![bad.clone(), bad] }, &TimeZone::UTC, true);
         assert!(parsed(&svg).1.iter().any(|text| text.starts_with("</text><script>alert(1)</script>\\x00\\u{ffff}&")));
@@ -235,8 +235,8 @@ mod tests {
 
     #[test]
     fn a_thousand_layers_stay_small_and_nothing_is_a_picture_too() {
-        let plain = |name: String| TreeNode::new(Mark::Frozen, Kind::Qcow2, name);
-        let mut deep = Tree::new("deep", plain("base".into()));
+        let plain = |name: String| TreeNode::new(NodeMark::Frozen, TreeNodeKind::Qcow2, name);
+        let mut deep = BackingTree::new("deep", plain("base".into()));
         for layer in 0..1_000 {
             deep.add(layer, plain(format!("nightly-{layer}")));
         }

@@ -3,8 +3,8 @@
 //! A line is mark, name, kind, date, own size, flags. Only side branches are indented; internal
 //! snapshots hang below their layer. Long straight runs fold unless asked otherwise.
 
-use super::layout::{Item, Joint, Row, rows};
-use super::tree::{Forest, Kind, Mark, Tree, TreeNode};
+use super::layout::{Joint, Row, RowItem, rows};
+use super::tree::{BackingTree, Forest, NodeMark, TreeNode, TreeNodeKind};
 use super::{safe, time};
 use crate::units::{brief_size, human_size};
 use jiff::tz::TimeZone;
@@ -38,10 +38,10 @@ pub fn forest(forest: &Forest, options: &TextOptions) -> String {
 }
 
 /// One tree under a line that sums it up.
-pub fn tree(tree: &Tree, options: &TextOptions) -> String {
+pub fn tree(tree: &BackingTree, options: &TextOptions) -> String {
     let marks = if options.ascii { &ASCII } else { &UNICODE };
-    let lines: Vec<_> = rows(tree, options.full).iter().map(|row| Line::of(row, tree, options, marks)).collect();
-    let width = |cell: fn(&Line) -> &str| lines.iter().map(|line| cell(line).width()).max().unwrap_or(0);
+    let lines: Vec<_> = rows(tree, options.full).iter().map(|row| TextLine::of(row, tree, options, marks)).collect();
+    let width = |cell: fn(&TextLine) -> &str| lines.iter().map(|line| cell(line).width()).max().unwrap_or(0);
     let name = width(|line| &line.name).min(NAME_WIDTH_MAX);
     let (kind, date, size) = (width(|line| line.kind), width(|line| &line.date), width(|line| &line.size));
     let mut text = summary(tree, options);
@@ -61,7 +61,7 @@ pub fn tree(tree: &Tree, options: &TextOptions) -> String {
 }
 
 /// "web01 · 40 GiB virtual · 9.8 GiB on disk · 31 layers, 2 branches, 1 internal".
-pub fn summary(tree: &Tree, options: &TextOptions) -> String {
+pub fn summary(tree: &BackingTree, options: &TextOptions) -> String {
     let mut counts = vec![format!("{} {}", tree.layer_count, if tree.layer_count == 1 { "layer" } else { "layers" })];
     if tree.branch_count > 1 {
         counts.push(format!("{} branches", tree.branch_count));
@@ -84,7 +84,7 @@ pub(super) struct Folded {
 }
 
 impl Folded {
-    pub(super) fn of(tree: &Tree, run: &[usize], zone: &TimeZone) -> Self {
+    pub(super) fn of(tree: &BackingTree, run: &[usize], zone: &TimeZone) -> Self {
         let nodes = || run.iter().map(|node| &tree.nodes[*node]);
         let kind = nodes().map(|node| node.kind.word()).reduce(|a, b| if a == b { a } else { "" }).unwrap_or("");
         let dates = || nodes().filter_map(|node| node.date);
@@ -99,7 +99,7 @@ impl Folded {
 }
 
 /// The flags of a node, the chain it is the leaf of first unless the tree or the node is named after it.
-pub(super) fn flags(tree: &Tree, node: &TreeNode) -> String {
+pub(super) fn flags(tree: &BackingTree, node: &TreeNode) -> String {
     let chain = node.chain.iter().filter(|chain| **chain != tree.title && **chain != node.name);
     chain.chain(&node.flags).map(String::as_str).collect::<Vec<_>>().join(", ")
 }
@@ -143,7 +143,7 @@ const ASCII: Marks = Marks {
 };
 
 /// The cells of one line.
-struct Line {
+struct TextLine {
     name: String,
     kind: &'static str,
     date: String,
@@ -151,8 +151,8 @@ struct Line {
     flags: String,
 }
 
-impl Line {
-    fn of(row: &Row, tree: &Tree, options: &TextOptions, marks: &Marks) -> Self {
+impl TextLine {
+    fn of(row: &Row, tree: &BackingTree, options: &TextOptions, marks: &Marks) -> Self {
         let mut prefix = String::new();
         for bar in &row.bars {
             prefix.push_str(if *bar { marks.bar } else { " " });
@@ -163,16 +163,16 @@ impl Line {
             Joint::Side { last } => prefix.push_str(if last { marks.last_side } else { marks.side }),
         }
         match &row.item {
-            Item::Node(node) => {
+            RowItem::Node(node) => {
                 let node = &tree.nodes[*node];
-                if matches!(row.joint, Joint::Side { .. }) && node.kind != Kind::Internal {
+                if matches!(row.joint, Joint::Side { .. }) && node.kind != TreeNodeKind::Internal {
                     prefix.push_str(marks.dash);
                 }
                 let mark = match node.mark {
-                    Mark::Frozen => marks.frozen,
-                    Mark::Internal => marks.internal,
-                    Mark::Active => marks.active,
-                    Mark::Broken => marks.broken,
+                    NodeMark::Frozen => marks.frozen,
+                    NodeMark::Internal => marks.internal,
+                    NodeMark::Active => marks.active,
+                    NodeMark::Broken => marks.broken,
                 };
                 Self {
                     name: format!("{prefix}{mark} {}", shown(&node.name, options)),
@@ -182,7 +182,7 @@ impl Line {
                     flags: shown(&flags(tree, node), options),
                 }
             }
-            Item::Fold(run) => {
+            RowItem::Fold(run) => {
                 let folded = Folded::of(tree, run, &options.zone);
                 let (first, last) = (shown(&folded.names.0, options), shown(&folded.names.1, options));
                 Self {
@@ -251,8 +251,8 @@ web01 · 40 GiB virtual · 12 GiB on disk · 31 layers, 2 branches, 1 internal
 
     #[test]
     fn wide_characters_keep_the_columns_aligned() {
-        let mut web01 = Tree::new("日本", sample::layer("日本語", Kind::Raw, 0, 0, 10));
-        web01.add(0, sample::layer("plain", Kind::Qcow2, 1, 0, 10));
+        let mut web01 = BackingTree::new("日本", sample::layer("日本語", TreeNodeKind::Raw, 0, 0, 10));
+        web01.add(0, sample::layer("plain", TreeNodeKind::Qcow2, 1, 0, 10));
         web01.count();
         let text = tree(&web01, &utc());
         let kinds: Vec<_> = text.lines().skip(1).map(|line| line.split(['r', 'q']).next().unwrap().width()).collect();
@@ -261,7 +261,7 @@ web01 · 40 GiB virtual · 12 GiB on disk · 31 layers, 2 branches, 1 internal
 
     #[test]
     fn hostile_names_stay_on_their_line() {
-        let web01 = Tree::new("a\nb", TreeNode::new(Mark::Broken, Kind::Missing, "\x1b[31mred\r\n"));
+        let web01 = BackingTree::new("a\nb", TreeNode::new(NodeMark::Broken, TreeNodeKind::Missing, "\x1b[31mred\r\n"));
         let text = tree(&web01, &utc());
         assert_eq!(text.lines().count(), 2);
         assert!(text.contains("✗ \\x1b[31mred\\x0d\\x0a  ?"), "{text}");
@@ -269,7 +269,7 @@ web01 · 40 GiB virtual · 12 GiB on disk · 31 layers, 2 branches, 1 internal
 
     #[test]
     fn trees_stand_apart() {
-        let one = Tree::new("one", TreeNode::new(Mark::Active, Kind::Raw, "active"));
+        let one = BackingTree::new("one", TreeNode::new(NodeMark::Active, TreeNodeKind::Raw, "active"));
         let text = forest(&Forest { trees: vec![one.clone(), one] }, &utc());
         assert_eq!(text.matches("\n\none ·").count(), 1, "{text}");
     }

@@ -17,7 +17,7 @@ use crate::units::brief_size;
 
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Entry {
+struct TrashEntry {
     id: String,
     filename: String,
     removed: Option<String>,
@@ -50,7 +50,7 @@ pub fn listed(items: &[TrashItem], zone: &TimeZone) -> String {
 
 /// The same for programs.
 pub fn listed_json(items: &[TrashItem]) -> String {
-    let entry = |item: &TrashItem| Entry {
+    let entry = |item: &TrashItem| TrashEntry {
         id: item.id.clone(),
         filename: text(item.path.as_os_str().as_encoded_bytes()),
         removed: rfc3339(UNIX_EPOCH + Duration::from_secs(item.seconds)),

@@ -1,6 +1,6 @@
 //! The branching tree of a store as plain values.
 //!
-//! A [`Tree`] stands on one base; its nodes name each other by index, so that a chain of a
+//! A [`BackingTree`] stands on one base; its nodes name each other by index, so that a chain of a
 //! thousand layers is no deeper for a program than one of three. The renderings ([`super::text`],
 //! [`super::svg`], [`super::dot`], [`super::json`]) take it as it is: they skip what is named twice
 //! or not there, and never fail.
@@ -11,12 +11,12 @@ use std::time::SystemTime;
 #[derive(Clone, Debug, Default)]
 pub struct Forest {
     /// One for each base, in the order in which they are to be shown.
-    pub trees: Vec<Tree>,
+    pub trees: Vec<BackingTree>,
 }
 
 /// All that stands on one base.
 #[derive(Clone, Debug, Default)]
-pub struct Tree {
+pub struct BackingTree {
     /// The chain that the tree is named after.
     pub title: String,
     /// Size of the disk that the titular chain shows.
@@ -39,11 +39,11 @@ pub struct Tree {
 #[derive(Clone, Debug)]
 pub struct TreeNode {
     /// What it is to its chain.
-    pub mark: Mark,
+    pub mark: NodeMark,
     /// Its view's name, or the file name of what is missing.
     pub name: String,
     /// What it is made of.
-    pub kind: Kind,
+    pub kind: TreeNodeKind,
     /// When it was frozen or taken, else when its file was last changed.
     pub date: Option<SystemTime>,
     /// Bytes that its file takes on disk; `None` where that cannot be said of it alone.
@@ -58,7 +58,7 @@ pub struct TreeNode {
 
 /// What a node is to its chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Mark {
+pub enum NodeMark {
     /// A layer that never changes.
     Frozen,
     /// A snapshot within an image.
@@ -71,7 +71,7 @@ pub enum Mark {
 
 /// What a node is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
+pub enum TreeNodeKind {
     /// A raw image.
     Raw,
     /// A qcow2 image.
@@ -84,8 +84,8 @@ pub enum Kind {
     Missing,
 }
 
-impl Tree {
-    /// A tree of one node; more are added with [`Tree::add`].
+impl BackingTree {
+    /// A tree of one node; more are added with [`BackingTree::add`].
     pub fn new(title: impl Into<String>, base: TreeNode) -> Self {
         Self { title: title.into(), nodes: vec![base], ..Self::default() }
     }
@@ -100,11 +100,11 @@ impl Tree {
 
     /// Counts layers, branches, internal snapshots and bytes on disk from the nodes.
     pub fn count(&mut self) {
-        let internal = |node: &&TreeNode| node.kind == Kind::Internal;
+        let internal = |node: &&TreeNode| node.kind == TreeNodeKind::Internal;
         self.internal_count = self.nodes.iter().filter(internal).count();
         self.layer_count = self.nodes.len() - self.internal_count;
-        let is_layer = |child: &usize| self.nodes.get(*child).is_some_and(|node| node.kind != Kind::Internal);
-        let is_leaf = |node: &&TreeNode| node.kind != Kind::Internal && !node.children.iter().any(is_layer);
+        let is_layer = |child: &usize| self.nodes.get(*child).is_some_and(|node| node.kind != TreeNodeKind::Internal);
+        let is_leaf = |node: &&TreeNode| node.kind != TreeNodeKind::Internal && !node.children.iter().any(is_layer);
         self.branch_count = self.nodes.iter().filter(is_leaf).count();
         self.on_disk = self.nodes.iter().filter_map(|node| node.own_size).fold(0, u64::saturating_add);
     }
@@ -112,7 +112,7 @@ impl Tree {
 
 impl TreeNode {
     /// A node without date, size, flags or children.
-    pub fn new(mark: Mark, kind: Kind, name: impl Into<String>) -> Self {
+    pub fn new(mark: NodeMark, kind: TreeNodeKind, name: impl Into<String>) -> Self {
         Self {
             mark,
             name: name.into(),
@@ -126,27 +126,27 @@ impl TreeNode {
     }
 }
 
-impl Mark {
+impl NodeMark {
     /// The word for programs.
     pub fn word(self) -> &'static str {
         match self {
-            Mark::Frozen => "frozen",
-            Mark::Internal => "internal",
-            Mark::Active => "active",
-            Mark::Broken => "broken",
+            NodeMark::Frozen => "frozen",
+            NodeMark::Internal => "internal",
+            NodeMark::Active => "active",
+            NodeMark::Broken => "broken",
         }
     }
 }
 
-impl Kind {
+impl TreeNodeKind {
     /// The word for the column of formats.
     pub fn word(self) -> &'static str {
         match self {
-            Kind::Raw => "raw",
-            Kind::Qcow2 => "qcow2",
-            Kind::Internal => "int",
-            Kind::Foreign(name) => name,
-            Kind::Missing => "?",
+            TreeNodeKind::Raw => "raw",
+            TreeNodeKind::Qcow2 => "qcow2",
+            TreeNodeKind::Internal => "int",
+            TreeNodeKind::Foreign(name) => name,
+            TreeNodeKind::Missing => "?",
         }
     }
 }
@@ -162,31 +162,36 @@ pub(super) mod sample {
     pub(in crate::report) const NEW_YEAR: u64 = 1_767_225_600;
 
     /// A layer, `day` days and some hours into 2026, of so many tenths of a GiB.
-    pub(in crate::report) fn layer(name: &str, kind: Kind, day: u64, hour: u64, tenths: u64) -> TreeNode {
+    pub(in crate::report) fn layer(name: &str, kind: TreeNodeKind, day: u64, hour: u64, tenths: u64) -> TreeNode {
         let date = SystemTime::UNIX_EPOCH + Duration::from_secs(NEW_YEAR + day * 86_400 + hour * 3600);
         let own_size = Some(tenths * (1 << 30) / 10);
-        TreeNode { date: Some(date), own_size, ..TreeNode::new(Mark::Frozen, kind, name) }
+        TreeNode { date: Some(date), own_size, ..TreeNode::new(NodeMark::Frozen, kind, name) }
     }
 
     /// `web01` with a branch, an internal snapshot and a long run of nightly snapshots.
-    pub(in crate::report) fn web01() -> Tree {
-        let mut tree = Tree::new("web01", layer("base", Kind::Raw, 2, 9, 31));
-        let installed = tree.add(0, layer("installed", Kind::Qcow2, 2, 11, 19));
-        let php =
-            tree.add(installed, TreeNode { chain: Some("web02".into()), ..layer("try-php9", Kind::Qcow2, 41, 20, 7) });
-        let upgrade =
-            TreeNode { own_size: None, mark: Mark::Internal, ..layer("before-upgrade", Kind::Internal, 42, 8, 0) };
+    pub(in crate::report) fn web01() -> BackingTree {
+        let mut tree = BackingTree::new("web01", layer("base", TreeNodeKind::Raw, 2, 9, 31));
+        let installed = tree.add(0, layer("installed", TreeNodeKind::Qcow2, 2, 11, 19));
+        let php = tree.add(
+            installed,
+            TreeNode { chain: Some("web02".into()), ..layer("try-php9", TreeNodeKind::Qcow2, 41, 20, 7) },
+        );
+        let upgrade = TreeNode {
+            own_size: None,
+            mark: NodeMark::Internal,
+            ..layer("before-upgrade", TreeNodeKind::Internal, 42, 8, 0)
+        };
         tree.add(php, upgrade);
         let mut top = installed;
         for night in 1..=27 {
-            top = tree.add(top, layer(&format!("nightly-{night:02}"), Kind::Qcow2, 58 + night, 2, 2));
+            top = tree.add(top, layer(&format!("nightly-{night:02}"), TreeNodeKind::Qcow2, 58 + night, 2, 2));
         }
         tree.nodes[top].flags.push("job: commit 43 %".into());
         let active = TreeNode {
-            mark: Mark::Active,
+            mark: NodeMark::Active,
             flags: vec!["writable".into(), "locked by qemu[4711]".into()],
             chain: Some("web01".into()),
-            ..layer("active", Kind::Qcow2, 86, 2, 10)
+            ..layer("active", TreeNodeKind::Qcow2, 86, 2, 10)
         };
         tree.add(top, active);
         tree.count();

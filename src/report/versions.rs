@@ -4,7 +4,7 @@ use jiff::tz::TimeZone;
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
-use crate::browse::versions::Version;
+use crate::browse::versions::PathVersion;
 
 use super::files::{AttributesObject, mode, time};
 use super::safe::{terminal, terminal_bytes, text};
@@ -13,7 +13,7 @@ use super::safe::{terminal, terminal_bytes, text};
 const ROW: usize = 5;
 
 /// A line for each version: time, size, mode, the views that have it, and a link's target.
-pub fn table(versions: &[Version], views: &[Vec<u8>], zone: &TimeZone) -> String {
+pub fn table(versions: &[PathVersion], views: &[Vec<u8>], zone: &TimeZone) -> String {
     let rows: Vec<([String; 3], String)> = versions.iter().map(|version| row(version, views, zone)).collect();
     let width = |column: usize| rows.iter().map(|(row, _)| row[column].width()).max().unwrap_or(0);
     let (time, size, mode) = (width(0), width(1), width(2));
@@ -23,7 +23,7 @@ pub fn table(versions: &[Version], views: &[Vec<u8>], zone: &TimeZone) -> String
     rows.iter().map(line).collect()
 }
 
-fn row(version: &Version, views: &[Vec<u8>], zone: &TimeZone) -> ([String; 3], String) {
+fn row(version: &PathVersion, views: &[Vec<u8>], zone: &TimeZone) -> ([String; 3], String) {
     let names = names(&version.disks, views);
     match &version.state {
         None => (["absent".to_owned(), String::new(), String::new()], names),
@@ -73,8 +73,8 @@ struct VersionObject {
 
 impl VersionsObject {
     /// The same versions.
-    pub fn of(versions: &[Version], views: &[Vec<u8>], bytes_read: u64) -> Self {
-        let object = |version: &Version| VersionObject {
+    pub fn of(versions: &[PathVersion], views: &[Vec<u8>], bytes_read: u64) -> Self {
+        let object = |version: &PathVersion| VersionObject {
             state: match version.state {
                 None => "absent",
                 Some(Ok(_)) => "present",

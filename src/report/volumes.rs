@@ -5,14 +5,14 @@ use std::fmt::Write as _;
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
-use crate::browse::Inside;
+use crate::browse::DiskContents;
 use crate::guest::volumes::Volume;
 
 use super::safe::terminal;
 use crate::units::brief_size;
 
 /// A line for each volume: its name, what it holds, its size, label and identity, and why its files are not shown; then what should be known of each.
-pub fn listed(inside: &Inside) -> String {
+pub fn listed(inside: &DiskContents) -> String {
     let layout = inside.layout();
     let rows: Vec<[String; 3]> = layout
         .volumes
@@ -64,7 +64,7 @@ pub struct VolumeObject {
 }
 
 /// The same for programs.
-pub fn objects(inside: &Inside) -> Vec<VolumeObject> {
+pub fn objects(inside: &DiskContents) -> Vec<VolumeObject> {
     let object = |(index, volume): (usize, &Volume)| VolumeObject {
         name: volume.name.clone(),
         content: volume.content.name(),
@@ -77,7 +77,7 @@ pub fn objects(inside: &Inside) -> Vec<VolumeObject> {
     inside.layout().volumes.iter().enumerate().map(object).collect()
 }
 
-fn remarks(inside: &Inside, index: usize, volume: &Volume) -> String {
+fn remarks(inside: &DiskContents, index: usize, volume: &Volume) -> String {
     let mut words: Vec<String> = Vec::new();
     words.extend(volume.label.as_ref().map(|label| format!("label {}", terminal(label))));
     words.extend(volume.uuid.as_ref().map(|uuid| format!("uuid {}", terminal(uuid))));

@@ -5,9 +5,9 @@
 //! ones too, go through the one writer, so that they see each other's bytes. Whatever was written
 //! is flushed, and loudly told of if it could not be, before the locks are let go.
 
+mod before_images;
 mod handle;
 mod job;
-mod still;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -22,15 +22,15 @@ use crate::io::{FileId, FileStat, Storage, StoreFile, WriteLock, WriterKind};
 
 use super::Store;
 use super::catalog::{Catalog, ImageEntry, ImageIndex};
-use super::describe::{Content, describe, header_digest};
+use super::describe::{DetectedContent, describe, header_digest};
 use super::open::{OpenImage, OpenView, ViewPart, changed};
 use super::options::Format;
 
-use still::Stills;
+use before_images::BeforeImages;
 
+pub use before_images::PointInTimeView;
 pub use handle::ActiveHandle;
-pub use job::{ActiveJob, Fallen, Mirror, NewTopFile, Prepared, PreparedFall, Sealed};
-pub use still::Still;
+pub use job::{ActiveJob, FormerTop, Mirror, NewTopFile, PreparedActiveCommit, PreparedOverlay, Quiesced};
 
 /// Memory for the tables of one writer, at most and at least; in between, a part of `cache=`.
 const WRITER_CACHE: (u64, u64) = (1 << 20, 16 << 20);
@@ -103,7 +103,7 @@ struct ActiveDisk {
     /// meanwhile. Taken before every other lock of a store.
     openings: Mutex<Openings>,
     /// Held shared during a read or write, alone only to put another state in place.
-    state: RwLock<State>,
+    state: RwLock<DiskState>,
     /// Openings that may hold pages they have changed and not yet written.
     mappable: AtomicUsize,
     /// Whether a command keeps everybody from opening it: who came to wait for that would wait for long.
@@ -114,13 +114,13 @@ struct ActiveDisk {
     unsettled: OnceLock<Error>,
     /// Whether a change was broken off by a bug: tables in memory may be wrong, and must stay there.
     has_panicked: AtomicBool,
-    stills: Stills,
+    stills: BeforeImages,
 }
 
 /// Notes a panic that passes by.
-struct Watch<'a>(&'a AtomicBool);
+struct PanicWatch<'a>(&'a AtomicBool);
 
-impl Drop for Watch<'_> {
+impl Drop for PanicWatch<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.store(true, Ordering::Release);
@@ -134,17 +134,17 @@ struct Openings {
     writers: usize,
 }
 
-enum State {
+enum DiskState {
     /// Nobody has it open; what it looked like, until the next scan has seen it.
     Closed(Option<ActiveAttributes>),
     Reading(OpenView),
-    Writing(Writing),
+    Writing(WritingDisk),
     /// It was written, and cannot be read since.
     Failed(Error),
 }
 
 /// In the order in which they are let go of.
-struct Writing {
+struct WritingDisk {
     writer: Arc<Writer>,
     locks: Vec<WriteLock>,
     open: OpenView,
@@ -185,7 +185,7 @@ impl Store {
             return Err(Error::new(ErrorKind::Busy, format!("{} {fact}", leaf.shown())));
         }
         let mut openings = disk.openings.lock();
-        let is_written = matches!(&*disk.state.read(), State::Writing(_));
+        let is_written = matches!(&*disk.state.read(), DiskState::Writing(_));
         if is_written {
             // One more for the writer, unless it has failed.
             if let Some(poison) = disk.writer().filter(|_| access.writes()).and_then(|writer| disk.poison(&writer)) {
@@ -195,8 +195,8 @@ impl Store {
             // The same view as before, unless the files have changed since.
             let open = self.open_shown(catalog, layers, ViewPart::Active, true)?;
             let fingerprint = open.fingerprint;
-            let old = std::mem::replace(&mut *disk.state.write(), State::Reading(open));
-            if matches!(&old, State::Reading(old) if old.fingerprint != fingerprint) {
+            let old = std::mem::replace(&mut *disk.state.write(), DiskState::Reading(open));
+            if matches!(&old, DiskState::Reading(old) if old.fingerprint != fingerprint) {
                 disk.stills.lose();
             }
             drop(old);
@@ -340,11 +340,11 @@ impl Store {
         for disk in self.active.all() {
             // Nothing may be written once the locks have gone: until this is done, the disk stays as it is.
             let state = disk.state.read();
-            let State::Writing(Writing { writer, .. }) = &*state else { continue };
+            let DiskState::Writing(WritingDisk { writer, .. }) = &*state else { continue };
             if !writer.is_dirty() || disk.poison(writer).is_some() {
                 continue;
             }
-            let _watch = Watch(&disk.has_panicked);
+            let _watch = PanicWatch(&disk.has_panicked);
             self.active.flush_count.fetch_add(1, Ordering::Relaxed);
             if let Err(error) = writer.flush() {
                 tracing::error!("{} could not be written back, and data may be lost: {error}", disk.name());
@@ -355,7 +355,7 @@ impl Store {
     /// Leaves all images as a checker wants them, whoever still has them open; locks go with the openings.
     pub fn close_writers(&self) {
         for disk in self.active.all() {
-            if let State::Writing(Writing { writer, .. }) = &*disk.state.read() {
+            if let DiskState::Writing(WritingDisk { writer, .. }) = &*disk.state.read() {
                 disk.close_writer(writer);
             }
         }
@@ -381,13 +381,13 @@ impl ActiveDisks {
             number,
             top: Mutex::new((leaf.stat.id, leaf.shown())),
             openings: Mutex::default(),
-            state: RwLock::new(State::Closed(None)),
+            state: RwLock::new(DiskState::Closed(None)),
             mappable: AtomicUsize::new(0),
             is_closed: AtomicBool::new(false),
             is_gone: AtomicBool::new(false),
             unsettled: OnceLock::new(),
             has_panicked: AtomicBool::new(false),
-            stills: Stills::default(),
+            stills: BeforeImages::default(),
         });
         numbered.disks.insert(number, Arc::downgrade(&disk));
         disk
@@ -438,18 +438,18 @@ impl ActiveDisk {
 
     fn writer(&self) -> Option<Arc<Writer>> {
         match &*self.state.read() {
-            State::Writing(writing) => Some(Arc::clone(&writing.writer)),
-            State::Closed(_) | State::Reading(_) | State::Failed(_) => None,
+            DiskState::Writing(writing) => Some(Arc::clone(&writing.writer)),
+            DiskState::Closed(_) | DiskState::Reading(_) | DiskState::Failed(_) => None,
         }
     }
 
     fn attributes(&self) -> Option<ActiveAttributes> {
         let state = self.state.read();
         let (open, size) = match &*state {
-            State::Writing(Writing { writer, open, .. }) => (open, writer.size()),
-            State::Reading(open) => (open, open.view.size()),
-            State::Closed(last) => return *last,
-            State::Failed(_) => return None,
+            DiskState::Writing(WritingDisk { writer, open, .. }) => (open, writer.size()),
+            DiskState::Reading(open) => (open, open.view.size()),
+            DiskState::Closed(last) => return *last,
+            DiskState::Failed(_) => return None,
         };
         let data_blocks = match &open.top.data_file {
             Some(file) => file.stat().ok()?.blocks,
@@ -461,9 +461,9 @@ impl ActiveDisk {
     /// From reading to writing. What fails leaves it reading.
     fn begin_writing(&self, store: &Store, leaf: &ImageEntry) -> Result<()> {
         let (top, view) = match &*self.state.read() {
-            State::Reading(OpenView { forced: Some(error), .. }) => return Err(error.clone()),
-            State::Reading(open) => (open.top.clone(), Arc::clone(&open.view)),
-            State::Closed(_) | State::Writing(_) | State::Failed(_) => {
+            DiskState::Reading(OpenView { forced: Some(error), .. }) => return Err(error.clone()),
+            DiskState::Reading(open) => (open.top.clone(), Arc::clone(&open.view)),
+            DiskState::Closed(_) | DiskState::Writing(_) | DiskState::Failed(_) => {
                 unreachable!("it has just been opened to be read")
             }
         };
@@ -472,10 +472,10 @@ impl ActiveDisk {
         unchanged(&top, leaf)?;
         let writer = new_writer(store, &top, &view)?;
         let mut state = self.state.write();
-        let State::Reading(open) = std::mem::replace(&mut *state, State::Closed(None)) else {
+        let DiskState::Reading(open) = std::mem::replace(&mut *state, DiskState::Closed(None)) else {
             unreachable!("only openings change the state, and they wait");
         };
-        *state = State::Writing(Writing { writer, locks, open, mirror: None });
+        *state = DiskState::Writing(WritingDisk { writer, locks, open, mirror: None });
         self.stills.begin();
         Ok(())
     }
@@ -491,8 +491,8 @@ impl ActiveDisk {
         let last_look = self.attributes();
         // Readers wait from here on; nothing that follows takes long.
         let mut state = self.state.write();
-        let State::Writing(Writing { writer: last, locks, open, .. }) =
-            std::mem::replace(&mut *state, State::Closed(last_look))
+        let DiskState::Writing(WritingDisk { writer: last, locks, open, .. }) =
+            std::mem::replace(&mut *state, DiskState::Closed(last_look))
         else {
             unreachable!("only openings change the state, and they wait");
         };
@@ -505,12 +505,12 @@ impl ActiveDisk {
         }
         // Also if nobody reads on: its next opening must be through the same descriptor.
         *state = match store.look_again(open) {
-            Ok(open) if has_readers => State::Reading(open),
-            Ok(_) => State::Closed(last_look),
+            Ok(open) if has_readers => DiskState::Reading(open),
+            Ok(_) => DiskState::Closed(last_look),
             Err(error) => {
                 // What is kept of its tables is from before the writer.
                 store.opened.forget(self.id());
-                State::Failed(error)
+                DiskState::Failed(error)
             }
         };
         drop(state);
@@ -541,7 +541,7 @@ impl ActiveDisk {
 
     fn close_writer(&self, writer: &Writer) {
         // Of one that is poisoned everything has been said.
-        let _watch = Watch(&self.has_panicked);
+        let _watch = PanicWatch(&self.has_panicked);
         if self.poison(writer).is_none()
             && let Err(error) = writer.close()
         {
@@ -566,7 +566,7 @@ pub(super) fn unchanged(top: &OpenImage, leaf: &ImageEntry) -> Result<()> {
         return Ok(());
     }
     match describe(&descriptor, top.file.stat()?.signature.size)? {
-        Content::Qcow2(now) if now.header == *known => Ok(()),
+        DetectedContent::Qcow2(now) if now.header == *known => Ok(()),
         _ => Err(changed(&top.file)),
     }
 }
@@ -611,7 +611,7 @@ mod tests {
             job.writer().unwrap().write_at(at << 16, b"a job").unwrap();
             drop(job);
             let mut image = store.take_image(&catalog, leaf).unwrap();
-            image.open_writer(None, crate::store::Keeping::Nothing).unwrap().close().unwrap();
+            image.open_writer(None, crate::store::CachePolicy::Nothing).unwrap().close().unwrap();
             image.finish().unwrap();
             let disk = store.open_active(&catalog, &[leaf], Access::Read).unwrap();
             let mut have = [0; 5];

@@ -10,13 +10,13 @@ use crate::error::ErrorKind;
 use crate::io::{FileId, Identity, Root};
 
 use super::catalog::shown;
-use super::intents::{Deed, Intent, NewTop};
+use super::evidence::{AllowedChange, FileRef, is_same};
+use super::intents::{Intent, NewTop, Operation};
 use super::scan::SPOILT;
-use super::witness::{Allowed, Named, is_same};
 
 /// What was found of a file that an intent names.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Finding {
+pub enum FileBinding {
     /// It is there, by that name.
     Here(PathBuf),
     /// No file that could be it has any of its names.
@@ -25,7 +25,7 @@ pub enum Finding {
     Doubt(String),
 }
 
-impl Finding {
+impl FileBinding {
     /// Why nobody can tell, if so.
     pub fn into_doubt(self) -> Option<String> {
         match self {
@@ -36,10 +36,10 @@ impl Finding {
 }
 
 /// A file of an intent, by which names it may go by, and what may have become of it.
-struct Wanted<'a> {
-    named: &'a mut Named,
+struct ExpectedFile<'a> {
+    named: &'a mut FileRef,
     names: Vec<PathBuf>,
-    allowed: Allowed,
+    allowed: AllowedChange,
 }
 
 /// No file has it.
@@ -47,30 +47,30 @@ const NOBODY: Identity = Identity { id: FileId { device: 0, inode: 0 }, birth: N
 
 /// Finds the files of an intent, and notes in it which they are. `thoroughly`: evidence is asked for also where
 /// identity could be enough.
-pub(super) fn bind(root: &Root, intent: &mut Intent, is_copied: bool, thoroughly: bool) -> Vec<Finding> {
+pub(super) fn bind(root: &Root, intent: &mut Intent, is_copied: bool, thoroughly: bool) -> Vec<FileBinding> {
     let mut wanted = wanted(&mut intent.deed);
     if is_copied {
         return bind_copies(root, &mut wanted);
     }
     let mut findings = Vec::new();
-    for Wanted { named, names, allowed } in &mut wanted {
+    for ExpectedFile { named, names, allowed } in &mut wanted {
         let here = names.iter().find_map(|name| {
             let found = root.identify(name).ok()?;
             is_same(&named.file, &found).then_some((name, found))
         });
         let Some((name, found)) = here else {
-            findings.push(Finding::Gone(named.path.clone()));
+            findings.push(FileBinding::Gone(named.path.clone()));
             continue;
         };
         named.file = found;
         let against = if thoroughly { against(root, name, named, *allowed) } else { None };
-        findings.push(against.map_or_else(|| Finding::Here(name.clone()), Finding::Doubt));
+        findings.push(against.map_or_else(|| FileBinding::Here(name.clone()), FileBinding::Doubt));
     }
     findings
 }
 
 /// Why the file at `name` is not proven to be the one that is meant, if so.
-fn against(root: &Root, name: &Path, named: &Named, allowed: Allowed) -> Option<String> {
+fn against(root: &Root, name: &Path, named: &FileRef, allowed: AllowedChange) -> Option<String> {
     let Some(evidence) = &named.evidence else { return Some(format!("nothing is known of {}", shown(name))) };
     match evidence.against(root, name, allowed, named.data.is_some()) {
         Ok(None) => named.data.as_ref().and_then(|data| data.against(root, allowed)),
@@ -79,14 +79,14 @@ fn against(root: &Root, name: &Path, named: &Named, allowed: Allowed) -> Option<
     }
 }
 
-fn bind_copies(root: &Root, wanted: &mut [Wanted<'_>]) -> Vec<Finding> {
+fn bind_copies(root: &Root, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileBinding> {
     // Each file that is there, by its name, and what speaks against it.
     let candidates: Vec<Vec<(PathBuf, Identity, Option<String>)>> = wanted
         .iter()
-        .map(|Wanted { named, names, allowed }| {
+        .map(|ExpectedFile { named, names, allowed }| {
             let look = |name: &PathBuf| match root.identify(name) {
                 Ok(found) => {
-                    let allowed = Allowed { is_copy: true, ..*allowed };
+                    let allowed = AllowedChange { is_copy: true, ..*allowed };
                     Some((name.clone(), found, against(root, name, named, allowed)))
                 }
                 Err(error) if error.kind() == ErrorKind::NotFound => None,
@@ -107,27 +107,27 @@ fn bind_copies(root: &Root, wanted: &mut [Wanted<'_>]) -> Vec<Finding> {
     let meant: Vec<Identity> = wanted.iter().map(|wanted| wanted.named.file).collect();
     let all: Vec<Vec<(PathBuf, Identity)>> = candidates.iter().map(|found| proven(found)).collect();
     let mut findings = Vec::new();
-    for (number, Wanted { named, .. }) in wanted.iter_mut().enumerate() {
+    for (number, ExpectedFile { named, .. }) in wanted.iter_mut().enumerate() {
         let path = named.path.clone();
         let others = || (0..meant.len()).filter(|other| meant[*other] != meant[number]);
         let is_anothers = |found: &Identity| others().any(|other| all[other].iter().any(|(_, known)| known == found));
         let finding = match all[number].as_slice() {
             [(name, found)] if !is_anothers(found) => {
                 named.file = *found;
-                findings.push(Finding::Here(name.clone()));
+                findings.push(FileBinding::Here(name.clone()));
                 continue;
             }
             [] => {
                 let strange = candidates[number].iter().find(|(_, found, _)| !is_anothers(found));
                 match strange.and_then(|(_, _, against)| against.clone()) {
-                    None => Finding::Gone(path),
-                    Some(against) => Finding::Doubt(format!("the store was copied, and {against}")),
+                    None => FileBinding::Gone(path),
+                    Some(against) => FileBinding::Doubt(format!("the store was copied, and {against}")),
                 }
             }
-            [(name, _)] => Finding::Doubt(format!("{} could be either of two files of the command", shown(name))),
+            [(name, _)] => FileBinding::Doubt(format!("{} could be either of two files of the command", shown(name))),
             [(one, _), (other, _), ..] => {
                 let fact = "could both be the one that was meant; remove the one that is not";
-                Finding::Doubt(format!("{} and {} {fact}", shown(one), shown(other)))
+                FileBinding::Doubt(format!("{} and {} {fact}", shown(one), shown(other)))
             }
         };
         named.file = NOBODY;
@@ -136,45 +136,45 @@ fn bind_copies(root: &Root, wanted: &mut [Wanted<'_>]) -> Vec<Finding> {
     findings
 }
 
-fn wanted(deed: &mut Deed) -> Vec<Wanted<'_>> {
-    let as_it_was = Allowed::default();
-    let grown = Allowed { growth: true, ..as_it_was };
+fn wanted(deed: &mut Operation) -> Vec<ExpectedFile<'_>> {
+    let as_it_was = AllowedChange::default();
+    let grown = AllowedChange { growth: true, ..as_it_was };
     let mut all = Vec::new();
     let mut want = |named, more: Vec<PathBuf>, allowed| {
-        let named: &mut Named = named;
+        let named: &mut FileRef = named;
         // What lies outside of the store is never changed, nor copied with it.
         if !named.path.is_absolute() {
             let paths = std::iter::once(named.path.clone()).chain(more).collect();
-            all.push(Wanted { named, names: paths, allowed });
+            all.push(ExpectedFile { named, names: paths, allowed });
         }
     };
     match deed {
-        Deed::Snapshot { disks, .. } => {
+        Operation::Snapshot { disks, .. } => {
             for NewTop { old, frozen, overlay, name, backing } in disks {
-                want(old, vec![frozen.clone()], Allowed { any_size: true, ..as_it_was });
+                want(old, vec![frozen.clone()], AllowedChange { any_size: true, ..as_it_was });
                 want(overlay, vec![name.clone()], grown);
                 for named in backing.iter_mut() {
-                    want(named, Vec::new(), Allowed { backing: true, ..grown });
+                    want(named, Vec::new(), AllowedChange { backing: true, ..grown });
                 }
             }
         }
-        Deed::Commit { top, base, between, children, keep, rename, .. } => {
-            want(top, Vec::new(), Allowed { backing: *keep, growth: rename.is_some(), ..as_it_was });
+        Operation::Commit { top, base, between, children, keep, rename, .. } => {
+            want(top, Vec::new(), AllowedChange { backing: *keep, growth: rename.is_some(), ..as_it_was });
             want(base, rename.iter().cloned().collect(), grown);
             for named in between {
                 let spoilt = spoilt_name(&named.path);
                 want(named, vec![spoilt], as_it_was);
             }
             for child in children.iter_mut() {
-                want(child, Vec::new(), Allowed { backing: true, ..grown });
+                want(child, Vec::new(), AllowedChange { backing: true, ..grown });
             }
         }
-        Deed::Pull { into, base, remove, between } => {
+        Operation::Pull { into, base, remove, between } => {
             for named in into.iter_mut() {
-                want(named, Vec::new(), Allowed { backing: true, ..grown });
+                want(named, Vec::new(), AllowedChange { backing: true, ..grown });
             }
             for named in base.iter_mut() {
-                want(named, Vec::new(), Allowed { backing: true, any_size: true, ..grown });
+                want(named, Vec::new(), AllowedChange { backing: true, any_size: true, ..grown });
             }
             for named in remove.iter_mut() {
                 want(named, Vec::new(), as_it_was);
@@ -183,9 +183,9 @@ fn wanted(deed: &mut Deed) -> Vec<Wanted<'_>> {
                 want(named, Vec::new(), grown);
             }
         }
-        Deed::Copy { draft, .. } => want(draft, Vec::new(), grown),
-        Deed::Shrink { image, .. } => want(image, Vec::new(), Allowed { any_size: true, ..as_it_was }),
-        Deed::Unknown => {}
+        Operation::Copy { draft, .. } => want(draft, Vec::new(), grown),
+        Operation::Shrink { image, .. } => want(image, Vec::new(), AllowedChange { any_size: true, ..as_it_was }),
+        Operation::Unknown => {}
     }
     all
 }

@@ -10,60 +10,62 @@ use crate::format::Frozen;
 use crate::format::foreign::Kind;
 use crate::io::{FileId, Root};
 
-use super::catalog::{self, Below, Catalog, Draft, ImageEntry, ImageIndex, IsFile, Reference, qcow2_problem, versions};
-use super::claimants::{claims_of, foreign_kind, names_of};
-use super::claims::{Claim, Reach, pattern};
-use super::describe::Content;
-use super::intents::{Deed, FoundIntent, Guard, Named, NewTop};
-use super::notes::{FROZEN_NOTES, Notes};
+use super::catalog::{
+    self, BackingLink, Catalog, FileReference, ImageEntry, ImageIndex, IsFile, UnlinkedImage, qcow2_problem, versions,
+};
+use super::describe::DetectedContent;
+use super::find_uses::{claims_of, foreign_kind, names_of};
+use super::freeze_list::{FROZEN_NOTES, FreezeList};
+use super::intents::{ControlDir, FileRef, FoundIntent, NewTop, Operation};
 use super::options::{Format, StoreOptions};
 use super::owners::Owners;
-use super::resolve::{Place, climbed, resolve};
-use super::scan::{Known, Problem, Scan, ScannedFile, Ways, describe_place, has_extension, known_of};
+use super::possible_uses::{PossibleUse, UseReach, pattern};
+use super::resolve::{StorePath, climbed, resolve};
+use super::scan::{KnownFiles, Problem, Scan, ScanContext, ScannedFile, describe_place, has_extension, known_of};
 
 /// Files of a scan, and those that headers name besides, on their way to a catalog.
-pub(super) struct Builder<'a> {
+pub(super) struct CatalogBuilder<'a> {
     pub(super) roots: &'a [Arc<Root>],
     pub(super) options: &'a StoreOptions,
-    ways: &'a Ways<'a>,
+    ways: &'a ScanContext<'a>,
     pub(super) files: Vec<ScannedFile>,
-    pub(super) by_place: HashMap<Place, ImageIndex>,
+    pub(super) by_place: HashMap<StorePath, ImageIndex>,
     pub(super) by_id: HashMap<FileId, ImageIndex>,
     pub(super) problems: Vec<Problem>,
     /// Who may stand on what.
-    pub(super) claims: Vec<Claim>,
+    pub(super) claims: Vec<PossibleUse>,
     is_single: bool,
     /// The link by which the user has named the one image.
-    by_link: Option<Place>,
+    by_link: Option<StorePath>,
     /// Where files that headers name are, or ought to be, and no scan comes by.
-    directories: BTreeSet<Place>,
+    directories: BTreeSet<StorePath>,
     owners: Owners<'a>,
     /// Images whose names do not count, and what they name.
     uncounted: Vec<(ImageIndex, ImageIndex)>,
     /// The other names from which alone images' backing files are found.
-    found_by: HashMap<ImageIndex, Place>,
+    found_by: HashMap<ImageIndex, StorePath>,
 }
 
 /// Builds the catalog, and says what the next scan need not read again, and in which directories
 /// besides those of the scan the files lie that headers name.
 pub(super) fn build(
     roots: &[Arc<Root>],
-    guard: &Guard,
+    guard: &ControlDir,
     options: &StoreOptions,
     mut scan: Scan,
-    ways: &Ways<'_>,
+    ways: &ScanContext<'_>,
     previous: &Catalog,
-    (is_single, by_link): (bool, Option<Place>),
-) -> (Catalog, Arc<Known>, BTreeSet<Place>) {
+    (is_single, by_link): (bool, Option<StorePath>),
+) -> (Catalog, Arc<KnownFiles>, BTreeSet<StorePath>) {
     let (intents, senseless) = guard.read();
     scan.problems.extend(unreadable(&senseless));
     let unowned = intents.iter().filter(|found| !guard.is_owned(found));
     let mut unfinished: Vec<Problem> = unowned.map(|found| not_finished(guard, found)).collect();
     scan.problems.append(&mut unfinished);
-    let is_it = |place: &Place, id: FileId, named: &Named| is_file(roots, place, id, named);
+    let is_it = |place: &StorePath, id: FileId, named: &FileRef| is_file(roots, place, id, named);
     drop_new_names(&mut scan, &intents, &guard.prefix, &is_it);
     let superseded = superseded(&scan, &intents, &guard.prefix, &is_it);
-    let mut builder = Builder {
+    let mut builder = CatalogBuilder {
         roots,
         options,
         ways,
@@ -92,11 +94,11 @@ pub(super) fn build(
     builder.follow_rest(&mut references);
     let said = builder.listen(&references, &data_references);
     let next_known = known_of(&builder.files);
-    let notes = Notes::read(guard);
+    let notes = FreezeList::read(guard);
     builder.problems.extend(notes.problem().map(|sentence| Problem { path: FROZEN_NOTES.into(), sentence }));
     let names = builder.other_names();
     let old = versions(previous);
-    let mut drafts: Vec<Draft> = Vec::with_capacity(builder.files.len());
+    let mut drafts: Vec<UnlinkedImage> = Vec::with_capacity(builder.files.len());
     let (mut more, mut headless) = (Vec::new(), Vec::new());
     for ((index, file), backing) in builder.files.iter().enumerate().zip(references) {
         let stated = options.stated_format(&file.place.path);
@@ -105,12 +107,12 @@ pub(super) fn build(
         } else {
             builder.decide(file, &said.formats[index], is_single && index == 0)
         };
-        let is_unreadable = format.is_none() && matches!(content, Content::Malformed(_));
+        let is_unreadable = format.is_none() && matches!(content, DetectedContent::Malformed(_));
         let is_drawn =
             !said.is_data_file[index] && (format == Some(Format::Qcow2) || is_unreadable && problem.is_some());
         let (backing, meant) = claims_of(file, backing, is_drawn, options);
         more.extend(meant.into_iter().map(|reach| (index, reach, is_drawn)));
-        if problem.is_some() && matches!(content, Content::Plain) {
+        if problem.is_some() && matches!(content, DetectedContent::Plain) {
             headless.push(index);
         }
         let mut data_file = None;
@@ -129,15 +131,15 @@ pub(super) fn build(
         // What protects one name of a file protects the file.
         let others = names.get(&index).map_or(&[][..], Vec::as_slice);
         let frozen: Option<Frozen> = match &content {
-            Content::Qcow2(qcow2) if format == Some(Format::Qcow2) => qcow2.header.frozen.clone(),
+            DetectedContent::Qcow2(qcow2) if format == Some(Format::Qcow2) => qcow2.header.frozen.clone(),
             _ if format == Some(Format::Raw) && notes.problem().is_some() => {
                 Some(Frozen::of_time(file.stat.signature.mtime))
             }
             _ => std::iter::once(&file.place).chain(others).find_map(|place| notes.frozen(place)),
         };
-        let is_named_readonly = |place: &Place| place.root != 0 || options.is_readonly(&place.path);
+        let is_named_readonly = |place: &StorePath| place.root != 0 || options.is_readonly(&place.path);
         let readonly = !file.stat.has_write_bit() || std::iter::once(&file.place).chain(others).any(is_named_readonly);
-        drafts.push(Draft {
+        drafts.push(UnlinkedImage {
             entry: ImageEntry {
                 place: file.place.clone(),
                 stat: file.stat,
@@ -145,7 +147,7 @@ pub(super) fn build(
                 content,
                 format,
                 problem,
-                below: Below::Nothing,
+                below: BackingLink::Nothing,
                 users: Vec::new(),
                 data_file,
                 frozen,
@@ -168,8 +170,8 @@ pub(super) fn build(
         builder.claim_without_magic(index);
     }
     builder.name_foreign(&drafts);
-    let Builder { problems, mut claims, directories, owners, uncounted, .. } = builder;
-    let targets: Vec<Option<ImageIndex>> = drafts.iter().map(Draft::target).collect();
+    let CatalogBuilder { problems, mut claims, directories, owners, uncounted, .. } = builder;
+    let targets: Vec<Option<ImageIndex>> = drafts.iter().map(UnlinkedImage::target).collect();
     let mut catalog = catalog::link(drafts, problems, is_single, options.probe, next(&SERIAL));
     claims.extend(catalog.cut_links(&targets));
     catalog.note_claims(claims, &owners);
@@ -182,7 +184,7 @@ pub(super) fn build(
 }
 
 /// Whether the file at a place is the one that an intent names. One of which that cannot be asked may be it.
-fn is_file(roots: &[Arc<Root>], place: &Place, id: FileId, named: &Named) -> bool {
+fn is_file(roots: &[Arc<Root>], place: &StorePath, id: FileId, named: &FileRef) -> bool {
     let is_born = || roots[place.root].identify(&place.path).map_or(true, |found| found.is(&named.file));
     id == named.file.id && (named.file.birth.is_none() || is_born())
 }
@@ -197,7 +199,7 @@ fn unreadable(senseless: &[(PathBuf, String)]) -> impl Iterator<Item = Problem> 
         .map(move |(path, reason)| Problem { path: path.clone(), sentence: format!("{fact}: {reason}; {remedy}") })
 }
 
-fn not_finished(guard: &Guard, found: &FoundIntent) -> Problem {
+fn not_finished(guard: &ControlDir, found: &FoundIntent) -> Problem {
     if !found.is_trusted {
         let fact = "holds a chain of which a command was begun and is not finished, and whose note is not trusted";
         let remedy = "what it may have spoilt is hidden until the note is trusted or taken away";
@@ -223,7 +225,7 @@ fn not_finished(guard: &Guard, found: &FoundIntent) -> Problem {
 fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) {
     let lies_at = |file: &ScannedFile, path: &Path| prefix.join(&file.place.path) == path;
     for found in intents {
-        let Deed::Snapshot { disks, .. } = &found.intent.deed else { continue };
+        let Operation::Snapshot { disks, .. } = &found.intent.deed else { continue };
         for NewTop { old, frozen, overlay, name, .. } in disks {
             let is_old = |file: &ScannedFile, path: &Path| lies_at(file, path) && is_it(&file.place, file.stat.id, old);
             let is_overlay = |file: &ScannedFile| is_it(&file.place, file.stat.id, overlay);
@@ -242,8 +244,8 @@ fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path, is_it
 fn superseded(scan: &Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) -> HashSet<FileId> {
     let mut files = HashSet::new();
     for found in intents {
-        let Deed::Commit { top, base, between, rename: Some(name), .. } = &found.intent.deed else { continue };
-        let is = |file: &ScannedFile, named: &Named| is_it(&file.place, file.stat.id, named);
+        let Operation::Commit { top, base, between, rename: Some(name), .. } = &found.intent.deed else { continue };
+        let is = |file: &ScannedFile, named: &FileRef| is_it(&file.place, file.stat.id, named);
         let is_base = |file: &ScannedFile| prefix.join(&file.place.path) == *name && is(file, base);
         let has_name = name != &base.path || !scan.files.iter().any(|file| is(file, top));
         if has_name && scan.files.iter().any(is_base) {
@@ -257,7 +259,7 @@ const DOUBTFUL: &str = "cannot be read: its header and that of the file it names
                         written one of them; say what it is with -o format=NAME:raw or -o format=NAME:qcow2";
 
 /// What headers say of other files, as far as they are to be believed.
-struct Said {
+struct StatedReferences {
     /// The formats in which others want to read a file.
     formats: Vec<Vec<Format>>,
     /// Whether it is somebody's external data file.
@@ -278,7 +280,7 @@ fn next(counter: &AtomicU64) -> u64 {
     counter.fetch_add(1, Ordering::Relaxed)
 }
 
-impl Builder<'_> {
+impl CatalogBuilder<'_> {
     /// Takes the files of the scan in the order of their places: of several names of one file
     /// the first counts, and the others are a problem.
     fn add_scanned(&mut self, mut files: Vec<ScannedFile>) {
@@ -289,7 +291,8 @@ impl Builder<'_> {
                 let sentence = format!(
                     "is another name of {first_name} (a hard link); they are one image, shown under the first name; remove one"
                 );
-                if super::scan::looks_like_image(&file.place.path) || matches!(file.content, Content::Qcow2(_)) {
+                if super::scan::looks_like_image(&file.place.path) || matches!(file.content, DetectedContent::Qcow2(_))
+                {
                     self.problems.push(Problem { path: file.place.path.clone(), sentence });
                 }
                 self.by_place.insert(file.place, *first);
@@ -300,7 +303,7 @@ impl Builder<'_> {
     }
 
     /// Looks at a file that a command has named, unless it is known. What is wrong with it that command hears.
-    fn introduce(&mut self, place: Place) {
+    fn introduce(&mut self, place: StorePath) {
         if self.by_place.contains_key(&place) {
             return;
         }
@@ -313,8 +316,8 @@ impl Builder<'_> {
     }
 
     /// The names of each file besides the one under which it is shown.
-    fn other_names(&self) -> HashMap<ImageIndex, Vec<Place>> {
-        let mut names: HashMap<ImageIndex, Vec<Place>> = HashMap::new();
+    fn other_names(&self) -> HashMap<ImageIndex, Vec<StorePath>> {
+        let mut names: HashMap<ImageIndex, Vec<StorePath>> = HashMap::new();
         for (place, index) in self.by_place.iter().filter(|(place, index)| self.files[**index].place != **place) {
             names.entry(*index).or_default().push(place.clone());
         }
@@ -330,7 +333,7 @@ impl Builder<'_> {
     }
 
     /// Follows the names in every header, and in those of the files so found.
-    fn follow(&mut self) -> Vec<Vec<Reference>> {
+    fn follow(&mut self) -> Vec<Vec<FileReference>> {
         let mut references = Vec::new();
         self.follow_rest(&mut references);
         let doubtful = self.follow_other_names(&mut references);
@@ -338,7 +341,7 @@ impl Builder<'_> {
         for reference in references.iter_mut().flatten() {
             let Some(other) = reference.via.as_ref().and_then(|via| doubtful.get(via)) else { continue };
             if let Ok(target) = reference.target {
-                reference.meant = vec![Reach::Image(target)];
+                reference.meant = vec![UseReach::Image(target)];
                 let fact = "is another name of a file, and by that name QEMU finds another backing file";
                 reference.target = Err(format!("{fact} ({other}) than by the file's own; name the file itself"));
             }
@@ -346,12 +349,12 @@ impl Builder<'_> {
         references
     }
 
-    fn follow_rest(&mut self, references: &mut Vec<Vec<Reference>>) {
+    fn follow_rest(&mut self, references: &mut Vec<Vec<FileReference>>) {
         while references.len() < self.files.len() {
             let file = &self.files[references.len()];
             let from = file.place.clone();
             let found = match &file.content {
-                Content::Qcow2(qcow2) => {
+                DetectedContent::Qcow2(qcow2) => {
                     let backing = qcow2.header.backing.clone();
                     backing.map(|backing| vec![(backing.name, backing.format)]).unwrap_or_default()
                 }
@@ -362,23 +365,23 @@ impl Builder<'_> {
         }
     }
 
-    fn reference(&mut self, from: &Place, name: Vec<u8>, format: Option<String>) -> Reference {
+    fn reference(&mut self, from: &StorePath, name: Vec<u8>, format: Option<String>) -> FileReference {
         let target = self.find(from, &name);
         let meant = if target.is_err() { self.meant(from, &name) } else { Vec::new() };
         let via = resolve(self.roots, &self.options.maps, from, &name).ok();
-        Reference { target, meant, format, name: printable(&name), via, raw_name: name }
+        FileReference { target, meant, format, name: printable(&name), via, raw_name: name }
     }
 
     /// A relative name is looked for from the directory of the name by which QEMU was given the image, so that a file of
     /// several names may stand on several files. What it stands on by its other names counts where there is nothing by
     /// its own; where both lead somewhere, what it is by the other name is doubtful: returns what it would stand on.
-    fn follow_other_names(&mut self, references: &mut [Vec<Reference>]) -> HashMap<Place, String> {
+    fn follow_other_names(&mut self, references: &mut [Vec<FileReference>]) -> HashMap<StorePath, String> {
         let is_elsewhere =
-            |place: &Place, own: &Place| place.root != own.root || place.path.parent() != own.path.parent();
-        let mut others: Vec<(Place, ImageIndex)> =
+            |place: &StorePath, own: &StorePath| place.root != own.root || place.path.parent() != own.path.parent();
+        let mut others: Vec<(StorePath, ImageIndex)> =
             self.by_place.iter().map(|(place, index)| (place.clone(), *index)).collect();
         others.retain(|(place, index)| {
-            let is_relative = |reference: &Reference| !reference.raw_name.starts_with(b"/");
+            let is_relative = |reference: &FileReference| !reference.raw_name.starts_with(b"/");
             *index < references.len()
                 && references[*index].first().is_some_and(is_relative)
                 && is_elsewhere(place, &self.files[*index].place)
@@ -406,11 +409,11 @@ impl Builder<'_> {
                         self.files[index].place.path.display()
                     );
                     let remedy = "remove it, or have one name for each image";
-                    self.claims.push(Claim {
+                    self.claims.push(PossibleUse {
                         by: place.path.clone(),
                         owner: Some(self.files[index].stat.id).filter(|_| target != index),
                         uid: self.files[index].stat.uid,
-                        reach: Reach::Image(target),
+                        reach: UseReach::Image(target),
                         why: format!("{fact}; {remedy}").into(),
                     });
                     doubtful.insert(place, name);
@@ -431,7 +434,7 @@ impl Builder<'_> {
     fn data_files(&mut self) -> HashMap<ImageIndex, std::result::Result<ImageIndex, String>> {
         let mut found = HashMap::new();
         for index in 0..self.files.len() {
-            let Content::Qcow2(qcow2) = &self.files[index].content else { continue };
+            let DetectedContent::Qcow2(qcow2) = &self.files[index].content else { continue };
             let Some(data_file) = qcow2.header.data_file.clone() else { continue };
             let from = self.files[index].place.clone();
             let target = match &data_file.name {
@@ -452,9 +455,9 @@ impl Builder<'_> {
     /// into a raw disk a guest may have written any header.
     fn listen(
         &self,
-        references: &[Vec<Reference>],
+        references: &[Vec<FileReference>],
         data_references: &HashMap<ImageIndex, std::result::Result<ImageIndex, String>>,
-    ) -> Said {
+    ) -> StatedReferences {
         let count = self.files.len();
         let backing = |index: ImageIndex| references[index].first().and_then(|r| r.target.as_ref().ok()).copied();
         let data = |index: ImageIndex| data_references.get(&index).and_then(|target| target.as_ref().ok()).copied();
@@ -470,7 +473,7 @@ impl Builder<'_> {
             has_extension(path, "qcow2") || has_extension(path, "raw") || self.options.stated_format(path).is_some()
         };
         let mut rest = (0..count).filter(|i| is_sure(*i)).chain((0..count).filter(|i| !is_sure(*i)));
-        let mut said = Said {
+        let mut said = StatedReferences {
             formats: vec![Vec::new(); count],
             is_data_file: vec![false; count],
             is_doubtful: vec![false; count],
@@ -484,12 +487,13 @@ impl Builder<'_> {
             said.is_doubtful[index] = !is_in_turn && !is_sure(index);
             let is_believed = !said.is_doubtful[index]
                 && !said.is_data_file[index]
-                && matches!(self.files[index].content, Content::Qcow2(_))
+                && matches!(self.files[index].content, DetectedContent::Qcow2(_))
                 && self.decide(&self.files[index], &said.formats[index], self.is_single && index == 0).0
                     == Some(Format::Qcow2);
             if is_believed {
                 if let (Some(target), Some(reference)) = (backing(index), references[index].first()) {
-                    let is_plain = self.files[target].is_plain || matches!(self.files[target].content, Content::Plain);
+                    let is_plain =
+                        self.files[target].is_plain || matches!(self.files[target].content, DetectedContent::Plain);
                     // Only where the user asks for it is a format guessed from content.
                     let guess = (self.options.probe && is_plain).then_some(Format::Raw);
                     said.formats[target].extend(reference.format.as_ref().map_or(guess, |f| Format::from_name(f)));
@@ -509,7 +513,7 @@ impl Builder<'_> {
     }
 
     /// The file that `name` in the header at `from` means, if the name counts there.
-    pub(super) fn find(&mut self, from: &Place, name: &[u8]) -> std::result::Result<ImageIndex, String> {
+    pub(super) fn find(&mut self, from: &StorePath, name: &[u8]) -> std::result::Result<ImageIndex, String> {
         let user = self.by_place.get(from).copied();
         let image = user.map(|index| &self.files[index]);
         // By whatever other name or link it was met: those are not its owner's to answer for.
@@ -523,7 +527,7 @@ impl Builder<'_> {
     }
 
     /// The same whether it counts or not. Files that no scan has met are looked at now.
-    fn find_any(&mut self, from: &Place, name: &[u8]) -> std::result::Result<ImageIndex, String> {
+    fn find_any(&mut self, from: &StorePath, name: &[u8]) -> std::result::Result<ImageIndex, String> {
         let place = resolve(self.roots, &self.options.maps, from, name)?;
         if climbed(self.roots, &self.options.maps, from, name).iter().any(|directory| !self.is_real(directory)) {
             return Err("goes up (..) from a place that is a symbolic link, or is not in the store, so that it means \
@@ -532,7 +536,7 @@ impl Builder<'_> {
         }
         if place.root != 0 || self.is_single {
             let directory = place.path.parent().unwrap_or(Path::new("")).to_path_buf();
-            self.directories.insert(Place { root: place.root, path: directory });
+            self.directories.insert(StorePath { root: place.root, path: directory });
         }
         if let Some(index) = self.by_place.get(&place) {
             return Ok(*index);
@@ -550,7 +554,7 @@ impl Builder<'_> {
     }
 
     /// The file at a place that no scan has come by, which may be known by another name already.
-    pub(super) fn met(&mut self, place: Place, file: ScannedFile) -> ImageIndex {
+    pub(super) fn met(&mut self, place: StorePath, file: ScannedFile) -> ImageIndex {
         if let Some(index) = self.by_id.get(&file.stat.id) {
             self.by_place.insert(place, *index);
             return *index;
@@ -559,7 +563,7 @@ impl Builder<'_> {
     }
 
     /// Looks at a file by its place.
-    pub(super) fn look_at(&self, place: &Place) -> Result<ScannedFile> {
+    pub(super) fn look_at(&self, place: &StorePath) -> Result<ScannedFile> {
         describe_place(&self.roots[place.root], place, self.ways)
     }
 
@@ -578,7 +582,7 @@ impl Builder<'_> {
         file: &ScannedFile,
         by_users: &[Format],
         is_single: bool,
-    ) -> (Option<Format>, Option<Arc<str>>, Content) {
+    ) -> (Option<Format>, Option<Arc<str>>, DetectedContent) {
         let path = &file.place.path;
         let has_magic = file.content.has_magic();
         let foreign = foreign_kind(file);
@@ -618,27 +622,27 @@ impl Builder<'_> {
         }
     }
 
-    fn as_qcow2(&self, file: &ScannedFile) -> (Option<Format>, Option<Arc<str>>, Content) {
+    fn as_qcow2(&self, file: &ScannedFile) -> (Option<Format>, Option<Arc<str>>, DetectedContent) {
         let content = match &file.content {
             // Another name of one that could not be opened.
-            Content::Unseen => match self.look_at(&file.place) {
+            DetectedContent::Unseen => match self.look_at(&file.place) {
                 Ok(file) => file.content,
-                Err(error) => return (None, Some(format!("cannot be read: {error}").into()), Content::Unseen),
+                Err(error) => return (None, Some(format!("cannot be read: {error}").into()), DetectedContent::Unseen),
             },
             content => content.clone(),
         };
         match &content {
-            Content::Qcow2(qcow2) => (Some(Format::Qcow2), qcow2_problem(qcow2), content),
-            Content::Malformed(header) => {
+            DetectedContent::Qcow2(qcow2) => (Some(Format::Qcow2), qcow2_problem(qcow2), content),
+            DetectedContent::Malformed(header) => {
                 let problem = format!("cannot be read: {}", header.reason);
                 (None, Some(problem.into()), content)
             }
-            Content::Foreign(foreign) => {
+            DetectedContent::Foreign(foreign) => {
                 let fact = "and chainfs reads raw and qcow2; convert it with qemu-img convert -O qcow2";
                 let problem = format!("cannot be read: it is an image of the format {}, {fact}", foreign.kind.name());
                 (None, Some(problem.into()), content)
             }
-            Content::Plain | Content::Unseen => {
+            DetectedContent::Plain | DetectedContent::Unseen => {
                 let problem = if file.stat.signature.size == 0 {
                     "cannot be read: the file is empty; restore it from a copy".to_string()
                 } else {

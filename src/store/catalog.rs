@@ -18,13 +18,13 @@ use crate::image::unreadable;
 use crate::io::{FileId, FileStat};
 use crate::units::round_up_to_sector;
 
-use super::claims::{Claim, Claims, Reach};
-use super::describe::{Content, Qcow2};
-use super::intents::{Deed, FoundIntent, Intent, Named, NewTop, UNTRUSTED};
+use super::describe::{DetectedContent, Qcow2Description};
+use super::intents::{FileRef, FoundIntent, Intent, NewTop, Operation, UNTRUSTED};
 use super::names::{self, STORE_DIRECTORY};
 use super::options::Format;
 use super::owners::Owners;
-use super::resolve::Place;
+use super::possible_uses::{PossibleUse, PossibleUses, UseReach};
+use super::resolve::StorePath;
 use super::scan::Problem;
 
 /// Index of an image in its catalog.
@@ -34,29 +34,29 @@ pub type ImageIndex = usize;
 #[derive(Clone, Debug)]
 pub struct ImageEntry {
     /// Where it is.
-    pub place: Place,
+    pub place: StorePath,
     /// Its attributes as of the scan.
     pub stat: FileStat,
     /// Changes whenever the file's content may have.
     pub version: u64,
     /// What it says of itself.
-    pub content: Content,
+    pub content: DetectedContent,
     /// How it is read; `None` if that is undecided or it cannot be.
     pub format: Option<Format>,
     /// Why it cannot be read.
     pub problem: Option<Arc<str>>,
     /// What it stands on.
-    pub below: Below,
+    pub below: BackingLink,
     /// Images that stand on it.
     pub users: Vec<ImageIndex>,
     /// Holds its guest data instead of the file itself.
-    pub data_file: Option<(Place, FileStat)>,
+    pub data_file: Option<(StorePath, FileStat)>,
     /// When it was frozen by chainfs, if it was.
     pub frozen: Option<Frozen>,
     /// Whether a user or its mode says that it is never written.
     pub readonly: bool,
     /// Its other name, from which alone its backing file is found: who is put on it has to name it so.
-    pub found_by: Option<Place>,
+    pub found_by: Option<StorePath>,
     /// Whether a command that is not finished merges it into another image: for a while nothing may stand on it.
     pub(super) is_merged: bool,
     /// How many chains it is part of.
@@ -65,7 +65,7 @@ pub struct ImageEntry {
 
 /// What an image stands on.
 #[derive(Clone, Debug)]
-pub enum Below {
+pub enum BackingLink {
     /// Nothing: it is a base.
     Nothing,
     /// That image.
@@ -79,27 +79,27 @@ pub enum Below {
     },
 }
 
-impl Below {
+impl BackingLink {
     /// The image that it is or was meant to be, if there is one.
     pub fn image(&self) -> Option<ImageIndex> {
         match self {
-            Below::Image(below) | Below::Broken { image: Some(below), .. } => Some(*below),
-            Below::Nothing | Below::Broken { image: None, .. } => None,
+            BackingLink::Image(below) | BackingLink::Broken { image: Some(below), .. } => Some(*below),
+            BackingLink::Nothing | BackingLink::Broken { image: None, .. } => None,
         }
     }
 
     /// What is wrong with it, to follow the upper image's name.
     fn sentence(&self) -> Option<&Arc<str>> {
         match self {
-            Below::Broken { sentence, .. } => Some(sentence),
-            Below::Nothing | Below::Image(_) => None,
+            BackingLink::Broken { sentence, .. } => Some(sentence),
+            BackingLink::Nothing | BackingLink::Image(_) => None,
         }
     }
 }
 
 /// What one directory of the mount shows.
 #[derive(Clone, Debug, Default)]
-pub struct Directory {
+pub struct CatalogDirectory {
     /// Sub-directories.
     pub directories: BTreeSet<OsString>,
     /// Chains, by name.
@@ -114,7 +114,7 @@ pub struct Catalog {
     /// All images.
     pub images: Vec<ImageEntry>,
     /// Directories of the mount, by path; the root's path is empty.
-    pub directories: BTreeMap<PathBuf, Directory>,
+    pub directories: BTreeMap<PathBuf, CatalogDirectory>,
     /// What could not be shown.
     pub problems: Vec<Problem>,
     /// For a store that is one image, its chain.
@@ -122,7 +122,7 @@ pub struct Catalog {
     /// What was begun in the store and is not finished.
     pub intents: Vec<FoundIntent>,
     /// Who may stand on which images without its being known.
-    claims: Claims,
+    claims: PossibleUses,
     /// Notes of commands that were begun, which make no sense: what they speak of is not known.
     pub senseless: Vec<PathBuf>,
     /// Stands for those: it hides everything.
@@ -133,15 +133,15 @@ pub struct Catalog {
     /// either.
     uncounted: HashMap<ImageIndex, Vec<ImageIndex>>,
     /// Images whose own bytes an intent spoils, and those images above which they do not show.
-    pub(super) spoilt: HashMap<ImageIndex, Vec<Spoilt>>,
+    pub(super) spoilt: HashMap<ImageIndex, Vec<Invalidation>>,
 }
 
 /// Whether the file at a place, of that identity, is the one that is named.
-pub(super) type IsFile<'a> = dyn Fn(&Place, FileId, &Named) -> bool + 'a;
+pub(super) type IsFile<'a> = dyn Fn(&StorePath, FileId, &FileRef) -> bool + 'a;
 
 /// What an intent does to an image.
 #[derive(Debug)]
-pub(super) struct Spoilt {
+pub(super) struct Invalidation {
     /// Index of the intent.
     intent: usize,
     /// Above this image nothing of it shows.
@@ -152,14 +152,14 @@ pub(super) struct Spoilt {
 
 impl ImageEntry {
     /// The place by which a header is to name it.
-    pub fn named_place(&self) -> &Place {
+    pub fn named_place(&self) -> &StorePath {
         self.found_by.as_ref().unwrap_or(&self.place)
     }
 
     /// The qcow2 part, if it is one that could be parsed.
-    pub fn qcow2(&self) -> Option<&Arc<Qcow2>> {
+    pub fn qcow2(&self) -> Option<&Arc<Qcow2Description>> {
         match (&self.content, self.format) {
-            (Content::Qcow2(qcow2), Some(Format::Qcow2)) => Some(qcow2),
+            (DetectedContent::Qcow2(qcow2), Some(Format::Qcow2)) => Some(qcow2),
             _ => None,
         }
     }
@@ -232,25 +232,25 @@ impl Catalog {
     }
 
     /// Who may stand on an image without its being known.
-    pub fn claims_on(&self, index: ImageIndex) -> impl Iterator<Item = &Claim> {
+    pub fn claims_on(&self, index: ImageIndex) -> impl Iterator<Item = &PossibleUse> {
         self.claims.on(index, &self.images[index])
     }
 
     /// Takes in who may stand on what; whoever cannot be understood is a problem.
-    pub(super) fn note_claims(&mut self, claims: Vec<Claim>, owners: &Owners<'_>) {
+    pub(super) fn note_claims(&mut self, claims: Vec<PossibleUse>, owners: &Owners<'_>) {
         // Those whose names cannot be followed have their problem already.
         let known: BTreeSet<PathBuf> = self.problems.iter().map(|problem| problem.path.clone()).collect();
-        let counts = |claim: &Claim, index: ImageIndex| {
-            let from = Place { root: 0, path: claim.by.clone() };
+        let counts = |claim: &PossibleUse, index: ImageIndex| {
+            let from = StorePath { root: 0, path: claim.by.clone() };
             owners.refuse(claim.uid, &from, &self.images[index].place).is_none()
         };
-        self.claims = Claims::new(claims, &self.images, &counts);
+        self.claims = PossibleUses::new(claims, &self.images, &counts);
         for (target, by) in self.claims.uncounted() {
             let Some(user) = self.images.iter().position(|image| image.stat.id == *by) else { continue };
             self.uncounted.entry(*target).or_default().push(user);
         }
-        let is_news = |claim: &&Claim| claim.reach == Reach::All || !known.contains(&claim.by);
-        let problem = |claim: &Claim| Problem { path: claim.by.clone(), sentence: claim.problem() };
+        let is_news = |claim: &&PossibleUse| claim.reach == UseReach::All || !known.contains(&claim.by);
+        let problem = |claim: &PossibleUse| Problem { path: claim.by.clone(), sentence: claim.problem() };
         let problems: Vec<Problem> = self.claims.all().iter().filter(is_news).map(problem).collect();
         self.problems.extend(problems);
         self.problems.sort();
@@ -259,14 +259,14 @@ impl Catalog {
 
     /// Links that have been cut, so that loops end: they count all the same. `targets`: what images say that they stand
     /// on.
-    pub(super) fn cut_links(&self, targets: &[Option<ImageIndex>]) -> Vec<Claim> {
+    pub(super) fn cut_links(&self, targets: &[Option<ImageIndex>]) -> Vec<PossibleUse> {
         let cut = |(index, target): (ImageIndex, &Option<ImageIndex>)| {
             let image = &self.images[index];
             let (None, Some(target), Some(sentence)) = (image.below.image(), target, image.below.sentence()) else {
                 return None;
             };
             let (by, owner, uid) = (image.place.path.clone(), Some(image.stat.id), image.stat.uid);
-            Some(Claim { by, owner, uid, reach: Reach::Image(*target), why: Arc::clone(sentence) })
+            Some(PossibleUse { by, owner, uid, reach: UseReach::Image(*target), why: Arc::clone(sentence) })
         };
         targets.iter().enumerate().filter_map(cut).collect()
     }
@@ -278,13 +278,13 @@ impl Catalog {
         for (index, image) in self.images.iter().enumerate() {
             by_id.insert(image.stat.id, index);
         }
-        let find = |named: &Named| {
+        let find = |named: &FileRef| {
             let index = *by_id.get(&named.file.id)?;
             let image = &self.images[index];
             is_it(&image.place, image.stat.id, named).then_some(index)
         };
         // Where the file is not found, what has its name may be it all the same.
-        let may_be = |named: &Named| {
+        let may_be = |named: &FileRef| {
             let has_path = |image: &ImageEntry| image.place.root == 0 && prefix.join(&image.place.path) == named.path;
             find(named).or_else(|| self.images.iter().position(has_path))
         };
@@ -294,18 +294,20 @@ impl Catalog {
         let mut merged: Vec<ImageIndex> = Vec::new();
         for (number, found) in intents.iter().enumerate() {
             let (top, base, between, children, rename) = match &found.intent.deed {
-                Deed::Commit { top, base, between, children, rename, .. } => (top, base, between, children, rename),
-                Deed::Pull { between, .. } => {
+                Operation::Commit { top, base, between, children, rename, .. } => {
+                    (top, base, between, children, rename)
+                }
+                Operation::Pull { between, .. } => {
                     merged.extend(between.iter().filter_map(find));
                     continue;
                 }
-                Deed::Snapshot { disks, .. } => {
+                Operation::Snapshot { disks, .. } => {
                     // Under its new name it is a snapshot, though the mark may be yet to come, and nothing stand on it.
                     let has_fallen = |top: &NewTop| top.frozen != top.old.path && has_name(find(&top.old), &top.frozen);
                     merged.extend(disks.iter().filter(|top| has_fallen(top)).filter_map(|top| find(&top.old)));
                     continue;
                 }
-                Deed::Copy { .. } | Deed::Shrink { .. } | Deed::Unknown => continue,
+                Operation::Copy { .. } | Operation::Shrink { .. } | Operation::Unknown => continue,
             };
             let between = between.iter().filter_map(may_be);
             // With its new name, or as the only one of its stem, the base is the active layer, and good; what was that
@@ -316,7 +318,7 @@ impl Catalog {
             let spoilt = may_be(base).filter(|_| !is_active).into_iter().chain(between.clone()).chain(fallen);
             for index in spoilt {
                 let children = children.iter().filter_map(find).collect();
-                let spoilt = Spoilt { intent: number, top: find(top), children };
+                let spoilt = Invalidation { intent: number, top: find(top), children };
                 self.spoilt.entry(index).or_default().push(spoilt);
             }
             merged.extend(between.chain(if rename.is_none() { find(top) } else { fallen }));
@@ -334,7 +336,7 @@ impl Catalog {
         let Some((path, reason)) = senseless.iter().find(is_ours) else { return };
         let command = format!("{}, which cannot be understood ({reason}); see chainfs recover", shown(path));
         let name = path.file_name().unwrap_or_default().to_owned();
-        let intent = Intent::new(&command, Path::new(""), Deed::Unknown);
+        let intent = Intent::new(&command, Path::new(""), Operation::Unknown);
         self.unknown = Some(FoundIntent { name, intent, is_copied: false, is_trusted: false });
         self.images.iter_mut().for_each(|image| image.is_merged = true);
     }
@@ -349,7 +351,7 @@ impl Catalog {
             return None;
         }
         layers.iter().enumerate().find_map(|(depth, index)| {
-            let shows = |spoilt: &&Spoilt| {
+            let shows = |spoilt: &&Invalidation| {
                 let is_cover = |(above, cover): (usize, &ImageIndex)| {
                     // The tables of an internal snapshot are not those that cover what is written.
                     spoilt.top == Some(*cover) && !(inner && above == 0) || spoilt.children.contains(cover)
@@ -366,7 +368,7 @@ impl Catalog {
         let place = |index: &ImageIndex| places.get(index).copied();
         for (index, spoilt) in &self.spoilt {
             let Some(index) = place(index) else { continue };
-            let moved = spoilt.iter().map(|Spoilt { intent, top, children }| Spoilt {
+            let moved = spoilt.iter().map(|Invalidation { intent, top, children }| Invalidation {
                 intent: *intent,
                 top: top.as_ref().and_then(place),
                 children: children.iter().filter_map(place).collect(),
@@ -436,10 +438,10 @@ impl Catalog {
 
 /// An image as far as it is known before links are drawn.
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
-pub(super) struct Draft {
+pub(super) struct UnlinkedImage {
     pub(super) entry: ImageEntry,
     /// Where its header says that its backing file is, and in what format.
-    pub(super) backing: Option<Reference>,
+    pub(super) backing: Option<FileReference>,
     /// Whether a header names it as its external data file.
     pub(super) is_data_file: bool,
     /// Whether the user has said its format.
@@ -451,11 +453,11 @@ pub(super) struct Draft {
 }
 
 /// A file that a header names.
-pub(super) struct Reference {
+pub(super) struct FileReference {
     /// The file, or why there is none.
     pub(super) target: Result<ImageIndex, String>,
     /// Where there is none, what may be meant.
-    pub(super) meant: Vec<Reach>,
+    pub(super) meant: Vec<UseReach>,
     /// The format that the header states.
     pub(super) format: Option<String>,
     /// The name as it stands in the header, safe to print.
@@ -463,10 +465,10 @@ pub(super) struct Reference {
     /// And as it is.
     pub(super) raw_name: Vec<u8>,
     /// The place that it leads to.
-    pub(super) via: Option<Place>,
+    pub(super) via: Option<StorePath>,
 }
 
-impl Draft {
+impl UnlinkedImage {
     /// What it says that it stands on.
     pub(super) fn target(&self) -> Option<ImageIndex> {
         self.backing.as_ref().and_then(|reference| reference.target.as_ref().ok()).copied()
@@ -474,11 +476,17 @@ impl Draft {
 }
 
 /// Draws links, cuts loops, finds leaves and names them.
-pub(super) fn link(drafts: Vec<Draft>, problems: Vec<Problem>, single: bool, probe: bool, serial: u64) -> Catalog {
+pub(super) fn link(
+    drafts: Vec<UnlinkedImage>,
+    problems: Vec<Problem>,
+    single: bool,
+    probe: bool,
+    serial: u64,
+) -> Catalog {
     let is_image: Vec<bool> =
         drafts.iter().map(|d| !d.is_data_file && (d.entry.format.is_some() || d.entry.problem.is_some())).collect();
     let is_scanned: Vec<bool> = drafts.iter().map(|d| d.is_scanned).collect();
-    let belows: Vec<Below> = drafts.iter().map(|draft| below(draft, &drafts, probe)).collect();
+    let belows: Vec<BackingLink> = drafts.iter().map(|draft| below(draft, &drafts, probe)).collect();
     let mut images: Vec<ImageEntry> = drafts.into_iter().map(|draft| draft.entry).collect();
     for (image, below) in images.iter_mut().zip(belows) {
         image.below = below;
@@ -514,24 +522,24 @@ pub(super) fn link(drafts: Vec<Draft>, problems: Vec<Problem>, single: bool, pro
 }
 
 /// What an image stands on, and whether it may.
-fn below(draft: &Draft, drafts: &[Draft], probe: bool) -> Below {
-    let Some(Reference { target, format, name, .. }) = &draft.backing else { return Below::Nothing };
-    let broken = |image, sentence: String| Below::Broken { image, sentence: sentence.into() };
+fn below(draft: &UnlinkedImage, drafts: &[UnlinkedImage], probe: bool) -> BackingLink {
+    let Some(FileReference { target, format, name, .. }) = &draft.backing else { return BackingLink::Nothing };
+    let broken = |image, sentence: String| BackingLink::Broken { image, sentence: sentence.into() };
     let target = match target {
         Ok(target) => *target,
         // What may be meant is claimed.
         Err(sentence) => return broken(None, format!("cannot be read: its backing file \"{name}\" {sentence}")),
     };
     if draft.is_unreadable {
-        return Below::Image(target);
+        return BackingLink::Image(target);
     }
     let lower = &drafts[target].entry;
     let Some(format) = format else {
         // The user has said it, or wants it guessed.
         if probe || drafts[target].is_stated {
-            return Below::Image(target);
+            return BackingLink::Image(target);
         }
-        let guess = if matches!(lower.content, Content::Qcow2(_)) { "qcow2" } else { "raw" };
+        let guess = if matches!(lower.content, DetectedContent::Qcow2(_)) { "qcow2" } else { "raw" };
         return broken(
             Some(target),
             format!(
@@ -559,7 +567,7 @@ fn below(draft: &Draft, drafts: &[Draft], probe: bool) -> Below {
                 lower.format.map_or("neither", Format::name)
             ),
         ),
-        Some(_) => Below::Image(target),
+        Some(_) => BackingLink::Image(target),
     }
 }
 
@@ -619,7 +627,7 @@ fn cut_loop(images: &mut [ImageEntry], members: &[ImageIndex], wanted: Option<Im
         names.join(" -> "),
         names[0]
     );
-    images[last].below = Below::Broken { image: None, sentence: sentence.into() };
+    images[last].below = BackingLink::Broken { image: None, sentence: sentence.into() };
 }
 
 /// Refuses views of more layers than are allowed.
@@ -630,11 +638,11 @@ fn cut_depth(images: &mut [ImageEntry]) {
     while let Some((index, depth)) = order.pop() {
         order.extend(images[index].users.iter().map(|user| (*user, depth + 1)));
         if depth == MAX_DEPTH + 1
-            && let Below::Image(next) = images[index].below
+            && let BackingLink::Image(next) = images[index].below
         {
             let sentence =
                 format!("cannot be read: it stands on more than {} layers; merge some of them", MAX_DEPTH - 1);
-            images[index].below = Below::Broken { image: Some(next), sentence: sentence.into() };
+            images[index].below = BackingLink::Broken { image: Some(next), sentence: sentence.into() };
         }
     }
 }
@@ -656,10 +664,10 @@ pub(super) fn count_chains(catalog: &mut Catalog) {
 }
 
 /// Gives each leaf a name in the directory of its file.
-fn name_chains(images: &[ImageEntry], leaves: &[ImageIndex]) -> BTreeMap<PathBuf, Directory> {
+fn name_chains(images: &[ImageEntry], leaves: &[ImageIndex]) -> BTreeMap<PathBuf, CatalogDirectory> {
     let mut by_directory: HashMap<&Path, Vec<ImageIndex>> = HashMap::new();
-    let mut directories: BTreeMap<PathBuf, Directory> = BTreeMap::new();
-    directories.insert(PathBuf::new(), Directory::default());
+    let mut directories: BTreeMap<PathBuf, CatalogDirectory> = BTreeMap::new();
+    directories.insert(PathBuf::new(), CatalogDirectory::default());
     for leaf in leaves {
         let directory = images[*leaf].place.path.parent().unwrap_or(Path::new(""));
         by_directory.entry(directory).or_default().push(*leaf);
@@ -684,7 +692,7 @@ fn name_chains(images: &[ImageEntry], leaves: &[ImageIndex]) -> BTreeMap<PathBuf
 }
 
 /// Why an image of this header cannot be read, as the rest of a sentence.
-pub(super) fn qcow2_problem(qcow2: &Qcow2) -> Option<Arc<str>> {
+pub(super) fn qcow2_problem(qcow2: &Qcow2Description) -> Option<Arc<str>> {
     unreadable(&qcow2.header).map(|sentence| format!("cannot be read: {sentence}").into())
 }
 

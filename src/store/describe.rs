@@ -15,17 +15,17 @@ use crate::io::read_full;
 
 /// A file's own word.
 #[derive(Clone, Debug)]
-pub enum Content {
+pub enum DetectedContent {
     /// Nobody could look: its name says all.
     Unseen,
     /// It begins with no magic that is known.
     Plain,
     /// A qcow2 image.
-    Qcow2(Arc<Qcow2>),
+    Qcow2(Arc<Qcow2Description>),
     /// It bears the magic, and something is wrong with it.
     Malformed(Arc<BadHeader>),
     /// An image of a format that chainfs does not read.
-    Foreign(Arc<Foreign>),
+    Foreign(Arc<ForeignImage>),
 }
 
 /// A qcow2 image of which no more can be told than what it stands on.
@@ -39,17 +39,17 @@ pub struct BadHeader {
 
 /// An image of a format that chainfs does not read.
 #[derive(Debug)]
-pub struct Foreign {
+pub struct ForeignImage {
     /// Its format.
     pub kind: Kind,
     /// The files that it needs.
     pub parents: Parents,
 }
 
-impl Content {
+impl DetectedContent {
     /// Whether it begins with qcow2's magic.
     pub fn has_magic(&self) -> bool {
-        matches!(self, Content::Qcow2(_) | Content::Malformed(_))
+        matches!(self, DetectedContent::Qcow2(_) | DetectedContent::Malformed(_))
     }
 }
 
@@ -58,7 +58,7 @@ pub(super) const MIN_HEADER_LEN: u64 = header::V2_LEN as u64;
 
 /// What was read of a qcow2 image.
 #[derive(Debug)]
-pub struct Qcow2 {
+pub struct Qcow2Description {
     /// Its header, shared with whoever opens it.
     pub header: Arc<Header>,
     /// Its internal snapshots.
@@ -73,20 +73,20 @@ pub struct Qcow2 {
 }
 
 /// Reads what `file`, of `len` bytes, says of itself. `Err` only if it cannot be read.
-pub(super) fn describe(file: &OwnedFd, len: u64) -> Result<Content> {
+pub(super) fn describe(file: &OwnedFd, len: u64) -> Result<DetectedContent> {
     let mut bytes = vec![0; foreign::PROBE_LEN];
     let got = read(file, 0, &mut bytes)?;
     if let Some(kind) = foreign::probe(&bytes[..got]) {
         let parents = foreign::parents(kind, len, &mut |at, buf| read(file, at, buf))?;
-        return Ok(Content::Foreign(Arc::new(Foreign { kind, parents })));
+        return Ok(DetectedContent::Foreign(Arc::new(ForeignImage { kind, parents })));
     }
     if !header::has_magic(&bytes) {
-        return Ok(Content::Plain);
+        return Ok(DetectedContent::Plain);
     }
     bytes.truncate(header::PROBE_LEN);
     let malformed = |reason: String| {
         let parents = foreign::qcow(len, &mut |at, buf| read(file, at, buf))?;
-        Ok(Content::Malformed(Arc::new(BadHeader { reason, parents })))
+        Ok(DetectedContent::Malformed(Arc::new(BadHeader { reason, parents })))
     };
     let needed = match header::needed_len(&bytes) {
         Ok(needed) => needed.min(len),
@@ -108,7 +108,13 @@ pub(super) fn describe(file: &OwnedFd, len: u64) -> Result<Content> {
         format!("{fact}; unmount it and run chainfs check --repair all")
     });
     let digest = digest(&bytes);
-    Ok(Content::Qcow2(Arc::new(Qcow2 { header, snapshots, snapshot_problem, refcount_problem, digest })))
+    Ok(DetectedContent::Qcow2(Arc::new(Qcow2Description {
+        header,
+        snapshots,
+        snapshot_problem,
+        refcount_problem,
+        digest,
+    })))
 }
 
 /// Damaged snapshots that are named one by one.
@@ -165,7 +171,7 @@ fn lost_snapshot(snapshots: &[Snapshot], len: u64) -> Option<String> {
     ))
 }
 
-/// The digest of a file's header now, to be compared with [`Qcow2::digest`].
+/// The digest of a file's header now, to be compared with [`Qcow2Description::digest`].
 pub(super) fn header_digest(file: &OwnedFd, len: u64) -> Result<u64> {
     let mut bytes = vec![0; header::PROBE_LEN];
     read(file, 0, &mut bytes)?;

@@ -26,12 +26,12 @@ pub struct ViewId {
     /// The view's name, without suffix.
     pub name: Arc<[u8]>,
     /// Which disk it is.
-    pub part: Part,
+    pub part: ViewIdentity,
 }
 
 /// Which disk a view is, as an identity: the image that is its top layer, and which state of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Part {
+pub enum ViewIdentity {
     /// The active disk, by the store's number for it: its content changes, and so may the image that is its
     /// top layer; its number stays.
     Active(u64),
@@ -59,7 +59,7 @@ pub struct FoundView {
 impl ViewId {
     /// Whether it is the disk that may be written.
     pub fn is_active(&self) -> bool {
-        matches!(self.part, Part::Active(_))
+        matches!(self.part, ViewIdentity::Active(_))
     }
 }
 
@@ -93,10 +93,10 @@ impl Store {
         let image = &catalog.images[views.layers[view.layer]];
         let snapshot = view.snapshot.and_then(|index| image.qcow2()?.snapshots.get(index));
         let part = match snapshot {
-            Some(snapshot) if vm_state => Part::VmState(image.stat.id, digest(snapshot, 0)),
-            Some(snapshot) => Part::Snapshot(image.stat.id, digest(snapshot, views.state(view.layer + 1))),
-            None if view.active => Part::Active(self.active_number(image.stat.id)),
-            None => Part::Frozen(image.stat.id, views.state(view.layer)),
+            Some(snapshot) if vm_state => ViewIdentity::VmState(image.stat.id, digest(snapshot, 0)),
+            Some(snapshot) => ViewIdentity::Snapshot(image.stat.id, digest(snapshot, views.state(view.layer + 1))),
+            None if view.active => ViewIdentity::Active(self.active_number(image.stat.id)),
+            None => ViewIdentity::Frozen(image.stat.id, views.state(view.layer)),
         };
         ViewId { chain: Arc::clone(chain), name: view.name.as_slice().into(), part }
     }
@@ -107,7 +107,7 @@ impl Store {
         let leaf = catalog.chain(&id.chain).ok_or_else(|| stale("the chain has gone"))?;
         let views = self.chain_views(&catalog, leaf);
         let view = views.find(&id.name).cloned().ok_or_else(|| stale("the disk is no longer part of its chain"))?;
-        let vm_state = matches!(id.part, Part::VmState(..));
+        let vm_state = matches!(id.part, ViewIdentity::VmState(..));
         if self.view_id(&catalog, &id.chain, &views, &view, vm_state) != *id {
             return Err(stale("another disk has taken its name"));
         }
@@ -118,7 +118,7 @@ impl Store {
     pub fn open_frozen(&self, id: &ViewId) -> Result<Arc<OpenDisk>> {
         self.opening(id, |found| {
             let part = match (id.part, found.view.snapshot) {
-                (Part::VmState(..), Some(index)) => ViewPart::VmState(index),
+                (ViewIdentity::VmState(..), Some(index)) => ViewPart::VmState(index),
                 (_, Some(index)) => ViewPart::Snapshot(index),
                 (_, None) => ViewPart::Active,
             };
@@ -130,7 +130,7 @@ impl Store {
     pub fn open_writable(self: &Arc<Self>, id: &ViewId, access: Access) -> Result<ActiveHandle> {
         // Whether other images stand on it by now, or it was frozen, does not show on the image itself,
         // and news may not have come yet.
-        if access.writes() && !matches!(id.part, Part::Active(number) if self.is_written(number)) {
+        if access.writes() && !matches!(id.part, ViewIdentity::Active(number) if self.is_written(number)) {
             self.rescan()?;
         }
         self.opening(id, |found| self.open_active(&found.catalog, found.layers(), access))

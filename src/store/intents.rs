@@ -20,14 +20,14 @@ use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, accessat};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Claim, Directory, EntryKind, FileStat, Identity, Root, directory_of, read_full};
+use crate::io::{Directory, EntryKind, FileLock, FileStat, Identity, Root, directory_of, read_full};
 
-use super::bind::{Finding, bind};
+use super::bind::{FileBinding, bind};
+pub use super::evidence::FileRef;
+use super::evidence::identity;
+use super::freeze_list;
 use super::leftovers::{DRAFT, is_intents_draft};
-use super::notes;
 use super::scan::by_descriptor;
-pub use super::witness::Named;
-use super::witness::identity;
 
 use super::trust;
 
@@ -83,13 +83,13 @@ pub struct Intent {
     pub chain: PathBuf,
     /// What it was.
     #[serde(flatten)]
-    pub deed: Deed,
+    pub deed: Operation,
 }
 
 /// What was begun, by its verb.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "verb", rename_all = "lowercase")]
-pub enum Deed {
+pub enum Operation {
     /// New overlays take the names of active layers.
     Snapshot {
         /// When: seconds since 1970.
@@ -104,13 +104,13 @@ pub enum Deed {
     /// Layers are merged down.
     Commit {
         /// The upper end; its view stays what it is throughout.
-        top: Named,
+        top: FileRef,
         /// What is written.
-        base: Named,
+        base: FileRef,
         /// What lies between, top first, and is worth nothing once base has changed.
-        between: Vec<Named>,
+        between: Vec<FileRef>,
         /// The images that stand on top, and shall stand on base.
-        children: Vec<Named>,
+        children: Vec<FileRef>,
         /// Whether top's file stays.
         keep: bool,
         /// Whether base holds everything, durably: from then on it goes to its end. Not said where base gets another
@@ -124,19 +124,19 @@ pub enum Deed {
     /// Layers are merged up.
     Pull {
         /// What is filled.
-        into: Vec<Named>,
+        into: Vec<FileRef>,
         /// What they shall stand on.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        base: Option<Named>,
+        base: Option<FileRef>,
         /// What goes afterwards, if nobody needs it, top first.
-        remove: Vec<Named>,
+        remove: Vec<FileRef>,
         /// What lies between; frozen afterwards where nobody stands on it any more.
-        between: Vec<Named>,
+        between: Vec<FileRef>,
     },
     /// A new image is filled, of which nobody knows before it is whole.
     Copy {
         /// The image, by the name under which it was made.
-        draft: Named,
+        draft: FileRef,
         /// The name that it gets.
         #[serde(with = "encoded")]
         name: PathBuf,
@@ -144,7 +144,7 @@ pub enum Deed {
     /// A disk becomes shorter: what lay behind its end is given back once its header says so.
     Shrink {
         /// Its image.
-        image: Named,
+        image: FileRef,
         /// Bytes that it shall have.
         size: u64,
     },
@@ -157,18 +157,18 @@ pub enum Deed {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NewTop {
     /// The active layer, by the name that it has.
-    pub old: Named,
+    pub old: FileRef,
     /// The name that it gets; the one it has if that stays.
     #[serde(with = "encoded")]
     pub frozen: PathBuf,
     /// The overlay, by the name under which it was made.
-    pub overlay: Named,
+    pub overlay: FileRef,
     /// The name that the overlay gets.
     #[serde(with = "encoded")]
     pub name: PathBuf,
     /// What the old layer stands on, where it is going to be removed: for the trash.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub backing: Option<Named>,
+    pub backing: Option<FileRef>,
 }
 
 /// Paths as text: bytes that are not plain ASCII are percent-encoded.
@@ -248,7 +248,7 @@ mod identity_option {
 
 impl Intent {
     /// An intent of a command on a chain.
-    pub fn new(command: &str, chain: &Path, deed: Deed) -> Self {
+    pub fn new(command: &str, chain: &Path, deed: Operation) -> Self {
         Self { version: VERSION, own: None, command: command.to_owned(), chain: chain.to_path_buf(), deed }
     }
 
@@ -261,11 +261,11 @@ impl Intent {
     /// evidence for each file.
     pub fn parse(text: &str) -> std::result::Result<Self, String> {
         #[derive(Deserialize)]
-        struct Head {
+        struct IntentHeader {
             version: u32,
         }
         let fail = |error: toml::de::Error| error.message().to_owned();
-        let Head { version } = toml::from_str(text).map_err(fail)?;
+        let IntentHeader { version } = toml::from_str(text).map_err(fail)?;
         if version != VERSION {
             return Err(format!("its version is {version}, and this chainfs knows {VERSION}"));
         }
@@ -280,35 +280,35 @@ impl Intent {
     }
 
     /// The same, to be told which files they are.
-    fn files_mut(&mut self) -> Vec<&mut Named> {
+    fn files_mut(&mut self) -> Vec<&mut FileRef> {
         match &mut self.deed {
-            Deed::Snapshot { disks, .. } => disks
+            Operation::Snapshot { disks, .. } => disks
                 .iter_mut()
                 .flat_map(|disk| [&mut disk.old, &mut disk.overlay].into_iter().chain(&mut disk.backing))
                 .collect(),
-            Deed::Commit { top, base, between, children, .. } => {
+            Operation::Commit { top, base, between, children, .. } => {
                 [top, base].into_iter().chain(between).chain(children).collect()
             }
-            Deed::Copy { draft, .. } => vec![draft],
-            Deed::Shrink { image, .. } => vec![image],
-            Deed::Unknown => Vec::new(),
-            Deed::Pull { into, base, remove, between } => {
+            Operation::Copy { draft, .. } => vec![draft],
+            Operation::Shrink { image, .. } => vec![image],
+            Operation::Unknown => Vec::new(),
+            Operation::Pull { into, base, remove, between } => {
                 into.iter_mut().chain(base).chain(remove).chain(between).collect()
             }
         }
     }
 
     /// All files that it speaks of as being changed, renamed or removed, or as what that rests on.
-    pub fn files(&self) -> Vec<&Named> {
+    pub fn files(&self) -> Vec<&FileRef> {
         match &self.deed {
-            Deed::Snapshot { disks, .. } => disks.iter().flat_map(|disk| [&disk.old, &disk.overlay]).collect(),
-            Deed::Commit { top, base, between, children, .. } => {
+            Operation::Snapshot { disks, .. } => disks.iter().flat_map(|disk| [&disk.old, &disk.overlay]).collect(),
+            Operation::Commit { top, base, between, children, .. } => {
                 [top, base].into_iter().chain(between).chain(children).collect()
             }
-            Deed::Copy { draft, .. } => vec![draft],
-            Deed::Shrink { image, .. } => vec![image],
-            Deed::Unknown => Vec::new(),
-            Deed::Pull { into, base, remove, between } => {
+            Operation::Copy { draft, .. } => vec![draft],
+            Operation::Shrink { image, .. } => vec![image],
+            Operation::Unknown => Vec::new(),
+            Operation::Pull { into, base, remove, between } => {
                 into.iter().chain(base).chain(remove).chain(between).collect()
             }
         }
@@ -316,7 +316,7 @@ impl Intent {
 }
 
 /// Files that ought to be intents, and what is wrong with each.
-pub(super) type Senseless = Vec<(PathBuf, String)>;
+pub(super) type UnreadableIntents = Vec<(PathBuf, String)>;
 
 /// An intent as it is found in a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -332,10 +332,10 @@ pub struct FoundIntent {
 }
 
 /// Why commands that were begun were not taken up, by the names of their intents.
-type Refused = Arc<Mutex<HashMap<OsString, Refusal>>>;
+type ResumeRefusals = Arc<Mutex<HashMap<OsString, ResumeRefusal>>>;
 
 #[derive(Debug)]
-struct Refusal {
+struct ResumeRefusal {
     sentence: String,
     /// Whether trying again, as things are, comes to the same.
     is_final: bool,
@@ -343,10 +343,10 @@ struct Refusal {
 }
 
 /// The intents of this process, by name, and the claims on them: known also where somebody has removed their files.
-type Live = Arc<Mutex<HashMap<OsString, LiveIntent>>>;
+type LiveIntents = Arc<Mutex<HashMap<OsString, LiveIntent>>>;
 
 /// Intents of others that have been seen, by name.
-type Seen = Arc<Mutex<HashMap<OsString, SeenIntent>>>;
+type SeenIntents = Arc<Mutex<HashMap<OsString, SeenIntent>>>;
 
 #[derive(Debug)]
 struct SeenIntent {
@@ -371,17 +371,17 @@ impl SeenIntent {
 struct LiveIntent {
     intent: Intent,
     /// Held for as long as it is.
-    claim: Claim,
+    claim: FileLock,
     /// The same for the files that it had before it was written anew: who has seen one of those alone, because the next
     /// was removed too, must not take it for ended before it is.
-    former: Vec<Claim>,
+    former: Vec<FileLock>,
     /// Whether its file is being taken away by its owner.
     is_ending: bool,
 }
 
 impl LiveIntent {
     /// It has another file from now on.
-    fn replace(&mut self, intent: Intent, claim: Claim) {
+    fn replace(&mut self, intent: Intent, claim: FileLock) {
         self.intent = intent;
         self.former.push(std::mem::replace(&mut self.claim, claim));
         if self.former.len() > MOST_FORMER {
@@ -398,7 +398,7 @@ impl LiveIntent {
 /// Where the intents and the lock of a store are: at the store's own directory, or for a single image at the nearest
 /// marked one above it.
 #[derive(Clone, Debug)]
-pub struct Guard {
+pub struct ControlDir {
     /// The directory.
     pub root: Arc<Root>,
     /// The path from there to the store's own directory.
@@ -407,24 +407,24 @@ pub struct Guard {
     pub is_whole: bool,
     /// Whether what is kept lies beneath the marker.
     is_marked: bool,
-    live: Live,
-    seen: Seen,
-    refused: Refused,
+    live: LiveIntents,
+    seen: SeenIntents,
+    refused: ResumeRefusals,
     is_leaving: Arc<AtomicBool>,
     /// Whether the place for notes was made, and nobody has been told.
     is_new_place: Arc<AtomicBool>,
 }
 
-impl Guard {
+impl ControlDir {
     fn at(root: Arc<Root>, prefix: PathBuf, is_marked: bool) -> Self {
         Self {
             root,
             prefix,
             is_whole: is_marked,
             is_marked,
-            live: Live::default(),
-            seen: Seen::default(),
-            refused: Refused::default(),
+            live: LiveIntents::default(),
+            seen: SeenIntents::default(),
+            refused: ResumeRefusals::default(),
             is_leaving: Arc::default(),
             is_new_place: Arc::default(),
         }
@@ -500,7 +500,7 @@ impl Guard {
             self.is_new_place.store(true, Ordering::Release);
             names.sync(self.intents().parent().unwrap_or(Path::new("")))?;
         }
-        if self.is_marked { notes::prepare(self, names) } else { Ok(()) }
+        if self.is_marked { freeze_list::prepare(self, names) } else { Ok(()) }
     }
 
     /// Fails if no notes can be written where they are kept.
@@ -542,17 +542,22 @@ impl Guard {
     }
 
     /// Takes the store's lock: who holds it may look at who uses what, and change it.
-    pub fn lock(&self, names: &dyn Directory) -> Result<Claim> {
+    pub fn lock(&self, names: &dyn Directory) -> Result<FileLock> {
         self.lock_within(names, PATIENCE, &|| Ok(()))
     }
 
     /// The same for a job, which would not give up what it has done because another takes its time; `go_on` is asked
     /// all the while, and what it fails with ends the waiting.
-    pub fn lock_for_job(&self, names: &dyn Directory, go_on: &dyn Fn() -> Result<()>) -> Result<Claim> {
+    pub fn lock_for_job(&self, names: &dyn Directory, go_on: &dyn Fn() -> Result<()>) -> Result<FileLock> {
         self.lock_within(names, JOB_PATIENCE, go_on)
     }
 
-    fn lock_within(&self, names: &dyn Directory, patience: Duration, go_on: &dyn Fn() -> Result<()>) -> Result<Claim> {
+    fn lock_within(
+        &self,
+        names: &dyn Directory,
+        patience: Duration,
+        go_on: &dyn Fn() -> Result<()>,
+    ) -> Result<FileLock> {
         let path = Path::new(if self.is_marked { LOCK } else { STRAY_LOCK });
         let go_on = || {
             if self.is_leaving.load(Ordering::Acquire) {
@@ -573,7 +578,7 @@ impl Guard {
                 found => found?,
             };
             let opened = Identity::of(&file)?;
-            let claim = Claim::take_while(file, path, patience, &go_on)?;
+            let claim = FileLock::take_while(file, path, patience, &go_on)?;
             // One that was removed while it was waited for keeps nobody away who comes later.
             match self.root.identify(path) {
                 Ok(now) if now == opened => return Ok(claim),
@@ -609,7 +614,7 @@ impl Guard {
         Ok(())
     }
 
-    fn write(&self, names: &dyn Directory, name: &OsStr, intent: &Intent) -> Result<(Intent, Claim)> {
+    fn write(&self, names: &dyn Directory, name: &OsStr, intent: &Intent) -> Result<(Intent, FileLock)> {
         let path = self.intents().join(name);
         let draft = path.with_extension(DRAFT);
         let written = (|| {
@@ -622,7 +627,7 @@ impl Guard {
             let intent = Intent { own: Some(self.root.identify(&draft)?), ..intent.clone() };
             file.write_at(0, format!("{BEGUN}{}", intent.text()).as_bytes())?;
             file.sync()?;
-            let claim = Claim::take(self.root.open_file_for_writing(&draft)?, &draft, Duration::ZERO)?;
+            let claim = FileLock::take(self.root.open_file_for_writing(&draft)?, &draft, Duration::ZERO)?;
             names.rename(&draft, &path, true)?;
             names.sync(self.intents())?;
             Ok((intent, claim))
@@ -632,7 +637,7 @@ impl Guard {
         })
     }
 
-    fn own(&self, name: &OsStr, intent: Intent, claim: Claim, former: Vec<Claim>) -> OwnedIntent {
+    fn own(&self, name: &OsStr, intent: Intent, claim: FileLock, former: Vec<FileLock>) -> OwnedIntent {
         let entry = LiveIntent { intent: intent.clone(), claim, former, is_ending: false };
         self.live.lock().insert(name.to_owned(), entry);
         let (name, live) = (name.to_owned(), Arc::clone(&self.live));
@@ -663,7 +668,7 @@ impl Guard {
             let listed = self.root.open_directory(directory, false).ok().flatten().map(|fd| Root::list(&fd));
             let entries = listed.and_then(Result::ok).unwrap_or_default().into_iter();
             let paths = entries.filter(|entry| entry.kind == EntryKind::File).map(|entry| directory.join(entry.name));
-            paths.filter(|path| is_intents_draft(path) || notes::is_draft(path)).collect::<Vec<_>>()
+            paths.filter(|path| is_intents_draft(path) || freeze_list::is_draft(path)).collect::<Vec<_>>()
         });
         drafts.collect()
     }
@@ -675,13 +680,13 @@ impl Guard {
         let former = self.write_lost(names, &found.name)?;
         let file = self.root.open_file_for_writing(&path)?;
         let seen = Identity::of(&file)?;
-        let claim = Claim::take(file, &path, Duration::ZERO)?;
+        let claim = FileLock::take(file, &path, Duration::ZERO)?;
         // He may have finished it in between.
         if self.root.identify(&path)? != seen {
             return Err(Error::new(ErrorKind::Stale, format!("{} has changed hands", path.display())));
         }
         let (intent, is_copied, findings) = self.examine(&found.name)?;
-        if let Some(doubt) = findings.into_iter().find_map(Finding::into_doubt) {
+        if let Some(doubt) = findings.into_iter().find_map(FileBinding::into_doubt) {
             let fact = "nothing is written or removed until that is certain: chainfs recover shows what can be done";
             return Err(Error::new(ErrorKind::Stale, format!("{doubt}; {fact}")));
         }
@@ -695,7 +700,7 @@ impl Guard {
 
     /// Writes an intent again that somebody has removed, and whose owner has ended without having done that. Returns the
     /// file that it had.
-    fn write_lost(&self, names: &dyn Directory, name: &OsStr) -> Result<Option<Claim>> {
+    fn write_lost(&self, names: &dyn Directory, name: &OsStr) -> Result<Option<FileLock>> {
         let seen = self.seen.lock();
         let Some(entry) = seen.get(name).filter(|entry| entry.is_lost()) else { return Ok(None) };
         let path = self.intents().join(name);
@@ -704,7 +709,7 @@ impl Guard {
         }
         let opened = rustix::fs::open(by_descriptor(&entry.file), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
         let file = opened.map_err(|error| Error::io(format!("opening {} again", path.display()), error))?;
-        let claim = Claim::take(file, &path, Duration::ZERO)?;
+        let claim = FileLock::take(file, &path, Duration::ZERO)?;
         tracing::warn!("{} was removed before its command was done, and is written again", shown_name(name));
         self.prepare(names)?;
         self.write(names, name, &entry.intent)?;
@@ -713,7 +718,7 @@ impl Guard {
 
     /// What an intent says, read anew, with the files that are proven to be those that it names; whether the store was
     /// copied; and what was found of each.
-    pub fn examine(&self, name: &OsStr) -> Result<(Intent, bool, Vec<Finding>)> {
+    pub fn examine(&self, name: &OsStr) -> Result<(Intent, bool, Vec<FileBinding>)> {
         let path = self.intents().join(name);
         let (mut intent, is_copied, _) = self.read_one(&path).map_err(|reason| {
             Error::new(ErrorKind::Corrupt, format!("{} cannot be understood: {reason}", path.display()))
@@ -727,12 +732,12 @@ impl Guard {
     pub fn is_owned(&self, found: &FoundIntent) -> bool {
         let path = self.intents().join(&found.name);
         let held = match self.root.open_file(&path) {
-            Ok(file) => Claim::is_held(file, &path),
+            Ok(file) => FileLock::is_held(file, &path),
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 let is_ours = self.live.lock().contains_key(&found.name);
                 match self.seen.lock().get(&found.name) {
                     _ if is_ours => Ok(true),
-                    Some(entry) => Claim::is_held(&entry.file, &path),
+                    Some(entry) => FileLock::is_held(&entry.file, &path),
                     None => Ok(false),
                 }
             }
@@ -746,7 +751,7 @@ impl Guard {
     pub fn note_refusal(&self, name: &OsStr, sentence: String, is_final: bool) -> bool {
         let mut refused = self.refused.lock();
         let is_news = refused.get(name).is_none_or(|refusal| refusal.sentence != sentence);
-        refused.insert(name.to_owned(), Refusal { sentence, is_final, when: Instant::now() });
+        refused.insert(name.to_owned(), ResumeRefusal { sentence, is_final, when: Instant::now() });
         is_news
     }
 
@@ -771,7 +776,7 @@ impl Guard {
     pub fn discard(&self, names: &dyn Directory, path: &Path) -> Result<PathBuf> {
         let name = path.file_name().unwrap_or_default();
         if let Ok(file) = self.root.open_file_for_writing(path) {
-            let _claim = Claim::take(file, path, Duration::ZERO)?;
+            let _claim = FileLock::take(file, path, Duration::ZERO)?;
         }
         let mut aside = name.to_owned();
         aside.push(".discarded");
@@ -789,7 +794,7 @@ impl Guard {
 
     /// All intents of the store, and what is wrong with those that make no sense, or cannot be read: nobody can tell
     /// what those spoil.
-    pub(super) fn read(&self) -> (Vec<FoundIntent>, Senseless) {
+    pub(super) fn read(&self) -> (Vec<FoundIntent>, UnreadableIntents) {
         let (mut found, mut problems) = (Vec::new(), Vec::new());
         let trust = self.check_trust();
         let is_trusted = trust.is_ok();
@@ -868,7 +873,7 @@ impl Guard {
     /// the owner of all files that it names.
     fn is_owners(&self, note: &OwnedFd, intent: &Intent) -> bool {
         let Ok(note) = FileStat::of(note) else { return false };
-        let is_own = |named: &&Named| self.root.stat(&named.path).map_or(true, |stat| stat.uid == note.uid);
+        let is_own = |named: &&FileRef| self.root.stat(&named.path).map_or(true, |stat| stat.uid == note.uid);
         trust::is_known(&self.root, note.uid) || intent.files().iter().all(is_own)
     }
 
@@ -917,7 +922,7 @@ pub struct OwnedIntent {
     path: PathBuf,
     /// What it says.
     pub intent: Intent,
-    live: Live,
+    live: LiveIntents,
 }
 
 impl OwnedIntent {
@@ -949,21 +954,21 @@ impl Drop for OwnedIntent {
 mod tests {
     use super::*;
     use crate::io::{Descriptors, FileId, Host, ThisHost};
-    use crate::store::{Digest, Evidence, Format, Sample};
+    use crate::store::{Digest, Evidence, Format, SectorSample};
 
-    fn named(path: impl Into<PathBuf>, inode: u64) -> Named {
+    fn named(path: impl Into<PathBuf>, inode: u64) -> FileRef {
         let file = Identity { id: FileId { device: 3, inode }, birth: Some((1_700_000_000, 5)) };
         let evidence = Evidence::Raw {
             size: 512,
-            samples: vec![Sample { at: 0, was: Digest::of(b"a"), becomes: None }],
+            samples: vec![SectorSample { at: 0, was: Digest::of(b"a"), becomes: None }],
             written: None,
         };
-        Named { path: path.into(), file, evidence: Some(evidence), data: None }
+        FileRef { path: path.into(), file, evidence: Some(evidence), data: None }
     }
 
     fn commit() -> Intent {
         let odd = PathBuf::from(OsString::from_vec(b"sub/\xff 100%\n.qcow2".to_vec()));
-        let deed = Deed::Commit {
+        let deed = Operation::Commit {
             top: named(odd, u64::MAX),
             base: named("base.raw", 1),
             between: vec![named("sn1.qcow2", 2)],
@@ -977,27 +982,28 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let pull = Deed::Pull { into: vec![named("a", 1)], base: None, remove: vec![], between: vec![named("b", 2)] };
+        let pull =
+            Operation::Pull { into: vec![named("a", 1)], base: None, remove: vec![], between: vec![named("b", 2)] };
         let qcow2 = Evidence::Qcow2 {
             size: 1,
             shape: Digest::of(b""),
             backing: Digest::of(b"b"),
             tables: None,
-            samples: vec![Sample { at: 65536, was: Digest::of(b"y"), becomes: None }],
-            disk: vec![Sample { at: 512, was: Digest::of(b"y"), becomes: Some(Digest::of(b"z")) }],
+            samples: vec![SectorSample { at: 65536, was: Digest::of(b"y"), becomes: None }],
+            disk: vec![SectorSample { at: 512, was: Digest::of(b"y"), becomes: Some(Digest::of(b"z")) }],
             head: Digest::of(b"x"),
             written: None,
         };
         let disks = vec![NewTop {
-            old: Named { evidence: Some(qcow2), ..named("a", 1) },
+            old: FileRef { evidence: Some(qcow2), ..named("a", 1) },
             frozen: "b".into(),
             overlay: named(".c", 3),
             name: "a".into(),
             backing: Some(named("d", 4)),
         }];
-        let snapshot = Deed::Snapshot { seconds: -5, nanoseconds: 6, description: "x\n\"".into(), disks };
-        let copy = Deed::Copy { draft: named(".x.new", 5), name: "y\u{fc}".into() };
-        let shrink = Deed::Shrink { image: named("a", 1), size: 512 };
+        let snapshot = Operation::Snapshot { seconds: -5, nanoseconds: 6, description: "x\n\"".into(), disks };
+        let copy = Operation::Copy { draft: named(".x.new", 5), name: "y\u{fc}".into() };
+        let shrink = Operation::Shrink { image: named("a", 1), size: 512 };
         let more = [pull, snapshot, copy, shrink].map(|deed| Intent::new("x", Path::new(""), deed));
         let own = Some(named("own", 9).file);
         for intent in std::iter::once(commit()).chain(more) {
@@ -1017,7 +1023,7 @@ mod tests {
         fails(&text.replace("version = 2", "version = 1"));
         fails(&text.replace("version = 2", "version = 3"));
         fails(&commit().text());
-        let without = Deed::Shrink { image: Named { evidence: None, ..named("a", 1) }, size: 512 };
+        let without = Operation::Shrink { image: FileRef { evidence: None, ..named("a", 1) }, size: 512 };
         fails(&Intent { deed: without, ..intent.clone() }.text());
         for len in (0..text.len()).step_by(7) {
             fails(&text[..len]);
@@ -1029,12 +1035,12 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let root = Arc::new(Root::open(place.path()).unwrap());
         let names = ThisHost.directory(&root, &Descriptors::with_limit(4));
-        let [first, other, third] = [(); 3].map(|()| Guard::of_directory(&root).unwrap());
+        let [first, other, third] = [(); 3].map(|()| ControlDir::of_directory(&root).unwrap());
         std::fs::write(place.path().join("a"), "a").unwrap();
-        let image = Named::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
-        let intent = Intent::new("x", Path::new(""), Deed::Shrink { image, size: 1 });
+        let image = FileRef::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
+        let intent = Intent::new("x", Path::new(""), Operation::Shrink { image, size: 1 });
         let remove = || std::fs::remove_dir_all(place.path().join(".chainfs")).unwrap();
-        let known = |guard: &Guard, is_owned: bool, at: &str| {
+        let known = |guard: &ControlDir, is_owned: bool, at: &str| {
             let found = guard.read().0;
             assert_eq!(found.len(), 1, "{at}");
             assert_eq!(guard.is_owned(&found[0]), is_owned, "{at}");
@@ -1078,11 +1084,11 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let root = Arc::new(Root::open(place.path()).unwrap());
         let names = ThisHost.directory(&root, &Descriptors::with_limit(4));
-        let guard = Guard::of_directory(&root).unwrap();
+        let guard = ControlDir::of_directory(&root).unwrap();
         guard.prepare(&*names).unwrap();
         std::fs::write(place.path().join("a"), "a").unwrap();
-        let image = Named::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
-        let intent = Intent::new("x", Path::new(""), Deed::Shrink { image, size: 1 });
+        let image = FileRef::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
+        let intent = Intent::new("x", Path::new(""), Operation::Shrink { image, size: 1 });
         let owned = guard.begin(&*names, "1", &intent).unwrap();
         let (found, problems) = guard.read();
         assert_eq!((found.len(), problems.len(), &found[0].intent.deed), (1, 0, &intent.deed));

@@ -17,7 +17,7 @@ use super::active::{unchanged, writer_options};
 use super::catalog::{Catalog, ImageIndex};
 use super::open::OpenImage;
 use super::options::Format;
-use super::resolve::Place;
+use super::resolve::StorePath;
 
 /// An image that a job writes.
 pub struct JobImage {
@@ -30,7 +30,7 @@ pub struct JobImage {
 
 /// How a job's writer keeps what it finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Keeping {
+pub enum CachePolicy {
     /// It is overwritten as by a guest.
     Nothing,
     /// Until the job is published nothing of it is.
@@ -76,7 +76,7 @@ impl JobImage {
     /// Follows it to the name that it has by now, at `path` beneath the store.
     pub fn renamed(&mut self, path: &Path) {
         self.image.file.renamed(path);
-        self.image.places.0 = Place { root: 0, path: path.to_path_buf() };
+        self.image.places.0 = StorePath { root: 0, path: path.to_path_buf() };
     }
 
     /// What it is called.
@@ -85,7 +85,7 @@ impl JobImage {
     }
 
     /// Opens its disk for writing; `below` is what shows through it.
-    pub fn open_writer(&mut self, below: Option<Arc<View>>, keeping: Keeping) -> Result<Arc<Writer>> {
+    pub fn open_writer(&mut self, below: Option<Arc<View>>, keeping: CachePolicy) -> Result<Arc<Writer>> {
         assert!(self.writer.is_none(), "one writer writes an image");
         let name = self.image.image.name();
         let file = self.file()?;
@@ -96,8 +96,8 @@ impl JobImage {
                 let below = below.map(|view| view as Arc<dyn Below>);
                 let options = writer_options(&self.store);
                 match keeping {
-                    Keeping::Nothing => Writer::qcow2(name, file, data_file, below, options)?,
-                    Keeping::Everything => Writer::qcow2_undoable(name, file, below, options)?,
+                    CachePolicy::Nothing => Writer::qcow2(name, file, data_file, below, options)?,
+                    CachePolicy::Everything => Writer::qcow2_undoable(name, file, below, options)?,
                 }
             }
         };

@@ -12,30 +12,30 @@ use parking_lot::Mutex;
 use crate::io::{Permissions, Root};
 
 use super::catalog::{Catalog, ImageEntry, ImageIndex};
-use super::resolve::Place;
+use super::resolve::StorePath;
 use super::rights::{Class, READ, SEARCH, Subject, WRITE};
 use super::trash::TrashItem;
 use super::users::groups_of;
 
 /// What it takes to come to a file, and what the file is; `None` where that could not be found out.
-type Way = Option<Arc<Steps>>;
+type PathRights = Option<Arc<PathPermissions>>;
 
 #[derive(Debug)]
-struct Steps {
+struct PathPermissions {
     directories: Vec<Arc<Permissions>>,
     file: Arc<Permissions>,
 }
 
 /// Looks at permissions once and remembers them: for one question, or for a moment.
 #[derive(Debug)]
-pub struct Judge {
+pub struct AccessJudge {
     roots: Vec<Arc<Root>>,
     above: Vec<Option<Vec<Arc<Permissions>>>>,
-    kept: Mutex<HashMap<Place, Option<Arc<Permissions>>>>,
-    ways: Mutex<HashMap<Place, Way>>,
+    kept: Mutex<HashMap<StorePath, Option<Arc<Permissions>>>>,
+    ways: Mutex<HashMap<StorePath, PathRights>>,
 }
 
-impl Judge {
+impl AccessJudge {
     /// Judges of files beneath these.
     pub(super) fn new(roots: &[Arc<Root>]) -> Self {
         let above = |root: &Arc<Root>| {
@@ -51,7 +51,7 @@ impl Judge {
     }
 
     fn permissions(&self, root: usize, path: &Path) -> Option<Arc<Permissions>> {
-        let place = Place { root, path: path.to_path_buf() };
+        let place = StorePath { root, path: path.to_path_buf() };
         if let Some(kept) = self.kept.lock().get(&place) {
             return kept.clone();
         }
@@ -61,7 +61,7 @@ impl Judge {
     }
 
     /// The directories that are searched on the way to `place`, and what it is in the end.
-    fn steps(&self, place: &Place) -> Option<(Vec<Arc<Permissions>>, std::path::PathBuf)> {
+    fn steps(&self, place: &StorePath) -> Option<(Vec<Arc<Permissions>>, std::path::PathBuf)> {
         let (searched, plain) = self.roots.get(place.root)?.steps(&place.path).ok()?;
         let mut directories = self.above.get(place.root)?.clone()?;
         for directory in searched.iter().filter(|path| !path.as_os_str().is_empty()) {
@@ -70,45 +70,45 @@ impl Judge {
         Some((directories, plain))
     }
 
-    fn way(&self, place: &Place) -> Way {
+    fn way(&self, place: &StorePath) -> PathRights {
         if let Some(way) = self.ways.lock().get(place) {
             return way.clone();
         }
         let found = self.steps(place).and_then(|(directories, plain)| {
-            Some(Arc::new(Steps { directories, file: self.permissions(place.root, &plain)? }))
+            Some(Arc::new(PathPermissions { directories, file: self.permissions(place.root, &plain)? }))
         });
         self.ways.lock().insert(place.clone(), found.clone());
         found
     }
 
-    fn may(&self, who: &Subject, place: &Place, want: u32) -> bool {
-        let is_met = |way: Arc<Steps>| {
+    fn may(&self, who: &Subject, place: &StorePath, want: u32) -> bool {
+        let is_met = |way: Arc<PathPermissions>| {
             way.directories.iter().all(|directory| who.may(directory, SEARCH)) && who.may(&way.file, want)
         };
         who.is_root() || self.way(place).is_some_and(is_met)
     }
 
     /// Whether a user may come to where a file is, or would be.
-    pub(crate) fn may_reach(&self, who: &Subject, place: &Place) -> bool {
+    pub(crate) fn may_reach(&self, who: &Subject, place: &StorePath) -> bool {
         let is_open =
             |(directories, _): (Vec<Arc<Permissions>>, _)| directories.iter().all(|step| who.may(step, SEARCH));
         who.is_root() || self.steps(place).is_some_and(is_open)
     }
 
     /// Whether a user may read a file.
-    pub(crate) fn may_read_place(&self, who: &Subject, place: &Place) -> bool {
+    pub(crate) fn may_read_place(&self, who: &Subject, place: &StorePath) -> bool {
         self.may(who, place, READ)
     }
 
     /// Whether a user may read what has this path in the store.
     pub fn may_read_in_store(&self, who: &Subject, path: &Path) -> bool {
-        self.may_read_place(who, &Place { root: 0, path: path.to_path_buf() })
+        self.may_read_place(who, &StorePath { root: 0, path: path.to_path_buf() })
     }
 
     /// Whether a name in the image at `from`, which is a user's, may lead that user to `place`: what is the user's own counts
     /// whatever its mode says, and directories in which the image itself lies keep nobody from anything. Where nothing is,
     /// whether the user may see that.
-    pub(super) fn counts_for(&self, who: &Subject, from: &Place, place: &Place) -> bool {
+    pub(super) fn counts_for(&self, who: &Subject, from: &StorePath, place: &StorePath) -> bool {
         let passes = |step: &Permissions, want| step.uid == who.uid || who.may(step, want);
         let Some((searched, plain)) = self.roots.get(place.root).and_then(|root| root.steps(&place.path).ok()) else {
             return false;
@@ -128,7 +128,7 @@ impl Judge {
 
     /// Whether a user may read what is in the trash, and could come to where it was.
     pub fn may_see_item(&self, who: &Subject, item: &TrashItem) -> bool {
-        let place = |path: &Path| Place { root: 0, path: path.to_path_buf() };
+        let place = |path: &Path| StorePath { root: 0, path: path.to_path_buf() };
         self.may_read_place(who, &place(&item.file())) && self.may_reach(who, &place(&item.path))
     }
 
@@ -148,7 +148,7 @@ impl Judge {
     }
 
     /// Whether a user may give a file of this directory another name, remove it, or, where there is no such file, make it.
-    pub(crate) fn may_change_name(&self, who: &Subject, place: &Place) -> bool {
+    pub(crate) fn may_change_name(&self, who: &Subject, place: &StorePath) -> bool {
         if who.is_root() {
             return true;
         }
@@ -181,13 +181,13 @@ impl Judge {
         mode
     }
 
-    fn class_may(&self, class: &Class, place: &Place, want: u32) -> bool {
+    fn class_may(&self, class: &Class, place: &StorePath, want: u32) -> bool {
         self.way(place)
             .is_some_and(|way| way.directories.iter().all(|step| class.may(step, SEARCH)) && class.may(&way.file, want))
     }
 }
 
 /// The files of an image.
-fn places(image: &ImageEntry) -> impl Iterator<Item = &Place> {
+fn places(image: &ImageEntry) -> impl Iterator<Item = &StorePath> {
     std::iter::once(&image.place).chain(image.data_file.as_ref().map(|(place, _)| place))
 }

@@ -8,22 +8,23 @@ mod active;
 mod bind;
 mod build;
 mod catalog;
-mod claimants;
-mod claims;
 mod describe;
 mod disk;
+mod evidence;
+mod find_uses;
 mod flusher;
+mod freeze_list;
 mod identity;
 mod intents;
 mod job_image;
 mod judge;
 mod leftovers;
 mod names;
-mod notes;
 mod open;
 mod options;
 mod owners;
 mod plain;
+mod possible_uses;
 mod resolve;
 mod rights;
 mod scan;
@@ -35,7 +36,6 @@ mod users;
 mod views;
 mod visible;
 mod watch;
-mod witness;
 
 use std::collections::HashMap;
 use std::num::NonZero;
@@ -55,40 +55,40 @@ use crate::image::Caches;
 use crate::io::{Descriptors, Directory as Names, FileId, FileStat, Host, Root, StoreFile, ThisHost};
 
 pub use active::{
-    Access, ActiveAttributes, ActiveHandle, ActiveJob, Fallen, Mirror, NewTopFile, Prepared, PreparedFall, Sealed,
-    Still,
+    Access, ActiveAttributes, ActiveHandle, ActiveJob, FormerTop, Mirror, NewTopFile, PointInTimeView,
+    PreparedActiveCommit, PreparedOverlay, Quiesced,
 };
-pub use bind::Finding;
-pub use catalog::{Below, Catalog, Directory, ImageEntry, ImageIndex, shown};
-pub use claims::Claim;
-pub use describe::{BadHeader, Content, Foreign, Qcow2};
+pub use bind::FileBinding;
+pub use catalog::{BackingLink, Catalog, CatalogDirectory, ImageEntry, ImageIndex, shown};
+pub use describe::{BadHeader, DetectedContent, ForeignImage, Qcow2Description};
 pub use disk::OpenDisk;
+pub(crate) use evidence::DataFileRef;
+pub use evidence::{Digest, Evidence, SAMPLES, SectorSample};
 pub use flusher::Flusher;
-pub use identity::{FoundView, Part, ViewId, stale};
-pub use intents::{Deed, FoundIntent, Guard, Intent, MARKER, Named, NewTop, OwnedIntent};
-pub use job_image::{JobImage, Keeping};
-pub use judge::Judge;
+pub use freeze_list::FROZEN_NOTES;
+pub use identity::{FoundView, ViewId, ViewIdentity, stale};
+pub use intents::{ControlDir, FileRef, FoundIntent, Intent, MARKER, NewTop, Operation, OwnedIntent};
+pub use job_image::{CachePolicy, JobImage};
+pub use judge::AccessJudge;
 pub(crate) use leftovers::{command_name, draft_name, is_draft};
 pub use names::{ACTIVE, STORE_DIRECTORY, encode};
-pub use notes::FROZEN_NOTES;
-pub use open::{Leaving, OpenView, ViewPart};
+pub use open::{DeletionGuard, OpenView, ViewPart};
 pub use options::{Format, StoreOptions};
-pub use resolve::Place;
+pub use possible_uses::PossibleUse;
+pub use resolve::StorePath;
 pub use rights::Subject;
 pub use scan::{Problem, SPOILT};
 pub use trash::TrashItem;
 pub use views::{ChainView, ChainViews};
 pub use watch::Watcher;
-pub(crate) use witness::Data;
-pub use witness::{Digest, Evidence, SAMPLES, Sample};
 
 use active::ActiveDisks;
 use disk::OpenDisks;
-use notes::Notes;
-use open::Opened;
+use freeze_list::FreezeList;
+use open::OpenImages;
 use owners::Owners;
-use plain::Plain;
-use scan::{Known, Scan, Ways};
+use plain::PlainList;
+use scan::{KnownFiles, Scan, ScanContext};
 
 /// Bytes of chains' names that are kept worked out.
 const CHAINS_KEPT_LEN: usize = 16 << 20;
@@ -104,27 +104,27 @@ pub struct Store {
     roots: Vec<Arc<Root>>,
     options: StoreOptions,
     /// For a store that is one image: where that is by now. A leaf.
-    single: RwLock<Option<Place>>,
-    guard: Guard,
+    single: RwLock<Option<StorePath>>,
+    guard: ControlDir,
     host: Arc<dyn Host>,
     catalog: RwLock<Arc<Catalog>>,
     /// What the last scan knew. Held during a scan: one at a time.
-    known: Mutex<Arc<Known>>,
+    known: Mutex<Arc<KnownFiles>>,
     /// Which files have been seen without qcow2's magic. A leaf.
-    plain: Mutex<Plain>,
+    plain: Mutex<PlainList>,
     /// What lies around it, once somebody has asked. Taken before all that a scan takes.
     whole: Mutex<Option<Arc<Store>>>,
     /// The link by which the user has named the one image.
-    by_link: Option<Place>,
+    by_link: Option<StorePath>,
     watches: Option<watch::Watches>,
     descriptors: Arc<Descriptors>,
     caches: Arc<Caches>,
     flat: Arc<FlatCache>,
-    opened: Opened,
+    opened: OpenImages,
     active: ActiveDisks,
     disks: OpenDisks,
     /// Files that a command has named, and that no scan and no header may lead to. A leaf.
-    introduced: Mutex<LruCache<Place, ()>>,
+    introduced: Mutex<LruCache<StorePath, ()>>,
     /// States of layers that our own jobs have given another digest, though they show the same bytes. A leaf.
     same_states: Mutex<HashMap<u64, u64>>,
     chain_views: Mutex<Weighted<(u64, ImageIndex), Arc<ChainViews>>>,
@@ -153,13 +153,13 @@ impl Store {
             let absolute = path.canonicalize().map_err(|error| Error::io("finding the image", error))?;
             let name = absolute.file_name().unwrap_or_default().into();
             let directory = absolute.parent().unwrap_or(Path::new("/")).to_path_buf();
-            (directory, Some(Place { root: 0, path: name }))
+            (directory, Some(StorePath { root: 0, path: name }))
         };
         let mut roots = vec![Arc::new(Root::open(&directory)?)];
         let link = if single.is_some() { link_of(path, &directory)? } else { None };
         let guard = match &single {
-            None => Guard::of_directory(&roots[0])?,
-            Some(_) => Guard::of_image(&roots[0], options.whole_store.as_deref())?,
+            None => ControlDir::of_directory(&roots[0])?,
+            Some(_) => ControlDir::of_image(&roots[0], options.whole_store.as_deref())?,
         };
         for directory in &options.backing_dirs {
             roots.push(Arc::new(Root::open(directory).map_err(|error| error.within("backing_dir"))?));
@@ -167,7 +167,7 @@ impl Store {
         let by_link = match link {
             Some((directory, path)) => {
                 roots.push(Arc::new(Root::open(&directory)?));
-                Some(Place { root: roots.len() - 1, path })
+                Some(StorePath { root: roots.len() - 1, path })
             }
             None => None,
         };
@@ -189,7 +189,7 @@ impl Store {
             descriptors: Descriptors::for_process(),
             caches: Caches::new(quarter, quarter),
             flat: Arc::new(FlatCache::new(2 * quarter)),
-            opened: Opened::new(NonZero::new(VIEWS_KEPT).expect("not zero")),
+            opened: OpenImages::new(NonZero::new(VIEWS_KEPT).expect("not zero")),
             active: ActiveDisks::default(),
             disks: OpenDisks::default(),
             introduced: Mutex::new(LruCache::new(NonZero::new(INTRODUCED).expect("not zero"))),
@@ -211,7 +211,7 @@ impl Store {
     }
 
     /// Where its intents and its lock are.
-    pub fn guard(&self) -> &Guard {
+    pub fn guard(&self) -> &ControlDir {
         &self.guard
     }
 
@@ -253,14 +253,14 @@ impl Store {
         self.plain.lock().refresh(&self.guard);
         let visit = |path: &Path, fd: &OwnedFd| {
             if let Some(watches) = &self.watches {
-                watches.add(Place { root: 0, path: path.to_path_buf() }, fd);
+                watches.add(StorePath { root: 0, path: path.to_path_buf() }, fd);
             }
         };
-        let ways = Ways { known: &known, plain: &self.plain, prefix: &self.guard.prefix, visit: &visit };
+        let ways = ScanContext { known: &known, plain: &self.plain, prefix: &self.guard.prefix, visit: &visit };
         let mut scan = match &single {
             None => scan::scan(&self.roots[0], &ways)?,
             Some(place) => {
-                let directory = Place { root: 0, path: PathBuf::new() };
+                let directory = StorePath { root: 0, path: PathBuf::new() };
                 if let (Some(watches), Some(fd)) = (&self.watches, self.roots[0].open_directory(Path::new(""), true)?) {
                     watches.add(directory, &fd);
                 }
@@ -389,37 +389,37 @@ impl Store {
 
     /// Why it cannot be noted that a raw file is frozen, if so.
     pub(crate) fn check_notes(&self) -> Result<()> {
-        Notes::check(&self.guard)
+        FreezeList::check(&self.guard)
     }
 
     /// Why nobody can tell which raw images are frozen, if so.
     pub fn notes_problem(&self) -> Option<String> {
-        Notes::read(&self.guard).problem()
+        FreezeList::read(&self.guard).problem()
     }
 
     /// Gives up what an unusable list of frozen raw images said. Under the store's lock.
     pub fn forget_notes(&self) -> Result<()> {
-        notes::forget(&self.guard, &*self.guard_names())
+        freeze_list::forget(&self.guard, &*self.guard_names())
     }
 
     /// Notes, durably, that a raw file is frozen, or that it is not. `path` lies beneath the guarded directory.
     pub fn note_frozen(&self, path: &Path, frozen: Option<&Frozen>) -> Result<()> {
-        Notes::change(&self.guard, &*self.guard_names(), path, frozen)
+        FreezeList::change(&self.guard, &*self.guard_names(), path, frozen)
     }
 
     /// A file of the store, to be opened when it is read.
-    pub fn file(&self, place: &Place, seen: &FileStat, fixed: bool) -> Arc<StoreFile> {
+    pub fn file(&self, place: &StorePath, seen: &FileStat, fixed: bool) -> Arc<StoreFile> {
         StoreFile::new(&self.descriptors, &self.roots[place.root], &place.path, seen, fixed)
     }
 
     /// The file that `name` in a header at `from` would mean, or the rest of a sentence on why there is none.
-    pub(crate) fn named_by(&self, from: &Place, name: &[u8]) -> std::result::Result<Place, String> {
+    pub(crate) fn named_by(&self, from: &StorePath, name: &[u8]) -> std::result::Result<StorePath, String> {
         resolve::resolve(&self.roots, &self.options.maps, from, name)
     }
 
     /// Why a name that means `to` would not count in an image at `from` that is the user `owner`'s, as the rest of a
     /// sentence.
-    pub(crate) fn uncounted(&self, owner: u32, from: &Place, to: &Place) -> Option<String> {
+    pub(crate) fn uncounted(&self, owner: u32, from: &StorePath, to: &StorePath) -> Option<String> {
         Owners::new(&self.roots, &self.options).refuse(owner, from, to)
     }
 
@@ -445,17 +445,17 @@ impl Store {
     }
 
     /// Lets the next scans look at a file, wherever beneath the roots it is.
-    pub(crate) fn introduce(&self, place: Place) {
+    pub(crate) fn introduce(&self, place: StorePath) {
         self.introduced.lock().put(place, ());
     }
 
     /// Who may do what with its files, as of now.
-    pub fn judge(&self) -> Judge {
-        Judge::new(&self.roots)
+    pub fn judge(&self) -> AccessJudge {
+        AccessJudge::new(&self.roots)
     }
 
     /// Where an image lies on the host.
-    pub fn host_path(&self, place: &Place) -> PathBuf {
+    pub fn host_path(&self, place: &StorePath) -> PathBuf {
         self.roots[place.root].canonical().join(&place.path)
     }
 

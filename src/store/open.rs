@@ -18,11 +18,11 @@ use crate::image::{Image, Layer, unreadable};
 use crate::io::{FileId, ReadLock, Storage, StoreFile};
 
 use super::Store;
-use super::catalog::{Below, Catalog, ImageEntry, ImageIndex};
-use super::describe::{Content, describe};
+use super::catalog::{BackingLink, Catalog, ImageEntry, ImageIndex};
+use super::describe::{DetectedContent, describe};
 use super::intents::FoundIntent;
 use super::options::Format;
-use super::resolve::Place;
+use super::resolve::StorePath;
 
 /// How often an image is opened that our own writers leave meanwhile.
 const OPEN_TRIES: usize = 16;
@@ -53,7 +53,7 @@ pub struct OpenView {
     pub(super) forced: Option<Error>,
     pub(super) locks: Vec<ReadLock>,
     /// Says to jobs what is open, for as long as this lives.
-    pub(super) shown: Arc<Shown>,
+    pub(super) shown: Arc<OpenState>,
 }
 
 impl OpenView {
@@ -70,7 +70,7 @@ impl OpenView {
 
 /// What an open view shows bytes of.
 #[derive(Debug)]
-pub(super) struct Shown {
+pub(super) struct OpenState {
     /// Its images, top first, and the serial number of each one's opening.
     layers: Vec<(FileId, u64)>,
     /// The id of the internal snapshot by which the first is shown, whose tables hide other parts of those below.
@@ -80,23 +80,23 @@ pub(super) struct Shown {
 }
 
 /// Images and views that are kept open.
-pub(super) struct Opened {
+pub(super) struct OpenImages {
     images: Mutex<HashMap<FileId, OpenImage>>,
     views: Mutex<LruCache<Vec<u64>, Arc<View>>>,
     /// Views that are open now. A leaf.
-    shown: Mutex<Vec<Weak<Shown>>>,
+    shown: Mutex<Vec<Weak<OpenState>>>,
     /// Internal snapshots, by image and id, that nobody opens any more. A leaf.
     leaving: Mutex<Vec<(FileId, Vec<u8>)>>,
 }
 
 /// Keeps an internal snapshot from being opened, until dropped.
-pub struct Leaving<'a> {
+pub struct DeletionGuard<'a> {
     store: &'a Store,
     image: FileId,
     id: Vec<u8>,
 }
 
-impl Drop for Leaving<'_> {
+impl Drop for DeletionGuard<'_> {
     fn drop(&mut self) {
         let mut leaving = self.store.opened.leaving.lock();
         if let Some(place) = leaving.iter().position(|(image, id)| (*image, id) == (self.image, &self.id)) {
@@ -112,12 +112,12 @@ pub(super) struct OpenImage {
     pub(super) file: Arc<StoreFile>,
     pub(super) data_file: Option<Arc<StoreFile>>,
     /// Where the files were, for opening them again.
-    pub(super) places: (Place, Option<Place>),
+    pub(super) places: (StorePath, Option<StorePath>),
     /// The format it was opened as: a user's header may have changed its mind.
     pub(super) format: Format,
 }
 
-fn places(entry: &ImageEntry) -> (Place, Option<Place>) {
+fn places(entry: &ImageEntry) -> (StorePath, Option<StorePath>) {
     (entry.place.clone(), entry.data_file.as_ref().map(|(place, _)| place.clone()))
 }
 
@@ -167,7 +167,7 @@ impl OpenImage {
     }
 }
 
-impl Opened {
+impl OpenImages {
     pub(super) fn new(views: NonZero<usize>) -> Self {
         Self {
             images: Mutex::default(),
@@ -183,10 +183,10 @@ impl Opened {
     }
 
     /// Notes what is shown.
-    pub(super) fn show(&self, view: &View, images: &[FileId], inner: Option<Vec<u8>>, name: &str) -> Arc<Shown> {
+    pub(super) fn show(&self, view: &View, images: &[FileId], inner: Option<Vec<u8>>, name: &str) -> Arc<OpenState> {
         let serials = view.layers().iter().map(|layer| layer.image().serial());
         let layers = images.iter().copied().zip(serials).collect();
-        let shown = Arc::new(Shown { layers, inner, name: name.to_owned() });
+        let shown = Arc::new(OpenState { layers, inner, name: name.to_owned() });
         let mut all = self.shown.lock();
         all.retain(|shown| shown.strong_count() > 0);
         all.push(Arc::downgrade(&shown));
@@ -390,10 +390,10 @@ impl Store {
     }
 
     /// Keeps everybody from opening an internal snapshot; `Busy` if somebody has it open.
-    pub(crate) fn leave_inner(&self, image: FileId, id: &[u8]) -> Result<Leaving<'_>> {
+    pub(crate) fn leave_inner(&self, image: FileId, id: &[u8]) -> Result<DeletionGuard<'_>> {
         self.opened.leaving.lock().push((image, id.to_vec()));
-        let leaving = Leaving { store: self, image, id: id.to_vec() };
-        let shows = |shown: Arc<Shown>| shown.layers[0].0 == image && shown.inner.as_deref() == Some(id);
+        let leaving = DeletionGuard { store: self, image, id: id.to_vec() };
+        let shows = |shown: Arc<OpenState>| shown.layers[0].0 == image && shown.inner.as_deref() == Some(id);
         let is_open = self.opened.shown.lock().iter().filter_map(Weak::upgrade).any(shows);
         if is_open {
             Err(Error::new(ErrorKind::Busy, "the internal snapshot is open; close it first"))
@@ -436,7 +436,7 @@ impl Store {
         rename()?;
         if let Some(open) = images.get_mut(&id) {
             open.file.renamed(path);
-            open.places.0 = Place { root: 0, path: path.to_path_buf() };
+            open.places.0 = StorePath { root: 0, path: path.to_path_buf() };
         }
         Ok(())
     }
@@ -450,7 +450,7 @@ impl Store {
             Format::Raw => Image::raw(old.name(), storage, true, &self.caches)?,
             Format::Qcow2 => {
                 let descriptor = file.descriptor()?;
-                let Content::Qcow2(qcow2) = describe(&descriptor, file.len()?)? else {
+                let DetectedContent::Qcow2(qcow2) = describe(&descriptor, file.len()?)? else {
                     let fact = format!("{} is no qcow2 image any more", old.name());
                     return Err(Error::new(ErrorKind::Corrupt, fact));
                 };
@@ -539,7 +539,7 @@ impl Store {
         let storage: Arc<dyn Storage> = Arc::clone(&file) as _;
         let image = match (format, &entry.content) {
             (Format::Raw, _) => Image::raw(&name, storage, fixed, &self.caches)?,
-            (Format::Qcow2, Content::Qcow2(qcow2)) => {
+            (Format::Qcow2, DetectedContent::Qcow2(qcow2)) => {
                 let data = data_file.as_ref().map(|file| Arc::clone(file) as Arc<dyn Storage>);
                 Image::qcow2(&name, storage, data, Arc::clone(&qcow2.header), fixed, &self.caches)?
             }
@@ -558,7 +558,7 @@ fn left<'a>(catalog: &Catalog, layers: &'a [ImageIndex]) -> (&'a [ImageIndex], O
         {
             return (&layers[1..depth], Some(format!("{} {problem}", image.shown())));
         }
-        if matches!(image.below, Below::Broken { .. }) {
+        if matches!(image.below, BackingLink::Broken { .. }) {
             return (&layers[1..=depth], catalog.view_problem(&[*index]));
         }
     }
@@ -568,7 +568,7 @@ fn left<'a>(catalog: &Catalog, layers: &'a [ImageIndex]) -> (&'a [ImageIndex], O
 /// Refuses an image that is known to be unreadable.
 fn readable(entry: &ImageEntry) -> Result<()> {
     let Some(problem) = &entry.problem else { return Ok(()) };
-    let unsupported = matches!(&entry.content, Content::Qcow2(qcow2) if unreadable(&qcow2.header).is_some());
+    let unsupported = matches!(&entry.content, DetectedContent::Qcow2(qcow2) if unreadable(&qcow2.header).is_some());
     let kind = if unsupported { ErrorKind::Unsupported } else { ErrorKind::Broken };
     Err(Error::new(kind, format!("{} {problem}", entry.shown())))
 }

@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use crate::io::Root;
 
-use super::judge::Judge;
+use super::judge::AccessJudge;
 use super::options::StoreOptions;
-use super::resolve::Place;
+use super::resolve::StorePath;
 use super::rights::Subject;
 use super::users::groups_of;
 
@@ -20,7 +20,7 @@ pub(super) struct Owners<'a> {
     /// Whether it holds: where whoever looks may read more than each owner.
     holds: bool,
     /// Made when a file is met that is not root's.
-    judge: OnceCell<Judge>,
+    judge: OnceCell<AccessJudge>,
 }
 
 impl<'a> Owners<'a> {
@@ -30,11 +30,11 @@ impl<'a> Owners<'a> {
 
     /// Why a name that means `place` does not count in the image at `from`, which is the user `owner`'s, as the rest of a
     /// sentence.
-    pub(super) fn refuse(&self, owner: u32, from: &Place, place: &Place) -> Option<String> {
+    pub(super) fn refuse(&self, owner: u32, from: &StorePath, place: &StorePath) -> Option<String> {
         if !self.holds || owner == 0 {
             return None;
         }
-        let judge = self.judge.get_or_init(|| Judge::new(self.roots));
+        let judge = self.judge.get_or_init(|| AccessJudge::new(self.roots));
         if judge.counts_for(&Subject::new(owner, groups_of(owner)), from, place) {
             return None;
         }

@@ -18,7 +18,7 @@ use rustix::fs::{FlockOperation, flock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Directory, birth_of};
 
-use super::intents::Guard;
+use super::intents::ControlDir;
 
 /// The file, beneath the guarded directory.
 pub(super) const PLAIN: &str = ".chainfs/plain";
@@ -30,7 +30,7 @@ const MAX_LEN: u64 = 1 << 30;
 
 /// A file as the list knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Trace {
+pub(super) struct PlainFile {
     /// Its inode number.
     pub inode: u64,
     /// When it was made, in seconds and nanoseconds; 0 where its file system does not say.
@@ -41,7 +41,7 @@ pub(super) struct Trace {
 
 /// The list of one store.
 #[derive(Debug, Default)]
-pub(super) struct Plain {
+pub(super) struct PlainList {
     files: HashSet<(u64, (i64, u32))>,
     paths: HashSet<PathBuf>,
     /// Whether the list came with a copy of the store, so that paths are what there is to go by.
@@ -49,14 +49,14 @@ pub(super) struct Plain {
     /// Why it cannot be believed, if it cannot.
     damage: Option<String>,
     /// What is not in the file yet.
-    new: Vec<Trace>,
+    new: Vec<PlainFile>,
     /// How much of the file has been read.
     read_len: u64,
 }
 
-impl Plain {
+impl PlainList {
     /// Takes in what others have added since the last look. What cannot be read makes all files suspect.
-    pub(super) fn refresh(&mut self, guard: &Guard) {
+    pub(super) fn refresh(&mut self, guard: &ControlDir) {
         if let Err(error) = self.try_refresh(guard) {
             self.damage = Some(error.to_string());
         }
@@ -67,7 +67,7 @@ impl Plain {
         self.damage.as_deref()
     }
 
-    fn try_refresh(&mut self, guard: &Guard) -> Result<()> {
+    fn try_refresh(&mut self, guard: &ControlDir) -> Result<()> {
         let mut file = match guard.root.open_file(Path::new(PLAIN)) {
             // What was known stays known.
             Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -108,7 +108,7 @@ impl Plain {
     }
 
     /// Whether a file is one that was seen without the magic, as far as anybody can tell.
-    pub(super) fn knows(&self, trace: &Trace) -> bool {
+    pub(super) fn knows(&self, trace: &PlainFile) -> bool {
         let has_no_birth = trace.birth == (0, 0);
         self.damage.is_some()
             || self.files.contains(&(trace.inode, trace.birth))
@@ -116,7 +116,7 @@ impl Plain {
     }
 
     /// Notes a file that is seen without the magic.
-    pub(super) fn note(&mut self, trace: Trace) {
+    pub(super) fn note(&mut self, trace: PlainFile) {
         if self.files.insert((trace.inode, trace.birth)) {
             self.paths.insert(trace.path.clone());
             self.new.push(trace);
@@ -129,7 +129,7 @@ impl Plain {
     }
 
     /// Adds to the file what is new, durably. Where that cannot be, it is remembered for as long as this lives.
-    pub(super) fn save(&mut self, guard: &Guard, names: &dyn Directory) -> Result<()> {
+    pub(super) fn save(&mut self, guard: &ControlDir, names: &dyn Directory) -> Result<()> {
         if self.new.is_empty() || self.damage.is_some() {
             return Ok(());
         }
@@ -149,7 +149,8 @@ impl Plain {
         let file = guard.root.open_file_for_writing(path)?;
         // Whoever comes second adds behind what the first has written.
         flock(&file, FlockOperation::LockExclusive).map_err(|error| fail(error.into()))?;
-        let own = Trace { inode: crate::io::FileStat::of(&file)?.id.inode, birth: birth_of(&file), path: "".into() };
+        let own =
+            PlainFile { inode: crate::io::FileStat::of(&file)?.id.inode, birth: birth_of(&file), path: "".into() };
         let mut file = std::fs::File::from(file);
         let mut bytes = Vec::new();
         (&mut file).take(MAX_LEN).read_to_end(&mut bytes).map_err(fail)?;
@@ -177,12 +178,12 @@ impl Plain {
 }
 
 /// Whether that file's list is the one it was begun as.
-fn is_of(found: &Trace, file: &OwnedFd) -> bool {
+fn is_of(found: &PlainFile, file: &OwnedFd) -> bool {
     let inode = crate::io::FileStat::of(file).map(|stat| stat.id.inode);
     inode.is_ok_and(|inode| inode == found.inode) && birth_of(file) == found.birth
 }
 
-fn line(trace: &Trace, title: &str) -> String {
+fn line(trace: &PlainFile, title: &str) -> String {
     let mut text = format!("{} {}.{:09} ", trace.inode, trace.birth.0, trace.birth.1);
     for byte in if title.is_empty() { trace.path.as_os_str().as_bytes() } else { title.as_bytes() } {
         match byte {
@@ -197,7 +198,7 @@ fn line(trace: &Trace, title: &str) -> String {
     text
 }
 
-fn parsed(line: &[u8]) -> Option<Trace> {
+fn parsed(line: &[u8]) -> Option<PlainFile> {
     let text = std::str::from_utf8(line).ok()?.strip_suffix('\n')?;
     let (body, check) = text.rsplit_once(' ')?;
     if check.len() != 8 || u32::from_str_radix(check, 16).ok()? != sum(body.as_bytes()) {
@@ -213,7 +214,7 @@ fn parsed(line: &[u8]) -> Option<Trace> {
         let digit = |byte: Option<u8>| byte.and_then(|byte| char::from(byte).to_digit(16));
         path.push(if byte == b'%' { (digit(bytes.next())? * 16 + digit(bytes.next())?) as u8 } else { byte });
     }
-    Some(Trace { inode, birth, path: PathBuf::from(std::ffi::OsString::from_vec(path)) })
+    Some(PlainFile { inode, birth, path: PathBuf::from(std::ffi::OsString::from_vec(path)) })
 }
 
 /// FNV-1a: enough against what a crash leaves of a line.
@@ -227,19 +228,19 @@ mod tests {
     use crate::io::{Descriptors, Host, Root, ThisHost};
     use std::sync::Arc;
 
-    fn trace(inode: u64, path: &str) -> Trace {
-        Trace { inode, birth: (7, 9), path: path.into() }
+    fn trace(inode: u64, path: &str) -> PlainFile {
+        PlainFile { inode, birth: (7, 9), path: path.into() }
     }
 
-    fn lab() -> (tempfile::TempDir, Guard, Arc<dyn Directory>) {
+    fn lab() -> (tempfile::TempDir, ControlDir, Arc<dyn Directory>) {
         let place = tempfile::tempdir().unwrap();
         let root = Arc::new(Root::open(place.path()).unwrap());
         let names = ThisHost.directory(&root, &Descriptors::with_limit(4));
-        (place, Guard::of_directory(&root).unwrap(), names)
+        (place, ControlDir::of_directory(&root).unwrap(), names)
     }
 
-    fn read(guard: &Guard) -> Plain {
-        let mut list = Plain::default();
+    fn read(guard: &ControlDir) -> PlainList {
+        let mut list = PlainList::default();
         list.refresh(guard);
         list
     }
@@ -247,8 +248,9 @@ mod tests {
     #[test]
     fn what_is_noted_is_known_by_whoever_reads_the_list() {
         let (_place, guard, names) = lab();
-        let mut list = Plain::default();
-        let odd = Trace { path: PathBuf::from(std::ffi::OsString::from_vec(b"a b\n%\xff".to_vec())), ..trace(5, "") };
+        let mut list = PlainList::default();
+        let odd =
+            PlainFile { path: PathBuf::from(std::ffi::OsString::from_vec(b"a b\n%\xff".to_vec())), ..trace(5, "") };
         list.note(trace(3, "x"));
         list.note(odd.clone());
         list.save(&guard, &*names).unwrap();
@@ -258,15 +260,15 @@ mod tests {
         assert!(known.damage().is_none());
         assert!([trace(3, "renamed"), odd, trace(4, "y")].iter().all(|trace| known.knows(trace)));
         // Another file of the same number, or of the same name.
-        assert!(!known.knows(&Trace { birth: (8, 0), ..trace(3, "x") }));
+        assert!(!known.knows(&PlainFile { birth: (8, 0), ..trace(3, "x") }));
         assert!(!known.knows(&trace(9, "x")));
-        assert!(known.knows(&Trace { birth: (0, 0), ..trace(9, "x") }), "without a birth the path counts");
+        assert!(known.knows(&PlainFile { birth: (0, 0), ..trace(9, "x") }), "without a birth the path counts");
     }
 
     #[test]
     fn a_list_that_came_with_a_copied_store_goes_by_paths() {
         let (place, guard, names) = lab();
-        let mut list = Plain::default();
+        let mut list = PlainList::default();
         list.note(trace(3, "x"));
         list.save(&guard, &*names).unwrap();
         let path = place.path().join(PLAIN);
@@ -279,7 +281,7 @@ mod tests {
     #[test]
     fn a_file_of_others_that_took_the_place_of_the_list_is_not_cut() {
         let (place, guard, names) = lab();
-        let mut list = Plain::default();
+        let mut list = PlainList::default();
         list.note(trace(3, "x"));
         list.save(&guard, &*names).unwrap();
         for theirs in ["somebody's", "somebody's\nwords\nunfinished"] {
@@ -294,14 +296,14 @@ mod tests {
     fn a_line_that_was_cut_off_is_made_up_for_and_other_damage_makes_all_suspect() {
         let (place, guard, names) = lab();
         let path = place.path().join(PLAIN);
-        let mut list = Plain::default();
+        let mut list = PlainList::default();
         list.note(trace(3, "x"));
         list.save(&guard, &*names).unwrap();
         let whole = std::fs::read(&path).unwrap();
         for cut in 0..whole.len() {
             std::fs::write(&path, &whole[..cut]).unwrap();
             assert!(read(&guard).damage().is_none(), "cut at {cut}");
-            let mut next = Plain::default();
+            let mut next = PlainList::default();
             next.note(trace(4, "y"));
             next.save(&guard, &*names).unwrap();
             let known = read(&guard);

@@ -12,7 +12,7 @@ use crate::io::Root;
 
 /// A file's place: which root, and the path beneath it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Place {
+pub struct StorePath {
     /// Index of the root; 0 is the store itself.
     pub root: usize,
     /// Path beneath it, without `.` and `..`.
@@ -24,9 +24,9 @@ pub struct Place {
 pub(super) fn resolve(
     roots: &[Arc<Root>],
     maps: &[(PathBuf, PathBuf)],
-    from: &Place,
+    from: &StorePath,
     name: &[u8],
-) -> Result<Place, String> {
+) -> Result<StorePath, String> {
     if name.starts_with(b"json:") {
         return Err("is a json: description, which is never followed; rebase it onto a plain file name".into());
     }
@@ -41,7 +41,7 @@ pub(super) fn resolve(
     if name.is_relative() {
         let directory = from.path.parent().unwrap_or(Path::new(""));
         if let Some(path) = normal(&directory.join(&name)) {
-            return Ok(Place { root: from.root, path });
+            return Ok(StorePath { root: from.root, path });
         }
     }
     // Beneath another root, or in the store by its full path.
@@ -62,7 +62,7 @@ pub(super) fn resolve(
 
 /// The directories from which `name` goes up again, as absolute paths: what `..` means there is
 /// only plain where none of them is a symbolic link.
-pub(super) fn climbed(roots: &[Arc<Root>], maps: &[(PathBuf, PathBuf)], from: &Place, name: &[u8]) -> Vec<PathBuf> {
+pub(super) fn climbed(roots: &[Arc<Root>], maps: &[(PathBuf, PathBuf)], from: &StorePath, name: &[u8]) -> Vec<PathBuf> {
     let mut climbed = Vec::new();
     let mut plain = PathBuf::from("/");
     for component in absolute(roots, from, &mapped(maps, name)).components() {
@@ -83,7 +83,12 @@ const MAX_LINKS: usize = 40;
 
 /// Where `name` in the header of the image at `from` leads, links and `..` followed as the kernel would, if that is
 /// beneath a root. Nothing is opened, and outside of the roots nothing is asked: `None` also where it cannot be told.
-pub(super) fn traced(roots: &[Arc<Root>], maps: &[(PathBuf, PathBuf)], from: &Place, name: &[u8]) -> Option<Place> {
+pub(super) fn traced(
+    roots: &[Arc<Root>],
+    maps: &[(PathBuf, PathBuf)],
+    from: &StorePath,
+    name: &[u8],
+) -> Option<StorePath> {
     // What is still to be walked, the last part first.
     let parts = |path: &Path| path.iter().rev().map(OsStr::to_os_string).collect::<Vec<_>>();
     let mut at = roots[from.root].canonical().join(from.path.parent().unwrap_or(Path::new("")));
@@ -129,13 +134,13 @@ fn mapped(maps: &[(PathBuf, PathBuf)], name: &[u8]) -> PathBuf {
 }
 
 /// `name` as an absolute path, with all its `..`.
-fn absolute(roots: &[Arc<Root>], from: &Place, name: &Path) -> PathBuf {
+fn absolute(roots: &[Arc<Root>], from: &StorePath, name: &Path) -> PathBuf {
     roots[from.root].canonical().join(from.path.parent().unwrap_or(Path::new(""))).join(name)
 }
 
 /// Where an absolute path lies beneath the roots.
-fn beneath(roots: &[Arc<Root>], absolute: &Path) -> Option<Place> {
-    let inside = |(root, directory): (usize, &Arc<Root>)| Some(Place { root, path: directory.relative(absolute)? });
+fn beneath(roots: &[Arc<Root>], absolute: &Path) -> Option<StorePath> {
+    let inside = |(root, directory): (usize, &Arc<Root>)| Some(StorePath { root, path: directory.relative(absolute)? });
     roots.iter().enumerate().find_map(inside)
 }
 
@@ -204,8 +209,8 @@ fn lexical(path: &Path) -> PathBuf {
 mod tests {
     use super::*;
 
-    fn place(path: &str) -> Place {
-        Place { root: 0, path: path.into() }
+    fn place(path: &str) -> StorePath {
+        StorePath { root: 0, path: path.into() }
     }
 
     #[test]
@@ -223,7 +228,7 @@ mod tests {
         assert_eq!(resolve("./we:ird.raw"), Ok(place("sub/we:ird.raw")));
         assert_eq!(resolve("../base.raw"), Ok(place("base.raw")));
         assert_eq!(resolve("../../store/base.raw"), Ok(place("base.raw")));
-        assert_eq!(resolve("../../golden/g.raw"), Ok(Place { root: 1, path: "g.raw".into() }));
+        assert_eq!(resolve("../../golden/g.raw"), Ok(StorePath { root: 1, path: "g.raw".into() }));
         assert_eq!(resolve(top.join("store/x/../b.raw").to_str().unwrap()), Ok(place("b.raw")));
         assert_eq!(resolve("/old/b.raw"), Ok(place("b.raw")));
         assert!(resolve("/etc/passwd").unwrap_err().contains("leads out of the store"));

@@ -18,22 +18,22 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{DirEntry, EntryKind, FileId, FileStat, Root, birth_of};
 
-use super::describe::{Content, MIN_HEADER_LEN, describe};
+use super::describe::{DetectedContent, MIN_HEADER_LEN, describe};
 use super::intents::is_own_name;
 use super::leftovers::is_draft;
 use super::names::OWN_PREFIX;
-use super::plain::{Plain, Trace};
-use super::resolve::Place;
+use super::plain::{PlainFile, PlainList};
+use super::resolve::StorePath;
 
 /// A file that may be an image.
 #[derive(Clone, Debug)]
 pub(super) struct ScannedFile {
     /// Where it is.
-    pub place: Place,
+    pub place: StorePath,
     /// Its attributes.
     pub stat: FileStat,
     /// What it says of itself.
-    pub content: Content,
+    pub content: DetectedContent,
     /// Whether it has been seen without qcow2's magic once: what it says may be a guest's word.
     pub is_plain: bool,
     /// Whether its name, or that of a directory above, is one of chainfs' own: it is no chain.
@@ -72,26 +72,26 @@ pub(super) struct Scan {
     /// Symbolic links.
     pub links: Vec<PathBuf>,
     /// Files that are looked at besides, because a command has named them.
-    pub introduced: Vec<Place>,
+    pub introduced: Vec<StorePath>,
 }
 
 /// What the last scan knew of each file.
-pub(super) type Known = HashMap<FileId, Seen>;
+pub(super) type KnownFiles = HashMap<FileId, KnownFile>;
 
 /// What was seen of one file.
 #[derive(Clone, Debug)]
-pub(super) struct Seen {
+pub(super) struct KnownFile {
     stat: FileStat,
-    content: Content,
+    content: DetectedContent,
     is_plain: bool,
 }
 
 /// What a scan is made of besides the directory.
-pub(super) struct Ways<'a> {
+pub(super) struct ScanContext<'a> {
     /// What the last scan knew.
-    pub known: &'a Known,
+    pub known: &'a KnownFiles,
     /// Which files have been seen without the magic.
-    pub plain: &'a Mutex<Plain>,
+    pub plain: &'a Mutex<PlainList>,
     /// The path from the guarded directory to the store's own.
     pub prefix: &'a Path,
     /// Told of every directory before it is listed, so that no change falls between.
@@ -108,9 +108,9 @@ const MAX_NESTING: usize = 64;
 /// Threads that walk at the same time, at most: each has a few directories and files open.
 const MAX_THREADS: usize = 8;
 
-struct Work<'a> {
+struct ScanWork<'a> {
     root: &'a Root,
-    ways: &'a Ways<'a>,
+    ways: &'a ScanContext<'a>,
     /// Directories to be listed, and how many are being listed now.
     queue: Mutex<(Vec<PathBuf>, usize)>,
     changed: Condvar,
@@ -121,8 +121,8 @@ struct Work<'a> {
 
 /// Walks the whole store. `Exhausted` if the system has run out of something: what could not be looked at for that is no
 /// fact about the store.
-pub(super) fn scan(root: &Root, ways: &Ways<'_>) -> Result<Scan> {
-    let work = Work {
+pub(super) fn scan(root: &Root, ways: &ScanContext<'_>) -> Result<Scan> {
+    let work = ScanWork {
         root,
         ways,
         queue: Mutex::new((vec![PathBuf::new()], 0)),
@@ -146,7 +146,7 @@ pub(super) fn scan(root: &Root, ways: &Ways<'_>) -> Result<Scan> {
     }
 }
 
-impl Work<'_> {
+impl ScanWork<'_> {
     fn run(&self) {
         while let Some(directory) = self.next() {
             self.list(&directory);
@@ -266,7 +266,7 @@ impl Work<'_> {
         };
         let is_hidden = is_hidden(path);
         let file = |stat, (content, is_plain)| {
-            let place = Place { root: 0, path: path.to_path_buf() };
+            let place = StorePath { root: 0, path: path.to_path_buf() };
             ScannedFile { place, stat, content, is_plain, is_hidden }
         };
         if let Some(seen) = seen(self.ways.known, &stat) {
@@ -279,7 +279,7 @@ impl Work<'_> {
             Err(error) => {
                 // By its name it is a disk all the same.
                 if has_extension(path, "raw") {
-                    files.push(file(stat, (Content::Unseen, false)));
+                    files.push(file(stat, (DetectedContent::Unseen, false)));
                 }
                 if stat.signature.size >= MIN_HEADER_LEN {
                     self.unread(path.to_path_buf(), format!("cannot be read ({error})"));
@@ -295,7 +295,7 @@ impl Work<'_> {
         directory: &OwnedFd,
         name: &std::ffi::OsStr,
         path: &Path,
-    ) -> Result<Option<(FileStat, (Content, bool))>> {
+    ) -> Result<Option<(FileStat, (DetectedContent, bool))>> {
         let Some(file) = Root::open_entry(directory, name)? else { return Ok(None) };
         let stat = FileStat::of(&file)?;
         let content = describe(&file, stat.signature.size)?;
@@ -305,25 +305,25 @@ impl Work<'_> {
 }
 
 /// What was seen of a file that has not changed since.
-fn seen(known: &Known, stat: &FileStat) -> Option<(Content, bool)> {
+fn seen(known: &KnownFiles, stat: &FileStat) -> Option<(DetectedContent, bool)> {
     let seen = known.get(&stat.id).filter(|seen| seen.stat.signature == stat.signature)?;
     // One that could not be opened is tried again.
-    (!matches!(seen.content, Content::Unseen)).then(|| (seen.content.clone(), seen.is_plain))
+    (!matches!(seen.content, DetectedContent::Unseen)).then(|| (seen.content.clone(), seen.is_plain))
 }
 
 /// Whether a file has once been seen without the magic; one that is seen so now is remembered. An empty file is yet to
 /// become something, and a qcow2 image by its name says what it is.
-fn recall(ways: &Ways<'_>, file: &OwnedFd, path: &Path, stat: &FileStat, content: &Content) -> bool {
+fn recall(ways: &ScanContext<'_>, file: &OwnedFd, path: &Path, stat: &FileStat, content: &DetectedContent) -> bool {
     if stat.signature.size == 0 || has_extension(path, "qcow2") {
         return false;
     }
-    let trace = Trace { inode: stat.id.inode, birth: birth_of(file), path: ways.prefix.join(path) };
+    let trace = PlainFile { inode: stat.id.inode, birth: birth_of(file), path: ways.prefix.join(path) };
     let mut plain = ways.plain.lock();
     let is_plain = plain.knows(&trace);
-    if matches!(content, Content::Plain) {
+    if matches!(content, DetectedContent::Plain) {
         plain.note(trace);
     }
-    is_plain || matches!(content, Content::Plain)
+    is_plain || matches!(content, DetectedContent::Plain)
 }
 
 /// Whether a name on the way is one of those that chainfs gives.
@@ -363,7 +363,7 @@ fn drop_former_names(directory: &OwnedFd, files: &mut Vec<ScannedFile>) {
 }
 
 /// Describes one file that a header or the user has named. `None` for a file that is no image.
-pub(super) fn describe_place(root: &Root, place: &Place, ways: &Ways<'_>) -> Result<ScannedFile> {
+pub(super) fn describe_place(root: &Root, place: &StorePath, ways: &ScanContext<'_>) -> Result<ScannedFile> {
     let file = root.open_file(&place.path)?;
     let stat = FileStat::of(&file)?;
     let (content, is_plain) = if let Some(seen) = seen(ways.known, &stat) {
@@ -399,8 +399,9 @@ pub(super) fn by_descriptor(fd: &OwnedFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
-/// Shared by those who follow [`Known`].
-pub(super) fn known_of<'a>(files: impl IntoIterator<Item = &'a ScannedFile>) -> Arc<Known> {
-    let seen = |file: &ScannedFile| Seen { stat: file.stat, content: file.content.clone(), is_plain: file.is_plain };
+/// Shared by those who follow [`KnownFiles`].
+pub(super) fn known_of<'a>(files: impl IntoIterator<Item = &'a ScannedFile>) -> Arc<KnownFiles> {
+    let seen =
+        |file: &ScannedFile| KnownFile { stat: file.stat, content: file.content.clone(), is_plain: file.is_plain };
     Arc::new(files.into_iter().map(|file| (file.stat.id, seen(file))).collect())
 }

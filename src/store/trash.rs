@@ -17,15 +17,15 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::{HeaderChange, change_header};
-use crate::io::{EntryKind, FileId, Identity, Root, Signature, directory_of};
+use crate::io::{EntryKind, FileId, FileVersion, Identity, Root, directory_of};
 
 use super::Store;
 use super::catalog::{Catalog, ImageEntry, ImageIndex, shown};
-use super::intents::{Named, encoded};
+use super::evidence::identity;
+use super::freeze_list::write;
+use super::intents::{FileRef, encoded};
 use super::leftovers::DRAFT;
-use super::notes::write;
 use super::options::Format;
-use super::witness::identity;
 
 /// Where it is, beneath the store.
 pub(super) const TRASH: &str = ".chainfs/trash";
@@ -38,7 +38,7 @@ const MAX_ITEMS: usize = 1 << 16;
 
 /// What the note of a removed layer says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Note {
+struct TrashRecord {
     /// Where it was, beneath the guarded directory.
     #[serde(with = "encoded")]
     path: PathBuf,
@@ -50,15 +50,15 @@ struct Note {
     is_raw: bool,
     /// What it stands on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    backing: Option<Named>,
+    backing: Option<FileRef>,
     /// All that lies below it, top first, as that was when it was removed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    below: Vec<Below>,
+    below: Vec<TrashBacking>,
 }
 
 /// A file below a layer of the trash: whoever writes it changes these.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Below {
+struct TrashBacking {
     #[serde(with = "identity")]
     file: Identity,
     size: u64,
@@ -67,13 +67,13 @@ struct Below {
     nanoseconds: u32,
 }
 
-impl Below {
-    fn of(file: Identity, signature: &Signature) -> Self {
+impl TrashBacking {
+    fn of(file: Identity, signature: &FileVersion) -> Self {
         let (seconds, nanoseconds) = signature.mtime;
         Self { file, size: signature.size, seconds, nanoseconds }
     }
 
-    fn looks_like(&self, signature: &Signature) -> bool {
+    fn looks_like(&self, signature: &FileVersion) -> bool {
         (self.size, (self.seconds, self.nanoseconds)) == (signature.size, signature.mtime)
     }
 }
@@ -95,11 +95,11 @@ pub struct TrashItem {
     pub problem: Option<String>,
     identity: Identity,
     /// None if the note cannot be read.
-    note: Option<Note>,
+    note: Option<TrashRecord>,
 }
 
 impl TrashItem {
-    fn backing(&self) -> Option<&Named> {
+    fn backing(&self) -> Option<&FileRef> {
         self.note.as_ref()?.backing.as_ref()
     }
 
@@ -177,7 +177,7 @@ impl Store {
         Ok(items)
     }
 
-    fn note(&self, path: &Path) -> Result<Note> {
+    fn note(&self, path: &Path) -> Result<TrashRecord> {
         let mut text = String::new();
         let file = std::fs::File::from(self.guard.root.open_file(path)?);
         let read = file.take(MAX_LEN).read_to_string(&mut text);
@@ -209,7 +209,7 @@ impl Store {
     }
 
     /// What lies below an image, as it is now.
-    fn below(&self, catalog: &Catalog, backing: Option<&Named>) -> Vec<Below> {
+    fn below(&self, catalog: &Catalog, backing: Option<&FileRef>) -> Vec<TrashBacking> {
         let index = backing.and_then(|backing| find(self, catalog, backing));
         let layers = index.map(|index| catalog.layers(index)).unwrap_or_default();
         let look = |index: &ImageIndex| {
@@ -217,7 +217,7 @@ impl Store {
             let file = self.roots[image.place.root].identify(&image.place.path);
             // What cannot be asked is not known later either, and then the item says so.
             let file = file.unwrap_or(Identity { id: image.stat.id, birth: None });
-            Below::of(file, &self.stat_now(image).signature)
+            TrashBacking::of(file, &self.stat_now(image).signature)
         };
         layers.iter().map(look).collect()
     }
@@ -230,7 +230,7 @@ impl Store {
         at: &Path,
         path: &Path,
         says: (&str, bool),
-        backing: Option<&Named>,
+        backing: Option<&FileRef>,
     ) -> Result<()> {
         let names = self.guard_names();
         let inode = self.guard.root.stat(at)?.id.inode;
@@ -254,7 +254,7 @@ impl Store {
         inode: u64,
         path: &Path,
         (command, is_raw): (&str, bool),
-        backing: Option<&Named>,
+        backing: Option<&FileRef>,
     ) -> Result<PathBuf> {
         let names = self.guard_names();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -262,7 +262,7 @@ impl Store {
         let note = item.with_extension(NOTE);
         names.create_directory(Path::new(TRASH))?;
         names.sync(&directory_of(Path::new(TRASH)))?;
-        let says = Note {
+        let says = TrashRecord {
             path: path.to_path_buf(),
             seconds: now.as_secs(),
             command: command.to_owned(),
@@ -317,26 +317,26 @@ impl Store {
     }
 
     /// An image by its path beneath the guarded directory and by its identity.
-    fn known(&self, image: &ImageEntry) -> Named {
+    fn known(&self, image: &ImageEntry) -> FileRef {
         let path = match image.place.root {
             0 => self.guard.prefix.join(&image.place.path),
             _ => self.host_path(&image.place),
         };
         let found = self.roots[image.place.root].identify(&image.place.path);
-        Named::known(path, found.unwrap_or(Identity { id: image.stat.id, birth: None }))
+        FileRef::known(path, found.unwrap_or(Identity { id: image.stat.id, birth: None }))
     }
 
     /// Notes for what stands on a file in the trash that a command has written it and left what it shows as it was.
-    pub(super) fn touched(&self, file: FileId, before: &Signature, after: &Signature) {
+    pub(super) fn touched(&self, file: FileId, before: &FileVersion, after: &FileVersion) {
         if before == after || self.guard.root.stat(Path::new(TRASH)).is_err() {
             return;
         }
         let noted = self.trash().and_then(|items| {
             for mut item in items {
                 let Some(note) = &mut item.note else { continue };
-                let is_it = |below: &&mut Below| below.file.id == file && below.looks_like(before);
+                let is_it = |below: &&mut TrashBacking| below.file.id == file && below.looks_like(before);
                 let Some(below) = note.below.iter_mut().find(is_it) else { continue };
-                *below = Below::of(below.file, after);
+                *below = TrashBacking::of(below.file, after);
                 let text = toml::to_string(note);
                 let text = text.map_err(|error| Error::new(ErrorKind::Unsupported, error.to_string()))?;
                 let path = item.file().with_extension(NOTE);
@@ -507,6 +507,6 @@ impl Store {
     }
 }
 
-fn find(store: &Store, catalog: &Catalog, named: &Named) -> Option<ImageIndex> {
+fn find(store: &Store, catalog: &Catalog, named: &FileRef) -> Option<ImageIndex> {
     catalog.images.iter().position(|image| image.stat.id == named.file.id && store.known(image).is(named))
 }

@@ -13,9 +13,9 @@ use parking_lot::Mutex;
 const BELIEF: Duration = Duration::from_secs(30);
 
 /// Groups by user, and when they were looked up.
-type Known = HashMap<u32, (Instant, Vec<u32>)>;
+type KnownGroups = HashMap<u32, (Instant, Vec<u32>)>;
 
-static KNOWN: Mutex<Option<Known>> = Mutex::new(None);
+static KNOWN: Mutex<Option<KnownGroups>> = Mutex::new(None);
 
 /// The groups of a user; none where nobody knows the user.
 pub(super) fn groups_of(uid: u32) -> Vec<u32> {

@@ -8,16 +8,16 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::build::next_serial;
-use super::catalog::{Below, Catalog, Directory, ImageEntry, ImageIndex, count_chains, shown};
-use super::judge::Judge;
-use super::resolve::Place;
+use super::catalog::{BackingLink, Catalog, CatalogDirectory, ImageEntry, ImageIndex, count_chains, shown};
+use super::judge::AccessJudge;
+use super::resolve::StorePath;
 use super::rights::Subject;
 use super::scan::Problem;
 
 impl Catalog {
     /// What `who` may see of it.
     #[must_use]
-    pub fn shown_to(&self, judge: &Judge, who: &Subject) -> Catalog {
+    pub fn shown_to(&self, judge: &AccessJudge, who: &Subject) -> Catalog {
         let kept: Vec<ImageIndex> =
             (0..self.images.len()).filter(|index| judge.may_read(who, &self.images[*index])).collect();
         let places: HashMap<ImageIndex, ImageIndex> = kept.iter().enumerate().map(|(new, old)| (*old, new)).collect();
@@ -27,7 +27,7 @@ impl Catalog {
         visible.single = self.single.and_then(|leaf| places.get(&leaf).copied());
         visible.problems = self.problems_shown(judge, who, &places);
         visible.intents.clone_from(&self.intents);
-        visible.directories.insert(PathBuf::new(), Directory::default());
+        visible.directories.insert(PathBuf::new(), CatalogDirectory::default());
         for (path, leaf) in self.chains() {
             let Some(leaf) = places.get(&leaf) else { continue };
             visible.images[*leaf].chain_count = 1;
@@ -46,14 +46,21 @@ impl Catalog {
         match (below, &mut image.below) {
             (None, _) => {}
             (Some(None), _) => image.below = hidden(&image),
-            (Some(Some(place)), Below::Image(below) | Below::Broken { image: Some(below), .. }) => *below = place,
+            (Some(Some(place)), BackingLink::Image(below) | BackingLink::Broken { image: Some(below), .. }) => {
+                *below = place
+            }
             (Some(Some(_)), _) => unreachable!("it is one of the two that have an image"),
         }
         image
     }
 
     /// The problems of what the user may read, or of what is not there in a directory that he may list.
-    fn problems_shown(&self, judge: &Judge, who: &Subject, places: &HashMap<ImageIndex, ImageIndex>) -> Vec<Problem> {
+    fn problems_shown(
+        &self,
+        judge: &AccessJudge,
+        who: &Subject,
+        places: &HashMap<ImageIndex, ImageIndex>,
+    ) -> Vec<Problem> {
         let hidden: Vec<String> = (0..self.images.len())
             .filter(|index| !places.contains_key(index))
             .map(|index| self.images[index].shown())
@@ -61,7 +68,7 @@ impl Catalog {
         let by_path: HashMap<&Path, ImageIndex> =
             self.images.iter().enumerate().map(|(index, image)| (image.place.path.as_path(), index)).collect();
         let is_shown = |problem: &&Problem| {
-            let place = Place { root: 0, path: problem.path.clone() };
+            let place = StorePath { root: 0, path: problem.path.clone() };
             let may = match by_path.get(problem.path.as_path()) {
                 Some(index) => places.contains_key(index),
                 None => judge.may_read_place(who, &place) && judge.may_reach(who, &place),
@@ -83,9 +90,9 @@ impl Catalog {
 }
 
 /// What is said of an image whose backing file is not shown.
-fn hidden(image: &ImageEntry) -> Below {
+fn hidden(image: &ImageEntry) -> BackingLink {
     let name = image.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref()).map_or(&b""[..], |backing| &backing.name);
     let name = shown(Path::new(super::catalog::os(name)));
     let fact = "may not be read by you; ask its owner, or root";
-    Below::Broken { image: None, sentence: format!("cannot be read: its backing file \"{name}\" {fact}").into() }
+    BackingLink::Broken { image: None, sentence: format!("cannot be read: its backing file \"{name}\" {fact}").into() }
 }

@@ -20,11 +20,11 @@ use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
 use rustix::io::Errno;
 
 use super::Store;
-use super::describe::{Content, header_digest};
+use super::describe::{DetectedContent, header_digest};
 use super::intents::{LOCK_NAME, MARKER, is_own_name};
 use super::leftovers::is_draft;
 use super::plain::PLAIN_NAME;
-use super::resolve::Place;
+use super::resolve::StorePath;
 use super::scan::by_descriptor;
 
 /// How long events are gathered before anything is done about them.
@@ -47,7 +47,7 @@ const INTEREST: WatchFlags = WatchFlags::CREATE
 /// The directories that the system watches for us.
 pub(super) struct Watches {
     inotify: OwnedFd,
-    directories: Mutex<HashMap<i32, Place>>,
+    directories: Mutex<HashMap<i32, StorePath>>,
     /// Where chainfs keeps what was begun: who else works on the store is told of there.
     own: Mutex<HashSet<i32>>,
     /// Set when a directory could not be watched: then the store is scanned every so often.
@@ -62,7 +62,7 @@ impl Watches {
     }
 
     /// Watches a directory; one that is watched already only once.
-    pub(super) fn add(&self, place: Place, directory: &OwnedFd) {
+    pub(super) fn add(&self, place: StorePath, directory: &OwnedFd) {
         match inotify::add_watch(&self.inotify, by_descriptor(directory), INTEREST) {
             Ok(watch) => {
                 self.directories.lock().insert(watch, place);
@@ -86,7 +86,7 @@ impl Watches {
     }
 
     /// Takes all events that are there.
-    fn take(&self, found: &mut Found) {
+    fn take(&self, found: &mut PendingChanges) {
         let mut buf = [MaybeUninit::uninit(); 16 * 1024];
         let mut reader = Reader::new(&self.inotify, &mut buf);
         loop {
@@ -110,8 +110,8 @@ impl Watches {
                     }
                     if flags == ReadFlags::MODIFY {
                         let directory = self.directories.lock().get(&event.wd()).cloned();
-                        let path = |d: &Place| d.path.join(std::ffi::OsStr::from_bytes(name));
-                        found.written.extend(directory.map(|d| Place { root: d.root, path: path(&d) }));
+                        let path = |d: &StorePath| d.path.join(std::ffi::OsStr::from_bytes(name));
+                        found.written.extend(directory.map(|d| StorePath { root: d.root, path: path(&d) }));
                     } else {
                         found.names = true;
                     }
@@ -125,11 +125,11 @@ impl Watches {
 
 /// What has been heard since the last look.
 #[derive(Default)]
-struct Found {
+struct PendingChanges {
     /// Names have come, gone or changed, or nobody knows what.
     names: bool,
     /// Files that were written to.
-    written: HashSet<Place>,
+    written: HashSet<StorePath>,
 }
 
 /// The thread that follows a store, until dropped.
@@ -171,7 +171,7 @@ fn follow(store: &Arc<Store>, stop: &OwnedFd) {
             return;
         }
         let is_due = (polled && last_scan.elapsed() >= rescan_after) || (is_behind && last_scan.elapsed() >= AGAIN);
-        let mut found = Found { names: is_due, ..Found::default() };
+        let mut found = PendingChanges { names: is_due, ..PendingChanges::default() };
         if let Some(watches) = &store.watches {
             watches.take(&mut found);
             if !found.names && found.written.is_empty() {
@@ -216,7 +216,7 @@ fn wait(stop: &OwnedFd, inotify: Option<&OwnedFd>, patience: Duration) -> bool {
 }
 
 /// Whether the header of a file that is being written says something new.
-fn describes_itself_anew(store: &Store, place: &Place) -> bool {
+fn describes_itself_anew(store: &Store, place: &StorePath) -> bool {
     let catalog = store.catalog();
     let Some(image) = catalog.images.iter().find(|image| image.place == *place) else {
         // In the store it may become an image; elsewhere only those count that are named.
@@ -225,11 +225,13 @@ fn describes_itself_anew(store: &Store, place: &Place) -> bool {
     let Ok(file) = store.roots()[place.root].open_file(&place.path) else { return true };
     let Ok(stat) = crate::io::FileStat::of(&file) else { return true };
     match &image.content {
-        Content::Qcow2(qcow2) => header_digest(&file, stat.signature.size).map_or(true, |now| now != qcow2.digest),
-        Content::Malformed(_) | Content::Foreign(_) => true,
+        DetectedContent::Qcow2(qcow2) => {
+            header_digest(&file, stat.signature.size).map_or(true, |now| now != qcow2.digest)
+        }
+        DetectedContent::Malformed(_) | DetectedContent::Foreign(_) => true,
         // What ought to have a header may get it.
-        Content::Plain if image.problem.is_some() => true,
-        Content::Plain | Content::Unseen => stat.signature.size != image.stat.signature.size,
+        DetectedContent::Plain if image.problem.is_some() => true,
+        DetectedContent::Plain | DetectedContent::Unseen => stat.signature.size != image.stat.signature.size,
     }
 }
 

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use chainfs::error::ErrorKind;
-use chainfs::guest::fat::{Fat, Kind, Volume};
-use chainfs::guest::{Attributes, FileKind, FileSystem, Ino, RunKind, Source};
+use chainfs::guest::fat::{Fat, FatVolume, FatWidth};
+use chainfs::guest::{FileAttributes, FileKind, FileSystem, Ino, RunKind, Source};
 use support::*;
 use tempfile::TempDir;
 
@@ -127,7 +127,7 @@ fn walk(fat: &Fat, bytes: &[u8]) -> BTreeMap<String, Seen> {
     seen
 }
 
-fn content(fat: &Fat, ino: Ino, attributes: &Attributes, bytes: &[u8]) -> Vec<u8> {
+fn content(fat: &Fat, ino: Ino, attributes: &FileAttributes, bytes: &[u8]) -> Vec<u8> {
     let mut content = Vec::new();
     let mut buf = [0; 10_007];
     loop {
@@ -200,9 +200,9 @@ fn plant(dir: &Path, rng: &mut Rng, most: u64) {
     }
 }
 
-fn reads_as_mtools_do(size: u64, options: &[&str], kind: Kind, most: u64) {
+fn reads_as_mtools_do(size: u64, options: &[&str], kind: FatWidth, most: u64) {
     let lab = Lab::new(size, options);
-    assert_eq!(Volume::recognise(&lab.bytes()).expect("FAT").kind, kind);
+    assert_eq!(FatVolume::recognise(&lab.bytes()).expect("FAT").kind, kind);
     let mut rng = Rng::new(size);
     plant(&lab.tree(), &mut rng, most);
     lab.fill();
@@ -223,27 +223,27 @@ fn reads_as_mtools_do(size: u64, options: &[&str], kind: Kind, most: u64) {
 
 #[test]
 fn fat12_reads_as_mtools_read_it() {
-    reads_as_mtools_do(1440 * KIB, &["-F", "12"], Kind::Fat12, 30_000);
+    reads_as_mtools_do(1440 * KIB, &["-F", "12"], FatWidth::Fat12, 30_000);
 }
 
 #[test]
 fn fat12_with_all_its_clusters_reads_as_mtools_read_it() {
-    reads_as_mtools_do(2 * MIB, &["-F", "12", "-s", "1", "-f", "1"], Kind::Fat12, 200_000);
+    reads_as_mtools_do(2 * MIB, &["-F", "12", "-s", "1", "-f", "1"], FatWidth::Fat12, 200_000);
 }
 
 #[test]
 fn fat16_reads_as_mtools_read_it() {
-    reads_as_mtools_do(32 * MIB, &["-F", "16", "-s", "4"], Kind::Fat16, 700_000);
+    reads_as_mtools_do(32 * MIB, &["-F", "16", "-s", "4"], FatWidth::Fat16, 700_000);
 }
 
 #[test]
 fn fat32_reads_as_mtools_read_it() {
-    reads_as_mtools_do(64 * MIB, &["-F", "32", "-s", "1", "-n", "EFI"], Kind::Fat32, 3_000_000);
+    reads_as_mtools_do(64 * MIB, &["-F", "32", "-s", "1", "-n", "EFI"], FatWidth::Fat32, 3_000_000);
 }
 
 #[test]
 fn a_volume_with_sectors_of_4096_bytes_reads_as_mtools_read_it() {
-    reads_as_mtools_do(300 * MIB, &["-F", "32", "-S", "4096", "-s", "1"], Kind::Fat32, 3_000_000);
+    reads_as_mtools_do(300 * MIB, &["-F", "32", "-S", "4096", "-s", "1"], FatWidth::Fat32, 3_000_000);
 }
 
 /// The entries of an empty file: its long name, from its end to its beginning, and the short one.
@@ -355,7 +355,7 @@ fn attributes_are_what_linux_shows() {
 
     let minfo = lab.mtools("minfo").arg("::").succeeds();
     assert!(minfo.contains("serial number: 12AB34CD"), "{minfo}");
-    let volume = Volume::recognise(&lab.bytes()).expect("FAT");
+    let volume = FatVolume::recognise(&lab.bytes()).expect("FAT");
     assert_eq!(volume.serial().as_deref(), Some("12AB-34CD"));
     assert_eq!(volume.label(&lab.bytes()).as_deref(), Some("A LABEL"));
     // mdir says how many bytes are free.

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use chainfs::browse::content::Content;
-use chainfs::browse::worker::Program;
-use chainfs::browse::{Browser, Inside, Moment, walk};
+use chainfs::browse::content::OpenContent;
+use chainfs::browse::worker::WorkerProgram;
+use chainfs::browse::{Browser, DiskContents, PointInTime, walk};
 use chainfs::error::{ErrorKind, Result};
-use chainfs::fs::{Caller, GuestOptions, NodeKind, Ownership, Tree};
+use chainfs::fs::{Caller, GuestOptions, MountTree, NodeKind, Ownership};
 use chainfs::guest::{Ino, RunKind};
 use chainfs::store::{Store, StoreOptions};
 use support::Rng;
@@ -59,12 +59,12 @@ const DIRECTORY: u8 = 1;
 const SYMLINK: u8 = 2;
 
 /// A worker that says `first`, and then `again` and again, without listening.
-fn worker(place: &Path, first: &str, again: &str) -> Program {
+fn worker(place: &Path, first: &str, again: &str) -> WorkerProgram {
     let path = place.join("worker");
     let text = format!("#!/bin/sh\nexec >&0\nprintf '{first}'\nwhile printf '{again}'; do :; done\n");
     fs::write(&path, text).expect("a script");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("its mode");
-    Program { path, seccomp: false }
+    WorkerProgram { path, seccomp: false }
 }
 
 /// A store of one disk, and who looks into it by such a worker.
@@ -79,13 +79,13 @@ fn browser(first: &str, again: &str) -> (tempfile::TempDir, Arc<Store>, Arc<Brow
 }
 
 /// What such a worker makes of the disk.
-fn inside(first: &str, again: &str) -> (tempfile::TempDir, Result<Arc<Inside>>) {
+fn inside(first: &str, again: &str) -> (tempfile::TempDir, Result<Arc<DiskContents>>) {
     let (place, store, browser) = browser(first, again);
     let catalog = store.catalog();
     let chain = Arc::new(PathBuf::from("vm"));
     let views = store.chain_views(&catalog, catalog.chain(&chain).expect("the chain"));
     let view = store.view_id(&catalog, &chain, &views, views.active().expect("its disk"), false);
-    (place, soon(move || browser.inside(&view, Moment::First)))
+    (place, soon(move || browser.inside(&view, PointInTime::First)))
 }
 
 #[test]
@@ -117,7 +117,7 @@ fn what_an_entry_is_and_its_number_are_of_one_answer() {
     let other = answer(&[&[6][..], &attributes(SYMLINK)].concat());
     let (_place, store, browser) = browser(&[layout("disk"), mounted, root, found].concat(), &other);
     let options = GuestOptions { shown: true, verbatim: false };
-    let tree = Tree::new(&store, Ownership::default(), &browser, options);
+    let tree = MountTree::new(&store, Ownership::default(), &browser, options);
     let kind = soon(move || {
         let path = ["vm", "files", "active", "disk", "entry"];
         let step = |at: (u64, NodeKind), name: &&str| {
@@ -219,7 +219,7 @@ const OPENED: u8 = 8;
 const RUNS: u8 = 9;
 
 /// Reads all that a worker says about, as far as it can be read.
-fn look_at_everything(inside: &Arc<Inside>, rng: &mut Rng) {
+fn look_at_everything(inside: &Arc<DiskContents>, rng: &mut Rng) {
     let mut buf = vec![0; 5000];
     for _ in 0..20 {
         let (at, len) = (odd(rng), rng.below(5000) as usize);
@@ -227,9 +227,9 @@ fn look_at_everything(inside: &Arc<Inside>, rng: &mut Rng) {
         let _ = inside.origin(0, at, odd(rng));
     }
     let _ = chainfs::report::volumes::listed(inside);
-    if let Ok(tree) = walk::Tree::open(inside, 0) {
+    if let Ok(tree) = walk::GuestTree::open(inside, 0) {
         let entry = tree.root();
-        let mut content = Content::new(&tree, &entry);
+        let mut content = OpenContent::new(&tree, &entry);
         for at in [0, entry.attributes.size / 2, entry.attributes.size.saturating_sub(1)] {
             let left = entry.attributes.size.saturating_sub(at).min(5000) as usize;
             let _ = content.read_at(at, &mut buf[..left]);

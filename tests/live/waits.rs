@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use chainfs::io::Claim;
+use chainfs::io::FileLock;
 use rustix::process::{Pid, Signal, kill_process};
 use support::active::NOTICED;
 use support::command::Control;
@@ -28,7 +28,7 @@ impl Stopped {
         let file = File::options().read(true).write(true).open(&path).expect("the store's lock");
         // The lock goes with the open file, which the child shares.
         let shared = file.try_clone().expect("two of a descriptor");
-        let claim = Claim::take(OwnedFd::from(file), &path, SOON).expect("nobody holds it for long");
+        let claim = FileLock::take(OwnedFd::from(file), &path, SOON).expect("nobody holds it for long");
         let child = Command::new("sleep").arg("600").stdin(Stdio::from(shared)).spawn().expect("sleep(1)");
         drop(claim);
         kill_process(Pid::from_child(&child), Signal::STOP).expect("a child of ours");

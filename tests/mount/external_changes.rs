@@ -189,7 +189,7 @@ fn a_file_made_anew_under_an_old_name_shows_its_own_bytes() {
 
 #[test]
 fn what_another_process_has_begun_and_left_is_hidden_within_a_second() {
-    use chainfs::store::Deed;
+    use chainfs::store::Operation;
     use support::intents::{leave, witness};
     let store = Store::new();
     store.raw("base.raw", MIB, 1);
@@ -199,7 +199,7 @@ fn what_another_process_has_begun_and_left_is_hidden_within_a_second() {
     let base = mount.path("web/snapshots/base.raw");
     assert!(base.exists());
     let named = |name: &str| witness(&store, name, false);
-    let deed = Deed::Commit {
+    let deed = Operation::Commit {
         top: named("sn1.qcow2"),
         base: named("base.raw"),
         between: vec![],

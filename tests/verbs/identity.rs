@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use chainfs::error::ErrorKind;
 use chainfs::ops::{Engine, JobState, Request};
-use chainfs::store::{Deed, NewTop, Store, StoreOptions, ViewPart};
+use chainfs::store::{NewTop, Operation, Store, StoreOptions, ViewPart};
 use support::intents::{leave, witness};
 use support::lab::{Kind, Lab, run};
 use support::*;
@@ -74,7 +74,7 @@ impl Commit {
     fn new() -> Self {
         let lab = Lab::new(Kind { raw_base: true, ..Kind::PLAIN });
         let before = shown(&lab.open());
-        let deed = Deed::Commit {
+        let deed = Operation::Commit {
             top: witness(&lab.store, "sn2.qcow2", true),
             base: Self::base(&lab),
             between: vec![witness(&lab.store, "sn1.qcow2", true)],
@@ -92,7 +92,7 @@ impl Commit {
     }
 
     /// With what its sectors will be, as the command itself writes it down.
-    fn base(lab: &Lab) -> chainfs::store::Named {
+    fn base(lab: &Lab) -> chainfs::store::FileRef {
         let store = lab.open();
         let catalog = store.catalog();
         let leaf = catalog.chain(Path::new("web")).unwrap();
@@ -243,7 +243,7 @@ fn a_new_file_of_the_old_name_is_neither_written_nor_removed() {
 
 /// Leaves the intent of a commit of sn3 into sn2, with web on top.
 fn leave_commit_of_sn3(lab: &Lab, is_copied: bool) {
-    let deed = Deed::Commit {
+    let deed = Operation::Commit {
         top: witness(&lab.store, "sn3.qcow2", true),
         base: witness(&lab.store, "sn2.qcow2", false),
         between: Vec::new(),
@@ -330,7 +330,7 @@ fn a_command_that_is_taken_up_asks_all_refusals_again() {
 }
 
 fn pull(lab: &Lab, remove: &[&str]) {
-    let deed = Deed::Pull {
+    let deed = Operation::Pull {
         into: vec![witness(&lab.store, "sn3.qcow2", false)],
         base: Some(witness(&lab.store, "sn1.qcow2", false)),
         remove: remove.iter().map(|name| witness(&lab.store, name, true)).collect(),
@@ -377,7 +377,7 @@ fn a_snapshot_that_is_taken_up_asks_again() {
         name: "web.qcow2".into(),
         backing: None,
     };
-    let deed = Deed::Snapshot { seconds: 1, nanoseconds: 0, description: String::new(), disks: vec![top] };
+    let deed = Operation::Snapshot { seconds: 1, nanoseconds: 0, description: String::new(), disks: vec![top] };
     leave(&lab.store, "snapshot monday", "web", deed);
     let content = lab.content("web.qcow2");
     fs::hard_link(lab.store.path("web.qcow2"), lab.store.path("monday.qcow2")).unwrap();
@@ -404,7 +404,7 @@ fn a_name_that_others_have_come_to_stand_on_is_not_taken_away() {
         name: "vm.qcow2".into(),
         backing: None,
     };
-    let deed = Deed::Snapshot { seconds: 1, nanoseconds: 0, description: String::new(), disks: vec![top] };
+    let deed = Operation::Snapshot { seconds: 1, nanoseconds: 0, description: String::new(), disks: vec![top] };
     leave(&lab, "snapshot monday", "vm", deed);
     fs::hard_link(lab.path("vm.raw"), lab.path("monday.raw")).unwrap();
     // The overlay has come; the raw disk still has both names.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use chainfs::error::ErrorKind;
 use chainfs::ops::{Engine, JobState};
-use chainfs::store::{Access, Deed, Format, Named, NewTop, StoreOptions};
+use chainfs::store::{Access, FileRef, Format, NewTop, Operation, StoreOptions};
 use support::intents::{leave, witness};
 use support::lab::{Kind, Lab, run};
 
@@ -170,7 +170,7 @@ fn inode(lab: &Lab, name: &str) -> u64 {
     fs::metadata(lab.store.path(name)).unwrap().ino()
 }
 
-fn named(lab: &Lab, name: &str) -> Named {
+fn named(lab: &Lab, name: &str) -> FileRef {
     witness(&lab.store, name, false)
 }
 
@@ -179,7 +179,7 @@ fn a_base_that_keeps_its_name_is_hidden_while_it_is_spoilt() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.raw("vm.raw", 2 * MIB, 5);
     lab.store.overlay("vm.qcow2", "vm.raw", "raw", "");
-    let deed = Deed::Commit {
+    let deed = Operation::Commit {
         top: named(&lab, "vm.qcow2"),
         base: named(&lab, "vm.raw"),
         between: Vec::new(),
@@ -199,7 +199,7 @@ fn a_base_that_keeps_its_name_is_hidden_while_it_is_spoilt() {
 #[test]
 fn a_commit_whose_top_was_taken_away_is_not_taken_for_done() {
     let lab = Lab::new(Kind::PLAIN);
-    let deed = Deed::Commit {
+    let deed = Operation::Commit {
         top: named(&lab, "sn2.qcow2"),
         base: named(&lab, "base.qcow2"),
         between: vec![named(&lab, "sn1.qcow2")],
@@ -231,7 +231,7 @@ fn a_snapshot_that_is_taken_up_replaces_no_other_file() {
         name: "web.qcow2".into(),
         backing: None,
     }];
-    let deed = Deed::Snapshot { seconds: 1, nanoseconds: 0, description: String::new(), disks };
+    let deed = Operation::Snapshot { seconds: 1, nanoseconds: 0, description: String::new(), disks };
     leave(&lab.store, "snapshot monday", "web", deed);
     // The second name was given; then the user has put a copy into the place of the first.
     fs::rename(lab.store.path("web.qcow2"), lab.store.path("monday.qcow2")).unwrap();
@@ -263,7 +263,7 @@ fn a_frozen_leaf_stays_frozen_when_it_is_merged_down() {
 fn a_pull_that_cannot_go_on_leaves_the_chain_free() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.create("gone.qcow2", MIB, "");
-    let deed = Deed::Pull {
+    let deed = Operation::Pull {
         into: vec![named(&lab, "web.qcow2")],
         base: Some(named(&lab, "gone.qcow2")),
         remove: Vec::new(),

@@ -1,7 +1,7 @@
 //! Guests' file systems are parsed in a process of its own, which has nothing but memory and what it is sent.
 
+mod channel;
 mod confine;
-mod lane;
 mod pool;
 mod process;
 pub(super) mod protocol;
@@ -10,6 +10,6 @@ mod serve;
 
 pub(super) use pool::Pool;
 pub(super) use process::{Disks, Worker};
-pub use process::{Program, WITHOUT_SECCOMP, WORKER};
+pub use process::{WITHOUT_SECCOMP, WORKER, WorkerProgram};
 pub use protocol::{ListedEntry, Listing, Mounted, OpenedFile};
 pub use serve::serve;

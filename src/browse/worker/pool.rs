@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Descriptors, Room};
+use crate::io::{DescriptorReservation, Descriptors};
 
-use super::process::{Program, Worker};
+use super::process::{Worker, WorkerProgram};
 
 /// Descriptors that a worker costs the daemon.
 const DESCRIPTORS: usize = 3;
@@ -29,7 +29,7 @@ const GLANCE: Duration = Duration::from_millis(50);
 /// The workers of one browser.
 #[derive(Debug)]
 pub(in crate::browse) struct Pool {
-    pub(super) program: Program,
+    pub(super) program: WorkerProgram,
     descriptors: Arc<Descriptors>,
     /// Workers that run or did so a moment ago, and how many do.
     running: Mutex<(Vec<Weak<Worker>>, usize)>,
@@ -40,7 +40,7 @@ pub(in crate::browse) struct Pool {
 #[derive(Debug)]
 pub(super) struct Permit {
     pool: Arc<Pool>,
-    _room: Room,
+    _room: DescriptorReservation,
 }
 
 impl Drop for Permit {
@@ -51,7 +51,7 @@ impl Drop for Permit {
 }
 
 impl Pool {
-    pub(in crate::browse) fn new(program: Program, descriptors: Arc<Descriptors>) -> Arc<Self> {
+    pub(in crate::browse) fn new(program: WorkerProgram, descriptors: Arc<Descriptors>) -> Arc<Self> {
         Arc::new(Self { program, descriptors, running: Mutex::default(), ended: Condvar::new() })
     }
 

@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::Idle;
+use crate::io::Reclaimable;
 
-use super::lane::Lane;
+use super::channel::Channel;
 use super::pool::{Permit, Pool};
 use super::protocol::{Answer, CHUNK, ChunkKey, Failure, FromWorker, GROUP, Request, ToWorker};
 
@@ -43,14 +43,14 @@ const FETCHED: u64 = 8 << 30;
 
 /// How workers are begun.
 #[derive(Clone, Debug)]
-pub struct Program {
+pub struct WorkerProgram {
     /// This program.
     pub path: PathBuf,
     /// Whether workers are confined by seccomp.
     pub seccomp: bool,
 }
 
-impl Program {
+impl WorkerProgram {
     /// This program, whatever has become of its file since it was started.
     pub fn this(seccomp: bool) -> Self {
         Self { path: "/proc/self/exe".into(), seccomp }
@@ -73,22 +73,22 @@ pub(in crate::browse) struct Worker {
     me: Weak<Self>,
     /// Whether it was asked since the search for something to end last looked.
     is_used: AtomicBool,
-    state: Mutex<State>,
+    state: Mutex<ProcessState>,
     /// Held while a view is looked into for the first time: once. Other chains' views do not wait for what this one's guest has written.
     pub(in crate::browse) first: Mutex<()>,
 }
 
 #[derive(Debug)]
-struct State {
-    process: Option<Arc<Process>>,
+struct ProcessState {
+    process: Option<Arc<WorkerProcess>>,
     used: Instant,
 }
 
 #[derive(Debug)]
-struct Process {
+struct WorkerProcess {
     child: Mutex<Child>,
     id: u32,
-    lanes: [Mutex<Lane>; 2],
+    lanes: [Mutex<Channel>; 2],
     /// Nothing is ever said on it: its other end tells the worker that the daemon is no more.
     _life: UnixStream,
     turn: AtomicUsize,
@@ -99,12 +99,12 @@ struct Process {
 
 /// A process that is not ended because nobody asks it anything.
 pub(in crate::browse) struct Kept {
-    _process: Arc<Process>,
+    _process: Arc<WorkerProcess>,
 }
 
 /// What one question may cost.
 #[derive(Clone, Copy, Debug)]
-struct Limits {
+struct RequestLimits {
     /// Of the processors.
     spent: Duration,
     /// Of the time of whoever asks, but for what the disks take.
@@ -112,7 +112,7 @@ struct Limits {
 }
 
 /// Why there is no answer.
-enum Trouble {
+enum WorkerFailure {
     /// The worker has ended, or says what makes no sense.
     Gone(io::Error),
     /// It was ended because of this question.
@@ -125,7 +125,7 @@ impl Worker {
             pool: Arc::clone(pool),
             me: Weak::clone(me),
             is_used: AtomicBool::new(false),
-            state: Mutex::new(State { process: None, used: Instant::now() }),
+            state: Mutex::new(ProcessState { process: None, used: Instant::now() }),
             first: Mutex::new(()),
         })
     }
@@ -140,12 +140,12 @@ impl Worker {
                     self.state.lock().used = Instant::now();
                     return answered;
                 }
-                Err(Trouble::Ended(error)) => {
+                Err(WorkerFailure::Ended(error)) => {
                     self.discard(&process);
                     tracing::warn!("{error}");
                     return Err(error);
                 }
-                Err(Trouble::Gone(error)) => {
+                Err(WorkerFailure::Gone(error)) => {
                     self.discard(&process);
                     tracing::warn!("a worker that reads guests' file systems has ended: {error}");
                     if is_again {
@@ -189,7 +189,7 @@ impl Worker {
         is_idle.then(|| state.used.elapsed())
     }
 
-    fn process(&self) -> Result<Arc<Process>> {
+    fn process(&self) -> Result<Arc<WorkerProcess>> {
         self.is_used.store(true, Ordering::Relaxed);
         let mut state = self.state.lock();
         state.used = Instant::now();
@@ -197,11 +197,11 @@ impl Worker {
             return Ok(Arc::clone(process));
         }
         let me = self.me.upgrade().expect("whoever asks has it");
-        let mut begun = Process::begin(&self.pool.program, self.pool.admit(&me)?);
+        let mut begun = WorkerProcess::begin(&self.pool.program, self.pool.admit(&me)?);
         // There may be no more processes because of those that only wait to be asked.
         if begun.as_ref().is_err_and(|error| error.kind() == ErrorKind::Exhausted) && self.pool.end_one(Duration::ZERO)
         {
-            begun = Process::begin(&self.pool.program, self.pool.admit(&me)?);
+            begun = WorkerProcess::begin(&self.pool.program, self.pool.admit(&me)?);
         }
         let process = Arc::new(begun?);
         state.used = Instant::now();
@@ -209,7 +209,7 @@ impl Worker {
         Ok(process)
     }
 
-    fn discard(&self, process: &Arc<Process>) {
+    fn discard(&self, process: &Arc<WorkerProcess>) {
         let mut state = self.state.lock();
         if state.process.as_ref().is_some_and(|current| Arc::ptr_eq(current, process)) {
             state.process = None;
@@ -219,7 +219,7 @@ impl Worker {
     }
 }
 
-impl Idle for Worker {
+impl Reclaimable for Worker {
     fn was_used(&self) -> bool {
         self.is_used.swap(false, Ordering::Relaxed)
     }
@@ -229,14 +229,14 @@ impl Idle for Worker {
     }
 }
 
-impl Drop for Process {
+impl Drop for WorkerProcess {
     fn drop(&mut self) {
         self.end();
     }
 }
 
-impl Process {
-    fn begin(program: &Program, permit: Permit) -> Result<Self> {
+impl WorkerProcess {
+    fn begin(program: &WorkerProgram, permit: Permit) -> Result<Self> {
         /// One at a time: it takes some more descriptors until the other end of each has gone.
         static BEGINNING: Mutex<()> = Mutex::new(());
         let fail = |error| Error::beginning("starting a worker that reads guests' file systems", error);
@@ -260,7 +260,7 @@ impl Process {
             .spawn()
             .map_err(fail)?;
         let id = child.id();
-        let lanes = [first, second].map(|lane| Mutex::new(Lane::new(lane)));
+        let lanes = [first, second].map(|lane| Mutex::new(Channel::new(lane)));
         let (turn, is_gone) = (AtomicUsize::new(0), AtomicBool::new(false));
         Ok(Self { child: Mutex::new(child), id, lanes, _life: life, turn, is_gone, _permit: permit })
     }
@@ -274,7 +274,7 @@ impl Process {
     }
 
     /// A lane that nobody else is on, and its number.
-    fn lane(&self) -> (MutexGuard<'_, Lane>, usize) {
+    fn lane(&self) -> (MutexGuard<'_, Channel>, usize) {
         // Where none is free, they wait by turns.
         let free = self.lanes.iter().enumerate().find_map(|(number, lane)| Some((lane.try_lock()?, number)));
         free.unwrap_or_else(|| {
@@ -284,10 +284,14 @@ impl Process {
     }
 
     /// One conversation.
-    fn ask(&self, request: &Request, disks: &dyn Disks) -> std::result::Result<Result<(Answer, Vec<u8>)>, Trouble> {
+    fn ask(
+        &self,
+        request: &Request,
+        disks: &dyn Disks,
+    ) -> std::result::Result<Result<(Answer, Vec<u8>)>, WorkerFailure> {
         let (mut lane, number) = self.lane();
         if self.is_gone.load(Ordering::Acquire) {
-            return Err(Trouble::Gone(io::ErrorKind::BrokenPipe.into()));
+            return Err(WorkerFailure::Gone(io::ErrorKind::BrokenPipe.into()));
         }
         let is_large = !matches!(
             request,
@@ -301,9 +305,9 @@ impl Process {
                 | Request::ExtendedAttributes(..)
         );
         let limits = if is_large {
-            Limits { spent: LARGE, waited: LARGE_WAIT }
+            RequestLimits { spent: LARGE, waited: LARGE_WAIT }
         } else {
-            Limits { spent: USUAL, waited: USUAL_WAIT }
+            RequestLimits { spent: USUAL, waited: USUAL_WAIT }
         };
         converse(&mut lane, request, disks, limits, &|| processor_time(self.id, &lane_name(number)))
     }
@@ -331,12 +335,12 @@ fn processor_time(process: u32, thread: &str) -> Duration {
 
 /// Asks, and answers what the worker asks back, until it answers.
 fn converse(
-    lane: &mut Lane,
+    lane: &mut Channel,
     request: &Request,
     disks: &dyn Disks,
-    limits: Limits,
+    limits: RequestLimits,
     processor_time: &dyn Fn() -> Duration,
-) -> std::result::Result<Result<(Answer, Vec<u8>)>, Trouble> {
+) -> std::result::Result<Result<(Answer, Vec<u8>)>, WorkerFailure> {
     // Asked only of those that take their time: most do not.
     let mut begun = None;
     let mut spent = || {
@@ -355,7 +359,7 @@ fn converse(
             }
             if is_too_long { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
         };
-        lane.send(&reply, &bytes).map_err(Trouble::Gone)?;
+        lane.send(&reply, &bytes).map_err(WorkerFailure::Gone)?;
         let received = lane.receive::<FromWorker>(&mut patience);
         // A conversation that never ends is made of short answers, too.
         let received = received.and_then(|found| match found.0 {
@@ -363,8 +367,8 @@ fn converse(
             FromWorker::Locate { .. } | FromWorker::Read { .. } => patience().map(|()| found),
         });
         let (message, payload) = received.map_err(|error| match error.kind() {
-            io::ErrorKind::TimedOut => Trouble::Ended(too_long()),
-            _ => Trouble::Gone(error),
+            io::ErrorKind::TimedOut => WorkerFailure::Ended(too_long()),
+            _ => WorkerFailure::Gone(error),
         })?;
         waited += asked.elapsed();
         bytes.clear();
@@ -380,7 +384,7 @@ fn converse(
                 bytes.resize(u64::from(len).min(CHUNK) as usize, 0);
                 fetched += bytes.len() as u64;
                 if fetched > FETCHED {
-                    return Err(Trouble::Ended(too_long()));
+                    return Err(WorkerFailure::Ended(too_long()));
                 }
                 match disks.read(disk, at, &mut bytes) {
                     Ok(()) => ToWorker::Bytes,
@@ -419,14 +423,14 @@ mod tests {
     }
 
     /// What becomes of a question to a worker that uses no processor and does `work` on its end of the lane.
-    fn asked(work: impl FnOnce(UnixStream) + Send + 'static) -> Trouble {
+    fn asked(work: impl FnOnce(UnixStream) + Send + 'static) -> WorkerFailure {
         let (lane, end) = UnixStream::pair().unwrap();
         lane.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
         let worker = std::thread::spawn(move || work(end));
         let request = Request::Attributes(VolumeId { set: 1, volume: 0 }, Ino(2));
-        let limits = Limits { spent: Duration::from_secs(1), waited: Duration::from_millis(300) };
+        let limits = RequestLimits { spent: Duration::from_secs(1), waited: Duration::from_millis(300) };
         let begun = Instant::now();
-        let answer = converse(&mut Lane::new(lane), &request, &All, limits, &|| Duration::ZERO);
+        let answer = converse(&mut Channel::new(lane), &request, &All, limits, &|| Duration::ZERO);
         assert!(begun.elapsed() < Duration::from_secs(5), "it took {:?}", begun.elapsed());
         worker.join().unwrap();
         answer.expect_err("there is none")
@@ -470,13 +474,13 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(2));
             }
         });
-        assert!(matches!(trouble, Trouble::Ended(_)));
+        assert!(matches!(trouble, WorkerFailure::Ended(_)));
     }
 
     #[test]
     fn a_worker_that_asks_back_for_ever_is_not_answered_for_ever() {
         let trouble = asked(|end| {
-            let mut lane = Lane::new(end);
+            let mut lane = Channel::new(end);
             let question = FromWorker::Locate { disk: 0, first: 0, count: 1 };
             while lane.receive::<ToWorker>(&mut || Ok(())).is_ok() {
                 std::thread::sleep(Duration::from_millis(5));
@@ -485,6 +489,6 @@ mod tests {
                 }
             }
         });
-        assert!(matches!(trouble, Trouble::Ended(_)));
+        assert!(matches!(trouble, WorkerFailure::Ended(_)));
     }
 }

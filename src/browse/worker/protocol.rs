@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind};
 use crate::guest::inspect::OperatingSystem;
-use crate::guest::volumes::{Layout, PhysicalVolumeName};
-use crate::guest::{Attributes, DirectoryEntry, ExtendedAttribute, Ino, Run, Statistics};
+use crate::guest::volumes::{PhysicalVolumeName, VolumeLayout};
+use crate::guest::{DirectoryEntry, ExtendedAttribute, FileAttributes, FileRun, Ino, Statistics};
 
 /// Bytes that are fetched and kept as one.
 pub(in crate::browse) const CHUNK: u64 = 1 << 16;
@@ -78,15 +78,15 @@ pub(in crate::browse) enum Request {
 pub(in crate::browse) enum Answer {
     /// To a request for a set that is not kept, or no longer: it is to be opened again.
     NoSuchSet,
-    Layout(Box<Layout>),
+    Layout(Box<VolumeLayout>),
     PhysicalVolumes(Vec<PhysicalVolumeName>),
     Mounted(Mounted),
-    Found(Option<(Ino, Attributes)>),
+    Found(Option<(Ino, FileAttributes)>),
     Listed(Listing),
-    Attributes(Attributes),
+    Attributes(FileAttributes),
     Link(Vec<u8>),
     OpenedFile(OpenedFile),
-    Runs(Vec<Run>),
+    Runs(Vec<FileRun>),
     /// The bytes follow as the frame's payload.
     Bytes,
     ExtendedAttributes(Vec<ExtendedAttribute>),
@@ -112,7 +112,7 @@ pub struct ListedEntry {
     /// Its name, and what that stands for.
     pub entry: DirectoryEntry,
     /// What stat(2) says, where that can be said.
-    pub attributes: Option<Attributes>,
+    pub attributes: Option<FileAttributes>,
     /// Whether it is known to have no extended attributes.
     pub is_plain: bool,
 }
@@ -123,7 +123,7 @@ pub struct OpenedFile {
     /// Bytes.
     pub size: u64,
     /// Where the first of them are.
-    pub runs: Vec<Run>,
+    pub runs: Vec<FileRun>,
 }
 
 /// A part of a directory.

@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::Source;
 use crate::guest::source::within;
 
-use super::lane::Lane;
+use super::channel::Channel;
 use super::protocol::{CHUNK, ChunkKey, Failure, FromWorker, GROUP, ToWorker};
 
 /// Bytes of chunks that are kept.
@@ -21,16 +21,16 @@ const KEYS_LEN: usize = 8 << 20;
 
 thread_local! {
     /// On which a thread of the worker speaks with the daemon.
-    static LANE: RefCell<Option<Lane>> = const { RefCell::new(None) };
+    static LANE: RefCell<Option<Channel>> = const { RefCell::new(None) };
 }
 
 /// Gives this thread its lane.
-pub(super) fn speak_on(lane: Lane) {
+pub(super) fn speak_on(lane: Channel) {
     LANE.set(Some(lane));
 }
 
 /// Does something with this thread's lane.
-pub(super) fn with_lane<T>(work: impl FnOnce(&mut Lane) -> std::io::Result<T>) -> Result<T> {
+pub(super) fn with_lane<T>(work: impl FnOnce(&mut Channel) -> std::io::Result<T>) -> Result<T> {
     LANE.with_borrow_mut(|lane| work(lane.as_mut().expect("a thread of the worker has a lane")))
         .map_err(|error| Error::io("speaking with the daemon", error))
 }
@@ -60,13 +60,13 @@ fn refused(failure: &Failure) -> Error {
 }
 
 /// Chunks of all disks.
-pub(super) struct Chunks {
+pub(super) struct ChunkCache {
     chunks: Cache<ChunkKey, Arc<[u8]>>,
     /// By set, disk and group.
     keys: Cache<(u32, u32, u64), Arc<[ChunkKey]>>,
 }
 
-impl Chunks {
+impl ChunkCache {
     pub(super) fn new() -> Self {
         Self { chunks: Cache::new(CHUNKS_LEN), keys: Cache::new(KEYS_LEN) }
     }
@@ -78,7 +78,7 @@ pub(super) struct RemoteDisk {
     pub(super) set: Option<u32>,
     pub(super) index: u32,
     pub(super) size: u64,
-    pub(super) chunks: Arc<Chunks>,
+    pub(super) chunks: Arc<ChunkCache>,
 }
 
 fn ask(question: &FromWorker) -> Result<(ToWorker, Vec<u8>)> {

@@ -15,34 +15,34 @@ use lru::LruCache;
 use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::inspect::{Opened, inspect};
-use crate::guest::volumes::{Layout, Volume, layout, physical_volumes, volume_source};
+use crate::guest::inspect::{OpenedVolume, inspect};
+use crate::guest::volumes::{Volume, VolumeLayout, layout, physical_volumes, volume_source};
 use crate::guest::{FileKind, FileSystem, Ino, Source, open};
 
+use super::channel::Channel;
 use super::confine;
-use super::lane::Lane;
 use super::process::lane_name;
 use super::protocol::{
     Answer, FIRST_RUNS_LEN, Failure, FromWorker, LIST_LEN, ListedEntry, Listing, Mounted, OpenedFile, READ_LEN,
     RUNS_LEN, RUNS_SPAN, Request, ToWorker, VolumeId,
 };
-use super::remote::{Chunks, RemoteDisk, speak_on, untroubled, with_lane};
+use super::remote::{ChunkCache, RemoteDisk, speak_on, untroubled, with_lane};
 
 /// Sets of disks that are kept, at most: each has file systems with caches of their own.
 const SETS: NonZero<usize> = NonZero::new(24).expect("not zero");
 
 /// A set of disks.
-struct Set {
+struct DiskSet {
     disks: Vec<Arc<dyn Source>>,
-    layout: Layout,
+    layout: VolumeLayout,
     /// By volume. Held while a file system is opened: once.
     open: Vec<Mutex<Option<Arc<dyn FileSystem>>>>,
 }
 
 /// All that a worker knows.
-struct Known {
-    sets: Mutex<LruCache<u32, Arc<Set>>>,
-    chunks: Arc<Chunks>,
+struct WorkerState {
+    sets: Mutex<LruCache<u32, Arc<DiskSet>>>,
+    chunks: Arc<ChunkCache>,
 }
 
 /// What the program does as a worker: its standard input and output are its lanes, and the third of its descriptors ends with the
@@ -64,7 +64,7 @@ fn run(confined: bool) -> Result<()> {
     ];
     // Nobody reads what a bug says of itself; the daemon tells of it.
     std::panic::set_hook(Box::new(|_| {}));
-    let known = Arc::new(Known { sets: Mutex::new(LruCache::new(SETS)), chunks: Arc::new(Chunks::new()) });
+    let known = Arc::new(WorkerState { sets: Mutex::new(LruCache::new(SETS)), chunks: Arc::new(ChunkCache::new()) });
     // Threads cannot be made once the process is confined, and none may work before.
     let ready = Arc::new(Barrier::new(lanes.len() + 1));
     let confinement: Arc<StdMutex<bool>> = Arc::default();
@@ -73,7 +73,7 @@ fn run(confined: bool) -> Result<()> {
         let socket = UnixStream::from(lane);
         let (known, ready, confinement) = (Arc::clone(&known), Arc::clone(&ready), Arc::clone(&confinement));
         let work = move || {
-            speak_on(Lane::new(socket));
+            speak_on(Channel::new(socket));
             ready.wait();
             if confinement.lock().is_ok_and(|done| *done) {
                 let _ = known.converse();
@@ -110,7 +110,7 @@ fn close_others() {
     }
 }
 
-impl Known {
+impl WorkerState {
     /// Answers until the daemon hangs up.
     fn converse(&self) -> Result<()> {
         loop {
@@ -188,7 +188,7 @@ impl Known {
         let layout = untroubled(|| Ok(layout(&disks)))?;
         let open = layout.volumes.iter().map(|_| Mutex::default()).collect();
         let answer = Answer::Layout(Box::new(layout.clone()));
-        let old = self.sets.lock().push(set, Arc::new(Set { disks, layout, open }));
+        let old = self.sets.lock().push(set, Arc::new(DiskSet { disks, layout, open }));
         drop(old);
         Ok(answer)
     }
@@ -207,7 +207,7 @@ impl Known {
     }
 }
 
-impl Set {
+impl DiskSet {
     /// The file system of a volume, which is opened if it is not yet.
     fn file_system(&self, index: usize) -> Result<Arc<dyn FileSystem>> {
         let (Some(found), Some(slot)) = (self.layout.volumes.get(index), self.open.get(index)) else {
@@ -223,11 +223,11 @@ impl Set {
 }
 
 /// Which volumes are open, and what an fstab may call them.
-fn opened<'a>(layout: &'a Layout, open: &'a [Option<Arc<dyn FileSystem>>]) -> Vec<Opened<'a>> {
+fn opened<'a>(layout: &'a VolumeLayout, open: &'a [Option<Arc<dyn FileSystem>>]) -> Vec<OpenedVolume<'a>> {
     let volumes = layout.volumes.iter().zip(open);
     let described = |(volume, open): (&'a Volume, &'a Option<Arc<dyn FileSystem>>)| {
         let partition = layout.partitions.iter().find(|partition| volume.name == format!("p{}", partition.number));
-        Some(Opened {
+        Some(OpenedVolume {
             name: &volume.name,
             files: &**open.as_ref()?,
             label: volume.label.as_deref(),

@@ -8,8 +8,8 @@ use clap::{Args, ValueEnum};
 
 use crate::error::Result;
 use crate::ops::{
-    CloneRequest, CommitRequest, DeleteRequest, Method, NewSize, PullRequest, RebaseRequest, Request, ResizeRequest,
-    RevertRequest, SnapshotRequest, parse_chains,
+    CloneRequest, CommitRequest, DeleteMethod, DeleteRequest, NewSize, PullRequest, RebaseRequest, Request,
+    ResizeRequest, RevertRequest, SnapshotRequest, parse_chains,
 };
 
 /// How a verb is carried out.
@@ -140,7 +140,7 @@ pub struct DeleteArgs {
     pub name: OsString,
     /// Where its bytes go
     #[arg(long, value_enum, default_value = "auto")]
-    pub method: DeleteMethod,
+    pub method: DeleteMethodArg,
     /// What may be lost.
     #[command(flatten)]
     pub discard: DiscardArgs,
@@ -151,7 +151,7 @@ pub struct DeleteArgs {
 
 /// Where the bytes of a snapshot go that is deleted.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum DeleteMethod {
+pub enum DeleteMethodArg {
     /// Whichever of the two copies less
     Auto,
     /// What stands on it comes down into its file
@@ -309,9 +309,9 @@ impl DeleteArgs {
         checked(Request::Delete(DeleteRequest {
             name: self.name.clone().into_vec(),
             method: match self.method {
-                DeleteMethod::Auto => Method::Auto,
-                DeleteMethod::Commit => Method::Commit,
-                DeleteMethod::Pull => Method::Pull,
+                DeleteMethodArg::Auto => DeleteMethod::Auto,
+                DeleteMethodArg::Commit => DeleteMethod::Commit,
+                DeleteMethodArg::Pull => DeleteMethod::Pull,
             },
             discard_internal: self.discard.discard_internal,
             discard_bitmaps: self.discard.discard_bitmaps,

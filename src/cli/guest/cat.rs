@@ -4,10 +4,10 @@ use std::ffi::OsStr;
 use std::io::{self, Write};
 
 use super::super::args::CatArgs;
-use super::images::Images;
-use super::{Opened, about, complain, open};
-use crate::browse::content::Content;
-use crate::browse::walk::Last;
+use super::images::OpenStores;
+use super::{OpenedPath, about, complain, open};
+use crate::browse::content::OpenContent;
+use crate::browse::walk::FinalSymlink;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{FileKind, RunKind};
 use crate::report::files::kind;
@@ -30,7 +30,7 @@ impl From<Error> for Stopped {
 
 /// Runs the command.
 pub(in crate::cli) fn run(args: &CatArgs) -> Result<u8> {
-    let mut images = Images::new(&args.look, &[])?;
+    let mut images = OpenStores::new(&args.look, &[])?;
     let mut failed = false;
     for word in &args.places {
         match print(&mut images, word) {
@@ -43,14 +43,14 @@ pub(in crate::cli) fn run(args: &CatArgs) -> Result<u8> {
     Ok(u8::from(failed || is_stale))
 }
 
-fn print(images: &mut Images, word: &OsStr) -> std::result::Result<(), Stopped> {
-    let Opened { tree, path, .. } = open(images, word)?;
-    let file = tree.resolve(&path, Last::Followed)?;
+fn print(images: &mut OpenStores, word: &OsStr) -> std::result::Result<(), Stopped> {
+    let OpenedPath { tree, path, .. } = open(images, word)?;
+    let file = tree.resolve(&path, FinalSymlink::Followed)?;
     if file.attributes.kind != FileKind::File {
         let fact = format!("it is no file but a {}", kind(file.attributes.kind));
         return Err(Error::new(ErrorKind::Unsupported, fact).into());
     }
-    let mut content = Content::new(&tree, &file);
+    let mut content = OpenContent::new(&tree, &file);
     let mut out = io::stdout().lock();
     let (mut buf, zeroes) = (vec![0; STEP], vec![0; STEP]);
     let mut at = 0;

@@ -10,11 +10,11 @@ use std::rc::Rc;
 
 use super::super::args::CpArgs;
 use super::super::warn;
-use super::images::Images;
-use super::out::{Folder, Keep, Lost};
-use super::{Opened, about, complain, open, shown};
-use crate::browse::content::Content;
-use crate::browse::walk::{Entry, Last, Named, Tree, Visited};
+use super::images::OpenStores;
+use super::out::{KeptAttributes, LostAttributes, OutputDirectory};
+use super::{OpenedPath, about, complain, open, shown};
+use crate::browse::content::OpenContent;
+use crate::browse::walk::{FinalSymlink, GuestEntry, GuestTree, NamedEntry, VisitedDirectories};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{ExtendedAttribute, FileKind, Ino, RunKind};
 use crate::report::files::kind;
@@ -32,9 +32,12 @@ pub(in crate::cli) fn run(args: &CpArgs) -> Result<u8> {
         return Err(Error::new(ErrorKind::Usage, fact));
     }
     let archive = args.archive;
-    let keep =
-        Keep { all: args.preserve || archive, set_id: archive && rustix::process::geteuid().is_root(), umask: umask() };
-    let mut copy = Copy {
+    let keep = KeptAttributes {
+        all: args.preserve || archive,
+        set_id: archive && rustix::process::geteuid().is_root(),
+        umask: umask(),
+    };
+    let mut copy = CopyRun {
         recursive: args.recursive || archive,
         archive,
         keep,
@@ -42,7 +45,7 @@ pub(in crate::cli) fn run(args: &CpArgs) -> Result<u8> {
         remarks: BTreeMap::new(),
         names: HashMap::new(),
     };
-    let mut images = Images::new(&args.look, &[])?;
+    let mut images = OpenStores::new(&args.look, &[])?;
     for word in &args.sources {
         if let Err(error) = copy.source(&mut images, word, &args.dest, is_directory) {
             complain(&mut copy.failed, &about(word, error));
@@ -54,41 +57,41 @@ pub(in crate::cli) fn run(args: &CpArgs) -> Result<u8> {
 }
 
 /// What is copied how, and what could not be.
-struct Copy {
+struct CopyRun {
     recursive: bool,
     archive: bool,
-    keep: Keep,
+    keep: KeptAttributes,
     failed: bool,
     /// What was not kept of files: of how many, and the first.
     remarks: BTreeMap<String, (u64, String)>,
     /// Where files with several names have been copied to first.
-    names: HashMap<(ViewId, usize, Ino), (Rc<Folder>, PathBuf)>,
+    names: HashMap<(ViewId, usize, Ino), (Rc<OutputDirectory>, PathBuf)>,
 }
 
 /// One source.
-struct Source<'a> {
+struct CopyOperand<'a> {
     word: &'a OsStr,
-    tree: &'a Tree,
+    tree: &'a GuestTree,
     volume: &'a (ViewId, usize),
     /// The directory that all of it is copied into.
-    root: Rc<Folder>,
+    root: Rc<OutputDirectory>,
 }
 
 /// A directory that is being copied.
-struct Frame {
-    folder: Rc<Folder>,
-    entry: Entry,
-    entries: std::vec::IntoIter<Named>,
+struct CopyFrame {
+    folder: Rc<OutputDirectory>,
+    entry: GuestEntry,
+    entries: std::vec::IntoIter<NamedEntry>,
     /// From the source's root.
     path: PathBuf,
     /// Whether it gets what the source has besides its entries.
     finish: bool,
 }
 
-impl Copy {
-    fn source(&mut self, images: &mut Images, word: &OsStr, dest: &Path, is_directory: bool) -> Result<()> {
-        let Opened { tree, path, volume } = open(images, word)?;
-        let last = if self.recursive { Last::Itself } else { Last::Followed };
+impl CopyRun {
+    fn source(&mut self, images: &mut OpenStores, word: &OsStr, dest: &Path, is_directory: bool) -> Result<()> {
+        let OpenedPath { tree, path, volume } = open(images, word)?;
+        let last = if self.recursive { FinalSymlink::Itself } else { FinalSymlink::Followed };
         let entry = tree.resolve(&path, last)?;
         let is_tree = entry.attributes.kind == FileKind::Directory;
         if is_tree && !self.recursive {
@@ -99,9 +102,9 @@ impl Copy {
         if name == b".." {
             return Err(Error::new(ErrorKind::Usage, "it has no name of its own; say which"));
         }
-        let source = |root| Source { word, tree: &tree, volume: &volume, root };
+        let source = |root| CopyOperand { word, tree: &tree, volume: &volume, root };
         if name == b"." && is_tree && is_directory {
-            let root = Rc::new(Folder::open(dest)?);
+            let root = Rc::new(OutputDirectory::open(dest)?);
             return self.directories(&source(Rc::clone(&root)), root, entry, PathBuf::new(), self.keep.all);
         }
         let (folder, name) = if is_directory && name != b"." {
@@ -111,7 +114,7 @@ impl Copy {
                 dest.file_name().ok_or_else(|| Error::new(ErrorKind::Usage, "it needs a name to be copied to"))?;
             (dest.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")), name)
         };
-        let root = Rc::new(Folder::open(folder)?);
+        let root = Rc::new(OutputDirectory::open(folder)?);
         let source = source(Rc::clone(&root));
         self.entry(&source, &root, &entry, Path::new(name))?.map_or(Ok(()), |(folder, is_new)| {
             self.directories(&source, folder, entry, PathBuf::from(name), is_new || self.keep.all)
@@ -121,18 +124,18 @@ impl Copy {
     /// Copies a directory's entries, and all below, into `folder`.
     fn directories(
         &mut self,
-        source: &Source<'_>,
-        folder: Rc<Folder>,
-        top: Entry,
+        source: &CopyOperand<'_>,
+        folder: Rc<OutputDirectory>,
+        top: GuestEntry,
         path: PathBuf,
         finish: bool,
     ) -> Result<()> {
-        let mut visited = Visited::default();
+        let mut visited = VisitedDirectories::default();
         let mut frames = Vec::new();
         frames.push(self.frame(source, &mut visited, 0, folder, top, path, finish)?);
         while let Some(frame) = frames.last_mut() {
-            let Some(Named { name, entry }) = frame.entries.next() else {
-                let Some(Frame { folder, entry, path, finish, .. }) = frames.pop() else { break };
+            let Some(NamedEntry { name, entry }) = frame.entries.next() else {
+                let Some(CopyFrame { folder, entry, path, finish, .. }) = frames.pop() else { break };
                 // Times of a directory change with each entry that is made in it: they come last.
                 if finish {
                     let extended = self.extended(source, &entry, &path);
@@ -159,30 +162,30 @@ impl Copy {
     #[expect(clippy::too_many_arguments, reason = "it is what a frame is made of")]
     fn frame(
         &mut self,
-        source: &Source<'_>,
-        visited: &mut Visited,
+        source: &CopyOperand<'_>,
+        visited: &mut VisitedDirectories,
         depth: usize,
-        folder: Rc<Folder>,
-        entry: Entry,
+        folder: Rc<OutputDirectory>,
+        entry: GuestEntry,
         path: PathBuf,
         finish: bool,
-    ) -> Result<Frame> {
+    ) -> Result<CopyFrame> {
         visited.enter(entry.ino, depth)?;
         let (entries, trouble) = source.tree.entries(entry.ino);
         if let Some(error) = trouble {
             self.trouble(source, &path, error);
         }
-        Ok(Frame { folder, entry, entries: entries.into_iter(), path, finish })
+        Ok(CopyFrame { folder, entry, entries: entries.into_iter(), path, finish })
     }
 
     /// Copies one entry to the last name of `path`; of a directory, only the directory, which is returned, and whether it is new.
     fn entry(
         &mut self,
-        source: &Source<'_>,
-        folder: &Folder,
-        entry: &Entry,
+        source: &CopyOperand<'_>,
+        folder: &OutputDirectory,
+        entry: &GuestEntry,
         path: &Path,
-    ) -> Result<Option<(Rc<Folder>, bool)>> {
+    ) -> Result<Option<(Rc<OutputDirectory>, bool)>> {
         let name = path.file_name().expect("a path of names").as_bytes();
         let found = &entry.attributes;
         if found.kind == FileKind::Directory {
@@ -230,7 +233,7 @@ impl Copy {
         Ok(None)
     }
 
-    fn extended(&mut self, source: &Source<'_>, entry: &Entry, path: &Path) -> Vec<ExtendedAttribute> {
+    fn extended(&mut self, source: &CopyOperand<'_>, entry: &GuestEntry, path: &Path) -> Vec<ExtendedAttribute> {
         if !self.keep.all {
             return Vec::new();
         }
@@ -240,19 +243,19 @@ impl Copy {
         })
     }
 
-    fn note(&mut self, source: &Source<'_>, path: &Path, lost: Vec<Lost>) {
-        for Lost { what, why, matters } in lost {
+    fn note(&mut self, source: &CopyOperand<'_>, path: &Path, lost: Vec<LostAttributes>) {
+        for LostAttributes { what, why, matters } in lost {
             self.failed |= matters;
             self.remark(format!("{what} could not be kept ({why})"), source, path);
         }
     }
 
-    fn remark(&mut self, fact: String, source: &Source<'_>, path: &Path) {
+    fn remark(&mut self, fact: String, source: &CopyOperand<'_>, path: &Path) {
         let place = || format!("{} of {}", named(path), shown(source.word));
         self.remarks.entry(fact).or_insert_with(|| (0, place())).0 += 1;
     }
 
-    fn trouble(&mut self, source: &Source<'_>, path: &Path, error: Error) {
+    fn trouble(&mut self, source: &CopyOperand<'_>, path: &Path, error: Error) {
         complain(&mut self.failed, &about(source.word, error.within(named(path))));
     }
 
@@ -271,11 +274,11 @@ fn named(path: &Path) -> String {
 }
 
 /// Writes a file's bytes; what is a hole stays one.
-fn fill(file: &File, tree: &Tree, entry: &Entry) -> Result<()> {
+fn fill(file: &File, tree: &GuestTree, entry: &GuestEntry) -> Result<()> {
     let fail = |error| Error::io("writing the copy", error);
     let size = entry.attributes.size;
     file.set_len(size).map_err(fail)?;
-    let mut content = Content::new(tree, entry);
+    let mut content = OpenContent::new(tree, entry);
     let mut buf = Vec::new();
     let mut at = 0;
     while at < size {

@@ -5,16 +5,18 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::super::args::{DiffArgs, Output};
-use super::images::{Disk, Images};
-use super::places::{self, DiskName, Inner, Place};
+use super::images::{OpenStores, StoreDisk};
+use super::operands::{self, DiskName, DiskPath, GuestOperand};
 use super::{about, complain};
-use crate::browse::Inside;
-use crate::browse::difference::{Counted, Each, Finding, Side, compare, is_same_raw, is_surely_same};
+use crate::browse::DiskContents;
+use crate::browse::difference::{
+    Counted, DifferenceVisitor, PathDifference, Side, compare, is_same_raw, is_surely_same,
+};
 use crate::browse::ranges::differing_ranges;
-use crate::browse::walk::{Entry, Last, Tree};
+use crate::browse::walk::{FinalSymlink, GuestEntry, GuestTree};
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::content::Content;
-use crate::guest::volumes::{Layout, Place as Lies};
+use crate::guest::content::VolumeContent;
+use crate::guest::volumes::{VolumeLayout, VolumeMapping as Lies};
 use crate::report::difference::{
     ChangeObject, FilesObject, RangeObject, RangesObject, Tally, line, range_line, ranges_summary, summary, volume_line,
 };
@@ -36,23 +38,23 @@ pub(in crate::cli) fn run(args: &DiffArgs) -> Result<u8> {
 }
 
 fn look(args: &DiffArgs) -> Result<u8> {
-    let mut a = places::parse(&args.a)?;
-    let mut b = places::parse(&args.b)?;
+    let mut a = operands::parse(&args.a)?;
+    let mut b = operands::parse(&args.b)?;
     let of_files = args.files || a.has_inner || b.has_inner;
     // What one says of the place on the disk is meant of both.
     a.inner = a.inner.take().or_else(|| b.inner.clone());
     b.inner = b.inner.take().or_else(|| a.inner.clone());
     (a.has_inner, b.has_inner) = (of_files, of_files);
     let mut images =
-        Images::new(&args.look, &[(image(&a), args.formats.a_format), (image(&b), args.formats.b_format)])?;
+        OpenStores::new(&args.look, &[(image(&a), args.formats.a_format), (image(&b), args.formats.b_format)])?;
     let disks = images.pair(&a, &b)?;
-    let out = Out { args, text: String::new() };
+    let out = DiffOutput { args, text: String::new() };
     let found = if of_files { files(args, (&a, &b), &disks, out) } else { ranges(args, &disks, out) };
     // Two states that are not what the guests wrote last tell nothing of those that are.
     if images.tell_stale() { found.map(|_| TROUBLE) } else { found }
 }
 
-fn image(place: &Place) -> &Path {
+fn image(place: &GuestOperand) -> &Path {
     match &place.disk {
         DiskName::Image { path, .. } => path,
         DiskName::Mounted { .. } => Path::new(""),
@@ -60,12 +62,12 @@ fn image(place: &Place) -> &Path {
 }
 
 /// What is printed while it is found.
-struct Out<'a> {
+struct DiffOutput<'a> {
     args: &'a DiffArgs,
     text: String,
 }
 
-impl Out<'_> {
+impl DiffOutput<'_> {
     fn is_json(&self) -> bool {
         self.args.output.format() == Output::Json
     }
@@ -95,7 +97,7 @@ impl Out<'_> {
     }
 }
 
-fn ranges(args: &DiffArgs, (a, b): &(Disk, Disk), mut out: Out<'_>) -> Result<u8> {
+fn ranges(args: &DiffArgs, (a, b): &(StoreDisk, StoreDisk), mut out: DiffOutput<'_>) -> Result<u8> {
     let (view_a, view_b) = (a.view()?, b.view()?);
     // Where something lies is worth knowing, and no more: not every disk can be looked into.
     let layout = [b, a].iter().find_map(|disk| disk.inside().ok()).map(|inside| inside.layout().clone());
@@ -125,7 +127,7 @@ fn ranges(args: &DiffArgs, (a, b): &(Disk, Disk), mut out: Out<'_>) -> Result<u8
 }
 
 /// The volumes that have a part in a range of the first disk.
-fn names_at(layout: &Layout, start: u64, len: u64) -> Vec<String> {
+fn names_at(layout: &VolumeLayout, start: u64, len: u64) -> Vec<String> {
     let meets = |from: u64, of: u64| from < start.saturating_add(len) && start < from.saturating_add(of);
     let has_part = |volume: &&crate::guest::volumes::Volume| {
         volume.segments.iter().any(|segment| match &segment.place {
@@ -140,15 +142,15 @@ fn names_at(layout: &Layout, start: u64, len: u64) -> Vec<String> {
 }
 
 /// What two disks' files are compared for, and what was found so far.
-struct Files<'a> {
-    out: Out<'a>,
+struct FileComparison<'a> {
+    out: DiffOutput<'a>,
     counted: Counted,
     tally: Tally,
     changes: Vec<ChangeObject>,
 }
 
-impl Files<'_> {
-    fn found(&mut self, path: &[u8], finding: &Finding) -> Result<()> {
+impl FileComparison<'_> {
+    fn found(&mut self, path: &[u8], finding: &PathDifference) -> Result<()> {
         self.tally.count(finding);
         self.out.line(&line(path, finding))?;
         if self.out.is_json() {
@@ -158,31 +160,36 @@ impl Files<'_> {
     }
 
     /// Compares what is at one place of both.
-    fn trees(&mut self, prefix: &[u8], a: (&Tree, Option<Entry>), b: (&Tree, Option<Entry>)) -> Result<()> {
+    fn trees(
+        &mut self,
+        prefix: &[u8],
+        a: (&GuestTree, Option<GuestEntry>),
+        b: (&GuestTree, Option<GuestEntry>),
+    ) -> Result<()> {
         let counted = self.counted;
-        let each: &mut Each<'_> = &mut |path, finding| self.found(&[prefix, path].concat(), &finding);
+        let each: &mut DifferenceVisitor<'_> = &mut |path, finding| self.found(&[prefix, path].concat(), &finding);
         compare(a, b, counted, each)
     }
 
     /// Compares a volume of both.
-    fn volume(&mut self, name: &str, a: (&Arc<Inside>, usize), b: (&Arc<Inside>, usize)) -> Result<()> {
+    fn volume(&mut self, name: &str, a: (&Arc<DiskContents>, usize), b: (&Arc<DiskContents>, usize)) -> Result<()> {
         let path = [b"/", name.as_bytes()].concat();
-        let described = |(inside, volume): (&Arc<Inside>, usize)| inside.layout().volumes[volume].clone();
+        let described = |(inside, volume): (&Arc<DiskContents>, usize)| inside.layout().volumes[volume].clone();
         let (of_a, of_b) = (described(a), described(b));
         self.tally.bytes_total += of_a.size + of_b.size;
         // What is in the logical volumes is compared there.
-        let is_holder = |content| content == Content::LvmPhysicalVolume;
+        let is_holder = |content| content == VolumeContent::LvmPhysicalVolume;
         if is_holder(of_a.content) && is_holder(of_b.content) || is_surely_same(a, b) {
             return Ok(());
         }
         if of_a.problem.is_some() && of_b.problem.is_some() && !of_a.segments.is_empty() && !of_b.segments.is_empty() {
             return match is_same_raw(a, b) {
                 Ok(true) => Ok(()),
-                Ok(false) => self.found(&path, &Finding::Bytes),
-                Err((side, error)) => self.found(&path, &Finding::Unreadable(side, error)),
+                Ok(false) => self.found(&path, &PathDifference::Bytes),
+                Err((side, error)) => self.found(&path, &PathDifference::Unreadable(side, error)),
             };
         }
-        match (Tree::open(a.0, a.1), Tree::open(b.0, b.1)) {
+        match (GuestTree::open(a.0, a.1), GuestTree::open(b.0, b.1)) {
             (Ok(tree_a), Ok(tree_b)) => {
                 let (root_a, root_b) = (Some(tree_a.root()), Some(tree_b.root()));
                 self.trees(&path, (&tree_a, root_a), (&tree_b, root_b))
@@ -190,7 +197,7 @@ impl Files<'_> {
             (a, b) => {
                 for (side, tree) in [(Side::A, a), (Side::B, b)] {
                     if let Err(error) = tree {
-                        self.found(&path, &Finding::Unreadable(side, error))?;
+                        self.found(&path, &PathDifference::Unreadable(side, error))?;
                     }
                 }
                 Ok(())
@@ -199,10 +206,15 @@ impl Files<'_> {
     }
 }
 
-fn files(args: &DiffArgs, places: (&Place, &Place), disks: &(Disk, Disk), out: Out<'_>) -> Result<u8> {
+fn files(
+    args: &DiffArgs,
+    places: (&GuestOperand, &GuestOperand),
+    disks: &(StoreDisk, StoreDisk),
+    out: DiffOutput<'_>,
+) -> Result<u8> {
     let (inside_a, inside_b) = (disks.0.inside()?, disks.1.inside()?);
     let counted = Counted { directory_times: args.all, changed: args.all };
-    let mut files = Files { out, counted, tally: Tally::default(), changes: Vec::new() };
+    let mut files = FileComparison { out, counted, tally: Tally::default(), changes: Vec::new() };
     let (mut only_in_a, mut only_in_b) = (Vec::new(), Vec::new());
     if let (Some(inner_a), Some(inner_b)) = (&places.0.inner, &places.1.inner) {
         let (tree_a, entry_a) = at(&inside_a, inner_a).map_err(|error| about(&args.a, error))?;
@@ -210,8 +222,8 @@ fn files(args: &DiffArgs, places: (&Place, &Place), disks: &(Disk, Disk), out: O
         if entry_a.is_none() && entry_b.is_none() {
             return Err(about(&args.a, Error::new(ErrorKind::NotFound, "neither of the two has it")));
         }
-        let size = |inside: &Inside, inner: &Inner| {
-            places::volume(inside, &inner.volume).map_or(0, |index| inside.layout().volumes[index].size)
+        let size = |inside: &DiskContents, inner: &DiskPath| {
+            operands::volume(inside, &inner.volume).map_or(0, |index| inside.layout().volumes[index].size)
         };
         files.tally.bytes_total = size(&inside_a, inner_a) + size(&inside_b, inner_b);
         let prefix = [b"/", inner_b.volume.as_slice(), &inner_b.path].concat();
@@ -235,7 +247,7 @@ fn files(args: &DiffArgs, places: (&Place, &Place), disks: &(Disk, Disk), out: O
     }
     let (a, b) = (&disks.0.opened, &disks.1.opened);
     files.tally.bytes_read = a.browser.bytes_read() + if Arc::ptr_eq(a, b) { 0 } else { b.browser.bytes_read() };
-    let Files { mut out, tally, changes, .. } = files;
+    let FileComparison { mut out, tally, changes, .. } = files;
     let differs = tally.differs() || !only_in_a.is_empty() || !only_in_b.is_empty();
     out.line(&summary(&tally))?;
     out.object(&FilesObject {
@@ -255,9 +267,9 @@ fn files(args: &DiffArgs, places: (&Place, &Place), disks: &(Disk, Disk), out: O
 }
 
 /// What is at a place of a disk; links are followed, for it is what they lead to that is compared.
-fn at(inside: &Arc<Inside>, inner: &Inner) -> Result<(Tree, Option<Entry>)> {
-    let tree = Tree::open(inside, places::volume(inside, &inner.volume)?)?;
-    match tree.resolve(&inner.path, Last::Followed) {
+fn at(inside: &Arc<DiskContents>, inner: &DiskPath) -> Result<(GuestTree, Option<GuestEntry>)> {
+    let tree = GuestTree::open(inside, operands::volume(inside, &inner.volume)?)?;
+    match tree.resolve(&inner.path, FinalSymlink::Followed) {
         Ok(entry) => Ok((tree, Some(entry))),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok((tree, None)),
         Err(error) => Err(error),

@@ -12,10 +12,10 @@ use super::super::config;
 use super::super::mount_options::{FormatRule, ImageFormat, MountOptions};
 use super::super::store_options::{store_options, variable};
 use super::super::warn;
-use super::place::{self, Spot};
-use super::places::{DiskName, Place};
-use crate::browse::worker::Program;
-use crate::browse::{Browser, Inside, Moment};
+use super::operands::{DiskName, GuestOperand};
+use super::view_ref::{self, ViewRef};
+use crate::browse::worker::WorkerProgram;
+use crate::browse::{Browser, DiskContents, PointInTime};
 use crate::error::{Error, ErrorKind, Result};
 use crate::report::safe::terminal;
 use crate::store::{MARKER, OpenView, Store, StoreOptions, ViewId, shown};
@@ -24,7 +24,7 @@ use crate::store::{MARKER, OpenView, Store, StoreOptions, ViewId, shown};
 const REPLAY: &str = "let the guest replay it, or run e2fsck on a clone";
 
 /// The stores that a command has opened.
-pub(super) struct Images {
+pub(super) struct OpenStores {
     options: StoreOptions,
     /// The store that the user has named.
     store: Option<PathBuf>,
@@ -40,16 +40,16 @@ pub(super) struct OpenStore {
 
 /// A disk of an open store.
 #[derive(Clone)]
-pub(super) struct Disk {
+pub(super) struct StoreDisk {
     pub(super) opened: Arc<OpenStore>,
-    pub(super) spot: Spot,
+    pub(super) spot: ViewRef,
     pub(super) id: ViewId,
 }
 
-impl Disk {
+impl StoreDisk {
     /// What it holds.
-    pub(super) fn inside(&self) -> Result<Arc<Inside>> {
-        self.opened.browser.inside(&self.id, Moment::First)
+    pub(super) fn inside(&self) -> Result<Arc<DiskContents>> {
+        self.opened.browser.inside(&self.id, PointInTime::First)
     }
 
     /// The disk itself, open.
@@ -60,7 +60,7 @@ impl Disk {
     }
 }
 
-impl Images {
+impl OpenStores {
     pub(super) fn new(args: &LookArgs, formats: &[(&Path, Option<ImageFormat>)]) -> Result<Self> {
         let mut options = config::load(MountOptions::parse(&args.image.options, false)?, variable)?;
         options.force_share |= args.image.force_share;
@@ -93,14 +93,14 @@ impl Images {
             return Ok(Arc::clone(known));
         }
         let store = Store::open(path, self.options.clone())?;
-        let browser = Browser::new(&store, Program::this(true));
+        let browser = Browser::new(&store, WorkerProgram::this(true));
         let opened = Arc::new(OpenStore { path: path.to_path_buf(), store, browser });
         self.open.push(Arc::clone(&opened));
         Ok(opened)
     }
 
     /// The disk that is meant, in a store that has all that it needs.
-    pub(super) fn disk(&mut self, place: &Place) -> Result<Disk> {
+    pub(super) fn disk(&mut self, place: &GuestOperand) -> Result<StoreDisk> {
         let DiskName::Image { path, .. } = &place.disk else { return self.mounted(&place.disk) };
         let image = canonical(path)?;
         if let Some(store) = self.store.clone() {
@@ -116,14 +116,14 @@ impl Images {
     }
 
     /// Two disks, in one store if there is one that has both.
-    pub(super) fn pair(&mut self, a: &Place, b: &Place) -> Result<(Disk, Disk)> {
+    pub(super) fn pair(&mut self, a: &GuestOperand, b: &GuestOperand) -> Result<(StoreDisk, StoreDisk)> {
         let (DiskName::Image { path: path_a, .. }, DiskName::Image { path: path_b, .. }) = (&a.disk, &b.disk) else {
             return Ok((self.disk(a)?, self.disk(b)?));
         };
         let (image_a, image_b) = (canonical(path_a)?, canonical(path_b)?);
         if let Some(store) = self.store.clone() {
             let both = (self.in_store(&store, &image_a, &a.disk)?, self.in_store(&store, &image_b, &b.disk)?);
-            return Ok(place::in_one_chain(both));
+            return Ok(view_ref::in_one_chain(both));
         }
         // Either may be a layer of the other; else a directory may have both.
         let mut candidates = vec![image_a.clone(), image_b.clone()];
@@ -135,17 +135,17 @@ impl Images {
             // One that cannot be opened is no help; whether that matters is found out below.
             let Ok(Some(found_a)) = self.within(candidate, &image_a, &a.disk) else { continue };
             let Ok(Some(found_b)) = self.within(candidate, &image_b, &b.disk) else { continue };
-            let lacks = |disk: &Disk| disk.inside().is_ok_and(|inside| !inside.layout().missing.is_empty());
+            let lacks = |disk: &StoreDisk| disk.inside().is_ok_and(|inside| !inside.layout().missing.is_empty());
             if candidate.is_file() && (a.has_inner || b.has_inner) && (lacks(&found_a) || lacks(&found_b)) {
                 continue;
             }
-            return Ok(place::in_one_chain((found_a, found_b)));
+            return Ok(view_ref::in_one_chain((found_a, found_b)));
         }
         Ok((self.disk(a)?, self.disk(b)?))
     }
 
     /// The disk, in the store around it.
-    pub(super) fn in_its_store(&mut self, place: &Place) -> Result<Disk> {
+    pub(super) fn in_its_store(&mut self, place: &GuestOperand) -> Result<StoreDisk> {
         let DiskName::Image { path, .. } = &place.disk else { return self.mounted(&place.disk) };
         let image = canonical(path)?;
         if let Some(store) = self.store.clone() {
@@ -161,28 +161,28 @@ impl Images {
         }
     }
 
-    fn alone(&mut self, image: &Path, name: &DiskName) -> Result<Disk> {
+    fn alone(&mut self, image: &Path, name: &DiskName) -> Result<StoreDisk> {
         let opened = self.open(image)?;
-        place::find(&opened, image, name)?.ok_or_else(|| not_in(image, image))
+        view_ref::find(&opened, image, name)?.ok_or_else(|| not_in(image, image))
     }
 
-    fn in_store(&mut self, store: &Path, image: &Path, name: &DiskName) -> Result<Disk> {
+    fn in_store(&mut self, store: &Path, image: &Path, name: &DiskName) -> Result<StoreDisk> {
         let opened = self.open(store)?;
-        place::find(&opened, image, name)?.ok_or_else(|| not_in(image, store))
+        view_ref::find(&opened, image, name)?.ok_or_else(|| not_in(image, store))
     }
 
     /// The disk in the store at `path`; `None` if it has no such image.
-    fn within(&mut self, path: &Path, image: &Path, name: &DiskName) -> Result<Option<Disk>> {
+    fn within(&mut self, path: &Path, image: &Path, name: &DiskName) -> Result<Option<StoreDisk>> {
         let opened = self.open(path)?;
-        place::find(&opened, image, name)
+        view_ref::find(&opened, image, name)
     }
 
-    fn mounted(&mut self, name: &DiskName) -> Result<Disk> {
+    fn mounted(&mut self, name: &DiskName) -> Result<StoreDisk> {
         let DiskName::Mounted { store, chain, view, address } = name else {
             unreachable!("asked only of places in mounts")
         };
         let opened = self.open(store)?;
-        place::in_chain(&opened, chain, view.as_deref(), address.as_deref())
+        view_ref::in_chain(&opened, chain, view.as_deref(), address.as_deref())
     }
 }
 

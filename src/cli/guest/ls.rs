@@ -8,9 +8,9 @@ use serde::Serialize;
 
 use super::super::args::{LsArgs, Output};
 use super::super::output::print;
-use super::images::Images;
-use super::{Opened, about, complain, open, places, shown};
-use crate::browse::walk::{Entry, Last, Named, Tree, Visited};
+use super::images::OpenStores;
+use super::{OpenedPath, about, complain, open, operands, shown};
+use crate::browse::walk::{FinalSymlink, GuestEntry, GuestTree, NamedEntry, VisitedDirectories};
 use crate::error::Result;
 use crate::guest::FileKind;
 use crate::report::files::{FileObject, Listed, long, short};
@@ -20,8 +20,8 @@ use crate::report::volumes;
 
 /// Runs the command.
 pub(in crate::cli) fn run(args: &LsArgs) -> Result<u8> {
-    let mut images = Images::new(&args.look, &[])?;
-    let mut list = List { args, zone: TimeZone::system(), failed: false, printed: false, objects: Vec::new() };
+    let mut images = OpenStores::new(&args.look, &[])?;
+    let mut list = Listing { args, zone: TimeZone::system(), failed: false, printed: false, objects: Vec::new() };
     for word in &args.places {
         if let Err(error) = list.place(&mut images, word) {
             complain(&mut list.failed, &about(word, error));
@@ -35,7 +35,7 @@ pub(in crate::cli) fn run(args: &LsArgs) -> Result<u8> {
 }
 
 /// What is listed so far.
-struct List<'a> {
+struct Listing<'a> {
     args: &'a LsArgs,
     zone: TimeZone,
     failed: bool,
@@ -52,9 +52,9 @@ enum Object {
     Directory { place: String, path: String, entries: Vec<FileObject> },
 }
 
-impl List<'_> {
-    fn place(&mut self, images: &mut Images, word: &OsStr) -> Result<()> {
-        let place = places::parse(word)?;
+impl Listing<'_> {
+    fn place(&mut self, images: &mut OpenStores, word: &OsStr) -> Result<()> {
+        let place = operands::parse(word)?;
         if place.inner.is_none() {
             let inside = images.disk(&place)?.inside()?;
             if self.args.output.format() == Output::Json {
@@ -64,22 +64,22 @@ impl List<'_> {
             self.head(&shown(word), self.args.places.len() > 1)?;
             return print(&volumes::listed(&inside));
         }
-        let Opened { tree, path, .. } = open(images, word)?;
+        let OpenedPath { tree, path, .. } = open(images, word)?;
         let is_listed = !self.args.directory;
         // As ls does: a link that is named is followed, unless it is described.
         let is_itself = self.args.long || self.args.directory;
-        let last = if is_itself { Last::Itself } else { Last::Followed };
+        let last = if is_itself { FinalSymlink::Itself } else { FinalSymlink::Followed };
         let found = tree.resolve(&path, last)?;
         if found.attributes.kind != FileKind::Directory || !is_listed {
-            let file = Named { name: word.as_encoded_bytes().to_vec(), entry: Ok(found) };
+            let file = NamedEntry { name: word.as_encoded_bytes().to_vec(), entry: Ok(found) };
             return self.show(word, b"", &tree, vec![file], false);
         }
         self.directories(word, &tree, found)
     }
 
     /// A directory and, if that is asked for, all below it.
-    fn directories(&mut self, word: &OsStr, tree: &Tree, top: Entry) -> Result<()> {
-        let mut visited = Visited::default();
+    fn directories(&mut self, word: &OsStr, tree: &GuestTree, top: GuestEntry) -> Result<()> {
+        let mut visited = VisitedDirectories::default();
         // The last is the next.
         let mut left = vec![(Vec::new(), top, 0)];
         while let Some((path, directory, depth)) = left.pop() {
@@ -112,13 +112,20 @@ impl List<'_> {
         complain(&mut self.failed, &error.within(place));
     }
 
-    fn show(&mut self, word: &OsStr, path: &[u8], tree: &Tree, entries: Vec<Named>, has_head: bool) -> Result<()> {
+    fn show(
+        &mut self,
+        word: &OsStr,
+        path: &[u8],
+        tree: &GuestTree,
+        entries: Vec<NamedEntry>,
+        has_head: bool,
+    ) -> Result<()> {
         let is_json = self.args.output.format() == Output::Json;
         let mut files = Vec::with_capacity(entries.len());
-        for Named { name, entry } in entries {
+        for NamedEntry { name, entry } in entries {
             let mut listed = Listed { name, attributes: None, target: None };
             match entry {
-                Ok(Entry { ino, attributes }) => {
+                Ok(GuestEntry { ino, attributes }) => {
                     listed.attributes = Some(attributes);
                     if attributes.kind == FileKind::Symlink && (self.args.long || is_json) {
                         match tree.read_link(ino) {

@@ -7,24 +7,24 @@ pub(super) mod copy;
 pub(super) mod diff;
 mod images;
 pub(super) mod ls;
+mod operands;
 mod out;
-mod place;
-mod places;
 pub(super) mod versions;
+mod view_ref;
 
 use std::ffi::OsStr;
 
 use super::warn;
-use crate::browse::walk::Tree;
+use crate::browse::walk::GuestTree;
 use crate::error::{Error, Result};
 use crate::report::safe::terminal_bytes;
 
-use images::Images;
-use places::Inner;
+use images::OpenStores;
+use operands::DiskPath;
 
 /// What a user's word says, with the files that it means.
-struct Opened {
-    tree: Tree,
+struct OpenedPath {
+    tree: GuestTree,
     /// The path within the volume.
     path: Vec<u8>,
     /// Files of several hard links are told apart by the disk they are on, too.
@@ -32,15 +32,15 @@ struct Opened {
 }
 
 /// The volume that a word names, and the path in it. A word that names none is `Err` of its own.
-fn open(images: &mut Images, word: &OsStr) -> Result<Opened> {
-    let place = places::parse(word)?;
+fn open(images: &mut OpenStores, word: &OsStr) -> Result<OpenedPath> {
+    let place = operands::parse(word)?;
     let disk = images.disk(&place)?;
-    let Some(Inner { volume, path }) = &place.inner else {
-        return Err(places::no_volume(word));
+    let Some(DiskPath { volume, path }) = &place.inner else {
+        return Err(operands::no_volume(word));
     };
     let inside = disk.inside()?;
-    let index = places::volume(&inside, volume)?;
-    Ok(Opened { tree: Tree::open(&inside, index)?, path: path.clone(), volume: (inside.id().clone(), index) })
+    let index = operands::volume(&inside, volume)?;
+    Ok(OpenedPath { tree: GuestTree::open(&inside, index)?, path: path.clone(), volume: (inside.id().clone(), index) })
 }
 
 /// An error, with the place that it is about in front.

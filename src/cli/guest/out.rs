@@ -16,12 +16,12 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::{Attributes, ExtendedAttribute, FileKind};
+use crate::guest::{ExtendedAttribute, FileAttributes, FileKind};
 use crate::store::shown;
 
 /// What of a file is kept besides its bytes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Keep {
+pub(super) struct KeptAttributes {
     /// All permission bits, attributes and, where allowed, the owner.
     pub(super) all: bool,
     /// What gives whoever runs the file rights of somebody else: only by root, and with the owner.
@@ -32,7 +32,7 @@ pub(super) struct Keep {
 
 /// What could not be kept of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Lost {
+pub(super) struct LostAttributes {
     pub(super) what: String,
     pub(super) why: Errno,
     /// Whether the user has asked for it.
@@ -41,11 +41,11 @@ pub(super) struct Lost {
 
 /// A directory of the host that is written into.
 #[derive(Debug)]
-pub(super) struct Folder(OwnedFd);
+pub(super) struct OutputDirectory(OwnedFd);
 
 const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-impl Folder {
+impl OutputDirectory {
     /// The directory that the user names, links and all.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let opened = fs::openat(CWD, path, FOLDER, Mode::empty());
@@ -84,11 +84,11 @@ impl Folder {
     pub(super) fn file(
         &self,
         name: &[u8],
-        found: &Attributes,
+        found: &FileAttributes,
         extended: &[ExtendedAttribute],
-        keep: Keep,
+        keep: KeptAttributes,
         fill: impl FnOnce(&File) -> Result<()>,
-    ) -> Result<Vec<Lost>> {
+    ) -> Result<Vec<LostAttributes>> {
         self.placed(name, |draft| {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let made = fs::openat(&self.0, draft, flags, Mode::RUSR | Mode::WUSR);
@@ -103,10 +103,10 @@ impl Folder {
         &self,
         name: &[u8],
         target: &[u8],
-        found: &Attributes,
+        found: &FileAttributes,
         extended: &[ExtendedAttribute],
-        keep: Keep,
-    ) -> Result<Vec<Lost>> {
+        keep: KeptAttributes,
+    ) -> Result<Vec<LostAttributes>> {
         self.placed(name, |draft| {
             fs::symlinkat(target, &self.0, draft).map_err(|error| failed("making the symbolic link", error))?;
             Ok(self.finish_at(draft, found, extended, keep, false))
@@ -117,10 +117,10 @@ impl Folder {
     pub(super) fn special(
         &self,
         name: &[u8],
-        found: &Attributes,
+        found: &FileAttributes,
         extended: &[ExtendedAttribute],
-        keep: Keep,
-    ) -> Result<Vec<Lost>> {
+        keep: KeptAttributes,
+    ) -> Result<Vec<LostAttributes>> {
         let kind = match found.kind {
             FileKind::CharDevice => FileType::CharacterDevice,
             FileKind::BlockDevice => FileType::BlockDevice,
@@ -146,7 +146,12 @@ impl Folder {
     }
 
     /// Gives the directory itself what its source has.
-    pub(super) fn finish(&self, found: &Attributes, extended: &[ExtendedAttribute], keep: Keep) -> Vec<Lost> {
+    pub(super) fn finish(
+        &self,
+        found: &FileAttributes,
+        extended: &[ExtendedAttribute],
+        keep: KeptAttributes,
+    ) -> Vec<LostAttributes> {
         finish(self.0.as_fd(), found, extended, keep)
     }
 
@@ -174,11 +179,11 @@ impl Folder {
     fn finish_at(
         &self,
         name: &Path,
-        found: &Attributes,
+        found: &FileAttributes,
         extended: &[ExtendedAttribute],
-        keep: Keep,
+        keep: KeptAttributes,
         has_mode: bool,
-    ) -> Vec<Lost> {
+    ) -> Vec<LostAttributes> {
         let mut lost = Vec::new();
         let mut is_owned = false;
         if keep.all {
@@ -208,10 +213,10 @@ impl Folder {
 /// Gives an open file or directory owner, attributes, permission bits and times, in an order in which none spoils another.
 fn finish(
     fd: std::os::fd::BorrowedFd<'_>,
-    found: &Attributes,
+    found: &FileAttributes,
     extended: &[ExtendedAttribute],
-    keep: Keep,
-) -> Vec<Lost> {
+    keep: KeptAttributes,
+) -> Vec<LostAttributes> {
     let mut lost = Vec::new();
     let mut is_owned = false;
     if keep.all {
@@ -228,9 +233,9 @@ fn finish(
 }
 
 fn set_extended(
-    lost: &mut Vec<Lost>,
+    lost: &mut Vec<LostAttributes>,
     extended: &[ExtendedAttribute],
-    keep: Keep,
+    keep: KeptAttributes,
     is_owned: bool,
     set: impl Fn(&std::ffi::OsStr, &[u8]) -> rustix::io::Result<()>,
 ) {
@@ -242,27 +247,27 @@ fn set_extended(
         let name = std::ffi::OsStr::from_bytes(&attribute.name);
         if let Err(why) = set(name, &attribute.value) {
             let what = format!("the attribute {}", shown(Path::new(name)));
-            lost.push(Lost { what, why, matters: attribute.name.starts_with(b"user.") });
+            lost.push(LostAttributes { what, why, matters: attribute.name.starts_with(b"user.") });
         }
     }
 }
 
-fn note_owner(lost: &mut Vec<Lost>, result: rustix::io::Result<()>) {
+fn note_owner(lost: &mut Vec<LostAttributes>, result: rustix::io::Result<()>) {
     match result {
         // Who is not root gives nothing away, and knows it.
         Err(Errno::PERM) if !rustix::process::geteuid().is_root() => {}
-        Err(why) => lost.push(Lost { what: "the owner".to_owned(), why, matters: false }),
+        Err(why) => lost.push(LostAttributes { what: "the owner".to_owned(), why, matters: false }),
         Ok(()) => {}
     }
 }
 
-fn note(lost: &mut Vec<Lost>, what: &str, result: rustix::io::Result<()>) {
+fn note(lost: &mut Vec<LostAttributes>, what: &str, result: rustix::io::Result<()>) {
     if let Err(why) = result {
-        lost.push(Lost { what: what.to_owned(), why, matters: true });
+        lost.push(LostAttributes { what: what.to_owned(), why, matters: true });
     }
 }
 
-fn mode(found: &Attributes, keep: Keep, is_owned: bool) -> Mode {
+fn mode(found: &FileAttributes, keep: KeptAttributes, is_owned: bool) -> Mode {
     let bits = match (keep.all, keep.set_id && is_owned) {
         (true, true) => found.mode & 0o7777,
         (true, false) => found.mode & 0o1777,
@@ -271,7 +276,7 @@ fn mode(found: &Attributes, keep: Keep, is_owned: bool) -> Mode {
     Mode::from_raw_mode(bits.into())
 }
 
-fn times(found: &Attributes) -> Timestamps {
+fn times(found: &FileAttributes) -> Timestamps {
     let time = |at: crate::guest::Time| Timespec { tv_sec: at.seconds, tv_nsec: at.nanoseconds.into() };
     Timestamps { last_access: time(found.accessed), last_modification: time(found.modified) }
 }
@@ -286,11 +291,11 @@ mod tests {
     use crate::guest::Time;
     use std::os::unix::fs::symlink;
 
-    fn attributes(kind: FileKind) -> Attributes {
+    fn attributes(kind: FileKind) -> FileAttributes {
         let time = Time { seconds: 1_000_000, nanoseconds: 5 };
         let (accessed, modified, changed) = (time, time, time);
         let device = (0, 0);
-        Attributes {
+        FileAttributes {
             kind,
             mode: 0o6754,
             uid: 7,
@@ -316,8 +321,8 @@ mod tests {
         std::fs::write(outside.join("passwd"), "mine").unwrap();
         symlink(&outside, inside.join("a")).unwrap();
         symlink(outside.join("passwd"), inside.join("b")).unwrap();
-        let folder = Folder::open(&inside).unwrap();
-        let keep = Keep { all: false, set_id: false, umask: 0o022 };
+        let folder = OutputDirectory::open(&inside).unwrap();
+        let keep = KeptAttributes { all: false, set_id: false, umask: 0o022 };
         assert_eq!(folder.enter(b"a").unwrap_err().kind(), ErrorKind::Exists);
         let found = attributes(FileKind::File);
         let lost = folder.file(b"b", &found, &[], keep, |file| {
@@ -343,7 +348,7 @@ mod tests {
     #[test]
     fn what_others_have_under_the_name_of_a_draft_stays() {
         let place = tempfile::tempdir().unwrap();
-        let folder = Folder::open(place.path()).unwrap();
+        let folder = OutputDirectory::open(place.path()).unwrap();
         let theirs = |number: u64| place.path().join(format!(".chainfs-{}-{number}", std::process::id()));
         (0..40).for_each(|number| std::fs::write(theirs(number), "theirs").unwrap());
         let make = |draft: &Path| {

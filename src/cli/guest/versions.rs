@@ -6,10 +6,10 @@ use jiff::tz::TimeZone;
 
 use super::super::args::{Output, VersionsArgs};
 use super::super::output::print;
-use super::images::{Disk, Images};
-use super::places::{self, DiskName, Inner};
-use super::{about, place, shown};
-use crate::browse::versions::{Found, find, versions};
+use super::images::{OpenStores, StoreDisk};
+use super::operands::{self, DiskName, DiskPath};
+use super::{about, shown, view_ref};
+use crate::browse::versions::{PathState, find, versions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::report::json::pretty;
 use crate::report::versions::{VersionsObject, table};
@@ -21,18 +21,18 @@ pub(in crate::cli) fn run(args: &VersionsArgs) -> Result<u8> {
 
 fn look(args: &VersionsArgs) -> Result<u8> {
     let word: &OsStr = &args.place;
-    let place = places::parse(word)?;
-    let Some(inner) = &place.inner else { return Err(places::no_volume(word)) };
-    let mut images = Images::new(&args.look, &[])?;
+    let place = operands::parse(word)?;
+    let Some(inner) = &place.inner else { return Err(operands::no_volume(word)) };
+    let mut images = OpenStores::new(&args.look, &[])?;
     let disk = images.in_its_store(&place)?;
     // In a mount, it is one chain of those that have it that was named.
     let alone = match &place.disk {
         DiskName::Mounted { chain, .. } => Some(chain.as_path()),
         DiskName::Image { .. } => None,
     };
-    let (names, disks): (Vec<Vec<u8>>, Vec<Disk>) = place::all_around(&disk, alone).into_iter().unzip();
-    let found: Vec<Found> = disks.iter().map(|disk| found(disk, inner)).collect();
-    if found.iter().all(|found| matches!(found, Found::Absent)) {
+    let (names, disks): (Vec<Vec<u8>>, Vec<StoreDisk>) = view_ref::all_around(&disk, alone).into_iter().unzip();
+    let found: Vec<PathState> = disks.iter().map(|disk| found(disk, inner)).collect();
+    if found.iter().all(|found| matches!(found, PathState::Absent)) {
         let names: Vec<String> =
             names.iter().map(|name| shown(std::os::unix::ffi::OsStrExt::from_bytes(name))).collect();
         return Err(Error::new(ErrorKind::NotFound, format!("none of these has it: {}", names.join(", "))));
@@ -46,15 +46,15 @@ fn look(args: &VersionsArgs) -> Result<u8> {
     Ok(u8::from(is_stale || versions.iter().any(|version| matches!(version.state, Some(Err(_))))))
 }
 
-fn found(disk: &Disk, inner: &Inner) -> Found {
+fn found(disk: &StoreDisk, inner: &DiskPath) -> PathState {
     let inside = match disk.inside() {
         Ok(inside) => inside,
-        Err(error) => return Found::Unreadable(error),
+        Err(error) => return PathState::Unreadable(error),
     };
-    match places::volume(&inside, &inner.volume) {
+    match operands::volume(&inside, &inner.volume) {
         Ok(volume) => find(&inside, Some(volume), &inner.path),
         // A disk may not have been partitioned yet.
-        Err(error) if error.kind() == ErrorKind::NotFound => Found::Absent,
-        Err(error) => Found::Unreadable(error),
+        Err(error) if error.kind() == ErrorKind::NotFound => PathState::Absent,
+        Err(error) => PathState::Unreadable(error),
     }
 }

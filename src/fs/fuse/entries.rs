@@ -11,15 +11,15 @@ use super::super::access::Caller;
 use super::super::attributes::Attributes;
 use super::super::guest_file::GuestDirectory;
 use super::super::handles::Handle;
+use super::super::mounted_volumes::GuestNode;
 use super::super::node::{Node, NodeKind};
-use super::super::slots::GuestNode;
-use super::super::tree::{Listed, Tree, guest_node};
+use super::super::tree::{MountTree, NodeEntry, guest_node};
 
 /// The kernel's first places are those of `.` and `..`.
 const DOTS: u64 = 2;
 
 /// One entry.
-pub(super) struct Entry<'a> {
+pub(super) struct ListingEntry<'a> {
     /// Where the listing goes on after it.
     pub(super) next: u64,
     pub(super) inode: u64,
@@ -30,15 +30,15 @@ pub(super) struct Entry<'a> {
 }
 
 /// What is open as a directory.
-enum Entries {
-    Ours(Arc<[Listed]>),
+enum OpenDirectory {
+    Ours(Arc<[NodeEntry]>),
     Guests(Arc<GuestDirectory>, GuestNode),
 }
 
-fn entries(tree: &Tree, inode: u64, handle: u64) -> Result<Entries> {
+fn entries(tree: &MountTree, inode: u64, handle: u64) -> Result<OpenDirectory> {
     match (tree.handle(handle)?, tree.node(inode)?) {
-        (Handle::Directory(listed), _) => Ok(Entries::Ours(listed)),
-        (Handle::GuestDirectory(directory), Node::Guest(node)) => Ok(Entries::Guests(directory, node)),
+        (Handle::Directory(listed), _) => Ok(OpenDirectory::Ours(listed)),
+        (Handle::GuestDirectory(directory), Node::Guest(node)) => Ok(OpenDirectory::Guests(directory, node)),
         _ => Err(Error::new(ErrorKind::Usage, "not a directory")),
     }
 }
@@ -46,31 +46,31 @@ fn entries(tree: &Tree, inode: u64, handle: u64) -> Result<Entries> {
 /// Calls `take` with the entries of an open directory from `offset` on, `.` and `..` being the first, until it says that it
 /// has enough. Without a copy: the kernel takes a large directory in hundreds of small pieces.
 pub(super) fn each(
-    tree: &Tree,
+    tree: &MountTree,
     inode: u64,
     handle: u64,
     offset: u64,
-    take: &mut dyn FnMut(&Entry<'_>) -> bool,
+    take: &mut dyn FnMut(&ListingEntry<'_>) -> bool,
 ) -> Result<()> {
     let entries = entries(tree, inode, handle)?;
     for (name, next) in [(".", 1), ("..", 2)] {
         let kind = NodeKind::Directory;
-        if offset < next && take(&Entry { next, inode, kind, name: OsStr::new(name), attributes: None }) {
+        if offset < next && take(&ListingEntry { next, inode, kind, name: OsStr::new(name), attributes: None }) {
             return Ok(());
         }
     }
     match entries {
-        Entries::Ours(listed) => {
+        OpenDirectory::Ours(listed) => {
             for (entry, next) in listed.iter().zip(3..).skip(offset.saturating_sub(DOTS) as usize) {
                 // A guest's file system among ours: its root.
                 let kind = entry.node.kind().unwrap_or(NodeKind::Directory);
-                if take(&Entry { next, inode: entry.inode, kind, name: &entry.name, attributes: None }) {
+                if take(&ListingEntry { next, inode: entry.inode, kind, name: &entry.name, attributes: None }) {
                     break;
                 }
             }
             Ok(())
         }
-        Entries::Guests(directory, node) => {
+        OpenDirectory::Guests(directory, node) => {
             let mut place = offset.saturating_sub(DOTS);
             let mut has_given = false;
             loop {
@@ -93,12 +93,12 @@ pub(super) fn each(
 
 /// Gives a guest's entries; whether the kernel has enough.
 fn give(
-    tree: &Tree,
+    tree: &MountTree,
     directory: &GuestDirectory,
     parent: GuestNode,
     listing: &Listing,
     skip: usize,
-    take: &mut dyn FnMut(&Entry<'_>) -> bool,
+    take: &mut dyn FnMut(&ListingEntry<'_>) -> bool,
 ) -> bool {
     for ListedEntry { entry, attributes, is_plain } in &listing.entries[skip..] {
         if *is_plain {
@@ -109,7 +109,7 @@ fn give(
         let kind_shown = kind.unwrap_or(crate::guest::FileKind::File);
         let node = guest_node(&directory.slot, parent, entry.ino, kind_shown);
         let shown = attributes.as_ref().map(|found| tree.shown_attributes(node, found));
-        let entry = Entry {
+        let entry = ListingEntry {
             next: entry.next + DOTS,
             inode: node.number(),
             kind: shown.map_or_else(|| tree.shown_kind(kind_shown), |shown| shown.kind),
@@ -125,10 +125,10 @@ fn give(
 
 /// The attributes of an entry that is being listed; `None` if it is damaged, and will be whenever it is asked for, or is something
 /// else than its number was made for.
-pub(super) fn known(tree: &Tree, caller: &Caller, entry: &Entry<'_>) -> Result<Option<Attributes>> {
+pub(super) fn known(tree: &MountTree, caller: &Caller, entry: &ListingEntry<'_>) -> Result<Option<Attributes>> {
     match tree.attributes(caller, entry.inode) {
-        Ok(found) if Tree::is_guest(entry.inode) && found.kind != entry.kind => Ok(None),
-        Err(error) if Tree::is_guest(entry.inode) => match error.kind() {
+        Ok(found) if MountTree::is_guest(entry.inode) && found.kind != entry.kind => Ok(None),
+        Err(error) if MountTree::is_guest(entry.inode) => match error.kind() {
             ErrorKind::Corrupt | ErrorKind::Unsupported => Ok(None),
             _ => Err(error),
         },

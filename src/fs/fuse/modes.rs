@@ -12,7 +12,7 @@ use super::Adapter;
 
 /// How an inode is open now. The kernel wants all openings of one inode to agree.
 #[derive(Default)]
-pub(super) struct Mode {
+pub(super) struct OpenMode {
     /// Openings through the kernel's page cache.
     cached: usize,
     /// Openings handed to the file itself, and that file.

@@ -7,7 +7,7 @@ use fuser::{Errno, FileAttr, FileType, INodeNo, ReplyXattr, Request};
 use super::super::access::Caller;
 use super::super::attributes::Attributes;
 use super::super::node::NodeKind;
-use super::super::tree::Tree;
+use super::super::tree::MountTree;
 
 /// For how long the kernel believes a name or an attribute. Changes of the store are noticed
 /// within a second; this is their larger part.
@@ -43,10 +43,10 @@ pub(super) fn file_type(kind: NodeKind) -> FileType {
 
 /// For how long the kernel believes what it was told of `found` when it asked `by`, the directory or the thing itself. What commands change
 /// is asked for each time: who has resized a disk, or reverted it, looks at it next.
-pub(super) fn belief(tree: &Tree, by: u64, found: &Attributes) -> Duration {
+pub(super) fn belief(tree: &MountTree, by: u64, found: &Attributes) -> Duration {
     // What a guest's number stands for never changes, and what it leads to does not; what leads to it does, and is
     // believed for a moment only.
-    if Tree::is_guest(by) {
+    if MountTree::is_guest(by) {
         return GUEST_BELIEF;
     }
     let is_written = found.kind == NodeKind::File && found.permissions & 0o222 != 0;

@@ -12,11 +12,11 @@ use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result, errno};
 
-use super::super::tree::Tree;
+use super::super::tree::MountTree;
 use super::Adapter;
 
 /// Runs a handler; a bug in it becomes EIO for this request instead of an end of the thread.
-pub(super) fn answer<T>(tree: &Tree, work: impl FnOnce(&Tree) -> Result<T>) -> std::result::Result<T, Errno> {
+pub(super) fn answer<T>(tree: &MountTree, work: impl FnOnce(&MountTree) -> Result<T>) -> std::result::Result<T, Errno> {
     let result = catch_unwind(AssertUnwindSafe(|| work(tree))).unwrap_or_else(|_| {
         Err(Error::new(ErrorKind::Io, "a bug in chainfs; please report what the log says before this line"))
     });
@@ -30,12 +30,12 @@ pub(super) fn answer<T>(tree: &Tree, work: impl FnOnce(&Tree) -> Result<T>) -> s
 }
 
 impl Adapter {
-    pub(super) fn answer<T>(&self, work: impl FnOnce(&Tree) -> Result<T>) -> std::result::Result<T, Errno> {
+    pub(super) fn answer<T>(&self, work: impl FnOnce(&MountTree) -> Result<T>) -> std::result::Result<T, Errno> {
         answer(&self.tree, work)
     }
 
     /// Runs a handler of which only success or failure is told.
-    pub(super) fn done(&self, reply: ReplyEmpty, work: impl FnOnce(&Tree) -> Result<()>) {
+    pub(super) fn done(&self, reply: ReplyEmpty, work: impl FnOnce(&MountTree) -> Result<()>) {
         match self.answer(work) {
             Ok(()) => reply.ok(),
             Err(errno) => reply.error(errno),
@@ -48,7 +48,7 @@ impl Adapter {
         &self,
         name: &str,
         reply: R,
-        work: impl FnOnce(&Tree) -> Result<T> + Send + 'static,
+        work: impl FnOnce(&MountTree) -> Result<T> + Send + 'static,
         tell: impl FnOnce(R, std::result::Result<T, Errno>) + Send + 'static,
     ) {
         let tree = Arc::clone(&self.tree);
@@ -57,11 +57,11 @@ impl Adapter {
 
     /// Runs a handler that may have to wait until a guest's file system has been looked into: half of the workers at most do that, and
     /// from then on each such request has a thread of its own. Disks are served whatever a guest has written.
-    pub(super) fn look(&self, inode: u64, work: impl FnOnce(&Tree) + Send + 'static) {
+    pub(super) fn look(&self, inode: u64, work: impl FnOnce(&MountTree) + Send + 'static) {
         if !self.tree.may_wait(inode) {
             return work(&self.tree);
         }
-        let waiting = Waiting::new(&self.waiting);
+        let waiting = Waiter::new(&self.waiting);
         if waiting.others < self.features.threads / 2 {
             return work(&self.tree);
         }
@@ -72,18 +72,18 @@ impl Adapter {
 }
 
 /// One who may be waiting.
-struct Waiting<'a> {
+struct Waiter<'a> {
     all: &'a AtomicUsize,
     others: usize,
 }
 
-impl<'a> Waiting<'a> {
+impl<'a> Waiter<'a> {
     fn new(all: &'a AtomicUsize) -> Self {
         Self { all, others: all.fetch_add(1, Ordering::AcqRel) }
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for Waiter<'_> {
     fn drop(&mut self) {
         self.all.fetch_sub(1, Ordering::AcqRel);
     }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::browse::{Inside, Moment};
+use crate::browse::{DiskContents, PointInTime};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{self, FileKind, Ino, Time};
 use crate::report::safe::terminal;
@@ -20,10 +20,10 @@ use super::super::attributes::{Attributes, modified, time};
 use super::super::guest_file::{GuestDirectory, GuestFile};
 use super::super::handles::Handle;
 use super::super::links;
+use super::super::mounted_volumes::{GuestNode, MountedVolume};
 use super::super::node::{ChainDocument, Node, NodeKind, PartitionNode};
-use super::super::slots::{GuestNode, Slot};
-use super::super::window::Window;
-use super::{Tree, leaf};
+use super::super::partition_range::PartitionRange;
+use super::{MountTree, leaf};
 
 pub(super) const PARTITIONS: &str = "partitions";
 pub(super) const FILES: &str = "files";
@@ -43,7 +43,7 @@ pub struct GuestOptions {
     pub verbatim: bool,
 }
 
-impl Tree {
+impl MountTree {
     /// The views of a chain that can be looked into, by name.
     fn inner_views(&self, chain: &Arc<PathBuf>) -> Result<Vec<ViewId>> {
         let catalog = self.store.catalog();
@@ -70,11 +70,11 @@ impl Tree {
                 .map(|(_, partition)| Node::Partition(partition))),
             Node::FilesOf(view) if name == VOLUMES => Ok(Some(Node::VolumeList(view.clone()))),
             Node::FilesOf(view) if name == ROOT_LINK => {
-                let inside = self.browser.inside(view, Moment::First)?;
+                let inside = self.browser.inside(view, PointInTime::First)?;
                 Ok(inside.operating_systems()?.first().map(|_| Node::RootLink(view.clone())))
             }
             Node::FilesOf(view) => {
-                let inside = self.browser.inside(view, Moment::First)?;
+                let inside = self.browser.inside(view, PointInTime::First)?;
                 if let Some(volume) = inside.volume(name.as_bytes()) {
                     return self.volume_root(&inside, volume).map(Some);
                 }
@@ -103,7 +103,7 @@ impl Tree {
             }
             Node::FilesOf(view) => {
                 // Whoever opens it wants to see the disk as it is now.
-                let inside = self.browser.inside(view, Moment::Now)?;
+                let inside = self.browser.inside(view, PointInTime::Now)?;
                 found.push((VOLUMES.into(), Node::VolumeList(view.clone())));
                 if !inside.operating_systems()?.is_empty() {
                     found.push((ROOT_LINK.into(), Node::RootLink(view.clone())));
@@ -126,7 +126,7 @@ impl Tree {
     }
 
     fn partitions(&self, view: &ViewId) -> Result<Vec<(OsString, PartitionNode)>> {
-        let inside = self.browser.inside(view, Moment::Table)?;
+        let inside = self.browser.inside(view, PointInTime::Table)?;
         let shown = inside.layout().partitions.iter().filter(|partition| !partition.is_extended && partition.len > 0);
         Ok(shown
             .map(|partition| {
@@ -136,7 +136,7 @@ impl Tree {
             .collect())
     }
 
-    fn volume_root(&self, inside: &Arc<Inside>, volume: usize) -> Result<Node> {
+    fn volume_root(&self, inside: &Arc<DiskContents>, volume: usize) -> Result<Node> {
         let (slot, found) = self.slots.of(inside, volume)?;
         Ok(Node::Guest(GuestNode { slot, depth: 0, ino: found.mounted.root }))
     }
@@ -173,7 +173,7 @@ impl Tree {
     }
 
     /// What the mount says of a guest's file of which the guest's file system says this.
-    pub(in crate::fs) fn shown_attributes(&self, node: GuestNode, found: &guest::Attributes) -> Attributes {
+    pub(in crate::fs) fn shown_attributes(&self, node: GuestNode, found: &guest::FileAttributes) -> Attributes {
         let (uid, gid, permissions) = self.ownership.of_guest(found);
         Attributes {
             inode: node.number(),
@@ -227,13 +227,13 @@ impl Tree {
     }
 
     pub(super) fn volume_list(&self, view: &ViewId) -> Result<Arc<[u8]>> {
-        let inside = self.browser.inside(view, Moment::First)?;
+        let inside = self.browser.inside(view, PointInTime::First)?;
         Ok(volumes::listed(&inside).into_bytes().into())
     }
 
     /// Why what is shown of a volume is not what was written last, a line for each reason.
     pub(super) fn volume_problem(&self, view: &ViewId, volume: &str) -> Result<Arc<[u8]>> {
-        let inside = self.browser.inside(view, Moment::First)?;
+        let inside = self.browser.inside(view, PointInTime::First)?;
         let Some(index) = inside.volume(volume.as_bytes()) else { return Err(stale("the volume has gone")) };
         let lines = inside.mount(index)?.stale.into_iter().map(|sentence| terminal(&sentence) + "\n");
         Ok(lines.collect::<String>().into_bytes().into())
@@ -244,7 +244,7 @@ impl Tree {
         let Some(view) = self.inner_views(chain)?.into_iter().next() else {
             return Ok(Arc::from(&b"no disk of this chain can be read\n"[..]));
         };
-        let inside = self.browser.inside(&view, Moment::First)?;
+        let inside = self.browser.inside(&view, PointInTime::First)?;
         Ok(os::text(inside.operating_systems()?).into_bytes().into())
     }
 
@@ -258,7 +258,7 @@ impl Tree {
     }
 
     fn root_target(&self, view: &ViewId) -> Result<Vec<u8>> {
-        let inside = self.browser.inside(view, Moment::First)?;
+        let inside = self.browser.inside(view, PointInTime::First)?;
         let gone = || stale("no operating system is on the disk any more");
         Ok(inside.operating_systems()?.first().ok_or_else(gone)?.volume.clone().into_bytes())
     }
@@ -282,7 +282,7 @@ impl Tree {
         } else {
             Handle::Disk(self.open_disk(&partition.view)?)
         };
-        Ok(Handle::Partition(Window { disk: Box::new(disk), start: partition.start, len: partition.len }))
+        Ok(Handle::Partition(PartitionRange { disk: Box::new(disk), start: partition.start, len: partition.len }))
     }
 
     pub(super) fn open_guest_file(&self, node: GuestNode) -> Result<Handle> {
@@ -357,12 +357,12 @@ impl Tree {
     }
 }
 
-fn volume_problem_node(view: &ViewId, inside: &Inside, volume: usize) -> Node {
+fn volume_problem_node(view: &ViewId, inside: &DiskContents, volume: usize) -> Node {
     Node::VolumeProblem(view.clone(), inside.layout().volumes[volume].name.as_str().into())
 }
 
 /// The node of an entry of the directory `parent`.
-pub(in crate::fs) fn guest_node(slot: &Slot, parent: GuestNode, ino: Ino, kind: FileKind) -> GuestNode {
+pub(in crate::fs) fn guest_node(slot: &MountedVolume, parent: GuestNode, ino: Ino, kind: FileKind) -> GuestNode {
     let depth = match kind {
         FileKind::Directory => (parent.depth + 1).min(GuestNode::DEEPEST),
         FileKind::Symlink => parent.depth,

@@ -14,14 +14,14 @@ use crate::store::{ACTIVE, Catalog, ImageIndex, STORE_DIRECTORY, stale};
 use super::super::control::{CONTROL, ControlScope};
 use super::super::node::{ChainDocument, Node, StoreDocument};
 use super::guests::{FILES, PARTITIONS};
-use super::{Listed, Tree, leaf};
+use super::{MountTree, NodeEntry, leaf};
 
 const SNAPSHOTS: &str = "snapshots";
 const INFO: &str = "info";
 const DISK_SUFFIX: &[u8] = b".raw";
 const VM_STATE_SUFFIX: &[u8] = b".vmstate";
 
-impl Tree {
+impl MountTree {
     pub(super) fn child(&self, parent: &Node, name: &OsStr) -> Result<Option<Node>> {
         let catalog = self.store.catalog();
         let path = |parent: &Path| Arc::new(parent.join(name));
@@ -99,7 +99,7 @@ impl Tree {
     }
 
     /// The entries of a directory, as of now.
-    pub fn list(&self, inode: u64) -> Result<Vec<Listed>> {
+    pub fn list(&self, inode: u64) -> Result<Vec<NodeEntry>> {
         let catalog = self.store.catalog();
         let mut found: Vec<(OsString, Node)> = Vec::new();
         let node = self.node(inode)?;
@@ -153,7 +153,7 @@ impl Tree {
             }
             _ => self.guest_list(&node, &mut found)?,
         }
-        Ok(found.into_iter().map(|(name, node)| Listed { inode: self.inodes.number(&node), name, node }).collect())
+        Ok(found.into_iter().map(|(name, node)| NodeEntry { inode: self.inodes.number(&node), name, node }).collect())
     }
 
     fn list_chain(

@@ -1,12 +1,12 @@
 //! Formats that hold other disks, not files: parts of arrays and volume groups, caches, encryption.
 
-use super::{Content, Found, Probe};
+use super::{ContentProbe, DetectedVolume, VolumeContent};
 use crate::guest::bytes::{array, be16, be32, le32, slice, text, uuid};
 use crate::guest::lvm;
 
 const MD_MAGIC: u32 = 0xa92b_4efc;
 
-pub(super) fn md_raid(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn md_raid(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let size = probe.source.size();
     // Versions 1.1 and 1.2 lie at the beginning, 1.0 and 0.90 at the end.
     for at in [0, 4096] {
@@ -22,16 +22,16 @@ pub(super) fn md_raid(probe: &Probe<'_>) -> Option<Found> {
     md_version_0(&probe.read(old, 64)?)
 }
 
-fn md_version_1(block: &[u8], at: u64) -> Option<Found> {
+fn md_version_1(block: &[u8], at: u64) -> Option<DetectedVolume> {
     // Where it says that it lies decides: what is at the beginning of one array may be the end of another.
     let says = u64::from_le_bytes(array(block, 144)).checked_mul(512)?;
     if le32(block, 0) != MD_MAGIC || le32(block, 4) != 1 || says != at {
         return None;
     }
-    Some(Found::new(Content::MdRaid, text(slice(block, 32, 32)), uuid(array(block, 16))))
+    Some(DetectedVolume::new(VolumeContent::MdRaid, text(slice(block, 32, 32)), uuid(array(block, 16))))
 }
 
-fn md_version_0(block: &[u8]) -> Option<Found> {
+fn md_version_0(block: &[u8]) -> Option<DetectedVolume> {
     let is_little = le32(block, 0) == MD_MAGIC;
     if !is_little && be32(block, 0) != MD_MAGIC {
         return None;
@@ -43,38 +43,38 @@ fn md_version_0(block: &[u8]) -> Option<Found> {
             to.reverse();
         }
     }
-    Some(Found::new(Content::MdRaid, None, uuid(id)))
+    Some(DetectedVolume::new(VolumeContent::MdRaid, None, uuid(id)))
 }
 
-pub(super) fn lvm(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn lvm(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let label = lvm::find_label(&probe.head)?;
-    Some(Found::new(Content::LvmPhysicalVolume, None, Some(label.id.to_string())))
+    Some(DetectedVolume::new(VolumeContent::LvmPhysicalVolume, None, Some(label.id.to_string())))
 }
 
-pub(super) fn luks(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn luks(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     if !probe.has(0, b"LUKS\xba\xbe") {
         return None;
     }
     let id = text(slice(&probe.head, 168, 40));
     match be16(&probe.head, 6) {
-        1 => Some(Found::new(Content::Luks1, None, id)),
-        2 => Some(Found::new(Content::Luks2, text(slice(&probe.head, 24, 48)), id)),
+        1 => Some(DetectedVolume::new(VolumeContent::Luks1, None, id)),
+        2 => Some(DetectedVolume::new(VolumeContent::Luks2, text(slice(&probe.head, 24, 48)), id)),
         _ => None,
     }
 }
 
-pub(super) fn bitlocker(probe: &Probe<'_>) -> Option<Found> {
-    probe.has(3, b"-FVE-FS-").then(|| Found::new(Content::BitLocker, None, None))
+pub(super) fn bitlocker(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
+    probe.has(3, b"-FVE-FS-").then(|| DetectedVolume::new(VolumeContent::BitLocker, None, None))
 }
 
-pub(super) fn bcache(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn bcache(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let magic = b"\xc6\x85\x73\xf6\x4e\x1a\x45\xca\x82\x65\xf5\x7f\x48\xba\x6d\x81";
     let head = &probe.head;
-    probe
-        .has(4096 + 24, magic)
-        .then(|| Found::new(Content::Bcache, text(slice(head, 4096 + 72, 32)), uuid(array(head, 4096 + 40))))
+    probe.has(4096 + 24, magic).then(|| {
+        DetectedVolume::new(VolumeContent::Bcache, text(slice(head, 4096 + 72, 32)), uuid(array(head, 4096 + 40)))
+    })
 }
 
-pub(super) fn vdo(probe: &Probe<'_>) -> Option<Found> {
-    probe.has(0, b"dmvdo001").then(|| Found::new(Content::Vdo, None, uuid(array(&probe.head, 40))))
+pub(super) fn vdo(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
+    probe.has(0, b"dmvdo001").then(|| DetectedVolume::new(VolumeContent::Vdo, None, uuid(array(&probe.head, 40))))
 }

@@ -1,31 +1,31 @@
 //! File systems that come from elsewhere: DOS and Windows, macOS, optical discs.
 
-use super::{Content, Found, Probe};
+use super::{ContentProbe, DetectedVolume, VolumeContent};
 use crate::guest::bytes::{array, be16, le32, le64, slice, text, utf16, uuid};
 use crate::guest::fat;
 
-pub(super) fn fat(probe: &Probe<'_>) -> Option<Found> {
-    let volume = fat::Volume::recognise(&probe.head)?;
+pub(super) fn fat(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
+    let volume = fat::FatVolume::recognise(&probe.head)?;
     let content = match volume.kind {
-        fat::Kind::Fat12 => Content::Fat12,
-        fat::Kind::Fat16 => Content::Fat16,
-        fat::Kind::Fat32 => Content::Fat32,
+        fat::FatWidth::Fat12 => VolumeContent::Fat12,
+        fat::FatWidth::Fat16 => VolumeContent::Fat16,
+        fat::FatWidth::Fat32 => VolumeContent::Fat32,
     };
-    Some(Found::new(content, volume.label(probe.source), volume.serial()))
+    Some(DetectedVolume::new(content, volume.label(probe.source), volume.serial()))
 }
 
 /// Windows' file system. Its label is an attribute of the fourth file, `$Volume`.
-pub(super) fn ntfs(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn ntfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let head = &probe.head;
     if !probe.has(3, b"NTFS    ") {
         return None;
     }
     let id = le64(head, 72);
     let id = (id != 0).then(|| format!("{id:016X}"));
-    Some(Found::new(Content::Ntfs, ntfs_label(probe), id))
+    Some(DetectedVolume::new(VolumeContent::Ntfs, ntfs_label(probe), id))
 }
 
-fn ntfs_label(probe: &Probe<'_>) -> Option<String> {
+fn ntfs_label(probe: &ContentProbe<'_>) -> Option<String> {
     const LABEL: u32 = 0x60;
     let sector = u64::from(u16::from_le_bytes(array(&probe.head, 11)));
     // Negative counts are powers of two.
@@ -61,17 +61,17 @@ fn ntfs_label(probe: &Probe<'_>) -> Option<String> {
 }
 
 /// Its label is an entry of the root directory.
-pub(super) fn exfat(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn exfat(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let head = &probe.head;
     if !probe.has(3, b"EXFAT   ") {
         return None;
     }
     let id = le32(head, 100);
     let id = format!("{:04X}-{:04X}", id >> 16, id & 0xffff);
-    Some(Found::new(Content::Exfat, exfat_label(probe), Some(id)))
+    Some(DetectedVolume::new(VolumeContent::Exfat, exfat_label(probe), Some(id)))
 }
 
-fn exfat_label(probe: &Probe<'_>) -> Option<String> {
+fn exfat_label(probe: &ContentProbe<'_>) -> Option<String> {
     const LABEL: u8 = 0x83;
     let head = &probe.head;
     let (sector_bits, cluster_bits) = (head[108], head[109]);
@@ -87,15 +87,15 @@ fn exfat_label(probe: &Probe<'_>) -> Option<String> {
     utf16(slice(entry, 2, 2 * usize::from(entry[1]).min(11)))
 }
 
-pub(super) fn refs(probe: &Probe<'_>) -> Option<Found> {
-    probe.has(0, b"\0\0\0ReFS\0").then(|| Found::new(Content::Refs, None, None))
+pub(super) fn refs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
+    probe.has(0, b"\0\0\0ReFS\0").then(|| DetectedVolume::new(VolumeContent::Refs, None, None))
 }
 
 /// The volume recognition sequence says `NSR02` or `NSR03`, whatever else the disc is as well.
-pub(super) fn udf(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn udf(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     for sector in 16..32 {
         match slice(&probe.head, sector * 2048 + 1, 5) {
-            b"NSR02" | b"NSR03" => return Some(Found::new(Content::Udf, None, None)),
+            b"NSR02" | b"NSR03" => return Some(DetectedVolume::new(VolumeContent::Udf, None, None)),
             b"BEA01" | b"BOOT2" | b"CD001" | b"CDW02" | b"TEA01" => {}
             _ => break,
         }
@@ -104,7 +104,7 @@ pub(super) fn udf(probe: &Probe<'_>) -> Option<Found> {
 }
 
 /// Its identity is the time at which it was changed, or else made.
-pub(super) fn iso9660(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn iso9660(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 0x8000, 2048);
     if slice(block, 1, 5) != b"CD001" {
         return None;
@@ -120,24 +120,24 @@ pub(super) fn iso9660(probe: &Probe<'_>) -> Option<Found> {
         })
     };
     let id = time(830).or_else(|| time(813));
-    Some(Found::new(Content::Iso9660, text(slice(block, 40, 32)), id))
+    Some(DetectedVolume::new(VolumeContent::Iso9660, text(slice(block, 40, 32)), id))
 }
 
-pub(super) fn hfs(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn hfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 1024, 512);
     let content = match (slice(block, 0, 2), be16(block, 2)) {
-        (b"H+", 4) | (b"HX", 5) => Content::HfsPlus,
+        (b"H+", 4) | (b"HX", 5) => VolumeContent::HfsPlus,
         // An old one that only wraps a new one.
-        (b"BD", _) if slice(block, 124, 2) == b"H+" => Content::HfsPlus,
+        (b"BD", _) if slice(block, 124, 2) == b"H+" => VolumeContent::HfsPlus,
         // Two bytes are little to go by: its blocks are of a size, too.
         (b"BD", _) if matches!(u32::from_be_bytes(array(block, 20)), size if size != 0 && size % 512 == 0) => {
-            Content::Hfs
+            VolumeContent::Hfs
         }
         _ => return None,
     };
-    Some(Found::new(content, None, None))
+    Some(DetectedVolume::new(content, None, None))
 }
 
-pub(super) fn apfs(probe: &Probe<'_>) -> Option<Found> {
-    probe.has(32, b"NXSB").then(|| Found::new(Content::Apfs, None, uuid(array(&probe.head, 72))))
+pub(super) fn apfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
+    probe.has(32, b"NXSB").then(|| DetectedVolume::new(VolumeContent::Apfs, None, uuid(array(&probe.head, 72))))
 }

@@ -1,13 +1,13 @@
 //! File systems and swap space of Linux.
 
-use super::{Content, Found, Probe};
+use super::{ContentProbe, DetectedVolume, VolumeContent};
 use crate::guest::bytes::{array, crc32, le16, le32, le64, slice, text, utf16, uuid};
 
 /// Where the four labels of a pool have their uberblocks, of the first one.
 pub(super) const ZFS_UBERBLOCKS: u64 = 128 << 10;
 pub(super) const ZFS_UBERBLOCKS_LEN: usize = 128 << 10;
 
-pub(super) fn ext(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn ext(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 1024, 1024);
     if le16(block, 56) != 0xef53 {
         return None;
@@ -16,61 +16,65 @@ pub(super) fn ext(probe: &Probe<'_>) -> Option<Found> {
     // What ext3's driver knows: sparse superblocks, large files, directories' B-trees; file types, recovery, meta groups.
     let is_new = read_only & !0x7 != 0 || incompatible & !0x16 != 0;
     let content = if incompatible & 0x8 != 0 {
-        Content::ExtJournal
+        VolumeContent::ExtJournal
     } else if is_new {
-        Content::Ext4
+        VolumeContent::Ext4
     } else if compatible & 0x4 != 0 {
-        Content::Ext3
+        VolumeContent::Ext3
     } else {
-        Content::Ext2
+        VolumeContent::Ext2
     };
-    Some(Found::new(content, text(slice(block, 120, 16)), uuid(array(block, 104))))
+    Some(DetectedVolume::new(content, text(slice(block, 120, 16)), uuid(array(block, 104))))
 }
 
-pub(super) fn xfs(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn xfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let head = &probe.head;
-    probe.has(0, b"XFSB").then(|| Found::new(Content::Xfs, text(slice(head, 108, 12)), uuid(array(head, 32))))
+    probe
+        .has(0, b"XFSB")
+        .then(|| DetectedVolume::new(VolumeContent::Xfs, text(slice(head, 108, 12)), uuid(array(head, 32))))
 }
 
-pub(super) fn btrfs(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn btrfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 0x10000, 0x1000);
     slice(block, 64, 8)
         .eq(b"_BHRfS_M")
-        .then(|| Found::new(Content::Btrfs, text(slice(block, 299, 256)), uuid(array(block, 32))))
+        .then(|| DetectedVolume::new(VolumeContent::Btrfs, text(slice(block, 299, 256)), uuid(array(block, 32))))
 }
 
-pub(super) fn bcachefs(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn bcachefs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let magic = b"\xc6\x85\x73\xf6\x66\xce\x90\xa9\xd9\x6a\x60\xcf\x80\x3d\xf7\xef";
     let head = &probe.head;
-    probe
-        .has(4096 + 24, magic)
-        .then(|| Found::new(Content::Bcachefs, text(slice(head, 4096 + 72, 32)), uuid(array(head, 4096 + 56))))
+    probe.has(4096 + 24, magic).then(|| {
+        DetectedVolume::new(VolumeContent::Bcachefs, text(slice(head, 4096 + 72, 32)), uuid(array(head, 4096 + 56)))
+    })
 }
 
-pub(super) fn f2fs(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn f2fs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 1024, 3072);
     (le32(block, 0) == 0xf2f5_2010)
-        .then(|| Found::new(Content::F2fs, utf16(slice(block, 124, 1024)), uuid(array(block, 108))))
+        .then(|| DetectedVolume::new(VolumeContent::F2fs, utf16(slice(block, 124, 1024)), uuid(array(block, 108))))
 }
 
-pub(super) fn jfs(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn jfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 0x8000, 512);
-    block.starts_with(b"JFS1").then(|| Found::new(Content::Jfs, text(slice(block, 152, 16)), uuid(array(block, 136))))
+    block
+        .starts_with(b"JFS1")
+        .then(|| DetectedVolume::new(VolumeContent::Jfs, text(slice(block, 152, 16)), uuid(array(block, 136))))
 }
 
-pub(super) fn reiserfs(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn reiserfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let is_magic = |at: usize| {
         let magic = slice(&probe.head, at + 52, 10);
         [&b"ReIsErFs"[..], b"ReIsEr2Fs", b"ReIsEr3Fs"].iter().any(|known| magic.starts_with(known))
     };
     if is_magic(0x10000) {
         let block = slice(&probe.head, 0x10000, 512);
-        return Some(Found::new(Content::Reiserfs, text(slice(block, 100, 16)), uuid(array(block, 84))));
+        return Some(DetectedVolume::new(VolumeContent::Reiserfs, text(slice(block, 100, 16)), uuid(array(block, 84))));
     }
-    is_magic(0x2000).then(|| Found::new(Content::Reiserfs, None, None))
+    is_magic(0x2000).then(|| DetectedVolume::new(VolumeContent::Reiserfs, None, None))
 }
 
-pub(super) fn nilfs2(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn nilfs2(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 1024, 1024);
     let len = usize::from(le16(block, 8));
     if le16(block, 6) != 0x3434 || !(20..=block.len()).contains(&len) {
@@ -79,50 +83,52 @@ pub(super) fn nilfs2(probe: &Probe<'_>) -> Option<Found> {
     // Its magic has two bytes only; the checksum, which counts itself as zero, decides.
     let seed = crc32(le32(block, 12), &block[..16]);
     let sum = crc32(crc32(seed, &[0; 4]), &block[20..len]);
-    (sum == le32(block, 16)).then(|| Found::new(Content::Nilfs2, text(slice(block, 168, 80)), uuid(array(block, 152))))
+    (sum == le32(block, 16))
+        .then(|| DetectedVolume::new(VolumeContent::Nilfs2, text(slice(block, 168, 80)), uuid(array(block, 152))))
 }
 
 /// A part of a pool: blkid(8) wants four uberblocks, of any byte order, and so do we.
-pub(super) fn zfs(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn zfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let ring = probe.read(ZFS_UBERBLOCKS, ZFS_UBERBLOCKS_LEN)?;
     let is_uberblock = |block: &&[u8]| {
         let magic = le64(block, 0);
         magic == 0x00ba_b10c || magic.swap_bytes() == 0x00ba_b10c
     };
-    (ring.chunks_exact(1024).filter(is_uberblock).count() >= 4).then(|| Found::new(Content::Zfs, None, None))
+    (ring.chunks_exact(1024).filter(is_uberblock).count() >= 4)
+        .then(|| DetectedVolume::new(VolumeContent::Zfs, None, None))
 }
 
-pub(super) fn squashfs(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn squashfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let is_known = probe.has(0, b"hsqs") || probe.has(0, b"sqsh");
-    is_known.then(|| Found::new(Content::Squashfs, None, None))
+    is_known.then(|| DetectedVolume::new(VolumeContent::Squashfs, None, None))
 }
 
-pub(super) fn erofs(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn erofs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 1024, 128);
     (le32(block, 0) == 0xe0f5_e1e2)
-        .then(|| Found::new(Content::Erofs, text(slice(block, 64, 16)), uuid(array(block, 48))))
+        .then(|| DetectedVolume::new(VolumeContent::Erofs, text(slice(block, 64, 16)), uuid(array(block, 48))))
 }
 
-pub(super) fn cramfs(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn cramfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let is_magic = |at: usize| {
         let magic = le32(&probe.head, at);
         magic == 0x28cd_3d45 || magic.swap_bytes() == 0x28cd_3d45
     };
     // A boot loader may come first.
     let at = [0, 512].into_iter().find(|at| is_magic(*at))?;
-    Some(Found::new(Content::Cramfs, text(slice(&probe.head, at + 48, 16)), None))
+    Some(DetectedVolume::new(VolumeContent::Cramfs, text(slice(&probe.head, at + 48, 16)), None))
 }
 
 /// Swap space: its magic ends its first page, whose size is that of the machine that made it.
-pub(super) fn swap(probe: &Probe<'_>) -> Option<Found> {
+pub(super) fn swap(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     const HIBERNATIONS: [&[u8]; 5] =
         [b"S1SUSPEND", b"S2SUSPEND", b"ULSUSPEND", b"LINHIB0001", b"\xed\xc3\x02\xe9\x98\x56\xe5\x0c"];
     for page_len in [0x1000, 0x2000, 0x4000, 0x8000, 0x10000] {
         let magic = slice(&probe.head, page_len - 10, 10);
         let is_sleeping = HIBERNATIONS.iter().any(|known| magic.starts_with(known));
         let content = match magic {
-            b"SWAPSPACE2" | b"SWAP-SPACE" => Content::Swap,
-            _ if is_sleeping => Content::Hibernation,
+            b"SWAPSPACE2" | b"SWAP-SPACE" => VolumeContent::Swap,
+            _ if is_sleeping => VolumeContent::Hibernation,
             _ => continue,
         };
         // Only the second version has a header, and only what has one has a name.
@@ -130,7 +136,7 @@ pub(super) fn swap(probe: &Probe<'_>) -> Option<Found> {
         let has_header = magic != b"SWAP-SPACE" && (le32(header, 0) == 1 || le32(header, 0).swap_bytes() == 1);
         let label = if has_header { text(slice(header, 28, 16)) } else { None };
         let id = if has_header { uuid(array(header, 12)) } else { None };
-        return Some(Found::new(content, label, id));
+        return Some(DetectedVolume::new(content, label, id));
     }
     None
 }

@@ -16,7 +16,7 @@ use crate::guest::Source;
 /// All formats that are recognised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "they say it themselves")]
-pub enum Content {
+pub enum VolumeContent {
     /// Zero at every place at which a format would be told.
     Empty,
     /// None of the others.
@@ -60,7 +60,7 @@ pub enum Content {
     Vdo,
 }
 
-impl Content {
+impl VolumeContent {
     /// As blkid(8) spells it; `empty` and `unknown`, which it does not.
     pub fn name(self) -> &'static str {
         match self {
@@ -138,7 +138,7 @@ impl Content {
     }
 }
 
-impl fmt::Display for Content {
+impl fmt::Display for VolumeContent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
@@ -146,24 +146,24 @@ impl fmt::Display for Content {
 
 /// What was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Found {
+pub struct DetectedVolume {
     /// The format.
-    pub content: Content,
+    pub content: VolumeContent,
     /// What its owner called it.
     pub label: Option<String>,
     /// Its identity.
     pub uuid: Option<String>,
 }
 
-impl Found {
-    fn new(content: Content, label: Option<String>, uuid: Option<String>) -> Self {
+impl DetectedVolume {
+    fn new(content: VolumeContent, label: Option<String>, uuid: Option<String>) -> Self {
         Self { content, label, uuid }
     }
 }
 
 /// What `source` holds. What cannot be read is taken for zero.
-pub fn probe(source: &dyn Source) -> Found {
-    let probe = Probe::new(source);
+pub fn probe(source: &dyn Source) -> DetectedVolume {
+    let probe = ContentProbe::new(source);
     // Who is put together of several wins over what is put into it, and what is told by two bytes comes last.
     let formats = [
         containers::md_raid,
@@ -196,19 +196,19 @@ pub fn probe(source: &dyn Source) -> Found {
     ];
     let found = formats.iter().find_map(|format| format(&probe));
     found.unwrap_or_else(|| {
-        let content = if probe.is_zero() { Content::Empty } else { Content::Unknown };
-        Found::new(content, None, None)
+        let content = if probe.is_zero() { VolumeContent::Empty } else { VolumeContent::Unknown };
+        DetectedVolume::new(content, None, None)
     })
 }
 
 /// What every format looks at: the beginning, read once.
-struct Probe<'a> {
+struct ContentProbe<'a> {
     source: &'a dyn Source,
     /// Zeroes beyond the end of a short source.
     head: Vec<u8>,
 }
 
-impl<'a> Probe<'a> {
+impl<'a> ContentProbe<'a> {
     /// The farthest superblock that has a fixed place early on (btrfs') ends here.
     const HEAD_LEN: usize = 0x11000;
 

@@ -32,9 +32,9 @@ pub(super) struct Journaled {
 
 /// Which blocks are newer in the journal, sorted.
 #[derive(Debug, Default)]
-pub(super) struct Overlay(Vec<(Block, Journaled)>);
+pub(super) struct JournalOverlay(Vec<(Block, Journaled)>);
 
-impl Overlay {
+impl JournalOverlay {
     pub(super) fn new(blocks: impl IntoIterator<Item = (Block, Journaled)>) -> Self {
         let mut blocks: Vec<_> = blocks.into_iter().collect();
         blocks.sort_unstable_by_key(|(block, _)| *block);
@@ -54,16 +54,16 @@ pub(super) struct Blocks {
     bits: u32,
     /// How many there are.
     count: u64,
-    overlay: Overlay,
+    overlay: JournalOverlay,
     cache: Cache<Block, Arc<[u8]>>,
 }
 
 impl Blocks {
-    pub(super) fn new(source: Arc<dyn Source>, bits: u32, count: u64, overlay: Overlay) -> Self {
+    pub(super) fn new(source: Arc<dyn Source>, bits: u32, count: u64, overlay: JournalOverlay) -> Self {
         Self { source, bits, count, overlay, cache: Cache::new(CACHE_LEN) }
     }
 
-    pub(super) fn overlay(&self) -> &Overlay {
+    pub(super) fn overlay(&self) -> &JournalOverlay {
         &self.overlay
     }
 
@@ -144,7 +144,7 @@ mod tests {
     fn blocks() -> Blocks {
         let bytes: Vec<u8> = (0..8).flat_map(|block| [block; 1024]).collect();
         let newer = |place, escaped| Journaled { place: Block(place), escaped };
-        let overlay = Overlay::new([(Block(4), newer(7, true)), (Block(2), newer(6, false))]);
+        let overlay = JournalOverlay::new([(Block(4), newer(7, true)), (Block(2), newer(6, false))]);
         Blocks::new(Arc::new(bytes), 10, 8, overlay)
     }
 

@@ -12,9 +12,9 @@ use crate::guest::bytes::{le16, le32};
 use crate::guest::filesystem::{DirectoryEntry, FileKind, Ino};
 
 use super::checksum::crc32c;
-use super::fast::Names;
+use super::fast::NameChanges;
 use super::inode::{BLOCK_AREA, Inode, flags, kind_of_entry};
-use super::map::{Place, Walk};
+use super::map::{ExtMapping, MapWalk};
 use super::superblock::incompat;
 use super::{Ext, htree, inline, nokey};
 
@@ -38,7 +38,7 @@ const TAIL_KIND: u8 = 0xde;
 const INLINE_FIRST: usize = 4;
 
 /// An entry in use.
-struct Found<'a> {
+struct ExtEntry<'a> {
     name: &'a [u8],
     /// What its place has behind the name, from the next multiple of four bytes on.
     behind: &'a [u8],
@@ -109,8 +109,8 @@ impl Ext {
         };
         let (was_damaged, place) = (from & DAMAGED != 0, from & !(DAMAGED | ADDED));
         let mut damage = None;
-        if from & ADDED == 0 && !names.is_some_and(Names::fresh) {
-            let (stopped, found) = self.visit(&inode, place, &mut |found: Found<'_>| {
+        if from & ADDED == 0 && !names.is_some_and(NameChanges::fresh) {
+            let (stopped, found) = self.visit(&inode, place, &mut |found: ExtEntry<'_>| {
                 let mut entry = DirectoryEntry {
                     name: shown(found.name, found.behind),
                     ino: Ino(found.ino.into()),
@@ -185,7 +185,7 @@ impl Ext {
     fn search_blocks(&self, inode: &Inode, blocks: impl Iterator<Item = u32>, name: &[u8]) -> Result<Option<u32>> {
         for block in blocks {
             let bytes = self.directory_block(inode, block)?;
-            let mut entries = Entries::new(self, inode, &bytes, 0);
+            let mut entries = ExtEntries::new(self, inode, &bytes, 0);
             if let Some(found) = entries.find(|found| found.name == name) {
                 return Ok(Some(found.ino));
             }
@@ -199,7 +199,7 @@ impl Ext {
     /// Reads the directory until the name is found.
     fn search(&self, inode: &Inode, name: &[u8]) -> Result<Option<u32>> {
         let mut found = None;
-        let (_, damage) = self.visit(inode, 0, &mut |entry: Found<'_>| {
+        let (_, damage) = self.visit(inode, 0, &mut |entry: ExtEntry<'_>| {
             if entry.name == name {
                 found = Some(entry.ino);
             }
@@ -218,7 +218,7 @@ impl Ext {
         }
         let mut hashes = Vec::new();
         let bits = self.superblock.block_bits;
-        let (full, damage) = self.visit(inode, 0, &mut |found: Found<'_>| {
+        let (full, damage) = self.visit(inode, 0, &mut |found: ExtEntry<'_>| {
             hashes.push((self.hash_of(found.name), (found.at >> bits) as u32));
             hashes.len() < MAX_INDEXED
         });
@@ -234,12 +234,12 @@ impl Ext {
 
     /// Calls `each` with the entries in use from byte `from` on, without `.` and `..`, until it returns false, which
     /// is the first answer; the second is the first damage.
-    fn visit(&self, inode: &Inode, from: u64, each: &mut dyn FnMut(Found<'_>) -> bool) -> (bool, Option<Error>) {
+    fn visit(&self, inode: &Inode, from: u64, each: &mut dyn FnMut(ExtEntry<'_>) -> bool) -> (bool, Option<Error>) {
         let mut damage = None;
         let mut part = |bytes: &[u8], start: u64, damage: &mut Option<Error>| {
-            let mut entries = Entries::new(self, inode, bytes, start);
+            let mut entries = ExtEntries::new(self, inode, bytes, start);
             for found in entries.by_ref() {
-                if found.at >= from && !each(Found { damaged: damage.is_some(), ..found }) {
+                if found.at >= from && !each(ExtEntry { damaged: damage.is_some(), ..found }) {
                     return true;
                 }
             }
@@ -260,14 +260,14 @@ impl Ext {
         }
         let bits = self.superblock.block_bits;
         let (end, mut at) = (inode.size.div_ceil(1 << bits), from >> bits);
-        let mut walk = Walk::new(self, inode);
+        let mut walk = MapWalk::new(self, inode);
         let mut left = MAX_BLOCKS.min(self.superblock.block_count);
         while at < end {
             let segment = match walk.segment(at, end - at) {
                 Ok(segment) => segment,
                 Err(error) => return (false, damage.or(Some(error))),
             };
-            if let Place::Stored(first) = segment.place {
+            if let ExtMapping::Stored(first) = segment.place {
                 for index in 0..segment.count {
                     let Some(less) = left.checked_sub(1) else {
                         let error = inode.corrupt("is a directory with more blocks than there are");
@@ -293,9 +293,11 @@ impl Ext {
         if at >= inode.size.div_ceil(self.superblock.block_len() as u64) {
             return Err(inode.corrupt("is a directory that names a block beyond its end"));
         }
-        match Walk::new(self, inode).segment(at, 1)?.place {
-            Place::Stored(block) => verified(inode, self.blocks.read(block)?),
-            Place::Hole | Place::Unwritten => Err(inode.corrupt("is a directory that names a block it has not")),
+        match MapWalk::new(self, inode).segment(at, 1)?.place {
+            ExtMapping::Stored(block) => verified(inode, self.blocks.read(block)?),
+            ExtMapping::Hole | ExtMapping::Unwritten => {
+                Err(inode.corrupt("is a directory that names a block it has not"))
+            }
         }
     }
 }
@@ -341,7 +343,7 @@ fn record_len(bytes: &[u8], at: usize, block_len: usize) -> usize {
 }
 
 /// The entries in use of a block, or of inline data.
-struct Entries<'a> {
+struct ExtEntries<'a> {
     bytes: &'a [u8],
     /// The byte of the directory at which `bytes` begin.
     start: u64,
@@ -353,7 +355,7 @@ struct Entries<'a> {
     damaged: bool,
 }
 
-impl<'a> Entries<'a> {
+impl<'a> ExtEntries<'a> {
     fn new(ext: &Ext, directory: &Inode, bytes: &'a [u8], start: u64) -> Self {
         let typed = ext.superblock.has(incompat::FILETYPE);
         let (is_encrypted, block_len) = (directory.is(flags::ENCRYPT), ext.superblock.block_len());
@@ -361,10 +363,10 @@ impl<'a> Entries<'a> {
     }
 }
 
-impl<'a> Iterator for Entries<'a> {
-    type Item = Found<'a>;
+impl<'a> Iterator for ExtEntries<'a> {
+    type Item = ExtEntry<'a>;
 
-    fn next(&mut self) -> Option<Found<'a>> {
+    fn next(&mut self) -> Option<ExtEntry<'a>> {
         while self.at + HEADER_LEN <= self.bytes.len() {
             let at = self.at;
             let len = record_len(self.bytes, at, self.block_len);
@@ -389,7 +391,7 @@ impl<'a> Iterator for Entries<'a> {
             if name != b"." && name != b".." {
                 let kind = if self.typed { kind_of_entry(self.bytes[at + 7]) } else { None };
                 let (at, next) = (self.start + at as u64, self.start + self.at as u64);
-                return Some(Found { name, behind, ino, kind, at, next, damaged: false });
+                return Some(ExtEntry { name, behind, ino, kind, at, next, damaged: false });
             }
         }
         None

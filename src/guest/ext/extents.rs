@@ -12,7 +12,7 @@ use super::blocks::{Block, Blocks};
 use super::bytes::join;
 use super::checksum::crc32c;
 use super::inode::{BLOCK_AREA, Inode};
-use super::map::{Place, Segment};
+use super::map::{ExtMapping, ExtSegment};
 
 const MAGIC: u16 = 0xf30a;
 const ENTRY_LEN: usize = 12;
@@ -23,13 +23,13 @@ const MAX_WRITTEN: u16 = 1 << 15;
 const END: u64 = 1 << 32;
 
 /// A node of the tree, checked as far as its header goes.
-struct Node {
+struct ExtentNode {
     bytes: Arc<[u8]>,
     count: usize,
     depth: u16,
 }
 
-impl Node {
+impl ExtentNode {
     fn parse(inode: &Inode, bytes: Arc<[u8]>, depth: Option<u16>) -> Result<Self> {
         let (count, max) = (usize::from(le16(&bytes, 2)), usize::from(le16(&bytes, 4)));
         let found = le16(&bytes, 6);
@@ -74,16 +74,16 @@ impl Node {
 }
 
 /// A leaf of the tree, and for which of the file's blocks it speaks.
-pub(super) struct Leaf {
-    node: Node,
+pub(super) struct ExtentLeaf {
+    node: ExtentNode,
     start: u64,
     end: u64,
 }
 
 /// The leaf that speaks for block `at` of a file.
-pub(super) fn leaf(inode: &Inode, blocks: &Blocks, at: u64) -> Result<Leaf> {
+pub(super) fn leaf(inode: &Inode, blocks: &Blocks, at: u64) -> Result<ExtentLeaf> {
     let (mut start, mut end) = (0, END);
-    let mut node = Node::parse(inode, inode.raw[BLOCK_AREA].into(), None)?;
+    let mut node = ExtentNode::parse(inode, inode.raw[BLOCK_AREA].into(), None)?;
     while node.depth > 0 {
         // The first child speaks for the hole before it as well.
         let child = node.until(at).saturating_sub(1);
@@ -100,21 +100,21 @@ pub(super) fn leaf(inode: &Inode, blocks: &Blocks, at: u64) -> Result<Leaf> {
         let entry = node.entry(child);
         let block = Block(join(le32(entry, 4), le16(entry, 8)));
         let bytes = blocks.read(block).map_err(|error| inode.about(error))?;
-        node = Node::parse(inode, bytes, Some(node.depth - 1))?;
+        node = ExtentNode::parse(inode, bytes, Some(node.depth - 1))?;
         if node.count > 0 && node.key(0) < key {
             return Err(inode.corrupt("has an extent tree that is not in order"));
         }
     }
-    Ok(Leaf { node, start, end })
+    Ok(ExtentLeaf { node, start, end })
 }
 
-impl Leaf {
+impl ExtentLeaf {
     pub(super) fn speaks_for(&self, at: u64) -> bool {
         (self.start..self.end).contains(&at)
     }
 
     /// What begins at block `at` of the file, for which this leaf speaks, and how long it goes on in this leaf.
-    pub(super) fn segment(&self, inode: &Inode, at: u64) -> Result<Segment> {
+    pub(super) fn segment(&self, inode: &Inode, at: u64) -> Result<ExtSegment> {
         debug_assert!(self.speaks_for(at));
         let after = self.node.until(at);
         let next = if after < self.node.count { self.node.key(after) } else { self.end };
@@ -122,18 +122,18 @@ impl Leaf {
             return Err(inode.corrupt("has extents that are not in order"));
         }
         let Some(before) = after.checked_sub(1) else {
-            return Ok(Segment { count: next.min(self.end) - at, place: Place::Hole });
+            return Ok(ExtSegment { count: next.min(self.end) - at, place: ExtMapping::Hole });
         };
         let entry = self.node.entry(before);
         let (key, len) = (self.node.key(before), le16(entry, 4));
         let (len, written) = if len > MAX_WRITTEN { (len - MAX_WRITTEN, false) } else { (len, true) };
         let into = at - key;
         if into >= u64::from(len) {
-            return Ok(Segment { count: next.min(self.end) - at, place: Place::Hole });
+            return Ok(ExtSegment { count: next.min(self.end) - at, place: ExtMapping::Hole });
         }
         let first = Block(join(le32(entry, 8), le16(entry, 6)) + into);
         // Never beyond the next extent: the walk must meet each.
         let count = (u64::from(len) - into).min(next - at);
-        Ok(Segment { count, place: if written { Place::Stored(first) } else { Place::Unwritten } })
+        Ok(ExtSegment { count, place: if written { ExtMapping::Stored(first) } else { ExtMapping::Unwritten } })
     }
 }

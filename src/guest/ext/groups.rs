@@ -13,7 +13,7 @@ use super::superblock::{Checksums, Superblock, incompat};
 
 /// What is used of a group's descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Group {
+pub(super) struct BlockGroup {
     pub(super) inode_table: Block,
     pub(super) free_clusters: u32,
     pub(super) free_inodes: u32,
@@ -22,13 +22,13 @@ pub(super) struct Group {
 }
 
 /// The descriptor of a group.
-pub(super) fn group(superblock: &Superblock, blocks: &Blocks, group: u64) -> Result<Group> {
+pub(super) fn group(superblock: &Superblock, blocks: &Blocks, group: u64) -> Result<BlockGroup> {
     if group >= superblock.group_count() {
         return Err(corrupt(format!("group {group} is named, but there are {}", superblock.group_count())));
     }
     let per_block = superblock.block_len() as u64 / superblock.descriptor_len as u64;
     let (index, place) = (group / per_block, (group % per_block) as usize * superblock.descriptor_len);
-    let usable = |block: Block| -> Result<Group> {
+    let usable = |block: Block| -> Result<BlockGroup> {
         let bytes = blocks.read(block)?;
         let found = decode(superblock, group, &bytes[place..place + superblock.descriptor_len]);
         let table_len = u64::from(superblock.inodes_per_group) * superblock.inode_len as u64;
@@ -46,7 +46,7 @@ pub(super) fn group(superblock: &Superblock, blocks: &Blocks, group: u64) -> Res
     let copy = copies.into_iter().flatten().filter_map(|block| usable(block).ok()).find(|copy| copy.sound);
     match (primary, copy) {
         // Without checksums a copy is as good as any, but then the first is only wrong if it is absurd.
-        (_, Some(copy)) => Ok(Group { sound: false, ..copy }),
+        (_, Some(copy)) => Ok(BlockGroup { sound: false, ..copy }),
         (primary, None) => primary,
     }
 }
@@ -70,7 +70,7 @@ fn places(superblock: &Superblock, index: u64) -> [Option<Block>; 3] {
     [Some(Block(at_start_of(0).0 + index)), backup.map(|group| Block(at_start_of(group).0 + index)), None]
 }
 
-fn decode(superblock: &Superblock, group: u64, raw: &[u8]) -> Group {
+fn decode(superblock: &Superblock, group: u64, raw: &[u8]) -> BlockGroup {
     let wide = raw.len() >= 64;
     let high = |at: usize| if wide { le32(raw, at) } else { 0 };
     let high16 = |at: usize| if wide { u32::from(le16(raw, at)) << 16 } else { 0 };
@@ -84,7 +84,7 @@ fn decode(superblock: &Superblock, group: u64, raw: &[u8]) -> Group {
             crc16(state, if wide { &raw[0x20..] } else { &[] }) == sum
         }
     };
-    Group {
+    BlockGroup {
         inode_table: Block(join(le32(raw, 0x8), high(0x28))),
         free_clusters: u32::from(le16(raw, 0xc)) | high16(0x2c),
         free_inodes: u32::from(le16(raw, 0xe)) | high16(0x2e),

@@ -2,7 +2,7 @@
 
 /// Which hash, as a directory's index names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum HashVersion {
     Legacy,
     HalfMd4,
     Tea,
@@ -11,7 +11,7 @@ pub(super) enum Kind {
 /// What a name's hash depends on besides the name.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Hasher {
-    pub(super) kind: Kind,
+    pub(super) kind: HashVersion,
     /// Whether the bytes of a name count from 0 to 255, as where the file system was made on ARM, say.
     pub(super) unsigned: bool,
     /// All zero: the hash's own.
@@ -23,9 +23,9 @@ impl Hasher {
     pub(super) fn new(number: u8, unsigned: bool, seed: [u32; 4]) -> Option<Self> {
         let kind = match number % 3 {
             _ if number > 5 => return None,
-            0 => Kind::Legacy,
-            1 => Kind::HalfMd4,
-            _ => Kind::Tea,
+            0 => HashVersion::Legacy,
+            1 => HashVersion::HalfMd4,
+            _ => HashVersion::Tea,
         };
         Some(Self { kind, unsigned: unsigned || number > 2, seed })
     }
@@ -40,14 +40,14 @@ impl Hasher {
         let own = [0x6745_2301, 0xefcd_ab89, 0x98ba_dcfe, 0x1032_5476];
         let mut state = if self.seed == [0; 4] { own } else { self.seed };
         let (hash, minor) = match self.kind {
-            Kind::Legacy => (self.legacy(name), 0),
-            Kind::HalfMd4 => {
+            HashVersion::Legacy => (self.legacy(name), 0),
+            HashVersion::HalfMd4 => {
                 for rest in pieces(name, 32) {
                     half_md4(&mut state, self.words(rest));
                 }
                 (state[1], state[2])
             }
-            Kind::Tea => {
+            HashVersion::Tea => {
                 for rest in pieces(name, 16) {
                     tea(&mut state, self.words(rest));
                 }

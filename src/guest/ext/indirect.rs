@@ -7,7 +7,7 @@ use crate::guest::bytes::le32;
 
 use super::blocks::{Block, Blocks};
 use super::inode::{BLOCK_AREA, Inode};
-use super::map::{Place, Segment};
+use super::map::{ExtMapping, ExtSegment};
 
 /// Blocks that the inode names itself.
 const DIRECT: u64 = 12;
@@ -15,13 +15,13 @@ const DIRECT: u64 = 12;
 const END: u64 = 1 << 32;
 
 /// What begins at block `at` of a file, and how long it goes on in the same block of numbers.
-pub(super) fn segment(inode: &Inode, blocks: &Blocks, at: u64) -> Result<Segment> {
+pub(super) fn segment(inode: &Inode, blocks: &Blocks, at: u64) -> Result<ExtSegment> {
     let area = &inode.raw[BLOCK_AREA];
     if at < DIRECT {
         return Ok(run(&area[..DIRECT as usize * 4], at as usize));
     }
     if at >= END {
-        return Ok(Segment { count: u64::MAX - at, place: Place::Hole });
+        return Ok(ExtSegment { count: u64::MAX - at, place: ExtMapping::Hole });
     }
     let per_block_bits = blocks.block_bits() - 2;
     let mut index = at - DIRECT;
@@ -33,16 +33,16 @@ pub(super) fn segment(inode: &Inode, blocks: &Blocks, at: u64) -> Result<Segment
         }
         index -= behind;
     }
-    Ok(Segment { count: u64::MAX - at, place: Place::Hole })
+    Ok(ExtSegment { count: u64::MAX - at, place: ExtMapping::Hole })
 }
 
 /// From a number that stands for `level` levels of indirect blocks down to the run at `index`.
-fn descend(inode: &Inode, blocks: &Blocks, number: u32, mut index: u64, level: u32) -> Result<Segment> {
+fn descend(inode: &Inode, blocks: &Blocks, number: u32, mut index: u64, level: u32) -> Result<ExtSegment> {
     let bits = blocks.block_bits() - 2;
     let mut number = number;
     for level in (1..=level).rev() {
         if number == 0 {
-            return Ok(Segment { count: (1 << (bits * level)) - index, place: Place::Hole });
+            return Ok(ExtSegment { count: (1 << (bits * level)) - index, place: ExtMapping::Hole });
         }
         let bytes: Arc<[u8]> = blocks.read(Block(number.into())).map_err(|error| inode.about(error))?;
         let below = bits * (level - 1);
@@ -57,12 +57,12 @@ fn descend(inode: &Inode, blocks: &Blocks, number: u32, mut index: u64, level: u
 }
 
 /// The run of consecutive numbers, or of none, that begins at `slot`.
-fn run(numbers: &[u8], slot: usize) -> Segment {
+fn run(numbers: &[u8], slot: usize) -> ExtSegment {
     let first = le32(numbers, slot * 4);
     let rest = numbers[slot * 4..].chunks_exact(4).map(|number| le32(number, 0));
     if first == 0 {
-        return Segment { count: rest.take_while(|number| *number == 0).count() as u64, place: Place::Hole };
+        return ExtSegment { count: rest.take_while(|number| *number == 0).count() as u64, place: ExtMapping::Hole };
     }
     let count = rest.zip(u64::from(first)..).take_while(|(number, expected)| u64::from(*number) == *expected).count();
-    Segment { count: count as u64, place: Place::Stored(Block(first.into())) }
+    ExtSegment { count: count as u64, place: ExtMapping::Stored(Block(first.into())) }
 }

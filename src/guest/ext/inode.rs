@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::guest::bytes::{le16, le32};
-use crate::guest::filesystem::{Attributes, FileKind, Time};
+use crate::guest::filesystem::{FileAttributes, FileKind, Time};
 
 use super::bytes::{corrupt, join};
 use super::checksum::crc32c;
@@ -102,14 +102,14 @@ impl Inode {
         self.flags & flag != 0
     }
 
-    pub(super) fn attributes(&self) -> Attributes {
+    pub(super) fn attributes(&self) -> FileAttributes {
         let raw = &self.raw;
         let mut blocks = self.sectors;
         if self.is(flags::INLINE_DATA) && self.kind == FileKind::File {
             // So that no program takes a file without blocks for a hole.
             blocks = blocks.saturating_add(self.size.div_ceil(512));
         }
-        Attributes {
+        FileAttributes {
             kind: self.kind,
             mode: le16(raw, 0) & 0o7777,
             uid: u32::from(le16(raw, 0x2)) | u32::from(le16(raw, 0x78)) << 16,

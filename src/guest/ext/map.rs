@@ -1,16 +1,16 @@
 //! Where the bytes of a file are: one answer for extents, indirect blocks, inline data, and what fast commits changed.
 //!
-//! A [`Walk`] goes forward through a file's blocks and remembers the leaf it is in, so that listing a file with
+//! A [`MapWalk`] goes forward through a file's blocks and remembers the leaf it is in, so that listing a file with
 //! thousands of extents looks at each once. Blocks that are newer in the journal are found there.
 
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::guest::filesystem::{FileKind, Run, RunKind};
+use crate::guest::filesystem::{FileKind, FileRun, RunKind};
 
 use super::Ext;
 use super::blocks::{Block, Journaled};
-use super::extents::{self, Leaf};
+use super::extents::{self, ExtentLeaf};
 use super::inode::{Inode, flags};
 use super::{indirect, inline};
 
@@ -19,7 +19,7 @@ const EMPTY_MAPS: u32 = 1 << 14;
 
 /// Where the blocks of a segment are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum ExtMapping {
     Hole,
     /// Reserved, never written: zeroes.
     Unwritten,
@@ -28,27 +28,27 @@ pub(super) enum Place {
 
 /// Blocks of a file that follow each other, in the file and on the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Segment {
+pub(super) struct ExtSegment {
     /// At least 1.
     pub(super) count: u64,
-    pub(super) place: Place,
+    pub(super) place: ExtMapping,
 }
 
 /// A way forward through a file's blocks.
-pub(super) struct Walk<'a> {
+pub(super) struct MapWalk<'a> {
     ext: &'a Ext,
     inode: &'a Inode,
-    leaf: Option<Leaf>,
+    leaf: Option<ExtentLeaf>,
 }
 
-impl<'a> Walk<'a> {
+impl<'a> MapWalk<'a> {
     pub(super) fn new(ext: &'a Ext, inode: &'a Inode) -> Self {
         Self { ext, inode, leaf: None }
     }
 
     /// What begins at block `at` and how long it goes on, at most `limit` blocks. Whatever is stored lies within the
     /// file system.
-    pub(super) fn segment(&mut self, at: u64, limit: u64) -> Result<Segment> {
+    pub(super) fn segment(&mut self, at: u64, limit: u64) -> Result<ExtSegment> {
         let number = self.inode.number;
         let (segment, limit) = if let Some(changed) = self.ext.fast.range(number, at) {
             (changed, limit)
@@ -56,21 +56,21 @@ impl<'a> Walk<'a> {
             let next = self.ext.fast.next_range(number, at);
             (self.unchanged(at)?, next.map_or(limit, |next| limit.min(next - at)))
         };
-        let segment = Segment { count: segment.count.min(limit), ..segment };
+        let segment = ExtSegment { count: segment.count.min(limit), ..segment };
         debug_assert!(segment.count > 0, "a walk must go on");
-        if let Place::Stored(first) = segment.place {
+        if let ExtMapping::Stored(first) = segment.place {
             self.ext.blocks.within(first, segment.count).map_err(|error| self.inode.about(error))?;
         }
         Ok(segment)
     }
 
     /// The same without fast commits.
-    fn unchanged(&mut self, at: u64) -> Result<Segment> {
+    fn unchanged(&mut self, at: u64) -> Result<ExtSegment> {
         if !self.inode.is(flags::EXTENTS) {
             return indirect::segment(self.inode, &self.ext.blocks, at);
         }
         if at >= 1 << 32 {
-            return Ok(Segment { count: u64::MAX - at, place: Place::Hole });
+            return Ok(ExtSegment { count: u64::MAX - at, place: ExtMapping::Hole });
         }
         let leaf = match self.leaf.take() {
             Some(leaf) if leaf.speaks_for(at) => leaf,
@@ -91,7 +91,7 @@ impl Ext {
         Ok(inode)
     }
 
-    pub(super) fn runs_of(&self, number: u32, at: u64, len: u64, most: usize) -> Result<Vec<Run>> {
+    pub(super) fn runs_of(&self, number: u32, at: u64, len: u64, most: usize) -> Result<Vec<FileRun>> {
         let inode = self.file(number)?;
         let end = inode.size.min(at.saturating_add(len));
         let mut runs = Runs { runs: Vec::new(), most };
@@ -99,21 +99,21 @@ impl Ext {
             return Ok(runs.runs);
         }
         if inode.is(flags::INLINE_DATA) {
-            return Ok(vec![Run { len: end - at, kind: RunKind::Asked }]);
+            return Ok(vec![FileRun { len: end - at, kind: RunKind::Asked }]);
         }
         let bits = self.superblock.block_bits;
-        let (mut walk, mut at, mut barren) = (Walk::new(self, &inode), at, 0);
+        let (mut walk, mut at, mut barren) = (MapWalk::new(self, &inode), at, 0);
         while at < end {
             let block = at >> bits;
             let segment = walk.segment(block, (end.div_ceil(1 << bits) - block).max(1))?;
             let segment_end = ((block + segment.count) << bits).min(end);
-            barren = if segment.place == Place::Hole { barren + 1 } else { 0 };
+            barren = if segment.place == ExtMapping::Hole { barren + 1 } else { 0 };
             if barren > EMPTY_MAPS {
                 return Err(inode.corrupt("is mapped by thousands of empty blocks"));
             }
             let room = match segment.place {
-                Place::Hole | Place::Unwritten => runs.push(segment_end - at, RunKind::Hole),
-                Place::Stored(first) => self.stored(first, at & ((1 << bits) - 1), segment_end - at, &mut runs),
+                ExtMapping::Hole | ExtMapping::Unwritten => runs.push(segment_end - at, RunKind::Hole),
+                ExtMapping::Stored(first) => self.stored(first, at & ((1 << bits) - 1), segment_end - at, &mut runs),
             };
             if !room {
                 break;
@@ -159,7 +159,7 @@ impl Ext {
             return Ok(len);
         }
         let bits = self.superblock.block_bits;
-        let (mut walk, mut done) = (Walk::new(self, inode), 0);
+        let (mut walk, mut done) = (MapWalk::new(self, inode), 0);
         while done < len {
             let here = at + done as u64;
             let (block, skip) = (here >> bits, here & ((1 << bits) - 1));
@@ -168,8 +168,8 @@ impl Ext {
             let now = ((segment.count << bits) - skip).min(left) as usize;
             let part = &mut buf[done..][..now];
             match segment.place {
-                Place::Hole | Place::Unwritten => part.fill(0),
-                Place::Stored(first) => self.blocks.read_at(first, skip, part)?,
+                ExtMapping::Hole | ExtMapping::Unwritten => part.fill(0),
+                ExtMapping::Stored(first) => self.blocks.read_at(first, skip, part)?,
             }
             done += now;
         }
@@ -179,7 +179,7 @@ impl Ext {
 
 /// Runs as they come, those that belong together joined.
 struct Runs {
-    runs: Vec<Run>,
+    runs: Vec<FileRun>,
     most: usize,
 }
 
@@ -200,7 +200,7 @@ impl Runs {
         if self.runs.len() == self.most {
             return false;
         }
-        self.runs.push(Run { len, kind });
+        self.runs.push(FileRun { len, kind });
         true
     }
 }

@@ -36,10 +36,12 @@ use parking_lot::Mutex;
 use crate::cache::Cache;
 use crate::error::{Error, Result};
 
-use super::filesystem::{Attributes, DirectoryEntry, ExtendedAttribute, FileKind, FileSystem, Ino, Run, Statistics};
+use super::filesystem::{
+    DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, Statistics,
+};
 use super::source::Source;
 
-pub use superblock::{Probe, probe};
+pub use superblock::{SuperblockProbe, probe};
 
 use blocks::{Block, Blocks};
 use bytes::{corrupt, unsupported};
@@ -173,7 +175,7 @@ impl FileSystem for Ext {
         self.list_directory(self.number(directory)?, from, each)
     }
 
-    fn attributes(&self, ino: Ino) -> Result<Attributes> {
+    fn attributes(&self, ino: Ino) -> Result<FileAttributes> {
         let inode = self.inode(self.number(ino)?)?;
         let mut attributes = inode.attributes();
         // As long as what is shown of it.
@@ -187,7 +189,7 @@ impl FileSystem for Ext {
         self.target(self.number(ino)?)
     }
 
-    fn runs(&self, ino: Ino, at: u64, len: u64, most: usize) -> Result<Vec<Run>> {
+    fn runs(&self, ino: Ino, at: u64, len: u64, most: usize) -> Result<Vec<FileRun>> {
         self.runs_of(self.number(ino)?, at, len, most)
     }
 

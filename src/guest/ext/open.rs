@@ -9,7 +9,7 @@ use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::source::Source;
 
-use super::blocks::{Blocks, Overlay};
+use super::blocks::{Blocks, JournalOverlay};
 use super::bytes::corrupt;
 use super::fast::FastCommits;
 use super::journal::{self, Log, Replayed};
@@ -23,7 +23,7 @@ const MAX_CLUSTER_BITS: u32 = 6;
 
 pub(super) fn open(source: Arc<dyn Source>) -> Result<Ext> {
     let (superblock, remark) = find(&*source)?;
-    let mut ext = bare(source, superblock, Overlay::default());
+    let mut ext = bare(source, superblock, JournalOverlay::default());
     ext.remarks.get_mut().extend(remark);
     let have = ext.blocks.source().size();
     let need = ext.superblock.block_count << ext.superblock.block_bits;
@@ -100,7 +100,7 @@ fn replay(ext: &Ext, log: Option<Log>) -> Result<Option<Ext>> {
     Ok(Some(replayed))
 }
 
-fn bare(source: Arc<dyn Source>, superblock: Superblock, overlay: Overlay) -> Ext {
+fn bare(source: Arc<dyn Source>, superblock: Superblock, overlay: JournalOverlay) -> Ext {
     Ext {
         blocks: Blocks::new(source, superblock.block_bits, superblock.block_count, overlay),
         superblock,

@@ -43,7 +43,7 @@ const KNOWN: u32 = 0x3_f7d6;
 
 /// What the first bytes of a disk say, without a second look.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Probe {
+pub struct SuperblockProbe {
     /// `ext2`, `ext3` or `ext4`, by the features in use.
     pub version: &'static str,
     /// The label, without what pads it; any bytes.
@@ -54,7 +54,7 @@ pub struct Probe {
 
 /// What the bytes at the beginning of a disk, at least 2,048, say of an ext2, ext3 or ext4 file system there; `None`
 /// if there is none.
-pub fn probe(first: &[u8]) -> Option<Probe> {
+pub fn probe(first: &[u8]) -> Option<SuperblockProbe> {
     let raw = first.get(SUPERBLOCK_AT as usize..)?.get(..SUPERBLOCK_LEN)?;
     if !looks_like(raw) || le32(raw, 0x60) & incompat::JOURNAL_DEV != 0 {
         return None;
@@ -62,7 +62,7 @@ pub fn probe(first: &[u8]) -> Option<Probe> {
     let label = &raw[0x78..0x88];
     let end = label.iter().position(|byte| *byte == 0).unwrap_or(label.len());
     let uuid = raw[0x68..0x78].try_into().expect("16 bytes");
-    Some(Probe { version: version(raw), label: label[..end].to_vec(), uuid })
+    Some(SuperblockProbe { version: version(raw), label: label[..end].to_vec(), uuid })
 }
 
 /// Magic and sizes that no other format has at these places by chance.

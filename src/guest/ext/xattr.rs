@@ -24,7 +24,7 @@ const INDEX_DEFAULT_ACL: u8 = 3;
 const INDEX_SYSTEM: u8 = 7;
 
 /// An entry of a table of attributes.
-struct Entry<'a> {
+struct XattrEntry<'a> {
     index: u8,
     name: &'a [u8],
     /// Where the value begins, unless an inode holds it.
@@ -35,7 +35,7 @@ struct Entry<'a> {
 }
 
 /// The entries from `first` on; values are found relative to `base`, which is where offsets count from.
-fn entries<'a>(inode: &'a Inode, base: &'a [u8], first: usize) -> impl Iterator<Item = Result<Entry<'a>>> {
+fn entries<'a>(inode: &'a Inode, base: &'a [u8], first: usize) -> impl Iterator<Item = Result<XattrEntry<'a>>> {
     let mut at = first;
     std::iter::from_fn(move || {
         // Four zero bytes end the table, and so does its end.
@@ -47,7 +47,7 @@ fn entries<'a>(inode: &'a Inode, base: &'a [u8], first: usize) -> impl Iterator<
             at = base.len();
             return Some(Err(inode.corrupt("has a damaged table of extended attributes")));
         };
-        let entry = Entry {
+        let entry = XattrEntry {
             index: base[at + 1],
             name,
             offset: le16(base, at + 2).into(),
@@ -59,7 +59,7 @@ fn entries<'a>(inode: &'a Inode, base: &'a [u8], first: usize) -> impl Iterator<
     })
 }
 
-impl<'a> Entry<'a> {
+impl<'a> XattrEntry<'a> {
     /// The value, if it lies in the same table.
     fn value(&self, inode: &Inode, base: &'a [u8]) -> Result<&'a [u8]> {
         let found = base.get(self.offset..).and_then(|rest| rest.get(..self.len as usize));
@@ -150,7 +150,7 @@ impl Ext {
 }
 
 /// The name with its namespace; `None` for what is not shown to anybody.
-fn full_name(entry: &Entry<'_>) -> Option<Vec<u8>> {
+fn full_name(entry: &XattrEntry<'_>) -> Option<Vec<u8>> {
     let prefix: &[u8] = match entry.index {
         1 => b"user.",
         INDEX_ACCESS_ACL => b"system.posix_acl_access",

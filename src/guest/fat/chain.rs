@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::Source;
 use crate::guest::bytes::{le16, le32};
 
-use super::volume::{FIRST_CLUSTER, Kind, Volume};
+use super::volume::{FIRST_CLUSTER, FatVolume, FatWidth};
 
 /// Bytes of a table that are read at once. Entries of 12, 16 and 32 bits all end with it.
 const PAGE_LEN: u64 = 3 << 11;
@@ -20,7 +20,7 @@ const MARKS_BUDGET: usize = 1 << 20;
 
 /// Some clusters that lie together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Stretch {
+pub(super) struct ClusterRun {
     pub(super) first: u32,
     pub(super) count: u64,
 }
@@ -41,21 +41,21 @@ impl Chains {
     /// fewer where the chain ends or breaks; an error, if `from` is behind that.
     pub(super) fn clusters(
         &self,
-        place: (&Volume, &dyn Source),
+        place: (&FatVolume, &dyn Source),
         start: u32,
         from: u64,
         count: u64,
         most: usize,
-    ) -> Result<Vec<Stretch>> {
-        let mut walk = Walk { chains: self, place, page: None };
+    ) -> Result<Vec<ClusterRun>> {
+        let mut walk = ChainWalk { chains: self, place, page: None };
         let mut cluster = self.seek(&mut walk, start, from)?;
-        let mut stretches: Vec<Stretch> = Vec::new();
+        let mut stretches: Vec<ClusterRun> = Vec::new();
         for left in (0..count).rev() {
             let stretch_count = stretches.len();
             match stretches.last_mut() {
                 Some(last) if u64::from(last.first) + last.count == u64::from(cluster) => last.count += 1,
                 _ if stretch_count == most => break,
-                _ => stretches.push(Stretch { first: cluster, count: 1 }),
+                _ => stretches.push(ClusterRun { first: cluster, count: 1 }),
             }
             if left > 0 {
                 match walk.next(cluster) {
@@ -68,12 +68,12 @@ impl Chains {
     }
 
     /// The cluster behind another one; `None` at the end of the chain.
-    pub(super) fn next(&self, place: (&Volume, &dyn Source), cluster: u32) -> Result<Option<u32>> {
-        Walk { chains: self, place, page: None }.next(cluster)
+    pub(super) fn next(&self, place: (&FatVolume, &dyn Source), cluster: u32) -> Result<Option<u32>> {
+        ChainWalk { chains: self, place, page: None }.next(cluster)
     }
 
     /// The cluster numbered `index` of a chain.
-    fn seek(&self, walk: &mut Walk<'_>, start: u32, index: u64) -> Result<u32> {
+    fn seek(&self, walk: &mut ChainWalk<'_>, start: u32, index: u64) -> Result<u32> {
         walk.check(start)?;
         let marks = self.marks.get(&start).unwrap_or_else(|| {
             let marks = Arc::new(Mutex::new(vec![start]));
@@ -102,8 +102,8 @@ impl Chains {
     }
 
     /// How many clusters are free.
-    pub(super) fn free_count(&self, place: (&Volume, &dyn Source)) -> Result<u64> {
-        let mut walk = Walk { chains: self, place, page: None };
+    pub(super) fn free_count(&self, place: (&FatVolume, &dyn Source)) -> Result<u64> {
+        let mut walk = ChainWalk { chains: self, place, page: None };
         let mut count = 0;
         for cluster in FIRST_CLUSTER..FIRST_CLUSTER + place.0.cluster_count {
             count += u64::from(walk.entry(cluster)? == 0);
@@ -112,7 +112,7 @@ impl Chains {
     }
 
     /// A page of the first table, or of another one if that cannot be read.
-    fn page(&self, (volume, source): (&Volume, &dyn Source), number: u64) -> Result<Arc<[u8]>> {
+    fn page(&self, (volume, source): (&FatVolume, &dyn Source), number: u64) -> Result<Arc<[u8]>> {
         if let Some(page) = self.pages.get(&number) {
             return Ok(page);
         }
@@ -133,20 +133,20 @@ impl Chains {
 }
 
 /// A walk along a chain, with the page of the table that was needed last.
-struct Walk<'a> {
+struct ChainWalk<'a> {
     chains: &'a Chains,
-    place: (&'a Volume, &'a dyn Source),
+    place: (&'a FatVolume, &'a dyn Source),
     page: Option<(u64, Arc<[u8]>)>,
 }
 
-impl Walk<'_> {
+impl ChainWalk<'_> {
     fn next(&mut self, cluster: u32) -> Result<Option<u32>> {
         let entry = self.entry(cluster)?;
         // As the kernel takes it: what marks a bad cluster ends the chain, too.
         let end = match self.place.0.kind {
-            Kind::Fat12 => 0xff7,
-            Kind::Fat16 => 0xfff7,
-            Kind::Fat32 => 0x0fff_fff7,
+            FatWidth::Fat12 => 0xff7,
+            FatWidth::Fat16 => 0xfff7,
+            FatWidth::Fat32 => 0x0fff_fff7,
         };
         if entry >= end {
             return Ok(None);
@@ -165,9 +165,9 @@ impl Walk<'_> {
     fn entry(&mut self, cluster: u32) -> Result<u32> {
         let kind = self.place.0.kind;
         let at = match kind {
-            Kind::Fat12 => u64::from(cluster / 2) * 3,
-            Kind::Fat16 => u64::from(cluster) * 2,
-            Kind::Fat32 => u64::from(cluster) * 4,
+            FatWidth::Fat12 => u64::from(cluster / 2) * 3,
+            FatWidth::Fat16 => u64::from(cluster) * 2,
+            FatWidth::Fat32 => u64::from(cluster) * 4,
         };
         let number = at / PAGE_LEN;
         let page = match &self.page {
@@ -176,11 +176,11 @@ impl Walk<'_> {
         };
         let within = (at % PAGE_LEN) as usize;
         Ok(match kind {
-            Kind::Fat12 if cluster % 2 == 1 => u32::from(le16(page, within + 1)) >> 4,
+            FatWidth::Fat12 if cluster % 2 == 1 => u32::from(le16(page, within + 1)) >> 4,
             // The last one of a table may be without its neighbour.
-            Kind::Fat12 => u32::from(le16(page, within)) & 0xfff,
-            Kind::Fat16 => u32::from(le16(page, within)),
-            Kind::Fat32 => le32(page, within) & 0x0fff_ffff,
+            FatWidth::Fat12 => u32::from(le16(page, within)) & 0xfff,
+            FatWidth::Fat16 => u32::from(le16(page, within)),
+            FatWidth::Fat32 => le32(page, within) & 0x0fff_ffff,
         })
     }
 }

@@ -19,7 +19,7 @@ const MOST_PARTS: u8 = 20;
 
 /// A short entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(super) struct FatEntry {
     pub(super) is_directory: bool,
     pub(super) is_read_only: bool,
     /// Its first cluster; 0 if it has none.
@@ -30,7 +30,7 @@ pub(super) struct Entry {
     pub(super) created: Option<Time>,
 }
 
-impl Entry {
+impl FatEntry {
     /// A file or directory, if the entry is in use and one; `.` and `..` are not.
     pub(super) fn parse(bytes: &[u8], has_wide_clusters: bool) -> Option<Self> {
         let (first, attributes) = (*bytes.first()?, *bytes.get(11)?);
@@ -53,7 +53,7 @@ impl Entry {
 
 /// A short entry with its names.
 #[derive(Debug)]
-pub(super) struct Named {
+pub(super) struct NamedFatEntry {
     /// The entry's number within the part of its directory that was read with it.
     pub(super) index: usize,
     pub(super) is_directory: bool,
@@ -64,23 +64,23 @@ pub(super) struct Named {
 
 /// Goes through a directory's entries in their order.
 #[derive(Default)]
-pub(super) struct Reader {
-    long: Option<Long>,
+pub(super) struct EntryReader {
+    long: Option<LongName>,
     /// Nothing comes behind an entry that was never used.
     pub(super) has_ended: bool,
 }
 
 /// The parts of a long name so far.
-struct Long {
+struct LongName {
     units: Vec<u16>,
     checksum: u8,
     /// The number of the part that was read last; 1 is the name's beginning.
     part: u8,
 }
 
-impl Reader {
+impl EntryReader {
     /// Takes the next entries, and gives each that is a file or a directory.
-    pub(super) fn read(&mut self, entries: &[u8], found: &mut Vec<Named>) {
+    pub(super) fn read(&mut self, entries: &[u8], found: &mut Vec<NamedFatEntry>) {
         for (index, entry) in entries.chunks_exact(ENTRY_LEN).enumerate() {
             if entry[0] == 0 {
                 self.has_ended = true;
@@ -92,24 +92,24 @@ impl Reader {
                 self.add_part(entry);
             } else {
                 let long = self.long.take();
-                let Some(parsed) = Entry::parse(entry, true) else { continue };
+                let Some(parsed) = FatEntry::parse(entry, true) else { continue };
                 let short = array(entry, 0);
                 let alias = short_name(short, entry[12]);
                 // A long name belongs to the entry behind it only if that was made by someone who knows of it.
                 let long = long.filter(|long| long.part == 1 && long.checksum == checksum(short));
                 let name = long.and_then(|long| long_name(&long.units)).unwrap_or_else(|| alias.clone());
-                found.push(Named { index, is_directory: parsed.is_directory, name, alias });
+                found.push(NamedFatEntry { index, is_directory: parsed.is_directory, name, alias });
             }
         }
     }
 
     fn add_part(&mut self, entry: &[u8]) {
         let (number, sum) = (entry[0] & !LAST_PART, entry[13]);
-        let follows = |long: &Long| long.part == number + 1 && long.checksum == sum;
+        let follows = |long: &LongName| long.part == number + 1 && long.checksum == sum;
         if entry[0] & LAST_PART != 0 {
             let is_possible = (1..=MOST_PARTS).contains(&number);
             let units = vec![0; usize::from(number) * PART_LEN];
-            self.long = is_possible.then_some(Long { units, checksum: sum, part: number });
+            self.long = is_possible.then_some(LongName { units, checksum: sum, part: number });
         } else if number == 0 || !self.long.as_ref().is_some_and(follows) {
             self.long = None;
         }

@@ -18,15 +18,15 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::Source;
 use crate::guest::bytes::le32;
 use crate::guest::filesystem::{
-    Attributes, DirectoryEntry, ExtendedAttribute, FileKind, FileSystem, Ino, Run, RunKind, Statistics, Time,
+    DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, RunKind, Statistics, Time,
 };
 
-use chain::{Chains, Stretch, corrupt};
-use entry::{Entry, Named, Reader};
+use chain::{Chains, ClusterRun, corrupt};
+use entry::{EntryReader, FatEntry, NamedFatEntry};
 use names::folded;
 use volume::ENTRY_LEN;
 
-pub use volume::{Kind, Volume};
+pub use volume::{FatVolume, FatWidth};
 
 const ROOT: Ino = Ino(1);
 /// Bytes of a directory, by the format.
@@ -41,15 +41,15 @@ const RUNS_AT_ONCE: usize = 64;
 /// A FAT file system.
 pub struct Fat {
     source: Arc<dyn Source>,
-    volume: Volume,
+    volume: FatVolume,
     chains: Chains,
-    directories: Cache<Ino, Arc<Directory>>,
+    directories: Cache<Ino, Arc<FatDirectory>>,
     free_count: OnceLock<u64>,
 }
 
 /// A directory as it was read.
-struct Directory {
-    entries: Vec<(Ino, Named)>,
+struct FatDirectory {
+    entries: Vec<(Ino, NamedFatEntry)>,
     /// By folded names and aliases; the first of several.
     by_name: HashMap<String, usize>,
     /// What was wrong with it behind the entries.
@@ -58,7 +58,7 @@ struct Directory {
 
 /// Where an inode's bytes begin.
 #[derive(Clone, Copy)]
-enum Start {
+enum FirstCluster {
     /// The root directory of FAT12 and FAT16.
     Fixed,
     /// A chain; 0 if there is none.
@@ -70,7 +70,7 @@ impl Fat {
     pub fn open(source: Arc<dyn Source>) -> Result<Self> {
         let mut head = vec![0; source.size().min(512) as usize];
         source.read_at(0, &mut head)?;
-        let volume = Volume::parse(&head).map_err(|fact| corrupt(format!("the FAT boot sector names {fact}")))?;
+        let volume = FatVolume::parse(&head).map_err(|fact| corrupt(format!("the FAT boot sector names {fact}")))?;
         Ok(Self {
             source,
             volume,
@@ -81,7 +81,7 @@ impl Fat {
     }
 
     /// The entry of an inode other than the root directory.
-    fn entry(&self, ino: Ino) -> Result<Entry> {
+    fn entry(&self, ino: Ino) -> Result<FatEntry> {
         let unknown = || corrupt(format!("there is no file {}", ino.0));
         let at = ino.0.checked_mul(ENTRY_LEN as u64).ok_or_else(unknown)?;
         let volume = &self.volume;
@@ -92,35 +92,35 @@ impl Fat {
         }
         let mut bytes = [0; ENTRY_LEN];
         self.source.read_at(at, &mut bytes)?;
-        Entry::parse(&bytes, volume.kind == Kind::Fat32).ok_or_else(unknown)
+        FatEntry::parse(&bytes, volume.kind == FatWidth::Fat32).ok_or_else(unknown)
     }
 
     /// Where a directory's entries are.
-    fn directory_start(&self, ino: Ino) -> Result<Start> {
+    fn directory_start(&self, ino: Ino) -> Result<FirstCluster> {
         if ino == ROOT {
-            let is_fixed = self.volume.kind != Kind::Fat32;
-            return Ok(if is_fixed { Start::Fixed } else { Start::Chain(self.volume.root_cluster) });
+            let is_fixed = self.volume.kind != FatWidth::Fat32;
+            return Ok(if is_fixed { FirstCluster::Fixed } else { FirstCluster::Chain(self.volume.root_cluster) });
         }
         let entry = self.entry(ino)?;
         if !entry.is_directory {
             return Err(Error::new(ErrorKind::Usage, format!("{} is not a directory", ino.0)));
         }
-        Ok(Start::Chain(entry.start))
+        Ok(FirstCluster::Chain(entry.start))
     }
 
-    fn file(&self, ino: Ino) -> Result<Entry> {
+    fn file(&self, ino: Ino) -> Result<FatEntry> {
         let entry = if ino == ROOT { None } else { Some(self.entry(ino)?) };
-        let is_file = |entry: &Entry| !entry.is_directory;
+        let is_file = |entry: &FatEntry| !entry.is_directory;
         entry.filter(is_file).ok_or_else(|| Error::new(ErrorKind::Usage, format!("{} is not a file", ino.0)))
     }
 
     /// Reads a directory, or remembers it.
-    fn directory(&self, ino: Ino) -> Result<Arc<Directory>> {
+    fn directory(&self, ino: Ino) -> Result<Arc<FatDirectory>> {
         if let Some(known) = self.directories.get(&ino) {
             return Ok(known);
         }
         let start = self.directory_start(ino)?;
-        let mut directory = Directory { entries: Vec::new(), by_name: HashMap::new(), trouble: None };
+        let mut directory = FatDirectory { entries: Vec::new(), by_name: HashMap::new(), trouble: None };
         directory.trouble = self.read_directory(start, &mut directory.entries).err();
         let mut weight = 256;
         for (index, (_, named)) in directory.entries.iter().enumerate() {
@@ -137,12 +137,14 @@ impl Fat {
         Ok(directory)
     }
 
-    fn read_directory(&self, start: Start, entries: &mut Vec<(Ino, Named)>) -> Result<()> {
-        let mut reader = Reader::default();
+    fn read_directory(&self, start: FirstCluster, entries: &mut Vec<(Ino, NamedFatEntry)>) -> Result<()> {
+        let mut reader = EntryReader::default();
         let first = match start {
-            Start::Fixed => return self.read_entries(&mut reader, self.volume.root_at, self.volume.root_len, entries),
-            Start::Chain(0) => return Ok(()),
-            Start::Chain(cluster) => cluster,
+            FirstCluster::Fixed => {
+                return self.read_entries(&mut reader, self.volume.root_at, self.volume.root_len, entries);
+            }
+            FirstCluster::Chain(0) => return Ok(()),
+            FirstCluster::Chain(cluster) => cluster,
         };
         let cluster_len = u64::from(self.volume.cluster_len);
         let (mut next, mut left) = (Some(first), DIRECTORY_LIMIT.div_ceil(cluster_len));
@@ -164,7 +166,13 @@ impl Fat {
     }
 
     /// Reads a part of a directory: `len` bytes at `at`.
-    fn read_entries(&self, reader: &mut Reader, at: u64, len: u64, entries: &mut Vec<(Ino, Named)>) -> Result<()> {
+    fn read_entries(
+        &self,
+        reader: &mut EntryReader,
+        at: u64,
+        len: u64,
+        entries: &mut Vec<(Ino, NamedFatEntry)>,
+    ) -> Result<()> {
         let mut bytes = vec![0; len as usize];
         self.source.read_at(at, &mut bytes)?;
         let mut found = Vec::new();
@@ -174,11 +182,11 @@ impl Fat {
     }
 
     /// Bytes of a directory, as the kernel counts them: all its clusters, used or not.
-    fn directory_len(&self, start: Start) -> Result<u64> {
+    fn directory_len(&self, start: FirstCluster) -> Result<u64> {
         let cluster = match start {
-            Start::Fixed => return Ok(self.volume.root_len),
-            Start::Chain(0) => return Ok(0),
-            Start::Chain(cluster) => cluster,
+            FirstCluster::Fixed => return Ok(self.volume.root_len),
+            FirstCluster::Chain(0) => return Ok(0),
+            FirstCluster::Chain(cluster) => cluster,
         };
         let cluster_len = u64::from(self.volume.cluster_len);
         let most = DIRECTORY_LIMIT.div_ceil(cluster_len);
@@ -250,7 +258,7 @@ impl FileSystem for Fat {
         directory.trouble.clone().map_or(Ok(()), Err)
     }
 
-    fn attributes(&self, ino: Ino) -> Result<Attributes> {
+    fn attributes(&self, ino: Ino) -> Result<FileAttributes> {
         let entry = if ino == ROOT { None } else { Some(self.entry(ino)?) };
         let is_directory = entry.as_ref().is_none_or(|entry| entry.is_directory);
         let (size, links) = match &entry {
@@ -265,7 +273,7 @@ impl FileSystem for Fat {
         let is_read_only = entry.as_ref().is_some_and(|entry| entry.is_read_only && !is_directory);
         let (accessed, modified) =
             entry.as_ref().map_or((Time::default(), Time::default()), |entry| (entry.accessed, entry.modified));
-        Ok(Attributes {
+        Ok(FileAttributes {
             kind: if is_directory { FileKind::Directory } else { FileKind::File },
             mode: if is_read_only { 0o555 } else { 0o755 },
             uid: 0,
@@ -285,7 +293,7 @@ impl FileSystem for Fat {
         Err(Error::new(ErrorKind::Usage, format!("{} is not a symbolic link", ino.0)))
     }
 
-    fn runs(&self, ino: Ino, at: u64, len: u64, most: usize) -> Result<Vec<Run>> {
+    fn runs(&self, ino: Ino, at: u64, len: u64, most: usize) -> Result<Vec<FileRun>> {
         let file = self.file(ino)?;
         let len = len.min(u64::from(file.size).saturating_sub(at));
         if len == 0 || most == 0 {
@@ -297,10 +305,10 @@ impl FileSystem for Fat {
         let stretches = self.chains.clusters(place, file.start, first, last - first + 1, most)?;
         let mut runs = Vec::new();
         let (mut skip, mut left) = (at % cluster_len, len);
-        for Stretch { first, count } in stretches {
+        for ClusterRun { first, count } in stretches {
             let Some(from) = self.volume.cluster_at(first) else { break };
             let len = (count * cluster_len - skip).min(left);
-            runs.push(Run { len, kind: RunKind::Stored(from + skip) });
+            runs.push(FileRun { len, kind: RunKind::Stored(from + skip) });
             (skip, left) = (0, left - len);
         }
         Ok(runs)
@@ -318,7 +326,7 @@ impl FileSystem for Fat {
             if runs.is_empty() {
                 break;
             }
-            for Run { len, kind } in runs {
+            for FileRun { len, kind } in runs {
                 let part = &mut buf[done..done + len as usize];
                 match kind {
                     RunKind::Stored(from) => self.source.read_at(from, part)?,

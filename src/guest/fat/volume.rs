@@ -1,4 +1,4 @@
-//! What the boot sector says, checked as Linux' driver and blkid(8) check it. A [`Volume`] that exists is safe to compute
+//! What the boot sector says, checked as Linux' driver and blkid(8) check it. A [`FatVolume`] that exists is safe to compute
 //! with: no place of a cluster below its count overflows. Whether the source reaches that far is found out by reading.
 
 use crate::guest::Source;
@@ -15,7 +15,7 @@ const LONG_NAME: u8 = 0x0f;
 /// By how many bits a cluster's successor is named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "they say it themselves")]
-pub enum Kind {
+pub enum FatWidth {
     Fat12,
     Fat16,
     Fat32,
@@ -23,9 +23,9 @@ pub enum Kind {
 
 /// Where things lie.
 #[derive(Clone, Debug)]
-pub struct Volume {
+pub struct FatVolume {
     /// Its kind.
-    pub kind: Kind,
+    pub kind: FatWidth,
     /// Bytes of a cluster.
     pub(super) cluster_len: u32,
     /// Where the first table begins, and the bytes of each.
@@ -49,7 +49,7 @@ pub struct Volume {
     boot_label: [u8; 11],
 }
 
-impl Volume {
+impl FatVolume {
     /// What blkid(8) takes for FAT: a signature, and sizes that make sense together.
     pub fn recognise(head: &[u8]) -> Option<Self> {
         let has = |at, magic: &[u8]| slice(head, at, magic.len()) == magic;
@@ -106,9 +106,9 @@ impl Volume {
         };
         let cluster_count = data_len / u64::from(cluster_len);
         let (kind, bits, most) = match cluster_count {
-            _ if is_32 => (Kind::Fat32, 32, 0x0fff_fff6),
-            count if count > 0xff4 => (Kind::Fat16, 16, 0xfff4),
-            _ => (Kind::Fat12, 12, 0xff4),
+            _ if is_32 => (FatWidth::Fat32, 32, 0x0fff_fff6),
+            count if count > 0xff4 => (FatWidth::Fat16, 16, 0xfff4),
+            _ => (FatWidth::Fat12, 12, 0xff4),
         };
         // A table may be shorter than its volume: then the rest is out of reach.
         let cluster_count = cluster_count.min((table_len * 8 / bits).saturating_sub(u64::from(FIRST_CLUSTER)));
@@ -148,7 +148,7 @@ impl Volume {
         let (mut at, mut cluster) = (self.root_at, self.root_cluster);
         // mkfs puts it first. It may be farther on, but not so far that a chain's loop would matter.
         for _ in 0..64 {
-            let len = if self.kind == Kind::Fat32 {
+            let len = if self.kind == FatWidth::Fat32 {
                 at = self.cluster_at(cluster)?;
                 self.cluster_len as usize
             } else {
@@ -167,7 +167,7 @@ impl Volume {
                     return readable(&entry[..11]);
                 }
             }
-            if self.kind != Kind::Fat32 {
+            if self.kind != FatWidth::Fat32 {
                 break;
             }
             let mut next = [0; 4];

@@ -4,7 +4,7 @@ use crate::guest::bytes::{array, slice};
 use crate::guest::{FileKind, FileSystem};
 
 use super::path::{read_bytes, read_text, resolve_path};
-use super::{Mount, Opened, OperatingSystem};
+use super::{FstabEntry, OpenedVolume, OperatingSystem};
 
 /// Bytes of a file that are read; of os-release and fstab a few hundred are usual.
 const FILE_LIMIT: usize = 64 << 10;
@@ -14,7 +14,7 @@ const TEXT_LIMIT: usize = 256;
 const MOUNT_LIMIT: usize = 256;
 
 /// The operating system whose root directory `volume` has. Where `/usr` is a volume of its own, it is looked at as well.
-pub(super) fn find(volume: &Opened<'_>, all: &[Opened<'_>]) -> Option<OperatingSystem> {
+pub(super) fn find(volume: &OpenedVolume<'_>, all: &[OpenedVolume<'_>]) -> Option<OperatingSystem> {
     let root = volume.files;
     if !has_root(root) {
         return None;
@@ -22,7 +22,7 @@ pub(super) fn find(volume: &Opened<'_>, all: &[Opened<'_>]) -> Option<OperatingS
     let mounts = mounts(root, all);
     let usr_volume = mounts.iter().find(|mount| mount.directory == "/usr").and_then(|mount| mount.volume.clone());
     let usr = usr_volume.and_then(|name| all.iter().find(|other| other.name == name));
-    let places = Places { root, usr: usr.map(|usr| usr.files) };
+    let places = SystemRoots { root, usr: usr.map(|usr| usr.files) };
     let mut system = OperatingSystem {
         volume: volume.name.to_owned(),
         host_name: host_name(root),
@@ -45,12 +45,12 @@ fn has_root(root: &dyn FileSystem) -> bool {
 }
 
 /// The root directory, and `/usr` where that is a volume of its own.
-struct Places<'a> {
+struct SystemRoots<'a> {
     root: &'a dyn FileSystem,
     usr: Option<&'a dyn FileSystem>,
 }
 
-impl Places<'_> {
+impl SystemRoots<'_> {
     fn read(&self, path: &str, limit: usize) -> Option<Vec<u8>> {
         let elsewhere = || read_bytes(self.usr?, path.strip_prefix("/usr")?, limit);
         read_bytes(self.root, path, limit).or_else(elsewhere)
@@ -61,7 +61,7 @@ impl Places<'_> {
     }
 }
 
-fn name(places: &Places<'_>, system: &mut OperatingSystem) {
+fn name(places: &SystemRoots<'_>, system: &mut OperatingSystem) {
     // Links to /usr/lib lead nowhere if /usr is elsewhere, so both are tried.
     let release = places.text("/etc/os-release").or_else(|| places.text("/usr/lib/os-release"));
     if let Some(text) = release {
@@ -125,7 +125,7 @@ fn host_name(root: &dyn FileSystem) -> Option<String> {
 }
 
 /// What a program says that it runs on.
-fn architecture(places: &Places<'_>) -> Option<String> {
+fn architecture(places: &SystemRoots<'_>) -> Option<String> {
     let programs = ["/bin/sh", "/usr/bin/sh", "/usr/bin/env", "/sbin/init", "/usr/lib/systemd/systemd", "/bin/busybox"];
     let names = |path: &&str| elf_machine(&places.read(path, 64)?);
     programs.iter().find_map(names).map(str::to_owned)
@@ -159,7 +159,7 @@ fn elf_machine(header: &[u8]) -> Option<&'static str> {
     Some(name)
 }
 
-fn mounts(root: &dyn FileSystem, all: &[Opened<'_>]) -> Vec<Mount> {
+fn mounts(root: &dyn FileSystem, all: &[OpenedVolume<'_>]) -> Vec<FstabEntry> {
     let Some(text) = read_text(root, "/etc/fstab", FILE_LIMIT) else { return Vec::new() };
     let lines = text.lines().map(str::trim).filter(|line| !line.starts_with('#'));
     let mount = |line: &str| {
@@ -169,15 +169,15 @@ fn mounts(root: &dyn FileSystem, all: &[Opened<'_>]) -> Vec<Mount> {
         let mut word = || fields.next().and_then(|field| bounded(&field)).unwrap_or_default();
         let (kind, options) = (word(), word());
         let volume = meant(&device, all).map(|volume| volume.name.to_owned());
-        Some(Mount { device, volume, directory, kind, options })
+        Some(FstabEntry { device, volume, directory, kind, options })
     };
     lines.filter_map(mount).take(MOUNT_LIMIT).collect()
 }
 
 /// The volume that an fstab's first field means. Names of whole disks (`/dev/vda1`) are not the same from start to start;
 /// their numbers are, and only one disk is looked at.
-fn meant<'a>(device: &str, all: &[Opened<'a>]) -> Option<Opened<'a>> {
-    let find = |is_it: &dyn Fn(&Opened<'a>) -> bool| all.iter().find(|volume| is_it(volume)).copied();
+fn meant<'a>(device: &str, all: &[OpenedVolume<'a>]) -> Option<OpenedVolume<'a>> {
+    let find = |is_it: &dyn Fn(&OpenedVolume<'a>) -> bool| all.iter().find(|volume| is_it(volume)).copied();
     let same = |one: Option<&str>, other: &str| one.is_some_and(|one| one.eq_ignore_ascii_case(other));
     let tag = |tag: &str, value: &str| match tag {
         "UUID" => find(&|volume| same(volume.uuid, value)),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::*;
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::{Attributes, DirectoryEntry, ExtendedAttribute, FileKind, Ino, Run, Statistics, Time};
+use crate::guest::{DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, Ino, Statistics, Time};
 
 enum Node {
     Directory(BTreeMap<Vec<u8>, Ino>),
@@ -45,8 +45,8 @@ impl Tree {
         ino
     }
 
-    fn opened<'a>(&'a self, name: &'a str) -> Opened<'a> {
-        Opened { name, files: self, label: None, uuid: None, partition_uuid: None, partition_label: None }
+    fn opened<'a>(&'a self, name: &'a str) -> OpenedVolume<'a> {
+        OpenedVolume { name, files: self, label: None, uuid: None, partition_uuid: None, partition_label: None }
     }
 }
 
@@ -74,7 +74,7 @@ impl FileSystem for Tree {
         unreachable!("nothing needs to be listed")
     }
 
-    fn attributes(&self, ino: Ino) -> Result<Attributes> {
+    fn attributes(&self, ino: Ino) -> Result<FileAttributes> {
         let (kind, size) = match &self.0[ino.0 as usize] {
             Node::Directory(_) => (FileKind::Directory, 0),
             Node::File(content) => (FileKind::File, content.len()),
@@ -84,7 +84,7 @@ impl FileSystem for Tree {
         let (size, blocks, links, device) = (size as u64, 0, 1, (0, 0));
         let (accessed, modified, changed, created) = (time, time, time, None);
         let (mode, uid, gid) = (0o755, 0, 0);
-        Ok(Attributes { kind, mode, uid, gid, size, blocks, links, device, accessed, modified, changed, created })
+        Ok(FileAttributes { kind, mode, uid, gid, size, blocks, links, device, accessed, modified, changed, created })
     }
 
     fn read_link(&self, ino: Ino) -> Result<Vec<u8>> {
@@ -94,7 +94,7 @@ impl FileSystem for Tree {
         }
     }
 
-    fn runs(&self, _: Ino, _: u64, _: u64, _: usize) -> Result<Vec<Run>> {
+    fn runs(&self, _: Ino, _: u64, _: u64, _: usize) -> Result<Vec<FileRun>> {
         unreachable!("nobody asks where bytes are")
     }
 
@@ -142,10 +142,10 @@ fn a_debian_of_several_volumes_is_found_with_its_mounts() {
     ]);
     let other = Tree::new(&[("/EFI/debian/grubx64.efi", "")]);
     let volumes = [
-        Opened { uuid: Some("0E66-6B21"), ..other.opened("p1") },
-        Opened { partition_uuid: Some("ab-02"), ..other.opened("p2") },
+        OpenedVolume { uuid: Some("0E66-6B21"), ..other.opened("p1") },
+        OpenedVolume { partition_uuid: Some("ab-02"), ..other.opened("p2") },
         other.opened("p3"),
-        Opened { label: Some("data disk"), ..other.opened("p4") },
+        OpenedVolume { label: Some("data disk"), ..other.opened("p4") },
         other.opened("my--vg-home"),
         root.opened("my--vg-root"),
     ];

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::config::{Section, Value};
-use super::label::Id;
+use super::label::LvmId;
 
 const SECTOR_LEN: u64 = 512;
 /// LVM's own limit of a name.
@@ -11,9 +11,9 @@ const NAME_LIMIT: usize = 127;
 
 /// A volume group.
 #[derive(Clone, Debug)]
-pub(super) struct Group {
+pub(super) struct VolumeGroup {
     pub(super) name: String,
-    pub(super) id: Id,
+    pub(super) id: LvmId,
     /// Grows with every change.
     pub(super) number: u64,
     /// Bytes of an extent.
@@ -21,15 +21,15 @@ pub(super) struct Group {
     /// It has been given up by one machine, and not been taken by another.
     pub(super) is_exported: bool,
     /// By the name by which segments refer to them.
-    pub(super) physical: BTreeMap<String, Physical>,
+    pub(super) physical: BTreeMap<String, GroupMember>,
     /// By name.
-    pub(super) logical: BTreeMap<String, Logical>,
+    pub(super) logical: BTreeMap<String, LogicalDefinition>,
 }
 
 /// What a group knows of a physical volume.
 #[derive(Clone, Debug)]
-pub(super) struct Physical {
-    pub(super) id: Id,
+pub(super) struct GroupMember {
+    pub(super) id: LvmId,
     /// It was absent when the group was changed: what it holds may be old.
     pub(super) is_missing: bool,
     /// Where its extents begin, in bytes.
@@ -39,23 +39,23 @@ pub(super) struct Physical {
 
 /// A logical volume.
 #[derive(Clone, Debug)]
-pub(super) struct Logical {
+pub(super) struct LogicalDefinition {
     pub(super) is_visible: bool,
     /// An image of a mirror that is being made anew.
     pub(super) is_rebuilding: bool,
     /// An image of a mirror that is only read if there is no other.
     pub(super) is_write_mostly: bool,
     /// In order and without gaps; or what is wrong with them.
-    pub(super) segments: Result<Vec<Segment>, String>,
+    pub(super) segments: Result<Vec<LvmSegment>, String>,
 }
 
 /// Some extents of a logical volume.
 #[derive(Clone, Debug)]
-pub(super) struct Segment {
+pub(super) struct LvmSegment {
     /// Extents.
     pub(super) start: u64,
     pub(super) count: u64,
-    pub(super) kind: Kind,
+    pub(super) kind: SegmentType,
 }
 
 /// Extents of a physical or another logical volume.
@@ -67,25 +67,25 @@ pub(super) struct Area {
 
 /// An image of a mirror, and where its state is kept.
 #[derive(Clone, Debug)]
-pub(super) struct Image {
+pub(super) struct MirrorImage {
     pub(super) data: Area,
     pub(super) state: Option<String>,
 }
 
 /// How a segment is made.
 #[derive(Clone, Debug)]
-pub(super) enum Kind {
+pub(super) enum SegmentType {
     /// Dealt to the areas in turn; with one area just that.
     Striped { stripe_len: u64, areas: Vec<Area> },
     /// Dealt in turn to sets of `copies` images that have the same content; with one set just that.
-    Mirrored { stripe_len: u64, copies: usize, images: Vec<Image> },
+    Mirrored { stripe_len: u64, copies: usize, images: Vec<MirrorImage> },
     /// A snapshot of the old kind: not a volume itself, but what ties two together.
     Snapshot { origin: String, store: String, is_merging: bool },
     /// Of a kind that is not read.
     Other(String),
 }
 
-impl Group {
+impl VolumeGroup {
     /// Reads LVM's text.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let all = Section::parse(text)?;
@@ -99,7 +99,7 @@ impl Group {
         let logical = |(name, section): (&String, &Section)| (name.clone(), logical(section));
         Ok(Self {
             name: name.clone(),
-            id: group.text("id").and_then(Id::parse).ok_or("it has no identity")?,
+            id: group.text("id").and_then(LvmId::parse).ok_or("it has no identity")?,
             number: need("seqno")?,
             extent_len,
             is_exported: group.has("status", "EXPORTED"),
@@ -109,10 +109,10 @@ impl Group {
     }
 }
 
-impl Logical {
+impl LogicalDefinition {
     /// It only ties a snapshot of the old kind to its origin.
     pub(super) fn is_tie(&self) -> bool {
-        let is_tie = |segment: &Segment| matches!(segment.kind, Kind::Snapshot { .. });
+        let is_tie = |segment: &LvmSegment| matches!(segment.kind, SegmentType::Snapshot { .. });
         self.segments.as_ref().is_ok_and(|segments| segments.iter().any(is_tie))
     }
 }
@@ -127,16 +127,16 @@ pub(super) fn check_name(name: &str) -> Result<(), String> {
     Err(format!("{shown:?} is no name that LVM allows"))
 }
 
-fn physical(section: &Section) -> Option<Physical> {
+fn physical(section: &Section) -> Option<GroupMember> {
     let is_missing = section.has("flags", "MISSING") || section.has("status", "MISSING");
-    let id = section.text("id").and_then(Id::parse)?;
+    let id = section.text("id").and_then(LvmId::parse)?;
     let start = section.number("pe_start")? * SECTOR_LEN;
-    Some(Physical { id, is_missing, start, extent_count: section.number("pe_count")? })
+    Some(GroupMember { id, is_missing, start, extent_count: section.number("pe_count")? })
 }
 
-fn logical(section: &Section) -> Logical {
+fn logical(section: &Section) -> LogicalDefinition {
     let has = |flag| section.has("status", flag);
-    Logical {
+    LogicalDefinition {
         is_visible: has("VISIBLE"),
         is_rebuilding: has("REBUILD"),
         is_write_mostly: has("WRITEMOSTLY"),
@@ -144,7 +144,7 @@ fn logical(section: &Section) -> Logical {
     }
 }
 
-fn segments(section: &Section) -> Result<Vec<Segment>, String> {
+fn segments(section: &Section) -> Result<Vec<LvmSegment>, String> {
     let count = section.number("segment_count").ok_or("it has no segments")?;
     let (mut segments, mut end) = (Vec::new(), 0);
     for number in 1..=count {
@@ -160,16 +160,16 @@ fn segments(section: &Section) -> Result<Vec<Segment>, String> {
     Ok(segments)
 }
 
-fn segment(section: &Section) -> Option<Segment> {
+fn segment(section: &Section) -> Option<LvmSegment> {
     let (start, count) = (section.number("start_extent")?, section.number("extent_count")?);
     let stripe_len = section.number("stripe_size").unwrap_or(0) * SECTOR_LEN;
     let name = section.text("type")?;
     let kind = match name {
-        "striped" | "linear" => Kind::Striped { stripe_len, areas: areas(section.list("stripes"))? },
-        "raid0" => Kind::Striped { stripe_len, areas: names(section.list("raid0_lvs"))? },
+        "striped" | "linear" => SegmentType::Striped { stripe_len, areas: areas(section.list("stripes"))? },
+        "raid0" => SegmentType::Striped { stripe_len, areas: names(section.list("raid0_lvs"))? },
         "raid0_meta" => {
             let images = images(section.list("raids"))?;
-            Kind::Striped { stripe_len, areas: images.into_iter().map(|image| image.data).collect() }
+            SegmentType::Striped { stripe_len, areas: images.into_iter().map(|image| image.data).collect() }
         }
         "mirror" => {
             let mut areas = areas(section.list("mirrors"))?;
@@ -179,36 +179,36 @@ fn segment(section: &Section) -> Option<Segment> {
                 areas.remove(0);
             }
             let copies = areas.len();
-            let images = areas.into_iter().map(|data| Image { data, state: None }).collect();
-            Kind::Mirrored { stripe_len: 0, copies, images }
+            let images = areas.into_iter().map(|data| MirrorImage { data, state: None }).collect();
+            SegmentType::Mirrored { stripe_len: 0, copies, images }
         }
         "raid1" => {
             let images = images(section.list("raids"))?;
-            Kind::Mirrored { stripe_len: 0, copies: images.len(), images }
+            SegmentType::Mirrored { stripe_len: 0, copies: images.len(), images }
         }
         "raid10" | "raid10_near" => {
             let images = images(section.list("raids"))?;
             let copies = section.number("data_copies").unwrap_or(2) as usize;
             // An odd number of images has copies that begin in one row and end in the next.
             if copies == 0 || !images.len().is_multiple_of(copies) {
-                Kind::Other(format!("raid10 of {} images", images.len()))
+                SegmentType::Other(format!("raid10 of {} images", images.len()))
             } else {
-                Kind::Mirrored { stripe_len, copies, images }
+                SegmentType::Mirrored { stripe_len, copies, images }
             }
         }
         "snapshot" => {
             let merging = section.text("merging_store");
             let store = merging.or_else(|| section.text("cow_store"))?.to_owned();
-            Kind::Snapshot { origin: section.text("origin")?.to_owned(), store, is_merging: merging.is_some() }
+            SegmentType::Snapshot { origin: section.text("origin")?.to_owned(), store, is_merging: merging.is_some() }
         }
-        other => Kind::Other(other.chars().take(NAME_LIMIT).collect()),
+        other => SegmentType::Other(other.chars().take(NAME_LIMIT).collect()),
     };
     let has_areas = match &kind {
-        Kind::Striped { areas, .. } => !areas.is_empty(),
-        Kind::Mirrored { images, .. } => !images.is_empty(),
-        Kind::Snapshot { .. } | Kind::Other(_) => true,
+        SegmentType::Striped { areas, .. } => !areas.is_empty(),
+        SegmentType::Mirrored { images, .. } => !images.is_empty(),
+        SegmentType::Snapshot { .. } | SegmentType::Other(_) => true,
     };
-    has_areas.then_some(Segment { start, count, kind })
+    has_areas.then_some(LvmSegment { start, count, kind })
 }
 
 /// Pairs of a name and an extent.
@@ -233,10 +233,10 @@ fn names(list: &[Value]) -> Option<Vec<Area>> {
 }
 
 /// Pairs of the name of what keeps the state, and the name of what has the data.
-fn images(list: &[Value]) -> Option<Vec<Image>> {
+fn images(list: &[Value]) -> Option<Vec<MirrorImage>> {
     let image = |pair: &[Value]| match pair {
         [Value::Text(state), Value::Text(data)] => {
-            Some(Image { data: Area { name: data.clone(), extent: 0 }, state: Some(state.clone()) })
+            Some(MirrorImage { data: Area { name: data.clone(), extent: 0 }, state: Some(state.clone()) })
         }
         _ => None,
     };

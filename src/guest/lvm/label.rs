@@ -22,9 +22,9 @@ pub(super) fn checksum(bytes: &[u8]) -> u32 {
 /// The identity of a physical volume, a volume group or a logical volume: 32 letters, digits, `!` or `#`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
-pub struct Id([u8; 32]);
+pub struct LvmId([u8; 32]);
 
-impl Id {
+impl LvmId {
     fn of(bytes: [u8; 32]) -> Option<Self> {
         let is_known = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'!' | b'#');
         bytes.iter().all(is_known).then_some(Self(bytes))
@@ -37,7 +37,7 @@ impl Id {
     }
 }
 
-impl fmt::Display for Id {
+impl fmt::Display for LvmId {
     /// With hyphens, as LVM writes it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut rest = &self.0[..];
@@ -51,19 +51,19 @@ impl fmt::Display for Id {
     }
 }
 
-impl fmt::Debug for Id {
+impl fmt::Debug for LvmId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
 }
 
-impl From<Id> for String {
-    fn from(id: Id) -> Self {
+impl From<LvmId> for String {
+    fn from(id: LvmId) -> Self {
         id.to_string()
     }
 }
 
-impl TryFrom<String> for Id {
+impl TryFrom<String> for LvmId {
     type Error = &'static str;
 
     fn try_from(text: String) -> Result<Self, Self::Error> {
@@ -75,7 +75,7 @@ impl TryFrom<String> for Id {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Label {
     /// The physical volume's identity.
-    pub id: Id,
+    pub id: LvmId,
     /// Bytes that it had when it was made.
     pub device_len: u64,
     /// Its metadata areas: where, and how many bytes.
@@ -93,7 +93,7 @@ fn parse(sector: &[u8], number: u64) -> Option<Label> {
         return None;
     }
     let header = sector.get(le32(sector, 20) as usize..)?;
-    let id = Id::of(array(header, 0))?;
+    let id = LvmId::of(array(header, 0))?;
     let mut at = 40;
     let _data_areas = areas(header, &mut at);
     let metadata_areas = areas(header, &mut at);
@@ -120,11 +120,11 @@ mod tests {
     #[test]
     fn an_identity_is_written_as_lvm_writes_it() {
         let text = "Zq2hEb-zKAX-21qc-nyTF-Otwz-f61A-2Q7Lhc";
-        let id = Id::parse(text).unwrap();
+        let id = LvmId::parse(text).unwrap();
         assert_eq!(id.to_string(), text);
-        assert_eq!(Id::parse(&text.replace('-', "")), Some(id));
+        assert_eq!(LvmId::parse(&text.replace('-', "")), Some(id));
         for wrong in ["", "x", "Zq2hEb-zKAX-21qc-nyTF-Otwz-f61A-2Q7Lh/", "Zq2hEb-zKAX-21qc-nyTF-Otwz-f61A-2Q7Lhcc"] {
-            assert_eq!(Id::parse(wrong), None, "{wrong}");
+            assert_eq!(LvmId::parse(wrong), None, "{wrong}");
         }
     }
 }

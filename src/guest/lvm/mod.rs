@@ -14,13 +14,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::guest::Source;
-use crate::guest::partition::Part;
-use crate::guest::volumes::{MissingVolumeGroup, Segment};
+use crate::guest::partition::DiskRange;
+use crate::guest::volumes::{MissingVolumeGroup, VolumeSegment};
 
-use group::{Group, Kind, Logical, check_name};
+use group::{LogicalDefinition, SegmentType, VolumeGroup, check_name};
 use resolve::{Present, Resolver};
 
-pub use label::{Id, Label, find_label};
+pub use label::{Label, LvmId, find_label};
 
 /// Groups that one disk may have a part in.
 const GROUP_LIMIT: usize = 64;
@@ -34,10 +34,10 @@ const PROBLEM_LIMIT: usize = 300;
 /// A physical volume, and what it says of its group.
 pub struct PhysicalVolume {
     /// Its identity.
-    pub id: Id,
+    pub id: LvmId,
     present: Present,
     /// The newest that its metadata areas hold; `None` if they hold nothing (it may be kept elsewhere).
-    group: Option<Group>,
+    group: Option<VolumeGroup>,
     /// What is wrong with it.
     pub remarks: Vec<String>,
 }
@@ -45,14 +45,14 @@ pub struct PhysicalVolume {
 impl PhysicalVolume {
     /// The one in a stretch of a disk (`number` is that disk's), if there is one.
     pub fn find(disk: &dyn Source, number: u32, start: u64, len: u64) -> Option<Self> {
-        let part = Part::new(disk, start, len);
+        let part = DiskRange::new(disk, start, len);
         let mut head = vec![0; part.size().min(2048) as usize];
         part.read_at(0, &mut head).ok()?;
         let label = find_label(&head)?;
         let (texts, mut remarks) = area::texts(&part, &label);
-        let mut group: Option<Group> = None;
+        let mut group: Option<VolumeGroup> = None;
         for text in texts {
-            match Group::parse(&text) {
+            match VolumeGroup::parse(&text) {
                 Ok(found) if group.as_ref().is_none_or(|group| group.number < found.number) => group = Some(found),
                 Ok(_) => {}
                 Err(fact) => remarks.push(format!("physical volume {}: its metadata: {fact}", label.id)),
@@ -68,7 +68,7 @@ impl PhysicalVolume {
     }
 
     /// The identity of its group, as far as it knows it itself.
-    pub fn group_id(&self) -> Option<Id> {
+    pub fn group_id(&self) -> Option<LvmId> {
         self.group.as_ref().map(|group| group.id)
     }
 }
@@ -78,14 +78,14 @@ pub struct LogicalVolume {
     /// `VG-LV`.
     pub name: String,
     /// Where its bytes are, or why that is not known.
-    pub segments: Result<Vec<Segment>, String>,
+    pub segments: Result<Vec<VolumeSegment>, String>,
     /// Bytes, as far as is known.
     pub size: u64,
 }
 
 /// What was put together.
 #[derive(Default)]
-pub struct Groups {
+pub struct AssembledGroups {
     /// In the order of their groups' and their own names.
     pub volumes: Vec<LogicalVolume>,
     /// Groups that lack physical volumes.
@@ -96,18 +96,18 @@ pub struct Groups {
 
 /// Puts together the groups that disk 0 has a part in. Of other disks only those physical volumes are used that say
 /// themselves that they belong to such a group, or say nothing and are what the group describes.
-pub fn groups(physical: &[PhysicalVolume], disks: &[Arc<dyn Source>]) -> Groups {
-    let mut groups = Groups::default();
-    let own: BTreeSet<Id> = physical.iter().filter(|pv| pv.present.disk == 0).map(|pv| pv.id).collect();
-    let mut newest: BTreeMap<Id, &Group> = BTreeMap::new();
+pub fn groups(physical: &[PhysicalVolume], disks: &[Arc<dyn Source>]) -> AssembledGroups {
+    let mut groups = AssembledGroups::default();
+    let own: BTreeSet<LvmId> = physical.iter().filter(|pv| pv.present.disk == 0).map(|pv| pv.id).collect();
+    let mut newest: BTreeMap<LvmId, &VolumeGroup> = BTreeMap::new();
     for group in physical.iter().filter_map(|pv| pv.group.as_ref()) {
         let kept = newest.entry(group.id).or_insert(group);
         if kept.number < group.number {
             *kept = group;
         }
     }
-    let has_part = |group: &&&Group| group.physical.values().any(|physical| own.contains(&physical.id));
-    let mut ours: Vec<&Group> = newest.values().filter(has_part).copied().collect();
+    let has_part = |group: &&&VolumeGroup| group.physical.values().any(|physical| own.contains(&physical.id));
+    let mut ours: Vec<&VolumeGroup> = newest.values().filter(has_part).copied().collect();
     ours.sort_by(|one, other| (&one.name, one.id).cmp(&(&other.name, other.id)));
     if ours.len() > GROUP_LIMIT {
         groups.remarks.push(format!("there are {} volume groups; {GROUP_LIMIT} are shown", ours.len()));
@@ -129,7 +129,13 @@ pub fn groups(physical: &[PhysicalVolume], disks: &[Arc<dyn Source>]) -> Groups 
     groups
 }
 
-fn show(group: &Group, suffix: &str, physical: &[PhysicalVolume], disks: &[Arc<dyn Source>], shown: &mut Groups) {
+fn show(
+    group: &VolumeGroup,
+    suffix: &str,
+    physical: &[PhysicalVolume],
+    disks: &[Arc<dyn Source>],
+    shown: &mut AssembledGroups,
+) {
     let (name, id) = (&group.name, group.id);
     let present = joined(group, physical, &mut shown.remarks);
     let absent = group.physical.values().map(|physical| physical.id).filter(|id| !present.contains_key(id));
@@ -156,7 +162,7 @@ fn show(group: &Group, suffix: &str, physical: &[PhysicalVolume], disks: &[Arc<d
     let ties = ties(group);
     let mut resolver = Resolver::new(group, &present, disks);
     // A snapshot is known by the name of its store, which is hidden, not by that of what ties it to its origin.
-    let is_shown = |name: &String, logical: &Logical| {
+    let is_shown = |name: &String, logical: &LogicalDefinition| {
         !logical.is_tie() && (logical.is_visible || ties.contains_key(name.as_str()))
     };
     let visible: Vec<_> = group.logical.iter().filter(|(name, logical)| is_shown(name, logical)).collect();
@@ -183,8 +189,8 @@ fn show(group: &Group, suffix: &str, physical: &[PhysicalVolume], disks: &[Arc<d
 }
 
 /// The physical volumes of a group that are there.
-fn joined(group: &Group, physical: &[PhysicalVolume], remarks: &mut Vec<String>) -> BTreeMap<Id, Present> {
-    let mut present: BTreeMap<Id, Present> = BTreeMap::new();
+fn joined(group: &VolumeGroup, physical: &[PhysicalVolume], remarks: &mut Vec<String>) -> BTreeMap<LvmId, Present> {
+    let mut present: BTreeMap<LvmId, Present> = BTreeMap::new();
     for pv in physical {
         let Some(described) = group.physical.values().find(|described| described.id == pv.id) else { continue };
         let extents_len = described.extent_count.checked_mul(group.extent_len);
@@ -214,11 +220,11 @@ fn joined(group: &Group, physical: &[PhysicalVolume], remarks: &mut Vec<String>)
 }
 
 /// Volumes that are not what their own segments say, because snapshots of the old kind are tied to them; and why.
-fn ties(group: &Group) -> BTreeMap<&str, String> {
+fn ties(group: &VolumeGroup) -> BTreeMap<&str, String> {
     let mut ties = BTreeMap::new();
     let segments = group.logical.values().filter_map(|logical| logical.segments.as_ref().ok()).flatten();
     for segment in segments {
-        if let Kind::Snapshot { origin, store, is_merging } = &segment.kind {
+        if let SegmentType::Snapshot { origin, store, is_merging } = &segment.kind {
             ties.insert(store.as_str(), format!("it is of the type snapshot (of {origin}), which is not read"));
             if *is_merging {
                 ties.insert(origin.as_str(), format!("the snapshot {store} is being merged into it"));

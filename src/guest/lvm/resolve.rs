@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use crate::guest::Source;
 use crate::guest::bytes::{le32, le64};
-use crate::guest::volumes::{Leg, Place, Segment, locate};
+use crate::guest::volumes::{DiskPosition, VolumeMapping, VolumeSegment, locate};
 
-use super::group::{Area, Group, Image, Kind, Physical, Segment as Extents};
-use super::label::Id;
+use super::group::{Area, GroupMember, LvmSegment as Extents, MirrorImage, SegmentType, VolumeGroup};
+use super::label::LvmId;
 
 /// Segments and legs of all volumes of a group together. A group of 10,000 volumes in pieces has fewer.
 const SEGMENT_LIMIT: usize = 1 << 17;
@@ -27,18 +27,22 @@ pub(super) struct Present {
 }
 
 /// The segments of a volume, or a sentence that says why they are not known.
-type Resolved = Result<Arc<Vec<Segment>>, String>;
+type Resolved = Result<Arc<Vec<VolumeSegment>>, String>;
 
 pub(super) struct Resolver<'a> {
-    pub(super) group: &'a Group,
-    pub(super) present: &'a BTreeMap<Id, Present>,
+    pub(super) group: &'a VolumeGroup,
+    pub(super) present: &'a BTreeMap<LvmId, Present>,
     pub(super) disks: &'a [Arc<dyn Source>],
     known: BTreeMap<String, Resolved>,
     left: usize,
 }
 
 impl<'a> Resolver<'a> {
-    pub(super) fn new(group: &'a Group, present: &'a BTreeMap<Id, Present>, disks: &'a [Arc<dyn Source>]) -> Self {
+    pub(super) fn new(
+        group: &'a VolumeGroup,
+        present: &'a BTreeMap<LvmId, Present>,
+        disks: &'a [Arc<dyn Source>],
+    ) -> Self {
         Self { group, present, disks, known: BTreeMap::new(), left: SEGMENT_LIMIT }
     }
 
@@ -59,7 +63,7 @@ impl<'a> Resolver<'a> {
         resolved
     }
 
-    fn segments_of(&mut self, name: &str, depth: u32) -> Result<Vec<Segment>, String> {
+    fn segments_of(&mut self, name: &str, depth: u32) -> Result<Vec<VolumeSegment>, String> {
         let logical = self.group.logical.get(name).ok_or_else(|| format!("there is no volume {name}"))?;
         let mut all = Vec::new();
         for extents in logical.segments.as_ref().map_err(Clone::clone)? {
@@ -74,9 +78,9 @@ impl<'a> Resolver<'a> {
     }
 
     /// The segments of some extents, as if they began at 0.
-    fn extents(&mut self, name: &str, extents: &Extents, depth: u32) -> Result<Vec<Segment>, String> {
+    fn extents(&mut self, name: &str, extents: &Extents, depth: u32) -> Result<Vec<VolumeSegment>, String> {
         match &extents.kind {
-            Kind::Striped { stripe_len, areas } => {
+            SegmentType::Striped { stripe_len, areas } => {
                 let count = share(extents.count, areas.len())?;
                 let mut legs = Vec::new();
                 for area in areas {
@@ -84,7 +88,7 @@ impl<'a> Resolver<'a> {
                 }
                 stripe(&legs, *stripe_len)
             }
-            Kind::Mirrored { stripe_len, copies, images } => {
+            SegmentType::Mirrored { stripe_len, copies, images } => {
                 // The images of a set are whole volumes, used from their beginning; pvmove's are places of their own.
                 if extents.start != 0 && images.iter().any(|image| image.state.is_some()) {
                     return Err("only a part of it is mirrored".to_owned());
@@ -96,14 +100,20 @@ impl<'a> Resolver<'a> {
                 }
                 stripe(&legs, *stripe_len)
             }
-            Kind::Snapshot { .. } => Err(format!("{name} is of the type snapshot, which is not read")),
-            Kind::Other(kind) => Err(format!("it is of the type {kind}, which is not read")),
+            SegmentType::Snapshot { .. } => Err(format!("{name} is of the type snapshot, which is not read")),
+            SegmentType::Other(kind) => Err(format!("it is of the type {kind}, which is not read")),
         }
     }
 
     /// The image to be read of some that have the same content: one in step with the newest, if there is one. `first` is the
     /// first one's number.
-    fn best(&mut self, set: &[Image], first: usize, count: u64, depth: u32) -> Result<Vec<Segment>, String> {
+    fn best(
+        &mut self,
+        set: &[MirrorImage],
+        first: usize,
+        count: u64,
+        depth: u32,
+    ) -> Result<Vec<VolumeSegment>, String> {
         let mut absent = None;
         let mut found = Vec::new();
         for (index, image) in set.iter().enumerate() {
@@ -113,7 +123,7 @@ impl<'a> Resolver<'a> {
             }
         }
         let newest = found.iter().filter_map(|(_, _, state)| *state).max_by_key(|state| state.events);
-        let rank = |index: usize, state: Option<State>| {
+        let rank = |index: usize, state: Option<RaidSuperblock>| {
             let logical = self.group.logical.get(&set[index].data.name);
             let is_rebuilding = logical.is_some_and(|logical| logical.is_rebuilding);
             let is_in_step = match (state, newest) {
@@ -141,16 +151,16 @@ impl<'a> Resolver<'a> {
     }
 
     /// What the kernel keeps of an image; `None` if it was never used.
-    fn state(&mut self, image: &Image, depth: u32) -> Option<State> {
+    fn state(&mut self, image: &MirrorImage, depth: u32) -> Option<RaidSuperblock> {
         let segments = self.logical(image.state.as_deref()?, depth + 1).ok()?;
         let stretch = locate(&segments, 0, 512).filter(|stretch| stretch.len == 512)?;
         let mut block = vec![0; 512];
         self.disks.get(stretch.disk as usize)?.read_at(stretch.offset, &mut block).ok()?;
-        State::parse(&block)
+        RaidSuperblock::parse(&block)
     }
 
     /// Extents of a physical or a logical volume, as if they began at 0.
-    fn area(&mut self, area: &Area, count: u64, depth: u32) -> Result<Vec<Segment>, String> {
+    fn area(&mut self, area: &Area, count: u64, depth: u32) -> Result<Vec<VolumeSegment>, String> {
         let (from, len) = (self.bytes(area.extent)?, self.bytes(count)?);
         if let Some(physical) = self.group.physical.get(&area.name) {
             return self.physical(physical, area, count);
@@ -162,12 +172,12 @@ impl<'a> Resolver<'a> {
             if segment.at >= end {
                 break;
             }
-            let Place::Linear(leg) = &segment.place else {
+            let VolumeMapping::Linear(leg) = &segment.place else {
                 return Err(format!("{}, which it stands on, has stripes", area.name));
             };
             let (first, last) = (segment.at.max(from), (segment.at + segment.len).min(end));
-            let leg = Leg { disk: leg.disk, offset: leg.offset + (first - segment.at) };
-            let segment = Segment { at: first - from, len: last - first, place: Place::Linear(leg) };
+            let leg = DiskPosition { disk: leg.disk, offset: leg.offset + (first - segment.at) };
+            let segment = VolumeSegment { at: first - from, len: last - first, place: VolumeMapping::Linear(leg) };
             self.spend(&segment)?;
             cut.push(segment);
         }
@@ -177,7 +187,7 @@ impl<'a> Resolver<'a> {
         Ok(cut)
     }
 
-    fn physical(&self, physical: &Physical, area: &Area, count: u64) -> Result<Vec<Segment>, String> {
+    fn physical(&self, physical: &GroupMember, area: &Area, count: u64) -> Result<Vec<VolumeSegment>, String> {
         let id = physical.id;
         let Some(present) = self.present.get(&id) else {
             return Err(format!("physical volume {id} is missing"));
@@ -190,8 +200,8 @@ impl<'a> Resolver<'a> {
         let to = self.bytes(end)?.checked_add(physical.start);
         match (from, to) {
             (Some(from), Some(to)) if end <= physical.extent_count && to <= present.len => {
-                let leg = Leg { disk: present.disk, offset: present.start + from };
-                Ok(vec![Segment { at: 0, len: to - from, place: Place::Linear(leg) }])
+                let leg = DiskPosition { disk: present.disk, offset: present.start + from };
+                Ok(vec![VolumeSegment { at: 0, len: to - from, place: VolumeMapping::Linear(leg) }])
             }
             _ => Err(format!("it reaches beyond the end of physical volume {id}")),
         }
@@ -202,10 +212,10 @@ impl<'a> Resolver<'a> {
         bytes.ok_or_else(|| "it is too large".to_owned())
     }
 
-    fn spend(&mut self, segment: &Segment) -> Result<(), String> {
+    fn spend(&mut self, segment: &VolumeSegment) -> Result<(), String> {
         let price = match &segment.place {
-            Place::Linear(_) => 1,
-            Place::Striped { legs, .. } => 1 + legs.len(),
+            VolumeMapping::Linear(_) => 1,
+            VolumeMapping::Striped { legs, .. } => 1 + legs.len(),
         };
         self.left = self.left.checked_sub(price).ok_or("the volume group is in too many pieces")?;
         Ok(())
@@ -214,7 +224,7 @@ impl<'a> Resolver<'a> {
 
 /// What dm-raid writes at the beginning of each image's state.
 #[derive(Clone, Copy)]
-struct State {
+struct RaidSuperblock {
     /// Grows with every change of the set.
     events: u64,
     /// A bit for each image that is given up.
@@ -223,7 +233,7 @@ struct State {
     is_whole: bool,
 }
 
-impl State {
+impl RaidSuperblock {
     fn parse(block: &[u8]) -> Option<Self> {
         const MAGIC: u32 = 0x6452_6d44;
         (le32(block, 0) == MAGIC).then(|| Self {
@@ -244,7 +254,7 @@ fn share(extents: u64, count: usize) -> Result<u64, String> {
 }
 
 /// Puts legs of equal lengths together. Where one of them goes on elsewhere, a new segment begins.
-fn stripe(legs: &[Vec<Segment>], stripe_len: u64) -> Result<Vec<Segment>, String> {
+fn stripe(legs: &[Vec<VolumeSegment>], stripe_len: u64) -> Result<Vec<VolumeSegment>, String> {
     let [first, others @ ..] = legs else { return Err("it has no legs".to_owned()) };
     if others.is_empty() {
         return Ok(first.clone());
@@ -271,24 +281,24 @@ fn stripe(legs: &[Vec<Segment>], stripe_len: u64) -> Result<Vec<Segment>, String
             while leg.get(*place).is_some_and(|segment| segment.at + segment.len <= from) {
                 *place += 1;
             }
-            let Some(Segment { at, place: Place::Linear(leg), .. }) = leg.get(*place) else {
+            let Some(VolumeSegment { at, place: VolumeMapping::Linear(leg), .. }) = leg.get(*place) else {
                 return Err("its legs are of different kinds or lengths".to_owned());
             };
-            here.push(Leg { disk: leg.disk, offset: leg.offset + (from - at) });
+            here.push(DiskPosition { disk: leg.disk, offset: leg.offset + (from - at) });
         }
         let (Some(at), Some(len)) = (from.checked_mul(count), (end - from).checked_mul(count)) else {
             return Err("it is too large".to_owned());
         };
-        striped.push(Segment { at, len, place: Place::Striped { stripe_len, legs: here } });
+        striped.push(VolumeSegment { at, len, place: VolumeMapping::Striped { stripe_len, legs: here } });
         from = end;
     }
     Ok(striped)
 }
 
 /// Adds a segment; one that only goes on where the last one ends makes that one longer.
-fn append(all: &mut Vec<Segment>, segment: Segment) {
+fn append(all: &mut Vec<VolumeSegment>, segment: VolumeSegment) {
     if let Some(last) = all.last_mut()
-        && let (Place::Linear(before), Place::Linear(leg)) = (&last.place, &segment.place)
+        && let (VolumeMapping::Linear(before), VolumeMapping::Linear(leg)) = (&last.place, &segment.place)
         && before.disk == leg.disk
         && before.offset + last.len == leg.offset
     {

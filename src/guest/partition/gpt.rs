@@ -1,6 +1,6 @@
 //! The GUID partition table: a header in the second sector and one in the last, each with its own array of entries.
 
-use super::{Kind, MOST_PARTITIONS, Partition, SECTOR_LENS, Table, fit, types};
+use super::{MOST_PARTITIONS, Partition, PartitionTable, SECTOR_LENS, TableKind, fit, types};
 use crate::guest::Source;
 use crate::guest::bytes::{array, crc32, guid, le32, le64, slice, utf16};
 
@@ -10,7 +10,7 @@ const HEADER_LEN: usize = 92;
 const ENTRIES_LEN_LIMIT: u64 = 4 << 20;
 
 /// Why a header is not used.
-enum Bad {
+enum GptDefect {
     /// There is none.
     Absent,
     /// There is one, and this is wrong with it.
@@ -18,13 +18,13 @@ enum Bad {
 }
 
 /// A header whose checksums are right, and its entries.
-struct Header {
+struct GptHeader {
     sector_len: u64,
     entry_len: usize,
     entries: Vec<u8>,
 }
 
-pub(super) fn read(disk: &dyn Source, protected: bool, remarks: &mut Vec<String>) -> Option<Table> {
+pub(super) fn read(disk: &dyn Source, protected: bool, remarks: &mut Vec<String>) -> Option<PartitionTable> {
     let mut damage = None;
     for sector_len in SECTOR_LENS {
         match header(disk, sector_len, 1) {
@@ -34,8 +34,8 @@ pub(super) fn read(disk: &dyn Source, protected: bool, remarks: &mut Vec<String>
                 }
                 return Some(table(disk, &header, remarks));
             }
-            Err(Bad::Damaged(what)) => damage = damage.or(Some(what)),
-            Err(Bad::Absent) => {}
+            Err(GptDefect::Damaged(what)) => damage = damage.or(Some(what)),
+            Err(GptDefect::Absent) => {}
         }
     }
     // Without any sign of the first header, what the end of the disk holds may be left from long ago.
@@ -64,40 +64,40 @@ fn sector(disk: &dyn Source, sector_len: u64, number: u64) -> Option<Vec<u8>> {
     Some(sector)
 }
 
-fn header(disk: &dyn Source, sector_len: u64, number: u64) -> Result<Header, Bad> {
-    let sector = sector(disk, sector_len, number).ok_or(Bad::Absent)?;
+fn header(disk: &dyn Source, sector_len: u64, number: u64) -> Result<GptHeader, GptDefect> {
+    let sector = sector(disk, sector_len, number).ok_or(GptDefect::Absent)?;
     if !sector.starts_with(SIGNATURE) {
-        return Err(Bad::Absent);
+        return Err(GptDefect::Absent);
     }
     let len = le32(&sector, 12) as usize;
     if !(HEADER_LEN..=sector.len()).contains(&len) {
-        return Err(Bad::Damaged("its length is wrong"));
+        return Err(GptDefect::Damaged("its length is wrong"));
     }
     // The checksum counts itself as zero.
     let sum = crc32(crc32(crc32(!0, &sector[..16]), &[0; 4]), &sector[20..len]);
     if !sum != le32(&sector, 16) {
-        return Err(Bad::Damaged("its checksum is wrong"));
+        return Err(GptDefect::Damaged("its checksum is wrong"));
     }
     if le64(&sector, 24) != number {
-        return Err(Bad::Damaged("it belongs elsewhere"));
+        return Err(GptDefect::Damaged("it belongs elsewhere"));
     }
     let (count, entry_len) = (u64::from(le32(&sector, 80)), u64::from(le32(&sector, 84)));
     let entries_len = count * entry_len;
     if entry_len < 128 || !entry_len.is_multiple_of(8) || entries_len > ENTRIES_LEN_LIMIT {
-        return Err(Bad::Damaged("its entries have impossible sizes"));
+        return Err(GptDefect::Damaged("its entries have impossible sizes"));
     }
     let mut entries = vec![0; entries_len as usize];
     let at = le64(&sector, 72).checked_mul(sector_len);
     if at.is_none_or(|at| disk.read_at(at, &mut entries).is_err()) {
-        return Err(Bad::Damaged("its entries cannot be read"));
+        return Err(GptDefect::Damaged("its entries cannot be read"));
     }
     if !crc32(!0, &entries) != le32(&sector, 88) {
-        return Err(Bad::Damaged("its entries' checksum is wrong"));
+        return Err(GptDefect::Damaged("its entries' checksum is wrong"));
     }
-    Ok(Header { sector_len, entry_len: entry_len as usize, entries })
+    Ok(GptHeader { sector_len, entry_len: entry_len as usize, entries })
 }
 
-fn table(disk: &dyn Source, header: &Header, remarks: &mut Vec<String>) -> Table {
+fn table(disk: &dyn Source, header: &GptHeader, remarks: &mut Vec<String>) -> PartitionTable {
     let mut partitions = Vec::new();
     let mut left_out = 0;
     for (index, entry) in header.entries.chunks_exact(header.entry_len).enumerate() {
@@ -129,5 +129,5 @@ fn table(disk: &dyn Source, header: &Header, remarks: &mut Vec<String>) -> Table
     if left_out > 0 {
         remarks.push(format!("{left_out} partitions have numbers above {MOST_PARTITIONS} and are not shown"));
     }
-    Table { kind: Kind::Gpt, sector_len: header.sector_len, partitions }
+    PartitionTable { kind: TableKind::Gpt, sector_len: header.sector_len, partitions }
 }

@@ -2,7 +2,7 @@
 //!
 //! Nothing in it tells how many bytes its sectors have. They are 512, unless it makes sense only with 4096.
 
-use super::{Kind, MOST_PARTITIONS, Partition, SECTOR_LENS, Table, fit, is_known, types};
+use super::{MOST_PARTITIONS, Partition, PartitionTable, SECTOR_LENS, TableKind, fit, is_known, types};
 use crate::guest::Source;
 use crate::guest::bytes::{le32, slice};
 
@@ -13,27 +13,27 @@ const EMPTY_RECORDS_LIMIT: u32 = 100;
 
 /// An entry of a table.
 #[derive(Clone, Copy, Debug)]
-struct Entry {
+struct MbrEntry {
     kind: u8,
     /// In sectors.
     start: u32,
     count: u32,
 }
 
-impl Entry {
+impl MbrEntry {
     fn is_extended(self) -> bool {
         matches!(self.kind, 0x05 | 0x0f | 0x85)
     }
 }
 
 /// A master or extended boot record.
-pub(super) struct Record {
-    entries: [Entry; 4],
+pub(super) struct BootRecord {
+    entries: [MbrEntry; 4],
     /// The disk's own number.
     signature: u32,
 }
 
-impl Record {
+impl BootRecord {
     /// The record in a sector; `None` if it has no signature or is something else's first sector.
     pub(super) fn parse(sector: &[u8]) -> Option<Self> {
         let record = Self::parse_chained(sector)?;
@@ -48,7 +48,7 @@ impl Record {
         }
         let entry = |index: usize| {
             let at = 446 + index * 16;
-            Entry { kind: sector[at + 4], start: le32(sector, at + 8), count: le32(sector, at + 12) }
+            MbrEntry { kind: sector[at + 4], start: le32(sector, at + 8), count: le32(sector, at + 12) }
         };
         Some(Self { entries: [entry(0), entry(1), entry(2), entry(3)], signature: le32(sector, 440) })
     }
@@ -64,7 +64,7 @@ impl Record {
     }
 }
 
-pub(super) fn read(disk: &dyn Source, record: &Record, remarks: &mut Vec<String>) -> Table {
+pub(super) fn read(disk: &dyn Source, record: &BootRecord, remarks: &mut Vec<String>) -> PartitionTable {
     let [(small, mut small_remarks), (large, mut large_remarks)] = SECTOR_LENS.map(|sector_len| {
         let mut remarks = Vec::new();
         (read_with(disk, record, sector_len, &mut remarks), remarks)
@@ -74,7 +74,8 @@ pub(super) fn read(disk: &dyn Source, record: &Record, remarks: &mut Vec<String>
         && if small.partitions.iter().any(|part| part.is_extended) {
             !small_remarks.is_empty()
         } else {
-            let makes_sense = |table: &Table| table.partitions.iter().any(|part| is_known(disk, part.start, part.len));
+            let makes_sense =
+                |table: &PartitionTable| table.partitions.iter().any(|part| is_known(disk, part.start, part.len));
             !makes_sense(&small) && makes_sense(&large)
         };
     let (table, found) = if is_large { (large, &mut large_remarks) } else { (small, &mut small_remarks) };
@@ -88,9 +89,9 @@ pub(super) fn read(disk: &dyn Source, record: &Record, remarks: &mut Vec<String>
     table
 }
 
-fn read_with(disk: &dyn Source, record: &Record, sector_len: u64, remarks: &mut Vec<String>) -> Table {
+fn read_with(disk: &dyn Source, record: &BootRecord, sector_len: u64, remarks: &mut Vec<String>) -> PartitionTable {
     let mut partitions = Vec::new();
-    let mut logical = Chain { disk, sector_len, signature: record.signature, found: Vec::new() };
+    let mut logical = ExtendedChain { disk, sector_len, signature: record.signature, found: Vec::new() };
     for (number, entry) in (1..).zip(record.entries) {
         if entry.count == 0 || entry.kind == PROTECTIVE {
             continue;
@@ -107,7 +108,7 @@ fn read_with(disk: &dyn Source, record: &Record, sector_len: u64, remarks: &mut 
         fit(&mut partition, disk.size(), remarks);
         partitions.push(partition);
     }
-    Table { kind: Kind::Dos, sector_len, partitions }
+    PartitionTable { kind: TableKind::Dos, sector_len, partitions }
 }
 
 fn partition(number: u32, start: u64, len: u64, kind: u8, signature: u32) -> Partition {
@@ -118,19 +119,19 @@ fn partition(number: u32, start: u64, len: u64, kind: u8, signature: u32) -> Par
         name: None,
         type_name: types::of_code(kind).map_or_else(|| format!("{kind:#04x}"), str::to_owned),
         uuid: (signature != 0).then(|| format!("{signature:08x}-{number:02x}")),
-        is_extended: Entry { kind, start: 0, count: 0 }.is_extended(),
+        is_extended: MbrEntry { kind, start: 0, count: 0 }.is_extended(),
     }
 }
 
 /// Logical partitions as they are found.
-struct Chain<'a> {
+struct ExtendedChain<'a> {
     disk: &'a dyn Source,
     sector_len: u64,
     signature: u32,
     found: Vec<Partition>,
 }
 
-impl Chain<'_> {
+impl ExtendedChain<'_> {
     /// Follows the chain that begins with an extended partition, as the kernel does.
     fn follow(&mut self, first: u64, first_len: u64, number: u32, remarks: &mut Vec<String>) {
         let (mut here, mut here_len) = (first, first_len);
@@ -138,7 +139,7 @@ impl Chain<'_> {
         let mut sector = vec![0; 512];
         loop {
             let record = match self.disk.read_at(here, &mut sector) {
-                Ok(()) => Record::parse_chained(&sector),
+                Ok(()) => BootRecord::parse_chained(&sector),
                 Err(_) => None,
             };
             let Some(record) = record else {

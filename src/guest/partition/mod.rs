@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Result;
 use crate::guest::Source;
 use crate::guest::bytes::{be16, le32, slice};
-use crate::guest::content::{Content, probe};
+use crate::guest::content::{VolumeContent, probe};
 use crate::guest::source::within;
 
 /// Linux has no more on one disk.
@@ -41,14 +41,14 @@ pub struct Partition {
 
 /// The kinds of tables that are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Kind {
+pub enum TableKind {
     /// EFI's.
     Gpt,
     /// That of the master boot record.
     Dos,
 }
 
-impl Kind {
+impl TableKind {
     /// As blkid(8) spells it.
     pub fn name(self) -> &'static str {
         match self {
@@ -60,9 +60,9 @@ impl Kind {
 
 /// What a disk's partition table says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Table {
+pub struct PartitionTable {
     /// Its kind.
-    pub kind: Kind,
+    pub kind: TableKind,
     /// Bytes of a sector, as it counts them.
     pub sector_len: u64,
     /// By number.
@@ -70,16 +70,16 @@ pub struct Table {
 }
 
 /// The partition table of a disk, if it has one, and what should be known of it.
-pub fn read(disk: &dyn Source) -> (Option<Table>, Vec<String>) {
+pub fn read(disk: &dyn Source) -> (Option<PartitionTable>, Vec<String>) {
     let mut remarks = Vec::new();
     let mut sector = vec![0; 512];
     if disk.read_at(0, &mut sector).is_err() {
         return (None, remarks);
     }
-    let record = mbr::Record::parse(&sector);
+    let record = mbr::BootRecord::parse(&sector);
     // As the kernel decides it: a GPT counts if the MBR protects it. Here also if there is nothing else in the MBR.
-    let protects = record.as_ref().is_some_and(mbr::Record::protects);
-    let has_others = record.as_ref().is_some_and(mbr::Record::has_others);
+    let protects = record.as_ref().is_some_and(mbr::BootRecord::protects);
+    let has_others = record.as_ref().is_some_and(mbr::BootRecord::has_others);
     let table = if protects || !has_others { gpt::read(disk, protects, &mut remarks) } else { None };
     let table = table.or_else(|| match &record {
         Some(record) if has_others && !is_boot_sector(disk) => Some(mbr::read(disk, record, &mut remarks)),
@@ -96,7 +96,12 @@ pub fn read(disk: &dyn Source) -> (Option<Table>, Vec<String>) {
 fn is_boot_sector(disk: &dyn Source) -> bool {
     matches!(
         probe(disk).content,
-        Content::Fat12 | Content::Fat16 | Content::Fat32 | Content::Exfat | Content::Ntfs | Content::BitLocker
+        VolumeContent::Fat12
+            | VolumeContent::Fat16
+            | VolumeContent::Fat32
+            | VolumeContent::Exfat
+            | VolumeContent::Ntfs
+            | VolumeContent::BitLocker
     )
 }
 
@@ -146,24 +151,24 @@ fn remark_others(disk: &dyn Source, remarks: &mut Vec<String>) {
 
 /// What a stretch of a disk holds is known.
 fn is_known(disk: &dyn Source, start: u64, len: u64) -> bool {
-    !matches!(probe(&Part::new(disk, start, len)).content, Content::Empty | Content::Unknown)
+    !matches!(probe(&DiskRange::new(disk, start, len)).content, VolumeContent::Empty | VolumeContent::Unknown)
 }
 
 /// A stretch of a disk that is only looked at.
-pub(super) struct Part<'a> {
+pub(super) struct DiskRange<'a> {
     disk: &'a dyn Source,
     start: u64,
     len: u64,
 }
 
-impl<'a> Part<'a> {
+impl<'a> DiskRange<'a> {
     /// `len` bytes from `start` on, cut short where the disk ends.
     pub(super) fn new(disk: &'a dyn Source, start: u64, len: u64) -> Self {
         Self { disk, start, len: len.min(disk.size().saturating_sub(start)) }
     }
 }
 
-impl Source for Part<'_> {
+impl Source for DiskRange<'_> {
     fn size(&self) -> u64 {
         self.len
     }

@@ -13,32 +13,32 @@ use crate::guest::source::within;
 
 /// A stretch of a volume, and where its bytes are.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Segment {
+pub struct VolumeSegment {
     /// Where it begins in the volume.
     pub at: u64,
     /// Bytes; never 0.
     pub len: u64,
     /// Where they are.
-    pub place: Place,
+    pub place: VolumeMapping,
 }
 
 /// Where the bytes of a segment are.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Place {
+pub enum VolumeMapping {
     /// One after the other.
-    Linear(Leg),
+    Linear(DiskPosition),
     /// Dealt to the legs in turn, `stripe_len` bytes each.
     Striped {
         /// Bytes; never 0.
         stripe_len: u64,
         /// Two or more.
-        legs: Vec<Leg>,
+        legs: Vec<DiskPosition>,
     },
 }
 
 /// A place on a disk from which on bytes belong to a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Leg {
+pub struct DiskPosition {
     /// The disk's number: its place in the slice that [`layout`](super::layout) was given.
     pub disk: u32,
     /// Bytes from the disk's beginning.
@@ -47,7 +47,7 @@ pub struct Leg {
 
 /// A run of a volume's bytes that lie together on one disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stretch {
+pub struct VolumeRun {
     /// The disk's number.
     pub disk: u32,
     /// Bytes from the disk's beginning.
@@ -58,7 +58,7 @@ pub struct Stretch {
 
 /// Where the bytes from `at` on lie, as many of `len` as lie together; `None` if that is outside of all segments, or
 /// `len` is 0.
-pub fn locate(segments: &[Segment], at: u64, len: u64) -> Option<Stretch> {
+pub fn locate(segments: &[VolumeSegment], at: u64, len: u64) -> Option<VolumeRun> {
     let index = segments.partition_point(|segment| segment.at <= at).checked_sub(1)?;
     let segment = &segments[index];
     let into = at - segment.at;
@@ -67,8 +67,8 @@ pub fn locate(segments: &[Segment], at: u64, len: u64) -> Option<Stretch> {
         return None;
     }
     let (leg, leg_at, len) = match &segment.place {
-        Place::Linear(leg) => (leg, into, len),
-        Place::Striped { stripe_len, legs } => {
+        VolumeMapping::Linear(leg) => (leg, into, len),
+        VolumeMapping::Striped { stripe_len, legs } => {
             let (stripe, within) = (into.checked_div(*stripe_len)?, into % stripe_len);
             let count = legs.len() as u64;
             let leg = legs.get(stripe.checked_rem(count)? as usize)?;
@@ -76,13 +76,13 @@ pub fn locate(segments: &[Segment], at: u64, len: u64) -> Option<Stretch> {
             (leg, leg_at, len.min(stripe_len - within))
         }
     };
-    Some(Stretch { disk: leg.disk, offset: leg.offset.checked_add(leg_at)?, len })
+    Some(VolumeRun { disk: leg.disk, offset: leg.offset.checked_add(leg_at)?, len })
 }
 
 /// A volume as a source of its own.
 pub(super) struct Mapped {
     pub(super) size: u64,
-    pub(super) segments: Vec<Segment>,
+    pub(super) segments: Vec<VolumeSegment>,
     pub(super) disks: Vec<Arc<dyn Source>>,
 }
 
@@ -114,16 +114,16 @@ impl Source for Mapped {
 mod tests {
     use super::*;
 
-    fn leg(disk: u32, offset: u64) -> Leg {
-        Leg { disk, offset }
+    fn leg(disk: u32, offset: u64) -> DiskPosition {
+        DiskPosition { disk, offset }
     }
 
     /// 30 bytes of two disks: ten in a row, then twenty in stripes of four over three legs.
     fn mapped() -> Mapped {
         let legs = vec![leg(1, 0), leg(0, 20), leg(1, 50)];
         let segments = vec![
-            Segment { at: 0, len: 10, place: Place::Linear(leg(0, 5)) },
-            Segment { at: 10, len: 20, place: Place::Striped { stripe_len: 4, legs } },
+            VolumeSegment { at: 0, len: 10, place: VolumeMapping::Linear(leg(0, 5)) },
+            VolumeSegment { at: 10, len: 20, place: VolumeMapping::Striped { stripe_len: 4, legs } },
         ];
         let disks: Vec<Arc<dyn Source>> =
             vec![Arc::new((0..100).collect::<Vec<u8>>()), Arc::new((100..200).collect::<Vec<u8>>())];
@@ -151,14 +151,14 @@ mod tests {
     #[test]
     fn what_is_in_no_segment_is_nowhere() {
         let segments = mapped().segments;
-        assert_eq!(locate(&segments, 9, 100), Some(Stretch { disk: 0, offset: 14, len: 1 }));
-        assert_eq!(locate(&segments, 13, 100), Some(Stretch { disk: 1, offset: 3, len: 1 }));
+        assert_eq!(locate(&segments, 9, 100), Some(VolumeRun { disk: 0, offset: 14, len: 1 }));
+        assert_eq!(locate(&segments, 13, 100), Some(VolumeRun { disk: 1, offset: 3, len: 1 }));
         for (at, len) in [(30, 1), (u64::MAX, 1), (5, 0)] {
             assert_eq!(locate(&segments, at, len), None);
         }
         assert_eq!(locate(&segments[1..], 9, 1), None);
         assert_eq!(mapped().read_at(25, &mut [0; 6]).unwrap_err().kind(), ErrorKind::Corrupt);
-        let far = Segment { at: 0, len: u64::MAX, place: Place::Linear(leg(0, u64::MAX - 5)) };
+        let far = VolumeSegment { at: 0, len: u64::MAX, place: VolumeMapping::Linear(leg(0, u64::MAX - 5)) };
         assert_eq!(locate(&[far], 6, 1), None);
     }
 }

@@ -9,19 +9,19 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::guest::content::{Content, Found, probe};
+use crate::guest::content::{DetectedVolume, VolumeContent, probe};
 use crate::guest::lvm::{self, PhysicalVolume};
 use crate::guest::{Slice, Source, partition};
 
 pub use crate::guest::partition::Partition;
-pub use map::{Leg, Place, Segment, Stretch, locate};
+pub use map::{DiskPosition, VolumeMapping, VolumeRun, VolumeSegment, locate};
 
 /// Remarks that are kept.
 const REMARK_LIMIT: usize = 100;
 
 /// What the guest's disks hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Layout {
+pub struct VolumeLayout {
     /// The kind of partition table, as blkid(8) spells it: `gpt` or `dos`.
     pub table: Option<String>,
     /// Bytes of a sector as that table counts them: 512 or 4096.
@@ -44,9 +44,9 @@ pub struct Volume {
     /// Bytes.
     pub size: u64,
     /// Where they are: without gaps, from 0 to `size`. Empty if that is not known; then there is a `problem`.
-    pub segments: Vec<Segment>,
+    pub segments: Vec<VolumeSegment>,
     /// What it holds.
-    pub content: Content,
+    pub content: VolumeContent,
     /// The content's own label.
     pub label: Option<String>,
     /// The content's own identity, as blkid(8) writes it.
@@ -70,7 +70,7 @@ pub struct MissingVolumeGroup {
 
 impl Volume {
     /// Where the bytes from `at` on lie, as many of `len` as lie together; `None` at and beyond the end.
-    pub fn locate(&self, at: u64, len: u64) -> Option<Stretch> {
+    pub fn locate(&self, at: u64, len: u64) -> Option<VolumeRun> {
         locate(&self.segments, at, len)
     }
 }
@@ -88,10 +88,10 @@ pub struct PhysicalVolumeName {
 
 /// What the guest's disks hold. `disks[0]` is the one that is looked at; the others are offered for the volume groups that it
 /// has a part in, and only those parts of them are used.
-pub fn layout(disks: &[Arc<dyn Source>]) -> Layout {
-    let Some(disk) = disks.first() else { return Layout::default() };
+pub fn layout(disks: &[Arc<dyn Source>]) -> VolumeLayout {
+    let Some(disk) = disks.first() else { return VolumeLayout::default() };
     let (table, remarks) = partition::read(disk);
-    let mut layout = Layout { remarks, ..Layout::default() };
+    let mut layout = VolumeLayout { remarks, ..VolumeLayout::default() };
     if let Some(table) = table {
         layout.table = Some(table.kind.name().to_owned());
         layout.sector_size = Some(table.sector_len as u32);
@@ -102,10 +102,10 @@ pub fn layout(disks: &[Arc<dyn Source>]) -> Layout {
     }
     let disk_as_a_whole = plain("disk".to_owned(), disk, 0, disk.size());
     // A disc made to be started from a stick has a partition table as well, which says less.
-    if layout.volumes.is_empty() || disk_as_a_whole.content == Content::Iso9660 {
+    if layout.volumes.is_empty() || disk_as_a_whole.content == VolumeContent::Iso9660 {
         layout.volumes.push(disk_as_a_whole);
     }
-    if layout.volumes.iter().any(|volume| volume.content == Content::LvmPhysicalVolume) {
+    if layout.volumes.iter().any(|volume| volume.content == VolumeContent::LvmPhysicalVolume) {
         add_logical_volumes(&mut layout, disks);
     }
     if layout.remarks.len() > REMARK_LIMIT {
@@ -135,12 +135,12 @@ pub fn volume_source(volume: &Volume, disks: &[Arc<dyn Source>]) -> Arc<dyn Sour
 /// A volume that is a stretch of the first disk.
 fn plain(name: String, disk: &Arc<dyn Source>, start: u64, len: u64) -> Volume {
     let found = probe(&Slice::new(Arc::clone(disk), start, len));
-    let place = Place::Linear(Leg { disk: 0, offset: start });
-    let segments = if len > 0 { vec![Segment { at: 0, len, place }] } else { Vec::new() };
+    let place = VolumeMapping::Linear(DiskPosition { disk: 0, offset: start });
+    let segments = if len > 0 { vec![VolumeSegment { at: 0, len, place }] } else { Vec::new() };
     described(name, len, segments, found)
 }
 
-fn described(name: String, size: u64, segments: Vec<Segment>, found: Found) -> Volume {
+fn described(name: String, size: u64, segments: Vec<VolumeSegment>, found: DetectedVolume) -> Volume {
     let problem = found.content.problem();
     Volume { name, size, segments, content: found.content, label: found.label, uuid: found.uuid, problem }
 }
@@ -156,7 +156,7 @@ fn find_physical_volumes(disk: &Arc<dyn Source>, number: u32) -> Vec<PhysicalVol
     }
 }
 
-fn add_logical_volumes(layout: &mut Layout, disks: &[Arc<dyn Source>]) {
+fn add_logical_volumes(layout: &mut VolumeLayout, disks: &[Arc<dyn Source>]) {
     let mut physical = Vec::new();
     for (number, disk) in (0..).zip(disks) {
         let mut found = find_physical_volumes(disk, number);
@@ -171,7 +171,7 @@ fn add_logical_volumes(layout: &mut Layout, disks: &[Arc<dyn Source>]) {
     layout.missing = groups.missing;
     layout.remarks.extend(groups.remarks);
     for found in groups.volumes {
-        let unknown = Found { content: Content::Unknown, label: None, uuid: None };
+        let unknown = DetectedVolume { content: VolumeContent::Unknown, label: None, uuid: None };
         let mut volume = described(found.name, found.size, Vec::new(), unknown);
         match found.segments {
             Ok(segments) => {

@@ -7,21 +7,21 @@ use crate::chain::View;
 use crate::error::{Error, Result};
 use crate::image::write::Writer;
 use crate::image::{HeaderChange, Layer, Mapping};
-use crate::io::{Claim, FileId};
+use crate::io::{FileId, FileLock};
 use crate::store::{
-    ActiveJob, Deed, Digest, Format, ImageIndex, Intent, JobImage, Keeping, Mirror, Named, OpenView, OwnedIntent,
-    SAMPLES, Sample, Store, ViewPart, shown,
+    ActiveJob, CachePolicy, Digest, FileRef, Format, ImageIndex, Intent, JobImage, Mirror, OpenView, Operation,
+    OwnedIntent, SAMPLES, SectorSample, Store, ViewPart, shown,
 };
 use crate::units::{GuestOffset, HostOffset};
 
-use super::super::board::{Progress, Tokens};
-use super::super::copy::{PIECE, Segment};
+use super::super::copy::{CommitSegment, PIECE};
 use super::super::engine::Engine;
-use super::super::finish::{self, Child, Finish};
+use super::super::finish::{self, CommitStage, OverlayToRebase};
+use super::super::job_table::{ChainLocks, JobProgress};
 use super::super::mirror::{MergeMirror, zero_from};
 use super::super::request::CommitRequest;
-use super::super::world::World;
-use super::{Layers, final_name, is_undoable, plan, refuse, segment};
+use super::super::scanned_store::ScannedStore;
+use super::{CommitRange, final_name, is_undoable, plan, refuse, segment};
 
 /// Stretches of a layer without data that are passed over, at most, in search of a sample.
 const MOST_RUNS: usize = 64;
@@ -35,10 +35,10 @@ pub(in crate::ops) struct CommitJob {
     intent: OwnedIntent,
     is_undoable: bool,
     /// What is merged, and what keeps it open.
-    segment: Segment,
+    segment: CommitSegment,
     views: Vec<OpenView>,
     /// Those that will stand on base: nobody else opens them meanwhile.
-    children: Vec<Child>,
+    children: Vec<OverlayToRebase>,
     /// What of base went to the trash beforehand.
     kept: Option<String>,
 }
@@ -49,9 +49,9 @@ pub(in crate::ops) fn begin(
     path: &Path,
     request: &CommitRequest,
     command: &str,
-    tokens: &mut Tokens,
+    tokens: &mut ChainLocks,
 ) -> Result<CommitJob> {
-    let (lock, world) = World::begin(engine.store())?;
+    let (lock, world) = ScannedStore::begin(engine.store())?;
     let (plan, layers) = plan(engine, &world, path, request)?;
     world.accept(&plan)?;
     tokens.notes.extend(finish::not_kept(plan.notes));
@@ -62,17 +62,17 @@ pub(in crate::ops) fn begin(
 #[expect(clippy::too_many_arguments, reason = "what a plan has found, and what goes with a command")]
 pub(in crate::ops) fn begin_with(
     engine: &Engine,
-    world: &World,
-    _lock: Claim,
+    world: &ScannedStore,
+    _lock: FileLock,
     path: &Path,
-    layers: &Layers,
+    layers: &CommitRange,
     keep: bool,
     command: &str,
-    tokens: &mut Tokens,
+    tokens: &mut ChainLocks,
 ) -> Result<CommitJob> {
     let store = engine.store();
     tokens.extend(&world.chains_of(&[layers.top]))?;
-    let deed = Deed::Commit {
+    let deed = Operation::Commit {
         top: world.witness(layers.top, !layers.is_active)?,
         base: witness_base(store, world, layers)?,
         between: world.witnesses(&layers.between, true)?,
@@ -101,12 +101,12 @@ pub(in crate::ops) fn begin_with(
 }
 
 /// Base with evidence of what it holds, and of what it is going to hold where it is written in place.
-fn witness_base(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Named> {
+fn witness_base(store: &Arc<Store>, world: &ScannedStore, layers: &CommitRange) -> Result<FileRef> {
     let mut base = world.witness(layers.base, world.image(layers.base).format == Some(Format::Raw))?;
     base.will_be_written();
     let (_, open) = segment(store, world, layers, None)?;
     for sample in base.samples() {
-        sample.becomes = Some(Digest::of(&Sample::read(&open.view, sample.at)?));
+        sample.becomes = Some(Digest::of(&SectorSample::read(&open.view, sample.at)?));
     }
     let layer = &open.view.layers()[layers.segment().len()];
     if !layer.image().is_raw() {
@@ -117,18 +117,18 @@ fn witness_base(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Na
 
 /// A few sectors of the data clusters of a qcow2 base, each with what a commit of `view` makes of it, by their places in
 /// the disk or (`is_file`) in its data file. What cannot be read tells nothing.
-fn sample_clusters(base: &Layer, view: &View, is_file: bool) -> Vec<Sample> {
-    let mut samples = Vec::<Sample>::new();
+fn sample_clusters(base: &Layer, view: &View, is_file: bool) -> Vec<SectorSample> {
+    let mut samples = Vec::<SectorSample>::new();
     for number in 0..SAMPLES {
-        let start = base.size() / SAMPLES * number / Sample::LEN as u64 * Sample::LEN as u64;
+        let start = base.size() / SAMPLES * number / SectorSample::LEN as u64 * SectorSample::LEN as u64;
         let Some((at, host)) = next_data(base, start) else { continue };
-        let (mut was, place) = ([0; Sample::LEN], if is_file { host.0 } else { at });
+        let (mut was, place) = ([0; SectorSample::LEN], if is_file { host.0 } else { at });
         let is_known = samples.iter().any(|sample| sample.at == place);
         if is_known || base.image().read_data(host, &mut was).is_err() {
             continue;
         }
-        let Ok(becomes) = Sample::read(view, at) else { continue };
-        samples.push(Sample { at: place, was: Digest::of(&was), becomes: Some(Digest::of(&becomes)) });
+        let Ok(becomes) = SectorSample::read(view, at) else { continue };
+        samples.push(SectorSample { at: place, was: Digest::of(&was), becomes: Some(Digest::of(&becomes)) });
     }
     samples
 }
@@ -155,17 +155,17 @@ fn take_back(store: &Store, kept: Option<&str>) {
 }
 
 /// A job, or why there is none, with the intent that speaks of it.
-type Begun = std::result::Result<CommitJob, Box<(Error, OwnedIntent)>>;
+type BegunCommit = std::result::Result<CommitJob, Box<(Error, OwnedIntent)>>;
 
 /// With the intent there: hides what will be spoilt, and opens everything.
 fn set_out(
     engine: &Engine,
-    world: &World,
+    world: &ScannedStore,
     path: &Path,
-    layers: &Layers,
+    layers: &CommitRange,
     mut base: JobImage,
     intent: OwnedIntent,
-) -> Begun {
+) -> BegunCommit {
     let store = engine.store();
     let is_undoable = is_undoable(world, layers);
     let begun = (|| {
@@ -175,7 +175,7 @@ fn set_out(
         finish::first(refusals)?;
         let mut views = Vec::new();
         let below = open_below(store, world, &layers.below, &mut views)?;
-        let keeping = if is_undoable { Keeping::Everything } else { Keeping::Nothing };
+        let keeping = if is_undoable { CachePolicy::Everything } else { CachePolicy::Nothing };
         let writer = base.open_writer(below, keeping)?;
         let (live, active) = if layers.is_active {
             let job = store.take_active(&world.catalog, &layers.chain)?;
@@ -187,7 +187,7 @@ fn set_out(
         };
         let (segment, view) = segment(store, world, layers, live)?;
         views.push(view);
-        let take = |child: &ImageIndex| Child::take(store, world, *child);
+        let take = |child: &ImageIndex| OverlayToRebase::take(store, world, *child);
         let children = layers.children.iter().map(take).collect::<Result<Vec<_>>>()?;
         Ok((writer, segment, views, children, active))
     })();
@@ -201,7 +201,7 @@ fn set_out(
 
 fn open_below(
     store: &Arc<Store>,
-    world: &World,
+    world: &ScannedStore,
     below: &[ImageIndex],
     views: &mut Vec<OpenView>,
 ) -> Result<Option<Arc<View>>> {
@@ -216,7 +216,7 @@ fn open_below(
 
 impl CommitJob {
     /// Does it. On the way out, whatever happens, every view that is listed is right.
-    pub(in crate::ops) fn run(self, engine: &Engine, progress: &Progress) -> Result<()> {
+    pub(in crate::ops) fn run(self, engine: &Engine, progress: &JobProgress) -> Result<()> {
         let store = Arc::clone(engine.store());
         if let Some((job, mirror)) = &self.active {
             job.set_mirror(Some(Arc::clone(mirror) as Arc<dyn Mirror>));
@@ -225,7 +225,7 @@ impl CommitJob {
         let switched = copied.and_then(|()| {
             // From the last look at who uses what until the switch, nobody else changes anything.
             let lock = finish::lock_for_job(&store, progress)?;
-            let world = World::look(&store)?;
+            let world = ScannedStore::look(&store)?;
             self.still_alone(&world)?;
             progress.settle()?;
             Ok((lock, world))
@@ -236,7 +236,7 @@ impl CommitJob {
         }
     }
 
-    fn copy(&self, store: &Store, progress: &Progress) -> Result<()> {
+    fn copy(&self, store: &Store, progress: &JobProgress) -> Result<()> {
         let total = self.segment.data_len()?;
         progress.set_total(total);
         let size = || self.segment.size();
@@ -282,11 +282,11 @@ impl CommitJob {
     }
 
     /// Whether nobody else has come to use what is about to change for good.
-    fn still_alone(&self, world: &World) -> Result<()> {
-        let Deed::Commit { top, base, between, children, .. } = &self.intent.intent.deed else {
+    fn still_alone(&self, world: &ScannedStore) -> Result<()> {
+        let Operation::Commit { top, base, between, children, .. } = &self.intent.intent.deed else {
             unreachable!("the intent of a commit")
         };
-        let find = |named: &Named| world.expect(named);
+        let find = |named: &FileRef| world.expect(named);
         let (top, base) = (find(top)?, find(base)?);
         let between = between.iter().map(find).collect::<Result<Vec<_>>>()?;
         let children = children.iter().map(find).collect::<Result<Vec<_>>>()?;
@@ -305,7 +305,7 @@ impl CommitJob {
     }
 
     /// It ends before the switch: undone where that is possible, else left to be taken up again.
-    fn call_back(self, store: &Arc<Store>, progress: &Progress, error: Error) -> Error {
+    fn call_back(self, store: &Arc<Store>, progress: &JobProgress, error: Error) -> Error {
         let Self { base, writer, intent, is_undoable, active, kept, .. } = self;
         if let Some((job, _)) = &active {
             job.set_mirror(None);
@@ -337,13 +337,13 @@ impl CommitJob {
     }
 
     /// Makes base what everybody stands on. From its first step on there is no way back.
-    fn switch(self, engine: &Engine, world: &World, lock: Claim) -> Result<()> {
+    fn switch(self, engine: &Engine, world: &ScannedStore, lock: FileLock) -> Result<()> {
         let Self { base, writer, intent, active, views, segment, children, is_undoable, kept: _ } = self;
         let publish = || if is_undoable { writer.publish() } else { writer.close() };
         // Nobody of us needs base as it was any more.
         drop((views, segment));
         let store = engine.store();
-        let Deed::Commit { top, base: old_base, rename, .. } = intent.intent.deed.clone() else {
+        let Operation::Commit { top, base: old_base, rename, .. } = intent.intent.deed.clone() else {
             unreachable!("the intent of a commit")
         };
         let Some((job, mirror)) = active else {
@@ -395,12 +395,12 @@ impl CommitJob {
 }
 
 /// What is left of a commit that was cut off; every refusal is asked again. Nothing is changed.
-pub(in crate::ops) fn examine(world: &World, intent: &Intent) -> Result<Finish> {
+pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent) -> Result<CommitStage> {
     let state = finish::commit_state(world, intent)?;
     let mut refusals = Vec::new();
     match &state {
-        Finish::Copied => refuse::rest(world, &intent.deed, &mut refusals),
-        Finish::NotCopied(layers) => refuse::refusals(world, layers, &finish::terms(intent), &mut refusals),
+        CommitStage::Copied => refuse::rest(world, &intent.deed, &mut refusals),
+        CommitStage::NotCopied(layers) => refuse::refusals(world, layers, &finish::terms(intent), &mut refusals),
     }
     finish::first(refusals)?;
     Ok(state)
@@ -410,18 +410,18 @@ pub(in crate::ops) fn examine(world: &World, intent: &Intent) -> Result<Finish> 
 pub(in crate::ops) fn resume(
     engine: &Engine,
     intent: OwnedIntent,
-    lock: Claim,
-    tokens: &mut Tokens,
+    lock: FileLock,
+    tokens: &mut ChainLocks,
 ) -> Result<Option<CommitJob>> {
     let store = engine.store();
-    let world = World::look_for(store, &intent.name)?;
+    let world = ScannedStore::look_for(store, &intent.name)?;
     match examine(&world, &intent.intent)? {
-        Finish::Copied => finish::commit(engine, intent, lock, Vec::new()).map(|()| None),
-        Finish::NotCopied(layers) => {
+        CommitStage::Copied => finish::commit(engine, intent, lock, Vec::new()).map(|()| None),
+        CommitStage::NotCopied(layers) => {
             let path = intent.intent.chain.clone();
             tokens.extend(&world.chains_of(&[layers.top]))?;
             finish::repair_leaks(store, &world, layers.base)?;
-            let world = World::look_for(store, &intent.name)?;
+            let world = ScannedStore::look_for(store, &intent.name)?;
             let base = store.take_image(&world.catalog, layers.base)?;
             set_out(engine, &world, &path, &layers, base, intent).map(Some).map_err(|failed| failed.0)
         }

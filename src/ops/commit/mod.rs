@@ -14,21 +14,21 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::Writer;
-use crate::store::{Deed, Format, ImageIndex, OpenView, Store, ViewPart};
+use crate::store::{Format, ImageIndex, OpenView, Operation, Store, ViewPart};
 
-use super::copy::Segment;
+use super::copy::CommitSegment;
 use super::engine::Engine;
 use super::finish;
-use super::locked::Touched;
+use super::locked::TouchedImages;
 use super::plan::{Plan, PlanLayer};
 use super::request::CommitRequest;
-use super::world::{Chain, World, beside};
+use super::scanned_store::{ScannedChain, ScannedStore, beside};
 
 pub(super) use job::{CommitJob, begin, begin_with, examine, resume};
 
 /// What a commit concerns, by index in one catalog.
 #[derive(Clone, Debug)]
-pub(super) struct Layers {
+pub(super) struct CommitRange {
     /// The layers of the chain, leaf first.
     chain: Vec<ImageIndex>,
     top: ImageIndex,
@@ -47,12 +47,12 @@ pub(super) struct Layers {
     is_deletion: bool,
 }
 
-impl Layers {
+impl CommitRange {
     /// What is opened for it.
-    pub(super) fn touched(&self) -> Touched {
+    pub(super) fn touched(&self) -> TouchedImages {
         let active = self.is_active.then_some(self.top);
         let children = self.children.iter().copied().filter(|_| !self.takes_name);
-        Touched { written: children.chain(active).chain([self.base]).collect(), read: self.segment() }
+        TouchedImages { written: children.chain(active).chain([self.base]).collect(), read: self.segment() }
     }
 
     /// Top and all between: what is merged.
@@ -62,7 +62,7 @@ impl Layers {
 }
 
 /// Finds what the words of a commit mean.
-fn layers(world: &World, chain: &Chain, request: &CommitRequest) -> Result<Layers> {
+fn layers(world: &ScannedStore, chain: &ScannedChain, request: &CommitRequest) -> Result<CommitRange> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let views = &chain.views;
     let top = finish::layer_or_active(world, chain, request.top.as_deref(), "top")?;
@@ -79,7 +79,7 @@ fn layers(world: &World, chain: &Chain, request: &CommitRequest) -> Result<Layer
         return Err(usage(format!("{fact}; base has to be one of the layers below top")));
     }
     let is_active = top == 0 && views.active().is_some();
-    Ok(Layers {
+    Ok(CommitRange {
         top: views.layers[top],
         base: views.layers[base],
         between: views.layers[top + 1..base].to_vec(),
@@ -93,10 +93,10 @@ fn layers(world: &World, chain: &Chain, request: &CommitRequest) -> Result<Layer
 }
 
 /// What stands on the layer `depth` of a chain, counted from its leaf, is merged into it, and that takes its name.
-pub(super) fn fall_onto(world: &World, chain: &Chain, depth: usize) -> Layers {
+pub(super) fn fall_onto(world: &ScannedStore, chain: &ScannedChain, depth: usize) -> CommitRange {
     let views = &chain.views;
     let top = views.layers[depth - 1];
-    Layers {
+    CommitRange {
         top,
         base: views.layers[depth],
         between: Vec::new(),
@@ -110,14 +110,25 @@ pub(super) fn fall_onto(world: &World, chain: &Chain, depth: usize) -> Layers {
 }
 
 /// What the request would do, with every refusal.
-pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &CommitRequest) -> Result<(Plan, Layers)> {
+pub(super) fn plan(
+    engine: &Engine,
+    world: &ScannedStore,
+    path: &Path,
+    request: &CommitRequest,
+) -> Result<(Plan, CommitRange)> {
     let chain = world.chain(path)?;
     let layers = layers(world, &chain, request)?;
     Ok((plan_of(engine, world, &chain, &layers, request), layers))
 }
 
 /// The same for what has been found out already; of the request only its flags count.
-pub(super) fn plan_of(engine: &Engine, world: &World, chain: &Chain, layers: &Layers, request: &CommitRequest) -> Plan {
+pub(super) fn plan_of(
+    engine: &Engine,
+    world: &ScannedStore,
+    chain: &ScannedChain,
+    layers: &CommitRange,
+    request: &CommitRequest,
+) -> Plan {
     let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
     refuse::refusals(world, layers, request, &mut plan.refusals);
     let is_undoable = is_undoable(world, layers);
@@ -160,7 +171,7 @@ pub(super) fn plan_of(engine: &Engine, world: &World, chain: &Chain, layers: &La
 }
 
 /// Says what of all that is no longer shown does not go to the trash, where the store has one, and why.
-fn note_what_is_not_kept(world: &World, chain: &Chain, layers: &Layers, plan: &mut Plan) {
+fn note_what_is_not_kept(world: &ScannedStore, chain: &ScannedChain, layers: &CommitRange, plan: &mut Plan) {
     let base = world.image(layers.base);
     if plan.invalid.is_empty() || !world.store.has_trash() {
         return;
@@ -190,28 +201,28 @@ fn note_what_is_not_kept(world: &World, chain: &Chain, layers: &Layers, plan: &m
 /// not. Without the active layer's writer (`live`) what a guest has not flushed yet may be missing.
 fn segment(
     store: &Arc<Store>,
-    world: &World,
-    layers: &Layers,
+    world: &ScannedStore,
+    layers: &CommitRange,
     live: Option<Arc<Writer>>,
-) -> Result<(Segment, OpenView)> {
+) -> Result<(CommitSegment, OpenView)> {
     let through_top = &layers.chain[position(layers, layers.top)..];
     let view = store.open_view(&world.catalog, through_top, ViewPart::Active, layers.is_active)?;
     let first = usize::from(live.is_some());
     let frozen = store.part_of(&view.view, first, layers.segment().len());
-    Ok((Segment { live, frozen }, view))
+    Ok((CommitSegment { live, frozen }, view))
 }
 
-fn position(layers: &Layers, index: ImageIndex) -> usize {
+fn position(layers: &CommitRange, index: ImageIndex) -> usize {
     layers.chain.iter().position(|layer| *layer == index).expect("a layer of the chain")
 }
 
-fn is_undoable(world: &World, layers: &Layers) -> bool {
+fn is_undoable(world: &ScannedStore, layers: &CommitRange) -> bool {
     let base = world.image(layers.base);
     base.format == Some(Format::Qcow2) && base.data_file.is_none()
 }
 
 /// The name that base gets when it takes top's place: the headers above name a frozen layer as it is.
-fn final_name(world: &World, layers: &Layers) -> PathBuf {
+fn final_name(world: &ScannedStore, layers: &CommitRange) -> PathBuf {
     if !layers.is_active {
         return world.image(layers.top).place.path.clone();
     }
@@ -225,7 +236,7 @@ fn final_name(world: &World, layers: &Layers) -> PathBuf {
         .unwrap_or_else(|| with(format.name().as_bytes()))
 }
 
-fn after(plan: &Plan, layers: &Layers, request: &CommitRequest) -> Vec<PlanLayer> {
+fn after(plan: &Plan, layers: &CommitRange, request: &CommitRequest) -> Vec<PlanLayer> {
     let (from, to) = (position(layers, layers.top), position(layers, layers.base));
     let mut after: Vec<PlanLayer> = plan.before.clone();
     if after.len() <= to {
@@ -247,10 +258,10 @@ fn after(plan: &Plan, layers: &Layers, request: &CommitRequest) -> Vec<PlanLayer
     after
 }
 
-impl Layers {
+impl CommitRange {
     /// What an intent names, if all of it is there.
-    pub(super) fn of_intent(world: &World, deed: &Deed) -> Option<Self> {
-        let Deed::Commit { top, base, between, children, rename, .. } = deed else { return None };
+    pub(super) fn of_intent(world: &ScannedStore, deed: &Operation) -> Option<Self> {
+        let Operation::Commit { top, base, between, children, rename, .. } = deed else { return None };
         let top = world.find(top)?;
         let base = world.find(base)?;
         let between = between.iter().map(|named| world.find(named)).collect::<Option<Vec<_>>>()?;

@@ -5,16 +5,16 @@ use std::path::Path;
 use crate::error::{Error, ErrorKind};
 use crate::image::HeaderChange;
 use crate::io::directory_of;
-use crate::store::{Deed, Format, ImageIndex, shown};
+use crate::store::{Format, ImageIndex, Operation, shown};
 
 use super::super::engine::Engine;
 use super::super::finish;
 use super::super::request::CommitRequest;
-use super::super::world::World;
-use super::{Layers, final_name, position};
+use super::super::scanned_store::ScannedStore;
+use super::{CommitRange, final_name, position};
 
 /// Everything that keeps a commit from being done, but for views that are open.
-pub(super) fn refusals(world: &World, layers: &Layers, request: &CommitRequest, refusals: &mut Vec<Error>) {
+pub(super) fn refusals(world: &ScannedStore, layers: &CommitRange, request: &CommitRequest, refusals: &mut Vec<Error>) {
     refusals.extend(world.unguarded());
     let all: Vec<ImageIndex> =
         layers.segment().into_iter().chain([layers.base]).chain(layers.children.clone()).collect();
@@ -71,8 +71,8 @@ pub(super) fn refusals(world: &World, layers: &Layers, request: &CommitRequest, 
 
 /// What keeps the rest from being done of a commit whose copy is whole: what is to be written or removed has to be ours to
 /// change, still.
-pub(super) fn rest(world: &World, deed: &Deed, refusals: &mut Vec<Error>) {
-    let Deed::Commit { top, between, children, rename, .. } = deed else { return };
+pub(super) fn rest(world: &ScannedStore, deed: &Operation, refusals: &mut Vec<Error>) {
+    let Operation::Commit { top, between, children, rename, .. } = deed else { return };
     let is_left = |index: &ImageIndex| rename.is_none() && world.names(*index, top);
     let children = children.iter().filter_map(|named| world.find(named)).filter(is_left);
     let merged = std::iter::once(top).chain(between).filter_map(|named| world.find(named));
@@ -80,7 +80,7 @@ pub(super) fn rest(world: &World, deed: &Deed, refusals: &mut Vec<Error>) {
 }
 
 /// What keeps a base from taking top's place.
-fn fall_refusals(world: &World, layers: &Layers, refusals: &mut Vec<Error>) {
+fn fall_refusals(world: &ScannedStore, layers: &CommitRange, refusals: &mut Vec<Error>) {
     let (top, base) = (world.image(layers.top), world.image(layers.base));
     let name = final_name(world, layers);
     if name != top.place.path && name != base.place.path {
@@ -110,7 +110,7 @@ fn fall_refusals(world: &World, layers: &Layers, refusals: &mut Vec<Error>) {
     }
 }
 
-pub(super) fn sharers(world: &World, index: ImageIndex, known: &[ImageIndex], refusals: &mut Vec<Error>) {
+pub(super) fn sharers(world: &ScannedStore, index: ImageIndex, known: &[ImageIndex], refusals: &mut Vec<Error>) {
     let others = world.others_using(index, known);
     if !others.is_empty() {
         let name = world.image(index).shown();
@@ -121,7 +121,13 @@ pub(super) fn sharers(world: &World, index: ImageIndex, known: &[ImageIndex], re
 }
 
 /// Open views that would show other bytes.
-pub(super) fn exposed(engine: &Engine, world: &World, chain: &Path, layers: &Layers, refusals: &mut Vec<Error>) {
+pub(super) fn exposed(
+    engine: &Engine,
+    world: &ScannedStore,
+    chain: &Path,
+    layers: &CommitRange,
+    refusals: &mut Vec<Error>,
+) {
     let cover: Vec<_> = layers.segment().iter().map(|index| world.image(*index).stat.id).collect();
     let names = engine.store().exposed(world.image(layers.base).stat.id, &cover);
     if !names.is_empty() {

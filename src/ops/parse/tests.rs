@@ -44,7 +44,7 @@ fn each_word_has_its_place() {
         discard_bitmaps: true,
     };
     assert_eq!(request("pull base=b into=i delete discard-internal discard-bitmaps"), Request::Pull(all));
-    let delete = DeleteRequest { name: b"sn1@a=b".to_vec(), method: Method::Commit, ..DeleteRequest::default() };
+    let delete = DeleteRequest { name: b"sn1@a=b".to_vec(), method: DeleteMethod::Commit, ..DeleteRequest::default() };
     assert_eq!(request("delete sn1@a=b method=commit"), Request::Delete(delete));
     let revert = RevertRequest { to: b"sn1".to_vec(), save: Some(b"old".to_vec()), ..RevertRequest::default() };
     assert_eq!(request("revert save=old to=sn1"), Request::Revert(revert));

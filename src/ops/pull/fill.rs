@@ -46,12 +46,12 @@ pub(in crate::ops) struct Seen {
 /// What shows through while a layer is filled: what did, but only what will be zero as well is taken for zero. A
 /// guest's zeroes, and what a disk grows by, are then noted in its own tables wherever silence would not say it for
 /// long.
-pub(super) struct Both {
+pub(super) struct SwitchBacking {
     pub(super) now: Option<Arc<View>>,
     pub(super) then: Option<Arc<View>>,
 }
 
-impl Below for Both {
+impl Below for SwitchBacking {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         let Some(now) = &self.now else {
             buf.fill(0);
@@ -100,7 +100,7 @@ impl Filling {
             Self::Between { .. } => self.wanted(at, len).map(|(wanted, run)| (wanted == Wanted::Nothing, run))?,
             Self::Differing { old, new, .. } => {
                 let ((old, old_run), (new, new_run)) = (locate(old.as_ref(), at, len)?, locate(new.as_ref(), at, len)?);
-                (old == new && old != Located::Read, old_run.min(new_run))
+                (old == new && old != StackMapping::Read, old_run.min(new_run))
             }
         };
         Ok(is_nothing.then_some(run))
@@ -112,7 +112,7 @@ impl Filling {
             Self::Between { .. } => self.wanted(at, len).map(|(wanted, run)| (wanted == Wanted::Data, run)),
             Self::Differing { old, new, .. } => {
                 let ((old, old_run), (new, new_run)) = (locate(old.as_ref(), at, len)?, locate(new.as_ref(), at, len)?);
-                Ok((old != new && old != Located::Zero, old_run.min(new_run)))
+                Ok((old != new && old != StackMapping::Zero, old_run.min(new_run)))
             }
         }
     }
@@ -120,7 +120,7 @@ impl Filling {
 
 /// Where a stack has what it shows.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Located {
+enum StackMapping {
     Zero,
     /// In the image of that serial number, there.
     At(u64, u64),
@@ -128,21 +128,21 @@ enum Located {
     Read,
 }
 
-fn locate(view: Option<&Arc<View>>, at: u64, len: u64) -> Result<(Located, u64)> {
-    let Some(view) = view else { return Ok((Located::Zero, len)) };
+fn locate(view: Option<&Arc<View>>, at: u64, len: u64) -> Result<(StackMapping, u64)> {
+    let Some(view) = view else { return Ok((StackMapping::Zero, len)) };
     if at >= view.size() {
-        return Ok((Located::Zero, len));
+        return Ok((StackMapping::Zero, len));
     }
     let extent = view.resolve(at, len.min(view.size() - at))?;
-    let Some(layer) = view.layers().get(extent.layer) else { return Ok((Located::Zero, extent.len)) };
+    let Some(layer) = view.layers().get(extent.layer) else { return Ok((StackMapping::Zero, extent.len)) };
     match extent.source {
-        Source::Zero => Ok((Located::Zero, extent.len)),
+        Source::Zero => Ok((StackMapping::Zero, extent.len)),
         Source::Data(host) => {
             let (is_data, run) = layer.image().file_extent(host, HostOffset(host.0 + extent.len))?;
-            let found = if is_data { Located::At(layer.image().serial(), host.0) } else { Located::Zero };
+            let found = if is_data { StackMapping::At(layer.image().serial(), host.0) } else { StackMapping::Zero };
             Ok((found, run))
         }
-        Source::Compressed | Source::Bad => Ok((Located::Read, extent.len)),
+        Source::Compressed | Source::Bad => Ok((StackMapping::Read, extent.len)),
     }
 }
 
@@ -155,8 +155,10 @@ impl Fill for Filling {
                     (locate(old.as_ref(), at, len)?, locate(new.as_ref(), at, len)?);
                 let run = old_run.min(new_run);
                 match (old_place, new_place) {
-                    (Located::Zero, Located::Zero) => Ok((Wanted::Nothing, run)),
-                    (Located::At(image, place), Located::At(other, same)) if (image, place) == (other, same) => {
+                    (StackMapping::Zero, StackMapping::Zero) => Ok((Wanted::Nothing, run)),
+                    (StackMapping::At(image, place), StackMapping::At(other, same))
+                        if (image, place) == (other, same) =>
+                    {
                         Ok((Wanted::Nothing, run))
                     }
                     _ => compare(old.as_ref(), new.as_ref(), at, run, &mut seen.lock()),

@@ -10,47 +10,47 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::HeaderChange;
 use crate::image::write::{Below, Located, Writer};
-use crate::io::Claim;
+use crate::io::FileLock;
 use crate::store::{
-    ActiveJob, Catalog, Deed, ImageIndex, Intent, JobImage, Keeping, Named, OpenView, OwnedIntent, Store, ViewPart,
-    shown,
+    ActiveJob, CachePolicy, Catalog, FileRef, ImageIndex, Intent, JobImage, OpenView, Operation, OwnedIntent, Store,
+    ViewPart, shown,
 };
 
-use super::super::board::{Progress, Tokens};
 use super::super::copy::PIECE;
 use super::super::engine::Engine;
 use super::super::finish;
+use super::super::job_table::{ChainLocks, JobProgress};
 use super::super::request::{CommitRequest, PullRequest};
-use super::super::world::World;
-use super::fill::Both;
-use super::{Filling, Layers, plan, refuse};
+use super::super::scanned_store::ScannedStore;
+use super::fill::SwitchBacking;
+use super::{Filling, PullRange, plan, refuse};
 
 /// A pull that was accepted.
 pub(in crate::ops) struct PullJob {
-    parts: Vec<Part>,
+    parts: Vec<FilledLayer>,
     fill: Filling,
     intent: OwnedIntent,
     _views: Vec<OpenView>,
 }
 
 /// A layer that is filled.
-struct Part {
-    target: Target,
+struct FilledLayer {
+    target: PullTarget,
     writer: Arc<Writer>,
-    named: Named,
+    named: FileRef,
     /// Bytes of the longest disk of its internal snapshots: one may be longer than the image's own is now.
     longest_inner: u64,
 }
 
 /// Who is filled.
-enum Target {
+enum PullTarget {
     Active(ActiveJob),
     Image(JobImage),
 }
 
 /// Everything that a pull needs, opened.
-struct Ready {
-    parts: Vec<Part>,
+struct OpenedPull {
+    parts: Vec<FilledLayer>,
     fill: Filling,
     views: Vec<OpenView>,
 }
@@ -61,9 +61,9 @@ pub(in crate::ops) fn begin(
     path: &Path,
     request: &PullRequest,
     command: &str,
-    tokens: &mut Tokens,
+    tokens: &mut ChainLocks,
 ) -> Result<Option<PullJob>> {
-    let (lock, world) = World::begin(engine.store())?;
+    let (lock, world) = ScannedStore::begin(engine.store())?;
     let (plan, layers) = plan(engine, &world, path, request)?;
     world.accept(&plan)?;
     if layers.into.is_empty() {
@@ -76,16 +76,16 @@ pub(in crate::ops) fn begin(
 /// The same for what has been found out, and found good, under the store's lock.
 pub(in crate::ops) fn begin_with(
     engine: &Engine,
-    world: &World,
-    _lock: Claim,
+    world: &ScannedStore,
+    _lock: FileLock,
     path: &Path,
-    layers: &Layers,
+    layers: &PullRange,
     command: &str,
-    tokens: &mut Tokens,
+    tokens: &mut ChainLocks,
 ) -> Result<PullJob> {
     let store = engine.store();
     tokens.extend(&world.chains_of(&layers.touched()))?;
-    let deed = Deed::Pull {
+    let deed = Operation::Pull {
         into: world.witnesses(&layers.into, false)?,
         base: layers.base.map(|base| world.witness(base, false)).transpose()?,
         remove: world.witnesses(&layers.remove, true)?,
@@ -105,14 +105,14 @@ pub(in crate::ops) fn begin_with(
     }
 }
 
-impl Ready {
+impl OpenedPull {
     fn with(self, intent: OwnedIntent) -> PullJob {
         let Self { parts, fill, views } = self;
         PullJob { parts, fill, intent, _views: views }
     }
 }
 
-fn open(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Ready> {
+fn open(store: &Arc<Store>, world: &ScannedStore, layers: &PullRange) -> Result<OpenedPull> {
     let view = |layers: &[ImageIndex]| {
         (!layers.is_empty()).then(|| store.open_view(&world.catalog, layers, ViewPart::Active, false)).transpose()
     };
@@ -135,16 +135,16 @@ fn open(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Ready> {
         let (target, writer) = if world.is_active_disk(*into) {
             let job = store.take_active(&world.catalog, &world.catalog.layers(*into))?;
             let writer = job.writer()?;
-            let both = Both { now: job.below(), then: fill.then() };
+            let both = SwitchBacking { now: job.below(), then: fill.then() };
             writer.set_below(Some(Arc::new(both)));
-            (Target::Active(job), writer)
+            (PullTarget::Active(job), writer)
         } else {
             let mut image = store.take_image(&world.catalog, *into)?;
             let lower = below.as_ref().map(|below| Arc::clone(&below.view));
-            let writer = image.open_writer(lower, Keeping::Nothing)?;
-            (Target::Image(image), writer)
+            let writer = image.open_writer(lower, CachePolicy::Nothing)?;
+            (PullTarget::Image(image), writer)
         };
-        let mut part = Part { target, writer, named: world.named(*into), longest_inner: 0 };
+        let mut part = FilledLayer { target, writer, named: world.named(*into), longest_inner: 0 };
         match part.writer.snapshots() {
             Ok(all) => part.longest_inner = all.iter().filter_map(|one| one.virtual_size).max().unwrap_or(0),
             Err(error) => {
@@ -155,12 +155,12 @@ fn open(store: &Arc<Store>, world: &World, layers: &Layers) -> Result<Ready> {
         parts.push(part);
     }
     views.extend(below);
-    Ok(Ready { parts, fill, views })
+    Ok(OpenedPull { parts, fill, views })
 }
 
 impl PullJob {
     /// Does it.
-    pub(in crate::ops) fn run(self, engine: &Engine, progress: &Progress) -> Result<()> {
+    pub(in crate::ops) fn run(self, engine: &Engine, progress: &JobProgress) -> Result<()> {
         let store = Arc::clone(engine.store());
         let filled = self.fill(&store, progress);
         match filled.and_then(|()| self.ready_to_switch(&store, progress)) {
@@ -182,7 +182,7 @@ impl PullJob {
         }
     }
 
-    fn fill(&self, store: &Store, progress: &Progress) -> Result<()> {
+    fn fill(&self, store: &Store, progress: &JobProgress) -> Result<()> {
         let needed = self.parts.iter().map(|part| part.needed(&self.fill)).collect::<Result<Vec<u64>>>()?;
         progress.set_total(needed.iter().sum());
         if !finish::shares_blocks(store) {
@@ -210,10 +210,10 @@ impl PullJob {
     }
 
     /// The last look, and the mark on what will be left alone. Nothing has changed for anybody by then.
-    fn ready_to_switch(&self, store: &Arc<Store>, progress: &Progress) -> Result<(Claim, World)> {
+    fn ready_to_switch(&self, store: &Arc<Store>, progress: &JobProgress) -> Result<(FileLock, ScannedStore)> {
         let lock = finish::lock_for_job(store, progress)?;
-        let world = World::look(store)?;
-        let Deed::Pull { into, base, remove, between } = &self.intent.intent.deed else {
+        let world = ScannedStore::look(store)?;
+        let Operation::Pull { into, base, remove, between } = &self.intent.intent.deed else {
             unreachable!("the intent of a pull")
         };
         for named in into {
@@ -225,10 +225,10 @@ impl PullJob {
         Ok((lock, world))
     }
 
-    fn switch(self, engine: &Engine, lock: Claim, world: &World) -> Result<()> {
+    fn switch(self, engine: &Engine, lock: FileLock, world: &ScannedStore) -> Result<()> {
         let store = engine.store();
         let Self { parts, intent, _views: views, .. } = self;
-        let Deed::Pull { base, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
+        let Operation::Pull { base, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
         let base = base.as_ref().map(|base| world.expect(base)).transpose()?;
         let before = Arc::clone(&world.catalog);
         let mut active = Vec::new();
@@ -240,14 +240,14 @@ impl PullJob {
             // Gives back what was reserved and not needed.
             active.extend(part.close()?);
         }
-        let world = World::look(store)?;
+        let world = ScannedStore::look(store)?;
         finish::stand_on_new(&world, &active)?;
         drop((active, views));
         clean_up(engine, intent, lock, &before)
     }
 }
 
-impl Part {
+impl FilledLayer {
     /// Bytes of the longest of its disks.
     fn end(&self) -> u64 {
         self.writer.size().max(self.longest_inner)
@@ -255,7 +255,7 @@ impl Part {
 
     /// It stays on what it stands on.
     fn give_up(self) -> Result<()> {
-        if let Target::Active(job) = &self.target {
+        if let PullTarget::Active(job) = &self.target {
             self.writer.set_below(job.below().map(|view| view as Arc<dyn Below>));
         }
         self.close().map(drop)
@@ -280,25 +280,31 @@ impl Part {
     /// another layer, or none, they would show other bytes.
     fn describe_anew(&self) -> Result<()> {
         match &self.target {
-            Target::Active(job) => job.describe_anew(),
-            Target::Image(image) => image.describe_anew(),
+            PullTarget::Active(job) => job.describe_anew(),
+            PullTarget::Image(image) => image.describe_anew(),
         }
     }
 
     /// Makes it a layer like any other again; an active disk is returned, which goes on.
-    fn close(self) -> Result<Option<(ActiveJob, Named)>> {
+    fn close(self) -> Result<Option<(ActiveJob, FileRef)>> {
         let Self { target, writer, named, .. } = self;
         let closed = writer.close();
         drop(writer);
         match target {
-            Target::Active(job) => closed.map(|()| Some((job, named))),
-            Target::Image(image) => closed.and_then(|()| image.finish()).map(|()| None),
+            PullTarget::Active(job) => closed.map(|()| Some((job, named))),
+            PullTarget::Image(image) => closed.and_then(|()| image.finish()).map(|()| None),
         }
     }
 }
 
 /// Marks what will have nobody standing on it, while somebody still does.
-fn freeze_left(store: &Arc<Store>, world: &World, into: &[Named], remove: &[Named], between: &[Named]) -> Result<()> {
+fn freeze_left(
+    store: &Arc<Store>,
+    world: &ScannedStore,
+    into: &[FileRef],
+    remove: &[FileRef],
+    between: &[FileRef],
+) -> Result<()> {
     let going: Vec<ImageIndex> = into.iter().chain(remove).filter_map(|named| world.find(named)).collect();
     // Only the uppermost of those that stay becomes a leaf.
     let stays =
@@ -311,9 +317,9 @@ fn freeze_left(store: &Arc<Store>, world: &World, into: &[Named], remove: &[Name
 }
 
 /// What follows the switch.
-fn clean_up(engine: &Engine, intent: OwnedIntent, lock: Claim, before: &Catalog) -> Result<()> {
+fn clean_up(engine: &Engine, intent: OwnedIntent, lock: FileLock, before: &Catalog) -> Result<()> {
     let store = engine.store();
-    let Deed::Pull { remove, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
+    let Operation::Pull { remove, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
     finish::tell(store, before, &intent.intent, None);
     let removed = finish::remove(store, remove, true, &intent.intent.command);
     // What is used by others by now stays, and nothing is left to be done.
@@ -324,13 +330,13 @@ fn clean_up(engine: &Engine, intent: OwnedIntent, lock: Claim, before: &Catalog)
 }
 
 /// What is left of a pull that was cut off; every refusal is asked again. Nothing is changed.
-pub(in crate::ops) fn examine(world: &World, intent: &Intent) -> Result<Option<Layers>> {
+pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent) -> Result<Option<PullRange>> {
     let found = find(world, &intent.deed)?;
     let mut refusals = Vec::new();
     if let Some(layers) = &found {
         refuse(world, layers, &terms(intent), &mut refusals);
     } else {
-        let Deed::Pull { remove, .. } = &intent.deed else { unreachable!("the intent of a pull") };
+        let Operation::Pull { remove, .. } = &intent.deed else { unreachable!("the intent of a pull") };
         let left = remove.iter().filter_map(|named| world.find(named));
         refusals.extend(left.filter_map(|index| world.untouchable(index)));
     }
@@ -348,18 +354,18 @@ fn terms(intent: &Intent) -> PullRequest {
 pub(in crate::ops) fn resume(
     engine: &Engine,
     intent: OwnedIntent,
-    lock: Claim,
-    tokens: &mut Tokens,
+    lock: FileLock,
+    tokens: &mut ChainLocks,
 ) -> Result<Option<PullJob>> {
     let store = engine.store();
-    let world = World::look_for(store, &intent.name)?;
+    let world = ScannedStore::look_for(store, &intent.name)?;
     if let Err(error) = find(&world, &intent.intent.deed) {
         // No view has changed, and none will: what others have done to the chain stands.
         finish::end(store, intent, lock)?;
         return Err(error);
     }
     let Some(layers) = examine(&world, &intent.intent)? else {
-        let Deed::Pull { into, remove, between, .. } = &intent.intent.deed else {
+        let Operation::Pull { into, remove, between, .. } = &intent.intent.deed else {
             unreachable!("the intent of a pull")
         };
         freeze_left(store, &world, into, remove, between)?;
@@ -371,9 +377,9 @@ pub(in crate::ops) fn resume(
 }
 
 /// What is left to be filled, and what that needs; `None` if nothing is.
-fn find(world: &World, deed: &Deed) -> Result<Option<Layers>> {
-    let Deed::Pull { into, base, remove, between } = deed else { unreachable!("the intent of a pull") };
-    let all = |named: &[Named]| named.iter().map(|named| world.expect(named)).collect::<Result<Vec<_>>>();
+fn find(world: &ScannedStore, deed: &Operation) -> Result<Option<PullRange>> {
+    let Operation::Pull { into, base, remove, between } = deed else { unreachable!("the intent of a pull") };
+    let all = |named: &[FileRef]| named.iter().map(|named| world.expect(named)).collect::<Result<Vec<_>>>();
     let base = base.as_ref().map(|base| world.expect(base)).transpose()?;
     let left: Vec<ImageIndex> = all(into)?.into_iter().filter(|index| world.stands_on(*index) != base).collect();
     let Some(first) = left.first() else { return Ok(None) };
@@ -383,5 +389,5 @@ fn find(world: &World, deed: &Deed) -> Result<Option<Layers>> {
         let sentence = format!("{} {fact}", shown(&world.image(*other).place.path));
         return Err(Error::new(ErrorKind::Stale, sentence));
     }
-    Ok(Some(Layers { into: left, below, base, between: all(between)?, remove: all(remove)? }))
+    Ok(Some(PullRange { into: left, below, base, between: all(between)?, remove: all(remove)? }))
 }

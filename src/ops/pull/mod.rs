@@ -11,22 +11,22 @@ use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::HeaderChange;
-use crate::store::{Below, ImageIndex, ViewPart};
+use crate::store::{BackingLink, ImageIndex, ViewPart};
 
-use super::copy::Segment;
+use super::copy::CommitSegment;
 use super::engine::Engine;
 use super::finish;
-use super::locked::Touched;
+use super::locked::TouchedImages;
 use super::plan::Plan;
 use super::request::PullRequest;
-use super::world::{Chain, World};
+use super::scanned_store::{ScannedChain, ScannedStore};
 
 pub(super) use fill::Filling;
 pub(super) use job::{PullJob, begin, begin_with, examine, resume};
 
 /// What a pull concerns, by index in one catalog. Nothing is filled if all is as it should be already.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Layers {
+pub(super) struct PullRange {
     /// What is filled; all of them stand on the same.
     pub(super) into: Vec<ImageIndex>,
     /// What that is, and all below it, top first.
@@ -39,10 +39,10 @@ pub(super) struct Layers {
     pub(super) remove: Vec<ImageIndex>,
 }
 
-impl Layers {
+impl PullRange {
     /// What is opened for it.
-    pub(super) fn opened(&self) -> Touched {
-        Touched { written: self.into.clone(), read: self.below.clone() }
+    pub(super) fn opened(&self) -> TouchedImages {
+        TouchedImages { written: self.into.clone(), read: self.below.clone() }
     }
 
     /// What is changed, or goes.
@@ -51,7 +51,7 @@ impl Layers {
     }
 }
 
-fn layers(world: &World, chain: &Chain, request: &PullRequest) -> Result<Layers> {
+fn layers(world: &ScannedStore, chain: &ScannedChain, request: &PullRequest) -> Result<PullRange> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let views = &chain.views;
     let into = finish::layer_or_active(world, chain, request.into.as_deref(), "into")?;
@@ -69,11 +69,11 @@ fn layers(world: &World, chain: &Chain, request: &PullRequest) -> Result<Layers>
     }
     let base_index = base.map(|base| views.layers[base]);
     if stands_already(world, views.layers[into], base_index)? {
-        return Ok(Layers::default());
+        return Ok(PullRange::default());
     }
     let between = views.layers[into + 1..base.unwrap_or(views.layers.len())].to_vec();
     let remove = if request.delete { removable(world, views.layers[into], &between) } else { Vec::new() };
-    Ok(Layers {
+    Ok(PullRange {
         into: vec![views.layers[into]],
         below: views.layers[into + 1..].to_vec(),
         base: base_index,
@@ -84,27 +84,27 @@ fn layers(world: &World, chain: &Chain, request: &PullRequest) -> Result<Layers>
 
 /// Whether a layer stands on that already, so that a command which would put it there is done: it can be given again.
 /// `Broken` if what it stands on cannot be told.
-pub(super) fn stands_already(world: &World, layer: ImageIndex, base: Option<ImageIndex>) -> Result<bool> {
+pub(super) fn stands_already(world: &ScannedStore, layer: ImageIndex, base: Option<ImageIndex>) -> Result<bool> {
     match &world.image(layer).below {
-        Below::Nothing => Ok(base.is_none()),
-        Below::Image(below) => Ok(base == Some(*below)),
-        Below::Broken { image, .. } if *image == base => {
+        BackingLink::Nothing => Ok(base.is_none()),
+        BackingLink::Image(below) => Ok(base == Some(*below)),
+        BackingLink::Broken { image, .. } if *image == base => {
             let problem = world.catalog.view_problem(&[layer]).unwrap_or_default();
             Err(Error::new(ErrorKind::Broken, problem))
         }
-        Below::Broken { .. } => Ok(false),
+        BackingLink::Broken { .. } => Ok(false),
     }
 }
 
 /// The plan of what is so already.
-pub(super) fn nothing_to_do(world: &World, chain: &Chain) -> Plan {
+pub(super) fn nothing_to_do(world: &ScannedStore, chain: &ScannedChain) -> Plan {
     let tree = finish::tree(world, chain);
     let note = "nothing is left to do: the layer stands on that already".to_owned();
     Plan { before: tree.clone(), after: tree, notes: vec![note], ..Plan::default() }
 }
 
 /// Of what lies between: what this store froze, nobody else stands on, and something else lies below.
-fn removable(world: &World, into: ImageIndex, between: &[ImageIndex]) -> Vec<ImageIndex> {
+fn removable(world: &ScannedStore, into: ImageIndex, between: &[ImageIndex]) -> Vec<ImageIndex> {
     let mut gone = vec![into];
     let is_lowest = |index: ImageIndex| world.stands_on(index).is_none();
     for index in between {
@@ -119,7 +119,12 @@ fn removable(world: &World, into: ImageIndex, between: &[ImageIndex]) -> Vec<Ima
 }
 
 /// What the request would do, with every refusal.
-pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &PullRequest) -> Result<(Plan, Layers)> {
+pub(super) fn plan(
+    engine: &Engine,
+    world: &ScannedStore,
+    path: &Path,
+    request: &PullRequest,
+) -> Result<(Plan, PullRange)> {
     let chain = world.chain(path)?;
     let layers = layers(world, &chain, request)?;
     if layers.into.is_empty() {
@@ -137,14 +142,20 @@ pub(super) fn plan(engine: &Engine, world: &World, path: &Path, request: &PullRe
 }
 
 /// The same for what has been found out already, but for the chain afterwards; of the request only its flags count.
-pub(super) fn plan_of(engine: &Engine, world: &World, chain: &Chain, layers: &Layers, request: &PullRequest) -> Plan {
+pub(super) fn plan_of(
+    engine: &Engine,
+    world: &ScannedStore,
+    chain: &ScannedChain,
+    layers: &PullRange,
+    request: &PullRequest,
+) -> Plan {
     let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
     refuse(world, layers, request, &mut plan.refusals);
     if let Some(first) = layers.into.first().filter(|_| !layers.below.is_empty()) {
         let store = engine.store();
         let counted = store.open_view(&world.catalog, &layers.below, ViewPart::Active, false).and_then(|open| {
             let frozen = store.part_of(&open.view, 0, layers.between.len());
-            Segment { live: None, frozen }.data_len()
+            CommitSegment { live: None, frozen }.data_len()
         });
         finish::count(world, *first, counted.map(|bytes| bytes * layers.into.len() as u64), &mut plan);
         let fact = "bytes that the layer holds itself are not copied; how many these are shows as it goes on";
@@ -164,7 +175,7 @@ pub(super) fn plan_of(engine: &Engine, world: &World, chain: &Chain, layers: &La
 }
 
 /// Everything that keeps a pull from being done.
-fn refuse(world: &World, layers: &Layers, request: &PullRequest, refusals: &mut Vec<Error>) {
+fn refuse(world: &ScannedStore, layers: &PullRange, request: &PullRequest, refusals: &mut Vec<Error>) {
     let is_leaf = |index: &ImageIndex| world.image(*index).users.is_empty();
     if !layers.into.iter().all(is_leaf) || !layers.remove.is_empty() {
         refusals.extend(world.unguarded());

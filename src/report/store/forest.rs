@@ -11,12 +11,14 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use crate::format::Snapshot;
-use crate::io::{FileId, Holder, WRITER_BYTE, all_lock_holders, probe_writer};
+use crate::io::{FileId, LockHolder, WRITER_BYTE, all_lock_holders, probe_writer};
 use crate::report::safe;
-use crate::report::tree::{Forest, Kind, Mark, Tree, TreeNode};
-use crate::store::{ACTIVE, Below, Catalog, Content, Deed, Format, FoundIntent, ImageEntry, ImageIndex, Store, shown};
+use crate::report::tree::{BackingTree, Forest, NodeMark, TreeNode, TreeNodeKind};
+use crate::store::{
+    ACTIVE, BackingLink, Catalog, DetectedContent, Format, FoundIntent, ImageEntry, ImageIndex, Operation, Store, shown,
+};
 
-use super::{Room, chain_name, path_text};
+use super::{ListingBudget, chain_name, path_text};
 
 /// How much of a chain's command is done, in percent, where that is known.
 pub type Shares<'a> = dyn Fn(&Path) -> Option<u64> + 'a;
@@ -28,17 +30,17 @@ pub fn forest(store: &Store, catalog: &Catalog) -> Forest {
 
 /// The same by somebody who knows how far commands are.
 pub fn forest_at_work(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> Forest {
-    let mut bases: Vec<Base> = Vec::new();
-    let mut missing: HashMap<Missing<'_>, usize> = HashMap::new();
+    let mut bases: Vec<TreeRoot> = Vec::new();
+    let mut missing: HashMap<MissingBacking<'_>, usize> = HashMap::new();
     for index in 0..catalog.images.len() {
         if catalog.images[index].chain_count == 0 || catalog.images[index].below.image().is_some() {
             continue;
         }
-        match Missing::of(catalog, index) {
-            None => bases.push(Base { missing: None, images: vec![index] }),
+        match MissingBacking::of(catalog, index) {
+            None => bases.push(TreeRoot { missing: None, images: vec![index] }),
             Some(wanted) => {
                 let place = *missing.entry(wanted).or_insert_with(|| {
-                    bases.push(Base { missing: Some(wanted), images: Vec::new() });
+                    bases.push(TreeRoot { missing: Some(wanted), images: Vec::new() });
                     bases.len() - 1
                 });
                 bases[place].images.push(index);
@@ -56,27 +58,27 @@ pub fn chain_forest(store: &Store, catalog: &Catalog, leaf: ImageIndex) -> Fores
 /// The same by somebody who knows how far commands are.
 pub fn chain_forest_at_work(store: &Store, catalog: &Catalog, leaf: ImageIndex, shares: &Shares<'_>) -> Forest {
     let base = *catalog.layers(leaf).last().expect("a chain has its leaf");
-    let missing = Missing::of(catalog, base);
+    let missing = MissingBacking::of(catalog, base);
     let images = match missing {
         None => vec![base],
         Some(wanted) => {
-            (0..catalog.images.len()).filter(|index| Missing::of(catalog, *index) == Some(wanted)).collect()
+            (0..catalog.images.len()).filter(|index| MissingBacking::of(catalog, *index) == Some(wanted)).collect()
         }
     };
-    draw(store, catalog, shares, &[Base { missing, images }])
+    draw(store, catalog, shares, &[TreeRoot { missing, images }])
 }
 
 /// What one tree grows from.
-struct Base<'a> {
+struct TreeRoot<'a> {
     /// The file that ought to be the base.
-    missing: Option<Missing<'a>>,
+    missing: Option<MissingBacking<'a>>,
     /// The base, or all that want the missing file.
     images: Vec<ImageIndex>,
 }
 
 /// A backing file that no image of the store is. Equal for all that mean the same by the same words.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct Missing<'a> {
+struct MissingBacking<'a> {
     root: usize,
     /// Where a relative name starts from.
     directory: Option<&'a Path>,
@@ -84,10 +86,10 @@ struct Missing<'a> {
     word: &'static str,
 }
 
-impl<'a> Missing<'a> {
+impl<'a> MissingBacking<'a> {
     fn of(catalog: &'a Catalog, index: ImageIndex) -> Option<Self> {
         let image = &catalog.images[index];
-        let Below::Broken { image: None, .. } = image.below else { return None };
+        let BackingLink::Broken { image: None, .. } = image.below else { return None };
         let name = &image.qcow2()?.header.backing.as_ref()?.name;
         let word = link_word(image)?;
         let directory = if name.starts_with(b"/") { None } else { image.place.path.parent() };
@@ -100,7 +102,7 @@ const LOOP: &str = "loop";
 
 /// In a word, what is wrong with the link to an image's backing file.
 fn link_word(image: &ImageEntry) -> Option<&'static str> {
-    let Below::Broken { image: lower, sentence } = &image.below else { return None };
+    let BackingLink::Broken { image: lower, sentence } = &image.below else { return None };
     let name = image.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref()).map_or(&b""[..], |backing| &backing.name);
     let named = format!("cannot be read: its backing file \"{}\" ", shown(Path::new(OsStr::from_bytes(name))));
     Some(match sentence.strip_prefix(&named) {
@@ -117,25 +119,25 @@ fn link_word(image: &ImageEntry) -> Option<&'static str> {
 fn own_word(image: &ImageEntry) -> Option<&'static str> {
     image.problem.as_ref()?;
     Some(match &image.content {
-        Content::Qcow2(qcow2) if qcow2.header.encryption.is_some() => "encrypted",
-        Content::Qcow2(qcow2) if qcow2.header.unsupported.is_some() => "unsupported",
-        Content::Qcow2(_) if image.format.is_none() => "format unclear",
-        Content::Qcow2(_) => "data file",
-        Content::Malformed(_) => "malformed",
-        Content::Foreign(_) => "not read",
-        Content::Plain | Content::Unseen => "unreadable",
+        DetectedContent::Qcow2(qcow2) if qcow2.header.encryption.is_some() => "encrypted",
+        DetectedContent::Qcow2(qcow2) if qcow2.header.unsupported.is_some() => "unsupported",
+        DetectedContent::Qcow2(_) if image.format.is_none() => "format unclear",
+        DetectedContent::Qcow2(_) => "data file",
+        DetectedContent::Malformed(_) => "malformed",
+        DetectedContent::Foreign(_) => "not read",
+        DetectedContent::Plain | DetectedContent::Unseen => "unreadable",
     })
 }
 
 /// An image of a tree, and how far it is from the base.
-struct Placed {
+struct PlacedImage {
     image: ImageIndex,
     /// The image below it in the same list.
     parent: Option<usize>,
     depth: usize,
 }
 
-fn draw(store: &Store, catalog: &Catalog, shares: &Shares<'_>, bases: &[Base<'_>]) -> Forest {
+fn draw(store: &Store, catalog: &Catalog, shares: &Shares<'_>, bases: &[TreeRoot<'_>]) -> Forest {
     let begun = begun(store, catalog, shares);
     let mut trees = Vec::with_capacity(bases.len());
     let mut writers = Writers::default();
@@ -149,13 +151,15 @@ fn draw(store: &Store, catalog: &Catalog, shares: &Shares<'_>, bases: &[Base<'_>
 }
 
 /// All that stands on `bases`, whoever is below first.
-fn place(catalog: &Catalog, bases: &[ImageIndex]) -> Vec<Placed> {
-    let mut placed: Vec<Placed> = bases.iter().map(|image| Placed { image: *image, parent: None, depth: 0 }).collect();
+fn place(catalog: &Catalog, bases: &[ImageIndex]) -> Vec<PlacedImage> {
+    let mut placed: Vec<PlacedImage> =
+        bases.iter().map(|image| PlacedImage { image: *image, parent: None, depth: 0 }).collect();
     let mut next = 0;
-    while let Some(Placed { image, depth, .. }) = placed.get(next) {
+    while let Some(PlacedImage { image, depth, .. }) = placed.get(next) {
         let depth = depth + 1;
         let users = catalog.images[*image].users.iter().filter(|user| catalog.images[**user].chain_count > 0);
-        let above: Vec<Placed> = users.map(|image| Placed { image: *image, parent: Some(next), depth }).collect();
+        let above: Vec<PlacedImage> =
+            users.map(|image| PlacedImage { image: *image, parent: Some(next), depth }).collect();
         placed.extend(above);
         next += 1;
     }
@@ -177,7 +181,7 @@ pub fn locked_text(store: &Store, catalog: &Catalog) -> String {
     let inodes: Vec<u64> = written.iter().map(|image| image.stat.id.inode).collect();
     let holders = all_lock_holders(&inodes, WRITER_BYTE);
     let line = |image: &&ImageEntry| {
-        let names: Vec<String> = holders.get(&image.stat.id.inode)?.iter().map(Holder::to_string).collect();
+        let names: Vec<String> = holders.get(&image.stat.id.inode)?.iter().map(LockHolder::to_string).collect();
         let fact = "is being written by";
         let rest = "its active disk cannot be opened until that ends, and all snapshots below it can be read";
         let sentence = format!("{}: {fact} {}: {rest}", path_text(&image.place.path), names.join(", "));
@@ -191,10 +195,10 @@ pub fn locked_text(store: &Store, catalog: &Catalog) -> String {
 fn begun(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> HashMap<FileId, String> {
     let flag = |found: &FoundIntent| {
         let changed = match &found.intent.deed {
-            Deed::Snapshot { .. } | Deed::Copy { .. } | Deed::Unknown => None,
-            Deed::Commit { base, .. } => Some(base),
-            Deed::Pull { into, .. } => into.first(),
-            Deed::Shrink { image, .. } => Some(image),
+            Operation::Snapshot { .. } | Operation::Copy { .. } | Operation::Unknown => None,
+            Operation::Commit { base, .. } => Some(base),
+            Operation::Pull { into, .. } => into.first(),
+            Operation::Shrink { image, .. } => Some(image),
         };
         let file = changed?.file.id;
         let verb = found.intent.command.split(' ').next().unwrap_or_default();
@@ -210,23 +214,23 @@ struct Drawing<'a> {
     store: &'a Store,
     catalog: &'a Catalog,
     begun: &'a HashMap<FileId, String>,
-    placed: &'a [Placed],
+    placed: &'a [PlacedImage],
 }
 
 impl Drawing<'_> {
-    fn tree(&self, base: &Base<'_>, writers: &mut Writers) -> Tree {
+    fn tree(&self, base: &TreeRoot<'_>, writers: &mut Writers) -> BackingTree {
         let titular = self.titular();
         let names = self.names(titular);
         let title = chain_name(self.catalog, titular);
-        let mut tree = Tree { title, ..Tree::default() };
+        let mut tree = BackingTree { title, ..BackingTree::default() };
         if let Some(missing) = &base.missing {
-            let node = TreeNode::new(Mark::Broken, Kind::Missing, safe::text(missing.name));
+            let node = TreeNode::new(NodeMark::Broken, TreeNodeKind::Missing, safe::text(missing.name));
             tree.nodes.push(TreeNode { flags: vec![missing.word.to_owned()], ..node });
         }
         // Internal snapshots stand between the images, so that places in the two lists differ.
         let mut nodes: Vec<usize> = Vec::with_capacity(self.placed.len());
-        let mut room = Room::default();
-        for (Placed { image: index, parent, .. }, name) in self.placed.iter().zip(names) {
+        let mut room = ListingBudget::default();
+        for (PlacedImage { image: index, parent, .. }, name) in self.placed.iter().zip(names) {
             let image = &self.catalog.images[*index];
             let node = self.node(*index, name);
             if self.is_active(*index) {
@@ -250,7 +254,7 @@ impl Drawing<'_> {
             }
             if listed < snapshots.len() {
                 let name = format!("{} more", snapshots.len() - listed);
-                tree.add(place, TreeNode::new(Mark::Internal, Kind::Internal, name));
+                tree.add(place, TreeNode::new(NodeMark::Internal, TreeNodeKind::Internal, name));
             }
         }
         writers.tree_count += 1;
@@ -271,7 +275,7 @@ impl Drawing<'_> {
     /// drawing's main column ends there for the same reasons.
     fn titular(&self) -> ImageIndex {
         let leaves = self.placed.iter().filter(|placed| self.is_leaf(placed.image));
-        let rank = |placed: &Placed| (placed.depth, self.catalog.is_active(placed.image));
+        let rank = |placed: &PlacedImage| (placed.depth, self.catalog.is_active(placed.image));
         let best = leaves.clone().map(rank).max();
         let best = leaves.filter(|placed| Some(rank(placed)) == best).map(|placed| placed.image);
         best.min_by_key(|image| &self.catalog.images[*image].place).expect("a tree has a leaf")
@@ -279,14 +283,14 @@ impl Drawing<'_> {
 
     /// Stems; full file names where those clash in the tree, and paths where even these do.
     fn names(&self, titular: ImageIndex) -> Vec<String> {
-        let path = |placed: &Placed| self.catalog.images[placed.image].place.path.as_path();
+        let path = |placed: &PlacedImage| self.catalog.images[placed.image].place.path.as_path();
         let mut stems: HashMap<&[u8], usize> = HashMap::new();
         let mut files: HashMap<&[u8], usize> = HashMap::new();
         for placed in self.placed {
             *stems.entry(stem(path(placed))).or_default() += 1;
             *files.entry(file_name(path(placed))).or_default() += 1;
         }
-        let name = |placed: &Placed| {
+        let name = |placed: &PlacedImage| {
             let path = path(placed);
             let (stem, file) = (stem(path), file_name(path));
             if placed.image == titular && self.catalog.is_active(titular) {
@@ -307,12 +311,12 @@ impl Drawing<'_> {
         let is_active = self.is_active(index);
         let (own, link) = (own_word(image), link_word(image));
         let mark = match (own.or(link), is_active) {
-            (Some(_), _) => Mark::Broken,
-            (None, true) => Mark::Active,
-            (None, false) => Mark::Frozen,
+            (Some(_), _) => NodeMark::Broken,
+            (None, true) => NodeMark::Active,
+            (None, false) => NodeMark::Frozen,
         };
         // A word on the base that is missing is enough.
-        let link = link.filter(|_| Missing::of(self.catalog, index).is_none());
+        let link = link.filter(|_| MissingBacking::of(self.catalog, index).is_none());
         let header = image.qcow2().map(|qcow2| &qcow2.header);
         let mut flags = Vec::new();
         let mut flag = |is_set: bool, word: &str| {
@@ -322,7 +326,7 @@ impl Drawing<'_> {
         };
         let claim = self.catalog.claims_on(index).next().filter(|_| is_active);
         let claim = claim.map(|claim| format!("not written: {} may stand on it", shown(&claim.by)));
-        flag(mark == Mark::Active && claim.is_none(), "writable");
+        flag(mark == NodeMark::Active && claim.is_none(), "writable");
         flag(claim.is_some(), claim.as_deref().unwrap_or_default());
         flag(image.users.len() > 1, &format!("shared by {}", image.chain_count));
         flag(own.is_some(), own.unwrap_or_default());
@@ -346,15 +350,17 @@ fn internal(snapshot: &Snapshot) -> TreeNode {
     let age = Duration::new(snapshot.seconds.into(), snapshot.nanoseconds.min(999_999_999));
     TreeNode {
         date: Some(SystemTime::UNIX_EPOCH + age),
-        ..TreeNode::new(Mark::Internal, Kind::Internal, safe::text(&snapshot.name))
+        ..TreeNode::new(NodeMark::Internal, TreeNodeKind::Internal, safe::text(&snapshot.name))
     }
 }
 
-fn kind(image: &ImageEntry) -> Kind {
+fn kind(image: &ImageEntry) -> TreeNodeKind {
     match (image.format, &image.content) {
-        (Some(Format::Qcow2), _) | (None, Content::Qcow2(_) | Content::Malformed(_)) => Kind::Qcow2,
-        (None, Content::Foreign(foreign)) => Kind::Foreign(foreign.kind.name()),
-        (Some(Format::Raw) | None, _) => Kind::Raw,
+        (Some(Format::Qcow2), _) | (None, DetectedContent::Qcow2(_) | DetectedContent::Malformed(_)) => {
+            TreeNodeKind::Qcow2
+        }
+        (None, DetectedContent::Foreign(foreign)) => TreeNodeKind::Foreign(foreign.kind.name()),
+        (Some(Format::Raw) | None, _) => TreeNodeKind::Raw,
     }
 }
 
@@ -398,14 +404,14 @@ impl Writers {
         }
     }
 
-    fn name(&self, trees: &mut [Tree]) {
+    fn name(&self, trees: &mut [BackingTree]) {
         if self.locked.is_empty() {
             return;
         }
         let inodes: Vec<u64> = self.locked.iter().map(|(_, _, inode)| *inode).collect();
         let holders = all_lock_holders(&inodes, WRITER_BYTE);
         for (tree, node, inode) in &self.locked {
-            let names: Vec<_> = holders.get(inode).into_iter().flatten().map(Holder::to_string).collect();
+            let names: Vec<_> = holders.get(inode).into_iter().flatten().map(LockHolder::to_string).collect();
             let flag = if names.is_empty() { "locked".to_owned() } else { format!("locked by {}", names.join(", ")) };
             trees[*tree].nodes[*node].flags.push(flag);
         }

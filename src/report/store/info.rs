@@ -14,10 +14,10 @@ use crate::report::info::{
     BitmapInfo, ChildInfo, FileInfo, FormatSpecific, ImageInfo, LayerInfo, Qcow2Info, SnapshotInfo,
 };
 use crate::report::safe::{self, terminal};
-use crate::store::{Catalog, Content, Format, ImageEntry, ImageIndex, Qcow2, Store};
+use crate::store::{Catalog, DetectedContent, Format, ImageEntry, ImageIndex, Qcow2Description, Store};
 use crate::units::round_up_to_sector;
 
-use super::{Room, chain_name, path_text};
+use super::{ListingBudget, chain_name, path_text};
 
 /// Longer bitmap directories are not listed.
 const MAX_BITMAP_DIRECTORY: u64 = 4 << 20;
@@ -28,22 +28,22 @@ const MAX_CHAINS_NAMED: usize = 100;
 pub fn chain_info(store: &Store, catalog: &Catalog, leaf: ImageIndex) -> Vec<ImageInfo> {
     let place = &catalog.images[leaf].place;
     let filename = store.roots()[place.root].given().join(&place.path);
-    infos(store, catalog, leaf, &filename, Room::endless())
+    infos(store, catalog, leaf, &filename, ListingBudget::endless())
 }
 
 /// The same for a file that is made as a whole: of very many internal snapshots the first ones only.
 pub fn chain_info_in_short(store: &Store, catalog: &Catalog, leaf: ImageIndex) -> Vec<ImageInfo> {
     let place = &catalog.images[leaf].place;
     let filename = store.roots()[place.root].given().join(&place.path);
-    infos(store, catalog, leaf, &filename, Room::default())
+    infos(store, catalog, leaf, &filename, ListingBudget::default())
 }
 
 /// The same, where the user calls the leaf `filename`: names of layers follow from it as QEMU's do.
 pub fn chain_info_as(store: &Store, catalog: &Catalog, leaf: ImageIndex, filename: &Path) -> Vec<ImageInfo> {
-    infos(store, catalog, leaf, filename, Room::endless())
+    infos(store, catalog, leaf, filename, ListingBudget::endless())
 }
 
-fn infos(store: &Store, catalog: &Catalog, leaf: ImageIndex, filename: &Path, room: Room) -> Vec<ImageInfo> {
+fn infos(store: &Store, catalog: &Catalog, leaf: ImageIndex, filename: &Path, room: ListingBudget) -> Vec<ImageInfo> {
     let views = store.chain_views(catalog, leaf);
     let mut names: Vec<Option<&[u8]>> = vec![None; views.layers.len()];
     for view in views.views.iter().filter(|view| view.snapshot.is_none()) {
@@ -108,10 +108,10 @@ fn filenames(store: &Store, catalog: &Catalog, layers: &[ImageIndex], filename: 
 
 /// One image, as the user calls it. Without what only its chain knows.
 pub fn image_info(store: &Store, catalog: &Catalog, index: ImageIndex, filename: &Path) -> ImageInfo {
-    one(store, &catalog.images[index], filename, &mut Room::endless())
+    one(store, &catalog.images[index], filename, &mut ListingBudget::endless())
 }
 
-fn one(store: &Store, image: &ImageEntry, filename: &Path, room: &mut Room) -> ImageInfo {
+fn one(store: &Store, image: &ImageEntry, filename: &Path, room: &mut ListingBudget) -> ImageInfo {
     let file_size = round_up_to_sector(image.stat.signature.size);
     let actual_size = Some(image.stat.blocks * 512);
     let qcow2 = content(image);
@@ -153,7 +153,7 @@ fn one(store: &Store, image: &ImageEntry, filename: &Path, room: &mut Room) -> I
 fn format_of(image: &ImageEntry) -> &'static str {
     match (image.format, &image.content) {
         (Some(format), _) => format.name(),
-        (None, Content::Foreign(foreign)) => foreign.kind.name(),
+        (None, DetectedContent::Foreign(foreign)) => foreign.kind.name(),
         (None, content) if content.has_magic() => Format::Qcow2.name(),
         (None, _) if image.place.path.extension().is_some_and(|found| found.eq_ignore_ascii_case("qcow2")) => {
             Format::Qcow2.name()
@@ -163,9 +163,9 @@ fn format_of(image: &ImageEntry) -> &'static str {
 }
 
 /// The image's own word if it is qcow2, read as such or not.
-fn content(image: &ImageEntry) -> Option<&Qcow2> {
+fn content(image: &ImageEntry) -> Option<&Qcow2Description> {
     match (&image.content, image.format) {
-        (Content::Qcow2(qcow2), Some(Format::Qcow2) | None) => Some(qcow2),
+        (DetectedContent::Qcow2(qcow2), Some(Format::Qcow2) | None) => Some(qcow2),
         _ => None,
     }
 }

@@ -85,18 +85,18 @@ const MAX_NAMES_LEN: usize = 128 << 10;
 
 /// How many internal snapshots are still listed: a guest's host can have 65,536 in an image, with names of 64 KiB.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Room {
+pub(super) struct ListingBudget {
     count: usize,
     len: usize,
 }
 
-impl Default for Room {
+impl Default for ListingBudget {
     fn default() -> Self {
         Self { count: MAX_SNAPSHOTS, len: MAX_NAMES_LEN }
     }
 }
 
-impl Room {
+impl ListingBudget {
     /// For those who print as they go.
     pub(super) fn endless() -> Self {
         Self { count: usize::MAX, len: usize::MAX }
@@ -253,7 +253,7 @@ impl LayerObject {
                 }
             })
             .collect();
-        let mut room = Room::default();
+        let mut room = ListingBudget::default();
         for view in &views.views {
             let object = &mut objects[view.layer];
             let name = || safe::text(&view.name);

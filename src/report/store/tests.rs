@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use crate::report::text::{self, TextOptions};
-use crate::report::tree::{Kind, Mark};
+use crate::report::tree::{NodeMark, TreeNodeKind};
 use crate::store::{Catalog, Store, StoreOptions};
 use jiff::tz::TimeZone;
 
@@ -100,7 +100,7 @@ fn a_missing_base_stands_under_everybody_who_wants_it() {
         "✗ active qcow2",
     ];
     assert_eq!(drawn(&found), expected);
-    assert_eq!((found.trees[0].nodes[0].kind, found.trees[0].nodes[0].mark), (Kind::Missing, Mark::Broken));
+    assert_eq!((found.trees[0].nodes[0].kind, found.trees[0].nodes[0].mark), (TreeNodeKind::Missing, NodeMark::Broken));
     let b = catalog.chain(Path::new("b")).unwrap();
     assert_eq!(drawn(&chain_forest(&store, &catalog, b)), expected);
     assert_eq!(problems_text(&catalog).lines().count(), 2);

@@ -10,7 +10,7 @@ use crate::image::write::Zeroing;
 use crate::units::human_size;
 
 use super::super::Store;
-use super::{Access, ActiveDisk, State, Watch, Writing};
+use super::{Access, ActiveDisk, DiskState, PanicWatch, WritingDisk};
 
 /// An opening of an active disk.
 pub struct ActiveHandle {
@@ -38,15 +38,15 @@ impl ActiveHandle {
     pub fn size(&self) -> Result<u64> {
         self.with(|source| {
             Ok(match source {
-                Source::View(view) => view.size(),
-                Source::Writer(writing) => writing.writer.size(),
+                ActiveSource::View(view) => view.size(),
+                ActiveSource::Writer(writing) => writing.writer.size(),
             })
         })
     }
 
     /// Whether another process writes the disk meanwhile, and it is read by force.
     pub fn is_forced(&self) -> bool {
-        matches!(&*self.disk.state.read(), State::Reading(open) if open.forced.is_some())
+        matches!(&*self.disk.state.read(), DiskState::Reading(open) if open.forced.is_some())
     }
 
     /// Whether it was opened to be written.
@@ -57,8 +57,10 @@ impl ActiveHandle {
     /// Reads from `at` on what there is before the end of the disk, and returns how much that is.
     pub fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         self.with(|source| match source {
-            Source::View(view) => within(view.size(), at, buf, |at, buf| view.read_at(at, buf)),
-            Source::Writer(Writing { writer, .. }) => within(writer.size(), at, buf, |at, buf| writer.read_at(at, buf)),
+            ActiveSource::View(view) => within(view.size(), at, buf, |at, buf| view.read_at(at, buf)),
+            ActiveSource::Writer(WritingDisk { writer, .. }) => {
+                within(writer.size(), at, buf, |at, buf| writer.read_at(at, buf))
+            }
         })
     }
 
@@ -91,7 +93,7 @@ impl ActiveHandle {
 
     /// Takes space for a range, as far as it lies within the disk.
     pub fn allocate(&self, at: u64, len: u64) -> Result<()> {
-        self.writing(|Writing { writer, .. }| match writer.size().saturating_sub(at).min(len) {
+        self.writing(|WritingDisk { writer, .. }| match writer.size().saturating_sub(at).min(len) {
             0 => Ok(()),
             len => writer.allocate(at, len),
         })
@@ -101,7 +103,7 @@ impl ActiveHandle {
     /// have grown, which cannot be undone, and taken all there is, before that was found.
     pub fn check_room(&self, size: u64) -> Result<()> {
         let state = self.disk.state.read();
-        let State::Writing(Writing { writer, open, .. }) = &*state else { return Ok(()) };
+        let DiskState::Writing(WritingDisk { writer, open, .. }) = &*state else { return Ok(()) };
         let free = open.top.data_file.as_ref().unwrap_or(&open.top.file).free_space()?;
         if size.saturating_sub(writer.size()) > free {
             let fact =
@@ -130,10 +132,10 @@ impl ActiveHandle {
     /// Returns when all that was written before is durable.
     pub fn flush(&self) -> Result<()> {
         self.with(|source| match source {
-            Source::View(_) => Ok(()),
-            Source::Writer(Writing { writer, .. }) => {
+            ActiveSource::View(_) => Ok(()),
+            ActiveSource::Writer(WritingDisk { writer, .. }) => {
                 self.disk.poison(writer).map_or(Ok(()), Err)?;
-                let _watch = Watch(&self.disk.has_panicked);
+                let _watch = PanicWatch(&self.disk.has_panicked);
                 self.store.active.flush_count.fetch_add(1, Ordering::Relaxed);
                 writer.flush()
             }
@@ -154,33 +156,33 @@ impl ActiveHandle {
     pub fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
         let may_be_mapped = self.disk.mappable.load(Ordering::Acquire) > 0;
         self.with(|source| match source {
-            Source::Writer(Writing { writer, .. }) if may_be_mapped => {
+            ActiveSource::Writer(WritingDisk { writer, .. }) if may_be_mapped => {
                 Ok(Some(at).filter(|at| data && *at < writer.size()))
             }
-            Source::Writer(Writing { writer, .. }) if at < writer.size() => writer.seek(at, data),
-            Source::View(view) if at < view.size() => view.seek(at, data),
-            Source::View(_) | Source::Writer(_) => Ok(None),
+            ActiveSource::Writer(WritingDisk { writer, .. }) if at < writer.size() => writer.seek(at, data),
+            ActiveSource::View(view) if at < view.size() => view.seek(at, data),
+            ActiveSource::View(_) | ActiveSource::Writer(_) => Ok(None),
         })
     }
 
-    fn with<T>(&self, work: impl FnOnce(Source<'_>) -> Result<T>) -> Result<T> {
+    fn with<T>(&self, work: impl FnOnce(ActiveSource<'_>) -> Result<T>) -> Result<T> {
         match &*self.disk.state.read() {
-            State::Reading(open) => work(Source::View(&open.view)),
-            State::Writing(writing) => work(Source::Writer(writing)),
-            State::Failed(error) => Err(error.clone()),
-            State::Closed(_) => Err(Error::new(ErrorKind::Stale, format!("{} is closed", self.disk.name()))),
+            DiskState::Reading(open) => work(ActiveSource::View(&open.view)),
+            DiskState::Writing(writing) => work(ActiveSource::Writer(writing)),
+            DiskState::Failed(error) => Err(error.clone()),
+            DiskState::Closed(_) => Err(Error::new(ErrorKind::Stale, format!("{} is closed", self.disk.name()))),
         }
     }
 
-    pub(super) fn writing<T>(&self, work: impl FnOnce(&Writing) -> Result<T>) -> Result<T> {
+    pub(super) fn writing<T>(&self, work: impl FnOnce(&WritingDisk) -> Result<T>) -> Result<T> {
         let refuse = || Error::new(ErrorKind::ReadOnly, format!("{} was opened only to be read", self.disk.name()));
         self.with(|source| match source {
-            Source::Writer(writing) if self.writes() => {
+            ActiveSource::Writer(writing) if self.writes() => {
                 self.disk.poison(&writing.writer).map_or(Ok(()), Err)?;
-                let _watch = Watch(&self.disk.has_panicked);
+                let _watch = PanicWatch(&self.disk.has_panicked);
                 work(writing)
             }
-            Source::Writer(_) | Source::View(_) => Err(refuse()),
+            ActiveSource::Writer(_) | ActiveSource::View(_) => Err(refuse()),
         })
     }
 }
@@ -204,9 +206,9 @@ impl Drop for ActiveHandle {
 }
 
 /// Where an active disk's bytes come from now.
-enum Source<'a> {
+enum ActiveSource<'a> {
     View(&'a View),
-    Writer(&'a Writing),
+    Writer(&'a WritingDisk),
 }
 
 /// Reads the part of a range that lies within a disk. Of one that is damaged, what lies before the

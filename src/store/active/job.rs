@@ -1,7 +1,7 @@
 //! An active disk in the hands of a job, while guests read and write it.
 //!
 //! Promises: what stands below the disk, and even its top image, is replaced in one moment, between two
-//! requests; everybody who has it open goes on without noticing. While it is [`Sealed`] nobody reads or writes,
+//! requests; everybody who has it open goes on without noticing. While it is [`Quiesced`] nobody reads or writes,
 //! so that lasts no longer than a flush and a rename. Whether the bytes stay the same is the job's to see to.
 
 use std::path::Path;
@@ -17,12 +17,12 @@ use crate::image::{Image, Layer};
 use crate::io::{FileId, ReadLock, Storage, WriteLock, WriterKind};
 
 use super::super::catalog::{Catalog, ImageIndex, shown as shown_path};
-use super::super::describe::{Content, describe};
-use super::super::open::{OpenImage, OpenView, Shown, ViewPart, hash};
+use super::super::describe::{DetectedContent, describe};
+use super::super::open::{OpenImage, OpenState, OpenView, ViewPart, hash};
 use super::super::options::Format;
-use super::super::resolve::Place;
+use super::super::resolve::StorePath;
 use super::super::{JobImage, Store};
-use super::{Access, ActiveDisk, ActiveHandle, State, Writing, writer_options};
+use super::{Access, ActiveDisk, ActiveHandle, DiskState, WritingDisk, writer_options};
 
 /// Makes every change of an active disk, and the same one elsewhere.
 pub trait Mirror: Send + Sync {
@@ -34,7 +34,7 @@ pub trait Mirror: Send + Sync {
     fn grow(&self, disk: &Writer, size: u64) -> Result<()>;
 }
 
-impl Writing {
+impl WritingDisk {
     /// Writes `bytes` at `at`, wherever they have to go.
     pub(super) fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
         match &self.mirror {
@@ -77,10 +77,10 @@ impl Drop for ActiveJob {
 }
 
 /// A disk that nobody reads or writes until this is dropped.
-pub struct Sealed<'a> {
+pub struct Quiesced<'a> {
     store: &'a Arc<Store>,
     disk: &'a ActiveDisk,
-    state: RwLockWriteGuard<'a, State>,
+    state: RwLockWriteGuard<'a, DiskState>,
 }
 
 /// A file that is to become the top of an active disk.
@@ -93,7 +93,7 @@ pub struct NewTopFile {
 }
 
 /// What was the top of an active disk, and is frozen from now on. Its files are still locked.
-pub struct Fallen {
+pub struct FormerTop {
     store: Arc<Store>,
     /// Writes it; a guest's bytes no more.
     pub writer: Arc<Writer>,
@@ -102,19 +102,19 @@ pub struct Fallen {
 }
 
 /// All that a disk needs to stand on a new top, made before anything is renamed.
-pub struct Prepared {
+pub struct PreparedOverlay {
     overlay: NewTopFile,
     fallen: OpenImage,
     view: OpenView,
 }
 
 /// All that a disk needs to fall onto a layer below, made before anything is renamed.
-pub struct PreparedFall {
+pub struct PreparedActiveCommit {
     image: OpenImage,
     locks: Vec<WriteLock>,
     writer: Arc<Writer>,
     view: Arc<View>,
-    shown: Arc<Shown>,
+    shown: Arc<OpenState>,
 }
 
 impl Store {
@@ -127,12 +127,12 @@ impl Store {
     /// Opens a fresh qcow2 image at `path` beneath the store, which is to become the top of a disk by the name
     /// `name`.
     pub fn open_new_top(&self, path: &Path, name: &str) -> Result<NewTopFile> {
-        let place = Place { root: 0, path: path.to_path_buf() };
+        let place = StorePath { root: 0, path: path.to_path_buf() };
         let stat = self.roots[0].stat(path)?;
         let file = self.file(&place, &stat, true);
         let lock = file.lock_for_writing(WriterKind::Guest, self.options.no_lock)?;
         let read_lock = file.lock(false)?;
-        let Content::Qcow2(qcow2) = describe(&*file.descriptor()?, file.len()?)? else {
+        let DetectedContent::Qcow2(qcow2) = describe(&*file.descriptor()?, file.len()?)? else {
             return Err(Error::new(ErrorKind::Corrupt, format!("{} is no qcow2 image", path.display())));
         };
         let storage: Arc<dyn Storage> = Arc::clone(&file) as _;
@@ -169,8 +169,8 @@ impl ActiveJob {
     /// What shows through its top image now.
     pub fn below(&self) -> Option<Arc<View>> {
         match &*self.disk().state.read() {
-            State::Writing(writing) => self.store().view_below(&writing.open.view),
-            State::Closed(_) | State::Reading(_) | State::Failed(_) => None,
+            DiskState::Writing(writing) => self.store().view_below(&writing.open.view),
+            DiskState::Closed(_) | DiskState::Reading(_) | DiskState::Failed(_) => None,
         }
     }
 
@@ -183,8 +183,8 @@ impl ActiveJob {
     }
 
     /// Waits until nobody reads or writes, and lets nobody begin.
-    pub fn seal(&self) -> Sealed<'_> {
-        Sealed { store: self.store(), disk: self.disk(), state: self.disk().state.write() }
+    pub fn seal(&self) -> Quiesced<'_> {
+        Quiesced { store: self.store(), disk: self.disk(), state: self.disk().state.write() }
     }
 
     /// Has its top image described anew, because its snapshots are others by now: what was kept of them by their
@@ -192,7 +192,7 @@ impl ActiveJob {
     pub fn describe_anew(&self) -> Result<()> {
         let (store, disk) = (self.store(), self.disk());
         let mut state = disk.state.write();
-        let State::Writing(writing) = &mut *state else { unreachable!("a job holds the disk open for writing") };
+        let DiskState::Writing(writing) = &mut *state else { unreachable!("a job holds the disk open for writing") };
         let top = store.described_anew(&writing.open.top)?;
         let below = writing.open.view.layers()[1..].to_vec();
         let view = store.live_view(Layer::active(&top.image)?, below);
@@ -248,15 +248,19 @@ impl ActiveDisk {
         let Some(leaf) = catalog.images.iter().position(|image| image.stat.id == self.id()) else { return Ok(()) };
         let layers = catalog.layers(leaf);
         let is_written = match &*self.state.read() {
-            State::Writing(Writing { open, .. }) if store.opened.is_behind(open, catalog, &layers, changed) => true,
-            State::Reading(open) if store.opened.is_behind(open, catalog, &layers, changed) => false,
-            State::Closed(_) | State::Reading(_) | State::Writing(_) | State::Failed(_) => return Ok(()),
+            DiskState::Writing(WritingDisk { open, .. }) if store.opened.is_behind(open, catalog, &layers, changed) => {
+                true
+            }
+            DiskState::Reading(open) if store.opened.is_behind(open, catalog, &layers, changed) => false,
+            DiskState::Closed(_) | DiskState::Reading(_) | DiskState::Writing(_) | DiskState::Failed(_) => {
+                return Ok(());
+            }
         };
         if is_written {
             return self.stand_on(store, catalog, &layers[1..]);
         }
         let open = store.open_shown(catalog, &layers, ViewPart::Active, true)?;
-        let old = std::mem::replace(&mut *self.state.write(), State::Reading(open));
+        let old = std::mem::replace(&mut *self.state.write(), DiskState::Reading(open));
         // Not under the gate: it may let go of many files.
         drop(old);
         Ok(())
@@ -273,7 +277,7 @@ impl ActiveDisk {
             files.push(open.file.id());
         }
         let mut state = self.state.write();
-        let State::Writing(writing) = &mut *state else {
+        let DiskState::Writing(writing) = &mut *state else {
             unreachable!("who calls this keeps the disk from ending to be written")
         };
         let top = Layer::active(&writing.open.top.image)?;
@@ -308,11 +312,11 @@ impl Store {
     }
 }
 
-impl Sealed<'_> {
-    fn writing(&mut self) -> &mut Writing {
+impl Quiesced<'_> {
+    fn writing(&mut self) -> &mut WritingDisk {
         match &mut *self.state {
-            State::Writing(writing) => writing,
-            State::Closed(_) | State::Reading(_) | State::Failed(_) => {
+            DiskState::Writing(writing) => writing,
+            DiskState::Closed(_) | DiskState::Reading(_) | DiskState::Failed(_) => {
                 unreachable!("a job holds the disk open for writing")
             }
         }
@@ -332,7 +336,7 @@ impl Sealed<'_> {
     }
 
     /// Makes ready to stand on `overlay`; nothing has happened yet. What was written has to be durable.
-    pub fn prepare(&mut self, mut overlay: NewTopFile) -> Result<Prepared> {
+    pub fn prepare(&mut self, mut overlay: NewTopFile) -> Result<PreparedOverlay> {
         let (store, disk) = (self.store, self.disk);
         let writing = self.writing();
         // The disk may have grown since the overlay was made.
@@ -364,11 +368,11 @@ impl Sealed<'_> {
         let fingerprint = hash(&serials(&view));
         let top = overlay.image.clone();
         let view = OpenView { view, fingerprint, raw_file: None, top, forced: None, locks, shown };
-        Ok(Prepared { overlay, fallen, view })
+        Ok(PreparedOverlay { overlay, fallen, view })
     }
 
     /// What was made ready does not come to pass.
-    pub fn give_up(&mut self, prepared: Prepared) {
+    pub fn give_up(&mut self, prepared: PreparedOverlay) {
         drop(prepared);
         self.be_a_guests();
     }
@@ -381,10 +385,10 @@ impl Sealed<'_> {
 
     /// Stands on what was made ready: by now the overlay's file has the name `name`, the fallen one `frozen`. Opens
     /// the disk again.
-    pub fn stand(mut self, prepared: Prepared, name: &Path, frozen: &Path) -> Fallen {
+    pub fn stand(mut self, prepared: PreparedOverlay, name: &Path, frozen: &Path) -> FormerTop {
         let (store, disk) = (self.store, self.disk);
-        let Prepared { overlay, mut fallen, mut view } = prepared;
-        let place = |path: &Path| Place { root: 0, path: path.to_path_buf() };
+        let PreparedOverlay { overlay, mut fallen, mut view } = prepared;
+        let place = |path: &Path| StorePath { root: 0, path: path.to_path_buf() };
         let NewTopFile { writer, lock, read_lock, mut image } = overlay;
         fallen.file.renamed(frozen);
         image.file.renamed(name);
@@ -395,18 +399,18 @@ impl Sealed<'_> {
         let writing = self.writing();
         // The locks of the layers below go on as they are.
         view.locks.push(read_lock);
-        let old = std::mem::replace(writing, Writing { writer, locks: vec![lock], open: view, mirror: None });
-        let Writing { writer, locks, open: OpenView { locks: mut lower, .. }, .. } = old;
+        let old = std::mem::replace(writing, WritingDisk { writer, locks: vec![lock], open: view, mirror: None });
+        let WritingDisk { writer, locks, open: OpenView { locks: mut lower, .. }, .. } = old;
         writing.open.locks.append(&mut lower);
         store.opened.keep(&fallen);
         store.opened.keep(&image);
         disk.take_top(store, image.file.id(), name);
         drop(self);
-        Fallen { store: Arc::clone(store), writer, locks, image: fallen }
+        FormerTop { store: Arc::clone(store), writer, locks, image: fallen }
     }
 
     /// Makes ready to fall onto `base`, which holds all the disk's bytes, durably; nothing has happened yet.
-    pub fn prepare_fall(&mut self, base: JobImage) -> Result<PreparedFall> {
+    pub fn prepare_fall(&mut self, base: JobImage) -> Result<PreparedActiveCommit> {
         let store = self.store;
         let (image, locks, writer) = base.into_parts()?;
         let writing = self.writing();
@@ -420,21 +424,21 @@ impl Sealed<'_> {
         let is_base = |lock: &ReadLock| image.files().any(|file| file.id() == lock.file().id());
         writing.open.locks.iter_mut().filter(|lock| is_base(lock)).for_each(ReadLock::thaw);
         locks.iter().try_for_each(|lock| lock.become_for(WriterKind::Guest))?;
-        Ok(PreparedFall { image, locks, writer, view, shown })
+        Ok(PreparedActiveCommit { image, locks, writer, view, shown })
     }
 
     /// Falls onto what was made ready, whose file has the name `name` by now. Opens the disk again. `settled`: whether
     /// the name is durable; if not, nothing more is written, for a crash might give the disk back what it had before.
-    pub fn fall(mut self, prepared: PreparedFall, name: &Path, settled: &Result<()>) {
+    pub fn fall(mut self, prepared: PreparedActiveCommit, name: &Path, settled: &Result<()>) {
         let (store, disk) = (self.store, self.disk);
-        let PreparedFall { mut image, locks, writer, view, shown } = prepared;
+        let PreparedActiveCommit { mut image, locks, writer, view, shown } = prepared;
         image.file.renamed(name);
-        image.places.0 = Place { root: 0, path: name.to_path_buf() };
+        image.places.0 = StorePath { root: 0, path: name.to_path_buf() };
         let fingerprint = hash(&serials(&view));
         let top = image.clone();
         let open = OpenView { view, fingerprint, raw_file: None, top, forced: None, locks: Vec::new(), shown };
         let writing = self.writing();
-        let mut old = std::mem::replace(writing, Writing { writer, locks, open, mirror: None });
+        let mut old = std::mem::replace(writing, WritingDisk { writer, locks, open, mirror: None });
         // The locks of the layers that stay go on as they are.
         let stays = |lock: &ReadLock| writing.open.images().any(|id| id == lock.file().id());
         let (kept, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut old.open.locks).into_iter().partition(stays);
@@ -462,7 +466,7 @@ impl ActiveDisk {
     }
 }
 
-impl Fallen {
+impl FormerTop {
     /// Its format.
     pub fn format(&self) -> Format {
         self.image.format

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use chainfs::error::{Error, ErrorKind, Result};
 use chainfs::guest::ext::Ext;
-use chainfs::guest::{Attributes, FileKind, FileSystem, Ino, RunKind, Source, Time};
+use chainfs::guest::{FileAttributes, FileKind, FileSystem, Ino, RunKind, Source, Time};
 use rustix::fs::{SeekFrom, XattrFlags};
 
 use support::{Outcome as _, eventually, tool};
@@ -163,7 +163,7 @@ impl Drop for Mounted {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Node {
     pub(crate) ino: u64,
-    pub(crate) attributes: Attributes,
+    pub(crate) attributes: FileAttributes,
     pub(crate) target: Option<Vec<u8>>,
     pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
     /// Where it has data, from and to.
@@ -207,7 +207,7 @@ fn kernel_node(path: &Path) -> Node {
         |seconds, nanoseconds: i64| Time { seconds, nanoseconds: u32::try_from(nanoseconds).expect("below a second") };
     let is_device = matches!(kind, FileKind::CharDevice | FileKind::BlockDevice);
     let rdev = if is_device { metadata.rdev() } else { 0 };
-    let attributes = Attributes {
+    let attributes = FileAttributes {
         kind,
         mode: metadata.mode() as u16 & 0o7777,
         uid: metadata.uid(),
@@ -457,7 +457,7 @@ pub(crate) fn walk_everything(ext: &Ext, mut asked: impl FnMut(&str, Ino)) -> us
             names.len() < 20_000
         });
         asked("list", ino);
-        if let Ok(Attributes { kind: FileKind::Directory, .. }) = attributes {
+        if let Ok(FileAttributes { kind: FileKind::Directory, .. }) = attributes {
             count(listed.err().map(|e| e.kind()));
         }
         for name in names.iter().step_by(names.len() / 8 + 1) {
@@ -466,7 +466,7 @@ pub(crate) fn walk_everything(ext: &Ext, mut asked: impl FnMut(&str, Ino)) -> us
         }
         count(ext.read_link(ino).err().map(|e| e.kind()).filter(|kind| *kind != ErrorKind::Corrupt));
         asked("read_link", ino);
-        let Ok(Attributes { kind: FileKind::File, size, .. }) = attributes else { continue };
+        let Ok(FileAttributes { kind: FileKind::File, size, .. }) = attributes else { continue };
         let mut buf = vec![0; 128 << 10];
         for at in [0, size / 2, size.saturating_sub(1000)] {
             count(ext.read_at(ino, at, &mut buf).err().map(|e| e.kind()));

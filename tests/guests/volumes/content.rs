@@ -3,48 +3,48 @@
 use std::fs;
 use std::path::Path;
 
-use chainfs::guest::content::{Content, probe};
+use chainfs::guest::content::{VolumeContent, probe};
 use tempfile::TempDir;
 
 use super::blank;
 use support::*;
 
 /// A program that makes a format, its words, and what it makes. The volume's name comes last.
-type Make = (&'static str, &'static [&'static str], Content);
+type Make = (&'static str, &'static [&'static str], VolumeContent);
 
 const MAKES: [Make; 28] = [
-    ("mke2fs", &["-q", "-t", "ext2", "-L", "a label"], Content::Ext2),
-    ("mke2fs", &["-q", "-t", "ext3", "-L", "sixteen letters!"], Content::Ext3),
-    ("mke2fs", &["-q", "-t", "ext4"], Content::Ext4),
-    ("mke2fs", &["-q", "-t", "ext4", "-O", "^has_journal"], Content::Ext4),
-    ("mke2fs", &["-q", "-O", "journal_dev"], Content::ExtJournal),
-    ("mkfs.vfat", &["-F", "12", "-n", "TWELVE"], Content::Fat12),
-    ("mkfs.vfat", &["-F", "16"], Content::Fat16),
-    ("mkfs.vfat", &["-F", "32", "-n", "thirty two"], Content::Fat32),
-    ("mkfs.vfat", &["-S", "4096", "-n", "LARGE"], Content::Fat16),
-    ("mkfs.xfs", &["-q", "-L", "xfs label"], Content::Xfs),
-    ("mkfs.btrfs", &["-q", "-L", "a btrfs of ours"], Content::Btrfs),
-    ("mkswap", &["-L", "swap label"], Content::Swap),
-    ("mkswap", &["-p", "65536"], Content::Swap),
-    ("mkntfs", &["-q", "-F", "-L", "Windows Ü"], Content::Ntfs),
-    ("mkfs.exfat", &["-L", "exfat ü"], Content::Exfat),
-    ("mkfs.f2fs", &["-q", "-l", "f2fs label"], Content::F2fs),
-    ("mkfs.jfs", &["-q", "-L", "jfs label"], Content::Jfs),
-    ("mkfs.nilfs2", &["-q", "-f", "-L", "nilfs label"], Content::Nilfs2),
-    ("mkudffs", &["--utf8", "--label=udf label"], Content::Udf),
-    ("make-bcache", &["-B"], Content::Bcache),
-    ("make-bcache", &["-C"], Content::Bcache),
-    ("cryptsetup", &["luksFormat", "-q", "--type=luks1", "--pbkdf-force-iterations=1000"], Content::Luks1),
+    ("mke2fs", &["-q", "-t", "ext2", "-L", "a label"], VolumeContent::Ext2),
+    ("mke2fs", &["-q", "-t", "ext3", "-L", "sixteen letters!"], VolumeContent::Ext3),
+    ("mke2fs", &["-q", "-t", "ext4"], VolumeContent::Ext4),
+    ("mke2fs", &["-q", "-t", "ext4", "-O", "^has_journal"], VolumeContent::Ext4),
+    ("mke2fs", &["-q", "-O", "journal_dev"], VolumeContent::ExtJournal),
+    ("mkfs.vfat", &["-F", "12", "-n", "TWELVE"], VolumeContent::Fat12),
+    ("mkfs.vfat", &["-F", "16"], VolumeContent::Fat16),
+    ("mkfs.vfat", &["-F", "32", "-n", "thirty two"], VolumeContent::Fat32),
+    ("mkfs.vfat", &["-S", "4096", "-n", "LARGE"], VolumeContent::Fat16),
+    ("mkfs.xfs", &["-q", "-L", "xfs label"], VolumeContent::Xfs),
+    ("mkfs.btrfs", &["-q", "-L", "a btrfs of ours"], VolumeContent::Btrfs),
+    ("mkswap", &["-L", "swap label"], VolumeContent::Swap),
+    ("mkswap", &["-p", "65536"], VolumeContent::Swap),
+    ("mkntfs", &["-q", "-F", "-L", "Windows Ü"], VolumeContent::Ntfs),
+    ("mkfs.exfat", &["-L", "exfat ü"], VolumeContent::Exfat),
+    ("mkfs.f2fs", &["-q", "-l", "f2fs label"], VolumeContent::F2fs),
+    ("mkfs.jfs", &["-q", "-L", "jfs label"], VolumeContent::Jfs),
+    ("mkfs.nilfs2", &["-q", "-f", "-L", "nilfs label"], VolumeContent::Nilfs2),
+    ("mkudffs", &["--utf8", "--label=udf label"], VolumeContent::Udf),
+    ("make-bcache", &["-B"], VolumeContent::Bcache),
+    ("make-bcache", &["-C"], VolumeContent::Bcache),
+    ("cryptsetup", &["luksFormat", "-q", "--type=luks1", "--pbkdf-force-iterations=1000"], VolumeContent::Luks1),
     (
         "cryptsetup",
         &["luksFormat", "-q", "--type=luks2", "--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000", "--label=secret"],
-        Content::Luks2,
+        VolumeContent::Luks2,
     ),
-    ("mdadm", &["--metadata=0.90"], Content::MdRaid),
-    ("mdadm", &["--metadata=1.0"], Content::MdRaid),
-    ("mdadm", &["--metadata=1.1"], Content::MdRaid),
-    ("mdadm", &["--metadata=1.2"], Content::MdRaid),
-    ("pvcreate", &["--driverloaded", "n", "-q", "-y"], Content::LvmPhysicalVolume),
+    ("mdadm", &["--metadata=0.90"], VolumeContent::MdRaid),
+    ("mdadm", &["--metadata=1.0"], VolumeContent::MdRaid),
+    ("mdadm", &["--metadata=1.1"], VolumeContent::MdRaid),
+    ("mdadm", &["--metadata=1.2"], VolumeContent::MdRaid),
+    ("pvcreate", &["--driverloaded", "n", "-q", "-y"], VolumeContent::LvmPhysicalVolume),
 ];
 
 /// blkid writes what a shell might mistake as `\x20`.
@@ -67,11 +67,11 @@ fn judged(file: &Path) -> [Option<String>; 3] {
     [value("ID_FS_TYPE"), value("ID_FS_LABEL_ENC"), value("ID_FS_UUID")]
 }
 
-fn assert_judged(file: &Path, content: Content) {
+fn assert_judged(file: &Path, content: VolumeContent) {
     let found = probe(&fs::read(file).expect("the volume"));
     assert_eq!(found.content, content);
     let mut judged = judged(file);
-    if content == Content::Udf {
+    if content == VolumeContent::Udf {
         // Its name and identity take more than is worth the while: they are not read.
         judged[1..].fill(None);
     }
@@ -84,9 +84,9 @@ fn what_is_found_is_what_blkid_finds() {
         let dir = TempDir::new().expect("a directory");
         let file = dir.path().join("volume");
         let size = match content {
-            Content::Fat12 => 4,
-            Content::Xfs => 320,
-            Content::Btrfs | Content::Nilfs2 => 136,
+            VolumeContent::Fat12 => 4,
+            VolumeContent::Xfs => 320,
+            VolumeContent::Btrfs | VolumeContent::Nilfs2 => 136,
             _ => 64,
         };
         blank(&file, size * MIB);
@@ -160,7 +160,7 @@ fn images_of_files_are_what_blkid_finds() {
     fs::create_dir(&tree).expect("a directory");
     fs::write(tree.join("file"), "content").expect("a file");
     let image = dir.path().join("image");
-    let made = |program: &str, args: &[&str], is_image_first: bool, content: Content| {
+    let made = |program: &str, args: &[&str], is_image_first: bool, content: VolumeContent| {
         let _ = fs::remove_file(&image);
         let places = if is_image_first { [&image, &tree] } else { [&tree, &image] };
         match program {
@@ -169,10 +169,10 @@ fn images_of_files_are_what_blkid_finds() {
         };
         assert_judged(&image, content);
     };
-    made("mksquashfs", &["-quiet", "-no-progress"], false, Content::Squashfs);
-    made("mkfs.erofs", &["--quiet"], true, Content::Erofs);
-    made("mkfs.cramfs", &["-n", "cramfs label"], false, Content::Cramfs);
-    made("genisoimage", &["-quiet", "-V", "ISO label", "-o"], true, Content::Iso9660);
+    made("mksquashfs", &["-quiet", "-no-progress"], false, VolumeContent::Squashfs);
+    made("mkfs.erofs", &["--quiet"], true, VolumeContent::Erofs);
+    made("mkfs.cramfs", &["-n", "cramfs label"], false, VolumeContent::Cramfs);
+    made("genisoimage", &["-quiet", "-V", "ISO label", "-o"], true, VolumeContent::Iso9660);
 }
 
 /// Formats that nothing here makes: their signatures, by their descriptions, and blkid's opinion where it needs no more.
@@ -199,17 +199,17 @@ fn signatures_are_told_apart() {
         zfs[(128 << 10) + number * 1024..][..8].copy_from_slice(&0x00ba_b10c_u64.to_le_bytes());
     }
     let cases = [
-        (apfs, Content::Apfs),
-        (bcachefs, Content::Bcachefs),
-        (zfs, Content::Zfs),
-        (reiserfs, Content::Reiserfs),
-        (place(3, b"-FVE-FS-"), Content::BitLocker),
-        (place(0, b"\0\0\0ReFS\0"), Content::Refs),
-        (place(0, b"dmvdo001"), Content::Vdo),
-        (place(1024, b"H+\0\x04"), Content::HfsPlus),
-        (place(4086, b"S1SUSPEND\0"), Content::Hibernation),
-        (place(1024, b"H+\0\x09"), Content::Unknown),
-        (place(1024 + 6, b"\x34\x34"), Content::Unknown),
+        (apfs, VolumeContent::Apfs),
+        (bcachefs, VolumeContent::Bcachefs),
+        (zfs, VolumeContent::Zfs),
+        (reiserfs, VolumeContent::Reiserfs),
+        (place(3, b"-FVE-FS-"), VolumeContent::BitLocker),
+        (place(0, b"\0\0\0ReFS\0"), VolumeContent::Refs),
+        (place(0, b"dmvdo001"), VolumeContent::Vdo),
+        (place(1024, b"H+\0\x04"), VolumeContent::HfsPlus),
+        (place(4086, b"S1SUSPEND\0"), VolumeContent::Hibernation),
+        (place(1024, b"H+\0\x09"), VolumeContent::Unknown),
+        (place(1024 + 6, b"\x34\x34"), VolumeContent::Unknown),
     ];
     for (bytes, content) in cases {
         let found = probe(&bytes);
@@ -218,10 +218,10 @@ fn signatures_are_told_apart() {
         let (code, _, _) = tool("blkid").args(["--probe", "--output", "udev"]).arg(&file).outcome();
         if code == 0 {
             judged_count += 1;
-            let expected = (content != Content::Unknown).then(|| content.name().to_owned());
+            let expected = (content != VolumeContent::Unknown).then(|| content.name().to_owned());
             assert_eq!(judged(&file)[0], expected);
         }
-        if matches!(content, Content::Apfs | Content::Bcachefs | Content::Reiserfs) {
+        if matches!(content, VolumeContent::Apfs | VolumeContent::Bcachefs | VolumeContent::Reiserfs) {
             assert_eq!(found.uuid.as_deref(), Some("01020304-0506-0708-090a-0b0c0d0e0f10"));
         }
     }

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use chainfs::guest::Source;
-use chainfs::guest::content::Content;
-use chainfs::guest::volumes::{Layout, layout, physical_volumes, volume_source};
+use chainfs::guest::content::VolumeContent;
+use chainfs::guest::volumes::{VolumeLayout, layout, physical_volumes, volume_source};
 use tempfile::TempDir;
 
 use super::{Loop, blank, disk, names, told, volume};
@@ -148,7 +148,7 @@ pub(super) fn on_a_device(file: &Path, program: &str, args: &[&str]) {
     lab.lvm(&format!("{program} {} {}", args[2..].join(" "), lab.device(0)));
 }
 
-fn read(layout: &Layout, name: &str, disks: &[Arc<dyn Source>]) -> Vec<u8> {
+fn read(layout: &VolumeLayout, name: &str, disks: &[Arc<dyn Source>]) -> Vec<u8> {
     let volume = volume(layout, name);
     assert!(!volume.segments.is_empty(), "{name}: {:?}", volume.problem);
     let mut bytes = vec![0; volume.size as usize];
@@ -197,7 +197,7 @@ fn volumes_of_three_disks_are_put_together_as_lvm_says() {
     }
     assert_eq!((layout.missing.len(), &layout.remarks), (0, &vec![]));
     let first = volume(&layout, "disk");
-    assert_eq!((first.content, first.problem.is_some()), (Content::LvmPhysicalVolume, true));
+    assert_eq!((first.content, first.problem.is_some()), (VolumeContent::LvmPhysicalVolume, true));
 
     // Every disk knows the group; each can be the first.
     let turned = [Arc::clone(&disks[2]), Arc::clone(&disks[0]), Arc::clone(&disks[1])];
@@ -261,7 +261,7 @@ fn physical_volumes_in_partitions_are_found() {
     let disks: Vec<Arc<dyn Source>> = vec![Arc::new(bytes)];
     let layout = layout(&disks);
     assert_eq!(names(&layout), ["p1", "p2", "p3", "vg-root"]);
-    assert_eq!(volume(&layout, "p2").content, Content::LvmPhysicalVolume);
+    assert_eq!(volume(&layout, "p2").content, VolumeContent::LvmPhysicalVolume);
     assert!(read(&layout, "vg-root", &disks) == put_together(&lab.judged()["vg/root"], &parts));
     assert_eq!(physical_volumes(&disks[0]).len(), 2);
 }

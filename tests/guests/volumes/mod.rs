@@ -11,7 +11,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 
 use chainfs::guest::Source;
-use chainfs::guest::volumes::{Layout, Volume, layout};
+use chainfs::guest::volumes::{Volume, VolumeLayout, layout};
 
 use support::*;
 
@@ -26,15 +26,15 @@ pub(crate) fn disk(path: &Path) -> Arc<dyn Source> {
 }
 
 /// The layout of a single disk.
-pub(crate) fn layout_of(path: &Path) -> Layout {
+pub(crate) fn layout_of(path: &Path) -> VolumeLayout {
     layout(&[disk(path)])
 }
 
-pub(crate) fn names(layout: &Layout) -> Vec<&str> {
+pub(crate) fn names(layout: &VolumeLayout) -> Vec<&str> {
     layout.volumes.iter().map(|volume| volume.name.as_str()).collect()
 }
 
-pub(crate) fn volume<'a>(layout: &'a Layout, name: &str) -> &'a Volume {
+pub(crate) fn volume<'a>(layout: &'a VolumeLayout, name: &str) -> &'a Volume {
     let found = layout.volumes.iter().find(|volume| volume.name == name);
     found.unwrap_or_else(|| panic!("no {name} in {:?}", names(layout)))
 }

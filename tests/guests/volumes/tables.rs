@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use chainfs::guest::content::Content;
-use chainfs::guest::volumes::{Layout, Partition, layout};
+use chainfs::guest::content::VolumeContent;
+use chainfs::guest::volumes::{Partition, VolumeLayout, layout};
 use tempfile::TempDir;
 
 use super::{Loop, blank, disk, layout_of, names, told, volume};
@@ -32,12 +32,12 @@ impl Lab {
         lab
     }
 
-    fn layout(&self) -> Layout {
+    fn layout(&self) -> VolumeLayout {
         layout_of(&self.disk())
     }
 
     /// The layout once some bytes have been changed.
-    fn changed(&self, change: impl FnOnce(&mut Vec<u8>)) -> Layout {
+    fn changed(&self, change: impl FnOnce(&mut Vec<u8>)) -> VolumeLayout {
         let mut bytes = fs::read(self.disk()).expect("the disk");
         change(&mut bytes);
         layout(&[std::sync::Arc::new(bytes)])
@@ -61,7 +61,7 @@ fn shown(partitions: &[Partition]) -> Vec<String> {
     partitions.iter().map(line).collect()
 }
 
-fn assert_judged(layout: &Layout, device: &Path) {
+fn assert_judged(layout: &VolumeLayout, device: &Path) {
     assert_eq!(shown(&layout.partitions), judged(device));
 }
 
@@ -115,7 +115,7 @@ fn sectors_of_4096_bytes_are_found_out() {
         .arg("10M")
         .succeeds();
     let layout = lab.layout();
-    assert_eq!((layout.sector_size, volume(&layout, "p2").content), (Some(4096), Content::Ext4));
+    assert_eq!((layout.sector_size, volume(&layout, "p2").content), (Some(4096), VolumeContent::Ext4));
 }
 
 #[test]
@@ -235,13 +235,13 @@ fn what_lies_outside_or_overlaps_is_cut_and_said() {
 /// A file system on the whole disk, whatever its first sector looks like.
 #[test]
 fn disks_without_a_table_are_one_volume() {
-    type Make = (&'static str, &'static [&'static str], Content);
+    type Make = (&'static str, &'static [&'static str], VolumeContent);
     let makes: [Make; 5] = [
-        ("mkfs.vfat", &["-F", "32"], Content::Fat32),
-        ("mkfs.vfat", &["-F", "16", "-D", "0x80"], Content::Fat16),
-        ("mkntfs", &["-q", "-F"], Content::Ntfs),
-        ("mkfs.exfat", &[], Content::Exfat),
-        ("mke2fs", &["-q", "-t", "ext3"], Content::Ext3),
+        ("mkfs.vfat", &["-F", "32"], VolumeContent::Fat32),
+        ("mkfs.vfat", &["-F", "16", "-D", "0x80"], VolumeContent::Fat16),
+        ("mkntfs", &["-q", "-F"], VolumeContent::Ntfs),
+        ("mkfs.exfat", &[], VolumeContent::Exfat),
+        ("mke2fs", &["-q", "-t", "ext3"], VolumeContent::Ext3),
     ];
     for (program, args, content) in makes {
         let lab = Lab::new(64 * MIB);
@@ -249,7 +249,7 @@ fn disks_without_a_table_are_one_volume() {
         // Boot code that looks like entries of a table.
         let layout = lab.changed(|bytes| {
             bytes[510..512].copy_from_slice(b"\x55\xaa");
-            if content != Content::Ext3 {
+            if content != VolumeContent::Ext3 {
                 bytes[446 + 4] = 0x20;
                 bytes[446 + 12] = 0x63;
             }
@@ -258,8 +258,8 @@ fn disks_without_a_table_are_one_volume() {
         assert_eq!((volume(&layout, "disk").content, layout.table), (content, None));
     }
     let lab = Lab::new(MIB);
-    assert_eq!(volume(&lab.layout(), "disk").content, Content::Empty);
-    assert_eq!(lab.changed(|bytes| bytes[700] = 1).volumes[0].content, Content::Unknown);
+    assert_eq!(volume(&lab.layout(), "disk").content, VolumeContent::Empty);
+    assert_eq!(lab.changed(|bytes| bytes[700] = 1).volumes[0].content, VolumeContent::Unknown);
     assert!(layout(&[]).volumes.is_empty());
     let layout = layout(&[disk(Path::new("/dev/null"))]);
     assert_eq!((volume(&layout, "disk").size, volume(&layout, "disk").segments.len()), (0, 0));

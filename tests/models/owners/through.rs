@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use chainfs::browse::Browser;
-use chainfs::browse::worker::Program;
+use chainfs::browse::worker::WorkerProgram;
 use chainfs::error::Result;
-use chainfs::fs::{Attributes, Caller, GuestOptions, Handle, Ownership, Tree};
+use chainfs::fs::{Attributes, Caller, GuestOptions, Handle, MountTree, Ownership};
 use chainfs::ops::{JobState, Status};
 use chainfs::store::{Access, Store};
 
@@ -20,14 +20,14 @@ const ROOT: u64 = 1;
 
 /// A tree, with nothing remembered of what was asked before.
 pub(crate) struct Through {
-    pub(crate) tree: Arc<Tree>,
+    pub(crate) tree: Arc<MountTree>,
 }
 
 impl Through {
     pub(crate) fn new(store: &Arc<Store>) -> Self {
-        let browser = Browser::new(store, Program::this(false));
+        let browser = Browser::new(store, WorkerProgram::this(false));
         let guests = GuestOptions { shown: false, verbatim: false };
-        Self { tree: Arc::new(Tree::new(store, Ownership::default(), &browser, guests).shared()) }
+        Self { tree: Arc::new(MountTree::new(store, Ownership::default(), &browser, guests).shared()) }
     }
 
     /// The number of a path, by whatever rights.

@@ -8,14 +8,14 @@ mod replay;
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::map::{Place, Segment};
+use super::map::{ExtMapping, ExtSegment};
 
 /// What all fast commits together changed.
 #[derive(Debug, Default)]
 pub(super) struct FastCommits {
     inodes: HashMap<u32, Box<[u8]>>,
-    ranges: HashMap<u32, Ranges>,
-    names: HashMap<u32, Names>,
+    ranges: HashMap<u32, ExtSegments>,
+    names: HashMap<u32, NameChanges>,
 }
 
 impl FastCommits {
@@ -25,12 +25,12 @@ impl FastCommits {
     }
 
     /// What became of the names of a directory.
-    pub(super) fn names(&self, directory: u32) -> Option<&Names> {
+    pub(super) fn names(&self, directory: u32) -> Option<&NameChanges> {
         self.names.get(&directory)
     }
 
     /// What was said of block `at` of a file, and of those after it.
-    pub(super) fn range(&self, number: u32, at: u64) -> Option<Segment> {
+    pub(super) fn range(&self, number: u32, at: u64) -> Option<ExtSegment> {
         self.ranges.get(&number)?.covering(at)
     }
 
@@ -42,21 +42,21 @@ impl FastCommits {
 
 /// Segments of a file by their first block; none overlaps another.
 #[derive(Debug, Default)]
-struct Ranges(BTreeMap<u64, Segment>);
+struct ExtSegments(BTreeMap<u64, ExtSegment>);
 
-impl Ranges {
-    fn covering(&self, at: u64) -> Option<Segment> {
+impl ExtSegments {
+    fn covering(&self, at: u64) -> Option<ExtSegment> {
         let (start, segment) = self.0.range(..=at).next_back()?;
         (at - start < segment.count).then(|| rest(*segment, at - start))
     }
 
     /// From now on this holds there, whatever was said before.
-    fn put(&mut self, start: u64, segment: Segment) {
+    fn put(&mut self, start: u64, segment: ExtSegment) {
         let end = start + segment.count;
         if let Some((first, before)) = self.0.range(..start).next_back().map(|(first, before)| (*first, *before)) {
             let cut = start - first;
             if before.count > cut {
-                self.0.insert(first, Segment { count: cut, ..before });
+                self.0.insert(first, ExtSegment { count: cut, ..before });
                 if before.count > end - first {
                     self.0.insert(end, rest(before, end - first));
                 }
@@ -73,25 +73,25 @@ impl Ranges {
 }
 
 /// A segment without its first `skip` blocks.
-fn rest(segment: Segment, skip: u64) -> Segment {
+fn rest(segment: ExtSegment, skip: u64) -> ExtSegment {
     let place = match segment.place {
-        Place::Stored(first) => Place::Stored(super::Block(first.0 + skip)),
+        ExtMapping::Stored(first) => ExtMapping::Stored(super::Block(first.0 + skip)),
         place => place,
     };
-    Segment { count: segment.count - skip, place }
+    ExtSegment { count: segment.count - skip, place }
 }
 
 /// What became of a name.
 #[derive(Clone, Copy, Debug)]
-enum Change {
+enum NameChange {
     Added(u32),
     Removed(u32),
 }
 
 /// What became of the names of one directory.
 #[derive(Debug, Default)]
-pub(super) struct Names {
-    changes: HashMap<Vec<u8>, Vec<Change>>,
+pub(super) struct NameChanges {
+    changes: HashMap<Vec<u8>, Vec<NameChange>>,
     order: Vec<Vec<u8>>,
     settled: HashMap<Vec<u8>, Outcome>,
     fresh: bool,
@@ -109,14 +109,14 @@ struct Outcome {
 impl Outcome {
     /// A name that is there keeps what it stands for when another is added: it came to disk before. A removal means
     /// what it says only of the inode that it names.
-    fn of(changes: &[Change]) -> Self {
+    fn of(changes: &[NameChange]) -> Self {
         // From the last change to the first: what comes of a name that is absent before it, and where each is removed.
         let mut absent = vec![None; changes.len() + 1];
         let mut removal: HashMap<u32, usize> = HashMap::new();
         for (index, change) in changes.iter().enumerate().rev() {
             absent[index] = match change {
-                Change::Added(ino) => removal.get(ino).map_or(Some(*ino), |index| absent[index + 1]),
-                Change::Removed(ino) => {
+                NameChange::Added(ino) => removal.get(ino).map_or(Some(*ino), |index| absent[index + 1]),
+                NameChange::Removed(ino) => {
                     removal.insert(*ino, index);
                     absent[index + 1]
                 }
@@ -127,7 +127,7 @@ impl Outcome {
     }
 }
 
-impl Names {
+impl NameChanges {
     /// The directory was made by a fast commit: there is nothing in it but what was added then.
     pub(super) fn fresh(&self) -> bool {
         self.fresh
@@ -144,7 +144,7 @@ impl Names {
         stored.map_or(outcome.absent, |ino| outcome.removed.get(&ino).copied().unwrap_or(stored))
     }
 
-    fn change(&mut self, name: &[u8], change: Change) {
+    fn change(&mut self, name: &[u8], change: NameChange) {
         if let Some(changes) = self.changes.get_mut(name) {
             changes.push(change);
             return;
@@ -165,25 +165,25 @@ mod tests {
     use super::super::Block;
     use super::*;
 
-    fn stored(count: u64, first: u64) -> Segment {
-        Segment { count, place: Place::Stored(Block(first)) }
+    fn stored(count: u64, first: u64) -> ExtSegment {
+        ExtSegment { count, place: ExtMapping::Stored(Block(first)) }
     }
 
     #[test]
     fn a_later_range_replaces_what_it_covers() {
-        let mut ranges = Ranges::default();
+        let mut ranges = ExtSegments::default();
         ranges.put(10, stored(10, 100));
-        ranges.put(14, Segment { count: 2, place: Place::Hole });
+        ranges.put(14, ExtSegment { count: 2, place: ExtMapping::Hole });
         ranges.put(30, stored(1, 7));
         ranges.put(19, stored(12, 500));
         let all: Vec<_> = ranges.0.into_iter().collect();
-        let hole = Segment { count: 2, place: Place::Hole };
+        let hole = ExtSegment { count: 2, place: ExtMapping::Hole };
         assert_eq!(all, [(10, stored(4, 100)), (14, hole), (16, stored(3, 106)), (19, stored(12, 500))]);
     }
 
     #[test]
     fn a_range_in_the_middle_is_found_by_each_of_its_blocks() {
-        let mut ranges = Ranges::default();
+        let mut ranges = ExtSegments::default();
         ranges.put(10, stored(3, 100));
         assert_eq!(ranges.covering(9), None);
         assert_eq!(ranges.covering(12), Some(stored(1, 102)));
@@ -192,10 +192,16 @@ mod tests {
 
     #[test]
     fn names_follow_the_changes_in_their_order() {
-        let mut names = Names::default();
-        names.change(b"a", Change::Removed(5));
-        names.change(b"a", Change::Added(6));
-        for change in [Change::Added(1), Change::Removed(1), Change::Added(2), Change::Added(3), Change::Removed(3)] {
+        let mut names = NameChanges::default();
+        names.change(b"a", NameChange::Removed(5));
+        names.change(b"a", NameChange::Added(6));
+        for change in [
+            NameChange::Added(1),
+            NameChange::Removed(1),
+            NameChange::Added(2),
+            NameChange::Added(3),
+            NameChange::Removed(3),
+        ] {
             names.change(b"c", change);
         }
         names.settle();

@@ -11,8 +11,8 @@ use super::super::bytes::{corrupt, join};
 use super::super::checksum::crc32c;
 use super::super::inode::{BLOCK_AREA, OLD_LEN, flags};
 use super::super::journal::Log;
-use super::super::map::{Place, Segment};
-use super::{Change, FastCommits, Names};
+use super::super::map::{ExtMapping, ExtSegment};
+use super::{FastCommits, NameChange, NameChanges};
 
 const ADD_RANGE: u16 = 1;
 const DEL_RANGE: u16 = 2;
@@ -36,7 +36,7 @@ const SECTORS_HIGH: Range<usize> = 0x74..0x76;
 const MAX_WRITTEN: u16 = 1 << 15;
 
 /// A piece of a fast commit.
-struct Tag<'a> {
+struct FastCommitTag<'a> {
     kind: u16,
     value: &'a [u8],
     /// With its header, for the checksum.
@@ -44,7 +44,7 @@ struct Tag<'a> {
 }
 
 /// The tags of a block up to its end or the first that breaks the rules, which is told by an error.
-fn tags(block: &[u8], inode_len: usize) -> impl Iterator<Item = Result<Tag<'_>>> {
+fn tags(block: &[u8], inode_len: usize) -> impl Iterator<Item = Result<FastCommitTag<'_>>> {
     let mut at = 0;
     std::iter::from_fn(move || {
         if at + TAG_LEN > block.len() {
@@ -56,7 +56,7 @@ fn tags(block: &[u8], inode_len: usize) -> impl Iterator<Item = Result<Tag<'_>>>
             return Some(Err(corrupt("a fast commit is damaged")));
         };
         at += raw.len();
-        Some(Ok(Tag { kind, value: &raw[TAG_LEN..], raw }))
+        Some(Ok(FastCommitTag { kind, value: &raw[TAG_LEN..], raw }))
     })
 }
 
@@ -81,24 +81,24 @@ impl FastCommits {
         let (blocks, whole) = whole(log, transaction, inode_len)?;
         let all = blocks.iter().flat_map(|block| tags(block, inode_len));
         for tag in all.take(whole) {
-            let Tag { kind, value, .. } = tag?;
+            let FastCommitTag { kind, value, .. } = tag?;
             match kind {
                 ADD_RANGE => found.add_range(value),
                 DEL_RANGE => {
                     let (start, count) = (le32(value, 4).into(), le32(value, 8).into());
-                    found.put_range(le32(value, 0), start, Segment { count, place: Place::Hole });
+                    found.put_range(le32(value, 0), start, ExtSegment { count, place: ExtMapping::Hole });
                 }
                 CREATE => {
-                    let (parent, ino) = found.change_name(value, Change::Added);
+                    let (parent, ino) = found.change_name(value, NameChange::Added);
                     found.make_directory(parent, ino);
                 }
-                LINK => drop(found.change_name(value, Change::Added)),
-                UNLINK => drop(found.change_name(value, Change::Removed)),
+                LINK => drop(found.change_name(value, NameChange::Added)),
+                UNLINK => drop(found.change_name(value, NameChange::Removed)),
                 INODE => found.put_inode(ext, le32(value, 0), &value[4..])?,
                 _ => {}
             }
         }
-        found.names.values_mut().for_each(Names::settle);
+        found.names.values_mut().for_each(NameChanges::settle);
         Ok(found)
     }
 
@@ -106,18 +106,18 @@ impl FastCommits {
         let len = le16(value, 8);
         let (len, written) = if len > MAX_WRITTEN { (len - MAX_WRITTEN, false) } else { (len, true) };
         let block = Block(join(le32(value, 12), le16(value, 10)));
-        let place = if written { Place::Stored(block) } else { Place::Unwritten };
-        self.put_range(le32(value, 0), le32(value, 4).into(), Segment { count: len.into(), place });
+        let place = if written { ExtMapping::Stored(block) } else { ExtMapping::Unwritten };
+        self.put_range(le32(value, 0), le32(value, 4).into(), ExtSegment { count: len.into(), place });
     }
 
-    fn put_range(&mut self, number: u32, start: u64, segment: Segment) {
+    fn put_range(&mut self, number: u32, start: u64, segment: ExtSegment) {
         if segment.count > 0 {
             self.ranges.entry(number).or_default().put(start, segment);
         }
     }
 
     /// Notes what became of a name; the directory, and what the name stands for.
-    fn change_name(&mut self, value: &[u8], change: fn(u32) -> Change) -> (u32, u32) {
+    fn change_name(&mut self, value: &[u8], change: fn(u32) -> NameChange) -> (u32, u32) {
         let (parent, ino) = (le32(value, 0), le32(value, 4));
         self.names.entry(parent).or_default().change(&value[8..], change(ino));
         (parent, ino)
@@ -173,7 +173,7 @@ fn whole(log: &Log, transaction: u32, inode_len: usize) -> Result<(Vec<Vec<u8>>,
         }
         blocks.push(block);
         for tag in tags(blocks.last().expect("just put there"), inode_len) {
-            let Ok(Tag { kind, value, raw }) = tag else { break 'blocks };
+            let Ok(FastCommitTag { kind, value, raw }) = tag else { break 'blocks };
             let mine = || le32(value, if kind == HEAD { 4 } else { 0 }) == transaction;
             count += 1;
             if kind == HEAD {

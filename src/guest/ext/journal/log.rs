@@ -11,7 +11,7 @@ use super::super::Ext;
 use super::super::blocks::{Block, JOURNAL_MAGIC};
 use super::super::bytes::{corrupt, unsupported};
 use super::super::checksum::{crc32c, crc32c_without};
-use super::super::map::{Place, Walk};
+use super::super::map::{ExtMapping, MapWalk};
 
 pub(super) mod incompat {
     pub(in super::super) const SIXTY_FOUR: u32 = 0x2;
@@ -80,10 +80,10 @@ impl Log {
             sequence: 0,
             fast: 0..0,
         };
-        let (mut walk, mut at) = (Walk::new(ext, &inode), 0u64);
+        let (mut walk, mut at) = (MapWalk::new(ext, &inode), 0u64);
         while at < count.into() {
             let segment = walk.segment(at, u64::from(count) - at)?;
-            let Place::Stored(block) = segment.place else { return Err(inode.corrupt("is a journal with holes")) };
+            let ExtMapping::Stored(block) = segment.place else { return Err(inode.corrupt("is a journal with holes")) };
             log.pieces.push((at as u32, block));
             if log.pieces.len() > MAX_PIECES {
                 return Err(inode.corrupt("is a journal in too many pieces"));

@@ -1,6 +1,6 @@
 //! The journal, replayed in memory: which blocks are newer in it, and where.
 //!
-//! Nothing is written, and no content is kept: the answer is an [`Overlay`] of places. What the kernel would replay is
+//! Nothing is written, and no content is kept: the answer is a [`JournalOverlay`] of places. What the kernel would replay is
 //! replayed, up to the first transaction that is not whole. What it would refuse is an error here; whoever opens the
 //! file system then shows it as of the last checkpoint, and says so.
 
@@ -13,11 +13,11 @@ use std::collections::HashMap;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::bytes::{be32, be64};
 
-use super::blocks::{Block, Journaled, Overlay};
+use super::blocks::{Block, JournalOverlay, Journaled};
 use super::bytes::corrupt;
 
 pub(super) use log::Log;
-use scan::Scan;
+use scan::JournalScan;
 
 /// Blocks that the overlay has at most: 16 GiB of journal with blocks of 4 KiB.
 const MAX_BLOCKS: usize = 4 << 20;
@@ -25,7 +25,7 @@ const MAX_BLOCKS: usize = 4 << 20;
 /// What a replay has found.
 #[derive(Debug, Default)]
 pub(super) struct Replayed {
-    pub(super) overlay: Overlay,
+    pub(super) overlay: JournalOverlay,
     /// The number of the first transaction that is not whole: fast commits belong to it.
     pub(super) end: u32,
     pub(super) remarks: Vec<String>,
@@ -33,7 +33,7 @@ pub(super) struct Replayed {
 
 /// Replays what is whole.
 pub(super) fn replay(log: &Log) -> Result<Replayed> {
-    let Scan { descriptors, revokes, end, mut remarks } = scan::scan(log)?;
+    let JournalScan { descriptors, revokes, end, mut remarks } = scan::scan(log)?;
     let mut revoked = HashMap::new();
     for (at, transaction) in revokes {
         revoke(log, at, transaction, &mut revoked)?;
@@ -63,7 +63,7 @@ pub(super) fn replay(log: &Log) -> Result<Replayed> {
     if damaged > 0 {
         remarks.push(format!("{damaged} blocks in the journal are damaged: they are shown as they were before"));
     }
-    Ok(Replayed { overlay: Overlay::new(newer), end, remarks })
+    Ok(Replayed { overlay: JournalOverlay::new(newer), end, remarks })
 }
 
 /// Notes the blocks that a block of the journal revokes.

@@ -17,7 +17,7 @@ const COMMIT_SUM_AT: usize = 16;
 
 /// The journal's own blocks of whole transactions, each with the number of its transaction.
 #[derive(Default)]
-pub(super) struct Scan {
+pub(super) struct JournalScan {
     pub(super) descriptors: Vec<(u32, u32)>,
     pub(super) revokes: Vec<(u32, u32)>,
     /// The number after that of the last whole transaction.
@@ -25,8 +25,8 @@ pub(super) struct Scan {
     pub(super) remarks: Vec<String>,
 }
 
-pub(super) fn scan(log: &Log) -> Result<Scan> {
-    let mut found = Scan { end: log.sequence, ..Scan::default() };
+pub(super) fn scan(log: &Log) -> Result<JournalScan> {
+    let mut found = JournalScan { end: log.sequence, ..JournalScan::default() };
     let (mut at, mut left) = (log.start, log.last - log.first);
     // Of the transaction at hand: what is found of it, its sum, and whether a block of it has a wrong one.
     let (mut descriptors, mut revokes) = (Vec::new(), Vec::new());

@@ -15,7 +15,7 @@ const ESCAPED: u16 = 1;
 const SAME_UUID: u16 = 2;
 const LAST: u16 = 8;
 
-pub(super) struct Tag {
+pub(super) struct BlockTag {
     pub(super) block: Block,
     pub(super) escaped: bool,
     /// 16 bits of it in version 2, all in version 3.
@@ -23,7 +23,7 @@ pub(super) struct Tag {
 }
 
 /// The tags of a descriptor, in the order of the blocks that follow it.
-pub(super) fn tags<'a>(log: &'a Log, descriptor: &'a [u8]) -> impl Iterator<Item = Tag> + 'a {
+pub(super) fn tags<'a>(log: &'a Log, descriptor: &'a [u8]) -> impl Iterator<Item = BlockTag> + 'a {
     let (third, wide) = (log.has(incompat::CSUM_V3), log.has(incompat::SIXTY_FOUR));
     let len = match (third, log.has(incompat::CSUM_V2), wide) {
         (true, ..) => 16,
@@ -42,7 +42,7 @@ pub(super) fn tags<'a>(log: &'a Log, descriptor: &'a [u8]) -> impl Iterator<Item
         let raw = &descriptor[at..at + len];
         let flags = be16(raw, 6);
         at = if flags & LAST != 0 { end } else { at + len + if flags & SAME_UUID == 0 { UUID_LEN } else { 0 } };
-        Some(Tag {
+        Some(BlockTag {
             block: Block(join(be32(raw, 0), if wide { be32(raw, 8) } else { 0 })),
             escaped: flags & ESCAPED != 0,
             sum: if third { be32(raw, 12) } else { be16(raw, 4).into() },
@@ -51,7 +51,7 @@ pub(super) fn tags<'a>(log: &'a Log, descriptor: &'a [u8]) -> impl Iterator<Item
 }
 
 /// Whether the block of data at `at` is the one that the tag is about.
-pub(super) fn sum_is_right(log: &Log, tag: &Tag, transaction: u32, at: u32) -> Result<bool> {
+pub(super) fn sum_is_right(log: &Log, tag: &BlockTag, transaction: u32, at: u32) -> Result<bool> {
     if log.tail_len() == 0 {
         return Ok(true);
     }

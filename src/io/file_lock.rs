@@ -15,18 +15,18 @@ use nix::libc;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::file::FileStat;
-use super::holders::lock_holders;
+use super::lock_holders::lock_holders;
 
 /// How often a claim that is held is asked for again.
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// A claim that is held until this is dropped.
 #[derive(Debug)]
-pub struct Claim {
+pub struct FileLock {
     file: OwnedFd,
 }
 
-impl Claim {
+impl FileLock {
     /// The file that it stands for.
     pub fn file(&self) -> &OwnedFd {
         &self.file
@@ -94,12 +94,12 @@ mod tests {
     fn one_at_a_time_holds_it() {
         let place = tempfile::NamedTempFile::new().unwrap();
         let open = || OwnedFd::from(std::fs::File::options().read(true).write(true).open(place.path()).unwrap());
-        let take = || Claim::take(open(), Path::new("lock"), Duration::from_millis(20));
+        let take = || FileLock::take(open(), Path::new("lock"), Duration::from_millis(20));
         let first = take().unwrap();
-        assert!(Claim::is_held(open(), Path::new("lock")).unwrap());
+        assert!(FileLock::is_held(open(), Path::new("lock")).unwrap());
         assert_eq!(take().unwrap_err().kind(), ErrorKind::Busy);
         drop(first);
-        assert!(!Claim::is_held(open(), Path::new("lock")).unwrap());
+        assert!(!FileLock::is_held(open(), Path::new("lock")).unwrap());
         take().unwrap();
     }
 }

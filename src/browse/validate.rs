@@ -7,8 +7,10 @@ use std::collections::HashSet;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::OperatingSystem;
-use crate::guest::volumes::{Layout, MissingVolumeGroup, Partition, PhysicalVolumeName, Place, Segment, Volume};
-use crate::guest::{DirectoryEntry, ExtendedAttribute, Ino, Run};
+use crate::guest::volumes::{
+    MissingVolumeGroup, Partition, PhysicalVolumeName, Volume, VolumeLayout, VolumeMapping, VolumeSegment,
+};
+use crate::guest::{DirectoryEntry, ExtendedAttribute, FileRun, Ino};
 
 use super::worker::protocol::LIST_LEN;
 use super::worker::{Listing, Mounted};
@@ -53,7 +55,7 @@ fn are_remarks(remarks: &[String]) -> bool {
 }
 
 /// What a disk of `size` bytes, and others with it, are said to hold.
-pub(super) fn check_layout(layout: &Layout, size: u64) -> Result<()> {
+pub(super) fn check_layout(layout: &VolumeLayout, size: u64) -> Result<()> {
     let mut numbers = HashSet::new();
     let is_partition = |partition: &Partition| {
         let is_within = partition.start.checked_add(partition.len).is_some_and(|end| end <= size);
@@ -80,10 +82,10 @@ pub(super) fn check_layout(layout: &Layout, size: u64) -> Result<()> {
 }
 
 /// How many places a segment names.
-fn weight(segment: &Segment) -> usize {
+fn weight(segment: &VolumeSegment) -> usize {
     match &segment.place {
-        Place::Linear(_) => 1,
-        Place::Striped { legs, .. } => 1 + legs.len(),
+        VolumeMapping::Linear(_) => 1,
+        VolumeMapping::Striped { legs, .. } => 1 + legs.len(),
     }
 }
 
@@ -114,7 +116,7 @@ pub(super) fn check_systems(systems: &[OperatingSystem], volume_count: usize) ->
     let is_one = |found: &OperatingSystem| {
         let OperatingSystem { volume: _, id, name, version, pretty_name, host_name, machine_id, architecture, mounts } =
             found;
-        let is_mount = |mount: &crate::guest::inspect::Mount| {
+        let is_mount = |mount: &crate::guest::inspect::FstabEntry| {
             let words = [&mount.device, &mount.directory, &mount.kind, &mount.options];
             words.into_iter().all(|word| is_text(word)) && are_texts([&mount.volume])
         };
@@ -160,8 +162,8 @@ pub(super) fn check_extended_attributes(found: &[ExtendedAttribute]) -> Result<(
 }
 
 /// `Err` unless each run has bytes, and none ends beyond what can be counted.
-pub(super) fn check_runs(at: u64, runs: &[Run]) -> Result<()> {
-    let end = |end: u64, run: &Run| end.checked_add(run.len).filter(|_| run.len > 0);
+pub(super) fn check_runs(at: u64, runs: &[FileRun]) -> Result<()> {
+    let end = |end: u64, run: &FileRun| end.checked_add(run.len).filter(|_| run.len > 0);
     runs.iter().try_fold(at, end).map(drop).ok_or_else(confused)
 }
 
@@ -173,13 +175,13 @@ pub(super) fn check_ino(ino: Ino) -> Result<()> {
 mod tests {
     use super::*;
     use crate::browse::ListedEntry;
-    use crate::guest::content::Content;
+    use crate::guest::content::VolumeContent;
 
     const SIZE: u64 = 1 << 30;
 
     fn volume(name: &str) -> Volume {
         let (label, uuid, problem) = (None, None, None);
-        Volume { name: name.into(), size: 0, segments: Vec::new(), content: Content::Ext4, label, uuid, problem }
+        Volume { name: name.into(), size: 0, segments: Vec::new(), content: VolumeContent::Ext4, label, uuid, problem }
     }
 
     fn partition(number: u32, start: u64, len: u64) -> Partition {
@@ -187,8 +189,8 @@ mod tests {
         Partition { number, start, len, name, type_name: "Linux".into(), uuid, is_extended: false }
     }
 
-    fn with_volumes(names: &[&str]) -> Layout {
-        Layout { volumes: names.iter().map(|name| volume(name)).collect(), ..Layout::default() }
+    fn with_volumes(names: &[&str]) -> VolumeLayout {
+        VolumeLayout { volumes: names.iter().map(|name| volume(name)).collect(), ..VolumeLayout::default() }
     }
 
     #[test]
@@ -206,7 +208,7 @@ mod tests {
 
     #[test]
     fn partitions_lie_within_the_disk() {
-        let layout = |partitions| Layout { partitions, ..Layout::default() };
+        let layout = |partitions| VolumeLayout { partitions, ..VolumeLayout::default() };
         check_layout(&layout(vec![partition(1, 512, SIZE - 512), partition(2, SIZE * 2, 0)]), SIZE).unwrap();
         for (start, len) in [(512, SIZE), (SIZE, 1), (u64::MAX, 2), (1 << 63, 1 << 63)] {
             assert!(check_layout(&layout(vec![partition(1, start, len)]), SIZE).is_err(), "{start} + {len}");
@@ -216,15 +218,17 @@ mod tests {
 
     #[test]
     fn what_is_kept_is_bounded() {
-        let many = |count| Layout { remarks: vec!["a".into(); count], ..Layout::default() };
+        let many = |count| VolumeLayout { remarks: vec!["a".into(); count], ..VolumeLayout::default() };
         check_layout(&many(101), SIZE).unwrap();
         assert!(check_layout(&many(1000), SIZE).is_err());
-        let long = Layout { remarks: vec!["a".repeat(1 << 20)], ..Layout::default() };
+        let long = VolumeLayout { remarks: vec!["a".repeat(1 << 20)], ..VolumeLayout::default() };
         assert!(check_layout(&long, SIZE).is_err());
-        let place =
-            Place::Striped { stripe_len: 1, legs: vec![crate::guest::volumes::Leg { disk: 0, offset: 0 }; SEGMENTS] };
+        let place = VolumeMapping::Striped {
+            stripe_len: 1,
+            legs: vec![crate::guest::volumes::DiskPosition { disk: 0, offset: 0 }; SEGMENTS],
+        };
         let mut striped = with_volumes(&["a-b"]);
-        striped.volumes[0].segments = vec![Segment { at: 0, len: 1, place }];
+        striped.volumes[0].segments = vec![VolumeSegment { at: 0, len: 1, place }];
         assert!(check_layout(&striped, SIZE).is_err());
     }
 

@@ -10,11 +10,11 @@ use std::sync::Arc;
 use crate::guest::volumes::{MissingVolumeGroup, PhysicalVolumeName};
 use crate::store::{ACTIVE, Catalog, ViewId, shown};
 
-use super::disk::Disk;
-use super::inside::Session;
+use super::disk::BrowsedDisk;
+use super::disk_contents::Exchange;
 use super::worker::Worker;
 use super::worker::protocol::{Answer, Request};
-use super::{Browser, border};
+use super::{Browser, validate};
 
 /// Chains in which the other disks of a volume group are looked for, at most.
 const CANDIDATES: usize = 256;
@@ -28,10 +28,10 @@ impl Browser {
     pub(super) fn more_disks(
         &self,
         worker: &Worker,
-        disks: &[Disk],
+        disks: &[BrowsedDisk],
         missing: &[MissingVolumeGroup],
         remarks: &mut Vec<String>,
-    ) -> Option<Vec<Disk>> {
+    ) -> Option<Vec<BrowsedDisk>> {
         if missing.is_empty() || disks.len() >= DISKS {
             return None;
         }
@@ -43,11 +43,11 @@ impl Browser {
                 continue;
             }
             // One that cannot be opened now is as good as absent, which is said.
-            let Ok(disk) = Disk::new(&self.store, &other, &self.read) else { continue };
+            let Ok(disk) = BrowsedDisk::new(&self.store, &other, &self.read) else { continue };
             let request = Request::PhysicalVolumes { size: disk.size() };
-            let session = Session::new(std::slice::from_ref(&disk), &self.digests);
+            let session = Exchange::new(std::slice::from_ref(&disk), &self.digests);
             if let Ok((Answer::PhysicalVolumes(held), _)) = worker.ask(&request, &session)
-                && border::check_physical_volumes(&held).is_ok()
+                && validate::check_physical_volumes(&held).is_ok()
             {
                 drop(session);
                 candidates.push((disk, held));
@@ -80,7 +80,7 @@ impl Browser {
             }
         }
         let taken = candidates.into_iter().enumerate().filter(|(at, _)| chosen.contains(at)).map(|(_, (disk, _))| disk);
-        let taken: Vec<Disk> = taken.take(DISKS - disks.len()).collect();
+        let taken: Vec<BrowsedDisk> = taken.take(DISKS - disks.len()).collect();
         (!taken.is_empty()).then_some(taken)
     }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::super::target::place_in_mount;
 use super::shown;
-use crate::browse::Inside;
+use crate::browse::DiskContents;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The name that stands for the volume with the operating system.
@@ -16,10 +16,10 @@ const ROOT: &[u8] = b"root";
 
 /// A word, and what it says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct GuestOperand {
     pub(super) disk: DiskName,
     /// A volume and a path in it.
-    pub(super) inner: Option<Inner>,
+    pub(super) inner: Option<DiskPath>,
     /// Whether the word goes on behind the image's name: `IMAGE:` is not `IMAGE`.
     pub(super) has_inner: bool,
 }
@@ -35,13 +35,13 @@ pub(super) enum DiskName {
 
 /// A place on a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Inner {
+pub(super) struct DiskPath {
     pub(super) volume: Vec<u8>,
     /// Within the volume; as it was written.
     pub(super) path: Vec<u8>,
 }
 
-impl Inner {
+impl DiskPath {
     /// `/VOLUME/PATH`; `None` if there is no volume in it.
     fn of(text: &[u8]) -> Option<Self> {
         let text = &text[text.iter().position(|byte| *byte != b'/')?..];
@@ -51,7 +51,7 @@ impl Inner {
 }
 
 /// Finds out what a word names.
-pub(super) fn parse(word: &OsStr) -> Result<Place> {
+pub(super) fn parse(word: &OsStr) -> Result<GuestOperand> {
     let bytes = word.as_bytes();
     let ends = (1..=bytes.len()).rev().filter(|end| bytes.get(*end).is_none_or(|byte| matches!(byte, b':' | b'@')));
     for end in ends {
@@ -64,7 +64,7 @@ pub(super) fn parse(word: &OsStr) -> Result<Place> {
             return mounted(word, &store, &rest, snapshot, inner);
         }
         let disk = DiskName::Image { path: path.to_path_buf(), snapshot: snapshot.map(<[u8]>::to_vec) };
-        return Ok(Place { disk, inner: inner.and_then(Inner::of), has_inner: inner.is_some() });
+        return Ok(GuestOperand { disk, inner: inner.and_then(DiskPath::of), has_inner: inner.is_some() });
     }
     if let Some((store, rest)) = place_in_mount(Path::new(word))? {
         return mounted(word, &store, &rest, None, None);
@@ -103,7 +103,13 @@ fn split(rest: &[u8]) -> Option<Split<'_>> {
 }
 
 /// A place in a mount: a disk that it shows, or a guest's file.
-fn mounted(word: &OsStr, store: &Path, rest: &Path, snapshot: Option<&[u8]>, inner: Option<&[u8]>) -> Result<Place> {
+fn mounted(
+    word: &OsStr,
+    store: &Path,
+    rest: &Path,
+    snapshot: Option<&[u8]>,
+    inner: Option<&[u8]>,
+) -> Result<GuestOperand> {
     let nothing = || {
         let fact = format!("{} is neither a disk nor a guest's file of a mount", shown(word));
         Error::new(ErrorKind::Usage, fact)
@@ -113,7 +119,7 @@ fn mounted(word: &OsStr, store: &Path, rest: &Path, snapshot: Option<&[u8]>, inn
     let place = |chain, view: Option<&[u8]>, inner: Option<&[u8]>| {
         let (view, address) = (view.map(<[u8]>::to_vec), snapshot.map(<[u8]>::to_vec));
         let disk = DiskName::Mounted { store: store.to_path_buf(), chain, view, address };
-        Place { disk, inner: inner.and_then(Inner::of), has_inner: inner.is_some() }
+        GuestOperand { disk, inner: inner.and_then(DiskPath::of), has_inner: inner.is_some() }
     };
     if let Some(at) = names.iter().position(|name| *name == b"files") {
         let view = *names.get(at + 1).ok_or_else(nothing)?;
@@ -136,7 +142,7 @@ fn mounted(word: &OsStr, store: &Path, rest: &Path, snapshot: Option<&[u8]>, inn
 }
 
 /// The volume of that name; `root` is the one with the operating system.
-pub(super) fn volume(inside: &Inside, name: &[u8]) -> Result<usize> {
+pub(super) fn volume(inside: &DiskContents, name: &[u8]) -> Result<usize> {
     if let Some(index) = inside.volume(name) {
         return Ok(index);
     }

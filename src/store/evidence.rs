@@ -18,7 +18,7 @@ use crate::format::{Header, Version};
 use crate::image::{Caches, Image, Layer};
 use crate::io::{FileId, FileStat, Identity, Root, read_full};
 
-use super::describe::{Content, describe};
+use super::describe::{DetectedContent, describe};
 use super::intents::encoded;
 use super::options::Format;
 
@@ -30,7 +30,7 @@ const PIECE: u64 = 1 << 20;
 
 /// A file that a note speaks of, by name and identity.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Named {
+pub struct FileRef {
     /// Its path beneath the guarded directory.
     #[serde(with = "encoded")]
     pub path: PathBuf,
@@ -42,12 +42,12 @@ pub struct Named {
     pub evidence: Option<Evidence>,
     /// Its external data file, which is as much a part of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub data: Option<Box<Data>>,
+    pub data: Option<Box<DataFileRef>>,
 }
 
 /// An external data file, by name and identity.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Data {
+pub struct DataFileRef {
     /// Its path beneath the guarded directory; what lies outside of the store by its full one, and is not looked at.
     #[serde(with = "encoded")]
     path: PathBuf,
@@ -57,24 +57,24 @@ pub struct Data {
     size: u64,
     /// A few sectors of it; none if guests write it.
     #[serde(default)]
-    samples: Vec<Sample>,
+    samples: Vec<SectorSample>,
     /// When it was written last, if nobody writes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    written: Option<Moment>,
+    written: Option<FileTime>,
 }
 
-impl Data {
+impl DataFileRef {
     /// The file at `path` beneath `root`, which a note calls `name`.
     pub(crate) fn witness(root: &Root, path: &Path, name: PathBuf, fixed: bool) -> Result<Self> {
         let file = root.open_file(path)?;
         let signature = FileStat::of(&file)?.signature;
         let samples = if fixed { samples(&file, signature.size)? } else { Vec::new() };
-        let written = fixed.then_some(Moment::of(signature.mtime));
+        let written = fixed.then_some(FileTime::of(signature.mtime));
         Ok(Self { path: name, file: Identity::of(&file)?, size: signature.size, samples, written })
     }
 
     /// What speaks against the file of its name being it, as a sentence. Of a copy the name and the content have to do.
-    pub(super) fn against(&self, root: &Root, allowed: Allowed) -> Option<String> {
+    pub(super) fn against(&self, root: &Root, allowed: AllowedChange) -> Option<String> {
         if self.path.is_absolute() {
             return None;
         }
@@ -85,7 +85,7 @@ impl Data {
         Some(format!("{}, an external data file, {fact}", super::catalog::shown(&self.path)))
     }
 
-    fn differs(&self, root: &Root, allowed: Allowed) -> Result<Option<&'static str>> {
+    fn differs(&self, root: &Root, allowed: AllowedChange) -> Result<Option<&'static str>> {
         let file = root.open_file(&self.path)?;
         if !allowed.is_copy && !is_same(&self.file, &Identity::of(&file)?) {
             return Ok(Some("is another file than it was"));
@@ -98,10 +98,10 @@ impl Data {
 /// What speaks against a file without a header holding what it did.
 fn other_bytes(
     file: &OwnedFd,
-    allowed: Allowed,
+    allowed: AllowedChange,
     size: u64,
-    samples: &[Sample],
-    written: Option<Moment>,
+    samples: &[SectorSample],
+    written: Option<FileTime>,
 ) -> Result<Option<&'static str>> {
     let signature = FileStat::of(file)?.signature;
     Ok(if !allowed.is_size(size, signature.size) {
@@ -142,34 +142,34 @@ pub enum Evidence {
         /// A few sectors of the file behind its header, if nobody writes it: images that were made alike have the same
         /// tables.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        samples: Vec<Sample>,
+        samples: Vec<SectorSample>,
         /// A few sectors of its disk, by their places there, that the command is going to write.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        disk: Vec<Sample>,
+        disk: Vec<SectorSample>,
         /// Digest of the cluster that holds its header.
         head: Digest,
         /// When it was written last, if nobody writes it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        written: Option<Moment>,
+        written: Option<FileTime>,
     },
     /// A raw image.
     Raw {
         /// Bytes of the file.
         size: u64,
         /// A few sectors of it; none if guests write it.
-        samples: Vec<Sample>,
+        samples: Vec<SectorSample>,
         /// When it was written last, if nobody writes it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        written: Option<Moment>,
+        written: Option<FileTime>,
     },
 }
 
 /// A time of a file, in nanoseconds since 1970.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Moment(i64);
+pub struct FileTime(i64);
 
-impl Moment {
+impl FileTime {
     fn of((seconds, nanoseconds): (i64, u32)) -> Self {
         Self(seconds.saturating_mul(1_000_000_000).saturating_add(i64::from(nanoseconds)))
     }
@@ -177,7 +177,7 @@ impl Moment {
 
 /// One sector of a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Sample {
+pub struct SectorSample {
     /// Where it is.
     pub at: u64,
     /// Digest of its bytes.
@@ -256,7 +256,7 @@ pub(super) mod identity {
 /// What may have become of a file since its evidence was taken.
 #[expect(clippy::struct_excessive_bools, reason = "each is a change of its own")]
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Allowed {
+pub(super) struct AllowedChange {
     /// It may stand on something else.
     pub(super) backing: bool,
     /// Its disk may have grown.
@@ -267,23 +267,23 @@ pub(super) struct Allowed {
     pub(super) is_copy: bool,
 }
 
-impl Allowed {
+impl AllowedChange {
     fn is_size(self, old: u64, now: u64) -> bool {
         self.any_size || now == old || (self.growth && now > old)
     }
 
     /// Samples that count only in a copy: what a guest has written meanwhile is committed, too, and where there are few
     /// it may have changed all of them.
-    fn of_copy(self, samples: &[Sample]) -> &[Sample] {
+    fn of_copy(self, samples: &[SectorSample]) -> &[SectorSample] {
         if self.is_copy { samples } else { &[] }
     }
 
-    fn is_time(self, written: Option<Moment>, now: (i64, u32)) -> bool {
-        self.is_copy || written.is_none_or(|written| written == Moment::of(now))
+    fn is_time(self, written: Option<FileTime>, now: (i64, u32)) -> bool {
+        self.is_copy || written.is_none_or(|written| written == FileTime::of(now))
     }
 }
 
-impl Named {
+impl FileRef {
     /// A file by its identity alone.
     pub fn known(path: PathBuf, file: Identity) -> Self {
         Self { path, file, evidence: None, data: None }
@@ -325,7 +325,7 @@ impl Named {
 
     /// Notes sectors of a qcow2 image that the command writes: of its external data file (`take(true)`), or of its disk,
     /// for in the image itself clusters are given to other data.
-    pub(crate) fn keep_samples(&mut self, take: impl FnOnce(bool) -> Vec<Sample>) {
+    pub(crate) fn keep_samples(&mut self, take: impl FnOnce(bool) -> Vec<SectorSample>) {
         if let Some(data) = &mut self.data {
             data.samples = take(true);
         } else if let Some(Evidence::Qcow2 { disk, .. }) = &mut self.evidence {
@@ -334,7 +334,7 @@ impl Named {
     }
 
     /// The sectors of a raw image that are looked at, to be told what they will become.
-    pub(crate) fn samples(&mut self) -> &mut [Sample] {
+    pub(crate) fn samples(&mut self) -> &mut [SectorSample] {
         match &mut self.evidence {
             Some(Evidence::Raw { samples, .. }) => samples,
             _ => &mut [],
@@ -342,7 +342,7 @@ impl Named {
     }
 }
 
-impl Sample {
+impl SectorSample {
     /// Bytes of a sample.
     pub(crate) const LEN: usize = SECTOR;
 
@@ -359,7 +359,7 @@ impl Sample {
 
 fn evidence(file: &OwnedFd, path: &Path, format: Format, fixed: bool) -> Result<Evidence> {
     let signature = FileStat::of(file)?.signature;
-    let (len, written) = (signature.size, fixed.then_some(Moment::of(signature.mtime)));
+    let (len, written) = (signature.size, fixed.then_some(FileTime::of(signature.mtime)));
     if format == Format::Raw {
         let samples = if fixed { samples(file, len)? } else { Vec::new() };
         return Ok(Evidence::Raw { size: len, samples, written });
@@ -377,8 +377,11 @@ fn evidence(file: &OwnedFd, path: &Path, format: Format, fixed: bool) -> Result<
 
 fn header(file: &OwnedFd, len: u64) -> Result<Option<std::sync::Arc<Header>>> {
     Ok(match describe(file, len)? {
-        Content::Qcow2(qcow2) => Some(std::sync::Arc::clone(&qcow2.header)),
-        Content::Plain | Content::Foreign(_) | Content::Malformed(_) | Content::Unseen => None,
+        DetectedContent::Qcow2(qcow2) => Some(std::sync::Arc::clone(&qcow2.header)),
+        DetectedContent::Plain
+        | DetectedContent::Foreign(_)
+        | DetectedContent::Malformed(_)
+        | DetectedContent::Unseen => None,
     })
 }
 
@@ -422,18 +425,18 @@ fn tables(file: &OwnedFd, header: &Header) -> Result<Digest> {
     Ok(digest)
 }
 
-fn samples(file: &OwnedFd, len: u64) -> Result<Vec<Sample>> {
+fn samples(file: &OwnedFd, len: u64) -> Result<Vec<SectorSample>> {
     let sectors = len.div_ceil(SECTOR as u64);
     let mut places: Vec<u64> = (0..SAMPLES.min(sectors)).map(|n| sectors * n / SAMPLES.min(sectors)).collect();
     places.extend(sectors.checked_sub(1));
-    let mut found: Vec<Sample> = Vec::new();
+    let mut found: Vec<SectorSample> = Vec::new();
     for place in places {
         let place = place * SECTOR as u64;
         // Where there is data it tells more than a hole does.
         let data = seek(file, SeekFrom::Data(place)).ok().filter(|data| *data < len);
         let at = data.map_or(place, |data| data / SECTOR as u64 * SECTOR as u64);
         if found.iter().all(|sample| sample.at != at) {
-            found.push(Sample { at, was: sector(file, at)?, becomes: None });
+            found.push(SectorSample { at, was: sector(file, at)?, becomes: None });
         }
     }
     Ok(found)
@@ -453,7 +456,7 @@ impl Evidence {
         &self,
         root: &Root,
         path: &Path,
-        allowed: Allowed,
+        allowed: AllowedChange,
         has_data: bool,
     ) -> Result<Option<&'static str>> {
         let file = root.open_file(path)?;
@@ -502,24 +505,24 @@ impl Evidence {
 
 /// Whether too many of the sectors hold neither what they did nor what they were to hold: a guest that wrote meanwhile
 /// changes a few of those that become something, and none of the others.
-fn has_others(file: &OwnedFd, samples: &[Sample]) -> Result<bool> {
+fn has_others(file: &OwnedFd, samples: &[SectorSample]) -> Result<bool> {
     are_others(samples, |at| sector(file, at))
 }
 
 /// The same of places in the disk of a qcow2 image, as far as the image itself says what is there.
-fn is_other_disk(root: &Root, path: &Path, header: &Arc<Header>, samples: &[Sample]) -> Result<bool> {
+fn is_other_disk(root: &Root, path: &Path, header: &Arc<Header>, samples: &[SectorSample]) -> Result<bool> {
     if samples.is_empty() || header.data_file.is_some() {
         return Ok(false);
     }
     let (name, caches) = (super::catalog::shown(path), Caches::new(PIECE as usize, PIECE as usize));
     let image = Image::qcow2(&name, Arc::new(root.open_file(path)?), None, Arc::clone(header), false, &caches)?;
     let view = View::new(vec![Layer::active(&image)?], false, &Arc::new(FlatCache::new(0)));
-    are_others(samples, |at| Sample::read(&view, at).map(|bytes| Digest::of(&bytes)))
+    are_others(samples, |at| SectorSample::read(&view, at).map(|bytes| Digest::of(&bytes)))
 }
 
-fn are_others(samples: &[Sample], read: impl Fn(u64) -> Result<Digest>) -> Result<bool> {
+fn are_others(samples: &[SectorSample], read: impl Fn(u64) -> Result<Digest>) -> Result<bool> {
     let (mut others, mut is_other) = (0, false);
-    for Sample { at, was, becomes } in samples {
+    for SectorSample { at, was, becomes } in samples {
         let now = read(*at)?;
         if now != *was && *becomes != Some(now) {
             others += 1;
@@ -559,21 +562,21 @@ mod tests {
         let root = Root::open(place.path()).unwrap();
         let mut bytes: Vec<u8> = (0..196 * 512_u32).map(|n| (n / 512) as u8).collect();
         std::fs::write(place.path().join("a"), &bytes).unwrap();
-        let mut named = Named::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
+        let mut named = FileRef::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
         named.will_be_written();
-        let against = |named: &Named, allowed| {
+        let against = |named: &FileRef, allowed| {
             named.evidence.as_ref().unwrap().against(&root, Path::new("a"), allowed, false).unwrap().is_some()
         };
-        assert!(!against(&named, Allowed::default()));
+        assert!(!against(&named, AllowedChange::default()));
         bytes.push(1);
         std::fs::write(place.path().join("a"), &bytes).unwrap();
-        assert!(against(&named, Allowed::default()));
-        assert!(!against(&named, Allowed { growth: true, ..Allowed::default() }));
+        assert!(against(&named, AllowedChange::default()));
+        assert!(!against(&named, AllowedChange { growth: true, ..AllowedChange::default() }));
         bytes.fill(7);
         std::fs::write(place.path().join("a"), &bytes).unwrap();
-        let grown = Allowed { growth: true, ..Allowed::default() };
+        let grown = AllowedChange { growth: true, ..AllowedChange::default() };
         assert!(against(&named, grown));
-        let seven = Digest::of(&[7; Sample::LEN]);
+        let seven = Digest::of(&[7; SectorSample::LEN]);
         let last = named.samples().len() - 1;
         named.samples()[..last].iter_mut().for_each(|sample| sample.becomes = Some(seven));
         assert!(against(&named, grown), "the last one was not to change");

@@ -10,7 +10,7 @@ use super::handles::Handle;
 
 /// A stretch of an open disk.
 #[derive(Clone, Debug)]
-pub struct Window {
+pub struct PartitionRange {
     /// The disk: a snapshot or an active one.
     pub(super) disk: Box<Handle>,
     /// Where it begins.
@@ -19,7 +19,7 @@ pub struct Window {
     pub(super) len: u64,
 }
 
-impl Window {
+impl PartitionRange {
     /// The part of a range that lies within, as a place on the disk and a length.
     pub(super) fn clip(&self, at: u64, len: u64) -> (u64, u64) {
         let at = at.min(self.len);
@@ -62,7 +62,7 @@ impl Window {
         Err(Error::new(ErrorKind::Forbidden, fact))
     }
 
-    /// What [`Tree::seek`](super::Tree::seek) has found on the disk, as a place in the partition.
+    /// What [`MountTree::seek`](super::MountTree::seek) has found on the disk, as a place in the partition.
     pub(super) fn found(&self, found: Option<u64>, data: bool) -> Option<u64> {
         match found.map(|found| found - self.start) {
             Some(found) if found < self.len => Some(found),

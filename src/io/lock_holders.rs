@@ -16,7 +16,7 @@ use super::file::FileId;
 
 /// A process, by number and name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Holder {
+pub struct LockHolder {
     /// Process number.
     pub pid: u32,
     /// Its program's name as `/proc/PID/comm` says.
@@ -25,7 +25,7 @@ pub struct Holder {
     pub domain: Option<String>,
 }
 
-impl fmt::Display for Holder {
+impl fmt::Display for LockHolder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}[{}]", self.program, self.pid)?;
         self.domain.as_ref().map_or(Ok(()), |domain| write!(f, " of domain {domain}"))
@@ -33,19 +33,19 @@ impl fmt::Display for Holder {
 }
 
 /// Other processes that hold a lock on `byte` of the file `id`.
-pub fn lock_holders(id: FileId, byte: i64) -> Vec<Holder> {
-    Survey::for_lock(id.inode, byte).holders(id.inode, byte)
+pub fn lock_holders(id: FileId, byte: i64) -> Vec<LockHolder> {
+    LockSurvey::for_lock(id.inode, byte).holders(id.inode, byte)
 }
 
 /// As [`lock_holders`], for many files at once: who holds `byte` of which inode. Inode numbers
 /// are those of any file system, so ask only about files that are known to be locked.
-pub fn all_lock_holders(inodes: &[u64], byte: i64) -> HashMap<u64, Vec<Holder>> {
+pub fn all_lock_holders(inodes: &[u64], byte: i64) -> HashMap<u64, Vec<LockHolder>> {
     let Some(first) = inodes.first() else { return HashMap::new() };
     // One that nobody is known to hold is a reason to look again.
-    let unknown = |survey: &Survey| inodes.iter().copied().find(|inode| survey.holders(*inode, byte).is_empty());
-    let mut survey = Survey::for_lock(*first, byte);
+    let unknown = |survey: &LockSurvey| inodes.iter().copied().find(|inode| survey.holders(*inode, byte).is_empty());
+    let mut survey = LockSurvey::for_lock(*first, byte);
     if let Some(inode) = unknown(&survey) {
-        survey = Survey::for_lock(inode, byte);
+        survey = LockSurvey::for_lock(inode, byte);
     }
     inodes.iter().map(|inode| (*inode, survey.holders(*inode, byte))).collect()
 }
@@ -57,17 +57,17 @@ const WALK: Duration = Duration::from_millis(250);
 const ANSWERS: u32 = 10;
 
 /// All locks of all processes at one moment.
-struct Survey {
+struct LockSurvey {
     begun: Instant,
     cost: Duration,
     /// By inode: first and last locked byte, and who holds it; `None` is this process.
-    locks: HashMap<u64, Vec<(i64, i64, Option<Holder>)>>,
+    locks: HashMap<u64, Vec<(i64, i64, Option<LockHolder>)>>,
 }
 
-impl Survey {
+impl LockSurvey {
     /// The last one, if it still holds for this question; else a new one. Whoever comes while one is made waits for it.
     fn for_lock(inode: u64, byte: i64) -> Arc<Self> {
-        static LAST: Mutex<Option<Arc<Survey>>> = Mutex::new(None);
+        static LAST: Mutex<Option<Arc<LockSurvey>>> = Mutex::new(None);
         let mut last = LAST.lock();
         if let Some(known) = &*last {
             let is_found = known.all(inode, byte).next().is_some();
@@ -83,7 +83,7 @@ impl Survey {
     /// Looks at all processes, for as long as there is time.
     fn new(limit: Duration) -> Self {
         let begun = Instant::now();
-        let mut locks: HashMap<u64, Vec<(i64, i64, Option<Holder>)>> = HashMap::new();
+        let mut locks: HashMap<u64, Vec<(i64, i64, Option<LockHolder>)>> = HashMap::new();
         let own = std::process::id();
         for (pid, process) in processes(true).take_while(|_| begun.elapsed() <= limit) {
             let Ok(infos) = fs::read_dir(process.join("fdinfo")) else { continue };
@@ -91,7 +91,8 @@ impl Survey {
             for info in infos.flatten().take_while(|_| begun.elapsed() <= limit) {
                 let text = fs::read_to_string(info.path()).unwrap_or_default();
                 for (inode, first, last) in text.lines().filter_map(lock) {
-                    let holder = (pid != own).then(|| holder.get_or_insert_with(|| Holder::of(pid, &process)).clone());
+                    let holder =
+                        (pid != own).then(|| holder.get_or_insert_with(|| LockHolder::of(pid, &process)).clone());
                     let held = locks.entry(inode).or_default();
                     if !held.contains(&(first, last, holder.clone())) {
                         held.push((first, last, holder));
@@ -102,7 +103,7 @@ impl Survey {
         Self { begun, cost: begun.elapsed(), locks }
     }
 
-    fn all(&self, inode: u64, byte: i64) -> impl Iterator<Item = &Option<Holder>> {
+    fn all(&self, inode: u64, byte: i64) -> impl Iterator<Item = &Option<LockHolder>> {
         let held = self.locks.get(&inode).into_iter().flatten();
         held.filter(move |(first, last, _)| (*first..=*last).contains(&byte)).map(|(_, _, holder)| holder)
     }
@@ -113,8 +114,8 @@ impl Survey {
     }
 
     /// The other processes that hold a byte.
-    fn holders(&self, inode: u64, byte: i64) -> Vec<Holder> {
-        let mut holders: Vec<Holder> = self.all(inode, byte).flatten().cloned().collect();
+    fn holders(&self, inode: u64, byte: i64) -> Vec<LockHolder> {
+        let mut holders: Vec<LockHolder> = self.all(inode, byte).flatten().cloned().collect();
         holders.sort();
         holders.dedup();
         holders
@@ -125,7 +126,7 @@ const UNSEEN: &str = "which one cannot be seen from here";
 
 /// The holders of `byte` as part of a sentence, and the virtual machine of one that runs any.
 pub(super) fn describe(id: FileId, byte: i64) -> (String, Option<String>) {
-    let survey = Survey::for_lock(id.inode, byte);
+    let survey = LockSurvey::for_lock(id.inode, byte);
     let holders = survey.holders(id.inode, byte);
     if holders.is_empty() {
         // Two openings of ours: the older one is of the file as it was before somebody changed it.
@@ -134,12 +135,12 @@ pub(super) fn describe(id: FileId, byte: i64) -> (String, Option<String>) {
         return (sentence.to_string(), None);
     }
     let domain = holders.iter().find_map(|holder| holder.domain.clone());
-    (holders.iter().map(Holder::to_string).collect::<Vec<_>>().join(", "), domain)
+    (holders.iter().map(LockHolder::to_string).collect::<Vec<_>>().join(", "), domain)
 }
 
-pub(super) fn others(is_one: impl Fn(&Path) -> bool) -> Vec<Holder> {
+pub(super) fn others(is_one: impl Fn(&Path) -> bool) -> Vec<LockHolder> {
     let found = processes(false).filter(|(_, process)| is_one(process));
-    let mut holders: Vec<Holder> = found.map(|(pid, process)| Holder::of(pid, &process)).collect();
+    let mut holders: Vec<LockHolder> = found.map(|(pid, process)| LockHolder::of(pid, &process)).collect();
     holders.sort();
     holders
 }
@@ -156,7 +157,7 @@ pub(super) fn processes(with_own: bool) -> impl Iterator<Item = (u32, PathBuf)> 
         .map(|pid| (pid, Path::new("/proc").join(pid.to_string())))
 }
 
-impl Holder {
+impl LockHolder {
     pub(super) fn of(pid: u32, process: &Path) -> Self {
         let program = fs::read_to_string(process.join("comm")).unwrap_or_default();
         Self { pid, program: program.trim_end().to_string(), domain: domain(process) }
@@ -196,7 +197,7 @@ fn lock(line: &str) -> Option<(u64, i64, i64)> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Claim;
+    use super::super::FileLock;
     use super::super::file::FileStat;
     use super::*;
     use std::os::fd::OwnedFd;
@@ -224,18 +225,19 @@ mod tests {
         let place = tempfile::NamedTempFile::new().unwrap();
         let file = std::fs::File::options().read(true).write(true).open(place.path()).unwrap();
         let id = FileStat::of(&file).unwrap().id;
-        let claim = Claim::take(OwnedFd::from(file), place.path(), Duration::ZERO).unwrap();
-        let own = |survey: &Survey| survey.all(id.inode, 0).next().is_some();
+        let claim = FileLock::take(OwnedFd::from(file), place.path(), Duration::ZERO).unwrap();
+        let own = |survey: &LockSurvey| survey.all(id.inode, 0).next().is_some();
         // Another test's walk may have begun before the claim was there.
-        let found = (0..1000).map(|_| Survey::for_lock(id.inode, 0)).find(|survey| own(survey)).expect("our own lock");
+        let found =
+            (0..1000).map(|_| LockSurvey::for_lock(id.inode, 0)).find(|survey| own(survey)).expect("our own lock");
         assert!(found.holders(id.inode, 0).is_empty(), "this process is nobody else");
-        let again: Vec<_> = (0..20).map(|_| Survey::for_lock(id.inode, 0)).collect();
+        let again: Vec<_> = (0..20).map(|_| LockSurvey::for_lock(id.inode, 0)).collect();
         assert!(again.windows(2).filter(|pair| !Arc::ptr_eq(&pair[0], &pair[1])).count() < 10, "few walks for many");
         drop(claim);
     }
 
     #[test]
     fn a_walk_ends_when_its_time_is_over() {
-        assert!(Survey::new(Duration::ZERO).locks.is_empty());
+        assert!(LockSurvey::new(Duration::ZERO).locks.is_empty());
     }
 }

@@ -10,12 +10,14 @@ use parking_lot::Mutex;
 use crate::chain::Origin;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::OperatingSystem;
-use crate::guest::volumes::{Layout, Volume};
-use crate::guest::{Attributes, ExtendedAttribute, Ino, Run, RunKind};
+use crate::guest::volumes::{Volume, VolumeLayout};
+use crate::guest::{ExtendedAttribute, FileAttributes, FileRun, Ino, RunKind};
 use crate::store::ViewId;
 
-use super::border::{check_extended_attributes, check_ino, check_mounted, check_runs, check_systems, confused, usual};
-use super::disk::{Digests, Disk, Held};
+use super::disk::{BrowsedDisk, Digests, LeasedDisk};
+use super::validate::{
+    check_extended_attributes, check_ino, check_mounted, check_runs, check_systems, confused, usual,
+};
 use super::worker::protocol::{Answer, ChunkKey, READ_LEN, Request, VolumeId};
 use super::worker::{Disks, Listing, Mounted, OpenedFile, Worker};
 
@@ -25,13 +27,13 @@ const OPENINGS: usize = 8;
 const LINK_LEN: usize = 4095;
 
 /// What one disk holds.
-pub struct Inside {
+pub struct DiskContents {
     pub(super) worker: Arc<Worker>,
     pub(super) digests: Arc<Digests>,
     pub(super) set: u32,
     /// The disk itself, and those others that its volume groups lie on.
-    pub(super) disks: Vec<Disk>,
-    pub(super) layout: Layout,
+    pub(super) disks: Vec<BrowsedDisk>,
+    pub(super) layout: VolumeLayout,
     /// What should be known of how the disks were found.
     pub(super) remarks: Vec<String>,
     /// What has been asked of file systems as a whole, by volume.
@@ -39,24 +41,24 @@ pub struct Inside {
     pub(super) systems: OnceLock<Vec<OperatingSystem>>,
 }
 
-impl std::fmt::Debug for Inside {
+impl std::fmt::Debug for DiskContents {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Inside").field("id", self.id()).finish_non_exhaustive()
     }
 }
 
 /// Keeps the disks open, and locked, as long as it lives.
-pub struct Hold {
-    inside: Arc<Inside>,
+pub struct DiskLease {
+    inside: Arc<DiskContents>,
 }
 
-impl std::fmt::Debug for Hold {
+impl std::fmt::Debug for DiskLease {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.inside.fmt(f)
     }
 }
 
-impl Drop for Hold {
+impl Drop for DiskLease {
     fn drop(&mut self) {
         for disk in &self.inside.disks {
             disk.release();
@@ -65,18 +67,18 @@ impl Drop for Hold {
 }
 
 /// The disks of a set, held from the first byte that is asked of each to the end of a conversation.
-pub(super) struct Session<'a> {
-    disks: &'a [Disk],
+pub(super) struct Exchange<'a> {
+    disks: &'a [BrowsedDisk],
     digests: &'a Digests,
-    held: Mutex<Vec<Option<Held<'a>>>>,
+    held: Mutex<Vec<Option<LeasedDisk<'a>>>>,
 }
 
-impl<'a> Session<'a> {
-    pub(super) fn new(disks: &'a [Disk], digests: &'a Digests) -> Self {
+impl<'a> Exchange<'a> {
+    pub(super) fn new(disks: &'a [BrowsedDisk], digests: &'a Digests) -> Self {
         Self { disks, digests, held: Mutex::new(disks.iter().map(|_| None).collect()) }
     }
 
-    fn with<T>(&self, disk: u32, work: impl FnOnce(&Held<'a>) -> Result<T>) -> Result<T> {
+    fn with<T>(&self, disk: u32, work: impl FnOnce(&LeasedDisk<'a>) -> Result<T>) -> Result<T> {
         let mut held = self.held.lock();
         let (Some(disk), Some(slot)) = (self.disks.get(disk as usize), held.get_mut(disk as usize)) else {
             return Err(Error::new(ErrorKind::Corrupt, "a volume lies on a disk that is not there"));
@@ -88,7 +90,7 @@ impl<'a> Session<'a> {
     }
 }
 
-impl Disks for Session<'_> {
+impl Disks for Exchange<'_> {
     fn keys(&self, disk: u32, first: u64, count: u64) -> Result<Vec<ChunkKey>> {
         self.with(disk, |held| held.keys(self.digests, first, count))
     }
@@ -98,14 +100,14 @@ impl Disks for Session<'_> {
     }
 }
 
-impl Inside {
+impl DiskContents {
     /// Which disk this is the inside of.
     pub fn id(&self) -> &ViewId {
         self.disks[0].id()
     }
 
     /// Its partitions and volumes.
-    pub fn layout(&self) -> &Layout {
+    pub fn layout(&self) -> &VolumeLayout {
         &self.layout
     }
 
@@ -120,7 +122,7 @@ impl Inside {
     }
 
     /// Keeps the disks as they are, until that is dropped. `Stale` if they are no longer.
-    pub fn hold(self: &Arc<Self>) -> Result<Hold> {
+    pub fn hold(self: &Arc<Self>) -> Result<DiskLease> {
         for (index, disk) in self.disks.iter().enumerate() {
             if let Err(error) = disk.keep() {
                 for kept in &self.disks[..index] {
@@ -129,11 +131,11 @@ impl Inside {
                 return Err(error);
             }
         }
-        Ok(Hold { inside: Arc::clone(self) })
+        Ok(DiskLease { inside: Arc::clone(self) })
     }
 
     fn ask(&self, request: &Request) -> Result<(Answer, Vec<u8>)> {
-        let session = Session::new(&self.disks, &self.digests);
+        let session = Exchange::new(&self.disks, &self.digests);
         // The one that is told of the set is the one that is asked.
         let _kept = self.worker.hold()?;
         for _ in 0..OPENINGS {
@@ -142,7 +144,7 @@ impl Inside {
                 return Ok(answered);
             }
             // Another process than the one that was told of it, or it has been put away for others.
-            let sizes = self.disks.iter().map(Disk::size).collect();
+            let sizes = self.disks.iter().map(BrowsedDisk::size).collect();
             match self.worker.ask(&Request::Open { set: self.set, sizes }, &session)?.0 {
                 Answer::Layout(layout) if *layout == self.layout => {}
                 Answer::Layout(_) => return Err(crate::store::stale("the disk's partitions have changed")),
@@ -211,7 +213,7 @@ impl Inside {
     }
 
     /// What a name in a directory stands for.
-    pub fn lookup(&self, volume: usize, directory: Ino, name: &[u8]) -> Result<Option<(Ino, Attributes)>> {
+    pub fn lookup(&self, volume: usize, directory: Ino, name: &[u8]) -> Result<Option<(Ino, FileAttributes)>> {
         match self.ask(&Request::Lookup(self.id_of(volume), directory, name.to_vec()))?.0 {
             Answer::Found(found) => {
                 if let Some((ino, _)) = found {
@@ -232,7 +234,7 @@ impl Inside {
     }
 
     /// What stat(2) says.
-    pub fn attributes(&self, volume: usize, ino: Ino) -> Result<Attributes> {
+    pub fn attributes(&self, volume: usize, ino: Ino) -> Result<FileAttributes> {
         match self.ask(&Request::Attributes(self.id_of(volume), ino))?.0 {
             Answer::Attributes(attributes) => Ok(attributes),
             _ => Err(confused()),
@@ -274,7 +276,7 @@ impl Inside {
 
     /// Where the bytes of a file are, from `at` on, up to `at + len` or the end of the file, or for as many runs as one
     /// answer holds. Empty at and beyond the end.
-    pub fn runs(&self, volume: usize, ino: Ino, at: u64, len: u64) -> Result<Vec<Run>> {
+    pub fn runs(&self, volume: usize, ino: Ino, at: u64, len: u64) -> Result<Vec<FileRun>> {
         match self.ask(&Request::Runs(self.id_of(volume), ino, at, len))?.0 {
             Answer::Runs(runs) => {
                 check_runs(at, &runs)?;
@@ -314,7 +316,7 @@ impl Inside {
 
     /// Reads bytes of a volume.
     pub fn read_volume(&self, volume: usize, at: u64, buf: &mut [u8]) -> Result<()> {
-        let session = Session::new(&self.disks, &self.digests);
+        let session = Exchange::new(&self.disks, &self.digests);
         let described = &self.layout.volumes[volume];
         let mut done = 0;
         while done < buf.len() {
@@ -346,30 +348,30 @@ impl Inside {
 
     /// Whether this is still what the disks hold, for somebody who is about to look into them.
     pub(super) fn is_good(&self) -> bool {
-        self.disks.iter().all(Disk::is_good)
+        self.disks.iter().all(BrowsedDisk::is_good)
     }
 
     /// Whether nothing has been changed since it was looked into first.
     pub(super) fn is_unchanged(&self) -> bool {
-        self.disks.iter().all(Disk::is_unchanged)
+        self.disks.iter().all(BrowsedDisk::is_unchanged)
     }
 
     /// Lets go of what costs others something, after a while without use.
     pub(super) fn rest(&self) {
-        self.disks.iter().for_each(Disk::rest);
+        self.disks.iter().for_each(BrowsedDisk::rest);
     }
 }
 
 #[cfg(test)]
-impl Inside {
+impl DiskContents {
     /// That of a disk with one volume, of which everything is known that is asked when it is shown.
     pub(crate) fn with_one_volume(store: &Arc<crate::store::Store>, id: &ViewId) -> Arc<Self> {
-        use crate::guest::{Statistics, content::Content};
+        use crate::guest::{Statistics, content::VolumeContent};
         let volume = Volume {
             name: "disk".into(),
             size: 0,
             segments: Vec::new(),
-            content: Content::Ext4,
+            content: VolumeContent::Ext4,
             label: None,
             uuid: None,
             problem: None,
@@ -377,11 +379,11 @@ impl Inside {
         let mounted =
             Mounted { root: Ino(2), statistics: Statistics::default(), remarks: Vec::new(), stale: Vec::new() };
         Arc::new(Self {
-            worker: Worker::new(&super::Pool::new(super::Program::this(true), store.descriptors())),
+            worker: Worker::new(&super::Pool::new(super::WorkerProgram::this(true), store.descriptors())),
             digests: Arc::new(Digests::new()),
             set: 0,
-            disks: vec![Disk::new(store, id, &Arc::default()).expect("a disk")],
-            layout: Layout { volumes: vec![volume], ..Layout::default() },
+            disks: vec![BrowsedDisk::new(store, id, &Arc::default()).expect("a disk")],
+            layout: VolumeLayout { volumes: vec![volume], ..VolumeLayout::default() },
             remarks: Vec::new(),
             mounted: vec![Mutex::new(Some(mounted))],
             systems: OnceLock::new(),

@@ -12,8 +12,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::io::{Directory, directory_of};
 
-use super::intents::{Guard, encoded};
-use super::resolve::Place;
+use super::intents::{ControlDir, encoded};
+use super::resolve::StorePath;
 
 /// The file, beneath the store.
 pub const FROZEN_NOTES: &str = ".chainfs/frozen.toml";
@@ -26,7 +26,7 @@ const MAX_LEN: u64 = 16 << 20;
 
 /// Notes of one store.
 #[derive(Debug, Default)]
-pub(super) struct Notes {
+pub(super) struct FreezeList {
     frozen: BTreeMap<PathBuf, Frozen>,
     /// From where the notes speak to the store's own directory.
     prefix: PathBuf,
@@ -35,18 +35,18 @@ pub(super) struct Notes {
 }
 
 #[derive(Deserialize, Serialize)]
-struct File {
+struct FreezeFile {
     /// How many there are: a list that was cut short says so. Older lists do not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     count: Option<usize>,
-    frozen: Option<Vec<Note>>,
+    frozen: Option<Vec<FreezeRecord>>,
 }
 
 /// A list that names nothing. It is no empty file: that is what a crash, or a full disk, may leave of one.
 const NOTHING: &str = "count = 0\nfrozen = []\n";
 
 #[derive(Deserialize, Serialize)]
-struct Note {
+struct FreezeRecord {
     #[serde(with = "encoded")]
     path: PathBuf,
     seconds: i64,
@@ -56,9 +56,9 @@ struct Note {
     description: String,
 }
 
-impl Notes {
+impl FreezeList {
     /// The notes of the store that `guard` guards. Where they cannot be read, everything raw counts as frozen.
-    pub(super) fn read(guard: &Guard) -> Self {
+    pub(super) fn read(guard: &ControlDir) -> Self {
         Self::try_read(guard).unwrap_or_else(|error| Self { problem: Some(error.to_string()), ..Self::default() })
     }
 
@@ -70,7 +70,7 @@ impl Notes {
         Some(format!("{fact}: {reason}; {remedy}"))
     }
 
-    fn try_read(guard: &Guard) -> Result<Self> {
+    fn try_read(guard: &ControlDir) -> Result<Self> {
         guard.check_trust()?;
         let unusable = |reason: String| Error::new(ErrorKind::Corrupt, reason);
         let file = match guard.root.open_file(Path::new(FROZEN_NOTES)) {
@@ -86,28 +86,34 @@ impl Notes {
         let read = std::fs::File::from(file).take(MAX_LEN).read_to_string(&mut text);
         let parsed = read
             .map_err(|error| error.to_string())
-            .and_then(|_| toml::from_str::<File>(&text).map_err(|error| error.message().to_string()));
-        let File { count, frozen } = parsed.map_err(unusable)?;
-        let is_whole = |notes: &Vec<Note>| count.is_none_or(|count| count == notes.len());
+            .and_then(|_| toml::from_str::<FreezeFile>(&text).map_err(|error| error.message().to_string()));
+        let FreezeFile { count, frozen } = parsed.map_err(unusable)?;
+        let is_whole = |notes: &Vec<FreezeRecord>| count.is_none_or(|count| count == notes.len());
         let notes = frozen.filter(is_whole).ok_or_else(|| unusable("it is cut short".to_owned()))?;
-        let note =
-            |Note { path, seconds, nanoseconds, description }| (path, Frozen { seconds, nanoseconds, description });
+        let note = |FreezeRecord { path, seconds, nanoseconds, description }| {
+            (path, Frozen { seconds, nanoseconds, description })
+        };
         Ok(Self { frozen: notes.into_iter().map(note).collect(), prefix: guard.prefix.clone(), problem: None })
     }
 
     /// Whether the file at `place` was frozen, and when.
-    pub(super) fn frozen(&self, place: &Place) -> Option<Frozen> {
+    pub(super) fn frozen(&self, place: &StorePath) -> Option<Frozen> {
         (place.root == 0).then(|| self.frozen.get(&self.prefix.join(&place.path)).cloned()).flatten()
     }
 
     /// Why nothing can be noted, if so.
-    pub(super) fn check(guard: &Guard) -> Result<()> {
+    pub(super) fn check(guard: &ControlDir) -> Result<()> {
         Self::try_read(guard).map(drop).map_err(|error| said(&error))
     }
 
     /// Notes, durably, that the file at `path` beneath the guarded directory is frozen, or that it is not. Under
     /// the store's lock. Where there is no marked store, nothing is noted.
-    pub(super) fn change(guard: &Guard, names: &dyn Directory, path: &Path, frozen: Option<&Frozen>) -> Result<()> {
+    pub(super) fn change(
+        guard: &ControlDir,
+        names: &dyn Directory,
+        path: &Path,
+        frozen: Option<&Frozen>,
+    ) -> Result<()> {
         if !guard.is_whole {
             tracing::warn!("{} is in no store; that it is frozen is noted nowhere", path.display());
             return Ok(());
@@ -121,14 +127,14 @@ impl Notes {
             Some(frozen) => notes.frozen.insert(path.to_path_buf(), frozen.clone()),
             None => notes.frozen.remove(path),
         };
-        let note = |(path, frozen): (PathBuf, Frozen)| Note {
+        let note = |(path, frozen): (PathBuf, Frozen)| FreezeRecord {
             path,
             seconds: frozen.seconds,
             nanoseconds: frozen.nanoseconds,
             description: frozen.description,
         };
-        let frozen: Vec<Note> = notes.frozen.into_iter().map(note).collect();
-        let text = toml::to_string(&File { count: Some(frozen.len()), frozen: Some(frozen) });
+        let frozen: Vec<FreezeRecord> = notes.frozen.into_iter().map(note).collect();
+        let text = toml::to_string(&FreezeFile { count: Some(frozen.len()), frozen: Some(frozen) });
         let text = text.map_err(|error| {
             let fact = format!("{} cannot be noted as frozen: {error}; rename it", path.display());
             Error::new(ErrorKind::Unsupported, fact)
@@ -161,7 +167,7 @@ pub(super) fn write(names: &dyn Directory, draft: &Path, path: &Path, text: &str
 
 /// Makes sure that there is a list, so that one that was removed is missed. Under the store's lock, or before anybody
 /// has frozen anything.
-pub(super) fn prepare(guard: &Guard, names: &dyn Directory) -> Result<()> {
+pub(super) fn prepare(guard: &ControlDir, names: &dyn Directory) -> Result<()> {
     let is_missing = |path: &str| guard.root.stat(Path::new(path)).is_err_and(|e| e.kind() == ErrorKind::NotFound);
     if !is_missing(LAYOUT) {
         return Ok(());
@@ -174,7 +180,7 @@ pub(super) fn prepare(guard: &Guard, names: &dyn Directory) -> Result<()> {
 
 /// Gives up what an unusable list said: from here on no raw image is frozen. What there was is kept beside it. Under the
 /// store's lock.
-pub(super) fn forget(guard: &Guard, names: &dyn Directory) -> Result<()> {
+pub(super) fn forget(guard: &ControlDir, names: &dyn Directory) -> Result<()> {
     let aside = Path::new(FROZEN_NOTES).with_extension("toml.discarded");
     match names.rename(Path::new(FROZEN_NOTES), &aside, true) {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),

@@ -5,20 +5,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::super::address;
-use super::images::{Disk, OpenStore};
-use super::places::DiskName;
+use super::images::{OpenStore, StoreDisk};
+use super::operands::DiskName;
 use super::shown;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Catalog, ChainView, ChainViews, ImageIndex, ViewPart};
 
 /// A view of a chain.
 #[derive(Clone, Debug)]
-pub(super) struct Spot {
+pub(super) struct ViewRef {
     views: Arc<ChainViews>,
     view: ChainView,
 }
 
-impl Spot {
+impl ViewRef {
     /// Its layers, top first.
     pub(super) fn layers(&self) -> Vec<ImageIndex> {
         self.views.layers[self.view.layer..].to_vec()
@@ -31,7 +31,7 @@ impl Spot {
 }
 
 /// The disk of that name in a store; `None` if the image is none of its.
-pub(super) fn find(opened: &Arc<OpenStore>, image: &Path, name: &DiskName) -> Result<Option<Disk>> {
+pub(super) fn find(opened: &Arc<OpenStore>, image: &Path, name: &DiskName) -> Result<Option<StoreDisk>> {
     let DiskName::Image { path, snapshot } = name else { unreachable!("asked only of images") };
     let catalog = opened.store.catalog();
     let Some(index) = catalog.images.iter().position(|entry| opened.store.host_path(&entry.place) == image) else {
@@ -65,7 +65,7 @@ pub(super) fn in_chain(
     chain: &Path,
     view: Option<&[u8]>,
     wanted: Option<&[u8]>,
-) -> Result<Disk> {
+) -> Result<StoreDisk> {
     let catalog = opened.store.catalog();
     let leaf = catalog.chain(chain).ok_or_else(|| {
         let fact = format!("the mounted store has no chain {}", shown(chain.as_os_str()));
@@ -89,12 +89,12 @@ pub(super) fn in_chain(
 }
 
 /// The same two disks, as views of one chain if there is one that has both: then one process looks into them.
-pub(super) fn in_one_chain((a, b): (Disk, Disk)) -> (Disk, Disk) {
+pub(super) fn in_one_chain((a, b): (StoreDisk, StoreDisk)) -> (StoreDisk, StoreDisk) {
     let catalog = a.opened.store.catalog();
-    let top = |disk: &Disk| disk.spot.layers()[0];
+    let top = |disk: &StoreDisk| disk.spot.layers()[0];
     for (chain, leaf) in chains_of(&catalog, top(&a)) {
         let views = a.opened.store.chain_views(&catalog, leaf);
-        let same = |disk: &Disk| {
+        let same = |disk: &StoreDisk| {
             let is_it =
                 |view: &&ChainView| views.layers[view.layer] == top(disk) && view.snapshot == disk.spot.view.snapshot;
             views.views.iter().find(is_it).cloned()
@@ -110,7 +110,7 @@ pub(super) fn in_one_chain((a, b): (Disk, Disk)) -> (Disk, Disk) {
 
 /// All views of all chains that have the disk's top layer as a layer, or of that chain alone, from the bases upwards, each once: its
 /// name, and the disk.
-pub(super) fn all_around(disk: &Disk, alone: Option<&Path>) -> Vec<(Vec<u8>, Disk)> {
+pub(super) fn all_around(disk: &StoreDisk, alone: Option<&Path>) -> Vec<(Vec<u8>, StoreDisk)> {
     let opened = &disk.opened;
     let catalog = opened.store.catalog();
     let mut chains = chains_of(&catalog, disk.spot.layers()[0]);
@@ -155,10 +155,10 @@ fn disk(
     chain: &Arc<PathBuf>,
     views: &Arc<ChainViews>,
     view: ChainView,
-) -> Disk {
+) -> StoreDisk {
     let id = opened.store.view_id(catalog, chain, views, &view, false);
-    let spot = Spot { views: Arc::clone(views), view };
-    Disk { opened: Arc::clone(opened), spot, id }
+    let spot = ViewRef { views: Arc::clone(views), view };
+    StoreDisk { opened: Arc::clone(opened), spot, id }
 }
 
 /// Why an image has no view.

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
 
-use super::descriptors::Room;
+use super::descriptors::DescriptorReservation;
 use super::file::{FileStat, extent, read_full};
 use super::{Storage, WriteStorage, copy_by_hand};
 
@@ -25,18 +25,18 @@ const MAX_COPY: u64 = 16 << 20;
 
 /// A file that is open for reading and writing.
 #[derive(Debug)]
-pub struct WriteFile {
+pub struct WritableFile {
     file: Arc<OwnedFd>,
     path: PathBuf,
-    _room: Room,
+    _room: DescriptorReservation,
     /// Held alone while tables are written, shared by those who read them through the
     /// [`StoreFile`](super::StoreFile). A leaf.
     tables: Arc<RwLock<()>>,
 }
 
-impl WriteFile {
+impl WritableFile {
     /// Takes over an open file, for which there is `room`; `path` is for messages.
-    pub(super) fn new(file: OwnedFd, path: &Path, room: Room, tables: &Arc<RwLock<()>>) -> Arc<Self> {
+    pub(super) fn new(file: OwnedFd, path: &Path, room: DescriptorReservation, tables: &Arc<RwLock<()>>) -> Arc<Self> {
         Arc::new(Self { file: Arc::new(file), path: path.to_path_buf(), _room: room, tables: Arc::clone(tables) })
     }
 
@@ -64,7 +64,7 @@ impl WriteFile {
     }
 }
 
-impl Storage for WriteFile {
+impl Storage for WritableFile {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         read_full(&self.file, at, buf).map_err(|error| self.fail("reading", error))
     }
@@ -82,7 +82,7 @@ impl Storage for WriteFile {
     }
 }
 
-impl WriteStorage for WriteFile {
+impl WriteStorage for WritableFile {
     fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
         let mut done = 0;
         while done < bytes.len() {
@@ -174,7 +174,7 @@ impl WriteStorage for WriteFile {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Descriptors, Idle, Root, StoreFile, WriterKind};
+    use super::super::{Descriptors, Reclaimable, Root, StoreFile, WriterKind};
     use super::*;
 
     fn file(content: &[u8]) -> (tempfile::TempDir, Arc<StoreFile>) {

@@ -16,7 +16,7 @@ use super::status::{JobState, Status};
 
 /// A command at work.
 #[derive(Debug, Default)]
-pub(super) struct Progress {
+pub(super) struct JobProgress {
     done: AtomicU64,
     total: AtomicU64,
     cancelled: AtomicBool,
@@ -25,7 +25,7 @@ pub(super) struct Progress {
     settled: AtomicBool,
 }
 
-impl Progress {
+impl JobProgress {
     /// Says how many bytes there are in all.
     pub(super) fn set_total(&self, total: u64) {
         self.total.store(total, Ordering::Relaxed);
@@ -76,35 +76,35 @@ impl Progress {
 
 /// The last command of a chain.
 #[derive(Default)]
-struct Last {
+struct LastCommand {
     status: Status,
-    progress: Option<Arc<Progress>>,
+    progress: Option<Arc<JobProgress>>,
 }
 
 #[derive(Default)]
-struct State {
+struct JobTableState {
     numbers: u64,
     version: u64,
-    chains: HashMap<PathBuf, Last>,
+    chains: HashMap<PathBuf, LastCommand>,
     tokens: HashSet<PathBuf>,
 }
 
 /// All commands of a store.
 #[derive(Default)]
-pub(super) struct Board {
-    state: Mutex<State>,
+pub(super) struct JobTable {
+    state: Mutex<JobTableState>,
     changed: Condvar,
 }
 
 /// The tokens of some chains, until dropped.
-pub(super) struct Tokens {
-    board: Arc<Board>,
+pub(super) struct ChainLocks {
+    board: Arc<JobTable>,
     chains: Vec<PathBuf>,
     /// What whoever gave the command has to be told of it.
     pub(super) notes: Vec<String>,
 }
 
-impl Drop for Tokens {
+impl Drop for ChainLocks {
     fn drop(&mut self) {
         let mut state = self.board.state.lock();
         for chain in &self.chains {
@@ -113,7 +113,7 @@ impl Drop for Tokens {
     }
 }
 
-impl Tokens {
+impl ChainLocks {
     /// Takes those of more chains.
     pub(super) fn extend(&mut self, chains: &[PathBuf]) -> Result<()> {
         let more: Vec<PathBuf> = chains.iter().filter(|chain| !self.chains.contains(chain)).cloned().collect();
@@ -123,9 +123,9 @@ impl Tokens {
     }
 }
 
-impl Board {
+impl JobTable {
     /// Takes the tokens of all these chains, or none: `Busy`.
-    pub(super) fn take(self: &Arc<Self>, chains: &[PathBuf]) -> Result<Tokens> {
+    pub(super) fn take(self: &Arc<Self>, chains: &[PathBuf]) -> Result<ChainLocks> {
         let mut state = self.state.lock();
         if let Some(taken) = chains.iter().find(|chain| state.tokens.contains(*chain)) {
             let command = state.chains.get(taken).map_or("another command", |last| last.status.command.as_str());
@@ -133,17 +133,17 @@ impl Board {
             return Err(Error::new(ErrorKind::Busy, fact));
         }
         state.tokens.extend(chains.iter().cloned());
-        Ok(Tokens { board: Arc::clone(self), chains: chains.to_vec(), notes: Vec::new() })
+        Ok(ChainLocks { board: Arc::clone(self), chains: chains.to_vec(), notes: Vec::new() })
     }
 
     /// Notes that a command begins; returns its number and its progress.
-    pub(super) fn begin(&self, chain: &Path, command: &str) -> (u64, Arc<Progress>) {
-        let progress = Arc::new(Progress::default());
+    pub(super) fn begin(&self, chain: &Path, command: &str) -> (u64, Arc<JobProgress>) {
+        let progress = Arc::new(JobProgress::default());
         let mut state = self.state.lock();
         state.numbers += 1;
         let number = state.numbers;
         let status = Status { number, command: command.to_owned(), state: JobState::Running, ..Status::default() };
-        state.set(chain, Last { status, progress: Some(Arc::clone(&progress)) });
+        state.set(chain, LastCommand { status, progress: Some(Arc::clone(&progress)) });
         self.changed.notify_all();
         (number, progress)
     }
@@ -170,7 +170,7 @@ impl Board {
                 status.error = Some(error.to_string());
             }
         }
-        state.set(chain, Last { status, progress: None });
+        state.set(chain, LastCommand { status, progress: None });
         self.changed.notify_all();
     }
 
@@ -184,13 +184,13 @@ impl Board {
         }
         let (state_now, error) = (JobState::Failed, Some(error.to_string()));
         let status = Status { number, command: command.to_owned(), state: state_now, error, ..Status::default() };
-        state.set(chain, Last { status, progress: None });
+        state.set(chain, LastCommand { status, progress: None });
         self.changed.notify_all();
     }
 
     /// How the last command of a chain is doing.
     pub(super) fn status(&self, chain: &Path) -> Status {
-        self.state.lock().chains.get(chain).map(Last::seen).unwrap_or_default()
+        self.state.lock().chains.get(chain).map(LastCommand::seen).unwrap_or_default()
     }
 
     /// Waits until the status of a chain is another than that of `version`, for at most `patience`.
@@ -198,7 +198,7 @@ impl Board {
         let end = Instant::now() + patience;
         let mut state = self.state.lock();
         loop {
-            let status = state.chains.get(chain).map(Last::seen).unwrap_or_default();
+            let status = state.chains.get(chain).map(LastCommand::seen).unwrap_or_default();
             let now = Instant::now();
             if status.version != version || now >= end {
                 return status;
@@ -225,8 +225,8 @@ impl Board {
     }
 }
 
-impl State {
-    fn set(&mut self, chain: &Path, mut last: Last) {
+impl JobTableState {
+    fn set(&mut self, chain: &Path, mut last: LastCommand) {
         self.version += 1;
         // Leaves room for the bytes that are done, which are a part of the version.
         last.status.version = self.version << 32;
@@ -234,7 +234,7 @@ impl State {
     }
 }
 
-impl Last {
+impl LastCommand {
     /// The status with what is done by now.
     fn seen(&self) -> Status {
         let mut status = self.status.clone();

@@ -18,8 +18,8 @@ use crate::chain::Origin;
 use crate::error::Result;
 
 use super::super::Store;
-use super::super::identity::{Part, ViewId, stale};
-use super::{ActiveDisk, ActiveHandle, State, Writing};
+use super::super::identity::{ViewId, ViewIdentity, stale};
+use super::{ActiveDisk, ActiveHandle, DiskState, WritingDisk};
 
 /// Bytes that are put aside as one.
 const CHUNK: u64 = 1 << 16;
@@ -28,59 +28,59 @@ const CHUNK: u64 = 1 << 16;
 const KEPT_COUNT: usize = (256 << 20) / CHUNK as usize;
 
 /// A disk as it was at one moment.
-pub struct Still {
+pub struct PointInTimeView {
     size: u64,
-    kept: Mutex<Kept>,
+    kept: Mutex<ViewContent>,
 }
 
-impl std::fmt::Debug for Still {
+impl std::fmt::Debug for PointInTimeView {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Still").field("size", &self.size).finish_non_exhaustive()
     }
 }
 
-struct Kept {
+struct ViewContent {
     /// What the disk had where it has been changed since.
     chunks: HashMap<u64, Box<[u8]>>,
-    hold: Hold,
+    hold: ChangeTracking,
 }
 
-impl Kept {
+impl ViewContent {
     fn lose(&mut self) {
-        self.hold = Hold::Lost;
+        self.hold = ChangeTracking::Lost;
         self.chunks = HashMap::new();
     }
 }
 
 /// How sure it is that all changes are known of.
-enum Hold {
+enum ChangeTracking {
     /// They are: each passes by here first.
     Held,
     /// Nobody looks. There were none as long as the disk's version is this one.
-    Loose(Version),
+    Loose(WriteVersion),
     /// There were some that are not known.
     Lost,
 }
 
 /// What was written when: equal only if nothing was written in between.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Version {
+pub(super) struct WriteVersion {
     fingerprint: u64,
     changes: u64,
 }
 
 /// The stills of one disk. A leaf, but for the writer's own locks.
 #[derive(Default)]
-pub(super) struct Stills {
+pub(super) struct BeforeImages {
     /// Whether there are any: writers ask each time.
     any: AtomicBool,
     /// In the order in which they began to be held. Taken before the lock of any of them.
-    held: Mutex<Vec<Weak<Still>>>,
+    held: Mutex<Vec<Weak<PointInTimeView>>>,
     /// Changes since the disk began to be written.
     changes: AtomicU64,
 }
 
-impl Still {
+impl PointInTimeView {
     /// Bytes of the disk then.
     pub fn size(&self) -> u64 {
         self.size
@@ -89,13 +89,13 @@ impl Still {
     /// Whether the disk is known to be still what it was.
     pub fn is_unchanged(&self) -> bool {
         let kept = self.kept.lock();
-        kept.chunks.is_empty() && !matches!(kept.hold, Hold::Lost)
+        kept.chunks.is_empty() && !matches!(kept.hold, ChangeTracking::Lost)
     }
 
     /// Whether the disk is what it was, as far as this process has a say, and any change would be known of.
     fn is_held_unchanged(&self) -> bool {
         let kept = self.kept.lock();
-        kept.chunks.is_empty() && matches!(kept.hold, Hold::Held)
+        kept.chunks.is_empty() && matches!(kept.hold, ChangeTracking::Held)
     }
 
     fn lose(&self) {
@@ -103,14 +103,14 @@ impl Still {
     }
 
     /// Nobody looks from here on; the disk is at `version`, or nobody knows.
-    fn loosen(&self, version: Option<Version>) {
+    fn loosen(&self, version: Option<WriteVersion>) {
         let mut kept = self.kept.lock();
         match version {
-            Some(version) if kept.chunks.is_empty() && !matches!(kept.hold, Hold::Lost) => {
-                kept.hold = Hold::Loose(version);
+            Some(version) if kept.chunks.is_empty() && !matches!(kept.hold, ChangeTracking::Lost) => {
+                kept.hold = ChangeTracking::Loose(version);
             }
             _ => {
-                kept.hold = Hold::Lost;
+                kept.hold = ChangeTracking::Lost;
                 kept.chunks = HashMap::new();
             }
         }
@@ -130,7 +130,7 @@ impl Still {
     /// How many would be if `touched` were to be changed; as many as never are if that is more than can be.
     fn count_with(&self, touched: &Range<u64>) -> usize {
         let kept = self.kept.lock();
-        if matches!(kept.hold, Hold::Lost) {
+        if matches!(kept.hold, ChangeTracking::Lost) {
             return kept.chunks.len();
         }
         // Asked first: whoever discards a disk does not wait until all of its chunks have been counted.
@@ -143,7 +143,7 @@ impl Still {
     /// Puts aside what is about to be changed.
     fn keep(&self, touched: Range<u64>, read: &dyn Fn(u64, &mut [u8]) -> Result<()>) {
         let mut kept = self.kept.lock();
-        if matches!(kept.hold, Hold::Lost) {
+        if matches!(kept.hold, ChangeTracking::Lost) {
             return;
         }
         if !self.keep_all(&mut kept, touched, read) {
@@ -151,7 +151,12 @@ impl Still {
         }
     }
 
-    fn keep_all(&self, kept: &mut Kept, touched: Range<u64>, read: &dyn Fn(u64, &mut [u8]) -> Result<()>) -> bool {
+    fn keep_all(
+        &self,
+        kept: &mut ViewContent,
+        touched: Range<u64>,
+        read: &dyn Fn(u64, &mut [u8]) -> Result<()>,
+    ) -> bool {
         for chunk in touched {
             if kept.chunks.contains_key(&chunk) {
                 continue;
@@ -179,7 +184,7 @@ impl Still {
 
     fn copy_kept(&self, chunk: u64, within: usize, buf: &mut [u8]) -> Result<bool> {
         let kept = self.kept.lock();
-        if !matches!(kept.hold, Hold::Held) {
+        if !matches!(kept.hold, ChangeTracking::Held) {
             return Err(lost());
         }
         let Some(bytes) = kept.chunks.get(&chunk) else { return Ok(false) };
@@ -192,21 +197,21 @@ fn lost() -> crate::error::Error {
     stale("the active disk has been changed too much since it was looked into")
 }
 
-impl Stills {
+impl BeforeImages {
     /// Of a disk that begins to be written.
     pub(super) fn begin(&self) {
         self.changes.store(0, Ordering::Release);
     }
 
     /// A change is about to be made.
-    pub(super) fn before_change(&self, writing: &Writing, at: u64, len: u64) {
+    pub(super) fn before_change(&self, writing: &WritingDisk, at: u64, len: u64) {
         self.changes.fetch_add(1, Ordering::AcqRel);
         if !self.any.load(Ordering::Acquire) {
             return;
         }
         // Locked to the end: there is room for so much of all of them, whoever else writes.
         let held = self.held.lock();
-        let all: Vec<Arc<Still>> = held.iter().filter_map(Weak::upgrade).collect();
+        let all: Vec<Arc<PointInTimeView>> = held.iter().filter_map(Weak::upgrade).collect();
         self.any.store(!all.is_empty(), Ordering::Release);
         let mut total: usize = all.iter().map(|still| still.kept_count()).sum();
         // The last first: where there is no room for all of them, those go that have had the most time.
@@ -238,13 +243,13 @@ impl Stills {
     }
 
     /// Of a disk that nobody uses any more and that is at `version`.
-    pub(super) fn end(&self, version: Option<Version>) {
+    pub(super) fn end(&self, version: Option<WriteVersion>) {
         for still in self.held.lock().drain(..).filter_map(|still| still.upgrade()) {
             still.loosen(version);
         }
     }
 
-    fn add(&self, still: &Arc<Still>) {
+    fn add(&self, still: &Arc<PointInTimeView>) {
         let mut held = self.held.lock();
         held.retain(|other| other.strong_count() > 0 && !std::ptr::eq(other.as_ptr(), Arc::as_ptr(still)));
         held.push(Arc::downgrade(still));
@@ -252,7 +257,7 @@ impl Stills {
     }
 
     /// Stops looking after a still.
-    fn remove(&self, still: &Arc<Still>, version: Option<Version>) {
+    fn remove(&self, still: &Arc<PointInTimeView>, version: Option<WriteVersion>) {
         let mut held = self.held.lock();
         let before = held.len();
         held.retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(still)));
@@ -261,19 +266,20 @@ impl Stills {
         }
     }
 
-    fn version(&self, state: &State) -> Option<Version> {
+    fn version(&self, state: &DiskState) -> Option<WriteVersion> {
         match state {
-            State::Reading(open) => Some(Version { fingerprint: open.fingerprint, changes: 0 }),
-            State::Writing(writing) => {
-                Some(Version { fingerprint: writing.open.fingerprint, changes: self.changes.load(Ordering::Acquire) })
-            }
-            State::Closed(_) | State::Failed(_) => None,
+            DiskState::Reading(open) => Some(WriteVersion { fingerprint: open.fingerprint, changes: 0 }),
+            DiskState::Writing(writing) => Some(WriteVersion {
+                fingerprint: writing.open.fingerprint,
+                changes: self.changes.load(Ordering::Acquire),
+            }),
+            DiskState::Closed(_) | DiskState::Failed(_) => None,
         }
     }
 }
 
 impl ActiveDisk {
-    pub(super) fn version(&self, state: &State) -> Option<Version> {
+    pub(super) fn version(&self, state: &DiskState) -> Option<WriteVersion> {
         self.stills.version(state)
     }
 }
@@ -281,10 +287,10 @@ impl ActiveDisk {
 impl Store {
     /// Stops looking after a still of that disk: writing costs nothing more because of it. It goes on with
     /// [`ActiveHandle::hold_again`], if nothing is changed meanwhile.
-    pub fn let_go_of_still(&self, id: &ViewId, still: &Arc<Still>) {
-        let Part::Active(number) = id.part else { return };
+    pub fn let_go_of_still(&self, id: &ViewId, still: &Arc<PointInTimeView>) {
+        let ViewIdentity::Active(number) = id.part else { return };
         // Whoever asks again and again keeps nobody waiting.
-        if !matches!(still.kept.lock().hold, Hold::Held) {
+        if !matches!(still.kept.lock().hold, ChangeTracking::Held) {
             return;
         }
         if let Some(disk) = self.active.find(number) {
@@ -296,26 +302,29 @@ impl Store {
 
 impl ActiveHandle {
     /// The disk as it is now.
-    pub fn hold_still(&self) -> Result<Arc<Still>> {
+    pub fn hold_still(&self) -> Result<Arc<PointInTimeView>> {
         let size = self.size()?;
         // Alone: no write is under way that has not been seen.
         let state = self.disk.state.write();
-        let still = Arc::new(Still { size, kept: Mutex::new(Kept { chunks: HashMap::new(), hold: Hold::Held }) });
+        let still = Arc::new(PointInTimeView {
+            size,
+            kept: Mutex::new(ViewContent { chunks: HashMap::new(), hold: ChangeTracking::Held }),
+        });
         self.disk.stills.add(&still);
         drop(state);
         Ok(still)
     }
 
     /// Goes on with a still that was let go of; `Stale` if the disk has been changed since.
-    pub fn hold_again(&self, still: &Arc<Still>) -> Result<()> {
+    pub fn hold_again(&self, still: &Arc<PointInTimeView>) -> Result<()> {
         let state = self.disk.state.write();
         let version = self.disk.version(&state);
         let mut kept = still.kept.lock();
         match kept.hold {
-            Hold::Held => {}
-            Hold::Loose(then) if Some(then) == version => kept.hold = Hold::Held,
-            Hold::Loose(_) | Hold::Lost => {
-                kept.hold = Hold::Lost;
+            ChangeTracking::Held => {}
+            ChangeTracking::Loose(then) if Some(then) == version => kept.hold = ChangeTracking::Held,
+            ChangeTracking::Loose(_) | ChangeTracking::Lost => {
+                kept.hold = ChangeTracking::Lost;
                 return Err(lost());
             }
         }
@@ -326,7 +335,7 @@ impl ActiveHandle {
     }
 
     /// Fills `buf` with what the disk had at `at`. The range must lie within the still.
-    pub fn read_still(&self, still: &Still, at: u64, buf: &mut [u8]) -> Result<()> {
+    pub fn read_still(&self, still: &PointInTimeView, at: u64, buf: &mut [u8]) -> Result<()> {
         let mut rest = buf;
         let mut at = at;
         while !rest.is_empty() {
@@ -351,9 +360,9 @@ impl ActiveHandle {
 
     /// Where the bytes that a still shows from `at` on come from, for at most `max` of them; `None` where only reading can
     /// tell, as while the disk is written here. Of a disk that is read by force only what lies below its top layer is told.
-    pub fn origin_still(&self, still: &Still, at: u64, max: u64) -> Result<Option<Origin>> {
+    pub fn origin_still(&self, still: &PointInTimeView, at: u64, max: u64) -> Result<Option<Origin>> {
         // Held over the look: nobody begins to write meanwhile.
-        let State::Reading(open) = &*self.disk.state.read() else { return Ok(None) };
+        let DiskState::Reading(open) = &*self.disk.state.read() else { return Ok(None) };
         if !still.is_held_unchanged() || at >= open.view.size() {
             return Ok(None);
         }
@@ -364,8 +373,8 @@ impl ActiveHandle {
 
     /// The origins of a range that a still shows, if all of it comes from below the disk's top layer: those places keep
     /// their bytes also when the disk is written later.
-    pub fn origins_below(&self, still: &Still, at: u64, len: u64) -> Result<Option<Vec<Origin>>> {
-        let State::Reading(open) = &*self.disk.state.read() else { return Ok(None) };
+    pub fn origins_below(&self, still: &PointInTimeView, at: u64, len: u64) -> Result<Option<Vec<Origin>>> {
+        let DiskState::Reading(open) = &*self.disk.state.read() else { return Ok(None) };
         if open.forced.is_some()
             || !still.is_held_unchanged()
             || at.checked_add(len).is_none_or(|end| end > open.view.size())
@@ -436,7 +445,7 @@ mod tests {
     #[test]
     fn a_still_goes_on_after_a_pause_only_if_nothing_was_changed() {
         let OneDisk { store, id, .. } = &OneDisk::new(SIZE);
-        let read = |still: &Arc<Still>| -> Result<()> {
+        let read = |still: &Arc<PointInTimeView>| -> Result<()> {
             let reader = store.open_writable(id, Access::Read)?;
             reader.hold_again(still)?;
             reader.read_still(still, 0, &mut [0; 100])
@@ -506,7 +515,7 @@ mod tests {
             writer.zero(round * (10 << 20), 10 << 20, Zeroing::Unmap).unwrap();
             assert!(kept() <= KEPT_COUNT, "{} in round {round}", kept());
         }
-        let is_good = |still: &&Arc<Still>| writer.read_still(still, 0, &mut [0; 10]).is_ok();
+        let is_good = |still: &&Arc<PointInTimeView>| writer.read_still(still, 0, &mut [0; 10]).is_ok();
         assert_eq!(stills.iter().rev().take_while(is_good).count(), 2);
         assert_eq!(stills.iter().filter(is_good).count(), 2);
     }

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, ErrorKind};
 use crate::format::foreign::{Kind, Parents};
 
-use super::build::Builder;
-use super::catalog::{Draft, ImageIndex, Reference};
-use super::claims::{Claim, Reach, pattern, standalone_remedy};
-use super::describe::{Content, MIN_HEADER_LEN, parents_without_magic};
+use super::build::CatalogBuilder;
+use super::catalog::{FileReference, ImageIndex, UnlinkedImage};
+use super::describe::{DetectedContent, MIN_HEADER_LEN, parents_without_magic};
 use super::options::{Format, StoreOptions};
-use super::resolve::{Place, names_in_json, protocol, traced};
+use super::possible_uses::{PossibleUse, UseReach, pattern, standalone_remedy};
+use super::resolve::{StorePath, names_in_json, protocol, traced};
 use super::scan::{Problem, ScannedFile, Unread, has_extension, looks_like_image};
 
 /// Drivers of QEMU whose files lie on other machines, or are none.
@@ -20,18 +20,18 @@ const REMOTE: [&str; 14] = [
 ];
 
 /// The names that stand in a file which is no readable qcow2 image.
-pub(super) fn names_of(content: &Content) -> &[Vec<u8>] {
+pub(super) fn names_of(content: &DetectedContent) -> &[Vec<u8>] {
     match parents_of(content) {
         Some(Parents::Named(names)) => names,
         Some(Parents::None | Parents::Unknown) | None => &[],
     }
 }
 
-fn parents_of(content: &Content) -> Option<&Parents> {
+fn parents_of(content: &DetectedContent) -> Option<&Parents> {
     match content {
-        Content::Malformed(header) => Some(&header.parents),
-        Content::Foreign(foreign) => Some(&foreign.parents),
-        Content::Qcow2(_) | Content::Plain | Content::Unseen => None,
+        DetectedContent::Malformed(header) => Some(&header.parents),
+        DetectedContent::Foreign(foreign) => Some(&foreign.parents),
+        DetectedContent::Qcow2(_) | DetectedContent::Plain | DetectedContent::Unseen => None,
     }
 }
 
@@ -39,7 +39,7 @@ fn parents_of(content: &Content) -> Option<&Parents> {
 /// says.
 pub(super) fn foreign_kind(file: &ScannedFile) -> Option<Kind> {
     match &file.content {
-        Content::Foreign(foreign) if !file.is_plain => Some(foreign.kind),
+        DetectedContent::Foreign(foreign) if !file.is_plain => Some(foreign.kind),
         _ if file.stat.signature.size == 0 => None,
         _ => Kind::of_name(&file.place.path),
     }
@@ -49,21 +49,21 @@ pub(super) fn foreign_kind(file: &ScannedFile) -> Option<Kind> {
 /// shown as standing on something.
 pub(super) fn claims_of(
     file: &ScannedFile,
-    references: Vec<Reference>,
+    references: Vec<FileReference>,
     is_drawn: bool,
     options: &StoreOptions,
-) -> (Option<Reference>, Vec<Reach>) {
+) -> (Option<FileReference>, Vec<UseReach>) {
     // Nothing of less bytes than a header can be read by anybody.
     let is_too_short = file.stat.signature.size < MIN_HEADER_LEN;
     let is_standalone = is_too_short || options.is_standalone(&file.place.path);
-    let is_read = matches!(file.content, Content::Qcow2(_));
+    let is_read = matches!(file.content, DetectedContent::Qcow2(_));
     if is_drawn && (is_read || !is_standalone) {
-        let mut meant: Vec<Reach> = references.iter().flat_map(|reference| reference.meant.clone()).collect();
+        let mut meant: Vec<UseReach> = references.iter().flat_map(|reference| reference.meant.clone()).collect();
         if is_standalone {
             meant.clear();
         }
         if matches!(parents_of(&file.content), Some(Parents::Unknown)) {
-            meant.push(Reach::All);
+            meant.push(UseReach::All);
         }
         return (references.into_iter().next(), meant);
     }
@@ -72,16 +72,16 @@ pub(super) fn claims_of(
         return (None, Vec::new());
     }
     if matches!(parents_of(&file.content), Some(Parents::Unknown)) {
-        return (None, vec![Reach::All]);
+        return (None, vec![UseReach::All]);
     }
     let meant = references.into_iter().flat_map(|reference| match reference.target {
-        Ok(target) => vec![Reach::Image(target)],
+        Ok(target) => vec![UseReach::Image(target)],
         Err(_) => reference.meant,
     });
     (None, meant.collect())
 }
 
-impl Builder<'_> {
+impl CatalogBuilder<'_> {
     /// Whose a file of the store is; root's if that cannot be told.
     fn owner_of(&self, path: &Path) -> u32 {
         self.roots[0].stat_itself(path).map_or(0, |stat| stat.uid)
@@ -96,11 +96,11 @@ impl Builder<'_> {
         }
         let remedy = format!("make it readable, or move it elsewhere; {}", standalone_remedy(&path));
         let (uid, why) = (self.owner_of(&path), format!("{fact}; {remedy}").into());
-        self.claims.push(Claim { by: path, owner: None, uid, reach: Reach::All, why });
+        self.claims.push(PossibleUse { by: path, owner: None, uid, reach: UseReach::All, why });
     }
 
     /// A file that a header names and that cannot be opened, outside of what a scan comes by.
-    pub(super) fn unopened(&mut self, place: &Place, error: &Error) {
+    pub(super) fn unopened(&mut self, place: &StorePath, error: &Error) {
         if place.root != 0 {
             let path = self.roots[place.root].canonical().join(&place.path);
             self.unread(Unread { path, fact: format!("cannot be read ({error})") });
@@ -108,7 +108,7 @@ impl Builder<'_> {
     }
 
     /// What a name may mean that is not followed.
-    pub(super) fn meant(&mut self, from: &Place, name: &[u8]) -> Vec<Reach> {
+    pub(super) fn meant(&mut self, from: &StorePath, name: &[u8]) -> Vec<UseReach> {
         if name.starts_with(b"json:") {
             return self.meant_by_json(from, name);
         }
@@ -116,32 +116,32 @@ impl Builder<'_> {
             // QEMU's word for a file that is none of those.
             Some(b"file") => {
                 let path = &name[b"file:".len()..];
-                let found = self.traced_image(from, path).map(Reach::Image);
-                found.into_iter().chain([Reach::Named(path.to_vec())]).collect()
+                let found = self.traced_image(from, path).map(UseReach::Image);
+                found.into_iter().chain([UseReach::Named(path.to_vec())]).collect()
             }
-            Some(_) => vec![Reach::Mentioned(name.to_vec())],
-            None => vec![self.traced_image(from, name).map_or_else(|| Reach::Named(name.to_vec()), Reach::Image)],
+            Some(_) => vec![UseReach::Mentioned(name.to_vec())],
+            None => vec![self.traced_image(from, name).map_or_else(|| UseReach::Named(name.to_vec()), UseReach::Image)],
         }
     }
 
     /// Names in a description are looked for from where QEMU was started, which nobody knows.
-    fn meant_by_json(&mut self, from: &Place, name: &[u8]) -> Vec<Reach> {
+    fn meant_by_json(&mut self, from: &StorePath, name: &[u8]) -> Vec<UseReach> {
         let text = String::from_utf8_lossy(name);
         match names_in_json(name) {
             Some(names) if !names.is_empty() => {
-                let found = names.iter().filter_map(|name| self.traced_image(from, name)).map(Reach::Image);
-                let found: Vec<Reach> = found.collect();
-                found.into_iter().chain([Reach::Mentioned(name.to_vec())]).collect()
+                let found = names.iter().filter_map(|name| self.traced_image(from, name)).map(UseReach::Image);
+                let found: Vec<UseReach> = found.collect();
+                found.into_iter().chain([UseReach::Mentioned(name.to_vec())]).collect()
             }
             Some(_) if REMOTE.iter().any(|driver| text.contains(&format!("\"{driver}\""))) => {
-                vec![Reach::Mentioned(name.to_vec())]
+                vec![UseReach::Mentioned(name.to_vec())]
             }
-            _ => vec![Reach::All],
+            _ => vec![UseReach::All],
         }
     }
 
     /// The image that a name leads to, all links followed.
-    fn traced_image(&mut self, from: &Place, name: &[u8]) -> Option<ImageIndex> {
+    fn traced_image(&mut self, from: &StorePath, name: &[u8]) -> Option<ImageIndex> {
         let place = traced(self.roots, &self.options.maps, from, name)?;
         if let Some(index) = self.by_place.get(&place) {
             return Some(*index);
@@ -158,14 +158,14 @@ impl Builder<'_> {
         let error = match self.roots[0].stat(&path) {
             Ok(stat) => {
                 if let Some(index) = self.by_id.get(&stat.id).filter(|_| stat.is_file()) {
-                    self.by_place.insert(Place { root: 0, path }, *index);
+                    self.by_place.insert(StorePath { root: 0, path }, *index);
                 }
                 return;
             }
             Err(error) => error,
         };
         let name = path.file_name().unwrap_or_default().to_owned();
-        let place = Place { root: 0, path: path.clone() };
+        let place = StorePath { root: 0, path: path.clone() };
         let is_there = error.kind() != ErrorKind::NotFound;
         if is_there && let Some(index) = self.traced_image(&place, name.as_encoded_bytes()) {
             // By a full path that ends in the store.
@@ -179,7 +179,7 @@ impl Builder<'_> {
             let remedy = format!("put the file itself here, or remove the link; {}", standalone_remedy(&path));
             let why = format!("{fact}; {remedy}").into();
             let uid = self.owner_of(&path);
-            self.claims.push(Claim { by: path, owner: None, uid, reach: Reach::All, why });
+            self.claims.push(PossibleUse { by: path, owner: None, uid, reach: UseReach::All, why });
             return;
         }
         if looks_like_image(&path) {
@@ -189,9 +189,9 @@ impl Builder<'_> {
     }
 
     /// Whether a link leads to a place beneath a root where no file is.
-    fn leads_to_nothing(&self, link: &Place, name: &[u8]) -> bool {
+    fn leads_to_nothing(&self, link: &StorePath, name: &[u8]) -> bool {
         let target = traced(self.roots, &self.options.maps, link, name);
-        let is_gone = |place: Place| {
+        let is_gone = |place: StorePath| {
             self.roots[place.root].stat(&place.path).is_err_and(|error| error.kind() == ErrorKind::NotFound)
         };
         target.is_some_and(is_gone)
@@ -205,20 +205,20 @@ impl Builder<'_> {
     }
 
     /// What a file may stand on that is not read as what it may be, or whose names are not followed.
-    pub(super) fn claim(&mut self, index: ImageIndex, reach: Reach, is_drawn: bool) {
+    pub(super) fn claim(&mut self, index: ImageIndex, reach: UseReach, is_drawn: bool) {
         let file = &self.files[index];
         let path = &file.place.path;
         let why = match &file.content {
-            Content::Qcow2(_) if is_drawn => {
+            DetectedContent::Qcow2(_) if is_drawn => {
                 format!(
                     "names it, perhaps, in a way that cannot be followed; mend its header, or {}",
                     standalone_remedy(path)
                 )
             }
-            Content::Malformed(header) if is_drawn => {
+            DetectedContent::Malformed(header) if is_drawn => {
                 format!("cannot be read ({}); restore it from a copy, or {}", header.reason, standalone_remedy(path))
             }
-            Content::Foreign(foreign) => {
+            DetectedContent::Foreign(foreign) => {
                 let kind = foreign.kind.name();
                 let remedy = format!("if it is a raw disk, say so with -o format={}:raw", pattern(path));
                 format!("is an image of the format {kind}; convert it, or {}; {remedy}", standalone_remedy(path))
@@ -230,7 +230,7 @@ impl Builder<'_> {
             }
         };
         let (owner, uid) = (Some(file.stat.id), file.stat.uid);
-        let claim = Claim { by: path.clone(), owner, uid, reach, why: why.into() };
+        let claim = PossibleUse { by: path.clone(), owner, uid, reach, why: why.into() };
         self.claims.push(claim);
     }
 
@@ -245,26 +245,26 @@ impl Builder<'_> {
         let reaches = match found {
             Ok(Parents::None) => return,
             Ok(Parents::Named(names)) => names.iter().flat_map(|name| self.known_meaning(&place, name)).collect(),
-            Ok(Parents::Unknown) | Err(_) => vec![Reach::All],
+            Ok(Parents::Unknown) | Err(_) => vec![UseReach::All],
         };
         for reach in reaches {
             let remedy =
                 format!("restore it from a copy, or rename it if it is raw; {}", standalone_remedy(&place.path));
             let why = format!("does not begin with qcow2's magic; {remedy}").into();
             let (owner, uid) = (Some(self.files[index].stat.id), self.files[index].stat.uid);
-            self.claims.push(Claim { by: place.path.clone(), owner, uid, reach, why });
+            self.claims.push(PossibleUse { by: place.path.clone(), owner, uid, reach, why });
         }
     }
 
     /// What a name means among the files that are known.
-    fn known_meaning(&self, from: &Place, name: &[u8]) -> Vec<Reach> {
+    fn known_meaning(&self, from: &StorePath, name: &[u8]) -> Vec<UseReach> {
         let found = traced(self.roots, &self.options.maps, from, name);
-        let image = found.and_then(|place| self.by_place.get(&place).copied()).map(Reach::Image);
-        image.into_iter().chain([Reach::Mentioned(name.to_vec())]).collect()
+        let image = found.and_then(|place| self.by_place.get(&place).copied()).map(UseReach::Image);
+        image.into_iter().chain([UseReach::Mentioned(name.to_vec())]).collect()
     }
 
     /// Files that are no images here though they are somewhere else, and those that a guest may have made look like one.
-    pub(super) fn name_foreign(&mut self, drafts: &[Draft]) {
+    pub(super) fn name_foreign(&mut self, drafts: &[UnlinkedImage]) {
         for (file, draft) in self.files.iter().zip(drafts) {
             let path = &file.place.path;
             if !draft.is_scanned || draft.is_data_file || draft.entry.format.is_some() || draft.entry.problem.is_some()

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 
-use crate::browse::{Inside, Mounted};
+use crate::browse::{DiskContents, Mounted};
 use crate::cache::Weighted;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{ExtendedAttribute, Ino};
@@ -68,28 +68,28 @@ impl GuestNode {
 }
 
 /// A file system that is shown.
-pub(super) struct Slot {
-    pub(super) inside: Arc<Inside>,
+pub(super) struct MountedVolume {
+    pub(super) inside: Arc<DiskContents>,
     pub(super) volume: usize,
     pub(super) mounted: Mounted,
     since: Instant,
     /// How often the kernel has been told of anything of it, and has not forgotten it.
     known: AtomicI64,
-    attributes: Kept<Arc<[ExtendedAttribute]>>,
-    plain: Kept<()>,
-    parents: Kept<Ino>,
+    attributes: InodeCache<Arc<[ExtendedAttribute]>>,
+    plain: InodeCache<()>,
+    parents: InodeCache<Ino>,
 }
 
-impl std::fmt::Debug for Slot {
+impl std::fmt::Debug for MountedVolume {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Slot").field("inside", &self.inside).field("volume", &self.volume).finish_non_exhaustive()
     }
 }
 
 /// Something of inodes, the least recently used of which are forgotten.
-struct Kept<T>(Mutex<Weighted<Ino, T>>);
+struct InodeCache<T>(Mutex<Weighted<Ino, T>>);
 
-impl<T: Clone> Kept<T> {
+impl<T: Clone> InodeCache<T> {
     /// What weighs so much together, at most.
     fn new(most: usize) -> Self {
         Self(Mutex::new(Weighted::new(most)))
@@ -108,7 +108,7 @@ impl<T: Clone> Kept<T> {
     }
 }
 
-impl Slot {
+impl MountedVolume {
     /// Whether nobody knows of it, if `this` is all there is of it.
     fn is_forgotten(this: &Arc<Self>) -> bool {
         this.known.load(Ordering::Relaxed) <= 0 && Arc::strong_count(this) == 1
@@ -150,37 +150,37 @@ impl Slot {
 
 /// All file systems that are shown.
 #[derive(Debug, Default)]
-pub(super) struct Slots {
-    table: RwLock<Table>,
+pub(super) struct MountedVolumes {
+    table: RwLock<VolumeTable>,
 }
 
 #[derive(Debug, Default)]
-struct Table {
+struct VolumeTable {
     /// `None` where there was one.
-    slots: Vec<Option<Arc<Slot>>>,
+    slots: Vec<Option<Arc<MountedVolume>>>,
     /// By address of the inside, which lives as long as its slot, and volume.
     places: HashMap<(usize, usize), u16>,
     /// Where the search for one that is free begins.
     next: usize,
 }
 
-impl Slots {
+impl MountedVolumes {
     /// The slot of a volume; a new one if it has none.
-    pub(super) fn of(&self, inside: &Arc<Inside>, volume: usize) -> Result<(u16, Arc<Slot>)> {
+    pub(super) fn of(&self, inside: &Arc<DiskContents>, volume: usize) -> Result<(u16, Arc<MountedVolume>)> {
         let place = (Arc::as_ptr(inside) as usize, volume);
         if let Some(found) = self.table.read().find(place) {
             return Ok(found);
         }
         let mounted = inside.mount(volume)?;
-        let slot = Arc::new(Slot {
+        let slot = Arc::new(MountedVolume {
             inside: Arc::clone(inside),
             volume,
             mounted,
             since: Instant::now(),
             known: AtomicI64::new(0),
-            attributes: Kept::new(ATTRIBUTES_KEPT),
-            plain: Kept::new(PLAIN_KEPT),
-            parents: Kept::new(PARENTS_KEPT),
+            attributes: InodeCache::new(ATTRIBUTES_KEPT),
+            plain: InodeCache::new(PLAIN_KEPT),
+            parents: InodeCache::new(PARENTS_KEPT),
         });
         let mut table = self.table.write();
         if let Some(found) = table.find(place) {
@@ -203,7 +203,7 @@ impl Slots {
     }
 
     /// The slot of that number.
-    pub(super) fn get(&self, slot: u16) -> Result<Arc<Slot>> {
+    pub(super) fn get(&self, slot: u16) -> Result<Arc<MountedVolume>> {
         let found = self.table.read().get(slot).cloned();
         found.ok_or_else(|| crate::store::stale("a number that was never given, or that was forgotten"))
     }
@@ -223,28 +223,28 @@ impl Slots {
     }
 }
 
-impl Table {
-    fn get(&self, slot: u16) -> Option<&Arc<Slot>> {
+impl VolumeTable {
+    fn get(&self, slot: u16) -> Option<&Arc<MountedVolume>> {
         self.slots.get(usize::from(slot))?.as_ref()
     }
 
-    fn find(&self, place: (usize, usize)) -> Option<(u16, Arc<Slot>)> {
+    fn find(&self, place: (usize, usize)) -> Option<(u16, Arc<MountedVolume>)> {
         let slot = *self.places.get(&place)?;
         Some((slot, Arc::clone(self.get(slot)?)))
     }
 
     /// Takes out those that nobody knows of, and whose disk nobody looks into any more: of an active disk, there is another one
     /// for each moment that somebody wanted to see.
-    fn vacate(&mut self, grace: Duration) -> Vec<Arc<Slot>> {
+    fn vacate(&mut self, grace: Duration) -> Vec<Arc<MountedVolume>> {
         let mut own: HashMap<usize, usize> = HashMap::new();
         for slot in self.slots.iter().flatten() {
             *own.entry(slot.place().0).or_default() += 1;
         }
         let mut gone = Vec::new();
         for place in &mut self.slots {
-            let is_over = |slot: &mut Arc<Slot>| {
+            let is_over = |slot: &mut Arc<MountedVolume>| {
                 let is_elsewhere = Arc::strong_count(&slot.inside) > own[&slot.place().0];
-                Slot::is_forgotten(slot) && !is_elsewhere && slot.since.elapsed() >= grace
+                MountedVolume::is_forgotten(slot) && !is_elsewhere && slot.since.elapsed() >= grace
             };
             gone.extend(place.take_if(is_over));
         }
@@ -259,7 +259,7 @@ impl Table {
         if self.slots.len() < SLOTS {
             return Ok(self.slots.len());
         }
-        let is_free = |slot: &Option<Arc<Slot>>| slot.as_ref().is_none_or(Slot::is_forgotten);
+        let is_free = |slot: &Option<Arc<MountedVolume>>| slot.as_ref().is_none_or(MountedVolume::is_forgotten);
         let found = (0..SLOTS).map(|step| (self.next + step) % SLOTS).find(|index| is_free(&self.slots[*index]));
         let Some(found) = found else {
             let fact = format!("{SLOTS} file systems of guests are in use; close some of what is open in the mount");
@@ -277,7 +277,7 @@ mod tests {
 
     #[test]
     fn what_is_kept_of_inodes_is_bounded_by_its_weight() {
-        let kept = Kept::new(100);
+        let kept = InodeCache::new(100);
         for number in 0..10 {
             kept.put(Ino(number), number, 30);
         }
@@ -308,9 +308,9 @@ mod tests {
     #[test]
     fn what_nobody_knows_of_any_more_is_not_kept() {
         let OneDisk { store, id, .. } = &OneDisk::new(1 << 20);
-        let slots = Slots::default();
+        let slots = MountedVolumes::default();
         // As many moments of one disk: the first is the kernel's, the second is being read, the third is shown to whoever looks next.
-        let [known, open, shown, gone] = [0; 4].map(|_| Inside::with_one_volume(store, id));
+        let [known, open, shown, gone] = [0; 4].map(|_| DiskContents::with_one_volume(store, id));
         let (kernels, _) = slots.of(&known, 0).unwrap();
         let (_, _read) = slots.of(&open, 0).unwrap();
         slots.of(&shown, 0).unwrap();
@@ -326,7 +326,7 @@ mod tests {
         assert_eq!(slots.table.write().vacate(Duration::ZERO).len(), 1);
         assert_eq!(is_known.strong_count(), 0);
         // Its number is not given again as long as there are others.
-        assert_eq!(slots.of(&Inside::with_one_volume(store, id), 0).unwrap().0, number + 1);
+        assert_eq!(slots.of(&DiskContents::with_one_volume(store, id), 0).unwrap().0, number + 1);
         assert_eq!(slots.of(&shown, 0).unwrap().0, number - 1);
     }
 }

@@ -7,15 +7,15 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::create::NewBacking;
-use crate::io::{Claim, FileId, Identity};
+use crate::io::{FileId, FileLock, Identity};
 use crate::store::{
-    Catalog, ChainViews, Data, Format, FoundIntent, ImageEntry, ImageIndex, Named, Place, Store, shown,
+    Catalog, ChainViews, DataFileRef, FileRef, Format, FoundIntent, ImageEntry, ImageIndex, Store, StorePath, shown,
 };
 
 use super::asker::{Asker, asker};
 
 /// A store as of one scan.
-pub(super) struct World {
+pub(super) struct ScannedStore {
     pub(super) store: Arc<Store>,
     pub(super) catalog: Arc<Catalog>,
     /// For a store that is one image, or lies in a marked one: everything beneath the marked directory above it.
@@ -29,14 +29,14 @@ pub(super) struct World {
 }
 
 /// One chain of it.
-pub(super) struct Chain {
+pub(super) struct ScannedChain {
     pub(super) path: PathBuf,
     pub(super) views: Arc<ChainViews>,
 }
 
-impl Chain {
+impl ScannedChain {
     /// What it is called in a sentence: one that was mounted by itself has no path, and is its image.
-    pub(super) fn shown(&self, world: &World) -> String {
+    pub(super) fn shown(&self, world: &ScannedStore) -> String {
         if self.path.as_os_str().is_empty() { world.image(self.views.layers[0]).shown() } else { shown(&self.path) }
     }
 }
@@ -46,7 +46,7 @@ pub(super) fn of_chain(path: &Path) -> String {
     if path.as_os_str().is_empty() { String::new() } else { format!(" (chain {})", shown(path)) }
 }
 
-impl World {
+impl ScannedStore {
     /// Scans the store, and what is around it.
     pub(super) fn look(store: &Arc<Store>) -> Result<Self> {
         store.rescan()?;
@@ -67,7 +67,7 @@ impl World {
     }
 
     /// The same for a command: under the store's lock, and with a place for its intent.
-    pub(super) fn begin(store: &Arc<Store>) -> Result<(Claim, Self)> {
+    pub(super) fn begin(store: &Arc<Store>) -> Result<(FileLock, Self)> {
         let names = store.guard_names();
         store.guard().check_place()?;
         store.guard().prepare(&*names)?;
@@ -85,7 +85,7 @@ impl World {
     }
 
     /// The image that an intent or a plan has named, if it is still that file.
-    pub(super) fn find(&self, named: &Named) -> Option<ImageIndex> {
+    pub(super) fn find(&self, named: &FileRef) -> Option<ImageIndex> {
         let is_it = |image: &ImageEntry| {
             image.stat.id == named.file.id
                 && self.name_of(&image.place) == named.path
@@ -95,7 +95,7 @@ impl World {
     }
 
     /// The same where a command cannot go on without it.
-    pub(super) fn expect(&self, named: &Named) -> Result<ImageIndex> {
+    pub(super) fn expect(&self, named: &FileRef) -> Result<ImageIndex> {
         self.find(named).ok_or_else(|| {
             let fact = "has been changed or taken away by others in the meantime";
             Error::new(ErrorKind::Stale, format!("{} {fact}", shown(&named.path)))
@@ -108,9 +108,9 @@ impl World {
     }
 
     /// An image by path and identity.
-    pub(super) fn named(&self, index: ImageIndex) -> Named {
+    pub(super) fn named(&self, index: ImageIndex) -> FileRef {
         let image = self.image(index);
-        Named::known(self.name_of(&image.place), self.identity(image))
+        FileRef::known(self.name_of(&image.place), self.identity(image))
     }
 
     fn identity(&self, image: &ImageEntry) -> Identity {
@@ -121,38 +121,38 @@ impl World {
     }
 
     /// The same for an intent: with evidence of what it holds. `fixed`: nobody but the command changes it.
-    pub(super) fn witness(&self, index: ImageIndex, fixed: bool) -> Result<Named> {
+    pub(super) fn witness(&self, index: ImageIndex, fixed: bool) -> Result<FileRef> {
         let image = self.image(index);
         let root = &self.store.roots()[image.place.root];
         let format = image.format.unwrap_or(Format::Raw);
-        let named = Named::witness(root, &image.place.path, format, fixed)?;
+        let named = FileRef::witness(root, &image.place.path, format, fixed)?;
         if named.file.id != image.stat.id {
             return Err(Error::new(ErrorKind::Stale, format!("{} has changed; give the command again", image.shown())));
         }
         let data = image.data_file.as_ref().map(|(place, _)| {
-            Data::witness(&self.store.roots()[place.root], &place.path, self.name_of(place), fixed).map(Box::new)
+            DataFileRef::witness(&self.store.roots()[place.root], &place.path, self.name_of(place), fixed).map(Box::new)
         });
-        Ok(Named { path: self.name_of(&image.place), data: data.transpose()?, ..named })
+        Ok(FileRef { path: self.name_of(&image.place), data: data.transpose()?, ..named })
     }
 
     /// The same for several.
-    pub(super) fn witnesses(&self, images: &[ImageIndex], fixed: bool) -> Result<Vec<Named>> {
+    pub(super) fn witnesses(&self, images: &[ImageIndex], fixed: bool) -> Result<Vec<FileRef>> {
         images.iter().map(|index| self.witness(*index, fixed)).collect()
     }
 
     /// The path by which an intent names a file: beneath the guarded directory; what lies outside of the store by its
     /// full one.
-    fn name_of(&self, place: &Place) -> PathBuf {
+    fn name_of(&self, place: &StorePath) -> PathBuf {
         if place.root == 0 { self.guarded(&place.path) } else { self.store.host_path(place) }
     }
 
     /// The chain at that path of the mount.
-    pub(super) fn chain(&self, path: &Path) -> Result<Chain> {
+    pub(super) fn chain(&self, path: &Path) -> Result<ScannedChain> {
         let leaf = self
             .catalog
             .chain(path)
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no chain {}", shown(path))))?;
-        Ok(Chain { path: path.to_path_buf(), views: self.store.chain_views(&self.catalog, leaf) })
+        Ok(ScannedChain { path: path.to_path_buf(), views: self.store.chain_views(&self.catalog, leaf) })
     }
 
     /// What an image stands on, if it can be told.
@@ -161,7 +161,7 @@ impl World {
     }
 
     /// Whether an image stands on that file, or its header still names it after it has gone.
-    pub(super) fn names(&self, index: ImageIndex, named: &Named) -> bool {
+    pub(super) fn names(&self, index: ImageIndex, named: &FileRef) -> bool {
         let image = self.image(index);
         if let Some(below) = self.stands_on(index) {
             return self.find(named) == Some(below);
@@ -245,7 +245,7 @@ impl World {
     }
 
     /// How the header of an image at `from` is to name the image at `to`.
-    pub(super) fn backing(&self, from: &Place, to: ImageIndex, is_absolute: bool) -> NewBacking {
+    pub(super) fn backing(&self, from: &StorePath, to: ImageIndex, is_absolute: bool) -> NewBacking {
         let to = self.image(to);
         let place = to.named_place();
         let name = if is_absolute || from.root != place.root {
@@ -261,7 +261,7 @@ impl World {
     /// owner may not read would not count there, and the image would be broken.
     pub(super) fn uncounted(&self, owner: ImageIndex, path: &Path, to: ImageIndex) -> Option<Error> {
         let (owner, to) = (self.image(owner).stat.uid, self.image(to));
-        let from = Place { root: 0, path: path.to_path_buf() };
+        let from = StorePath { root: 0, path: path.to_path_buf() };
         let fact = self.store.uncounted(owner, &from, to.named_place())?;
         let sentence = format!("{} would stand on {}, which {fact}", shown(path), self.called(to));
         Some(Error::new(ErrorKind::Denied, sentence))
@@ -378,7 +378,7 @@ impl World {
         }
         // By identity alone: one that was moved is still what was begun with; and by name alone: nobody may be able
         // to tell that it is another.
-        let speaks = |named: &&Named| {
+        let speaks = |named: &&FileRef| {
             images.iter().map(|index| self.image(*index)).any(|image| {
                 image.stat.id == named.file.id && self.identity(image).is(&named.file)
                     || self.name_of(&image.place) == named.path

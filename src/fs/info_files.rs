@@ -45,24 +45,24 @@ pub(super) struct Counters {
 }
 
 /// Catalog, moment, and which document.
-type Key = ((u64, u64), Option<(ImageIndex, ChainDocument)>, Option<StoreDocument>);
+type InfoFileKey = ((u64, u64), Option<(ImageIndex, ChainDocument)>, Option<StoreDocument>);
 
 /// For how long what a tree says of locks is believed.
 const MOMENT: Duration = Duration::from_secs(2);
 
 /// Documents by key, and their bytes in all.
-type Kept = (LruCache<Key, Arc<[u8]>>, usize);
+type CachedFiles = (LruCache<InfoFileKey, Arc<[u8]>>, usize);
 
 /// Documents of the current catalog.
 #[derive(Debug)]
-pub(super) struct Documents {
-    kept: Mutex<Kept>,
+pub(super) struct InfoFiles {
+    kept: Mutex<CachedFiles>,
     /// Lists of chains, by catalog.
     chains: Mutex<LruCache<u64, Arc<Pieces>>>,
     started: Instant,
 }
 
-impl Documents {
+impl InfoFiles {
     pub(super) fn new() -> Self {
         let kept = Mutex::new((LruCache::new(NonZero::new(KEPT).expect("not zero")), 0));
         let chains = Mutex::new(LruCache::new(NonZero::new(LISTS_KEPT).expect("not zero")));
@@ -150,7 +150,7 @@ impl Documents {
         Some(self.get((self.subject(catalog, shows_locks), Some((leaf, document)), None), make))
     }
 
-    fn get(&self, key: Key, text: impl FnOnce() -> String) -> Arc<[u8]> {
+    fn get(&self, key: InfoFileKey, text: impl FnOnce() -> String) -> Arc<[u8]> {
         if let Some(kept) = self.kept.lock().0.get(&key) {
             return Arc::clone(kept);
         }

@@ -15,7 +15,7 @@ use super::catalog::{ImageEntry, ImageIndex, shown};
 
 /// Who may stand on an image.
 #[derive(Clone, Debug)]
-pub struct Claim {
+pub struct PossibleUse {
     /// The file or directory, beneath the store.
     pub by: PathBuf,
     /// Which file that is, where it is one that has been looked at.
@@ -23,14 +23,14 @@ pub struct Claim {
     /// Whose it is: it counts for what that user may read.
     pub(super) uid: u32,
     /// What it may stand on.
-    pub(super) reach: Reach,
+    pub(super) reach: UseReach,
     /// What is wrong with it, and what helps, to follow its name.
     pub why: Arc<str>,
 }
 
 /// What somebody may stand on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Reach {
+pub(super) enum UseReach {
     /// That image.
     Image(ImageIndex),
     /// Every image whose file has the last part of this path as its name.
@@ -43,8 +43,8 @@ pub(super) enum Reach {
 
 /// The claims of a store, by the images that they are on.
 #[derive(Debug, Default)]
-pub(super) struct Claims {
-    all: Vec<Claim>,
+pub(super) struct PossibleUses {
+    all: Vec<PossibleUse>,
     /// Claims on one image each.
     by_image: HashMap<ImageIndex, Vec<usize>>,
     /// Claims on any image.
@@ -54,11 +54,15 @@ pub(super) struct Claims {
     uncounted: Vec<(ImageIndex, FileId)>,
 }
 
-impl Claims {
+impl PossibleUses {
     /// Finds out on which of `images` each claim is. Those that are on none fall away.
-    pub(super) fn new(claims: Vec<Claim>, images: &[ImageEntry], counts: &dyn Fn(&Claim, ImageIndex) -> bool) -> Self {
+    pub(super) fn new(
+        claims: Vec<PossibleUse>,
+        images: &[ImageEntry],
+        counts: &dyn Fn(&PossibleUse, ImageIndex) -> bool,
+    ) -> Self {
         let mut by_name: HashMap<&[u8], Vec<ImageIndex>> = HashMap::new();
-        if claims.iter().any(|claim| matches!(claim.reach, Reach::Named(_))) {
+        if claims.iter().any(|claim| matches!(claim.reach, UseReach::Named(_))) {
             for (index, image) in images.iter().enumerate() {
                 by_name.entry(file_name(&image.place.path)).or_default().push(index);
             }
@@ -73,20 +77,20 @@ impl Claims {
             };
             let on: Vec<ImageIndex> = match &claim.reach {
                 // Another user's counts for some only.
-                Reach::All if claim.uid != 0 => (0..images.len()).collect(),
-                Reach::All => {
+                UseReach::All if claim.uid != 0 => (0..images.len()).collect(),
+                UseReach::All => {
                     found.wide.push(number);
                     found.all.push(claim);
                     continue;
                 }
-                Reach::Image(index) => vec![*index],
-                Reach::Named(path) => by_name.get(last_part(path)).cloned().unwrap_or_default(),
-                Reach::Mentioned(text) => (0..images.len()).filter(|index| mentions(text, index)).collect(),
+                UseReach::Image(index) => vec![*index],
+                UseReach::Named(path) => by_name.get(last_part(path)).cloned().unwrap_or_default(),
+                UseReach::Mentioned(text) => (0..images.len()).filter(|index| mentions(text, index)).collect(),
             };
             let (on, others): (Vec<ImageIndex>, Vec<ImageIndex>) =
                 on.into_iter().filter(is_other).partition(|index| counts(&claim, *index));
             // Who reaches everything has named nothing.
-            if let Some(by) = claim.owner.filter(|_| claim.reach != Reach::All) {
+            if let Some(by) = claim.owner.filter(|_| claim.reach != UseReach::All) {
                 found.uncounted.extend(others.into_iter().map(|index| (index, by)));
             }
             if !on.is_empty() {
@@ -100,7 +104,7 @@ impl Claims {
     }
 
     /// All of them.
-    pub(super) fn all(&self) -> &[Claim] {
+    pub(super) fn all(&self) -> &[PossibleUse] {
         &self.all
     }
 
@@ -110,19 +114,21 @@ impl Claims {
     }
 
     /// Those on an image.
-    pub(super) fn on<'a>(&'a self, index: ImageIndex, image: &'a ImageEntry) -> impl Iterator<Item = &'a Claim> {
+    pub(super) fn on<'a>(&'a self, index: ImageIndex, image: &'a ImageEntry) -> impl Iterator<Item = &'a PossibleUse> {
         let own = self.by_image.get(&index).into_iter().flatten();
         let claims = own.chain(&self.wide).map(|number| &self.all[*number]);
         claims.filter(|claim| claim.owner != Some(image.stat.id))
     }
 }
 
-impl Claim {
+impl PossibleUse {
     /// As a problem of whoever makes it.
     pub(super) fn problem(&self) -> String {
         let consequence = match &self.reach {
-            Reach::All => "so that every image of the store may be what it stands on, and none is written or changed",
-            Reach::Image(_) | Reach::Named(_) | Reach::Mentioned(_) => {
+            UseReach::All => {
+                "so that every image of the store may be what it stands on, and none is written or changed"
+            }
+            UseReach::Image(_) | UseReach::Named(_) | UseReach::Mentioned(_) => {
                 "so that what it names is neither written nor changed"
             }
         };

@@ -19,7 +19,7 @@ const PAYLOAD_LEN: usize = 2 << 20;
 
 /// One end of a lane.
 #[derive(Debug)]
-pub(super) struct Lane {
+pub(super) struct Channel {
     socket: UnixStream,
     outgoing: Vec<u8>,
     /// What has come in and has not been taken: most messages come in one piece.
@@ -27,7 +27,7 @@ pub(super) struct Lane {
     taken: usize,
 }
 
-impl Lane {
+impl Channel {
     pub(super) fn new(socket: UnixStream) -> Self {
         Self { socket, outgoing: Vec::new(), incoming: Vec::new(), taken: 0 }
     }
