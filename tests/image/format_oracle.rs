@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use chainfs::format::header::{Backing, Compression, PROBE_LEN, needed_len};
+use chainfs::format::header::{BackingFile, Compression, PROBE_LEN, needed_len};
 use chainfs::format::snapshot::SnapshotParser;
 use chainfs::format::{Header, Version, bitmap};
 use support::oracle::Scratch;
@@ -61,7 +61,7 @@ fn backing_names_of_both_versions_parse() {
     for compat in ["0.10", "1.1"] {
         let options = format!("compat={compat}");
         scratch.img(&format!("create -q -f qcow2 -o {options} -F raw -b {base} {path}"));
-        let expected = Backing { name: base.clone().into_bytes(), format: Some("raw".into()) };
+        let expected = BackingFile { name: base.clone().into_bytes(), format: Some("raw".into()) };
         assert_eq!(header(&path).backing, Some(expected));
     }
 }

@@ -547,7 +547,8 @@ impl Dice {
 fn crowd(name: &str, file: &Arc<Memory>, below: bool, before: &[u8], seed: u64) -> Vec<u8> {
     const SIZE: u64 = 4 * MIB;
     let below = below.then(|| {
-        Arc::new(Sevens { size: SIZE - 100 * KIB, asked: Mutex::default(), file: Arc::clone(file) }) as Arc<dyn BackingDisk>
+        Arc::new(Sevens { size: SIZE - 100 * KIB, asked: Mutex::default(), file: Arc::clone(file) })
+            as Arc<dyn BackingDisk>
     });
     let options = WriterOptions { cache: 64 << 10 };
     let writer = Writer::qcow2("a", Arc::clone(file) as _, None, below, options).unwrap();

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::libc;
 use rustix::io::Errno;
 use support::foreign::Qemu;
 use support::*;

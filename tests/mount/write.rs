@@ -7,7 +7,6 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nix::libc;
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use support::active::{LEAVES, Model, NOTICED, assert_left_behind, chain, errno, rw};

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 
-use nix::libc;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
 use seccompiler::{

@@ -14,15 +14,15 @@ use crate::format::{Compressed, EntryFormat, Mapping, Snapshot, Table};
 use crate::io::WriteStorage;
 use crate::units::{ClusterBits, GuestOffset, HostOffset};
 
-use super::roles::Roles;
+use super::cluster_roles::ClusterRoles;
+use super::shadow_tables::ShadowTables;
 use super::slices::{Class, Slices};
-use super::undo::Session;
 
 /// Bytes of a slice; tables of smaller clusters have one slice a cluster.
 const SLICE_LEN: u64 = 4096;
 
 /// What does not change while an image is open for writing.
-pub(super) struct Core {
+pub(super) struct ImageFile {
     pub(super) name: String,
     pub(super) file: Arc<dyn WriteStorage>,
     /// Holds the guest's data instead of `file`, each cluster at its guest offset.
@@ -30,11 +30,11 @@ pub(super) struct Core {
     pub(super) format: EntryFormat,
     /// Refcounts are `1 << order` bits wide.
     pub(super) order: u32,
-    /// See [`Core::has_snapshots`].
+    /// See [`ImageFile::has_snapshots`].
     pub(super) has_snapshots: AtomicBool,
 }
 
-impl Core {
+impl ImageFile {
     pub(super) fn cluster(&self) -> ClusterBits {
         self.format.cluster
     }
@@ -72,7 +72,7 @@ impl Core {
 
 /// An L2 entry as it stands; the second word only with extended L2 entries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Words {
+pub(super) struct RawL2Entry {
     pub(super) entry: u64,
     pub(super) bitmap: u64,
 }
@@ -117,11 +117,11 @@ pub(super) struct Freed {
 }
 
 /// The tables and what is known of the file.
-pub(super) struct Meta {
+pub(super) struct Tables {
     pub(super) l1: Table,
     pub(super) refcount_table: RefcountTable,
     pub(super) slices: Slices,
-    pub(super) roles: Roles,
+    pub(super) roles: ClusterRoles,
     /// No cluster before this one is free.
     pub(super) free_hint: u64,
     /// Clusters from here on have never been used: what the file has of them are zeroes.
@@ -134,35 +134,35 @@ pub(super) struct Meta {
     /// Whether there are others, whose tables cannot be found.
     pub(super) has_damaged_snapshots: bool,
     /// The image as it was, while what is written can be undone.
-    pub(super) session: Option<Session>,
+    pub(super) shadow: Option<ShadowTables>,
 }
 
-impl Meta {
+impl Tables {
     /// The slice that holds byte `at` of the file, if it is in memory, and the index of the word.
-    fn cached(&self, core: &Core, at: u64) -> Option<(&Arc<[u64]>, usize)> {
-        let place = at - at % core.slice_len();
+    fn cached(&self, image: &ImageFile, at: u64) -> Option<(&Arc<[u64]>, usize)> {
+        let place = at - at % image.slice_len();
         self.slices.get(place).map(|words| (words, ((at - place) / 8) as usize))
     }
 
     /// The same, read from the file if need be.
-    pub(super) fn slice(&mut self, core: &Core, at: u64, class: Class) -> Result<(Arc<[u64]>, usize)> {
-        let place = at - at % core.slice_len();
+    pub(super) fn slice(&mut self, image: &ImageFile, at: u64, class: Class) -> Result<(Arc<[u64]>, usize)> {
+        let place = at - at % image.slice_len();
         let index = ((at - place) / 8) as usize;
         if let Some(words) = self.slices.get(place) {
             return Ok((Arc::clone(words), index));
         }
-        let mut bytes = vec![0; core.slice_len() as usize];
-        let have = core.file.read_at(place, &mut bytes)?;
+        let mut bytes = vec![0; image.slice_len() as usize];
+        let have = image.file.read_at(place, &mut bytes)?;
         // The last table of a file may end with the file; what is missing of it is zero.
         if at >= place + have as u64 && at >= self.file_len {
-            return Err(core.corrupt(format_args!("a table at {at:#x} lies past the end of the file")));
+            return Err(image.corrupt(format_args!("a table at {at:#x} lies past the end of the file")));
         }
         let mut words: Arc<[u64]> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
-        if let Some(session) = &self.session {
-            session.mask(core, Arc::make_mut(&mut words), class);
+        if let Some(shadow) = &self.shadow {
+            shadow.mask(image, Arc::make_mut(&mut words), class);
         }
-        let may_lie = class == Class::L2 && core.has_snapshots() && self.session.is_none();
-        let mended = if may_lie { self.mend(core, &words)? } else { None };
+        let may_lie = class == Class::L2 && image.has_snapshots() && self.shadow.is_none();
+        let mended = if may_lie { self.mend(image, &words)? } else { None };
         self.slices.insert(place, class, Arc::clone(&words));
         let Some(mended) = mended else { return Ok((words, index)) };
         self.slices.change(place).expect("it was just kept").copy_from_slice(&mended);
@@ -171,13 +171,13 @@ impl Meta {
 
     /// Part of an L2 table without the COPIED flags that its clusters' counts belie, if there are any. A
     /// crash while an internal snapshot was taken leaves such; believing them would change snapshots.
-    fn mend(&mut self, core: &Core, words: &[u64]) -> Result<Option<Arc<[u64]>>> {
+    fn mend(&mut self, image: &ImageFile, words: &[u64]) -> Result<Option<Arc<[u64]>>> {
         let mut mended: Option<Arc<[u64]>> = None;
-        for index in (0..words.len()).step_by((core.format.l2_entry_len() / 8) as usize) {
+        for index in (0..words.len()).step_by((image.format.l2_entry_len() / 8) as usize) {
             let word = words[index];
             let host = EntryFormat::raw_offset(word);
             let is_own = EntryFormat::copied(word) && !EntryFormat::is_compressed(word) && host != 0;
-            if is_own && self.count(core, core.cluster().index(host))? != 1 {
+            if is_own && self.count(image, image.cluster().index(host))? != 1 {
                 let mended = mended.get_or_insert_with(|| words.into());
                 Arc::make_mut(mended)[index] = EntryFormat::shared(word);
             }
@@ -185,24 +185,30 @@ impl Meta {
         Ok(mended)
     }
 
-    pub(super) fn word(&mut self, core: &Core, at: u64, class: Class) -> Result<u64> {
-        let (words, index) = self.slice(core, at, class)?;
+    pub(super) fn word(&mut self, image: &ImageFile, at: u64, class: Class) -> Result<u64> {
+        let (words, index) = self.slice(image, at, class)?;
         Ok(words[index])
     }
 
-    pub(super) fn set_word(&mut self, core: &Core, at: u64, class: Class, value: u64) -> Result<()> {
-        if self.word(core, at, class)? != value {
-            let place = at - at % core.slice_len();
+    pub(super) fn set_word(&mut self, image: &ImageFile, at: u64, class: Class, value: u64) -> Result<()> {
+        if self.word(image, at, class)? != value {
+            let place = at - at % image.slice_len();
             self.slices.change(place).expect("it was just read")[((at - place) / 8) as usize] = value;
         }
         Ok(())
     }
 
     /// The first `entries` of a table, as they stand in memory, as bytes.
-    pub(super) fn table_bytes(&mut self, core: &Core, at: HostOffset, entries: u64, class: Class) -> Result<Vec<u8>> {
+    pub(super) fn table_bytes(
+        &mut self,
+        image: &ImageFile,
+        at: HostOffset,
+        entries: u64,
+        class: Class,
+    ) -> Result<Vec<u8>> {
         let mut bytes = Vec::with_capacity(entries as usize * 8);
         for index in 0..entries {
-            bytes.extend(self.word(core, at.0 + index * 8, class)?.to_be_bytes());
+            bytes.extend(self.word(image, at.0 + index * 8, class)?.to_be_bytes());
         }
         Ok(bytes)
     }
@@ -210,69 +216,69 @@ impl Meta {
     // Refcounts.
 
     /// The block that counts `cluster`; `None` where there is none yet.
-    pub(super) fn refcount_block(&mut self, core: &Core, cluster: u64) -> Result<Option<HostOffset>> {
-        let index = cluster / block_entries(core.cluster(), core.order);
-        if index < self.refcount_table_entries(core) { self.block_of_entry(core, index) } else { Ok(None) }
+    pub(super) fn refcount_block(&mut self, image: &ImageFile, cluster: u64) -> Result<Option<HostOffset>> {
+        let index = cluster / block_entries(image.cluster(), image.order);
+        if index < self.refcount_table_entries(image) { self.block_of_entry(image, index) } else { Ok(None) }
     }
 
     /// The block that an entry of the refcount table names.
-    pub(super) fn block_of_entry(&mut self, core: &Core, index: u64) -> Result<Option<HostOffset>> {
-        let entry = self.word(core, self.refcount_table.offset.0 + index * 8, Class::RefcountTable)?;
-        table_entry(entry, core.cluster()).map_err(|reason| core.corrupt(reason.fact()))
+    pub(super) fn block_of_entry(&mut self, image: &ImageFile, index: u64) -> Result<Option<HostOffset>> {
+        let entry = self.word(image, self.refcount_table.offset.0 + index * 8, Class::RefcountTable)?;
+        table_entry(entry, image.cluster()).map_err(|reason| image.corrupt(reason.fact()))
     }
 
-    pub(super) fn refcount_table_entries(&self, core: &Core) -> u64 {
-        u64::from(self.refcount_table.clusters) * core.cluster().size() / 8
+    pub(super) fn refcount_table_entries(&self, image: &ImageFile) -> u64 {
+        u64::from(self.refcount_table.clusters) * image.cluster().size() / 8
     }
 
     /// Where the count of `cluster` stands in its block: the word, and which count of that word.
-    pub(super) fn count_place(core: &Core, block: HostOffset, cluster: u64) -> (u64, usize) {
-        let index = cluster % block_entries(core.cluster(), core.order);
-        let per_word = 64 >> core.order;
+    pub(super) fn count_place(image: &ImageFile, block: HostOffset, cluster: u64) -> (u64, usize) {
+        let index = cluster % block_entries(image.cluster(), image.order);
+        let per_word = 64 >> image.order;
         (block.0 + index / per_word * 8, (index % per_word) as usize)
     }
 
     /// How many references a cluster has.
-    pub(super) fn count(&mut self, core: &Core, cluster: u64) -> Result<u64> {
-        let Some(block) = self.refcount_block(core, cluster)? else { return Ok(0) };
-        let (at, index) = Self::count_place(core, block, cluster);
-        let word = self.word(core, at, Class::RefcountBlock)?;
-        Ok(refcount(&word.to_be_bytes(), index, core.order))
+    pub(super) fn count(&mut self, image: &ImageFile, cluster: u64) -> Result<u64> {
+        let Some(block) = self.refcount_block(image, cluster)? else { return Ok(0) };
+        let (at, index) = Self::count_place(image, block, cluster);
+        let word = self.word(image, at, Class::RefcountBlock)?;
+        Ok(refcount(&word.to_be_bytes(), index, image.order))
     }
 
     // Mappings.
 
     /// The L2 table of a position of the disk: `Ok(None)` where there is none, `Err(())` where
     /// the L1 entry is not in memory.
-    fn cached_table(&self, core: &Core, at: u64) -> std::result::Result<Result<Option<HostOffset>>, ()> {
-        let index = at / core.l1_span();
+    fn cached_table(&self, image: &ImageFile, at: u64) -> std::result::Result<Result<Option<HostOffset>>, ()> {
+        let index = at / image.l1_span();
         if index >= u64::from(self.l1.entries) {
             return Ok(Ok(None));
         }
-        let (words, within) = self.cached(core, self.l1.offset.0 + index * 8).ok_or(())?;
-        Ok(core.format.l1(words[within]).map(|entry| entry.l2).map_err(|reason| core.corrupt(reason.fact())))
+        let (words, within) = self.cached(image, self.l1.offset.0 + index * 8).ok_or(())?;
+        Ok(image.format.l1(words[within]).map(|entry| entry.l2).map_err(|reason| image.corrupt(reason.fact())))
     }
 
     /// What the tables say of `at`, for at most `max` bytes. `None`: they have to be loaded first.
-    pub(super) fn piece(&self, core: &Core, at: u64, max: u64) -> Option<Result<(Piece, u64)>> {
-        match self.cached_table(core, at) {
+    pub(super) fn piece(&self, image: &ImageFile, at: u64, max: u64) -> Option<Result<(Piece, u64)>> {
+        match self.cached_table(image, at) {
             Err(()) => None,
             Ok(Err(error)) => Some(Err(error)),
-            Ok(Ok(None)) => Some(Ok((Piece::Below, core.rest_of_table(at, max)))),
-            Ok(Ok(Some(table))) => self.piece_in(core, table, at, max),
+            Ok(Ok(None)) => Some(Ok((Piece::Below, image.rest_of_table(at, max)))),
+            Ok(Ok(Some(table))) => self.piece_in(image, table, at, max),
         }
     }
 
-    fn piece_in(&self, core: &Core, table: HostOffset, at: u64, max: u64) -> Option<Result<(Piece, u64)>> {
-        let cluster = core.cluster();
-        let words_per_entry = (core.format.l2_entry_len() / 8) as usize;
-        let index = cluster.index(at) % core.format.l2_entries();
-        let (words, first) = self.cached(core, table.0 + index * core.format.l2_entry_len())?;
+    fn piece_in(&self, image: &ImageFile, table: HostOffset, at: u64, max: u64) -> Option<Result<(Piece, u64)>> {
+        let cluster = image.cluster();
+        let words_per_entry = (image.format.l2_entry_len() / 8) as usize;
+        let index = cluster.index(at) % image.format.l2_entries();
+        let (words, first) = self.cached(image, table.0 + index * image.format.l2_entry_len())?;
         let mut entries = words[first..].chunks_exact(words_per_entry);
         let mut next = |at: u64| {
             let entry = entries.next()?;
-            let words = Words { entry: entry[0], bitmap: if core.format.extended { entry[1] } else { 0 } };
-            Some(piece_of(core, words, at))
+            let words = RawL2Entry { entry: entry[0], bitmap: if image.format.extended { entry[1] } else { 0 } };
+            Some(piece_of(image, words, at))
         };
         let (piece, mut run) = match next(at).expect("the slice holds the entry") {
             Ok(found) => found,
@@ -289,75 +295,75 @@ impl Meta {
 
     /// Makes sure that what an entry names may be data: clusters that the file has, and that are no
     /// table's. `len` is at least 1.
-    pub(super) fn may_be_data(&self, core: &Core, host: HostOffset, len: u64) -> Result<()> {
-        if core.data_file.is_some() {
+    pub(super) fn may_be_data(&self, image: &ImageFile, host: HostOffset, len: u64) -> Result<()> {
+        if image.data_file.is_some() {
             return Ok(());
         }
-        let (first, last) = (core.cluster().index(host.0), core.cluster().index(host.0 + len - 1));
-        self.may_be_clusters(core, Freed { first, count: last - first + 1 })
+        let (first, last) = (image.cluster().index(host.0), image.cluster().index(host.0 + len - 1));
+        self.may_be_clusters(image, Freed { first, count: last - first + 1 })
     }
 
-    pub(super) fn may_be_clusters(&self, core: &Core, clusters: Freed) -> Result<()> {
+    pub(super) fn may_be_clusters(&self, image: &ImageFile, clusters: Freed) -> Result<()> {
         let (first, end) = (clusters.first, clusters.first + clusters.count);
         if end > self.fresh {
-            return Err(core.corrupt(format_args!("a data cluster at {first:#x} lies past the end of the file")));
+            return Err(image.corrupt(format_args!("a data cluster at {first:#x} lies past the end of the file")));
         }
         match (first..end).find(|cluster| self.roles.contains(*cluster)) {
-            Some(table) => Err(core.corrupt(format_args!("cluster {table:#x} is named as data, but holds a table"))),
+            Some(table) => Err(image.corrupt(format_args!("cluster {table:#x} is named as data, but holds a table"))),
             None => Ok(()),
         }
     }
 
-    /// Loads the tables that [`Meta::piece`] missed.
-    pub(super) fn load(&mut self, core: &Core, at: u64) -> Result<()> {
-        if let Some(table) = self.l2_table(core, at)? {
-            self.slice(core, Self::l2_place(core, table, at), Class::L2)?;
+    /// Loads the tables that [`Tables::piece`] missed.
+    pub(super) fn load(&mut self, image: &ImageFile, at: u64) -> Result<()> {
+        if let Some(table) = self.l2_table(image, at)? {
+            self.slice(image, Self::l2_place(image, table, at), Class::L2)?;
         }
         Ok(())
     }
 
     /// Where the L1 entry of a position stands in the file.
-    pub(super) fn l1_place(&self, core: &Core, at: u64) -> u64 {
-        let index = at / core.l1_span();
+    pub(super) fn l1_place(&self, image: &ImageFile, at: u64) -> u64 {
+        let index = at / image.l1_span();
         assert!(index < u64::from(self.l1.entries), "a position that the L1 table covers");
         self.l1.offset.0 + index * 8
     }
 
     /// Where the L2 entry of a position stands.
-    pub(super) fn l2_place(core: &Core, table: HostOffset, at: u64) -> u64 {
-        table.0 + core.cluster().index(at) % core.format.l2_entries() * core.format.l2_entry_len()
+    pub(super) fn l2_place(image: &ImageFile, table: HostOffset, at: u64) -> u64 {
+        table.0 + image.cluster().index(at) % image.format.l2_entries() * image.format.l2_entry_len()
     }
 
     /// The L2 table of a position.
-    pub(super) fn l2_table(&mut self, core: &Core, at: u64) -> Result<Option<HostOffset>> {
-        self.table_of(core, self.l1, at / core.l1_span())
+    pub(super) fn l2_table(&mut self, image: &ImageFile, at: u64) -> Result<Option<HostOffset>> {
+        self.table_of(image, self.l1, at / image.l1_span())
     }
 
     /// The L2 table that an entry of any L1 table names; none behind its end.
-    pub(super) fn table_of(&mut self, core: &Core, l1: Table, index: u64) -> Result<Option<HostOffset>> {
+    pub(super) fn table_of(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<Option<HostOffset>> {
         if index >= u64::from(l1.entries) {
             return Ok(None);
         }
-        let word = self.word(core, l1.offset.0 + index * 8, Class::L1)?;
-        core.format.l1(word).map(|entry| entry.l2).map_err(|reason| core.corrupt(reason.fact()))
+        let word = self.word(image, l1.offset.0 + index * 8, Class::L1)?;
+        image.format.l1(word).map(|entry| entry.l2).map_err(|reason| image.corrupt(reason.fact()))
     }
 
     /// The L2 entry of a position; silent where there is no table.
-    pub(super) fn entry(&mut self, core: &Core, at: u64) -> Result<Words> {
-        let table = self.l2_table(core, at)?;
-        self.entry_in(core, table, at)
+    pub(super) fn entry(&mut self, image: &ImageFile, at: u64) -> Result<RawL2Entry> {
+        let table = self.l2_table(image, at)?;
+        self.entry_in(image, table, at)
     }
 
     /// Sets the L2 entry of a position, whose table may be written (see `own_l2_table`).
-    pub(super) fn set_entry(&mut self, core: &Core, at: u64, words: Words) -> Result<()> {
-        let table = self.l2_table(core, at)?.expect("a table that was made ready");
-        self.set_entry_in(core, table, at, words)
+    pub(super) fn set_entry(&mut self, image: &ImageFile, at: u64, words: RawL2Entry) -> Result<()> {
+        let table = self.l2_table(image, at)?.expect("a table that was made ready");
+        self.set_entry_in(image, table, at, words)
     }
 
     /// Notes that an entry no longer refers to what `words` name (see `free_later`).
-    pub(super) fn release(&mut self, core: &Core, words: Words) -> Result<()> {
-        if let Some(freed) = references(core, words) {
-            self.may_be_clusters(core, freed)?;
+    pub(super) fn release(&mut self, image: &ImageFile, words: RawL2Entry) -> Result<()> {
+        if let Some(freed) = references(image, words) {
+            self.may_be_clusters(image, freed)?;
             (freed.first..freed.first + freed.count).for_each(|cluster| self.free_later(cluster));
         }
         Ok(())
@@ -365,44 +371,44 @@ impl Meta {
 }
 
 /// The clusters that an entry refers to.
-pub(super) fn references(core: &Core, words: Words) -> Option<Freed> {
-    if core.data_file.is_some() {
+pub(super) fn references(image: &ImageFile, words: RawL2Entry) -> Option<Freed> {
+    if image.data_file.is_some() {
         return None;
     }
     if EntryFormat::is_compressed(words.entry) {
-        let stream = core.format.raw_compressed(words.entry);
-        let first = core.cluster().index(stream.at.0);
-        let last = core.cluster().index(stream.at.0 + u64::from(stream.len) - 1);
+        let stream = image.format.raw_compressed(words.entry);
+        let first = image.cluster().index(stream.at.0);
+        let last = image.cluster().index(stream.at.0 + u64::from(stream.len) - 1);
         return Some(Freed { first, count: last - first + 1 });
     }
     match EntryFormat::raw_offset(words.entry) {
         0 => None,
-        host => Some(Freed { first: core.cluster().index(host), count: 1 }),
+        host => Some(Freed { first: image.cluster().index(host), count: 1 }),
     }
 }
 
 /// What an entry says of `at`, and for how many bytes, at most to the end of the cluster.
-pub(super) fn piece_of(core: &Core, words: Words, at: u64) -> Result<(Piece, u64)> {
-    let cluster = core.cluster();
+pub(super) fn piece_of(image: &ImageFile, words: RawL2Entry, at: u64) -> Result<(Piece, u64)> {
+    let cluster = image.cluster();
     let (within, guest) = (cluster.within(at), GuestOffset(cluster.floor(at)));
     let corrupt = |reason: crate::format::Malformed| {
-        core.corrupt(format_args!("the L2 entry of guest offset {at:#x}: {}", reason.fact()))
+        image.corrupt(format_args!("the L2 entry of guest offset {at:#x}: {}", reason.fact()))
     };
-    if !core.format.extended {
-        let entry = core.format.l2(words.entry, guest).map_err(corrupt)?;
-        return Ok((piece(core, entry.mapping, entry.copied, within), cluster.size() - within));
+    if !image.format.extended {
+        let entry = image.format.l2(words.entry, guest).map_err(corrupt)?;
+        return Ok((piece(image, entry.mapping, entry.copied, within), cluster.size() - within));
     }
-    let entry = core.format.l2_extended(words.entry, words.bitmap, guest).map_err(corrupt)?;
+    let entry = image.format.l2_extended(words.entry, words.bitmap, guest).map_err(corrupt)?;
     let size = cluster.size() / u64::from(SUBCLUSTERS);
     let from = within / size;
     let (mapping, count) = entry.run(from as u32);
-    Ok((piece(core, mapping, entry.copied, within - from * size), (from + u64::from(count)) * size - within))
+    Ok((piece(image, mapping, entry.copied, within - from * size), (from + u64::from(count)) * size - within))
 }
 
-fn piece(core: &Core, mapping: Mapping, copied: bool, within: u64) -> Piece {
+fn piece(image: &ImageFile, mapping: Mapping, copied: bool, within: u64) -> Piece {
     match mapping {
         // A data file is one disk's alone.
-        Mapping::Data(host) if copied || core.data_file.is_some() => Piece::Own(HostOffset(host.0 + within)),
+        Mapping::Data(host) if copied || image.data_file.is_some() => Piece::Own(HostOffset(host.0 + within)),
         Mapping::Data(host) => Piece::Shared(HostOffset(host.0 + within)),
         Mapping::Zero { .. } => Piece::Zero,
         Mapping::Compressed(stream) => Piece::Compressed(stream),

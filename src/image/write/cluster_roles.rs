@@ -9,7 +9,7 @@ const WORDS: u64 = 8;
 const PER_CHUNK: u64 = WORDS * 64;
 
 /// The clusters that hold tables.
-pub(super) type Roles = ClusterSet;
+pub(super) type ClusterRoles = ClusterSet;
 
 /// A set of cluster numbers.
 #[derive(Debug, Default)]
@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn clusters_come_and_go() {
-        let mut roles = Roles::default();
+        let mut roles = ClusterRoles::default();
         assert!(roles.add(500, 30) && !roles.contains(499) && roles.contains(500) && roles.contains(529));
         assert!(!roles.add(529, 2) && roles.contains(530));
         roles.remove(500, 29);

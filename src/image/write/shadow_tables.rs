@@ -14,18 +14,18 @@ use crate::format::refcount::{refcount, set_refcount};
 use crate::format::{EntryFormat, Table};
 use crate::units::HostOffset;
 
-use super::meta::{Core, Freed, Meta};
+use super::cluster_roles::ClusterSet;
 use super::open::read_header;
 use super::qcow2::Qcow2Writer;
-use super::roles::ClusterSet;
 use super::slices::Class;
+use super::tables::{Freed, ImageFile, Tables};
 use super::where_possible;
 
 /// References that are kept back before they are sorted and joined.
 const KEPT: usize = 1 << 16;
 
 /// What is known of the image as it was.
-pub(super) struct Session {
+pub(super) struct ShadowTables {
     old_l1: Table,
     /// Clusters that were counted since and that only the new tables refer to.
     pub(super) made: ClusterSet,
@@ -65,35 +65,35 @@ impl Kept {
     }
 }
 
-impl Session {
+impl ShadowTables {
     fn new(old_l1: Table) -> Self {
         Self { old_l1, made: ClusterSet::default(), kept: Kept { runs: Vec::new(), tidy_at: KEPT } }
     }
 
     /// Part of a table without the COPIED flags of what the image as it was uses, too.
-    pub(super) fn mask(&self, core: &Core, words: &mut [u64], class: Class) {
+    pub(super) fn mask(&self, image: &ImageFile, words: &mut [u64], class: Class) {
         let step = match class {
             Class::L1 => 1,
-            Class::L2 => (core.format.l2_entry_len() / 8) as usize,
+            Class::L2 => (image.format.l2_entry_len() / 8) as usize,
             Class::RefcountBlock | Class::RefcountTable => return,
         };
         for word in words.iter_mut().step_by(step) {
             let is_plain = class == Class::L1 || !EntryFormat::is_compressed(*word);
-            if is_plain && !self.made.contains(core.cluster().index(EntryFormat::raw_offset(*word))) {
+            if is_plain && !self.made.contains(image.cluster().index(EntryFormat::raw_offset(*word))) {
                 *word = EntryFormat::shared(*word);
             }
         }
     }
 }
 
-impl Meta {
+impl Tables {
     /// Notes that nothing refers to a cluster any more: it is free after the next flush, or, if the image as
     /// it was has it, after publishing.
     pub(super) fn free_later(&mut self, cluster: u64) {
-        if let Some(session) = &mut self.session
-            && !session.made.contains(cluster)
+        if let Some(shadow) = &mut self.shadow
+            && !shadow.made.contains(cluster)
         {
-            return session.kept.push(cluster);
+            return shadow.kept.push(cluster);
         }
         match self.pending.last_mut() {
             Some(last) if last.first + last.count == cluster => last.count += 1,
@@ -102,10 +102,10 @@ impl Meta {
     }
 
     /// The bytes of a table in the file, in which everything with a count of 1 is marked as the disk's own.
-    fn with_flags(&mut self, core: &Core, at: HostOffset, len: u64, class: Class) -> Result<Option<Vec<u8>>> {
+    fn with_flags(&mut self, image: &ImageFile, at: HostOffset, len: u64, class: Class) -> Result<Option<Vec<u8>>> {
         let mut bytes = vec![0; len as usize];
-        core.file.read_at(at.0, &mut bytes)?;
-        let entry_len = if class == Class::L1 { 8 } else { core.format.l2_entry_len() };
+        image.file.read_at(at.0, &mut bytes)?;
+        let entry_len = if class == Class::L1 { 8 } else { image.format.l2_entry_len() };
         let mut is_changed = false;
         for entry in bytes.chunks_exact_mut(entry_len as usize) {
             let word = refcount(&entry[..8], 0, 6);
@@ -113,7 +113,7 @@ impl Meta {
             if host == 0 || class == Class::L2 && EntryFormat::is_compressed(word) {
                 continue;
             }
-            let is_own = self.count(core, core.cluster().index(host))? == 1;
+            let is_own = self.count(image, image.cluster().index(host))? == 1;
             let flagged = if is_own { word | EntryFormat::owned(HostOffset(host)) } else { EntryFormat::shared(word) };
             is_changed |= flagged != word;
             set_refcount(&mut entry[..8], 0, 6, flagged);
@@ -126,30 +126,30 @@ impl Qcow2Writer {
     /// Goes over to a copy of the L1 table. Nobody else knows of the writer yet.
     pub(super) fn begin_undoable(&self) -> Result<()> {
         let old_l1 = {
-            let mut meta = self.meta.write();
-            meta.session = Some(Session::new(meta.l1));
+            let mut tables = self.tables.write();
+            tables.shadow = Some(ShadowTables::new(tables.l1));
             // What was mended in memory must not reach the old tables.
-            meta.slices.forget_class(Class::L1);
-            meta.slices.forget_class(Class::L2);
-            meta.l1
+            tables.slices.forget_class(Class::L1);
+            tables.slices.forget_class(Class::L2);
+            tables.l1
         };
         self.prepare()?;
         self.move_l1(old_l1.entries)
     }
 
     pub(super) fn is_undoable(&self) -> bool {
-        self.meta.read().session.is_some()
+        self.tables.read().shadow.is_some()
     }
 
     /// Makes the table that no header names `entries` long; for whoever holds all ranges.
     pub(super) fn extend_l1(&self, entries: u32) -> Result<()> {
-        let size = self.core.cluster().size();
+        let size = self.image.cluster().size();
         {
-            let mut meta = self.meta.write();
-            let is_copy = meta.session.as_ref().is_some_and(|session| session.old_l1.offset != meta.l1.offset);
+            let mut tables = self.tables.write();
+            let is_copy = tables.shadow.as_ref().is_some_and(|shadow| shadow.old_l1.offset != tables.l1.offset);
             // The rest of its last cluster is zeroes.
-            if is_copy && u64::from(entries) * 8 <= meta.l1.len_bytes().next_multiple_of(size) {
-                meta.l1.entries = entries;
+            if is_copy && u64::from(entries) * 8 <= tables.l1.len_bytes().next_multiple_of(size) {
+                tables.l1.entries = entries;
                 return Ok(());
             }
         }
@@ -160,29 +160,29 @@ impl Qcow2Writer {
         if entries == 0 {
             return Ok(());
         }
-        let core = &self.core;
-        let size = core.cluster().size();
+        let image = &self.image;
+        let size = image.cluster().size();
         let clusters = (u64::from(entries) * 8).div_ceil(size);
-        let run = self.with_tables(|meta| meta.allocate(core, clusters, true))?;
+        let run = self.with_tables(|tables| tables.allocate(image, clusters, true))?;
         let offset = HostOffset(run.first * size);
-        let mut meta = self.meta.write();
-        let old = meta.l1;
-        meta.copy_l1(core, run)?;
+        let mut tables = self.tables.write();
+        let old = tables.l1;
+        tables.copy_l1(image, run)?;
         self.data_dirty.store(true, Ordering::Release);
-        meta.l1 = Table { offset, entries };
-        meta.roles.add(run.first, clusters);
-        let (first, count) = (core.cluster().index(old.offset.0), old.len_bytes().div_ceil(size));
-        meta.slices.forget(old.offset.0, old.offset.0 + count * size, core.slice_len());
-        if meta.session.as_ref().is_some_and(|session| session.made.contains(first)) {
-            meta.roles.remove(first, count);
-            (first..first + count).for_each(|cluster| meta.free_later(cluster));
+        tables.l1 = Table { offset, entries };
+        tables.roles.add(run.first, clusters);
+        let (first, count) = (image.cluster().index(old.offset.0), old.len_bytes().div_ceil(size));
+        tables.slices.forget(old.offset.0, old.offset.0 + count * size, image.slice_len());
+        if tables.shadow.as_ref().is_some_and(|shadow| shadow.made.contains(first)) {
+            tables.roles.remove(first, count);
+            (first..first + count).for_each(|cluster| tables.free_later(cluster));
         }
         Ok(())
     }
 
     /// Makes what was written the image's content.
     pub(super) fn publish(&self) -> Result<()> {
-        let core = &self.core;
+        let image = &self.image;
         // Nobody changes a mapping meanwhile; who writes in place writes to clusters that were made for it.
         let _all = self.ranges.hold(0, u64::MAX);
         let _turn = self.flushes.turn();
@@ -194,30 +194,30 @@ impl Qcow2Writer {
             self.flush_in_turn()?;
         }
         let l1 = self.flag_what_is_own()?;
-        let header = read_header(&core.name, &*core.file)?;
+        let header = read_header(&image.name, &*image.file)?;
         self.mark_bitmaps(&header)?;
         self.drop_unknown_features(&header)?;
-        core.file.sync().map_err(|error| self.poisoned_by(error))?;
+        image.file.sync().map_err(|error| self.poisoned_by(error))?;
 
         self.name_l1(self.size(), l1, None)?;
 
         let freed = {
-            let mut meta = self.meta.write();
-            let session = meta.session.take().expect("it is undoable");
-            let mut freed = session.kept.runs;
+            let mut tables = self.tables.write();
+            let shadow = tables.shadow.take().expect("it is undoable");
+            let mut freed = shadow.kept.runs;
             let (first, count) = (
-                core.cluster().index(session.old_l1.offset.0),
-                session.old_l1.len_bytes().div_ceil(core.cluster().size()),
+                image.cluster().index(shadow.old_l1.offset.0),
+                shadow.old_l1.len_bytes().div_ceil(image.cluster().size()),
             );
-            if session.old_l1.offset != l1.offset && count > 0 {
+            if shadow.old_l1.offset != l1.offset && count > 0 {
                 freed.push(Freed { first, count });
             }
             for run in &freed {
-                meta.roles.remove(run.first, run.count);
+                tables.roles.remove(run.first, run.count);
             }
             // On disk they say what is this disk's own.
-            meta.slices.forget_class(Class::L1);
-            meta.slices.forget_class(Class::L2);
+            tables.slices.forget_class(Class::L1);
+            tables.slices.forget_class(Class::L2);
             freed
         };
         self.release(&freed).map_err(|error| self.poisoned_by(error))?;
@@ -228,57 +228,57 @@ impl Qcow2Writer {
     /// Sets the COPIED flags of all new tables, in the file only: in memory, what the image as it was
     /// uses must not be written in place before the header says that it is no more. Returns the L1 table.
     fn flag_what_is_own(&self) -> Result<Table> {
-        let core = &self.core;
-        let l1 = self.meta.read().l1;
+        let image = &self.image;
+        let l1 = self.tables.read().l1;
         for index in 0..u64::from(l1.entries) {
-            let mut meta = self.meta.write();
-            let Some(table) = meta.l2_table(core, index * core.l1_span())? else { continue };
-            let is_made = |session: &Session| session.made.contains(core.cluster().index(table.0));
-            if meta.session.as_ref().is_some_and(is_made)
-                && let Some(bytes) = meta.with_flags(core, table, core.cluster().size(), Class::L2)?
+            let mut tables = self.tables.write();
+            let Some(table) = tables.l2_table(image, index * image.l1_span())? else { continue };
+            let is_made = |shadow: &ShadowTables| shadow.made.contains(image.cluster().index(table.0));
+            if tables.shadow.as_ref().is_some_and(is_made)
+                && let Some(bytes) = tables.with_flags(image, table, image.cluster().size(), Class::L2)?
             {
-                core.file.write_at(table.0, &bytes)?;
+                image.file.write_at(table.0, &bytes)?;
             }
         }
-        let mut meta = self.meta.write();
-        let is_copy = meta.session.as_ref().is_some_and(|session| session.old_l1.offset != l1.offset);
-        if is_copy && let Some(bytes) = meta.with_flags(core, l1.offset, l1.len_bytes(), Class::L1)? {
-            core.file.write_at(l1.offset.0, &bytes)?;
+        let mut tables = self.tables.write();
+        let is_copy = tables.shadow.as_ref().is_some_and(|shadow| shadow.old_l1.offset != l1.offset);
+        if is_copy && let Some(bytes) = tables.with_flags(image, l1.offset, l1.len_bytes(), Class::L1)? {
+            image.file.write_at(l1.offset.0, &bytes)?;
         }
         Ok(l1)
     }
 
     /// Gives back everything that was taken; the image is as it was.
     pub(super) fn abandon(&self) -> Result<()> {
-        let core = &self.core;
+        let image = &self.image;
         let _all = self.ranges.hold(0, u64::MAX);
         let _turn = self.flushes.turn();
         self.check_poison()?;
         // Whoever reads or writes in place is done with it.
         drop(self.reuse_gate.write());
         let runs = {
-            let mut meta = self.meta.write();
-            let session = meta.session.as_ref().expect("there is something to be abandoned");
-            let (runs, old_l1) = (session.made.runs(), session.old_l1);
-            meta.pending.clear();
-            meta.slices.forget_class(Class::L1);
-            meta.slices.forget_class(Class::L2);
-            meta.l1 = old_l1;
+            let mut tables = self.tables.write();
+            let shadow = tables.shadow.as_ref().expect("there is something to be abandoned");
+            let (runs, old_l1) = (shadow.made.runs(), shadow.old_l1);
+            tables.pending.clear();
+            tables.slices.forget_class(Class::L1);
+            tables.slices.forget_class(Class::L2);
+            tables.l1 = old_l1;
             for (first, count) in &runs {
-                meta.roles.remove(*first, *count);
+                tables.roles.remove(*first, *count);
                 let freed = Freed { first: *first, count: *count };
-                meta.unreference(core, freed).map_err(|error| self.poisoned_by(error))?;
+                tables.unreference(image, freed).map_err(|error| self.poisoned_by(error))?;
             }
             runs
         };
         self.flush_in_turn()?;
         let ended =
-            Error::new(ErrorKind::Poisoned, format!("{}: its changes were abandoned; open it again", core.name));
+            Error::new(ErrorKind::Poisoned, format!("{}: its changes were abandoned; open it again", image.name));
         // The first reason stands.
         drop(self.poison.set(ended));
-        let size = core.cluster().size();
+        let size = image.cluster().size();
         for (first, count) in runs {
-            where_possible(core.file.punch_hole(first * size, count * size))?;
+            where_possible(image.file.punch_hole(first * size, count * size))?;
         }
         self.give_back_reserve()
     }
@@ -286,9 +286,9 @@ impl Qcow2Writer {
     /// Takes space behind the end of the file.
     pub(super) fn reserve(&self, bytes: u64) -> Result<()> {
         self.check_poison()?;
-        let meta = self.meta.write();
-        let from = meta.file_len.max(self.core.file.len()?);
-        where_possible(self.core.file.reserve(from, bytes))?;
+        let tables = self.tables.write();
+        let from = tables.file_len.max(self.image.file.len()?);
+        where_possible(self.image.file.reserve(from, bytes))?;
         self.reserved_end.fetch_max(from.saturating_add(bytes), Ordering::SeqCst);
         Ok(())
     }
@@ -300,9 +300,9 @@ impl Qcow2Writer {
             return Ok(());
         }
         // Under the lock under which the file grows.
-        let meta = self.meta.write();
-        let from = meta.file_len.max(self.core.file.len()?);
-        super::give_back_behind(&*self.core.file, from, end)
+        let tables = self.tables.write();
+        let from = tables.file_len.max(self.image.file.len()?);
+        super::give_back_behind(&*self.image.file, from, end)
     }
 }
 
