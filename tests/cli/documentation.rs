@@ -1,8 +1,8 @@
 //! The documents, held to the code: invariants, names of types and modules, links, and the width of lines.
 //!
 //! docs/DESIGN.md defines each invariant once, in a row `| **M5** | ... |`. Code that upholds it and a test that would
-//! notice have a comment line `// M5: ...`. Where these are stands at the end of that page, which this test writes when
-//! it is run with `BLESS=1`.
+//! notice have a comment line `// M5: ...` or `// M5`. Where these are stands at the end of that page, which this test
+//! writes when it is run with `BLESS=1`.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
@@ -40,7 +40,7 @@ fn text(path: &Path) -> String {
 
 fn documents() -> Vec<PathBuf> {
     let mut found = files("docs", "md");
-    found.extend(["README.md", "CHANGELOG.md"].map(PathBuf::from));
+    found.extend(["README.md", "CHANGELOG.md", "tests/README.md"].map(PathBuf::from));
     found
 }
 
@@ -57,12 +57,11 @@ fn defined(page: &str) -> Vec<&str> {
     rows.map(|(number, _)| number).filter(|number| is_number(number)).collect()
 }
 
-/// The invariants that comment lines of a source cite: `// M5: ...` or `// M4, M5: ...`.
+/// The invariants that comment lines of a source cite: `// M5: ...`, or `// M4, M5` beside a test.
 fn cited(source: &str) -> Vec<&str> {
     let comments = source.lines().filter_map(|line| line.trim_start().strip_prefix("//"));
-    let lists = comments.filter_map(|comment| comment.trim_start_matches(['/', '!']).trim_start().split_once(':'));
-    let numbers = lists.map(|(list, _)| list.split(", ").collect::<Vec<_>>());
-    numbers.filter(|list| list.iter().all(|word| is_number(word))).flatten().collect()
+    let lists = comments.map(|comment| comment.split(':').next().unwrap_or_default().trim().split(", "));
+    lists.filter(|list| list.clone().all(is_number)).flatten().collect()
 }
 
 /// The invariants that a text names in parentheses: `(M5)`, `(M1, M4, at the end)`.
@@ -141,8 +140,9 @@ fn each_invariant_is_cited_by_code_and_by_a_test() {
     }
 
     let (above, list) = page.split_once(HEADING).expect("the list at the end of docs/DESIGN.md");
-    let mut made =
-        String::from("\nThis list is made by the test that checks it: `BLESS=1 cargo test documentation`.\n\n");
+    let mut made = String::from(
+        "\nThis list is made by the test that checks it: `BLESS=1 cargo test --test cli documentation`.\n\n",
+    );
     for number in &invariants {
         let (code, tests) = (listed(&upheld[number]), listed(&tested[number]));
         made += &wrapped(&format!("**{number}**: {code}; tested by {tests}"));
@@ -150,7 +150,10 @@ fn each_invariant_is_cited_by_code_and_by_a_test() {
     if std::env::var_os("BLESS").is_some() {
         fs::write(root().join("docs/DESIGN.md"), format!("{above}{HEADING}{made}")).expect("a document");
     } else {
-        assert!(list == made, "the list at the end of docs/DESIGN.md is out of date: run this with BLESS=1");
+        assert!(
+            list == made,
+            "the list at the end of docs/DESIGN.md is out of date: BLESS=1 cargo test --test cli documentation"
+        );
     }
 }
 
@@ -161,9 +164,8 @@ fn names(source: &str) -> HashSet<&str> {
     let mut found = HashSet::new();
     for line in source.lines().map(str::trim_start).filter(|line| !line.starts_with("//")) {
         let words: Vec<&str> = line.split(|char| !is_word(char)).filter(|word| !word.is_empty()).collect();
-        let is_definition = |word: &&str| {
-            ["struct", "enum", "trait", "type", "union", "fn", "mod", "const", "static"].contains(word)
-        };
+        let is_definition =
+            |word: &&str| ["struct", "enum", "trait", "type", "union", "fn", "mod", "const", "static"].contains(word);
         found.extend(words.windows(2).filter(|pair| is_definition(&pair[0])).map(|pair| pair[1]));
         found.extend(words.iter().find(|word| !word.starts_with("pub") && !["crate", "super", "in"].contains(word)));
     }

@@ -496,6 +496,7 @@ mod tests {
     }
 
     #[test]
+    // G5
     fn who_changes_too_much_ends_the_still_and_is_never_refused() {
         let OneDisk { store, id, .. } = &OneDisk::new(SIZE);
         let writer = store.open_writable(id, Access::ReadWrite).unwrap();
