@@ -74,6 +74,7 @@ fn parts(path: &[u8]) -> Vec<&[u8]> {
 
 /// The target of the link `node` relative to its directory; `target` is the guest's text.
 pub(super) fn confined(slot: &MountedVolume, node: GuestNode, target: &[u8]) -> Result<Vec<u8>> {
+    // G3: the resulting text never leads above the volume's root.
     let is_absolute = target.starts_with(b"/");
     let all = parts(target);
     let ups = all.iter().take_while(|part| **part == b"..").count();

@@ -170,7 +170,8 @@ impl SharedReads {
             }
             let ended = waiting.ended;
             let reads = std::mem::take(&mut waiting.reads);
-            // The engine and the kernel are not called under the lock that handlers take.
+            // X2: handlers take this lock and must not wait under it, so the engine and the kernel are called
+            // without it.
             drop(waiting);
             let now = Instant::now();
             let mut still_waiting = Vec::new();

@@ -120,6 +120,7 @@ impl Root {
 
     pub(super) fn open_with(&self, path: &Path, flags: OFlags) -> Result<OwnedFd> {
         let open = |resolve| self.resolve(path, flags | OFlags::CLOEXEC, resolve);
+        // S5: no request goes to the daemon's own mount.
         // On this file system first: another one may be this daemon's own mount, where a request would wait
         // for this thread.
         let found = match open(BENEATH | ResolveFlags::NO_XDEV) {

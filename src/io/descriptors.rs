@@ -156,6 +156,7 @@ impl Descriptors {
     /// Reserves `count` descriptors, and closes idle entries if necessary; `None` if that is not enough.
     pub fn try_claim(self: &Arc<Self>, count: usize) -> Option<DescriptorReservation> {
         let take = || {
+            // B2: taken before anything is opened.
             let more = |now: usize| (now + count <= self.limit()).then_some(now + count);
             self.count.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
         };

@@ -51,6 +51,7 @@ impl Adapter {
         send: impl FnOnce(R, std::result::Result<T, Errno>) + Send + 'static,
     ) {
         let tree = Arc::clone(&self.tree);
+        // X2: a request that may block gets a thread of its own.
         in_a_thread(name, move || send(reply, answer(&tree, work)));
     }
 
