@@ -213,7 +213,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_system_s_words_come_without_numbers_and_with_what_they_mean() {
+    fn system_errors_are_shown_without_numbers_and_explained() {
         let said = |number: i32| Error::io("opening x", io::Error::from_raw_os_error(number)).to_string();
         assert_eq!(said(2), "opening x: No such file or directory");
         let crossing = "it is on another file system, or behind a symbolic link that leads out of the store";

@@ -78,8 +78,8 @@ pub(crate) fn translate(words: impl IntoIterator<Item = OsString>) -> Result<Act
             }
         }
     }
-    let [source, dir] =
-        <[OsString; 2]>::try_from(places).map_err(|places| format!("got {} operands, need STORE and DIR", places.len()))?;
+    let [source, dir] = <[OsString; 2]>::try_from(places)
+        .map_err(|places| format!("got {} operands, need STORE and DIR", places.len()))?;
     if fake {
         return Ok(Action::Nothing);
     }

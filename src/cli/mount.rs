@@ -144,7 +144,7 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     let ending = Arc::new(AtomicBool::new(false));
     end_on_signals(signals, mount.clone(), Arc::clone(&tree), Arc::clone(&ending))?;
     // Each serving thread opens one more descriptor later.
-    store.descriptors().settle(threads)?;
+    store.descriptors().count_others(threads)?;
     if as_child {
         let _ = rustix::process::chdir("/");
         detach()?;

@@ -182,7 +182,7 @@ impl Filesystem for Adapter {
             OpenAccMode::O_WRONLY => Access::Write,
             OpenAccMode::O_RDWR => Access::ReadWrite,
         };
-        if self.tree.may_wait(inode.0) {
+        if self.tree.may_block(inode.0) {
             return self.offload_if_blocking(inode.0, move |tree| {
                 match answer(tree, |tree| tree.open(&caller, inode.0, access)) {
                     // The content of a guest's inode number never changes, and there are no writes to flush at

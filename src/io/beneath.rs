@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
 
-use super::descriptors::with_room;
+use super::descriptors::with_descriptor;
 use super::file::{FileStat, Identity};
 use super::mountinfo::{MountEntry, mounts};
 
@@ -113,7 +113,7 @@ impl Root {
         &self.directory
     }
 
-    /// Opens the file at `path` with `O_PATH`; symbolic links are followed within the root.
+    /// The identity of the file at `path`; symbolic links are followed within the root.
     pub fn identify(&self, path: &Path) -> Result<Identity> {
         Identity::of(&self.open_with(path, OFlags::PATH)?)
     }
@@ -145,7 +145,7 @@ impl Root {
     fn resolve(&self, path: &Path, flags: OFlags, resolve: ResolveFlags) -> rustix::io::Result<OwnedFd> {
         let mut found = Err(Errno::AGAIN);
         for _ in 0..RESOLVE_ATTEMPTS {
-            found = with_room(|| fs::openat2(&self.directory, path, flags, Mode::empty(), resolve));
+            found = with_descriptor(|| fs::openat2(&self.directory, path, flags, Mode::empty(), resolve));
             // EAGAIN: a rename raced with the resolution of "..", and the kernel could not prove that the
             // path stays inside. It also means a lease (of a file server), which may be held for long.
             if !matches!(found, Err(Errno::AGAIN | Errno::INTR)) {
@@ -209,7 +209,7 @@ impl Root {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
         let resolve = if cross { resolve } else { resolve | ResolveFlags::NO_XDEV };
-        match with_room(|| fs::openat2(&self.directory, path, flags, Mode::empty(), resolve)) {
+        match with_descriptor(|| fs::openat2(&self.directory, path, flags, Mode::empty(), resolve)) {
             Ok(fd) => Ok(Some(fd)),
             Err(Errno::XDEV) if !cross => Ok(None),
             Err(error) => Err(Error::io(format!("opening directory {}", path.display()), error)),
@@ -220,7 +220,7 @@ impl Root {
     pub fn list(directory: &OwnedFd) -> Result<Vec<DirEntry>> {
         let fail = |error: Errno| Error::io("listing a directory", error);
         let mut entries = Vec::new();
-        for entry in with_room(|| Dir::read_from(directory)).map_err(fail)? {
+        for entry in with_descriptor(|| Dir::read_from(directory)).map_err(fail)? {
             let entry = entry.map_err(fail)?;
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
             if name == "." || name == ".." {
@@ -245,7 +245,7 @@ impl Root {
     /// longer a regular file.
     pub fn open_entry(directory: &OwnedFd, name: &OsStr) -> Result<Option<OwnedFd>> {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        match with_room(|| fs::openat(directory, name, flags, Mode::empty())) {
+        match with_descriptor(|| fs::openat(directory, name, flags, Mode::empty())) {
             Ok(file) => Ok(FileStat::of(&file)?.is_file().then_some(file)),
             Err(Errno::NOENT | Errno::LOOP | Errno::NXIO) => Ok(None),
             Err(error) => Err(Error::io("opening the file", error)),

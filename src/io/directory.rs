@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::beneath::Root;
-use super::descriptors::{Descriptors, with_room};
+use super::descriptors::{Descriptors, with_descriptor};
 use super::file::FileStat;
 use super::{StoreFile, WritableFile, WriteStorage};
 
@@ -98,12 +98,12 @@ fn fail(doing: &str, path: &Path, error: Errno) -> Error {
 
 impl Directory for RootDirectory {
     fn create(&self, path: &Path, like: Option<&Path>) -> Result<Arc<dyn WriteStorage>> {
-        let room = self.descriptors.claim(1)?;
+        let room = self.descriptors.reserve(1)?;
         let (directory, name) = self.parent(path)?;
         // Only the owner has access until owner, mode and attributes are set.
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = if like.is_some() { Mode::RUSR | Mode::WUSR } else { Mode::from_raw_mode(0o644) };
-        let file = with_room(|| fs::openat(&directory, name, flags, mode));
+        let file = with_descriptor(|| fs::openat(&directory, name, flags, mode));
         let file = file.map_err(|error| fail("creating", path, error))?;
         if let Some(like) = like {
             let resembles = self.root.open_file(like).and_then(|model| resemble(&file, &model, path));
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_given_and_taken() {
+    fn names_are_created_and_removed() {
         let (place, directory) = lab();
         let kind = |result: Result<()>| result.unwrap_err().kind();
         directory.link(Path::new("sub/a"), Path::new("b")).unwrap();
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_file_looks_like_its_model() {
+    fn a_new_file_gets_the_attributes_of_its_model() {
         let (place, directory) = lab();
         let model = place.path().join("sub/a");
         std::fs::set_permissions(&model, std::fs::Permissions::from_mode(0o640)).unwrap();

@@ -236,7 +236,7 @@ impl StoreFile {
     }
 
     /// A duplicate descriptor for passthrough, which the caller closes.
-    pub fn open_again(&self) -> Result<OwnedFd> {
+    pub fn duplicate(&self) -> Result<OwnedFd> {
         self.open()
     }
 
@@ -317,7 +317,7 @@ impl StoreFile {
             Ok(descriptor) => descriptor,
             Err(error) => return Some(error),
         };
-        match locks::look(descriptor.as_fd(), for_writing) {
+        match locks::conflict(descriptor.as_fd(), for_writing) {
             Ok(()) => None,
             Err(Conflict::System(error)) if without_locks && locks::is_unsupported(error) => None,
             Err(conflict) => Some(self.refused(&conflict, !for_writing)),
@@ -370,7 +370,7 @@ impl StoreFile {
 
     /// Opens the file for writing; `Stale` if the path has another file now.
     pub fn open_for_writing(&self) -> Result<Arc<WritableFile>> {
-        let room = self.descriptors.claim(1)?;
+        let room = self.descriptors.reserve(1)?;
         let file = self.root.open_file_for_writing(&self.path())?;
         if FileStat::of(&file)?.id != self.id {
             return Err(self.stale());
@@ -448,7 +448,7 @@ impl StoreFile {
         if let Some((open, _)) = &*slot {
             return Ok(Arc::clone(open));
         }
-        let room = self.descriptors.claim(1)?;
+        let room = self.descriptors.reserve(1)?;
         let open = Arc::new(self.open()?);
         // Closing the descriptor released the readers' locks. They are taken again on the new one; `open` has
         // checked that the file was not written in between.
@@ -486,9 +486,9 @@ impl Reclaimable for StoreFile {
     /// Closes the descriptor. This releases the readers' locks; they are taken again at the next read, and
     /// another process may have written in between. A writer's locks could not be taken again, so its
     /// descriptor stays open.
-    fn let_go(&self, at_any_cost: bool) -> bool {
+    fn reclaim(&self, even_locked: bool) -> bool {
         let is_locked = || self.holders.try_lock().is_none_or(|held| held.readers > 0 || held.writer.is_some());
-        if self.pinned.load(Ordering::Acquire) || (!at_any_cost && is_locked()) {
+        if self.pinned.load(Ordering::Acquire) || (!even_locked && is_locked()) {
             return false;
         }
         let Some(mut slot) = self.descriptor.try_write() else { return false };

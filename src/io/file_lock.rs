@@ -17,7 +17,7 @@ use super::file::FileStat;
 use super::lock_holders::lock_holders;
 
 /// Interval of attempts while another holder has the lock.
-const PAUSE: Duration = Duration::from_millis(5);
+const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A file lock that is held until this is dropped.
 #[derive(Debug)]
@@ -45,7 +45,7 @@ impl FileLock {
                 Ok(_) => return Ok(Self { file }),
                 Err(Errno::EAGAIN | Errno::EACCES) if start.elapsed() < patience => {
                     go_on()?;
-                    thread::sleep(PAUSE);
+                    thread::sleep(RETRY_INTERVAL);
                 }
                 Err(Errno::EAGAIN | Errno::EACCES) => {
                     let holders = lock_holders(FileStat::of(&file)?.id, 0);
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_at_a_time_holds_it() {
+    fn only_one_holder_has_the_lock() {
         let place = tempfile::NamedTempFile::new().unwrap();
         let open = || OwnedFd::from(std::fs::File::options().read(true).write(true).open(place.path()).unwrap());
         let take = || FileLock::take(open(), Path::new("lock"), Duration::from_millis(20));

@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_one_who_asks_is_looked_at() {
+    fn only_the_callers_own_groups_are_used() {
         let text = "Name:\tx\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t10 11 \nNStgid:\t1\n";
         assert_eq!(parse(text, 4), Some(vec![10, 11]));
         assert_eq!(parse(text, 2), None);

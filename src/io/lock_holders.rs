@@ -51,10 +51,10 @@ pub fn all_lock_holders(inodes: &[u64], byte: i64) -> HashMap<u64, Vec<LockHolde
 }
 
 /// Time limit of one walk through `/proc`: a host may have many thousand processes, and the caller waits.
-const WALK: Duration = Duration::from_millis(250);
+const SURVEY_TIME_LIMIT: Duration = Duration::from_millis(250);
 /// A survey stays valid for this many times its own duration: a program that retries in a loop then costs at
 /// most a tenth of a processor.
-const ANSWERS: u32 = 10;
+const VALIDITY_FACTOR: u32 = 10;
 
 /// All locks of all processes at one moment.
 struct LockSurvey {
@@ -73,12 +73,12 @@ impl LockSurvey {
         if let Some(known) = &*last {
             let is_found = known.all(inode, byte).next().is_some();
             // A holder that is not found may have locked the file after the survey.
-            let holds_for = if is_found { known.cost * ANSWERS } else { known.cost };
-            if known.begun.elapsed() < known.cost + holds_for && !known.names_the_dead(inode, byte) {
+            let holds_for = if is_found { known.cost * VALIDITY_FACTOR } else { known.cost };
+            if known.begun.elapsed() < known.cost + holds_for && !known.has_ended_holder(inode, byte) {
                 return Arc::clone(known);
             }
         }
-        Arc::clone(last.insert(Arc::new(Self::new(WALK))))
+        Arc::clone(last.insert(Arc::new(Self::new(SURVEY_TIME_LIMIT))))
     }
 
     /// Surveys all processes within the time limit.
@@ -110,7 +110,7 @@ impl LockSurvey {
     }
 
     /// Whether a holder of the byte has ended since: another process may hold it now.
-    fn names_the_dead(&self, inode: u64, byte: i64) -> bool {
+    fn has_ended_holder(&self, inode: u64, byte: i64) -> bool {
         self.all(inode, byte).flatten().any(|holder| !Path::new(&format!("/proc/{}", holder.pid)).exists())
     }
 
@@ -123,7 +123,7 @@ impl LockSurvey {
     }
 }
 
-const UNSEEN: &str = "which cannot be identified from here";
+const UNIDENTIFIED: &str = "which cannot be identified from here";
 
 /// The holders of `byte` as part of a message, and the virtual machine of one of them.
 pub(super) fn describe(id: FileId, byte: i64) -> (String, Option<String>) {
@@ -132,7 +132,7 @@ pub(super) fn describe(id: FileId, byte: i64) -> (String, Option<String>) {
     if holders.is_empty() {
         // This process holds the lock: an older open of the file from before it was changed.
         let is_own = survey.all(id.inode, byte).next().is_some();
-        let sentence = if is_own { "by this mount, for a disk opened before the file changed" } else { UNSEEN };
+        let sentence = if is_own { "by this mount, for a disk opened before the file changed" } else { UNIDENTIFIED };
         return (sentence.to_string(), None);
     }
     let domain = holders.iter().find_map(|holder| holder.domain.clone());
@@ -205,7 +205,7 @@ mod tests {
     use std::os::fd::OwnedFd;
 
     #[test]
-    fn a_domain_is_what_qemu_was_called() {
+    fn a_domain_is_the_name_given_to_qemu() {
         let name = |value: &str| domain_of(value.as_bytes());
         assert_eq!(name("guest=web01,debug-threads=on").as_deref(), Some("web01"));
         assert_eq!(name("web01").as_deref(), Some("web01"));
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn one_walk_answers_many_who_ask_and_who_is_not_found_is_looked_for_again() {
+    fn one_survey_answers_many_and_a_missing_holder_starts_another() {
         let place = tempfile::NamedTempFile::new().unwrap();
         let file = std::fs::File::options().read(true).write(true).open(place.path()).unwrap();
         let id = FileStat::of(&file).unwrap().id;
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_walk_ends_when_its_time_is_over() {
+    fn a_survey_ends_at_its_time_limit() {
         assert!(LockSurvey::new(Duration::ZERO).locks.is_empty());
     }
 }

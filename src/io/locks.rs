@@ -80,7 +80,7 @@ pub(super) fn add_writer_set(file: BorrowedFd<'_>) -> Result<(), Conflict> {
 }
 
 /// The conflict that would exclude a reader or a writer now. Takes no lock.
-pub(super) fn look(file: BorrowedFd<'_>, for_writing: bool) -> Result<(), Conflict> {
+pub(super) fn conflict(file: BorrowedFd<'_>, for_writing: bool) -> Result<(), Conflict> {
     let conflicts: &[(i64, &str)] = if for_writing { &WRITER_CONFLICTS } else { &READER_CONFLICTS };
     match test(file, conflicts) {
         Err(Conflict::System(error)) if !for_writing && is_unsupported(error) => Ok(()),
@@ -146,7 +146,7 @@ mod tests {
 
     /// Two open file descriptions conflict like two processes.
     #[test]
-    fn readers_share_and_a_writer_keeps_them_out() {
+    fn readers_share_and_a_writer_excludes_them() {
         let path = tempfile::NamedTempFile::new().unwrap();
         let open = || std::fs::OpenOptions::new().read(true).write(true).open(path.path()).unwrap();
         let (one, two, writer) = (open(), open(), open());
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_becomes_a_writer_only_when_it_is_alone_and_stays_a_reader_otherwise() {
+    fn only_a_sole_reader_becomes_a_writer_and_others_stay_readers() {
         let path = tempfile::NamedTempFile::new().unwrap();
         let open = || std::fs::File::open(path.path()).unwrap();
         let (one, two, other) = (open(), open(), open());

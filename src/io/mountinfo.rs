@@ -10,7 +10,7 @@ use rustix::fs::{self, Mode, OFlags};
 
 use crate::error::{Error, Result};
 
-use super::descriptors::with_room;
+use super::descriptors::with_descriptor;
 
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub fn mounts() -> Result<Vec<MountEntry>> {
     let fail = |error: std::io::Error| Error::io("reading the list of mounts", error);
     let open = || fs::open("/proc/self/mountinfo", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let mut text = Vec::new();
-    let mut file = File::from(with_room(open).map_err(|error| fail(error.into()))?);
+    let mut file = File::from(with_descriptor(open).map_err(|error| fail(error.into()))?);
     file.read_to_end(&mut text).map_err(fail)?;
     Ok(text.split(|byte| *byte == b'\n').filter_map(entry).collect())
 }
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_of_mountinfo_is_taken_apart() {
+    fn a_line_of_mountinfo_is_parsed() {
         let line = br"36 35 0:98 / /mnt/my\040images rw,nosuid shared:1 - fuse.chainfs /srv/a\134b ro,user_id=0";
         let expected = MountEntry {
             device: (0, 98),

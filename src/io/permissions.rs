@@ -178,7 +178,7 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     #[test]
-    fn the_way_to_a_file_goes_through_every_directory_that_is_searched() {
+    fn the_walk_to_a_file_lists_each_directory_searched() {
         let outer = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(outer.path().join("a/b")).unwrap();
         std::fs::create_dir_all(outer.path().join("c")).unwrap();
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_are_read_as_the_kernel_writes_them() {
+    fn access_lists_are_parsed_in_the_kernels_format() {
         let bytes = |tag: u16, bits: u16, id: u32| {
             [tag.to_le_bytes().as_slice(), &bits.to_le_bytes(), &id.to_le_bytes()].concat()
         };

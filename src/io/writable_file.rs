@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_written_zeroed_cut_and_read() {
+    fn bytes_are_written_zeroed_truncated_and_read() {
         let (directory, seen) = file(b"0123456789");
         let file = seen.open_for_writing().unwrap();
         file.write_at(4, b"abcdefgh").unwrap();
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_took_the_name_of_another_is_not_written() {
+    fn a_replaced_file_is_not_written() {
         let (directory, seen) = file(b"old");
         let lock = seen.lock_for_writing(WriterKind::Guest, false).unwrap();
         std::fs::write(directory.path().join("b"), "new").unwrap();
@@ -212,21 +212,21 @@ mod tests {
     }
 
     #[test]
-    fn the_descriptor_with_the_locks_of_a_writer_is_never_closed() {
+    fn the_descriptor_with_a_writers_locks_stays_open() {
         let (_directory, seen) = file(b"old");
         let lock = seen.lock_for_writing(WriterKind::Guest, false).unwrap();
         let file = seen.open_for_writing().unwrap();
         file.write_at(0, b"new bytes").unwrap();
-        assert!(!seen.let_go(true));
+        assert!(!seen.reclaim(true));
         assert!(seen.is_as_expected().unwrap(), "our own changes");
         seen.accept_changes().unwrap();
         drop(lock);
-        assert!(seen.let_go(true));
+        assert!(seen.reclaim(true));
         assert_eq!(seen.read_at(0, &mut [0; 16]).unwrap(), 9, "it is the file as this process left it");
     }
 
     #[test]
-    fn who_was_promised_a_frozen_file_keeps_our_own_writer_out_and_the_other_way_round() {
+    fn frozen_readers_and_a_writer_of_this_process_exclude_each_other() {
         let (_directory, file) = file(b"old");
         let live = file.lock(false).unwrap();
         let frozen = file.lock(true).unwrap();

@@ -212,7 +212,7 @@ fn a_mount_says_what_it_hides_and_whom_it_lets_in() {
         said(&store, "umount mnt", 0);
     }
     fs::write(store.beside("mnt/hidden"), "").expect("a file");
-    let hint = "mnt is not empty: its 1 entry is hidden while it is mounted\n";
+    let hint = "mnt is not empty: its 1 entry is hidden while the store is mounted\n";
     all_say(&store, &[("mount store mnt", 0, hint), ("umount mnt", 0, "")]);
     fs::remove_file(store.beside("mnt/hidden")).expect("still there");
 

@@ -197,7 +197,7 @@ impl CopyRun {
         let key = (source.volume.0.clone(), source.volume.1, entry.ino);
         let has_more_names = self.archive && found.links > 1;
         if has_more_names && let Some((root, first)) = self.names.get(&key) {
-            folder.name_again(name, root, first)?;
+            folder.hard_link(name, root, first)?;
             return Ok(None);
         }
         let lost = match found.kind {

@@ -212,7 +212,7 @@ fn files(
     disks: &(StoreDisk, StoreDisk),
     out: DiffOutput<'_>,
 ) -> Result<u8> {
-    let (inside_a, inside_b) = (disks.0.contents()?, disks.1.inside()?);
+    let (inside_a, inside_b) = (disks.0.contents()?, disks.1.contents()?);
     let counted = Counted { directory_times: args.all, changed: args.all };
     let mut files = FileComparison { out, counted, tally: Tally::default(), changes: Vec::new() };
     let (mut only_in_a, mut only_in_b) = (Vec::new(), Vec::new());

@@ -64,7 +64,7 @@ fn options_of_mount_and_systemd_are_ignored() {
 }
 
 #[test]
-fn the_last_one_holds_and_lists_add_up() {
+fn the_last_value_holds_and_lists_add_up() {
     let options = MountOptions::parse(&["uid=1,noexec,backing_dir=/a", "uid=2,exec,backing_dir=/b"], false).unwrap();
     assert_eq!((options.uid, options.exec, options.backing_dirs.len()), (Some(2), Some(true), 2));
 }
