@@ -1,4 +1,4 @@
-//! Clusters of the file: finding free ones, counting them, giving them back.
+//! Clusters of the file: finding free ones, counting them, freeing them.
 //!
 //! Counts change in memory; [`super::flush`] puts them on disk before anything that refers to the
 //! clusters, and takes references away only after nothing on disk refers to them any more. So
@@ -10,8 +10,9 @@ use crate::format::entry::HOST_OFFSET_END;
 use crate::format::refcount::{block_entries, max_refcount, refcount, set_refcount};
 use crate::units::HostOffset;
 
+use super::reservation::{ClusterRange, ClusterUse, Reservation};
 use super::slices::Class;
-use super::tables::{Freed, ImageFile, Tables};
+use super::tables::{ImageFile, Tables};
 
 /// Why something that allocates has not been done.
 #[derive(Debug)]
@@ -30,20 +31,20 @@ impl From<Error> for AllocError {
 
 pub(super) type Attempt<T> = std::result::Result<T, AllocError>;
 
-/// Clusters of the file that were just counted and that nothing refers to yet.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Run {
-    pub(super) first: u64,
-    pub(super) count: u64,
-    /// Whether the file holds zeroes there.
-    pub(super) is_fresh: bool,
+/// How many clusters are asked for, side by side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ClusterCount {
+    /// All of them.
+    Exactly(u64),
+    /// As many as lie together at the first free place: at least one.
+    UpTo(u64),
 }
 
 impl Tables {
-    /// Counts up to `most` free clusters that lie side by side: at least one, all of them if `exact`.
-    /// The file reaches over them afterwards.
-    pub(super) fn allocate(&mut self, image: &ImageFile, most: u64, exact: bool) -> Attempt<Run> {
-        let (first, count) = self.find_free(image, most, exact)?;
+    /// Counts free clusters that lie side by side. The file reaches over them afterwards.
+    pub(super) fn allocate(&mut self, image: &ImageFile, wanted: ClusterCount) -> Attempt<Reservation> {
+        self.free_dropped(image)?;
+        let (first, count) = self.find_free(image, wanted)?;
         if (first..first + count).any(|cluster| self.roles.contains(cluster)) {
             return Err(image
                 .corrupt(format_args!("cluster {first:#x} holds a table, but its refcount says that it is free"))
@@ -78,32 +79,23 @@ impl Tables {
         if first == self.free_hint {
             self.free_hint = first + count;
         }
-        Ok(Run { first, count, is_fresh })
+        Ok(self.reserved(ClusterRange { first, count }, is_fresh, ClusterUse::Any))
     }
 
-    /// Gives back clusters that nothing has come to refer to. They may hold anything by now.
-    pub(super) fn give_back(&mut self, image: &ImageFile, run: Run) -> Result<()> {
-        self.unreference(image, Freed { first: run.first, count: run.count })
-    }
-
-    /// Takes clusters for a table that is written past the slices.
-    pub(super) fn allocate_table(&mut self, image: &ImageFile, clusters: u64) -> Attempt<Run> {
-        let size = image.cluster().size();
-        let run = self.allocate(image, clusters, true)?;
-        self.roles.add(run.first, run.count);
+    /// Allocates clusters for a table that is written past the slices.
+    pub(super) fn allocate_table(&mut self, image: &ImageFile, clusters: u64) -> Attempt<Reservation> {
+        let reservation = self.allocate(image, ClusterCount::Exactly(clusters))?;
+        let is_fresh = reservation.is_fresh();
+        let clusters = reservation.commit();
+        self.roles.add(clusters.first, clusters.count);
         // What they were before may still be in memory.
-        self.slices.forget(run.first * size, (run.first + run.count) * size, image.slice_len());
-        Ok(run)
-    }
-
-    /// Gives them back before anything refers to them.
-    pub(super) fn give_back_table(&mut self, image: &ImageFile, run: Run) -> Result<()> {
-        self.roles.remove(run.first, run.count);
-        self.give_back(image, run)
+        let start = clusters.start(image).0;
+        self.slices.forget(start, start + clusters.len(image), image.slice_len());
+        Ok(self.reserved(clusters, is_fresh, ClusterUse::Table))
     }
 
     /// Takes a reference from each cluster.
-    pub(super) fn unreference(&mut self, image: &ImageFile, freed: Freed) -> Result<()> {
+    pub(super) fn unreference(&mut self, image: &ImageFile, freed: ClusterRange) -> Result<()> {
         for cluster in freed.first..freed.first + freed.count {
             let count = self.count(image, cluster)?;
             if count == 0 {
@@ -120,7 +112,11 @@ impl Tables {
         Ok(())
     }
 
-    fn find_free(&mut self, image: &ImageFile, most: u64, exact: bool) -> Attempt<(u64, u64)> {
+    fn find_free(&mut self, image: &ImageFile, wanted: ClusterCount) -> Attempt<(u64, u64)> {
+        let (most, exact) = match wanted {
+            ClusterCount::Exactly(count) => (count, true),
+            ClusterCount::UpTo(count) => (count, false),
+        };
         let (mut at, mut found) = (self.free_hint, 0);
         let mut hint_holds = true;
         loop {
@@ -216,14 +212,11 @@ impl Tables {
         {
             return Ok(table);
         }
-        let run = self.allocate(image, 1, true)?;
-        let table = HostOffset(run.first * image.cluster().size());
-        if let Err(error) = self.fill_l2_table(image, table, entry.l2) {
-            self.give_back(image, run)?;
-            return Err(error.into());
-        }
-        self.roles.add(run.first, 1);
+        let reservation = self.allocate(image, ClusterCount::Exactly(1))?;
+        let table = reservation.clusters().start(image);
+        self.fill_l2_table(image, table, entry.l2)?;
         self.set_word(image, place, Class::L1, EntryFormat::owned(table))?;
+        self.roles.add(reservation.commit().first, 1);
         if let Some(old) = entry.l2 {
             let first = image.cluster().index(old.0);
             if self.shadow.is_none() {

@@ -125,15 +125,7 @@ impl Qcow2Writer {
             }
             tables.plan(&self.image, &spots, self.size())
         })?;
-        self.carry_out(&plan, &spots, at, longest, fill).inspect_err(|_| {
-            if self.check_poison().is_ok() {
-                // Nothing refers to the clusters: they are as free as before.
-                let mut tables = self.tables.write();
-                for run in &plan.runs {
-                    let _ = tables.give_back(&self.image, *run).map_err(|error| self.poisoned_by(error));
-                }
-            }
-        })
+        self.carry_out(plan, &spots, at, longest, fill)
     }
 
     fn ask(&self, spot: &mut ClusterFill, answers: &mut Answers<'_>) -> Result<()> {
@@ -155,7 +147,7 @@ impl Qcow2Writer {
     }
 
     /// Puts the data where it belongs, then lets the tables name it.
-    fn carry_out(&self, plan: &Plan, spots: &[ClusterFill], at: u64, longest: u64, fill: &dyn Fill) -> Result<u64> {
+    fn carry_out(&self, mut plan: Plan, spots: &[ClusterFill], at: u64, longest: u64, fill: &dyn Fill) -> Result<u64> {
         let image = &self.image;
         self.check_poison()?;
         if self.raw_data
@@ -169,10 +161,14 @@ impl Qcow2Writer {
                 }
             }
         }
-        let copied = self.write_segments(self.segments(plan, spots, longest), fill)?;
+        let copied = self.write_segments(self.segments(&plan, spots, longest), fill)?;
         self.data_dirty.store(true, Ordering::Release);
         let mut tables = self.tables.write();
-        tables.name_filled(image, plan, spots, at, self.size()).map_err(|error| self.poisoned_by(error))?;
+        // M4: from here on the tables name the clusters, which hold their data.
+        for place in plan.places.drain(..) {
+            place.commit();
+        }
+        tables.name_filled(image, &plan, spots, at, self.size()).map_err(|error| self.poisoned_by(error))?;
         Ok(copied)
     }
 
@@ -219,7 +215,7 @@ impl Qcow2Writer {
             }
         };
         let mut clusters =
-            plan.runs.iter().flat_map(|run| (run.first..run.first + run.count).map(|n| (n, run.is_fresh)));
+            plan.places.iter().flat_map(|place| place.clusters().numbers().map(|number| (number, place.is_fresh())));
         let mut old: Vec<Segment> = Vec::new();
         for job in &plan.jobs {
             let (number, is_fresh) = clusters.next().expect("a cluster for each job");

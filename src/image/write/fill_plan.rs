@@ -13,8 +13,9 @@ use crate::format::subcluster::SUBCLUSTERS;
 use crate::format::{EntryFormat, Mapping, SubclusterEntry};
 use crate::units::{GuestOffset, HostOffset};
 
-use super::allocate::{Attempt, Run};
+use super::allocate::{Attempt, ClusterCount};
 use super::qcow2::subclusters;
+use super::reservation::Reservation;
 use super::roots::Group;
 use super::tables::{ImageFile, RawL2Entry, Tables};
 
@@ -66,7 +67,7 @@ pub(super) struct Plan {
     pub(super) jobs: Vec<Job>,
     pub(super) in_place: Vec<InPlace>,
     /// Clusters for the jobs, in their order.
-    pub(super) runs: Vec<Run>,
+    pub(super) places: Vec<Reservation>,
     /// Where each job's cluster is, by position and view, and how many share it.
     pub(super) hosts: HashMap<(u64, usize), (HostOffset, usize)>,
 }
@@ -154,20 +155,11 @@ impl Tables {
         }
         let mut left = plan.jobs.len() as u64;
         while left > 0 {
-            match self.allocate(image, left, false) {
-                Ok(run) => {
-                    plan.runs.push(run);
-                    left -= run.count;
-                }
-                Err(stop) => {
-                    for run in plan.runs {
-                        self.give_back(image, run)?;
-                    }
-                    return Err(stop);
-                }
-            }
+            let place = self.allocate(image, ClusterCount::UpTo(left))?;
+            left -= place.clusters().count;
+            plan.places.push(place);
         }
-        let clusters = plan.runs.iter().flat_map(|run| run.first..run.first + run.count);
+        let clusters = plan.places.iter().flat_map(|place| place.clusters().numbers());
         for (job, cluster) in plan.jobs.iter().zip(clusters) {
             let host = HostOffset(cluster * image.cluster().size());
             plan.hosts.extend(job.roots.iter().map(|root| ((job.guest, *root), (host, job.roots.len()))));

@@ -18,6 +18,7 @@ mod qcow2;
 mod ranges;
 mod raw;
 mod reach;
+mod reservation;
 mod roots;
 mod shadow_tables;
 mod shrink;

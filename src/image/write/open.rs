@@ -277,6 +277,7 @@ fn look(
         fresh: file_len.div_ceil(image.cluster().size()),
         file_len,
         pending: Vec::new(),
+        dropped: Arc::default(),
         snapshots: Vec::new(),
         has_damaged_snapshots: false,
         shadow: None,

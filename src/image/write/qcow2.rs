@@ -17,10 +17,11 @@ use crate::format::{Compressed, Compression, EntryFormat, SubclusterEntry};
 use crate::units::{GuestOffset, HostOffset};
 
 use super::BackingDisk;
-use super::allocate::{AllocError, Run};
+use super::allocate::{AllocError, ClusterCount};
 use super::copy::{Payload, read_exactly};
 use super::flush::Flushes;
 use super::ranges::{Held, Ranges};
+use super::reservation::Reservation;
 use super::tables::{ImageFile, Piece, RawL2Entry, Tables, piece_of};
 
 /// Freed clusters that wait for a flush, at most.
@@ -75,8 +76,8 @@ struct Target {
     host: HostOffset,
     /// The file holds zeroes there.
     is_fresh: bool,
-    /// Counted for this; given back if it comes to nothing.
-    run: Option<Run>,
+    /// Where new clusters are needed: those.
+    reservation: Option<Reservation>,
     /// The entries as they were.
     old: Vec<RawL2Entry>,
     /// From here on the disk has places that others may be writing to.
@@ -296,15 +297,7 @@ impl Qcow2Writer {
     pub(super) fn fill_with(&self, at: u64, payload: Payload<'_>) -> Result<usize> {
         let target = self.with_tables(|tables| self.find_target(tables, at, payload.len()))?;
         let Some(target) = target else { return Ok(0) };
-        let written = self.fill_target(&target, at, payload);
-        if let Err(error) = &written
-            && let Some(run) = target.run
-            && self.check_poison().is_ok()
-        {
-            // Nothing refers to the clusters: they are as free as before.
-            self.tables.write().give_back(&self.image, run).map_err(|_| error.clone())?;
-        }
-        written
+        self.fill_target(target, at, payload)
     }
 
     /// Where the bytes at `at` shall go; `None` where they have their place already.
@@ -322,7 +315,7 @@ impl Qcow2Writer {
         if let Some(host) = self.kept_place(first, guest) {
             tables.may_be_data(image, host, cluster.size())?;
             let limit = self.end_of_unplaced(first, at)?;
-            return Ok(Some(Target { guest, host, is_fresh: false, run: None, old: vec![first], limit }));
+            return Ok(Some(Target { guest, host, is_fresh: false, reservation: None, old: vec![first], limit }));
         }
         let wanted = cluster.index(at + len - 1) - cluster.index(at) + 1;
         let mut old = vec![first];
@@ -337,13 +330,13 @@ impl Qcow2Writer {
         }
         if image.data_file.is_some() {
             let host = HostOffset(guest);
-            return Ok(Some(Target { guest, host, is_fresh: false, run: None, old, limit: u64::MAX }));
+            return Ok(Some(Target { guest, host, is_fresh: false, reservation: None, old, limit: u64::MAX }));
         }
-        let run = tables.allocate(image, old.len() as u64, false)?;
-        old.truncate(run.count as usize);
-        let host = HostOffset(run.first * cluster.size());
-        let is_fresh = run.is_fresh;
-        Ok(Some(Target { guest, host, is_fresh, run: Some(run), old, limit: u64::MAX }))
+        let reservation = tables.allocate(image, ClusterCount::UpTo(old.len() as u64))?;
+        let clusters = reservation.clusters();
+        old.truncate(clusters.count as usize);
+        let (host, is_fresh) = (clusters.start(image), reservation.is_fresh());
+        Ok(Some(Target { guest, host, is_fresh, reservation: Some(reservation), old, limit: u64::MAX }))
     }
 
     /// Where, in the cluster of `at`, the first subcluster after it begins that has its own place.
@@ -372,30 +365,32 @@ impl Qcow2Writer {
     }
 
     /// Writes what belongs into the target, then lets the tables name it.
-    fn fill_target(&self, target: &Target, at: u64, payload: Payload<'_>) -> Result<usize> {
+    fn fill_target(&self, mut target: Target, at: u64, payload: Payload<'_>) -> Result<usize> {
         let image = &self.image;
         let target_end = target.guest + target.old.len() as u64 * image.cluster().size();
         let end = (at + payload.len()).min(target_end).min(target.limit);
-        let (from, to) = self.region(target, at, end)?;
+        let (from, to) = self.region(&target, at, end)?;
         self.check_poison()?;
         match payload {
-            Payload::Bytes(bytes) => self.write_joined(target, from, at, &bytes[..(end - at) as usize], to)?,
+            Payload::Bytes(bytes) => self.write_joined(&target, from, at, &bytes[..(end - at) as usize], to)?,
             Payload::File(source, read_at, _) if (from, to) == (at, end) => {
                 image.data().copy_from(target.host.0 + (at - target.guest), source, read_at, end - at)?;
             }
             Payload::File(source, read_at, _) => {
-                self.write_joined(target, from, at, &read_exactly(source, read_at, end - at)?, to)?;
+                self.write_joined(&target, from, at, &read_exactly(source, read_at, end - at)?, to)?;
             }
         }
         self.data_dirty.store(true, Ordering::Release);
         let mut tables = self.tables.write();
+        // M4: from here on the tables name the clusters, which hold their data.
+        let is_new = target.reservation.take().map(Reservation::commit).is_some();
         for (index, old) in target.old.iter().enumerate() {
             let within = index as u64 * image.cluster().size();
             let guest = target.guest + within;
             let host = HostOffset(target.host.0 + within);
             let words = self.with_data(*old, guest, host, from.max(guest), to.min(guest + image.cluster().size()));
             tables.set_entry(image, guest, words).map_err(|error| self.poisoned_by(error))?;
-            if target.run.is_some() {
+            if is_new {
                 tables.release(image, *old).map_err(|error| self.poisoned_by(error))?;
             }
         }
@@ -416,7 +411,7 @@ impl Qcow2Writer {
                     .format
                     .l2_extended(words.entry, words.bitmap, GuestOffset(guest))
                     .map_err(|reason| image.corrupt(reason.fact()))?;
-                Ok(entry.compressed().is_none() && (target.run.is_none() || entry.allocated() == 0))
+                Ok(entry.compressed().is_none() && (target.reservation.is_none() || entry.allocated() == 0))
             };
             let last = (to - target.guest) / size - 1;
             if is_partial(&target.old[0], target.guest)? {

@@ -12,8 +12,9 @@ use crate::format::{EntryFormat, Table};
 use crate::units::HostOffset;
 
 use super::qcow2::Qcow2Writer;
+use super::reservation::ClusterRange;
 use super::slices::Class;
-use super::tables::{Freed, ImageFile, RawL2Entry, Tables, piece_of, references};
+use super::tables::{ImageFile, RawL2Entry, Tables, piece_of, references};
 use super::where_possible;
 
 impl Qcow2Writer {
@@ -38,7 +39,7 @@ impl Qcow2Writer {
     }
 
     /// Gives the space of clusters back that are free; for whoever holds all ranges, so that nobody takes them.
-    pub(super) fn punch(&self, freed: &[Freed]) {
+    pub(super) fn punch(&self, freed: &[ClusterRange]) {
         let size = self.image.cluster().size();
         for run in freed {
             if let Err(error) = where_possible(self.image.file.punch_hole(run.first * size, run.count * size)) {
@@ -182,8 +183,8 @@ impl Tables {
 
     /// Takes a reference from an L2 table and from everything that it refers to: an L1 table has gone, durably.
     /// Returns what is free by that, in the order of the file.
-    pub(super) fn leave_table(&mut self, image: &ImageFile, table: HostOffset) -> Result<Vec<Freed>> {
-        let own = Freed { first: image.cluster().index(table.0), count: 1 };
+    pub(super) fn leave_table(&mut self, image: &ImageFile, table: HostOffset) -> Result<Vec<ClusterRange>> {
+        let own = ClusterRange { first: image.cluster().index(table.0), count: 1 };
         let mut left: Vec<u64> = Vec::new();
         for words in self.all_words(image, table)? {
             if let Some(clusters) = references(image, words) {
@@ -195,14 +196,14 @@ impl Tables {
         left.push(own.first);
         left.sort_unstable();
         left.dedup();
-        let mut freed: Vec<Freed> = Vec::new();
+        let mut freed: Vec<ClusterRange> = Vec::new();
         for cluster in left {
             if self.count(image, cluster)? > 0 {
                 continue;
             }
             match freed.last_mut() {
                 Some(last) if last.first + last.count == cluster => last.count += 1,
-                _ => freed.push(Freed { first: cluster, count: 1 }),
+                _ => freed.push(ClusterRange { first: cluster, count: 1 }),
             }
         }
         if self.count(image, own.first)? == 0 {

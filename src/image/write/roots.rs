@@ -8,9 +8,10 @@ use crate::format::refcount::max_refcount;
 use crate::format::{EntryFormat, Table};
 use crate::units::HostOffset;
 
-use super::allocate::Attempt;
+use super::allocate::{Attempt, ClusterCount};
+use super::reservation::ClusterRange;
 use super::slices::Class;
-use super::tables::{Freed, ImageFile, RawL2Entry, Tables};
+use super::tables::{ImageFile, RawL2Entry, Tables};
 
 /// The active view; internal snapshots follow, from 1 on.
 const ACTIVE: usize = 0;
@@ -75,7 +76,7 @@ impl Tables {
 
     /// Whether the next flush takes references from a cluster.
     pub(super) fn is_pending(&mut self, image: &ImageFile, cluster: u64) -> Result<bool> {
-        let is_it = |freed: &Freed| (freed.first..freed.first + freed.count).contains(&cluster);
+        let is_it = |freed: &ClusterRange| (freed.first..freed.first + freed.count).contains(&cluster);
         Ok(self.count(image, cluster)? > 1 && self.pending.iter().any(is_it))
     }
 
@@ -120,21 +121,19 @@ impl Tables {
             }
             self.word(image, l1.offset.0 + index * 8, Class::L1)?;
         }
-        let run = self.allocate(image, 1, true)?;
-        let table = HostOffset(run.first * size);
-        if let Err(error) = self.fill_l2_table(image, table, group.table) {
-            self.give_back(image, run)?;
-            return Err(error.into());
-        }
+        let reservation = self.allocate(image, ClusterCount::Exactly(1))?;
+        let table = reservation.clusters().start(image);
+        self.fill_l2_table(image, table, group.table)?;
         let count = group.roots.len() as u64;
-        self.set_count(image, run.first, count)?;
+        let new = reservation.commit().first;
+        self.set_count(image, new, count)?;
         let entry = EntryFormat::owned(table);
         let entry = if count == 1 { entry } else { EntryFormat::shared(entry) };
         for root in &group.roots {
             self.set_word(image, self.root(*root).offset.0 + index * 8, Class::L1, entry)?;
         }
         if group.has_active() {
-            self.roles.add(run.first, 1);
+            self.roles.add(new, 1);
         }
         if let Some(old) = group.table {
             let first = image.cluster().index(old.0);
@@ -142,7 +141,7 @@ impl Tables {
                 self.roles.remove(first, 1);
             }
             self.slices.forget(old.0, old.0 + size, image.slice_len());
-            self.pending.extend(group.roots.iter().map(|_| Freed { first, count: 1 }));
+            self.pending.extend(group.roots.iter().map(|_| ClusterRange { first, count: 1 }));
         }
         Ok(())
     }

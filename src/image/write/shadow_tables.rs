@@ -14,11 +14,13 @@ use crate::format::refcount::{refcount, set_refcount};
 use crate::format::{EntryFormat, Table};
 use crate::units::HostOffset;
 
+use super::allocate::ClusterCount;
 use super::cluster_roles::ClusterSet;
 use super::open::read_header;
 use super::qcow2::Qcow2Writer;
+use super::reservation::ClusterRange;
 use super::slices::Class;
-use super::tables::{Freed, ImageFile, Tables};
+use super::tables::{ImageFile, Tables};
 use super::where_possible;
 
 /// References that are kept back before they are sorted and joined.
@@ -35,7 +37,7 @@ pub(super) struct ShadowTables {
 
 /// References that are taken away later. A cluster of compressed data has several.
 struct Kept {
-    runs: Vec<Freed>,
+    runs: Vec<ClusterRange>,
     tidy_at: usize,
 }
 
@@ -43,7 +45,7 @@ impl Kept {
     fn push(&mut self, cluster: u64) {
         match self.runs.last_mut() {
             Some(last) if last.first + last.count == cluster => last.count += 1,
-            _ => self.runs.push(Freed { first: cluster, count: 1 }),
+            _ => self.runs.push(ClusterRange { first: cluster, count: 1 }),
         }
         if self.runs.len() > self.tidy_at {
             self.tidy();
@@ -53,7 +55,7 @@ impl Kept {
     /// Joins what lies side by side.
     fn tidy(&mut self) {
         self.runs.sort_unstable_by_key(|run| run.first);
-        let mut joined: Vec<Freed> = Vec::new();
+        let mut joined: Vec<ClusterRange> = Vec::new();
         for run in self.runs.drain(..) {
             match joined.last_mut() {
                 Some(last) if last.first + last.count == run.first => last.count += run.count,
@@ -97,7 +99,7 @@ impl Tables {
         }
         match self.pending.last_mut() {
             Some(last) if last.first + last.count == cluster => last.count += 1,
-            _ => self.pending.push(Freed { first: cluster, count: 1 }),
+            _ => self.pending.push(ClusterRange { first: cluster, count: 1 }),
         }
     }
 
@@ -163,14 +165,15 @@ impl Qcow2Writer {
         let image = &self.image;
         let size = image.cluster().size();
         let clusters = (u64::from(entries) * 8).div_ceil(size);
-        let run = self.with_tables(|tables| tables.allocate(image, clusters, true))?;
-        let offset = HostOffset(run.first * size);
+        let place = self.with_tables(|tables| tables.allocate(image, ClusterCount::Exactly(clusters)))?;
         let mut tables = self.tables.write();
         let old = tables.l1;
-        tables.copy_l1(image, run)?;
+        tables.copy_l1(image, &place)?;
+        let new = place.commit();
+        let offset = new.start(image);
         self.data_dirty.store(true, Ordering::Release);
         tables.l1 = Table { offset, entries };
-        tables.roles.add(run.first, clusters);
+        tables.roles.add(new.first, clusters);
         let (first, count) = (image.cluster().index(old.offset.0), old.len_bytes().div_ceil(size));
         tables.slices.forget(old.offset.0, old.offset.0 + count * size, image.slice_len());
         if tables.shadow.as_ref().is_some_and(|shadow| shadow.made.contains(first)) {
@@ -210,7 +213,7 @@ impl Qcow2Writer {
                 shadow.old_l1.len_bytes().div_ceil(image.cluster().size()),
             );
             if shadow.old_l1.offset != l1.offset && count > 0 {
-                freed.push(Freed { first, count });
+                freed.push(ClusterRange { first, count });
             }
             for run in &freed {
                 tables.roles.remove(run.first, run.count);
@@ -258,6 +261,7 @@ impl Qcow2Writer {
         drop(self.reuse_gate.write());
         let runs = {
             let mut tables = self.tables.write();
+            tables.free_dropped(image).map_err(|error| self.poisoned_by(error))?;
             let shadow = tables.shadow.as_ref().expect("there is something to be abandoned");
             let (runs, old_l1) = (shadow.made.runs(), shadow.old_l1);
             tables.pending.clear();
@@ -266,7 +270,7 @@ impl Qcow2Writer {
             tables.l1 = old_l1;
             for (first, count) in &runs {
                 tables.roles.remove(*first, *count);
-                let freed = Freed { first: *first, count: *count };
+                let freed = ClusterRange { first: *first, count: *count };
                 tables.unreference(image, freed).map_err(|error| self.poisoned_by(error))?;
             }
             runs
@@ -320,7 +324,7 @@ mod tests {
         let counted: u64 = kept.runs.iter().map(|run| run.count).sum();
         assert_eq!(counted, 20_010);
         let twice = (0..20_000).filter(|cluster| {
-            let holds = |run: &&Freed| (run.first..run.first + run.count).contains(cluster);
+            let holds = |run: &&ClusterRange| (run.first..run.first + run.count).contains(cluster);
             kept.runs.iter().filter(holds).count() == 2
         });
         assert_eq!(twice.collect::<Vec<_>>(), (500..510).collect::<Vec<_>>());

@@ -11,8 +11,9 @@ use crate::format::EntryFormat;
 use crate::units::{HostOffset, SECTOR_SIZE};
 
 use super::qcow2::Qcow2Writer;
+use super::reservation::ClusterRange;
 use super::slices::Class;
-use super::tables::{Freed, ImageFile, Piece, RawL2Entry, Tables, references};
+use super::tables::{ImageFile, Piece, RawL2Entry, Tables, references};
 use super::{Body, Writer, Zeroing, where_possible, zero_bytes};
 
 impl Writer {
@@ -136,9 +137,9 @@ impl Qcow2Writer {
 
 impl Tables {
     /// What only the active disk refers to, by the entries from `from` on of one of its L2 tables.
-    fn own_behind(&mut self, image: &ImageFile, index: u64, from: u64) -> Result<Vec<Freed>> {
+    fn own_behind(&mut self, image: &ImageFile, index: u64, from: u64) -> Result<Vec<ClusterRange>> {
         let Some(table) = self.table_of(image, self.l1, index)? else { return Ok(Vec::new()) };
-        let mut own: Vec<Freed> = Vec::new();
+        let mut own: Vec<ClusterRange> = Vec::new();
         for words in self.all_words(image, table)?.into_iter().skip(from as usize) {
             let Some(clusters) = references(image, words) else { continue };
             self.may_be_clusters(image, clusters)?;

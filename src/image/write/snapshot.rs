@@ -13,11 +13,11 @@ use crate::format::{EntryFormat, Snapshot, Table};
 use crate::image::read_snapshots;
 use crate::units::HostOffset;
 
-use super::allocate::Run;
 use super::open::read_header;
 use super::qcow2::Qcow2Writer;
+use super::reservation::{ClusterRange, Reservation};
 use super::slices::Class;
-use super::tables::{Freed, ImageFile, SnapshotRoot, Tables};
+use super::tables::{ImageFile, SnapshotRoot};
 use super::{Body, Writer};
 
 /// An internal snapshot that is to be.
@@ -61,8 +61,8 @@ pub(super) struct SnapshotTable {
 
 impl SnapshotTable {
     /// Its clusters.
-    pub(super) fn clusters(&self, image: &ImageFile) -> Freed {
-        Freed {
+    pub(super) fn clusters(&self, image: &ImageFile) -> ClusterRange {
+        ClusterRange {
             first: image.cluster().index(self.at.0),
             count: (self.bytes.len() as u64).div_ceil(image.cluster().size()),
         }
@@ -72,8 +72,8 @@ impl SnapshotTable {
 /// The clusters of a snapshot to be, which nothing refers to yet.
 struct Places {
     /// None for a disk without an L1 table.
-    l1: Option<Run>,
-    table: Run,
+    l1: Option<Reservation>,
+    table: Reservation,
 }
 
 impl Qcow2Writer {
@@ -99,7 +99,6 @@ impl Qcow2Writer {
     }
 
     fn take_snapshot(&self, new: &NewSnapshot) -> Result<()> {
-        let image = &self.image;
         self.refuse_data_file()?;
         self.prepare()?;
         // No mapping changes from here on; what is written in place goes on.
@@ -113,23 +112,11 @@ impl Qcow2Writer {
         self.refuse_overflow(l1, l1.entries.into()).map_err(|error| self.damaged(error))?;
         let places = self.reserve_places(snapshot.l1, table_len)?;
         // Until the active tables change, failing is only failing.
-        let written = self.write_snapshot(&places, &snapshot, table, old.bytes.len());
-        let snapshot = match written {
-            Ok(snapshot) => snapshot,
-            Err(error) => {
-                self.tables.write().drop_places(image, &places).map_err(|error| self.poisoned_by(error))?;
-                return Err(error);
-            }
-        };
-        let bits = match self.reserve_l2_tables().and_then(|()| self.mark_unfinished()) {
-            Ok(bits) => bits,
-            Err(error) => {
-                self.tables.write().drop_places(image, &places).map_err(|error| self.poisoned_by(error))?;
-                return Err(error);
-            }
-        };
+        let snapshot = self.write_snapshot(&places, &snapshot, table, old.bytes.len())?;
+        self.reserve_l2_tables()?;
+        let bits = self.mark_unfinished()?;
         let shared = self.share_everything();
-        let done = shared.and_then(|()| self.switch_snapshots(&old, &places, &snapshot, table_len, bits));
+        let done = shared.and_then(|()| self.switch_snapshots(&old, places, &snapshot, table_len, bits));
         done.inspect_err(|_| self.mend_unfinished())
     }
 
@@ -177,13 +164,7 @@ impl Qcow2Writer {
                 0 => None,
                 clusters => Some(tables.allocate_table(image, clusters)?),
             };
-            match tables.allocate_table(image, table_len.div_ceil(size)) {
-                Ok(table) => Ok(Places { l1, table }),
-                Err(stop) => {
-                    l1.map_or(Ok(()), |l1| tables.give_back_table(image, l1))?;
-                    Err(stop)
-                }
-            }
+            Ok(Places { l1, table: tables.allocate_table(image, table_len.div_ceil(size))? })
         })
     }
 
@@ -197,21 +178,22 @@ impl Qcow2Writer {
     ) -> Result<Snapshot> {
         let image = &self.image;
         let size = image.cluster().size();
-        let offset = HostOffset(places.l1.map_or(0, |run| run.first * size));
+        let l1_clusters = places.l1.as_ref().map(Reservation::clusters);
+        let offset = l1_clusters.map_or(HostOffset(0), |clusters| clusters.start(image));
         let snapshot = Snapshot { l1: Table { offset, ..snapshot.l1 }, ..snapshot.clone() };
         table.truncate(old_len);
         append(&mut table, &snapshot);
         table.resize(table.len().next_multiple_of(size as usize), 0);
-        if let Some(run) = places.l1 {
+        if let Some(clusters) = l1_clusters {
             let l1 = self.tables.read().l1;
             let mut bytes = self.tables.write().table_bytes(image, l1.offset, l1.entries.into(), Class::L1)?;
             for entry in bytes.as_chunks_mut::<8>().0 {
                 *entry = EntryFormat::shared(u64::from_be_bytes(*entry)).to_be_bytes();
             }
-            bytes.resize((run.count * size) as usize, 0);
+            bytes.resize(clusters.len(image) as usize, 0);
             image.file.write_at(offset.0, &bytes)?;
         }
-        image.file.write_at(places.table.first * size, &table)?;
+        image.file.write_at(places.table.clusters().start(image).0, &table)?;
         self.data_dirty.store(true, Ordering::Release);
         Ok(snapshot)
     }
@@ -238,21 +220,23 @@ impl Qcow2Writer {
     fn switch_snapshots(
         &self,
         old: &SnapshotTable,
-        places: &Places,
+        places: Places,
         snapshot: &Snapshot,
         len: u64,
         bits: Option<u64>,
     ) -> Result<()> {
         let image = &self.image;
-        let size = image.cluster().size();
         let _turn = self.flushes.turn();
         self.check_poison()?;
         // What was written in place is part of the snapshot, the copies are only written: one barrier for all.
         self.data_dirty.store(true, Ordering::Release);
         self.flush_in_turn()?;
+        // The header may name both from here on, even if it is not known to.
+        places.l1.map(Reservation::commit);
+        let table = places.table.commit();
+        assert!(len <= table.len(image), "the table lies in its clusters");
         // With that, counts and flags agree again.
-        self.name_snapshots(old.snapshots.len() as u32 + 1, HostOffset(places.table.first * size), bits)?;
-        assert!(len <= places.table.count * size, "the table lies in its clusters");
+        self.name_snapshots(old.snapshots.len() as u32 + 1, table.start(image), bits)?;
         self.adopt_snapshot(old, snapshot)
     }
 
@@ -282,17 +266,5 @@ impl Qcow2Writer {
                 self.image.file.sync().inspect_err(|_| self.has_lost_writes.store(true, Ordering::Release))
             });
         switched.map_err(|error| self.poisoned_by(error))
-    }
-}
-
-impl Places {
-    fn runs(&self) -> impl Iterator<Item = Run> {
-        self.l1.into_iter().chain([self.table])
-    }
-}
-
-impl Tables {
-    fn drop_places(&mut self, image: &ImageFile, places: &Places) -> Result<()> {
-        places.runs().try_for_each(|run| self.give_back_table(image, run))
     }
 }

@@ -10,10 +10,10 @@ use crate::error::Result;
 use crate::format::{EntryFormat, Snapshot, Table};
 use crate::units::HostOffset;
 
-use super::allocate::Run;
 use super::qcow2::Qcow2Writer;
+use super::reservation::{ClusterRange, Reservation};
 use super::snapshot::{NewSnapshot, SnapshotTable};
-use super::tables::{Freed, ImageFile, Tables};
+use super::tables::{ImageFile, Tables};
 use super::{Body, Writer};
 
 impl Writer {
@@ -39,7 +39,7 @@ impl Writer {
 struct Kept {
     snapshot: Snapshot,
     /// The table in which it stands; nothing refers to that yet.
-    table: Run,
+    table: Reservation,
     count: u32,
 }
 
@@ -70,18 +70,10 @@ impl Qcow2Writer {
                 .map_err(|error| self.damaged(error))?;
         }
         let kept = save.map(|new| self.place_kept(new, &table)).transpose()?;
-        let new = match self.place_l1(source, entries) {
-            Ok(new) => new,
-            Err(error) => {
-                if let Some(kept) = kept {
-                    self.tables.write().give_back_table(image, kept.table).map_err(|error| self.poisoned_by(error))?;
-                }
-                return Err(error);
-            }
-        };
+        let (new, place) = self.place_l1(source, entries)?;
         self.each_table(source, |index| {
             let mut tables = self.tables.write();
-            let shared = match kept {
+            let shared = match &kept {
                 None => tables.share_unless_active(image, source, index),
                 // The disk's own tables are going to be the other snapshot's, and lose nothing.
                 Some(_) => tables.share_for_active(image, source, index),
@@ -89,10 +81,9 @@ impl Qcow2Writer {
             // Halfway there is no way back that could not fail as well.
             shared.map_err(|error| self.poisoned_by(error))
         })?;
-        self.switch_to(new, size, kept.as_ref())?;
-        match kept {
+        match self.switch_to(new, place, size, kept)? {
             Some(kept) => {
-                self.adopt_snapshot(&table, &kept.snapshot)?;
+                self.adopt_snapshot(&table, &kept)?;
                 self.each_table(old, |index| self.tables.write().forget_table(image, old, index))
                     .map_err(|error| self.poisoned_by(error))?;
             }
@@ -110,33 +101,40 @@ impl Qcow2Writer {
         let mut bytes = self.table_with(old, &snapshot)?;
         bytes.resize(bytes.len().next_multiple_of(size as usize), 0);
         let table = self.with_tables(|tables| tables.allocate_table(image, bytes.len() as u64 / size))?;
-        if let Err(error) = image.file.write_at(table.first * size, &bytes) {
-            self.tables.write().give_back_table(image, table).map_err(|error| self.poisoned_by(error))?;
-            return Err(error);
-        }
+        image.file.write_at(table.clusters().start(image).0, &bytes)?;
         self.data_dirty.store(true, Ordering::Release);
         Ok(Kept { snapshot, table, count: old.snapshots.len() as u32 + 1 })
     }
 
-    /// Makes everything durable, and lets the header name the new tables.
-    fn switch_to(&self, new: Table, size: u64, kept: Option<&Kept>) -> Result<()> {
+    /// Makes everything durable, and lets the header name the new tables. Returns the snapshot that is kept.
+    fn switch_to(
+        &self,
+        new: Table,
+        place: Option<Reservation>,
+        size: u64,
+        kept: Option<Kept>,
+    ) -> Result<Option<Snapshot>> {
         let _turn = self.flushes.turn();
         self.check_poison()?;
         self.flush_in_turn()?;
-        let cluster = self.image.cluster().size();
-        let snapshots = kept.map(|kept| (kept.count, HostOffset(kept.table.first * cluster)));
+        // The header may name both from here on, even if it is not known to.
+        place.map(Reservation::commit);
+        let (kept, snapshots) = match kept {
+            None => (None, None),
+            Some(Kept { snapshot, table, count }) => (Some(snapshot), Some((count, table.commit().start(&self.image)))),
+        };
         self.name_l1(size, new, snapshots)?;
         self.tables.write().l1 = new;
         self.size.store(size, Ordering::Release);
-        Ok(())
+        Ok(kept)
     }
 
     /// Writes an L1 table of its own for the snapshot's disk, which owns nothing.
-    fn place_l1(&self, source: Table, entries: u64) -> Result<Table> {
+    fn place_l1(&self, source: Table, entries: u64) -> Result<(Table, Option<Reservation>)> {
         let image = &self.image;
         let size = image.cluster().size();
         if entries == 0 {
-            return Ok(Table { offset: HostOffset(0), entries: 0 });
+            return Ok((Table { offset: HostOffset(0), entries: 0 }, None));
         }
         let mut bytes = Vec::with_capacity((entries * 8).next_multiple_of(size) as usize);
         for index in 0..entries {
@@ -145,14 +143,11 @@ impl Qcow2Writer {
             bytes.extend(entry.to_be_bytes());
         }
         bytes.resize(bytes.len().next_multiple_of(size as usize), 0);
-        let run = self.with_tables(|tables| tables.allocate_table(image, bytes.len() as u64 / size))?;
-        let offset = HostOffset(run.first * size);
-        if let Err(error) = image.file.write_at(offset.0, &bytes) {
-            self.tables.write().give_back_table(image, run).map_err(|error| self.poisoned_by(error))?;
-            return Err(error);
-        }
+        let place = self.with_tables(|tables| tables.allocate_table(image, bytes.len() as u64 / size))?;
+        let offset = place.clusters().start(image);
+        image.file.write_at(offset.0, &bytes)?;
         self.data_dirty.store(true, Ordering::Release);
-        Ok(Table { offset, entries: entries as u32 })
+        Ok((Table { offset, entries: entries as u32 }, Some(place)))
     }
 }
 
@@ -182,7 +177,7 @@ impl Tables {
     }
 
     /// Takes the active disk's references from a table that it has left, unless the new L1 table names it as well.
-    fn leave_unless_active(&mut self, image: &ImageFile, index: u64, table: HostOffset) -> Result<Vec<Freed>> {
+    fn leave_unless_active(&mut self, image: &ImageFile, index: u64, table: HostOffset) -> Result<Vec<ClusterRange>> {
         if self.table_of(image, self.l1, index)? == Some(table) {
             return Ok(Vec::new());
         }

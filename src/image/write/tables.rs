@@ -15,6 +15,7 @@ use crate::io::WriteStorage;
 use crate::units::{ClusterBits, GuestOffset, HostOffset};
 
 use super::cluster_roles::ClusterRoles;
+use super::reservation::{ClusterRange, DroppedReservations};
 use super::shadow_tables::ShadowTables;
 use super::slices::{Class, Slices};
 
@@ -107,15 +108,6 @@ impl SnapshotRoot {
     }
 }
 
-/// What the next flush, once its mappings are durable, makes free.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Freed {
-    /// The first cluster of the file.
-    pub(super) first: u64,
-    /// Clusters; each loses one reference.
-    pub(super) count: u64,
-}
-
 /// The tables and what is known of the file.
 pub(super) struct Tables {
     pub(super) l1: Table,
@@ -128,7 +120,10 @@ pub(super) struct Tables {
     pub(super) fresh: u64,
     /// Bytes of the file, as this writer has made it.
     pub(super) file_len: u64,
-    pub(super) pending: Vec<Freed>,
+    /// What the next flush, once its mappings are durable, frees: each cluster loses one reference.
+    pub(super) pending: Vec<ClusterRange>,
+    /// Reservations whose clusters are still counted.
+    pub(super) dropped: Arc<DroppedReservations>,
     /// The internal snapshots, as the header names them.
     pub(super) snapshots: Vec<SnapshotRoot>,
     /// Whether there are others, whose tables cannot be found.
@@ -300,10 +295,10 @@ impl Tables {
             return Ok(());
         }
         let (first, last) = (image.cluster().index(host.0), image.cluster().index(host.0 + len - 1));
-        self.may_be_clusters(image, Freed { first, count: last - first + 1 })
+        self.may_be_clusters(image, ClusterRange { first, count: last - first + 1 })
     }
 
-    pub(super) fn may_be_clusters(&self, image: &ImageFile, clusters: Freed) -> Result<()> {
+    pub(super) fn may_be_clusters(&self, image: &ImageFile, clusters: ClusterRange) -> Result<()> {
         let (first, end) = (clusters.first, clusters.first + clusters.count);
         if end > self.fresh {
             return Err(image.corrupt(format_args!("a data cluster at {first:#x} lies past the end of the file")));
@@ -371,7 +366,7 @@ impl Tables {
 }
 
 /// The clusters that an entry refers to.
-pub(super) fn references(image: &ImageFile, words: RawL2Entry) -> Option<Freed> {
+pub(super) fn references(image: &ImageFile, words: RawL2Entry) -> Option<ClusterRange> {
     if image.data_file.is_some() {
         return None;
     }
@@ -379,11 +374,11 @@ pub(super) fn references(image: &ImageFile, words: RawL2Entry) -> Option<Freed> 
         let stream = image.format.raw_compressed(words.entry);
         let first = image.cluster().index(stream.at.0);
         let last = image.cluster().index(stream.at.0 + u64::from(stream.len) - 1);
-        return Some(Freed { first, count: last - first + 1 });
+        return Some(ClusterRange { first, count: last - first + 1 });
     }
     match EntryFormat::raw_offset(words.entry) {
         0 => None,
-        host => Some(Freed { first: image.cluster().index(host), count: 1 }),
+        host => Some(ClusterRange { first: image.cluster().index(host), count: 1 }),
     }
 }
 

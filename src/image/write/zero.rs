@@ -14,6 +14,7 @@ use crate::format::subcluster::SUBCLUSTERS;
 use crate::format::{EntryFormat, SubclusterEntry, Version};
 use crate::units::HostOffset;
 
+use super::allocate::ClusterCount;
 use super::qcow2::{Qcow2Writer, subclusters};
 use super::tables::{Piece, RawL2Entry, Tables, piece_of};
 use super::{Zeroing, where_possible, zero_bytes};
@@ -338,20 +339,17 @@ impl Qcow2Writer {
     /// Gives a cluster that reads as zeroes a place for a later write.
     fn keep_place(&self, guest: u64) -> Result<()> {
         let image = &self.image;
-        let size = image.cluster().size();
-        let run = self.with_tables(|tables| {
+        let place = self.with_tables(|tables| {
             tables.own_l2_table(image, guest)?;
-            tables.allocate(image, 1, true)
+            tables.allocate(image, ClusterCount::Exactly(1))
         })?;
-        let host = HostOffset(run.first * size);
-        if let Err(error) = self.take_space(host, size) {
-            self.tables.write().give_back(image, run)?;
-            return Err(error);
-        }
+        let host = place.clusters().start(image);
+        self.take_space(host, image.cluster().size())?;
         let bitmap = if image.format.extended { SubclusterEntry::bitmap(0, u32::MAX) } else { 0 };
         let entry = if image.format.extended { EntryFormat::owned(host) } else { EntryFormat::zero(Some(host)) };
         let mut tables = self.tables.write();
         let old = tables.entry(image, guest)?;
+        place.commit();
         tables.set_entry(image, guest, RawL2Entry { entry, bitmap }).map_err(|error| self.poisoned_by(error))?;
         tables.release(image, old).map_err(|error| self.poisoned_by(error))
     }
