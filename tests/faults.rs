@@ -7,7 +7,8 @@ mod sim;
 
 use chainfs::error::{ErrorKind, Result, errno};
 use chainfs::image::check::check;
-use chainfs::image::write::{self, Wanted, WriterOptions, Zeroing};
+use chainfs::image::write::{self, WriterOptions, Zeroing};
+use chainfs::units::{BlockStatus, Run};
 use rustix::io::Errno;
 use sim::crash::random_crash;
 use sim::disk::{Calls, Hit};
@@ -233,8 +234,8 @@ fn taking_internal_snapshots() {
 struct All;
 
 impl write::Fill for All {
-    fn wanted(&self, _: u64, len: u64) -> Result<(Wanted, u64)> {
-        Ok((Wanted::Data, len))
+    fn wanted(&self, _: u64, len: u64) -> Result<Run<Option<BlockStatus>>> {
+        Ok(Run::new(Some(BlockStatus::Data), len))
     }
 }
 

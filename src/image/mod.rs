@@ -6,6 +6,7 @@
 mod bitmaps;
 pub mod check;
 pub mod create;
+mod cursor;
 mod header;
 mod layer;
 mod snapshots;
@@ -19,13 +20,14 @@ use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::compressed::decompress;
 use crate::format::header::{Encryption, PROBE_LEN, needed_len};
+pub use crate::format::Mapping;
 use crate::format::{Compressed, Header, Malformed};
 use crate::io::Storage;
-use crate::units::{HostOffset, round_up_to_sector};
+use crate::units::{BlockStatus, HostOffset, Run, round_up_to_sector};
 
 pub(crate) use bitmaps::read_bitmaps;
 pub use header::{HeaderChange, change_header, check_header_change};
-pub use layer::{Layer, Mapping};
+pub use layer::Layer;
 pub(crate) use snapshots::{read_snapshots, read_snapshots_there_are, read_snapshots_with};
 
 /// Caches shared by all images of a store, keyed by image.
@@ -237,10 +239,10 @@ impl Image {
     /// The first run of the data file's `[at, end)` that is all data or all hole, and its length: a raw image has its
     /// holes there, and clusters that were only preallocated are holes as well, which read as zeroes.
     /// Of a file that was cut short everything is data: whoever copies must read, and hear of it.
-    pub fn file_extent(&self, at: HostOffset, end: HostOffset) -> Result<(bool, u64)> {
-        let (is_data, len) = self.data().extent(at.0, end.0)?;
-        let is_cut = !is_data && self.data().len()? < self.data_len.unwrap_or(0);
-        Ok(if is_cut { (true, end.0 - at.0) } else { (is_data, len) })
+    pub fn file_extent(&self, at: HostOffset, end: HostOffset) -> Result<Run<BlockStatus>> {
+        let run = self.data().extent(at.0, end.0)?;
+        let is_cut = run.value == BlockStatus::Zero && self.data().len()? < self.data_len.unwrap_or(0);
+        Ok(if is_cut { Run::new(BlockStatus::Data, end.0 - at.0) } else { run })
     }
 
     fn corrupt(&self, reason: &str) -> Error {

@@ -5,9 +5,9 @@ use super::refcounts::Refcounts;
 use super::report::{CheckReport, Kind};
 use super::{Audited, Pass, beyond_end};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::entry::{COPIED, Compressed, EntryFormat, Mapping, ZERO};
+use crate::format::entry::{Allocation, COPIED, EntryFormat, Mapping, ZERO};
 use crate::format::refcount::refcount;
-use crate::format::{Malformed, Version};
+use crate::format::{Malformed, RawL2Entry, Version};
 use crate::units::{GuestOffset, HostOffset};
 
 /// Bytes of an L1 table read at a time.
@@ -132,22 +132,14 @@ impl L2List {
             pass.audited.read(table.at.0, &mut bytes)?;
             let mut walk = EntryWalk { table, format, refcounts, expected_next: None };
             for (index, entry) in (0..).zip(bytes.chunks_exact(format.l2_entry_len() as usize)) {
-                let first = refcount(entry, 0, 6);
-                let bitmap = if format.extended { refcount(entry, 1, 6) } else { 0 };
-                if first != 0 || bitmap != 0 {
-                    walk.entry(pass, index, first, bitmap)?;
+                let raw = RawL2Entry::from_bytes(format, entry);
+                if raw != RawL2Entry::default() {
+                    walk.entry(pass, index, raw.entry, raw.bitmap)?;
                 }
             }
         }
         Ok(())
     }
-}
-
-/// What an L2 entry refers to.
-enum Target {
-    Nothing,
-    Cluster(HostOffset),
-    Compressed(Compressed),
 }
 
 /// What a repair may do to an L2 entry.
@@ -178,10 +170,10 @@ impl L2Table {
         let walk = EntryWalk { table: self, format, refcounts, expected_next: None };
         let (target, problems) = walk.judge(entry[0], entry[1], index);
         match (target, problems.as_slice()) {
-            (Target::Cluster(_), []) if format.data_file => Verdict::DataFile,
-            (Target::Cluster(at), []) => Verdict::Cluster(at),
-            (Target::Compressed(_), []) => Verdict::Compressed,
-            (Target::Nothing, []) => Verdict::Nothing,
+            (Allocation::Cluster(_), []) if format.data_file => Verdict::DataFile,
+            (Allocation::Cluster(at), []) => Verdict::Cluster(at),
+            (Allocation::Compressed(_), []) => Verdict::Compressed,
+            (Allocation::None, []) => Verdict::Nothing,
             (_, [Malformed::Unaligned { .. }]) if walk.keeps_nothing(entry[0], entry[1]) => {
                 Verdict::KeptPlace(if format.extended { 0 } else { ZERO })
             }
@@ -221,8 +213,8 @@ impl EntryWalk<'_> {
             }
         }
         match target {
-            Target::Nothing => Ok(()),
-            Target::Compressed(compressed) => {
+            Allocation::None => Ok(()),
+            Allocation::Compressed(compressed) => {
                 if pass.first {
                     pass.report.allocated_clusters += weight.active;
                     pass.report.compressed_clusters += weight.active;
@@ -232,7 +224,7 @@ impl EntryWalk<'_> {
                 pass.count(compressed.at.0, compressed.len.into(), weight.total);
                 Ok(())
             }
-            Target::Cluster(at) => {
+            Allocation::Cluster(at) => {
                 let len = self.format.cluster.size();
                 if pass.first {
                     pass.report.allocated_clusters += weight.active;
@@ -259,18 +251,18 @@ impl EntryWalk<'_> {
     }
 
     /// What the entry refers to, and what is wrong with it.
-    fn judge(&self, entry: u64, bitmap: u64, index: u64) -> (Target, Vec<Malformed>) {
+    fn judge(&self, entry: u64, bitmap: u64, index: u64) -> (Allocation, Vec<Malformed>) {
         let guest = GuestOffset(self.table.guest.0.saturating_add(index * self.format.cluster.size()));
         let decoded = if self.format.extended {
             self.format.l2_extended(entry, bitmap, guest).map(|entry| match entry.compressed() {
-                Some(compressed) => Target::Compressed(compressed),
-                None => entry.host_cluster().map_or(Target::Nothing, Target::Cluster),
+                Some(compressed) => Allocation::Compressed(compressed),
+                None => entry.host_cluster().map_or(Allocation::None, Allocation::Cluster),
             })
         } else {
             self.format.l2(entry, guest).map(|entry| match entry.mapping {
-                Mapping::Data(at) | Mapping::Zero { preallocated: Some(at) } => Target::Cluster(at),
-                Mapping::Compressed(compressed) => Target::Compressed(compressed),
-                Mapping::Zero { preallocated: None } | Mapping::Hole => Target::Nothing,
+                Mapping::Data(at) | Mapping::Zero(Some(at)) => Allocation::Cluster(at),
+                Mapping::Compressed(compressed) => Allocation::Compressed(compressed),
+                Mapping::Zero(None) | Mapping::Hole => Allocation::None,
             })
         };
         match decoded {
@@ -281,12 +273,12 @@ impl EntryWalk<'_> {
 
     /// A wrong entry refers to what it would if the wrong bits were not there, so that one flaw
     /// does not look like many. `reason` is the first; there may be more.
-    fn judge_wrong(&self, entry: u64, bitmap: u64, reason: Malformed) -> (Target, Vec<Malformed>) {
+    fn judge_wrong(&self, entry: u64, bitmap: u64, reason: Malformed) -> (Allocation, Vec<Malformed>) {
         if EntryFormat::is_compressed(entry) {
             return match reason {
                 // Reported as beyond the end of the file.
-                Malformed::TooLarge { .. } => (Target::Compressed(self.format.raw_compressed(entry)), Vec::new()),
-                reason => (Target::Nothing, vec![reason]),
+                Malformed::TooLarge { .. } => (Allocation::Compressed(self.format.raw_compressed(entry)), Vec::new()),
+                reason => (Allocation::None, vec![reason]),
             };
         }
         let (at, unit) = (EntryFormat::raw_offset(entry), self.format.cluster.size());
@@ -307,7 +299,7 @@ impl EntryWalk<'_> {
         if !later {
             problems.insert(0, reason);
         }
-        let target = if at == 0 { Target::Nothing } else { Target::Cluster(HostOffset(at)) };
+        let target = if at == 0 { Allocation::None } else { Allocation::Cluster(HostOffset(at)) };
         (target, problems)
     }
 

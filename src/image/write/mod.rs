@@ -34,16 +34,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::HeaderChange;
+use crate::image::{HeaderChange, Mapping};
 use crate::io::{Storage, WriteStorage};
+use crate::units::{BlockStatus, HostOffset, Run};
 
-pub use fill::{Fill, Place, Wanted};
+pub use fill::{FilePlace, Fill};
 pub(super) use open::refcounts_damaged;
 pub use ranges::{Held, Ranges};
 pub use snapshot::NewSnapshot;
 
 pub use open::check_writable;
-use tables::Piece;
 
 use qcow2::Qcow2Writer;
 use raw::RawWriter;
@@ -53,9 +53,9 @@ pub trait BackingDisk: Send + Sync {
     /// Fills `buf` with the bytes at `at`, zeroes past the end of the disk.
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()>;
 
-    /// Whether the disk is known to read as zeroes at `at` without looking at data, and for how
-    /// many of the `len` bytes from there the same answer holds; at least 1. Past its end it does.
-    fn zero_run(&self, at: u64, len: u64) -> Result<(bool, u64)>;
+    /// What is known of the bytes at `at` without looking at data, and for how many of the `len` bytes from there the
+    /// same answer holds. Past its end the disk reads as zeroes.
+    fn status_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>>;
 }
 
 /// What becomes of the space of a range that is to read as zeroes.
@@ -83,30 +83,6 @@ fn where_possible(outcome: Result<()>) -> Result<()> {
     match outcome {
         Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
         other => other,
-    }
-}
-
-/// Where an image has what it shows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Located {
-    /// At this place of its data file.
-    Data(u64),
-    /// Nowhere: it reads as zeroes.
-    Zero,
-    /// In a compressed cluster.
-    Compressed,
-    /// Nowhere: what lies below shows through.
-    Below,
-}
-
-impl From<Piece> for Located {
-    fn from(piece: Piece) -> Self {
-        match piece {
-            Piece::Own(host) | Piece::Shared(host) => Self::Data(host.0),
-            Piece::Zero => Self::Zero,
-            Piece::Compressed(_) => Self::Compressed,
-            Piece::Below => Self::Below,
-        }
     }
 }
 
@@ -346,17 +322,14 @@ impl Writer {
 
     /// Where the image itself has what it shows at `at`, and for how many of `max` bytes that goes on. Holds for as
     /// long as nobody changes that range.
-    pub fn locate(&self, at: u64, max: u64) -> Result<(Located, u64)> {
+    pub fn map(&self, at: u64, max: u64) -> Result<Run<Mapping>> {
         match &self.body {
-            Body::Raw(_) => Ok((Located::Data(at), max)),
-            Body::Qcow2(qcow2) => {
-                let (piece, run) = qcow2.lookup(at, max)?;
-                Ok((Located::from(piece), run))
-            }
+            Body::Raw(_) => Ok(Run::new(Mapping::Data(HostOffset(at)), max)),
+            Body::Qcow2(qcow2) => Ok(qcow2.lookup(at, max)?.map(|entry| entry.mapping)),
         }
     }
 
-    /// The file that [`Located::Data`] speaks of.
+    /// The file that [`Mapping::Data`] speaks of.
     pub fn data_storage(&self) -> Arc<dyn Storage> {
         match &self.body {
             Body::Raw(raw) => raw.storage(),
@@ -392,11 +365,11 @@ impl Writer {
         let start = Instant::now();
         let (mut at, size) = (at, self.size());
         while at < size {
-            let (is_zero, run) = qcow2.seek_run(at, size - at)?;
-            if is_zero != data {
+            let run = qcow2.seek_run(at, size - at)?;
+            if (run.value == BlockStatus::Data) == data {
                 return Ok(Some(at));
             }
-            at += run;
+            at += run.len;
             if start.elapsed() > SEEK_LIMIT {
                 return Ok(Some(at).filter(|at| data && *at < size));
             }

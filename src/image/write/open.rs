@@ -13,7 +13,7 @@ use crate::image::check::{mend_flags, rebuild_dirty};
 use crate::image::header::{self, HeaderChange};
 use crate::image::{read_bitmaps, read_header_with, read_snapshots, unreadable};
 use crate::io::{Storage, WriteStorage};
-use crate::units::HostOffset;
+use crate::units::{BlockStatus, HostOffset, Run};
 
 use super::cluster_roles::ClusterRoles;
 use super::flush::Flushes;
@@ -305,7 +305,7 @@ impl Storage for OnlyRead {
         self.0.len()
     }
 
-    fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
+    fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {
         self.0.extent(at, end)
     }
 

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Storage, WriteStorage};
-use crate::units::round_up_to_sector;
+use crate::units::{BlockStatus, round_up_to_sector};
 
 use super::shrink::smaller;
 use super::{Zeroing, zero_bytes};
@@ -167,11 +167,11 @@ impl RawWriter {
     pub(super) fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
         let (mut at, end) = (at, self.size());
         while at < end {
-            let (is_data, len) = self.file.extent(at, end)?;
-            if is_data == data {
+            let run = self.file.extent(at, end)?;
+            if (run.value == BlockStatus::Data) == data {
                 return Ok(Some(at));
             }
-            at += len;
+            at += run.len;
         }
         Ok(None)
     }

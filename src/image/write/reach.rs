@@ -8,13 +8,13 @@ use std::collections::HashMap;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::refcount::max_refcount;
-use crate::format::{EntryFormat, Table};
+use crate::format::{EntryFormat, RawL2Entry, Table};
 use crate::units::HostOffset;
 
 use super::qcow2::Qcow2Writer;
 use super::reservation::ClusterRange;
 use super::slices::Class;
-use super::tables::{ImageFile, RawL2Entry, Tables, piece_of, references};
+use super::tables::{ImageFile, Tables, entry_run, references};
 use super::where_possible;
 
 impl Qcow2Writer {
@@ -54,14 +54,13 @@ impl Tables {
     /// All entries of an L2 table.
     pub(super) fn all_words(&mut self, image: &ImageFile, table: HostOffset) -> Result<Vec<RawL2Entry>> {
         let mut all = Vec::with_capacity(image.format.l2_entries() as usize);
-        let words_per_entry = (image.format.l2_entry_len() / 8) as usize;
+        let words_per_entry = image.format.l2_entry_words() as usize;
         for at in (table.0..table.0 + image.cluster().size()).step_by(image.slice_len() as usize) {
             if at > table.0 && at >= self.file_len {
                 break; // the last table of a file may end with it
             }
             let (words, _) = self.slice(image, at, Class::L2)?;
-            let bitmap = |entry: &[u64]| if image.format.extended { entry[1] } else { 0 };
-            all.extend(words.chunks_exact(words_per_entry).map(|e| RawL2Entry { entry: e[0], bitmap: bitmap(e) }));
+            all.extend(words.chunks_exact(words_per_entry).map(|entry| RawL2Entry::new(image.format, entry)));
         }
         Ok(all)
     }
@@ -80,7 +79,7 @@ impl Tables {
     /// references.
     fn check_references(&mut self, image: &ImageFile, words: RawL2Entry, guest: u64, least: u64) -> Result<()> {
         let Some(clusters) = references(image, words) else { return Ok(()) };
-        piece_of(image, words, guest)?;
+        entry_run(image, words, guest)?;
         self.may_be_clusters(image, clusters)?;
         (clusters.first..clusters.first + clusters.count)
             .try_for_each(|cluster| self.check_count(image, cluster, least))

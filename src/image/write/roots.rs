@@ -5,13 +5,13 @@ use std::collections::HashMap;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::refcount::max_refcount;
-use crate::format::{EntryFormat, Table};
+use crate::format::{EntryFormat, RawL2Entry, Table};
 use crate::units::HostOffset;
 
 use super::allocate::{Attempt, ClusterCount};
 use super::reservation::ClusterRange;
 use super::slices::Class;
-use super::tables::{ImageFile, RawL2Entry, Tables};
+use super::tables::{ImageFile, Tables};
 
 /// The active view; internal snapshots follow, from 1 on.
 const ACTIVE: usize = 0;
@@ -150,7 +150,7 @@ impl Tables {
     pub(super) fn entry_in(&mut self, image: &ImageFile, table: Option<HostOffset>, at: u64) -> Result<RawL2Entry> {
         let Some(table) = table else { return Ok(RawL2Entry::default()) };
         let (words, index) = self.slice(image, Self::l2_place(image, table, at), Class::L2)?;
-        Ok(RawL2Entry { entry: words[index], bitmap: if image.format.extended { words[index + 1] } else { 0 } })
+        Ok(RawL2Entry::new(image.format, &words[index..]))
     }
 
     /// Sets the entry of a table for a position of the disk.

@@ -7,13 +7,13 @@
 use std::sync::atomic::Ordering;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::EntryFormat;
-use crate::units::{HostOffset, SECTOR_SIZE};
+use crate::format::{EntryFormat, Mapping, RawL2Entry};
+use crate::units::{HostOffset, Run, SECTOR_SIZE};
 
 use super::qcow2::Qcow2Writer;
 use super::reservation::ClusterRange;
 use super::slices::Class;
-use super::tables::{ImageFile, Piece, RawL2Entry, Tables, references};
+use super::tables::{ImageFile, Tables, references};
 use super::{Body, Writer, Zeroing, where_possible, zero_bytes};
 
 impl Writer {
@@ -103,18 +103,18 @@ impl Qcow2Writer {
         let image = &self.image;
         let (mut at, mut is_shared) = (size, false);
         while at < end && !self.raw_data {
-            let (piece, run) = self.lookup_to_write(at, end - at)?;
-            match piece {
-                Piece::Own(host) => {
-                    let run = self.inside_data_file(host, run)?;
-                    zero_bytes(&**image.data(), host.0, run, Zeroing::Unmap)?;
+            let Run { value: entry, len } = self.lookup_to_write(at, end - at)?;
+            match entry.mapping {
+                Mapping::Data(host) if entry.copied => {
+                    let len = self.inside_data_file(host, len)?;
+                    zero_bytes(&**image.data(), host.0, len, Zeroing::Unmap)?;
                     self.data_dirty.store(true, Ordering::Release);
                 }
-                Piece::Shared(_) | Piece::Compressed(_) => is_shared = true,
+                Mapping::Data(_) | Mapping::Compressed(_) => is_shared = true,
                 // Who makes the disk longer sees to what lies below.
-                Piece::Zero | Piece::Below => {}
+                Mapping::Zero(_) | Mapping::Hole => {}
             }
-            at += run;
+            at += len;
         }
         if is_shared {
             // A cluster of the disk's own: what is behind its end is zero there.

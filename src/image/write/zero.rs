@@ -11,12 +11,12 @@ use std::sync::atomic::Ordering;
 
 use crate::error::Result;
 use crate::format::subcluster::SUBCLUSTERS;
-use crate::format::{EntryFormat, SubclusterEntry, Version};
-use crate::units::HostOffset;
+use crate::format::{EntryFormat, Mapping, RawL2Entry, SubclusterEntry, Version};
+use crate::units::{BlockStatus, HostOffset, Run};
 
 use super::allocate::ClusterCount;
 use super::qcow2::{Qcow2Writer, subclusters};
-use super::tables::{Piece, RawL2Entry, Tables, piece_of};
+use super::tables::{Tables, entry_run};
 use super::{Zeroing, where_possible, zero_bytes};
 
 /// Clusters whose entries change in one go.
@@ -115,15 +115,18 @@ impl Qcow2Writer {
         let mut changes = Vec::new();
         let mut at = start;
         while at < end {
-            let (piece, run) = self.lookup(at, end - at)?;
-            let (is_zero, run) = match piece {
-                Piece::Zero => (true, run),
-                Piece::Below => self.backing().map_or(Ok((true, run)), |backing| backing.zero_run(at, run))?,
-                Piece::Own(_) | Piece::Shared(_) | Piece::Compressed(_) => (false, run),
+            let Run { value: entry, len } = self.lookup(at, end - at)?;
+            let status = match entry.mapping {
+                Mapping::Zero(_) => Run::new(BlockStatus::Zero, len),
+                Mapping::Hole => match self.backing() {
+                    Some(backing) => backing.status_run(at, len)?,
+                    None => Run::new(BlockStatus::Zero, len),
+                },
+                Mapping::Data(_) | Mapping::Compressed(_) => Run::new(BlockStatus::Data, len),
             };
-            // Nothing to do, unless there is a place to be given back.
-            if is_zero && (piece == Piece::Below || zeroing == Zeroing::Keep) {
-                at += run;
+            // Nothing to do, unless there is a place to be freed.
+            if status.value == BlockStatus::Zero && (entry.mapping == Mapping::Hole || zeroing == Zeroing::Keep) {
+                at += status.len;
                 continue;
             }
             let guest = self.image.cluster().floor(at);
@@ -243,12 +246,11 @@ impl Qcow2Writer {
             } else {
                 let mut at = change.from;
                 while at < change.to {
-                    let (piece, run) = piece_of(image, words, at)?;
-                    let run = run.min(change.to - at);
-                    if let Piece::Own(host) = piece {
-                        places.push((host, run));
+                    let run = entry_run(image, words, at)?.at_most(change.to - at);
+                    if let Some(host) = run.value.own_data() {
+                        places.push((host, run.len));
                     }
-                    at += run;
+                    at += run.len;
                 }
             }
             for (host, len) in &places {
@@ -268,8 +270,8 @@ impl Qcow2Writer {
         let shines_through = match self.backing() {
             None => false,
             Some(backing) => {
-                let (is_zero, run) = backing.zero_run(change.guest, size)?;
-                !is_zero || run < size
+                let run = backing.status_run(change.guest, size)?;
+                run.value == BlockStatus::Data || run.len < size
             }
         };
         let is_whole = change.to - change.from == size;
@@ -307,7 +309,7 @@ impl Qcow2Writer {
         let size = image.cluster().size();
         let words = self.with_tables(|tables| {
             let words = tables.entry(image, guest)?;
-            piece_of(image, words, guest)?;
+            entry_run(image, words, guest)?;
             if let Some(host) = self.kept_place(words, guest) {
                 tables.may_be_data(image, host, size)?;
             }
@@ -323,15 +325,16 @@ impl Qcow2Writer {
         // What shows through, or is shared, gets a place of its own.
         let mut at = guest;
         while at < end {
-            let (piece, run) = self.lookup(at, end - at)?;
-            let is_placed = matches!(piece, Piece::Own(_))
-                || (piece == Piece::Zero && (image.data_file.is_some() || self.kept_place(words, guest).is_some()));
+            let Run { value: entry, len } = self.lookup(at, end - at)?;
+            let is_placed = entry.own_data().is_some()
+                || (entry.mapping == Mapping::Zero(None)
+                    && (image.data_file.is_some() || self.kept_place(words, guest).is_some()));
             if !is_placed {
-                let mut bytes = vec![0; run as usize];
+                let mut bytes = vec![0; len as usize];
                 self.read_inner(at, &mut bytes)?;
                 self.write_held(at, &bytes)?;
             }
-            at += run;
+            at += len;
         }
         Ok(())
     }
