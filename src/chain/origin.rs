@@ -64,7 +64,9 @@ impl View {
                 let within = Some(layer.within_cluster(GuestOffset(at)));
                 Ok(Origin { image, place: stream.at.0, within, len })
             }
-            Some(Mapping::Hole) | None => Err(Error::new(ErrorKind::Corrupt, format!("tables are damaged at {at:#x} of the disk"))),
+            Some(Mapping::Hole) | None => {
+                Err(Error::new(ErrorKind::Corrupt, format!("tables are damaged at {at:#x} of the disk")))
+            }
         }
     }
 }

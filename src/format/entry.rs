@@ -3,8 +3,8 @@
 //! A decoded entry is aligned, below 2^56 and free of reserved bits. Whether the place exists
 //! in the file is for whoever reads it to see.
 
-use super::header::Version;
 use super::bytes::be_u64;
+use super::header::Version;
 use super::malformed::Malformed;
 use super::subcluster::SUBCLUSTERS;
 use crate::units::{ClusterBits, GuestOffset, HostOffset, Run};

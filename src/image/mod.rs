@@ -18,9 +18,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
+pub use crate::format::Mapping;
 use crate::format::compressed::decompress;
 use crate::format::header::{Encryption, PROBE_LEN, needed_len};
-pub use crate::format::Mapping;
 use crate::format::{Compressed, Header, Malformed};
 use crate::io::Storage;
 use crate::units::{BlockStatus, HostOffset, Run, round_up_to_sector};

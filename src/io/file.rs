@@ -554,7 +554,8 @@ pub fn read_full(file: impl AsFd, at: u64, buf: &mut [u8]) -> rustix::io::Result
 
 /// What the file system says of `[at, end)`: see [`Storage::extent`].
 pub(super) fn extent(file: &OwnedFd, at: u64, end: u64) -> Run<BlockStatus> {
-    let (data, hole) = (|end: u64| Run::new(BlockStatus::Data, end - at), |end: u64| Run::new(BlockStatus::Zero, end - at));
+    let (data, hole) =
+        (|end: u64| Run::new(BlockStatus::Data, end - at), |end: u64| Run::new(BlockStatus::Zero, end - at));
     // The descriptor's own position moves, which no reader looks at.
     match fs::seek(file, SeekFrom::Data(at)) {
         Ok(next) if next > at => hole(next.min(end)),

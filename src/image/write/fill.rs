@@ -137,7 +137,14 @@ impl Qcow2Writer {
     }
 
     /// Puts the data where it belongs, then lets the tables name it.
-    fn carry_out(&self, mut plan: FillPlan, spots: &[ClusterFill], at: u64, longest: u64, fill: &dyn Fill) -> Result<u64> {
+    fn carry_out(
+        &self,
+        mut plan: FillPlan,
+        spots: &[ClusterFill],
+        at: u64,
+        longest: u64,
+        fill: &dyn Fill,
+    ) -> Result<u64> {
         let image = &self.image;
         self.check_poison()?;
         if self.raw_data
@@ -178,9 +185,8 @@ impl Qcow2Writer {
                 && last.host + last.len == host
                 && last.len < MAX_TURN
                 && match (last.from, from) {
-                    (FillSource::Backing(start), FillSource::Backing(next)) | (FillSource::File(start), FillSource::File(next)) => {
-                        start + last.len == next
-                    }
+                    (FillSource::Backing(start), FillSource::Backing(next))
+                    | (FillSource::File(start), FillSource::File(next)) => start + last.len == next,
                     (FillSource::Zero, FillSource::Zero) => true,
                     _ => false,
                 }
@@ -269,7 +275,13 @@ impl Qcow2Writer {
 
     /// Moves what of a segment from below lies in a file as it is from there; the rest is left. Returns how many
     /// bytes that were.
-    fn copy_placed(&self, segment: &FillSegment, guest: u64, fill: &dyn Fill, left: &mut Vec<FillSegment>) -> Result<u64> {
+    fn copy_placed(
+        &self,
+        segment: &FillSegment,
+        guest: u64,
+        fill: &dyn Fill,
+        left: &mut Vec<FillSegment>,
+    ) -> Result<u64> {
         let (mut done, mut copied) = (0, 0);
         while done < segment.len {
             let Run { value: place, len: run } = fill.place(guest + done, segment.len - done)?;

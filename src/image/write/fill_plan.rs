@@ -167,7 +167,13 @@ impl Tables {
         Ok(plan)
     }
 
-    fn plan_spot(&mut self, image: &ImageFile, spot: &ClusterFill, groups: &[Group], plan: &mut FillPlan) -> Result<()> {
+    fn plan_spot(
+        &mut self,
+        image: &ImageFile,
+        spot: &ClusterFill,
+        groups: &[Group],
+        plan: &mut FillPlan,
+    ) -> Result<()> {
         let mut by_host: Vec<(Option<HostOffset>, Vec<GroupShare<'_>>)> = Vec::new();
         for group in groups {
             let words = self.entry_in(image, group.table, spot.guest)?;

@@ -27,6 +27,8 @@ mod snapshot;
 mod snapshot_apply;
 mod snapshot_delete;
 mod tables;
+#[cfg(test)]
+mod testing;
 mod unfinished;
 mod zero;
 

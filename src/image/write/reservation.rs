@@ -121,3 +121,77 @@ impl Tables {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::WriterOptions;
+    use super::super::allocate::ClusterCount;
+    use super::super::qcow2::Qcow2Writer;
+    use super::super::testing::Memory;
+    use super::*;
+    use crate::error::{Error, ErrorKind};
+    use crate::image::check::check;
+    use crate::image::create::{CreateOptions, initial_image};
+
+    fn writer() -> (Arc<Memory>, Qcow2Writer) {
+        let options = CreateOptions { size: Some(1 << 20), ..CreateOptions::default() };
+        let bytes = Mutex::new(initial_image(&options).unwrap());
+        let memory = Arc::new(Memory { bytes, punches: true, ..Memory::default() });
+        let writer = Qcow2Writer::open("a.qcow2", Arc::clone(&memory) as _, None, None, WriterOptions::default());
+        (memory, writer.unwrap())
+    }
+
+    fn reserve(writer: &Qcow2Writer, count: u64) -> Reservation {
+        writer.with_tables(|tables| tables.allocate(&writer.image, ClusterCount::Exactly(count))).unwrap()
+    }
+
+    fn leaks(memory: &Memory) -> u64 {
+        let report = check(&*memory.bytes.lock(), "a.qcow2").unwrap();
+        assert_eq!((report.corruptions, report.check_errors), (0, 0));
+        report.leaks
+    }
+
+    #[test]
+    fn clusters_of_a_dropped_reservation_are_allocated_again() {
+        let (_, writer) = writer();
+        let (dropped, kept) = (reserve(&writer, 3), reserve(&writer, 1).commit());
+        let clusters = dropped.clusters();
+        drop(dropped);
+        assert_eq!(reserve(&writer, 3).commit(), clusters, "M1: only what was dropped is free");
+        assert_eq!(writer.tables.write().count(&writer.image, kept.first).unwrap(), 1);
+    }
+
+    #[test]
+    fn a_flush_counts_dropped_clusters_as_free() {
+        let (memory, writer) = writer();
+        let dropped = reserve(&writer, 2);
+        writer.flush().unwrap();
+        assert_eq!(leaks(&memory), 2, "they are counted until they are dropped");
+        drop(dropped);
+        assert!(writer.is_dirty());
+        writer.close().unwrap();
+        assert_eq!((leaks(&memory), writer.is_dirty()), (0, false));
+    }
+
+    #[test]
+    fn a_reserved_table_has_its_role_until_it_is_freed() {
+        let (_, writer) = writer();
+        let table = writer.with_tables(|tables| tables.allocate_table(&writer.image, 1)).unwrap();
+        let cluster = table.clusters().first;
+        assert!(writer.tables.read().roles.contains(cluster));
+        drop(table);
+        assert_eq!(reserve(&writer, 1).commit().first, cluster, "M3: it has no role any more");
+    }
+
+    #[test]
+    fn a_drop_on_a_poisoned_disk_changes_nothing() {
+        let (memory, writer) = writer();
+        let reservation = reserve(&writer, 1);
+        writer.flush().unwrap();
+        writer.poisoned_by(Error::new(ErrorKind::Io, "the disk is gone"));
+        let before = memory.bytes.lock().clone();
+        drop(reservation);
+        assert!(writer.flush().is_err() && writer.close().is_err());
+        assert_eq!(*memory.bytes.lock(), before, "M7: nothing is written");
+    }
+}

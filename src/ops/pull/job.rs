@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
-use crate::image::{HeaderChange, Mapping};
 use crate::image::write::{BackingDisk, Writer};
+use crate::image::{HeaderChange, Mapping};
 use crate::io::FileLock;
 use crate::store::{
     ActiveJob, CachePolicy, Catalog, FileRef, ImageIndex, Intent, JobImage, OpenView, Operation, OwnedIntent, Store,
