@@ -148,7 +148,7 @@ impl FlatMap {
             let mut still_silent: Vec<(u64, u64)> = Vec::new();
             let last = silent.last().map_or(origin, |(_, to)| *to);
             // One answer may serve many small silences: a layer is asked as far as it will tell.
-            let mut answer = Answer { from: origin, to: origin, found: None };
+            let mut answer = LayerAnswer { from: origin, to: origin, found: None };
             for (from, to) in silent {
                 let mut at = from;
                 while at < to {
@@ -204,13 +204,13 @@ impl Block {
 }
 
 /// One layer's answer for `[from, to)`: what speaks, and where its bytes begin; `None` if it is silent.
-struct Answer {
+struct LayerAnswer {
     from: u64,
     to: u64,
     found: Option<(PackedMapping, u64)>,
 }
 
-fn ask(layer: &Layer, from: u64, max: u64) -> Result<Answer> {
+fn ask(layer: &Layer, from: u64, max: u64) -> Result<LayerAnswer> {
     let (found, run) = match layer.map(GuestOffset(from), max) {
         Ok(Run { value: mapping, len }) => {
             let found = match mapping {
@@ -227,7 +227,7 @@ fn ask(layer: &Layer, from: u64, max: u64) -> Result<Answer> {
         }
         Err(error) => return Err(error),
     };
-    Ok(Answer { from, to: from + run, found })
+    Ok(LayerAnswer { from, to: from + run, found })
 }
 
 /// Whether `next`, which follows `last` without a gap, only goes on with it.

@@ -157,7 +157,7 @@ impl View {
         let start = Instant::now();
         let mut at = at;
         while at < self.size {
-            let run = self.status_run(at)?;
+            let run = self.seek_run(at)?;
             if (run.value == BlockStatus::Data) == data {
                 return Ok(Some(at));
             }
@@ -170,7 +170,7 @@ impl View {
     }
 
     /// Whether there is data at `at`, and for how long that goes on at least.
-    fn status_run(&self, at: u64) -> Result<Run<BlockStatus>> {
+    fn seek_run(&self, at: u64) -> Result<Run<BlockStatus>> {
         // Long silences are answered by the tables; what is dense, by the flattened map.
         let whole = self.resolve(at, u64::MAX)?;
         let extent = match (&self.flat, whole.mapping) {
@@ -183,7 +183,7 @@ impl View {
         self.status(extent)
     }
 
-    /// As [`View::status_run`], only by the flattened map: one look, whatever the depth.
+    /// As [`View::seek_run`], only by the flattened map: one look, whatever the depth.
     pub(super) fn frozen_run(&self, at: u64) -> Result<Run<BlockStatus>> {
         assert!(!self.live && at < self.size);
         let Some(flat) = &self.flat else { unreachable!("a frozen view has a map") };

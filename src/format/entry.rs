@@ -124,6 +124,15 @@ impl L2Entry {
     }
 }
 
+/// What offset 0 means in an entry whose COPIED flag is set, where data lies in an external file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ZeroOffset {
+    /// No place.
+    IsNone,
+    /// The first cluster of the file.
+    MayBePlace,
+}
+
 /// What decides how the entries of one image are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EntryFormat {
@@ -195,7 +204,8 @@ impl EntryFormat {
         if zero && self.version == Version::V2 {
             return Err(Malformed::ZeroInVersion2(entry));
         }
-        let mapping = match (self.data_place(entry, guest, !zero)?, zero) {
+        let zero_offset = if zero { ZeroOffset::IsNone } else { ZeroOffset::MayBePlace };
+        let mapping = match (self.data_place(entry, guest, zero_offset)?, zero) {
             (preallocated, true) => Mapping::Zero(preallocated),
             (Some(at), false) => Mapping::Data(at),
             (None, false) => Mapping::Hole,
@@ -242,10 +252,10 @@ impl EntryFormat {
         self,
         entry: u64,
         guest: GuestOffset,
-        zero_is_a_place: bool,
+        zero: ZeroOffset,
     ) -> Result<Option<HostOffset>, Malformed> {
         let place = match self.place("data cluster", entry)? {
-            None if self.data_file && zero_is_a_place && entry & COPIED != 0 => Some(HostOffset(0)),
+            None if self.data_file && zero == ZeroOffset::MayBePlace && entry & COPIED != 0 => Some(HostOffset(0)),
             place => place,
         };
         match place {

@@ -25,7 +25,7 @@ pub type BackingBytes<'a> = (&'a [u8], &'a [u8]);
 
 /// What is to be changed; `None` stays as it is.
 #[derive(Clone, Debug, Default)]
-pub struct Edit<'a> {
+pub struct HeaderEdit<'a> {
     /// Another backing file, or no more.
     pub backing: Option<Option<BackingBytes<'a>>>,
     /// The payload of another freeze mark, or no more.
@@ -34,21 +34,21 @@ pub struct Edit<'a> {
 
 /// Writes of which none may be left out before the next step begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
+pub struct HeaderStep {
     /// Offset in the file, and bytes.
     pub writes: Vec<(u64, Vec<u8>)>,
 }
 
 /// The steps of an edit; `None` if the layout does not allow it. `bytes` is the whole first cluster,
 /// whose header parses.
-pub fn plan(bytes: &[u8], edit: &Edit<'_>) -> Option<Vec<Step>> {
+pub fn plan(bytes: &[u8], edit: &HeaderEdit<'_>) -> Option<Vec<HeaderStep>> {
     let wish = |names| Wish { edit, names };
     if let Some(steps) = route(bytes, &wish(Names::Stay)) {
         return Some(steps);
     }
     let layout = Layout::of(bytes);
     let names = layout.find(|extension| extension.magic == FEATURE_NAMES)?.data(bytes);
-    let nothing = Edit::default();
+    let nothing = HeaderEdit::default();
     let mut steps = route(bytes, &Wish { edit: &nothing, names: Names::Go })?;
     let mut now = after(bytes, &steps);
     for wish in [wish(Names::Stay), Wish { edit: &nothing, names: Names::Come(names) }] {
@@ -68,7 +68,7 @@ pub fn plan(bytes: &[u8], edit: &Edit<'_>) -> Option<Vec<Step>> {
 /// An edit, and what becomes of the names of features meanwhile.
 #[derive(Clone, Copy)]
 struct Wish<'a> {
-    edit: &'a Edit<'a>,
+    edit: &'a HeaderEdit<'a>,
     names: Names<'a>,
 }
 
@@ -80,7 +80,7 @@ enum Names<'a> {
 }
 
 /// The steps to a header, at once or by one that says the same as the old one.
-fn route(bytes: &[u8], wish: &Wish<'_>) -> Option<Vec<Step>> {
+fn route(bytes: &[u8], wish: &Wish<'_>) -> Option<Vec<HeaderStep>> {
     let old = Layout::of(bytes);
     if let Some(steps) = direct(bytes, &old, wish) {
         return Some(steps);
@@ -97,7 +97,7 @@ fn route(bytes: &[u8], wish: &Wish<'_>) -> Option<Vec<Step>> {
 }
 
 /// The cluster after some steps.
-fn after(bytes: &[u8], steps: &[Step]) -> Vec<u8> {
+fn after(bytes: &[u8], steps: &[HeaderStep]) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     for (at, written) in steps.iter().flat_map(|step| &step.writes) {
         bytes[*at as usize..*at as usize + written.len()].copy_from_slice(written);
@@ -183,13 +183,13 @@ impl Layout {
 }
 
 /// The steps from one header to the other, if one write within a sector can decide between them.
-fn switch(old: &[u8], new: &[u8]) -> Option<Vec<Step>> {
+fn switch(old: &[u8], new: &[u8]) -> Option<Vec<HeaderStep>> {
     let sector = SECTOR_SIZE as usize;
     let changed: Vec<usize> = (0..old.len()).filter(|at| old[*at] != new[*at]).collect();
     let (Some(first), Some(last)) = (changed.first(), changed.last()) else { return Some(Vec::new()) };
     let write = |first: usize, last: usize| (first as u64, new[first..=last].to_vec());
     if first / sector == last / sector {
-        return Some(vec![Step { writes: vec![write(*first, *last)] }]);
+        return Some(vec![HeaderStep { writes: vec![write(*first, *last)] }]);
     }
     let meaning = Layout::of(old).meaning(old);
     let decisive: Vec<usize> = changed.iter().copied().filter(|at| meaning[*at]).collect();
@@ -200,18 +200,18 @@ fn switch(old: &[u8], new: &[u8]) -> Option<Vec<Step>> {
             _ => writes.push(write(at, at)),
         }
     }
-    let mut steps = vec![Step { writes }];
+    let mut steps = vec![HeaderStep { writes }];
     if let (Some(first), Some(last)) = (decisive.first(), decisive.last()) {
         if first / sector != last / sector {
             return None;
         }
-        steps.push(Step { writes: vec![write(*first, *last)] });
+        steps.push(HeaderStep { writes: vec![write(*first, *last)] });
     }
     Some(steps)
 }
 
 /// The steps to the first of the wanted headers that can be reached at once.
-fn direct(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Option<Vec<Step>> {
+fn direct(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Option<Vec<HeaderStep>> {
     drafts(bytes, old, wish).iter().find_map(|draft| {
         draft
             .places(bytes, old, wish)
@@ -241,9 +241,9 @@ fn compact(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Option<Draft> {
     }
     for extension in &old.extensions {
         let data = match (extension.magic, edit) {
-            (BACKING_FORMAT, Edit { backing: Some(_), .. }) => format.take(),
+            (BACKING_FORMAT, HeaderEdit { backing: Some(_), .. }) => format.take(),
             (FROZEN_MAGIC, _) if !extension.is_mark(bytes) => None,
-            (FROZEN_MAGIC, Edit { frozen: Some(_), .. }) => frozen.take(),
+            (FROZEN_MAGIC, HeaderEdit { frozen: Some(_), .. }) => frozen.take(),
             (FEATURE_NAMES, _) if matches!(wish.names, Names::Go) => None,
             _ => Some(extension.data(bytes)),
         };
@@ -379,7 +379,7 @@ fn detours(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Vec<Vec<u8>> {
     }
     // Without a backing file, its format says nothing.
     if old.name.is_empty() {
-        let edit = Edit { backing: wish.edit.backing, frozen: None };
+        let edit = HeaderEdit { backing: wish.edit.backing, frozen: None };
         let draft = in_place(bytes, old, &Wish { edit: &edit, ..*wish });
         found.extend(draft.and_then(|draft| named(&draft.bytes, &[], 0)));
     }

@@ -1,6 +1,6 @@
 //! Extended L2 entries: one cluster in 32 subclusters, each with an answer of its own.
 
-use super::entry::{Allocation, Compressed, EntryFormat, Mapping};
+use super::entry::{Allocation, Compressed, EntryFormat, Mapping, ZeroOffset};
 use super::malformed::Malformed;
 use crate::units::{GuestOffset, HostOffset};
 
@@ -37,7 +37,7 @@ impl EntryFormat {
         if allocated & zero != 0 {
             return Err(Malformed::SubclusterTwice(allocated & zero));
         }
-        let allocation = match self.data_place(entry, guest, true)? {
+        let allocation = match self.data_place(entry, guest, ZeroOffset::MayBePlace)? {
             Some(at) => Allocation::Cluster(at),
             None if allocated != 0 => return Err(Malformed::SubclusterWithoutCluster(allocated)),
             None => Allocation::None,

@@ -7,7 +7,7 @@
 use std::ops::Deref;
 use std::sync::Arc;
 
-use crate::format::{EntryFormat, L2Entry, Malformed, Mapping, RawL2Entry, Table};
+use crate::format::{EntryFormat, L1Table, L2Entry, Malformed, Mapping, RawL2Entry};
 use crate::units::{HostOffset, Run};
 
 /// Bytes of a slice, the unit in which tables are read and kept. A shorter table is one slice.
@@ -29,7 +29,7 @@ pub(super) trait TableSource {
     fn format(&self) -> EntryFormat;
 
     /// The L1 table of the disk.
-    fn l1(&self) -> Table;
+    fn l1(&self) -> L1Table;
 
     /// The slice that holds word `index` of the L1 table, and the place of that word in it.
     fn l1_slice(&self, index: u64) -> Result<(Self::Words, usize), Self::Miss>;

@@ -8,17 +8,17 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::subcluster::SUBCLUSTERS;
-use crate::format::{EntryFormat, Header, L2Entry, Malformed, Mapping, Snapshot, Table};
+use crate::format::{EntryFormat, Header, L1Table, L2Entry, Malformed, Mapping, Snapshot};
 use crate::units::{GuestOffset, HostOffset, Run};
 
 use super::cursor::{self, TableSource};
-use super::{Body, Image};
+use super::{Image, ImageBody};
 
 /// One state of one image.
 #[derive(Clone, Debug)]
 pub struct Layer {
     image: Arc<Image>,
-    l1: Table,
+    l1: L1Table,
     /// Added to every offset: where VM state begins, else 0.
     shift: u64,
     size: u64,
@@ -27,7 +27,7 @@ pub struct Layer {
 impl Layer {
     /// What the image holds now.
     pub fn active(image: &Arc<Image>) -> Result<Self> {
-        let l1 = image.header().map_or(Table { offset: HostOffset(0), entries: 0 }, |header| header.l1);
+        let l1 = image.header().map_or(L1Table { offset: HostOffset(0), entries: 0 }, |header| header.l1);
         Ok(Self { l1, shift: 0, size: image.virtual_size()?, image: Arc::clone(image) })
     }
 
@@ -77,12 +77,12 @@ impl Layer {
         }
         let max = max.min(self.size - at.0);
         match &self.image.body {
-            Body::Raw => Ok(Run::new(Mapping::Data(HostOffset(at.0)), max)),
-            Body::Lost(sentence) => {
+            ImageBody::Raw => Ok(Run::new(Mapping::Data(HostOffset(at.0)), max)),
+            ImageBody::Lost(sentence) => {
                 let fact = "this part of the disk is in none of the layers that are left";
                 Err(Error::new(ErrorKind::Corrupt, format!("{sentence}; {fact}")))
             }
-            Body::Qcow2(header) => self.map_qcow2(header, at.0.saturating_add(self.shift), max),
+            ImageBody::Qcow2(header) => self.map_qcow2(header, at.0.saturating_add(self.shift), max),
         }
     }
 
@@ -136,7 +136,7 @@ impl TableSource for LayerTables<'_> {
         self.format
     }
 
-    fn l1(&self) -> Table {
+    fn l1(&self) -> L1Table {
         self.layer.l1
     }
 

@@ -57,7 +57,7 @@ impl Caches {
 
 /// What kind of image it is.
 #[derive(Debug)]
-enum Body {
+enum ImageBody {
     Raw,
     Qcow2(Arc<Header>),
     /// It is not there, for this reason: all that is asked of it is an error.
@@ -75,7 +75,7 @@ pub struct Image {
     /// Bytes of the file that holds guest data, as of opening; `None` if a guest may make it grow. A job
     /// of ours that fills the image may, too: there is never less.
     data_len: Option<u64>,
-    body: Body,
+    body: ImageBody,
     caches: Arc<Caches>,
 }
 
@@ -100,7 +100,7 @@ impl Image {
             file,
             data_file: None,
             data_len,
-            body: Body::Raw,
+            body: ImageBody::Raw,
             caches: Arc::clone(caches),
         }))
     }
@@ -113,14 +113,14 @@ impl Image {
             file: Arc::new(Vec::new()),
             data_file: None,
             data_len: Some(0),
-            body: Body::Lost(sentence.to_owned()),
+            body: ImageBody::Lost(sentence.to_owned()),
             caches: Arc::clone(caches),
         })
     }
 
     /// Whether it only stands for one that is lost.
     pub fn is_lost(&self) -> bool {
-        matches!(self.body, Body::Lost(_))
+        matches!(self.body, ImageBody::Lost(_))
     }
 
     /// A qcow2 image whose header has been parsed. `Unsupported` if its content cannot be read,
@@ -146,7 +146,7 @@ impl Image {
             file,
             data_file,
             data_len,
-            body: Body::Qcow2(header),
+            body: ImageBody::Qcow2(header),
             caches: Arc::clone(caches),
         }))
     }
@@ -164,18 +164,18 @@ impl Image {
     /// Its header; `None` for a raw image.
     pub fn header(&self) -> Option<&Arc<Header>> {
         match &self.body {
-            Body::Raw | Body::Lost(_) => None,
-            Body::Qcow2(header) => Some(header),
+            ImageBody::Raw | ImageBody::Lost(_) => None,
+            ImageBody::Qcow2(header) => Some(header),
         }
     }
 
     /// Bytes of the guest's disk.
     pub fn virtual_size(&self) -> Result<u64> {
         match &self.body {
-            Body::Raw => Ok(round_up_to_sector(self.data_end()?)),
-            Body::Qcow2(header) => Ok(header.virtual_size),
+            ImageBody::Raw => Ok(round_up_to_sector(self.data_end()?)),
+            ImageBody::Qcow2(header) => Ok(header.virtual_size),
             // Longer than any disk above it: beyond its end it would be known to be zero.
-            Body::Lost(_) => Ok(u64::MAX),
+            ImageBody::Lost(_) => Ok(u64::MAX),
         }
     }
 
@@ -186,7 +186,7 @@ impl Image {
 
     /// Whether guest data lies at the same offset in the data file, so that the file may stand for the disk.
     pub fn is_raw(&self) -> bool {
-        matches!(self.body, Body::Raw)
+        matches!(self.body, ImageBody::Raw)
     }
 
     fn data_end(&self) -> Result<u64> {
@@ -217,7 +217,7 @@ impl Image {
 
     /// The bytes of a compressed cluster.
     pub fn read_compressed(&self, stream: Compressed) -> Result<Arc<[u8]>> {
-        let Body::Qcow2(header) = &self.body else { unreachable!("a raw image has no compressed clusters") };
+        let ImageBody::Qcow2(header) = &self.body else { unreachable!("a raw image has no compressed clusters") };
         let key = (self.serial, stream.at.0);
         // A damaged entry may name the stream of another and too little of it: that fails each time.
         if let Some((enough, cluster)) = self.caches.clusters.get(&key)

@@ -1,8 +1,8 @@
 //! References of the L1 and L2 tables, and the COPIED flags of the active ones.
 
-use super::ranges::{Range, Weight};
+use super::ranges::{Weight, WeightedRange};
 use super::refcounts::Refcounts;
-use super::report::{CheckReport, Kind};
+use super::report::{CheckReport, FindingKind};
 use super::{Audited, Pass, beyond_end};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::entry::{Allocation, COPIED, EntryFormat, Mapping, ZERO};
@@ -32,7 +32,7 @@ impl L2List {
     /// Reads the L1 tables.
     pub(super) fn read(
         audited: &Audited<'_>,
-        l1_tables: &[Range],
+        l1_tables: &[WeightedRange],
         refcounts: &Refcounts,
         report: &mut CheckReport,
     ) -> Result<Self> {
@@ -77,11 +77,13 @@ impl L2List {
         }
         let header = &audited.header;
         if let Err(reason) = header.entry_format().l1(entry) {
-            report.corruptions(Kind::Doubt, weight.total, || format!("L1 entry at {position:#x}: {}", reason.fact()));
+            report.corruptions(FindingKind::Doubt, weight.total, || {
+                format!("L1 entry at {position:#x}: {}", reason.fact())
+            });
             let offset = EntryFormat::raw_offset(entry);
             if matches!(reason, Malformed::Reserved { .. }) && !header.cluster.aligned(offset) {
                 let unaligned = Malformed::Unaligned { what: "L2 table", offset, unit: header.cluster.size() };
-                report.corruptions(Kind::Doubt, weight.total, || {
+                report.corruptions(FindingKind::Doubt, weight.total, || {
                     format!("L1 entry at {position:#x}: {}", unaligned.fact())
                 });
             }
@@ -90,14 +92,14 @@ impl L2List {
         if weight.active > 0 && at != 0 {
             let stored = refcounts.stored(audited, header.cluster.index(at))?;
             if stored.is_some_and(|count| (count == 1) != EntryFormat::copied(entry)) {
-                report.corruptions(Kind::Flag, weight.active, || {
+                report.corruptions(FindingKind::Flag, weight.active, || {
                     let count = stored.unwrap_or(0);
                     format!("OFLAG_COPIED L2 cluster: l1_entry={entry:x} refcount={count}")
                 });
             }
         }
         if audited.is_beyond_end(at, header.cluster.size()) {
-            report.corruptions(Kind::Dangling, weight.total, || beyond_end(at, header.cluster.size()));
+            report.corruptions(FindingKind::Dangling, weight.total, || beyond_end(at, header.cluster.size()));
             return Ok(());
         }
         let index = position.saturating_sub(header.l1.offset.0) / 8;
@@ -198,15 +200,15 @@ impl EntryWalk<'_> {
         if pass.first {
             for problem in problems {
                 let kind = match problem {
-                    Malformed::Unaligned { .. } if self.keeps_nothing(entry, bitmap) => Kind::KeptPlace,
-                    _ => Kind::Doubt,
+                    Malformed::Unaligned { .. } if self.keeps_nothing(entry, bitmap) => FindingKind::KeptPlace,
+                    _ => FindingKind::Doubt,
                 };
                 pass.report.corruptions(kind, weight.total, || {
                     format!("L2 table {}, entry {index}: {}", self.table.at, problem.fact())
                 });
             }
             if EntryFormat::is_compressed(entry) && EntryFormat::copied(entry) {
-                pass.report.corruptions(Kind::CompressedFlag, weight.total, || {
+                pass.report.corruptions(FindingKind::CompressedFlag, weight.total, || {
                     let coffset = self.format.raw_compressed(entry).at;
                     format!("coffset={coffset}: copied flag must never be set for compressed clusters")
                 });
@@ -316,7 +318,7 @@ impl EntryWalk<'_> {
             pass.window.stored_is_one(cluster)
         };
         if is_one.is_some_and(|is_one| is_one != EntryFormat::copied(entry)) {
-            pass.report.corruptions(Kind::Flag, self.table.weight.active, || {
+            pass.report.corruptions(FindingKind::Flag, self.table.weight.active, || {
                 let fact = if is_one == Some(true) { "refcount=1" } else { "refcount is not 1" };
                 format!("OFLAG_COPIED data cluster: l2_entry={entry:x} {fact}")
             });

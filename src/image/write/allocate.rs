@@ -11,7 +11,7 @@ use crate::format::refcount::{block_entries, max_refcount, refcount, set_refcoun
 use crate::units::HostOffset;
 
 use super::reservation::{ClusterRange, ClusterUse, Reservation};
-use super::slices::Class;
+use super::slices::TableClass;
 use super::tables::{ImageFile, Tables};
 
 /// Why something that allocates has not been done.
@@ -130,7 +130,7 @@ impl Tables {
                 continue;
             };
             let (place, index) = Self::count_place(image, block, at);
-            let (words, word) = self.slice(image, place, Class::RefcountBlock)?;
+            let (words, word) = self.slice(image, place, TableClass::RefcountBlock)?;
             let per_word = 64usize >> image.order;
             let mut index = index;
             for word in &words[word..] {
@@ -174,11 +174,11 @@ impl Tables {
         let at = HostOffset(place * image.cluster().size());
         let entry_at = self.refcount_table.offset.0 + index * 8;
         // What may fail comes first: a block is there as a whole or not at all.
-        self.word(image, entry_at, Class::RefcountTable)?;
+        self.word(image, entry_at, TableClass::RefcountTable)?;
         self.write_zeroed(image, at)?;
-        self.set_word(image, entry_at, Class::RefcountTable, at.0)?;
+        self.set_word(image, entry_at, TableClass::RefcountTable, at.0)?;
         let zeroes = vec![0; image.slice_len() as usize / 8];
-        self.slices.insert(at.0, Class::RefcountBlock, zeroes.into());
+        self.slices.insert(at.0, TableClass::RefcountBlock, zeroes.into());
         self.roles.add(place, 1);
         self.fresh = self.fresh.max(place + 1);
         self.set_count(image, place, 1)?;
@@ -197,15 +197,15 @@ impl Tables {
         assert!(count <= max_refcount(image.order), "a writer counts no higher than it found");
         let block = self.refcount_block(image, cluster)?.expect("a cluster that was found by its block");
         let (at, index) = Self::count_place(image, block, cluster);
-        let mut bytes = self.word(image, at, Class::RefcountBlock)?.to_be_bytes();
+        let mut bytes = self.word(image, at, TableClass::RefcountBlock)?.to_be_bytes();
         set_refcount(&mut bytes, index, image.order, count);
-        self.set_word(image, at, Class::RefcountBlock, u64::from_be_bytes(bytes))
+        self.set_word(image, at, TableClass::RefcountBlock, u64::from_be_bytes(bytes))
     }
 
     /// Makes sure that the L2 table of a position exists and is nobody else's.
     pub(super) fn own_l2_table(&mut self, image: &ImageFile, at: u64) -> Attempt<HostOffset> {
         let place = self.l1_place(image, at);
-        let word = self.word(image, place, Class::L1)?;
+        let word = self.word(image, place, TableClass::L1)?;
         let entry = image.format.l1(word).map_err(|reason| image.corrupt(reason.fact()))?;
         if let Some(table) = entry.l2
             && entry.copied
@@ -215,7 +215,7 @@ impl Tables {
         let reservation = self.allocate(image, ClusterCount::Exactly(1))?;
         let table = reservation.clusters().start(image);
         self.fill_l2_table(image, table, entry.l2)?;
-        self.set_word(image, place, Class::L1, EntryFormat::owned(table))?;
+        self.set_word(image, place, TableClass::L1, EntryFormat::owned(table))?;
         self.roles.add(reservation.commit().first, 1);
         if let Some(old) = entry.l2 {
             let first = image.cluster().index(old.0);
@@ -267,7 +267,7 @@ impl Tables {
             if at > table.0 && at >= self.file_len {
                 break;
             }
-            let (words, _) = self.slice(image, at, Class::L2)?;
+            let (words, _) = self.slice(image, at, TableClass::L2)?;
             bytes.extend(words.iter().flat_map(|word| word.to_be_bytes()));
         }
         bytes.resize(image.cluster().size() as usize, 0);

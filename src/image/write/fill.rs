@@ -18,7 +18,7 @@ use crate::units::{BlockStatus, HostOffset, Run};
 
 use super::fill_plan::{ClusterFill, FillPlan, runs_of, unit_len};
 use super::qcow2::{MAX_TURN, Qcow2Writer};
-use super::{Body, Writer, Zeroing, zero_bytes};
+use super::{Writer, WriterBody, Zeroing, zero_bytes};
 
 /// What is to be had in an image's own tables. Said by whoever knows what will lie below it.
 pub trait Fill: Send + Sync {
@@ -48,8 +48,8 @@ impl Writer {
     pub fn fill(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<u64> {
         match &self.body {
             // A raw image is never silent.
-            Body::Raw(_) => Ok(0),
-            Body::Qcow2(qcow2) => qcow2.fill_from_below(at, len, fill),
+            WriterBody::Raw(_) => Ok(0),
+            WriterBody::Qcow2(qcow2) => qcow2.fill_from_below(at, len, fill),
         }
     }
 }
@@ -97,7 +97,7 @@ impl Qcow2Writer {
     fn fill_held(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<u64> {
         let longest = self.tables.read().longest(self.size());
         let mut spots = self.tables.write().silent_spots(&self.image, at, len, self.size())?;
-        let mut answers = Answers { fill, end: longest, from: 0, to: 0, wanted: None };
+        let mut answers = WantedAnswers { fill, end: longest, from: 0, to: 0, wanted: None };
         for spot in &mut spots {
             self.ask(spot, &mut answers)?;
         }
@@ -118,7 +118,7 @@ impl Qcow2Writer {
         self.carry_out(plan, &spots, at, longest, fill)
     }
 
-    fn ask(&self, spot: &mut ClusterFill, answers: &mut Answers<'_>) -> Result<()> {
+    fn ask(&self, spot: &mut ClusterFill, answers: &mut WantedAnswers<'_>) -> Result<()> {
         let unit = unit_len(&self.image);
         for index in (0..SUBCLUSTERS).filter(|index| spot.silent >> index & 1 == 1) {
             let start = spot.guest + u64::from(index) * unit;
@@ -299,7 +299,7 @@ impl Qcow2Writer {
 }
 
 /// What was answered last, which may hold for more.
-struct Answers<'a> {
+struct WantedAnswers<'a> {
     fill: &'a dyn Fill,
     /// Nothing is asked from here on.
     end: u64,
@@ -308,7 +308,7 @@ struct Answers<'a> {
     wanted: Option<BlockStatus>,
 }
 
-impl Answers<'_> {
+impl WantedAnswers<'_> {
     /// What `[start, start + len)` needs as a whole: data, unless one answer holds for all of it.
     fn of(&mut self, start: u64, len: u64) -> Result<Option<BlockStatus>> {
         let (mut at, end) = (start, (start + len).min(self.end));

@@ -16,7 +16,7 @@ use crate::units::{GuestOffset, HostOffset};
 use super::allocate::{Attempt, ClusterCount};
 use super::qcow2::subclusters;
 use super::reservation::Reservation;
-use super::roots::Group;
+use super::roots::TableGroup;
 use super::tables::{ImageFile, Tables};
 
 /// A cluster of the disk at which somebody is silent. Masks have a bit for each subcluster; where there are
@@ -45,7 +45,7 @@ pub(super) struct SharedCluster {
 
 /// What a group has at a spot.
 struct GroupShare<'a> {
-    group: &'a Group,
+    group: &'a TableGroup,
     /// Where it is silent and gets data.
     data: u32,
     /// Where it has data.
@@ -171,7 +171,7 @@ impl Tables {
         &mut self,
         image: &ImageFile,
         spot: &ClusterFill,
-        groups: &[Group],
+        groups: &[TableGroup],
         plan: &mut FillPlan,
     ) -> Result<()> {
         let mut by_host: Vec<(Option<HostOffset>, Vec<GroupShare<'_>>)> = Vec::new();

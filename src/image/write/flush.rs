@@ -14,7 +14,7 @@ use crate::units::HostOffset;
 
 use super::qcow2::Qcow2Writer;
 use super::reservation::ClusterRange;
-use super::slices::{Batch, CLASSES, Class};
+use super::slices::{Batch, CLASSES, TableClass};
 use super::tables::ImageFile;
 
 /// Bytes of adjacent slices that are written with one call, at most.
@@ -93,7 +93,7 @@ impl Qcow2Writer {
         let is_data_dirty = self.data_dirty.swap(false, Ordering::AcqRel) || is_first_flush;
         for (class, batch) in CLASSES.iter().zip(&batches) {
             write_batch(&self.image, batch)?;
-            let is_first = *class == Class::RefcountBlock;
+            let is_first = *class == TableClass::RefcountBlock;
             if is_first
                 && is_data_dirty
                 && let Some(data_file) = &self.image.data_file
@@ -136,8 +136,8 @@ impl Qcow2Writer {
         let growth = tables.plan_refcount_table(&self.image).map_err(|error| self.damaged(error))?;
         // Until the header names the new table nothing has changed: failing here is only failing.
         growth.write(&self.image)?;
-        let blocks = tables.slices.take_dirty(Class::RefcountBlock);
-        let table = tables.slices.take_dirty(Class::RefcountTable);
+        let blocks = tables.slices.take_dirty(TableClass::RefcountBlock);
+        let table = tables.slices.take_dirty(TableClass::RefcountTable);
         let switched = (|| {
             write_batch(&self.image, &blocks)?;
             self.image.file.sync()?;

@@ -9,14 +9,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::entry::HOST_OFFSET_END;
 use crate::format::header::{MAX_L1_LEN, MAX_REFCOUNT_TABLE_LEN, REFCOUNT_TABLE_AT, RefcountTable, SNAPSHOTS_AT};
 use crate::format::refcount::{block_entries, set_refcount};
-use crate::format::{Table, Version};
+use crate::format::{L1Table, Version};
 use crate::units::{HostOffset, SECTOR_SIZE};
 
 use super::Zeroing;
 use super::allocate::ClusterCount;
 use super::qcow2::Qcow2Writer;
 use super::reservation::{ClusterRange, Reservation};
-use super::slices::Class;
+use super::slices::TableClass;
 use super::tables::{ImageFile, Tables};
 
 // Places of header fields, from the specification; each written at once lies in the first sector.
@@ -76,7 +76,7 @@ impl Tables {
         if (first..first + blocks + clusters).any(|cluster| self.roles.contains(cluster)) {
             return Err(image.corrupt(format_args!("tables lie past {:#x}, where no cluster is counted", first * size)));
         }
-        let mut table = self.table_bytes(image, self.refcount_table.offset, entries, Class::RefcountTable)?;
+        let mut table = self.table_bytes(image, self.refcount_table.offset, entries, TableClass::RefcountTable)?;
         (0..blocks).for_each(|index| table.extend(((first + index) * size).to_be_bytes()));
         table.resize((clusters * size) as usize, 0);
         let mut contents = vec![vec![0; size as usize]; blocks as usize];
@@ -92,7 +92,7 @@ impl Tables {
     /// Writes the L1 table, as it stands in memory, to reserved clusters; zeroes behind it.
     pub(super) fn copy_l1(&mut self, image: &ImageFile, place: &Reservation) -> Result<()> {
         let (clusters, old) = (place.clusters(), self.l1);
-        let mut table = self.table_bytes(image, old.offset, old.entries.into(), Class::L1)?;
+        let mut table = self.table_bytes(image, old.offset, old.entries.into(), TableClass::L1)?;
         table.resize(clusters.len(image) as usize, 0);
         image.file.write_at(clusters.start(image).0, &table)
     }
@@ -173,7 +173,7 @@ impl Qcow2Writer {
 
     /// Lets the header name another size and L1 table, durable by now, with one write; and with `snapshots` (how
     /// many, and where) another snapshot table. For whoever has the turn.
-    pub(super) fn name_l1(&self, size: u64, l1: Table, snapshots: Option<(u32, HostOffset)>) -> Result<()> {
+    pub(super) fn name_l1(&self, size: u64, l1: L1Table, snapshots: Option<(u32, HostOffset)>) -> Result<()> {
         let mut fields = size.to_be_bytes().to_vec();
         fields.extend(0u32.to_be_bytes()); // the method of encryption, between them: none
         fields.extend(l1.entries.to_be_bytes());
@@ -236,7 +236,7 @@ impl Qcow2Writer {
             image.file.sync()
         })();
         switched.map_err(|error| self.poisoned_by(error))?;
-        tables.l1 = Table { offset, entries };
+        tables.l1 = L1Table { offset, entries };
         let (first, count) = (image.cluster().index(old.offset.0), old.len_bytes().div_ceil(size));
         tables.slices.forget(old.offset.0, old.offset.0 + count * size, image.slice_len());
         tables.roles.remove(first, count);

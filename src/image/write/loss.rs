@@ -16,17 +16,17 @@ use crate::format::compressed::decompress;
 use crate::format::entry::ZERO;
 use crate::format::refcount::block_entries;
 use crate::format::subcluster::SUBCLUSTERS;
-use crate::format::{EntryFormat, Header, RawL2Entry, Snapshot, Table};
+use crate::format::{EntryFormat, Header, L1Table, RawL2Entry, Snapshot};
 use crate::image::{read_bitmaps, read_snapshots};
 use crate::units::HostOffset;
 
-use super::slices::Class;
+use super::slices::TableClass;
 use super::tables::{ImageFile, Tables};
 
 /// A state of the disk that tables of the file show.
 struct LossRoot {
     name: String,
-    l1: Table,
+    l1: L1Table,
     /// Bytes of its disk.
     size: u64,
     /// Where VM state ends that lies behind the disk.
@@ -90,7 +90,7 @@ impl Tables {
             }
             while at < end {
                 let (place, _) = Self::count_place(image, block, at);
-                let (words, word) = self.slice(image, place, Class::RefcountBlock)?;
+                let (words, word) = self.slice(image, place, TableClass::RefcountBlock)?;
                 if words[word..].iter().any(|word| *word != 0) {
                     return Ok(true);
                 }

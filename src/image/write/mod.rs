@@ -117,10 +117,10 @@ const SEEK_LIMIT: Duration = Duration::from_millis(200);
 
 /// A disk that can be written.
 pub struct Writer {
-    body: Body,
+    body: WriterBody,
 }
 
-enum Body {
+enum WriterBody {
     Raw(RawWriter),
     Qcow2(Box<Qcow2Writer>),
 }
@@ -134,7 +134,7 @@ impl std::fmt::Debug for Writer {
 impl Writer {
     /// The disk of a raw file.
     pub fn raw(name: &str, file: Arc<dyn WriteStorage>) -> Result<Arc<Self>> {
-        Ok(Arc::new(Self { body: Body::Raw(RawWriter::new(name, file)?) }))
+        Ok(Arc::new(Self { body: WriterBody::Raw(RawWriter::new(name, file)?) }))
     }
 
     /// The active disk of a qcow2 image. Nothing is written before the first change.
@@ -150,7 +150,7 @@ impl Writer {
         options: WriterOptions,
     ) -> Result<Arc<Self>> {
         let writer = Qcow2Writer::open(name, file, data_file, backing, options)?;
-        Ok(Arc::new(Self { body: Body::Qcow2(Box::new(writer)) }))
+        Ok(Arc::new(Self { body: WriterBody::Qcow2(Box::new(writer)) }))
     }
 
     /// As [`Writer::qcow2`], but what is written can be undone: until [`Writer::publish`], nothing changes on disk
@@ -163,7 +163,7 @@ impl Writer {
         options: WriterOptions,
     ) -> Result<Arc<Self>> {
         let writer = Qcow2Writer::open_undoable(name, file, backing, options)?;
-        Ok(Arc::new(Self { body: Body::Qcow2(Box::new(writer)) }))
+        Ok(Arc::new(Self { body: WriterBody::Qcow2(Box::new(writer)) }))
     }
 
     /// Makes what was written the image's content, with one write to its header, after everything else is
@@ -187,8 +187,8 @@ impl Writer {
 
     fn undoable(&self) -> &Qcow2Writer {
         match &self.body {
-            Body::Raw(_) => panic!("what is written to a raw image cannot be undone"),
-            Body::Qcow2(qcow2) => qcow2,
+            WriterBody::Raw(_) => panic!("what is written to a raw image cannot be undone"),
+            WriterBody::Qcow2(qcow2) => qcow2,
         }
     }
 
@@ -197,16 +197,16 @@ impl Writer {
     /// happens where the file system cannot do that, nor to a raw image, which uses none there.
     pub fn reserve(&self, bytes: u64) -> Result<()> {
         match &self.body {
-            Body::Raw(_) => Ok(()),
-            Body::Qcow2(qcow2) => qcow2.reserve(bytes),
+            WriterBody::Raw(_) => Ok(()),
+            WriterBody::Qcow2(qcow2) => qcow2.reserve(bytes),
         }
     }
 
     /// Bytes of the disk.
     pub fn size(&self) -> u64 {
         match &self.body {
-            Body::Raw(raw) => raw.size(),
-            Body::Qcow2(qcow2) => qcow2.size(),
+            WriterBody::Raw(raw) => raw.size(),
+            WriterBody::Qcow2(qcow2) => qcow2.size(),
         }
     }
 
@@ -219,8 +219,8 @@ impl Writer {
     pub fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         self.assert_inside(at, buf.len() as u64);
         match &self.body {
-            Body::Raw(raw) => raw.read_at(at, buf),
-            Body::Qcow2(qcow2) => qcow2.read_at(at, buf),
+            WriterBody::Raw(raw) => raw.read_at(at, buf),
+            WriterBody::Qcow2(qcow2) => qcow2.read_at(at, buf),
         }
     }
 
@@ -229,8 +229,8 @@ impl Writer {
     pub fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
         self.assert_inside(at, bytes.len() as u64);
         match &self.body {
-            Body::Raw(raw) => raw.write_at(at, bytes),
-            Body::Qcow2(qcow2) => qcow2.write_at(at, bytes),
+            WriterBody::Raw(raw) => raw.write_at(at, bytes),
+            WriterBody::Qcow2(qcow2) => qcow2.write_at(at, bytes),
         }
     }
 
@@ -242,8 +242,8 @@ impl Writer {
             return Ok(());
         }
         match &self.body {
-            Body::Raw(raw) => raw.copy_from(at, len, source, from),
-            Body::Qcow2(qcow2) => qcow2.copy_from(at, len, source, from),
+            WriterBody::Raw(raw) => raw.copy_from(at, len, source, from),
+            WriterBody::Qcow2(qcow2) => qcow2.copy_from(at, len, source, from),
         }
     }
 
@@ -254,8 +254,8 @@ impl Writer {
             return Ok(());
         }
         match &self.body {
-            Body::Raw(raw) => raw.zero(at, len, zeroing),
-            Body::Qcow2(qcow2) => qcow2.zero(at, len, zeroing),
+            WriterBody::Raw(raw) => raw.zero(at, len, zeroing),
+            WriterBody::Qcow2(qcow2) => qcow2.zero(at, len, zeroing),
         }
     }
 
@@ -266,8 +266,8 @@ impl Writer {
             return Ok(());
         }
         match &self.body {
-            Body::Raw(raw) => raw.allocate(at, len),
-            Body::Qcow2(qcow2) => qcow2.allocate(at, len),
+            WriterBody::Raw(raw) => raw.allocate(at, len),
+            WriterBody::Qcow2(qcow2) => qcow2.allocate(at, len),
         }
     }
 
@@ -275,8 +275,8 @@ impl Writer {
     /// `Forbidden` if it is smaller than now.
     pub fn grow(&self, size: u64) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => raw.grow(size),
-            Body::Qcow2(qcow2) => qcow2.grow(size),
+            WriterBody::Raw(raw) => raw.grow(size),
+            WriterBody::Qcow2(qcow2) => qcow2.grow(size),
         }
     }
 
@@ -284,8 +284,8 @@ impl Writer {
     /// poisoned: it takes no more writes, and goes on being read.
     pub fn flush(&self) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => raw.flush(),
-            Body::Qcow2(qcow2) => qcow2.flush(),
+            WriterBody::Raw(raw) => raw.flush(),
+            WriterBody::Qcow2(qcow2) => qcow2.flush(),
         }
     }
 
@@ -293,8 +293,8 @@ impl Writer {
     /// disk can still be used.
     pub fn close(&self) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => raw.close(),
-            Body::Qcow2(qcow2) => qcow2.close(),
+            WriterBody::Raw(raw) => raw.close(),
+            WriterBody::Qcow2(qcow2) => qcow2.close(),
         }
     }
 
@@ -303,10 +303,10 @@ impl Writer {
     /// room in it; nothing has been written then. Any other failure poisons the disk as a failed flush does.
     pub fn change_header(&self, change: &HeaderChange) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => {
+            WriterBody::Raw(raw) => {
                 Err(Error::new(ErrorKind::Unsupported, format!("{}: a raw image has no header", raw.name())))
             }
-            Body::Qcow2(qcow2) => qcow2.change_header(change),
+            WriterBody::Qcow2(qcow2) => qcow2.change_header(change),
         }
     }
 
@@ -317,8 +317,8 @@ impl Writer {
     /// If something is to lie below a raw image.
     pub fn set_backing(&self, backing: Option<Arc<dyn BackingDisk>>) {
         match &self.body {
-            Body::Raw(_) => assert!(backing.is_none(), "nothing shows through a raw image"),
-            Body::Qcow2(qcow2) => qcow2.set_backing(backing),
+            WriterBody::Raw(_) => assert!(backing.is_none(), "nothing shows through a raw image"),
+            WriterBody::Qcow2(qcow2) => qcow2.set_backing(backing),
         }
     }
 
@@ -326,32 +326,32 @@ impl Writer {
     /// long as nobody changes that range.
     pub fn map(&self, at: u64, max: u64) -> Result<Run<Mapping>> {
         match &self.body {
-            Body::Raw(_) => Ok(Run::new(Mapping::Data(HostOffset(at)), max)),
-            Body::Qcow2(qcow2) => Ok(qcow2.lookup(at, max)?.map(|entry| entry.mapping)),
+            WriterBody::Raw(_) => Ok(Run::new(Mapping::Data(HostOffset(at)), max)),
+            WriterBody::Qcow2(qcow2) => Ok(qcow2.lookup(at, max)?.map(|entry| entry.mapping)),
         }
     }
 
     /// The file that [`Mapping::Data`] speaks of.
     pub fn data_storage(&self) -> Arc<dyn Storage> {
         match &self.body {
-            Body::Raw(raw) => raw.storage(),
-            Body::Qcow2(qcow2) => Arc::clone(qcow2.image.data()) as Arc<dyn Storage>,
+            WriterBody::Raw(raw) => raw.storage(),
+            WriterBody::Qcow2(qcow2) => Arc::clone(qcow2.image.data()) as Arc<dyn Storage>,
         }
     }
 
     /// Whether anything has changed since the last flush.
     pub fn is_dirty(&self) -> bool {
         match &self.body {
-            Body::Raw(raw) => raw.is_dirty(),
-            Body::Qcow2(qcow2) => qcow2.is_dirty(),
+            WriterBody::Raw(raw) => raw.is_dirty(),
+            WriterBody::Qcow2(qcow2) => qcow2.is_dirty(),
         }
     }
 
     /// Why nothing is written any more, if so.
     pub fn poison(&self) -> Option<Error> {
         match &self.body {
-            Body::Raw(raw) => raw.poison(),
-            Body::Qcow2(qcow2) => qcow2.check_poison().err(),
+            WriterBody::Raw(raw) => raw.poison(),
+            WriterBody::Qcow2(qcow2) => qcow2.check_poison().err(),
         }
     }
 
@@ -361,8 +361,8 @@ impl Writer {
     /// Whoever has looked for long enough calls the rest data, which is always allowed.
     pub fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
         let qcow2 = match &self.body {
-            Body::Raw(raw) => return raw.seek(at, data),
-            Body::Qcow2(qcow2) => qcow2,
+            WriterBody::Raw(raw) => return raw.seek(at, data),
+            WriterBody::Qcow2(qcow2) => qcow2,
         };
         let start = Instant::now();
         let (mut at, size) = (at, self.size());

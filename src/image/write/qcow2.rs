@@ -69,7 +69,7 @@ pub(super) struct Qcow2Writer {
 }
 
 /// A stretch of the file that a mapping is about to name, and the entries it will have.
-struct Target {
+struct WriteTarget {
     /// The first cluster of the disk, as a position.
     guest: u64,
     /// Where its first byte goes.
@@ -305,7 +305,12 @@ impl Qcow2Writer {
     }
 
     /// Where the bytes at `at` shall go; `None` where they have their place already.
-    fn find_target(&self, tables: &mut Tables, at: u64, len: u64) -> std::result::Result<Option<Target>, AllocError> {
+    fn find_target(
+        &self,
+        tables: &mut Tables,
+        at: u64,
+        len: u64,
+    ) -> std::result::Result<Option<WriteTarget>, AllocError> {
         let image = &self.image;
         let cluster = image.cluster();
         let guest = cluster.floor(at);
@@ -319,7 +324,7 @@ impl Qcow2Writer {
         if let Some(host) = self.kept_place(first, guest) {
             tables.may_be_data(image, host, cluster.size())?;
             let limit = self.end_of_unplaced(first, at)?;
-            return Ok(Some(Target { guest, host, is_fresh: false, reservation: None, old: vec![first], limit }));
+            return Ok(Some(WriteTarget { guest, host, is_fresh: false, reservation: None, old: vec![first], limit }));
         }
         let wanted = cluster.index(at + len - 1) - cluster.index(at) + 1;
         let mut old = vec![first];
@@ -334,13 +339,13 @@ impl Qcow2Writer {
         }
         if image.data_file.is_some() {
             let host = HostOffset(guest);
-            return Ok(Some(Target { guest, host, is_fresh: false, reservation: None, old, limit: u64::MAX }));
+            return Ok(Some(WriteTarget { guest, host, is_fresh: false, reservation: None, old, limit: u64::MAX }));
         }
         let reservation = tables.allocate(image, ClusterCount::UpTo(old.len() as u64))?;
         let clusters = reservation.clusters();
         old.truncate(clusters.count as usize);
         let (host, is_fresh) = (clusters.start(image), reservation.is_fresh());
-        Ok(Some(Target { guest, host, is_fresh, reservation: Some(reservation), old, limit: u64::MAX }))
+        Ok(Some(WriteTarget { guest, host, is_fresh, reservation: Some(reservation), old, limit: u64::MAX }))
     }
 
     /// Where, in the cluster of `at`, the first subcluster after it begins that has its own place.
@@ -369,7 +374,7 @@ impl Qcow2Writer {
     }
 
     /// Writes what belongs into the target, then lets the tables name it.
-    fn fill_target(&self, mut target: Target, at: u64, payload: Payload<'_>) -> Result<usize> {
+    fn fill_target(&self, mut target: WriteTarget, at: u64, payload: Payload<'_>) -> Result<usize> {
         let image = &self.image;
         let target_end = target.guest + target.old.len() as u64 * image.cluster().size();
         let end = (at + payload.len()).min(target_end).min(target.limit);
@@ -402,7 +407,7 @@ impl Qcow2Writer {
     }
 
     /// What has to be written so that `[at, end)` can be: whole clusters, or the subclusters around it.
-    fn region(&self, target: &Target, at: u64, end: u64) -> Result<(u64, u64)> {
+    fn region(&self, target: &WriteTarget, at: u64, end: u64) -> Result<(u64, u64)> {
         let image = &self.image;
         let size = image.cluster().size();
         let clusters = (target.guest, image.cluster().floor(end - 1) + size);
@@ -431,7 +436,7 @@ impl Qcow2Writer {
 
     /// Writes `[from, to)` of the disk into the target, `bytes` at `at` and what the disk shows now around
     /// them, in one piece; zeroes at the edges are left out where the file holds them already.
-    fn write_joined(&self, target: &Target, from: u64, at: u64, bytes: &[u8], to: u64) -> Result<()> {
+    fn write_joined(&self, target: &WriteTarget, from: u64, at: u64, bytes: &[u8], to: u64) -> Result<()> {
         let host = |guest: u64| target.host.0 + (guest - target.guest);
         let end = at + bytes.len() as u64;
         if from == at && to == end {

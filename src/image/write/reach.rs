@@ -8,12 +8,12 @@ use std::collections::HashMap;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::refcount::max_refcount;
-use crate::format::{EntryFormat, RawL2Entry, Table};
+use crate::format::{EntryFormat, L1Table, RawL2Entry};
 use crate::units::HostOffset;
 
 use super::qcow2::Qcow2Writer;
 use super::reservation::ClusterRange;
-use super::slices::Class;
+use super::slices::TableClass;
 use super::tables::{ImageFile, Tables, entry_run, references};
 use super::where_possible;
 
@@ -21,7 +21,7 @@ impl Qcow2Writer {
     /// Makes sure that what the first `entries` of an L1 table reach can be counted once more, and that it may
     /// be. What the active table reaches by the same L2 table stays as it is, if it is not the active one that
     /// is asked about.
-    pub(super) fn refuse_overflow(&self, l1: Table, entries: u64) -> Result<()> {
+    pub(super) fn refuse_overflow(&self, l1: L1Table, entries: u64) -> Result<()> {
         let image = &self.image;
         // Several compressed clusters may lie in one of the file.
         let mut more: HashMap<u64, u64> = HashMap::new();
@@ -59,7 +59,7 @@ impl Tables {
             if at > table.0 && at >= self.file_len {
                 break; // the last table of a file may end with it
             }
-            let (words, _) = self.slice(image, at, Class::L2)?;
+            let (words, _) = self.slice(image, at, TableClass::L2)?;
             all.extend(words.chunks_exact(words_per_entry).map(|entry| RawL2Entry::new(image.format, entry)));
         }
         Ok(all)
@@ -97,7 +97,7 @@ impl Tables {
     fn fits_once_more(
         &mut self,
         image: &ImageFile,
-        l1: Table,
+        l1: L1Table,
         index: u64,
         more: &mut HashMap<u64, u64>,
     ) -> Result<bool> {
@@ -129,7 +129,7 @@ impl Tables {
 
     /// Makes sure that what an entry of an L1 table reaches can lose a reference, and that what the active table
     /// has at the same place keeps one.
-    pub(super) fn check_leaving(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<()> {
+    pub(super) fn check_leaving(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<()> {
         let Some(table) = self.table_of(image, l1, index)? else { return Ok(()) };
         self.may_be_l2(image, index, table)?;
         let active = if l1 == self.l1 { None } else { self.table_of(image, self.l1, index)? };
@@ -157,7 +157,7 @@ impl Tables {
             }
             if EntryFormat::copied(words.entry) {
                 let at = table.0 + number as u64 * image.format.l2_entry_len();
-                self.set_word(image, at, Class::L2, EntryFormat::shared(words.entry))?;
+                self.set_word(image, at, TableClass::L2, EntryFormat::shared(words.entry))?;
             }
         }
         self.count_once_more(image, image.cluster().index(table.0))
@@ -168,8 +168,8 @@ impl Tables {
         let Some(table) = self.table_of(image, self.l1, index)? else { return Ok(()) };
         self.share_table(image, table)?;
         let place = self.l1_place(image, index * image.l1_span());
-        let word = self.word(image, place, Class::L1)?;
-        self.set_word(image, place, Class::L1, EntryFormat::shared(word))
+        let word = self.word(image, place, TableClass::L1)?;
+        self.set_word(image, place, TableClass::L1, EntryFormat::shared(word))
     }
 
     fn count_once_more(&mut self, image: &ImageFile, cluster: u64) -> Result<()> {
@@ -218,7 +218,7 @@ impl Tables {
             return Ok(()); // and so is everything behind it
         }
         let place = self.l1_place(image, index * image.l1_span());
-        self.set_word(image, place, Class::L1, EntryFormat::owned(table))?;
+        self.set_word(image, place, TableClass::L1, EntryFormat::owned(table))?;
         for (number, words) in self.all_words(image, table)?.into_iter().enumerate() {
             let host = EntryFormat::raw_offset(words.entry);
             if EntryFormat::is_compressed(words.entry) || EntryFormat::copied(words.entry) || host == 0 {
@@ -227,7 +227,7 @@ impl Tables {
             if self.count(image, image.cluster().index(host))? == 1 {
                 let at = table.0 + number as u64 * image.format.l2_entry_len();
                 let owned = words.entry | EntryFormat::owned(HostOffset(host));
-                self.set_word(image, at, Class::L2, owned)?;
+                self.set_word(image, at, TableClass::L2, owned)?;
             }
         }
         Ok(())

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::refcount::{refcount, set_refcount};
-use crate::format::{EntryFormat, Table};
+use crate::format::{EntryFormat, L1Table};
 use crate::units::HostOffset;
 
 use super::allocate::ClusterCount;
@@ -19,7 +19,7 @@ use super::cluster_roles::ClusterSet;
 use super::open::read_header;
 use super::qcow2::Qcow2Writer;
 use super::reservation::ClusterRange;
-use super::slices::Class;
+use super::slices::TableClass;
 use super::tables::{ImageFile, Tables};
 use super::where_possible;
 
@@ -28,20 +28,20 @@ const KEPT: usize = 1 << 16;
 
 /// What is known of the image as it was.
 pub(super) struct ShadowTables {
-    old_l1: Table,
+    old_l1: L1Table,
     /// Clusters that were counted since and that only the new tables refer to.
     pub(super) made: ClusterSet,
     /// References that the image as it was still holds.
-    kept: Kept,
+    kept: HeldReferences,
 }
 
 /// References that are taken away later. A cluster of compressed data has several.
-struct Kept {
+struct HeldReferences {
     runs: Vec<ClusterRange>,
     tidy_at: usize,
 }
 
-impl Kept {
+impl HeldReferences {
     fn push(&mut self, cluster: u64) {
         match self.runs.last_mut() {
             Some(last) if last.first + last.count == cluster => last.count += 1,
@@ -68,19 +68,19 @@ impl Kept {
 }
 
 impl ShadowTables {
-    fn new(old_l1: Table) -> Self {
-        Self { old_l1, made: ClusterSet::default(), kept: Kept { runs: Vec::new(), tidy_at: KEPT } }
+    fn new(old_l1: L1Table) -> Self {
+        Self { old_l1, made: ClusterSet::default(), kept: HeldReferences { runs: Vec::new(), tidy_at: KEPT } }
     }
 
     /// Part of a table without the COPIED flags of what the image as it was uses, too.
-    pub(super) fn mask(&self, image: &ImageFile, words: &mut [u64], class: Class) {
+    pub(super) fn mask(&self, image: &ImageFile, words: &mut [u64], class: TableClass) {
         let step = match class {
-            Class::L1 => 1,
-            Class::L2 => (image.format.l2_entry_len() / 8) as usize,
-            Class::RefcountBlock | Class::RefcountTable => return,
+            TableClass::L1 => 1,
+            TableClass::L2 => (image.format.l2_entry_len() / 8) as usize,
+            TableClass::RefcountBlock | TableClass::RefcountTable => return,
         };
         for word in words.iter_mut().step_by(step) {
-            let is_plain = class == Class::L1 || !EntryFormat::is_compressed(*word);
+            let is_plain = class == TableClass::L1 || !EntryFormat::is_compressed(*word);
             if is_plain && !self.made.contains(image.cluster().index(EntryFormat::raw_offset(*word))) {
                 *word = EntryFormat::shared(*word);
             }
@@ -104,15 +104,21 @@ impl Tables {
     }
 
     /// The bytes of a table in the file, in which everything with a count of 1 is marked as the disk's own.
-    fn with_flags(&mut self, image: &ImageFile, at: HostOffset, len: u64, class: Class) -> Result<Option<Vec<u8>>> {
+    fn with_flags(
+        &mut self,
+        image: &ImageFile,
+        at: HostOffset,
+        len: u64,
+        class: TableClass,
+    ) -> Result<Option<Vec<u8>>> {
         let mut bytes = vec![0; len as usize];
         image.file.read_at(at.0, &mut bytes)?;
-        let entry_len = if class == Class::L1 { 8 } else { image.format.l2_entry_len() };
+        let entry_len = if class == TableClass::L1 { 8 } else { image.format.l2_entry_len() };
         let mut is_changed = false;
         for entry in bytes.chunks_exact_mut(entry_len as usize) {
             let word = refcount(&entry[..8], 0, 6);
             let host = EntryFormat::raw_offset(word);
-            if host == 0 || class == Class::L2 && EntryFormat::is_compressed(word) {
+            if host == 0 || class == TableClass::L2 && EntryFormat::is_compressed(word) {
                 continue;
             }
             let is_own = self.count(image, image.cluster().index(host))? == 1;
@@ -131,8 +137,8 @@ impl Qcow2Writer {
             let mut tables = self.tables.write();
             tables.shadow = Some(ShadowTables::new(tables.l1));
             // What was mended in memory must not reach the old tables.
-            tables.slices.forget_class(Class::L1);
-            tables.slices.forget_class(Class::L2);
+            tables.slices.forget_class(TableClass::L1);
+            tables.slices.forget_class(TableClass::L2);
             tables.l1
         };
         self.prepare()?;
@@ -172,7 +178,7 @@ impl Qcow2Writer {
         let new = place.commit();
         let offset = new.start(image);
         self.data_dirty.store(true, Ordering::Release);
-        tables.l1 = Table { offset, entries };
+        tables.l1 = L1Table { offset, entries };
         tables.roles.add(new.first, clusters);
         let (first, count) = (image.cluster().index(old.offset.0), old.len_bytes().div_ceil(size));
         tables.slices.forget(old.offset.0, old.offset.0 + count * size, image.slice_len());
@@ -219,8 +225,8 @@ impl Qcow2Writer {
                 tables.roles.remove(run.first, run.count);
             }
             // On disk they say what is this disk's own.
-            tables.slices.forget_class(Class::L1);
-            tables.slices.forget_class(Class::L2);
+            tables.slices.forget_class(TableClass::L1);
+            tables.slices.forget_class(TableClass::L2);
             freed
         };
         self.release(&freed).map_err(|error| self.poisoned_by(error))?;
@@ -230,7 +236,7 @@ impl Qcow2Writer {
 
     /// Sets the COPIED flags of all new tables, in the file only: in memory, what the image as it was
     /// uses must not be written in place before the header says that it is no more. Returns the L1 table.
-    fn flag_what_is_own(&self) -> Result<Table> {
+    fn flag_what_is_own(&self) -> Result<L1Table> {
         let image = &self.image;
         let l1 = self.tables.read().l1;
         for index in 0..u64::from(l1.entries) {
@@ -238,14 +244,14 @@ impl Qcow2Writer {
             let Some(table) = tables.l2_table(image, index * image.l1_span())? else { continue };
             let is_made = |shadow: &ShadowTables| shadow.made.contains(image.cluster().index(table.0));
             if tables.shadow.as_ref().is_some_and(is_made)
-                && let Some(bytes) = tables.with_flags(image, table, image.cluster().size(), Class::L2)?
+                && let Some(bytes) = tables.with_flags(image, table, image.cluster().size(), TableClass::L2)?
             {
                 image.file.write_at(table.0, &bytes)?;
             }
         }
         let mut tables = self.tables.write();
         let is_copy = tables.shadow.as_ref().is_some_and(|shadow| shadow.old_l1.offset != l1.offset);
-        if is_copy && let Some(bytes) = tables.with_flags(image, l1.offset, l1.len_bytes(), Class::L1)? {
+        if is_copy && let Some(bytes) = tables.with_flags(image, l1.offset, l1.len_bytes(), TableClass::L1)? {
             image.file.write_at(l1.offset.0, &bytes)?;
         }
         Ok(l1)
@@ -265,8 +271,8 @@ impl Qcow2Writer {
             let shadow = tables.shadow.as_ref().expect("there is something to be abandoned");
             let (runs, old_l1) = (shadow.made.runs(), shadow.old_l1);
             tables.pending.clear();
-            tables.slices.forget_class(Class::L1);
-            tables.slices.forget_class(Class::L2);
+            tables.slices.forget_class(TableClass::L1);
+            tables.slices.forget_class(TableClass::L2);
             tables.l1 = old_l1;
             for (first, count) in &runs {
                 tables.roles.remove(*first, *count);
@@ -316,7 +322,7 @@ mod tests {
 
     #[test]
     fn references_that_are_kept_back_are_joined_and_counted_as_often_as_they_were_taken() {
-        let mut kept = Kept { runs: Vec::new(), tidy_at: 8 };
+        let mut kept = HeldReferences { runs: Vec::new(), tidy_at: 8 };
         (0..20_000u64).step_by(2).chain((1..20_000).step_by(2)).for_each(|cluster| kept.push(cluster));
         (500..510).for_each(|cluster| kept.push(cluster));
         assert!(kept.runs.len() < KEPT);

@@ -12,9 +12,9 @@ use crate::units::{HostOffset, Run, SECTOR_SIZE};
 
 use super::qcow2::Qcow2Writer;
 use super::reservation::ClusterRange;
-use super::slices::Class;
+use super::slices::TableClass;
 use super::tables::{ImageFile, Tables, references};
-use super::{Body, Writer, Zeroing, where_possible, zero_bytes};
+use super::{Writer, WriterBody, Zeroing, where_possible, zero_bytes};
 
 impl Writer {
     /// Makes the disk `size` bytes long, rounded up to sectors, and gives back what lies behind. Nobody
@@ -29,8 +29,8 @@ impl Writer {
     /// If what is written can be undone.
     pub fn shrink(&self, size: u64) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => raw.shrink(size),
-            Body::Qcow2(qcow2) => qcow2.shrink(size),
+            WriterBody::Raw(raw) => raw.shrink(size),
+            WriterBody::Qcow2(qcow2) => qcow2.shrink(size),
         }
     }
 }
@@ -160,7 +160,7 @@ impl Tables {
         let all = self.all_words(image, table)?;
         let cluster = image.cluster().index(table.0);
         let is_own = self.count(image, cluster)? == 1;
-        self.set_word(image, self.l1.offset.0 + index * 8, Class::L1, 0)?;
+        self.set_word(image, self.l1.offset.0 + index * 8, TableClass::L1, 0)?;
         all.into_iter().try_for_each(|words| self.release(image, words))?;
         self.roles.remove(cluster, 1);
         if is_own {

@@ -9,16 +9,16 @@ use std::sync::atomic::Ordering;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{INCOMPATIBLE_AT, MAX_SNAPSHOTS, SNAPSHOTS_AT};
 use crate::format::snapshot::{MAX_TABLE_LEN, append, next_id};
-use crate::format::{EntryFormat, Snapshot, Table};
+use crate::format::{EntryFormat, L1Table, Snapshot};
 use crate::image::read_snapshots;
 use crate::units::HostOffset;
 
 use super::open::read_header;
 use super::qcow2::Qcow2Writer;
 use super::reservation::{ClusterRange, Reservation};
-use super::slices::Class;
+use super::slices::TableClass;
 use super::tables::{ImageFile, SnapshotRoot};
-use super::{Body, Writer};
+use super::{Writer, WriterBody};
 
 /// An internal snapshot that is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,28 +38,28 @@ impl Writer {
     /// Refused: `Unsupported` (a raw image, an external data file, refcounts too narrow), `Limit`.
     pub fn take_snapshot(&self, snapshot: &NewSnapshot) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => Err(raw.without_snapshots()),
-            Body::Qcow2(qcow2) => qcow2.take_snapshot(snapshot),
+            WriterBody::Raw(raw) => Err(raw.without_snapshots()),
+            WriterBody::Qcow2(qcow2) => qcow2.take_snapshot(snapshot),
         }
     }
 
     /// The internal snapshots that the image has now.
     pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
         match &self.body {
-            Body::Raw(_) => Ok(Vec::new()),
-            Body::Qcow2(qcow2) => Ok(qcow2.snapshot_table()?.snapshots),
+            WriterBody::Raw(_) => Ok(Vec::new()),
+            WriterBody::Qcow2(qcow2) => Ok(qcow2.snapshot_table()?.snapshots),
         }
     }
 }
 
 /// The snapshot table as it stands in the file.
-pub(super) struct SnapshotTable {
+pub(super) struct StoredSnapshots {
     pub(super) at: HostOffset,
     pub(super) bytes: Vec<u8>,
     pub(super) snapshots: Vec<Snapshot>,
 }
 
-impl SnapshotTable {
+impl StoredSnapshots {
     /// Its clusters.
     pub(super) fn clusters(&self, image: &ImageFile) -> ClusterRange {
         ClusterRange {
@@ -70,14 +70,14 @@ impl SnapshotTable {
 }
 
 /// The clusters of a snapshot to be, which nothing refers to yet.
-struct Places {
+struct SnapshotClusters {
     /// None for a disk without an L1 table.
     l1: Option<Reservation>,
     table: Reservation,
 }
 
 impl Qcow2Writer {
-    pub(super) fn snapshot_table(&self) -> Result<SnapshotTable> {
+    pub(super) fn snapshot_table(&self) -> Result<StoredSnapshots> {
         // Taking a snapshot names another table and gives the old one back, at once.
         let _turn = self.flushes.turn();
         let image = &self.image;
@@ -86,7 +86,7 @@ impl Qcow2Writer {
         let mut bytes = vec![0; len as usize];
         let have = image.file.read_at(header.snapshots.offset.0, &mut bytes)?;
         assert!(have == bytes.len(), "what has been read is there");
-        Ok(SnapshotTable { at: header.snapshots.offset, bytes, snapshots })
+        Ok(StoredSnapshots { at: header.snapshots.offset, bytes, snapshots })
     }
 
     pub(super) fn refuse_data_file(&self) -> Result<()> {
@@ -121,7 +121,7 @@ impl Qcow2Writer {
     }
 
     /// The bytes of the table with one snapshot more.
-    pub(super) fn table_with(&self, old: &SnapshotTable, snapshot: &Snapshot) -> Result<Vec<u8>> {
+    pub(super) fn table_with(&self, old: &StoredSnapshots, snapshot: &Snapshot) -> Result<Vec<u8>> {
         let mut table = old.bytes.clone();
         append(&mut table, snapshot);
         if old.snapshots.len() as u64 >= MAX_SNAPSHOTS || table.len() as u64 > MAX_TABLE_LEN {
@@ -132,7 +132,7 @@ impl Qcow2Writer {
     }
 
     /// The entry of a snapshot of the disk as it is, with the L1 table that the disk has now.
-    pub(super) fn describe_snapshot(&self, new: &NewSnapshot, old: &SnapshotTable) -> Result<Snapshot> {
+    pub(super) fn describe_snapshot(&self, new: &NewSnapshot, old: &StoredSnapshots) -> Result<Snapshot> {
         let name = &self.image.name;
         if new.name.len() > usize::from(u16::MAX) {
             return Err(Error::new(ErrorKind::Usage, format!("{name}: the name of the snapshot is too long")));
@@ -156,7 +156,7 @@ impl Qcow2Writer {
         })
     }
 
-    fn reserve_places(&self, l1: Table, table_len: u64) -> Result<Places> {
+    fn reserve_places(&self, l1: L1Table, table_len: u64) -> Result<SnapshotClusters> {
         let image = &self.image;
         let size = image.cluster().size();
         self.with_tables(|tables| {
@@ -164,14 +164,14 @@ impl Qcow2Writer {
                 0 => None,
                 clusters => Some(tables.allocate_table(image, clusters)?),
             };
-            Ok(Places { l1, table: tables.allocate_table(image, table_len.div_ceil(size))? })
+            Ok(SnapshotClusters { l1, table: tables.allocate_table(image, table_len.div_ceil(size))? })
         })
     }
 
     /// Writes the copy of the L1 table and the new snapshot table, whose last entry begins behind `old_len`.
     fn write_snapshot(
         &self,
-        places: &Places,
+        places: &SnapshotClusters,
         snapshot: &Snapshot,
         mut table: Vec<u8>,
         old_len: usize,
@@ -180,13 +180,13 @@ impl Qcow2Writer {
         let size = image.cluster().size();
         let l1_clusters = places.l1.as_ref().map(Reservation::clusters);
         let offset = l1_clusters.map_or(HostOffset(0), |clusters| clusters.start(image));
-        let snapshot = Snapshot { l1: Table { offset, ..snapshot.l1 }, ..snapshot.clone() };
+        let snapshot = Snapshot { l1: L1Table { offset, ..snapshot.l1 }, ..snapshot.clone() };
         table.truncate(old_len);
         append(&mut table, &snapshot);
         table.resize(table.len().next_multiple_of(size as usize), 0);
         if let Some(clusters) = l1_clusters {
             let l1 = self.tables.read().l1;
-            let mut bytes = self.tables.write().table_bytes(image, l1.offset, l1.entries.into(), Class::L1)?;
+            let mut bytes = self.tables.write().table_bytes(image, l1.offset, l1.entries.into(), TableClass::L1)?;
             for entry in bytes.as_chunks_mut::<8>().0 {
                 *entry = EntryFormat::shared(u64::from_be_bytes(*entry)).to_be_bytes();
             }
@@ -219,8 +219,8 @@ impl Qcow2Writer {
     /// Makes everything durable, lets the header name the new table, and gives the old one back.
     fn switch_snapshots(
         &self,
-        old: &SnapshotTable,
-        places: Places,
+        old: &StoredSnapshots,
+        places: SnapshotClusters,
         snapshot: &Snapshot,
         len: u64,
         bits: Option<u64>,
@@ -241,7 +241,7 @@ impl Qcow2Writer {
     }
 
     /// Goes over to a table with one snapshot more, which the header names by now.
-    pub(super) fn adopt_snapshot(&self, old: &SnapshotTable, snapshot: &Snapshot) -> Result<()> {
+    pub(super) fn adopt_snapshot(&self, old: &StoredSnapshots, snapshot: &Snapshot) -> Result<()> {
         let image = &self.image;
         let mut tables = self.tables.write();
         image.has_snapshots.store(true, Ordering::Release);

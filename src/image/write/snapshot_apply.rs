@@ -7,14 +7,14 @@
 use std::sync::atomic::Ordering;
 
 use crate::error::Result;
-use crate::format::{EntryFormat, Snapshot, Table};
+use crate::format::{EntryFormat, L1Table, Snapshot};
 use crate::units::HostOffset;
 
 use super::qcow2::Qcow2Writer;
 use super::reservation::{ClusterRange, Reservation};
-use super::snapshot::{NewSnapshot, SnapshotTable};
+use super::snapshot::{NewSnapshot, StoredSnapshots};
 use super::tables::{ImageFile, Tables};
-use super::{Body, Writer};
+use super::{Writer, WriterBody};
 
 impl Writer {
     /// Makes the disk what an internal snapshot shows, one of [`Writer::snapshots`], of its size, too, where it
@@ -29,14 +29,14 @@ impl Writer {
     /// If what is written can be undone.
     pub fn apply_snapshot(&self, snapshot: &Snapshot, save: Option<&NewSnapshot>) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => Err(raw.without_snapshots()),
-            Body::Qcow2(qcow2) => qcow2.apply_snapshot(snapshot, save),
+            WriterBody::Raw(raw) => Err(raw.without_snapshots()),
+            WriterBody::Qcow2(qcow2) => qcow2.apply_snapshot(snapshot, save),
         }
     }
 }
 
 /// A snapshot of the disk as it is, which keeps the L1 table that the disk leaves: no count changes by that.
-struct Kept {
+struct SavedDisk {
     snapshot: Snapshot,
     /// The table in which it stands; nothing refers to that yet.
     table: Reservation,
@@ -63,7 +63,7 @@ impl Qcow2Writer {
         self.flush()?;
         let old = self.tables.read().l1;
         // Behind the entries of its disk lies VM state.
-        let source = Table { entries: snapshot.l1.entries.min(entries as u32), ..snapshot.l1 };
+        let source = L1Table { entries: snapshot.l1.entries.min(entries as u32), ..snapshot.l1 };
         self.refuse_overflow(source, source.entries.into()).map_err(|error| self.damaged(error))?;
         if save.is_none() {
             self.each_table(old, |index| self.tables.write().check_leaving(image, old, index))
@@ -94,7 +94,7 @@ impl Qcow2Writer {
     }
 
     /// Writes a snapshot table with one entry more, for the disk as it is.
-    fn place_kept(&self, new: &NewSnapshot, old: &SnapshotTable) -> Result<Kept> {
+    fn place_kept(&self, new: &NewSnapshot, old: &StoredSnapshots) -> Result<SavedDisk> {
         let image = &self.image;
         let size = image.cluster().size();
         let snapshot = self.describe_snapshot(new, old)?;
@@ -103,16 +103,16 @@ impl Qcow2Writer {
         let table = self.with_tables(|tables| tables.allocate_table(image, bytes.len() as u64 / size))?;
         image.file.write_at(table.clusters().start(image).0, &bytes)?;
         self.data_dirty.store(true, Ordering::Release);
-        Ok(Kept { snapshot, table, count: old.snapshots.len() as u32 + 1 })
+        Ok(SavedDisk { snapshot, table, count: old.snapshots.len() as u32 + 1 })
     }
 
     /// Makes everything durable, and lets the header name the new tables. Returns the snapshot that is kept.
     fn switch_to(
         &self,
-        new: Table,
+        new: L1Table,
         place: Option<Reservation>,
         size: u64,
-        kept: Option<Kept>,
+        kept: Option<SavedDisk>,
     ) -> Result<Option<Snapshot>> {
         let _turn = self.flushes.turn();
         self.check_poison()?;
@@ -121,7 +121,9 @@ impl Qcow2Writer {
         place.map(Reservation::commit);
         let (kept, snapshots) = match kept {
             None => (None, None),
-            Some(Kept { snapshot, table, count }) => (Some(snapshot), Some((count, table.commit().start(&self.image)))),
+            Some(SavedDisk { snapshot, table, count }) => {
+                (Some(snapshot), Some((count, table.commit().start(&self.image))))
+            }
         };
         self.name_l1(size, new, snapshots)?;
         self.tables.write().l1 = new;
@@ -130,11 +132,11 @@ impl Qcow2Writer {
     }
 
     /// Writes an L1 table of its own for the snapshot's disk, which owns nothing.
-    fn place_l1(&self, source: Table, entries: u64) -> Result<(Table, Option<Reservation>)> {
+    fn place_l1(&self, source: L1Table, entries: u64) -> Result<(L1Table, Option<Reservation>)> {
         let image = &self.image;
         let size = image.cluster().size();
         if entries == 0 {
-            return Ok((Table { offset: HostOffset(0), entries: 0 }, None));
+            return Ok((L1Table { offset: HostOffset(0), entries: 0 }, None));
         }
         let mut bytes = Vec::with_capacity((entries * 8).next_multiple_of(size) as usize);
         for index in 0..entries {
@@ -147,26 +149,26 @@ impl Qcow2Writer {
         let offset = place.clusters().start(image);
         image.file.write_at(offset.0, &bytes)?;
         self.data_dirty.store(true, Ordering::Release);
-        Ok((Table { offset, entries: entries as u32 }, Some(place)))
+        Ok((L1Table { offset, entries: entries as u32 }, Some(place)))
     }
 }
 
 impl Tables {
     /// Counts the table of an entry for the active disk, too, unless that has it already.
-    fn share_unless_active(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<()> {
+    fn share_unless_active(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<()> {
         let table = self.table_of(image, l1, index)?;
         if table == self.table_of(image, self.l1, index)? { Ok(()) } else { self.share_for_active(image, l1, index) }
     }
 
     /// Counts the table of an entry once more.
-    fn share_for_active(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<()> {
+    fn share_for_active(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<()> {
         let Some(table) = self.table_of(image, l1, index)? else { return Ok(()) };
         self.roles.add(image.cluster().index(table.0), 1);
         self.share_table(image, table)
     }
 
     /// A table that the disk has left is none of its tables any more, though a snapshot has it.
-    fn forget_table(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<()> {
+    fn forget_table(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<()> {
         let table = self.table_of(image, l1, index)?;
         if let Some(table) = table
             && self.table_of(image, self.l1, index)? != Some(table)

@@ -10,14 +10,14 @@ use std::sync::atomic::Ordering;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::feature;
 use crate::format::snapshot::without;
-use crate::format::{Snapshot, Table};
+use crate::format::{L1Table, Snapshot};
 use crate::units::HostOffset;
 
 use super::qcow2::Qcow2Writer;
 use super::reservation::{ClusterRange, Reservation};
-use super::snapshot::SnapshotTable;
+use super::snapshot::StoredSnapshots;
 use super::tables::Tables;
-use super::{Body, Writer};
+use super::{Writer, WriterBody};
 
 impl Writer {
     /// Deletes an internal snapshot, one of [`Writer::snapshots`], while others read and write the disk, and
@@ -31,8 +31,8 @@ impl Writer {
     /// If what is written can be undone.
     pub fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => Err(raw.without_snapshots()),
-            Body::Qcow2(qcow2) => qcow2.delete_snapshot(snapshot),
+            WriterBody::Raw(raw) => Err(raw.without_snapshots()),
+            WriterBody::Qcow2(qcow2) => qcow2.delete_snapshot(snapshot),
         }
     }
 }
@@ -70,7 +70,7 @@ impl Qcow2Writer {
     }
 
     /// Where a snapshot stands in the table.
-    pub(super) fn find_snapshot(&self, table: &SnapshotTable, snapshot: &Snapshot) -> Result<usize> {
+    pub(super) fn find_snapshot(&self, table: &StoredSnapshots, snapshot: &Snapshot) -> Result<usize> {
         let is_it =
             |found: &Snapshot| (&found.id, &found.name, found.l1) == (&snapshot.id, &snapshot.name, snapshot.l1);
         table.snapshots.iter().position(is_it).ok_or_else(|| {
@@ -81,7 +81,7 @@ impl Qcow2Writer {
     }
 
     /// Does something for each entry of an L1 table, and writes tables back where they become too many.
-    pub(super) fn each_table(&self, l1: Table, mut work: impl FnMut(u64) -> Result<()>) -> Result<()> {
+    pub(super) fn each_table(&self, l1: L1Table, mut work: impl FnMut(u64) -> Result<()>) -> Result<()> {
         for index in 0..u64::from(l1.entries) {
             work(index)?;
             self.relieve()?;
@@ -106,7 +106,7 @@ impl Qcow2Writer {
     /// Lets the header name the table without the entry, and gives the old one back.
     fn switch_to_fewer(
         &self,
-        old: &SnapshotTable,
+        old: &StoredSnapshots,
         index: usize,
         place: Option<Reservation>,
         bits: Option<u64>,
@@ -131,7 +131,7 @@ impl Qcow2Writer {
     /// entries reach, and says what is free. Halfway there is no way back.
     pub(super) fn leave_l1(
         &self,
-        l1: Table,
+        l1: L1Table,
         leave: impl Fn(&mut Tables, u64, HostOffset) -> Result<Vec<ClusterRange>>,
     ) -> Result<()> {
         let image = &self.image;

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::RefcountTable;
 use crate::format::refcount::{block_entries, refcount, table_entry};
-use crate::format::{EntryFormat, L2Entry, Malformed, Mapping, RawL2Entry, Snapshot, Table};
+use crate::format::{EntryFormat, L1Table, L2Entry, Malformed, Mapping, RawL2Entry, Snapshot};
 use crate::image::cursor::{self, SLICE_LEN, TableSource, words_of};
 use crate::io::WriteStorage;
 use crate::units::{ClusterBits, HostOffset, Run};
@@ -17,7 +17,7 @@ use crate::units::{ClusterBits, HostOffset, Run};
 use super::cluster_roles::ClusterRoles;
 use super::reservation::{ClusterRange, DroppedReservations};
 use super::shadow_tables::ShadowTables;
-use super::slices::{Class, Slices};
+use super::slices::{Slices, TableClass};
 
 /// What does not change while an image is open for writing.
 pub(super) struct ImageFile {
@@ -94,7 +94,7 @@ pub(super) enum LookupMiss {
 #[derive(Clone, Debug)]
 pub(super) struct SnapshotRoot {
     pub(super) name: Vec<u8>,
-    pub(super) l1: Table,
+    pub(super) l1: L1Table,
     /// Bytes of its disk; `None`: as many as the active one has.
     pub(super) size: Option<u64>,
 }
@@ -107,7 +107,7 @@ impl SnapshotRoot {
 
 /// The tables and what is known of the file.
 pub(super) struct Tables {
-    pub(super) l1: Table,
+    pub(super) l1: L1Table,
     pub(super) refcount_table: RefcountTable,
     pub(super) slices: Slices,
     pub(super) roles: ClusterRoles,
@@ -131,7 +131,7 @@ pub(super) struct Tables {
 
 impl Tables {
     /// The slice that holds byte `at` of the file, and the index of the word; read from the file if need be.
-    pub(super) fn slice(&mut self, image: &ImageFile, at: u64, class: Class) -> Result<(Arc<[u64]>, usize)> {
+    pub(super) fn slice(&mut self, image: &ImageFile, at: u64, class: TableClass) -> Result<(Arc<[u64]>, usize)> {
         let place = at - at % image.slice_len();
         let index = ((at - place) / 8) as usize;
         if let Some(words) = self.slices.get(place) {
@@ -147,7 +147,7 @@ impl Tables {
         if let Some(shadow) = &self.shadow {
             shadow.mask(image, Arc::make_mut(&mut words), class);
         }
-        let may_lie = class == Class::L2 && image.has_snapshots() && self.shadow.is_none();
+        let may_lie = class == TableClass::L2 && image.has_snapshots() && self.shadow.is_none();
         let mended = if may_lie { self.mend(image, &words)? } else { None };
         self.slices.insert(place, class, Arc::clone(&words));
         let Some(mended) = mended else { return Ok((words, index)) };
@@ -171,12 +171,12 @@ impl Tables {
         Ok(mended)
     }
 
-    pub(super) fn word(&mut self, image: &ImageFile, at: u64, class: Class) -> Result<u64> {
+    pub(super) fn word(&mut self, image: &ImageFile, at: u64, class: TableClass) -> Result<u64> {
         let (words, index) = self.slice(image, at, class)?;
         Ok(words[index])
     }
 
-    pub(super) fn set_word(&mut self, image: &ImageFile, at: u64, class: Class, value: u64) -> Result<()> {
+    pub(super) fn set_word(&mut self, image: &ImageFile, at: u64, class: TableClass, value: u64) -> Result<()> {
         if self.word(image, at, class)? != value {
             let place = at - at % image.slice_len();
             self.slices.change(place).expect("it was just read")[((at - place) / 8) as usize] = value;
@@ -190,7 +190,7 @@ impl Tables {
         image: &ImageFile,
         at: HostOffset,
         entries: u64,
-        class: Class,
+        class: TableClass,
     ) -> Result<Vec<u8>> {
         let mut bytes = Vec::with_capacity(entries as usize * 8);
         for index in 0..entries {
@@ -209,7 +209,7 @@ impl Tables {
 
     /// The block that an entry of the refcount table names.
     pub(super) fn block_of_entry(&mut self, image: &ImageFile, index: u64) -> Result<Option<HostOffset>> {
-        let entry = self.word(image, self.refcount_table.offset.0 + index * 8, Class::RefcountTable)?;
+        let entry = self.word(image, self.refcount_table.offset.0 + index * 8, TableClass::RefcountTable)?;
         table_entry(entry, image.cluster()).map_err(|reason| image.corrupt(reason.fact()))
     }
 
@@ -228,7 +228,7 @@ impl Tables {
     pub(super) fn count(&mut self, image: &ImageFile, cluster: u64) -> Result<u64> {
         let Some(block) = self.refcount_block(image, cluster)? else { return Ok(0) };
         let (at, index) = Self::count_place(image, block, cluster);
-        let word = self.word(image, at, Class::RefcountBlock)?;
+        let word = self.word(image, at, TableClass::RefcountBlock)?;
         Ok(refcount(&word.to_be_bytes(), index, image.order))
     }
 
@@ -263,7 +263,7 @@ impl Tables {
     /// Loads the tables that [`Tables::map`] missed.
     pub(super) fn load(&mut self, image: &ImageFile, at: u64) -> Result<()> {
         if let Some(table) = self.l2_table(image, at)? {
-            self.slice(image, Self::l2_place(image, table, at), Class::L2)?;
+            self.slice(image, Self::l2_place(image, table, at), TableClass::L2)?;
         }
         Ok(())
     }
@@ -286,11 +286,11 @@ impl Tables {
     }
 
     /// The L2 table that an entry of any L1 table names; none behind its end.
-    pub(super) fn table_of(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<Option<HostOffset>> {
+    pub(super) fn table_of(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<Option<HostOffset>> {
         if index >= u64::from(l1.entries) {
             return Ok(None);
         }
-        let word = self.word(image, l1.offset.0 + index * 8, Class::L1)?;
+        let word = self.word(image, l1.offset.0 + index * 8, TableClass::L1)?;
         image.format.l1(word).map(|entry| entry.l2).map_err(|reason| image.corrupt(reason.fact()))
     }
 
@@ -361,7 +361,7 @@ impl<'a> TableSource for CachedTables<'a> {
         self.image.format
     }
 
-    fn l1(&self) -> Table {
+    fn l1(&self) -> L1Table {
         self.tables.l1
     }
 

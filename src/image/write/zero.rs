@@ -23,7 +23,7 @@ use super::{Zeroing, where_possible, zero_bytes};
 const BATCH: usize = 1024;
 
 /// A cluster, part of which becomes zero.
-struct Change {
+struct ZeroChange {
     guest: u64,
     from: u64,
     to: u64,
@@ -31,7 +31,7 @@ struct Change {
     disk_end: u64,
 }
 
-impl Change {
+impl ZeroChange {
     /// Bytes of the disk that become zero.
     fn disk_len(&self) -> u64 {
         self.to.min(self.disk_end) - self.from
@@ -131,7 +131,7 @@ impl Qcow2Writer {
             }
             let guest = self.image.cluster().floor(at);
             let from = (at - at % unit).max(start);
-            changes.push(Change { guest, from, to: (guest + size).min(end), disk_end });
+            changes.push(ZeroChange { guest, from, to: (guest + size).min(end), disk_end });
             at = guest + size;
             if changes.len() == BATCH {
                 self.apply(&changes, zeroing)?;
@@ -141,7 +141,7 @@ impl Qcow2Writer {
         self.apply(&changes, zeroing)
     }
 
-    fn apply(&self, changes: &[Change], zeroing: Zeroing) -> Result<()> {
+    fn apply(&self, changes: &[ZeroChange], zeroing: Zeroing) -> Result<()> {
         if self.image.format.version == Version::V2 {
             return changes.iter().try_for_each(|change| self.zero_version_2(change, zeroing));
         }
@@ -169,7 +169,7 @@ impl Qcow2Writer {
     }
 
     /// Changes one entry; what it no longer refers to is free after the next flush.
-    fn zero_entry(&self, tables: &mut Tables, change: &Change, words: RawL2Entry, zeroing: Zeroing) -> Result<()> {
+    fn zero_entry(&self, tables: &mut Tables, change: &ZeroChange, words: RawL2Entry, zeroing: Zeroing) -> Result<()> {
         let image = &self.image;
         let kept = self.kept_place_of_entry(words, change.guest).filter(|_| zeroing == Zeroing::Keep);
         if !image.format.extended {
@@ -209,7 +209,7 @@ impl Qcow2Writer {
     }
 
     /// Punches holes where only this disk has data.
-    fn give_space_back(&self, changes: &[Change]) -> Result<()> {
+    fn give_space_back(&self, changes: &[ZeroChange]) -> Result<()> {
         if self.raw_data {
             return Ok(()); // done, as data
         }
@@ -233,7 +233,7 @@ impl Qcow2Writer {
     }
 
     /// Where only this disk has something of what a change covers.
-    fn own_places(&self, change: &Change) -> Result<Vec<(HostOffset, u64)>> {
+    fn own_places(&self, change: &ZeroChange) -> Result<Vec<(HostOffset, u64)>> {
         let image = &self.image;
         let size = image.cluster().size();
         let mut places = Vec::new();
@@ -261,7 +261,7 @@ impl Qcow2Writer {
         Ok(places)
     }
 
-    fn zero_version_2(&self, change: &Change, zeroing: Zeroing) -> Result<()> {
+    fn zero_version_2(&self, change: &ZeroChange, zeroing: Zeroing) -> Result<()> {
         let len = change.disk_len();
         if self.reads_zero(change.from, len)? {
             return Ok(());
