@@ -16,7 +16,7 @@ use crate::units::{GuestOffset, HostOffset, Run, SECTOR_SIZE};
 use super::extent::Extent;
 
 /// Blocks of all flattened maps of a store: (map, number of the block).
-pub type FlatCache = Cache<(u64, u64), Arc<Block>>;
+pub type FlatCache = Cache<(u64, u64), Arc<FlatBlock>>;
 
 /// Clusters in a block, so that one block needs one 4 KiB slice of each layer's L2 tables.
 const BLOCK_CLUSTERS: u64 = 512;
@@ -59,7 +59,7 @@ impl PackedExtent {
 
 /// The extents of one block of guest space, in order, without gaps.
 #[derive(Debug)]
-pub struct Block {
+pub struct FlatBlock {
     extents: Box<[PackedExtent]>,
     sector_count: u32,
 }
@@ -125,7 +125,7 @@ impl FlatMap {
         Ok(packed.unpack(at - origin - u64::from(packed.start) * SECTOR_SIZE, len))
     }
 
-    fn block(&self, number: u64) -> Result<Arc<Block>> {
+    fn block(&self, number: u64) -> Result<Arc<FlatBlock>> {
         let key = (self.serial, number);
         if let Some(block) = self.cache.get(&key) {
             return Ok(block);
@@ -136,7 +136,7 @@ impl FlatMap {
     }
 
     /// Asks the layers from the top down, each only about what those above are silent on.
-    fn flatten(&self, number: u64) -> Result<Block> {
+    fn flatten(&self, number: u64) -> Result<FlatBlock> {
         let origin = number * self.span;
         // Saved VM state may end within a sector. No layer is asked about what is beyond: the
         // answer, "zero", would be for the whole of that sector.
@@ -188,11 +188,11 @@ impl FlatMap {
                 _ => extents.push(extent),
             }
         }
-        Ok(Block { extents: extents.into(), sector_count: (end - origin).div_ceil(SECTOR_SIZE) as u32 })
+        Ok(FlatBlock { extents: extents.into(), sector_count: (end - origin).div_ceil(SECTOR_SIZE) as u32 })
     }
 }
 
-impl Block {
+impl FlatBlock {
     /// The index of the extent that holds `sector`.
     fn find(&self, sector: u32) -> usize {
         self.extents.partition_point(|extent| extent.start <= sector) - 1

@@ -46,7 +46,7 @@ pub fn plan(bytes: &[u8], edit: &HeaderEdit<'_>) -> Option<Vec<HeaderStep>> {
     if let Some(steps) = route(bytes, &wish(Names::Stay)) {
         return Some(steps);
     }
-    let layout = Layout::of(bytes);
+    let layout = HeaderLayout::of(bytes);
     let names = layout.find(|extension| extension.magic == FEATURE_NAMES)?.data(bytes);
     let nothing = HeaderEdit::default();
     let mut steps = route(bytes, &Wish { edit: &nothing, names: Names::Go })?;
@@ -81,13 +81,13 @@ enum Names<'a> {
 
 /// The steps to a header, at once or by one that says the same as the old one.
 fn route(bytes: &[u8], wish: &Wish<'_>) -> Option<Vec<HeaderStep>> {
-    let old = Layout::of(bytes);
+    let old = HeaderLayout::of(bytes);
     if let Some(steps) = direct(bytes, &old, wish) {
         return Some(steps);
     }
     for rest in detours(bytes, &old, wish) {
         if let Some(mut steps) = switch(bytes, &rest)
-            && let Some(more) = direct(&rest, &Layout::of(&rest), wish)
+            && let Some(more) = direct(&rest, &HeaderLayout::of(&rest), wish)
         {
             steps.extend(more);
             return Some(steps);
@@ -130,7 +130,7 @@ impl Extension {
 
 /// Where things are in a header.
 #[derive(Debug)]
-struct Layout {
+struct HeaderLayout {
     extensions: Vec<Extension>,
     /// Where the extensions start: behind the fields.
     start: usize,
@@ -140,7 +140,7 @@ struct Layout {
     name: Range<usize>,
 }
 
-impl Layout {
+impl HeaderLayout {
     fn of(bytes: &[u8]) -> Self {
         let start = if be_u32(bytes, 4) == 2 { V2_LEN } else { be_u32(bytes, 100) as usize };
         let (offset, len) = (be_u64(bytes, BACKING_AT) as usize, be_u32(bytes, BACKING_AT + 8) as usize);
@@ -191,7 +191,7 @@ fn switch(old: &[u8], new: &[u8]) -> Option<Vec<HeaderStep>> {
     if first / sector == last / sector {
         return Some(vec![HeaderStep { writes: vec![write(*first, *last)] }]);
     }
-    let meaning = Layout::of(old).meaning(old);
+    let meaning = HeaderLayout::of(old).meaning(old);
     let decisive: Vec<usize> = changed.iter().copied().filter(|at| meaning[*at]).collect();
     let mut writes: Vec<(u64, Vec<u8>)> = Vec::new();
     for at in changed.iter().copied().filter(|at| !meaning[*at]) {
@@ -211,7 +211,7 @@ fn switch(old: &[u8], new: &[u8]) -> Option<Vec<HeaderStep>> {
 }
 
 /// The steps to the first of the wanted headers that can be reached at once.
-fn direct(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Option<Vec<HeaderStep>> {
+fn direct(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Option<Vec<HeaderStep>> {
     drafts(bytes, old, wish).iter().find_map(|draft| {
         draft
             .places(bytes, old, wish)
@@ -228,11 +228,11 @@ struct Draft {
 }
 
 /// What the header could be: written anew without gaps, or changed in place.
-fn drafts(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Vec<Draft> {
+fn drafts(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Vec<Draft> {
     [compact(bytes, old, wish), in_place(bytes, old, wish)].into_iter().flatten().collect()
 }
 
-fn compact(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Option<Draft> {
+fn compact(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Option<Draft> {
     let edit = wish.edit;
     let mut area = Vec::new();
     let (mut format, mut frozen) = (edit.backing.flatten().map(|(_, format)| format), edit.frozen.flatten());
@@ -264,7 +264,7 @@ fn compact(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Option<Draft> {
     Some(Draft { bytes: new, end })
 }
 
-fn in_place(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Option<Draft> {
+fn in_place(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Option<Draft> {
     let edit = wish.edit;
     let is_twice =
         |wanted: &dyn Fn(&Extension) -> bool| old.extensions.iter().filter(|found| wanted(found)).count() > 1;
@@ -319,7 +319,7 @@ fn push(area: &mut Vec<u8>, magic: u32, data: &[u8]) {
 }
 
 /// The name that the header will have; empty if none.
-fn new_name<'a>(bytes: &'a [u8], old: &Layout, wish: &Wish<'a>) -> &'a [u8] {
+fn new_name<'a>(bytes: &'a [u8], old: &HeaderLayout, wish: &Wish<'a>) -> &'a [u8] {
     match wish.edit.backing {
         None => &bytes[old.name.clone()],
         Some(None) => &[],
@@ -329,7 +329,7 @@ fn new_name<'a>(bytes: &'a [u8], old: &Layout, wish: &Wish<'a>) -> &'a [u8] {
 
 impl Draft {
     /// Where the name could be, best first.
-    fn places(&self, bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Vec<usize> {
+    fn places(&self, bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Vec<usize> {
         let name = new_name(bytes, old, wish);
         let stays = !old.name.is_empty() && name == &bytes[old.name.clone()];
         let end = bytes.len().saturating_sub(name.len());
@@ -340,7 +340,7 @@ impl Draft {
         places
     }
 
-    fn with_name(&self, bytes: &[u8], old: &Layout, wish: &Wish<'_>, place: usize) -> Option<Vec<u8>> {
+    fn with_name(&self, bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>, place: usize) -> Option<Vec<u8>> {
         named(&self.bytes, new_name(bytes, old, wish), place)
     }
 }
@@ -361,7 +361,7 @@ fn named(bytes: &[u8], name: &[u8], place: usize) -> Option<Vec<u8>> {
 }
 
 /// Headers that say the same as the old one and leave room for the new one.
-fn detours(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Vec<Vec<u8>> {
+fn detours(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Vec<Vec<u8>> {
     let mut found = Vec::new();
     // An end mark where the name was the end.
     let mut ended = bytes.to_vec();

@@ -206,11 +206,11 @@ impl RawWriter {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Memory;
+    use super::super::testing::MemoryFile;
     use super::*;
 
-    fn writer(bytes: &[u8]) -> (Arc<Memory>, RawWriter) {
-        let memory = Arc::new(Memory { bytes: Mutex::new(bytes.to_vec()), ..Memory::default() });
+    fn writer(bytes: &[u8]) -> (Arc<MemoryFile>, RawWriter) {
+        let memory = Arc::new(MemoryFile { bytes: Mutex::new(bytes.to_vec()), ..MemoryFile::default() });
         let writer = RawWriter::new("a.raw", Arc::clone(&memory) as _).unwrap();
         (memory, writer)
     }

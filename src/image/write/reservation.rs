@@ -127,16 +127,16 @@ mod tests {
     use super::super::WriterOptions;
     use super::super::allocate::ClusterCount;
     use super::super::qcow2::Qcow2Writer;
-    use super::super::testing::Memory;
+    use super::super::testing::MemoryFile;
     use super::*;
     use crate::error::{Error, ErrorKind};
     use crate::image::check::check;
     use crate::image::create::{CreateOptions, initial_image};
 
-    fn writer() -> (Arc<Memory>, Qcow2Writer) {
+    fn writer() -> (Arc<MemoryFile>, Qcow2Writer) {
         let options = CreateOptions { size: Some(1 << 20), ..CreateOptions::default() };
         let bytes = Mutex::new(initial_image(&options).unwrap());
-        let memory = Arc::new(Memory { bytes, punches: true, ..Memory::default() });
+        let memory = Arc::new(MemoryFile { bytes, punches: true, ..MemoryFile::default() });
         let writer = Qcow2Writer::open("a.qcow2", Arc::clone(&memory) as _, None, None, WriterOptions::default());
         (memory, writer.unwrap())
     }
@@ -145,7 +145,7 @@ mod tests {
         writer.with_tables(|tables| tables.allocate(&writer.image, ClusterCount::Exactly(count))).unwrap()
     }
 
-    fn leaks(memory: &Memory) -> u64 {
+    fn leaks(memory: &MemoryFile) -> u64 {
         let report = check(&*memory.bytes.lock(), "a.qcow2").unwrap();
         assert_eq!((report.corruptions, report.check_errors), (0, 0));
         report.leaks

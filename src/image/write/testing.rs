@@ -9,14 +9,14 @@ use crate::io::{Storage, WriteStorage};
 
 /// A file in memory whose syncs and space can be made to fail.
 #[derive(Default)]
-pub(super) struct Memory {
+pub(super) struct MemoryFile {
     pub(super) bytes: Mutex<Vec<u8>>,
     pub(super) syncs: AtomicU64,
     pub(super) fails: AtomicBool,
     pub(super) punches: bool,
 }
 
-impl Storage for Memory {
+impl Storage for MemoryFile {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         self.bytes.lock().read_at(at, buf)
     }
@@ -26,7 +26,7 @@ impl Storage for Memory {
     }
 }
 
-impl WriteStorage for Memory {
+impl WriteStorage for MemoryFile {
     fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
         let (at, end) = (at as usize, at as usize + bytes.len());
         let mut all = self.bytes.lock();

@@ -27,7 +27,7 @@ pub(super) enum Rebuilt {
 }
 
 /// Where everything new lies, by cluster: the snapshot table, the refcount table, its blocks.
-struct Layout {
+struct RebuildLayout {
     start: u64,
     snapshot_clusters: u64,
     table_clusters: u64,
@@ -88,7 +88,7 @@ impl Stage<'_> {
         u64::from(references.max(stored)).min(max_refcount(self.audited.header.refcount_order))
     }
 
-    fn lay_out(&self, without: Without, policy: CountPolicy, snapshots_len: u64) -> Result<Layout> {
+    fn lay_out(&self, without: Without, policy: CountPolicy, snapshots_len: u64) -> Result<RebuildLayout> {
         let cluster = self.audited.header.cluster;
         let per_block = self.references.refcounts.per_block();
         let mut start = self.audited.file_clusters();
@@ -122,14 +122,14 @@ impl Stage<'_> {
             needed[(start / per_block) as usize..].fill(true);
             let found = ((blocks * 8).div_ceil(cluster.size()), needed.iter().filter(|needed| **needed).count() as u64);
             if found == (table_clusters, block_count) {
-                return Ok(Layout { start, snapshot_clusters, table_clusters, end, needed });
+                return Ok(RebuildLayout { start, snapshot_clusters, table_clusters, end, needed });
             }
             // Both only grow, as the end does.
             (table_clusters, block_count) = found;
         }
     }
 
-    fn write_new(&self, layout: &Layout, without: Without, policy: CountPolicy, snapshots: &[u8]) -> Result<()> {
+    fn write_new(&self, layout: &RebuildLayout, without: Without, policy: CountPolicy, snapshots: &[u8]) -> Result<()> {
         let header = &self.audited.header;
         let (cluster, order) = (header.cluster, header.refcount_order);
         let per_block = self.references.refcounts.per_block();
