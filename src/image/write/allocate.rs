@@ -215,6 +215,7 @@ impl Tables {
         let reservation = self.allocate(image, ClusterCount::Exactly(1))?;
         let table = reservation.clusters().start(image);
         self.fill_l2_table(image, table, entry.l2)?;
+        // M2: the new table is counted once.
         self.set_word(image, place, TableClass::L1, EntryFormat::owned(table))?;
         self.roles.add(reservation.commit().first, 1);
         if let Some(old) = entry.l2 {
