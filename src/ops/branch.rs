@@ -15,9 +15,10 @@ use crate::store::{
 };
 
 use super::clone::give_name;
+use super::context::Context;
 use super::copy::{CommitSegment, PIECE};
-use super::engine::Engine;
 use super::finish;
+use super::job::Job;
 use super::job_table::JobProgress;
 use super::overlay::{self, DraftImage};
 use super::plan::Plan;
@@ -64,7 +65,7 @@ impl CopySource {
     /// the store.
     pub(super) fn plan(
         &self,
-        engine: &Engine,
+        context: &Context,
         world: &ScannedStore,
         (like, name): (ImageIndex, &Path),
         plan: &mut Plan,
@@ -73,7 +74,7 @@ impl CopySource {
         plan.refusals.extend(below.first().and_then(|below| world.uncounted(like, name, *below)));
         let layers = world.catalog.layers(self.index);
         plan.refusals.extend(world.catalog.view_problem(&layers).map(|fact| Error::new(ErrorKind::Broken, fact)));
-        let opened = self.open(engine.store(), world);
+        let opened = self.open(context.store(), world);
         match opened {
             Ok((segment, _view)) if self.is_copied() => {
                 finish::count(world, self.index, segment.data_len(), plan);
@@ -125,10 +126,45 @@ pub(super) struct BranchJob {
     _views: Vec<OpenView>,
 }
 
+impl Job for BranchJob {
+    fn run(self: Box<Self>, context: &Context, progress: &JobProgress) -> Result<()> {
+        let store = Arc::clone(context.store());
+        let copied = fill(&store, &self.segment, self.top.writer(), progress);
+        let Self { path, command, draft, top, below, purpose, intent, segment, _views: views } = *self;
+        drop((segment, top));
+        let done = copied.and_then(|()| {
+            let lock = finish::lock_for_job(&store, progress)?;
+            let world = ScannedStore::look(&store)?;
+            let below = below.as_ref().map(|named| world.expect(named)).transpose()?;
+            progress.settle()?;
+            match purpose {
+                ImagePurpose::Clone { name } => {
+                    if let Some(below) = below {
+                        world.begun(&[below]).map_or(Ok(()), Err)?;
+                    }
+                    give_name(&store, &world, &draft, &name).map(|()| lock)
+                }
+                ImagePurpose::Revert(closed) => revert::switch(context, &world, lock, &path, &command, &draft, *closed),
+            }
+        });
+        drop(views);
+        match done {
+            Ok(lock) => finish::end(&store, intent, lock),
+            Err(error) => {
+                draft.unmake(&store);
+                if let Err(trouble) = finish::forget(&store, intent) {
+                    return Err(error.within(format!("{trouble}, and")));
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
 impl BranchJob {
     /// Begins to fill a draft; under the store's lock.
     pub(super) fn begin(
-        engine: &Engine,
+        context: &Context,
         world: &ScannedStore,
         path: &Path,
         command: &str,
@@ -136,7 +172,7 @@ impl BranchJob {
         (source, draft): (CopySource, DraftImage),
         purpose: ImagePurpose,
     ) -> Result<Self> {
-        let store = engine.store();
+        let store = context.store();
         let name = match &purpose {
             ImagePurpose::Clone { name } => world.guarded(name),
             // Its own intent gives it that name; before, it is nothing but a draft.
@@ -167,40 +203,6 @@ impl BranchJob {
             }
         }
     }
-
-    /// Does it.
-    pub(super) fn run(self, engine: &Engine, progress: &JobProgress) -> Result<()> {
-        let store = Arc::clone(engine.store());
-        let copied = fill(&store, &self.segment, self.top.writer(), progress);
-        let Self { path, command, draft, top, below, purpose, intent, segment, _views: views } = self;
-        drop((segment, top));
-        let done = copied.and_then(|()| {
-            let lock = finish::lock_for_job(&store, progress)?;
-            let world = ScannedStore::look(&store)?;
-            let below = below.as_ref().map(|named| world.expect(named)).transpose()?;
-            progress.settle()?;
-            match purpose {
-                ImagePurpose::Clone { name } => {
-                    if let Some(below) = below {
-                        world.begun(&[below]).map_or(Ok(()), Err)?;
-                    }
-                    give_name(&store, &world, &draft, &name).map(|()| lock)
-                }
-                ImagePurpose::Revert(closed) => revert::switch(engine, &world, lock, &path, &command, &draft, *closed),
-            }
-        });
-        drop(views);
-        match done {
-            Ok(lock) => finish::end(&store, intent, lock),
-            Err(error) => {
-                draft.unmake(&store);
-                if let Err(trouble) = finish::forget(&store, intent) {
-                    return Err(error.within(format!("{trouble}, and")));
-                }
-                Err(error)
-            }
-        }
-    }
 }
 
 /// Copies what `segment` holds into a new image.
@@ -220,8 +222,8 @@ fn fill(store: &Arc<Store>, segment: &CommitSegment, writer: &Arc<Writer>, progr
 }
 
 /// Takes up what was cut off: what has no name yet goes.
-pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: FileLock) -> Result<()> {
-    let store = engine.store();
+pub(super) fn resume(context: &Context, intent: OwnedIntent, lock: FileLock) -> Result<()> {
+    let store = context.store();
     let Operation::Copy { draft, .. } = &intent.intent.deed else { unreachable!("the intent of a copy") };
     if is_draft(&draft.path) && draft.is_at(&store.guard().root, &draft.path) {
         store.guard_names().unlink(&draft.path)?;

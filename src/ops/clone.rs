@@ -12,8 +12,9 @@ use crate::io::directory_of;
 use crate::store::{ACTIVE, Format, Store, shown};
 
 use super::branch::{BranchJob, CopySource, ImagePurpose};
-use super::engine::{Engine, Job};
+use super::context::Context;
 use super::finish;
+use super::job::Begun;
 use super::locked::TouchedImages;
 use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
@@ -36,7 +37,7 @@ impl PlannedClone {
 
 /// What the request would do, with every refusal.
 pub(super) fn plan(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     request: &CloneRequest,
@@ -52,7 +53,7 @@ pub(super) fn plan(
     if world.store.options().read_only {
         refusals.push(Error::new(ErrorKind::ReadOnly, "the store is mounted read-only"));
     }
-    source.plan(engine, world, (chain.views.layers[0], &name), &mut plan);
+    source.plan(context, world, (chain.views.layers[0], &name), &mut plan);
     let file = PlanLayer { name: ACTIVE.to_vec(), path: name.clone(), active: true, note: "new".into() };
     plan.after = source.below(world).iter().map(|index| finish::line(world, &chain, *index)).collect();
     plan.after.insert(0, file);
@@ -85,19 +86,19 @@ fn source(world: &ScannedStore, chain: &ScannedChain, request: &CloneRequest) ->
 }
 
 /// Makes the clone, or begins to where something has to be copied.
-pub(super) fn begin(engine: &Engine, path: &Path, request: &CloneRequest, command: &str) -> Result<Option<Job>> {
-    let store = engine.store();
+pub(super) fn begin(context: &Context, path: &Path, request: &CloneRequest, command: &str) -> Result<Begun> {
+    let store = context.store();
     let (lock, world) = ScannedStore::begin(store)?;
-    let (plan, PlannedClone { source, name }) = plan(engine, &world, path, request)?;
+    let (plan, PlannedClone { source, name }) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
     let like = world.image(world.chain(path)?.views.layers[0]).place.path.clone();
-    let of = engine.intent_name();
+    let of = context.intent_name();
     let draft = overlay::draft_name(&name, &of, 0);
     let draft = DraftImage::make(&world, draft, &like, &source.options(&world, &name))?;
     if source.is_copied() {
         let purpose = ImagePurpose::Clone { name };
-        let job = BranchJob::begin(engine, &world, path, command, &of, (source, draft), purpose)?;
-        return Ok(Some(Job::Branch(Box::new(job))));
+        let job = BranchJob::begin(context, &world, path, command, &of, (source, draft), purpose)?;
+        return Ok(Some(Box::new(job)));
     }
     give_name(store, &world, &draft, &name)?;
     drop(lock);

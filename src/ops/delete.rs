@@ -13,8 +13,9 @@ use crate::io::FileLock;
 use crate::store::{CachePolicy, ImageIndex, Store, shown};
 use crate::units::human_size;
 
-use super::engine::{Engine, Job};
+use super::context::Context;
 use super::finish;
+use super::job::Begun;
 use super::job_table::ChainLocks;
 use super::locked::TouchedImages;
 use super::plan::Plan;
@@ -45,7 +46,7 @@ impl PlannedDelete {
 
 /// What the request would do, with every refusal.
 pub(super) fn plan(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     request: &DeleteRequest,
@@ -69,8 +70,8 @@ pub(super) fn plan(
         let fact = "is what is mounted; mount the directory that holds it, and delete it there";
         return Err(Error::new(ErrorKind::Forbidden, format!("{name} {fact}")));
     }
-    let up = || plan_up(engine, world, &chain, depth, request);
-    let down = || plan_down(engine, world, &chain, depth, request);
+    let up = || plan_up(context, world, &chain, depth, request);
+    let down = || plan_down(context, world, &chain, depth, request);
     let (mut plan, way) = match (depth, request.method) {
         (0, DeleteMethod::Commit) => {
             let fact = "has nothing standing on it that could be merged into it; leave out method=";
@@ -96,7 +97,7 @@ fn has_one_user(world: &ScannedStore, chain: &ScannedChain, depth: usize) -> boo
 }
 
 fn plan_up(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     chain: &ScannedChain,
     depth: usize,
@@ -115,7 +116,7 @@ fn plan_up(
         discard_bitmaps: request.discard_bitmaps,
         ..PullRequest::default()
     };
-    let mut plan = pull::plan_of(engine, world, chain, &found, &terms);
+    let mut plan = pull::plan_of(context, world, chain, &found, &terms);
     if found.into.len() > 1 && layers.len() == depth + 1 {
         let names: Vec<String> = found.into.iter().map(|index| world.image(*index).shown()).collect();
         let fact = "is the base of several images, each of which would have to hold all of it";
@@ -141,7 +142,7 @@ fn plan_up(
 }
 
 fn plan_down(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     chain: &ScannedChain,
     depth: usize,
@@ -153,7 +154,7 @@ fn plan_down(
         discard_bitmaps: request.discard_bitmaps,
         ..CommitRequest::default()
     };
-    let plan = commit::plan_of(engine, world, chain, &layers, &terms);
+    let plan = commit::plan_of(context, world, chain, &layers, &terms);
     (plan, PlannedDelete::Down(layers))
 }
 
@@ -188,28 +189,28 @@ fn plan_inner(
 
 /// Begins a delete, or does it if no data has to be moved.
 pub(super) fn begin(
-    engine: &Engine,
+    context: &Context,
     path: &Path,
     request: &DeleteRequest,
     command: &str,
     tokens: &mut ChainLocks,
-) -> Result<Option<Job>> {
-    let (lock, world) = ScannedStore::begin(engine.store())?;
-    let (plan, way) = plan(engine, &world, path, request)?;
+) -> Result<Begun> {
+    let (lock, world) = ScannedStore::begin(context.store())?;
+    let (plan, way) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
     tokens.notes.extend(finish::not_kept(plan.notes));
     match way {
         PlannedDelete::Up(layers) => {
-            let job = pull::begin_with(engine, &world, lock, path, &layers, command, tokens)?;
-            Ok(Some(Job::Pull(Box::new(job))))
+            let job = pull::begin_with(context, &world, lock, path, &layers, command, tokens)?;
+            Ok(Some(Box::new(job)))
         }
         PlannedDelete::Down(layers) => {
-            let job = commit::begin_with(engine, &world, lock, path, &layers, false, command, tokens)?;
-            Ok(Some(Job::Commit(Box::new(job))))
+            let job = commit::begin_with(context, &world, lock, path, &layers, false, command, tokens)?;
+            Ok(Some(Box::new(job)))
         }
         PlannedDelete::Inner(index, snapshot) => {
             tokens.extend(&world.chains_of(&[index]))?;
-            delete_inner(engine.store(), &world, index, &snapshot, lock)?;
+            delete_inner(context.store(), &world, index, &snapshot, lock)?;
             Ok(None)
         }
     }

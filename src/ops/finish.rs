@@ -18,7 +18,7 @@ use crate::store::{
 use crate::units::human_size;
 
 use super::commit::CommitRange;
-use super::engine::Engine;
+use super::context::Context;
 use super::job_table::JobProgress;
 use super::plan::{Plan, PlanLayer};
 use super::request::{CommitRequest, Request};
@@ -158,8 +158,8 @@ pub(super) fn bitmap_names(
 }
 
 /// Why something cannot be done while views are open.
-pub(super) fn still_open(engine: &Engine, chain: &Path, names: &[String], why: &str) -> Error {
-    let openers = engine.openers(chain);
+pub(super) fn still_open(context: &Context, chain: &Path, names: &[String], why: &str) -> Error {
+    let openers = context.openers(chain);
     let by = if openers.is_empty() { String::new() } else { format!(" by {openers}") };
     Error::new(ErrorKind::Busy, format!("still open{by}: {}; {why}, so close them first", names.join(", ")))
 }
@@ -330,12 +330,12 @@ impl OverlayToRebase {
 /// The steps of a commit after the copy is durable; `lock` is held from the last look at who uses what. `held`: those
 /// of the children that the job has held all the while.
 pub(super) fn commit(
-    engine: &Engine,
+    context: &Context,
     mut intent: OwnedIntent,
     lock: FileLock,
     mut held: Vec<OverlayToRebase>,
 ) -> Result<()> {
-    let store = engine.store();
+    let store = context.store();
     if let Operation::Commit { is_copied, rename: None, .. } = &mut intent.intent.deed
         && !std::mem::replace(is_copied, true)
     {
@@ -409,18 +409,18 @@ pub(super) fn commit(
 
 /// The last steps when the active layer has fallen onto its base.
 pub(super) fn active_commit(
-    engine: &Engine,
+    context: &Context,
     job: &ActiveJob,
     intent: OwnedIntent,
     lock: FileLock,
     before: &Arc<Catalog>,
 ) -> Result<()> {
-    let store = engine.store();
+    let store = context.store();
     store.rescan()?;
     job.settle();
     let Operation::Commit { base, .. } = &intent.intent.deed else { unreachable!("the intent of a commit") };
     tell(store, before, &intent.intent, Some(base));
-    commit(engine, intent, lock, Vec::new())
+    commit(context, intent, lock, Vec::new())
 }
 
 /// Tells those who have disks open what has become of the files below: all layers that are still there show what

@@ -12,9 +12,10 @@ use crate::format::Frozen;
 use crate::image::{HeaderChange, change_header};
 use crate::store::{Format, ImageIndex, Store, ViewPart};
 
+use super::context::Context;
 use super::dropped;
-use super::engine::{Engine, Job};
 use super::finish;
+use super::job::Begun;
 use super::job_table::ChainLocks;
 use super::locked::TouchedImages;
 use super::plan::{Plan, PlanLayer};
@@ -94,7 +95,7 @@ fn base(world: &ScannedStore, chain: &ScannedChain, layer: ImageIndex, name: &[u
 
 /// What the request would do, with every refusal.
 pub(super) fn plan(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     request: &RebaseRequest,
@@ -108,13 +109,13 @@ pub(super) fn plan(
         return Ok((pull::nothing_to_do(world, &chain), RebaseRange { is_done: true, ..layers }));
     }
     let mut plan = if request.is_unsafe {
-        plan_unsafe(engine, world, &chain, &layers, request.drop_layers)
+        plan_unsafe(context, world, &chain, &layers, request.drop_layers)
     } else {
-        pull::plan_of(engine, world, &chain, &as_pull(&chain, &layers), &PullRequest::default())
+        pull::plan_of(context, world, &chain, &as_pull(&chain, &layers), &PullRequest::default())
     };
     let refusals = &mut plan.refusals;
     if let Some(base) = layers.base {
-        refuse_base(engine, world, &layers, base, request.is_unsafe, refusals);
+        refuse_base(context, world, &layers, base, request.is_unsafe, refusals);
         let image = world.image(base);
         if world.is_active_disk(base) {
             let fact = "is a disk of its own by now; it will be a snapshot, for something stands on it then";
@@ -136,7 +137,7 @@ fn as_pull(chain: &ScannedChain, layers: &RebaseRange) -> pull::PullRange {
 }
 
 fn refuse_base(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     layers: &RebaseRange,
     base: ImageIndex,
@@ -157,14 +158,14 @@ fn refuse_base(
         refusals.push(Error::new(ErrorKind::Limit, format!("the chain {fact}")));
     }
     // Whoever writes it keeps us from opening it.
-    match engine.store().open_view(&world.catalog, &below, ViewPart::Active, false) {
+    match context.store().open_view(&world.catalog, &below, ViewPart::Active, false) {
         Err(error) if !is_unsafe || error.kind() == ErrorKind::Busy => refusals.push(error),
         _ => {}
     }
 }
 
 fn plan_unsafe(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     chain: &ScannedChain,
     layers: &RebaseRange,
@@ -191,7 +192,7 @@ fn plan_unsafe(
     refusals.extend(layers.base.and_then(|base| world.uncounted(layers.layer, &image.place.path, base)));
     let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
     finish::check_header(world, layers.layer, &HeaderChange { backing, frozen: None }, refusals);
-    refuse_open(engine, world, &chain.path, layers.layer, refusals);
+    refuse_open(context, world, &chain.path, layers.layer, refusals);
     let fact =
         "only the name is changed: what is shown stays the same only if the new backing file holds the same bytes";
     plan.notes.push(fact.into());
@@ -204,10 +205,10 @@ fn plan_unsafe(
 }
 
 /// Nobody may have anything open that the layer is part of.
-fn refuse_open(engine: &Engine, world: &ScannedStore, chain: &Path, layer: ImageIndex, refusals: &mut Vec<Error>) {
-    let names = engine.store().exposed(world.image(layer).stat.id, &[]);
+fn refuse_open(context: &Context, world: &ScannedStore, chain: &Path, layer: ImageIndex, refusals: &mut Vec<Error>) {
+    let names = context.store().exposed(world.image(layer).stat.id, &[]);
     if !names.is_empty() {
-        refusals.push(finish::still_open(engine, chain, &names, "this may change what they show"));
+        refusals.push(finish::still_open(context, chain, &names, "this may change what they show"));
     }
 }
 
@@ -221,32 +222,32 @@ fn after(world: &ScannedStore, chain: &ScannedChain, layers: &RebaseRange) -> Ve
 
 /// Begins a rebase, or does it if only a name is changed.
 pub(super) fn begin(
-    engine: &Engine,
+    context: &Context,
     path: &Path,
     request: &RebaseRequest,
     command: &str,
     tokens: &mut ChainLocks,
-) -> Result<Option<Job>> {
-    let store = engine.store();
+) -> Result<Begun> {
+    let store = context.store();
     let (lock, world) = ScannedStore::begin(store)?;
-    let (plan, layers) = plan(engine, &world, path, request)?;
+    let (plan, layers) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
     if layers.is_done {
         return Ok(None);
     }
     if request.is_unsafe {
         tokens.extend(&world.chains_of(&[layers.layer]))?;
-        change_name(engine, &world, path, &layers)?;
+        change_name(context, &world, path, &layers)?;
         drop(lock);
         return store.rescan().map(|_| None);
     }
     let found = as_pull(&world.chain(path)?, &layers);
-    let job = pull::begin_with(engine, &world, lock, path, &found, command, tokens)?;
-    Ok(Some(Job::Pull(Box::new(job))))
+    let job = pull::begin_with(context, &world, lock, path, &found, command, tokens)?;
+    Ok(Some(Box::new(job)))
 }
 
-fn change_name(engine: &Engine, world: &ScannedStore, path: &Path, layers: &RebaseRange) -> Result<()> {
-    let store: &Arc<Store> = engine.store();
+fn change_name(context: &Context, world: &ScannedStore, path: &Path, layers: &RebaseRange) -> Result<()> {
+    let store: &Arc<Store> = context.store();
     let change = || {
         // Nobody comes to write the new base meanwhile. What cannot be read may be put below it all the same.
         let below = layers.base.map(|base| world.catalog.layers(base));
@@ -256,7 +257,7 @@ fn change_name(engine: &Engine, world: &ScannedStore, path: &Path, layers: &Reba
         let job = store.take_image(&world.catalog, layers.layer)?;
         // Under the writer's locks nobody comes to write it, and who reads it from here on reads what it is then.
         let mut refusals = Vec::new();
-        refuse_open(engine, world, path, layers.layer, &mut refusals);
+        refuse_open(context, world, path, layers.layer, &mut refusals);
         finish::first(refusals)?;
         if let Some(left) = layers.between.first()
             && world.image(*left).users == [layers.layer]

@@ -11,8 +11,9 @@ use crate::io::FileLock;
 use crate::store::{CachePolicy, ImageIndex, Intent, Operation, OwnedIntent, Store, ViewPart};
 use crate::units::{SECTOR_SIZE, human_size};
 
-use super::engine::{Engine, Job};
+use super::context::Context;
 use super::finish;
+use super::job::Begun;
 use super::plan::Plan;
 use super::request::{NewSize, ResizeRequest};
 use super::revert::used_by_others;
@@ -27,7 +28,7 @@ pub(super) struct PlannedResize {
 
 /// What the request would do, with every refusal.
 pub(super) fn plan(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     request: &ResizeRequest,
@@ -77,9 +78,9 @@ pub(super) fn plan(
             );
             refusals.push(Error::new(ErrorKind::Forbidden, format!("{fact}; say shrink if it may")));
         }
-        if engine.store().is_active_open(image.stat.id) {
+        if context.store().is_active_open(image.stat.id) {
             let names = [format!("the active disk of {}", chain.shown(world))];
-            refusals.push(finish::still_open(engine, path, &names, "it becomes shorter"));
+            refusals.push(finish::still_open(context, path, &names, "it becomes shorter"));
         }
         plan.refusals.extend(used_by_others(world, leaf));
         plan.notes.push(format!("{} at the end of the disk are lost", exact(old - new)));
@@ -111,10 +112,10 @@ fn refuse_bitmaps(world: &ScannedStore, leaf: ImageIndex, refusals: &mut Vec<Err
 }
 
 /// Does it.
-pub(super) fn begin(engine: &Engine, path: &Path, request: &ResizeRequest, command: &str) -> Result<Option<Job>> {
-    let store = engine.store();
+pub(super) fn begin(context: &Context, path: &Path, request: &ResizeRequest, command: &str) -> Result<Begun> {
+    let store = context.store();
     let (lock, world) = ScannedStore::begin(store)?;
-    let (plan, PlannedResize { leaf, old, new }) = plan(engine, &world, path, request)?;
+    let (plan, PlannedResize { leaf, old, new }) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
     if new > old {
         let job = store.take_active(&world.catalog, &world.catalog.layers(leaf))?;
@@ -130,7 +131,7 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &ResizeRequest, comma
     }
     let named = world.witness(leaf, false)?;
     let deed = Operation::Shrink { image: named.clone(), size: new };
-    let of = engine.intent_name();
+    let of = context.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &of, &Intent::new(command, path, deed))?;
     match shrink(store, &world, leaf, new) {
         Ok(()) => finish::end(store, intent, lock).map(|()| None),
@@ -163,7 +164,7 @@ fn shrink(store: &Arc<Store>, world: &ScannedStore, leaf: ImageIndex, size: u64)
 }
 
 /// What keeps a shrinking that was cut off from being taken up; whether anything is left to be done.
-pub(super) fn examine(engine: &Engine, world: &ScannedStore, intent: &Intent) -> Result<Option<ImageIndex>> {
+pub(super) fn examine(context: &Context, world: &ScannedStore, intent: &Intent) -> Result<Option<ImageIndex>> {
     let Operation::Shrink { image, size } = &intent.deed else { unreachable!("the intent of a shrinking") };
     let Some(leaf) = world.find(image).filter(|leaf| world.image(*leaf).virtual_size() == Some(*size)) else {
         return Ok(None);
@@ -172,20 +173,20 @@ pub(super) fn examine(engine: &Engine, world: &ScannedStore, intent: &Intent) ->
     refusals.extend(world.untouchable(leaf));
     refusals.extend(world.begun(&[leaf]));
     refusals.extend(used_by_others(world, leaf));
-    if engine.store().is_active_open(world.image(leaf).stat.id) {
+    if context.store().is_active_open(world.image(leaf).stat.id) {
         let names = ["the active disk".to_owned()];
-        refusals.push(finish::still_open(engine, &intent.chain, &names, "what lies behind its end goes"));
+        refusals.push(finish::still_open(context, &intent.chain, &names, "what lies behind its end goes"));
     }
     finish::first(refusals)?;
     Ok(Some(leaf))
 }
 
 /// Takes up a shrinking that was cut off: if the disk has its new size, what lies behind that is given back.
-pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: FileLock) -> Result<()> {
-    let store = engine.store();
+pub(super) fn resume(context: &Context, intent: OwnedIntent, lock: FileLock) -> Result<()> {
+    let store = context.store();
     let world = ScannedStore::look_for(store, &intent.name)?;
     let Operation::Shrink { size, .. } = intent.intent.deed else { unreachable!("the intent of a shrinking") };
-    if let Some(leaf) = examine(engine, &world, &intent.intent)? {
+    if let Some(leaf) = examine(context, &world, &intent.intent)? {
         shrink(store, &world, leaf, size)?;
     }
     finish::end(store, intent, lock)

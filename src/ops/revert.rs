@@ -14,8 +14,9 @@ use crate::io::{FileLock, directory_of};
 use crate::store::{CachePolicy, FileRef, Format, ImageIndex, Intent, JobImage, NewTop, Operation, Store, shown};
 
 use super::branch::{BranchJob, CopySource, ImagePurpose};
-use super::engine::{Engine, Job};
+use super::context::Context;
 use super::finish;
+use super::job::Begun;
 use super::locked::TouchedImages;
 use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
@@ -58,7 +59,7 @@ impl PlannedRevert {
 
 /// What the request would do, with every refusal.
 pub(super) fn plan(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     request: &RevertRequest,
@@ -85,7 +86,7 @@ pub(super) fn plan(
     refusals.extend(used_by_others(world, leaf));
     if world.store.is_active_open(image.stat.id) {
         let names = [format!("the active disk of {}", chain.shown(world))];
-        refusals.push(finish::still_open(engine, path, &names, "it becomes another one"));
+        refusals.push(finish::still_open(context, path, &names, "it becomes another one"));
     }
     let (way, saved) = if let Some(place) = view.snapshot.filter(|_| view.layer == 0) {
         let snapshot = finish::inner(world, leaf, place)?;
@@ -94,7 +95,7 @@ pub(super) fn plan(
     } else {
         let source = CopySource::of(world, chain.views.layers[view.layer], view.snapshot)?;
         let saved = request.save.as_ref().map(|name| with_stem(&image.place.path, name));
-        plan_overlay(engine, world, &chain, (&source, saved.as_deref()), request, &mut plan);
+        plan_overlay(context, world, &chain, (&source, saved.as_deref()), request, &mut plan);
         (RevertMethod::Overlay(source), saved)
     };
     if request.save.is_none() {
@@ -137,7 +138,7 @@ fn plan_apply(
 }
 
 fn plan_overlay(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     chain: &ScannedChain,
     (source, saved): (&CopySource, Option<&Path>),
@@ -162,7 +163,7 @@ fn plan_overlay(
         }
     }
     note_newer(world, chain, source, saved, &mut plan.notes);
-    source.plan(engine, world, (leaf, old), plan);
+    source.plan(context, world, (leaf, old), plan);
     plan.after = source.below(world).iter().map(|index| finish::line(world, chain, *index)).collect();
     let top = PlanLayer { name: crate::store::ACTIVE.to_vec(), path: old.clone(), active: true, note: "new".into() };
     plan.after.insert(0, top);
@@ -215,10 +216,10 @@ fn left_alone(world: &ScannedStore, leaf: ImageIndex, source: &CopySource) -> Op
 }
 
 /// Does it, or begins to where something has to be copied.
-pub(super) fn begin(engine: &Engine, path: &Path, request: &RevertRequest, command: &str) -> Result<Option<Job>> {
-    let store = engine.store();
+pub(super) fn begin(context: &Context, path: &Path, request: &RevertRequest, command: &str) -> Result<Begun> {
+    let store = context.store();
     let (lock, world) = ScannedStore::begin(store)?;
-    let (plan, PlannedRevert { leaf, way, saved }) = plan(engine, &world, path, request)?;
+    let (plan, PlannedRevert { leaf, way, saved }) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
     let source = match way {
         RevertMethod::Apply(snapshot) => {
@@ -236,15 +237,15 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &RevertRequest, comma
     let world = ScannedStore::look(store)?;
     let closed = ClosedDisk { leaf: world.named(leaf), saved, held: store.take_image(&world.catalog, leaf)? };
     let old = world.image(leaf).place.path.clone();
-    let of = engine.intent_name();
+    let of = context.intent_name();
     let draft = overlay::draft_name(&old, &of, 0);
     let draft = DraftImage::make(&world, draft, &old, &source.options(&world, &old))?;
     if source.is_copied() {
         let purpose = ImagePurpose::Revert(Box::new(closed));
-        let job = BranchJob::begin(engine, &world, path, command, &of, (source, draft), purpose)?;
-        return Ok(Some(Job::Branch(Box::new(job))));
+        let job = BranchJob::begin(context, &world, path, command, &of, (source, draft), purpose)?;
+        return Ok(Some(Box::new(job)));
     }
-    match switch(engine, &world, lock, path, command, &draft, closed) {
+    match switch(context, &world, lock, path, command, &draft, closed) {
         Ok(lock) => {
             drop(lock);
             Ok(None)
@@ -279,7 +280,7 @@ fn apply(
 /// Puts a whole overlay into the place of the active layer. Returns the lock when that is durable; nothing has
 /// happened if it fails before.
 pub(super) fn switch(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     lock: FileLock,
     path: &Path,
@@ -287,11 +288,11 @@ pub(super) fn switch(
     draft: &DraftImage,
     closed: ClosedDisk,
 ) -> Result<FileLock> {
-    let store = engine.store();
+    let store = context.store();
     let ClosedDisk { leaf, saved, held } = closed;
     let index = world.expect(&leaf)?;
     used_by_others(world, index).map_or(Ok(()), Err)?;
-    let of = engine.intent_name();
+    let of = context.intent_name();
     // What is not saved has a name to go by all the same, until it is gone.
     let frozen = match &saved {
         Some(saved) => world.guarded(saved),
@@ -313,7 +314,7 @@ pub(super) fn switch(
     store.while_closed(world.image(index), || {
         let intent = store.guard().begin(&*names, &of, &Intent::new(command, path, deed))?;
         // From here on it goes as it would if it had been cut off.
-        snapshot::carry_on(engine, intent, vec![held], true)
+        snapshot::carry_on(context, intent, vec![held], true)
     })?;
     names.sync(&directory_of(&leaf.path))?;
     store.rescan()?;

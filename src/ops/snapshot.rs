@@ -19,7 +19,7 @@ use crate::store::{
     OwnedIntent, Store, encode, is_draft, shown,
 };
 
-use super::engine::Engine;
+use super::context::Context;
 use super::finish;
 use super::locked::TouchedImages;
 use super::overlay::{self, DraftImage};
@@ -218,8 +218,8 @@ fn refuse_inner(world: &ScannedStore, leaf: ImageIndex, request: &SnapshotReques
 }
 
 /// Takes the snapshot; when this returns it is there.
-pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, command: &str) -> Result<()> {
-    let store = engine.store();
+pub(super) fn run(context: &Context, path: &Path, request: &SnapshotRequest, command: &str) -> Result<()> {
+    let store = context.store();
     let (lock, world) = ScannedStore::begin(store)?;
     let (plan, disks) = disks(&world, path, request)?;
     world.accept(&plan)?;
@@ -239,7 +239,7 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
         drop(lock);
         return store.rescan().map(drop);
     }
-    let name = engine.intent_name();
+    let name = context.intent_name();
     let overlays = make_overlays(store, &world, &disks, &jobs, &name)?;
     let tops = disks
         .iter()
@@ -566,21 +566,21 @@ fn refuse_rest(world: &ScannedStore, top: &NewTop, goes_on: bool, refusals: &mut
 }
 
 /// Takes up a snapshot, or a revert, that was cut off: to its end if it was taken, else back to its beginning.
-pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: FileLock) -> Result<()> {
-    let store = engine.store();
+pub(super) fn resume(context: &Context, intent: OwnedIntent, lock: FileLock) -> Result<()> {
+    let store = context.store();
     let world = ScannedStore::look_for(store, &intent.name)?;
     let goes_on = examine(&world, &intent.intent)?;
     let Operation::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
     let held = if goes_on { hold(store, disks)? } else { Vec::new() };
-    let done = carry_on(engine, intent, held, goes_on);
+    let done = carry_on(context, intent, held, goes_on);
     drop(lock);
     done
 }
 
 /// Does what is left of a snapshot whose disks (`held`) nobody uses; or takes back what was begun. Under the store's
 /// lock.
-pub(super) fn carry_on(engine: &Engine, intent: OwnedIntent, held: Vec<JobImage>, goes_on: bool) -> Result<()> {
-    let store = engine.store();
+pub(super) fn carry_on(context: &Context, intent: OwnedIntent, held: Vec<JobImage>, goes_on: bool) -> Result<()> {
+    let store = context.store();
     let names = store.guard_names();
     let Operation::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
     let root = &store.guard().root;

@@ -14,9 +14,10 @@ use crate::store::{
 };
 use crate::units::{GuestOffset, HostOffset};
 
+use super::super::context::Context;
 use super::super::copy::{CommitSegment, PIECE};
-use super::super::engine::Engine;
 use super::super::finish::{self, CommitStage, OverlayToRebase};
+use super::super::job::{Begun, Job};
 use super::super::job_table::{ChainLocks, JobProgress};
 use super::super::mirror::{MergeMirror, zero_from};
 use super::super::request::CommitRequest;
@@ -45,23 +46,24 @@ pub(in crate::ops) struct CommitJob {
 
 /// Begins a commit: when this returns, nobody sees what it is going to spoil, and nothing is spoilt yet.
 pub(in crate::ops) fn begin(
-    engine: &Engine,
+    context: &Context,
     path: &Path,
     request: &CommitRequest,
     command: &str,
     tokens: &mut ChainLocks,
-) -> Result<CommitJob> {
-    let (lock, world) = ScannedStore::begin(engine.store())?;
-    let (plan, layers) = plan(engine, &world, path, request)?;
+) -> Result<Begun> {
+    let (lock, world) = ScannedStore::begin(context.store())?;
+    let (plan, layers) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
     tokens.notes.extend(finish::not_kept(plan.notes));
-    begin_with(engine, &world, lock, path, &layers, request.keep, command, tokens)
+    let job = begin_with(context, &world, lock, path, &layers, request.keep, command, tokens)?;
+    Ok(Some(Box::new(job)))
 }
 
 /// The same for what has been found out, and found good, under the store's lock.
 #[expect(clippy::too_many_arguments, reason = "what a plan has found, and what goes with a command")]
 pub(in crate::ops) fn begin_with(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     _lock: FileLock,
     path: &Path,
@@ -70,7 +72,7 @@ pub(in crate::ops) fn begin_with(
     command: &str,
     tokens: &mut ChainLocks,
 ) -> Result<CommitJob> {
-    let store = engine.store();
+    let store = context.store();
     tokens.extend(&world.chains_of(&[layers.top]))?;
     let deed = Operation::Commit {
         top: world.witness(layers.top, !layers.is_active)?,
@@ -85,10 +87,10 @@ pub(in crate::ops) fn begin_with(
     let changed: Vec<FileId> = layers.segment().iter().chain([&layers.base]).map(|i| world.image(*i).stat.id).collect();
     finish::forget_trash(world, &changed)?;
     let kept = if layers.is_deletion { store.keep_copy(&world.catalog, layers.base, command)? } else { None };
-    let name = engine.intent_name();
+    let name = context.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed));
     let intent = intent.inspect_err(|_| take_back(store, kept.as_deref()))?;
-    let begun = set_out(engine, world, path, layers, base, intent);
+    let begun = set_out(context, world, path, layers, base, intent);
     begun.map(|job| CommitJob { kept: kept.clone(), ..job }).map_err(|failed| {
         let (error, intent) = *failed;
         take_back(store, kept.as_deref());
@@ -159,19 +161,19 @@ type BegunCommit = std::result::Result<CommitJob, Box<(Error, OwnedIntent)>>;
 
 /// With the intent there: hides what will be spoilt, and opens everything.
 fn set_out(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     layers: &CommitRange,
     mut base: JobImage,
     intent: OwnedIntent,
 ) -> BegunCommit {
-    let store = engine.store();
+    let store = context.store();
     let is_undoable = is_undoable(world, layers);
     let begun = (|| {
         store.rescan()?;
         let mut refusals = Vec::new();
-        refuse::exposed(engine, world, path, layers, &mut refusals);
+        refuse::exposed(context, world, path, layers, &mut refusals);
         finish::first(refusals)?;
         let mut views = Vec::new();
         let below = open_below(store, world, &layers.below, &mut views)?;
@@ -214,10 +216,9 @@ fn open_below(
     Ok(Some(view))
 }
 
-impl CommitJob {
-    /// Does it. On the way out, whatever happens, every view that is listed is right.
-    pub(in crate::ops) fn run(self, engine: &Engine, progress: &JobProgress) -> Result<()> {
-        let store = Arc::clone(engine.store());
+impl Job for CommitJob {
+    fn run(self: Box<Self>, context: &Context, progress: &JobProgress) -> Result<()> {
+        let store = Arc::clone(context.store());
         if let Some((job, mirror)) = &self.active {
             job.set_mirror(Some(Arc::clone(mirror) as Arc<dyn Mirror>));
         }
@@ -231,11 +232,13 @@ impl CommitJob {
             Ok((lock, world))
         });
         match switched {
-            Ok((lock, world)) => self.switch(engine, &world, lock),
+            Ok((lock, world)) => self.switch(context, &world, lock),
             Err(error) => Err(self.call_back(&store, progress, error)),
         }
     }
+}
 
+impl CommitJob {
     fn copy(&self, store: &Store, progress: &JobProgress) -> Result<()> {
         let total = self.segment.data_len()?;
         progress.set_total(total);
@@ -337,12 +340,12 @@ impl CommitJob {
     }
 
     /// Makes base what everybody stands on. From its first step on there is no way back.
-    fn switch(self, engine: &Engine, world: &ScannedStore, lock: FileLock) -> Result<()> {
+    fn switch(self, context: &Context, world: &ScannedStore, lock: FileLock) -> Result<()> {
         let Self { base, writer, intent, active, views, segment, children, is_undoable, kept: _ } = self;
         let publish = || if is_undoable { writer.publish() } else { writer.close() };
         // Nobody of us needs base as it was any more.
         drop((views, segment));
-        let store = engine.store();
+        let store = context.store();
         let Operation::Commit { top, base: old_base, rename, .. } = intent.intent.deed.clone() else {
             unreachable!("the intent of a commit")
         };
@@ -359,7 +362,7 @@ impl CommitJob {
             if let Some(name) = rename {
                 finish::replace(store, &world.catalog, &intent.intent, (&old_base, &top, &name))?;
             }
-            return finish::commit(engine, intent, lock, children);
+            return finish::commit(context, intent, lock, children);
         };
         let name = rename.expect("a base takes the active layer's name");
         finish::thaw(store, world, &writer, base.format(), &old_base)?;
@@ -390,7 +393,7 @@ impl CommitJob {
         }
         settled?;
         drop((writer, mirror));
-        finish::active_commit(engine, &job, intent, lock, &before)
+        finish::active_commit(context, &job, intent, lock, &before)
     }
 }
 
@@ -408,22 +411,23 @@ pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent) -> Result<C
 
 /// Takes up a commit that was cut off. `Ok(None)`: all that was left to do has been done.
 pub(in crate::ops) fn resume(
-    engine: &Engine,
+    context: &Context,
     intent: OwnedIntent,
     lock: FileLock,
     tokens: &mut ChainLocks,
-) -> Result<Option<CommitJob>> {
-    let store = engine.store();
+) -> Result<Begun> {
+    let store = context.store();
     let world = ScannedStore::look_for(store, &intent.name)?;
     match examine(&world, &intent.intent)? {
-        CommitStage::Copied => finish::commit(engine, intent, lock, Vec::new()).map(|()| None),
+        CommitStage::Copied => finish::commit(context, intent, lock, Vec::new()).map(|()| None),
         CommitStage::NotCopied(layers) => {
             let path = intent.intent.chain.clone();
             tokens.extend(&world.chains_of(&[layers.top]))?;
             finish::repair_leaks(store, &world, layers.base)?;
             let world = ScannedStore::look_for(store, &intent.name)?;
             let base = store.take_image(&world.catalog, layers.base)?;
-            set_out(engine, &world, &path, &layers, base, intent).map(Some).map_err(|failed| failed.0)
+            let job = set_out(context, &world, &path, &layers, base, intent).map_err(|failed| failed.0)?;
+            Ok(Some(Box::new(job)))
         }
     }
 }

@@ -16,15 +16,15 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::Writer;
 use crate::store::{Format, ImageIndex, OpenView, Operation, Store, ViewPart};
 
+use super::context::Context;
 use super::copy::CommitSegment;
-use super::engine::Engine;
 use super::finish;
 use super::locked::TouchedImages;
 use super::plan::{Plan, PlanLayer};
 use super::request::CommitRequest;
 use super::scanned_store::{ScannedChain, ScannedStore, beside};
 
-pub(super) use job::{CommitJob, begin, begin_with, examine, resume};
+pub(super) use job::{begin, begin_with, examine, resume};
 
 /// What a commit concerns, by index in one catalog.
 #[derive(Clone, Debug)]
@@ -111,19 +111,19 @@ pub(super) fn fall_onto(world: &ScannedStore, chain: &ScannedChain, depth: usize
 
 /// What the request would do, with every refusal.
 pub(super) fn plan(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     request: &CommitRequest,
 ) -> Result<(Plan, CommitRange)> {
     let chain = world.chain(path)?;
     let layers = layers(world, &chain, request)?;
-    Ok((plan_of(engine, world, &chain, &layers, request), layers))
+    Ok((plan_of(context, world, &chain, &layers, request), layers))
 }
 
 /// The same for what has been found out already; of the request only its flags count.
 pub(super) fn plan_of(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     chain: &ScannedChain,
     layers: &CommitRange,
@@ -160,9 +160,9 @@ pub(super) fn plan_of(
     plan.removed =
         gone.iter().map(|index| world.image(*index).place.path.clone()).filter(|p| !is_replaced(p)).collect();
     // What it would amount to is told of one that is refused, too, if it can be told.
-    let segment = segment(engine.store(), world, layers, None);
+    let segment = segment(context.store(), world, layers, None);
     finish::count(world, layers.base, segment.and_then(|(segment, _view)| segment.data_len()), &mut plan);
-    refuse::exposed(engine, world, &chain.path, layers, &mut plan.refusals);
+    refuse::exposed(context, world, &chain.path, layers, &mut plan.refusals);
     plan.after = after(&plan, layers, request);
     let changed: Vec<ImageIndex> = layers.segment().into_iter().chain([layers.base]).collect();
     finish::note_trash(world, &changed, &mut plan);

@@ -7,7 +7,7 @@ use crate::image::HeaderChange;
 use crate::io::directory_of;
 use crate::store::{Format, ImageIndex, Operation, shown};
 
-use super::super::engine::Engine;
+use super::super::context::Context;
 use super::super::finish;
 use super::super::request::CommitRequest;
 use super::super::scanned_store::ScannedStore;
@@ -122,15 +122,15 @@ pub(super) fn sharers(world: &ScannedStore, index: ImageIndex, known: &[ImageInd
 
 /// Open views that would show other bytes.
 pub(super) fn exposed(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     chain: &Path,
     layers: &CommitRange,
     refusals: &mut Vec<Error>,
 ) {
     let cover: Vec<_> = layers.segment().iter().map(|index| world.image(*index).stat.id).collect();
-    let names = engine.store().exposed(world.image(layers.base).stat.id, &cover);
+    let names = context.store().exposed(world.image(layers.base).stat.id, &cover);
     if !names.is_empty() {
-        refusals.push(finish::still_open(engine, chain, &names, "a commit changes what they show"));
+        refusals.push(finish::still_open(context, chain, &names, "a commit changes what they show"));
     }
 }

@@ -16,9 +16,10 @@ use crate::store::{
     ViewPart, shown,
 };
 
+use super::super::context::Context;
 use super::super::copy::PIECE;
-use super::super::engine::Engine;
 use super::super::finish;
+use super::super::job::{Begun, Job};
 use super::super::job_table::{ChainLocks, JobProgress};
 use super::super::request::{CommitRequest, PullRequest};
 use super::super::scanned_store::ScannedStore;
@@ -57,25 +58,26 @@ struct OpenedPull {
 
 /// Begins a pull. `Ok(None)`: nothing is left to be done.
 pub(in crate::ops) fn begin(
-    engine: &Engine,
+    context: &Context,
     path: &Path,
     request: &PullRequest,
     command: &str,
     tokens: &mut ChainLocks,
-) -> Result<Option<PullJob>> {
-    let (lock, world) = ScannedStore::begin(engine.store())?;
-    let (plan, layers) = plan(engine, &world, path, request)?;
+) -> Result<Begun> {
+    let (lock, world) = ScannedStore::begin(context.store())?;
+    let (plan, layers) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
     if layers.into.is_empty() {
         return Ok(None);
     }
     tokens.notes.extend(finish::not_kept(plan.notes));
-    begin_with(engine, &world, lock, path, &layers, command, tokens).map(Some)
+    let job = begin_with(context, &world, lock, path, &layers, command, tokens)?;
+    Ok(Some(Box::new(job)))
 }
 
 /// The same for what has been found out, and found good, under the store's lock.
 pub(in crate::ops) fn begin_with(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     _lock: FileLock,
     path: &Path,
@@ -83,7 +85,7 @@ pub(in crate::ops) fn begin_with(
     command: &str,
     tokens: &mut ChainLocks,
 ) -> Result<PullJob> {
-    let store = engine.store();
+    let store = context.store();
     tokens.extend(&world.chains_of(&layers.touched()))?;
     let deed = Operation::Pull {
         into: world.witnesses(&layers.into, false)?,
@@ -92,7 +94,7 @@ pub(in crate::ops) fn begin_with(
         between: world.witnesses(&layers.between, false)?,
     };
     let ready = open(store, world, layers)?;
-    let name = engine.intent_name();
+    let name = context.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed));
     match intent.and_then(|intent| store.rescan().map(|_| intent)) {
         Ok(intent) => Ok(ready.with(intent)),
@@ -158,13 +160,12 @@ fn open(store: &Arc<Store>, world: &ScannedStore, layers: &PullRange) -> Result<
     Ok(OpenedPull { parts, fill, views })
 }
 
-impl PullJob {
-    /// Does it.
-    pub(in crate::ops) fn run(self, engine: &Engine, progress: &JobProgress) -> Result<()> {
-        let store = Arc::clone(engine.store());
+impl Job for PullJob {
+    fn run(self: Box<Self>, context: &Context, progress: &JobProgress) -> Result<()> {
+        let store = Arc::clone(context.store());
         let filled = self.fill(&store, progress);
         match filled.and_then(|()| self.ready_to_switch(&store, progress)) {
-            Ok((lock, world)) => self.switch(engine, lock, &world),
+            Ok((lock, world)) => self.switch(context, lock, &world),
             Err(error) => {
                 // What was copied changes nothing, and may stay.
                 for part in self.parts {
@@ -181,7 +182,9 @@ impl PullJob {
             }
         }
     }
+}
 
+impl PullJob {
     fn fill(&self, store: &Store, progress: &JobProgress) -> Result<()> {
         let needed = self.parts.iter().map(|part| part.needed(&self.fill)).collect::<Result<Vec<u64>>>()?;
         progress.set_total(needed.iter().sum());
@@ -225,8 +228,8 @@ impl PullJob {
         Ok((lock, world))
     }
 
-    fn switch(self, engine: &Engine, lock: FileLock, world: &ScannedStore) -> Result<()> {
-        let store = engine.store();
+    fn switch(self, context: &Context, lock: FileLock, world: &ScannedStore) -> Result<()> {
+        let store = context.store();
         let Self { parts, intent, _views: views, .. } = self;
         let Operation::Pull { base, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
         let base = base.as_ref().map(|base| world.expect(base)).transpose()?;
@@ -243,7 +246,7 @@ impl PullJob {
         let world = ScannedStore::look(store)?;
         finish::stand_on_new(&world, &active)?;
         drop((active, views));
-        clean_up(engine, intent, lock, &before)
+        clean_up(context, intent, lock, &before)
     }
 }
 
@@ -317,8 +320,8 @@ fn freeze_left(
 }
 
 /// What follows the switch.
-fn clean_up(engine: &Engine, intent: OwnedIntent, lock: FileLock, before: &Catalog) -> Result<()> {
-    let store = engine.store();
+fn clean_up(context: &Context, intent: OwnedIntent, lock: FileLock, before: &Catalog) -> Result<()> {
+    let store = context.store();
     let Operation::Pull { remove, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
     finish::tell(store, before, &intent.intent, None);
     let removed = finish::remove(store, remove, true, &intent.intent.command);
@@ -352,12 +355,12 @@ fn terms(intent: &Intent) -> PullRequest {
 
 /// Takes up a pull that was cut off. `Ok(None)`: all that was left to do has been done.
 pub(in crate::ops) fn resume(
-    engine: &Engine,
+    context: &Context,
     intent: OwnedIntent,
     lock: FileLock,
     tokens: &mut ChainLocks,
-) -> Result<Option<PullJob>> {
-    let store = engine.store();
+) -> Result<Begun> {
+    let store = context.store();
     let world = ScannedStore::look_for(store, &intent.name)?;
     if let Err(error) = find(&world, &intent.intent.deed) {
         // No view has changed, and none will: what others have done to the chain stands.
@@ -370,10 +373,10 @@ pub(in crate::ops) fn resume(
         };
         freeze_left(store, &world, into, remove, between)?;
         let before = Arc::clone(&world.catalog);
-        return clean_up(engine, intent, lock, &before).map(|()| None);
+        return clean_up(context, intent, lock, &before).map(|()| None);
     };
     tokens.extend(&world.chains_of(&layers.touched()))?;
-    Ok(Some(open(store, &world, &layers)?.with(intent)))
+    Ok(Some(Box::new(open(store, &world, &layers)?.with(intent))))
 }
 
 /// What is left to be filled, and what that needs; `None` if nothing is.

@@ -13,8 +13,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::HeaderChange;
 use crate::store::{BackingLink, ImageIndex, ViewPart};
 
+use super::context::Context;
 use super::copy::CommitSegment;
-use super::engine::Engine;
 use super::finish;
 use super::locked::TouchedImages;
 use super::plan::Plan;
@@ -22,7 +22,7 @@ use super::request::PullRequest;
 use super::scanned_store::{ScannedChain, ScannedStore};
 
 pub(super) use fill::Filling;
-pub(super) use job::{PullJob, begin, begin_with, examine, resume};
+pub(super) use job::{begin, begin_with, examine, resume};
 
 /// What a pull concerns, by index in one catalog. Nothing is filled if all is as it should be already.
 #[derive(Clone, Debug, Default)]
@@ -120,7 +120,7 @@ fn removable(world: &ScannedStore, into: ImageIndex, between: &[ImageIndex]) -> 
 
 /// What the request would do, with every refusal.
 pub(super) fn plan(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     request: &PullRequest,
@@ -130,7 +130,7 @@ pub(super) fn plan(
     if layers.into.is_empty() {
         return Ok((nothing_to_do(world, &chain), layers));
     }
-    let mut plan = plan_of(engine, world, &chain, &layers, request);
+    let mut plan = plan_of(context, world, &chain, &layers, request);
     let into = &world.image(layers.into[0]).place.path;
     let first = plan.before.iter().position(|line| line.path == *into).unwrap_or(0);
     if let Some(line) = plan.after.get_mut(first) {
@@ -143,7 +143,7 @@ pub(super) fn plan(
 
 /// The same for what has been found out already, but for the chain afterwards; of the request only its flags count.
 pub(super) fn plan_of(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     chain: &ScannedChain,
     layers: &PullRange,
@@ -152,7 +152,7 @@ pub(super) fn plan_of(
     let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
     refuse(world, layers, request, &mut plan.refusals);
     if let Some(first) = layers.into.first().filter(|_| !layers.below.is_empty()) {
-        let store = engine.store();
+        let store = context.store();
         let counted = store.open_view(&world.catalog, &layers.below, ViewPart::Active, false).and_then(|open| {
             let frozen = store.part_of(&open.view, 0, layers.between.len());
             CommitSegment { live: None, frozen }.data_len()
