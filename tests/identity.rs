@@ -12,7 +12,9 @@ use std::time::Duration;
 
 use chainfs::error::ErrorKind;
 use chainfs::ops::{Engine, JobState, Request};
-use chainfs::store::{NewTop, Operation, Store, StoreOptions, ViewPart};
+use chainfs::store::{
+    CommitOperation, NewTop, Operation, PullOperation, SnapshotOperation, Store, StoreOptions, ViewPart,
+};
 use common::intents::{leave, witness};
 use common::lab::{Kind, Lab, run};
 use common::*;
@@ -77,7 +79,7 @@ impl Commit {
     fn new() -> Self {
         let lab = Lab::new(Kind { raw_base: true, ..Kind::PLAIN });
         let before = shown(&lab.open());
-        let deed = Operation::Commit {
+        let deed = Operation::Commit(CommitOperation {
             top: witness(&lab.store, "sn2.qcow2", true),
             base: Self::base(&lab),
             between: vec![witness(&lab.store, "sn1.qcow2", true)],
@@ -85,7 +87,7 @@ impl Commit {
             keep: false,
             is_copied: false,
             rename: None,
-        };
+        });
         leave(&lab.store, "commit top=sn2 base=base", "web", deed);
         // A part of what sn2 shows is in base already.
         let bytes = before.iter().find(|(name, _)| name == "sn2.qcow2").unwrap().1.clone();
@@ -246,7 +248,7 @@ fn a_new_file_of_the_old_name_is_neither_written_nor_removed() {
 
 /// Leaves the intent of a commit of sn3 into sn2, with web on top.
 fn leave_commit_of_sn3(lab: &Lab, is_copied: bool) {
-    let deed = Operation::Commit {
+    let deed = Operation::Commit(CommitOperation {
         top: witness(&lab.store, "sn3.qcow2", true),
         base: witness(&lab.store, "sn2.qcow2", false),
         between: Vec::new(),
@@ -254,7 +256,7 @@ fn leave_commit_of_sn3(lab: &Lab, is_copied: bool) {
         keep: false,
         is_copied,
         rename: None,
-    };
+    });
     leave(&lab.store, "commit top=sn3 base=sn2", "web", deed);
 }
 
@@ -333,12 +335,12 @@ fn a_command_that_is_taken_up_asks_all_refusals_again() {
 }
 
 fn pull(lab: &Lab, remove: &[&str]) {
-    let deed = Operation::Pull {
+    let deed = Operation::Pull(PullOperation {
         into: vec![witness(&lab.store, "sn3.qcow2", false)],
         base: Some(witness(&lab.store, "sn1.qcow2", false)),
         remove: remove.iter().map(|name| witness(&lab.store, name, true)).collect(),
         between: vec![witness(&lab.store, "sn2.qcow2", false)],
-    };
+    });
     leave(&lab.store, "delete sn2 method=pull", "web", deed);
 }
 
@@ -380,7 +382,12 @@ fn a_snapshot_that_is_taken_up_asks_again() {
         name: "web.qcow2".into(),
         backing: None,
     };
-    let deed = Operation::Snapshot { seconds: 1, nanoseconds: 0, description: String::new(), disks: vec![top] };
+    let deed = Operation::Snapshot(SnapshotOperation {
+        seconds: 1,
+        nanoseconds: 0,
+        description: String::new(),
+        disks: vec![top],
+    });
     leave(&lab.store, "snapshot monday", "web", deed);
     let content = lab.content("web.qcow2");
     fs::hard_link(lab.store.path("web.qcow2"), lab.store.path("monday.qcow2")).unwrap();
@@ -407,7 +414,12 @@ fn a_name_that_others_have_come_to_stand_on_is_not_taken_away() {
         name: "vm.qcow2".into(),
         backing: None,
     };
-    let deed = Operation::Snapshot { seconds: 1, nanoseconds: 0, description: String::new(), disks: vec![top] };
+    let deed = Operation::Snapshot(SnapshotOperation {
+        seconds: 1,
+        nanoseconds: 0,
+        description: String::new(),
+        disks: vec![top],
+    });
     leave(&lab, "snapshot monday", "vm", deed);
     fs::hard_link(lab.path("vm.raw"), lab.path("monday.raw")).unwrap();
     // The overlay has come; the raw disk still has both names.

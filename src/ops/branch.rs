@@ -11,7 +11,7 @@ use crate::image::create::CreateOptions;
 use crate::image::write::{BackingDisk, Writer};
 use crate::io::FileLock;
 use crate::store::{
-    FileRef, ImageIndex, Intent, NewTopFile, OpenView, Operation, OwnedIntent, Store, ViewPart, is_draft, shown,
+    CopyOperation, FileRef, ImageIndex, Intent, NewTopFile, OpenView, OwnedIntent, Store, ViewPart, is_draft, shown,
 };
 
 use super::clone::give_name;
@@ -122,7 +122,7 @@ pub(super) struct BranchJob {
     /// The layer below, as it has to be at the end, too.
     below: Option<FileRef>,
     purpose: ImagePurpose,
-    intent: OwnedIntent,
+    intent: OwnedIntent<CopyOperation>,
     _views: Vec<OpenView>,
 }
 
@@ -178,7 +178,7 @@ impl BranchJob {
             // Its own intent gives it that name; before, it is nothing but a draft.
             ImagePurpose::Revert(_) => draft.named.path.clone(),
         };
-        let deed = Operation::Copy { draft: draft.named.clone(), name };
+        let operation = CopyOperation { draft: draft.named.clone(), name };
         let begun = (|| {
             let (segment, view) = source.open(store, world)?;
             let top = store.open_new_top(&draft.path, &shown(&draft.path))?;
@@ -189,7 +189,7 @@ impl BranchJob {
                 top.writer().set_backing(Some(Arc::clone(&open.view) as Arc<dyn BackingDisk>));
                 views.push(open);
             }
-            let intent = store.guard().begin(&*store.guard_names(), of, &Intent::new(command, path, deed))?;
+            let intent = store.guard().begin(&*store.guard_names(), of, &Intent::new(command, path, operation))?;
             Ok((segment, top, below.first().map(|index| world.named(*index)), views, intent))
         })();
         match begun {
@@ -222,9 +222,9 @@ fn fill(store: &Arc<Store>, segment: &CommitSegment, writer: &Arc<Writer>, progr
 }
 
 /// Takes up what was cut off: what has no name yet goes.
-pub(super) fn resume(context: &Context, intent: OwnedIntent, lock: FileLock) -> Result<()> {
+pub(super) fn resume(context: &Context, intent: OwnedIntent<CopyOperation>, lock: FileLock) -> Result<()> {
     let store = context.store();
-    let Operation::Copy { draft, .. } = &intent.intent.deed else { unreachable!("the intent of a copy") };
+    let CopyOperation { draft, .. } = &intent.intent.operation;
     if is_draft(&draft.path) && draft.is_at(&store.guard().root, &draft.path) {
         store.guard_names().unlink(&draft.path)?;
     }

@@ -146,12 +146,14 @@ impl Engine {
         let owned = owned.inspect_err(|error| self.board.refused(&chain, &command, error))?;
         tracing::info!("taking up: {command}{}", of_chain(&chain));
         let (number, progress) = self.board.begin(&chain, &command);
-        let begun = match &owned.intent.deed {
-            Operation::Snapshot { .. } => snapshot::resume(&self.context, owned, lock).map(|()| None),
-            Operation::Copy { .. } => branch::resume(&self.context, owned, lock).map(|()| None),
-            Operation::Shrink { .. } => resize::resume(&self.context, owned, lock).map(|()| None),
-            Operation::Commit { .. } => commit::resume(&self.context, owned, lock, &mut tokens),
-            Operation::Pull { .. } => pull::resume(&self.context, owned, lock, &mut tokens),
+        let begun = match owned.intent.operation.clone() {
+            Operation::Snapshot(operation) => {
+                snapshot::resume(&self.context, owned.with(operation), lock).map(|()| None)
+            }
+            Operation::Copy(operation) => branch::resume(&self.context, owned.with(operation), lock).map(|()| None),
+            Operation::Shrink(operation) => resize::resume(&self.context, owned.with(operation), lock).map(|()| None),
+            Operation::Commit(operation) => commit::resume(&self.context, owned.with(operation), lock, &mut tokens),
+            Operation::Pull(operation) => pull::resume(&self.context, owned.with(operation), lock, &mut tokens),
             Operation::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
         };
         if begun.is_ok() {
@@ -187,13 +189,17 @@ impl Engine {
     /// What would become of an intent if it were taken up now: in words, or why it is not. Nothing is changed.
     pub fn examine(&self, intent: &Intent, name: &OsStr) -> Result<&'static str> {
         let world = ScannedStore::look_for(self.store(), name)?;
-        match &intent.deed {
-            Operation::Snapshot { .. } => snapshot::examine(&world, intent)
+        match intent.operation.clone() {
+            Operation::Snapshot(operation) => snapshot::examine(&world, &intent.with(operation))
                 .map(|goes_on| if goes_on { "goes on to its end" } else { "goes back to its beginning" }),
-            Operation::Copy { .. } => Ok("what was half made goes"),
-            Operation::Shrink { .. } => resize::examine(&self.context, &world, intent).map(|_| "goes on to its end"),
-            Operation::Commit { .. } => commit::examine(&world, intent).map(|_| "goes on to its end"),
-            Operation::Pull { .. } => pull::examine(&world, intent).map(|_| "goes on to its end"),
+            Operation::Copy(_) => Ok("what was half made goes"),
+            Operation::Shrink(operation) => {
+                resize::examine(&self.context, &world, &intent.with(operation)).map(|_| "goes on to its end")
+            }
+            Operation::Commit(operation) => {
+                commit::examine(&world, &intent.with(operation)).map(|_| "goes on to its end")
+            }
+            Operation::Pull(operation) => pull::examine(&world, &intent.with(operation)).map(|_| "goes on to its end"),
             Operation::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
         }
     }

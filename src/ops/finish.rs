@@ -12,8 +12,8 @@ use crate::image::write::Writer;
 use crate::image::{HeaderChange, change_header, check_header_change, read_bitmaps};
 use crate::io::{Directory, FileId, FileLock, directory_of};
 use crate::store::{
-    ActiveJob, Catalog, ChainView, FileRef, Format, ImageIndex, Intent, JobImage, Operation, OwnedIntent, SPOILT,
-    Store, shown,
+    ActiveJob, Catalog, ChainView, CommitOperation, Effects, FileRef, Format, ImageIndex, Intent, JobImage,
+    OwnedIntent, Store, invalidated_name, shown,
 };
 use crate::units::human_size;
 
@@ -22,7 +22,7 @@ use super::context::Context;
 use super::job_table::JobProgress;
 use super::plan::{Plan, PlanLayer};
 use super::request::{CommitRequest, Request};
-use super::scanned_store::{ScannedChain, ScannedStore, beside};
+use super::scanned_store::{ScannedChain, ScannedStore};
 
 /// The layer that a view's name means, counted from the leaf.
 pub(super) fn layer(world: &ScannedStore, chain: &ScannedChain, name: &[u8]) -> Result<usize> {
@@ -241,8 +241,7 @@ pub(super) fn lock_for_job(store: &Store, progress: &JobProgress) -> Result<File
 }
 
 /// What the command of an intent said of what may be lost, whichever verb it was.
-pub(super) fn terms(intent: &Intent) -> CommitRequest {
-    let keep = matches!(intent.deed, Operation::Commit { keep: true, .. });
+pub(super) fn terms<O>(intent: &Intent<O>) -> CommitRequest {
     let (discard_internal, discard_bitmaps) = match Request::parse_command(intent.command.as_bytes()) {
         Ok(Request::Commit(request)) => (request.discard_internal, request.discard_bitmaps),
         Ok(Request::Pull(request)) => (request.discard_internal, request.discard_bitmaps),
@@ -250,7 +249,7 @@ pub(super) fn terms(intent: &Intent) -> CommitRequest {
         // Nothing was said.
         _ => (false, false),
     };
-    CommitRequest { keep, discard_internal, discard_bitmaps, ..CommitRequest::default() }
+    CommitRequest { discard_internal, discard_bitmaps, ..CommitRequest::default() }
 }
 
 /// How far a commit has come.
@@ -262,10 +261,8 @@ pub(super) enum CommitStage {
 }
 
 /// How far the commit of an intent has come, by what the files say.
-pub(super) fn commit_state(world: &ScannedStore, intent: &Intent) -> Result<CommitStage> {
-    let Operation::Commit { top, base, is_copied, rename, .. } = &intent.deed else {
-        unreachable!("asked of a commit")
-    };
+pub(super) fn commit_state(world: &ScannedStore, intent: &Intent<CommitOperation>) -> Result<CommitStage> {
+    let CommitOperation { top, base, is_copied, rename, .. } = &intent.operation;
     let is_switched = if let Some(name) = rename {
         let base_is_there = world.find(&FileRef::known(name.clone(), base.file)).is_some();
         base_is_there && (*name != base.path || world.find(top).is_none())
@@ -275,7 +272,7 @@ pub(super) fn commit_state(world: &ScannedStore, intent: &Intent) -> Result<Comm
     if is_switched {
         return Ok(CommitStage::Copied);
     }
-    CommitRange::of_intent(world, &intent.deed).map(CommitStage::NotCopied).ok_or_else(|| {
+    CommitRange::of_operation(world, &intent.operation).map(CommitStage::NotCopied).ok_or_else(|| {
         let gone: Vec<String> =
             intent.files().iter().filter(|named| world.find(named).is_none()).map(|named| shown(&named.path)).collect();
         let fact = "cannot be taken up: what it was merging has been changed or taken away";
@@ -331,20 +328,17 @@ impl OverlayToRebase {
 /// of the children that the job has held all the while.
 pub(super) fn commit(
     context: &Context,
-    mut intent: OwnedIntent,
+    mut intent: OwnedIntent<CommitOperation>,
     lock: FileLock,
     mut held: Vec<OverlayToRebase>,
 ) -> Result<()> {
     let store = context.store();
-    if let Operation::Commit { is_copied, rename: None, .. } = &mut intent.intent.deed
-        && !std::mem::replace(is_copied, true)
-    {
+    let operation = &mut intent.intent.operation;
+    if operation.rename.is_none() && !std::mem::replace(&mut operation.is_copied, true) {
         // Before anybody stands on base: what is found there later may be others' doing.
         store.guard().rewrite(&*store.guard_names(), &mut intent)?;
     }
-    let Operation::Commit { top, base, between, children, keep, rename, .. } = intent.intent.deed.clone() else {
-        unreachable!("the intent of a commit")
-    };
+    let CommitOperation { top, base, between, children, keep, rename, .. } = intent.intent.operation.clone();
     let world = ScannedStore::look(store)?;
     let before = Arc::clone(&world.catalog);
     if rename.is_none() {
@@ -395,7 +389,7 @@ pub(super) fn commit(
     if keep {
         for named in &between {
             if ScannedStore::look(store)?.find(named).is_some() {
-                names.rename(&named.path, &spoilt_name(&named.path), false)?;
+                names.rename(&named.path, &invalidated_name(&named.path), false)?;
                 names.sync(&directory_of(&named.path))?;
             }
         }
@@ -411,21 +405,20 @@ pub(super) fn commit(
 pub(super) fn active_commit(
     context: &Context,
     job: &ActiveJob,
-    intent: OwnedIntent,
+    intent: OwnedIntent<CommitOperation>,
     lock: FileLock,
     before: &Arc<Catalog>,
 ) -> Result<()> {
     let store = context.store();
     store.rescan()?;
     job.settle();
-    let Operation::Commit { base, .. } = &intent.intent.deed else { unreachable!("the intent of a commit") };
-    tell(store, before, &intent.intent, Some(base));
+    tell(store, before, &intent.intent, Some(&intent.intent.operation.base));
     commit(context, intent, lock, Vec::new())
 }
 
 /// Tells those who have disks open what has become of the files below: all layers that are still there show what
 /// they did, but for `changed`.
-pub(super) fn tell(store: &Arc<Store>, before: &Catalog, intent: &Intent, changed: Option<&FileRef>) {
+pub(super) fn tell<O: Effects>(store: &Arc<Store>, before: &Catalog, intent: &Intent<O>, changed: Option<&FileRef>) {
     let files: Vec<FileId> = intent.files().iter().map(|named| named.file.id).collect();
     tell_files(store, before, &files, changed);
 }
@@ -439,14 +432,14 @@ pub(super) fn tell_files(store: &Arc<Store>, before: &Catalog, files: &[FileId],
 }
 
 /// Takes the intent away: all is done.
-pub(super) fn end(store: &Arc<Store>, intent: OwnedIntent, lock: FileLock) -> Result<()> {
+pub(super) fn end<O>(store: &Arc<Store>, intent: OwnedIntent<O>, lock: FileLock) -> Result<()> {
     let ended = forget(store, intent);
     drop(lock);
     ended
 }
 
 /// Takes the intent of something that did not come to pass away.
-pub(super) fn forget(store: &Arc<Store>, intent: OwnedIntent) -> Result<()> {
+pub(super) fn forget<O>(store: &Arc<Store>, intent: OwnedIntent<O>) -> Result<()> {
     intent.end(&*store.guard_names())?;
     store.rescan().map(drop)
 }
@@ -515,18 +508,12 @@ pub(super) fn settle_name(names: &dyn Directory, base: &Path, top: &Path, name: 
     Ok(())
 }
 
-/// What becomes of the name of a file that shows nothing any more.
-pub(super) fn spoilt_name(path: &Path) -> PathBuf {
-    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
-    beside(path, &[name, b".", SPOILT.as_bytes()].concat())
-}
-
 /// Gives a frozen base, which shows what `top` does by now, the name of that: in one step, since whoever stands on top
 /// names it. Who has top open goes on reading through it, and so has to see base as it is before.
 pub(super) fn replace(
     store: &Arc<Store>,
     before: &Catalog,
-    intent: &Intent,
+    intent: &Intent<CommitOperation>,
     (base, top, name): (&FileRef, &FileRef, &Path),
 ) -> Result<()> {
     let world = ScannedStore::look(store)?;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::FileLock;
-use crate::store::{CachePolicy, ImageIndex, Intent, Operation, OwnedIntent, Store, ViewPart};
+use crate::store::{CachePolicy, ImageIndex, Intent, OwnedIntent, ShrinkOperation, Store, ViewPart};
 use crate::units::{SECTOR_SIZE, human_size};
 
 use super::context::Context;
@@ -130,9 +130,9 @@ pub(super) fn begin(context: &Context, path: &Path, request: &ResizeRequest, com
         return store.rescan().map(|_| None);
     }
     let named = world.witness(leaf, false)?;
-    let deed = Operation::Shrink { image: named.clone(), size: new };
+    let operation = ShrinkOperation { image: named.clone(), size: new };
     let of = context.intent_name();
-    let intent = store.guard().begin(&*store.guard_names(), &of, &Intent::new(command, path, deed))?;
+    let intent = store.guard().begin(&*store.guard_names(), &of, &Intent::new(command, path, operation))?;
     match shrink(store, &world, leaf, new) {
         Ok(()) => finish::end(store, intent, lock).map(|()| None),
         Err(error) => {
@@ -164,8 +164,12 @@ fn shrink(store: &Arc<Store>, world: &ScannedStore, leaf: ImageIndex, size: u64)
 }
 
 /// What keeps a shrinking that was cut off from being taken up; whether anything is left to be done.
-pub(super) fn examine(context: &Context, world: &ScannedStore, intent: &Intent) -> Result<Option<ImageIndex>> {
-    let Operation::Shrink { image, size } = &intent.deed else { unreachable!("the intent of a shrinking") };
+pub(super) fn examine(
+    context: &Context,
+    world: &ScannedStore,
+    intent: &Intent<ShrinkOperation>,
+) -> Result<Option<ImageIndex>> {
+    let ShrinkOperation { image, size } = &intent.operation;
     let Some(leaf) = world.find(image).filter(|leaf| world.image(*leaf).virtual_size() == Some(*size)) else {
         return Ok(None);
     };
@@ -182,10 +186,10 @@ pub(super) fn examine(context: &Context, world: &ScannedStore, intent: &Intent) 
 }
 
 /// Takes up a shrinking that was cut off: if the disk has its new size, what lies behind that is given back.
-pub(super) fn resume(context: &Context, intent: OwnedIntent, lock: FileLock) -> Result<()> {
+pub(super) fn resume(context: &Context, intent: OwnedIntent<ShrinkOperation>, lock: FileLock) -> Result<()> {
     let store = context.store();
-    let world = ScannedStore::look_for(store, &intent.name)?;
-    let Operation::Shrink { size, .. } = intent.intent.deed else { unreachable!("the intent of a shrinking") };
+    let world = ScannedStore::look_for(store, intent.name())?;
+    let ShrinkOperation { size, .. } = intent.intent.operation;
     if let Some(leaf) = examine(context, &world, &intent.intent)? {
         shrink(store, &world, leaf, size)?;
     }

@@ -11,7 +11,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Frozen, Snapshot};
 use crate::image::write::NewSnapshot;
 use crate::io::{FileLock, directory_of};
-use crate::store::{CachePolicy, FileRef, Format, ImageIndex, Intent, JobImage, NewTop, Operation, Store, shown};
+use crate::store::{
+    CachePolicy, FileRef, Format, ImageIndex, Intent, JobImage, NewTop, SnapshotOperation, Store, shown,
+};
 
 use super::branch::{BranchJob, CopySource, ImagePurpose};
 use super::context::Context;
@@ -309,10 +311,10 @@ pub(super) fn switch(
     };
     let mark = Frozen::now("");
     let (seconds, nanoseconds, description) = (mark.seconds, mark.nanoseconds, mark.description);
-    let deed = Operation::Snapshot { seconds, nanoseconds, description, disks: vec![top] };
+    let operation = SnapshotOperation { seconds, nanoseconds, description, disks: vec![top] };
     let names = store.guard_names();
     store.while_closed(world.image(index), || {
-        let intent = store.guard().begin(&*names, &of, &Intent::new(command, path, deed))?;
+        let intent = store.guard().begin(&*names, &of, &Intent::new(command, path, operation))?;
         // From here on it goes as it would if it had been cut off.
         snapshot::carry_on(context, intent, vec![held], true)
     })?;

@@ -15,8 +15,8 @@ use crate::image::write::NewSnapshot;
 use crate::image::{HeaderChange, change_header};
 use crate::io::{Directory, FileLock, Root, directory_of};
 use crate::store::{
-    ActiveJob, FileRef, Format, FormerTop, ImageEntry, ImageIndex, Intent, JobImage, NewTop, NewTopFile, Operation,
-    OwnedIntent, Store, encode, is_draft, shown,
+    ActiveJob, FileRef, Format, FormerTop, ImageEntry, ImageIndex, Intent, JobImage, NewTop, NewTopFile, OwnedIntent,
+    SnapshotOperation, Store, encode, is_draft, shown,
 };
 
 use super::context::Context;
@@ -256,8 +256,8 @@ pub(super) fn run(context: &Context, path: &Path, request: &SnapshotRequest, com
         .collect::<Result<Vec<NewTop>>>();
     let tops = tops.inspect_err(|_| unmake(store, &overlays))?;
     let (seconds, nanoseconds, description) = (frozen.seconds, frozen.nanoseconds, frozen.description.clone());
-    let deed = Operation::Snapshot { seconds, nanoseconds, description, disks: tops.clone() };
-    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed));
+    let operation = SnapshotOperation { seconds, nanoseconds, description, disks: tops.clone() };
+    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, operation));
     let intent = intent.inspect_err(|_| unmake(store, &overlays))?;
     let before = Arc::clone(&world.catalog);
     match stand_on(store, &jobs, overlays, &disks, &tops) {
@@ -505,8 +505,8 @@ fn mark(store: &Arc<Store>, old: FormerTop, path: &Path, frozen: &Frozen) -> Res
 
 /// Whether a snapshot, or a revert, that was cut off goes on to its end, or back to its beginning; every refusal is asked
 /// again. Nothing is changed.
-pub(super) fn examine(world: &ScannedStore, intent: &Intent) -> Result<bool> {
-    let Operation::Snapshot { disks, .. } = &intent.deed else { unreachable!("the intent of a snapshot") };
+pub(super) fn examine(world: &ScannedStore, intent: &Intent<SnapshotOperation>) -> Result<bool> {
+    let SnapshotOperation { disks, .. } = &intent.operation;
     let root = &world.store.guard().root;
     // Before the first overlay has its name, nothing is frozen; what is there then is of a later moment than was asked
     // for.
@@ -566,11 +566,11 @@ fn refuse_rest(world: &ScannedStore, top: &NewTop, goes_on: bool, refusals: &mut
 }
 
 /// Takes up a snapshot, or a revert, that was cut off: to its end if it was taken, else back to its beginning.
-pub(super) fn resume(context: &Context, intent: OwnedIntent, lock: FileLock) -> Result<()> {
+pub(super) fn resume(context: &Context, intent: OwnedIntent<SnapshotOperation>, lock: FileLock) -> Result<()> {
     let store = context.store();
-    let world = ScannedStore::look_for(store, &intent.name)?;
+    let world = ScannedStore::look_for(store, intent.name())?;
     let goes_on = examine(&world, &intent.intent)?;
-    let Operation::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
+    let SnapshotOperation { disks, .. } = &intent.intent.operation;
     let held = if goes_on { hold(store, disks)? } else { Vec::new() };
     let done = carry_on(context, intent, held, goes_on);
     drop(lock);
@@ -579,10 +579,15 @@ pub(super) fn resume(context: &Context, intent: OwnedIntent, lock: FileLock) -> 
 
 /// Does what is left of a snapshot whose disks (`held`) nobody uses; or takes back what was begun. Under the store's
 /// lock.
-pub(super) fn carry_on(context: &Context, intent: OwnedIntent, held: Vec<JobImage>, goes_on: bool) -> Result<()> {
+pub(super) fn carry_on(
+    context: &Context,
+    intent: OwnedIntent<SnapshotOperation>,
+    held: Vec<JobImage>,
+    goes_on: bool,
+) -> Result<()> {
     let store = context.store();
     let names = store.guard_names();
-    let Operation::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
+    let SnapshotOperation { disks, .. } = &intent.intent.operation;
     let root = &store.guard().root;
     let went = if goes_on { go_on(store, &intent.intent, held) } else { Ok(()) };
     let has_come = disks.iter().any(|top| is_at(root, &top.name, &top.overlay));
@@ -600,10 +605,8 @@ pub(super) fn carry_on(context: &Context, intent: OwnedIntent, held: Vec<JobImag
     finish::forget(store, intent).and(went)
 }
 
-fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()> {
-    let Operation::Snapshot { seconds, nanoseconds, description, disks } = &intent.deed else {
-        unreachable!("the intent of a snapshot")
-    };
+fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobImage>) -> Result<()> {
+    let SnapshotOperation { seconds, nanoseconds, description, disks } = &intent.operation;
     let (root, names) = (&store.guard().root, store.guard_names());
     for top in disks {
         if top.frozen != top.old.path && !is_at(root, &top.frozen, &top.old) {

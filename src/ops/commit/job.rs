@@ -9,7 +9,7 @@ use crate::image::write::Writer;
 use crate::image::{HeaderChange, Layer, Mapping};
 use crate::io::{FileId, FileLock};
 use crate::store::{
-    ActiveJob, CachePolicy, Digest, FileRef, Format, ImageIndex, Intent, JobImage, Mirror, OpenView, Operation,
+    ActiveJob, CachePolicy, CommitOperation, Digest, FileRef, Format, ImageIndex, Intent, JobImage, Mirror, OpenView,
     OwnedIntent, SAMPLES, SectorSample, Store, ViewPart, shown,
 };
 use crate::units::{GuestOffset, HostOffset};
@@ -33,7 +33,7 @@ pub(in crate::ops) struct CommitJob {
     active: Option<(ActiveJob, Arc<MergeMirror>)>,
     base: JobImage,
     writer: Arc<Writer>,
-    intent: OwnedIntent,
+    intent: OwnedIntent<CommitOperation>,
     is_undoable: bool,
     /// What is merged, and what keeps it open.
     segment: CommitSegment,
@@ -74,7 +74,7 @@ pub(in crate::ops) fn begin_with(
 ) -> Result<CommitJob> {
     let store = context.store();
     tokens.extend(&world.chains_of(&[layers.top]))?;
-    let deed = Operation::Commit {
+    let operation = CommitOperation {
         top: world.witness(layers.top, !layers.is_active)?,
         base: witness_base(store, world, layers)?,
         between: world.witnesses(&layers.between, true)?,
@@ -88,7 +88,7 @@ pub(in crate::ops) fn begin_with(
     finish::forget_trash(world, &changed)?;
     let kept = if layers.is_deletion { store.keep_copy(&world.catalog, layers.base, command)? } else { None };
     let name = context.intent_name();
-    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed));
+    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, operation));
     let intent = intent.inspect_err(|_| take_back(store, kept.as_deref()))?;
     let begun = set_out(context, world, path, layers, base, intent);
     begun.map(|job| CommitJob { kept: kept.clone(), ..job }).map_err(|failed| {
@@ -157,7 +157,7 @@ fn take_back(store: &Store, kept: Option<&str>) {
 }
 
 /// A job, or why there is none, with the intent that speaks of it.
-type BegunCommit = std::result::Result<CommitJob, Box<(Error, OwnedIntent)>>;
+type BegunCommit = std::result::Result<CommitJob, Box<(Error, OwnedIntent<CommitOperation>)>>;
 
 /// With the intent there: hides what will be spoilt, and opens everything.
 fn set_out(
@@ -166,7 +166,7 @@ fn set_out(
     path: &Path,
     layers: &CommitRange,
     mut base: JobImage,
-    intent: OwnedIntent,
+    intent: OwnedIntent<CommitOperation>,
 ) -> BegunCommit {
     let store = context.store();
     let is_undoable = is_undoable(world, layers);
@@ -286,9 +286,7 @@ impl CommitJob {
 
     /// Whether nobody else has come to use what is about to change for good.
     fn still_alone(&self, world: &ScannedStore) -> Result<()> {
-        let Operation::Commit { top, base, between, children, .. } = &self.intent.intent.deed else {
-            unreachable!("the intent of a commit")
-        };
+        let CommitOperation { top, base, between, children, .. } = &self.intent.intent.operation;
         let find = |named: &FileRef| world.expect(named);
         let (top, base) = (find(top)?, find(base)?);
         let between = between.iter().map(find).collect::<Result<Vec<_>>>()?;
@@ -346,9 +344,7 @@ impl CommitJob {
         // Nobody of us needs base as it was any more.
         drop((views, segment));
         let store = context.store();
-        let Operation::Commit { top, base: old_base, rename, .. } = intent.intent.deed.clone() else {
-            unreachable!("the intent of a commit")
-        };
+        let CommitOperation { top, base: old_base, rename, .. } = intent.intent.operation.clone();
         let Some((job, mirror)) = active else {
             // Durable and named by its header; then everybody is told.
             publish()?;
@@ -398,12 +394,15 @@ impl CommitJob {
 }
 
 /// What is left of a commit that was cut off; every refusal is asked again. Nothing is changed.
-pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent) -> Result<CommitStage> {
+pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent<CommitOperation>) -> Result<CommitStage> {
     let state = finish::commit_state(world, intent)?;
     let mut refusals = Vec::new();
     match &state {
-        CommitStage::Copied => refuse::rest(world, &intent.deed, &mut refusals),
-        CommitStage::NotCopied(layers) => refuse::refusals(world, layers, &finish::terms(intent), &mut refusals),
+        CommitStage::Copied => refuse::rest(world, &intent.operation, &mut refusals),
+        CommitStage::NotCopied(layers) => {
+            let terms = CommitRequest { keep: intent.operation.keep, ..finish::terms(intent) };
+            refuse::refusals(world, layers, &terms, &mut refusals);
+        }
     }
     finish::first(refusals)?;
     Ok(state)
@@ -412,19 +411,19 @@ pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent) -> Result<C
 /// Takes up a commit that was cut off. `Ok(None)`: all that was left to do has been done.
 pub(in crate::ops) fn resume(
     context: &Context,
-    intent: OwnedIntent,
+    intent: OwnedIntent<CommitOperation>,
     lock: FileLock,
     tokens: &mut ChainLocks,
 ) -> Result<Begun> {
     let store = context.store();
-    let world = ScannedStore::look_for(store, &intent.name)?;
+    let world = ScannedStore::look_for(store, intent.name())?;
     match examine(&world, &intent.intent)? {
         CommitStage::Copied => finish::commit(context, intent, lock, Vec::new()).map(|()| None),
         CommitStage::NotCopied(layers) => {
             let path = intent.intent.chain.clone();
             tokens.extend(&world.chains_of(&[layers.top]))?;
             finish::repair_leaks(store, &world, layers.base)?;
-            let world = ScannedStore::look_for(store, &intent.name)?;
+            let world = ScannedStore::look_for(store, intent.name())?;
             let base = store.take_image(&world.catalog, layers.base)?;
             let job = set_out(context, &world, &path, &layers, base, intent).map_err(|failed| failed.0)?;
             Ok(Some(Box::new(job)))

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::Writer;
-use crate::store::{Format, ImageIndex, OpenView, Operation, Store, ViewPart};
+use crate::store::{CommitOperation, Format, ImageIndex, OpenView, Store, ViewPart, invalidated_name};
 
 use super::context::Context;
 use super::copy::CommitSegment;
@@ -153,7 +153,7 @@ pub(super) fn plan_of(
     if request.keep {
         plan.renamed.extend(layers.between.iter().map(|index| {
             let path = &world.image(*index).place.path;
-            (path.clone(), finish::spoilt_name(path))
+            (path.clone(), invalidated_name(path))
         }));
     }
     let is_replaced = |path: &PathBuf| plan.renamed.iter().any(|(_, new)| new == path);
@@ -259,9 +259,9 @@ fn after(plan: &Plan, layers: &CommitRange, request: &CommitRequest) -> Vec<Plan
 }
 
 impl CommitRange {
-    /// What an intent names, if all of it is there.
-    pub(super) fn of_intent(world: &ScannedStore, deed: &Operation) -> Option<Self> {
-        let Operation::Commit { top, base, between, children, rename, .. } = deed else { return None };
+    /// What an operation names, if all of it is there.
+    pub(super) fn of_operation(world: &ScannedStore, operation: &CommitOperation) -> Option<Self> {
+        let CommitOperation { top, base, between, children, rename, .. } = operation;
         let top = world.find(top)?;
         let base = world.find(base)?;
         let between = between.iter().map(|named| world.find(named)).collect::<Option<Vec<_>>>()?;

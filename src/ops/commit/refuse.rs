@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::error::{Error, ErrorKind};
 use crate::image::HeaderChange;
 use crate::io::directory_of;
-use crate::store::{Format, ImageIndex, Operation, shown};
+use crate::store::{CommitOperation, Format, ImageIndex, invalidated_name, shown};
 
 use super::super::context::Context;
 use super::super::finish;
@@ -63,7 +63,7 @@ pub(super) fn refusals(world: &ScannedStore, layers: &CommitRange, request: &Com
         finish::check_freeze(world, layers.base, refusals);
     }
     if request.keep {
-        for path in layers.between.iter().map(|index| finish::spoilt_name(&world.image(*index).place.path)) {
+        for path in layers.between.iter().map(|index| invalidated_name(&world.image(*index).place.path)) {
             finish::taken(world, &path, refusals);
         }
     }
@@ -71,8 +71,8 @@ pub(super) fn refusals(world: &ScannedStore, layers: &CommitRange, request: &Com
 
 /// What keeps the rest from being done of a commit whose copy is whole: what is to be written or removed has to be ours to
 /// change, still.
-pub(super) fn rest(world: &ScannedStore, deed: &Operation, refusals: &mut Vec<Error>) {
-    let Operation::Commit { top, between, children, rename, .. } = deed else { return };
+pub(super) fn rest(world: &ScannedStore, operation: &CommitOperation, refusals: &mut Vec<Error>) {
+    let CommitOperation { top, between, children, rename, .. } = operation;
     let is_left = |index: &ImageIndex| rename.is_none() && world.names(*index, top);
     let children = children.iter().filter_map(|named| world.find(named)).filter(is_left);
     let merged = std::iter::once(top).chain(between).filter_map(|named| world.find(named));

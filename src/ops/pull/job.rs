@@ -12,8 +12,8 @@ use crate::image::HeaderChange;
 use crate::image::write::{BackingDisk, Located, Writer};
 use crate::io::FileLock;
 use crate::store::{
-    ActiveJob, CachePolicy, Catalog, FileRef, ImageIndex, Intent, JobImage, OpenView, Operation, OwnedIntent, Store,
-    ViewPart, shown,
+    ActiveJob, CachePolicy, Catalog, FileRef, ImageIndex, Intent, JobImage, OpenView, OwnedIntent, PullOperation,
+    Store, ViewPart, shown,
 };
 
 use super::super::context::Context;
@@ -30,7 +30,7 @@ use super::{Filling, PullRange, plan, refuse};
 pub(in crate::ops) struct PullJob {
     parts: Vec<FilledLayer>,
     fill: Filling,
-    intent: OwnedIntent,
+    intent: OwnedIntent<PullOperation>,
     _views: Vec<OpenView>,
 }
 
@@ -87,7 +87,7 @@ pub(in crate::ops) fn begin_with(
 ) -> Result<PullJob> {
     let store = context.store();
     tokens.extend(&world.chains_of(&layers.touched()))?;
-    let deed = Operation::Pull {
+    let operation = PullOperation {
         into: world.witnesses(&layers.into, false)?,
         base: layers.base.map(|base| world.witness(base, false)).transpose()?,
         remove: world.witnesses(&layers.remove, true)?,
@@ -95,7 +95,7 @@ pub(in crate::ops) fn begin_with(
     };
     let ready = open(store, world, layers)?;
     let name = context.intent_name();
-    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed));
+    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, operation));
     match intent.and_then(|intent| store.rescan().map(|_| intent)) {
         Ok(intent) => Ok(ready.with(intent)),
         Err(error) => {
@@ -108,7 +108,7 @@ pub(in crate::ops) fn begin_with(
 }
 
 impl OpenedPull {
-    fn with(self, intent: OwnedIntent) -> PullJob {
+    fn with(self, intent: OwnedIntent<PullOperation>) -> PullJob {
         let Self { parts, fill, views } = self;
         PullJob { parts, fill, intent, _views: views }
     }
@@ -216,9 +216,7 @@ impl PullJob {
     fn ready_to_switch(&self, store: &Arc<Store>, progress: &JobProgress) -> Result<(FileLock, ScannedStore)> {
         let lock = finish::lock_for_job(store, progress)?;
         let world = ScannedStore::look(store)?;
-        let Operation::Pull { into, base, remove, between } = &self.intent.intent.deed else {
-            unreachable!("the intent of a pull")
-        };
+        let PullOperation { into, base, remove, between } = &self.intent.intent.operation;
         for named in into {
             world.untouchable(world.expect(named)?).map_or(Ok(()), Err)?;
         }
@@ -231,7 +229,7 @@ impl PullJob {
     fn switch(self, context: &Context, lock: FileLock, world: &ScannedStore) -> Result<()> {
         let store = context.store();
         let Self { parts, intent, _views: views, .. } = self;
-        let Operation::Pull { base, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
+        let PullOperation { base, .. } = &intent.intent.operation;
         let base = base.as_ref().map(|base| world.expect(base)).transpose()?;
         let before = Arc::clone(&world.catalog);
         let mut active = Vec::new();
@@ -320,9 +318,9 @@ fn freeze_left(
 }
 
 /// What follows the switch.
-fn clean_up(context: &Context, intent: OwnedIntent, lock: FileLock, before: &Catalog) -> Result<()> {
+fn clean_up(context: &Context, intent: OwnedIntent<PullOperation>, lock: FileLock, before: &Catalog) -> Result<()> {
     let store = context.store();
-    let Operation::Pull { remove, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
+    let PullOperation { remove, .. } = &intent.intent.operation;
     finish::tell(store, before, &intent.intent, None);
     let removed = finish::remove(store, remove, true, &intent.intent.command);
     // What is used by others by now stays, and nothing is left to be done.
@@ -333,13 +331,13 @@ fn clean_up(context: &Context, intent: OwnedIntent, lock: FileLock, before: &Cat
 }
 
 /// What is left of a pull that was cut off; every refusal is asked again. Nothing is changed.
-pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent) -> Result<Option<PullRange>> {
-    let found = find(world, &intent.deed)?;
+pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent<PullOperation>) -> Result<Option<PullRange>> {
+    let found = find(world, &intent.operation)?;
     let mut refusals = Vec::new();
     if let Some(layers) = &found {
         refuse(world, layers, &terms(intent), &mut refusals);
     } else {
-        let Operation::Pull { remove, .. } = &intent.deed else { unreachable!("the intent of a pull") };
+        let PullOperation { remove, .. } = &intent.operation;
         let left = remove.iter().filter_map(|named| world.find(named));
         refusals.extend(left.filter_map(|index| world.untouchable(index)));
     }
@@ -348,7 +346,7 @@ pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent) -> Result<O
 }
 
 /// What the command said of what may be lost.
-fn terms(intent: &Intent) -> PullRequest {
+fn terms(intent: &Intent<PullOperation>) -> PullRequest {
     let CommitRequest { discard_internal, discard_bitmaps, .. } = finish::terms(intent);
     PullRequest { discard_internal, discard_bitmaps, ..PullRequest::default() }
 }
@@ -356,21 +354,19 @@ fn terms(intent: &Intent) -> PullRequest {
 /// Takes up a pull that was cut off. `Ok(None)`: all that was left to do has been done.
 pub(in crate::ops) fn resume(
     context: &Context,
-    intent: OwnedIntent,
+    intent: OwnedIntent<PullOperation>,
     lock: FileLock,
     tokens: &mut ChainLocks,
 ) -> Result<Begun> {
     let store = context.store();
-    let world = ScannedStore::look_for(store, &intent.name)?;
-    if let Err(error) = find(&world, &intent.intent.deed) {
+    let world = ScannedStore::look_for(store, intent.name())?;
+    if let Err(error) = find(&world, &intent.intent.operation) {
         // No view has changed, and none will: what others have done to the chain stands.
         finish::end(store, intent, lock)?;
         return Err(error);
     }
     let Some(layers) = examine(&world, &intent.intent)? else {
-        let Operation::Pull { into, remove, between, .. } = &intent.intent.deed else {
-            unreachable!("the intent of a pull")
-        };
+        let PullOperation { into, remove, between, .. } = &intent.intent.operation;
         freeze_left(store, &world, into, remove, between)?;
         let before = Arc::clone(&world.catalog);
         return clean_up(context, intent, lock, &before).map(|()| None);
@@ -380,8 +376,8 @@ pub(in crate::ops) fn resume(
 }
 
 /// What is left to be filled, and what that needs; `None` if nothing is.
-fn find(world: &ScannedStore, deed: &Operation) -> Result<Option<PullRange>> {
-    let Operation::Pull { into, base, remove, between } = deed else { unreachable!("the intent of a pull") };
+fn find(world: &ScannedStore, operation: &PullOperation) -> Result<Option<PullRange>> {
+    let PullOperation { into, base, remove, between } = operation;
     let all = |named: &[FileRef]| named.iter().map(|named| world.expect(named)).collect::<Result<Vec<_>>>();
     let base = base.as_ref().map(|base| world.expect(base)).transpose()?;
     let left: Vec<ImageIndex> = all(into)?.into_iter().filter(|index| world.stands_on(*index) != base).collect();
