@@ -1,0 +1,7 @@
+//! The command line, its sentences, and the documents held to their word.
+
+mod architecture;
+mod cli;
+mod messages;
+mod notes;
+mod semantics;
