@@ -17,11 +17,13 @@ use crate::store::{
 use super::clone::give_name;
 use super::context::Context;
 use super::copy::{CommitSegment, PIECE};
-use super::finish;
+use super::ending;
 use super::job::Job;
 use super::job_table::JobProgress;
+use super::lookup;
 use super::overlay::{self, DraftImage};
 use super::plan::Plan;
+use super::refusals;
 use super::revert::{self, ClosedDisk};
 use super::scanned_store::ScannedStore;
 
@@ -37,7 +39,7 @@ impl CopySource {
     /// The view of a layer, or of an internal snapshot of it.
     pub(super) fn of(world: &ScannedStore, index: ImageIndex, snapshot: Option<usize>) -> Result<Self> {
         let snapshot =
-            snapshot.map(|place| finish::inner(world, index, place).map(|found| (place, found))).transpose()?;
+            snapshot.map(|place| lookup::inner(world, index, place).map(|found| (place, found))).transpose()?;
         Ok(Self { index, snapshot })
     }
 
@@ -77,7 +79,7 @@ impl CopySource {
         let opened = self.open(context.store(), world);
         match opened {
             Ok((segment, _view)) if self.is_copied() => {
-                finish::count(world, self.index, segment.data_len(), plan);
+                refusals::count(world, self.index, segment.data_len(), plan);
             }
             Err(error) if plan.refusals.is_empty() => plan.refusals.push(error),
             Ok(_) | Err(_) => {}
@@ -133,7 +135,7 @@ impl Job for BranchJob {
         let Self { path, command, draft, top, below, purpose, intent, segment, _views: views } = *self;
         drop((segment, top));
         let done = copied.and_then(|()| {
-            let lock = finish::lock_for_job(&store, progress)?;
+            let lock = ending::lock_for_job(&store, progress)?;
             let world = ScannedStore::look(&store)?;
             let below = below.as_ref().map(|named| world.expect(named)).transpose()?;
             progress.settle()?;
@@ -149,10 +151,10 @@ impl Job for BranchJob {
         });
         drop(views);
         match done {
-            Ok(lock) => finish::end(&store, intent, lock),
+            Ok(lock) => ending::end(&store, intent, lock),
             Err(error) => {
                 draft.unmake(&store);
-                if let Err(trouble) = finish::forget(&store, intent) {
+                if let Err(trouble) = ending::forget(&store, intent) {
                     return Err(error.within(format!("{trouble}, and")));
                 }
                 Err(error)
@@ -209,7 +211,7 @@ impl BranchJob {
 fn fill(store: &Arc<Store>, segment: &CommitSegment, writer: &Arc<Writer>, progress: &JobProgress) -> Result<()> {
     let total = segment.data_len()?;
     progress.set_total(total);
-    if !finish::shares_blocks(store) {
+    if !refusals::shares_blocks(store) {
         writer.reserve(total)?;
     }
     let mut at = 0;
@@ -228,5 +230,5 @@ pub(super) fn resume(context: &Context, intent: OwnedIntent<CopyOperation>, lock
     if is_draft(&draft.path) && draft.is_at(&store.guard().root, &draft.path) {
         store.guard_names().unlink(&draft.path)?;
     }
-    finish::end(store, intent, lock)
+    ending::end(store, intent, lock)
 }

@@ -13,9 +13,9 @@ use crate::store::{ACTIVE, Format, Store, shown};
 
 use super::branch::{BranchJob, CopySource, ImagePurpose};
 use super::context::Context;
-use super::finish;
 use super::job::Begun;
 use super::locked::TouchedImages;
+use super::lookup;
 use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
 use super::request::CloneRequest;
@@ -46,7 +46,7 @@ pub(super) fn plan(
     let source = source(world, &chain, request)?;
     let leaf = world.image(chain.views.layers[0]);
     let name = beside(&leaf.place.path, &[&request.name[..], b".qcow2"].concat());
-    let mut plan = Plan { before: finish::tree(world, &chain), ..Plan::default() };
+    let mut plan = Plan { before: lookup::tree(world, &chain), ..Plan::default() };
     let refusals = &mut plan.refusals;
     overlay::refuse_name(world, &name, (Format::Qcow2, false), None, refusals);
     refusals.extend(world.begun(&chain.views.layers));
@@ -55,7 +55,7 @@ pub(super) fn plan(
     }
     source.plan(context, world, (chain.views.layers[0], &name), &mut plan);
     let file = PlanLayer { name: ACTIVE.to_vec(), path: name.clone(), active: true, note: "new".into() };
-    plan.after = source.below(world).iter().map(|index| finish::line(world, &chain, *index)).collect();
+    plan.after = source.below(world).iter().map(|index| lookup::line(world, &chain, *index)).collect();
     plan.after.insert(0, file);
     plan.notes.push(format!("a new chain {}", shown(&directory_of(path).join(os(&request.name)))));
     Ok((plan, PlannedClone { source, name }))
@@ -70,7 +70,7 @@ fn source(world: &ScannedStore, chain: &ScannedChain, request: &CloneRequest) ->
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let (depth, inner) = match (&request.from, chain.views.active()) {
         (Some(name), _) => {
-            let view = finish::view(world, chain, name)?;
+            let view = lookup::view(world, chain, name)?;
             if view.active {
                 return Err(usage("the active disk changes, and nothing can stand on it; snapshot it first".into()));
             }

@@ -14,11 +14,13 @@ use crate::store::{CachePolicy, ImageIndex, Store, shown};
 use crate::units::human_size;
 
 use super::context::Context;
-use super::finish;
+use super::ending;
 use super::job::Begun;
 use super::job_table::ChainLocks;
 use super::locked::TouchedImages;
+use super::lookup;
 use super::plan::Plan;
+use super::removal;
 use super::request::{CommitRequest, DeleteMethod, DeleteRequest, PullRequest};
 use super::scanned_store::{ScannedChain, ScannedStore};
 use super::{commit, pull};
@@ -52,7 +54,7 @@ pub(super) fn plan(
     request: &DeleteRequest,
 ) -> Result<(Plan, PlannedDelete)> {
     let chain = world.chain(path)?;
-    let view = finish::view(world, &chain, &request.name)?;
+    let view = lookup::view(world, &chain, &request.name)?;
     if let Some(inner) = view.snapshot {
         return plan_inner(world, &chain, chain.views.layers[view.layer], inner);
     }
@@ -165,8 +167,8 @@ fn plan_inner(
     inner: usize,
 ) -> Result<(Plan, PlannedDelete)> {
     let image = world.image(index);
-    let snapshot = finish::inner(world, index, inner)?;
-    let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
+    let snapshot = lookup::inner(world, index, inner)?;
+    let mut plan = Plan { before: lookup::tree(world, chain), ..Plan::default() };
     plan.after.clone_from(&plan.before);
     plan.refusals.extend(world.untouchable(index));
     plan.refusals.extend(world.begun(&[index]));
@@ -182,7 +184,7 @@ fn plan_inner(
     }
     if world.store.has_trash() {
         let fact = "an internal snapshot goes with its clusters; clone it first if it may be needed";
-        plan.notes.push(format!("{}{}: {fact}", finish::NOT_KEPT, String::from_utf8_lossy(&snapshot.name)));
+        plan.notes.push(format!("{}{}: {fact}", removal::NOT_KEPT, String::from_utf8_lossy(&snapshot.name)));
     }
     Ok((plan, PlannedDelete::Inner(index, snapshot)))
 }
@@ -198,7 +200,7 @@ pub(super) fn begin(
     let (lock, world) = ScannedStore::begin(context.store())?;
     let (plan, way) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
-    tokens.notes.extend(finish::not_kept(plan.notes));
+    tokens.notes.extend(removal::not_kept(plan.notes));
     match way {
         PlannedDelete::Up(layers) => {
             let job = pull::begin_with(context, &world, lock, path, &layers, command, tokens)?;
@@ -229,7 +231,7 @@ fn delete_inner(
     delete_by_writer(store, world, index, snapshot)?;
     let before = Arc::clone(&world.catalog);
     store.rescan()?;
-    finish::tell_files(store, &before, &[image.stat.id], None);
+    ending::tell_files(store, &before, &[image.stat.id], None);
     drop((leaving, lock));
     Ok(())
 }

@@ -14,12 +14,15 @@ use crate::store::{Format, ImageIndex, Store, ViewPart};
 
 use super::context::Context;
 use super::dropped;
-use super::finish;
+use super::freeze;
 use super::job::Begun;
 use super::job_table::ChainLocks;
 use super::locked::TouchedImages;
+use super::lookup;
 use super::plan::{Plan, PlanLayer};
 use super::pull;
+use super::refusals;
+use super::removal;
 use super::request::{PullRequest, RebaseRequest};
 use super::scanned_store::{ScannedChain, ScannedStore};
 
@@ -44,7 +47,7 @@ impl RebaseRange {
 
 fn layers(world: &ScannedStore, chain: &ScannedChain, request: &RebaseRequest) -> Result<RebaseRange> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
-    let depth = finish::layer_or_active(world, chain, request.layer.as_deref(), "layer")?;
+    let depth = lookup::layer_or_active(world, chain, request.layer.as_deref(), "layer")?;
     let layer = chain.views.layers[depth];
     let image = world.image(layer);
     if image.format != Some(Format::Qcow2) {
@@ -171,7 +174,7 @@ fn plan_unsafe(
     layers: &RebaseRange,
     drop_layers: bool,
 ) -> Plan {
-    let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
+    let mut plan = Plan { before: lookup::tree(world, chain), ..Plan::default() };
     let refusals = &mut plan.refusals;
     let image = world.image(layers.layer);
     if !image.users.is_empty() {
@@ -191,7 +194,7 @@ fn plan_unsafe(
     refusals.extend(dropped.filter(|_| !drop_layers));
     refusals.extend(layers.base.and_then(|base| world.uncounted(layers.layer, &image.place.path, base)));
     let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
-    finish::check_header(world, layers.layer, &HeaderChange { backing, frozen: None }, refusals);
+    refusals::check_header(world, layers.layer, &HeaderChange { backing, frozen: None }, refusals);
     refuse_open(context, world, &chain.path, layers.layer, refusals);
     let fact =
         "only the name is changed: what is shown stays the same only if the new backing file holds the same bytes";
@@ -200,7 +203,7 @@ fn plan_unsafe(
         let names: Vec<String> = layers.between.iter().map(|index| world.image(*index).shown()).collect();
         plan.notes.push(format!("no longer part of the chain: {}", names.join(", ")));
     }
-    finish::note_trash(world, &[layers.layer], &mut plan);
+    removal::note_trash(world, &[layers.layer], &mut plan);
     plan
 }
 
@@ -208,14 +211,14 @@ fn plan_unsafe(
 fn refuse_open(context: &Context, world: &ScannedStore, chain: &Path, layer: ImageIndex, refusals: &mut Vec<Error>) {
     let names = context.store().exposed(world.image(layer).stat.id, &[]);
     if !names.is_empty() {
-        refusals.push(finish::still_open(context, chain, &names, "this may change what they show"));
+        refusals.push(refusals::still_open(context, chain, &names, "this may change what they show"));
     }
 }
 
 fn after(world: &ScannedStore, chain: &ScannedChain, layers: &RebaseRange) -> Vec<PlanLayer> {
     let below = layers.base.map(|base| world.catalog.layers(base)).unwrap_or_default();
     let stays = chain.views.layers[..=layers.depth].iter().copied();
-    let mut after: Vec<PlanLayer> = stays.chain(below).map(|index| finish::line(world, chain, index)).collect();
+    let mut after: Vec<PlanLayer> = stays.chain(below).map(|index| lookup::line(world, chain, index)).collect();
     "put on another backing file".clone_into(&mut after[layers.depth].note);
     after
 }
@@ -258,14 +261,14 @@ fn change_name(context: &Context, world: &ScannedStore, path: &Path, layers: &Re
         // Under the writer's locks nobody comes to write it, and who reads it from here on reads what it is then.
         let mut refusals = Vec::new();
         refuse_open(context, world, path, layers.layer, &mut refusals);
-        finish::first(refusals)?;
+        refusals::first(refusals)?;
         if let Some(left) = layers.between.first()
             && world.image(*left).users == [layers.layer]
-            && finish::may_be_marked(world, *left)
+            && freeze::may_be_marked(world, *left)
         {
-            finish::freeze(store, world, *left, &Frozen::now(""))?;
+            freeze::freeze(store, world, *left, &Frozen::now(""))?;
         }
-        finish::forget_trash(world, &[world.image(layers.layer).stat.id])?;
+        removal::forget_trash(world, &[world.image(layers.layer).stat.id])?;
         let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
         change_header(job.name(), &*job.file()?, &HeaderChange { backing, frozen: None })?;
         drop(base);

@@ -12,9 +12,11 @@ use crate::store::{CachePolicy, ImageIndex, Intent, OwnedIntent, ShrinkOperation
 use crate::units::{SECTOR_SIZE, human_size};
 
 use super::context::Context;
-use super::finish;
+use super::ending;
 use super::job::Begun;
+use super::lookup;
 use super::plan::Plan;
+use super::refusals;
 use super::request::{NewSize, ResizeRequest};
 use super::revert::used_by_others;
 use super::scanned_store::ScannedStore;
@@ -53,7 +55,7 @@ pub(super) fn plan(
     if new > i64::MAX as u64 {
         return Err(too_large());
     }
-    let mut plan = Plan { before: finish::tree(world, &chain), ..Plan::default() };
+    let mut plan = Plan { before: lookup::tree(world, &chain), ..Plan::default() };
     plan.after.clone_from(&plan.before);
     if let Some(line) = plan.after.first_mut() {
         line.note = human_size(new);
@@ -80,7 +82,7 @@ pub(super) fn plan(
         }
         if context.store().is_active_open(image.stat.id) {
             let names = [format!("the active disk of {}", chain.shown(world))];
-            refusals.push(finish::still_open(context, path, &names, "it becomes shorter"));
+            refusals.push(refusals::still_open(context, path, &names, "it becomes shorter"));
         }
         plan.refusals.extend(used_by_others(world, leaf));
         plan.notes.push(format!("{} at the end of the disk are lost", exact(old - new)));
@@ -96,7 +98,7 @@ fn exact(len: u64) -> String {
 
 /// Bitmaps have the size of the disk, and nobody here changes theirs.
 fn refuse_bitmaps(world: &ScannedStore, leaf: ImageIndex, refusals: &mut Vec<Error>) {
-    let names = match finish::bitmap_names(world, leaf, |_| true) {
+    let names = match refusals::bitmap_names(world, leaf, |_| true) {
         Ok(names) => names,
         Err(error) => {
             let fact = "has persistent bitmaps that cannot be read, and whose sizes would be wrong";
@@ -134,7 +136,7 @@ pub(super) fn begin(context: &Context, path: &Path, request: &ResizeRequest, com
     let of = context.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &of, &Intent::new(command, path, operation))?;
     match shrink(store, &world, leaf, new) {
-        Ok(()) => finish::end(store, intent, lock).map(|()| None),
+        Ok(()) => ending::end(store, intent, lock).map(|()| None),
         Err(error) => {
             // Where nobody can tell, it may be.
             let is_shorter = ScannedStore::look(store).map_or(true, |world| {
@@ -144,7 +146,7 @@ pub(super) fn begin(context: &Context, path: &Path, request: &ResizeRequest, com
                 let fact = "what is left of it is done when the store is mounted again";
                 return Err(Error::new(error.kind(), format!("{error}; {fact}")));
             }
-            finish::forget(store, intent).map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
+            ending::forget(store, intent).map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
             Err(error)
         }
     }
@@ -179,9 +181,9 @@ pub(super) fn examine(
     refusals.extend(used_by_others(world, leaf));
     if context.store().is_active_open(world.image(leaf).stat.id) {
         let names = ["the active disk".to_owned()];
-        refusals.push(finish::still_open(context, &intent.chain, &names, "what lies behind its end goes"));
+        refusals.push(refusals::still_open(context, &intent.chain, &names, "what lies behind its end goes"));
     }
-    finish::first(refusals)?;
+    refusals::first(refusals)?;
     Ok(Some(leaf))
 }
 
@@ -193,5 +195,5 @@ pub(super) fn resume(context: &Context, intent: OwnedIntent<ShrinkOperation>, lo
     if let Some(leaf) = examine(context, &world, &intent.intent)? {
         shrink(store, &world, leaf, size)?;
     }
-    finish::end(store, intent, lock)
+    ending::end(store, intent, lock)
 }

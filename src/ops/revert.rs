@@ -17,11 +17,13 @@ use crate::store::{
 
 use super::branch::{BranchJob, CopySource, ImagePurpose};
 use super::context::Context;
-use super::finish;
+use super::freeze;
 use super::job::Begun;
 use super::locked::TouchedImages;
+use super::lookup;
 use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
+use super::refusals;
 use super::request::{RevertRequest, SnapshotRequest};
 use super::scanned_store::{ScannedChain, ScannedStore, with_stem};
 use super::snapshot;
@@ -67,7 +69,7 @@ pub(super) fn plan(
     request: &RevertRequest,
 ) -> Result<(Plan, PlannedRevert)> {
     let chain = world.chain(path)?;
-    let view = finish::view(world, &chain, &request.to)?;
+    let view = lookup::view(world, &chain, &request.to)?;
     let leaf = chain.views.layers[0];
     let image = world.image(leaf);
     if chain.views.active().is_none() {
@@ -77,7 +79,7 @@ pub(super) fn plan(
     if view.active {
         return Err(Error::new(ErrorKind::Usage, "the active disk is what it is; say to= with one of the snapshots"));
     }
-    let mut plan = Plan { before: finish::tree(world, &chain), ..Plan::default() };
+    let mut plan = Plan { before: lookup::tree(world, &chain), ..Plan::default() };
     let refusals = &mut plan.refusals;
     refusals.extend(world.untouchable(leaf));
     if view.snapshot.is_none() || view.layer != 0 {
@@ -88,10 +90,10 @@ pub(super) fn plan(
     refusals.extend(used_by_others(world, leaf));
     if world.store.is_active_open(image.stat.id) {
         let names = [format!("the active disk of {}", chain.shown(world))];
-        refusals.push(finish::still_open(context, path, &names, "it becomes another one"));
+        refusals.push(refusals::still_open(context, path, &names, "it becomes another one"));
     }
     let (way, saved) = if let Some(place) = view.snapshot.filter(|_| view.layer == 0) {
-        let snapshot = finish::inner(world, leaf, place)?;
+        let snapshot = lookup::inner(world, leaf, place)?;
         plan_apply(world, &chain, &snapshot, request, &mut plan);
         (RevertMethod::Apply(snapshot), None)
     } else {
@@ -116,7 +118,7 @@ fn plan_apply(
     plan: &mut Plan,
 ) {
     let leaf = chain.views.layers[0];
-    finish::bitmaps(world, std::iter::once(leaf), request.discard_bitmaps, &mut plan.refusals);
+    refusals::bitmaps(world, std::iter::once(leaf), request.discard_bitmaps, &mut plan.refusals);
     plan.refusals.extend(world.unfillable(leaf));
     if let Some(name) = &request.save
         && world.image(leaf).qcow2().is_some_and(|qcow2| qcow2.snapshots.iter().any(|other| other.name == *name))
@@ -153,20 +155,20 @@ fn plan_overlay(
     if let Some(saved) = saved {
         let kind = (image.format.unwrap_or(Format::Raw), false);
         overlay::refuse_name(world, saved, kind, Some(leaf), &mut plan.refusals);
-        finish::check_freeze(world, leaf, &mut plan.refusals);
+        freeze::check_freeze(world, leaf, &mut plan.refusals);
         plan.renamed.push((old.clone(), saved.to_path_buf()));
     } else {
         let gone = || std::iter::once(leaf);
-        finish::inner_snapshots(world, gone(), request.discard_internal, &mut plan.refusals);
-        finish::bitmaps(world, gone(), request.discard_bitmaps, &mut plan.refusals);
-        plan.invalid.extend(finish::views_of(chain, gone()).into_iter().filter(|name| name != crate::store::ACTIVE));
+        refusals::inner_snapshots(world, gone(), request.discard_internal, &mut plan.refusals);
+        refusals::bitmaps(world, gone(), request.discard_bitmaps, &mut plan.refusals);
+        plan.invalid.extend(lookup::views_of(chain, gone()).into_iter().filter(|name| name != crate::store::ACTIVE));
         if let Some(left) = left_alone(world, leaf, source) {
-            finish::check_freeze(world, left, &mut plan.refusals);
+            freeze::check_freeze(world, left, &mut plan.refusals);
         }
     }
     note_newer(world, chain, source, saved, &mut plan.notes);
     source.plan(context, world, (leaf, old), plan);
-    plan.after = source.below(world).iter().map(|index| finish::line(world, chain, *index)).collect();
+    plan.after = source.below(world).iter().map(|index| lookup::line(world, chain, *index)).collect();
     let top = PlanLayer { name: crate::store::ACTIVE.to_vec(), path: old.clone(), active: true, note: "new".into() };
     plan.after.insert(0, top);
 }
@@ -214,7 +216,7 @@ pub(super) fn used_by_others(world: &ScannedStore, leaf: ImageIndex) -> Option<E
 fn left_alone(world: &ScannedStore, leaf: ImageIndex, source: &CopySource) -> Option<ImageIndex> {
     let below = world.stands_on(leaf)?;
     let is_left = world.image(below).users == [leaf] && source.below(world).first() != Some(&below);
-    (is_left && finish::may_be_marked(world, below)).then_some(below)
+    (is_left && freeze::may_be_marked(world, below)).then_some(below)
 }
 
 /// Does it, or begins to where something has to be copied.
@@ -234,7 +236,7 @@ pub(super) fn begin(context: &Context, path: &Path, request: &RevertRequest, com
     if saved.is_none()
         && let Some(left) = left_alone(&world, leaf, &source)
     {
-        finish::freeze(store, &world, left, &Frozen::now(""))?;
+        freeze::freeze(store, &world, left, &Frozen::now(""))?;
     }
     let world = ScannedStore::look(store)?;
     let closed = ClosedDisk { leaf: world.named(leaf), saved, held: store.take_image(&world.catalog, leaf)? };

@@ -20,10 +20,13 @@ use crate::store::{
 };
 
 use super::context::Context;
-use super::finish;
+use super::ending;
+use super::freeze;
 use super::locked::TouchedImages;
+use super::lookup;
 use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
+use super::refusals;
 use super::request::SnapshotRequest;
 use super::scanned_store::{ScannedChain, ScannedStore, beside, relative, with_stem};
 
@@ -53,7 +56,7 @@ fn disks(world: &ScannedStore, path: &Path, request: &SnapshotRequest) -> Result
         chains.iter().map(|chain| world.image(chain.views.layers[0]).place.path.as_path()).collect();
     let frozen_names: Vec<Vec<u8>> = leaves.iter().map(|leaf| frozen_name(leaf, &leaves, &request.name)).collect();
     for ((path, chain), frozen_name) in paths.iter().zip(chains).zip(frozen_names) {
-        let mut before = finish::tree(world, &chain);
+        let mut before = lookup::tree(world, &chain);
         let leaf = chain.views.layers[0];
         if chain.views.active().is_none() {
             let fact = "has no active layer that could be frozen";
@@ -152,11 +155,11 @@ fn refuse_names(
         return refusals.push(Error::new(ErrorKind::Exists, format!("{own} {fact}")));
     }
     if frozen != old {
-        finish::taken(world, frozen, refusals);
+        refusals::taken(world, frozen, refusals);
         overlay::refuse_misread(world, frozen, image.format.unwrap_or(Format::Raw), true, refusals);
     }
     if name != old {
-        finish::taken(world, name, refusals);
+        refusals::taken(world, name, refusals);
     }
     overlay::refuse_misread(world, name, Format::Qcow2, false, refusals);
     let wanted = if frozen == old { Vec::new() } else { encode(frozen_name) };
@@ -268,15 +271,15 @@ pub(super) fn run(context: &Context, path: &Path, request: &SnapshotRequest, com
             }
             store.rescan()?;
             jobs.iter().for_each(ActiveJob::settle);
-            finish::tell(store, &before, &intent.intent, None);
-            finish::end(store, intent, lock)
+            ending::tell(store, &before, &intent.intent, None);
+            ending::end(store, intent, lock)
         }
         Err((error, false)) => {
             drop((intent, lock));
             store.rescan().and(Err(error))
         }
         Err((error, true)) => {
-            finish::forget(store, intent).map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
+            ending::forget(store, intent).map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
             Err(error)
         }
     }
@@ -516,7 +519,7 @@ pub(super) fn examine(world: &ScannedStore, intent: &Intent<SnapshotOperation>) 
     for top in disks {
         refuse_rest(world, top, goes_on, &mut refusals);
     }
-    finish::first(refusals)?;
+    refusals::first(refusals)?;
     Ok(goes_on)
 }
 
@@ -602,7 +605,7 @@ pub(super) fn carry_on(
         // Others have taken the name of a disk: its new one is the only one that it has, and stays.
         remove_overlays(root, &*names, disks)?;
     }
-    finish::forget(store, intent).and(went)
+    ending::forget(store, intent).and(went)
 }
 
 fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobImage>) -> Result<()> {
@@ -635,7 +638,7 @@ fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobIm
         let top = disks.iter().find(|top| top.old.file.id == job.id());
         // Those who read its internal snapshots have it open, and their locks are ours only if it is found by its new name.
         if let Some(top) = top {
-            job.renamed(&finish::own_path(store, &top.frozen));
+            job.renamed(&ending::own_path(store, &top.frozen));
         }
         // What comes back from the trash is a snapshot.
         let is_put_aside = top.is_some_and(|top| is_draft(&top.frozen));
@@ -670,7 +673,7 @@ fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobIm
     }
     for top in disks.iter().filter(|top| !is_draft(&top.frozen)) {
         let old = world.expect(&FileRef::known(top.frozen.clone(), top.old.file))?;
-        unless_unsupported(finish::freeze(store, &world, old, &mark))?;
+        unless_unsupported(freeze::freeze(store, &world, old, &mark))?;
     }
     Ok(())
 }

@@ -41,7 +41,7 @@ const NOBODY: Identity = Identity { id: FileId { device: 0, inode: 0 }, birth: N
 /// Finds the files of an intent, and notes in it which they are. `thoroughly`: evidence is asked for also where
 /// identity could be enough.
 pub(super) fn bind(root: &Root, intent: &mut Intent, is_copied: bool, thoroughly: bool) -> Vec<FileBinding> {
-    let mut wanted = expected(intent);
+    let mut wanted = expected(root, intent);
     if is_copied {
         return bind_copies(root, &mut wanted);
     }
@@ -131,8 +131,9 @@ fn bind_copies(root: &Root, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileBinding>
 
 /// The files of an intent that may have been changed or copied: what lies outside of the store is never changed, nor copied
 /// with it.
-fn expected(intent: &mut Intent) -> Vec<ExpectedFile<'_>> {
-    let mut expected = intent.operation.expected();
+fn expected<'a>(root: &Root, intent: &'a mut Intent) -> Vec<ExpectedFile<'a>> {
+    let is_free = |path: &Path| root.stat(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+    let mut expected = intent.operation.expected(&is_free);
     expected.retain(|expected| !expected.file.path.is_absolute());
     expected
 }

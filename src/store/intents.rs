@@ -793,7 +793,7 @@ impl ControlDir {
         let is_copied = (was.id.inode, was.birth) != (now.id.inode, now.birth);
         if !is_copied && was.id.device != now.id.device {
             // The same file system goes by another number after the next start of the machine.
-            for expected in intent.operation.expected() {
+            for expected in intent.operation.expected(&|_| false) {
                 let id = &mut expected.file.file.id;
                 if id.device == was.id.device {
                     id.device = now.id.device;

@@ -174,8 +174,9 @@ pub(crate) trait Effects {
     /// All files that it changes, renames or removes, or that these rest on.
     fn files(&self) -> Vec<&FileRef>;
 
-    /// The same files and those that it only remembers, with the names they may go by.
-    fn expected(&mut self) -> Vec<ExpectedFile<'_>>;
+    /// The same files and those that it only remembers, with the names they may go by. `is_free`: whether no file has that
+    /// name.
+    fn expected(&mut self, is_free: &dyn Fn(&Path) -> bool) -> Vec<ExpectedFile<'_>>;
 
     /// What it does to the images of the store, as its files are `now`.
     fn affected(&self, _now: &dyn FileLookup) -> Affected<'_> {
@@ -193,7 +194,8 @@ pub(crate) trait Effects {
     }
 }
 
-const AS_IT_WAS: AllowedChange = AllowedChange { growth: false, backing: false, any_size: false, is_copy: false };
+const AS_IT_WAS: AllowedChange =
+    AllowedChange { growth: false, backing: false, any_size: false, any_bytes: false, is_copy: false };
 const GROWN: AllowedChange = AllowedChange { growth: true, ..AS_IT_WAS };
 const REBASED: AllowedChange = AllowedChange { backing: true, ..GROWN };
 
@@ -211,7 +213,7 @@ impl Effects for SnapshotOperation {
         self.disks.iter().flat_map(|disk| [&disk.old, &disk.overlay]).collect()
     }
 
-    fn expected(&mut self) -> Vec<ExpectedFile<'_>> {
+    fn expected(&mut self, _: &dyn Fn(&Path) -> bool) -> Vec<ExpectedFile<'_>> {
         let resized = AllowedChange { any_size: true, ..AS_IT_WAS };
         let mut all = Vec::new();
         for NewTop { old, frozen, overlay, name, backing } in &mut self.disks {
@@ -239,10 +241,14 @@ impl Effects for CommitOperation {
         [&self.top, &self.base].into_iter().chain(&self.between).chain(&self.children).collect()
     }
 
-    fn expected(&mut self) -> Vec<ExpectedFile<'_>> {
+    fn expected(&mut self, is_free: &dyn Fn(&Path) -> bool) -> Vec<ExpectedFile<'_>> {
         let Self { top, base, between, children, keep, rename, .. } = self;
+        // From the moment when base has its new name, guests may write it.
+        let is_active =
+            rename.as_ref().is_some_and(|name| is_free(if *name == base.path { &top.path } else { &base.path }));
+        let written = AllowedChange { any_bytes: is_active, any_size: is_active, ..GROWN };
         let merged = AllowedChange { backing: *keep, growth: rename.is_some(), ..AS_IT_WAS };
-        let mut all = vec![expect(top, None, merged), expect(base, rename.clone(), GROWN)];
+        let mut all = vec![expect(top, None, merged), expect(base, rename.clone(), written)];
         for file in between {
             let invalidated = invalidated_name(&file.path);
             all.push(expect(file, [invalidated], AS_IT_WAS));
@@ -280,7 +286,7 @@ impl Effects for PullOperation {
         self.into.iter().chain(&self.base).chain(&self.remove).chain(&self.between).collect()
     }
 
-    fn expected(&mut self) -> Vec<ExpectedFile<'_>> {
+    fn expected(&mut self, _: &dyn Fn(&Path) -> bool) -> Vec<ExpectedFile<'_>> {
         let Self { into, base, remove, between } = self;
         let resized = AllowedChange { any_size: true, ..REBASED };
         let mut all: Vec<ExpectedFile<'_>> = expect_all(into, REBASED).collect();
@@ -303,7 +309,7 @@ impl Effects for CopyOperation {
         vec![&self.draft]
     }
 
-    fn expected(&mut self) -> Vec<ExpectedFile<'_>> {
+    fn expected(&mut self, _: &dyn Fn(&Path) -> bool) -> Vec<ExpectedFile<'_>> {
         vec![expect(&mut self.draft, None, GROWN)]
     }
 }
@@ -313,7 +319,7 @@ impl Effects for ShrinkOperation {
         vec![&self.image]
     }
 
-    fn expected(&mut self) -> Vec<ExpectedFile<'_>> {
+    fn expected(&mut self, _: &dyn Fn(&Path) -> bool) -> Vec<ExpectedFile<'_>> {
         vec![expect(&mut self.image, None, AllowedChange { any_size: true, ..AS_IT_WAS })]
     }
 
@@ -351,8 +357,8 @@ impl Effects for Operation {
         self.effects().map(Effects::files).unwrap_or_default()
     }
 
-    fn expected(&mut self) -> Vec<ExpectedFile<'_>> {
-        self.effects_mut().map(Effects::expected).unwrap_or_default()
+    fn expected(&mut self, is_free: &dyn Fn(&Path) -> bool) -> Vec<ExpectedFile<'_>> {
+        self.effects_mut().map(|effects| effects.expected(is_free)).unwrap_or_default()
     }
 
     fn affected(&self, now: &dyn FileLookup) -> Affected<'_> {

@@ -281,6 +281,50 @@ fn a_new_disk_with_the_name_of_a_merged_layer_stays() {
     assert!(fs::read(&path).unwrap() == disk, "it is somebody else's");
 }
 
+/// A commit of the active layer that was cut off right after base had got its new name: from then on guests write base.
+#[test]
+fn a_guest_may_have_rewritten_the_new_active_disk_before_the_crash() {
+    // A base of the disk's own stem, one that gets its name, and one of another extension.
+    for (base, rename) in [("web.raw", "web.raw"), ("base.qcow2", "web.qcow2"), ("base.raw", "web.raw")] {
+        for is_copied in [false, true] {
+            let at = format!("{base} as {rename}, {is_copied}");
+            let store = support::Store::new();
+            let format = if base.ends_with("raw") { "raw" } else { "qcow2" };
+            store.img(["create", "-q", "-f", format, base, &SIZE.to_string()]);
+            store.scribble(base, format, 5);
+            store.overlay("web.qcow2", base, format, "");
+            let mut written = witness(&store, base, format == "raw");
+            written.will_be_written();
+            let operation = Operation::Commit(CommitOperation {
+                top: witness(&store, "web.qcow2", false),
+                base: written,
+                between: Vec::new(),
+                children: Vec::new(),
+                keep: false,
+                is_copied: false,
+                rename: Some(rename.into()),
+            });
+            leave(&store, "commit", "web", operation);
+            if rename == base {
+                fs::remove_file(store.path("web.qcow2")).unwrap();
+            } else {
+                fs::rename(store.path(base), store.path(rename)).unwrap();
+            }
+            let pattern = format!("write -q -P 0x5A 0 {SIZE}");
+            store.io(rename, format, [pattern]);
+            let root = if is_copied { store.beside("copy") } else { store.root() };
+            if is_copied {
+                copy(copies()[0], &store.root(), &root);
+            }
+            let opened = open(&root);
+            assert_eq!(taken_up(&opened), None, "{at}");
+            assert!(opened.catalog().intents.is_empty(), "{at}");
+            let left = root.join("web.qcow2").exists();
+            assert_eq!(left, rename == "web.qcow2", "{at}: the former active layer has gone");
+        }
+    }
+}
+
 #[test]
 fn what_others_have_put_on_something_else_stays_there() {
     for (is_copied, other) in [(true, "other.qcow2"), (true, ""), (false, "other.qcow2"), (false, "")] {

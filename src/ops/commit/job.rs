@@ -16,12 +16,17 @@ use crate::units::{GuestOffset, HostOffset};
 
 use super::super::context::Context;
 use super::super::copy::{CommitSegment, PIECE};
-use super::super::finish::{self, CommitStage, OverlayToRebase};
+use super::super::ending;
+use super::super::freeze;
 use super::super::job::{Begun, Job};
 use super::super::job_table::{ChainLocks, JobProgress};
 use super::super::mirror::{MergeMirror, zero_from};
+use super::super::rebased::OverlayToRebase;
+use super::super::refusals;
+use super::super::removal;
 use super::super::request::CommitRequest;
 use super::super::scanned_store::ScannedStore;
+use super::finish::{self, CommitStage};
 use super::{CommitRange, final_name, is_undoable, plan, refuse, segment};
 
 /// Stretches of a layer without data that are passed over, at most, in search of a sample.
@@ -55,7 +60,7 @@ pub(in crate::ops) fn begin(
     let (lock, world) = ScannedStore::begin(context.store())?;
     let (plan, layers) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
-    tokens.notes.extend(finish::not_kept(plan.notes));
+    tokens.notes.extend(removal::not_kept(plan.notes));
     let job = begin_with(context, &world, lock, path, &layers, request.keep, command, tokens)?;
     Ok(Some(Box::new(job)))
 }
@@ -85,7 +90,7 @@ pub(in crate::ops) fn begin_with(
     };
     let base = store.take_image(&world.catalog, layers.base)?;
     let changed: Vec<FileId> = layers.segment().iter().chain([&layers.base]).map(|i| world.image(*i).stat.id).collect();
-    finish::forget_trash(world, &changed)?;
+    removal::forget_trash(world, &changed)?;
     let kept = if layers.is_deletion { store.keep_copy(&world.catalog, layers.base, command)? } else { None };
     let name = context.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, operation));
@@ -95,7 +100,7 @@ pub(in crate::ops) fn begin_with(
         let (error, intent) = *failed;
         take_back(store, kept.as_deref());
         // Nothing has been changed.
-        if let Err(trouble) = finish::forget(store, intent) {
+        if let Err(trouble) = ending::forget(store, intent) {
             tracing::error!("{}: {trouble}", shown(path));
         }
         error
@@ -174,7 +179,7 @@ fn set_out(
         store.rescan()?;
         let mut refusals = Vec::new();
         refuse::exposed(context, world, path, layers, &mut refusals);
-        finish::first(refusals)?;
+        refusals::first(refusals)?;
         let mut views = Vec::new();
         let below = open_below(store, world, &layers.below, &mut views)?;
         let keeping = if is_undoable { CachePolicy::Everything } else { CachePolicy::Nothing };
@@ -225,7 +230,7 @@ impl Job for CommitJob {
         let copied = self.copy(&store, progress);
         let switched = copied.and_then(|()| {
             // From the last look at who uses what until the switch, nobody else changes anything.
-            let lock = finish::lock_for_job(&store, progress)?;
+            let lock = ending::lock_for_job(&store, progress)?;
             let world = ScannedStore::look(&store)?;
             self.still_alone(&world)?;
             progress.settle()?;
@@ -248,7 +253,7 @@ impl CommitJob {
             None if size() > self.writer.size() => self.writer.grow(size())?,
             None => {}
         }
-        if !finish::shares_blocks(store) {
+        if !refusals::shares_blocks(store) {
             match self.base.format() {
                 Format::Qcow2 => self.writer.reserve(total)?,
                 Format::Raw => self.segment.reserve_in(&self.writer)?,
@@ -298,7 +303,7 @@ impl CommitJob {
             refuse::sharers(world, *index, &merged, &mut refusals);
         }
         refuse::sharers(world, top, &children, &mut refusals);
-        finish::first(refusals)?;
+        refusals::first(refusals)?;
         if let Some((_, mirror)) = &self.active {
             mirror.check()?;
         }
@@ -321,7 +326,7 @@ impl CommitJob {
         }
         if is_undoable && !progress.is_stopped() {
             take_back(store, kept.as_deref());
-            return match finish::forget(store, intent) {
+            return match ending::forget(store, intent) {
                 Ok(()) => error,
                 Err(trouble) => error.within(format!("{trouble}, and")),
             };
@@ -361,7 +366,7 @@ impl CommitJob {
             return finish::commit(context, intent, lock, children);
         };
         let name = rename.expect("a base takes the active layer's name");
-        finish::thaw(store, world, &writer, base.format(), &old_base)?;
+        freeze::thaw(store, world, &writer, base.format(), &old_base)?;
         let names = store.guard_names();
         let own = |path: &Path| path.strip_prefix(&store.guard().prefix).unwrap_or(path).to_path_buf();
         let before = store.catalog();
@@ -400,11 +405,11 @@ pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent<CommitOperat
     match &state {
         CommitStage::Copied => refuse::rest(world, &intent.operation, &mut refusals),
         CommitStage::NotCopied(layers) => {
-            let terms = CommitRequest { keep: intent.operation.keep, ..finish::terms(intent) };
+            let terms = CommitRequest { keep: intent.operation.keep, ..refusals::terms(intent) };
             refuse::refusals(world, layers, &terms, &mut refusals);
         }
     }
-    finish::first(refusals)?;
+    refusals::first(refusals)?;
     Ok(state)
 }
 

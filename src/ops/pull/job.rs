@@ -18,9 +18,13 @@ use crate::store::{
 
 use super::super::context::Context;
 use super::super::copy::PIECE;
-use super::super::finish;
+use super::super::ending;
+use super::super::freeze;
 use super::super::job::{Begun, Job};
 use super::super::job_table::{ChainLocks, JobProgress};
+use super::super::rebased;
+use super::super::refusals;
+use super::super::removal;
 use super::super::request::{CommitRequest, PullRequest};
 use super::super::scanned_store::ScannedStore;
 use super::fill::SwitchBacking;
@@ -70,7 +74,7 @@ pub(in crate::ops) fn begin(
     if layers.into.is_empty() {
         return Ok(None);
     }
-    tokens.notes.extend(finish::not_kept(plan.notes));
+    tokens.notes.extend(removal::not_kept(plan.notes));
     let job = begin_with(context, &world, lock, path, &layers, command, tokens)?;
     Ok(Some(Box::new(job)))
 }
@@ -174,7 +178,7 @@ impl Job for PullJob {
                     }
                 }
                 if !progress.is_stopped()
-                    && let Err(trouble) = finish::forget(&store, self.intent)
+                    && let Err(trouble) = ending::forget(&store, self.intent)
                 {
                     return Err(error.within(format!("{trouble}, and")));
                 }
@@ -188,7 +192,7 @@ impl PullJob {
     fn fill(&self, store: &Store, progress: &JobProgress) -> Result<()> {
         let needed = self.parts.iter().map(|part| part.needed(&self.fill)).collect::<Result<Vec<u64>>>()?;
         progress.set_total(needed.iter().sum());
-        if !finish::shares_blocks(store) {
+        if !refusals::shares_blocks(store) {
             for (part, needed) in self.parts.iter().zip(needed) {
                 part.writer.reserve(needed)?;
             }
@@ -214,7 +218,7 @@ impl PullJob {
 
     /// The last look, and the mark on what will be left alone. Nothing has changed for anybody by then.
     fn ready_to_switch(&self, store: &Arc<Store>, progress: &JobProgress) -> Result<(FileLock, ScannedStore)> {
-        let lock = finish::lock_for_job(store, progress)?;
+        let lock = ending::lock_for_job(store, progress)?;
         let world = ScannedStore::look(store)?;
         let PullOperation { into, base, remove, between } = &self.intent.intent.operation;
         for named in into {
@@ -242,7 +246,7 @@ impl PullJob {
             active.extend(part.close()?);
         }
         let world = ScannedStore::look(store)?;
-        finish::stand_on_new(&world, &active)?;
+        rebased::stand_on_new(&world, &active)?;
         drop((active, views));
         clean_up(context, intent, lock, &before)
     }
@@ -311,8 +315,8 @@ fn freeze_left(
     let stays =
         between.iter().find(|named| !remove.iter().any(|gone| gone.is(named))).and_then(|named| world.find(named));
     let Some(index) = stays else { return Ok(()) };
-    if world.image(index).users.iter().all(|user| going.contains(user)) && finish::may_be_marked(world, index) {
-        finish::freeze(store, world, index, &Frozen::now(""))?;
+    if world.image(index).users.iter().all(|user| going.contains(user)) && freeze::may_be_marked(world, index) {
+        freeze::freeze(store, world, index, &Frozen::now(""))?;
     }
     Ok(())
 }
@@ -321,13 +325,13 @@ fn freeze_left(
 fn clean_up(context: &Context, intent: OwnedIntent<PullOperation>, lock: FileLock, before: &Catalog) -> Result<()> {
     let store = context.store();
     let PullOperation { remove, .. } = &intent.intent.operation;
-    finish::tell(store, before, &intent.intent, None);
-    let removed = finish::remove(store, remove, true, &intent.intent.command);
+    ending::tell(store, before, &intent.intent, None);
+    let removed = removal::remove(store, remove, true, &intent.intent.command);
     // What is used by others by now stays, and nothing is left to be done.
     if removed.as_ref().is_err_and(|error| error.kind() != ErrorKind::NotEmpty) {
         return removed;
     }
-    finish::end(store, intent, lock).and(removed)
+    ending::end(store, intent, lock).and(removed)
 }
 
 /// What is left of a pull that was cut off; every refusal is asked again. Nothing is changed.
@@ -341,13 +345,13 @@ pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent<PullOperatio
         let left = remove.iter().filter_map(|named| world.find(named));
         refusals.extend(left.filter_map(|index| world.untouchable(index)));
     }
-    finish::first(refusals)?;
+    refusals::first(refusals)?;
     Ok(found)
 }
 
 /// What the command said of what may be lost.
 fn terms(intent: &Intent<PullOperation>) -> PullRequest {
-    let CommitRequest { discard_internal, discard_bitmaps, .. } = finish::terms(intent);
+    let CommitRequest { discard_internal, discard_bitmaps, .. } = refusals::terms(intent);
     PullRequest { discard_internal, discard_bitmaps, ..PullRequest::default() }
 }
 
@@ -362,7 +366,7 @@ pub(in crate::ops) fn resume(
     let world = ScannedStore::look_for(store, intent.name())?;
     if let Err(error) = find(&world, &intent.intent.operation) {
         // No view has changed, and none will: what others have done to the chain stands.
-        finish::end(store, intent, lock)?;
+        ending::end(store, intent, lock)?;
         return Err(error);
     }
     let Some(layers) = examine(&world, &intent.intent)? else {
