@@ -39,6 +39,7 @@ pub(super) fn freeze(store: &Arc<Store>, world: &ScannedStore, index: ImageIndex
     if image.frozen.is_some() {
         return Ok(());
     }
+    // C5: durably, or the command fails.
     if image.format == Some(Format::Raw) {
         return store.note_frozen(&world.guarded(&image.place.path), Some(frozen));
     }

@@ -300,6 +300,7 @@ impl Effects for PullOperation {
     }
 
     fn affected(&self, _: &dyn FileLookup) -> Affected<'_> {
+        // C5: left alone by a pull, it never becomes an active disk.
         Affected { frozen: self.between.iter().map(AffectedFile::itself).collect(), ..Affected::default() }
     }
 }

@@ -51,6 +51,7 @@ fn a_raw_image_cut_while_it_is_open_never_hangs_its_reader() {
 }
 
 #[test]
+// R3
 fn an_image_replaced_while_it_is_open_is_never_mixed_with_its_successor() {
     let victims = Victims::new("");
     let _ = victims.victim("swapped");
@@ -162,6 +163,7 @@ fn a_disk_grown_behind_the_mounts_back_is_shown_at_its_new_size() {
 /// File systems hand out the inode number of a deleted file at once: neither it nor the name tells old
 /// from new.
 #[test]
+// X1
 fn a_file_made_anew_under_an_old_name_shows_its_own_bytes() {
     let store = Store::new();
     let mount = Mount::new(&store);

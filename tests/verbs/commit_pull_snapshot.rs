@@ -37,6 +37,7 @@ fn assert_done(lab: &Lab, command: &str) {
 }
 
 #[test]
+// C3
 fn the_six_cases_of_a_commit_change_no_view_that_is_left() {
     for kind in kinds() {
         for (top, base, left) in CASES {

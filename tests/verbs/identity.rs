@@ -232,6 +232,7 @@ fn what_was_changed_in_its_place_is_not_taken_for_what_it_was() {
 }
 
 #[test]
+// I1
 fn a_new_file_of_the_old_name_is_neither_written_nor_removed() {
     for name in ["sn2.qcow2", "sn1.qcow2", "base.raw"] {
         let commit = Commit::new();
@@ -342,6 +343,7 @@ fn what_others_have_put_on_something_else_stays_there() {
 }
 
 #[test]
+// J5
 fn a_command_that_is_taken_up_asks_all_refusals_again() {
     // Somebody has come to stand on what is written.
     let commit = Commit::new();
@@ -491,6 +493,7 @@ fn a_name_that_others_have_come_to_stand_on_is_not_taken_away() {
 }
 
 #[test]
+// J4
 fn an_intent_that_nobody_understands_hides_all_it_could_have_spoilt() {
     let spoil: [Spoiling; 6] = [
         ("cut", |path| {

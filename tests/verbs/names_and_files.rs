@@ -248,6 +248,7 @@ fn a_snapshot_that_is_taken_up_replaces_no_other_file() {
 }
 
 #[test]
+// C5
 fn a_frozen_leaf_stays_frozen_when_it_is_merged_down() {
     let lab = Lab::new(Kind::PLAIN);
     assert_done(&lab, "pull");

@@ -199,6 +199,7 @@ fn whoever_cannot_be_understood_may_stand_on_anything_until_the_user_says_otherw
 
 /// Names that are not followed to read by them, but that mean base.qcow2.
 #[test]
+// S3
 fn a_name_that_is_not_followed_counts_for_what_it_means() {
     let names = |store: &Store| {
         let root = store.root().display().to_string();
@@ -450,6 +451,7 @@ fn overwrite(path: &Path, bytes: &[u8]) {
 }
 
 #[test]
+// S4
 fn a_file_once_seen_without_the_magic_never_becomes_qcow2_by_its_content() {
     let store = Store::new();
     let header = stolen_header(&store);

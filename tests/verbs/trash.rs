@@ -82,6 +82,7 @@ fn what_a_revert_replaces_comes_back_under_another_name() {
 }
 
 #[test]
+// T1
 fn what_would_show_something_else_goes_before_it_does() {
     let lab = Lab::new(Kind::PLAIN);
     let store = open(&lab, Some(WEEK));

@@ -178,6 +178,7 @@ fn set_out(
     let begun = (|| {
         store.rescan()?;
         let mut refusals = Vec::new();
+        // C3: what will be invalidated is hidden, and not open, before the first byte changes.
         refuse::exposed(context, world, path, layers, &mut refusals);
         refusals::first(refusals)?;
         let mut views = Vec::new();

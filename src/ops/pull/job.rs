@@ -369,6 +369,7 @@ pub(in crate::ops) fn resume(
         ending::end(store, intent, lock)?;
         return Err(error);
     }
+    // J5: under the store's lock, before the first write.
     let Some(layers) = examine(&world, &intent.intent)? else {
         let PullOperation { into, remove, between, .. } = &intent.intent.operation;
         freeze_left(store, &world, into, remove, between)?;
