@@ -35,6 +35,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::units::{BlockStatus, Run};
 
 #[expect(clippy::len_without_is_empty, reason = "no caller tests for empty files")]
 /// The bytes of one image file (or external data file), by position.
@@ -46,10 +47,10 @@ pub trait Storage: Send + Sync {
     /// Present size of the file in bytes.
     fn len(&self) -> Result<u64>;
 
-    /// The first run of `[at, end)` that is all data (`true`) or all hole (`false`), and its length, at least
-    /// 1. If the file system does not report holes, everything is data.
-    fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
-        Ok((true, end - at))
+    /// The first run of `[at, end)` that is all data or all hole. If the file system does not report holes,
+    /// everything is data.
+    fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {
+        Ok(Run::new(BlockStatus::Data, end - at))
     }
 
     /// Like [`Storage::read_at`], for tables that this process may be writing (with
