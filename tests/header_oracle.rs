@@ -195,7 +195,7 @@ fn a_writer_changes_its_header_and_what_lies_below_while_it_is_used() {
             for turn in 0..40 {
                 let change = if turn % 2 == 0 { mark("held") } else { no_mark() };
                 writer.change_header(&change).unwrap();
-                writer.set_below(Some(Arc::new(below.clone())));
+                writer.set_backing(Some(Arc::new(below.clone())));
                 writer.change_header(&backing(if turn % 3 == 0 { "base.raw" } else { "./base.raw" }, "raw")).unwrap();
             }
             writer.change_header(&mark("at last")).unwrap();
@@ -215,7 +215,7 @@ fn a_writer_changes_its_header_and_what_lies_below_while_it_is_used() {
     let header = header(&pages);
     assert_eq!((header.frozen.clone(), header.virtual_size), (mark("at last").frozen.unwrap(), 9 * MIB));
     let raw = Writer::raw("raw", SimDisk::new(&machine, 1, Pages::default())).unwrap();
-    raw.set_below(None);
+    raw.set_backing(None);
     assert_eq!(raw.change_header(&no_mark()).unwrap_err().kind(), ErrorKind::Unsupported);
 }
 

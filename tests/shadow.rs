@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use chainfs::error::ErrorKind;
 use chainfs::image::check::check;
-use chainfs::image::write::{Below, Writer, WriterOptions, Zeroing};
+use chainfs::image::write::{BackingDisk, Writer, WriterOptions, Zeroing};
 use chainfs::io::{Descriptors, Root, StoreFile, WriterKind};
 use sim::crash::each_state;
 use sim::disk::{Calls, Event};
@@ -42,7 +42,7 @@ fn content(pages: &Pages, size: u64) -> Vec<u8> {
 }
 
 fn open(image: &StartImage, disk: &Arc<SimDisk>, options: WriterOptions) -> chainfs::error::Result<Arc<Writer>> {
-    let below = image.backing.as_ref().map(|backing| Arc::new(backing.clone()) as Arc<dyn Below>);
+    let below = image.backing.as_ref().map(|backing| Arc::new(backing.clone()) as Arc<dyn BackingDisk>);
     Writer::qcow2_undoable(IMAGE, Arc::clone(disk) as _, below, options)
 }
 

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use chainfs::error::{Error, ErrorKind, Result};
-use chainfs::image::write::{Below, Writer, WriterOptions, Zeroing};
+use chainfs::image::write::{BackingDisk, Writer, WriterOptions, Zeroing};
 use chainfs::io::{Storage, WriteStorage};
 use oracle::Scratch;
 
@@ -174,7 +174,7 @@ struct Sevens {
     file: Arc<Memory>,
 }
 
-impl Below for Sevens {
+impl BackingDisk for Sevens {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         let inside = self.size.saturating_sub(at).min(buf.len() as u64) as usize;
         buf[..inside].fill(7);
@@ -549,7 +549,7 @@ impl Dice {
 fn crowd(name: &str, file: &Arc<Memory>, below: bool, before: &[u8], seed: u64) -> Vec<u8> {
     const SIZE: u64 = 4 * MIB;
     let below = below.then(|| {
-        Arc::new(Sevens { size: SIZE - 100 * KIB, asked: Mutex::default(), file: Arc::clone(file) }) as Arc<dyn Below>
+        Arc::new(Sevens { size: SIZE - 100 * KIB, asked: Mutex::default(), file: Arc::clone(file) }) as Arc<dyn BackingDisk>
     });
     let options = WriterOptions { cache: 64 << 10 };
     let writer = Writer::qcow2("a", Arc::clone(file) as _, None, below, options).unwrap();

@@ -1,11 +1,11 @@
 //! A view as that which lies below an image that is being written.
 
 use crate::error::Result;
-use crate::image::write::Below;
+use crate::image::write::BackingDisk;
 
 use super::View;
 
-impl Below for View {
+impl BackingDisk for View {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         let len = self.size().saturating_sub(at).min(buf.len() as u64) as usize;
         let (within, beyond) = buf.split_at_mut(len);

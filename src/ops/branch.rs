@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Snapshot;
 use crate::image::create::CreateOptions;
-use crate::image::write::{Below, Writer};
+use crate::image::write::{BackingDisk, Writer};
 use crate::io::FileLock;
 use crate::store::{
     FileRef, ImageIndex, Intent, NewTopFile, OpenView, Operation, OwnedIntent, Store, ViewPart, is_draft, shown,
@@ -150,7 +150,7 @@ impl BranchJob {
             let mut views = vec![view];
             if !below.is_empty() {
                 let open = store.open_view(&world.catalog, &below, ViewPart::Active, false)?;
-                top.writer().set_below(Some(Arc::clone(&open.view) as Arc<dyn Below>));
+                top.writer().set_backing(Some(Arc::clone(&open.view) as Arc<dyn BackingDisk>));
                 views.push(open);
             }
             let intent = store.guard().begin(&*store.guard_names(), of, &Intent::new(command, path, deed))?;

@@ -17,7 +17,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::write::{Below, Writer, WriterOptions, check_writable};
+use crate::image::write::{BackingDisk, Writer, WriterOptions, check_writable};
 use crate::io::{FileId, FileStat, Storage, StoreFile, WriteLock, WriterKind};
 
 use super::Store;
@@ -578,7 +578,7 @@ fn new_writer(store: &Store, top: &OpenImage, view: &View) -> Result<Arc<Writer>
         Format::Raw => Writer::raw(name, file),
         Format::Qcow2 => {
             let data_file = top.data_file.as_ref().map(open).transpose()?;
-            let below = store.view_below(view).map(|view| view as Arc<dyn Below>);
+            let below = store.view_below(view).map(|view| view as Arc<dyn BackingDisk>);
             Writer::qcow2(name, file, data_file, below, writer_options(store))
         }
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::write::{Below, Writer};
+use crate::image::write::{BackingDisk, Writer};
 use crate::io::{FileId, ReadLock, WriteLock, WriteStorage, WriterKind};
 
 use super::Store;
@@ -93,7 +93,7 @@ impl JobImage {
             Format::Raw => Writer::raw(name, file)?,
             Format::Qcow2 => {
                 let data_file = self.image.data_file.as_ref().map(|file| self.store.host.writable(file)).transpose()?;
-                let below = below.map(|view| view as Arc<dyn Below>);
+                let below = below.map(|view| view as Arc<dyn BackingDisk>);
                 let options = writer_options(&self.store);
                 match keeping {
                     CachePolicy::Nothing => Writer::qcow2(name, file, data_file, below, options)?,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use chainfs::error::Result;
-use chainfs::image::write::{Below, Fill, NewSnapshot, Writer, WriterOptions, Zeroing};
+use chainfs::image::write::{BackingDisk, Fill, NewSnapshot, Writer, WriterOptions, Zeroing};
 use chainfs::io::WriteStorage;
 use parking_lot::{Mutex, RwLock};
 
@@ -27,7 +27,7 @@ pub struct Guest {
 /// Opens a writer on simulated files.
 pub fn open_writer(disks: &[Arc<SimDisk>], backing: Option<&Backing>, options: WriterOptions) -> Result<Arc<Writer>> {
     let storage = |disk: &Arc<SimDisk>| Arc::clone(disk) as Arc<dyn WriteStorage>;
-    let below = backing.map(|backing| Arc::new(backing.clone()) as Arc<dyn Below>);
+    let below = backing.map(|backing| Arc::new(backing.clone()) as Arc<dyn BackingDisk>);
     Writer::qcow2(IMAGE, storage(&disks[0]), disks.get(1).map(storage), below, options)
 }
 

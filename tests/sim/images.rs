@@ -10,7 +10,7 @@ use chainfs::error::Result;
 use chainfs::format::header::{PROBE_LEN, needed_len};
 use chainfs::format::snapshot::SnapshotParser;
 use chainfs::format::{Header, Snapshot};
-use chainfs::image::write::Below;
+use chainfs::image::write::BackingDisk;
 use chainfs::image::{Caches, Image, Layer};
 use chainfs::io::Storage;
 
@@ -43,7 +43,7 @@ impl Backing {
     }
 }
 
-impl Below for Backing {
+impl BackingDisk for Backing {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         self.0.fill(at, buf);
         Ok(())

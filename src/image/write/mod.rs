@@ -167,7 +167,7 @@ impl Writer {
         name: &str,
         file: Arc<dyn WriteStorage>,
         data_file: Option<Arc<dyn WriteStorage>>,
-        below: Option<Arc<dyn Below>>,
+        below: Option<Arc<dyn BackingDisk>>,
         options: WriterOptions,
     ) -> Result<Arc<Self>> {
         let writer = Qcow2Writer::open(name, file, data_file, below, options)?;
@@ -180,7 +180,7 @@ impl Writer {
     pub fn qcow2_undoable(
         name: &str,
         file: Arc<dyn WriteStorage>,
-        below: Option<Arc<dyn Below>>,
+        below: Option<Arc<dyn BackingDisk>>,
         options: WriterOptions,
     ) -> Result<Arc<Self>> {
         let writer = Qcow2Writer::open_undoable(name, file, below, options)?;
@@ -336,10 +336,10 @@ impl Writer {
     ///
     /// # Panics
     /// If something is to lie below a raw image.
-    pub fn set_below(&self, below: Option<Arc<dyn Below>>) {
+    pub fn set_backing(&self, below: Option<Arc<dyn BackingDisk>>) {
         match &self.body {
             Body::Raw(_) => assert!(below.is_none(), "nothing shows through a raw image"),
-            Body::Qcow2(qcow2) => qcow2.set_below(below),
+            Body::Qcow2(qcow2) => qcow2.set_backing(below),
         }
     }
 

@@ -29,7 +29,7 @@ impl Qcow2Writer {
         name: &str,
         file: Arc<dyn WriteStorage>,
         data_file: Option<Arc<dyn WriteStorage>>,
-        below: Option<Arc<dyn Below>>,
+        below: Option<Arc<dyn BackingDisk>>,
         options: WriterOptions,
     ) -> Result<Self> {
         let mut header = read_header(name, &*file)?;
@@ -69,7 +69,7 @@ impl Qcow2Writer {
     pub(super) fn open_undoable(
         name: &str,
         file: Arc<dyn WriteStorage>,
-        below: Option<Arc<dyn Below>>,
+        below: Option<Arc<dyn BackingDisk>>,
         options: WriterOptions,
     ) -> Result<Self> {
         if read_header(name, &*file)?.data_file.is_some() {

@@ -34,7 +34,7 @@ const DECOMPRESSED: usize = 4 << 20;
 pub(super) struct Qcow2Writer {
     pub(super) core: Core,
     /// Cloned and left at once: another may take its place at any time.
-    pub(super) below: RwLock<Option<Arc<dyn Below>>>,
+    pub(super) below: RwLock<Option<Arc<dyn BackingDisk>>>,
     pub(super) compression: Compression,
     /// The data file is a raw image by itself: what reads as zero must be zero there.
     pub(super) raw_data: bool,
@@ -89,12 +89,12 @@ impl Qcow2Writer {
     }
 
     /// What lies below by now.
-    pub(super) fn below(&self) -> Option<Arc<dyn Below>> {
+    pub(super) fn below(&self) -> Option<Arc<dyn BackingDisk>> {
         self.below.read().clone()
     }
 
     /// Puts another source below, which shows the same.
-    pub(super) fn set_below(&self, below: Option<Arc<dyn Below>>) {
+    pub(super) fn set_backing(&self, below: Option<Arc<dyn BackingDisk>>) {
         *self.below.write() = below;
     }
 

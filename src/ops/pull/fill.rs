@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 
 use crate::chain::{Source, View};
 use crate::error::Result;
-use crate::image::write::{Below, Fill, Place, Wanted};
+use crate::image::write::{BackingDisk, Fill, Place, Wanted};
 use crate::store::Store;
 use crate::units::HostOffset;
 
@@ -51,13 +51,13 @@ pub(super) struct SwitchBacking {
     pub(super) then: Option<Arc<View>>,
 }
 
-impl Below for SwitchBacking {
+impl BackingDisk for SwitchBacking {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         let Some(now) = &self.now else {
             buf.fill(0);
             return Ok(());
         };
-        Below::read_at(&**now, at, buf)
+        BackingDisk::read_at(&**now, at, buf)
     }
 
     fn zero_run(&self, at: u64, len: u64) -> Result<(bool, u64)> {

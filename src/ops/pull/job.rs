@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::HeaderChange;
-use crate::image::write::{Below, Located, Writer};
+use crate::image::write::{BackingDisk, Located, Writer};
 use crate::io::FileLock;
 use crate::store::{
     ActiveJob, CachePolicy, Catalog, FileRef, ImageIndex, Intent, JobImage, OpenView, Operation, OwnedIntent, Store,
@@ -136,7 +136,7 @@ fn open(store: &Arc<Store>, world: &ScannedStore, layers: &PullRange) -> Result<
             let job = store.take_active(&world.catalog, &world.catalog.layers(*into))?;
             let writer = job.writer()?;
             let both = SwitchBacking { now: job.below(), then: fill.then() };
-            writer.set_below(Some(Arc::new(both)));
+            writer.set_backing(Some(Arc::new(both)));
             (PullTarget::Active(job), writer)
         } else {
             let mut image = store.take_image(&world.catalog, *into)?;
@@ -256,7 +256,7 @@ impl FilledLayer {
     /// It stays on what it stands on.
     fn give_up(self) -> Result<()> {
         if let PullTarget::Active(job) = &self.target {
-            self.writer.set_below(job.below().map(|view| view as Arc<dyn Below>));
+            self.writer.set_backing(job.below().map(|view| view as Arc<dyn BackingDisk>));
         }
         self.close().map(drop)
     }

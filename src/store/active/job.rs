@@ -12,7 +12,7 @@ use parking_lot::RwLockWriteGuard;
 
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::write::{Below, Writer, Zeroing};
+use crate::image::write::{BackingDisk, Writer, Zeroing};
 use crate::image::{Image, Layer};
 use crate::io::{FileId, ReadLock, Storage, WriteLock, WriterKind};
 
@@ -283,8 +283,8 @@ impl ActiveDisk {
         let top = Layer::active(&writing.open.top.image)?;
         let view = store.live_view(top, stack);
         let shown = store.opened.show(&view, &[&[self.id()], files.as_slice()].concat(), None, &self.name());
-        let lower = store.view_below(&view).map(|view| view as Arc<dyn Below>);
-        writing.writer.set_below(lower);
+        let lower = store.view_below(&view).map(|view| view as Arc<dyn BackingDisk>);
+        writing.writer.set_backing(lower);
         locks.push(writing.open.top.file.lock(false)?);
         if let Some(data_file) = &writing.open.top.data_file {
             locks.push(data_file.lock(false)?);
@@ -394,7 +394,7 @@ impl Quiesced<'_> {
         image.file.renamed(name);
         fallen.places.0 = place(frozen);
         image.places.0 = place(name);
-        writer.set_below(store.view_below(&view.view).map(|view| view as Arc<dyn Below>));
+        writer.set_backing(store.view_below(&view.view).map(|view| view as Arc<dyn BackingDisk>));
         view.top = image.clone();
         let writing = self.writing();
         // The locks of the layers below go on as they are.
