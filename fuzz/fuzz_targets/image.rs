@@ -1,17 +1,11 @@
 //! Any bytes as an image, over itself, to be read to its end in every way there is.
 #![no_main]
 
-#[path = "../../tests/fuzz/random.rs"]
-#[allow(dead_code, reason = "the reader has use for a part of it")]
-mod random;
-#[path = "../../tests/fuzz/reader.rs"]
-mod reader;
-
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use random::Random;
-use reader::{File, Tally, read_chain};
+use support::fuzz::random::Random;
+use support::fuzz::reader::{File, Tally, read_chain};
 
 fuzz_target!(|bytes: &[u8]| {
     let bytes = Arc::new(bytes.to_vec());

@@ -127,6 +127,7 @@ impl BrowsedDisk {
     pub(super) fn release(&self) {
         let mut open = self.open.lock();
         open.lease_count -= 1;
+        // G4: the last lease closes the disk.
         if open.lease_count == 0 {
             open.last_released = Instant::now();
             let bytes = open.bytes.take_if(|_| !self.is_forced);

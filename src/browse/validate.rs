@@ -41,6 +41,7 @@ pub(super) fn protocol_violation() -> Error {
 }
 
 fn check(is_good: bool) -> Result<()> {
+    // G6: an answer beyond the limits is refused.
     if is_good { Ok(()) } else { Err(protocol_violation()) }
 }
 

@@ -3,7 +3,7 @@
 //! A [`View`] is an immutable list of layers; it stays valid whatever the store looks like by now.
 //! This layer knows no names and no directories.
 
-mod below;
+mod backing;
 mod flat;
 mod origin;
 mod view;

@@ -14,7 +14,7 @@ use super::malformed::Malformed;
 use crate::units::{ClusterBits, HostOffset, SECTOR_SIZE};
 
 pub use super::extension::{BitmapsExtension, CryptoHeader, UnknownExtension};
-pub use super::parts::{Backing, Compression, DataFile, Encryption, RefcountTable, SnapshotTable, Table, Version};
+pub use super::parts::{BackingFile, Compression, DataFile, Encryption, RefcountTable, SnapshotTable, Table, Version};
 
 // Places of fields that are changed by themselves. Each lies, with its neighbours, in the first sector.
 /// Offset of the refcount table (8 bytes), then its clusters (4).
@@ -35,6 +35,7 @@ pub const V2_LEN: usize = 72;
 const V3_MIN_LEN: usize = 104;
 
 // QEMU's limits.
+// B1: of what an image can name.
 /// Largest L1 table, in bytes.
 pub const MAX_L1_LEN: u64 = 32 << 20;
 /// Largest refcount table, in bytes.
@@ -78,7 +79,7 @@ pub struct Header {
     /// How guest data is encrypted, if it is.
     pub encryption: Option<Encryption>,
     /// The backing file. An offset with length 0 is no backing file.
-    pub backing: Option<Backing>,
+    pub backing: Option<BackingFile>,
     /// The external data file.
     pub data_file: Option<DataFile>,
     /// The bitmap directory; checked only if [`Self::bitmaps_consistent`].
@@ -207,7 +208,7 @@ impl Header {
             autoclear: features.autoclear,
             compression,
             encryption,
-            backing: backing_name.map(|name| Backing { name, format: extensions.backing_format }),
+            backing: backing_name.map(|name| BackingFile { name, format: extensions.backing_format }),
             data_file,
             bitmaps: extensions.bitmaps,
             crypto_header: extensions.crypto_header,

@@ -29,7 +29,7 @@ fn image(start: Image, len: usize, extensions: &[Vec<u8>], name: &[u8]) -> Image
 fn wanted(old: &Header, edit: &Edit<'_>) -> Header {
     let mut new = old.clone();
     if let Some(backing) = edit.backing {
-        new.backing = backing.map(|(name, format)| super::super::header::Backing {
+        new.backing = backing.map(|(name, format)| super::super::header::BackingFile {
             name: name.to_vec(),
             format: Some(String::from_utf8(format.to_vec()).unwrap()),
         });

@@ -35,7 +35,7 @@ fn a_plain_header_says_what_stands_in_it() {
 fn a_version_2_header_has_72_bytes_and_may_have_extensions() {
     let header = Image::v2().at(72, &extension(BACKING_FORMAT, b"raw")).backing(200, b"base").parse().unwrap();
     assert_eq!((header.version, header.header_len, header.refcount_order), (Version::V2, 72, 4));
-    assert_eq!(header.backing, Some(Backing { name: b"base".to_vec(), format: Some("raw".into()) }));
+    assert_eq!(header.backing, Some(BackingFile { name: b"base".to_vec(), format: Some("raw".into()) }));
     // Its bytes from 72 on are not feature bits.
     assert_eq!((header.incompatible, header.compatible, header.autoclear), (0, 0, 0));
 }
@@ -88,7 +88,7 @@ fn header_length() {
 #[test]
 fn backing_name() {
     let header = Image::v3().backing(65_536 - 4, b"base").parse().unwrap();
-    assert_eq!(header.backing, Some(Backing { name: b"base".to_vec(), format: None }));
+    assert_eq!(header.backing, Some(BackingFile { name: b"base".to_vec(), format: None }));
     assert_eq!(Image::v3().backing(112, b"base").parse().unwrap().backing.unwrap().name, b"base");
     assert_eq!(Image::v3().u64(8, 112).parse().unwrap().backing, None);
     assert_eq!(Image::v3().u64(8, 65_536).parse().unwrap().backing, None);

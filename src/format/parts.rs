@@ -74,7 +74,7 @@ impl std::fmt::Display for Encryption {
 
 /// The backing file, as the header names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backing {
+pub struct BackingFile {
     /// The name: not empty, no NUL bytes, not checked otherwise.
     pub name: Vec<u8>,
     /// Its format, where the header says one.

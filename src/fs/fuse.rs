@@ -258,8 +258,8 @@ impl Filesystem for Adapter {
 
     fn lseek(&self, _req: &Request, inode: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
         let data = match whence {
-            nix::libc::SEEK_DATA => true,
-            nix::libc::SEEK_HOLE => false,
+            libc::SEEK_DATA => true,
+            libc::SEEK_HOLE => false,
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(at) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
@@ -283,7 +283,7 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         // O_SYNC includes O_DSYNC's bit.
-        let sync = flags.0 & nix::libc::O_DSYNC != 0;
+        let sync = flags.0 & libc::O_DSYNC != 0;
         let open = match self.answer(|tree| tree.handle(handle.0)) {
             Ok(open) => open,
             Err(errno) => return reply.error(errno),
@@ -313,7 +313,7 @@ impl Filesystem for Adapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        use nix::libc::{FALLOC_FL_KEEP_SIZE as KEEP, FALLOC_FL_PUNCH_HOLE as PUNCH, FALLOC_FL_ZERO_RANGE as ZERO};
+        use libc::{FALLOC_FL_KEEP_SIZE as KEEP, FALLOC_FL_PUNCH_HOLE as PUNCH, FALLOC_FL_ZERO_RANGE as ZERO};
         let what = match mode & !KEEP {
             0 => Fallocate::Space,
             ZERO => Fallocate::Zero(Zeroing::Keep),

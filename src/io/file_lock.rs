@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::libc;
 
 use crate::error::{Error, ErrorKind, Result};
 

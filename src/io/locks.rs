@@ -10,7 +10,6 @@ use std::os::fd::BorrowedFd;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::libc;
 
 /// QEMU's permission bits, as far as images use them.
 const CONSISTENT_READ: i64 = 0;

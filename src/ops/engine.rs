@@ -169,6 +169,7 @@ impl Engine {
         // What it may do was judged when it was accepted. By the rights of whoever gives it again it might be refused, and what
         // it has spoilt would stay hidden.
         let _nobody = as_nobody();
+        // A3: not even if somebody asks for it by name.
         if !found.is_trusted {
             let fact = "is not carried out, for others may have written its note; see problems.txt";
             return Err(Error::new(ErrorKind::Denied, format!("{} {fact}", found.intent.command)));

@@ -466,6 +466,7 @@ pub(super) fn freeze(store: &Arc<Store>, world: &ScannedStore, index: ImageIndex
     if image.frozen.is_some() {
         return Ok(());
     }
+    // C5: durably, or the command fails.
     if image.format == Some(Format::Raw) {
         return store.note_frozen(&world.guarded(&image.place.path), Some(frozen));
     }
@@ -582,6 +583,7 @@ pub(super) fn remove(store: &Arc<Store>, files: &[FileRef], is_valid: bool, comm
 
 /// Removes from the trash what would show something else if these files were changed or gone.
 pub(super) fn forget_trash(world: &ScannedStore, changed: &[FileId]) -> Result<()> {
+    // T1: what would show something else goes before that happens.
     let spoilt = world.store.trash_on(&world.catalog, changed)?;
     for item in &spoilt {
         tracing::info!("{} goes from the trash: what it stands on changes", shown(&item.path));

@@ -55,6 +55,7 @@ pub(super) fn bind(root: &Root, intent: &mut Intent, is_copied: bool, thoroughly
     let mut findings = Vec::new();
     for ExpectedFile { named, names, allowed } in &mut wanted {
         let here = names.iter().find_map(|name| {
+            // I1: only the file that was meant.
             let found = root.identify(name).ok()?;
             is_same(&named.file, &found).then_some((name, found))
         });

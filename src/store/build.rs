@@ -597,6 +597,7 @@ impl CatalogBuilder<'_> {
             (None, Some(format!("{fact}; {remedy}").into()), file.content.clone())
         };
         let raw = || (Some(Format::Raw), None, file.content.clone());
+        // S2: what a guest can write never decides.
         let decided = match self.options.stated_format(path) {
             Some(format) => Some(format),
             None if has_extension(path, "raw") => Some(Format::Raw),
@@ -614,6 +615,7 @@ impl CatalogBuilder<'_> {
             }
             None if has_extension(path, "img") && foreign.is_some() => is_foreign(),
             None if has_extension(path, "img") => raw(),
+            // S4: not if it was once seen without the magic.
             None if has_extension(path, "qcow2") || has_magic && !file.is_plain => self.as_qcow2(file),
             None if is_single && foreign.is_some() => is_foreign(),
             // The user has named it; what else should it be.

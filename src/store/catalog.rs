@@ -298,6 +298,7 @@ impl Catalog {
                     (top, base, between, children, rename)
                 }
                 Operation::Pull { between, .. } => {
+                    // C5: left alone by a pull, it never becomes an active disk.
                     merged.extend(between.iter().filter_map(find));
                     continue;
                 }
@@ -336,6 +337,7 @@ impl Catalog {
         let Some((path, reason)) = senseless.iter().find(is_ours) else { return };
         let command = format!("{}, which cannot be understood ({reason}); see chainfs recover", shown(path));
         let name = path.file_name().unwrap_or_default().to_owned();
+        // J4: nobody knows what it invalidated, so everything is hidden.
         let intent = Intent::new(&command, Path::new(""), Operation::Unknown);
         self.unknown = Some(FoundIntent { name, intent, is_copied: false, is_trusted: false });
         self.images.iter_mut().for_each(|image| image.is_merged = true);
@@ -582,6 +584,7 @@ pub(super) fn shell_word(word: &str) -> String {
 /// Cuts each loop at one place, so that following links always ends. The image that the user
 /// wants to see, else the one named first in the alphabet, becomes the top of what remains.
 fn cut_loops(images: &mut [ImageEntry], wanted: Option<ImageIndex>) {
+    // C1: no loop is left.
     #[derive(Clone, Copy, PartialEq)]
     enum Seen {
         No,
@@ -637,6 +640,7 @@ fn cut_depth(images: &mut [ImageEntry]) {
         (0..images.len()).filter(|index| images[*index].below.image().is_none()).map(|index| (index, 1)).collect();
     while let Some((index, depth)) = order.pop() {
         order.extend(images[index].users.iter().map(|user| (*user, depth + 1)));
+        // C1: no chain is deeper than can be read.
         if depth == MAX_DEPTH + 1
             && let BackingLink::Image(next) = images[index].below
         {

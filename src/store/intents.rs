@@ -628,6 +628,7 @@ impl ControlDir {
             file.write_at(0, format!("{BEGUN}{}", intent.text()).as_bytes())?;
             file.sync()?;
             let claim = FileLock::take(self.root.open_file_for_writing(&draft)?, &draft, Duration::ZERO)?;
+            // J2: the file and its name are on disk before this returns.
             names.rename(&draft, &path, true)?;
             names.sync(self.intents())?;
             Ok((intent, claim))

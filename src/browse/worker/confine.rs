@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 
-use nix::libc;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
 use seccompiler::{
@@ -74,6 +73,7 @@ pub(super) fn drop_rights() -> Result<()> {
 pub(super) fn limit() -> Result<()> {
     // Guest data must not appear in core dumps. If a core pattern pipes dumps to a program, the kernel checks
     // this limit only if it is 1; no dump file is that short.
+    // G1: the parser cannot open descriptors, whatever it is made to do.
     let limits = [(Resource::As, ADDRESSES), (Resource::Nofile, 0), (Resource::Fsize, 0), (Resource::Core, 1)];
     for (resource, limit) in limits {
         setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) })

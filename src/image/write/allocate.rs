@@ -10,25 +10,25 @@ use crate::format::entry::HOST_OFFSET_END;
 use crate::format::refcount::{block_entries, max_refcount, refcount, set_refcount};
 use crate::units::HostOffset;
 
-use super::meta::{Core, Freed, Meta};
 use super::slices::Class;
+use super::tables::{Freed, ImageFile, Tables};
 
 /// Why something that allocates has not been done.
 #[derive(Debug)]
-pub(super) enum Stop {
+pub(super) enum AllocError {
     /// It cannot be.
     Failed(Error),
     /// The refcount table, which has so many entries, is too small: grow it, then try again.
     RefcountTableFull(u64),
 }
 
-impl From<Error> for Stop {
+impl From<Error> for AllocError {
     fn from(error: Error) -> Self {
         Self::Failed(error)
     }
 }
 
-pub(super) type Attempt<T> = std::result::Result<T, Stop>;
+pub(super) type Attempt<T> = std::result::Result<T, AllocError>;
 
 /// Clusters of the file that were just counted and that nothing refers to yet.
 #[derive(Clone, Copy, Debug)]
@@ -39,38 +39,38 @@ pub(super) struct Run {
     pub(super) is_fresh: bool,
 }
 
-impl Meta {
+impl Tables {
     /// Counts up to `most` free clusters that lie side by side: at least one, all of them if `exact`.
     /// The file reaches over them afterwards.
-    pub(super) fn allocate(&mut self, core: &Core, most: u64, exact: bool) -> Attempt<Run> {
-        let (first, count) = self.find_free(core, most, exact)?;
+    pub(super) fn allocate(&mut self, image: &ImageFile, most: u64, exact: bool) -> Attempt<Run> {
+        let (first, count) = self.find_free(image, most, exact)?;
         if (first..first + count).any(|cluster| self.roles.contains(cluster)) {
-            return Err(core
+            return Err(image
                 .corrupt(format_args!("cluster {first:#x} holds a table, but its refcount says that it is free"))
                 .into());
         }
-        let bytes = core.cluster().size();
+        let bytes = image.cluster().size();
         let end = (first + count) * bytes;
         if end > HOST_OFFSET_END {
-            let fact = format!("{}: the file has reached the size that the format allows", core.name);
+            let fact = format!("{}: the file has reached the size that the format allows", image.name);
             return Err(Error::new(ErrorKind::TooLarge, fact).into());
         }
         if end > self.file_len {
             // Others have no business here, but if they have made the file longer, it is not cut.
-            let len = core.file.len()?;
+            let len = image.file.len()?;
             if len < self.file_len {
                 let fact = format_args!("the file was cut short at {len:#x} by others while it was written");
-                return Err(core.corrupt(fact).into());
+                return Err(image.corrupt(fact).into());
             }
             if len < end {
-                core.file.set_len(end)?;
+                image.file.set_len(end)?;
             }
             self.file_len = end;
         }
         for cluster in first..first + count {
-            self.set_count(core, cluster, 1)?;
-            if let Some(session) = &mut self.session {
-                session.made.add(cluster, 1);
+            self.set_count(image, cluster, 1)?;
+            if let Some(shadow) = &mut self.shadow {
+                shadow.made.add(cluster, 1);
             }
         }
         let is_fresh = first >= self.fresh;
@@ -82,65 +82,65 @@ impl Meta {
     }
 
     /// Gives back clusters that nothing has come to refer to. They may hold anything by now.
-    pub(super) fn give_back(&mut self, core: &Core, run: Run) -> Result<()> {
-        self.unreference(core, Freed { first: run.first, count: run.count })
+    pub(super) fn give_back(&mut self, image: &ImageFile, run: Run) -> Result<()> {
+        self.unreference(image, Freed { first: run.first, count: run.count })
     }
 
     /// Takes clusters for a table that is written past the slices.
-    pub(super) fn allocate_table(&mut self, core: &Core, clusters: u64) -> Attempt<Run> {
-        let size = core.cluster().size();
-        let run = self.allocate(core, clusters, true)?;
+    pub(super) fn allocate_table(&mut self, image: &ImageFile, clusters: u64) -> Attempt<Run> {
+        let size = image.cluster().size();
+        let run = self.allocate(image, clusters, true)?;
         self.roles.add(run.first, run.count);
         // What they were before may still be in memory.
-        self.slices.forget(run.first * size, (run.first + run.count) * size, core.slice_len());
+        self.slices.forget(run.first * size, (run.first + run.count) * size, image.slice_len());
         Ok(run)
     }
 
     /// Gives them back before anything refers to them.
-    pub(super) fn give_back_table(&mut self, core: &Core, run: Run) -> Result<()> {
+    pub(super) fn give_back_table(&mut self, image: &ImageFile, run: Run) -> Result<()> {
         self.roles.remove(run.first, run.count);
-        self.give_back(core, run)
+        self.give_back(image, run)
     }
 
     /// Takes a reference from each cluster.
-    pub(super) fn unreference(&mut self, core: &Core, freed: Freed) -> Result<()> {
+    pub(super) fn unreference(&mut self, image: &ImageFile, freed: Freed) -> Result<()> {
         for cluster in freed.first..freed.first + freed.count {
-            let count = self.count(core, cluster)?;
+            let count = self.count(image, cluster)?;
             if count == 0 {
-                return Err(core.corrupt(format_args!("cluster {cluster:#x} is in use, but its refcount is 0")));
+                return Err(image.corrupt(format_args!("cluster {cluster:#x} is in use, but its refcount is 0")));
             }
-            self.set_count(core, cluster, count - 1)?;
+            self.set_count(image, cluster, count - 1)?;
             if count == 1 {
                 self.free_hint = self.free_hint.min(cluster);
-                if let Some(session) = &mut self.session {
-                    session.made.remove(cluster, 1);
+                if let Some(shadow) = &mut self.shadow {
+                    shadow.made.remove(cluster, 1);
                 }
             }
         }
         Ok(())
     }
 
-    fn find_free(&mut self, core: &Core, most: u64, exact: bool) -> Attempt<(u64, u64)> {
+    fn find_free(&mut self, image: &ImageFile, most: u64, exact: bool) -> Attempt<(u64, u64)> {
         let (mut at, mut found) = (self.free_hint, 0);
         let mut hint_holds = true;
         loop {
-            let Some(block) = self.refcount_block(core, at)? else {
+            let Some(block) = self.refcount_block(image, at)? else {
                 if found > 0 && !exact {
                     return Ok((at - found, found));
                 }
                 // A long run goes on through any number of blocks if it gives its first cluster for each.
-                self.add_refcount_block(core, at, (found > 0).then(|| at - found))?;
+                self.add_refcount_block(image, at, (found > 0).then(|| at - found))?;
                 found = found.saturating_sub(1);
                 continue;
             };
-            let (place, index) = Self::count_place(core, block, at);
-            let (words, word) = self.slice(core, place, Class::RefcountBlock)?;
-            let per_word = 64usize >> core.order;
+            let (place, index) = Self::count_place(image, block, at);
+            let (words, word) = self.slice(image, place, Class::RefcountBlock)?;
+            let per_word = 64usize >> image.order;
             let mut index = index;
             for word in &words[word..] {
                 let bytes = word.to_be_bytes();
                 while index < per_word {
-                    if refcount(&bytes, index, core.order) == 0 {
+                    if refcount(&bytes, index, image.order) == 0 {
                         found += 1;
                     } else if found > 0 && !exact {
                         return Ok((at - found, found));
@@ -164,74 +164,75 @@ impl Meta {
 
     /// Makes a block for the counts around `cluster`, whose block is missing: at `place`, which is free, or
     /// as the first cluster that it counts itself, since none of these is in use.
-    fn add_refcount_block(&mut self, core: &Core, cluster: u64, place: Option<u64>) -> Attempt<()> {
-        let per_block = block_entries(core.cluster(), core.order);
+    fn add_refcount_block(&mut self, image: &ImageFile, cluster: u64, place: Option<u64>) -> Attempt<()> {
+        let per_block = block_entries(image.cluster(), image.order);
         let index = cluster / per_block;
-        let entries = self.refcount_table_entries(core);
+        let entries = self.refcount_table_entries(image);
         if index >= entries {
-            return Err(Stop::RefcountTableFull(entries));
+            return Err(AllocError::RefcountTableFull(entries));
         }
         let place = place.unwrap_or(index * per_block);
         if self.roles.contains(place) {
-            return Err(core.corrupt(format_args!("cluster {place:#x} holds a table, but is not counted")).into());
+            return Err(image.corrupt(format_args!("cluster {place:#x} holds a table, but is not counted")).into());
         }
-        let at = HostOffset(place * core.cluster().size());
+        let at = HostOffset(place * image.cluster().size());
         let entry_at = self.refcount_table.offset.0 + index * 8;
         // What may fail comes first: a block is there as a whole or not at all.
-        self.word(core, entry_at, Class::RefcountTable)?;
-        self.write_zeroed(core, at)?;
-        self.set_word(core, entry_at, Class::RefcountTable, at.0)?;
-        let zeroes = vec![0; core.slice_len() as usize / 8];
+        self.word(image, entry_at, Class::RefcountTable)?;
+        self.write_zeroed(image, at)?;
+        self.set_word(image, entry_at, Class::RefcountTable, at.0)?;
+        let zeroes = vec![0; image.slice_len() as usize / 8];
         self.slices.insert(at.0, Class::RefcountBlock, zeroes.into());
         self.roles.add(place, 1);
         self.fresh = self.fresh.max(place + 1);
-        self.set_count(core, place, 1)?;
+        self.set_count(image, place, 1)?;
         Ok(())
     }
 
     /// Puts a cluster of zeroes into the file, so that no later write to it lacks space.
-    fn write_zeroed(&mut self, core: &Core, at: HostOffset) -> Result<()> {
-        let zeros = vec![0; core.cluster().size() as usize];
-        core.file.write_at(at.0, &zeros)?;
-        self.file_len = self.file_len.max(at.0 + core.cluster().size());
+    fn write_zeroed(&mut self, image: &ImageFile, at: HostOffset) -> Result<()> {
+        let zeros = vec![0; image.cluster().size() as usize];
+        image.file.write_at(at.0, &zeros)?;
+        self.file_len = self.file_len.max(at.0 + image.cluster().size());
         Ok(())
     }
 
-    pub(super) fn set_count(&mut self, core: &Core, cluster: u64, count: u64) -> Result<()> {
-        assert!(count <= max_refcount(core.order), "a writer counts no higher than it found");
-        let block = self.refcount_block(core, cluster)?.expect("a cluster that was found by its block");
-        let (at, index) = Self::count_place(core, block, cluster);
-        let mut bytes = self.word(core, at, Class::RefcountBlock)?.to_be_bytes();
-        set_refcount(&mut bytes, index, core.order, count);
-        self.set_word(core, at, Class::RefcountBlock, u64::from_be_bytes(bytes))
+    pub(super) fn set_count(&mut self, image: &ImageFile, cluster: u64, count: u64) -> Result<()> {
+        assert!(count <= max_refcount(image.order), "a writer counts no higher than it found");
+        let block = self.refcount_block(image, cluster)?.expect("a cluster that was found by its block");
+        let (at, index) = Self::count_place(image, block, cluster);
+        let mut bytes = self.word(image, at, Class::RefcountBlock)?.to_be_bytes();
+        set_refcount(&mut bytes, index, image.order, count);
+        self.set_word(image, at, Class::RefcountBlock, u64::from_be_bytes(bytes))
     }
 
     /// Makes sure that the L2 table of a position exists and is nobody else's.
-    pub(super) fn own_l2_table(&mut self, core: &Core, at: u64) -> Attempt<HostOffset> {
-        let place = self.l1_place(core, at);
-        let word = self.word(core, place, Class::L1)?;
-        let entry = core.format.l1(word).map_err(|reason| core.corrupt(reason.fact()))?;
+    pub(super) fn own_l2_table(&mut self, image: &ImageFile, at: u64) -> Attempt<HostOffset> {
+        let place = self.l1_place(image, at);
+        let word = self.word(image, place, Class::L1)?;
+        let entry = image.format.l1(word).map_err(|reason| image.corrupt(reason.fact()))?;
         if let Some(table) = entry.l2
             && entry.copied
         {
             return Ok(table);
         }
-        let run = self.allocate(core, 1, true)?;
-        let table = HostOffset(run.first * core.cluster().size());
-        if let Err(error) = self.fill_l2_table(core, table, entry.l2) {
-            self.give_back(core, run)?;
+        let run = self.allocate(image, 1, true)?;
+        let table = HostOffset(run.first * image.cluster().size());
+        if let Err(error) = self.fill_l2_table(image, table, entry.l2) {
+            self.give_back(image, run)?;
             return Err(error.into());
         }
         self.roles.add(run.first, 1);
-        self.set_word(core, place, Class::L1, EntryFormat::owned(table))?;
+        // M2: the new table is counted once.
+        self.set_word(image, place, Class::L1, EntryFormat::owned(table))?;
         if let Some(old) = entry.l2 {
-            let first = core.cluster().index(old.0);
-            if self.session.is_none() {
+            let first = image.cluster().index(old.0);
+            if self.shadow.is_none() {
                 self.roles.remove(first, 1);
             }
             // Whoever else refers to it still needs what has changed there.
-            if self.session.is_some() || self.count(core, first)? == 1 {
-                self.slices.forget(old.0, old.0 + core.cluster().size(), core.slice_len());
+            if self.shadow.is_some() || self.count(image, first)? == 1 {
+                self.slices.forget(old.0, old.0 + image.cluster().size(), image.slice_len());
             }
             self.free_later(first);
         }
@@ -239,40 +240,45 @@ impl Meta {
     }
 
     /// Writes a new L2 table: empty, or as the one that is shared with an internal snapshot.
-    pub(super) fn fill_l2_table(&mut self, core: &Core, table: HostOffset, old: Option<HostOffset>) -> Result<()> {
-        let Some(old) = old else { return self.write_zeroed(core, table) };
-        let mut bytes = self.l2_table_bytes(core, old)?;
-        for entry in bytes.chunks_exact_mut(core.format.l2_entry_len() as usize) {
+    pub(super) fn fill_l2_table(
+        &mut self,
+        image: &ImageFile,
+        table: HostOffset,
+        old: Option<HostOffset>,
+    ) -> Result<()> {
+        let Some(old) = old else { return self.write_zeroed(image, table) };
+        let mut bytes = self.l2_table_bytes(image, old)?;
+        for entry in bytes.chunks_exact_mut(image.format.l2_entry_len() as usize) {
             let (first, _) = entry.split_at_mut(8);
             let word = refcount(first, 0, 6);
             // What two tables refer to is nobody's own, whatever the flag says.
-            let host = core.cluster().index(EntryFormat::raw_offset(word));
+            let host = image.cluster().index(EntryFormat::raw_offset(word));
             if EntryFormat::copied(word)
                 && !EntryFormat::is_compressed(word)
-                && core.data_file.is_none()
+                && image.data_file.is_none()
                 && host != 0
-                && (self.session.is_some() || self.count(core, host)? != 1)
+                && (self.shadow.is_some() || self.count(image, host)? != 1)
             {
                 set_refcount(first, 0, 6, EntryFormat::shared(word));
             }
         }
-        core.file.write_at(table.0, &bytes)?;
-        self.file_len = self.file_len.max(table.0 + core.cluster().size());
+        image.file.write_at(table.0, &bytes)?;
+        self.file_len = self.file_len.max(table.0 + image.cluster().size());
         Ok(())
     }
 
     /// An L2 table as it stands in memory: one that several share may have changed there, too.
-    fn l2_table_bytes(&mut self, core: &Core, table: HostOffset) -> Result<Vec<u8>> {
-        let mut bytes = Vec::with_capacity(core.cluster().size() as usize);
-        for at in (table.0..table.0 + core.cluster().size()).step_by(core.slice_len() as usize) {
+    fn l2_table_bytes(&mut self, image: &ImageFile, table: HostOffset) -> Result<Vec<u8>> {
+        let mut bytes = Vec::with_capacity(image.cluster().size() as usize);
+        for at in (table.0..table.0 + image.cluster().size()).step_by(image.slice_len() as usize) {
             // The last table of a file may end with the file; what is missing of it is zero.
             if at > table.0 && at >= self.file_len {
                 break;
             }
-            let (words, _) = self.slice(core, at, Class::L2)?;
+            let (words, _) = self.slice(image, at, Class::L2)?;
             bytes.extend(words.iter().flat_map(|word| word.to_be_bytes()));
         }
-        bytes.resize(core.cluster().size() as usize, 0);
+        bytes.resize(image.cluster().size() as usize, 0);
         Ok(bytes)
     }
 }

@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Storage;
 
-use super::meta::Piece;
 use super::qcow2::Qcow2Writer;
+use super::tables::Piece;
 
 /// Bytes that one turn covers, at most.
 const MAX_TURN: u64 = 16 << 20;
@@ -35,7 +35,7 @@ impl Qcow2Writer {
     /// Makes `[at, at + len)` hold the bytes of `source` at `from`.
     pub(super) fn copy_from(&self, at: u64, len: u64, source: &dyn Storage, from: u64) -> Result<()> {
         self.prepare_content()?;
-        let cluster = self.core.cluster();
+        let cluster = self.image.cluster();
         let mut done = 0;
         while done < len {
             let (position, read_at, rest) = (at + done, from + done, len - done);
@@ -46,7 +46,7 @@ impl Qcow2Writer {
                 self.write_at(position, &read_exactly(source, read_at, part)?)?;
                 part
             } else {
-                let turn = self.core.rest_of_table(position, whole).min(MAX_TURN);
+                let turn = self.image.rest_of_table(position, whole).min(MAX_TURN);
                 match self.copy_in_place(position, turn, source, read_at)? {
                     0 => self.copy_elsewhere(position, turn, source, read_at)?,
                     copied => copied,
@@ -63,7 +63,7 @@ impl Qcow2Writer {
         self.check_poison()?;
         let (Piece::Own(host), run) = self.lookup_to_write(at, len)? else { return Ok(0) };
         // With subclusters a run may end within a cluster; the rest of that is for the next turn.
-        self.core.data().copy_from(host.0, source, from, run)?;
+        self.image.data().copy_from(host.0, source, from, run)?;
         self.data_dirty.store(true, Ordering::Release);
         Ok(run)
     }

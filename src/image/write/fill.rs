@@ -16,7 +16,7 @@ use crate::format::subcluster::SUBCLUSTERS;
 use crate::io::Storage;
 use crate::units::HostOffset;
 
-use super::fill_plan::{Plan, Spot, runs_of, unit_len};
+use super::fill_plan::{ClusterFill, Plan, runs_of, unit_len};
 use super::qcow2::{MAX_TURN, Qcow2Writer};
 use super::{Body, Writer, Zeroing, zero_bytes};
 
@@ -80,21 +80,21 @@ struct Segment {
 
 impl Qcow2Writer {
     fn fill_from_below(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<u64> {
-        if self.meta.read().has_damaged_snapshots {
+        if self.tables.read().has_damaged_snapshots {
             let fact = "it has an internal snapshot whose entry is damaged, and what shows through that cannot be kept";
-            return Err(Error::new(ErrorKind::Corrupt, format!("{}: {fact}; restore it from a copy", self.core.name)));
+            return Err(Error::new(ErrorKind::Corrupt, format!("{}: {fact}; restore it from a copy", self.image.name)));
         }
         self.prepare()?;
-        let cluster = self.core.cluster();
+        let cluster = self.image.cluster();
         let (mut at, end) = (cluster.floor(at), at.saturating_add(len));
         let mut copied = 0;
         loop {
-            let end = end.min(self.meta.read().longest(self.size()));
+            let end = end.min(self.tables.read().longest(self.size()));
             if at >= end {
                 return Ok(copied);
             }
             self.check_poison()?;
-            let turn = self.core.rest_of_table(at, end - at).min(MAX_TURN);
+            let turn = self.image.rest_of_table(at, end - at).min(MAX_TURN);
             let held = self.hold(at, turn);
             copied += self.fill_held(at, turn, fill)?;
             drop(held);
@@ -105,8 +105,8 @@ impl Qcow2Writer {
 
     /// One turn, within one L2 table of each, for whoever holds the range.
     fn fill_held(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<u64> {
-        let longest = self.meta.read().longest(self.size());
-        let mut spots = self.meta.write().silent_spots(&self.core, at, len, self.size())?;
+        let longest = self.tables.read().longest(self.size());
+        let mut spots = self.tables.write().silent_spots(&self.image, at, len, self.size())?;
         let mut answers = Answers { fill, end: longest, from: 0, to: 0, wanted: Wanted::Nothing };
         for spot in &mut spots {
             self.ask(spot, &mut answers)?;
@@ -115,35 +115,36 @@ impl Qcow2Writer {
         if spots.is_empty() {
             return Ok(0);
         }
-        if self.meta.write().is_being_left(&self.core, &spots, self.size())? {
+        if self.tables.write().is_being_left(&self.image, &spots, self.size())? {
+            // M8: what a view has left in memory is left on disk before it is changed.
             // On disk, who has left still refers to what is about to be changed.
             self.flush()?;
         }
-        let plan = self.with_tables(|meta| {
-            for group in meta.groups(&self.core, at, self.size())? {
-                meta.ready_table(&self.core, &group, at)?;
+        let plan = self.with_tables(|tables| {
+            for group in tables.groups(&self.image, at, self.size())? {
+                tables.ready_table(&self.image, &group, at)?;
             }
-            meta.plan(&self.core, &spots, self.size())
+            tables.plan(&self.image, &spots, self.size())
         })?;
         self.carry_out(&plan, &spots, at, longest, fill).inspect_err(|_| {
             if self.check_poison().is_ok() {
                 // Nothing refers to the clusters: they are as free as before.
-                let mut meta = self.meta.write();
+                let mut tables = self.tables.write();
                 for run in &plan.runs {
-                    let _ = meta.give_back(&self.core, *run).map_err(|error| self.poisoned_by(error));
+                    let _ = tables.give_back(&self.image, *run).map_err(|error| self.poisoned_by(error));
                 }
             }
         })
     }
 
-    fn ask(&self, spot: &mut Spot, answers: &mut Answers<'_>) -> Result<()> {
-        let unit = unit_len(&self.core);
+    fn ask(&self, spot: &mut ClusterFill, answers: &mut Answers<'_>) -> Result<()> {
+        let unit = unit_len(&self.image);
         for index in (0..SUBCLUSTERS).filter(|index| spot.silent >> index & 1 == 1) {
             let start = spot.guest + u64::from(index) * unit;
             let bit = 1 << index;
             match answers.of(start, unit)? {
                 Wanted::Nothing => {}
-                Wanted::Zero if self.core.format.version == Version::V2 => {
+                Wanted::Zero if self.image.format.version == Version::V2 => {
                     spot.data |= bit;
                     spot.blank |= bit;
                 }
@@ -155,13 +156,13 @@ impl Qcow2Writer {
     }
 
     /// Puts the data where it belongs, then lets the tables name it.
-    fn carry_out(&self, plan: &Plan, spots: &[Spot], at: u64, longest: u64, fill: &dyn Fill) -> Result<u64> {
-        let core = &self.core;
+    fn carry_out(&self, plan: &Plan, spots: &[ClusterFill], at: u64, longest: u64, fill: &dyn Fill) -> Result<u64> {
+        let image = &self.image;
         self.check_poison()?;
         if self.raw_data
-            && let Some(data_file) = &core.data_file
+            && let Some(data_file) = &image.data_file
         {
-            let unit = unit_len(&self.core);
+            let unit = unit_len(&self.image);
             for spot in spots {
                 for (from, to) in runs_of(spot.zero) {
                     let (start, end) = (spot.guest + from * unit, (spot.guest + to * unit).min(self.size()));
@@ -171,14 +172,14 @@ impl Qcow2Writer {
         }
         let copied = self.write_segments(self.segments(plan, spots, longest), fill)?;
         self.data_dirty.store(true, Ordering::Release);
-        let mut meta = self.meta.write();
-        meta.name_filled(core, plan, spots, at, self.size()).map_err(|error| self.poisoned_by(error))?;
+        let mut tables = self.tables.write();
+        tables.name_filled(image, plan, spots, at, self.size()).map_err(|error| self.poisoned_by(error))?;
         Ok(copied)
     }
 
-    fn segments(&self, plan: &Plan, spots: &[Spot], longest: u64) -> Vec<Segment> {
-        let core = &self.core;
-        let (size, unit) = (core.cluster().size(), unit_len(&self.core));
+    fn segments(&self, plan: &Plan, spots: &[ClusterFill], longest: u64) -> Vec<Segment> {
+        let image = &self.image;
+        let (size, unit) = (image.cluster().size(), unit_len(&self.image));
         let blank = |guest: u64| {
             let index = spots.binary_search_by_key(&guest, |spot| spot.guest).expect("a spot of the plan");
             spots[index].blank
@@ -212,7 +213,7 @@ impl Qcow2Writer {
                     let shown = if is_blank { 0 } else { end.min(longest).saturating_sub(start) };
                     push(host + from * unit, Source::Below(start), shown);
                     // A data file is no longer than the disk, and new clusters hold zeroes.
-                    if !is_fresh && core.data_file.is_none() {
+                    if !is_fresh && image.data_file.is_none() {
                         push(host + from * unit + shown, Source::Zero, end - start - shown);
                     }
                 }
@@ -242,7 +243,7 @@ impl Qcow2Writer {
     /// Writes segments, those that lie side by side together; returns how many bytes came from below.
     fn write_segments(&self, segments: Vec<Segment>, fill: &dyn Fill) -> Result<u64> {
         let (mut bytes, mut copied) = (Vec::new(), 0);
-        let below = self.below();
+        let backing = self.backing();
         let mut left = Vec::with_capacity(segments.len());
         for segment in segments {
             match segment.from {
@@ -266,16 +267,16 @@ impl Qcow2Writer {
             for segment in &rest[..count] {
                 let start = (segment.host - first.host) as usize;
                 let part = &mut bytes[start..start + segment.len as usize];
-                match (segment.from, &below) {
-                    (Source::Below(guest), Some(below)) => {
-                        below.read_at(guest, part)?;
+                match (segment.from, &backing) {
+                    (Source::Below(guest), Some(backing)) => {
+                        backing.read_at(guest, part)?;
                         copied += segment.len;
                     }
                     (Source::File(at), _) => self.read_data(HostOffset(at), part)?,
                     (Source::Below(_), None) | (Source::Zero, _) => {}
                 }
             }
-            self.core.data().write_at(first.host, &bytes)?;
+            self.image.data().write_at(first.host, &bytes)?;
             rest = &rest[count..];
         }
         Ok(copied)
@@ -289,7 +290,7 @@ impl Qcow2Writer {
             let (place, run) = fill.place(guest + done, segment.len - done)?;
             let host = segment.host + done;
             if let Some((file, from)) = place {
-                self.core.data().copy_from(host, &*file, from, run)?;
+                self.image.data().copy_from(host, &*file, from, run)?;
                 copied += run;
             } else {
                 left.push(Segment { host, from: Source::Below(guest + done), len: run });

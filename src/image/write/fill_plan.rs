@@ -14,13 +14,13 @@ use crate::format::{EntryFormat, Mapping, SubclusterEntry};
 use crate::units::{GuestOffset, HostOffset};
 
 use super::allocate::{Attempt, Run};
-use super::meta::{Core, Meta, Words};
 use super::qcow2::subclusters;
 use super::roots::Group;
+use super::tables::{ImageFile, RawL2Entry, Tables};
 
 /// A cluster of the disk at which somebody is silent. Masks have a bit for each subcluster; where there are
 /// none, the first bit stands for the cluster.
-pub(super) struct Spot {
+pub(super) struct ClusterFill {
     pub(super) guest: u64,
     /// Where somebody is silent.
     pub(super) silent: u32,
@@ -71,9 +71,9 @@ pub(super) struct Plan {
     pub(super) hosts: HashMap<(u64, usize), (HostOffset, usize)>,
 }
 
-pub(super) fn unit_len(core: &Core) -> u64 {
-    let size = core.cluster().size();
-    if core.format.extended { size / u64::from(SUBCLUSTERS) } else { size }
+pub(super) fn unit_len(image: &ImageFile) -> u64 {
+    let size = image.cluster().size();
+    if image.format.extended { size / u64::from(SUBCLUSTERS) } else { size }
 }
 
 /// The runs of set bits, as first and end.
@@ -92,51 +92,51 @@ pub(super) fn runs_of(mask: u32) -> impl Iterator<Item = (u64, u64)> {
 }
 
 /// Where an entry is silent, up to `end` of the disk, and where it has data.
-fn silent(core: &Core, words: Words, guest: u64, end: u64) -> Result<(u32, u32)> {
+fn silent(image: &ImageFile, words: RawL2Entry, guest: u64, end: u64) -> Result<(u32, u32)> {
     let corrupt = |reason: crate::format::Malformed| {
-        core.corrupt(format_args!("the L2 entry of guest offset {guest:#x}: {}", reason.fact()))
+        image.corrupt(format_args!("the L2 entry of guest offset {guest:#x}: {}", reason.fact()))
     };
-    if !core.format.extended {
-        let entry = core.format.l2(words.entry, GuestOffset(guest)).map_err(corrupt)?;
+    if !image.format.extended {
+        let entry = image.format.l2(words.entry, GuestOffset(guest)).map_err(corrupt)?;
         return Ok((u32::from(entry.mapping == Mapping::Hole && guest < end), 0));
     }
-    let entry = core.format.l2_extended(words.entry, words.bitmap, GuestOffset(guest)).map_err(corrupt)?;
-    let count = end.saturating_sub(guest).div_ceil(unit_len(core)).min(SUBCLUSTERS.into());
+    let entry = image.format.l2_extended(words.entry, words.bitmap, GuestOffset(guest)).map_err(corrupt)?;
+    let count = end.saturating_sub(guest).div_ceil(unit_len(image)).min(SUBCLUSTERS.into());
     if entry.compressed().is_some() || count == 0 {
         return Ok((0, entry.allocated()));
     }
     Ok((!(entry.allocated() | entry.zero()) & subclusters(0, count), entry.allocated()))
 }
 
-impl Meta {
+impl Tables {
     /// The clusters of `[at, at + len)` at which somebody is silent.
-    pub(super) fn silent_spots(&mut self, core: &Core, at: u64, len: u64, size: u64) -> Result<Vec<Spot>> {
-        let groups = self.groups(core, at, size)?;
+    pub(super) fn silent_spots(&mut self, image: &ImageFile, at: u64, len: u64, size: u64) -> Result<Vec<ClusterFill>> {
+        let groups = self.groups(image, at, size)?;
         let mut spots = Vec::new();
-        for guest in (at..at + len).step_by(core.cluster().size() as usize) {
+        for guest in (at..at + len).step_by(image.cluster().size() as usize) {
             let mut all = 0;
             for group in &groups {
-                let words = self.entry_in(core, group.table, guest)?;
-                all |= silent(core, words, guest, group.end)?.0;
+                let words = self.entry_in(image, group.table, guest)?;
+                all |= silent(image, words, guest, group.end)?.0;
             }
             if all != 0 {
-                spots.push(Spot { guest, silent: all, data: 0, blank: 0, zero: 0 });
+                spots.push(ClusterFill { guest, silent: all, data: 0, blank: 0, zero: 0 });
             }
         }
         Ok(spots)
     }
 
     /// Whether a table or a cluster of a spot waits for a flush to lose references.
-    pub(super) fn is_being_left(&mut self, core: &Core, spots: &[Spot], size: u64) -> Result<bool> {
-        for group in self.groups(core, spots[0].guest, size)? {
+    pub(super) fn is_being_left(&mut self, image: &ImageFile, spots: &[ClusterFill], size: u64) -> Result<bool> {
+        for group in self.groups(image, spots[0].guest, size)? {
             let Some(table) = group.table.filter(|_| !group.is_active_alone()) else { continue };
-            if self.is_pending(core, core.cluster().index(table.0))? {
+            if self.is_pending(image, image.cluster().index(table.0))? {
                 return Ok(true);
             }
-            for spot in spots.iter().filter(|_| core.format.extended) {
-                let words = self.entry_in(core, group.table, spot.guest)?;
-                let host = core.cluster().index(EntryFormat::raw_offset(words.entry));
-                if host != 0 && !EntryFormat::is_compressed(words.entry) && self.is_pending(core, host)? {
+            for spot in spots.iter().filter(|_| image.format.extended) {
+                let words = self.entry_in(image, group.table, spot.guest)?;
+                let host = image.cluster().index(EntryFormat::raw_offset(words.entry));
+                if host != 0 && !EntryFormat::is_compressed(words.entry) && self.is_pending(image, host)? {
                     return Ok(true);
                 }
             }
@@ -145,23 +145,23 @@ impl Meta {
     }
 
     /// Who gets which cluster; takes the clusters.
-    pub(super) fn plan(&mut self, core: &Core, spots: &[Spot], size: u64) -> Attempt<Plan> {
+    pub(super) fn plan(&mut self, image: &ImageFile, spots: &[ClusterFill], size: u64) -> Attempt<Plan> {
         let mut plan = Plan::default();
         let Some(first) = spots.first() else { return Ok(plan) };
-        let groups = self.groups(core, first.guest, size)?;
+        let groups = self.groups(image, first.guest, size)?;
         for spot in spots.iter().filter(|spot| spot.data != 0) {
-            self.plan_spot(core, spot, &groups, &mut plan)?;
+            self.plan_spot(image, spot, &groups, &mut plan)?;
         }
         let mut left = plan.jobs.len() as u64;
         while left > 0 {
-            match self.allocate(core, left, false) {
+            match self.allocate(image, left, false) {
                 Ok(run) => {
                     plan.runs.push(run);
                     left -= run.count;
                 }
                 Err(stop) => {
                     for run in plan.runs {
-                        self.give_back(core, run)?;
+                        self.give_back(image, run)?;
                     }
                     return Err(stop);
                 }
@@ -169,17 +169,17 @@ impl Meta {
         }
         let clusters = plan.runs.iter().flat_map(|run| run.first..run.first + run.count);
         for (job, cluster) in plan.jobs.iter().zip(clusters) {
-            let host = HostOffset(cluster * core.cluster().size());
+            let host = HostOffset(cluster * image.cluster().size());
             plan.hosts.extend(job.roots.iter().map(|root| ((job.guest, *root), (host, job.roots.len()))));
         }
         Ok(plan)
     }
 
-    fn plan_spot(&mut self, core: &Core, spot: &Spot, groups: &[Group], plan: &mut Plan) -> Result<()> {
+    fn plan_spot(&mut self, image: &ImageFile, spot: &ClusterFill, groups: &[Group], plan: &mut Plan) -> Result<()> {
         let mut by_host: Vec<(Option<HostOffset>, Vec<Share<'_>>)> = Vec::new();
         for group in groups {
-            let words = self.entry_in(core, group.table, spot.guest)?;
-            let (silent, allocated) = silent(core, words, spot.guest, group.end)?;
+            let words = self.entry_in(image, group.table, spot.guest)?;
+            let (silent, allocated) = silent(image, words, spot.guest, group.end)?;
             let host = match EntryFormat::raw_offset(words.entry) {
                 _ if EntryFormat::is_compressed(words.entry) => continue,
                 0 => None,
@@ -187,7 +187,7 @@ impl Meta {
             };
             let data = silent & spot.data;
             // Without subclusters a cluster is silent as a whole.
-            if data == 0 && (host.is_none() || !core.format.extended) {
+            if data == 0 && (host.is_none() || !image.format.extended) {
                 continue;
             }
             let is_own = group.is_active_alone() && EntryFormat::copied(words.entry);
@@ -203,19 +203,19 @@ impl Meta {
             if data == 0 {
                 continue;
             }
-            if core.data_file.is_some() {
+            if image.data_file.is_some() {
                 let host = HostOffset(spot.guest);
                 plan.in_place.push(InPlace { host, guest: spot.guest, mask: data });
                 continue;
             }
             let Some(host) = host else {
-                plan.share(core, spot.guest, &all);
+                plan.share(image, spot.guest, &all);
                 continue;
             };
             let users: u64 = all.iter().map(|share| share.group.roots.len() as u64).sum();
-            let cluster = core.cluster().index(host.0);
-            let is_all = matches!(all[..], [Share { is_own: true, .. }]) || self.count(core, cluster)? == users;
-            self.may_be_data(core, host, core.cluster().size())?;
+            let cluster = image.cluster().index(host.0);
+            let is_all = matches!(all[..], [Share { is_own: true, .. }]) || self.count(image, cluster)? == users;
+            self.may_be_data(image, host, image.cluster().size())?;
             if is_all && data & allocated == 0 {
                 plan.in_place.push(InPlace { host, guest: spot.guest, mask: data });
             } else {
@@ -232,39 +232,46 @@ impl Meta {
     }
 
     /// Lets all tables name what has been filled, and counts it.
-    pub(super) fn name_filled(&mut self, core: &Core, plan: &Plan, spots: &[Spot], at: u64, size: u64) -> Result<()> {
+    pub(super) fn name_filled(
+        &mut self,
+        image: &ImageFile,
+        plan: &Plan,
+        spots: &[ClusterFill],
+        at: u64,
+        size: u64,
+    ) -> Result<()> {
         // Afresh: meanwhile the active table may have come to be one of its own.
-        let groups = self.groups(core, at, size)?;
+        let groups = self.groups(image, at, size)?;
         for (host, count) in plan.hosts.values() {
             if *count > 1 {
-                self.set_count(core, core.cluster().index(host.0), *count as u64)?;
+                self.set_count(image, image.cluster().index(host.0), *count as u64)?;
             }
         }
         for spot in spots {
             for group in &groups {
                 let Some(table) = group.table else { continue };
-                let words = self.entry_in(core, group.table, spot.guest)?;
-                let (silent, _) = silent(core, words, spot.guest, group.end)?;
+                let words = self.entry_in(image, group.table, spot.guest)?;
+                let (silent, _) = silent(image, words, spot.guest, group.end)?;
                 let (data, zero) = (silent & spot.data, silent & spot.zero);
                 let new = plan.hosts.get(&(spot.guest, group.roots[0])).copied();
                 let new =
-                    new.filter(|_| data != 0 || EntryFormat::raw_offset(words.entry) != 0 && core.format.extended);
+                    new.filter(|_| data != 0 || EntryFormat::raw_offset(words.entry) != 0 && image.format.extended);
                 let entry = match new {
                     Some((host, 1)) => EntryFormat::owned(host),
                     Some((host, _)) => EntryFormat::shared(EntryFormat::owned(host)),
-                    None if data != 0 && core.data_file.is_some() => EntryFormat::owned(HostOffset(spot.guest)),
-                    None if zero != 0 && !core.format.extended => EntryFormat::zero(None),
+                    None if data != 0 && image.data_file.is_some() => EntryFormat::owned(HostOffset(spot.guest)),
+                    None if zero != 0 && !image.format.extended => EntryFormat::zero(None),
                     None => words.entry,
                 };
-                let bitmap = if core.format.extended && !EntryFormat::is_compressed(words.entry) {
+                let bitmap = if image.format.extended && !EntryFormat::is_compressed(words.entry) {
                     let (had, was_zero) = (words.bitmap as u32, (words.bitmap >> 32) as u32);
                     SubclusterEntry::bitmap(had | data, was_zero | zero)
                 } else {
                     words.bitmap
                 };
-                self.set_entry_in(core, table, spot.guest, Words { entry, bitmap })?;
+                self.set_entry_in(image, table, spot.guest, RawL2Entry { entry, bitmap })?;
                 if new.is_some() {
-                    group.roots.iter().try_for_each(|_| self.release(core, words))?;
+                    group.roots.iter().try_for_each(|_| self.release(image, words))?;
                 }
             }
         }
@@ -274,8 +281,8 @@ impl Meta {
 
 impl Plan {
     /// One new cluster for all that have none, or as many as counts of this width need.
-    fn share(&mut self, core: &Core, guest: u64, all: &[Share<'_>]) {
-        let most = max_refcount(core.order);
+    fn share(&mut self, image: &ImageFile, guest: u64, all: &[Share<'_>]) {
+        let most = max_refcount(image.order);
         let mut job: Option<Job> = None;
         for Share { group, data, .. } in all {
             let fits = |job: &Job| (job.roots.len() + group.roots.len()) as u64 <= most;

@@ -12,9 +12,9 @@ use parking_lot::{Mutex, MutexGuard};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::HostOffset;
 
-use super::meta::{Core, Freed};
 use super::qcow2::Qcow2Writer;
 use super::slices::{Batch, CLASSES, Class};
+use super::tables::{Freed, ImageFile};
 
 /// Bytes of adjacent slices that are written with one call, at most.
 const MAX_WRITE: usize = 1 << 20;
@@ -60,8 +60,8 @@ impl Qcow2Writer {
     }
 
     pub(super) fn is_dirty(&self) -> bool {
-        let meta = self.meta.read();
-        self.data_dirty.load(Ordering::Acquire) || meta.slices.is_dirty() || !meta.pending.is_empty()
+        let tables = self.tables.read();
+        self.data_dirty.load(Ordering::Acquire) || tables.slices.is_dirty() || !tables.pending.is_empty()
     }
 
     /// The flush itself, for whoever has the turn.
@@ -77,29 +77,30 @@ impl Qcow2Writer {
     }
 
     fn write_back(&self) -> Result<()> {
+        // M1, M4: counts and data, then the tables that name them, then the roots; a barrier behind each.
         // All of one moment: every mapping among them has its data written and its cluster counted.
         let (batches, freed) = {
-            let mut meta = self.meta.write();
-            (CLASSES.map(|class| meta.slices.take_dirty(class)), std::mem::take(&mut meta.pending))
+            let mut tables = self.tables.write();
+            (CLASSES.map(|class| tables.slices.take_dirty(class)), std::mem::take(&mut tables.pending))
         };
         // The first time, what a writer before us has left unsynced is made durable, too: whoever
         // has read it may build on it.
         let is_first_flush = !self.has_synced.load(Ordering::Acquire);
         let is_data_dirty = self.data_dirty.swap(false, Ordering::AcqRel) || is_first_flush;
         for (class, batch) in CLASSES.iter().zip(&batches) {
-            write_batch(&self.core, batch)?;
+            write_batch(&self.image, batch)?;
             let is_first = *class == Class::RefcountBlock;
             if is_first
                 && is_data_dirty
-                && let Some(data_file) = &self.core.data_file
+                && let Some(data_file) = &self.image.data_file
             {
                 data_file.sync()?;
             }
-            if !batch.is_empty() || (is_first && (is_first_flush || is_data_dirty && self.core.data_file.is_none())) {
+            if !batch.is_empty() || (is_first && (is_first_flush || is_data_dirty && self.image.data_file.is_none())) {
                 // The kernel may have forgotten what it could not write, and show it all the same.
-                self.core.file.sync().inspect_err(|_| self.has_lost_writes.store(true, Ordering::Release))?;
+                self.image.file.sync().inspect_err(|_| self.has_lost_writes.store(true, Ordering::Release))?;
             }
-            self.meta.write().slices.written(batch);
+            self.tables.write().slices.written(batch);
         }
         self.has_synced.store(true, Ordering::Release);
         self.release(&freed)
@@ -110,11 +111,12 @@ impl Qcow2Writer {
         if freed.is_empty() {
             return Ok(());
         }
+        // M5: no mapping on disk names them any more; behind the gate, no I/O of an old lookup goes on.
         // Whoever looked a place up before it was freed is done with it when the gate has been ours.
         drop(self.reuse_gate.write());
-        let mut meta = self.meta.write();
+        let mut tables = self.tables.write();
         for freed in freed {
-            meta.unreference(&self.core, *freed)?;
+            tables.unreference(&self.image, *freed)?;
         }
         Ok(())
     }
@@ -123,25 +125,25 @@ impl Qcow2Writer {
     pub(super) fn grow_refcount_table(&self, entries: u64) -> Result<()> {
         let _turn = self.flushes.turn();
         self.check_poison()?;
-        let mut meta = self.meta.write();
-        if meta.refcount_table_entries(&self.core) != entries {
+        let mut tables = self.tables.write();
+        if tables.refcount_table_entries(&self.image) != entries {
             return Ok(()); // another thread has been faster
         }
-        let growth = meta.plan_refcount_table(&self.core).map_err(|error| self.damaged(error))?;
+        let growth = tables.plan_refcount_table(&self.image).map_err(|error| self.damaged(error))?;
         // Until the header names the new table nothing has changed: failing here is only failing.
-        growth.write(&self.core)?;
-        let blocks = meta.slices.take_dirty(Class::RefcountBlock);
-        let tables = meta.slices.take_dirty(Class::RefcountTable);
+        growth.write(&self.image)?;
+        let blocks = tables.slices.take_dirty(Class::RefcountBlock);
+        let table = tables.slices.take_dirty(Class::RefcountTable);
         let switched = (|| {
-            write_batch(&self.core, &blocks)?;
-            self.core.file.sync()?;
-            growth.switch(&self.core)?;
-            self.core.file.sync()
+            write_batch(&self.image, &blocks)?;
+            self.image.file.sync()?;
+            growth.switch(&self.image)?;
+            self.image.file.sync()
         })();
         switched.map_err(|error| self.poisoned_by(error))?;
-        meta.slices.written(&blocks);
-        meta.slices.written(&tables);
-        meta.adopt(&self.core, &growth).map_err(|error| self.poisoned_by(error))
+        tables.slices.written(&blocks);
+        tables.slices.written(&table);
+        tables.adopt(&self.image, &growth).map_err(|error| self.poisoned_by(error))
     }
 
     /// Notes that tables or data could not be made durable: nothing is written any more.
@@ -150,7 +152,7 @@ impl Qcow2Writer {
         let first = self.poison.get_or_init(|| {
             let kind = if error.kind() == ErrorKind::Corrupt { ErrorKind::Corrupt } else { ErrorKind::Poisoned };
             let sentence = "nothing more is written to it until it is opened afresh; what was flushed before is safe";
-            let poison = Error::new(kind, format!("{}: {error}; {sentence}", self.core.name));
+            let poison = Error::new(kind, format!("{}: {error}; {sentence}", self.image.name));
             tracing::error!("{poison}");
             poison
         });
@@ -159,19 +161,20 @@ impl Qcow2Writer {
 
     /// The reason why nothing is written, if there is one.
     pub(super) fn check_poison(&self) -> Result<()> {
+        // M7: asked before each write.
         self.poison.get().map_or(Ok(()), |poison| Err(poison.clone()))
     }
 }
 
 /// Writes slices, adjacent ones together.
-fn write_batch(core: &Core, batch: &Batch) -> Result<()> {
-    let slice_len = core.slice_len();
+fn write_batch(image: &ImageFile, batch: &Batch) -> Result<()> {
+    let slice_len = image.slice_len();
     let mut bytes: Vec<u8> = Vec::new();
     let mut start = HostOffset(0);
     for (place, words) in batch {
         let is_next = start.0 + bytes.len() as u64 == *place;
         if !bytes.is_empty() && (!is_next || bytes.len() >= MAX_WRITE) {
-            core.file.write_table_at(start.0, &bytes)?;
+            image.file.write_table_at(start.0, &bytes)?;
             bytes.clear();
         }
         if bytes.is_empty() {
@@ -180,5 +183,5 @@ fn write_batch(core: &Core, batch: &Batch) -> Result<()> {
         debug_assert_eq!(words.len() as u64 * 8, slice_len);
         bytes.extend(words.iter().flat_map(|word| word.to_be_bytes()));
     }
-    if bytes.is_empty() { Ok(()) } else { core.file.write_table_at(start.0, &bytes) }
+    if bytes.is_empty() { Ok(()) } else { image.file.write_table_at(start.0, &bytes) }
 }

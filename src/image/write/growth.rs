@@ -14,9 +14,9 @@ use crate::units::{HostOffset, SECTOR_SIZE};
 
 use super::Zeroing;
 use super::allocate::Run;
-use super::meta::{Core, Freed, Meta};
 use super::qcow2::Qcow2Writer;
 use super::slices::Class;
+use super::tables::{Freed, ImageFile, Tables};
 
 // Places of header fields, from the specification; each written at once lies in the first sector.
 /// Bytes of the disk (8), the method of encryption (4), then the L1 table as at [`L1_AT`].
@@ -34,27 +34,27 @@ pub(super) struct TableGrowth {
 
 impl TableGrowth {
     /// Puts the new table and its blocks into the file, where nothing refers to them.
-    pub(super) fn write(&self, core: &Core) -> Result<()> {
+    pub(super) fn write(&self, image: &ImageFile) -> Result<()> {
         let bytes = self.blocks.concat();
-        core.file.write_at(self.first * core.cluster().size(), &bytes)?;
-        core.file.write_at(self.new.offset.0, &self.table)
+        image.file.write_at(self.first * image.cluster().size(), &bytes)?;
+        image.file.write_at(self.new.offset.0, &self.table)
     }
 
     /// Lets the header name the new table.
-    pub(super) fn switch(&self, core: &Core) -> Result<()> {
+    pub(super) fn switch(&self, image: &ImageFile) -> Result<()> {
         let mut field = self.new.offset.0.to_be_bytes().to_vec();
         field.extend(self.new.clusters.to_be_bytes());
-        core.file.write_at(REFCOUNT_TABLE_AT, &field)
+        image.file.write_at(REFCOUNT_TABLE_AT, &field)
     }
 }
 
-impl Meta {
+impl Tables {
     /// A larger refcount table. It and the blocks for it lie where no cluster can be counted yet,
     /// so that none of them is in use.
-    pub(super) fn plan_refcount_table(&mut self, core: &Core) -> Result<TableGrowth> {
-        let size = core.cluster().size();
-        let per_block = block_entries(core.cluster(), core.order);
-        let entries = self.refcount_table_entries(core);
+    pub(super) fn plan_refcount_table(&mut self, image: &ImageFile) -> Result<TableGrowth> {
+        let size = image.cluster().size();
+        let per_block = block_entries(image.cluster(), image.order);
+        let entries = self.refcount_table_entries(image);
         let first = entries * per_block;
         // Half as much again, so that growing stays rare.
         let grown = u64::from(self.refcount_table.clusters) * 3 / 2 + 1;
@@ -69,19 +69,19 @@ impl Meta {
         }
         let end = (first + blocks + clusters) * size;
         if clusters * size > MAX_REFCOUNT_TABLE_LEN || end > HOST_OFFSET_END {
-            let fact = format!("{}: its refcount table has reached the size that the format allows", core.name);
+            let fact = format!("{}: its refcount table has reached the size that the format allows", image.name);
             return Err(Error::new(ErrorKind::TooLarge, fact));
         }
         if (first..first + blocks + clusters).any(|cluster| self.roles.contains(cluster)) {
-            return Err(core.corrupt(format_args!("tables lie past {:#x}, where no cluster is counted", first * size)));
+            return Err(image.corrupt(format_args!("tables lie past {:#x}, where no cluster is counted", first * size)));
         }
-        let mut table = self.table_bytes(core, self.refcount_table.offset, entries, Class::RefcountTable)?;
+        let mut table = self.table_bytes(image, self.refcount_table.offset, entries, Class::RefcountTable)?;
         (0..blocks).for_each(|index| table.extend(((first + index) * size).to_be_bytes()));
         table.resize((clusters * size) as usize, 0);
         let mut contents = vec![vec![0; size as usize]; blocks as usize];
         for index in 0..blocks + clusters {
             let block = &mut contents[(index / per_block) as usize];
-            set_refcount(block, (index % per_block) as usize, core.order, 1);
+            set_refcount(block, (index % per_block) as usize, image.order, 1);
         }
         let offset = HostOffset((first + blocks) * size);
         let new = RefcountTable { offset, clusters: clusters as u32 };
@@ -90,39 +90,39 @@ impl Meta {
 
     /// Writes the L1 table, as it stands in memory, to clusters that were just counted; zeroes behind it. They are
     /// given back if that fails.
-    pub(super) fn copy_l1(&mut self, core: &Core, run: Run) -> Result<()> {
-        let (size, old) = (core.cluster().size(), self.l1);
-        let copied = self.table_bytes(core, old.offset, old.entries.into(), Class::L1).and_then(|mut table| {
+    pub(super) fn copy_l1(&mut self, image: &ImageFile, run: Run) -> Result<()> {
+        let (size, old) = (image.cluster().size(), self.l1);
+        let copied = self.table_bytes(image, old.offset, old.entries.into(), Class::L1).and_then(|mut table| {
             table.resize((run.count * size) as usize, 0);
-            core.file.write_at(run.first * size, &table)
+            image.file.write_at(run.first * size, &table)
         });
         if copied.is_err() {
-            self.give_back(core, run)?;
+            self.give_back(image, run)?;
         }
         copied
     }
 
     /// Goes over to the new table, which the header names by now.
-    pub(super) fn adopt(&mut self, core: &Core, growth: &TableGrowth) -> Result<()> {
-        let size = core.cluster().size();
+    pub(super) fn adopt(&mut self, image: &ImageFile, growth: &TableGrowth) -> Result<()> {
+        let size = image.cluster().size();
         let old = std::mem::replace(&mut self.refcount_table, growth.new);
         let end = growth.new.offset.0 + u64::from(growth.new.clusters) * size;
         self.file_len = self.file_len.max(end);
         self.fresh = self.fresh.max(end / size);
         self.roles.add(growth.first, end / size - growth.first);
         let clusters = u64::from(old.clusters);
-        self.slices.forget(old.offset.0, old.offset.0 + clusters * size, core.slice_len());
-        let first = core.cluster().index(old.offset.0);
+        self.slices.forget(old.offset.0, old.offset.0 + clusters * size, image.slice_len());
+        let first = image.cluster().index(old.offset.0);
         self.roles.remove(first, clusters);
         // The header no longer names it, durably: nobody but the tables' lock ever looked there.
-        self.unreference(core, Freed { first, count: clusters })
+        self.unreference(image, Freed { first, count: clusters })
     }
 }
 
 impl Qcow2Writer {
     /// Makes the disk `size` bytes long.
     pub(super) fn grow(&self, size: u64) -> Result<()> {
-        let name = &self.core.name;
+        let name = &self.image.name;
         let Some(size) = size.checked_next_multiple_of(SECTOR_SIZE) else {
             return Err(Error::new(ErrorKind::TooLarge, format!("{name}: no disk is that large")));
         };
@@ -141,18 +141,18 @@ impl Qcow2Writer {
         self.refuse_unnoted_sizes()?;
         let entries = self.l1_entries_for(size)?;
         self.prepare()?;
-        if entries > u64::from(self.meta.read().l1.entries) {
+        if entries > u64::from(self.tables.read().l1.entries) {
             if self.is_undoable() { self.extend_l1(entries as u32)? } else { self.grow_l1(entries as u32)? }
         }
         if self.raw_data
-            && let Some(data_file) = &self.core.data_file
+            && let Some(data_file) = &self.image.data_file
         {
             data_file.set_len(size)?;
         }
         // Whatever lies there, in the tables or below, has never been the disk's.
         let mut at = old_size;
         while at < size {
-            let turn = self.core.rest_of_table(at, size - at);
+            let turn = self.image.rest_of_table(at, size - at);
             self.zero_held(at, turn, Zeroing::Unmap, size)?;
             self.relieve()?;
             at += turn;
@@ -170,7 +170,7 @@ impl Qcow2Writer {
 
     /// Gives the disk another size, in the header and here; for whoever has the turn.
     pub(super) fn name_size(&self, size: u64) -> Result<()> {
-        let written = self.core.file.write_at(SIZE_AT, &size.to_be_bytes()).and_then(|()| self.core.file.sync());
+        let written = self.image.file.write_at(SIZE_AT, &size.to_be_bytes()).and_then(|()| self.image.file.sync());
         written.map_err(|error| self.poisoned_by(error))?;
         self.size.store(size, Ordering::Release);
         Ok(())
@@ -185,67 +185,67 @@ impl Qcow2Writer {
         fields.extend(l1.offset.0.to_be_bytes());
         if let Some((count, at)) = snapshots {
             // The refcount table, between them, stays.
-            let RefcountTable { offset, clusters } = self.meta.read().refcount_table;
+            let RefcountTable { offset, clusters } = self.tables.read().refcount_table;
             fields.extend(offset.0.to_be_bytes());
             fields.extend(clusters.to_be_bytes());
             assert!(SIZE_AT + fields.len() as u64 == SNAPSHOTS_AT, "the fields lie side by side");
             fields.extend(count.to_be_bytes());
             fields.extend(at.0.to_be_bytes());
         }
-        let switched = self.core.file.write_at(SIZE_AT, &fields).and_then(|()| self.core.file.sync());
+        let switched = self.image.file.write_at(SIZE_AT, &fields).and_then(|()| self.image.file.sync());
         switched.map_err(|error| self.poisoned_by(error))
     }
 
     /// A disk of another size is refused where the internal snapshots would get it, too.
     pub(super) fn refuse_unnoted_sizes(&self) -> Result<()> {
-        if !self.core.has_snapshots() || self.core.format.version == Version::V3 {
+        if !self.image.has_snapshots() || self.image.format.version == Version::V3 {
             return Ok(());
         }
         let sentence = "its version 2 does not note the disk size of internal snapshots, which would change with it; \
                         delete them, or amend the image to version 3 (qemu-img amend -o compat=1.1)";
-        Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", self.core.name)))
+        Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", self.image.name)))
     }
 
     /// Makes sure that an L1 table may map so many bytes; returns its entries.
     pub(super) fn l1_entries_for(&self, size: u64) -> Result<u64> {
-        let entries = size.div_ceil(self.core.l1_span());
+        let entries = size.div_ceil(self.image.l1_span());
         if entries * 8 <= MAX_L1_LEN {
             return Ok(entries);
         }
         let fact = format!("{size} bytes are more than an L1 table of 32 MiB can map; use larger clusters");
-        Err(Error::new(ErrorKind::TooLarge, format!("{}: {fact}", self.core.name)))
+        Err(Error::new(ErrorKind::TooLarge, format!("{}: {fact}", self.image.name)))
     }
 
     /// Replaces the L1 table by one of `entries` entries.
     fn grow_l1(&self, entries: u32) -> Result<()> {
-        let core = &self.core;
-        let size = core.cluster().size();
+        let image = &self.image;
+        let size = image.cluster().size();
         let clusters = (u64::from(entries) * 8).div_ceil(size);
-        let run: Run = self.with_tables(|meta| meta.allocate(core, clusters, true))?;
+        let run: Run = self.with_tables(|tables| tables.allocate(image, clusters, true))?;
         let _turn = self.flushes.turn();
         self.check_poison()?;
         // All ranges are held, so that from here on the old table does not change; what it names is
         // durable with this, and so are the counts of the new one.
         self.flush_in_turn()?;
         let offset = HostOffset(run.first * size);
-        let mut meta = self.meta.write();
-        let old = meta.l1;
-        meta.copy_l1(core, run)?;
+        let mut tables = self.tables.write();
+        let old = tables.l1;
+        tables.copy_l1(image, run)?;
         let mut field = entries.to_be_bytes().to_vec();
         field.extend(offset.0.to_be_bytes());
         let switched = (|| {
-            core.file.sync()?;
-            core.file.write_at(L1_AT, &field)?;
-            core.file.sync()
+            image.file.sync()?;
+            image.file.write_at(L1_AT, &field)?;
+            image.file.sync()
         })();
         switched.map_err(|error| self.poisoned_by(error))?;
-        meta.l1 = Table { offset, entries };
-        let (first, count) = (core.cluster().index(old.offset.0), old.len_bytes().div_ceil(size));
-        meta.slices.forget(old.offset.0, old.offset.0 + count * size, core.slice_len());
-        meta.roles.remove(first, count);
-        meta.roles.add(run.first, clusters);
+        tables.l1 = Table { offset, entries };
+        let (first, count) = (image.cluster().index(old.offset.0), old.len_bytes().div_ceil(size));
+        tables.slices.forget(old.offset.0, old.offset.0 + count * size, image.slice_len());
+        tables.roles.remove(first, count);
+        tables.roles.add(run.first, clusters);
         if old.entries > 0 {
-            meta.unreference(core, Freed { first, count }).map_err(|error| self.poisoned_by(error))?;
+            tables.unreference(image, Freed { first, count }).map_err(|error| self.poisoned_by(error))?;
         }
         Ok(())
     }

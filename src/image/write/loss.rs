@@ -20,8 +20,8 @@ use crate::format::{EntryFormat, Header, Snapshot, Table};
 use crate::image::{read_bitmaps, read_snapshots};
 use crate::units::HostOffset;
 
-use super::meta::{Core, Meta, Words};
 use super::slices::Class;
+use super::tables::{ImageFile, RawL2Entry, Tables};
 
 /// A state of the disk that tables of the file show.
 struct Root {
@@ -33,34 +33,35 @@ struct Root {
     vm_state_end: u64,
 }
 
-impl Meta {
+impl Tables {
     /// `Corrupt` if something that the image's tables name lies behind the end of a file.
-    pub(super) fn refuse_loss(&mut self, core: &Core, header: &Header) -> Result<()> {
-        if let Some(data_file) = &core.data_file {
+    pub(super) fn refuse_loss(&mut self, image: &ImageFile, header: &Header) -> Result<()> {
+        if let Some(data_file) = &image.data_file {
             let len = data_file.len()?;
             if len < header.virtual_size
-                && let Some(at) = Walk::new(core, header, len).lost_data(&active(header))?
+                && let Some(at) = Walk::new(image, header, len).lost_data(&active(header))?
             {
                 let fact = format!(
                     "{}: its external data file ends at {len:#x}, before the data of guest offset {at:#x}; it can be \
                      read, but writing would turn what is lost into zeroes; restore the data file from a copy, or, if \
                      it is lost for good, say so by giving it its length: truncate -s {} FILE",
-                    core.name, header.virtual_size
+                    image.name, header.virtual_size
                 );
                 return Err(Error::new(ErrorKind::Corrupt, fact));
             }
         }
-        if !self.may_be_cut(core)? {
+        // R4: whether the tables name something beyond the end of the file.
+        if !self.may_be_cut(image)? {
             return Ok(());
         }
-        match self.find_loss(core, header)? {
+        match self.find_loss(image, header)? {
             None => Ok(()),
             Some(lost) => {
                 let fact = format!(
                     "{}: the file ends at {:#x}, before {lost}; it was cut short, and can be read, but writing would turn \
                      what is lost into zeroes; restore it from a copy, or unmount it and make the loss explicit with \
                      chainfs check --repair all",
-                    core.name, self.file_len
+                    image.name, self.file_len
                 );
                 Err(Error::new(ErrorKind::Corrupt, fact))
             }
@@ -68,53 +69,53 @@ impl Meta {
     }
 
     /// Whether any cluster is counted that does not lie in the file as a whole.
-    fn may_be_cut(&mut self, core: &Core) -> Result<bool> {
-        let size = core.cluster().size();
+    fn may_be_cut(&mut self, image: &ImageFile) -> Result<bool> {
+        let size = image.cluster().size();
         let table_end = self.refcount_table.offset.0 + u64::from(self.refcount_table.clusters) * size;
         if table_end > self.file_len {
             return Ok(true);
         }
         let first = self.file_len / size;
-        let per_block = block_entries(core.cluster(), core.order);
-        for index in first / per_block..self.refcount_table_entries(core) {
-            let Some(block) = self.block_of_entry(core, index)? else { continue };
+        let per_block = block_entries(image.cluster(), image.order);
+        for index in first / per_block..self.refcount_table_entries(image) {
+            let Some(block) = self.block_of_entry(image, index)? else { continue };
             if block.0 + size > self.file_len {
                 return Ok(true);
             }
             let (mut at, end) = (first.max(index * per_block), (index + 1) * per_block);
-            while at < end && !at.is_multiple_of(64 >> core.order) {
-                if self.count(core, at)? > 0 {
+            while at < end && !at.is_multiple_of(64 >> image.order) {
+                if self.count(image, at)? > 0 {
                     return Ok(true);
                 }
                 at += 1;
             }
             while at < end {
-                let (place, _) = Self::count_place(core, block, at);
-                let (words, word) = self.slice(core, place, Class::RefcountBlock)?;
+                let (place, _) = Self::count_place(image, block, at);
+                let (words, word) = self.slice(image, place, Class::RefcountBlock)?;
                 if words[word..].iter().any(|word| *word != 0) {
                     return Ok(true);
                 }
-                at += (words.len() - word) as u64 * (64 >> core.order);
+                at += (words.len() - word) as u64 * (64 >> image.order);
             }
         }
         Ok(false)
     }
 
     /// The first thing found that the file does not have, as part of a sentence.
-    fn find_loss(&mut self, core: &Core, header: &Header) -> Result<Option<String>> {
-        let (size, len) = (core.cluster().size(), self.file_len);
+    fn find_loss(&mut self, image: &ImageFile, header: &Header) -> Result<Option<String>> {
+        let (size, len) = (image.cluster().size(), self.file_len);
         if self.refcount_table.offset.0 + u64::from(self.refcount_table.clusters) * size > len {
             return Ok(Some("the end of its refcount table".to_owned()));
         }
-        for index in 0..self.refcount_table_entries(core) {
-            if let Some(block) = self.block_of_entry(core, index)?
+        for index in 0..self.refcount_table_entries(image) {
+            if let Some(block) = self.block_of_entry(image, index)?
                 && block.0 + size > len
             {
                 return Ok(Some(format!("the end of the refcount block at {block}")));
             }
         }
-        let (snapshots, _) = read_snapshots(&core.name, &*core.file, header)?;
-        let mut walk = Walk::new(core, header, len);
+        let (snapshots, _) = read_snapshots(&image.name, &*image.file, header)?;
+        let mut walk = Walk::new(image, header, len);
         let good = snapshots.iter().filter(|snapshot| snapshot.damage.is_none());
         for root in std::iter::once(active(header)).chain(good.map(|snapshot| inner(snapshot, header))) {
             if root.l1.offset.0 + root.l1.len_bytes() > len {
@@ -124,7 +125,7 @@ impl Meta {
                 return Ok(Some(format!("what {} has at guest offset {at:#x}", root.name)));
             }
         }
-        lost_bitmap(core, header, len)
+        lost_bitmap(image, header, len)
     }
 }
 
@@ -144,8 +145,8 @@ fn inner(snapshot: &Snapshot, header: &Header) -> Root {
 }
 
 /// A bitmap that is believed, and of which a part is not there.
-fn lost_bitmap(core: &Core, header: &Header, len: u64) -> Result<Option<String>> {
-    let Some((_, bitmaps)) = read_bitmaps(&core.name, &*core.file, header)? else { return Ok(None) };
+fn lost_bitmap(image: &ImageFile, header: &Header, len: u64) -> Result<Option<String>> {
+    let Some((_, bitmaps)) = read_bitmaps(&image.name, &*image.file, header)? else { return Ok(None) };
     for bitmap in bitmaps.iter().filter(|bitmap| !bitmap.in_use) {
         let fact = || format!("the bitmap \"{}\"", String::from_utf8_lossy(&bitmap.name).escape_debug());
         let table_len = u64::from(bitmap.table_entries) * 8;
@@ -153,10 +154,10 @@ fn lost_bitmap(core: &Core, header: &Header, len: u64) -> Result<Option<String>>
             return Ok(Some(fact()));
         }
         let mut table = vec![0; table_len as usize];
-        core.file.read_at(bitmap.table.0, &mut table)?;
+        image.file.read_at(bitmap.table.0, &mut table)?;
         for word in table.as_chunks::<8>().0 {
-            if let Ok(BitmapCluster::At(bits)) = table_entry(u64::from_be_bytes(*word), core.cluster())
-                && bits.0.saturating_add(core.cluster().size()) > len
+            if let Ok(BitmapCluster::At(bits)) = table_entry(u64::from_be_bytes(*word), image.cluster())
+                && bits.0.saturating_add(image.cluster().size()) > len
             {
                 return Ok(Some(fact()));
             }
@@ -167,7 +168,7 @@ fn lost_bitmap(core: &Core, header: &Header, len: u64) -> Result<Option<String>>
 
 /// A way through all tables, past the slices: what is read here is not asked for again soon.
 struct Walk<'a> {
-    core: &'a Core,
+    image: &'a ImageFile,
     header: &'a Header,
     /// Where the file with the data ends.
     len: u64,
@@ -176,33 +177,33 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    fn new(core: &'a Core, header: &'a Header, len: u64) -> Self {
-        Self { core, header, len, seen: HashSet::new() }
+    fn new(image: &'a ImageFile, header: &'a Header, len: u64) -> Self {
+        Self { image, header, len, seen: HashSet::new() }
     }
 
     /// The first guest offset of which the data, or the table that names it, is not there.
     fn lost_data(&mut self, root: &Root) -> Result<Option<u64>> {
-        let (core, size) = (self.core, self.core.cluster().size());
+        let (image, size) = (self.image, self.image.cluster().size());
         let mut l1 = vec![0; root.l1.len_bytes() as usize];
-        core.file.read_at(root.l1.offset.0, &mut l1)?;
-        let file_len = if core.data_file.is_some() { core.file.len()? } else { self.len };
+        image.file.read_at(root.l1.offset.0, &mut l1)?;
+        let file_len = if image.data_file.is_some() { image.file.len()? } else { self.len };
         let mut bytes = vec![0; size as usize];
         for (index, word) in (0..).zip(l1.as_chunks::<8>().0) {
             let table = EntryFormat::raw_offset(u64::from_be_bytes(*word));
-            let start = index * core.l1_span();
+            let start = index * image.l1_span();
             if table == 0 || !self.seen.insert(table) {
                 continue;
             }
             if table.saturating_add(size) > file_len {
                 return Ok(Some(start));
             }
-            core.file.read_at(table, &mut bytes)?;
-            let entries = bytes.chunks_exact(core.format.l2_entry_len() as usize);
+            image.file.read_at(table, &mut bytes)?;
+            let entries = bytes.chunks_exact(image.format.l2_entry_len() as usize);
             for (number, entry) in (0..).zip(entries) {
                 let word = |at: usize| u64::from_be_bytes(entry[at..at + 8].try_into().expect("eight bytes"));
-                let words = Words { entry: word(0), bitmap: if core.format.extended { word(8) } else { 0 } };
+                let words = RawL2Entry { entry: word(0), bitmap: if image.format.extended { word(8) } else { 0 } };
                 let guest = start + number * size;
-                if words != Words::default() && self.is_lost(words, guest, root)? {
+                if words != RawL2Entry::default() && self.is_lost(words, guest, root)? {
                     return Ok(Some(guest));
                 }
             }
@@ -210,25 +211,25 @@ impl<'a> Walk<'a> {
         Ok(None)
     }
 
-    fn is_lost(&self, words: Words, guest: u64, root: &Root) -> Result<bool> {
-        let (core, size) = (self.core, self.core.cluster().size());
+    fn is_lost(&self, words: RawL2Entry, guest: u64, root: &Root) -> Result<bool> {
+        let (image, size) = (self.image, self.image.cluster().size());
         let end = if guest < root.size { root.size } else { root.vm_state_end };
         let visible = end.saturating_sub(guest).min(size);
         if visible == 0 {
             return Ok(false);
         }
         if EntryFormat::is_compressed(words.entry) {
-            let stream = core.format.raw_compressed(words.entry);
+            let stream = image.format.raw_compressed(words.entry);
             if stream.at.0.saturating_add(stream.len.into()) <= self.len {
                 return Ok(false);
             }
             // A count of whole sectors may reach over the end of what was written last.
             let mut input = vec![0; self.len.saturating_sub(stream.at.0) as usize];
-            let have = core.file.read_at(stream.at.0, &mut input)?;
+            let have = image.file.read_at(stream.at.0, &mut input)?;
             let mut cluster = vec![0; size as usize];
             return Ok(decompress(self.header.compression, &input[..have], &mut cluster).is_err());
         }
-        let used = if core.format.extended {
+        let used = if image.format.extended {
             let unit = size / u64::from(SUBCLUSTERS);
             let last = u64::from(u32::BITS - (words.bitmap as u32).leading_zeros());
             (last * unit).min(visible)
@@ -238,7 +239,7 @@ impl<'a> Walk<'a> {
             visible
         };
         let host = HostOffset(EntryFormat::raw_offset(words.entry));
-        let is_named = host.0 != 0 || core.data_file.is_some();
+        let is_named = host.0 != 0 || image.data_file.is_some();
         Ok(is_named && used > 0 && host.0.saturating_add(used) > self.len)
     }
 }

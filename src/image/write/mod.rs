@@ -3,29 +3,29 @@
 //! Promises: what [`Writer::flush`] has returned for survives any crash; a crash in between leaves
 //! an image in which every sector holds the bytes before or after some later write, at worst
 //! with clusters that nothing refers to. All methods may be called from any thread at once.
-//! The layers below are asked through [`Below`] and never changed.
+//! The layers below are asked through [`BackingDisk`] and never changed.
 
 mod allocate;
+mod cluster_roles;
 mod copy;
 mod fill;
 mod fill_plan;
 mod flush;
 mod growth;
 mod loss;
-mod meta;
 mod open;
 mod qcow2;
 mod ranges;
 mod raw;
 mod reach;
-mod roles;
 mod roots;
+mod shadow_tables;
 mod shrink;
 mod slices;
 mod snapshot;
 mod snapshot_apply;
 mod snapshot_delete;
-mod undo;
+mod tables;
 mod unfinished;
 mod zero;
 
@@ -41,14 +41,14 @@ pub(super) use open::refcounts_damaged;
 pub use ranges::{Held, Ranges};
 pub use snapshot::NewSnapshot;
 
-use meta::Piece;
 pub use open::check_writable;
+use tables::Piece;
 
 use qcow2::Qcow2Writer;
 use raw::RawWriter;
 
 /// What lies below the image that is written: where it is silent, these bytes show through.
-pub trait Below: Send + Sync {
+pub trait BackingDisk: Send + Sync {
     /// Fills `buf` with the bytes at `at`, zeroes past the end of the disk.
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()>;
 
@@ -167,10 +167,10 @@ impl Writer {
         name: &str,
         file: Arc<dyn WriteStorage>,
         data_file: Option<Arc<dyn WriteStorage>>,
-        below: Option<Arc<dyn BackingDisk>>,
+        backing: Option<Arc<dyn BackingDisk>>,
         options: WriterOptions,
     ) -> Result<Arc<Self>> {
-        let writer = Qcow2Writer::open(name, file, data_file, below, options)?;
+        let writer = Qcow2Writer::open(name, file, data_file, backing, options)?;
         Ok(Arc::new(Self { body: Body::Qcow2(Box::new(writer)) }))
     }
 
@@ -180,10 +180,10 @@ impl Writer {
     pub fn qcow2_undoable(
         name: &str,
         file: Arc<dyn WriteStorage>,
-        below: Option<Arc<dyn BackingDisk>>,
+        backing: Option<Arc<dyn BackingDisk>>,
         options: WriterOptions,
     ) -> Result<Arc<Self>> {
-        let writer = Qcow2Writer::open_undoable(name, file, below, options)?;
+        let writer = Qcow2Writer::open_undoable(name, file, backing, options)?;
         Ok(Arc::new(Self { body: Body::Qcow2(Box::new(writer)) }))
     }
 
@@ -336,10 +336,10 @@ impl Writer {
     ///
     /// # Panics
     /// If something is to lie below a raw image.
-    pub fn set_backing(&self, below: Option<Arc<dyn BackingDisk>>) {
+    pub fn set_backing(&self, backing: Option<Arc<dyn BackingDisk>>) {
         match &self.body {
-            Body::Raw(_) => assert!(below.is_none(), "nothing shows through a raw image"),
-            Body::Qcow2(qcow2) => qcow2.set_backing(below),
+            Body::Raw(_) => assert!(backing.is_none(), "nothing shows through a raw image"),
+            Body::Qcow2(qcow2) => qcow2.set_backing(backing),
         }
     }
 
@@ -359,7 +359,7 @@ impl Writer {
     pub fn data_storage(&self) -> Arc<dyn Storage> {
         match &self.body {
             Body::Raw(raw) => raw.storage(),
-            Body::Qcow2(qcow2) => Arc::clone(qcow2.core.data()) as Arc<dyn Storage>,
+            Body::Qcow2(qcow2) => Arc::clone(qcow2.image.data()) as Arc<dyn Storage>,
         }
     }
 

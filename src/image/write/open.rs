@@ -15,13 +15,13 @@ use crate::image::{read_bitmaps, read_header_with, read_snapshots, unreadable};
 use crate::io::{Storage, WriteStorage};
 use crate::units::HostOffset;
 
+use super::cluster_roles::ClusterRoles;
 use super::flush::Flushes;
-use super::meta::{Core, Meta, SnapshotRoot};
 use super::qcow2::Qcow2Writer;
 use super::ranges::Ranges;
-use super::roles::Roles;
 use super::slices::{Class, Slices};
-use super::{Below, WriterOptions, where_possible};
+use super::tables::{ImageFile, SnapshotRoot, Tables};
+use super::{BackingDisk, WriterOptions, where_possible};
 
 impl Qcow2Writer {
     /// Opens an image. Nothing of a sound one is written before the first change.
@@ -29,7 +29,7 @@ impl Qcow2Writer {
         name: &str,
         file: Arc<dyn WriteStorage>,
         data_file: Option<Arc<dyn WriteStorage>>,
-        below: Option<Arc<dyn BackingDisk>>,
+        backing: Option<Arc<dyn BackingDisk>>,
         options: WriterOptions,
     ) -> Result<Self> {
         let mut header = read_header(name, &*file)?;
@@ -42,16 +42,16 @@ impl Qcow2Writer {
             // It cannot say so.
             mend_flags(&*file, name)?;
         }
-        let (core, meta) = look(name, &header, file, data_file, options)?;
+        let (image, tables) = look(name, &header, file, data_file, options)?;
         Ok(Self {
             compression: header.compression,
             raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
             size: AtomicU64::new(header.virtual_size),
-            below: RwLock::new(below),
+            backing: RwLock::new(backing),
             ranges: Ranges::default(),
             reuse_gate: RwLock::new(()),
             flushes: Flushes::default(),
-            meta: RwLock::new(meta),
+            tables: RwLock::new(tables),
             data_dirty: AtomicBool::new(false),
             has_synced: AtomicBool::new(false),
             reserved_end: AtomicU64::new(0),
@@ -61,7 +61,7 @@ impl Qcow2Writer {
             has_lost_writes: AtomicBool::new(false),
             poison: OnceLock::new(),
             decompressed: Self::decompressed_cache(),
-            core,
+            image,
         })
     }
 
@@ -69,14 +69,14 @@ impl Qcow2Writer {
     pub(super) fn open_undoable(
         name: &str,
         file: Arc<dyn WriteStorage>,
-        below: Option<Arc<dyn BackingDisk>>,
+        backing: Option<Arc<dyn BackingDisk>>,
         options: WriterOptions,
     ) -> Result<Self> {
         if read_header(name, &*file)?.data_file.is_some() {
             let fact = "its data lies in an external file, where nothing can be undone";
             return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {fact}")));
         }
-        let writer = Self::open(name, file, None, below, options)?;
+        let writer = Self::open(name, file, None, backing, options)?;
         writer.begin_undoable()?;
         Ok(writer)
     }
@@ -93,8 +93,9 @@ impl Qcow2Writer {
         if self.is_told.load(Ordering::Acquire) {
             return Ok(());
         }
-        if self.mark_bitmaps(&read_header(&self.core.name, &*self.core.file)?)? {
-            self.core.file.sync().map_err(|error| self.poisoned_by(error))?;
+        // M12: marked, and synced, before the first change.
+        if self.mark_bitmaps(&read_header(&self.image.name, &*self.image.file)?)? {
+            self.image.file.sync().map_err(|error| self.poisoned_by(error))?;
         }
         self.is_told.store(true, Ordering::Release);
         Ok(())
@@ -110,12 +111,12 @@ impl Qcow2Writer {
         if self.prepared.load(Ordering::Acquire) {
             return Ok(());
         }
-        let header = read_header(&self.core.name, &*self.core.file)?;
+        let header = read_header(&self.image.name, &*self.image.file)?;
         // What can be undone leaves the image as it is until it is published.
         let is_changed = !self.is_undoable() && self.drop_unknown_features(&header)?;
         self.reserve_tables(&header)?;
         if is_changed {
-            self.core.file.sync().map_err(|error| self.poisoned_by(error))?;
+            self.image.file.sync().map_err(|error| self.poisoned_by(error))?;
         }
         self.prepared.store(true, Ordering::Release);
         Ok(())
@@ -126,7 +127,7 @@ impl Qcow2Writer {
     pub(super) fn drop_unknown_features(&self, header: &Header) -> Result<bool> {
         let kept = header.autoclear & feature::KNOWN_AUTOCLEAR;
         if header.autoclear != kept {
-            self.core.file.write_at(AUTOCLEAR_AT, &kept.to_be_bytes())?;
+            self.image.file.write_at(AUTOCLEAR_AT, &kept.to_be_bytes())?;
         }
         Ok(header.autoclear != kept)
     }
@@ -134,31 +135,31 @@ impl Qcow2Writer {
     /// Takes space for the tables there are, which may lie in holes of the file: a full file system then
     /// refuses a write, and no flush fails for want of space.
     fn reserve_tables(&self, header: &Header) -> Result<()> {
-        let core = &self.core;
-        let size = core.cluster().size();
-        let reserve = |at: HostOffset, len: u64| where_possible(core.file.allocate(at.0, len));
+        let image = &self.image;
+        let size = image.cluster().size();
+        let reserve = |at: HostOffset, len: u64| where_possible(image.file.allocate(at.0, len));
         if header.l1.entries > 0 {
             reserve(header.l1.offset, header.l1.len_bytes().next_multiple_of(size))?;
         }
-        let mut meta = self.meta.write();
-        let table = meta.refcount_table;
+        let mut tables = self.tables.write();
+        let table = tables.refcount_table;
         reserve(table.offset, u64::from(table.clusters) * size)?;
-        for index in 0..meta.refcount_table_entries(core) {
-            if let Some(block) = meta.block_of_entry(core, index)? {
+        for index in 0..tables.refcount_table_entries(image) {
+            if let Some(block) = tables.block_of_entry(image, index)? {
                 reserve(block, size)?;
             }
         }
-        meta.file_len = meta.file_len.max(core.file.len()?);
+        tables.file_len = tables.file_len.max(image.file.len()?);
         Ok(())
     }
 
     /// Bitmaps that follow every write no longer do: they say so themselves, as they would after a
     /// crash of QEMU. Those that are switched off hold.
     pub(super) fn mark_bitmaps(&self, header: &Header) -> Result<bool> {
-        let Some((at, bitmaps)) = read_bitmaps(&self.core.name, &*self.core.file, header)? else { return Ok(false) };
+        let Some((at, bitmaps)) = read_bitmaps(&self.image.name, &*self.image.file, header)? else { return Ok(false) };
         let mut is_changed = false;
         for bitmap in bitmaps.iter().filter(|bitmap| bitmap.auto && !bitmap.in_use) {
-            self.core.file.write_at(at.0 + bitmap.flags_at as u64, &bitmap.flags_in_use().to_be_bytes())?;
+            self.image.file.write_at(at.0 + bitmap.flags_at as u64, &bitmap.flags_in_use().to_be_bytes())?;
             is_changed = true;
         }
         Ok(is_changed)
@@ -166,12 +167,12 @@ impl Qcow2Writer {
 
     /// Bitmaps have the size of the disk, and nobody here gives them another.
     pub(super) fn refuse_bitmaps(&self) -> Result<()> {
-        let header = read_header(&self.core.name, &*self.core.file)?;
-        let Some((_, bitmaps)) = read_bitmaps(&self.core.name, &*self.core.file, &header)? else { return Ok(()) };
+        let header = read_header(&self.image.name, &*self.image.file)?;
+        let Some((_, bitmaps)) = read_bitmaps(&self.image.name, &*self.image.file, &header)? else { return Ok(()) };
         let names: Vec<_> = bitmaps.iter().map(|bitmap| String::from_utf8_lossy(&bitmap.name).into_owned()).collect();
         let sentence = format!(
             "{}: it has persistent bitmaps ({}), which cannot change their size with it; remove them with qemu-img bitmap --remove",
-            self.core.name,
+            self.image.name,
             names.join(", ")
         );
         Err(Error::new(ErrorKind::Unsupported, sentence))
@@ -189,16 +190,16 @@ impl Qcow2Writer {
 
     fn mark_corrupt(&self) {
         // Version 2 has no place to say so.
-        if self.core.format.version == Version::V2 {
+        if self.image.format.version == Version::V2 {
             return;
         }
-        let marked = read_header(&self.core.name, &*self.core.file).and_then(|header| {
+        let marked = read_header(&self.image.name, &*self.image.file).and_then(|header| {
             let bits = header.incompatible | feature::CORRUPT;
-            self.core.file.write_at(INCOMPATIBLE_AT, &bits.to_be_bytes())?;
-            self.core.file.sync()
+            self.image.file.write_at(INCOMPATIBLE_AT, &bits.to_be_bytes())?;
+            self.image.file.sync()
         });
         if let Err(error) = marked {
-            tracing::error!("{}: cannot be marked as corrupt: {error}", self.core.name);
+            tracing::error!("{}: cannot be marked as corrupt: {error}", self.image.name);
         }
     }
 
@@ -208,8 +209,8 @@ impl Qcow2Writer {
         let _turn = self.flushes.turn();
         let _no_first_write = self.preparing.lock();
         self.check_poison()?;
-        let steps = header::steps(&self.core.name, &*self.core.file, change)?;
-        header::apply(&*self.core.file, &steps).map_err(|error| self.poisoned_by(error))?;
+        let steps = header::steps(&self.image.name, &*self.image.file, change)?;
+        header::apply(&*self.image.file, &steps).map_err(|error| self.poisoned_by(error))?;
         // Damage is noted there by anybody who meets it; the note must not have been overwritten.
         if self.poison.get().is_some_and(|poison| poison.kind() == ErrorKind::Corrupt) {
             self.mark_corrupt();
@@ -255,11 +256,11 @@ fn look(
     file: Arc<dyn WriteStorage>,
     data_file: Option<Arc<dyn WriteStorage>>,
     options: WriterOptions,
-) -> Result<(Core, Meta)> {
+) -> Result<(ImageFile, Tables)> {
     if header.data_file.is_some() != data_file.is_some() {
         return Err(Error::new(ErrorKind::Broken, format!("{name}: its external data file is not there")));
     }
-    let core = Core {
+    let image = ImageFile {
         name: name.to_owned(),
         data_file,
         format: header.entry_format(),
@@ -267,23 +268,23 @@ fn look(
         has_snapshots: AtomicBool::new(header.snapshots.count > 0),
         file,
     };
-    let file_len = core.file.len()?;
-    let mut meta = Meta {
+    let file_len = image.file.len()?;
+    let mut tables = Tables {
         l1: header.l1,
         refcount_table: header.refcount_table,
-        slices: Slices::new(options.cache / core.slice_len() as usize),
-        roles: Roles::default(),
+        slices: Slices::new(options.cache / image.slice_len() as usize),
+        roles: ClusterRoles::default(),
         free_hint: 0,
-        fresh: file_len.div_ceil(core.cluster().size()),
+        fresh: file_len.div_ceil(image.cluster().size()),
         file_len,
         pending: Vec::new(),
         snapshots: Vec::new(),
         has_damaged_snapshots: false,
-        session: None,
+        shadow: None,
     };
-    meta.learn_roles(&core, header)?;
-    meta.refuse_loss(&core, header)?;
-    Ok((core, meta))
+    tables.learn_roles(&image, header)?;
+    tables.refuse_loss(&image, header)?;
+    Ok((image, tables))
 }
 
 /// A file of which somebody who writes files is shown all, and to which he writes nothing.
@@ -357,68 +358,68 @@ fn refuse(name: &str, header: &Header) -> Result<()> {
     Ok(())
 }
 
-impl Meta {
+impl Tables {
     /// Finds out where all tables are, and that each is counted: an image whose refcounts do not
     /// cover its own tables would have them overwritten.
-    fn learn_roles(&mut self, core: &Core, header: &Header) -> Result<()> {
-        let size = core.cluster().size();
-        self.learn(core, "the header", 0, size)?;
-        self.learn(core, "the L1 table", header.l1.offset.0, header.l1.len_bytes())?;
+    fn learn_roles(&mut self, image: &ImageFile, header: &Header) -> Result<()> {
+        let size = image.cluster().size();
+        self.learn(image, "the header", 0, size)?;
+        self.learn(image, "the L1 table", header.l1.offset.0, header.l1.len_bytes())?;
         let table_len = u64::from(header.refcount_table.clusters) * size;
-        self.learn(core, "the refcount table", header.refcount_table.offset.0, table_len)?;
-        for index in 0..self.refcount_table_entries(core) {
-            if let Some(block) = self.block_of_entry(core, index)? {
-                self.learn(core, "a refcount block", block.0, size)?;
+        self.learn(image, "the refcount table", header.refcount_table.offset.0, table_len)?;
+        for index in 0..self.refcount_table_entries(image) {
+            if let Some(block) = self.block_of_entry(image, index)? {
+                self.learn(image, "a refcount block", block.0, size)?;
             }
         }
         if let Some(crypto) = header.crypto_header {
-            self.learn(core, "the encryption header", crypto.offset.0, crypto.len)?;
+            self.learn(image, "the encryption header", crypto.offset.0, crypto.len)?;
         }
-        self.learn_snapshots(core, header)?;
-        if let Some((at, bitmaps)) = read_bitmaps(&core.name, &*core.file, header)? {
-            self.learn(core, "the bitmap directory", at.0, header.bitmaps.map_or(0, |found| found.directory_len))?;
+        self.learn_snapshots(image, header)?;
+        if let Some((at, bitmaps)) = read_bitmaps(&image.name, &*image.file, header)? {
+            self.learn(image, "the bitmap directory", at.0, header.bitmaps.map_or(0, |found| found.directory_len))?;
             for bitmap in bitmaps {
-                self.learn(core, "a bitmap", bitmap.table.0, u64::from(bitmap.table_entries) * 8)?;
+                self.learn(image, "a bitmap", bitmap.table.0, u64::from(bitmap.table_entries) * 8)?;
             }
         }
         for index in 0..u64::from(self.l1.entries) {
             let at = self.l1.offset.0 + index * 8;
-            let word = self.word(core, at, Class::L1)?;
-            let entry = core.format.l1(word).map_err(|reason| core.corrupt(reason.fact()))?;
+            let word = self.word(image, at, Class::L1)?;
+            let entry = image.format.l1(word).map_err(|reason| image.corrupt(reason.fact()))?;
             let Some(table) = entry.l2 else { continue };
-            self.learn(core, "an L2 table", table.0, size)?;
+            self.learn(image, "an L2 table", table.0, size)?;
             // Written in place, a shared table would change an internal snapshot.
-            if entry.copied && self.count(core, core.cluster().index(table.0))? != 1 {
-                self.set_word(core, at, Class::L1, EntryFormat::shared(word))?;
+            if entry.copied && self.count(image, image.cluster().index(table.0))? != 1 {
+                self.set_word(image, at, Class::L1, EntryFormat::shared(word))?;
             }
         }
         Ok(())
     }
 
-    fn learn_snapshots(&mut self, core: &Core, header: &Header) -> Result<()> {
-        let (snapshots, table_len) = read_snapshots(&core.name, &*core.file, header)?;
-        self.learn(core, "the snapshot table", header.snapshots.offset.0, table_len)?;
+    fn learn_snapshots(&mut self, image: &ImageFile, header: &Header) -> Result<()> {
+        let (snapshots, table_len) = read_snapshots(&image.name, &*image.file, header)?;
+        self.learn(image, "the snapshot table", header.snapshots.offset.0, table_len)?;
         // What a damaged entry reaches is counted, and so nobody's to take; where that is cannot be told.
         let is_good = |snapshot: &&Snapshot| snapshot.damage.is_none();
         for snapshot in snapshots.iter().filter(is_good) {
-            self.learn(core, "the L1 table of an internal snapshot", snapshot.l1.offset.0, snapshot.l1.len_bytes())?;
+            self.learn(image, "the L1 table of an internal snapshot", snapshot.l1.offset.0, snapshot.l1.len_bytes())?;
         }
         self.snapshots = snapshots.iter().filter(is_good).map(SnapshotRoot::of).collect();
         self.has_damaged_snapshots = self.snapshots.len() < snapshots.len();
         Ok(())
     }
 
-    fn learn(&mut self, core: &Core, what: &str, at: u64, len: u64) -> Result<()> {
+    fn learn(&mut self, image: &ImageFile, what: &str, at: u64, len: u64) -> Result<()> {
         if len == 0 {
             return Ok(());
         }
-        let (first, last) = (core.cluster().index(at), core.cluster().index(at + len - 1));
+        let (first, last) = (image.cluster().index(at), image.cluster().index(at + len - 1));
         if !self.roles.add(first, last - first + 1) {
-            return Err(core.corrupt(format_args!("{what} at {at:#x} lies on another table")));
+            return Err(image.corrupt(format_args!("{what} at {at:#x} lies on another table")));
         }
         for cluster in first..=last {
-            if self.count(core, cluster)? == 0 {
-                return Err(core.corrupt(format_args!("{what} at {at:#x} has a refcount of 0")));
+            if self.count(image, cluster)? == 0 {
+                return Err(image.corrupt(format_args!("{what} at {at:#x} has a refcount of 0")));
             }
         }
         Ok(())

@@ -16,12 +16,12 @@ use crate::format::subcluster::SUBCLUSTERS;
 use crate::format::{Compressed, Compression, EntryFormat, SubclusterEntry};
 use crate::units::{GuestOffset, HostOffset};
 
-use super::Below;
-use super::allocate::{Run, Stop};
+use super::BackingDisk;
+use super::allocate::{AllocError, Run};
 use super::copy::{Payload, read_exactly};
 use super::flush::Flushes;
-use super::meta::{Core, Meta, Piece, Words, piece_of};
 use super::ranges::{Held, Ranges};
+use super::tables::{ImageFile, Piece, RawL2Entry, Tables, piece_of};
 
 /// Freed clusters that wait for a flush, at most.
 const MAX_PENDING: usize = 1 << 16;
@@ -32,9 +32,9 @@ const DECOMPRESSED: usize = 4 << 20;
 
 /// A qcow2 image that is open for writing.
 pub(super) struct Qcow2Writer {
-    pub(super) core: Core,
+    pub(super) image: ImageFile,
     /// Cloned and left at once: another may take its place at any time.
-    pub(super) below: RwLock<Option<Arc<dyn BackingDisk>>>,
+    pub(super) backing: RwLock<Option<Arc<dyn BackingDisk>>>,
     pub(super) compression: Compression,
     /// The data file is a raw image by itself: what reads as zero must be zero there.
     pub(super) raw_data: bool,
@@ -43,12 +43,12 @@ pub(super) struct Qcow2Writer {
     /// across data I/O.
     pub(super) ranges: Ranges,
     /// Held, shared, from looking up a place in the file to the end of the I/O there; exclusively,
-    /// for a moment, before freed clusters may be used again. Taken before `meta`.
+    /// for a moment, before freed clusters may be used again. Taken before `tables`.
     pub(super) reuse_gate: RwLock<()>,
-    /// One flush (or growth of a table) at a time. Taken before `meta`; held across I/O.
+    /// One flush (or growth of a table) at a time. Taken before `tables`; held across I/O.
     pub(super) flushes: Flushes,
     /// The tables. Nobody who holds it waits for another lock.
-    pub(super) meta: RwLock<Meta>,
+    pub(super) tables: RwLock<Tables>,
     /// Guest data has been written since the last flush began.
     pub(super) data_dirty: AtomicBool,
     /// There has been a barrier since the image was opened.
@@ -78,7 +78,7 @@ struct Target {
     /// Counted for this; given back if it comes to nothing.
     run: Option<Run>,
     /// The entries as they were.
-    old: Vec<Words>,
+    old: Vec<RawL2Entry>,
     /// From here on the disk has places that others may be writing to.
     limit: u64,
 }
@@ -89,13 +89,13 @@ impl Qcow2Writer {
     }
 
     /// What lies below by now.
-    pub(super) fn below(&self) -> Option<Arc<dyn BackingDisk>> {
-        self.below.read().clone()
+    pub(super) fn backing(&self) -> Option<Arc<dyn BackingDisk>> {
+        self.backing.read().clone()
     }
 
     /// Puts another source below, which shows the same.
-    pub(super) fn set_backing(&self, below: Option<Arc<dyn BackingDisk>>) {
-        *self.below.write() = below;
+    pub(super) fn set_backing(&self, backing: Option<Arc<dyn BackingDisk>>) {
+        *self.backing.write() = backing;
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -105,10 +105,10 @@ impl Qcow2Writer {
     /// What the tables say of a position. Who goes on to do I/O there holds the gate.
     pub(super) fn lookup(&self, at: u64, max: u64) -> Result<(Piece, u64)> {
         loop {
-            if let Some(found) = self.meta.read().piece(&self.core, at, max) {
+            if let Some(found) = self.tables.read().piece(&self.image, at, max) {
                 return found;
             }
-            self.meta.write().load(&self.core, at)?;
+            self.tables.write().load(&self.image, at)?;
         }
     }
 
@@ -127,7 +127,7 @@ impl Qcow2Writer {
             self.read_piece(piece, position, part)?;
             done += run as usize;
         }
-        if self.core.has_snapshots() {
+        if self.image.has_snapshots() {
             // Reading may have mended tables. If they cannot be written, that is the writers' to hear.
             let _ = self.relieve();
         }
@@ -151,11 +151,11 @@ impl Qcow2Writer {
             Piece::Own(host) | Piece::Shared(host) => return self.read_data(host, part),
             Piece::Compressed(stream) => {
                 let cluster = self.decompress(stream)?;
-                let within = self.core.cluster().within(position) as usize;
+                let within = self.image.cluster().within(position) as usize;
                 part.copy_from_slice(&cluster[within..within + part.len()]);
             }
-            Piece::Below => match self.below() {
-                Some(below) => return below.read_at(position, part),
+            Piece::Below => match self.backing() {
+                Some(backing) => return backing.read_at(position, part),
                 None => part.fill(0),
             },
             Piece::Zero => part.fill(0),
@@ -164,12 +164,12 @@ impl Qcow2Writer {
     }
 
     pub(super) fn read_data(&self, host: HostOffset, buf: &mut [u8]) -> Result<()> {
-        let have = self.core.data().read_at(host.0, buf)?;
+        let have = self.image.data().read_at(host.0, buf)?;
         if have == buf.len() {
             return Ok(());
         }
         let end = host.0 + have as u64;
-        let fact = format!("{}: the file ends at {end:#x}, before the data it should hold", self.core.name);
+        let fact = format!("{}: the file ends at {end:#x}, before the data it should hold", self.image.name);
         Err(Error::new(ErrorKind::Io, fact))
     }
 
@@ -180,10 +180,10 @@ impl Qcow2Writer {
             return Ok(cluster);
         }
         let mut input = vec![0; stream.len as usize];
-        let have = self.core.file.read_at(stream.at.0, &mut input)?;
-        let mut cluster = vec![0; self.core.cluster().size() as usize];
+        let have = self.image.file.read_at(stream.at.0, &mut input)?;
+        let mut cluster = vec![0; self.image.cluster().size() as usize];
         decompress(self.compression, &input[..have], &mut cluster)
-            .map_err(|reason| self.core.corrupt(format_args!("compressed cluster at {}: {reason}", stream.at)))?;
+            .map_err(|reason| self.image.corrupt(format_args!("compressed cluster at {}: {reason}", stream.at)))?;
         let cluster: Arc<[u8]> = cluster.into();
         self.decompressed.put(key, Arc::clone(&cluster), cluster.len());
         Ok(cluster)
@@ -195,8 +195,8 @@ impl Qcow2Writer {
         match piece {
             Piece::Own(_) | Piece::Shared(_) | Piece::Compressed(_) => Ok((false, run)),
             Piece::Zero => Ok((true, run)),
-            Piece::Below => match self.below() {
-                Some(below) => below.zero_run(at, run),
+            Piece::Below => match self.backing() {
+                Some(backing) => backing.zero_run(at, run),
                 None => Ok((true, run)),
             },
         }
@@ -206,7 +206,7 @@ impl Qcow2Writer {
     pub(super) fn seek_run(&self, at: u64, len: u64) -> Result<(bool, u64)> {
         match self.zero_run(at, len) {
             Err(error) if error.kind() == ErrorKind::Corrupt => {
-                let cluster = self.core.cluster();
+                let cluster = self.image.cluster();
                 Ok((false, (cluster.size() - cluster.within(at)).min(len)))
             }
             found => found,
@@ -247,7 +247,7 @@ impl Qcow2Writer {
         let _gate = self.reuse_gate.read();
         self.check_poison()?;
         let (Piece::Own(host), run) = self.lookup_to_write(at, bytes.len() as u64)? else { return Ok(0) };
-        self.core.data().write_at(host.0, &bytes[..run as usize])?;
+        self.image.data().write_at(host.0, &bytes[..run as usize])?;
         self.data_dirty.store(true, Ordering::Release);
         Ok(run as usize)
     }
@@ -256,33 +256,33 @@ impl Qcow2Writer {
     pub(super) fn lookup_to_write(&self, at: u64, max: u64) -> Result<(Piece, u64)> {
         loop {
             {
-                let meta = self.meta.read();
-                let found = match meta.piece(&self.core, at, max) {
+                let tables = self.tables.read();
+                let found = match tables.piece(&self.image, at, max) {
                     Some(Ok((Piece::Own(host), run))) => {
-                        Some(meta.may_be_data(&self.core, host, run).map(|()| (Piece::Own(host), run)))
+                        Some(tables.may_be_data(&self.image, host, run).map(|()| (Piece::Own(host), run)))
                     }
                     found => found,
                 };
                 if let Some(found) = found {
-                    drop(meta);
+                    drop(tables);
                     return found.map_err(|error| self.damaged(error));
                 }
             }
-            self.meta.write().load(&self.core, at)?;
+            self.tables.write().load(&self.image, at)?;
         }
     }
 
     /// Writes to clusters that have no place of their own yet; returns how many bytes that were,
     /// which may be none if another thread came first.
     fn write_elsewhere(&self, at: u64, bytes: &[u8]) -> Result<usize> {
-        let len = self.core.rest_of_table(at, bytes.len() as u64).min(MAX_TURN);
+        let len = self.image.rest_of_table(at, bytes.len() as u64).min(MAX_TURN);
         let _held = self.hold(at, len);
         self.fill(at, &bytes[..len as usize])
     }
 
     /// Waits for the clusters of a range, and holds them.
     pub(super) fn hold(&self, at: u64, len: u64) -> Held<'_> {
-        let cluster = self.core.cluster();
+        let cluster = self.image.cluster();
         self.ranges.hold(cluster.floor(at), cluster.floor(at + len - 1) + cluster.size())
     }
 
@@ -294,7 +294,7 @@ impl Qcow2Writer {
 
     /// The same with bytes from anywhere.
     pub(super) fn fill_with(&self, at: u64, payload: Payload<'_>) -> Result<usize> {
-        let target = self.with_tables(|meta| self.find_target(meta, at, payload.len()))?;
+        let target = self.with_tables(|tables| self.find_target(tables, at, payload.len()))?;
         let Some(target) = target else { return Ok(0) };
         let written = self.fill_target(&target, at, payload);
         if let Err(error) = &written
@@ -302,25 +302,25 @@ impl Qcow2Writer {
             && self.check_poison().is_ok()
         {
             // Nothing refers to the clusters: they are as free as before.
-            self.meta.write().give_back(&self.core, run).map_err(|_| error.clone())?;
+            self.tables.write().give_back(&self.image, run).map_err(|_| error.clone())?;
         }
         written
     }
 
     /// Where the bytes at `at` shall go; `None` where they have their place already.
-    fn find_target(&self, meta: &mut Meta, at: u64, len: u64) -> std::result::Result<Option<Target>, Stop> {
-        let core = &self.core;
-        let cluster = core.cluster();
+    fn find_target(&self, tables: &mut Tables, at: u64, len: u64) -> std::result::Result<Option<Target>, AllocError> {
+        let image = &self.image;
+        let cluster = image.cluster();
         let guest = cluster.floor(at);
-        let first = meta.entry(core, at)?;
-        if let (Piece::Own(_), _) = piece_of(core, first, at)? {
+        let first = tables.entry(image, at)?;
+        if let (Piece::Own(_), _) = piece_of(image, first, at)? {
             return Ok(None);
         }
-        meta.own_l2_table(core, at)?;
+        tables.own_l2_table(image, at)?;
         // Read again: in a table of its own, flags may have been mended.
-        let first = meta.entry(core, at)?;
+        let first = tables.entry(image, at)?;
         if let Some(host) = self.kept_place(first, guest) {
-            meta.may_be_data(core, host, cluster.size())?;
+            tables.may_be_data(image, host, cluster.size())?;
             let limit = self.end_of_unplaced(first, at)?;
             return Ok(Some(Target { guest, host, is_fresh: false, run: None, old: vec![first], limit }));
         }
@@ -328,18 +328,18 @@ impl Qcow2Writer {
         let mut old = vec![first];
         for index in 1..wanted {
             let position = guest + index * cluster.size();
-            let words = meta.entry(core, position)?;
-            let has_place = matches!(piece_of(core, words, position)?, (Piece::Own(_), _));
+            let words = tables.entry(image, position)?;
+            let has_place = matches!(piece_of(image, words, position)?, (Piece::Own(_), _));
             if has_place || self.kept_place(words, position).is_some() {
                 break;
             }
             old.push(words);
         }
-        if core.data_file.is_some() {
+        if image.data_file.is_some() {
             let host = HostOffset(guest);
             return Ok(Some(Target { guest, host, is_fresh: false, run: None, old, limit: u64::MAX }));
         }
-        let run = meta.allocate(core, old.len() as u64, false)?;
+        let run = tables.allocate(image, old.len() as u64, false)?;
         old.truncate(run.count as usize);
         let host = HostOffset(run.first * cluster.size());
         let is_fresh = run.is_fresh;
@@ -347,11 +347,11 @@ impl Qcow2Writer {
     }
 
     /// Where, in the cluster of `at`, the first subcluster after it begins that has its own place.
-    fn end_of_unplaced(&self, words: Words, at: u64) -> Result<u64> {
-        let cluster_end = self.core.cluster().floor(at) + self.core.cluster().size();
+    fn end_of_unplaced(&self, words: RawL2Entry, at: u64) -> Result<u64> {
+        let cluster_end = self.image.cluster().floor(at) + self.image.cluster().size();
         let mut end = at;
         while end < cluster_end {
-            let (piece, run) = piece_of(&self.core, words, end)?;
+            let (piece, run) = piece_of(&self.image, words, end)?;
             if matches!(piece, Piece::Own(_)) {
                 break;
             }
@@ -361,10 +361,10 @@ impl Qcow2Writer {
     }
 
     /// The cluster of the file that an entry keeps for its cluster of the disk and nobody else uses.
-    pub(super) fn kept_place(&self, words: Words, guest: u64) -> Option<HostOffset> {
-        if self.core.data_file.is_some() {
+    pub(super) fn kept_place(&self, words: RawL2Entry, guest: u64) -> Option<HostOffset> {
+        if self.image.data_file.is_some() {
             // With subclusters, the others of the cluster may have data in place.
-            return (self.core.format.extended && words.bitmap as u32 != 0).then_some(HostOffset(guest));
+            return (self.image.format.extended && words.bitmap as u32 != 0).then_some(HostOffset(guest));
         }
         let host = EntryFormat::raw_offset(words.entry);
         let is_kept = EntryFormat::copied(words.entry) && !EntryFormat::is_compressed(words.entry) && host != 0;
@@ -373,30 +373,31 @@ impl Qcow2Writer {
 
     /// Writes what belongs into the target, then lets the tables name it.
     fn fill_target(&self, target: &Target, at: u64, payload: Payload<'_>) -> Result<usize> {
-        let core = &self.core;
-        let target_end = target.guest + target.old.len() as u64 * core.cluster().size();
+        let image = &self.image;
+        let target_end = target.guest + target.old.len() as u64 * image.cluster().size();
         let end = (at + payload.len()).min(target_end).min(target.limit);
         let (from, to) = self.region(target, at, end)?;
         self.check_poison()?;
         match payload {
             Payload::Bytes(bytes) => self.write_joined(target, from, at, &bytes[..(end - at) as usize], to)?,
             Payload::File(source, read_at, _) if (from, to) == (at, end) => {
-                core.data().copy_from(target.host.0 + (at - target.guest), source, read_at, end - at)?;
+                image.data().copy_from(target.host.0 + (at - target.guest), source, read_at, end - at)?;
             }
             Payload::File(source, read_at, _) => {
                 self.write_joined(target, from, at, &read_exactly(source, read_at, end - at)?, to)?;
             }
         }
         self.data_dirty.store(true, Ordering::Release);
-        let mut meta = self.meta.write();
+        let mut tables = self.tables.write();
+        // M4: the bytes are written; only now the tables name them.
         for (index, old) in target.old.iter().enumerate() {
-            let within = index as u64 * core.cluster().size();
+            let within = index as u64 * image.cluster().size();
             let guest = target.guest + within;
             let host = HostOffset(target.host.0 + within);
-            let words = self.with_data(*old, guest, host, from.max(guest), to.min(guest + core.cluster().size()));
-            meta.set_entry(core, guest, words).map_err(|error| self.poisoned_by(error))?;
+            let words = self.with_data(*old, guest, host, from.max(guest), to.min(guest + image.cluster().size()));
+            tables.set_entry(image, guest, words).map_err(|error| self.poisoned_by(error))?;
             if target.run.is_some() {
-                meta.release(core, *old).map_err(|error| self.poisoned_by(error))?;
+                tables.release(image, *old).map_err(|error| self.poisoned_by(error))?;
             }
         }
         Ok((end - at) as usize)
@@ -404,18 +405,18 @@ impl Qcow2Writer {
 
     /// What has to be written so that `[at, end)` can be: whole clusters, or the subclusters around it.
     fn region(&self, target: &Target, at: u64, end: u64) -> Result<(u64, u64)> {
-        let core = &self.core;
-        let size = core.cluster().size();
-        let clusters = (target.guest, core.cluster().floor(end - 1) + size);
+        let image = &self.image;
+        let size = image.cluster().size();
+        let clusters = (target.guest, image.cluster().floor(end - 1) + size);
         let (mut from, mut to) = clusters;
-        if core.format.extended {
+        if image.format.extended {
             let unit = size / u64::from(SUBCLUSTERS);
-            let is_partial = |words: &Words, guest: u64| -> Result<bool> {
+            let is_partial = |words: &RawL2Entry, guest: u64| -> Result<bool> {
                 // What the old cluster holds besides has to move along: then as a whole.
-                let entry = core
+                let entry = image
                     .format
                     .l2_extended(words.entry, words.bitmap, GuestOffset(guest))
-                    .map_err(|reason| core.corrupt(reason.fact()))?;
+                    .map_err(|reason| image.corrupt(reason.fact()))?;
                 Ok(entry.compressed().is_none() && (target.run.is_none() || entry.allocated() == 0))
             };
             let last = (to - target.guest) / size - 1;
@@ -427,7 +428,7 @@ impl Qcow2Writer {
             }
         }
         // A data file is no longer than the disk.
-        Ok((from, if core.data_file.is_some() { to.min(self.size()).max(end) } else { to }))
+        Ok((from, if image.data_file.is_some() { to.min(self.size()).max(end) } else { to }))
     }
 
     /// Writes `[from, to)` of the disk into the target, `bytes` at `at` and what the disk shows now around
@@ -436,7 +437,7 @@ impl Qcow2Writer {
         let host = |guest: u64| target.host.0 + (guest - target.guest);
         let end = at + bytes.len() as u64;
         if from == at && to == end {
-            return self.core.data().write_at(host(at), bytes);
+            return self.image.data().write_at(host(at), bytes);
         }
         let mut head = vec![0; (at - from) as usize];
         let mut tail = vec![0; (to - end) as usize];
@@ -451,12 +452,12 @@ impl Qcow2Writer {
         let start = at - head.len() as u64;
         if head.is_empty() && tail.is_empty() {
             // Nothing at all: a cluster that is only to have its place.
-            return if bytes.is_empty() { Ok(()) } else { self.core.data().write_at(host(at), bytes) };
+            return if bytes.is_empty() { Ok(()) } else { self.image.data().write_at(host(at), bytes) };
         }
         head.reserve_exact(bytes.len() + tail.len());
         head.extend_from_slice(bytes);
         head.extend_from_slice(&tail);
-        self.core.data().write_at(host(start), &head)
+        self.image.data().write_at(host(start), &head)
     }
 
     /// Fills `buf` with what the disk shows now, zeroes past its end; whether it is all zeroes.
@@ -473,31 +474,34 @@ impl Qcow2Writer {
     }
 
     /// The entry of a cluster that now has data of `[from, to)` at `host`.
-    fn with_data(&self, old: Words, guest: u64, host: HostOffset, from: u64, to: u64) -> Words {
+    fn with_data(&self, old: RawL2Entry, guest: u64, host: HostOffset, from: u64, to: u64) -> RawL2Entry {
         let entry = EntryFormat::owned(host);
-        if !self.core.format.extended {
-            return Words { entry, bitmap: 0 };
+        if !self.image.format.extended {
+            return RawL2Entry { entry, bitmap: 0 };
         }
-        let unit = self.core.cluster().size() / u64::from(SUBCLUSTERS);
+        let unit = self.image.cluster().size() / u64::from(SUBCLUSTERS);
         let mask = subclusters((from - guest) / unit, (to - guest).div_ceil(unit));
         // A compressed cluster has no bits; all of it has been written.
         let (allocated, zero) = (old.bitmap as u32, (old.bitmap >> 32) as u32);
-        Words { entry, bitmap: SubclusterEntry::bitmap(allocated | mask, zero & !mask) }
+        RawL2Entry { entry, bitmap: SubclusterEntry::bitmap(allocated | mask, zero & !mask) }
     }
 
     /// Does something to the tables that may allocate; grows the refcount table if it has to.
-    pub(super) fn with_tables<T>(&self, mut work: impl FnMut(&mut Meta) -> std::result::Result<T, Stop>) -> Result<T> {
+    pub(super) fn with_tables<T>(
+        &self,
+        mut work: impl FnMut(&mut Tables) -> std::result::Result<T, AllocError>,
+    ) -> Result<T> {
         loop {
             let outcome = {
-                let mut meta = self.meta.write();
+                let mut tables = self.tables.write();
                 // Asked under the lock: after a failed flush nothing is given out any more.
                 self.check_poison()?;
-                work(&mut meta)
+                work(&mut tables)
             };
             match outcome {
                 Ok(done) => return Ok(done),
-                Err(Stop::Failed(error)) => return Err(self.damaged(error)),
-                Err(Stop::RefcountTableFull(entries)) => self.grow_refcount_table(entries)?,
+                Err(AllocError::Failed(error)) => return Err(self.damaged(error)),
+                Err(AllocError::RefcountTableFull(entries)) => self.grow_refcount_table(entries)?,
             }
         }
     }
@@ -505,8 +509,8 @@ impl Qcow2Writer {
     /// Writes tables back if too many have changed, or too much waits to be free.
     pub(super) fn relieve(&self) -> Result<()> {
         let is_pressed = {
-            let meta = self.meta.read();
-            meta.slices.is_pressed() || meta.pending.len() > MAX_PENDING
+            let tables = self.tables.read();
+            tables.slices.is_pressed() || tables.pending.len() > MAX_PENDING
         };
         if is_pressed { self.flush() } else { Ok(()) }
     }

@@ -11,9 +11,9 @@ use crate::format::refcount::max_refcount;
 use crate::format::{EntryFormat, Table};
 use crate::units::HostOffset;
 
-use super::meta::{Core, Freed, Meta, Words, piece_of, references};
 use super::qcow2::Qcow2Writer;
 use super::slices::Class;
+use super::tables::{Freed, ImageFile, RawL2Entry, Tables, piece_of, references};
 use super::where_possible;
 
 impl Qcow2Writer {
@@ -21,17 +21,17 @@ impl Qcow2Writer {
     /// be. What the active table reaches by the same L2 table stays as it is, if it is not the active one that
     /// is asked about.
     pub(super) fn refuse_overflow(&self, l1: Table, entries: u64) -> Result<()> {
-        let core = &self.core;
+        let image = &self.image;
         // Several compressed clusters may lie in one of the file.
         let mut more: HashMap<u64, u64> = HashMap::new();
         for index in 0..entries {
-            if !self.meta.write().fits_once_more(core, l1, index, &mut more)? {
-                let bits = 1 << core.order;
+            if !self.tables.write().fits_once_more(image, l1, index, &mut more)? {
+                let bits = 1 << image.order;
                 let sentence = format!(
                     "its refcounts of {bits} bits cannot count one more internal snapshot; delete some, or give it \
                      wider ones (qemu-img amend -o refcount_bits=16, or qemu-img convert)"
                 );
-                return Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", core.name)));
+                return Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", image.name)));
             }
         }
         Ok(())
@@ -39,76 +39,83 @@ impl Qcow2Writer {
 
     /// Gives the space of clusters back that are free; for whoever holds all ranges, so that nobody takes them.
     pub(super) fn punch(&self, freed: &[Freed]) {
-        let size = self.core.cluster().size();
+        let size = self.image.cluster().size();
         for run in freed {
-            if let Err(error) = where_possible(self.core.file.punch_hole(run.first * size, run.count * size)) {
+            if let Err(error) = where_possible(self.image.file.punch_hole(run.first * size, run.count * size)) {
                 // They are free all the same, and the next one to write there writes them whole.
-                tracing::warn!("{}: the space of free clusters stays taken: {error}", self.core.name);
+                tracing::warn!("{}: the space of free clusters stays taken: {error}", self.image.name);
             }
         }
     }
 }
 
-impl Meta {
+impl Tables {
     /// All entries of an L2 table.
-    pub(super) fn all_words(&mut self, core: &Core, table: HostOffset) -> Result<Vec<Words>> {
-        let mut all = Vec::with_capacity(core.format.l2_entries() as usize);
-        let words_per_entry = (core.format.l2_entry_len() / 8) as usize;
-        for at in (table.0..table.0 + core.cluster().size()).step_by(core.slice_len() as usize) {
+    pub(super) fn all_words(&mut self, image: &ImageFile, table: HostOffset) -> Result<Vec<RawL2Entry>> {
+        let mut all = Vec::with_capacity(image.format.l2_entries() as usize);
+        let words_per_entry = (image.format.l2_entry_len() / 8) as usize;
+        for at in (table.0..table.0 + image.cluster().size()).step_by(image.slice_len() as usize) {
             if at > table.0 && at >= self.file_len {
                 break; // the last table of a file may end with it
             }
-            let (words, _) = self.slice(core, at, Class::L2)?;
-            let bitmap = |entry: &[u64]| if core.format.extended { entry[1] } else { 0 };
-            all.extend(words.chunks_exact(words_per_entry).map(|e| Words { entry: e[0], bitmap: bitmap(e) }));
+            let (words, _) = self.slice(image, at, Class::L2)?;
+            let bitmap = |entry: &[u64]| if image.format.extended { entry[1] } else { 0 };
+            all.extend(words.chunks_exact(words_per_entry).map(|e| RawL2Entry { entry: e[0], bitmap: bitmap(e) }));
         }
         Ok(all)
     }
 
     /// Makes sure that what an entry of an L1 table names may be an L2 table.
-    fn may_be_l2(&mut self, core: &Core, index: u64, table: HostOffset) -> Result<()> {
-        let cluster = core.cluster().index(table.0);
-        let is_active = self.table_of(core, self.l1, index)? == Some(table);
+    fn may_be_l2(&mut self, image: &ImageFile, index: u64, table: HostOffset) -> Result<()> {
+        let cluster = image.cluster().index(table.0);
+        let is_active = self.table_of(image, self.l1, index)? == Some(table);
         if cluster >= self.fresh || self.roles.contains(cluster) != is_active {
-            return Err(core.corrupt(format_args!("an L1 table names {table} as an L2 table, which it is not")));
+            return Err(image.corrupt(format_args!("an L1 table names {table} as an L2 table, which it is not")));
         }
         Ok(())
     }
 
     /// Makes sure that an entry of an L2 table makes sense, and that what it refers to has at least `least`
     /// references.
-    fn check_references(&mut self, core: &Core, words: Words, guest: u64, least: u64) -> Result<()> {
-        let Some(clusters) = references(core, words) else { return Ok(()) };
-        piece_of(core, words, guest)?;
-        self.may_be_clusters(core, clusters)?;
-        (clusters.first..clusters.first + clusters.count).try_for_each(|cluster| self.check_count(core, cluster, least))
+    fn check_references(&mut self, image: &ImageFile, words: RawL2Entry, guest: u64, least: u64) -> Result<()> {
+        let Some(clusters) = references(image, words) else { return Ok(()) };
+        piece_of(image, words, guest)?;
+        self.may_be_clusters(image, clusters)?;
+        (clusters.first..clusters.first + clusters.count)
+            .try_for_each(|cluster| self.check_count(image, cluster, least))
     }
 
-    fn check_count(&mut self, core: &Core, cluster: u64, least: u64) -> Result<()> {
-        let count = self.count(core, cluster)?;
+    fn check_count(&mut self, image: &ImageFile, cluster: u64, least: u64) -> Result<()> {
+        let count = self.count(image, cluster)?;
         if count < least {
             let fact = format!("cluster {cluster:#x} has at least {least} users, but its refcount is {count}");
-            return Err(core.corrupt(fact));
+            return Err(image.corrupt(fact));
         }
         Ok(())
     }
 
-    fn fits_once_more(&mut self, core: &Core, l1: Table, index: u64, more: &mut HashMap<u64, u64>) -> Result<bool> {
-        let most = max_refcount(core.order);
-        let Some(table) = self.table_of(core, l1, index)? else { return Ok(true) };
-        self.may_be_l2(core, index, table)?;
-        if l1 != self.l1 && self.table_of(core, self.l1, index)? == Some(table) {
+    fn fits_once_more(
+        &mut self,
+        image: &ImageFile,
+        l1: Table,
+        index: u64,
+        more: &mut HashMap<u64, u64>,
+    ) -> Result<bool> {
+        let most = max_refcount(image.order);
+        let Some(table) = self.table_of(image, l1, index)? else { return Ok(true) };
+        self.may_be_l2(image, index, table)?;
+        if l1 != self.l1 && self.table_of(image, self.l1, index)? == Some(table) {
             return Ok(true);
         }
-        let own = core.cluster().index(table.0);
-        self.check_count(core, own, 1)?;
-        let mut fits = self.count(core, own)? < most;
-        for (number, words) in self.all_words(core, table)?.into_iter().enumerate() {
-            let guest = index * core.l1_span() + number as u64 * core.cluster().size();
-            self.check_references(core, words, guest, 1)?;
-            let Some(clusters) = references(core, words) else { continue };
+        let own = image.cluster().index(table.0);
+        self.check_count(image, own, 1)?;
+        let mut fits = self.count(image, own)? < most;
+        for (number, words) in self.all_words(image, table)?.into_iter().enumerate() {
+            let guest = index * image.l1_span() + number as u64 * image.cluster().size();
+            self.check_references(image, words, guest, 1)?;
+            let Some(clusters) = references(image, words) else { continue };
             for cluster in clusters.first..clusters.first + clusters.count {
-                let mut count = self.count(core, cluster)?;
+                let mut count = self.count(image, cluster)?;
                 if EntryFormat::is_compressed(words.entry) && count.saturating_mul(2) > most {
                     let more = more.entry(cluster).or_default();
                     count += *more;
@@ -122,75 +129,76 @@ impl Meta {
 
     /// Makes sure that what an entry of an L1 table reaches can lose a reference, and that what the active table
     /// has at the same place keeps one.
-    pub(super) fn check_leaving(&mut self, core: &Core, l1: Table, index: u64) -> Result<()> {
-        let Some(table) = self.table_of(core, l1, index)? else { return Ok(()) };
-        self.may_be_l2(core, index, table)?;
-        let active = if l1 == self.l1 { None } else { self.table_of(core, self.l1, index)? };
+    pub(super) fn check_leaving(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<()> {
+        let Some(table) = self.table_of(image, l1, index)? else { return Ok(()) };
+        self.may_be_l2(image, index, table)?;
+        let active = if l1 == self.l1 { None } else { self.table_of(image, self.l1, index)? };
         let is_shared = active == Some(table);
-        self.check_count(core, core.cluster().index(table.0), 1 + u64::from(is_shared))?;
+        self.check_count(image, image.cluster().index(table.0), 1 + u64::from(is_shared))?;
         let others = match active {
-            Some(other) if !is_shared => self.all_words(core, other)?,
+            Some(other) if !is_shared => self.all_words(image, other)?,
             _ => Vec::new(),
         };
-        for (number, words) in self.all_words(core, table)?.into_iter().enumerate() {
-            let guest = index * core.l1_span() + number as u64 * core.cluster().size();
-            let other = others.get(number).and_then(|other| references(core, *other));
-            let is_shared = is_shared || other.is_some() && other == references(core, words);
-            self.check_references(core, words, guest, 1 + u64::from(is_shared))?;
+        for (number, words) in self.all_words(image, table)?.into_iter().enumerate() {
+            let guest = index * image.l1_span() + number as u64 * image.cluster().size();
+            let other = others.get(number).and_then(|other| references(image, *other));
+            let is_shared = is_shared || other.is_some() && other == references(image, words);
+            self.check_references(image, words, guest, 1 + u64::from(is_shared))?;
         }
         Ok(())
     }
 
     /// Counts an L2 table, and everything that it refers to, once more; nothing of that is anybody's own any more.
-    pub(super) fn share_table(&mut self, core: &Core, table: HostOffset) -> Result<()> {
-        for (number, words) in self.all_words(core, table)?.into_iter().enumerate() {
-            let Some(clusters) = references(core, words) else { continue };
+    pub(super) fn share_table(&mut self, image: &ImageFile, table: HostOffset) -> Result<()> {
+        for (number, words) in self.all_words(image, table)?.into_iter().enumerate() {
+            let Some(clusters) = references(image, words) else { continue };
             for cluster in clusters.first..clusters.first + clusters.count {
-                self.count_once_more(core, cluster)?;
+                // M1, M2: the count rises first, then the flag goes.
+                self.count_once_more(image, cluster)?;
             }
             if EntryFormat::copied(words.entry) {
-                let at = table.0 + number as u64 * core.format.l2_entry_len();
-                self.set_word(core, at, Class::L2, EntryFormat::shared(words.entry))?;
+                let at = table.0 + number as u64 * image.format.l2_entry_len();
+                self.set_word(image, at, Class::L2, EntryFormat::shared(words.entry))?;
             }
         }
-        self.count_once_more(core, core.cluster().index(table.0))
+        self.count_once_more(image, image.cluster().index(table.0))
     }
 
     /// The same with the active table of an L1 entry, and the entry itself.
-    pub(super) fn share_active(&mut self, core: &Core, index: u64) -> Result<()> {
-        let Some(table) = self.table_of(core, self.l1, index)? else { return Ok(()) };
-        self.share_table(core, table)?;
-        let place = self.l1_place(core, index * core.l1_span());
-        let word = self.word(core, place, Class::L1)?;
-        self.set_word(core, place, Class::L1, EntryFormat::shared(word))
+    pub(super) fn share_active(&mut self, image: &ImageFile, index: u64) -> Result<()> {
+        let Some(table) = self.table_of(image, self.l1, index)? else { return Ok(()) };
+        self.share_table(image, table)?;
+        let place = self.l1_place(image, index * image.l1_span());
+        let word = self.word(image, place, Class::L1)?;
+        self.set_word(image, place, Class::L1, EntryFormat::shared(word))
     }
 
-    fn count_once_more(&mut self, core: &Core, cluster: u64) -> Result<()> {
-        let count = self.count(core, cluster)?;
-        if count >= max_refcount(core.order) {
-            return Err(core.corrupt(format_args!("cluster {cluster:#x} has more references than its refcount")));
+    fn count_once_more(&mut self, image: &ImageFile, cluster: u64) -> Result<()> {
+        let count = self.count(image, cluster)?;
+        if count >= max_refcount(image.order) {
+            return Err(image.corrupt(format_args!("cluster {cluster:#x} has more references than its refcount")));
         }
-        self.set_count(core, cluster, count + 1)
+        self.set_count(image, cluster, count + 1)
     }
 
     /// Takes a reference from an L2 table and from everything that it refers to: an L1 table has gone, durably.
     /// Returns what is free by that, in the order of the file.
-    pub(super) fn leave_table(&mut self, core: &Core, table: HostOffset) -> Result<Vec<Freed>> {
-        let own = Freed { first: core.cluster().index(table.0), count: 1 };
+    pub(super) fn leave_table(&mut self, image: &ImageFile, table: HostOffset) -> Result<Vec<Freed>> {
+        let own = Freed { first: image.cluster().index(table.0), count: 1 };
         let mut left: Vec<u64> = Vec::new();
-        for words in self.all_words(core, table)? {
-            if let Some(clusters) = references(core, words) {
-                self.unreference(core, clusters)?;
+        for words in self.all_words(image, table)? {
+            if let Some(clusters) = references(image, words) {
+                self.unreference(image, clusters)?;
                 left.extend(clusters.first..clusters.first + clusters.count);
             }
         }
-        self.unreference(core, own)?;
+        self.unreference(image, own)?;
         left.push(own.first);
         left.sort_unstable();
         left.dedup();
         let mut freed: Vec<Freed> = Vec::new();
         for cluster in left {
-            if self.count(core, cluster)? > 0 {
+            if self.count(image, cluster)? > 0 {
                 continue;
             }
             match freed.last_mut() {
@@ -198,29 +206,30 @@ impl Meta {
                 _ => freed.push(Freed { first: cluster, count: 1 }),
             }
         }
-        if self.count(core, own.first)? == 0 {
-            self.slices.forget(table.0, table.0 + core.cluster().size(), core.slice_len());
+        if self.count(image, own.first)? == 0 {
+            self.slices.forget(table.0, table.0 + image.cluster().size(), image.slice_len());
         }
         Ok(freed)
     }
 
     /// Marks what has come to be the active disk's alone, in the L2 table of an L1 entry and in the entry itself.
-    pub(super) fn flag_own(&mut self, core: &Core, index: u64) -> Result<()> {
-        let Some(table) = self.table_of(core, self.l1, index)? else { return Ok(()) };
-        if self.count(core, core.cluster().index(table.0))? != 1 {
+    pub(super) fn flag_own(&mut self, image: &ImageFile, index: u64) -> Result<()> {
+        let Some(table) = self.table_of(image, self.l1, index)? else { return Ok(()) };
+        if self.count(image, image.cluster().index(table.0))? != 1 {
             return Ok(()); // and so is everything behind it
         }
-        let place = self.l1_place(core, index * core.l1_span());
-        self.set_word(core, place, Class::L1, EntryFormat::owned(table))?;
-        for (number, words) in self.all_words(core, table)?.into_iter().enumerate() {
+        let place = self.l1_place(image, index * image.l1_span());
+        self.set_word(image, place, Class::L1, EntryFormat::owned(table))?;
+        for (number, words) in self.all_words(image, table)?.into_iter().enumerate() {
             let host = EntryFormat::raw_offset(words.entry);
             if EntryFormat::is_compressed(words.entry) || EntryFormat::copied(words.entry) || host == 0 {
                 continue;
             }
-            if self.count(core, core.cluster().index(host))? == 1 {
-                let at = table.0 + number as u64 * core.format.l2_entry_len();
+            // M2: what is counted once is flagged, and nothing else.
+            if self.count(image, image.cluster().index(host))? == 1 {
+                let at = table.0 + number as u64 * image.format.l2_entry_len();
                 let owned = words.entry | EntryFormat::owned(HostOffset(host));
-                self.set_word(core, at, Class::L2, owned)?;
+                self.set_word(image, at, Class::L2, owned)?;
             }
         }
         Ok(())

@@ -9,8 +9,8 @@ use crate::format::{EntryFormat, Table};
 use crate::units::HostOffset;
 
 use super::allocate::Attempt;
-use super::meta::{Core, Freed, Meta, Words};
 use super::slices::Class;
+use super::tables::{Freed, ImageFile, RawL2Entry, Tables};
 
 /// The active view; internal snapshots follow, from 1 on.
 const ACTIVE: usize = 0;
@@ -35,7 +35,7 @@ impl Group {
     }
 }
 
-impl Meta {
+impl Tables {
     /// Bytes of the longest disk; the active one has `size`.
     pub(super) fn longest(&self, size: u64) -> u64 {
         self.snapshots.iter().filter_map(|snapshot| snapshot.size).fold(size, u64::max)
@@ -47,10 +47,10 @@ impl Meta {
 
     /// The views whose disks reach as far as the L2 table of `at` does, by that table. VM state lies behind a
     /// disk's last table and belongs to none.
-    pub(super) fn groups(&mut self, core: &Core, at: u64, size: u64) -> Result<Vec<Group>> {
-        let index = at / core.l1_span();
-        let start = index * core.l1_span();
-        let most = usize::try_from(max_refcount(core.order)).unwrap_or(usize::MAX);
+    pub(super) fn groups(&mut self, image: &ImageFile, at: u64, size: u64) -> Result<Vec<Group>> {
+        let index = at / image.l1_span();
+        let start = index * image.l1_span();
+        let most = usize::try_from(max_refcount(image.order)).unwrap_or(usize::MAX);
         let mut groups: Vec<Group> = Vec::new();
         let mut by_table: HashMap<Option<HostOffset>, usize> = HashMap::new();
         for root in 0..=self.snapshots.len() {
@@ -58,7 +58,7 @@ impl Meta {
             if start >= end {
                 continue;
             }
-            let table = self.table_of(core, self.root(root), index)?;
+            let table = self.table_of(image, self.root(root), index)?;
             match by_table.get(&table).map(|found| &mut groups[*found]) {
                 Some(group) if table.is_some() || group.roots.len() < most => {
                     group.roots.push(root);
@@ -74,40 +74,42 @@ impl Meta {
     }
 
     /// Whether the next flush takes references from a cluster.
-    pub(super) fn is_pending(&mut self, core: &Core, cluster: u64) -> Result<bool> {
+    pub(super) fn is_pending(&mut self, image: &ImageFile, cluster: u64) -> Result<bool> {
+        // M1: what is about to lose a user in memory still has it on disk.
         let is_it = |freed: &Freed| (freed.first..freed.first + freed.count).contains(&cluster);
-        Ok(self.count(core, cluster)? > 1 && self.pending.iter().any(is_it))
+        Ok(self.count(image, cluster)? > 1 && self.pending.iter().any(is_it))
     }
 
     /// Makes sure that the group has an L2 table for `at` that may be changed for all of it, and for it alone.
-    pub(super) fn ready_table(&mut self, core: &Core, group: &Group, at: u64) -> Attempt<()> {
+    pub(super) fn ready_table(&mut self, image: &ImageFile, group: &Group, at: u64) -> Attempt<()> {
         if group.is_active_alone() {
-            return self.own_l2_table(core, at).map(|_| ());
+            return self.own_l2_table(image, at).map(|_| ());
         }
         let count = group.roots.len() as u64;
         if let Some(table) = group.table {
-            let cluster = core.cluster().index(table.0);
+            let cluster = image.cluster().index(table.0);
             if cluster >= self.fresh || self.roles.contains(cluster) != group.has_active() {
                 let fact = format!("an internal snapshot names {table} as an L2 table, which it is not");
-                return Err(core.corrupt(fact).into());
+                return Err(image.corrupt(fact).into());
             }
-            let counted = self.count(core, cluster)?;
+            let counted = self.count(image, cluster)?;
             if counted < count {
                 let fact = format!("the L2 table at {table} has {count} users, but a refcount of {counted}");
-                return Err(core.corrupt(fact).into());
+                return Err(image.corrupt(fact).into());
             }
             if counted == count {
                 return Ok(());
             }
+            // M1: users that are not known keep the table as it is.
             // More than are known: a leak, somebody at another place of a disk, or somebody who has left it in
             // memory, but not yet on disk. For none of them anything may change.
         }
-        self.move_group(core, group, at / core.l1_span())
+        self.move_group(image, group, at / image.l1_span())
     }
 
     /// Gives a group a new table, with the same entries.
-    fn move_group(&mut self, core: &Core, group: &Group, index: u64) -> Attempt<()> {
-        let size = core.cluster().size();
+    fn move_group(&mut self, image: &ImageFile, group: &Group, index: u64) -> Attempt<()> {
+        let size = image.cluster().size();
         for root in &group.roots {
             let l1 = self.root(*root);
             if index >= u64::from(l1.entries) {
@@ -116,51 +118,57 @@ impl Meta {
                     "the L1 table of its internal snapshot \"{}\" does not cover its disk; delete the snapshot",
                     name.escape_debug()
                 );
-                return Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", core.name)).into());
+                return Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", image.name)).into());
             }
-            self.word(core, l1.offset.0 + index * 8, Class::L1)?;
+            self.word(image, l1.offset.0 + index * 8, Class::L1)?;
         }
-        let run = self.allocate(core, 1, true)?;
+        let run = self.allocate(image, 1, true)?;
         let table = HostOffset(run.first * size);
-        if let Err(error) = self.fill_l2_table(core, table, group.table) {
-            self.give_back(core, run)?;
+        if let Err(error) = self.fill_l2_table(image, table, group.table) {
+            self.give_back(image, run)?;
             return Err(error.into());
         }
         let count = group.roots.len() as u64;
-        self.set_count(core, run.first, count)?;
+        self.set_count(image, run.first, count)?;
         let entry = EntryFormat::owned(table);
         let entry = if count == 1 { entry } else { EntryFormat::shared(entry) };
         for root in &group.roots {
-            self.set_word(core, self.root(*root).offset.0 + index * 8, Class::L1, entry)?;
+            self.set_word(image, self.root(*root).offset.0 + index * 8, Class::L1, entry)?;
         }
         if group.has_active() {
             self.roles.add(run.first, 1);
         }
         if let Some(old) = group.table {
-            let first = core.cluster().index(old.0);
+            let first = image.cluster().index(old.0);
             if group.has_active() {
                 self.roles.remove(first, 1);
             }
-            self.slices.forget(old.0, old.0 + size, core.slice_len());
+            self.slices.forget(old.0, old.0 + size, image.slice_len());
             self.pending.extend(group.roots.iter().map(|_| Freed { first, count: 1 }));
         }
         Ok(())
     }
 
     /// The entry of a table for a position of the disk; silent where there is no table.
-    pub(super) fn entry_in(&mut self, core: &Core, table: Option<HostOffset>, at: u64) -> Result<Words> {
-        let Some(table) = table else { return Ok(Words::default()) };
-        let (words, index) = self.slice(core, Self::l2_place(core, table, at), Class::L2)?;
-        Ok(Words { entry: words[index], bitmap: if core.format.extended { words[index + 1] } else { 0 } })
+    pub(super) fn entry_in(&mut self, image: &ImageFile, table: Option<HostOffset>, at: u64) -> Result<RawL2Entry> {
+        let Some(table) = table else { return Ok(RawL2Entry::default()) };
+        let (words, index) = self.slice(image, Self::l2_place(image, table, at), Class::L2)?;
+        Ok(RawL2Entry { entry: words[index], bitmap: if image.format.extended { words[index + 1] } else { 0 } })
     }
 
     /// Sets the entry of a table for a position of the disk.
-    pub(super) fn set_entry_in(&mut self, core: &Core, table: HostOffset, at: u64, words: Words) -> Result<()> {
-        let place = Self::l2_place(core, table, at);
+    pub(super) fn set_entry_in(
+        &mut self,
+        image: &ImageFile,
+        table: HostOffset,
+        at: u64,
+        words: RawL2Entry,
+    ) -> Result<()> {
+        let place = Self::l2_place(image, table, at);
         // Both words lie in one slice: 16-byte entries are aligned.
-        self.set_word(core, place, Class::L2, words.entry)?;
-        if core.format.extended {
-            self.set_word(core, place + 8, Class::L2, words.bitmap)?;
+        self.set_word(image, place, Class::L2, words.entry)?;
+        if image.format.extended {
+            self.set_word(image, place + 8, Class::L2, words.bitmap)?;
         }
         Ok(())
     }

@@ -10,9 +10,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::EntryFormat;
 use crate::units::{HostOffset, SECTOR_SIZE};
 
-use super::meta::{Core, Freed, Meta, Piece, Words, references};
 use super::qcow2::Qcow2Writer;
 use super::slices::Class;
+use super::tables::{Freed, ImageFile, Piece, RawL2Entry, Tables, references};
 use super::{Body, Writer, Zeroing, where_possible, zero_bytes};
 
 impl Writer {
@@ -51,7 +51,7 @@ impl Qcow2Writer {
         assert!(!self.is_undoable(), "what is written can be undone");
         let _all = self.ranges.hold(0, u64::MAX);
         self.check_poison()?;
-        let size = smaller(&self.core.name, size, self.size())?;
+        let size = smaller(&self.image.name, size, self.size())?;
         if size < self.size() {
             self.refuse_unnoted_sizes()?;
             self.refuse_bitmaps()?;
@@ -59,6 +59,7 @@ impl Qcow2Writer {
             let _turn = self.flushes.turn();
             self.check_poison()?;
             self.flush_in_turn()?;
+            // M11: the size is on disk before a mapping goes.
             self.name_size(size)?;
         }
         self.trim(size)?;
@@ -67,11 +68,11 @@ impl Qcow2Writer {
 
     /// Gives back what lies behind the end of the disk.
     fn trim(&self, size: u64) -> Result<()> {
-        let core = &self.core;
+        let image = &self.image;
         self.prepare()?;
-        let end = size.next_multiple_of(core.cluster().size());
+        let end = size.next_multiple_of(image.cluster().size());
         self.zero_tail(size, end)?;
-        if let Some(data_file) = &core.data_file {
+        if let Some(data_file) = &image.data_file {
             let len = data_file.len()?;
             if self.raw_data && len > size {
                 data_file.set_len(size)?;
@@ -81,16 +82,16 @@ impl Qcow2Writer {
                 self.data_dirty.store(true, Ordering::Release);
             }
         }
-        let (first, l1) = (end / core.l1_span(), self.meta.read().l1);
+        let (first, l1) = (end / image.l1_span(), self.tables.read().l1);
         for index in first..l1.entries.into() {
-            let from = end.saturating_sub(index * core.l1_span()) / core.cluster().size();
-            let own = self.with_tables(|meta| Ok(meta.own_behind(core, index, from)?))?;
+            let from = end.saturating_sub(index * image.l1_span()) / image.cluster().size();
+            let own = self.with_tables(|tables| Ok(tables.own_behind(image, index, from)?))?;
             // By now nobody reads it; afterwards it could be somebody else's.
             self.punch(&own);
             if from == 0 {
-                self.with_tables(|meta| Ok(meta.drop_table(core, index)?))?;
+                self.with_tables(|tables| Ok(tables.drop_table(image, index)?))?;
             } else {
-                self.with_tables(|meta| meta.drop_entries(core, index, from))?;
+                self.with_tables(|tables| tables.drop_entries(image, index, from))?;
             }
             self.relieve()?;
         }
@@ -99,14 +100,14 @@ impl Qcow2Writer {
 
     /// Makes what the disk has of its own between its end and the end of the cluster zero.
     fn zero_tail(&self, size: u64, end: u64) -> Result<()> {
-        let core = &self.core;
+        let image = &self.image;
         let (mut at, mut is_shared) = (size, false);
         while at < end && !self.raw_data {
             let (piece, run) = self.lookup_to_write(at, end - at)?;
             match piece {
                 Piece::Own(host) => {
                     let run = self.inside_data_file(host, run)?;
-                    zero_bytes(&**core.data(), host.0, run, Zeroing::Unmap)?;
+                    zero_bytes(&**image.data(), host.0, run, Zeroing::Unmap)?;
                     self.data_dirty.store(true, Ordering::Release);
                 }
                 Piece::Shared(_) | Piece::Compressed(_) => is_shared = true,
@@ -127,22 +128,22 @@ impl Qcow2Writer {
 
     /// How much of a run the data file has; nothing else is made longer.
     fn inside_data_file(&self, host: HostOffset, run: u64) -> Result<u64> {
-        match &self.core.data_file {
+        match &self.image.data_file {
             Some(data_file) => Ok(run.min(data_file.len()?.saturating_sub(host.0))),
             None => Ok(run),
         }
     }
 }
 
-impl Meta {
+impl Tables {
     /// What only the active disk refers to, by the entries from `from` on of one of its L2 tables.
-    fn own_behind(&mut self, core: &Core, index: u64, from: u64) -> Result<Vec<Freed>> {
-        let Some(table) = self.table_of(core, self.l1, index)? else { return Ok(Vec::new()) };
+    fn own_behind(&mut self, image: &ImageFile, index: u64, from: u64) -> Result<Vec<Freed>> {
+        let Some(table) = self.table_of(image, self.l1, index)? else { return Ok(Vec::new()) };
         let mut own: Vec<Freed> = Vec::new();
-        for words in self.all_words(core, table)?.into_iter().skip(from as usize) {
-            let Some(clusters) = references(core, words) else { continue };
-            self.may_be_clusters(core, clusters)?;
-            if EntryFormat::is_compressed(words.entry) || self.count(core, clusters.first)? != 1 {
+        for words in self.all_words(image, table)?.into_iter().skip(from as usize) {
+            let Some(clusters) = references(image, words) else { continue };
+            self.may_be_clusters(image, clusters)?;
+            if EntryFormat::is_compressed(words.entry) || self.count(image, clusters.first)? != 1 {
                 continue;
             }
             match own.last_mut() {
@@ -154,35 +155,35 @@ impl Meta {
     }
 
     /// Forgets all that an L1 entry leads to.
-    fn drop_table(&mut self, core: &Core, index: u64) -> Result<()> {
-        let Some(table) = self.table_of(core, self.l1, index)? else { return Ok(()) };
-        let all = self.all_words(core, table)?;
-        let cluster = core.cluster().index(table.0);
-        let is_own = self.count(core, cluster)? == 1;
-        self.set_word(core, self.l1.offset.0 + index * 8, Class::L1, 0)?;
-        all.into_iter().try_for_each(|words| self.release(core, words))?;
+    fn drop_table(&mut self, image: &ImageFile, index: u64) -> Result<()> {
+        let Some(table) = self.table_of(image, self.l1, index)? else { return Ok(()) };
+        let all = self.all_words(image, table)?;
+        let cluster = image.cluster().index(table.0);
+        let is_own = self.count(image, cluster)? == 1;
+        self.set_word(image, self.l1.offset.0 + index * 8, Class::L1, 0)?;
+        all.into_iter().try_for_each(|words| self.release(image, words))?;
         self.roles.remove(cluster, 1);
         if is_own {
-            self.slices.forget(table.0, table.0 + core.cluster().size(), core.slice_len());
+            self.slices.forget(table.0, table.0 + image.cluster().size(), image.slice_len());
         }
         self.free_later(cluster);
         Ok(())
     }
 
     /// Forgets what the entries from `from` on of an active L2 table name.
-    fn drop_entries(&mut self, core: &Core, index: u64, from: u64) -> super::allocate::Attempt<()> {
-        let Some(table) = self.table_of(core, self.l1, index)? else { return Ok(()) };
-        let behind = self.all_words(core, table)?.into_iter().skip(from as usize);
-        if behind.into_iter().all(|words| words == Words::default()) {
+    fn drop_entries(&mut self, image: &ImageFile, index: u64, from: u64) -> super::allocate::Attempt<()> {
+        let Some(table) = self.table_of(image, self.l1, index)? else { return Ok(()) };
+        let behind = self.all_words(image, table)?.into_iter().skip(from as usize);
+        if behind.into_iter().all(|words| words == RawL2Entry::default()) {
             return Ok(());
         }
-        let start = index * core.l1_span();
-        let table = self.own_l2_table(core, start)?;
-        for (number, words) in self.all_words(core, table)?.into_iter().enumerate().skip(from as usize) {
-            if words != Words::default() {
-                let guest = start + number as u64 * core.cluster().size();
-                self.set_entry_in(core, table, guest, Words::default())?;
-                self.release(core, words)?;
+        let start = index * image.l1_span();
+        let table = self.own_l2_table(image, start)?;
+        for (number, words) in self.all_words(image, table)?.into_iter().enumerate().skip(from as usize) {
+            if words != RawL2Entry::default() {
+                let guest = start + number as u64 * image.cluster().size();
+                self.set_entry_in(image, table, guest, RawL2Entry::default())?;
+                self.release(image, words)?;
             }
         }
         Ok(())

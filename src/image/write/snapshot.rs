@@ -14,10 +14,10 @@ use crate::image::read_snapshots;
 use crate::units::HostOffset;
 
 use super::allocate::Run;
-use super::meta::{Core, Freed, Meta, SnapshotRoot};
 use super::open::read_header;
 use super::qcow2::Qcow2Writer;
 use super::slices::Class;
+use super::tables::{Freed, ImageFile, SnapshotRoot, Tables};
 use super::{Body, Writer};
 
 /// An internal snapshot that is to be.
@@ -61,10 +61,10 @@ pub(super) struct SnapshotTable {
 
 impl SnapshotTable {
     /// Its clusters.
-    pub(super) fn clusters(&self, core: &Core) -> Freed {
+    pub(super) fn clusters(&self, image: &ImageFile) -> Freed {
         Freed {
-            first: core.cluster().index(self.at.0),
-            count: (self.bytes.len() as u64).div_ceil(core.cluster().size()),
+            first: image.cluster().index(self.at.0),
+            count: (self.bytes.len() as u64).div_ceil(image.cluster().size()),
         }
     }
 }
@@ -80,26 +80,26 @@ impl Qcow2Writer {
     pub(super) fn snapshot_table(&self) -> Result<SnapshotTable> {
         // Taking a snapshot names another table and gives the old one back, at once.
         let _turn = self.flushes.turn();
-        let core = &self.core;
-        let header = read_header(&core.name, &*core.file)?;
-        let (snapshots, len) = read_snapshots(&core.name, &*core.file, &header)?;
+        let image = &self.image;
+        let header = read_header(&image.name, &*image.file)?;
+        let (snapshots, len) = read_snapshots(&image.name, &*image.file, &header)?;
         let mut bytes = vec![0; len as usize];
-        let have = core.file.read_at(header.snapshots.offset.0, &mut bytes)?;
+        let have = image.file.read_at(header.snapshots.offset.0, &mut bytes)?;
         assert!(have == bytes.len(), "what has been read is there");
         Ok(SnapshotTable { at: header.snapshots.offset, bytes, snapshots })
     }
 
     pub(super) fn refuse_data_file(&self) -> Result<()> {
-        if self.core.data_file.is_none() {
+        if self.image.data_file.is_none() {
             return Ok(());
         }
         let sentence = "its data lies in an external file, of which there are no internal snapshots; take an external \
                         one";
-        Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", self.core.name)))
+        Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", self.image.name)))
     }
 
     fn take_snapshot(&self, new: &NewSnapshot) -> Result<()> {
-        let core = &self.core;
+        let image = &self.image;
         self.refuse_data_file()?;
         self.prepare()?;
         // No mapping changes from here on; what is written in place goes on.
@@ -109,7 +109,7 @@ impl Qcow2Writer {
         let snapshot = self.describe_snapshot(new, &old)?;
         let table = self.table_with(&old, &snapshot)?;
         let table_len = table.len() as u64;
-        let l1 = self.meta.read().l1;
+        let l1 = self.tables.read().l1;
         self.refuse_overflow(l1, l1.entries.into()).map_err(|error| self.damaged(error))?;
         let places = self.reserve_places(snapshot.l1, table_len)?;
         // Until the active tables change, failing is only failing.
@@ -117,14 +117,14 @@ impl Qcow2Writer {
         let snapshot = match written {
             Ok(snapshot) => snapshot,
             Err(error) => {
-                self.meta.write().drop_places(core, &places).map_err(|error| self.poisoned_by(error))?;
+                self.tables.write().drop_places(image, &places).map_err(|error| self.poisoned_by(error))?;
                 return Err(error);
             }
         };
         let bits = match self.reserve_l2_tables().and_then(|()| self.mark_unfinished()) {
             Ok(bits) => bits,
             Err(error) => {
-                self.meta.write().drop_places(core, &places).map_err(|error| self.poisoned_by(error))?;
+                self.tables.write().drop_places(image, &places).map_err(|error| self.poisoned_by(error))?;
                 return Err(error);
             }
         };
@@ -139,14 +139,14 @@ impl Qcow2Writer {
         append(&mut table, snapshot);
         if old.snapshots.len() as u64 >= MAX_SNAPSHOTS || table.len() as u64 > MAX_TABLE_LEN {
             let fact = format!("it has {} internal snapshots, and room for no more; delete some", old.snapshots.len());
-            return Err(Error::new(ErrorKind::Limit, format!("{}: {fact}", self.core.name)));
+            return Err(Error::new(ErrorKind::Limit, format!("{}: {fact}", self.image.name)));
         }
         Ok(table)
     }
 
     /// The entry of a snapshot of the disk as it is, with the L1 table that the disk has now.
     pub(super) fn describe_snapshot(&self, new: &NewSnapshot, old: &SnapshotTable) -> Result<Snapshot> {
-        let name = &self.core.name;
+        let name = &self.image.name;
         if new.name.len() > usize::from(u16::MAX) {
             return Err(Error::new(ErrorKind::Usage, format!("{name}: the name of the snapshot is too long")));
         }
@@ -157,7 +157,7 @@ impl Qcow2Writer {
         Ok(Snapshot {
             id: id.to_string().into_bytes(),
             name: new.name.clone(),
-            l1: self.meta.read().l1,
+            l1: self.tables.read().l1,
             seconds: new.seconds,
             nanoseconds: new.nanoseconds,
             vm_clock_nanoseconds: 0,
@@ -170,17 +170,17 @@ impl Qcow2Writer {
     }
 
     fn reserve_places(&self, l1: Table, table_len: u64) -> Result<Places> {
-        let core = &self.core;
-        let size = core.cluster().size();
-        self.with_tables(|meta| {
+        let image = &self.image;
+        let size = image.cluster().size();
+        self.with_tables(|tables| {
             let l1 = match l1.len_bytes().div_ceil(size) {
                 0 => None,
-                clusters => Some(meta.allocate_table(core, clusters)?),
+                clusters => Some(tables.allocate_table(image, clusters)?),
             };
-            match meta.allocate_table(core, table_len.div_ceil(size)) {
+            match tables.allocate_table(image, table_len.div_ceil(size)) {
                 Ok(table) => Ok(Places { l1, table }),
                 Err(stop) => {
-                    l1.map_or(Ok(()), |l1| meta.give_back_table(core, l1))?;
+                    l1.map_or(Ok(()), |l1| tables.give_back_table(image, l1))?;
                     Err(stop)
                 }
             }
@@ -195,23 +195,23 @@ impl Qcow2Writer {
         mut table: Vec<u8>,
         old_len: usize,
     ) -> Result<Snapshot> {
-        let core = &self.core;
-        let size = core.cluster().size();
+        let image = &self.image;
+        let size = image.cluster().size();
         let offset = HostOffset(places.l1.map_or(0, |run| run.first * size));
         let snapshot = Snapshot { l1: Table { offset, ..snapshot.l1 }, ..snapshot.clone() };
         table.truncate(old_len);
         append(&mut table, &snapshot);
         table.resize(table.len().next_multiple_of(size as usize), 0);
         if let Some(run) = places.l1 {
-            let l1 = self.meta.read().l1;
-            let mut bytes = self.meta.write().table_bytes(core, l1.offset, l1.entries.into(), Class::L1)?;
+            let l1 = self.tables.read().l1;
+            let mut bytes = self.tables.write().table_bytes(image, l1.offset, l1.entries.into(), Class::L1)?;
             for entry in bytes.as_chunks_mut::<8>().0 {
                 *entry = EntryFormat::shared(u64::from_be_bytes(*entry)).to_be_bytes();
             }
             bytes.resize((run.count * size) as usize, 0);
-            core.file.write_at(offset.0, &bytes)?;
+            image.file.write_at(offset.0, &bytes)?;
         }
-        core.file.write_at(places.table.first * size, &table)?;
+        image.file.write_at(places.table.first * size, &table)?;
         self.data_dirty.store(true, Ordering::Release);
         Ok(snapshot)
     }
@@ -222,13 +222,14 @@ impl Qcow2Writer {
     /// acknowledged before the call, and every other waits for its range, so that the snapshot is of one
     /// moment all the same: that in which the last flag goes.
     fn share_everything(&self) -> Result<()> {
-        let entries = self.meta.read().l1.entries;
+        let entries = self.tables.read().l1.entries;
         for index in 0..u64::from(entries) {
             // Halfway there is no way back that could not fail as well.
-            let shared = self.meta.write().share_active(&self.core, index);
+            let shared = self.tables.write().share_active(&self.image, index);
             shared.map_err(|error| self.poisoned_by(error))?;
             self.relieve()?;
         }
+        // M8: the snapshot is of the moment in which the last writer in place is done.
         // Whoever looked a place up while it was the disk's alone is done with it when the gate has been ours.
         drop(self.reuse_gate.write());
         Ok(())
@@ -243,8 +244,8 @@ impl Qcow2Writer {
         len: u64,
         bits: Option<u64>,
     ) -> Result<()> {
-        let core = &self.core;
-        let size = core.cluster().size();
+        let image = &self.image;
+        let size = image.cluster().size();
         let _turn = self.flushes.turn();
         self.check_poison()?;
         // What was written in place is part of the snapshot, the copies are only written: one barrier for all.
@@ -258,14 +259,14 @@ impl Qcow2Writer {
 
     /// Goes over to a table with one snapshot more, which the header names by now.
     pub(super) fn adopt_snapshot(&self, old: &SnapshotTable, snapshot: &Snapshot) -> Result<()> {
-        let core = &self.core;
-        let mut meta = self.meta.write();
-        core.has_snapshots.store(true, Ordering::Release);
-        meta.snapshots.push(SnapshotRoot::of(snapshot));
-        let table = old.clusters(core);
-        meta.roles.remove(table.first, table.count);
+        let image = &self.image;
+        let mut tables = self.tables.write();
+        image.has_snapshots.store(true, Ordering::Release);
+        tables.snapshots.push(SnapshotRoot::of(snapshot));
+        let table = old.clusters(image);
+        tables.roles.remove(table.first, table.count);
         // Durably, nothing names it any more.
-        meta.unreference(core, table).map_err(|error| self.poisoned_by(error))
+        tables.unreference(image, table).map_err(|error| self.poisoned_by(error))
     }
 
     /// Lets the header name a snapshot table that is durable by now; for whoever has the turn. `bits`, if there is
@@ -278,8 +279,8 @@ impl Qcow2Writer {
             field.extend(bits.to_be_bytes());
         }
         let switched =
-            self.core.file.write_at(SNAPSHOTS_AT, &field).and_then(|()| {
-                self.core.file.sync().inspect_err(|_| self.has_lost_writes.store(true, Ordering::Release))
+            self.image.file.write_at(SNAPSHOTS_AT, &field).and_then(|()| {
+                self.image.file.sync().inspect_err(|_| self.has_lost_writes.store(true, Ordering::Release))
             });
         switched.map_err(|error| self.poisoned_by(error))
     }
@@ -291,8 +292,8 @@ impl Places {
     }
 }
 
-impl Meta {
-    fn drop_places(&mut self, core: &Core, places: &Places) -> Result<()> {
-        places.runs().try_for_each(|run| self.give_back_table(core, run))
+impl Tables {
+    fn drop_places(&mut self, image: &ImageFile, places: &Places) -> Result<()> {
+        places.runs().try_for_each(|run| self.give_back_table(image, run))
     }
 }

@@ -11,9 +11,9 @@ use crate::format::{EntryFormat, Snapshot, Table};
 use crate::units::HostOffset;
 
 use super::allocate::Run;
-use super::meta::{Core, Freed, Meta};
 use super::qcow2::Qcow2Writer;
 use super::snapshot::{NewSnapshot, SnapshotTable};
+use super::tables::{Freed, ImageFile, Tables};
 use super::{Body, Writer};
 
 impl Writer {
@@ -45,7 +45,7 @@ struct Kept {
 
 impl Qcow2Writer {
     fn apply_snapshot(&self, snapshot: &Snapshot, save: Option<&NewSnapshot>) -> Result<()> {
-        let core = &self.core;
+        let image = &self.image;
         assert!(!self.is_undoable(), "what is written can be undone");
         self.refuse_data_file()?;
         let _all = self.ranges.hold(0, u64::MAX);
@@ -61,12 +61,12 @@ impl Qcow2Writer {
         self.prepare_content()?;
         // What waits to lose references has lost them.
         self.flush()?;
-        let old = self.meta.read().l1;
+        let old = self.tables.read().l1;
         // Behind the entries of its disk lies VM state.
         let source = Table { entries: snapshot.l1.entries.min(entries as u32), ..snapshot.l1 };
         self.refuse_overflow(source, source.entries.into()).map_err(|error| self.damaged(error))?;
         if save.is_none() {
-            self.each_table(old, |index| self.meta.write().check_leaving(core, old, index))
+            self.each_table(old, |index| self.tables.write().check_leaving(image, old, index))
                 .map_err(|error| self.damaged(error))?;
         }
         let kept = save.map(|new| self.place_kept(new, &table)).transpose()?;
@@ -74,17 +74,17 @@ impl Qcow2Writer {
             Ok(new) => new,
             Err(error) => {
                 if let Some(kept) = kept {
-                    self.meta.write().give_back_table(core, kept.table).map_err(|error| self.poisoned_by(error))?;
+                    self.tables.write().give_back_table(image, kept.table).map_err(|error| self.poisoned_by(error))?;
                 }
                 return Err(error);
             }
         };
         self.each_table(source, |index| {
-            let mut meta = self.meta.write();
+            let mut tables = self.tables.write();
             let shared = match kept {
-                None => meta.share_unless_active(core, source, index),
+                None => tables.share_unless_active(image, source, index),
                 // The disk's own tables are going to be the other snapshot's, and lose nothing.
-                Some(_) => meta.share_for_active(core, source, index),
+                Some(_) => tables.share_for_active(image, source, index),
             };
             // Halfway there is no way back that could not fail as well.
             shared.map_err(|error| self.poisoned_by(error))
@@ -93,25 +93,25 @@ impl Qcow2Writer {
         match kept {
             Some(kept) => {
                 self.adopt_snapshot(&table, &kept.snapshot)?;
-                self.each_table(old, |index| self.meta.write().forget_table(core, old, index))
+                self.each_table(old, |index| self.tables.write().forget_table(image, old, index))
                     .map_err(|error| self.poisoned_by(error))?;
             }
             // All that is left has the snapshot's count as well: nothing has come to be the disk's own.
-            None => self.leave_l1(old, |meta, index, table| meta.leave_unless_active(core, index, table))?,
+            None => self.leave_l1(old, |tables, index, table| tables.leave_unless_active(image, index, table))?,
         }
         self.flush()
     }
 
     /// Writes a snapshot table with one entry more, for the disk as it is.
     fn place_kept(&self, new: &NewSnapshot, old: &SnapshotTable) -> Result<Kept> {
-        let core = &self.core;
-        let size = core.cluster().size();
+        let image = &self.image;
+        let size = image.cluster().size();
         let snapshot = self.describe_snapshot(new, old)?;
         let mut bytes = self.table_with(old, &snapshot)?;
         bytes.resize(bytes.len().next_multiple_of(size as usize), 0);
-        let table = self.with_tables(|meta| meta.allocate_table(core, bytes.len() as u64 / size))?;
-        if let Err(error) = core.file.write_at(table.first * size, &bytes) {
-            self.meta.write().give_back_table(core, table).map_err(|error| self.poisoned_by(error))?;
+        let table = self.with_tables(|tables| tables.allocate_table(image, bytes.len() as u64 / size))?;
+        if let Err(error) = image.file.write_at(table.first * size, &bytes) {
+            self.tables.write().give_back_table(image, table).map_err(|error| self.poisoned_by(error))?;
             return Err(error);
         }
         self.data_dirty.store(true, Ordering::Release);
@@ -123,32 +123,32 @@ impl Qcow2Writer {
         let _turn = self.flushes.turn();
         self.check_poison()?;
         self.flush_in_turn()?;
-        let cluster = self.core.cluster().size();
+        let cluster = self.image.cluster().size();
         let snapshots = kept.map(|kept| (kept.count, HostOffset(kept.table.first * cluster)));
         self.name_l1(size, new, snapshots)?;
-        self.meta.write().l1 = new;
+        self.tables.write().l1 = new;
         self.size.store(size, Ordering::Release);
         Ok(())
     }
 
     /// Writes an L1 table of its own for the snapshot's disk, which owns nothing.
     fn place_l1(&self, source: Table, entries: u64) -> Result<Table> {
-        let core = &self.core;
-        let size = core.cluster().size();
+        let image = &self.image;
+        let size = image.cluster().size();
         if entries == 0 {
             return Ok(Table { offset: HostOffset(0), entries: 0 });
         }
         let mut bytes = Vec::with_capacity((entries * 8).next_multiple_of(size) as usize);
         for index in 0..entries {
-            let table = self.meta.write().table_of(core, source, index)?;
+            let table = self.tables.write().table_of(image, source, index)?;
             let entry = table.map_or(0, |table| EntryFormat::shared(EntryFormat::owned(table)));
             bytes.extend(entry.to_be_bytes());
         }
         bytes.resize(bytes.len().next_multiple_of(size as usize), 0);
-        let run = self.with_tables(|meta| meta.allocate_table(core, bytes.len() as u64 / size))?;
+        let run = self.with_tables(|tables| tables.allocate_table(image, bytes.len() as u64 / size))?;
         let offset = HostOffset(run.first * size);
-        if let Err(error) = core.file.write_at(offset.0, &bytes) {
-            self.meta.write().give_back_table(core, run).map_err(|error| self.poisoned_by(error))?;
+        if let Err(error) = image.file.write_at(offset.0, &bytes) {
+            self.tables.write().give_back_table(image, run).map_err(|error| self.poisoned_by(error))?;
             return Err(error);
         }
         self.data_dirty.store(true, Ordering::Release);
@@ -156,37 +156,37 @@ impl Qcow2Writer {
     }
 }
 
-impl Meta {
+impl Tables {
     /// Counts the table of an entry for the active disk, too, unless that has it already.
-    fn share_unless_active(&mut self, core: &Core, l1: Table, index: u64) -> Result<()> {
-        let table = self.table_of(core, l1, index)?;
-        if table == self.table_of(core, self.l1, index)? { Ok(()) } else { self.share_for_active(core, l1, index) }
+    fn share_unless_active(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<()> {
+        let table = self.table_of(image, l1, index)?;
+        if table == self.table_of(image, self.l1, index)? { Ok(()) } else { self.share_for_active(image, l1, index) }
     }
 
     /// Counts the table of an entry once more.
-    fn share_for_active(&mut self, core: &Core, l1: Table, index: u64) -> Result<()> {
-        let Some(table) = self.table_of(core, l1, index)? else { return Ok(()) };
-        self.roles.add(core.cluster().index(table.0), 1);
-        self.share_table(core, table)
+    fn share_for_active(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<()> {
+        let Some(table) = self.table_of(image, l1, index)? else { return Ok(()) };
+        self.roles.add(image.cluster().index(table.0), 1);
+        self.share_table(image, table)
     }
 
     /// A table that the disk has left is none of its tables any more, though a snapshot has it.
-    fn forget_table(&mut self, core: &Core, l1: Table, index: u64) -> Result<()> {
-        let table = self.table_of(core, l1, index)?;
+    fn forget_table(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<()> {
+        let table = self.table_of(image, l1, index)?;
         if let Some(table) = table
-            && self.table_of(core, self.l1, index)? != Some(table)
+            && self.table_of(image, self.l1, index)? != Some(table)
         {
-            self.roles.remove(core.cluster().index(table.0), 1);
+            self.roles.remove(image.cluster().index(table.0), 1);
         }
         Ok(())
     }
 
     /// Takes the active disk's references from a table that it has left, unless the new L1 table names it as well.
-    fn leave_unless_active(&mut self, core: &Core, index: u64, table: HostOffset) -> Result<Vec<Freed>> {
-        if self.table_of(core, self.l1, index)? == Some(table) {
+    fn leave_unless_active(&mut self, image: &ImageFile, index: u64, table: HostOffset) -> Result<Vec<Freed>> {
+        if self.table_of(image, self.l1, index)? == Some(table) {
             return Ok(Vec::new());
         }
-        self.roles.remove(core.cluster().index(table.0), 1);
-        self.leave_table(core, table)
+        self.roles.remove(image.cluster().index(table.0), 1);
+        self.leave_table(image, table)
     }
 }

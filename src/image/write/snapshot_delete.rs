@@ -14,9 +14,9 @@ use crate::format::{Snapshot, Table};
 use crate::units::HostOffset;
 
 use super::allocate::Run;
-use super::meta::{Freed, Meta};
 use super::qcow2::Qcow2Writer;
 use super::snapshot::SnapshotTable;
+use super::tables::{Freed, Tables};
 use super::{Body, Writer};
 
 impl Writer {
@@ -39,7 +39,7 @@ impl Writer {
 
 impl Qcow2Writer {
     fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
-        let core = &self.core;
+        let image = &self.image;
         assert!(!self.is_undoable(), "what is written can be undone");
         self.refuse_data_file()?;
         self.prepare()?;
@@ -51,17 +51,17 @@ impl Qcow2Writer {
         let index = self.find_snapshot(&old, snapshot)?;
         if let Some(damage) = &snapshot.damage {
             let fact = format!("its internal snapshot cannot be deleted, for what it refers to is not known: {damage}");
-            return Err(Error::new(ErrorKind::Corrupt, format!("{}: {fact}", core.name)));
+            return Err(Error::new(ErrorKind::Corrupt, format!("{}: {fact}", image.name)));
         }
-        self.each_table(snapshot.l1, |index| self.meta.write().check_leaving(core, snapshot.l1, index))
+        self.each_table(snapshot.l1, |index| self.tables.write().check_leaving(image, snapshot.l1, index))
             .map_err(|error| self.damaged(error))?;
         let table = without(&old.bytes, old.snapshots.len() as u32, index);
         let bits = self.finished_bits()?;
         let place = self.place_table(table)?;
         self.switch_to_fewer(&old, index, place, bits)?;
-        let left = self.leave_l1(snapshot.l1, |meta, index, table| {
-            let freed = meta.leave_table(core, table)?;
-            meta.flag_own(core, index)?;
+        let left = self.leave_l1(snapshot.l1, |tables, index, table| {
+            let freed = tables.leave_table(image, table)?;
+            tables.flag_own(image, index)?;
             Ok(freed)
         });
         // What was freed is free on disk, too.
@@ -76,7 +76,7 @@ impl Qcow2Writer {
         table.snapshots.iter().position(is_it).ok_or_else(|| {
             let name = String::from_utf8_lossy(&snapshot.name).into_owned();
             let fact = format!("its internal snapshot \"{}\" has gone or is another by now", name.escape_debug());
-            Error::new(ErrorKind::Stale, format!("{}: {fact}", self.core.name))
+            Error::new(ErrorKind::Stale, format!("{}: {fact}", self.image.name))
         })
     }
 
@@ -94,12 +94,12 @@ impl Qcow2Writer {
         if table.is_empty() {
             return Ok(None);
         }
-        let core = &self.core;
-        let size = core.cluster().size();
+        let image = &self.image;
+        let size = image.cluster().size();
         table.resize(table.len().next_multiple_of(size as usize), 0);
-        let run = self.with_tables(|meta| meta.allocate_table(core, table.len() as u64 / size))?;
-        if let Err(error) = core.file.write_at(run.first * size, &table) {
-            self.meta.write().give_back_table(core, run).map_err(|error| self.poisoned_by(error))?;
+        let run = self.with_tables(|tables| tables.allocate_table(image, table.len() as u64 / size))?;
+        if let Err(error) = image.file.write_at(run.first * size, &table) {
+            self.tables.write().give_back_table(image, run).map_err(|error| self.poisoned_by(error))?;
             return Err(error);
         }
         self.data_dirty.store(true, Ordering::Release);
@@ -108,20 +108,20 @@ impl Qcow2Writer {
 
     /// Lets the header name the table without the entry, and gives the old one back.
     fn switch_to_fewer(&self, old: &SnapshotTable, index: usize, place: Option<Run>, bits: Option<u64>) -> Result<()> {
-        let core = &self.core;
-        let size = core.cluster().size();
+        let image = &self.image;
+        let size = image.cluster().size();
         let _turn = self.flushes.turn();
         self.check_poison()?;
         self.flush_in_turn()?;
         // From here on counts go down, and flags that are missing are set.
         let bits = bits.map(|bits| bits | feature::DIRTY);
         self.name_snapshots(old.snapshots.len() as u32 - 1, HostOffset(place.map_or(0, |run| run.first * size)), bits)?;
-        let mut meta = self.meta.write();
+        let mut tables = self.tables.write();
         // Of damaged ones nothing is known here.
-        meta.snapshots.remove(old.snapshots[..index].iter().filter(|snapshot| snapshot.damage.is_none()).count());
-        let table = old.clusters(core);
-        meta.roles.remove(table.first, table.count);
-        meta.unreference(core, table).map_err(|error| self.poisoned_by(error))
+        tables.snapshots.remove(old.snapshots[..index].iter().filter(|snapshot| snapshot.damage.is_none()).count());
+        let table = old.clusters(image);
+        tables.roles.remove(table.first, table.count);
+        tables.unreference(image, table).map_err(|error| self.poisoned_by(error))
     }
 
     /// Gives back an L1 table that the header does not lead to any more; `leave` takes the references of what its
@@ -129,27 +129,27 @@ impl Qcow2Writer {
     pub(super) fn leave_l1(
         &self,
         l1: Table,
-        leave: impl Fn(&mut Meta, u64, HostOffset) -> Result<Vec<Freed>>,
+        leave: impl Fn(&mut Tables, u64, HostOffset) -> Result<Vec<Freed>>,
     ) -> Result<()> {
-        let core = &self.core;
-        let size = core.cluster().size();
+        let image = &self.image;
+        let size = image.cluster().size();
         // Whoever looked a place up before is done with it when the gate has been ours.
         drop(self.reuse_gate.write());
         self.each_table(l1, |index| {
-            let mut meta = self.meta.write();
-            let table = meta.table_of(core, l1, index).map_err(|error| self.poisoned_by(error))?;
+            let mut tables = self.tables.write();
+            let table = tables.table_of(image, l1, index).map_err(|error| self.poisoned_by(error))?;
             let Some(table) = table else { return Ok(()) };
-            let freed = leave(&mut meta, index, table).map_err(|error| self.poisoned_by(error))?;
-            drop(meta);
+            let freed = leave(&mut tables, index, table).map_err(|error| self.poisoned_by(error))?;
+            drop(tables);
             self.punch(&freed);
             Ok(())
         })?;
-        let own = Freed { first: core.cluster().index(l1.offset.0), count: l1.len_bytes().div_ceil(size) };
-        let mut meta = self.meta.write();
-        meta.slices.forget(l1.offset.0, l1.offset.0 + own.count * size, core.slice_len());
-        meta.roles.remove(own.first, own.count);
-        let has_some = meta.has_damaged_snapshots || !meta.snapshots.is_empty();
-        core.has_snapshots.store(has_some, Ordering::Release);
-        meta.unreference(core, own).map_err(|error| self.poisoned_by(error))
+        let own = Freed { first: image.cluster().index(l1.offset.0), count: l1.len_bytes().div_ceil(size) };
+        let mut tables = self.tables.write();
+        tables.slices.forget(l1.offset.0, l1.offset.0 + own.count * size, image.slice_len());
+        tables.roles.remove(own.first, own.count);
+        let has_some = tables.has_damaged_snapshots || !tables.snapshots.is_empty();
+        image.has_snapshots.store(has_some, Ordering::Release);
+        tables.unreference(image, own).map_err(|error| self.poisoned_by(error))
     }
 }

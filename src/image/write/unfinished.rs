@@ -22,17 +22,17 @@ impl Qcow2Writer {
     /// Marks the image, durably. Returns its incompatible features without the mark, if there is a place for them.
     pub(super) fn mark_unfinished(&self) -> Result<Option<u64>> {
         let Some(bits) = self.finished_bits()? else { return Ok(None) };
-        let marked = self.core.file.write_at(INCOMPATIBLE_AT, &(bits | feature::DIRTY).to_be_bytes());
-        marked.and_then(|()| self.core.file.sync()).map_err(|error| self.poisoned_by(error))?;
+        let marked = self.image.file.write_at(INCOMPATIBLE_AT, &(bits | feature::DIRTY).to_be_bytes());
+        marked.and_then(|()| self.image.file.sync()).map_err(|error| self.poisoned_by(error))?;
         Ok(Some(bits))
     }
 
     /// The incompatible features without the mark, if there is a place for them.
     pub(super) fn finished_bits(&self) -> Result<Option<u64>> {
-        if self.core.format.version == Version::V2 {
+        if self.image.format.version == Version::V2 {
             return Ok(None);
         }
-        let header = read_header(&self.core.name, &*self.core.file)?;
+        let header = read_header(&self.image.name, &*self.image.file)?;
         Ok(Some(header.incompatible & !feature::DIRTY))
     }
 
@@ -40,7 +40,7 @@ impl Qcow2Writer {
     /// anew changes nothing.
     pub(super) fn clear_unfinished(&self, bits: Option<u64>) -> Result<()> {
         let Some(bits) = bits else { return Ok(()) };
-        let cleared = self.core.file.write_at(INCOMPATIBLE_AT, &bits.to_be_bytes());
+        let cleared = self.image.file.write_at(INCOMPATIBLE_AT, &bits.to_be_bytes());
         self.data_dirty.store(true, Ordering::Release);
         cleared.map_err(|error| self.poisoned_by(error))
     }
@@ -48,31 +48,31 @@ impl Qcow2Writer {
     /// Takes space for all L2 tables, which are about to be written: a full file system then refuses the command before it
     /// has begun.
     pub(super) fn reserve_l2_tables(&self) -> Result<()> {
-        let core = &self.core;
-        let l1 = self.meta.read().l1;
+        let image = &self.image;
+        let l1 = self.tables.read().l1;
         for index in 0..u64::from(l1.entries) {
-            let table = self.meta.write().table_of(core, l1, index)?;
+            let table = self.tables.write().table_of(image, l1, index)?;
             if let Some(table) = table {
-                where_possible(core.file.allocate(table.0, core.cluster().size()))?;
+                where_possible(image.file.allocate(table.0, image.cluster().size()))?;
             }
         }
-        let len = core.file.len()?;
-        let mut meta = self.meta.write();
-        meta.file_len = meta.file_len.max(len);
+        let len = image.file.len()?;
+        let mut tables = self.tables.write();
+        tables.file_len = tables.file_len.max(len);
         Ok(())
     }
 
     /// After a failure, which has poisoned the disk: puts right what stands in the file, if that can be read as it will be
     /// after a crash. Else the mark stays, and the next who opens the image does it.
     pub(super) fn mend_unfinished(&self) {
-        let core = &self.core;
+        let image = &self.image;
         let _turn = self.flushes.turn();
         if self.check_poison().is_ok() || self.has_lost_writes.load(Ordering::Acquire) {
             return;
         }
-        let mended = match core.format.version {
-            Version::V2 => mend_flags(&*core.file, &core.name),
-            Version::V3 => rebuild_dirty(&*core.file, &core.name).map(drop),
+        let mended = match image.format.version {
+            Version::V2 => mend_flags(&*image.file, &image.name),
+            Version::V3 => rebuild_dirty(&*image.file, &image.name).map(drop),
         };
         if let Err(error) = mended {
             tracing::warn!("{error}: its refcounts are counted anew when it is next opened to be written");

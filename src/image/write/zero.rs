@@ -14,8 +14,8 @@ use crate::format::subcluster::SUBCLUSTERS;
 use crate::format::{EntryFormat, SubclusterEntry, Version};
 use crate::units::HostOffset;
 
-use super::meta::{Meta, Piece, Words, piece_of};
 use super::qcow2::{Qcow2Writer, subclusters};
+use super::tables::{Piece, RawL2Entry, Tables, piece_of};
 use super::{Zeroing, where_possible, zero_bytes};
 
 /// Clusters whose entries change in one go.
@@ -45,7 +45,7 @@ impl Qcow2Writer {
         let mut at = at;
         while at < end {
             self.check_poison()?;
-            let turn = self.core.rest_of_table(at, end - at);
+            let turn = self.image.rest_of_table(at, end - at);
             let _held = self.hold(at, turn);
             self.zero_held(at, turn, zeroing, self.size())?;
             at += turn;
@@ -57,7 +57,7 @@ impl Qcow2Writer {
     /// The same for whoever holds the range; the disk ends, or will end, at `disk_end`.
     pub(super) fn zero_held(&self, at: u64, len: u64, zeroing: Zeroing, disk_end: u64) -> Result<()> {
         if self.raw_data
-            && let Some(data_file) = &self.core.data_file
+            && let Some(data_file) = &self.image.data_file
         {
             zero_bytes(&**data_file, at, len, zeroing)?;
             self.data_dirty.store(true, Ordering::Release);
@@ -78,8 +78,8 @@ impl Qcow2Writer {
 
     /// Bytes of what has an answer of its own in the tables.
     fn unit(&self) -> u64 {
-        let size = self.core.cluster().size();
-        if self.core.format.extended { size / u64::from(SUBCLUSTERS) } else { size }
+        let size = self.image.cluster().size();
+        if self.image.format.extended { size / u64::from(SUBCLUSTERS) } else { size }
     }
 
     /// Zeroes less than a unit.
@@ -109,7 +109,7 @@ impl Qcow2Writer {
 
     /// Zeroes whole units.
     fn zero_units(&self, start: u64, end: u64, zeroing: Zeroing, disk_end: u64) -> Result<()> {
-        let size = self.core.cluster().size();
+        let size = self.image.cluster().size();
         let unit = self.unit();
         let mut changes = Vec::new();
         let mut at = start;
@@ -117,7 +117,7 @@ impl Qcow2Writer {
             let (piece, run) = self.lookup(at, end - at)?;
             let (is_zero, run) = match piece {
                 Piece::Zero => (true, run),
-                Piece::Below => self.below().map_or(Ok((true, run)), |below| below.zero_run(at, run))?,
+                Piece::Below => self.backing().map_or(Ok((true, run)), |backing| backing.zero_run(at, run))?,
                 Piece::Own(_) | Piece::Shared(_) | Piece::Compressed(_) => (false, run),
             };
             // Nothing to do, unless there is a place to be given back.
@@ -125,7 +125,7 @@ impl Qcow2Writer {
                 at += run;
                 continue;
             }
-            let guest = self.core.cluster().floor(at);
+            let guest = self.image.cluster().floor(at);
             let from = (at - at % unit).max(start);
             changes.push(Change { guest, from, to: (guest + size).min(end), disk_end });
             at = guest + size;
@@ -138,22 +138,22 @@ impl Qcow2Writer {
     }
 
     fn apply(&self, changes: &[Change], zeroing: Zeroing) -> Result<()> {
-        if self.core.format.version == Version::V2 {
+        if self.image.format.version == Version::V2 {
             return changes.iter().try_for_each(|change| self.zero_version_2(change, zeroing));
         }
         if zeroing == Zeroing::Unmap {
             self.give_space_back(changes)?;
         }
         for change in changes {
-            let is_whole = change.to - change.from == self.core.cluster().size();
-            let is_done = self.with_tables(|meta| {
-                let words = meta.entry(&self.core, change.guest)?;
+            let is_whole = change.to - change.from == self.image.cluster().size();
+            let is_done = self.with_tables(|tables| {
+                let words = tables.entry(&self.image, change.guest)?;
                 if EntryFormat::is_compressed(words.entry) && !is_whole {
                     return Ok(false);
                 }
-                meta.own_l2_table(&self.core, change.guest)?;
-                let words = meta.entry(&self.core, change.guest)?;
-                self.zero_entry(meta, change, words, zeroing)?;
+                tables.own_l2_table(&self.image, change.guest)?;
+                let words = tables.entry(&self.image, change.guest)?;
+                self.zero_entry(tables, change, words, zeroing)?;
                 Ok(true)
             })?;
             if !is_done {
@@ -165,14 +165,14 @@ impl Qcow2Writer {
     }
 
     /// Changes one entry; what it no longer refers to is free after the next flush.
-    fn zero_entry(&self, meta: &mut Meta, change: &Change, words: Words, zeroing: Zeroing) -> Result<()> {
-        let core = &self.core;
+    fn zero_entry(&self, tables: &mut Tables, change: &Change, words: RawL2Entry, zeroing: Zeroing) -> Result<()> {
+        let image = &self.image;
         let kept = self.kept_place_of_entry(words, change.guest).filter(|_| zeroing == Zeroing::Keep);
-        if !core.format.extended {
-            let new = Words { entry: EntryFormat::zero(kept), bitmap: 0 };
-            meta.set_entry(core, change.guest, new)?;
+        if !image.format.extended {
+            let new = RawL2Entry { entry: EntryFormat::zero(kept), bitmap: 0 };
+            tables.set_entry(image, change.guest, new)?;
             if kept.is_none() {
-                meta.release(core, words)?;
+                tables.release(image, words)?;
             }
             return Ok(());
         }
@@ -184,16 +184,20 @@ impl Qcow2Writer {
             if is_compressed { (0, 0) } else { (words.bitmap as u32 & !mask, (words.bitmap >> 32) as u32) };
         let keeps = !is_compressed && (kept.is_some() || allocated != 0);
         let entry = if keeps { words.entry } else { 0 };
-        meta.set_entry(core, change.guest, Words { entry, bitmap: SubclusterEntry::bitmap(allocated, zero | mask) })?;
+        tables.set_entry(
+            image,
+            change.guest,
+            RawL2Entry { entry, bitmap: SubclusterEntry::bitmap(allocated, zero | mask) },
+        )?;
         if !keeps {
-            meta.release(core, words)?;
+            tables.release(image, words)?;
         }
         Ok(())
     }
 
     /// The place that an entry may keep while it reads as zeroes.
-    fn kept_place_of_entry(&self, words: Words, guest: u64) -> Option<HostOffset> {
-        let has_data_file = self.core.data_file.is_some();
+    fn kept_place_of_entry(&self, words: RawL2Entry, guest: u64) -> Option<HostOffset> {
+        let has_data_file = self.image.data_file.is_some();
         if has_data_file && (EntryFormat::copied(words.entry) || EntryFormat::raw_offset(words.entry) != 0) {
             return Some(HostOffset(guest));
         }
@@ -207,7 +211,7 @@ impl Qcow2Writer {
         }
         let mut hole: Option<(u64, u64)> = None;
         // Elsewhere the space stays taken until the cluster is used again.
-        let punch = |(start, end): (u64, u64)| where_possible(self.core.data().punch_hole(start, end - start));
+        let punch = |(start, end): (u64, u64)| where_possible(self.image.data().punch_hole(start, end - start));
         for change in changes {
             for (host, len) in self.own_places(change)? {
                 hole = match hole {
@@ -226,19 +230,19 @@ impl Qcow2Writer {
 
     /// Where only this disk has something of what a change covers.
     fn own_places(&self, change: &Change) -> Result<Vec<(HostOffset, u64)>> {
-        let core = &self.core;
-        let size = core.cluster().size();
+        let image = &self.image;
+        let size = image.cluster().size();
         let mut places = Vec::new();
-        self.with_tables(|meta| {
+        self.with_tables(|tables| {
             places.clear();
-            let words = meta.entry(core, change.guest)?;
-            let kept = if core.data_file.is_some() { None } else { self.kept_place(words, change.guest) };
+            let words = tables.entry(image, change.guest)?;
+            let kept = if image.data_file.is_some() { None } else { self.kept_place(words, change.guest) };
             if let Some(host) = kept.filter(|_| change.to - change.from == size) {
                 places.push((host, size));
             } else {
                 let mut at = change.from;
                 while at < change.to {
-                    let (piece, run) = piece_of(core, words, at)?;
+                    let (piece, run) = piece_of(image, words, at)?;
                     let run = run.min(change.to - at);
                     if let Piece::Own(host) = piece {
                         places.push((host, run));
@@ -247,7 +251,7 @@ impl Qcow2Writer {
                 }
             }
             for (host, len) in &places {
-                meta.may_be_data(core, *host, *len)?;
+                tables.may_be_data(image, *host, *len)?;
             }
             Ok(())
         })?;
@@ -259,24 +263,24 @@ impl Qcow2Writer {
         if self.reads_zero(change.from, len)? {
             return Ok(());
         }
-        let size = self.core.cluster().size();
-        let shines_through = match self.below() {
+        let size = self.image.cluster().size();
+        let shines_through = match self.backing() {
             None => false,
-            Some(below) => {
-                let (is_zero, run) = below.zero_run(change.guest, size)?;
+            Some(backing) => {
+                let (is_zero, run) = backing.zero_run(change.guest, size)?;
                 !is_zero || run < size
             }
         };
         let is_whole = change.to - change.from == size;
-        if zeroing == Zeroing::Keep || shines_through || !is_whole || self.core.data_file.is_some() {
+        if zeroing == Zeroing::Keep || shines_through || !is_whole || self.image.data_file.is_some() {
             return self.write_held(change.from, &vec![0; len as usize]);
         }
         self.give_space_back(std::slice::from_ref(change))?;
-        self.with_tables(|meta| {
-            meta.own_l2_table(&self.core, change.guest)?;
-            let words = meta.entry(&self.core, change.guest)?;
-            meta.set_entry(&self.core, change.guest, Words::default())?;
-            meta.release(&self.core, words)?;
+        self.with_tables(|tables| {
+            tables.own_l2_table(&self.image, change.guest)?;
+            let words = tables.entry(&self.image, change.guest)?;
+            tables.set_entry(&self.image, change.guest, RawL2Entry::default())?;
+            tables.release(&self.image, words)?;
             Ok(())
         })
     }
@@ -284,7 +288,7 @@ impl Qcow2Writer {
     /// Takes space for a range.
     pub(super) fn allocate(&self, at: u64, len: u64) -> Result<()> {
         self.prepare()?;
-        let cluster = self.core.cluster();
+        let cluster = self.image.cluster();
         let end = (at + len).min(self.size());
         let mut guest = cluster.floor(at);
         while guest < end {
@@ -298,21 +302,21 @@ impl Qcow2Writer {
     }
 
     fn allocate_cluster(&self, guest: u64, end: u64) -> Result<()> {
-        let core = &self.core;
-        let size = core.cluster().size();
-        let words = self.with_tables(|meta| {
-            let words = meta.entry(core, guest)?;
-            piece_of(core, words, guest)?;
+        let image = &self.image;
+        let size = image.cluster().size();
+        let words = self.with_tables(|tables| {
+            let words = tables.entry(image, guest)?;
+            piece_of(image, words, guest)?;
             if let Some(host) = self.kept_place(words, guest) {
-                meta.may_be_data(core, host, size)?;
+                tables.may_be_data(image, host, size)?;
             }
             Ok(words)
         })?;
-        if core.data_file.is_some() {
+        if image.data_file.is_some() {
             self.take_space(HostOffset(guest), end - guest)?;
         } else if let Some(host) = self.kept_place(words, guest) {
             self.take_space(host, size)?;
-        } else if core.format.version == Version::V3 && self.reads_zero(guest, end - guest)? {
+        } else if image.format.version == Version::V3 && self.reads_zero(guest, end - guest)? {
             return self.keep_place(guest);
         }
         // What shows through, or is shared, gets a place of its own.
@@ -320,7 +324,7 @@ impl Qcow2Writer {
         while at < end {
             let (piece, run) = self.lookup(at, end - at)?;
             let is_placed = matches!(piece, Piece::Own(_))
-                || (piece == Piece::Zero && (core.data_file.is_some() || self.kept_place(words, guest).is_some()));
+                || (piece == Piece::Zero && (image.data_file.is_some() || self.kept_place(words, guest).is_some()));
             if !is_placed {
                 let mut bytes = vec![0; run as usize];
                 self.read_inner(at, &mut bytes)?;
@@ -333,26 +337,26 @@ impl Qcow2Writer {
 
     /// Gives a cluster that reads as zeroes a place for a later write.
     fn keep_place(&self, guest: u64) -> Result<()> {
-        let core = &self.core;
-        let size = core.cluster().size();
-        let run = self.with_tables(|meta| {
-            meta.own_l2_table(core, guest)?;
-            meta.allocate(core, 1, true)
+        let image = &self.image;
+        let size = image.cluster().size();
+        let run = self.with_tables(|tables| {
+            tables.own_l2_table(image, guest)?;
+            tables.allocate(image, 1, true)
         })?;
         let host = HostOffset(run.first * size);
         if let Err(error) = self.take_space(host, size) {
-            self.meta.write().give_back(core, run)?;
+            self.tables.write().give_back(image, run)?;
             return Err(error);
         }
-        let bitmap = if core.format.extended { SubclusterEntry::bitmap(0, u32::MAX) } else { 0 };
-        let entry = if core.format.extended { EntryFormat::owned(host) } else { EntryFormat::zero(Some(host)) };
-        let mut meta = self.meta.write();
-        let old = meta.entry(core, guest)?;
-        meta.set_entry(core, guest, Words { entry, bitmap }).map_err(|error| self.poisoned_by(error))?;
-        meta.release(core, old).map_err(|error| self.poisoned_by(error))
+        let bitmap = if image.format.extended { SubclusterEntry::bitmap(0, u32::MAX) } else { 0 };
+        let entry = if image.format.extended { EntryFormat::owned(host) } else { EntryFormat::zero(Some(host)) };
+        let mut tables = self.tables.write();
+        let old = tables.entry(image, guest)?;
+        tables.set_entry(image, guest, RawL2Entry { entry, bitmap }).map_err(|error| self.poisoned_by(error))?;
+        tables.release(image, old).map_err(|error| self.poisoned_by(error))
     }
 
     fn take_space(&self, host: HostOffset, len: u64) -> Result<()> {
-        where_possible(self.core.data().allocate(host.0, len))
+        where_possible(self.image.data().allocate(host.0, len))
     }
 }

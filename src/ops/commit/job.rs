@@ -171,6 +171,7 @@ fn set_out(
     let begun = (|| {
         store.rescan()?;
         let mut refusals = Vec::new();
+        // C3: what will be invalidated is hidden, and not open, before the first byte changes.
         refuse::exposed(engine, world, path, layers, &mut refusals);
         finish::first(refusals)?;
         let mut views = Vec::new();

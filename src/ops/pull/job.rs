@@ -364,6 +364,7 @@ pub(in crate::ops) fn resume(
         finish::end(store, intent, lock)?;
         return Err(error);
     }
+    // J5: under the store's lock, before the first write.
     let Some(layers) = examine(&world, &intent.intent)? else {
         let Operation::Pull { into, remove, between, .. } = &intent.intent.deed else {
             unreachable!("the intent of a pull")

@@ -1,0 +1,330 @@
+//! Undoable writing: until it is published, nothing that the image shows changes on disk.
+//!
+//! The writer works on a copy of the L1 table that no header names. No entry that was there before counts as
+//! this disk's own, so that a table is copied before its first change and no old cluster is written in
+//! place; what the old tables refer to keeps its count. [`Qcow2Writer::publish`] makes
+//! everything durable, then lets one write within the header's first sector name the copy, with the
+//! disk's size; only then do old tables and clusters lose their references. [`Qcow2Writer::abandon`] gives back what
+//! was taken. A crash before that write leaves clusters that nothing refers to, a crash after it, too.
+
+use std::sync::atomic::Ordering;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::refcount::{refcount, set_refcount};
+use crate::format::{EntryFormat, Table};
+use crate::units::HostOffset;
+
+use super::cluster_roles::ClusterSet;
+use super::open::read_header;
+use super::qcow2::Qcow2Writer;
+use super::slices::Class;
+use super::tables::{Freed, ImageFile, Tables};
+use super::where_possible;
+
+/// References that are kept back before they are sorted and joined.
+const KEPT: usize = 1 << 16;
+
+/// What is known of the image as it was.
+pub(super) struct ShadowTables {
+    old_l1: Table,
+    /// Clusters that were counted since and that only the new tables refer to.
+    pub(super) made: ClusterSet,
+    /// References that the image as it was still holds.
+    kept: Kept,
+}
+
+/// References that are taken away later. A cluster of compressed data has several.
+struct Kept {
+    runs: Vec<Freed>,
+    tidy_at: usize,
+}
+
+impl Kept {
+    fn push(&mut self, cluster: u64) {
+        match self.runs.last_mut() {
+            Some(last) if last.first + last.count == cluster => last.count += 1,
+            _ => self.runs.push(Freed { first: cluster, count: 1 }),
+        }
+        if self.runs.len() > self.tidy_at {
+            self.tidy();
+        }
+    }
+
+    /// Joins what lies side by side.
+    fn tidy(&mut self) {
+        self.runs.sort_unstable_by_key(|run| run.first);
+        let mut joined: Vec<Freed> = Vec::new();
+        for run in self.runs.drain(..) {
+            match joined.last_mut() {
+                Some(last) if last.first + last.count == run.first => last.count += run.count,
+                _ => joined.push(run),
+            }
+        }
+        self.runs = joined;
+        self.tidy_at = KEPT.max(2 * self.runs.len());
+    }
+}
+
+impl ShadowTables {
+    fn new(old_l1: Table) -> Self {
+        Self { old_l1, made: ClusterSet::default(), kept: Kept { runs: Vec::new(), tidy_at: KEPT } }
+    }
+
+    /// Part of a table without the COPIED flags of what the image as it was uses, too.
+    pub(super) fn mask(&self, image: &ImageFile, words: &mut [u64], class: Class) {
+        let step = match class {
+            Class::L1 => 1,
+            Class::L2 => (image.format.l2_entry_len() / 8) as usize,
+            Class::RefcountBlock | Class::RefcountTable => return,
+        };
+        // M9: what the image uses looks shared, so it is copied before it is changed.
+        for word in words.iter_mut().step_by(step) {
+            let is_plain = class == Class::L1 || !EntryFormat::is_compressed(*word);
+            if is_plain && !self.made.contains(image.cluster().index(EntryFormat::raw_offset(*word))) {
+                *word = EntryFormat::shared(*word);
+            }
+        }
+    }
+}
+
+impl Tables {
+    /// Notes that nothing refers to a cluster any more: it is free after the next flush, or, if the image as
+    /// it was has it, after publishing.
+    pub(super) fn free_later(&mut self, cluster: u64) {
+        if let Some(shadow) = &mut self.shadow
+            && !shadow.made.contains(cluster)
+        {
+            return shadow.kept.push(cluster);
+        }
+        match self.pending.last_mut() {
+            Some(last) if last.first + last.count == cluster => last.count += 1,
+            _ => self.pending.push(Freed { first: cluster, count: 1 }),
+        }
+    }
+
+    /// The bytes of a table in the file, in which everything with a count of 1 is marked as the disk's own.
+    fn with_flags(&mut self, image: &ImageFile, at: HostOffset, len: u64, class: Class) -> Result<Option<Vec<u8>>> {
+        let mut bytes = vec![0; len as usize];
+        image.file.read_at(at.0, &mut bytes)?;
+        let entry_len = if class == Class::L1 { 8 } else { image.format.l2_entry_len() };
+        let mut is_changed = false;
+        for entry in bytes.chunks_exact_mut(entry_len as usize) {
+            let word = refcount(&entry[..8], 0, 6);
+            let host = EntryFormat::raw_offset(word);
+            if host == 0 || class == Class::L2 && EntryFormat::is_compressed(word) {
+                continue;
+            }
+            let is_own = self.count(image, image.cluster().index(host))? == 1;
+            let flagged = if is_own { word | EntryFormat::owned(HostOffset(host)) } else { EntryFormat::shared(word) };
+            is_changed |= flagged != word;
+            set_refcount(&mut entry[..8], 0, 6, flagged);
+        }
+        Ok(is_changed.then_some(bytes))
+    }
+}
+
+impl Qcow2Writer {
+    /// Goes over to a copy of the L1 table. Nobody else knows of the writer yet.
+    pub(super) fn begin_undoable(&self) -> Result<()> {
+        let old_l1 = {
+            let mut tables = self.tables.write();
+            tables.shadow = Some(ShadowTables::new(tables.l1));
+            // What was mended in memory must not reach the old tables.
+            tables.slices.forget_class(Class::L1);
+            tables.slices.forget_class(Class::L2);
+            tables.l1
+        };
+        self.prepare()?;
+        self.move_l1(old_l1.entries)
+    }
+
+    pub(super) fn is_undoable(&self) -> bool {
+        self.tables.read().shadow.is_some()
+    }
+
+    /// Makes the table that no header names `entries` long; for whoever holds all ranges.
+    pub(super) fn extend_l1(&self, entries: u32) -> Result<()> {
+        let size = self.image.cluster().size();
+        {
+            let mut tables = self.tables.write();
+            let is_copy = tables.shadow.as_ref().is_some_and(|shadow| shadow.old_l1.offset != tables.l1.offset);
+            // The rest of its last cluster is zeroes.
+            if is_copy && u64::from(entries) * 8 <= tables.l1.len_bytes().next_multiple_of(size) {
+                tables.l1.entries = entries;
+                return Ok(());
+            }
+        }
+        self.move_l1(entries)
+    }
+
+    fn move_l1(&self, entries: u32) -> Result<()> {
+        if entries == 0 {
+            return Ok(());
+        }
+        let image = &self.image;
+        let size = image.cluster().size();
+        let clusters = (u64::from(entries) * 8).div_ceil(size);
+        let run = self.with_tables(|tables| tables.allocate(image, clusters, true))?;
+        let offset = HostOffset(run.first * size);
+        let mut tables = self.tables.write();
+        let old = tables.l1;
+        tables.copy_l1(image, run)?;
+        self.data_dirty.store(true, Ordering::Release);
+        tables.l1 = Table { offset, entries };
+        tables.roles.add(run.first, clusters);
+        let (first, count) = (image.cluster().index(old.offset.0), old.len_bytes().div_ceil(size));
+        tables.slices.forget(old.offset.0, old.offset.0 + count * size, image.slice_len());
+        if tables.shadow.as_ref().is_some_and(|shadow| shadow.made.contains(first)) {
+            tables.roles.remove(first, count);
+            (first..first + count).for_each(|cluster| tables.free_later(cluster));
+        }
+        Ok(())
+    }
+
+    /// Makes what was written the image's content.
+    pub(super) fn publish(&self) -> Result<()> {
+        let image = &self.image;
+        // Nobody changes a mapping meanwhile; who writes in place writes to clusters that were made for it.
+        let _all = self.ranges.hold(0, u64::MAX);
+        let _turn = self.flushes.turn();
+        self.check_poison()?;
+        assert!(self.is_undoable(), "there is something to be published");
+        self.flush_in_turn()?;
+        if self.is_dirty() {
+            // What was freed since is counted as free, too.
+            self.flush_in_turn()?;
+        }
+        let l1 = self.flag_what_is_own()?;
+        let header = read_header(&image.name, &*image.file)?;
+        self.mark_bitmaps(&header)?;
+        self.drop_unknown_features(&header)?;
+        image.file.sync().map_err(|error| self.poisoned_by(error))?;
+
+        self.name_l1(self.size(), l1, None)?;
+
+        let freed = {
+            let mut tables = self.tables.write();
+            let shadow = tables.shadow.take().expect("it is undoable");
+            let mut freed = shadow.kept.runs;
+            let (first, count) = (
+                image.cluster().index(shadow.old_l1.offset.0),
+                shadow.old_l1.len_bytes().div_ceil(image.cluster().size()),
+            );
+            if shadow.old_l1.offset != l1.offset && count > 0 {
+                freed.push(Freed { first, count });
+            }
+            for run in &freed {
+                tables.roles.remove(run.first, run.count);
+            }
+            // On disk they say what is this disk's own.
+            tables.slices.forget_class(Class::L1);
+            tables.slices.forget_class(Class::L2);
+            freed
+        };
+        self.release(&freed).map_err(|error| self.poisoned_by(error))?;
+        self.flush_in_turn()?;
+        self.give_back_reserve()
+    }
+
+    /// Sets the COPIED flags of all new tables, in the file only: in memory, what the image as it was
+    /// uses must not be written in place before the header says that it is no more. Returns the L1 table.
+    fn flag_what_is_own(&self) -> Result<Table> {
+        let image = &self.image;
+        let l1 = self.tables.read().l1;
+        for index in 0..u64::from(l1.entries) {
+            let mut tables = self.tables.write();
+            let Some(table) = tables.l2_table(image, index * image.l1_span())? else { continue };
+            let is_made = |shadow: &ShadowTables| shadow.made.contains(image.cluster().index(table.0));
+            if tables.shadow.as_ref().is_some_and(is_made)
+                && let Some(bytes) = tables.with_flags(image, table, image.cluster().size(), Class::L2)?
+            {
+                image.file.write_at(table.0, &bytes)?;
+            }
+        }
+        let mut tables = self.tables.write();
+        let is_copy = tables.shadow.as_ref().is_some_and(|shadow| shadow.old_l1.offset != l1.offset);
+        if is_copy && let Some(bytes) = tables.with_flags(image, l1.offset, l1.len_bytes(), Class::L1)? {
+            image.file.write_at(l1.offset.0, &bytes)?;
+        }
+        Ok(l1)
+    }
+
+    /// Gives back everything that was taken; the image is as it was.
+    pub(super) fn abandon(&self) -> Result<()> {
+        let image = &self.image;
+        let _all = self.ranges.hold(0, u64::MAX);
+        let _turn = self.flushes.turn();
+        self.check_poison()?;
+        // Whoever reads or writes in place is done with it.
+        drop(self.reuse_gate.write());
+        let runs = {
+            let mut tables = self.tables.write();
+            let shadow = tables.shadow.as_ref().expect("there is something to be abandoned");
+            let (runs, old_l1) = (shadow.made.runs(), shadow.old_l1);
+            tables.pending.clear();
+            tables.slices.forget_class(Class::L1);
+            tables.slices.forget_class(Class::L2);
+            tables.l1 = old_l1;
+            for (first, count) in &runs {
+                tables.roles.remove(*first, *count);
+                let freed = Freed { first: *first, count: *count };
+                tables.unreference(image, freed).map_err(|error| self.poisoned_by(error))?;
+            }
+            runs
+        };
+        self.flush_in_turn()?;
+        let ended =
+            Error::new(ErrorKind::Poisoned, format!("{}: its changes were abandoned; open it again", image.name));
+        // The first reason stands.
+        drop(self.poison.set(ended));
+        let size = image.cluster().size();
+        for (first, count) in runs {
+            where_possible(image.file.punch_hole(first * size, count * size))?;
+        }
+        self.give_back_reserve()
+    }
+
+    /// Takes space behind the end of the file.
+    pub(super) fn reserve(&self, bytes: u64) -> Result<()> {
+        self.check_poison()?;
+        let tables = self.tables.write();
+        let from = tables.file_len.max(self.image.file.len()?);
+        where_possible(self.image.file.reserve(from, bytes))?;
+        self.reserved_end.fetch_max(from.saturating_add(bytes), Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Gives back what is left of it.
+    pub(super) fn give_back_reserve(&self) -> Result<()> {
+        let end = self.reserved_end.swap(0, Ordering::SeqCst);
+        if end == 0 {
+            return Ok(());
+        }
+        // Under the lock under which the file grows.
+        let tables = self.tables.write();
+        let from = tables.file_len.max(self.image.file.len()?);
+        super::give_back_behind(&*self.image.file, from, end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn references_that_are_kept_back_are_joined_and_counted_as_often_as_they_were_taken() {
+        let mut kept = Kept { runs: Vec::new(), tidy_at: 8 };
+        (0..20_000u64).step_by(2).chain((1..20_000).step_by(2)).for_each(|cluster| kept.push(cluster));
+        (500..510).for_each(|cluster| kept.push(cluster));
+        assert!(kept.runs.len() < KEPT);
+        kept.tidy();
+        let counted: u64 = kept.runs.iter().map(|run| run.count).sum();
+        assert_eq!(counted, 20_010);
+        let twice = (0..20_000).filter(|cluster| {
+            let holds = |run: &&Freed| (run.first..run.first + run.count).contains(cluster);
+            kept.runs.iter().filter(holds).count() == 2
+        });
+        assert_eq!(twice.collect::<Vec<_>>(), (500..510).collect::<Vec<_>>());
+        assert!(kept.runs.len() < 5, "{:?}", kept.runs);
+    }
+}

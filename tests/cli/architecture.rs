@@ -1,0 +1,81 @@
+//! The arrows of docs/ARCHITECTURE.md, held: a layer uses only those to its right.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use support::project;
+
+/// From the outermost to the innermost. `format`, `io` and `guest` stand side by side.
+const LAYERS: [(&str, usize); 14] = [
+    ("cli", 9),
+    ("fs", 8),
+    ("report", 7),
+    ("ops", 6),
+    ("browse", 6),
+    ("store", 5),
+    ("chain", 4),
+    ("image", 3),
+    ("format", 2),
+    ("io", 2),
+    ("guest", 2),
+    ("cache", 0),
+    ("units", 1),
+    ("error", 0),
+];
+
+fn rank(layer: &str) -> usize {
+    LAYERS.iter().find(|(name, _)| *name == layer).unwrap_or_else(|| panic!("a new layer: {layer}; place it")).1
+}
+
+fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn no_layer_uses_one_to_its_left() {
+    let src = project().join("src");
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    let mut judged = 0;
+    for file in files {
+        let inner = file.strip_prefix(&src).unwrap();
+        let layer = inner.components().next().unwrap().as_os_str().to_str().unwrap().trim_end_matches(".rs");
+        if matches!(layer, "lib" | "main") {
+            continue;
+        }
+        let text = fs::read_to_string(&file).unwrap();
+        for used in text.split("crate::").skip(1) {
+            let used: String = used.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            if used.is_empty() || used == layer {
+                continue;
+            }
+            judged += 1;
+            let allowed = rank(&used) < rank(layer);
+            assert!(allowed, "{}: {layer} must not use {used}", inner.display());
+        }
+    }
+    assert!(judged > 50, "the test has lost sight of the uses it is to judge ({judged})");
+}
+
+#[test]
+fn only_the_adapter_names_fuser() {
+    let src = project().join("src");
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    let naming: Vec<_> = files
+        .iter()
+        .filter(|file| fs::read_to_string(file).unwrap().contains("use fuser"))
+        .map(|file| file.strip_prefix(&src).unwrap().to_path_buf())
+        .collect();
+    assert!(
+        !naming.is_empty() && naming.iter().all(|file| file.starts_with("fs/fuse") || file == Path::new("fs/fuse.rs")),
+        "{naming:?}"
+    );
+}

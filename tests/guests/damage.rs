@@ -1,0 +1,177 @@
+//! Many guests with damaged disks in one mount: whatever their disks say, each question gets its answer in time, and the daemon
+//! serves all others as before.
+
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::unix::fs::{DirEntryExt as _, FileExt as _};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::scramble::{scramble, telling_blocks};
+use support::foreign::amount;
+use support::*;
+
+/// Disks in one mount.
+const BATCH: u64 = 50;
+/// One answer takes no longer: a worker has 2 s of processor time for it, and a machine that does other things as well is given its time.
+const PATIENCE: Duration = Duration::from_secs(6);
+/// What the daemon and its workers may have in memory, together, however large the disks say that things are.
+const MEMORY: u64 = 1 << 30;
+/// Entries of one disk that are looked at: damage can make them endless.
+const ENTRIES: usize = 3000;
+/// Bytes of one file that are read, for the same reason.
+const CONTENT: usize = 8 << 20;
+
+/// A whole disk with files of many shapes.
+fn plant(store: &Store, kind: &str, size: u64) -> Vec<u8> {
+    let (path, tree) = (store.beside("disk"), store.beside("tree"));
+    File::create(&path).and_then(|file| file.set_len(size)).expect("a disk");
+    fill(&tree);
+    let mut words = kind.split(' ');
+    let mut mkfs = tool(words.next().expect("a program"));
+    mkfs.args(words);
+    if kind.starts_with("mkfs.vfat") {
+        mkfs.arg(&path).succeeds();
+        tool("mcopy")
+            .env("MTOOLS_SKIP_CHECK", "1")
+            .args(["-s", "-Q", "-i"])
+            .arg(&path)
+            .arg(&tree)
+            .arg("::/")
+            .succeeds();
+    } else {
+        mkfs.arg("-d").arg(&tree).arg(&path).succeeds();
+    }
+    fs::read(&path).expect("the disk")
+}
+
+fn fill(dir: &Path) {
+    fs::create_dir_all(dir.join("sub/deeper")).expect("a directory");
+    for number in 0..60 {
+        fs::write(dir.join(format!("sub/file with number {number}")), vec![number; 5000]).expect("a file");
+    }
+    fs::write(dir.join("sub/deeper/large"), Rng::new(3).bytes(300_000)).expect("a file");
+    let pieces = File::create(dir.join("pieces")).expect("a file");
+    for piece in 0..30u64 {
+        pieces.write_all_at(&[1; 1024], piece * 9000).expect("a piece");
+    }
+}
+
+/// How a walk went.
+#[derive(Debug, Default)]
+struct Walk {
+    entries: usize,
+    errors: usize,
+    slowest: Duration,
+}
+
+impl Walk {
+    fn timed<T>(&mut self, what: impl FnOnce() -> std::io::Result<T>) -> Option<T> {
+        let start = Instant::now();
+        let result = what();
+        self.slowest = self.slowest.max(start.elapsed());
+        self.errors += usize::from(result.is_err());
+        result.ok()
+    }
+
+    fn directory(&mut self, dir: &Path) {
+        let Some(mut entries) = self.timed(|| fs::read_dir(dir)) else { return };
+        while let Some(next) = self.timed(|| entries.next().transpose()) {
+            let Some(entry) = next else { return };
+            self.entries += 1;
+            if self.entries > ENTRIES {
+                return;
+            }
+            assert_ne!(entry.ino(), 0);
+            let path = entry.path();
+            let Some(found) = self.timed(|| fs::symlink_metadata(&path)) else { continue };
+            let mut names = vec![0u8; 65_536];
+            self.timed(|| rustix::fs::llistxattr(&path, &mut names[..]).map_err(Into::into));
+            if found.is_dir() {
+                self.directory(&path);
+            } else if found.is_symlink() {
+                self.timed(|| fs::read_link(&path));
+            } else if found.is_file() {
+                self.file(&path);
+            }
+        }
+    }
+
+    fn file(&mut self, path: &Path) {
+        let Some(mut file) = self.timed(|| File::open(path)) else { return };
+        let mut buf = vec![0; 1 << 20];
+        let mut left = CONTENT;
+        while let Some(len) = self.timed(|| file.read(&mut buf)) {
+            left = left.saturating_sub(len);
+            if len == 0 || left == 0 {
+                return;
+            }
+        }
+    }
+}
+
+/// Bytes of memory that a process and its children have.
+fn memory_of(daemon: u32) -> u64 {
+    let all = tool("ps").args(["-o", "rss=", "-p", &daemon.to_string(), "--ppid", &daemon.to_string()]).succeeds();
+    all.split_whitespace().map(|kib| kib.parse::<u64>().expect("a number") * 1024).sum()
+}
+
+#[test]
+// X2
+fn damaged_guests_harm_nobody() {
+    let rounds = amount(20, 2000);
+    let seeds = Store::new();
+    let kinds = [
+        ("mkfs.ext4 -q -F -b 1024", 24 * MIB),
+        ("mkfs.ext4 -q -F -b 1024 -O ^metadata_csum,inline_data", 24 * MIB),
+        ("mkfs.vfat -F 16 -s 1", 8 * MIB),
+        ("mkfs.vfat -F 32 -s 1", 34 * MIB),
+    ];
+    for (kind, size) in kinds {
+        let good = plant(&seeds, kind, size);
+        let blocks = telling_blocks(&good);
+        let (mut errors, mut slowest, mut most) = (0, Duration::ZERO, 0);
+        for batch in 0..u64::div_ceil(rounds, BATCH) {
+            let store = Store::new();
+            fs::write(store.path("sound.raw"), &good).expect("a disk");
+            let disks = (batch * BATCH..rounds.min((batch + 1) * BATCH)).map(|seed| format!("d{seed}"));
+            let disks: Vec<String> = disks.collect();
+            for (seed, name) in (batch * BATCH..).zip(&disks) {
+                let mut bytes = good.clone();
+                scramble(&mut bytes, &blocks, &mut Rng::new(seed + 99));
+                sparse(&store.path(format!("{name}.raw")), &bytes);
+            }
+            let mount = Mount::new(&store);
+            let daemon = mount.daemon();
+            for name in &disks {
+                let mut walk = Walk::default();
+                walk.directory(&mount.path(format!("{name}/files/active")));
+                walk.timed(|| fs::read(mount.path(format!("{name}/volumes.txt"))));
+                assert!(walk.slowest < PATIENCE, "{kind}, {name}: {walk:?}");
+                errors += walk.errors;
+                slowest = slowest.max(walk.slowest);
+            }
+            let memory = memory_of(daemon);
+            assert!(memory < MEMORY, "{kind}: {memory} bytes of memory");
+            most = most.max(memory);
+            let mut sound = Walk::default();
+            sound.directory(&mount.path("sound/files/active"));
+            assert!(sound.errors == 0 && sound.entries > 60, "{kind}: {sound:?}");
+            assert_eq!(mount.daemon(), daemon);
+            mount.umount();
+        }
+        println!("{kind}: {errors} errors, the slowest answer {slowest:?}, {} MiB of memory", most / MIB);
+        assert!(errors > rounds as usize / 4, "{kind}: the damage hit nothing: {errors} errors");
+    }
+}
+
+/// Writes what is not zero.
+fn sparse(path: &Path, bytes: &[u8]) {
+    let file = File::create(path).expect("a disk");
+    file.set_len(bytes.len() as u64).expect("its size");
+    for (number, block) in (0..).zip(bytes.chunks(4096)) {
+        if block.iter().any(|byte| *byte != 0) {
+            file.write_all_at(block, number * 4096).expect("its bytes");
+        }
+    }
+}

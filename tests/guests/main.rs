@@ -1,0 +1,12 @@
+//! Guests' file systems, volumes and partitions: the parsers, the workers, the mounts and the commands that look into them.
+
+mod cli;
+mod damage;
+mod ext;
+mod fat;
+mod groups;
+mod images;
+mod mount;
+mod scramble;
+mod volumes;
+mod worker;

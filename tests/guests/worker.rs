@@ -1,0 +1,261 @@
+//! Workers that have been taken over: whatever one answers, whoever asks it gets an error or what can do no harm. A shell script says
+//! what such a worker would say.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use chainfs::browse::content::OpenContent;
+use chainfs::browse::worker::WorkerProgram;
+use chainfs::browse::{Browser, DiskContents, PointInTime, walk};
+use chainfs::error::{ErrorKind, Result};
+use chainfs::fs::{Caller, GuestOptions, MountTree, NodeKind, Ownership};
+use chainfs::guest::{Ino, RunKind};
+use chainfs::store::{Store, StoreOptions};
+use support::Rng;
+
+/// Longer than anything here takes.
+const LONG: Duration = Duration::from_secs(30);
+
+/// What `work` gives; it is wrong if that takes long.
+fn soon<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, wait) = mpsc::channel();
+    std::thread::spawn(move || done.send(work()));
+    wait.recv_timeout(LONG).expect("an answer, some day")
+}
+
+/// A message as a worker sends it: an answer of these bytes.
+fn answer(bytes: &[u8]) -> String {
+    let message = [&[2, 0], bytes].concat();
+    let mut frame = (message.len() as u32).to_le_bytes().to_vec();
+    frame.extend([0; 4]);
+    frame.extend(message);
+    frame.iter().fold(String::new(), |mut text, byte| {
+        write!(text, "\\{byte:03o}").expect("there is room");
+        text
+    })
+}
+
+/// The answer that a disk holds one volume of that name, with an ext4 file system.
+fn layout(name: &str) -> String {
+    let volume = [&[name.len() as u8], name.as_bytes(), &[0, 0, 4, 0, 0, 0]].concat();
+    answer(&[&[1, 0, 0, 0, 1], &volume[..], &[0, 0]].concat())
+}
+
+/// The answer that this volume holds an operating system.
+fn system_on(name: &str) -> String {
+    answer(&[&[12, 1, name.len() as u8], name.as_bytes(), &[0; 8]].concat())
+}
+
+/// What stat(2) says of an inode of that kind.
+fn attributes(kind: u8) -> Vec<u8> {
+    [&[kind, 0, 0, 0, 0, 0, 1][..], &[0; 9]].concat()
+}
+
+const DIRECTORY: u8 = 1;
+const SYMLINK: u8 = 2;
+
+/// A worker that says `first`, and then `again` and again, without listening.
+fn worker(place: &Path, first: &str, again: &str) -> WorkerProgram {
+    let path = place.join("worker");
+    let text = format!("#!/bin/sh\nexec >&0\nprintf '{first}'\nwhile printf '{again}'; do :; done\n");
+    fs::write(&path, text).expect("a script");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("its mode");
+    WorkerProgram { path, seccomp: false }
+}
+
+/// A store of one disk, and who looks into it by such a worker.
+fn browser(first: &str, again: &str) -> (tempfile::TempDir, Arc<Store>, Arc<Browser>) {
+    let place = tempfile::tempdir().expect("a directory");
+    let images = place.path().join("store");
+    fs::create_dir(&images).expect("a store");
+    fs::write(images.join("vm.raw"), vec![0; 1 << 20]).expect("a disk");
+    let store = Store::open(&images, StoreOptions { notify: false, ..StoreOptions::default() }).expect("a store");
+    let browser = Browser::new(&store, worker(place.path(), first, again));
+    (place, store, browser)
+}
+
+/// What such a worker makes of the disk.
+fn inside(first: &str, again: &str) -> (tempfile::TempDir, Result<Arc<DiskContents>>) {
+    let (place, store, browser) = browser(first, again);
+    let catalog = store.catalog();
+    let chain = Arc::new(PathBuf::from("vm"));
+    let views = store.chain_views(&catalog, catalog.chain(&chain).expect("the chain"));
+    let view = store.view_id(&catalog, &chain, &views, views.active().expect("its disk"), false);
+    (place, soon(move || browser.contents(&view, PointInTime::First)))
+}
+
+#[test]
+fn a_volume_that_is_named_like_a_way_out_is_none() {
+    let (_place, good) = inside(&layout("disk"), &system_on("disk"));
+    let good = good.expect("there is nothing wrong with that");
+    assert_eq!(good.operating_systems().expect("one").len(), 1);
+    for name in ["../../../etc", "/etc", "..", ".", "", "a-b/c", "root"] {
+        let (_place, found) = inside(&layout(name), &system_on(name));
+        assert_eq!(found.expect_err(name).kind(), ErrorKind::Io, "{name}");
+    }
+}
+
+#[test]
+fn a_set_that_is_never_kept_is_not_opened_for_ever() {
+    let no_such_set = answer(&[0]);
+    let (_place, found) = inside(&layout("disk"), &format!("{no_such_set}{}", layout("disk")));
+    let found = found.expect("there is nothing wrong with that");
+    let mounted = soon(move || found.mount(0));
+    assert_eq!(mounted.expect_err("there is no set").kind(), ErrorKind::Io);
+}
+
+/// The number of an entry says how deep it lies, which is told by its being a directory or not, and how far up a link leads depends on that.
+#[test]
+fn what_an_entry_is_and_its_number_are_of_one_answer() {
+    let mounted = answer(&[&[3, 2, 1][..], &[0; 8]].concat());
+    let root = answer(&[&[6][..], &attributes(DIRECTORY)].concat());
+    let found = answer(&[&[4, 1, 12][..], &attributes(DIRECTORY)].concat());
+    let other = answer(&[&[6][..], &attributes(SYMLINK)].concat());
+    let (_place, store, browser) = browser(&[layout("disk"), mounted, root, found].concat(), &other);
+    let options = GuestOptions { shown: true, verbatim: false };
+    let tree = MountTree::new(&store, Ownership::default(), &browser, options);
+    let kind = soon(move || {
+        let path = ["vm", "files", "active", "disk", "entry"];
+        let step = |at: (u64, NodeKind), name: &&str| {
+            let found = tree.lookup(&Caller::ADMINISTRATOR, at.0, name.as_ref())?;
+            Ok((found.inode, found.kind))
+        };
+        let found: Result<_> = path.iter().try_fold((1, NodeKind::Directory), step);
+        found.map(|(_, kind)| kind)
+    });
+    assert_eq!(kind.expect("it is there"), NodeKind::Directory);
+}
+
+/// Numbers at which something ends, and others.
+fn odd(rng: &mut Rng) -> u64 {
+    let known = [0, 1, 2, 511, 512, 4096, 65_535, SIZE - 1, SIZE, SIZE + 1, 1 << 32, 1 << 40, 1 << 62, i64::MAX as u64];
+    match rng.below(20) {
+        19 => u64::MAX,
+        18 => rng.below(u64::MAX),
+        17 => u64::MAX - rng.below(5000),
+        index if index < 14 => known[index as usize],
+        _ => rng.below(SIZE),
+    }
+}
+
+fn number(mut value: u64, into: &mut Vec<u8>) {
+    while value >= 0x80 {
+        into.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    into.push(value as u8);
+}
+
+/// An answer of that kind, each number in it an odd one.
+fn odd_answer(rng: &mut Rng, kind: u8) -> String {
+    let mut bytes = vec![kind];
+    let run = |rng: &mut Rng, into: &mut Vec<u8>| {
+        number(odd(rng), into);
+        let stored = rng.below(4) > 0;
+        into.push(u8::from(stored));
+        if stored {
+            number(odd(rng), into);
+        }
+    };
+    match kind {
+        LAYOUT => {
+            bytes.extend([0, 0, 0, 1, 4]);
+            bytes.extend(b"disk");
+            number(odd(rng), &mut bytes);
+            let count = rng.below(4) as u8;
+            bytes.push(count);
+            for _ in 0..count {
+                number(odd(rng), &mut bytes);
+                number(odd(rng), &mut bytes);
+                let legs = rng.below(4) as u8;
+                bytes.push(u8::from(legs != 1));
+                if legs != 1 {
+                    number(odd(rng), &mut bytes);
+                    bytes.push(legs);
+                }
+                for _ in 0..legs {
+                    number(rng.below(3), &mut bytes);
+                    number(odd(rng), &mut bytes);
+                }
+            }
+            bytes.extend([4, 0, 0, 0, 0, 0]);
+        }
+        OPENED => {
+            number(odd(rng), &mut bytes);
+            let count = rng.below(5) as u8;
+            bytes.push(count);
+            (0..count).for_each(|_| run(rng, &mut bytes));
+        }
+        RUNS => {
+            let count = rng.below(5) as u8;
+            bytes.push(count);
+            (0..count).for_each(|_| run(rng, &mut bytes));
+        }
+        ATTRIBUTES => {
+            bytes.extend([0, 0, 0, 0]);
+            number(odd(rng), &mut bytes);
+            number(odd(rng), &mut bytes);
+            bytes.extend([1, 0, 0]);
+            for _ in 0..3 {
+                number(odd(rng), &mut bytes);
+                number(odd(rng) & u64::from(u32::MAX), &mut bytes);
+            }
+            bytes.push(0);
+        }
+        _ => bytes.extend([2, 1, 0, 0, 0, 0, 0, 0, 0, 0]),
+    }
+    answer(&bytes)
+}
+
+const SIZE: u64 = 1 << 20;
+const LAYOUT: u8 = 1;
+const MOUNTED: u8 = 3;
+const ATTRIBUTES: u8 = 6;
+const OPENED: u8 = 8;
+const RUNS: u8 = 9;
+
+/// Reads all that a worker says about, as far as it can be read.
+fn look_at_everything(inside: &Arc<DiskContents>, rng: &mut Rng) {
+    let mut buf = vec![0; 5000];
+    for _ in 0..20 {
+        let (at, len) = (odd(rng), rng.below(5000) as usize);
+        let _ = inside.read_volume(0, at, &mut buf[..len]);
+        let _ = inside.origin(0, at, odd(rng));
+    }
+    let _ = chainfs::report::volumes::listed(inside);
+    if let Ok(tree) = walk::GuestTree::open(inside, 0) {
+        let entry = tree.root();
+        let mut content = OpenContent::new(&tree, &entry);
+        for at in [0, entry.attributes.size / 2, entry.attributes.size.saturating_sub(1)] {
+            let left = entry.attributes.size.saturating_sub(at).min(5000) as usize;
+            let _ = content.read_at(at, &mut buf[..left]);
+        }
+    }
+    let Ok(opened) = inside.open_file(0, Ino(12)) else { return };
+    for run in opened.runs {
+        if let RunKind::Stored(_) | RunKind::Hole = run.kind {
+            let _ = inside.read_run(0, Ino(12), 0, run.kind, &mut buf);
+        }
+    }
+}
+
+#[test]
+// G6
+fn no_number_of_a_worker_is_more_than_an_error() {
+    let mut looked = 0;
+    for seed in 0..150 {
+        let mut rng = Rng::new(seed);
+        let kinds = [LAYOUT, MOUNTED, ATTRIBUTES, RUNS, RUNS, RUNS, OPENED];
+        let said: String = kinds.iter().map(|kind| odd_answer(&mut rng, *kind)).collect();
+        let (_place, found) = inside(&said, &odd_answer(&mut rng, RUNS));
+        if let Ok(found) = found {
+            looked += 1;
+            soon(move || look_at_everything(&found, &mut rng));
+        }
+    }
+    assert!(looked > 100, "{looked} answers were understood");
+}

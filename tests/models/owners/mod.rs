@@ -1,0 +1,30 @@
+//! A store of several owners, shared by a mount: users make images on whatever they can name, give commands, read reports;
+//! root changes owners and modes; commands are cut off. The kernel is the judge of who may do what: nobody gets, by the
+//! mount, what it would not give on the store itself.
+
+pub(crate) mod after;
+pub(crate) mod checks;
+pub(crate) mod commands;
+pub(crate) mod hands;
+pub(crate) mod image;
+pub(crate) mod people;
+pub(crate) mod seen;
+pub(crate) mod through;
+pub(crate) mod world;
+
+use people::People;
+use world::World;
+
+/// Steps of one store.
+const STEPS: u64 = 60;
+
+#[test]
+fn nobody_gets_what_the_kernel_would_not_give() {
+    support::seeds::run_all(People::new, |seed, people| {
+        let mut world = World::new(seed, people);
+        for _ in 0..STEPS {
+            world.step();
+        }
+        world.end()
+    });
+}

@@ -1,0 +1,72 @@
+//! Every feature of the kernel can be done without: the same tree, the same bytes, the same news.
+
+use std::time::Duration;
+
+use support::*;
+
+#[test]
+fn without_a_feature_of_the_kernel_every_view_is_the_same() {
+    for options in [
+        "nopassthrough",
+        "noparallelwrites",
+        "nosharedmapping",
+        "noacl",
+        "noreadahead",
+        "noseccomp",
+        "noinotify",
+        "threads=1",
+        "cache=1M",
+        ALL_OFF,
+    ] {
+        let store = Store::new();
+        store.raw("base.raw", 2 * MIB, 1);
+        store.overlay("mid.qcow2", "base.raw", "raw", "");
+        store.scribble("mid.qcow2", "qcow2", 2);
+        store.img(["snapshot", "-c", "monday", &store.path("mid.qcow2").to_string_lossy()]);
+        store.scribble("mid.qcow2", "qcow2", 3);
+        store.overlay("web.qcow2", "mid.qcow2", "qcow2", "cluster_size=4k");
+        store.scribble("web.qcow2", "qcow2", 4);
+        let mount = Mount::with(&store, options);
+        assert_chain(&store, &mount, "web", "web.qcow2", "qcow2");
+        // A second time: now from whatever has been kept.
+        assert_chain(&store, &mount, "web", "web.qcow2", "qcow2");
+        let words = ["-f", "raw", "-c", "write -P 7 1000 300k", "-c", "write -z -u 64k 64k", "-c", "flush"];
+        tool("qemu-io").args(words).arg(mount.path("web/active.raw")).succeeds();
+        mount.umount();
+        // As QEMU reads what was written.
+        store.io("web.qcow2", "qcow2", ["read -q -P 7 1000 60k", "read -q -P 0 64k 64k", "read -q -P 7 128k 100k"]);
+        store.img(["check", "-q", "web.qcow2"]);
+    }
+}
+
+/// Maps a disk shared and writable, and changes its first byte through that; python's exit code.
+fn maps(disk: &std::path::Path) -> i32 {
+    let script =
+        "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 4096); m[0] = 55; m.flush()";
+    tool("python3").args(["-c", script]).arg(disk).outcome().0
+}
+
+#[test]
+fn without_shared_mappings_they_are_refused_and_nothing_else() {
+    let store = Store::new();
+    store.create("web.qcow2", MIB, "");
+    for (options, code) in [("nosharedmapping", 1), ("", 0)] {
+        let mount = Mount::with(&store, options);
+        assert_eq!(maps(&mount.path("web/active.raw")), code, "{options}");
+        mount.umount();
+        store.io("web.qcow2", "qcow2", [format!("read -q -P {} 0 1", 55 * (1 - code))]);
+    }
+}
+
+#[test]
+fn without_inotify_changes_are_noticed_by_looking_again() {
+    let store = Store::new();
+    store.create("one.qcow2", MIB, "");
+    let mount = Mount::with(&store, "noinotify,rescan=1");
+    store.create("two.qcow2", MIB, "");
+    eventually("a new image is shown", Duration::from_secs(6), || mount.path("two/active.raw").exists());
+    mount.umount();
+}
+
+const ALL_OFF: &str =
+    "nopassthrough,noparallelwrites,nosharedmapping,noacl,noreadahead,noseccomp,noinotify,rescan=1,threads=1,cache=1M";

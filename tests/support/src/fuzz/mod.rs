@@ -1,0 +1,104 @@
+//! What the fuzzing tests share: a driver that replays from one number, seeded changes, and a
+//! reader that holds every way to read an image against the others.
+//!
+//! `CHAINFS_FUZZ_SECONDS` sets the budget of each target, `CHAINFS_FUZZ_SEED` its first input: the
+//! seed that a failure names makes the failing input the first.
+
+pub mod images;
+pub mod random;
+pub mod reader;
+
+use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use random::Random;
+
+/// Longest time for one input.
+pub const LIMIT: Duration = Duration::from_secs(if cfg!(debug_assertions) { 5 } else { 1 });
+/// An input that is still not done hangs.
+const HANG: Duration = Duration::from_mins(1);
+
+/// What a run amounted to.
+pub struct Run {
+    pub inputs: u64,
+    pub elapsed: Duration,
+}
+
+fn from_environment(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Calls `target` with the numbers of one input after the other until the time is over.
+pub fn drive(name: &str, seconds: u64, mut target: impl FnMut(&mut Random)) -> Run {
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_nanos() as u64);
+    let first = from_environment("CHAINFS_FUZZ_SEED").unwrap_or_else(now);
+    let budget = Duration::from_secs(from_environment("CHAINFS_FUZZ_SECONDS").unwrap_or(seconds));
+    let (start, mut inputs, mut slowest) = (Instant::now(), 0, (Duration::ZERO, first));
+    let current = &AtomicU64::new(first);
+    thread::scope(|scope| {
+        let (_running, ended) = mpsc::channel::<()>();
+        scope.spawn(move || watch(name, current, &ended));
+        while start.elapsed() < budget {
+            let seed = current.load(Ordering::Relaxed);
+            let mut took = time(name, seed, &mut target);
+            if took > LIMIT {
+                // A busy machine does not stop twice at the same place.
+                took = took.min(time(name, seed, &mut target));
+            }
+            slowest = slowest.max((took, seed));
+            assert!(took <= LIMIT, "{name}: the input of CHAINFS_FUZZ_SEED={seed} took {took:?}");
+            inputs += 1;
+            current.store(Random::new(seed).next(), Ordering::Relaxed);
+        }
+    });
+    let (took, seed) = slowest;
+    println!("{name}: seed {first}, {inputs} inputs, slowest {took:?} (seed {seed})");
+    Run { inputs, elapsed: start.elapsed() }
+}
+
+fn time(name: &str, seed: u64, target: &mut impl FnMut(&mut Random)) -> Duration {
+    let start = Instant::now();
+    catch_unwind(AssertUnwindSafe(|| target(&mut Random::new(seed)))).unwrap_or_else(|panic| {
+        println!("{name}: CHAINFS_FUZZ_SEED={seed} replays this input");
+        resume_unwind(panic);
+    });
+    start.elapsed()
+}
+
+/// Ends the test with a word when an input does not end by itself.
+fn watch(name: &str, current: &AtomicU64, ended: &mpsc::Receiver<()>) {
+    let mut last = (current.load(Ordering::Relaxed), Instant::now());
+    while ended.recv_timeout(Duration::from_secs(1)) == Err(RecvTimeoutError::Timeout) {
+        let seed = current.load(Ordering::Relaxed);
+        if seed != last.0 {
+            last = (seed, Instant::now());
+        } else if last.1.elapsed() > HANG {
+            // Not by `println`: what the test harness captures would be lost.
+            drop(writeln!(std::io::stderr(), "{name}: the input of CHAINFS_FUZZ_SEED={seed} hangs"));
+            std::process::exit(101);
+        }
+    }
+}
+
+/// Feeds `corpus`, and then mutations of it, to `target`.
+pub fn fuzz(name: &str, corpus: &[Vec<u8>], target: impl Fn(&[u8], &mut Random)) {
+    for good in corpus {
+        target(good, &mut Random::new(1));
+    }
+    drive(name, 1, |random| {
+        let mut bytes = corpus[random.below(corpus.len())].clone();
+        random.mutate(&mut bytes);
+        target(&bytes, random);
+    });
+}
+
+/// The most memory that this process ever had, in bytes; `None` where the system does not say.
+pub fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+}

@@ -1,0 +1,13 @@
+//! Commands on real stores by the library, without a mount: what they do, and what a crash or an error leaves of them.
+
+mod commit_pull_snapshot;
+mod crash_commit_pull_snapshot;
+mod crash_delete_revert_rebase;
+mod delete_revert_rebase;
+mod faults;
+mod identity;
+mod names_and_files;
+mod references;
+mod scenario;
+mod trash;
+mod users_of_layers;
