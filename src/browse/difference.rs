@@ -96,13 +96,13 @@ pub type DifferenceVisitor<'a> = dyn FnMut(&[u8], PathDifference) -> Result<()> 
 
 /// Whether a whole volume is known to be the same in both, without reading.
 pub fn is_surely_same(a: (&Arc<DiskContents>, usize), b: (&Arc<DiskContents>, usize)) -> bool {
-    let held = (a.0.lease(), b.0.hold());
+    let held = (a.0.lease(), b.0.lease());
     held.0.is_ok() && held.1.is_ok() && same_origins((a.0, a.1), (b.0, b.1))
 }
 
 /// Whether two volumes without readable files are the same, byte for byte.
 pub fn is_same_raw(a: (&Arc<DiskContents>, usize), b: (&Arc<DiskContents>, usize)) -> Compared<bool> {
-    let _held = (a.0.lease().map_err(|error| (Side::A, error))?, b.0.hold().map_err(|error| (Side::B, error))?);
+    let _held = (a.0.lease().map_err(|error| (Side::A, error))?, b.0.lease().map_err(|error| (Side::B, error))?);
     same_volumes((a.0, a.1), (b.0, b.1))
 }
 

@@ -16,7 +16,8 @@ use crate::store::ViewId;
 
 use super::disk::{BrowsedDisk, Digests, LeasedDisk};
 use super::validate::{
-    check_extended_attributes, check_ino, check_mounted, check_runs, check_systems, protocol_violation, usual,
+    check_extended_attributes, check_ino, check_mounted, check_runs, check_systems, protocol_violation,
+    sanitise_listing,
 };
 use super::worker::protocol::{Answer, ChunkKey, READ_LEN, Request, VolumeId};
 use super::worker::{Disks, Listing, Mounted, OpenedFile, Worker};

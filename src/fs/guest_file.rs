@@ -59,7 +59,7 @@ impl GuestFile {
         let lease = slot.inside.lease()?;
         let OpenedFile { size, runs } = slot.inside.open_file(slot.volume, ino)?;
         let known = Mutex::new(Arc::new(KnownRuns::new(0, runs)));
-        Ok(Self { slot: Arc::clone(slot), ino, size, known, _hold: hold })
+        Ok(Self { slot: Arc::clone(slot), ino, size, known, _hold: lease })
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -133,7 +133,7 @@ pub struct GuestDirectory {
 impl GuestDirectory {
     pub(super) fn open(slot: &Arc<MountedVolume>, ino: Ino) -> Result<Self> {
         let lease = slot.inside.lease()?;
-        Ok(Self { slot: Arc::clone(slot), ino, listed: Mutex::new(None), _hold: hold })
+        Ok(Self { slot: Arc::clone(slot), ino, listed: Mutex::new(None), _hold: lease })
     }
 
     /// Entries from a place on, and how many of them are to be left out.
