@@ -191,7 +191,7 @@ fn a_file_made_anew_under_an_old_name_shows_its_own_bytes() {
 
 #[test]
 fn what_another_process_has_begun_and_left_is_hidden_within_a_second() {
-    use chainfs::store::Operation;
+    use chainfs::store::{CommitOperation, Operation};
     use support::intents::{leave, witness};
     let store = Store::new();
     store.raw("base.raw", MIB, 1);
@@ -201,7 +201,7 @@ fn what_another_process_has_begun_and_left_is_hidden_within_a_second() {
     let base = mount.path("web/snapshots/base.raw");
     assert!(base.exists());
     let named = |name: &str| witness(&store, name, false);
-    let deed = Operation::Commit {
+    let deed = Operation::Commit(CommitOperation {
         top: named("sn1.qcow2"),
         base: named("base.raw"),
         between: vec![],
@@ -209,7 +209,7 @@ fn what_another_process_has_begun_and_left_is_hidden_within_a_second() {
         keep: false,
         is_copied: false,
         rename: None,
-    };
+    });
     let intent = leave(&store, "commit top=sn1", "web", deed);
     eventually("what is being spoilt is hidden", NOTICED, || !base.exists());
     assert!(mount.path("web/snapshots/sn1.raw").exists() && mount.path("web/active.raw").exists());
