@@ -451,6 +451,7 @@ fn assert_planned(store: &Store, command: &str, says: &str) {
 }
 
 #[test]
+// R4
 fn plans_refuse_what_would_grow_over_what_was_lost() {
     let chain = |options: &str| {
         let store = Store::new();

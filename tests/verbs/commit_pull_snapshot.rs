@@ -82,6 +82,7 @@ fn the_active_layer_falls_onto_any_base_and_keeps_its_name() {
 }
 
 #[test]
+// C3
 fn pulls_leave_every_view_as_it_is() {
     let inner = Kind { inner: &["sn3", "web"], ..Kind::PLAIN };
     let cases = [

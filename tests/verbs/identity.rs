@@ -218,6 +218,7 @@ fn a_copy_in_which_a_file_is_another_is_not_taken_up() {
 }
 
 #[test]
+// I1
 fn what_was_changed_in_its_place_is_not_taken_for_what_it_was() {
     // The same file, by all that the file system says of it.
     let commit = Commit::new();

@@ -129,6 +129,7 @@ fn an_extension_that_stands_twice_is_read_as_qemu_reads_it() {
 /// Ways to have somebody in the store of whom nobody can tell what he stands on: base.qcow2 is neither written nor
 /// changed, whoever it is is named, and one option ends it.
 #[test]
+// S3
 fn whoever_cannot_be_understood_may_stand_on_anything_until_the_user_says_otherwise() {
     type Lay = fn(&Store);
     let cases: [(&str, &str, Lay); 9] = [

@@ -29,6 +29,7 @@ fn names(items: &[TrashItem]) -> Vec<&str> {
 }
 
 #[test]
+// C5, T1
 fn a_deleted_snapshot_comes_back_with_its_bytes_and_stays_frozen() {
     for raw_base in [false, true] {
         let lab = Lab::new(Kind { raw_base, ..Kind::PLAIN });

@@ -144,9 +144,10 @@ fn sample_clusters(base: &Layer, view: &View, is_file: bool) -> Vec<SectorSample
 fn next_data(layer: &Layer, mut at: u64) -> Option<(u64, HostOffset)> {
     for _ in 0..MOST_RUNS {
         let left = layer.size().checked_sub(at).filter(|left| *left > 0)?;
-        match layer.map(GuestOffset(at), left).ok()? {
-            (Mapping::Data(host), _) => return Some((at, host)),
-            (_, len) => at += len,
+        let run = layer.map(GuestOffset(at), left).ok()?;
+        match run.value {
+            Mapping::Data(host) => return Some((at, host)),
+            Mapping::Zero(_) | Mapping::Compressed(_) | Mapping::Hole => at += run.len,
         }
     }
     None

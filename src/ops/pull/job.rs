@@ -8,13 +8,14 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
-use crate::image::HeaderChange;
-use crate::image::write::{BackingDisk, Located, Writer};
+use crate::image::write::{BackingDisk, Writer};
+use crate::image::{HeaderChange, Mapping};
 use crate::io::FileLock;
 use crate::store::{
     ActiveJob, CachePolicy, Catalog, FileRef, ImageIndex, Intent, JobImage, OpenView, OwnedIntent, PullOperation,
     Store, ViewPart, shown,
 };
+use crate::units::Run;
 
 use super::super::context::Context;
 use super::super::copy::PIECE;
@@ -270,13 +271,13 @@ impl FilledLayer {
     fn needed(&self, fill: &Filling) -> Result<u64> {
         let (mut at, end, mut sum) = (0, self.writer.size(), 0);
         while at < end {
-            let (located, mut run) = self.writer.locate(at, end - at)?;
-            if located == Located::Below {
-                let (is_copied, part) = fill.may_differ(at, run)?;
-                run = part;
-                sum += if is_copied { run } else { 0 };
+            let Run { value: mapping, mut len } = self.writer.map(at, end - at)?;
+            if mapping == Mapping::Hole {
+                let copied = fill.may_differ(at, len)?;
+                len = copied.len;
+                sum += if copied.value { len } else { 0 };
             }
-            at += run;
+            at += len;
         }
         Ok(sum)
     }
