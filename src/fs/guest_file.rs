@@ -56,7 +56,7 @@ impl KnownRuns {
 
 impl GuestFile {
     pub(super) fn open(slot: &Arc<MountedVolume>, ino: Ino) -> Result<Self> {
-        let lease = slot.inside.hold()?;
+        let lease = slot.inside.lease()?;
         let OpenedFile { size, runs } = slot.inside.open_file(slot.volume, ino)?;
         let known = Mutex::new(Arc::new(KnownRuns::new(0, runs)));
         Ok(Self { slot: Arc::clone(slot), ino, size, known, _lease: lease })
@@ -131,7 +131,7 @@ pub struct GuestDirectory {
 
 impl GuestDirectory {
     pub(super) fn open(slot: &Arc<MountedVolume>, ino: Ino) -> Result<Self> {
-        let lease = slot.inside.hold()?;
+        let lease = slot.inside.lease()?;
         Ok(Self { slot: Arc::clone(slot), ino, listed: Mutex::new(None), _lease: lease })
     }
 

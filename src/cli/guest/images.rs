@@ -50,7 +50,7 @@ pub(super) struct StoreDisk {
 impl StoreDisk {
     /// Its volumes and files.
     pub(super) fn contents(&self) -> Result<Arc<DiskContents>> {
-        self.opened.browser.inside(&self.id, PointInTime::First)
+        self.opened.browser.contents(&self.id, PointInTime::First)
     }
 
     /// The disk itself, open.

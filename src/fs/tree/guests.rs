@@ -71,11 +71,11 @@ impl MountTree {
                 .map(|(_, partition)| Node::Partition(partition))),
             Node::FilesOf(view) if name == VOLUMES => Ok(Some(Node::VolumeList(view.clone()))),
             Node::FilesOf(view) if name == ROOT_LINK => {
-                let inside = self.browser.inside(view, PointInTime::First)?;
+                let inside = self.browser.contents(view, PointInTime::First)?;
                 Ok(inside.operating_systems()?.first().map(|_| Node::RootLink(view.clone())))
             }
             Node::FilesOf(view) => {
-                let inside = self.browser.inside(view, PointInTime::First)?;
+                let inside = self.browser.contents(view, PointInTime::First)?;
                 if let Some(volume) = inside.volume(name.as_bytes()) {
                     return self.volume_root(&inside, volume).map(Some);
                 }
@@ -104,7 +104,7 @@ impl MountTree {
             }
             Node::FilesOf(view) => {
                 // A listing shows the disk's present state.
-                let inside = self.browser.inside(view, PointInTime::Now)?;
+                let inside = self.browser.contents(view, PointInTime::Now)?;
                 found.push((VOLUMES.into(), Node::VolumeList(view.clone())));
                 if !inside.operating_systems()?.is_empty() {
                     found.push((ROOT_LINK.into(), Node::RootLink(view.clone())));
@@ -127,7 +127,7 @@ impl MountTree {
     }
 
     fn partitions(&self, view: &ViewId) -> Result<Vec<(OsString, PartitionNode)>> {
-        let inside = self.browser.inside(view, PointInTime::Table)?;
+        let inside = self.browser.contents(view, PointInTime::Table)?;
         let shown = inside.layout().partitions.iter().filter(|partition| !partition.is_extended && partition.len > 0);
         Ok(shown
             .map(|partition| {
@@ -228,13 +228,13 @@ impl MountTree {
     }
 
     pub(super) fn volume_list(&self, view: &ViewId) -> Result<Arc<[u8]>> {
-        let inside = self.browser.inside(view, PointInTime::First)?;
+        let inside = self.browser.contents(view, PointInTime::First)?;
         Ok(volumes::listed(&inside).into_bytes().into())
     }
 
     /// The reasons why a volume is shown without its last writes, one per line.
     pub(super) fn volume_problem(&self, view: &ViewId, volume: &str) -> Result<Arc<[u8]>> {
-        let inside = self.browser.inside(view, PointInTime::First)?;
+        let inside = self.browser.contents(view, PointInTime::First)?;
         let Some(index) = inside.volume(volume.as_bytes()) else { return Err(stale("the volume was removed")) };
         let lines = inside.mount(index)?.stale.into_iter().map(|sentence| terminal(&sentence) + "\n");
         Ok(lines.collect::<String>().into_bytes().into())
@@ -245,21 +245,21 @@ impl MountTree {
         let Some(view) = self.inner_views(chain)?.into_iter().next() else {
             return Ok(Arc::from(&b"no disk of this chain can be read\n"[..]));
         };
-        let inside = self.browser.inside(&view, PointInTime::First)?;
+        let inside = self.browser.contents(&view, PointInTime::First)?;
         Ok(os::text(inside.operating_systems()?).into_bytes().into())
     }
 
     /// Its length if it is known, else 0: listing a directory must not read disks.
     pub(super) fn os_text_len(&self, chain: &Arc<PathBuf>) -> u64 {
         let view = self.inner_views(chain).ok().and_then(|views| views.into_iter().next());
-        let inside = view.and_then(|view| self.browser.known_inside(&view));
+        let inside = view.and_then(|view| self.browser.known_contents(&view));
         inside
             .and_then(|inside| inside.known_operating_systems().map(|found| os::text(found).len() as u64))
             .unwrap_or(0)
     }
 
     fn root_target(&self, view: &ViewId) -> Result<Vec<u8>> {
-        let inside = self.browser.inside(view, PointInTime::First)?;
+        let inside = self.browser.contents(view, PointInTime::First)?;
         let gone = || stale("the disk no longer has an operating system");
         Ok(inside.operating_systems()?.first().ok_or_else(gone)?.volume.clone().into_bytes())
     }
