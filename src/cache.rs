@@ -47,6 +47,7 @@ impl<K: Hash + Eq, V: Clone> Weighted<K, V> {
             self.weight -= old;
         }
         self.weight += weight;
+        // B3: the oldest goes.
         while self.weight > self.budget && self.entries.len() > 1 {
             let Some((_, (_, old))) = self.entries.pop_lru() else { break };
             self.weight -= old;

@@ -127,6 +127,7 @@ impl BrowsedDisk {
     pub(super) fn release(&self) {
         let mut open = self.open.lock();
         open.holders -= 1;
+        // G4: the last one closes it.
         if open.holders == 0 {
             open.left = Instant::now();
             let bytes = open.bytes.take_if(|_| !self.is_forced);

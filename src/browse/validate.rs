@@ -39,6 +39,7 @@ pub(super) fn confused() -> Error {
 }
 
 fn check(is_good: bool) -> Result<()> {
+    // G6: what is beyond the limits is no answer.
     if is_good { Ok(()) } else { Err(confused()) }
 }
 

@@ -172,6 +172,7 @@ impl FlatMap {
                 break;
             }
         }
+        // R1: what all layers are silent on is zero, and only that.
         for (from, to) in silent {
             let start = ((from - origin) / SECTOR_SIZE) as u32;
             found.push((from, to - from, Piece { host: 0, start, layer: 0, kind: Kind::Zero }));

@@ -171,6 +171,7 @@ impl View {
             };
             return Ok(Extent { layer, source, len });
         }
+        // R1: every layer was asked, and none has data here.
         Ok(Extent { layer: self.layers.len(), source: Source::Zero, len })
     }
 

@@ -35,6 +35,7 @@ pub const V2_LEN: usize = 72;
 const V3_MIN_LEN: usize = 104;
 
 // QEMU's limits.
+// B1: of what an image can name.
 /// Largest L1 table, in bytes.
 pub const MAX_L1_LEN: u64 = 32 << 20;
 /// Largest refcount table, in bytes.

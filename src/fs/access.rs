@@ -103,6 +103,7 @@ impl Rights {
         if is_administrator {
             return Viewer { subject: None, commander: None };
         }
+        // A1: judged for this very process, with the groups that it has.
         let subject = Subject::new(uid, groups_of_process(pid, uid, gid));
         let is_let_in = self.ownership.umask.is_some() || self.ownership.gid.is_some_and(|gid| subject.is_in(gid));
         Viewer { subject: (!is_let_in).then(|| subject.clone()), commander: Some(subject) }

@@ -209,6 +209,7 @@ impl Inodes {
         if let Some(number) = table.by_node.get(node) {
             return *number;
         }
+        // X1: a number is given once.
         table.nodes.push(node.clone());
         let number = table.nodes.len() as u64;
         table.by_node.insert(node.clone(), number);

@@ -170,6 +170,7 @@ impl SharedReads {
             }
             let ended = waiting.ended;
             let reads = std::mem::take(&mut waiting.reads);
+            // X2: handlers take this lock, and wait for nothing under it.
             // Neither the engine nor the kernel is spoken to under the lock that handlers take.
             drop(waiting);
             let now = Instant::now();

@@ -94,6 +94,7 @@ pub(super) fn steps<S: Storage + ?Sized>(name: &str, file: &S, change: &HeaderCh
             Error::new(ErrorKind::Unsupported, fact)
         })?;
         let now = nameless(now);
+        // M10: every header on the way is the old one or the new one.
         assert!(now == old || is_wanted(&old, &now, change), "a step of a header's change leads astray");
     }
     Ok(steps)

@@ -83,6 +83,7 @@ impl Layer {
     /// `Corrupt` speaks for the rest of the cluster (see [`Layer::rest_of_cluster`]).
     pub fn map(&self, at: GuestOffset, max: u64) -> Result<(Mapping, u64)> {
         assert!(max > 0);
+        // C4: a lower layer that is longer shows nothing here.
         // Beyond its end a layer reads as zeroes even if one below it is longer.
         if at.0 >= self.size {
             return Ok((Mapping::Zero(None), max));
@@ -188,6 +189,7 @@ impl Layer {
         if host.0 < end {
             return Ok((mapping, run.min(end - host.0)));
         }
+        // R2: missing bytes are an error.
         Err(self.image.corrupt(&format!(
             "a data cluster at {host} lies past the end of the file ({end:#x}); the file was cut short, restore it from a copy"
         )))

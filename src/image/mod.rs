@@ -203,6 +203,7 @@ impl Image {
         }
         let end = at.0 + len as u64;
         let data_end = self.data_end()?;
+        // R2: only the padding of a raw image to a whole sector is zero.
         if self.is_raw() && end >= data_end && at.0 + buf.len() as u64 <= round_up_to_sector(data_end) {
             buf[len..].fill(0);
             return Ok(());

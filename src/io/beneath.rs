@@ -120,6 +120,7 @@ impl Root {
 
     pub(super) fn open_with(&self, path: &Path, flags: OFlags) -> Result<OwnedFd> {
         let open = |resolve| self.resolve(path, flags | OFlags::CLOEXEC, resolve);
+        // S5: nothing is asked of our own mount.
         // On this file system first: on another, which may be our own mount, asking is waiting for ourselves.
         let found = match open(BENEATH | ResolveFlags::NO_XDEV) {
             Err(Errno::XDEV) => match self.crossing(path)? {

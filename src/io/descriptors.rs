@@ -153,6 +153,7 @@ impl Descriptors {
     /// Room for `count` more, if there is some or what is idle can make some.
     pub fn try_claim(self: &Arc<Self>, count: usize) -> Option<DescriptorReservation> {
         let take = || {
+            // B2: taken before anything is opened.
             let more = |now: usize| (now + count <= self.limit()).then_some(now + count);
             self.count.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
         };

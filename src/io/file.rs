@@ -293,6 +293,7 @@ impl StoreFile {
     /// reader to whom it is `frozen`, if this one does.
     pub fn lock(self: &Arc<Self>, frozen: bool) -> Result<ReadLock> {
         let mut holders = self.holders.lock();
+        // W1: what a guest writes is promised to no reader as frozen.
         if frozen && holders.writer == Some(WriterKind::Guest) {
             let fact = "is being written through this mount; close the active disk that it holds";
             return Err(Error::new(ErrorKind::Busy, format!("{} {fact}", self.path().display())));
@@ -334,6 +335,7 @@ impl StoreFile {
         if holders.writer.is_some() {
             return busy("is being written through this mount already");
         }
+        // C2, W1: a file that somebody reads as frozen takes no guest's writes.
         if holders.frozen > 0 && kind == WriterKind::Guest {
             return busy("is open as a snapshot in this mount; close that first");
         }
@@ -464,6 +466,7 @@ impl StoreFile {
     fn open(&self) -> Result<OwnedFd> {
         let file = self.root.open_file(&self.path())?;
         let stat = FileStat::of(&file)?;
+        // R3: this file, unchanged, or no bytes.
         if stat.id != self.id || self.expected().is_some_and(|expected| expected != stat.signature) {
             return Err(self.stale());
         }

@@ -82,6 +82,7 @@ impl ScannedStore {
     /// Why a plan is not the user's to carry out: of every layer before and after something may be copied, and every name
     /// that is given or taken away changes a directory.
     pub(super) fn not_permitted(&self, plan: &Plan) -> Vec<Error> {
+        // A2: every file that is read, and every name that changes.
         let Some(asker) = &self.asker else { return Vec::new() };
         let layers: Vec<&Path> = plan.before.iter().chain(&plan.after).map(|layer| layer.path.as_path()).collect();
         let mut refusals = Vec::new();

@@ -11,16 +11,19 @@ use crate::image::create::CreateOptions;
 use crate::image::write::{BackingDisk, Writer};
 use crate::io::FileLock;
 use crate::store::{
-    FileRef, ImageIndex, Intent, NewTopFile, OpenView, Operation, OwnedIntent, Store, ViewPart, is_draft, shown,
+    CopyOperation, FileRef, ImageIndex, Intent, NewTopFile, OpenView, OwnedIntent, Store, ViewPart, is_draft, shown,
 };
 
 use super::clone::give_name;
+use super::context::Context;
 use super::copy::{CommitSegment, PIECE};
-use super::engine::Engine;
-use super::finish;
+use super::ending;
+use super::job::Job;
 use super::job_table::JobProgress;
+use super::lookup;
 use super::overlay::{self, DraftImage};
 use super::plan::Plan;
+use super::refusals;
 use super::revert::{self, ClosedDisk};
 use super::scanned_store::ScannedStore;
 
@@ -36,7 +39,7 @@ impl CopySource {
     /// The view of a layer, or of an internal snapshot of it.
     pub(super) fn of(world: &ScannedStore, index: ImageIndex, snapshot: Option<usize>) -> Result<Self> {
         let snapshot =
-            snapshot.map(|place| finish::inner(world, index, place).map(|found| (place, found))).transpose()?;
+            snapshot.map(|place| lookup::inner(world, index, place).map(|found| (place, found))).transpose()?;
         Ok(Self { index, snapshot })
     }
 
@@ -64,7 +67,7 @@ impl CopySource {
     /// the store.
     pub(super) fn plan(
         &self,
-        engine: &Engine,
+        context: &Context,
         world: &ScannedStore,
         (like, name): (ImageIndex, &Path),
         plan: &mut Plan,
@@ -73,10 +76,10 @@ impl CopySource {
         plan.refusals.extend(below.first().and_then(|below| world.uncounted(like, name, *below)));
         let layers = world.catalog.layers(self.index);
         plan.refusals.extend(world.catalog.view_problem(&layers).map(|fact| Error::new(ErrorKind::Broken, fact)));
-        let opened = self.open(engine.store(), world);
+        let opened = self.open(context.store(), world);
         match opened {
             Ok((segment, _view)) if self.is_copied() => {
-                finish::count(world, self.index, segment.data_len(), plan);
+                refusals::count(world, self.index, segment.data_len(), plan);
             }
             Err(error) if plan.refusals.is_empty() => plan.refusals.push(error),
             Ok(_) | Err(_) => {}
@@ -121,14 +124,49 @@ pub(super) struct BranchJob {
     /// The layer below, as it has to be at the end, too.
     below: Option<FileRef>,
     purpose: ImagePurpose,
-    intent: OwnedIntent,
+    intent: OwnedIntent<CopyOperation>,
     _views: Vec<OpenView>,
+}
+
+impl Job for BranchJob {
+    fn run(self: Box<Self>, context: &Context, progress: &JobProgress) -> Result<()> {
+        let store = Arc::clone(context.store());
+        let copied = fill(&store, &self.segment, self.top.writer(), progress);
+        let Self { path, command, draft, top, below, purpose, intent, segment, _views: views } = *self;
+        drop((segment, top));
+        let done = copied.and_then(|()| {
+            let lock = ending::lock_for_job(&store, progress)?;
+            let world = ScannedStore::look(&store)?;
+            let below = below.as_ref().map(|named| world.expect(named)).transpose()?;
+            progress.settle()?;
+            match purpose {
+                ImagePurpose::Clone { name } => {
+                    if let Some(below) = below {
+                        world.begun(&[below]).map_or(Ok(()), Err)?;
+                    }
+                    give_name(&store, &world, &draft, &name).map(|()| lock)
+                }
+                ImagePurpose::Revert(closed) => revert::switch(context, &world, lock, &path, &command, &draft, *closed),
+            }
+        });
+        drop(views);
+        match done {
+            Ok(lock) => ending::end(&store, intent, lock),
+            Err(error) => {
+                draft.unmake(&store);
+                if let Err(trouble) = ending::forget(&store, intent) {
+                    return Err(error.within(format!("{trouble}, and")));
+                }
+                Err(error)
+            }
+        }
+    }
 }
 
 impl BranchJob {
     /// Begins to fill a draft; under the store's lock.
     pub(super) fn begin(
-        engine: &Engine,
+        context: &Context,
         world: &ScannedStore,
         path: &Path,
         command: &str,
@@ -136,13 +174,13 @@ impl BranchJob {
         (source, draft): (CopySource, DraftImage),
         purpose: ImagePurpose,
     ) -> Result<Self> {
-        let store = engine.store();
+        let store = context.store();
         let name = match &purpose {
             ImagePurpose::Clone { name } => world.guarded(name),
             // Its own intent gives it that name; before, it is nothing but a draft.
             ImagePurpose::Revert(_) => draft.named.path.clone(),
         };
-        let deed = Operation::Copy { draft: draft.named.clone(), name };
+        let operation = CopyOperation { draft: draft.named.clone(), name };
         let begun = (|| {
             let (segment, view) = source.open(store, world)?;
             let top = store.open_new_top(&draft.path, &shown(&draft.path))?;
@@ -153,7 +191,7 @@ impl BranchJob {
                 top.writer().set_backing(Some(Arc::clone(&open.view) as Arc<dyn BackingDisk>));
                 views.push(open);
             }
-            let intent = store.guard().begin(&*store.guard_names(), of, &Intent::new(command, path, deed))?;
+            let intent = store.guard().begin(&*store.guard_names(), of, &Intent::new(command, path, operation))?;
             Ok((segment, top, below.first().map(|index| world.named(*index)), views, intent))
         })();
         match begun {
@@ -167,47 +205,13 @@ impl BranchJob {
             }
         }
     }
-
-    /// Does it.
-    pub(super) fn run(self, engine: &Engine, progress: &JobProgress) -> Result<()> {
-        let store = Arc::clone(engine.store());
-        let copied = fill(&store, &self.segment, self.top.writer(), progress);
-        let Self { path, command, draft, top, below, purpose, intent, segment, _views: views } = self;
-        drop((segment, top));
-        let done = copied.and_then(|()| {
-            let lock = finish::lock_for_job(&store, progress)?;
-            let world = ScannedStore::look(&store)?;
-            let below = below.as_ref().map(|named| world.expect(named)).transpose()?;
-            progress.settle()?;
-            match purpose {
-                ImagePurpose::Clone { name } => {
-                    if let Some(below) = below {
-                        world.begun(&[below]).map_or(Ok(()), Err)?;
-                    }
-                    give_name(&store, &world, &draft, &name).map(|()| lock)
-                }
-                ImagePurpose::Revert(closed) => revert::switch(engine, &world, lock, &path, &command, &draft, *closed),
-            }
-        });
-        drop(views);
-        match done {
-            Ok(lock) => finish::end(&store, intent, lock),
-            Err(error) => {
-                draft.unmake(&store);
-                if let Err(trouble) = finish::forget(&store, intent) {
-                    return Err(error.within(format!("{trouble}, and")));
-                }
-                Err(error)
-            }
-        }
-    }
 }
 
 /// Copies what `segment` holds into a new image.
 fn fill(store: &Arc<Store>, segment: &CommitSegment, writer: &Arc<Writer>, progress: &JobProgress) -> Result<()> {
     let total = segment.data_len()?;
     progress.set_total(total);
-    if !finish::shares_blocks(store) {
+    if !refusals::shares_blocks(store) {
         writer.reserve(total)?;
     }
     let mut at = 0;
@@ -220,11 +224,11 @@ fn fill(store: &Arc<Store>, segment: &CommitSegment, writer: &Arc<Writer>, progr
 }
 
 /// Takes up what was cut off: what has no name yet goes.
-pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: FileLock) -> Result<()> {
-    let store = engine.store();
-    let Operation::Copy { draft, .. } = &intent.intent.deed else { unreachable!("the intent of a copy") };
+pub(super) fn resume(context: &Context, intent: OwnedIntent<CopyOperation>, lock: FileLock) -> Result<()> {
+    let store = context.store();
+    let CopyOperation { draft, .. } = &intent.intent.operation;
     if is_draft(&draft.path) && draft.is_at(&store.guard().root, &draft.path) {
         store.guard_names().unlink(&draft.path)?;
     }
-    finish::end(store, intent, lock)
+    ending::end(store, intent, lock)
 }

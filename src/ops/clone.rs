@@ -12,9 +12,10 @@ use crate::io::directory_of;
 use crate::store::{ACTIVE, Format, Store, shown};
 
 use super::branch::{BranchJob, CopySource, ImagePurpose};
-use super::engine::{Engine, Job};
-use super::finish;
+use super::context::Context;
+use super::job::Begun;
 use super::locked::TouchedImages;
+use super::lookup;
 use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
 use super::request::CloneRequest;
@@ -36,7 +37,7 @@ impl PlannedClone {
 
 /// What the request would do, with every refusal.
 pub(super) fn plan(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     request: &CloneRequest,
@@ -45,16 +46,16 @@ pub(super) fn plan(
     let source = source(world, &chain, request)?;
     let leaf = world.image(chain.views.layers[0]);
     let name = beside(&leaf.place.path, &[&request.name[..], b".qcow2"].concat());
-    let mut plan = Plan { before: finish::tree(world, &chain), ..Plan::default() };
+    let mut plan = Plan { before: lookup::tree(world, &chain), ..Plan::default() };
     let refusals = &mut plan.refusals;
     overlay::refuse_name(world, &name, (Format::Qcow2, false), None, refusals);
     refusals.extend(world.begun(&chain.views.layers));
     if world.store.options().read_only {
         refusals.push(Error::new(ErrorKind::ReadOnly, "the store is mounted read-only"));
     }
-    source.plan(engine, world, (chain.views.layers[0], &name), &mut plan);
+    source.plan(context, world, (chain.views.layers[0], &name), &mut plan);
     let file = PlanLayer { name: ACTIVE.to_vec(), path: name.clone(), active: true, note: "new".into() };
-    plan.after = source.below(world).iter().map(|index| finish::line(world, &chain, *index)).collect();
+    plan.after = source.below(world).iter().map(|index| lookup::line(world, &chain, *index)).collect();
     plan.after.insert(0, file);
     plan.notes.push(format!("a new chain {}", shown(&directory_of(path).join(os(&request.name)))));
     Ok((plan, PlannedClone { source, name }))
@@ -69,7 +70,7 @@ fn source(world: &ScannedStore, chain: &ScannedChain, request: &CloneRequest) ->
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let (depth, inner) = match (&request.from, chain.views.active()) {
         (Some(name), _) => {
-            let view = finish::view(world, chain, name)?;
+            let view = lookup::view(world, chain, name)?;
             if view.active {
                 return Err(usage("the active disk changes, and nothing can stand on it; snapshot it first".into()));
             }
@@ -85,19 +86,19 @@ fn source(world: &ScannedStore, chain: &ScannedChain, request: &CloneRequest) ->
 }
 
 /// Makes the clone, or begins to where something has to be copied.
-pub(super) fn begin(engine: &Engine, path: &Path, request: &CloneRequest, command: &str) -> Result<Option<Job>> {
-    let store = engine.store();
+pub(super) fn begin(context: &Context, path: &Path, request: &CloneRequest, command: &str) -> Result<Begun> {
+    let store = context.store();
     let (lock, world) = ScannedStore::begin(store)?;
-    let (plan, PlannedClone { source, name }) = plan(engine, &world, path, request)?;
+    let (plan, PlannedClone { source, name }) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
     let like = world.image(world.chain(path)?.views.layers[0]).place.path.clone();
-    let of = engine.intent_name();
+    let of = context.intent_name();
     let draft = overlay::draft_name(&name, &of, 0);
     let draft = DraftImage::make(&world, draft, &like, &source.options(&world, &name))?;
     if source.is_copied() {
         let purpose = ImagePurpose::Clone { name };
-        let job = BranchJob::begin(engine, &world, path, command, &of, (source, draft), purpose)?;
-        return Ok(Some(Job::Branch(Box::new(job))));
+        let job = BranchJob::begin(context, &world, path, command, &of, (source, draft), purpose)?;
+        return Ok(Some(Box::new(job)));
     }
     give_name(store, &world, &draft, &name)?;
     drop(lock);

@@ -13,11 +13,14 @@ use crate::io::FileLock;
 use crate::store::{CachePolicy, ImageIndex, Store, shown};
 use crate::units::human_size;
 
-use super::engine::{Engine, Job};
-use super::finish;
+use super::context::Context;
+use super::ending;
+use super::job::Begun;
 use super::job_table::ChainLocks;
 use super::locked::TouchedImages;
+use super::lookup;
 use super::plan::Plan;
+use super::removal;
 use super::request::{CommitRequest, DeleteMethod, DeleteRequest, PullRequest};
 use super::scanned_store::{ScannedChain, ScannedStore};
 use super::{commit, pull};
@@ -45,13 +48,13 @@ impl PlannedDelete {
 
 /// What the request would do, with every refusal.
 pub(super) fn plan(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     request: &DeleteRequest,
 ) -> Result<(Plan, PlannedDelete)> {
     let chain = world.chain(path)?;
-    let view = finish::view(world, &chain, &request.name)?;
+    let view = lookup::view(world, &chain, &request.name)?;
     if let Some(inner) = view.snapshot {
         return plan_inner(world, &chain, chain.views.layers[view.layer], inner);
     }
@@ -69,8 +72,8 @@ pub(super) fn plan(
         let fact = "is what is mounted; mount the directory that holds it, and delete it there";
         return Err(Error::new(ErrorKind::Forbidden, format!("{name} {fact}")));
     }
-    let up = || plan_up(engine, world, &chain, depth, request);
-    let down = || plan_down(engine, world, &chain, depth, request);
+    let up = || plan_up(context, world, &chain, depth, request);
+    let down = || plan_down(context, world, &chain, depth, request);
     let (mut plan, way) = match (depth, request.method) {
         (0, DeleteMethod::Commit) => {
             let fact = "has nothing standing on it that could be merged into it; leave out method=";
@@ -96,7 +99,7 @@ fn has_one_user(world: &ScannedStore, chain: &ScannedChain, depth: usize) -> boo
 }
 
 fn plan_up(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     chain: &ScannedChain,
     depth: usize,
@@ -115,7 +118,7 @@ fn plan_up(
         discard_bitmaps: request.discard_bitmaps,
         ..PullRequest::default()
     };
-    let mut plan = pull::plan_of(engine, world, chain, &found, &terms);
+    let mut plan = pull::plan_of(context, world, chain, &found, &terms);
     if found.into.len() > 1 && layers.len() == depth + 1 {
         let names: Vec<String> = found.into.iter().map(|index| world.image(*index).shown()).collect();
         let fact = "is the base of several images, each of which would have to hold all of it";
@@ -141,7 +144,7 @@ fn plan_up(
 }
 
 fn plan_down(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     chain: &ScannedChain,
     depth: usize,
@@ -153,7 +156,7 @@ fn plan_down(
         discard_bitmaps: request.discard_bitmaps,
         ..CommitRequest::default()
     };
-    let plan = commit::plan_of(engine, world, chain, &layers, &terms);
+    let plan = commit::plan_of(context, world, chain, &layers, &terms);
     (plan, PlannedDelete::Down(layers))
 }
 
@@ -164,8 +167,8 @@ fn plan_inner(
     inner: usize,
 ) -> Result<(Plan, PlannedDelete)> {
     let image = world.image(index);
-    let snapshot = finish::inner(world, index, inner)?;
-    let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
+    let snapshot = lookup::inner(world, index, inner)?;
+    let mut plan = Plan { before: lookup::tree(world, chain), ..Plan::default() };
     plan.after.clone_from(&plan.before);
     plan.refusals.extend(world.untouchable(index));
     plan.refusals.extend(world.begun(&[index]));
@@ -181,35 +184,35 @@ fn plan_inner(
     }
     if world.store.has_trash() {
         let fact = "an internal snapshot goes with its clusters; clone it first if it may be needed";
-        plan.notes.push(format!("{}{}: {fact}", finish::NOT_KEPT, String::from_utf8_lossy(&snapshot.name)));
+        plan.notes.push(format!("{}{}: {fact}", removal::NOT_KEPT, String::from_utf8_lossy(&snapshot.name)));
     }
     Ok((plan, PlannedDelete::Inner(index, snapshot)))
 }
 
 /// Begins a delete, or does it if no data has to be moved.
 pub(super) fn begin(
-    engine: &Engine,
+    context: &Context,
     path: &Path,
     request: &DeleteRequest,
     command: &str,
     tokens: &mut ChainLocks,
-) -> Result<Option<Job>> {
-    let (lock, world) = ScannedStore::begin(engine.store())?;
-    let (plan, way) = plan(engine, &world, path, request)?;
+) -> Result<Begun> {
+    let (lock, world) = ScannedStore::begin(context.store())?;
+    let (plan, way) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
-    tokens.notes.extend(finish::not_kept(plan.notes));
+    tokens.notes.extend(removal::not_kept(plan.notes));
     match way {
         PlannedDelete::Up(layers) => {
-            let job = pull::begin_with(engine, &world, lock, path, &layers, command, tokens)?;
-            Ok(Some(Job::Pull(Box::new(job))))
+            let job = pull::begin_with(context, &world, lock, path, &layers, command, tokens)?;
+            Ok(Some(Box::new(job)))
         }
         PlannedDelete::Down(layers) => {
-            let job = commit::begin_with(engine, &world, lock, path, &layers, false, command, tokens)?;
-            Ok(Some(Job::Commit(Box::new(job))))
+            let job = commit::begin_with(context, &world, lock, path, &layers, false, command, tokens)?;
+            Ok(Some(Box::new(job)))
         }
         PlannedDelete::Inner(index, snapshot) => {
             tokens.extend(&world.chains_of(&[index]))?;
-            delete_inner(engine.store(), &world, index, &snapshot, lock)?;
+            delete_inner(context.store(), &world, index, &snapshot, lock)?;
             Ok(None)
         }
     }
@@ -228,7 +231,7 @@ fn delete_inner(
     delete_by_writer(store, world, index, snapshot)?;
     let before = Arc::clone(&world.catalog);
     store.rescan()?;
-    finish::tell_files(store, &before, &[image.stat.id], None);
+    ending::tell_files(store, &before, &[image.stat.id], None);
     drop((leaving, lock));
     Ok(())
 }

@@ -6,65 +6,42 @@
 
 use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::users_of;
-use crate::store::{FoundIntent, Intent, Operation, Store, command_name, shown};
+use crate::store::{FoundIntent, Intent, Operation, Store, shown};
 
 use super::asker::as_nobody;
-use super::branch::{self, BranchJob};
-use super::commit::{self, CommitJob};
+use super::branch;
+use super::commit;
+use super::context::Context;
+use super::job::{Begun, Job};
 use super::job_table::{ChainLocks, JobProgress, JobTable};
 use super::locked::TouchedImages;
-use super::pull::{self, PullJob};
+use super::pull;
 use super::scanned_store::{ScannedStore, of_chain};
 use super::{Plan, Request, Status};
 use super::{clone, delete, rebase, resize, revert, snapshot};
 
 /// The jobs of one store.
 pub struct Engine {
-    store: Arc<Store>,
+    context: Arc<Context>,
     board: Arc<JobTable>,
-    /// Where the store is mounted, for saying who has what open.
-    mount: Mutex<Option<PathBuf>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// Whether it is. Held shared while a command begins, so that none begins behind its back.
     stopping: RwLock<bool>,
-    intents: AtomicU64,
     /// Whether plans say what other processes have locked.
     looks_at_locks: bool,
 }
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Engine").field("store", &self.store).finish_non_exhaustive()
-    }
-}
-
-/// A job that was accepted.
-pub(super) enum Job {
-    /// Layers are merged down.
-    Commit(Box<CommitJob>),
-    /// Layers are merged up.
-    Pull(Box<PullJob>),
-    /// A new image is filled.
-    Branch(Box<BranchJob>),
-}
-
-impl Job {
-    fn run(self, engine: &Engine, progress: &JobProgress) -> Result<()> {
-        match self {
-            Job::Commit(job) => job.run(engine, progress),
-            Job::Pull(job) => job.run(engine, progress),
-            Job::Branch(job) => job.run(engine, progress),
-        }
+        f.debug_struct("Engine").field("store", self.context.store()).finish_non_exhaustive()
     }
 }
 
@@ -81,51 +58,34 @@ impl Engine {
 
     fn with(store: &Arc<Store>, looks_at_locks: bool) -> Arc<Self> {
         Arc::new(Self {
-            store: Arc::clone(store),
+            context: Arc::new(Context::new(store)),
             board: Arc::default(),
-            mount: Mutex::default(),
             threads: Mutex::default(),
             stopping: RwLock::default(),
-            intents: AtomicU64::new(0),
             looks_at_locks,
         })
     }
 
     /// The store.
     pub fn store(&self) -> &Arc<Store> {
-        &self.store
+        self.context.store()
     }
 
     /// Says where the store is mounted.
     pub fn set_mount(&self, directory: &Path) {
-        *self.mount.lock() = Some(directory.to_path_buf());
-    }
-
-    /// Who has disks of a chain open in the mount, as a part of a sentence.
-    pub(super) fn openers(&self, chain: &Path) -> String {
-        let Some(mount) = self.mount.lock().clone() else { return String::new() };
-        // Not the directory itself: who gives a command has a file open there.
-        let places = [Path::new("snapshots"), Path::new("active.raw")];
-        let users = places.iter().flat_map(|place| users_of(&mount.join(chain).join(place)));
-        users.map(|user| user.to_string()).collect::<Vec<_>>().join(", ")
-    }
-
-    /// A name for an intent, different from all others.
-    pub(super) fn intent_name(&self) -> String {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        command_name(now, std::process::id(), self.intents.fetch_add(1, Ordering::Relaxed))
+        self.context.set_mount(directory);
     }
 
     /// Takes up what was begun before and is nobody else's, and clears away what was not even begun: returns when
     /// that runs, or is done if no data has to be moved.
     pub fn resume(self: &Arc<Self>) {
-        if self.store.options().read_only {
+        if self.store().options().read_only {
             return;
         }
-        if let Err(error) = self.store.sweep_trash() {
+        if let Err(error) = self.store().sweep_trash() {
             tracing::warn!("the trash cannot be swept: {error}");
         }
-        if let Err(error) = self.store.sweep() {
+        if let Err(error) = self.store().sweep() {
             tracing::warn!("what commands that were cut off have left was not removed: {error}");
         }
         self.take_up_what_is_left();
@@ -134,12 +94,12 @@ impl Engine {
     /// Takes up what nobody is at work on, and what was not refused before. Who stops or is killed while others have the
     /// store open leaves it to them.
     pub fn take_up_what_is_left(self: &Arc<Self>) {
-        for found in self.store.catalog().intents.clone() {
+        for found in self.store().catalog().intents.clone() {
             let stopping = self.stopping.read();
-            if *stopping || self.store.options().read_only {
+            if *stopping || self.store().options().read_only {
                 return;
             }
-            let guard = self.store.guard();
+            let guard = self.store().guard();
             if !found.is_trusted || guard.is_refused(&found.name) || guard.is_owned(&found) {
                 continue;
             }
@@ -153,11 +113,11 @@ impl Engine {
 
     /// Whether something may be left to be taken up.
     pub fn has_work_left(&self) -> bool {
-        let catalog = self.store.catalog();
-        let guard = self.store.guard();
+        let catalog = self.store().catalog();
+        let guard = self.store().guard();
         let is_left =
             |found: &FoundIntent| found.is_trusted && !guard.is_refused(&found.name) && !guard.is_owned(found);
-        !self.store.options().read_only && catalog.intents.iter().any(is_left)
+        !self.store().options().read_only && catalog.intents.iter().any(is_left)
     }
 
     /// Takes up an intent also if that was refused before. Returns the command's number.
@@ -169,37 +129,36 @@ impl Engine {
         // What it may do was judged when it was accepted. By the rights of whoever gives it again it might be refused, and what
         // it has spoilt would stay hidden.
         let _nobody = as_nobody();
+        // A3: not even if somebody asks for it by name.
         if !found.is_trusted {
             let fact = "is not carried out, for others may have written its note; see problems.txt";
             return Err(Error::new(ErrorKind::Denied, format!("{} {fact}", found.intent.command)));
         }
         let (chain, command) = (found.intent.chain.clone(), found.intent.command.clone());
         let mut tokens = self.board.take(std::slice::from_ref(&chain))?;
-        let names = self.store.guard_names();
+        let names = self.store().guard_names();
         // Somebody may have removed all there was.
-        self.store.guard().prepare(&*names)?;
-        let lock = self.store.guard().lock(&*names)?;
-        let owned = self.store.guard().take_up(&*names, found).map_err(|error| {
+        self.store().guard().prepare(&*names)?;
+        let lock = self.store().guard().lock(&*names)?;
+        let owned = self.store().guard().take_up(&*names, found).map_err(|error| {
             // Who is at work on it will say himself how it goes.
             if error.kind() == ErrorKind::Busy { error } else { self.not_taken_up(found, error) }
         });
         let owned = owned.inspect_err(|error| self.board.refused(&chain, &command, error))?;
         tracing::info!("taking up: {command}{}", of_chain(&chain));
         let (number, progress) = self.board.begin(&chain, &command);
-        let begun = match &owned.intent.deed {
-            Operation::Snapshot { .. } => snapshot::resume(self, owned, lock).map(|()| None),
-            Operation::Copy { .. } => branch::resume(self, owned, lock).map(|()| None),
-            Operation::Shrink { .. } => resize::resume(self, owned, lock).map(|()| None),
-            Operation::Commit { .. } => {
-                commit::resume(self, owned, lock, &mut tokens).map(|job| job.map(|job| Job::Commit(Box::new(job))))
+        let begun = match owned.intent.operation.clone() {
+            Operation::Snapshot(operation) => {
+                snapshot::resume(&self.context, owned.with(operation), lock).map(|()| None)
             }
-            Operation::Pull { .. } => {
-                pull::resume(self, owned, lock, &mut tokens).map(|job| job.map(|job| Job::Pull(Box::new(job))))
-            }
+            Operation::Copy(operation) => branch::resume(&self.context, owned.with(operation), lock).map(|()| None),
+            Operation::Shrink(operation) => resize::resume(&self.context, owned.with(operation), lock).map(|()| None),
+            Operation::Commit(operation) => commit::resume(&self.context, owned.with(operation), lock, &mut tokens),
+            Operation::Pull(operation) => pull::resume(&self.context, owned.with(operation), lock, &mut tokens),
             Operation::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
         };
         if begun.is_ok() {
-            self.store.guard().forget_refusal(&found.name);
+            self.store().guard().forget_refusal(&found.name);
         }
         match begun {
             Ok(Some(job)) => {
@@ -219,10 +178,10 @@ impl Engine {
     fn not_taken_up(&self, found: &FoundIntent, error: Error) -> Error {
         // What others have open they close some time.
         let is_final = error.kind() != ErrorKind::Busy;
-        if !self.store.guard().note_refusal(&found.name, error.to_string(), is_final) {
+        if !self.store().guard().note_refusal(&found.name, error.to_string(), is_final) {
             return error;
         }
-        match self.store.rescan() {
+        match self.store().rescan() {
             Ok(_) => error,
             Err(trouble) => error.within(format!("{trouble}, and")),
         }
@@ -230,14 +189,18 @@ impl Engine {
 
     /// What would become of an intent if it were taken up now: in words, or why it is not. Nothing is changed.
     pub fn examine(&self, intent: &Intent, name: &OsStr) -> Result<&'static str> {
-        let world = ScannedStore::look_for(&self.store, name)?;
-        match &intent.deed {
-            Operation::Snapshot { .. } => snapshot::examine(&world, intent)
+        let world = ScannedStore::look_for(self.store(), name)?;
+        match intent.operation.clone() {
+            Operation::Snapshot(operation) => snapshot::examine(&world, &intent.with(operation))
                 .map(|goes_on| if goes_on { "goes on to its end" } else { "goes back to its beginning" }),
-            Operation::Copy { .. } => Ok("what was half made goes"),
-            Operation::Shrink { .. } => resize::examine(self, &world, intent).map(|_| "goes on to its end"),
-            Operation::Commit { .. } => commit::examine(&world, intent).map(|_| "goes on to its end"),
-            Operation::Pull { .. } => pull::examine(&world, intent).map(|_| "goes on to its end"),
+            Operation::Copy(_) => Ok("what was half made goes"),
+            Operation::Shrink(operation) => {
+                resize::examine(&self.context, &world, &intent.with(operation)).map(|_| "goes on to its end")
+            }
+            Operation::Commit(operation) => {
+                commit::examine(&world, &intent.with(operation)).map(|_| "goes on to its end")
+            }
+            Operation::Pull(operation) => pull::examine(&world, &intent.with(operation)).map(|_| "goes on to its end"),
             Operation::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
         }
     }
@@ -250,37 +213,37 @@ impl Engine {
             Err(busy) => return Ok(Plan { command: request.to_string(), refusals: vec![busy], ..Plan::default() }),
         };
         if let Request::Rebase(request) = request {
-            rebase::introduce(&self.store, chain, request);
+            rebase::introduce(self.store(), chain, request);
         }
-        let world = ScannedStore::look(&self.store)?;
+        let world = ScannedStore::look(self.store())?;
         let (mut plan, touched) = match request {
             Request::Snapshot(request) => snapshot::plan(&world, chain, request)?,
             Request::Commit(request) => {
-                let (plan, layers) = commit::plan(self, &world, chain, request)?;
+                let (plan, layers) = commit::plan(&self.context, &world, chain, request)?;
                 (plan, layers.touched())
             }
             Request::Pull(request) => {
-                let (plan, layers) = pull::plan(self, &world, chain, request)?;
+                let (plan, layers) = pull::plan(&self.context, &world, chain, request)?;
                 (plan, layers.opened())
             }
             Request::Delete(request) => {
-                let (plan, way) = delete::plan(self, &world, chain, request)?;
+                let (plan, way) = delete::plan(&self.context, &world, chain, request)?;
                 (plan, way.touched())
             }
             Request::Revert(request) => {
-                let (plan, layers) = revert::plan(self, &world, chain, request)?;
+                let (plan, layers) = revert::plan(&self.context, &world, chain, request)?;
                 (plan, layers.touched(&world))
             }
             Request::Rebase(request) => {
-                let (plan, layers) = rebase::plan(self, &world, chain, request)?;
+                let (plan, layers) = rebase::plan(&self.context, &world, chain, request)?;
                 (plan, layers.touched())
             }
             Request::Clone(request) => {
-                let (plan, clone) = clone::plan(self, &world, chain, request)?;
+                let (plan, clone) = clone::plan(&self.context, &world, chain, request)?;
                 (plan, clone.touched(&world))
             }
             Request::Resize(request) => {
-                let (plan, _) = resize::plan(self, &world, chain, request)?;
+                let (plan, _) = resize::plan(&self.context, &world, chain, request)?;
                 (plan, TouchedImages::top_of(&world.chain(chain)?.views.layers))
             }
             Request::Cancel => (Plan::default(), TouchedImages::default()),
@@ -289,8 +252,8 @@ impl Engine {
             touched.refuse(&world, &mut plan);
         }
         plan.refusals.extend(world.not_permitted(&plan));
-        if !self.store.options().read_only {
-            plan.refusals.extend(self.store.guard().check_place().err());
+        if !self.store().options().read_only {
+            plan.refusals.extend(self.store().guard().check_place().err());
         }
         plan.command = request.to_string();
         Ok(plan)
@@ -314,23 +277,23 @@ impl Engine {
         if *stopping {
             return Err(Error::new(ErrorKind::Busy, "the store is being let go of; mount it again first"));
         }
-        if self.store.options().read_only {
+        if self.store().options().read_only {
             let fact = "the store is mounted read-only; mount it without -o ro";
             return Err(Error::new(ErrorKind::ReadOnly, fact));
         }
         // One that was cut off goes on when it is given again.
         let is_same = |found: &&FoundIntent| {
-            found.intent.chain == chain && found.intent.command == command && !self.store.guard().is_owned(found)
+            found.intent.chain == chain && found.intent.command == command && !self.store().guard().is_owned(found)
         };
-        if let Some(found) = self.store.catalog().intents.iter().find(is_same) {
+        if let Some(found) = self.store().catalog().intents.iter().find(is_same) {
             return self.take_up(found);
         }
         let mut tokens = self.board.take(&[chain.to_path_buf()])?;
         let job = self.begin_with(chain, request, command, &mut tokens)?;
         let (number, progress) = self.board.begin(chain, command);
         // Without a mount whoever opened the store says so.
-        if self.mount.lock().is_some() {
-            tokens.notes.extend(self.store.guard().new_place_note());
+        if self.context.is_mounted() {
+            tokens.notes.extend(self.store().guard().new_place_note());
         }
         self.board.note(chain, std::mem::take(&mut tokens.notes));
         match job {
@@ -341,32 +304,22 @@ impl Engine {
     }
 
     /// Does what is asked, or begins the job that does.
-    fn begin_with(
-        &self,
-        chain: &Path,
-        request: &Request,
-        command: &str,
-        tokens: &mut ChainLocks,
-    ) -> Result<Option<Job>> {
+    fn begin_with(&self, chain: &Path, request: &Request, command: &str, tokens: &mut ChainLocks) -> Result<Begun> {
         match request {
             Request::Snapshot(request) => {
                 tokens.extend(&request.chains)?;
-                snapshot::run(self, chain, request, command).map(|()| None)
+                snapshot::run(&self.context, chain, request, command).map(|()| None)
             }
-            Request::Commit(request) => {
-                commit::begin(self, chain, request, command, tokens).map(|job| Some(Job::Commit(Box::new(job))))
-            }
-            Request::Pull(request) => {
-                pull::begin(self, chain, request, command, tokens).map(|job| job.map(|job| Job::Pull(Box::new(job))))
-            }
-            Request::Delete(request) => delete::begin(self, chain, request, command, tokens),
-            Request::Revert(request) => revert::begin(self, chain, request, command),
+            Request::Commit(request) => commit::begin(&self.context, chain, request, command, tokens),
+            Request::Pull(request) => pull::begin(&self.context, chain, request, command, tokens),
+            Request::Delete(request) => delete::begin(&self.context, chain, request, command, tokens),
+            Request::Revert(request) => revert::begin(&self.context, chain, request, command),
             Request::Rebase(request) => {
-                rebase::introduce(&self.store, chain, request);
-                rebase::begin(self, chain, request, command, tokens)
+                rebase::introduce(self.store(), chain, request);
+                rebase::begin(&self.context, chain, request, command, tokens)
             }
-            Request::Clone(request) => clone::begin(self, chain, request, command),
-            Request::Resize(request) => resize::begin(self, chain, request, command),
+            Request::Clone(request) => clone::begin(&self.context, chain, request, command),
+            Request::Resize(request) => resize::begin(&self.context, chain, request, command),
             Request::Cancel => unreachable!("done by now"),
         }
     }
@@ -378,11 +331,11 @@ impl Engine {
         number: u64,
         progress: Arc<JobProgress>,
         tokens: ChainLocks,
-        job: Job,
+        job: Box<dyn Job>,
     ) -> Result<()> {
-        let (engine, of) = (Arc::clone(self), chain.to_path_buf());
+        let (context, board, of) = (Arc::clone(&self.context), Arc::clone(&self.board), chain.to_path_buf());
         let work = move || {
-            let done = catch_unwind(AssertUnwindSafe(|| job.run(&engine, &progress)));
+            let done = catch_unwind(AssertUnwindSafe(|| job.run(&context, &progress)));
             let done = done.unwrap_or_else(|_| {
                 let fact = "a bug in chainfs broke it off; mount the store again, and report what the log says";
                 Err(Error::new(ErrorKind::Io, fact))
@@ -391,7 +344,7 @@ impl Engine {
                 tracing::warn!("chain {}: {error}", shown(&of));
             }
             drop(tokens);
-            engine.board.end(&of, number, &done);
+            board.end(&of, number, &done);
         };
         let thread = thread::Builder::new().name("job".into()).spawn(work);
         let thread = thread.map_err(|error| {
@@ -429,7 +382,7 @@ impl Engine {
     /// mount.
     pub fn stop(&self) {
         // Who has begun to wait for the store's lock holds the other back.
-        self.store.guard().leave();
+        self.store().guard().leave();
         *self.stopping.write() = true;
         self.board.stop();
         let threads = std::mem::take(&mut *self.threads.lock());

@@ -38,6 +38,7 @@ impl JobProgress {
 
     /// Asked between two pieces: `Cancelled` if it is to end here.
     pub(super) fn check(&self) -> Result<()> {
+        // J3: every job asks this between its pieces.
         if self.is_stopped() {
             let fact = "stopped; it goes on when the store is mounted again";
             return Err(Error::new(ErrorKind::Cancelled, fact));
@@ -127,6 +128,7 @@ impl JobTable {
     /// Takes the tokens of all these chains, or none: `Busy`.
     pub(super) fn take(self: &Arc<Self>, chains: &[PathBuf]) -> Result<ChainLocks> {
         let mut state = self.state.lock();
+        // J1: all tokens or none.
         if let Some(taken) = chains.iter().find(|chain| state.tokens.contains(*chain)) {
             let command = state.chains.get(taken).map_or("another command", |last| last.status.command.as_str());
             let fact = format!("{} is being worked on ({command}); wait until it is done, or cancel it", shown(taken));

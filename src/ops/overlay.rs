@@ -11,7 +11,7 @@ use crate::image::create::{CreateOptions, NewBacking, initial_image};
 use crate::io::directory_of;
 use crate::store::{FileRef, Format, ImageEntry, ImageIndex, Store, StorePath, shown};
 
-use super::finish;
+use super::refusals;
 use super::scanned_store::{ScannedStore, beside};
 
 /// An image that nobody sees yet.
@@ -103,7 +103,7 @@ pub(super) fn refuse_name(
     refusals: &mut Vec<Error>,
 ) {
     let known = refusals.len();
-    finish::taken(world, path, refusals);
+    refusals::taken(world, path, refusals);
     refuse_misread(world, path, format, is_named, refusals);
     let but = but.map(|index| world.image(index).stat.id);
     let same_stem = |other: &ImageEntry| {

@@ -12,13 +12,17 @@ use crate::format::Frozen;
 use crate::image::{HeaderChange, change_header};
 use crate::store::{Format, ImageIndex, Store, ViewPart};
 
+use super::context::Context;
 use super::dropped;
-use super::engine::{Engine, Job};
-use super::finish;
+use super::freeze;
+use super::job::Begun;
 use super::job_table::ChainLocks;
 use super::locked::TouchedImages;
+use super::lookup;
 use super::plan::{Plan, PlanLayer};
 use super::pull;
+use super::refusals;
+use super::removal;
 use super::request::{PullRequest, RebaseRequest};
 use super::scanned_store::{ScannedChain, ScannedStore};
 
@@ -43,7 +47,7 @@ impl RebaseRange {
 
 fn layers(world: &ScannedStore, chain: &ScannedChain, request: &RebaseRequest) -> Result<RebaseRange> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
-    let depth = finish::layer_or_active(world, chain, request.layer.as_deref(), "layer")?;
+    let depth = lookup::layer_or_active(world, chain, request.layer.as_deref(), "layer")?;
     let layer = chain.views.layers[depth];
     let image = world.image(layer);
     if image.format != Some(Format::Qcow2) {
@@ -94,7 +98,7 @@ fn base(world: &ScannedStore, chain: &ScannedChain, layer: ImageIndex, name: &[u
 
 /// What the request would do, with every refusal.
 pub(super) fn plan(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     request: &RebaseRequest,
@@ -108,13 +112,13 @@ pub(super) fn plan(
         return Ok((pull::nothing_to_do(world, &chain), RebaseRange { is_done: true, ..layers }));
     }
     let mut plan = if request.is_unsafe {
-        plan_unsafe(engine, world, &chain, &layers, request.drop_layers)
+        plan_unsafe(context, world, &chain, &layers, request.drop_layers)
     } else {
-        pull::plan_of(engine, world, &chain, &as_pull(&chain, &layers), &PullRequest::default())
+        pull::plan_of(context, world, &chain, &as_pull(&chain, &layers), &PullRequest::default())
     };
     let refusals = &mut plan.refusals;
     if let Some(base) = layers.base {
-        refuse_base(engine, world, &layers, base, request.is_unsafe, refusals);
+        refuse_base(context, world, &layers, base, request.is_unsafe, refusals);
         let image = world.image(base);
         if world.is_active_disk(base) {
             let fact = "is a disk of its own by now; it will be a snapshot, for something stands on it then";
@@ -136,7 +140,7 @@ fn as_pull(chain: &ScannedChain, layers: &RebaseRange) -> pull::PullRange {
 }
 
 fn refuse_base(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     layers: &RebaseRange,
     base: ImageIndex,
@@ -157,20 +161,20 @@ fn refuse_base(
         refusals.push(Error::new(ErrorKind::Limit, format!("the chain {fact}")));
     }
     // Whoever writes it keeps us from opening it.
-    match engine.store().open_view(&world.catalog, &below, ViewPart::Active, false) {
+    match context.store().open_view(&world.catalog, &below, ViewPart::Active, false) {
         Err(error) if !is_unsafe || error.kind() == ErrorKind::Busy => refusals.push(error),
         _ => {}
     }
 }
 
 fn plan_unsafe(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     chain: &ScannedChain,
     layers: &RebaseRange,
     drop_layers: bool,
 ) -> Plan {
-    let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
+    let mut plan = Plan { before: lookup::tree(world, chain), ..Plan::default() };
     let refusals = &mut plan.refusals;
     let image = world.image(layers.layer);
     if !image.users.is_empty() {
@@ -190,8 +194,8 @@ fn plan_unsafe(
     refusals.extend(dropped.filter(|_| !drop_layers));
     refusals.extend(layers.base.and_then(|base| world.uncounted(layers.layer, &image.place.path, base)));
     let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
-    finish::check_header(world, layers.layer, &HeaderChange { backing, frozen: None }, refusals);
-    refuse_open(engine, world, &chain.path, layers.layer, refusals);
+    refusals::check_header(world, layers.layer, &HeaderChange { backing, frozen: None }, refusals);
+    refuse_open(context, world, &chain.path, layers.layer, refusals);
     let fact =
         "only the name is changed: what is shown stays the same only if the new backing file holds the same bytes";
     plan.notes.push(fact.into());
@@ -199,54 +203,54 @@ fn plan_unsafe(
         let names: Vec<String> = layers.between.iter().map(|index| world.image(*index).shown()).collect();
         plan.notes.push(format!("no longer part of the chain: {}", names.join(", ")));
     }
-    finish::note_trash(world, &[layers.layer], &mut plan);
+    removal::note_trash(world, &[layers.layer], &mut plan);
     plan
 }
 
 /// Nobody may have anything open that the layer is part of.
-fn refuse_open(engine: &Engine, world: &ScannedStore, chain: &Path, layer: ImageIndex, refusals: &mut Vec<Error>) {
-    let names = engine.store().exposed(world.image(layer).stat.id, &[]);
+fn refuse_open(context: &Context, world: &ScannedStore, chain: &Path, layer: ImageIndex, refusals: &mut Vec<Error>) {
+    let names = context.store().exposed(world.image(layer).stat.id, &[]);
     if !names.is_empty() {
-        refusals.push(finish::still_open(engine, chain, &names, "this may change what they show"));
+        refusals.push(refusals::still_open(context, chain, &names, "this may change what they show"));
     }
 }
 
 fn after(world: &ScannedStore, chain: &ScannedChain, layers: &RebaseRange) -> Vec<PlanLayer> {
     let below = layers.base.map(|base| world.catalog.layers(base)).unwrap_or_default();
     let stays = chain.views.layers[..=layers.depth].iter().copied();
-    let mut after: Vec<PlanLayer> = stays.chain(below).map(|index| finish::line(world, chain, index)).collect();
+    let mut after: Vec<PlanLayer> = stays.chain(below).map(|index| lookup::line(world, chain, index)).collect();
     "put on another backing file".clone_into(&mut after[layers.depth].note);
     after
 }
 
 /// Begins a rebase, or does it if only a name is changed.
 pub(super) fn begin(
-    engine: &Engine,
+    context: &Context,
     path: &Path,
     request: &RebaseRequest,
     command: &str,
     tokens: &mut ChainLocks,
-) -> Result<Option<Job>> {
-    let store = engine.store();
+) -> Result<Begun> {
+    let store = context.store();
     let (lock, world) = ScannedStore::begin(store)?;
-    let (plan, layers) = plan(engine, &world, path, request)?;
+    let (plan, layers) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
     if layers.is_done {
         return Ok(None);
     }
     if request.is_unsafe {
         tokens.extend(&world.chains_of(&[layers.layer]))?;
-        change_name(engine, &world, path, &layers)?;
+        change_name(context, &world, path, &layers)?;
         drop(lock);
         return store.rescan().map(|_| None);
     }
     let found = as_pull(&world.chain(path)?, &layers);
-    let job = pull::begin_with(engine, &world, lock, path, &found, command, tokens)?;
-    Ok(Some(Job::Pull(Box::new(job))))
+    let job = pull::begin_with(context, &world, lock, path, &found, command, tokens)?;
+    Ok(Some(Box::new(job)))
 }
 
-fn change_name(engine: &Engine, world: &ScannedStore, path: &Path, layers: &RebaseRange) -> Result<()> {
-    let store: &Arc<Store> = engine.store();
+fn change_name(context: &Context, world: &ScannedStore, path: &Path, layers: &RebaseRange) -> Result<()> {
+    let store: &Arc<Store> = context.store();
     let change = || {
         // Nobody comes to write the new base meanwhile. What cannot be read may be put below it all the same.
         let below = layers.base.map(|base| world.catalog.layers(base));
@@ -256,15 +260,15 @@ fn change_name(engine: &Engine, world: &ScannedStore, path: &Path, layers: &Reba
         let job = store.take_image(&world.catalog, layers.layer)?;
         // Under the writer's locks nobody comes to write it, and who reads it from here on reads what it is then.
         let mut refusals = Vec::new();
-        refuse_open(engine, world, path, layers.layer, &mut refusals);
-        finish::first(refusals)?;
+        refuse_open(context, world, path, layers.layer, &mut refusals);
+        refusals::first(refusals)?;
         if let Some(left) = layers.between.first()
             && world.image(*left).users == [layers.layer]
-            && finish::may_be_marked(world, *left)
+            && freeze::may_be_marked(world, *left)
         {
-            finish::freeze(store, world, *left, &Frozen::now(""))?;
+            freeze::freeze(store, world, *left, &Frozen::now(""))?;
         }
-        finish::forget_trash(world, &[world.image(layers.layer).stat.id])?;
+        removal::forget_trash(world, &[world.image(layers.layer).stat.id])?;
         let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
         change_header(job.name(), &*job.file()?, &HeaderChange { backing, frozen: None })?;
         drop(base);

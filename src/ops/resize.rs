@@ -8,12 +8,15 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::FileLock;
-use crate::store::{CachePolicy, ImageIndex, Intent, Operation, OwnedIntent, Store, ViewPart};
+use crate::store::{CachePolicy, ImageIndex, Intent, OwnedIntent, ShrinkOperation, Store, ViewPart};
 use crate::units::{SECTOR_SIZE, human_size};
 
-use super::engine::{Engine, Job};
-use super::finish;
+use super::context::Context;
+use super::ending;
+use super::job::Begun;
+use super::lookup;
 use super::plan::Plan;
+use super::refusals;
 use super::request::{NewSize, ResizeRequest};
 use super::revert::used_by_others;
 use super::scanned_store::ScannedStore;
@@ -27,7 +30,7 @@ pub(super) struct PlannedResize {
 
 /// What the request would do, with every refusal.
 pub(super) fn plan(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     request: &ResizeRequest,
@@ -52,7 +55,7 @@ pub(super) fn plan(
     if new > i64::MAX as u64 {
         return Err(too_large());
     }
-    let mut plan = Plan { before: finish::tree(world, &chain), ..Plan::default() };
+    let mut plan = Plan { before: lookup::tree(world, &chain), ..Plan::default() };
     plan.after.clone_from(&plan.before);
     if let Some(line) = plan.after.first_mut() {
         line.note = human_size(new);
@@ -77,9 +80,9 @@ pub(super) fn plan(
             );
             refusals.push(Error::new(ErrorKind::Forbidden, format!("{fact}; say shrink if it may")));
         }
-        if engine.store().is_active_open(image.stat.id) {
+        if context.store().is_active_open(image.stat.id) {
             let names = [format!("the active disk of {}", chain.shown(world))];
-            refusals.push(finish::still_open(engine, path, &names, "it becomes shorter"));
+            refusals.push(refusals::still_open(context, path, &names, "it becomes shorter"));
         }
         plan.refusals.extend(used_by_others(world, leaf));
         plan.notes.push(format!("{} at the end of the disk are lost", exact(old - new)));
@@ -95,7 +98,7 @@ fn exact(len: u64) -> String {
 
 /// Bitmaps have the size of the disk, and nobody here changes theirs.
 fn refuse_bitmaps(world: &ScannedStore, leaf: ImageIndex, refusals: &mut Vec<Error>) {
-    let names = match finish::bitmap_names(world, leaf, |_| true) {
+    let names = match refusals::bitmap_names(world, leaf, |_| true) {
         Ok(names) => names,
         Err(error) => {
             let fact = "has persistent bitmaps that cannot be read, and whose sizes would be wrong";
@@ -111,10 +114,10 @@ fn refuse_bitmaps(world: &ScannedStore, leaf: ImageIndex, refusals: &mut Vec<Err
 }
 
 /// Does it.
-pub(super) fn begin(engine: &Engine, path: &Path, request: &ResizeRequest, command: &str) -> Result<Option<Job>> {
-    let store = engine.store();
+pub(super) fn begin(context: &Context, path: &Path, request: &ResizeRequest, command: &str) -> Result<Begun> {
+    let store = context.store();
     let (lock, world) = ScannedStore::begin(store)?;
-    let (plan, PlannedResize { leaf, old, new }) = plan(engine, &world, path, request)?;
+    let (plan, PlannedResize { leaf, old, new }) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
     if new > old {
         let job = store.take_active(&world.catalog, &world.catalog.layers(leaf))?;
@@ -129,11 +132,11 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &ResizeRequest, comma
         return store.rescan().map(|_| None);
     }
     let named = world.witness(leaf, false)?;
-    let deed = Operation::Shrink { image: named.clone(), size: new };
-    let of = engine.intent_name();
-    let intent = store.guard().begin(&*store.guard_names(), &of, &Intent::new(command, path, deed))?;
+    let operation = ShrinkOperation { image: named.clone(), size: new };
+    let of = context.intent_name();
+    let intent = store.guard().begin(&*store.guard_names(), &of, &Intent::new(command, path, operation))?;
     match shrink(store, &world, leaf, new) {
-        Ok(()) => finish::end(store, intent, lock).map(|()| None),
+        Ok(()) => ending::end(store, intent, lock).map(|()| None),
         Err(error) => {
             // Where nobody can tell, it may be.
             let is_shorter = ScannedStore::look(store).map_or(true, |world| {
@@ -143,7 +146,7 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &ResizeRequest, comma
                 let fact = "what is left of it is done when the store is mounted again";
                 return Err(Error::new(error.kind(), format!("{error}; {fact}")));
             }
-            finish::forget(store, intent).map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
+            ending::forget(store, intent).map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
             Err(error)
         }
     }
@@ -163,8 +166,12 @@ fn shrink(store: &Arc<Store>, world: &ScannedStore, leaf: ImageIndex, size: u64)
 }
 
 /// What keeps a shrinking that was cut off from being taken up; whether anything is left to be done.
-pub(super) fn examine(engine: &Engine, world: &ScannedStore, intent: &Intent) -> Result<Option<ImageIndex>> {
-    let Operation::Shrink { image, size } = &intent.deed else { unreachable!("the intent of a shrinking") };
+pub(super) fn examine(
+    context: &Context,
+    world: &ScannedStore,
+    intent: &Intent<ShrinkOperation>,
+) -> Result<Option<ImageIndex>> {
+    let ShrinkOperation { image, size } = &intent.operation;
     let Some(leaf) = world.find(image).filter(|leaf| world.image(*leaf).virtual_size() == Some(*size)) else {
         return Ok(None);
     };
@@ -172,21 +179,21 @@ pub(super) fn examine(engine: &Engine, world: &ScannedStore, intent: &Intent) ->
     refusals.extend(world.untouchable(leaf));
     refusals.extend(world.begun(&[leaf]));
     refusals.extend(used_by_others(world, leaf));
-    if engine.store().is_active_open(world.image(leaf).stat.id) {
+    if context.store().is_active_open(world.image(leaf).stat.id) {
         let names = ["the active disk".to_owned()];
-        refusals.push(finish::still_open(engine, &intent.chain, &names, "what lies behind its end goes"));
+        refusals.push(refusals::still_open(context, &intent.chain, &names, "what lies behind its end goes"));
     }
-    finish::first(refusals)?;
+    refusals::first(refusals)?;
     Ok(Some(leaf))
 }
 
 /// Takes up a shrinking that was cut off: if the disk has its new size, what lies behind that is given back.
-pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: FileLock) -> Result<()> {
-    let store = engine.store();
-    let world = ScannedStore::look_for(store, &intent.name)?;
-    let Operation::Shrink { size, .. } = intent.intent.deed else { unreachable!("the intent of a shrinking") };
-    if let Some(leaf) = examine(engine, &world, &intent.intent)? {
+pub(super) fn resume(context: &Context, intent: OwnedIntent<ShrinkOperation>, lock: FileLock) -> Result<()> {
+    let store = context.store();
+    let world = ScannedStore::look_for(store, intent.name())?;
+    let ShrinkOperation { size, .. } = intent.intent.operation;
+    if let Some(leaf) = examine(context, &world, &intent.intent)? {
         shrink(store, &world, leaf, size)?;
     }
-    finish::end(store, intent, lock)
+    ending::end(store, intent, lock)
 }

@@ -11,14 +11,19 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Frozen, Snapshot};
 use crate::image::write::NewSnapshot;
 use crate::io::{FileLock, directory_of};
-use crate::store::{CachePolicy, FileRef, Format, ImageIndex, Intent, JobImage, NewTop, Operation, Store, shown};
+use crate::store::{
+    CachePolicy, FileRef, Format, ImageIndex, Intent, JobImage, NewTop, SnapshotOperation, Store, shown,
+};
 
 use super::branch::{BranchJob, CopySource, ImagePurpose};
-use super::engine::{Engine, Job};
-use super::finish;
+use super::context::Context;
+use super::freeze;
+use super::job::Begun;
 use super::locked::TouchedImages;
+use super::lookup;
 use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
+use super::refusals;
 use super::request::{RevertRequest, SnapshotRequest};
 use super::scanned_store::{ScannedChain, ScannedStore, with_stem};
 use super::snapshot;
@@ -58,13 +63,13 @@ impl PlannedRevert {
 
 /// What the request would do, with every refusal.
 pub(super) fn plan(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     request: &RevertRequest,
 ) -> Result<(Plan, PlannedRevert)> {
     let chain = world.chain(path)?;
-    let view = finish::view(world, &chain, &request.to)?;
+    let view = lookup::view(world, &chain, &request.to)?;
     let leaf = chain.views.layers[0];
     let image = world.image(leaf);
     if chain.views.active().is_none() {
@@ -74,7 +79,7 @@ pub(super) fn plan(
     if view.active {
         return Err(Error::new(ErrorKind::Usage, "the active disk is what it is; say to= with one of the snapshots"));
     }
-    let mut plan = Plan { before: finish::tree(world, &chain), ..Plan::default() };
+    let mut plan = Plan { before: lookup::tree(world, &chain), ..Plan::default() };
     let refusals = &mut plan.refusals;
     refusals.extend(world.untouchable(leaf));
     if view.snapshot.is_none() || view.layer != 0 {
@@ -85,16 +90,16 @@ pub(super) fn plan(
     refusals.extend(used_by_others(world, leaf));
     if world.store.is_active_open(image.stat.id) {
         let names = [format!("the active disk of {}", chain.shown(world))];
-        refusals.push(finish::still_open(engine, path, &names, "it becomes another one"));
+        refusals.push(refusals::still_open(context, path, &names, "it becomes another one"));
     }
     let (way, saved) = if let Some(place) = view.snapshot.filter(|_| view.layer == 0) {
-        let snapshot = finish::inner(world, leaf, place)?;
+        let snapshot = lookup::inner(world, leaf, place)?;
         plan_apply(world, &chain, &snapshot, request, &mut plan);
         (RevertMethod::Apply(snapshot), None)
     } else {
         let source = CopySource::of(world, chain.views.layers[view.layer], view.snapshot)?;
         let saved = request.save.as_ref().map(|name| with_stem(&image.place.path, name));
-        plan_overlay(engine, world, &chain, (&source, saved.as_deref()), request, &mut plan);
+        plan_overlay(context, world, &chain, (&source, saved.as_deref()), request, &mut plan);
         (RevertMethod::Overlay(source), saved)
     };
     if request.save.is_none() {
@@ -113,7 +118,7 @@ fn plan_apply(
     plan: &mut Plan,
 ) {
     let leaf = chain.views.layers[0];
-    finish::bitmaps(world, std::iter::once(leaf), request.discard_bitmaps, &mut plan.refusals);
+    refusals::bitmaps(world, std::iter::once(leaf), request.discard_bitmaps, &mut plan.refusals);
     plan.refusals.extend(world.unfillable(leaf));
     if let Some(name) = &request.save
         && world.image(leaf).qcow2().is_some_and(|qcow2| qcow2.snapshots.iter().any(|other| other.name == *name))
@@ -137,7 +142,7 @@ fn plan_apply(
 }
 
 fn plan_overlay(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     chain: &ScannedChain,
     (source, saved): (&CopySource, Option<&Path>),
@@ -150,20 +155,20 @@ fn plan_overlay(
     if let Some(saved) = saved {
         let kind = (image.format.unwrap_or(Format::Raw), false);
         overlay::refuse_name(world, saved, kind, Some(leaf), &mut plan.refusals);
-        finish::check_freeze(world, leaf, &mut plan.refusals);
+        freeze::check_freeze(world, leaf, &mut plan.refusals);
         plan.renamed.push((old.clone(), saved.to_path_buf()));
     } else {
         let gone = || std::iter::once(leaf);
-        finish::inner_snapshots(world, gone(), request.discard_internal, &mut plan.refusals);
-        finish::bitmaps(world, gone(), request.discard_bitmaps, &mut plan.refusals);
-        plan.invalid.extend(finish::views_of(chain, gone()).into_iter().filter(|name| name != crate::store::ACTIVE));
+        refusals::inner_snapshots(world, gone(), request.discard_internal, &mut plan.refusals);
+        refusals::bitmaps(world, gone(), request.discard_bitmaps, &mut plan.refusals);
+        plan.invalid.extend(lookup::views_of(chain, gone()).into_iter().filter(|name| name != crate::store::ACTIVE));
         if let Some(left) = left_alone(world, leaf, source) {
-            finish::check_freeze(world, left, &mut plan.refusals);
+            freeze::check_freeze(world, left, &mut plan.refusals);
         }
     }
     note_newer(world, chain, source, saved, &mut plan.notes);
-    source.plan(engine, world, (leaf, old), plan);
-    plan.after = source.below(world).iter().map(|index| finish::line(world, chain, *index)).collect();
+    source.plan(context, world, (leaf, old), plan);
+    plan.after = source.below(world).iter().map(|index| lookup::line(world, chain, *index)).collect();
     let top = PlanLayer { name: crate::store::ACTIVE.to_vec(), path: old.clone(), active: true, note: "new".into() };
     plan.after.insert(0, top);
 }
@@ -211,14 +216,14 @@ pub(super) fn used_by_others(world: &ScannedStore, leaf: ImageIndex) -> Option<E
 fn left_alone(world: &ScannedStore, leaf: ImageIndex, source: &CopySource) -> Option<ImageIndex> {
     let below = world.stands_on(leaf)?;
     let is_left = world.image(below).users == [leaf] && source.below(world).first() != Some(&below);
-    (is_left && finish::may_be_marked(world, below)).then_some(below)
+    (is_left && freeze::may_be_marked(world, below)).then_some(below)
 }
 
 /// Does it, or begins to where something has to be copied.
-pub(super) fn begin(engine: &Engine, path: &Path, request: &RevertRequest, command: &str) -> Result<Option<Job>> {
-    let store = engine.store();
+pub(super) fn begin(context: &Context, path: &Path, request: &RevertRequest, command: &str) -> Result<Begun> {
+    let store = context.store();
     let (lock, world) = ScannedStore::begin(store)?;
-    let (plan, PlannedRevert { leaf, way, saved }) = plan(engine, &world, path, request)?;
+    let (plan, PlannedRevert { leaf, way, saved }) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
     let source = match way {
         RevertMethod::Apply(snapshot) => {
@@ -231,20 +236,20 @@ pub(super) fn begin(engine: &Engine, path: &Path, request: &RevertRequest, comma
     if saved.is_none()
         && let Some(left) = left_alone(&world, leaf, &source)
     {
-        finish::freeze(store, &world, left, &Frozen::now(""))?;
+        freeze::freeze(store, &world, left, &Frozen::now(""))?;
     }
     let world = ScannedStore::look(store)?;
     let closed = ClosedDisk { leaf: world.named(leaf), saved, held: store.take_image(&world.catalog, leaf)? };
     let old = world.image(leaf).place.path.clone();
-    let of = engine.intent_name();
+    let of = context.intent_name();
     let draft = overlay::draft_name(&old, &of, 0);
     let draft = DraftImage::make(&world, draft, &old, &source.options(&world, &old))?;
     if source.is_copied() {
         let purpose = ImagePurpose::Revert(Box::new(closed));
-        let job = BranchJob::begin(engine, &world, path, command, &of, (source, draft), purpose)?;
-        return Ok(Some(Job::Branch(Box::new(job))));
+        let job = BranchJob::begin(context, &world, path, command, &of, (source, draft), purpose)?;
+        return Ok(Some(Box::new(job)));
     }
-    match switch(engine, &world, lock, path, command, &draft, closed) {
+    match switch(context, &world, lock, path, command, &draft, closed) {
         Ok(lock) => {
             drop(lock);
             Ok(None)
@@ -279,7 +284,7 @@ fn apply(
 /// Puts a whole overlay into the place of the active layer. Returns the lock when that is durable; nothing has
 /// happened if it fails before.
 pub(super) fn switch(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     lock: FileLock,
     path: &Path,
@@ -287,11 +292,11 @@ pub(super) fn switch(
     draft: &DraftImage,
     closed: ClosedDisk,
 ) -> Result<FileLock> {
-    let store = engine.store();
+    let store = context.store();
     let ClosedDisk { leaf, saved, held } = closed;
     let index = world.expect(&leaf)?;
     used_by_others(world, index).map_or(Ok(()), Err)?;
-    let of = engine.intent_name();
+    let of = context.intent_name();
     // What is not saved has a name to go by all the same, until it is gone.
     let frozen = match &saved {
         Some(saved) => world.guarded(saved),
@@ -308,12 +313,12 @@ pub(super) fn switch(
     };
     let mark = Frozen::now("");
     let (seconds, nanoseconds, description) = (mark.seconds, mark.nanoseconds, mark.description);
-    let deed = Operation::Snapshot { seconds, nanoseconds, description, disks: vec![top] };
+    let operation = SnapshotOperation { seconds, nanoseconds, description, disks: vec![top] };
     let names = store.guard_names();
     store.while_closed(world.image(index), || {
-        let intent = store.guard().begin(&*names, &of, &Intent::new(command, path, deed))?;
+        let intent = store.guard().begin(&*names, &of, &Intent::new(command, path, operation))?;
         // From here on it goes as it would if it had been cut off.
-        snapshot::carry_on(engine, intent, vec![held], true)
+        snapshot::carry_on(context, intent, vec![held], true)
     })?;
     names.sync(&directory_of(&leaf.path))?;
     store.rescan()?;

@@ -335,6 +335,7 @@ impl ScannedStore {
         if let Some(problem) = &image.problem {
             return Some(Error::new(ErrorKind::Broken, format!("{} {problem}", image.shown())));
         }
+        // S3: users and possible users.
         self.claimed(image).or_else(|| self.used_around(image))
     }
 

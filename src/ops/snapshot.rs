@@ -15,15 +15,18 @@ use crate::image::write::NewSnapshot;
 use crate::image::{HeaderChange, change_header};
 use crate::io::{Directory, FileLock, Root, directory_of};
 use crate::store::{
-    ActiveJob, FileRef, Format, FormerTop, ImageEntry, ImageIndex, Intent, JobImage, NewTop, NewTopFile, Operation,
-    OwnedIntent, Store, encode, is_draft, shown,
+    ActiveJob, FileRef, Format, FormerTop, ImageEntry, ImageIndex, Intent, JobImage, NewTop, NewTopFile, OwnedIntent,
+    SnapshotOperation, Store, encode, is_draft, shown,
 };
 
-use super::engine::Engine;
-use super::finish;
+use super::context::Context;
+use super::ending;
+use super::freeze;
 use super::locked::TouchedImages;
+use super::lookup;
 use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
+use super::refusals;
 use super::request::SnapshotRequest;
 use super::scanned_store::{ScannedChain, ScannedStore, beside, relative, with_stem};
 
@@ -53,7 +56,7 @@ fn disks(world: &ScannedStore, path: &Path, request: &SnapshotRequest) -> Result
         chains.iter().map(|chain| world.image(chain.views.layers[0]).place.path.as_path()).collect();
     let frozen_names: Vec<Vec<u8>> = leaves.iter().map(|leaf| frozen_name(leaf, &leaves, &request.name)).collect();
     for ((path, chain), frozen_name) in paths.iter().zip(chains).zip(frozen_names) {
-        let mut before = finish::tree(world, &chain);
+        let mut before = lookup::tree(world, &chain);
         let leaf = chain.views.layers[0];
         if chain.views.active().is_none() {
             let fact = "has no active layer that could be frozen";
@@ -152,11 +155,11 @@ fn refuse_names(
         return refusals.push(Error::new(ErrorKind::Exists, format!("{own} {fact}")));
     }
     if frozen != old {
-        finish::taken(world, frozen, refusals);
+        refusals::taken(world, frozen, refusals);
         overlay::refuse_misread(world, frozen, image.format.unwrap_or(Format::Raw), true, refusals);
     }
     if name != old {
-        finish::taken(world, name, refusals);
+        refusals::taken(world, name, refusals);
     }
     overlay::refuse_misread(world, name, Format::Qcow2, false, refusals);
     let wanted = if frozen == old { Vec::new() } else { encode(frozen_name) };
@@ -218,8 +221,8 @@ fn refuse_inner(world: &ScannedStore, leaf: ImageIndex, request: &SnapshotReques
 }
 
 /// Takes the snapshot; when this returns it is there.
-pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, command: &str) -> Result<()> {
-    let store = engine.store();
+pub(super) fn run(context: &Context, path: &Path, request: &SnapshotRequest, command: &str) -> Result<()> {
+    let store = context.store();
     let (lock, world) = ScannedStore::begin(store)?;
     let (plan, disks) = disks(&world, path, request)?;
     world.accept(&plan)?;
@@ -239,7 +242,7 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
         drop(lock);
         return store.rescan().map(drop);
     }
-    let name = engine.intent_name();
+    let name = context.intent_name();
     let overlays = make_overlays(store, &world, &disks, &jobs, &name)?;
     let tops = disks
         .iter()
@@ -256,8 +259,8 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
         .collect::<Result<Vec<NewTop>>>();
     let tops = tops.inspect_err(|_| unmake(store, &overlays))?;
     let (seconds, nanoseconds, description) = (frozen.seconds, frozen.nanoseconds, frozen.description.clone());
-    let deed = Operation::Snapshot { seconds, nanoseconds, description, disks: tops.clone() };
-    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed));
+    let operation = SnapshotOperation { seconds, nanoseconds, description, disks: tops.clone() };
+    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, operation));
     let intent = intent.inspect_err(|_| unmake(store, &overlays))?;
     let before = Arc::clone(&world.catalog);
     match stand_on(store, &jobs, overlays, &disks, &tops) {
@@ -268,15 +271,15 @@ pub(super) fn run(engine: &Engine, path: &Path, request: &SnapshotRequest, comma
             }
             store.rescan()?;
             jobs.iter().for_each(ActiveJob::settle);
-            finish::tell(store, &before, &intent.intent, None);
-            finish::end(store, intent, lock)
+            ending::tell(store, &before, &intent.intent, None);
+            ending::end(store, intent, lock)
         }
         Err((error, false)) => {
             drop((intent, lock));
             store.rescan().and(Err(error))
         }
         Err((error, true)) => {
-            finish::forget(store, intent).map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
+            ending::forget(store, intent).map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
             Err(error)
         }
     }
@@ -505,8 +508,8 @@ fn mark(store: &Arc<Store>, old: FormerTop, path: &Path, frozen: &Frozen) -> Res
 
 /// Whether a snapshot, or a revert, that was cut off goes on to its end, or back to its beginning; every refusal is asked
 /// again. Nothing is changed.
-pub(super) fn examine(world: &ScannedStore, intent: &Intent) -> Result<bool> {
-    let Operation::Snapshot { disks, .. } = &intent.deed else { unreachable!("the intent of a snapshot") };
+pub(super) fn examine(world: &ScannedStore, intent: &Intent<SnapshotOperation>) -> Result<bool> {
+    let SnapshotOperation { disks, .. } = &intent.operation;
     let root = &world.store.guard().root;
     // Before the first overlay has its name, nothing is frozen; what is there then is of a later moment than was asked
     // for.
@@ -516,7 +519,7 @@ pub(super) fn examine(world: &ScannedStore, intent: &Intent) -> Result<bool> {
     for top in disks {
         refuse_rest(world, top, goes_on, &mut refusals);
     }
-    finish::first(refusals)?;
+    refusals::first(refusals)?;
     Ok(goes_on)
 }
 
@@ -566,23 +569,28 @@ fn refuse_rest(world: &ScannedStore, top: &NewTop, goes_on: bool, refusals: &mut
 }
 
 /// Takes up a snapshot, or a revert, that was cut off: to its end if it was taken, else back to its beginning.
-pub(super) fn resume(engine: &Engine, intent: OwnedIntent, lock: FileLock) -> Result<()> {
-    let store = engine.store();
-    let world = ScannedStore::look_for(store, &intent.name)?;
+pub(super) fn resume(context: &Context, intent: OwnedIntent<SnapshotOperation>, lock: FileLock) -> Result<()> {
+    let store = context.store();
+    let world = ScannedStore::look_for(store, intent.name())?;
     let goes_on = examine(&world, &intent.intent)?;
-    let Operation::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
+    let SnapshotOperation { disks, .. } = &intent.intent.operation;
     let held = if goes_on { hold(store, disks)? } else { Vec::new() };
-    let done = carry_on(engine, intent, held, goes_on);
+    let done = carry_on(context, intent, held, goes_on);
     drop(lock);
     done
 }
 
 /// Does what is left of a snapshot whose disks (`held`) nobody uses; or takes back what was begun. Under the store's
 /// lock.
-pub(super) fn carry_on(engine: &Engine, intent: OwnedIntent, held: Vec<JobImage>, goes_on: bool) -> Result<()> {
-    let store = engine.store();
+pub(super) fn carry_on(
+    context: &Context,
+    intent: OwnedIntent<SnapshotOperation>,
+    held: Vec<JobImage>,
+    goes_on: bool,
+) -> Result<()> {
+    let store = context.store();
     let names = store.guard_names();
-    let Operation::Snapshot { disks, .. } = &intent.intent.deed else { unreachable!("the intent of a snapshot") };
+    let SnapshotOperation { disks, .. } = &intent.intent.operation;
     let root = &store.guard().root;
     let went = if goes_on { go_on(store, &intent.intent, held) } else { Ok(()) };
     let has_come = disks.iter().any(|top| is_at(root, &top.name, &top.overlay));
@@ -597,13 +605,11 @@ pub(super) fn carry_on(engine: &Engine, intent: OwnedIntent, held: Vec<JobImage>
         // Others have taken the name of a disk: its new one is the only one that it has, and stays.
         remove_overlays(root, &*names, disks)?;
     }
-    finish::forget(store, intent).and(went)
+    ending::forget(store, intent).and(went)
 }
 
-fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()> {
-    let Operation::Snapshot { seconds, nanoseconds, description, disks } = &intent.deed else {
-        unreachable!("the intent of a snapshot")
-    };
+fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobImage>) -> Result<()> {
+    let SnapshotOperation { seconds, nanoseconds, description, disks } = &intent.operation;
     let (root, names) = (&store.guard().root, store.guard_names());
     for top in disks {
         if top.frozen != top.old.path && !is_at(root, &top.frozen, &top.old) {
@@ -632,7 +638,7 @@ fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()>
         let top = disks.iter().find(|top| top.old.file.id == job.id());
         // Those who read its internal snapshots have it open, and their locks are ours only if it is found by its new name.
         if let Some(top) = top {
-            job.renamed(&finish::own_path(store, &top.frozen));
+            job.renamed(&ending::own_path(store, &top.frozen));
         }
         // What comes back from the trash is a snapshot.
         let is_put_aside = top.is_some_and(|top| is_draft(&top.frozen));
@@ -667,7 +673,7 @@ fn go_on(store: &Arc<Store>, intent: &Intent, held: Vec<JobImage>) -> Result<()>
     }
     for top in disks.iter().filter(|top| !is_draft(&top.frozen)) {
         let old = world.expect(&FileRef::known(top.frozen.clone(), top.old.file))?;
-        unless_unsupported(finish::freeze(store, &world, old, &mark))?;
+        unless_unsupported(freeze::freeze(store, &world, old, &mark))?;
     }
     Ok(())
 }

@@ -102,6 +102,7 @@ struct ActiveDisk {
     /// Held while the disk begins or ends to be written, which may take its time; readers go on
     /// meanwhile. Taken before every other lock of a store.
     openings: Mutex<Openings>,
+    // W3: all handles read and write through this.
     /// Held shared during a read or write, alone only to put another state in place.
     state: RwLock<DiskState>,
     /// Openings that may hold pages they have changed and not yet written.
@@ -308,6 +309,7 @@ impl Store {
         if !leaf.users.is_empty() {
             return refuse(leaf, "has other images standing on it, which would be spoilt; write to one of those");
         }
+        // S3: a possible user protects it like a user.
         is_unclaimed(catalog, leaf.stat.id)?;
         // A header may name any file: what keeps an image from being written keeps it here, too.
         let is_data_file =
@@ -467,6 +469,7 @@ impl ActiveDisk {
                 unreachable!("it has just been opened to be read")
             }
         };
+        // M6: the locks come first; only then the image is opened read-write.
         let lock = |file: &Arc<StoreFile>| file.lock_for_writing(WriterKind::Guest, store.options.no_lock);
         let locks = top.files().map(lock).collect::<Result<Vec<_>>>()?;
         unchanged(&top, leaf)?;
@@ -483,6 +486,7 @@ impl ActiveDisk {
     /// From writing to reading, or to nothing if nobody is left.
     fn end_writing(&self, store: &Store, has_readers: bool) {
         let Some(writer) = self.writer() else { return };
+        // W2: flushed while the locks are held.
         self.close_writer(&writer);
         if let Some(poison) = self.poison(&writer) {
             store.active.poisoned.lock().insert(self.id(), poison);

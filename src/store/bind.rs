@@ -11,8 +11,8 @@ use crate::io::{FileId, Identity, Root};
 
 use super::catalog::shown;
 use super::evidence::{AllowedChange, FileRef, is_same};
-use super::intents::{Intent, NewTop, Operation};
-use super::scan::SPOILT;
+use super::intents::Intent;
+use super::operation::{Effects, ExpectedFile};
 
 /// What was found of a file that an intent names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,26 +35,20 @@ impl FileBinding {
     }
 }
 
-/// A file of an intent, by which names it may go by, and what may have become of it.
-struct ExpectedFile<'a> {
-    named: &'a mut FileRef,
-    names: Vec<PathBuf>,
-    allowed: AllowedChange,
-}
-
 /// No file has it.
 const NOBODY: Identity = Identity { id: FileId { device: 0, inode: 0 }, birth: None };
 
 /// Finds the files of an intent, and notes in it which they are. `thoroughly`: evidence is asked for also where
 /// identity could be enough.
 pub(super) fn bind(root: &Root, intent: &mut Intent, is_copied: bool, thoroughly: bool) -> Vec<FileBinding> {
-    let mut wanted = wanted(&mut intent.deed);
+    let mut wanted = expected(root, intent);
     if is_copied {
         return bind_copies(root, &mut wanted);
     }
     let mut findings = Vec::new();
-    for ExpectedFile { named, names, allowed } in &mut wanted {
+    for ExpectedFile { file: named, names, allowed } in &mut wanted {
         let here = names.iter().find_map(|name| {
+            // I1: only the file that was meant.
             let found = root.identify(name).ok()?;
             is_same(&named.file, &found).then_some((name, found))
         });
@@ -83,7 +77,7 @@ fn bind_copies(root: &Root, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileBinding>
     // Each file that is there, by its name, and what speaks against it.
     let candidates: Vec<Vec<(PathBuf, Identity, Option<String>)>> = wanted
         .iter()
-        .map(|ExpectedFile { named, names, allowed }| {
+        .map(|ExpectedFile { file: named, names, allowed }| {
             let look = |name: &PathBuf| match root.identify(name) {
                 Ok(found) => {
                     let allowed = AllowedChange { is_copy: true, ..*allowed };
@@ -104,10 +98,10 @@ fn bind_copies(root: &Root, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileBinding>
         }
         files
     };
-    let meant: Vec<Identity> = wanted.iter().map(|wanted| wanted.named.file).collect();
+    let meant: Vec<Identity> = wanted.iter().map(|wanted| wanted.file.file).collect();
     let all: Vec<Vec<(PathBuf, Identity)>> = candidates.iter().map(|found| proven(found)).collect();
     let mut findings = Vec::new();
-    for (number, ExpectedFile { named, .. }) in wanted.iter_mut().enumerate() {
+    for (number, ExpectedFile { file: named, .. }) in wanted.iter_mut().enumerate() {
         let path = named.path.clone();
         let others = || (0..meant.len()).filter(|other| meant[*other] != meant[number]);
         let is_anothers = |found: &Identity| others().any(|other| all[other].iter().any(|(_, known)| known == found));
@@ -136,64 +130,11 @@ fn bind_copies(root: &Root, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileBinding>
     findings
 }
 
-fn wanted(deed: &mut Operation) -> Vec<ExpectedFile<'_>> {
-    let as_it_was = AllowedChange::default();
-    let grown = AllowedChange { growth: true, ..as_it_was };
-    let mut all = Vec::new();
-    let mut want = |named, more: Vec<PathBuf>, allowed| {
-        let named: &mut FileRef = named;
-        // What lies outside of the store is never changed, nor copied with it.
-        if !named.path.is_absolute() {
-            let paths = std::iter::once(named.path.clone()).chain(more).collect();
-            all.push(ExpectedFile { named, names: paths, allowed });
-        }
-    };
-    match deed {
-        Operation::Snapshot { disks, .. } => {
-            for NewTop { old, frozen, overlay, name, backing } in disks {
-                want(old, vec![frozen.clone()], AllowedChange { any_size: true, ..as_it_was });
-                want(overlay, vec![name.clone()], grown);
-                for named in backing.iter_mut() {
-                    want(named, Vec::new(), AllowedChange { backing: true, ..grown });
-                }
-            }
-        }
-        Operation::Commit { top, base, between, children, keep, rename, .. } => {
-            want(top, Vec::new(), AllowedChange { backing: *keep, growth: rename.is_some(), ..as_it_was });
-            want(base, rename.iter().cloned().collect(), grown);
-            for named in between {
-                let spoilt = spoilt_name(&named.path);
-                want(named, vec![spoilt], as_it_was);
-            }
-            for child in children.iter_mut() {
-                want(child, Vec::new(), AllowedChange { backing: true, ..grown });
-            }
-        }
-        Operation::Pull { into, base, remove, between } => {
-            for named in into.iter_mut() {
-                want(named, Vec::new(), AllowedChange { backing: true, ..grown });
-            }
-            for named in base.iter_mut() {
-                want(named, Vec::new(), AllowedChange { backing: true, any_size: true, ..grown });
-            }
-            for named in remove.iter_mut() {
-                want(named, Vec::new(), as_it_was);
-            }
-            for named in between.iter_mut() {
-                want(named, Vec::new(), grown);
-            }
-        }
-        Operation::Copy { draft, .. } => want(draft, Vec::new(), grown),
-        Operation::Shrink { image, .. } => want(image, Vec::new(), AllowedChange { any_size: true, ..as_it_was }),
-        Operation::Unknown => {}
-    }
-    all
-}
-
-/// What a layer is called that shows nothing any more.
-fn spoilt_name(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".");
-    name.push(SPOILT);
-    path.with_file_name(name)
+/// The files of an intent that may have been changed or copied: what lies outside of the store is never changed, nor copied
+/// with it.
+fn expected<'a>(root: &Root, intent: &'a mut Intent) -> Vec<ExpectedFile<'a>> {
+    let is_free = |path: &Path| root.stat(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+    let mut expected = intent.operation.expected(&is_free);
+    expected.retain(|expected| !expected.file.path.is_absolute());
+    expected
 }

@@ -16,7 +16,8 @@ use super::catalog::{
 use super::describe::DetectedContent;
 use super::find_uses::{claims_of, foreign_kind, names_of};
 use super::freeze_list::{FROZEN_NOTES, FreezeList};
-use super::intents::{ControlDir, FileRef, FoundIntent, NewTop, Operation};
+use super::intents::{ControlDir, FileRef, FoundIntent};
+use super::operation::{Effects, FileLookup, NewTop};
 use super::options::{Format, StoreOptions};
 use super::owners::Owners;
 use super::possible_uses::{PossibleUse, UseReach, pattern};
@@ -220,39 +221,56 @@ fn not_finished(guard: &ControlDir, found: &FoundIntent) -> Problem {
     Problem { path: found.intent.chain.clone(), sentence }
 }
 
-/// While a snapshot gives an active layer its second name, the first is the one that counts, until the overlay has
-/// come.
-fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) {
-    let lies_at = |file: &ScannedFile, path: &Path| prefix.join(&file.place.path) == path;
-    for found in intents {
-        let Operation::Snapshot { disks, .. } = &found.intent.deed else { continue };
-        for NewTop { old, frozen, overlay, name, .. } in disks {
-            let is_old = |file: &ScannedFile, path: &Path| lies_at(file, path) && is_it(&file.place, file.stat.id, old);
-            let is_overlay = |file: &ScannedFile| is_it(&file.place, file.stat.id, overlay);
-            let has_come = scan.files.iter().any(|file| lies_at(file, name) && is_overlay(file));
-            let is_there = |path: &Path| scan.files.iter().any(|file| is_old(file, path));
-            if old.path != *frozen && is_there(&old.path) && is_there(frozen) {
-                let dropped = if has_come { &old.path } else { frozen };
-                scan.files.retain(|file| !is_old(file, dropped));
-            }
-        }
+/// The files of a scan, as operations ask for them.
+struct ScannedFiles<'a> {
+    files: &'a [ScannedFile],
+    /// The path from the guarded directory to the store's own.
+    prefix: &'a Path,
+    is_it: &'a IsFile<'a>,
+}
+
+impl ScannedFiles<'_> {
+    fn is(&self, scanned: &ScannedFile, file: &FileRef) -> bool {
+        (self.is_it)(&scanned.place, scanned.stat.id, file)
+    }
+
+    fn lies_at(&self, scanned: &ScannedFile, name: &Path) -> bool {
+        self.prefix.join(&scanned.place.path) == name
     }
 }
 
-/// What a commit of an active layer has left to be removed: with its new name the base is the active layer, and nobody
-/// looks for a chain there.
-fn superseded(scan: &Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) -> HashSet<FileId> {
-    let mut files = HashSet::new();
-    for found in intents {
-        let Operation::Commit { top, base, between, rename: Some(name), .. } = &found.intent.deed else { continue };
-        let is = |file: &ScannedFile, named: &FileRef| is_it(&file.place, file.stat.id, named);
-        let is_base = |file: &ScannedFile| prefix.join(&file.place.path) == *name && is(file, base);
-        let has_name = name != &base.path || !scan.files.iter().any(|file| is(file, top));
-        if has_name && scan.files.iter().any(is_base) {
-            files.extend(std::iter::once(top).chain(between).map(|named| named.file.id));
-        }
+impl FileLookup for ScannedFiles<'_> {
+    fn is_there(&self, file: &FileRef) -> bool {
+        self.files.iter().any(|scanned| self.is(scanned, file))
     }
-    files
+
+    fn is_at(&self, file: &FileRef, name: &Path) -> bool {
+        self.files.iter().any(|scanned| self.lies_at(scanned, name) && self.is(scanned, file))
+    }
+}
+
+/// While a snapshot gives an active layer its second name, the first is the one that counts, until the overlay has
+/// come.
+fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) {
+    for NewTop { old, frozen, overlay, name, .. } in intents.iter().flat_map(|found| found.intent.operation.new_tops())
+    {
+        let now = ScannedFiles { files: &scan.files, prefix, is_it };
+        if old.path == *frozen || !now.is_at(old, &old.path) || !now.is_at(old, frozen) {
+            continue;
+        }
+        let dropped = if now.is_at(overlay, name) { &old.path } else { frozen };
+        let is_dropped: Vec<bool> =
+            scan.files.iter().map(|scanned| now.lies_at(scanned, dropped) && now.is(scanned, old)).collect();
+        let mut is_dropped = is_dropped.into_iter();
+        scan.files.retain(|_| !is_dropped.next().unwrap_or(false));
+    }
+}
+
+/// Files that commands have left to be removed.
+fn superseded(scan: &Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) -> HashSet<FileId> {
+    let now = ScannedFiles { files: &scan.files, prefix, is_it };
+    let affected = intents.iter().flat_map(|found| found.intent.operation.affected(&now).superseded);
+    affected.map(|file| file.file.id).collect()
 }
 
 const DOUBTFUL: &str = "cannot be read: its header and that of the file it names name each other, and a guest may have \
@@ -597,6 +615,7 @@ impl CatalogBuilder<'_> {
             (None, Some(format!("{fact}; {remedy}").into()), file.content.clone())
         };
         let raw = || (Some(Format::Raw), None, file.content.clone());
+        // S2: what a guest can write never decides.
         let decided = match self.options.stated_format(path) {
             Some(format) => Some(format),
             None if has_extension(path, "raw") => Some(Format::Raw),
@@ -614,6 +633,7 @@ impl CatalogBuilder<'_> {
             }
             None if has_extension(path, "img") && foreign.is_some() => is_foreign(),
             None if has_extension(path, "img") => raw(),
+            // S4: not if it was once seen without the magic.
             None if has_extension(path, "qcow2") || has_magic && !file.is_plain => self.as_qcow2(file),
             None if is_single && foreign.is_some() => is_foreign(),
             // The user has named it; what else should it be.

@@ -19,8 +19,9 @@ use crate::io::{FileId, FileStat};
 use crate::units::round_up_to_sector;
 
 use super::describe::{DetectedContent, Qcow2Description};
-use super::intents::{FileRef, FoundIntent, Intent, NewTop, Operation, UNTRUSTED};
+use super::intents::{FileRef, FoundIntent, Intent, UNTRUSTED};
 use super::names::{self, STORE_DIRECTORY};
+use super::operation::{AffectedFile, Effects, FileLookup, Operation};
 use super::options::Format;
 use super::owners::Owners;
 use super::possible_uses::{PossibleUse, PossibleUses, UseReach};
@@ -133,7 +134,7 @@ pub struct Catalog {
     /// either.
     uncounted: HashMap<ImageIndex, Vec<ImageIndex>>,
     /// Images whose own bytes an intent spoils, and those images above which they do not show.
-    pub(super) spoilt: HashMap<ImageIndex, Vec<Invalidation>>,
+    pub(super) invalidated: HashMap<ImageIndex, Vec<Invalidation>>,
 }
 
 /// Whether the file at a place, of that identity, is the one that is named.
@@ -148,6 +149,44 @@ pub(super) struct Invalidation {
     top: Option<ImageIndex>,
     /// Nor above these, which stand on top or, already, on the finished base.
     children: Vec<ImageIndex>,
+}
+
+/// The images of a catalog, as operations ask for them.
+struct ListedImages<'a> {
+    images: &'a [ImageEntry],
+    by_id: HashMap<FileId, ImageIndex>,
+    /// The path from the guarded directory to the store's own.
+    prefix: &'a Path,
+    is_it: &'a IsFile<'a>,
+}
+
+impl<'a> ListedImages<'a> {
+    fn new(images: &'a [ImageEntry], prefix: &'a Path, is_it: &'a IsFile<'a>) -> Self {
+        let by_id = images.iter().enumerate().map(|(index, image)| (image.stat.id, index)).collect();
+        Self { images, by_id, prefix, is_it }
+    }
+
+    fn find(&self, file: &FileRef) -> Option<ImageIndex> {
+        let index = *self.by_id.get(&file.file.id)?;
+        let image = &self.images[index];
+        (self.is_it)(&image.place, image.stat.id, file).then_some(index)
+    }
+
+    /// The image that has this path beneath the guarded directory.
+    fn named(&self, path: &Path) -> Option<ImageIndex> {
+        let has_path = |image: &ImageEntry| image.place.root == 0 && *self.prefix.join(&image.place.path) == *path;
+        self.images.iter().position(has_path)
+    }
+}
+
+impl FileLookup for ListedImages<'_> {
+    fn is_there(&self, file: &FileRef) -> bool {
+        self.find(file).is_some()
+    }
+
+    fn is_at(&self, file: &FileRef, name: &Path) -> bool {
+        self.find(file).is_some_and(|index| *name == *self.prefix.join(&self.images[index].place.path))
+    }
 }
 
 impl ImageEntry {
@@ -274,54 +313,20 @@ impl Catalog {
     /// Notes what is begun; `prefix` leads from the guarded directory to the store's own, and `is_it` tells whether
     /// a file is the one that is named.
     pub(super) fn note_intents(&mut self, intents: Vec<FoundIntent>, prefix: &Path, is_it: &IsFile<'_>) {
-        let mut by_id: HashMap<FileId, ImageIndex> = HashMap::new();
-        for (index, image) in self.images.iter().enumerate() {
-            by_id.insert(image.stat.id, index);
-        }
-        let find = |named: &FileRef| {
-            let index = *by_id.get(&named.file.id)?;
-            let image = &self.images[index];
-            is_it(&image.place, image.stat.id, named).then_some(index)
-        };
-        // Where the file is not found, what has its name may be it all the same.
-        let may_be = |named: &FileRef| {
-            let has_path = |image: &ImageEntry| image.place.root == 0 && prefix.join(&image.place.path) == named.path;
-            find(named).or_else(|| self.images.iter().position(has_path))
-        };
-        let has_name = |index: Option<ImageIndex>, name: &Path| {
-            index.is_some_and(|index| *name == *prefix.join(&self.images[index].place.path))
+        let now = ListedImages::new(&self.images, prefix, is_it);
+        let index_of = |affected: &AffectedFile<'_>| {
+            let found = now.find(affected.file);
+            if affected.or_its_name { found.or_else(|| now.named(&affected.file.path)) } else { found }
         };
         let mut merged: Vec<ImageIndex> = Vec::new();
         for (number, found) in intents.iter().enumerate() {
-            let (top, base, between, children, rename) = match &found.intent.deed {
-                Operation::Commit { top, base, between, children, rename, .. } => {
-                    (top, base, between, children, rename)
-                }
-                Operation::Pull { between, .. } => {
-                    merged.extend(between.iter().filter_map(find));
-                    continue;
-                }
-                Operation::Snapshot { disks, .. } => {
-                    // Under its new name it is a snapshot, though the mark may be yet to come, and nothing stand on it.
-                    let has_fallen = |top: &NewTop| top.frozen != top.old.path && has_name(find(&top.old), &top.frozen);
-                    merged.extend(disks.iter().filter(|top| has_fallen(top)).filter_map(|top| find(&top.old)));
-                    continue;
-                }
-                Operation::Copy { .. } | Operation::Shrink { .. } | Operation::Unknown => continue,
-            };
-            let between = between.iter().filter_map(may_be);
-            // With its new name, or as the only one of its stem, the base is the active layer, and good; what was that
-            // stands on a name that has gone.
-            let has_its_name = rename.as_ref().is_some_and(|name| has_name(find(base), name));
-            let is_active = has_its_name && (rename.as_ref() != Some(&base.path) || find(top).is_none());
-            let fallen = find(top).filter(|_| is_active);
-            let spoilt = may_be(base).filter(|_| !is_active).into_iter().chain(between.clone()).chain(fallen);
-            for index in spoilt {
-                let children = children.iter().filter_map(find).collect();
-                let spoilt = Invalidation { intent: number, top: find(top), children };
-                self.spoilt.entry(index).or_default().push(spoilt);
+            let affected = found.intent.operation.affected(&now);
+            merged.extend(affected.frozen.iter().filter_map(index_of));
+            for index in affected.invalidated.iter().filter_map(index_of) {
+                let top = affected.cover.and_then(|cover| now.find(cover));
+                let children = affected.overlays.iter().filter_map(|overlay| now.find(overlay)).collect();
+                self.invalidated.entry(index).or_default().push(Invalidation { intent: number, top, children });
             }
-            merged.extend(between.chain(if rename.is_none() { find(top) } else { fallen }));
         }
         for index in merged {
             self.images[index].is_merged = true;
@@ -336,6 +341,7 @@ impl Catalog {
         let Some((path, reason)) = senseless.iter().find(is_ours) else { return };
         let command = format!("{}, which cannot be understood ({reason}); see chainfs recover", shown(path));
         let name = path.file_name().unwrap_or_default().to_owned();
+        // J4: nobody knows what it invalidated, so everything is hidden.
         let intent = Intent::new(&command, Path::new(""), Operation::Unknown);
         self.unknown = Some(FoundIntent { name, intent, is_copied: false, is_trusted: false });
         self.images.iter_mut().for_each(|image| image.is_merged = true);
@@ -347,39 +353,39 @@ impl Catalog {
         if self.unknown.is_some() {
             return self.unknown.as_ref();
         }
-        if self.spoilt.is_empty() {
+        if self.invalidated.is_empty() {
             return None;
         }
         layers.iter().enumerate().find_map(|(depth, index)| {
-            let shows = |spoilt: &&Invalidation| {
+            let shows = |invalidated: &&Invalidation| {
                 let is_cover = |(above, cover): (usize, &ImageIndex)| {
                     // The tables of an internal snapshot are not those that cover what is written.
-                    spoilt.top == Some(*cover) && !(inner && above == 0) || spoilt.children.contains(cover)
+                    invalidated.top == Some(*cover) && !(inner && above == 0) || invalidated.children.contains(cover)
                 };
                 !layers[..depth].iter().enumerate().any(is_cover)
             };
-            let spoilt = self.spoilt.get(index)?.iter().find(shows)?;
-            Some(&self.intents[spoilt.intent])
+            let invalidated = self.invalidated.get(index)?.iter().find(shows)?;
+            Some(&self.intents[invalidated.intent])
         })
     }
 
     /// Hides in `visible` what is hidden here; `places`: what its images are called there.
     pub(super) fn copy_invalidated(&self, visible: &mut Catalog, places: &HashMap<ImageIndex, ImageIndex>) {
         let place = |index: &ImageIndex| places.get(index).copied();
-        for (index, spoilt) in &self.spoilt {
+        for (index, invalidated) in &self.invalidated {
             let Some(index) = place(index) else { continue };
-            let moved = spoilt.iter().map(|Invalidation { intent, top, children }| Invalidation {
+            let moved = invalidated.iter().map(|Invalidation { intent, top, children }| Invalidation {
                 intent: *intent,
                 top: top.as_ref().and_then(place),
                 children: children.iter().filter_map(place).collect(),
             });
-            visible.spoilt.insert(index, moved.collect());
+            visible.invalidated.insert(index, moved.collect());
         }
     }
 
     /// As [`Catalog::hidden_by`], for a view that was opened by an earlier catalog.
     pub(super) fn files_hidden_by(&self, files: &[FileId], inner: bool) -> Option<&FoundIntent> {
-        if self.spoilt.is_empty() && self.unknown.is_none() {
+        if self.invalidated.is_empty() && self.unknown.is_none() {
             return None;
         }
         let find = |id: &FileId| self.images.iter().position(|image| image.stat.id == *id);
@@ -582,6 +588,7 @@ pub(super) fn shell_word(word: &str) -> String {
 /// Cuts each loop at one place, so that following links always ends. The image that the user
 /// wants to see, else the one named first in the alphabet, becomes the top of what remains.
 fn cut_loops(images: &mut [ImageEntry], wanted: Option<ImageIndex>) {
+    // C1: no loop is left.
     #[derive(Clone, Copy, PartialEq)]
     enum Seen {
         No,
@@ -637,6 +644,7 @@ fn cut_depth(images: &mut [ImageEntry]) {
         (0..images.len()).filter(|index| images[*index].below.image().is_none()).map(|index| (index, 1)).collect();
     while let Some((index, depth)) = order.pop() {
         order.extend(images[index].users.iter().map(|user| (*user, depth + 1)));
+        // C1: no chain is deeper than can be read.
         if depth == MAX_DEPTH + 1
             && let BackingLink::Image(next) = images[index].below
         {

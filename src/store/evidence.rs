@@ -106,7 +106,7 @@ fn other_bytes(
     let signature = FileStat::of(file)?.signature;
     Ok(if !allowed.is_size(size, signature.size) {
         Some("has another size than it had")
-    } else if has_others(file, samples)? {
+    } else if !allowed.any_bytes && has_others(file, samples)? {
         Some("holds other bytes than it did")
     } else if !allowed.is_time(written, signature.mtime) {
         Some("has been written since")
@@ -263,6 +263,8 @@ pub(super) struct AllowedChange {
     pub(super) growth: bool,
     /// Its disk may have another size.
     pub(super) any_size: bool,
+    /// Guests may have written it.
+    pub(super) any_bytes: bool,
     /// It is a copy, of which the file system knows other times.
     pub(super) is_copy: bool,
 }
@@ -275,7 +277,7 @@ impl AllowedChange {
     /// Samples that count only in a copy: what a guest has written meanwhile is committed, too, and where there are few
     /// it may have changed all of them.
     fn of_copy(self, samples: &[SectorSample]) -> &[SectorSample] {
-        if self.is_copy { samples } else { &[] }
+        if self.is_copy && !self.any_bytes { samples } else { &[] }
     }
 
     fn is_time(self, written: Option<FileTime>, now: (i64, u32)) -> bool {

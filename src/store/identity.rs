@@ -96,6 +96,7 @@ impl Store {
             Some(snapshot) if vm_state => ViewIdentity::VmState(image.stat.id, digest(snapshot, 0)),
             Some(snapshot) => ViewIdentity::Snapshot(image.stat.id, digest(snapshot, views.state(view.layer + 1))),
             None if view.active => ViewIdentity::Active(self.active_number(image.stat.id)),
+            // X3: the versions of its files are part of what it is.
             None => ViewIdentity::Frozen(image.stat.id, views.state(view.layer)),
         };
         ViewId { chain: Arc::clone(chain), name: view.name.as_slice().into(), part }

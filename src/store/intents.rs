@@ -27,6 +27,7 @@ pub use super::evidence::FileRef;
 use super::evidence::identity;
 use super::freeze_list;
 use super::leftovers::{DRAFT, is_intents_draft};
+use super::operation::{Effects, Operation};
 use super::scan::by_descriptor;
 
 use super::trust;
@@ -71,7 +72,7 @@ const RETRY: Duration = Duration::from_secs(3);
 
 /// What was begun.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Intent {
+pub struct Intent<O = Operation> {
     version: u32,
     /// Its own file: in a store that was copied it is another one. None before it is written.
     #[serde(default, with = "identity_option", skip_serializing_if = "Option::is_none")]
@@ -83,92 +84,7 @@ pub struct Intent {
     pub chain: PathBuf,
     /// What it was.
     #[serde(flatten)]
-    pub deed: Operation,
-}
-
-/// What was begun, by its verb.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "verb", rename_all = "lowercase")]
-pub enum Operation {
-    /// New overlays take the names of active layers.
-    Snapshot {
-        /// When: seconds since 1970.
-        seconds: i64,
-        /// Nanoseconds of that second.
-        nanoseconds: u32,
-        /// The user's words.
-        description: String,
-        /// Each disk that is frozen.
-        disks: Vec<NewTop>,
-    },
-    /// Layers are merged down.
-    Commit {
-        /// The upper end; its view stays what it is throughout.
-        top: FileRef,
-        /// What is written.
-        base: FileRef,
-        /// What lies between, top first, and is worth nothing once base has changed.
-        between: Vec<FileRef>,
-        /// The images that stand on top, and shall stand on base.
-        children: Vec<FileRef>,
-        /// Whether top's file stays.
-        keep: bool,
-        /// Whether base holds everything, durably: from then on it goes to its end. Not said where base gets another
-        /// name, which says it.
-        #[serde(default)]
-        is_copied: bool,
-        /// For the active layer: the name that base gets.
-        #[serde(default, with = "encoded_option", skip_serializing_if = "Option::is_none")]
-        rename: Option<PathBuf>,
-    },
-    /// Layers are merged up.
-    Pull {
-        /// What is filled.
-        into: Vec<FileRef>,
-        /// What they shall stand on.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        base: Option<FileRef>,
-        /// What goes afterwards, if nobody needs it, top first.
-        remove: Vec<FileRef>,
-        /// What lies between; frozen afterwards where nobody stands on it any more.
-        between: Vec<FileRef>,
-    },
-    /// A new image is filled, of which nobody knows before it is whole.
-    Copy {
-        /// The image, by the name under which it was made.
-        draft: FileRef,
-        /// The name that it gets.
-        #[serde(with = "encoded")]
-        name: PathBuf,
-    },
-    /// A disk becomes shorter: what lay behind its end is given back once its header says so.
-    Shrink {
-        /// Its image.
-        image: FileRef,
-        /// Bytes that it shall have.
-        size: u64,
-    },
-    /// Nobody can tell. Only in memory.
-    #[serde(skip)]
-    Unknown,
-}
-
-/// One disk of a snapshot.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NewTop {
-    /// The active layer, by the name that it has.
-    pub old: FileRef,
-    /// The name that it gets; the one it has if that stays.
-    #[serde(with = "encoded")]
-    pub frozen: PathBuf,
-    /// The overlay, by the name under which it was made.
-    pub overlay: FileRef,
-    /// The name that the overlay gets.
-    #[serde(with = "encoded")]
-    pub name: PathBuf,
-    /// What the old layer stands on, where it is going to be removed: for the trash.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub backing: Option<FileRef>,
+    pub operation: O,
 }
 
 /// Paths as text: bytes that are not plain ASCII are percent-encoded.
@@ -214,18 +130,18 @@ pub(super) mod encoded {
     }
 }
 
-mod encoded_option {
+pub(super) mod encoded_option {
     use super::{Deserializer, PathBuf, Serializer, encoded};
 
     #[expect(clippy::ref_option, reason = "what serde calls")]
-    pub(super) fn serialize<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
         match path {
             Some(path) => encoded::serialize(path, serializer),
             None => serializer.serialize_none(),
         }
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
         encoded::deserialize(deserializer).map(Some)
     }
 }
@@ -247,11 +163,6 @@ mod identity_option {
 }
 
 impl Intent {
-    /// An intent of a command on a chain.
-    pub fn new(command: &str, chain: &Path, deed: Operation) -> Self {
-        Self { version: VERSION, own: None, command: command.to_owned(), chain: chain.to_path_buf(), deed }
-    }
-
     /// The text of its file.
     pub fn text(&self) -> String {
         toml::to_string(self).expect("strings, numbers and tables")
@@ -278,40 +189,26 @@ impl Intent {
             None => Ok(intent),
         }
     }
+}
 
-    /// The same, to be told which files they are.
-    fn files_mut(&mut self) -> Vec<&mut FileRef> {
-        match &mut self.deed {
-            Operation::Snapshot { disks, .. } => disks
-                .iter_mut()
-                .flat_map(|disk| [&mut disk.old, &mut disk.overlay].into_iter().chain(&mut disk.backing))
-                .collect(),
-            Operation::Commit { top, base, between, children, .. } => {
-                [top, base].into_iter().chain(between).chain(children).collect()
-            }
-            Operation::Copy { draft, .. } => vec![draft],
-            Operation::Shrink { image, .. } => vec![image],
-            Operation::Unknown => Vec::new(),
-            Operation::Pull { into, base, remove, between } => {
-                into.iter_mut().chain(base).chain(remove).chain(between).collect()
-            }
-        }
+impl<O> Intent<O> {
+    /// An intent of a command on a chain.
+    pub fn new(command: &str, chain: &Path, operation: O) -> Self {
+        Self { version: VERSION, own: None, command: command.to_owned(), chain: chain.to_path_buf(), operation }
+    }
+
+    /// The same intent with its operation by another type.
+    pub fn with<P>(&self, operation: P) -> Intent<P> {
+        let Self { version, own, command, chain, .. } = self;
+        Intent { version: *version, own: *own, command: command.clone(), chain: chain.clone(), operation }
     }
 
     /// All files that it speaks of as being changed, renamed or removed, or as what that rests on.
-    pub fn files(&self) -> Vec<&FileRef> {
-        match &self.deed {
-            Operation::Snapshot { disks, .. } => disks.iter().flat_map(|disk| [&disk.old, &disk.overlay]).collect(),
-            Operation::Commit { top, base, between, children, .. } => {
-                [top, base].into_iter().chain(between).chain(children).collect()
-            }
-            Operation::Copy { draft, .. } => vec![draft],
-            Operation::Shrink { image, .. } => vec![image],
-            Operation::Unknown => Vec::new(),
-            Operation::Pull { into, base, remove, between } => {
-                into.iter().chain(base).chain(remove).chain(between).collect()
-            }
-        }
+    pub(crate) fn files(&self) -> Vec<&FileRef>
+    where
+        O: Effects,
+    {
+        self.operation.files()
     }
 }
 
@@ -591,10 +488,15 @@ impl ControlDir {
     }
 
     /// Writes an intent, durably, and keeps it ours.
-    pub fn begin(&self, names: &dyn Directory, name: &str, intent: &Intent) -> Result<OwnedIntent> {
+    pub fn begin<O: Clone + Into<Operation>>(
+        &self,
+        names: &dyn Directory,
+        name: &str,
+        intent: &Intent<O>,
+    ) -> Result<OwnedIntent<O>> {
         let name = OsString::from(format!("{name}.toml"));
-        match self.write(names, &name, intent) {
-            Ok((intent, claim)) => Ok(self.own(&name, intent, claim, Vec::new())),
+        match self.write(names, &name, &intent.with(intent.operation.clone().into())) {
+            Ok((written, claim)) => Ok(self.own(&name, written, claim, Vec::new()).with(intent.operation.clone())),
             Err(error) => {
                 let _ = names.unlink(&self.intents().join(&name));
                 Err(error)
@@ -603,13 +505,14 @@ impl ControlDir {
     }
 
     /// Writes one that is ours already anew, durably: at every moment there is the old one or the new.
-    pub fn rewrite(&self, names: &dyn Directory, owned: &mut OwnedIntent) -> Result<()> {
+    pub fn rewrite<O: Clone + Into<Operation>>(&self, names: &dyn Directory, owned: &mut OwnedIntent<O>) -> Result<()> {
         // Who writes it again because somebody has removed it waits.
         let mut live = self.live.lock();
-        let (intent, claim) = self.write(names, &owned.name, &owned.intent)?;
-        owned.intent = intent.clone();
-        if let Some(entry) = live.get_mut(&owned.name) {
-            entry.replace(intent, claim);
+        let operation = owned.intent.operation.clone();
+        let (written, claim) = self.write(names, owned.name(), &owned.intent.with(operation.clone().into()))?;
+        owned.intent = written.with(operation);
+        if let Some(entry) = live.get_mut(owned.name()) {
+            entry.replace(written, claim);
         }
         Ok(())
     }
@@ -628,6 +531,7 @@ impl ControlDir {
             file.write_at(0, format!("{BEGUN}{}", intent.text()).as_bytes())?;
             file.sync()?;
             let claim = FileLock::take(self.root.open_file_for_writing(&draft)?, &draft, Duration::ZERO)?;
+            // J2: the file and its name are on disk before this returns.
             names.rename(&draft, &path, true)?;
             names.sync(self.intents())?;
             Ok((intent, claim))
@@ -640,8 +544,8 @@ impl ControlDir {
     fn own(&self, name: &OsStr, intent: Intent, claim: FileLock, former: Vec<FileLock>) -> OwnedIntent {
         let entry = LiveIntent { intent: intent.clone(), claim, former, is_ending: false };
         self.live.lock().insert(name.to_owned(), entry);
-        let (name, live) = (name.to_owned(), Arc::clone(&self.live));
-        OwnedIntent { path: self.intents().join(&name), name, intent, live }
+        let ownership = Ownership { name: name.to_owned(), live: Arc::clone(&self.live) };
+        OwnedIntent { path: self.intents().join(name), intent, ownership }
     }
 
     /// Writes those intents of this process again whose files somebody has removed.
@@ -890,9 +794,12 @@ impl ControlDir {
         let is_copied = (was.id.inode, was.birth) != (now.id.inode, now.birth);
         if !is_copied && was.id.device != now.id.device {
             // The same file system goes by another number after the next start of the machine.
-            intent.files_mut().into_iter().filter(|named| named.file.id.device == was.id.device).for_each(|named| {
-                named.file.id.device = now.id.device;
-            });
+            for expected in intent.operation.expected(&|_| false) {
+                let id = &mut expected.file.file.id;
+                if id.device == was.id.device {
+                    id.device = now.id.device;
+                }
+            }
             intent.own = Some(now);
         }
         Ok((intent, is_copied, file.into()))
@@ -916,19 +823,41 @@ pub(super) fn marked(directory: &Path) -> impl Iterator<Item = &Path> {
 
 /// An intent that is ours to finish.
 #[derive(Debug)]
-pub struct OwnedIntent {
-    /// The name of its file.
-    pub name: OsString,
+pub struct OwnedIntent<O = Operation> {
     path: PathBuf,
     /// What it says.
-    pub intent: Intent,
+    pub intent: Intent<O>,
+    ownership: Ownership,
+}
+
+/// Says to this process that an intent is being carried out, until dropped.
+#[derive(Debug)]
+struct Ownership {
+    name: OsString,
     live: LiveIntents,
 }
 
-impl OwnedIntent {
+impl Drop for Ownership {
+    fn drop(&mut self) {
+        self.live.lock().remove(&self.name);
+    }
+}
+
+impl<O> OwnedIntent<O> {
+    /// The name of its file.
+    pub fn name(&self) -> &OsStr {
+        &self.ownership.name
+    }
+
+    /// The same with its operation by another type.
+    pub fn with<P>(self, operation: P) -> OwnedIntent<P> {
+        let Self { path, intent, ownership } = self;
+        OwnedIntent { path, intent: intent.with(operation), ownership }
+    }
+
     /// All is done, or undone: takes the note away, durably.
     pub fn end(self, names: &dyn Directory) -> Result<()> {
-        if let Some(entry) = self.live.lock().get_mut(&self.name) {
+        if let Some(entry) = self.ownership.live.lock().get_mut(self.name()) {
             entry.is_ending = true;
             entry.say_ended();
         }
@@ -944,17 +873,14 @@ impl OwnedIntent {
     }
 }
 
-impl Drop for OwnedIntent {
-    fn drop(&mut self) {
-        self.live.lock().remove(&self.name);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::io::{Descriptors, FileId, Host, ThisHost};
-    use crate::store::{Digest, Evidence, Format, SectorSample};
+    use crate::store::{
+        CommitOperation, CopyOperation, Digest, Evidence, Format, NewTop, PullOperation, SectorSample, ShrinkOperation,
+        SnapshotOperation,
+    };
 
     fn named(path: impl Into<PathBuf>, inode: u64) -> FileRef {
         let file = Identity { id: FileId { device: 3, inode }, birth: Some((1_700_000_000, 5)) };
@@ -968,7 +894,7 @@ mod tests {
 
     fn commit() -> Intent {
         let odd = PathBuf::from(OsString::from_vec(b"sub/\xff 100%\n.qcow2".to_vec()));
-        let deed = Operation::Commit {
+        let deed = Operation::Commit(CommitOperation {
             top: named(odd, u64::MAX),
             base: named("base.raw", 1),
             between: vec![named("sn1.qcow2", 2)],
@@ -976,14 +902,18 @@ mod tests {
             keep: true,
             is_copied: true,
             rename: Some("web01.raw".into()),
-        };
+        });
         Intent::new("commit top=\"a b\"", Path::new("web01"), deed)
     }
 
     #[test]
     fn what_is_written_is_read() {
-        let pull =
-            Operation::Pull { into: vec![named("a", 1)], base: None, remove: vec![], between: vec![named("b", 2)] };
+        let pull = Operation::Pull(PullOperation {
+            into: vec![named("a", 1)],
+            base: None,
+            remove: vec![],
+            between: vec![named("b", 2)],
+        });
         let qcow2 = Evidence::Qcow2 {
             size: 1,
             shape: Digest::of(b""),
@@ -1001,9 +931,10 @@ mod tests {
             name: "a".into(),
             backing: Some(named("d", 4)),
         }];
-        let snapshot = Operation::Snapshot { seconds: -5, nanoseconds: 6, description: "x\n\"".into(), disks };
-        let copy = Operation::Copy { draft: named(".x.new", 5), name: "y\u{fc}".into() };
-        let shrink = Operation::Shrink { image: named("a", 1), size: 512 };
+        let snapshot =
+            Operation::Snapshot(SnapshotOperation { seconds: -5, nanoseconds: 6, description: "x\n\"".into(), disks });
+        let copy = Operation::Copy(CopyOperation { draft: named(".x.new", 5), name: "y\u{fc}".into() });
+        let shrink = Operation::Shrink(ShrinkOperation { image: named("a", 1), size: 512 });
         let more = [pull, snapshot, copy, shrink].map(|deed| Intent::new("x", Path::new(""), deed));
         let own = Some(named("own", 9).file);
         for intent in std::iter::once(commit()).chain(more) {
@@ -1023,8 +954,9 @@ mod tests {
         fails(&text.replace("version = 2", "version = 1"));
         fails(&text.replace("version = 2", "version = 3"));
         fails(&commit().text());
-        let without = Operation::Shrink { image: FileRef { evidence: None, ..named("a", 1) }, size: 512 };
-        fails(&Intent { deed: without, ..intent.clone() }.text());
+        let without =
+            Operation::Shrink(ShrinkOperation { image: FileRef { evidence: None, ..named("a", 1) }, size: 512 });
+        fails(&Intent { operation: without, ..intent.clone() }.text());
         for len in (0..text.len()).step_by(7) {
             fails(&text[..len]);
         }
@@ -1038,7 +970,7 @@ mod tests {
         let [first, other, third] = [(); 3].map(|()| ControlDir::of_directory(&root).unwrap());
         std::fs::write(place.path().join("a"), "a").unwrap();
         let image = FileRef::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
-        let intent = Intent::new("x", Path::new(""), Operation::Shrink { image, size: 1 });
+        let intent = Intent::new("x", Path::new(""), Operation::Shrink(ShrinkOperation { image, size: 1 }));
         let remove = || std::fs::remove_dir_all(place.path().join(".chainfs")).unwrap();
         let known = |guard: &ControlDir, is_owned: bool, at: &str| {
             let found = guard.read().0;
@@ -1088,10 +1020,10 @@ mod tests {
         guard.prepare(&*names).unwrap();
         std::fs::write(place.path().join("a"), "a").unwrap();
         let image = FileRef::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
-        let intent = Intent::new("x", Path::new(""), Operation::Shrink { image, size: 1 });
+        let intent = Intent::new("x", Path::new(""), Operation::Shrink(ShrinkOperation { image, size: 1 }));
         let owned = guard.begin(&*names, "1", &intent).unwrap();
         let (found, problems) = guard.read();
-        assert_eq!((found.len(), problems.len(), &found[0].intent.deed), (1, 0, &intent.deed));
+        assert_eq!((found.len(), problems.len(), &found[0].intent.operation), (1, 0, &intent.operation));
         assert!(guard.is_owned(&found[0]));
         assert_eq!(guard.take_up(&*names, &found[0]).unwrap_err().kind(), ErrorKind::Busy);
         // Somebody removes what he should not.

@@ -50,6 +50,7 @@ impl Store {
         if let Some(error) = forced {
             return Err(error);
         }
+        // M6: as for a guest's writer.
         let lock = |file: &Arc<crate::io::StoreFile>| file.lock_for_writing(WriterKind::Job, self.options.no_lock);
         let locks = image.files().map(lock).collect::<Result<Vec<_>>>()?;
         unchanged(&image, entry)?;

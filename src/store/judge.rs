@@ -82,6 +82,7 @@ impl AccessJudge {
     }
 
     fn may(&self, who: &Subject, place: &StorePath, want: u32) -> bool {
+        // A1: each directory on the way, and the file.
         let is_met = |way: Arc<PathPermissions>| {
             way.directories.iter().all(|directory| who.may(directory, SEARCH)) && who.may(&way.file, want)
         };

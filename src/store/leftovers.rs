@@ -18,7 +18,7 @@ use crate::io::{FileStat, Root, birth_of, directory_of, read_full};
 
 use super::Store;
 use super::catalog::shown;
-use super::intents::Operation;
+use super::operation::Effects;
 
 /// How the names of drafts end.
 pub(super) const DRAFT: &str = "new";
@@ -100,14 +100,7 @@ impl Store {
         let (intents, senseless) = self.guard.read();
         let files = intents.iter().flat_map(|found| found.intent.files()).map(|named| named.path.as_path());
         // What a revert has put aside is its own to remove, or to put into the trash.
-        let put_aside = intents.iter().flat_map(|found| match &found.intent.deed {
-            Operation::Snapshot { disks, .. } => disks.as_slice(),
-            Operation::Commit { .. }
-            | Operation::Pull { .. }
-            | Operation::Copy { .. }
-            | Operation::Shrink { .. }
-            | Operation::Unknown => &[],
-        });
+        let put_aside = intents.iter().flat_map(|found| found.intent.operation.new_tops());
         let spoken_of: HashSet<&Path> = files.chain(put_aside.map(|top| top.frozen.as_path())).collect();
         let images = self.catalog().drafts.iter().map(|path| self.guard.prefix.join(path)).collect::<Vec<PathBuf>>();
         // An intent that cannot be understood may speak of any of them.

@@ -21,6 +21,7 @@ mod judge;
 mod leftovers;
 mod names;
 mod open;
+mod operation;
 mod options;
 mod owners;
 mod plain;
@@ -67,12 +68,17 @@ pub use evidence::{Digest, Evidence, SAMPLES, SectorSample};
 pub use flusher::Flusher;
 pub use freeze_list::FROZEN_NOTES;
 pub use identity::{FoundView, ViewId, ViewIdentity, stale};
-pub use intents::{ControlDir, FileRef, FoundIntent, Intent, MARKER, NewTop, Operation, OwnedIntent};
+pub use intents::{ControlDir, FileRef, FoundIntent, Intent, MARKER, OwnedIntent};
 pub use job_image::{CachePolicy, JobImage};
 pub use judge::AccessJudge;
 pub(crate) use leftovers::{command_name, draft_name, is_draft};
 pub use names::{ACTIVE, STORE_DIRECTORY, encode};
 pub use open::{DeletionGuard, OpenView, ViewPart};
+pub(crate) use operation::Effects;
+pub use operation::{
+    CommitOperation, CopyOperation, NewTop, Operation, PullOperation, ShrinkOperation, SnapshotOperation,
+    invalidated_name,
+};
 pub use options::{Format, StoreOptions};
 pub use possible_uses::PossibleUse;
 pub use resolve::StorePath;

@@ -27,6 +27,7 @@ pub(super) fn resolve(
     from: &StorePath,
     name: &[u8],
 ) -> Result<StorePath, String> {
+    // S1: the text decides first; nothing is asked of the file system.
     if name.starts_with(b"json:") {
         return Err("is a json: description, which is never followed; rebase it onto a plain file name".into());
     }

@@ -220,6 +220,7 @@ impl ScanWork<'_> {
                 continue;
             }
             match kind {
+                // B1: deeper directories are a problem.
                 EntryKind::Directory if place.components().count() > MAX_NESTING => {
                     self.unread(
                         place,

@@ -363,6 +363,7 @@ impl Store {
             Some(name) => item.path.with_file_name(name),
             None => item.path.clone(),
         };
+        // T1: not where what lies below was replaced, or written by others.
         if let Some(problem) = &item.problem {
             let fact = "cannot be restored as it was";
             let remedy = format!("take the file itself, {}, if it is of use", shown(&item.file()));

@@ -47,7 +47,7 @@ impl Catalog {
             (None, _) => {}
             (Some(None), _) => image.below = hidden(&image),
             (Some(Some(place)), BackingLink::Image(below) | BackingLink::Broken { image: Some(below), .. }) => {
-                *below = place
+                *below = place;
             }
             (Some(Some(_)), _) => unreachable!("it is one of the two that have an image"),
         }

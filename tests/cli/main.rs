@@ -2,6 +2,7 @@
 
 mod architecture;
 mod cli;
+mod documentation;
 mod messages;
 mod notes;
 mod semantics;

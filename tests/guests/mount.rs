@@ -259,6 +259,7 @@ fn every_view_shows_what_the_kernel_shows_of_it_journals_included() {
 }
 
 #[test]
+// G3
 fn links_stay_inside_their_volume_and_nothing_that_would_wait_can_be_opened() {
     let store = small_chain();
     let mount = Mount::new(&store);
@@ -330,6 +331,7 @@ fn partitions_are_disks_and_only_those_of_the_active_one_can_be_written() {
 }
 
 #[test]
+// G4
 fn nothing_is_parsed_before_somebody_looks_and_nothing_stays_locked_after() {
     let store = small_chain();
     let mount = Mount::new(&store);
@@ -346,6 +348,7 @@ fn nothing_is_parsed_before_somebody_looks_and_nothing_stays_locked_after() {
 }
 
 #[test]
+// G1
 fn a_worker_has_nothing_and_its_end_is_no_end() {
     let store = small_chain();
     // With one thread all that waits for a guest has one of its own.
@@ -439,6 +442,7 @@ fn a_damaged_file_has_its_name() {
 }
 
 #[test]
+// G2
 fn an_active_disk_is_shown_as_it_was_when_it_was_opened_however_it_is_written() {
     let store = small_chain();
     let mount = Mount::new(&store);

@@ -244,6 +244,7 @@ fn look_at_everything(inside: &Arc<DiskContents>, rng: &mut Rng) {
 }
 
 #[test]
+// G6
 fn no_number_of_a_worker_is_more_than_an_error() {
     let mut looked = 0;
     for seed in 0..150 {

@@ -271,6 +271,7 @@ fn model(name: &str, image: &StartImage, longest_write: u64, seed: u64, steps: u
 }
 
 #[test]
+// M8
 fn no_view_changes_and_at_the_end_none_needs_the_layers_below() {
     println!("CHAINFS_SEED={}", seed());
     let rounds = if is_long() { 200 } else { 2 };
@@ -306,6 +307,7 @@ fn a_crash_leaves_every_view_as_it_was() {
 
 /// Who has left a table in memory still refers to it on disk: what is filled meanwhile must not show there.
 #[test]
+// M1
 fn a_crash_between_leaving_a_table_and_filling_it_loses_nothing() {
     for options in ["cluster_size=4k", "extended_l2=on,cluster_size=16k"] {
         let start = Start::over(MIB, options, 512 * KIB).then(by_qemu);

@@ -136,6 +136,7 @@ fn images(scratch: &Scratch) -> Vec<(String, Pages)> {
 }
 
 #[test]
+// M10
 fn qemu_is_content_with_every_header_on_the_way() {
     let scratch = Scratch::new();
     let long = format!("{}base.raw", "./".repeat(507));

@@ -81,6 +81,7 @@ fn tables_that_do_not_fit_into_memory_are_shared_all_the_same() {
 
 /// QEMU lists, reads, applies and deletes what was taken here.
 #[test]
+// M2
 fn qemu_takes_them_for_its_own() {
     for (name, start, longest) in kinds() {
         let image = start.load();
@@ -146,6 +147,7 @@ fn same(have: &Pages, want: &Pages, what: &str) {
 /// Each thread writes its sectors over and over with growing numbers; a snapshot is of one moment, so that what
 /// was acknowledged before it is in it, and nothing that was begun after it.
 #[test]
+// M8
 fn a_snapshot_is_of_one_moment_while_others_write() {
     const WRITERS: u64 = 3;
     for options in ["cluster_size=64k", "cluster_size=512", "extended_l2=on,cluster_size=16k"] {

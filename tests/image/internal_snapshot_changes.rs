@@ -262,6 +262,7 @@ fn cut_everywhere(
 }
 
 #[test]
+// M1
 fn a_crash_leaves_the_snapshot_or_none() {
     cut_everywhere(&Ledger::delete, false, true, STATES);
 }

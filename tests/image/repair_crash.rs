@@ -74,6 +74,7 @@ fn too_low(file: &[u8]) -> usize {
 }
 
 #[test]
+// R5
 fn a_crash_changes_no_disk_and_the_next_repair_comes_to_the_end() {
     let scratch = Scratch::new();
     let mut states = 0;

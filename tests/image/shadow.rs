@@ -261,6 +261,7 @@ fn crash_everywhere(name: &str, start: &Start, longest: u64, publish: bool) {
 }
 
 #[test]
+// M9
 fn a_crash_leaves_all_or_nothing_of_what_is_published() {
     for (name, start, longest) in kinds() {
         crash_everywhere(name, &start, longest, true);

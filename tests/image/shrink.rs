@@ -204,6 +204,7 @@ fn the_space_of_what_is_cut_off_goes_back_to_the_file_system() {
 }
 
 #[test]
+// M11
 fn a_crash_leaves_the_old_size_or_the_new_one() {
     for (number, (name, start)) in kinds().into_iter().enumerate() {
         let image = start.load();

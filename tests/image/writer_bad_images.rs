@@ -233,6 +233,7 @@ trait Pipe {
 impl Pipe for Writer {}
 
 #[test]
+// M3
 fn a_write_in_place_never_lands_on_a_table() {
     tables_survive(COPIED, |writer| writer.write_at(CLUSTER, &[0xaa; 4096]));
 }
@@ -243,6 +244,7 @@ fn a_write_to_a_kept_place_never_lands_on_a_table() {
 }
 
 #[test]
+// M3
 fn a_discard_never_punches_a_table() {
     tables_survive(COPIED, |writer| writer.zero(CLUSTER, CLUSTER, Zeroing::Unmap));
 }
@@ -299,6 +301,7 @@ fn an_l1_table_larger_than_a_refcount_block_counts_finds_its_place() {
 }
 
 #[test]
+// M7
 fn after_a_failed_flush_nothing_more_is_written_by_those_under_way() {
     let scratch = Scratch::new();
     for prefilled in [false, true] {

@@ -140,6 +140,7 @@ fn the_refcount_table_grows() {
 }
 
 #[test]
+// M1, M4, M5
 fn clusters_given_back_are_used_again() {
     Workload::new("discard and reuse", Start::scribbled("cluster_size=4k", 4 * MIB)).survives(|guest| {
         for turn in 0..5 {
@@ -158,6 +159,7 @@ fn clusters_given_back_are_used_again() {
 }
 
 #[test]
+// M5
 fn discard_and_reuse_where_holes_cannot_be_punched() {
     let start = Start::scribbled("cluster_size=2k", 2 * MIB);
     Workload::new("no holes", start).without_holes().survives(|guest| {

@@ -108,6 +108,7 @@ fn write_all_over(path: &Path) {
 }
 
 #[test]
+// B3
 fn a_disk_of_a_tebibyte_is_written_within_the_cache() {
     if !is_alone(module_path!(), "a_disk_of_a_tebibyte_is_written_within_the_cache") {
         return;

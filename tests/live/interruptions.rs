@@ -274,6 +274,7 @@ fn what_qemu_holds_is_not_committed_pulled_nor_frozen_and_the_holder_is_named() 
 }
 
 #[test]
+// J1
 fn two_daemons_on_one_store_never_work_on_one_chain_at_once() {
     let (lab, before) = slow(false);
     let second = lab.store.beside("second");

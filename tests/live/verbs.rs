@@ -557,6 +557,7 @@ fn progress_tells_of_a_job_until_its_end_and_whoever_stops_listening_stops_nothi
 }
 
 #[test]
+// J3
 fn a_job_that_is_cancelled_leaves_the_chain_as_it_was() {
     let lab = Lab::slow(false);
     let views = ["base", "sn1", "sn2", "sn3", "web"].map(|layer| lab.file(layer));
@@ -586,4 +587,21 @@ fn a_job_that_is_cancelled_leaves_the_chain_as_it_was() {
     mount.umount();
     lab.assert_clean();
     assert!(lab.contents(&views) == before);
+}
+
+// X3
+#[test]
+fn a_layer_that_a_commit_has_changed_has_another_inode_number() {
+    let lab = Lab::new(Kind::PLAIN);
+    let merged = lab.content("sn1.qcow2");
+    let mount = Mount::new(&lab.store);
+    let base = mount.path("web/snapshots/base.raw");
+    let before = (fs::metadata(&base).expect("attributes").ino(), fs::read(&base).expect("its bytes"));
+    assert!(before.1 != merged);
+    Control::of(&mount, "web").done("commit top=sn1 base=base");
+    let is_another = || fs::metadata(&base).is_ok_and(|now| now.ino() != before.0);
+    eventually("the base is shown again, as another file", NOTICED, is_another);
+    assert!(fs::read(&base).expect("its bytes") == merged, "pages of before are not shown");
+    mount.umount();
+    lab.assert_clean();
 }

@@ -180,6 +180,7 @@ fn a_disk_of_countless_zeroes_holds_up_no_seek() {
 }
 
 #[test]
+// S5
 fn a_backing_file_in_our_own_mount_is_never_asked_for() {
     let store = Store::new();
     store.raw("base.raw", MIB, 8);

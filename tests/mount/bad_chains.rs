@@ -163,6 +163,7 @@ fn overlay_of_itself(store: &Store, name: &str, backing: &str) {
 }
 
 #[test]
+// C1
 fn chains_that_bite_their_tail_are_problems() {
     let victims = Victims::new("");
     let store = &victims.store;
@@ -279,6 +280,7 @@ fn forget_backing_format(image: &Damage) {
 }
 
 #[test]
+// S2
 fn an_img_with_the_magic_of_qcow2_is_a_problem_until_somebody_says_what_it_is() {
     let store = Store::new();
     let make = |name: &str| {

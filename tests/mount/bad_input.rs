@@ -288,6 +288,7 @@ fn an_impossible_l1_entry_is_an_error_for_its_clusters_alone() {
 
 /// QEMU reads zeroes past the end of a file; an error is more honest. Other bytes are out of the question.
 #[test]
+// R2
 fn what_lies_past_the_end_of_the_file_is_zero_or_an_error() {
     let victims = Victims::new("");
     let good = Damage::to(victims.store.path("good.qcow2"));
@@ -384,6 +385,7 @@ fn invalid_subclusters_are_an_error_for_their_cluster_alone() {
 }
 
 #[test]
+// B1
 fn streams_that_unpack_to_far_more_than_a_cluster_stop_at_its_end() {
     let store = Store::new();
     let cluster = 64 * KIB as usize;

@@ -239,6 +239,7 @@ fn read_all(dir: &Path, readable: &mut Vec<PathBuf>) {
 }
 
 #[test]
+// S1
 fn a_mount_of_a_hostile_store_opens_nothing_outside_it() {
     let trap = Trap::new();
     let mount = Mount::foreground(&trap.store, trap.strace(), "");

@@ -147,6 +147,7 @@ const CUTS: [Cut; 8] = [
 ];
 
 #[test]
+// R4
 fn what_was_cut_off_stays_an_error_until_it_is_said_to_be_lost() {
     for Cut { name, make } in CUTS {
         let store = Store::new();
@@ -450,6 +451,7 @@ fn assert_planned(store: &Store, command: &str, says: &str) {
 }
 
 #[test]
+// R4
 fn plans_refuse_what_would_grow_over_what_was_lost() {
     let chain = |options: &str| {
         let store = Store::new();

@@ -174,6 +174,7 @@ fn what_nobody_needs_any_more_is_not_kept() {
 }
 
 #[test]
+// B2
 fn who_opens_more_disks_to_write_than_can_be_is_refused_and_nobody_else() {
     let (chain_count, layer_count) = (30, 3);
     let store = chains(chain_count, layer_count);

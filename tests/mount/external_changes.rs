@@ -51,6 +51,7 @@ fn a_raw_image_cut_while_it_is_open_never_hangs_its_reader() {
 }
 
 #[test]
+// R3
 fn an_image_replaced_while_it_is_open_is_never_mixed_with_its_successor() {
     let victims = Victims::new("");
     let _ = victims.victim("swapped");
@@ -162,6 +163,7 @@ fn a_disk_grown_behind_the_mounts_back_is_shown_at_its_new_size() {
 /// File systems hand out the inode number of a deleted file at once: neither it nor the name tells old
 /// from new.
 #[test]
+// X1
 fn a_file_made_anew_under_an_old_name_shows_its_own_bytes() {
     let store = Store::new();
     let mount = Mount::new(&store);
@@ -189,7 +191,7 @@ fn a_file_made_anew_under_an_old_name_shows_its_own_bytes() {
 
 #[test]
 fn what_another_process_has_begun_and_left_is_hidden_within_a_second() {
-    use chainfs::store::Operation;
+    use chainfs::store::{CommitOperation, Operation};
     use support::intents::{leave, witness};
     let store = Store::new();
     store.raw("base.raw", MIB, 1);
@@ -199,7 +201,7 @@ fn what_another_process_has_begun_and_left_is_hidden_within_a_second() {
     let base = mount.path("web/snapshots/base.raw");
     assert!(base.exists());
     let named = |name: &str| witness(&store, name, false);
-    let deed = Operation::Commit {
+    let deed = Operation::Commit(CommitOperation {
         top: named("sn1.qcow2"),
         base: named("base.raw"),
         between: vec![],
@@ -207,7 +209,7 @@ fn what_another_process_has_begun_and_left_is_hidden_within_a_second() {
         keep: false,
         is_copied: false,
         rename: None,
-    };
+    });
     let intent = leave(&store, "commit top=sn1", "web", deed);
     eventually("what is being spoilt is hidden", NOTICED, || !base.exists());
     assert!(mount.path("web/snapshots/sn1.raw").exists() && mount.path("web/active.raw").exists());

@@ -142,6 +142,7 @@ fn while_the_mount_writes_qemu_neither_writes_nor_reads_except_by_force() {
 }
 
 #[test]
+// C2
 fn below_the_disk_that_the_mount_writes_layers_are_read_by_all_and_written_by_none() {
     let store = chain();
     let mount = Mount::new(&store);
@@ -157,6 +158,7 @@ fn below_the_disk_that_the_mount_writes_layers_are_read_by_all_and_written_by_no
 }
 
 #[test]
+// M6
 fn whoever_has_an_image_open_keeps_the_mount_out_as_he_would_keep_qemu_out() {
     let store = chain();
     let mount = Mount::new(&store);
@@ -215,6 +217,7 @@ fn the_refusal_names_process_and_program() {
 }
 
 #[test]
+// W2
 fn the_last_writer_takes_the_locks_along_and_a_reader_keeps_his() {
     let store = chain();
     let mount = Mount::new(&store);
@@ -339,6 +342,7 @@ fn of_two_mounts_and_a_qemu_that_race_one_writes_at_most() {
 }
 
 #[test]
+// W1
 fn an_image_that_became_a_layer_of_another_chain_is_not_read_there_while_it_is_written() {
     let store = chain();
     let mount = Mount::new(&store);

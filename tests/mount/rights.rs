@@ -243,6 +243,7 @@ fn usual_stores_of_libvirt_are_read_and_root_s_base_is_kept() {
 }
 
 #[test]
+// A2
 fn commands_need_the_right_to_change_the_directory() {
     let store = open_store();
     fs::create_dir(store.path("d")).expect("a directory");
@@ -439,6 +440,7 @@ fn readable(uid: u32, groups: &[u32], paths: &[std::path::PathBuf]) -> Vec<bool>
 }
 
 #[test]
+// A1
 fn who_reads_a_view_can_read_all_its_layers() {
     let (mut granted, mut denied) = (0, 0);
     for seed in 0..12 {
@@ -524,6 +526,7 @@ fn who_reads_a_view_can_read_all_its_layers() {
 }
 
 #[test]
+// A3
 fn intents_of_others_are_not_carried_out() {
     let store = open_store();
     store.create("base.qcow2", MIB, "");

@@ -154,6 +154,7 @@ fn zeroed_and_discarded_clusters_hide_what_lies_below() {
 }
 
 #[test]
+// R1
 fn a_discard_that_leaves_a_hole_shows_the_backing_file_again() {
     let store = Store::new();
     three_layers(&store, "emptied", SIZE, "", 600);
@@ -321,6 +322,7 @@ fn sizes_that_end_inside_a_cluster_or_a_sector_are_qemus() {
 }
 
 #[test]
+// C4
 fn overlays_may_be_longer_or_shorter_than_what_they_lie_on() {
     let store = Store::new();
     let mut leaves = Vec::new();

@@ -41,6 +41,7 @@ fn bytes_of_any_place_and_length_are_written_and_read_and_stay() {
 }
 
 #[test]
+// W3
 fn processes_that_write_at_once_each_find_their_own_bytes() {
     let store = chain();
     let mount = Mount::new(&store);

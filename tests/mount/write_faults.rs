@@ -106,6 +106,7 @@ fn after_kill_nine_all_that_was_synced_is_there_and_qemu_finds_leaks_at_most() {
 
 /// The first flush fails, as on a disk that is dying; what was not written then is never called durable.
 #[test]
+// M7
 fn a_disk_that_could_not_be_flushed_takes_no_more_writes_is_read_and_harms_no_other() {
     let store = chain();
     store.create("other.qcow2", MIB, "");

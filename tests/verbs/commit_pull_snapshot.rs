@@ -37,6 +37,7 @@ fn assert_done(lab: &Lab, command: &str) {
 }
 
 #[test]
+// C3
 fn the_six_cases_of_a_commit_change_no_view_that_is_left() {
     for kind in kinds() {
         for (top, base, left) in CASES {
@@ -81,6 +82,7 @@ fn the_active_layer_falls_onto_any_base_and_keeps_its_name() {
 }
 
 #[test]
+// C3
 fn pulls_leave_every_view_as_it_is() {
     let inner = Kind { inner: &["sn3", "web"], ..Kind::PLAIN };
     let cases = [

@@ -62,6 +62,7 @@ fn a_commit_down_to_a_qcow2_base_is_done_or_not() {
 }
 
 #[test]
+// C3, J2
 fn a_commit_down_to_a_raw_base_is_done_or_not() {
     Scenario::new("commit raw", "commit top=sn2 base=base").raw_base().survives();
 }

@@ -27,6 +27,7 @@ fn with_clone(name: &'static str, command: &'static str) -> Scenario {
 }
 
 #[test]
+// C3
 fn a_snapshot_has_gone_up_or_not() {
     Scenario::new("delete up", "delete sn3 method=pull").options(SMALL).survives();
     Scenario::new("delete up below", "delete sn1 method=pull").survives();

@@ -525,6 +525,7 @@ fn bitmaps(lab: &Lab, file: &str) -> Vec<Vec<String>> {
 }
 
 #[test]
+// M12
 fn commands_that_change_no_byte_of_a_disk_leave_its_bitmaps_in_force() {
     let kind = Kind { inner: &["web"], ..Kind::PLAIN };
     for command in [

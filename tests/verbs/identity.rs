@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use chainfs::error::ErrorKind;
 use chainfs::ops::{Engine, JobState, Request};
-use chainfs::store::{NewTop, Operation, Store, StoreOptions, ViewPart};
+use chainfs::store::{
+    CommitOperation, NewTop, Operation, PullOperation, SnapshotOperation, Store, StoreOptions, ViewPart,
+};
 use support::intents::{leave, witness};
 use support::lab::{Kind, Lab, run};
 use support::*;
@@ -74,7 +76,7 @@ impl Commit {
     fn new() -> Self {
         let lab = Lab::new(Kind { raw_base: true, ..Kind::PLAIN });
         let before = shown(&lab.open());
-        let deed = Operation::Commit {
+        let deed = Operation::Commit(CommitOperation {
             top: witness(&lab.store, "sn2.qcow2", true),
             base: Self::base(&lab),
             between: vec![witness(&lab.store, "sn1.qcow2", true)],
@@ -82,7 +84,7 @@ impl Commit {
             keep: false,
             is_copied: false,
             rename: None,
-        };
+        });
         leave(&lab.store, "commit top=sn2 base=base", "web", deed);
         // A part of what sn2 shows is in base already.
         let bytes = before.iter().find(|(name, _)| name == "sn2.qcow2").unwrap().1.clone();
@@ -216,6 +218,7 @@ fn a_copy_in_which_a_file_is_another_is_not_taken_up() {
 }
 
 #[test]
+// I1
 fn what_was_changed_in_its_place_is_not_taken_for_what_it_was() {
     // The same file, by all that the file system says of it.
     let commit = Commit::new();
@@ -230,6 +233,7 @@ fn what_was_changed_in_its_place_is_not_taken_for_what_it_was() {
 }
 
 #[test]
+// I1
 fn a_new_file_of_the_old_name_is_neither_written_nor_removed() {
     for name in ["sn2.qcow2", "sn1.qcow2", "base.raw"] {
         let commit = Commit::new();
@@ -243,7 +247,7 @@ fn a_new_file_of_the_old_name_is_neither_written_nor_removed() {
 
 /// Leaves the intent of a commit of sn3 into sn2, with web on top.
 fn leave_commit_of_sn3(lab: &Lab, is_copied: bool) {
-    let deed = Operation::Commit {
+    let deed = Operation::Commit(CommitOperation {
         top: witness(&lab.store, "sn3.qcow2", true),
         base: witness(&lab.store, "sn2.qcow2", false),
         between: Vec::new(),
@@ -251,7 +255,7 @@ fn leave_commit_of_sn3(lab: &Lab, is_copied: bool) {
         keep: false,
         is_copied,
         rename: None,
-    };
+    });
     leave(&lab.store, "commit top=sn3 base=sn2", "web", deed);
 }
 
@@ -279,6 +283,50 @@ fn a_new_disk_with_the_name_of_a_merged_layer_stays() {
     assert!(fs::read(&path).unwrap() == disk, "it is somebody else's");
 }
 
+/// A commit of the active layer that was cut off right after base had got its new name: from then on guests write base.
+#[test]
+fn a_guest_may_have_rewritten_the_new_active_disk_before_the_crash() {
+    // A base of the disk's own stem, one that gets its name, and one of another extension.
+    for (base, rename) in [("web.raw", "web.raw"), ("base.qcow2", "web.qcow2"), ("base.raw", "web.raw")] {
+        for is_copied in [false, true] {
+            let at = format!("{base} as {rename}, {is_copied}");
+            let store = support::Store::new();
+            let format = if base.ends_with("raw") { "raw" } else { "qcow2" };
+            store.img(["create", "-q", "-f", format, base, &SIZE.to_string()]);
+            store.scribble(base, format, 5);
+            store.overlay("web.qcow2", base, format, "");
+            let mut written = witness(&store, base, format == "raw");
+            written.will_be_written();
+            let operation = Operation::Commit(CommitOperation {
+                top: witness(&store, "web.qcow2", false),
+                base: written,
+                between: Vec::new(),
+                children: Vec::new(),
+                keep: false,
+                is_copied: false,
+                rename: Some(rename.into()),
+            });
+            leave(&store, "commit", "web", operation);
+            if rename == base {
+                fs::remove_file(store.path("web.qcow2")).unwrap();
+            } else {
+                fs::rename(store.path(base), store.path(rename)).unwrap();
+            }
+            let pattern = format!("write -q -P 0x5A 0 {SIZE}");
+            store.io(rename, format, [pattern]);
+            let root = if is_copied { store.beside("copy") } else { store.root() };
+            if is_copied {
+                copy(copies()[0], &store.root(), &root);
+            }
+            let opened = open(&root);
+            assert_eq!(taken_up(&opened), None, "{at}");
+            assert!(opened.catalog().intents.is_empty(), "{at}");
+            let left = root.join("web.qcow2").exists();
+            assert_eq!(left, rename == "web.qcow2", "{at}: the former active layer has gone");
+        }
+    }
+}
+
 #[test]
 fn what_others_have_put_on_something_else_stays_there() {
     for (is_copied, other) in [(true, "other.qcow2"), (true, ""), (false, "other.qcow2"), (false, "")] {
@@ -296,6 +344,7 @@ fn what_others_have_put_on_something_else_stays_there() {
 }
 
 #[test]
+// J5
 fn a_command_that_is_taken_up_asks_all_refusals_again() {
     // Somebody has come to stand on what is written.
     let commit = Commit::new();
@@ -330,12 +379,12 @@ fn a_command_that_is_taken_up_asks_all_refusals_again() {
 }
 
 fn pull(lab: &Lab, remove: &[&str]) {
-    let deed = Operation::Pull {
+    let deed = Operation::Pull(PullOperation {
         into: vec![witness(&lab.store, "sn3.qcow2", false)],
         base: Some(witness(&lab.store, "sn1.qcow2", false)),
         remove: remove.iter().map(|name| witness(&lab.store, name, true)).collect(),
         between: vec![witness(&lab.store, "sn2.qcow2", false)],
-    };
+    });
     leave(&lab.store, "delete sn2 method=pull", "web", deed);
 }
 
@@ -377,7 +426,12 @@ fn a_snapshot_that_is_taken_up_asks_again() {
         name: "web.qcow2".into(),
         backing: None,
     };
-    let deed = Operation::Snapshot { seconds: 1, nanoseconds: 0, description: String::new(), disks: vec![top] };
+    let deed = Operation::Snapshot(SnapshotOperation {
+        seconds: 1,
+        nanoseconds: 0,
+        description: String::new(),
+        disks: vec![top],
+    });
     leave(&lab.store, "snapshot monday", "web", deed);
     let content = lab.content("web.qcow2");
     fs::hard_link(lab.store.path("web.qcow2"), lab.store.path("monday.qcow2")).unwrap();
@@ -404,7 +458,12 @@ fn a_name_that_others_have_come_to_stand_on_is_not_taken_away() {
         name: "vm.qcow2".into(),
         backing: None,
     };
-    let deed = Operation::Snapshot { seconds: 1, nanoseconds: 0, description: String::new(), disks: vec![top] };
+    let deed = Operation::Snapshot(SnapshotOperation {
+        seconds: 1,
+        nanoseconds: 0,
+        description: String::new(),
+        disks: vec![top],
+    });
     leave(&lab, "snapshot monday", "vm", deed);
     fs::hard_link(lab.path("vm.raw"), lab.path("monday.raw")).unwrap();
     // The overlay has come; the raw disk still has both names.
@@ -435,6 +494,7 @@ fn a_name_that_others_have_come_to_stand_on_is_not_taken_away() {
 }
 
 #[test]
+// J4
 fn an_intent_that_nobody_understands_hides_all_it_could_have_spoilt() {
     let spoil: [Spoiling; 6] = [
         ("cut", |path| {

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use chainfs::error::ErrorKind;
 use chainfs::ops::{Engine, JobState};
-use chainfs::store::{Access, FileRef, Format, NewTop, Operation, StoreOptions};
+use chainfs::store::{
+    Access, CommitOperation, FileRef, Format, NewTop, Operation, PullOperation, SnapshotOperation, StoreOptions,
+};
 use support::intents::{leave, witness};
 use support::lab::{Kind, Lab, run};
 
@@ -179,7 +181,7 @@ fn a_base_that_keeps_its_name_is_hidden_while_it_is_spoilt() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.raw("vm.raw", 2 * MIB, 5);
     lab.store.overlay("vm.qcow2", "vm.raw", "raw", "");
-    let deed = Operation::Commit {
+    let deed = Operation::Commit(CommitOperation {
         top: named(&lab, "vm.qcow2"),
         base: named(&lab, "vm.raw"),
         between: Vec::new(),
@@ -187,7 +189,7 @@ fn a_base_that_keeps_its_name_is_hidden_while_it_is_spoilt() {
         keep: false,
         is_copied: false,
         rename: Some("vm.raw".into()),
-    };
+    });
     leave(&lab.store, "commit", "vm", deed);
     let store = lab.open();
     let catalog = store.catalog();
@@ -199,7 +201,7 @@ fn a_base_that_keeps_its_name_is_hidden_while_it_is_spoilt() {
 #[test]
 fn a_commit_whose_top_was_taken_away_is_not_taken_for_done() {
     let lab = Lab::new(Kind::PLAIN);
-    let deed = Operation::Commit {
+    let deed = Operation::Commit(CommitOperation {
         top: named(&lab, "sn2.qcow2"),
         base: named(&lab, "base.qcow2"),
         between: vec![named(&lab, "sn1.qcow2")],
@@ -207,7 +209,7 @@ fn a_commit_whose_top_was_taken_away_is_not_taken_for_done() {
         keep: false,
         is_copied: false,
         rename: None,
-    };
+    });
     leave(&lab.store, "commit", "web", deed);
     let away = lab.store.beside("sn2.qcow2");
     fs::rename(lab.store.path("sn2.qcow2"), &away).unwrap();
@@ -231,7 +233,7 @@ fn a_snapshot_that_is_taken_up_replaces_no_other_file() {
         name: "web.qcow2".into(),
         backing: None,
     }];
-    let deed = Operation::Snapshot { seconds: 1, nanoseconds: 0, description: String::new(), disks };
+    let deed = Operation::Snapshot(SnapshotOperation { seconds: 1, nanoseconds: 0, description: String::new(), disks });
     leave(&lab.store, "snapshot monday", "web", deed);
     // The second name was given; then the user has put a copy into the place of the first.
     fs::rename(lab.store.path("web.qcow2"), lab.store.path("monday.qcow2")).unwrap();
@@ -246,6 +248,7 @@ fn a_snapshot_that_is_taken_up_replaces_no_other_file() {
 }
 
 #[test]
+// C5
 fn a_frozen_leaf_stays_frozen_when_it_is_merged_down() {
     let lab = Lab::new(Kind::PLAIN);
     assert_done(&lab, "pull");
@@ -263,12 +266,12 @@ fn a_frozen_leaf_stays_frozen_when_it_is_merged_down() {
 fn a_pull_that_cannot_go_on_leaves_the_chain_free() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.create("gone.qcow2", MIB, "");
-    let deed = Operation::Pull {
+    let deed = Operation::Pull(PullOperation {
         into: vec![named(&lab, "web.qcow2")],
         base: Some(named(&lab, "gone.qcow2")),
         remove: Vec::new(),
         between: vec![named(&lab, "sn3.qcow2"), named(&lab, "sn2.qcow2")],
-    };
+    });
     leave(&lab.store, "pull base=sn1", "web", deed);
     fs::remove_file(lab.store.path("gone.qcow2")).unwrap();
     let engine = Engine::new(&lab.open());

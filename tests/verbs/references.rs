@@ -129,6 +129,7 @@ fn an_extension_that_stands_twice_is_read_as_qemu_reads_it() {
 /// Ways to have somebody in the store of whom nobody can tell what he stands on: base.qcow2 is neither written nor
 /// changed, whoever it is is named, and one option ends it.
 #[test]
+// S3
 fn whoever_cannot_be_understood_may_stand_on_anything_until_the_user_says_otherwise() {
     type Lay = fn(&Store);
     let cases: [(&str, &str, Lay); 9] = [
@@ -199,6 +200,7 @@ fn whoever_cannot_be_understood_may_stand_on_anything_until_the_user_says_otherw
 
 /// Names that are not followed to read by them, but that mean base.qcow2.
 #[test]
+// S3
 fn a_name_that_is_not_followed_counts_for_what_it_means() {
     let names = |store: &Store| {
         let root = store.root().display().to_string();
@@ -450,6 +452,7 @@ fn overwrite(path: &Path, bytes: &[u8]) {
 }
 
 #[test]
+// S4
 fn a_file_once_seen_without_the_magic_never_becomes_qcow2_by_its_content() {
     let store = Store::new();
     let header = stolen_header(&store);

@@ -29,6 +29,7 @@ fn names(items: &[TrashItem]) -> Vec<&str> {
 }
 
 #[test]
+// C5, T1
 fn a_deleted_snapshot_comes_back_with_its_bytes_and_stays_frozen() {
     for raw_base in [false, true] {
         let lab = Lab::new(Kind { raw_base, ..Kind::PLAIN });
@@ -82,6 +83,7 @@ fn what_a_revert_replaces_comes_back_under_another_name() {
 }
 
 #[test]
+// T1
 fn what_would_show_something_else_goes_before_it_does() {
     let lab = Lab::new(Kind::PLAIN);
     let store = open(&lab, Some(WEEK));

@@ -11,7 +11,10 @@ use std::time::Duration;
 use chainfs::error::ErrorKind;
 use chainfs::image::write::Zeroing;
 use chainfs::ops::{Engine, JobState, Request};
-use chainfs::store::{Access, ActiveHandle, Intent, NewTop, OpenDisk, Operation, Store, StoreOptions, ViewPart};
+use chainfs::store::{
+    Access, ActiveHandle, Intent, NewTop, OpenDisk, Operation, PullOperation, SnapshotOperation, Store, StoreOptions,
+    ViewPart,
+};
 use support::foreign::Qemu;
 use support::intents::witness;
 use support::lab::{Kind, Lab, extension, run};
@@ -235,7 +238,7 @@ fn what_a_leaf_stood_on_stays_frozen_though_its_deletion_was_cut_off() {
     let kept = catalog.chain(Path::new("kept")).unwrap();
     let named = |index: usize| witness(&lab.store, &catalog.images[index].shown(), false);
     let between = vec![named(catalog.layers(kept)[1])];
-    let deed = Operation::Pull { into: vec![], base: None, remove: vec![named(kept)], between };
+    let deed = Operation::Pull(PullOperation { into: vec![], base: None, remove: vec![named(kept)], between });
     let store = taken_up(&lab, store, false, "delete kept", "kept", deed);
     let catalog = store.catalog();
     assert!(!lab.store.path("kept.qcow2").exists());
@@ -259,7 +262,12 @@ fn what_a_revert_has_put_aside_when_it_was_killed_goes_to_the_trash() {
         name: "web.qcow2".into(),
         backing: Some(named(layers[1])),
     };
-    let deed = Operation::Snapshot { seconds: 1, nanoseconds: 0, description: String::new(), disks: vec![top] };
+    let deed = Operation::Snapshot(SnapshotOperation {
+        seconds: 1,
+        nanoseconds: 0,
+        description: String::new(),
+        disks: vec![top],
+    });
     fs::hard_link(lab.store.path("web.qcow2"), lab.store.path(aside)).unwrap();
     fs::rename(lab.store.path(overlay), lab.store.path("web.qcow2")).unwrap();
     let store = taken_up(&lab, store, true, "revert to=sn1", "web", deed);

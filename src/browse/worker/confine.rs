@@ -72,6 +72,7 @@ pub(super) fn give_up_rights() -> Result<()> {
 pub(super) fn limit() -> Result<()> {
     // What a guest has written is in nobody's dumps, either. Where a program takes them, the kernel goes by this limit only if it is 1, and no
     // file is that short.
+    // G1: no more descriptors, whatever the parser is made to do.
     let limits = [(Resource::As, ADDRESSES), (Resource::Nofile, 0), (Resource::Fsize, 0), (Resource::Core, 1)];
     for (resource, limit) in limits {
         setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) })

@@ -58,6 +58,7 @@ impl Adapter {
         let mut modes = self.modes.lock();
         let mode = modes.entry(inode).or_default();
         mode.cached += 1;
+        // X1: pages are kept only if no file of the view has changed.
         mode.fingerprint.replace(fingerprint) == Some(fingerprint)
     }
 

@@ -52,6 +52,7 @@ impl Adapter {
         tell: impl FnOnce(R, std::result::Result<T, Errno>) + Send + 'static,
     ) {
         let tree = Arc::clone(&self.tree);
+        // X2: what may wait has a thread of its own.
         in_a_thread(name, move || tell(reply, answer(&tree, work)));
     }
 

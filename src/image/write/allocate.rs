@@ -223,6 +223,7 @@ impl Tables {
             return Err(error.into());
         }
         self.roles.add(run.first, 1);
+        // M2: the new table is counted once.
         self.set_word(image, place, Class::L1, EntryFormat::owned(table))?;
         if let Some(old) = entry.l2 {
             let first = image.cluster().index(old.0);

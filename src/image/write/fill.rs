@@ -116,6 +116,7 @@ impl Qcow2Writer {
             return Ok(0);
         }
         if self.tables.write().is_being_left(&self.image, &spots, self.size())? {
+            // M8: what a view has left in memory is left on disk before it is changed.
             // On disk, who has left still refers to what is about to be changed.
             self.flush()?;
         }

@@ -77,6 +77,7 @@ impl Qcow2Writer {
     }
 
     fn write_back(&self) -> Result<()> {
+        // M1, M4: counts and data, then the tables that name them, then the roots; a barrier behind each.
         // All of one moment: every mapping among them has its data written and its cluster counted.
         let (batches, freed) = {
             let mut tables = self.tables.write();
@@ -110,6 +111,7 @@ impl Qcow2Writer {
         if freed.is_empty() {
             return Ok(());
         }
+        // M5: no mapping on disk names them any more; behind the gate, no I/O of an old lookup goes on.
         // Whoever looked a place up before it was freed is done with it when the gate has been ours.
         drop(self.reuse_gate.write());
         let mut tables = self.tables.write();
@@ -159,6 +161,7 @@ impl Qcow2Writer {
 
     /// The reason why nothing is written, if there is one.
     pub(super) fn check_poison(&self) -> Result<()> {
+        // M7: asked before each write.
         self.poison.get().map_or(Ok(()), |poison| Err(poison.clone()))
     }
 }

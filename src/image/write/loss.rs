@@ -50,6 +50,7 @@ impl Tables {
                 return Err(Error::new(ErrorKind::Corrupt, fact));
             }
         }
+        // R4: whether the tables name something beyond the end of the file.
         if !self.may_be_cut(image)? {
             return Ok(());
         }

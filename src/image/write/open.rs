@@ -93,6 +93,7 @@ impl Qcow2Writer {
         if self.is_told.load(Ordering::Acquire) {
             return Ok(());
         }
+        // M12: marked, and synced, before the first change.
         if self.mark_bitmaps(&read_header(&self.image.name, &*self.image.file)?)? {
             self.image.file.sync().map_err(|error| self.poisoned_by(error))?;
         }

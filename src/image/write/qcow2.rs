@@ -389,6 +389,7 @@ impl Qcow2Writer {
         }
         self.data_dirty.store(true, Ordering::Release);
         let mut tables = self.tables.write();
+        // M4: the bytes are written; only now the tables name them.
         for (index, old) in target.old.iter().enumerate() {
             let within = index as u64 * image.cluster().size();
             let guest = target.guest + within;

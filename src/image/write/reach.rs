@@ -153,6 +153,7 @@ impl Tables {
         for (number, words) in self.all_words(image, table)?.into_iter().enumerate() {
             let Some(clusters) = references(image, words) else { continue };
             for cluster in clusters.first..clusters.first + clusters.count {
+                // M1, M2: the count rises first, then the flag goes.
                 self.count_once_more(image, cluster)?;
             }
             if EntryFormat::copied(words.entry) {
@@ -224,6 +225,7 @@ impl Tables {
             if EntryFormat::is_compressed(words.entry) || EntryFormat::copied(words.entry) || host == 0 {
                 continue;
             }
+            // M2: what is counted once is flagged, and nothing else.
             if self.count(image, image.cluster().index(host))? == 1 {
                 let at = table.0 + number as u64 * image.format.l2_entry_len();
                 let owned = words.entry | EntryFormat::owned(HostOffset(host));

@@ -75,6 +75,7 @@ impl Tables {
 
     /// Whether the next flush takes references from a cluster.
     pub(super) fn is_pending(&mut self, image: &ImageFile, cluster: u64) -> Result<bool> {
+        // M1: what is about to lose a user in memory still has it on disk.
         let is_it = |freed: &Freed| (freed.first..freed.first + freed.count).contains(&cluster);
         Ok(self.count(image, cluster)? > 1 && self.pending.iter().any(is_it))
     }
@@ -99,6 +100,7 @@ impl Tables {
             if counted == count {
                 return Ok(());
             }
+            // M1: users that are not known keep the table as it is.
             // More than are known: a leak, somebody at another place of a disk, or somebody who has left it in
             // memory, but not yet on disk. For none of them anything may change.
         }

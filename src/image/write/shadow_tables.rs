@@ -77,6 +77,7 @@ impl ShadowTables {
             Class::L2 => (image.format.l2_entry_len() / 8) as usize,
             Class::RefcountBlock | Class::RefcountTable => return,
         };
+        // M9: what the image uses looks shared, so it is copied before it is changed.
         for word in words.iter_mut().step_by(step) {
             let is_plain = class == Class::L1 || !EntryFormat::is_compressed(*word);
             if is_plain && !self.made.contains(image.cluster().index(EntryFormat::raw_offset(*word))) {

@@ -59,6 +59,7 @@ impl Qcow2Writer {
             let _turn = self.flushes.turn();
             self.check_poison()?;
             self.flush_in_turn()?;
+            // M11: the size is on disk before a mapping goes.
             self.name_size(size)?;
         }
         self.trim(size)?;

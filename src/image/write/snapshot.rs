@@ -229,6 +229,7 @@ impl Qcow2Writer {
             shared.map_err(|error| self.poisoned_by(error))?;
             self.relieve()?;
         }
+        // M8: the snapshot is of the moment in which the last writer in place is done.
         // Whoever looked a place up while it was the disk's alone is done with it when the gate has been ours.
         drop(self.reuse_gate.write());
         Ok(())

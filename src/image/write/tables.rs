@@ -308,6 +308,7 @@ impl Tables {
         if end > self.fresh {
             return Err(image.corrupt(format_args!("a data cluster at {first:#x} lies past the end of the file")));
         }
+        // M3: a table is never data.
         match (first..end).find(|cluster| self.roles.contains(*cluster)) {
             Some(table) => Err(image.corrupt(format_args!("cluster {table:#x} is named as data, but holds a table"))),
             None => Ok(()),

@@ -9,18 +9,24 @@ use crate::image::write::Writer;
 use crate::image::{HeaderChange, Layer, Mapping};
 use crate::io::{FileId, FileLock};
 use crate::store::{
-    ActiveJob, CachePolicy, Digest, FileRef, Format, ImageIndex, Intent, JobImage, Mirror, OpenView, Operation,
+    ActiveJob, CachePolicy, CommitOperation, Digest, FileRef, Format, ImageIndex, Intent, JobImage, Mirror, OpenView,
     OwnedIntent, SAMPLES, SectorSample, Store, ViewPart, shown,
 };
 use crate::units::{GuestOffset, HostOffset};
 
+use super::super::context::Context;
 use super::super::copy::{CommitSegment, PIECE};
-use super::super::engine::Engine;
-use super::super::finish::{self, CommitStage, OverlayToRebase};
+use super::super::ending;
+use super::super::freeze;
+use super::super::job::{Begun, Job};
 use super::super::job_table::{ChainLocks, JobProgress};
 use super::super::mirror::{MergeMirror, zero_from};
+use super::super::rebased::OverlayToRebase;
+use super::super::refusals;
+use super::super::removal;
 use super::super::request::CommitRequest;
 use super::super::scanned_store::ScannedStore;
+use super::finish::{self, CommitStage};
 use super::{CommitRange, final_name, is_undoable, plan, refuse, segment};
 
 /// Stretches of a layer without data that are passed over, at most, in search of a sample.
@@ -32,7 +38,7 @@ pub(in crate::ops) struct CommitJob {
     active: Option<(ActiveJob, Arc<MergeMirror>)>,
     base: JobImage,
     writer: Arc<Writer>,
-    intent: OwnedIntent,
+    intent: OwnedIntent<CommitOperation>,
     is_undoable: bool,
     /// What is merged, and what keeps it open.
     segment: CommitSegment,
@@ -45,23 +51,24 @@ pub(in crate::ops) struct CommitJob {
 
 /// Begins a commit: when this returns, nobody sees what it is going to spoil, and nothing is spoilt yet.
 pub(in crate::ops) fn begin(
-    engine: &Engine,
+    context: &Context,
     path: &Path,
     request: &CommitRequest,
     command: &str,
     tokens: &mut ChainLocks,
-) -> Result<CommitJob> {
-    let (lock, world) = ScannedStore::begin(engine.store())?;
-    let (plan, layers) = plan(engine, &world, path, request)?;
+) -> Result<Begun> {
+    let (lock, world) = ScannedStore::begin(context.store())?;
+    let (plan, layers) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
-    tokens.notes.extend(finish::not_kept(plan.notes));
-    begin_with(engine, &world, lock, path, &layers, request.keep, command, tokens)
+    tokens.notes.extend(removal::not_kept(plan.notes));
+    let job = begin_with(context, &world, lock, path, &layers, request.keep, command, tokens)?;
+    Ok(Some(Box::new(job)))
 }
 
 /// The same for what has been found out, and found good, under the store's lock.
 #[expect(clippy::too_many_arguments, reason = "what a plan has found, and what goes with a command")]
 pub(in crate::ops) fn begin_with(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     _lock: FileLock,
     path: &Path,
@@ -70,9 +77,9 @@ pub(in crate::ops) fn begin_with(
     command: &str,
     tokens: &mut ChainLocks,
 ) -> Result<CommitJob> {
-    let store = engine.store();
+    let store = context.store();
     tokens.extend(&world.chains_of(&[layers.top]))?;
-    let deed = Operation::Commit {
+    let operation = CommitOperation {
         top: world.witness(layers.top, !layers.is_active)?,
         base: witness_base(store, world, layers)?,
         between: world.witnesses(&layers.between, true)?,
@@ -83,17 +90,17 @@ pub(in crate::ops) fn begin_with(
     };
     let base = store.take_image(&world.catalog, layers.base)?;
     let changed: Vec<FileId> = layers.segment().iter().chain([&layers.base]).map(|i| world.image(*i).stat.id).collect();
-    finish::forget_trash(world, &changed)?;
+    removal::forget_trash(world, &changed)?;
     let kept = if layers.is_deletion { store.keep_copy(&world.catalog, layers.base, command)? } else { None };
-    let name = engine.intent_name();
-    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed));
+    let name = context.intent_name();
+    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, operation));
     let intent = intent.inspect_err(|_| take_back(store, kept.as_deref()))?;
-    let begun = set_out(engine, world, path, layers, base, intent);
+    let begun = set_out(context, world, path, layers, base, intent);
     begun.map(|job| CommitJob { kept: kept.clone(), ..job }).map_err(|failed| {
         let (error, intent) = *failed;
         take_back(store, kept.as_deref());
         // Nothing has been changed.
-        if let Err(trouble) = finish::forget(store, intent) {
+        if let Err(trouble) = ending::forget(store, intent) {
             tracing::error!("{}: {trouble}", shown(path));
         }
         error
@@ -155,24 +162,25 @@ fn take_back(store: &Store, kept: Option<&str>) {
 }
 
 /// A job, or why there is none, with the intent that speaks of it.
-type BegunCommit = std::result::Result<CommitJob, Box<(Error, OwnedIntent)>>;
+type BegunCommit = std::result::Result<CommitJob, Box<(Error, OwnedIntent<CommitOperation>)>>;
 
 /// With the intent there: hides what will be spoilt, and opens everything.
 fn set_out(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     layers: &CommitRange,
     mut base: JobImage,
-    intent: OwnedIntent,
+    intent: OwnedIntent<CommitOperation>,
 ) -> BegunCommit {
-    let store = engine.store();
+    let store = context.store();
     let is_undoable = is_undoable(world, layers);
     let begun = (|| {
         store.rescan()?;
         let mut refusals = Vec::new();
-        refuse::exposed(engine, world, path, layers, &mut refusals);
-        finish::first(refusals)?;
+        // C3: what will be invalidated is hidden, and not open, before the first byte changes.
+        refuse::exposed(context, world, path, layers, &mut refusals);
+        refusals::first(refusals)?;
         let mut views = Vec::new();
         let below = open_below(store, world, &layers.below, &mut views)?;
         let keeping = if is_undoable { CachePolicy::Everything } else { CachePolicy::Nothing };
@@ -214,28 +222,29 @@ fn open_below(
     Ok(Some(view))
 }
 
-impl CommitJob {
-    /// Does it. On the way out, whatever happens, every view that is listed is right.
-    pub(in crate::ops) fn run(self, engine: &Engine, progress: &JobProgress) -> Result<()> {
-        let store = Arc::clone(engine.store());
+impl Job for CommitJob {
+    fn run(self: Box<Self>, context: &Context, progress: &JobProgress) -> Result<()> {
+        let store = Arc::clone(context.store());
         if let Some((job, mirror)) = &self.active {
             job.set_mirror(Some(Arc::clone(mirror) as Arc<dyn Mirror>));
         }
         let copied = self.copy(&store, progress);
         let switched = copied.and_then(|()| {
             // From the last look at who uses what until the switch, nobody else changes anything.
-            let lock = finish::lock_for_job(&store, progress)?;
+            let lock = ending::lock_for_job(&store, progress)?;
             let world = ScannedStore::look(&store)?;
             self.still_alone(&world)?;
             progress.settle()?;
             Ok((lock, world))
         });
         match switched {
-            Ok((lock, world)) => self.switch(engine, &world, lock),
+            Ok((lock, world)) => self.switch(context, &world, lock),
             Err(error) => Err(self.call_back(&store, progress, error)),
         }
     }
+}
 
+impl CommitJob {
     fn copy(&self, store: &Store, progress: &JobProgress) -> Result<()> {
         let total = self.segment.data_len()?;
         progress.set_total(total);
@@ -245,7 +254,7 @@ impl CommitJob {
             None if size() > self.writer.size() => self.writer.grow(size())?,
             None => {}
         }
-        if !finish::shares_blocks(store) {
+        if !refusals::shares_blocks(store) {
             match self.base.format() {
                 Format::Qcow2 => self.writer.reserve(total)?,
                 Format::Raw => self.segment.reserve_in(&self.writer)?,
@@ -283,9 +292,7 @@ impl CommitJob {
 
     /// Whether nobody else has come to use what is about to change for good.
     fn still_alone(&self, world: &ScannedStore) -> Result<()> {
-        let Operation::Commit { top, base, between, children, .. } = &self.intent.intent.deed else {
-            unreachable!("the intent of a commit")
-        };
+        let CommitOperation { top, base, between, children, .. } = &self.intent.intent.operation;
         let find = |named: &FileRef| world.expect(named);
         let (top, base) = (find(top)?, find(base)?);
         let between = between.iter().map(find).collect::<Result<Vec<_>>>()?;
@@ -297,7 +304,7 @@ impl CommitJob {
             refuse::sharers(world, *index, &merged, &mut refusals);
         }
         refuse::sharers(world, top, &children, &mut refusals);
-        finish::first(refusals)?;
+        refusals::first(refusals)?;
         if let Some((_, mirror)) = &self.active {
             mirror.check()?;
         }
@@ -320,7 +327,7 @@ impl CommitJob {
         }
         if is_undoable && !progress.is_stopped() {
             take_back(store, kept.as_deref());
-            return match finish::forget(store, intent) {
+            return match ending::forget(store, intent) {
                 Ok(()) => error,
                 Err(trouble) => error.within(format!("{trouble}, and")),
             };
@@ -337,15 +344,13 @@ impl CommitJob {
     }
 
     /// Makes base what everybody stands on. From its first step on there is no way back.
-    fn switch(self, engine: &Engine, world: &ScannedStore, lock: FileLock) -> Result<()> {
+    fn switch(self, context: &Context, world: &ScannedStore, lock: FileLock) -> Result<()> {
         let Self { base, writer, intent, active, views, segment, children, is_undoable, kept: _ } = self;
         let publish = || if is_undoable { writer.publish() } else { writer.close() };
         // Nobody of us needs base as it was any more.
         drop((views, segment));
-        let store = engine.store();
-        let Operation::Commit { top, base: old_base, rename, .. } = intent.intent.deed.clone() else {
-            unreachable!("the intent of a commit")
-        };
+        let store = context.store();
+        let CommitOperation { top, base: old_base, rename, .. } = intent.intent.operation.clone();
         let Some((job, mirror)) = active else {
             // Durable and named by its header; then everybody is told.
             publish()?;
@@ -359,10 +364,10 @@ impl CommitJob {
             if let Some(name) = rename {
                 finish::replace(store, &world.catalog, &intent.intent, (&old_base, &top, &name))?;
             }
-            return finish::commit(engine, intent, lock, children);
+            return finish::commit(context, intent, lock, children);
         };
         let name = rename.expect("a base takes the active layer's name");
-        finish::thaw(store, world, &writer, base.format(), &old_base)?;
+        freeze::thaw(store, world, &writer, base.format(), &old_base)?;
         let names = store.guard_names();
         let own = |path: &Path| path.strip_prefix(&store.guard().prefix).unwrap_or(path).to_path_buf();
         let before = store.catalog();
@@ -390,40 +395,44 @@ impl CommitJob {
         }
         settled?;
         drop((writer, mirror));
-        finish::active_commit(engine, &job, intent, lock, &before)
+        finish::active_commit(context, &job, intent, lock, &before)
     }
 }
 
 /// What is left of a commit that was cut off; every refusal is asked again. Nothing is changed.
-pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent) -> Result<CommitStage> {
+pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent<CommitOperation>) -> Result<CommitStage> {
     let state = finish::commit_state(world, intent)?;
     let mut refusals = Vec::new();
     match &state {
-        CommitStage::Copied => refuse::rest(world, &intent.deed, &mut refusals),
-        CommitStage::NotCopied(layers) => refuse::refusals(world, layers, &finish::terms(intent), &mut refusals),
+        CommitStage::Copied => refuse::rest(world, &intent.operation, &mut refusals),
+        CommitStage::NotCopied(layers) => {
+            let terms = CommitRequest { keep: intent.operation.keep, ..refusals::terms(intent) };
+            refuse::refusals(world, layers, &terms, &mut refusals);
+        }
     }
-    finish::first(refusals)?;
+    refusals::first(refusals)?;
     Ok(state)
 }
 
 /// Takes up a commit that was cut off. `Ok(None)`: all that was left to do has been done.
 pub(in crate::ops) fn resume(
-    engine: &Engine,
-    intent: OwnedIntent,
+    context: &Context,
+    intent: OwnedIntent<CommitOperation>,
     lock: FileLock,
     tokens: &mut ChainLocks,
-) -> Result<Option<CommitJob>> {
-    let store = engine.store();
-    let world = ScannedStore::look_for(store, &intent.name)?;
+) -> Result<Begun> {
+    let store = context.store();
+    let world = ScannedStore::look_for(store, intent.name())?;
     match examine(&world, &intent.intent)? {
-        CommitStage::Copied => finish::commit(engine, intent, lock, Vec::new()).map(|()| None),
+        CommitStage::Copied => finish::commit(context, intent, lock, Vec::new()).map(|()| None),
         CommitStage::NotCopied(layers) => {
             let path = intent.intent.chain.clone();
             tokens.extend(&world.chains_of(&[layers.top]))?;
             finish::repair_leaks(store, &world, layers.base)?;
-            let world = ScannedStore::look_for(store, &intent.name)?;
+            let world = ScannedStore::look_for(store, intent.name())?;
             let base = store.take_image(&world.catalog, layers.base)?;
-            set_out(engine, &world, &path, &layers, base, intent).map(Some).map_err(|failed| failed.0)
+            let job = set_out(context, &world, &path, &layers, base, intent).map_err(|failed| failed.0)?;
+            Ok(Some(Box::new(job)))
         }
     }
 }

@@ -6,6 +6,7 @@
 //! and what it has spoilt stays hidden until it is taken up again. Every step can be told from the files to be done,
 //! so that a commit that was cut off is done again from the beginning, or from the switch on.
 
+mod finish;
 mod job;
 mod refuse;
 
@@ -14,17 +15,19 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::Writer;
-use crate::store::{Format, ImageIndex, OpenView, Operation, Store, ViewPart};
+use crate::store::{CommitOperation, Format, ImageIndex, OpenView, Store, ViewPart, invalidated_name};
 
+use super::context::Context;
 use super::copy::CommitSegment;
-use super::engine::Engine;
-use super::finish;
 use super::locked::TouchedImages;
+use super::lookup;
 use super::plan::{Plan, PlanLayer};
+use super::refusals;
+use super::removal;
 use super::request::CommitRequest;
 use super::scanned_store::{ScannedChain, ScannedStore, beside};
 
-pub(super) use job::{CommitJob, begin, begin_with, examine, resume};
+pub(super) use job::{begin, begin_with, examine, resume};
 
 /// What a commit concerns, by index in one catalog.
 #[derive(Clone, Debug)]
@@ -65,9 +68,9 @@ impl CommitRange {
 fn layers(world: &ScannedStore, chain: &ScannedChain, request: &CommitRequest) -> Result<CommitRange> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let views = &chain.views;
-    let top = finish::layer_or_active(world, chain, request.top.as_deref(), "top")?;
+    let top = lookup::layer_or_active(world, chain, request.top.as_deref(), "top")?;
     let base = match &request.base {
-        Some(name) => finish::layer(world, chain, name)?,
+        Some(name) => lookup::layer(world, chain, name)?,
         None => top + 1,
     };
     if base >= views.layers.len() {
@@ -111,25 +114,25 @@ pub(super) fn fall_onto(world: &ScannedStore, chain: &ScannedChain, depth: usize
 
 /// What the request would do, with every refusal.
 pub(super) fn plan(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     request: &CommitRequest,
 ) -> Result<(Plan, CommitRange)> {
     let chain = world.chain(path)?;
     let layers = layers(world, &chain, request)?;
-    Ok((plan_of(engine, world, &chain, &layers, request), layers))
+    Ok((plan_of(context, world, &chain, &layers, request), layers))
 }
 
 /// The same for what has been found out already; of the request only its flags count.
 pub(super) fn plan_of(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     chain: &ScannedChain,
     layers: &CommitRange,
     request: &CommitRequest,
 ) -> Plan {
-    let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
+    let mut plan = Plan { before: lookup::tree(world, chain), ..Plan::default() };
     refuse::refusals(world, layers, request, &mut plan.refusals);
     let is_undoable = is_undoable(world, layers);
     let base = world.image(layers.base);
@@ -138,10 +141,10 @@ pub(super) fn plan_of(
                     hidden until it is taken up again";
         plan.notes.push(format!("a commit into {} {fact}", base.shown()));
     }
-    plan.invalid = finish::views_of(chain, std::iter::once(layers.base).chain(layers.between.iter().copied()));
+    plan.invalid = lookup::views_of(chain, std::iter::once(layers.base).chain(layers.between.iter().copied()));
     if !request.keep {
         let is_inner = |name: &Vec<u8>| chain.views.find(name).is_some_and(|view| view.snapshot.is_some());
-        plan.invalid.extend(finish::views_of(chain, std::iter::once(layers.top)).into_iter().filter(is_inner));
+        plan.invalid.extend(lookup::views_of(chain, std::iter::once(layers.top)).into_iter().filter(is_inner));
     }
     let gone = if request.keep { Vec::new() } else { layers.segment() };
     if layers.takes_name {
@@ -153,19 +156,19 @@ pub(super) fn plan_of(
     if request.keep {
         plan.renamed.extend(layers.between.iter().map(|index| {
             let path = &world.image(*index).place.path;
-            (path.clone(), finish::spoilt_name(path))
+            (path.clone(), invalidated_name(path))
         }));
     }
     let is_replaced = |path: &PathBuf| plan.renamed.iter().any(|(_, new)| new == path);
     plan.removed =
         gone.iter().map(|index| world.image(*index).place.path.clone()).filter(|p| !is_replaced(p)).collect();
     // What it would amount to is told of one that is refused, too, if it can be told.
-    let segment = segment(engine.store(), world, layers, None);
-    finish::count(world, layers.base, segment.and_then(|(segment, _view)| segment.data_len()), &mut plan);
-    refuse::exposed(engine, world, &chain.path, layers, &mut plan.refusals);
+    let segment = segment(context.store(), world, layers, None);
+    refusals::count(world, layers.base, segment.and_then(|(segment, _view)| segment.data_len()), &mut plan);
+    refuse::exposed(context, world, &chain.path, layers, &mut plan.refusals);
     plan.after = after(&plan, layers, request);
     let changed: Vec<ImageIndex> = layers.segment().into_iter().chain([layers.base]).collect();
-    finish::note_trash(world, &changed, &mut plan);
+    removal::note_trash(world, &changed, &mut plan);
     note_what_is_not_kept(world, chain, layers, &mut plan);
     plan
 }
@@ -178,7 +181,7 @@ fn note_what_is_not_kept(world: &ScannedStore, chain: &ScannedChain, layers: &Co
     }
     let mut lost = plan.invalid.clone();
     if layers.is_deletion && world.store.can_keep_copy(base) {
-        let kept = finish::line(world, chain, layers.base).name;
+        let kept = lookup::line(world, chain, layers.base).name;
         lost.retain(|name| *name != kept);
         plan.notes.push(format!("{} goes to the trash, as a copy that shares its blocks", base.shown()));
     }
@@ -194,7 +197,7 @@ fn note_what_is_not_kept(world: &ScannedStore, chain: &ScannedChain, layers: &Co
         (true, _) => "internal snapshots go with the file that is changed; method=pull keeps them",
         (false, _) => "what is merged into stays in its place, with other bytes; take a clone of what you need",
     };
-    plan.notes.push(format!("{}{}: {reason}", finish::NOT_KEPT, names.join(", ")));
+    plan.notes.push(format!("{}{}: {reason}", removal::NOT_KEPT, names.join(", ")));
 }
 
 /// What is merged, and what keeps it open: seen through top, which is shown throughout; what lies between by itself is
@@ -259,9 +262,9 @@ fn after(plan: &Plan, layers: &CommitRange, request: &CommitRequest) -> Vec<Plan
 }
 
 impl CommitRange {
-    /// What an intent names, if all of it is there.
-    pub(super) fn of_intent(world: &ScannedStore, deed: &Operation) -> Option<Self> {
-        let Operation::Commit { top, base, between, children, rename, .. } = deed else { return None };
+    /// What an operation names, if all of it is there.
+    pub(super) fn of_operation(world: &ScannedStore, operation: &CommitOperation) -> Option<Self> {
+        let CommitOperation { top, base, between, children, rename, .. } = operation;
         let top = world.find(top)?;
         let base = world.find(base)?;
         let between = between.iter().map(|named| world.find(named)).collect::<Option<Vec<_>>>()?;

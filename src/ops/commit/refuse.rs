@@ -5,10 +5,11 @@ use std::path::Path;
 use crate::error::{Error, ErrorKind};
 use crate::image::HeaderChange;
 use crate::io::directory_of;
-use crate::store::{Format, ImageIndex, Operation, shown};
+use crate::store::{CommitOperation, Format, ImageIndex, invalidated_name, shown};
 
-use super::super::engine::Engine;
-use super::super::finish;
+use super::super::context::Context;
+use super::super::freeze;
+use super::super::refusals;
 use super::super::request::CommitRequest;
 use super::super::scanned_store::ScannedStore;
 use super::{CommitRange, final_name, position};
@@ -39,9 +40,9 @@ pub(super) fn refusals(world: &ScannedStore, layers: &CommitRange, request: &Com
     let known: Vec<ImageIndex> = layers.children.clone();
     sharers(world, layers.top, &known, refusals);
     let holders = merged.iter().chain([&layers.base]).copied();
-    finish::inner_snapshots(world, holders.clone(), request.discard_internal, refusals);
-    finish::bitmaps(world, holders, request.discard_bitmaps, refusals);
-    if request.keep && finish::inner_names(world, layers.top).is_some() {
+    refusals::inner_snapshots(world, holders.clone(), request.discard_internal, refusals);
+    refusals::bitmaps(world, holders, request.discard_bitmaps, refusals);
+    if request.keep && refusals::inner_names(world, layers.top).is_some() {
         let fact = "holds internal snapshots, which would show other bytes if it were kept; delete them, or do without \
                     keep";
         refusals.push(Error::new(ErrorKind::NotEmpty, format!("{} {fact}", world.image(layers.top).shown())));
@@ -54,25 +55,25 @@ pub(super) fn refusals(world: &ScannedStore, layers: &CommitRange, request: &Com
     for index in put_on_base.chain(kept) {
         refusals.extend(world.uncounted(index, &world.image(index).place.path, layers.base));
         let backing = Some(Some(world.backing_name(index, layers.base)));
-        finish::check_header(world, index, &HeaderChange { backing, frozen: None }, refusals);
+        refusals::check_header(world, index, &HeaderChange { backing, frozen: None }, refusals);
     }
     if request.keep {
-        finish::check_freeze(world, layers.top, refusals);
+        freeze::check_freeze(world, layers.top, refusals);
     }
     if layers.children.is_empty() && !layers.takes_name {
-        finish::check_freeze(world, layers.base, refusals);
+        freeze::check_freeze(world, layers.base, refusals);
     }
     if request.keep {
-        for path in layers.between.iter().map(|index| finish::spoilt_name(&world.image(*index).place.path)) {
-            finish::taken(world, &path, refusals);
+        for path in layers.between.iter().map(|index| invalidated_name(&world.image(*index).place.path)) {
+            refusals::taken(world, &path, refusals);
         }
     }
 }
 
 /// What keeps the rest from being done of a commit whose copy is whole: what is to be written or removed has to be ours to
 /// change, still.
-pub(super) fn rest(world: &ScannedStore, deed: &Operation, refusals: &mut Vec<Error>) {
-    let Operation::Commit { top, between, children, rename, .. } = deed else { return };
+pub(super) fn rest(world: &ScannedStore, operation: &CommitOperation, refusals: &mut Vec<Error>) {
+    let CommitOperation { top, between, children, rename, .. } = operation;
     let is_left = |index: &ImageIndex| rename.is_none() && world.names(*index, top);
     let children = children.iter().filter_map(|named| world.find(named)).filter(is_left);
     let merged = std::iter::once(top).chain(between).filter_map(|named| world.find(named));
@@ -84,7 +85,7 @@ fn fall_refusals(world: &ScannedStore, layers: &CommitRange, refusals: &mut Vec<
     let (top, base) = (world.image(layers.top), world.image(layers.base));
     let name = final_name(world, layers);
     if name != top.place.path && name != base.place.path {
-        finish::taken(world, &name, refusals);
+        refusals::taken(world, &name, refusals);
     }
     if !layers.is_active && base.format != top.format {
         let fact = "is not of the format that the headers above state of the layer whose name it would take; delete \
@@ -92,7 +93,7 @@ fn fall_refusals(world: &ScannedStore, layers: &CommitRange, refusals: &mut Vec<
         refusals.push(Error::new(ErrorKind::Unsupported, format!("{} {fact}", base.shown())));
     }
     if let Some(mark) = top.frozen.clone().filter(|_| !layers.is_active) {
-        finish::check_header(world, layers.base, &HeaderChange { backing: None, frozen: Some(Some(mark)) }, refusals);
+        refusals::check_header(world, layers.base, &HeaderChange { backing: None, frozen: Some(Some(mark)) }, refusals);
     }
     if !world.store.options().reads_as(&name, base.format.unwrap_or(Format::Raw), !layers.children.is_empty()) {
         let fact = "is what the disk would be called, and it would not be read as what it is; rename the base first";
@@ -122,15 +123,15 @@ pub(super) fn sharers(world: &ScannedStore, index: ImageIndex, known: &[ImageInd
 
 /// Open views that would show other bytes.
 pub(super) fn exposed(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     chain: &Path,
     layers: &CommitRange,
     refusals: &mut Vec<Error>,
 ) {
     let cover: Vec<_> = layers.segment().iter().map(|index| world.image(*index).stat.id).collect();
-    let names = engine.store().exposed(world.image(layers.base).stat.id, &cover);
+    let names = context.store().exposed(world.image(layers.base).stat.id, &cover);
     if !names.is_empty() {
-        refusals.push(finish::still_open(engine, chain, &names, "a commit changes what they show"));
+        refusals.push(refusals::still_open(context, chain, &names, "a commit changes what they show"));
     }
 }

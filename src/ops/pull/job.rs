@@ -12,14 +12,19 @@ use crate::image::HeaderChange;
 use crate::image::write::{BackingDisk, Located, Writer};
 use crate::io::FileLock;
 use crate::store::{
-    ActiveJob, CachePolicy, Catalog, FileRef, ImageIndex, Intent, JobImage, OpenView, Operation, OwnedIntent, Store,
-    ViewPart, shown,
+    ActiveJob, CachePolicy, Catalog, FileRef, ImageIndex, Intent, JobImage, OpenView, OwnedIntent, PullOperation,
+    Store, ViewPart, shown,
 };
 
+use super::super::context::Context;
 use super::super::copy::PIECE;
-use super::super::engine::Engine;
-use super::super::finish;
+use super::super::ending;
+use super::super::freeze;
+use super::super::job::{Begun, Job};
 use super::super::job_table::{ChainLocks, JobProgress};
+use super::super::rebased;
+use super::super::refusals;
+use super::super::removal;
 use super::super::request::{CommitRequest, PullRequest};
 use super::super::scanned_store::ScannedStore;
 use super::fill::SwitchBacking;
@@ -29,7 +34,7 @@ use super::{Filling, PullRange, plan, refuse};
 pub(in crate::ops) struct PullJob {
     parts: Vec<FilledLayer>,
     fill: Filling,
-    intent: OwnedIntent,
+    intent: OwnedIntent<PullOperation>,
     _views: Vec<OpenView>,
 }
 
@@ -57,25 +62,26 @@ struct OpenedPull {
 
 /// Begins a pull. `Ok(None)`: nothing is left to be done.
 pub(in crate::ops) fn begin(
-    engine: &Engine,
+    context: &Context,
     path: &Path,
     request: &PullRequest,
     command: &str,
     tokens: &mut ChainLocks,
-) -> Result<Option<PullJob>> {
-    let (lock, world) = ScannedStore::begin(engine.store())?;
-    let (plan, layers) = plan(engine, &world, path, request)?;
+) -> Result<Begun> {
+    let (lock, world) = ScannedStore::begin(context.store())?;
+    let (plan, layers) = plan(context, &world, path, request)?;
     world.accept(&plan)?;
     if layers.into.is_empty() {
         return Ok(None);
     }
-    tokens.notes.extend(finish::not_kept(plan.notes));
-    begin_with(engine, &world, lock, path, &layers, command, tokens).map(Some)
+    tokens.notes.extend(removal::not_kept(plan.notes));
+    let job = begin_with(context, &world, lock, path, &layers, command, tokens)?;
+    Ok(Some(Box::new(job)))
 }
 
 /// The same for what has been found out, and found good, under the store's lock.
 pub(in crate::ops) fn begin_with(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     _lock: FileLock,
     path: &Path,
@@ -83,17 +89,17 @@ pub(in crate::ops) fn begin_with(
     command: &str,
     tokens: &mut ChainLocks,
 ) -> Result<PullJob> {
-    let store = engine.store();
+    let store = context.store();
     tokens.extend(&world.chains_of(&layers.touched()))?;
-    let deed = Operation::Pull {
+    let operation = PullOperation {
         into: world.witnesses(&layers.into, false)?,
         base: layers.base.map(|base| world.witness(base, false)).transpose()?,
         remove: world.witnesses(&layers.remove, true)?,
         between: world.witnesses(&layers.between, false)?,
     };
     let ready = open(store, world, layers)?;
-    let name = engine.intent_name();
-    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, deed));
+    let name = context.intent_name();
+    let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, operation));
     match intent.and_then(|intent| store.rescan().map(|_| intent)) {
         Ok(intent) => Ok(ready.with(intent)),
         Err(error) => {
@@ -106,7 +112,7 @@ pub(in crate::ops) fn begin_with(
 }
 
 impl OpenedPull {
-    fn with(self, intent: OwnedIntent) -> PullJob {
+    fn with(self, intent: OwnedIntent<PullOperation>) -> PullJob {
         let Self { parts, fill, views } = self;
         PullJob { parts, fill, intent, _views: views }
     }
@@ -158,13 +164,12 @@ fn open(store: &Arc<Store>, world: &ScannedStore, layers: &PullRange) -> Result<
     Ok(OpenedPull { parts, fill, views })
 }
 
-impl PullJob {
-    /// Does it.
-    pub(in crate::ops) fn run(self, engine: &Engine, progress: &JobProgress) -> Result<()> {
-        let store = Arc::clone(engine.store());
+impl Job for PullJob {
+    fn run(self: Box<Self>, context: &Context, progress: &JobProgress) -> Result<()> {
+        let store = Arc::clone(context.store());
         let filled = self.fill(&store, progress);
         match filled.and_then(|()| self.ready_to_switch(&store, progress)) {
-            Ok((lock, world)) => self.switch(engine, lock, &world),
+            Ok((lock, world)) => self.switch(context, lock, &world),
             Err(error) => {
                 // What was copied changes nothing, and may stay.
                 for part in self.parts {
@@ -173,7 +178,7 @@ impl PullJob {
                     }
                 }
                 if !progress.is_stopped()
-                    && let Err(trouble) = finish::forget(&store, self.intent)
+                    && let Err(trouble) = ending::forget(&store, self.intent)
                 {
                     return Err(error.within(format!("{trouble}, and")));
                 }
@@ -181,11 +186,13 @@ impl PullJob {
             }
         }
     }
+}
 
+impl PullJob {
     fn fill(&self, store: &Store, progress: &JobProgress) -> Result<()> {
         let needed = self.parts.iter().map(|part| part.needed(&self.fill)).collect::<Result<Vec<u64>>>()?;
         progress.set_total(needed.iter().sum());
-        if !finish::shares_blocks(store) {
+        if !refusals::shares_blocks(store) {
             for (part, needed) in self.parts.iter().zip(needed) {
                 part.writer.reserve(needed)?;
             }
@@ -211,11 +218,9 @@ impl PullJob {
 
     /// The last look, and the mark on what will be left alone. Nothing has changed for anybody by then.
     fn ready_to_switch(&self, store: &Arc<Store>, progress: &JobProgress) -> Result<(FileLock, ScannedStore)> {
-        let lock = finish::lock_for_job(store, progress)?;
+        let lock = ending::lock_for_job(store, progress)?;
         let world = ScannedStore::look(store)?;
-        let Operation::Pull { into, base, remove, between } = &self.intent.intent.deed else {
-            unreachable!("the intent of a pull")
-        };
+        let PullOperation { into, base, remove, between } = &self.intent.intent.operation;
         for named in into {
             world.untouchable(world.expect(named)?).map_or(Ok(()), Err)?;
         }
@@ -225,10 +230,10 @@ impl PullJob {
         Ok((lock, world))
     }
 
-    fn switch(self, engine: &Engine, lock: FileLock, world: &ScannedStore) -> Result<()> {
-        let store = engine.store();
+    fn switch(self, context: &Context, lock: FileLock, world: &ScannedStore) -> Result<()> {
+        let store = context.store();
         let Self { parts, intent, _views: views, .. } = self;
-        let Operation::Pull { base, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
+        let PullOperation { base, .. } = &intent.intent.operation;
         let base = base.as_ref().map(|base| world.expect(base)).transpose()?;
         let before = Arc::clone(&world.catalog);
         let mut active = Vec::new();
@@ -241,9 +246,9 @@ impl PullJob {
             active.extend(part.close()?);
         }
         let world = ScannedStore::look(store)?;
-        finish::stand_on_new(&world, &active)?;
+        rebased::stand_on_new(&world, &active)?;
         drop((active, views));
-        clean_up(engine, intent, lock, &before)
+        clean_up(context, intent, lock, &before)
     }
 }
 
@@ -310,75 +315,74 @@ fn freeze_left(
     let stays =
         between.iter().find(|named| !remove.iter().any(|gone| gone.is(named))).and_then(|named| world.find(named));
     let Some(index) = stays else { return Ok(()) };
-    if world.image(index).users.iter().all(|user| going.contains(user)) && finish::may_be_marked(world, index) {
-        finish::freeze(store, world, index, &Frozen::now(""))?;
+    if world.image(index).users.iter().all(|user| going.contains(user)) && freeze::may_be_marked(world, index) {
+        freeze::freeze(store, world, index, &Frozen::now(""))?;
     }
     Ok(())
 }
 
 /// What follows the switch.
-fn clean_up(engine: &Engine, intent: OwnedIntent, lock: FileLock, before: &Catalog) -> Result<()> {
-    let store = engine.store();
-    let Operation::Pull { remove, .. } = &intent.intent.deed else { unreachable!("the intent of a pull") };
-    finish::tell(store, before, &intent.intent, None);
-    let removed = finish::remove(store, remove, true, &intent.intent.command);
+fn clean_up(context: &Context, intent: OwnedIntent<PullOperation>, lock: FileLock, before: &Catalog) -> Result<()> {
+    let store = context.store();
+    let PullOperation { remove, .. } = &intent.intent.operation;
+    ending::tell(store, before, &intent.intent, None);
+    let removed = removal::remove(store, remove, true, &intent.intent.command);
     // What is used by others by now stays, and nothing is left to be done.
     if removed.as_ref().is_err_and(|error| error.kind() != ErrorKind::NotEmpty) {
         return removed;
     }
-    finish::end(store, intent, lock).and(removed)
+    ending::end(store, intent, lock).and(removed)
 }
 
 /// What is left of a pull that was cut off; every refusal is asked again. Nothing is changed.
-pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent) -> Result<Option<PullRange>> {
-    let found = find(world, &intent.deed)?;
+pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent<PullOperation>) -> Result<Option<PullRange>> {
+    let found = find(world, &intent.operation)?;
     let mut refusals = Vec::new();
     if let Some(layers) = &found {
         refuse(world, layers, &terms(intent), &mut refusals);
     } else {
-        let Operation::Pull { remove, .. } = &intent.deed else { unreachable!("the intent of a pull") };
+        let PullOperation { remove, .. } = &intent.operation;
         let left = remove.iter().filter_map(|named| world.find(named));
         refusals.extend(left.filter_map(|index| world.untouchable(index)));
     }
-    finish::first(refusals)?;
+    refusals::first(refusals)?;
     Ok(found)
 }
 
 /// What the command said of what may be lost.
-fn terms(intent: &Intent) -> PullRequest {
-    let CommitRequest { discard_internal, discard_bitmaps, .. } = finish::terms(intent);
+fn terms(intent: &Intent<PullOperation>) -> PullRequest {
+    let CommitRequest { discard_internal, discard_bitmaps, .. } = refusals::terms(intent);
     PullRequest { discard_internal, discard_bitmaps, ..PullRequest::default() }
 }
 
 /// Takes up a pull that was cut off. `Ok(None)`: all that was left to do has been done.
 pub(in crate::ops) fn resume(
-    engine: &Engine,
-    intent: OwnedIntent,
+    context: &Context,
+    intent: OwnedIntent<PullOperation>,
     lock: FileLock,
     tokens: &mut ChainLocks,
-) -> Result<Option<PullJob>> {
-    let store = engine.store();
-    let world = ScannedStore::look_for(store, &intent.name)?;
-    if let Err(error) = find(&world, &intent.intent.deed) {
+) -> Result<Begun> {
+    let store = context.store();
+    let world = ScannedStore::look_for(store, intent.name())?;
+    if let Err(error) = find(&world, &intent.intent.operation) {
         // No view has changed, and none will: what others have done to the chain stands.
-        finish::end(store, intent, lock)?;
+        ending::end(store, intent, lock)?;
         return Err(error);
     }
+    // J5: under the store's lock, before the first write.
     let Some(layers) = examine(&world, &intent.intent)? else {
-        let Operation::Pull { into, remove, between, .. } = &intent.intent.deed else {
-            unreachable!("the intent of a pull")
-        };
+        let PullOperation { into, remove, between, .. } = &intent.intent.operation;
         freeze_left(store, &world, into, remove, between)?;
         let before = Arc::clone(&world.catalog);
-        return clean_up(engine, intent, lock, &before).map(|()| None);
+        return clean_up(context, intent, lock, &before).map(|()| None);
     };
     tokens.extend(&world.chains_of(&layers.touched()))?;
-    Ok(Some(open(store, &world, &layers)?.with(intent)))
+    Ok(Some(Box::new(open(store, &world, &layers)?.with(intent))))
 }
 
 /// What is left to be filled, and what that needs; `None` if nothing is.
-fn find(world: &ScannedStore, deed: &Operation) -> Result<Option<PullRange>> {
-    let Operation::Pull { into, base, remove, between } = deed else { unreachable!("the intent of a pull") };
+fn find(world: &ScannedStore, operation: &PullOperation) -> Result<Option<PullRange>> {
+    let PullOperation { into, base, remove, between } = operation;
     let all = |named: &[FileRef]| named.iter().map(|named| world.expect(named)).collect::<Result<Vec<_>>>();
     let base = base.as_ref().map(|base| world.expect(base)).transpose()?;
     let left: Vec<ImageIndex> = all(into)?.into_iter().filter(|index| world.stands_on(*index) != base).collect();

@@ -13,16 +13,19 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::HeaderChange;
 use crate::store::{BackingLink, ImageIndex, ViewPart};
 
+use super::context::Context;
 use super::copy::CommitSegment;
-use super::engine::Engine;
-use super::finish;
+use super::freeze;
 use super::locked::TouchedImages;
+use super::lookup;
 use super::plan::Plan;
+use super::refusals;
+use super::removal;
 use super::request::PullRequest;
 use super::scanned_store::{ScannedChain, ScannedStore};
 
 pub(super) use fill::Filling;
-pub(super) use job::{PullJob, begin, begin_with, examine, resume};
+pub(super) use job::{begin, begin_with, examine, resume};
 
 /// What a pull concerns, by index in one catalog. Nothing is filled if all is as it should be already.
 #[derive(Clone, Debug, Default)]
@@ -54,12 +57,12 @@ impl PullRange {
 fn layers(world: &ScannedStore, chain: &ScannedChain, request: &PullRequest) -> Result<PullRange> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let views = &chain.views;
-    let into = finish::layer_or_active(world, chain, request.into.as_deref(), "into")?;
+    let into = lookup::layer_or_active(world, chain, request.into.as_deref(), "into")?;
     let name = world.image(views.layers[into]).shown();
     if into + 1 >= views.layers.len() && request.base.is_some() {
         return Err(usage(format!("{name} stands on nothing: there is nothing to be pulled")));
     }
-    let base = request.base.as_ref().map(|base| finish::layer(world, chain, base)).transpose()?;
+    let base = request.base.as_ref().map(|base| lookup::layer(world, chain, base)).transpose()?;
     match base {
         Some(base) if base == into => return Err(usage("the layer and its base are the same".to_owned())),
         Some(base) if base < into => {
@@ -98,7 +101,7 @@ pub(super) fn stands_already(world: &ScannedStore, layer: ImageIndex, base: Opti
 
 /// The plan of what is so already.
 pub(super) fn nothing_to_do(world: &ScannedStore, chain: &ScannedChain) -> Plan {
-    let tree = finish::tree(world, chain);
+    let tree = lookup::tree(world, chain);
     let note = "nothing is left to do: the layer stands on that already".to_owned();
     Plan { before: tree.clone(), after: tree, notes: vec![note], ..Plan::default() }
 }
@@ -120,7 +123,7 @@ fn removable(world: &ScannedStore, into: ImageIndex, between: &[ImageIndex]) -> 
 
 /// What the request would do, with every refusal.
 pub(super) fn plan(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     path: &Path,
     request: &PullRequest,
@@ -130,7 +133,7 @@ pub(super) fn plan(
     if layers.into.is_empty() {
         return Ok((nothing_to_do(world, &chain), layers));
     }
-    let mut plan = plan_of(engine, world, &chain, &layers, request);
+    let mut plan = plan_of(context, world, &chain, &layers, request);
     let into = &world.image(layers.into[0]).place.path;
     let first = plan.before.iter().position(|line| line.path == *into).unwrap_or(0);
     if let Some(line) = plan.after.get_mut(first) {
@@ -143,31 +146,31 @@ pub(super) fn plan(
 
 /// The same for what has been found out already, but for the chain afterwards; of the request only its flags count.
 pub(super) fn plan_of(
-    engine: &Engine,
+    context: &Context,
     world: &ScannedStore,
     chain: &ScannedChain,
     layers: &PullRange,
     request: &PullRequest,
 ) -> Plan {
-    let mut plan = Plan { before: finish::tree(world, chain), ..Plan::default() };
+    let mut plan = Plan { before: lookup::tree(world, chain), ..Plan::default() };
     refuse(world, layers, request, &mut plan.refusals);
     if let Some(first) = layers.into.first().filter(|_| !layers.below.is_empty()) {
-        let store = engine.store();
+        let store = context.store();
         let counted = store.open_view(&world.catalog, &layers.below, ViewPart::Active, false).and_then(|open| {
             let frozen = store.part_of(&open.view, 0, layers.between.len());
             CommitSegment { live: None, frozen }.data_len()
         });
-        finish::count(world, *first, counted.map(|bytes| bytes * layers.into.len() as u64), &mut plan);
+        refusals::count(world, *first, counted.map(|bytes| bytes * layers.into.len() as u64), &mut plan);
         let fact = "bytes that the layer holds itself are not copied; how many these are shows as it goes on";
         plan.notes.push(fact.into());
     }
     plan.removed = layers.remove.iter().map(|index| world.image(*index).place.path.clone()).collect();
-    plan.invalid = finish::views_of(chain, layers.remove.iter().copied());
+    plan.invalid = lookup::views_of(chain, layers.remove.iter().copied());
     let is_far = |index: &&ImageIndex| !world.store.keeps_trash(world.image(**index).stat.id.device);
     if world.store.has_trash() {
         plan.notes.extend(layers.remove.iter().filter(is_far).map(|index| {
             let fact = "lies on another file system than the store's own directory";
-            format!("{}{}: it {fact}", finish::NOT_KEPT, world.image(*index).shown())
+            format!("{}{}: it {fact}", removal::NOT_KEPT, world.image(*index).shown())
         }));
     }
     plan.after.clone_from(&plan.before);
@@ -193,15 +196,15 @@ fn refuse(world: &ScannedStore, layers: &PullRange, request: &PullRequest, refus
         }
         refusals.extend(layers.base.and_then(|base| world.uncounted(*into, &world.image(*into).place.path, base)));
         let backing = Some(layers.base.map(|base| world.backing_name(*into, base)));
-        finish::check_header(world, *into, &HeaderChange { backing, frozen: None }, refusals);
+        refusals::check_header(world, *into, &HeaderChange { backing, frozen: None }, refusals);
         let stack: Vec<ImageIndex> = [*into].into_iter().chain(layers.below.iter().copied()).collect();
         refusals.extend(world.catalog.view_problem(&stack).map(|problem| Error::new(ErrorKind::Broken, problem)));
     }
     if let Some(left) = layers.between.iter().find(|index| !layers.remove.contains(index))
-        && finish::may_be_marked(world, *left)
+        && freeze::may_be_marked(world, *left)
     {
-        finish::check_freeze(world, *left, refusals);
+        freeze::check_freeze(world, *left, refusals);
     }
-    finish::inner_snapshots(world, layers.remove.iter().copied(), request.discard_internal, refusals);
-    finish::bitmaps(world, layers.remove.iter().copied(), request.discard_bitmaps, refusals);
+    refusals::inner_snapshots(world, layers.remove.iter().copied(), request.discard_internal, refusals);
+    refusals::bitmaps(world, layers.remove.iter().copied(), request.discard_bitmaps, refusals);
 }

@@ -15,7 +15,7 @@ use crate::io::{FileId, LockHolder, WRITER_BYTE, all_lock_holders, probe_writer}
 use crate::report::safe;
 use crate::report::tree::{BackingTree, Forest, NodeMark, TreeNode, TreeNodeKind};
 use crate::store::{
-    ACTIVE, BackingLink, Catalog, DetectedContent, Format, FoundIntent, ImageEntry, ImageIndex, Operation, Store, shown,
+    ACTIVE, BackingLink, Catalog, DetectedContent, Effects, Format, FoundIntent, ImageEntry, ImageIndex, Store, shown,
 };
 
 use super::{ListingBudget, chain_name, path_text};
@@ -194,13 +194,7 @@ pub fn locked_text(store: &Store, catalog: &Catalog) -> String {
 /// What is being done to images, or was begun.
 fn begun(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> HashMap<FileId, String> {
     let flag = |found: &FoundIntent| {
-        let changed = match &found.intent.deed {
-            Operation::Snapshot { .. } | Operation::Copy { .. } | Operation::Unknown => None,
-            Operation::Commit { base, .. } => Some(base),
-            Operation::Pull { into, .. } => into.first(),
-            Operation::Shrink { image, .. } => Some(image),
-        };
-        let file = changed?.file.id;
+        let file = found.intent.operation.progress_at()?.file.id;
         let verb = found.intent.command.split(' ').next().unwrap_or_default();
         let share = shares(&found.intent.chain);
         let is_at_work = share.is_some() || store.guard().is_owned(found);

@@ -226,6 +226,7 @@ impl BeforeImages {
                     others -= count;
                 }
             }
+            // G5: the view is lost; the write goes on.
             if is_too_much(others) {
                 still.lose();
             } else {
@@ -341,6 +342,7 @@ impl ActiveHandle {
         while !rest.is_empty() {
             let len = rest.len().min((CHUNK - at % CHUNK) as usize);
             let (piece, more) = rest.split_at_mut(len);
+            // G2: the before-image where there is one; `Stale` where it was lost.
             still.read_chunk(at, piece, |piece| {
                 let mut done = 0;
                 while done < len {
@@ -494,6 +496,7 @@ mod tests {
     }
 
     #[test]
+    // G5
     fn who_changes_too_much_ends_the_still_and_is_never_refused() {
         let OneDisk { store, id, .. } = &OneDisk::new(SIZE);
         let writer = store.open_writable(id, Access::ReadWrite).unwrap();

@@ -19,6 +19,7 @@ use world::World;
 const STEPS: u64 = 60;
 
 #[test]
+// A1, A2
 fn nobody_gets_what_the_kernel_would_not_give() {
     support::seeds::run_all(People::new, |seed, people| {
         let mut world = World::new(seed, people);

@@ -23,5 +23,5 @@ pub fn leave(store: &Store, command: &str, chain: &str, deed: Operation) -> std:
     opened.guard().prepare(&*names).expect("a place");
     let intent = Intent::new(command, Path::new(chain), deed);
     let owned = opened.guard().begin(&*names, "left", &intent).expect("an intent");
-    opened.guard().path_of(&owned.name)
+    opened.guard().path_of(owned.name())
 }

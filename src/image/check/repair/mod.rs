@@ -224,6 +224,7 @@ impl<'a> Repair<'a> {
                 survey = Survey::take(&stage)?;
             }
         }
+        // R5: each step is durable before the next, and none changes what a reader sees.
         // From here on there is no difference.
         let scope = if scope == Scope::Loss { Scope::All } else { scope };
         if scope == Scope::All && report.count_of(Kind::KeptPlace) > 0 {

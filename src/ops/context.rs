@@ -1,0 +1,59 @@
+//! What a verb works with: the store, names for intents, and who has disks of the mount open.
+//!
+//! Verbs receive this and nothing else of the engine: they neither start other commands nor look into the job table.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+
+use crate::io::users_of;
+use crate::store::{Store, command_name};
+
+/// The store of an engine, and what its verbs ask besides.
+pub(super) struct Context {
+    store: Arc<Store>,
+    /// Where the store is mounted: the processes that have its disks open are looked up there.
+    mount: Mutex<Option<PathBuf>>,
+    /// Intents named so far, so that each name is used once.
+    intents: AtomicU64,
+}
+
+impl Context {
+    /// The context of `store`, which is not mounted yet.
+    pub(super) fn new(store: &Arc<Store>) -> Self {
+        Self { store: Arc::clone(store), mount: Mutex::default(), intents: AtomicU64::new(0) }
+    }
+
+    /// The store.
+    pub(super) fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Says where the store is mounted.
+    pub(super) fn set_mount(&self, directory: &Path) {
+        *self.mount.lock() = Some(directory.to_path_buf());
+    }
+
+    /// Whether the store is mounted.
+    pub(super) fn is_mounted(&self) -> bool {
+        self.mount.lock().is_some()
+    }
+
+    /// The processes that have disks of a chain open in the mount, as a part of a sentence; empty if there are none.
+    pub(super) fn openers(&self, chain: &Path) -> String {
+        let Some(mount) = self.mount.lock().clone() else { return String::new() };
+        // Not the chain's directory itself: the process that gives a command has a control file open there.
+        let places = [Path::new("snapshots"), Path::new("active.raw")];
+        let users = places.iter().flat_map(|place| users_of(&mount.join(chain).join(place)));
+        users.map(|user| user.to_string()).collect::<Vec<_>>().join(", ")
+    }
+
+    /// A name for an intent, different from all others.
+    pub(super) fn intent_name(&self) -> String {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        command_name(now, std::process::id(), self.intents.fetch_add(1, Ordering::Relaxed))
+    }
+}
