@@ -452,13 +452,13 @@ fn the_second_table_is_used_where_the_first_cannot_be_read() {
     assert!(buf.iter().all(|byte| *byte == 7));
 }
 
-/// Whatever a walk over a damaged volume meets, it ends.
 /// One question reads little, whatever the volume says; the free clusters of the largest take 2 MiB.
 fn assert_little(source: &Counted<Vec<u8>>) {
     let (requests, bytes) = source.taken();
     assert!(requests <= 1000 && bytes <= 16 << 20, "{requests} requests, {bytes} bytes");
 }
 
+/// Whatever a walk over a damaged volume meets, it ends.
 fn survive(bytes: Vec<u8>) {
     let source = Arc::new(Counted::new(bytes));
     let opened = Fat::open(Arc::clone(&source) as Arc<dyn Source>);

@@ -213,7 +213,10 @@ fn whatever_the_disk_says_there_is_an_answer() {
         let source = Arc::new(Counted::new(bytes));
         let opened = Ext::open(Arc::clone(&source) as Arc<dyn Source>);
         let (requests, read) = source.taken();
-        assert!(requests <= OPENING.0 && read <= OPENING.1, "round {round}: opening: {requests} requests, {read} bytes");
+        assert!(
+            requests <= OPENING.0 && read <= OPENING.1,
+            "round {round}: opening: {requests} requests, {read} bytes"
+        );
         let Ok(ours) = opened else {
             errors += 1;
             continue;
