@@ -84,6 +84,42 @@ impl ClusterBits {
     }
 }
 
+/// A run of bytes of which one thing holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run<T> {
+    /// What holds.
+    pub value: T,
+    /// Bytes; at least 1.
+    pub len: u64,
+}
+
+impl<T> Run<T> {
+    /// So many bytes of which `value` holds.
+    pub fn new(value: T, len: u64) -> Self {
+        Self { value, len }
+    }
+
+    /// The same run, with what `work` makes of the value.
+    pub fn map<U>(self, work: impl FnOnce(T) -> U) -> Run<U> {
+        Run { value: work(self.value), len: self.len }
+    }
+
+    /// At most `max` bytes of it.
+    #[must_use]
+    pub fn at_most(self, max: u64) -> Self {
+        Self { len: self.len.min(max), ..self }
+    }
+}
+
+/// What is known of bytes that nobody has read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockStatus {
+    /// They may be anything.
+    Data,
+    /// They read as zeroes; in a file, they may be a hole.
+    Zero,
+}
+
 /// Rounds a length up to whole sectors, as QEMU sizes raw disks. Saturates at the last whole sector.
 pub fn round_up_to_sector(len: u64) -> u64 {
     len.checked_next_multiple_of(SECTOR_SIZE).unwrap_or(!(SECTOR_SIZE - 1))

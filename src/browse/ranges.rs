@@ -4,7 +4,7 @@
 
 use crate::chain::{Origin, View};
 use crate::error::Result;
-use crate::units::SECTOR_SIZE;
+use crate::units::{BlockStatus, Run, SECTOR_SIZE};
 
 /// Bytes that are compared at once.
 const STEP: u64 = 1 << 20;
@@ -40,16 +40,16 @@ impl RangeWalk<'_> {
             return Ok(len);
         }
         // A raw image has holes that no table tells of.
-        let (run_a, run_b) = (zeroes(self.a, &from_a, at, len)?, zeroes(self.b, &from_b, at, len)?);
-        let len = run_a.1.min(run_b.1);
-        if run_a.0 && run_b.0 {
+        let (run_a, run_b) = (status_run(self.a, &from_a, at, len)?, status_run(self.b, &from_b, at, len)?);
+        let len = run_a.len.min(run_b.len);
+        if (run_a.value, run_b.value) == (BlockStatus::Zero, BlockStatus::Zero) {
             return Ok(len);
         }
         let len = len.min(STEP);
-        for ((view, is_zero), buffer) in [(self.a, run_a.0), (self.b, run_b.0)].into_iter().zip(&mut self.buffers) {
+        for ((view, run), buffer) in [(self.a, run_a), (self.b, run_b)].into_iter().zip(&mut self.buffers) {
             buffer.clear();
             buffer.resize(len as usize, 0);
-            if !is_zero {
+            if run.value == BlockStatus::Data {
                 view.read_at(at, buffer)?;
                 self.read += len;
             }
@@ -89,11 +89,11 @@ fn is_same(a: &Origin, b: &Origin) -> bool {
     a.image == b.image && (a.image == 0 || (a.place, a.within) == (b.place, b.within))
 }
 
-/// Whether a range of that origin is zeroes, and for how long that holds.
-fn zeroes(view: &View, origin: &Origin, at: u64, len: u64) -> Result<(bool, u64)> {
+/// What is known of a range of that origin without reading it.
+fn status_run(view: &View, origin: &Origin, at: u64, len: u64) -> Result<Run<BlockStatus>> {
     if origin.image == 0 {
-        return Ok((true, len));
+        return Ok(Run::new(BlockStatus::Zero, len));
     }
     let run = view.map_run(at, len)?;
-    Ok((run.zero, run.len.min(len)))
+    Ok(Run::new(if run.zero { BlockStatus::Zero } else { BlockStatus::Data }, run.len.min(len)))
 }

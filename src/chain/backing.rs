@@ -1,7 +1,8 @@
-//! A view as that which lies below an image that is being written.
+//! A view as the backing disk of an image that is being written.
 
 use crate::error::Result;
 use crate::image::write::BackingDisk;
+use crate::units::{BlockStatus, Run};
 
 use super::View;
 
@@ -13,12 +14,11 @@ impl BackingDisk for View {
         if within.is_empty() { Ok(()) } else { self.read_at(at, within) }
     }
 
-    fn zero_run(&self, at: u64, len: u64) -> Result<(bool, u64)> {
+    fn status_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>> {
         assert!(len > 0);
         if at >= self.size() {
-            return Ok((true, len));
+            return Ok(Run::new(BlockStatus::Zero, len));
         }
-        let (is_data, run) = self.frozen_run(at)?;
-        Ok((!is_data, run.min(len)))
+        Ok(self.frozen_run(at)?.at_most(len))
     }
 }

@@ -4,13 +4,15 @@
 //! This layer knows no names and no directories.
 
 mod backing;
+mod extent;
 mod flat;
 mod origin;
 mod view;
 
+pub use extent::Extent;
 pub use flat::{FlatCache, FlatMap};
 pub use origin::Origin;
-pub use view::{Extent, MapRun, Source, View};
+pub use view::{MapRun, View};
 
 /// Layers of a chain, at most: more is refused as broken.
 pub const MAX_DEPTH: usize = 1024;

@@ -5,7 +5,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::Mapping;
 use crate::units::GuestOffset;
 
-use super::view::{Source, View};
+use super::view::View;
 
 /// Where a stretch of bytes comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -57,17 +57,16 @@ impl View {
         let zero = Origin { image: 0, place: 0, within: None, len };
         let Some(layer) = self.layers().get(extent.layer) else { return Ok(zero) };
         let image = layer.image().serial();
-        match extent.source {
-            Source::Zero => Ok(zero),
-            Source::Data(host) => Ok(Origin { image, place: host.0, within: None, len }),
-            Source::Compressed => match layer.map(GuestOffset(at), len)? {
-                (Mapping::Compressed(stream), run) => {
-                    let within = Some(layer.within_cluster(GuestOffset(at)));
-                    Ok(Origin { image, place: stream.at.0, within, len: run.min(len) })
-                }
-                _ => Err(Error::new(ErrorKind::Stale, "a layer has changed while it was looked at; try again")),
-            },
-            Source::Bad => Err(Error::new(ErrorKind::Corrupt, format!("tables are damaged at {at:#x} of the disk"))),
+        match extent.mapping {
+            Some(Mapping::Zero(_)) => Ok(zero),
+            Some(Mapping::Data(host)) => Ok(Origin { image, place: host.0, within: None, len }),
+            Some(Mapping::Compressed(stream)) => {
+                let within = Some(layer.within_cluster(GuestOffset(at)));
+                Ok(Origin { image, place: stream.at.0, within, len })
+            }
+            Some(Mapping::Hole) | None => {
+                Err(Error::new(ErrorKind::Corrupt, format!("tables are damaged at {at:#x} of the disk")))
+            }
         }
     }
 }

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Layer, Mapping};
-use crate::units::{GuestOffset, HostOffset};
+use crate::units::{BlockStatus, GuestOffset, HostOffset, Run};
 
-use super::flat::{Flat, FlatCache, FlatMap, Kind};
+use super::extent::Extent;
+use super::flat::{FlatCache, FlatMap};
 
 /// For how long one seek may keep a thread that others wait for.
 const SEEK_LIMIT: Duration = Duration::from_millis(200);
@@ -25,30 +26,6 @@ pub struct View {
     live: bool,
     /// The layers that do not change, flattened; `None` if there are none.
     flat: Option<Arc<FlatMap>>,
-}
-
-/// Where the bytes of an extent come from.
-#[derive(Clone, Copy, Debug)]
-pub enum Source {
-    /// From this layer's data file.
-    Data(HostOffset),
-    /// They are zeroes.
-    Zero,
-    /// From a compressed cluster.
-    Compressed,
-    /// Nowhere: the layer's tables are corrupt here.
-    Bad,
-}
-
-/// A run of one disk and its source.
-#[derive(Clone, Copy, Debug)]
-pub struct Extent {
-    /// Index of the layer, from the top.
-    pub layer: usize,
-    /// Where its bytes are.
-    pub source: Source,
-    /// Bytes.
-    pub len: u64,
 }
 
 /// A run for `map`: as QEMU describes one.
@@ -114,15 +91,15 @@ impl View {
         let mut done = 0;
         while done < buf.len() {
             let (position, left) = (at + done as u64, (buf.len() - done) as u64);
-            let (mapping, run) = self.layers[0].map(GuestOffset(position), left)?;
-            let piece = &mut buf[done..done + run as usize];
+            let Run { value: mapping, len } = self.layers[0].map(GuestOffset(position), left)?;
+            let piece = &mut buf[done..done + len as usize];
             match mapping {
                 Mapping::Data(host) => self.layers[0].image().read_data(host, piece)?,
                 Mapping::Zero(_) => piece.fill(0),
                 Mapping::Compressed(_) => read_asked(&self.layers[0], position, piece)?,
                 Mapping::Hole => self.read_flat(position, piece)?,
             }
-            done += run as usize;
+            done += len as usize;
         }
         Ok(())
     }
@@ -134,17 +111,17 @@ impl View {
         };
         let mut rest = buf;
         let len = rest.len() as u64;
-        flat.walk(at, len, |position, Flat { kind, layer, host, len }| {
+        flat.walk(at, len, |position, Extent { layer, mapping, len }| {
             let (piece, more) = std::mem::take(&mut rest).split_at_mut(len as usize);
             rest = more;
             let layer = &flat.layers()[layer];
-            match kind {
-                Kind::Data => layer.image().read_data(host, piece),
-                Kind::Zero => {
+            match mapping {
+                Some(Mapping::Data(host)) => layer.image().read_data(host, piece),
+                Some(Mapping::Zero(_)) => {
                     piece.fill(0);
                     Ok(())
                 }
-                Kind::Ask => read_asked(layer, position, piece),
+                Some(Mapping::Compressed(_) | Mapping::Hole) | None => read_asked(layer, position, piece),
             }
         })
     }
@@ -154,25 +131,21 @@ impl View {
     pub fn resolve(&self, at: u64, max: u64) -> Result<Extent> {
         let mut len = max.min(self.size - at);
         for (layer, state) in self.layers.iter().enumerate() {
-            let (mapping, run) = match state.map(GuestOffset(at), len) {
+            let run = match state.map(GuestOffset(at), len) {
                 Err(error) if error.kind() == ErrorKind::Corrupt => {
                     let len = state.rest_of_cluster(GuestOffset(at), len);
-                    return Ok(Extent { layer, source: Source::Bad, len });
+                    return Ok(Extent { layer, mapping: None, len });
                 }
                 other => other?,
             };
-            assert!(run > 0 && run <= len);
-            len = run;
-            let source = match mapping {
-                Mapping::Data(host) => Source::Data(host),
-                Mapping::Zero(_) => Source::Zero,
-                Mapping::Compressed(_) => Source::Compressed,
-                Mapping::Hole => continue,
-            };
-            return Ok(Extent { layer, source, len });
+            assert!(run.len > 0 && run.len <= len);
+            len = run.len;
+            if run.value != Mapping::Hole {
+                return Ok(Extent { layer, mapping: Some(run.value), len });
+            }
         }
-        // R1: every layer was asked, and none has data here.
-        Ok(Extent { layer: self.layers.len(), source: Source::Zero, len })
+        // R1: all layers have been asked.
+        Ok(Extent { layer: self.layers.len(), mapping: Some(Mapping::Zero(None)), len })
     }
 
     /// The first byte at or after `at` that is data (or, with `data` false, that is not).
@@ -184,11 +157,11 @@ impl View {
         let start = Instant::now();
         let mut at = at;
         while at < self.size {
-            let (is_data, len) = self.data_run(at)?;
-            if is_data == data {
+            let run = self.seek_run(at)?;
+            if (run.value == BlockStatus::Data) == data {
                 return Ok(Some(at));
             }
-            at += len;
+            at += run.len;
             if start.elapsed() > SEEK_LIMIT {
                 return Ok(Some(at).filter(|at| data && *at < self.size));
             }
@@ -197,42 +170,44 @@ impl View {
     }
 
     /// Whether there is data at `at`, and for how long that goes on at least.
-    fn data_run(&self, at: u64) -> Result<(bool, u64)> {
+    fn seek_run(&self, at: u64) -> Result<Run<BlockStatus>> {
         // Long silences are answered by the tables; what is dense, by the flattened map.
         let whole = self.resolve(at, u64::MAX)?;
-        let (layer, source, len) = match (&self.flat, whole.source) {
-            (Some(flat), Source::Data(_) | Source::Compressed) if !self.live => {
-                let (layer, source, len) = looked_up(flat, at)?;
-                (layer, source, len.min(self.size - at).max(whole.len))
+        let extent = match (&self.flat, whole.mapping) {
+            (Some(flat), Some(Mapping::Data(_) | Mapping::Compressed(_))) if !self.live => {
+                let dense = flat.lookup(at)?;
+                Extent { len: dense.len.min(self.size - at).max(whole.len), ..dense }
             }
-            (_, source) => (whole.layer, source, whole.len),
+            _ => whole,
         };
-        self.is_data(layer, source, len)
+        self.status(extent)
     }
 
-    /// As [`View::data_run`], only by the flattened map: one look, whatever the depth.
-    pub(super) fn frozen_run(&self, at: u64) -> Result<(bool, u64)> {
+    /// As [`View::seek_run`], only by the flattened map: one look, whatever the depth.
+    pub(super) fn frozen_run(&self, at: u64) -> Result<Run<BlockStatus>> {
         assert!(!self.live && at < self.size);
         let Some(flat) = &self.flat else { unreachable!("a frozen view has a map") };
-        let (layer, source, len) = looked_up(flat, at)?;
-        self.is_data(layer, source, len.min(self.size - at))
+        let extent = flat.lookup(at)?;
+        self.status(Extent { len: extent.len.min(self.size - at), ..extent })
     }
 
-    fn is_data(&self, layer: usize, source: Source, len: u64) -> Result<(bool, u64)> {
-        match source {
+    fn status(&self, Extent { layer, mapping, len }: Extent) -> Result<Run<BlockStatus>> {
+        match mapping {
             // A raw image has its holes in its file.
-            Source::Data(host) if self.layers[layer].image().is_raw() => {
+            Some(Mapping::Data(host)) if self.layers[layer].image().is_raw() => {
                 self.layers[layer].image().file_extent(host, HostOffset(host.0 + len))
             }
-            // What cannot be read is no hole: whoever copies must hear of it.
-            Source::Data(_) | Source::Compressed | Source::Bad => Ok((true, len)),
-            Source::Zero => Ok((false, len)),
+            Some(Mapping::Zero(_)) => Ok(Run::new(BlockStatus::Zero, len)),
+            // R2: what cannot be read is no hole, for whoever copies must hear of it.
+            Some(Mapping::Data(_) | Mapping::Compressed(_) | Mapping::Hole) | None => {
+                Ok(Run::new(BlockStatus::Data, len))
+            }
         }
     }
 
     /// The run at `at`, as `map` shows it: which layer, and whether zero, data or compressed.
     pub fn map_run(&self, at: u64, max: u64) -> Result<MapRun> {
-        let Extent { layer, source, len } = self.resolve(at, max)?;
+        let Extent { layer, mapping, len } = self.resolve(at, max)?;
         let lowest = self.layers.len() - 1;
         let mut run = MapRun {
             start: at,
@@ -245,31 +220,33 @@ impl View {
             lost: false,
             offset: None,
         };
-        match source {
-            Source::Data(host) => {
+        match mapping {
+            Some(Mapping::Data(host)) => {
                 run.offset = Some(host.0);
                 if self.layers[layer].image().is_raw() {
                     let end = HostOffset(host.0 + len);
-                    (run.data, run.len) = self.layers[layer].image().file_extent(host, end)?;
+                    let found = self.layers[layer].image().file_extent(host, end)?;
+                    (run.data, run.len) = (found.value == BlockStatus::Data, found.len);
                     run.zero = !run.data;
                 }
             }
-            Source::Compressed => run.compressed = true,
-            Source::Zero => {
+            Some(Mapping::Compressed(_)) => run.compressed = true,
+            Some(Mapping::Zero(_)) => {
                 (run.zero, run.data) = (true, false);
                 // Where a layer ends, it is the silent one above it that QEMU names.
                 if layer > 0 && run.present && at >= self.layers[layer].size() {
                     (run.depth, run.present) = (layer - 1, false);
                 }
                 // A place that is kept for zeroes, or for what a subcluster's neighbours left free.
-                if let (Mapping::Zero(Some(host)), len) = self.layers[run.depth].map(GuestOffset(at), run.len)? {
-                    (run.offset, run.len) = (Some(host.0), len);
+                let kept = self.layers[run.depth].map(GuestOffset(at), run.len)?;
+                if let Mapping::Zero(Some(host)) = kept.value {
+                    (run.offset, run.len) = (Some(host.0), kept.len);
                 }
             }
-            Source::Bad if self.layers[layer].image().is_lost() => {
+            Some(Mapping::Hole) | None if self.layers[layer].image().is_lost() => {
                 (run.present, run.data, run.lost) = (false, false, true);
             }
-            Source::Bad => {
+            Some(Mapping::Hole) | None => {
                 self.layers[layer].map(GuestOffset(at), len)?;
             }
         }
@@ -277,24 +254,13 @@ impl View {
     }
 }
 
-/// What the flattened map says of `at`: layer, source, bytes.
-fn looked_up(flat: &FlatMap, at: u64) -> Result<(usize, Source, u64)> {
-    let Flat { kind, layer, host, len } = flat.lookup(at)?;
-    let source = match kind {
-        Kind::Data => Source::Data(host),
-        Kind::Zero => Source::Zero,
-        Kind::Ask => Source::Compressed,
-    };
-    Ok((layer, source, len))
-}
-
 /// Reads a range that a layer said, when it was flattened, it has to be asked about again.
 fn read_asked(layer: &Layer, at: u64, buf: &mut [u8]) -> Result<()> {
     let mut done = 0;
     while done < buf.len() {
         let position = GuestOffset(at + done as u64);
-        let (mapping, run) = layer.map(position, (buf.len() - done) as u64)?;
-        let piece = &mut buf[done..done + run as usize];
+        let Run { value: mapping, len } = layer.map(position, (buf.len() - done) as u64)?;
+        let piece = &mut buf[done..done + len as usize];
         match mapping {
             Mapping::Compressed(stream) => {
                 let cluster = layer.image().read_compressed(stream)?;
@@ -309,7 +275,7 @@ fn read_asked(layer: &Layer, at: u64, buf: &mut [u8]) -> Result<()> {
                 return Err(Error::new(ErrorKind::Stale, fact));
             }
         }
-        done += run as usize;
+        done += len as usize;
     }
     Ok(())
 }

@@ -3,9 +3,11 @@
 //! A decoded entry is aligned, below 2^56 and free of reserved bits. Whether the place exists
 //! in the file is for whoever reads it to see.
 
+use super::bytes::be_u64;
 use super::header::Version;
 use super::malformed::Malformed;
-use crate::units::{ClusterBits, GuestOffset, HostOffset};
+use super::subcluster::SUBCLUSTERS;
+use crate::units::{ClusterBits, GuestOffset, HostOffset, Run};
 
 /// Host offsets end here; from the specification.
 pub const HOST_OFFSET_END: u64 = 1 << 56;
@@ -22,15 +24,67 @@ pub const ZERO: u64 = 1;
 pub enum Mapping {
     /// The bytes lie there.
     Data(HostOffset),
-    /// The bytes are zero; a place may be kept for them.
-    Zero {
-        /// The place kept for a later write.
-        preallocated: Option<HostOffset>,
-    },
-    /// The whole cluster lies there, compressed.
+    /// They read as zeroes, whatever lies below; a place may be preallocated for them.
+    Zero(Option<HostOffset>),
+    /// They are part of a compressed cluster.
     Compressed(Compressed),
-    /// The image is silent: the layer below speaks.
+    /// The image has nothing here: a lower layer decides. Never taken for zeroes (R1).
     Hole,
+}
+
+impl Mapping {
+    /// The mapping of the bytes `within` further on.
+    #[must_use]
+    pub fn advance(self, within: u64) -> Self {
+        match self {
+            Self::Data(host) => Self::Data(HostOffset(host.0 + within)),
+            Self::Zero(place) => Self::Zero(place.map(|host| HostOffset(host.0 + within))),
+            Self::Compressed(_) | Self::Hole => self,
+        }
+    }
+
+    /// Whether `next`, `run` bytes further on, makes one run with it.
+    pub fn continues(self, next: Self, run: u64) -> bool {
+        match (self, next) {
+            (Self::Data(host), Self::Data(next)) | (Self::Zero(Some(host)), Self::Zero(Some(next))) => {
+                host.0.checked_add(run) == Some(next.0)
+            }
+            (Self::Zero(None), Self::Zero(None)) | (Self::Hole, Self::Hole) => true,
+            _ => false,
+        }
+    }
+}
+
+/// What an L2 entry refers to in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocation {
+    /// Nothing.
+    None,
+    /// A cluster, whether its bytes are shown or not.
+    Cluster(HostOffset),
+    /// A compressed cluster.
+    Compressed(Compressed),
+}
+
+/// An L2 entry as it stands in the table.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RawL2Entry {
+    /// The first word.
+    pub entry: u64,
+    /// The second word, of extended L2 entries; else 0.
+    pub bitmap: u64,
+}
+
+impl RawL2Entry {
+    /// The entry that begins with `words`.
+    pub fn new(format: EntryFormat, words: &[u64]) -> Self {
+        Self { entry: words[0], bitmap: if format.extended { words[1] } else { 0 } }
+    }
+
+    /// The entry that these bytes are.
+    pub fn from_bytes(format: EntryFormat, bytes: &[u8]) -> Self {
+        Self { entry: be_u64(bytes, 0), bitmap: if format.extended { be_u64(bytes, 8) } else { 0 } }
+    }
 }
 
 /// A compressed cluster.
@@ -58,6 +112,25 @@ pub struct L2Entry {
     pub mapping: Mapping,
     /// The COPIED flag: accurate in active tables only.
     pub copied: bool,
+}
+
+impl L2Entry {
+    /// Where data lies that nobody else refers to: it may be overwritten in place.
+    pub fn own_data(self) -> Option<HostOffset> {
+        match self.mapping {
+            Mapping::Data(host) if self.copied => Some(host),
+            _ => None,
+        }
+    }
+}
+
+/// What offset 0 means in an entry whose COPIED flag is set, where data lies in an external file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ZeroOffset {
+    /// No place.
+    IsNone,
+    /// The first cluster of the file.
+    MayBePlace,
 }
 
 /// What decides how the entries of one image are read.
@@ -93,6 +166,31 @@ impl EntryFormat {
         Ok(L1Entry { l2, copied: entry & COPIED != 0 })
     }
 
+    /// What an L2 entry says of the byte `at` of the disk, and for how long at least: at most to the end of its cluster.
+    pub fn l2_run(self, raw: RawL2Entry, at: u64) -> Result<Run<L2Entry>, Malformed> {
+        let (within, guest) = (self.cluster.within(at), GuestOffset(self.cluster.floor(at)));
+        if !self.extended {
+            let L2Entry { mapping, copied } = self.l2(raw.entry, guest)?;
+            return Ok(Run::new(L2Entry { mapping: mapping.advance(within), copied }, self.cluster.size() - within));
+        }
+        let entry = self.l2_extended(raw.entry, raw.bitmap, guest)?;
+        let unit = self.cluster.size() / u64::from(SUBCLUSTERS);
+        let from = within / unit;
+        let (mapping, count) = entry.run(from as u32);
+        let mapping = mapping.advance(within - from * unit);
+        Ok(Run::new(L2Entry { mapping, copied: entry.copied }, (from + u64::from(count)) * unit - within))
+    }
+
+    /// Bytes of disk behind one L1 entry.
+    pub fn l1_span(self) -> u64 {
+        self.cluster.size() * self.l2_entries()
+    }
+
+    /// Words of an L2 entry.
+    pub fn l2_entry_words(self) -> u64 {
+        self.l2_entry_len() / 8
+    }
+
     /// Decodes an 8-byte L2 entry, the one for the cluster at `guest`.
     pub fn l2(self, entry: u64, guest: GuestOffset) -> Result<L2Entry, Malformed> {
         let copied = entry & COPIED != 0;
@@ -106,8 +204,9 @@ impl EntryFormat {
         if zero && self.version == Version::V2 {
             return Err(Malformed::ZeroInVersion2(entry));
         }
-        let mapping = match (self.data_place(entry, guest, !zero)?, zero) {
-            (preallocated, true) => Mapping::Zero { preallocated },
+        let zero_offset = if zero { ZeroOffset::IsNone } else { ZeroOffset::MayBePlace };
+        let mapping = match (self.data_place(entry, guest, zero_offset)?, zero) {
+            (preallocated, true) => Mapping::Zero(preallocated),
             (Some(at), false) => Mapping::Data(at),
             (None, false) => Mapping::Hole,
         };
@@ -153,10 +252,10 @@ impl EntryFormat {
         self,
         entry: u64,
         guest: GuestOffset,
-        zero_is_a_place: bool,
+        zero: ZeroOffset,
     ) -> Result<Option<HostOffset>, Malformed> {
         let place = match self.place("data cluster", entry)? {
-            None if self.data_file && zero_is_a_place && entry & COPIED != 0 => Some(HostOffset(0)),
+            None if self.data_file && zero == ZeroOffset::MayBePlace && entry & COPIED != 0 => Some(HostOffset(0)),
             place => place,
         };
         match place {
@@ -240,8 +339,8 @@ mod tests {
         assert_eq!(l2(0), Ok(Mapping::Hole));
         assert_eq!(l2(COPIED), Ok(Mapping::Hole));
         assert_eq!(l2(COPIED | 0x40000), Ok(Mapping::Data(place)));
-        assert_eq!(l2(1), Ok(Mapping::Zero { preallocated: None }));
-        assert_eq!(l2(0x40001), Ok(Mapping::Zero { preallocated: Some(place) }));
+        assert_eq!(l2(1), Ok(Mapping::Zero(None)));
+        assert_eq!(l2(0x40001), Ok(Mapping::Zero(Some(place))));
         assert!(format().l2(COPIED | 0x40000, GUEST).unwrap().copied);
     }
 
@@ -292,7 +391,7 @@ mod tests {
         assert_eq!(at(COPIED | 0x50000, 0x50000), Ok(Mapping::Data(HostOffset(0x50000))));
         assert_eq!(at(COPIED, 0x50000), Err(Malformed::DataFileOffset { host: 0, guest: 0x50000 }));
         assert_eq!(at(COPIED | 0x60000, 0x50000), Err(Malformed::DataFileOffset { host: 0x60000, guest: 0x50000 }));
-        assert_eq!(at(COPIED | 1, 0), Ok(Mapping::Zero { preallocated: None }));
+        assert_eq!(at(COPIED | 1, 0), Ok(Mapping::Zero(None)));
     }
 
     #[test]

@@ -14,7 +14,9 @@ use super::malformed::Malformed;
 use crate::units::{ClusterBits, HostOffset, SECTOR_SIZE};
 
 pub use super::extension::{BitmapsExtension, CryptoHeader, UnknownExtension};
-pub use super::parts::{BackingFile, Compression, DataFile, Encryption, RefcountTable, SnapshotTable, Table, Version};
+pub use super::parts::{
+    BackingFile, Compression, DataFile, Encryption, L1Table, RefcountTable, SnapshotTable, Version,
+};
 
 // Places of fields that are changed by themselves. Each lies, with its neighbours, in the first sector.
 /// Offset of the refcount table (8 bytes), then its clusters (4).
@@ -61,7 +63,7 @@ pub struct Header {
     /// Bytes of the guest's disk, cut down to whole sectors as QEMU does on opening.
     pub virtual_size: u64,
     /// The active L1 table. It covers at least the virtual size.
-    pub l1: Table,
+    pub l1: L1Table,
     /// The refcount table.
     pub refcount_table: RefcountTable,
     /// Refcounts are `1 << refcount_order` bits wide; 0 to 6.
@@ -199,7 +201,7 @@ impl Header {
             version,
             cluster,
             virtual_size: size - size % SECTOR_SIZE,
-            l1: Table { offset: HostOffset(be_u64(bytes, 40)), entries: be_u32(bytes, 36) },
+            l1: L1Table { offset: HostOffset(be_u64(bytes, 40)), entries: be_u32(bytes, 36) },
             refcount_table: RefcountTable { offset: HostOffset(be_u64(bytes, 48)), clusters: be_u32(bytes, 56) },
             refcount_order,
             snapshots: SnapshotTable { offset: HostOffset(be_u64(bytes, 64)), count: be_u32(bytes, 60) },

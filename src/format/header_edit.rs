@@ -25,7 +25,7 @@ pub type BackingBytes<'a> = (&'a [u8], &'a [u8]);
 
 /// What is to be changed; `None` stays as it is.
 #[derive(Clone, Debug, Default)]
-pub struct Edit<'a> {
+pub struct HeaderEdit<'a> {
     /// Another backing file, or no more.
     pub backing: Option<Option<BackingBytes<'a>>>,
     /// The payload of another freeze mark, or no more.
@@ -34,21 +34,21 @@ pub struct Edit<'a> {
 
 /// Writes of which none may be left out before the next step begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
+pub struct HeaderStep {
     /// Offset in the file, and bytes.
     pub writes: Vec<(u64, Vec<u8>)>,
 }
 
 /// The steps of an edit; `None` if the layout does not allow it. `bytes` is the whole first cluster,
 /// whose header parses.
-pub fn plan(bytes: &[u8], edit: &Edit<'_>) -> Option<Vec<Step>> {
+pub fn plan(bytes: &[u8], edit: &HeaderEdit<'_>) -> Option<Vec<HeaderStep>> {
     let wish = |names| Wish { edit, names };
     if let Some(steps) = route(bytes, &wish(Names::Stay)) {
         return Some(steps);
     }
-    let layout = Layout::of(bytes);
+    let layout = HeaderLayout::of(bytes);
     let names = layout.find(|extension| extension.magic == FEATURE_NAMES)?.data(bytes);
-    let nothing = Edit::default();
+    let nothing = HeaderEdit::default();
     let mut steps = route(bytes, &Wish { edit: &nothing, names: Names::Go })?;
     let mut now = after(bytes, &steps);
     for wish in [wish(Names::Stay), Wish { edit: &nothing, names: Names::Come(names) }] {
@@ -68,7 +68,7 @@ pub fn plan(bytes: &[u8], edit: &Edit<'_>) -> Option<Vec<Step>> {
 /// An edit, and what becomes of the names of features meanwhile.
 #[derive(Clone, Copy)]
 struct Wish<'a> {
-    edit: &'a Edit<'a>,
+    edit: &'a HeaderEdit<'a>,
     names: Names<'a>,
 }
 
@@ -80,14 +80,14 @@ enum Names<'a> {
 }
 
 /// The steps to a header, at once or by one that says the same as the old one.
-fn route(bytes: &[u8], wish: &Wish<'_>) -> Option<Vec<Step>> {
-    let old = Layout::of(bytes);
+fn route(bytes: &[u8], wish: &Wish<'_>) -> Option<Vec<HeaderStep>> {
+    let old = HeaderLayout::of(bytes);
     if let Some(steps) = direct(bytes, &old, wish) {
         return Some(steps);
     }
     for rest in detours(bytes, &old, wish) {
         if let Some(mut steps) = switch(bytes, &rest)
-            && let Some(more) = direct(&rest, &Layout::of(&rest), wish)
+            && let Some(more) = direct(&rest, &HeaderLayout::of(&rest), wish)
         {
             steps.extend(more);
             return Some(steps);
@@ -97,7 +97,7 @@ fn route(bytes: &[u8], wish: &Wish<'_>) -> Option<Vec<Step>> {
 }
 
 /// The cluster after some steps.
-fn after(bytes: &[u8], steps: &[Step]) -> Vec<u8> {
+fn after(bytes: &[u8], steps: &[HeaderStep]) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     for (at, written) in steps.iter().flat_map(|step| &step.writes) {
         bytes[*at as usize..*at as usize + written.len()].copy_from_slice(written);
@@ -130,7 +130,7 @@ impl Extension {
 
 /// Where things are in a header.
 #[derive(Debug)]
-struct Layout {
+struct HeaderLayout {
     extensions: Vec<Extension>,
     /// Where the extensions start: behind the fields.
     start: usize,
@@ -140,7 +140,7 @@ struct Layout {
     name: Range<usize>,
 }
 
-impl Layout {
+impl HeaderLayout {
     fn of(bytes: &[u8]) -> Self {
         let start = if be_u32(bytes, 4) == 2 { V2_LEN } else { be_u32(bytes, 100) as usize };
         let (offset, len) = (be_u64(bytes, BACKING_AT) as usize, be_u32(bytes, BACKING_AT + 8) as usize);
@@ -183,15 +183,15 @@ impl Layout {
 }
 
 /// The steps from one header to the other, if one write within a sector can decide between them.
-fn switch(old: &[u8], new: &[u8]) -> Option<Vec<Step>> {
+fn switch(old: &[u8], new: &[u8]) -> Option<Vec<HeaderStep>> {
     let sector = SECTOR_SIZE as usize;
     let changed: Vec<usize> = (0..old.len()).filter(|at| old[*at] != new[*at]).collect();
     let (Some(first), Some(last)) = (changed.first(), changed.last()) else { return Some(Vec::new()) };
     let write = |first: usize, last: usize| (first as u64, new[first..=last].to_vec());
     if first / sector == last / sector {
-        return Some(vec![Step { writes: vec![write(*first, *last)] }]);
+        return Some(vec![HeaderStep { writes: vec![write(*first, *last)] }]);
     }
-    let meaning = Layout::of(old).meaning(old);
+    let meaning = HeaderLayout::of(old).meaning(old);
     let decisive: Vec<usize> = changed.iter().copied().filter(|at| meaning[*at]).collect();
     let mut writes: Vec<(u64, Vec<u8>)> = Vec::new();
     for at in changed.iter().copied().filter(|at| !meaning[*at]) {
@@ -200,18 +200,18 @@ fn switch(old: &[u8], new: &[u8]) -> Option<Vec<Step>> {
             _ => writes.push(write(at, at)),
         }
     }
-    let mut steps = vec![Step { writes }];
+    let mut steps = vec![HeaderStep { writes }];
     if let (Some(first), Some(last)) = (decisive.first(), decisive.last()) {
         if first / sector != last / sector {
             return None;
         }
-        steps.push(Step { writes: vec![write(*first, *last)] });
+        steps.push(HeaderStep { writes: vec![write(*first, *last)] });
     }
     Some(steps)
 }
 
 /// The steps to the first of the wanted headers that can be reached at once.
-fn direct(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Option<Vec<Step>> {
+fn direct(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Option<Vec<HeaderStep>> {
     drafts(bytes, old, wish).iter().find_map(|draft| {
         draft
             .places(bytes, old, wish)
@@ -228,11 +228,11 @@ struct Draft {
 }
 
 /// What the header could be: written anew without gaps, or changed in place.
-fn drafts(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Vec<Draft> {
+fn drafts(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Vec<Draft> {
     [compact(bytes, old, wish), in_place(bytes, old, wish)].into_iter().flatten().collect()
 }
 
-fn compact(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Option<Draft> {
+fn compact(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Option<Draft> {
     let edit = wish.edit;
     let mut area = Vec::new();
     let (mut format, mut frozen) = (edit.backing.flatten().map(|(_, format)| format), edit.frozen.flatten());
@@ -241,9 +241,9 @@ fn compact(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Option<Draft> {
     }
     for extension in &old.extensions {
         let data = match (extension.magic, edit) {
-            (BACKING_FORMAT, Edit { backing: Some(_), .. }) => format.take(),
+            (BACKING_FORMAT, HeaderEdit { backing: Some(_), .. }) => format.take(),
             (FROZEN_MAGIC, _) if !extension.is_mark(bytes) => None,
-            (FROZEN_MAGIC, Edit { frozen: Some(_), .. }) => frozen.take(),
+            (FROZEN_MAGIC, HeaderEdit { frozen: Some(_), .. }) => frozen.take(),
             (FEATURE_NAMES, _) if matches!(wish.names, Names::Go) => None,
             _ => Some(extension.data(bytes)),
         };
@@ -264,7 +264,7 @@ fn compact(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Option<Draft> {
     Some(Draft { bytes: new, end })
 }
 
-fn in_place(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Option<Draft> {
+fn in_place(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Option<Draft> {
     let edit = wish.edit;
     let is_twice =
         |wanted: &dyn Fn(&Extension) -> bool| old.extensions.iter().filter(|found| wanted(found)).count() > 1;
@@ -319,7 +319,7 @@ fn push(area: &mut Vec<u8>, magic: u32, data: &[u8]) {
 }
 
 /// The name that the header will have; empty if none.
-fn new_name<'a>(bytes: &'a [u8], old: &Layout, wish: &Wish<'a>) -> &'a [u8] {
+fn new_name<'a>(bytes: &'a [u8], old: &HeaderLayout, wish: &Wish<'a>) -> &'a [u8] {
     match wish.edit.backing {
         None => &bytes[old.name.clone()],
         Some(None) => &[],
@@ -329,7 +329,7 @@ fn new_name<'a>(bytes: &'a [u8], old: &Layout, wish: &Wish<'a>) -> &'a [u8] {
 
 impl Draft {
     /// Where the name could be, best first.
-    fn places(&self, bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Vec<usize> {
+    fn places(&self, bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Vec<usize> {
         let name = new_name(bytes, old, wish);
         let stays = !old.name.is_empty() && name == &bytes[old.name.clone()];
         let end = bytes.len().saturating_sub(name.len());
@@ -340,7 +340,7 @@ impl Draft {
         places
     }
 
-    fn with_name(&self, bytes: &[u8], old: &Layout, wish: &Wish<'_>, place: usize) -> Option<Vec<u8>> {
+    fn with_name(&self, bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>, place: usize) -> Option<Vec<u8>> {
         named(&self.bytes, new_name(bytes, old, wish), place)
     }
 }
@@ -361,7 +361,7 @@ fn named(bytes: &[u8], name: &[u8], place: usize) -> Option<Vec<u8>> {
 }
 
 /// Headers that say the same as the old one and leave room for the new one.
-fn detours(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Vec<Vec<u8>> {
+fn detours(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Vec<Vec<u8>> {
     let mut found = Vec::new();
     // An end mark where the name was the end.
     let mut ended = bytes.to_vec();
@@ -379,7 +379,7 @@ fn detours(bytes: &[u8], old: &Layout, wish: &Wish<'_>) -> Vec<Vec<u8>> {
     }
     // Without a backing file, its format says nothing.
     if old.name.is_empty() {
-        let edit = Edit { backing: wish.edit.backing, frozen: None };
+        let edit = HeaderEdit { backing: wish.edit.backing, frozen: None };
         let draft = in_place(bytes, old, &Wish { edit: &edit, ..*wish });
         found.extend(draft.and_then(|draft| named(&draft.bytes, &[], 0)));
     }

@@ -26,7 +26,7 @@ fn image(start: Image, len: usize, extensions: &[Vec<u8>], name: &[u8]) -> Image
 }
 
 /// What of a header may differ.
-fn wanted(old: &Header, edit: &Edit<'_>) -> Header {
+fn wanted(old: &Header, edit: &HeaderEdit<'_>) -> Header {
     let mut new = old.clone();
     if let Some(backing) = edit.backing {
         new.backing = backing.map(|(name, format)| super::super::header::BackingFile {
@@ -41,7 +41,7 @@ fn wanted(old: &Header, edit: &Edit<'_>) -> Header {
 }
 
 /// Every header that a crash may leave: each sector of the writes of a step there or not.
-fn crashes(before: &[u8], step: &Step) -> Vec<Vec<u8>> {
+fn crashes(before: &[u8], step: &HeaderStep) -> Vec<Vec<u8>> {
     let mut after = before.to_vec();
     step.writes.iter().for_each(|(at, bytes)| after[*at as usize..*at as usize + bytes.len()].copy_from_slice(bytes));
     let sectors: Vec<usize> = (0..before.len() / 512)
@@ -64,7 +64,7 @@ fn nameless(header: &Header) -> Header {
 }
 
 /// Edits the header, looks at every crash on the way, and returns what it becomes; `None` if it cannot be.
-fn edited(image: &Image, edit: &Edit<'_>) -> Option<Image> {
+fn edited(image: &Image, edit: &HeaderEdit<'_>) -> Option<Image> {
     let file_len = 1 << 20;
     let old = Header::parse(&image.bytes, file_len).unwrap();
     let new = wanted(&old, edit);
@@ -136,7 +136,7 @@ fn cut_off_anywhere_a_header_is_the_old_or_the_new_one() {
     let (mut done, mut refused) = (0, Vec::new());
     for (what, image) in images() {
         for backing in &names {
-            match edited(&image, &Edit { backing: Some(*backing), frozen: None }) {
+            match edited(&image, &HeaderEdit { backing: Some(*backing), frozen: None }) {
                 Some(_) => done += 1,
                 None => refused.push((what.clone(), format!("a name of {:?}", backing.map(|(name, _)| name.len())))),
             }
@@ -144,7 +144,7 @@ fn cut_off_anywhere_a_header_is_the_old_or_the_new_one() {
         // Set, taken away and set again; each on what the last has left.
         let mut image = image;
         for payload in marks.iter().chain(&marks) {
-            match edited(&image, &Edit { backing: None, frozen: Some(payload.as_deref()) }) {
+            match edited(&image, &HeaderEdit { backing: None, frozen: Some(payload.as_deref()) }) {
                 Some(next) => {
                     image = next;
                     done += 1;
@@ -164,7 +164,7 @@ fn cut_off_anywhere_a_header_is_the_old_or_the_new_one() {
 #[test]
 fn both_at_once_is_one_change_or_none() {
     let payload = mark(10).encode();
-    let edit = Edit { backing: Some(Some((b"other", b"raw"))), frozen: Some(Some(&payload)) };
+    let edit = HeaderEdit { backing: Some(Some((b"other", b"raw"))), frozen: Some(Some(&payload)) };
     let done = images().iter().filter(|(_, image)| edited(image, &edit).is_some()).count();
     assert!(done > 100, "{done}");
 }
@@ -173,10 +173,10 @@ fn both_at_once_is_one_change_or_none() {
 fn what_is_refused_leaves_no_steps_and_what_is_so_already_needs_none() {
     let full = image(Image::v3().u32(20, 9).u64(24, 1 << 12), 512, &[], &[b'x'; 380]);
     let payload = mark(10).encode();
-    assert_eq!(plan(&full.bytes, &Edit { frozen: Some(Some(&payload)), ..Edit::default() }), None);
+    assert_eq!(plan(&full.bytes, &HeaderEdit { frozen: Some(Some(&payload)), ..HeaderEdit::default() }), None);
     let same: BackingBytes<'_> = (b"base", b"raw");
     let tidy = image(Image::v3(), 65_536, &[extension(BACKING_FORMAT, b"raw")], b"base");
-    assert_eq!(plan(&tidy.bytes, &Edit { backing: Some(Some(same)), frozen: None }), Some(Vec::new()));
+    assert_eq!(plan(&tidy.bytes, &HeaderEdit { backing: Some(Some(same)), frozen: None }), Some(Vec::new()));
 }
 
 #[test]
@@ -184,9 +184,9 @@ fn a_header_whose_extensions_end_with_the_name_gets_an_end_mark() {
     let area = [extension(BACKING_FORMAT, b"raw"), extension(UNKNOWN, b"12345678")].concat();
     let tight = Image::v3().at(112, &area).backing(112 + area.len(), b"base.raw and more");
     for edit in [
-        Edit { backing: Some(None), frozen: None },
-        Edit { backing: Some(Some((b"other", b"qcow2"))), frozen: None },
-        Edit { backing: None, frozen: Some(Some(&mark(3).encode())) },
+        HeaderEdit { backing: Some(None), frozen: None },
+        HeaderEdit { backing: Some(Some((b"other", b"qcow2"))), frozen: None },
+        HeaderEdit { backing: None, frozen: Some(Some(&mark(3).encode())) },
     ] {
         edited(&tight, &edit).unwrap();
     }

@@ -23,7 +23,7 @@ fn crypto(offset: u64, len: u64) -> Vec<u8> {
 fn a_plain_header_says_what_stands_in_it() {
     let header = Image::v3().u32(60, 2).u64(64, 0x20000).parse().unwrap();
     assert_eq!((header.version, header.cluster.bits(), header.virtual_size), (Version::V3, 16, 1 << 30));
-    assert_eq!(header.l1, Table { offset: HostOffset(0x30000), entries: 2 });
+    assert_eq!(header.l1, L1Table { offset: HostOffset(0x30000), entries: 2 });
     assert_eq!(header.refcount_table, RefcountTable { offset: HostOffset(0x10000), clusters: 1 });
     assert_eq!(header.snapshots, SnapshotTable { offset: HostOffset(0x20000), count: 2 });
     assert_eq!((header.refcount_order, header.header_len), (4, 112));

@@ -23,9 +23,9 @@ pub mod subcluster;
 #[cfg(test)]
 mod testing;
 
-pub use entry::{Compressed, EntryFormat, L1Entry, L2Entry, Mapping};
+pub use entry::{Allocation, Compressed, EntryFormat, L1Entry, L2Entry, Mapping, RawL2Entry};
 pub use frozen::Frozen;
-pub use header::{Header, Table, Version};
+pub use header::{Header, L1Table, Version};
 pub use malformed::Malformed;
 pub use parts::Compression;
 pub use snapshot::{Snapshot, SnapshotParser};

@@ -11,16 +11,16 @@ pub enum Version {
     V3,
 }
 
-/// A table of 8-byte entries.
+/// An L1 table: where it lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Table {
+pub struct L1Table {
     /// Its place, cluster aligned.
     pub offset: HostOffset,
     /// Its entries.
     pub entries: u32,
 }
 
-impl Table {
+impl L1Table {
     /// Its bytes.
     pub fn len_bytes(self) -> u64 {
         u64::from(self.entries) * 8

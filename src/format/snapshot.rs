@@ -5,7 +5,7 @@
 //! (what it does not cover is a hole) and lies where its entry says, in the file or not.
 
 use super::bytes::{be_u16, be_u32, be_u64};
-use super::header::{Header, SnapshotTable, Table, Version, at_most, check_table};
+use super::header::{Header, L1Table, SnapshotTable, Version, at_most, check_table};
 use super::malformed::Malformed;
 use crate::units::{ClusterBits, GuestOffset, HostOffset, SECTOR_SIZE};
 
@@ -31,7 +31,7 @@ pub struct Snapshot {
     /// Its name: may repeat.
     pub name: Vec<u8>,
     /// Its L1 table.
-    pub l1: Table,
+    pub l1: L1Table,
     /// When it was taken, in seconds since 1970.
     pub seconds: u32,
     /// And nanoseconds, as found.
@@ -262,7 +262,7 @@ pub fn next_id(snapshots: &[Snapshot]) -> Option<u64> {
 }
 
 /// What [`SnapshotParser::for_check`] leaves out.
-pub fn check_l1(l1: Table, cluster: ClusterBits) -> Result<(), Malformed> {
+pub fn check_l1(l1: L1Table, cluster: ClusterBits) -> Result<(), Malformed> {
     at_most("length of a snapshot's L1 table", l1.len_bytes(), MAX_L1_LEN)?;
     check_table("L1 table of a snapshot", l1.offset, l1.len_bytes(), cluster)
 }
@@ -279,7 +279,7 @@ fn parse_entry(bytes: &[u8], rules: Rules) -> Result<Option<(Snapshot, usize)>, 
     }
     let extra_len = be_u32(bytes, 36);
     at_most("length of a snapshot's extra data", extra_len.into(), MAX_EXTRA_LEN)?;
-    let l1 = Table { offset: HostOffset(be_u64(bytes, 0)), entries: be_u32(bytes, 8) };
+    let l1 = L1Table { offset: HostOffset(be_u64(bytes, 0)), entries: be_u32(bytes, 8) };
     let id_at = FIXED_LEN + extra_len as usize;
     let name_at = id_at + usize::from(be_u16(bytes, 12));
     let end = name_at + usize::from(be_u16(bytes, 14));
@@ -360,7 +360,7 @@ mod tests {
         let expected = Snapshot {
             id: b"1".to_vec(),
             name: b"monday".to_vec(),
-            l1: Table { offset: HostOffset(0x50000), entries: 2 },
+            l1: L1Table { offset: HostOffset(0x50000), entries: 2 },
             seconds: 1_700_000_000,
             nanoseconds: 5,
             vm_clock_nanoseconds: 77,
@@ -482,7 +482,7 @@ mod tests {
         let new = Snapshot {
             id: b"8".to_vec(),
             name: b"new one".to_vec(),
-            l1: Table { offset: HostOffset(0x70000), entries: 3 },
+            l1: L1Table { offset: HostOffset(0x70000), entries: 3 },
             seconds: 1_700_000_001,
             nanoseconds: 999,
             vm_clock_nanoseconds: 0,

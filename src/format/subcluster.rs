@@ -1,6 +1,6 @@
 //! Extended L2 entries: one cluster in 32 subclusters, each with an answer of its own.
 
-use super::entry::{Compressed, EntryFormat, Mapping};
+use super::entry::{Allocation, Compressed, EntryFormat, Mapping, ZeroOffset};
 use super::malformed::Malformed;
 use crate::units::{GuestOffset, HostOffset};
 
@@ -11,19 +11,12 @@ pub const SUBCLUSTERS: u32 = 32;
 /// allocated without a host cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SubclusterEntry {
-    place: Place,
+    allocation: Allocation,
     allocated: u32,
     zero: u32,
     subcluster_len: u64,
     /// The COPIED flag: accurate in active tables only.
     pub copied: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    None,
-    At(HostOffset),
-    Compressed(Compressed),
 }
 
 impl EntryFormat {
@@ -35,8 +28,8 @@ impl EntryFormat {
             if bitmap != 0 {
                 return Err(Malformed::CompressedSubclusters(bitmap));
             }
-            let place = Place::Compressed(self.compressed(entry)?);
-            return Ok(SubclusterEntry { place, allocated, zero, subcluster_len, copied });
+            let allocation = Allocation::Compressed(self.compressed(entry)?);
+            return Ok(SubclusterEntry { allocation, allocated, zero, subcluster_len, copied });
         }
         if Self::reserved(entry) {
             return Err(Malformed::Reserved { what: "L2 entry", found: entry });
@@ -44,12 +37,12 @@ impl EntryFormat {
         if allocated & zero != 0 {
             return Err(Malformed::SubclusterTwice(allocated & zero));
         }
-        let place = match self.data_place(entry, guest, true)? {
-            Some(at) => Place::At(at),
+        let allocation = match self.data_place(entry, guest, ZeroOffset::MayBePlace)? {
+            Some(at) => Allocation::Cluster(at),
             None if allocated != 0 => return Err(Malformed::SubclusterWithoutCluster(allocated)),
-            None => Place::None,
+            None => Allocation::None,
         };
-        Ok(SubclusterEntry { place, allocated, zero, subcluster_len, copied })
+        Ok(SubclusterEntry { allocation, allocated, zero, subcluster_len, copied })
     }
 }
 
@@ -60,13 +53,13 @@ impl SubclusterEntry {
     /// If there is no such subcluster.
     pub fn mapping(&self, subcluster: u32) -> Mapping {
         assert!(subcluster < SUBCLUSTERS);
-        let host = match self.place {
-            Place::Compressed(compressed) => return Mapping::Compressed(compressed),
-            Place::At(at) => Some(HostOffset(at.0 + u64::from(subcluster) * self.subcluster_len)),
-            Place::None => None,
+        let host = match self.allocation {
+            Allocation::Compressed(compressed) => return Mapping::Compressed(compressed),
+            Allocation::Cluster(at) => Some(HostOffset(at.0 + u64::from(subcluster) * self.subcluster_len)),
+            Allocation::None => None,
         };
         match host {
-            _ if self.zero >> subcluster & 1 == 1 => Mapping::Zero { preallocated: host },
+            _ if self.zero >> subcluster & 1 == 1 => Mapping::Zero(host),
             Some(at) if self.allocated >> subcluster & 1 == 1 => Mapping::Data(at),
             _ => Mapping::Hole,
         }
@@ -82,7 +75,7 @@ impl SubclusterEntry {
         let alike = match mapping {
             Mapping::Compressed(_) => u32::MAX,
             Mapping::Data(_) => self.allocated,
-            Mapping::Zero { .. } => self.zero,
+            Mapping::Zero(_) => self.zero,
             Mapping::Hole => !(self.allocated | self.zero),
         };
         let run = (alike >> from).trailing_ones().min(SUBCLUSTERS - from);
@@ -92,9 +85,9 @@ impl SubclusterEntry {
 
     /// The compressed cluster, if it is one.
     pub fn compressed(&self) -> Option<Compressed> {
-        match self.place {
-            Place::Compressed(compressed) => Some(compressed),
-            Place::None | Place::At(_) => None,
+        match self.allocation {
+            Allocation::Compressed(compressed) => Some(compressed),
+            Allocation::None | Allocation::Cluster(_) => None,
         }
     }
 
@@ -116,9 +109,9 @@ impl SubclusterEntry {
 
     /// The host cluster, whether any subcluster uses it or not.
     pub fn host_cluster(&self) -> Option<HostOffset> {
-        match self.place {
-            Place::At(at) => Some(at),
-            Place::None | Place::Compressed(_) => None,
+        match self.allocation {
+            Allocation::Cluster(at) => Some(at),
+            Allocation::None | Allocation::Compressed(_) => None,
         }
     }
 }
@@ -145,7 +138,7 @@ mod tests {
         let entry = decode(COPIED | 0x40000, 0b0100, 0b0011).unwrap();
         assert_eq!(entry.run(0), (Mapping::Data(HostOffset(0x40000)), 2));
         assert_eq!(entry.run(1), (Mapping::Data(HostOffset(0x40800)), 1));
-        assert_eq!(entry.run(2), (Mapping::Zero { preallocated: Some(HostOffset(0x41000)) }, 1));
+        assert_eq!(entry.run(2), (Mapping::Zero(Some(HostOffset(0x41000))), 1));
         assert_eq!(entry.run(3), (Mapping::Hole, 29));
         assert_eq!(entry.run(31), (Mapping::Hole, 1));
         assert!(entry.copied);
@@ -156,7 +149,7 @@ mod tests {
         let data = decode(0x40000, 0, u32::MAX).unwrap();
         assert_eq!(data.run(0), (Mapping::Data(HostOffset(0x40000)), 32));
         assert_eq!(data.run(31), (Mapping::Data(HostOffset(0x4f800)), 1));
-        assert_eq!(decode(0, u32::MAX, 0).unwrap().run(5), (Mapping::Zero { preallocated: None }, 27));
+        assert_eq!(decode(0, u32::MAX, 0).unwrap().run(5), (Mapping::Zero(None), 27));
         assert_eq!(decode(0, 0, 0).unwrap().run(0), (Mapping::Hole, 32));
     }
 

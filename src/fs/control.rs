@@ -5,7 +5,7 @@
 
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use lru::LruCache;
 use parking_lot::{Condvar, Mutex};
@@ -60,28 +60,30 @@ impl ControlScope {
         }
     }
 
-    /// The control files that there are, with their names.
+    /// The control files that there are, with their names, sorted by these.
     pub fn files(&self) -> &'static [(ControlFile, &'static str)] {
+        type Files = Vec<(ControlFile, &'static str)>;
+        static OF_STORE: LazyLock<Files> = LazyLock::new(|| {
+            let verbs = Verb::ALL.into_iter().filter(|verb| verb.is_for_store());
+            sorted(verbs, [(ControlFile::Plan, "plan"), (ControlFile::Status, "status")])
+        });
+        static OF_CHAIN: LazyLock<Files> = LazyLock::new(|| {
+            let others =
+                [(ControlFile::Plan, "plan"), (ControlFile::Status, "status"), (ControlFile::Progress, "progress")];
+            sorted(Verb::ALL, others)
+        });
+        fn sorted(
+            verbs: impl IntoIterator<Item = Verb>,
+            others: impl IntoIterator<Item = (ControlFile, &'static str)>,
+        ) -> Files {
+            let verbs = verbs.into_iter().map(|verb| (ControlFile::Verb(verb), verb.name()));
+            let mut files: Files = verbs.chain(others).collect();
+            files.sort_unstable_by_key(|(_, name)| *name);
+            files
+        }
         match self {
-            ControlScope::Store => &[
-                (ControlFile::Plan, "plan"),
-                (ControlFile::Verb(Verb::Snapshot), "snapshot"),
-                (ControlFile::Status, "status"),
-            ],
-            ControlScope::Chain(_) => &[
-                (ControlFile::Verb(Verb::Cancel), "cancel"),
-                (ControlFile::Verb(Verb::Clone), "clone"),
-                (ControlFile::Verb(Verb::Commit), "commit"),
-                (ControlFile::Verb(Verb::Delete), "delete"),
-                (ControlFile::Plan, "plan"),
-                (ControlFile::Progress, "progress"),
-                (ControlFile::Verb(Verb::Pull), "pull"),
-                (ControlFile::Verb(Verb::Rebase), "rebase"),
-                (ControlFile::Verb(Verb::Resize), "resize"),
-                (ControlFile::Verb(Verb::Revert), "revert"),
-                (ControlFile::Verb(Verb::Snapshot), "snapshot"),
-                (ControlFile::Status, "status"),
-            ],
+            ControlScope::Store => &OF_STORE,
+            ControlScope::Chain(_) => &OF_CHAIN,
         }
     }
 

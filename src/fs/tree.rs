@@ -22,6 +22,7 @@ use crate::store::{
     Access, ActiveAttributes, ActiveHandle, Catalog, ImageEntry, ImageIndex, OpenDisk, Store, TrashItem, ViewId,
     ViewIdentity, stale,
 };
+use crate::units::{BlockStatus, Run};
 
 use super::access::{Caller, Rights, Viewer};
 use super::attributes::{Attributes, Ownership, frozen, modified, taken};
@@ -353,7 +354,7 @@ impl MountTree {
                 .store
                 .file(&image.place, &image.stat, false)
                 .extent(0, size)
-                .is_ok_and(|found| found == (false, size))
+                .is_ok_and(|found| found == Run::new(BlockStatus::Zero, size))
     }
 
     /// Opens a file; directories by [`MountTree::open_directory`]. The number is for [`MountTree::read`].

@@ -128,7 +128,7 @@ fn write_image(file: &File, image: &[u8]) -> io::Result<()> {
 
 /// The bytes of a fresh image: header, refcount table, refcount blocks, empty L1 table.
 pub fn initial_image(options: &CreateOptions) -> Result<Vec<u8>> {
-    let plan = Plan::new(options)?;
+    let plan = ImageLayout::new(options)?;
     let first_cluster = plan.first_cluster(options)?;
     let cluster_len = plan.cluster.size() as usize;
     let mut image = vec![0; plan.clusters() as usize * cluster_len];
@@ -150,7 +150,7 @@ pub fn initial_image(options: &CreateOptions) -> Result<Vec<u8>> {
 
 /// How the clusters of a fresh image are used, in this order: the header, the refcount table,
 /// its blocks, the L1 table.
-struct Plan {
+struct ImageLayout {
     cluster: ClusterBits,
     extended_l2: bool,
     size: u64,
@@ -159,7 +159,7 @@ struct Plan {
     l1_entries: u64,
 }
 
-impl Plan {
+impl ImageLayout {
     fn new(options: &CreateOptions) -> Result<Self> {
         let bits = options.cluster_bits;
         let Some(cluster) = ClusterBits::new(bits) else {

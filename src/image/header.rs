@@ -4,7 +4,7 @@
 //! written, with a sync behind each step.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::header_edit::{Edit, Step, plan};
+use crate::format::header_edit::{HeaderEdit, HeaderStep, plan};
 use crate::format::{Frozen, Header};
 use crate::image::create::NewBacking;
 use crate::image::write::refcounts_damaged;
@@ -35,7 +35,7 @@ pub fn check_header_change<S: Storage + ?Sized>(name: &str, file: &S, change: &H
 }
 
 /// Does what [`steps`] has found.
-pub(super) fn apply(file: &dyn WriteStorage, steps: &[Step]) -> Result<()> {
+pub(super) fn apply(file: &dyn WriteStorage, steps: &[HeaderStep]) -> Result<()> {
     for step in steps {
         for (at, bytes) in &step.writes {
             file.write_at(*at, bytes)?;
@@ -46,7 +46,7 @@ pub(super) fn apply(file: &dyn WriteStorage, steps: &[Step]) -> Result<()> {
 }
 
 /// What has to be done, in this order; nothing is written.
-pub(super) fn steps<S: Storage + ?Sized>(name: &str, file: &S, change: &HeaderChange) -> Result<Vec<Step>> {
+pub(super) fn steps<S: Storage + ?Sized>(name: &str, file: &S, change: &HeaderChange) -> Result<Vec<HeaderStep>> {
     let (old, file_len) = read_header_with(name, file, Header::parse)?;
     if let Some(sentence) = unreadable(&old) {
         return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {sentence}")));
@@ -67,7 +67,7 @@ pub(super) fn steps<S: Storage + ?Sized>(name: &str, file: &S, change: &HeaderCh
         Some(Some(backing)) => Some(Some((backing.guarded_name()?, backing.checked_format()?))),
     };
     let payload = change.frozen.as_ref().map(|frozen| frozen.as_ref().map(Frozen::encode));
-    let edit = Edit {
+    let edit = HeaderEdit {
         backing: backing.as_ref().map(|backing| backing.as_ref().map(|(name, format)| (name.as_slice(), *format))),
         frozen: payload.as_ref().map(Option::as_deref),
     };

@@ -6,6 +6,7 @@
 mod bitmaps;
 pub mod check;
 pub mod create;
+mod cursor;
 mod header;
 mod layer;
 mod snapshots;
@@ -17,15 +18,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
+pub use crate::format::Mapping;
 use crate::format::compressed::decompress;
 use crate::format::header::{Encryption, PROBE_LEN, needed_len};
 use crate::format::{Compressed, Header, Malformed};
 use crate::io::Storage;
-use crate::units::{HostOffset, round_up_to_sector};
+use crate::units::{BlockStatus, HostOffset, Run, round_up_to_sector};
 
 pub(crate) use bitmaps::read_bitmaps;
 pub use header::{HeaderChange, change_header, check_header_change};
-pub use layer::{Layer, Mapping};
+pub use layer::Layer;
 pub(crate) use snapshots::{read_snapshots, read_snapshots_there_are, read_snapshots_with};
 
 /// Caches shared by all images of a store, keyed by image.
@@ -55,7 +57,7 @@ impl Caches {
 
 /// What kind of image it is.
 #[derive(Debug)]
-enum Body {
+enum ImageBody {
     Raw,
     Qcow2(Arc<Header>),
     /// It is not there, for this reason: all that is asked of it is an error.
@@ -73,7 +75,7 @@ pub struct Image {
     /// Bytes of the file that holds guest data, as of opening; `None` if a guest may make it grow. A job
     /// of ours that fills the image may, too: there is never less.
     data_len: Option<u64>,
-    body: Body,
+    body: ImageBody,
     caches: Arc<Caches>,
 }
 
@@ -98,7 +100,7 @@ impl Image {
             file,
             data_file: None,
             data_len,
-            body: Body::Raw,
+            body: ImageBody::Raw,
             caches: Arc::clone(caches),
         }))
     }
@@ -111,14 +113,14 @@ impl Image {
             file: Arc::new(Vec::new()),
             data_file: None,
             data_len: Some(0),
-            body: Body::Lost(sentence.to_owned()),
+            body: ImageBody::Lost(sentence.to_owned()),
             caches: Arc::clone(caches),
         })
     }
 
     /// Whether it only stands for one that is lost.
     pub fn is_lost(&self) -> bool {
-        matches!(self.body, Body::Lost(_))
+        matches!(self.body, ImageBody::Lost(_))
     }
 
     /// A qcow2 image whose header has been parsed. `Unsupported` if its content cannot be read,
@@ -144,7 +146,7 @@ impl Image {
             file,
             data_file,
             data_len,
-            body: Body::Qcow2(header),
+            body: ImageBody::Qcow2(header),
             caches: Arc::clone(caches),
         }))
     }
@@ -162,18 +164,18 @@ impl Image {
     /// Its header; `None` for a raw image.
     pub fn header(&self) -> Option<&Arc<Header>> {
         match &self.body {
-            Body::Raw | Body::Lost(_) => None,
-            Body::Qcow2(header) => Some(header),
+            ImageBody::Raw | ImageBody::Lost(_) => None,
+            ImageBody::Qcow2(header) => Some(header),
         }
     }
 
     /// Bytes of the guest's disk.
     pub fn virtual_size(&self) -> Result<u64> {
         match &self.body {
-            Body::Raw => Ok(round_up_to_sector(self.data_end()?)),
-            Body::Qcow2(header) => Ok(header.virtual_size),
+            ImageBody::Raw => Ok(round_up_to_sector(self.data_end()?)),
+            ImageBody::Qcow2(header) => Ok(header.virtual_size),
             // Longer than any disk above it: beyond its end it would be known to be zero.
-            Body::Lost(_) => Ok(u64::MAX),
+            ImageBody::Lost(_) => Ok(u64::MAX),
         }
     }
 
@@ -184,7 +186,7 @@ impl Image {
 
     /// Whether guest data lies at the same offset in the data file, so that the file may stand for the disk.
     pub fn is_raw(&self) -> bool {
-        matches!(self.body, Body::Raw)
+        matches!(self.body, ImageBody::Raw)
     }
 
     fn data_end(&self) -> Result<u64> {
@@ -216,7 +218,7 @@ impl Image {
 
     /// The bytes of a compressed cluster.
     pub fn read_compressed(&self, stream: Compressed) -> Result<Arc<[u8]>> {
-        let Body::Qcow2(header) = &self.body else { unreachable!("a raw image has no compressed clusters") };
+        let ImageBody::Qcow2(header) = &self.body else { unreachable!("a raw image has no compressed clusters") };
         let key = (self.serial, stream.at.0);
         // A damaged entry may name the stream of another and too little of it: that fails each time.
         if let Some((enough, cluster)) = self.caches.clusters.get(&key)
@@ -238,10 +240,10 @@ impl Image {
     /// The first run of the data file's `[at, end)` that is all data or all hole, and its length: a raw image has its
     /// holes there, and clusters that were only preallocated are holes as well, which read as zeroes.
     /// Of a file that was cut short everything is data: whoever copies must read, and hear of it.
-    pub fn file_extent(&self, at: HostOffset, end: HostOffset) -> Result<(bool, u64)> {
-        let (is_data, len) = self.data().extent(at.0, end.0)?;
-        let is_cut = !is_data && self.data().len()? < self.data_len.unwrap_or(0);
-        Ok(if is_cut { (true, end.0 - at.0) } else { (is_data, len) })
+    pub fn file_extent(&self, at: HostOffset, end: HostOffset) -> Result<Run<BlockStatus>> {
+        let run = self.data().extent(at.0, end.0)?;
+        let is_cut = run.value == BlockStatus::Zero && self.data().len()? < self.data_len.unwrap_or(0);
+        Ok(if is_cut { Run::new(BlockStatus::Data, end.0 - at.0) } else { run })
     }
 
     fn corrupt(&self, reason: &str) -> Error {

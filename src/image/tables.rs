@@ -9,14 +9,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::units::HostOffset;
 
 use super::Image;
-
-/// Bytes of a slice; tables of smaller clusters are one slice each.
-const SLICE_LEN: u64 = 4096;
+use super::cursor::{SLICE_LEN, words_of};
 
 impl Image {
-    /// The slice of a table that holds the entry `index`: 8-byte big-endian words, decoded, and
-    /// the index of its first word. `table_len` is the whole table's length in bytes.
-    pub(super) fn slice(&self, table: HostOffset, table_len: u64, index: u64) -> Result<(Arc<[u64]>, u64)> {
+    /// The slice of a table that holds the word `index`, and the place of that word in it. `table_len` is the whole
+    /// table's length in bytes.
+    pub(super) fn slice(&self, table: HostOffset, table_len: u64, index: u64) -> Result<(Arc<[u64]>, usize)> {
         let from = index * 8 / SLICE_LEN * SLICE_LEN;
         assert!(from < table_len, "an index beyond its table");
         let at = table.0 + from;
@@ -24,7 +22,7 @@ impl Image {
         // With its length: tables of a bad image may lie on each other, and one may end sooner.
         let key = (self.serial, at, len);
         if let Some(words) = self.caches.tables.get(&key) {
-            return Ok((words, from / 8));
+            return Ok((words, (index - from / 8) as usize));
         }
         let mut bytes = [0; SLICE_LEN as usize];
         let bytes = &mut bytes[..len as usize];
@@ -37,8 +35,8 @@ impl Image {
                 ),
             ));
         }
-        let words: Arc<[u64]> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
+        let words = words_of(bytes);
         self.caches.tables.put(key, Arc::clone(&words), bytes.len() + 64);
-        Ok((words, from / 8))
+        Ok((words, (index - from / 8) as usize))
     }
 }

@@ -16,6 +16,7 @@ use rustix::fs::{self, FileType, SeekFrom};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::units::{BlockStatus, Run};
 
 use super::beneath::Root;
 use super::descriptors::{DescriptorReservation, Descriptors, Pin, Reclaimable};
@@ -526,7 +527,7 @@ impl Storage for StoreFile {
         Ok(self.stat()?.signature.size)
     }
 
-    fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
+    fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {
         Ok(extent(&*self.descriptor()?, at, end))
     }
 
@@ -555,16 +556,18 @@ pub fn read_full(file: impl AsFd, at: u64, buf: &mut [u8]) -> rustix::io::Result
 }
 
 /// What the file system says of `[at, end)`: see [`Storage::extent`].
-pub(super) fn extent(file: &OwnedFd, at: u64, end: u64) -> (bool, u64) {
+pub(super) fn extent(file: &OwnedFd, at: u64, end: u64) -> Run<BlockStatus> {
+    let (data, hole) =
+        (|end: u64| Run::new(BlockStatus::Data, end - at), |end: u64| Run::new(BlockStatus::Zero, end - at));
     // The descriptor's own position moves, which no reader looks at.
     match fs::seek(file, SeekFrom::Data(at)) {
-        Ok(data) if data > at => (false, data.min(end) - at),
+        Ok(next) if next > at => hole(next.min(end)),
         Ok(_) => match fs::seek(file, SeekFrom::Hole(at)) {
-            Ok(hole) if hole > at => (true, hole.min(end) - at),
-            _ => (true, end - at),
+            Ok(next) if next > at => data(next.min(end)),
+            _ => data(end),
         },
-        Err(Errno::NXIO) => (false, end - at), // no data up to the end of the file
-        Err(_) => (true, end - at),
+        Err(Errno::NXIO) => hole(end), // no data up to the end of the file
+        Err(_) => data(end),
     }
 }
 

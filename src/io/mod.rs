@@ -36,6 +36,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::units::{BlockStatus, Run};
 
 #[expect(clippy::len_without_is_empty, reason = "an empty image file is nothing to ask for")]
 /// The bytes of one image file (or external data file), by position.
@@ -47,10 +48,9 @@ pub trait Storage: Send + Sync {
     /// Bytes of the file now.
     fn len(&self) -> Result<u64>;
 
-    /// The first run of `[at, end)` that is all data (`true`) or all hole (`false`), and its
-    /// length, at least 1. Where holes cannot be told, everything is data.
-    fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
-        Ok((true, end - at))
+    /// The first run of `[at, end)` that is all data or all hole. Where holes cannot be told, everything is data.
+    fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {
+        Ok(Run::new(BlockStatus::Data, end - at))
     }
 
     /// As [`Storage::read_at`], of tables that this process may be writing (with

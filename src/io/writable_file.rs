@@ -13,6 +13,7 @@ use rustix::fs::{self, FallocateFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::units::{BlockStatus, Run};
 
 use super::descriptors::DescriptorReservation;
 use super::file::{FileStat, extent, read_full};
@@ -73,7 +74,7 @@ impl Storage for WritableFile {
         Ok(FileStat::of(&self.file)?.signature.size)
     }
 
-    fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
+    fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {
         Ok(extent(&self.file, at, end))
     }
 

@@ -12,14 +12,68 @@ use crate::io::directory_of;
 use crate::store::{ACTIVE, Format, Store, shown};
 
 use super::branch::{BranchJob, CopySource, ImagePurpose};
+use super::check::{check_new_name, check_view};
+use super::command::Command;
 use super::context::Context;
 use super::job::Begun;
+use super::job_table::ChainLocks;
 use super::locked::TouchedImages;
 use super::lookup;
 use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
-use super::request::CloneRequest;
 use super::scanned_store::{ScannedChain, ScannedStore, beside};
+use super::tokenize::quote;
+use super::words::{LineBuilder, ParsedWords, VerbSpec};
+
+/// The words of `clone`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CloneRequest {
+    /// What the new chain is to be called.
+    pub name: Vec<u8>,
+    /// The snapshot that it stands on, as a view's name; none: what the active layer stands on.
+    pub from: Option<Vec<u8>>,
+}
+
+/// The verb.
+pub(super) const SPEC: VerbSpec = VerbSpec {
+    name: "clone",
+    usage: "\
+clone NAME [from=VIEW]
+
+Makes a new chain NAME that stands on a snapshot and shows what it does.
+  from=VIEW   the snapshot, or an internal one (what the active disk stands on)
+",
+    positional: Some("NAME"),
+    keys: &["from"],
+    flags: &[],
+    is_for_store: false,
+};
+
+impl Command for CloneRequest {
+    fn parse(words: &mut ParsedWords) -> Result<Self> {
+        Ok(Self { name: words.positional()?, from: words.value("from") })
+    }
+
+    fn print(&self, line: &mut LineBuilder) {
+        let Self { name, from } = self;
+        line.word(&quote(name));
+        line.value("from", from.as_deref());
+    }
+
+    fn check(&self) -> Result<()> {
+        check_new_name(&SPEC, &self.name)?;
+        check_view("from=", self.from.as_deref())
+    }
+
+    fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        let (plan, clone) = plan(context, world, chain, self)?;
+        Ok((plan, clone.touched(world)))
+    }
+
+    fn begin(&self, context: &Context, chain: &Path, command: &str, _: &mut ChainLocks) -> Result<Begun> {
+        begin(context, chain, self, command)
+    }
+}
 
 /// What a clone comes to.
 pub(super) struct PlannedClone {

@@ -5,11 +5,12 @@
 
 use std::sync::Arc;
 
-use crate::chain::{Source as Place, View};
+use crate::chain::View;
 use crate::error::Result;
-use crate::image::write::{Located, Writer, Zeroing};
+use crate::image::Mapping;
+use crate::image::write::{Writer, Zeroing};
 use crate::io::Storage;
-use crate::units::HostOffset;
+use crate::units::{BlockStatus, HostOffset, Run};
 
 /// Bytes of the disk that are looked at in one piece, at most.
 pub(super) const PIECE: u64 = 8 << 20;
@@ -44,39 +45,38 @@ impl CommitSegment {
         }
     }
 
-    fn find(&self, at: u64, max: u64) -> Result<(SegmentMapping, u64)> {
+    fn find(&self, at: u64, max: u64) -> Result<Run<SegmentMapping>> {
         let mut max = max;
         if let Some(writer) = &self.live {
-            let (located, run) = writer.locate(at, max)?;
-            match located {
-                Located::Data(host) => return Ok((SegmentMapping::In(writer.data_storage(), host), run)),
-                Located::Zero => return Ok((SegmentMapping::Zero, run)),
-                Located::Compressed => return Ok((SegmentMapping::Read, run)),
-                Located::Below => max = run,
+            let run = writer.map(at, max)?;
+            match run.value {
+                Mapping::Data(host) => return Ok(run.map(|_| SegmentMapping::In(writer.data_storage(), host.0))),
+                Mapping::Zero(_) => return Ok(run.map(|_| SegmentMapping::Zero)),
+                Mapping::Compressed(_) => return Ok(run.map(|_| SegmentMapping::Read)),
+                Mapping::Hole => max = run.len,
             }
         }
-        let Some(view) = &self.frozen else { return Ok((SegmentMapping::Silent, max)) };
+        let Some(view) = &self.frozen else { return Ok(Run::new(SegmentMapping::Silent, max)) };
         if at >= view.size() {
             // A shorter layer reads as zeroes from its end on, whatever lies below it.
-            return Ok((SegmentMapping::Zero, max));
+            return Ok(Run::new(SegmentMapping::Zero, max));
         }
         let extent = view.resolve(at, max.min(view.size() - at))?;
-        let Some(layer) = view.layers().get(extent.layer) else { return Ok((SegmentMapping::Silent, extent.len)) };
-        let found = match extent.source {
-            Place::Zero => SegmentMapping::Zero,
-            Place::Data(host) => {
-                // What the file has no blocks for reads as zeroes, and costs no space where it goes.
-                let (is_data, run) = layer.image().file_extent(host, HostOffset(host.0 + extent.len))?;
-                let found = if is_data {
-                    SegmentMapping::In(Arc::clone(layer.image().data()), host.0)
-                } else {
-                    SegmentMapping::Zero
-                };
-                return Ok((found, run));
-            }
-            Place::Compressed | Place::Bad => SegmentMapping::Read,
+        let Some(layer) = view.layers().get(extent.layer) else {
+            return Ok(Run::new(SegmentMapping::Silent, extent.len));
         };
-        Ok((found, extent.len))
+        match extent.mapping {
+            Some(Mapping::Zero(_)) => Ok(Run::new(SegmentMapping::Zero, extent.len)),
+            Some(Mapping::Data(host)) => {
+                // What the file has no blocks for reads as zeroes, and costs no space where it goes.
+                let run = layer.image().file_extent(host, HostOffset(host.0 + extent.len))?;
+                Ok(run.map(|status| match status {
+                    BlockStatus::Data => SegmentMapping::In(Arc::clone(layer.image().data()), host.0),
+                    BlockStatus::Zero => SegmentMapping::Zero,
+                }))
+            }
+            Some(Mapping::Compressed(_) | Mapping::Hole) | None => Ok(Run::new(SegmentMapping::Read, extent.len)),
+        }
     }
 
     /// Moves what the segment holds of `[at, at + len)` into `target`; returns how many bytes of data that were.
@@ -84,7 +84,7 @@ impl CommitSegment {
         let (mut at, end) = (at, (at + len).min(self.size()));
         let mut moved = 0;
         while at < end {
-            let (found, run) = self.find(at, end - at)?;
+            let Run { value: found, len: run } = self.find(at, end - at)?;
             match found {
                 SegmentMapping::Silent => {}
                 SegmentMapping::Zero => target.zero(at, run, Zeroing::Unmap)?,
@@ -122,7 +122,7 @@ impl CommitSegment {
     pub(super) fn reserve_in(&self, target: &Writer) -> Result<()> {
         let (mut at, end) = (0, self.size());
         while at < end {
-            let (found, run) = self.find(at, end - at)?;
+            let Run { value: found, len: run } = self.find(at, end - at)?;
             if matches!(found, SegmentMapping::In(..) | SegmentMapping::Read) {
                 target.allocate(at, run)?;
             }
@@ -135,7 +135,7 @@ impl CommitSegment {
     pub(super) fn data_len(&self) -> Result<u64> {
         let (mut at, end, mut sum) = (0, self.size(), 0);
         while at < end {
-            let (found, run) = self.find(at, end - at)?;
+            let Run { value: found, len: run } = self.find(at, end - at)?;
             if matches!(found, SegmentMapping::In(..) | SegmentMapping::Read) {
                 sum += run;
             }

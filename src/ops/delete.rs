@@ -13,6 +13,9 @@ use crate::io::FileLock;
 use crate::store::{CachePolicy, ImageIndex, Store, shown};
 use crate::units::human_size;
 
+use super::check::check_view;
+use super::command::Command;
+use super::commit::CommitRequest;
 use super::context::Context;
 use super::ending;
 use super::job::Begun;
@@ -20,10 +23,112 @@ use super::job_table::ChainLocks;
 use super::locked::TouchedImages;
 use super::lookup;
 use super::plan::Plan;
+use super::pull::PullRequest;
 use super::removal;
-use super::request::{CommitRequest, DeleteMethod, DeleteRequest, PullRequest};
 use super::scanned_store::{ScannedChain, ScannedStore};
+use super::tokenize::quote;
+use super::words::{Discards, LineBuilder, ParsedWords, VerbSpec, show, usage};
 use super::{commit, pull};
+
+/// The words of `delete`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeleteRequest {
+    /// The snapshot, as a view's name.
+    pub name: Vec<u8>,
+    /// Where its bytes go.
+    pub method: DeleteMethod,
+    /// Whether internal snapshots in files that are removed may go with them.
+    pub discard_internal: bool,
+    /// Whether their persistent bitmaps may.
+    pub discard_bitmaps: bool,
+}
+
+/// Where the bytes go by which others differ from a snapshot that is deleted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeleteMethod {
+    /// The way that copies less, of those that can be gone.
+    #[default]
+    Auto,
+    /// Down: what stands on the snapshot is merged into its file.
+    Commit,
+    /// Up: the snapshot is merged into everything that stands on it.
+    Pull,
+}
+
+/// The verb.
+pub(super) const SPEC: VerbSpec = VerbSpec {
+    name: "delete",
+    usage: "\
+delete VIEW [method=commit|pull|auto] [discard-internal] [discard-bitmaps]
+
+Removes a snapshot. What every other view shows stays the same.
+  method=pull        its bytes go up, into everything that stands on it
+  method=commit      what stands on it comes down, into its file, which takes that one's name
+  method=auto        whichever of the two copies less (this is what happens without method=)
+  discard-internal   internal snapshots in a file that is removed may go with it
+  discard-bitmaps    its persistent bitmaps may
+LAYER@NAME removes an internal snapshot.
+",
+    positional: Some("VIEW"),
+    keys: &["method"],
+    flags: &["discard-internal", "discard-bitmaps"],
+    is_for_store: false,
+};
+
+impl Command for DeleteRequest {
+    fn parse(words: &mut ParsedWords) -> Result<Self> {
+        Ok(Self {
+            name: words.positional()?,
+            method: words.value("method").map_or(Ok(DeleteMethod::Auto), |word| DeleteMethod::parse(&word))?,
+            discard_internal: words.flag("discard-internal"),
+            discard_bitmaps: words.flag("discard-bitmaps"),
+        })
+    }
+
+    fn print(&self, line: &mut LineBuilder) {
+        let Self { name, method, discard_internal, discard_bitmaps } = self;
+        line.word(&quote(name));
+        line.value("method", Some(method.name().as_bytes()).filter(|_| *method != DeleteMethod::Auto));
+        line.discards(*discard_internal, *discard_bitmaps);
+    }
+
+    fn check(&self) -> Result<()> {
+        if SPEC.is_word(&self.name) || self.name.starts_with(b"method=") {
+            return Err(usage(format!("{} is a word of delete, and names no view", show(&self.name))));
+        }
+        check_view("the name", Some(&self.name))
+    }
+
+    fn discards(&self) -> Discards {
+        Discards { internal: self.discard_internal, bitmaps: self.discard_bitmaps }
+    }
+
+    fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        let (plan, way) = plan(context, world, chain, self)?;
+        Ok((plan, way.touched()))
+    }
+
+    fn begin(&self, context: &Context, chain: &Path, command: &str, locks: &mut ChainLocks) -> Result<Begun> {
+        begin(context, chain, self, command, locks)
+    }
+}
+
+impl DeleteMethod {
+    /// The words of `method=`.
+    const ALL: [(Self, &'static str); 3] = [(Self::Commit, "commit"), (Self::Pull, "pull"), (Self::Auto, "auto")];
+
+    fn parse(word: &[u8]) -> Result<Self> {
+        let known = Self::ALL.iter().find(|(_, name)| name.as_bytes() == word);
+        known
+            .map(|(method, _)| *method)
+            .ok_or_else(|| usage(format!("method= is {}; the methods are commit, pull and auto", show(word))))
+    }
+
+    /// Its word.
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(method, _)| *method == self).expect("all of them").1
+    }
+}
 
 /// What deleting comes to.
 pub(super) enum PlannedDelete {

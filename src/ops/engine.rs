@@ -20,13 +20,13 @@ use super::asker::as_nobody;
 use super::branch;
 use super::commit;
 use super::context::Context;
-use super::job::{Begun, Job};
+use super::job::Job;
 use super::job_table::{ChainLocks, JobProgress, JobTable};
-use super::locked::TouchedImages;
 use super::pull;
 use super::scanned_store::{ScannedStore, of_chain};
+use super::words::Discards;
 use super::{Plan, Request, Status};
-use super::{clone, delete, rebase, resize, revert, snapshot};
+use super::{resize, snapshot};
 
 /// The jobs of one store.
 pub struct Engine {
@@ -147,14 +147,19 @@ impl Engine {
         let owned = owned.inspect_err(|error| self.board.refused(&chain, &command, error))?;
         tracing::info!("taking up: {command}{}", of_chain(&chain));
         let (number, progress) = self.board.begin(&chain, &command);
+        let discards = discards_of(&owned.intent.command);
         let begun = match owned.intent.operation.clone() {
             Operation::Snapshot(operation) => {
                 snapshot::resume(&self.context, owned.with(operation), lock).map(|()| None)
             }
             Operation::Copy(operation) => branch::resume(&self.context, owned.with(operation), lock).map(|()| None),
             Operation::Shrink(operation) => resize::resume(&self.context, owned.with(operation), lock).map(|()| None),
-            Operation::Commit(operation) => commit::resume(&self.context, owned.with(operation), lock, &mut tokens),
-            Operation::Pull(operation) => pull::resume(&self.context, owned.with(operation), lock, &mut tokens),
+            Operation::Commit(operation) => {
+                commit::resume(&self.context, owned.with(operation), discards, lock, &mut tokens)
+            }
+            Operation::Pull(operation) => {
+                pull::resume(&self.context, owned.with(operation), discards, lock, &mut tokens)
+            }
             Operation::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
         };
         if begun.is_ok() {
@@ -190,6 +195,7 @@ impl Engine {
     /// What would become of an intent if it were taken up now: in words, or why it is not. Nothing is changed.
     pub fn examine(&self, intent: &Intent, name: &OsStr) -> Result<&'static str> {
         let world = ScannedStore::look_for(self.store(), name)?;
+        let discards = discards_of(&intent.command);
         match intent.operation.clone() {
             Operation::Snapshot(operation) => snapshot::examine(&world, &intent.with(operation))
                 .map(|goes_on| if goes_on { "goes on to its end" } else { "goes back to its beginning" }),
@@ -198,9 +204,11 @@ impl Engine {
                 resize::examine(&self.context, &world, &intent.with(operation)).map(|_| "goes on to its end")
             }
             Operation::Commit(operation) => {
-                commit::examine(&world, &intent.with(operation)).map(|_| "goes on to its end")
+                commit::examine(&world, &intent.with(operation), discards).map(|_| "goes on to its end")
             }
-            Operation::Pull(operation) => pull::examine(&world, &intent.with(operation)).map(|_| "goes on to its end"),
+            Operation::Pull(operation) => {
+                pull::examine(&world, &intent.with(operation), discards).map(|_| "goes on to its end")
+            }
             Operation::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
         }
     }
@@ -212,42 +220,12 @@ impl Engine {
             Ok(tokens) => tokens,
             Err(busy) => return Ok(Plan { command: request.to_string(), refusals: vec![busy], ..Plan::default() }),
         };
-        if let Request::Rebase(request) = request {
-            rebase::introduce(self.store(), chain, request);
-        }
-        let world = ScannedStore::look(self.store())?;
-        let (mut plan, touched) = match request {
-            Request::Snapshot(request) => snapshot::plan(&world, chain, request)?,
-            Request::Commit(request) => {
-                let (plan, layers) = commit::plan(&self.context, &world, chain, request)?;
-                (plan, layers.touched())
-            }
-            Request::Pull(request) => {
-                let (plan, layers) = pull::plan(&self.context, &world, chain, request)?;
-                (plan, layers.opened())
-            }
-            Request::Delete(request) => {
-                let (plan, way) = delete::plan(&self.context, &world, chain, request)?;
-                (plan, way.touched())
-            }
-            Request::Revert(request) => {
-                let (plan, layers) = revert::plan(&self.context, &world, chain, request)?;
-                (plan, layers.touched(&world))
-            }
-            Request::Rebase(request) => {
-                let (plan, layers) = rebase::plan(&self.context, &world, chain, request)?;
-                (plan, layers.touched())
-            }
-            Request::Clone(request) => {
-                let (plan, clone) = clone::plan(&self.context, &world, chain, request)?;
-                (plan, clone.touched(&world))
-            }
-            Request::Resize(request) => {
-                let (plan, _) = resize::plan(&self.context, &world, chain, request)?;
-                (plan, TouchedImages::top_of(&world.chain(chain)?.views.layers))
-            }
-            Request::Cancel => (Plan::default(), TouchedImages::default()),
+        let Some(asked) = request.command() else {
+            return Ok(Plan { command: request.to_string(), ..Plan::default() });
         };
+        asked.introduce(&self.context, chain);
+        let world = ScannedStore::look(self.store())?;
+        let (mut plan, touched) = asked.plan(&self.context, &world, chain)?;
         if self.looks_at_locks {
             touched.refuse(&world, &mut plan);
         }
@@ -270,9 +248,9 @@ impl Engine {
     }
 
     fn begin(self: &Arc<Self>, chain: &Path, request: &Request, command: &str) -> Result<u64> {
-        if matches!(request, Request::Cancel) {
+        let Some(asked) = request.command() else {
             return self.board.cancel(chain).map(|()| self.board.status(chain).number);
-        }
+        };
         let stopping = self.stopping.read();
         if *stopping {
             return Err(Error::new(ErrorKind::Busy, "the store is being let go of; mount it again first"));
@@ -289,7 +267,7 @@ impl Engine {
             return self.take_up(found);
         }
         let mut tokens = self.board.take(&[chain.to_path_buf()])?;
-        let job = self.begin_with(chain, request, command, &mut tokens)?;
+        let job = asked.begin(&self.context, chain, command, &mut tokens)?;
         let (number, progress) = self.board.begin(chain, command);
         // Without a mount whoever opened the store says so.
         if self.context.is_mounted() {
@@ -301,27 +279,6 @@ impl Engine {
             None => self.board.end(chain, number, &Ok(())),
         }
         Ok(number)
-    }
-
-    /// Does what is asked, or begins the job that does.
-    fn begin_with(&self, chain: &Path, request: &Request, command: &str, tokens: &mut ChainLocks) -> Result<Begun> {
-        match request {
-            Request::Snapshot(request) => {
-                tokens.extend(&request.chains)?;
-                snapshot::run(&self.context, chain, request, command).map(|()| None)
-            }
-            Request::Commit(request) => commit::begin(&self.context, chain, request, command, tokens),
-            Request::Pull(request) => pull::begin(&self.context, chain, request, command, tokens),
-            Request::Delete(request) => delete::begin(&self.context, chain, request, command, tokens),
-            Request::Revert(request) => revert::begin(&self.context, chain, request, command),
-            Request::Rebase(request) => {
-                rebase::introduce(self.store(), chain, request);
-                rebase::begin(&self.context, chain, request, command, tokens)
-            }
-            Request::Clone(request) => clone::begin(&self.context, chain, request, command),
-            Request::Resize(request) => resize::begin(&self.context, chain, request, command),
-            Request::Cancel => unreachable!("done by now"),
-        }
     }
 
     /// Lets a job run by itself.
@@ -390,4 +347,9 @@ impl Engine {
             let _ = thread.join();
         }
     }
+}
+
+/// What the command of an intent said of what it may lose; words that are not understood said nothing.
+fn discards_of(command: &str) -> Discards {
+    Request::parse_command(command.as_bytes()).map(|request| request.discards()).unwrap_or_default()
 }

@@ -9,6 +9,7 @@ mod asker;
 mod branch;
 mod check;
 mod clone;
+mod command;
 mod commit;
 mod context;
 mod copy;
@@ -23,7 +24,6 @@ mod locked;
 mod lookup;
 mod mirror;
 mod overlay;
-mod parse;
 mod plan;
 mod pull;
 mod rebase;
@@ -37,14 +37,20 @@ mod scanned_store;
 mod snapshot;
 mod status;
 mod tokenize;
+mod words;
 
 pub use asker::{AsUser, as_user};
+pub use clone::CloneRequest;
+pub use commit::CommitRequest;
+pub use delete::{DeleteMethod, DeleteRequest};
 pub use engine::Engine;
-pub use parse::parse_chains;
 pub use plan::{Plan, PlanLayer};
-pub use request::{
-    CloneRequest, CommitRequest, DeleteMethod, DeleteRequest, MAX_COMMAND_LEN, NewSize, PullRequest, RebaseRequest,
-    Request, ResizeRequest, RevertRequest, SnapshotRequest, Verb,
-};
+pub use pull::PullRequest;
+pub use rebase::RebaseRequest;
+pub use request::{MAX_COMMAND_LEN, Request, Verb};
+pub use resize::{NewSize, ResizeRequest};
+pub use revert::RevertRequest;
+pub use snapshot::SnapshotRequest;
 pub use status::{JobState, Status};
 pub use tokenize::quote;
+pub use words::parse_chains;

@@ -12,6 +12,8 @@ use crate::format::Frozen;
 use crate::image::{HeaderChange, change_header};
 use crate::store::{Format, ImageIndex, Store, ViewPart};
 
+use super::check::{check_path, check_view};
+use super::command::Command;
 use super::context::Context;
 use super::dropped;
 use super::freeze;
@@ -21,10 +23,86 @@ use super::locked::TouchedImages;
 use super::lookup;
 use super::plan::{Plan, PlanLayer};
 use super::pull;
+use super::pull::PullRequest;
 use super::refusals;
 use super::removal;
-use super::request::{PullRequest, RebaseRequest};
 use super::scanned_store::{ScannedChain, ScannedStore};
+use super::words::{LineBuilder, ParsedWords, VerbSpec, usage};
+
+/// The words of `rebase`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RebaseRequest {
+    /// The layer that is put on something else, as a view's name; none: the active one.
+    pub layer: Option<Vec<u8>>,
+    /// A file as the layer's header would name it, or a view of the chain; none: nothing.
+    pub base: Option<Vec<u8>>,
+    /// Whether only the name in the header is changed.
+    pub is_unsafe: bool,
+    /// Whether layers may drop out of the chain by that.
+    pub drop_layers: bool,
+}
+
+/// The verb.
+pub(super) const SPEC: VerbSpec = VerbSpec {
+    name: "rebase",
+    usage: "\
+rebase [layer=VIEW] base=FILE|none [unsafe [drop-layers]]
+
+Puts a layer on another backing file.
+  layer=VIEW   the layer (the active disk)
+  base=FILE    as the layer's header would name it, or a view of this chain; none: it stands on nothing
+  unsafe       only the name is changed: for a backing file that was moved or renamed, also when the old one is gone.
+               The layer is the one right above that file. Without it what the layer shows stays the same, and what
+               differs is copied
+  drop-layers  with unsafe: FILE need not be the old backing file, and what lies between may drop out of the chain
+",
+    positional: None,
+    keys: &["layer", "base"],
+    flags: &["unsafe", "drop-layers"],
+    is_for_store: false,
+};
+
+impl Command for RebaseRequest {
+    fn parse(words: &mut ParsedWords) -> Result<Self> {
+        Ok(Self {
+            layer: words.value("layer"),
+            base: Some(words.needed("base")?).filter(|base| base != b"none"),
+            is_unsafe: words.flag("unsafe"),
+            drop_layers: words.flag("drop-layers"),
+        })
+    }
+
+    fn print(&self, line: &mut LineBuilder) {
+        let Self { layer, base, is_unsafe, drop_layers } = self;
+        line.value("layer", layer.as_deref());
+        line.value("base", Some(base.as_deref().unwrap_or(b"none")));
+        line.flag("unsafe", *is_unsafe);
+        line.flag("drop-layers", *drop_layers);
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.drop_layers && !self.is_unsafe {
+            return Err(usage("drop-layers goes with unsafe; a safe rebase loses nothing"));
+        }
+        assert!(self.base.as_deref() != Some(b"none"), "standing on nothing is no name");
+        check_view("layer=", self.layer.as_deref())?;
+        self.base.as_deref().map_or(Ok(()), check_path)
+    }
+
+    fn introduce(&self, context: &Context, chain: &Path) {
+        introduce(context.store(), chain, self);
+    }
+
+    fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        let (plan, layers) = plan(context, world, chain, self)?;
+        Ok((plan, layers.touched()))
+    }
+
+    fn begin(&self, context: &Context, chain: &Path, command: &str, locks: &mut ChainLocks) -> Result<Begun> {
+        introduce(context.store(), chain, self);
+        begin(context, chain, self, command, locks)
+    }
+}
 
 /// What a rebase concerns.
 pub(super) struct RebaseRange {

@@ -5,12 +5,11 @@ use std::path::Path;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap::Bitmap;
 use crate::image::{HeaderChange, check_header_change, read_bitmaps};
-use crate::store::{ImageIndex, Intent, Store, shown};
+use crate::store::{ImageIndex, Store, shown};
 use crate::units::human_size;
 
 use super::context::Context;
 use super::plan::Plan;
-use super::request::{CommitRequest, Request};
 use super::scanned_store::ScannedStore;
 
 /// The first refusal.
@@ -141,15 +140,3 @@ pub(super) fn shares_blocks(store: &Store) -> bool {
 
 /// Magic numbers of file systems on which copies may share their blocks: XFS, btrfs, bcachefs.
 const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683E, 0xCA45_1A4E];
-
-/// What the command of an intent said of what may be lost, whichever verb it was.
-pub(super) fn terms<O>(intent: &Intent<O>) -> CommitRequest {
-    let (discard_internal, discard_bitmaps) = match Request::parse_command(intent.command.as_bytes()) {
-        Ok(Request::Commit(request)) => (request.discard_internal, request.discard_bitmaps),
-        Ok(Request::Pull(request)) => (request.discard_internal, request.discard_bitmaps),
-        Ok(Request::Delete(request)) => (request.discard_internal, request.discard_bitmaps),
-        // Nothing was said.
-        _ => (false, false),
-    };
-    CommitRequest { discard_internal, discard_bitmaps, ..CommitRequest::default() }
-}

@@ -1,9 +1,21 @@
-//! What users ask for, as values that make sense by themselves.
+//! What users ask for, as values that make sense by themselves, and the table of all verbs.
 //!
-//! The file beside this, `parse`, makes them of words and words of them. Whether the store has what they
-//! name is for others to say.
+//! A verb is a file of its own: its words, its plan and its job. Here it has a line in each list. Whether the store has
+//! what a request names is for its plan to say.
 
-use std::path::PathBuf;
+use crate::error::Result;
+
+use super::clone::{self, CloneRequest};
+use super::command::Command;
+use super::commit::{self, CommitRequest};
+use super::delete::{self, DeleteRequest};
+use super::pull::{self, PullRequest};
+use super::rebase::{self, RebaseRequest};
+use super::resize::{self, ResizeRequest};
+use super::revert::{self, RevertRequest};
+use super::snapshot::{self, SnapshotRequest};
+use super::tokenize::split;
+use super::words::{Discards, LineBuilder, ParsedWords, VerbSpec, show, usage};
 
 /// Bytes of a command, at most.
 pub const MAX_COMMAND_LEN: usize = 64 << 10;
@@ -54,247 +66,187 @@ pub enum Request {
     Cancel,
 }
 
-/// The words of `snapshot`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SnapshotRequest {
-    /// What the frozen layer, or the internal snapshot, is to be called.
-    pub name: Vec<u8>,
-    /// Whether it is kept inside the active image.
-    pub internal: bool,
-    /// The file that becomes the overlay, while the old one keeps its name: virsh's way.
-    pub file: Option<Vec<u8>>,
-    /// The user's words on it; at most 1,024 bytes.
-    pub description: String,
-    /// For the store's control file: the chains that are frozen at one instant. Empty: the one asked.
-    pub chains: Vec<PathBuf>,
-}
-
-/// The words of `commit`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct CommitRequest {
-    /// The upper end, as a view's name; none: the active layer.
-    pub top: Option<Vec<u8>>,
-    /// The lower end; none: the layer below top.
-    pub base: Option<Vec<u8>>,
-    /// Whether top's file stays.
-    pub keep: bool,
-    /// Whether internal snapshots in the layers concerned may go.
-    pub discard_internal: bool,
-    /// Whether their persistent bitmaps may.
-    pub discard_bitmaps: bool,
-}
-
-/// The words of `pull`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PullRequest {
-    /// The layer that is to be stood on afterwards; none: nothing.
-    pub base: Option<Vec<u8>>,
-    /// The layer that is filled, as a view's name; none: the active one.
-    pub into: Option<Vec<u8>>,
-    /// Whether layers that nobody needs afterwards are removed.
-    pub delete: bool,
-    /// Whether internal snapshots of those may go with them.
-    pub discard_internal: bool,
-    /// Whether their persistent bitmaps may.
-    pub discard_bitmaps: bool,
-}
-
-/// The words of `delete`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct DeleteRequest {
-    /// The snapshot, as a view's name.
-    pub name: Vec<u8>,
-    /// Where its bytes go.
-    pub method: DeleteMethod,
-    /// Whether internal snapshots in files that are removed may go with them.
-    pub discard_internal: bool,
-    /// Whether their persistent bitmaps may.
-    pub discard_bitmaps: bool,
-}
-
-/// Where the bytes go by which others differ from a snapshot that is deleted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DeleteMethod {
-    /// The way that copies less, of those that can be gone.
-    #[default]
-    Auto,
-    /// Down: what stands on the snapshot is merged into its file.
-    Commit,
-    /// Up: the snapshot is merged into everything that stands on it.
-    Pull,
-}
-
-/// The words of `revert`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RevertRequest {
-    /// What the disk becomes, as a view's name.
-    pub to: Vec<u8>,
-    /// The snapshot under which what the active layer held is kept.
-    pub save: Option<Vec<u8>>,
-    /// Whether internal snapshots in a file that is removed may go with it.
-    pub discard_internal: bool,
-    /// Whether its persistent bitmaps may.
-    pub discard_bitmaps: bool,
-}
-
-/// The words of `rebase`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RebaseRequest {
-    /// The layer that is put on something else, as a view's name; none: the active one.
-    pub layer: Option<Vec<u8>>,
-    /// A file as the layer's header would name it, or a view of the chain; none: nothing.
-    pub base: Option<Vec<u8>>,
-    /// Whether only the name in the header is changed.
-    pub is_unsafe: bool,
-    /// Whether layers may drop out of the chain by that.
-    pub drop_layers: bool,
-}
-
-/// The words of `clone`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct CloneRequest {
-    /// What the new chain is to be called.
-    pub name: Vec<u8>,
-    /// The snapshot that it stands on, as a view's name; none: what the active layer stands on.
-    pub from: Option<Vec<u8>>,
-}
-
-/// The words of `resize`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ResizeRequest {
-    /// How long the disk is to be.
-    pub size: NewSize,
-    /// Whether it may become shorter, and lose what lies behind its new end.
-    pub shrink: bool,
-}
-
-/// A size in bytes, or a difference to what it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NewSize {
-    /// So many bytes.
-    To(u64),
-    /// So many bytes more than now.
-    More(u64),
-    /// So many bytes less than now.
-    Less(u64),
-}
+const CANCEL: VerbSpec = VerbSpec {
+    name: "cancel",
+    usage: "cancel\n\nStops the running command at its next chunk. There are no words.\n",
+    positional: None,
+    keys: &[],
+    flags: &[],
+    is_for_store: false,
+};
 
 impl Verb {
-    /// All of them, with their names.
-    pub const ALL: [(Verb, &'static str); 9] = [
-        (Verb::Snapshot, "snapshot"),
-        (Verb::Commit, "commit"),
-        (Verb::Pull, "pull"),
-        (Verb::Delete, "delete"),
-        (Verb::Revert, "revert"),
-        (Verb::Rebase, "rebase"),
-        (Verb::Clone, "clone"),
-        (Verb::Resize, "resize"),
-        (Verb::Cancel, "cancel"),
+    /// All of them.
+    pub const ALL: [Verb; 9] = [
+        Verb::Snapshot,
+        Verb::Commit,
+        Verb::Pull,
+        Verb::Delete,
+        Verb::Revert,
+        Verb::Rebase,
+        Verb::Clone,
+        Verb::Resize,
+        Verb::Cancel,
     ];
+
+    fn spec(self) -> &'static VerbSpec {
+        match self {
+            Verb::Snapshot => &snapshot::SPEC,
+            Verb::Commit => &commit::SPEC,
+            Verb::Pull => &pull::SPEC,
+            Verb::Delete => &delete::SPEC,
+            Verb::Revert => &revert::SPEC,
+            Verb::Rebase => &rebase::SPEC,
+            Verb::Clone => &clone::SPEC,
+            Verb::Resize => &resize::SPEC,
+            Verb::Cancel => &CANCEL,
+        }
+    }
 
     /// Its name.
     pub fn name(self) -> &'static str {
-        Self::ALL.iter().find(|(verb, _)| *verb == self).expect("all of them").1
+        self.spec().name
     }
 
     /// The verb of that name.
     pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.iter().find(|(_, known)| *known == name).map(|(verb, _)| *verb)
+        Self::ALL.into_iter().find(|verb| verb.name() == name)
     }
 
     /// What reading its control file says.
     pub fn usage(self) -> &'static str {
-        match self {
-            Verb::Snapshot => SNAPSHOT_USAGE,
-            Verb::Commit => COMMIT_USAGE,
-            Verb::Pull => PULL_USAGE,
-            Verb::Delete => DELETE_USAGE,
-            Verb::Revert => REVERT_USAGE,
-            Verb::Rebase => REBASE_USAGE,
-            Verb::Clone => CLONE_USAGE,
-            Verb::Resize => RESIZE_USAGE,
-            Verb::Cancel => "cancel\n\nStops the running command at its next chunk. There are no words.\n",
-        }
+        self.spec().usage
+    }
+
+    /// Whether it has a control file for the store as a whole.
+    pub fn is_for_store(self) -> bool {
+        self.spec().is_for_store
     }
 }
 
-const SNAPSHOT_USAGE: &str = "\
-snapshot NAME [internal] [file=FILE] [description=\"TEXT\"]
+impl Request {
+    /// Reads the words of a command of `verb`: one line of shell words, `key=value` or a flag.
+    /// `Usage` says which word is wrong and which there are.
+    pub fn parse(verb: Verb, text: &[u8]) -> Result<Self> {
+        Self::from_words(verb, split(text)?)
+    }
 
-Freezes the active disk as snapshot NAME and goes on in a new, empty overlay.
-  internal        keeps the snapshot inside the active image
-  file=FILE       the overlay is FILE, and the old file keeps its name
-  description=    words of yours on it, at most 1,024 bytes
-  chains=A,B      in .chainfs/control only: these chains, at one instant
-";
+    /// Reads a whole command, the verb being its first word.
+    pub fn parse_command(text: &[u8]) -> Result<Self> {
+        let mut words = split(text)?;
+        let names = || Verb::ALL.map(Verb::name).join(" ");
+        if words.is_empty() {
+            return Err(usage(format!("there is no command; the verbs are {}", names())));
+        }
+        let first = words.remove(0);
+        let verb = str::from_utf8(&first).ok().and_then(Verb::from_name);
+        let verb = verb.ok_or_else(|| usage(format!("unknown verb {}; the verbs are {}", show(&first), names())))?;
+        Self::from_words(verb, words)
+    }
 
-const COMMIT_USAGE: &str = "\
-commit [top=VIEW] [base=VIEW] [keep] [discard-internal] [discard-bitmaps]
+    fn from_words(verb: Verb, words: Vec<Vec<u8>>) -> Result<Self> {
+        let mut words = ParsedWords::of(verb.spec(), words)?;
+        let words = &mut words;
+        let request = match verb {
+            Verb::Snapshot => Request::Snapshot(SnapshotRequest::parse(words)?),
+            Verb::Commit => Request::Commit(CommitRequest::parse(words)?),
+            Verb::Pull => Request::Pull(PullRequest::parse(words)?),
+            Verb::Delete => Request::Delete(DeleteRequest::parse(words)?),
+            Verb::Revert => Request::Revert(RevertRequest::parse(words)?),
+            Verb::Rebase => Request::Rebase(RebaseRequest::parse(words)?),
+            Verb::Clone => Request::Clone(CloneRequest::parse(words)?),
+            Verb::Resize => Request::Resize(ResizeRequest::parse(words)?),
+            Verb::Cancel => Request::Cancel,
+        };
+        request.check()?;
+        Ok(request)
+    }
 
-Merges top and everything down to base into base.
-  top=VIEW           the upper end (the active disk)
-  base=VIEW          the lower end (the layer below top)
-  keep               top's file stays
-  discard-internal   internal snapshots in the layers concerned may go
-  discard-bitmaps    their persistent bitmaps may
-";
+    /// Its verb.
+    pub fn verb(&self) -> Verb {
+        match self {
+            Request::Snapshot(_) => Verb::Snapshot,
+            Request::Commit(_) => Verb::Commit,
+            Request::Pull(_) => Verb::Pull,
+            Request::Delete(_) => Verb::Delete,
+            Request::Revert(_) => Verb::Revert,
+            Request::Rebase(_) => Verb::Rebase,
+            Request::Clone(_) => Verb::Clone,
+            Request::Resize(_) => Verb::Resize,
+            Request::Cancel => Verb::Cancel,
+        }
+    }
 
-const PULL_USAGE: &str = "\
-pull [base=VIEW|none] [into=VIEW] [delete] [discard-internal] [discard-bitmaps]
+    /// What is to be carried out; `None` for `cancel`, which is about another command.
+    pub(super) fn command(&self) -> Option<&dyn Command> {
+        match self {
+            Request::Snapshot(request) => Some(request),
+            Request::Commit(request) => Some(request),
+            Request::Pull(request) => Some(request),
+            Request::Delete(request) => Some(request),
+            Request::Revert(request) => Some(request),
+            Request::Rebase(request) => Some(request),
+            Request::Clone(request) => Some(request),
+            Request::Resize(request) => Some(request),
+            Request::Cancel => None,
+        }
+    }
 
-Copies what lies between base and a layer into that layer, which then stands on base.
-  base=VIEW          what it stands on afterwards (none: nothing)
-  into=VIEW          the layer that is filled (the active disk)
-  delete             removes layers that nobody needs afterwards
-  discard-internal   internal snapshots of those may go with them
-  discard-bitmaps    their persistent bitmaps may
-";
+    /// Whether it makes sense by itself: what was parsed does, what was put together may not.
+    pub fn check(&self) -> Result<()> {
+        self.command().map_or(Ok(()), Command::check)
+    }
 
-const DELETE_USAGE: &str = "\
-delete VIEW [method=commit|pull|auto] [discard-internal] [discard-bitmaps]
+    /// What it may lose besides what it is for.
+    pub(super) fn discards(&self) -> Discards {
+        self.command().map(Command::discards).unwrap_or_default()
+    }
 
-Removes a snapshot. What every other view shows stays the same.
-  method=pull        its bytes go up, into everything that stands on it
-  method=commit      what stands on it comes down, into its file, which takes that one's name
-  method=auto        whichever of the two copies less (this is what happens without method=)
-  discard-internal   internal snapshots in a file that is removed may go with it
-  discard-bitmaps    its persistent bitmaps may
-LAYER@NAME removes an internal snapshot.
-";
+    /// Whether it is one for a chain's own control files.
+    pub fn check_for_chain(&self) -> Result<()> {
+        match self {
+            Request::Snapshot(request) if !request.chains.is_empty() => {
+                Err(usage("chains= is for the store's own .chainfs/control/snapshot; leave it out here"))
+            }
+            _ => Ok(()),
+        }
+    }
 
-const REVERT_USAGE: &str = "\
-revert to=VIEW [save=NAME] [discard-internal] [discard-bitmaps]
+    /// Whether it is one for the control files of the store as a whole.
+    pub fn check_for_store(&self) -> Result<()> {
+        match self {
+            Request::Snapshot(request) if !request.chains.is_empty() => Ok(()),
+            Request::Snapshot(_) => Err(usage("chains= is missing: name the chains, as in chains=web01,db01")),
+            _ => Err(usage(format!("{} is given to one chain, in its own control directory", self.verb().name()))),
+        }
+    }
 
-Makes the active disk what VIEW shows. Nobody may have it open. What it held is lost, unless it is saved.
-  to=VIEW            a snapshot of this chain, or an internal one
-  save=NAME          what it held is kept as snapshot NAME
-  discard-internal   internal snapshots in a file that is removed may go with it
-  discard-bitmaps    its persistent bitmaps may
-";
+    /// Its words without the verb, quoted for [`Request::parse`] and for a shell.
+    pub fn words(&self) -> Vec<u8> {
+        let mut line = LineBuilder::default();
+        if let Some(command) = self.command() {
+            command.print(&mut line);
+        }
+        line.0
+    }
 
-const REBASE_USAGE: &str = "\
-rebase [layer=VIEW] base=FILE|none [unsafe [drop-layers]]
+    /// The whole command, verb first, quoted for [`Request::parse_command`] and for a shell.
+    pub fn command_line(&self) -> Vec<u8> {
+        let mut line = LineBuilder(self.verb().name().into());
+        let words = self.words();
+        if !words.is_empty() {
+            line.word(&words);
+        }
+        line.0
+    }
+}
 
-Puts a layer on another backing file.
-  layer=VIEW   the layer (the active disk)
-  base=FILE    as the layer's header would name it, or a view of this chain; none: it stands on nothing
-  unsafe       only the name is changed: for a backing file that was moved or renamed, also when the old one is gone.
-               The layer is the one right above that file. Without it what the layer shows stays the same, and what
-               differs is copied
-  drop-layers  with unsafe: FILE need not be the old backing file, and what lies between may drop out of the chain
-";
+/// The whole command for people: bytes that are not UTF-8 are replaced.
+impl std::fmt::Display for Request {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&String::from_utf8_lossy(&self.command_line()))
+    }
+}
 
-const CLONE_USAGE: &str = "\
-clone NAME [from=VIEW]
-
-Makes a new chain NAME that stands on a snapshot and shows what it does.
-  from=VIEW   the snapshot, or an internal one (what the active disk stands on)
-";
-
-const RESIZE_USAGE: &str = "\
-resize [+|-]SIZE [shrink]
-
-Makes the active disk SIZE bytes long, or by so much longer or shorter; K, M, G, T follow a number as in qemu-img.
-  shrink   it may become shorter: what lies behind the new end is lost, and nobody may have the disk open
-";
+#[cfg(test)]
+mod tests;

@@ -9,17 +9,114 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::FileLock;
 use crate::store::{CachePolicy, ImageIndex, Intent, OwnedIntent, ShrinkOperation, Store, ViewPart};
-use crate::units::{SECTOR_SIZE, human_size};
+use crate::units::{SECTOR_SIZE, human_size, parse_size};
 
+use super::command::Command;
 use super::context::Context;
 use super::ending;
 use super::job::Begun;
+use super::job_table::ChainLocks;
+use super::locked::TouchedImages;
 use super::lookup;
 use super::plan::Plan;
 use super::refusals;
-use super::request::{NewSize, ResizeRequest};
 use super::revert::used_by_others;
 use super::scanned_store::ScannedStore;
+use super::words::{LineBuilder, ParsedWords, VerbSpec, show, usage};
+
+/// The words of `resize`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResizeRequest {
+    /// How long the disk is to be.
+    pub size: NewSize,
+    /// Whether it may become shorter, and lose what lies behind its new end.
+    pub shrink: bool,
+}
+
+/// A size in bytes, or a difference to what it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NewSize {
+    /// So many bytes.
+    To(u64),
+    /// So many bytes more than now.
+    More(u64),
+    /// So many bytes less than now.
+    Less(u64),
+}
+
+/// The verb.
+pub(super) const SPEC: VerbSpec = VerbSpec {
+    name: "resize",
+    usage: "\
+resize [+|-]SIZE [shrink]
+
+Makes the active disk SIZE bytes long, or by so much longer or shorter; K, M, G, T follow a number as in qemu-img.
+  shrink   it may become shorter: what lies behind the new end is lost, and nobody may have the disk open
+",
+    positional: Some("SIZE"),
+    keys: &[],
+    flags: &["shrink"],
+    is_for_store: false,
+};
+
+impl Command for ResizeRequest {
+    fn parse(words: &mut ParsedWords) -> Result<Self> {
+        Ok(Self { size: NewSize::parse(&words.positional()?)?, shrink: words.flag("shrink") })
+    }
+
+    fn print(&self, line: &mut LineBuilder) {
+        let Self { size, shrink } = self;
+        line.word(size.to_string().as_bytes());
+        line.flag("shrink", *shrink);
+    }
+
+    fn check(&self) -> Result<()> {
+        match self.size {
+            NewSize::To(0) => Err(usage("a disk of 0 bytes holds nothing; say how long it is to be")),
+            NewSize::More(0) | NewSize::Less(0) => Err(usage("the size would stay what it is")),
+            NewSize::To(_) | NewSize::More(_) | NewSize::Less(_) => Ok(()),
+        }
+    }
+
+    fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        let (plan, _) = plan(context, world, chain, self)?;
+        Ok((plan, TouchedImages::top_of(&world.chain(chain)?.views.layers)))
+    }
+
+    fn begin(&self, context: &Context, chain: &Path, command: &str, _: &mut ChainLocks) -> Result<Begun> {
+        begin(context, chain, self, command)
+    }
+}
+
+impl NewSize {
+    /// Reads `10G`, `+1.5T`, `-512`.
+    pub fn parse(text: &[u8]) -> Result<Self> {
+        let text = str::from_utf8(text).map_err(|_| usage(format!("{} is no size", show(text))))?;
+        match text.as_bytes().first() {
+            Some(b'+') => Ok(Self::More(parse_size(&text[1..])?)),
+            Some(b'-') => Ok(Self::Less(parse_size(&text[1..])?)),
+            _ => Ok(Self::To(parse_size(text)?)),
+        }
+    }
+}
+
+/// A size in the largest unit of which it is a whole number.
+fn shortest(size: u64) -> String {
+    let units = [(40, "T"), (30, "G"), (20, "M"), (10, "K")];
+    let unit = units.into_iter().find(|(shift, _)| size > 0 && size.trailing_zeros() >= *shift);
+    unit.map_or_else(|| size.to_string(), |(shift, unit)| format!("{}{unit}", size >> shift))
+}
+
+/// Exactly, for [`NewSize::parse`].
+impl std::fmt::Display for NewSize {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::To(size) => f.write_str(&shortest(*size)),
+            Self::More(more) => write!(f, "+{}", shortest(*more)),
+            Self::Less(less) => write!(f, "-{}", shortest(*less)),
+        }
+    }
+}
 
 /// What a resize comes to.
 pub(super) struct PlannedResize {

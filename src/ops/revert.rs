@@ -16,17 +16,84 @@ use crate::store::{
 };
 
 use super::branch::{BranchJob, CopySource, ImagePurpose};
+use super::check::{check_new_name, check_view};
+use super::command::Command;
 use super::context::Context;
 use super::freeze;
 use super::job::Begun;
+use super::job_table::ChainLocks;
 use super::locked::TouchedImages;
 use super::lookup;
 use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
 use super::refusals;
-use super::request::{RevertRequest, SnapshotRequest};
 use super::scanned_store::{ScannedChain, ScannedStore, with_stem};
 use super::snapshot;
+use super::snapshot::SnapshotRequest;
+use super::words::{LineBuilder, ParsedWords, VerbSpec};
+
+/// The words of `revert`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RevertRequest {
+    /// What the disk becomes, as a view's name.
+    pub to: Vec<u8>,
+    /// The snapshot under which what the active layer held is kept.
+    pub save: Option<Vec<u8>>,
+    /// Whether internal snapshots in a file that is removed may go with it.
+    pub discard_internal: bool,
+    /// Whether its persistent bitmaps may.
+    pub discard_bitmaps: bool,
+}
+
+/// The verb.
+pub(super) const SPEC: VerbSpec = VerbSpec {
+    name: "revert",
+    usage: "\
+revert to=VIEW [save=NAME] [discard-internal] [discard-bitmaps]
+
+Makes the active disk what VIEW shows. Nobody may have it open. What it held is lost, unless it is saved.
+  to=VIEW            a snapshot of this chain, or an internal one
+  save=NAME          what it held is kept as snapshot NAME
+  discard-internal   internal snapshots in a file that is removed may go with it
+  discard-bitmaps    its persistent bitmaps may
+",
+    positional: None,
+    keys: &["to", "save"],
+    flags: &["discard-internal", "discard-bitmaps"],
+    is_for_store: false,
+};
+
+impl Command for RevertRequest {
+    fn parse(words: &mut ParsedWords) -> Result<Self> {
+        Ok(Self {
+            to: words.needed("to")?,
+            save: words.value("save"),
+            discard_internal: words.flag("discard-internal"),
+            discard_bitmaps: words.flag("discard-bitmaps"),
+        })
+    }
+
+    fn print(&self, line: &mut LineBuilder) {
+        let Self { to, save, discard_internal, discard_bitmaps } = self;
+        line.value("to", Some(to));
+        line.value("save", save.as_deref());
+        line.discards(*discard_internal, *discard_bitmaps);
+    }
+
+    fn check(&self) -> Result<()> {
+        check_view("to=", Some(&self.to))?;
+        self.save.as_deref().map_or(Ok(()), |name| check_new_name(&SPEC, name))
+    }
+
+    fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        let (plan, layers) = plan(context, world, chain, self)?;
+        Ok((plan, layers.touched(world)))
+    }
+
+    fn begin(&self, context: &Context, chain: &Path, command: &str, _: &mut ChainLocks) -> Result<Begun> {
+        begin(context, chain, self, command)
+    }
+}
 
 /// What a revert comes to.
 pub(super) struct PlannedRevert {

@@ -4,7 +4,8 @@
 //! disks of a command; a crash leaves the old chain or the new one, with all bytes. While the gates of the disks
 //! are closed there is a flush and a rename, nothing else.
 
-use std::path::{Path, PathBuf};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -19,16 +20,123 @@ use crate::store::{
     SnapshotOperation, Store, encode, is_draft, shown,
 };
 
+use super::check::{MAX_DESCRIPTION_LEN, MAX_FILE_NAME_LEN, check_file_name, check_new_name, check_printable};
+use super::command::Command;
 use super::context::Context;
 use super::ending;
 use super::freeze;
+use super::job::Begun;
+use super::job_table::ChainLocks;
 use super::locked::TouchedImages;
 use super::lookup;
 use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
 use super::refusals;
-use super::request::SnapshotRequest;
 use super::scanned_store::{ScannedChain, ScannedStore, beside, relative, with_stem};
+use super::tokenize::quote;
+use super::words::{LineBuilder, ParsedWords, VerbSpec, parse_chains, print_chains, show, usage};
+
+/// The words of `snapshot`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SnapshotRequest {
+    /// What the frozen layer, or the internal snapshot, is to be called.
+    pub name: Vec<u8>,
+    /// Whether it is kept inside the active image.
+    pub internal: bool,
+    /// The file that becomes the overlay, while the old one keeps its name: virsh's way.
+    pub file: Option<Vec<u8>>,
+    /// The user's words on it; at most 1,024 bytes.
+    pub description: String,
+    /// For the store's control file: the chains that are frozen at one instant. Empty: the one asked.
+    pub chains: Vec<PathBuf>,
+}
+
+/// The verb.
+pub(super) const SPEC: VerbSpec = VerbSpec {
+    name: "snapshot",
+    usage: "\
+snapshot NAME [internal] [file=FILE] [description=\"TEXT\"]
+
+Freezes the active disk as snapshot NAME and goes on in a new, empty overlay.
+  internal        keeps the snapshot inside the active image
+  file=FILE       the overlay is FILE, and the old file keeps its name
+  description=    words of yours on it, at most 1,024 bytes
+  chains=A,B      in .chainfs/control only: these chains, at one instant
+",
+    positional: Some("NAME"),
+    keys: &["file", "description", "chains"],
+    flags: &["internal"],
+    is_for_store: true,
+};
+
+impl Command for SnapshotRequest {
+    fn parse(words: &mut ParsedWords) -> Result<Self> {
+        Ok(Self {
+            name: words.positional()?,
+            internal: words.flag("internal"),
+            file: words.value("file"),
+            description: match words.value("description") {
+                Some(text) => String::from_utf8(text).map_err(|_| usage("the description is not UTF-8"))?,
+                None => String::new(),
+            },
+            chains: words.value("chains").map(|list| parse_chains(&list)).unwrap_or_default(),
+        })
+    }
+
+    fn print(&self, line: &mut LineBuilder) {
+        let Self { name, internal, file, description, chains } = self;
+        line.word(&quote(name));
+        line.flag("internal", *internal);
+        line.value("file", file.as_deref());
+        line.value("description", Some(description.as_bytes()).filter(|text| !text.is_empty()));
+        line.value("chains", Some(print_chains(chains)).filter(|list| !list.is_empty()).as_deref());
+    }
+
+    fn check(&self) -> Result<()> {
+        let SnapshotRequest { name, internal, file, description, chains } = self;
+        check_new_name(&SPEC, name)?;
+        if let Some(file) = file {
+            if *internal {
+                return Err(usage("an internal snapshot has no overlay; leave out file= or internal"));
+            }
+            check_file_name("file=", file, MAX_FILE_NAME_LEN)?;
+        }
+        if *internal && chains.len() > 1 {
+            return Err(usage("internal snapshots of several disks are not of one instant; take them one by one"));
+        }
+        if description.len() > MAX_DESCRIPTION_LEN {
+            let fact =
+                format!("the description has {} bytes; at most {MAX_DESCRIPTION_LEN} are kept", description.len());
+            return Err(usage(fact));
+        }
+        check_printable("the description", description.as_bytes())?;
+        for (index, chain) in chains.iter().enumerate() {
+            let is_plain = chain.components().all(|part| matches!(part, Component::Normal(_)));
+            // As it was written, so that two spellings of one chain are not taken for two.
+            let is_settled = chain.components().collect::<PathBuf>().as_os_str() == chain.as_os_str();
+            if chain.as_os_str().is_empty() || !is_plain || !is_settled {
+                let shown = show(chain.as_os_str().as_bytes());
+                return Err(usage(format!(
+                    "{shown} is no chain's path; name chains as the mount does, as in a/b/web01"
+                )));
+            }
+            check_printable("chains=", chain.as_os_str().as_bytes())?;
+            if chains[..index].contains(chain) {
+                return Err(usage(format!("chains= names {} twice", show(chain.as_os_str().as_bytes()))));
+            }
+        }
+        Ok(())
+    }
+
+    fn plan(&self, _: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        plan(world, chain, self)
+    }
+
+    fn begin(&self, context: &Context, chain: &Path, command: &str, locks: &mut ChainLocks) -> Result<Begun> {
+        locks.extend(&self.chains)?;
+        run(context, chain, self, command).map(|()| None)
+    }
+}
 
 /// What becomes of one disk.
 struct SnapshotDisk {
@@ -120,9 +228,8 @@ fn frozen_name(leaf: &Path, leaves: &[&Path], name: &[u8]) -> Vec<u8> {
 
 /// The place of a file that the user names, from the directory of the image on.
 fn inside(old: &Path, file: &[u8]) -> Result<PathBuf> {
-    use std::os::unix::ffi::OsStrExt;
     let path = Path::new(std::ffi::OsStr::from_bytes(file));
-    let is_plain = path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+    let is_plain = path.components().all(|part| matches!(part, Component::Normal(_)));
     if !is_plain || file.is_empty() || file.ends_with(b"/") {
         let fact = "is not the name of a file beside the image, or in a directory beneath that";
         return Err(Error::new(ErrorKind::Usage, format!("{} {fact}", shown(path))));

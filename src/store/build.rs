@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
-use crate::format::foreign::Kind;
+use crate::format::foreign::ForeignFormat;
 use crate::io::{FileId, Root};
 
 use super::catalog::{
@@ -605,7 +605,7 @@ impl CatalogBuilder<'_> {
         let has_magic = file.content.has_magic();
         let foreign = foreign_kind(file);
         let is_foreign = || {
-            let kind = foreign.map_or("", Kind::name);
+            let kind = foreign.map_or("", ForeignFormat::name);
             let fact =
                 format!("cannot be read: it is taken for an image of the format {kind}, which chainfs does not read");
             let remedy = format!(

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::format::foreign::{self, Kind, Parents};
+use crate::format::foreign::{self, ForeignFormat, Parents};
 use crate::format::snapshot::Snapshot;
 use crate::format::{Header, Malformed, header};
 use crate::image::read_snapshots_there_are;
@@ -41,7 +41,7 @@ pub struct BadHeader {
 #[derive(Debug)]
 pub struct ForeignImage {
     /// Its format.
-    pub kind: Kind,
+    pub kind: ForeignFormat,
     /// The files that it needs.
     pub parents: Parents,
 }

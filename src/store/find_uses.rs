@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind};
-use crate::format::foreign::{Kind, Parents};
+use crate::format::foreign::{ForeignFormat, Parents};
 
 use super::build::CatalogBuilder;
 use super::catalog::{FileReference, ImageIndex, UnlinkedImage};
@@ -37,11 +37,11 @@ fn parents_of(content: &DetectedContent) -> Option<&Parents> {
 
 /// The foreign format that a file is taken for: what it says, unless a guest may have written it, else what its name
 /// says.
-pub(super) fn foreign_kind(file: &ScannedFile) -> Option<Kind> {
+pub(super) fn foreign_kind(file: &ScannedFile) -> Option<ForeignFormat> {
     match &file.content {
         DetectedContent::Foreign(foreign) if !file.is_plain => Some(foreign.kind),
         _ if file.stat.signature.size == 0 => None,
-        _ => Kind::of_name(&file.place.path),
+        _ => ForeignFormat::of_name(&file.place.path),
     }
 }
 
@@ -199,8 +199,9 @@ impl CatalogBuilder<'_> {
 
     /// Whether what a link leads to may be an image that stands on others, by the names of both.
     fn promises_image(&self, path: &Path) -> bool {
-        let is_one =
-            |path: &Path| (looks_like_image(path) && !has_extension(path, "raw")) || Kind::of_name(path).is_some();
+        let is_one = |path: &Path| {
+            (looks_like_image(path) && !has_extension(path, "raw")) || ForeignFormat::of_name(path).is_some()
+        };
         is_one(path) || self.roots[0].link_target(path).is_some_and(|target| is_one(&target))
     }
 

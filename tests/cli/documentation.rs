@@ -83,7 +83,7 @@ fn places<'a>(sources: impl Iterator<Item = (&'a Path, &'a str)>) -> Places<'a> 
 }
 
 /// The code of a source of the program, and its unit tests.
-fn parts<'a>((path, source): &'a (PathBuf, String)) -> (&'a Path, &'a str, &'a str) {
+fn parts((path, source): &(PathBuf, String)) -> (&Path, &str, &str) {
     let is_tests = path.file_stem().is_some_and(|stem| stem.to_string_lossy().ends_with("tests"));
     let at = if is_tests { 0 } else { source.find("\nmod tests {").unwrap_or(source.len()) };
     (path, &source[..at], &source[at..])

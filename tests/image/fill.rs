@@ -10,7 +10,8 @@ use std::thread;
 
 use chainfs::error::Result;
 use chainfs::image::check::check;
-use chainfs::image::write::{Fill, Wanted, WriterOptions};
+use chainfs::image::write::{Fill, WriterOptions};
+use chainfs::units::{BlockStatus, Run};
 use support::oracle::Scratch;
 use support::sim::guest::{new_snapshot, open_writer};
 use support::sim::images::Opened;
@@ -52,27 +53,27 @@ impl Lower {
         Self { now: now.clone(), then: Backing(Arc::new(Pages::default())) }
     }
 
-    fn wanted_of(&self, sector: u64) -> Wanted {
+    fn wanted_of(&self, sector: u64) -> Option<BlockStatus> {
         let now = self.now.0.bytes(sector * SECTOR, SECTOR);
         if now == self.then.0.bytes(sector * SECTOR, SECTOR) {
-            Wanted::Nothing
+            None
         } else if now.iter().all(|byte| *byte == 0) {
-            Wanted::Zero
+            Some(BlockStatus::Zero)
         } else {
-            Wanted::Data
+            Some(BlockStatus::Data)
         }
     }
 }
 
 impl Fill for Lower {
-    fn wanted(&self, at: u64, len: u64) -> Result<(Wanted, u64)> {
+    fn wanted(&self, at: u64, len: u64) -> Result<Run<Option<BlockStatus>>> {
         assert!(at.is_multiple_of(SECTOR) && len > 0);
         let wanted = self.wanted_of(at / SECTOR);
         let mut sector = at / SECTOR + 1;
         while sector * SECTOR < at + len && self.wanted_of(sector) == wanted {
             sector += 1;
         }
-        Ok((wanted, (sector * SECTOR).min(at + len) - at))
+        Ok(Run::new(wanted, (sector * SECTOR).min(at + len) - at))
     }
 }
 

@@ -98,14 +98,14 @@ fn kind(mapping: Mapping) -> std::mem::Discriminant<Mapping> {
 
 fn check_mapping(format: EntryFormat, mapping: Mapping) {
     match mapping {
-        Mapping::Data(at) | Mapping::Zero { preallocated: Some(at) } => {
+        Mapping::Data(at) | Mapping::Zero(Some(at)) => {
             assert!(at.0 < 1 << 56 && format.cluster.aligned(at.0));
         }
         Mapping::Compressed(compressed) => {
             assert!(compressed.at.0 < 1 << 56 && u64::from(compressed.len) <= 2 * format.cluster.size());
             assert!(compressed.len > 0);
         }
-        Mapping::Zero { preallocated: None } | Mapping::Hole => {}
+        Mapping::Zero(None) | Mapping::Hole => {}
     }
 }
 

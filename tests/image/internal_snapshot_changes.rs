@@ -493,7 +493,7 @@ fn the_writer_goes_on_as_if_it_had_been_opened_afresh() {
         for _ in 0..40 {
             let at = random.next() % ledger.views.disk.len() as u64;
             let max = longest.min(ledger.views.disk.len() as u64 - at);
-            assert_eq!(ledger.writer.locate(at, max).unwrap(), afresh.locate(at, max).unwrap(), "{name}: {at:#x}");
+            assert_eq!(ledger.writer.map(at, max).unwrap(), afresh.map(at, max).unwrap(), "{name}: {at:#x}");
         }
         drop(afresh);
         judge_end(name, &image, &ledger);

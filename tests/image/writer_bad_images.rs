@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use chainfs::error::{Error, ErrorKind, Result};
 use chainfs::image::write::{BackingDisk, Writer, WriterOptions, Zeroing};
 use chainfs::io::{Storage, WriteStorage};
+use chainfs::units::{BlockStatus, Run};
 use support::oracle::Scratch;
 
 const KIB: u64 = 1 << 10;
@@ -180,9 +181,12 @@ impl BackingDisk for Sevens {
         Ok(())
     }
 
-    fn zero_run(&self, at: u64, len: u64) -> Result<(bool, u64)> {
+    fn status_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>> {
         self.asked.lock().unwrap().push(self.file.syncs.load(Ordering::SeqCst));
-        if at >= self.size { Ok((true, len)) } else { Ok((false, len.min(self.size - at))) }
+        if at >= self.size {
+            return Ok(Run::new(BlockStatus::Zero, len));
+        }
+        Ok(Run::new(BlockStatus::Data, len.min(self.size - at)))
     }
 }
 

@@ -5,7 +5,8 @@
 
 use chainfs::error::{ErrorKind, Result, errno};
 use chainfs::image::check::check;
-use chainfs::image::write::{self, Wanted, WriterOptions, Zeroing};
+use chainfs::image::write::{self, WriterOptions, Zeroing};
+use chainfs::units::{BlockStatus, Run};
 use rustix::io::Errno;
 use support::sim::crash::random_crash;
 use support::sim::disk::{Calls, Hit};
@@ -231,8 +232,8 @@ fn taking_internal_snapshots() {
 struct All;
 
 impl write::Fill for All {
-    fn wanted(&self, _: u64, len: u64) -> Result<(Wanted, u64)> {
-        Ok((Wanted::Data, len))
+    fn wanted(&self, _: u64, len: u64) -> Result<Run<Option<BlockStatus>>> {
+        Ok(Run::new(Some(BlockStatus::Data), len))
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use chainfs::cache::Cache;
 use chainfs::chain::View;
 use chainfs::format::snapshot::parse_table;
-use chainfs::format::{Header, Snapshot, Table};
+use chainfs::format::{Header, L1Table, Snapshot};
 use chainfs::image::create::{CreateOptions, initial_image};
 use chainfs::image::{Caches, Image, Layer};
 
@@ -66,7 +66,7 @@ fn read(view: &View, at: u64, len: usize) -> Result<Vec<u8>, String> {
 }
 
 /// An internal snapshot with the table `l1`, and a disk and VM state of those sizes.
-fn snapshot(l1: Table, virtual_size: u64, vm_state_size: u64) -> Snapshot {
+fn snapshot(l1: L1Table, virtual_size: u64, vm_state_size: u64) -> Snapshot {
     let mut entry = vec![0; 40 + 16];
     entry[39] = 16;
     let header = Bench::new(16, 512).header();

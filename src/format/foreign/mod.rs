@@ -13,7 +13,7 @@ use super::bytes::{be_u32, be_u64, le_u32, le_u64};
 
 /// A format that chainfs knows and does not read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum ForeignFormat {
     /// `VMware`'s.
     Vmdk,
     /// `VirtualBox`'s.
@@ -51,18 +51,18 @@ pub enum Parents {
 /// Reads bytes at an offset; fewer at the end of the file.
 pub type ReadAt<'a, E> = dyn FnMut(u64, &mut [u8]) -> Result<usize, E> + 'a;
 
-impl Kind {
+impl ForeignFormat {
     /// QEMU's name for it.
     pub fn name(self) -> &'static str {
         match self {
-            Kind::Vmdk => "vmdk",
-            Kind::Vdi => "vdi",
-            Kind::Vhdx => "vhdx",
-            Kind::Vpc => "vpc",
-            Kind::Qed => "qed",
-            Kind::Qcow => "qcow",
-            Kind::Parallels => "parallels",
-            Kind::Dmg => "dmg",
+            ForeignFormat::Vmdk => "vmdk",
+            ForeignFormat::Vdi => "vdi",
+            ForeignFormat::Vhdx => "vhdx",
+            ForeignFormat::Vpc => "vpc",
+            ForeignFormat::Qed => "qed",
+            ForeignFormat::Qcow => "qcow",
+            ForeignFormat::Parallels => "parallels",
+            ForeignFormat::Dmg => "dmg",
         }
     }
 
@@ -70,36 +70,36 @@ impl Kind {
     pub fn of_name(path: &Path) -> Option<Self> {
         let extension = path.extension()?.to_str()?.to_ascii_lowercase();
         Some(match extension.as_str() {
-            "vmdk" => Kind::Vmdk,
-            "vdi" => Kind::Vdi,
-            "vhdx" | "avhdx" => Kind::Vhdx,
-            "vhd" | "avhd" | "vpc" => Kind::Vpc,
-            "qed" => Kind::Qed,
-            "qcow" | "cow" => Kind::Qcow,
-            "hdd" | "parallels" => Kind::Parallels,
-            "dmg" => Kind::Dmg,
+            "vmdk" => ForeignFormat::Vmdk,
+            "vdi" => ForeignFormat::Vdi,
+            "vhdx" | "avhdx" => ForeignFormat::Vhdx,
+            "vhd" | "avhd" | "vpc" => ForeignFormat::Vpc,
+            "qed" => ForeignFormat::Qed,
+            "qcow" | "cow" => ForeignFormat::Qcow,
+            "hdd" | "parallels" => ForeignFormat::Parallels,
+            "dmg" => ForeignFormat::Dmg,
             _ => return None,
         })
     }
 }
 
 /// The foreign format that a file's first bytes tell of.
-pub fn probe(head: &[u8]) -> Option<Kind> {
+pub fn probe(head: &[u8]) -> Option<ForeignFormat> {
     let starts = |magic: &[u8]| head.starts_with(magic);
     let kind = if starts(b"KDMV") || starts(b"COWD") || vmdk::is_descriptor(head) {
-        Kind::Vmdk
+        ForeignFormat::Vmdk
     } else if starts(b"vhdxfile") {
-        Kind::Vhdx
+        ForeignFormat::Vhdx
     } else if starts(b"conectix") {
-        Kind::Vpc
+        ForeignFormat::Vpc
     } else if starts(b"QED\0") {
-        Kind::Qed
+        ForeignFormat::Qed
     } else if starts(b"QFI\xfb\0\0\0\x01") {
-        Kind::Qcow
+        ForeignFormat::Qcow
     } else if starts(b"WithoutFreeSpace") || starts(b"WithouFreSpacExt") {
-        Kind::Parallels
+        ForeignFormat::Parallels
     } else if head.get(0x40..0x44) == Some(&[0x7f, 0x10, 0xda, 0xbe]) {
-        Kind::Vdi
+        ForeignFormat::Vdi
     } else {
         return None;
     };
@@ -107,15 +107,15 @@ pub fn probe(head: &[u8]) -> Option<Kind> {
 }
 
 /// The files that an image of that kind needs, of a file of `len` bytes.
-pub fn parents<E>(kind: Kind, len: u64, read: &mut ReadAt<'_, E>) -> Result<Parents, E> {
+pub fn parents<E>(kind: ForeignFormat, len: u64, read: &mut ReadAt<'_, E>) -> Result<Parents, E> {
     match kind {
-        Kind::Vmdk => vmdk::parents(len, read),
-        Kind::Vhdx => vhdx::parents(len, read),
-        Kind::Vpc => vhd::parents(len, read),
-        Kind::Qed => qed(len, read),
-        Kind::Qcow => qcow(len, read),
+        ForeignFormat::Vmdk => vmdk::parents(len, read),
+        ForeignFormat::Vhdx => vhdx::parents(len, read),
+        ForeignFormat::Vpc => vhd::parents(len, read),
+        ForeignFormat::Qed => qed(len, read),
+        ForeignFormat::Qcow => qcow(len, read),
         // Their parents are named by numbers, if at all, and are of their own format.
-        Kind::Vdi | Kind::Parallels | Kind::Dmg => Ok(Parents::None),
+        ForeignFormat::Vdi | ForeignFormat::Parallels | ForeignFormat::Dmg => Ok(Parents::None),
     }
 }
 

@@ -2,7 +2,7 @@ use std::convert::Infallible;
 
 use super::*;
 
-fn look(file: &[u8]) -> (Option<Kind>, Parents) {
+fn look(file: &[u8]) -> (Option<ForeignFormat>, Parents) {
     let mut read = |at: u64, buf: &mut [u8]| -> Result<usize, Infallible> {
         let rest = file.get(usize::try_from(at).unwrap_or(usize::MAX)..).unwrap_or_default();
         let len = rest.len().min(buf.len());
@@ -104,18 +104,18 @@ fn the_files_that_a_foreign_image_needs_are_read() {
     let text = "# Disk DescriptorFile\nversion=1\nparentCID=12345678\nparentFileNameHint=\"base.vmdk\"\n\
                 RW 2048 FLAT \"a b-flat.raw\" 0\nRDONLY 63 SPARSE \"s1.vmdk\"\nddb.adapterType = \"ide\"\n";
     let all = names(&["base.vmdk", "a b-flat.raw", "s1.vmdk"]);
-    assert_eq!(look(text.as_bytes()), (Some(Kind::Vmdk), all.clone()));
-    assert_eq!(look(&sparse_vmdk(text)), (Some(Kind::Vmdk), all));
-    assert_eq!(look(&sparse_vmdk("gone")), (Some(Kind::Vmdk), Parents::Unknown));
-    assert_eq!(look(b"# comment\n\nversion=1\ncreateType=\"x\"\n"), (Some(Kind::Vmdk), Parents::None));
+    assert_eq!(look(text.as_bytes()), (Some(ForeignFormat::Vmdk), all.clone()));
+    assert_eq!(look(&sparse_vmdk(text)), (Some(ForeignFormat::Vmdk), all));
+    assert_eq!(look(&sparse_vmdk("gone")), (Some(ForeignFormat::Vmdk), Parents::Unknown));
+    assert_eq!(look(b"# comment\n\nversion=1\ncreateType=\"x\"\n"), (Some(ForeignFormat::Vmdk), Parents::None));
     let mut esx = vec![0; 2048];
     put(&mut esx, 0, b"COWD");
     put(&mut esx, 32, b"parent.vmdk");
-    assert_eq!(look(&esx), (Some(Kind::Vmdk), names(&["parent.vmdk"])));
-    assert_eq!(look(&vhdx()), (Some(Kind::Vhdx), names(&[r".\base.vhdx"])));
-    assert_eq!(look(&vhd()), (Some(Kind::Vpc), names(&["base.vhd", r"..\b.vhd"])));
-    assert_eq!(look(&qed()), (Some(Kind::Qed), names(&["base.qcow2"])));
-    assert_eq!(look(&qcow1()), (Some(Kind::Qcow), names(&["base.raw"])));
+    assert_eq!(look(&esx), (Some(ForeignFormat::Vmdk), names(&["parent.vmdk"])));
+    assert_eq!(look(&vhdx()), (Some(ForeignFormat::Vhdx), names(&[r".\base.vhdx"])));
+    assert_eq!(look(&vhd()), (Some(ForeignFormat::Vpc), names(&["base.vhd", r"..\b.vhd"])));
+    assert_eq!(look(&qed()), (Some(ForeignFormat::Qed), names(&["base.qcow2"])));
+    assert_eq!(look(&qcow1()), (Some(ForeignFormat::Qcow), names(&["base.raw"])));
     assert_eq!(look(b"version=1x"), (None, Parents::None));
 }
 

@@ -2,9 +2,9 @@
 //!
 //! Only where the extension is in force; else QEMU drops it, and its clusters are leaks.
 
-use super::ranges::{Range, Weight};
-use super::report::{CheckReport, Kind};
-use super::{Audited, Pass, Places};
+use super::ranges::{Weight, WeightedRange};
+use super::report::{CheckReport, FindingKind};
+use super::{Audited, Pass, ReferencedRanges};
 use crate::error::Result;
 use crate::format::bitmap::{BitmapCluster, parse_directory, table_entry};
 use crate::format::refcount::refcount;
@@ -13,7 +13,7 @@ use crate::format::refcount::refcount;
 const CHUNK: u64 = 256 << 10;
 
 /// Finds the directory and the tables.
-pub(super) fn collect(audited: &Audited<'_>, places: &mut Places, report: &mut CheckReport) -> Result<()> {
+pub(super) fn collect(audited: &Audited<'_>, places: &mut ReferencedRanges, report: &mut CheckReport) -> Result<()> {
     let header = &audited.header;
     let Some(extension) = header.bitmaps.filter(|_| header.bitmaps_consistent()) else { return Ok(()) };
     audited.add_region(places, extension.directory.0, extension.directory_len, report);
@@ -28,13 +28,13 @@ pub(super) fn collect(audited: &Audited<'_>, places: &mut Places, report: &mut C
         let len = u64::from(bitmap.table_entries) * 8;
         audited.add_region(places, bitmap.table.0, len, report);
         let end = (bitmap.table.0 + len).min(audited.file_len);
-        places.bitmap_tables.push(Range { start: bitmap.table.0.min(end), end, weight: Weight::OTHER });
+        places.bitmap_tables.push(WeightedRange { start: bitmap.table.0.min(end), end, weight: Weight::OTHER });
     }
     Ok(())
 }
 
 /// Counts the references of the tables' entries.
-pub(super) fn walk(pass: &mut Pass<'_>, tables: &[Range]) -> Result<()> {
+pub(super) fn walk(pass: &mut Pass<'_>, tables: &[WeightedRange]) -> Result<()> {
     let cluster = pass.audited.header.cluster;
     for table in tables {
         let mut at = table.start;
@@ -46,7 +46,7 @@ pub(super) fn walk(pass: &mut Pass<'_>, tables: &[Range]) -> Result<()> {
                     Ok(BitmapCluster::At(data)) => pass.count(data.0, cluster.size(), table.weight.total),
                     // QEMU cannot open such an image.
                     Err(reason) if pass.first => {
-                        pass.report.check_errors(Kind::Doubt, table.weight.total, || reason.fact());
+                        pass.report.check_errors(FindingKind::Doubt, table.weight.total, || reason.fact());
                     }
                     Ok(BitmapCluster::All(_)) | Err(_) => {}
                 }

@@ -22,13 +22,13 @@ use crate::format::snapshot::{SnapshotParser, check_l1};
 use crate::format::{Header, Malformed, Snapshot, Version};
 use crate::image::{read_header_with, read_snapshots_with};
 use crate::io::Storage;
-use ranges::{Range, Weight, disjoint};
+use ranges::{Weight, WeightedRange, disjoint};
 use refcounts::Refcounts;
 use tables::L2List;
 use window::{WINDOW_CLUSTERS, Window};
 
 pub use repair::{Actions, Repaired, Scope, mend_flags, rebuild_dirty, repair};
-use report::Kind;
+use report::FindingKind;
 pub use report::{CheckReport, MAX_FINDINGS};
 
 /// More clusters than any real image has (256 TiB of 64 KiB clusters); bounds the time that a
@@ -63,7 +63,7 @@ fn check_in_windows(storage: &dyn Storage, name: &str, window_clusters: u64) -> 
 
 /// Everything in an image that refers to clusters.
 struct References {
-    places: Places,
+    places: ReferencedRanges,
     l2_list: L2List,
     refcounts: Refcounts,
 }
@@ -77,7 +77,7 @@ struct Without {
 
 impl References {
     fn gather(audited: &Audited<'_>, report: &mut CheckReport) -> Result<Self> {
-        let mut places = Places::default();
+        let mut places = ReferencedRanges::default();
         audited.collect_metadata(&mut places, report)?;
         places.regions = disjoint(&places.regions);
         places.bitmap_tables = disjoint(&places.bitmap_tables);
@@ -114,17 +114,17 @@ struct Audited<'a> {
 
 /// Byte ranges found before counting starts.
 #[derive(Default)]
-struct Places {
+struct ReferencedRanges {
     /// What is referenced as a whole, cluster by cluster.
-    regions: Vec<Range>,
+    regions: Vec<WeightedRange>,
     /// The refcount table; a repair may replace it.
-    refcount_table: Vec<Range>,
+    refcount_table: Vec<WeightedRange>,
     /// The snapshot table; so may it.
-    snapshot_table: Vec<Range>,
+    snapshot_table: Vec<WeightedRange>,
     /// L1 tables, by their bytes.
-    l1_tables: Vec<Range>,
+    l1_tables: Vec<WeightedRange>,
     /// Bitmap tables, by their bytes.
-    bitmap_tables: Vec<Range>,
+    bitmap_tables: Vec<WeightedRange>,
 }
 
 /// One window's turn.
@@ -141,7 +141,7 @@ impl Pass<'_> {
     fn count(&mut self, at: u64, len: u64, times: u64) {
         if self.audited.is_beyond_end(at, len) {
             if self.first {
-                self.report.corruptions(Kind::Dangling, times, || beyond_end(at, len));
+                self.report.corruptions(FindingKind::Dangling, times, || beyond_end(at, len));
             }
         } else {
             self.window.count(at, len, times, self.report);
@@ -187,11 +187,11 @@ impl<'a> Audited<'a> {
         at.checked_add(len).is_none_or(|end| end >= limit)
     }
 
-    fn add_region(&self, places: &mut Places, at: u64, len: u64, report: &mut CheckReport) {
-        self.region(&mut places.regions, at, len, Kind::Dangling, report);
+    fn add_region(&self, places: &mut ReferencedRanges, at: u64, len: u64, report: &mut CheckReport) {
+        self.region(&mut places.regions, at, len, FindingKind::Dangling, report);
     }
 
-    fn region(&self, regions: &mut Vec<Range>, at: u64, len: u64, kind: Kind, report: &mut CheckReport) {
+    fn region(&self, regions: &mut Vec<WeightedRange>, at: u64, len: u64, kind: FindingKind, report: &mut CheckReport) {
         if len == 0 {
             return;
         }
@@ -201,49 +201,56 @@ impl<'a> Audited<'a> {
         }
         let cluster = self.header.cluster;
         let end = cluster.floor(at + len - 1) + cluster.size();
-        regions.push(Range { start: cluster.floor(at), end, weight: Weight::OTHER });
+        regions.push(WeightedRange { start: cluster.floor(at), end, weight: Weight::OTHER });
     }
 
-    fn collect_metadata(&self, places: &mut Places, report: &mut CheckReport) -> Result<()> {
+    fn collect_metadata(&self, places: &mut ReferencedRanges, report: &mut CheckReport) -> Result<()> {
         let header = &self.header;
         if let Some(damage) = &header.refcount_damage {
-            report.corruptions(Kind::Structure, 1, || damage.fact());
+            report.corruptions(FindingKind::Structure, 1, || damage.fact());
         }
         self.add_region(places, 0, header.cluster.size(), report);
         self.add_l1(places, header.l1.offset.0, header.l1.len_bytes(), Weight::ACTIVE, report);
         let (snapshots, table_len) = self.read_snapshots()?;
-        self.region(&mut places.snapshot_table, header.snapshots.offset.0, table_len, Kind::Dangling, report);
+        self.region(&mut places.snapshot_table, header.snapshots.offset.0, table_len, FindingKind::Dangling, report);
         if header.data_file.is_some() && !snapshots.is_empty() {
-            report.corruptions(Kind::Doubt, 1, || format!("{} snapshots in image with data file", snapshots.len()));
+            report.corruptions(FindingKind::Doubt, 1, || {
+                format!("{} snapshots in image with data file", snapshots.len())
+            });
         }
         for (index, snapshot) in snapshots.iter().enumerate() {
             if header.version == Version::V3 && snapshot.extra_len < 16 {
-                report.corruptions(Kind::Incomplete, 1, || format!("snapshot table entry {index} is incomplete"));
+                report
+                    .corruptions(FindingKind::Incomplete, 1, || format!("snapshot table entry {index} is incomplete"));
             }
             let l1 = snapshot.l1;
             match check_l1(l1, header.cluster) {
                 Ok(()) => self.add_l1(places, l1.offset.0, l1.len_bytes(), Weight::OTHER, report),
                 // No file reaches that far, so that there is nothing to look at.
                 Err(reason @ Malformed::OutOfRange { .. }) => {
-                    report.check_errors(Kind::Doubt, 1, || format!("snapshot table entry {index}: {}", reason.fact()));
+                    report.check_errors(FindingKind::Doubt, 1, || {
+                        format!("snapshot table entry {index}: {}", reason.fact())
+                    });
                 }
                 Err(reason) => {
-                    report.corruptions(Kind::Doubt, 1, || format!("snapshot table entry {index}: {}", reason.fact()));
+                    report.corruptions(FindingKind::Doubt, 1, || {
+                        format!("snapshot table entry {index}: {}", reason.fact())
+                    });
                 }
             }
         }
         let table = header.refcount_table;
         let table_len = u64::from(table.clusters) * header.cluster.size();
-        self.region(&mut places.refcount_table, table.offset.0, table_len, Kind::Structure, report);
+        self.region(&mut places.refcount_table, table.offset.0, table_len, FindingKind::Structure, report);
         if let Some(luks) = header.crypto_header {
             self.add_region(places, luks.offset.0, luks.len, report);
         }
         bitmaps::collect(self, places, report)
     }
 
-    fn add_l1(&self, places: &mut Places, at: u64, len: u64, weight: Weight, report: &mut CheckReport) {
+    fn add_l1(&self, places: &mut ReferencedRanges, at: u64, len: u64, weight: Weight, report: &mut CheckReport) {
         self.add_region(places, at, len, report);
-        places.l1_tables.push(Range { start: at, end: at + len, weight });
+        places.l1_tables.push(WeightedRange { start: at, end: at + len, weight });
     }
 
     /// The snapshots and the bytes of their table.

@@ -25,14 +25,14 @@ impl Weight {
 
 /// Bytes `start..end` of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Range {
+pub(super) struct WeightedRange {
     pub(super) start: u64,
     pub(super) end: u64,
     pub(super) weight: Weight,
 }
 
 /// The same bytes with the same weights, in order and without overlap.
-pub(super) fn disjoint(ranges: &[Range]) -> Vec<Range> {
+pub(super) fn disjoint(ranges: &[WeightedRange]) -> Vec<WeightedRange> {
     // Where the weight changes: what begins there, and what ends there.
     let mut changes: Vec<(u64, Weight, Weight)> = Vec::with_capacity(ranges.len() * 2);
     for range in ranges.iter().filter(|range| range.start < range.end) {
@@ -40,14 +40,14 @@ pub(super) fn disjoint(ranges: &[Range]) -> Vec<Range> {
         changes.push((range.end, Weight::default(), range.weight));
     }
     changes.sort_unstable_by_key(|&(at, ..)| at);
-    let mut out: Vec<Range> = Vec::new();
+    let mut out: Vec<WeightedRange> = Vec::new();
     let (mut begun, mut ended) = (Weight::default(), Weight::default());
     for (index, &(start, begins, ends)) in changes.iter().enumerate() {
         (begun, ended) = (begun.plus(begins), ended.plus(ends));
         let weight = Weight { active: begun.active - ended.active, total: begun.total - ended.total };
         let Some(&(end, ..)) = changes.get(index + 1) else { break };
         if start < end && weight.total > 0 {
-            out.push(Range { start, end, weight });
+            out.push(WeightedRange { start, end, weight });
         }
     }
     out
@@ -57,8 +57,8 @@ pub(super) fn disjoint(ranges: &[Range]) -> Vec<Range> {
 mod tests {
     use super::*;
 
-    fn range(start: u64, end: u64, weight: Weight) -> Range {
-        Range { start, end, weight }
+    fn range(start: u64, end: u64, weight: Weight) -> WeightedRange {
+        WeightedRange { start, end, weight }
     }
 
     #[test]

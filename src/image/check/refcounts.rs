@@ -1,6 +1,6 @@
 //! The refcounts that an image stores, and the references to the blocks that store them.
 
-use super::report::Kind;
+use super::report::FindingKind;
 use super::{Audited, Pass};
 use crate::error::Result;
 use crate::format::refcount::{block_entries, refcount, table_entry};
@@ -90,7 +90,7 @@ impl Refcounts {
                 Ok(Some(block)) => block,
                 Err(reason) => {
                     if pass.first {
-                        pass.report.corruptions(Kind::Structure, 1, || {
+                        pass.report.corruptions(FindingKind::Structure, 1, || {
                             format!("refcount table entry {index}: {}", reason.fact())
                         });
                     }
@@ -100,7 +100,8 @@ impl Refcounts {
             let cluster = self.cluster.index(block.0);
             if cluster >= file_clusters {
                 if pass.first {
-                    pass.report.corruptions(Kind::Structure, 1, || format!("refcount block {index} is outside image"));
+                    pass.report
+                        .corruptions(FindingKind::Structure, 1, || format!("refcount block {index} is outside image"));
                 }
                 continue;
             }
@@ -109,7 +110,8 @@ impl Refcounts {
                 let references = pass.window.references(cluster);
                 if references != Some(1) {
                     let count = references.unwrap_or(0);
-                    pass.report.corruptions(Kind::Structure, 1, || format!("refcount block {index} refcount={count}"));
+                    pass.report
+                        .corruptions(FindingKind::Structure, 1, || format!("refcount block {index} refcount={count}"));
                 }
             }
         }

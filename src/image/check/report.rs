@@ -9,7 +9,7 @@ pub const MAX_FINDINGS: usize = 1000;
 
 /// What kind of problem a finding is: what mends it, and what else may be wrong because of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum FindingKind {
     /// A cluster has more users than its count says.
     TooLow,
     /// Of those, one whose count is 0: the next writer would give it away.
@@ -30,7 +30,7 @@ pub(super) enum Kind {
     Doubt,
 }
 
-const KIND_COUNT: usize = Kind::Doubt as usize + 1;
+const FINDING_KIND_COUNT: usize = FindingKind::Doubt as usize + 1;
 
 /// The result of a check. Serializes as `qemu-img check --output=json` prints it: what is zero
 /// is left out, except for `check-errors`.
@@ -46,13 +46,13 @@ pub struct CheckReport {
     /// Where the image ends, by its references and counts.
     #[serde(skip_serializing_if = "is_zero")]
     pub image_end_offset: u64,
-    /// Places where data is, or may become, damaged.
+    /// ReferencedRanges where data is, or may become, damaged.
     #[serde(skip_serializing_if = "is_zero")]
     pub corruptions: u64,
     /// Clusters that are counted more often than they are used.
     #[serde(skip_serializing_if = "is_zero")]
     pub leaks: u64,
-    /// Places of that kind that a repair has mended.
+    /// ReferencedRanges of that kind that a repair has mended.
     #[serde(skip_serializing_if = "is_zero")]
     pub corruptions_fixed: u64,
     /// Leaked clusters that a repair has given back.
@@ -76,9 +76,9 @@ pub struct CheckReport {
     /// Problems beyond those.
     #[serde(skip)]
     pub findings_suppressed: u64,
-    /// Corruptions and errors by [`Kind`].
+    /// Corruptions and errors by [`FindingKind`].
     #[serde(skip)]
-    pub(super) tally: [u64; KIND_COUNT],
+    pub(super) tally: [u64; FINDING_KIND_COUNT],
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
@@ -98,22 +98,22 @@ impl CheckReport {
     }
 
     /// How many problems are of `kind`.
-    pub(super) fn count_of(&self, kind: Kind) -> u64 {
+    pub(super) fn count_of(&self, kind: FindingKind) -> u64 {
         self.tally[kind as usize]
     }
 
-    fn tally(&mut self, kind: Kind, count: u64) {
+    fn tally(&mut self, kind: FindingKind, count: u64) {
         let tally = &mut self.tally[kind as usize];
         *tally = tally.saturating_add(count);
     }
 
-    pub(super) fn check_errors(&mut self, kind: Kind, count: u64, finding: impl FnOnce() -> String) {
+    pub(super) fn check_errors(&mut self, kind: FindingKind, count: u64, finding: impl FnOnce() -> String) {
         self.tally(kind, count);
         self.check_errors = self.check_errors.saturating_add(count);
         self.note("ERROR", finding);
     }
 
-    pub(super) fn corruptions(&mut self, kind: Kind, count: u64, finding: impl FnOnce() -> String) {
+    pub(super) fn corruptions(&mut self, kind: FindingKind, count: u64, finding: impl FnOnce() -> String) {
         self.tally(kind, count);
         self.corruptions = self.corruptions.saturating_add(count);
         self.note("ERROR", finding);
@@ -201,7 +201,7 @@ mod tests {
     fn findings_beyond_the_limit_are_counted() {
         let mut report = CheckReport::default();
         for index in 0..MAX_FINDINGS + 5 {
-            report.corruptions(Kind::Doubt, 1, || format!("number {index}"));
+            report.corruptions(FindingKind::Doubt, 1, || format!("number {index}"));
         }
         assert_eq!((report.findings.len(), report.findings_suppressed, report.corruptions), (1000, 5, 1005));
         assert!(report.to_string().contains("... and 5 more\n\n1005 errors were found on the image.\n"));

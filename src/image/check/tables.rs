@@ -1,13 +1,13 @@
 //! References of the L1 and L2 tables, and the COPIED flags of the active ones.
 
-use super::ranges::{Range, Weight};
+use super::ranges::{Weight, WeightedRange};
 use super::refcounts::Refcounts;
-use super::report::{CheckReport, Kind};
+use super::report::{CheckReport, FindingKind};
 use super::{Audited, Pass, beyond_end};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::entry::{COPIED, Compressed, EntryFormat, Mapping, ZERO};
+use crate::format::entry::{Allocation, COPIED, EntryFormat, Mapping, ZERO};
 use crate::format::refcount::refcount;
-use crate::format::{Malformed, Version};
+use crate::format::{Malformed, RawL2Entry, Version};
 use crate::units::{GuestOffset, HostOffset};
 
 /// Bytes of an L1 table read at a time.
@@ -32,7 +32,7 @@ impl L2List {
     /// Reads the L1 tables.
     pub(super) fn read(
         audited: &Audited<'_>,
-        l1_tables: &[Range],
+        l1_tables: &[WeightedRange],
         refcounts: &Refcounts,
         report: &mut CheckReport,
     ) -> Result<Self> {
@@ -77,11 +77,13 @@ impl L2List {
         }
         let header = &audited.header;
         if let Err(reason) = header.entry_format().l1(entry) {
-            report.corruptions(Kind::Doubt, weight.total, || format!("L1 entry at {position:#x}: {}", reason.fact()));
+            report.corruptions(FindingKind::Doubt, weight.total, || {
+                format!("L1 entry at {position:#x}: {}", reason.fact())
+            });
             let offset = EntryFormat::raw_offset(entry);
             if matches!(reason, Malformed::Reserved { .. }) && !header.cluster.aligned(offset) {
                 let unaligned = Malformed::Unaligned { what: "L2 table", offset, unit: header.cluster.size() };
-                report.corruptions(Kind::Doubt, weight.total, || {
+                report.corruptions(FindingKind::Doubt, weight.total, || {
                     format!("L1 entry at {position:#x}: {}", unaligned.fact())
                 });
             }
@@ -90,14 +92,14 @@ impl L2List {
         if weight.active > 0 && at != 0 {
             let stored = refcounts.stored(audited, header.cluster.index(at))?;
             if stored.is_some_and(|count| (count == 1) != EntryFormat::copied(entry)) {
-                report.corruptions(Kind::Flag, weight.active, || {
+                report.corruptions(FindingKind::Flag, weight.active, || {
                     let count = stored.unwrap_or(0);
                     format!("OFLAG_COPIED L2 cluster: l1_entry={entry:x} refcount={count}")
                 });
             }
         }
         if audited.is_beyond_end(at, header.cluster.size()) {
-            report.corruptions(Kind::Dangling, weight.total, || beyond_end(at, header.cluster.size()));
+            report.corruptions(FindingKind::Dangling, weight.total, || beyond_end(at, header.cluster.size()));
             return Ok(());
         }
         let index = position.saturating_sub(header.l1.offset.0) / 8;
@@ -132,22 +134,14 @@ impl L2List {
             pass.audited.read(table.at.0, &mut bytes)?;
             let mut walk = EntryWalk { table, format, refcounts, expected_next: None };
             for (index, entry) in (0..).zip(bytes.chunks_exact(format.l2_entry_len() as usize)) {
-                let first = refcount(entry, 0, 6);
-                let bitmap = if format.extended { refcount(entry, 1, 6) } else { 0 };
-                if first != 0 || bitmap != 0 {
-                    walk.entry(pass, index, first, bitmap)?;
+                let raw = RawL2Entry::from_bytes(format, entry);
+                if raw != RawL2Entry::default() {
+                    walk.entry(pass, index, raw.entry, raw.bitmap)?;
                 }
             }
         }
         Ok(())
     }
-}
-
-/// What an L2 entry refers to.
-enum Target {
-    Nothing,
-    Cluster(HostOffset),
-    Compressed(Compressed),
 }
 
 /// What a repair may do to an L2 entry.
@@ -178,10 +172,10 @@ impl L2Table {
         let walk = EntryWalk { table: self, format, refcounts, expected_next: None };
         let (target, problems) = walk.judge(entry[0], entry[1], index);
         match (target, problems.as_slice()) {
-            (Target::Cluster(_), []) if format.data_file => Verdict::DataFile,
-            (Target::Cluster(at), []) => Verdict::Cluster(at),
-            (Target::Compressed(_), []) => Verdict::Compressed,
-            (Target::Nothing, []) => Verdict::Nothing,
+            (Allocation::Cluster(_), []) if format.data_file => Verdict::DataFile,
+            (Allocation::Cluster(at), []) => Verdict::Cluster(at),
+            (Allocation::Compressed(_), []) => Verdict::Compressed,
+            (Allocation::None, []) => Verdict::Nothing,
             (_, [Malformed::Unaligned { .. }]) if walk.keeps_nothing(entry[0], entry[1]) => {
                 Verdict::KeptPlace(if format.extended { 0 } else { ZERO })
             }
@@ -206,23 +200,23 @@ impl EntryWalk<'_> {
         if pass.first {
             for problem in problems {
                 let kind = match problem {
-                    Malformed::Unaligned { .. } if self.keeps_nothing(entry, bitmap) => Kind::KeptPlace,
-                    _ => Kind::Doubt,
+                    Malformed::Unaligned { .. } if self.keeps_nothing(entry, bitmap) => FindingKind::KeptPlace,
+                    _ => FindingKind::Doubt,
                 };
                 pass.report.corruptions(kind, weight.total, || {
                     format!("L2 table {}, entry {index}: {}", self.table.at, problem.fact())
                 });
             }
             if EntryFormat::is_compressed(entry) && EntryFormat::copied(entry) {
-                pass.report.corruptions(Kind::CompressedFlag, weight.total, || {
+                pass.report.corruptions(FindingKind::CompressedFlag, weight.total, || {
                     let coffset = self.format.raw_compressed(entry).at;
                     format!("coffset={coffset}: copied flag must never be set for compressed clusters")
                 });
             }
         }
         match target {
-            Target::Nothing => Ok(()),
-            Target::Compressed(compressed) => {
+            Allocation::None => Ok(()),
+            Allocation::Compressed(compressed) => {
                 if pass.first {
                     pass.report.allocated_clusters += weight.active;
                     pass.report.compressed_clusters += weight.active;
@@ -232,7 +226,7 @@ impl EntryWalk<'_> {
                 pass.count(compressed.at.0, compressed.len.into(), weight.total);
                 Ok(())
             }
-            Target::Cluster(at) => {
+            Allocation::Cluster(at) => {
                 let len = self.format.cluster.size();
                 if pass.first {
                     pass.report.allocated_clusters += weight.active;
@@ -259,18 +253,18 @@ impl EntryWalk<'_> {
     }
 
     /// What the entry refers to, and what is wrong with it.
-    fn judge(&self, entry: u64, bitmap: u64, index: u64) -> (Target, Vec<Malformed>) {
+    fn judge(&self, entry: u64, bitmap: u64, index: u64) -> (Allocation, Vec<Malformed>) {
         let guest = GuestOffset(self.table.guest.0.saturating_add(index * self.format.cluster.size()));
         let decoded = if self.format.extended {
             self.format.l2_extended(entry, bitmap, guest).map(|entry| match entry.compressed() {
-                Some(compressed) => Target::Compressed(compressed),
-                None => entry.host_cluster().map_or(Target::Nothing, Target::Cluster),
+                Some(compressed) => Allocation::Compressed(compressed),
+                None => entry.host_cluster().map_or(Allocation::None, Allocation::Cluster),
             })
         } else {
             self.format.l2(entry, guest).map(|entry| match entry.mapping {
-                Mapping::Data(at) | Mapping::Zero { preallocated: Some(at) } => Target::Cluster(at),
-                Mapping::Compressed(compressed) => Target::Compressed(compressed),
-                Mapping::Zero { preallocated: None } | Mapping::Hole => Target::Nothing,
+                Mapping::Data(at) | Mapping::Zero(Some(at)) => Allocation::Cluster(at),
+                Mapping::Compressed(compressed) => Allocation::Compressed(compressed),
+                Mapping::Zero(None) | Mapping::Hole => Allocation::None,
             })
         };
         match decoded {
@@ -281,12 +275,12 @@ impl EntryWalk<'_> {
 
     /// A wrong entry refers to what it would if the wrong bits were not there, so that one flaw
     /// does not look like many. `reason` is the first; there may be more.
-    fn judge_wrong(&self, entry: u64, bitmap: u64, reason: Malformed) -> (Target, Vec<Malformed>) {
+    fn judge_wrong(&self, entry: u64, bitmap: u64, reason: Malformed) -> (Allocation, Vec<Malformed>) {
         if EntryFormat::is_compressed(entry) {
             return match reason {
                 // Reported as beyond the end of the file.
-                Malformed::TooLarge { .. } => (Target::Compressed(self.format.raw_compressed(entry)), Vec::new()),
-                reason => (Target::Nothing, vec![reason]),
+                Malformed::TooLarge { .. } => (Allocation::Compressed(self.format.raw_compressed(entry)), Vec::new()),
+                reason => (Allocation::None, vec![reason]),
             };
         }
         let (at, unit) = (EntryFormat::raw_offset(entry), self.format.cluster.size());
@@ -307,7 +301,7 @@ impl EntryWalk<'_> {
         if !later {
             problems.insert(0, reason);
         }
-        let target = if at == 0 { Target::Nothing } else { Target::Cluster(HostOffset(at)) };
+        let target = if at == 0 { Allocation::None } else { Allocation::Cluster(HostOffset(at)) };
         (target, problems)
     }
 
@@ -324,7 +318,7 @@ impl EntryWalk<'_> {
             pass.window.stored_is_one(cluster)
         };
         if is_one.is_some_and(|is_one| is_one != EntryFormat::copied(entry)) {
-            pass.report.corruptions(Kind::Flag, self.table.weight.active, || {
+            pass.report.corruptions(FindingKind::Flag, self.table.weight.active, || {
                 let fact = if is_one == Some(true) { "refcount=1" } else { "refcount is not 1" };
                 format!("OFLAG_COPIED data cluster: l2_entry={entry:x} {fact}")
             });

@@ -3,7 +3,7 @@
 //! A window bounds the memory of a check; the tables are walked once for each. Counts saturate
 //! far above what any image reaches.
 
-use super::report::{CheckReport, Kind};
+use super::report::{CheckReport, FindingKind};
 use crate::units::ClusterBits;
 
 /// Clusters of a window: two arrays of 32 MiB. 512 GiB of an image with clusters of 64 KiB.
@@ -77,7 +77,7 @@ impl Window {
             let wanted = u64::from(*count).saturating_add(times);
             *count = wanted.min(self.max.into()) as u32;
             if wanted > self.max.into() && self.max < MANY {
-                report.corruptions(Kind::Doubt, wanted - u64::from(self.max), || {
+                report.corruptions(FindingKind::Doubt, wanted - u64::from(self.max), || {
                     let offset = cluster << self.cluster.bits();
                     format!("overflow cluster offset={offset:#x}: {wanted} references, refcounts hold {}", self.max)
                 });
@@ -94,7 +94,7 @@ impl Window {
                 continue;
             }
             if stored == UNREADABLE {
-                report.check_errors(Kind::Structure, 1, || format!("can't get refcount for cluster {cluster}"));
+                report.check_errors(FindingKind::Structure, 1, || format!("can't get refcount for cluster {cluster}"));
                 continue;
             }
             if stored > 0 || references > 0 {
@@ -102,8 +102,8 @@ impl Window {
             }
             let finding = || format!("cluster {cluster} refcount={stored} reference={references}");
             match stored.cmp(&references) {
-                std::cmp::Ordering::Less if stored == 0 => report.corruptions(Kind::Uncounted, 1, finding),
-                std::cmp::Ordering::Less => report.corruptions(Kind::TooLow, 1, finding),
+                std::cmp::Ordering::Less if stored == 0 => report.corruptions(FindingKind::Uncounted, 1, finding),
+                std::cmp::Ordering::Less => report.corruptions(FindingKind::TooLow, 1, finding),
                 std::cmp::Ordering::Greater => report.leak(finding),
                 std::cmp::Ordering::Equal => {}
             }

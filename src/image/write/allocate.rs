@@ -1,4 +1,4 @@
-//! Clusters of the file: finding free ones, counting them, giving them back.
+//! Clusters of the file: finding free ones, counting them, freeing them.
 //!
 //! Counts change in memory; [`super::flush`] puts them on disk before anything that refers to the
 //! clusters, and takes references away only after nothing on disk refers to them any more. So
@@ -10,8 +10,9 @@ use crate::format::entry::HOST_OFFSET_END;
 use crate::format::refcount::{block_entries, max_refcount, refcount, set_refcount};
 use crate::units::HostOffset;
 
-use super::slices::Class;
-use super::tables::{Freed, ImageFile, Tables};
+use super::reservation::{ClusterRange, ClusterUse, Reservation};
+use super::slices::TableClass;
+use super::tables::{ImageFile, Tables};
 
 /// Why something that allocates has not been done.
 #[derive(Debug)]
@@ -30,20 +31,20 @@ impl From<Error> for AllocError {
 
 pub(super) type Attempt<T> = std::result::Result<T, AllocError>;
 
-/// Clusters of the file that were just counted and that nothing refers to yet.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Run {
-    pub(super) first: u64,
-    pub(super) count: u64,
-    /// Whether the file holds zeroes there.
-    pub(super) is_fresh: bool,
+/// How many clusters are asked for, side by side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ClusterCount {
+    /// All of them.
+    Exactly(u64),
+    /// As many as lie together at the first free place: at least one.
+    UpTo(u64),
 }
 
 impl Tables {
-    /// Counts up to `most` free clusters that lie side by side: at least one, all of them if `exact`.
-    /// The file reaches over them afterwards.
-    pub(super) fn allocate(&mut self, image: &ImageFile, most: u64, exact: bool) -> Attempt<Run> {
-        let (first, count) = self.find_free(image, most, exact)?;
+    /// Counts free clusters that lie side by side. The file reaches over them afterwards.
+    pub(super) fn allocate(&mut self, image: &ImageFile, wanted: ClusterCount) -> Attempt<Reservation> {
+        self.free_dropped(image)?;
+        let (first, count) = self.find_free(image, wanted)?;
         if (first..first + count).any(|cluster| self.roles.contains(cluster)) {
             return Err(image
                 .corrupt(format_args!("cluster {first:#x} holds a table, but its refcount says that it is free"))
@@ -78,32 +79,23 @@ impl Tables {
         if first == self.free_hint {
             self.free_hint = first + count;
         }
-        Ok(Run { first, count, is_fresh })
+        Ok(self.reserved(ClusterRange { first, count }, is_fresh, ClusterUse::Any))
     }
 
-    /// Gives back clusters that nothing has come to refer to. They may hold anything by now.
-    pub(super) fn give_back(&mut self, image: &ImageFile, run: Run) -> Result<()> {
-        self.unreference(image, Freed { first: run.first, count: run.count })
-    }
-
-    /// Takes clusters for a table that is written past the slices.
-    pub(super) fn allocate_table(&mut self, image: &ImageFile, clusters: u64) -> Attempt<Run> {
-        let size = image.cluster().size();
-        let run = self.allocate(image, clusters, true)?;
-        self.roles.add(run.first, run.count);
+    /// Allocates clusters for a table that is written past the slices.
+    pub(super) fn allocate_table(&mut self, image: &ImageFile, clusters: u64) -> Attempt<Reservation> {
+        let reservation = self.allocate(image, ClusterCount::Exactly(clusters))?;
+        let is_fresh = reservation.is_fresh();
+        let clusters = reservation.commit();
+        self.roles.add(clusters.first, clusters.count);
         // What they were before may still be in memory.
-        self.slices.forget(run.first * size, (run.first + run.count) * size, image.slice_len());
-        Ok(run)
-    }
-
-    /// Gives them back before anything refers to them.
-    pub(super) fn give_back_table(&mut self, image: &ImageFile, run: Run) -> Result<()> {
-        self.roles.remove(run.first, run.count);
-        self.give_back(image, run)
+        let start = clusters.start(image).0;
+        self.slices.forget(start, start + clusters.len(image), image.slice_len());
+        Ok(self.reserved(clusters, is_fresh, ClusterUse::Table))
     }
 
     /// Takes a reference from each cluster.
-    pub(super) fn unreference(&mut self, image: &ImageFile, freed: Freed) -> Result<()> {
+    pub(super) fn unreference(&mut self, image: &ImageFile, freed: ClusterRange) -> Result<()> {
         for cluster in freed.first..freed.first + freed.count {
             let count = self.count(image, cluster)?;
             if count == 0 {
@@ -120,7 +112,11 @@ impl Tables {
         Ok(())
     }
 
-    fn find_free(&mut self, image: &ImageFile, most: u64, exact: bool) -> Attempt<(u64, u64)> {
+    fn find_free(&mut self, image: &ImageFile, wanted: ClusterCount) -> Attempt<(u64, u64)> {
+        let (most, exact) = match wanted {
+            ClusterCount::Exactly(count) => (count, true),
+            ClusterCount::UpTo(count) => (count, false),
+        };
         let (mut at, mut found) = (self.free_hint, 0);
         let mut hint_holds = true;
         loop {
@@ -134,7 +130,7 @@ impl Tables {
                 continue;
             };
             let (place, index) = Self::count_place(image, block, at);
-            let (words, word) = self.slice(image, place, Class::RefcountBlock)?;
+            let (words, word) = self.slice(image, place, TableClass::RefcountBlock)?;
             let per_word = 64usize >> image.order;
             let mut index = index;
             for word in &words[word..] {
@@ -178,11 +174,11 @@ impl Tables {
         let at = HostOffset(place * image.cluster().size());
         let entry_at = self.refcount_table.offset.0 + index * 8;
         // What may fail comes first: a block is there as a whole or not at all.
-        self.word(image, entry_at, Class::RefcountTable)?;
+        self.word(image, entry_at, TableClass::RefcountTable)?;
         self.write_zeroed(image, at)?;
-        self.set_word(image, entry_at, Class::RefcountTable, at.0)?;
+        self.set_word(image, entry_at, TableClass::RefcountTable, at.0)?;
         let zeroes = vec![0; image.slice_len() as usize / 8];
-        self.slices.insert(at.0, Class::RefcountBlock, zeroes.into());
+        self.slices.insert(at.0, TableClass::RefcountBlock, zeroes.into());
         self.roles.add(place, 1);
         self.fresh = self.fresh.max(place + 1);
         self.set_count(image, place, 1)?;
@@ -201,30 +197,27 @@ impl Tables {
         assert!(count <= max_refcount(image.order), "a writer counts no higher than it found");
         let block = self.refcount_block(image, cluster)?.expect("a cluster that was found by its block");
         let (at, index) = Self::count_place(image, block, cluster);
-        let mut bytes = self.word(image, at, Class::RefcountBlock)?.to_be_bytes();
+        let mut bytes = self.word(image, at, TableClass::RefcountBlock)?.to_be_bytes();
         set_refcount(&mut bytes, index, image.order, count);
-        self.set_word(image, at, Class::RefcountBlock, u64::from_be_bytes(bytes))
+        self.set_word(image, at, TableClass::RefcountBlock, u64::from_be_bytes(bytes))
     }
 
     /// Makes sure that the L2 table of a position exists and is nobody else's.
     pub(super) fn own_l2_table(&mut self, image: &ImageFile, at: u64) -> Attempt<HostOffset> {
         let place = self.l1_place(image, at);
-        let word = self.word(image, place, Class::L1)?;
+        let word = self.word(image, place, TableClass::L1)?;
         let entry = image.format.l1(word).map_err(|reason| image.corrupt(reason.fact()))?;
         if let Some(table) = entry.l2
             && entry.copied
         {
             return Ok(table);
         }
-        let run = self.allocate(image, 1, true)?;
-        let table = HostOffset(run.first * image.cluster().size());
-        if let Err(error) = self.fill_l2_table(image, table, entry.l2) {
-            self.give_back(image, run)?;
-            return Err(error.into());
-        }
-        self.roles.add(run.first, 1);
+        let reservation = self.allocate(image, ClusterCount::Exactly(1))?;
+        let table = reservation.clusters().start(image);
+        self.fill_l2_table(image, table, entry.l2)?;
         // M2: the new table is counted once.
-        self.set_word(image, place, Class::L1, EntryFormat::owned(table))?;
+        self.set_word(image, place, TableClass::L1, EntryFormat::owned(table))?;
+        self.roles.add(reservation.commit().first, 1);
         if let Some(old) = entry.l2 {
             let first = image.cluster().index(old.0);
             if self.shadow.is_none() {
@@ -275,7 +268,7 @@ impl Tables {
             if at > table.0 && at >= self.file_len {
                 break;
             }
-            let (words, _) = self.slice(image, at, Class::L2)?;
+            let (words, _) = self.slice(image, at, TableClass::L2)?;
             bytes.extend(words.iter().flat_map(|word| word.to_be_bytes()));
         }
         bytes.resize(image.cluster().size() as usize, 0);

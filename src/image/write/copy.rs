@@ -7,9 +7,9 @@ use std::sync::atomic::Ordering;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Storage;
+use crate::units::Run;
 
 use super::qcow2::Qcow2Writer;
-use super::tables::Piece;
 
 /// Bytes that one turn covers, at most.
 const MAX_TURN: u64 = 16 << 20;
@@ -61,11 +61,12 @@ impl Qcow2Writer {
     fn copy_in_place(&self, at: u64, len: u64, source: &dyn Storage, from: u64) -> Result<u64> {
         let _gate = self.reuse_gate.read();
         self.check_poison()?;
-        let (Piece::Own(host), run) = self.lookup_to_write(at, len)? else { return Ok(0) };
+        let Run { value: entry, len } = self.lookup_to_write(at, len)?;
+        let Some(host) = entry.own_data() else { return Ok(0) };
         // With subclusters a run may end within a cluster; the rest of that is for the next turn.
-        self.image.data().copy_from(host.0, source, from, run)?;
+        self.image.data().copy_from(host.0, source, from, len)?;
         self.data_dirty.store(true, Ordering::Release);
-        Ok(run)
+        Ok(len)
     }
 
     /// As [`Self::write_elsewhere`].

@@ -14,39 +14,29 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Version;
 use crate::format::subcluster::SUBCLUSTERS;
 use crate::io::Storage;
-use crate::units::HostOffset;
+use crate::units::{BlockStatus, HostOffset, Run};
 
-use super::fill_plan::{ClusterFill, Plan, runs_of, unit_len};
+use super::fill_plan::{ClusterFill, FillPlan, runs_of, unit_len};
 use super::qcow2::{MAX_TURN, Qcow2Writer};
-use super::{Body, Writer, Zeroing, zero_bytes};
+use super::{Writer, WriterBody, Zeroing, zero_bytes};
 
 /// What is to be had in an image's own tables. Said by whoever knows what will lie below it.
 pub trait Fill: Send + Sync {
-    /// What is to stand at `at` where the image is silent there, and for how many of `len` bytes the same
-    /// holds; at least 1. Asked of the longest of the image's disks.
-    fn wanted(&self, at: u64, len: u64) -> Result<(Wanted, u64)>;
+    /// What is to stand at `at` where the image is silent there, and for how many of `len` bytes the same holds:
+    /// what shows through now, zeroes, or nothing, for what will be below shows the same bytes. Asked of the longest of
+    /// the image's disks.
+    fn wanted(&self, at: u64, len: u64) -> Result<Run<Option<BlockStatus>>>;
 
     /// The file in which what shows through at `at` lies as it is, and where, so that it need not go through
     /// memory; and for how many of `len` bytes the same holds.
-    fn place(&self, at: u64, len: u64) -> Result<(Place, u64)> {
+    fn place(&self, at: u64, len: u64) -> Result<Run<Option<FilePlace>>> {
         let _ = at;
-        Ok((None, len))
+        Ok(Run::new(None, len))
     }
 }
 
-/// A file and a position in it, if there is one.
-pub type Place = Option<(Arc<dyn Storage>, u64)>;
-
-/// What is to stand where an image is silent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wanted {
-    /// Nothing: what will be below shows the same bytes.
-    Nothing,
-    /// It has to read as zeroes.
-    Zero,
-    /// What shows through now.
-    Data,
-}
+/// A file and a position in it.
+pub type FilePlace = (Arc<dyn Storage>, u64);
 
 impl Writer {
     /// Gives the active tables and those of all internal snapshots places of their own for what `fill`
@@ -58,23 +48,23 @@ impl Writer {
     pub fn fill(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<u64> {
         match &self.body {
             // A raw image is never silent.
-            Body::Raw(_) => Ok(0),
-            Body::Qcow2(qcow2) => qcow2.fill_from_below(at, len, fill),
+            WriterBody::Raw(_) => Ok(0),
+            WriterBody::Qcow2(qcow2) => qcow2.fill_from_below(at, len, fill),
         }
     }
 }
 
 /// Where bytes come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
-    Below(u64),
+enum FillSource {
+    Backing(u64),
     File(u64),
     Zero,
 }
 
-struct Segment {
+struct FillSegment {
     host: u64,
-    from: Source,
+    from: FillSource,
     len: u64,
 }
 
@@ -107,7 +97,7 @@ impl Qcow2Writer {
     fn fill_held(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<u64> {
         let longest = self.tables.read().longest(self.size());
         let mut spots = self.tables.write().silent_spots(&self.image, at, len, self.size())?;
-        let mut answers = Answers { fill, end: longest, from: 0, to: 0, wanted: Wanted::Nothing };
+        let mut answers = WantedAnswers { fill, end: longest, from: 0, to: 0, wanted: None };
         for spot in &mut spots {
             self.ask(spot, &mut answers)?;
         }
@@ -126,37 +116,36 @@ impl Qcow2Writer {
             }
             tables.plan(&self.image, &spots, self.size())
         })?;
-        self.carry_out(&plan, &spots, at, longest, fill).inspect_err(|_| {
-            if self.check_poison().is_ok() {
-                // Nothing refers to the clusters: they are as free as before.
-                let mut tables = self.tables.write();
-                for run in &plan.runs {
-                    let _ = tables.give_back(&self.image, *run).map_err(|error| self.poisoned_by(error));
-                }
-            }
-        })
+        self.carry_out(plan, &spots, at, longest, fill)
     }
 
-    fn ask(&self, spot: &mut ClusterFill, answers: &mut Answers<'_>) -> Result<()> {
+    fn ask(&self, spot: &mut ClusterFill, answers: &mut WantedAnswers<'_>) -> Result<()> {
         let unit = unit_len(&self.image);
         for index in (0..SUBCLUSTERS).filter(|index| spot.silent >> index & 1 == 1) {
             let start = spot.guest + u64::from(index) * unit;
             let bit = 1 << index;
             match answers.of(start, unit)? {
-                Wanted::Nothing => {}
-                Wanted::Zero if self.image.format.version == Version::V2 => {
+                None => {}
+                Some(BlockStatus::Zero) if self.image.format.version == Version::V2 => {
                     spot.data |= bit;
                     spot.blank |= bit;
                 }
-                Wanted::Zero => spot.zero |= bit,
-                Wanted::Data => spot.data |= bit,
+                Some(BlockStatus::Zero) => spot.zero |= bit,
+                Some(BlockStatus::Data) => spot.data |= bit,
             }
         }
         Ok(())
     }
 
     /// Puts the data where it belongs, then lets the tables name it.
-    fn carry_out(&self, plan: &Plan, spots: &[ClusterFill], at: u64, longest: u64, fill: &dyn Fill) -> Result<u64> {
+    fn carry_out(
+        &self,
+        mut plan: FillPlan,
+        spots: &[ClusterFill],
+        at: u64,
+        longest: u64,
+        fill: &dyn Fill,
+    ) -> Result<u64> {
         let image = &self.image;
         self.check_poison()?;
         if self.raw_data
@@ -170,22 +159,26 @@ impl Qcow2Writer {
                 }
             }
         }
-        let copied = self.write_segments(self.segments(plan, spots, longest), fill)?;
+        let copied = self.write_segments(self.segments(&plan, spots, longest), fill)?;
         self.data_dirty.store(true, Ordering::Release);
         let mut tables = self.tables.write();
-        tables.name_filled(image, plan, spots, at, self.size()).map_err(|error| self.poisoned_by(error))?;
+        // M4: from here on the tables name the clusters, which hold their data.
+        for place in plan.places.drain(..) {
+            place.commit();
+        }
+        tables.name_filled(image, &plan, spots, at, self.size()).map_err(|error| self.poisoned_by(error))?;
         Ok(copied)
     }
 
-    fn segments(&self, plan: &Plan, spots: &[ClusterFill], longest: u64) -> Vec<Segment> {
+    fn segments(&self, plan: &FillPlan, spots: &[ClusterFill], longest: u64) -> Vec<FillSegment> {
         let image = &self.image;
         let (size, unit) = (image.cluster().size(), unit_len(&self.image));
         let blank = |guest: u64| {
             let index = spots.binary_search_by_key(&guest, |spot| spot.guest).expect("a spot of the plan");
             spots[index].blank
         };
-        let mut all: Vec<Segment> = Vec::new();
-        let mut push = |host: u64, from: Source, len: u64| {
+        let mut all: Vec<FillSegment> = Vec::new();
+        let mut push = |host: u64, from: FillSource, len: u64| {
             if len == 0 {
                 return;
             }
@@ -193,16 +186,15 @@ impl Qcow2Writer {
                 && last.host + last.len == host
                 && last.len < MAX_TURN
                 && match (last.from, from) {
-                    (Source::Below(start), Source::Below(next)) | (Source::File(start), Source::File(next)) => {
-                        start + last.len == next
-                    }
-                    (Source::Zero, Source::Zero) => true,
+                    (FillSource::Backing(start), FillSource::Backing(next))
+                    | (FillSource::File(start), FillSource::File(next)) => start + last.len == next,
+                    (FillSource::Zero, FillSource::Zero) => true,
                     _ => false,
                 }
             {
                 last.len += len;
             } else {
-                all.push(Segment { host, from, len });
+                all.push(FillSegment { host, from, len });
             }
         };
         let mut from_below = |host: u64, guest: u64, mask: u32, is_fresh: bool| {
@@ -211,25 +203,25 @@ impl Qcow2Writer {
                 for (from, to) in runs_of(mask) {
                     let (start, end) = (guest + from * unit, guest + to * unit);
                     let shown = if is_blank { 0 } else { end.min(longest).saturating_sub(start) };
-                    push(host + from * unit, Source::Below(start), shown);
+                    push(host + from * unit, FillSource::Backing(start), shown);
                     // A data file is no longer than the disk, and new clusters hold zeroes.
                     if !is_fresh && image.data_file.is_none() {
-                        push(host + from * unit + shown, Source::Zero, end - start - shown);
+                        push(host + from * unit + shown, FillSource::Zero, end - start - shown);
                     }
                 }
             }
         };
         let mut clusters =
-            plan.runs.iter().flat_map(|run| (run.first..run.first + run.count).map(|n| (n, run.is_fresh)));
-        let mut old: Vec<Segment> = Vec::new();
-        for job in &plan.jobs {
+            plan.places.iter().flat_map(|place| place.clusters().numbers().map(|number| (number, place.is_fresh())));
+        let mut old: Vec<FillSegment> = Vec::new();
+        for job in &plan.shared {
             let (number, is_fresh) = clusters.next().expect("a cluster for each job");
             let host = number * size;
             from_below(host, job.guest, job.mask, is_fresh);
             if let Some((from, allocated)) = job.old {
                 for (start, end) in runs_of(allocated) {
                     let (start, len) = (start * unit, (end - start) * unit);
-                    old.push(Segment { host: host + start, from: Source::File(from.0 + start), len });
+                    old.push(FillSegment { host: host + start, from: FillSource::File(from.0 + start), len });
                 }
             }
         }
@@ -241,14 +233,14 @@ impl Qcow2Writer {
     }
 
     /// Writes segments, those that lie side by side together; returns how many bytes came from below.
-    fn write_segments(&self, segments: Vec<Segment>, fill: &dyn Fill) -> Result<u64> {
+    fn write_segments(&self, segments: Vec<FillSegment>, fill: &dyn Fill) -> Result<u64> {
         let (mut bytes, mut copied) = (Vec::new(), 0);
         let backing = self.backing();
         let mut left = Vec::with_capacity(segments.len());
         for segment in segments {
             match segment.from {
-                Source::Below(guest) => copied += self.copy_placed(&segment, guest, fill, &mut left)?,
-                Source::File(_) | Source::Zero => left.push(segment),
+                FillSource::Backing(guest) => copied += self.copy_placed(&segment, guest, fill, &mut left)?,
+                FillSource::File(_) | FillSource::Zero => left.push(segment),
             }
         }
         let mut rest = left.as_slice();
@@ -268,12 +260,12 @@ impl Qcow2Writer {
                 let start = (segment.host - first.host) as usize;
                 let part = &mut bytes[start..start + segment.len as usize];
                 match (segment.from, &backing) {
-                    (Source::Below(guest), Some(backing)) => {
+                    (FillSource::Backing(guest), Some(backing)) => {
                         backing.read_at(guest, part)?;
                         copied += segment.len;
                     }
-                    (Source::File(at), _) => self.read_data(HostOffset(at), part)?,
-                    (Source::Below(_), None) | (Source::Zero, _) => {}
+                    (FillSource::File(at), _) => self.read_data(HostOffset(at), part)?,
+                    (FillSource::Backing(_), None) | (FillSource::Zero, _) => {}
                 }
             }
             self.image.data().write_at(first.host, &bytes)?;
@@ -284,16 +276,22 @@ impl Qcow2Writer {
 
     /// Moves what of a segment from below lies in a file as it is from there; the rest is left. Returns how many
     /// bytes that were.
-    fn copy_placed(&self, segment: &Segment, guest: u64, fill: &dyn Fill, left: &mut Vec<Segment>) -> Result<u64> {
+    fn copy_placed(
+        &self,
+        segment: &FillSegment,
+        guest: u64,
+        fill: &dyn Fill,
+        left: &mut Vec<FillSegment>,
+    ) -> Result<u64> {
         let (mut done, mut copied) = (0, 0);
         while done < segment.len {
-            let (place, run) = fill.place(guest + done, segment.len - done)?;
+            let Run { value: place, len: run } = fill.place(guest + done, segment.len - done)?;
             let host = segment.host + done;
             if let Some((file, from)) = place {
                 self.image.data().copy_from(host, &*file, from, run)?;
                 copied += run;
             } else {
-                left.push(Segment { host, from: Source::Below(guest + done), len: run });
+                left.push(FillSegment { host, from: FillSource::Backing(guest + done), len: run });
             }
             done += run;
         }
@@ -302,35 +300,35 @@ impl Qcow2Writer {
 }
 
 /// What was answered last, which may hold for more.
-struct Answers<'a> {
+struct WantedAnswers<'a> {
     fill: &'a dyn Fill,
     /// Nothing is asked from here on.
     end: u64,
     from: u64,
     to: u64,
-    wanted: Wanted,
+    wanted: Option<BlockStatus>,
 }
 
-impl Answers<'_> {
+impl WantedAnswers<'_> {
     /// What `[start, start + len)` needs as a whole: data, unless one answer holds for all of it.
-    fn of(&mut self, start: u64, len: u64) -> Result<Wanted> {
+    fn of(&mut self, start: u64, len: u64) -> Result<Option<BlockStatus>> {
         let (mut at, end) = (start, (start + len).min(self.end));
-        let mut whole: Option<Wanted> = None;
+        let mut whole: Option<Option<BlockStatus>> = None;
         while at < end {
             if !(self.from..self.to).contains(&at) {
                 let asked = self.end - at;
-                let (wanted, run) = self.fill.wanted(at, asked)?;
-                assert!(run > 0 && run <= asked, "an answer for what was asked");
-                (self.from, self.to, self.wanted) = (at, at + run, wanted);
+                let run = self.fill.wanted(at, asked)?;
+                assert!(run.len > 0 && run.len <= asked, "an answer for what was asked");
+                (self.from, self.to, self.wanted) = (at, at + run.len, run.value);
             }
             whole = match whole {
                 None => Some(self.wanted),
                 Some(other) if other == self.wanted => Some(other),
                 // What shows through now is right for any mixture.
-                Some(_) => Some(Wanted::Data),
+                Some(_) => Some(Some(BlockStatus::Data)),
             };
             at = self.to;
         }
-        Ok(whole.unwrap_or(Wanted::Nothing))
+        Ok(whole.flatten())
     }
 }

@@ -10,13 +10,14 @@ use std::collections::HashMap;
 use crate::error::Result;
 use crate::format::refcount::max_refcount;
 use crate::format::subcluster::SUBCLUSTERS;
-use crate::format::{EntryFormat, Mapping, SubclusterEntry};
+use crate::format::{EntryFormat, Mapping, RawL2Entry, SubclusterEntry};
 use crate::units::{GuestOffset, HostOffset};
 
-use super::allocate::{Attempt, Run};
+use super::allocate::{Attempt, ClusterCount};
 use super::qcow2::subclusters;
-use super::roots::Group;
-use super::tables::{ImageFile, RawL2Entry, Tables};
+use super::reservation::Reservation;
+use super::roots::TableGroup;
+use super::tables::{ImageFile, Tables};
 
 /// A cluster of the disk at which somebody is silent. Masks have a bit for each subcluster; where there are
 /// none, the first bit stands for the cluster.
@@ -33,7 +34,7 @@ pub(super) struct ClusterFill {
 }
 
 /// Views that will share one new cluster.
-pub(super) struct Job {
+pub(super) struct SharedCluster {
     pub(super) guest: u64,
     /// What of the cluster is filled.
     pub(super) mask: u32,
@@ -43,8 +44,8 @@ pub(super) struct Job {
 }
 
 /// What a group has at a spot.
-struct Share<'a> {
-    group: &'a Group,
+struct GroupShare<'a> {
+    group: &'a TableGroup,
     /// Where it is silent and gets data.
     data: u32,
     /// Where it has data.
@@ -62,12 +63,12 @@ pub(super) struct InPlace {
 
 /// Everything that one turn does.
 #[derive(Default)]
-pub(super) struct Plan {
-    pub(super) jobs: Vec<Job>,
+pub(super) struct FillPlan {
+    pub(super) shared: Vec<SharedCluster>,
     pub(super) in_place: Vec<InPlace>,
-    /// Clusters for the jobs, in their order.
-    pub(super) runs: Vec<Run>,
-    /// Where each job's cluster is, by position and view, and how many share it.
+    /// Clusters for the shared ones, in their order.
+    pub(super) places: Vec<Reservation>,
+    /// Where each shared cluster is, by position and view, and how many share it.
     pub(super) hosts: HashMap<(u64, usize), (HostOffset, usize)>,
 }
 
@@ -145,38 +146,35 @@ impl Tables {
     }
 
     /// Who gets which cluster; takes the clusters.
-    pub(super) fn plan(&mut self, image: &ImageFile, spots: &[ClusterFill], size: u64) -> Attempt<Plan> {
-        let mut plan = Plan::default();
+    pub(super) fn plan(&mut self, image: &ImageFile, spots: &[ClusterFill], size: u64) -> Attempt<FillPlan> {
+        let mut plan = FillPlan::default();
         let Some(first) = spots.first() else { return Ok(plan) };
         let groups = self.groups(image, first.guest, size)?;
         for spot in spots.iter().filter(|spot| spot.data != 0) {
             self.plan_spot(image, spot, &groups, &mut plan)?;
         }
-        let mut left = plan.jobs.len() as u64;
+        let mut left = plan.shared.len() as u64;
         while left > 0 {
-            match self.allocate(image, left, false) {
-                Ok(run) => {
-                    plan.runs.push(run);
-                    left -= run.count;
-                }
-                Err(stop) => {
-                    for run in plan.runs {
-                        self.give_back(image, run)?;
-                    }
-                    return Err(stop);
-                }
-            }
+            let place = self.allocate(image, ClusterCount::UpTo(left))?;
+            left -= place.clusters().count;
+            plan.places.push(place);
         }
-        let clusters = plan.runs.iter().flat_map(|run| run.first..run.first + run.count);
-        for (job, cluster) in plan.jobs.iter().zip(clusters) {
+        let clusters = plan.places.iter().flat_map(|place| place.clusters().numbers());
+        for (job, cluster) in plan.shared.iter().zip(clusters) {
             let host = HostOffset(cluster * image.cluster().size());
             plan.hosts.extend(job.roots.iter().map(|root| ((job.guest, *root), (host, job.roots.len()))));
         }
         Ok(plan)
     }
 
-    fn plan_spot(&mut self, image: &ImageFile, spot: &ClusterFill, groups: &[Group], plan: &mut Plan) -> Result<()> {
-        let mut by_host: Vec<(Option<HostOffset>, Vec<Share<'_>>)> = Vec::new();
+    fn plan_spot(
+        &mut self,
+        image: &ImageFile,
+        spot: &ClusterFill,
+        groups: &[TableGroup],
+        plan: &mut FillPlan,
+    ) -> Result<()> {
+        let mut by_host: Vec<(Option<HostOffset>, Vec<GroupShare<'_>>)> = Vec::new();
         for group in groups {
             let words = self.entry_in(image, group.table, spot.guest)?;
             let (silent, allocated) = silent(image, words, spot.guest, group.end)?;
@@ -191,7 +189,7 @@ impl Tables {
                 continue;
             }
             let is_own = group.is_active_alone() && EntryFormat::copied(words.entry);
-            let share = Share { group, data, allocated, is_own };
+            let share = GroupShare { group, data, allocated, is_own };
             match by_host.iter_mut().find(|(other, _)| *other == host) {
                 Some((_, all)) => all.push(share),
                 None => by_host.push((host, vec![share])),
@@ -214,13 +212,13 @@ impl Tables {
             };
             let users: u64 = all.iter().map(|share| share.group.roots.len() as u64).sum();
             let cluster = image.cluster().index(host.0);
-            let is_all = matches!(all[..], [Share { is_own: true, .. }]) || self.count(image, cluster)? == users;
+            let is_all = matches!(all[..], [GroupShare { is_own: true, .. }]) || self.count(image, cluster)? == users;
             self.may_be_data(image, host, image.cluster().size())?;
             if is_all && data & allocated == 0 {
                 plan.in_place.push(InPlace { host, guest: spot.guest, mask: data });
             } else {
                 // Somebody else has bytes there: all that are known leave it.
-                plan.jobs.extend(all.iter().map(|share| Job {
+                plan.shared.extend(all.iter().map(|share| SharedCluster {
                     guest: spot.guest,
                     mask: share.data,
                     roots: share.group.roots.clone(),
@@ -235,7 +233,7 @@ impl Tables {
     pub(super) fn name_filled(
         &mut self,
         image: &ImageFile,
-        plan: &Plan,
+        plan: &FillPlan,
         spots: &[ClusterFill],
         at: u64,
         size: u64,
@@ -279,24 +277,24 @@ impl Tables {
     }
 }
 
-impl Plan {
+impl FillPlan {
     /// One new cluster for all that have none, or as many as counts of this width need.
-    fn share(&mut self, image: &ImageFile, guest: u64, all: &[Share<'_>]) {
+    fn share(&mut self, image: &ImageFile, guest: u64, all: &[GroupShare<'_>]) {
         let most = max_refcount(image.order);
-        let mut job: Option<Job> = None;
-        for Share { group, data, .. } in all {
-            let fits = |job: &Job| (job.roots.len() + group.roots.len()) as u64 <= most;
+        let mut job: Option<SharedCluster> = None;
+        for GroupShare { group, data, .. } in all {
+            let fits = |job: &SharedCluster| (job.roots.len() + group.roots.len()) as u64 <= most;
             match &mut job {
                 Some(job) if fits(job) => {
                     job.mask |= data;
                     job.roots.extend(&group.roots);
                 }
                 _ => {
-                    let next = Job { guest, mask: *data, roots: group.roots.clone(), old: None };
-                    self.jobs.extend(job.replace(next));
+                    let next = SharedCluster { guest, mask: *data, roots: group.roots.clone(), old: None };
+                    self.shared.extend(job.replace(next));
                 }
             }
         }
-        self.jobs.extend(job);
+        self.shared.extend(job);
     }
 }

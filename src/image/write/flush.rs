@@ -13,8 +13,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::units::HostOffset;
 
 use super::qcow2::Qcow2Writer;
-use super::slices::{Batch, CLASSES, Class};
-use super::tables::{Freed, ImageFile};
+use super::reservation::ClusterRange;
+use super::slices::{Batch, CLASSES, TableClass};
+use super::tables::ImageFile;
 
 /// Bytes of adjacent slices that are written with one call, at most.
 const MAX_WRITE: usize = 1 << 20;
@@ -61,7 +62,10 @@ impl Qcow2Writer {
 
     pub(super) fn is_dirty(&self) -> bool {
         let tables = self.tables.read();
-        self.data_dirty.load(Ordering::Acquire) || tables.slices.is_dirty() || !tables.pending.is_empty()
+        self.data_dirty.load(Ordering::Acquire)
+            || tables.slices.is_dirty()
+            || !tables.pending.is_empty()
+            || !tables.dropped.is_empty()
     }
 
     /// The flush itself, for whoever has the turn.
@@ -81,6 +85,7 @@ impl Qcow2Writer {
         // All of one moment: every mapping among them has its data written and its cluster counted.
         let (batches, freed) = {
             let mut tables = self.tables.write();
+            tables.free_dropped(&self.image)?;
             (CLASSES.map(|class| tables.slices.take_dirty(class)), std::mem::take(&mut tables.pending))
         };
         // The first time, what a writer before us has left unsynced is made durable, too: whoever
@@ -89,7 +94,7 @@ impl Qcow2Writer {
         let is_data_dirty = self.data_dirty.swap(false, Ordering::AcqRel) || is_first_flush;
         for (class, batch) in CLASSES.iter().zip(&batches) {
             write_batch(&self.image, batch)?;
-            let is_first = *class == Class::RefcountBlock;
+            let is_first = *class == TableClass::RefcountBlock;
             if is_first
                 && is_data_dirty
                 && let Some(data_file) = &self.image.data_file
@@ -107,7 +112,7 @@ impl Qcow2Writer {
     }
 
     /// Takes the references of what was freed, now that nothing on disk refers to it.
-    pub(super) fn release(&self, freed: &[Freed]) -> Result<()> {
+    pub(super) fn release(&self, freed: &[ClusterRange]) -> Result<()> {
         if freed.is_empty() {
             return Ok(());
         }
@@ -129,11 +134,12 @@ impl Qcow2Writer {
         if tables.refcount_table_entries(&self.image) != entries {
             return Ok(()); // another thread has been faster
         }
+        tables.free_dropped(&self.image).map_err(|error| self.damaged(error))?;
         let growth = tables.plan_refcount_table(&self.image).map_err(|error| self.damaged(error))?;
         // Until the header names the new table nothing has changed: failing here is only failing.
         growth.write(&self.image)?;
-        let blocks = tables.slices.take_dirty(Class::RefcountBlock);
-        let table = tables.slices.take_dirty(Class::RefcountTable);
+        let blocks = tables.slices.take_dirty(TableClass::RefcountBlock);
+        let table = tables.slices.take_dirty(TableClass::RefcountTable);
         let switched = (|| {
             write_batch(&self.image, &blocks)?;
             self.image.file.sync()?;

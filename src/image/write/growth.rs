@@ -9,14 +9,15 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::entry::HOST_OFFSET_END;
 use crate::format::header::{MAX_L1_LEN, MAX_REFCOUNT_TABLE_LEN, REFCOUNT_TABLE_AT, RefcountTable, SNAPSHOTS_AT};
 use crate::format::refcount::{block_entries, set_refcount};
-use crate::format::{Table, Version};
+use crate::format::{L1Table, Version};
 use crate::units::{HostOffset, SECTOR_SIZE};
 
 use super::Zeroing;
-use super::allocate::Run;
+use super::allocate::ClusterCount;
 use super::qcow2::Qcow2Writer;
-use super::slices::Class;
-use super::tables::{Freed, ImageFile, Tables};
+use super::reservation::{ClusterRange, Reservation};
+use super::slices::TableClass;
+use super::tables::{ImageFile, Tables};
 
 // Places of header fields, from the specification; each written at once lies in the first sector.
 /// Bytes of the disk (8), the method of encryption (4), then the L1 table as at [`L1_AT`].
@@ -75,7 +76,7 @@ impl Tables {
         if (first..first + blocks + clusters).any(|cluster| self.roles.contains(cluster)) {
             return Err(image.corrupt(format_args!("tables lie past {:#x}, where no cluster is counted", first * size)));
         }
-        let mut table = self.table_bytes(image, self.refcount_table.offset, entries, Class::RefcountTable)?;
+        let mut table = self.table_bytes(image, self.refcount_table.offset, entries, TableClass::RefcountTable)?;
         (0..blocks).for_each(|index| table.extend(((first + index) * size).to_be_bytes()));
         table.resize((clusters * size) as usize, 0);
         let mut contents = vec![vec![0; size as usize]; blocks as usize];
@@ -88,18 +89,12 @@ impl Tables {
         Ok(TableGrowth { first, blocks: contents, table, new })
     }
 
-    /// Writes the L1 table, as it stands in memory, to clusters that were just counted; zeroes behind it. They are
-    /// given back if that fails.
-    pub(super) fn copy_l1(&mut self, image: &ImageFile, run: Run) -> Result<()> {
-        let (size, old) = (image.cluster().size(), self.l1);
-        let copied = self.table_bytes(image, old.offset, old.entries.into(), Class::L1).and_then(|mut table| {
-            table.resize((run.count * size) as usize, 0);
-            image.file.write_at(run.first * size, &table)
-        });
-        if copied.is_err() {
-            self.give_back(image, run)?;
-        }
-        copied
+    /// Writes the L1 table, as it stands in memory, to reserved clusters; zeroes behind it.
+    pub(super) fn copy_l1(&mut self, image: &ImageFile, place: &Reservation) -> Result<()> {
+        let (clusters, old) = (place.clusters(), self.l1);
+        let mut table = self.table_bytes(image, old.offset, old.entries.into(), TableClass::L1)?;
+        table.resize(clusters.len(image) as usize, 0);
+        image.file.write_at(clusters.start(image).0, &table)
     }
 
     /// Goes over to the new table, which the header names by now.
@@ -115,7 +110,7 @@ impl Tables {
         let first = image.cluster().index(old.offset.0);
         self.roles.remove(first, clusters);
         // The header no longer names it, durably: nobody but the tables' lock ever looked there.
-        self.unreference(image, Freed { first, count: clusters })
+        self.unreference(image, ClusterRange { first, count: clusters })
     }
 }
 
@@ -178,7 +173,7 @@ impl Qcow2Writer {
 
     /// Lets the header name another size and L1 table, durable by now, with one write; and with `snapshots` (how
     /// many, and where) another snapshot table. For whoever has the turn.
-    pub(super) fn name_l1(&self, size: u64, l1: Table, snapshots: Option<(u32, HostOffset)>) -> Result<()> {
+    pub(super) fn name_l1(&self, size: u64, l1: L1Table, snapshots: Option<(u32, HostOffset)>) -> Result<()> {
         let mut fields = size.to_be_bytes().to_vec();
         fields.extend(0u32.to_be_bytes()); // the method of encryption, between them: none
         fields.extend(l1.entries.to_be_bytes());
@@ -221,16 +216,18 @@ impl Qcow2Writer {
         let image = &self.image;
         let size = image.cluster().size();
         let clusters = (u64::from(entries) * 8).div_ceil(size);
-        let run: Run = self.with_tables(|tables| tables.allocate(image, clusters, true))?;
+        let place = self.with_tables(|tables| tables.allocate(image, ClusterCount::Exactly(clusters)))?;
         let _turn = self.flushes.turn();
         self.check_poison()?;
         // All ranges are held, so that from here on the old table does not change; what it names is
         // durable with this, and so are the counts of the new one.
         self.flush_in_turn()?;
-        let offset = HostOffset(run.first * size);
         let mut tables = self.tables.write();
         let old = tables.l1;
-        tables.copy_l1(image, run)?;
+        tables.copy_l1(image, &place)?;
+        // The header may name it from here on, even if it is not known to.
+        let new = place.commit();
+        let offset = new.start(image);
         let mut field = entries.to_be_bytes().to_vec();
         field.extend(offset.0.to_be_bytes());
         let switched = (|| {
@@ -239,13 +236,13 @@ impl Qcow2Writer {
             image.file.sync()
         })();
         switched.map_err(|error| self.poisoned_by(error))?;
-        tables.l1 = Table { offset, entries };
+        tables.l1 = L1Table { offset, entries };
         let (first, count) = (image.cluster().index(old.offset.0), old.len_bytes().div_ceil(size));
         tables.slices.forget(old.offset.0, old.offset.0 + count * size, image.slice_len());
         tables.roles.remove(first, count);
-        tables.roles.add(run.first, clusters);
+        tables.roles.add(new.first, clusters);
         if old.entries > 0 {
-            tables.unreference(image, Freed { first, count }).map_err(|error| self.poisoned_by(error))?;
+            tables.unreference(image, ClusterRange { first, count }).map_err(|error| self.poisoned_by(error))?;
         }
         Ok(())
     }

@@ -16,17 +16,17 @@ use crate::format::compressed::decompress;
 use crate::format::entry::ZERO;
 use crate::format::refcount::block_entries;
 use crate::format::subcluster::SUBCLUSTERS;
-use crate::format::{EntryFormat, Header, Snapshot, Table};
+use crate::format::{EntryFormat, Header, L1Table, RawL2Entry, Snapshot};
 use crate::image::{read_bitmaps, read_snapshots};
 use crate::units::HostOffset;
 
-use super::slices::Class;
-use super::tables::{ImageFile, RawL2Entry, Tables};
+use super::slices::TableClass;
+use super::tables::{ImageFile, Tables};
 
 /// A state of the disk that tables of the file show.
-struct Root {
+struct LossRoot {
     name: String,
-    l1: Table,
+    l1: L1Table,
     /// Bytes of its disk.
     size: u64,
     /// Where VM state ends that lies behind the disk.
@@ -39,7 +39,7 @@ impl Tables {
         if let Some(data_file) = &image.data_file {
             let len = data_file.len()?;
             if len < header.virtual_size
-                && let Some(at) = Walk::new(image, header, len).lost_data(&active(header))?
+                && let Some(at) = LossWalk::new(image, header, len).lost_data(&active(header))?
             {
                 let fact = format!(
                     "{}: its external data file ends at {len:#x}, before the data of guest offset {at:#x}; it can be \
@@ -91,7 +91,7 @@ impl Tables {
             }
             while at < end {
                 let (place, _) = Self::count_place(image, block, at);
-                let (words, word) = self.slice(image, place, Class::RefcountBlock)?;
+                let (words, word) = self.slice(image, place, TableClass::RefcountBlock)?;
                 if words[word..].iter().any(|word| *word != 0) {
                     return Ok(true);
                 }
@@ -115,7 +115,7 @@ impl Tables {
             }
         }
         let (snapshots, _) = read_snapshots(&image.name, &*image.file, header)?;
-        let mut walk = Walk::new(image, header, len);
+        let mut walk = LossWalk::new(image, header, len);
         let good = snapshots.iter().filter(|snapshot| snapshot.damage.is_none());
         for root in std::iter::once(active(header)).chain(good.map(|snapshot| inner(snapshot, header))) {
             if root.l1.offset.0 + root.l1.len_bytes() > len {
@@ -129,14 +129,14 @@ impl Tables {
     }
 }
 
-fn active(header: &Header) -> Root {
-    Root { name: "the disk".to_owned(), l1: header.l1, size: header.virtual_size, vm_state_end: 0 }
+fn active(header: &Header) -> LossRoot {
+    LossRoot { name: "the disk".to_owned(), l1: header.l1, size: header.virtual_size, vm_state_end: 0 }
 }
 
-fn inner(snapshot: &Snapshot, header: &Header) -> Root {
+fn inner(snapshot: &Snapshot, header: &Header) -> LossRoot {
     let size = snapshot.virtual_size.unwrap_or(header.virtual_size);
     let vm_state = Snapshot::vm_state_offset(size, header.l1_entry_span()).map_or(u64::MAX, |at| at.0);
-    Root {
+    LossRoot {
         name: format!("its internal snapshot \"{}\"", String::from_utf8_lossy(&snapshot.name).escape_debug()),
         l1: snapshot.l1,
         size,
@@ -167,7 +167,7 @@ fn lost_bitmap(image: &ImageFile, header: &Header, len: u64) -> Result<Option<St
 }
 
 /// A way through all tables, past the slices: what is read here is not asked for again soon.
-struct Walk<'a> {
+struct LossWalk<'a> {
     image: &'a ImageFile,
     header: &'a Header,
     /// Where the file with the data ends.
@@ -176,13 +176,13 @@ struct Walk<'a> {
     seen: HashSet<u64>,
 }
 
-impl<'a> Walk<'a> {
+impl<'a> LossWalk<'a> {
     fn new(image: &'a ImageFile, header: &'a Header, len: u64) -> Self {
         Self { image, header, len, seen: HashSet::new() }
     }
 
     /// The first guest offset of which the data, or the table that names it, is not there.
-    fn lost_data(&mut self, root: &Root) -> Result<Option<u64>> {
+    fn lost_data(&mut self, root: &LossRoot) -> Result<Option<u64>> {
         let (image, size) = (self.image, self.image.cluster().size());
         let mut l1 = vec![0; root.l1.len_bytes() as usize];
         image.file.read_at(root.l1.offset.0, &mut l1)?;
@@ -200,8 +200,7 @@ impl<'a> Walk<'a> {
             image.file.read_at(table, &mut bytes)?;
             let entries = bytes.chunks_exact(image.format.l2_entry_len() as usize);
             for (number, entry) in (0..).zip(entries) {
-                let word = |at: usize| u64::from_be_bytes(entry[at..at + 8].try_into().expect("eight bytes"));
-                let words = RawL2Entry { entry: word(0), bitmap: if image.format.extended { word(8) } else { 0 } };
+                let words = RawL2Entry::from_bytes(image.format, entry);
                 let guest = start + number * size;
                 if words != RawL2Entry::default() && self.is_lost(words, guest, root)? {
                     return Ok(Some(guest));
@@ -211,7 +210,7 @@ impl<'a> Walk<'a> {
         Ok(None)
     }
 
-    fn is_lost(&self, words: RawL2Entry, guest: u64, root: &Root) -> Result<bool> {
+    fn is_lost(&self, words: RawL2Entry, guest: u64, root: &LossRoot) -> Result<bool> {
         let (image, size) = (self.image, self.image.cluster().size());
         let end = if guest < root.size { root.size } else { root.vm_state_end };
         let visible = end.saturating_sub(guest).min(size);

@@ -18,6 +18,7 @@ mod qcow2;
 mod ranges;
 mod raw;
 mod reach;
+mod reservation;
 mod roots;
 mod shadow_tables;
 mod shrink;
@@ -26,6 +27,8 @@ mod snapshot;
 mod snapshot_apply;
 mod snapshot_delete;
 mod tables;
+#[cfg(test)]
+mod testing;
 mod unfinished;
 mod zero;
 
@@ -33,16 +36,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::HeaderChange;
+use crate::image::{HeaderChange, Mapping};
 use crate::io::{Storage, WriteStorage};
+use crate::units::{BlockStatus, HostOffset, Run};
 
-pub use fill::{Fill, Place, Wanted};
+pub use fill::{FilePlace, Fill};
 pub(super) use open::refcounts_damaged;
 pub use ranges::{Held, Ranges};
 pub use snapshot::NewSnapshot;
 
 pub use open::check_writable;
-use tables::Piece;
 
 use qcow2::Qcow2Writer;
 use raw::RawWriter;
@@ -52,9 +55,9 @@ pub trait BackingDisk: Send + Sync {
     /// Fills `buf` with the bytes at `at`, zeroes past the end of the disk.
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()>;
 
-    /// Whether the disk is known to read as zeroes at `at` without looking at data, and for how
-    /// many of the `len` bytes from there the same answer holds; at least 1. Past its end it does.
-    fn zero_run(&self, at: u64, len: u64) -> Result<(bool, u64)>;
+    /// What is known of the bytes at `at` without looking at data, and for how many of the `len` bytes from there the
+    /// same answer holds. Past its end the disk reads as zeroes.
+    fn status_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>>;
 }
 
 /// What becomes of the space of a range that is to read as zeroes.
@@ -82,30 +85,6 @@ fn where_possible(outcome: Result<()>) -> Result<()> {
     match outcome {
         Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
         other => other,
-    }
-}
-
-/// Where an image has what it shows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Located {
-    /// At this place of its data file.
-    Data(u64),
-    /// Nowhere: it reads as zeroes.
-    Zero,
-    /// In a compressed cluster.
-    Compressed,
-    /// Nowhere: what lies below shows through.
-    Below,
-}
-
-impl From<Piece> for Located {
-    fn from(piece: Piece) -> Self {
-        match piece {
-            Piece::Own(host) | Piece::Shared(host) => Self::Data(host.0),
-            Piece::Zero => Self::Zero,
-            Piece::Compressed(_) => Self::Compressed,
-            Piece::Below => Self::Below,
-        }
     }
 }
 
@@ -138,10 +117,10 @@ const SEEK_LIMIT: Duration = Duration::from_millis(200);
 
 /// A disk that can be written.
 pub struct Writer {
-    body: Body,
+    body: WriterBody,
 }
 
-enum Body {
+enum WriterBody {
     Raw(RawWriter),
     Qcow2(Box<Qcow2Writer>),
 }
@@ -155,7 +134,7 @@ impl std::fmt::Debug for Writer {
 impl Writer {
     /// The disk of a raw file.
     pub fn raw(name: &str, file: Arc<dyn WriteStorage>) -> Result<Arc<Self>> {
-        Ok(Arc::new(Self { body: Body::Raw(RawWriter::new(name, file)?) }))
+        Ok(Arc::new(Self { body: WriterBody::Raw(RawWriter::new(name, file)?) }))
     }
 
     /// The active disk of a qcow2 image. Nothing is written before the first change.
@@ -171,7 +150,7 @@ impl Writer {
         options: WriterOptions,
     ) -> Result<Arc<Self>> {
         let writer = Qcow2Writer::open(name, file, data_file, backing, options)?;
-        Ok(Arc::new(Self { body: Body::Qcow2(Box::new(writer)) }))
+        Ok(Arc::new(Self { body: WriterBody::Qcow2(Box::new(writer)) }))
     }
 
     /// As [`Writer::qcow2`], but what is written can be undone: until [`Writer::publish`], nothing changes on disk
@@ -184,7 +163,7 @@ impl Writer {
         options: WriterOptions,
     ) -> Result<Arc<Self>> {
         let writer = Qcow2Writer::open_undoable(name, file, backing, options)?;
-        Ok(Arc::new(Self { body: Body::Qcow2(Box::new(writer)) }))
+        Ok(Arc::new(Self { body: WriterBody::Qcow2(Box::new(writer)) }))
     }
 
     /// Makes what was written the image's content, with one write to its header, after everything else is
@@ -208,8 +187,8 @@ impl Writer {
 
     fn undoable(&self) -> &Qcow2Writer {
         match &self.body {
-            Body::Raw(_) => panic!("what is written to a raw image cannot be undone"),
-            Body::Qcow2(qcow2) => qcow2,
+            WriterBody::Raw(_) => panic!("what is written to a raw image cannot be undone"),
+            WriterBody::Qcow2(qcow2) => qcow2,
         }
     }
 
@@ -218,16 +197,16 @@ impl Writer {
     /// happens where the file system cannot do that, nor to a raw image, which uses none there.
     pub fn reserve(&self, bytes: u64) -> Result<()> {
         match &self.body {
-            Body::Raw(_) => Ok(()),
-            Body::Qcow2(qcow2) => qcow2.reserve(bytes),
+            WriterBody::Raw(_) => Ok(()),
+            WriterBody::Qcow2(qcow2) => qcow2.reserve(bytes),
         }
     }
 
     /// Bytes of the disk.
     pub fn size(&self) -> u64 {
         match &self.body {
-            Body::Raw(raw) => raw.size(),
-            Body::Qcow2(qcow2) => qcow2.size(),
+            WriterBody::Raw(raw) => raw.size(),
+            WriterBody::Qcow2(qcow2) => qcow2.size(),
         }
     }
 
@@ -240,8 +219,8 @@ impl Writer {
     pub fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         self.assert_inside(at, buf.len() as u64);
         match &self.body {
-            Body::Raw(raw) => raw.read_at(at, buf),
-            Body::Qcow2(qcow2) => qcow2.read_at(at, buf),
+            WriterBody::Raw(raw) => raw.read_at(at, buf),
+            WriterBody::Qcow2(qcow2) => qcow2.read_at(at, buf),
         }
     }
 
@@ -250,8 +229,8 @@ impl Writer {
     pub fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
         self.assert_inside(at, bytes.len() as u64);
         match &self.body {
-            Body::Raw(raw) => raw.write_at(at, bytes),
-            Body::Qcow2(qcow2) => qcow2.write_at(at, bytes),
+            WriterBody::Raw(raw) => raw.write_at(at, bytes),
+            WriterBody::Qcow2(qcow2) => qcow2.write_at(at, bytes),
         }
     }
 
@@ -263,8 +242,8 @@ impl Writer {
             return Ok(());
         }
         match &self.body {
-            Body::Raw(raw) => raw.copy_from(at, len, source, from),
-            Body::Qcow2(qcow2) => qcow2.copy_from(at, len, source, from),
+            WriterBody::Raw(raw) => raw.copy_from(at, len, source, from),
+            WriterBody::Qcow2(qcow2) => qcow2.copy_from(at, len, source, from),
         }
     }
 
@@ -275,8 +254,8 @@ impl Writer {
             return Ok(());
         }
         match &self.body {
-            Body::Raw(raw) => raw.zero(at, len, zeroing),
-            Body::Qcow2(qcow2) => qcow2.zero(at, len, zeroing),
+            WriterBody::Raw(raw) => raw.zero(at, len, zeroing),
+            WriterBody::Qcow2(qcow2) => qcow2.zero(at, len, zeroing),
         }
     }
 
@@ -287,8 +266,8 @@ impl Writer {
             return Ok(());
         }
         match &self.body {
-            Body::Raw(raw) => raw.allocate(at, len),
-            Body::Qcow2(qcow2) => qcow2.allocate(at, len),
+            WriterBody::Raw(raw) => raw.allocate(at, len),
+            WriterBody::Qcow2(qcow2) => qcow2.allocate(at, len),
         }
     }
 
@@ -296,8 +275,8 @@ impl Writer {
     /// `Forbidden` if it is smaller than now.
     pub fn grow(&self, size: u64) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => raw.grow(size),
-            Body::Qcow2(qcow2) => qcow2.grow(size),
+            WriterBody::Raw(raw) => raw.grow(size),
+            WriterBody::Qcow2(qcow2) => qcow2.grow(size),
         }
     }
 
@@ -305,8 +284,8 @@ impl Writer {
     /// poisoned: it takes no more writes, and goes on being read.
     pub fn flush(&self) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => raw.flush(),
-            Body::Qcow2(qcow2) => qcow2.flush(),
+            WriterBody::Raw(raw) => raw.flush(),
+            WriterBody::Qcow2(qcow2) => qcow2.flush(),
         }
     }
 
@@ -314,8 +293,8 @@ impl Writer {
     /// disk can still be used.
     pub fn close(&self) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => raw.close(),
-            Body::Qcow2(qcow2) => qcow2.close(),
+            WriterBody::Raw(raw) => raw.close(),
+            WriterBody::Qcow2(qcow2) => qcow2.close(),
         }
     }
 
@@ -324,10 +303,10 @@ impl Writer {
     /// room in it; nothing has been written then. Any other failure poisons the disk as a failed flush does.
     pub fn change_header(&self, change: &HeaderChange) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => {
+            WriterBody::Raw(raw) => {
                 Err(Error::new(ErrorKind::Unsupported, format!("{}: a raw image has no header", raw.name())))
             }
-            Body::Qcow2(qcow2) => qcow2.change_header(change),
+            WriterBody::Qcow2(qcow2) => qcow2.change_header(change),
         }
     }
 
@@ -338,44 +317,41 @@ impl Writer {
     /// If something is to lie below a raw image.
     pub fn set_backing(&self, backing: Option<Arc<dyn BackingDisk>>) {
         match &self.body {
-            Body::Raw(_) => assert!(backing.is_none(), "nothing shows through a raw image"),
-            Body::Qcow2(qcow2) => qcow2.set_backing(backing),
+            WriterBody::Raw(_) => assert!(backing.is_none(), "nothing shows through a raw image"),
+            WriterBody::Qcow2(qcow2) => qcow2.set_backing(backing),
         }
     }
 
     /// Where the image itself has what it shows at `at`, and for how many of `max` bytes that goes on. Holds for as
     /// long as nobody changes that range.
-    pub fn locate(&self, at: u64, max: u64) -> Result<(Located, u64)> {
+    pub fn map(&self, at: u64, max: u64) -> Result<Run<Mapping>> {
         match &self.body {
-            Body::Raw(_) => Ok((Located::Data(at), max)),
-            Body::Qcow2(qcow2) => {
-                let (piece, run) = qcow2.lookup(at, max)?;
-                Ok((Located::from(piece), run))
-            }
+            WriterBody::Raw(_) => Ok(Run::new(Mapping::Data(HostOffset(at)), max)),
+            WriterBody::Qcow2(qcow2) => Ok(qcow2.lookup(at, max)?.map(|entry| entry.mapping)),
         }
     }
 
-    /// The file that [`Located::Data`] speaks of.
+    /// The file that [`Mapping::Data`] speaks of.
     pub fn data_storage(&self) -> Arc<dyn Storage> {
         match &self.body {
-            Body::Raw(raw) => raw.storage(),
-            Body::Qcow2(qcow2) => Arc::clone(qcow2.image.data()) as Arc<dyn Storage>,
+            WriterBody::Raw(raw) => raw.storage(),
+            WriterBody::Qcow2(qcow2) => Arc::clone(qcow2.image.data()) as Arc<dyn Storage>,
         }
     }
 
     /// Whether anything has changed since the last flush.
     pub fn is_dirty(&self) -> bool {
         match &self.body {
-            Body::Raw(raw) => raw.is_dirty(),
-            Body::Qcow2(qcow2) => qcow2.is_dirty(),
+            WriterBody::Raw(raw) => raw.is_dirty(),
+            WriterBody::Qcow2(qcow2) => qcow2.is_dirty(),
         }
     }
 
     /// Why nothing is written any more, if so.
     pub fn poison(&self) -> Option<Error> {
         match &self.body {
-            Body::Raw(raw) => raw.poison(),
-            Body::Qcow2(qcow2) => qcow2.check_poison().err(),
+            WriterBody::Raw(raw) => raw.poison(),
+            WriterBody::Qcow2(qcow2) => qcow2.check_poison().err(),
         }
     }
 
@@ -385,17 +361,17 @@ impl Writer {
     /// Whoever has looked for long enough calls the rest data, which is always allowed.
     pub fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
         let qcow2 = match &self.body {
-            Body::Raw(raw) => return raw.seek(at, data),
-            Body::Qcow2(qcow2) => qcow2,
+            WriterBody::Raw(raw) => return raw.seek(at, data),
+            WriterBody::Qcow2(qcow2) => qcow2,
         };
         let start = Instant::now();
         let (mut at, size) = (at, self.size());
         while at < size {
-            let (is_zero, run) = qcow2.seek_run(at, size - at)?;
-            if is_zero != data {
+            let run = qcow2.seek_run(at, size - at)?;
+            if (run.value == BlockStatus::Data) == data {
                 return Ok(Some(at));
             }
-            at += run;
+            at += run.len;
             if start.elapsed() > SEEK_LIMIT {
                 return Ok(Some(at).filter(|at| data && *at < size));
             }

@@ -13,13 +13,13 @@ use crate::image::check::{mend_flags, rebuild_dirty};
 use crate::image::header::{self, HeaderChange};
 use crate::image::{read_bitmaps, read_header_with, read_snapshots, unreadable};
 use crate::io::{Storage, WriteStorage};
-use crate::units::HostOffset;
+use crate::units::{BlockStatus, HostOffset, Run};
 
 use super::cluster_roles::ClusterRoles;
 use super::flush::Flushes;
 use super::qcow2::Qcow2Writer;
 use super::ranges::Ranges;
-use super::slices::{Class, Slices};
+use super::slices::{Slices, TableClass};
 use super::tables::{ImageFile, SnapshotRoot, Tables};
 use super::{BackingDisk, WriterOptions, where_possible};
 
@@ -278,6 +278,7 @@ fn look(
         fresh: file_len.div_ceil(image.cluster().size()),
         file_len,
         pending: Vec::new(),
+        dropped: Arc::default(),
         snapshots: Vec::new(),
         has_damaged_snapshots: false,
         shadow: None,
@@ -305,7 +306,7 @@ impl Storage for OnlyRead {
         self.0.len()
     }
 
-    fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
+    fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {
         self.0.extent(at, end)
     }
 
@@ -384,13 +385,13 @@ impl Tables {
         }
         for index in 0..u64::from(self.l1.entries) {
             let at = self.l1.offset.0 + index * 8;
-            let word = self.word(image, at, Class::L1)?;
+            let word = self.word(image, at, TableClass::L1)?;
             let entry = image.format.l1(word).map_err(|reason| image.corrupt(reason.fact()))?;
             let Some(table) = entry.l2 else { continue };
             self.learn(image, "an L2 table", table.0, size)?;
             // Written in place, a shared table would change an internal snapshot.
             if entry.copied && self.count(image, image.cluster().index(table.0))? != 1 {
-                self.set_word(image, at, Class::L1, EntryFormat::shared(word))?;
+                self.set_word(image, at, TableClass::L1, EntryFormat::shared(word))?;
             }
         }
         Ok(())

@@ -13,15 +13,16 @@ use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::compressed::decompress;
 use crate::format::subcluster::SUBCLUSTERS;
-use crate::format::{Compressed, Compression, EntryFormat, SubclusterEntry};
-use crate::units::{GuestOffset, HostOffset};
+use crate::format::{Compressed, Compression, EntryFormat, L2Entry, Mapping, RawL2Entry, SubclusterEntry};
+use crate::units::{BlockStatus, GuestOffset, HostOffset, Run};
 
 use super::BackingDisk;
-use super::allocate::{AllocError, Run};
+use super::allocate::{AllocError, ClusterCount};
 use super::copy::{Payload, read_exactly};
 use super::flush::Flushes;
 use super::ranges::{Held, Ranges};
-use super::tables::{ImageFile, Piece, RawL2Entry, Tables, piece_of};
+use super::reservation::Reservation;
+use super::tables::{ImageFile, LookupMiss, Tables, entry_run};
 
 /// Freed clusters that wait for a flush, at most.
 const MAX_PENDING: usize = 1 << 16;
@@ -68,15 +69,15 @@ pub(super) struct Qcow2Writer {
 }
 
 /// A stretch of the file that a mapping is about to name, and the entries it will have.
-struct Target {
+struct WriteTarget {
     /// The first cluster of the disk, as a position.
     guest: u64,
     /// Where its first byte goes.
     host: HostOffset,
     /// The file holds zeroes there.
     is_fresh: bool,
-    /// Counted for this; given back if it comes to nothing.
-    run: Option<Run>,
+    /// Where new clusters are needed: those.
+    reservation: Option<Reservation>,
     /// The entries as they were.
     old: Vec<RawL2Entry>,
     /// From here on the disk has places that others may be writing to.
@@ -103,10 +104,12 @@ impl Qcow2Writer {
     }
 
     /// What the tables say of a position. Who goes on to do I/O there holds the gate.
-    pub(super) fn lookup(&self, at: u64, max: u64) -> Result<(Piece, u64)> {
+    pub(super) fn lookup(&self, at: u64, max: u64) -> Result<Run<L2Entry>> {
         loop {
-            if let Some(found) = self.tables.read().piece(&self.image, at, max) {
-                return found;
+            match self.tables.read().map(&self.image, at, max) {
+                Ok(run) => return Ok(run),
+                Err(LookupMiss::Failed(error)) => return Err(error),
+                Err(LookupMiss::NotLoaded) => {}
             }
             self.tables.write().load(&self.image, at)?;
         }
@@ -118,14 +121,14 @@ impl Qcow2Writer {
         while done < buf.len() {
             let position = at + done as u64;
             let gate = self.reuse_gate.read();
-            let (piece, run) = self.lookup(position, (buf.len() - done) as u64)?;
-            let part = &mut buf[done..done + run as usize];
-            if piece == Piece::Below {
+            let Run { value: entry, len } = self.lookup(position, (buf.len() - done) as u64)?;
+            let part = &mut buf[done..done + len as usize];
+            if entry.mapping == Mapping::Hole {
                 // Nothing of this file is read: a slow layer below is not to keep flushes waiting.
                 drop(gate);
             }
-            self.read_piece(piece, position, part)?;
-            done += run as usize;
+            self.read_mapping(entry.mapping, position, part)?;
+            done += len as usize;
         }
         if self.image.has_snapshots() {
             // Reading may have mended tables. If they cannot be written, that is the writers' to hear.
@@ -139,26 +142,26 @@ impl Qcow2Writer {
         let mut done = 0;
         while done < buf.len() {
             let position = at + done as u64;
-            let (piece, run) = self.lookup(position, (buf.len() - done) as u64)?;
-            self.read_piece(piece, position, &mut buf[done..done + run as usize])?;
-            done += run as usize;
+            let Run { value: entry, len } = self.lookup(position, (buf.len() - done) as u64)?;
+            self.read_mapping(entry.mapping, position, &mut buf[done..done + len as usize])?;
+            done += len as usize;
         }
         Ok(())
     }
 
-    fn read_piece(&self, piece: Piece, position: u64, part: &mut [u8]) -> Result<()> {
-        match piece {
-            Piece::Own(host) | Piece::Shared(host) => return self.read_data(host, part),
-            Piece::Compressed(stream) => {
+    fn read_mapping(&self, mapping: Mapping, position: u64, part: &mut [u8]) -> Result<()> {
+        match mapping {
+            Mapping::Data(host) => return self.read_data(host, part),
+            Mapping::Compressed(stream) => {
                 let cluster = self.decompress(stream)?;
                 let within = self.image.cluster().within(position) as usize;
                 part.copy_from_slice(&cluster[within..within + part.len()]);
             }
-            Piece::Below => match self.backing() {
+            Mapping::Hole => match self.backing() {
                 Some(backing) => return backing.read_at(position, part),
                 None => part.fill(0),
             },
-            Piece::Zero => part.fill(0),
+            Mapping::Zero(_) => part.fill(0),
         }
         Ok(())
     }
@@ -190,24 +193,24 @@ impl Qcow2Writer {
     }
 
     /// Whether the disk is known to read as zeroes there, and for how long at least that answer holds.
-    pub(super) fn zero_run(&self, at: u64, len: u64) -> Result<(bool, u64)> {
-        let (piece, run) = self.lookup(at, len)?;
-        match piece {
-            Piece::Own(_) | Piece::Shared(_) | Piece::Compressed(_) => Ok((false, run)),
-            Piece::Zero => Ok((true, run)),
-            Piece::Below => match self.backing() {
-                Some(backing) => backing.zero_run(at, run),
-                None => Ok((true, run)),
+    pub(super) fn status_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>> {
+        let Run { value: entry, len } = self.lookup(at, len)?;
+        match entry.mapping {
+            Mapping::Data(_) | Mapping::Compressed(_) => Ok(Run::new(BlockStatus::Data, len)),
+            Mapping::Zero(_) => Ok(Run::new(BlockStatus::Zero, len)),
+            Mapping::Hole => match self.backing() {
+                Some(backing) => backing.status_run(at, len),
+                None => Ok(Run::new(BlockStatus::Zero, len)),
             },
         }
     }
 
-    /// As [`Self::zero_run`], for seeking: what cannot be read is no hole, for whoever copies must hear of it.
-    pub(super) fn seek_run(&self, at: u64, len: u64) -> Result<(bool, u64)> {
-        match self.zero_run(at, len) {
+    /// As [`Self::status_run`], for seeking: what cannot be read is no hole, for whoever copies must hear of it.
+    pub(super) fn seek_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>> {
+        match self.status_run(at, len) {
             Err(error) if error.kind() == ErrorKind::Corrupt => {
                 let cluster = self.image.cluster();
-                Ok((false, (cluster.size() - cluster.within(at)).min(len)))
+                Ok(Run::new(BlockStatus::Data, (cluster.size() - cluster.within(at)).min(len)))
             }
             found => found,
         }
@@ -217,11 +220,11 @@ impl Qcow2Writer {
     pub(super) fn reads_zero(&self, at: u64, len: u64) -> Result<bool> {
         let mut done = 0;
         while done < len {
-            let (is_zero, run) = self.zero_run(at + done, len - done)?;
-            if !is_zero {
+            let run = self.status_run(at + done, len - done)?;
+            if run.value == BlockStatus::Data {
                 return Ok(false);
             }
-            done += run;
+            done += run.len;
         }
         Ok(true)
     }
@@ -246,29 +249,31 @@ impl Qcow2Writer {
     pub(super) fn write_in_place(&self, at: u64, bytes: &[u8]) -> Result<usize> {
         let _gate = self.reuse_gate.read();
         self.check_poison()?;
-        let (Piece::Own(host), run) = self.lookup_to_write(at, bytes.len() as u64)? else { return Ok(0) };
-        self.image.data().write_at(host.0, &bytes[..run as usize])?;
+        let Run { value: entry, len } = self.lookup_to_write(at, bytes.len() as u64)?;
+        let Some(host) = entry.own_data() else { return Ok(0) };
+        self.image.data().write_at(host.0, &bytes[..len as usize])?;
         self.data_dirty.store(true, Ordering::Release);
-        Ok(run as usize)
+        Ok(len as usize)
     }
 
     /// As [`Self::lookup`], for a write: damage found here ends all writing.
-    pub(super) fn lookup_to_write(&self, at: u64, max: u64) -> Result<(Piece, u64)> {
+    pub(super) fn lookup_to_write(&self, at: u64, max: u64) -> Result<Run<L2Entry>> {
         loop {
-            {
+            let found = {
                 let tables = self.tables.read();
-                let found = match tables.piece(&self.image, at, max) {
-                    Some(Ok((Piece::Own(host), run))) => {
-                        Some(tables.may_be_data(&self.image, host, run).map(|()| (Piece::Own(host), run)))
+                tables.map(&self.image, at, max).and_then(|run| match run.value.own_data() {
+                    // M3: no table is overwritten, whatever names it as data.
+                    Some(host) => {
+                        tables.may_be_data(&self.image, host, run.len).map(|()| run).map_err(LookupMiss::Failed)
                     }
-                    found => found,
-                };
-                if let Some(found) = found {
-                    drop(tables);
-                    return found.map_err(|error| self.damaged(error));
-                }
+                    None => Ok(run),
+                })
+            };
+            match found {
+                Ok(run) => return Ok(run),
+                Err(LookupMiss::Failed(error)) => return Err(self.damaged(error)),
+                Err(LookupMiss::NotLoaded) => self.tables.write().load(&self.image, at)?,
             }
-            self.tables.write().load(&self.image, at)?;
         }
     }
 
@@ -296,24 +301,21 @@ impl Qcow2Writer {
     pub(super) fn fill_with(&self, at: u64, payload: Payload<'_>) -> Result<usize> {
         let target = self.with_tables(|tables| self.find_target(tables, at, payload.len()))?;
         let Some(target) = target else { return Ok(0) };
-        let written = self.fill_target(&target, at, payload);
-        if let Err(error) = &written
-            && let Some(run) = target.run
-            && self.check_poison().is_ok()
-        {
-            // Nothing refers to the clusters: they are as free as before.
-            self.tables.write().give_back(&self.image, run).map_err(|_| error.clone())?;
-        }
-        written
+        self.fill_target(target, at, payload)
     }
 
     /// Where the bytes at `at` shall go; `None` where they have their place already.
-    fn find_target(&self, tables: &mut Tables, at: u64, len: u64) -> std::result::Result<Option<Target>, AllocError> {
+    fn find_target(
+        &self,
+        tables: &mut Tables,
+        at: u64,
+        len: u64,
+    ) -> std::result::Result<Option<WriteTarget>, AllocError> {
         let image = &self.image;
         let cluster = image.cluster();
         let guest = cluster.floor(at);
         let first = tables.entry(image, at)?;
-        if let (Piece::Own(_), _) = piece_of(image, first, at)? {
+        if entry_run(image, first, at)?.value.own_data().is_some() {
             return Ok(None);
         }
         tables.own_l2_table(image, at)?;
@@ -322,14 +324,14 @@ impl Qcow2Writer {
         if let Some(host) = self.kept_place(first, guest) {
             tables.may_be_data(image, host, cluster.size())?;
             let limit = self.end_of_unplaced(first, at)?;
-            return Ok(Some(Target { guest, host, is_fresh: false, run: None, old: vec![first], limit }));
+            return Ok(Some(WriteTarget { guest, host, is_fresh: false, reservation: None, old: vec![first], limit }));
         }
         let wanted = cluster.index(at + len - 1) - cluster.index(at) + 1;
         let mut old = vec![first];
         for index in 1..wanted {
             let position = guest + index * cluster.size();
             let words = tables.entry(image, position)?;
-            let has_place = matches!(piece_of(image, words, position)?, (Piece::Own(_), _));
+            let has_place = entry_run(image, words, position)?.value.own_data().is_some();
             if has_place || self.kept_place(words, position).is_some() {
                 break;
             }
@@ -337,13 +339,13 @@ impl Qcow2Writer {
         }
         if image.data_file.is_some() {
             let host = HostOffset(guest);
-            return Ok(Some(Target { guest, host, is_fresh: false, run: None, old, limit: u64::MAX }));
+            return Ok(Some(WriteTarget { guest, host, is_fresh: false, reservation: None, old, limit: u64::MAX }));
         }
-        let run = tables.allocate(image, old.len() as u64, false)?;
-        old.truncate(run.count as usize);
-        let host = HostOffset(run.first * cluster.size());
-        let is_fresh = run.is_fresh;
-        Ok(Some(Target { guest, host, is_fresh, run: Some(run), old, limit: u64::MAX }))
+        let reservation = tables.allocate(image, ClusterCount::UpTo(old.len() as u64))?;
+        let clusters = reservation.clusters();
+        old.truncate(clusters.count as usize);
+        let (host, is_fresh) = (clusters.start(image), reservation.is_fresh());
+        Ok(Some(WriteTarget { guest, host, is_fresh, reservation: Some(reservation), old, limit: u64::MAX }))
     }
 
     /// Where, in the cluster of `at`, the first subcluster after it begins that has its own place.
@@ -351,11 +353,11 @@ impl Qcow2Writer {
         let cluster_end = self.image.cluster().floor(at) + self.image.cluster().size();
         let mut end = at;
         while end < cluster_end {
-            let (piece, run) = piece_of(&self.image, words, end)?;
-            if matches!(piece, Piece::Own(_)) {
+            let run = entry_run(&self.image, words, end)?;
+            if run.value.own_data().is_some() {
                 break;
             }
-            end += run;
+            end += run.len;
         }
         Ok(end)
     }
@@ -372,31 +374,32 @@ impl Qcow2Writer {
     }
 
     /// Writes what belongs into the target, then lets the tables name it.
-    fn fill_target(&self, target: &Target, at: u64, payload: Payload<'_>) -> Result<usize> {
+    fn fill_target(&self, mut target: WriteTarget, at: u64, payload: Payload<'_>) -> Result<usize> {
         let image = &self.image;
         let target_end = target.guest + target.old.len() as u64 * image.cluster().size();
         let end = (at + payload.len()).min(target_end).min(target.limit);
-        let (from, to) = self.region(target, at, end)?;
+        let (from, to) = self.region(&target, at, end)?;
         self.check_poison()?;
         match payload {
-            Payload::Bytes(bytes) => self.write_joined(target, from, at, &bytes[..(end - at) as usize], to)?,
+            Payload::Bytes(bytes) => self.write_joined(&target, from, at, &bytes[..(end - at) as usize], to)?,
             Payload::File(source, read_at, _) if (from, to) == (at, end) => {
                 image.data().copy_from(target.host.0 + (at - target.guest), source, read_at, end - at)?;
             }
             Payload::File(source, read_at, _) => {
-                self.write_joined(target, from, at, &read_exactly(source, read_at, end - at)?, to)?;
+                self.write_joined(&target, from, at, &read_exactly(source, read_at, end - at)?, to)?;
             }
         }
         self.data_dirty.store(true, Ordering::Release);
         let mut tables = self.tables.write();
-        // M4: the bytes are written; only now the tables name them.
+        // M4: from here on the tables name the clusters, which hold their data.
+        let is_new = target.reservation.take().map(Reservation::commit).is_some();
         for (index, old) in target.old.iter().enumerate() {
             let within = index as u64 * image.cluster().size();
             let guest = target.guest + within;
             let host = HostOffset(target.host.0 + within);
             let words = self.with_data(*old, guest, host, from.max(guest), to.min(guest + image.cluster().size()));
             tables.set_entry(image, guest, words).map_err(|error| self.poisoned_by(error))?;
-            if target.run.is_some() {
+            if is_new {
                 tables.release(image, *old).map_err(|error| self.poisoned_by(error))?;
             }
         }
@@ -404,7 +407,7 @@ impl Qcow2Writer {
     }
 
     /// What has to be written so that `[at, end)` can be: whole clusters, or the subclusters around it.
-    fn region(&self, target: &Target, at: u64, end: u64) -> Result<(u64, u64)> {
+    fn region(&self, target: &WriteTarget, at: u64, end: u64) -> Result<(u64, u64)> {
         let image = &self.image;
         let size = image.cluster().size();
         let clusters = (target.guest, image.cluster().floor(end - 1) + size);
@@ -417,7 +420,7 @@ impl Qcow2Writer {
                     .format
                     .l2_extended(words.entry, words.bitmap, GuestOffset(guest))
                     .map_err(|reason| image.corrupt(reason.fact()))?;
-                Ok(entry.compressed().is_none() && (target.run.is_none() || entry.allocated() == 0))
+                Ok(entry.compressed().is_none() && (target.reservation.is_none() || entry.allocated() == 0))
             };
             let last = (to - target.guest) / size - 1;
             if is_partial(&target.old[0], target.guest)? {
@@ -433,7 +436,7 @@ impl Qcow2Writer {
 
     /// Writes `[from, to)` of the disk into the target, `bytes` at `at` and what the disk shows now around
     /// them, in one piece; zeroes at the edges are left out where the file holds them already.
-    fn write_joined(&self, target: &Target, from: u64, at: u64, bytes: &[u8], to: u64) -> Result<()> {
+    fn write_joined(&self, target: &WriteTarget, from: u64, at: u64, bytes: &[u8], to: u64) -> Result<()> {
         let host = |guest: u64| target.host.0 + (guest - target.guest);
         let end = at + bytes.len() as u64;
         if from == at && to == end {

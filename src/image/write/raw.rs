@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Storage, WriteStorage};
-use crate::units::round_up_to_sector;
+use crate::units::{BlockStatus, round_up_to_sector};
 
 use super::shrink::smaller;
 use super::{Zeroing, zero_bytes};
@@ -167,11 +167,11 @@ impl RawWriter {
     pub(super) fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
         let (mut at, end) = (at, self.size());
         while at < end {
-            let (is_data, len) = self.file.extent(at, end)?;
-            if is_data == data {
+            let run = self.file.extent(at, end)?;
+            if (run.value == BlockStatus::Data) == data {
                 return Ok(Some(at));
             }
-            at += len;
+            at += run.len;
         }
         Ok(None)
     }
@@ -206,66 +206,11 @@ impl RawWriter {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::MemoryFile;
     use super::*;
 
-    /// A file in memory whose syncs and space can be made to fail.
-    #[derive(Default)]
-    struct Memory {
-        bytes: Mutex<Vec<u8>>,
-        syncs: AtomicU64,
-        fails: AtomicBool,
-        punches: bool,
-    }
-
-    impl Storage for Memory {
-        fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
-            self.bytes.lock().read_at(at, buf)
-        }
-
-        fn len(&self) -> Result<u64> {
-            Ok(self.bytes.lock().len() as u64)
-        }
-    }
-
-    impl WriteStorage for Memory {
-        fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
-            let (at, end) = (at as usize, at as usize + bytes.len());
-            let mut all = self.bytes.lock();
-            let len = all.len().max(end);
-            all.resize(len, 0);
-            all[at..end].copy_from_slice(bytes);
-            Ok(())
-        }
-
-        fn set_len(&self, len: u64) -> Result<()> {
-            self.bytes.lock().resize(len as usize, 0);
-            Ok(())
-        }
-
-        fn punch_hole(&self, at: u64, len: u64) -> Result<()> {
-            if self.punches { self.write_zeroes(at, len) } else { Err(Error::new(ErrorKind::Unsupported, "punching")) }
-        }
-
-        fn write_zeroes(&self, at: u64, len: u64) -> Result<()> {
-            self.write_at(at, &vec![0; len as usize])
-        }
-
-        fn reserve(&self, _at: u64, _len: u64) -> Result<()> {
-            Ok(())
-        }
-
-        fn allocate(&self, _at: u64, _len: u64) -> Result<()> {
-            Err(Error::new(ErrorKind::Unsupported, "reserving"))
-        }
-
-        fn sync(&self) -> Result<()> {
-            self.syncs.fetch_add(1, Ordering::Relaxed);
-            if self.fails.load(Ordering::Relaxed) { Err(Error::new(ErrorKind::Io, "the disk is gone")) } else { Ok(()) }
-        }
-    }
-
-    fn writer(bytes: &[u8]) -> (Arc<Memory>, RawWriter) {
-        let memory = Arc::new(Memory { bytes: Mutex::new(bytes.to_vec()), ..Memory::default() });
+    fn writer(bytes: &[u8]) -> (Arc<MemoryFile>, RawWriter) {
+        let memory = Arc::new(MemoryFile { bytes: Mutex::new(bytes.to_vec()), ..MemoryFile::default() });
         let writer = RawWriter::new("a.raw", Arc::clone(&memory) as _).unwrap();
         (memory, writer)
     }

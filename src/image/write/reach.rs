@@ -8,19 +8,20 @@ use std::collections::HashMap;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::refcount::max_refcount;
-use crate::format::{EntryFormat, Table};
+use crate::format::{EntryFormat, L1Table, RawL2Entry};
 use crate::units::HostOffset;
 
 use super::qcow2::Qcow2Writer;
-use super::slices::Class;
-use super::tables::{Freed, ImageFile, RawL2Entry, Tables, piece_of, references};
+use super::reservation::ClusterRange;
+use super::slices::TableClass;
+use super::tables::{ImageFile, Tables, entry_run, references};
 use super::where_possible;
 
 impl Qcow2Writer {
     /// Makes sure that what the first `entries` of an L1 table reach can be counted once more, and that it may
     /// be. What the active table reaches by the same L2 table stays as it is, if it is not the active one that
     /// is asked about.
-    pub(super) fn refuse_overflow(&self, l1: Table, entries: u64) -> Result<()> {
+    pub(super) fn refuse_overflow(&self, l1: L1Table, entries: u64) -> Result<()> {
         let image = &self.image;
         // Several compressed clusters may lie in one of the file.
         let mut more: HashMap<u64, u64> = HashMap::new();
@@ -38,7 +39,7 @@ impl Qcow2Writer {
     }
 
     /// Gives the space of clusters back that are free; for whoever holds all ranges, so that nobody takes them.
-    pub(super) fn punch(&self, freed: &[Freed]) {
+    pub(super) fn punch(&self, freed: &[ClusterRange]) {
         let size = self.image.cluster().size();
         for run in freed {
             if let Err(error) = where_possible(self.image.file.punch_hole(run.first * size, run.count * size)) {
@@ -53,14 +54,13 @@ impl Tables {
     /// All entries of an L2 table.
     pub(super) fn all_words(&mut self, image: &ImageFile, table: HostOffset) -> Result<Vec<RawL2Entry>> {
         let mut all = Vec::with_capacity(image.format.l2_entries() as usize);
-        let words_per_entry = (image.format.l2_entry_len() / 8) as usize;
+        let words_per_entry = image.format.l2_entry_words() as usize;
         for at in (table.0..table.0 + image.cluster().size()).step_by(image.slice_len() as usize) {
             if at > table.0 && at >= self.file_len {
                 break; // the last table of a file may end with it
             }
-            let (words, _) = self.slice(image, at, Class::L2)?;
-            let bitmap = |entry: &[u64]| if image.format.extended { entry[1] } else { 0 };
-            all.extend(words.chunks_exact(words_per_entry).map(|e| RawL2Entry { entry: e[0], bitmap: bitmap(e) }));
+            let (words, _) = self.slice(image, at, TableClass::L2)?;
+            all.extend(words.chunks_exact(words_per_entry).map(|entry| RawL2Entry::new(image.format, entry)));
         }
         Ok(all)
     }
@@ -79,7 +79,7 @@ impl Tables {
     /// references.
     fn check_references(&mut self, image: &ImageFile, words: RawL2Entry, guest: u64, least: u64) -> Result<()> {
         let Some(clusters) = references(image, words) else { return Ok(()) };
-        piece_of(image, words, guest)?;
+        entry_run(image, words, guest)?;
         self.may_be_clusters(image, clusters)?;
         (clusters.first..clusters.first + clusters.count)
             .try_for_each(|cluster| self.check_count(image, cluster, least))
@@ -97,7 +97,7 @@ impl Tables {
     fn fits_once_more(
         &mut self,
         image: &ImageFile,
-        l1: Table,
+        l1: L1Table,
         index: u64,
         more: &mut HashMap<u64, u64>,
     ) -> Result<bool> {
@@ -129,7 +129,7 @@ impl Tables {
 
     /// Makes sure that what an entry of an L1 table reaches can lose a reference, and that what the active table
     /// has at the same place keeps one.
-    pub(super) fn check_leaving(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<()> {
+    pub(super) fn check_leaving(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<()> {
         let Some(table) = self.table_of(image, l1, index)? else { return Ok(()) };
         self.may_be_l2(image, index, table)?;
         let active = if l1 == self.l1 { None } else { self.table_of(image, self.l1, index)? };
@@ -158,7 +158,7 @@ impl Tables {
             }
             if EntryFormat::copied(words.entry) {
                 let at = table.0 + number as u64 * image.format.l2_entry_len();
-                self.set_word(image, at, Class::L2, EntryFormat::shared(words.entry))?;
+                self.set_word(image, at, TableClass::L2, EntryFormat::shared(words.entry))?;
             }
         }
         self.count_once_more(image, image.cluster().index(table.0))
@@ -169,8 +169,8 @@ impl Tables {
         let Some(table) = self.table_of(image, self.l1, index)? else { return Ok(()) };
         self.share_table(image, table)?;
         let place = self.l1_place(image, index * image.l1_span());
-        let word = self.word(image, place, Class::L1)?;
-        self.set_word(image, place, Class::L1, EntryFormat::shared(word))
+        let word = self.word(image, place, TableClass::L1)?;
+        self.set_word(image, place, TableClass::L1, EntryFormat::shared(word))
     }
 
     fn count_once_more(&mut self, image: &ImageFile, cluster: u64) -> Result<()> {
@@ -183,8 +183,8 @@ impl Tables {
 
     /// Takes a reference from an L2 table and from everything that it refers to: an L1 table has gone, durably.
     /// Returns what is free by that, in the order of the file.
-    pub(super) fn leave_table(&mut self, image: &ImageFile, table: HostOffset) -> Result<Vec<Freed>> {
-        let own = Freed { first: image.cluster().index(table.0), count: 1 };
+    pub(super) fn leave_table(&mut self, image: &ImageFile, table: HostOffset) -> Result<Vec<ClusterRange>> {
+        let own = ClusterRange { first: image.cluster().index(table.0), count: 1 };
         let mut left: Vec<u64> = Vec::new();
         for words in self.all_words(image, table)? {
             if let Some(clusters) = references(image, words) {
@@ -196,14 +196,14 @@ impl Tables {
         left.push(own.first);
         left.sort_unstable();
         left.dedup();
-        let mut freed: Vec<Freed> = Vec::new();
+        let mut freed: Vec<ClusterRange> = Vec::new();
         for cluster in left {
             if self.count(image, cluster)? > 0 {
                 continue;
             }
             match freed.last_mut() {
                 Some(last) if last.first + last.count == cluster => last.count += 1,
-                _ => freed.push(Freed { first: cluster, count: 1 }),
+                _ => freed.push(ClusterRange { first: cluster, count: 1 }),
             }
         }
         if self.count(image, own.first)? == 0 {
@@ -219,7 +219,7 @@ impl Tables {
             return Ok(()); // and so is everything behind it
         }
         let place = self.l1_place(image, index * image.l1_span());
-        self.set_word(image, place, Class::L1, EntryFormat::owned(table))?;
+        self.set_word(image, place, TableClass::L1, EntryFormat::owned(table))?;
         for (number, words) in self.all_words(image, table)?.into_iter().enumerate() {
             let host = EntryFormat::raw_offset(words.entry);
             if EntryFormat::is_compressed(words.entry) || EntryFormat::copied(words.entry) || host == 0 {
@@ -229,7 +229,7 @@ impl Tables {
             if self.count(image, image.cluster().index(host))? == 1 {
                 let at = table.0 + number as u64 * image.format.l2_entry_len();
                 let owned = words.entry | EntryFormat::owned(HostOffset(host));
-                self.set_word(image, at, Class::L2, owned)?;
+                self.set_word(image, at, TableClass::L2, owned)?;
             }
         }
         Ok(())

@@ -5,19 +5,20 @@ use std::collections::HashMap;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::refcount::max_refcount;
-use crate::format::{EntryFormat, Table};
+use crate::format::{EntryFormat, L1Table, RawL2Entry};
 use crate::units::HostOffset;
 
-use super::allocate::Attempt;
-use super::slices::Class;
-use super::tables::{Freed, ImageFile, RawL2Entry, Tables};
+use super::allocate::{Attempt, ClusterCount};
+use super::reservation::ClusterRange;
+use super::slices::TableClass;
+use super::tables::{ImageFile, Tables};
 
 /// The active view; internal snapshots follow, from 1 on.
 const ACTIVE: usize = 0;
 
 /// Views whose L1 tables name the same L2 table at one place of their disks.
 #[derive(Debug)]
-pub(super) struct Group {
+pub(super) struct TableGroup {
     /// `None`: they have none. As many of them as may share a table form a group.
     pub(super) table: Option<HostOffset>,
     pub(super) roots: Vec<usize>,
@@ -25,7 +26,7 @@ pub(super) struct Group {
     pub(super) end: u64,
 }
 
-impl Group {
+impl TableGroup {
     pub(super) fn is_active_alone(&self) -> bool {
         self.roots == [ACTIVE]
     }
@@ -41,17 +42,17 @@ impl Tables {
         self.snapshots.iter().filter_map(|snapshot| snapshot.size).fold(size, u64::max)
     }
 
-    fn root(&self, root: usize) -> Table {
+    fn root(&self, root: usize) -> L1Table {
         if root == ACTIVE { self.l1 } else { self.snapshots[root - 1].l1 }
     }
 
     /// The views whose disks reach as far as the L2 table of `at` does, by that table. VM state lies behind a
     /// disk's last table and belongs to none.
-    pub(super) fn groups(&mut self, image: &ImageFile, at: u64, size: u64) -> Result<Vec<Group>> {
+    pub(super) fn groups(&mut self, image: &ImageFile, at: u64, size: u64) -> Result<Vec<TableGroup>> {
         let index = at / image.l1_span();
         let start = index * image.l1_span();
         let most = usize::try_from(max_refcount(image.order)).unwrap_or(usize::MAX);
-        let mut groups: Vec<Group> = Vec::new();
+        let mut groups: Vec<TableGroup> = Vec::new();
         let mut by_table: HashMap<Option<HostOffset>, usize> = HashMap::new();
         for root in 0..=self.snapshots.len() {
             let end = if root == ACTIVE { size } else { self.snapshots[root - 1].size.unwrap_or(size) };
@@ -66,7 +67,7 @@ impl Tables {
                 }
                 _ => {
                     by_table.insert(table, groups.len());
-                    groups.push(Group { table, roots: vec![root], end });
+                    groups.push(TableGroup { table, roots: vec![root], end });
                 }
             }
         }
@@ -76,12 +77,12 @@ impl Tables {
     /// Whether the next flush takes references from a cluster.
     pub(super) fn is_pending(&mut self, image: &ImageFile, cluster: u64) -> Result<bool> {
         // M1: what is about to lose a user in memory still has it on disk.
-        let is_it = |freed: &Freed| (freed.first..freed.first + freed.count).contains(&cluster);
+        let is_it = |freed: &ClusterRange| (freed.first..freed.first + freed.count).contains(&cluster);
         Ok(self.count(image, cluster)? > 1 && self.pending.iter().any(is_it))
     }
 
     /// Makes sure that the group has an L2 table for `at` that may be changed for all of it, and for it alone.
-    pub(super) fn ready_table(&mut self, image: &ImageFile, group: &Group, at: u64) -> Attempt<()> {
+    pub(super) fn ready_table(&mut self, image: &ImageFile, group: &TableGroup, at: u64) -> Attempt<()> {
         if group.is_active_alone() {
             return self.own_l2_table(image, at).map(|_| ());
         }
@@ -108,7 +109,7 @@ impl Tables {
     }
 
     /// Gives a group a new table, with the same entries.
-    fn move_group(&mut self, image: &ImageFile, group: &Group, index: u64) -> Attempt<()> {
+    fn move_group(&mut self, image: &ImageFile, group: &TableGroup, index: u64) -> Attempt<()> {
         let size = image.cluster().size();
         for root in &group.roots {
             let l1 = self.root(*root);
@@ -120,23 +121,21 @@ impl Tables {
                 );
                 return Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", image.name)).into());
             }
-            self.word(image, l1.offset.0 + index * 8, Class::L1)?;
+            self.word(image, l1.offset.0 + index * 8, TableClass::L1)?;
         }
-        let run = self.allocate(image, 1, true)?;
-        let table = HostOffset(run.first * size);
-        if let Err(error) = self.fill_l2_table(image, table, group.table) {
-            self.give_back(image, run)?;
-            return Err(error.into());
-        }
+        let reservation = self.allocate(image, ClusterCount::Exactly(1))?;
+        let table = reservation.clusters().start(image);
+        self.fill_l2_table(image, table, group.table)?;
         let count = group.roots.len() as u64;
-        self.set_count(image, run.first, count)?;
+        let new = reservation.commit().first;
+        self.set_count(image, new, count)?;
         let entry = EntryFormat::owned(table);
         let entry = if count == 1 { entry } else { EntryFormat::shared(entry) };
         for root in &group.roots {
-            self.set_word(image, self.root(*root).offset.0 + index * 8, Class::L1, entry)?;
+            self.set_word(image, self.root(*root).offset.0 + index * 8, TableClass::L1, entry)?;
         }
         if group.has_active() {
-            self.roles.add(run.first, 1);
+            self.roles.add(new, 1);
         }
         if let Some(old) = group.table {
             let first = image.cluster().index(old.0);
@@ -144,7 +143,7 @@ impl Tables {
                 self.roles.remove(first, 1);
             }
             self.slices.forget(old.0, old.0 + size, image.slice_len());
-            self.pending.extend(group.roots.iter().map(|_| Freed { first, count: 1 }));
+            self.pending.extend(group.roots.iter().map(|_| ClusterRange { first, count: 1 }));
         }
         Ok(())
     }
@@ -152,8 +151,8 @@ impl Tables {
     /// The entry of a table for a position of the disk; silent where there is no table.
     pub(super) fn entry_in(&mut self, image: &ImageFile, table: Option<HostOffset>, at: u64) -> Result<RawL2Entry> {
         let Some(table) = table else { return Ok(RawL2Entry::default()) };
-        let (words, index) = self.slice(image, Self::l2_place(image, table, at), Class::L2)?;
-        Ok(RawL2Entry { entry: words[index], bitmap: if image.format.extended { words[index + 1] } else { 0 } })
+        let (words, index) = self.slice(image, Self::l2_place(image, table, at), TableClass::L2)?;
+        Ok(RawL2Entry::new(image.format, &words[index..]))
     }
 
     /// Sets the entry of a table for a position of the disk.
@@ -166,9 +165,9 @@ impl Tables {
     ) -> Result<()> {
         let place = Self::l2_place(image, table, at);
         // Both words lie in one slice: 16-byte entries are aligned.
-        self.set_word(image, place, Class::L2, words.entry)?;
+        self.set_word(image, place, TableClass::L2, words.entry)?;
         if image.format.extended {
-            self.set_word(image, place + 8, Class::L2, words.bitmap)?;
+            self.set_word(image, place + 8, TableClass::L2, words.bitmap)?;
         }
         Ok(())
     }

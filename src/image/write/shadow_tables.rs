@@ -11,14 +11,16 @@ use std::sync::atomic::Ordering;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::refcount::{refcount, set_refcount};
-use crate::format::{EntryFormat, Table};
+use crate::format::{EntryFormat, L1Table};
 use crate::units::HostOffset;
 
+use super::allocate::ClusterCount;
 use super::cluster_roles::ClusterSet;
 use super::open::read_header;
 use super::qcow2::Qcow2Writer;
-use super::slices::Class;
-use super::tables::{Freed, ImageFile, Tables};
+use super::reservation::ClusterRange;
+use super::slices::TableClass;
+use super::tables::{ImageFile, Tables};
 use super::where_possible;
 
 /// References that are kept back before they are sorted and joined.
@@ -26,24 +28,24 @@ const KEPT: usize = 1 << 16;
 
 /// What is known of the image as it was.
 pub(super) struct ShadowTables {
-    old_l1: Table,
+    old_l1: L1Table,
     /// Clusters that were counted since and that only the new tables refer to.
     pub(super) made: ClusterSet,
     /// References that the image as it was still holds.
-    kept: Kept,
+    kept: HeldReferences,
 }
 
 /// References that are taken away later. A cluster of compressed data has several.
-struct Kept {
-    runs: Vec<Freed>,
+struct HeldReferences {
+    runs: Vec<ClusterRange>,
     tidy_at: usize,
 }
 
-impl Kept {
+impl HeldReferences {
     fn push(&mut self, cluster: u64) {
         match self.runs.last_mut() {
             Some(last) if last.first + last.count == cluster => last.count += 1,
-            _ => self.runs.push(Freed { first: cluster, count: 1 }),
+            _ => self.runs.push(ClusterRange { first: cluster, count: 1 }),
         }
         if self.runs.len() > self.tidy_at {
             self.tidy();
@@ -53,7 +55,7 @@ impl Kept {
     /// Joins what lies side by side.
     fn tidy(&mut self) {
         self.runs.sort_unstable_by_key(|run| run.first);
-        let mut joined: Vec<Freed> = Vec::new();
+        let mut joined: Vec<ClusterRange> = Vec::new();
         for run in self.runs.drain(..) {
             match joined.last_mut() {
                 Some(last) if last.first + last.count == run.first => last.count += run.count,
@@ -66,20 +68,20 @@ impl Kept {
 }
 
 impl ShadowTables {
-    fn new(old_l1: Table) -> Self {
-        Self { old_l1, made: ClusterSet::default(), kept: Kept { runs: Vec::new(), tidy_at: KEPT } }
+    fn new(old_l1: L1Table) -> Self {
+        Self { old_l1, made: ClusterSet::default(), kept: HeldReferences { runs: Vec::new(), tidy_at: KEPT } }
     }
 
     /// Part of a table without the COPIED flags of what the image as it was uses, too.
-    pub(super) fn mask(&self, image: &ImageFile, words: &mut [u64], class: Class) {
+    pub(super) fn mask(&self, image: &ImageFile, words: &mut [u64], class: TableClass) {
         let step = match class {
-            Class::L1 => 1,
-            Class::L2 => (image.format.l2_entry_len() / 8) as usize,
-            Class::RefcountBlock | Class::RefcountTable => return,
+            TableClass::L1 => 1,
+            TableClass::L2 => (image.format.l2_entry_len() / 8) as usize,
+            TableClass::RefcountBlock | TableClass::RefcountTable => return,
         };
         // M9: what the image uses looks shared, so it is copied before it is changed.
         for word in words.iter_mut().step_by(step) {
-            let is_plain = class == Class::L1 || !EntryFormat::is_compressed(*word);
+            let is_plain = class == TableClass::L1 || !EntryFormat::is_compressed(*word);
             if is_plain && !self.made.contains(image.cluster().index(EntryFormat::raw_offset(*word))) {
                 *word = EntryFormat::shared(*word);
             }
@@ -98,20 +100,26 @@ impl Tables {
         }
         match self.pending.last_mut() {
             Some(last) if last.first + last.count == cluster => last.count += 1,
-            _ => self.pending.push(Freed { first: cluster, count: 1 }),
+            _ => self.pending.push(ClusterRange { first: cluster, count: 1 }),
         }
     }
 
     /// The bytes of a table in the file, in which everything with a count of 1 is marked as the disk's own.
-    fn with_flags(&mut self, image: &ImageFile, at: HostOffset, len: u64, class: Class) -> Result<Option<Vec<u8>>> {
+    fn with_flags(
+        &mut self,
+        image: &ImageFile,
+        at: HostOffset,
+        len: u64,
+        class: TableClass,
+    ) -> Result<Option<Vec<u8>>> {
         let mut bytes = vec![0; len as usize];
         image.file.read_at(at.0, &mut bytes)?;
-        let entry_len = if class == Class::L1 { 8 } else { image.format.l2_entry_len() };
+        let entry_len = if class == TableClass::L1 { 8 } else { image.format.l2_entry_len() };
         let mut is_changed = false;
         for entry in bytes.chunks_exact_mut(entry_len as usize) {
             let word = refcount(&entry[..8], 0, 6);
             let host = EntryFormat::raw_offset(word);
-            if host == 0 || class == Class::L2 && EntryFormat::is_compressed(word) {
+            if host == 0 || class == TableClass::L2 && EntryFormat::is_compressed(word) {
                 continue;
             }
             let is_own = self.count(image, image.cluster().index(host))? == 1;
@@ -130,8 +138,8 @@ impl Qcow2Writer {
             let mut tables = self.tables.write();
             tables.shadow = Some(ShadowTables::new(tables.l1));
             // What was mended in memory must not reach the old tables.
-            tables.slices.forget_class(Class::L1);
-            tables.slices.forget_class(Class::L2);
+            tables.slices.forget_class(TableClass::L1);
+            tables.slices.forget_class(TableClass::L2);
             tables.l1
         };
         self.prepare()?;
@@ -164,14 +172,15 @@ impl Qcow2Writer {
         let image = &self.image;
         let size = image.cluster().size();
         let clusters = (u64::from(entries) * 8).div_ceil(size);
-        let run = self.with_tables(|tables| tables.allocate(image, clusters, true))?;
-        let offset = HostOffset(run.first * size);
+        let place = self.with_tables(|tables| tables.allocate(image, ClusterCount::Exactly(clusters)))?;
         let mut tables = self.tables.write();
         let old = tables.l1;
-        tables.copy_l1(image, run)?;
+        tables.copy_l1(image, &place)?;
+        let new = place.commit();
+        let offset = new.start(image);
         self.data_dirty.store(true, Ordering::Release);
-        tables.l1 = Table { offset, entries };
-        tables.roles.add(run.first, clusters);
+        tables.l1 = L1Table { offset, entries };
+        tables.roles.add(new.first, clusters);
         let (first, count) = (image.cluster().index(old.offset.0), old.len_bytes().div_ceil(size));
         tables.slices.forget(old.offset.0, old.offset.0 + count * size, image.slice_len());
         if tables.shadow.as_ref().is_some_and(|shadow| shadow.made.contains(first)) {
@@ -211,14 +220,14 @@ impl Qcow2Writer {
                 shadow.old_l1.len_bytes().div_ceil(image.cluster().size()),
             );
             if shadow.old_l1.offset != l1.offset && count > 0 {
-                freed.push(Freed { first, count });
+                freed.push(ClusterRange { first, count });
             }
             for run in &freed {
                 tables.roles.remove(run.first, run.count);
             }
             // On disk they say what is this disk's own.
-            tables.slices.forget_class(Class::L1);
-            tables.slices.forget_class(Class::L2);
+            tables.slices.forget_class(TableClass::L1);
+            tables.slices.forget_class(TableClass::L2);
             freed
         };
         self.release(&freed).map_err(|error| self.poisoned_by(error))?;
@@ -228,7 +237,7 @@ impl Qcow2Writer {
 
     /// Sets the COPIED flags of all new tables, in the file only: in memory, what the image as it was
     /// uses must not be written in place before the header says that it is no more. Returns the L1 table.
-    fn flag_what_is_own(&self) -> Result<Table> {
+    fn flag_what_is_own(&self) -> Result<L1Table> {
         let image = &self.image;
         let l1 = self.tables.read().l1;
         for index in 0..u64::from(l1.entries) {
@@ -236,14 +245,14 @@ impl Qcow2Writer {
             let Some(table) = tables.l2_table(image, index * image.l1_span())? else { continue };
             let is_made = |shadow: &ShadowTables| shadow.made.contains(image.cluster().index(table.0));
             if tables.shadow.as_ref().is_some_and(is_made)
-                && let Some(bytes) = tables.with_flags(image, table, image.cluster().size(), Class::L2)?
+                && let Some(bytes) = tables.with_flags(image, table, image.cluster().size(), TableClass::L2)?
             {
                 image.file.write_at(table.0, &bytes)?;
             }
         }
         let mut tables = self.tables.write();
         let is_copy = tables.shadow.as_ref().is_some_and(|shadow| shadow.old_l1.offset != l1.offset);
-        if is_copy && let Some(bytes) = tables.with_flags(image, l1.offset, l1.len_bytes(), Class::L1)? {
+        if is_copy && let Some(bytes) = tables.with_flags(image, l1.offset, l1.len_bytes(), TableClass::L1)? {
             image.file.write_at(l1.offset.0, &bytes)?;
         }
         Ok(l1)
@@ -259,15 +268,16 @@ impl Qcow2Writer {
         drop(self.reuse_gate.write());
         let runs = {
             let mut tables = self.tables.write();
+            tables.free_dropped(image).map_err(|error| self.poisoned_by(error))?;
             let shadow = tables.shadow.as_ref().expect("there is something to be abandoned");
             let (runs, old_l1) = (shadow.made.runs(), shadow.old_l1);
             tables.pending.clear();
-            tables.slices.forget_class(Class::L1);
-            tables.slices.forget_class(Class::L2);
+            tables.slices.forget_class(TableClass::L1);
+            tables.slices.forget_class(TableClass::L2);
             tables.l1 = old_l1;
             for (first, count) in &runs {
                 tables.roles.remove(*first, *count);
-                let freed = Freed { first: *first, count: *count };
+                let freed = ClusterRange { first: *first, count: *count };
                 tables.unreference(image, freed).map_err(|error| self.poisoned_by(error))?;
             }
             runs
@@ -313,7 +323,7 @@ mod tests {
 
     #[test]
     fn references_that_are_kept_back_are_joined_and_counted_as_often_as_they_were_taken() {
-        let mut kept = Kept { runs: Vec::new(), tidy_at: 8 };
+        let mut kept = HeldReferences { runs: Vec::new(), tidy_at: 8 };
         (0..20_000u64).step_by(2).chain((1..20_000).step_by(2)).for_each(|cluster| kept.push(cluster));
         (500..510).for_each(|cluster| kept.push(cluster));
         assert!(kept.runs.len() < KEPT);
@@ -321,7 +331,7 @@ mod tests {
         let counted: u64 = kept.runs.iter().map(|run| run.count).sum();
         assert_eq!(counted, 20_010);
         let twice = (0..20_000).filter(|cluster| {
-            let holds = |run: &&Freed| (run.first..run.first + run.count).contains(cluster);
+            let holds = |run: &&ClusterRange| (run.first..run.first + run.count).contains(cluster);
             kept.runs.iter().filter(holds).count() == 2
         });
         assert_eq!(twice.collect::<Vec<_>>(), (500..510).collect::<Vec<_>>());

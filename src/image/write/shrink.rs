@@ -7,13 +7,14 @@
 use std::sync::atomic::Ordering;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::EntryFormat;
-use crate::units::{HostOffset, SECTOR_SIZE};
+use crate::format::{EntryFormat, Mapping, RawL2Entry};
+use crate::units::{HostOffset, Run, SECTOR_SIZE};
 
 use super::qcow2::Qcow2Writer;
-use super::slices::Class;
-use super::tables::{Freed, ImageFile, Piece, RawL2Entry, Tables, references};
-use super::{Body, Writer, Zeroing, where_possible, zero_bytes};
+use super::reservation::ClusterRange;
+use super::slices::TableClass;
+use super::tables::{ImageFile, Tables, references};
+use super::{Writer, WriterBody, Zeroing, where_possible, zero_bytes};
 
 impl Writer {
     /// Makes the disk `size` bytes long, rounded up to sectors, and gives back what lies behind. Nobody
@@ -28,8 +29,8 @@ impl Writer {
     /// If what is written can be undone.
     pub fn shrink(&self, size: u64) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => raw.shrink(size),
-            Body::Qcow2(qcow2) => qcow2.shrink(size),
+            WriterBody::Raw(raw) => raw.shrink(size),
+            WriterBody::Qcow2(qcow2) => qcow2.shrink(size),
         }
     }
 }
@@ -103,18 +104,18 @@ impl Qcow2Writer {
         let image = &self.image;
         let (mut at, mut is_shared) = (size, false);
         while at < end && !self.raw_data {
-            let (piece, run) = self.lookup_to_write(at, end - at)?;
-            match piece {
-                Piece::Own(host) => {
-                    let run = self.inside_data_file(host, run)?;
-                    zero_bytes(&**image.data(), host.0, run, Zeroing::Unmap)?;
+            let Run { value: entry, len } = self.lookup_to_write(at, end - at)?;
+            match entry.mapping {
+                Mapping::Data(host) if entry.copied => {
+                    let len = self.inside_data_file(host, len)?;
+                    zero_bytes(&**image.data(), host.0, len, Zeroing::Unmap)?;
                     self.data_dirty.store(true, Ordering::Release);
                 }
-                Piece::Shared(_) | Piece::Compressed(_) => is_shared = true,
+                Mapping::Data(_) | Mapping::Compressed(_) => is_shared = true,
                 // Who makes the disk longer sees to what lies below.
-                Piece::Zero | Piece::Below => {}
+                Mapping::Zero(_) | Mapping::Hole => {}
             }
-            at += run;
+            at += len;
         }
         if is_shared {
             // A cluster of the disk's own: what is behind its end is zero there.
@@ -137,9 +138,9 @@ impl Qcow2Writer {
 
 impl Tables {
     /// What only the active disk refers to, by the entries from `from` on of one of its L2 tables.
-    fn own_behind(&mut self, image: &ImageFile, index: u64, from: u64) -> Result<Vec<Freed>> {
+    fn own_behind(&mut self, image: &ImageFile, index: u64, from: u64) -> Result<Vec<ClusterRange>> {
         let Some(table) = self.table_of(image, self.l1, index)? else { return Ok(Vec::new()) };
-        let mut own: Vec<Freed> = Vec::new();
+        let mut own: Vec<ClusterRange> = Vec::new();
         for words in self.all_words(image, table)?.into_iter().skip(from as usize) {
             let Some(clusters) = references(image, words) else { continue };
             self.may_be_clusters(image, clusters)?;
@@ -160,7 +161,7 @@ impl Tables {
         let all = self.all_words(image, table)?;
         let cluster = image.cluster().index(table.0);
         let is_own = self.count(image, cluster)? == 1;
-        self.set_word(image, self.l1.offset.0 + index * 8, Class::L1, 0)?;
+        self.set_word(image, self.l1.offset.0 + index * 8, TableClass::L1, 0)?;
         all.into_iter().try_for_each(|words| self.release(image, words))?;
         self.roles.remove(cluster, 1);
         if is_own {

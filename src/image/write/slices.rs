@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What a slice is part of; in the order in which changes reach the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Class {
+pub(super) enum TableClass {
     /// Refcounts: before anything that refers to what they count.
     RefcountBlock = 0,
     /// The table that names the refcount blocks.
@@ -22,11 +22,12 @@ pub(super) enum Class {
 }
 
 /// All classes, in their order.
-pub(super) const CLASSES: [Class; 4] = [Class::RefcountBlock, Class::RefcountTable, Class::L2, Class::L1];
+pub(super) const CLASSES: [TableClass; 4] =
+    [TableClass::RefcountBlock, TableClass::RefcountTable, TableClass::L2, TableClass::L1];
 
-struct Slice {
+struct TableSlice {
     words: Arc<[u64]>,
-    class: Class,
+    class: TableClass,
     /// On its way to the disk.
     writing: bool,
     used: AtomicBool,
@@ -35,7 +36,7 @@ struct Slice {
 /// The slices.
 pub(super) struct Slices {
     limit: usize,
-    by_place: HashMap<u64, Slice>,
+    by_place: HashMap<u64, TableSlice>,
     dirty: [BTreeSet<u64>; 4],
     /// In the order of the clock's hand; some are gone since.
     clock: VecDeque<u64>,
@@ -58,9 +59,9 @@ impl Slices {
     }
 
     /// Keeps a slice as it is in the file.
-    pub(super) fn insert(&mut self, place: u64, class: Class, words: Arc<[u64]>) {
+    pub(super) fn insert(&mut self, place: u64, class: TableClass, words: Arc<[u64]>) {
         self.make_room();
-        let slice = Slice { words, class, writing: false, used: AtomicBool::new(true) };
+        let slice = TableSlice { words, class, writing: false, used: AtomicBool::new(true) };
         if self.by_place.insert(place, slice).is_none() {
             self.clock.push_back(place);
         }
@@ -83,7 +84,7 @@ impl Slices {
     }
 
     /// Forgets all slices of a class, changed or not.
-    pub(super) fn forget_class(&mut self, class: Class) {
+    pub(super) fn forget_class(&mut self, class: TableClass) {
         self.by_place.retain(|_, slice| slice.class != class);
         self.dirty[class as usize].clear();
     }
@@ -105,7 +106,7 @@ impl Slices {
 
     /// The changed slices of a class; they count as unchanged from here on, and stay until
     /// [`Slices::written`] is told.
-    pub(super) fn take_dirty(&mut self, class: Class) -> Batch {
+    pub(super) fn take_dirty(&mut self, class: TableClass) -> Batch {
         let places = std::mem::take(&mut self.dirty[class as usize]);
         let take = |place: u64| {
             let slice = self.by_place.get_mut(&place).expect("a changed slice is in memory");
@@ -147,7 +148,7 @@ mod tests {
 
     fn filled(limit: usize, count: u64) -> Slices {
         let mut slices = Slices::new(limit);
-        (0..count).for_each(|n| slices.insert(n * 4096, Class::L2, vec![n; 512].into()));
+        (0..count).for_each(|n| slices.insert(n * 4096, TableClass::L2, vec![n; 512].into()));
         slices
     }
 
@@ -155,12 +156,12 @@ mod tests {
     fn memory_is_bounded_and_changes_stay() {
         let mut slices = filled(16, 16);
         slices.change(0).unwrap()[5] = 77;
-        (16..500).for_each(|n| slices.insert(n * 4096, Class::L2, vec![n; 512].into()));
+        (16..500).for_each(|n| slices.insert(n * 4096, TableClass::L2, vec![n; 512].into()));
         assert!(slices.by_place.len() <= 16 && slices.clock.len() <= 17);
         assert_eq!(slices.get(0).unwrap()[5], 77);
-        let batch = slices.take_dirty(Class::L2);
+        let batch = slices.take_dirty(TableClass::L2);
         assert_eq!((batch.len(), slices.is_dirty()), (1, false));
-        (500..600).for_each(|n| slices.insert(n * 4096, Class::L2, vec![n; 512].into()));
+        (500..600).for_each(|n| slices.insert(n * 4096, TableClass::L2, vec![n; 512].into()));
         assert!(slices.get(0).is_some(), "it is being written");
         slices.change(0).unwrap()[5] = 78;
         assert_eq!(batch[0].1[5], 77, "what is being written does not change");
@@ -174,9 +175,9 @@ mod tests {
         slices.change(4096).unwrap()[0] = 9;
         slices.forget(4096, 8192, 4096);
         assert!(!slices.is_dirty() && slices.get(4096).is_none() && slices.get(0).is_some());
-        slices.insert(1 << 20, Class::L1, vec![1; 512].into());
+        slices.insert(1 << 20, TableClass::L1, vec![1; 512].into());
         slices.change(0).unwrap()[0] = 9;
-        slices.forget_class(Class::L2);
+        slices.forget_class(TableClass::L2);
         assert!(!slices.is_dirty() && slices.get(0).is_none() && slices.get(1 << 20).is_some());
     }
 }

@@ -9,16 +9,16 @@ use std::sync::atomic::Ordering;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{INCOMPATIBLE_AT, MAX_SNAPSHOTS, SNAPSHOTS_AT};
 use crate::format::snapshot::{MAX_TABLE_LEN, append, next_id};
-use crate::format::{EntryFormat, Snapshot, Table};
+use crate::format::{EntryFormat, L1Table, Snapshot};
 use crate::image::read_snapshots;
 use crate::units::HostOffset;
 
-use super::allocate::Run;
 use super::open::read_header;
 use super::qcow2::Qcow2Writer;
-use super::slices::Class;
-use super::tables::{Freed, ImageFile, SnapshotRoot, Tables};
-use super::{Body, Writer};
+use super::reservation::{ClusterRange, Reservation};
+use super::slices::TableClass;
+use super::tables::{ImageFile, SnapshotRoot};
+use super::{Writer, WriterBody};
 
 /// An internal snapshot that is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,31 +38,31 @@ impl Writer {
     /// Refused: `Unsupported` (a raw image, an external data file, refcounts too narrow), `Limit`.
     pub fn take_snapshot(&self, snapshot: &NewSnapshot) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => Err(raw.without_snapshots()),
-            Body::Qcow2(qcow2) => qcow2.take_snapshot(snapshot),
+            WriterBody::Raw(raw) => Err(raw.without_snapshots()),
+            WriterBody::Qcow2(qcow2) => qcow2.take_snapshot(snapshot),
         }
     }
 
     /// The internal snapshots that the image has now.
     pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
         match &self.body {
-            Body::Raw(_) => Ok(Vec::new()),
-            Body::Qcow2(qcow2) => Ok(qcow2.snapshot_table()?.snapshots),
+            WriterBody::Raw(_) => Ok(Vec::new()),
+            WriterBody::Qcow2(qcow2) => Ok(qcow2.snapshot_table()?.snapshots),
         }
     }
 }
 
 /// The snapshot table as it stands in the file.
-pub(super) struct SnapshotTable {
+pub(super) struct StoredSnapshots {
     pub(super) at: HostOffset,
     pub(super) bytes: Vec<u8>,
     pub(super) snapshots: Vec<Snapshot>,
 }
 
-impl SnapshotTable {
+impl StoredSnapshots {
     /// Its clusters.
-    pub(super) fn clusters(&self, image: &ImageFile) -> Freed {
-        Freed {
+    pub(super) fn clusters(&self, image: &ImageFile) -> ClusterRange {
+        ClusterRange {
             first: image.cluster().index(self.at.0),
             count: (self.bytes.len() as u64).div_ceil(image.cluster().size()),
         }
@@ -70,14 +70,14 @@ impl SnapshotTable {
 }
 
 /// The clusters of a snapshot to be, which nothing refers to yet.
-struct Places {
+struct SnapshotClusters {
     /// None for a disk without an L1 table.
-    l1: Option<Run>,
-    table: Run,
+    l1: Option<Reservation>,
+    table: Reservation,
 }
 
 impl Qcow2Writer {
-    pub(super) fn snapshot_table(&self) -> Result<SnapshotTable> {
+    pub(super) fn snapshot_table(&self) -> Result<StoredSnapshots> {
         // Taking a snapshot names another table and gives the old one back, at once.
         let _turn = self.flushes.turn();
         let image = &self.image;
@@ -86,7 +86,7 @@ impl Qcow2Writer {
         let mut bytes = vec![0; len as usize];
         let have = image.file.read_at(header.snapshots.offset.0, &mut bytes)?;
         assert!(have == bytes.len(), "what has been read is there");
-        Ok(SnapshotTable { at: header.snapshots.offset, bytes, snapshots })
+        Ok(StoredSnapshots { at: header.snapshots.offset, bytes, snapshots })
     }
 
     pub(super) fn refuse_data_file(&self) -> Result<()> {
@@ -99,7 +99,6 @@ impl Qcow2Writer {
     }
 
     fn take_snapshot(&self, new: &NewSnapshot) -> Result<()> {
-        let image = &self.image;
         self.refuse_data_file()?;
         self.prepare()?;
         // No mapping changes from here on; what is written in place goes on.
@@ -113,28 +112,16 @@ impl Qcow2Writer {
         self.refuse_overflow(l1, l1.entries.into()).map_err(|error| self.damaged(error))?;
         let places = self.reserve_places(snapshot.l1, table_len)?;
         // Until the active tables change, failing is only failing.
-        let written = self.write_snapshot(&places, &snapshot, table, old.bytes.len());
-        let snapshot = match written {
-            Ok(snapshot) => snapshot,
-            Err(error) => {
-                self.tables.write().drop_places(image, &places).map_err(|error| self.poisoned_by(error))?;
-                return Err(error);
-            }
-        };
-        let bits = match self.reserve_l2_tables().and_then(|()| self.mark_unfinished()) {
-            Ok(bits) => bits,
-            Err(error) => {
-                self.tables.write().drop_places(image, &places).map_err(|error| self.poisoned_by(error))?;
-                return Err(error);
-            }
-        };
+        let snapshot = self.write_snapshot(&places, &snapshot, table, old.bytes.len())?;
+        self.reserve_l2_tables()?;
+        let bits = self.mark_unfinished()?;
         let shared = self.share_everything();
-        let done = shared.and_then(|()| self.switch_snapshots(&old, &places, &snapshot, table_len, bits));
+        let done = shared.and_then(|()| self.switch_snapshots(&old, places, &snapshot, table_len, bits));
         done.inspect_err(|_| self.mend_unfinished())
     }
 
     /// The bytes of the table with one snapshot more.
-    pub(super) fn table_with(&self, old: &SnapshotTable, snapshot: &Snapshot) -> Result<Vec<u8>> {
+    pub(super) fn table_with(&self, old: &StoredSnapshots, snapshot: &Snapshot) -> Result<Vec<u8>> {
         let mut table = old.bytes.clone();
         append(&mut table, snapshot);
         if old.snapshots.len() as u64 >= MAX_SNAPSHOTS || table.len() as u64 > MAX_TABLE_LEN {
@@ -145,7 +132,7 @@ impl Qcow2Writer {
     }
 
     /// The entry of a snapshot of the disk as it is, with the L1 table that the disk has now.
-    pub(super) fn describe_snapshot(&self, new: &NewSnapshot, old: &SnapshotTable) -> Result<Snapshot> {
+    pub(super) fn describe_snapshot(&self, new: &NewSnapshot, old: &StoredSnapshots) -> Result<Snapshot> {
         let name = &self.image.name;
         if new.name.len() > usize::from(u16::MAX) {
             return Err(Error::new(ErrorKind::Usage, format!("{name}: the name of the snapshot is too long")));
@@ -169,7 +156,7 @@ impl Qcow2Writer {
         })
     }
 
-    fn reserve_places(&self, l1: Table, table_len: u64) -> Result<Places> {
+    fn reserve_places(&self, l1: L1Table, table_len: u64) -> Result<SnapshotClusters> {
         let image = &self.image;
         let size = image.cluster().size();
         self.with_tables(|tables| {
@@ -177,41 +164,36 @@ impl Qcow2Writer {
                 0 => None,
                 clusters => Some(tables.allocate_table(image, clusters)?),
             };
-            match tables.allocate_table(image, table_len.div_ceil(size)) {
-                Ok(table) => Ok(Places { l1, table }),
-                Err(stop) => {
-                    l1.map_or(Ok(()), |l1| tables.give_back_table(image, l1))?;
-                    Err(stop)
-                }
-            }
+            Ok(SnapshotClusters { l1, table: tables.allocate_table(image, table_len.div_ceil(size))? })
         })
     }
 
     /// Writes the copy of the L1 table and the new snapshot table, whose last entry begins behind `old_len`.
     fn write_snapshot(
         &self,
-        places: &Places,
+        places: &SnapshotClusters,
         snapshot: &Snapshot,
         mut table: Vec<u8>,
         old_len: usize,
     ) -> Result<Snapshot> {
         let image = &self.image;
         let size = image.cluster().size();
-        let offset = HostOffset(places.l1.map_or(0, |run| run.first * size));
-        let snapshot = Snapshot { l1: Table { offset, ..snapshot.l1 }, ..snapshot.clone() };
+        let l1_clusters = places.l1.as_ref().map(Reservation::clusters);
+        let offset = l1_clusters.map_or(HostOffset(0), |clusters| clusters.start(image));
+        let snapshot = Snapshot { l1: L1Table { offset, ..snapshot.l1 }, ..snapshot.clone() };
         table.truncate(old_len);
         append(&mut table, &snapshot);
         table.resize(table.len().next_multiple_of(size as usize), 0);
-        if let Some(run) = places.l1 {
+        if let Some(clusters) = l1_clusters {
             let l1 = self.tables.read().l1;
-            let mut bytes = self.tables.write().table_bytes(image, l1.offset, l1.entries.into(), Class::L1)?;
+            let mut bytes = self.tables.write().table_bytes(image, l1.offset, l1.entries.into(), TableClass::L1)?;
             for entry in bytes.as_chunks_mut::<8>().0 {
                 *entry = EntryFormat::shared(u64::from_be_bytes(*entry)).to_be_bytes();
             }
-            bytes.resize((run.count * size) as usize, 0);
+            bytes.resize(clusters.len(image) as usize, 0);
             image.file.write_at(offset.0, &bytes)?;
         }
-        image.file.write_at(places.table.first * size, &table)?;
+        image.file.write_at(places.table.clusters().start(image).0, &table)?;
         self.data_dirty.store(true, Ordering::Release);
         Ok(snapshot)
     }
@@ -238,27 +220,29 @@ impl Qcow2Writer {
     /// Makes everything durable, lets the header name the new table, and gives the old one back.
     fn switch_snapshots(
         &self,
-        old: &SnapshotTable,
-        places: &Places,
+        old: &StoredSnapshots,
+        places: SnapshotClusters,
         snapshot: &Snapshot,
         len: u64,
         bits: Option<u64>,
     ) -> Result<()> {
         let image = &self.image;
-        let size = image.cluster().size();
         let _turn = self.flushes.turn();
         self.check_poison()?;
         // What was written in place is part of the snapshot, the copies are only written: one barrier for all.
         self.data_dirty.store(true, Ordering::Release);
         self.flush_in_turn()?;
+        // The header may name both from here on, even if it is not known to.
+        places.l1.map(Reservation::commit);
+        let table = places.table.commit();
+        assert!(len <= table.len(image), "the table lies in its clusters");
         // With that, counts and flags agree again.
-        self.name_snapshots(old.snapshots.len() as u32 + 1, HostOffset(places.table.first * size), bits)?;
-        assert!(len <= places.table.count * size, "the table lies in its clusters");
+        self.name_snapshots(old.snapshots.len() as u32 + 1, table.start(image), bits)?;
         self.adopt_snapshot(old, snapshot)
     }
 
     /// Goes over to a table with one snapshot more, which the header names by now.
-    pub(super) fn adopt_snapshot(&self, old: &SnapshotTable, snapshot: &Snapshot) -> Result<()> {
+    pub(super) fn adopt_snapshot(&self, old: &StoredSnapshots, snapshot: &Snapshot) -> Result<()> {
         let image = &self.image;
         let mut tables = self.tables.write();
         image.has_snapshots.store(true, Ordering::Release);
@@ -283,17 +267,5 @@ impl Qcow2Writer {
                 self.image.file.sync().inspect_err(|_| self.has_lost_writes.store(true, Ordering::Release))
             });
         switched.map_err(|error| self.poisoned_by(error))
-    }
-}
-
-impl Places {
-    fn runs(&self) -> impl Iterator<Item = Run> {
-        self.l1.into_iter().chain([self.table])
-    }
-}
-
-impl Tables {
-    fn drop_places(&mut self, image: &ImageFile, places: &Places) -> Result<()> {
-        places.runs().try_for_each(|run| self.give_back_table(image, run))
     }
 }

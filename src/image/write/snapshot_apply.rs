@@ -7,14 +7,14 @@
 use std::sync::atomic::Ordering;
 
 use crate::error::Result;
-use crate::format::{EntryFormat, Snapshot, Table};
+use crate::format::{EntryFormat, L1Table, Snapshot};
 use crate::units::HostOffset;
 
-use super::allocate::Run;
 use super::qcow2::Qcow2Writer;
-use super::snapshot::{NewSnapshot, SnapshotTable};
-use super::tables::{Freed, ImageFile, Tables};
-use super::{Body, Writer};
+use super::reservation::{ClusterRange, Reservation};
+use super::snapshot::{NewSnapshot, StoredSnapshots};
+use super::tables::{ImageFile, Tables};
+use super::{Writer, WriterBody};
 
 impl Writer {
     /// Makes the disk what an internal snapshot shows, one of [`Writer::snapshots`], of its size, too, where it
@@ -29,17 +29,17 @@ impl Writer {
     /// If what is written can be undone.
     pub fn apply_snapshot(&self, snapshot: &Snapshot, save: Option<&NewSnapshot>) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => Err(raw.without_snapshots()),
-            Body::Qcow2(qcow2) => qcow2.apply_snapshot(snapshot, save),
+            WriterBody::Raw(raw) => Err(raw.without_snapshots()),
+            WriterBody::Qcow2(qcow2) => qcow2.apply_snapshot(snapshot, save),
         }
     }
 }
 
 /// A snapshot of the disk as it is, which keeps the L1 table that the disk leaves: no count changes by that.
-struct Kept {
+struct SavedDisk {
     snapshot: Snapshot,
     /// The table in which it stands; nothing refers to that yet.
-    table: Run,
+    table: Reservation,
     count: u32,
 }
 
@@ -63,25 +63,17 @@ impl Qcow2Writer {
         self.flush()?;
         let old = self.tables.read().l1;
         // Behind the entries of its disk lies VM state.
-        let source = Table { entries: snapshot.l1.entries.min(entries as u32), ..snapshot.l1 };
+        let source = L1Table { entries: snapshot.l1.entries.min(entries as u32), ..snapshot.l1 };
         self.refuse_overflow(source, source.entries.into()).map_err(|error| self.damaged(error))?;
         if save.is_none() {
             self.each_table(old, |index| self.tables.write().check_leaving(image, old, index))
                 .map_err(|error| self.damaged(error))?;
         }
         let kept = save.map(|new| self.place_kept(new, &table)).transpose()?;
-        let new = match self.place_l1(source, entries) {
-            Ok(new) => new,
-            Err(error) => {
-                if let Some(kept) = kept {
-                    self.tables.write().give_back_table(image, kept.table).map_err(|error| self.poisoned_by(error))?;
-                }
-                return Err(error);
-            }
-        };
+        let (new, place) = self.place_l1(source, entries)?;
         self.each_table(source, |index| {
             let mut tables = self.tables.write();
-            let shared = match kept {
+            let shared = match &kept {
                 None => tables.share_unless_active(image, source, index),
                 // The disk's own tables are going to be the other snapshot's, and lose nothing.
                 Some(_) => tables.share_for_active(image, source, index),
@@ -89,10 +81,9 @@ impl Qcow2Writer {
             // Halfway there is no way back that could not fail as well.
             shared.map_err(|error| self.poisoned_by(error))
         })?;
-        self.switch_to(new, size, kept.as_ref())?;
-        match kept {
+        match self.switch_to(new, place, size, kept)? {
             Some(kept) => {
-                self.adopt_snapshot(&table, &kept.snapshot)?;
+                self.adopt_snapshot(&table, &kept)?;
                 self.each_table(old, |index| self.tables.write().forget_table(image, old, index))
                     .map_err(|error| self.poisoned_by(error))?;
             }
@@ -103,40 +94,49 @@ impl Qcow2Writer {
     }
 
     /// Writes a snapshot table with one entry more, for the disk as it is.
-    fn place_kept(&self, new: &NewSnapshot, old: &SnapshotTable) -> Result<Kept> {
+    fn place_kept(&self, new: &NewSnapshot, old: &StoredSnapshots) -> Result<SavedDisk> {
         let image = &self.image;
         let size = image.cluster().size();
         let snapshot = self.describe_snapshot(new, old)?;
         let mut bytes = self.table_with(old, &snapshot)?;
         bytes.resize(bytes.len().next_multiple_of(size as usize), 0);
         let table = self.with_tables(|tables| tables.allocate_table(image, bytes.len() as u64 / size))?;
-        if let Err(error) = image.file.write_at(table.first * size, &bytes) {
-            self.tables.write().give_back_table(image, table).map_err(|error| self.poisoned_by(error))?;
-            return Err(error);
-        }
+        image.file.write_at(table.clusters().start(image).0, &bytes)?;
         self.data_dirty.store(true, Ordering::Release);
-        Ok(Kept { snapshot, table, count: old.snapshots.len() as u32 + 1 })
+        Ok(SavedDisk { snapshot, table, count: old.snapshots.len() as u32 + 1 })
     }
 
-    /// Makes everything durable, and lets the header name the new tables.
-    fn switch_to(&self, new: Table, size: u64, kept: Option<&Kept>) -> Result<()> {
+    /// Makes everything durable, and lets the header name the new tables. Returns the snapshot that is kept.
+    fn switch_to(
+        &self,
+        new: L1Table,
+        place: Option<Reservation>,
+        size: u64,
+        kept: Option<SavedDisk>,
+    ) -> Result<Option<Snapshot>> {
         let _turn = self.flushes.turn();
         self.check_poison()?;
         self.flush_in_turn()?;
-        let cluster = self.image.cluster().size();
-        let snapshots = kept.map(|kept| (kept.count, HostOffset(kept.table.first * cluster)));
+        // The header may name both from here on, even if it is not known to.
+        place.map(Reservation::commit);
+        let (kept, snapshots) = match kept {
+            None => (None, None),
+            Some(SavedDisk { snapshot, table, count }) => {
+                (Some(snapshot), Some((count, table.commit().start(&self.image))))
+            }
+        };
         self.name_l1(size, new, snapshots)?;
         self.tables.write().l1 = new;
         self.size.store(size, Ordering::Release);
-        Ok(())
+        Ok(kept)
     }
 
     /// Writes an L1 table of its own for the snapshot's disk, which owns nothing.
-    fn place_l1(&self, source: Table, entries: u64) -> Result<Table> {
+    fn place_l1(&self, source: L1Table, entries: u64) -> Result<(L1Table, Option<Reservation>)> {
         let image = &self.image;
         let size = image.cluster().size();
         if entries == 0 {
-            return Ok(Table { offset: HostOffset(0), entries: 0 });
+            return Ok((L1Table { offset: HostOffset(0), entries: 0 }, None));
         }
         let mut bytes = Vec::with_capacity((entries * 8).next_multiple_of(size) as usize);
         for index in 0..entries {
@@ -145,33 +145,30 @@ impl Qcow2Writer {
             bytes.extend(entry.to_be_bytes());
         }
         bytes.resize(bytes.len().next_multiple_of(size as usize), 0);
-        let run = self.with_tables(|tables| tables.allocate_table(image, bytes.len() as u64 / size))?;
-        let offset = HostOffset(run.first * size);
-        if let Err(error) = image.file.write_at(offset.0, &bytes) {
-            self.tables.write().give_back_table(image, run).map_err(|error| self.poisoned_by(error))?;
-            return Err(error);
-        }
+        let place = self.with_tables(|tables| tables.allocate_table(image, bytes.len() as u64 / size))?;
+        let offset = place.clusters().start(image);
+        image.file.write_at(offset.0, &bytes)?;
         self.data_dirty.store(true, Ordering::Release);
-        Ok(Table { offset, entries: entries as u32 })
+        Ok((L1Table { offset, entries: entries as u32 }, Some(place)))
     }
 }
 
 impl Tables {
     /// Counts the table of an entry for the active disk, too, unless that has it already.
-    fn share_unless_active(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<()> {
+    fn share_unless_active(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<()> {
         let table = self.table_of(image, l1, index)?;
         if table == self.table_of(image, self.l1, index)? { Ok(()) } else { self.share_for_active(image, l1, index) }
     }
 
     /// Counts the table of an entry once more.
-    fn share_for_active(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<()> {
+    fn share_for_active(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<()> {
         let Some(table) = self.table_of(image, l1, index)? else { return Ok(()) };
         self.roles.add(image.cluster().index(table.0), 1);
         self.share_table(image, table)
     }
 
     /// A table that the disk has left is none of its tables any more, though a snapshot has it.
-    fn forget_table(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<()> {
+    fn forget_table(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<()> {
         let table = self.table_of(image, l1, index)?;
         if let Some(table) = table
             && self.table_of(image, self.l1, index)? != Some(table)
@@ -182,7 +179,7 @@ impl Tables {
     }
 
     /// Takes the active disk's references from a table that it has left, unless the new L1 table names it as well.
-    fn leave_unless_active(&mut self, image: &ImageFile, index: u64, table: HostOffset) -> Result<Vec<Freed>> {
+    fn leave_unless_active(&mut self, image: &ImageFile, index: u64, table: HostOffset) -> Result<Vec<ClusterRange>> {
         if self.table_of(image, self.l1, index)? == Some(table) {
             return Ok(Vec::new());
         }

@@ -10,14 +10,14 @@ use std::sync::atomic::Ordering;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::feature;
 use crate::format::snapshot::without;
-use crate::format::{Snapshot, Table};
+use crate::format::{L1Table, Snapshot};
 use crate::units::HostOffset;
 
-use super::allocate::Run;
 use super::qcow2::Qcow2Writer;
-use super::snapshot::SnapshotTable;
-use super::tables::{Freed, Tables};
-use super::{Body, Writer};
+use super::reservation::{ClusterRange, Reservation};
+use super::snapshot::StoredSnapshots;
+use super::tables::Tables;
+use super::{Writer, WriterBody};
 
 impl Writer {
     /// Deletes an internal snapshot, one of [`Writer::snapshots`], while others read and write the disk, and
@@ -31,8 +31,8 @@ impl Writer {
     /// If what is written can be undone.
     pub fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         match &self.body {
-            Body::Raw(raw) => Err(raw.without_snapshots()),
-            Body::Qcow2(qcow2) => qcow2.delete_snapshot(snapshot),
+            WriterBody::Raw(raw) => Err(raw.without_snapshots()),
+            WriterBody::Qcow2(qcow2) => qcow2.delete_snapshot(snapshot),
         }
     }
 }
@@ -70,7 +70,7 @@ impl Qcow2Writer {
     }
 
     /// Where a snapshot stands in the table.
-    pub(super) fn find_snapshot(&self, table: &SnapshotTable, snapshot: &Snapshot) -> Result<usize> {
+    pub(super) fn find_snapshot(&self, table: &StoredSnapshots, snapshot: &Snapshot) -> Result<usize> {
         let is_it =
             |found: &Snapshot| (&found.id, &found.name, found.l1) == (&snapshot.id, &snapshot.name, snapshot.l1);
         table.snapshots.iter().position(is_it).ok_or_else(|| {
@@ -81,7 +81,7 @@ impl Qcow2Writer {
     }
 
     /// Does something for each entry of an L1 table, and writes tables back where they become too many.
-    pub(super) fn each_table(&self, l1: Table, mut work: impl FnMut(u64) -> Result<()>) -> Result<()> {
+    pub(super) fn each_table(&self, l1: L1Table, mut work: impl FnMut(u64) -> Result<()>) -> Result<()> {
         for index in 0..u64::from(l1.entries) {
             work(index)?;
             self.relieve()?;
@@ -90,32 +90,35 @@ impl Qcow2Writer {
     }
 
     /// Puts a snapshot table into clusters of its own; an empty one needs none.
-    fn place_table(&self, mut table: Vec<u8>) -> Result<Option<Run>> {
+    fn place_table(&self, mut table: Vec<u8>) -> Result<Option<Reservation>> {
         if table.is_empty() {
             return Ok(None);
         }
         let image = &self.image;
         let size = image.cluster().size();
         table.resize(table.len().next_multiple_of(size as usize), 0);
-        let run = self.with_tables(|tables| tables.allocate_table(image, table.len() as u64 / size))?;
-        if let Err(error) = image.file.write_at(run.first * size, &table) {
-            self.tables.write().give_back_table(image, run).map_err(|error| self.poisoned_by(error))?;
-            return Err(error);
-        }
+        let place = self.with_tables(|tables| tables.allocate_table(image, table.len() as u64 / size))?;
+        image.file.write_at(place.clusters().start(image).0, &table)?;
         self.data_dirty.store(true, Ordering::Release);
-        Ok(Some(run))
+        Ok(Some(place))
     }
 
     /// Lets the header name the table without the entry, and gives the old one back.
-    fn switch_to_fewer(&self, old: &SnapshotTable, index: usize, place: Option<Run>, bits: Option<u64>) -> Result<()> {
+    fn switch_to_fewer(
+        &self,
+        old: &StoredSnapshots,
+        index: usize,
+        place: Option<Reservation>,
+        bits: Option<u64>,
+    ) -> Result<()> {
         let image = &self.image;
-        let size = image.cluster().size();
         let _turn = self.flushes.turn();
         self.check_poison()?;
         self.flush_in_turn()?;
         // From here on counts go down, and flags that are missing are set.
         let bits = bits.map(|bits| bits | feature::DIRTY);
-        self.name_snapshots(old.snapshots.len() as u32 - 1, HostOffset(place.map_or(0, |run| run.first * size)), bits)?;
+        let at = place.map_or(HostOffset(0), |place| place.commit().start(image));
+        self.name_snapshots(old.snapshots.len() as u32 - 1, at, bits)?;
         let mut tables = self.tables.write();
         // Of damaged ones nothing is known here.
         tables.snapshots.remove(old.snapshots[..index].iter().filter(|snapshot| snapshot.damage.is_none()).count());
@@ -128,8 +131,8 @@ impl Qcow2Writer {
     /// entries reach, and says what is free. Halfway there is no way back.
     pub(super) fn leave_l1(
         &self,
-        l1: Table,
-        leave: impl Fn(&mut Tables, u64, HostOffset) -> Result<Vec<Freed>>,
+        l1: L1Table,
+        leave: impl Fn(&mut Tables, u64, HostOffset) -> Result<Vec<ClusterRange>>,
     ) -> Result<()> {
         let image = &self.image;
         let size = image.cluster().size();
@@ -144,7 +147,7 @@ impl Qcow2Writer {
             self.punch(&freed);
             Ok(())
         })?;
-        let own = Freed { first: image.cluster().index(l1.offset.0), count: l1.len_bytes().div_ceil(size) };
+        let own = ClusterRange { first: image.cluster().index(l1.offset.0), count: l1.len_bytes().div_ceil(size) };
         let mut tables = self.tables.write();
         tables.slices.forget(l1.offset.0, l1.offset.0 + own.count * size, image.slice_len());
         tables.roles.remove(own.first, own.count);

@@ -9,17 +9,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::RefcountTable;
 use crate::format::refcount::{block_entries, refcount, table_entry};
-use crate::format::subcluster::SUBCLUSTERS;
-use crate::format::{Compressed, EntryFormat, Mapping, Snapshot, Table};
+use crate::format::{EntryFormat, L1Table, L2Entry, Malformed, Mapping, RawL2Entry, Snapshot};
+use crate::image::cursor::{self, SLICE_LEN, TableSource, words_of};
 use crate::io::WriteStorage;
-use crate::units::{ClusterBits, GuestOffset, HostOffset};
+use crate::units::{ClusterBits, HostOffset, Run};
 
 use super::cluster_roles::ClusterRoles;
+use super::reservation::{ClusterRange, DroppedReservations};
 use super::shadow_tables::ShadowTables;
-use super::slices::{Class, Slices};
-
-/// Bytes of a slice; tables of smaller clusters have one slice a cluster.
-const SLICE_LEN: u64 = 4096;
+use super::slices::{Slices, TableClass};
 
 /// What does not change while an image is open for writing.
 pub(super) struct ImageFile {
@@ -56,7 +54,21 @@ impl ImageFile {
 
     /// Bytes of disk behind one L1 entry.
     pub(super) fn l1_span(&self) -> u64 {
-        self.cluster().size() * self.format.l2_entries()
+        self.format.l1_span()
+    }
+
+    /// What of an entry matters to a writer: whether data is this disk's alone, and nothing of preallocated places.
+    fn relevant(&self, entry: L2Entry) -> L2Entry {
+        match entry.mapping {
+            // A data file is one disk's alone.
+            Mapping::Data(_) => L2Entry { copied: entry.copied || self.data_file.is_some(), ..entry },
+            Mapping::Zero(_) => L2Entry { mapping: Mapping::Zero(None), copied: false },
+            Mapping::Compressed(_) | Mapping::Hole => L2Entry { copied: false, ..entry },
+        }
+    }
+
+    fn corrupt_l2(&self, at: u64, reason: &Malformed) -> Error {
+        self.corrupt(format_args!("the L2 entry of guest offset {at:#x}: {}", reason.fact()))
     }
 
     /// How much of `len` bytes from `at` on one L2 table maps.
@@ -70,33 +82,19 @@ impl ImageFile {
     }
 }
 
-/// An L2 entry as it stands; the second word only with extended L2 entries.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct RawL2Entry {
-    pub(super) entry: u64,
-    pub(super) bitmap: u64,
-}
-
-/// Where the bytes of a piece of the disk are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Piece {
-    /// In the data file, and nobody else refers to them: they may be overwritten.
-    Own(HostOffset),
-    /// In the data file, shared with an internal snapshot.
-    Shared(HostOffset),
-    /// They are zeroes.
-    Zero,
-    /// In a compressed cluster.
-    Compressed(Compressed),
-    /// In the layers below.
-    Below,
+/// Why a lookup has no answer.
+pub(super) enum LookupMiss {
+    /// The tables have to be loaded first.
+    NotLoaded,
+    /// There is none.
+    Failed(Error),
 }
 
 /// What of an internal snapshot its filling needs.
 #[derive(Clone, Debug)]
 pub(super) struct SnapshotRoot {
     pub(super) name: Vec<u8>,
-    pub(super) l1: Table,
+    pub(super) l1: L1Table,
     /// Bytes of its disk; `None`: as many as the active one has.
     pub(super) size: Option<u64>,
 }
@@ -107,18 +105,9 @@ impl SnapshotRoot {
     }
 }
 
-/// What the next flush, once its mappings are durable, makes free.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Freed {
-    /// The first cluster of the file.
-    pub(super) first: u64,
-    /// Clusters; each loses one reference.
-    pub(super) count: u64,
-}
-
 /// The tables and what is known of the file.
 pub(super) struct Tables {
-    pub(super) l1: Table,
+    pub(super) l1: L1Table,
     pub(super) refcount_table: RefcountTable,
     pub(super) slices: Slices,
     pub(super) roles: ClusterRoles,
@@ -128,7 +117,10 @@ pub(super) struct Tables {
     pub(super) fresh: u64,
     /// Bytes of the file, as this writer has made it.
     pub(super) file_len: u64,
-    pub(super) pending: Vec<Freed>,
+    /// What the next flush, once its mappings are durable, frees: each cluster loses one reference.
+    pub(super) pending: Vec<ClusterRange>,
+    /// Reservations whose clusters are still counted.
+    pub(super) dropped: Arc<DroppedReservations>,
     /// The internal snapshots, as the header names them.
     pub(super) snapshots: Vec<SnapshotRoot>,
     /// Whether there are others, whose tables cannot be found.
@@ -138,14 +130,8 @@ pub(super) struct Tables {
 }
 
 impl Tables {
-    /// The slice that holds byte `at` of the file, if it is in memory, and the index of the word.
-    fn cached(&self, image: &ImageFile, at: u64) -> Option<(&Arc<[u64]>, usize)> {
-        let place = at - at % image.slice_len();
-        self.slices.get(place).map(|words| (words, ((at - place) / 8) as usize))
-    }
-
-    /// The same, read from the file if need be.
-    pub(super) fn slice(&mut self, image: &ImageFile, at: u64, class: Class) -> Result<(Arc<[u64]>, usize)> {
+    /// The slice that holds byte `at` of the file, and the index of the word; read from the file if need be.
+    pub(super) fn slice(&mut self, image: &ImageFile, at: u64, class: TableClass) -> Result<(Arc<[u64]>, usize)> {
         let place = at - at % image.slice_len();
         let index = ((at - place) / 8) as usize;
         if let Some(words) = self.slices.get(place) {
@@ -157,11 +143,11 @@ impl Tables {
         if at >= place + have as u64 && at >= self.file_len {
             return Err(image.corrupt(format_args!("a table at {at:#x} lies past the end of the file")));
         }
-        let mut words: Arc<[u64]> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect();
+        let mut words = words_of(&bytes);
         if let Some(shadow) = &self.shadow {
             shadow.mask(image, Arc::make_mut(&mut words), class);
         }
-        let may_lie = class == Class::L2 && image.has_snapshots() && self.shadow.is_none();
+        let may_lie = class == TableClass::L2 && image.has_snapshots() && self.shadow.is_none();
         let mended = if may_lie { self.mend(image, &words)? } else { None };
         self.slices.insert(place, class, Arc::clone(&words));
         let Some(mended) = mended else { return Ok((words, index)) };
@@ -185,12 +171,12 @@ impl Tables {
         Ok(mended)
     }
 
-    pub(super) fn word(&mut self, image: &ImageFile, at: u64, class: Class) -> Result<u64> {
+    pub(super) fn word(&mut self, image: &ImageFile, at: u64, class: TableClass) -> Result<u64> {
         let (words, index) = self.slice(image, at, class)?;
         Ok(words[index])
     }
 
-    pub(super) fn set_word(&mut self, image: &ImageFile, at: u64, class: Class, value: u64) -> Result<()> {
+    pub(super) fn set_word(&mut self, image: &ImageFile, at: u64, class: TableClass, value: u64) -> Result<()> {
         if self.word(image, at, class)? != value {
             let place = at - at % image.slice_len();
             self.slices.change(place).expect("it was just read")[((at - place) / 8) as usize] = value;
@@ -204,7 +190,7 @@ impl Tables {
         image: &ImageFile,
         at: HostOffset,
         entries: u64,
-        class: Class,
+        class: TableClass,
     ) -> Result<Vec<u8>> {
         let mut bytes = Vec::with_capacity(entries as usize * 8);
         for index in 0..entries {
@@ -223,7 +209,7 @@ impl Tables {
 
     /// The block that an entry of the refcount table names.
     pub(super) fn block_of_entry(&mut self, image: &ImageFile, index: u64) -> Result<Option<HostOffset>> {
-        let entry = self.word(image, self.refcount_table.offset.0 + index * 8, Class::RefcountTable)?;
+        let entry = self.word(image, self.refcount_table.offset.0 + index * 8, TableClass::RefcountTable)?;
         table_entry(entry, image.cluster()).map_err(|reason| image.corrupt(reason.fact()))
     }
 
@@ -242,55 +228,15 @@ impl Tables {
     pub(super) fn count(&mut self, image: &ImageFile, cluster: u64) -> Result<u64> {
         let Some(block) = self.refcount_block(image, cluster)? else { return Ok(0) };
         let (at, index) = Self::count_place(image, block, cluster);
-        let word = self.word(image, at, Class::RefcountBlock)?;
+        let word = self.word(image, at, TableClass::RefcountBlock)?;
         Ok(refcount(&word.to_be_bytes(), index, image.order))
     }
 
     // Mappings.
 
-    /// The L2 table of a position of the disk: `Ok(None)` where there is none, `Err(())` where
-    /// the L1 entry is not in memory.
-    fn cached_table(&self, image: &ImageFile, at: u64) -> std::result::Result<Result<Option<HostOffset>>, ()> {
-        let index = at / image.l1_span();
-        if index >= u64::from(self.l1.entries) {
-            return Ok(Ok(None));
-        }
-        let (words, within) = self.cached(image, self.l1.offset.0 + index * 8).ok_or(())?;
-        Ok(image.format.l1(words[within]).map(|entry| entry.l2).map_err(|reason| image.corrupt(reason.fact())))
-    }
-
-    /// What the tables say of `at`, for at most `max` bytes. `None`: they have to be loaded first.
-    pub(super) fn piece(&self, image: &ImageFile, at: u64, max: u64) -> Option<Result<(Piece, u64)>> {
-        match self.cached_table(image, at) {
-            Err(()) => None,
-            Ok(Err(error)) => Some(Err(error)),
-            Ok(Ok(None)) => Some(Ok((Piece::Below, image.rest_of_table(at, max)))),
-            Ok(Ok(Some(table))) => self.piece_in(image, table, at, max),
-        }
-    }
-
-    fn piece_in(&self, image: &ImageFile, table: HostOffset, at: u64, max: u64) -> Option<Result<(Piece, u64)>> {
-        let cluster = image.cluster();
-        let words_per_entry = (image.format.l2_entry_len() / 8) as usize;
-        let index = cluster.index(at) % image.format.l2_entries();
-        let (words, first) = self.cached(image, table.0 + index * image.format.l2_entry_len())?;
-        let mut entries = words[first..].chunks_exact(words_per_entry);
-        let mut next = |at: u64| {
-            let entry = entries.next()?;
-            let words = RawL2Entry { entry: entry[0], bitmap: if image.format.extended { entry[1] } else { 0 } };
-            Some(piece_of(image, words, at))
-        };
-        let (piece, mut run) = match next(at).expect("the slice holds the entry") {
-            Ok(found) => found,
-            Err(error) => return Some(Err(error)),
-        };
-        while run < max && cluster.aligned(at + run) {
-            match next(at + run) {
-                Some(Ok((other, more))) if goes_on(piece, other, run) => run += more,
-                _ => break,
-            }
-        }
-        Some(Ok((piece, run.min(max))))
+    /// What the tables say of `at`, for at most `max` bytes, as far as they are in memory.
+    pub(super) fn map(&self, image: &ImageFile, at: u64, max: u64) -> std::result::Result<Run<L2Entry>, LookupMiss> {
+        cursor::lookup(&CachedTables { image, tables: self }, at, max)
     }
 
     /// Makes sure that what an entry names may be data: clusters that the file has, and that are no
@@ -300,10 +246,10 @@ impl Tables {
             return Ok(());
         }
         let (first, last) = (image.cluster().index(host.0), image.cluster().index(host.0 + len - 1));
-        self.may_be_clusters(image, Freed { first, count: last - first + 1 })
+        self.may_be_clusters(image, ClusterRange { first, count: last - first + 1 })
     }
 
-    pub(super) fn may_be_clusters(&self, image: &ImageFile, clusters: Freed) -> Result<()> {
+    pub(super) fn may_be_clusters(&self, image: &ImageFile, clusters: ClusterRange) -> Result<()> {
         let (first, end) = (clusters.first, clusters.first + clusters.count);
         if end > self.fresh {
             return Err(image.corrupt(format_args!("a data cluster at {first:#x} lies past the end of the file")));
@@ -315,10 +261,10 @@ impl Tables {
         }
     }
 
-    /// Loads the tables that [`Tables::piece`] missed.
+    /// Loads the tables that [`Tables::map`] missed.
     pub(super) fn load(&mut self, image: &ImageFile, at: u64) -> Result<()> {
         if let Some(table) = self.l2_table(image, at)? {
-            self.slice(image, Self::l2_place(image, table, at), Class::L2)?;
+            self.slice(image, Self::l2_place(image, table, at), TableClass::L2)?;
         }
         Ok(())
     }
@@ -341,11 +287,11 @@ impl Tables {
     }
 
     /// The L2 table that an entry of any L1 table names; none behind its end.
-    pub(super) fn table_of(&mut self, image: &ImageFile, l1: Table, index: u64) -> Result<Option<HostOffset>> {
+    pub(super) fn table_of(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<Option<HostOffset>> {
         if index >= u64::from(l1.entries) {
             return Ok(None);
         }
-        let word = self.word(image, l1.offset.0 + index * 8, Class::L1)?;
+        let word = self.word(image, l1.offset.0 + index * 8, TableClass::L1)?;
         image.format.l1(word).map(|entry| entry.l2).map_err(|reason| image.corrupt(reason.fact()))
     }
 
@@ -372,7 +318,7 @@ impl Tables {
 }
 
 /// The clusters that an entry refers to.
-pub(super) fn references(image: &ImageFile, words: RawL2Entry) -> Option<Freed> {
+pub(super) fn references(image: &ImageFile, words: RawL2Entry) -> Option<ClusterRange> {
     if image.data_file.is_some() {
         return None;
     }
@@ -380,47 +326,63 @@ pub(super) fn references(image: &ImageFile, words: RawL2Entry) -> Option<Freed> 
         let stream = image.format.raw_compressed(words.entry);
         let first = image.cluster().index(stream.at.0);
         let last = image.cluster().index(stream.at.0 + u64::from(stream.len) - 1);
-        return Some(Freed { first, count: last - first + 1 });
+        return Some(ClusterRange { first, count: last - first + 1 });
     }
     match EntryFormat::raw_offset(words.entry) {
         0 => None,
-        host => Some(Freed { first: image.cluster().index(host), count: 1 }),
+        host => Some(ClusterRange { first: image.cluster().index(host), count: 1 }),
     }
 }
 
-/// What an entry says of `at`, and for how many bytes, at most to the end of the cluster.
-pub(super) fn piece_of(image: &ImageFile, words: RawL2Entry, at: u64) -> Result<(Piece, u64)> {
-    let cluster = image.cluster();
-    let (within, guest) = (cluster.within(at), GuestOffset(cluster.floor(at)));
-    let corrupt = |reason: crate::format::Malformed| {
-        image.corrupt(format_args!("the L2 entry of guest offset {at:#x}: {}", reason.fact()))
-    };
-    if !image.format.extended {
-        let entry = image.format.l2(words.entry, guest).map_err(corrupt)?;
-        return Ok((piece(image, entry.mapping, entry.copied, within), cluster.size() - within));
-    }
-    let entry = image.format.l2_extended(words.entry, words.bitmap, guest).map_err(corrupt)?;
-    let size = cluster.size() / u64::from(SUBCLUSTERS);
-    let from = within / size;
-    let (mapping, count) = entry.run(from as u32);
-    Ok((piece(image, mapping, entry.copied, within - from * size), (from + u64::from(count)) * size - within))
+/// What an entry says of `at`, at most to the end of the cluster.
+pub(super) fn entry_run(image: &ImageFile, raw: RawL2Entry, at: u64) -> Result<Run<L2Entry>> {
+    let found = image.format.l2_run(raw, at).map_err(|reason| image.corrupt_l2(at, &reason))?;
+    Ok(found.map(|entry| image.relevant(entry)))
 }
 
-fn piece(image: &ImageFile, mapping: Mapping, copied: bool, within: u64) -> Piece {
-    match mapping {
-        // A data file is one disk's alone.
-        Mapping::Data(host) if copied || image.data_file.is_some() => Piece::Own(HostOffset(host.0 + within)),
-        Mapping::Data(host) => Piece::Shared(HostOffset(host.0 + within)),
-        Mapping::Zero { .. } => Piece::Zero,
-        Mapping::Compressed(stream) => Piece::Compressed(stream),
-        Mapping::Hole => Piece::Below,
+/// The active tables, as far as they are in memory.
+struct CachedTables<'a> {
+    image: &'a ImageFile,
+    tables: &'a Tables,
+}
+
+impl<'a> CachedTables<'a> {
+    fn slice(&self, at: u64) -> std::result::Result<(&'a [u64], usize), LookupMiss> {
+        let place = at - at % self.image.slice_len();
+        let words = self.tables.slices.get(place).ok_or(LookupMiss::NotLoaded)?;
+        Ok((words, ((at - place) / 8) as usize))
     }
 }
 
-fn goes_on(piece: Piece, next: Piece, run: u64) -> bool {
-    match (piece, next) {
-        (Piece::Own(host), Piece::Own(next)) | (Piece::Shared(host), Piece::Shared(next)) => host.0 + run == next.0,
-        (Piece::Zero, Piece::Zero) | (Piece::Below, Piece::Below) => true,
-        _ => false,
+impl<'a> TableSource for CachedTables<'a> {
+    type Words = &'a [u64];
+    type Miss = LookupMiss;
+
+    fn format(&self) -> EntryFormat {
+        self.image.format
+    }
+
+    fn l1(&self) -> L1Table {
+        self.tables.l1
+    }
+
+    fn l1_slice(&self, index: u64) -> std::result::Result<(&'a [u64], usize), LookupMiss> {
+        self.slice(self.tables.l1.offset.0 + index * 8)
+    }
+
+    fn l2_slice(&self, table: HostOffset, index: u64) -> std::result::Result<(&'a [u64], usize), LookupMiss> {
+        self.slice(table.0 + index * 8)
+    }
+
+    fn bad_l1(&self, _at: u64, reason: Malformed) -> LookupMiss {
+        LookupMiss::Failed(self.image.corrupt(reason.fact()))
+    }
+
+    fn bad_l2(&self, at: u64, reason: Malformed) -> LookupMiss {
+        LookupMiss::Failed(self.image.corrupt_l2(at, &reason))
+    }
+
+    fn relevant(&self, entry: L2Entry) -> L2Entry {
+        self.image.relevant(entry)
     }
 }

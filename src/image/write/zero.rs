@@ -11,18 +11,19 @@ use std::sync::atomic::Ordering;
 
 use crate::error::Result;
 use crate::format::subcluster::SUBCLUSTERS;
-use crate::format::{EntryFormat, SubclusterEntry, Version};
-use crate::units::HostOffset;
+use crate::format::{EntryFormat, Mapping, RawL2Entry, SubclusterEntry, Version};
+use crate::units::{BlockStatus, HostOffset, Run};
 
+use super::allocate::ClusterCount;
 use super::qcow2::{Qcow2Writer, subclusters};
-use super::tables::{Piece, RawL2Entry, Tables, piece_of};
+use super::tables::{Tables, entry_run};
 use super::{Zeroing, where_possible, zero_bytes};
 
 /// Clusters whose entries change in one go.
 const BATCH: usize = 1024;
 
 /// A cluster, part of which becomes zero.
-struct Change {
+struct ZeroChange {
     guest: u64,
     from: u64,
     to: u64,
@@ -30,7 +31,7 @@ struct Change {
     disk_end: u64,
 }
 
-impl Change {
+impl ZeroChange {
     /// Bytes of the disk that become zero.
     fn disk_len(&self) -> u64 {
         self.to.min(self.disk_end) - self.from
@@ -114,20 +115,23 @@ impl Qcow2Writer {
         let mut changes = Vec::new();
         let mut at = start;
         while at < end {
-            let (piece, run) = self.lookup(at, end - at)?;
-            let (is_zero, run) = match piece {
-                Piece::Zero => (true, run),
-                Piece::Below => self.backing().map_or(Ok((true, run)), |backing| backing.zero_run(at, run))?,
-                Piece::Own(_) | Piece::Shared(_) | Piece::Compressed(_) => (false, run),
+            let Run { value: entry, len } = self.lookup(at, end - at)?;
+            let status = match entry.mapping {
+                Mapping::Zero(_) => Run::new(BlockStatus::Zero, len),
+                Mapping::Hole => match self.backing() {
+                    Some(backing) => backing.status_run(at, len)?,
+                    None => Run::new(BlockStatus::Zero, len),
+                },
+                Mapping::Data(_) | Mapping::Compressed(_) => Run::new(BlockStatus::Data, len),
             };
-            // Nothing to do, unless there is a place to be given back.
-            if is_zero && (piece == Piece::Below || zeroing == Zeroing::Keep) {
-                at += run;
+            // Nothing to do, unless there is a place to be freed.
+            if status.value == BlockStatus::Zero && (entry.mapping == Mapping::Hole || zeroing == Zeroing::Keep) {
+                at += status.len;
                 continue;
             }
             let guest = self.image.cluster().floor(at);
             let from = (at - at % unit).max(start);
-            changes.push(Change { guest, from, to: (guest + size).min(end), disk_end });
+            changes.push(ZeroChange { guest, from, to: (guest + size).min(end), disk_end });
             at = guest + size;
             if changes.len() == BATCH {
                 self.apply(&changes, zeroing)?;
@@ -137,7 +141,7 @@ impl Qcow2Writer {
         self.apply(&changes, zeroing)
     }
 
-    fn apply(&self, changes: &[Change], zeroing: Zeroing) -> Result<()> {
+    fn apply(&self, changes: &[ZeroChange], zeroing: Zeroing) -> Result<()> {
         if self.image.format.version == Version::V2 {
             return changes.iter().try_for_each(|change| self.zero_version_2(change, zeroing));
         }
@@ -165,7 +169,7 @@ impl Qcow2Writer {
     }
 
     /// Changes one entry; what it no longer refers to is free after the next flush.
-    fn zero_entry(&self, tables: &mut Tables, change: &Change, words: RawL2Entry, zeroing: Zeroing) -> Result<()> {
+    fn zero_entry(&self, tables: &mut Tables, change: &ZeroChange, words: RawL2Entry, zeroing: Zeroing) -> Result<()> {
         let image = &self.image;
         let kept = self.kept_place_of_entry(words, change.guest).filter(|_| zeroing == Zeroing::Keep);
         if !image.format.extended {
@@ -205,7 +209,7 @@ impl Qcow2Writer {
     }
 
     /// Punches holes where only this disk has data.
-    fn give_space_back(&self, changes: &[Change]) -> Result<()> {
+    fn give_space_back(&self, changes: &[ZeroChange]) -> Result<()> {
         if self.raw_data {
             return Ok(()); // done, as data
         }
@@ -229,7 +233,7 @@ impl Qcow2Writer {
     }
 
     /// Where only this disk has something of what a change covers.
-    fn own_places(&self, change: &Change) -> Result<Vec<(HostOffset, u64)>> {
+    fn own_places(&self, change: &ZeroChange) -> Result<Vec<(HostOffset, u64)>> {
         let image = &self.image;
         let size = image.cluster().size();
         let mut places = Vec::new();
@@ -242,12 +246,11 @@ impl Qcow2Writer {
             } else {
                 let mut at = change.from;
                 while at < change.to {
-                    let (piece, run) = piece_of(image, words, at)?;
-                    let run = run.min(change.to - at);
-                    if let Piece::Own(host) = piece {
-                        places.push((host, run));
+                    let run = entry_run(image, words, at)?.at_most(change.to - at);
+                    if let Some(host) = run.value.own_data() {
+                        places.push((host, run.len));
                     }
-                    at += run;
+                    at += run.len;
                 }
             }
             for (host, len) in &places {
@@ -258,7 +261,7 @@ impl Qcow2Writer {
         Ok(places)
     }
 
-    fn zero_version_2(&self, change: &Change, zeroing: Zeroing) -> Result<()> {
+    fn zero_version_2(&self, change: &ZeroChange, zeroing: Zeroing) -> Result<()> {
         let len = change.disk_len();
         if self.reads_zero(change.from, len)? {
             return Ok(());
@@ -267,8 +270,8 @@ impl Qcow2Writer {
         let shines_through = match self.backing() {
             None => false,
             Some(backing) => {
-                let (is_zero, run) = backing.zero_run(change.guest, size)?;
-                !is_zero || run < size
+                let run = backing.status_run(change.guest, size)?;
+                run.value == BlockStatus::Data || run.len < size
             }
         };
         let is_whole = change.to - change.from == size;
@@ -306,7 +309,7 @@ impl Qcow2Writer {
         let size = image.cluster().size();
         let words = self.with_tables(|tables| {
             let words = tables.entry(image, guest)?;
-            piece_of(image, words, guest)?;
+            entry_run(image, words, guest)?;
             if let Some(host) = self.kept_place(words, guest) {
                 tables.may_be_data(image, host, size)?;
             }
@@ -322,15 +325,16 @@ impl Qcow2Writer {
         // What shows through, or is shared, gets a place of its own.
         let mut at = guest;
         while at < end {
-            let (piece, run) = self.lookup(at, end - at)?;
-            let is_placed = matches!(piece, Piece::Own(_))
-                || (piece == Piece::Zero && (image.data_file.is_some() || self.kept_place(words, guest).is_some()));
+            let Run { value: entry, len } = self.lookup(at, end - at)?;
+            let is_placed = entry.own_data().is_some()
+                || (entry.mapping == Mapping::Zero(None)
+                    && (image.data_file.is_some() || self.kept_place(words, guest).is_some()));
             if !is_placed {
-                let mut bytes = vec![0; run as usize];
+                let mut bytes = vec![0; len as usize];
                 self.read_inner(at, &mut bytes)?;
                 self.write_held(at, &bytes)?;
             }
-            at += run;
+            at += len;
         }
         Ok(())
     }
@@ -338,20 +342,17 @@ impl Qcow2Writer {
     /// Gives a cluster that reads as zeroes a place for a later write.
     fn keep_place(&self, guest: u64) -> Result<()> {
         let image = &self.image;
-        let size = image.cluster().size();
-        let run = self.with_tables(|tables| {
+        let place = self.with_tables(|tables| {
             tables.own_l2_table(image, guest)?;
-            tables.allocate(image, 1, true)
+            tables.allocate(image, ClusterCount::Exactly(1))
         })?;
-        let host = HostOffset(run.first * size);
-        if let Err(error) = self.take_space(host, size) {
-            self.tables.write().give_back(image, run)?;
-            return Err(error);
-        }
+        let host = place.clusters().start(image);
+        self.take_space(host, image.cluster().size())?;
         let bitmap = if image.format.extended { SubclusterEntry::bitmap(0, u32::MAX) } else { 0 };
         let entry = if image.format.extended { EntryFormat::owned(host) } else { EntryFormat::zero(Some(host)) };
         let mut tables = self.tables.write();
         let old = tables.entry(image, guest)?;
+        place.commit();
         tables.set_entry(image, guest, RawL2Entry { entry, bitmap }).map_err(|error| self.poisoned_by(error))?;
         tables.release(image, old).map_err(|error| self.poisoned_by(error))
     }

@@ -24,10 +24,10 @@ use super::super::mirror::{MergeMirror, zero_from};
 use super::super::rebased::OverlayToRebase;
 use super::super::refusals;
 use super::super::removal;
-use super::super::request::CommitRequest;
 use super::super::scanned_store::ScannedStore;
+use super::super::words::Discards;
 use super::finish::{self, CommitStage};
-use super::{CommitRange, final_name, is_undoable, plan, refuse, segment};
+use super::{CommitRange, CommitRequest, final_name, is_undoable, plan, refuse, segment};
 
 /// Stretches of a layer without data that are passed over, at most, in search of a sample.
 const MOST_RUNS: usize = 64;
@@ -144,9 +144,10 @@ fn sample_clusters(base: &Layer, view: &View, is_file: bool) -> Vec<SectorSample
 fn next_data(layer: &Layer, mut at: u64) -> Option<(u64, HostOffset)> {
     for _ in 0..MOST_RUNS {
         let left = layer.size().checked_sub(at).filter(|left| *left > 0)?;
-        match layer.map(GuestOffset(at), left).ok()? {
-            (Mapping::Data(host), _) => return Some((at, host)),
-            (_, len) => at += len,
+        let run = layer.map(GuestOffset(at), left).ok()?;
+        match run.value {
+            Mapping::Data(host) => return Some((at, host)),
+            Mapping::Zero(_) | Mapping::Compressed(_) | Mapping::Hole => at += run.len,
         }
     }
     None
@@ -400,13 +401,22 @@ impl CommitJob {
 }
 
 /// What is left of a commit that was cut off; every refusal is asked again. Nothing is changed.
-pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent<CommitOperation>) -> Result<CommitStage> {
+pub(in crate::ops) fn examine(
+    world: &ScannedStore,
+    intent: &Intent<CommitOperation>,
+    discards: Discards,
+) -> Result<CommitStage> {
     let state = finish::commit_state(world, intent)?;
     let mut refusals = Vec::new();
     match &state {
         CommitStage::Copied => refuse::rest(world, &intent.operation, &mut refusals),
         CommitStage::NotCopied(layers) => {
-            let terms = CommitRequest { keep: intent.operation.keep, ..refusals::terms(intent) };
+            let terms = CommitRequest {
+                keep: intent.operation.keep,
+                discard_internal: discards.internal,
+                discard_bitmaps: discards.bitmaps,
+                ..CommitRequest::default()
+            };
             refuse::refusals(world, layers, &terms, &mut refusals);
         }
     }
@@ -418,12 +428,13 @@ pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent<CommitOperat
 pub(in crate::ops) fn resume(
     context: &Context,
     intent: OwnedIntent<CommitOperation>,
+    discards: Discards,
     lock: FileLock,
     tokens: &mut ChainLocks,
 ) -> Result<Begun> {
     let store = context.store();
     let world = ScannedStore::look_for(store, intent.name())?;
-    match examine(&world, &intent.intent)? {
+    match examine(&world, &intent.intent, discards)? {
         CommitStage::Copied => finish::commit(context, intent, lock, Vec::new()).map(|()| None),
         CommitStage::NotCopied(layers) => {
             let path = intent.intent.chain.clone();

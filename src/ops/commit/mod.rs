@@ -17,17 +17,93 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::Writer;
 use crate::store::{CommitOperation, Format, ImageIndex, OpenView, Store, ViewPart, invalidated_name};
 
+use super::check::check_view;
+use super::command::Command;
 use super::context::Context;
 use super::copy::CommitSegment;
+use super::job::Begun;
+use super::job_table::ChainLocks;
 use super::locked::TouchedImages;
 use super::lookup;
 use super::plan::{Plan, PlanLayer};
 use super::refusals;
 use super::removal;
-use super::request::CommitRequest;
 use super::scanned_store::{ScannedChain, ScannedStore, beside};
+use super::words::{Discards, LineBuilder, ParsedWords, VerbSpec};
 
 pub(super) use job::{begin, begin_with, examine, resume};
+
+/// The words of `commit`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CommitRequest {
+    /// The upper end, as a view's name; none: the active layer.
+    pub top: Option<Vec<u8>>,
+    /// The lower end; none: the layer below top.
+    pub base: Option<Vec<u8>>,
+    /// Whether top's file stays.
+    pub keep: bool,
+    /// Whether internal snapshots in the layers concerned may go.
+    pub discard_internal: bool,
+    /// Whether their persistent bitmaps may.
+    pub discard_bitmaps: bool,
+}
+
+/// The verb.
+pub(super) const SPEC: VerbSpec = VerbSpec {
+    name: "commit",
+    usage: "\
+commit [top=VIEW] [base=VIEW] [keep] [discard-internal] [discard-bitmaps]
+
+Merges top and everything down to base into base.
+  top=VIEW           the upper end (the active disk)
+  base=VIEW          the lower end (the layer below top)
+  keep               top's file stays
+  discard-internal   internal snapshots in the layers concerned may go
+  discard-bitmaps    their persistent bitmaps may
+",
+    positional: None,
+    keys: &["top", "base"],
+    flags: &["keep", "discard-internal", "discard-bitmaps"],
+    is_for_store: false,
+};
+
+impl Command for CommitRequest {
+    fn parse(words: &mut ParsedWords) -> Result<Self> {
+        Ok(Self {
+            top: words.value("top"),
+            base: words.value("base"),
+            keep: words.flag("keep"),
+            discard_internal: words.flag("discard-internal"),
+            discard_bitmaps: words.flag("discard-bitmaps"),
+        })
+    }
+
+    fn print(&self, line: &mut LineBuilder) {
+        let Self { top, base, keep, discard_internal, discard_bitmaps } = self;
+        line.value("top", top.as_deref());
+        line.value("base", base.as_deref());
+        line.flag("keep", *keep);
+        line.discards(*discard_internal, *discard_bitmaps);
+    }
+
+    fn check(&self) -> Result<()> {
+        check_view("top=", self.top.as_deref())?;
+        check_view("base=", self.base.as_deref())
+    }
+
+    fn discards(&self) -> Discards {
+        Discards { internal: self.discard_internal, bitmaps: self.discard_bitmaps }
+    }
+
+    fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        let (plan, layers) = plan(context, world, chain, self)?;
+        Ok((plan, layers.touched()))
+    }
+
+    fn begin(&self, context: &Context, chain: &Path, command: &str, locks: &mut ChainLocks) -> Result<Begun> {
+        begin(context, chain, self, command, locks)
+    }
+}
 
 /// What a commit concerns, by index in one catalog.
 #[derive(Clone, Debug)]

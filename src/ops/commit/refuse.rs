@@ -10,8 +10,8 @@ use crate::store::{CommitOperation, Format, ImageIndex, invalidated_name, shown}
 use super::super::context::Context;
 use super::super::freeze;
 use super::super::refusals;
-use super::super::request::CommitRequest;
 use super::super::scanned_store::ScannedStore;
+use super::CommitRequest;
 use super::{CommitRange, final_name, position};
 
 /// Everything that keeps a commit from being done, but for views that are open.

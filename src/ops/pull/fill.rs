@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::chain::{Source, View};
+use crate::chain::View;
 use crate::error::Result;
-use crate::image::write::{BackingDisk, Fill, Place, Wanted};
+use crate::image::Mapping;
+use crate::image::write::{BackingDisk, FilePlace, Fill};
 use crate::store::Store;
-use crate::units::HostOffset;
+use crate::units::{BlockStatus, HostOffset, Run};
 
 /// Bytes that are compared at once.
 const COMPARED: u64 = 256 << 10;
@@ -40,7 +41,7 @@ pub(in crate::ops) enum Filling {
 #[derive(Default)]
 pub(in crate::ops) struct Seen {
     at: u64,
-    runs: Vec<(u64, Wanted)>,
+    runs: Vec<Run<Option<BlockStatus>>>,
 }
 
 /// What shows through while a layer is filled: what did, but only what will be zero as well is taken for zero. A
@@ -60,13 +61,16 @@ impl BackingDisk for SwitchBacking {
         BackingDisk::read_at(&**now, at, buf)
     }
 
-    fn zero_run(&self, at: u64, len: u64) -> Result<(bool, u64)> {
-        let ask = |view: &Option<Arc<View>>| view.as_ref().map_or(Ok((true, len)), |view| view.zero_run(at, len));
-        let ((now, now_run), (then, then_run)) = (ask(&self.now)?, ask(&self.then)?);
-        match (now, then) {
-            (true, true) => Ok((true, now_run.min(then_run))),
-            (false, _) => Ok((false, now_run)),
-            (true, false) => Ok((false, then_run)),
+    fn status_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>> {
+        let ask = |view: &Option<Arc<View>>| match view {
+            Some(view) => view.status_run(at, len),
+            None => Ok(Run::new(BlockStatus::Zero, len)),
+        };
+        let (now, then) = (ask(&self.now)?, ask(&self.then)?);
+        match (now.value, then.value) {
+            (BlockStatus::Zero, BlockStatus::Zero) => Ok(now.at_most(then.len)),
+            (BlockStatus::Data, _) => Ok(now),
+            (BlockStatus::Zero, BlockStatus::Data) => Ok(then),
         }
     }
 }
@@ -96,23 +100,23 @@ impl Filling {
 
     /// For how many of `len` bytes from `at` on nothing is to be done, if that shows without reading.
     pub(super) fn nothing_for(&self, at: u64, len: u64) -> Result<Option<u64>> {
-        let (is_nothing, run) = match self {
-            Self::Between { .. } => self.wanted(at, len).map(|(wanted, run)| (wanted == Wanted::Nothing, run))?,
+        let is_nothing = match self {
+            Self::Between { .. } => self.wanted(at, len)?.map(|wanted| wanted.is_none()),
             Self::Differing { old, new, .. } => {
-                let ((old, old_run), (new, new_run)) = (locate(old.as_ref(), at, len)?, locate(new.as_ref(), at, len)?);
-                (old == new && old != StackMapping::Read, old_run.min(new_run))
+                let (old, new) = (locate(old.as_ref(), at, len)?, locate(new.as_ref(), at, len)?);
+                old.at_most(new.len).map(|old| old == new.value && old != StackMapping::Read)
             }
         };
-        Ok(is_nothing.then_some(run))
+        Ok(is_nothing.value.then_some(is_nothing.len))
     }
 
     /// Whether bytes may have to be copied at `at`, and for how many of `len` the same holds: nothing is read for that.
-    pub(super) fn may_differ(&self, at: u64, len: u64) -> Result<(bool, u64)> {
+    pub(super) fn may_differ(&self, at: u64, len: u64) -> Result<Run<bool>> {
         match self {
-            Self::Between { .. } => self.wanted(at, len).map(|(wanted, run)| (wanted == Wanted::Data, run)),
+            Self::Between { .. } => Ok(self.wanted(at, len)?.map(|wanted| wanted == Some(BlockStatus::Data))),
             Self::Differing { old, new, .. } => {
-                let ((old, old_run), (new, new_run)) = (locate(old.as_ref(), at, len)?, locate(new.as_ref(), at, len)?);
-                Ok((old != new && old != StackMapping::Zero, old_run.min(new_run)))
+                let (old, new) = (locate(old.as_ref(), at, len)?, locate(new.as_ref(), at, len)?);
+                Ok(old.at_most(new.len).map(|old| old != new.value && old != StackMapping::Zero))
             }
         }
     }
@@ -128,38 +132,36 @@ enum StackMapping {
     Read,
 }
 
-fn locate(view: Option<&Arc<View>>, at: u64, len: u64) -> Result<(StackMapping, u64)> {
-    let Some(view) = view else { return Ok((StackMapping::Zero, len)) };
-    if at >= view.size() {
-        return Ok((StackMapping::Zero, len));
-    }
+fn locate(view: Option<&Arc<View>>, at: u64, len: u64) -> Result<Run<StackMapping>> {
+    let Some(view) = view.filter(|view| at < view.size()) else { return Ok(Run::new(StackMapping::Zero, len)) };
     let extent = view.resolve(at, len.min(view.size() - at))?;
-    let Some(layer) = view.layers().get(extent.layer) else { return Ok((StackMapping::Zero, extent.len)) };
-    match extent.source {
-        Source::Zero => Ok((StackMapping::Zero, extent.len)),
-        Source::Data(host) => {
-            let (is_data, run) = layer.image().file_extent(host, HostOffset(host.0 + extent.len))?;
-            let found = if is_data { StackMapping::At(layer.image().serial(), host.0) } else { StackMapping::Zero };
-            Ok((found, run))
+    let Some(layer) = view.layers().get(extent.layer) else { return Ok(Run::new(StackMapping::Zero, extent.len)) };
+    match extent.mapping {
+        Some(Mapping::Zero(_)) => Ok(Run::new(StackMapping::Zero, extent.len)),
+        Some(Mapping::Data(host)) => {
+            let run = layer.image().file_extent(host, HostOffset(host.0 + extent.len))?;
+            Ok(run.map(|status| match status {
+                BlockStatus::Data => StackMapping::At(layer.image().serial(), host.0),
+                BlockStatus::Zero => StackMapping::Zero,
+            }))
         }
-        Source::Compressed | Source::Bad => Ok((StackMapping::Read, extent.len)),
+        Some(Mapping::Compressed(_) | Mapping::Hole) | None => Ok(Run::new(StackMapping::Read, extent.len)),
     }
 }
 
 impl Fill for Filling {
-    fn wanted(&self, at: u64, len: u64) -> Result<(Wanted, u64)> {
+    fn wanted(&self, at: u64, len: u64) -> Result<Run<Option<BlockStatus>>> {
         match self {
             Self::Between { between, base } => between_wants(between.as_ref(), base.as_ref(), at, len),
             Self::Differing { old, new, seen } => {
-                let ((old_place, old_run), (new_place, new_run)) =
-                    (locate(old.as_ref(), at, len)?, locate(new.as_ref(), at, len)?);
-                let run = old_run.min(new_run);
-                match (old_place, new_place) {
-                    (StackMapping::Zero, StackMapping::Zero) => Ok((Wanted::Nothing, run)),
+                let (old_run, new_run) = (locate(old.as_ref(), at, len)?, locate(new.as_ref(), at, len)?);
+                let run = old_run.len.min(new_run.len);
+                match (old_run.value, new_run.value) {
+                    (StackMapping::Zero, StackMapping::Zero) => Ok(Run::new(None, run)),
                     (StackMapping::At(image, place), StackMapping::At(other, same))
                         if (image, place) == (other, same) =>
                     {
-                        Ok((Wanted::Nothing, run))
+                        Ok(Run::new(None, run))
                     }
                     _ => compare(old.as_ref(), new.as_ref(), at, run, &mut seen.lock()),
                 }
@@ -167,33 +169,38 @@ impl Fill for Filling {
         }
     }
 
-    fn place(&self, at: u64, len: u64) -> Result<(Place, u64)> {
+    fn place(&self, at: u64, len: u64) -> Result<Run<Option<FilePlace>>> {
         let shown = match self {
             Self::Between { between, .. } => between,
             Self::Differing { old, .. } => old,
         };
-        let Some(view) = shown.as_ref().filter(|view| at < view.size()) else { return Ok((None, len)) };
+        let Some(view) = shown.as_ref().filter(|view| at < view.size()) else { return Ok(Run::new(None, len)) };
         let extent = view.resolve(at, len.min(view.size() - at))?;
-        let place = match (extent.source, view.layers().get(extent.layer)) {
+        let place = match (extent.mapping, view.layers().get(extent.layer)) {
             // A raw file may end within its last sector.
-            (Source::Data(host), Some(layer)) if host.0 + extent.len <= layer.image().data().len()? => {
+            (Some(Mapping::Data(host)), Some(layer)) if host.0 + extent.len <= layer.image().data().len()? => {
                 Some((Arc::clone(layer.image().data()), host.0))
             }
             _ => None,
         };
-        Ok((place, extent.len))
+        Ok(Run::new(place, extent.len))
     }
 }
 
 /// What the layers between say, unless what is below them says the same.
-fn between_wants(between: Option<&Arc<View>>, base: Option<&Arc<View>>, at: u64, len: u64) -> Result<(Wanted, u64)> {
+fn between_wants(
+    between: Option<&Arc<View>>,
+    base: Option<&Arc<View>>,
+    at: u64,
+    len: u64,
+) -> Result<Run<Option<BlockStatus>>> {
     let zero = |len: u64| match base {
         // Without anything below, silence reads as zeroes.
-        None => Ok((Wanted::Nothing, len)),
-        Some(base) => {
-            let (is_zero, run) = base.zero_run(at, len)?;
-            Ok((if is_zero { Wanted::Nothing } else { Wanted::Zero }, run))
-        }
+        None => Ok(Run::new(None, len)),
+        Some(base) => Ok(base.status_run(at, len)?.map(|status| match status {
+            BlockStatus::Zero => None,
+            BlockStatus::Data => Some(BlockStatus::Zero),
+        })),
     };
     let Some(view) = between.filter(|view| at < view.size()) else {
         // A shorter layer reads as zeroes from its end on.
@@ -201,16 +208,20 @@ fn between_wants(between: Option<&Arc<View>>, base: Option<&Arc<View>>, at: u64,
     };
     let extent = view.resolve(at, len.min(view.size() - at))?;
     if extent.layer >= view.layers().len() {
-        return Ok((Wanted::Nothing, extent.len));
+        return Ok(Run::new(None, extent.len));
     }
-    match extent.source {
-        Source::Zero => zero(extent.len),
-        Source::Data(host) => {
+    let data = |len: u64| Ok(Run::new(Some(BlockStatus::Data), len));
+    match extent.mapping {
+        Some(Mapping::Zero(_)) => zero(extent.len),
+        Some(Mapping::Data(host)) => {
             let image = view.layers()[extent.layer].image();
-            let (is_data, run) = image.file_extent(host, HostOffset(host.0 + extent.len))?;
-            if is_data { Ok((Wanted::Data, run)) } else { zero(run) }
+            let run = image.file_extent(host, HostOffset(host.0 + extent.len))?;
+            match run.value {
+                BlockStatus::Data => data(run.len),
+                BlockStatus::Zero => zero(run.len),
+            }
         }
-        Source::Compressed | Source::Bad => Ok((Wanted::Data, extent.len)),
+        Some(Mapping::Compressed(_) | Mapping::Hole) | None => data(extent.len),
     }
 }
 
@@ -221,7 +232,7 @@ fn compare(
     at: u64,
     len: u64,
     seen: &mut Seen,
-) -> Result<(Wanted, u64)> {
+) -> Result<Run<Option<BlockStatus>>> {
     if let Some(known) = seen.find(at, len) {
         return Ok(known);
     }
@@ -229,18 +240,18 @@ fn compare(
     let (mut before, mut after) = (vec![0; len as usize], vec![0; len as usize]);
     read(old, at, &mut before)?;
     read(new, at, &mut after)?;
-    let mut runs: Vec<(u64, Wanted)> = Vec::new();
+    let mut runs: Vec<Run<Option<BlockStatus>>> = Vec::new();
     for (before, after) in before.chunks(GRAIN).zip(after.chunks(GRAIN)) {
         let wanted = if before == after {
-            Wanted::Nothing
+            None
         } else if before.iter().all(|byte| *byte == 0) {
-            Wanted::Zero
+            Some(BlockStatus::Zero)
         } else {
-            Wanted::Data
+            Some(BlockStatus::Data)
         };
         match runs.last_mut() {
-            Some((run, last)) if *last == wanted => *run += before.len() as u64,
-            _ => runs.push((before.len() as u64, wanted)),
+            Some(last) if last.value == wanted => last.len += before.len() as u64,
+            _ => runs.push(Run::new(wanted, before.len() as u64)),
         }
     }
     *seen = Seen { at, runs };
@@ -248,12 +259,12 @@ fn compare(
 }
 
 impl Seen {
-    fn find(&self, at: u64, len: u64) -> Option<(Wanted, u64)> {
+    fn find(&self, at: u64, len: u64) -> Option<Run<Option<BlockStatus>>> {
         let mut start = self.at;
-        for (run, wanted) in &self.runs {
-            let end = start + run;
+        for run in &self.runs {
+            let end = start + run.len;
             if (start..end).contains(&at) {
-                return Some((*wanted, (end - at).min(len)));
+                return Some(Run::new(run.value, (end - at).min(len)));
             }
             start = end;
         }

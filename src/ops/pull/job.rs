@@ -8,13 +8,14 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
-use crate::image::HeaderChange;
-use crate::image::write::{BackingDisk, Located, Writer};
+use crate::image::write::{BackingDisk, Writer};
+use crate::image::{HeaderChange, Mapping};
 use crate::io::FileLock;
 use crate::store::{
     ActiveJob, CachePolicy, Catalog, FileRef, ImageIndex, Intent, JobImage, OpenView, OwnedIntent, PullOperation,
     Store, ViewPart, shown,
 };
+use crate::units::Run;
 
 use super::super::context::Context;
 use super::super::copy::PIECE;
@@ -25,10 +26,10 @@ use super::super::job_table::{ChainLocks, JobProgress};
 use super::super::rebased;
 use super::super::refusals;
 use super::super::removal;
-use super::super::request::{CommitRequest, PullRequest};
 use super::super::scanned_store::ScannedStore;
+use super::super::words::Discards;
 use super::fill::SwitchBacking;
-use super::{Filling, PullRange, plan, refuse};
+use super::{Filling, PullRange, PullRequest, plan, refuse};
 
 /// A pull that was accepted.
 pub(in crate::ops) struct PullJob {
@@ -270,13 +271,13 @@ impl FilledLayer {
     fn needed(&self, fill: &Filling) -> Result<u64> {
         let (mut at, end, mut sum) = (0, self.writer.size(), 0);
         while at < end {
-            let (located, mut run) = self.writer.locate(at, end - at)?;
-            if located == Located::Below {
-                let (is_copied, part) = fill.may_differ(at, run)?;
-                run = part;
-                sum += if is_copied { run } else { 0 };
+            let Run { value: mapping, mut len } = self.writer.map(at, end - at)?;
+            if mapping == Mapping::Hole {
+                let copied = fill.may_differ(at, len)?;
+                len = copied.len;
+                sum += if copied.value { len } else { 0 };
             }
-            at += run;
+            at += len;
         }
         Ok(sum)
     }
@@ -335,11 +336,16 @@ fn clean_up(context: &Context, intent: OwnedIntent<PullOperation>, lock: FileLoc
 }
 
 /// What is left of a pull that was cut off; every refusal is asked again. Nothing is changed.
-pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent<PullOperation>) -> Result<Option<PullRange>> {
+pub(in crate::ops) fn examine(
+    world: &ScannedStore,
+    intent: &Intent<PullOperation>,
+    Discards { internal, bitmaps }: Discards,
+) -> Result<Option<PullRange>> {
     let found = find(world, &intent.operation)?;
     let mut refusals = Vec::new();
     if let Some(layers) = &found {
-        refuse(world, layers, &terms(intent), &mut refusals);
+        let request = PullRequest { discard_internal: internal, discard_bitmaps: bitmaps, ..PullRequest::default() };
+        refuse(world, layers, &request, &mut refusals);
     } else {
         let PullOperation { remove, .. } = &intent.operation;
         let left = remove.iter().filter_map(|named| world.find(named));
@@ -349,16 +355,11 @@ pub(in crate::ops) fn examine(world: &ScannedStore, intent: &Intent<PullOperatio
     Ok(found)
 }
 
-/// What the command said of what may be lost.
-fn terms(intent: &Intent<PullOperation>) -> PullRequest {
-    let CommitRequest { discard_internal, discard_bitmaps, .. } = refusals::terms(intent);
-    PullRequest { discard_internal, discard_bitmaps, ..PullRequest::default() }
-}
-
 /// Takes up a pull that was cut off. `Ok(None)`: all that was left to do has been done.
 pub(in crate::ops) fn resume(
     context: &Context,
     intent: OwnedIntent<PullOperation>,
+    discards: Discards,
     lock: FileLock,
     tokens: &mut ChainLocks,
 ) -> Result<Begun> {
@@ -370,7 +371,7 @@ pub(in crate::ops) fn resume(
         return Err(error);
     }
     // J5: under the store's lock, before the first write.
-    let Some(layers) = examine(&world, &intent.intent)? else {
+    let Some(layers) = examine(&world, &intent.intent, discards)? else {
         let PullOperation { into, remove, between, .. } = &intent.intent.operation;
         freeze_left(store, &world, into, remove, between)?;
         let before = Arc::clone(&world.catalog);

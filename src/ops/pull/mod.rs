@@ -13,19 +13,96 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::HeaderChange;
 use crate::store::{BackingLink, ImageIndex, ViewPart};
 
+use super::check::check_view;
+use super::command::Command;
 use super::context::Context;
 use super::copy::CommitSegment;
 use super::freeze;
+use super::job::Begun;
+use super::job_table::ChainLocks;
 use super::locked::TouchedImages;
 use super::lookup;
 use super::plan::Plan;
 use super::refusals;
 use super::removal;
-use super::request::PullRequest;
 use super::scanned_store::{ScannedChain, ScannedStore};
+use super::words::{Discards, LineBuilder, ParsedWords, VerbSpec};
 
 pub(super) use fill::Filling;
 pub(super) use job::{begin, begin_with, examine, resume};
+
+/// The words of `pull`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PullRequest {
+    /// The layer that is to be stood on afterwards; none: nothing.
+    pub base: Option<Vec<u8>>,
+    /// The layer that is filled, as a view's name; none: the active one.
+    pub into: Option<Vec<u8>>,
+    /// Whether layers that nobody needs afterwards are removed.
+    pub delete: bool,
+    /// Whether internal snapshots of those may go with them.
+    pub discard_internal: bool,
+    /// Whether their persistent bitmaps may.
+    pub discard_bitmaps: bool,
+}
+
+/// The verb.
+pub(super) const SPEC: VerbSpec = VerbSpec {
+    name: "pull",
+    usage: "\
+pull [base=VIEW|none] [into=VIEW] [delete] [discard-internal] [discard-bitmaps]
+
+Copies what lies between base and a layer into that layer, which then stands on base.
+  base=VIEW          what it stands on afterwards (none: nothing)
+  into=VIEW          the layer that is filled (the active disk)
+  delete             removes layers that nobody needs afterwards
+  discard-internal   internal snapshots of those may go with them
+  discard-bitmaps    their persistent bitmaps may
+",
+    positional: None,
+    keys: &["base", "into"],
+    flags: &["delete", "discard-internal", "discard-bitmaps"],
+    is_for_store: false,
+};
+
+impl Command for PullRequest {
+    fn parse(words: &mut ParsedWords) -> Result<Self> {
+        Ok(Self {
+            base: words.value("base").filter(|base| base != b"none"),
+            into: words.value("into"),
+            delete: words.flag("delete"),
+            discard_internal: words.flag("discard-internal"),
+            discard_bitmaps: words.flag("discard-bitmaps"),
+        })
+    }
+
+    fn print(&self, line: &mut LineBuilder) {
+        let Self { base, into, delete, discard_internal, discard_bitmaps } = self;
+        line.value("base", base.as_deref());
+        line.value("into", into.as_deref());
+        line.flag("delete", *delete);
+        line.discards(*discard_internal, *discard_bitmaps);
+    }
+
+    fn check(&self) -> Result<()> {
+        assert!(self.base.as_deref() != Some(b"none"), "standing on nothing is no name");
+        check_view("base=", self.base.as_deref())?;
+        check_view("into=", self.into.as_deref())
+    }
+
+    fn discards(&self) -> Discards {
+        Discards { internal: self.discard_internal, bitmaps: self.discard_bitmaps }
+    }
+
+    fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        let (plan, layers) = plan(context, world, chain, self)?;
+        Ok((plan, layers.opened()))
+    }
+
+    fn begin(&self, context: &Context, chain: &Path, command: &str, locks: &mut ChainLocks) -> Result<Begun> {
+        begin(context, chain, self, command, locks)
+    }
+}
 
 /// What a pull concerns, by index in one catalog. Nothing is filled if all is as it should be already.
 #[derive(Clone, Debug, Default)]

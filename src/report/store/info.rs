@@ -158,7 +158,9 @@ fn format_of(image: &ImageEntry) -> &'static str {
         (None, _) if image.place.path.extension().is_some_and(|found| found.eq_ignore_ascii_case("qcow2")) => {
             Format::Qcow2.name()
         }
-        (None, _) => crate::format::foreign::Kind::of_name(&image.place.path).map_or("unknown", |kind| kind.name()),
+        (None, _) => {
+            crate::format::foreign::ForeignFormat::of_name(&image.place.path).map_or("unknown", |kind| kind.name())
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 
 use chainfs::error::{Error, Result};
 use chainfs::io::{Descriptors, Directory, Host, Root, Storage, StoreFile, ThisHost, WriteStorage};
+use chainfs::units::{BlockStatus, Run};
 use rustix::io::Errno;
 
 /// A host that can be killed.
@@ -80,7 +81,7 @@ impl Storage for MortalFile {
         self.inner.len()
     }
 
-    fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
+    fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {
         self.inner.extent(at, end)
     }
 

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use chainfs::error::{Error, Result};
 use chainfs::io::{Descriptors, Directory, Host, Root, Storage, StoreFile, ThisHost, WriteStorage, directory_of};
+use chainfs::units::{BlockStatus, Run};
 use parking_lot::{Mutex, MutexGuard};
 use rustix::io::Errno;
 
@@ -223,7 +224,7 @@ impl Storage for TapedFile {
         self.inner.len()
     }
 
-    fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
+    fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {
         self.inner.extent(at, end)
     }
 

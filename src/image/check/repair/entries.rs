@@ -6,7 +6,7 @@
 use super::super::tables::Verdict;
 use super::super::window::Window;
 use super::survey::Survey;
-use super::{Actions, Stage, Without};
+use super::{Actions, CountPolicy, Stage, Without};
 use crate::error::Result;
 use crate::format::EntryFormat;
 use crate::format::entry::COPIED;
@@ -48,13 +48,12 @@ impl Stage<'_> {
         Ok(mended)
     }
 
-    /// Makes the flags say what the refcounts will be: those stored if `counts_stay`, otherwise the
-    /// number of references.
-    pub(super) fn mend_flags(&self, survey: &Survey, counts_stay: bool, actions: &mut Actions) -> Result<Flags> {
+    /// Makes the flags say what the refcounts will be.
+    pub(super) fn mend_flags(&self, survey: &Survey, policy: CountPolicy, actions: &mut Actions) -> Result<Flags> {
         let mut flags = Flags::default();
         for place in self.windows() {
             let window = self.window(place, Without::default())?;
-            let judge = Judge { stage: self, window: &window, first: place.0 == 0, counts_stay };
+            let judge = Judge { stage: self, window: &window, first: place.0 == 0, policy };
             if survey.l1_is_sole {
                 self.mend_l1(&judge, &mut flags, actions)?;
             }
@@ -123,7 +122,7 @@ struct Judge<'a> {
     stage: &'a Stage<'a>,
     window: &'a Window,
     first: bool,
-    counts_stay: bool,
+    policy: CountPolicy,
 }
 
 impl Judge<'_> {
@@ -141,7 +140,10 @@ impl Judge<'_> {
         if u64::from(references) > max_refcount(header.refcount_order) {
             return Ok(None);
         }
-        let count = if self.counts_stay { self.window.stored(cluster) } else { Some(references) };
+        let count = match self.policy {
+            CountPolicy::References => Some(references),
+            CountPolicy::NeverLower => self.window.stored(cluster),
+        };
         if references > 1 && EntryFormat::copied(entry) && header.snapshots.count == 0 {
             flags.used_twice += 1;
         }

@@ -21,12 +21,13 @@ mod rebuild;
 mod survey;
 
 use super::window::{WINDOW_CLUSTERS, Window};
-use super::{Audited, CheckReport, Kind, MAX_FINDINGS, Pass, References, Without, check_in_windows};
+use super::{Audited, CheckReport, FindingKind, MAX_FINDINGS, Pass, References, Without, check_in_windows};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Version;
 use crate::format::feature;
 use crate::format::header::{AUTOCLEAR_AT, INCOMPATIBLE_AT};
 use crate::io::{Storage, WriteStorage};
+use rebuild::Rebuilt;
 use survey::Survey;
 
 /// How much is to be repaired.
@@ -39,6 +40,15 @@ pub enum Scope {
     /// As [`Scope::All`]; and what lies beyond the end of a file that was cut short, and is an error for whoever reads
     /// it, becomes zeroes for good: each place is told.
     Loss,
+}
+
+/// What refcounts are set to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum CountPolicy {
+    /// The number of references.
+    References,
+    /// The same, but no less than is stored: there are references that nobody understands.
+    NeverLower,
 }
 
 /// The result of a repair.
@@ -133,7 +143,7 @@ pub fn rebuild_dirty(storage: &dyn WriteStorage, name: &str) -> Result<CheckRepo
 /// image with which anything else is wrong.
 pub fn mend_flags(storage: &dyn WriteStorage, name: &str) -> Result<()> {
     let report = check_in_windows(storage, name, WINDOW_CLUSTERS)?;
-    let flags = report.count_of(Kind::Flag);
+    let flags = report.count_of(FindingKind::Flag);
     if flags == 0 || report.corruptions > flags || report.check_errors > 0 {
         return Ok(());
     }
@@ -206,7 +216,7 @@ impl<'a> Repair<'a> {
         }
         let mut stage = self.stage()?;
         let mut survey = Survey::take(&stage)?;
-        if scope == Scope::Leaks && (!survey.is_sound || before.count_of(Kind::Uncounted) > 0) {
+        if scope == Scope::Leaks && (!survey.is_sound || before.count_of(FindingKind::Uncounted) > 0) {
             let fact = "its refcounts do not cover what is in use, so that leaks cannot be told; nothing was changed";
             let remedy = "repair it with --repair all";
             return Err(Error::new(ErrorKind::Corrupt, format!("{}: {fact}; {remedy}", self.name)));
@@ -227,7 +237,7 @@ impl<'a> Repair<'a> {
         // R5: each step is durable before the next, and none changes what a reader sees.
         // From here on there is no difference.
         let scope = if scope == Scope::Loss { Scope::All } else { scope };
-        if scope == Scope::All && report.count_of(Kind::KeptPlace) > 0 {
+        if scope == Scope::All && report.count_of(FindingKind::KeptPlace) > 0 {
             let mended = stage.mend_kept_places(&survey, &mut self.actions)?;
             if mended > 0 {
                 self.storage.sync()?;
@@ -237,10 +247,11 @@ impl<'a> Repair<'a> {
                 survey = Survey::take(&stage)?;
             }
         }
-        let is_cut = report.count_of(Kind::Dangling) > 0;
-        let in_doubt = is_cut || report.count_of(Kind::Doubt) > 0 || report.count_of(Kind::KeptPlace) > 0;
-        let snapshots = scope == Scope::All && report.count_of(Kind::Incomplete) > 0 && !is_cut;
-        let too_low = report.count_of(Kind::TooLow) + report.count_of(Kind::Uncounted);
+        let is_cut = report.count_of(FindingKind::Dangling) > 0;
+        let in_doubt = is_cut || report.count_of(FindingKind::Doubt) > 0 || report.count_of(FindingKind::KeptPlace) > 0;
+        let snapshots = scope == Scope::All && report.count_of(FindingKind::Incomplete) > 0 && !is_cut;
+        let too_low = report.count_of(FindingKind::TooLow) + report.count_of(FindingKind::Uncounted);
+        let policy = if in_doubt { CountPolicy::NeverLower } else { CountPolicy::References };
         let mut leaks = if in_doubt { 0 } else { report.leaks };
         if !survey.is_sound && is_cut {
             self.notes.push(
@@ -260,9 +271,9 @@ impl<'a> Repair<'a> {
                 self.actions.note(|| "Rebuilding snapshot table".to_owned());
             }
             self.actions.note(|| "Rebuilding refcount structure".to_owned());
-            stage.rebuild(in_doubt, snapshots)?;
-            self.corruptions_fixed += too_low + report.count_of(Kind::Structure);
-            self.corruptions_fixed += if snapshots { report.count_of(Kind::Incomplete) } else { 0 };
+            stage.rebuild(policy, if snapshots { Rebuilt::RefcountsAndSnapshotTable } else { Rebuilt::Refcounts })?;
+            self.corruptions_fixed += too_low + report.count_of(FindingKind::Structure);
+            self.corruptions_fixed += if snapshots { report.count_of(FindingKind::Incomplete) } else { 0 };
             self.leaks_fixed += leaks;
             leaks = 0;
             stage = self.stage()?;
@@ -272,9 +283,9 @@ impl<'a> Repair<'a> {
             self.storage.sync()?;
             self.corruptions_fixed += raised;
         }
-        let only_flags = report.corruptions == report.count_of(Kind::Flag) && report.check_errors == 0;
+        let only_flags = report.corruptions == report.count_of(FindingKind::Flag) && report.check_errors == 0;
         if scope == Scope::All || only_flags {
-            let mended = stage.mend_flags(&survey, in_doubt, &mut self.actions)?;
+            let mended = stage.mend_flags(&survey, policy, &mut self.actions)?;
             if mended.count > 0 {
                 self.storage.sync()?;
                 self.corruptions_fixed += mended.count;

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::{Stage, Without};
+use super::{CountPolicy, Stage, Without};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{MAX_REFCOUNT_TABLE_LEN, REFCOUNT_TABLE_AT};
 use crate::format::refcount::{max_refcount, set_refcount};
@@ -17,8 +17,17 @@ use super::super::window::Window;
 /// Bytes that are written at a time.
 const BUFFER_LEN: usize = 1 << 20;
 
+/// What is written anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rebuilt {
+    /// The refcounts.
+    Refcounts,
+    /// The snapshot table, too, with what version 3 requires.
+    RefcountsAndSnapshotTable,
+}
+
 /// Where everything new lies, by cluster: the snapshot table, the refcount table, its blocks.
-struct Layout {
+struct RebuildLayout {
     start: u64,
     snapshot_clusters: u64,
     table_clusters: u64,
@@ -28,14 +37,14 @@ struct Layout {
 }
 
 impl Stage<'_> {
-    /// Writes all refcounts anew. With `keep`, counts stay as high as they are. With `snapshots`, the
-    /// snapshot table is written anew, too, with what version 3 requires.
-    pub(super) fn rebuild(&self, keep: bool, snapshots: bool) -> Result<()> {
+    /// Writes all refcounts anew, and what else is asked for.
+    pub(super) fn rebuild(&self, policy: CountPolicy, what: Rebuilt) -> Result<()> {
+        let snapshots = what == Rebuilt::RefcountsAndSnapshotTable;
         let without = Without { refcounts: true, snapshot_table: snapshots };
         let table = if snapshots { self.snapshot_table()? } else { Vec::new() };
-        let layout = self.lay_out(without, keep, table.len() as u64)?;
+        let layout = self.lay_out(without, policy, table.len() as u64)?;
         let file_len = self.audited.file_len;
-        let written = self.write_new(&layout, without, keep, &table).and_then(|()| self.storage.sync());
+        let written = self.write_new(&layout, without, policy, &table).and_then(|()| self.storage.sync());
         if let Err(error) = written {
             // Nothing refers to it yet. If this fails, too, the first error is the one to tell.
             drop(self.storage.set_len(file_len));
@@ -70,13 +79,16 @@ impl Stage<'_> {
     }
 
     /// The count that a cluster shall have.
-    fn new_count(&self, window: &Window, cluster: u64, keep: bool) -> u64 {
+    fn new_count(&self, window: &Window, cluster: u64, policy: CountPolicy) -> u64 {
         let references = window.references(cluster).unwrap_or(0);
-        let stored = if keep { window.stored(cluster).unwrap_or(0) } else { 0 };
+        let stored = match policy {
+            CountPolicy::References => 0,
+            CountPolicy::NeverLower => window.stored(cluster).unwrap_or(0),
+        };
         u64::from(references.max(stored)).min(max_refcount(self.audited.header.refcount_order))
     }
 
-    fn lay_out(&self, without: Without, keep: bool, snapshots_len: u64) -> Result<Layout> {
+    fn lay_out(&self, without: Without, policy: CountPolicy, snapshots_len: u64) -> Result<RebuildLayout> {
         let cluster = self.audited.header.cluster;
         let per_block = self.references.refcounts.per_block();
         let mut start = self.audited.file_clusters();
@@ -85,7 +97,7 @@ impl Stage<'_> {
             let window = self.window(place, without)?;
             for part in self.block_parts(window.clusters()) {
                 // From the back: the last cluster in use may be the one after the file's end.
-                if let Some(last) = part.clone().rev().find(|at| self.new_count(&window, *at, keep) > 0) {
+                if let Some(last) = part.clone().rev().find(|at| self.new_count(&window, *at, policy) > 0) {
                     used.push(part.start / per_block);
                     if window.references(last) != Some(0) {
                         start = start.max(last + 1);
@@ -110,14 +122,14 @@ impl Stage<'_> {
             needed[(start / per_block) as usize..].fill(true);
             let found = ((blocks * 8).div_ceil(cluster.size()), needed.iter().filter(|needed| **needed).count() as u64);
             if found == (table_clusters, block_count) {
-                return Ok(Layout { start, snapshot_clusters, table_clusters, end, needed });
+                return Ok(RebuildLayout { start, snapshot_clusters, table_clusters, end, needed });
             }
             // Both only grow, as the end does.
             (table_clusters, block_count) = found;
         }
     }
 
-    fn write_new(&self, layout: &Layout, without: Without, keep: bool, snapshots: &[u8]) -> Result<()> {
+    fn write_new(&self, layout: &RebuildLayout, without: Without, policy: CountPolicy, snapshots: &[u8]) -> Result<()> {
         let header = &self.audited.header;
         let (cluster, order) = (header.cluster, header.refcount_order);
         let per_block = self.references.refcounts.per_block();
@@ -149,7 +161,7 @@ impl Stage<'_> {
                     continue;
                 }
                 out.counts(&part, order, |at| {
-                    if (layout.start..layout.end).contains(&at) { 1 } else { self.new_count(&window, at, keep) }
+                    if (layout.start..layout.end).contains(&at) { 1 } else { self.new_count(&window, at, policy) }
                 })?;
             }
             first += len;

@@ -244,7 +244,7 @@ impl Map {
         let entries = words(bytes, l2, cluster).step_by(format.l2_entry_len() as usize / 8);
         let streams = entries.filter_map(|entry| match format.l2(entry, GuestOffset(0)).ok()?.mapping {
             Mapping::Compressed(stream) => Some(stream),
-            Mapping::Data(_) | Mapping::Zero { .. } | Mapping::Hole => None,
+            Mapping::Data(_) | Mapping::Zero(_) | Mapping::Hole => None,
         });
         for stream in streams.take(2) {
             self.table(bytes, stream.at.0, 64);

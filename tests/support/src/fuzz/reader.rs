@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use chainfs::cache::Cache;
-use chainfs::chain::{FlatCache, Source, View};
+use chainfs::chain::{FlatCache, View};
 use chainfs::error::Result;
 use chainfs::format::header::{PROBE_LEN, needed_len};
 use chainfs::format::snapshot::SnapshotParser;
@@ -15,7 +15,7 @@ use chainfs::format::{Header, Malformed, Snapshot};
 use chainfs::image::check::check;
 use chainfs::image::{Caches, Image, Layer, Mapping};
 use chainfs::io::Storage;
-use chainfs::units::GuestOffset;
+use chainfs::units::{BlockStatus, GuestOffset, Run};
 
 use super::random::Random;
 
@@ -76,13 +76,13 @@ impl Storage for Sparse {
         Storage::len(&*self.0)
     }
 
-    fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
+    fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {
         assert!(at < end, "an extent has bytes");
         let (data, mut next) = (self.is_data(at), at);
         while next < end && self.is_data(next) == data {
             next = (next / Self::BLOCK + 1) * Self::BLOCK;
         }
-        Ok((data, next.min(end) - at))
+        Ok(Run::new(if data { BlockStatus::Data } else { BlockStatus::Zero }, next.min(end) - at))
     }
 }
 
@@ -367,7 +367,7 @@ impl Ways<'_> {
                 Ok(run) => run,
                 Err(error) => {
                     let extent = view.resolve(at, size - at).expect("damage is an extent, too");
-                    assert!(matches!(extent.source, Source::Bad), "{:?} {at:#x}: {error}", self.state);
+                    assert!(extent.mapping.is_none(), "{:?} {at:#x}: {error}", self.state);
                     assert!(self.alike(at, 1).is_none(), "{:?} {at:#x} reads, but: {error}", self.state);
                     at += extent.len;
                     continue;
@@ -450,18 +450,18 @@ fn read_by_layer(view: &View, at: u64, buf: &mut [u8]) -> Result<()> {
         assert!(extent.len > 0 && extent.len <= left);
         let piece = &mut buf[done..done + extent.len as usize];
         done += piece.len();
-        if let Source::Zero = extent.source {
+        if let Some(Mapping::Zero(_)) = extent.mapping {
             piece.fill(0);
             continue;
         }
         let layer = &view.layers()[extent.layer];
-        match (extent.source, layer.map(GuestOffset(position), extent.len)?) {
-            (Source::Data(host), _) => layer.image().read_data(host, piece)?,
-            (Source::Compressed, (Mapping::Compressed(stream), _)) => {
+        match (extent.mapping, layer.map(GuestOffset(position), extent.len)?.value) {
+            (Some(Mapping::Data(host)), _) => layer.image().read_data(host, piece)?,
+            (Some(Mapping::Compressed(_)), Mapping::Compressed(stream)) => {
                 let within = layer.within_cluster(GuestOffset(position)) as usize;
                 piece.copy_from_slice(&layer.image().read_compressed(stream)?[within..within + piece.len()]);
             }
-            (source, mapping) => panic!("{position:#x}: {source:?}, but {mapping:?}"),
+            (resolved, mapping) => panic!("{position:#x}: {resolved:?}, but {mapping:?}"),
         }
     }
     Ok(())

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use chainfs::error::{Error, ErrorKind, Result};
 use chainfs::io::{Storage, WriteStorage};
+use chainfs::units::{BlockStatus, Run};
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
@@ -329,7 +330,7 @@ impl Storage for SimDisk {
         Ok(self.pages.lock().len())
     }
 
-    fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
+    fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {
         Ok(self.pages.lock().extent(at, end))
     }
 }

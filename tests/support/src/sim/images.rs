@@ -13,6 +13,7 @@ use chainfs::format::{Header, Snapshot};
 use chainfs::image::write::BackingDisk;
 use chainfs::image::{Caches, Image, Layer};
 use chainfs::io::Storage;
+use chainfs::units::{BlockStatus, Run};
 
 use super::value::{BACKING_TAG, pattern_range};
 use super::{KIB, Pages, SECTOR, mix};
@@ -49,12 +50,11 @@ impl BackingDisk for Backing {
         Ok(())
     }
 
-    fn zero_run(&self, at: u64, len: u64) -> Result<(bool, u64)> {
+    fn status_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>> {
         if at >= self.0.len() {
-            return Ok((true, len));
+            return Ok(Run::new(BlockStatus::Zero, len));
         }
-        let (is_data, run) = self.0.extent(at, at + len);
-        Ok((!is_data, run))
+        Ok(self.0.extent(at, at + len))
     }
 }
 

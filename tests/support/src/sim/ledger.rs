@@ -7,7 +7,8 @@ use chainfs::error::{ErrorKind, Result};
 use chainfs::format::Snapshot;
 use chainfs::format::Version;
 use chainfs::image::check::check;
-use chainfs::image::write::{Fill, Wanted, Writer, WriterOptions, Zeroing};
+use chainfs::image::write::{Fill, Writer, WriterOptions, Zeroing};
+use chainfs::units::{BlockStatus, Run};
 
 use super::guest::{new_snapshot, open_writer};
 use super::images::{DATA_FILE, Opened};
@@ -131,8 +132,8 @@ pub fn judge_by_qemu(image: &StartImage, files: &[Pages], expected: &Views) {
 struct All;
 
 impl Fill for All {
-    fn wanted(&self, _at: u64, len: u64) -> Result<(Wanted, u64)> {
-        Ok((Wanted::Data, len))
+    fn wanted(&self, _at: u64, len: u64) -> Result<Run<Option<BlockStatus>>> {
+        Ok(Run::new(Some(BlockStatus::Data), len))
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use chainfs::error::Result;
 use chainfs::io::Storage;
+use chainfs::units::{BlockStatus, Run};
 use rustix::fs::{SeekFrom, seek};
 
 use super::mix;
@@ -198,7 +199,7 @@ impl Pages {
     }
 
     /// The first run of `[at, end)` that has pages or has none.
-    pub fn extent(&self, at: u64, end: u64) -> (bool, u64) {
+    pub fn extent(&self, at: u64, end: u64) -> Run<BlockStatus> {
         let is_data = self.page(at / PAGE).is_some();
         let mut next = (at / PAGE + 1) * PAGE;
         while next < end && self.page(next / PAGE).is_some() == is_data {
@@ -206,7 +207,7 @@ impl Pages {
             let is_chunk = self.chunks.contains_key(&(next / PAGE / PER_CHUNK));
             next = if is_chunk { next + PAGE } else { (next / PAGE / PER_CHUNK + 1) * PER_CHUNK * PAGE };
         }
-        (is_data, next.min(end) - at)
+        Run::new(if is_data { BlockStatus::Data } else { BlockStatus::Zero }, next.min(end) - at)
     }
 }
 
@@ -221,7 +222,7 @@ impl Storage for Pages {
         Ok(self.len)
     }
 
-    fn extent(&self, at: u64, end: u64) -> Result<(bool, u64)> {
+    fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {
         Ok(Self::extent(self, at, end))
     }
 }

@@ -1,8 +1,9 @@
 use std::path::PathBuf;
 
 use super::*;
-use crate::ops::MAX_COMMAND_LEN;
+use crate::error::ErrorKind;
 use crate::ops::check::{MAX_DESCRIPTION_LEN, MAX_NAME_LEN};
+use crate::ops::{DeleteMethod, NewSize};
 
 fn refusal(command: &str) -> String {
     let error = Request::parse_command(command.as_bytes()).expect_err(command);
@@ -207,10 +208,11 @@ fn the_longest_command_is_read_and_one_byte_more_is_not() {
 
 #[test]
 fn the_usage_of_a_verb_names_all_its_words() {
-    for (verb, name) in Verb::ALL {
-        let Grammar { keys, flags, positional } = grammar(verb);
+    for verb in Verb::ALL {
+        let name = verb.name();
+        let VerbSpec { keys, flags, positional, .. } = verb.spec();
         assert!(verb.usage().starts_with(name));
-        for word in keys.iter().chain(flags).chain(&positional) {
+        for word in keys.iter().chain(*flags).chain(positional) {
             assert!(verb.usage().contains(word), "{name}: {word}");
         }
     }
