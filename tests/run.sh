@@ -84,6 +84,7 @@ run_tests() {
     local name=$1 directory=$2 log="$logs/$1" ended=0 now last=$SECONDS stopped=0 code=0 show
     shift 2
     echo "== $name" >&2
+    : >"$log"
     # The times are an option that the test harness calls unstable; the variable lets it take that.
     RUSTC_BOOTSTRAP=1 setsid env -C "$directory" "$@" -Zunstable-options --report-time >"$log" 2>&1 </dev/null &
     running=$!
