@@ -1,6 +1,7 @@
-//! The disks that one guest's volumes lie on, brought together from several chains.
+//! Finds the other disks of a guest's volumes in other chains.
 //!
-//! Promises: none but those of the same moment, that whoever may read the disk asked for may read as well, and never a guess where two could be meant.
+//! Promises: all disks are of the same moment; every reader of the requested disk may read the others as
+//! well; an ambiguous match is never used.
 
 use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
@@ -16,15 +17,16 @@ use super::worker::Worker;
 use super::worker::protocol::{Answer, Request};
 use super::{Browser, validate};
 
-/// Chains in which the other disks of a volume group are looked for, at most.
+/// Chains that are searched for the other disks of a volume group, at most.
 const CANDIDATES: usize = 256;
 /// Disks of one set, at most.
 const DISKS: usize = 32;
 
 impl Browser {
-    /// Disks of other chains that hold what is missing, in the view of the same moment, and what should be known of it. A guest's other disks
-    /// are told by what both say of their group. Clones of guests say the same, so a neighbour goes before all others, and where that leaves a choice, none is
-    /// taken.
+    /// Disks of other chains that hold the missing physical volumes, in the view of the same moment, and
+    /// remarks about the search. A guest's other disks are identified by their metadata of the group. Clones
+    /// of guests have the same metadata, so a disk in the same directory has precedence; if that leaves a
+    /// choice, none is used.
     pub(super) fn more_disks(
         &self,
         worker: &Worker,
@@ -39,17 +41,17 @@ impl Browser {
         let id = disks[0].id();
         let mut candidates = Vec::new();
         for other in self.same_moment(&catalog, id) {
-            if disks.iter().any(|disk| disk.id() == &other) || !self.is_as_open(id, &other) {
+            if disks.iter().any(|disk| disk.id() == &other) || !self.has_same_readers(id, &other) {
                 continue;
             }
-            // One that cannot be opened now is as good as absent, which is said.
+            // A disk that cannot be opened now counts as absent, which is reported.
             let Ok(disk) = BrowsedDisk::new(&self.store, &other, &self.read) else { continue };
             let request = Request::PhysicalVolumes { size: disk.size() };
-            let session = Exchange::new(std::slice::from_ref(&disk), &self.digests);
-            if let Ok((Answer::PhysicalVolumes(held), _)) = worker.ask(&request, &session)
+            let exchange = Exchange::new(std::slice::from_ref(&disk), &self.digests);
+            if let Ok((Answer::PhysicalVolumes(held), _)) = worker.ask(&request, &exchange)
                 && validate::check_physical_volumes(&held).is_ok()
             {
-                drop(session);
+                drop(exchange);
                 candidates.push((disk, held));
             }
         }
@@ -57,8 +59,8 @@ impl Browser {
         for group in missing {
             for absent in &group.absent {
                 let is_it = |held: &PhysicalVolumeName| {
-                    let says_so = held.group.as_ref().is_none_or(|id| *id == group.id);
-                    held.id == *absent && says_so && held.state.is_none_or(|state| state == group.state)
+                    let is_of_group = held.group.as_ref().is_none_or(|id| *id == group.id);
+                    held.id == *absent && is_of_group && held.state.is_none_or(|state| state == group.state)
                 };
                 let mut found: Vec<usize> =
                     (0..candidates.len()).filter(|at| candidates[*at].1.iter().any(is_it)).collect();
@@ -74,18 +76,18 @@ impl Browser {
                     _ => {
                         let names: Vec<_> = found.iter().map(|at| shown(&candidates[*at].0.id().chain)).collect();
                         let fact = format!("physical volume {absent} of {} is on several disks", group.name);
-                        remarks.push(format!("{fact}, and none was taken for this guest's: {}", names.join(", ")));
+                        remarks.push(format!("{fact}, and none of them is used: {}", names.join(", ")));
                     }
                 }
             }
         }
-        let taken = candidates.into_iter().enumerate().filter(|(at, _)| chosen.contains(at)).map(|(_, (disk, _))| disk);
-        let taken: Vec<BrowsedDisk> = taken.take(DISKS - disks.len()).collect();
-        (!taken.is_empty()).then_some(taken)
+        let used = candidates.into_iter().enumerate().filter(|(at, _)| chosen.contains(at)).map(|(_, (disk, _))| disk);
+        let used: Vec<BrowsedDisk> = used.take(DISKS - disks.len()).collect();
+        (!used.is_empty()).then_some(used)
     }
 
-    /// Whether whoever may read one disk may read the other: what one shows of the other is no secret then.
-    fn is_as_open(&self, one: &ViewId, other: &ViewId) -> bool {
+    /// Whether the readers of one disk may all read the other: then nothing secret is shown.
+    fn has_same_readers(&self, one: &ViewId, other: &ViewId) -> bool {
         let owner = |id: &ViewId| {
             let stat = self.store.find_view(id).ok()?.image().stat;
             Some((stat.uid, stat.gid, stat.mode & 0o444))
@@ -93,8 +95,9 @@ impl Browser {
         owner(one).is_some_and(|known| owner(other) == Some(known))
     }
 
-    /// The views of other chains that show the moment that `id` shows: the active disks beside an active one, else those of the same name, or of
-    /// the name that a snapshot of several chains gives. Neighbours come first.
+    /// The views of other chains for the same moment as `id`: their active disks for an active one, else the
+    /// views of the same name, or of the name that a snapshot of several chains uses. Chains in the same
+    /// directory come first.
     fn same_moment(&self, catalog: &Catalog, id: &ViewId) -> Vec<ViewId> {
         let directory = id.chain.parent();
         let mut chains: Vec<_> = catalog.chains().filter(|(path, _)| *path != *id.chain).collect();
@@ -114,7 +117,7 @@ impl Browser {
     }
 }
 
-/// A view's name without its chain's: disks of one directory have snapshots that are called `CHAIN-NAME`.
+/// A view's name without its chain's name: a snapshot of several chains names its views `CHAIN-NAME`.
 fn without_stem<'a>(name: &'a [u8], chain: &Path) -> &'a [u8] {
     let stem = chain.file_name().map_or(&b""[..], OsStrExt::as_bytes);
     name.strip_prefix(stem).and_then(|rest| rest.strip_prefix(b"-")).unwrap_or(name)

@@ -1,7 +1,6 @@
-//! The bytes of a guest's file: where they are, what they are, and whether two files have the same.
+//! The bytes of a guest's file: where they are, where they come from, and whether two files have the same.
 //!
-//! Promise of [`same_bytes`]: what two files are known to have in common, since both have it from one place of one image, is
-//! not read.
+//! Promise of [`same_bytes`]: bytes that both files have from one place of one image are not read.
 
 use crate::chain::Origin;
 use crate::error::{Error, ErrorKind, Result};
@@ -10,7 +9,7 @@ use crate::guest::{Ino, RunKind};
 use super::DiskContents;
 use super::walk::{GuestEntry, GuestTree};
 
-/// Bytes of a file about whose place is asked at once.
+/// Bytes of a file whose runs are requested at once.
 const WINDOW: u64 = 1 << 40;
 /// Bytes that are compared at once.
 const STEP: u64 = 1 << 20;
@@ -26,7 +25,7 @@ pub struct OpenContent<'a> {
     known_start: u64,
 }
 
-/// Where some bytes of a file come from.
+/// The origin of some bytes of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ByteSource {
     Zero,
@@ -35,7 +34,7 @@ enum ByteSource {
         place: u64,
         within: Option<u64>,
     },
-    /// Only reading can tell.
+    /// Unknown without reading.
     Unknown,
 }
 
@@ -46,13 +45,14 @@ impl<'a> OpenContent<'a> {
         Self { tree, ino, size, known: Vec::new(), known_start: 0 }
     }
 
-    /// The run at `at`, which lies within the file: bytes that are left of it, and where the first one is.
+    /// The run at `at`, which lies within the file: the remaining bytes of the run, and where the first one
+    /// is.
     pub fn run(&mut self, at: u64) -> Result<(u64, RunKind)> {
         if let Some(found) = self.known_run(at) {
             return Ok(found);
         }
-        let GuestTree { inside, volume, .. } = self.tree;
-        let runs = inside.runs(*volume, self.ino, at, WINDOW.min(self.size - at))?;
+        let GuestTree { contents, volume, .. } = self.tree;
+        let runs = contents.runs(*volume, self.ino, at, WINDOW.min(self.size - at))?;
         let mut end = at;
         self.known_start = at;
         self.known.clear();
@@ -60,7 +60,7 @@ impl<'a> OpenContent<'a> {
             end += run.len;
             (end, run.kind)
         }));
-        self.known_run(at).ok_or_else(nowhere)
+        self.known_run(at).ok_or_else(unmapped)
     }
 
     fn known_run(&self, at: u64) -> Option<(u64, RunKind)> {
@@ -82,8 +82,8 @@ impl<'a> OpenContent<'a> {
             let here = at + done as u64;
             let (len, kind) = self.run(here)?;
             let piece = (len as usize).min(buf.len() - done);
-            let GuestTree { inside, volume, .. } = self.tree;
-            inside.read_run(*volume, self.ino, here, kind, &mut buf[done..done + piece])?;
+            let GuestTree { contents, volume, .. } = self.tree;
+            contents.read_run(*volume, self.ino, here, kind, &mut buf[done..done + piece])?;
             done += piece;
         }
         Ok(())
@@ -99,13 +99,13 @@ impl ByteSource {
         }
     }
 
-    /// Whether it is known that the bytes of both are the same.
+    /// Whether the bytes of both are known to be equal.
     fn is_same(self, other: Self) -> bool {
         self == other && self != Self::Unknown
     }
 }
 
-/// One of two that are compared.
+/// One of the two sides of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
     /// The first.
@@ -114,13 +114,13 @@ pub enum Side {
     B,
 }
 
-/// An answer, or which of the two cannot be read, and why.
+/// A result, or the side that cannot be read and the error.
 pub type Compared<T> = std::result::Result<T, (Side, Error)>;
 
-/// Bytes that are compared.
+/// Bytes that can be compared.
 trait ComparedBytes {
     fn size(&self) -> u64;
-    /// Where the bytes at `at` come from, and for how many that holds.
+    /// The origin of the bytes at `at`, and the number of bytes that share it.
     fn origin(&mut self, at: u64) -> Result<(ByteSource, u64)>;
     fn read_at(&mut self, at: u64, buf: &mut [u8]) -> Result<()>;
 }
@@ -134,9 +134,9 @@ impl ComparedBytes for OpenContent<'_> {
         let (len, kind) = self.run(at)?;
         match kind {
             RunKind::Hole => Ok((ByteSource::Zero, len)),
-            RunKind::Asked => Ok((ByteSource::Unknown, len)),
+            RunKind::Opaque => Ok((ByteSource::Unknown, len)),
             RunKind::Stored(place) => {
-                let (origin, len) = self.tree.inside.origin(self.tree.volume, place, len)?;
+                let (origin, len) = self.tree.contents.origin(self.tree.volume, place, len)?;
                 Ok((ByteSource::of(origin), len))
             }
         }
@@ -147,7 +147,7 @@ impl ComparedBytes for OpenContent<'_> {
     }
 }
 
-/// A volume as a whole.
+/// A whole volume.
 struct WholeVolume<'a>(&'a DiskContents, usize);
 
 impl ComparedBytes for WholeVolume<'_> {
@@ -206,7 +206,7 @@ fn same(a: &mut dyn ComparedBytes, b: &mut dyn ComparedBytes) -> Compared<bool> 
     Ok(true)
 }
 
-/// Whether two volumes are known to hold the same bytes from beginning to end. Nothing is read for it.
+/// Whether two volumes are known to hold the same bytes from beginning to end. Nothing is read.
 pub(super) fn same_origins(a: (&DiskContents, usize), b: (&DiskContents, usize)) -> bool {
     let (mut a, mut b) = (WholeVolume(a.0, a.1), WholeVolume(b.0, b.1));
     let size = a.size();
@@ -221,8 +221,8 @@ pub(super) fn same_origins(a: (&DiskContents, usize), b: (&DiskContents, usize))
     size == b.size()
 }
 
-fn nowhere() -> Error {
-    Error::new(ErrorKind::Corrupt, "a part of the file is nowhere")
+fn unmapped() -> Error {
+    Error::new(ErrorKind::Corrupt, "a part of the file is not mapped")
 }
 
 #[cfg(test)]
@@ -230,11 +230,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_known_is_never_the_same() {
+    fn unknown_origins_are_never_the_same() {
         let place = |image, place, within| Some(Origin { image, place, within, len: 10 });
         let same = |a, b| ByteSource::of(a).is_same(ByteSource::of(b));
         assert!(same(place(1, 5, None), place(1, 5, None)));
-        assert!(same(place(0, 5, None), place(0, 9, None)), "zeroes come from nowhere");
+        assert!(same(place(0, 5, None), place(0, 9, None)), "zeroes have no place");
         assert!(!same(place(1, 5, None), place(2, 5, None)));
         assert!(!same(place(1, 5, Some(0)), place(1, 5, Some(512))));
         assert!(!same(None, None));

@@ -1,7 +1,10 @@
-//! What differs between the files of two volumes.
+//! The differences between the files of two volumes.
 //!
-//! Promises: entries come in the order of their paths; what cannot be read is one more finding, and the rest goes on; what is known to
-//! be the same is not read (see [`content`](super::content)). Times of last access never count.
+//! Promises:
+//! - Entries come in the order of their paths.
+//! - An unreadable entry is a finding, and the comparison continues.
+//! - Bytes that are known to be the same are not read (see [`content`](super::content)).
+//! - Access times never count.
 
 use std::sync::Arc;
 
@@ -14,33 +17,33 @@ use super::walk::{GuestEntry, GuestTree, NamedEntry, VisitedDirectories};
 
 pub use super::content::Side;
 
-/// What differs of two entries.
+/// One kind of difference between two entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Aspect {
-    /// What they are: a file and a directory, say.
+    /// Their kinds, such as a file and a directory.
     Kind,
     /// The bytes of a file.
     Content,
-    /// How many there are.
+    /// The number of bytes.
     Size,
     /// The target of a symbolic link.
     Target,
     /// The numbers of a device.
     Device,
-    /// The bits of permissions.
+    /// The permission bits.
     Mode,
     /// Owner or group.
     Owner,
-    /// When the content was last changed.
+    /// The time of the content's last change.
     Modified,
     /// Extended attributes, access control lists among them.
     Attributes,
-    /// When the inode was last changed.
+    /// The time of the inode's last change.
     Changed,
 }
 
 impl Aspect {
-    /// In one word.
+    /// The name in one word.
     pub fn word(self) -> &'static str {
         match self {
             Self::Kind => "type",
@@ -60,13 +63,13 @@ impl Aspect {
 /// Which differences count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counted {
-    /// Times of directories, which change with what is in them.
+    /// Times of directories, which change with their entries.
     pub directory_times: bool,
-    /// Times of inodes' last change.
+    /// The times of inodes' last changes.
     pub changed: bool,
 }
 
-/// What was found at a path.
+/// The difference at a path.
 #[derive(Clone, Debug)]
 pub enum PathDifference {
     /// Only the second has it.
@@ -82,28 +85,28 @@ pub enum PathDifference {
         /// In the order of [`Aspect`]; not empty.
         what: Vec<Aspect>,
     },
-    /// A volume's bytes differ, and which files it holds is not known.
+    /// A volume's bytes differ, and its files are not known.
     Bytes,
     /// It cannot be read.
     Unreadable(Side, crate::error::Error),
 }
 
-/// Is told of everything that is found, by its path: beginning with `/`, or empty for where the comparison began.
+/// Receives each difference with its path, which begins with `/`, or is empty for the root of the comparison.
 pub type DifferenceVisitor<'a> = dyn FnMut(&[u8], PathDifference) -> Result<()> + 'a;
 
-/// Whether a whole volume is known to be the same in both, with nothing read.
+/// Whether a whole volume is known to be the same in both, without reading.
 pub fn is_surely_same(a: (&Arc<DiskContents>, usize), b: (&Arc<DiskContents>, usize)) -> bool {
-    let held = (a.0.hold(), b.0.hold());
+    let held = (a.0.lease(), b.0.lease());
     held.0.is_ok() && held.1.is_ok() && same_origins((a.0, a.1), (b.0, b.1))
 }
 
-/// Whether volumes that hold no files we could read are the same, byte for byte.
+/// Whether two volumes without readable files are the same, byte for byte.
 pub fn is_same_raw(a: (&Arc<DiskContents>, usize), b: (&Arc<DiskContents>, usize)) -> Compared<bool> {
-    let _held = (a.0.hold().map_err(|error| (Side::A, error))?, b.0.hold().map_err(|error| (Side::B, error))?);
+    let _held = (a.0.lease().map_err(|error| (Side::A, error))?, b.0.lease().map_err(|error| (Side::B, error))?);
     same_volumes((a.0, a.1), (b.0, b.1))
 }
 
-/// What differs of two entries, without what is in them if they are directories.
+/// The differences of two entries, without the entries in them if they are directories.
 pub fn differing(
     a: (&GuestTree, &GuestEntry),
     b: (&GuestTree, &GuestEntry),
@@ -138,8 +141,8 @@ pub fn differing(
     note(was.mode != is.mode, Aspect::Mode);
     note((was.uid, was.gid) != (is.uid, is.gid), Aspect::Owner);
     note(was.modified != is.modified && (!is_directory || counted.directory_times), Aspect::Modified);
-    // An inode whose last change is the same has the same attributes; but that of one which counts whole seconds may have been
-    // changed twice in one.
+    // An inode with the same change time has the same attributes, unless its file system counts whole
+    // seconds: then it may have changed twice in one.
     let is_same_inode = a.1.ino == b.1.ino && was.changed == is.changed && was.changed.nanoseconds != 0;
     if !is_same_inode {
         let all = |(tree, entry): (&GuestTree, &GuestEntry)| {
@@ -153,7 +156,7 @@ pub fn differing(
     Ok(what)
 }
 
-/// Compares two entries, one of which may be none, and all that is in them.
+/// Compares two entries, one of which may be absent, and everything in them.
 pub fn compare(
     a: (&GuestTree, Option<GuestEntry>),
     b: (&GuestTree, Option<GuestEntry>),
@@ -176,7 +179,7 @@ pub fn compare(
     }
 }
 
-/// What two directories have by one name.
+/// The entries of two directories with the same name.
 type EntryPair = (Vec<u8>, Option<Result<GuestEntry>>, Option<Result<GuestEntry>>);
 
 struct DifferenceWalk<'a> {
@@ -184,7 +187,7 @@ struct DifferenceWalk<'a> {
     b: &'a GuestTree,
     counted: Counted,
     visited: [VisitedDirectories; 2],
-    /// What is left to be compared of each directory on the way.
+    /// The pairs still to be compared of each directory on the path.
     frames: Vec<std::vec::IntoIter<EntryPair>>,
     path: Vec<Vec<u8>>,
 }
@@ -239,7 +242,7 @@ impl DifferenceWalk<'_> {
             |entry: Option<GuestEntry>| entry.is_some_and(|entry| entry.attributes.kind == FileKind::Directory);
         if is_directory(a) || is_directory(b) {
             let mut pairs = merged(of_a, of_b);
-            // What only one has may be among what could not be listed of the other.
+            // An entry of one side may be in the unlisted part of the other.
             pairs.retain(|(_, a, b)| (a.is_some() || is_whole[0]) && (b.is_some() || is_whole[1]));
             self.frames.push(pairs.into_iter());
         }
@@ -247,7 +250,7 @@ impl DifferenceWalk<'_> {
     }
 }
 
-/// Two sorted lists as one.
+/// Merges two sorted lists.
 fn merged(a: Vec<NamedEntry>, b: Vec<NamedEntry>) -> Vec<EntryPair> {
     let mut all = Vec::with_capacity(a.len().max(b.len()));
     let (mut a, mut b) = (a.into_iter().peekable(), b.into_iter().peekable());

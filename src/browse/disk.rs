@@ -1,8 +1,8 @@
-//! A guest's disk, held still while somebody looks into it.
+//! A guest's disk at one point in time.
 //!
-//! A frozen disk is what it is. An active one is held as it was when it was first looked into. Either is
-//! opened, and its files are locked as for any reader, only while somebody has something open in it or is being
-//! answered: whoever else wants the files gets them as soon as nobody looks.
+//! A frozen disk never changes. An active one is shown as it was when it was first opened here. Either is
+//! opened, and its files are locked as for any reader, only while a client has something open on it or a
+//! request is in progress; otherwise other processes can have the files.
 
 use std::hash::{BuildHasher, Hash, RandomState};
 use std::sync::Arc;
@@ -18,38 +18,38 @@ use crate::store::{Access, ActiveHandle, OpenDisk, PointInTimeView, Store, ViewI
 
 use super::worker::protocol::{CHUNK, ChunkKey};
 
-/// For how long the bytes of an active disk are put aside after its last use.
+/// How long the before-images of an active disk are kept after its last use.
 const LINGER: Duration = Duration::from_secs(10);
 
-/// A disk that is looked into.
+/// A disk that is browsed.
 pub(super) struct BrowsedDisk {
     store: Arc<Store>,
     id: ViewId,
     size: u64,
-    /// What an active disk was when it was first opened here.
-    still: Option<Arc<PointInTimeView>>,
-    /// Whether another process writes it, so that nothing is known of what it was.
+    /// The point in time of an active disk: its first open here.
+    point_in_time: Option<Arc<PointInTimeView>>,
+    /// Whether another process writes it, so that no before-images exist.
     is_forced: bool,
-    /// Tells this active disk's chunks from all others'.
+    /// Distinguishes this active disk's chunks from all others.
     number: u64,
-    /// Bytes that have been read of all disks.
+    /// Counts the bytes read from all disks.
     read: Arc<AtomicU64>,
-    open: Mutex<OpenDiskFn>,
+    open: Mutex<LeaseState>,
 }
 
-struct OpenDiskFn {
-    holders: usize,
+struct LeaseState {
+    lease_count: usize,
     bytes: Option<Arc<DiskBytes>>,
-    left: Instant,
+    last_released: Instant,
 }
 
-/// Where a disk's bytes come from while it is held.
+/// The source of a disk's bytes while it is leased.
 pub(super) enum DiskBytes {
     Frozen(Arc<OpenDisk>),
     Active(ActiveHandle, Arc<PointInTimeView>),
 }
 
-/// A disk that is held: open, and locked.
+/// A leased disk: open, and locked.
 pub(super) struct LeasedDisk<'a> {
     disk: &'a BrowsedDisk,
     bytes: Arc<DiskBytes>,
@@ -61,7 +61,7 @@ impl Drop for LeasedDisk<'_> {
     }
 }
 
-/// What tells chunks apart.
+/// Computes the keys of chunks.
 #[derive(Debug)]
 pub(super) struct Digests(RandomState, RandomState);
 
@@ -71,32 +71,32 @@ impl Digests {
     }
 
     fn key(&self, of: &impl Hash) -> ChunkKey {
-        // Never the one that stands for zeroes.
+        // Never the key of a chunk of zeroes.
         ChunkKey(self.0.hash_one(of).max(1), self.1.hash_one(of))
     }
 }
 
 impl BrowsedDisk {
-    /// Opens a disk for the first time. What is read of it is added to `read`.
+    /// Opens a disk for the first time. Bytes read from it are added to `read`.
     pub(super) fn new(store: &Arc<Store>, id: &ViewId, read: &Arc<AtomicU64>) -> Result<Self> {
         static NUMBERS: AtomicU64 = AtomicU64::new(1);
         let (mut is_forced, mut bytes) = (false, None);
-        let (size, still) = if id.is_active() {
+        let (size, point_in_time) = if id.is_active() {
             let handle = store.open_writable(id, Access::Read)?;
-            let still = handle.hold_still()?;
+            let point_in_time = handle.hold_still()?;
             is_forced = handle.is_forced();
             if is_forced {
-                // Another opening would be another disk: this one is kept, until it rests.
-                bytes = Some(Arc::new(DiskBytes::Active(handle, Arc::clone(&still))));
+                // A second open would show another state: this one is kept open until the disk is idle.
+                bytes = Some(Arc::new(DiskBytes::Active(handle, Arc::clone(&point_in_time))));
             }
-            (still.size(), Some(still))
+            (point_in_time.size(), Some(point_in_time))
         } else {
             (store.open_frozen(id)?.view().view.size(), None)
         };
-        let open = Mutex::new(OpenDiskFn { holders: 0, bytes, left: Instant::now() });
+        let open = Mutex::new(LeaseState { lease_count: 0, bytes, last_released: Instant::now() });
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
         let (store, id, read) = (Arc::clone(store), id.clone(), Arc::clone(read));
-        Ok(Self { store, id, size, still, is_forced, number, read, open })
+        Ok(Self { store, id, size, point_in_time, is_forced, number, read, open })
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -107,66 +107,70 @@ impl BrowsedDisk {
         &self.id
     }
 
-    /// Holds it while that lives. `Stale` if it is not what it was.
-    pub(super) fn hold(&self) -> Result<LeasedDisk<'_>> {
-        Ok(LeasedDisk { disk: self, bytes: self.keep()? })
+    /// Leases the disk until the result is dropped. `Stale` if its point in time is no longer known.
+    pub(super) fn lease(&self) -> Result<LeasedDisk<'_>> {
+        Ok(LeasedDisk { disk: self, bytes: self.acquire()? })
     }
 
-    /// Opens it, unless somebody has done so, until [`BrowsedDisk::release`].
-    pub(super) fn keep(&self) -> Result<Arc<DiskBytes>> {
+    /// Opens the disk, unless it is open, until [`BrowsedDisk::release`].
+    pub(super) fn acquire(&self) -> Result<Arc<DiskBytes>> {
         let mut open = self.open.lock();
         let bytes = match &open.bytes {
             Some(bytes) => Arc::clone(bytes),
             None => Arc::clone(open.bytes.insert(Arc::new(self.open()?))),
         };
-        open.holders += 1;
+        open.lease_count += 1;
         Ok(bytes)
     }
 
-    /// Lets go of it; the last one closes it.
+    /// Ends one lease; the last one closes the disk.
     pub(super) fn release(&self) {
         let mut open = self.open.lock();
-        open.holders -= 1;
-        // G4: the last one closes it.
-        if open.holders == 0 {
-            open.left = Instant::now();
+        open.lease_count -= 1;
+        // G4: the last lease closes the disk.
+        if open.lease_count == 0 {
+            open.last_released = Instant::now();
             let bytes = open.bytes.take_if(|_| !self.is_forced);
             drop(open);
-            // Not under the lock: closing may let go of many files.
+            // Not under the lock: closing may release many files.
             drop(bytes);
         }
     }
 
     fn open(&self) -> Result<DiskBytes> {
-        let Some(still) = &self.still else { return self.store.open_frozen(&self.id).map(DiskBytes::Frozen) };
+        let Some(point_in_time) = &self.point_in_time else {
+            return self.store.open_frozen(&self.id).map(DiskBytes::Frozen);
+        };
         let handle = self.store.open_writable(&self.id, Access::Read)?;
-        handle.hold_again(still)?;
-        Ok(DiskBytes::Active(handle, Arc::clone(still)))
+        handle.hold_again(point_in_time)?;
+        Ok(DiskBytes::Active(handle, Arc::clone(point_in_time)))
     }
 
-    /// Whether it is still known what the disk was; asked only of disks that are not held.
-    pub(super) fn is_good(&self) -> bool {
-        self.hold().is_ok()
+    /// Whether the disk's point in time is still known; called only for disks without a lease.
+    pub(super) fn is_valid(&self) -> bool {
+        self.lease().is_ok()
     }
 
-    /// Whether it is what it was, and nothing has been changed since.
+    /// Whether the disk is the same as at its point in time.
     pub(super) fn is_unchanged(&self) -> bool {
-        let Some(still) = &self.still else { return self.is_good() };
-        // One that has grown has the bytes that it had, and more.
+        let Some(point_in_time) = &self.point_in_time else { return self.is_valid() };
+        // A disk that has grown still has its earlier bytes.
         let is_as_long = |held: LeasedDisk<'_>| match &*held.bytes {
             DiskBytes::Frozen(_) => true,
-            DiskBytes::Active(handle, still) => handle.size().is_ok_and(|size| size == still.size()),
+            DiskBytes::Active(handle, point_in_time) => handle.size().is_ok_and(|size| size == point_in_time.size()),
         };
-        !self.is_forced && still.is_unchanged() && self.hold().is_ok_and(is_as_long)
+        !self.is_forced && point_in_time.is_unchanged() && self.lease().is_ok_and(is_as_long)
     }
 
-    /// Lets go of what is put aside for an active disk that nobody has looked into for a while.
-    pub(super) fn rest(&self) {
+    /// Discards the before-images of an active disk that was not used for a while.
+    pub(super) fn release_idle(&self) {
         let mut open = self.open.lock();
-        let Some(still) = self.still.as_ref().filter(|_| open.holders == 0 && open.left.elapsed() > LINGER) else {
+        let Some(point_in_time) =
+            self.point_in_time.as_ref().filter(|_| open.lease_count == 0 && open.last_released.elapsed() > LINGER)
+        else {
             return;
         };
-        self.store.let_go_of_still(&self.id, still);
+        self.store.let_go_of_still(&self.id, point_in_time);
         let bytes = open.bytes.take();
         drop(open);
         drop(bytes);
@@ -181,15 +185,15 @@ impl LeasedDisk<'_> {
         match &*self.bytes {
             DiskBytes::Frozen(open) => {
                 let open = open.view();
-                // A file that was replaced may make it shorter.
+                // A replaced file may have made the disk shorter.
                 within(open.view.size(), at, buf.len())?;
                 open.view.read_at(at, buf)
             }
-            DiskBytes::Active(handle, still) => handle.read_still(still, at, buf),
+            DiskBytes::Active(handle, point_in_time) => handle.read_still(point_in_time, at, buf),
         }
     }
 
-    /// Keys of chunks: the same one only where there are the same bytes.
+    /// Keys of chunks: equal keys only for equal bytes.
     pub(super) fn keys(&self, digests: &Digests, first: u64, count: u64) -> Result<Vec<ChunkKey>> {
         let size = self.disk.size;
         (first..first.saturating_add(count))
@@ -198,13 +202,15 @@ impl LeasedDisk<'_> {
                 let start = chunk * CHUNK;
                 let origins = match &*self.bytes {
                     DiskBytes::Frozen(open) => open.view().view.origins(start, CHUNK.min(size - start)).map(Some),
-                    DiskBytes::Active(handle, still) => handle.origins_below(still, start, CHUNK.min(size - start)),
+                    DiskBytes::Active(handle, point_in_time) => {
+                        handle.origins_below(point_in_time, start, CHUNK.min(size - start))
+                    }
                 };
                 match origins {
                     Ok(Some(origins)) if origins.iter().all(|origin| origin.image == 0) => Ok(ChunkKey::ZERO),
                     Ok(Some(origins)) => Ok(digests.key(&origins)),
                     Ok(None) => Ok(digests.key(&(self.disk.number, chunk))),
-                    // Whoever reads this chunk is told of the damage; its neighbours are good.
+                    // Reading this chunk reports the damage; its neighbours are good.
                     Err(error) if error.kind() == ErrorKind::Corrupt => Ok(digests.key(&(self.disk.number, chunk))),
                     Err(error) => Err(error),
                 }
@@ -212,7 +218,8 @@ impl LeasedDisk<'_> {
             .collect()
     }
 
-    /// Where the bytes from `at` on come from, for at most `max` of them; `None` where only reading can tell.
+    /// The origin of the bytes from `at` on, for at most `max` of them; `None` where it is unknown without
+    /// reading.
     pub(super) fn origin(&self, at: u64, max: u64) -> Result<Option<Origin>> {
         let found = match &*self.bytes {
             DiskBytes::Frozen(open) => {
@@ -222,10 +229,10 @@ impl LeasedDisk<'_> {
                 }
                 open.view.origin(at, max).map(Some)
             }
-            DiskBytes::Active(handle, still) => handle.origin_still(still, at, max),
+            DiskBytes::Active(handle, point_in_time) => handle.origin_still(point_in_time, at, max),
         };
         match found {
-            // Whoever reads there is told of the damage.
+            // Reading there reports the damage.
             Err(error) if error.kind() == ErrorKind::Corrupt => Ok(None),
             other => other,
         }
@@ -238,13 +245,13 @@ mod tests {
     use crate::store::testing::OneDisk;
 
     #[test]
-    fn a_disk_that_has_grown_is_not_what_it_was() {
+    fn a_grown_disk_is_valid_but_changed() {
         let OneDisk { store, id, .. } = &OneDisk::new(1 << 20);
         let writer = store.open_writable(id, Access::Write).unwrap();
         let disk = BrowsedDisk::new(store, id, &Arc::default()).unwrap();
         assert!(disk.is_unchanged());
         writer.set_size(2 << 20).unwrap();
-        assert!(disk.is_good() && !disk.is_unchanged());
+        assert!(disk.is_valid() && !disk.is_unchanged());
         assert!(BrowsedDisk::new(store, id, &Arc::default()).unwrap().is_unchanged());
     }
 }

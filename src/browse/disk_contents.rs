@@ -1,7 +1,7 @@
-//! What one disk of a chain holds: its volumes, and the files in them.
+//! The content of one disk of a chain: its volumes, and the files in them.
 //!
-//! Answers come from a worker; bytes of files are read here, straight from the disk, wherever the worker says that they lie. Nothing that the worker
-//! says is believed further than it can be: names are names, places lie within the disks of this set.
+//! Answers come from a worker. Bytes of files are read here, directly from the disk, at the positions that
+//! the worker reports. The worker is not trusted: names and positions are validated.
 
 use std::sync::{Arc, OnceLock};
 
@@ -16,57 +16,58 @@ use crate::store::ViewId;
 
 use super::disk::{BrowsedDisk, Digests, LeasedDisk};
 use super::validate::{
-    check_extended_attributes, check_ino, check_mounted, check_runs, check_systems, confused, usual,
+    check_extended_attributes, check_ino, check_mounted, check_runs, check_systems, protocol_violation,
+    sanitise_listing,
 };
 use super::worker::protocol::{Answer, ChunkKey, READ_LEN, Request, VolumeId};
 use super::worker::{Disks, Listing, Mounted, OpenedFile, Worker};
 
-/// How often a set is opened for one question: it may have been put away for others each time, but not for ever.
+/// How often a set is opened for one request: the worker may have evicted it each time, but not forever.
 const OPENINGS: usize = 8;
-/// Bytes of a symbolic link's target, at most: what the kernel takes.
+/// Bytes of a symbolic link's target at most; the kernel's limit.
 const LINK_LEN: usize = 4095;
 
-/// What one disk holds.
+/// The content of one disk.
 pub struct DiskContents {
     pub(super) worker: Arc<Worker>,
     pub(super) digests: Arc<Digests>,
     pub(super) set: u32,
-    /// The disk itself, and those others that its volume groups lie on.
+    /// The disk itself, and the other disks of its volume groups.
     pub(super) disks: Vec<BrowsedDisk>,
     pub(super) layout: VolumeLayout,
-    /// What should be known of how the disks were found.
+    /// Facts about how the disks were found that the user should know.
     pub(super) remarks: Vec<String>,
-    /// What has been asked of file systems as a whole, by volume.
+    /// The answers about whole file systems so far, by volume.
     pub(super) mounted: Vec<Mutex<Option<Mounted>>>,
     pub(super) systems: OnceLock<Vec<OperatingSystem>>,
 }
 
 impl std::fmt::Debug for DiskContents {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Inside").field("id", self.id()).finish_non_exhaustive()
+        f.debug_struct("DiskContents").field("id", self.id()).finish_non_exhaustive()
     }
 }
 
-/// Keeps the disks open, and locked, as long as it lives.
+/// Keeps the disks open, and locked, until it is dropped.
 pub struct DiskLease {
-    inside: Arc<DiskContents>,
+    contents: Arc<DiskContents>,
 }
 
 impl std::fmt::Debug for DiskLease {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.inside.fmt(f)
+        self.contents.fmt(f)
     }
 }
 
 impl Drop for DiskLease {
     fn drop(&mut self) {
-        for disk in &self.inside.disks {
+        for disk in &self.contents.disks {
             disk.release();
         }
     }
 }
 
-/// The disks of a set, held from the first byte that is asked of each to the end of a conversation.
+/// The disks of a set during one exchange with the worker: each is leased from its first use to the end.
 pub(super) struct Exchange<'a> {
     disks: &'a [BrowsedDisk],
     digests: &'a Digests,
@@ -81,10 +82,10 @@ impl<'a> Exchange<'a> {
     fn with<T>(&self, disk: u32, work: impl FnOnce(&LeasedDisk<'a>) -> Result<T>) -> Result<T> {
         let mut held = self.held.lock();
         let (Some(disk), Some(slot)) = (self.disks.get(disk as usize), held.get_mut(disk as usize)) else {
-            return Err(Error::new(ErrorKind::Corrupt, "a volume lies on a disk that is not there"));
+            return Err(Error::new(ErrorKind::Corrupt, "a volume is on a disk that does not exist"));
         };
         if slot.is_none() {
-            *slot = Some(disk.hold()?);
+            *slot = Some(disk.lease()?);
         }
         work(slot.as_ref().expect("it was just put there"))
     }
@@ -101,7 +102,7 @@ impl Disks for Exchange<'_> {
 }
 
 impl DiskContents {
-    /// Which disk this is the inside of.
+    /// The requested disk.
     pub fn id(&self) -> &ViewId {
         self.disks[0].id()
     }
@@ -111,47 +112,47 @@ impl DiskContents {
         &self.layout
     }
 
-    /// What should be known of them, a sentence each.
+    /// Facts about them that the user should know, one sentence each.
     pub fn remarks(&self) -> impl Iterator<Item = &String> {
         self.layout.remarks.iter().chain(&self.remarks)
     }
 
-    /// The volume of that name, by index.
+    /// The index of the volume with this name.
     pub fn volume(&self, name: &[u8]) -> Option<usize> {
         self.layout.volumes.iter().position(|volume| volume.name.as_bytes() == name)
     }
 
-    /// Keeps the disks as they are, until that is dropped. `Stale` if they are no longer.
-    pub fn hold(self: &Arc<Self>) -> Result<DiskLease> {
+    /// Leases the disks until the result is dropped. `Stale` if their point in time is no longer known.
+    pub fn lease(self: &Arc<Self>) -> Result<DiskLease> {
         for (index, disk) in self.disks.iter().enumerate() {
-            if let Err(error) = disk.keep() {
-                for kept in &self.disks[..index] {
-                    kept.release();
+            if let Err(error) = disk.acquire() {
+                for leased in &self.disks[..index] {
+                    leased.release();
                 }
                 return Err(error);
             }
         }
-        Ok(DiskLease { inside: Arc::clone(self) })
+        Ok(DiskLease { contents: Arc::clone(self) })
     }
 
     fn ask(&self, request: &Request) -> Result<(Answer, Vec<u8>)> {
-        let session = Exchange::new(&self.disks, &self.digests);
-        // The one that is told of the set is the one that is asked.
-        let _kept = self.worker.hold()?;
+        let exchange = Exchange::new(&self.disks, &self.digests);
+        // The process that receives `Open` must also receive the request.
+        let _hold = self.worker.hold()?;
         for _ in 0..OPENINGS {
-            let answered = self.worker.ask(request, &session)?;
+            let answered = self.worker.ask(request, &exchange)?;
             if !matches!(answered.0, Answer::NoSuchSet) {
                 return Ok(answered);
             }
-            // Another process than the one that was told of it, or it has been put away for others.
+            // The set was opened in another process, or it was evicted.
             let sizes = self.disks.iter().map(BrowsedDisk::size).collect();
-            match self.worker.ask(&Request::Open { set: self.set, sizes }, &session)?.0 {
+            match self.worker.ask(&Request::Open { set: self.set, sizes }, &exchange)?.0 {
                 Answer::Layout(layout) if *layout == self.layout => {}
                 Answer::Layout(_) => return Err(crate::store::stale("the disk's partitions have changed")),
-                _ => return Err(confused()),
+                _ => return Err(protocol_violation()),
             }
         }
-        Err(confused())
+        Err(protocol_violation())
     }
 
     fn id_of(&self, volume: usize) -> VolumeId {
@@ -161,14 +162,15 @@ impl DiskContents {
     fn described(&self, volume: usize) -> Result<&Volume> {
         let described = &self.layout.volumes[volume];
         match &described.problem {
-            Some(problem) => {
-                Err(Error::new(ErrorKind::Unsupported, format!("{} cannot be looked into: {problem}", described.name)))
-            }
+            Some(problem) => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("the files of {} cannot be shown: {problem}", described.name),
+            )),
             None => Ok(described),
         }
     }
 
-    /// What is known of a volume's file system as a whole.
+    /// The root, the statistics and the remarks of a volume's file system.
     pub fn mount(&self, volume: usize) -> Result<Mounted> {
         self.described(volume)?;
         if let Some(known) = &*self.mounted[volume].lock() {
@@ -179,11 +181,12 @@ impl DiskContents {
                 check_mounted(&mounted)?;
                 Ok(self.mounted[volume].lock().insert(mounted).clone())
             }
-            _ => Err(confused()),
+            _ => Err(protocol_violation()),
         }
     }
 
-    /// Why what is shown of volumes is not what was written last, as far as they have been asked: name and sentence.
+    /// Why the shown state of volumes is not the last one, as far as they have been mounted: name and
+    /// sentence.
     pub fn stale(&self) -> Vec<(&str, String)> {
         let volumes = self.layout.volumes.iter().zip(&self.mounted);
         let stale =
@@ -191,28 +194,28 @@ impl DiskContents {
         stale.flat_map(|(name, all)| all.into_iter().map(move |sentence| (name, sentence))).collect()
     }
 
-    /// The operating systems that the volumes hold; the first is the one to show where one is wanted.
+    /// The operating systems on the volumes. Callers that show only one show the first.
     pub fn operating_systems(&self) -> Result<&[OperatingSystem]> {
         if let Some(known) = self.systems.get() {
             return Ok(known);
         }
         match self.ask(&Request::Inspect(self.set))?.0 {
             Answer::OperatingSystems(mut found) => {
-                // Their volumes become targets of links.
+                // The names of their volumes become targets of symbolic links.
                 found.retain(|system| self.volume(system.volume.as_bytes()).is_some());
                 check_systems(&found, self.layout.volumes.len())?;
                 Ok(self.systems.get_or_init(|| found))
             }
-            _ => Err(confused()),
+            _ => Err(protocol_violation()),
         }
     }
 
-    /// The same, if that has been asked before: nobody has to wait.
+    /// The same if they are known already, without waiting.
     pub fn known_operating_systems(&self) -> Option<&[OperatingSystem]> {
         self.systems.get().map(Vec::as_slice)
     }
 
-    /// What a name in a directory stands for.
+    /// The inode of a name in a directory, with its attributes.
     pub fn lookup(&self, volume: usize, directory: Ino, name: &[u8]) -> Result<Option<(Ino, FileAttributes)>> {
         match self.ask(&Request::Lookup(self.id_of(volume), directory, name.to_vec()))?.0 {
             Answer::Found(found) => {
@@ -221,23 +224,23 @@ impl DiskContents {
                 }
                 Ok(found)
             }
-            _ => Err(confused()),
+            _ => Err(protocol_violation()),
         }
     }
 
-    /// Entries of a directory from a place on (0: the beginning; else some entry's `next`).
+    /// Entries of a directory from a position on (0: the beginning; else some entry's `next`).
     pub fn list(&self, volume: usize, directory: Ino, from: u64) -> Result<Listing> {
         match self.ask(&Request::List(self.id_of(volume), directory, from))?.0 {
-            Answer::Listed(listing) => usual(listing, from),
-            _ => Err(confused()),
+            Answer::Listed(listing) => sanitise_listing(listing, from),
+            _ => Err(protocol_violation()),
         }
     }
 
-    /// What stat(2) says.
+    /// The stat(2) attributes.
     pub fn attributes(&self, volume: usize, ino: Ino) -> Result<FileAttributes> {
         match self.ask(&Request::Attributes(self.id_of(volume), ino))?.0 {
             Answer::Attributes(attributes) => Ok(attributes),
-            _ => Err(confused()),
+            _ => Err(protocol_violation()),
         }
     }
 
@@ -245,10 +248,10 @@ impl DiskContents {
     pub fn read_link(&self, volume: usize, ino: Ino) -> Result<Vec<u8>> {
         match self.ask(&Request::ReadLink(self.id_of(volume), ino))?.0 {
             Answer::Link(target) if target.is_empty() || target.len() > LINK_LEN || target.contains(&0) => {
-                Err(Error::new(ErrorKind::Corrupt, "a symbolic link with a target that no link can have"))
+                Err(Error::new(ErrorKind::Corrupt, "a symbolic link with an invalid target"))
             }
             Answer::Link(target) => Ok(target),
-            _ => Err(confused()),
+            _ => Err(protocol_violation()),
         }
     }
 
@@ -259,30 +262,30 @@ impl DiskContents {
                 check_extended_attributes(&found)?;
                 Ok(found)
             }
-            _ => Err(confused()),
+            _ => Err(protocol_violation()),
         }
     }
 
-    /// Size of a regular file, and where its first bytes are.
+    /// The size of a regular file, and its first runs.
     pub fn open_file(&self, volume: usize, ino: Ino) -> Result<OpenedFile> {
         match self.ask(&Request::OpenFile(self.id_of(volume), ino))?.0 {
             Answer::OpenedFile(opened) => {
                 check_runs(0, &opened.runs)?;
                 Ok(opened)
             }
-            _ => Err(confused()),
+            _ => Err(protocol_violation()),
         }
     }
 
-    /// Where the bytes of a file are, from `at` on, up to `at + len` or the end of the file, or for as many runs as one
-    /// answer holds. Empty at and beyond the end.
+    /// The runs of a file from `at` on, up to `at + len` or the end of the file, or as many as one answer
+    /// holds. Empty at and beyond the end.
     pub fn runs(&self, volume: usize, ino: Ino, at: u64, len: u64) -> Result<Vec<FileRun>> {
         match self.ask(&Request::Runs(self.id_of(volume), ino, at, len))?.0 {
             Answer::Runs(runs) => {
                 check_runs(at, &runs)?;
                 Ok(runs)
             }
-            _ => Err(confused()),
+            _ => Err(protocol_violation()),
         }
     }
 
@@ -294,11 +297,11 @@ impl DiskContents {
                 Ok(())
             }
             RunKind::Stored(offset) => self.read_volume(volume, offset, buf),
-            RunKind::Asked => self.read_asked(volume, ino, at, buf),
+            RunKind::Opaque => self.read_by_worker(volume, ino, at, buf),
         }
     }
 
-    fn read_asked(&self, volume: usize, ino: Ino, at: u64, buf: &mut [u8]) -> Result<()> {
+    fn read_by_worker(&self, volume: usize, ino: Ino, at: u64, buf: &mut [u8]) -> Result<()> {
         let mut done = 0;
         while done < buf.len() {
             let len = (buf.len() - done).min(READ_LEN);
@@ -308,7 +311,7 @@ impl DiskContents {
                     buf[done..done + bytes.len()].copy_from_slice(&bytes);
                     done += bytes.len();
                 }
-                _ => return Err(confused()),
+                _ => return Err(protocol_violation()),
             }
         }
         Ok(())
@@ -316,55 +319,55 @@ impl DiskContents {
 
     /// Reads bytes of a volume.
     pub fn read_volume(&self, volume: usize, at: u64, buf: &mut [u8]) -> Result<()> {
-        let session = Exchange::new(&self.disks, &self.digests);
+        let exchange = Exchange::new(&self.disks, &self.digests);
         let described = &self.layout.volumes[volume];
         let mut done = 0;
         while done < buf.len() {
-            let here = at.checked_add(done as u64).ok_or_else(confused)?;
-            let Some(stretch) = described.locate(here, (buf.len() - done) as u64) else {
-                let fact = format!("{} has nothing at {here:#x}", described.name);
+            let here = at.checked_add(done as u64).ok_or_else(protocol_violation)?;
+            let Some(run) = described.locate(here, (buf.len() - done) as u64) else {
+                let fact = format!("{} has no bytes at {here:#x}", described.name);
                 return Err(Error::new(ErrorKind::Corrupt, fact));
             };
-            let end = done + stretch.len as usize;
-            session.read(stretch.disk, stretch.offset, &mut buf[done..end])?;
+            let end = done + run.len as usize;
+            exchange.read(run.disk, run.offset, &mut buf[done..end])?;
             done = end;
         }
         Ok(())
     }
 
-    /// Where the bytes of a volume from `at` on come from, and for how many of `max` that holds; `None` where only
-    /// reading can tell. `Corrupt` where the volume has nothing.
+    /// The origin of the bytes of a volume from `at` on, and the number of bytes (of `max`) that share it;
+    /// `None` where it is unknown without reading. `Corrupt` where the volume has no bytes.
     pub fn origin(&self, volume: usize, at: u64, max: u64) -> Result<(Option<Origin>, u64)> {
         let described = &self.layout.volumes[volume];
-        let stretch = described.locate(at, max);
-        let found = stretch.and_then(|stretch| Some((stretch, self.disks.get(stretch.disk as usize)?)));
-        let Some((stretch, disk)) = found else {
-            return Err(Error::new(ErrorKind::Corrupt, format!("{} has nothing at {at:#x}", described.name)));
+        let run = described.locate(at, max);
+        let found = run.and_then(|run| Some((run, self.disks.get(run.disk as usize)?)));
+        let Some((run, disk)) = found else {
+            return Err(Error::new(ErrorKind::Corrupt, format!("{} has no bytes at {at:#x}", described.name)));
         };
-        let origin = disk.hold()?.origin(stretch.offset, stretch.len)?;
-        let len = origin.map_or(stretch.len, |origin| origin.len);
+        let origin = disk.lease()?.origin(run.offset, run.len)?;
+        let len = origin.map_or(run.len, |origin| origin.len);
         Ok((origin, len))
     }
 
-    /// Whether this is still what the disks hold, for somebody who is about to look into them.
-    pub(super) fn is_good(&self) -> bool {
-        self.disks.iter().all(BrowsedDisk::is_good)
+    /// Whether the disks' point in time is still known, for a new client.
+    pub(super) fn is_valid(&self) -> bool {
+        self.disks.iter().all(BrowsedDisk::is_valid)
     }
 
-    /// Whether nothing has been changed since it was looked into first.
+    /// Whether the disks are the same as at their point in time.
     pub(super) fn is_unchanged(&self) -> bool {
         self.disks.iter().all(BrowsedDisk::is_unchanged)
     }
 
-    /// Lets go of what costs others something, after a while without use.
-    pub(super) fn rest(&self) {
-        self.disks.iter().for_each(BrowsedDisk::rest);
+    /// Releases resources that cost other processes something, after a while without use.
+    pub(super) fn release_idle(&self) {
+        self.disks.iter().for_each(BrowsedDisk::release_idle);
     }
 }
 
 #[cfg(test)]
 impl DiskContents {
-    /// That of a disk with one volume, of which everything is known that is asked when it is shown.
+    /// The contents of a disk with one volume, with all answers that showing it needs.
     pub(crate) fn with_one_volume(store: &Arc<crate::store::Store>, id: &ViewId) -> Arc<Self> {
         use crate::guest::{Statistics, content::VolumeContent};
         let volume = Volume {

@@ -1,8 +1,10 @@
-//! Looking into the disks of a store: the guests' volumes and files, in every view of every chain.
+//! The content of a store's disks: the guests' volumes and files, in every view of every chain.
 //!
-//! Promises: nothing is parsed before somebody asks, and never in this process; what one asks for of a view is what the view
-//! shows, and of an active disk what it showed when it was first looked into. The parsers are `guest`'s, the disks are `store`'s; what is
-//! shown where is for others.
+//! Promises:
+//! - Nothing is parsed before a client requests it, and never in this process.
+//! - A request shows what the view shows; of an active disk, its state when it was first opened here.
+//!
+//! The parsers are `guest`'s, the disks are `store`'s; where the files appear is left to the callers.
 
 mod assembly;
 pub mod content;
@@ -37,44 +39,44 @@ use worker::{Pool, Worker, WorkerProgram};
 pub use disk_contents::{DiskContents, DiskLease};
 pub use worker::{ListedEntry, Listing, Mounted, OpenedFile};
 
-/// Insides that are kept for whoever looks next.
-const KEPT: NonZero<usize> = NonZero::new(256).expect("not zero");
-/// Workers that are kept, running or not: each is of one chain.
-const WORKERS_KEPT: usize = 64;
-/// After so long without a question a worker ends.
+/// Disk contents that are cached for later clients.
+const CACHED_CONTENTS: NonZero<usize> = NonZero::new(256).expect("not zero");
+/// Workers that are kept, running or not: one per chain.
+const MAX_WORKERS: usize = 64;
+/// A worker without a request for this long is stopped.
 const IDLE: Duration = Duration::from_secs(30);
-/// How often it is looked whether anything can rest.
+/// How often idle resources are looked for.
 const PERIOD: Duration = Duration::from_secs(2);
 
-/// Which moment of an active disk is meant; of all others there is only one.
+/// The point in time of an active disk; a frozen disk has only one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PointInTime {
-    /// That of the first look, as long as it is known what the disk was then.
+    /// The state at the first open, as long as it is known.
     First,
-    /// Now, which is the first look for those who look later.
+    /// The current state; it becomes the first for later clients.
     Now,
-    /// Now, of the partitions alone: what others see of the files stays as it is.
+    /// The current state of the partitions alone: the state of the shown files does not change.
     Table,
 }
 
-/// A disk, and whether it is looked into for the sake of its partitions alone.
+/// A disk, and whether only its partitions are read.
 type ContentsKey = (ViewId, bool);
 
-/// Looks into the disks of one store.
+/// Opens the contents of one store's disks.
 pub struct Browser {
     store: Arc<Store>,
     pool: Arc<Pool>,
     digests: Arc<Digests>,
     sets: AtomicU32,
-    /// Bytes that have been read of disks.
+    /// Bytes read from disks.
     read: Arc<AtomicU64>,
-    /// By chain: what one guest has written must not harm another's readers.
+    /// By chain: data of one guest must not harm another guest's readers.
     workers: Mutex<HashMap<Arc<PathBuf>, Arc<Worker>>>,
-    insides: Mutex<LruCache<ContentsKey, Arc<DiskContents>>>,
-    /// All that somebody still has, be they kept here or not. A leaf.
+    contents: Mutex<LruCache<ContentsKey, Arc<DiskContents>>>,
+    /// All contents with a client, cached or not. A leaf lock.
     in_use: Mutex<Vec<Weak<DiskContents>>>,
-    /// Whether there is a thread that lets go of what rests.
-    resting: Mutex<bool>,
+    /// Whether the thread that releases idle resources runs.
+    has_idle_thread: Mutex<bool>,
 }
 
 impl std::fmt::Debug for Browser {
@@ -84,7 +86,7 @@ impl std::fmt::Debug for Browser {
 }
 
 impl Browser {
-    /// For the disks of `store`, with workers that are `program`.
+    /// For the disks of `store`, with workers that run `program`.
     pub fn new(store: &Arc<Store>, program: WorkerProgram) -> Arc<Self> {
         Arc::new(Self {
             store: Arc::clone(store),
@@ -93,58 +95,58 @@ impl Browser {
             sets: AtomicU32::new(1),
             read: Arc::default(),
             workers: Mutex::default(),
-            insides: Mutex::new(LruCache::new(KEPT)),
+            contents: Mutex::new(LruCache::new(CACHED_CONTENTS)),
             in_use: Mutex::default(),
-            resting: Mutex::default(),
+            has_idle_thread: Mutex::default(),
         })
     }
 
-    /// The inside of a disk.
-    pub fn inside(self: &Arc<Self>, id: &ViewId, moment: PointInTime) -> Result<Arc<DiskContents>> {
+    /// The contents of a disk.
+    pub fn contents(self: &Arc<Self>, id: &ViewId, moment: PointInTime) -> Result<Arc<DiskContents>> {
         let key = (id.clone(), moment == PointInTime::Table && id.is_active());
         if let Some(known) = self.known(&key, moment) {
             return Ok(known);
         }
         let worker = self.worker(&id.chain);
-        let _first = worker.first.lock();
-        // Somebody else may have done it meanwhile, and that is fresh enough.
+        let _opening = worker.opening.lock();
+        // Another thread may have opened it meanwhile; that is recent enough.
         if let Some(known) = self.known(&key, moment) {
             return Ok(known);
         }
-        self.begin_to_rest();
-        let inside = Arc::new(self.look_into(id, &worker)?);
-        self.in_use.lock().push(Arc::downgrade(&inside));
-        let old = self.insides.lock().push(key, Arc::clone(&inside));
+        self.start_idle_thread();
+        let contents = Arc::new(self.open_contents(id, &worker)?);
+        self.in_use.lock().push(Arc::downgrade(&contents));
+        let old = self.contents.lock().push(key, Arc::clone(&contents));
         drop(old);
-        Ok(inside)
+        Ok(contents)
     }
 
-    /// Bytes that have been read of disks so far, be it for a worker or for a file's sake.
+    /// Bytes read from disks so far, for workers and for files.
     pub fn bytes_read(&self) -> u64 {
         self.read.load(Ordering::Relaxed)
     }
 
-    /// Why what has been shown of some volumes is not what was written last: disk, volume and sentence.
+    /// Why the shown state of some volumes is not the last one: disk, volume and sentence.
     pub fn stale(&self) -> Vec<(ViewId, String, String)> {
-        let mut insides: Vec<Arc<DiskContents>> =
-            self.insides.lock().iter().map(|(_, inside)| Arc::clone(inside)).collect();
-        insides.reverse();
-        let of = |inside: &Arc<DiskContents>| {
-            let all = inside.stale().into_iter();
-            all.map(|(volume, said)| (inside.id().clone(), volume.to_owned(), said)).collect::<Vec<_>>()
+        let mut all: Vec<Arc<DiskContents>> =
+            self.contents.lock().iter().map(|(_, contents)| Arc::clone(contents)).collect();
+        all.reverse();
+        let of = |contents: &Arc<DiskContents>| {
+            let stale = contents.stale().into_iter();
+            stale.map(|(volume, sentence)| (contents.id().clone(), volume.to_owned(), sentence)).collect::<Vec<_>>()
         };
-        insides.iter().flat_map(of).collect()
+        all.iter().flat_map(of).collect()
     }
 
-    /// The inside of a disk, if somebody has looked into it before.
-    pub fn known_inside(&self, id: &ViewId) -> Option<Arc<DiskContents>> {
-        self.insides.lock().peek(&(id.clone(), false)).cloned()
+    /// The contents of a disk if a client has opened them before.
+    pub fn known_contents(&self, id: &ViewId) -> Option<Arc<DiskContents>> {
+        self.contents.lock().peek(&(id.clone(), false)).cloned()
     }
 
     fn known(&self, key: &ContentsKey, moment: PointInTime) -> Option<Arc<DiskContents>> {
-        let known = self.insides.lock().get(key).cloned()?;
-        let is_good = if moment == PointInTime::First { known.is_good() } else { known.is_unchanged() };
-        is_good.then_some(known)
+        let known = self.contents.lock().get(key).cloned()?;
+        let is_valid = if moment == PointInTime::First { known.is_valid() } else { known.is_unchanged() };
+        is_valid.then_some(known)
     }
 
     fn worker(&self, chain: &Arc<PathBuf>) -> Arc<Worker> {
@@ -152,25 +154,26 @@ impl Browser {
         if let Some(worker) = workers.get(chain) {
             return Arc::clone(worker);
         }
-        if workers.len() >= WORKERS_KEPT {
-            // One that somebody still has may be begun again, and only those in here are ended when they are idle.
-            workers.retain(|_, worker| worker.may_run() || Arc::strong_count(worker) > 1);
+        if workers.len() >= MAX_WORKERS {
+            // A worker with a client may be started again, and idle ones are only stopped if they are listed
+            // here.
+            workers.retain(|_, worker| worker.may_be_running() || Arc::strong_count(worker) > 1);
         }
         let worker = Worker::new(&self.pool);
         workers.insert(Arc::clone(chain), Arc::clone(&worker));
         worker
     }
 
-    /// How many processes that read guests' file systems run.
+    /// The number of running worker processes.
     pub fn workers(&self) -> usize {
         self.pool.running()
     }
 
-    fn look_into(&self, id: &ViewId, worker: &Arc<Worker>) -> Result<DiskContents> {
+    fn open_contents(&self, id: &ViewId, worker: &Arc<Worker>) -> Result<DiskContents> {
         let mut disks = vec![BrowsedDisk::new(&self.store, id, &self.read)?];
         let mut set = self.sets.fetch_add(1, Ordering::Relaxed);
         let mut layout = self.open(worker, set, &disks)?;
-        // Numbers of the layout are places in the list: another list is another set.
+        // The layout refers to disks by index: another list of disks is another set.
         let mut remarks = Vec::new();
         while let Some(more) = self.more_disks(worker, &disks, &layout.missing, &mut remarks) {
             remarks.clear();
@@ -190,13 +193,13 @@ impl Browser {
                 validate::check_layout(&layout, disks[0].size())?;
                 Ok(*layout)
             }
-            _ => Err(validate::confused()),
+            _ => Err(validate::protocol_violation()),
         }
     }
 
-    fn begin_to_rest(self: &Arc<Self>) {
-        let mut is_resting = self.resting.lock();
-        if *is_resting {
+    fn start_idle_thread(self: &Arc<Self>) {
+        let mut is_running = self.has_idle_thread.lock();
+        if *is_running {
             return;
         }
         let browser = Arc::downgrade(self);
@@ -204,28 +207,29 @@ impl Browser {
             loop {
                 std::thread::sleep(PERIOD);
                 let Some(browser) = browser.upgrade() else { return };
-                browser.rest();
+                browser.release_idle();
             }
         };
-        match std::thread::Builder::new().name("rest".into()).spawn(work) {
-            Ok(_) => *is_resting = true,
-            // Whoever looks next tries again.
-            Err(error) => tracing::warn!("what reads guests' file systems is not ended when it is idle: {error}"),
+        match std::thread::Builder::new().name("idle".into()).spawn(work) {
+            Ok(_) => *is_running = true,
+            // The next open retries.
+            Err(error) => tracing::warn!("idle file-system workers are not stopped: {error}"),
         }
     }
 
-    fn rest(&self) {
-        // Those of earlier moments, too: the kernel goes on to know their files when others have taken their place here.
+    fn release_idle(&self) {
+        // Contents of earlier points in time as well: the kernel still knows their files after newer ones
+        // have replaced them here.
         let mut in_use = self.in_use.lock();
-        in_use.retain(|inside| inside.strong_count() > 0);
-        let insides: Vec<Arc<DiskContents>> = in_use.iter().filter_map(Weak::upgrade).collect();
+        in_use.retain(|contents| contents.strong_count() > 0);
+        let all: Vec<Arc<DiskContents>> = in_use.iter().filter_map(Weak::upgrade).collect();
         drop(in_use);
-        for inside in insides {
-            inside.rest();
+        for contents in all {
+            contents.release_idle();
         }
         let workers: Vec<Arc<Worker>> = self.workers.lock().values().cloned().collect();
         for worker in workers {
-            worker.rest(IDLE);
+            worker.stop_if_idle(IDLE);
         }
     }
 }

@@ -1,6 +1,6 @@
-//! Where two disks differ, byte ranges at a time.
+//! The byte ranges in which two disks differ.
 //!
-//! Promise: what both have from one place of one image, and what is zero on both, is not read.
+//! Promise: bytes that both disks have from one place of one image are not read, nor are zeroes of both.
 
 use crate::chain::{Origin, View};
 use crate::error::Result;
@@ -9,8 +9,8 @@ use crate::units::{BlockStatus, Run, SECTOR_SIZE};
 /// Bytes that are compared at once.
 const STEP: u64 = 1 << 20;
 
-/// Tells `each` of all ranges that differ, in order: whole sectors, as long as they go on. Where one disk has ended, the other's zeroes
-/// are no difference. Returns how many bytes were read.
+/// Calls `each` with every differing range, in order: whole sectors, adjacent ones joined. After the end of
+/// the shorter disk, zeroes of the other are no difference. Returns the number of bytes read.
 pub fn differing_ranges(a: &View, b: &View, each: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<u64> {
     let mut walk = RangeWalk { a, b, read: 0, open: None, buffers: [Vec::new(), Vec::new()] };
     let size = a.size().max(b.size());
@@ -26,20 +26,20 @@ struct RangeWalk<'a> {
     a: &'a View,
     b: &'a View,
     read: u64,
-    /// A range that differs and may go on.
+    /// A differing range that may continue.
     open: Option<(u64, u64)>,
     buffers: [Vec<u8>; 2],
 }
 
 impl RangeWalk<'_> {
-    /// Compares what is at `at`, and returns how much that was.
+    /// Compares the bytes at `at`, and returns how many.
     fn step(&mut self, at: u64, max: u64, each: &mut dyn FnMut(u64, u64) -> Result<()>) -> Result<u64> {
         let (from_a, from_b) = (origin(self.a, at, max)?, origin(self.b, at, max)?);
         let len = from_a.len.min(from_b.len);
         if is_same(&from_a, &from_b) {
             return Ok(len);
         }
-        // A raw image has holes that no table tells of.
+        // A raw image has holes that appear in no table.
         let (run_a, run_b) = (status_run(self.a, &from_a, at, len)?, status_run(self.b, &from_b, at, len)?);
         let len = run_a.len.min(run_b.len);
         if (run_a.value, run_b.value) == (BlockStatus::Zero, BlockStatus::Zero) {
@@ -76,7 +76,7 @@ impl RangeWalk<'_> {
     }
 }
 
-/// Where a disk's bytes come from; behind its end they are zeroes.
+/// The origin of a disk's bytes; beyond its end they are zeroes.
 fn origin(view: &View, at: u64, max: u64) -> Result<Origin> {
     if at < view.size() {
         view.origin(at, max.min(view.size() - at))
@@ -89,7 +89,7 @@ fn is_same(a: &Origin, b: &Origin) -> bool {
     a.image == b.image && (a.image == 0 || (a.place, a.within) == (b.place, b.within))
 }
 
-/// What is known of a range of that origin without reading it.
+/// The status of a range of that origin, without reading it.
 fn status_run(view: &View, origin: &Origin, at: u64, len: u64) -> Result<Run<BlockStatus>> {
     if origin.image == 0 {
         return Ok(Run::new(BlockStatus::Zero, len));

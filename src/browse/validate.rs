@@ -1,7 +1,8 @@
-//! What a worker has answered, looked at before anybody believes it.
+//! Validates and sanitises a worker's answers.
 //!
-//! Whoever has taken over a worker says what he likes. Promises: what passes here takes a bounded amount of memory, its names are names, and
-//! whoever goes through it comes to an end. The limits are those that honest parsers keep; what is beyond them is an answer to nothing that was asked.
+//! A compromised worker can answer anything. Promises: accepted answers take a bounded amount of memory,
+//! their names are valid names, and every walk over them ends. The limits are those that honest parsers keep;
+//! anything beyond them is a protocol violation.
 
 use std::collections::HashSet;
 
@@ -15,32 +16,33 @@ use crate::guest::{DirectoryEntry, ExtendedAttribute, FileRun, Ino};
 use super::worker::protocol::LIST_LEN;
 use super::worker::{Listing, Mounted};
 
-/// Bytes of a name in a directory, at most: FAT's longest, in UTF-8.
+/// Bytes of a name in a directory at most: FAT's longest, in UTF-8.
 const NAME_LEN: usize = 1024;
-/// Bytes of a volume's name, at most, and of any other text.
+/// Bytes of a volume's name, and of any other text, at most.
 const VOLUME_NAME_LEN: usize = 255;
 const TEXT_LEN: usize = 4096;
-/// Volumes, and what is kept of each set besides.
+/// Volumes of a set, and its other lists, at most.
 const VOLUMES: usize = 1 << 14;
 const PARTITIONS: usize = 256;
 const SEGMENTS: usize = 1 << 18;
 const REMARKS: usize = 128;
 const MOUNTS: usize = 256;
-/// Physical volumes of one disk, and those that are missing altogether.
+/// Physical volumes of one disk, and missing ones altogether.
 const PHYSICAL_VOLUMES: usize = 1024;
-/// Extended attributes of one inode; bytes of a name and of a value, which damage makes longer than the kernel takes them.
+/// Extended attributes of one inode; bytes of a name and of a value, which damage can make longer than the
+/// kernel's limits.
 const ATTRIBUTES: usize = 8192;
 const ATTRIBUTE_NAME_LEN: usize = 300;
 const ATTRIBUTE_LEN: usize = 1 << 17;
 
-/// The error that an answer is which makes no sense.
-pub(super) fn confused() -> Error {
-    Error::new(ErrorKind::Io, "what reads guests' file systems has answered something else than what was asked")
+/// The error for an answer that does not match the request.
+pub(super) fn protocol_violation() -> Error {
+    Error::new(ErrorKind::Io, "protocol violation by a file-system worker")
 }
 
 fn check(is_good: bool) -> Result<()> {
-    // G6: what is beyond the limits is no answer.
-    if is_good { Ok(()) } else { Err(confused()) }
+    // G6: an answer beyond the limits is refused.
+    if is_good { Ok(()) } else { Err(protocol_violation()) }
 }
 
 fn is_text(text: &str) -> bool {
@@ -55,7 +57,7 @@ fn are_remarks(remarks: &[String]) -> bool {
     remarks.len() <= REMARKS && remarks.iter().all(|remark| is_text(remark))
 }
 
-/// What a disk of `size` bytes, and others with it, are said to hold.
+/// Validates the layout of a disk of `size` bytes and the disks assembled with it.
 pub(super) fn check_layout(layout: &VolumeLayout, size: u64) -> Result<()> {
     let mut numbers = HashSet::new();
     let is_partition = |partition: &Partition| {
@@ -82,7 +84,7 @@ pub(super) fn check_layout(layout: &VolumeLayout, size: u64) -> Result<()> {
     check(layout.missing.len() <= PHYSICAL_VOLUMES && layout.missing.iter().all(is_group))
 }
 
-/// How many places a segment names.
+/// How many positions a segment has.
 fn weight(segment: &VolumeSegment) -> usize {
     match &segment.place {
         VolumeMapping::Linear(_) => 1,
@@ -90,7 +92,7 @@ fn weight(segment: &VolumeSegment) -> usize {
     }
 }
 
-/// Names of volumes are names of directories, and targets of the link that leads to the one with the operating system.
+/// Names of volumes become names of directories, and targets of the link to the operating system's volume.
 fn is_volume_name(name: &str) -> bool {
     let is_known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '_' | '.' | '-' | '~' | '!' | '#');
     let number = name.strip_prefix('p').unwrap_or_default();
@@ -99,20 +101,20 @@ fn is_volume_name(name: &str) -> bool {
     (name == "disk" || is_partition || is_logical) && name.len() <= VOLUME_NAME_LEN
 }
 
-/// Which physical volumes a disk is said to hold.
+/// Validates the physical volumes of a disk.
 pub(super) fn check_physical_volumes(found: &[PhysicalVolumeName]) -> Result<()> {
     let is_one = |held: &PhysicalVolumeName| is_text(&held.id) && are_texts([&held.group]);
     check(found.len() <= PHYSICAL_VOLUMES && found.iter().all(is_one))
 }
 
-/// What is said of a file system as a whole.
+/// Validates the answer about a file system.
 pub(super) fn check_mounted(mounted: &Mounted) -> Result<()> {
     check_ino(mounted.root)?;
     // Programs divide by it.
     check(mounted.statistics.block_size > 0 && are_remarks(&mounted.remarks) && are_remarks(&mounted.stale))
 }
 
-/// Which operating systems some volumes are said to hold.
+/// Validates the operating systems on some volumes.
 pub(super) fn check_systems(systems: &[OperatingSystem], volume_count: usize) -> Result<()> {
     let is_one = |found: &OperatingSystem| {
         let OperatingSystem { volume: _, id, name, version, pretty_name, host_name, machine_id, architecture, mounts } =
@@ -128,9 +130,9 @@ pub(super) fn check_systems(systems: &[OperatingSystem], volume_count: usize) ->
     check(systems.len() <= volume_count && systems.iter().all(is_one))
 }
 
-/// A part of a directory from a place on, without what cannot be shown. Each entry's place lies behind the one before, so that every
-/// listing ends.
-pub(super) fn usual(mut listing: Listing, from: u64) -> Result<Listing> {
+/// Validates a part of a directory and removes the entries that cannot be shown. Each entry's position is
+/// after the one before, so that every listing ends.
+pub(super) fn sanitise_listing(mut listing: Listing, from: u64) -> Result<Listing> {
     check(listing.entries.len() <= LIST_LEN)?;
     let mut before = from;
     for listed in &listing.entries {
@@ -138,21 +140,21 @@ pub(super) fn usual(mut listing: Listing, from: u64) -> Result<Listing> {
         check(next > before && next < DirectoryEntry::NEXT_LIMIT - 2)?;
         before = next;
     }
-    listing.entries.retain(|listed| is_usual(&listed.entry));
+    listing.entries.retain(|listed| is_presentable(&listed.entry));
     if listing.entries.is_empty() && !listing.ends {
         return Err(Error::new(ErrorKind::Corrupt, "a directory with many names that cannot be shown"));
     }
     Ok(listing)
 }
 
-/// Whether an entry can be shown as it is.
-fn is_usual(entry: &DirectoryEntry) -> bool {
+/// Whether an entry can be shown unchanged.
+fn is_presentable(entry: &DirectoryEntry) -> bool {
     let name = &entry.name[..];
     let is_name = !matches!(name, b"" | b"." | b"..") && name.len() <= NAME_LEN;
     is_name && !name.iter().any(|byte| matches!(byte, 0 | b'/')) && entry.ino.0 < Ino::LIMIT
 }
 
-/// All extended attributes of an inode.
+/// Validates all extended attributes of an inode.
 pub(super) fn check_extended_attributes(found: &[ExtendedAttribute]) -> Result<()> {
     let is_one = |attribute: &ExtendedAttribute| {
         (1..=ATTRIBUTE_NAME_LEN).contains(&attribute.name.len())
@@ -162,10 +164,10 @@ pub(super) fn check_extended_attributes(found: &[ExtendedAttribute]) -> Result<(
     check(found.len() <= ATTRIBUTES && found.iter().all(is_one))
 }
 
-/// `Err` unless each run has bytes, and none ends beyond what can be counted.
+/// `Err` unless each run has bytes, and the sum of their lengths does not overflow.
 pub(super) fn check_runs(at: u64, runs: &[FileRun]) -> Result<()> {
     let end = |end: u64, run: &FileRun| end.checked_add(run.len).filter(|_| run.len > 0);
-    runs.iter().try_fold(at, end).map(drop).ok_or_else(confused)
+    runs.iter().try_fold(at, end).map(drop).ok_or_else(protocol_violation)
 }
 
 pub(super) fn check_ino(ino: Ino) -> Result<()> {
@@ -195,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn volumes_have_names_of_volumes_and_each_its_own() {
+    fn volume_names_are_valid_and_unique() {
         let long = format!("vg-{}", "a".repeat(120));
         let good = with_volumes(&["p1", "p15", "disk", "vg-lv", "vg--a-lv.1+b", "vg-lv~Zq2hEb-zKAX", &long]);
         check_layout(&good, SIZE).unwrap();
@@ -218,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_bounded() {
+    fn layouts_are_bounded() {
         let many = |count| VolumeLayout { remarks: vec!["a".into(); count], ..VolumeLayout::default() };
         check_layout(&many(101), SIZE).unwrap();
         assert!(check_layout(&many(1000), SIZE).is_err());
@@ -242,17 +244,17 @@ mod tests {
     }
 
     #[test]
-    fn a_listing_goes_forward_and_has_names() {
+    fn a_listing_moves_forward_and_has_valid_names() {
         let names = |found: Listing| found.entries.into_iter().map(|listed| listed.entry.name).collect::<Vec<_>>();
         let mixed = [("a", 6), ("..", 7), ("b/c", 8), ("", 9), ("d\0", 10), ("e", 11)];
-        assert_eq!(names(usual(listing(&mixed, false), 5).unwrap()), [b"a", b"e"]);
+        assert_eq!(names(sanitise_listing(listing(&mixed, false), 5).unwrap()), [b"a", b"e"]);
         for places in [[6, 6], [6, 5], [5, 6], [6, u64::MAX]] {
             let entries = [("a", places[0]), ("b", places[1])];
-            assert!(usual(listing(&entries, false), 5).is_err(), "{places:?}");
+            assert!(sanitise_listing(listing(&entries, false), 5).is_err(), "{places:?}");
         }
-        // Nothing is left, and more is to come: that is no end.
-        assert!(usual(listing(&[("/", 6)], false), 5).is_err());
-        assert!(usual(listing(&[("/", 6)], true), 5).unwrap().entries.is_empty());
-        assert!(usual(listing(&[], false), 5).is_err());
+        // No entry is left, and the listing does not end: that is an error.
+        assert!(sanitise_listing(listing(&[("/", 6)], false), 5).is_err());
+        assert!(sanitise_listing(listing(&[("/", 6)], true), 5).unwrap().entries.is_empty());
+        assert!(sanitise_listing(listing(&[], false), 5).is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! The versions of one file in many disks: which of them hold the same.
+//! The versions of one file in many disks: the disks grouped by equal content.
 
 use std::sync::Arc;
 
@@ -12,18 +12,18 @@ use super::walk::{FinalSymlink, GuestEntry, GuestTree};
 /// What a disk has at a path.
 #[derive(Debug)]
 pub enum PathState {
-    /// Something.
+    /// An entry.
     There(Box<(GuestTree, GuestEntry)>),
-    /// Nothing, or not even the volume.
+    /// No entry, or not even the volume.
     Absent,
-    /// That cannot be told.
+    /// It cannot be read.
     Unreadable(Error),
 }
 
-/// A version, and which of the disks have it.
+/// A version, and the disks that have it.
 #[derive(Debug)]
 pub struct PathVersion {
-    /// What it is; `None` if there is nothing.
+    /// Its attributes; `None` if the file is absent.
     pub state: Option<Result<FileAttributes>>,
     /// The target, of a symbolic link.
     pub target: Option<Vec<u8>>,
@@ -31,10 +31,10 @@ pub struct PathVersion {
     pub disks: Vec<usize>,
 }
 
-/// What `inside` has at `path` of a volume; the path's last name may be a link's, and means it.
-pub fn find(inside: &Arc<DiskContents>, volume: Option<usize>, path: &[u8]) -> PathState {
+/// What a disk has at `path` of a volume; a symbolic link in the last place is not followed.
+pub fn find(contents: &Arc<DiskContents>, volume: Option<usize>, path: &[u8]) -> PathState {
     let Some(volume) = volume else { return PathState::Absent };
-    let found = GuestTree::open(inside, volume).and_then(|tree| {
+    let found = GuestTree::open(contents, volume).and_then(|tree| {
         let entry = tree.resolve(path, FinalSymlink::Itself)?;
         Ok((tree, entry))
     });
@@ -45,12 +45,12 @@ pub fn find(inside: &Arc<DiskContents>, volume: Option<usize>, path: &[u8]) -> P
     }
 }
 
-/// The versions of what was found in several disks, in the order in which they are first met.
+/// The versions of one path in several disks, in the order of their first appearance.
 pub fn versions(found: &[PathState]) -> Vec<PathVersion> {
-    // The first disk of each version stands for it.
+    // The first disk of each version represents it.
     let mut all: Vec<(usize, PathVersion)> = Vec::new();
     for (index, one) in found.iter().enumerate() {
-        // Most often it is what the disk below has.
+        // Most often a version equals that of the next lower layer.
         match all.iter_mut().rev().find(|(first, version)| is_same(&found[*first], one, version)) {
             Some((_, version)) => version.disks.push(index),
             None => all.push((index, version(one, index))),

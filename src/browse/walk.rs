@@ -1,7 +1,8 @@
-//! A volume's tree of files, for whoever walks it without a kernel.
+//! A volume's tree of files, walked without a kernel mount.
 //!
-//! Promises: nothing here goes on for ever, whatever a guest has written: links are followed a bounded number of times, a
-//! directory has a bounded number of entries, and [`VisitedDirectories`] tells which directories were met before. Names are bytes.
+//! Promises: every walk ends, for any guest data. Links are followed a bounded number of times, a directory
+//! has a bounded number of entries, and [`VisitedDirectories`] recognises directories that were visited
+//! before. Names are bytes.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -15,64 +16,64 @@ use crate::store::shown;
 
 use super::{DiskContents, DiskLease, ListedEntry};
 
-/// Symbolic links that one path leads over, at most: as many as Linux follows.
+/// Symbolic links that one path may follow at most; Linux' limit.
 const LINKS: usize = 40;
-/// Entries of one directory, at most.
+/// Entries of one directory at most.
 const ENTRIES: usize = 1 << 22;
-/// Directories within each other, at most.
+/// Nesting of directories at most.
 pub const DEPTH: usize = 512;
 
-/// The files of one volume. Its disks are held while it lives.
+/// The files of one volume. Its disks are leased until it is dropped.
 #[derive(Debug)]
 pub struct GuestTree {
-    pub(super) inside: Arc<DiskContents>,
+    pub(super) contents: Arc<DiskContents>,
     pub(super) volume: usize,
     root: GuestEntry,
-    _hold: DiskLease,
+    _lease: DiskLease,
 }
 
-/// Something in a tree.
+/// An entry of a tree.
 #[derive(Clone, Copy, Debug)]
 pub struct GuestEntry {
-    /// Its number.
+    /// Its inode number.
     pub ino: Ino,
-    /// What stat(2) says of it.
+    /// Its stat(2) attributes.
     pub attributes: FileAttributes,
 }
 
-/// Something in a directory.
+/// An entry of a directory.
 #[derive(Clone, Debug)]
 pub struct NamedEntry {
     /// Its name: not empty, without `/` and NUL, never `.` or `..`.
     pub name: Vec<u8>,
-    /// What it names, or why that cannot be told.
+    /// The entry, or the error of reading it.
     pub entry: Result<GuestEntry>,
 }
 
-/// What a path means whose last name is that of a symbolic link.
+/// The meaning of a path whose last name is a symbolic link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinalSymlink {
-    /// What it leads to.
+    /// The link's target.
     Followed,
-    /// The link.
+    /// The link itself.
     Itself,
 }
 
-/// Directories that have been met: a damaged one may hold itself, or others the same one many times.
+/// The visited directories: a damaged one may contain itself, or appear many times.
 #[derive(Debug, Default)]
 pub struct VisitedDirectories(HashSet<Ino>);
 
 impl VisitedDirectories {
-    /// Notes that a directory is entered; why it is not to be.
+    /// Records that a directory is entered; an error if it must not be.
     pub fn enter(&mut self, directory: Ino, depth: usize) -> Result<()> {
         if !self.0.insert(directory) {
             return Err(Error::new(
                 ErrorKind::Corrupt,
-                "this directory is also somewhere else; it is not entered again",
+                "this directory was already visited at another path; it is skipped",
             ));
         }
         if depth >= DEPTH {
-            return Err(Error::new(ErrorKind::Limit, format!("more than {DEPTH} directories lie within each other")));
+            return Err(Error::new(ErrorKind::Limit, format!("directories are nested more than {DEPTH} deep")));
         }
         Ok(())
     }
@@ -80,11 +81,11 @@ impl VisitedDirectories {
 
 impl GuestTree {
     /// The files of a volume, by index.
-    pub fn open(inside: &Arc<DiskContents>, volume: usize) -> Result<Self> {
-        let hold = inside.hold()?;
-        let ino = inside.mount(volume)?.root;
-        let root = GuestEntry { ino, attributes: inside.attributes(volume, ino)? };
-        Ok(Self { inside: Arc::clone(inside), volume, root, _hold: hold })
+    pub fn open(contents: &Arc<DiskContents>, volume: usize) -> Result<Self> {
+        let lease = contents.lease()?;
+        let ino = contents.mount(volume)?.root;
+        let root = GuestEntry { ino, attributes: contents.attributes(volume, ino)? };
+        Ok(Self { contents: Arc::clone(contents), volume, root, _lease: lease })
     }
 
     /// The root directory.
@@ -92,30 +93,30 @@ impl GuestTree {
         self.root
     }
 
-    /// What a path from the root means, by the guest's own rules: links that are absolute, or climb, stay in the volume.
+    /// Resolves a path from the root by the guest's own rules: absolute links and `..` stay in the volume.
     pub fn resolve(&self, path: &[u8], last: FinalSymlink) -> Result<GuestEntry> {
         let mut left: Vec<Vec<u8>> = Vec::new();
         push_names(&mut left, path);
         if path.ends_with(b"/") {
-            // What is written with a slash at its end is a directory, behind a link or not.
+            // A path with a trailing slash is a directory, through a link or not.
             left.insert(0, b".".to_vec());
         }
-        let mut above = vec![self.root];
+        let mut parents = vec![self.root];
         let mut link_count = 0;
         while let Some(name) = left.pop() {
-            let here = above[above.len() - 1];
+            let here = parents[parents.len() - 1];
             if here.attributes.kind != FileKind::Directory {
                 return Err(Error::new(ErrorKind::NotFound, "a part of the path is not a directory"));
             }
             match name.as_slice() {
                 b"." => continue,
                 b".." => {
-                    above.truncate((above.len() - 1).max(1));
+                    parents.truncate((parents.len() - 1).max(1));
                     continue;
                 }
                 _ => {}
             }
-            let found = self.inside.lookup(self.volume, here.ino, &name)?;
+            let found = self.contents.lookup(self.volume, here.ino, &name)?;
             let (ino, attributes) = found.ok_or_else(|| {
                 let name = shown(Path::new(OsStr::from_bytes(&name)));
                 Error::new(ErrorKind::NotFound, format!("there is no {name}"))
@@ -123,26 +124,26 @@ impl GuestTree {
             if attributes.kind == FileKind::Symlink && (last == FinalSymlink::Followed || !left.is_empty()) {
                 link_count += 1;
                 if link_count > LINKS {
-                    return Err(Error::new(ErrorKind::NotFound, "there are too many symbolic links on the way"));
+                    return Err(Error::new(ErrorKind::NotFound, "the path follows too many symbolic links"));
                 }
-                let target = self.inside.read_link(self.volume, ino)?;
+                let target = self.contents.read_link(self.volume, ino)?;
                 if target.starts_with(b"/") {
-                    above.truncate(1);
+                    parents.truncate(1);
                 }
                 push_names(&mut left, &target);
                 continue;
             }
-            above.push(GuestEntry { ino, attributes });
+            parents.push(GuestEntry { ino, attributes });
         }
-        Ok(above[above.len() - 1])
+        Ok(parents[parents.len() - 1])
     }
 
-    /// All entries of a directory, sorted by name, and why there are no more if something is wrong with it.
+    /// All entries of a directory, sorted by name, and the error that ended the listing, if any.
     pub fn entries(&self, directory: Ino) -> (Vec<NamedEntry>, Option<Error>) {
         let mut all = Vec::new();
         let trouble = self.list(directory, &mut all).err();
         all.sort_by(|a, b| a.name.cmp(&b.name));
-        // By a name there is one thing, however often a damaged directory has it.
+        // A damaged directory may have a name several times; one entry is kept.
         all.dedup_by(|a, b| a.name == b.name);
         (all, trouble)
     }
@@ -150,16 +151,16 @@ impl GuestTree {
     fn list(&self, directory: Ino, all: &mut Vec<NamedEntry>) -> Result<()> {
         let mut from = 0;
         loop {
-            let listing = self.inside.list(self.volume, directory, from)?;
+            let listing = self.contents.list(self.volume, directory, from)?;
             let Some(last) = listing.entries.last() else {
-                let fact = "a directory's listing does not end";
+                let fact = "a directory's listing has no end";
                 return if listing.ends { Ok(()) } else { Err(Error::new(ErrorKind::Corrupt, fact)) };
             };
             from = last.entry.next;
             for ListedEntry { entry: found, attributes, .. } in listing.entries {
                 let attributes = match attributes {
                     Some(attributes) => Ok(attributes),
-                    None => self.inside.attributes(self.volume, found.ino),
+                    None => self.contents.attributes(self.volume, found.ino),
                 };
                 let entry = attributes.map(|attributes| GuestEntry { ino: found.ino, attributes });
                 all.push(NamedEntry { name: found.name, entry });
@@ -175,16 +176,16 @@ impl GuestTree {
 
     /// The target of a symbolic link, as the guest has it.
     pub fn read_link(&self, ino: Ino) -> Result<Vec<u8>> {
-        self.inside.read_link(self.volume, ino)
+        self.contents.read_link(self.volume, ino)
     }
 
     /// All extended attributes.
     pub fn extended_attributes(&self, ino: Ino) -> Result<Vec<ExtendedAttribute>> {
-        self.inside.extended_attributes(self.volume, ino)
+        self.contents.extended_attributes(self.volume, ino)
     }
 }
 
-/// Puts a path's names in front of those that are left; the next one is the last of the list.
+/// Puts a path's names before the remaining ones; the last of the list is the next.
 fn push_names(left: &mut Vec<Vec<u8>>, path: &[u8]) {
     left.extend(path.split(|byte| *byte == b'/').rev().filter(|name| !name.is_empty()).map(<[u8]>::to_vec));
 }
@@ -205,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_is_entered_once_and_not_too_deep() {
+    fn directories_are_entered_once_and_up_to_a_depth() {
         let mut visited = VisitedDirectories::default();
         visited.enter(Ino(2), 0).unwrap();
         assert_eq!(visited.enter(Ino(2), 1).unwrap_err().kind(), ErrorKind::Corrupt);

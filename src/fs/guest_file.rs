@@ -56,10 +56,10 @@ impl KnownRuns {
 
 impl GuestFile {
     pub(super) fn open(slot: &Arc<MountedVolume>, ino: Ino) -> Result<Self> {
-        let hold = slot.inside.hold()?;
+        let lease = slot.inside.lease()?;
         let OpenedFile { size, runs } = slot.inside.open_file(slot.volume, ino)?;
         let known = Mutex::new(Arc::new(KnownRuns::new(0, runs)));
-        Ok(Self { slot: Arc::clone(slot), ino, size, known, _hold: hold })
+        Ok(Self { slot: Arc::clone(slot), ino, size, known, _hold: lease })
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -132,8 +132,8 @@ pub struct GuestDirectory {
 
 impl GuestDirectory {
     pub(super) fn open(slot: &Arc<MountedVolume>, ino: Ino) -> Result<Self> {
-        let hold = slot.inside.hold()?;
-        Ok(Self { slot: Arc::clone(slot), ino, listed: Mutex::new(None), _hold: hold })
+        let lease = slot.inside.lease()?;
+        Ok(Self { slot: Arc::clone(slot), ino, listed: Mutex::new(None), _hold: lease })
     }
 
     /// Entries from a place on, and how many of them are to be left out.

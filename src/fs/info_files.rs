@@ -97,10 +97,10 @@ impl InfoFiles {
     ) -> Arc<[u8]> {
         let make = || match document {
             StoreDocument::TreeText => {
-                text::forest(&report::forest_at_work(store, catalog, shares), &TextOptions::local())
+                text::forest(&report::forest_with_progress(store, catalog, shares), &TextOptions::local())
             }
             StoreDocument::TreeSvg => {
-                svg::forest(&report::forest_at_work(store, catalog, shares), &TimeZone::system(), false)
+                svg::forest(&report::forest_with_progress(store, catalog, shares), &TimeZone::system(), false)
             }
             StoreDocument::Problems => report::problems_text(catalog) + &report::locked_text(store, catalog),
             StoreDocument::Chains | StoreDocument::Metrics | StoreDocument::Trash => String::new(),
@@ -139,11 +139,13 @@ impl InfoFiles {
         let make = || match document {
             ChainDocument::Chain => json::pretty(&report::chain_info_in_short(store, catalog, leaf)),
             ChainDocument::TreeText => {
-                text::forest(&report::chain_forest_at_work(store, catalog, leaf, shares), &TextOptions::local())
+                text::forest(&report::chain_forest_with_progress(store, catalog, leaf, shares), &TextOptions::local())
             }
-            ChainDocument::TreeSvg => {
-                svg::forest(&report::chain_forest_at_work(store, catalog, leaf, shares), &TimeZone::system(), false)
-            }
+            ChainDocument::TreeSvg => svg::forest(
+                &report::chain_forest_with_progress(store, catalog, leaf, shares),
+                &TimeZone::system(),
+                false,
+            ),
             ChainDocument::Problem | ChainDocument::OperatingSystem => String::new(),
         };
         let shows_locks = matches!(document, ChainDocument::TreeText | ChainDocument::TreeSvg);

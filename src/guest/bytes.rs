@@ -1,6 +1,6 @@
-//! Fields of structures on a disk, and the checksum that most of them have.
+//! Reads fields of on-disk structures, and computes the checksum that most of them use.
 //!
-//! A field that lies outside of the bytes given is 0: parsers decide by lengths and checksums that they state themselves.
+//! A field outside the given bytes reads as 0. Parsers check lengths and checksums themselves.
 
 /// `N` bytes at `at`.
 pub(super) fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
@@ -37,7 +37,7 @@ pub(super) fn be64(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(array(bytes, at))
 }
 
-/// The reflected CRC-32 of Ethernet, without its inversions: formats begin and end it as they like.
+/// The reflected CRC-32 of Ethernet without the inversions: each format applies its own.
 pub(super) fn crc32(seed: u32, bytes: &[u8]) -> u32 {
     const TABLE: [u32; 256] = table();
     bytes.iter().fold(seed, |crc, byte| TABLE[usize::from((crc as u8) ^ byte)] ^ (crc >> 8))
@@ -59,7 +59,7 @@ const fn table() -> [u32; 256] {
     table
 }
 
-/// Text up to its first NUL, without spaces at its end, fit for a terminal; `None` if nothing is left.
+/// Text up to its first NUL, without trailing spaces, safe for a terminal; `None` if it is empty.
 pub(super) fn text(bytes: &[u8]) -> Option<String> {
     let len = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     let text = String::from_utf8_lossy(&bytes[..len]);
@@ -67,14 +67,14 @@ pub(super) fn text(bytes: &[u8]) -> Option<String> {
     (!text.is_empty()).then(|| shown(text))
 }
 
-/// UTF-16 (little-endian) up to its first NUL, fit for a terminal; `None` if nothing is there.
+/// UTF-16 (little-endian) up to its first NUL, safe for a terminal; `None` if it is empty.
 pub(super) fn utf16(bytes: &[u8]) -> Option<String> {
     let units = bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
     let units: Vec<u16> = units.take_while(|unit| *unit != 0).collect();
     (!units.is_empty()).then(|| shown(&String::from_utf16_lossy(&units)))
 }
 
-/// What a guest has written must not move anybody's cursor, nor begin a line of a list.
+/// Guest-controlled text must not move the terminal's cursor or start a new line in a list.
 fn shown(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_end_at_nul_and_are_fit_for_a_terminal() {
+    fn texts_end_at_nul_and_are_safe_for_a_terminal() {
         assert_eq!(text(b"a b  \0c").as_deref(), Some("a b"));
         assert_eq!(text(b"a\x1b[2J\n").as_deref(), Some("a\u{fffd}[2J"));
         assert_eq!(utf16(b"a\0\n\0\0\0b\0").as_deref(), Some("a\u{fffd}"));
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn fields_outside_are_zero() {
+    fn fields_outside_the_bytes_are_zero() {
         assert_eq!(le32(&[1, 2, 3], 0), 0);
         assert_eq!(le16(&[1, 2, 3], 1), 0x0302);
         assert_eq!(le64(&[], usize::MAX), 0);

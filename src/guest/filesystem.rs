@@ -1,7 +1,7 @@
-//! What every guest file system can be asked, whatever its format.
+//! The interface of every guest file system, whatever its format.
 //!
-//! Inodes are numbers, names are bytes, and everything takes `&self` and may be called by many threads. What is asked
-//! of one entry and found damaged is an error of that entry (`Corrupt`); the others stay readable.
+//! Inodes are numbers, names are bytes. Everything takes `&self` and may be called by many threads. Damage is
+//! an error of the requested entry (`Corrupt`); the other entries stay readable.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,22 +12,22 @@ use crate::error::Result;
 pub struct Ino(pub u64);
 
 impl Ino {
-    /// Numbers are below this: a format that has larger ones must map them.
+    /// Numbers are below this: a format with larger ones must map them.
     pub const LIMIT: u64 = 1 << 40;
 }
 
-/// A point in time as file systems keep it.
+/// A point in time in a file system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Time {
-    /// Since 1970 began (UTC); negative before.
+    /// Since 1970-01-01 00:00 UTC; negative before.
     pub seconds: i64,
     /// Below 1,000,000,000; forward in time, also before 1970.
     pub nanoseconds: u32,
 }
 
-/// What an inode is.
+/// The kind of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "they say it themselves")]
+#[expect(missing_docs, reason = "the names say it")]
 pub enum FileKind {
     File,
     Directory,
@@ -38,10 +38,10 @@ pub enum FileKind {
     Socket,
 }
 
-/// What stat(2) says of an inode.
+/// The stat(2) attributes of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileAttributes {
-    /// What it is.
+    /// Its kind.
     pub kind: FileKind,
     /// The twelve bits of permissions, set-ID and sticky bits.
     pub mode: u16,
@@ -51,9 +51,9 @@ pub struct FileAttributes {
     pub gid: u32,
     /// Bytes; of a symbolic link, its target's.
     pub size: u64,
-    /// Blocks of 512 bytes, as the guest's kernel says.
+    /// Blocks of 512 bytes, as the guest's kernel counts them.
     pub blocks: u64,
-    /// Names it has.
+    /// Number of names.
     pub links: u32,
     /// Major and minor number of a device.
     pub device: (u32, u32),
@@ -63,7 +63,7 @@ pub struct FileAttributes {
     pub modified: Time,
     /// Last change of the inode.
     pub changed: Time,
-    /// When it was made, where that is kept.
+    /// Creation, where it is stored.
     pub created: Option<Time>,
 }
 
@@ -72,16 +72,17 @@ pub struct FileAttributes {
 pub struct DirectoryEntry {
     /// The name: not empty, without `/` and NUL, never `.` or `..`.
     pub name: Vec<u8>,
-    /// What it names.
+    /// The inode it names.
     pub ino: Ino,
-    /// What that is, if the directory says so.
+    /// The inode's kind, if the directory stores it.
     pub kind: Option<FileKind>,
-    /// Where the listing goes on after this entry; never 0, and below [`DirectoryEntry::NEXT_LIMIT`].
+    /// The position where the listing continues after this entry; never 0, and below
+    /// [`DirectoryEntry::NEXT_LIMIT`].
     pub next: u64,
 }
 
 impl DirectoryEntry {
-    /// Places in a directory are below this, so that the kernel's signed offsets can hold them.
+    /// Positions in a directory are below this, so that the kernel's signed offsets can hold them.
     pub const NEXT_LIMIT: u64 = 1 << 63;
 }
 
@@ -100,22 +101,23 @@ pub struct ExtendedAttribute {
 pub struct FileRun {
     /// Bytes; never 0.
     pub len: u64,
-    /// Where.
+    /// Where its bytes are.
     pub kind: RunKind,
 }
 
 /// Where the bytes of a run are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RunKind {
-    /// Nowhere: a hole, or space that was never written. They are zeroes.
+    /// Nowhere: a hole, or space that was never written. Reads as zeroes.
     Hole,
-    /// In the source, as they are, from this offset on.
+    /// In the source, unchanged, from this offset on.
     Stored(u64),
-    /// Only [`FileSystem::read_at`] can tell: in an inode, in a journal, compressed. Data to `SEEK_DATA`.
-    Asked,
+    /// Only [`FileSystem::read_at`] can read them: they are in an inode, in a journal, or compressed.
+    /// `SEEK_DATA` counts them as data.
+    Opaque,
 }
 
-/// What statfs(2) says of a file system.
+/// The statfs(2) numbers of a file system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Statistics {
     /// Bytes of a block.
@@ -124,50 +126,53 @@ pub struct Statistics {
     pub blocks: u64,
     /// Free blocks.
     pub free_blocks: u64,
-    /// Free blocks that anybody may use.
+    /// Free blocks without the reserve.
     pub available_blocks: u64,
-    /// Inodes in all; 0 if there is no such limit.
+    /// Inodes in all; 0: no limit.
     pub inodes: u64,
     /// Free inodes.
     pub free_inodes: u64,
-    /// Bytes of a name, at most.
+    /// Bytes of a name at most.
     pub name_len: u32,
 }
 
-/// A file system that can only be read.
+/// A read-only file system.
 pub trait FileSystem: Send + Sync {
     /// The root directory.
     fn root(&self) -> Ino;
 
-    /// Sizes of the whole.
+    /// The statfs(2) numbers.
     fn statistics(&self) -> Statistics;
 
-    /// What should be known of what is shown, a sentence each: that a journal could not be replayed, say.
+    /// Facts about the shown state that the user should know, one sentence each, for example that a journal
+    /// could not be replayed.
     fn remarks(&self) -> Vec<String>;
 
-    /// Those of them that say that what is shown is not what was written last: a journal could not be replayed, or not all of it.
+    /// The remarks that say that the shown state is not the last one: a journal could not be replayed, or
+    /// only in part.
     fn stale(&self) -> Vec<String> {
         Vec::new()
     }
 
-    /// What a name in a directory stands for, by the file system's own rules (letters' case, say).
+    /// The inode of a name in a directory, by the file system's own rules (such as case folding).
     fn lookup(&self, directory: Ino, name: &[u8]) -> Result<Option<Ino>>;
 
-    /// Calls `each` with the entries of a directory, without `.` and `..`, beginning at the place `from` (0: the beginning; else some
-    /// entry's `next`), until it returns false or there are no more. An error may follow good entries: those have been given.
+    /// Calls `each` with the entries of a directory, without `.` and `..`, from the position `from` on (0:
+    /// the beginning; else some entry's `next`), until it returns false or the directory ends. An error may
+    /// follow valid entries, which `each` has received by then.
     fn list(&self, directory: Ino, from: u64, each: &mut dyn FnMut(DirectoryEntry) -> bool) -> Result<()>;
 
-    /// What stat(2) says.
+    /// The stat(2) attributes.
     fn attributes(&self, ino: Ino) -> Result<FileAttributes>;
 
     /// The target of a symbolic link.
     fn read_link(&self, ino: Ino) -> Result<Vec<u8>>;
 
-    /// Where the bytes of a regular file are, from `at` on: runs without gaps that reach up to `at + len` or the end of the file,
-    /// whichever comes first, but no more than `most` of them. Empty at and beyond the end of the file.
+    /// Where the bytes of a regular file are, from `at` on: runs without gaps up to `at + len` or the end of
+    /// the file, whichever comes first, but at most `most` of them. Empty at and beyond the end of the file.
     fn runs(&self, ino: Ino, at: u64, len: u64, most: usize) -> Result<Vec<FileRun>>;
 
-    /// Reads from `at` on what there is of a regular file before its end, and returns how much that is.
+    /// Reads a regular file from `at` on, up to its end, and returns the number of bytes read.
     fn read_at(&self, ino: Ino, at: u64, buf: &mut [u8]) -> Result<usize>;
 
     /// All extended attributes, in the order in which the guest's kernel lists them.

@@ -1,8 +1,10 @@
-//! Which volume holds the operating system, and what that is: told by the files that every distribution has, as
-//! guestfish(1)'s inspection does it.
+//! Finds the volume with the operating system and describes the system, from files that every distribution
+//! has, like guestfish(1)'s inspection.
 //!
-//! Promises: links are followed within the volume only, whatever they say; every file is read up to a limit, every text that
-//! is given is short and without control characters.
+//! Promises:
+//! - Links are followed within the volume only.
+//! - Every file is read up to a limit.
+//! - Every returned text is short and without control characters.
 
 mod path;
 mod system;
@@ -13,52 +15,52 @@ use crate::guest::FileSystem;
 
 pub use path::{read_text, resolve_path};
 
-/// A volume whose file system has been opened.
+/// A volume with an open file system.
 #[derive(Clone, Copy)]
 pub struct OpenedVolume<'a> {
-    /// As in the layout: `p1`, `vg-root`.
+    /// Its name in the layout: `p1`, `vg-root`.
     pub name: &'a str,
     /// Its files.
     pub files: &'a dyn FileSystem,
-    /// What `LABEL=` of an fstab means.
+    /// The value of `LABEL=` in an fstab.
     pub label: Option<&'a str>,
-    /// What `UUID=` means.
+    /// The value of `UUID=`.
     pub uuid: Option<&'a str>,
-    /// What `PARTUUID=` means, if it is a partition.
+    /// The value of `PARTUUID=`, if it is a partition.
     pub partition_uuid: Option<&'a str>,
-    /// What `PARTLABEL=` means.
+    /// The value of `PARTLABEL=`.
     pub partition_label: Option<&'a str>,
 }
 
-/// An operating system that was found.
+/// An operating system on a guest's disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OperatingSystem {
     /// The volume that holds its root directory.
     pub volume: String,
-    /// `debian`, `fedora`: os-release's `ID`.
+    /// os-release's `ID`: `debian`, `fedora`.
     pub id: Option<String>,
     /// Its name.
     pub name: Option<String>,
     /// Its version.
     pub version: Option<String>,
-    /// What it calls itself, version and all.
+    /// Its full name with its version.
     pub pretty_name: Option<String>,
-    /// What the machine is called.
+    /// The machine's host name.
     pub host_name: Option<String>,
-    /// What systemd knows the machine by.
+    /// systemd's machine ID.
     pub machine_id: Option<String>,
-    /// `x86_64`, `aarch64`: uname's word for what its programs run on.
+    /// The architecture of its programs in uname(1)'s spelling: `x86_64`, `aarch64`.
     pub architecture: Option<String>,
-    /// What its fstab mounts, in that order.
+    /// The mounts of its fstab, in order.
     pub mounts: Vec<FstabEntry>,
 }
 
 /// A line of an fstab.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FstabEntry {
-    /// As it stands there: `UUID=...`, `/dev/vda1`.
+    /// The device as written: `UUID=...`, `/dev/vda1`.
     pub device: String,
-    /// The volume that it is.
+    /// The volume of that device.
     pub volume: Option<String>,
     /// Where it is mounted.
     pub directory: String,
@@ -68,7 +70,7 @@ pub struct FstabEntry {
     pub options: String,
 }
 
-/// The operating systems on some volumes, in the order of these. The first is the one to show where one is wanted.
+/// The operating systems on these volumes, in their order. Callers that show only one show the first.
 pub fn inspect(volumes: &[OpenedVolume<'_>]) -> Vec<OperatingSystem> {
     volumes.iter().filter_map(|volume| system::find(volume, volumes)).collect()
 }

@@ -1,8 +1,8 @@
-//! Guests' disks from the inside: partition tables, volumes, and the file systems in them.
+//! The content of guests' disks: partition tables, volumes, and file systems.
 //!
-//! Promises: everything here only reads, from a [`Source`]; whatever bytes that gives, there is an answer or an
-//! [`Error`](crate::error::Error), never a panic, an endless loop, or memory without a bound. Nothing here knows images, names of a store, FUSE
-//! or processes: those who use it decide where it runs.
+//! Promises: everything here only reads, from a [`Source`]. For any bytes there is an answer or an
+//! [`Error`](crate::error::Error), never a panic, an endless loop, or unbounded memory. Nothing here knows
+//! images, names of a store, FUSE or processes: the callers decide where it runs.
 
 mod bytes;
 pub mod content;

@@ -1,4 +1,4 @@
-//! Which reader a content needs.
+//! The reader for each content.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use super::ext::Ext;
 use super::fat::Fat;
 use super::{FileSystem, Source};
 
-/// Opens the file system of a volume that holds `content`. `Unsupported` if there is no reader for it.
+/// Opens the file system of a volume that holds `content`. `Unsupported` if it has no reader.
 pub fn open(content: VolumeContent, source: Arc<dyn Source>) -> Result<Arc<dyn FileSystem>> {
     match content {
         VolumeContent::Ext2 | VolumeContent::Ext3 | VolumeContent::Ext4 => Ok(Arc::new(Ext::open(source)?)),

@@ -1,4 +1,4 @@
-//! Where a parser gets its bytes from: a disk, a partition, a logical volume. There is no way to write.
+//! The input of a parser: a disk, a partition, a logical volume. It cannot be written.
 
 use std::sync::Arc;
 
@@ -6,11 +6,11 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes that can only be read.
 pub trait Source: Send + Sync {
-    /// How many there are.
+    /// Number of bytes.
     fn size(&self) -> u64;
 
-    /// Fills `buf` with the bytes from `at` on. `Corrupt` if the range does not lie within the source: it is always a
-    /// structure on the disk that has named it.
+    /// Fills `buf` with the bytes from `at` on. `Corrupt` if the range exceeds the source: ranges come from
+    /// structures on the disk.
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()>;
 }
 
@@ -24,7 +24,7 @@ impl<S: Source + ?Sized> Source for Arc<S> {
     }
 }
 
-/// Memory is a source, too; tests and small structures are read from it.
+/// Memory as a source, for tests and small structures.
 impl Source for Vec<u8> {
     fn size(&self) -> u64 {
         self.len() as u64
@@ -42,7 +42,7 @@ pub fn within(size: u64, at: u64, len: usize) -> Result<()> {
     if at.checked_add(len as u64).is_some_and(|end| end <= size) {
         return Ok(());
     }
-    let fact = format!("{len} bytes at {at:#x} are named, and it ends at {size:#x}");
+    let fact = format!("{len} bytes at {at:#x} are referenced, but it ends at {size:#x}");
     Err(Error::new(ErrorKind::Corrupt, fact))
 }
 
@@ -55,7 +55,7 @@ pub struct Slice<S> {
 }
 
 impl<S: Source> Slice<S> {
-    /// `len` bytes of `whole` from `start` on, cut short where that ends.
+    /// `len` bytes of `whole` from `start` on, cut off at its end.
     pub fn new(whole: S, start: u64, len: u64) -> Self {
         let len = len.min(whole.size().saturating_sub(start));
         Self { whole, start, len }
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_lies_outside_is_corrupt_and_nothing_overflows() {
+    fn ranges_outside_are_corrupt_and_nothing_overflows() {
         let slice = Slice::new((0..100u8).collect::<Vec<u8>>(), 90, 50);
         assert_eq!(slice.size(), 10);
         let mut buf = [0; 4];

@@ -1,4 +1,4 @@
-//! What differs between two disks or two trees of files, as text and for programs.
+//! The differences between two disks or two trees of files, as text and JSON.
 
 use serde::Serialize;
 
@@ -8,25 +8,25 @@ use super::files::{AttributesObject, hexadecimal};
 use super::safe::{terminal_bytes, text};
 use crate::units::human_size;
 
-/// How much was found.
+/// The counts of a comparison.
 #[derive(Clone, Debug, Default)]
 pub struct Tally {
-    /// Paths that only the second has.
+    /// Paths that only the second side has.
     pub added: u64,
-    /// Paths that only the first has.
+    /// Paths that only the first side has.
     pub removed: u64,
-    /// Paths of which something has changed.
+    /// Paths with changes.
     pub changed: u64,
-    /// Those that could not be read.
+    /// Paths that could not be read.
     pub unreadable: u64,
-    /// Bytes that were read of the disks.
+    /// Bytes read from the disks.
     pub bytes_read: u64,
-    /// Bytes that the volumes have.
+    /// Bytes of the volumes.
     pub bytes_total: u64,
 }
 
 impl Tally {
-    /// Counts one more.
+    /// Counts one finding.
     pub fn count(&mut self, finding: &PathDifference) {
         match finding {
             PathDifference::Added(_) => self.added += 1,
@@ -49,7 +49,7 @@ pub fn line(path: &[u8], finding: &PathDifference) -> String {
         PathDifference::Added(_) => format!("+ {path}\n"),
         PathDifference::Removed(_) => format!("- {path}\n"),
         PathDifference::Changed { what, .. } => format!("~ {path}   {}\n", words(what).join(", ")),
-        PathDifference::Bytes => format!("~ {path}   content, which is not looked into\n"),
+        PathDifference::Bytes => format!("~ {path}   content, whose files cannot be shown\n"),
         PathDifference::Unreadable(side, error) => {
             let error = super::safe::terminal(&error.to_string());
             format!("! {path}   not readable in {}: {error}\n", side_name(*side))
@@ -57,7 +57,7 @@ pub fn line(path: &[u8], finding: &PathDifference) -> String {
     }
 }
 
-/// A volume that only one has.
+/// A volume that only one side has.
 pub fn volume_line(name: &str, side: Side) -> String {
     let mark = if side == Side::A { '-' } else { '+' };
     format!("{mark} /{}   the whole volume\n", super::safe::terminal(name))
@@ -82,7 +82,7 @@ fn side_name(side: Side) -> &'static str {
     }
 }
 
-/// A finding for programs.
+/// A finding as JSON.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ChangeObject {
@@ -101,7 +101,7 @@ pub struct ChangeObject {
 }
 
 impl ChangeObject {
-    /// The same finding.
+    /// From a finding.
     pub fn of(path: &[u8], finding: &PathDifference) -> Self {
         let mut object = Self {
             change: "unreadable",
@@ -135,21 +135,21 @@ impl ChangeObject {
     }
 }
 
-/// All findings for programs.
+/// All findings as JSON.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct FilesObject {
     /// Whether nothing differs, as far as everything could be read.
     pub identical: bool,
-    /// Volumes that only the first has.
+    /// Volumes that only the first side has.
     pub only_in_a: Vec<String>,
-    /// Volumes that only the second has.
+    /// Volumes that only the second side has.
     pub only_in_b: Vec<String>,
     /// In the order of their paths.
     pub changes: Vec<ChangeObject>,
-    /// Bytes that were read of the disks.
+    /// Bytes read from the disks.
     pub bytes_read: u64,
-    /// Bytes that the volumes have.
+    /// Bytes of the volumes.
     pub bytes_total: u64,
 }
 
@@ -161,23 +161,23 @@ pub struct RangeObject {
     pub start: u64,
     /// Bytes.
     pub length: u64,
-    /// The volumes that have a part in it.
+    /// The volumes that overlap the range.
     pub volumes: Vec<String>,
 }
 
-/// All ranges for programs.
+/// All ranges as JSON.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct RangesObject {
-    /// Whether there are none.
+    /// Whether there are no ranges.
     pub identical: bool,
-    /// Whether one disk is longer.
+    /// Whether the disks' sizes differ.
     pub size_mismatch: bool,
     /// In order.
     pub ranges: Vec<RangeObject>,
     /// Bytes in all ranges.
     pub bytes_different: u64,
-    /// Bytes that were read of both disks.
+    /// Bytes read from both disks.
     pub bytes_read: u64,
 }
 
@@ -206,8 +206,8 @@ mod tests {
     #[test]
     fn a_hostile_name_stays_in_its_line() {
         let error = Error::new(ErrorKind::Corrupt, "bad\nblock");
-        let said = line(b"/p1/a\nb", &PathDifference::Unreadable(Side::B, error));
-        assert_eq!(said, "! /p1/a\\x0ab   not readable in the second: bad\\x0ablock\n");
+        let text = line(b"/p1/a\nb", &PathDifference::Unreadable(Side::B, error));
+        assert_eq!(text, "! /p1/a\\x0ab   not readable in the second: bad\\x0ablock\n");
         let tally =
             Tally { added: 3, removed: 1, changed: 12, bytes_read: 4_299_162, bytes_total: 1 << 30, unreadable: 0 };
         assert_eq!(summary(&tally), "3 added, 1 removed, 12 changed; 4.1 MiB of 1 GiB read\n");
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_are_told_in_one_line_each() {
+    fn each_range_is_one_line() {
         let range = RangeObject { start: 1 << 20, length: 65_536, volumes: vec!["p1".into(), "vg-a".into()] };
         assert_eq!(range_line(&range), "0x000000100000     64 KiB   p1, vg-a\n");
         assert_eq!(ranges_summary(0, 0, 5, 0), "the disks are the same; 0 B read\n");

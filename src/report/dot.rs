@@ -8,7 +8,7 @@ use crate::units::brief_size;
 use jiff::tz::TimeZone;
 use std::fmt::Write as _;
 
-/// All trees as one graph, an edge from each layer to what it stands on.
+/// All trees as one graph, with an edge from each layer to its backing file.
 pub fn forest(forest: &Forest, zone: &TimeZone, full: bool) -> String {
     let mut dot = String::from(
         "digraph chainfs {\n  rankdir=BT;\n  node [shape=box, style=rounded, fontname=\"monospace\", fontsize=10];\n",
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_edge_leads_to_what_a_layer_stands_on_and_names_cannot_end_their_quotes() {
+    fn edges_lead_to_the_backing_file_and_names_are_quoted() {
         let mut tree =
             BackingTree::new("t", TreeNode::new(NodeMark::Frozen, TreeNodeKind::Raw, "base\"]; x [label=\""));
         tree.add(

@@ -1,4 +1,4 @@
-//! Guests' files as lists: what `ls` prints, and the same for programs.
+//! Lists of guests' files: the output of `ls`, as text and JSON.
 
 use std::fmt::Write as _;
 
@@ -14,9 +14,9 @@ use super::safe::{terminal_bytes, text};
 /// A file in a list.
 #[derive(Clone, Debug)]
 pub struct Listed {
-    /// Its name, or its path.
+    /// Its name or path.
     pub name: Vec<u8>,
-    /// What stat(2) says; `None` if that cannot be told.
+    /// Its stat(2) attributes; `None` if they cannot be read.
     pub attributes: Option<FileAttributes>,
     /// The target of a symbolic link.
     pub target: Option<Vec<u8>>,
@@ -54,7 +54,7 @@ fn columns(file: &Listed, zone: &TimeZone) -> [String; 6] {
     [mode(found), links, uid, gid, size, time(found.modified, zone)]
 }
 
-/// Names in columns for a terminal of that width; one in each line if it has none.
+/// Names in columns for a terminal of that width; one per line without a width.
 pub fn short(files: &[Listed], width: Option<usize>) -> String {
     let names: Vec<String> = files.iter().map(|file| terminal_bytes(&file.name)).collect();
     let widest = names.iter().map(|name| name.width() + 2).max().unwrap_or(1);
@@ -62,7 +62,7 @@ pub fn short(files: &[Listed], width: Option<usize>) -> String {
     let lines = names.len().div_ceil(count);
     let mut text = String::new();
     for line in 0..lines {
-        // Downwards first, as ls does.
+        // Down the columns first, like ls.
         let row: Vec<&String> = names.iter().skip(line).step_by(lines.max(1)).collect();
         for (index, name) in row.iter().enumerate() {
             text.push_str(name);
@@ -101,24 +101,24 @@ pub fn mode(found: &FileAttributes) -> String {
     text
 }
 
-/// "2026-01-03 09:12:00"; seconds since 1970 began for what no calendar shows.
+/// "2026-01-03 09:12:00"; seconds since 1970 for times outside the calendar.
 pub fn time(at: Time, zone: &TimeZone) -> String {
     let found = timestamp(at).map(|at| at.to_zoned(zone.clone()).strftime("%Y-%m-%d %H:%M:%S").to_string());
     found.unwrap_or_else(|| format!("@{}", at.seconds))
 }
 
 fn timestamp(at: Time) -> Option<Timestamp> {
-    // Forward from the second, also before 1970: not what jiff's own constructor means.
+    // Nanoseconds count forward from the second, also before 1970, unlike in jiff's constructor.
     Timestamp::from_second(at.seconds).ok()?.checked_add(jiff::SignedDuration::from_nanos(at.nanoseconds.into())).ok()
 }
 
-/// A file for programs.
+/// A file as JSON.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct FileObject {
-    /// What is not UTF-8 is written `\xff`.
+    /// Bytes that are not UTF-8 are written `\xff`.
     name: String,
-    /// The name's bytes in hexadecimal, where the name does not tell them.
+    /// The name's bytes in hexadecimal, if the name is not UTF-8.
     #[serde(skip_serializing_if = "Option::is_none")]
     name_bytes: Option<String>,
     #[serde(flatten)]
@@ -127,7 +127,7 @@ pub struct FileObject {
     target: Option<String>,
 }
 
-/// What stat(2) says, for programs.
+/// The stat(2) attributes as JSON.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct AttributesObject {
@@ -145,7 +145,7 @@ pub struct AttributesObject {
 }
 
 impl FileObject {
-    /// The same file.
+    /// From a file of a list.
     pub fn of(file: &Listed) -> Self {
         Self {
             name: text(&file.name),
@@ -157,7 +157,7 @@ impl FileObject {
 }
 
 impl AttributesObject {
-    /// The same attributes.
+    /// From the attributes of an inode.
     pub fn of(found: &FileAttributes) -> Self {
         let is_device = matches!(found.kind, FileKind::CharDevice | FileKind::BlockDevice);
         let time = |at| timestamp(at).map(|at| at.to_string());
@@ -175,7 +175,7 @@ impl AttributesObject {
     }
 }
 
-/// A kind as find(1) calls it, in full words.
+/// A kind in find(1)'s terms, in full words.
 pub fn kind(kind: FileKind) -> &'static str {
     match kind {
         FileKind::File => "file",
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_aligned_and_do_nothing_to_a_terminal() {
+    fn lines_are_aligned_and_safe_for_a_terminal() {
         let mut link = file(b"l", FileKind::Symlink, 0o777);
         link.target = Some(b"\x1b[2J".to_vec());
         let lost = Listed { name: b"lost".to_vec(), attributes: None, target: None };

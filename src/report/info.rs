@@ -1,7 +1,7 @@
-//! An image as `qemu-img info` describes it, in QEMU's own words.
+//! An image in the terms of `qemu-img info`.
 //!
-//! The JSON has the keys of QEMU's `ImageInfo`, so that scripts written for qemu-img work; what only
-//! chainfs knows is in one object of its own, `chainfs`. The text is qemu-img's, too.
+//! The JSON has the keys of QEMU's `ImageInfo`, so that scripts for qemu-img work. Facts that only chainfs
+//! knows are in a separate object, `chainfs`. The text is qemu-img's, too.
 
 use super::safe::terminal;
 use super::time;
@@ -11,21 +11,22 @@ use serde::{Deserialize, Serialize};
 use std::fmt::Write as _;
 use std::time::{Duration, SystemTime};
 
-/// One image: `qemu-img info --output=json` prints one, with `--backing-chain` a list from the leaf down.
+/// One image: `qemu-img info --output=json` prints one, with `--backing-chain` a list from the leaf to the
+/// base.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ImageInfo {
-    /// The files below the format: one named "file", and "data-file" where there is one.
+    /// The files of the image: one named "file", and "data-file" if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub children: Option<Vec<ChildInfo>>,
-    /// The file's path as the user gave it or as the chain leads to it.
+    /// The file's path as the user gave it, or as the backing chain leads to it.
     pub filename: String,
-    /// "qcow2", "raw", or "file" for the file below.
+    /// "qcow2", "raw", or "file" for the image's file.
     pub format: String,
-    /// Bytes of the disk; of a file its length. Absent where the image cannot be read.
+    /// Bytes of the disk, or of the file. Absent if the image cannot be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub virtual_size: Option<u64>,
-    /// Bytes that the file takes on its file system.
+    /// Bytes that the file uses on its file system.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub actual_size: Option<u64>,
     /// Bytes of a cluster.
@@ -37,27 +38,27 @@ pub struct ImageInfo {
     /// Whether the image was not closed cleanly.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dirty_flag: Option<bool>,
-    /// The backing file's name as the header has it.
+    /// The backing file's name in the header.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing_filename: Option<String>,
-    /// The same, relative to where the user stands.
+    /// The backing file's name, relative to the user's directory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub full_backing_filename: Option<String>,
-    /// The backing file's format as the header has it.
+    /// The backing file's format in the header.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing_filename_format: Option<String>,
     /// Internal snapshots.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshots: Option<Vec<SnapshotInfo>>,
-    /// What only this format has.
+    /// Details of the format.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format_specific: Option<FormatSpecific>,
-    /// What only chainfs knows.
+    /// Facts that only chainfs knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chainfs: Option<LayerInfo>,
 }
 
-/// A file below an image.
+/// A file of an image.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ChildInfo {
     /// "file" or "data-file".
@@ -66,13 +67,13 @@ pub struct ChildInfo {
     pub info: ImageInfo,
 }
 
-/// What only one format has.
+/// Details of one format.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", content = "data", rename_all = "lowercase")]
 pub enum FormatSpecific {
-    /// An image in qcow2.
+    /// A qcow2 image.
     Qcow2(Qcow2Info),
-    /// A plain file; QEMU has nothing to say of it.
+    /// A plain file; QEMU reports no details.
     File(FileInfo),
 }
 
@@ -85,7 +86,7 @@ pub struct FileInfo {
     pub extent_size_hint: Option<u64>,
 }
 
-/// Details of a qcow2 image. Version 2 has the first and the last only.
+/// Details of a qcow2 image. Version 2 has only the first and the last.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Qcow2Info {
@@ -94,21 +95,21 @@ pub struct Qcow2Info {
     /// "zlib" or "zstd".
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compression_type: Option<String>,
-    /// Whether refcounts may be behind after a crash.
+    /// Whether refcounts may be outdated after a crash.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lazy_refcounts: Option<bool>,
     /// Width of a refcount.
     pub refcount_bits: u32,
-    /// Whether QEMU found the image's tables corrupt.
+    /// Whether QEMU marked the image's tables as corrupt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub corrupt: Option<bool>,
     /// Whether clusters are divided into subclusters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub extended_l2: Option<bool>,
-    /// The external data file's name as the header has it.
+    /// The external data file's name in the header.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data_file: Option<String>,
-    /// Whether the data file is a raw image by itself.
+    /// Whether the data file is a valid raw image on its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data_file_raw: Option<bool>,
     /// Dirty bitmaps.
@@ -124,9 +125,9 @@ pub struct Qcow2Info {
 pub struct BitmapInfo {
     /// "in-use", "auto".
     pub flags: Vec<String>,
-    /// The name the backup program gave it.
+    /// The name from the backup program.
     pub name: String,
-    /// Bytes that one bit stands for.
+    /// Bytes per bit.
     pub granularity: u64,
 }
 
@@ -134,7 +135,7 @@ pub struct BitmapInfo {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct SnapshotInfo {
-    /// QEMU's number for it, as text.
+    /// QEMU's number of the snapshot, as text.
     pub id: String,
     /// Its name.
     pub name: String,
@@ -148,24 +149,24 @@ pub struct SnapshotInfo {
     pub vm_clock_sec: u64,
     /// And nanoseconds.
     pub vm_clock_nsec: u32,
-    /// Instructions executed, where QEMU counted them.
+    /// Executed instructions, if QEMU counted them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub icount: Option<u64>,
 }
 
-/// What only chainfs knows of a layer.
+/// Facts about a layer that only chainfs knows.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct LayerInfo {
     /// The view that shows the disk as of this layer.
     pub view: String,
-    /// Chains that the layer is part of, this one first; of very many, the first ones only.
+    /// Chains that share the layer, this one first; of very many, only the first ones.
     pub chains: Vec<String>,
-    /// How many there are.
+    /// The number of these chains.
     pub chain_count: usize,
     /// Layers above it in this chain.
     pub depth: usize,
-    /// Whether it never changes.
+    /// Whether the layer is frozen.
     pub frozen: bool,
     /// When chainfs froze it, in seconds since 1970; absent if it did not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -173,7 +174,7 @@ pub struct LayerInfo {
     /// And nanoseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frozen_nsec: Option<u32>,
-    /// What the user said about it then.
+    /// The description that the user gave for the freeze.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
     /// Images that use it as their backing file.
@@ -181,12 +182,12 @@ pub struct LayerInfo {
     /// Internal snapshots that are not listed; absent if all are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshots_left_out: Option<usize>,
-    /// Why it, or what lies below it, cannot be read.
+    /// Why the layer, or its backing chain, cannot be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
 }
 
-/// A chain, leaf first, as `qemu-img info --backing-chain` prints it for people.
+/// A chain, leaf first, as `qemu-img info --backing-chain` prints it as text.
 pub fn human(chain: &[ImageInfo], zone: &TimeZone) -> String {
     let images: Vec<_> = chain.iter().map(|image| one(image, zone)).collect();
     images.join("\n")

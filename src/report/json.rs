@@ -1,7 +1,7 @@
-//! The tree for programs.
+//! The tree as JSON.
 //!
-//! Nodes are a flat list and name each other by index: nested objects would go beyond what JSON
-//! parsers take after a hundred layers. Nothing is folded. Sizes are spelled as QEMU spells them.
+//! Nodes are a flat list and reference each other by index: after a hundred layers, nested objects would
+//! exceed the depth limit of JSON parsers. Nothing is folded. Size keys are QEMU's.
 
 use std::io::{self, Write};
 
@@ -13,29 +13,34 @@ use super::time;
 use super::tree::{BackingTree, Forest, TreeNode, TreeNodeKind};
 use serde::Serialize;
 
-/// `{"trees": [...]}`, one object a tree.
+/// `{"trees": [...]}`, with one object per tree.
 pub fn forest(forest: &Forest) -> String {
     let trees = forest.trees.iter().map(TreeObject::of).collect();
     pretty(&ForestObject { trees })
 }
 
-/// Any value in the layout of qemu-img: four spaces, a newline at the end.
+/// Any value in qemu-img's layout: indented by four spaces, with a newline at the end.
+///
+/// # Panics
+/// If the value cannot be written as JSON (such as a map with keys that are no strings): the models contain
+/// none.
 ///
 /// # Panics
 /// If the value has something that JSON lacks (maps whose keys are no strings): the models have not.
 pub fn pretty<T: Serialize>(value: &T) -> String {
     let mut text = Vec::new();
-    let layout = Harmless(PrettyFormatter::with_indent(b"    "));
+    let layout = TerminalSafe(PrettyFormatter::with_indent(b"    "));
     let mut serializer = serde_json::Serializer::with_formatter(&mut text, layout);
-    value.serialize(&mut serializer).expect("the models have no keys or numbers that JSON lacks");
+    value.serialize(&mut serializer).expect("the models can be written as JSON");
     text.push(b'\n');
     String::from_utf8(text).expect("serde_json writes UTF-8")
 }
 
-/// As `PrettyFormatter`; in strings, what a terminal would act on is escaped as well, and stays the same to programs.
-struct Harmless(PrettyFormatter<'static>);
+/// Like `PrettyFormatter`, but also escapes characters in strings that a terminal would interpret. For JSON
+/// parsers the value is the same.
+struct TerminalSafe(PrettyFormatter<'static>);
 
-impl Formatter for Harmless {
+impl Formatter for TerminalSafe {
     fn begin_array<W: ?Sized + Write>(&mut self, out: &mut W) -> io::Result<()> {
         self.0.begin_array(out)
     }
@@ -164,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn programs_see_every_layer_and_who_stands_on_whom() {
+    fn json_has_every_layer_and_the_backing_tree() {
         let text = forest(&Forest { trees: vec![sample::web01()] });
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         let tree = &value["trees"][0];

@@ -1,38 +1,38 @@
-//! Which row follows which when a tree is drawn: shared by the text and the picture.
+//! The order and columns of rows in a drawn tree; shared by text and picture.
 //!
-//! Base first. Of a node's children the one with the longest way above it goes on in the same
-//! column; the others are side branches, drawn before it and one column further in. So the way from
-//! a base to its disk is one straight column however long, and columns grow with the number of
-//! nested branches only. Long runs of layers that have nothing to say fold into one row.
+//! The base comes first. The child with the longest chain above it continues in the same column. The others
+//! are side branches, drawn before it and one column further in. So the chain from a base to its disk is one
+//! straight column, and the number of columns grows only with the number of nested branches. Long runs of
+//! plain layers fold into one row.
 
 use super::tree::{BackingTree, NodeMark, TreeNodeKind};
 
-/// A run folds if it hides at least so many layers.
+/// A run folds if it hides at least this many layers.
 const FOLD_FROM: usize = 5;
 
 /// One line of a drawing.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Row {
-    /// What stands here.
+    /// What the row shows.
     pub(super) item: RowItem,
-    /// How it hangs on the row below it.
+    /// How the row joins its parent.
     pub(super) joint: Joint,
-    /// Row on which it stands; `None` for the base.
+    /// The row of the backing file; `None` for the base.
     pub(super) parent: Option<usize>,
-    /// For each column to the left of the one where the row hangs, whether its line goes on below.
+    /// For each column to the left of the row's joint, whether its line continues.
     pub(super) bars: Vec<bool>,
 }
 
 /// What a row shows.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum RowItem {
-    /// The node of that index.
+    /// The node with this index.
     Node(usize),
-    /// So many layers of a straight run, lowest first.
+    /// Folded layers of a straight run, lowest first.
     Fold(Vec<usize>),
 }
 
-/// How a row hangs on its parent.
+/// How a row joins its parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Joint {
     /// In the same column.
@@ -54,7 +54,7 @@ impl Row {
     }
 }
 
-/// A node still to be drawn.
+/// A node that is not drawn yet.
 struct Pending {
     node: usize,
     joint: Joint,
@@ -72,16 +72,16 @@ pub(super) fn rows(tree: &BackingTree, full: bool) -> Vec<Row> {
         pending.push(Pending { node: tree.root, joint: Joint::Straight, parent: None, bars: Vec::new() });
     }
     while let Some(Pending { node, joint, parent, bars }) = pending.pop() {
-        let is_plain = |node: usize| node != tree.root && has_nothing_to_say(tree, node) && main[node].is_some();
+        let is_foldable = |node: usize| node != tree.root && is_plain(tree, node) && main[node].is_some();
         let mut run = Vec::new();
-        if !full && is_plain(node) {
+        if !full && is_foldable(node) {
             let mut above = main[node];
-            while let Some(next) = above.filter(|next| is_plain(*next)) {
+            while let Some(next) = above.filter(|next| is_foldable(*next)) {
                 run.push(next);
                 above = main[next];
             }
         }
-        // The column in which the node's own line goes on.
+        // The column in which the node's own line continues.
         let mut column = bars.clone();
         if let Joint::Side { last } = joint {
             column.push(!last);
@@ -90,14 +90,14 @@ pub(super) fn rows(tree: &BackingTree, full: bool) -> Vec<Row> {
         let mut top = node;
         if run.len() >= FOLD_FROM {
             top = run[run.len() - 1];
-            let below = Some(rows.len() - 1);
-            rows.push(Row { item: RowItem::Fold(run), joint: Joint::Straight, parent: below, bars: column.clone() });
+            let parent = Some(rows.len() - 1);
+            rows.push(Row { item: RowItem::Fold(run), joint: Joint::Straight, parent, bars: column.clone() });
         }
         let here = Some(rows.len() - 1);
         if let Some(next) = main[top] {
             pending.push(Pending { node: next, joint: Joint::Straight, parent: here, bars: column.clone() });
         }
-        // Pushed in reverse: what is pushed last is drawn first.
+        // Pushed in reverse: the last one pushed is drawn first.
         let side = children[top].iter().copied().filter(|child| Some(*child) != main[top]).rev();
         let mut last = main[top].is_none();
         for child in side {
@@ -108,7 +108,7 @@ pub(super) fn rows(tree: &BackingTree, full: bool) -> Vec<Row> {
     rows
 }
 
-/// Each node's children, internal snapshots first, without indices that lead nowhere or to a node drawn before.
+/// Each node's children, internal snapshots first, without invalid indices and nodes that were drawn before.
 fn children(tree: &BackingTree) -> Vec<Vec<usize>> {
     let mut seen = vec![false; tree.nodes.len()];
     let mut children = vec![Vec::new(); tree.nodes.len()];
@@ -129,8 +129,8 @@ fn children(tree: &BackingTree) -> Vec<Vec<usize>> {
     children
 }
 
-/// For each node the child that goes on in its column: the one with the longest way above it. Among
-/// equals the one that leads to the titular chain, then to an active disk, then the first by name.
+/// For each node the child that continues in its column: the one with the longest chain above it. Among
+/// equals: the one that leads to the titular chain, then to an active disk, then the first by name.
 fn main_children(tree: &BackingTree, children: &[Vec<usize>]) -> Vec<Option<usize>> {
     let mut order = Vec::from_iter((tree.root < tree.nodes.len()).then_some(tree.root));
     let mut next = 0;
@@ -155,8 +155,8 @@ fn main_children(tree: &BackingTree, children: &[Vec<usize>]) -> Vec<Option<usiz
     main
 }
 
-/// Whether a layer has nothing to say that a folded row would hide.
-fn has_nothing_to_say(tree: &BackingTree, node: usize) -> bool {
+/// Whether a layer has no property that a folded row would hide.
+fn is_plain(tree: &BackingTree, node: usize) -> bool {
     let node = &tree.nodes[node];
     node.mark == NodeMark::Frozen && node.flags.is_empty() && node.chain.is_none() && node.children.len() == 1
 }
@@ -171,12 +171,12 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_way_is_the_straight_column() {
+    fn the_longest_chain_is_the_straight_column() {
         let tree = sample::web01();
         let rows = rows(&tree, true);
         assert_eq!(rows.len(), tree.nodes.len());
-        let aside: Vec<_> = rows.iter().filter(|row| row.column() > 0).collect();
-        assert_eq!(aside.len(), 2);
+        let side: Vec<_> = rows.iter().filter(|row| row.column() > 0).collect();
+        assert_eq!(side.len(), 2);
         assert_eq!(rows.last().unwrap().column(), 0);
     }
 
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn loops_and_indices_that_lead_nowhere_end_the_way() {
+    fn loops_and_invalid_indices_end_the_walk() {
         let mut tree = BackingTree::new("bad", plain("base"));
         let above = tree.add(0, plain("above"));
         tree.nodes[above].children = vec![0, above, 77];
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_ways_are_told_apart_by_chain_activity_and_name() {
+    fn equal_chains_are_ranked_by_title_activity_and_name() {
         let mut tree = BackingTree::new("b", plain("base"));
         tree.add(0, plain("c"));
         tree.add(0, plain("a"));

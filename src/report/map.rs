@@ -1,39 +1,40 @@
-//! The map of a disk as `qemu-img map` prints it.
+//! The map of a disk, as `qemu-img map` prints it.
 
 use super::safe::terminal;
 use serde::Serialize;
 use std::fmt::Write as _;
 
-/// A run of the guest's disk that has one source. The JSON is that of qemu-img: without `filename`.
+/// A run of the guest's disk with one source. The JSON is qemu-img's, without `filename`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[allow(clippy::struct_excessive_bools)] // they are QEMU's
+#[allow(clippy::struct_excessive_bools)] // QEMU's fields
 pub struct MapEntry {
     /// First byte on the guest's disk.
     pub start: u64,
     /// Bytes of the run.
     pub length: u64,
-    /// Which layer speaks: 0 is the one asked for.
+    /// The layer that has the run; 0 is the requested one.
     pub depth: usize,
-    /// Whether any layer speaks.
+    /// Whether any layer has the run.
     pub present: bool,
     /// Whether the run reads as zeroes.
     pub zero: bool,
-    /// Whether bytes are stored for it.
+    /// Whether bytes are stored for the run.
     pub data: bool,
-    /// Whether they are compressed.
+    /// Whether the bytes are compressed.
     pub compressed: bool,
-    /// Whether nobody knows, for a layer is missing: ours. QEMU's flags then say neither data nor zeroes.
+    /// Whether the content is unknown because a layer is missing: an addition of chainfs. QEMU's flags then
+    /// say neither data nor zeroes.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub lost: bool,
-    /// Where in the file, if the bytes stand there as they are.
+    /// The offset in the file, if the bytes are stored there unchanged.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
-    /// The file that holds the bytes, for people.
+    /// The file that holds the bytes, for the text.
     #[serde(skip)]
     pub filename: Option<String>,
 }
 
-/// As `qemu-img map --output=json`: one run a line.
+/// Like `qemu-img map --output=json`: one run per line.
 pub fn json(entries: &[MapEntry]) -> String {
     let mut text = String::from("[");
     for (number, entry) in entries.iter().enumerate() {
@@ -56,7 +57,8 @@ pub fn json(entries: &[MapEntry]) -> String {
     text
 }
 
-/// As `qemu-img map`: what is stored, and where. Compressed runs, at which qemu-img gives up, say so.
+/// Like `qemu-img map`: the stored runs and their positions. Compressed runs, which qemu-img refuses, are
+/// shown as such.
 pub fn human(entries: &[MapEntry]) -> String {
     let mut text = format!("{:<16}{:<16}{:<16}{}\n", "Offset", "Length", "Mapped to", "File");
     for entry in entries.iter().filter(|entry| entry.data && !entry.zero || entry.lost) {
@@ -74,7 +76,7 @@ pub fn human(entries: &[MapEntry]) -> String {
     text
 }
 
-/// Zero has no prefix in C.
+/// C prints zero without a prefix.
 fn hex(value: u64) -> String {
     if value == 0 { "0".to_owned() } else { format!("{value:#x}") }
 }
@@ -109,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn the_json_is_that_of_qemu_img() {
+    fn the_json_matches_qemu_img() {
         let expected = r#"[{ "start": 0, "length": 131072, "depth": 1, "present": true, "zero": false, "data": true, "compressed": false, "offset": 589824},
 { "start": 131072, "length": 65536, "depth": 0, "present": true, "zero": true, "data": false, "compressed": false},
 { "start": 196608, "length": 65536, "depth": 0, "present": true, "zero": false, "data": true, "compressed": true}]
@@ -121,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_lost_is_neither_data_nor_zero() {
+    fn a_lost_run_is_neither_data_nor_zero() {
         let lost = MapEntry { present: false, data: false, lost: true, ..entry(0, 512) };
         let expected = "[{ \"start\": 0, \"length\": 512, \"depth\": 0, \"present\": false, \"zero\": false, \"data\": false, \
                         \"compressed\": false, \"lost\": true}]\n";
@@ -130,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_shows_what_is_stored() {
+    fn the_table_shows_stored_runs() {
         let expected = "\
 Offset          Length          Mapped to       File
 0               0x20000         0x90000         mid.qcow2

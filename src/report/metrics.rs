@@ -2,7 +2,7 @@
 
 use std::fmt::{Display, Write as _};
 
-/// What a family of samples is.
+/// The kind of a family of samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MetricKind {
     /// Only grows; its name ends in `_total`.
@@ -11,13 +11,13 @@ pub enum MetricKind {
     Gauge,
 }
 
-/// A text that grows by whole families; [`Metrics::finish`] gives it away.
+/// A text of whole families; [`Metrics::finish`] returns it.
 #[derive(Debug, Default)]
 pub struct Metrics {
     text: String,
 }
 
-/// One family: its samples must follow each other, so they are added through this.
+/// One family. Its samples must be contiguous, so they are added through this.
 #[derive(Debug)]
 pub struct Family<'a> {
     text: &'a mut String,
@@ -25,12 +25,15 @@ pub struct Family<'a> {
 }
 
 impl Metrics {
-    /// Nothing yet.
+    /// An empty text.
     pub fn new() -> Self {
         Self::default()
     }
 
     /// Begins a family.
+    ///
+    /// # Panics
+    /// If the name is invalid: names are constants, so this is a bug.
     ///
     /// # Panics
     /// If the name is none: names are ours, so a bad one is our bug.
@@ -52,16 +55,16 @@ impl Metrics {
 }
 
 impl Family<'_> {
-    /// Adds a sample. Labels' values may be anything.
+    /// Adds a sample. Label values may contain any characters.
     #[allow(clippy::return_self_not_must_use)] // the last sample of a family is dropped
     pub fn sample(self, labels: &[(&str, &str)], value: impl Display) -> Self {
         self.text.push_str(self.name);
-        for (number, (label, said)) in labels.iter().enumerate() {
+        for (number, (label, text)) in labels.iter().enumerate() {
             let open = if number == 0 { '{' } else { ',' };
-            let said = said.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
-            // Beyond what the format asks for: people read this file with cat.
-            let said: String = said.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
-            let _ = write!(self.text, "{open}{label}=\"{said}\"");
+            let text = text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+            // Not required by the format: people read this file with cat.
+            let text: String = text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+            let _ = write!(self.text, "{open}{label}=\"{text}\"");
         }
         let close = if labels.is_empty() { "" } else { "}" };
         let _ = writeln!(self.text, "{close} {value}");

@@ -1,8 +1,8 @@
-//! What a store looks like to people and to programs: plain values in, text out.
+//! Renders a store for people and programs: plain values in, text out.
 //!
-//! The models ([`tree`], [`info`], [`map`], [`metrics`]) and their renderings read no file and ask the
-//! system nothing; [`store`] fills them in. Names come from images and from directories, so every
-//! rendering treats them as hostile (see [`safe`]).
+//! The models ([`tree`], [`info`], [`map`], [`metrics`]) and their renderings read no files and call no
+//! system functions; [`store`] builds the models. Names come from images and directories, so every rendering
+//! treats them as hostile (see [`safe`]).
 
 pub mod difference;
 pub mod dot;

@@ -1,4 +1,4 @@
-//! The operating systems on a guest's disk as text.
+//! The operating systems on a guest's disk, as text.
 
 use std::fmt::Write as _;
 
@@ -36,7 +36,7 @@ fn system(found: &OperatingSystem) -> String {
     text
 }
 
-/// As fstab has it, with the volume in front, if it is known which that is.
+/// The fstab's fields, with the volume in front, if it is known.
 fn mounted(FstabEntry { device, volume, directory, kind, options }: &FstabEntry) -> String {
     let volume = volume.as_deref().unwrap_or("-");
     format!("{directory} {volume} {kind} {options} ({device})")

@@ -1,7 +1,7 @@
-//! A plan as text: the chain before and after, base first as in the trees, then what it takes.
+//! A plan as text: the chain before and after, base first as in the trees, then the costs.
 //!
-//! Every line after the trees is `key: value`, one for each thing; a plan that would not be carried out has
-//! lines that begin with `refused:`.
+//! Every line after the trees is `key: value`. A plan that would be refused has lines that begin with
+//! `refused:`.
 
 use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
@@ -15,10 +15,10 @@ use crate::ops::{Plan, PlanLayer};
 use super::safe::{terminal, terminal_bytes};
 use crate::units::human_size;
 
-/// The key of lines that say why a plan would not be carried out.
+/// The key of lines that say why a plan would be refused.
 const REFUSED: &str = "refused";
 
-/// The plan.
+/// A plan as text.
 pub fn plan(plan: &Plan) -> String {
     let Plan { command, before, after, bytes, space, removed, renamed, invalid, notes, refusals } = plan;
     let mut text = format!("command: {}\n", terminal(command));
@@ -48,12 +48,12 @@ pub fn plan(plan: &Plan) -> String {
     text
 }
 
-/// The plan of a command that could not even be read.
+/// The plan of a command that could not be parsed.
 pub fn refusal(error: &Error) -> String {
     format!("{REFUSED}: {}\n", terminal(&error.to_string()))
 }
 
-/// Whether a plan, as text, would not be carried out.
+/// Whether a plan, as text, would be refused.
 pub fn is_refused(text: &str) -> bool {
     text.lines().any(|line| line.strip_prefix(REFUSED).is_some_and(|rest| rest.starts_with(':')))
 }
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_shows_the_chain_base_first_and_everything_it_takes() {
+    fn a_plan_shows_the_chain_base_first_and_all_costs() {
         let base = layer("base", "base.raw", false, "");
         let shown = Plan {
             command: "commit top=mönday base=base".to_string(),
@@ -139,10 +139,10 @@ note: base is raw
     }
 
     #[test]
-    fn a_refused_plan_is_known_by_its_lines() {
-        let error = Error::new(ErrorKind::Busy, "base.raw is in use\nby somebody");
+    fn a_refused_plan_has_refused_lines() {
+        let error = Error::new(ErrorKind::Busy, "base.raw is in use\nby qemu");
         let refused = Plan { refusals: vec![error.clone()], ..Plan::default() };
-        assert!(plan(&refused).ends_with("refused: base.raw is in use\\x0aby somebody\n"));
+        assert!(plan(&refused).ends_with("refused: base.raw is in use\\x0aby qemu\n"));
         assert!(is_refused(&plan(&refused)) && is_refused(&refusal(&error)));
     }
 }

@@ -1,4 +1,4 @@
-//! A plan as two trees, before and after, which the renderings of trees can show.
+//! A plan as two trees, before and after, in the model of the tree renderings.
 
 use crate::ops::{Plan, PlanLayer};
 use crate::store::{Catalog, Format, ImageEntry};
@@ -7,7 +7,7 @@ use super::safe;
 use super::store::date;
 use super::tree::{BackingTree, Forest, NodeMark, TreeNode, TreeNodeKind};
 
-/// The chain that a command is given to, as it is and as it would be.
+/// The chain of a command before and after it.
 pub fn forest(plan: &Plan, catalog: &Catalog) -> Forest {
     let known = |layer: &PlanLayer| {
         let old = plan.renamed.iter().find(|(_, new)| *new == layer.path && !is_in(&plan.before, layer));
@@ -23,7 +23,7 @@ fn is_in(layers: &[PlanLayer], wanted: &PlanLayer) -> bool {
     layers.iter().any(|layer| layer.path == wanted.path && layer.name == wanted.name)
 }
 
-/// A straight tree of layers that are given top first; none of no layers.
+/// A straight tree of layers that are given top first; `None` without layers.
 fn tree<'a>(
     title: &str,
     layers: &[PlanLayer],

@@ -1,8 +1,8 @@
-//! Names made harmless for the place where they are shown.
+//! Makes names safe for the place where they are shown.
 //!
-//! Names in images are bytes that a guest or a stranger chose. On a terminal an escape sequence
-//! could rewrite what stands above it and a bidirectional control could reorder a line; in a
-//! picture a `<` could open a script. Text that went through these functions cannot.
+//! Names in images are bytes that a guest or a third party chose. On a terminal an escape sequence could
+//! overwrite earlier text and a bidirectional control could reorder a line; in a picture a `<` could start a
+//! script. The output of these functions cannot.
 
 use std::fmt::Write as _;
 
@@ -13,12 +13,12 @@ pub fn terminal(text: &str) -> String {
     printable(text)
 }
 
-/// Bytes from an image for a terminal: as [`terminal`], and bytes that are not UTF-8 as `\xff`.
+/// Bytes from an image for a terminal: like [`terminal`], with bytes that are not UTF-8 as `\xff`.
 pub fn terminal_bytes(bytes: &[u8]) -> String {
     terminal(&text(bytes))
 }
 
-/// Bytes as text that other functions here still have to make harmless: what is not UTF-8 becomes `\xff`.
+/// Bytes as text, with bytes that are not UTF-8 as `\xff`. The other functions here must still make it safe.
 pub fn text(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
@@ -30,12 +30,13 @@ pub fn text(bytes: &[u8]) -> String {
     text
 }
 
-/// `text` in ASCII alone, for `--ascii` and for terminals that know no better.
+/// `text` in ASCII, for `--ascii` and for terminals without UTF-8.
 pub fn ascii(text: &str) -> String {
     escaped(text, |c| !is_plain(c) || !c.is_ascii())
 }
 
-/// `text` as the content or a quoted attribute of XML. What XML cannot say at all is escaped as on a terminal.
+/// `text` as the content or a quoted attribute of XML. Characters that XML cannot contain are escaped as on a
+/// terminal.
 pub fn xml(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in terminal(text).chars() {
@@ -51,7 +52,8 @@ pub fn xml(text: &str) -> String {
     safe
 }
 
-/// `text` within the double quotes of a Graphviz string, shown as it is: no `\N` or `\l` of its own works.
+/// `text` within the double quotes of a Graphviz string, shown literally: escapes such as `\N` or `\l` have
+/// no effect.
 pub fn dot(text: &str) -> String {
     terminal(text).replace('\\', "\\\\").replace('"', "\\\"")
 }
@@ -61,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_that_moves_a_cursor_or_turns_a_line_gets_through() {
+    fn cursor_movements_and_reordering_are_escaped() {
         assert_eq!(terminal("a\x1b[2Jb\n\u{9b}"), "a\\x1b[2Jb\\x0a\\u{9b}");
         assert_eq!(terminal("gpj\u{202e}.exe"), "gpj\\u{202e}.exe");
         assert_eq!(terminal("Füße 日本"), "Füße 日本");
@@ -70,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_cannot_be_broken_out_of() {
+    fn names_cannot_break_out_of_pictures() {
         assert_eq!(xml("<b a='\"&'>\u{0}\u{ffff}"), "&lt;b a=&#39;&quot;&amp;&#39;&gt;\\x00\\u{ffff}");
         assert_eq!(dot("a\"];\\N"), "a\\\"];\\\\N");
     }

@@ -1,6 +1,6 @@
-//! How a command is doing, in the words of `control/status` and `control/progress`.
+//! The state of a command, in the format of `control/status` and `control/progress`.
 //!
-//! Both are for programs as well as for people, and keep their form.
+//! Both are read by programs and people; their format is stable.
 
 use std::fmt::Write as _;
 
@@ -9,7 +9,7 @@ use crate::ops::{JobState, Status};
 use super::safe::terminal;
 use crate::units::brief_size;
 
-/// `key: value` lines: number, command, state, done, total, error, and a `note` for each thing to be known besides.
+/// `key: value` lines: number, command, state, done, total, error, and a `note` for each further fact.
 pub fn status(status: &Status) -> String {
     let Status { number, command, state, done, total, error, notes, version: _ } = status;
     let mut text = String::new();
@@ -31,7 +31,7 @@ pub fn status(status: &Status) -> String {
     text
 }
 
-/// What [`status`] has written, read again; lines that are missing are as of the default.
+/// Parses the output of [`status`]; missing lines have default values.
 pub fn parse_status(text: &str) -> Status {
     let value = |key: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
@@ -52,8 +52,8 @@ pub fn parse_status(text: &str) -> Status {
     }
 }
 
-/// One line of `control/progress`: `commit 43.2 % 1.2 GiB of 2.8 GiB` while the command is at work, and at its
-/// end `done`, `failed: ...` or `cancelled`; `idle` if there was none.
+/// One line of `control/progress`: `commit 43.2 % 1.2 GiB of 2.8 GiB` while the command runs, then `done`,
+/// `failed: ...` or `cancelled`; `idle` if there was none.
 pub fn progress(status: &Status) -> String {
     match (status.state, &status.error) {
         (JobState::Running, _) => {
@@ -67,7 +67,7 @@ pub fn progress(status: &Status) -> String {
     }
 }
 
-/// How much is done, rounded down: it says all only when all is.
+/// The done part in thousandths, rounded down: it is 1000 only when everything is done.
 pub fn per_mille(status: &Status) -> u64 {
     let share = u128::from(status.done.min(status.total)) * 1000;
     share.checked_div(u128::from(status.total)).unwrap_or(0) as u64
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_is_six_lines_and_comes_back() {
+    fn a_status_is_six_lines_and_parses_back() {
         let text = "number: 3\ncommand: commit top=a\nstate: running\ndone: 1319413953\ntotal: 3006477107\nerror:\n";
         assert_eq!(status(&running()), text);
         assert_eq!(parse_status(text), running());
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn progress_says_all_only_when_all_is_done() {
+    fn progress_is_full_only_when_everything_is_done() {
         assert_eq!(progress(&running()), "commit 43.8 % 1.2 GiB of 2.8 GiB");
         assert!(progress(&Status { done: 999_999, total: 1_000_000, ..running() }).starts_with("commit 99.9 %"));
         assert!(progress(&Status { done: 0, total: 0, ..running() }).starts_with("commit 0.0 %"));

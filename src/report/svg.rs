@@ -1,7 +1,7 @@
-//! The tree as a picture that opens in a browser: the rows of the text, joined by lines.
+//! The tree as a picture for browsers: the rows of the text, joined by lines.
 //!
-//! No scripts, no fonts or files from elsewhere, colours that follow the reader's light or dark
-//! screen. Always well-formed XML, whatever the names are.
+//! It contains no scripts and no external fonts or files; its colours follow the reader's light or dark
+//! theme. It is well-formed XML for any names.
 
 use super::layout::{Joint, Row, RowItem, rows};
 use super::text::{Folded, TextOptions, flags, summary};
@@ -15,7 +15,7 @@ use unicode_width::UnicodeWidthStr;
 const ROW: usize = 26;
 const STEP: usize = 22;
 const MARGIN: usize = 20;
-/// Tenths of a pixel that one column of 13 px monospace takes, rounded up.
+/// Tenths of a pixel of one column of 13 px monospace, rounded up.
 const CHAR_TENTHS: usize = 80;
 const NAME_CHARS_MAX: usize = 48;
 
@@ -27,7 +27,7 @@ text{fill:currentColor;white-space:pre}.title{font-weight:700;font-size:14px}.di
 @media(prefers-color-scheme:dark){svg{background:#0d1117;color:#e6edf3}.dim{fill:#8d96a0}.flag{fill:#58a6ff}\
 .internal,.fold{fill:#0d1117}.active{fill:#3fb950}.broken{fill:#f85149}}";
 
-/// Every tree of `forest` below the one before, in one picture.
+/// All trees of `forest` in one picture, one below the other.
 pub fn forest(forest: &Forest, zone: &TimeZone, full: bool) -> String {
     let mut canvas = Canvas { body: String::new(), width: 0, y: MARGIN };
     for tree in &forest.trees {
@@ -49,7 +49,7 @@ struct Canvas {
     y: usize,
 }
 
-/// What stands beside a mark.
+/// The text beside a mark.
 struct Label {
     class: &'static str,
     name: String,
@@ -88,7 +88,7 @@ impl Canvas {
         }
         for (index, (row, label)) in rows.iter().zip(&labels).enumerate() {
             let (at, y) = (x(row.column()), y(index));
-            // The whole name where it is cut, for whoever points at it.
+            // The full name of a clipped one, as a tooltip.
             let _ = write!(self.body, "<g><title>{}</title>", safe::xml(&label.name));
             let _ = match label.class {
                 "internal" => write!(self.body, "<circle class=\"internal\" cx=\"{at}\" cy=\"{y}\" r=\"4\"/>"),
@@ -111,7 +111,7 @@ impl Canvas {
         self.y = top + rows.len() * ROW;
     }
 
-    /// From a row's mark down the column of what it stands on.
+    /// A line from a row's mark down the column of its backing file.
     fn line(&mut self, row: &Row, parent: &Row, from: usize, to: usize) {
         let (px, cx) = (x(parent.column()), x(row.column()));
         let _ = match row.joint {
@@ -183,7 +183,7 @@ fn chars(count: usize) -> usize {
     (count * CHAR_TENTHS).div_ceil(10)
 }
 
-/// A name that fits its column, an ellipsis in place of what does not.
+/// A name that fits its column, with an ellipsis if it was cut.
 fn clipped(name: &str) -> String {
     let name = safe::terminal(name);
     if name.width() <= NAME_CHARS_MAX {
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn the_picture_shows_what_the_text_shows() {
+    fn the_picture_shows_the_same_rows_as_the_text() {
         let (rows, texts) = parsed(&tree(&sample::web01(), &TimeZone::UTC, false));
         assert_eq!(rows, 8);
         for text in ["base", "web02", "25 layers", "nightly-02 .. nightly-26", "2026-03-02 .. 26"] {
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_names_leave_it_well_formed() {
+    fn hostile_names_leave_the_picture_well_formed() {
         let name = "</text><script>alert(1)</script>\u{0}\u{ffff}&\"'\x1b";
         let mut bad = BackingTree::new(name, TreeNode::new(NodeMark::Broken, TreeNodeKind::Missing, name.repeat(20)));
         bad.nodes[0].flags.push(name.into());
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thousand_layers_stay_small_and_nothing_is_a_picture_too() {
+    fn a_thousand_layers_and_no_trees_make_small_pictures() {
         let plain = |name: String| TreeNode::new(NodeMark::Frozen, TreeNodeKind::Qcow2, name);
         let mut deep = BackingTree::new("deep", plain("base".into()));
         for layer in 0..1_000 {

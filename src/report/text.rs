@@ -1,7 +1,7 @@
-//! The tree as text: base first, one line a layer, columns aligned by what a terminal shows.
+//! The tree as text: base first, one line per layer, columns aligned by displayed width.
 //!
-//! A line is mark, name, kind, date, own size, flags. Only side branches are indented; internal
-//! snapshots hang below their layer. Long straight runs fold unless asked otherwise.
+//! A line is mark, name, kind, date, own size, flags. Only side branches are indented; internal snapshots
+//! follow their layer. Long straight runs fold unless `full` is set.
 
 use super::layout::{Joint, Row, RowItem, rows};
 use super::tree::{BackingTree, Forest, NodeMark, TreeNode, TreeNodeKind};
@@ -10,17 +10,17 @@ use crate::units::{brief_size, human_size};
 use jiff::tz::TimeZone;
 use unicode_width::UnicodeWidthStr;
 
-/// One name that is wider does not push the columns of all others out of sight.
+/// A wider name overflows its column instead of widening it for all rows.
 const NAME_WIDTH_MAX: usize = 48;
 
 /// How a tree is written.
 #[derive(Clone, Debug)]
 pub struct TextOptions {
-    /// Every layer a line of its own.
+    /// One line for every layer: nothing folds.
     pub full: bool,
-    /// Nothing but ASCII, names included.
+    /// Only ASCII, names included.
     pub ascii: bool,
-    /// Where dates are read.
+    /// The time zone of dates.
     pub zone: TimeZone,
 }
 
@@ -31,13 +31,13 @@ impl TextOptions {
     }
 }
 
-/// Every tree, an empty line between two.
+/// All trees, with an empty line between two.
 pub fn forest(forest: &Forest, options: &TextOptions) -> String {
     let trees: Vec<_> = forest.trees.iter().map(|one| tree(one, options)).collect();
     trees.join("\n")
 }
 
-/// One tree under a line that sums it up.
+/// One tree under its summary line.
 pub fn tree(tree: &BackingTree, options: &TextOptions) -> String {
     let marks = if options.ascii { &ASCII } else { &UNICODE };
     let lines: Vec<_> = rows(tree, options.full).iter().map(|row| TextLine::of(row, tree, options, marks)).collect();
@@ -75,7 +75,7 @@ pub fn summary(tree: &BackingTree, options: &TextOptions) -> String {
     format!("{title} {dot} {} virtual {dot} {} on disk {dot} {}", sizes.0, sizes.1, counts.join(", "))
 }
 
-/// What a folded run has to say: its kind, days, size and names.
+/// The cells of a folded run: its kind, days, size and names.
 pub(super) struct Folded {
     pub(super) kind: &'static str,
     pub(super) days: String,
@@ -98,13 +98,14 @@ impl Folded {
     }
 }
 
-/// The flags of a node, the chain it is the leaf of first unless the tree or the node is named after it.
+/// The flags of a node. The chain whose leaf it is comes first, unless the tree or the node has the same
+/// name.
 pub(super) fn flags(tree: &BackingTree, node: &TreeNode) -> String {
     let chain = node.chain.iter().filter(|chain| **chain != tree.title && **chain != node.name);
     chain.chain(&node.flags).map(String::as_str).collect::<Vec<_>>().join(", ")
 }
 
-/// What the lines are drawn with.
+/// The characters that draw the lines.
 struct Marks {
     bar: &'static str,
     side: &'static str,
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_reads_like_the_one_in_the_guide() {
+    fn a_tree_matches_the_one_in_the_guide() {
         let expected = "\
 web01 · 40 GiB virtual · 12 GiB on disk · 31 layers, 2 branches, 1 internal
 ● base               raw     2026-01-03 09:00   3.1 GiB
@@ -232,7 +233,7 @@ web01 · 40 GiB virtual · 12 GiB on disk · 31 layers, 2 branches, 1 internal
     }
 
     #[test]
-    fn ascii_means_ascii_in_names_too() {
+    fn ascii_includes_names() {
         let mut web01 = sample::web01();
         web01.nodes[2].name = "führung".into();
         let text = tree(&web01, &TextOptions { ascii: true, ..utc() });
@@ -243,7 +244,7 @@ web01 · 40 GiB virtual · 12 GiB on disk · 31 layers, 2 branches, 1 internal
     }
 
     #[test]
-    fn full_leaves_nothing_out() {
+    fn full_shows_every_layer() {
         let web01 = sample::web01();
         let text = tree(&web01, &TextOptions { full: true, ..utc() });
         assert_eq!(text.lines().count(), 1 + web01.nodes.len());
@@ -268,7 +269,7 @@ web01 · 40 GiB virtual · 12 GiB on disk · 31 layers, 2 branches, 1 internal
     }
 
     #[test]
-    fn trees_stand_apart() {
+    fn an_empty_line_separates_trees() {
         let one = BackingTree::new("one", TreeNode::new(NodeMark::Active, TreeNodeKind::Raw, "active"));
         let text = forest(&Forest { trees: vec![one.clone(), one] }, &utc());
         assert_eq!(text.matches("\n\none ·").count(), 1, "{text}");

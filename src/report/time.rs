@@ -1,10 +1,10 @@
-//! Moments as people read them, in a time zone that the caller chooses.
+//! Times as text, in a time zone that the caller chooses.
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use std::time::SystemTime;
 
-/// "2026-01-03 09:12"; a question mark for what no calendar can show.
+/// "2026-01-03 09:12"; a question mark for times outside the calendar.
 pub fn minute(at: SystemTime, zone: &TimeZone) -> String {
     formatted(at, zone, "%Y-%m-%d %H:%M")
 }
@@ -14,7 +14,7 @@ pub fn second(at: SystemTime, zone: &TimeZone) -> String {
     formatted(at, zone, "%Y-%m-%d %H:%M:%S")
 }
 
-/// "2026-03-02 .. 26": a range of days, without what the second has in common with the first.
+/// "2026-03-02 .. 26": a range of days; the second omits its common beginning with the first.
 pub fn days(from: SystemTime, to: SystemTime, zone: &TimeZone) -> String {
     let (from, to) = (formatted(from, zone, "%Y-%m-%d"), formatted(to, zone, "%Y-%m-%d"));
     let common = match (from.rsplit_once('-'), to.rsplit_once('-')) {
@@ -27,7 +27,7 @@ pub fn days(from: SystemTime, to: SystemTime, zone: &TimeZone) -> String {
     if from == to { from } else { format!("{from} .. {}", &to[common..]) }
 }
 
-/// "2026-01-03T09:12:00Z", for programs.
+/// "2026-01-03T09:12:00Z", for JSON.
 pub fn rfc3339(at: SystemTime) -> Option<String> {
     Timestamp::try_from(at).ok().map(|at| at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
 }
@@ -46,7 +46,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_of_days_say_only_what_differs() {
+    fn ranges_of_days_omit_the_common_part() {
         let day = 86_400;
         let range = |from, to| days(at(from), at(to), &TimeZone::UTC);
         assert_eq!(range(0, 100), "1970-01-01");
@@ -56,7 +56,7 @@ mod tests {
     }
 
     #[test]
-    fn moments_beyond_the_calendar_are_a_question_mark() {
+    fn times_outside_the_calendar_are_a_question_mark() {
         assert_eq!(minute(at(1_767_431_520), &TimeZone::UTC), "2026-01-03 09:12");
         assert_eq!(second(at(1_767_431_520), &TimeZone::UTC), "2026-01-03 09:12:00");
         assert_eq!(rfc3339(at(1_767_431_520)).unwrap(), "2026-01-03T09:12:00Z");

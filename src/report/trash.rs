@@ -1,4 +1,4 @@
-//! What is in a store's trash.
+//! The content of a store's trash.
 
 use std::fmt::Write as _;
 use std::time::{Duration, UNIX_EPOCH};
@@ -27,12 +27,12 @@ struct TrashEntry {
     problem: Option<String>,
 }
 
-/// What is said where it cannot be listed: that it is not empty.
+/// The line for a trash that cannot be listed.
 pub fn unlisted(error: &Error) -> String {
-    format!("the trash cannot be listed: {}; see to .chainfs/trash in the store\n", terminal(&error.to_string()))
+    format!("the trash cannot be listed: {}; check .chainfs/trash in the store\n", terminal(&error.to_string()))
 }
 
-/// A line for each: id, when it was removed, its weight, its file and the command.
+/// A line for each item: id, time of removal, size on disk, file and command.
 pub fn listed(items: &[TrashItem], zone: &TimeZone) -> String {
     let names: Vec<String> = items.iter().map(|item| terminal(&item.path.to_string_lossy())).collect();
     let name_width = names.iter().map(|name| name.width()).max().unwrap_or(0);
@@ -48,7 +48,7 @@ pub fn listed(items: &[TrashItem], zone: &TimeZone) -> String {
     lines
 }
 
-/// The same for programs.
+/// The same as JSON.
 pub fn listed_json(items: &[TrashItem]) -> String {
     let entry = |item: &TrashItem| TrashEntry {
         id: item.id.clone(),

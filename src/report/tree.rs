@@ -1,33 +1,32 @@
-//! The branching tree of a store as plain values.
+//! The backing tree of a store as plain values.
 //!
-//! A [`BackingTree`] stands on one base; its nodes name each other by index, so that a chain of a
-//! thousand layers is no deeper for a program than one of three. The renderings ([`super::text`],
-//! [`super::svg`], [`super::dot`], [`super::json`]) take it as it is: they skip what is named twice
-//! or not there, and never fail.
+//! A [`BackingTree`] has one base. Its nodes reference each other by index, so that a chain of a thousand
+//! layers needs no deep recursion. The renderings ([`super::text`], [`super::svg`], [`super::dot`],
+//! [`super::json`]) accept any values: they skip duplicate and invalid indices, and never fail.
 
 use std::time::SystemTime;
 
 /// Every tree of a store.
 #[derive(Clone, Debug, Default)]
 pub struct Forest {
-    /// One for each base, in the order in which they are to be shown.
+    /// One for each base, in display order.
     pub trees: Vec<BackingTree>,
 }
 
-/// All that stands on one base.
+/// A base and all its overlays.
 #[derive(Clone, Debug, Default)]
 pub struct BackingTree {
-    /// The chain that the tree is named after.
+    /// The chain that names the tree.
     pub title: String,
-    /// Size of the disk that the titular chain shows.
+    /// Size of the titular chain's disk.
     pub virtual_size: u64,
-    /// Bytes that all files of the tree take on disk.
+    /// Bytes on disk of all files of the tree.
     pub on_disk: u64,
-    /// Images of the tree.
+    /// Number of images.
     pub layer_count: usize,
-    /// Ways from the base to a leaf; internal snapshots are no branches of their own.
+    /// Number of leaves; internal snapshots do not count.
     pub branch_count: usize,
-    /// Internal snapshots of all images.
+    /// Number of internal snapshots of all images.
     pub internal_count: usize,
     /// Images and internal snapshots in any order.
     pub nodes: Vec<TreeNode>,
@@ -38,30 +37,30 @@ pub struct BackingTree {
 /// An image or an internal snapshot.
 #[derive(Clone, Debug)]
 pub struct TreeNode {
-    /// What it is to its chain.
+    /// Its role in the chain.
     pub mark: NodeMark,
-    /// Its view's name, or the file name of what is missing.
+    /// Its view's name, or the file name of a missing file.
     pub name: String,
-    /// What it is made of.
+    /// Its format.
     pub kind: TreeNodeKind,
-    /// When it was frozen or taken, else when its file was last changed.
+    /// When it was frozen or taken, or else its file was last changed.
     pub date: Option<SystemTime>,
-    /// Bytes that its file takes on disk; `None` where that cannot be said of it alone.
+    /// Bytes on disk of its file; `None` for internal snapshots and missing files.
     pub own_size: Option<u64>,
-    /// What else is to be known: "writable", `locked by qemu[4711]`, "missing", "shared by 3".
+    /// Further properties: "writable", `locked by qemu[4711]`, "missing", "shared by 3".
     pub flags: Vec<String>,
     /// The chain whose leaf it is.
     pub chain: Option<String>,
-    /// Indices of what stands on it, internal snapshots included.
+    /// Indices of its overlays and internal snapshots.
     pub children: Vec<usize>,
 }
 
-/// What a node is to its chain.
+/// The role of a node in its chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum NodeMark {
     /// A layer that never changes.
     Frozen,
-    /// A snapshot within an image.
+    /// An internal snapshot of an image.
     Internal,
     /// The writable layer.
     Active,
@@ -69,28 +68,28 @@ pub enum NodeMark {
     Broken,
 }
 
-/// What a node is made of.
+/// The format of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TreeNodeKind {
     /// A raw image.
     Raw,
     /// A qcow2 image.
     Qcow2,
-    /// An image of another format, which is not read.
+    /// An image of an unsupported format.
     Foreign(&'static str),
-    /// A snapshot within a qcow2 image.
+    /// An internal snapshot of a qcow2 image.
     Internal,
-    /// A file that an image names and that is not there.
+    /// A file that an image references and that does not exist.
     Missing,
 }
 
 impl BackingTree {
-    /// A tree of one node; more are added with [`BackingTree::add`].
+    /// A tree of one node; [`BackingTree::add`] adds more.
     pub fn new(title: impl Into<String>, base: TreeNode) -> Self {
         Self { title: title.into(), nodes: vec![base], ..Self::default() }
     }
 
-    /// Puts `node` on top of `parent` and returns its index.
+    /// Adds `node` as a child of `parent` and returns its index.
     pub fn add(&mut self, parent: usize, node: TreeNode) -> usize {
         let index = self.nodes.len();
         self.nodes.push(node);
@@ -127,7 +126,7 @@ impl TreeNode {
 }
 
 impl NodeMark {
-    /// The word for programs.
+    /// The word in JSON.
     pub fn word(self) -> &'static str {
         match self {
             NodeMark::Frozen => "frozen",
@@ -139,7 +138,7 @@ impl NodeMark {
 }
 
 impl TreeNodeKind {
-    /// The word for the column of formats.
+    /// The word in the format column.
     pub fn word(self) -> &'static str {
         match self {
             TreeNodeKind::Raw => "raw",
@@ -158,10 +157,10 @@ pub(super) mod sample {
     use super::*;
     use std::time::Duration;
 
-    /// Seconds of 2026-01-01 00:00 UTC.
+    /// 2026-01-01 00:00 UTC in seconds.
     pub(in crate::report) const NEW_YEAR: u64 = 1_767_225_600;
 
-    /// A layer, `day` days and some hours into 2026, of so many tenths of a GiB.
+    /// A layer with a date `day` days and `hour` hours into 2026, and a size in tenths of a GiB.
     pub(in crate::report) fn layer(name: &str, kind: TreeNodeKind, day: u64, hour: u64, tenths: u64) -> TreeNode {
         let date = SystemTime::UNIX_EPOCH + Duration::from_secs(NEW_YEAR + day * 86_400 + hour * 3600);
         let own_size = Some(tenths * (1 << 30) / 10);
@@ -205,7 +204,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counting_tells_layers_branches_and_internal_snapshots_apart() {
+    fn layers_branches_and_internal_snapshots_are_counted() {
         let tree = sample::web01();
         assert_eq!((tree.layer_count, tree.branch_count, tree.internal_count), (31, 2, 1));
     }

@@ -1,4 +1,4 @@
-//! The versions of a guest's file as a table, and for programs.
+//! The versions of a guest's file as a table and as JSON.
 
 use jiff::tz::TimeZone;
 use serde::Serialize;
@@ -9,10 +9,10 @@ use crate::browse::versions::PathVersion;
 use super::files::{AttributesObject, mode, time};
 use super::safe::{terminal, terminal_bytes, text};
 
-/// Views in a row that are named one by one.
+/// Consecutive views that are named one by one.
 const ROW: usize = 5;
 
-/// A line for each version: time, size, mode, the views that have it, and a link's target.
+/// A line for each version: time, size, mode, its views, and a link's target.
 pub fn table(versions: &[PathVersion], views: &[Vec<u8>], zone: &TimeZone) -> String {
     let rows: Vec<([String; 3], String)> = versions.iter().map(|version| row(version, views, zone)).collect();
     let width = |column: usize| rows.iter().map(|(row, _)| row[column].width()).max().unwrap_or(0);
@@ -39,18 +39,18 @@ fn row(version: &PathVersion, views: &[Vec<u8>], zone: &TimeZone) -> ([String; 3
     }
 }
 
-/// Names of views; of many in a row, the first and the last.
+/// Names of views; of a long consecutive range, only the first and the last.
 fn names(disks: &[usize], views: &[Vec<u8>]) -> String {
     let name = |disk: usize| terminal_bytes(&views[disk]);
     let rows = disks.chunk_by(|one, next| one + 1 == *next);
-    let told = rows.flat_map(|row| match row {
+    let names = rows.flat_map(|row| match row {
         [first, .., last] if row.len() > ROW => vec![format!("{} .. {} ({})", name(*first), name(*last), row.len())],
         _ => row.iter().map(|disk| name(*disk)).collect(),
     });
-    told.collect::<Vec<String>>().join(", ")
+    names.collect::<Vec<String>>().join(", ")
 }
 
-/// All versions for programs.
+/// All versions as JSON.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct VersionsObject {
@@ -72,7 +72,7 @@ struct VersionObject {
 }
 
 impl VersionsObject {
-    /// The same versions.
+    /// From the versions and their views.
     pub fn of(versions: &[PathVersion], views: &[Vec<u8>], bytes_read: u64) -> Self {
         let object = |version: &PathVersion| VersionObject {
             state: match version.state {
@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn many_views_in_a_row_are_told_by_their_ends() {
+    fn long_ranges_of_views_show_their_ends() {
         let views: Vec<Vec<u8>> = (0..20).map(|number| format!("l{number}").into_bytes()).collect();
         let disks: Vec<usize> = [0, 2, 3].into_iter().chain(5..15).collect();
         assert_eq!(names(&disks, &views), "l0, l2, l3, l5 .. l14 (10)");

@@ -11,9 +11,10 @@ use crate::guest::volumes::Volume;
 use super::safe::terminal;
 use crate::units::brief_size;
 
-/// A line for each volume: its name, what it holds, its size, label and identity, and why its files are not shown; then what should be known of each.
-pub fn listed(inside: &DiskContents) -> String {
-    let layout = inside.layout();
+/// A line for each volume: name, content, size, label and identity, and why its files are not shown; then the
+/// remarks on the disk.
+pub fn listed(contents: &DiskContents) -> String {
+    let layout = contents.layout();
     let rows: Vec<[String; 3]> = layout
         .volumes
         .iter()
@@ -25,25 +26,23 @@ pub fn listed(inside: &DiskContents) -> String {
     for (index, (volume, [name, content, size])) in layout.volumes.iter().zip(&rows).enumerate() {
         let gap = widths[0] - name.width();
         let _ = write!(text, "{name}{:gap$}   {content:1$}   {size:>2$}", "", widths[1], widths[2]);
-        let _ = writeln!(text, "{}", remarks(inside, index, volume));
+        let _ = writeln!(text, "{}", remarks(contents, index, volume));
     }
     let table = layout.table.as_deref().unwrap_or("none");
     let _ = writeln!(text, "\npartition table: {table}");
-    for remark in inside.remarks() {
+    for remark in contents.remarks() {
         let _ = writeln!(text, "{}", terminal(remark));
     }
     for group in &layout.missing {
         let absent = group.absent.join(", ");
-        let fact = format!(
-            "volume group {} lacks the physical volumes {absent}, which no disk of this store was found to have",
-            group.name
-        );
+        let fact =
+            format!("volume group {} lacks the physical volumes {absent}; no disk of this store has them", group.name);
         let _ = writeln!(text, "{}", terminal(&fact));
     }
     text
 }
 
-/// A volume for programs.
+/// A volume as JSON.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct VolumeObject {
@@ -55,7 +54,7 @@ pub struct VolumeObject {
     label: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     uuid: Option<String>,
-    /// Why what is shown of it is not what was written last.
+    /// Why the shown state is not the last one.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     stale: Vec<String>,
     /// Why its files cannot be shown.
@@ -63,25 +62,25 @@ pub struct VolumeObject {
     problem: Option<String>,
 }
 
-/// The same for programs.
-pub fn objects(inside: &DiskContents) -> Vec<VolumeObject> {
+/// The volumes as JSON.
+pub fn objects(contents: &DiskContents) -> Vec<VolumeObject> {
     let object = |(index, volume): (usize, &Volume)| VolumeObject {
         name: volume.name.clone(),
         content: volume.content.name(),
         size: volume.size,
         label: volume.label.clone(),
         uuid: volume.uuid.clone(),
-        stale: inside.mount(index).map(|mounted| mounted.stale).unwrap_or_default(),
-        problem: volume.problem.clone().or_else(|| inside.mount(index).err().map(|error| error.to_string())),
+        stale: contents.mount(index).map(|mounted| mounted.stale).unwrap_or_default(),
+        problem: volume.problem.clone().or_else(|| contents.mount(index).err().map(|error| error.to_string())),
     };
-    inside.layout().volumes.iter().enumerate().map(object).collect()
+    contents.layout().volumes.iter().enumerate().map(object).collect()
 }
 
-fn remarks(inside: &DiskContents, index: usize, volume: &Volume) -> String {
+fn remarks(contents: &DiskContents, index: usize, volume: &Volume) -> String {
     let mut words: Vec<String> = Vec::new();
     words.extend(volume.label.as_ref().map(|label| format!("label {}", terminal(label))));
     words.extend(volume.uuid.as_ref().map(|uuid| format!("uuid {}", terminal(uuid))));
-    match (&volume.problem, volume.problem.is_none().then(|| inside.mount(index))) {
+    match (&volume.problem, volume.problem.is_none().then(|| contents.mount(index))) {
         (Some(problem), _) => words.push(format!("not shown: {}", terminal(problem))),
         (None, Some(Err(error))) => words.push(format!("not shown: {}", terminal(&error.to_string()))),
         (None, Some(Ok(mounted))) => words.extend(mounted.remarks.iter().map(|remark| terminal(remark))),

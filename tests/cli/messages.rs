@@ -218,7 +218,7 @@ fn a_mount_says_what_it_hides_and_whom_it_lets_in() {
 
     let raw = Store::new();
     raw.put("disk1", &[0; 4096]);
-    let remedy = "store holds no disk images, but a file of no known format (disk1): if they are raw disks, say so with \
+    let remedy = "store holds no disk images, but a file of unknown format (disk1): if they are raw disks, say so with \
                   -o format=GLOB:raw, as in format=disk1:raw\n";
     all_say(&raw, &[("tree store", 0, remedy), ("mount store mnt", 0, remedy), ("umount mnt", 0, "")]);
     assert!(!said(&raw, "tree store -o format=disk1:raw", 0).contains("no disk images"));
@@ -318,9 +318,7 @@ fn who_writes_a_disk_is_named_with_what_to_do() {
     eventually("problems.txt tells", LIMIT, || {
         let text = mount.text(".chainfs/problems.txt");
         text.starts_with("web01.qcow2: is being written by qemu-nbd[")
-            && text.ends_with(
-                "]: its active disk cannot be opened until that ends, and all snapshots below it can be read\n",
-            )
+            && text.ends_with("]: its active disk cannot be opened until that ends; its snapshots can be read\n")
     });
     drop(held);
     eventually("problems.txt is empty again", LIMIT, || mount.text(".chainfs/problems.txt").is_empty());

@@ -203,7 +203,7 @@ fn plant(dir: &Path, rng: &mut Rng, most: u64) {
 
 fn reads_as_mtools_do(size: u64, options: &[&str], kind: FatWidth, most: u64) {
     let lab = Lab::new(size, options);
-    assert_eq!(FatVolume::recognise(&lab.bytes()).expect("FAT").kind, kind);
+    assert_eq!(FatVolume::detect(&lab.bytes()).expect("FAT").kind, kind);
     let mut rng = Rng::new(size);
     plant(&lab.tree(), &mut rng, most);
     lab.fill();
@@ -360,7 +360,7 @@ fn attributes_are_what_linux_shows() {
 
     let minfo = lab.mtools("minfo").arg("::").succeeds();
     assert!(minfo.contains("serial number: 12AB34CD"), "{minfo}");
-    let volume = FatVolume::recognise(&lab.bytes()).expect("FAT");
+    let volume = FatVolume::detect(&lab.bytes()).expect("FAT");
     assert_eq!(volume.serial().as_deref(), Some("12AB-34CD"));
     assert_eq!(volume.label(&lab.bytes()).as_deref(), Some("A LABEL"));
     // mdir says how many bytes are free.

@@ -85,7 +85,7 @@ fn inside(first: &str, again: &str) -> (tempfile::TempDir, Result<Arc<DiskConten
     let chain = Arc::new(PathBuf::from("vm"));
     let views = store.chain_views(&catalog, catalog.chain(&chain).expect("the chain"));
     let view = store.view_id(&catalog, &chain, &views, views.active().expect("its disk"), false);
-    (place, soon(move || browser.inside(&view, PointInTime::First)))
+    (place, soon(move || browser.contents(&view, PointInTime::First)))
 }
 
 #[test]

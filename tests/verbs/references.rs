@@ -581,7 +581,7 @@ fn a_mount_shows_what_is_not_written_and_why() {
     let told = mount.text(".chainfs/problems.txt");
     assert!(told.contains("lost.qcow2: ") && told.contains("standalone=lost.qcow2"), "{told}");
     let tree = mount.text(".chainfs/tree.txt");
-    assert!(tree.contains("not written: lost.qcow2 may stand on it"), "{tree}");
+    assert!(tree.contains("not writable: lost.qcow2 may use it as its backing file"), "{tree}");
     // Once it has gone, the disk is written again.
     fs::remove_file(store.path("lost.qcow2")).unwrap();
     eventually("base is written", Duration::from_secs(10), || {

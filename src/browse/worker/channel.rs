@@ -1,6 +1,6 @@
-//! Messages on a socket: a length of the message, a length of the bytes that follow it, and both.
+//! Messages on a socket: the length of the message, the length of the payload, and both.
 //!
-//! What comes in is bounded before there is memory for it.
+//! Lengths are checked before memory is allocated.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -12,27 +12,27 @@ use serde::de::DeserializeOwned;
 const MESSAGE_LEN: usize = 4 << 20;
 /// Bytes of the two lengths.
 const LENGTHS: usize = 8;
-/// Bytes that are asked for at once.
-const PIECE: usize = 4096;
-/// Bytes that follow a message, at most.
+/// Bytes of one read.
+const READ_STEP: usize = 4096;
+/// Bytes of a payload at most.
 const PAYLOAD_LEN: usize = 2 << 20;
 
-/// One end of a lane.
+/// One end of a connection between the daemon and a worker.
 #[derive(Debug)]
 pub(super) struct Channel {
     socket: UnixStream,
     outgoing: Vec<u8>,
-    /// What has come in and has not been taken: most messages come in one piece.
+    /// Received bytes that are not consumed yet: most messages arrive in one read.
     incoming: Vec<u8>,
-    taken: usize,
+    consumed: usize,
 }
 
 impl Channel {
     pub(super) fn new(socket: UnixStream) -> Self {
-        Self { socket, outgoing: Vec::new(), incoming: Vec::new(), taken: 0 }
+        Self { socket, outgoing: Vec::new(), incoming: Vec::new(), consumed: 0 }
     }
 
-    /// Sends a message and the bytes that follow it.
+    /// Sends a message and its payload.
     pub(super) fn send(&mut self, message: &impl Serialize, payload: &[u8]) -> io::Result<()> {
         let mut buffer = std::mem::take(&mut self.outgoing);
         buffer.clear();
@@ -46,8 +46,8 @@ impl Channel {
         self.socket.write_all(&self.outgoing)
     }
 
-    /// Receives a message and the bytes that follow it. `patience` is asked whenever the socket's time limit has
-    /// passed without news, and after news that was not all, and ends the waiting with an error.
+    /// Receives a message and its payload. `patience` is called after each read timeout and each partial
+    /// read; its error ends the wait.
     pub(super) fn receive<T: DeserializeOwned>(
         &mut self,
         patience: &mut dyn FnMut() -> io::Result<()>,
@@ -59,7 +59,7 @@ impl Channel {
             u32::from_le_bytes(bytes) as usize
         });
         if message > MESSAGE_LEN || payload > PAYLOAD_LEN {
-            return Err(io::Error::new(ErrorKind::InvalidData, "a message that is too long"));
+            return Err(io::Error::new(ErrorKind::InvalidData, "the message is too long"));
         }
         self.await_bytes(message + payload, patience)?;
         let value = postcard::from_bytes(self.take(message));
@@ -68,26 +68,26 @@ impl Channel {
     }
 
     fn take(&mut self, len: usize) -> &[u8] {
-        self.taken += len;
-        &self.incoming[self.taken - len..self.taken]
+        self.consumed += len;
+        &self.incoming[self.consumed - len..self.consumed]
     }
 
-    /// Returns when so many bytes are there to be taken.
+    /// Returns when `need` bytes are available.
     fn await_bytes(&mut self, need: usize, patience: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
-        if self.taken > 0 {
-            self.incoming.drain(..self.taken);
-            self.taken = 0;
+        if self.consumed > 0 {
+            self.incoming.drain(..self.consumed);
+            self.consumed = 0;
         }
         while self.incoming.len() < need {
             let len = self.incoming.len();
-            self.incoming.resize(need.max(len + PIECE), 0);
+            self.incoming.resize(need.max(len + READ_STEP), 0);
             let received = self.socket.read(&mut self.incoming[len..]);
             self.incoming.truncate(len + received.as_ref().copied().unwrap_or(0));
             match received {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => patience()?,
                 Err(error) if error.kind() != ErrorKind::Interrupted => return Err(error),
-                // Who sends byte by byte keeps others waiting as well.
+                // A sender of single bytes would otherwise keep the reader waiting forever.
                 Ok(_) if self.incoming.len() < need => patience()?,
                 Ok(_) | Err(_) => {}
             }

@@ -1,7 +1,7 @@
-//! What keeps a worker from doing anything but computing and speaking with its daemon.
+//! The sandbox of a worker: it can only compute and talk to its daemon.
 //!
-//! No rights, bounded memory and no more descriptors, which every kernel can see to; no system calls but those that
-//! are listed here by seccomp. Whatever else it tries ends it.
+//! Every kernel enforces: no rights, bounded memory, no new descriptors. seccomp allows only the system calls
+//! listed here; any other call kills the worker.
 
 use std::collections::BTreeMap;
 
@@ -14,10 +14,10 @@ use seccompiler::{
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Bytes of addresses that a worker may have: its caches, what parsers need, and the program itself.
+/// Bytes of address space of a worker: its caches, the parsers' memory, and the program itself.
 const ADDRESSES: u64 = 1 << 30;
 
-/// What a worker needs once its threads are there: its lanes, memory, locks, the clock, and its end.
+/// The system calls of a worker with running threads: channels, memory, locks, the clock, and exit.
 const CALLS: [libc::c_long; 27] = [
     libc::SYS_read,
     libc::SYS_write,
@@ -48,31 +48,32 @@ const CALLS: [libc::c_long; 27] = [
     libc::SYS_exit_group,
 ];
 
-/// One that fails and does not end the worker: the C library looks into /proc when it gives memory back, and gets along without.
+/// A call that fails instead of killing the worker: the C library opens a file in /proc when it frees memory,
+/// and works without it.
 const REFUSED: libc::c_long = libc::SYS_openat;
 
-/// Those that may not be made in every way, each with the number of an argument, the bits of it that count, and what these have to be:
-/// it ends itself where something is very wrong, but nobody else, and what it may run is what it began with.
+/// Calls with a restricted argument: its index, the bits that are checked, and their required value. A worker
+/// may signal only itself (on abort), and may not create executable memory.
 fn bound_calls() -> [(libc::c_long, u8, u64, u64); 3] {
     let exec = libc::PROT_EXEC.unsigned_abs().into();
     let own = std::process::id().into();
     [(libc::SYS_mmap, 2, exec, 0), (libc::SYS_mprotect, 2, exec, 0), (libc::SYS_tgkill, 0, u32::MAX.into(), own)]
 }
 
-/// Gives up the rights that whoever has started the daemon had, root's among them: without them no limit can be raised again. Threads
-/// have their own, so there may be no other yet.
-pub(super) fn give_up_rights() -> Result<()> {
-    let fail = |error: rustix::io::Errno| Error::io("giving up a worker's rights", error);
+/// Drops all rights that the daemon's user has, root's among them: without them no limit can be raised again.
+/// Rights are per thread, so no other thread may exist yet.
+pub(super) fn drop_rights() -> Result<()> {
+    let fail = |error: rustix::io::Errno| Error::io("dropping a worker's rights", error);
     let none = CapabilitySet::empty();
     set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none }).map_err(fail)?;
     set_no_new_privs(true).map_err(fail)
 }
 
-/// Limits memory and descriptors. From here on nothing can be opened.
+/// Limits memory and descriptors. After this nothing can be opened.
 pub(super) fn limit() -> Result<()> {
-    // What a guest has written is in nobody's dumps, either. Where a program takes them, the kernel goes by this limit only if it is 1, and no
-    // file is that short.
-    // G1: no more descriptors, whatever the parser is made to do.
+    // Guest data must not appear in core dumps. If a core pattern pipes dumps to a program, the kernel checks
+    // this limit only if it is 1; no dump file is that short.
+    // G1: the parser cannot open descriptors, whatever it is made to do.
     let limits = [(Resource::As, ADDRESSES), (Resource::Nofile, 0), (Resource::Fsize, 0), (Resource::Core, 1)];
     for (resource, limit) in limits {
         setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) })
@@ -81,9 +82,9 @@ pub(super) fn limit() -> Result<()> {
     Ok(())
 }
 
-/// Lets all threads make no system call but the listed ones; any other ends the process.
+/// Restricts all threads to the listed system calls; any other call kills the process.
 pub(super) fn filter() -> Result<()> {
-    let fail = |error: String| Error::new(ErrorKind::Io, format!("confining a worker with seccomp: {error}"));
+    let fail = |error: String| Error::new(ErrorKind::Io, format!("installing a worker's seccomp filter: {error}"));
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
     for (call, argument, bits, value) in bound_calls() {
         let equal = SeccompCmpOp::MaskedEq(bits);
@@ -91,14 +92,14 @@ pub(super) fn filter() -> Result<()> {
         let rule = condition.and_then(|condition| SeccompRule::new(vec![condition]));
         rules.insert(call, vec![rule.map_err(|error| fail(error.to_string()))?]);
     }
-    // Of two filters the stricter holds. This one comes first: the other lets no more be installed.
+    // The stricter of two filters wins. This one comes first: the other forbids installing more.
     let refusal = SeccompAction::Errno(libc::EMFILE.unsigned_abs());
     install(BTreeMap::from([(REFUSED, Vec::new())]), SeccompAction::Allow, refusal).map_err(fail)?;
     rules.insert(REFUSED, Vec::new());
     install(rules, SeccompAction::KillProcess, SeccompAction::Allow).map_err(fail)
 }
 
-/// One filter: what becomes of calls that meet none of the rules, and of those that do.
+/// Installs one filter: the actions for calls that match no rule, and for those that match.
 fn install(
     rules: BTreeMap<i64, Vec<SeccompRule>>,
     others: SeccompAction,

@@ -1,4 +1,4 @@
-//! Guests' file systems are parsed in a process of its own, which has nothing but memory and what it is sent.
+//! Guests' file systems are parsed in a separate process that has only memory and what it is sent.
 
 mod channel;
 mod confine;

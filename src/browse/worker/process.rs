@@ -1,7 +1,8 @@
-//! The daemon's side of a worker: begun when it is needed, watched, ended when it hangs, begun again.
+//! The daemon's side of a worker: starts it on demand, watches it, kills it when it hangs, and restarts it.
 //!
-//! Promises: whatever a worker does, who asks it gets an answer or an error, and within a bounded time; what one request
-//! does to a worker costs others nothing but time. The worker is given bytes of the disks of the set in question, and nothing else.
+//! Promises: whatever a worker does, each request gets an answer or an error within a bounded time; the
+//! effect of one request on a worker costs other requests only time. A worker receives bytes of the disks of
+//! the requested set, and nothing else.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -22,26 +23,26 @@ use super::channel::Channel;
 use super::pool::{Permit, Pool};
 use super::protocol::{Answer, CHUNK, ChunkKey, Failure, FromWorker, GROUP, Request, ToWorker};
 
-/// The word that makes the program a worker.
+/// The argument that makes the program a worker.
 pub const WORKER: &str = "guest-worker";
-/// The word that keeps a worker from being confined by seccomp.
+/// The argument that disables a worker's seccomp filter.
 pub const WITHOUT_SECCOMP: &str = "--without-seccomp";
 
-/// How often it is asked whether a worker still gets anywhere.
-const GLANCE: Duration = Duration::from_millis(250);
-/// Processor time that an ordinary question may cost, and one that looks at a whole disk.
+/// How often the progress of a worker is checked.
+const CHECK_PERIOD: Duration = Duration::from_millis(250);
+/// Processor time of an ordinary request, and of one that reads a whole disk.
 const USUAL: Duration = Duration::from_secs(2);
 const LARGE: Duration = Duration::from_secs(30);
 /// How long a worker may be silent, busy or not.
 const SILENCE: Duration = Duration::from_mins(1);
-/// How long one question may keep whoever asks waiting for the worker, however often that says something: where a machine
-/// has much else to do, a worker gets a small part of a processor.
+/// How long one request may wait for the worker, however often the worker sends something: on a busy machine
+/// a worker gets a small share of a processor.
 const USUAL_WAIT: Duration = Duration::from_mins(1);
 const LARGE_WAIT: Duration = Duration::from_mins(5);
-/// Bytes that one question may need of the disks: a journal, at most.
+/// Bytes that one request may read from the disks: a journal at most.
 const FETCHED: u64 = 8 << 30;
 
-/// How workers are begun.
+/// How workers are started.
 #[derive(Clone, Debug)]
 pub struct WorkerProgram {
     /// This program.
@@ -51,17 +52,17 @@ pub struct WorkerProgram {
 }
 
 impl WorkerProgram {
-    /// This program, whatever has become of its file since it was started.
+    /// This program, even if its file was replaced since it was started.
     pub fn this(seccomp: bool) -> Self {
         Self { path: "/proc/self/exe".into(), seccomp }
     }
 }
 
-/// The disks of a set, as those who answer a worker see them.
+/// The disks of a set, as the handler of a worker's requests sees them.
 pub(in crate::browse) trait Disks {
     /// The keys of chunks of a disk.
     fn keys(&self, disk: u32, first: u64, count: u64) -> Result<Vec<ChunkKey>>;
-    /// Bytes of a disk; the range may lie anywhere.
+    /// Bytes of a disk; the range is not validated yet.
     fn read(&self, disk: u32, at: u64, buf: &mut [u8]) -> Result<()>;
 }
 
@@ -69,142 +70,146 @@ pub(in crate::browse) trait Disks {
 #[derive(Debug)]
 pub(in crate::browse) struct Worker {
     pool: Arc<Pool>,
-    /// This very worker, for those who end what is idle.
-    me: Weak<Self>,
-    /// Whether it was asked since the search for something to end last looked.
+    /// This worker itself, for the pool.
+    this: Weak<Self>,
+    /// Whether it was used since the last search for reclaimable descriptors.
     is_used: AtomicBool,
     state: Mutex<ProcessState>,
-    /// Held while a view is looked into for the first time: once. Other chains' views do not wait for what this one's guest has written.
-    pub(in crate::browse) first: Mutex<()>,
+    /// Held while a view is opened for the first time, so that it is opened once. Views of other chains do
+    /// not wait for this guest's data.
+    pub(in crate::browse) opening: Mutex<()>,
 }
 
 #[derive(Debug)]
 struct ProcessState {
     process: Option<Arc<WorkerProcess>>,
-    used: Instant,
+    last_used: Instant,
 }
 
 #[derive(Debug)]
 struct WorkerProcess {
     child: Mutex<Child>,
     id: u32,
-    lanes: [Mutex<Channel>; 2],
-    /// Nothing is ever said on it: its other end tells the worker that the daemon is no more.
+    channels: [Mutex<Channel>; 2],
+    /// Carries no data: it tells the worker's end when the daemon exits.
     _life: UnixStream,
-    turn: AtomicUsize,
-    is_gone: AtomicBool,
-    /// Given back when all of the above has gone.
+    next_channel: AtomicUsize,
+    is_killed: AtomicBool,
+    /// Released when everything above is dropped.
     _permit: Permit,
 }
 
-/// A process that is not ended because nobody asks it anything.
-pub(in crate::browse) struct Kept {
+/// Keeps a process from being stopped as idle.
+pub(in crate::browse) struct WorkerHold {
     _process: Arc<WorkerProcess>,
 }
 
-/// What one question may cost.
+/// The limits of one request.
 #[derive(Clone, Copy, Debug)]
 struct RequestLimits {
-    /// Of the processors.
+    /// Processor time.
     spent: Duration,
-    /// Of the time of whoever asks, but for what the disks take.
+    /// Wall-clock time, without the time that the disks take.
     waited: Duration,
 }
 
-/// Why there is no answer.
+/// Why a request has no answer.
 enum WorkerFailure {
-    /// The worker has ended, or says what makes no sense.
+    /// The worker has exited, or violated the protocol.
     Gone(io::Error),
-    /// It was ended because of this question.
-    Ended(Error),
+    /// The worker was killed because of this request.
+    Killed(Error),
 }
 
 impl Worker {
     pub(in crate::browse) fn new(pool: &Arc<Pool>) -> Arc<Self> {
-        Arc::new_cyclic(|me| Self {
+        Arc::new_cyclic(|this| Self {
             pool: Arc::clone(pool),
-            me: Weak::clone(me),
+            this: Weak::clone(this),
             is_used: AtomicBool::new(false),
-            state: Mutex::new(ProcessState { process: None, used: Instant::now() }),
-            first: Mutex::new(()),
+            state: Mutex::new(ProcessState { process: None, last_used: Instant::now() }),
+            opening: Mutex::new(()),
         })
     }
 
-    /// Asks. A worker that ends meanwhile is begun anew, once: it may have been another question that ended it.
+    /// Sends a request. If the worker exits meanwhile, it is restarted once: another request may have caused
+    /// the exit.
     pub(in crate::browse) fn ask(&self, request: &Request, disks: &dyn Disks) -> Result<(Answer, Vec<u8>)> {
-        let mut is_again = false;
+        let mut is_retry = false;
         loop {
             let process = self.process()?;
             match process.ask(request, disks) {
                 Ok(answered) => {
-                    self.state.lock().used = Instant::now();
+                    self.state.lock().last_used = Instant::now();
                     return answered;
                 }
-                Err(WorkerFailure::Ended(error)) => {
+                Err(WorkerFailure::Killed(error)) => {
                     self.discard(&process);
                     tracing::warn!("{error}");
                     return Err(error);
                 }
                 Err(WorkerFailure::Gone(error)) => {
                     self.discard(&process);
-                    tracing::warn!("a worker that reads guests' file systems has ended: {error}");
-                    if is_again {
-                        let fact = "what reads guests' file systems has ended twice over this; the disk may be damaged";
+                    tracing::warn!("a file-system worker exited unexpectedly: {error}");
+                    if is_retry {
+                        let fact = "the file-system worker crashed twice on this request; the disk may be damaged";
                         return Err(Error::new(ErrorKind::Io, fact));
                     }
-                    is_again = true;
+                    is_retry = true;
                 }
             }
         }
     }
 
-    /// Keeps the process from being ended for another worker's sake, until dropped: for who asks several things of which one goes by the other.
-    pub(in crate::browse) fn hold(&self) -> Result<Kept> {
-        Ok(Kept { _process: self.process()? })
+    /// Keeps the process from being stopped for another worker until dropped: for a sequence of requests of
+    /// which one depends on another.
+    pub(in crate::browse) fn hold(&self) -> Result<WorkerHold> {
+        Ok(WorkerHold { _process: self.process()? })
     }
 
-    /// Ends the process if nobody has asked it anything for that long; whether that was so.
-    pub(in crate::browse) fn rest(&self, idle: Duration) -> bool {
-        // Who begins it keeps it, and is not waited for.
+    /// Stops the process if it had no request for `idle`; returns whether it did.
+    pub(in crate::browse) fn stop_if_idle(&self, idle: Duration) -> bool {
+        // A thread that starts the process holds the lock and keeps the process; it is not waited for.
         let Some(mut state) = self.state.try_lock() else { return false };
-        if state.used.elapsed() < idle {
+        if state.last_used.elapsed() < idle {
             return false;
         }
-        // Whoever is asking it has it, too.
+        // A request in progress holds the process, too.
         let Some(process) = state.process.take_if(|process| Arc::strong_count(process) == 1) else { return false };
         drop(state);
-        process.end();
+        process.kill();
         true
     }
 
-    /// Whether it runs, or somebody is just beginning it.
-    pub(in crate::browse) fn may_run(&self) -> bool {
+    /// Whether it runs or is being started.
+    pub(in crate::browse) fn may_be_running(&self) -> bool {
         self.state.try_lock().is_none_or(|state| state.process.is_some())
     }
 
-    /// For how long nobody has asked it anything; `None` if it does not run or is being asked.
+    /// The time since its last request; `None` if it does not run or has a request in progress.
     pub(super) fn idle_for(&self) -> Option<Duration> {
         let state = self.state.try_lock()?;
         let is_idle = state.process.as_ref().is_some_and(|process| Arc::strong_count(process) == 1);
-        is_idle.then(|| state.used.elapsed())
+        is_idle.then(|| state.last_used.elapsed())
     }
 
     fn process(&self) -> Result<Arc<WorkerProcess>> {
         self.is_used.store(true, Ordering::Relaxed);
         let mut state = self.state.lock();
-        state.used = Instant::now();
+        state.last_used = Instant::now();
         if let Some(process) = &state.process {
             return Ok(Arc::clone(process));
         }
-        let me = self.me.upgrade().expect("whoever asks has it");
-        let mut begun = WorkerProcess::begin(&self.pool.program, self.pool.admit(&me)?);
-        // There may be no more processes because of those that only wait to be asked.
-        if begun.as_ref().is_err_and(|error| error.kind() == ErrorKind::Exhausted) && self.pool.end_one(Duration::ZERO)
+        let this = self.this.upgrade().expect("the caller holds it");
+        let mut started = WorkerProcess::start(&self.pool.program, self.pool.admit(&this)?);
+        // Idle workers may have used up the limit of processes.
+        if started.as_ref().is_err_and(|error| error.kind() == ErrorKind::Exhausted)
+            && self.pool.stop_one_idle(Duration::ZERO)
         {
-            begun = WorkerProcess::begin(&self.pool.program, self.pool.admit(&me)?);
+            started = WorkerProcess::start(&self.pool.program, self.pool.admit(&this)?);
         }
-        let process = Arc::new(begun?);
-        state.used = Instant::now();
+        let process = Arc::new(started?);
+        state.last_used = Instant::now();
         state.process = Some(Arc::clone(&process));
         Ok(process)
     }
@@ -215,7 +220,7 @@ impl Worker {
             state.process = None;
         }
         drop(state);
-        process.end();
+        process.kill();
     }
 }
 
@@ -225,28 +230,28 @@ impl Reclaimable for Worker {
     }
 
     fn let_go(&self, _at_any_cost: bool) -> bool {
-        self.rest(Duration::ZERO)
+        self.stop_if_idle(Duration::ZERO)
     }
 }
 
 impl Drop for WorkerProcess {
     fn drop(&mut self) {
-        self.end();
+        self.kill();
     }
 }
 
 impl WorkerProcess {
-    fn begin(program: &WorkerProgram, permit: Permit) -> Result<Self> {
-        /// One at a time: it takes some more descriptors until the other end of each has gone.
-        static BEGINNING: Mutex<()> = Mutex::new(());
-        let fail = |error| Error::beginning("starting a worker that reads guests' file systems", error);
-        let _one = BEGINNING.lock();
+    fn start(program: &WorkerProgram, permit: Permit) -> Result<Self> {
+        /// One at a time: a start takes more descriptors until the other ends are closed.
+        static STARTING: Mutex<()> = Mutex::new(());
+        let fail = |error| Error::beginning("starting a file-system worker", error);
+        let _one = STARTING.lock();
         let (first, first_end) = UnixStream::pair().map_err(fail)?;
         let (second, second_end) = UnixStream::pair().map_err(fail)?;
         let (life, life_end) = UnixStream::pair().map_err(fail)?;
-        for lane in [&first, &second] {
-            lane.set_read_timeout(Some(GLANCE)).map_err(fail)?;
-            lane.set_write_timeout(Some(SILENCE)).map_err(fail)?;
+        for channel in [&first, &second] {
+            channel.set_read_timeout(Some(CHECK_PERIOD)).map_err(fail)?;
+            channel.set_write_timeout(Some(SILENCE)).map_err(fail)?;
         }
         let mut command = Command::new(&program.path);
         command.arg0("chainfs").arg(WORKER).env_clear().current_dir("/");
@@ -260,37 +265,37 @@ impl WorkerProcess {
             .spawn()
             .map_err(fail)?;
         let id = child.id();
-        let lanes = [first, second].map(|lane| Mutex::new(Channel::new(lane)));
-        let (turn, is_gone) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Ok(Self { child: Mutex::new(child), id, lanes, _life: life, turn, is_gone, _permit: permit })
+        let channels = [first, second].map(|socket| Mutex::new(Channel::new(socket)));
+        let (next_channel, is_killed) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Ok(Self { child: Mutex::new(child), id, channels, _life: life, next_channel, is_killed, _permit: permit })
     }
 
-    fn end(&self) {
-        if !self.is_gone.swap(true, Ordering::AcqRel) {
+    fn kill(&self) {
+        if !self.is_killed.swap(true, Ordering::AcqRel) {
             let mut child = self.child.lock();
             let _ = child.kill();
             let _ = child.wait();
         }
     }
 
-    /// A lane that nobody else is on, and its number.
-    fn lane(&self) -> (MutexGuard<'_, Channel>, usize) {
-        // Where none is free, they wait by turns.
-        let free = self.lanes.iter().enumerate().find_map(|(number, lane)| Some((lane.try_lock()?, number)));
+    /// A channel without a request in progress, and its number.
+    fn channel(&self) -> (MutexGuard<'_, Channel>, usize) {
+        // If none is free, callers wait for the channels in turn.
+        let free = self.channels.iter().enumerate().find_map(|(number, channel)| Some((channel.try_lock()?, number)));
         free.unwrap_or_else(|| {
-            let number = self.turn.fetch_add(1, Ordering::Relaxed) % self.lanes.len();
-            (self.lanes[number].lock(), number)
+            let number = self.next_channel.fetch_add(1, Ordering::Relaxed) % self.channels.len();
+            (self.channels[number].lock(), number)
         })
     }
 
-    /// One conversation.
+    /// One exchange.
     fn ask(
         &self,
         request: &Request,
         disks: &dyn Disks,
     ) -> std::result::Result<Result<(Answer, Vec<u8>)>, WorkerFailure> {
-        let (mut lane, number) = self.lane();
-        if self.is_gone.load(Ordering::Acquire) {
+        let (mut channel, number) = self.channel();
+        if self.is_killed.load(Ordering::Acquire) {
             return Err(WorkerFailure::Gone(io::ErrorKind::BrokenPipe.into()));
         }
         let is_large = !matches!(
@@ -309,17 +314,17 @@ impl WorkerProcess {
         } else {
             RequestLimits { spent: USUAL, waited: USUAL_WAIT }
         };
-        converse(&mut lane, request, disks, limits, &|| processor_time(self.id, &lane_name(number)))
+        exchange(&mut channel, request, disks, limits, &|| processor_time(self.id, &channel_name(number)))
     }
 }
 
-/// What the thread is called that serves a lane.
-pub(super) fn lane_name(number: usize) -> String {
-    format!("lane {number}")
+/// The name of the worker's thread for a channel.
+pub(super) fn channel_name(number: usize) -> String {
+    format!("channel {number}")
 }
 
-/// What a process's thread of that name has used of the processors: whoever asks on one lane does not pay for what is asked on
-/// another. What the whole process has used, before it has such a thread.
+/// The processor time of a process's thread with this name, so that requests on one channel do not pay for
+/// those on another. The whole process's time, before the thread exists.
 fn processor_time(process: u32, thread: &str) -> Duration {
     /// The unit of /proc's times, on every architecture that Linux has.
     const TICK: Duration = Duration::from_millis(10);
@@ -327,47 +332,47 @@ fn processor_time(process: u32, thread: &str) -> Duration {
     let mut stats = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok());
     let whole = || std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
     let stat = stats.find(|stat| stat.contains(&format!("({thread}) "))).unwrap_or_else(whole);
-    // The program's name stands in parentheses and may hold anything.
+    // The program's name is in parentheses and may contain anything.
     let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields);
     let ticks: u32 = fields.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u32>().ok()).sum();
     TICK * ticks
 }
 
-/// Asks, and answers what the worker asks back, until it answers.
-fn converse(
-    lane: &mut Channel,
+/// Sends a request, and serves the worker's requests until it answers.
+fn exchange(
+    channel: &mut Channel,
     request: &Request,
     disks: &dyn Disks,
     limits: RequestLimits,
     processor_time: &dyn Fn() -> Duration,
 ) -> std::result::Result<Result<(Answer, Vec<u8>)>, WorkerFailure> {
-    // Asked only of those that take their time: most do not.
-    let mut begun = None;
+    // Measured only for slow requests; most are fast.
+    let mut start = None;
     let mut spent = || {
         let now = processor_time();
-        now.saturating_sub(*begun.get_or_insert(now))
+        now.saturating_sub(*start.get_or_insert(now))
     };
-    let (mut fetched, mut waited, mut looked) = (0, Duration::ZERO, Instant::now());
+    let (mut fetched, mut waited, mut checked) = (0, Duration::ZERO, Instant::now());
     let (mut reply, mut bytes) = (ToWorker::Request(request.clone()), Vec::new());
     loop {
         let asked = Instant::now();
         let mut patience = || {
             let mut is_too_long = asked.elapsed() > SILENCE || waited + asked.elapsed() > limits.waited;
-            if looked.elapsed() > GLANCE {
-                looked = Instant::now();
+            if checked.elapsed() > CHECK_PERIOD {
+                checked = Instant::now();
                 is_too_long |= spent() > limits.spent;
             }
             if is_too_long { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
         };
-        lane.send(&reply, &bytes).map_err(WorkerFailure::Gone)?;
-        let received = lane.receive::<FromWorker>(&mut patience);
-        // A conversation that never ends is made of short answers, too.
+        channel.send(&reply, &bytes).map_err(WorkerFailure::Gone)?;
+        let received = channel.receive::<FromWorker>(&mut patience);
+        // An endless exchange can consist of short messages, too.
         let received = received.and_then(|found| match found.0 {
             FromWorker::Answer(_) => Ok(found),
             FromWorker::Locate { .. } | FromWorker::Read { .. } => patience().map(|()| found),
         });
         let (message, payload) = received.map_err(|error| match error.kind() {
-            io::ErrorKind::TimedOut => WorkerFailure::Ended(too_long()),
+            io::ErrorKind::TimedOut => WorkerFailure::Killed(too_long()),
             _ => WorkerFailure::Gone(error),
         })?;
         waited += asked.elapsed();
@@ -384,7 +389,7 @@ fn converse(
                 bytes.resize(u64::from(len).min(CHUNK) as usize, 0);
                 fetched += bytes.len() as u64;
                 if fetched > FETCHED {
-                    return Err(WorkerFailure::Ended(too_long()));
+                    return Err(WorkerFailure::Killed(too_long()));
                 }
                 match disks.read(disk, at, &mut bytes) {
                     Ok(()) => ToWorker::Bytes,
@@ -399,7 +404,7 @@ fn converse(
 }
 
 fn too_long() -> Error {
-    let fact = "reading a guest's file system took too long and was broken off; the disk may be damaged";
+    let fact = "reading a guest's file system took too long and was stopped; the disk may be damaged";
     Error::new(ErrorKind::Io, fact)
 }
 
@@ -409,7 +414,7 @@ mod tests {
     use crate::browse::worker::protocol::VolumeId;
     use crate::guest::Ino;
 
-    /// Disks that have whatever is asked for.
+    /// Disks that have every requested byte.
     struct All;
 
     impl Disks for All {
@@ -422,22 +427,23 @@ mod tests {
         }
     }
 
-    /// What becomes of a question to a worker that uses no processor and does `work` on its end of the lane.
-    fn asked(work: impl FnOnce(UnixStream) + Send + 'static) -> WorkerFailure {
-        let (lane, end) = UnixStream::pair().unwrap();
-        lane.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
+    /// The failure of a request to a worker that uses no processor time and does `work` on its end of the
+    /// channel.
+    fn request_fails(work: impl FnOnce(UnixStream) + Send + 'static) -> WorkerFailure {
+        let (socket, end) = UnixStream::pair().unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
         let worker = std::thread::spawn(move || work(end));
         let request = Request::Attributes(VolumeId { set: 1, volume: 0 }, Ino(2));
         let limits = RequestLimits { spent: Duration::from_secs(1), waited: Duration::from_millis(300) };
-        let begun = Instant::now();
-        let answer = converse(&mut Channel::new(lane), &request, &All, limits, &|| Duration::ZERO);
-        assert!(begun.elapsed() < Duration::from_secs(5), "it took {:?}", begun.elapsed());
+        let start = Instant::now();
+        let answer = exchange(&mut Channel::new(socket), &request, &All, limits, &|| Duration::ZERO);
+        assert!(start.elapsed() < Duration::from_secs(5), "it took {:?}", start.elapsed());
         worker.join().unwrap();
-        answer.expect_err("there is none")
+        answer.expect_err("no answer was sent")
     }
 
     #[test]
-    fn each_lane_has_a_time_of_its_own() {
+    fn each_channel_has_its_own_processor_time() {
         let stop = Arc::new(AtomicBool::new(false));
         let thread = |number: usize, is_busy: bool| {
             let stop = Arc::clone(&stop);
@@ -448,13 +454,13 @@ mod tests {
                     }
                 }
             };
-            std::thread::Builder::new().name(lane_name(number)).spawn(work).unwrap()
+            std::thread::Builder::new().name(channel_name(number)).spawn(work).unwrap()
         };
         let threads = [thread(77, true), thread(78, false)];
-        let begun = Instant::now();
-        let spent = |number| processor_time(std::process::id(), &lane_name(number));
+        let start = Instant::now();
+        let spent = |number| processor_time(std::process::id(), &channel_name(number));
         while spent(77) < Duration::from_millis(200) {
-            assert!(begun.elapsed() < Duration::from_secs(30));
+            assert!(start.elapsed() < Duration::from_secs(30));
             std::thread::sleep(Duration::from_millis(10));
         }
         assert!(spent(78) < Duration::from_millis(100), "{:?}", spent(78));
@@ -465,30 +471,30 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_that_sends_byte_by_byte_is_not_waited_for() {
-        let trouble = asked(|mut end| {
+    fn a_worker_that_sends_byte_by_byte_is_killed() {
+        let trouble = request_fails(|mut end| {
             use io::Write as _;
-            // A message of a mebibyte, which takes days.
+            // A message of a mebibyte, which would take days.
             let _ = end.write_all(&[0, 0, 16, 0, 0, 0, 0, 0]);
             while end.write_all(&[0]).is_ok() {
                 std::thread::sleep(Duration::from_millis(2));
             }
         });
-        assert!(matches!(trouble, WorkerFailure::Ended(_)));
+        assert!(matches!(trouble, WorkerFailure::Killed(_)));
     }
 
     #[test]
-    fn a_worker_that_asks_back_for_ever_is_not_answered_for_ever() {
-        let trouble = asked(|end| {
-            let mut lane = Channel::new(end);
+    fn a_worker_with_endless_requests_is_killed() {
+        let trouble = request_fails(|end| {
+            let mut channel = Channel::new(end);
             let question = FromWorker::Locate { disk: 0, first: 0, count: 1 };
-            while lane.receive::<ToWorker>(&mut || Ok(())).is_ok() {
+            while channel.receive::<ToWorker>(&mut || Ok(())).is_ok() {
                 std::thread::sleep(Duration::from_millis(5));
-                if lane.send(&question, &[]).is_err() {
+                if channel.send(&question, &[]).is_err() {
                     break;
                 }
             }
         });
-        assert!(matches!(trouble, WorkerFailure::Ended(_)));
+        assert!(matches!(trouble, WorkerFailure::Killed(_)));
     }
 }

@@ -1,8 +1,8 @@
-//! What a daemon and its worker say to each other.
+//! The protocol between the daemon and a worker.
 //!
-//! One lane, one conversation at a time: the daemon asks, the worker may ask back for bytes of the disks, as often as it
-//! needs, and then answers. Numbers and names that come from the worker are as trustworthy as the guest's disk: whoever
-//! uses them looks at them first.
+//! A channel carries one exchange at a time: the daemon sends a request, the worker may request bytes of the
+//! disks as often as it needs, and then answers. Numbers and names from the worker are as untrusted as the
+//! guest's disk: the daemon validates them before use.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,72 +11,72 @@ use crate::guest::inspect::OperatingSystem;
 use crate::guest::volumes::{PhysicalVolumeName, VolumeLayout};
 use crate::guest::{DirectoryEntry, ExtendedAttribute, FileAttributes, FileRun, Ino, Statistics};
 
-/// Bytes that are fetched and kept as one.
+/// Bytes that are fetched and cached as one.
 pub(in crate::browse) const CHUNK: u64 = 1 << 16;
 /// Chunks whose keys are fetched at once.
 pub(in crate::browse) const GROUP: u64 = 64;
-/// Bytes of one read, at most.
+/// Bytes of one read at most.
 pub(in crate::browse) const READ_LEN: usize = 1 << 20;
-/// Entries of a directory in one answer, at most.
+/// Entries of a directory in one answer at most.
 pub(in crate::browse) const LIST_LEN: usize = 256;
-/// Bytes of a file about whose place is asked at once.
+/// Bytes of a file whose runs are requested at once.
 pub(in crate::browse) const RUNS_SPAN: u64 = 1 << 30;
-/// Runs that are told of a file when it is opened, at most.
+/// Runs in the answer to `OpenFile` at most.
 pub(in crate::browse) const FIRST_RUNS_LEN: usize = 64;
-/// Runs in one answer, at most.
+/// Runs in one answer at most.
 pub(in crate::browse) const RUNS_LEN: usize = 1024;
 
-/// What a chunk of a disk holds: two of the same key hold the same bytes, whatever disk they are of.
+/// Identifies the content of a chunk: chunks with equal keys hold the same bytes, on any disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(in crate::browse) struct ChunkKey(pub u64, pub u64);
 
 impl ChunkKey {
-    /// Of a chunk of zeroes.
+    /// The key of a chunk of zeroes.
     pub(in crate::browse) const ZERO: Self = Self(0, 0);
 }
 
 /// A file system of a set of disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(in crate::browse) struct VolumeId {
-    /// The number that the daemon has given to the set.
+    /// The set's number, assigned by the daemon.
     pub(in crate::browse) set: u32,
     /// Index in the set's layout.
     pub(in crate::browse) volume: u32,
 }
 
-/// What the daemon asks.
+/// A request of the daemon.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(in crate::browse) enum Request {
-    /// Looks at the disks of a set, whose sizes these are, and keeps the set under its number.
+    /// Opens a set of disks with these sizes, and keeps it under its number.
     Open { set: u32, sizes: Vec<u64> },
-    /// Which physical volumes of which volume groups there are on the one disk of a set that is not kept.
+    /// The physical volumes on the one disk of a temporary set.
     PhysicalVolumes { size: u64 },
-    /// What is known of a file system as a whole.
+    /// The root, the statistics and the remarks of a file system.
     Mount(VolumeId),
-    /// A name in a directory.
+    /// The inode of a name in a directory.
     Lookup(VolumeId, Ino, Vec<u8>),
-    /// Entries of a directory from a place on.
+    /// Entries of a directory from a position on.
     List(VolumeId, Ino, u64),
-    /// What stat(2) says.
+    /// The stat(2) attributes of an inode.
     Attributes(VolumeId, Ino),
     /// The target of a symbolic link.
     ReadLink(VolumeId, Ino),
-    /// A file that is about to be read.
+    /// The size of a regular file and its first runs.
     OpenFile(VolumeId, Ino),
-    /// Where bytes of a file are.
+    /// Runs of a file.
     Runs(VolumeId, Ino, u64, u64),
     /// Bytes of a file.
     Read(VolumeId, Ino, u64, u32),
     /// All extended attributes.
     ExtendedAttributes(VolumeId, Ino),
-    /// Which operating systems a set holds.
+    /// The operating systems on a set.
     Inspect(u32),
 }
 
-/// What the worker answers.
+/// An answer of the worker.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(in crate::browse) enum Answer {
-    /// To a request for a set that is not kept, or no longer: it is to be opened again.
+    /// The set is not open, or no longer: it must be opened again.
     NoSuchSet,
     Layout(Box<VolumeLayout>),
     PhysicalVolumes(Vec<PhysicalVolumeName>),
@@ -93,31 +93,31 @@ pub(in crate::browse) enum Answer {
     OperatingSystems(Vec<OperatingSystem>),
 }
 
-/// What is known of a file system as a whole.
+/// The root, the statistics and the remarks of a file system.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mounted {
     /// Its root directory.
     pub root: Ino,
-    /// Its sizes.
+    /// Its statfs(2) numbers.
     pub statistics: Statistics,
-    /// What should be known of what is shown.
+    /// Facts about the shown state that the user should know.
     pub remarks: Vec<String>,
-    /// Why what is shown is not what was written last, if so.
+    /// Why the shown state is not the last one, if so.
     pub stale: Vec<String>,
 }
 
 /// An entry of a directory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ListedEntry {
-    /// Its name, and what that stands for.
+    /// Its name and inode.
     pub entry: DirectoryEntry,
-    /// What stat(2) says, where that can be said.
+    /// Its stat(2) attributes, if they can be read.
     pub attributes: Option<FileAttributes>,
     /// Whether it is known to have no extended attributes.
     pub is_plain: bool,
 }
 
-/// A file that is about to be read.
+/// A regular file that is about to be read.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct OpenedFile {
     /// Bytes.
@@ -131,11 +131,11 @@ pub struct OpenedFile {
 pub struct Listing {
     /// Its entries.
     pub entries: Vec<ListedEntry>,
-    /// Whether these were the last.
+    /// Whether the directory ends after them.
     pub ends: bool,
 }
 
-/// Why something is not answered.
+/// An error as it is sent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(in crate::browse) struct Failure {
     kind: ErrorKind,
@@ -143,20 +143,20 @@ pub(in crate::browse) struct Failure {
 }
 
 impl Failure {
-    /// What an error says.
+    /// From an error.
     pub(in crate::browse) fn of(error: &Error) -> Self {
         Self { kind: error.kind(), sentence: error.to_string() }
     }
 
-    /// The error that was meant.
+    /// The error that was sent.
     pub(in crate::browse) fn error(&self) -> Error {
-        // A sentence may hold whatever was on the disk.
+        // A sentence may contain any bytes from the disk.
         let sentence: String = self.sentence.chars().filter(|c| !c.is_control()).take(1000).collect();
         Error::new(self.kind, sentence)
     }
 }
 
-/// From the daemon.
+/// A message of the daemon.
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::browse) enum ToWorker {
     Request(Request),
@@ -166,16 +166,16 @@ pub(in crate::browse) enum ToWorker {
     Refused(Failure),
 }
 
-/// From the worker.
+/// A message of the worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::browse) enum FromWorker {
-    /// The keys of chunks of a disk of the set in question.
+    /// Requests the keys of chunks of a disk of the current set.
     Locate {
         disk: u32,
         first: u64,
         count: u64,
     },
-    /// Bytes of a disk.
+    /// Requests bytes of a disk.
     Read {
         disk: u32,
         at: u64,

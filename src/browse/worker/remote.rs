@@ -1,7 +1,6 @@
-//! A disk as a worker sees it: bytes that the daemon is asked for, chunk by chunk, and that are kept.
+//! A disk in a worker: its bytes are requested from the daemon chunk by chunk, and cached.
 //!
-//! Chunks are kept by what they hold, not by which disk they are of: layers of a chain share what they have in common,
-//! and it is fetched once.
+//! Chunks are cached by content, not by disk: layers of a chain share common chunks, which are fetched once.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -14,52 +13,53 @@ use crate::guest::source::within;
 use super::channel::Channel;
 use super::protocol::{CHUNK, ChunkKey, Failure, FromWorker, GROUP, ToWorker};
 
-/// Bytes of chunks that are kept.
+/// Bytes of cached chunks.
 const CHUNKS_LEN: usize = 48 << 20;
-/// Bytes of keys that are kept.
+/// Bytes of cached keys.
 const KEYS_LEN: usize = 8 << 20;
 
 thread_local! {
-    /// On which a thread of the worker speaks with the daemon.
-    static LANE: RefCell<Option<Channel>> = const { RefCell::new(None) };
+    /// The channel of this worker thread to the daemon.
+    static CHANNEL: RefCell<Option<Channel>> = const { RefCell::new(None) };
 }
 
-/// Gives this thread its lane.
-pub(super) fn speak_on(lane: Channel) {
-    LANE.set(Some(lane));
+/// Sets this thread's channel.
+pub(super) fn set_channel(channel: Channel) {
+    CHANNEL.set(Some(channel));
 }
 
-/// Does something with this thread's lane.
-pub(super) fn with_lane<T>(work: impl FnOnce(&mut Channel) -> std::io::Result<T>) -> Result<T> {
-    LANE.with_borrow_mut(|lane| work(lane.as_mut().expect("a thread of the worker has a lane")))
-        .map_err(|error| Error::io("speaking with the daemon", error))
+/// Calls `work` with this thread's channel.
+pub(super) fn with_channel<T>(work: impl FnOnce(&mut Channel) -> std::io::Result<T>) -> Result<T> {
+    CHANNEL
+        .with_borrow_mut(|channel| work(channel.as_mut().expect("a worker thread has a channel")))
+        .map_err(|error| Error::io("communicating with the daemon", error))
 }
 
 thread_local! {
-    /// The first error that this thread has met and that is no fact about a disk.
-    static TROUBLE: RefCell<Option<Error>> = const { RefCell::new(None) };
+    /// This thread's first error that is not a fact about a disk.
+    static TRANSIENT: RefCell<Option<Error>> = const { RefCell::new(None) };
 }
 
-/// Does something for which parsers take what they cannot read for absent or damaged. That is right of what is damaged; what only could not be
-/// read at this moment is an error of the whole, and is asked for again.
-pub(super) fn untroubled<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    TROUBLE.take();
-    let done = work();
-    TROUBLE.take().map_or(done, Err)
+/// Calls `work`, in which parsers treat unreadable parts as absent or damaged. That is correct for damage. A
+/// transient read error fails the whole call instead, so that the request is repeated.
+pub(super) fn fail_on_transient<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    TRANSIENT.take();
+    let result = work();
+    TRANSIENT.take().map_or(result, Err)
 }
 
-/// Why the daemon does not give what was asked for.
+/// The error of a refused request; records it if it is transient.
 fn refused(failure: &Failure) -> Error {
     let error = failure.error();
     if !matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported | ErrorKind::Limit) {
-        TROUBLE.with_borrow_mut(|trouble| {
-            trouble.get_or_insert_with(|| error.clone());
+        TRANSIENT.with_borrow_mut(|first| {
+            first.get_or_insert_with(|| error.clone());
         });
     }
     error
 }
 
-/// Chunks of all disks.
+/// The cached chunks of all disks.
 pub(super) struct ChunkCache {
     chunks: Cache<ChunkKey, Arc<[u8]>>,
     /// By set, disk and group.
@@ -74,7 +74,7 @@ impl ChunkCache {
 
 /// One disk of a set.
 pub(super) struct RemoteDisk {
-    /// The set's number, of which there is never another; `None`: nothing is kept.
+    /// The set's number, which is never reused; `None`: nothing is cached.
     pub(super) set: Option<u32>,
     pub(super) index: u32,
     pub(super) size: u64,
@@ -82,33 +82,33 @@ pub(super) struct RemoteDisk {
 }
 
 fn ask(question: &FromWorker) -> Result<(ToWorker, Vec<u8>)> {
-    with_lane(|lane| {
-        lane.send(question, &[])?;
-        lane.receive(&mut || Ok(()))
+    with_channel(|channel| {
+        channel.send(question, &[])?;
+        channel.receive(&mut || Ok(()))
     })
 }
 
-fn confused() -> Error {
-    Error::new(ErrorKind::Io, "the daemon has answered something else than what was asked")
+fn protocol_violation() -> Error {
+    Error::new(ErrorKind::Io, "protocol violation by the daemon")
 }
 
 impl RemoteDisk {
     fn key(&self, set: u32, chunk: u64) -> Result<ChunkKey> {
         let place = (set, self.index, chunk / GROUP);
         if let Some(keys) = self.chunks.keys.get(&place) {
-            return keys.get((chunk % GROUP) as usize).copied().ok_or_else(confused);
+            return keys.get((chunk % GROUP) as usize).copied().ok_or_else(protocol_violation);
         }
         let first = chunk / GROUP * GROUP;
         let count = GROUP.min(self.size.div_ceil(CHUNK) - first);
         match ask(&FromWorker::Locate { disk: self.index, first, count })?.0 {
             ToWorker::Keys(keys) => {
                 let keys: Arc<[ChunkKey]> = keys.into();
-                let found = keys.get((chunk - first) as usize).copied().ok_or_else(confused)?;
+                let found = keys.get((chunk - first) as usize).copied().ok_or_else(protocol_violation)?;
                 self.chunks.keys.put(place, Arc::clone(&keys), std::mem::size_of_val(&*keys) + 64);
                 Ok(found)
             }
             ToWorker::Refused(failure) => Err(refused(&failure)),
-            ToWorker::Request(_) | ToWorker::Bytes => Err(confused()),
+            ToWorker::Request(_) | ToWorker::Bytes => Err(protocol_violation()),
         }
     }
 
@@ -116,7 +116,7 @@ impl RemoteDisk {
         match ask(&FromWorker::Read { disk: self.index, at, len: len as u32 })? {
             (ToWorker::Bytes, bytes) if bytes.len() == len => Ok(bytes),
             (ToWorker::Refused(failure), _) => Err(refused(&failure)),
-            _ => Err(confused()),
+            _ => Err(protocol_violation()),
         }
     }
 
@@ -151,7 +151,7 @@ impl Source for RemoteDisk {
             match self.set {
                 Some(set) => match self.chunk(set, chunk)? {
                     Some(bytes) => {
-                        let found = bytes.get(start..start + piece.len()).ok_or_else(confused)?;
+                        let found = bytes.get(start..start + piece.len()).ok_or_else(protocol_violation)?;
                         piece.copy_from_slice(found);
                     }
                     None => piece.fill(0),

@@ -1,7 +1,7 @@
-//! The worker: a process that parses what guests have written, and can do nothing else.
+//! The worker: a process that parses guest data and can do nothing else.
 //!
-//! Each of its lanes has a thread. What it knows of sets of disks can be had again at any time, so that it may be ended
-//! and begun anew whenever that is better.
+//! Each channel has a thread. The worker's state can be rebuilt at any time, so that the daemon may stop and
+//! restart it.
 
 use std::io::Read as _;
 use std::num::NonZero;
@@ -21,31 +21,31 @@ use crate::guest::{FileKind, FileSystem, Ino, Source, open};
 
 use super::channel::Channel;
 use super::confine;
-use super::process::lane_name;
+use super::process::channel_name;
 use super::protocol::{
     Answer, FIRST_RUNS_LEN, Failure, FromWorker, LIST_LEN, ListedEntry, Listing, Mounted, OpenedFile, READ_LEN,
     RUNS_LEN, RUNS_SPAN, Request, ToWorker, VolumeId,
 };
-use super::remote::{ChunkCache, RemoteDisk, speak_on, untroubled, with_lane};
+use super::remote::{ChunkCache, RemoteDisk, fail_on_transient, set_channel, with_channel};
 
-/// Sets of disks that are kept, at most: each has file systems with caches of their own.
+/// Sets of disks that are kept at most: each has file systems with caches of their own.
 const SETS: NonZero<usize> = NonZero::new(24).expect("not zero");
 
 /// A set of disks.
 struct DiskSet {
     disks: Vec<Arc<dyn Source>>,
     layout: VolumeLayout,
-    /// By volume. Held while a file system is opened: once.
+    /// By volume. Held while a file system is opened, so that it is opened once.
     open: Vec<Mutex<Option<Arc<dyn FileSystem>>>>,
 }
 
-/// All that a worker knows.
+/// The state of a worker.
 struct WorkerState {
     sets: Mutex<LruCache<u32, Arc<DiskSet>>>,
     chunks: Arc<ChunkCache>,
 }
 
-/// What the program does as a worker: its standard input and output are its lanes, and the third of its descriptors ends with the
+/// Runs the program as a worker: standard input and output are its channels, and standard error ends with the
 /// daemon. `confined`: by seccomp.
 pub fn serve(confined: bool) -> ExitCode {
     match run(confined) {
@@ -55,34 +55,34 @@ pub fn serve(confined: bool) -> ExitCode {
 }
 
 fn run(confined: bool) -> Result<()> {
-    let fail = |error: std::io::Error| Error::io("taking over the lanes", error);
+    let fail = |error: std::io::Error| Error::io("taking over the channels", error);
     close_others();
-    confine::give_up_rights()?;
-    let lanes: [OwnedFd; 2] = [
+    confine::drop_rights()?;
+    let channels: [OwnedFd; 2] = [
         std::io::stdin().as_fd().try_clone_to_owned().map_err(fail)?,
         std::io::stdout().as_fd().try_clone_to_owned().map_err(fail)?,
     ];
-    // Nobody reads what a bug says of itself; the daemon tells of it.
+    // A panic's message has no reader; the daemon reports it.
     std::panic::set_hook(Box::new(|_| {}));
-    let known = Arc::new(WorkerState { sets: Mutex::new(LruCache::new(SETS)), chunks: Arc::new(ChunkCache::new()) });
-    // Threads cannot be made once the process is confined, and none may work before.
-    let ready = Arc::new(Barrier::new(lanes.len() + 1));
-    let confinement: Arc<StdMutex<bool>> = Arc::default();
+    let state = Arc::new(WorkerState { sets: Mutex::new(LruCache::new(SETS)), chunks: Arc::new(ChunkCache::new()) });
+    // Threads cannot be created in the sandbox, and none may work outside it.
+    let ready = Arc::new(Barrier::new(channels.len() + 1));
+    let is_confined: Arc<StdMutex<bool>> = Arc::default();
     let mut life = UnixStream::from(std::io::stderr().as_fd().try_clone_to_owned().map_err(fail)?);
-    for (number, lane) in lanes.into_iter().enumerate() {
-        let socket = UnixStream::from(lane);
-        let (known, ready, confinement) = (Arc::clone(&known), Arc::clone(&ready), Arc::clone(&confinement));
+    for (number, socket) in channels.into_iter().enumerate() {
+        let socket = UnixStream::from(socket);
+        let (state, ready, is_confined) = (Arc::clone(&state), Arc::clone(&ready), Arc::clone(&is_confined));
         let work = move || {
-            speak_on(Channel::new(socket));
+            set_channel(Channel::new(socket));
             ready.wait();
-            if confinement.lock().is_ok_and(|done| *done) {
-                let _ = known.converse();
+            if is_confined.lock().is_ok_and(|done| *done) {
+                let _ = state.serve_requests();
             }
             std::process::exit(0);
         };
-        std::thread::Builder::new().name(lane_name(number)).spawn(work).map_err(fail)?;
+        std::thread::Builder::new().name(channel_name(number)).spawn(work).map_err(fail)?;
     }
-    let mut done = confinement.lock().expect("nobody panics with it");
+    let mut done = is_confined.lock().expect("no thread panics with this lock");
     ready.wait();
     confine::limit()?;
     if confined {
@@ -90,8 +90,8 @@ fn run(confined: bool) -> Result<()> {
     }
     *done = true;
     drop(done);
-    // A daemon that has ended hangs up, whatever the other threads are at. It cannot be waited for with poll(2), which takes no more
-    // descriptors than a process may open.
+    // The exit of the daemon closes the socket, whatever the other threads do. poll(2) cannot wait for it: it
+    // fails if there are more descriptors than the process may open.
     loop {
         match life.read(&mut [0]) {
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
@@ -100,25 +100,25 @@ fn run(confined: bool) -> Result<()> {
     }
 }
 
-/// Closes what whoever has started the daemon has left open in it: none of it is a worker's business.
+/// Closes descriptors that the daemon inherited: a worker needs none of them.
 fn close_others() {
     let Ok(open) = std::fs::read_dir("/proc/self/fd") else { return };
     let numbers: Vec<i32> = open.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
-    // The directory's own, closed by now, is among them.
+    // The directory's own descriptor is among them, and closed by now.
     for number in numbers.into_iter().filter(|number| *number > 2) {
         let _ = nix::unistd::close(number);
     }
 }
 
 impl WorkerState {
-    /// Answers until the daemon hangs up.
-    fn converse(&self) -> Result<()> {
+    /// Serves requests until the daemon closes the channel.
+    fn serve_requests(&self) -> Result<()> {
         loop {
-            let (message, _) = with_lane(|lane| lane.receive::<ToWorker>(&mut || Ok(())))?;
+            let (message, _) = with_channel(|channel| channel.receive::<ToWorker>(&mut || Ok(())))?;
             let mut payload = Vec::new();
             let answer = match message {
                 ToWorker::Request(request) => catch_unwind(AssertUnwindSafe(|| self.answer(request, &mut payload)))
-                    .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "a bug in a reader of guests' file systems"))),
+                    .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "a bug in a file-system reader"))),
                 ToWorker::Keys(_) | ToWorker::Bytes | ToWorker::Refused(_) => {
                     Err(Error::new(ErrorKind::Io, "an answer without a question"))
                 }
@@ -127,7 +127,7 @@ impl WorkerState {
                 payload.clear();
             }
             let message = FromWorker::Answer(answer.map_err(|error| Failure::of(&error)));
-            with_lane(|lane| lane.send(&message, &payload))?;
+            with_channel(|channel| channel.send(&message, &payload))?;
         }
     }
 
@@ -136,7 +136,9 @@ impl WorkerState {
             Request::Open { set, sizes } => self.open_set(set, &sizes),
             Request::PhysicalVolumes { size } => {
                 let disk = RemoteDisk { set: None, index: 0, size, chunks: Arc::clone(&self.chunks) };
-                untroubled(|| Ok(Answer::PhysicalVolumes(physical_volumes(&(Arc::new(disk) as Arc<dyn Source>)))))
+                fail_on_transient(|| {
+                    Ok(Answer::PhysicalVolumes(physical_volumes(&(Arc::new(disk) as Arc<dyn Source>))))
+                })
             }
             Request::Mount(volume) => self.with(volume, |fs| {
                 let (root, statistics) = (fs.root(), fs.statistics());
@@ -171,7 +173,7 @@ impl WorkerState {
             Request::ExtendedAttributes(volume, ino) => {
                 self.with(volume, |fs| fs.extended_attributes(ino).map(Answer::ExtendedAttributes))
             }
-            Request::Inspect(set) => untroubled(|| Ok(self.inspect(set))),
+            Request::Inspect(set) => fail_on_transient(|| Ok(self.inspect(set))),
         }
     }
 
@@ -181,11 +183,11 @@ impl WorkerState {
             Arc::new(RemoteDisk { set: Some(set), index: index as u32, size: *size, chunks })
         };
         let disks: Vec<Arc<dyn Source>> = sizes.iter().enumerate().map(disk).collect();
-        // Parsers take what they cannot read for absent. A disk of which nothing can be read is not empty: it is an error.
+        // Parsers treat unreadable parts as absent. A fully unreadable disk is not empty: it is an error.
         for disk in &disks {
             disk.read_at(0, &mut vec![0; disk.size().min(512) as usize])?;
         }
-        let layout = untroubled(|| Ok(layout(&disks)))?;
+        let layout = fail_on_transient(|| Ok(layout(&disks)))?;
         let open = layout.volumes.iter().map(|_| Mutex::default()).collect();
         let answer = Answer::Layout(Box::new(layout.clone()));
         let old = self.sets.lock().push(set, Arc::new(DiskSet { disks, layout, open }));
@@ -193,7 +195,7 @@ impl WorkerState {
         Ok(answer)
     }
 
-    /// Does something with a file system, which is opened if it is not yet.
+    /// Calls `work` with a file system, which is opened on first use.
     fn with(&self, volume: VolumeId, work: impl FnOnce(&dyn FileSystem) -> Result<Answer>) -> Result<Answer> {
         let Some(set) = self.sets.lock().get(&volume.set).cloned() else { return Ok(Answer::NoSuchSet) };
         work(&*set.file_system(volume.volume as usize)?)
@@ -201,14 +203,14 @@ impl WorkerState {
 
     fn inspect(&self, set: u32) -> Answer {
         let Some(set) = self.sets.lock().get(&set).cloned() else { return Answer::NoSuchSet };
-        // One that cannot be opened holds no system that could be shown.
+        // A volume that cannot be opened contains no system that could be shown.
         let open: Vec<_> = (0..set.open.len()).map(|index| set.file_system(index).ok()).collect();
         Answer::OperatingSystems(inspect(&opened(&set.layout, &open)))
     }
 }
 
 impl DiskSet {
-    /// The file system of a volume, which is opened if it is not yet.
+    /// The file system of a volume, which is opened on first use.
     fn file_system(&self, index: usize) -> Result<Arc<dyn FileSystem>> {
         let (Some(found), Some(slot)) = (self.layout.volumes.get(index), self.open.get(index)) else {
             return Err(Error::new(ErrorKind::Stale, "there is no such volume"));
@@ -217,12 +219,12 @@ impl DiskSet {
         if let Some(fs) = &*slot {
             return Ok(Arc::clone(fs));
         }
-        let fs = untroubled(|| open(found.content, volume_source(found, &self.disks)))?;
+        let fs = fail_on_transient(|| open(found.content, volume_source(found, &self.disks)))?;
         Ok(Arc::clone(slot.insert(fs)))
     }
 }
 
-/// Which volumes are open, and what an fstab may call them.
+/// The open volumes, with their names in an fstab.
 fn opened<'a>(layout: &'a VolumeLayout, open: &'a [Option<Arc<dyn FileSystem>>]) -> Vec<OpenedVolume<'a>> {
     let volumes = layout.volumes.iter().zip(open);
     let described = |(volume, open): (&'a Volume, &'a Option<Arc<dyn FileSystem>>)| {
@@ -249,7 +251,7 @@ fn listing(fs: &dyn FileSystem, directory: Ino, from: u64) -> Result<Listing> {
         listing.entries.push(ListedEntry { entry, attributes: None, is_plain: false });
         true
     });
-    // What was good before the damage is given first; who asks on from there gets the error.
+    // Entries before the damage are returned first; the next request gets the error.
     match listed {
         Err(error) if listing.entries.is_empty() => return Err(error),
         Err(_) => listing.ends = false,

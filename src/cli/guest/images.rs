@@ -49,7 +49,7 @@ pub(super) struct StoreDisk {
 impl StoreDisk {
     /// What it holds.
     pub(super) fn inside(&self) -> Result<Arc<DiskContents>> {
-        self.opened.browser.inside(&self.id, PointInTime::First)
+        self.opened.browser.contents(&self.id, PointInTime::First)
     }
 
     /// The disk itself, open.

@@ -70,11 +70,11 @@ impl MountTree {
                 .map(|(_, partition)| Node::Partition(partition))),
             Node::FilesOf(view) if name == VOLUMES => Ok(Some(Node::VolumeList(view.clone()))),
             Node::FilesOf(view) if name == ROOT_LINK => {
-                let inside = self.browser.inside(view, PointInTime::First)?;
+                let inside = self.browser.contents(view, PointInTime::First)?;
                 Ok(inside.operating_systems()?.first().map(|_| Node::RootLink(view.clone())))
             }
             Node::FilesOf(view) => {
-                let inside = self.browser.inside(view, PointInTime::First)?;
+                let inside = self.browser.contents(view, PointInTime::First)?;
                 if let Some(volume) = inside.volume(name.as_bytes()) {
                     return self.volume_root(&inside, volume).map(Some);
                 }
@@ -103,7 +103,7 @@ impl MountTree {
             }
             Node::FilesOf(view) => {
                 // Whoever opens it wants to see the disk as it is now.
-                let inside = self.browser.inside(view, PointInTime::Now)?;
+                let inside = self.browser.contents(view, PointInTime::Now)?;
                 found.push((VOLUMES.into(), Node::VolumeList(view.clone())));
                 if !inside.operating_systems()?.is_empty() {
                     found.push((ROOT_LINK.into(), Node::RootLink(view.clone())));
@@ -126,7 +126,7 @@ impl MountTree {
     }
 
     fn partitions(&self, view: &ViewId) -> Result<Vec<(OsString, PartitionNode)>> {
-        let inside = self.browser.inside(view, PointInTime::Table)?;
+        let inside = self.browser.contents(view, PointInTime::Table)?;
         let shown = inside.layout().partitions.iter().filter(|partition| !partition.is_extended && partition.len > 0);
         Ok(shown
             .map(|partition| {
@@ -227,13 +227,13 @@ impl MountTree {
     }
 
     pub(super) fn volume_list(&self, view: &ViewId) -> Result<Arc<[u8]>> {
-        let inside = self.browser.inside(view, PointInTime::First)?;
+        let inside = self.browser.contents(view, PointInTime::First)?;
         Ok(volumes::listed(&inside).into_bytes().into())
     }
 
     /// Why what is shown of a volume is not what was written last, a line for each reason.
     pub(super) fn volume_problem(&self, view: &ViewId, volume: &str) -> Result<Arc<[u8]>> {
-        let inside = self.browser.inside(view, PointInTime::First)?;
+        let inside = self.browser.contents(view, PointInTime::First)?;
         let Some(index) = inside.volume(volume.as_bytes()) else { return Err(stale("the volume has gone")) };
         let lines = inside.mount(index)?.stale.into_iter().map(|sentence| terminal(&sentence) + "\n");
         Ok(lines.collect::<String>().into_bytes().into())
@@ -244,21 +244,21 @@ impl MountTree {
         let Some(view) = self.inner_views(chain)?.into_iter().next() else {
             return Ok(Arc::from(&b"no disk of this chain can be read\n"[..]));
         };
-        let inside = self.browser.inside(&view, PointInTime::First)?;
+        let inside = self.browser.contents(&view, PointInTime::First)?;
         Ok(os::text(inside.operating_systems()?).into_bytes().into())
     }
 
     /// How long that is, as far as it is known: nothing is looked into because somebody lists the directory.
     pub(super) fn os_text_len(&self, chain: &Arc<PathBuf>) -> u64 {
         let view = self.inner_views(chain).ok().and_then(|views| views.into_iter().next());
-        let inside = view.and_then(|view| self.browser.known_inside(&view));
+        let inside = view.and_then(|view| self.browser.known_contents(&view));
         inside
             .and_then(|inside| inside.known_operating_systems().map(|found| os::text(found).len() as u64))
             .unwrap_or(0)
     }
 
     fn root_target(&self, view: &ViewId) -> Result<Vec<u8>> {
-        let inside = self.browser.inside(view, PointInTime::First)?;
+        let inside = self.browser.contents(view, PointInTime::First)?;
         let gone = || stale("no operating system is on the disk any more");
         Ok(inside.operating_systems()?.first().ok_or_else(gone)?.volume.clone().into_bytes())
     }

@@ -1,4 +1,5 @@
-//! Formats that hold other disks, not files: parts of arrays and volume groups, caches, encryption.
+//! Formats that contain other disks instead of files: members of arrays and volume groups, caches,
+//! encryption.
 
 use super::{ContentProbe, DetectedVolume, VolumeContent};
 use crate::guest::bytes::{array, be16, be32, le32, slice, text, uuid};
@@ -23,7 +24,7 @@ pub(super) fn md_raid(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
 }
 
 fn md_version_1(block: &[u8], at: u64) -> Option<DetectedVolume> {
-    // Where it says that it lies decides: what is at the beginning of one array may be the end of another.
+    // The offset stated in the superblock decides: the start of one array may be the end of another.
     let says = u64::from_le_bytes(array(block, 144)).checked_mul(512)?;
     if le32(block, 0) != MD_MAGIC || le32(block, 4) != 1 || says != at {
         return None;

@@ -1,11 +1,11 @@
-//! File systems that come from elsewhere: DOS and Windows, macOS, optical discs.
+//! File systems of other systems: DOS and Windows, macOS, optical discs.
 
 use super::{ContentProbe, DetectedVolume, VolumeContent};
 use crate::guest::bytes::{array, be16, le32, le64, slice, text, utf16, uuid};
 use crate::guest::fat;
 
 pub(super) fn fat(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
-    let volume = fat::FatVolume::recognise(&probe.head)?;
+    let volume = fat::FatVolume::detect(&probe.head)?;
     let content = match volume.kind {
         fat::FatWidth::Fat12 => VolumeContent::Fat12,
         fat::FatWidth::Fat16 => VolumeContent::Fat16,
@@ -14,7 +14,7 @@ pub(super) fn fat(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     Some(DetectedVolume::new(content, volume.label(probe.source), volume.serial()))
 }
 
-/// Windows' file system. Its label is an attribute of the fourth file, `$Volume`.
+/// NTFS. Its label is an attribute of the fourth file, `$Volume`.
 pub(super) fn ntfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let head = &probe.head;
     if !probe.has(3, b"NTFS    ") {
@@ -60,7 +60,7 @@ fn ntfs_label(probe: &ContentProbe<'_>) -> Option<String> {
     None
 }
 
-/// Its label is an entry of the root directory.
+/// exFAT. Its label is an entry of the root directory.
 pub(super) fn exfat(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let head = &probe.head;
     if !probe.has(3, b"EXFAT   ") {
@@ -80,7 +80,7 @@ fn exfat_label(probe: &ContentProbe<'_>) -> Option<String> {
     }
     let root = u64::from(le32(head, 96).checked_sub(2)?) << (sector_bits + cluster_bits);
     let at = (u64::from(le32(head, 88)) << sector_bits).checked_add(root)?;
-    // mkfs puts it first; more than this need not be looked through for a name.
+    // mkfs puts the label first; a search beyond this length is not worth its cost.
     let len = (1usize << (sector_bits + cluster_bits)).min(4096);
     let entries = probe.read(at, len)?;
     let entry = entries.chunks_exact(32).take_while(|entry| entry[0] != 0).find(|entry| entry[0] == LABEL)?;
@@ -91,7 +91,8 @@ pub(super) fn refs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     probe.has(0, b"\0\0\0ReFS\0").then(|| DetectedVolume::new(VolumeContent::Refs, None, None))
 }
 
-/// The volume recognition sequence says `NSR02` or `NSR03`, whatever else the disc is as well.
+/// UDF: the volume recognition sequence contains `NSR02` or `NSR03`, even if the disc has other formats as
+/// well.
 pub(super) fn udf(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     for sector in 16..32 {
         match slice(&probe.head, sector * 2048 + 1, 5) {
@@ -103,7 +104,7 @@ pub(super) fn udf(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     None
 }
 
-/// Its identity is the time at which it was changed, or else made.
+/// ISO 9660. Its identity is the time of its last change, or else of its creation.
 pub(super) fn iso9660(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 0x8000, 2048);
     if slice(block, 1, 5) != b"CD001" {
@@ -127,9 +128,9 @@ pub(super) fn hfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 1024, 512);
     let content = match (slice(block, 0, 2), be16(block, 2)) {
         (b"H+", 4) | (b"HX", 5) => VolumeContent::HfsPlus,
-        // An old one that only wraps a new one.
+        // An HFS volume that only wraps an HFS+ volume.
         (b"BD", _) if slice(block, 124, 2) == b"H+" => VolumeContent::HfsPlus,
-        // Two bytes are little to go by: its blocks are of a size, too.
+        // Two bytes of magic are weak evidence: the block size is checked as well.
         (b"BD", _) if matches!(u32::from_be_bytes(array(block, 20)), size if size != 0 && size % 512 == 0) => {
             VolumeContent::Hfs
         }

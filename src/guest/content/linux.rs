@@ -3,7 +3,7 @@
 use super::{ContentProbe, DetectedVolume, VolumeContent};
 use crate::guest::bytes::{array, crc32, le16, le32, le64, slice, text, utf16, uuid};
 
-/// Where the four labels of a pool have their uberblocks, of the first one.
+/// The uberblocks of the first of a pool's four labels.
 pub(super) const ZFS_UBERBLOCKS: u64 = 128 << 10;
 pub(super) const ZFS_UBERBLOCKS_LEN: usize = 128 << 10;
 
@@ -13,7 +13,8 @@ pub(super) fn ext(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
         return None;
     }
     let (compatible, incompatible, read_only) = (le32(block, 92), le32(block, 96), le32(block, 100));
-    // What ext3's driver knows: sparse superblocks, large files, directories' B-trees; file types, recovery, meta groups.
+    // The features of the ext3 driver: sparse superblocks, large files, directory B-trees; file types,
+    // recovery, meta groups.
     let is_new = read_only & !0x7 != 0 || incompatible & !0x16 != 0;
     let content = if incompatible & 0x8 != 0 {
         VolumeContent::ExtJournal
@@ -80,14 +81,14 @@ pub(super) fn nilfs2(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     if le16(block, 6) != 0x3434 || !(20..=block.len()).contains(&len) {
         return None;
     }
-    // Its magic has two bytes only; the checksum, which counts itself as zero, decides.
+    // The magic has only two bytes. The checksum decides; it is computed with its own field as zero.
     let seed = crc32(le32(block, 12), &block[..16]);
     let sum = crc32(crc32(seed, &[0; 4]), &block[20..len]);
     (sum == le32(block, 16))
         .then(|| DetectedVolume::new(VolumeContent::Nilfs2, text(slice(block, 168, 80)), uuid(array(block, 152))))
 }
 
-/// A part of a pool: blkid(8) wants four uberblocks, of any byte order, and so do we.
+/// A member of a ZFS pool. As in blkid(8), four uberblocks of either byte order are required.
 pub(super) fn zfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let ring = probe.read(ZFS_UBERBLOCKS, ZFS_UBERBLOCKS_LEN)?;
     let is_uberblock = |block: &&[u8]| {
@@ -114,24 +115,24 @@ pub(super) fn cramfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
         let magic = le32(&probe.head, at);
         magic == 0x28cd_3d45 || magic.swap_bytes() == 0x28cd_3d45
     };
-    // A boot loader may come first.
+    // A boot loader may precede the superblock.
     let at = [0, 512].into_iter().find(|at| is_magic(*at))?;
     Some(DetectedVolume::new(VolumeContent::Cramfs, text(slice(&probe.head, at + 48, 16)), None))
 }
 
-/// Swap space: its magic ends its first page, whose size is that of the machine that made it.
+/// Swap space. Its magic ends its first page, whose size is the page size of the machine that made it.
 pub(super) fn swap(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     const HIBERNATIONS: [&[u8]; 5] =
         [b"S1SUSPEND", b"S2SUSPEND", b"ULSUSPEND", b"LINHIB0001", b"\xed\xc3\x02\xe9\x98\x56\xe5\x0c"];
     for page_len in [0x1000, 0x2000, 0x4000, 0x8000, 0x10000] {
         let magic = slice(&probe.head, page_len - 10, 10);
-        let is_sleeping = HIBERNATIONS.iter().any(|known| magic.starts_with(known));
+        let is_hibernated = HIBERNATIONS.iter().any(|known| magic.starts_with(known));
         let content = match magic {
             b"SWAPSPACE2" | b"SWAP-SPACE" => VolumeContent::Swap,
-            _ if is_sleeping => VolumeContent::Hibernation,
+            _ if is_hibernated => VolumeContent::Hibernation,
             _ => continue,
         };
-        // Only the second version has a header, and only what has one has a name.
+        // Only version 2 has a header, and only a header holds a label.
         let header = slice(&probe.head, 1024, 64);
         let has_header = magic != b"SWAP-SPACE" && (le32(header, 0) == 1 || le32(header, 0).swap_bytes() == 1);
         let label = if has_header { text(slice(header, 28, 16)) } else { None };

@@ -1,7 +1,8 @@
-//! What a disk, a partition or a logical volume holds, told by its first bytes (and, where a format has them there, its last).
+//! Detects the content of a disk, a partition or a logical volume from its first bytes and, for some formats,
+//! its last.
 //!
-//! Names, labels and identities are those that blkid(8) would say. Nothing is verified beyond what tells one format from
-//! another: whether it can be read is found out by reading it.
+//! Names, labels and identities are those of blkid(8). The detection checks only what distinguishes formats;
+//! errors in a volume are found when it is read.
 
 mod containers;
 mod foreign;
@@ -13,18 +14,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::guest::Source;
 
-/// All formats that are recognised.
+/// All formats that are detected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "they say it themselves")]
+#[expect(missing_docs, reason = "the names say it")]
 pub enum VolumeContent {
-    /// Zero at every place at which a format would be told.
+    /// Zero at every offset at which a format is detected.
     Empty,
-    /// None of the others.
+    /// No known format.
     Unknown,
     Ext2,
     Ext3,
     Ext4,
-    /// The journal of an ext file system on a device of its own.
+    /// An external journal of an ext file system.
     ExtJournal,
     Fat12,
     Fat16,
@@ -49,7 +50,7 @@ pub enum VolumeContent {
     HfsPlus,
     Apfs,
     Swap,
-    /// Swap space that keeps a machine that sleeps.
+    /// Swap space with the memory of a hibernated machine.
     Hibernation,
     LvmPhysicalVolume,
     MdRaid,
@@ -61,7 +62,7 @@ pub enum VolumeContent {
 }
 
 impl VolumeContent {
-    /// As blkid(8) spells it; `empty` and `unknown`, which it does not.
+    /// The name in blkid(8); `empty` and `unknown` are additions.
     pub fn name(self) -> &'static str {
         match self {
             Self::Empty => "empty",
@@ -101,19 +102,19 @@ impl VolumeContent {
         }
     }
 
-    /// Why files of it cannot be shown; `None` if there is a reader for it.
+    /// Why its files cannot be shown; `None` if it has a reader.
     pub fn problem(self) -> Option<String> {
         let sentence = match self {
             Self::Ext2 | Self::Ext3 | Self::Ext4 | Self::Fat12 | Self::Fat16 | Self::Fat32 => return None,
-            Self::Empty => "there is nothing in it".to_owned(),
-            Self::Unknown => "what it holds is not known".to_owned(),
-            Self::ExtJournal => "it is the journal of a file system that lies elsewhere".to_owned(),
-            Self::Swap => "it is swap space and holds no files".to_owned(),
-            Self::Hibernation => "it keeps the memory of a machine that sleeps, and no files".to_owned(),
+            Self::Empty => "it is empty".to_owned(),
+            Self::Unknown => "its content is unknown".to_owned(),
+            Self::ExtJournal => "it is an external journal of an ext file system".to_owned(),
+            Self::Swap => "it is swap space, without files".to_owned(),
+            Self::Hibernation => "it holds the memory of a hibernated machine, without files".to_owned(),
             Self::LvmPhysicalVolume => "it is a physical volume; its files are in the logical volumes".to_owned(),
             Self::Luks1 | Self::Luks2 | Self::BitLocker => format!("it is encrypted ({self})"),
             Self::MdRaid | Self::Bcache | Self::Vdo | Self::Zfs => {
-                format!("it is a part of something larger ({self}), which is not put together")
+                format!("it is a member of a larger device ({self}), which is not assembled")
             }
             Self::Exfat
             | Self::Ntfs
@@ -144,12 +145,12 @@ impl fmt::Display for VolumeContent {
     }
 }
 
-/// What was found.
+/// The content of a volume, as far as its first and last bytes show it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DetectedVolume {
     /// The format.
     pub content: VolumeContent,
-    /// What its owner called it.
+    /// The label that its owner gave it.
     pub label: Option<String>,
     /// Its identity.
     pub uuid: Option<String>,
@@ -161,10 +162,10 @@ impl DetectedVolume {
     }
 }
 
-/// What `source` holds. What cannot be read is taken for zero.
+/// Detects the content of `source`. Bytes that cannot be read count as zero.
 pub fn probe(source: &dyn Source) -> DetectedVolume {
     let probe = ContentProbe::new(source);
-    // Who is put together of several wins over what is put into it, and what is told by two bytes comes last.
+    // Multi-device formats come before the formats inside them; a magic of two bytes comes last.
     let formats = [
         containers::md_raid,
         containers::lvm,
@@ -201,22 +202,22 @@ pub fn probe(source: &dyn Source) -> DetectedVolume {
     })
 }
 
-/// What every format looks at: the beginning, read once.
+/// The input of all detectors: the start of the source, read once.
 struct ContentProbe<'a> {
     source: &'a dyn Source,
-    /// Zeroes beyond the end of a short source.
+    /// The source's first bytes, followed by zeroes if the source is short.
     head: Vec<u8>,
 }
 
 impl<'a> ContentProbe<'a> {
-    /// The farthest superblock that has a fixed place early on (btrfs') ends here.
+    /// The end of the last superblock at a fixed early offset (btrfs').
     const HEAD_LEN: usize = 0x11000;
 
     fn new(source: &'a dyn Source) -> Self {
         let mut head = vec![0; Self::HEAD_LEN];
         let len = source.size().min(head.len() as u64) as usize;
         if source.read_at(0, &mut head[..len]).is_err() {
-            // Some of it may be had piece by piece.
+            // Parts of it may still be readable.
             for at in (0..len).step_by(512) {
                 let end = len.min(at + 512);
                 if source.read_at(at as u64, &mut head[at..end]).is_err() {
@@ -231,7 +232,7 @@ impl<'a> ContentProbe<'a> {
         self.head.get(at..).is_some_and(|rest| rest.starts_with(magic))
     }
 
-    /// `len` bytes that lie elsewhere.
+    /// `len` bytes at another offset.
     fn read(&self, at: u64, len: usize) -> Option<Vec<u8>> {
         let mut bytes = vec![0; len];
         self.source.read_at(at, &mut bytes).ok()?;

@@ -1,7 +1,7 @@
-//! The blocks of the file system: from the disk, or from the journal where that has newer ones.
+//! The blocks of the file system: from the disk, or from the journal where it has newer ones.
 //!
-//! Metadata is read block by block and kept in a bounded cache; the content of files passes by the cache. The overlay
-//! knows where in the journal a block lies, not what is in it, so that a large journal costs little memory.
+//! Metadata is read block by block and kept in a bounded cache; file content bypasses the cache. The overlay
+//! stores the block's position in the journal, not its content, so that a large journal costs little memory.
 
 use std::sync::Arc;
 
@@ -11,26 +11,28 @@ use crate::guest::source::Source;
 
 use super::bytes::corrupt;
 
-/// Bytes of metadata kept per file system. What they were cut from is kept as well, for all views of a chain together.
+/// Bytes of metadata cached per file system. The chunks they come from are cached as well, for all views of a
+/// chain together.
 const CACHE_LEN: usize = 4 << 20;
 
-/// What every block of the journal's own begins with. A block of data that does too is kept with zeroes instead.
+/// The magic of each of the journal's own blocks. The journal stores a data block that starts with it as
+/// "escaped", with zeroes instead.
 pub(super) const JOURNAL_MAGIC: [u8; 4] = [0xc0, 0x3b, 0x39, 0x98];
 
 /// The number of a block of the file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Block(pub(super) u64);
 
-/// Where a block lies in the journal.
+/// The position of a block in the journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Journaled {
-    /// The block of the file system that is that block of the journal.
+    /// The block of the file system that holds the journal's copy.
     pub(super) place: Block,
     /// Its first four bytes are zeroes instead of the magic.
     pub(super) escaped: bool,
 }
 
-/// Which blocks are newer in the journal, sorted.
+/// The blocks that are newer in the journal, sorted.
 #[derive(Debug, Default)]
 pub(super) struct JournalOverlay(Vec<(Block, Journaled)>);
 
@@ -50,9 +52,9 @@ impl JournalOverlay {
 
 pub(super) struct Blocks {
     source: Arc<dyn Source>,
-    /// Bits of a block's size.
+    /// Block size as a power of two.
     bits: u32,
-    /// How many there are.
+    /// Number of blocks.
     count: u64,
     overlay: JournalOverlay,
     cache: Cache<Block, Arc<[u8]>>,
@@ -71,7 +73,7 @@ impl Blocks {
         &self.source
     }
 
-    /// The file system has become larger or smaller.
+    /// Sets the number of blocks: a replayed transaction may have resized the file system.
     pub(super) fn set_count(&mut self, count: u64) {
         self.count = count;
     }
@@ -85,11 +87,11 @@ impl Blocks {
         if first.0.checked_add(count).is_some_and(|end| end <= self.count) {
             return Ok(());
         }
-        let fact = format!("block {} + {count} is named, but the file system has {} blocks", first.0, self.count);
+        let fact = format!("block {} + {count} is referenced, but the file system has {} blocks", first.0, self.count);
         Err(corrupt(fact))
     }
 
-    /// The byte of the disk at which a block within the file system begins.
+    /// The byte offset on the disk at which a block within the file system begins.
     pub(super) fn offset(&self, block: Block) -> u64 {
         block.0 << self.bits
     }
@@ -101,13 +103,14 @@ impl Blocks {
         }
         self.within(block, 1)?;
         let mut bytes: Arc<[u8]> = std::iter::repeat_n(0, 1 << self.bits).collect();
-        let buf = Arc::get_mut(&mut bytes).expect("nobody else has it yet");
+        let buf = Arc::get_mut(&mut bytes).expect("it is not shared yet");
         self.read_at(block, 0, buf)?;
         self.cache.put(block, Arc::clone(&bytes), bytes.len());
         Ok(bytes)
     }
 
-    /// Bytes from `skip` on after the beginning of `block`, which may be those of many blocks that follow.
+    /// Fills `buf` with bytes from `skip` bytes after the start of `block` on; the range may span many
+    /// blocks.
     pub(super) fn read_at(&self, block: Block, skip: u64, mut buf: &mut [u8]) -> Result<()> {
         let len = 1 << self.bits;
         let (mut block, mut skip) = (Block(block.0 + skip / len), skip % len);
@@ -115,7 +118,7 @@ impl Blocks {
         while !buf.is_empty() {
             let count = (skip + buf.len() as u64).div_ceil(len);
             let newer = self.overlay.first_of(block, count);
-            // What lies before the first block that is newer is read at once.
+            // Everything before the first newer block is read at once.
             let plain = newer.map_or(count, |(newer, _)| newer.0 - block.0);
             let here = if plain == 0 { 1 } else { plain };
             let (now, rest) = buf.split_at_mut((here * len - skip).min(buf.len() as u64) as usize);
@@ -174,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_outside_is_corrupt() {
+    fn blocks_outside_are_corrupt() {
         let blocks = blocks();
         assert!(blocks.read(Block(8)).is_err());
         assert!(blocks.read(Block(u64::MAX)).is_err());

@@ -1,18 +1,18 @@
-//! A number in two halves, and what is wrong with a structure.
+//! A number in two halves, and errors about a structure.
 
 use crate::error::{Error, ErrorKind};
 
-/// Two halves of a number that grew.
+/// Joins the two halves of a number that grew.
 pub(super) fn join(low: u32, high: impl Into<u64>) -> u64 {
     u64::from(low) | high.into() << 32
 }
 
-/// A structure that breaks the format's rules.
+/// The error for a structure that violates its format.
 pub(super) fn corrupt(fact: impl Into<String>) -> Error {
     Error::new(ErrorKind::Corrupt, fact)
 }
 
-/// A good structure of a kind that is not read here.
+/// The error for a valid structure that is not supported.
 pub(super) fn unsupported(fact: impl Into<String>) -> Error {
     Error::new(ErrorKind::Unsupported, fact)
 }

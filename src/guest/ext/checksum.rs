@@ -1,7 +1,7 @@
 //! The checksums of ext4 and its journal.
 //!
-//! All of them are "raw": the caller gives the state to begin with and gets the state afterwards, nothing is
-//! inverted, so that a checksum can be carried over several pieces.
+//! All of them are raw: the caller passes the initial state and gets the final state. Nothing is inverted, so
+//! that a checksum can span several pieces.
 
 /// CRC32C, which `metadata_csum` and the journal's versions 2 and 3 use.
 pub(super) fn crc32c(state: u32, bytes: &[u8]) -> u32 {
@@ -9,8 +9,8 @@ pub(super) fn crc32c(state: u32, bytes: &[u8]) -> u32 {
     !crc32c::crc32c_append(!state, bytes)
 }
 
-/// CRC32C of `bytes` with the four at `at` taken for zero: where the sum itself is kept.
-pub(super) fn crc32c_without(state: u32, bytes: &[u8], at: usize, len: usize) -> u32 {
+/// CRC32C of `bytes` with `len` bytes at `at`, the checksum's own field, taken as zero.
+pub(super) fn crc32c_without_field(state: u32, bytes: &[u8], at: usize, len: usize) -> u32 {
     let state = crc32c(state, &bytes[..at]);
     let state = crc32c(state, &[0; 4][..len]);
     crc32c(state, &bytes[at + len..])
@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn check_values_of_the_catalogue() {
+    fn checksums_have_the_catalogues_check_values() {
         let check = b"123456789";
         assert_eq!(!crc32c(!0, check), 0xe306_9283);
         assert_eq!(crc16(0, check), 0xbb3d, "CRC-16/ARC");
@@ -58,8 +58,8 @@ mod tests {
     }
 
     #[test]
-    fn a_field_without_is_a_field_of_zeroes() {
-        assert_eq!(crc32c_without(7, b"ab????cd", 2, 4), crc32c(7, b"ab\0\0\0\0cd"));
-        assert_eq!(crc32c_without(7, b"ab??cd", 2, 2), crc32c(7, b"ab\0\0cd"));
+    fn the_checksums_own_field_counts_as_zeroes() {
+        assert_eq!(crc32c_without_field(7, b"ab????cd", 2, 4), crc32c(7, b"ab\0\0\0\0cd"));
+        assert_eq!(crc32c_without_field(7, b"ab??cd", 2, 2), crc32c(7, b"ab\0\0cd"));
     }
 }

@@ -1,8 +1,9 @@
-//! Directories: blocks of entries, an index over them in large ones, and names that fast commits added or removed.
+//! Directories: blocks of entries, an index over them in large directories, and names that fast commits added
+//! or removed.
 //!
-//! A listing reads all blocks in order; those of an index look like blocks without names. What is damaged ends its
-//! block, not the listing: what the other blocks hold is given first, the error comes last. For that the places that
-//! a listing hands out remember whether there was damage before them.
+//! A listing reads all blocks in order; index blocks look like blocks without names. Damage ends its block,
+//! not the listing: the entries of the other blocks are listed first, and the error comes last. For this, the
+//! positions that a listing returns record whether there was damage before them.
 
 use std::hash::BuildHasher as _;
 use std::sync::Arc;
@@ -18,40 +19,40 @@ use super::map::{ExtMapping, MapWalk};
 use super::superblock::incompat;
 use super::{Ext, htree, inline, nokey};
 
-/// Set in a place after damage.
+/// Set in a position after damage.
 const DAMAGED: u64 = 1 << 61;
-/// Set in a place among the names that fast commits added: their number, not a byte.
+/// Set in a position among the names that fast commits added: the rest is an index, not a byte offset.
 const ADDED: u64 = 1 << 62;
 
-/// Blocks that one question reads at most: 4 GiB of names.
+/// Blocks that one request reads at most: 4 GiB of names.
 const MAX_BLOCKS: u64 = 1 << 20;
-/// A directory of more blocks without an index of its own gets one in memory.
+/// A larger directory (in blocks) without an index on disk gets an index in memory.
 const SMALL: u64 = 4;
-/// Names of such a directory at most; larger ones are read for each question.
+/// Names in such an index at most; larger directories are read for each request.
 const MAX_INDEXED: usize = 4 << 20;
 
 const HEADER_LEN: usize = 8;
 const TAIL_LEN: usize = 12;
 const TAIL_KIND: u8 = 0xde;
 
-/// Where the inline entries begin, behind the parent's number.
+/// Where the inline entries begin, after the parent's number.
 const INLINE_FIRST: usize = 4;
 
 /// An entry in use.
 struct ExtEntry<'a> {
     name: &'a [u8],
-    /// What its place has behind the name, from the next multiple of four bytes on.
-    behind: &'a [u8],
+    /// The rest of the record after the name, from the next multiple of four bytes on.
+    tail: &'a [u8],
     ino: u32,
     kind: Option<FileKind>,
-    /// Where the entry begins, and where the next does: bytes of the directory.
+    /// Where the entry begins, and where the next one does: byte offsets in the directory.
     at: u64,
     next: u64,
     /// Something before it is damaged.
     damaged: bool,
 }
 
-/// Which block holds a name, by the name's hash; sorted.
+/// The blocks that can hold a name, by the name's hash; sorted.
 pub(super) struct NameIndex {
     hashes: Vec<(u32, u32)>,
     damage: Option<Error>,
@@ -71,12 +72,12 @@ impl Ext {
         if !inode.is(flags::ENCRYPT) {
             return self.look_up_raw(&inode, directory, name);
         }
-        let Some((meant, is_whole)) = nokey::meant(name) else { return Ok(None) };
+        let Some((raw, is_whole)) = nokey::decode_name(name) else { return Ok(None) };
         if is_whole && !inode.is(flags::CASEFOLD) {
-            let is_it = nokey::shown(&meant, nokey::Hashes::of(self, &inode).get(&meant, &[])) == name;
-            return if is_it { self.look_up_raw(&inode, directory, &meant) } else { Ok(None) };
+            let is_it = nokey::encode_name(&raw, nokey::Hashes::of(self, &inode).get(&raw, &[])) == name;
+            return if is_it { self.look_up_raw(&inode, directory, &raw) } else { Ok(None) };
         }
-        // What it says of the rest can only be compared.
+        // The name has only a checksum of the rest: the listed names are compared.
         let mut found = None;
         self.list_directory(directory, 0, &mut |entry| {
             if entry.name == name {
@@ -87,7 +88,7 @@ impl Ext {
         Ok(found)
     }
 
-    /// The same of a name as it is on the disk.
+    /// The same for a name as it is on the disk.
     fn look_up_raw(&self, inode: &Inode, directory: u32, name: &[u8]) -> Result<Option<u32>> {
         let Some(names) = self.fast.names(directory) else { return self.stored_name(inode, name) };
         let stored = if names.fresh() { None } else { self.stored_name(inode, name)? };
@@ -103,16 +104,16 @@ impl Ext {
         let inode = self.directory(directory)?;
         let names = self.fast.names(directory);
         let hashes = inode.is(flags::ENCRYPT).then(|| nokey::Hashes::of(self, &inode));
-        let shown = |raw: &[u8], behind: &[u8]| match &hashes {
-            Some(hashes) => nokey::shown(raw, hashes.get(raw, behind)),
+        let shown = |raw: &[u8], tail: &[u8]| match &hashes {
+            Some(hashes) => nokey::encode_name(raw, hashes.get(raw, tail)),
             None => raw.to_vec(),
         };
-        let (was_damaged, place) = (from & DAMAGED != 0, from & !(DAMAGED | ADDED));
+        let (was_damaged, position) = (from & DAMAGED != 0, from & !(DAMAGED | ADDED));
         let mut damage = None;
         if from & ADDED == 0 && !names.is_some_and(NameChanges::fresh) {
-            let (stopped, found) = self.visit(&inode, place, &mut |found: ExtEntry<'_>| {
+            let (stopped, found) = self.visit(&inode, position, &mut |found: ExtEntry<'_>| {
                 let mut entry = DirectoryEntry {
-                    name: shown(found.name, found.behind),
+                    name: shown(found.name, found.tail),
                     ino: Ino(found.ino.into()),
                     kind: found.kind,
                     next: found.next | if found.damaged || was_damaged { DAMAGED } else { 0 },
@@ -133,7 +134,7 @@ impl Ext {
         }
         let damaged = was_damaged || damage.is_some();
         if let Some(names) = names {
-            let skip = if from & ADDED == 0 { 0 } else { place as usize };
+            let skip = if from & ADDED == 0 { 0 } else { position as usize };
             for (number, name) in names.in_order().iter().enumerate().skip(skip) {
                 if !names.fresh() && self.stored_name(&inode, name)?.is_some() {
                     continue;
@@ -153,7 +154,7 @@ impl Ext {
         }
     }
 
-    /// What a name stands for without fast commits.
+    /// The inode of a name, without fast commits.
     fn stored_name(&self, inode: &Inode, name: &[u8]) -> Result<Option<u32>> {
         if inode.is(flags::INLINE_DATA) {
             return self.search(inode, name);
@@ -211,7 +212,7 @@ impl Ext {
         }
     }
 
-    /// The index in memory of a directory that has none of its own; `None` if it is too large for that.
+    /// The in-memory index of a directory without an index on disk; `None` if the directory is too large.
     fn name_index(&self, inode: &Inode) -> Option<Arc<NameIndex>> {
         if let Some(index) = self.name_indexes.get(&inode.number) {
             return Some(index);
@@ -232,8 +233,8 @@ impl Ext {
         Some(index)
     }
 
-    /// Calls `each` with the entries in use from byte `from` on, without `.` and `..`, until it returns false, which
-    /// is the first answer; the second is the first damage.
+    /// Calls `each` with the entries in use from byte `from` on, without `.` and `..`, until it returns
+    /// false. Returns whether it did, and the first damage.
     fn visit(&self, inode: &Inode, from: u64, each: &mut dyn FnMut(ExtEntry<'_>) -> bool) -> (bool, Option<Error>) {
         let mut damage = None;
         let mut part = |bytes: &[u8], start: u64, damage: &mut Option<Error>| {
@@ -267,10 +268,10 @@ impl Ext {
                 Ok(segment) => segment,
                 Err(error) => return (false, damage.or(Some(error))),
             };
-            if let ExtMapping::Stored(first) = segment.place {
+            if let ExtMapping::Stored(first) = segment.mapping {
                 for index in 0..segment.count {
                     let Some(less) = left.checked_sub(1) else {
-                        let error = inode.corrupt("is a directory with more blocks than there are");
+                        let error = inode.corrupt("is a directory with more blocks than the file system");
                         return (false, damage.or(Some(error)));
                     };
                     left = less;
@@ -287,37 +288,38 @@ impl Ext {
         (false, damage)
     }
 
-    /// A block of a directory, by its number within that.
+    /// A block of a directory, by its number within the directory.
     pub(super) fn directory_block(&self, inode: &Inode, number: u32) -> Result<Arc<[u8]>> {
         let at = u64::from(number);
         if at >= inode.size.div_ceil(self.superblock.block_len() as u64) {
-            return Err(inode.corrupt("is a directory that names a block beyond its end"));
+            return Err(inode.corrupt("is a directory whose index references a block beyond its end"));
         }
-        match MapWalk::new(self, inode).segment(at, 1)?.place {
+        match MapWalk::new(self, inode).segment(at, 1)?.mapping {
             ExtMapping::Stored(block) => verified(inode, self.blocks.read(block)?),
             ExtMapping::Hole | ExtMapping::Unwritten => {
-                Err(inode.corrupt("is a directory that names a block it has not"))
+                Err(inode.corrupt("is a directory whose index references a hole"))
             }
         }
     }
 }
 
-/// The same block of a directory, if its checksum is right or there is none.
+/// The same block of a directory, if its checksum is correct or it has none.
 fn verified(inode: &Inode, bytes: Arc<[u8]>) -> Result<Arc<[u8]>> {
     let Some(seed) = inode.seed else { return Ok(bytes) };
-    // A block of an index that was one of names once may still end like one.
+    // An index block that once held names may still end like one.
     let right = names_sum_is_right(seed, &bytes) || index_sum_is_right(seed, &bytes);
     if right { Ok(bytes) } else { Err(inode.corrupt("is a directory with a wrong checksum in a block")) }
 }
 
-/// The checksum of a block of names, in an entry without one at its end.
+/// The checksum of a block of names: it is stored in a nameless entry at the block's end.
 fn names_sum_is_right(seed: u32, bytes: &[u8]) -> bool {
     let (names, tail) = bytes.split_at(bytes.len() - TAIL_LEN);
     let is_tail = le32(tail, 0) == 0 && le16(tail, 4) == TAIL_LEN as u16 && tail[6..8] == [0, TAIL_KIND];
     is_tail && crc32c(seed, names) == le32(tail, 8)
 }
 
-/// The checksum of a block of an index, which covers the entries in use and lies behind the place for all.
+/// The checksum of an index block: it covers the entries in use and is stored after the space for all
+/// entries.
 fn index_sum_is_right(seed: u32, bytes: &[u8]) -> bool {
     let at = match record_len(bytes, 0, bytes.len()) {
         len if len == bytes.len() => 8,
@@ -333,7 +335,7 @@ fn index_sum_is_right(seed: u32, bytes: &[u8]) -> bool {
     crc32c(crc32c(state, &bytes[tail..tail + 4]), &[0; 4]) == le32(bytes, tail + 4)
 }
 
-/// The length of the entry at `at`; the two lowest bits are used for lengths above 65,535.
+/// The length of the entry at `at`; the two lowest bits hold the high bits of lengths above 65,535.
 fn record_len(bytes: &[u8], at: usize, block_len: usize) -> usize {
     let raw = usize::from(le16(bytes, at + 4));
     if block_len < 1 << 16 {
@@ -349,7 +351,7 @@ struct ExtEntries<'a> {
     start: u64,
     at: usize,
     typed: bool,
-    /// Whether names are encrypted: they have any bytes then, and a length.
+    /// Whether names are encrypted: they may then contain any byte, and have a minimum length.
     is_encrypted: bool,
     block_len: usize,
     damaged: bool,
@@ -381,17 +383,17 @@ impl<'a> Iterator for ExtEntries<'a> {
             if ino == 0 {
                 continue;
             }
-            let place = &self.bytes[at + HEADER_LEN..at + len];
+            let record = &self.bytes[at + HEADER_LEN..at + len];
             let is_good = |name: &&[u8]| if self.is_encrypted { is_a_cipher(name) } else { is_a_name(name) };
-            let behind = place.get(name_len.next_multiple_of(4)..).unwrap_or_default();
-            let Some(name) = place.get(..name_len).filter(is_good) else {
+            let tail = record.get(name_len.next_multiple_of(4)..).unwrap_or_default();
+            let Some(name) = record.get(..name_len).filter(is_good) else {
                 self.damaged = true;
                 continue;
             };
             if name != b"." && name != b".." {
                 let kind = if self.typed { kind_of_entry(self.bytes[at + 7]) } else { None };
                 let (at, next) = (self.start + at as u64, self.start + self.at as u64);
-                return Some(ExtEntry { name, behind, ino, kind, at, next, damaged: false });
+                return Some(ExtEntry { name, tail, ino, kind, at, next, damaged: false });
             }
         }
         None

@@ -1,7 +1,7 @@
-//! Extent trees: where the blocks of a file are, in ext4.
+//! Extent trees: the mapping of a file's blocks in ext4.
 //!
-//! Each node is looked into by bisection, and each must lie within what its parent says of it, so that a walk always
-//! goes forward through the file and ends, whatever the tree looks like.
+//! Each node is searched by bisection, and each must lie within the range its parent states. So a walk always
+//! moves forward through the file and ends, even in a damaged tree.
 
 use std::sync::Arc;
 
@@ -17,12 +17,12 @@ use super::map::{ExtMapping, ExtSegment};
 const MAGIC: u16 = 0xf30a;
 const ENTRY_LEN: usize = 12;
 const MAX_DEPTH: u16 = 5;
-/// The number of blocks an extent can have; more means that they are reserved, but not written.
+/// The largest length of a written extent; a larger value means reserved, unwritten blocks.
 const MAX_WRITTEN: u16 = 1 << 15;
-/// Files have less blocks than this.
+/// A file has fewer blocks than this.
 const END: u64 = 1 << 32;
 
-/// A node of the tree, checked as far as its header goes.
+/// A node of the tree with a valid header.
 struct ExtentNode {
     bytes: Arc<[u8]>,
     count: usize,
@@ -73,19 +73,19 @@ impl ExtentNode {
     }
 }
 
-/// A leaf of the tree, and for which of the file's blocks it speaks.
+/// A leaf of the tree, and the range of the file's blocks that it covers.
 pub(super) struct ExtentLeaf {
     node: ExtentNode,
     start: u64,
     end: u64,
 }
 
-/// The leaf that speaks for block `at` of a file.
+/// The leaf that covers block `at` of a file.
 pub(super) fn leaf(inode: &Inode, blocks: &Blocks, at: u64) -> Result<ExtentLeaf> {
     let (mut start, mut end) = (0, END);
     let mut node = ExtentNode::parse(inode, inode.raw[BLOCK_AREA].into(), None)?;
     while node.depth > 0 {
-        // The first child speaks for the hole before it as well.
+        // The first child also covers the hole before it.
         let child = node.until(at).saturating_sub(1);
         let key = node.key(child);
         if child + 1 < node.count {
@@ -109,31 +109,31 @@ pub(super) fn leaf(inode: &Inode, blocks: &Blocks, at: u64) -> Result<ExtentLeaf
 }
 
 impl ExtentLeaf {
-    pub(super) fn speaks_for(&self, at: u64) -> bool {
+    pub(super) fn covers(&self, at: u64) -> bool {
         (self.start..self.end).contains(&at)
     }
 
-    /// What begins at block `at` of the file, for which this leaf speaks, and how long it goes on in this leaf.
+    /// The segment at block `at` of the file, which this leaf must cover, with its length within this leaf.
     pub(super) fn segment(&self, inode: &Inode, at: u64) -> Result<ExtSegment> {
-        debug_assert!(self.speaks_for(at));
+        debug_assert!(self.covers(at));
         let after = self.node.until(at);
         let next = if after < self.node.count { self.node.key(after) } else { self.end };
         if next <= at {
             return Err(inode.corrupt("has extents that are not in order"));
         }
         let Some(before) = after.checked_sub(1) else {
-            return Ok(ExtSegment { count: next.min(self.end) - at, place: ExtMapping::Hole });
+            return Ok(ExtSegment { count: next.min(self.end) - at, mapping: ExtMapping::Hole });
         };
         let entry = self.node.entry(before);
         let (key, len) = (self.node.key(before), le16(entry, 4));
         let (len, written) = if len > MAX_WRITTEN { (len - MAX_WRITTEN, false) } else { (len, true) };
         let into = at - key;
         if into >= u64::from(len) {
-            return Ok(ExtSegment { count: next.min(self.end) - at, place: ExtMapping::Hole });
+            return Ok(ExtSegment { count: next.min(self.end) - at, mapping: ExtMapping::Hole });
         }
         let first = Block(join(le32(entry, 8), le16(entry, 6)) + into);
-        // Never beyond the next extent: the walk must meet each.
+        // Never beyond the next extent: the walk must visit each one.
         let count = (u64::from(len) - into).min(next - at);
-        Ok(ExtSegment { count, place: if written { ExtMapping::Stored(first) } else { ExtMapping::Unwritten } })
+        Ok(ExtSegment { count, mapping: if written { ExtMapping::Stored(first) } else { ExtMapping::Unwritten } })
     }
 }

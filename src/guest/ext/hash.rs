@@ -1,6 +1,6 @@
 //! The hashes by which large directories are sorted.
 
-/// Which hash, as a directory's index names it.
+/// The hash function, as a directory's index names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum HashVersion {
     Legacy,
@@ -8,18 +8,19 @@ pub(super) enum HashVersion {
     Tea,
 }
 
-/// What a name's hash depends on besides the name.
+/// The parameters of a name's hash.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Hasher {
     pub(super) kind: HashVersion,
-    /// Whether the bytes of a name count from 0 to 255, as where the file system was made on ARM, say.
+    /// Whether the bytes of a name are unsigned, as on file systems made on ARM.
     pub(super) unsigned: bool,
-    /// All zero: the hash's own.
+    /// All zero: the hash's default seed.
     pub(super) seed: [u32; 4],
 }
 
 impl Hasher {
-    /// The kind by its number in an index; 3 to 5 are 0 to 2 with unsigned bytes, whatever the superblock says.
+    /// The kind by its number in an index; 3 to 5 are 0 to 2 with unsigned bytes, regardless of the
+    /// superblock.
     pub(super) fn new(number: u8, unsigned: bool, seed: [u32; 4]) -> Option<Self> {
         let kind = match number % 3 {
             _ if number > 5 => return None,
@@ -30,12 +31,12 @@ impl Hasher {
         Some(Self { kind, unsigned: unsigned || number > 2, seed })
     }
 
-    /// The hash; its lowest bit is 0, for an index uses that to say that a hash goes on in the next block.
+    /// The hash; its lowest bit is 0: an index uses that bit to mark a hash that continues in the next block.
     pub(super) fn hash(&self, name: &[u8]) -> u32 {
         self.hashes(name).0
     }
 
-    /// The hash, and the one that tells names of the same hash apart.
+    /// The hash, and the minor hash that distinguishes names with equal hashes.
     pub(super) fn hashes(&self, name: &[u8]) -> (u32, u32) {
         let own = [0x6745_2301, 0xefcd_ab89, 0x98ba_dcfe, 0x1032_5476];
         let mut state = if self.seed == [0; 4] { own } else { self.seed };
@@ -55,7 +56,7 @@ impl Hasher {
             }
         };
         let hash = hash & !1;
-        // The largest means the end of a directory.
+        // The largest value marks the end of a directory.
         (if hash == 0xffff_fffe { 0xffff_fffc } else { hash }, minor)
     }
 
@@ -75,7 +76,7 @@ impl Hasher {
         last << 1
     }
 
-    /// The next bytes of a name as words, padded with the length of all that is left.
+    /// The next bytes of a name as words, padded with the length of the remainder.
     fn words<const N: usize>(&self, rest: &[u8]) -> [u32; N] {
         let len = rest.len() as u32;
         let pad = len | len << 8;
@@ -88,7 +89,7 @@ impl Hasher {
     }
 }
 
-/// What is left of a name at each step of `len` bytes.
+/// The remainder of a name at each step of `len` bytes.
 fn pieces(name: &[u8], len: usize) -> impl Iterator<Item = &[u8]> {
     (0..name.len()).step_by(len).map(|at| &name[at..])
 }

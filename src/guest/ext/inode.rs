@@ -1,4 +1,4 @@
-//! An inode: its raw bytes, verified, and what stat(2) says of it.
+//! An inode: its raw bytes, verified, and its stat(2) attributes.
 
 use crate::error::Result;
 use crate::guest::bytes::{le16, le32};
@@ -19,17 +19,17 @@ pub(super) mod flags {
     pub(in super::super) const CASEFOLD: u32 = 0x4000_0000;
 }
 
-/// Where block numbers, a short target or the beginning of inline data are.
+/// The area with block numbers, a short link target or the beginning of inline data.
 pub(super) const BLOCK_AREA: std::ops::Range<usize> = 0x28..0x64;
-/// The part of an inode that all have.
+/// The part that every inode has.
 pub(super) const OLD_LEN: usize = 128;
-/// What the kernel takes the extra part to be long where it says nothing: all fields it knows.
+/// The length of the extra part that the kernel assumes where the inode states none: all fields it knows.
 const EXTRA_LEN: usize = 32;
 
 #[derive(Debug)]
 pub(super) struct Inode {
     pub(super) number: u32,
-    /// As long as the superblock says.
+    /// Its length is the superblock's inode size.
     pub(super) raw: Box<[u8]>,
     pub(super) kind: FileKind,
     pub(super) flags: u32,
@@ -39,39 +39,40 @@ pub(super) struct Inode {
     pub(super) sectors: u64,
     /// The block of extended attributes; 0: none.
     pub(super) attribute_block: u64,
-    /// Where the extra fields end and extended attributes begin, if there are any.
+    /// Where the extra fields end and extended attributes, if any, begin.
     pub(super) extra_end: usize,
-    /// Whether the inode itself says where that is: only then it can have extended attributes within.
-    pub(super) extra_said: bool,
-    /// The state that checksums of its directory and extent blocks begin with, where there are any.
+    /// Whether the inode itself states the length of the extra part: only then it can hold extended
+    /// attributes.
+    pub(super) states_extra: bool,
+    /// The initial checksum state for its directory and extent blocks, if these have checksums.
     pub(super) seed: Option<u32>,
 }
 
 impl Inode {
-    /// Decodes and verifies. An inode that is not in use is `Corrupt`: only a name that should not be there leads to it.
-    pub(super) fn parse(superblock: &Superblock, number: u32, raw: Box<[u8]>, sum_is_kept: bool) -> Result<Self> {
+    /// Decodes and verifies. An inode not in use is `Corrupt`: only a stale name leads to it.
+    pub(super) fn parse(superblock: &Superblock, number: u32, raw: Box<[u8]>, verify_sum: bool) -> Result<Self> {
         assert_eq!(raw.len(), superblock.inode_len);
         let wrong = |fact: String| corrupt(format!("inode {number} {fact}"));
         let seed = superblock.seed().map(|seed| own_seed(seed, number, &raw));
-        if let Some(seed) = seed.filter(|_| sum_is_kept)
+        if let Some(seed) = seed.filter(|_| verify_sum)
             && !sum_is_right(seed, &raw)
         {
             return Err(wrong("has a wrong checksum".into()));
         }
         let mode = le16(&raw, 0);
         if le16(&raw, 0x1a) == 0 || mode == 0 {
-            return Err(wrong("is named, but deleted".into()));
+            return Err(wrong("is referenced, but deleted".into()));
         }
         let Some(kind) = kind_of_mode(mode) else {
             return Err(wrong(format!("is of no known kind (mode {mode:#o})")));
         };
         let flags = le32(&raw, 0x20);
-        // Elsewhere these bytes had other meanings once.
+        // In other inodes these bytes once had other meanings.
         let long = kind == FileKind::File
             || kind == FileKind::Directory && superblock.has(super::superblock::incompat::LARGE_DIR);
         let size = join(le32(&raw, 0x4), if long { le32(&raw, 0x6c) } else { 0 });
         if i64::try_from(size).is_err() {
-            return Err(wrong(format!("is said to have {size} bytes")));
+            return Err(wrong(format!("has an impossible size: {size} bytes")));
         }
         let sectors = if superblock.huge_files() {
             let count = join(le32(&raw, 0x1c), le16(&raw, 0x74));
@@ -79,11 +80,11 @@ impl Inode {
         } else {
             le32(&raw, 0x1c).into()
         };
-        let said = if raw.len() > OLD_LEN { usize::from(le16(&raw, 0x80)) } else { 0 };
-        if said % 4 != 0 || OLD_LEN + said > raw.len() {
-            return Err(wrong(format!("is said to have {said} extra bytes")));
+        let stated = if raw.len() > OLD_LEN { usize::from(le16(&raw, 0x80)) } else { 0 };
+        if stated % 4 != 0 || OLD_LEN + stated > raw.len() {
+            return Err(wrong(format!("has an impossible extra size: {stated} bytes")));
         }
-        let extra = if said == 0 && raw.len() > OLD_LEN { EXTRA_LEN } else { said };
+        let extra = if stated == 0 && raw.len() > OLD_LEN { EXTRA_LEN } else { stated };
         Ok(Self {
             number,
             kind,
@@ -92,7 +93,7 @@ impl Inode {
             sectors,
             attribute_block: join(le32(&raw, 0x68), le16(&raw, 0x76)),
             extra_end: OLD_LEN + extra,
-            extra_said: said != 0,
+            states_extra: stated != 0,
             seed,
             raw,
         })
@@ -106,7 +107,7 @@ impl Inode {
         let raw = &self.raw;
         let mut blocks = self.sectors;
         if self.is(flags::INLINE_DATA) && self.kind == FileKind::File {
-            // So that no program takes a file without blocks for a hole.
+            // A file with zero blocks would look like a hole to some programs.
             blocks = blocks.saturating_add(self.size.div_ceil(512));
         }
         FileAttributes {
@@ -128,7 +129,7 @@ impl Inode {
         }
     }
 
-    /// Seconds at `at`; two more bits of them and nanoseconds at `extra`, if the inode is that long.
+    /// Seconds at `at`; two more bits of seconds and the nanoseconds at `extra`, if the inode is long enough.
     fn time(&self, at: usize, extra: usize) -> Time {
         let seconds = i64::from(le32(&self.raw, at).cast_signed());
         if self.extra_end < extra + 4 {
@@ -139,7 +140,7 @@ impl Inode {
     }
 }
 
-/// The state for checksums of an inode and of the blocks it owns.
+/// The initial checksum state of an inode and the blocks it owns.
 fn own_seed(seed: u32, number: u32, raw: &[u8]) -> u32 {
     crc32c(crc32c(seed, &number.to_le_bytes()), &raw[0x64..0x68])
 }
@@ -170,7 +171,7 @@ fn kind_of_mode(mode: u16) -> Option<FileKind> {
     })
 }
 
-/// What a directory says of the kind of what it names.
+/// The kind of an inode by the type byte of a directory entry.
 pub(super) fn kind_of_entry(kind: u8) -> Option<FileKind> {
     Some(match kind & 0xf {
         1 => FileKind::File,

@@ -1,7 +1,8 @@
-//! Where the bytes of a file are: one answer for extents, indirect blocks, inline data, and what fast commits changed.
+//! The mapping of a file's bytes: extents, indirect blocks, inline data, and changes by fast commits.
 //!
-//! A [`MapWalk`] goes forward through a file's blocks and remembers the leaf it is in, so that listing a file with
-//! thousands of extents looks at each once. Blocks that are newer in the journal are found there.
+//! A [`MapWalk`] moves forward through a file's blocks and caches the current leaf, so that listing a file
+//! with thousands of extents visits each once. Blocks that are newer in the journal are mapped to the
+//! journal.
 
 use std::sync::Arc;
 
@@ -14,10 +15,10 @@ use super::extents::{self, ExtentLeaf};
 use super::inode::{Inode, flags};
 use super::{indirect, inline};
 
-/// Blocks of numbers without any number in them that one question may go through; a file has none such in good health.
+/// Consecutive empty maps that one request may walk; a file in good health has none.
 const EMPTY_MAPS: u32 = 1 << 14;
 
-/// Where the blocks of a segment are.
+/// The mapping of a segment's blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ExtMapping {
     Hole,
@@ -26,15 +27,15 @@ pub(super) enum ExtMapping {
     Stored(Block),
 }
 
-/// Blocks of a file that follow each other, in the file and on the disk.
+/// Blocks of a file that are contiguous in the file and on the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ExtSegment {
     /// At least 1.
     pub(super) count: u64,
-    pub(super) place: ExtMapping,
+    pub(super) mapping: ExtMapping,
 }
 
-/// A way forward through a file's blocks.
+/// A forward walk through a file's blocks.
 pub(super) struct MapWalk<'a> {
     ext: &'a Ext,
     inode: &'a Inode,
@@ -46,8 +47,7 @@ impl<'a> MapWalk<'a> {
         Self { ext, inode, leaf: None }
     }
 
-    /// What begins at block `at` and how long it goes on, at most `limit` blocks. Whatever is stored lies within the
-    /// file system.
+    /// The segment at block `at`, with at most `limit` blocks. Stored blocks lie within the file system.
     pub(super) fn segment(&mut self, at: u64, limit: u64) -> Result<ExtSegment> {
         let number = self.inode.number;
         let (segment, limit) = if let Some(changed) = self.ext.fast.range(number, at) {
@@ -57,8 +57,8 @@ impl<'a> MapWalk<'a> {
             (self.unchanged(at)?, next.map_or(limit, |next| limit.min(next - at)))
         };
         let segment = ExtSegment { count: segment.count.min(limit), ..segment };
-        debug_assert!(segment.count > 0, "a walk must go on");
-        if let ExtMapping::Stored(first) = segment.place {
+        debug_assert!(segment.count > 0, "a walk must move forward");
+        if let ExtMapping::Stored(first) = segment.mapping {
             self.ext.blocks.within(first, segment.count).map_err(|error| self.inode.about(error))?;
         }
         Ok(segment)
@@ -70,10 +70,10 @@ impl<'a> MapWalk<'a> {
             return indirect::segment(self.inode, &self.ext.blocks, at);
         }
         if at >= 1 << 32 {
-            return Ok(ExtSegment { count: u64::MAX - at, place: ExtMapping::Hole });
+            return Ok(ExtSegment { count: u64::MAX - at, mapping: ExtMapping::Hole });
         }
         let leaf = match self.leaf.take() {
-            Some(leaf) if leaf.speaks_for(at) => leaf,
+            Some(leaf) if leaf.covers(at) => leaf,
             _ => extents::leaf(self.inode, &self.ext.blocks, at)?,
         };
         self.leaf.insert(leaf).segment(self.inode, at)
@@ -99,7 +99,7 @@ impl Ext {
             return Ok(runs.runs);
         }
         if inode.is(flags::INLINE_DATA) {
-            return Ok(vec![FileRun { len: end - at, kind: RunKind::Asked }]);
+            return Ok(vec![FileRun { len: end - at, kind: RunKind::Opaque }]);
         }
         let bits = self.superblock.block_bits;
         let (mut walk, mut at, mut barren) = (MapWalk::new(self, &inode), at, 0);
@@ -107,11 +107,11 @@ impl Ext {
             let block = at >> bits;
             let segment = walk.segment(block, (end.div_ceil(1 << bits) - block).max(1))?;
             let segment_end = ((block + segment.count) << bits).min(end);
-            barren = if segment.place == ExtMapping::Hole { barren + 1 } else { 0 };
+            barren = if segment.mapping == ExtMapping::Hole { barren + 1 } else { 0 };
             if barren > EMPTY_MAPS {
-                return Err(inode.corrupt("is mapped by thousands of empty blocks"));
+                return Err(inode.corrupt("has thousands of empty map blocks"));
             }
-            let room = match segment.place {
+            let room = match segment.mapping {
                 ExtMapping::Hole | ExtMapping::Unwritten => runs.push(segment_end - at, RunKind::Hole),
                 ExtMapping::Stored(first) => self.stored(first, at & ((1 << bits) - 1), segment_end - at, &mut runs),
             };
@@ -123,7 +123,7 @@ impl Ext {
         Ok(runs.runs)
     }
 
-    /// Adds what is stored from `skip` bytes after the beginning of `first` on; false if there is no room for more.
+    /// Adds the stored bytes from `skip` bytes after the beginning of `first` on; false if `runs` is full.
     fn stored(&self, mut first: Block, mut skip: u64, mut len: u64, runs: &mut Runs) -> bool {
         let block_len = self.superblock.block_len() as u64;
         while len > 0 {
@@ -133,7 +133,7 @@ impl Ext {
             let here = if plain == 0 { 1 } else { plain };
             let now = (here * block_len - skip).min(len);
             let kind = match newer {
-                Some((_, Journaled { escaped: true, .. })) if plain == 0 => RunKind::Asked,
+                Some((_, Journaled { escaped: true, .. })) if plain == 0 => RunKind::Opaque,
                 Some((_, Journaled { place, .. })) if plain == 0 => RunKind::Stored(self.blocks.offset(place) + skip),
                 _ => RunKind::Stored(self.blocks.offset(first) + skip),
             };
@@ -150,7 +150,7 @@ impl Ext {
         self.read_content(&inode, at, buf)
     }
 
-    /// Reads from `at` on what there is of an inode's content, whatever kind it is of.
+    /// Reads an inode's content from `at` on, up to its end, for any kind of inode.
     pub(super) fn read_content(&self, inode: &Inode, at: u64, buf: &mut [u8]) -> Result<usize> {
         let len = inode.size.saturating_sub(at).min(buf.len() as u64) as usize;
         let buf = &mut buf[..len];
@@ -167,7 +167,7 @@ impl Ext {
             let segment = walk.segment(block, (skip + left).div_ceil(1 << bits))?;
             let now = ((segment.count << bits) - skip).min(left) as usize;
             let part = &mut buf[done..][..now];
-            match segment.place {
+            match segment.mapping {
                 ExtMapping::Hole | ExtMapping::Unwritten => part.fill(0),
                 ExtMapping::Stored(first) => self.blocks.read_at(first, skip, part)?,
             }
@@ -177,22 +177,22 @@ impl Ext {
     }
 }
 
-/// Runs as they come, those that belong together joined.
+/// Collects runs and joins adjacent ones.
 struct Runs {
     runs: Vec<FileRun>,
     most: usize,
 }
 
 impl Runs {
-    /// False if it would be one too many.
+    /// Returns false if `runs` is full.
     fn push(&mut self, len: u64, kind: RunKind) -> bool {
         if let Some(last) = self.runs.last_mut() {
-            let goes_on = match (last.kind, kind) {
-                (RunKind::Hole, RunKind::Hole) | (RunKind::Asked, RunKind::Asked) => true,
+            let is_adjacent = match (last.kind, kind) {
+                (RunKind::Hole, RunKind::Hole) | (RunKind::Opaque, RunKind::Opaque) => true,
                 (RunKind::Stored(start), RunKind::Stored(next)) => start + last.len == next,
                 _ => false,
             };
-            if goes_on {
+            if is_adjacent {
                 last.len += len;
                 return true;
             }

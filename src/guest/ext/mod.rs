@@ -1,9 +1,12 @@
 //! ext2, ext3 and ext4, read from any [`Source`] without a kernel.
 //!
-//! Promises: the file system is shown as the kernel would show it after mounting it, with the journal and fast commits
-//! replayed in memory. What is damaged is an error of the entry that is asked for; whatever else can be read stays
-//! readable. Opening reads the superblock and, if it is needed, the journal; everything else is read when it is asked
-//! for. Left to others: who may see what, and what a symbolic link leads to.
+//! Promises:
+//! - The file system is shown as the kernel would show it after mounting it: the journal and fast commits are
+//!   replayed in memory.
+//! - Damage is an error of the requested entry; everything else stays readable.
+//! - Opening reads the superblock and, if needed, the journal; everything else is read on demand.
+//!
+//! Permissions and the resolution of symbolic links are left to the callers.
 
 mod acl;
 mod blocks;
@@ -51,7 +54,7 @@ use inode::{Inode, flags};
 use superblock::Superblock;
 
 const ROOT: u64 = 2;
-/// Bytes of inodes kept, and of indexes made of directories that have none.
+/// Bytes of cached inodes, and of in-memory indexes of directories without an index.
 const INODE_CACHE_LEN: usize = 2 << 20;
 const NAME_CACHE_LEN: usize = 2 << 20;
 /// Remarks that are kept: a disk can have millions of groups, each of them damaged.
@@ -66,15 +69,15 @@ pub struct Ext {
     name_indexes: Cache<u32, Arc<NameIndex>>,
     name_hasher: RandomState,
     statistics: OnceLock<Statistics>,
-    /// What should be known of what is shown. Taken for a moment only, and no other lock within.
+    /// Facts about the file system that the user should know. Held briefly; no other lock is taken under it.
     remarks: Mutex<Vec<String>>,
-    /// Those of them by which what is shown is old. Known when it is opened.
+    /// The remarks that say that the shown state is not the last one. Known at open.
     stale: Vec<String>,
 }
 
 impl Ext {
-    /// The file system that fills `source`. A journal that cannot be replayed is no error: [`FileSystem::remarks`]
-    /// says that what is shown is old.
+    /// The file system that fills `source`. A journal that cannot be replayed is no error:
+    /// [`FileSystem::remarks`] says that the shown state is old.
     pub fn open(source: Arc<dyn Source>) -> Result<Self> {
         open::open(source)
     }
@@ -86,7 +89,7 @@ impl Ext {
         }
     }
 
-    /// A remark by which what is shown is old.
+    /// Adds a remark that says that the shown state is old.
     fn stale_remark(&mut self, remark: String) {
         self.remark(remark.clone());
         self.stale.push(remark);
@@ -94,7 +97,7 @@ impl Ext {
 
     fn number(&self, ino: Ino) -> Result<u32> {
         let number = u32::try_from(ino.0).ok().filter(|number| (1..=self.superblock.inode_count).contains(number));
-        number.ok_or_else(|| corrupt(format!("inode {} is named, but there is none", ino.0)))
+        number.ok_or_else(|| corrupt(format!("inode {} is referenced, but does not exist", ino.0)))
     }
 
     fn inode(&self, number: u32) -> Result<Arc<Inode>> {
@@ -102,7 +105,7 @@ impl Ext {
             return Ok(inode);
         }
         let inode = match self.fast.inode(number) {
-            // Its checksum is of the time before where its blocks are was added.
+            // Its checksum was computed before its block mapping was added.
             Some(raw) => Inode::parse(&self.superblock, number, raw.into(), false)?,
             None => Inode::parse(&self.superblock, number, self.raw_inode(number)?, true)?,
         };
@@ -111,18 +114,18 @@ impl Ext {
         Ok(inode)
     }
 
-    /// An inode's bytes, as the disk and the journal's transactions have them.
+    /// An inode's bytes on the disk or in the journal's transactions.
     fn raw_inode(&self, number: u32) -> Result<Box<[u8]>> {
         let superblock = &self.superblock;
         if !(1..=superblock.inode_count).contains(&number) {
-            return Err(corrupt(format!("inode {number} is named, but there is none")));
+            return Err(corrupt(format!("inode {number} is referenced, but does not exist")));
         }
         let index = u64::from(number - 1);
         let (group, index) =
             (index / u64::from(superblock.inodes_per_group), index % u64::from(superblock.inodes_per_group));
         let found = groups::group(superblock, &self.blocks, group)?;
         if !found.sound {
-            self.remark(format!("the descriptor of group {group} is damaged; the inodes in it are read nevertheless"));
+            self.remark(format!("the descriptor of group {group} is damaged; its inodes are read anyway"));
         }
         let at = index * superblock.inode_len as u64;
         let block = Block(found.inode_table.0 + (at >> superblock.block_bits));
@@ -132,12 +135,12 @@ impl Ext {
 }
 
 impl Inode {
-    /// What is wrong with it.
+    /// The error for a damaged inode.
     fn corrupt(&self, fact: &str) -> Error {
         corrupt(format!("inode {} {fact}", self.number))
     }
 
-    /// An error that was met while this was read.
+    /// Adds the inode's number to an error.
     fn about(&self, error: Error) -> Error {
         error.within(format!("inode {}", self.number))
     }
@@ -178,7 +181,7 @@ impl FileSystem for Ext {
     fn attributes(&self, ino: Ino) -> Result<FileAttributes> {
         let inode = self.inode(self.number(ino)?)?;
         let mut attributes = inode.attributes();
-        // As long as what is shown of it.
+        // The length of the target as it is shown.
         if inode.kind == FileKind::Symlink && inode.is(flags::ENCRYPT) {
             attributes.size = self.target(inode.number).map_or(attributes.size, |target| target.len() as u64);
         }

@@ -1,8 +1,8 @@
-//! Names of directories that the file system encrypts, as Linux shows them to who has no key (fs/crypto/fname.c).
+//! Names of encrypted directories, as Linux shows them without the key (fs/crypto/fname.c).
 //!
-//! A name is what the disk has, with the hash by which the directory is sorted in front, in the letters of
-//! base64url; of a long one all that is behind its first 149 bytes is a SHA-256 sum. Names of files are not secret by that, and unlike
-//! anything of the guest's own; but each file can be named, looked at and told from others.
+//! A shown name is the directory's hash followed by the name on disk, in base64url; all bytes after the first
+//! 149 are replaced by a SHA-256 checksum. These names reveal nothing and never equal a name in plain text,
+//! but they identify each file.
 
 use crate::guest::bytes::le32;
 
@@ -12,14 +12,14 @@ use super::inode::{Inode, flags};
 
 /// Bytes that an encrypted name has at least.
 pub(super) const LEAST: usize = 16;
-/// Bytes of it that are shown as they are.
+/// Bytes of it that are shown unchanged.
 const SHOWN: usize = 149;
 const HASHES_LEN: usize = 8;
 const SUM_LEN: usize = 32;
 const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
-/// The name that stands for the encrypted one, whose hashes these are.
-pub(super) fn shown(raw: &[u8], hashes: (u32, u32)) -> Vec<u8> {
+/// The shown name of an encrypted one with these hashes.
+pub(super) fn encode_name(raw: &[u8], hashes: (u32, u32)) -> Vec<u8> {
     let mut bytes = [hashes.0.to_le_bytes(), hashes.1.to_le_bytes()].concat();
     let (head, rest) = raw.split_at(raw.len().min(SHOWN));
     bytes.extend_from_slice(head);
@@ -29,8 +29,8 @@ pub(super) fn shown(raw: &[u8], hashes: (u32, u32)) -> Vec<u8> {
     encode(&bytes)
 }
 
-/// What a name that is shown says of the encrypted one: all of it, or its beginning.
-pub(super) fn meant(name: &[u8]) -> Option<(Vec<u8>, bool)> {
+/// The encrypted name behind a shown one, or its beginning; true if it is complete.
+pub(super) fn decode_name(name: &[u8]) -> Option<(Vec<u8>, bool)> {
     let mut bytes = decode(name)?;
     let is_whole = bytes.len() <= HASHES_LEN + SHOWN;
     if !is_whole && bytes.len() != HASHES_LEN + SHOWN + SUM_LEN {
@@ -40,13 +40,13 @@ pub(super) fn meant(name: &[u8]) -> Option<(Vec<u8>, bool)> {
     (bytes.len() >= HASHES_LEN + LEAST).then(|| (bytes.split_off(HASHES_LEN), is_whole))
 }
 
-/// By which hashes Linux shows the names of a directory, beside what each entry has itself.
+/// The source of the hashes in a directory's shown names.
 pub(super) enum Hashes {
-    /// Read from block to block: none.
+    /// A directory that is read block by block: none.
     None,
-    /// The index's.
+    /// The index's hash function.
     Of(Hasher),
-    /// They stand behind each name.
+    /// Stored after each name.
     Stored,
 }
 
@@ -66,12 +66,12 @@ impl Hashes {
         hasher.map_or(Self::None, Self::Of)
     }
 
-    /// Those of a name; `behind` is what its entry has behind it.
-    pub(super) fn get(&self, raw: &[u8], behind: &[u8]) -> (u32, u32) {
+    /// The hashes of a name; `tail` is the rest of its record.
+    pub(super) fn get(&self, raw: &[u8], tail: &[u8]) -> (u32, u32) {
         match self {
             Self::None => (0, 0),
             Self::Of(hasher) => hasher.hashes(raw),
-            Self::Stored => match behind.get(..HASHES_LEN) {
+            Self::Stored => match tail.get(..HASHES_LEN) {
                 Some(stored) => (le32(stored, 0), le32(stored, 4)),
                 None => (0, 0),
             },
@@ -101,7 +101,7 @@ fn decode(name: &[u8]) -> Option<Vec<u8>> {
             word &= (1 << bits) - 1;
         }
     }
-    // What is left over has to be nothing: each name has one way to be written.
+    // The remaining bits must be zero: each name has exactly one encoding.
     (word == 0 && bits < 6).then_some(out)
 }
 
@@ -153,7 +153,7 @@ fn constants() -> [u32; 64] {
     let mut constants = [0; 64];
     let mut primes = (2u128..).filter(|number| (2..*number).take_while(|d| d * d <= *number).all(|d| number % d != 0));
     for constant in &mut constants {
-        let scaled = primes.next().expect("there are more") << 96;
+        let scaled = primes.next().expect("primes are infinite") << 96;
         // The cube root of the prime, times 2^32.
         let (mut low, mut high) = (0u128, 1 << 36);
         while low + 1 < high {
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_those_of_the_standard() {
+    fn checksums_match_the_standard() {
         assert_eq!(hex(&sha256(b"abc")), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
         assert_eq!(hex(&sha256(b"")), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
         let two = sha256(b"abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq");
@@ -182,15 +182,15 @@ mod tests {
     }
 
     #[test]
-    fn a_name_says_which_is_meant_and_nothing_else_does() {
+    fn only_the_shown_name_decodes_to_its_raw_name() {
         for len in [LEAST, 17, 18, 32, SHOWN, SHOWN + 1, 255] {
             let raw: Vec<u8> = (0..len as u32).map(|at| (at * 37) as u8).collect();
-            let name = shown(&raw, (0x1234_5678, 9));
+            let name = encode_name(&raw, (0x1234_5678, 9));
             assert!(name.len() <= 255 && name.iter().all(|letter| LETTERS.contains(letter)));
             let head = raw[..len.min(SHOWN)].to_vec();
-            assert_eq!(meant(&name), Some((head, len <= SHOWN)));
-            assert_eq!(meant(&name[1..]).filter(|(meant, _)| *meant == raw), None);
+            assert_eq!(decode_name(&name), Some((head, len <= SHOWN)));
+            assert_eq!(decode_name(&name[1..]).filter(|(decoded, _)| *decoded == raw), None);
         }
-        assert_eq!([meant(b"AAAA"), meant(b"a name"), meant(b"")], [None, None, None]);
+        assert_eq!([decode_name(b"AAAA"), decode_name(b"a name"), decode_name(b"")], [None, None, None]);
     }
 }

@@ -1,4 +1,4 @@
-//! Opening: finds a superblock that holds, and replays the journal if the file system was not left clean.
+//! Opening: finds a valid superblock, and replays the journal if the file system was not unmounted cleanly.
 
 use std::hash::RandomState;
 use std::sync::{Arc, OnceLock};
@@ -18,7 +18,7 @@ use super::{Ext, INODE_CACHE_LEN, NAME_CACHE_LEN};
 
 /// Groups that may begin with a copy of the superblock.
 const COPIES: [u64; 8] = [1, 3, 5, 7, 9, 25, 27, 49];
-/// How many times as large groups are whose bitmaps count clusters (as a power of two), at most.
+/// The largest factor, as a power of two, by which bigalloc enlarges groups: their bitmaps count clusters.
 const MAX_CLUSTER_BITS: u32 = 6;
 
 pub(super) fn open(source: Arc<dyn Source>) -> Result<Ext> {
@@ -28,7 +28,7 @@ pub(super) fn open(source: Arc<dyn Source>) -> Result<Ext> {
     let have = ext.blocks.source().size();
     let need = ext.superblock.block_count << ext.superblock.block_bits;
     if have < need {
-        ext.remark(format!("the file system has {need} bytes, but only {have} are there: the rest is cut off"));
+        ext.remark(format!("the file system needs {need} bytes, but the volume has only {have}: the rest is missing"));
     }
     let copy = ext.superblock.group != 0;
     if !copy && !ext.superblock.has(incompat::RECOVER) {
@@ -40,7 +40,7 @@ pub(super) fn open(source: Arc<dyn Source>) -> Result<Ext> {
             ext.stale_remark(old("it is on another device"));
             Ok(ext)
         }
-        // A copy of the superblock does not say whether there is something to be replayed; the journal does.
+        // A copy of the superblock does not say whether a replay is needed; the journal does.
         JournalPlace::Inode(number) => match Log::open(&ext, number).and_then(|log| replay(&ext, log)) {
             Ok(Some(replayed)) => Ok(replayed),
             Ok(None) => Ok(ext),
@@ -53,16 +53,16 @@ pub(super) fn open(source: Arc<dyn Source>) -> Result<Ext> {
     }
 }
 
-/// Whether an error says something of the file system itself. Any other is of this moment: whoever asks again may get an answer.
+/// Whether an error states a fact about the file system. Any other error is temporary: a retry may succeed.
 fn is_fact(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported | ErrorKind::Limit)
 }
 
 fn old(why: impl std::fmt::Display) -> String {
-    format!("the journal cannot be replayed ({why}): what was written after the last checkpoint is missing or old")
+    format!("the journal cannot be replayed ({why}): changes after the last checkpoint are missing or old")
 }
 
-/// The file system with what its journal holds; `None` if there is nothing to be replayed.
+/// The file system with its journal's content; `None` if there is nothing to replay.
 fn replay(ext: &Ext, log: Option<Log>) -> Result<Option<Ext>> {
     let Some(log) = log else { return Ok(None) };
     let Replayed { overlay, end, remarks } = journal::replay(&log)?;
@@ -82,7 +82,7 @@ fn replay(ext: &Ext, log: Option<Log>) -> Result<Option<Ext>> {
                 replayed.blocks.set_count(newer.block_count);
                 replayed.superblock = newer;
             }
-            _ => replayed.stale_remark("the superblock in the journal is damaged; the one before is used".into()),
+            _ => replayed.stale_remark("the superblock in the journal is damaged; the older one is used".into()),
         }
     }
     replayed.remarks.get_mut().extend(ext.remarks.lock().drain(..));
@@ -93,8 +93,7 @@ fn replay(ext: &Ext, log: Option<Log>) -> Result<Option<Ext>> {
         Ok(fast) => replayed.fast = fast,
         Err(error) if !is_fact(&error) => return Err(error),
         Err(error) => {
-            replayed
-                .stale_remark(format!("fast commits cannot be replayed ({error}): what they changed last is missing"));
+            replayed.stale_remark(format!("fast commits cannot be replayed ({error}): their changes are missing"));
         }
     }
     Ok(Some(replayed))
@@ -114,12 +113,12 @@ fn bare(source: Arc<dyn Source>, superblock: Superblock, overlay: JournalOverlay
     }
 }
 
-/// The superblock, or a copy of it if it is damaged, and what should be said of that.
+/// The superblock, or a copy of it if it is damaged, with a remark about the damage.
 fn find(source: &dyn Source) -> Result<(Superblock, Option<String>)> {
     let primary = read(source, SUPERBLOCK_AT);
     match &primary {
         Ok(superblock) if superblock.sound => return primary.map(|superblock| (superblock, None)),
-        // A feature that is not known is not known in a copy either.
+        // An unknown feature is unknown in a copy, too.
         Err(error) if error.kind() != ErrorKind::Corrupt => return primary.map(|found| (found, None)),
         _ => {}
     }
@@ -133,13 +132,13 @@ fn find(source: &dyn Source) -> Result<(Superblock, Option<String>)> {
             }
         }
     }
-    let remark = "the superblock's checksum is wrong, and there is no copy; it is used nevertheless";
+    let remark = "the superblock's checksum is wrong, and there is no copy; it is used anyway";
     primary.map(|superblock| (superblock, Some(remark.into())))
 }
 
-/// The copy in a group, if it is one, and sound.
+/// The copy in a group, if there is a valid one.
 fn copy(source: &dyn Source, bits: u32, cluster_bits: u32, group: u64) -> Result<Option<Superblock>> {
-    // As many blocks as a bitmap of one block has bits, which also has to be countable in 16.
+    // As many blocks as the bits of a one-block bitmap, but their number must fit 16 bits.
     let per_group = (8u64 << bits).min(if bits > 12 { 65_528 } else { u64::MAX }) << cluster_bits;
     let first = u64::from(bits == 10 && cluster_bits == 0);
     let found = match read(source, (first + group * per_group) << bits) {

@@ -1,11 +1,13 @@
-//! What statfs(2) says, as the kernel counts it: by groups, not by the superblock, which is only written at times.
+//! The numbers of statfs(2), counted like the kernel does: from the groups. The superblock is only written at
+//! times.
 
 use crate::guest::filesystem::Statistics;
 
 use super::superblock::incompat;
 use super::{Ext, groups};
 
-/// Groups whose descriptors are read for it: 128 TiB with the usual sizes. Of more, the superblock's numbers are taken.
+/// Groups whose descriptors are read: 128 TiB with the usual sizes. Larger file systems use the superblock's
+/// numbers.
 const MAX_GROUPS: u64 = 1 << 20;
 const NAME_LEN: u32 = 255;
 
@@ -16,15 +18,15 @@ impl Ext {
             superblock.block_count.saturating_sub(u64::from(superblock.overhead_clusters) << superblock.cluster_bits);
         let (free_blocks, free_inodes) =
             self.count_free().unwrap_or((superblock.free_blocks, superblock.free_inodes.into()));
-        // What the kernel keeps back for itself: a fiftieth, at most 4,096 clusters.
+        // The kernel's own reserve: a fiftieth, at most 4,096 clusters.
         let clusters = superblock.block_count >> superblock.cluster_bits;
-        let kept = if superblock.has(incompat::EXTENTS) { (clusters / 50).min(4096) } else { 0 };
-        let kept = kept << superblock.cluster_bits;
+        let reserve = if superblock.has(incompat::EXTENTS) { (clusters / 50).min(4096) } else { 0 };
+        let reserve = reserve << superblock.cluster_bits;
         Statistics {
             block_size: 1 << superblock.block_bits,
             blocks: whole,
             free_blocks,
-            available_blocks: free_blocks.saturating_sub(superblock.reserved_blocks.saturating_add(kept)),
+            available_blocks: free_blocks.saturating_sub(superblock.reserved_blocks.saturating_add(reserve)),
             inodes: superblock.inode_count.into(),
             free_inodes,
             name_len: NAME_LEN,

@@ -1,7 +1,7 @@
-//! The superblock: what the file system is made of, validated once.
+//! The superblock: the file system's parameters, validated once.
 //!
-//! A [`Superblock`] that exists is safe to compute with: block and inode sizes are powers of two within their limits,
-//! nothing that is divided by is zero. Whether all that it names lies on the disk is found out when it is read.
+//! A [`Superblock`] that exists is safe to compute with: block and inode sizes are powers of two within their
+//! limits, no divisor is zero. Whether its references lie on the disk is checked when they are read.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::bytes::{le16, le32};
@@ -15,7 +15,7 @@ pub(super) const SUPERBLOCK_LEN: usize = 1024;
 
 const MAGIC: u16 = 0xef53;
 
-/// Features without which the file system cannot be understood.
+/// Features without which the file system cannot be read.
 pub(super) mod incompat {
     pub(in super::super) const COMPRESSION: u32 = 0x1;
     pub(in super::super) const FILETYPE: u32 = 0x2;
@@ -38,25 +38,25 @@ const RO_COMPAT_GDT_CSUM: u32 = 0x10;
 const RO_COMPAT_METADATA_CSUM: u32 = 0x400;
 const FLAG_UNSIGNED_HASH: u32 = 0x2;
 
-/// What of the incompatible features is read here: all but compression, which no kernel ever had.
+/// The supported incompatible features: all but compression, which no kernel ever had.
 const KNOWN: u32 = 0x3_f7d6;
 
-/// What the first bytes of a disk say, without a second look.
+/// The content of a superblock at the start of a disk, without a full validation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SuperblockProbe {
     /// `ext2`, `ext3` or `ext4`, by the features in use.
     pub version: &'static str,
-    /// The label, without what pads it; any bytes.
+    /// The label without padding; any bytes.
     pub label: Vec<u8>,
     /// The identity.
     pub uuid: [u8; 16],
 }
 
-/// What the bytes at the beginning of a disk, at least 2,048, say of an ext2, ext3 or ext4 file system there; `None`
-/// if there is none.
+/// Detects an ext2, ext3 or ext4 file system in the first bytes of a disk, at least 2,048; `None` if there is
+/// none.
 pub fn probe(first: &[u8]) -> Option<SuperblockProbe> {
     let raw = first.get(SUPERBLOCK_AT as usize..)?.get(..SUPERBLOCK_LEN)?;
-    if !looks_like(raw) || le32(raw, 0x60) & incompat::JOURNAL_DEV != 0 {
+    if !is_superblock(raw) || le32(raw, 0x60) & incompat::JOURNAL_DEV != 0 {
         return None;
     }
     let label = &raw[0x78..0x88];
@@ -65,8 +65,8 @@ pub fn probe(first: &[u8]) -> Option<SuperblockProbe> {
     Some(SuperblockProbe { version: version(raw), label: label[..end].to_vec(), uuid })
 }
 
-/// Magic and sizes that no other format has at these places by chance.
-fn looks_like(raw: &[u8]) -> bool {
+/// Magic and sizes that no other format has at these offsets by chance.
+fn is_superblock(raw: &[u8]) -> bool {
     le16(raw, 0x38) == MAGIC && le32(raw, 0x18) <= 6 && le32(raw, 0x20) != 0 && le32(raw, 0x28) != 0
 }
 
@@ -97,7 +97,7 @@ pub(super) enum Checksums {
     None,
     /// Group descriptors only.
     Descriptors,
-    /// All metadata, with this state to begin from.
+    /// All metadata, with this initial state.
     All(u32),
 }
 
@@ -130,16 +130,16 @@ pub(super) struct Superblock {
     pub(super) journal: JournalPlace,
     pub(super) hash_seed: [u32; 4],
     pub(super) unsigned_hash: bool,
-    /// Which hash directories have where they do not say.
+    /// The hash version of directories that do not state one.
     pub(super) hash_version: u8,
-    /// The group of whose copy this is.
+    /// The group of this copy of the superblock.
     pub(super) group: u16,
-    /// Whether its own checksum is right, or there is none.
+    /// Whether its own checksum is correct, or it has none.
     pub(super) sound: bool,
 }
 
 impl Superblock {
-    /// Decodes and validates; a wrong checksum is only noted, for whoever asks has other copies or has not.
+    /// Decodes and validates. A wrong checksum is only recorded: the caller may have other copies.
     pub(super) fn parse(raw: &[u8]) -> Result<Self> {
         assert_eq!(raw.len(), SUPERBLOCK_LEN);
         if le16(raw, 0x38) != MAGIC {
@@ -149,10 +149,11 @@ impl Superblock {
         let ro_compat = le32(raw, 0x64);
         let sound = ro_compat & RO_COMPAT_METADATA_CSUM == 0 || crc32c(!0, &raw[..0x3fc]) == le32(raw, 0x3fc);
         if let Err(error) = refuse_unknown(incompat, version(raw)) {
-            // A feature that nobody knows may be nothing but damage.
+            // An unknown feature may be a symptom of damage.
             return Err(if sound { error } else { corrupt(format!("the superblock is damaged ({error})")) });
         }
-        let wrong = |what: &str, found: u64| corrupt(format!("the superblock's {what} is {found}, which cannot be"));
+        let wrong =
+            |what: &str, found: u64| corrupt(format!("the superblock's {what} is {found}, which is impossible"));
         let (log_block, log_cluster) = (le32(raw, 0x18), le32(raw, 0x1c));
         if log_block > 6 {
             return Err(wrong("block size exponent", log_block.into()));
@@ -269,7 +270,7 @@ impl Superblock {
         self.compat & COMPAT_DIR_INDEX != 0
     }
 
-    /// The state that checksums of metadata begin with, where there are any.
+    /// The initial state of metadata checksums, if there are any.
     pub(super) fn seed(&self) -> Option<u32> {
         match self.checksums {
             Checksums::All(seed) => Some(seed),
@@ -280,7 +281,7 @@ impl Superblock {
 
 fn refuse_unknown(features: u32, version: &str) -> Result<()> {
     if features & incompat::JOURNAL_DEV != 0 {
-        return Err(unsupported("this is the journal of an ext3 or ext4 file system on another device, without files"));
+        return Err(unsupported("this is the external journal of an ext3 or ext4 file system, without files"));
     }
     let unknown = features & !KNOWN;
     if unknown == 0 {
@@ -309,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn versions_are_told_by_their_features() {
+    fn versions_follow_from_features() {
         let mut raw = raw();
         assert_eq!(version(&raw), "ext2");
         raw[0x5c] = 4;
@@ -338,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_that_cannot_be_are_corrupt() {
+    fn impossible_sizes_are_corrupt() {
         for (at, value) in [(0x18, 7u8), (0x20 + 1, 0), (0x28, 0), (4, 0)] {
             let mut raw = raw();
             raw[at] = value;

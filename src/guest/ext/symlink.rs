@@ -10,7 +10,7 @@ use super::inode::{BLOCK_AREA, flags};
 use super::nokey;
 use super::superblock::incompat;
 
-/// What Linux allows a target to be long, its end included; a block may be shorter.
+/// Linux' limit of a target's length, with its NUL; a block may be shorter.
 const MAX_LEN: u64 = 4096;
 
 impl Ext {
@@ -22,7 +22,7 @@ impl Ext {
         if inode.size == 0 || inode.size > MAX_LEN {
             return Err(inode.corrupt(&format!("is a symbolic link of {} bytes", inode.size)));
         }
-        // A block of attributes counts as the link's, too.
+        // A block of extended attributes counts as the link's own.
         let attribute_sectors = if inode.attribute_block == 0 {
             0
         } else {
@@ -37,16 +37,16 @@ impl Ext {
             self.read_content(&inode, 0, &mut target)?;
         }
         if inode.is(flags::ENCRYPT) {
-            // Its length, in two bytes, and that much.
+            // The length in two bytes, then the encrypted target.
             let len = if target.len() < 2 { 0 } else { usize::from(le16(&target, 0)) };
             let raw = target.get(2..2 + len).filter(|raw| raw.len() >= nokey::LEAST);
-            let raw = raw.ok_or_else(|| inode.corrupt("is an encrypted symbolic link that makes no sense"))?;
-            return Ok(nokey::shown(raw, (0, 0)));
+            let raw = raw.ok_or_else(|| inode.corrupt("is a damaged encrypted symbolic link"))?;
+            return Ok(nokey::encode_name(raw, (0, 0)));
         }
         let end = target.iter().position(|byte| *byte == 0).unwrap_or(target.len());
         target.truncate(end);
         if target.is_empty() {
-            return Err(inode.corrupt("is a symbolic link to nothing"));
+            return Err(inode.corrupt("is a symbolic link with an empty target"));
         }
         Ok(target)
     }

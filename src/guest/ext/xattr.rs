@@ -7,16 +7,16 @@ use crate::guest::filesystem::ExtendedAttribute;
 use super::Ext;
 use super::acl;
 use super::blocks::Block;
-use super::checksum::{crc32c, crc32c_without};
+use super::checksum::{crc32c, crc32c_without_field};
 use super::inode::{Inode, flags};
 
 const MAGIC: u32 = 0xea02_0000;
 const BLOCK_HEADER_LEN: usize = 32;
 const ENTRY_LEN: usize = 16;
-/// What Linux allows a value to be long.
+/// Linux' limit of a value's length.
 const MAX_VALUE_LEN: u32 = 64 << 10;
 
-/// Bytes of all values of an inode, at most.
+/// Bytes of all values of an inode at most.
 const MAX_LEN: usize = 16 << 20;
 
 const INDEX_ACCESS_ACL: u8 = 2;
@@ -34,7 +34,7 @@ struct XattrEntry<'a> {
     len: u32,
 }
 
-/// The entries from `first` on; values are found relative to `base`, which is where offsets count from.
+/// The entries from `first` on; the offsets of values are relative to `base`.
 fn entries<'a>(inode: &'a Inode, base: &'a [u8], first: usize) -> impl Iterator<Item = Result<XattrEntry<'a>>> {
     let mut at = first;
     std::iter::from_fn(move || {
@@ -63,7 +63,7 @@ impl<'a> XattrEntry<'a> {
     /// The value, if it lies in the same table.
     fn value(&self, inode: &Inode, base: &'a [u8]) -> Result<&'a [u8]> {
         let found = base.get(self.offset..).and_then(|rest| rest.get(..self.len as usize));
-        found.ok_or_else(|| inode.corrupt("has an extended attribute whose value lies elsewhere"))
+        found.ok_or_else(|| inode.corrupt("has an extended attribute whose value lies outside its table"))
     }
 
     fn is_inline_data(&self) -> bool {
@@ -71,14 +71,14 @@ impl<'a> XattrEntry<'a> {
     }
 }
 
-/// The part of an inode that holds attributes, if it has any.
+/// The part of an inode that holds attributes, if there is one.
 fn table_within(inode: &Inode) -> Option<&[u8]> {
     let end = inode.extra_end;
-    let there = inode.extra_said && inode.raw.len() >= end + 8 && le32(&inode.raw, end) == MAGIC;
-    there.then(|| &inode.raw[end + 4..])
+    let exists = inode.states_extra && inode.raw.len() >= end + 8 && le32(&inode.raw, end) == MAGIC;
+    exists.then(|| &inode.raw[end + 4..])
 }
 
-/// What of an inode's inline data does not lie in place of the block numbers.
+/// The part of an inode's inline data after the place of the block numbers.
 pub(super) fn inline_value(inode: &Inode) -> Result<Option<&[u8]>> {
     let Some(base) = table_within(inode) else { return Ok(None) };
     for entry in entries(inode, base, 0) {
@@ -105,7 +105,7 @@ impl Ext {
             }
             if let Some(seed) = self.superblock.seed() {
                 let state = crc32c(seed, &block.0.to_le_bytes());
-                if crc32c_without(state, &base, 16, 4) != le32(&base, 16) {
+                if crc32c_without_field(state, &base, 16, 4) != le32(&base, 16) {
                     return Err(inode.corrupt("has a block of extended attributes with a wrong checksum"));
                 }
             }
@@ -123,7 +123,7 @@ impl Ext {
                 holder => self.value_of(inode, holder, entry.len)?,
             };
             if matches!(entry.index, INDEX_ACCESS_ACL | INDEX_DEFAULT_ACL) {
-                value = acl::as_shown(&value).ok_or_else(|| inode.corrupt("has a damaged access control list"))?;
+                value = acl::to_xattr(&value).ok_or_else(|| inode.corrupt("has a damaged access control list"))?;
             }
             found.push(ExtendedAttribute { name, value });
             let len: usize = found.iter().map(|found| found.value.len()).sum();
@@ -141,7 +141,7 @@ impl Ext {
     fn value_of(&self, inode: &Inode, holder: u32, len: u32) -> Result<Vec<u8>> {
         let holder = self.inode(holder).map_err(|error| inode.about(error))?;
         if !holder.is(flags::EA_INODE) || len > MAX_VALUE_LEN || holder.size != u64::from(len) {
-            return Err(inode.corrupt("has an extended attribute in an inode that is none of it"));
+            return Err(inode.corrupt("has an extended attribute in an unrelated inode"));
         }
         let mut value = vec![0; len as usize];
         self.read_content(&holder, 0, &mut value)?;
@@ -149,7 +149,7 @@ impl Ext {
     }
 }
 
-/// The name with its namespace; `None` for what is not shown to anybody.
+/// The name with its namespace; `None` for attributes that are never shown.
 fn full_name(entry: &XattrEntry<'_>) -> Option<Vec<u8>> {
     let prefix: &[u8] = match entry.index {
         1 => b"user.",
@@ -160,7 +160,7 @@ fn full_name(entry: &XattrEntry<'_>) -> Option<Vec<u8>> {
         INDEX_SYSTEM if !entry.is_inline_data() => b"system.",
         8 => b"system.richacl",
         10 => b"gnu.",
-        // Encryption's own (9), Lustre's (5), and numbers nobody has used.
+        // Encryption's own (9), Lustre's (5), and unassigned numbers.
         _ => return None,
     };
     Some([prefix, entry.name].concat())

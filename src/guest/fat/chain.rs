@@ -1,4 +1,4 @@
-//! The tables: which cluster follows which, and which are free.
+//! The allocation tables: the successor of each cluster, and the free clusters.
 
 use std::sync::Arc;
 
@@ -11,14 +11,14 @@ use crate::guest::bytes::{le16, le32};
 
 use super::volume::{FIRST_CLUSTER, FatVolume, FatWidth};
 
-/// Bytes of a table that are read at once. Entries of 12, 16 and 32 bits all end with it.
+/// Bytes of a table that are read at once. Entries of 12, 16 and 32 bits never cross its end.
 const PAGE_LEN: u64 = 3 << 11;
 const PAGES_BUDGET: usize = 1 << 20;
-/// Of a chain every so-manieth cluster is remembered.
+/// Of a chain, one cluster in so many is cached.
 const MARK_EVERY: u64 = 1024;
 const MARKS_BUDGET: usize = 1 << 20;
 
-/// Some clusters that lie together.
+/// A run of contiguous clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ClusterRun {
     pub(super) first: u32,
@@ -28,7 +28,7 @@ pub(super) struct ClusterRun {
 /// The tables of a volume.
 pub(super) struct Chains {
     pages: Cache<u64, Arc<[u8]>>,
-    /// By a chain's first cluster: the clusters numbered 0, 1024, 2048 ... of it.
+    /// By a chain's first cluster: its clusters number 0, 1024, 2048 and so on.
     marks: Cache<u32, Arc<Mutex<Vec<u32>>>>,
 }
 
@@ -37,8 +37,8 @@ impl Chains {
         Self { pages: Cache::new(PAGES_BUDGET), marks: Cache::new(MARKS_BUDGET) }
     }
 
-    /// The clusters of a chain from the one numbered `from` on: up to `count` of them in up to `most` stretches. There are
-    /// fewer where the chain ends or breaks; an error, if `from` is behind that.
+    /// The clusters of a chain from number `from` on: up to `count` of them in up to `most` runs. There are
+    /// fewer where the chain ends or breaks; an error if `from` is after that.
     pub(super) fn clusters(
         &self,
         place: (&FatVolume, &dyn Source),
@@ -49,13 +49,13 @@ impl Chains {
     ) -> Result<Vec<ClusterRun>> {
         let mut walk = ChainWalk { chains: self, place, page: None };
         let mut cluster = self.seek(&mut walk, start, from)?;
-        let mut stretches: Vec<ClusterRun> = Vec::new();
+        let mut runs: Vec<ClusterRun> = Vec::new();
         for left in (0..count).rev() {
-            let stretch_count = stretches.len();
-            match stretches.last_mut() {
+            let run_count = runs.len();
+            match runs.last_mut() {
                 Some(last) if u64::from(last.first) + last.count == u64::from(cluster) => last.count += 1,
-                _ if stretch_count == most => break,
-                _ => stretches.push(ClusterRun { first: cluster, count: 1 }),
+                _ if run_count == most => break,
+                _ => runs.push(ClusterRun { first: cluster, count: 1 }),
             }
             if left > 0 {
                 match walk.next(cluster) {
@@ -64,15 +64,15 @@ impl Chains {
                 }
             }
         }
-        Ok(stretches)
+        Ok(runs)
     }
 
-    /// The cluster behind another one; `None` at the end of the chain.
+    /// The successor of a cluster; `None` at the end of the chain.
     pub(super) fn next(&self, place: (&FatVolume, &dyn Source), cluster: u32) -> Result<Option<u32>> {
         ChainWalk { chains: self, place, page: None }.next(cluster)
     }
 
-    /// The cluster numbered `index` of a chain.
+    /// The cluster number `index` of a chain.
     fn seek(&self, walk: &mut ChainWalk<'_>, start: u32, index: u64) -> Result<u32> {
         walk.check(start)?;
         let marks = self.marks.get(&start).unwrap_or_else(|| {
@@ -101,7 +101,7 @@ impl Chains {
         Ok(cluster)
     }
 
-    /// How many clusters are free.
+    /// Counts the free clusters.
     pub(super) fn free_count(&self, place: (&FatVolume, &dyn Source)) -> Result<u64> {
         let mut walk = ChainWalk { chains: self, place, page: None };
         let mut count = 0;
@@ -111,7 +111,7 @@ impl Chains {
         Ok(count)
     }
 
-    /// A page of the first table, or of another one if that cannot be read.
+    /// A page of the first table, or of the next one if that cannot be read.
     fn page(&self, (volume, source): (&FatVolume, &dyn Source), number: u64) -> Result<Arc<[u8]>> {
         if let Some(page) = self.pages.get(&number) {
             return Ok(page);
@@ -132,7 +132,7 @@ impl Chains {
     }
 }
 
-/// A walk along a chain, with the page of the table that was needed last.
+/// A walk along a chain, with the last page of the table.
 struct ChainWalk<'a> {
     chains: &'a Chains,
     place: (&'a FatVolume, &'a dyn Source),
@@ -142,7 +142,7 @@ struct ChainWalk<'a> {
 impl ChainWalk<'_> {
     fn next(&mut self, cluster: u32) -> Result<Option<u32>> {
         let entry = self.entry(cluster)?;
-        // As the kernel takes it: what marks a bad cluster ends the chain, too.
+        // As in the kernel, a bad-cluster mark ends the chain, too.
         let end = match self.place.0.kind {
             FatWidth::Fat12 => 0xff7,
             FatWidth::Fat16 => 0xfff7,
@@ -158,7 +158,7 @@ impl ChainWalk<'_> {
     fn check(&self, cluster: u32) -> Result<()> {
         match self.place.0.cluster_at(cluster) {
             Some(_) => Ok(()),
-            None => Err(corrupt(format!("a chain leads to cluster {cluster}, which does not exist"))),
+            None => Err(corrupt(format!("a chain references cluster {cluster}, which does not exist"))),
         }
     }
 
@@ -171,13 +171,13 @@ impl ChainWalk<'_> {
         };
         let number = at / PAGE_LEN;
         let page = match &self.page {
-            Some((kept, page)) if *kept == number => page,
+            Some((cached, page)) if *cached == number => page,
             _ => &self.page.insert((number, self.chains.page(self.place, number)?)).1,
         };
         let within = (at % PAGE_LEN) as usize;
         Ok(match kind {
             FatWidth::Fat12 if cluster % 2 == 1 => u32::from(le16(page, within + 1)) >> 4,
-            // The last one of a table may be without its neighbour.
+            // The last entry of a table may lack its second byte's neighbour.
             FatWidth::Fat12 => u32::from(le16(page, within)) & 0xfff,
             FatWidth::Fat16 => u32::from(le16(page, within)),
             FatWidth::Fat32 => le32(page, within) & 0x0fff_ffff,

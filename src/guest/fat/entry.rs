@@ -1,4 +1,4 @@
-//! Entries of directories: short ones, which are files, and long ones, which only name the short one behind them.
+//! Directory entries: short ones are files, long ones only hold the name of the short one that follows.
 
 use crate::guest::bytes::{array, le16, le32};
 use crate::guest::filesystem::Time;
@@ -11,7 +11,7 @@ const VOLUME: u8 = 0x08;
 const DIRECTORY: u8 = 0x10;
 const LONG: u8 = 0x0f;
 const DELETED: u8 = 0xe5;
-/// On the long entry that comes first, which has the end of the name.
+/// Set in the first long entry, which has the end of the name.
 const LAST_PART: u8 = 0x40;
 /// UTF-16 units of a name in each long entry.
 const PART_LEN: usize = 13;
@@ -31,7 +31,7 @@ pub(super) struct FatEntry {
 }
 
 impl FatEntry {
-    /// A file or directory, if the entry is in use and one; `.` and `..` are not.
+    /// A file or directory, if the entry is in use and is one; `.` and `..` are not.
     pub(super) fn parse(bytes: &[u8], has_wide_clusters: bool) -> Option<Self> {
         let (first, attributes) = (*bytes.first()?, *bytes.get(11)?);
         if matches!(first, 0 | DELETED | b'.') || attributes & VOLUME != 0 {
@@ -58,15 +58,15 @@ pub(super) struct NamedFatEntry {
     pub(super) index: usize,
     pub(super) is_directory: bool,
     pub(super) name: String,
-    /// The short name, by which it can be found as well.
+    /// The short name; a lookup finds it as well.
     pub(super) alias: String,
 }
 
-/// Goes through a directory's entries in their order.
+/// Reads a directory's entries in order.
 #[derive(Default)]
 pub(super) struct EntryReader {
     long: Option<LongName>,
-    /// Nothing comes behind an entry that was never used.
+    /// No entry follows one that was never used.
     pub(super) has_ended: bool,
 }
 
@@ -74,12 +74,12 @@ pub(super) struct EntryReader {
 struct LongName {
     units: Vec<u16>,
     checksum: u8,
-    /// The number of the part that was read last; 1 is the name's beginning.
+    /// The number of the last part read; 1 is the name's beginning.
     part: u8,
 }
 
 impl EntryReader {
-    /// Takes the next entries, and gives each that is a file or a directory.
+    /// Parses the next entries, and adds each file and directory to `found`.
     pub(super) fn read(&mut self, entries: &[u8], found: &mut Vec<NamedFatEntry>) {
         for (index, entry) in entries.chunks_exact(ENTRY_LEN).enumerate() {
             if entry[0] == 0 {
@@ -95,7 +95,8 @@ impl EntryReader {
                 let Some(parsed) = FatEntry::parse(entry, true) else { continue };
                 let short = array(entry, 0);
                 let alias = short_name(short, entry[12]);
-                // A long name belongs to the entry behind it only if that was made by someone who knows of it.
+                // A long name belongs to the next short entry only if its checksum matches: old systems
+                // change short entries alone.
                 let long = long.filter(|long| long.part == 1 && long.checksum == checksum(short));
                 let name = long.and_then(|long| long_name(&long.units)).unwrap_or_else(|| alias.clone());
                 found.push(NamedFatEntry { index, is_directory: parsed.is_directory, name, alias });
@@ -124,12 +125,12 @@ impl EntryReader {
     }
 }
 
-/// A date and a time of day, and hundredths of a second on top; in UTC, as the kernel takes it with `tz=UTC`.
+/// A date and a time of day plus hundredths of a second; in UTC, like the kernel with `tz=UTC`.
 fn time(date: u16, time: u16, hundredths: u8) -> Time {
     const DAYS_BEFORE: [i64; 16] = [0, 0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334, 0, 0, 0];
     /// From 1970 to 1980.
     const FIRST_DAY: i64 = 3652;
-    /// The only year that is not a leap year though it can be divided by four.
+    /// The only year divisible by four that is not a leap year.
     const YEAR_2100: i64 = 120;
     let (year, month) = (i64::from(date >> 9), i64::from(date >> 5 & 0xf).max(1));
     let day = i64::from(date & 0x1f).max(1) - 1;
@@ -146,9 +147,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_are_the_calendars() {
+    fn dates_match_the_calendar() {
         let at = |year: u16, month: u16, day: u16| time((year - 1980) << 9 | month << 5 | day, 0, 0).seconds / 86_400;
-        // As date(1) says: date -ud 2000-02-29 +%s, and so on.
+        // The output of date(1): `date -ud 2000-02-29 +%s`, and so on.
         let known = [(1980, 1, 1, 3652), (2000, 2, 29, 11016), (2000, 3, 1, 11017), (2024, 12, 31, 20088)];
         for (year, month, day, days) in known {
             assert_eq!(at(year, month, day), days, "{year}-{month}-{day}");

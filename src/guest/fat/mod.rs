@@ -1,9 +1,9 @@
-//! FAT12, FAT16 and FAT32, read as Linux' `vfat` shows them to a guest with `umask=022,tz=UTC`.
+//! FAT12, FAT16 and FAT32, read as Linux' `vfat` shows them with `umask=022,tz=UTC`.
 //!
-//! A file is known by the place of its short entry: its number is that entry's offset on the volume by the entry's
-//! length, and the root directory's is 1. Whatever the volume holds, a directory ends after 65,536 entries (the format's own
-//! limit) and a file at its size, so chains that loop do no harm. What lies behind the first entry that was never used is not there,
-//! as the format says; Linux would look on.
+//! A file's inode number is its short entry's offset on the volume divided by the entry's length; the root
+//! directory is 1. A directory ends after 65,536 entries (the format's own limit) and a file at its size, so
+//! loops in chains do no harm. As the format says, a directory ends at the first entry that was never used;
+//! Linux continues after it.
 
 mod chain;
 mod entry;
@@ -31,11 +31,11 @@ pub use volume::{FatVolume, FatWidth};
 const ROOT: Ino = Ino(1);
 /// Bytes of a directory, by the format.
 const DIRECTORY_LIMIT: u64 = 65_536 * ENTRY_LEN as u64;
-/// Directories that were read, in bytes of memory.
+/// Bytes of memory for cached directories.
 const DIRECTORIES_BUDGET: usize = 8 << 20;
-/// A table that is longer is not read only to count what is free.
+/// A longer table is not read only to count free clusters.
 const COUNTED_TABLE_LIMIT: u64 = 16 << 20;
-/// Bytes that are read at once.
+/// Runs that one step of a read takes at most.
 const RUNS_AT_ONCE: usize = 64;
 
 /// A FAT file system.
@@ -50,9 +50,9 @@ pub struct Fat {
 /// A directory as it was read.
 struct FatDirectory {
     entries: Vec<(Ino, NamedFatEntry)>,
-    /// By folded names and aliases; the first of several.
+    /// By folded names and aliases; the first of equal ones.
     by_name: HashMap<String, usize>,
-    /// What was wrong with it behind the entries.
+    /// The error after the entries, if any.
     trouble: Option<Error>,
 }
 
@@ -61,16 +61,17 @@ struct FatDirectory {
 enum FirstCluster {
     /// The root directory of FAT12 and FAT16.
     Fixed,
-    /// A chain; 0 if there is none.
+    /// A chain; 0: none.
     Chain(u32),
 }
 
 impl Fat {
-    /// Opens the file system on a volume. `Corrupt` if its boot sector is none.
+    /// Opens the file system on a volume. `Corrupt` if its boot sector is invalid.
     pub fn open(source: Arc<dyn Source>) -> Result<Self> {
         let mut head = vec![0; source.size().min(512) as usize];
         source.read_at(0, &mut head)?;
-        let volume = FatVolume::parse(&head).map_err(|fact| corrupt(format!("the FAT boot sector names {fact}")))?;
+        let volume =
+            FatVolume::parse(&head).map_err(|fact| corrupt(format!("the FAT boot sector is invalid: {fact}")))?;
         Ok(Self {
             source,
             volume,
@@ -82,7 +83,7 @@ impl Fat {
 
     /// The entry of an inode other than the root directory.
     fn entry(&self, ino: Ino) -> Result<FatEntry> {
-        let unknown = || corrupt(format!("there is no file {}", ino.0));
+        let unknown = || corrupt(format!("there is no inode {}", ino.0));
         let at = ino.0.checked_mul(ENTRY_LEN as u64).ok_or_else(unknown)?;
         let volume = &self.volume;
         let in_root = (volume.root_at..volume.root_at + volume.root_len).contains(&at);
@@ -95,7 +96,7 @@ impl Fat {
         FatEntry::parse(&bytes, volume.kind == FatWidth::Fat32).ok_or_else(unknown)
     }
 
-    /// Where a directory's entries are.
+    /// Where a directory's entries begin.
     fn directory_start(&self, ino: Ino) -> Result<FirstCluster> {
         if ino == ROOT {
             let is_fixed = self.volume.kind != FatWidth::Fat32;
@@ -114,7 +115,7 @@ impl Fat {
         entry.filter(is_file).ok_or_else(|| Error::new(ErrorKind::Usage, format!("{} is not a file", ino.0)))
     }
 
-    /// Reads a directory, or remembers it.
+    /// A directory, from the cache or read.
     fn directory(&self, ino: Ino) -> Result<Arc<FatDirectory>> {
         if let Some(known) = self.directories.get(&ino) {
             return Ok(known);
@@ -130,7 +131,7 @@ impl Fat {
             }
         }
         let directory = Arc::new(directory);
-        // What could not be read this time may be read another time; what is damaged stays so.
+        // A read error may be temporary; damage stays.
         if directory.trouble.as_ref().is_none_or(|trouble| trouble.kind() == ErrorKind::Corrupt) {
             self.directories.put(ino, Arc::clone(&directory), weight);
         }
@@ -150,10 +151,10 @@ impl Fat {
         let (mut next, mut left) = (Some(first), DIRECTORY_LIMIT.div_ceil(cluster_len));
         while let Some(cluster) = next {
             let Some(at) = self.volume.cluster_at(cluster) else {
-                return Err(corrupt(format!("a directory is said to be in cluster {cluster}, which does not exist")));
+                return Err(corrupt(format!("a directory references cluster {cluster}, which does not exist")));
             };
             if left == 0 {
-                return Err(corrupt("a directory does not end".to_owned()));
+                return Err(corrupt("a directory has no end".to_owned()));
             }
             left -= 1;
             self.read_entries(&mut reader, at, cluster_len, entries)?;
@@ -190,20 +191,20 @@ impl Fat {
         };
         let cluster_len = u64::from(self.volume.cluster_len);
         let most = DIRECTORY_LIMIT.div_ceil(cluster_len);
-        let stretches = self.chains.clusters((&self.volume, &*self.source), cluster, 0, most, usize::MAX)?;
-        Ok(stretches.iter().map(|stretch| stretch.count).sum::<u64>() * cluster_len)
+        let runs = self.chains.clusters((&self.volume, &*self.source), cluster, 0, most, usize::MAX)?;
+        Ok(runs.iter().map(|run| run.count).sum::<u64>() * cluster_len)
     }
 
     fn free_count(&self) -> u64 {
         *self.free_count.get_or_init(|| {
             let counted = self.volume.table_len <= COUNTED_TABLE_LIMIT;
             let count = if counted { self.chains.free_count((&self.volume, &*self.source)).ok() } else { None };
-            count.or_else(|| self.kept_free_count()).unwrap_or(0)
+            count.or_else(|| self.stored_free_count()).unwrap_or(0)
         })
     }
 
-    /// What FAT32 keeps of the count, which nobody has to keep right.
-    fn kept_free_count(&self) -> Option<u64> {
+    /// FAT32's stored count, which may be wrong.
+    fn stored_free_count(&self) -> Option<u64> {
         let mut sector = vec![0; 512];
         self.source.read_at(self.volume.information_at?, &mut sector).ok()?;
         let is_valid = le32(&sector, 0) == 0x4161_5252 && le32(&sector, 484) == 0x6141_7272;
@@ -231,7 +232,7 @@ impl FileSystem for Fat {
     }
 
     fn remarks(&self) -> Vec<String> {
-        let dirty = "it was not unmounted: what was being written may be missing or damaged";
+        let dirty = "it was not unmounted cleanly: recent changes may be missing or damaged";
         if self.volume.is_dirty { vec![dirty.to_owned()] } else { Vec::new() }
     }
 
@@ -266,7 +267,7 @@ impl FileSystem for Fat {
             _ => {
                 let inner = self.directory(ino)?;
                 let count = inner.entries.iter().filter(|(_, named)| named.is_directory).count();
-                // One that is damaged has a size and attributes nevertheless.
+                // A damaged directory still has a size and attributes.
                 (self.directory_len(self.directory_start(ino)?).unwrap_or(0), 2 + count as u32)
             }
         };
@@ -302,10 +303,10 @@ impl FileSystem for Fat {
         let cluster_len = u64::from(self.volume.cluster_len);
         let (first, last) = (at / cluster_len, (at + len - 1) / cluster_len);
         let place = (&self.volume, &*self.source);
-        let stretches = self.chains.clusters(place, file.start, first, last - first + 1, most)?;
+        let cluster_runs = self.chains.clusters(place, file.start, first, last - first + 1, most)?;
         let mut runs = Vec::new();
         let (mut skip, mut left) = (at % cluster_len, len);
-        for ClusterRun { first, count } in stretches {
+        for ClusterRun { first, count } in cluster_runs {
             let Some(from) = self.volume.cluster_at(first) else { break };
             let len = (count * cluster_len - skip).min(left);
             runs.push(FileRun { len, kind: RunKind::Stored(from + skip) });
@@ -319,7 +320,7 @@ impl FileSystem for Fat {
         while done < buf.len() {
             let runs = match self.runs(ino, at.saturating_add(done as u64), (buf.len() - done) as u64, RUNS_AT_ONCE) {
                 Ok(runs) => runs,
-                // What there was before it broke off is given.
+                // The bytes before the error are returned.
                 Err(_) if done > 0 => break,
                 Err(error) => return Err(error),
             };
@@ -330,7 +331,7 @@ impl FileSystem for Fat {
                 let part = &mut buf[done..done + len as usize];
                 match kind {
                     RunKind::Stored(from) => self.source.read_at(from, part)?,
-                    RunKind::Hole | RunKind::Asked => part.fill(0),
+                    RunKind::Hole | RunKind::Opaque => part.fill(0),
                 }
                 done += len as usize;
             }

@@ -1,7 +1,7 @@
 //! Names: eleven bytes of an old code page, or UTF-16.
 //!
-//! What cannot stand in a name (`/`, a control character, half a character) is shown as U+FFFD. The code page is 437, the
-//! kernel's own choice; nothing on the volume says which one it was.
+//! A character that a name cannot contain (`/`, a control character, half a surrogate pair) is shown as
+//! U+FFFD. The code page is 437, the kernel's default; the volume does not record the real one.
 
 /// The upper half of code page 437.
 const CODE_PAGE: [char; 128] = [
@@ -13,18 +13,18 @@ const CODE_PAGE: [char; 128] = [
     '≤', '⌠', '⌡', '÷', '≈', '°', '∙', '·', '√', 'ⁿ', '²', '■', '\u{a0}',
 ];
 
-/// Of the byte beside a short name: its base, its extension are in lower case.
+/// Bits of the byte after a short name: its base is in lower case, its extension is.
 const LOWER_BASE: u8 = 0x08;
 const LOWER_EXTENSION: u8 = 0x10;
 
-/// What ties a long name to its short one.
+/// The checksum that ties a long name to its short one.
 pub(super) fn checksum(short: [u8; 11]) -> u8 {
     short.iter().fold(0u8, |sum, byte| sum.rotate_right(1).wrapping_add(*byte))
 }
 
 /// A short name as Windows NT and Linux show it.
 pub(super) fn short_name(mut short: [u8; 11], case: u8) -> String {
-    // What would mark the entry as deleted is written as 0x05.
+    // 0x05 stands for 0xe5, which would mark the entry as deleted.
     if short[0] == 0x05 {
         short[0] = 0xe5;
     }
@@ -46,12 +46,12 @@ fn part(bytes: &[u8], is_lower: bool) -> String {
     decoded.map(|c| if is_lower { one(c, c.to_lowercase()) } else { c }).collect()
 }
 
-/// A long name; `None` if there is nothing in it, or what is no name.
+/// A long name; `None` if it is empty or invalid.
 pub(super) fn long_name(units: &[u16]) -> Option<String> {
     let len = units.iter().position(|unit| *unit == 0).unwrap_or(units.len());
     let chars = char::decode_utf16(units[..len].iter().copied()).map(|c| c.map_or(char::REPLACEMENT_CHARACTER, shown));
     let name: String = chars.collect();
-    // Windows' own limit. It also keeps the bytes below what directories can tell.
+    // Windows' own limit. It also keeps the name within the limit for directory entries.
     (!matches!(name.as_str(), "" | "." | "..") && len <= 255).then_some(name)
 }
 
@@ -59,12 +59,12 @@ fn shown(c: char) -> char {
     if c == '/' || c.is_control() { char::REPLACEMENT_CHARACTER } else { c }
 }
 
-/// What names are compared by: letters' case does not count.
+/// The form in which names are compared: case does not count.
 pub(super) fn folded(name: &str) -> String {
     name.chars().map(|c| one(c, c.to_uppercase())).collect()
 }
 
-/// A character's other case, where that is one character as well.
+/// A character's other case, if that is a single character.
 fn one(c: char, mut other: impl ExactSizeIterator<Item = char>) -> char {
     if other.len() == 1 { other.next().unwrap_or(c) } else { c }
 }
@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn short_names_are_shown_as_the_kernel_shows_them() {
+    fn short_names_match_the_kernels() {
         assert_eq!(short_name(*b"README  TXT", 0), "README.TXT");
         assert_eq!(short_name(*b"README  TXT", LOWER_BASE), "readme.TXT");
         assert_eq!(short_name(*b"README  TXT", LOWER_EXTENSION), "README.txt");
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn long_names_keep_what_can_be_kept() {
+    fn long_names_replace_only_invalid_characters() {
         let units = |text: &str| text.encode_utf16().collect::<Vec<u16>>();
         assert_eq!(long_name(&units("ä 😀.txt\0\u{ffff}")).as_deref(), Some("ä 😀.txt"));
         assert_eq!(long_name(&[0x61, 0xd800, 0x62]).as_deref(), Some("a\u{fffd}b"));

@@ -1,30 +1,31 @@
-//! What the boot sector says, checked as Linux' driver and blkid(8) check it. A [`FatVolume`] that exists is safe to compute
-//! with: no place of a cluster below its count overflows. Whether the source reaches that far is found out by reading.
+//! The boot sector, checked like Linux' driver and blkid(8) check it. A [`FatVolume`] that exists is safe to
+//! compute with: no offset of a cluster below its count overflows. Whether the source reaches that far is
+//! checked when it is read.
 
 use crate::guest::Source;
 use crate::guest::bytes::{array, le16, le32, slice};
 
 /// Bytes of a directory entry.
 pub(super) const ENTRY_LEN: usize = 32;
-/// The first cluster that there is.
+/// The number of the first cluster.
 pub(super) const FIRST_CLUSTER: u32 = 2;
 
 const VOLUME_LABEL: u8 = 0x08;
 const LONG_NAME: u8 = 0x0f;
 
-/// By how many bits a cluster's successor is named.
+/// The width of an allocation table's entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "they say it themselves")]
+#[expect(missing_docs, reason = "the names say it")]
 pub enum FatWidth {
     Fat12,
     Fat16,
     Fat32,
 }
 
-/// Where things lie.
+/// The positions of a volume's parts.
 #[derive(Clone, Debug)]
 pub struct FatVolume {
-    /// Its kind.
+    /// The width of its allocation tables' entries.
     pub kind: FatWidth,
     /// Bytes of a cluster.
     pub(super) cluster_len: u32,
@@ -32,30 +33,30 @@ pub struct FatVolume {
     pub(super) table_at: u64,
     pub(super) table_len: u64,
     pub(super) table_count: u8,
-    /// The root directory of FAT12 and FAT16, which is no chain of clusters.
+    /// The root directory of FAT12 and FAT16, which is not a chain of clusters.
     pub(super) root_at: u64,
     pub(super) root_len: u64,
-    /// That of FAT32, which is.
+    /// The first cluster of FAT32's root directory, which is a chain.
     pub(super) root_cluster: u32,
-    /// Where the first cluster begins, and how many there are.
+    /// Where the first cluster begins, and the number of clusters.
     pub(super) data_at: u64,
     pub(super) cluster_count: u32,
-    /// Where FAT32 keeps its count of free clusters.
+    /// Where FAT32 stores its count of free clusters.
     pub(super) information_at: Option<u64>,
-    /// Nobody has unmounted it since it was last written.
+    /// It was not unmounted since its last change.
     pub(super) is_dirty: bool,
-    /// Its number and the label that mkfs wrote.
+    /// The serial number and the label that mkfs wrote.
     id: Option<u32>,
     boot_label: [u8; 11],
 }
 
 impl FatVolume {
-    /// What blkid(8) takes for FAT: a signature, and sizes that make sense together.
-    pub fn recognise(head: &[u8]) -> Option<Self> {
+    /// Detects FAT like blkid(8): a signature, and consistent sizes.
+    pub fn detect(head: &[u8]) -> Option<Self> {
         let has = |at, magic: &[u8]| slice(head, at, magic.len()) == magic;
         let is_named = has(82, b"MSWIN") || has(82, b"FAT32   ") || has(54, b"MSDOS");
         let is_named = is_named || has(54, b"FAT16   ") || has(54, b"FAT12   ") || has(54, b"FAT     ");
-        // OS/2 puts such a sector in front of file systems of its own.
+        // OS/2 puts such a sector in front of its other file systems.
         let is_other = has(54, b"JFS     ") || has(54, b"HPFS    ");
         let is_boot = has(0, b"\xeb") || has(0, b"\xe9") || has(510, b"\x55\xaa");
         if !is_named && (is_other || !is_boot) {
@@ -64,7 +65,7 @@ impl FatVolume {
         Self::parse(head).ok()
     }
 
-    /// Reads a boot sector, or says what is wrong with it.
+    /// Parses a boot sector; the error says what is wrong with it.
     pub(super) fn parse(head: &[u8]) -> Result<Self, String> {
         let sector_len = u32::from(le16(head, 11));
         if !sector_len.is_power_of_two() || !(512..=4096).contains(&sector_len) {
@@ -102,7 +103,7 @@ impl FatVolume {
         let root_at = table_at + table_len * u64::from(table_count);
         let data_at = root_at + root_len;
         let Some(data_len) = (total * sector).checked_sub(data_at) else {
-            return Err(format!("{total} sectors, which is less than its tables need"));
+            return Err(format!("{total} sectors, fewer than its tables need"));
         };
         let cluster_count = data_len / u64::from(cluster_len);
         let (kind, bits, most) = match cluster_count {
@@ -110,12 +111,12 @@ impl FatVolume {
             count if count > 0xff4 => (FatWidth::Fat16, 16, 0xfff4),
             _ => (FatWidth::Fat12, 12, 0xff4),
         };
-        // A table may be shorter than its volume: then the rest is out of reach.
+        // A table may be too short for its volume: the clusters beyond it are inaccessible.
         let cluster_count = cluster_count.min((table_len * 8 / bits).saturating_sub(u64::from(FIRST_CLUSTER)));
         if cluster_count > most {
             return Err(format!("{cluster_count} clusters"));
         }
-        // Where the fields are that stand behind those whose number differs.
+        // The offset of the fields that follow the ones whose number depends on the width.
         let late = if is_32 { 64 } else { 36 };
         let [state, signature] = array(head, late + 1);
         let has_names = matches!(signature, 0x28 | 0x29);
@@ -138,15 +139,15 @@ impl FatVolume {
         })
     }
 
-    /// Its number, as blkid(8) writes it.
+    /// The serial number, in blkid(8)'s form.
     pub fn serial(&self) -> Option<String> {
         self.id.filter(|id| *id != 0).map(|id| format!("{:04X}-{:04X}", id >> 16, id & 0xffff))
     }
 
-    /// Its label: an entry of the root directory, or else what the boot sector says.
+    /// The label: an entry of the root directory, or else the boot sector's.
     pub fn label(&self, source: &dyn Source) -> Option<String> {
         let (mut at, mut cluster) = (self.root_at, self.root_cluster);
-        // mkfs puts it first. It may be farther on, but not so far that a chain's loop would matter.
+        // mkfs puts the label first. A later one is found up to a limit that also bounds a chain's loop.
         for _ in 0..64 {
             let len = if self.kind == FatWidth::Fat32 {
                 at = self.cluster_at(cluster)?;
@@ -180,7 +181,7 @@ impl FatVolume {
         readable(&self.boot_label)
     }
 
-    /// Where a cluster begins; `None` if there is none of that number.
+    /// Where a cluster begins; `None` if it does not exist.
     pub(super) fn cluster_at(&self, cluster: u32) -> Option<u64> {
         let index = cluster.checked_sub(FIRST_CLUSTER)?;
         (index < self.cluster_count).then(|| self.data_at + u64::from(index) * u64::from(self.cluster_len))
@@ -191,7 +192,7 @@ fn readable(label: &[u8]) -> Option<String> {
     if label == b"NO NAME    " {
         return None;
     }
-    // 0x05 stands for the letter that would mark the entry as deleted.
+    // 0x05 stands for 0xe5, which would mark the entry as deleted.
     let mut label = label.to_vec();
     if label[0] == 0x05 {
         label[0] = 0xe5;

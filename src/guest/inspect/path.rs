@@ -3,19 +3,21 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{FileKind, FileSystem, Ino};
 
-/// Symbolic links on one way; Linux' own limit.
+/// Symbolic links that one path may follow; Linux' own limit.
 const LINK_LIMIT: u32 = 40;
-/// Names on one way, those of links with them.
+/// Names that one path may have, with those of its links.
 const NAME_LIMIT: usize = 4096;
-/// Bytes of a link's target that are followed: Linux' limit of a path.
+/// Bytes of a link's target: Linux' limit of a path.
 const TARGET_LIMIT: usize = 4096;
 
-/// What a path leads to, following symbolic links, the last one too. They stay within the volume: an absolute one begins
-/// at its root directory, and `..` does not leave that. `NotFound`, if there is nothing of that name.
+/// Resolves a path and follows all symbolic links, including the last. They stay within the volume: an
+/// absolute target begins at its root directory, and `..` does not leave it. `NotFound` if a name does not
+/// exist.
 pub fn resolve_path(files: &dyn FileSystem, path: &[u8]) -> Result<Ino> {
     let not_found = || Error::new(ErrorKind::NotFound, format!("there is no {}", String::from_utf8_lossy(path)));
-    // The way from the root directory to where it stands, and the names that are still to be gone, the next one last.
-    let mut way = vec![files.root()];
+    // The directories from the root to the current one, and the names still to be resolved, the next one
+    // last.
+    let mut parents = vec![files.root()];
     let mut names = Vec::new();
     push(&mut names, path);
     let (mut link_count, mut name_count) = (0, 0);
@@ -24,12 +26,12 @@ pub fn resolve_path(files: &dyn FileSystem, path: &[u8]) -> Result<Ino> {
         if name_count > NAME_LIMIT || names.len() > NAME_LIMIT {
             return Err(Error::new(ErrorKind::Limit, "the path is too long"));
         }
-        let here = way.last().copied().unwrap_or(files.root());
+        let here = parents.last().copied().unwrap_or(files.root());
         match name.as_slice() {
             b"." => continue,
             b".." => {
-                if way.len() > 1 {
-                    way.pop();
+                if parents.len() > 1 {
+                    parents.pop();
                 }
                 continue;
             }
@@ -41,23 +43,23 @@ pub fn resolve_path(files: &dyn FileSystem, path: &[u8]) -> Result<Ino> {
         let next = files.lookup(here, &name)?.ok_or_else(not_found)?;
         let attributes = files.attributes(next)?;
         if attributes.kind != FileKind::Symlink {
-            way.push(next);
+            parents.push(next);
             continue;
         }
         link_count += 1;
         if link_count > LINK_LIMIT {
-            return Err(Error::new(ErrorKind::Limit, "there are too many symbolic links on the way"));
+            return Err(Error::new(ErrorKind::Limit, "the path follows too many symbolic links"));
         }
         let target = files.read_link(next)?;
         if target.len() > TARGET_LIMIT {
             return Err(Error::new(ErrorKind::Limit, "a symbolic link is too long"));
         }
         if target.starts_with(b"/") {
-            way.truncate(1);
+            parents.truncate(1);
         }
         push(&mut names, &target);
     }
-    Ok(way.last().copied().unwrap_or(files.root()))
+    Ok(parents.last().copied().unwrap_or(files.root()))
 }
 
 fn push(names: &mut Vec<Vec<u8>>, path: &[u8]) {
@@ -77,7 +79,7 @@ pub(super) fn read_bytes(files: &dyn FileSystem, path: &str, limit: usize) -> Op
     Some(bytes)
 }
 
-/// The beginning of a regular file as text, up to `limit` bytes; `None` if there is none that can be read.
+/// The beginning of a regular file as text, up to `limit` bytes; `None` if it cannot be read.
 pub fn read_text(files: &dyn FileSystem, path: &str, limit: usize) -> Option<String> {
     read_bytes(files, path, limit).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
 }

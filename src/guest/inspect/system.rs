@@ -1,4 +1,4 @@
-//! One volume's operating system.
+//! The operating system of one volume.
 
 use crate::guest::bytes::{array, slice};
 use crate::guest::{FileKind, FileSystem};
@@ -6,14 +6,15 @@ use crate::guest::{FileKind, FileSystem};
 use super::path::{read_bytes, read_text, resolve_path};
 use super::{FstabEntry, OpenedVolume, OperatingSystem};
 
-/// Bytes of a file that are read; of os-release and fstab a few hundred are usual.
+/// Bytes of a file that are read; os-release and fstab usually have a few hundred.
 const FILE_LIMIT: usize = 64 << 10;
-/// Characters of a text that is given.
+/// Characters of a returned text.
 const TEXT_LIMIT: usize = 256;
 /// Lines of an fstab.
 const MOUNT_LIMIT: usize = 256;
 
-/// The operating system whose root directory `volume` has. Where `/usr` is a volume of its own, it is looked at as well.
+/// The operating system whose root directory is on `volume`. If `/usr` is a separate volume, it is searched
+/// as well.
 pub(super) fn find(volume: &OpenedVolume<'_>, all: &[OpenedVolume<'_>]) -> Option<OperatingSystem> {
     let root = volume.files;
     if !has_root(root) {
@@ -32,19 +33,19 @@ pub(super) fn find(volume: &OpenedVolume<'_>, all: &[OpenedVolume<'_>]) -> Optio
         ..OperatingSystem::default()
     };
     name(&places, &mut system);
-    // A volume that only looks like a root directory (a /boot with an etc, a home) names no system.
+    // A volume that only resembles a root directory (a /boot with an etc, a home) names no system.
     let is_named = system.id.is_some() || system.name.is_some() || system.pretty_name.is_some();
     (is_named || system.architecture.is_some() && !system.mounts.is_empty()).then_some(system)
 }
 
-/// The directories without which nothing starts. `bin` may be a link into a `/usr` that is elsewhere.
+/// The directories without which no system boots. `bin` may be a link into a separate `/usr`.
 fn has_root(root: &dyn FileSystem) -> bool {
     let has = |name: &[u8]| matches!(root.lookup(root.root(), name), Ok(Some(_)));
     let has_etc = resolve_path(root, b"/etc").and_then(|etc| root.attributes(etc));
     has_etc.is_ok_and(|etc| etc.kind == FileKind::Directory) && (has(b"bin") || has(b"usr") || has(b"nix"))
 }
 
-/// The root directory, and `/usr` where that is a volume of its own.
+/// The root directory, and `/usr` if it is a separate volume.
 struct SystemRoots<'a> {
     root: &'a dyn FileSystem,
     usr: Option<&'a dyn FileSystem>,
@@ -52,8 +53,8 @@ struct SystemRoots<'a> {
 
 impl SystemRoots<'_> {
     fn read(&self, path: &str, limit: usize) -> Option<Vec<u8>> {
-        let elsewhere = || read_bytes(self.usr?, path.strip_prefix("/usr")?, limit);
-        read_bytes(self.root, path, limit).or_else(elsewhere)
+        let in_usr = || read_bytes(self.usr?, path.strip_prefix("/usr")?, limit);
+        read_bytes(self.root, path, limit).or_else(in_usr)
     }
 
     fn text(&self, path: &str) -> Option<String> {
@@ -62,7 +63,7 @@ impl SystemRoots<'_> {
 }
 
 fn name(places: &SystemRoots<'_>, system: &mut OperatingSystem) {
-    // Links to /usr/lib lead nowhere if /usr is elsewhere, so both are tried.
+    // Links to /usr/lib fail if /usr is a separate volume, so both paths are tried.
     let release = places.text("/etc/os-release").or_else(|| places.text("/usr/lib/os-release"));
     if let Some(text) = release {
         let value = |key: &str| text.lines().filter_map(|line| assigned(line, key)).next_back();
@@ -74,7 +75,7 @@ fn name(places: &SystemRoots<'_>, system: &mut OperatingSystem) {
             return;
         }
     }
-    // What there was before os-release.
+    // The files that preceded os-release.
     let line = |path: &str| places.text(path).and_then(|text| first_line(&text));
     if let Some(line) = line("/etc/redhat-release").or_else(|| line("/etc/SuSE-release")) {
         // "CentOS release 6.10 (Final)"
@@ -124,7 +125,7 @@ fn host_name(root: &dyn FileSystem) -> Option<String> {
     })
 }
 
-/// What a program says that it runs on.
+/// The machine type of a standard program.
 fn architecture(places: &SystemRoots<'_>) -> Option<String> {
     let programs = ["/bin/sh", "/usr/bin/sh", "/usr/bin/env", "/sbin/init", "/usr/lib/systemd/systemd", "/bin/busybox"];
     let names = |path: &&str| elf_machine(&places.read(path, 64)?);
@@ -168,15 +169,15 @@ fn mounts(root: &dyn FileSystem, all: &[OpenedVolume<'_>]) -> Vec<FstabEntry> {
         let directory = bounded(&fields.next()?)?;
         let mut word = || fields.next().and_then(|field| bounded(&field)).unwrap_or_default();
         let (kind, options) = (word(), word());
-        let volume = meant(&device, all).map(|volume| volume.name.to_owned());
+        let volume = find_device(&device, all).map(|volume| volume.name.to_owned());
         Some(FstabEntry { device, volume, directory, kind, options })
     };
     lines.filter_map(mount).take(MOUNT_LIMIT).collect()
 }
 
-/// The volume that an fstab's first field means. Names of whole disks (`/dev/vda1`) are not the same from start to start;
-/// their numbers are, and only one disk is looked at.
-fn meant<'a>(device: &str, all: &[OpenedVolume<'a>]) -> Option<OpenedVolume<'a>> {
+/// The volume of an fstab's first field. Disk names (`/dev/vda1`) change between boots; partition numbers do
+/// not, and only one disk is inspected.
+fn find_device<'a>(device: &str, all: &[OpenedVolume<'a>]) -> Option<OpenedVolume<'a>> {
     let find = |is_it: &dyn Fn(&OpenedVolume<'a>) -> bool| all.iter().find(|volume| is_it(volume)).copied();
     let same = |one: Option<&str>, other: &str| one.is_some_and(|one| one.eq_ignore_ascii_case(other));
     let tag = |tag: &str, value: &str| match tag {
@@ -216,7 +217,7 @@ fn assigned(line: &str, key: &str) -> Option<String> {
     Some(unquoted(value.trim()))
 }
 
-/// Without quotation marks around it, and within double ones without backslashes.
+/// Text without the quotation marks around it; within double quotes, without backslashes.
 fn unquoted(text: &str) -> String {
     if let Some(inner) = text.strip_prefix('\'').and_then(|rest| rest.strip_suffix('\'')) {
         return inner.to_owned();
@@ -230,7 +231,7 @@ fn unquoted(text: &str) -> String {
     plain
 }
 
-/// An fstab's spaces are written `\040`.
+/// An fstab writes a space as `\040`.
 fn unescaped(field: &str) -> String {
     let mut bytes = Vec::new();
     let mut rest = field.as_bytes();
@@ -251,7 +252,7 @@ fn first_line(text: &str) -> Option<String> {
     bounded(text.lines().next()?)
 }
 
-/// Text that may be shown anywhere; `None` if nothing is left of it.
+/// Trimmed, without control characters, and at most [`TEXT_LIMIT`] characters; `None` if it is empty.
 fn bounded(text: &str) -> Option<String> {
     let shown: String = text.trim().chars().filter(|c| !c.is_control()).take(TEXT_LIMIT).collect();
     (!shown.is_empty()).then_some(shown)

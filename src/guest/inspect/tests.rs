@@ -1,4 +1,4 @@
-//! Trees as distributions lay them out, in memory.
+//! In-memory trees with the layouts of distributions.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ enum Node {
 struct Tree(Vec<Node>);
 
 impl Tree {
-    /// Of `path content` or `path -> target`; directories are made on the way.
+    /// From `path content` or `path -> target`; directories are created as needed.
     fn new(files: &[(&str, &str)]) -> Self {
         let mut tree = Self(vec![Node::Directory(BTreeMap::new())]);
         for (path, content) in files {
@@ -71,7 +71,7 @@ impl FileSystem for Tree {
     }
 
     fn list(&self, _: Ino, _: u64, _: &mut dyn FnMut(DirectoryEntry) -> bool) -> Result<()> {
-        unreachable!("nothing needs to be listed")
+        unreachable!("inspection lists no directory")
     }
 
     fn attributes(&self, ino: Ino) -> Result<FileAttributes> {
@@ -95,7 +95,7 @@ impl FileSystem for Tree {
     }
 
     fn runs(&self, _: Ino, _: u64, _: u64, _: usize) -> Result<Vec<FileRun>> {
-        unreachable!("nobody asks where bytes are")
+        unreachable!("inspection requests no runs")
     }
 
     fn read_at(&self, ino: Ino, at: u64, buf: &mut [u8]) -> Result<usize> {
@@ -204,7 +204,7 @@ fn old_distributions_are_known_by_other_files() {
         assert_eq!((found[0].id.as_deref(), found[0].version.as_deref()), (Some(id), Some(version)));
         assert_eq!(found[0].host_name.as_deref(), Some("old.example.org"));
     }
-    // What only looks a little like it is none: a boot volume, somebody's home.
+    // Volumes that only resemble a root directory: a boot volume, a home directory.
     let home = Tree::new(&[("/etc/something", ""), ("/bin/script", "#!/bin/sh")]);
     assert!(inspect(&[home.opened("p1")]).is_empty());
 }
@@ -236,7 +236,7 @@ fn links_stay_within_the_volume_and_end() {
 }
 
 #[test]
-fn texts_are_short_and_fit_for_a_terminal() {
+fn texts_are_short_and_safe_for_a_terminal() {
     let release = format!("ID=evil\nNAME=\"\u{1b}[2Jclear\"\nPRETTY_NAME=\"{}\"\n", "x".repeat(10_000));
     let fstab = "/dev/sda1 / ext4\n".repeat(5000);
     let tree = Tree::new(&[("/etc/os-release", &release), ("/etc/fstab", &fstab), ("/bin/sh", "\x7fELF")]);

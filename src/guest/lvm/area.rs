@@ -1,4 +1,5 @@
-//! A metadata area: a header that names the text in force, and the ring in which that text and its predecessors lie.
+//! A metadata area: a header that references the current text, and a ring buffer with that text and its
+//! predecessors.
 
 use crate::guest::Source;
 use crate::guest::bytes::{le32, le64, slice};
@@ -7,25 +8,25 @@ use super::label::{Label, checksum};
 
 const HEADER_LEN: u64 = 512;
 const MAGIC: &[u8] = b" LVM2 x[5A%r0N*>";
-/// The text is kept elsewhere; what is here is old.
+/// The current text is in another area; this one is old.
 const IGNORED: u32 = 1;
 /// Bytes of text; a volume group of thousands of volumes has two MiB.
 const TEXT_LIMIT: u64 = 8 << 20;
 
-/// The texts of all areas of a physical volume that are in use, and what is wrong with the others.
+/// The texts of all usable areas of a physical volume, and a remark for each unusable one.
 pub(super) fn texts(volume: &dyn Source, label: &Label) -> (Vec<String>, Vec<String>) {
     let (mut texts, mut remarks) = (Vec::new(), Vec::new());
     for (at, _) in &label.metadata_areas {
         match text(volume, *at) {
             Ok(Some(text)) => texts.push(text),
             Ok(None) => {}
-            Err(fact) => remarks.push(format!("physical volume {}: a metadata area cannot be used: {fact}", label.id)),
+            Err(fact) => remarks.push(format!("physical volume {}: an unusable metadata area: {fact}", label.id)),
         }
     }
     (texts, remarks)
 }
 
-/// The text in force, if the area has one.
+/// The current text, if the area has one.
 fn text(volume: &dyn Source, at: u64) -> Result<Option<String>, &'static str> {
     let mut header = vec![0; HEADER_LEN as usize];
     volume.read_at(at, &mut header).map_err(|_| "its header cannot be read")?;
@@ -36,7 +37,7 @@ fn text(volume: &dyn Source, at: u64) -> Result<Option<String>, &'static str> {
         return Err("its header's checksum is wrong");
     }
     if le32(&header, 20) != 1 || le64(&header, 24) != at {
-        return Err("its header belongs elsewhere");
+        return Err("its header states another position");
     }
     let area_len = le64(&header, 32);
     let (offset, len, sum, flags) = (le64(&header, 40), le64(&header, 48), le32(&header, 56), le32(&header, 60));
@@ -47,7 +48,7 @@ fn text(volume: &dyn Source, at: u64) -> Result<Option<String>, &'static str> {
     if !is_inside {
         return Err("its text lies outside of it");
     }
-    // A text that reaches the end of the ring goes on behind the header.
+    // A text that reaches the end of the ring continues after the header.
     let first_len = len.min(area_len - offset) as usize;
     let mut bytes = vec![0; len as usize];
     let (first, rest) = bytes.split_at_mut(first_len);

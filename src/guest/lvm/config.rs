@@ -1,18 +1,18 @@
-//! The text in which LVM writes down a volume group: sections, and settings that are text, numbers or lists of them.
+//! The text format of LVM's metadata: sections, and settings that are text, numbers or lists of them.
 
 use std::collections::BTreeMap;
 
-/// Sections within sections. LVM's own go four deep.
+/// Nested sections; LVM's own go four deep.
 const DEPTH_LIMIT: u32 = 16;
-/// Sections, settings and members of lists, together.
+/// Sections, settings and list members together.
 const NODE_LIMIT: usize = 250_000;
 
-/// What a setting says.
+/// The value of a setting.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Value {
     Text(String),
     Number(i64),
-    /// Fractions: nothing that is needed here.
+    /// A fraction, which no caller needs.
     Other,
     List(Vec<Value>),
 }
@@ -25,7 +25,7 @@ pub(super) struct Section {
 }
 
 impl Section {
-    /// Reads text, or says in which line it cannot be understood.
+    /// Parses text; an error names the line.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let mut parser = Parser { text, at: 0, node_count: 0 };
         let result = parser.section(0);
@@ -42,7 +42,7 @@ impl Section {
         }
     }
 
-    /// A number of 32 bits, as all are that are needed here but sizes of devices.
+    /// A number of 32 bits: only device sizes are larger, and no caller needs them.
     pub(super) fn number(&self, key: &str) -> Option<u64> {
         match self.values.get(key)? {
             Value::Number(number) => u64::try_from(*number).ok().filter(|number| u32::try_from(*number).is_ok()),
@@ -53,13 +53,13 @@ impl Section {
     pub(super) fn list(&self, key: &str) -> &[Value] {
         match self.values.get(key) {
             Some(Value::List(list)) => list,
-            // LVM takes a single value for a list of one.
+            // LVM treats a single value as a list of one.
             Some(value) => std::slice::from_ref(value),
             None => &[],
         }
     }
 
-    /// A list has this word.
+    /// Whether a list contains this word.
     pub(super) fn has(&self, key: &str, word: &str) -> bool {
         self.list(key).iter().any(|value| matches!(value, Value::Text(text) if text == word))
     }
@@ -149,7 +149,7 @@ impl Parser<'_> {
         if word.parse::<f64>().is_ok() { Ok(Value::Other) } else { Err("neither text nor a number") }
     }
 
-    /// What follows a quotation mark, up to the next.
+    /// The text after a quotation mark, up to the next one.
     fn quoted(&mut self) -> Parsed<Value> {
         let mut text = String::new();
         let mut chars = self.text[self.at..].char_indices();
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_well_formed_is_said_with_its_line() {
+    fn a_syntax_error_names_its_line() {
         let deep = "a {\n".repeat(1000);
         let many = format!("a = [{}]", "1,".repeat(NODE_LIMIT + 1));
         let broken = ["a {", "a = ", "a = \"b", "a = [1", "a", "}", "= 1", "a = b", "a = [[1]]", &deep, &many];

@@ -1,4 +1,4 @@
-//! A volume group as its metadata describe it: physical volumes, logical volumes, and the segments of these.
+//! A volume group as its metadata describe it: physical volumes, logical volumes, and their segments.
 
 use std::collections::BTreeMap;
 
@@ -14,23 +14,23 @@ const NAME_LIMIT: usize = 127;
 pub(super) struct VolumeGroup {
     pub(super) name: String,
     pub(super) id: LvmId,
-    /// Grows with every change.
+    /// The sequence number; it grows with every change.
     pub(super) number: u64,
     /// Bytes of an extent.
     pub(super) extent_len: u64,
-    /// It has been given up by one machine, and not been taken by another.
+    /// Exported by one machine and not yet imported by another.
     pub(super) is_exported: bool,
-    /// By the name by which segments refer to them.
+    /// By the names that segments use.
     pub(super) physical: BTreeMap<String, GroupMember>,
     /// By name.
     pub(super) logical: BTreeMap<String, LogicalDefinition>,
 }
 
-/// What a group knows of a physical volume.
+/// The group's record of a physical volume.
 #[derive(Clone, Debug)]
 pub(super) struct GroupMember {
     pub(super) id: LvmId,
-    /// It was absent when the group was changed: what it holds may be old.
+    /// It was absent when the group was changed: its content may be old.
     pub(super) is_missing: bool,
     /// Where its extents begin, in bytes.
     pub(super) start: u64,
@@ -41,57 +41,57 @@ pub(super) struct GroupMember {
 #[derive(Clone, Debug)]
 pub(super) struct LogicalDefinition {
     pub(super) is_visible: bool,
-    /// An image of a mirror that is being made anew.
+    /// A mirror image that is being rebuilt.
     pub(super) is_rebuilding: bool,
-    /// An image of a mirror that is only read if there is no other.
+    /// A mirror image that is only read if there is no other.
     pub(super) is_write_mostly: bool,
-    /// In order and without gaps; or what is wrong with them.
+    /// In order and without gaps; or an error.
     pub(super) segments: Result<Vec<LvmSegment>, String>,
 }
 
-/// Some extents of a logical volume.
+/// A range of a logical volume's extents.
 #[derive(Clone, Debug)]
 pub(super) struct LvmSegment {
-    /// Extents.
+    /// In extents.
     pub(super) start: u64,
     pub(super) count: u64,
     pub(super) kind: SegmentType,
 }
 
-/// Extents of a physical or another logical volume.
+/// A range of extents of a physical or another logical volume.
 #[derive(Clone, Debug)]
 pub(super) struct Area {
     pub(super) name: String,
     pub(super) extent: u64,
 }
 
-/// An image of a mirror, and where its state is kept.
+/// A mirror image, and the volume that holds its state.
 #[derive(Clone, Debug)]
 pub(super) struct MirrorImage {
     pub(super) data: Area,
     pub(super) state: Option<String>,
 }
 
-/// How a segment is made.
+/// The layout of a segment.
 #[derive(Clone, Debug)]
 pub(super) enum SegmentType {
-    /// Dealt to the areas in turn; with one area just that.
+    /// Striped over the areas; with one area, linear.
     Striped { stripe_len: u64, areas: Vec<Area> },
-    /// Dealt in turn to sets of `copies` images that have the same content; with one set just that.
+    /// Striped over sets of `copies` images with equal content; with one set, mirrored only.
     Mirrored { stripe_len: u64, copies: usize, images: Vec<MirrorImage> },
-    /// A snapshot of the old kind: not a volume itself, but what ties two together.
+    /// A snapshot of the old kind: not a volume itself, but a link between two volumes.
     Snapshot { origin: String, store: String, is_merging: bool },
-    /// Of a kind that is not read.
+    /// Of an unsupported type.
     Other(String),
 }
 
 impl VolumeGroup {
-    /// Reads LVM's text.
+    /// Parses LVM's text.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let all = Section::parse(text)?;
-        let (name, group) = all.sections.iter().next().ok_or("there is no volume group in it")?;
+        let (name, group) = all.sections.iter().next().ok_or("it describes no volume group")?;
         check_name(name)?;
-        let need = |key: &str| group.number(key).ok_or_else(|| format!("there is no {key} in it"));
+        let need = |key: &str| group.number(key).ok_or_else(|| format!("it has no {key}"));
         let extent_len = need("extent_size")?.checked_mul(SECTOR_LEN).filter(|len| *len > 0);
         let extent_len = extent_len.ok_or("its extents have no length")?;
         let sections = |key: &str| group.sections.get(key).into_iter().flat_map(|section| &section.sections);
@@ -110,21 +110,21 @@ impl VolumeGroup {
 }
 
 impl LogicalDefinition {
-    /// It only ties a snapshot of the old kind to its origin.
-    pub(super) fn is_tie(&self) -> bool {
-        let is_tie = |segment: &LvmSegment| matches!(segment.kind, SegmentType::Snapshot { .. });
-        self.segments.as_ref().is_ok_and(|segments| segments.iter().any(is_tie))
+    /// Whether it only links a snapshot of the old kind to its origin.
+    pub(super) fn is_snapshot_link(&self) -> bool {
+        let is_link = |segment: &LvmSegment| matches!(segment.kind, SegmentType::Snapshot { .. });
+        self.segments.as_ref().is_ok_and(|segments| segments.iter().any(is_link))
     }
 }
 
-/// Names stand in names of files.
+/// Refuses names that LVM does not allow: they become file names.
 pub(super) fn check_name(name: &str) -> Result<(), String> {
     let is_known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '_' | '.' | '-');
     if name.len() <= NAME_LIMIT && name.chars().all(is_known) && !matches!(name, "." | "..") && !name.starts_with('-') {
         return Ok(());
     }
     let shown: String = name.chars().take(NAME_LIMIT).collect();
-    Err(format!("{shown:?} is no name that LVM allows"))
+    Err(format!("{shown:?} is not a valid LVM name"))
 }
 
 fn physical(section: &Section) -> Option<GroupMember> {
@@ -173,8 +173,8 @@ fn segment(section: &Section) -> Option<LvmSegment> {
         }
         "mirror" => {
             let mut areas = areas(section.list("mirrors"))?;
-            // What pvmove has moved is written in its new place only, and what it is at in both. (The copies of a mirror
-            // that stays one are written together.)
+            // During pvmove, moved extents are written only to the new place, and the current ones to both.
+            // (The copies of a permanent mirror are all written.)
             if section.number("extents_moved") == Some(count) && areas.len() > 1 {
                 areas.remove(0);
             }
@@ -189,7 +189,7 @@ fn segment(section: &Section) -> Option<LvmSegment> {
         "raid10" | "raid10_near" => {
             let images = images(section.list("raids"))?;
             let copies = section.number("data_copies").unwrap_or(2) as usize;
-            // An odd number of images has copies that begin in one row and end in the next.
+            // With an odd number of images, copies begin in one row and end in the next.
             if copies == 0 || !images.len().is_multiple_of(copies) {
                 SegmentType::Other(format!("raid10 of {} images", images.len()))
             } else {
@@ -232,7 +232,7 @@ fn names(list: &[Value]) -> Option<Vec<Area>> {
     list.iter().map(area).collect()
 }
 
-/// Pairs of the name of what keeps the state, and the name of what has the data.
+/// Pairs of the names of a state volume and a data volume.
 fn images(list: &[Value]) -> Option<Vec<MirrorImage>> {
     let image = |pair: &[Value]| match pair {
         [Value::Text(state), Value::Text(data)] => {

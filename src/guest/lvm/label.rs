@@ -1,5 +1,5 @@
-//! The label that makes a stretch of a disk a physical volume: in one of its first four sectors, with the volume's identity
-//! and where its data and its metadata areas are.
+//! The label of a physical volume: in one of its first four sectors, with the volume's identity and the
+//! positions of its data and its metadata areas.
 
 use std::fmt;
 
@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::guest::bytes::{array, crc32, le32, le64, slice};
 
-/// What LVM begins its checksums with; there is no inversion at the end.
+/// The seed of LVM's checksums; there is no final inversion.
 const CRC_SEED: u32 = 0xf597_a6cf;
-/// Labels are found by sectors of 512 bytes, whatever the disk's own are.
+/// Labels are found in sectors of 512 bytes, whatever the disk's sector size.
 const SECTOR_LEN: usize = 512;
-/// Nothing but LVM's own limit of the header's size bounds the lists of areas; two or three are usual.
+/// Areas in a list; two or three are usual, and the header's size is LVM's only limit.
 const AREA_LIMIT: usize = 16;
 
 /// LVM's checksum.
@@ -67,22 +67,22 @@ impl TryFrom<String> for LvmId {
     type Error = &'static str;
 
     fn try_from(text: String) -> Result<Self, Self::Error> {
-        Self::parse(&text).ok_or("not an identity of LVM's")
+        Self::parse(&text).ok_or("not an LVM identity")
     }
 }
 
-/// What the label says.
+/// The content of the label.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Label {
     /// The physical volume's identity.
     pub id: LvmId,
-    /// Bytes that it had when it was made.
+    /// Bytes of the device when it was initialised.
     pub device_len: u64,
-    /// Its metadata areas: where, and how many bytes.
+    /// Its metadata areas: offset and length in bytes.
     pub metadata_areas: Vec<(u64, u64)>,
 }
 
-/// The label among the first four sectors of `head`, the first whose checksum is right.
+/// The label in the first four sectors of `head`: the first one with a valid checksum.
 pub fn find_label(head: &[u8]) -> Option<Label> {
     head.chunks_exact(SECTOR_LEN).take(4).enumerate().find_map(|(number, sector)| parse(sector, number as u64))
 }
@@ -100,7 +100,7 @@ fn parse(sector: &[u8], number: u64) -> Option<Label> {
     Some(Label { id, device_len: le64(header, 32), metadata_areas })
 }
 
-/// A list of places and lengths, ended by a place of 0.
+/// A list of offsets and lengths, terminated by an offset of 0.
 fn areas(header: &[u8], at: &mut usize) -> Vec<(u64, u64)> {
     let mut areas = Vec::new();
     loop {
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_identity_is_written_as_lvm_writes_it() {
+    fn an_identity_is_written_like_lvms() {
         let text = "Zq2hEb-zKAX-21qc-nyTF-Otwz-f61A-2Q7Lhc";
         let id = LvmId::parse(text).unwrap();
         assert_eq!(id.to_string(), text);

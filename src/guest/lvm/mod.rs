@@ -1,8 +1,8 @@
-//! LVM2: logical volumes of physical volumes.
+//! LVM2: logical volumes on physical volumes.
 //!
-//! `label` finds a physical volume, `area` its metadata; these are text, which `config` reads and `group`
-//! understands. `resolve` says where the bytes of a logical volume are. Here they are put together: which physical
-//! volumes belong to a group, and what it shows.
+//! `label` finds a physical volume, `area` its metadata. `config` parses their text, `group` interprets it,
+//! and `resolve` maps the bytes of a logical volume. This file assembles them: it decides which physical
+//! volumes belong to a group, and which volumes the group shows.
 
 mod area;
 mod config;
@@ -22,28 +22,29 @@ use resolve::{Present, Resolver};
 
 pub use label::{Label, LvmId, find_label};
 
-/// Groups that one disk may have a part in.
+/// Groups that one disk may be part of.
 const GROUP_LIMIT: usize = 64;
 /// Volumes of a group that are shown.
 const VOLUME_LIMIT: usize = 1024;
-/// Bytes of a name in `/dev/mapper`; the kernel has none that are longer.
+/// Bytes of a name in `/dev/mapper`; the kernel's limit.
 const MAPPER_NAME_LIMIT: usize = 127;
 /// Characters of a sentence that may quote names.
 const PROBLEM_LIMIT: usize = 300;
 
-/// A physical volume, and what it says of its group.
+/// A physical volume, and its copy of its group's metadata.
 pub struct PhysicalVolume {
     /// Its identity.
     pub id: LvmId,
     present: Present,
-    /// The newest that its metadata areas hold; `None` if they hold nothing (it may be kept elsewhere).
+    /// The newest copy in its metadata areas; `None` if they are empty (the metadata may be on other physical
+    /// volumes).
     group: Option<VolumeGroup>,
-    /// What is wrong with it.
+    /// Facts about its damage.
     pub remarks: Vec<String>,
 }
 
 impl PhysicalVolume {
-    /// The one in a stretch of a disk (`number` is that disk's), if there is one.
+    /// The physical volume in a range of a disk with this number, if there is one.
     pub fn find(disk: &dyn Source, number: u32, start: u64, len: u64) -> Option<Self> {
         let part = DiskRange::new(disk, start, len);
         let mut head = vec![0; part.size().min(2048) as usize];
@@ -62,12 +63,12 @@ impl PhysicalVolume {
         Some(Self { id: label.id, present, group, remarks })
     }
 
-    /// How often its group had been changed when it was last told.
+    /// The sequence number of its copy of the group's metadata.
     pub fn state(&self) -> Option<u64> {
         self.group.as_ref().map(|group| group.number)
     }
 
-    /// The identity of its group, as far as it knows it itself.
+    /// The identity of its group, by its own copy.
     pub fn group_id(&self) -> Option<LvmId> {
         self.group.as_ref().map(|group| group.id)
     }
@@ -77,33 +78,33 @@ impl PhysicalVolume {
 pub struct LogicalVolume {
     /// `VG-LV`.
     pub name: String,
-    /// Where its bytes are, or why that is not known.
+    /// Where its bytes are, or why that is unknown.
     pub segments: Result<Vec<VolumeSegment>, String>,
-    /// Bytes, as far as is known.
+    /// Bytes, as far as known.
     pub size: u64,
 }
 
-/// What was put together.
+/// The result of the assembly.
 #[derive(Default)]
 pub struct AssembledGroups {
-    /// In the order of their groups' and their own names.
+    /// Ordered by the names of the groups, then their own.
     pub volumes: Vec<LogicalVolume>,
     /// Groups that lack physical volumes.
     pub missing: Vec<MissingVolumeGroup>,
-    /// What should be known.
+    /// Facts that the user should know.
     pub remarks: Vec<String>,
 }
 
-/// Puts together the groups that disk 0 has a part in. Of other disks only those physical volumes are used that say
-/// themselves that they belong to such a group, or say nothing and are what the group describes.
+/// Assembles the groups that disk 0 is part of. Of the other disks, a physical volume is used only if it
+/// names such a group itself, or if it names none and matches the group's description.
 pub fn groups(physical: &[PhysicalVolume], disks: &[Arc<dyn Source>]) -> AssembledGroups {
     let mut groups = AssembledGroups::default();
     let own: BTreeSet<LvmId> = physical.iter().filter(|pv| pv.present.disk == 0).map(|pv| pv.id).collect();
     let mut newest: BTreeMap<LvmId, &VolumeGroup> = BTreeMap::new();
     for group in physical.iter().filter_map(|pv| pv.group.as_ref()) {
-        let kept = newest.entry(group.id).or_insert(group);
-        if kept.number < group.number {
-            *kept = group;
+        let known = newest.entry(group.id).or_insert(group);
+        if known.number < group.number {
+            *known = group;
         }
     }
     let has_part = |group: &&&VolumeGroup| group.physical.values().any(|physical| own.contains(&physical.id));
@@ -115,12 +116,12 @@ pub fn groups(physical: &[PhysicalVolume], disks: &[Arc<dyn Source>]) -> Assembl
     }
     for id in &own {
         if !ours.iter().any(|group| group.physical.values().any(|physical| physical.id == *id)) {
-            groups.remarks.push(format!("no volume group is known that physical volume {id} belongs to"));
+            groups.remarks.push(format!("the volume group of physical volume {id} is unknown"));
         }
     }
     let mut names: BTreeMap<&str, u32> = BTreeMap::new();
     for group in ours {
-        // Groups of one name differ by their identity.
+        // Groups of one name are distinguished by their identity.
         let seen = names.entry(&group.name).or_default();
         *seen += 1;
         let suffix = if *seen > 1 { format!("~{}", group.id) } else { String::new() };
@@ -153,17 +154,17 @@ fn show(
         && own < group.number
         && let Some(other) = physical.iter().find(|pv| known(pv) == Some(group.number))
     {
-        // Disks of different machines, or of different moments; or one that was absent for a while.
+        // The disks are from different machines or moments, or one was absent for a while.
         let disk = other.present.disk;
         let fact =
-            format!("disk {disk} describes volume group {name} by a newer state ({}), which is used", group.number);
-        shown.remarks.push(format!("{fact}, than the first one does ({own})"));
+            format!("volume group {name}: the metadata of disk {disk} are newer ({}) and are used", group.number);
+        shown.remarks.push(format!("{fact}; the first disk's are older ({own})"));
     }
-    let ties = ties(group);
+    let links = snapshot_links(group);
     let mut resolver = Resolver::new(group, &present, disks);
-    // A snapshot is known by the name of its store, which is hidden, not by that of what ties it to its origin.
+    // A snapshot is known by the name of its hidden store, not by that of the link to its origin.
     let is_shown = |name: &String, logical: &LogicalDefinition| {
-        !logical.is_tie() && (logical.is_visible || ties.contains_key(name.as_str()))
+        !logical.is_snapshot_link() && (logical.is_visible || links.contains_key(name.as_str()))
     };
     let visible: Vec<_> = group.logical.iter().filter(|(name, logical)| is_shown(name, logical)).collect();
     if visible.len() > VOLUME_LIMIT {
@@ -176,7 +177,7 @@ fn show(
             shown.remarks.push(format!("volume group {name}: {fact}"));
             continue;
         }
-        let segments = match ties.get(volume.as_str()) {
+        let segments = match links.get(volume.as_str()) {
             Some(problem) => Err(problem.clone()),
             None => resolver.volume(volume).map(Arc::unwrap_or_clone),
         };
@@ -188,7 +189,7 @@ fn show(
     }
 }
 
-/// The physical volumes of a group that are there.
+/// The present physical volumes of a group.
 fn joined(group: &VolumeGroup, physical: &[PhysicalVolume], remarks: &mut Vec<String>) -> BTreeMap<LvmId, Present> {
     let mut present: BTreeMap<LvmId, Present> = BTreeMap::new();
     for pv in physical {
@@ -200,7 +201,7 @@ fn joined(group: &VolumeGroup, physical: &[PhysicalVolume], remarks: &mut Vec<St
             None => needed.is_some_and(|needed| needed <= pv.present.len),
         };
         if !joins {
-            let fact = format!("disk {}: physical volume {} does not belong to volume group", pv.present.disk, pv.id);
+            let fact = format!("disk {}: physical volume {} is not part of volume group", pv.present.disk, pv.id);
             remarks.push(format!("{fact} {}", group.name));
             continue;
         }
@@ -219,32 +220,33 @@ fn joined(group: &VolumeGroup, physical: &[PhysicalVolume], remarks: &mut Vec<St
     present
 }
 
-/// Volumes that are not what their own segments say, because snapshots of the old kind are tied to them; and why.
-fn ties(group: &VolumeGroup) -> BTreeMap<&str, String> {
-    let mut ties = BTreeMap::new();
+/// Volumes that differ from their own segments because snapshots of the old kind are linked to them; and the
+/// reason.
+fn snapshot_links(group: &VolumeGroup) -> BTreeMap<&str, String> {
+    let mut links = BTreeMap::new();
     let segments = group.logical.values().filter_map(|logical| logical.segments.as_ref().ok()).flatten();
     for segment in segments {
         if let SegmentType::Snapshot { origin, store, is_merging } = &segment.kind {
-            ties.insert(store.as_str(), format!("it is of the type snapshot (of {origin}), which is not read"));
+            links.insert(store.as_str(), format!("it is of the type snapshot (of {origin}), which is not supported"));
             if *is_merging {
-                ties.insert(origin.as_str(), format!("the snapshot {store} is being merged into it"));
+                links.insert(origin.as_str(), format!("the snapshot {store} is being merged into it"));
             }
         }
     }
-    ties
+    links
 }
 
 fn too_long(volume: &str) -> String {
     format!("the name of volume {} is too long", readable(volume))
 }
 
-/// A sentence that quotes names which nobody has checked.
+/// A sentence that quotes unchecked names: without control characters, and cut.
 fn readable(text: &str) -> String {
     let shown = text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c });
     shown.take(PROBLEM_LIMIT).collect()
 }
 
-/// As in `/dev/mapper`: hyphens are doubled, and a single one stands between.
+/// The name in `/dev/mapper`: hyphens are doubled, and a single one is the separator.
 fn mapper_name(group: &str, volume: &str) -> String {
     format!("{}-{}", group.replace('-', "--"), volume.replace('-', "--"))
 }

@@ -1,7 +1,7 @@
-//! From the segments of a logical volume to places on disks.
+//! Maps the segments of a logical volume to positions on disks.
 //!
-//! Volumes stand on volumes (the images of a mirror, say). Each is resolved once, whoever asks; a loop, or more
-//! segments than [`SEGMENT_LIMIT`], is a problem of the volumes that are hit.
+//! Volumes can consist of other volumes (such as the images of a mirror). Each is resolved once. A loop, or
+//! more segments than [`SEGMENT_LIMIT`], is an error of the affected volumes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,12 +13,12 @@ use crate::guest::volumes::{DiskPosition, VolumeMapping, VolumeSegment, locate};
 use super::group::{Area, GroupMember, LvmSegment as Extents, MirrorImage, SegmentType, VolumeGroup};
 use super::label::LvmId;
 
-/// Segments and legs of all volumes of a group together. A group of 10,000 volumes in pieces has fewer.
+/// Segments and legs of all volumes of a group together. A fragmented group of 10,000 volumes has fewer.
 const SEGMENT_LIMIT: usize = 1 << 17;
-/// Volumes on volumes: a mirror's images on something integrity-protected is three deep.
+/// Nesting of volumes: a mirror's images on integrity-protected volumes are three deep.
 const DEPTH_LIMIT: u32 = 8;
 
-/// Where a physical volume is.
+/// The position of a physical volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Present {
     pub(super) disk: u32,
@@ -26,7 +26,7 @@ pub(super) struct Present {
     pub(super) len: u64,
 }
 
-/// The segments of a volume, or a sentence that says why they are not known.
+/// The segments of a volume, or the reason why they are unknown.
 type Resolved = Result<Arc<Vec<VolumeSegment>>, String>;
 
 pub(super) struct Resolver<'a> {
@@ -46,7 +46,7 @@ impl<'a> Resolver<'a> {
         Self { group, present, disks, known: BTreeMap::new(), left: SEGMENT_LIMIT }
     }
 
-    /// Where the bytes of a logical volume are.
+    /// Resolves a logical volume.
     pub(super) fn volume(&mut self, name: &str) -> Resolved {
         self.logical(name, 0)
     }
@@ -56,7 +56,7 @@ impl<'a> Resolver<'a> {
             return known.clone();
         }
         if depth > DEPTH_LIMIT {
-            return Err("volumes stand on each other without an end".to_owned());
+            return Err("its volumes are nested too deeply, or in a loop".to_owned());
         }
         let resolved = self.segments_of(name, depth).map(Arc::new);
         self.known.insert(name.to_owned(), resolved.clone());
@@ -89,7 +89,8 @@ impl<'a> Resolver<'a> {
                 stripe(&legs, *stripe_len)
             }
             SegmentType::Mirrored { stripe_len, copies, images } => {
-                // The images of a set are whole volumes, used from their beginning; pvmove's are places of their own.
+                // The images of a RAID set are whole volumes, used from their beginning; pvmove's copies may
+                // be anywhere.
                 if extents.start != 0 && images.iter().any(|image| image.state.is_some()) {
                     return Err("only a part of it is mirrored".to_owned());
                 }
@@ -100,13 +101,13 @@ impl<'a> Resolver<'a> {
                 }
                 stripe(&legs, *stripe_len)
             }
-            SegmentType::Snapshot { .. } => Err(format!("{name} is of the type snapshot, which is not read")),
-            SegmentType::Other(kind) => Err(format!("it is of the type {kind}, which is not read")),
+            SegmentType::Snapshot { .. } => Err(format!("{name} is of the type snapshot, which is not supported")),
+            SegmentType::Other(kind) => Err(format!("it is of the type {kind}, which is not supported")),
         }
     }
 
-    /// The image to be read of some that have the same content: one in step with the newest, if there is one. `first` is the
-    /// first one's number.
+    /// Chooses the image to read from a set with equal content: one in sync with the newest state, if there
+    /// is one. `first` is the first image's number.
     fn best(
         &mut self,
         set: &[MirrorImage],
@@ -126,31 +127,31 @@ impl<'a> Resolver<'a> {
         let rank = |index: usize, state: Option<RaidSuperblock>| {
             let logical = self.group.logical.get(&set[index].data.name);
             let is_rebuilding = logical.is_some_and(|logical| logical.is_rebuilding);
-            let is_in_step = match (state, newest) {
+            let is_in_sync = match (state, newest) {
                 (Some(state), Some(newest)) => {
                     let number = first + index;
                     let has_failed = number < 64 && newest.failed & (1 << number) != 0;
-                    // The states of images are written one after the other.
+                    // The images' states are written one after the other.
                     state.is_whole && !has_failed && state.events + 1 >= newest.events
                 }
                 (None, Some(_)) => false,
                 (_, None) => true,
             };
             let is_last_choice = logical.is_some_and(|logical| logical.is_write_mostly);
-            (is_in_step && !is_rebuilding, !is_last_choice, std::cmp::Reverse(index))
+            (is_in_sync && !is_rebuilding, !is_last_choice, std::cmp::Reverse(index))
         };
         let best = found.into_iter().max_by_key(|(index, _, state)| rank(*index, *state));
         match best {
             Some((index, segments, state)) if rank(index, state).0 => Ok(segments),
             Some(_) => Err(match absent {
-                Some(problem) => format!("the images that are there are out of step, and of another {problem}"),
-                None => "all its images are out of step".to_owned(),
+                Some(problem) => format!("the present images are out of sync, and another cannot be used: {problem}"),
+                None => "all its images are out of sync".to_owned(),
             }),
             None => Err(absent.unwrap_or_else(|| "it has no images".to_owned())),
         }
     }
 
-    /// What the kernel keeps of an image; `None` if it was never used.
+    /// The kernel's state of an image; `None` if the image was never used.
     fn state(&mut self, image: &MirrorImage, depth: u32) -> Option<RaidSuperblock> {
         let segments = self.logical(image.state.as_deref()?, depth + 1).ok()?;
         let stretch = locate(&segments, 0, 512).filter(|stretch| stretch.len == 512)?;
@@ -173,7 +174,7 @@ impl<'a> Resolver<'a> {
                 break;
             }
             let VolumeMapping::Linear(leg) = &segment.place else {
-                return Err(format!("{}, which it stands on, has stripes", area.name));
+                return Err(format!("{}, which it is on, has stripes", area.name));
             };
             let (first, last) = (segment.at.max(from), (segment.at + segment.len).min(end));
             let leg = DiskPosition { disk: leg.disk, offset: leg.offset + (first - segment.at) };
@@ -182,7 +183,7 @@ impl<'a> Resolver<'a> {
             cut.push(segment);
         }
         if cut.last().is_none_or(|last| last.at + last.len != len) {
-            return Err(format!("{}, which it stands on, is too small", area.name));
+            return Err(format!("{}, which it is on, is too small", area.name));
         }
         Ok(cut)
     }
@@ -193,7 +194,7 @@ impl<'a> Resolver<'a> {
             return Err(format!("physical volume {id} is missing"));
         };
         if physical.is_missing {
-            return Err(format!("physical volume {id} is marked as missing: what it holds may be old"));
+            return Err(format!("physical volume {id} is marked as missing: its content may be old"));
         }
         let end = area.extent + count;
         let from = self.bytes(area.extent)?.checked_add(physical.start);
@@ -217,19 +218,19 @@ impl<'a> Resolver<'a> {
             VolumeMapping::Linear(_) => 1,
             VolumeMapping::Striped { legs, .. } => 1 + legs.len(),
         };
-        self.left = self.left.checked_sub(price).ok_or("the volume group is in too many pieces")?;
+        self.left = self.left.checked_sub(price).ok_or("the volume group has too many segments")?;
         Ok(())
     }
 }
 
-/// What dm-raid writes at the beginning of each image's state.
+/// dm-raid's superblock at the beginning of each image's state.
 #[derive(Clone, Copy)]
 struct RaidSuperblock {
-    /// Grows with every change of the set.
+    /// The sequence number; it grows with every change of the set.
     events: u64,
-    /// A bit for each image that is given up.
+    /// A bit for each failed image.
     failed: u64,
-    /// Nothing of it is still to be made anew.
+    /// The image is fully synchronised.
     is_whole: bool,
 }
 
@@ -244,16 +245,17 @@ impl RaidSuperblock {
     }
 }
 
-/// What each of `count` parts gets.
+/// The number of extents of each of `count` parts.
 fn share(extents: u64, count: usize) -> Result<u64, String> {
     let count = count as u64;
     if count == 0 || !extents.is_multiple_of(count) {
-        return Err(format!("{extents} extents cannot be dealt to {count}"));
+        return Err(format!("{extents} extents cannot be divided by {count}"));
     }
     Ok(extents / count)
 }
 
-/// Puts legs of equal lengths together. Where one of them goes on elsewhere, a new segment begins.
+/// Combines legs of equal lengths into stripes. Where the mapping of one of them breaks, a new segment
+/// begins.
 fn stripe(legs: &[Vec<VolumeSegment>], stripe_len: u64) -> Result<Vec<VolumeSegment>, String> {
     let [first, others @ ..] = legs else { return Err("it has no legs".to_owned()) };
     if others.is_empty() {
@@ -266,7 +268,7 @@ fn stripe(legs: &[Vec<VolumeSegment>], stripe_len: u64) -> Result<Vec<VolumeSegm
     ends.sort_unstable();
     ends.dedup();
     if ends.len().saturating_mul(legs.len()) > SEGMENT_LIMIT {
-        return Err("it is in too many pieces".to_owned());
+        return Err("it has too many segments".to_owned());
     }
     let count = legs.len() as u64;
     let mut striped = Vec::new();
@@ -274,7 +276,7 @@ fn stripe(legs: &[Vec<VolumeSegment>], stripe_len: u64) -> Result<Vec<VolumeSegm
     let mut from = 0;
     for end in ends {
         if !end.is_multiple_of(stripe_len) {
-            return Err("its parts do not end where stripes do".to_owned());
+            return Err("its parts do not end at a stripe's end".to_owned());
         }
         let mut here = Vec::new();
         for (leg, place) in legs.iter().zip(&mut places) {
@@ -295,7 +297,7 @@ fn stripe(legs: &[Vec<VolumeSegment>], stripe_len: u64) -> Result<Vec<VolumeSegm
     Ok(striped)
 }
 
-/// Adds a segment; one that only goes on where the last one ends makes that one longer.
+/// Adds a segment; joins it with the last one if the two are contiguous.
 fn append(all: &mut Vec<VolumeSegment>, segment: VolumeSegment) {
     if let Some(last) = all.last_mut()
         && let (VolumeMapping::Linear(before), VolumeMapping::Linear(leg)) = (&last.place, &segment.place)

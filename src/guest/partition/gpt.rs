@@ -1,4 +1,5 @@
-//! The GUID partition table: a header in the second sector and one in the last, each with its own array of entries.
+//! The GUID partition table: a header in the second sector and one in the last, each with its own array of
+//! entries.
 
 use super::{MOST_PARTITIONS, Partition, PartitionTable, SECTOR_LENS, TableKind, fit, types};
 use crate::guest::Source;
@@ -6,18 +7,18 @@ use crate::guest::bytes::{array, crc32, guid, le32, le64, slice, utf16};
 
 const SIGNATURE: &[u8] = b"EFI PART";
 const HEADER_LEN: usize = 92;
-/// What is taken for an array of entries, in bytes. The usual one has 16 KiB.
+/// Bytes of an array of entries at most; the usual one has 16 KiB.
 const ENTRIES_LEN_LIMIT: u64 = 4 << 20;
 
 /// Why a header is not used.
 enum GptDefect {
-    /// There is none.
+    /// There is no header.
     Absent,
-    /// There is one, and this is wrong with it.
+    /// There is a header, with this defect.
     Damaged(&'static str),
 }
 
-/// A header whose checksums are right, and its entries.
+/// A header with correct checksums, and its entries.
 struct GptHeader {
     sector_len: u64,
     entry_len: usize,
@@ -30,26 +31,26 @@ pub(super) fn read(disk: &dyn Source, protected: bool, remarks: &mut Vec<String>
         match header(disk, sector_len, 1) {
             Ok(header) => {
                 if !protected {
-                    remarks.push("the GPT is used though no MBR protects it".to_owned());
+                    remarks.push("the GPT is used although no protective MBR exists".to_owned());
                 }
                 return Some(table(disk, &header, remarks));
             }
-            Err(GptDefect::Damaged(what)) => damage = damage.or(Some(what)),
+            Err(GptDefect::Damaged(defect)) => damage = damage.or(Some(defect)),
             Err(GptDefect::Absent) => {}
         }
     }
-    // Without any sign of the first header, what the end of the disk holds may be left from long ago.
+    // Without any trace of the first header, the one at the end of the disk may be a remain of an old table.
     if !protected && damage.is_none() {
         return None;
     }
-    let first = damage.unwrap_or("it is not there");
+    let first = damage.unwrap_or("it is missing");
     for sector_len in SECTOR_LENS {
         let last = (disk.size() / sector_len).checked_sub(1);
-        // A disk that has grown has its second header where the first one says.
-        let said = sector(disk, sector_len, 1).filter(|sector| sector.starts_with(SIGNATURE));
-        for number in last.into_iter().chain(said.map(|sector| le64(&sector, 32))) {
+        // If the disk has grown, the second header is where the first one states.
+        let stated = sector(disk, sector_len, 1).filter(|sector| sector.starts_with(SIGNATURE));
+        for number in last.into_iter().chain(stated.map(|sector| le64(&sector, 32))) {
             if let Ok(header) = header(disk, sector_len, number) {
-                remarks.push(format!("the first GPT header cannot be used ({first}); the second is used"));
+                remarks.push(format!("the first GPT header cannot be used ({first}); the second is used instead"));
                 return Some(table(disk, &header, remarks));
             }
         }
@@ -73,13 +74,13 @@ fn header(disk: &dyn Source, sector_len: u64, number: u64) -> Result<GptHeader, 
     if !(HEADER_LEN..=sector.len()).contains(&len) {
         return Err(GptDefect::Damaged("its length is wrong"));
     }
-    // The checksum counts itself as zero.
+    // The checksum is computed with its own field as zero.
     let sum = crc32(crc32(crc32(!0, &sector[..16]), &[0; 4]), &sector[20..len]);
     if !sum != le32(&sector, 16) {
         return Err(GptDefect::Damaged("its checksum is wrong"));
     }
     if le64(&sector, 24) != number {
-        return Err(GptDefect::Damaged("it belongs elsewhere"));
+        return Err(GptDefect::Damaged("it states another position"));
     }
     let (count, entry_len) = (u64::from(le32(&sector, 80)), u64::from(le32(&sector, 84)));
     let entries_len = count * entry_len;
@@ -99,11 +100,11 @@ fn header(disk: &dyn Source, sector_len: u64, number: u64) -> Result<GptHeader, 
 
 fn table(disk: &dyn Source, header: &GptHeader, remarks: &mut Vec<String>) -> PartitionTable {
     let mut partitions = Vec::new();
-    let mut left_out = 0;
+    let mut omitted = 0;
     for (index, entry) in header.entries.chunks_exact(header.entry_len).enumerate() {
         let Some(kind) = guid(array(entry, 0)) else { continue };
         if index >= MOST_PARTITIONS {
-            left_out += 1;
+            omitted += 1;
             continue;
         }
         let number = index as u32 + 1;
@@ -126,8 +127,8 @@ fn table(disk: &dyn Source, header: &GptHeader, remarks: &mut Vec<String>) -> Pa
         fit(&mut partition, disk.size(), remarks);
         partitions.push(partition);
     }
-    if left_out > 0 {
-        remarks.push(format!("{left_out} partitions have numbers above {MOST_PARTITIONS} and are not shown"));
+    if omitted > 0 {
+        remarks.push(format!("{omitted} partitions have numbers above {MOST_PARTITIONS} and are not shown"));
     }
     PartitionTable { kind: TableKind::Gpt, sector_len: header.sector_len, partitions }
 }

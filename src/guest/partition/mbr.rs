@@ -1,6 +1,6 @@
-//! The table of the master boot record, and the chain of extended boot records behind it.
+//! The table of the master boot record, and the chain of extended boot records.
 //!
-//! Nothing in it tells how many bytes its sectors have. They are 512, unless it makes sense only with 4096.
+//! An MBR does not store its sector size. It is 512, unless the table is valid only with 4096.
 
 use super::{MOST_PARTITIONS, Partition, PartitionTable, SECTOR_LENS, TableKind, fit, is_known, types};
 use crate::guest::Source;
@@ -8,7 +8,7 @@ use crate::guest::bytes::{le32, slice};
 
 const SIGNATURE: &[u8] = b"\x55\xaa";
 const PROTECTIVE: u8 = 0xee;
-/// Extended boot records without any partition that may follow each other; the kernel's limit.
+/// Consecutive extended boot records without a partition; the kernel's limit.
 const EMPTY_RECORDS_LIMIT: u32 = 100;
 
 /// An entry of a table.
@@ -29,19 +29,19 @@ impl MbrEntry {
 /// A master or extended boot record.
 pub(super) struct BootRecord {
     entries: [MbrEntry; 4],
-    /// The disk's own number.
+    /// The disk's identifier.
     signature: u32,
 }
 
 impl BootRecord {
-    /// The record in a sector; `None` if it has no signature or is something else's first sector.
+    /// The record in a sector; `None` if it has no signature or is another format's first sector.
     pub(super) fn parse(sector: &[u8]) -> Option<Self> {
         let record = Self::parse_chained(sector)?;
-        // Something other than a boot mark means that there are no entries, but code.
+        // A byte other than a boot flag means code instead of entries.
         (0..4).all(|index| matches!(sector[446 + index * 16], 0 | 0x80)).then_some(record)
     }
 
-    /// An extended record: it has no boot marks worth looking at.
+    /// An extended record, whose boot flags mean nothing.
     fn parse_chained(sector: &[u8]) -> Option<Self> {
         if slice(sector, 510, 2) != SIGNATURE {
             return None;
@@ -53,12 +53,12 @@ impl BootRecord {
         Some(Self { entries: [entry(0), entry(1), entry(2), entry(3)], signature: le32(sector, 440) })
     }
 
-    /// It says that the disk belongs to a GPT.
+    /// Whether it protects a GPT.
     pub(super) fn protects(&self) -> bool {
         self.entries.iter().any(|entry| entry.kind == PROTECTIVE)
     }
 
-    /// It has partitions of its own.
+    /// Whether it has partitions of its own.
     pub(super) fn has_others(&self) -> bool {
         self.entries.iter().any(|entry| entry.kind != PROTECTIVE && entry.count != 0)
     }
@@ -69,21 +69,22 @@ pub(super) fn read(disk: &dyn Source, record: &BootRecord, remarks: &mut Vec<Str
         let mut remarks = Vec::new();
         (read_with(disk, record, sector_len, &mut remarks), remarks)
     });
-    // A chain of extended records is found only where it is; other partitions are judged by what they hold.
+    // A chain of extended records is valid with one sector size only; other partitions are judged by their
+    // content.
     let is_large = large_remarks.is_empty()
         && if small.partitions.iter().any(|part| part.is_extended) {
             !small_remarks.is_empty()
         } else {
-            let makes_sense =
+            let has_known_content =
                 |table: &PartitionTable| table.partitions.iter().any(|part| is_known(disk, part.start, part.len));
-            !makes_sense(&small) && makes_sense(&large)
+            !has_known_content(&small) && has_known_content(&large)
         };
     let (table, found) = if is_large { (large, &mut large_remarks) } else { (small, &mut small_remarks) };
     remarks.append(found);
     for partition in &table.partitions {
         if matches!(partition.type_name.as_str(), "FreeBSD" | "OpenBSD" | "NetBSD" | "Solaris") {
             let (number, name) = (partition.number, &partition.type_name);
-            remarks.push(format!("partition {number} may have a disk label of {name}, which is not read"));
+            remarks.push(format!("partition {number} may have a {name} disk label, which is not supported"));
         }
     }
     table
@@ -123,7 +124,7 @@ fn partition(number: u32, start: u64, len: u64, kind: u8, signature: u32) -> Par
     }
 }
 
-/// Logical partitions as they are found.
+/// The logical partitions of an extended partition.
 struct ExtendedChain<'a> {
     disk: &'a dyn Source,
     sector_len: u64,
@@ -143,14 +144,14 @@ impl ExtendedChain<'_> {
                 Err(_) => None,
             };
             let Some(record) = record else {
-                remarks.push(format!("the chain of extended partition {number} breaks off at {here:#x}"));
+                remarks.push(format!("the chain of extended partition {number} is broken at {here:#x}"));
                 return;
             };
             let before = self.found.len();
             for (index, entry) in record.entries.into_iter().enumerate() {
                 let (start, len) = (u64::from(entry.start) * self.sector_len, u64::from(entry.count) * self.sector_len);
                 let is_outside = start + len > here_len || here + start + len > first + first_len;
-                // The third and the fourth often are garbage.
+                // The third and the fourth entry often hold garbage.
                 if entry.count == 0 || entry.is_extended() || (index >= 2 && is_outside) {
                     continue;
                 }
@@ -165,7 +166,7 @@ impl ExtendedChain<'_> {
             let next = record.entries.into_iter().find(|entry| entry.count != 0 && entry.is_extended());
             let Some(next) = next else { return };
             if empty_count > EMPTY_RECORDS_LIMIT {
-                remarks.push(format!("the chain of extended partition {number} does not end"));
+                remarks.push(format!("the chain of extended partition {number} has no end"));
                 return;
             }
             here = first + u64::from(next.start) * self.sector_len;

@@ -1,7 +1,7 @@
-//! Partition tables: GPT, and the MBR's with its logical partitions.
+//! Partition tables: GPT, and the MBR with logical partitions.
 //!
-//! Promises: partitions are numbered and delimited as Linux does it, whether the disk's sectors have 512 or 4096 bytes.
-//! What a table says of itself that cannot be true is a remark; what lies outside of the disk is cut off.
+//! Promises: partitions are numbered and delimited like Linux does it, with sectors of 512 or 4096 bytes. An
+//! impossible field is a remark; ranges beyond the end of the disk are cut off.
 
 mod gpt;
 mod mbr;
@@ -15,9 +15,9 @@ use crate::guest::bytes::{be16, le32, slice};
 use crate::guest::content::{VolumeContent, probe};
 use crate::guest::source::within;
 
-/// Linux has no more on one disk.
+/// Linux' limit of partitions on one disk.
 const MOST_PARTITIONS: usize = 255;
-/// The sizes that sectors have.
+/// The supported sector sizes.
 const SECTOR_LENS: [u64; 2] = [512, 4096];
 
 /// A partition of a disk.
@@ -27,29 +27,29 @@ pub struct Partition {
     pub number: u32,
     /// Where it begins, in bytes.
     pub start: u64,
-    /// Bytes; what would lie beyond the end of the disk is cut off.
+    /// Bytes; a range beyond the end of the disk is cut off.
     pub len: u64,
     /// Its name in the table (GPT), if it has one.
     pub name: Option<String>,
-    /// What the table says that it is for: `Linux filesystem`, `EFI System`, or its type's code.
+    /// Its purpose by the table: `Linux filesystem`, `EFI System`, or the type's code.
     pub type_name: String,
-    /// What Linux calls its `PARTUUID`.
+    /// Linux' `PARTUUID`.
     pub uuid: Option<String>,
-    /// It only holds logical partitions.
+    /// It only contains logical partitions.
     pub is_extended: bool,
 }
 
-/// The kinds of tables that are read.
+/// The supported partition tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TableKind {
-    /// EFI's.
+    /// GUID partition table.
     Gpt,
-    /// That of the master boot record.
+    /// The master boot record's table.
     Dos,
 }
 
 impl TableKind {
-    /// As blkid(8) spells it.
+    /// The name in blkid(8).
     pub fn name(self) -> &'static str {
         match self {
             Self::Gpt => "gpt",
@@ -58,18 +58,18 @@ impl TableKind {
     }
 }
 
-/// What a disk's partition table says.
+/// A disk's partition table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PartitionTable {
     /// Its kind.
     pub kind: TableKind,
-    /// Bytes of a sector, as it counts them.
+    /// Bytes of a sector, as the table counts them.
     pub sector_len: u64,
     /// By number.
     pub partitions: Vec<Partition>,
 }
 
-/// The partition table of a disk, if it has one, and what should be known of it.
+/// The partition table of a disk, if it has one, and remarks for the user.
 pub fn read(disk: &dyn Source) -> (Option<PartitionTable>, Vec<String>) {
     let mut remarks = Vec::new();
     let mut sector = vec![0; 512];
@@ -77,7 +77,7 @@ pub fn read(disk: &dyn Source) -> (Option<PartitionTable>, Vec<String>) {
         return (None, remarks);
     }
     let record = mbr::BootRecord::parse(&sector);
-    // As the kernel decides it: a GPT counts if the MBR protects it. Here also if there is nothing else in the MBR.
+    // The kernel uses a GPT if an MBR protects it. Here it is also used if the MBR has no other entries.
     let protects = record.as_ref().is_some_and(mbr::BootRecord::protects);
     let has_others = record.as_ref().is_some_and(mbr::BootRecord::has_others);
     let table = if protects || !has_others { gpt::read(disk, protects, &mut remarks) } else { None };
@@ -92,7 +92,7 @@ pub fn read(disk: &dyn Source) -> (Option<PartitionTable>, Vec<String>) {
     (table, remarks)
 }
 
-/// FAT and its like end their first sector as an MBR does.
+/// FAT and similar formats have a first sector that ends like an MBR.
 fn is_boot_sector(disk: &dyn Source) -> bool {
     matches!(
         probe(disk).content,
@@ -105,7 +105,7 @@ fn is_boot_sector(disk: &dyn Source) -> bool {
     )
 }
 
-/// Cuts what a table says to what the disk has.
+/// Cuts a partition at the end of the disk.
 fn fit(partition: &mut Partition, size: u64, remarks: &mut Vec<String>) {
     let left = size.saturating_sub(partition.start);
     if partition.len > left {
@@ -131,7 +131,7 @@ fn remark_overlaps(partitions: &[Partition], remarks: &mut Vec<String>) {
     }
 }
 
-/// Tables that are known, but not read.
+/// Adds a remark for a known but unsupported table.
 fn remark_others(disk: &dyn Source, remarks: &mut Vec<String>) {
     let mut head = vec![0; 2048];
     if disk.read_at(0, &mut head).is_err() {
@@ -146,15 +146,15 @@ fn remark_others(disk: &dyn Source, remarks: &mut Vec<String>) {
     } else {
         return;
     };
-    remarks.push(format!("{other} is there, which is not read"));
+    remarks.push(format!("the disk has {other}, which is not supported"));
 }
 
-/// What a stretch of a disk holds is known.
+/// Whether a range of a disk has known content.
 fn is_known(disk: &dyn Source, start: u64, len: u64) -> bool {
     !matches!(probe(&DiskRange::new(disk, start, len)).content, VolumeContent::Empty | VolumeContent::Unknown)
 }
 
-/// A stretch of a disk that is only looked at.
+/// A read-only range of a disk.
 pub(super) struct DiskRange<'a> {
     disk: &'a dyn Source,
     start: u64,
@@ -162,7 +162,7 @@ pub(super) struct DiskRange<'a> {
 }
 
 impl<'a> DiskRange<'a> {
-    /// `len` bytes from `start` on, cut short where the disk ends.
+    /// `len` bytes from `start` on, cut off at the end of the disk.
     pub(super) fn new(disk: &'a dyn Source, start: u64, len: u64) -> Self {
         Self { disk, start, len: len.min(disk.size().saturating_sub(start)) }
     }

@@ -1,6 +1,6 @@
-//! What partitions are for, in fdisk(8)'s words.
+//! The purposes of partitions, in fdisk(8)'s words.
 
-/// The name of an MBR's code.
+/// The name of an MBR type code.
 pub(super) fn of_code(code: u8) -> Option<&'static str> {
     let name = match code {
         0x00 => "Empty",
@@ -42,7 +42,7 @@ pub(super) fn of_code(code: u8) -> Option<&'static str> {
     Some(name)
 }
 
-/// The name of a GPT's type.
+/// The name of a GPT type.
 pub(super) fn of_guid(guid: &str) -> Option<&'static str> {
     let name = match guid {
         "c12a7328-f81f-11d2-ba4b-00a0c93ec93b" => "EFI System",

@@ -1,7 +1,7 @@
-//! Where the bytes of a volume lie on the guest's disks.
+//! The mapping of a volume's bytes to the guest's disks.
 //!
-//! A map is a list of segments without gaps from the beginning of the volume to its end. It takes memory by the segment,
-//! not by the stripe, and finds a place in logarithmic time.
+//! A map is a list of segments without gaps from the beginning of the volume to its end. Its memory grows
+//! with the segments, not with the stripes, and a lookup takes logarithmic time.
 
 use std::sync::Arc;
 
@@ -11,23 +11,23 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::Source;
 use crate::guest::source::within;
 
-/// A stretch of a volume, and where its bytes are.
+/// A range of a volume, and where its bytes are.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeSegment {
     /// Where it begins in the volume.
     pub at: u64,
     /// Bytes; never 0.
     pub len: u64,
-    /// Where they are.
+    /// Where its bytes are.
     pub place: VolumeMapping,
 }
 
-/// Where the bytes of a segment are.
+/// The mapping of a segment's bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VolumeMapping {
-    /// One after the other.
+    /// Contiguous on one disk.
     Linear(DiskPosition),
-    /// Dealt to the legs in turn, `stripe_len` bytes each.
+    /// Striped over the legs, `stripe_len` bytes each in turn.
     Striped {
         /// Bytes; never 0.
         stripe_len: u64,
@@ -36,28 +36,28 @@ pub enum VolumeMapping {
     },
 }
 
-/// A place on a disk from which on bytes belong to a segment.
+/// A position on a disk where the bytes of a segment or a leg begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskPosition {
-    /// The disk's number: its place in the slice that [`layout`](super::layout) was given.
+    /// The disk's number: its index in [`layout`](super::layout)'s `disks`.
     pub disk: u32,
     /// Bytes from the disk's beginning.
     pub offset: u64,
 }
 
-/// A run of a volume's bytes that lie together on one disk.
+/// A run of a volume's bytes that is contiguous on one disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeRun {
     /// The disk's number.
     pub disk: u32,
     /// Bytes from the disk's beginning.
     pub offset: u64,
-    /// Bytes; never 0, and no more than were asked for.
+    /// Bytes; never 0, and at most the requested number.
     pub len: u64,
 }
 
-/// Where the bytes from `at` on lie, as many of `len` as lie together; `None` if that is outside of all segments, or
-/// `len` is 0.
+/// Where the bytes from `at` on are, up to `len` contiguous ones; `None` outside all segments, or if `len` is
+/// 0.
 pub fn locate(segments: &[VolumeSegment], at: u64, len: u64) -> Option<VolumeRun> {
     let index = segments.partition_point(|segment| segment.at <= at).checked_sub(1)?;
     let segment = &segments[index];
@@ -79,7 +79,7 @@ pub fn locate(segments: &[VolumeSegment], at: u64, len: u64) -> Option<VolumeRun
     Some(VolumeRun { disk: leg.disk, offset: leg.offset.checked_add(leg_at)?, len })
 }
 
-/// A volume as a source of its own.
+/// A volume as a source.
 pub(super) struct Mapped {
     pub(super) size: u64,
     pub(super) segments: Vec<VolumeSegment>,
@@ -96,14 +96,14 @@ impl Source for Mapped {
         let mut done = 0;
         while done < buf.len() {
             let here = at + done as u64;
-            let stretch = locate(&self.segments, here, (buf.len() - done) as u64);
-            let found = stretch.and_then(|stretch| Some((stretch, self.disks.get(stretch.disk as usize)?)));
-            let Some((stretch, disk)) = found else {
-                let fact = format!("no disk holds what the volume has at {here:#x}");
+            let run = locate(&self.segments, here, (buf.len() - done) as u64);
+            let found = run.and_then(|run| Some((run, self.disks.get(run.disk as usize)?)));
+            let Some((run, disk)) = found else {
+                let fact = format!("no disk holds the volume's bytes at {here:#x}");
                 return Err(Error::new(ErrorKind::Corrupt, fact));
             };
-            let end = done + stretch.len as usize;
-            disk.read_at(stretch.offset, &mut buf[done..end])?;
+            let end = done + run.len as usize;
+            disk.read_at(run.offset, &mut buf[done..end])?;
             done = end;
         }
         Ok(())
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn stripes_are_dealt_in_turn() {
+    fn stripes_take_turns_over_the_legs() {
         let mut all = [0; 30];
         mapped().read_at(0, &mut all).unwrap();
         let expected = [
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_no_segment_is_nowhere() {
+    fn bytes_outside_all_segments_have_no_position() {
         let segments = mapped().segments;
         assert_eq!(locate(&segments, 9, 100), Some(VolumeRun { disk: 0, offset: 14, len: 1 }));
         assert_eq!(locate(&segments, 13, 100), Some(VolumeRun { disk: 1, offset: 3, len: 1 }));

@@ -1,7 +1,8 @@
-//! The volumes of a guest's disk: its partitions, the logical volumes it has a part in, or the disk as a whole.
+//! The volumes of a guest's disk: its partitions, the logical volumes it is part of, or the whole disk.
 //!
-//! Promises: [`layout`] never fails. What is damaged, missing or of an unknown kind is said in remarks, and at each volume
-//! in its `problem`; the rest is shown. Whatever the disks hold, lists and texts stay below the limits stated here.
+//! Promises: [`layout`] never fails. Damage, missing parts and unknown content become remarks, or the
+//! `problem` of a volume; the rest is shown. For any disks, lists and texts stay below the limits stated
+//! here.
 
 mod map;
 
@@ -19,39 +20,41 @@ pub use map::{DiskPosition, VolumeMapping, VolumeRun, VolumeSegment, locate};
 /// Remarks that are kept.
 const REMARK_LIMIT: usize = 100;
 
-/// What the guest's disks hold.
+/// The content of the guest's disks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeLayout {
-    /// The kind of partition table, as blkid(8) spells it: `gpt` or `dos`.
+    /// The kind of partition table, in blkid(8)'s spelling: `gpt` or `dos`.
     pub table: Option<String>,
-    /// Bytes of a sector as that table counts them: 512 or 4096.
+    /// Bytes of a sector as the table counts them: 512 or 4096.
     pub sector_size: Option<u32>,
-    /// Those of the first disk, by number; extended ones too, which only hold others.
+    /// The first disk's partitions, by number, including extended ones.
     pub partitions: Vec<Partition>,
-    /// All there are, whether their files can be shown or not. Names differ.
+    /// All volumes, whether or not their files can be shown. Names are unique.
     pub volumes: Vec<Volume>,
-    /// What should be known, a sentence each: that the first partition table is damaged and its copy was used, say.
+    /// Facts that the user should know, one sentence each, for example that the first partition table is
+    /// damaged and its copy was used.
     pub remarks: Vec<String>,
-    /// Volume groups that the first disk has a part in, and parts of which are on no disk that was given.
+    /// Volume groups that the first disk is part of and that lack physical volumes.
     pub missing: Vec<MissingVolumeGroup>,
 }
 
-/// A volume: something that may hold a file system.
+/// A volume: it may hold a file system.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Volume {
-    /// `p1` for a partition, `VG-LV` for a logical volume (as in `/dev/mapper`), `disk` for a whole disk. Can stand as a file's name.
+    /// `p1` for a partition, `VG-LV` for a logical volume (as in `/dev/mapper`), `disk` for a whole disk. A
+    /// valid file name.
     pub name: String,
     /// Bytes.
     pub size: u64,
-    /// Where they are: without gaps, from 0 to `size`. Empty if that is not known; then there is a `problem`.
+    /// Where the bytes are: without gaps, from 0 to `size`. Empty if unknown; then there is a `problem`.
     pub segments: Vec<VolumeSegment>,
-    /// What it holds.
+    /// Its content.
     pub content: VolumeContent,
     /// The content's own label.
     pub label: Option<String>,
-    /// The content's own identity, as blkid(8) writes it.
+    /// The content's own identity, in blkid(8)'s form.
     pub uuid: Option<String>,
-    /// Why its files cannot be shown, a sentence; `None` if a reader for its content exists.
+    /// Why its files cannot be shown, one sentence; `None` if its content has a reader.
     pub problem: Option<String>,
 }
 
@@ -62,32 +65,33 @@ pub struct MissingVolumeGroup {
     pub name: String,
     /// Its identity.
     pub id: String,
-    /// How often it has been changed: its other physical volumes say the same, unless they were away.
+    /// The sequence number of its metadata: the absent physical volumes have the same, unless they were
+    /// detached.
     pub state: u64,
-    /// The identities of the physical volumes that are not there.
+    /// The identities of the absent physical volumes.
     pub absent: Vec<String>,
 }
 
 impl Volume {
-    /// Where the bytes from `at` on lie, as many of `len` as lie together; `None` at and beyond the end.
+    /// Where the bytes from `at` on are, up to `len` contiguous ones; `None` at and beyond the end.
     pub fn locate(&self, at: u64, len: u64) -> Option<VolumeRun> {
         locate(&self.segments, at, len)
     }
 }
 
-/// A physical volume that a disk holds.
+/// A physical volume on a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PhysicalVolumeName {
     /// Its identity.
     pub id: String,
-    /// The identity of the volume group that it says it belongs to.
+    /// The identity of its volume group, by its own metadata.
     pub group: Option<String>,
-    /// How often that group had been changed when it was last told.
+    /// The sequence number of its copy of the group's metadata.
     pub state: Option<u64>,
 }
 
-/// What the guest's disks hold. `disks[0]` is the one that is looked at; the others are offered for the volume groups that it
-/// has a part in, and only those parts of them are used.
+/// The content of the guest's disks. `disks[0]` is the requested one. The others are candidates for the
+/// volume groups that it is part of; only their parts of these groups are used.
 pub fn layout(disks: &[Arc<dyn Source>]) -> VolumeLayout {
     let Some(disk) = disks.first() else { return VolumeLayout::default() };
     let (table, remarks) = partition::read(disk);
@@ -101,7 +105,7 @@ pub fn layout(disks: &[Arc<dyn Source>]) -> VolumeLayout {
         layout.volumes.push(plain(format!("p{}", part.number), disk, part.start, part.len));
     }
     let disk_as_a_whole = plain("disk".to_owned(), disk, 0, disk.size());
-    // A disc made to be started from a stick has a partition table as well, which says less.
+    // A hybrid ISO image has a partition table as well, but the ISO 9660 file system describes all of it.
     if layout.volumes.is_empty() || disk_as_a_whole.content == VolumeContent::Iso9660 {
         layout.volumes.push(disk_as_a_whole);
     }
@@ -111,13 +115,13 @@ pub fn layout(disks: &[Arc<dyn Source>]) -> VolumeLayout {
     if layout.remarks.len() > REMARK_LIMIT {
         let more = layout.remarks.len() - REMARK_LIMIT;
         layout.remarks.truncate(REMARK_LIMIT);
-        layout.remarks.push(format!("there is more to be said of it ({more} remarks)"));
+        layout.remarks.push(format!("{more} more remarks are not shown"));
     }
     layout
 }
 
-/// The physical volumes that a disk holds, itself or in its partitions: by these the other disks of a volume group are
-/// found.
+/// The physical volumes of a disk, on the disk itself or in its partitions. They identify the other disks of
+/// a volume group.
 pub fn physical_volumes(disk: &Arc<dyn Source>) -> Vec<PhysicalVolumeName> {
     let name = |pv: PhysicalVolume| PhysicalVolumeName {
         id: pv.id.to_string(),
@@ -127,12 +131,12 @@ pub fn physical_volumes(disk: &Arc<dyn Source>) -> Vec<PhysicalVolumeName> {
     find_physical_volumes(disk, 0).into_iter().map(name).collect()
 }
 
-/// The bytes of a volume; `disks` as [`layout`] was given them.
+/// The bytes of a volume; `disks` as for [`layout`].
 pub fn volume_source(volume: &Volume, disks: &[Arc<dyn Source>]) -> Arc<dyn Source> {
     Arc::new(map::Mapped { size: volume.size, segments: volume.segments.clone(), disks: disks.to_vec() })
 }
 
-/// A volume that is a stretch of the first disk.
+/// A volume that is a range of the first disk.
 fn plain(name: String, disk: &Arc<dyn Source>, start: u64, len: u64) -> Volume {
     let found = probe(&Slice::new(Arc::clone(disk), start, len));
     let place = VolumeMapping::Linear(DiskPosition { disk: 0, offset: start });
@@ -148,7 +152,7 @@ fn described(name: String, size: u64, segments: Vec<VolumeSegment>, found: Detec
 fn find_physical_volumes(disk: &Arc<dyn Source>, number: u32) -> Vec<PhysicalVolume> {
     let in_partition = |part: &Partition| PhysicalVolume::find(disk, number, part.start, part.len);
     match partition::read(disk).0 {
-        // LVM leaves a disk with partitions alone, even where a label was left in front of them.
+        // LVM ignores a disk with partitions, even if an old label precedes them.
         Some(table) if !table.partitions.is_empty() => {
             table.partitions.iter().filter(|part| !part.is_extended).filter_map(in_partition).collect()
         }

@@ -1,4 +1,4 @@
-//! What qemu-img 10.0.2 printed is the expectation.
+//! The expected output was printed by qemu-img 10.0.2.
 
 use super::super::json::pretty;
 use super::*;
@@ -30,7 +30,7 @@ const DATA_FILE: &str = r#"{"virtual-size": 5242880, "filename": "df.qcow2", "fo
         "encrypt": {"format": "luks", "slots": []}}}}"#;
 
 #[test]
-fn the_keys_and_their_nesting_are_those_of_qemu_img() {
+fn keys_and_nesting_match_qemu_img() {
     for text in [MID, V2, DATA_FILE] {
         let expected: serde_json::Value = serde_json::from_str(text).unwrap();
         let image: ImageInfo = serde_json::from_str(text).unwrap();
@@ -40,7 +40,7 @@ fn the_keys_and_their_nesting_are_those_of_qemu_img() {
 }
 
 #[test]
-fn the_text_is_that_of_qemu_img() {
+fn the_text_matches_qemu_img() {
     let image: ImageInfo = serde_json::from_str(MID).unwrap();
     let zone = TimeZone::UTC;
     let expected = "\
@@ -73,7 +73,7 @@ Format specific information:
 }
 
 #[test]
-fn what_chainfs_knows_has_an_object_of_its_own() {
+fn facts_of_chainfs_are_in_their_own_object() {
     let layer = LayerInfo {
         view: "sn1".into(),
         chains: vec!["web01".into(), "web02".into()],

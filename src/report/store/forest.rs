@@ -1,7 +1,7 @@
-//! The trees of a store: a base, and all that stands on it.
+//! The trees of a store: each base with all its overlays.
 //!
-//! A backing file that is not there is drawn as a base of its own, under everybody who wants it.
-//! The chain with the most layers goes straight up and names the tree.
+//! A missing backing file is drawn as a base of its own, under every image that refers to it. The chain with
+//! the most layers is drawn straight and names the tree.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -20,16 +20,16 @@ use crate::store::{
 
 use super::{ListingBudget, chain_name, path_text};
 
-/// How much of a chain's command is done, in percent, where that is known.
+/// The progress of a chain's running command in percent, if known.
 pub type Shares<'a> = dyn Fn(&Path) -> Option<u64> + 'a;
 
 /// Every tree of the store.
 pub fn forest(store: &Store, catalog: &Catalog) -> Forest {
-    forest_at_work(store, catalog, &|_| None)
+    forest_with_progress(store, catalog, &|_| None)
 }
 
-/// The same by somebody who knows how far commands are.
-pub fn forest_at_work(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> Forest {
+/// The same, with the progress of running commands.
+pub fn forest_with_progress(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> Forest {
     let mut bases: Vec<TreeRoot> = Vec::new();
     let mut missing: HashMap<MissingBacking<'_>, usize> = HashMap::new();
     for index in 0..catalog.images.len() {
@@ -50,13 +50,13 @@ pub fn forest_at_work(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> 
     draw(store, catalog, shares, &bases)
 }
 
-/// The tree that this chain is part of.
+/// The tree that contains this chain.
 pub fn chain_forest(store: &Store, catalog: &Catalog, leaf: ImageIndex) -> Forest {
-    chain_forest_at_work(store, catalog, leaf, &|_| None)
+    chain_forest_with_progress(store, catalog, leaf, &|_| None)
 }
 
-/// The same by somebody who knows how far commands are.
-pub fn chain_forest_at_work(store: &Store, catalog: &Catalog, leaf: ImageIndex, shares: &Shares<'_>) -> Forest {
+/// The same, with the progress of running commands.
+pub fn chain_forest_with_progress(store: &Store, catalog: &Catalog, leaf: ImageIndex, shares: &Shares<'_>) -> Forest {
     let base = *catalog.layers(leaf).last().expect("a chain has its leaf");
     let missing = MissingBacking::of(catalog, base);
     let images = match missing {
@@ -68,19 +68,20 @@ pub fn chain_forest_at_work(store: &Store, catalog: &Catalog, leaf: ImageIndex, 
     draw(store, catalog, shares, &[TreeRoot { missing, images }])
 }
 
-/// What one tree grows from.
+/// The root of a tree.
 struct TreeRoot<'a> {
-    /// The file that ought to be the base.
+    /// The missing base file, if any.
     missing: Option<MissingBacking<'a>>,
-    /// The base, or all that want the missing file.
+    /// The base, or all images that refer to the missing file.
     images: Vec<ImageIndex>,
 }
 
-/// A backing file that no image of the store is. Equal for all that mean the same by the same words.
+/// A backing file that is no image of the store. Equal for all images that refer to the same file by the same
+/// name.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct MissingBacking<'a> {
     root: usize,
-    /// Where a relative name starts from.
+    /// The directory of a relative name.
     directory: Option<&'a Path>,
     name: &'a [u8],
     word: &'static str,
@@ -93,14 +94,14 @@ impl<'a> MissingBacking<'a> {
         let name = &image.qcow2()?.header.backing.as_ref()?.name;
         let word = link_word(image)?;
         let directory = if name.starts_with(b"/") { None } else { image.place.path.parent() };
-        // The files of a loop are all there.
+        // All files of a loop exist.
         (word != LOOP).then_some(Self { root: image.place.root, directory, name, word })
     }
 }
 
 const LOOP: &str = "loop";
 
-/// In a word, what is wrong with the link to an image's backing file.
+/// The defect of the link to an image's backing file, in a word.
 fn link_word(image: &ImageEntry) -> Option<&'static str> {
     let BackingLink::Broken { image: lower, sentence } = &image.below else { return None };
     let name = image.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref()).map_or(&b""[..], |backing| &backing.name);
@@ -115,7 +116,7 @@ fn link_word(image: &ImageEntry) -> Option<&'static str> {
     })
 }
 
-/// In a word, why an image itself cannot be read.
+/// Why an image itself cannot be read, in a word.
 fn own_word(image: &ImageEntry) -> Option<&'static str> {
     image.problem.as_ref()?;
     Some(match &image.content {
@@ -129,28 +130,28 @@ fn own_word(image: &ImageEntry) -> Option<&'static str> {
     })
 }
 
-/// An image of a tree, and how far it is from the base.
+/// An image of a tree, and its distance from the base.
 struct PlacedImage {
     image: ImageIndex,
-    /// The image below it in the same list.
+    /// The index of its backing file in the same list.
     parent: Option<usize>,
     depth: usize,
 }
 
 fn draw(store: &Store, catalog: &Catalog, shares: &Shares<'_>, bases: &[TreeRoot<'_>]) -> Forest {
-    let begun = begun(store, catalog, shares);
+    let commands = commands(store, catalog, shares);
     let mut trees = Vec::with_capacity(bases.len());
     let mut writers = Writers::default();
     for base in bases {
         let placed = place(catalog, &base.images);
-        trees.push(Drawing { store, catalog, begun: &begun, placed: &placed }.tree(base, &mut writers));
+        trees.push(Drawing { store, catalog, commands: &commands, placed: &placed }.tree(base, &mut writers));
     }
-    writers.name(&mut trees);
+    writers.add_flags(&mut trees);
     trees.sort_by(|a, b| a.title.cmp(&b.title));
     Forest { trees }
 }
 
-/// All that stands on `bases`, whoever is below first.
+/// All overlays of `bases`, backing files first.
 fn place(catalog: &Catalog, bases: &[ImageIndex]) -> Vec<PlacedImage> {
     let mut placed: Vec<PlacedImage> =
         bases.iter().map(|image| PlacedImage { image: *image, parent: None, depth: 0 }).collect();
@@ -166,8 +167,8 @@ fn place(catalog: &Catalog, bases: &[ImageIndex]) -> Vec<PlacedImage> {
     placed
 }
 
-/// Active disks that other processes write, a line each: they cannot be opened meanwhile. Not a fault, but what somebody
-/// looks for who is refused.
+/// One line for each active disk that another process writes and that therefore cannot be opened. This is not
+/// a fault, but explains a refused open.
 pub fn locked_text(store: &Store, catalog: &Catalog) -> String {
     if store.options().force_share {
         return String::new();
@@ -183,23 +184,23 @@ pub fn locked_text(store: &Store, catalog: &Catalog) -> String {
     let line = |image: &&ImageEntry| {
         let names: Vec<String> = holders.get(&image.stat.id.inode)?.iter().map(LockHolder::to_string).collect();
         let fact = "is being written by";
-        let rest = "its active disk cannot be opened until that ends, and all snapshots below it can be read";
+        let rest = "its active disk cannot be opened until that ends; its snapshots can be read";
         let sentence = format!("{}: {fact} {}: {rest}", path_text(&image.place.path), names.join(", "));
-        // What this mount itself writes is open to all.
+        // Disks that this mount itself writes can be opened.
         (!names.is_empty()).then(|| safe::terminal(&sentence) + "\n")
     };
     written.iter().filter_map(line).collect()
 }
 
-/// What is being done to images, or was begun.
-fn begun(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> HashMap<FileId, String> {
+/// The running or unfinished command on each image.
+fn commands(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> HashMap<FileId, String> {
     let flag = |found: &FoundIntent| {
         let file = found.intent.operation.progress_at()?.file.id;
         let verb = found.intent.command.split(' ').next().unwrap_or_default();
         let share = shares(&found.intent.chain);
-        let is_at_work = share.is_some() || store.guard().is_owned(found);
+        let is_running = share.is_some() || store.guard().is_owned(found);
         let share = share.map(|percent| format!(" {percent} %")).unwrap_or_default();
-        Some((file, if is_at_work { format!("job: {verb}{share}") } else { format!("unfinished: {verb}") }))
+        Some((file, if is_running { format!("job: {verb}{share}") } else { format!("unfinished: {verb}") }))
     };
     catalog.intents.iter().filter_map(flag).collect()
 }
@@ -207,7 +208,7 @@ fn begun(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> HashMap<FileI
 struct Drawing<'a> {
     store: &'a Store,
     catalog: &'a Catalog,
-    begun: &'a HashMap<FileId, String>,
+    commands: &'a HashMap<FileId, String>,
     placed: &'a [PlacedImage],
 }
 
@@ -221,14 +222,14 @@ impl Drawing<'_> {
             let node = TreeNode::new(NodeMark::Broken, TreeNodeKind::Missing, safe::text(missing.name));
             tree.nodes.push(TreeNode { flags: vec![missing.word.to_owned()], ..node });
         }
-        // Internal snapshots stand between the images, so that places in the two lists differ.
+        // Internal snapshots are between the images, so the indices in the two lists differ.
         let mut nodes: Vec<usize> = Vec::with_capacity(self.placed.len());
         let mut room = ListingBudget::default();
         for (PlacedImage { image: index, parent, .. }, name) in self.placed.iter().zip(names) {
             let image = &self.catalog.images[*index];
             let node = self.node(*index, name);
             if self.is_active(*index) {
-                writers.ask(self.store, image, tree.nodes.len());
+                writers.record(self.store, image, tree.nodes.len());
             }
             let parent = match parent {
                 Some(parent) => Some(nodes[*parent]),
@@ -265,8 +266,8 @@ impl Drawing<'_> {
         self.is_leaf(index) && self.catalog.is_active(index)
     }
 
-    /// The leaf farthest from the base; among equals an active one, then the first by name. The
-    /// drawing's main column ends there for the same reasons.
+    /// The leaf farthest from the base; among equals an active one, then the first by name. The drawing's
+    /// main column ends there by the same rule.
     fn titular(&self) -> ImageIndex {
         let leaves = self.placed.iter().filter(|placed| self.is_leaf(placed.image));
         let rank = |placed: &PlacedImage| (placed.depth, self.catalog.is_active(placed.image));
@@ -275,7 +276,7 @@ impl Drawing<'_> {
         best.min_by_key(|image| &self.catalog.images[*image].place).expect("a tree has a leaf")
     }
 
-    /// Stems; full file names where those clash in the tree, and paths where even these do.
+    /// Stems; full file names where stems are not unique in the tree, and paths where file names are not.
     fn names(&self, titular: ImageIndex) -> Vec<String> {
         let path = |placed: &PlacedImage| self.catalog.images[placed.image].place.path.as_path();
         let mut stems: HashMap<&[u8], usize> = HashMap::new();
@@ -309,7 +310,7 @@ impl Drawing<'_> {
             (None, true) => NodeMark::Active,
             (None, false) => NodeMark::Frozen,
         };
-        // A word on the base that is missing is enough.
+        // The flag on the missing base is enough.
         let link = link.filter(|_| MissingBacking::of(self.catalog, index).is_none());
         let header = image.qcow2().map(|qcow2| &qcow2.header);
         let mut flags = Vec::new();
@@ -318,17 +319,17 @@ impl Drawing<'_> {
                 flags.push(word.to_owned());
             }
         };
-        let claim = self.catalog.claims_on(index).next().filter(|_| is_active);
-        let claim = claim.map(|claim| format!("not written: {} may stand on it", shown(&claim.by)));
-        flag(mark == NodeMark::Active && claim.is_none(), "writable");
-        flag(claim.is_some(), claim.as_deref().unwrap_or_default());
+        let user = self.catalog.claims_on(index).next().filter(|_| is_active);
+        let user = user.map(|user| format!("not writable: {} may use it as its backing file", shown(&user.by)));
+        flag(mark == NodeMark::Active && user.is_none(), "writable");
+        flag(user.is_some(), user.as_deref().unwrap_or_default());
         flag(image.users.len() > 1, &format!("shared by {}", image.chain_count));
         flag(own.is_some(), own.unwrap_or_default());
         flag(link.is_some(), link.unwrap_or_default());
         flag(header.is_some_and(|header| header.corrupt()), "corrupt");
         flag(header.is_some_and(|header| header.dirty()), "dirty");
         flag(image.qcow2().is_some_and(|qcow2| qcow2.snapshot_problem.is_some()), "bad snapshot table");
-        flags.extend(self.begun.get(&image.stat.id).cloned());
+        flags.extend(self.commands.get(&image.stat.id).cloned());
         let data_blocks = image.data_file.as_ref().map_or(0, |(_, stat)| stat.blocks);
         TreeNode {
             date: Some(date(image)),
@@ -358,7 +359,7 @@ fn kind(image: &ImageEntry) -> TreeNodeKind {
     }
 }
 
-/// When it was frozen, else when it was last changed.
+/// When the image was frozen, or else last changed.
 pub fn date(image: &ImageEntry) -> SystemTime {
     let (seconds, nanoseconds) = match &image.frozen {
         Some(frozen) => (frozen.seconds, frozen.nanoseconds),
@@ -380,7 +381,7 @@ fn file_name(path: &Path) -> &[u8] {
     path.file_name().map_or(b"", OsStrExt::as_bytes)
 }
 
-/// Nodes whose files somebody writes; who it is is asked once for all of them.
+/// Nodes whose files are being written; the writers are looked up once for all of them.
 #[derive(Default)]
 struct Writers {
     /// Trees drawn so far.
@@ -390,15 +391,15 @@ struct Writers {
 }
 
 impl Writers {
-    /// Notes whether somebody writes `image`, which becomes that node of the tree being drawn.
-    fn ask(&mut self, store: &Store, image: &ImageEntry, node: usize) {
+    /// Records `image` if a process writes it; it is that node of the current tree.
+    fn record(&mut self, store: &Store, image: &ImageEntry, node: usize) {
         let Ok(file) = store.roots()[image.place.root].open_file(&image.place.path) else { return };
         if probe_writer(file.as_fd()) {
             self.locked.push((self.tree_count, node, image.stat.id.inode));
         }
     }
 
-    fn name(&self, trees: &mut [BackingTree]) {
+    fn add_flags(&self, trees: &mut [BackingTree]) {
         if self.locked.is_empty() {
             return;
         }

@@ -1,4 +1,4 @@
-//! Images in the words of `qemu-img info`, filled in from the catalog.
+//! Images in the terms of `qemu-img info`, filled in from the catalog.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -21,7 +21,7 @@ use super::{ListingBudget, chain_name, path_text};
 
 /// Longer bitmap directories are not listed.
 const MAX_BITMAP_DIRECTORY: u64 = 4 << 20;
-/// Of more chains than these that share a layer, only the number is given.
+/// Chains of a shared layer that are listed; of more, only the number is given.
 const MAX_CHAINS_NAMED: usize = 100;
 
 /// The layers of a chain, leaf first, named by their paths on the host.
@@ -31,14 +31,15 @@ pub fn chain_info(store: &Store, catalog: &Catalog, leaf: ImageIndex) -> Vec<Ima
     infos(store, catalog, leaf, &filename, ListingBudget::endless())
 }
 
-/// The same for a file that is made as a whole: of very many internal snapshots the first ones only.
+/// The same for a file that is rendered as a whole: of very many internal snapshots, only the first ones.
 pub fn chain_info_in_short(store: &Store, catalog: &Catalog, leaf: ImageIndex) -> Vec<ImageInfo> {
     let place = &catalog.images[leaf].place;
     let filename = store.roots()[place.root].given().join(&place.path);
     infos(store, catalog, leaf, &filename, ListingBudget::default())
 }
 
-/// The same, where the user calls the leaf `filename`: names of layers follow from it as QEMU's do.
+/// The same, for a leaf that the user calls `filename`: as in QEMU, the names of the other layers follow from
+/// it.
 pub fn chain_info_as(store: &Store, catalog: &Catalog, leaf: ImageIndex, filename: &Path) -> Vec<ImageInfo> {
     infos(store, catalog, leaf, filename, ListingBudget::endless())
 }
@@ -56,7 +57,7 @@ fn infos(store: &Store, catalog: &Catalog, leaf: ImageIndex, filename: &Path, ro
     for (depth, ((index, name), filename)) in views.layers.iter().zip(names).zip(filenames).enumerate() {
         let image = &catalog.images[*index];
         let mut info = one(store, image, &filename, &mut room);
-        let left_out =
+        let omitted =
             image.qcow2().map_or(0, |qcow2| qcow2.snapshots.len()) - info.snapshots.as_ref().map_or(0, Vec::len);
         let sentences = catalog.sentences(*index);
         let frozen = image.frozen.as_ref();
@@ -70,7 +71,7 @@ fn infos(store: &Store, catalog: &Catalog, leaf: ImageIndex, filename: &Path, ro
             frozen_nsec: frozen.map(|frozen| frozen.nanoseconds),
             description: frozen.map(|frozen| frozen.description.clone()).filter(|words| !words.is_empty()),
             shared_by: image.users.len(),
-            snapshots_left_out: (left_out > 0).then_some(left_out),
+            snapshots_left_out: (omitted > 0).then_some(omitted),
             problem: (!sentences.is_empty()).then(|| terminal(&sentences.join("; "))),
         });
         infos.push(info);
@@ -78,8 +79,8 @@ fn infos(store: &Store, catalog: &Catalog, leaf: ImageIndex, filename: &Path, ro
     infos
 }
 
-/// The files that hold the guest's data of these layers, top first, where the user calls the top
-/// one `filename`.
+/// The files with the guest's data of these layers, top first, for a top layer that the user calls
+/// `filename`.
 pub fn layer_files(store: &Store, catalog: &Catalog, layers: &[ImageIndex], filename: &Path) -> Vec<String> {
     let files = layers.iter().zip(filenames(store, catalog, layers, filename)).map(|(index, filename)| {
         let data_file =
@@ -89,24 +90,24 @@ pub fn layer_files(store: &Store, catalog: &Catalog, layers: &[ImageIndex], file
     files.collect()
 }
 
-/// What each layer is called, one from the other as QEMU does it.
+/// The name of each layer, derived from the one above it as in QEMU.
 fn filenames(store: &Store, catalog: &Catalog, layers: &[ImageIndex], filename: &Path) -> Vec<PathBuf> {
     let mut next = filename.to_path_buf();
     let mut names = Vec::with_capacity(layers.len());
     for (depth, index) in layers.iter().enumerate() {
         let image = &catalog.images[*index];
         if depth > 0 && !store.options().maps.is_empty() {
-            // The names in headers are of another place.
+            // The names in the headers are from another host.
             next = store.host_path(&image.place);
         }
         let backing = content(image).and_then(|qcow2| qcow2.header.backing.as_ref());
-        let below = backing.map(|backing| full_name(&next, &backing.name)).unwrap_or_default();
-        names.push(std::mem::replace(&mut next, below));
+        let backing = backing.map(|backing| full_name(&next, &backing.name)).unwrap_or_default();
+        names.push(std::mem::replace(&mut next, backing));
     }
     names
 }
 
-/// One image, as the user calls it. Without what only its chain knows.
+/// One image under the user's name, without the facts that depend on its chain.
 pub fn image_info(store: &Store, catalog: &Catalog, index: ImageIndex, filename: &Path) -> ImageInfo {
     one(store, &catalog.images[index], filename, &mut ListingBudget::endless())
 }
@@ -149,7 +150,7 @@ fn one(store: &Store, image: &ImageEntry, filename: &Path, room: &mut ListingBud
     info
 }
 
-/// QEMU's word for what an image is, as far as that is known: what cannot be read is not raw.
+/// QEMU's name of an image's format, as far as it is known: an unreadable image is not called raw.
 fn format_of(image: &ImageEntry) -> &'static str {
     match (image.format, &image.content) {
         (Some(format), _) => format.name(),
@@ -164,7 +165,7 @@ fn format_of(image: &ImageEntry) -> &'static str {
     }
 }
 
-/// The image's own word if it is qcow2, read as such or not.
+/// The image's qcow2 header if it is qcow2, whether or not it can be read as such.
 fn content(image: &ImageEntry) -> Option<&Qcow2Description> {
     match (&image.content, image.format) {
         (DetectedContent::Qcow2(qcow2), Some(Format::Qcow2) | None) => Some(qcow2),
@@ -236,8 +237,8 @@ fn bitmaps(store: &Store, image: &ImageEntry, header: &Header) -> Option<Vec<Bit
     Some(infos.collect())
 }
 
-/// A backing file's name from where the user stands, put together as QEMU does: relative names
-/// start at the image's directory, and nothing is tidied up.
+/// A backing file's path as seen by the user, built like QEMU does: relative names start at the image's
+/// directory, and the path is not normalised.
 fn full_name(filename: &Path, backing: &[u8]) -> PathBuf {
     let backing_path = Path::new(OsStr::from_bytes(backing));
     let colon = backing.iter().position(|byte| matches!(byte, b':' | b'/')).filter(|at| backing[*at] == b':');
@@ -250,11 +251,11 @@ fn full_name(filename: &Path, backing: &[u8]) -> PathBuf {
     }
 }
 
-/// Names of the chains that share the layers of one chain, collected on the way down it.
+/// Collects the names of the chains that share the layers of a chain, from the leaf to the base.
 struct Sharers<'a> {
     catalog: &'a Catalog,
     names: Vec<String>,
-    /// Images whose chains have been named.
+    /// Images whose chains are named already.
     seen: HashSet<ImageIndex>,
 }
 
@@ -263,7 +264,7 @@ impl<'a> Sharers<'a> {
         Self { catalog, names: vec![chain_name(catalog, leaf)], seen: HashSet::from([leaf]) }
     }
 
-    /// The chains of `layer`; to be asked for each layer in turn.
+    /// The chains of `layer`; must be called for each layer in turn.
     fn down_to(&mut self, layer: ImageIndex) -> &[String] {
         self.seen.insert(layer);
         let mut pending = self.catalog.images[layer].users.clone();

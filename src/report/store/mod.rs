@@ -1,7 +1,7 @@
-//! What a store says of itself: its trees, its images in QEMU's words, its chains and problems.
+//! The state of a store: its trees, its images in QEMU's terms, its chains and problems.
 //!
-//! Reads the catalog, and of files no more than bitmap directories and whether somebody writes
-//! the active images. Every answer is made in one walk over what it shows.
+//! Reads the catalog; of files, only bitmap directories and the write locks of active images. Every answer
+//! takes one walk over what it shows.
 
 mod forest;
 mod info;
@@ -18,10 +18,10 @@ use crate::store::{Catalog, ChainViews, Format, ImageIndex, Problem, Store};
 use super::json::pretty;
 use super::safe::{self, terminal};
 
-pub use forest::{Shares, chain_forest, chain_forest_at_work, date, forest, forest_at_work, locked_text};
+pub use forest::{Shares, chain_forest, chain_forest_with_progress, date, forest, forest_with_progress, locked_text};
 pub use info::{chain_info, chain_info_as, chain_info_in_short, image_info, layer_files};
 
-/// What a chain is called: its path in the mount, or the image's stem where the mount is one image.
+/// The name of a chain: its path in the mount, or the image's stem if the mount is a single image.
 pub fn chain_name(catalog: &Catalog, leaf: ImageIndex) -> String {
     match catalog.chain_path(leaf) {
         Some(path) if !path.as_os_str().is_empty() => path_text(&path),
@@ -32,17 +32,17 @@ pub fn chain_name(catalog: &Catalog, leaf: ImageIndex) -> String {
     }
 }
 
-/// Every problem on a line of its own, `path: sentence`; empty if all is well.
+/// Every problem on a line of its own, `path: sentence`; empty without problems.
 pub fn problems_text(catalog: &Catalog) -> String {
     let line = |problem: &Problem| terminal(&format!("{}: {}", place_text(&problem.path), problem.sentence)) + "\n";
     catalog.problems.iter().map(line).collect()
 }
 
-/// All that is wrong with the layers of one chain, a line each; `None` if nothing is.
+/// All problems of the layers of one chain, one per line; `None` if there are none.
 pub fn chain_problem(catalog: &Catalog, leaf: ImageIndex) -> Option<String> {
     let layers = catalog.layers(leaf);
     let mut sentences: Vec<_> = layers.iter().flat_map(|index| catalog.sentences(*index)).collect();
-    // A break in a lower layer takes all above with it: say whom it hits.
+    // A broken layer makes all layers above it unreadable: list them.
     let breaks = (0..layers.len()).rfind(|top| catalog.view_problem(&layers[*top..=*top]).is_some());
     if let Some(lowest) = breaks.filter(|lowest| *lowest > 0) {
         let above: Vec<_> = layers[..lowest].iter().map(|index| catalog.images[*index].shown()).collect();
@@ -51,12 +51,12 @@ pub fn chain_problem(catalog: &Catalog, leaf: ImageIndex) -> Option<String> {
         } else {
             format!("{}, {} and {} more", above[0], above[1], above.len() - 2)
         };
-        sentences.push(format!("so what stands on it cannot be read either: {shown}"));
+        sentences.push(format!("its overlays cannot be read either: {shown}"));
     }
     (!sentences.is_empty()).then(|| sentences.iter().map(|sentence| terminal(sentence) + "\n").collect())
 }
 
-/// That a store shows no disk at all, and what may be done about it; `None` if it does.
+/// That a store has no disks, with the remedy; `None` if it has some.
 pub fn no_images(store: &Store, catalog: &Catalog) -> Option<String> {
     if catalog.chains().next().is_some() {
         return None;
@@ -69,7 +69,7 @@ pub fn no_images(store: &Store, catalog: &Catalog) -> Option<String> {
         [first, ..] => {
             let count = if files.len() == 1 { "a file".to_owned() } else { format!("{} files", files.len()) };
             format!(
-                "{shown} holds no disk images, but {count} of no known format ({}): if they are raw disks, say so with \
+                "{shown} holds no disk images, but {count} of unknown format ({}): if they are raw disks, say so with \
                  -o format=GLOB:raw, as in format={}:raw",
                 terminal(first),
                 terminal(&Path::new(first).file_name().unwrap_or_default().to_string_lossy())
@@ -83,7 +83,7 @@ const MAX_SNAPSHOTS: usize = 1000;
 /// Bytes of their names.
 const MAX_NAMES_LEN: usize = 128 << 10;
 
-/// How many internal snapshots are still listed: a guest's host can have 65,536 in an image, with names of 64 KiB.
+/// The internal snapshots that may still be listed: an image can have 65,536, with names of 64 KiB.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ListingBudget {
     count: usize,
@@ -97,16 +97,16 @@ impl Default for ListingBudget {
 }
 
 impl ListingBudget {
-    /// For those who print as they go.
+    /// Without a limit, for callers that print as they go.
     pub(super) fn endless() -> Self {
         Self { count: usize::MAX, len: usize::MAX }
     }
 
-    /// Takes the room that a snapshot needs, if there is any left.
+    /// Takes the space that a snapshot needs, if enough is left.
     pub(super) fn take(&mut self, snapshot: &Snapshot) -> bool {
         let len = snapshot.name.len() + snapshot.id.len();
         if self.count == 0 || self.len < len {
-            // What comes behind is left out as well: there is one end, and one number.
+            // All later snapshots are omitted as well, so that one number describes them.
             self.count = 0;
             return false;
         }
@@ -116,7 +116,7 @@ impl ListingBudget {
     }
 }
 
-/// Every chain and layer, and every problem, for programs: made piece by piece, so that it takes no memory to speak of.
+/// All chains, layers and problems as JSON, made piece by piece to bound the memory.
 #[derive(Debug)]
 pub struct ChainsJson {
     store: Arc<Store>,
@@ -125,17 +125,17 @@ pub struct ChainsJson {
 }
 
 impl ChainsJson {
-    /// Of what `catalog` has.
+    /// For the chains of `catalog`.
     pub fn new(store: &Arc<Store>, catalog: &Arc<Catalog>) -> Self {
         Self { store: Arc::clone(store), catalog: Arc::clone(catalog), chains: catalog.chains().collect() }
     }
 
-    /// How many pieces there are: one for each chain, one for each problem, and what stands around them.
+    /// The number of pieces: one for each chain and problem, and one for the end.
     pub fn count(&self) -> usize {
         self.chains.len() + self.catalog.problems.len() + 1
     }
 
-    /// A piece. All of them, one behind the other, are the text.
+    /// One piece. The concatenation of all pieces is the JSON text.
     pub fn piece(&self, index: usize) -> String {
         let (chain_count, problem_count) = (self.chains.len(), self.catalog.problems.len());
         let mut text = String::new();
@@ -171,7 +171,7 @@ impl ChainsJson {
     }
 }
 
-/// Adds an entry of a list to `text`, in the layout of [`pretty`].
+/// Adds an item of a list to `text`, in the layout of [`pretty`].
 fn item<T: Serialize>(text: &mut String, is_first: bool, value: &T) {
     const INDENT: &str = "\n        ";
     text.push_str(if is_first { "" } else { "," });
@@ -194,7 +194,7 @@ struct ChainObject {
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct LayerObject {
-    /// The view that shows it; none for an image that could not be understood.
+    /// The view of the layer; none for an image that could not be parsed.
     view: Option<String>,
     file: String,
     format: Option<&'static str>,
@@ -203,15 +203,15 @@ struct LayerObject {
     frozen: bool,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     snapshots: Vec<SnapshotObject>,
-    /// How many more there are than are listed.
-    #[serde(skip_serializing_if = "is_none_left")]
+    /// Snapshots that are not listed.
+    #[serde(skip_serializing_if = "is_zero")]
     snapshots_left_out: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     problem: Option<String>,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde calls")]
-fn is_none_left(count: &usize) -> bool {
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(count: &usize) -> bool {
     *count == 0
 }
 
@@ -279,7 +279,7 @@ fn path_text(path: &Path) -> String {
     safe::text(path.as_os_str().as_bytes())
 }
 
-/// A place beneath the store; the store itself has an empty path.
+/// A path relative to the store; the store itself has an empty one.
 fn place_text(path: &Path) -> String {
     if path.as_os_str().is_empty() { ".".to_owned() } else { path_text(path) }
 }

@@ -1,4 +1,4 @@
-//! Stores made with qemu-img; where it is not installed these tests say nothing.
+//! Stores made with qemu-img, which these tests require.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -33,8 +33,8 @@ impl Lab {
         self.qemu(&format!("create -q -f qcow2 {name} 1M"));
     }
 
-    fn overlay(&self, name: &str, below: &str) {
-        self.qemu(&format!("create -q -f qcow2 -b {below} -F qcow2 {name}"));
+    fn overlay(&self, name: &str, backing: &str) {
+        self.qemu(&format!("create -q -f qcow2 -b {backing} -F qcow2 {name}"));
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -63,7 +63,7 @@ fn drawn(forest: &crate::report::tree::Forest) -> Vec<String> {
 }
 
 #[test]
-fn a_branching_store_is_drawn_base_first_with_the_longest_chain_straight() {
+fn the_base_is_first_and_the_longest_chain_straight() {
     let lab = Lab::new();
     lab.base("base.qcow2");
     lab.overlay("sn1.qcow2", "base.qcow2");
@@ -85,7 +85,7 @@ fn a_branching_store_is_drawn_base_first_with_the_longest_chain_straight() {
 }
 
 #[test]
-fn a_missing_base_stands_under_everybody_who_wants_it() {
+fn a_missing_base_is_under_all_images_that_name_it() {
     let lab = Lab::new();
     lab.base("gone.qcow2");
     lab.overlay("a.qcow2", "gone.qcow2");
@@ -109,7 +109,7 @@ fn a_missing_base_stands_under_everybody_who_wants_it() {
 }
 
 #[test]
-fn what_is_wrong_with_a_link_is_said_in_a_word() {
+fn a_broken_link_is_described_in_a_word() {
     let lab = Lab::new();
     lab.base("a.qcow2");
     lab.overlay("b.qcow2", "a.qcow2");
@@ -128,7 +128,7 @@ fn what_is_wrong_with_a_link_is_said_in_a_word() {
 }
 
 #[test]
-fn who_writes_an_active_image_is_named() {
+fn the_writer_of_an_active_image_is_named() {
     use std::io::{BufRead, BufReader, Write};
     let lab = Lab::new();
     lab.base("disk.qcow2");
@@ -151,7 +151,7 @@ fn who_writes_an_active_image_is_named() {
     assert_eq!(forest(&store, &catalog).trees[0].nodes[0].flags, ["writable"]);
 }
 
-/// What both qemu-img and we say, without what only one of the two does.
+/// The part of the output that qemu-img and chainfs have in common.
 fn common(text: &str) -> serde_json::Value {
     let mut value: serde_json::Value = serde_json::from_str(text).unwrap();
     for image in value.as_array_mut().unwrap() {
@@ -161,7 +161,7 @@ fn common(text: &str) -> serde_json::Value {
 }
 
 #[test]
-fn a_chain_is_described_as_qemu_img_describes_it() {
+fn a_chain_is_described_like_qemu_img_does() {
     let lab = Lab::new();
     lab.qemu("create -q -f raw base.raw 3M");
     lab.qemu("create -q -f qcow2 -o compat=0.10 -b base.raw -F raw old.qcow2");

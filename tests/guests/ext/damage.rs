@@ -176,7 +176,7 @@ fn what_cannot_be_shown_says_so() {
     let disk = victim("mkfs.ext4 -b 1024");
     File::options().write(true).open(&disk.image).and_then(|file| file.set_len(20 * MIB)).expect("a shorter disk");
     let ours = disk.open();
-    assert!(ours.remarks()[0].contains("the rest is cut off"), "{:?}", ours.remarks());
+    assert!(ours.remarks()[0].contains("the rest is missing"), "{:?}", ours.remarks());
     assert!(names_in(&ours, find(&ours, "many")).0 > 0);
 }
 

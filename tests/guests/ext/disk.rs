@@ -378,7 +378,7 @@ fn read_runs(ext: &Ext, source: &FileSource, ino: Ino, runs: &[(u64, u64, RunKin
         match kind {
             RunKind::Hole => part.fill(0),
             RunKind::Stored(offset) => source.read_at(offset + (from - start), part).expect("it lies on the disk"),
-            RunKind::Asked => assert_eq!(ext.read_at(ino, from, part).expect("it can be read"), part.len()),
+            RunKind::Opaque => assert_eq!(ext.read_at(ino, from, part).expect("it can be read"), part.len()),
         }
     }
 }

@@ -407,7 +407,7 @@ fn mirrors_are_read_from_an_image_that_is_there_and_in_step() {
     assert_eq!(place("vg-one", &with([None, Some(good.clone())]), 0), (1, 1));
     let stale = with([Some(state(9, 0, 77)), Some(good)]);
     let problem = volume(&layout(&stale[..1]), "vg-one").problem.clone().expect("a problem");
-    assert!(problem.contains("out of step") && problem.contains("is missing"), "{problem}");
+    assert!(problem.contains("out of sync") && problem.contains("is missing"), "{problem}");
 }
 
 /// A volume is being moved from one disk to another, in three pieces: one has been moved, one is being moved, one is yet to be.

@@ -209,7 +209,7 @@ fn chains_that_loop_or_break_end() {
         bytes[first + 446..first + 462].fill(0);
         bytes[second + 446..second + 462].fill(0);
     });
-    assert!(layout.remarks[0].contains("does not end"), "{:?}", layout.remarks);
+    assert!(layout.remarks[0].contains("has no end"), "{:?}", layout.remarks);
     let layout = lab.changed(|bytes| bytes[second + 510] = 0);
     assert_eq!(names(&layout), ["p5"]);
     assert!(layout.remarks[0].contains("breaks off"), "{:?}", layout.remarks);

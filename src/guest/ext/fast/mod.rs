@@ -1,8 +1,8 @@
 //! Fast commits: small changes that were committed between two transactions, kept as an overlay in memory.
 //!
-//! They say "this name was added", "these blocks hold that part of the file", "the inode now reads so". The kernel
-//! carries them out when it mounts; here they are kept as they are and looked through when something is asked: by
-//! name in a directory, by block in a file, by number among the inodes.
+//! A record says "this name was added", "these blocks hold this part of the file" or "the inode is now this".
+//! The kernel applies the records when it mounts. Here they are kept as they are and consulted on each
+//! request: by name in a directory, by block in a file, by number for inodes.
 
 mod replay;
 
@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use super::map::{ExtMapping, ExtSegment};
 
-/// What all fast commits together changed.
+/// The combined changes of all fast commits.
 #[derive(Debug, Default)]
 pub(super) struct FastCommits {
     inodes: HashMap<u32, Box<[u8]>>,
@@ -19,22 +19,22 @@ pub(super) struct FastCommits {
 }
 
 impl FastCommits {
-    /// An inode as it was committed last.
+    /// An inode as it was last committed.
     pub(super) fn inode(&self, number: u32) -> Option<&[u8]> {
         self.inodes.get(&number).map(AsRef::as_ref)
     }
 
-    /// What became of the names of a directory.
+    /// The changes to the names of a directory.
     pub(super) fn names(&self, directory: u32) -> Option<&NameChanges> {
         self.names.get(&directory)
     }
 
-    /// What was said of block `at` of a file, and of those after it.
+    /// The last recorded mapping of block `at` of a file and of those after it.
     pub(super) fn range(&self, number: u32, at: u64) -> Option<ExtSegment> {
         self.ranges.get(&number)?.covering(at)
     }
 
-    /// The next block after `at` of which something was said.
+    /// The next block after `at` with a recorded mapping.
     pub(super) fn next_range(&self, number: u32, at: u64) -> Option<u64> {
         self.ranges.get(&number)?.0.range(at + 1..).next().map(|(start, _)| *start)
     }
@@ -50,7 +50,7 @@ impl ExtSegments {
         (at - start < segment.count).then(|| rest(*segment, at - start))
     }
 
-    /// From now on this holds there, whatever was said before.
+    /// Sets the mapping of a range and replaces earlier ones.
     fn put(&mut self, start: u64, segment: ExtSegment) {
         let end = start + segment.count;
         if let Some((first, before)) = self.0.range(..start).next_back().map(|(first, before)| (*first, *before)) {
@@ -74,43 +74,44 @@ impl ExtSegments {
 
 /// A segment without its first `skip` blocks.
 fn rest(segment: ExtSegment, skip: u64) -> ExtSegment {
-    let place = match segment.place {
+    let mapping = match segment.mapping {
         ExtMapping::Stored(first) => ExtMapping::Stored(super::Block(first.0 + skip)),
-        place => place,
+        mapping => mapping,
     };
-    ExtSegment { count: segment.count - skip, place }
+    ExtSegment { count: segment.count - skip, mapping }
 }
 
-/// What became of a name.
+/// A change of a name.
 #[derive(Clone, Copy, Debug)]
 enum NameChange {
     Added(u32),
     Removed(u32),
 }
 
-/// What became of the names of one directory.
+/// The changes to the names of one directory.
 #[derive(Debug, Default)]
 pub(super) struct NameChanges {
     changes: HashMap<Vec<u8>, Vec<NameChange>>,
     order: Vec<Vec<u8>>,
-    settled: HashMap<Vec<u8>, Outcome>,
+    outcomes: HashMap<Vec<u8>, Outcome>,
     fresh: bool,
 }
 
-/// What all changes of a name come to.
+/// The combined effect of all changes of a name.
 #[derive(Debug, Default)]
 struct Outcome {
-    /// If it stood for nothing before.
+    /// The result if the name did not exist before.
     absent: Option<u32>,
-    /// If it stood for one of those that were removed; any other stays.
+    /// The result if the name stood for one of the removed inodes; any other inode stays.
     removed: HashMap<u32, Option<u32>>,
 }
 
 impl Outcome {
-    /// A name that is there keeps what it stands for when another is added: it came to disk before. A removal means
-    /// what it says only of the inode that it names.
+    /// A name that exists keeps its inode when another is added: the stored one reached the disk first. A
+    /// removal applies only to the inode that it names.
     fn of(changes: &[NameChange]) -> Self {
-        // From the last change to the first: what comes of a name that is absent before it, and where each is removed.
+        // From the last change to the first: the result for a name that is absent before the change, and
+        // where each inode is removed.
         let mut absent = vec![None; changes.len() + 1];
         let mut removal: HashMap<u32, usize> = HashMap::new();
         for (index, change) in changes.iter().enumerate().rev() {
@@ -128,19 +129,19 @@ impl Outcome {
 }
 
 impl NameChanges {
-    /// The directory was made by a fast commit: there is nothing in it but what was added then.
+    /// The directory was created by a fast commit: it holds only names that were added since.
     pub(super) fn fresh(&self) -> bool {
         self.fresh
     }
 
-    /// All names of which something was said, in the order in which they were first.
+    /// All changed names, in the order of their first change.
     pub(super) fn in_order(&self) -> &[Vec<u8>] {
         &self.order
     }
 
-    /// What a name stands for, if it stood for `stored` before.
+    /// The inode of a name now, if it was `stored` before.
     pub(super) fn now(&self, name: &[u8], stored: Option<u32>) -> Option<u32> {
-        let Some(outcome) = self.settled.get(name) else { return stored };
+        let Some(outcome) = self.outcomes.get(name) else { return stored };
         stored.map_or(outcome.absent, |ino| outcome.removed.get(&ino).copied().unwrap_or(stored))
     }
 
@@ -153,10 +154,10 @@ impl NameChanges {
         self.changes.insert(name.to_vec(), vec![change]);
     }
 
-    /// There are no more changes.
+    /// Computes the outcomes; no change may follow.
     fn settle(&mut self) {
         let changes = std::mem::take(&mut self.changes);
-        self.settled = changes.into_iter().map(|(name, changes)| (name, Outcome::of(&changes))).collect();
+        self.outcomes = changes.into_iter().map(|(name, changes)| (name, Outcome::of(&changes))).collect();
     }
 }
 
@@ -166,18 +167,18 @@ mod tests {
     use super::*;
 
     fn stored(count: u64, first: u64) -> ExtSegment {
-        ExtSegment { count, place: ExtMapping::Stored(Block(first)) }
+        ExtSegment { count, mapping: ExtMapping::Stored(Block(first)) }
     }
 
     #[test]
     fn a_later_range_replaces_what_it_covers() {
         let mut ranges = ExtSegments::default();
         ranges.put(10, stored(10, 100));
-        ranges.put(14, ExtSegment { count: 2, place: ExtMapping::Hole });
+        ranges.put(14, ExtSegment { count: 2, mapping: ExtMapping::Hole });
         ranges.put(30, stored(1, 7));
         ranges.put(19, stored(12, 500));
         let all: Vec<_> = ranges.0.into_iter().collect();
-        let hole = ExtSegment { count: 2, place: ExtMapping::Hole };
+        let hole = ExtSegment { count: 2, mapping: ExtMapping::Hole };
         assert_eq!(all, [(10, stored(4, 100)), (14, hole), (16, stored(3, 106)), (19, stored(12, 500))]);
     }
 

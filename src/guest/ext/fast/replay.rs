@@ -1,4 +1,4 @@
-//! Reads fast commits from the journal, as far as they are whole, and carries them out in memory.
+//! Reads the complete fast commits from the journal and applies them in memory.
 
 use std::ops::Range;
 
@@ -32,18 +32,19 @@ const LINKS: Range<usize> = 0x1a..0x1c;
 const SECTORS: Range<usize> = 0x1c..0x20;
 const SECTORS_HIGH: Range<usize> = 0x74..0x76;
 
-/// Written, if an extent has at most so many blocks; else reserved, and so many less.
+/// An extent of at most this many blocks is written; a larger value means a reserved one, this many blocks
+/// shorter.
 const MAX_WRITTEN: u16 = 1 << 15;
 
-/// A piece of a fast commit.
+/// A record of a fast commit.
 struct FastCommitTag<'a> {
     kind: u16,
     value: &'a [u8],
-    /// With its header, for the checksum.
+    /// The record with its header, for the checksum.
     raw: &'a [u8],
 }
 
-/// The tags of a block up to its end or the first that breaks the rules, which is told by an error.
+/// The records of a block up to its end, or up to the first invalid one, which yields an error.
 fn tags(block: &[u8], inode_len: usize) -> impl Iterator<Item = Result<FastCommitTag<'_>>> {
     let mut at = 0;
     std::iter::from_fn(move || {
@@ -51,7 +52,7 @@ fn tags(block: &[u8], inode_len: usize) -> impl Iterator<Item = Result<FastCommi
             return None;
         }
         let (kind, len) = (le16(block, at), usize::from(le16(block, at + 2)));
-        let Some(raw) = block[at..].get(..TAG_LEN + len).filter(|_| is_as_long_as(kind, len, inode_len)) else {
+        let Some(raw) = block[at..].get(..TAG_LEN + len).filter(|_| has_valid_len(kind, len, inode_len)) else {
             at = block.len();
             return Some(Err(corrupt("a fast commit is damaged")));
         };
@@ -60,7 +61,7 @@ fn tags(block: &[u8], inode_len: usize) -> impl Iterator<Item = Result<FastCommi
     })
 }
 
-fn is_as_long_as(kind: u16, len: usize, inode_len: usize) -> bool {
+fn has_valid_len(kind: u16, len: usize, inode_len: usize) -> bool {
     match kind {
         ADD_RANGE => len == 16,
         DEL_RANGE => len == 12,
@@ -74,7 +75,7 @@ fn is_as_long_as(kind: u16, len: usize, inode_len: usize) -> bool {
 }
 
 impl FastCommits {
-    /// The fast commits that belong to `transaction`, the first one that is not whole.
+    /// The fast commits that belong to `transaction`, the first incomplete one.
     pub(in super::super) fn replay(ext: &Ext, log: &Log, transaction: u32) -> Result<Self> {
         let inode_len = ext.superblock.inode_len;
         let mut found = Self::default();
@@ -86,7 +87,7 @@ impl FastCommits {
                 ADD_RANGE => found.add_range(value),
                 DEL_RANGE => {
                     let (start, count) = (le32(value, 4).into(), le32(value, 8).into());
-                    found.put_range(le32(value, 0), start, ExtSegment { count, place: ExtMapping::Hole });
+                    found.put_range(le32(value, 0), start, ExtSegment { count, mapping: ExtMapping::Hole });
                 }
                 CREATE => {
                     let (parent, ino) = found.change_name(value, NameChange::Added);
@@ -106,8 +107,8 @@ impl FastCommits {
         let len = le16(value, 8);
         let (len, written) = if len > MAX_WRITTEN { (len - MAX_WRITTEN, false) } else { (len, true) };
         let block = Block(join(le32(value, 12), le16(value, 10)));
-        let place = if written { ExtMapping::Stored(block) } else { ExtMapping::Unwritten };
-        self.put_range(le32(value, 0), le32(value, 4).into(), ExtSegment { count: len.into(), place });
+        let mapping = if written { ExtMapping::Stored(block) } else { ExtMapping::Unwritten };
+        self.put_range(le32(value, 0), le32(value, 4).into(), ExtSegment { count: len.into(), mapping });
     }
 
     fn put_range(&mut self, number: u32, start: u64, segment: ExtSegment) {
@@ -116,18 +117,18 @@ impl FastCommits {
         }
     }
 
-    /// Notes what became of a name; the directory, and what the name stands for.
+    /// Records a change of a name; returns the directory and the inode.
     fn change_name(&mut self, value: &[u8], change: fn(u32) -> NameChange) -> (u32, u32) {
         let (parent, ino) = (le32(value, 0), le32(value, 4));
         self.names.entry(parent).or_default().change(&value[8..], change(ino));
         (parent, ino)
     }
 
-    /// A directory that was made has no blocks of which a fast commit would tell: it is empty until names are added.
-    /// The kernel gives it one link and counts no blocks, and so is it shown: with one link, nobody takes it for a
-    /// directory without others in it.
+    /// A directory created by a fast commit has no recorded blocks: it is empty until names are added. The
+    /// kernel gives it one link and counts no blocks. One link also tells programs that the link count says
+    /// nothing about its subdirectories.
     fn make_directory(&mut self, parent: u32, ino: u32) {
-        // The inode comes before its name.
+        // The inode's record comes before the name's.
         let Some(raw) = self.inodes.get_mut(&ino).filter(|raw| le16(raw, 0) >> 12 == 0o4 && parent != ino) else {
             return;
         };
@@ -137,7 +138,7 @@ impl FastCommits {
         self.names.entry(ino).or_default().fresh = true;
     }
 
-    /// The new bytes of an inode, but for where its blocks are: that is told by ranges.
+    /// The new bytes of an inode without its block mapping, which range records set.
     fn put_inode(&mut self, ext: &Ext, number: u32, new: &[u8]) -> Result<()> {
         let mut raw = match self.inodes.remove(&number) {
             Some(raw) => raw,
@@ -159,7 +160,7 @@ impl FastCommits {
     }
 }
 
-/// The blocks of fast commits, and how many of the tags in them belong to whole ones.
+/// The blocks of fast commits, and how many of their records belong to complete commits.
 fn whole(log: &Log, transaction: u32, inode_len: usize) -> Result<(Vec<Vec<u8>>, usize)> {
     let (mut blocks, mut count, mut whole, mut sum) = (Vec::new(), 0, 0, 0);
     'blocks: for at in log.fast.clone() {
@@ -172,7 +173,7 @@ fn whole(log: &Log, transaction: u32, inode_len: usize) -> Result<(Vec<Vec<u8>>,
             break;
         }
         blocks.push(block);
-        for tag in tags(blocks.last().expect("just put there"), inode_len) {
+        for tag in tags(blocks.last().expect("it was just pushed"), inode_len) {
             let Ok(FastCommitTag { kind, value, raw }) = tag else { break 'blocks };
             let mine = || le32(value, if kind == HEAD { 4 } else { 0 }) == transaction;
             count += 1;
@@ -188,7 +189,7 @@ fn whole(log: &Log, transaction: u32, inode_len: usize) -> Result<(Vec<Vec<u8>>,
                 sum = crc32c(sum, raw);
                 continue;
             }
-            // The sum covers the number of the transaction, and stands behind it.
+            // The checksum covers the transaction's number and follows it.
             if !mine() || crc32c(sum, &raw[..TAG_LEN + 4]) != le32(value, 4) {
                 break 'blocks;
             }

@@ -1,4 +1,4 @@
-//! The journal as a file: its superblock, and where its blocks are.
+//! The journal as a file: its superblock and the position of its blocks.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::guest::source::Source;
 use super::super::Ext;
 use super::super::blocks::{Block, JOURNAL_MAGIC};
 use super::super::bytes::{corrupt, unsupported};
-use super::super::checksum::{crc32c, crc32c_without};
+use super::super::checksum::{crc32c, crc32c_without_field};
 use super::super::map::{ExtMapping, MapWalk};
 
 pub(super) mod incompat {
@@ -28,27 +28,27 @@ const CRC32C: u8 = 4;
 
 /// Blocks of a journal; e2fsprogs' limit.
 const MAX_BLOCKS: u32 = 10_240_000;
-/// Pieces in which a journal may lie on the disk.
-const MAX_PIECES: usize = 1 << 16;
-/// What a journal keeps for transactions, however many blocks are for fast commits.
+/// Extents of the journal on the disk at most.
+const MAX_EXTENTS: usize = 1 << 16;
+/// Blocks that a journal always reserves for transactions, however many blocks fast commits use.
 const MIN_BLOCKS: u32 = 1024;
-/// Blocks for fast commits where the journal does not say.
+/// Blocks for fast commits where the journal does not state a number.
 const FAST_BLOCKS: u32 = 256;
 
-/// A journal whose superblock makes sense.
+/// A journal with a valid superblock.
 pub(in super::super) struct Log {
     source: Arc<dyn Source>,
     bits: u32,
-    /// Which of its blocks begins a piece, and where that is; sorted.
-    pieces: Vec<(u32, Block)>,
+    /// The first journal block of each extent, and its position; sorted.
+    extents: Vec<(u32, Block)>,
     features: u32,
     checksums: bool,
-    /// What checksums of versions 2 and 3 begin with.
+    /// The initial state of the checksums of versions 2 and 3.
     pub(super) seed: u32,
-    /// The first block that transactions use, and the one behind the last.
+    /// The first block that transactions use, and the one after the last.
     pub(super) first: u32,
     pub(super) last: u32,
-    /// Where the oldest transaction begins, and its number.
+    /// The first block of the oldest transaction, and its number.
     pub(super) start: u32,
     pub(super) sequence: u32,
     /// The blocks that fast commits use.
@@ -56,7 +56,7 @@ pub(in super::super) struct Log {
 }
 
 impl Log {
-    /// The journal in this inode; `None` if there is nothing in it to be replayed.
+    /// The journal in this inode; `None` if there is nothing to replay.
     pub(in super::super) fn open(ext: &Ext, number: u32) -> Result<Option<Self>> {
         let inode = ext.inode(number)?;
         if inode.kind != FileKind::File {
@@ -70,7 +70,7 @@ impl Log {
         let mut log = Self {
             source: Arc::clone(ext.blocks.source()),
             bits,
-            pieces: Vec::new(),
+            extents: Vec::new(),
             features: 0,
             checksums: false,
             seed: 0,
@@ -83,10 +83,12 @@ impl Log {
         let (mut walk, mut at) = (MapWalk::new(ext, &inode), 0u64);
         while at < count.into() {
             let segment = walk.segment(at, u64::from(count) - at)?;
-            let ExtMapping::Stored(block) = segment.place else { return Err(inode.corrupt("is a journal with holes")) };
-            log.pieces.push((at as u32, block));
-            if log.pieces.len() > MAX_PIECES {
-                return Err(inode.corrupt("is a journal in too many pieces"));
+            let ExtMapping::Stored(block) = segment.mapping else {
+                return Err(inode.corrupt("is a journal with holes"));
+            };
+            log.extents.push((at as u32, block));
+            if log.extents.len() > MAX_EXTENTS {
+                return Err(inode.corrupt("is a journal with too many extents"));
             }
             at += segment.count;
         }
@@ -95,7 +97,7 @@ impl Log {
         Ok(log.parse(&raw, count)?.then_some(log))
     }
 
-    /// Takes over what the superblock says; false if there is nothing to be replayed.
+    /// Decodes the superblock; false if there is nothing to replay.
     fn parse(&mut self, raw: &[u8], count: u32) -> Result<bool> {
         let version = be32(raw, 4);
         if raw[..4] != JOURNAL_MAGIC || !matches!(version, 3 | 4) {
@@ -108,7 +110,7 @@ impl Log {
         }
         self.checksums = second && be32(raw, 0x24) & COMPAT_CHECKSUM != 0;
         self.seed = crc32c(!0, &raw[0x30..0x40]);
-        if self.tail_len() > 0 && (raw[0x50] != CRC32C || crc32c_without(!0, raw, 0xfc, 4) != be32(raw, 0xfc)) {
+        if self.tail_len() > 0 && (raw[0x50] != CRC32C || crc32c_without_field(!0, raw, 0xfc, 4) != be32(raw, 0xfc)) {
             return Err(corrupt("the journal's superblock has a wrong checksum"));
         }
         let max = be32(raw, 0x10);
@@ -120,12 +122,12 @@ impl Log {
         if self.has(incompat::FAST_COMMIT) {
             let wanted = match be32(raw, 0x54) {
                 0 => FAST_BLOCKS,
-                said => said,
+                stated => stated,
             };
             if let Some(rest) = max.checked_sub(wanted).filter(|rest| *rest >= MIN_BLOCKS) {
                 self.last = rest;
             }
-            // The kernel leaves the block between the two alone.
+            // The kernel does not use the block between the two areas.
             self.fast = (self.last + 1).min(max)..max;
         }
         if self.start != 0 && !(self.first..self.last).contains(&self.start) {
@@ -143,7 +145,7 @@ impl Log {
         self.checksums && self.tail_len() == 0
     }
 
-    /// Bytes at the end of the journal's own blocks that hold their checksum.
+    /// The length of the checksum at the end of the journal's own blocks.
     pub(super) fn tail_len(&self) -> usize {
         if self.has(incompat::CSUM_V2 | incompat::CSUM_V3) { 4 } else { 0 }
     }
@@ -152,10 +154,11 @@ impl Log {
         1 << self.bits
     }
 
-    /// The block of the file system that is block `at` of the journal.
+    /// The block of the file system that holds block `at` of the journal.
     pub(super) fn place(&self, at: u32) -> Result<Block> {
-        let piece = self.pieces.partition_point(|(start, _)| *start <= at).checked_sub(1);
-        let (start, block) = piece.map(|piece| self.pieces[piece]).ok_or_else(|| corrupt("the journal is empty"))?;
+        let extent = self.extents.partition_point(|(start, _)| *start <= at).checked_sub(1);
+        let (start, block) =
+            extent.map(|extent| self.extents[extent]).ok_or_else(|| corrupt("the journal is empty"))?;
         Ok(Block(block.0 + u64::from(at - start)))
     }
 
@@ -165,7 +168,7 @@ impl Log {
         Ok(bytes)
     }
 
-    /// The block after `at`, around the circle.
+    /// The block after `at`; the journal is circular.
     pub(super) fn next(&self, at: u32) -> u32 {
         self.skip(at, 1)
     }
@@ -176,9 +179,9 @@ impl Log {
         (u64::from(self.first) + (u64::from(at - self.first) + u64::from(count)) % len) as u32
     }
 
-    /// Whether the checksum at the end of one of the journal's own blocks is right.
+    /// Whether the checksum at the end of one of the journal's own blocks is correct.
     pub(super) fn tail_is_right(&self, bytes: &[u8]) -> bool {
         let at = bytes.len() - 4;
-        self.tail_len() == 0 || crc32c_without(self.seed, bytes, at, 4) == be32(bytes, at)
+        self.tail_len() == 0 || crc32c_without_field(self.seed, bytes, at, 4) == be32(bytes, at)
     }
 }

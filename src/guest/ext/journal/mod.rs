@@ -1,8 +1,8 @@
-//! The journal, replayed in memory: which blocks are newer in it, and where.
+//! The journal, replayed in memory: which blocks are newer in it, and their positions.
 //!
-//! Nothing is written, and no content is kept: the answer is a [`JournalOverlay`] of places. What the kernel would replay is
-//! replayed, up to the first transaction that is not whole. What it would refuse is an error here; whoever opens the
-//! file system then shows it as of the last checkpoint, and says so.
+//! Nothing is written and no content is kept: the result is a [`JournalOverlay`] of positions. The replay
+//! follows the kernel's, up to the first incomplete transaction. Where the kernel would refuse, this is an
+//! error; the caller then shows the file system as of the last checkpoint and says so.
 
 mod log;
 mod scan;
@@ -19,19 +19,19 @@ use super::bytes::corrupt;
 pub(super) use log::Log;
 use scan::JournalScan;
 
-/// Blocks that the overlay has at most: 16 GiB of journal with blocks of 4 KiB.
+/// Blocks in the overlay at most: 16 GiB of journal with blocks of 4 KiB.
 const MAX_BLOCKS: usize = 4 << 20;
 
-/// What a replay has found.
+/// The result of a replay.
 #[derive(Debug, Default)]
 pub(super) struct Replayed {
     pub(super) overlay: JournalOverlay,
-    /// The number of the first transaction that is not whole: fast commits belong to it.
+    /// The number of the first incomplete transaction: fast commits belong to it.
     pub(super) end: u32,
     pub(super) remarks: Vec<String>,
 }
 
-/// Replays what is whole.
+/// Replays all complete transactions.
 pub(super) fn replay(log: &Log) -> Result<Replayed> {
     let JournalScan { descriptors, revokes, end, mut remarks } = scan::scan(log)?;
     let mut revoked = HashMap::new();
@@ -46,7 +46,7 @@ pub(super) fn replay(log: &Log) -> Result<Replayed> {
         for tag in tags::tags(log, &descriptor) {
             let here = at;
             at = log.next(here);
-            // A block that was freed in this transaction or a later one may hold a file's content by now.
+            // A block that was freed in this transaction or a later one may now hold file content.
             if revoked.get(&tag.block).is_some_and(|last| !is_later(transaction, *last)) {
                 continue;
             }
@@ -61,12 +61,12 @@ pub(super) fn replay(log: &Log) -> Result<Replayed> {
         }
     }
     if damaged > 0 {
-        remarks.push(format!("{damaged} blocks in the journal are damaged: they are shown as they were before"));
+        remarks.push(format!("{damaged} blocks in the journal are damaged: their older versions are shown"));
     }
     Ok(Replayed { overlay: JournalOverlay::new(newer), end, remarks })
 }
 
-/// Notes the blocks that a block of the journal revokes.
+/// Records the blocks that a revoke block revokes.
 fn revoke(log: &Log, at: u32, transaction: u32, revoked: &mut HashMap<Block, u32>) -> Result<()> {
     let bytes = log.read(at)?;
     let end = be32(&bytes, 12) as usize;
@@ -87,7 +87,7 @@ fn revoke(log: &Log, at: u32, transaction: u32, revoked: &mut HashMap<Block, u32
     Ok(())
 }
 
-/// Transactions are numbered around the circle of 32 bits.
+/// Transaction numbers wrap at 32 bits.
 fn is_later(one: u32, other: u32) -> bool {
     one.wrapping_sub(other).cast_signed() > 0
 }

@@ -1,10 +1,10 @@
-//! Finds the transactions that are whole, as the kernel tells them from leftovers of older ones.
+//! Finds the complete transactions; like the kernel, it separates them from remains of older ones.
 
 use crate::error::Result;
 use crate::guest::bytes::{be32, be64};
 
 use super::super::blocks::JOURNAL_MAGIC;
-use super::super::checksum::{crc32_be, crc32c, crc32c_without};
+use super::super::checksum::{crc32_be, crc32c, crc32c_without_field};
 use super::log::{Log, incompat};
 use super::tags;
 
@@ -15,12 +15,12 @@ const REVOKE: u32 = 5;
 const COMMIT_HEADER_LEN: usize = 64;
 const COMMIT_SUM_AT: usize = 16;
 
-/// The journal's own blocks of whole transactions, each with the number of its transaction.
+/// The journal's own blocks of complete transactions, each with the number of its transaction.
 #[derive(Default)]
 pub(super) struct JournalScan {
     pub(super) descriptors: Vec<(u32, u32)>,
     pub(super) revokes: Vec<(u32, u32)>,
-    /// The number after that of the last whole transaction.
+    /// The number after that of the last complete transaction.
     pub(super) end: u32,
     pub(super) remarks: Vec<String>,
 }
@@ -28,7 +28,8 @@ pub(super) struct JournalScan {
 pub(super) fn scan(log: &Log) -> Result<JournalScan> {
     let mut found = JournalScan { end: log.sequence, ..JournalScan::default() };
     let (mut at, mut left) = (log.start, log.last - log.first);
-    // Of the transaction at hand: what is found of it, its sum, and whether a block of it has a wrong one.
+    // Of the current transaction: its blocks, its checksum, and whether one of its blocks has a wrong
+    // checksum.
     let (mut descriptors, mut revokes) = (Vec::new(), Vec::new());
     let (mut sum, mut doubtful) = (!0, false);
     let mut last_time = 0;
@@ -57,15 +58,15 @@ pub(super) fn scan(log: &Log) -> Result<JournalScan> {
             }
             COMMIT => {
                 let time = be64(&bytes, 48);
-                // The clock tells a leftover of an older round from damage; and a commit that may come to disk before
-                // what it commits is no damage without it.
+                // The commit time separates remains of an older round from damage. With asynchronous commits,
+                // a commit block may reach the disk before the blocks it commits; that is no damage.
                 let whole = !doubtful && commit_is_right(log, &bytes, sum);
                 let torn = !doubtful && log.has(incompat::ASYNC_COMMIT);
                 if !whole {
                     if time >= last_time && !torn {
                         let transaction = found.end;
                         found.remarks.push(format!(
-                            "transaction {transaction} in the journal is damaged: it is not shown, nor is what came later"
+                            "transaction {transaction} in the journal is damaged: it and all later changes are not shown"
                         ));
                     }
                     break;
@@ -86,10 +87,10 @@ pub(super) fn scan(log: &Log) -> Result<JournalScan> {
 fn commit_is_right(log: &Log, bytes: &[u8], sum: u32) -> bool {
     let kept = be32(bytes, COMMIT_SUM_AT);
     if log.tail_len() > 0 {
-        let whole = crc32c_without(log.seed, bytes, COMMIT_SUM_AT, 4);
-        // A disk may write the beginning of a block and leave old bytes in its rest.
+        let whole = crc32c_without_field(log.seed, bytes, COMMIT_SUM_AT, 4);
+        // A disk may write only the beginning of a block and keep old bytes in the rest.
         let padding = vec![0; bytes.len() - COMMIT_HEADER_LEN];
-        let part = crc32c(crc32c_without(log.seed, &bytes[..COMMIT_HEADER_LEN], COMMIT_SUM_AT, 4), &padding);
+        let part = crc32c(crc32c_without_field(log.seed, &bytes[..COMMIT_HEADER_LEN], COMMIT_SUM_AT, 4), &padding);
         return kept == whole || kept == part;
     }
     if !log.sums_transactions() {

@@ -1,4 +1,4 @@
-//! Tags: which block of the file system each block after a descriptor is, in all four layouts.
+//! Tags: the block of the file system of each block after a descriptor, in all four layouts.
 
 use crate::error::Result;
 use crate::guest::bytes::{be16, be32};
@@ -18,7 +18,7 @@ const LAST: u16 = 8;
 pub(super) struct BlockTag {
     pub(super) block: Block,
     pub(super) escaped: bool,
-    /// 16 bits of it in version 2, all in version 3.
+    /// 16 bits of the checksum in version 2, all 32 in version 3.
     sum: u32,
 }
 
@@ -27,7 +27,7 @@ pub(super) fn tags<'a>(log: &'a Log, descriptor: &'a [u8]) -> impl Iterator<Item
     let (third, wide) = (log.has(incompat::CSUM_V3), log.has(incompat::SIXTY_FOUR));
     let len = match (third, log.has(incompat::CSUM_V2), wide) {
         (true, ..) => 16,
-        // Two bytes more than the checksum needs, once written so and never mended.
+        // Two bytes more than the checksum needs: a bug of the first version that became the format.
         (false, true, true) => 14,
         (false, true, false) => 10,
         (false, false, true) => 12,
@@ -50,7 +50,7 @@ pub(super) fn tags<'a>(log: &'a Log, descriptor: &'a [u8]) -> impl Iterator<Item
     })
 }
 
-/// Whether the block of data at `at` is the one that the tag is about.
+/// Whether the data block at `at` is the one that the tag describes.
 pub(super) fn sum_is_right(log: &Log, tag: &BlockTag, transaction: u32, at: u32) -> Result<bool> {
     if log.tail_len() == 0 {
         return Ok(true);
