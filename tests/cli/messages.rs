@@ -392,7 +392,7 @@ fn an_unmount_says_who_is_in_its_way() {
     let name = loop_device.trim();
     all_say(
         &store,
-        &[("umount mnt", 1, &format!("mnt is in use by {name} (detach it: losetup -d {name}); let go of it"))],
+        &[("umount mnt", 1, &format!("mnt is in use by {name} (detach it: losetup -d {name}); close its files"))],
     );
     tool("losetup").arg("-d").arg(name).succeeds();
     // A shell that becomes chainfs, in the mount itself.
