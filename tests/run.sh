@@ -1,19 +1,27 @@
 #!/usr/bin/env bash
 # Builds everything and runs every test. Leaves nothing behind, and fails if a test did.
 #
-#   tests/run.sh [--long] [WORDS FOR cargo test ...]
+#   tests/run.sh [--long] [OPTIONS OF cargo test] [-- NAMES OF TESTS]
 #
-# --long sets CHAINFS_LONG=1, by which tests with seeds and budgets take more of them.
+# --long sets CHAINFS_LONG=1, by which tests with seeds and budgets take more of them. At the end it says which tests took
+# longest. A test that hangs is named: when no test of a binary has ended for QUIET minutes, those at work are told, and
+# the binary is stopped. How long all of them take together is no failure.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# About fifteen on two processors; more are left to busy ones.
-minutes=25
+QUIET=10
+SLOWEST=25
 if [ "${1:-}" = --long ]; then
     shift
     export CHAINFS_LONG=1
-    minutes=60
+    QUIET=60
 fi
+options=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    options+=("$1")
+    shift
+done
+[ $# -eq 0 ] || shift
 
 . tests/setup.sh
 need "${ALL_PROGRAMS[@]}"
@@ -28,6 +36,8 @@ TMPDIR=$(realpath "$TMPDIR")
 # Some tests are an ordinary user's.
 chmod 755 "$TMPDIR"
 export TMPDIR
+logs=$(mktemp -d "${TMPDIR%/*}/chainfs-logs.XXXXXX")
+running=
 
 # left_mounts: "DEVICE DIR" of every mount beneath TMPDIR, innermost first.
 left_mounts() {
@@ -48,6 +58,7 @@ left_loops() {
 # clean_up: aborts, unmounts and removes what is left. Returns 1 if there were mounts or loop devices.
 clean_up() {
     local device dir loop clean=0
+    [ -z "$running" ] || kill -KILL -- "-$running" 2>/dev/null || true
     while read -r device dir; do
         [ -n "$dir" ] || continue
         dir=$(printf '%b' "$dir")
@@ -62,20 +73,61 @@ clean_up() {
         clean=1
         losetup -d "$loop" || true
     done
-    rm -rf --one-file-system "$TMPDIR"
+    rm -rf --one-file-system "$TMPDIR" "$logs"
     return $clean
 }
 trap 'clean_up || true' EXIT
 trap 'exit 130' INT TERM
 
+# run_tests NAME DIRECTORY BINARY [WORDS...]: runs the tests of a binary, with their times, and stops it when no test ends any more.
+run_tests() {
+    local name=$1 directory=$2 log="$logs/$1" ended=0 now last=$SECONDS stopped=0 code=0 show
+    shift 2
+    echo "== $name" >&2
+    : >"$log"
+    # The times are an option that the test harness calls unstable; the variable lets it take that.
+    RUSTC_BOOTSTRAP=1 setsid env -C "$directory" "$@" -Zunstable-options --report-time >"$log" 2>&1 </dev/null &
+    running=$!
+    tail -q --pid="$running" -s 0.2 -n +1 -f "$log" &
+    show=$!
+    while kill -0 "$running" 2>/dev/null; do
+        sleep 0.2
+        now=$(grep -c '^test .* \.\.\. ' "$log" || true)
+        [ "$now" -eq "$ended" ] || last=$SECONDS
+        ended=$now
+        if [ $((SECONDS - last)) -gt $((QUIET * 60)) ]; then
+            stopped=1
+            kill -KILL -- "-$running" 2>/dev/null || true
+        fi
+    done
+    wait "$running" || code=$?
+    running=
+    wait "$show" || true
+    if [ $stopped -eq 1 ]; then
+        echo "run.sh: no test of $name has ended for $QUIET minutes; it was stopped. At work were:" >&2
+        # The harness names each test that takes more than a minute.
+        sed -n 's/^test \(.*\) has been running for over .*/\1/p' "$log" | sort -u |
+            while read -r test; do grep -qF "test $test ... " "$log" || echo "    $test" >&2; done
+    fi
+    return "$code"
+}
+
 failed=0
 # The build is not the tests' time. The profile is a release with all checks on.
 cargo build --profile checked --workspace --locked
-cargo test --profile checked --workspace --locked --no-run
-timeout --kill-after=30 "${minutes}m" cargo test --profile checked --workspace --locked --no-fail-fast "$@" || failed=$?
-if [ "$failed" -eq 124 ] || [ "$failed" -eq 137 ]; then
-    echo "run.sh: the tests took more than $minutes minutes and were stopped" >&2
-fi
+cargo test --profile checked --workspace --locked --no-run --message-format=json-render-diagnostics "${options[@]}" >"$logs/built"
+binaries=$(jq -r 'select(.reason == "compiler-artifact" and .profile.test and .executable)
+    | [.target.name + (if .target.kind == ["test"] then "" else " (unit tests)" end), .executable, (.manifest_path | rtrimstr("/Cargo.toml"))]
+    | @tsv' "$logs/built")
+began=$SECONDS
+while IFS=$'\t' read -r name binary directory; do
+    run_tests "$name" "$directory" "$binary" "$@" || failed=1
+done <<<"$binaries"
+
+echo "== $((SECONDS - began)) seconds; the slowest tests:" >&2
+for log in "$logs"/*; do
+    sed -n "s|^test \(.*\) \.\.\. [a-zA-Z]* <\([0-9.]*\)s>\$|\2 ${log##*/}::\1|p" "$log"
+done | sort -rn | head -n "$SLOWEST" >&2
 
 trap - EXIT
 clean_up || failed=1

@@ -46,13 +46,13 @@ pub struct CheckReport {
     /// Where the image ends, by its references and counts.
     #[serde(skip_serializing_if = "is_zero")]
     pub image_end_offset: u64,
-    /// ReferencedRanges where data is, or may become, damaged.
+    /// Places where data is, or may become, damaged.
     #[serde(skip_serializing_if = "is_zero")]
     pub corruptions: u64,
     /// Clusters that are counted more often than they are used.
     #[serde(skip_serializing_if = "is_zero")]
     pub leaks: u64,
-    /// ReferencedRanges of that kind that a repair has mended.
+    /// Places of that kind that a repair has mended.
     #[serde(skip_serializing_if = "is_zero")]
     pub corruptions_fixed: u64,
     /// Leaked clusters that a repair has given back.

@@ -57,7 +57,7 @@ impl Qcow2Writer {
         while self.is_dirty() {
             self.flush_in_turn()?;
         }
-        self.give_back_reserve()
+        self.release_reserve()
     }
 
     pub(super) fn is_dirty(&self) -> bool {

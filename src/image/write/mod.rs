@@ -65,7 +65,7 @@ pub trait BackingDisk: Send + Sync {
 pub enum Zeroing {
     /// Clusters keep their place (fallocate's `ZERO_RANGE`).
     Keep,
-    /// Whole clusters are given back (`PUNCH_HOLE`, discard).
+    /// Whole clusters are freed (`PUNCH_HOLE`, discard).
     Unmap,
 }
 
@@ -88,8 +88,8 @@ fn where_possible(outcome: Result<()>) -> Result<()> {
     }
 }
 
-/// Gives back space that was reserved behind the end of a file, which ends at `from`.
-fn give_back_behind(file: &dyn WriteStorage, from: u64, end: u64) -> Result<()> {
+/// Releases space that was reserved behind the end of a file, which ends at `from`.
+fn release_behind(file: &dyn WriteStorage, from: u64, end: u64) -> Result<()> {
     if end > from {
         where_possible(file.punch_hole(from, end - from))?;
         // Some file systems only do it when the length is set, be it to what it is.
@@ -176,7 +176,7 @@ impl Writer {
         self.undoable().publish()
     }
 
-    /// Gives back everything that was taken since the opening: the image is as it was, without leaks. Nothing
+    /// Frees everything that was allocated since the opening: the image is as it was, without leaks. Nothing
     /// can be done with the writer afterwards. If it fails, leaks are left.
     ///
     /// # Panics
@@ -289,7 +289,7 @@ impl Writer {
         }
     }
 
-    /// Flushes, and gives back what was freed, so that the file is as a checker wants it. The
+    /// Flushes until what was freed is counted as free, so that the file is as a checker wants it. The
     /// disk can still be used.
     pub fn close(&self) -> Result<()> {
         match &self.body {

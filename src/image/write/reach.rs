@@ -38,13 +38,16 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// Gives the space of clusters back that are free; for whoever holds all ranges, so that nobody takes them.
+    /// Punches clusters that are free; for whoever holds all ranges, so that nobody takes them.
     pub(super) fn punch(&self, freed: &[ClusterRange]) {
         let size = self.image.cluster().size();
         for run in freed {
             if let Err(error) = where_possible(self.image.file.punch_hole(run.first * size, run.count * size)) {
                 // They are free all the same, and the next one to write there writes them whole.
-                tracing::warn!("{}: the space of free clusters stays taken: {error}", self.image.name);
+                tracing::warn!(
+                    "{}: could not punch a hole, so freed clusters keep their space: {error}",
+                    self.image.name
+                );
             }
         }
     }

@@ -232,7 +232,7 @@ impl Qcow2Writer {
         };
         self.release(&freed).map_err(|error| self.poisoned_by(error))?;
         self.flush_in_turn()?;
-        self.give_back_reserve()
+        self.release_reserve()
     }
 
     /// Sets the COPIED flags of all new tables, in the file only: in memory, what the image as it was
@@ -258,7 +258,7 @@ impl Qcow2Writer {
         Ok(l1)
     }
 
-    /// Gives back everything that was taken; the image is as it was.
+    /// Frees everything that was allocated; the image is as it was.
     pub(super) fn abandon(&self) -> Result<()> {
         let image = &self.image;
         let _all = self.ranges.hold(0, u64::MAX);
@@ -291,7 +291,7 @@ impl Qcow2Writer {
         for (first, count) in runs {
             where_possible(image.file.punch_hole(first * size, count * size))?;
         }
-        self.give_back_reserve()
+        self.release_reserve()
     }
 
     /// Takes space behind the end of the file.
@@ -304,8 +304,8 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// Gives back what is left of it.
-    pub(super) fn give_back_reserve(&self) -> Result<()> {
+    /// Releases what is left of it.
+    pub(super) fn release_reserve(&self) -> Result<()> {
         let end = self.reserved_end.swap(0, Ordering::SeqCst);
         if end == 0 {
             return Ok(());
@@ -313,7 +313,7 @@ impl Qcow2Writer {
         // Under the lock under which the file grows.
         let tables = self.tables.write();
         let from = tables.file_len.max(self.image.file.len()?);
-        super::give_back_behind(&*self.image.file, from, end)
+        super::release_behind(&*self.image.file, from, end)
     }
 }
 

@@ -1,4 +1,4 @@
-//! A smaller disk: the size first, durably; then what lay behind the new end is given back.
+//! A smaller disk: the size first, durably; then what lay behind the new end is freed.
 //!
 //! Whoever makes the disk longer again finds nothing of it: mappings behind the end go, and the
 //! last cluster, where it has bytes of its own, is zero behind the end. Cut off after the size has changed, the
@@ -17,13 +17,13 @@ use super::tables::{ImageFile, Tables, references};
 use super::{Writer, WriterBody, Zeroing, where_possible, zero_bytes};
 
 impl Writer {
-    /// Makes the disk `size` bytes long, rounded up to sectors, and gives back what lies behind. Nobody
+    /// Makes the disk `size` bytes long, rounded up to sectors, and frees what lies behind. Nobody
     /// else reads or writes the disk. It is durable when this returns. With the size that the disk has, it only
-    /// gives back what a crash has left behind the end. Internal snapshots keep their sizes and their content.
+    /// frees what a crash has left behind the end. Internal snapshots keep their sizes and their content.
     ///
     /// Refused: `Usage` (larger than now), `TooLarge` (no disk is), `Unsupported` (bitmaps; version 2 with
     /// internal snapshots). After any other failure [`Writer::size`] says how far it came: the new size, if only
-    /// space is left to be given back.
+    /// space is left to be freed.
     ///
     /// # Panics
     /// If what is written can be undone.
@@ -67,7 +67,7 @@ impl Qcow2Writer {
         self.close()
     }
 
-    /// Gives back what lies behind the end of the disk.
+    /// Frees what lies behind the end of the disk.
     fn trim(&self, size: u64) -> Result<()> {
         let image = &self.image;
         self.prepare()?;

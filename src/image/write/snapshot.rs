@@ -78,7 +78,7 @@ struct SnapshotClusters {
 
 impl Qcow2Writer {
     pub(super) fn snapshot_table(&self) -> Result<StoredSnapshots> {
-        // Taking a snapshot names another table and gives the old one back, at once.
+        // Taking a snapshot names another table and frees the old one, at once.
         let _turn = self.flushes.turn();
         let image = &self.image;
         let header = read_header(&image.name, &*image.file)?;
@@ -217,7 +217,7 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// Makes everything durable, lets the header name the new table, and gives the old one back.
+    /// Makes everything durable, lets the header name the new table, and frees the old one.
     fn switch_snapshots(
         &self,
         old: &StoredSnapshots,

@@ -103,7 +103,7 @@ impl Qcow2Writer {
         Ok(Some(place))
     }
 
-    /// Lets the header name the table without the entry, and gives the old one back.
+    /// Lets the header name the table without the entry, and frees the old one.
     fn switch_to_fewer(
         &self,
         old: &StoredSnapshots,
@@ -127,7 +127,7 @@ impl Qcow2Writer {
         tables.unreference(image, table).map_err(|error| self.poisoned_by(error))
     }
 
-    /// Gives back an L1 table that the header does not lead to any more; `leave` takes the references of what its
+    /// Frees an L1 table that the header does not lead to any more; `leave` takes the references of what its
     /// entries reach, and says what is free. Halfway there is no way back.
     pub(super) fn leave_l1(
         &self,

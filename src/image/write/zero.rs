@@ -2,9 +2,9 @@
 //!
 //! Whole clusters (subclusters, where there are any) become zero in the tables; what is left at
 //! the edges is written, unless all around it reads as zero anyway. Version 2 has no zero flag: there a
-//! cluster is given back only where nothing below would show through, else zeroes are written.
+//! cluster is freed only where nothing below would show through, else zeroes are written.
 //!
-//! Space is given back before the mapping changes, never later: by then the cluster may be
+//! Space is punched before the mapping changes, never later: by then the cluster may be
 //! somebody else's. A crash in between shows zeroes, which is what was asked for.
 
 use std::sync::atomic::Ordering;
@@ -146,7 +146,7 @@ impl Qcow2Writer {
             return changes.iter().try_for_each(|change| self.zero_version_2(change, zeroing));
         }
         if zeroing == Zeroing::Unmap {
-            self.give_space_back(changes)?;
+            self.punch_space(changes)?;
         }
         for change in changes {
             let is_whole = change.to - change.from == self.image.cluster().size();
@@ -209,7 +209,7 @@ impl Qcow2Writer {
     }
 
     /// Punches holes where only this disk has data.
-    fn give_space_back(&self, changes: &[ZeroChange]) -> Result<()> {
+    fn punch_space(&self, changes: &[ZeroChange]) -> Result<()> {
         if self.raw_data {
             return Ok(()); // done, as data
         }
@@ -278,7 +278,7 @@ impl Qcow2Writer {
         if zeroing == Zeroing::Keep || shines_through || !is_whole || self.image.data_file.is_some() {
             return self.write_held(change.from, &vec![0; len as usize]);
         }
-        self.give_space_back(std::slice::from_ref(change))?;
+        self.punch_space(std::slice::from_ref(change))?;
         self.with_tables(|tables| {
             tables.own_l2_table(&self.image, change.guest)?;
             let words = tables.entry(&self.image, change.guest)?;

@@ -10,7 +10,6 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use chainfs::error::{Error, ErrorKind, Result};
@@ -27,18 +26,13 @@ const READ_WHOLE: u64 = 128 << 20;
 pub(crate) struct FileSource {
     file: File,
     size: u64,
-    read: AtomicU64,
 }
 
 impl FileSource {
     pub(crate) fn open(path: &Path) -> Self {
         let file = File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let size = file.metadata().expect("a size").len();
-        Self { file, size, read: AtomicU64::new(0) }
-    }
-
-    pub(crate) fn bytes_read(&self) -> u64 {
-        self.read.load(Ordering::Relaxed)
+        Self { file, size }
     }
 }
 
@@ -49,7 +43,6 @@ impl Source for FileSource {
 
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         chainfs::guest::source::within(self.size, at, buf.len())?;
-        self.read.fetch_add(buf.len() as u64, Ordering::Relaxed);
         self.file.read_exact_at(buf, at).map_err(|e| Error::io("reading a disk", e))
     }
 }

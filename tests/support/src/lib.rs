@@ -20,6 +20,7 @@ pub mod block_guest;
 pub mod chains;
 pub mod command;
 pub mod compare;
+pub mod crash;
 pub mod damage;
 pub mod examples;
 pub mod foreign;

@@ -10,13 +10,14 @@ use chainfs::ops::{Engine, JobState};
 use chainfs::store::Store;
 use tempfile::TempDir;
 
-use super::crash::{Candidate, describe, each_state, last_state};
+use super::crash::{describe, effort};
 use super::guest::Guest;
 use super::judge::{Judge, options, recover};
 use super::scene::Scene;
 use super::shape::{Shape, by_qemu, checked_by_qemu, is_qcow2, pages, seen};
 use super::strace;
 use super::tape::{Event, Recorder, Tape};
+use support::crash::{Candidate, each_state, last_state};
 use support::lab::{Kind, Lab, run};
 use support::sim::history::{History, Moment};
 use support::sim::{is_long, mix, seed};
@@ -261,7 +262,7 @@ pub(crate) struct Tally {
 /// Judges states of a tape, until so many are bad.
 pub(crate) fn walk(tape: &Tape, judge: &Judge, limit: usize, stop_after: usize) -> Tally {
     let mut failures = Vec::new();
-    let (possible, visited) = each_state(tape, limit, seed(), |candidate, scene| {
+    let count = each_state(tape, &effort(limit), seed(), |candidate, scene| {
         if let Err(error) = judge_scene(&scene, candidate, judge) {
             failures.push(format!("{error}\nstate: {}\n", describe(tape, candidate)));
         }
@@ -274,7 +275,7 @@ pub(crate) fn walk(tape: &Tape, judge: &Judge, limit: usize, stop_after: usize) 
     {
         failures.push(format!("{error}\nnothing was lost\n"));
     }
-    Tally { possible, visited: visited + 1, failures }
+    Tally { possible: count.possible, visited: count.visited + 1, failures }
 }
 
 fn judge_scene(scene: &Scene, candidate: &Candidate, judge: &Judge) -> Result<(), String> {
@@ -305,7 +306,7 @@ fn cut_recoveries(tape: &Tape, judge: &Judge, count: usize, limit: usize, bad: &
             path.starts_with(".chainfs/intents") && path.extension().is_some_and(|extension| extension == "toml")
         })
     };
-    each_state(tape, 12 * count, seed() ^ 1, |candidate, scene| {
+    each_state(tape, &effort(12 * count), seed() ^ 1, |candidate, scene| {
         if has_intent(&scene) {
             scenes.push((*candidate, scene));
         }
@@ -326,7 +327,7 @@ fn cut_recoveries(tape: &Tape, judge: &Judge, count: usize, limit: usize, bad: &
         }
         let again = recorder.tape();
         let mut is_bad = false;
-        visited += each_state(&again, limit, candidate.seed, |second, scene| {
+        visited += each_state(&again, &effort(limit), candidate.seed, |second, scene| {
             let moment = Candidate { cut: candidate.cut, ..*second };
             if let Err(error) = judge_scene(&scene, &moment, judge) {
                 is_bad = true;
@@ -338,7 +339,7 @@ fn cut_recoveries(tape: &Tape, judge: &Judge, count: usize, limit: usize, bad: &
             }
             !is_bad
         })
-        .1;
+        .visited;
         if is_bad {
             break;
         }

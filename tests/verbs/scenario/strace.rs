@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::scene::Scene;
 use super::tape::{Event, Tape};
-use support::sim::disk::Action;
+use support::sim::action::Action;
 use support::{Outcome as _, tool};
 
 /// Calls that open files or change them.

@@ -17,7 +17,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rustix::io::Errno;
 
 use super::scene::Scene;
-use support::sim::disk::Action;
+use support::sim::action::Action;
 use support::sim::mix;
 
 /// A change of names.

@@ -12,43 +12,8 @@ use chainfs::units::{BlockStatus, Run};
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
+use super::action::Action;
 use super::{Pages, mix};
-
-/// A change of one file.
-#[derive(Clone, Debug)]
-pub enum Action {
-    Write { at: u64, bytes: Arc<[u8]> },
-    SetLen(u64),
-    Punch { at: u64, len: u64 },
-    Zero { at: u64, len: u64 },
-    Allocate { at: u64, len: u64 },
-}
-
-impl Action {
-    pub fn apply(&self, pages: &mut Pages) {
-        match self {
-            Self::Write { at, bytes } => pages.write(*at, bytes),
-            Self::SetLen(len) => pages.set_len(*len),
-            Self::Punch { at, len } => pages.punch(*at, *len),
-            Self::Zero { at, len } => {
-                pages.punch(*at, *len);
-                pages.set_len(pages.len().max(at + len));
-            }
-            Self::Allocate { at, len } => pages.set_len(pages.len().max(at + len)),
-        }
-    }
-
-    /// In a few words.
-    pub fn describe(&self) -> String {
-        match self {
-            Self::Write { at, bytes } => format!("write {at:#x}+{:#x}", bytes.len()),
-            Self::SetLen(len) => format!("set_len {len:#x}"),
-            Self::Punch { at, len } => format!("punch {at:#x}+{len:#x}"),
-            Self::Zero { at, len } => format!("zero {at:#x}+{len:#x}"),
-            Self::Allocate { at, len } => format!("allocate {at:#x}+{len:#x}"),
-        }
-    }
-}
 
 /// What is on the tape.
 #[derive(Clone, Debug)]

@@ -7,6 +7,7 @@
 //!
 //! `CHAINFS_SEED` replays random choices, `CHAINFS_LONG=1` takes the time for all of them.
 
+pub mod action;
 pub mod change;
 pub mod crash;
 pub mod disk;
