@@ -1,5 +1,5 @@
-# What the benchmarks share: a scratch directory that goes away, a mount that goes away, medians.
-# Sourced, not run.
+# Shared functions of the benchmarks: a scratch directory and a mount that are removed at exit, and medians.
+# Source this file; do not run it.
 
 . "$(dirname "${BASH_SOURCE[0]}")/../tests/setup.sh"
 
@@ -13,7 +13,7 @@ CHAINFS=$(realpath "$CHAINFS")
 SCRATCH=$(mktemp -d "${TMPDIR:-/var/tmp}/chainfs-bench.XXXXXX")
 SERVERS=()
 
-# Whatever happens, no mount, no server and no file of ours stays behind.
+# Removes all mounts, servers and files of this run, also after an error.
 clean_up() {
     local pid device dir
     for pid in "${SERVERS[@]}"; do
@@ -22,7 +22,8 @@ clean_up() {
     while read -r device dir; do
         [ -n "$dir" ] || continue
         timeout 20 "$CHAINFS" umount "$dir" 2>/dev/null && continue
-        # A server that hangs would make umount hang, too. Without the control file system, its death will do.
+        # umount would hang with a hanging server: abort the connection, or kill the server if fusectl is not
+        # mounted.
         echo 1 2>/dev/null >"/sys/fs/fuse/connections/${device#*:}/abort" || kill -KILL "$(server_of "$dir")" || true
         umount -l "$dir" || true
     done < <(awk -v root="$SCRATCH/" 'index($5, root) == 1 { print $3, $5 }' /proc/self/mountinfo | tac)
@@ -31,7 +32,7 @@ clean_up() {
 trap clean_up EXIT
 trap 'exit 130' INT TERM
 
-# server_of DIR: the process that serves our mount on DIR.
+# server_of DIR: the process that serves this run's mount on DIR.
 server_of() {
     local cmdline words
     for cmdline in /proc/[0-9]*/cmdline; do
@@ -42,7 +43,7 @@ server_of() {
             return
         fi
     done
-    echo "bench: nobody serves $1" >&2
+    echo "bench: no process serves $1" >&2
     exit 1
 }
 

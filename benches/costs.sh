@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What two builds of chainfs cost, side by side in turns: mounting 10,000 images, the first write to a disk, and each
-# command on a small chain. Medians in milliseconds, and the ratio of the second build to the first.
+# Compares two builds of chainfs, run alternately: mounting 10,000 images, the first write to a disk, and each
+# command on a small chain. Prints medians in milliseconds, and the ratio of the second build to the first.
 #
-#   benches/costs.sh OTHER-CHAINFS [ROUNDS]      (default 7; the second build is CHAINFS or target/release/chainfs)
+#   benches/costs.sh OTHER-CHAINFS [ROUNDS]      (default 7; the second build is CHAINFS or
+# target/release/chainfs)
 set -euo pipefail
 [ -x "${1:-}" ] || { echo "usage: benches/costs.sh OTHER-CHAINFS [ROUNDS]" >&2; exit 2; }
 OTHER=$(realpath "$1")
@@ -15,7 +16,7 @@ mnt=$SCRATCH/mnt
 mkdir -p "$mnt"
 declare -A times
 
-# timed KEY COMMAND...: milliseconds of the command, appended to the times of KEY.
+# timed KEY COMMAND...: appends the milliseconds of the command to the times of KEY.
 timed() {
     local key=$1 start end
     shift
@@ -65,7 +66,7 @@ first_write() {
     ' "$1"
 }
 
-# given CHAIN VERB WORDS: gives a command and waits for its end.
+# given CHAIN VERB ARGUMENTS: runs a command and waits for its end.
 given() {
     echo "$3" >"$mnt/$1/control/$2" || { grep error: "$mnt/$1/control/status" >&2; exit 1; }
     local last

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Guests' files: how long the first byte takes, and whole trees beside the kernel's loop mount of the same view.
+# Guests' files: time to the first byte, and whole trees compared with the kernel's loop mount of the same
+# view.
 #
 #   benches/guests.sh [ROUNDS] [--guestfish]
 #
-# A Debian root file system (debootstrap) is installed on a chain of four layers, snapshots being taken while it is written. As root. All ways
-# are timed in turns in each round; quote ratios of medians, for the machine is never alone.
+# Installs a Debian root file system (debootstrap) on a chain of four layers, with snapshots while it is
+# written. Needs root. Each round times all methods in turn. Quote ratios of medians, because other load
+# varies.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 rounds=5
@@ -63,7 +65,7 @@ losetup -d "$loop"
 loop=
 cp --sparse=always mnt/vm/partitions/second/p2.raw copy.raw
 "$CHAINFS" umount mnt
-# The kernel replays the journal once; what is timed is its mount of a clean file system.
+# The kernel replays the journal once here, so that the timed mounts are of a clean file system.
 mount -o loop copy.raw kernel
 files=$(find kernel | wc -l)
 umount kernel

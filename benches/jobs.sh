@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Commit and pull against qemu-img commit and rebase, side by side, on two file systems: that of the scratch directory, and
-# an XFS with reflinks in a file there. Medians and ratios; every run begins with fresh copies that are in memory.
+# Compares commit and pull with qemu-img commit and rebase on two file systems: that of the scratch directory,
+# and an XFS with reflinks in a file there. Prints medians and ratios. Each run starts with fresh copies in
+# the page cache.
 #
 #   benches/jobs.sh [SIZE-IN-MIB [ROUNDS]]      (default 4096 and 3)
 set -euo pipefail
@@ -10,7 +11,7 @@ need qemu-img qemu-io mkfs.xfs bc
 mib=${1:-4096}
 rounds=${2:-3}
 
-# What is merged: every cluster of a disk, in an overlay over an empty base.
+# The data to merge: every cluster of a disk, in an overlay of an empty base.
 make_images() {
     mkdir -p "$1/pristine"
     qemu-img create -q -f qcow2 "$1/pristine/base.qcow2" "${mib}M"
@@ -19,7 +20,7 @@ make_images() {
     local commands=()
     for ((at = 0; at < mib; at += 16)); do commands+=(-c "write -q -s $1/pattern ${at}M 16M"); done
     qemu-io -f qcow2 "${commands[@]}" "$1/pristine/web.qcow2"
-    # For pulls the data lies in the base.
+    # For pulls, the base has the data.
     mkdir -p "$1/pulls"
     mv "$1/pristine/web.qcow2" "$1/pulls/base.qcow2"
     qemu-img rebase -u -b '' "$1/pulls/base.qcow2"
@@ -28,7 +29,7 @@ make_images() {
     qemu-img rebase -u -b base.qcow2 -F qcow2 "$1/pristine/web.qcow2"
 }
 
-# Seconds from the command to everything on disk.
+# Seconds from the start of the command until all data is on disk.
 timed() {
     local start end
     sync -f "$1"
@@ -68,7 +69,7 @@ compare() { # NAME PLACE IMAGES ours -- theirs
 measure() { # NAME PLACE
     make_images "$2"
     compare "$1 commit" "$2" pristine "$CHAINFS" commit web.qcow2 --store . -- \
-        sh -c 'qemu-img commit -q -d web.qcow2 && rm web.qcow2' # as the other does
+        sh -c 'qemu-img commit -q -d web.qcow2 && rm web.qcow2' # like chainfs
     compare "$1 pull" "$2" pulls "$CHAINFS" pull web.qcow2 --store . -- qemu-img rebase -q -b '' web.qcow2
     rm -rf "${2:?}/"*
 }

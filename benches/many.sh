@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A store of 10,000 images in 1,000 chains: how long until it can be used, what listing everything
-# costs, how much memory it takes, with 1,024 descriptors.
+# A store of 10,000 images in 1,000 chains: time until the mount is ready, cost of listing all files, and
+# memory, with 1,024 descriptors.
 #
 #   benches/many.sh [CHAINS [LAYERS]]      (default 1000 and 10)
 #
@@ -16,7 +16,7 @@ mnt=$SCRATCH/mnt
 mkdir -p "$store" "$mnt"
 
 echo "making $((chains * layers)) images in $chains chains ..." >&2
-# One overlay and one base by qemu-img; the others are the same with another name of the same length in the
+# qemu-img creates one overlay and one base; the others are copies with another name of the same length in the
 # header. Blocks of zeroes stay holes.
 qemu-img create -q -f qcow2 -u -F qcow2 -b c0000-000.qcow2 "$SCRATCH/overlay" 10G
 qemu-img create -q -f qcow2 "$SCRATCH/base" 10G
@@ -76,7 +76,7 @@ ls -lR "$mnt" >/dev/null
 again=$(since "$start")
 peak_listed=$(peak)
 
-# The first bytes of every disk: every layer is opened.
+# Reads the first bytes of each disk, which opens all layers.
 start=$(now)
 find "$mnt" -name '*.raw' -type f -exec head -q -c 4096 {} + >/dev/null
 opened=$(since "$start")

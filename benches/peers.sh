@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Reading side by side with qemu-storage-daemon's FUSE export of the same chain, interleaved in one
-# run, in both of its aio modes.
+# Compares reads with qemu-storage-daemon's FUSE export of the same chain, in both of its aio modes,
+# interleaved in one run.
 #
 #   benches/peers.sh [SIZE-IN-MIB [ROUNDS]]      (default 512 and 5)
 #
-# What is measured: every target in turn, round after round, so that a slow minute hits all of them.
+# Each round measures all targets in turn, so that a slow minute affects all of them.
 #   seq        1 MiB reads from beginning to end, one reader
 #   rand       4 KiB reads, 4 readers (psync), each block of the disk once
-# The images' own pages are in the cache ("warm"), the mount's are dropped before each run, so that
-# the server is exercised; "again" reads what the kernel has kept. Each number is a median; CPU is the
-# server's. The disk is random bytes: raw, as one qcow2 (depth 1), and as 128 layers, each cluster in one of
-# them by a hash. All targets are read as snapshots: an empty overlay lies above each.
+# The images are in the page cache ("warm"). The mount's cached pages are dropped before each run, so that the
+# server does the work; "again" reads from the mount's page cache. Each number is a median; CPU is the
+# server's. The disk has random bytes: raw, as one qcow2 (depth 1), and as 128 layers, with a hash that
+# selects the layer of each cluster. All targets are read as snapshots: each has an empty overlay.
 # CHAINFS_OPTIONS is passed to mount -o.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -39,7 +39,7 @@ for ((layer = 0; layer < depth; layer++)); do
     [ "$layer" -gt 0 ] && backing=(-u -F qcow2 -b "l$((layer - 1)).qcow2")
     qemu-img create -q -f qcow2 "${backing[@]}" "l$layer.qcow2" "${size_mib}M"
 done
-# One process a layer, the layer opened alone.
+# One process per layer, which opens the layer alone.
 awk -v n="$clusters" -v depth="$depth" 'BEGIN { for (c = 0; c < n; c++) print int((c * 40503) / 7) % depth, c }' |
     sort -n -s -k1,1 >"$SCRATCH/placement"
 for ((layer = 0; layer < depth; layer++)); do
@@ -55,7 +55,7 @@ qemu-img create -q -f qcow2 -F raw -b plain.raw above-plain.qcow2
 "$CHAINFS" mount "$store" "$mnt" ${CHAINFS_OPTIONS:+-o "$CHAINFS_OPTIONS"}
 ours=$(server_of "$mnt")
 
-# json_of LAYER AIO: the blockdev of a layer with all below it, each file in the same aio mode.
+# json_of LAYER AIO: the blockdev of a layer with its backing files, all in the same aio mode.
 json_of() {
     local file below
     if [ "$1" = one ]; then
@@ -100,7 +100,7 @@ server[chainfs-1]=$ours
 server[chainfs-$depth]=$ours
 server[chainfs-raw]=$ours
 
-# Not by cmp(1): it reads by st_blksize, which qemu-storage-daemon says is a few bytes.
+# Not with cmp(1): it reads in units of st_blksize, which is a few bytes for qemu-storage-daemon.
 same() {
     [ "$(sha256sum <"$1")" = "$(sha256sum <"$2")" ] || { echo "bench: $1 and $2 differ" >&2; exit 1; }
 }
@@ -108,7 +108,7 @@ same "${path[chainfs-$depth]}" "${path[threads-$depth]}"
 same "${path[chainfs-1]}" "$store/plain.raw"
 same "${path[chainfs-raw]}" "$store/plain.raw"
 
-# cpu NAME: CPU time its server has taken, in clock ticks.
+# cpu NAME: CPU time of the target's server, in clock ticks.
 cpu() {
     local pid=${server[$1]:-}
     if [ -n "$pid" ]; then
@@ -128,11 +128,11 @@ run() {
         again) words=(--rw=read --bs=1M --numjobs=1) invalidate=0 ;;
         rand) words=(--rw=randread --bs=4k --numjobs=4 "--size=$((size_mib / 4))M" "--offset_increment=$((size_mib / 4))M") ;;
     esac
-    # These have no cache of their own: emptying it would measure the disk.
+    # These targets have no page cache of their own: dropping it would measure the disk.
     case $1 in plain | chainfs-raw) invalidate=0 ;; esac
     [ $invalidate -eq 0 ] && cat "${path[$1]}" >/dev/null
-    # On a virtual machine, memory that was not used for a while is slow to get, which would hide the servers:
-    # take as much as the run will need, and give it back.
+    # On a virtual machine, memory that was unused for a while is slow to allocate, which would distort the
+    # result: allocate as much as the run will need, and free it.
     perl -e '$x = "x" x ($ARGV[0] << 20)' $((size_mib * 3 / 2))
     before=$(cpu "$1")
     value=$(fio --name=x --readonly --thread --ioengine=psync --group_reporting --invalidate=$invalidate \
@@ -146,7 +146,7 @@ run() {
 
 targets=(chainfs-1 threads-1 io_uring-1 "chainfs-$depth" "threads-$depth" "io_uring-$depth" plain chainfs-raw)
 for ((round = 0; round <= rounds; round++)); do
-    # The first round is thrown away: memory not used for a while is slow to get.
+   # The first round is discarded: memory that was unused for a while is slow to allocate.
     [ "$round" -eq 1 ] && { values=(); costs=(); }
     echo "round $round of $rounds" >&2
     cat ./*.qcow2 plain.raw >/dev/null

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Writing side by side with qemu-storage-daemon's writable FUSE export of an equal image, interleaved
-# in one run, in both of its aio modes.
+# Compares writes with qemu-storage-daemon's writable FUSE export of an equal image, in both of its aio modes,
+# interleaved in one run.
 #
 #   benches/writers.sh [SIZE-IN-MIB [ROUNDS]]      (default 256 and 5)
 #
-# What is measured, each by fio (psync), round after round, every target in turn:
+# Each round measures all targets in turn with fio (psync):
 #   seq          1 MiB writes from beginning to end, one writer
 #   seq+sync     the same, and fdatasync four times on the way, the last at the end
 #   rand x1, x4  4 KiB writes in random order, one writer and four
 #   rand+sync    the same with fdatasync four times on the way
 #   each x1, x4  4 KiB writes, each followed by fdatasync
-# once on clusters that are allocated ("old"), once on a stretch of the disk that nobody has written yet ("new":
-# another one each round). Each number is a median. CHAINFS_OPTIONS is passed to mount -o.
+# once on allocated clusters ("old"), once on an unwritten range of the disk ("new", another range in each
+# round). Each number is a median. CHAINFS_OPTIONS is passed to mount -o.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need qemu-img qemu-io fio jq
@@ -29,7 +29,7 @@ mkdir -p "$store" "$mnt"
 cd "$store"
 
 kinds=(seq seq+sync rand1 rand4 rand1+sync rand4+sync each1 each4)
-# Every run on new clusters has a stretch of its own.
+# Each run on new clusters has a range of its own.
 virtual_mib=$((size_mib * (${#kinds[@]} * (rounds + 1) + 1)))
 targets=(chainfs threads io_uring)
 echo "making 3 images with $size_mib MiB allocated ..." >&2
@@ -56,7 +56,7 @@ for aio in threads io_uring; do
     done
 done
 
-# cpu NAME: CPU time its server has taken, in clock ticks.
+# cpu NAME: CPU time of the target's server, in clock ticks.
 cpu() {
     awk '{ sub(/.*\) /, ""); print $12 + $13 }' "/proc/${server[$1]}/stat"
 }
@@ -67,7 +67,7 @@ ticks=$(getconf CLK_TCK)
 run() {
     local jobs=1 words value before after total=$((size_mib * 256)) each
     case $2 in *4 | *4+sync) jobs=4 ;; esac
-    # Small writes with a sync each are few: the disk decides how fast they are.
+    # Few small writes with a sync each: their speed depends on the disk.
     case $2 in
         seq*) words=(--rw=write --bs=1M "--size=${size_mib}M") total=$size_mib ;;
         rand*) words=(--rw=randwrite --bs=4k "--size=$((size_mib / jobs))M" --norandommap=0) ;;
@@ -88,7 +88,7 @@ run() {
 
 stretch=0
 for ((round = 0; round <= rounds; round++)); do
-    # The first round is thrown away: memory not used for a while is slow to get.
+    # The first round is discarded: memory that was unused for a while is slow to allocate.
     [ "$round" -eq 1 ] && { values=(); costs=(); }
     echo "round $round of $rounds" >&2
     for kind in "${kinds[@]}"; do
@@ -96,7 +96,7 @@ for ((round = 0; round <= rounds; round++)); do
         for place in old new; do
             for ((n = 0; n < ${#targets[@]}; n++)); do
                 target=${targets[(n + round) % ${#targets[@]}]}
-                # What the last one has left to write back is not this one's to wait for.
+                # Writes back the dirty pages of the previous run first.
                 sync
                 run "$target" "$kind" "$place" $([ $place = old ] && echo 0 || echo $((stretch * size_mib)))
             done

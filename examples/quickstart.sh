@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Shows chainfs at work: makes a small store with real file systems in it, mounts it, looks around,
-# compares snapshots and unmounts. As root or as an ordinary user; nothing is left behind.
+# Demonstrates chainfs: creates a small store with real file systems, mounts it, reads and compares snapshots,
+# runs commands and unmounts. Runs as root or as an ordinary user, and removes all its files.
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -23,7 +23,7 @@ clean_up() {
     if grep -qF " $mnt " /proc/self/mountinfo; then
         chainfs umount --lazy "$mnt" || fusermount3 -uz "$mnt" || umount -l "$mnt" || true
     fi
-    # Should the mount still be there, its disks are not ours to remove.
+    # If the mount is still there, its files must not be removed.
     rm -rf --one-file-system "$work"
 }
 trap clean_up EXIT
@@ -39,9 +39,10 @@ fail() {
     exit 1
 }
 
-# --- The store of the README: base <- installed <- monday <- tuesday <- web01, and try-php9 beside monday -----------
+# --- The store of the README: base <- installed <- monday <- tuesday <- web01, and try-php9 on installed
+# ------------
 
-say "making a store in $store"
+say "create a store in $store"
 "$project/examples/store.sh" "$store"
 cd "$store"
 
@@ -58,14 +59,14 @@ show ls -ls
 
 # --- The same as a tree of disks -----------------------------------------------------------------
 
-say 'one command makes a tree of it'
+say 'mount it with one command'
 show chainfs mount "$store" "$mnt"
 show cat "$mnt/.chainfs/tree.txt"
 show ls -ls "$mnt" "$mnt/web01" "$mnt/web01/snapshots"
 [ ! -s "$mnt/.chainfs/problems.txt" ] || fail "there should be no problems: $(cat "$mnt/.chainfs/problems.txt")"
 
-say 'every snapshot is a disk, and its partitions are: any tool that reads disks reads the past'
-# reads PARTITION TEXT: the guest's /etc/motd as of there.
+say 'each snapshot and each of its partitions is a disk, for any tool that reads disks'
+# reads PARTITION TEXT: checks the guest's /etc/motd in this partition.
 reads() {
     local text
     text=$(show_motd "$1")
@@ -82,7 +83,7 @@ reads "$web01/active@before-upgrade/p1.raw" 'wednesday: before the upgrade'
 reads "$web01/active/p1.raw" 'wednesday: upgraded'
 reads "$mnt/try-php9/partitions/active/p1.raw" 'trying php 9'
 
-say "the guests' own files, in every snapshot, with ordinary tools"
+say "read the guests' files in each snapshot with ordinary tools"
 show ls "$mnt/web01/files" "$mnt/web01/files/monday" "$mnt/web01/files/monday/p1"
 show cat "$mnt/web01/files/monday/root/etc/motd"
 show cat "$mnt/web01/files/monday/volumes.txt"
@@ -95,10 +96,10 @@ show chainfs diff --files installed.qcow2 web01.qcow2 || status=$?
 show chainfs versions web01.qcow2:/root/etc/motd
 [ "$(show chainfs cat web01.qcow2@monday:/root/etc/motd | tail -1)" = 'monday: all is well' ] || fail 'the same without a mount'
 
-say 'qemu-img sees the same'
+say 'qemu-img reads the same data'
 show qemu-img compare -U -f raw -F qcow2 "$mnt/web01/snapshots/monday.raw" monday.qcow2
 
-say 'what differs, what is stored where, and whether all is sound'
+say 'compare disks, show where data is stored, and check an image'
 status=0
 show chainfs compare "$mnt/web01/snapshots/installed.raw" "$mnt/web01/snapshots/monday.raw" || status=$?
 [ "$status" -eq 1 ] || fail "compare should exit 1 for disks that differ, not $status"
@@ -107,7 +108,7 @@ show chainfs info --backing-chain web01.qcow2
 show chainfs map web01.qcow2
 show chainfs check web01.qcow2
 
-say "the active disk is written like any disk, and nobody else's bytes change"
+say 'write to the active disk; no snapshot and no other disk changes'
 echo "\$ debugfs -w -R 'write motd /etc/motd' partitions/active/p1.raw"
 guest_at "$web01/active/p1.raw" 'wednesday: mended from outside'
 reads "$web01/active/p1.raw" 'wednesday: mended from outside'
@@ -116,20 +117,20 @@ reads "$web01/monday/p1.raw" 'monday: all is well'
 show truncate -s 28M "$mnt/try-php9/active.raw"
 show stat -c '%n %s' "$mnt/try-php9/active.raw"
 
-say 'the state of the disk is kept, while it is in use'
+say 'take a snapshot while the disk is in use'
 before=$(sha256sum <"$mnt/web01/active.raw")
 exec 3<>"$mnt/web01/active.raw"
 show chainfs snapshot "$mnt/web01" wednesday --description 'before the second upgrade'
 guest_at "$web01/active/p1.raw" 'thursday: upgraded again'
-[ "$(sha256sum <"$mnt/web01/snapshots/wednesday.raw")" = "$before" ] || fail 'the snapshot is not what the disk was'
+[ "$(sha256sum <"$mnt/web01/snapshots/wednesday.raw")" = "$before" ] || fail 'the snapshot differs from the disk'
 reads "$web01/wednesday/p1.raw" 'wednesday: mended from outside'
 reads "$web01/active/p1.raw" 'thursday: upgraded again'
 
-say 'what a commit would do, what keeps it from being done, and one that is done'
+say 'plan a commit, see one refused, and run one'
 show chainfs commit "$mnt/web01" --top monday --base installed --dry-run || true
 echo "\$ echo 'top=monday' > control/commit"
 if echo 'top=monday base=installed' 2>/dev/null >"$mnt/web01/control/commit"; then
-    fail 'try-php9 stands on installed, which must not be written'
+    fail 'installed backs try-php9 and must not be written'
 fi
 show grep error "$mnt/web01/control/status"
 show chainfs commit "$mnt/web01" --top wednesday --base tuesday --discard-internal -p
@@ -139,7 +140,7 @@ reads "$web01/active/p1.raw" 'thursday: upgraded again'
 reads "$mnt/try-php9/partitions/active/p1.raw" 'trying php 9'
 show cat "$mnt/.chainfs/tree.txt"
 
-say 'a disk goes back, what it held is kept, and another one is made of the same snapshot'
+say 'revert a disk and keep its content as a snapshot, then clone the same snapshot'
 show chainfs snapshot "$mnt/web01" friday
 guest_at "$web01/active/p1.raw" 'friday: broken'
 show chainfs revert "$mnt/web01" friday --save broken
@@ -148,7 +149,7 @@ reads "$mnt/broken/partitions/broken/p1.raw" 'friday: broken'
 show chainfs clone "$mnt/web01" web02 --from friday
 reads "$mnt/web02/partitions/active/p1.raw" 'thursday: upgraded again'
 
-say 'a snapshot is deleted, and no other disk changes'
+say 'delete a snapshot; no other disk changes'
 show chainfs tree "$mnt/web01" --dry-run delete friday
 show chainfs delete "$mnt/web01" friday -p
 reads "$web01/active/p1.raw" 'thursday: upgraded again'
@@ -158,7 +159,7 @@ show chainfs resize "$mnt/web01" +4M
 show stat -c '%n %s' "$mnt/web01/active.raw"
 show cat "$mnt/.chainfs/tree.txt"
 
-say 'and away'
+say 'unmount'
 show chainfs umount "$mnt"
 if grep -qF " $mnt " /proc/self/mountinfo; then
     fail "$mnt is still mounted"

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Makes the store that README.md shows: two machines with a history in common, and real file systems in them.
+# Creates the store of README.md: two machines with a common history and real file systems.
 #
 #   examples/store.sh STORE            STORE: an empty directory
 #
-#   base.raw <- installed <- monday <- tuesday <- web01 (holds the internal snapshot before-upgrade)
+#   base.raw <- installed <- monday <- tuesday <- web01 (has the internal snapshot before-upgrade)
 #                         <- try-php9
 #
-# Needs qemu-img, mke2fs and debugfs; no rights, no mount.
+# Needs qemu-img, mke2fs and debugfs, but no privileges and no mount.
 set -euo pipefail
 cd "$1"
 work=$(mktemp -d "${TMPDIR:-/tmp}/chainfs-store.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 disk=$work/disk.raw
 
-# write PATH TEXT: the guest writes one of its files, on the disk that the layers are made from.
+# write PATH TEXT: writes a guest's file on the disk from which the layers are created.
 write() {
     printf '%s\n' "$2" >"$work/text"
     printf '%s\n' "rm $1" "write $work/text $1" >"$work/commands"
@@ -23,7 +23,7 @@ write() {
     }
 }
 
-# layer NAME BASE FORMAT: what the guest's disk has and BASE has not becomes NAME.
+# layer NAME BASE FORMAT: creates the overlay NAME with the difference between the disk and BASE.
 layer() {
     qemu-img convert -f raw -O qcow2 -B "$2" -F "$3" "$disk" "$1"
 }
@@ -37,7 +37,7 @@ echo '/dev/vda1 / ext4 defaults 0 1' >"$work/root/etc/fstab"
 echo 'root:x:0:0:root:/root:/bin/sh' >"$work/root/etc/passwd"
 echo 'remember the milk' >"$work/root/home/ann/notes"
 truncate -s 24M "$disk"
-# A partition table of one Linux partition, from sector 2048 on, of 45056 sectors (22 MiB).
+# A partition table with one Linux partition of 45056 sectors (22 MiB) from sector 2048.
 printf '\0\376\377\377\203\376\377\377\0\010\0\0\0\260\0\0' | dd of="$disk" bs=1 seek=446 conv=notrunc status=none
 printf '\125\252' | dd of="$disk" bs=1 seek=510 conv=notrunc status=none
 mke2fs -q -t ext4 -E "offset=1048576,root_owner=$(id -u):$(id -g)" -d "$work/root" "$disk" 22M 2>"$work/log"

@@ -1,8 +1,9 @@
-//! What can go wrong, in three kinds that are never mixed.
+//! Errors, in three groups that are never mixed.
 //!
-//! The world fails with an [`Error`]; a bad file is [`ErrorKind::Corrupt`], a good file with a
-//! feature that chainfs lacks is [`ErrorKind::Unsupported`]; our own bugs are assertions.
-//! Every error says what it is about: the file, the fact and, where there is one, the remedy.
+//! Failures of the system and of requests are an [`Error`]. Among these, a damaged file is
+//! [`ErrorKind::Corrupt`], and a valid file with a feature that chainfs lacks is [`ErrorKind::Unsupported`].
+//! Bugs of chainfs are assertions. The message of an error names the file, the fact and, if there is one, the
+//! remedy.
 
 mod printable;
 
@@ -14,53 +15,53 @@ use serde::{Deserialize, Serialize};
 
 pub use printable::{escaped, is_plain, printable};
 
-/// The result of everything that touches the world.
+/// The result of operations that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What went wrong, as far as a program needs to know. [`errno`] maps each to its number.
+/// The kind of an error, for programs. [`errno`] maps each to its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ErrorKind {
-    /// There is nothing of that name.
+    /// The name does not exist.
     NotFound,
-    /// The words of a request are wrong.
+    /// A request is invalid.
     Usage,
-    /// There is something of that name already.
+    /// The name exists already.
     Exists,
-    /// Something else would be lost with it: other images stand on it, or snapshots are kept in it.
+    /// Other data would be lost: the image has overlays, or it holds snapshots.
     NotEmpty,
-    /// The user has stopped it.
+    /// The user has cancelled it.
     Cancelled,
-    /// Somebody else uses what is needed.
+    /// A needed file is in use.
     Busy,
-    /// The caller may not do this.
+    /// The caller has no permission.
     Denied,
-    /// The thing can only be read.
+    /// The file, file system or mount is read-only.
     ReadOnly,
-    /// A good file that needs a feature which chainfs does not have.
+    /// A valid file with a feature that chainfs does not support.
     Unsupported,
-    /// The file has changed or gone since it was looked up.
+    /// The file was changed or removed since it was looked up.
     Stale,
-    /// A file that breaks its format's rules.
+    /// A file that violates its format.
     Corrupt,
-    /// A view whose chain is broken: a layer is missing, loops, or cannot be read.
+    /// A view whose chain is broken: a layer is missing or unreadable, or the chain loops.
     Broken,
     /// A name that leads out of the store.
     Escape,
-    /// What is asked for is more than a limit of chainfs or of a format allows.
+    /// The request exceeds a limit of chainfs or of a format.
     Limit,
-    /// The process has no more files, threads or processes to give; it may have some again in a moment.
+    /// The process is out of descriptors, threads or processes; a retry may succeed.
     Exhausted,
-    /// The change is not one that may be made this way.
+    /// This change is not permitted on this file.
     Forbidden,
     /// The file system that holds the image is full.
     NoSpace,
-    /// The owner of the image has used up what the file system allows.
+    /// The quota of the image's owner is exhausted.
     Quota,
-    /// A file would become larger than its file system, its format or a limit allows.
+    /// A file would exceed a size limit of its file system, its format or the process.
     TooLarge,
-    /// The image's tables could not be written: nothing is written to it any more.
+    /// An earlier write of the image's tables failed: the image is no longer written.
     Poisoned,
-    /// The system refused to read or write.
+    /// An I/O operation failed.
     Io,
 }
 
@@ -89,7 +90,7 @@ pub const ERROR_KINDS: [ErrorKind; 21] = [
     ErrorKind::Io,
 ];
 
-/// The errno that a caller of the file system sees; docs/SEMANTICS.md shows the same table.
+/// The errno that clients of the mount see; docs/SEMANTICS.md shows the same table.
 pub fn errno(kind: ErrorKind) -> rustix::io::Errno {
     use rustix::io::Errno;
     match kind {
@@ -112,7 +113,7 @@ pub fn errno(kind: ErrorKind) -> rustix::io::Errno {
     }
 }
 
-/// An error with a sentence for people and a kind for programs.
+/// An error with a message for users and a kind for programs.
 #[derive(Clone, Debug)]
 pub struct Error {
     kind: ErrorKind,
@@ -121,12 +122,12 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error of our own finding. `context` is a lower-case sentence that names file, fact and remedy.
+    /// An error that chainfs detected. `context` is a lower-case message that names file, fact and remedy.
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
         Self { kind, context: context.into(), source: None }
     }
 
-    /// An error of the system while doing `context` ("reading web01.qcow2").
+    /// A system error during `context` ("reading web01.qcow2").
     pub fn io(context: impl Into<String>, source: impl Into<io::Error>) -> Self {
         let source = source.into();
         let kind = match source.kind() {
@@ -145,7 +146,7 @@ impl Error {
         Self { kind, context: context.into(), source: Some(Arc::new(source)) }
     }
 
-    /// An error while beginning a thread or a process: there may be no more of them.
+    /// A system error at the start of a thread or process, which may mean a resource limit.
     pub fn beginning(context: impl Into<String>, source: impl Into<io::Error>) -> Self {
         let mut error = Self::io(context, source);
         let is_again = |source: &Arc<io::Error>| source.kind() == io::ErrorKind::WouldBlock;
@@ -155,12 +156,12 @@ impl Error {
         error
     }
 
-    /// What a program needs to know.
+    /// The kind, for programs.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
 
-    /// The same error with more said in front: "`context`: ...".
+    /// The same error with a prefix: "`context`: ...".
     #[must_use]
     pub fn within(mut self, context: impl fmt::Display) -> Self {
         self.context = format!("{context}: {}", self.context);
@@ -168,7 +169,7 @@ impl Error {
     }
 }
 
-/// Whether a number says that the process or the system has no more files open to give.
+/// Whether an errno means that the process or the system is out of descriptors.
 fn is_exhaustion(errno: i32) -> bool {
     use rustix::io::Errno;
     [Errno::MFILE, Errno::NFILE].iter().any(|known| known.raw_os_error() == errno)
@@ -177,23 +178,23 @@ fn is_exhaustion(errno: i32) -> bool {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.source {
-            // Names in sentences are whatever an image or a directory says.
+            // Messages contain names from images and directories, which are untrusted.
             Some(source) => write!(f, "{}: {}", printable(&self.context), printable(&system_fact(source))),
             None => f.write_str(&printable(&self.context)),
         }
     }
 }
 
-/// What the system says, without its number; where its words explain nothing, what they mean here.
+/// The system's error text without its number, replaced where a clearer text is known.
 fn system_fact(source: &io::Error) -> String {
     let said = source.to_string();
     let Some(number) = source.raw_os_error() else { return said };
     match rustix::io::Errno::from_raw_os_error(number) {
         rustix::io::Errno::XDEV => {
-            "it lies on another file system, or behind a symbolic link that leads out of the store".to_owned()
+            "it is on another file system, or behind a symbolic link that leads out of the store".to_owned()
         }
         rustix::io::Errno::NOTCONN => {
-            "the mount is dead, for its daemon has gone; take it away with chainfs umount, and \
+            "the mount is dead because its daemon has ended; unmount it with chainfs umount, and \
                                        mount the store again"
                 .to_owned()
         }
@@ -212,12 +213,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_system_s_words_come_without_numbers_and_with_what_they_mean() {
+    fn system_errors_are_shown_without_numbers_and_explained() {
         let said = |number: i32| Error::io("opening x", io::Error::from_raw_os_error(number)).to_string();
         assert_eq!(said(2), "opening x: No such file or directory");
-        let crossing = "it lies on another file system, or behind a symbolic link that leads out of the store";
+        let crossing = "it is on another file system, or behind a symbolic link that leads out of the store";
         assert_eq!(said(rustix::io::Errno::XDEV.raw_os_error()), format!("opening x: {crossing}"));
-        assert!(said(rustix::io::Errno::NOTCONN.raw_os_error()).contains("take it away with chainfs umount"));
+        assert!(said(rustix::io::Errno::NOTCONN.raw_os_error()).contains("unmount it with chainfs umount"));
         assert_eq!(
             Error::io("x", io::Error::other("words (os error of ours)")).to_string(),
             "x: words (os error of ours)"

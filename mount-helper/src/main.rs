@@ -1,11 +1,10 @@
-//! mount.chainfs: what mount(8) calls for `mount -t chainfs STORE DIR` and for lines of fstab.
+//! mount.chainfs: the helper that mount(8) runs for `mount -t chainfs STORE DIR` and for fstab entries.
 //!
-//! Translates mount(8)'s words into those of `chainfs mount` and becomes that program; nothing else
-//! is decided here, least of all what an option means. Installed as `/sbin/mount.chainfs` and, for
-//! the type that mounts are listed under, `/sbin/mount.fuse.chainfs`. Exit codes are mount(8)'s:
-//! 0 mounted, 1 usage, 32 failed.
+//! Translates mount(8)'s arguments into those of `chainfs mount` and executes that program. The helper does
+//! not interpret mount options. Installed as `/sbin/mount.chainfs` and, for the type in the list of mounts,
+//! as `/sbin/mount.fuse.chainfs`. Exit codes are those of mount(8): 0 mounted, 1 usage, 32 failed.
 
-// Names are shown as Debug shows them: with what a terminal would obey escaped.
+// Names are printed with Debug, which escapes control characters.
 #![allow(clippy::unnecessary_debug_formatting)]
 
 mod translate;
@@ -51,15 +50,15 @@ fn refuse(sentence: &str, code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Beside this program (not beside the link it was called by), on PATH, or where local installs go.
-/// At boot PATH may be nearly empty.
+/// Finds chainfs in the directory of this program (links resolved), on PATH, or in the default directories:
+/// PATH may be nearly empty at boot.
 fn program() -> Option<PathBuf> {
     let beside = env::current_exe().ok().and_then(|own| own.parent().map(Path::to_path_buf));
     let path = env::var_os("PATH").unwrap_or_default();
     let listed: Vec<PathBuf> = env::split_paths(&path).collect();
     let usual = ["/usr/local/bin", "/usr/bin"].map(PathBuf::from);
     let places = beside.into_iter().chain(listed).chain(usual);
-    // A relative place would run whatever lies in the current directory.
+    // A relative directory would run a program from the current directory.
     places.filter(|dir| dir.is_absolute()).map(|dir| dir.join(PROGRAM)).find(|file| is_program(file))
 }
 

@@ -1,32 +1,32 @@
-//! mount(8)'s words into those of `chainfs mount`: pure, so that every case can be tested.
+//! Translates mount(8)'s arguments into those of `chainfs mount`. Pure, so that all cases can be tested.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
-/// What is said after a mistake and for `--help`.
+/// The usage text for errors and `--help`.
 pub(crate) const USAGE: &str = "\
 usage: mount.chainfs STORE DIR [-sfnvrwV] [-o OPTIONS] [-t TYPE]
 Called by mount(8): mount -t chainfs STORE DIR -o OPTIONS; see chainfs mount --help for the options.";
 
-/// What to do.
+/// The action that the arguments request.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// `-f`: pretend.
+    /// `-f`: do nothing.
     Nothing,
     /// `-V`.
     Version,
     /// `-h`.
     Help,
-    /// Become `chainfs` with these words.
+    /// Execute `chainfs` with these arguments.
     Mount {
         /// "mount", its options, `--`, store and directory.
         words: Vec<OsString>,
-        /// Say what is done.
+        /// Print the command.
         verbose: bool,
     },
 }
 
-/// Translates the words after the program's name; the error is a sentence about them.
+/// Translates the arguments after the program's name; the error is a message.
 pub(crate) fn translate(words: impl IntoIterator<Item = OsString>) -> Result<Action, String> {
     let mut words = words.into_iter();
     let (mut places, mut lists) = (Vec::new(), Vec::new());
@@ -49,7 +49,7 @@ pub(crate) fn translate(words: impl IntoIterator<Item = OsString>) -> Result<Act
                         b's' => sloppy = true,
                         b'v' => verbose = true,
                         b'r' => lists.push("ro".into()),
-                        // n: no mtab, and there is none. w: as usual.
+                        // n: no mtab; there is none. w: read-write, the default.
                         b'n' | b'w' => {}
                         b'V' => return Ok(Action::Version),
                         b'h' => return Ok(Action::Help),
@@ -67,7 +67,7 @@ pub(crate) fn translate(words: impl IntoIterator<Item = OsString>) -> Result<Act
                                          nsenter --mount=NAMESPACE mount ..."
                                     ));
                                 }
-                                // The type is what brought us here.
+                                // -t: the type is known.
                                 _ => {}
                             }
                             break;
@@ -78,8 +78,8 @@ pub(crate) fn translate(words: impl IntoIterator<Item = OsString>) -> Result<Act
             }
         }
     }
-    let [source, dir] =
-        <[OsString; 2]>::try_from(places).map_err(|places| format!("{} places given, not 2", places.len()))?;
+    let [source, dir] = <[OsString; 2]>::try_from(places)
+        .map_err(|places| format!("got {} operands, need STORE and DIR", places.len()))?;
     if fake {
         return Ok(Action::Nothing);
     }
@@ -98,13 +98,13 @@ pub(crate) fn translate(words: impl IntoIterator<Item = OsString>) -> Result<Act
     Ok(Action::Mount { words: translated, verbose })
 }
 
-/// The source without the `chainfs#` that old fstab lines put before it.
+/// The source without the prefix `chainfs#` of old fstab entries.
 fn store_of(source: &OsStr) -> &OsStr {
     OsStr::from_bytes(source.as_bytes().strip_prefix(b"chainfs#").unwrap_or(source.as_bytes()))
 }
 
-/// The list without `store=`, and what that said. A systemd unit's What= is mangled as a path, so a
-/// store may be named there instead. The other options keep their escapes: they are read once, later.
+/// The list without `store=`, and the value of `store=`. systemd normalises What= as a path, so units may
+/// name the store in this option. The other options keep their escapes, which `chainfs mount` parses.
 fn without_store(list: &[u8]) -> (OsString, Option<OsString>) {
     let (mut rest, mut store) = (Vec::new(), None);
     for option in split(list) {
@@ -116,7 +116,7 @@ fn without_store(list: &[u8]) -> (OsString, Option<OsString>) {
     (OsString::from_vec(rest.join(&b','.to_owned())), store)
 }
 
-/// At commas that no backslash stands before.
+/// Splits at commas that are not escaped by a backslash.
 fn split(list: &[u8]) -> Vec<&[u8]> {
     let (mut options, mut start, mut escaped) = (Vec::new(), 0, false);
     for (at, byte) in list.iter().enumerate() {
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn the_call_of_mount_8_is_understood() {
+    fn the_arguments_of_mount_8_are_translated() {
         let called = mounts(&["/s", "/d", "-s", "-n", "-v", "-o", "ro,nosuid,uid=5,_netdev", "-t", "fuse.chainfs"]);
         assert_eq!(called, ["mount", "-o", "ro,nosuid,uid=5,_netdev", "--sloppy", "--verbose", "--", "/s", "/d"]);
         assert_eq!(mounts(&["/s", "/d", "-o", "rw"]), ["mount", "-o", "rw", "--", "/s", "/d"]);
@@ -188,10 +188,10 @@ mod tests {
     }
 
     #[test]
-    fn wrong_words_are_refused_with_a_sentence() {
+    fn invalid_arguments_are_refused_with_a_message() {
         for (words, said) in [
-            (&["/s"][..], "1 places given, not 2"),
-            (&["/s", "/d", "/e"], "3 places given, not 2"),
+            (&["/s"][..], "got 1 operands, need STORE and DIR"),
+            (&["/s", "/d", "/e"], "got 3 operands, need STORE and DIR"),
             (&["/s", "/d", "-o"], "-o needs a value"),
             (&["/s", "/d", "-x"], "-x: unknown option"),
             (&["/s", "/d", "--bind"], "\"--bind\": unknown option"),

@@ -1,9 +1,9 @@
-//! What stands behind the at sign of `IMAGE@VIEW`: one of the image's internal snapshots, or a view of its chain.
+//! Resolves the `VIEW` of `IMAGE@VIEW`: an internal snapshot of the image, or a view of its chain.
 //!
-//! The one resolver for every command. Promise: an address means one disk, wherever it is written, or it is refused with
-//! the addresses that tell those apart which it could mean. `VIEW` is an internal snapshot's name; a view's name as of a
-//! mount of the image (`active@monday`, `sn1`); the file name of a layer; or, where it is none of these, an internal
-//! snapshot's id.
+//! All commands use this resolver. Promise: an address means the same one disk in every command. An ambiguous
+//! address is refused with the addresses of all candidates. `VIEW` is an internal snapshot's name; a view's
+//! name as in a mount of the image (`active@monday`, `sn1`); the file name of a layer; or, if it is none of
+//! these, an internal snapshot's id.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -13,8 +13,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::report::safe::terminal_bytes;
 use crate::store::{Catalog, ChainView, ChainViews, ImageIndex, Store};
 
-/// The view of the chain from the image `index` downwards that `wanted` means; `image` is what the user calls that.
-/// Its layer is counted from the image.
+/// The view that `wanted` names in the chain from the image `index` downwards; `image` is the user's name for
+/// it. The view's layer number is relative to the image.
 pub(super) fn resolve(
     store: &Store,
     catalog: &Catalog,
@@ -37,7 +37,7 @@ pub(super) fn resolve(
     }
 }
 
-/// All views that are called so.
+/// All views with this name.
 fn by_name<'a>(catalog: &Catalog, views: &'a ChainViews, wanted: &[u8]) -> Vec<&'a ChainView> {
     let is_called = |view: &&ChainView| {
         let image = &catalog.images[views.layers[view.layer]];
@@ -65,7 +65,7 @@ fn ambiguous(catalog: &Catalog, views: &ChainViews, found: &[&ChainView], image:
     let image = shown(image.as_os_str().as_bytes());
     let address = |view: &&ChainView| {
         let file = catalog.images[views.layers[view.layer]].place.path.file_name().unwrap_or_default().as_bytes();
-        // One of its names is its own alone.
+        // A name that only this view has.
         let own = [view.name.as_slice(), file].into_iter().find(|name| by_name(catalog, views, name).len() == 1);
         let kind = if view.snapshot.is_some() { "the internal snapshot" } else { "the layer" };
         match own {
@@ -74,7 +74,7 @@ fn ambiguous(catalog: &Catalog, views: &ChainViews, found: &[&ChainView], image:
         }
     };
     let all: Vec<String> = found.iter().map(address).collect();
-    let fact = format!("{image}@{} could mean {}; say which", shown(wanted), all.join(" or "));
+    let fact = format!("{image}@{} is ambiguous: {}; name one of them", shown(wanted), all.join(" or "));
     Error::new(ErrorKind::Usage, fact)
 }
 

@@ -1,7 +1,7 @@
-//! The commands and their words, as clap reads them.
+//! The commands and their arguments, as clap parses them.
 //!
-//! qemu-img's and mount(8)'s spellings wherever they have one. Nothing is done here; wrong words
-//! end with the exit code of the command they were meant for.
+//! Options are spelt as in qemu-img and mount(8) where those have them. This module only parses. An invalid
+//! command line ends with the exit code of its command.
 
 mod guests;
 mod verbs;
@@ -19,7 +19,7 @@ use clap_complete::Shell;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-/// Every backing chain a directory, every snapshot a disk.
+/// Mount a store of qcow2 and raw images: each backing chain is a directory, each snapshot a disk.
 #[derive(Debug, Parser)]
 #[command(
     name = "chainfs",
@@ -27,73 +27,73 @@ use std::path::PathBuf;
     max_term_width = 100,
     after_help = "\
 Examples:
-  chainfs mount /srv/images /mnt/images    every chain of the store a directory
-  chainfs tree /srv/images                 who stands on whom, without mounting
-  chainfs umount /mnt/images               returns when every file has been let go
+  chainfs mount /srv/images /mnt/images    show each chain of the store as a directory
+  chainfs tree /srv/images                 show the backing tree, without mounting
+  chainfs umount /mnt/images               unmount, and wait until all files are closed
 
-Exit codes: 0, 1 failed, 2 usage; mount, check, compare and diff say theirs in their own help."
+Exit codes: 0 success, 1 failed, 2 usage; mount, check, compare and diff document theirs in their own help."
 )]
 pub struct Cli {
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What to do.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Show a store of disk images as a tree of directories and disks
     Mount(MountArgs),
-    /// Take a mount away; returns when every file and lock has been let go
+    /// Unmount; returns when all files are closed and all locks released
     Umount(UmountArgs),
-    /// Draw the branching tree of a store's chains
+    /// Draw the backing tree of a store
     Tree(TreeArgs),
-    /// Describe an image, or its whole chain, as `qemu-img info` does
+    /// Describe an image or its whole chain, like `qemu-img info`
     Info(InfoArgs),
-    /// Show where each part of a disk is stored, as `qemu-img map` does
+    /// Show where each part of a disk is stored, like `qemu-img map`
     Map(MapArgs),
-    /// Look for damage in images
+    /// Check images for damage, and repair it
     Check(CheckArgs),
-    /// Compare the disks that two images or snapshots show
+    /// Compare the disks of two images or snapshots
     Compare(CompareArgs),
-    /// Tell in which ranges two disks differ, or in which files
+    /// List the ranges or the files in which two disks differ
     Diff(DiffArgs),
-    /// List the volumes of a guest's disk, or files in them
+    /// List the volumes of a guest's disk, or the files in them
     Ls(LsArgs),
     /// Print files of a guest
     Cat(CatArgs),
     /// Copy files of a guest out of its disk
     Cp(CpArgs),
-    /// Tell which snapshots hold which version of a guest's file
+    /// List the versions of a guest's file and the snapshots that hold each
     Versions(VersionsArgs),
-    /// Create an empty qcow2 image, alone or on top of another
+    /// Create an empty qcow2 image, with or without a backing file
     Create(CreateArgs),
     /// Freeze the active disk of a chain under a name
     Snapshot(SnapshotArgs),
     /// Merge layers of a chain down into one of them
     Commit(CommitArgs),
-    /// Copy what lies below a layer into it
+    /// Copy the data of the backing files into a layer
     Pull(PullArgs),
-    /// Remove a snapshot, and change no other
+    /// Remove a snapshot without changing any other
     Delete(DeleteArgs),
-    /// Make the active disk what a snapshot shows
+    /// Set the active disk to the content of a snapshot
     Revert(RevertArgs),
-    /// Put a layer on another backing file
+    /// Change the backing file of a layer
     Rebase(RebaseArgs),
-    /// Make a new chain on top of a snapshot
+    /// Create a new chain on top of a snapshot
     Clone(CloneArgs),
-    /// Make the active disk longer or shorter
+    /// Grow or shrink the active disk
     Resize(ResizeArgs),
-    /// List, restore or remove what commands have put into a store's trash
+    /// List, restore or remove layers in a store's trash
     Trash(TrashArgs),
-    /// Finish or give up what commands that were cut off have left
+    /// Resume or discard interrupted commands
     Recover(RecoverArgs),
     /// Stop the running command of a chain
     Cancel(CancelArgs),
-    /// Read guests' file systems for the program that has started this one
+    /// Read guests' file systems for the parent process
     #[command(name = crate::browse::worker::WORKER, hide = true)]
     Worker {
-        /// Without the kernel's filter of system calls
+        /// Run without the seccomp filter
         #[arg(long)]
         without_seccomp: bool,
     },
@@ -106,92 +106,92 @@ pub enum Command {
     /// Write the manual pages into a directory
     #[command(after_help = "Example:\n  mkdir -p man1 && chainfs man man1 && man ./man1/chainfs-mount.1")]
     Man {
-        /// Where they go; must exist
+        /// Directory for the pages; must exist
         dir: PathBuf,
     },
 }
 
-/// The words of `mount`.
+/// The arguments of `mount`.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Options of -o:
-  ro                     no image is ever opened for writing
-  allow_other            let every user in; the modes shown are enforced
-  uid= gid= umask=       owner, group and permission bits shown
-  threads=N              requests served at once
-  cache=SIZE             memory for tables and decompressed clusters, as in 64M
-  backing_dir=DIR        a directory outside of the store that layers may come from (repeatable)
-  map=OLD=NEW            where files are that moved since images named them (repeatable)
+  ro                     never open an image for writing
+  allow_other            allow access by all users; the kernel enforces the modes shown
+  uid= gid= umask=       owner, group and masked permission bits to show
+  threads=N              number of threads that serve requests
+  cache=SIZE             memory for tables and decompressed clusters, e.g. 64M
+  backing_dir=DIR        a directory outside the store that may hold backing files (repeatable)
+  map=OLD=NEW            look for backing files named under OLD in NEW (repeatable)
   readonly=GLOB          images that never become writable (repeatable)
-  format=GLOB:FORMAT     raw or qcow2, for images that do not tell (repeatable)
-  standalone=GLOB        files and directories that cannot be read, and stand on nothing (repeatable)
-  probe                  believe the content where a header names no backing format
-  force_share            show what another process is writing
-  salvage                where a layer is lost, read what the others hold; the rest is an error
+  format=GLOB:FORMAT     raw or qcow2, for images whose name and header do not say (repeatable)
+  standalone=GLOB        unreadable files and directories that have no backing file (repeatable)
+  probe                  detect the format where a header names no backing format
+  force_share            show images that another process is writing
+  salvage                if a layer is missing, read the others; data of the missing layer is an error
   nolock                 write images even on file systems without file locks
-  nofiles                leave the guests' partitions and files out
-  symlinks=HOW           links of guests: inside (their volume, the default) or verbatim
-  rescan=SECONDS         how often a store that cannot be watched is looked through
-  trash=DAYS             for how long layers that a command has removed can be restored
-  config=FILE            read this in place of /etc/chainfs.toml and the user's file
+  nofiles                do not show the guests' partitions and files
+  symlinks=HOW           symbolic links of guests: inside (their volume, the default) or verbatim
+  rescan=SECONDS         interval of scans for a store that cannot be watched
+  trash=DAYS             how long removed layers can be restored
+  config=FILE            read FILE instead of /etc/chainfs.toml and the user's file
   nopassthrough noparallelwrites nosharedmapping noacl noseccomp noinotify noreadahead
-                         do without a feature of the kernel
-A comma within a value is written \\, - what mount(8), fstab and systemd add is understood.
+                         do not use a feature of the kernel
+Write a comma within a value as \\, - options that mount(8), fstab and systemd add are accepted.
 
 Examples:
   chainfs mount /srv/images /mnt/images
   chainfs mount web01.qcow2 /mnt/web01 -o ro,uid=1000
   chainfs mount /srv/images /mnt/images -o allow_other -o backing_dir=/srv/templates
 
-Exit codes, as of mount(8): 0, 1 usage, 32 failed.")]
+Exit codes, as for mount(8): 0 success, 1 usage, 32 failed.")]
 pub struct MountArgs {
     /// A directory of disk images, or one image
     pub store: PathBuf,
-    /// Where the tree appears; an empty directory
+    /// The mount point; an empty directory
     pub dir: PathBuf,
     /// Mount options, separated by commas (repeatable)
     #[arg(short, value_name = "OPTIONS")]
     pub options: Vec<OsString>,
-    /// Stay in the foreground, messages on stderr
+    /// Stay in the foreground and log to stderr
     #[arg(short, long)]
     pub foreground: bool,
-    /// Say more
+    /// Log more
     #[arg(short, long)]
     pub verbose: bool,
-    /// Ignore mount options that are unknown
+    /// Ignore unknown mount options
     #[arg(short, long, hide = true)]
     pub sloppy: bool,
 }
 
-/// The words of `recover`.
+/// The arguments of `recover`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-A mount takes up by itself what was cut off. What it could not take up stays hidden; here is why, and once that has been
-seen to it goes on. Exits 1 if something is left.
+A mount resumes interrupted commands by itself. If it cannot resume one, the layers that the command may have damaged \
+stay hidden. This command shows the reason, and resumes it once the reason is gone. Exits 1 if something is left.
 
 Examples:
   chainfs recover --dry-run /srv/images
   chainfs recover /srv/images
   chainfs recover /srv/images --forget 18dcf2a-1-0")]
 pub struct RecoverArgs {
-    /// A store, or a place in its mount
+    /// A store, or a path in its mount
     pub store: PathBuf,
-    /// Only say what can be done
+    /// Only show what would be done
     #[arg(long)]
     pub dry_run: bool,
-    /// Give this command up, or what frozen.toml said: nothing is hidden for its sake any more
+    /// Discard this interrupted command, or a damaged frozen.toml, and show the layers it hid
     #[arg(long, value_name = "NAME")]
     pub forget: Option<OsString>,
-    /// Mount options that say how the store is read, as for mount
+    /// Options as for `mount -o`
     #[arg(short = 'o', value_name = "OPTIONS")]
     pub options: Vec<OsString>,
 }
 
-/// The words of `trash`.
+/// The arguments of `trash`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Layers go there that a command has removed although they still show what they did: in a store that is mounted, or
-worked on, with -o trash=DAYS. They are removed for good after so many days, or when what they stand on changes.
+With -o trash=DAYS, commands move a removed layer into the trash if it still shows the same disk. A layer in the trash \
+is removed permanently after DAYS days, or when its backing file changes.
 
 Examples:
   chainfs trash /srv/images
@@ -199,32 +199,32 @@ Examples:
   chainfs trash /srv/images --restore 18dcf2a-1f --name monday-again.qcow2
   chainfs trash /srv/images --empty")]
 pub struct TrashArgs {
-    /// A store, or a place in its mount
+    /// A store, or a path in its mount
     pub store: PathBuf,
-    /// Give this layer its place in the store again
+    /// Restore this layer to its path in the store
     #[arg(long, value_name = "ID", conflicts_with_all = ["remove", "empty"])]
     pub restore: Option<String>,
-    /// Under another name, beside where it was
+    /// Restore it under this name, in the directory where it was
     #[arg(long, value_name = "FILE", requires = "restore")]
     pub name: Option<OsString>,
-    /// Remove this layer for good
+    /// Remove this layer permanently
     #[arg(long, value_name = "ID", conflicts_with = "empty")]
     pub remove: Option<String>,
-    /// Remove all of them for good
+    /// Remove all layers in the trash permanently
     #[arg(long)]
     pub empty: bool,
-    /// How they are listed.
+    /// How the list is written.
     #[command(flatten)]
     pub output: OutputArgs,
 }
 
-/// The words of `umount`.
+/// The arguments of `umount`.
 #[derive(Debug, Args)]
-#[command(after_help = "A mount that is in use goes on serving, and who uses it is said, unless --lazy.")]
+#[command(after_help = "A mount in use stays mounted, and its users are listed, unless --lazy.")]
 pub struct UmountArgs {
-    /// Where the tree is
+    /// The mount point
     pub dir: PathBuf,
-    /// Take it out of the way at once; those who use it may finish
+    /// Detach the mount now; open files stay usable until they are closed
     #[arg(short, long)]
     pub lazy: bool,
 }
@@ -232,18 +232,18 @@ pub struct UmountArgs {
 /// How an image that is not mounted is opened.
 #[derive(Debug, Args)]
 pub struct ImageArgs {
-    /// Read even what another process is writing
+    /// Read images that another process is writing
     #[arg(short = 'U', long)]
     pub force_share: bool,
-    /// Options as of `mount -o`, such as `backing_dir=DIR` and `probe` (repeatable)
+    /// Options as for `mount -o`, such as `backing_dir=DIR` and `probe` (repeatable)
     #[arg(short, value_name = "OPTIONS")]
     pub options: Vec<OsString>,
 }
 
-/// People or programs.
+/// Formats of a result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Output {
-    /// Text for people.
+    /// Text.
     Human,
     /// JSON with QEMU's keys.
     Json,
@@ -252,7 +252,7 @@ pub enum Output {
 /// How a result is written.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct OutputArgs {
-    /// For people or for programs
+    /// Output format
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "human")]
     output: Output,
     /// Short for --output json
@@ -261,7 +261,7 @@ pub struct OutputArgs {
 }
 
 impl OutputArgs {
-    /// What was asked for, in either spelling.
+    /// The format from either option.
     pub fn format(self) -> Output {
         if self.json { Output::Json } else { self.output }
     }
@@ -270,17 +270,17 @@ impl OutputArgs {
 /// Ways to draw a tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum TreeOutput {
-    /// Text for people.
+    /// Text.
     Human,
-    /// JSON, nothing folded.
+    /// JSON; layers are not folded.
     Json,
     /// Graphviz.
     Dot,
-    /// A picture that opens in a browser.
+    /// SVG, for a browser.
     Svg,
 }
 
-/// The words of `tree`.
+/// The arguments of `tree`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -289,18 +289,18 @@ Examples:
   chainfs tree --output svg /srv/images > tree.svg
   chainfs tree web01.qcow2 --dry-run commit top=sn3 base=sn1")]
 pub struct TreeArgs {
-    /// A store, an image, or a place inside a mount
+    /// A store, an image, or a path in a mount
     pub path: PathBuf,
-    /// Every layer a line of its own
+    /// Print each layer on its own line
     #[arg(long)]
     pub full: bool,
-    /// Draw with ASCII alone
+    /// Use only ASCII characters
     #[arg(long)]
     pub ascii: bool,
-    /// How to draw
+    /// Output format
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "human")]
     pub output: TreeOutput,
-    /// Show a chain before and after this command, in the words of the control files; nothing is done
+    /// Show the chain before and after this command, written as in control files; nothing is changed
     #[arg(long, value_name = "COMMAND", num_args = 1.., allow_hyphen_values = true)]
     pub dry_run: Vec<OsString>,
     /// How images are opened.
@@ -308,7 +308,7 @@ pub struct TreeArgs {
     pub image: ImageArgs,
 }
 
-/// The words of `info`.
+/// The arguments of `info`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -316,12 +316,12 @@ Examples:
   chainfs info --backing-chain --output json web01.qcow2 | jq '.[].filename'
   chainfs info /mnt/images/web01/snapshots/base.raw")]
 pub struct InfoArgs {
-    /// A store, an image, or a place inside a mount
+    /// A store, an image, or a path in a mount
     pub path: PathBuf,
-    /// The image and everything below it
+    /// Describe the image and all its backing files
     #[arg(long)]
     pub backing_chain: bool,
-    /// The image's format, where its name and header do not tell
+    /// The image's format, if its name and header do not say
     #[arg(short, long, value_enum)]
     pub format: Option<ImageFormat>,
     /// How the result is written.
@@ -332,18 +332,18 @@ pub struct InfoArgs {
     pub image: ImageArgs,
 }
 
-/// The words of `map`.
+/// The arguments of `map`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-IMAGE@VIEW is the disk of an internal snapshot or of a layer below, as in web01.qcow2@before-upgrade.
+IMAGE@VIEW is the disk of an internal snapshot or of a backing file, as in web01.qcow2@before-upgrade.
 
 Examples:
   chainfs map web01.qcow2
   chainfs map --output json web01.qcow2@before-upgrade")]
 pub struct MapArgs {
-    /// An image, IMAGE@VIEW, or a disk inside a mount
+    /// An image, IMAGE@VIEW, or a disk in a mount
     pub path: PathBuf,
-    /// The image's format, where its name and header do not tell
+    /// The image's format, if its name and header do not say
     #[arg(short, long, value_enum)]
     pub format: Option<ImageFormat>,
     /// How the result is written.
@@ -354,7 +354,7 @@ pub struct MapArgs {
     pub image: ImageArgs,
 }
 
-/// The words of `check`.
+/// The arguments of `check`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -362,18 +362,18 @@ Examples:
   chainfs check --output json /srv/images
   chainfs check --repair leaks web01.qcow2
 
-A repair says first what is wrong, then mends it, then checks again. No disk or snapshot changes by it. \
+--repair reports the damage, repairs it, and checks again. It changes no disk and no snapshot. \
 The image must not be in use.
 
-Exit codes, as of qemu-img: 0 fine, 1 could not check, 2 corrupt, 3 leaks, 63 this format has nothing to check. \
-After a repair they tell what is left.")]
+Exit codes, as for qemu-img: 0 no damage, 1 check failed, 2 corrupt, 3 leaks, 63 checks not supported by this format. \
+After a repair, the code describes the remaining damage.")]
 pub struct CheckArgs {
-    /// A store, an image, or a place inside a mount
+    /// A store, an image, or a path in a mount
     pub path: PathBuf,
-    /// Mend leaked clusters, or all that can be mended without guessing
+    /// Repair leaked clusters only, or all damage that can be repaired without guessing
     #[arg(short, long, value_enum, value_name = "WHAT")]
     pub repair: Option<RepairScope>,
-    /// The image's format, where its name and header do not tell
+    /// The image's format, if its name and header do not say
     #[arg(short, long, value_enum)]
     pub format: Option<ImageFormat>,
     /// How the result is written.
@@ -384,12 +384,12 @@ pub struct CheckArgs {
     pub image: ImageArgs,
 }
 
-/// What `check --repair` is to mend.
+/// What `check --repair` repairs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum RepairScope {
     /// Leaked clusters
     Leaks,
-    /// Refcounts that are too low, flags and tables as well
+    /// Also refcounts that are too low, flags and tables
     All,
 }
 
@@ -404,29 +404,30 @@ pub struct FormatsArgs {
     pub b_format: Option<ImageFormat>,
 }
 
-/// The words of `compare`.
+/// The arguments of `compare`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-IMAGE@VIEW is the disk of an internal snapshot or of a layer below. A longer disk is the same if its rest is zero, unless --strict.
+IMAGE@VIEW is the disk of an internal snapshot or of a backing file. Disks of different size are the same if the rest of \
+the longer one is zero, unless --strict.
 
 Examples:
   chainfs compare web01.qcow2 web02.qcow2
   chainfs compare web01.qcow2 web01.qcow2@before-upgrade
   chainfs compare -F raw web01.qcow2 copy.img
 
-Exit codes: 0 same, 1 different, 2 trouble.")]
+Exit codes: 0 same, 1 different, 2 error.")]
 pub struct CompareArgs {
-    /// An image, IMAGE@VIEW, or a disk inside a mount
+    /// An image, IMAGE@VIEW, or a disk in a mount
     pub a: PathBuf,
-    /// Another
+    /// The other image or disk
     pub b: PathBuf,
-    /// What the two are.
+    /// The formats of the two images.
     #[command(flatten)]
     pub formats: FormatsArgs,
-    /// Different sizes and different holes are differences, too
+    /// Also report different sizes and different holes
     #[arg(short, long)]
     pub strict: bool,
-    /// Say nothing; the exit code tells
+    /// Print nothing; only set the exit code
     #[arg(short, long)]
     pub quiet: bool,
     /// How the result is written.
@@ -437,7 +438,7 @@ pub struct CompareArgs {
     pub image: ImageArgs,
 }
 
-/// The words of `create`.
+/// The arguments of `create`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -447,36 +448,36 @@ Examples:
 pub struct CreateArgs {
     /// The new image; must not exist
     pub image: PathBuf,
-    /// Size of the disk, as in 10G; by default that of the backing file
+    /// Size of the disk, e.g. 10G; by default that of the backing file
     #[arg(value_parser = size, required_unless_present = "backing")]
     pub size: Option<u64>,
-    /// The image to stand on
+    /// The backing file
     #[arg(short, long, requires = "backing_format")]
     pub backing: Option<PathBuf>,
-    /// Its format
+    /// The backing file's format
     #[arg(short = 'F', long, value_enum, value_name = "FORMAT", requires = "backing")]
     pub backing_format: Option<ImageFormat>,
-    /// The new image's format; there is one
+    /// The new image's format; only qcow2
     #[arg(short, long, value_parser = ["qcow2"], default_value = "qcow2", hide = true)]
     pub format: String,
-    /// Details as of `qemu-img create -o`, such as `cluster_size=128K` (repeatable)
+    /// Options as for `qemu-img create -o`, such as `cluster_size=128K` (repeatable)
     #[arg(short, value_name = "OPTIONS", value_delimiter = ',', value_parser = key_value)]
     pub options: Vec<(String, String)>,
-    /// Say nothing
+    /// Print nothing
     #[arg(short, long)]
     pub quiet: bool,
 }
 
-/// Words that could not be read, or a request for help; [`Refusal::code`] is the exit code.
+/// An invalid command line, or a request for help; [`Refusal::code`] is the exit code.
 #[derive(Debug)]
 pub struct Refusal {
-    /// Prints itself where it belongs.
+    /// Prints itself to stdout or stderr.
     pub error: clap::Error,
-    /// 0 for help, 1 for `mount` and for `check` (whose 2 is an answer), 2 for everything else.
+    /// 0 for help, 1 for `mount` and for `check` (whose 2 means "corrupt"), 2 for all other commands.
     pub code: u8,
 }
 
-/// Reads a command line, the program's name first.
+/// Parses a command line that begins with the program's name.
 pub fn parse<I, T>(words: I) -> Result<Cli, Refusal>
 where
     I: IntoIterator<Item = T>,
@@ -495,7 +496,8 @@ where
     })
 }
 
-/// An unknown option with a tip that helps: clap's own, to give it behind `--`, would make it a file's name.
+/// Replaces clap's tip for an unknown option: clap suggests to put it behind `--`, which would make it a file
+/// name.
 fn with_right_tip(mut error: clap::Error, command: Option<&OsString>) -> clap::Error {
     if error.kind() != ErrorKind::UnknownArgument {
         return error;

@@ -1,4 +1,4 @@
-//! `chainfs check`: looks for damage in one image, or in every image of a store, and mends it if told to.
+//! `chainfs check`: checks one image, or all images of a store, and repairs them with `--repair`.
 
 use super::args::{CheckArgs, Output, RepairScope};
 use super::complain;
@@ -14,14 +14,14 @@ use crate::store::{Catalog, DetectedContent, Format, ImageIndex, Store};
 const COULD_NOT: u8 = 1;
 const CORRUPT: u8 = 2;
 const LEAKS: u8 = 3;
-/// qemu-img's, for formats that have nothing to check.
+/// qemu-img's code for formats without checks.
 const NO_CHECKS: u8 = 63;
 
 /// Runs the command.
 pub(super) fn run(args: &CheckArgs) -> Result<u8> {
     let target = Target::find(&args.path, args.format, &args.image)?;
     if args.repair.is_some() && target.store.options().force_share {
-        let fact = "a repair needs the image for itself; leave out --force-share";
+        let fact = "a repair needs exclusive access; leave out --force-share";
         return Err(Error::new(ErrorKind::Usage, fact));
     }
     let Target { store, catalog, .. } = &target;
@@ -57,7 +57,7 @@ pub(super) fn run(args: &CheckArgs) -> Result<u8> {
     Ok(worst)
 }
 
-/// An image by itself: as `qemu-img check`.
+/// Checks a single image, like `qemu-img check`.
 fn one(target: &Target, index: ImageIndex, args: &CheckArgs) -> Result<u8> {
     if is_raw(&target.catalog, index) {
         complain(&Error::new(ErrorKind::Unsupported, "this image format does not support checks"));
@@ -75,7 +75,7 @@ fn is_raw(catalog: &Catalog, index: ImageIndex) -> bool {
     catalog.images[index].format == Some(Format::Raw)
 }
 
-/// Checks an image, or repairs it. For people, prints `title` and all that there is to say.
+/// Checks an image, or repairs it. In text output, prints `title` and the report.
 fn judge(
     store: &Store,
     catalog: &Catalog,
@@ -93,7 +93,7 @@ fn judge(
     let say = |text: &str| if args.output.format() == Output::Human { print(text) } else { Ok(()) };
     let file = store.file(&image.place, &image.stat, true);
     let Some(scope) = args.repair else {
-        // An image that somebody writes has references on the way to the disk: half of them look wrong.
+        // While another process writes the image, its tables on disk are incomplete and look damaged.
         let _lock = if store.options().force_share { None } else { Some(file.lock(true)?) };
         let storage: &dyn Storage = &*file;
         let report = check(storage, name)?;
@@ -101,7 +101,7 @@ fn judge(
         return Ok(report);
     };
     if image.place.root != 0 {
-        let fact = "it lies in a backing_dir, whose images are never changed; name the image itself";
+        let fact = "it is in a backing_dir, whose images are never changed; name the image itself";
         return Err(Error::new(ErrorKind::Forbidden, format!("{name}: {fact}")));
     }
     let _lock = file.lock_for_writing(WriterKind::Guest, false)?;
@@ -114,7 +114,7 @@ fn judge(
     let (leaks, corruptions) = (done.report.leaks_fixed, done.report.corruptions_fixed);
     let lost = done.lost.to_string();
     if args.output.format() == Output::Json {
-        // What is lost is said in any case.
+        // Losses are reported in each output format.
         lost.lines().for_each(|line| eprintln!("chainfs: {name}: {}", terminal(line)));
     } else {
         print(&lost.lines().map(|line| terminal(line) + "\n").collect::<String>())?;
@@ -135,12 +135,12 @@ fn judge(
     Ok(done.report)
 }
 
-/// What a report says, each line harmless by itself.
+/// The lines of a report, each made safe for a terminal.
 fn safe_lines(report: &CheckReport) -> String {
     report.to_string().lines().map(|line| terminal(line) + "\n").collect()
 }
 
-/// The graver of two exit codes.
+/// The more severe of two exit codes.
 fn worse(a: u8, b: u8) -> u8 {
     let gravity = |code: u8| match code {
         CORRUPT => 3,
@@ -156,7 +156,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn damage_is_worse_than_ignorance_and_that_worse_than_leaks() {
+    fn corruption_outranks_a_failed_check_and_that_outranks_leaks() {
         assert_eq!([0, 3, 1, 2, 0, 1].into_iter().fold(0, worse), 2);
         assert_eq!([0, 3, 1].into_iter().fold(0, worse), 1);
         assert_eq!([3, 0].into_iter().fold(0, worse), 3);

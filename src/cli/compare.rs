@@ -1,4 +1,4 @@
-//! `chainfs compare`: whether two disks hold the same, as `qemu-img compare` sees it.
+//! `chainfs compare`: whether two disks have the same content, by the rules of `qemu-img compare`.
 
 use serde::Serialize;
 
@@ -12,7 +12,7 @@ use crate::units::SECTOR_SIZE;
 
 const SAME: u8 = 0;
 const DIFFERENT: u8 = 1;
-/// Bytes that are read of each disk at a time.
+/// Bytes read from each disk at a time.
 const CHUNK: u64 = 2 << 20;
 
 /// Runs the command.
@@ -31,18 +31,18 @@ pub(super) fn run(args: &CompareArgs) -> Result<u8> {
     Ok(if difference.is_some() { DIFFERENT } else { SAME })
 }
 
-/// The first difference that counts.
+/// The first difference found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FirstDifference {
-    /// Their bytes from here on.
+    /// The bytes at this offset.
     Content { at: u64, sizes_seen: bool },
-    /// In strict mode, the sizes.
+    /// The sizes (strict mode).
     Size,
-    /// In strict mode, how the same bytes are stored.
+    /// How the same bytes are stored (strict mode).
     Status(u64),
 }
 
-/// For programs.
+/// The result as JSON.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct CompareReport {
@@ -112,7 +112,7 @@ fn compare(a: &View, b: &View, strict: bool) -> Result<Option<FirstDifference>> 
         }
         at += len;
     }
-    // What only one has must be zero.
+    // The rest of the longer disk must be zero.
     let longer = if a.size() > b.size() { a } else { b };
     let mut run = None;
     while at < longer.size() {
@@ -131,7 +131,7 @@ fn compare(a: &View, b: &View, strict: bool) -> Result<Option<FirstDifference>> 
     Ok(None)
 }
 
-/// The run at `at`: the one known already if it reaches so far.
+/// The run at `at`; `known` caches the last run.
 fn run_at(view: &View, at: u64, end: u64, known: &mut Option<MapRun>) -> Result<MapRun> {
     match known {
         Some(run) if at < run.start + run.len => Ok(*run),
@@ -139,7 +139,7 @@ fn run_at(view: &View, at: u64, end: u64, known: &mut Option<MapRun>) -> Result<
     }
 }
 
-/// What QEMU compares of two runs in strict mode, as far as it does not depend on the file.
+/// The flags of a run that QEMU compares in strict mode, without the host offset.
 fn status(run: &MapRun) -> [bool; 5] {
     [run.present, run.zero, run.data, run.compressed, run.offset.is_some()]
 }

@@ -1,8 +1,8 @@
-//! Configuration files: the options of a mount, written down once.
+//! Configuration files: default mount options.
 //!
 //! `/etc/chainfs.toml`, then `$XDG_CONFIG_HOME/chainfs/config.toml`, then `-o`: later ones hold, lists
-//! are joined. The keys are the names of the options. A key that is not known, or a value of the
-//! wrong kind, is an error that names file and key: a misspelt `readonly` must not be a silent one.
+//! are joined. The keys are the names of the options. An unknown key, or a value of the wrong type, is an
+//! error that names file and key: a misspelt `readonly` must not be ignored silently.
 
 use super::mount_options::{MountOptions, SETTINGS, Takes, suggestion};
 use crate::error::{Error, ErrorKind, Result};
@@ -13,17 +13,17 @@ use std::path::{Path, PathBuf};
 use toml::de::DeTable;
 use toml::{Table, Value};
 
-/// Where the configuration of the whole machine is.
+/// The system-wide configuration file.
 pub const SYSTEM_FILE: &str = "/etc/chainfs.toml";
 
-/// `options` over what the configuration files say: those of `config=`, else the usual ones.
+/// `options`, completed by the file of `config=` or else by the default configuration files.
 ///
 /// `variable` looks up an environment variable.
 pub fn load(options: MountOptions, variable: impl Fn(&str) -> Option<PathBuf>) -> Result<MountOptions> {
     if let Some(path) = &options.config {
         let file = read(path)?.ok_or_else(|| {
             let shown = terminal_bytes(path.as_os_str().as_bytes());
-            Error::new(ErrorKind::NotFound, format!("{shown}: there is no such file; correct config="))
+            Error::new(ErrorKind::NotFound, format!("{shown}: no such file; correct config="))
         })?;
         return Ok(options.over(file));
     }
@@ -36,7 +36,7 @@ pub fn load(options: MountOptions, variable: impl Fn(&str) -> Option<PathBuf>) -
     Ok(options.over(defaults))
 }
 
-/// The files that are read if they exist, the machine's before the user's.
+/// The default files, the system's before the user's; a missing file is no error.
 pub fn usual_files(variable: impl Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
     let absolute = |name: &str| variable(name).filter(|path| path.is_absolute());
     let home = absolute("XDG_CONFIG_HOME").or_else(|| absolute("HOME").map(|home| home.join(".config")));
@@ -44,7 +44,7 @@ pub fn usual_files(variable: impl Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
     [PathBuf::from(SYSTEM_FILE)].into_iter().chain(user).collect()
 }
 
-/// Reads the text of a file; `name` is what errors call it.
+/// Parses the text of a file; `name` is its name in errors.
 pub fn parse(text: &str, name: &str) -> Result<MountOptions> {
     let table: Table = text.parse().map_err(|error: toml::de::Error| {
         let line =
@@ -58,7 +58,7 @@ pub fn parse(text: &str, name: &str) -> Result<MountOptions> {
     Ok(options)
 }
 
-/// An error of a key, with the place where that stands.
+/// An error about a key, with the file and line of the key.
 fn at(error: Error, text: &str, name: &str, key: &str) -> Error {
     let table = DeTable::parse(text).ok();
     let start =
@@ -67,8 +67,8 @@ fn at(error: Error, text: &str, name: &str, key: &str) -> Error {
     error.within(line.map_or_else(|| name.to_owned(), |line| format!("{name}: line {line}")))
 }
 
-/// That the directories are there which a file names: the mount fails without them, and nobody would look for the
-/// reason in a file.
+/// Checks that the directories named in a file exist. Without them the mount fails with an error that does
+/// not point to the configuration file.
 fn check_directories(options: &MountOptions, text: &str, name: &str) -> Result<()> {
     let missing = options.backing_dirs.iter().find_map(|place| Some((place, std::fs::read_dir(place).err()?)));
     let Some((place, error)) = missing else { return Ok(()) };
@@ -97,7 +97,7 @@ fn one(options: &mut MountOptions, key: &str, value: &Value) -> Result<()> {
     let refuse = |why: &str| Error::new(ErrorKind::Usage, format!("key '{key}': {why}"));
     let text = match value {
         Value::String(text) if text.is_empty() => return Err(refuse("is empty")),
-        // TOML has octal numbers, but 022 without quotes is an error of its own there and 18 is not meant.
+        // In TOML, 022 without quotes is a syntax error, and 22 would be decimal.
         Value::Integer(_) if key == "umask" => return Err(refuse("must be text, as in \"027\"")),
         Value::String(text) => text.clone(),
         Value::Integer(number) => number.to_string(),
@@ -105,25 +105,26 @@ fn one(options: &mut MountOptions, key: &str, value: &Value) -> Result<()> {
     };
     let is_relative = key == "backing_dir" && !Path::new(&text).is_absolute();
     if is_relative {
-        return Err(refuse("must be an absolute path: a file knows no current directory"));
+        return Err(refuse("must be an absolute path"));
     }
     options.set(key, text.as_bytes()).map_err(|error| error.within(format!("key '{key}'")))
 }
 
-/// Refuses a file that others could have written: of the machine's, anybody but root; else anybody but root and the user.
+/// Refuses a file that other users could have written: the system's file may be writable by root alone, other
+/// files by root and the user.
 fn check_trust(path: &Path, name: &str, file: &std::fs::Metadata) -> Result<()> {
     use std::os::unix::fs::MetadataExt;
     let (own, is_system) = (rustix::process::geteuid().as_raw(), path == Path::new(SYSTEM_FILE));
     let refuse = |why: String| {
         let owner = if is_system { "root".to_owned() } else { format!("root or uid {own}") };
         let fact =
-            format!("{name}: {why}, and is not trusted; it has to belong to {owner}, and nobody else may write it");
+            format!("{name}: {why}, so it is not trusted; make it owned by {owner}, and writable by nobody else");
         Err(Error::new(ErrorKind::Denied, fact))
     };
     if file.uid() != 0 && (is_system || file.uid() != own) {
         return refuse(format!("belongs to uid {}", file.uid()));
     }
-    // Many a user's own group is that user's alone.
+    // Group write access is accepted for user files: on many systems each user has a private group.
     let bits = if is_system { 0o022 } else { 0o002 };
     if file.mode() & bits != 0 {
         return refuse(format!("can be written by others (mode {:o})", file.mode() & 0o7777));
@@ -156,7 +157,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_says_what_options_say() {
+    fn a_file_sets_the_same_options_as_the_command_line() {
         let file = r#"
             ro = true
             allow_other = false
@@ -185,10 +186,7 @@ mod tests {
             ("uid = true", "f: line 1: key 'uid': must be text or a number"),
             ("uid = [1]", "f: line 1: key 'uid': must be text or a number"),
             ("umask = 22", "f: line 1: key 'umask': must be text, as in \"027\""),
-            (
-                "backing_dir = \"x\"",
-                "f: line 1: key 'backing_dir': must be an absolute path: a file knows no current directory",
-            ),
+            ("backing_dir = \"x\"", "f: line 1: key 'backing_dir': must be an absolute path"),
             ("uid = -1", "f: line 1: key 'uid': mount option 'uid': '-1' must be a number from 0 to 4294967294"),
         ] {
             assert_eq!(parse(text, "f").unwrap_err().to_string(), said);
@@ -201,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backing_directory_that_is_not_there_is_told_of_with_its_line() {
+    fn a_missing_backing_directory_is_reported_with_its_line() {
         let place = tempfile::tempdir().unwrap();
         let file = place.path().join("c.toml");
         std::fs::write(&file, "ro = true\nbacking_dir = [\"/nonexistent/templates\"]\n").unwrap();
@@ -212,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn the_user_s_file_stands_where_xdg_says() {
+    fn the_users_file_is_found_by_the_xdg_rules() {
         let env = |pairs: &'static [(&str, &str)]| {
             move |name: &str| pairs.iter().find(|(known, _)| *known == name).map(|(_, path)| PathBuf::from(path))
         };
@@ -224,9 +222,9 @@ mod tests {
     }
 
     #[test]
-    fn a_file_asked_for_must_exist() {
+    fn the_file_of_the_config_option_must_exist() {
         let options = MountOptions::parse(&["config=/nonexistent/chainfs.toml"], false).unwrap();
         let error = load(options, |_| None).unwrap_err();
-        assert_eq!(error.to_string(), "/nonexistent/chainfs.toml: there is no such file; correct config=");
+        assert_eq!(error.to_string(), "/nonexistent/chainfs.toml: no such file; correct config=");
     }
 }

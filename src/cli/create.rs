@@ -1,4 +1,4 @@
-//! `chainfs create`: a fresh qcow2 image, for demonstrations and scripts that have no qemu-img.
+//! `chainfs create`: creates an empty qcow2 image, for demonstrations and scripts without qemu-img.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use crate::report::safe::{terminal, terminal_bytes};
 use crate::store::{Store, StoreOptions};
 use crate::units::parse_size;
 
-/// What else `qemu-img create -o` knows, and the one value that chainfs writes.
+/// Other options of `qemu-img create -o`, with the only values that chainfs supports.
 const FIXED: [(&str, &[&str]); 6] = [
     ("compat", &["1.1", "v3"]),
     ("extended_l2", &["off"]),
@@ -70,7 +70,7 @@ fn option(options: &mut CreateOptions, key: &str, value: &str) -> Result<()> {
     }
 }
 
-/// Bytes of the backing file's disk. It is opened as it will be: beside the new image, in this format.
+/// Size of the backing file's disk. The name is resolved relative to the new image, as readers will.
 fn backing_size(image: &Path, name: &Path, format: ImageFormat) -> Result<u64> {
     let path: PathBuf = image.parent().unwrap_or(Path::new("")).join(name);
     let stated = (Pattern::escape(&path.file_name().unwrap_or_default().to_string_lossy()), store_format(format));
@@ -85,7 +85,7 @@ fn backing_size(image: &Path, name: &Path, format: ImageFormat) -> Result<u64> {
     if let Some(problem) = &entry.problem {
         return Err(Error::new(ErrorKind::Broken, format!("backing file {} {problem}", entry.shown())));
     }
-    entry.virtual_size().ok_or_else(|| {
-        Error::new(ErrorKind::Broken, format!("the size of backing file {} cannot be told", entry.shown()))
-    })
+    entry
+        .virtual_size()
+        .ok_or_else(|| Error::new(ErrorKind::Broken, format!("the size of backing file {} is unknown", entry.shown())))
 }

@@ -1,4 +1,4 @@
-//! `chainfs info`: what qemu-img says of an image, and what only chainfs knows.
+//! `chainfs info`: the output of `qemu-img info`, with additions of chainfs.
 
 use jiff::tz::TimeZone;
 
@@ -55,8 +55,8 @@ pub(super) fn run(args: &InfoArgs) -> Result<u8> {
     Ok(u8::from(is_unreadable))
 }
 
-/// The chain from this layer down. An image that was named by itself is described as qemu-img does,
-/// without the words of a store that was not looked at.
+/// The chain from this layer down. An image given by its own path is described as in qemu-img, without the
+/// fields about the store.
 fn from_layer(target: &Target, layer: ImageIndex) -> Vec<ImageInfo> {
     let Target { store, catalog, filename, .. } = target;
     if let Some(single) = catalog.single.filter(|single| *single == layer) {
@@ -66,7 +66,7 @@ fn from_layer(target: &Target, layer: ImageIndex) -> Vec<ImageInfo> {
         }
         return chain;
     }
-    // The layer is described as one of its chain, from any leaf above it.
+    // The layer is described as part of a chain, from any leaf above it.
     let mut leaf = layer;
     while let Some(user) = catalog.images[leaf].users.first() {
         leaf = *user;

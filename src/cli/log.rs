@@ -1,7 +1,7 @@
-//! What the daemon says while it runs: to the terminal until it is ready, then to the system's log.
+//! The daemon's log: stderr until the mount is ready, then the system log.
 //!
-//! In the foreground everything stays on stderr. The system's log is the socket `/dev/log`
-//! (syslog(3)'s, which journald serves as well); where there is none, nobody listens.
+//! In the foreground all messages go to stderr. The system log is the socket `/dev/log` (syslog(3) and
+//! journald); without it, messages are dropped.
 
 use std::io::{self, IsTerminal as _, Write};
 use std::os::unix::net::UnixDatagram;
@@ -16,20 +16,20 @@ use tracing_subscriber::fmt::MakeWriter;
 
 /// Facility "daemon", severity "warning", as syslog(3) numbers them.
 const PRIORITY: u32 = 3 << 3 | 4;
-/// Messages a second, at most: a program that reads a damaged disk in a loop shall not fill the log.
-const MOST_A_SECOND: u32 = 20;
-/// Longer messages are cut: a datagram that is too long would be lost whole.
+/// Limit of messages per second: a program that reads a damaged disk in a loop must not fill the log.
+const MAX_PER_SECOND: u32 = 20;
+/// Longer messages are truncated: the socket would drop a datagram that is too long.
 const MAX_LEN: usize = 2048;
 
 /// The log of this process.
 #[derive(Clone, Debug)]
 pub(super) struct Log {
     detached: Arc<AtomicBool>,
-    /// The second that is counted, and the messages in it.
+    /// Start of the current second, and the number of messages in it.
     counted: Arc<Mutex<(Instant, u32)>>,
 }
 
-/// Begins: warnings, and more if asked for.
+/// Starts the log; `verbose` lowers its level to debug.
 pub(super) fn start(verbose: bool, as_child: bool) -> Log {
     let level = match (verbose, as_child) {
         (true, _) => Level::DEBUG,
@@ -37,28 +37,28 @@ pub(super) fn start(verbose: bool, as_child: bool) -> Log {
         (false, true) => Level::WARN,
     };
     let log = Log { detached: Arc::default(), counted: Arc::new(Mutex::new((Instant::now(), 0))) };
-    // Neither a file nor the system's log wants colours.
+    // Colours only on a terminal.
     let colours = !as_child && io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
     let format = tracing_subscriber::fmt().with_max_level(level).with_writer(log.clone()).with_target(false);
-    // Refused only where a log is set up already, which then serves as well.
+    // Fails only if a subscriber is set already, which then serves as well.
     let _ = format.with_ansi(colours).try_init();
     log
 }
 
 impl Log {
-    /// From here on messages go to the system's log.
+    /// Redirects later messages to the system log.
     pub(super) fn detach(&self) {
         self.detached.store(true, Ordering::Relaxed);
     }
 
-    /// Whether one more message is too many now.
+    /// Counts a message; whether it exceeds the limit of this second.
     fn is_flooded(&self) -> bool {
         let mut counted = self.counted.lock();
         if counted.0.elapsed() > Duration::from_secs(1) {
             *counted = (Instant::now(), 0);
         }
         counted.1 += 1;
-        counted.1 > MOST_A_SECOND
+        counted.1 > MAX_PER_SECOND
     }
 }
 
@@ -93,7 +93,8 @@ impl Write for Syslog {
     }
 }
 
-/// Says it if the log listens at once: who answers the kernel waits for nobody.
+/// Sends without blocking, and drops the message if the log is not ready: threads that serve the kernel must
+/// not wait for another process.
 fn send(message: &[u8], log: &Path) -> io::Result<()> {
     let socket = UnixDatagram::unbound()?;
     socket.set_nonblocking(true)?;
@@ -106,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_log_that_nobody_reads_holds_nobody_up() {
+    fn a_full_log_socket_does_not_block_the_sender() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
         let _deaf = UnixDatagram::bind(&path).unwrap();
@@ -117,6 +118,6 @@ mod tests {
             }
             done.send(()).unwrap();
         });
-        waited.recv_timeout(Duration::from_secs(20)).expect("a message that is not read is waited for");
+        waited.recv_timeout(Duration::from_secs(20)).expect("sending blocks on a full socket");
     }
 }

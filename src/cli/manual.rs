@@ -1,4 +1,4 @@
-//! Manual pages and shell completions, made from the definitions that parse the command line.
+//! Manual pages and shell completions, generated from the definitions that parse the command line.
 
 use super::args::Cli;
 use clap::CommandFactory as _;
@@ -6,9 +6,9 @@ use clap_complete::Shell;
 use std::io::{self, Write};
 use std::path::Path;
 
-/// Writes the completions of `shell`, to be put where it looks for them.
+/// Writes the completion script of `shell`.
 pub fn completions(shell: Shell, out: &mut dyn Write) -> io::Result<()> {
-    // Through memory: clap_complete panics where writing fails, as into a closed pipe.
+    // Through memory: clap_complete panics if writing fails, as into a closed pipe.
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "chainfs", &mut script);
     out.write_all(&script)

@@ -21,7 +21,7 @@ pub(super) fn run(args: &MapArgs) -> Result<u8> {
     Ok(0)
 }
 
-/// The runs of the whole disk, each as long as it can be.
+/// The runs of the whole disk, joined where possible.
 fn entries(view: &View, files: &[String]) -> Result<Vec<MapEntry>> {
     let mut entries: Vec<MapEntry> = Vec::new();
     let mut at = 0;
@@ -51,7 +51,7 @@ fn entry(run: &MapRun, files: &[String]) -> MapEntry {
     }
 }
 
-/// Whether `run` goes on where `last` ends, on the disk and in the file.
+/// Whether `run` continues `last`, on the disk and in the file.
 fn continues(last: &MapEntry, run: &MapRun) -> bool {
     let flags = (last.depth, last.present, last.zero, last.data, last.compressed, last.lost);
     flags == (run.depth, run.present, run.zero, run.data, run.compressed, run.lost)

@@ -1,4 +1,4 @@
-//! The command line: what people type, before anything is done about it.
+//! The command line: parses it, runs the command, and reports its result.
 
 mod address;
 pub mod args;
@@ -34,7 +34,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ops::Request;
 use crate::report::safe::terminal;
 
-/// Runs the program with the words of its command line.
+/// Runs the program with the arguments of its process.
 pub fn main() -> ExitCode {
     let cli = match args::parse(std::env::args_os()) {
         Ok(cli) => cli,
@@ -88,7 +88,7 @@ fn verb(target: &Path, request: Result<Request>, args: &RunArgs) -> Result<u8> {
 /// The exit code of a command that has failed.
 fn failure(command: &Command, kind: ErrorKind) -> u8 {
     match (command, kind) {
-        // Its 2 is an answer.
+        // Its exit code 2 means "corrupt".
         (Command::Check(_), _) => 1,
         (Command::Compare(_) | Command::Diff(_), _) | (_, ErrorKind::Usage) => 2,
         _ => 1,
@@ -102,13 +102,13 @@ fn completions(shell: clap_complete::Shell) -> Result<u8> {
     Ok(0)
 }
 
-/// Says on stderr what went wrong.
+/// Prints an error to stderr.
 pub(crate) fn complain(error: &Error) {
     warn(&error.to_string());
 }
 
-/// Says something on stderr that is not the result.
+/// Prints a warning to stderr.
 fn warn(sentence: &str) {
-    // With stderr gone there is nobody to tell.
+    // If stderr is closed, there is no other place to report to.
     let _ = writeln!(std::io::stderr(), "chainfs: {}", terminal(sentence));
 }

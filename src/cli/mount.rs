@@ -1,8 +1,8 @@
-//! `chainfs mount`: the parent waits until the tree can be used, the child serves it.
+//! `chainfs mount`: the parent waits until the mount is ready, the child serves it.
 //!
-//! The child is this program again, told so by its environment: no fork of a process with
-//! threads, nothing shared but a pipe. On it the child says that it is ready; everything
-//! before that goes to the user's terminal, nothing after.
+//! The child is a new process of this program, marked by an environment variable: forking a process with
+//! threads is unsafe. Parent and child share only a pipe, on which the child reports that it is ready. Until
+//! then its messages go to the user's terminal.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -35,15 +35,15 @@ use crate::store::{Flusher, Store, StoreOptions, Watcher};
 const USAGE: u8 = 1;
 const FAILED: u8 = 32;
 
-/// Set for the child that serves; its standard output is the pipe to its parent.
+/// Set in the environment of the child that serves; its standard output is the pipe to the parent.
 const SERVE: &str = "CHAINFS_SERVE";
 const READY: &str = "ready";
 
-/// Entries of a mount point that are counted.
-const MOST_COUNTED: usize = 1000;
-const USUAL_THREADS: usize = 4;
-const MOST_THREADS: usize = 64;
-/// What the kernel reads ahead on our mounts, in KiB: a whole request.
+/// Limit for counting the entries of a mount point.
+const MAX_ENTRIES_COUNTED: usize = 1000;
+const DEFAULT_THREADS: usize = 4;
+const MAX_THREADS: usize = 64;
+/// The kernel's read-ahead size on chainfs mounts, in KiB: one whole request.
 const READ_AHEAD: u32 = 1024;
 
 /// Runs the command.
@@ -59,7 +59,7 @@ pub fn run(args: &MountArgs) -> ExitCode {
     }
 }
 
-/// Starts the child and waits for its word.
+/// Starts the child and waits until it is ready or has failed.
 fn spawn() -> Result<ExitCode> {
     let fail = |error| Error::beginning("starting the daemon", error);
     let program = std::env::current_exe().map_err(fail)?;
@@ -77,32 +77,32 @@ fn spawn() -> Result<ExitCode> {
     if word.trim_end() == READY {
         return Ok(ExitCode::SUCCESS);
     }
-    // It has said why on stderr.
+    // The child has printed the reason to stderr.
     let status = child.wait().map_err(fail)?;
     Ok(ExitCode::from(
         status.code().and_then(|code| u8::try_from(code).ok()).filter(|code| *code != 0).unwrap_or(FAILED),
     ))
 }
 
-/// Mounts and serves until the end.
+/// Mounts the store and serves requests until it is unmounted.
 fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     let options = MountOptions::parse(&args.options, args.sloppy)?;
     let options = config::load(options, variable)?;
     let log = super::log::start(args.verbose, as_child);
     if as_child {
-        // A session of its own: the terminal's signals are not for us.
+        // A session of its own, so that signals of the terminal do not reach the daemon.
         rustix::process::setsid().map_err(|error| Error::io("leaving the terminal", error))?;
     }
-    let threads = options.threads.unwrap_or(USUAL_THREADS);
-    if !(1..=MOST_THREADS).contains(&threads) {
-        return Err(Error::new(ErrorKind::Usage, format!("threads={threads} is not between 1 and {MOST_THREADS}")));
+    let threads = options.threads.unwrap_or(DEFAULT_THREADS);
+    if !(1..=MAX_THREADS).contains(&threads) {
+        return Err(Error::new(ErrorKind::Usage, format!("threads={threads} is not between 1 and {MAX_THREADS}")));
     }
-    // Memory for our own writes must not wait for pages that only we can write back (a loop device on an
-    // active disk). Not everybody may ask for that.
+    // The daemon's own memory allocations must not wait for pages that only it can write back (a loop device
+    // on an active disk). This needs a privilege.
     if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
-        tracing::debug!("the kernel does not treat this process as one that writes pages back: {error}");
+        tracing::debug!("could not set PR_SET_IO_FLUSHER: {error}");
     }
-    // Signals are caught before there is a mount that they could leave behind.
+    // Signals are caught before mounting, so that none can leave a mount without a daemon.
     let signals =
         Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ]).map_err(|error| Error::io("catching signals", error))?;
     let store_options = StoreOptions { remember: !options.read_only, ..store_options(&options) };
@@ -121,36 +121,37 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
         read_only: options.read_only,
     };
     let (device, mount) = mount::mount(store.given(), &args.dir, &wanted)?;
-    // Whatever fails from here on, or if nobody waits for us any more, leaves no dead mount.
+    // If a later step fails, or the parent has gone, this guard unmounts.
     let unfinished = mount::MountRollback::new(&mount);
     let directory = mount.directory();
     let features = Features {
         passthrough: !options.no_passthrough,
         parallel_writes: !options.no_parallel_writes,
         shared_mapping: !options.no_shared_mapping,
-        // Who says whose the files are does not go by whom else the guest lets in.
+        // With uid=, gid= or umask=, the user's choice replaces the guest's access lists.
         access_lists: options.allow_other && !options.no_acl && ownership.is_the_images(),
         threads,
     };
-    let server = Server::connect(&tree, device, features).map_err(|error| Error::io("answering the kernel", error))?;
+    let server =
+        Server::connect(&tree, device, features).map_err(|error| Error::io("starting the FUSE session", error))?;
     if !options.no_readahead
         && let Err(error) = mount::read_ahead(directory, READ_AHEAD)
     {
-        tracing::debug!("the kernel's read-ahead stays as it is: {error}");
+        tracing::debug!("could not set the kernel's read-ahead: {error}");
     }
     let watcher = Watcher::start(&store).map_err(|error| Error::beginning("starting the watcher", error))?;
     let flusher = Flusher::start(&store).map_err(|error| Error::beginning("starting the flusher", error))?;
     let ending = Arc::new(AtomicBool::new(false));
     end_on_signals(signals, mount.clone(), Arc::clone(&tree), Arc::clone(&ending))?;
-    // One for each of the mount's threads is yet to come.
-    store.descriptors().settle(threads)?;
+    // Each serving thread opens one more descriptor later.
+    store.descriptors().count_others(threads)?;
     if as_child {
         let _ = rustix::process::chdir("/");
         detach()?;
         log.detach();
     }
-    notify_service_manager(&format!("READY=1\nSTATUS=showing {} on {}", store.given().display(), directory.display()));
-    tracing::info!("{} is shown on {}", store.given().display(), directory.display());
+    notify_service_manager(&format!("READY=1\nSTATUS=serving {} on {}", store.given().display(), directory.display()));
+    tracing::info!("mounted {} on {}", store.given().display(), directory.display());
     unfinished.finished();
     tree.engine().set_mount(mount.directory());
     if !options.read_only {
@@ -164,38 +165,41 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What is allowed, and probably not what the user wants.
+/// Warnings about options that are valid but probably unintended.
 fn hints(directory: &Path, store: &Store, options: &MountOptions) -> Vec<String> {
     let mut hints = Vec::new();
     let own = rustix::process::getuid().as_raw();
     if !options.allow_other
         && let Some(uid) = options.uid.filter(|uid| *uid != own)
     {
-        hints
-            .push(format!("uid={uid} shows who owns the files, and lets nobody in but user {own}; add -o allow_other"));
+        hints.push(format!(
+            "uid={uid} only changes the owner shown: still only uid {own} has access; add -o allow_other"
+        ));
     }
-    // What is mounted there already is not listed: under an automount that would wait for this very mount.
+    // An existing mount is not listed: under an automount, listing would wait for this very mount.
     let place = directory.canonicalize().ok();
     let is_mount_point = place.and_then(|place| mount::top_mount(&place).ok().flatten()).is_some();
     let entry_count = if is_mount_point {
         0
     } else {
-        std::fs::read_dir(directory).map_or(0, |entries| entries.take(MOST_COUNTED).count())
+        std::fs::read_dir(directory).map_or(0, |entries| entries.take(MAX_ENTRIES_COUNTED).count())
     };
     if entry_count > 0 {
         let (entries, are) = if entry_count == 1 { ("entry", "is") } else { ("entries", "are") };
         let shown = directory.display();
-        let more = if entry_count == MOST_COUNTED { " or more" } else { "" };
-        hints.push(format!("{shown} is not empty: its {entry_count}{more} {entries} {are} hidden while it is mounted"));
+        let more = if entry_count == MAX_ENTRIES_COUNTED { " or more" } else { "" };
+        hints.push(format!(
+            "{shown} is not empty: its {entry_count}{more} {entries} {are} hidden while the store is mounted"
+        ));
     }
     hints.extend(report::no_images(store, &store.catalog()));
     hints.extend(store.guard().new_place_note());
     hints
 }
 
-/// Tells the parent that all is well, and lets go of its pipe and terminal.
+/// Reports to the parent that the mount is ready, and closes the pipe and the terminal.
 fn detach() -> Result<()> {
-    let fail = |error: std::io::Error| Error::io("telling that the mount is ready", error);
+    let fail = |error: std::io::Error| Error::io("reporting that the mount is ready", error);
     let mut out = std::io::stdout().lock();
     writeln!(out, "{READY}").and_then(|()| out.flush()).map_err(fail)?;
     let nothing = std::fs::File::options().write(true).open("/dev/null").map_err(fail)?;
@@ -204,28 +208,28 @@ fn detach() -> Result<()> {
     Ok(())
 }
 
-/// Flushes everything and unmounts when asked to. A mount in use goes on serving; asked again, it is taken out of the
-/// way and ends with its last user.
+/// Flushes all writers and unmounts on SIGTERM or SIGINT. A mount in use goes on serving; a second signal
+/// detaches it, and it ends when its last file is closed.
 fn end_on_signals(mut signals: Signals, mount: OwnMount, tree: Arc<MountTree>, ending: Arc<AtomicBool>) -> Result<()> {
     let work = move || {
         let mut asked = false;
         for signal in &mut signals {
-            // The terminal has gone, or a file would become larger than a limit allows, which is
-            // EFBIG to whoever wrote: nobody has asked for the mount to go.
+            // SIGHUP: the terminal has gone. SIGXFSZ: a write beyond a file size limit, which the client sees
+            // as EFBIG. Neither is a request to unmount.
             if matches!(signal, SIGHUP | SIGXFSZ) {
                 continue;
             }
-            // First: the service manager may not wait for those who keep the mount busy.
+            // First: the service manager may kill the daemon before the mount's users have gone.
             tree.store().flush_writers();
             match mount.unmount(asked) {
                 Err(error) if error.kind() == ErrorKind::Busy => {
                     let sentence = busy(mount.directory());
-                    tracing::warn!("{sentence}; asked once more, it will be taken away from them");
+                    tracing::warn!("{sentence}; a second signal detaches the mount");
                     notify_service_manager(&format!("STATUS={sentence}"));
                     asked = true;
                 }
-                // A mount that goes on serving goes on with its jobs, too. This one ends, maybe only with the last
-                // of those who were in it: the jobs need not wait for them, and are taken up by the next mount.
+                // A mount in use keeps running its jobs. This one is unmounted, though open files may keep
+                // the daemon alive: the jobs stop now, and the next mount resumes them.
                 Ok(()) => tree.stop(),
                 Err(error) if !ending.load(Ordering::Relaxed) => tracing::warn!("{error}"),
                 Err(_) => {}
@@ -239,21 +243,21 @@ fn end_on_signals(mut signals: Signals, mount: OwnMount, tree: Arc<MountTree>, e
     Ok(())
 }
 
-/// Who keeps a mount busy, as a sentence.
+/// A sentence that names the users of a busy mount.
 pub(super) fn busy(directory: &Path) -> String {
     let users = users_of(directory);
     let names: Vec<String> = users.iter().map(ToString::to_string).collect();
     let others = other_users_of(directory, names.is_empty());
     let names: Vec<String> = names.into_iter().chain(others).collect();
     let by = if names.is_empty() {
-        "by whom cannot be seen from here: maybe by another user's process, or in another mount namespace".to_string()
+        "by a process that cannot be seen from here: maybe another user's, or in another mount namespace".to_string()
     } else {
         format!("by {}", names.join(", "))
     };
     format!("{} is in use {by}", directory.display())
 }
 
-/// systemd's protocol (`sd_notify(3)`): a datagram to the socket that the environment names.
+/// systemd's protocol (`sd_notify(3)`): sends a datagram to the socket named in the environment.
 fn notify_service_manager(state: &str) {
     let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
     let address = match name.as_bytes() {

@@ -1,9 +1,8 @@
-//! What `-o` says: lists of options as mount(8), fstab and systemd pass them on.
+//! Parses `-o`: lists of options as mount(8), fstab and systemd pass them on.
 //!
-//! Pure: text in, [`MountOptions`] or a sentence out. What other programs leave in the list for
-//! each other (`x-*`, `_netdev`, `nofail` ...) is accepted and ignored; what nobody knows is refused,
-//! with the name that was probably meant, unless the caller is sloppy. `rw` is what mount(8) says when
-//! nobody said anything, so it means "as usual" and never undoes a `ro`. Within a value `\,` is a comma.
+//! Pure: text in, [`MountOptions`] or an error out. Options for other programs (`x-*`, `_netdev`, `nofail`
+//! ...) are accepted and ignored. Unknown options are refused with a suggestion, unless the caller is sloppy.
+//! mount(8) adds `rw` by default, so `rw` never undoes a `ro`. Within a value `\,` is a comma.
 
 mod names;
 mod values;
@@ -20,65 +19,65 @@ use values::{format_rule, glob, number, octal, path_map, path_of, refuse, utf8};
 
 pub(super) use names::suggestion;
 
-/// Everything that the options of a mount can say. `None` is "not said".
+/// The options of a mount. `None` means "not given".
 #[derive(Clone, Debug, Default, PartialEq)]
-#[allow(clippy::struct_excessive_bools)] // each is a word of its own on the command line
+#[allow(clippy::struct_excessive_bools)] // each is an option of its own on the command line
 pub struct MountOptions {
-    /// `ro`: nothing below the mount is ever opened for writing.
+    /// `ro`: no image is ever opened for writing.
     pub read_only: bool,
-    /// `allow_other`: every user may enter; the kernel enforces the modes shown.
+    /// `allow_other`: all users have access; the kernel enforces the modes shown.
     pub allow_other: bool,
-    /// `uid=`: the owner shown of everything.
+    /// `uid=`: the owner shown for all files.
     pub uid: Option<u32>,
-    /// `gid=`: the group shown of everything.
+    /// `gid=`: the group shown for all files.
     pub gid: Option<u32>,
-    /// `umask=`: permission bits taken away from everything, in octal.
+    /// `umask=`: permission bits masked from all files, in octal.
     pub umask: Option<u32>,
-    /// `threads=`: how many requests are served at once.
+    /// `threads=`: number of threads that serve requests.
     pub threads: Option<usize>,
     /// `cache=`: bytes of memory for tables and decompressed clusters.
     pub cache: Option<u64>,
-    /// `backing_dir=`: directories outside of the store that layers may come from.
+    /// `backing_dir=`: directories outside the store that may hold backing files.
     pub backing_dirs: Vec<PathBuf>,
-    /// `map=OLD=NEW`: where backing files are that moved since their names were written.
+    /// `map=OLD=NEW`: backing files named under OLD are looked for in NEW.
     pub maps: Vec<PathMap>,
     /// `readonly=GLOB`: images that never become writable.
     pub readonly: Vec<Pattern>,
-    /// `format=GLOB:FORMAT`: formats of images whose names and headers do not tell.
+    /// `format=GLOB:FORMAT`: formats of images whose names and headers do not say.
     pub formats: Vec<FormatRule>,
-    /// `standalone=GLOB`: files and directories that stand on nothing, though nobody can tell that from them.
+    /// `standalone=GLOB`: unreadable files and directories that have no backing file.
     pub standalone: Vec<Pattern>,
-    /// `probe`: believe the content where a header names no backing format.
+    /// `probe`: detect the format where a header names no backing format.
     pub probe: bool,
-    /// `force_share`: show what another process is writing.
+    /// `force_share`: show images that another process is writing.
     pub force_share: bool,
-    /// `salvage`: read disks of which a layer is lost, as far as the other layers hold them.
+    /// `salvage`: show disks with a missing layer; reads of that layer's data fail.
     pub salvage: bool,
     /// `nolock`: write images even where file locks do not work.
     pub no_lock: bool,
-    /// `nofiles`: leave `files/` out.
+    /// `nofiles`: do not show `files/`.
     pub no_files: bool,
-    /// `symlinks=`: how links of a guest's file system are shown.
+    /// `symlinks=`: how symbolic links of a guest's file system are shown.
     pub symlinks: Option<Symlinks>,
-    /// `rescan=`: how often a store that cannot be watched is looked through.
+    /// `rescan=`: interval of scans for a store that cannot be watched.
     pub rescan: Option<Duration>,
-    /// `trash=`: for how many days removed layers can be restored.
+    /// `trash=`: how long removed layers can be restored.
     pub trash: Option<Duration>,
-    /// `config=`: a file read in place of the usual ones.
+    /// `config=`: a file to read instead of the default ones.
     pub config: Option<PathBuf>,
     /// `nopassthrough`: every read goes through the daemon.
     pub no_passthrough: bool,
     /// `noparallelwrites`: the kernel sends one write to a disk at a time.
     pub no_parallel_writes: bool,
-    /// `nosharedmapping`: active disks are mapped privately only.
+    /// `nosharedmapping`: active disks can only be mapped privately.
     pub no_shared_mapping: bool,
-    /// `noacl`: guests' access control lists are shown, and not gone by.
+    /// `noacl`: guests' access control lists are shown, but not enforced.
     pub no_acl: bool,
-    /// `noseccomp`: what reads guests' file systems is not confined to the system calls it needs.
+    /// `noseccomp`: the file-system workers run without a seccomp filter.
     pub no_seccomp: bool,
-    /// `noinotify`: the store is looked through every `rescan` seconds instead of being watched.
+    /// `noinotify`: the store is scanned every `rescan` seconds instead of being watched.
     pub no_inotify: bool,
-    /// `noreadahead`: the kernel's own read-ahead is left as it is.
+    /// `noreadahead`: the kernel's read-ahead size is not changed.
     pub no_readahead: bool,
     /// `exec`, `noexec`.
     pub exec: Option<bool>,
@@ -93,25 +92,25 @@ pub struct MountOptions {
 /// A directory that moved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PathMap {
-    /// What names written in images begin with.
+    /// Prefix of the names in image headers.
     pub old: PathBuf,
-    /// What to look beneath instead.
+    /// The directory to use instead.
     pub new: PathBuf,
 }
 
 /// The format of images whose path in the store matches.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FormatRule {
-    /// Matched against the path beneath the store.
+    /// Matched against the path within the store.
     pub glob: Pattern,
-    /// What they are.
+    /// The format of these images.
     pub format: ImageFormat,
 }
 
-/// A format that an image can be said to have.
+/// The formats that a user can declare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, clap::ValueEnum)]
 pub enum ImageFormat {
-    /// The bytes of the disk as they are.
+    /// The plain bytes of the disk.
     Raw,
     /// QEMU's format.
     Qcow2,
@@ -122,18 +121,18 @@ pub enum ImageFormat {
 pub enum Symlinks {
     /// Rewritten so that they stay inside their volume.
     Inside,
-    /// As the guest wrote them.
+    /// Unchanged.
     Verbatim,
 }
 
-/// What an option of ours wants after its name.
+/// The argument that an option takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Takes {
     /// Nothing.
     Nothing,
     /// One value; the last one holds.
     Value,
-    /// A value; every one adds to those before.
+    /// A value; values add up.
     Values,
 }
 
@@ -170,7 +169,7 @@ pub(super) const SETTINGS: [(&str, Takes); 28] = [
 ];
 
 impl MountOptions {
-    /// Reads every `-o` in turn; later ones hold. `sloppy` ignores what is unknown.
+    /// Parses each `-o` in turn; later ones hold. `sloppy` ignores unknown options.
     pub fn parse<S: AsRef<OsStr>>(lists: &[S], sloppy: bool) -> Result<Self> {
         let mut options = Self::default();
         for list in lists {
@@ -185,7 +184,7 @@ impl MountOptions {
         Ok(options)
     }
 
-    /// These options where they say something, `defaults` where they do not. Lists are joined.
+    /// These options, completed by `defaults`. Lists are joined.
     #[must_use]
     pub fn over(self, defaults: Self) -> Self {
         Self {
@@ -253,7 +252,7 @@ impl MountOptions {
         Ok(())
     }
 
-    /// Sets an option of [`SETTINGS`]; `value` is empty for those that take nothing.
+    /// Sets an option of [`SETTINGS`]; `value` is empty for those that take none.
     pub(super) fn set(&mut self, name: &str, value: &[u8]) -> Result<()> {
         match name {
             "ro" => self.read_only = true,

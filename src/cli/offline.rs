@@ -1,6 +1,6 @@
-//! Verbs on images whose store is not mounted: the store is opened, the command carried out, and all is let go.
+//! Verbs on images of an unmounted store: opens the store, runs the command, and closes the store.
 //!
-//! A job that is stopped keeps its intent in the store; the same command, or a mount, goes on with it.
+//! A stopped job keeps its intent in the store; the same command, or a mount, resumes it.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -21,14 +21,12 @@ use super::warn;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::{Engine, JobState, Plan, Request, Status};
 use crate::report::plan;
-use crate::store::{STORE_DIRECTORY, Store, StoreOptions, shown};
+use crate::store::{MARKER, STORE_DIRECTORY, Store, StoreOptions, shown};
 
-/// How long to wait for news before looking whether somebody has pressed Ctrl-C.
-const PATIENCE: Duration = Duration::from_millis(200);
-/// What marks a directory as a store.
-const MARK: &str = ".chainfs";
+/// Interval of checks for Ctrl-C while a job runs.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Runs a verb on the image, or for several chains on the store, at `target`.
+/// Runs a verb on the image at `target`, or for several chains on the store at `target`.
 pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8> {
     let options = config::load(MountOptions::parse(&args.options, false)?, variable)?;
     let options = StoreOptions { notify: false, ..store_options(&options) };
@@ -47,7 +45,7 @@ pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8
     result
 }
 
-/// The plan of a command on the chain at `chain` of a mounted store that takes none.
+/// Prints the plan of a command on a chain of a store that is mounted read-only.
 pub(super) fn plan_of_mounted(store: &Path, chain: &Path, request: &Request) -> Result<u8> {
     let (engine, chain) = in_mount(store, chain, request)?;
     plan_by(&engine, &chain, request)
@@ -61,7 +59,7 @@ fn in_mount(store: &Path, chain: &Path, request: &Request) -> Result<(Arc<Engine
     Ok((Engine::beside_mount(&store), chain))
 }
 
-/// The plan of a command on the chain that `target` names, mounted or not, as a value.
+/// The plan of a command on the chain that `target` names, mounted or not.
 pub(super) fn planned(target: &Path, request: &Request, options: &[OsString]) -> Result<(Arc<Store>, Plan)> {
     let (engine, chain) = if let Some((store, chain)) = place_in_mount(target)? {
         in_mount(&store, &chain, request)?
@@ -84,12 +82,12 @@ fn chain_is_store(request: &Request) -> bool {
     matches!(request, Request::Snapshot(snapshot) if !snapshot.chains.is_empty())
 }
 
-/// What stands for the store as a whole where a chain is named.
+/// The chain path that means the whole store.
 fn store_key() -> PathBuf {
     PathBuf::from(String::from_utf8_lossy(STORE_DIRECTORY).into_owned())
 }
 
-/// Opens the store that `target` belongs to; tells the path of its chain there.
+/// Opens the store that `target` belongs to; returns it with the path of the target's chain.
 fn find(
     target: &Path,
     request: &Request,
@@ -107,24 +105,24 @@ fn find(
     request.check_for_chain()?;
     let directory = match store {
         Some(directory) => Some(directory.to_path_buf()),
-        None => place.ancestors().skip(1).find(|above| above.join(MARK).is_dir()).map(Path::to_path_buf),
+        None => place.ancestors().skip(1).find(|above| above.join(MARKER).is_dir()).map(Path::to_path_buf),
     };
     let store = Store::open(directory.as_deref().unwrap_or(&place), options)?;
     let catalog = store.catalog();
     let index = catalog.images.iter().position(|image| store.host_path(&image.place) == place);
     let index = index.ok_or_else(|| {
-        let fact = format!("{} is no image of the store {}", shown(target), shown(store.given()));
+        let fact = format!("{} is not an image of the store {}", shown(target), shown(store.given()));
         Error::new(ErrorKind::NotFound, fact)
     })?;
     let chain = if catalog.single == Some(index) { Some(PathBuf::new()) } else { catalog.chain_path(index) };
     let chain = chain.ok_or_else(|| {
-        let fact = format!("other images stand on {}; name the one at the end of the chain", shown(target));
+        let fact = format!("{} has overlays; name the active image of the chain", shown(target));
         Error::new(ErrorKind::Usage, fact)
     })?;
     Ok((store, chain))
 }
 
-/// Set by the first Ctrl-C; the second ends the program, as if it had crashed.
+/// A flag that the first Ctrl-C sets. The second one ends the program at once, like a crash.
 fn catch_signals() -> Result<Arc<AtomicBool>> {
     let fail = |error| Error::io("catching signals", error);
     let stopping = Arc::new(AtomicBool::new(false));
@@ -142,8 +140,8 @@ fn carry_out(
     args: &RunArgs,
     stopping: &AtomicBool,
 ) -> Result<u8> {
-    // What was begun before and cut off goes on when it is given again. Other commands are refused until then: once
-    // it is done, the chain is another one, and so might be what they mean.
+    // The same command resumes an interrupted one. Other commands are refused until then: the resumed command
+    // changes the chain, and with it what their arguments mean.
     if matches!(request, Request::Revert(_)) {
         engine.plan(chain, request)?.notes.iter().for_each(|note| warn(note));
     }
@@ -151,7 +149,7 @@ fn carry_out(
     finished(&wait(engine, chain, Meter::new(args.progress), stopping)?)
 }
 
-/// Waits until the chain's command is over.
+/// Waits until the chain's command has ended.
 fn wait(engine: &Arc<Engine>, chain: &Path, mut meter: Meter, stopping: &AtomicBool) -> Result<Status> {
     let mut now = engine.status(chain);
     while !now.state.is_over() {
@@ -162,11 +160,11 @@ fn wait(engine: &Arc<Engine>, chain: &Path, mut meter: Meter, stopping: &AtomicB
             if matches!(now.state, JobState::Done | JobState::Failed) {
                 break;
             }
-            let fact = "stopped; the same command given again, or a mount of the store, goes on with it";
+            let fact = "stopped; the same command, or a mount of the store, resumes it";
             return Err(Error::new(ErrorKind::Cancelled, fact));
         }
         meter.draw(&now);
-        now = engine.wait(chain, now.version, PATIENCE);
+        now = engine.wait(chain, now.version, POLL_INTERVAL);
     }
     meter.finish(&now);
     Ok(now)

@@ -1,4 +1,4 @@
-//! Writing results: a reader that has seen enough ends nothing with an error.
+//! Writes results to standard output. A closed pipe is not an error.
 
 use std::io::{self, Write};
 
@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 pub(super) fn print(text: &str) -> Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        // As with `| head`.
+        // The reader has closed the pipe, as `| head` does.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other.map_err(|error| Error::io("writing the result", error)),
     }

@@ -1,4 +1,4 @@
-//! How far a command is: a bar for whoever sits at a terminal, qemu-img's words for everybody else.
+//! Progress of a command: a bar on a terminal, qemu-img's line elsewhere.
 
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
@@ -9,14 +9,14 @@ use crate::report::safe::terminal;
 use crate::report::status::per_mille;
 use crate::units::brief_size;
 
-/// Characters of the bar.
+/// Length of the bar in characters.
 const BAR_LEN: u64 = 30;
-/// How often it is drawn, at most.
+/// Minimum time between two drawings.
 const INTERVAL: Duration = Duration::from_millis(200);
-/// Over how long the rate is taken; what was longer ago matters less and less.
-const MEMORY: f64 = 5.0;
+/// Time constant of the smoothed rate, in seconds.
+const SMOOTHING_SECONDS: f64 = 5.0;
 
-/// Shows how far a command is.
+/// Shows the progress of a command.
 #[derive(Debug)]
 pub(super) struct Meter {
     shown: ProgressDisplay,
@@ -32,7 +32,7 @@ enum ProgressDisplay {
 }
 
 impl Meter {
-    /// `wanted`: the user has asked for it.
+    /// `wanted`: the user gave `--progress`.
     pub(super) fn new(wanted: bool) -> Self {
         let shown = match (wanted, std::io::stderr().is_terminal()) {
             (false, _) => ProgressDisplay::Nothing,
@@ -42,12 +42,12 @@ impl Meter {
         Self { shown, drawn: None, rate: Rate::default() }
     }
 
-    /// Whether anybody sees it.
+    /// Whether progress is shown.
     pub(super) fn is_shown(&self) -> bool {
         self.shown != ProgressDisplay::Nothing
     }
 
-    /// Draws how far it is now.
+    /// Draws the present state.
     pub(super) fn draw(&mut self, status: &Status) {
         let now = Instant::now();
         if self.shown == ProgressDisplay::Nothing || self.drawn.is_some_and(|drawn| now - drawn < INTERVAL) {
@@ -55,7 +55,7 @@ impl Meter {
         }
         let since = self.drawn.replace(now).map(|drawn| (now - drawn).as_secs_f64());
         self.rate.note(status.done, since);
-        // With nobody to look at it there is nothing to do about it.
+        // Errors are ignored: progress is not the result.
         let _ = match self.shown {
             ProgressDisplay::Nothing => Ok(()),
             ProgressDisplay::Bar => write!(std::io::stderr(), "\r{}\x1b[K", bar(status, self.rate.per_second)),
@@ -63,12 +63,12 @@ impl Meter {
         };
     }
 
-    /// Leaves the line of the last drawing.
+    /// Draws the final state and ends the line.
     pub(super) fn finish(&mut self, status: &Status) {
         if self.drawn.take().is_none() && status.state != JobState::Done {
             return;
         }
-        // The last state is seen, however short the time was.
+        // `drawn` is empty now, so the final state is always drawn.
         self.draw(status);
         let _ = match self.shown {
             ProgressDisplay::Nothing => Ok(()),
@@ -78,7 +78,7 @@ impl Meter {
     }
 }
 
-/// qemu-img's line, on its standard output as there.
+/// qemu-img's progress line, on standard output as there.
 fn percent(status: &Status) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     write!(out, "    ({}/100%)\r", hundredths(status))?;
@@ -92,7 +92,7 @@ fn hundredths(status: &Status) -> String {
     format!("{}.{:02}", share / 100, share % 100)
 }
 
-/// Bytes a second, smoothed.
+/// The rate in bytes per second, smoothed.
 #[derive(Debug, Default)]
 struct Rate {
     last: Option<u64>,
@@ -100,7 +100,7 @@ struct Rate {
 }
 
 impl Rate {
-    /// So much is done, `since` seconds after the last time.
+    /// Takes a sample: `done` bytes, `since` seconds after the last sample.
     #[allow(clippy::cast_precision_loss)] // two digits of it are shown
     fn note(&mut self, done: u64, since: Option<f64>) {
         let last = self.last.replace(done);
@@ -109,7 +109,7 @@ impl Rate {
             return;
         }
         let now = done.saturating_sub(last) as f64 / since;
-        let weight = (since / MEMORY).min(1.0);
+        let weight = (since / SMOOTHING_SECONDS).min(1.0);
         self.per_second = Some(self.per_second.map_or(now, |before| before + (now - before) * weight));
     }
 }
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bar_fits_its_line_and_says_how_long_it_takes() {
+    fn the_bar_shows_the_remaining_time() {
         let line = bar(&status(1 << 30, 4 << 30), Some(f64::from(100 << 20)));
         assert_eq!(line, "commit  25.0 % [#######.......................] 1.0 GiB of 4.0 GiB  100 MiB/s  0:30 left");
         assert_eq!(bar(&status(0, 0), None), "commit   0.0 % [..............................] 0 B of 0 B");
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_follows_what_happens() {
+    fn the_rate_follows_the_samples() {
         let mut rate = Rate::default();
         rate.note(500, None);
         assert_eq!(rate.per_second, None);
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_that_moves_nothing_is_done_as_a_whole() {
+    fn a_finished_command_without_data_shows_100_percent() {
         assert_eq!(hundredths(&status(1234, 10_000)), "12.34");
         assert_eq!(hundredths(&status(0, 0)), "0.00");
         assert_eq!(hundredths(&Status { state: JobState::Done, ..status(0, 0) }), "100.00");

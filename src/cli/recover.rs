@@ -1,7 +1,7 @@
-//! `chainfs recover`: commands that were cut off, what can be done about each, and doing it.
+//! `chainfs recover`: lists interrupted commands, and resumes or discards them.
 //!
-//! What is proven goes on by itself when a store is mounted. Here is what did not: it is shown with the reason, and goes
-//! on once that has been seen to, or is given up by an explicit word.
+//! A mount resumes an interrupted command by itself if the identity of all its files is proven. This command
+//! shows the others with the reason. It resumes one once the reason is gone, or discards it with `--forget`.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
@@ -20,8 +20,8 @@ use crate::ops::{Engine, JobState};
 use crate::report::safe::terminal;
 use crate::store::{FROZEN_NOTES, FileBinding, FoundIntent, Store, StoreOptions, shown};
 
-/// How long to wait for news.
-const PATIENCE: Duration = Duration::from_millis(200);
+/// Limit of one wait for a new status.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Runs the command.
 pub(super) fn run(args: &RecoverArgs) -> Result<u8> {
@@ -33,14 +33,14 @@ pub(super) fn run(args: &RecoverArgs) -> Result<u8> {
         return forget(&store, name, args.dry_run);
     }
     let engine = Engine::new(&store);
-    let left = each(&engine, args.dry_run);
+    let left = recover_all(&engine, args.dry_run);
     engine.stop();
     store.close_writers();
     Ok(u8::from(left? > 0))
 }
 
-/// Says of everything that is unfinished what can be done, and does it. Returns how much is left that cannot be done.
-fn each(engine: &Arc<Engine>, is_dry: bool) -> Result<usize> {
+/// Shows each interrupted command and resumes it. Returns the number of those that could not be resumed.
+fn recover_all(engine: &Arc<Engine>, is_dry: bool) -> Result<usize> {
     let store = engine.store();
     let (mut left, mut said) = (0, false);
     let catalog = store.catalog();
@@ -48,7 +48,7 @@ fn each(engine: &Arc<Engine>, is_dry: bool) -> Result<usize> {
         let name = stem(path.file_name().unwrap_or_default());
         let reason = catalog.problems.iter().find(|problem| problem.path == *path).map(|p| p.sentence.as_str());
         say(&format!("{}\n  {}\n", shown(path), reason.unwrap_or("cannot be read")))?;
-        say(&format!("  not done; restore it, or give it up: chainfs recover --forget {name} STORE\n"))?;
+        say(&format!("  not resumed; restore the file, or discard it: chainfs recover --forget {name} STORE\n"))?;
         (left, said) = (left + 1, true);
     }
     if let Some(problem) = store.notes_problem() {
@@ -57,23 +57,23 @@ fn each(engine: &Arc<Engine>, is_dry: bool) -> Result<usize> {
     }
     for found in &catalog.intents {
         said = true;
-        left += usize::from(!one(engine, found, is_dry)?);
+        left += usize::from(!recover_one(engine, found, is_dry)?);
     }
     if !said {
-        say("nothing is unfinished\n")?;
+        say("no interrupted commands\n")?;
     }
     Ok(left)
 }
 
-/// One of them; whether nothing is left to be done about it that could not be.
-fn one(engine: &Arc<Engine>, found: &FoundIntent, is_dry: bool) -> Result<bool> {
+/// Shows and resumes one interrupted command; `false` if it could not be resumed.
+fn recover_one(engine: &Arc<Engine>, found: &FoundIntent, is_dry: bool) -> Result<bool> {
     let (store, name) = (engine.store(), &found.name);
     let guard = store.guard();
-    let of = if found.is_copied { ", of the store of which this is a copy" } else { "" };
+    let of = if found.is_copied { ", begun in the store that this one was copied from" } else { "" };
     let (path, chain) = (shown(&guard.path_of(name)), shown(&found.intent.chain));
     say(&format!("{path}\n  {} (chain {chain}{of})\n", found.intent.command))?;
     if guard.is_owned(found) {
-        say("  is at work\n")?;
+        say("  running\n")?;
         return Ok(true);
     }
     let (intent, _, findings) = guard.examine(name)?;
@@ -81,7 +81,7 @@ fn one(engine: &Arc<Engine>, found: &FoundIntent, is_dry: bool) -> Result<bool> 
     for finding in findings {
         match finding {
             FileBinding::Here(path) => say(&format!("  {} is there\n", shown(&path)))?,
-            FileBinding::Gone(path) => say(&format!("  {} has gone, or is another file by now\n", shown(&path)))?,
+            FileBinding::Gone(path) => say(&format!("  {} is missing, or another file has its name\n", shown(&path)))?,
             FileBinding::Doubt(sentence) => {
                 doubts += 1;
                 say(&format!("  {sentence}\n"))?;
@@ -89,54 +89,52 @@ fn one(engine: &Arc<Engine>, found: &FoundIntent, is_dry: bool) -> Result<bool> 
         }
     }
     let outcome = if doubts > 0 {
-        Err(Error::new(ErrorKind::Stale, "it is not certain of all files that they are those it was about"))
+        Err(Error::new(ErrorKind::Stale, "the identity of some of its files is not proven"))
     } else if !found.is_trusted {
-        Err(Error::new(ErrorKind::Denied, "others may have written its note"))
+        Err(Error::new(ErrorKind::Denied, "other users could have written its intent file"))
     } else if is_dry {
-        engine.examine(&intent, name).map(|way| format!("  would be taken up: it {way}\n"))
+        engine.examine(&intent, name).map(|way| format!("  would be resumed: it {way}\n"))
     } else {
-        taken_up(engine, found)
+        resume(engine, found)
     };
     match outcome {
         Ok(text) => say(&text).map(|()| true),
         Err(error) => {
-            let fact = "what it may have spoilt stays hidden. See to that and try again, or give it up, and with it what \
-                        is hidden: chainfs recover --forget";
-            say(&format!("  not done: {error}; {fact} {} STORE\n", stem(name)))?;
+            let fact = "the layers that it may have damaged stay hidden. Remove the cause and try again, or discard \
+                        the command and show the layers: chainfs recover --forget";
+            say(&format!("  not resumed: {error}; {fact} {} STORE\n", stem(name)))?;
             Ok(false)
         }
     }
 }
 
-fn taken_up(engine: &Arc<Engine>, found: &FoundIntent) -> Result<String> {
+fn resume(engine: &Arc<Engine>, found: &FoundIntent) -> Result<String> {
     engine.recover(found)?;
     let mut status = engine.status(&found.intent.chain);
     while !status.state.is_over() {
-        status = engine.wait(&found.intent.chain, status.version, PATIENCE);
+        status = engine.wait(&found.intent.chain, status.version, POLL_INTERVAL);
     }
     match (status.state, status.error) {
         (JobState::Done, _) => Ok("  done\n".to_owned()),
-        (_, error) => Err(Error::new(ErrorKind::Io, error.unwrap_or_else(|| "it has failed".to_owned()))),
+        (_, error) => Err(Error::new(ErrorKind::Io, error.unwrap_or_else(|| "the command failed".to_owned()))),
     }
 }
 
-/// Gives up an intent, or the list of frozen images.
+/// Discards an intent, or a damaged freeze list.
 fn forget(store: &Arc<Store>, name: &OsStr, is_dry: bool) -> Result<u8> {
     let guard = store.guard();
     let names = store.guard_names();
     if name == "frozen.toml" {
         if store.notes_problem().is_none() {
-            let fact = "can be used as it is; nothing was given up";
+            let fact = "is valid; nothing was discarded";
             return Err(Error::new(ErrorKind::Usage, format!("{FROZEN_NOTES} {fact}")));
         }
         if !is_dry {
             let _lock = guard.lock(&*names)?;
             store.forget_notes()?;
         }
-        let would = if is_dry { "would be" } else { "is" };
-        say(&format!(
-            "no raw image {would} frozen by {FROZEN_NOTES} any more; freeze those by their mode (chmod a-w)\n"
-        ))?;
+        let are = if is_dry { "would not be" } else { "are no longer" };
+        say(&format!("raw images {are} frozen by {FROZEN_NOTES}; freeze them by their mode (chmod a-w)\n"))?;
         return Ok(0);
     }
     let catalog = store.catalog();
@@ -147,22 +145,22 @@ fn forget(store: &Arc<Store>, name: &OsStr, is_dry: bool) -> Result<u8> {
     let paths: Vec<_> = catalog.intents.iter().map(|found| guard.path_of(&found.name)).collect();
     let mut all = catalog.senseless.iter().chain(&paths).map(std::path::PathBuf::as_path);
     let path = all.find(is_it).ok_or_else(|| {
-        let fact = "is not unfinished; chainfs recover STORE says what is";
+        let fact = "is not an interrupted command; chainfs recover STORE lists them";
         Error::new(ErrorKind::NotFound, format!("{} {fact}", shown(Path::new(name))))
     })?;
     if is_dry {
-        say(&format!("{} would be given up\n", shown(path)))?;
+        say(&format!("{} would be discarded\n", shown(path)))?;
         return Ok(0);
     }
     let _lock = guard.lock(&*names)?;
-    let aside = guard.discard(&*names, path)?;
+    let moved = guard.discard(&*names, path)?;
     store.rescan()?;
-    let fact = "what it had hidden is shown as it is, whole or not: check it before you use it";
-    say(&format!("given up, and kept as {}; {fact}\n", shown(&aside)))?;
+    let fact = "the layers that it hid are shown again and may be damaged: check them before use";
+    say(&format!("discarded, and moved to {}; {fact}\n", shown(&moved)))?;
     Ok(0)
 }
 
-/// By what a user calls an intent.
+/// The name of an intent for `--forget`.
 fn stem(name: &OsStr) -> String {
     let name: OsString = Path::new(name).file_stem().unwrap_or_default().to_owned();
     shown(Path::new(&name))

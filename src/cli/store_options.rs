@@ -1,11 +1,11 @@
-//! From the options of a mount to those of a store.
+//! Converts the options of a mount to those of a store.
 
 use std::path::PathBuf;
 
 use super::mount_options::{ImageFormat, MountOptions, PathMap};
 use crate::store::{Format, StoreOptions};
 
-/// What `options` say about looking at a store.
+/// The store options that follow from mount options.
 pub fn store_options(options: &MountOptions) -> StoreOptions {
     let usual = StoreOptions::default();
     StoreOptions {
@@ -29,7 +29,7 @@ pub fn store_options(options: &MountOptions) -> StoreOptions {
     }
 }
 
-/// The same format in the store's words.
+/// The same format as the store's type.
 pub fn format(format: ImageFormat) -> Format {
     match format {
         ImageFormat::Raw => Format::Raw,

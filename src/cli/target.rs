@@ -1,7 +1,7 @@
-//! What a PATH means: a store, an image, a view of one, or a place inside a mount.
+//! Resolves a PATH operand: a store, an image, a view of an image, or a path in a mount.
 //!
-//! A mount is never asked anything: its store is opened in its place, so that a daemon which is
-//! gone or busy keeps nobody from looking.
+//! For a path in a mount, the store of the mount is opened directly. No request goes to the daemon, so
+//! commands work while it is dead or busy.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -20,13 +20,13 @@ use super::config;
 use super::mount_options::{FormatRule, ImageFormat, MountOptions};
 use super::store_options::{store_options, variable};
 
-/// A path, and what it turned out to be.
+/// A resolved path.
 #[derive(Debug)]
 pub(super) struct Target {
     pub(super) store: Arc<Store>,
     pub(super) catalog: Arc<Catalog>,
     pub(super) what: TargetKind,
-    /// What the image is called in answers: as the user did, where the user named it.
+    /// The image's name in output: the user's spelling if the user named it.
     pub(super) filename: PathBuf,
 }
 
@@ -59,21 +59,21 @@ impl TargetDisk {
 }
 
 impl Target {
-    /// Finds out what `path` names. `format` is the user's word on an image's format.
+    /// Resolves `path`. `format` is the image format given by the user.
     pub(super) fn find(path: &Path, format: Option<ImageFormat>, args: &ImageArgs) -> Result<Self> {
         let mut options = config::load(MountOptions::parse(&args.options, false)?, variable)?;
         options.force_share |= args.force_share;
         if let Some((store, rest)) = place_in_mount(path)? {
-            return Self::in_mount(&store, &rest, &look_options(&options));
+            return Self::in_mount(&store, &rest, &one_shot_options(&options));
         }
         let (image, view) = split_view(path);
         if let (Some(format), Some(name)) = (format, image.file_name().and_then(OsStr::to_str)) {
-            // What is said of one image comes before what is said of many.
+            // The rule for this image precedes those for patterns.
             options.formats.insert(0, FormatRule { glob: literal(name), format });
         }
-        let options = look_options(&options);
+        let options = one_shot_options(&options);
         let store = match Store::open(image, options.clone()) {
-            // A link that the user names may lead anywhere: its target is what is meant.
+            // A symbolic link given by the user may lead anywhere: it means its target.
             Err(error) if error.kind() == ErrorKind::Escape => {
                 let target = image.canonicalize().map_err(|error| Error::io(context(image), error))?;
                 Store::open(&target, options)?
@@ -97,7 +97,7 @@ impl Target {
         Ok(Self { store, catalog, what, filename })
     }
 
-    /// What lies at `rest` of a mount of the store at `path`.
+    /// Resolves `rest`, a path within a mount of the store at `path`.
     fn in_mount(path: &Path, rest: &Path, options: &StoreOptions) -> Result<Self> {
         let store = Store::open(path, options.clone())?;
         let catalog = store.catalog();
@@ -111,7 +111,7 @@ impl Target {
         Ok(Self { store, catalog, what, filename })
     }
 
-    /// The disk that is meant; a chain stands for that of its leaf.
+    /// The disk of this target; for a chain, its active disk.
     pub(super) fn disk(&self) -> Result<TargetDisk> {
         match &self.what {
             TargetKind::Disk(disk) => Ok(disk.clone()),
@@ -123,17 +123,17 @@ impl Target {
         }
     }
 
-    /// Opens the disk that is meant for reading.
+    /// Opens the disk of this target for reading.
     pub(super) fn open(&self) -> Result<OpenView> {
         let TargetDisk { layers, part } = self.disk()?;
-        // Without locks somebody may be writing the topmost layer.
+        // Without locks, another process may be writing the top layer.
         let live = self.store.options().force_share;
         self.store.open_shown(&self.catalog, &layers, part, live)
     }
 }
 
-/// Options for one look: nothing is watched.
-fn look_options(options: &MountOptions) -> StoreOptions {
+/// Store options for a single command: the store is not watched.
+fn one_shot_options(options: &MountOptions) -> StoreOptions {
     StoreOptions { notify: false, ..store_options(options) }
 }
 
@@ -159,7 +159,7 @@ pub(super) fn place_in_mount(path: &Path) -> Result<Option<(PathBuf, PathBuf)>> 
     let candidates = [Some(absolute.clone()), canonical(&absolute)];
     for candidate in candidates.into_iter().flatten() {
         let covering = mounts.iter().filter(|mount| candidate.starts_with(&mount.directory));
-        // Of several mounts on one directory the last is the one that is seen.
+        // Of several mounts on one directory, the last one is visible.
         let Some(mount) = covering.max_by_key(|mount| mount.directory.as_os_str().len()) else { continue };
         if mount.kind == KIND {
             let rest = candidate.strip_prefix(&mount.directory).unwrap_or(Path::new(""));
@@ -169,7 +169,7 @@ pub(super) fn place_in_mount(path: &Path) -> Result<Option<(PathBuf, PathBuf)>> 
     Ok(None)
 }
 
-/// The path without links, as far as it exists.
+/// The path with the symbolic links of its existing part resolved.
 fn canonical(path: &Path) -> Option<PathBuf> {
     path.ancestors().find_map(|existing| {
         let rest = path.strip_prefix(existing).ok()?;
@@ -178,7 +178,7 @@ fn canonical(path: &Path) -> Option<PathBuf> {
     })
 }
 
-/// `IMAGE@VIEW` in its two parts, unless there is a file of the whole name.
+/// Splits `IMAGE@VIEW`, unless a file has the whole name.
 fn split_view(path: &Path) -> (&Path, Option<&[u8]>) {
     if path.symlink_metadata().is_ok() {
         return (path, None);
@@ -194,7 +194,7 @@ fn ats(path: &Path) -> impl Iterator<Item = (&Path, &[u8])> {
     splits.map(|at| (Path::new(OsStr::from_bytes(&bytes[..at])), &bytes[at + 1..]))
 }
 
-/// What stands at `rest` of a mount, or the view that `DISK@VIEW` means there.
+/// Resolves `rest`, a path within a mount, or `DISK@VIEW` with such a path.
 fn resolve(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetKind> {
     let unknown = match resolve_path(store, catalog, rest) {
         Err(error) if error.kind() == ErrorKind::NotFound => error,
@@ -210,7 +210,7 @@ fn resolve(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetKind> 
     Err(unknown)
 }
 
-/// What stands at `rest` of a mount.
+/// Resolves `rest`, a path within a mount.
 fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetKind> {
     let names: Vec<&OsStr> = rest.iter().collect();
     let chain = (0..=names.len())
@@ -260,5 +260,5 @@ fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetK
 }
 
 fn nothing_at(rest: &Path) -> Error {
-    Error::new(ErrorKind::NotFound, format!("the mount shows nothing at {}", shown(rest)))
+    Error::new(ErrorKind::NotFound, format!("the mount has no {}", shown(rest)))
 }

@@ -1,4 +1,4 @@
-//! `chainfs trash`: what commands have removed, and can be had back.
+//! `chainfs trash`: lists, restores and removes layers in the trash.
 
 use std::path::Path;
 

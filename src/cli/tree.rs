@@ -1,4 +1,4 @@
-//! `chainfs tree`: who stands on whom.
+//! `chainfs tree`: draws the backing tree.
 
 use jiff::tz::TimeZone;
 
@@ -26,7 +26,7 @@ pub(super) fn run(args: &TreeArgs) -> Result<u8> {
     let leaf = match what {
         TargetKind::Store => None,
         TargetKind::Chain(leaf) => Some(leaf),
-        // All disks of a chain are in the tree of its base.
+        // The tree of the base shows all disks of the chain.
         TargetKind::Disk(disk) => disk.layers.last().copied(),
     };
     let forest = match leaf {
@@ -57,9 +57,10 @@ fn drawn(forest: &Forest, args: &TreeArgs) -> String {
     }
 }
 
-/// Shows the chain as it is and as a command would leave it; 1 if it would be refused.
+/// Shows the chain before and after a command; 1 if the command would be refused.
 fn before_and_after(args: &TreeArgs) -> Result<u8> {
-    // As one line of the words that control files take, quoted where the shell has taken the quotes away.
+    // One line in the syntax of control files; the arguments are quoted again because the shell removed the
+    // quotes.
     let words: Vec<Vec<u8>> = args.dry_run.iter().map(|word| quote(word.as_bytes())).collect();
     let request = Request::parse_command(&words.join(&b' '))?;
     let (store, plan) = planned(&args.path, &request, &args.image.options)?;

@@ -1,4 +1,5 @@
-//! `chainfs umount`: returns when every file and lock has been let go, which umount(8) does not wait for.
+//! `chainfs umount`: returns when the daemon has closed all files and released all locks; umount(8) does not
+//! wait.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -14,10 +15,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fs::mount;
 use crate::io::namespaces_with;
 
-/// How long a daemon may take to let go of everything once its mount has gone.
-const PATIENCE: Duration = Duration::from_mins(1);
-/// When it is said what is waited for.
-const TOLD_AFTER: Duration = Duration::from_secs(2);
+/// How long to wait for the daemon to end after unmounting.
+const EXIT_TIMEOUT: Duration = Duration::from_mins(1);
+/// After this time, a warning says what the command waits for.
+const WARN_AFTER: Duration = Duration::from_secs(2);
 
 /// Runs the command.
 pub fn run(args: &UmountArgs) -> ExitCode {
@@ -32,7 +33,7 @@ pub fn run(args: &UmountArgs) -> ExitCode {
 
 fn umount(directory: &Path, lazy: bool) -> Result<()> {
     let directory = mount::canonical_parent(directory)?;
-    // A trailing "." or a link in the last component; asking a dead mount fails, and is not needed.
+    // Resolves a trailing "." or a link in the last component. It fails on a dead mount, which needs it not.
     let directory = directory.canonicalize().unwrap_or(directory);
     let device = match mount::top_mount(&directory)? {
         Some(entry) if entry.kind == mount::KIND => entry.device,
@@ -46,7 +47,7 @@ fn umount(directory: &Path, lazy: bool) -> Result<()> {
             let above = directory.ancestors().skip(1).find_map(|above| {
                 mount::top_mount(above).ok().flatten().filter(|entry| entry.kind == mount::KIND).map(|_| above)
             });
-            let remedy = above.map(|above| format!("; it lies in the mount at {}: name that", above.display()));
+            let remedy = above.map(|above| format!("; it is in the mount at {}: name that", above.display()));
             return Err(Error::new(ErrorKind::NotFound, fact + &remedy.unwrap_or_default()));
         }
     };
@@ -54,45 +55,48 @@ fn umount(directory: &Path, lazy: bool) -> Result<()> {
     match mount::unmount(&directory, lazy) {
         Ok(()) => {}
         Err(error) if error.kind() == ErrorKind::Busy => {
-            let sentence = format!("{}; let go of it, or unmount with --lazy", busy(&directory));
+            let sentence = format!("{}; close its files, or unmount with --lazy", busy(&directory));
             return Err(Error::new(ErrorKind::Busy, sentence));
         }
         Err(error) => return Err(error),
     }
-    // Taken away from its users, it ends with the last of them: nothing to wait for.
+    // A detached mount ends when its last file is closed: do not wait.
     if lazy {
         return Ok(());
     }
     let Some(daemon) = daemon else { return Ok(()) };
-    if ends_within(&daemon, TOLD_AFTER) {
+    if ends_within(&daemon, WARN_AFTER) {
         return Ok(());
     }
-    // Said while there is time to do something about it.
+    // Warns early, while the user can still act on it.
     let held = held_by(device);
     warn(&format!("waiting for the daemon of {} to end: {held}", directory.display()));
-    if ends_within(&daemon, PATIENCE) {
+    if ends_within(&daemon, EXIT_TIMEOUT) {
         return Ok(());
     }
     let fact = format!("{} is no longer mounted here, but its daemon still runs after a minute", directory.display());
     Err(Error::new(ErrorKind::Busy, format!("{fact}: {held}")))
 }
 
-/// Waits for a process to end, for so long at most.
+/// Waits for a process to end; `false` after `limit`.
 fn ends_within(process: &OwnedFd, limit: Duration) -> bool {
     let timeout = Timespec { tv_sec: limit.as_secs().cast_signed(), tv_nsec: 0 };
     !matches!(poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&timeout)), Ok(0))
 }
 
-/// What keeps the daemon of a mount that has been taken away here, as far as can be seen.
+/// Why the daemon still runs after the unmount, as far as this process can see.
 fn held_by(device: (u32, u32)) -> String {
     let holders: Vec<String> = namespaces_with(device).iter().map(ToString::to_string).collect();
     if holders.is_empty() {
-        return "it writes back what it holds, or finishes a command".to_owned();
+        return "it is writing back data, or finishing a command".to_owned();
     }
-    format!("the mount goes on in the mount namespace of {}; end that, or unmount there", holders.join(", "))
+    format!(
+        "the store is still mounted in the mount namespace of {}; end that process, or unmount there",
+        holders.join(", ")
+    )
 }
 
-/// The process that serves the mount, if it lives and says who it is.
+/// The process that serves the mount, if it is alive and reports its pid.
 fn daemon(directory: &Path) -> Option<OwnedFd> {
     let mut value = [0; 16];
     let len = rustix::fs::getxattr(directory, "user.chainfs.pid", &mut value).ok()?;

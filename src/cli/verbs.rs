@@ -1,5 +1,5 @@
-//! `chainfs snapshot`, `commit`, `pull` and `cancel`: through a mount's control files, or, where the store is not
-//! mounted, with an engine of our own.
+//! The verbs (`chainfs snapshot`, `commit` ...): through a mount's control files, or in this process if the
+//! store is not mounted.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -19,38 +19,38 @@ use crate::report::plan::is_refused;
 use crate::report::status::parse_status;
 use crate::store::shown;
 
-/// How long to wait where there is no `progress` to wait at.
-const PATIENCE: Duration = Duration::from_millis(200);
+/// Interval of status reads if `progress` cannot be read.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Chains that are named where one was mistyped, at most.
-const CHAINS_TOLD: usize = 8;
+/// Limit of chains listed when the given one does not exist.
+const MAX_CHAINS_LISTED: usize = 8;
 
 /// Runs a verb on what `target` names.
 pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8> {
     let Some((store, rest)) = place_in_mount(target)? else {
         if args.detach {
-            let fact = "without a mount nobody goes on with it when this command returns; leave out --detach";
+            let fact = "without a mount the command runs in this process; leave out --detach";
             return Err(Error::new(ErrorKind::Usage, fact));
         }
         return offline::run(target, request, args);
     };
     if args.store.is_some() || !args.options.is_empty() {
-        let fact = "--store and -o are for images that are not mounted; a mount has its own";
+        let fact = "--store and -o are for unmounted images; the mount has its own options";
         return Err(Error::new(ErrorKind::Usage, fact));
     }
     let control = control_directory(target, request)?;
     if args.dry_run {
         return match planned(&control, request)? {
             Some(plan) => tell_plan(&plan),
-            // A mount that is read-only takes no text at all.
+            // A read-only mount accepts no text.
             None => offline::plan_of_mounted(&store, &rest, request),
         };
     }
-    // Where the chain takes another shape than a command's name says, it is told before.
+    // A revert may change the shape of the chain: its notes are shown first.
     if let (Request::Revert(_), Some(plan)) = (request, planned(&control, request)?) {
         plan.lines().filter_map(|line| line.strip_prefix("note: ")).for_each(warn);
     }
-    let status = give(&control, request)?;
+    let status = send_command(&control, request)?;
     if args.detach || *request == Request::Cancel {
         return Ok(0);
     }
@@ -58,27 +58,27 @@ pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8
     finished(&status)
 }
 
-/// Prints a plan; 1 if it would not be carried out.
+/// Prints a plan; 1 if the command would be refused.
 pub(super) fn tell_plan(plan: &str) -> Result<u8> {
     print(plan)?;
     Ok(u8::from(is_refused(plan)))
 }
 
-/// What the end of a command means for ours.
+/// The exit code or error of this process for the final status of a command.
 pub(super) fn finished(status: &Status) -> Result<u8> {
     let sentence = |otherwise: &str| status.error.clone().unwrap_or_else(|| otherwise.to_string());
     status.notes.iter().for_each(|note| warn(note));
     match status.state {
         JobState::Done => Ok(0),
-        JobState::Cancelled => Err(Error::new(ErrorKind::Cancelled, sentence("the command has been cancelled"))),
-        JobState::Failed => Err(Error::new(ErrorKind::Io, sentence("the command has failed"))),
+        JobState::Cancelled => Err(Error::new(ErrorKind::Cancelled, sentence("the command was cancelled"))),
+        JobState::Failed => Err(Error::new(ErrorKind::Io, sentence("the command failed"))),
         JobState::Idle | JobState::Running => {
-            Err(Error::new(ErrorKind::Stale, "another command has been given since; how this one ended is not known"))
+            Err(Error::new(ErrorKind::Stale, "another command has started since; the result of this one is unknown"))
         }
     }
 }
 
-/// The control files that are meant.
+/// The directory of the control files.
 fn control_directory(target: &Path, request: &Request) -> Result<PathBuf> {
     let is_for_store = matches!(request, Request::Snapshot(snapshot) if !snapshot.chains.is_empty());
     let directory = if is_for_store { target.join(".chainfs").join(CONTROL) } else { target.join(CONTROL) };
@@ -91,7 +91,7 @@ fn control_directory(target: &Path, request: &Request) -> Result<PathBuf> {
     }
 }
 
-/// Why a place in a mount takes no commands, and which does.
+/// Why a path in a mount takes no commands, with the nearest one that does.
 fn takes_no_commands(target: &Path, is_for_store: bool) -> Error {
     let usage = |fact: String| Error::new(ErrorKind::Usage, format!("{} {fact}", shown(target)));
     if is_for_store {
@@ -107,7 +107,7 @@ fn takes_no_commands(target: &Path, is_for_store: bool) -> Error {
         .map(|entry| entry.path())
         .filter(|path| !path.ends_with(".chainfs") && takes(path))
         .map(|path| shown(&path))
-        .take(CHAINS_TOLD)
+        .take(MAX_CHAINS_LISTED)
         .collect();
     chains.sort();
     let remedy = if chains.is_empty() {
@@ -132,23 +132,23 @@ fn planned(control: &Path, request: &Request) -> Result<Option<String>> {
     let mut text = String::new();
     file.read_to_string(&mut text).map_err(fail)?;
     match written {
-        // It says itself why.
+        // The plan's text contains the reason.
         Err(_) if is_refused(&text) => Ok(Some(text)),
         Err(error) => Err(fail(error)),
         Ok(_) => Ok(Some(text)),
     }
 }
 
-/// Gives the command; returns its status as of then.
-fn give(control: &Path, request: &Request) -> Result<Status> {
+/// Writes the command to its control file; returns the status after that.
+fn send_command(control: &Path, request: &Request) -> Result<Status> {
     let name = request.verb().name();
     let file = File::options().write(true).open(control.join(name));
-    let mut file = file.map_err(|error| Error::io(format!("giving the command {name}"), error))?;
+    let mut file = file.map_err(|error| Error::io(format!("starting the command {name}"), error))?;
     let before = status(control)?;
-    // One write: the words as a whole, or nothing.
+    // A single write, so that the daemon gets the whole command or nothing.
     let written = file.write(&[&request.words()[..], b"\n"].concat());
     let now = match status(control) {
-        // The chain has gone by what it was told, or has another name.
+        // The command has removed or renamed the chain.
         Err(error) if written.is_ok() && error.kind() == ErrorKind::NotFound => {
             return Ok(Status { number: before.number + 1, state: JobState::Done, ..Status::default() });
         }
@@ -160,21 +160,21 @@ fn give(control: &Path, request: &Request) -> Result<Status> {
             let kind = if error.kind() == std::io::ErrorKind::InvalidInput { ErrorKind::Usage } else { ErrorKind::Io };
             Err(Error::new(kind, sentence.clone()))
         }
-        // The status of what is at work stays.
+        // The status is that of the running command.
         (Err(error), _) if error.kind() == std::io::ErrorKind::ResourceBusy && !now.state.is_over() => {
-            let fact = format!("{} is at work on it; wait until it is done, or cancel it", now.command);
+            let fact = format!("{} is running on it; wait for its end, or cancel it", now.command);
             Err(Error::new(ErrorKind::Busy, fact))
         }
-        (Err(error), _) => Err(Error::io(format!("giving the command {name}"), error)),
+        (Err(error), _) => Err(Error::io(format!("starting the command {name}"), error)),
     }
 }
 
 fn status(control: &Path) -> Result<Status> {
     let text = std::fs::read_to_string(control.join("status"));
-    Ok(parse_status(&text.map_err(|error| Error::io("reading how the command is doing", error))?))
+    Ok(parse_status(&text.map_err(|error| Error::io("reading the status of the command", error))?))
 }
 
-/// Waits until a command is over. Ctrl-C ends the waiting alone.
+/// Waits until a command has ended. Ctrl-C ends only the wait.
 fn follow(control: &Path, mut now: Status, mut meter: Meter) -> Result<Status> {
     let number = now.number;
     let mut progress = File::open(control.join("progress")).ok();
@@ -182,18 +182,18 @@ fn follow(control: &Path, mut now: Status, mut meter: Meter) -> Result<Status> {
     while now.number == number && !now.state.is_over() {
         meter.draw(&now);
         match &mut progress {
-            // Each read is as long as there is nothing new. At its end the status tells how that was.
+            // Each read blocks until there is news. At end of file, `status` has the result.
             Some(file) => match file.read(&mut line) {
                 Ok(0) => progress = None,
                 Ok(_) if !meter.is_shown() => continue,
                 Ok(_) => {}
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    warn("the mount has gone; what was begun is taken up when it is there again");
+                    warn("the mount has gone; the next mount resumes the command");
                     return Err(Error::io("waiting for the command", error));
                 }
             },
-            None => std::thread::sleep(PATIENCE),
+            None => std::thread::sleep(POLL_INTERVAL),
         }
         now = match status(control) {
             Err(error) if error.kind() == ErrorKind::NotFound => Status { number, state: JobState::Done, ..now },

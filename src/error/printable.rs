@@ -1,13 +1,13 @@
-//! Text made harmless for a terminal and for a log: the one place that says which characters show as themselves.
+//! Escapes text for terminals and logs: the only place that decides which characters are printed unchanged.
 
 use std::fmt::Write as _;
 
-/// `text` with control, invisible and reordering characters as `\x1b` or `\u{202e}`.
+/// `text` with control, invisible and reordering characters escaped as `\x1b` or `\u{202e}`.
 pub fn printable(text: &str) -> String {
     escaped(text, |c| !is_plain(c))
 }
 
-/// `text` with each character that is `hostile` as `\x1b` or `\u{202e}`.
+/// `text` with each `hostile` character escaped as `\x1b` or `\u{202e}`.
 pub fn escaped(text: &str, hostile: impl Fn(char) -> bool) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
@@ -22,7 +22,7 @@ pub fn escaped(text: &str, hostile: impl Fn(char) -> bool) -> String {
     safe
 }
 
-/// Whether a character shows as itself and leaves the ones around it alone.
+/// Whether a character is visible and does not affect its neighbours.
 pub fn is_plain(c: char) -> bool {
     !c.is_control()
         && !matches!(c,

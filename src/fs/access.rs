@@ -1,9 +1,9 @@
-//! Who of those whom `allow_other` lets in may see and do what.
+//! Access control for mounts with `allow_other`.
 //!
-//! Nobody gets through the mount what the kernel would not give him on the store. The modes that are shown say so for
-//! whole classes of users, and the kernel holds to them; this asks again for the very user, with the groups that the process
-//! has, whenever something is looked up or opened. What he may not read is in none of the texts that he reads.
-//! `uid=`, `gid=` and `umask=` are the word of the administrator, and go before all that.
+//! The mount gives a user no access that the kernel would not give on the store. The modes shown express this
+//! for classes of users, and the kernel enforces them. This module checks the individual user, with the
+//! groups of the process, at each lookup and open. Text files leave out images that the user may not read.
+//! `uid=`, `gid=` and `umask=` are the administrator's choice and override these rules.
 
 use std::num::NonZero;
 use std::path::Path;
@@ -19,57 +19,57 @@ use crate::store::{AccessJudge, Catalog, ImageIndex, Store, Subject};
 
 use super::attributes::Ownership;
 
-/// For how long what was found out of permissions is used for modes and lists. Whatever is opened is judged anew.
-const BELIEF: Duration = Duration::from_millis(500);
-/// What is shown to how many users is kept.
-const SHOWN_KEPT: NonZero<usize> = NonZero::new(16).expect("not zero");
+/// How long permissions that were read are used for modes and listings. Each open reads them again.
+const PERMISSIONS_TTL: Duration = Duration::from_millis(500);
+/// The number of filtered catalogs in the cache.
+const CATALOGS_CACHED: NonZero<usize> = NonZero::new(16).expect("not zero");
 
-/// A process that asks for something, as the kernel tells of it.
+/// The client process of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Caller {
-    /// The user by whose rights it reaches files.
+    /// Its file system user id.
     pub uid: u32,
-    /// The same group.
+    /// Its file system group id.
     pub gid: u32,
-    /// Its thread; 0 if it cannot be seen from here.
+    /// Its thread id; 0 if it is in a pid namespace that the daemon cannot see.
     pub pid: u32,
 }
 
 impl Caller {
-    /// The administrator: who may see and do everything.
+    /// The administrator, who has all rights.
     pub const ADMINISTRATOR: Self = Self { uid: 0, gid: 0, pid: 0 };
 }
 
-/// What one user may see.
+/// The rights of one user.
 #[derive(Clone, Debug)]
 pub(super) struct Viewer {
-    /// The user; none: everything is shown.
+    /// The user whose read access is checked; `None`: all images are visible.
     subject: Option<Subject>,
-    /// The user, if commands are judged by what he may do himself.
+    /// The user whose own rights apply to commands; `None`: the administrator.
     commander: Option<Subject>,
 }
 
 impl Viewer {
-    /// Who has to be asked for, where it is not the administrator.
+    /// The user whose read access is checked; `None` for the administrator.
     pub(super) fn subject(&self) -> Option<&Subject> {
         self.subject.as_ref()
     }
 
-    /// By whose rights commands are judged.
+    /// The user whose rights apply to commands.
     pub(super) fn commander(&self) -> Option<&Subject> {
         self.commander.as_ref()
     }
 }
 
-/// What is shown of a catalog to a user.
+/// Filtered catalogs by catalog and user.
 type VisibleCatalog = LruCache<(u64, Subject), (Instant, Arc<Catalog>)>;
 
-/// The rules of a mount.
+/// The access rules of a mount.
 #[derive(Debug)]
 pub(super) struct Rights {
     store: Arc<Store>,
     ownership: Ownership,
-    /// Whether others than the mounting user come in.
+    /// Whether other users than the mounting one have access.
     is_shared: bool,
     own_uid: u32,
     /// A leaf.
@@ -86,17 +86,17 @@ impl Rights {
             is_shared,
             own_uid: rustix::process::geteuid().as_raw(),
             judge: Mutex::default(),
-            shown: Mutex::new(LruCache::new(SHOWN_KEPT)),
+            shown: Mutex::new(LruCache::new(CATALOGS_CACHED)),
         }
     }
 
-    /// Whether the modes that are shown are those of the images, for others to be let in by.
+    /// Whether access follows the permissions of the images.
     pub(super) fn is_judged(&self) -> bool {
         self.is_shared && self.ownership.umask.is_none()
     }
 
-    /// What a caller may see. Everything: root, the user who has mounted, whom `uid=` names; and what is to be seen,
-    /// not done, whom `umask=` or `gid=` let in.
+    /// The rights of a caller. Root, the mounting user and the user of `uid=` have all rights. Users who have
+    /// access by `umask=` or `gid=` see all images, but their own rights apply to commands.
     pub(super) fn viewer(&self, caller: &Caller) -> Viewer {
         let Caller { uid, gid, pid } = *caller;
         let is_administrator = !self.is_shared || uid == 0 || uid == self.own_uid || self.ownership.uid == Some(uid);
@@ -109,20 +109,20 @@ impl Rights {
         Viewer { subject: (!is_let_in).then(|| subject.clone()), commander: Some(subject) }
     }
 
-    /// Who may do what, as of a moment ago.
+    /// The permissions of the store, at most [`PERMISSIONS_TTL`] old.
     pub(super) fn judge(&self) -> Arc<AccessJudge> {
-        let mut kept = self.judge.lock();
-        if let Some((when, judge)) = &*kept
-            && when.elapsed() < BELIEF
+        let mut cached = self.judge.lock();
+        if let Some((when, judge)) = &*cached
+            && when.elapsed() < PERMISSIONS_TTL
         {
             return Arc::clone(judge);
         }
         let judge = Arc::new(self.store.judge());
-        *kept = Some((Instant::now(), Arc::clone(&judge)));
+        *cached = Some((Instant::now(), Arc::clone(&judge)));
         judge
     }
 
-    /// The mode of a disk, or of what shows something of it: no more than what all files of it allow.
+    /// Restricts the mode of a disk, or of a file about it, to what all its layers allow.
     pub(super) fn restrict(
         &self,
         (uid, gid, bits): (u32, u32, u16),
@@ -133,7 +133,7 @@ impl Rights {
             return (uid, gid, bits);
         }
         let allowed = self.judge().mode(catalog, layers, bits & 0o222 != 0);
-        // What is searched is what is read.
+        // Read permission implies search permission.
         let mut allowed = (allowed | (allowed & 0o444) >> 2) as u16;
         if self.ownership.uid.is_some() {
             allowed |= 0o700;
@@ -144,7 +144,7 @@ impl Rights {
         (uid, gid, bits & allowed)
     }
 
-    /// Refuses what a user may not read. `now`: by what holds at this moment.
+    /// Checks that a user may read these layers. `now`: reads the permissions again.
     pub(super) fn check_read(
         &self,
         viewer: &Viewer,
@@ -157,7 +157,7 @@ impl Rights {
         if judge.may_read_all(subject, catalog, layers) { Ok(()) } else { Err(denied()) }
     }
 
-    /// Refuses what a user may not write.
+    /// Checks that a user may write this disk.
     pub(super) fn check_write(&self, viewer: &Viewer, catalog: &Catalog, layers: &[ImageIndex]) -> Result<()> {
         let Some(subject) = viewer.subject() else { return Ok(()) };
         let judge = self.store.judge();
@@ -166,12 +166,12 @@ impl Rights {
         if may { Ok(()) } else { Err(denied()) }
     }
 
-    /// The catalog without what a user may not read.
+    /// The catalog without the images that a user may not read.
     pub(super) fn shown(&self, viewer: &Viewer, catalog: &Arc<Catalog>) -> Arc<Catalog> {
         let Some(subject) = viewer.subject() else { return Arc::clone(catalog) };
         let key = (catalog.serial, subject.clone());
         if let Some((when, shown)) = self.shown.lock().get(&key)
-            && when.elapsed() < BELIEF
+            && when.elapsed() < PERMISSIONS_TTL
         {
             return Arc::clone(shown);
         }
@@ -180,13 +180,13 @@ impl Rights {
         shown
     }
 
-    /// A text without lines that name what a user may not read.
+    /// A text without the lines that name images that a user may not read.
     pub(super) fn redact(&self, viewer: &Viewer, text: &str) -> String {
         let Some(subject) = viewer.subject() else { return text.to_owned() };
         let catalog = self.store.catalog();
         let judge = self.judge();
         let images = catalog.images.iter().filter(|image| !judge.may_read(subject, image));
-        // What cannot be read by us is no image, and has its name all the same.
+        // Files that the daemon cannot read are not in `images`, but their names are hidden as well.
         let others = catalog.problems.iter().filter(|problem| !judge.may_read_in_store(subject, &problem.path));
         let hidden: Vec<&Path> = images
             .map(|image| image.place.path.as_path())
@@ -196,7 +196,7 @@ impl Rights {
     }
 }
 
-/// Each line that names any of these files says so instead.
+/// Replaces each line that names one of these files.
 fn redacted(text: &str, hidden: &[&Path]) -> String {
     let names: Vec<String> = hidden
         .iter()
@@ -216,18 +216,18 @@ fn redacted(text: &str, hidden: &[&Path]) -> String {
         let key = line.split_once(':').map(|(key, _)| key).filter(|key| key.chars().all(|c| c.is_ascii_lowercase()));
         let end = if line.ends_with('\n') { "\n" } else { "" };
         match key {
-            Some(key) => format!("{key}: {NOT_YOURS}{end}"),
-            None => format!("{NOT_YOURS}{end}"),
+            Some(key) => format!("{key}: {REDACTED}{end}"),
+            None => format!("{REDACTED}{end}"),
         }
     };
     text.split_inclusive('\n').map(line).collect()
 }
 
-/// What stands in place of what would name an image.
-const NOT_YOURS: &str = "an image that you may not read has to do with it; ask its owner or root";
+/// Replaces a line that names an image.
+const REDACTED: &str = "this concerns an image that you may not read; ask its owner or root";
 
 fn denied() -> Error {
-    let fact = "you may not read, or not write, every file that this is made of; ask their owners, or root";
+    let fact = "you have no permission for one of the image files behind this; ask its owner or root";
     Error::new(ErrorKind::Denied, fact)
 }
 
@@ -236,13 +236,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_that_name_what_is_hidden_do_not() {
+    fn lines_that_name_hidden_images_are_redacted() {
         let hidden = [Path::new("b/secret.qcow2"), Path::new("x")];
         let redacted = |text: &str| redacted(text, &hidden);
         assert_eq!(redacted("state: done\n"), "state: done\n");
-        assert_eq!(redacted("error: b/secret.qcow2 is open\nnumber: 1\n"), format!("error: {NOT_YOURS}\nnumber: 1\n"));
-        assert_eq!(redacted("failed: web stands on secret"), format!("failed: {NOT_YOURS}"));
+        assert_eq!(redacted("error: b/secret.qcow2 is open\nnumber: 1\n"), format!("error: {REDACTED}\nnumber: 1\n"));
+        assert_eq!(redacted("failed: web stands on secret"), format!("failed: {REDACTED}"));
         assert_eq!(redacted("max and secretary"), "max and secretary");
-        assert_eq!(redacted("● x@s"), NOT_YOURS);
+        assert_eq!(redacted("● x@s"), REDACTED);
     }
 }

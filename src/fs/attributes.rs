@@ -1,4 +1,4 @@
-//! Owner, mode, size and times of what is shown.
+//! Owner, mode, size and times of nodes.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -8,20 +8,20 @@ use crate::io::FileStat;
 
 use super::node::NodeKind;
 
-/// What stat(2) says of a node.
+/// The attributes of a node for stat(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attributes {
-    /// Number of the node.
+    /// Inode number.
     pub inode: u64,
-    /// What it is.
+    /// File type.
     pub kind: NodeKind,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
     /// Blocks of 512 bytes.
     pub blocks: u64,
-    /// Names it has.
+    /// Link count.
     pub links: u32,
-    /// Number of a device, in FUSE's encoding.
+    /// Device number in FUSE's encoding.
     pub device: u32,
     /// Last access.
     pub accessed: SystemTime,
@@ -38,7 +38,8 @@ pub struct Attributes {
 }
 
 impl Attributes {
-    /// Of something that is not a guest's: with one time, and as many names as its kind has.
+    /// The attributes of a node that is not a guest's: all times are the same, and the link count follows the
+    /// type.
     pub(super) fn plain(
         inode: u64,
         kind: NodeKind,
@@ -51,20 +52,20 @@ impl Attributes {
         Self { inode, kind, size, blocks, links, device: 0, accessed, modified, changed, permissions, uid, gid }
     }
 
-    /// Of something of which only that is known.
+    /// The attributes of a node of which only number and type are known.
     pub(super) fn unknown(inode: u64, kind: NodeKind) -> Self {
         Self::plain(inode, kind, (0, 0), UNIX_EPOCH, (0, 0, 0))
     }
 }
 
-/// What `-o uid=,gid=,umask=` say.
+/// The options `uid=`, `gid=` and `umask=`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ownership {
-    /// Owner of everything.
+    /// Owner of all files.
     pub uid: Option<u32>,
-    /// Group of everything.
+    /// Group of all files.
     pub gid: Option<u32>,
-    /// Permission bits that nobody has; all others are given.
+    /// Permission bits to mask; all others are set.
     pub umask: Option<u32>,
 }
 
@@ -74,7 +75,7 @@ impl Ownership {
         matches!(self, Self { uid: None, gid: None, umask: None })
     }
 
-    /// Owner, group and permissions of something that belongs to the file or directory `stat`.
+    /// Owner, group and permissions of a node that stands for the file or directory `stat`.
     pub(super) fn apply(&self, stat: &FileStat, kind: NodeKind, writable: bool) -> (u32, u32, u16) {
         let bits = match (self.umask, kind) {
             (Some(umask), NodeKind::Directory) => 0o777 & !umask,
@@ -88,8 +89,8 @@ impl Ownership {
 }
 
 impl Ownership {
-    /// Owner, group and permissions of a guest's file. With a umask, who may read it is the user's word; what can be run, the
-    /// guest's.
+    /// Owner, group and permissions of a guest's file. With `umask=`, the option decides on read and write
+    /// bits, and the guest's mode on execute bits.
     pub(super) fn of_guest(&self, found: &guest::FileAttributes) -> (u32, u32, u16) {
         let bits = match (self.umask, found.kind) {
             (Some(umask), guest::FileKind::Directory) => 0o777 & !umask as u16,
@@ -99,14 +100,15 @@ impl Ownership {
         (self.uid.unwrap_or(found.uid), self.gid.unwrap_or(found.gid), bits)
     }
 
-    /// Owner, group and permissions of a directory that shows what is in the image `stat`: for those who may read that.
+    /// Owner, group and permissions of a directory with the content of the image `stat`: readable by those
+    /// who may read the image.
     pub(super) fn of_contents(&self, stat: &FileStat) -> (u32, u32, u16) {
         let (uid, gid, bits) = self.apply(stat, NodeKind::File, false);
         (uid, gid, bits & 0o444 | (bits & 0o444) >> 2)
     }
 }
 
-/// Permissions of control files: those who may write an image may change it, and nobody else.
+/// Permissions of control files: only the owner of an image may give commands.
 const CONTROL_BITS: u16 = 0o600;
 
 impl Ownership {
@@ -132,11 +134,11 @@ pub(super) fn taken(snapshot: &Snapshot) -> SystemTime {
     time(i64::from(snapshot.seconds), snapshot.nanoseconds)
 }
 
-/// A moment as file systems keep it.
+/// Converts a file system's time.
 pub(super) fn time(seconds: i64, nanoseconds: u32) -> SystemTime {
     let whole = Duration::from_secs(seconds.unsigned_abs());
     let start = if seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
-    // A bad image may say more nanoseconds than a second has.
+    // A damaged image may have more nanoseconds than a second.
     let nanoseconds = Duration::from_nanos(u64::from(nanoseconds.min(999_999_999)));
     start.and_then(|start| start.checked_add(nanoseconds)).unwrap_or(UNIX_EPOCH)
 }

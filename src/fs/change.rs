@@ -1,7 +1,7 @@
-//! What changes a disk: writing, flushing, zeroing, growing.
+//! Requests that change a disk: write, flush, zero, grow.
 //!
-//! Only active disks can be changed, and of the tree itself nothing can: an active disk behaves as
-//! a block device does, which nobody makes shorter by opening it.
+//! Only active disks can be changed, and names in the tree cannot. An active disk behaves like a block
+//! device: opening it with O_TRUNC does not shorten it.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,18 +15,18 @@ use super::handles::Handle;
 use super::node::{Node, NodeKind, PartitionNode};
 use super::tree::MountTree;
 
-/// What fallocate(2) asks for.
+/// The modes of fallocate(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fallocate {
-    /// The range reads as zeroes.
+    /// Zero the range.
     Zero(Zeroing),
-    /// The range has its space.
+    /// Allocate space for the range.
     Space,
 }
 
 impl MountTree {
-    /// Writes what there is room for before the end of the disk, and returns how much that is.
-    /// `sync`: it is durable then. To a control file: gives one command, which may take its time.
+    /// Writes up to the end of the disk, and returns the number of bytes written. `sync`: makes them durable.
+    /// A write to a control file runs one command, which may block.
     pub fn write(&self, handle: &Handle, at: u64, bytes: &[u8], sync: bool) -> Result<usize> {
         if let Handle::Control(control) = handle {
             return self.command(control, at, bytes);
@@ -51,7 +51,7 @@ impl MountTree {
         }
     }
 
-    /// close(2): nothing is flushed, as for any file, but trouble of the past is told of.
+    /// close(2): does not flush, as for other files, but returns an earlier write-back error.
     pub fn closing(&self, handle: &Handle) -> Result<()> {
         match handle.disk() {
             Handle::Active(disk) => disk.trouble(),
@@ -59,11 +59,11 @@ impl MountTree {
         }
     }
 
-    /// fallocate(2). Not `keep_size`: a disk that is shorter grows first.
+    /// fallocate(2). Without `keep_size`, a shorter disk grows first.
     pub fn fallocate(&self, handle: &Handle, at: u64, len: u64, what: Fallocate, keep_size: bool) -> Result<()> {
         let end = at
             .checked_add(len)
-            .ok_or_else(|| Error::new(ErrorKind::TooLarge, "no file is as large as this range reaches"))?;
+            .ok_or_else(|| Error::new(ErrorKind::TooLarge, "the range ends beyond the maximum file size"))?;
         if let Handle::Partition(window) = handle {
             if !keep_size && end > window.len {
                 return window.set_size(end);
@@ -86,10 +86,11 @@ impl MountTree {
         }
     }
 
-    /// truncate(2), and ftruncate(2) if there is a handle. `Forbidden` if that is less than now.
+    /// truncate(2), and ftruncate(2) if there is a handle. `Forbidden` if `size` is less than the present
+    /// size.
     pub fn set_size(&self, caller: &Caller, inode: u64, handle: Option<&Handle>, size: u64) -> Result<()> {
         if self.takes_commands(inode)? {
-            // `>` cuts a file before it writes; here nothing is kept that could be cut.
+            // A shell's `>` truncates before it writes; control files have no content to truncate.
             return Ok(());
         }
         if let Node::Partition(partition) = self.node(inode)? {
@@ -98,7 +99,7 @@ impl MountTree {
         let node = self.active_node(inode)?;
         match handle {
             Some(handle) => active(handle)?.set_size(size),
-            // open(2) with O_TRUNC, which changes a disk no more than it does a block device.
+            // open(2) with O_TRUNC does not change a disk, as for a block device.
             None if size == 0 => Ok(()),
             None => {
                 self.check_write(caller, &node)?;
@@ -107,8 +108,8 @@ impl MountTree {
         }
     }
 
-    /// utimes(2): times are those of the image file, so this is taken and nothing comes of it; touch(1)
-    /// and cp -p of an active disk are to work.
+    /// utimes(2): succeeds without effect, because times are those of the image file. touch(1) and `cp -p`
+    /// onto an active disk need it.
     pub fn set_times(&self, inode: u64) -> Result<()> {
         if self.takes_commands(inode)? {
             return Ok(());
@@ -120,7 +121,7 @@ impl MountTree {
         Ok(matches!(self.node(inode)?, Node::ControlFile(_, file) if file.takes_commands()))
     }
 
-    /// access(2): whether something may be written or run, as opening it would find.
+    /// access(2): whether a node may be written or executed.
     pub fn access(&self, inode: u64, write: bool, execute: bool) -> Result<()> {
         let node = self.node(inode)?;
         if write {
@@ -131,9 +132,9 @@ impl MountTree {
                 return Err(read_only());
             }
         }
-        // A guest's programs are the guest's: the mount does not let them run, but they are what they are.
+        // Guests' files keep their execute bits, though the mount does not execute them.
         if execute && node.kind() == Some(NodeKind::File) {
-            return Err(Error::new(ErrorKind::Denied, "a file of the mount is not a program"));
+            return Err(Error::new(ErrorKind::Denied, "executing files on this mount is not supported"));
         }
         Ok(())
     }
@@ -165,7 +166,7 @@ fn active(handle: &Handle) -> Result<&Arc<ActiveHandle>> {
     }
 }
 
-/// Why most of the tree cannot be opened to be written.
+/// The error for opening a read-only node for writing.
 pub(super) fn read_only() -> Error {
     Error::new(ErrorKind::ReadOnly, "only active disks and control files of verbs can be written")
 }

@@ -1,7 +1,7 @@
-//! Control files: text that is written becomes a command, and what became of it can be read.
+//! Control files: a write runs a command, and a read returns its status.
 //!
-//! One write is one command, wherever in the file it is said to go. Nothing here changes the store: words
-//! are for [`Request`], everything else for the engine.
+//! One write is one command, at any file offset. This module does not change the store: [`Request`] parses
+//! the text, and the engine runs the command.
 
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
@@ -22,35 +22,35 @@ use super::tree::MountTree;
 /// Name of the directories that hold control files.
 pub const CONTROL: &str = "control";
 
-/// Plans that are remembered, each of another chain.
-const PLANS_KEPT: usize = 256;
-/// Characters of a command that was not understood, in its status.
+/// The number of plans in the cache, one per chain.
+const PLANS_CACHED: usize = 256;
+/// Characters of an invalid command that the status shows.
 const SHOWN_LEN: usize = 200;
 
-/// Whose commands they are.
+/// The scope of a control directory.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ControlScope {
-    /// Those of the store, for several chains at once.
+    /// The store: commands for several chains at once.
     Store,
-    /// Those of one chain, by path.
+    /// One chain, by path.
     Chain(Arc<PathBuf>),
 }
 
 /// The files of a `control` directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ControlFile {
-    /// Takes commands of one verb; tells the words that there are.
+    /// Takes commands of one verb; reads return the usage.
     Verb(Verb),
-    /// Takes commands of every verb and does nothing; tells what they would do.
+    /// Takes commands of all verbs without running them; reads return the plan.
     Plan,
-    /// Tells how the last command is doing.
+    /// Reads return the status of the last command.
     Status,
-    /// Tells it again and again, until the command is over.
+    /// Reads return the progress until the command has ended.
     Progress,
 }
 
 impl ControlScope {
-    /// The name under which the engine keeps the status. No chain has the store's.
+    /// The key of the status in the engine. No chain has the store's key.
     pub(super) fn key(&self) -> &Path {
         use std::ffi::OsStr;
         use std::os::unix::ffi::OsStrExt;
@@ -60,7 +60,7 @@ impl ControlScope {
         }
     }
 
-    /// The control files that there are, with their names, sorted by these.
+    /// The control files of this scope, with their names, sorted by name.
     pub fn files(&self) -> &'static [(ControlFile, &'static str)] {
         type Files = Vec<(ControlFile, &'static str)>;
         static OF_STORE: LazyLock<Files> = LazyLock::new(|| {
@@ -105,47 +105,47 @@ impl ControlFile {
     }
 }
 
-/// The engine, and what the control files remember.
+/// The engine, and the state of the control files.
 #[derive(Debug)]
 pub(super) struct Controls {
     engine: Arc<Engine>,
     plans: Mutex<LruCache<ControlScope, Arc<[u8]>>>,
-    /// Whether what was begun before is still being taken up; commands come after it.
+    /// Whether interrupted jobs are still being resumed; commands wait for the end.
     resuming: Mutex<bool>,
     resumed: Condvar,
-    /// Held while jobs are being stopped: who comes second must not believe that they are before they have.
+    /// Held while jobs are being stopped: a second caller must not return before they have stopped.
     stopping: Mutex<()>,
 }
 
-/// A control file that is open.
+/// An open control file.
 #[derive(Debug)]
 pub struct ControlHandle {
     scope: ControlScope,
     file: ControlFile,
-    /// Who has opened it: by whose rights commands are judged, whoever writes them.
+    /// The user who opened it. This user's rights apply to commands, whichever process writes them.
     viewer: Viewer,
     position: Mutex<Position>,
 }
 
-/// Where in the file its text is. Who writes a command and then reads, without going back to the
-/// beginning, reads the answer from its beginning all the same.
+/// The position of the text in the file. A client that writes a command and then reads on, without seeking to
+/// the start, gets the reply from its beginning.
 #[derive(Debug, Default)]
 struct Position {
-    /// What reading goes on with.
+    /// The text that reads return.
     text: Arc<[u8]>,
-    /// Where in the file it begins.
+    /// The file offset at which it begins.
     origin: u64,
-    /// Where the last command ended, if nothing has been read since.
+    /// The end of the last command, until the next read.
     written: Option<u64>,
-    /// Where text that was too long ended: what comes there is the rest of it, and no command.
+    /// The end of a text that was too long: a write there is its continuation, and no command.
     refused: Option<u64>,
-    /// The plan that was asked for here.
+    /// The plan made through this handle.
     plan: Option<Arc<[u8]>>,
 }
 
 impl Controls {
     pub(super) fn new(engine: Arc<Engine>) -> Self {
-        let plans = Mutex::new(LruCache::new(NonZero::new(PLANS_KEPT).expect("not zero")));
+        let plans = Mutex::new(LruCache::new(NonZero::new(PLANS_CACHED).expect("not zero")));
         Self { engine, plans, resuming: Mutex::default(), resumed: Condvar::new(), stopping: Mutex::default() }
     }
 
@@ -153,7 +153,7 @@ impl Controls {
         &self.engine
     }
 
-    /// What a control file says when it is opened now.
+    /// The present text of a control file.
     fn text(&self, scope: &ControlScope, file: ControlFile) -> Arc<[u8]> {
         match file {
             ControlFile::Verb(verb) => verb.usage().as_bytes().into(),
@@ -162,7 +162,7 @@ impl Controls {
                 let last = self.plans.lock().get(scope).cloned();
                 last.unwrap_or_else(|| PLAN_USAGE.as_bytes().into())
             }
-            // Nobody can tell beforehand how long it will be.
+            // The length is unknown in advance.
             ControlFile::Progress => Arc::default(),
         }
     }
@@ -171,7 +171,7 @@ impl Controls {
 const PLAN_USAGE: &str = "\
 plan: a whole command, as in: commit top=sn3 base=sn1
 
-Does nothing. What the command would do, or why it would be refused, is read here afterwards.
+Changes nothing. Read this file afterwards: it has the plan of the command, or the reason for a refusal.
 ";
 
 impl ControlHandle {
@@ -179,7 +179,7 @@ impl ControlHandle {
         Self { scope, file, viewer, position: Mutex::default() }
     }
 
-    /// What there is from `at` on.
+    /// Reads from `at`.
     pub(super) fn read(&self, tree: &MountTree, at: u64, buf: &mut [u8]) -> usize {
         let mut position = self.position.lock();
         let after_command = position.written.take() == Some(at);
@@ -195,13 +195,13 @@ impl ControlHandle {
         len
     }
 
-    /// How much there is to be read.
+    /// The length of the text.
     pub(super) fn len(&self, tree: &MountTree) -> u64 {
         tree.control_text(&self.viewer, &self.scope, self.file).len() as u64
     }
 
-    /// Whether `len` bytes at `at` go on with what was refused. The kernel hands a long write over in
-    /// parts: none of them is a command of its own.
+    /// Whether `len` bytes at `at` continue a refused text. The kernel splits a long write: the parts are no
+    /// commands of their own.
     fn is_rest(&self, at: u64, len: usize) -> bool {
         let mut position = self.position.lock();
         let is_rest = at > 0 && position.refused == Some(at);
@@ -212,13 +212,13 @@ impl ControlHandle {
     }
 }
 
-/// How often to see whether another process has died and left its command to us: nothing tells of that.
-const NEXT_LOOK: std::time::Duration = std::time::Duration::from_secs(1);
+/// Interval of checks for interrupted jobs of other processes: no event reports the death of their owner.
+const ORPHAN_CHECK_INTERVAL: std::time::Duration = std::time::Duration::from_secs(1);
 
-/// Lets commands in when it goes, whatever it goes by.
-struct Resuming(Arc<MountTree>);
+/// Admits commands when it is dropped, also by a panic.
+struct ResumeGuard(Arc<MountTree>);
 
-impl Drop for Resuming {
+impl Drop for ResumeGuard {
     fn drop(&mut self) {
         let controls = self.0.controls();
         *controls.resuming.lock() = false;
@@ -227,7 +227,7 @@ impl Drop for Resuming {
 }
 
 impl MountTree {
-    /// What a control file says to a user who opens it now.
+    /// The present text of a control file for a user.
     pub(super) fn control_text(&self, viewer: &Viewer, scope: &ControlScope, file: ControlFile) -> Arc<[u8]> {
         let text = self.controls().text(scope, file);
         match file {
@@ -236,7 +236,7 @@ impl MountTree {
         }
     }
 
-    /// What was told of a command, for a user who may not read every image.
+    /// The text without names of images that the user may not read.
     fn redacted(&self, viewer: &Viewer, text: &Arc<[u8]>) -> Arc<[u8]> {
         if viewer.subject().is_none() {
             return Arc::clone(text);
@@ -244,11 +244,11 @@ impl MountTree {
         self.rights().redact(viewer, &String::from_utf8_lossy(text)).into_bytes().into()
     }
 
-    /// Takes up what was begun before. Only commands wait for that: what it looks at may be this very mount, if
-    /// that lies in its own store.
+    /// Resumes interrupted jobs in a thread. Only commands wait for it: resuming may access this mount
+    /// itself, if it lies in its own store.
     pub fn resume(self: &Arc<Self>) {
         *self.controls().resuming.lock() = true;
-        let resuming = Resuming(Arc::clone(self));
+        let resuming = ResumeGuard(Arc::clone(self));
         let engine = Arc::downgrade(resuming.0.engine());
         let work = move || {
             resuming.0.engine().resume();
@@ -258,30 +258,31 @@ impl MountTree {
                     engine.take_up_what_is_left();
                 }
                 drop(engine);
-                std::thread::sleep(NEXT_LOOK);
+                std::thread::sleep(ORPHAN_CHECK_INTERVAL);
             }
         };
         if let Err(error) = std::thread::Builder::new().name("resume".into()).spawn(work) {
-            tracing::warn!("what was begun before is left to the next mount: {error}");
+            tracing::warn!("interrupted jobs are left to the next mount: {error}");
         }
     }
 
-    /// Stops all jobs at their next piece, and returns when they have.
+    /// Stops all jobs after their present step, and returns when they have stopped.
     pub fn stop(&self) {
         let _turn = self.controls().stopping.lock();
         self.engine().stop();
     }
 
-    /// A write to a control file: one command, done or begun when this returns.
+    /// Runs the command of a write to a control file. On return, the command has finished or a job has
+    /// started.
     pub(super) fn command(&self, handle: &ControlHandle, at: u64, text: &[u8]) -> Result<usize> {
         if handle.is_rest(at, text.len()) {
-            return Err(Error::new(ErrorKind::Usage, "the beginning of this text was refused"));
+            return Err(Error::new(ErrorKind::Usage, "the start of this text was refused"));
         }
         let ControlHandle { scope, file, viewer, position } = handle;
         if let ControlScope::Chain(chain) = scope {
             let leaf = self.leaf_of(chain)?;
             let catalog = self.store().catalog();
-            // Who may not see all of the chain is not told what a command would do to it.
+            // A plan or an error would reveal layers that the user may not read.
             if let Err(error) = self.rights().check_read(viewer, &catalog, &catalog.layers(leaf), true) {
                 if let ControlFile::Verb(verb) = file {
                     self.engine().refused(scope.key(), &shown(*verb, text), &error);
@@ -289,7 +290,7 @@ impl MountTree {
                 return Err(error);
             }
         }
-        let _asker = viewer.commander().map(|subject| as_user(self.store(), subject));
+        let _user = viewer.commander().map(|subject| as_user(self.store(), subject));
         match file {
             ControlFile::Verb(verb) => self.run(scope, *verb, text)?,
             ControlFile::Plan => {
@@ -337,7 +338,7 @@ impl MountTree {
     }
 }
 
-/// A command that makes no sense, short enough for a line of its status.
+/// An invalid command, shortened for a line of the status.
 fn shown(verb: Verb, text: &[u8]) -> String {
     let line = text.strip_suffix(b"\n").unwrap_or(text);
     let start = String::from_utf8_lossy(&line[..line.len().min(SHOWN_LEN * 4)]).into_owned();

@@ -1,7 +1,7 @@
-//! The adapter to FUSE: requests to [`MountTree`], answers to replies, errors to errno. Nothing else
-//! names fuser.
+//! The adapter to FUSE: passes requests to [`MountTree`], results to replies, and errors to errno. Only this
+//! module uses fuser.
 
-mod again;
+mod busy_retries;
 mod entries;
 mod modes;
 mod replies;
@@ -35,28 +35,28 @@ use super::change::Fallocate;
 use super::handles::Handle;
 use super::tree::MountTree;
 
-use again::Refusals;
+use busy_retries::BusyRetries;
 use entries::{ListingEntry, each, known};
 use modes::OpenMode;
-use replies::{attr, belief, caller, file_type, give};
+use replies::{attr, caller, file_type, reply_xattr, ttl};
 use threads::answer;
 
-/// Bytes of a request, at most: what the kernel's limit of 256 pages allows.
+/// Maximum size of a request in bytes: the kernel's limit of 256 pages.
 const MAX_REQUEST: u32 = 1 << 20;
-/// Read-ahead requests in flight, at most.
+/// Maximum number of read-ahead requests in flight.
 const MAX_BACKGROUND: u16 = 64;
 
-/// Features of the kernel that can be done without.
+/// Optional features of the kernel.
 #[derive(Clone, Copy, Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
+#[expect(clippy::struct_excessive_bools, reason = "each is an option of its own")]
 pub struct Features {
-    /// Reads of frozen raw layers that never leave the kernel (Linux 6.9, root).
+    /// Passthrough: the kernel reads frozen raw layers itself (Linux 6.9, root).
     pub passthrough: bool,
-    /// Writes to one disk at the same time (Linux 6.2).
+    /// Parallel writes to one disk (Linux 6.2).
     pub parallel_writes: bool,
-    /// Mappings of active disks that are shared and writable (Linux 6.6).
+    /// Shared writable mappings of active disks (Linux 6.6).
     pub shared_mapping: bool,
-    /// Access control lists of guests' files, which the kernel goes by where it goes by modes.
+    /// Access control lists of guests' files, enforced by the kernel like modes.
     pub access_lists: bool,
     /// Worker threads.
     pub threads: usize,
@@ -69,8 +69,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Answers the kernel's first request on `device`, a mounted /dev/fuse: from here on the
-    /// mount can be used.
+    /// Replies to the kernel's first request on `device`, a mounted /dev/fuse. After that, the mount is
+    /// usable.
     pub fn connect(tree: &Arc<MountTree>, device: OwnedFd, features: Features) -> io::Result<Self> {
         let adapter = Adapter {
             tree: Arc::clone(tree),
@@ -78,17 +78,17 @@ impl Server {
             features,
             modes: Mutex::default(),
             waiting: Arc::default(),
-            refusals: Refusals::default(),
+            busy_retries: BusyRetries::default(),
         };
         let mut config = Config::default();
         config.n_threads = Some(features.threads);
         config.clone_fd = features.threads > 1;
-        // Who may come in has been said to the kernel, which holds to it.
+        // The mount options tell the kernel which users have access.
         let session = Session::from_fd(adapter, device, SessionACL::All, config)?;
         Ok(Self { session, tree: Arc::clone(tree) })
     }
 
-    /// Serves until the file system is unmounted, then lets go of all files and locks.
+    /// Serves until the file system is unmounted, then closes all files and releases all locks.
     pub fn run(self) -> io::Result<()> {
         let result = self.session.run();
         self.tree.close();
@@ -99,22 +99,22 @@ impl Server {
 struct Adapter {
     tree: Arc<MountTree>,
     features: Features,
-    /// Cleared when the kernel has refused it once.
+    /// Cleared when the kernel has refused passthrough once.
     passthrough: AtomicBool,
     modes: Mutex<HashMap<u64, OpenMode>>,
-    /// Threads of the mount that may be waiting for a worker.
+    /// Serving threads that may be waiting for a worker.
     waiting: Arc<AtomicUsize>,
-    refusals: Refusals,
+    busy_retries: BusyRetries,
 }
 
 thread_local! {
-    /// Where a worker puts what it reads; as large as its largest request.
+    /// The read buffer of a serving thread; it grows to the largest request.
     static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // Refusals only mean that the nearest possible value is taken, or that a kernel is older.
+        // Errors are ignored: fuser then uses the nearest value, or the kernel is older.
         let _ = config.set_max_write(MAX_REQUEST);
         let _ = config.set_max_background(MAX_BACKGROUND);
         let wanted = InitFlags::FUSE_PARALLEL_DIROPS
@@ -124,7 +124,7 @@ impl Filesystem for Adapter {
             | InitFlags::FUSE_ABORT_ERROR;
         let mapping =
             if self.features.shared_mapping { InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP } else { InitFlags::empty() };
-        // Not where modes do not count: the kernel takes the one for the other.
+        // Only if the kernel enforces modes: FUSE_POSIX_ACL implies default_permissions.
         let lists = if self.features.access_lists { InitFlags::FUSE_POSIX_ACL } else { InitFlags::empty() };
         for flag in (wanted | mapping | lists).iter() {
             let _ = config.add_capabilities(flag);
@@ -138,21 +138,23 @@ impl Filesystem for Adapter {
 
     fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let (name, caller) = (name.to_owned(), caller(req));
-        self.look(parent.0, move |tree| match answer(tree, |tree| tree.lookup(&caller, parent.0, &name)) {
-            Ok(found) => {
-                tree.told(found.inode);
-                reply.entry(&belief(tree, parent.0, &found), &attr(&found), Generation(0));
+        self.offload_if_blocking(parent.0, move |tree| {
+            match answer(tree, |tree| tree.lookup(&caller, parent.0, &name)) {
+                Ok(found) => {
+                    tree.add_lookup(found.inode);
+                    reply.entry(&ttl(tree, parent.0, &found), &attr(&found), Generation(0));
+                }
+                Err(errno) => reply.error(errno),
             }
-            Err(errno) => reply.error(errno),
         });
     }
 
     fn forget(&self, _req: &Request, inode: INodeNo, times: u64) {
-        self.tree.forgotten(inode.0, times);
+        self.tree.forget(inode.0, times);
     }
 
     fn readlink(&self, _req: &Request, inode: INodeNo, reply: ReplyData) {
-        self.look(inode.0, move |tree| match answer(tree, |tree| tree.read_link(inode.0)) {
+        self.offload_if_blocking(inode.0, move |tree| match answer(tree, |tree| tree.read_link(inode.0)) {
             Ok(target) => reply.data(&target),
             Err(errno) => reply.error(errno),
         });
@@ -160,15 +162,15 @@ impl Filesystem for Adapter {
 
     fn getattr(&self, req: &Request, inode: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
         let caller = caller(req);
-        self.look(inode.0, move |tree| match answer(tree, |tree| tree.attributes(&caller, inode.0)) {
-            Ok(found) => reply.attr(&belief(tree, inode.0, &found), &attr(&found)),
+        self.offload_if_blocking(inode.0, move |tree| match answer(tree, |tree| tree.attributes(&caller, inode.0)) {
+            Ok(found) => reply.attr(&ttl(tree, inode.0, &found), &attr(&found)),
             Err(errno) => reply.error(errno),
         });
     }
 
-    /// Asked only where the kernel does not enforce modes: for the one user who may come in at all.
+    /// Called only if the kernel does not enforce modes: without `allow_other`, for the mounting user.
     fn access(&self, _req: &Request, inode: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
-        self.done(reply, |tree| {
+        self.reply_empty(reply, |tree| {
             tree.access(inode.0, mask.contains(AccessFlags::W_OK), mask.contains(AccessFlags::X_OK))
         });
     }
@@ -180,32 +182,35 @@ impl Filesystem for Adapter {
             OpenAccMode::O_WRONLY => Access::Write,
             OpenAccMode::O_RDWR => Access::ReadWrite,
         };
-        if self.tree.may_wait(inode.0) {
-            return self.look(inode.0, move |tree| match answer(tree, |tree| tree.open(&caller, inode.0, access)) {
-                // What its number stands for never changes; and nothing is ever written that closing could tell of.
-                Ok((number, Handle::GuestFile(_))) => {
-                    let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
-                    reply.opened(FileHandle(number), flags);
+        if self.tree.may_block(inode.0) {
+            return self.offload_if_blocking(inode.0, move |tree| {
+                match answer(tree, |tree| tree.open(&caller, inode.0, access)) {
+                    // The content of a guest's inode number never changes, and there are no writes to flush at
+                    // close.
+                    Ok((number, Handle::GuestFile(_))) => {
+                        let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
+                        reply.opened(FileHandle(number), flags);
+                    }
+                    Ok((number, _)) => reply.opened(FileHandle(number), FopenFlags::FOPEN_DIRECT_IO),
+                    Err(errno) => reply.error(errno),
                 }
-                Ok((number, _)) => reply.opened(FileHandle(number), FopenFlags::FOPEN_DIRECT_IO),
-                Err(errno) => reply.error(errno),
             });
         }
         let (number, handle) = match self.answer(|tree| tree.open(&caller, inode.0, access)) {
             Ok(opened) => opened,
-            Err(errno) => return reply.error(self.refusals.tell(req.pid(), inode.0, errno)),
+            Err(errno) => return reply.error(self.busy_retries.errno(req.pid(), inode.0, errno)),
         };
-        if let Some(backing) = self.pass(&reply, inode.0, &handle) {
+        if let Some(backing) = self.open_passthrough(&reply, inode.0, &handle) {
             return reply.opened_passthrough(FileHandle(number), FopenFlags::empty(), &backing);
         }
-        // A partition is open as its disk is.
+        // A partition has the open mode of its disk.
         let flags = match handle.disk() {
             Handle::Active(_) if self.features.parallel_writes => {
                 FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
             }
-            Handle::Disk(disk) if self.cache(inode.0, disk.view().fingerprint) => FopenFlags::FOPEN_KEEP_CACHE,
+            Handle::Disk(disk) if self.open_cached(inode.0, disk.view().fingerprint) => FopenFlags::FOPEN_KEEP_CACHE,
             Handle::Disk(_) => FopenFlags::empty(),
-            // A disk that changes; and each opening has a text of its own, which no other may be served.
+            // An active disk changes, and each open of a text file has its own text: neither may be cached.
             Handle::Active(_)
             | Handle::Text(_)
             | Handle::Pieces(_)
@@ -214,7 +219,7 @@ impl Filesystem for Adapter {
             | Handle::GuestFile(_)
             | Handle::GuestDirectory(_)
             | Handle::Partition(_) => FopenFlags::FOPEN_DIRECT_IO,
-            // News has no places: nobody waits for another's read because of one.
+            // A stream without positions: reads of one open file do not wait for each other.
             Handle::Progress(_) => {
                 FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NONSEEKABLE | FopenFlags::FOPEN_STREAM
             }
@@ -235,14 +240,14 @@ impl Filesystem for Adapter {
     ) {
         let open = match self.answer(|tree| tree.handle(handle.0)) {
             Ok(Handle::Progress(reader)) => {
-                // The reply is kept by whoever knows when there is news.
+                // `PendingReads` keeps the reply until there is news.
                 let answer = Box::new(move |line: &[u8]| reply.data(line));
                 return self.tree.read_progress(&reader, size as usize, answer);
             }
             Ok(open) => open,
             Err(errno) => return reply.error(errno),
         };
-        self.look(inode.0, move |tree| {
+        self.offload_if_blocking(inode.0, move |tree| {
             BUFFER.with_borrow_mut(|buffer| {
                 if buffer.len() < size as usize {
                     buffer.resize(size as usize, 0);
@@ -263,10 +268,12 @@ impl Filesystem for Adapter {
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(at) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-        self.look(inode.0, move |tree| match answer(tree, |tree| tree.seek(&tree.handle(handle.0)?, at, data)) {
-            Ok(Some(found)) => reply.offset(found.cast_signed()),
-            Ok(None) => reply.error(Errno::ENXIO),
-            Err(errno) => reply.error(errno),
+        self.offload_if_blocking(inode.0, move |tree| {
+            match answer(tree, |tree| tree.seek(&tree.handle(handle.0)?, at, data)) {
+                Ok(Some(found)) => reply.offset(found.cast_signed()),
+                Ok(None) => reply.error(Errno::ENXIO),
+                Err(errno) => reply.error(errno),
+            }
         });
     }
 
@@ -288,19 +295,19 @@ impl Filesystem for Adapter {
             Ok(open) => open,
             Err(errno) => return reply.error(errno),
         };
-        let tell = |reply: ReplyWrite, outcome: std::result::Result<usize, Errno>| match outcome {
+        let send = |reply: ReplyWrite, outcome: std::result::Result<usize, Errno>| match outcome {
             Ok(len) => reply.written(len as u32),
             Err(errno) => reply.error(errno),
         };
         if let Handle::Control(_) = &open {
-            // A page of a mapping is no command.
+            // A dirty page of a mapping is not a command.
             if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
                 return reply.error(Errno::EINVAL);
             }
             let data = data.to_vec();
-            return self.aside("command", reply, move |tree| tree.write(&open, offset, &data, sync), tell);
+            return self.offload("command", reply, move |tree| tree.write(&open, offset, &data, sync), send);
         }
-        tell(reply, self.answer(|tree| tree.write(&open, offset, data, sync)));
+        send(reply, self.answer(|tree| tree.write(&open, offset, data, sync)));
     }
 
     fn fallocate(
@@ -321,7 +328,7 @@ impl Filesystem for Adapter {
             _ => return reply.error(Errno::EOPNOTSUPP),
         };
         let keep_size = mode & KEEP != 0;
-        self.done(reply, |tree| tree.fallocate(&tree.handle(handle.0)?, offset, length, what, keep_size));
+        self.reply_empty(reply, |tree| tree.fallocate(&tree.handle(handle.0)?, offset, length, what, keep_size));
     }
 
     fn setattr(
@@ -345,7 +352,7 @@ impl Filesystem for Adapter {
         let caller = caller(req);
         let changed = self.answer(|tree| {
             if mode.is_some() || uid.is_some() || gid.is_some() {
-                let fact = "owner and mode are those of the image file; change them there";
+                let fact = "owner and mode are those of the image file; change them in the store";
                 return Err(Error::new(ErrorKind::Forbidden, fact));
             }
             match size {
@@ -358,24 +365,24 @@ impl Filesystem for Adapter {
             tree.attributes(&caller, inode.0)
         });
         match changed {
-            Ok(found) => reply.attr(&belief(&self.tree, inode.0, &found), &attr(&found)),
+            Ok(found) => reply.attr(&ttl(&self.tree, inode.0, &found), &attr(&found)),
             Err(errno) => reply.error(errno),
         }
     }
 
     fn flush(&self, _req: &Request, _inode: INodeNo, handle: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
-        self.done(reply, |tree| tree.closing(&tree.handle(handle.0)?));
+        self.reply_empty(reply, |tree| tree.closing(&tree.handle(handle.0)?));
     }
 
     fn fsync(&self, _req: &Request, _inode: INodeNo, handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        let tell = |reply: ReplyEmpty, outcome| match outcome {
+        let send = |reply: ReplyEmpty, outcome| match outcome {
             Ok(()) => reply.ok(),
             Err(errno) => reply.error(errno),
         };
-        self.aside("fsync", reply, move |tree| tree.sync(&tree.handle(handle.0)?), tell);
+        self.offload("fsync", reply, move |tree| tree.sync(&tree.handle(handle.0)?), send);
     }
 
-    // The tree is made of the store: nothing in it can be made, removed or renamed by its names.
+    // The tree is derived from the store: its names cannot be created, removed or renamed.
 
     fn create(
         &self,
@@ -449,8 +456,8 @@ impl Filesystem for Adapter {
         if let Ok(open) = self.tree.handle(handle.0) {
             self.closed(inode.0, &open);
         }
-        // The last who writes a disk flushes it here, and nobody is left to be told of an error.
-        self.done(reply, |tree| {
+        // The last release of a written disk flushes it; its result reaches no client.
+        self.reply_empty(reply, |tree| {
             tree.release(handle.0);
             Ok(())
         });
@@ -458,19 +465,21 @@ impl Filesystem for Adapter {
 
     fn opendir(&self, req: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let caller = caller(req);
-        self.look(inode.0, move |tree| match answer(tree, |tree| tree.open_directory(&caller, inode.0)) {
-            // A guest's directory never changes, either.
-            Ok(number) if MountTree::is_guest(inode.0) => {
-                let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR;
-                reply.opened(FileHandle(number), flags);
+        self.offload_if_blocking(inode.0, move |tree| {
+            match answer(tree, |tree| tree.open_directory(&caller, inode.0)) {
+                // A guest's directory never changes: its listing may be cached.
+                Ok(number) if MountTree::is_guest(inode.0) => {
+                    let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR;
+                    reply.opened(FileHandle(number), flags);
+                }
+                Ok(number) => reply.opened(FileHandle(number), FopenFlags::empty()),
+                Err(errno) => reply.error(errno),
             }
-            Ok(number) => reply.opened(FileHandle(number), FopenFlags::empty()),
-            Err(errno) => reply.error(errno),
         });
     }
 
     fn readdir(&self, _req: &Request, inode: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        self.look(inode.0, move |tree| {
+        self.offload_if_blocking(inode.0, move |tree| {
             let mut take = |entry: &ListingEntry<'_>| {
                 reply.add(INodeNo(entry.inode), entry.next, file_type(entry.kind), entry.name)
             };
@@ -490,22 +499,22 @@ impl Filesystem for Adapter {
         mut reply: ReplyDirectoryPlus,
     ) {
         let caller = caller(req);
-        self.look(inode.0, move |tree| {
+        self.offload_if_blocking(inode.0, move |tree| {
             let mut take = |entry: &ListingEntry<'_>| {
                 let known = entry
                     .attributes
                     .map_or_else(|| answer(tree, |tree| known(tree, &caller, entry)), |found| Ok(Some(found)));
-                let (found, belief) = match known {
-                    Ok(Some(found)) => (found, belief(tree, inode.0, &found)),
-                    // It has its name, which is believed for no time: whoever asks for it is told what is wrong with it.
+                let (found, ttl) = match known {
+                    Ok(Some(found)) => (found, ttl(tree, inode.0, &found)),
+                    // The name is listed with a TTL of zero: a later lookup returns the error.
                     Ok(None) => (Attributes::unknown(entry.inode, entry.kind), Duration::ZERO),
-                    // What has gone since it was listed is left out.
+                    // Entries that were removed after the listing are left out.
                     Err(_) => return false,
                 };
                 let (number, is_dots) = (INodeNo(entry.inode), matches!(entry.name.as_encoded_bytes(), b"." | b".."));
-                let is_full = reply.add(number, entry.next, entry.name, &belief, &attr(&found), Generation(0));
+                let is_full = reply.add(number, entry.next, entry.name, &ttl, &attr(&found), Generation(0));
                 if !is_full && !is_dots {
-                    tree.told(entry.inode);
+                    tree.add_lookup(entry.inode);
                 }
                 is_full
             };
@@ -544,18 +553,22 @@ impl Filesystem for Adapter {
 
     fn getxattr(&self, req: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         let (name, caller) = (name.to_owned(), caller(req));
-        self.look(inode.0, move |tree| match answer(tree, |tree| tree.extended_attribute(&caller, inode.0, &name)) {
-            Ok(Some(value)) => give(reply, size, &value),
-            Ok(None) => reply.error(Errno::ENODATA),
-            Err(errno) => reply.error(errno),
+        self.offload_if_blocking(inode.0, move |tree| {
+            match answer(tree, |tree| tree.extended_attribute(&caller, inode.0, &name)) {
+                Ok(Some(value)) => reply_xattr(reply, size, &value),
+                Ok(None) => reply.error(Errno::ENODATA),
+                Err(errno) => reply.error(errno),
+            }
         });
     }
 
     fn listxattr(&self, req: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {
         let to_root = req.uid() == 0;
-        self.look(inode.0, move |tree| match answer(tree, |tree| tree.listed_attributes(inode.0, to_root)) {
-            Ok(names) => give(reply, size, &names),
-            Err(errno) => reply.error(errno),
+        self.offload_if_blocking(inode.0, move |tree| {
+            match answer(tree, |tree| tree.listed_attributes(inode.0, to_root)) {
+                Ok(names) => reply_xattr(reply, size, &names),
+                Err(errno) => reply.error(errno),
+            }
         });
     }
 }

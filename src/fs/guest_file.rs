@@ -1,4 +1,4 @@
-//! An open file of a guest: its bytes are read from the disk, where the worker has said that they are.
+//! An open file of a guest: the daemon reads its bytes from the disk at the offsets that the worker returned.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,9 +11,9 @@ use crate::guest::{FileRun, Ino, RunKind};
 
 use super::mounted_volumes::MountedVolume;
 
-/// Bytes of a file about whose place is asked at once.
+/// Bytes of a file to map with one request to the worker.
 const WINDOW: u64 = 1 << 30;
-/// For how long one seek may keep a thread that others wait for.
+/// Time limit of one seek, which occupies a serving thread.
 const SEEK_LIMIT: Duration = Duration::from_millis(200);
 
 /// An open file.
@@ -23,15 +23,15 @@ pub struct GuestFile {
     ino: Ino,
     size: u64,
     known: Mutex<Arc<KnownRuns>>,
-    /// The disk stays what it is.
-    _hold: DiskLease,
+    /// Keeps the disk's content unchanged.
+    _lease: DiskLease,
 }
 
-/// Where some of a file is: runs without gaps.
+/// The mapping of a part of a file: runs without gaps.
 #[derive(Debug, Default)]
 struct KnownRuns {
     start: u64,
-    /// The end of each run, and where its first byte is.
+    /// The end of each run, and the location of its first byte.
     runs: Vec<(u64, RunKind)>,
 }
 
@@ -45,7 +45,7 @@ impl KnownRuns {
         Self { start, runs: runs.collect() }
     }
 
-    /// The run that holds `at`: its beginning, its end, and where its first byte is.
+    /// The run that contains `at`: start, end, and the location of its first byte.
     fn find(&self, at: u64) -> Option<(u64, u64, RunKind)> {
         let index = self.runs.partition_point(|(end, _)| *end <= at);
         let (end, kind) = *self.runs.get(index)?;
@@ -59,36 +59,35 @@ impl GuestFile {
         let lease = slot.inside.lease()?;
         let OpenedFile { size, runs } = slot.inside.open_file(slot.volume, ino)?;
         let known = Mutex::new(Arc::new(KnownRuns::new(0, runs)));
-        Ok(Self { slot: Arc::clone(slot), ino, size, known, _hold: lease })
+        Ok(Self { slot: Arc::clone(slot), ino, size, known, _lease: lease })
     }
 
     pub(super) fn size(&self) -> u64 {
         self.size
     }
 
-    /// The run at `at`, which lies within the file: where it ends, and where the byte at `at` is.
+    /// The run at `at`, within the file: its end, and the location of the byte at `at`.
     fn run(&self, at: u64) -> Result<(u64, RunKind)> {
         let mut known = Arc::clone(&self.known.lock());
         if known.find(at).is_none() {
-            known = Arc::new(self.look(at)?);
+            known = Arc::new(self.request_runs(at)?);
             *self.known.lock() = Arc::clone(&known);
         }
-        let nowhere = || Error::new(ErrorKind::Corrupt, "a part of the file is nowhere");
-        let (start, end, kind) = known.find(at).ok_or_else(nowhere)?;
+        let unmapped = || Error::new(ErrorKind::Corrupt, "a part of the file has no location");
+        let (start, end, kind) = known.find(at).ok_or_else(unmapped)?;
         let kind = match kind {
-            RunKind::Stored(place) => RunKind::Stored(place.checked_add(at - start).ok_or_else(nowhere)?),
+            RunKind::Stored(place) => RunKind::Stored(place.checked_add(at - start).ok_or_else(unmapped)?),
             other => other,
         };
         Ok((end.min(self.size), kind))
     }
 
-    fn look(&self, at: u64) -> Result<KnownRuns> {
+    fn request_runs(&self, at: u64) -> Result<KnownRuns> {
         let runs = self.slot.inside.runs(self.slot.volume, self.ino, at, WINDOW.min(self.size - at))?;
         Ok(KnownRuns::new(at, runs))
     }
 
-    /// Reads what there is before the end of the file. As a whole or not at all: a page cache would take a short read for
-    /// zeroes.
+    /// Reads up to the end of the file, all or nothing: the page cache would treat a short read as zeroes.
     pub(super) fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         let len = self.size.saturating_sub(at).min(buf.len() as u64) as usize;
         let mut done = 0;
@@ -102,7 +101,7 @@ impl GuestFile {
         Ok(len)
     }
 
-    /// As for a disk: who has looked for long enough calls the rest data.
+    /// Like a disk's seek: after the time limit, the rest counts as data.
     pub(super) fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
         let begun = Instant::now();
         let mut at = at;
@@ -125,21 +124,21 @@ impl GuestFile {
 pub struct GuestDirectory {
     pub(super) slot: Arc<MountedVolume>,
     ino: Ino,
-    /// What was listed last, and from which place on.
+    /// The last listing, and the position at which it starts.
     listed: Mutex<Option<(u64, Arc<Listing>)>>,
-    _hold: DiskLease,
+    _lease: DiskLease,
 }
 
 impl GuestDirectory {
     pub(super) fn open(slot: &Arc<MountedVolume>, ino: Ino) -> Result<Self> {
         let lease = slot.inside.lease()?;
-        Ok(Self { slot: Arc::clone(slot), ino, listed: Mutex::new(None), _hold: lease })
+        Ok(Self { slot: Arc::clone(slot), ino, listed: Mutex::new(None), _lease: lease })
     }
 
-    /// Entries from a place on, and how many of them are to be left out.
+    /// Entries from a position on, and how many of them to skip.
     pub(super) fn from(&self, place: u64) -> Result<(Arc<Listing>, usize)> {
         if let Some((start, listed)) = &*self.listed.lock() {
-            // The kernel takes an answer in several pieces: it goes on within the one that it had.
+            // The kernel reads a listing in several requests: later ones continue within the last listing.
             let after = listed.entries.iter().position(|listed| listed.entry.next == place).map(|index| index + 1);
             let skip = if *start == place { Some(0) } else { after };
             if let Some(skip) = skip.filter(|skip| *skip < listed.entries.len() || listed.ends) {

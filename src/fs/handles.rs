@@ -1,4 +1,4 @@
-//! What is open: numbers for the kernel, contents for us.
+//! Open handles by number.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,22 +17,22 @@ use super::pieces::Pieces;
 use super::progress::ProgressReader;
 use super::tree::NodeEntry;
 
-/// Something open.
+/// An open file or directory.
 #[derive(Clone, Debug)]
 pub enum Handle {
-    /// A document, as of its opening.
+    /// An info file, with its text at the time of the open.
     Text(Arc<[u8]>),
-    /// A long document, as of its opening.
+    /// A long info file, with its text at the time of the open.
     Pieces(Arc<Pieces>),
-    /// A snapshot; QEMU's locks are held as long as it lives.
+    /// A snapshot; QEMU's locks are held until it is dropped.
     Disk(Arc<OpenDisk>),
-    /// An active disk. The kernel hands every read and write of it to us.
+    /// An active disk. The kernel sends all its reads and writes to the daemon.
     Active(Arc<ActiveHandle>),
     /// A control file.
     Control(Arc<ControlHandle>),
     /// A `control/progress`; [`MountTree::read_progress`](super::MountTree::read_progress) reads it.
     Progress(Arc<ProgressReader>),
-    /// A directory, as of its opening.
+    /// A directory, with its entries at the time of the open.
     Directory(Arc<[NodeEntry]>),
     /// A partition of a disk.
     Partition(PartitionRange),
@@ -43,13 +43,13 @@ pub enum Handle {
 }
 
 impl Handle {
-    /// What is really open: of a partition, its disk.
+    /// The handle of the disk, for a partition; else the handle itself.
     pub(super) fn disk(&self) -> &Handle {
         if let Handle::Partition(window) = self { &window.disk } else { self }
     }
 }
 
-/// All that is open.
+/// All open handles.
 #[derive(Debug, Default)]
 pub(super) struct Handles {
     last: AtomicU64,
@@ -57,7 +57,7 @@ pub(super) struct Handles {
 }
 
 impl Handles {
-    /// Gives it a number. `seen`: what it looks like, where that is to be remembered.
+    /// Adds a handle and returns its number. `seen`: attributes to keep with it.
     pub(super) fn add(&self, handle: Handle, seen: Option<Attributes>) -> u64 {
         let number = self.last.fetch_add(1, Ordering::Relaxed) + 1;
         self.open.write().insert(number, (handle, seen));
@@ -68,20 +68,20 @@ impl Handles {
         self.open.read().get(&number).map(|(handle, _)| handle.clone())
     }
 
-    /// What a node looked like when it was opened, if it still is.
+    /// The attributes that were kept for a node that is still open.
     pub(super) fn attributes(&self, inode: u64) -> Option<Attributes> {
         self.open.read().values().filter_map(|(_, seen)| *seen).find(|seen| seen.inode == inode)
     }
 
     pub(super) fn remove(&self, number: u64) {
-        // Dropped outside of the lock: closing may let go of a thousand file locks.
+        // Dropped after the lock is released: closing may release a thousand file locks.
         let handle = self.open.write().remove(&number);
         drop(handle);
     }
 
     pub(super) fn clear(&self) {
         let all = std::mem::take(&mut *self.open.write());
-        // Each by itself: a bug that closing one brings out must not keep the others from being flushed.
+        // Each on its own: a panic while one is closed must not keep the others from being flushed.
         for handle in all.into_values() {
             let _ = catch_unwind(AssertUnwindSafe(|| drop(handle)));
         }

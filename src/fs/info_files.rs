@@ -1,7 +1,7 @@
 //! The generated files: trees, descriptions, problems and counters.
 //!
-//! Made when somebody looks, kept for as long as the catalog they speak of is current, so that
-//! the size that stat(2) says is the size that is read.
+//! A file is generated on first access and cached while its catalog is current, so that the size from stat(2)
+//! is the size that is read.
 
 use std::num::NonZero;
 use std::sync::Arc;
@@ -20,14 +20,14 @@ use crate::store::{Catalog, ImageIndex, Store, TrashItem};
 use super::node::{ChainDocument, StoreDocument};
 use super::pieces::Pieces;
 
-/// Documents of one chain are small, those of the store few.
-const KEPT: usize = 8192;
-/// Bytes of documents that are kept.
-const KEPT_LEN: usize = 32 << 20;
-/// Lists of chains that are kept: for the administrator, and for a few others.
-const LISTS_KEPT: usize = 4;
+/// Number of files in the cache. Those of a chain are small, those of the store few.
+const FILES_CACHED: usize = 8192;
+/// Bytes of files in the cache.
+const CACHED_LEN: usize = 32 << 20;
+/// Number of cached lists of chains: for the administrator and a few users.
+const LISTS_CACHED: usize = 4;
 
-/// Counters of a mount since it began.
+/// Counters of a mount since its start.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     /// Reads of disks.
@@ -38,25 +38,25 @@ pub(super) struct Counters {
     pub writes: AtomicU64,
     /// Bytes of disks that were written.
     pub write_bytes: AtomicU64,
-    /// Requests that were answered with an error other than "no such name".
+    /// Requests that failed with an error other than "no such name".
     pub errors: AtomicU64,
     /// Disks opened.
     pub opens: AtomicU64,
 }
 
-/// Catalog, moment, and which document.
+/// Catalog, period of the locks shown, and file.
 type InfoFileKey = ((u64, u64), Option<(ImageIndex, ChainDocument)>, Option<StoreDocument>);
 
-/// For how long what a tree says of locks is believed.
-const MOMENT: Duration = Duration::from_secs(2);
+/// How long a tree's information about locks is cached.
+const LOCKS_TTL: Duration = Duration::from_secs(2);
 
-/// Documents by key, and their bytes in all.
+/// Cached files by key, and their total size in bytes.
 type CachedFiles = (LruCache<InfoFileKey, Arc<[u8]>>, usize);
 
-/// Documents of the current catalog.
+/// The info files of a mount.
 #[derive(Debug)]
 pub(super) struct InfoFiles {
-    kept: Mutex<CachedFiles>,
+    cached: Mutex<CachedFiles>,
     /// Lists of chains, by catalog.
     chains: Mutex<LruCache<u64, Arc<Pieces>>>,
     started: Instant,
@@ -64,28 +64,28 @@ pub(super) struct InfoFiles {
 
 impl InfoFiles {
     pub(super) fn new() -> Self {
-        let kept = Mutex::new((LruCache::new(NonZero::new(KEPT).expect("not zero")), 0));
-        let chains = Mutex::new(LruCache::new(NonZero::new(LISTS_KEPT).expect("not zero")));
-        Self { kept, chains, started: Instant::now() }
+        let cached = Mutex::new((LruCache::new(NonZero::new(FILES_CACHED).expect("not zero")), 0));
+        let chains = Mutex::new(LruCache::new(NonZero::new(LISTS_CACHED).expect("not zero")));
+        Self { cached, chains, started: Instant::now() }
     }
 
-    /// What a document speaks of: a catalog and, for the locks that a tree shows, a moment.
+    /// The version of a file: the catalog's serial number and, for trees with locks, a period of time.
     fn subject(&self, catalog: &Catalog, shows_locks: bool) -> (u64, u64) {
-        let moment = if shows_locks { self.started.elapsed().as_secs() / MOMENT.as_secs() } else { 0 };
+        let moment = if shows_locks { self.started.elapsed().as_secs() / LOCKS_TTL.as_secs() } else { 0 };
         (catalog.serial, moment)
     }
 
     /// The list of all chains.
     pub(super) fn chains(&self, store: &Arc<Store>, catalog: &Arc<Catalog>) -> Arc<Pieces> {
-        if let Some(kept) = self.chains.lock().get(&catalog.serial) {
-            return Arc::clone(kept);
+        if let Some(cached) = self.chains.lock().get(&catalog.serial) {
+            return Arc::clone(cached);
         }
         let made = Arc::new(Pieces::new(report::ChainsJson::new(store, catalog)));
         self.chains.lock().put(catalog.serial, Arc::clone(&made));
         made
     }
 
-    /// A document of the store as a whole.
+    /// A file of the store.
     pub(super) fn of_store(
         &self,
         store: &Store,
@@ -124,7 +124,7 @@ impl InfoFiles {
         self.get((self.subject(catalog, shows_locks), None, Some(document)), make)
     }
 
-    /// A document of a chain; `None` for a problem where there is none.
+    /// A file of a chain; `None` for the problem file of a chain without problems.
     pub(super) fn of_chain(
         &self,
         store: &Store,
@@ -153,17 +153,17 @@ impl InfoFiles {
     }
 
     fn get(&self, key: InfoFileKey, text: impl FnOnce() -> String) -> Arc<[u8]> {
-        if let Some(kept) = self.kept.lock().0.get(&key) {
-            return Arc::clone(kept);
+        if let Some(cached) = self.cached.lock().0.get(&key) {
+            return Arc::clone(cached);
         }
         let made: Arc<[u8]> = text().into_bytes().into();
-        let mut kept = self.kept.lock();
-        let (documents, len) = &mut *kept;
+        let mut cached = self.cached.lock();
+        let (documents, len) = &mut *cached;
         *len += made.len();
         if let Some((_, old)) = documents.push(key, Arc::clone(&made)) {
             *len -= old.len();
         }
-        while *len > KEPT_LEN && documents.len() > 1 {
+        while *len > CACHED_LEN && documents.len() > 1 {
             let Some((_, old)) = documents.pop_lru() else { break };
             *len -= old.len();
         }

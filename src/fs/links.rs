@@ -1,8 +1,9 @@
-//! Symbolic links of guests, rewritten so that they stay inside their volume.
+//! Rewrites symbolic links of guests so that they stay inside their volume.
 //!
-//! The kernel follows a link from where it stands in the mount: one that is absolute, or that climbs above the volume's
-//! root, would lead to the host's own files. Here each becomes a relative path to what it names in the guest, from the
-//! directory that holds it. Promise: the text that is given never climbs above the volume's root, wherever other links in it lead.
+//! The kernel resolves a link relative to its place in the mount: an absolute link, or one with too many
+//! `..`, would lead to the host's files. This module converts each to a relative path from the link's
+//! directory to its target in the guest. Promise: the resulting text never leads above the volume's root,
+//! even through other links.
 
 use std::time::{Duration, Instant};
 
@@ -12,23 +13,23 @@ use crate::store::stale;
 
 use super::mounted_volumes::{GuestNode, MountedVolume};
 
-/// Links that are followed one after the other, at most: as Linux does.
-const FOLLOWED: usize = 40;
-/// For how long a link is followed: each name on its way may be one among millions.
+/// Maximum number of links to follow, as in Linux.
+const MAX_FOLLOWED: usize = 40;
+/// Time limit for following a link: each directory on the path may have millions of entries.
 const FOLLOW_LIMIT: Duration = Duration::from_secs(5);
-/// Bytes of a path, at most.
+/// Maximum length of a path in bytes.
 const PATH_LEN: usize = 4095;
 
-/// Where a walk through a volume has got to, as seen from the directory that it began in.
+/// The position of a walk through a volume, relative to the directory where it started.
 struct LinkWalk<'a> {
     slot: &'a MountedVolume,
-    /// How deep the directory is that it began in.
+    /// Depth of the start directory.
     depth: usize,
-    /// How far up it has gone from there.
+    /// Levels above the start directory.
     ups: usize,
-    /// The directory that it has come to by going up; `None` if nobody has told what that is.
+    /// The directory reached by going up; `None` if unknown.
     base: Option<Ino>,
-    /// How it went down from there.
+    /// The path down from there.
     down: Vec<(Vec<u8>, Ino)>,
 }
 
@@ -50,7 +51,7 @@ impl LinkWalk<'_> {
     }
 
     fn here(&self) -> Result<Ino> {
-        let base = || self.base.ok_or_else(|| stale("it is not known any more which directory holds a link"));
+        let base = || self.base.ok_or_else(|| stale("the parent directory of the link is no longer known"));
         self.down.last().map_or_else(base, |(_, ino)| Ok(*ino))
     }
 
@@ -60,20 +61,20 @@ impl LinkWalk<'_> {
             ups.chain(self.down.iter().map(|(name, _)| &name[..])).chain(rest.iter().copied()).collect();
         let text = if parts.is_empty() { b".".to_vec() } else { parts.join(&b'/') };
         if text.len() > PATH_LEN {
-            return Err(Error::new(ErrorKind::Limit, "a link's target would be longer than any path may be"));
+            return Err(Error::new(ErrorKind::Limit, "the rewritten target of the link is too long"));
         }
         Ok(text)
     }
 }
 
-/// The parts of a path that name something.
+/// The components of a path without empty ones and dots.
 fn parts(path: &[u8]) -> Vec<&[u8]> {
     path.split(|byte| *byte == b'/').filter(|part| !matches!(*part, b"" | b".")).collect()
 }
 
-/// The target of the link `node`, which the guest has as `target`, from the directory that holds it.
-pub(super) fn inside(slot: &MountedVolume, node: GuestNode, target: &[u8]) -> Result<Vec<u8>> {
-    // G3: no text that is given climbs above the volume's root.
+/// The target of the link `node` relative to its directory; `target` is the guest's text.
+pub(super) fn confined(slot: &MountedVolume, node: GuestNode, target: &[u8]) -> Result<Vec<u8>> {
+    // G3: the resulting text never leads above the volume's root.
     let is_absolute = target.starts_with(b"/");
     let all = parts(target);
     let ups = all.iter().take_while(|part| **part == b"..").count();
@@ -81,7 +82,7 @@ pub(super) fn inside(slot: &MountedVolume, node: GuestNode, target: &[u8]) -> Re
         return Ok(target.to_vec());
     }
     if node.depth == GuestNode::DEEPEST {
-        return Err(Error::new(ErrorKind::Limit, "a link that leads up stands too deep in its volume to be rewritten"));
+        return Err(Error::new(ErrorKind::Limit, "the link leads up and is too deep in its volume to be rewritten"));
     }
     let mut walk =
         LinkWalk { slot, depth: usize::from(node.depth), ups: 0, base: slot.parent(node.ino), down: Vec::new() };
@@ -95,15 +96,15 @@ pub(super) fn inside(slot: &MountedVolume, node: GuestNode, target: &[u8]) -> Re
     if rest.contains(&&b".."[..]) { follow(walk, rest) } else { walk.text(rest) }
 }
 
-/// Goes on as the guest's kernel would: what is above a directory that a link has led to is above that directory,
-/// not above the link.
+/// Resolves the rest as the guest's kernel would: `..` after a link means the parent of the link's target,
+/// not of the link.
 fn follow(mut walk: LinkWalk<'_>, path: &[&[u8]]) -> Result<Vec<u8>> {
     let mut rest: Vec<Vec<u8>> = path.iter().rev().map(|part| part.to_vec()).collect();
     let mut followed = 0;
     let (slot, begun) = (walk.slot, Instant::now());
     while let Some(part) = rest.pop() {
         if begun.elapsed() > FOLLOW_LIMIT {
-            return Err(Error::new(ErrorKind::Limit, "following a link took too long and was broken off"));
+            return Err(Error::new(ErrorKind::Limit, "following the link took too long"));
         }
         if part == b".." {
             walk.up();
@@ -113,8 +114,8 @@ fn follow(mut walk: LinkWalk<'_>, path: &[&[u8]]) -> Result<Vec<u8>> {
         match slot.inside.lookup(slot.volume, walk.here()?, &part)? {
             Some((ino, found)) if found.kind == FileKind::Symlink && !is_last => {
                 followed += 1;
-                if followed > FOLLOWED {
-                    return Err(Error::new(ErrorKind::Corrupt, "a link that leads through too many others"));
+                if followed > MAX_FOLLOWED {
+                    return Err(Error::new(ErrorKind::Corrupt, "the link leads through too many other links"));
                 }
                 let target = slot.inside.read_link(slot.volume, ino)?;
                 if target.starts_with(b"/") {
@@ -122,11 +123,11 @@ fn follow(mut walk: LinkWalk<'_>, path: &[&[u8]]) -> Result<Vec<u8>> {
                 }
                 rest.extend(parts(&target).into_iter().rev().map(<[u8]>::to_vec));
                 if rest.len() > PATH_LEN {
-                    return Err(Error::new(ErrorKind::Corrupt, "a link that leads through too long a path"));
+                    return Err(Error::new(ErrorKind::Corrupt, "the link leads through too long a path"));
                 }
             }
             Some((ino, found)) if found.kind == FileKind::Directory || is_last => walk.down.push((part, ino)),
-            // Nothing that could be gone through: the kernel comes as far, and no further.
+            // Not a directory: the kernel's resolution ends here, too.
             _ => {
                 rest.push(part);
                 let beyond: Vec<&[u8]> =

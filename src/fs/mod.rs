@@ -1,9 +1,8 @@
-//! The mount: the store's tree in plain types, and the thin adapter that FUSE needs.
+//! The mount: the store's tree in plain types, and a thin adapter to FUSE.
 //!
-//! [`MountTree`] answers what a kernel asks (lookup, attributes, reading, seeking) in terms of nodes;
-//! only the file `fuse` names fuser, only `mount` speaks to mount(2). Only active disks can be
-//! written; `change` is about that. What is written to control files goes to the engine; `control` and
-//! `progress` are about those.
+//! [`MountTree`] serves the kernel's requests (lookup, attributes, read, seek) in terms of nodes. Only the
+//! module `fuse` uses fuser, and only `mount` calls mount(2). Only active disks can be written (`change`).
+//! Writes to control files go to the engine (`control` and `progress`).
 
 mod access;
 mod attributes;

@@ -1,7 +1,7 @@
 //! mount(2) and umount(2), as root or through fusermount3.
 //!
-//! A mount shows type `fuse.chainfs` and the store as its source, and is always nosuid and
-//! nodev. A directory that still carries a dead mount of ours is cleaned first.
+//! A mount has the type `fuse.chainfs` and the store as its source, and is always nosuid and nodev. A dead
+//! mount of chainfs on the directory is unmounted first.
 
 use std::ffi::OsString;
 use std::io::{self, IoSliceMut};
@@ -19,21 +19,21 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{MountEntry, mounts};
 
-/// The type under which the kernel lists our mounts.
+/// The type under which the kernel lists mounts of chainfs.
 pub const KIND: &str = crate::io::OWN_KIND;
 
-/// What the kernel is told.
+/// Options for the kernel.
 #[derive(Clone, Debug, Default)]
 pub struct MountOptions {
-    /// Whether others than the mounting user may come in; the kernel then checks modes.
+    /// Whether other users than the mounting one have access; the kernel then checks modes.
     pub allow_other: bool,
-    /// Whether programs on it may be run.
+    /// Whether programs on it can be executed.
     pub exec: bool,
     /// Whether it is read-only.
     pub read_only: bool,
 }
 
-/// A mount that we have made. Others may come to lie at its place, on it or after it.
+/// A mount made by this process. Other mounts may cover or replace it later.
 #[derive(Clone, Debug)]
 pub struct OwnMount {
     directory: PathBuf,
@@ -41,33 +41,33 @@ pub struct OwnMount {
 }
 
 impl OwnMount {
-    /// Where it was made, without links.
+    /// The mount point, without symbolic links.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Takes it away. Not `lazy`: `Busy` while somebody uses it. `NotFound` if it is not what one
-    /// sees at its place: then it has been taken away before, or somebody has mounted over it.
+    /// Unmounts it. Without `lazy`: `Busy` while it is in use. `NotFound` if another mount, or none, is
+    /// visible at its mount point: it was unmounted before, or is covered.
     pub fn unmount(&self, lazy: bool) -> Result<()> {
         if top_mount(&self.directory)?.is_some_and(|mount| mount.device == self.device) {
             return unmount(&self.directory, lazy);
         }
-        let sentence = "shows something else by now; this mount ends with its last user";
+        let sentence = "is no longer this mount; it ends when its last file is closed";
         Err(Error::new(ErrorKind::NotFound, format!("{} {sentence}", self.directory.display())))
     }
 }
 
-/// Takes a mount away again that comes to nothing, unless it is [`MountRollback::finished`].
+/// Unmounts on drop, unless [`MountRollback::finished`] is called.
 #[derive(Debug)]
 pub struct MountRollback(Option<OwnMount>);
 
 impl MountRollback {
-    /// Watches over `mount`.
+    /// Guards `mount`.
     pub fn new(mount: &OwnMount) -> Self {
         Self(Some(mount.clone()))
     }
 
-    /// From here on it ends in another way.
+    /// Keeps the mount.
     pub fn finished(mut self) {
         self.0 = None;
     }
@@ -81,14 +81,14 @@ impl Drop for MountRollback {
     }
 }
 
-/// Makes a mount point ready and mounts there; the descriptor is the kernel's end of it.
+/// Prepares the mount point and mounts there; returns the /dev/fuse descriptor.
 pub fn mount(store: &Path, directory: &Path, options: &MountOptions) -> Result<(OwnedFd, OwnMount)> {
     let directory = mount_point(directory)?;
     let device = match direct(store, &directory, options) {
-        // Not root, or not in this namespace: the set-uid helper may do it.
+        // Not root, or not in this namespace: the set-uid helper may be permitted.
         Err(Errno::PERM | Errno::ACCESS) => by_helper(store, &directory, options)?,
         Err(Errno::NODEV) => {
-            return Err(Error::new(ErrorKind::Io, "the kernel has no FUSE; try modprobe fuse"));
+            return Err(Error::new(ErrorKind::Io, "the kernel has no FUSE support; try modprobe fuse"));
         }
         other => other.map_err(|error| Error::io(format!("mounting on {}", directory.display()), error))?,
     };
@@ -96,7 +96,7 @@ pub fn mount(store: &Path, directory: &Path, options: &MountOptions) -> Result<(
     Ok((device, OwnMount { directory, device: device_number }))
 }
 
-/// The directory without links. Takes away a dead mount of ours; refuses a live one.
+/// The directory without symbolic links. Unmounts a dead mount of chainfs; refuses a live one.
 fn mount_point(directory: &Path) -> Result<PathBuf> {
     let fail = |error| Error::io(format!("opening mount point {}", directory.display()), error);
     if let Err(error) = std::fs::metadata(directory)
@@ -120,7 +120,7 @@ fn mount_point(directory: &Path) -> Result<PathBuf> {
     Ok(canonical)
 }
 
-/// A path whose last component cannot be asked, without links.
+/// The path with symbolic links resolved in all but the last component, which may be a dead mount.
 pub fn canonical_parent(directory: &Path) -> Result<PathBuf> {
     let fail = |error| Error::io(format!("opening {}", directory.display()), error);
     let absolute = std::path::absolute(directory).map_err(fail)?;
@@ -128,7 +128,7 @@ pub fn canonical_parent(directory: &Path) -> Result<PathBuf> {
     Ok(parent.canonicalize().map_err(fail)?.join(name))
 }
 
-/// The mount that one sees at `directory`, if it is a mount point.
+/// The visible mount at `directory`, if it is a mount point.
 pub fn top_mount(directory: &Path) -> Result<Option<MountEntry>> {
     Ok(mounts()?.into_iter().rfind(|mount| mount.directory == directory))
 }
@@ -148,7 +148,7 @@ fn direct(store: &Path, directory: &Path, options: &MountOptions) -> rustix::io:
     Ok(device)
 }
 
-/// fusermount3 mounts and sends the descriptor over a socket whose number it finds in its environment.
+/// Mounts with fusermount3, which sends the descriptor over a socket; an environment variable has its number.
 fn by_helper(store: &Path, directory: &Path, options: &MountOptions) -> Result<OwnedFd> {
     let fail = |error: io::Error| Error::io("running fusermount3 (package fuse3)", error);
     let (ours, theirs) = UnixStream::pair().map_err(fail)?;
@@ -212,7 +212,7 @@ fn receive(socket: &UnixStream) -> io::Result<OwnedFd> {
         .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
-/// Takes a mount away. Not `lazy`: `Busy` while somebody uses it.
+/// Unmounts a directory. Without `lazy`: `Busy` while it is in use.
 pub fn unmount(directory: &Path, lazy: bool) -> Result<()> {
     let mut flags = UnmountFlags::NOFOLLOW;
     flags.set(UnmountFlags::DETACH, lazy);
@@ -235,7 +235,7 @@ fn by_helper_unmount(directory: &Path, lazy: bool) -> Result<()> {
     Err(Error::new(kind, format!("unmounting {}: {}", directory.display(), words.trim())))
 }
 
-/// Lets the kernel read further ahead than it would by itself. Only root may; others do without.
+/// Sets the kernel's read-ahead size of the mount. Only root is permitted.
 pub fn read_ahead(directory: &Path, kib: u32) -> Result<()> {
     let Some(mount) = top_mount(directory)? else { return Ok(()) };
     let (major, minor) = mount.device;

@@ -1,9 +1,9 @@
-//! The guests' file systems that the mount shows, and the inode numbers of what is in them.
+//! The guests' file systems in the mount, and the inode numbers of their files.
 //!
-//! A number says by itself what it stands for: which file system, how deep below its root (for directories and links, whose
-//! targets depend on that), and which inode. So nothing is remembered for each of a million files. A file system is
-//! remembered for as long as the kernel knows anything of it, or whoever looks next would find it; then its place is empty,
-//! and when all others have been given, others get its numbers.
+//! An inode number encodes the file system (a slot), the depth below its root (for directories and symbolic
+//! links, whose targets depend on it) and the guest's inode number. So no state is needed per file. A file
+//! system keeps its slot while the kernel's lookup count is positive, or while the browser still has the
+//! disk. Freed slots are reused only when all others have been used.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,47 +17,48 @@ use crate::cache::Weighted;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{ExtendedAttribute, Ino};
 
-/// Set in every number of a guest's file; the highest bit stays free, for programs that take numbers for signed.
+/// Set in all inode numbers of guests' files. The highest bit stays clear for programs that use signed
+/// numbers.
 const GUEST: u64 = 1 << 62;
 const SLOT_BITS: u32 = 15;
 const DEPTH_BITS: u32 = 7;
 const INO_BITS: u32 = 40;
 const _: () = assert!(SLOT_BITS + DEPTH_BITS + INO_BITS == 62 && 1 << INO_BITS == Ino::LIMIT);
 
-/// File systems that are shown at the same time, at most.
+/// Maximum number of file systems at a time.
 const SLOTS: usize = 1 << SLOT_BITS;
-/// Bytes of extended attributes that are kept: `ls -l` asks for several of each file. One inode may have megabytes.
-const ATTRIBUTES_KEPT: usize = 256 << 10;
-/// For how long one that nobody knows of keeps its place all the same: whoever lists a directory is told of what is in it
-/// some time later.
+/// Bytes of extended attributes in the cache: `ls -l` reads several of each file. One inode may have
+/// megabytes.
+const ATTRIBUTES_CACHED_LEN: usize = 256 << 10;
+/// How long an unreferenced file system keeps its slot: a listing in progress may add lookups later.
 const GRACE: Duration = Duration::from_mins(1);
-/// Inodes that are known to have none.
-const PLAIN_KEPT: usize = 1 << 16;
+/// Number of inodes in the cache of those without extended attributes.
+const PLAIN_CACHED: usize = 1 << 16;
 
-/// Directories and links of which is kept what holds them: some targets of links depend on that.
-const PARENTS_KEPT: usize = 1 << 14;
+/// Number of cached parents of directories and symbolic links: some link targets depend on them.
+const PARENTS_CACHED: usize = 1 << 14;
 
 /// A file of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct GuestNode {
-    /// Which file system.
+    /// The file system's slot.
     pub(super) slot: u16,
-    /// Directories from the root down to this one, or to the one that holds this link; 0 for all other files.
+    /// Depth of the directory, or of the directory that contains the symbolic link; 0 for all other files.
     pub(super) depth: u8,
-    /// Which inode of it.
+    /// The guest's inode number.
     pub(super) ino: Ino,
 }
 
 impl GuestNode {
-    /// The deepest that is counted; whatever is deeper has this, too.
+    /// The maximum depth; deeper nodes have this value.
     pub(super) const DEEPEST: u8 = (1 << DEPTH_BITS) - 1;
 
-    /// Its number in the mount.
+    /// Its inode number in the mount.
     pub(super) fn number(self) -> u64 {
         GUEST | u64::from(self.slot) << (DEPTH_BITS + INO_BITS) | u64::from(self.depth) << INO_BITS | self.ino.0
     }
 
-    /// What a number stands for, if it is a guest's file.
+    /// The guest's file with this inode number, if it is one.
     pub(super) fn from_number(number: u64) -> Option<Self> {
         (number & GUEST != 0).then_some(Self {
             slot: (number >> (DEPTH_BITS + INO_BITS)) as u16 & (SLOTS - 1) as u16,
@@ -67,14 +68,14 @@ impl GuestNode {
     }
 }
 
-/// A file system that is shown.
+/// A guest's file system in the mount.
 pub(super) struct MountedVolume {
     pub(super) inside: Arc<DiskContents>,
     pub(super) volume: usize,
     pub(super) mounted: Mounted,
     since: Instant,
-    /// How often the kernel has been told of anything of it, and has not forgotten it.
-    known: AtomicI64,
+    /// The sum of the lookup counts of its inodes.
+    lookup_count: AtomicI64,
     attributes: InodeCache<Arc<[ExtendedAttribute]>>,
     plain: InodeCache<()>,
     parents: InodeCache<Ino>,
@@ -82,53 +83,56 @@ pub(super) struct MountedVolume {
 
 impl std::fmt::Debug for MountedVolume {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Slot").field("inside", &self.inside).field("volume", &self.volume).finish_non_exhaustive()
+        f.debug_struct("MountedVolume")
+            .field("inside", &self.inside)
+            .field("volume", &self.volume)
+            .finish_non_exhaustive()
     }
 }
 
-/// Something of inodes, the least recently used of which are forgotten.
+/// An LRU cache of values by inode.
 struct InodeCache<T>(Mutex<Weighted<Ino, T>>);
 
 impl<T: Clone> InodeCache<T> {
-    /// What weighs so much together, at most.
-    fn new(most: usize) -> Self {
-        Self(Mutex::new(Weighted::new(most)))
+    /// A cache with this total weight.
+    fn new(max_weight: usize) -> Self {
+        Self(Mutex::new(Weighted::new(max_weight)))
     }
 
     fn get(&self, ino: Ino) -> Option<T> {
         self.0.lock().get(&ino)
     }
 
-    /// Keeps something that weighs so much; nothing, if that is too much by itself.
+    /// Adds a value, unless it alone exceeds the total weight.
     fn put(&self, ino: Ino, value: T, weight: usize) {
-        let mut kept = self.0.lock();
-        if weight <= kept.budget() {
-            kept.put(ino, value, weight);
+        let mut cache = self.0.lock();
+        if weight <= cache.budget() {
+            cache.put(ino, value, weight);
         }
     }
 }
 
 impl MountedVolume {
-    /// Whether nobody knows of it, if `this` is all there is of it.
-    fn is_forgotten(this: &Arc<Self>) -> bool {
-        this.known.load(Ordering::Relaxed) <= 0 && Arc::strong_count(this) == 1
+    /// Whether the kernel has no lookups of it, and `this` is the only reference.
+    fn is_unreferenced(this: &Arc<Self>) -> bool {
+        this.lookup_count.load(Ordering::Relaxed) <= 0 && Arc::strong_count(this) == 1
     }
 
     fn place(&self) -> (usize, usize) {
         (Arc::as_ptr(&self.inside) as usize, self.volume)
     }
 
-    /// Notes that an inode has no extended attributes.
+    /// Records that an inode has no extended attributes.
     pub(super) fn note_plain(&self, ino: Ino) {
         self.plain.put(ino, (), 1);
     }
 
-    /// Notes which directory holds a directory or a link.
-    pub(super) fn held_by(&self, ino: Ino, parent: Ino) {
+    /// Records the parent of a directory or symbolic link.
+    pub(super) fn note_parent(&self, ino: Ino, parent: Ino) {
         self.parents.put(ino, parent, 1);
     }
 
-    /// The directory that holds a directory or a link, if that was noted.
+    /// The parent of a directory or symbolic link, if it was recorded.
     pub(super) fn parent(&self, ino: Ino) -> Option<Ino> {
         self.parents.get(ino)
     }
@@ -148,7 +152,7 @@ impl MountedVolume {
     }
 }
 
-/// All file systems that are shown.
+/// All guests' file systems in the mount.
 #[derive(Debug, Default)]
 pub(super) struct MountedVolumes {
     table: RwLock<VolumeTable>,
@@ -156,11 +160,11 @@ pub(super) struct MountedVolumes {
 
 #[derive(Debug, Default)]
 struct VolumeTable {
-    /// `None` where there was one.
+    /// `None`: a freed slot.
     slots: Vec<Option<Arc<MountedVolume>>>,
-    /// By address of the inside, which lives as long as its slot, and volume.
+    /// By address of `inside`, which lives as long as its slot, and volume.
     places: HashMap<(usize, usize), u16>,
-    /// Where the search for one that is free begins.
+    /// Start of the search for a free slot.
     next: usize,
 }
 
@@ -177,10 +181,10 @@ impl MountedVolumes {
             volume,
             mounted,
             since: Instant::now(),
-            known: AtomicI64::new(0),
-            attributes: InodeCache::new(ATTRIBUTES_KEPT),
-            plain: InodeCache::new(PLAIN_KEPT),
-            parents: InodeCache::new(PARENTS_KEPT),
+            lookup_count: AtomicI64::new(0),
+            attributes: InodeCache::new(ATTRIBUTES_CACHED_LEN),
+            plain: InodeCache::new(PLAIN_CACHED),
+            parents: InodeCache::new(PARENTS_CACHED),
         });
         let mut table = self.table.write();
         if let Some(found) = table.find(place) {
@@ -197,7 +201,7 @@ impl MountedVolumes {
         }
         table.places.insert(place, number as u16);
         drop(table);
-        // Not under the lock: a disk may be closed with it.
+        // Dropped after the lock is released: this may close a disk.
         drop((gone, old));
         Ok((number as u16, slot))
     }
@@ -205,20 +209,20 @@ impl MountedVolumes {
     /// The slot of that number.
     pub(super) fn get(&self, slot: u16) -> Result<Arc<MountedVolume>> {
         let found = self.table.read().get(slot).cloned();
-        found.ok_or_else(|| crate::store::stale("a number that was never given, or that was forgotten"))
+        found.ok_or_else(|| crate::store::stale("the inode number is unknown or was forgotten"))
     }
 
-    /// The kernel has been told of something in a slot.
-    pub(super) fn told(&self, slot: u16) {
+    /// Adds a lookup of an inode in a slot.
+    pub(super) fn add_lookup(&self, slot: u16) {
         if let Some(slot) = self.table.read().get(slot) {
-            slot.known.fetch_add(1, Ordering::Relaxed);
+            slot.lookup_count.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// The kernel has forgotten something in a slot, of which it had been told that often.
-    pub(super) fn forgotten(&self, slot: u16, times: u64) {
+    /// FORGET: subtracts `times` lookups of an inode in a slot.
+    pub(super) fn forget(&self, slot: u16, times: u64) {
         if let Some(slot) = self.table.read().get(slot) {
-            slot.known.fetch_sub(times.cast_signed(), Ordering::Relaxed);
+            slot.lookup_count.fetch_sub(times.cast_signed(), Ordering::Relaxed);
         }
     }
 }
@@ -233,8 +237,8 @@ impl VolumeTable {
         Some((slot, Arc::clone(self.get(slot)?)))
     }
 
-    /// Takes out those that nobody knows of, and whose disk nobody looks into any more: of an active disk, there is another one
-    /// for each moment that somebody wanted to see.
+    /// Frees the slots of unreferenced file systems whose disk the browser no longer has. An active disk has
+    /// one for each point in time that was shown.
     fn vacate(&mut self, grace: Duration) -> Vec<Arc<MountedVolume>> {
         let mut own: HashMap<usize, usize> = HashMap::new();
         for slot in self.slots.iter().flatten() {
@@ -244,7 +248,7 @@ impl VolumeTable {
         for place in &mut self.slots {
             let is_over = |slot: &mut Arc<MountedVolume>| {
                 let is_elsewhere = Arc::strong_count(&slot.inside) > own[&slot.place().0];
-                MountedVolume::is_forgotten(slot) && !is_elsewhere && slot.since.elapsed() >= grace
+                MountedVolume::is_unreferenced(slot) && !is_elsewhere && slot.since.elapsed() >= grace
             };
             gone.extend(place.take_if(is_over));
         }
@@ -254,15 +258,16 @@ impl VolumeTable {
         gone
     }
 
-    /// A slot that was never used, else one that nobody knows of any more.
+    /// An unused slot, else one whose file system is unreferenced.
     fn free(&mut self) -> Result<usize> {
         if self.slots.len() < SLOTS {
             return Ok(self.slots.len());
         }
-        let is_free = |slot: &Option<Arc<MountedVolume>>| slot.as_ref().is_none_or(MountedVolume::is_forgotten);
+        let is_free = |slot: &Option<Arc<MountedVolume>>| slot.as_ref().is_none_or(MountedVolume::is_unreferenced);
         let found = (0..SLOTS).map(|step| (self.next + step) % SLOTS).find(|index| is_free(&self.slots[*index]));
         let Some(found) = found else {
-            let fact = format!("{SLOTS} file systems of guests are in use; close some of what is open in the mount");
+            let fact =
+                format!("{SLOTS} file systems of guests are in use, which is the limit; close files in the mount");
             return Err(Error::new(ErrorKind::Limit, fact));
         };
         self.next = found + 1;
@@ -276,7 +281,7 @@ mod tests {
     use crate::store::testing::OneDisk;
 
     #[test]
-    fn what_is_kept_of_inodes_is_bounded_by_its_weight() {
+    fn the_inode_cache_is_bounded_by_weight() {
         let kept = InodeCache::new(100);
         for number in 0..10 {
             kept.put(Ino(number), number, 30);
@@ -285,14 +290,14 @@ mod tests {
         assert_eq!(known, [7, 8, 9]);
         kept.put(Ino(10), 10, 101);
         assert_eq!(kept.get(Ino(10)), None);
-        // Put once more, it weighs what it weighs now.
+        // A value that is put again counts with its new weight.
         kept.put(Ino(9), 99, 40);
         assert_eq!((kept.get(Ino(7)), kept.get(Ino(8)), kept.get(Ino(9))), (Some(7), Some(8), Some(99)));
         assert_eq!(kept.0.lock().weight(), 100);
     }
 
     #[test]
-    fn a_number_says_what_it_stands_for() {
+    fn inode_numbers_decode_to_their_node() {
         for slot in [0, 1, 0x7fff] {
             for depth in [0, 1, GuestNode::DEEPEST] {
                 for ino in [0, 2, Ino::LIMIT - 1] {
@@ -306,26 +311,27 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_knows_of_any_more_is_not_kept() {
+    fn unreferenced_volumes_are_freed() {
         let OneDisk { store, id, .. } = &OneDisk::new(1 << 20);
         let slots = MountedVolumes::default();
-        // As many moments of one disk: the first is the kernel's, the second is being read, the third is shown to whoever looks next.
+        // Four points in time of one disk: the kernel has lookups of the first, the second is being read, the
+        // third is current in the browser.
         let [known, open, shown, gone] = [0; 4].map(|_| DiskContents::with_one_volume(store, id));
         let (kernels, _) = slots.of(&known, 0).unwrap();
         let (_, _read) = slots.of(&open, 0).unwrap();
         slots.of(&shown, 0).unwrap();
         let (number, _) = slots.of(&gone, 0).unwrap();
-        slots.told(kernels);
+        slots.add_lookup(kernels);
         let [is_known, is_open, is_gone] = [known, open, gone].map(|inside| Arc::downgrade(&inside));
-        assert!(slots.table.write().vacate(GRACE).is_empty(), "somebody may just be about to be told of it");
+        assert!(slots.table.write().vacate(GRACE).is_empty(), "a listing may be about to add a lookup");
         assert_eq!(slots.table.write().vacate(Duration::ZERO).len(), 1);
         assert!(is_known.strong_count() == 1 && is_open.strong_count() == 1 && is_gone.strong_count() == 0);
         assert_eq!(slots.get(number).map(drop).unwrap_err().kind(), ErrorKind::Stale);
-        slots.told(number);
-        slots.forgotten(kernels, 1);
+        slots.add_lookup(number);
+        slots.forget(kernels, 1);
         assert_eq!(slots.table.write().vacate(Duration::ZERO).len(), 1);
         assert_eq!(is_known.strong_count(), 0);
-        // Its number is not given again as long as there are others.
+        // A freed slot is not reused while there are unused ones.
         assert_eq!(slots.of(&DiskContents::with_one_volume(store, id), 0).unwrap().0, number + 1);
         assert_eq!(slots.of(&shown, 0).unwrap().0, number - 1);
     }

@@ -1,8 +1,7 @@
-//! What the mount shows, and the numbers under which the kernel knows it.
+//! The nodes of the mount and their inode numbers.
 //!
-//! Node and number are one to one for the life of a mount. A node's identity includes what it
-//! shows, so that a number never stands for other content: a layer whose file was changed by
-//! somebody else is another node.
+//! Nodes and numbers map one to one for the life of a mount. A node's identity includes its content, so that
+//! a number never stands for other content: a layer whose file another process has changed is another node.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -15,7 +14,7 @@ use crate::store::ViewId;
 use super::control::{ControlFile, ControlScope};
 use super::mounted_volumes::GuestNode;
 
-/// One thing in the tree.
+/// A file or directory of the mount.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Node {
     /// The root of the mount.
@@ -42,17 +41,17 @@ pub enum Node {
     View(ViewId),
     /// A chain's `partitions` directory.
     Partitions(Arc<PathBuf>),
-    /// What stands there for one view.
+    /// The entry there for one view.
     PartitionsOf(ViewId),
     /// A partition, as a disk.
     Partition(PartitionNode),
     /// A chain's `files` directory.
     Files(Arc<PathBuf>),
-    /// What stands there for one view.
+    /// The entry there for one view.
     FilesOf(ViewId),
     /// The list of a view's volumes.
     VolumeList(ViewId),
-    /// Why what is shown of a volume is not what was written last.
+    /// The file that says why a volume is shown without its last writes.
     VolumeProblem(ViewId, Arc<str>),
     /// The link to the volume that holds the operating system.
     RootLink(ViewId),
@@ -60,52 +59,52 @@ pub enum Node {
     Guest(GuestNode),
 }
 
-/// A partition of a view, and where it lies: another place is another disk.
+/// A partition of a view, with its position: at another position, it is another disk.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PartitionNode {
     /// The disk.
     pub view: ViewId,
-    /// As Linux numbers it.
+    /// Its number in Linux.
     pub number: u32,
-    /// Where it begins, in bytes.
+    /// Start in bytes.
     pub start: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub len: u64,
 }
 
 /// The files of `.chainfs`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StoreDocument {
-    /// The branching tree as text.
+    /// The backing tree as text.
     TreeText,
-    /// The same as a picture.
+    /// The same as SVG.
     TreeSvg,
-    /// All chains for programs.
+    /// All chains as JSON.
     Chains,
-    /// What could not be shown.
+    /// The problems of the store.
     Problems,
     /// Counters.
     Metrics,
-    /// Removed layers that can be had back.
+    /// Removed layers that can be restored.
     Trash,
 }
 
 /// The files of `info`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ChainDocument {
-    /// As `qemu-img info --backing-chain`.
+    /// Like `qemu-img info --backing-chain`.
     Chain,
     /// The chain's part of the store's tree.
     TreeText,
-    /// The same as a picture.
+    /// The same as SVG.
     TreeSvg,
-    /// What is wrong; only where something is.
+    /// The chain's problem; only if there is one.
     Problem,
-    /// Which operating system there is on the disk; only where guests are shown.
+    /// The operating system on the disk; only if guests' files are shown.
     OperatingSystem,
 }
 
-/// File types that the mount has.
+/// The file types in the mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeKind {
     /// A directory.
@@ -148,7 +147,7 @@ impl ChainDocument {
 }
 
 impl Node {
-    /// What it is; `None` for a guest's file, which has to be asked for.
+    /// The file type; `None` for a guest's file, whose type only the guest's file system has.
     pub fn kind(&self) -> Option<NodeKind> {
         Some(match self {
             Node::Root
@@ -175,10 +174,10 @@ impl Node {
     }
 }
 
-/// The root's number, by FUSE's convention.
+/// The root's inode number, by FUSE's convention.
 pub(super) const ROOT: u64 = 1;
 
-/// Numbers given so far.
+/// The assigned inode numbers.
 #[derive(Debug)]
 pub(super) struct Inodes {
     table: RwLock<InodeTable>,
@@ -191,13 +190,13 @@ struct InodeTable {
 }
 
 impl Inodes {
-    /// Only the root has a number.
+    /// A table with only the root.
     pub(super) fn new() -> Self {
         let table = InodeTable { by_node: HashMap::from([(Node::Root, ROOT)]), nodes: vec![Node::Root] };
         Self { table: RwLock::new(table) }
     }
 
-    /// The number of a node; a new one if it has none yet.
+    /// The number of a node; assigns one if it has none.
     pub(super) fn number(&self, node: &Node) -> u64 {
         if let Node::Guest(guest) = node {
             return guest.number();
@@ -216,7 +215,7 @@ impl Inodes {
         number
     }
 
-    /// The node of a number that was given.
+    /// The node of an assigned number.
     pub(super) fn node(&self, number: u64) -> Option<Node> {
         if let Some(guest) = GuestNode::from_number(number) {
             return Some(Node::Guest(guest));
@@ -225,7 +224,7 @@ impl Inodes {
         self.table.read().nodes.get(index).cloned()
     }
 
-    /// How many numbers have been given.
+    /// The number of assigned numbers.
     pub(super) fn count(&self) -> usize {
         self.table.read().nodes.len()
     }

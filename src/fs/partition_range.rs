@@ -1,6 +1,6 @@
-//! A partition, shown as a disk: a stretch of a disk that is open.
+//! A partition as a disk: a range of an open disk.
 //!
-//! Nothing outside of the stretch can be reached through it, and it cannot be made longer or shorter.
+//! Only the range is accessible, and its size is fixed.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::Zeroing;
@@ -8,25 +8,25 @@ use crate::store::ActiveHandle;
 
 use super::handles::Handle;
 
-/// A stretch of an open disk.
+/// A range of an open disk.
 #[derive(Clone, Debug)]
 pub struct PartitionRange {
     /// The disk: a snapshot or an active one.
     pub(super) disk: Box<Handle>,
-    /// Where it begins.
+    /// Start in bytes.
     pub(super) start: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub(super) len: u64,
 }
 
 impl PartitionRange {
-    /// The part of a range that lies within, as a place on the disk and a length.
+    /// Clips a range to the partition; returns the disk offset and the length.
     pub(super) fn clip(&self, at: u64, len: u64) -> (u64, u64) {
         let at = at.min(self.len);
         (self.start + at, len.min(self.len - at))
     }
 
-    /// The active disk that it is a part of.
+    /// The active disk of the partition.
     fn active(&self) -> Result<&ActiveHandle> {
         match &*self.disk {
             Handle::Active(disk) => Ok(disk),
@@ -53,7 +53,7 @@ impl PartitionRange {
         if len == 0 { Ok(()) } else { self.active()?.allocate(place, len) }
     }
 
-    /// `Forbidden`, unless it is the size that it has.
+    /// `Forbidden`, unless `size` is the present size.
     pub(super) fn set_size(&self, size: u64) -> Result<()> {
         if size == self.len {
             return Ok(());
@@ -62,7 +62,8 @@ impl PartitionRange {
         Err(Error::new(ErrorKind::Forbidden, fact))
     }
 
-    /// What [`MountTree::seek`](super::MountTree::seek) has found on the disk, as a place in the partition.
+    /// Converts a result of [`MountTree::seek`](super::MountTree::seek) on the disk to an offset in the
+    /// partition.
     pub(super) fn found(&self, found: Option<u64>, data: bool) -> Option<u64> {
         match found.map(|found| found - self.start) {
             Some(found) if found < self.len => Some(found),

@@ -1,4 +1,5 @@
-//! A long document, made piece by piece as it is read: of a store of any size it takes no more memory than a piece.
+//! A long info file, generated piece by piece as it is read: it needs memory for one piece only, in a store
+//! of any size.
 
 use std::sync::Arc;
 
@@ -6,23 +7,23 @@ use parking_lot::Mutex;
 
 use crate::report::store::ChainsJson;
 
-/// Documents that are no longer are made at once.
+/// Shorter files are generated at once.
 const WHOLE_LEN: usize = 2 << 20;
 
-/// A document in pieces.
+/// An info file in pieces.
 #[derive(Debug)]
 pub struct Pieces {
     source: ChainsJson,
-    /// Where each piece begins, and where the last one ends.
+    /// The start of each piece, and the end of the last one.
     places: Vec<u64>,
-    /// All of it, if that is not long.
+    /// The whole text, if it is short.
     whole: Option<Arc<[u8]>>,
-    /// The piece that was read last. A leaf.
+    /// The last piece read. A leaf.
     last: Mutex<Option<(usize, Arc<str>)>>,
 }
 
 impl Pieces {
-    /// Measures the document: makes each piece, and forgets it if there are too many.
+    /// Measures the file: generates each piece, and keeps the text only if it is short.
     pub(super) fn new(source: ChainsJson) -> Self {
         let mut places = Vec::with_capacity(source.count() + 1);
         let (mut len, mut whole) = (0, Some(Vec::new()));
@@ -39,12 +40,12 @@ impl Pieces {
         Self { source, places, whole: whole.map(Into::into), last: Mutex::default() }
     }
 
-    /// Bytes of it.
+    /// Length in bytes.
     pub(super) fn len(&self) -> u64 {
         self.places.last().copied().unwrap_or(0)
     }
 
-    /// What there is from `at` on, as far as it fits into `buf`.
+    /// Reads from `at` into `buf`.
     pub(super) fn read(&self, at: u64, buf: &mut [u8]) -> usize {
         let len = self.len().saturating_sub(at).min(buf.len() as u64) as usize;
         let buf = &mut buf[..len];
@@ -56,7 +57,7 @@ impl Pieces {
         let mut done = 0;
         while done < len {
             let place = at + done as u64;
-            // The last one that begins there or before: pieces may be empty.
+            // The last piece that starts there or before: pieces may be empty.
             let index = self.places.partition_point(|begin| *begin <= place) - 1;
             let piece = self.piece(index);
             let rest = &piece.as_bytes()[(place - self.places[index]) as usize..];
@@ -68,15 +69,16 @@ impl Pieces {
     }
 
     fn piece(&self, index: usize) -> Arc<str> {
-        if let Some((kept, text)) = &*self.last.lock()
-            && *kept == index
+        if let Some((last, text)) = &*self.last.lock()
+            && *last == index
         {
             return Arc::clone(text);
         }
-        // Not under the lock: another reader is at another place.
+        // Not under the lock: readers at other offsets must not wait.
         let mut text = self.source.piece(index);
         let len = (self.places[index + 1] - self.places[index]) as usize;
-        // What it speaks of has not changed; should it all the same, places hold.
+        // The catalog is unchanged, so the length is the same. If it differs all the same, offsets stay
+        // valid.
         if text.len() != len {
             text = " ".repeat(len);
         }

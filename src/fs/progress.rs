@@ -1,7 +1,7 @@
-//! `control/progress`: each read is a line, as soon as there is news, and soon in any case.
+//! `control/progress`: each read returns a line, as soon as there is news, or after a short time.
 //!
-//! Reads that have to wait are kept here and answered by one thread: whoever brings them never waits. With
-//! nobody reading, that thread sleeps.
+//! Reads that have to wait are queued here, and one thread replies to them: serving threads never wait.
+//! Without readers, that thread sleeps.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,54 +16,54 @@ use crate::report::status::progress;
 use super::access::{Rights, Viewer};
 use super::control::ControlScope;
 
-/// How long a read waits, at most.
-const PATIENCE: Duration = Duration::from_millis(240);
-/// How often the thread looks for news while somebody waits.
+/// Maximum wait of a read.
+const MAX_WAIT: Duration = Duration::from_millis(240);
+/// Interval of checks for news while reads are waiting.
 const TICK: Duration = Duration::from_millis(40);
 
-/// Takes what has been read; nothing means the end.
+/// Takes the bytes of a read; none mean end of file.
 pub type ProgressReply = Box<dyn FnOnce(&[u8]) + Send>;
 
-/// An opening of `control/progress`.
+/// An open `control/progress`.
 #[derive(Debug)]
 pub struct ProgressReader {
     chain: PathBuf,
-    /// Who reads, where names may have to be kept from that user.
+    /// The user who reads, if names of images may have to be redacted.
     reader: Option<(Arc<Rights>, Viewer)>,
-    /// Taken before nothing else, and left before an answer is given.
+    /// A leaf; released before a reply is sent.
     line: Mutex<ProgressLine>,
 }
 
 #[derive(Debug, Default)]
 struct ProgressLine {
-    /// The state that was told last.
-    told: Option<u64>,
-    /// What has not been taken of the line that was told last.
+    /// The version of the status in the last line.
+    last_version: Option<u64>,
+    /// The unread rest of the last line.
     rest: Vec<u8>,
-    /// Whether that is the last one.
-    over: bool,
+    /// Whether it is the final line.
+    is_final: bool,
 }
 
-/// All reads that wait.
+/// All waiting reads.
 pub(super) struct PendingReads {
     shared: Arc<SharedReads>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 struct SharedReads {
-    /// How a chain's last command is doing; asked under no lock but a reader's own.
+    /// Returns the status of a chain's last command; called under no lock except a reader's.
     status: Box<dyn Fn(&Path) -> Status + Send + Sync>,
-    waiting: Mutex<PendingRead>,
+    waiting: Mutex<ReadQueue>,
     news: Condvar,
 }
 
 #[derive(Default)]
-struct PendingRead {
-    reads: Vec<Read>,
+struct ReadQueue {
+    reads: Vec<PendingRead>,
     ended: bool,
 }
 
-struct Read {
+struct PendingRead {
     reader: Arc<ProgressReader>,
     most: usize,
     until: Instant,
@@ -72,7 +72,7 @@ struct Read {
 
 impl std::fmt::Debug for PendingReads {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Progress").field("waiting", &self.shared.waiting.lock().reads.len()).finish_non_exhaustive()
+        f.debug_struct("PendingReads").field("waiting", &self.shared.waiting.lock().reads.len()).finish_non_exhaustive()
     }
 }
 
@@ -81,22 +81,22 @@ impl ProgressReader {
         Self { chain: scope.key().to_path_buf(), reader, line: Mutex::default() }
     }
 
-    /// What a read gets now; none if it has to wait. `impatient`: the last line again, rather than waiting.
-    fn next(&self, status: impl FnOnce() -> Status, most: usize, impatient: bool) -> Option<Vec<u8>> {
+    /// The result of a read; `None` if it has to wait. `is_due`: repeats the last line instead of waiting.
+    fn next(&self, status: impl FnOnce() -> Status, most: usize, is_due: bool) -> Option<Vec<u8>> {
         let mut line = self.line.lock();
         if line.rest.is_empty() {
-            if line.over {
+            if line.is_final {
                 return Some(Vec::new());
             }
             let status = status();
-            if line.told == Some(status.version) && !impatient && !status.state.is_over() {
+            if line.last_version == Some(status.version) && !is_due && !status.state.is_over() {
                 return None;
             }
-            line.told = Some(status.version);
-            line.over = status.state.is_over();
+            line.last_version = Some(status.version);
+            line.is_final = status.state.is_over();
             let text = progress(&status);
             let text = match &self.reader {
-                Some((rights, viewer)) if line.over => rights.redact(viewer, &text),
+                Some((rights, viewer)) if line.is_final => rights.redact(viewer, &text),
                 _ => text,
             };
             line.rest = text.into_bytes();
@@ -108,13 +108,13 @@ impl ProgressReader {
 }
 
 impl PendingReads {
-    /// `status` tells how the last command of a chain is doing.
+    /// `status` returns the status of a chain's last command.
     pub(super) fn new(status: impl Fn(&Path) -> Status + Send + Sync + 'static) -> Self {
         let shared = SharedReads { status: Box::new(status), waiting: Mutex::default(), news: Condvar::new() };
         Self { shared: Arc::new(shared), thread: Mutex::default() }
     }
 
-    /// Answers a read of at most `most` bytes, now or later.
+    /// Replies to a read of at most `most` bytes, now or later.
     pub(super) fn read(&self, reader: &Arc<ProgressReader>, most: usize, answer: ProgressReply) {
         if let Some(bytes) = self.shared.next(reader, most, false) {
             return answer(&bytes);
@@ -123,14 +123,14 @@ impl PendingReads {
         let mut waiting = self.shared.waiting.lock();
         if waiting.ended || !is_served {
             drop(waiting);
-            // Nobody is there who could answer later.
+            // No thread can reply later.
             return answer(&self.shared.next(reader, most, true).unwrap_or_default());
         }
-        waiting.reads.push(Read { reader: Arc::clone(reader), most, until: Instant::now() + PATIENCE, answer });
+        waiting.reads.push(PendingRead { reader: Arc::clone(reader), most, until: Instant::now() + MAX_WAIT, answer });
         self.shared.news.notify_one();
     }
 
-    /// Answers everybody; from here on nobody waits.
+    /// Replies to all waiting reads; later reads do not wait.
     pub(super) fn end(&self) {
         self.shared.waiting.lock().ended = true;
         self.shared.news.notify_one();
@@ -139,7 +139,7 @@ impl PendingReads {
         }
     }
 
-    /// Whether there is a thread that answers.
+    /// Starts the thread; whether it runs.
     fn start(&self) -> bool {
         let mut thread = self.thread.lock();
         if thread.is_none() {
@@ -157,8 +157,8 @@ impl Drop for PendingReads {
 }
 
 impl SharedReads {
-    fn next(&self, reader: &ProgressReader, most: usize, impatient: bool) -> Option<Vec<u8>> {
-        reader.next(|| (self.status)(&reader.chain), most, impatient)
+    fn next(&self, reader: &ProgressReader, most: usize, is_due: bool) -> Option<Vec<u8>> {
+        reader.next(|| (self.status)(&reader.chain), most, is_due)
     }
 
     fn serve(&self) {
@@ -170,22 +170,22 @@ impl SharedReads {
             }
             let ended = waiting.ended;
             let reads = std::mem::take(&mut waiting.reads);
-            // X2: handlers take this lock, and wait for nothing under it.
-            // Neither the engine nor the kernel is spoken to under the lock that handlers take.
+            // X2: handlers take this lock and must not wait under it, so the engine and the kernel are called
+            // without it.
             drop(waiting);
             let now = Instant::now();
-            let mut patient = Vec::new();
+            let mut still_waiting = Vec::new();
             for read in reads {
                 match self.next(&read.reader, read.most, ended || now >= read.until) {
                     Some(bytes) => (read.answer)(&bytes),
-                    None => patient.push(read),
+                    None => still_waiting.push(read),
                 }
             }
             if ended {
                 return;
             }
             waiting = self.waiting.lock();
-            waiting.reads.append(&mut patient);
+            waiting.reads.append(&mut still_waiting);
             if !waiting.reads.is_empty() && !waiting.ended {
                 drop(waiting);
                 std::thread::sleep(TICK);
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_told_once_for_each_state_and_the_last_one_is_the_end() {
+    fn each_status_is_one_line_and_the_final_one_ends_the_file() {
         let status = RefCell::new(Status {
             command: "pull".to_string(),
             state: JobState::Running,
@@ -217,8 +217,8 @@ mod tests {
             ..Status::default()
         });
         let reader = reader();
-        let next = |most, impatient| {
-            let bytes = reader.next(|| status.borrow().clone(), most, impatient);
+        let next = |most, is_due| {
+            let bytes = reader.next(|| status.borrow().clone(), most, is_due);
             bytes.map(|bytes| String::from_utf8(bytes).unwrap())
         };
         assert_eq!(next(99, false).as_deref(), Some("pull 0.0 % 0 B of 4 B\n"));
@@ -233,17 +233,17 @@ mod tests {
         assert_eq!(next(99, false).as_deref(), Some("done\n"));
         assert_eq!(next(99, false).as_deref(), Some(""));
         (status.borrow_mut().state, status.borrow_mut().version) = (JobState::Running, 11);
-        assert_eq!(next(99, false).as_deref(), Some(""), "the next command is for the next opening");
+        assert_eq!(next(99, false).as_deref(), Some(""), "the next command needs a new open");
     }
 
     #[test]
-    fn a_command_that_is_over_is_told_at_once() {
+    fn a_finished_command_is_reported_at_once() {
         let reader = reader();
         assert_eq!(reader.next(Status::default, 99, false).as_deref(), Some(&b"idle\n"[..]));
         assert_eq!(reader.next(Status::default, 99, false).as_deref(), Some(&b""[..]));
     }
 
-    /// A command at work that somebody moves on, and what is read of it.
+    /// A running command that the test advances, and its waiting reads.
     fn at_work() -> (Arc<Mutex<Status>>, PendingReads) {
         let job = Arc::new(Mutex::new(Status { state: JobState::Running, total: 9, ..Status::default() }));
         let seen = Arc::clone(&job);
@@ -252,24 +252,24 @@ mod tests {
 
     fn read(progress: &PendingReads, reader: &Arc<ProgressReader>) -> Receiver<Vec<u8>> {
         let (tell, told) = channel();
-        progress.read(reader, 4096, Box::new(move |bytes| tell.send(bytes.to_vec()).expect("somebody listens")));
+        progress.read(reader, 4096, Box::new(move |bytes| tell.send(bytes.to_vec()).expect("a receiver")));
         told
     }
 
     #[test]
-    fn a_read_is_answered_when_there_is_news_and_soon_in_any_case() {
+    fn a_read_returns_on_news_or_after_the_maximum_wait() {
         const LIMIT: Duration = Duration::from_secs(20);
         let (job, progress) = at_work();
         let readers = [(); 3].map(|()| Arc::new(reader()));
         for reader in &readers {
             assert!(read(&progress, reader).try_recv().is_ok(), "the first line is there at once");
         }
-        // Nothing new: the same again, but not at once.
+        // No news: the same line again, after the maximum wait.
         let start = Instant::now();
         for told in readers.each_ref().map(|reader| read(&progress, reader)) {
             assert!(told.recv_timeout(LIMIT).expect("a line").starts_with(b" 0.0 %"));
         }
-        assert!(start.elapsed() >= PATIENCE);
+        assert!(start.elapsed() >= MAX_WAIT);
         let waiting = readers.each_ref().map(|reader| read(&progress, reader));
         (job.lock().done, job.lock().version) = (3, 1);
         for told in waiting {
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn at_the_end_of_the_mount_nobody_is_left_waiting() {
+    fn waiting_reads_end_with_the_mount() {
         let (_job, progress) = at_work();
         let reader = Arc::new(reader());
         assert!(read(&progress, &reader).try_recv().is_ok());

@@ -1,7 +1,7 @@
-//! The tree of the mount: what the kernel asks, answered in plain types.
+//! The tree of the mount: serves the kernel's requests in plain types.
 //!
-//! Nothing here waits for anything but the store's files. Names are looked up in the catalog of
-//! the moment; a node whose chain or layer has gone since is stale.
+//! Requests wait only for the store's files. Names are looked up in the current catalog; a node whose chain
+//! or layer was removed since is stale.
 
 mod guests;
 mod names;
@@ -40,11 +40,11 @@ pub(super) use guests::guest_node;
 /// One entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeEntry {
-    /// Its name.
+    /// The name.
     pub name: OsString,
-    /// What it is.
+    /// The node.
     pub node: Node,
-    /// Its number.
+    /// The inode number.
     pub inode: u64,
 }
 
@@ -66,7 +66,7 @@ pub struct MountTree {
     started: SystemTime,
 }
 
-/// Names of the attributes that disks have, after `user.chainfs.`.
+/// Prefix of the names of a disk's extended attributes.
 const ATTRIBUTE_PREFIX: &[u8] = b"user.chainfs.";
 
 impl MountTree {
@@ -93,7 +93,7 @@ impl MountTree {
         }
     }
 
-    /// The same for a mount into which others than the mounting user may come.
+    /// The same tree for a mount with `allow_other`.
     #[must_use]
     pub fn shared(mut self) -> Self {
         self.rights = Arc::new(Rights::new(&self.store, self.ownership, true));
@@ -104,8 +104,8 @@ impl MountTree {
         &self.rights
     }
 
-    /// Whether the kernel has to ask each time who it is that looks something up.
-    pub fn asks_who(&self, inode: u64) -> bool {
+    /// Whether lookups of the node depend on the caller, so that the kernel must not cache them.
+    pub fn depends_on_caller(&self, inode: u64) -> bool {
         self.rights.is_judged()
             && matches!(
                 self.node(inode),
@@ -118,22 +118,22 @@ impl MountTree {
             )
     }
 
-    /// The store that is shown.
+    /// The mounted store.
     pub fn store(&self) -> &Arc<Store> {
         &self.store
     }
 
-    /// What takes the commands.
+    /// The engine that runs commands.
     pub fn engine(&self) -> &Arc<Engine> {
         self.controls.engine()
     }
 
-    /// Counts an answer for the metrics.
+    /// Counts an error for the metrics.
     pub fn count_error(&self) {
         self.counters.errors.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Stops the jobs, closes everything, which flushes it, and lets go of all locks: the mount has ended.
+    /// Stops the jobs, flushes and closes all files, and releases all locks: the mount has ended.
     pub fn close(&self) {
         self.stop();
         self.progress.end();
@@ -149,13 +149,13 @@ impl MountTree {
         &self.controls
     }
 
-    /// The leaf of a chain, as of now.
+    /// The present leaf of a chain.
     pub(super) fn leaf_of(&self, chain: &Path) -> Result<ImageIndex> {
         leaf(&self.store.catalog(), chain)
     }
 
     pub(super) fn node(&self, inode: u64) -> Result<Node> {
-        self.inodes.node(inode).ok_or_else(|| stale("a number that was never given"))
+        self.inodes.node(inode).ok_or_else(|| stale("the inode number is unknown"))
     }
 
     /// The entry `name` of the directory `parent`.
@@ -175,7 +175,7 @@ impl MountTree {
         self.attributes_of(caller, &self.node(inode)?, inode)
     }
 
-    /// Refuses what a user may not read; `now`: by what holds at this moment, not a moment ago.
+    /// Checks that a user may read a node; `now`: reads the permissions again instead of using cached ones.
     fn check_read(&self, viewer: &Viewer, node: &Node, now: bool) -> Result<()> {
         if viewer.subject().is_none() {
             return Ok(());
@@ -189,7 +189,7 @@ impl MountTree {
             | Node::VolumeProblem(view, _)
             | Node::RootLink(view) => match self.store.find_view(view) {
                 Ok(found) => self.rights.check_read(viewer, &found.catalog, found.layers(), now),
-                // Whoever uses it hears what has become of it.
+                // A later use of the node reports this error.
                 Err(_) => Ok(()),
             },
             Node::Snapshots(chain)
@@ -213,10 +213,10 @@ impl MountTree {
         }
     }
 
-    /// Attributes of an entry that was just listed.
+    /// Attributes of a node.
     fn attributes_of(&self, caller: &Caller, node: &Node, inode: u64) -> Result<Attributes> {
         let Some(kind) = node.kind() else {
-            let Node::Guest(node) = node else { unreachable!("everything else has a kind") };
+            let Node::Guest(node) = node else { unreachable!("all other nodes have a kind") };
             return self.guest_attributes(*node);
         };
         let catalog = self.store.catalog();
@@ -232,7 +232,7 @@ impl MountTree {
                 let index = leaf(&catalog, chain)?;
                 let leaf = &catalog.images[index].stat;
                 if self.rights.is_judged() {
-                    // What is in it is told by the image: names of its layers, and of what was kept in it.
+                    // The directory reveals data of the image: names of its layers and internal snapshots.
                     let owner = self.rights.restrict(self.ownership.of_contents(leaf), &catalog, &[index]);
                     return Ok(Attributes::plain(inode, kind, (0, 0), modified(leaf), owner));
                 }
@@ -261,7 +261,7 @@ impl MountTree {
                 };
                 let stat = &catalog.images[index].stat;
                 let layers = match document {
-                    // It speaks of what is on the disk.
+                    // This file reveals the content of the disk.
                     ChainDocument::OperatingSystem => catalog.layers(index),
                     _ => vec![index],
                 };
@@ -280,7 +280,7 @@ impl MountTree {
         Ok(Attributes::plain(inode, kind, (size, blocks), mtime, self.ownership.apply(&stat, kind, writable)))
     }
 
-    /// Whose control files those of a scope are.
+    /// The file or directory whose owner owns the control files of a scope.
     fn control_owner(&self, catalog: &Catalog, scope: &ControlScope) -> Result<FileStat> {
         match scope {
             ControlScope::Store => self.store_stat(),
@@ -292,7 +292,7 @@ impl MountTree {
         self.store.roots()[0].stat(Path::new("."))
     }
 
-    /// The directory of the store that a directory of the mount stands for.
+    /// Attributes of the store's directory for a directory of the mount.
     fn directory_stat(&self, path: &Path) -> Result<FileStat> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         self.store.roots()[0].stat(path).or_else(|_| self.store_stat())
@@ -304,7 +304,7 @@ impl MountTree {
             let owner = (found.uid, found.gid, found.permissions);
             (found.uid, found.gid, found.permissions) = match self.store.find_view(node) {
                 Ok(view) => self.rights.restrict(owner, &view.catalog, view.layers()),
-                // It has gone, and is its owner's until he closes it.
+                // The view was removed: only its owner may use it until it is closed.
                 Err(_) => (owner.0, owner.1, owner.2 & 0o700),
             };
         }
@@ -319,11 +319,11 @@ impl MountTree {
         }
         let found = match self.store.find_view(node) {
             Ok(found) => found,
-            // Taken away from under those who have it open, who may go on.
+            // Removed while it is open: existing handles continue.
             Err(error) => return self.handles.attributes(inode).ok_or(error),
         };
         let image = found.image();
-        // The active disk's file changes all the time; a frozen one is as it was.
+        // The file of an active disk changes all the time; that of a frozen one does not.
         let stat = if found.view.active { self.store.stat_now(image) } else { image.stat };
         let (size, mtime) = match (node.part, found.snapshot()) {
             (ViewIdentity::VmState(..), Some(snapshot)) => (snapshot.vm_state_size, taken(snapshot)),
@@ -336,17 +336,17 @@ impl MountTree {
         Ok(Attributes::plain(inode, NodeKind::File, (size, blocks), mtime, owner))
     }
 
-    /// The attributes of an active disk that somebody has open: as it is, not as it was when scanned.
+    /// The attributes of an open active disk: the present ones, not those of the scan.
     fn active_attributes(&self, active: &ActiveAttributes, inode: u64) -> Attributes {
         let ActiveAttributes { stat, data_blocks, size } = active;
         let owner = self.ownership.apply(stat, NodeKind::File, true);
-        // Never a hole as a whole: bytes may be there that have no blocks yet.
+        // At least one block, so that programs do not treat it as one hole: data may have no blocks yet.
         let blocks = (stat.blocks + data_blocks).max(u64::from(stat.signature.size > 0));
         Attributes::plain(inode, NodeKind::File, (*size, blocks), modified(stat), owner)
     }
 
-    /// Whether a file without blocks of its own holds data all the same: then it must not be
-    /// taken for a hole (a file so small that it lies in its inode, or that is not allocated yet).
+    /// Whether a file without blocks has data, so that programs must not treat it as a hole: a small file may
+    /// be stored in its inode, or not be allocated yet.
     fn has_data(&self, image: &ImageEntry) -> bool {
         let size = image.stat.signature.size;
         size > 0
@@ -403,13 +403,13 @@ impl MountTree {
             Node::VolumeList(view) => Handle::Text(self.volume_list(&view)?),
             Node::VolumeProblem(view, volume) => Handle::Text(self.volume_problem(&view, &volume)?),
             Node::Guest(node) => self.open_guest_file(node)?,
-            _ => return Err(Error::new(ErrorKind::Usage, "a directory is not opened as a file")),
+            _ => return Err(Error::new(ErrorKind::Usage, "this is a directory")),
         };
         let seen = if let Handle::Disk(_) = handle.disk() { self.attributes(caller, inode).ok() } else { None };
         Ok((self.handles.add(handle.clone(), seen), handle))
     }
 
-    /// Refuses what the caller may not write.
+    /// Checks that the caller may write a disk.
     pub(super) fn check_write(&self, caller: &Caller, id: &ViewId) -> Result<()> {
         let viewer = self.rights.viewer(caller);
         if viewer.subject().is_none() {
@@ -432,7 +432,7 @@ impl MountTree {
         opened
     }
 
-    /// Opens a directory: its entries as of now, under a number of their own.
+    /// Opens a directory with its present entries; returns the handle's number.
     pub fn open_directory(&self, caller: &Caller, inode: u64) -> Result<u64> {
         let node = self.node(inode)?;
         let viewer = self.rights.viewer(caller);
@@ -449,17 +449,17 @@ impl MountTree {
         Ok(self.handles.add(handle, None))
     }
 
-    /// What a number stands for.
+    /// The open handle of a number.
     pub fn handle(&self, number: u64) -> Result<Handle> {
-        self.handles.get(number).ok_or_else(|| stale("a handle that is not open"))
+        self.handles.get(number).ok_or_else(|| stale("the handle is not open"))
     }
 
-    /// Forgets a number.
+    /// Closes a handle.
     pub fn release(&self, number: u64) {
         self.handles.remove(number);
     }
 
-    /// Reads into `buf` from `at` on; returns how much there was before the end of the file.
+    /// Reads from `at` into `buf`; returns the number of bytes before the end of the file.
     pub fn read(&self, handle: &Handle, at: u64, buf: &mut [u8]) -> Result<usize> {
         match handle {
             Handle::Text(text) => {
@@ -471,7 +471,7 @@ impl MountTree {
             Handle::Pieces(pieces) => Ok(pieces.read(at, buf)),
             Handle::Control(control) => Ok(control.read(self, at, buf)),
             Handle::Directory(_) | Handle::GuestDirectory(_) | Handle::Progress(_) => {
-                Err(Error::new(ErrorKind::Usage, "this is not read as a file"))
+                Err(Error::new(ErrorKind::Usage, "this cannot be read as a file"))
             }
             Handle::Partition(window) => {
                 let (place, len) = window.clip(at, buf.len() as u64);
@@ -481,7 +481,7 @@ impl MountTree {
             Handle::Disk(disk) => {
                 let open = disk.view();
                 let len = open.view.size().saturating_sub(at).min(buf.len() as u64) as usize;
-                // As a whole or not at all: a page cache would take a short read for zeroes.
+                // All or nothing: the page cache would treat a short read as zeroes.
                 self.count_read(open.view.read_at(at, &mut buf[..len]).map(|()| len))
             }
             Handle::Active(disk) => self.count_read(disk.read_at(at, buf)),
@@ -520,7 +520,7 @@ impl MountTree {
                 )
             }
             Handle::Directory(_) | Handle::GuestDirectory(_) | Handle::Progress(_) => {
-                return Err(Error::new(ErrorKind::Usage, "this has no holes"));
+                return Err(Error::new(ErrorKind::Usage, "this cannot be searched for holes"));
             }
         };
         // Every file ends with a hole.
@@ -555,7 +555,7 @@ impl MountTree {
         })
     }
 
-    /// How much of a chain's command is done, in percent, if one is at work.
+    /// The progress of a chain's running command in percent.
     fn share(&self, chain: &Path) -> Option<u64> {
         let status = self.engine().status(chain);
         (status.state == JobState::Running).then(|| per_mille(&status) / 10)
@@ -565,7 +565,7 @@ impl MountTree {
         let live = || metrics(&self.store, catalog, &self.counters, self.handles.count(), self.inodes.count());
         let may_see = |item: &TrashItem| {
             let Some(subject) = viewer.subject() else { return true };
-            // A single image's trash may be that of a store above it, of which nothing is said here.
+            // The trash of a single image may belong to an enclosing store, whose content is not shown here.
             self.store.guard().prefix.as_os_str().is_empty() && self.rights.judge().may_see_item(subject, item)
         };
         self.documents.of_store(&self.store, catalog, document, &|chain| self.share(chain), live, &may_see)
@@ -582,10 +582,10 @@ impl MountTree {
         let leaf = leaf(catalog, chain)?;
         self.documents
             .of_chain(&self.store, catalog, leaf, document, &|chain| self.share(chain))
-            .ok_or_else(|| Error::new(ErrorKind::NotFound, "nothing is wrong with the chain any more"))
+            .ok_or_else(|| Error::new(ErrorKind::NotFound, "the chain has no problem"))
     }
 }
 
 fn leaf(catalog: &Catalog, chain: &Path) -> Result<ImageIndex> {
-    catalog.chain(chain).ok_or_else(|| stale("the chain has gone"))
+    catalog.chain(chain).ok_or_else(|| stale("the chain was removed"))
 }

@@ -1,8 +1,8 @@
-//! Confinement: files are opened beneath a root, or not at all.
+//! Confinement: files are only opened beneath a root.
 //!
-//! Every path that comes from an image goes through [`Root`]. The kernel resolves it with
-//! `openat2(RESOLVE_BENEATH)`: neither `..` nor a symbolic link leads out, whatever happens to the
-//! directory between a check and the open. Only regular files are ever opened.
+//! Every path from an image header goes through [`Root`]. The kernel resolves it with
+//! `openat2(RESOLVE_BENEATH)`: neither `..` nor a symbolic link leads out, even if the directory changes
+//! between a check and the open. Only regular files are ever opened.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
 
-use super::descriptors::with_room;
+use super::descriptors::with_descriptor;
 use super::file::{FileStat, Identity};
 use super::mountinfo::{MountEntry, mounts};
 
@@ -26,7 +26,7 @@ pub struct Root {
     canonical: PathBuf,
 }
 
-/// What a directory entry is, as far as a scan cares.
+/// The types of directory entries that a scan distinguishes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EntryKind {
     /// A regular file.
@@ -44,19 +44,19 @@ pub enum EntryKind {
 pub struct DirEntry {
     /// The name, one component.
     pub name: OsString,
-    /// Its kind.
+    /// The type.
     pub kind: EntryKind,
 }
 
 /// The type under which the kernel lists mounts of chainfs.
 pub const OWN_KIND: &str = "fuse.chainfs";
-/// A race with a rename is lost a few times, at most.
+/// Attempts at an open that races with renames.
 const RESOLVE_ATTEMPTS: usize = 1000;
 
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS);
 
 impl Root {
-    /// Opens the directory `path`, following links: it is the user's own word.
+    /// Opens the directory `path` and follows symbolic links, because the user named it.
     pub fn open(path: &Path) -> Result<Self> {
         let fail = |error: std::io::Error| Error::io(format!("opening directory {}", path.display()), error);
         let canonical = path.canonicalize().map_err(fail)?;
@@ -76,26 +76,26 @@ impl Root {
         &self.canonical
     }
 
-    /// Where an absolute path lies beneath this root: matched against the root as given and as
-    /// canonicalised. `None` if it lies elsewhere.
+    /// Converts an absolute path to one relative to this root. The path is matched against the root as given
+    /// and as canonicalised. `None` if it is outside.
     pub fn relative(&self, absolute: &Path) -> Option<PathBuf> {
         [&self.given, &self.canonical].iter().find_map(|root| absolute.strip_prefix(root).ok()).map(Path::to_path_buf)
     }
 
-    /// Opens a regular file for reading. `NotFound`, `Escape` and `Io` say what is wrong.
+    /// Opens a regular file for reading. Errors: `NotFound`, `Escape` and `Io`.
     pub fn open_file(&self, path: &Path) -> Result<OwnedFd> {
         self.open_regular(path, OFlags::RDONLY)
     }
 
-    /// Opens a regular file for reading and writing; nothing is created or cut. Besides what reading
-    /// meets, `Denied` and `ReadOnly`.
+    /// Opens a regular file for reading and writing, without creating or truncating it. Additional errors:
+    /// `Denied` and `ReadOnly`.
     pub fn open_file_for_writing(&self, path: &Path) -> Result<OwnedFd> {
         self.open_regular(path, OFlags::RDWR)
     }
 
     fn open_regular(&self, path: &Path, access: OFlags) -> Result<OwnedFd> {
-        // Nothing but regular files is opened: a FIFO would hang us or wake its writer, a device
-        // might act. The second look, after the open, is the one that holds.
+        // Only regular files are opened: opening a FIFO would block or wake its writer, and opening a device
+        // can have side effects. The check after the open is the reliable one.
         if !self.stat(path)?.is_file() {
             return Err(not_a_file(path));
         }
@@ -103,7 +103,7 @@ impl Root {
         if FileStat::of(&file)?.is_file() { Ok(file) } else { Err(not_a_file(path)) }
     }
 
-    /// Attributes of what `path` names, links followed within the root.
+    /// Attributes of the file at `path`; symbolic links are followed within the root.
     pub fn stat(&self, path: &Path) -> Result<FileStat> {
         FileStat::of(&self.open_with(path, OFlags::PATH)?)
     }
@@ -113,15 +113,16 @@ impl Root {
         &self.directory
     }
 
-    /// Which file `path` names, links followed within the root.
+    /// The identity of the file at `path`; symbolic links are followed within the root.
     pub fn identify(&self, path: &Path) -> Result<Identity> {
         Identity::of(&self.open_with(path, OFlags::PATH)?)
     }
 
     pub(super) fn open_with(&self, path: &Path, flags: OFlags) -> Result<OwnedFd> {
         let open = |resolve| self.resolve(path, flags | OFlags::CLOEXEC, resolve);
-        // S5: nothing is asked of our own mount.
-        // On this file system first: on another, which may be our own mount, asking is waiting for ourselves.
+        // S5: no request goes to the daemon's own mount.
+        // On this file system first: another one may be this daemon's own mount, where a request would wait
+        // for this thread.
         let found = match open(BENEATH | ResolveFlags::NO_XDEV) {
             Err(Errno::XDEV) => match self.crossing(path)? {
                 Some(resolve) => open(resolve).map_err(|error| if error == Errno::LOOP { Errno::XDEV } else { error }),
@@ -144,9 +145,9 @@ impl Root {
     fn resolve(&self, path: &Path, flags: OFlags, resolve: ResolveFlags) -> rustix::io::Result<OwnedFd> {
         let mut found = Err(Errno::AGAIN);
         for _ in 0..RESOLVE_ATTEMPTS {
-            found = with_room(|| fs::openat2(&self.directory, path, flags, Mode::empty(), resolve));
-            // EAGAIN: a rename raced with the resolution of "..", which the kernel could not prove
-            // harmless. It also stands for a lease (of a file server), which may be held for long.
+            found = with_descriptor(|| fs::openat2(&self.directory, path, flags, Mode::empty(), resolve));
+            // EAGAIN: a rename raced with the resolution of "..", and the kernel could not prove that the
+            // path stays inside. It also means a lease (of a file server), which may be held for long.
             if !matches!(found, Err(Errno::AGAIN | Errno::INTR)) {
                 break;
             }
@@ -154,10 +155,10 @@ impl Root {
         found
     }
 
-    /// How a path may be resolved that leads to another file system; `None` if that is a mount of
-    /// chainfs. Where there is one beneath us, no symbolic link is followed: it might lead there.
+    /// The resolve flags for a path that leads to another file system; `None` if that is a mount of chainfs.
+    /// If a mount of chainfs is beneath the root, no symbolic link is followed, because it could lead there.
     fn crossing(&self, path: &Path) -> Result<Option<ResolveFlags>> {
-        // One over the root itself does not count: we are below it.
+        // A mount over the root itself does not matter: the root's descriptor is below it.
         let is_inside = |mount: &MountEntry| {
             mount.kind == OWN_KIND && mount.directory != self.canonical && mount.directory.starts_with(&self.canonical)
         };
@@ -170,27 +171,28 @@ impl Root {
         Ok((!is_own).then_some(BENEATH | ResolveFlags::NO_SYMLINKS))
     }
 
-    /// Whether `path` is a directory to which no symbolic link leads on the way.
+    /// Whether `path` is a directory, with no symbolic link in the path.
     pub fn is_real_directory(&self, path: &Path) -> bool {
         self.open_real(path, OFlags::DIRECTORY).is_ok()
     }
 
-    /// Where the symbolic link `path` points to, to which no other leads; `None` if it is none.
+    /// The target of the symbolic link `path`; no other part of the path may be a link. `None` if it is no
+    /// link.
     pub fn link_target(&self, path: &Path) -> Option<PathBuf> {
         let link = self.open_real(path, OFlags::NOFOLLOW).ok()?;
         let target = fs::readlinkat(&link, "", Vec::new()).ok()?;
         Some(PathBuf::from(OsStr::from_bytes(target.to_bytes())))
     }
 
-    /// Attributes of what `path` is itself, also where that is a symbolic link.
+    /// Attributes of `path` itself; a final symbolic link is not followed.
     pub fn stat_itself(&self, path: &Path) -> Result<FileStat> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let file = self.open_real(path, OFlags::NOFOLLOW);
         FileStat::of(&file.map_err(|error| Error::io(format!("opening {}", path.display()), error))?)
     }
 
-    /// Opens a path of which no part is a symbolic link, to ask about it only. Other file systems are entered, but not
-    /// a mount of chainfs.
+    /// Opens a path with `O_PATH`; no part of it may be a symbolic link. Other file systems are entered, but
+    /// no mount of chainfs.
     fn open_real(&self, path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
         let flags = flags | OFlags::PATH | OFlags::CLOEXEC;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
@@ -200,14 +202,14 @@ impl Root {
         }
     }
 
-    /// Opens a sub-directory for listing and watching. `None` if it is the root of another
-    /// mount and `cross` is false: nothing of that mount is asked, so ours may be one.
+    /// Opens a sub-directory for listing and watching. `None` if it is the root of another mount and `cross`
+    /// is false: no request goes to that mount, so it may be this daemon's own.
     pub fn open_directory(&self, path: &Path, cross: bool) -> Result<Option<OwnedFd>> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
         let resolve = if cross { resolve } else { resolve | ResolveFlags::NO_XDEV };
-        match with_room(|| fs::openat2(&self.directory, path, flags, Mode::empty(), resolve)) {
+        match with_descriptor(|| fs::openat2(&self.directory, path, flags, Mode::empty(), resolve)) {
             Ok(fd) => Ok(Some(fd)),
             Err(Errno::XDEV) if !cross => Ok(None),
             Err(error) => Err(Error::io(format!("opening directory {}", path.display()), error)),
@@ -218,7 +220,7 @@ impl Root {
     pub fn list(directory: &OwnedFd) -> Result<Vec<DirEntry>> {
         let fail = |error: Errno| Error::io("listing a directory", error);
         let mut entries = Vec::new();
-        for entry in with_room(|| Dir::read_from(directory)).map_err(fail)? {
+        for entry in with_descriptor(|| Dir::read_from(directory)).map_err(fail)? {
             let entry = entry.map_err(fail)?;
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
             if name == "." || name == ".." {
@@ -228,7 +230,7 @@ impl Root {
                 FileType::Unknown => {
                     match fs::statat(directory, name, fs::AtFlags::SYMLINK_NOFOLLOW) {
                         Ok(stat) => kind_of(FileType::from_raw_mode(stat.st_mode)),
-                        Err(_) => continue, // gone since
+                        Err(_) => continue, // removed meanwhile
                     }
                 }
                 known => kind_of(known),
@@ -239,27 +241,27 @@ impl Root {
         Ok(entries)
     }
 
-    /// Opens the regular file `name` of `directory` without following a link. `None` if it is
-    /// gone or not a regular file any more.
+    /// Opens the regular file `name` of `directory` without following a link. `None` if it is missing or no
+    /// longer a regular file.
     pub fn open_entry(directory: &OwnedFd, name: &OsStr) -> Result<Option<OwnedFd>> {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        match with_room(|| fs::openat(directory, name, flags, Mode::empty())) {
+        match with_descriptor(|| fs::openat(directory, name, flags, Mode::empty())) {
             Ok(file) => Ok(FileStat::of(&file)?.is_file().then_some(file)),
             Err(Errno::NOENT | Errno::LOOP | Errno::NXIO) => Ok(None),
             Err(error) => Err(Error::io("opening the file", error)),
         }
     }
 
-    /// The kind of file system that holds this root: its magic number, as of statfs(2).
+    /// The magic number (statfs(2)) of the file system that holds this root.
     pub fn file_system(&self) -> Result<u64> {
-        let stat = fs::fstatfs(&self.directory).map_err(|error| Error::io("asking for the file system", error))?;
+        let stat = fs::fstatfs(&self.directory).map_err(|error| Error::io("reading the file system's type", error))?;
         Ok(stat.f_type.cast_unsigned() & 0xFFFF_FFFF)
     }
 
     /// The file system that holds this root, for `df`.
     pub fn statvfs(&self) -> Result<fs::StatVfs> {
-        // By descriptor: our own mount may lie over the path.
-        fs::fstatvfs(&self.directory).map_err(|error| Error::io("asking for free space", error))
+        // By descriptor: this daemon's mount may cover the path.
+        fs::fstatvfs(&self.directory).map_err(|error| Error::io("reading the free space", error))
     }
 }
 

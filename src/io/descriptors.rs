@@ -1,9 +1,10 @@
-//! One bound on everything that is open: a store has more images than a process may have descriptors.
+//! A limit for open descriptors: a store may have more images than a process may have descriptors.
 //!
-//! Whoever opens something that lasts takes room for it first: images, files that are written, and the sockets of the
-//! processes that read guests' file systems. Where there is none left, what was not used for longest (by the clock algorithm) and can be had again
-//! is let go of: files that are idle and processes that nobody asks anything, then files that only carry a reader's locks. Whoever finds nothing that can
-//! go is refused; nobody else is. A reserve stays for what is open for a moment: directories that are listed, files that are looked at.
+//! Long-lived opens reserve descriptors first: images, files that are written, and the sockets of the workers
+//! that read guests' file systems. If none is left, the least recently used entry (by the clock algorithm)
+//! that can be reopened is closed: first idle files and idle workers, then files that only carry a reader's
+//! locks. If no entry can be closed, the request is refused. A reserve is kept for short-lived opens:
+//! directories that are listed, files that are probed.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,35 +17,36 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// More would only slow down `fork` and `exec` of nobody, and help nobody.
-const MOST: usize = 65_536;
-/// With less room than that nothing can be served.
-const LEAST: usize = 12;
-/// What is going to be open for as long as the process lives, before it has been counted.
-const EXPECTED: usize = 16;
-/// How long somebody waits for what is just being used, and how often he looks.
-const PATIENCE: Duration = Duration::from_secs(5);
-const PAUSE: Duration = Duration::from_millis(2);
-/// How often something is opened that is open for a moment only, where the process has no descriptor left.
-const TRIES: usize = 64;
+/// More descriptors would not help.
+const MAX_LIMIT: usize = 65_536;
+/// With fewer descriptors, requests cannot be served.
+const MIN_LIMIT: usize = 12;
+/// Estimate of the descriptors that stay open for the life of the process, until they are counted.
+const ESTIMATED_OTHERS: usize = 16;
+/// How long a request waits for entries that are in use, and how often it tries.
+const MAX_WAIT: Duration = Duration::from_secs(5);
+const RETRY_INTERVAL: Duration = Duration::from_millis(2);
+/// Attempts at a short-lived open while the process has no descriptor left.
+const MAX_ATTEMPTS: usize = 64;
 
-/// Something that costs descriptors and can be had again.
+/// An entry that uses descriptors and can be reopened.
 pub trait Reclaimable: Send + Sync {
-    /// Whether it was used since this was asked last.
+    /// Whether it was used since the last call.
     fn was_used(&self) -> bool;
-    /// Gives back what it has, unless somebody is just using it, or (not `at_any_cost`) might miss it. It waits for nobody.
-    fn let_go(&self, at_any_cost: bool) -> bool;
+    /// Closes its descriptors, unless they are in use or (without `even_locked`) carry locks. Never blocks.
+    fn reclaim(&self, even_locked: bool) -> bool;
 }
 
-/// All that is open and lasts.
+/// All long-lived open descriptors.
 pub struct Descriptors {
     limit: AtomicUsize,
     count: AtomicUsize,
-    /// Those of them that cannot be let go of.
+    /// The number of those that cannot be closed.
     pinned: AtomicUsize,
-    /// In the order of the clock's hand; among them some that have been dropped since.
+    /// In the order of the clock's hand; some may have been dropped since.
     idle: Mutex<VecDeque<Weak<dyn Reclaimable>>>,
-    /// Held during a search for what can go: one at a time. Below it things are only tried.
+    /// Held during a search for entries to close: one search at a time. While it is held, other locks are
+    /// only tried.
     search: Mutex<()>,
 }
 
@@ -54,7 +56,7 @@ impl std::fmt::Debug for Descriptors {
     }
 }
 
-/// Room for some descriptors, until dropped.
+/// A reservation of descriptors, until dropped.
 #[derive(Debug)]
 pub struct DescriptorReservation {
     of: Arc<Descriptors>,
@@ -67,7 +69,7 @@ impl Drop for DescriptorReservation {
     }
 }
 
-/// Says that some of what has room cannot be let go of, until dropped.
+/// Marks some reserved descriptors as not closable, until dropped.
 #[derive(Debug)]
 pub struct Pin {
     of: Arc<Descriptors>,
@@ -81,16 +83,17 @@ impl Drop for Pin {
 }
 
 impl Descriptors {
-    /// Those of this process: as many as it may have, less what is open besides and a reserve. Raises the soft limit to the hard one.
+    /// The limit of this process, less other open descriptors and a reserve. Raises the soft limit to the
+    /// hard one.
     pub fn for_process() -> Arc<Self> {
         static PROCESS: LazyLock<Arc<Descriptors>> = LazyLock::new(|| {
             let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-            let wanted = maximum.unwrap_or(MOST as u64).min(MOST as u64);
+            let wanted = maximum.unwrap_or(MAX_LIMIT as u64).min(MAX_LIMIT as u64);
             if current.is_some_and(|current| current < wanted) {
-                // Refused or not, what counts is the limit that holds afterwards.
+                // The result is ignored: the limit is read again below.
                 let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum });
             }
-            Descriptors::with_limit(rest(process_limit(), others(0) + EXPECTED).max(LEAST))
+            Descriptors::with_limit(usable(process_limit(), others(0) + ESTIMATED_OTHERS).max(MIN_LIMIT))
         });
         Arc::clone(&PROCESS)
     }
@@ -106,74 +109,74 @@ impl Descriptors {
         })
     }
 
-    /// Counts what is open besides, once all is that is going to be open for as long as the process lives, but for `more`.
-    /// `Exhausted` if that leaves too little.
-    pub fn settle(&self, more: usize) -> Result<()> {
+    /// Counts the other open descriptors. Called when all permanent ones but `more` are open. `Exhausted` if
+    /// too few are left.
+    pub fn count_others(&self, more: usize) -> Result<()> {
         let (most, others) = (process_limit(), others(self.open_count()) + more);
-        let limit = rest(most, others);
-        if limit < LEAST {
-            let least = (others + reserve(0) + LEAST).next_multiple_of(16);
-            let fact = format!("at most {most} files may be open at a time, which is too few: {least} are needed");
-            return Err(Error::new(ErrorKind::Exhausted, format!("{fact}; {RAISE}")));
+        let limit = usable(most, others);
+        if limit < MIN_LIMIT {
+            let least = (others + short_lived(0) + MIN_LIMIT).next_multiple_of(16);
+            let fact = format!("the limit of open files is {most}, which is too low: {least} are needed");
+            return Err(Error::new(ErrorKind::Exhausted, format!("{fact}; {REMEDY}")));
         }
         self.limit.store(limit, Ordering::Release);
         Ok(())
     }
 
-    /// How many may be open.
+    /// The limit of open descriptors.
     pub fn limit(&self) -> usize {
         self.limit.load(Ordering::Acquire)
     }
 
-    /// How many are open; for metrics.
+    /// The number of open descriptors; for metrics.
     pub fn open_count(&self) -> usize {
         self.count.load(Ordering::Acquire)
     }
 
-    /// How many may be open for a moment besides.
-    pub fn reserve(&self) -> usize {
-        reserve(self.limit())
+    /// The reserve for short-lived opens.
+    pub fn short_lived(&self) -> usize {
+        short_lived(self.limit())
     }
 
-    /// Room for `count` more. Waits a moment for what is just being used; then it is `Exhausted`.
-    pub fn claim(self: &Arc<Self>, count: usize) -> Result<DescriptorReservation> {
+    /// Reserves `count` descriptors. Waits briefly for entries in use; then fails with `Exhausted`.
+    pub fn reserve(self: &Arc<Self>, count: usize) -> Result<DescriptorReservation> {
         let begun = Instant::now();
         loop {
-            if let Some(room) = self.try_claim(count) {
-                return Ok(room);
+            if let Some(reservation) = self.try_reserve(count) {
+                return Ok(reservation);
             }
-            if begun.elapsed() > PATIENCE {
-                let fact = format!("{} files are open, and more may not be", self.open_count());
-                return Err(Error::new(ErrorKind::Exhausted, format!("{fact}; close some of them, or {RAISE}")));
+            if begun.elapsed() > MAX_WAIT {
+                let fact = format!("{} files are open, which is the limit", self.open_count());
+                return Err(Error::new(ErrorKind::Exhausted, format!("{fact}; close some of them, or {REMEDY}")));
             }
-            std::thread::sleep(PAUSE);
+            std::thread::sleep(RETRY_INTERVAL);
         }
     }
 
-    /// Room for `count` more, if there is some or what is idle can make some.
-    pub fn try_claim(self: &Arc<Self>, count: usize) -> Option<DescriptorReservation> {
+    /// Reserves `count` descriptors, and closes idle entries if necessary; `None` if that is not enough.
+    pub fn try_reserve(self: &Arc<Self>, count: usize) -> Option<DescriptorReservation> {
         let take = || {
             // B2: taken before anything is opened.
             let more = |now: usize| (now + count <= self.limit()).then_some(now + count);
             self.count.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
         };
-        let is_taken = take() || (self.make_room(self.limit().saturating_sub(count)) && take());
+        let is_taken = take() || (self.reclaim_down_to(self.limit().saturating_sub(count)) && take());
         is_taken.then(|| DescriptorReservation { of: Arc::clone(self), count })
     }
 
-    /// Notes that `count` descriptors cannot be let go of. `Exhausted` if more than `part` (nominator and denominator) of all were pinned
-    /// then: something has to be left to read everything else with.
+    /// Marks `count` descriptors as not closable. `Exhausted` if more than `part` (numerator and denominator)
+    /// of all would be pinned: readers need the rest.
     pub fn pin(self: &Arc<Self>, count: usize, part: (usize, usize)) -> Result<Pin> {
         let most = self.limit() * part.0 / part.1;
         let more = |now: usize| (now + count <= most.max(count)).then_some(now + count);
         if self.pinned.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_err() {
             let fact = "too many disks are being written at the same time";
-            return Err(Error::new(ErrorKind::Exhausted, format!("{fact}; close some of them, or {RAISE}")));
+            return Err(Error::new(ErrorKind::Exhausted, format!("{fact}; close some of them, or {REMEDY}")));
         }
         Ok(Pin { of: Arc::clone(self), count })
     }
 
-    /// Notes something that has room and can be let go of.
+    /// Registers an entry that has a reservation and can be closed.
     pub fn register(&self, idle: Weak<dyn Reclaimable>) {
         let mut all = self.idle.lock();
         if all.len() > 2 * self.limit() {
@@ -182,17 +185,17 @@ impl Descriptors {
         all.push_back(idle);
     }
 
-    /// Lets go of what was not used for longest, until no more than `most` are open; whether they are.
-    fn make_room(&self, most: usize) -> bool {
+    /// Closes the least recently used entries until at most `most` are open; whether that succeeded.
+    fn reclaim_down_to(&self, most: usize) -> bool {
         let _search = self.search.lock();
-        for at_any_cost in [false, true] {
-            // Twice round at most: the first time round all may have been used since the last.
+        for even_locked in [false, true] {
+            // At most two rounds: in the first one, all entries may have their use mark set.
             let mut steps = 2 * self.idle.lock().len();
             while self.open_count() > most && steps > 0 {
                 steps -= 1;
                 let Some(next) = self.idle.lock().pop_front() else { break };
                 let Some(idle) = next.upgrade() else { continue };
-                if idle.was_used() || !idle.let_go(at_any_cost) {
+                if idle.was_used() || !idle.reclaim(even_locked) {
                     self.idle.lock().push_back(next);
                 }
             }
@@ -200,53 +203,53 @@ impl Descriptors {
         self.open_count() <= most
     }
 
-    /// The process has no descriptor left though there was room: something else has more open than was known.
-    fn relieve(&self) {
-        let has_let_go = self.make_room(self.open_count().saturating_sub(4));
-        // That can be asked only where there is a descriptor left to ask with.
-        if has_let_go {
-            // What is open for a moment is among the others: the reserve is theirs.
+    /// Handles EMFILE despite a reservation: other code has more descriptors open than was counted.
+    fn handle_shortage(&self) {
+        let is_reclaimed = self.reclaim_down_to(self.open_count().saturating_sub(4));
+        // Counting needs a descriptor of its own.
+        if is_reclaimed {
+            // Short-lived opens are counted among the others: they use the reserve.
             let limit = process_limit().saturating_sub(others(self.open_count()));
-            self.limit.fetch_min(limit.max(LEAST), Ordering::AcqRel);
+            self.limit.fetch_min(limit.max(MIN_LIMIT), Ordering::AcqRel);
         }
     }
 }
 
 /// The remedy.
-const RAISE: &str = "raise the limit of open files (ulimit -n, LimitNOFILE=)";
+const REMEDY: &str = "raise the limit of open files (ulimit -n, LimitNOFILE=)";
 
-/// Opens something for a moment; where the process has no descriptor left, what is idle makes room for it.
-pub(super) fn with_room<T>(mut open: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
-    for _ in 0..TRIES {
+/// Runs a short-lived open; closes idle entries if the process has no descriptor left.
+pub(super) fn with_descriptor<T>(mut open: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    for _ in 0..MAX_ATTEMPTS {
         match open() {
             Err(Errno::MFILE) => {}
             done => return done,
         }
-        Descriptors::for_process().relieve();
-        std::thread::sleep(PAUSE);
+        Descriptors::for_process().handle_shortage();
+        std::thread::sleep(RETRY_INTERVAL);
     }
     open()
 }
 
-/// How many descriptors the process may have.
+/// The process' limit of descriptors.
 fn process_limit() -> usize {
-    getrlimit(Resource::Nofile).current.map_or(MOST, |current| current.min(MOST as u64) as usize)
+    getrlimit(Resource::Nofile).current.map_or(MAX_LIMIT, |current| current.min(MAX_LIMIT as u64) as usize)
 }
 
-/// How many descriptors are open besides those `counted`.
+/// The number of open descriptors other than those `counted`.
 fn others(counted: usize) -> usize {
-    // One is the directory's own.
-    let open = std::fs::read_dir("/proc/self/fd").map_or(EXPECTED, |all| all.count().saturating_sub(1));
+    // One is that of the directory itself.
+    let open = std::fs::read_dir("/proc/self/fd").map_or(ESTIMATED_OTHERS, |all| all.count().saturating_sub(1));
     open.saturating_sub(counted)
 }
 
-/// What is kept for what is open for a moment only.
-fn reserve(most: usize) -> usize {
+/// The reserve for short-lived opens, for a limit.
+fn short_lived(most: usize) -> usize {
     (most / 8).clamp(24, 128)
 }
 
-fn rest(most: usize, others: usize) -> usize {
-    most.saturating_sub(others + reserve(most))
+fn usable(most: usize, others: usize) -> usize {
+    most.saturating_sub(others + short_lived(most))
 }
 
 #[cfg(test)]
@@ -279,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_nobody_needs_any_more_cost_no_other_its_descriptor() {
+    fn dropped_files_free_their_descriptors() {
         let directory = tempfile::tempdir().unwrap();
         let root = Arc::new(Root::open(directory.path()).unwrap());
         let descriptors = Descriptors::with_limit(4);
@@ -293,7 +296,7 @@ mod tests {
         }
         assert_eq!(descriptors.open_count(), 1);
         assert!(descriptors.idle.lock().len() <= 10);
-        assert!(idle.let_go(false), "it was closed, and its locks with it");
+        assert!(idle.reclaim(false), "it holds no locks and can be closed");
     }
 
     #[test]
@@ -305,14 +308,14 @@ mod tests {
         let seen = root.stat(Path::new("a")).unwrap();
         let file = StoreFile::new(&Descriptors::with_limit(1), &root, Path::new("a"), &seen, true);
         file.read_at(0, &mut [0; 3]).unwrap();
-        assert!(file.let_go(false));
+        assert!(file.reclaim(false));
         std::fs::write(directory.path().join("b"), "new").unwrap();
         std::fs::rename(directory.path().join("b"), &place).unwrap();
         assert_eq!(file.read_at(0, &mut [0; 3]).unwrap_err().kind(), crate::error::ErrorKind::Stale);
         let _ = FileStat::of(std::fs::File::open(place).unwrap()).unwrap();
     }
 
-    /// Something that has room for three, as long as nobody asks for it back.
+    /// An entry with three descriptors that closes on request.
     struct Lent(Mutex<Option<DescriptorReservation>>, bool);
 
     impl Reclaimable for Lent {
@@ -320,42 +323,42 @@ mod tests {
             false
         }
 
-        fn let_go(&self, at_any_cost: bool) -> bool {
-            (at_any_cost || !self.1) && self.0.lock().take().is_some()
+        fn reclaim(&self, even_locked: bool) -> bool {
+            (even_locked || !self.1) && self.0.lock().take().is_some()
         }
     }
 
-    fn lend(descriptors: &Arc<Descriptors>, is_missed: bool) -> Arc<Lent> {
-        let lent = Arc::new(Lent(Mutex::new(Some(descriptors.claim(3).unwrap())), is_missed));
+    fn lend(descriptors: &Arc<Descriptors>, is_locked: bool) -> Arc<Lent> {
+        let lent = Arc::new(Lent(Mutex::new(Some(descriptors.reserve(3).unwrap())), is_locked));
         descriptors.register(Arc::downgrade(&lent) as _);
         lent
     }
 
     #[test]
-    fn what_is_idle_longest_goes_first_and_what_somebody_would_miss_last() {
+    fn least_recently_used_entries_are_reclaimed_locked_ones_last() {
         let descriptors = Descriptors::with_limit(10);
-        let all = [true, false, false].map(|is_missed| lend(&descriptors, is_missed));
+        let all = [true, false, false].map(|is_locked| lend(&descriptors, is_locked));
         let left = || all.each_ref().map(|lent| lent.0.lock().is_some());
-        let first = descriptors.try_claim(1).unwrap();
+        let first = descriptors.try_reserve(1).unwrap();
         assert_eq!(left(), [true; 3]);
-        let second = descriptors.try_claim(2).unwrap();
+        let second = descriptors.try_reserve(2).unwrap();
         assert_eq!(left(), [true, false, true]);
-        let third = descriptors.try_claim(6).unwrap();
+        let third = descriptors.try_reserve(6).unwrap();
         assert_eq!(left(), [false; 3]);
-        assert!(descriptors.try_claim(2).is_none(), "one is left");
+        assert!(descriptors.try_reserve(2).is_none(), "one is left");
         drop((first, second, third));
         assert_eq!(descriptors.open_count(), 0);
-        assert!(descriptors.try_claim(10).is_some());
+        assert!(descriptors.try_reserve(10).is_some());
     }
 
     #[test]
-    fn who_exceeds_the_limit_is_refused_and_nobody_else() {
+    fn only_requests_beyond_the_limit_are_refused() {
         let descriptors = Descriptors::with_limit(10);
-        let mine = descriptors.claim(8).unwrap();
-        let refused = descriptors.claim(3).unwrap_err();
+        let mine = descriptors.reserve(8).unwrap();
+        let refused = descriptors.reserve(3).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Exhausted);
         assert!(refused.to_string().contains("ulimit -n"), "{refused}");
-        let _others = descriptors.claim(2).unwrap();
+        let _others = descriptors.reserve(2).unwrap();
         drop(mine);
         let pins: Vec<_> = (0..2).map(|_| descriptors.pin(2, (1, 2)).unwrap()).collect();
         assert_eq!(descriptors.pin(2, (1, 2)).unwrap_err().kind(), ErrorKind::Exhausted);

@@ -1,8 +1,8 @@
-//! The names of a store: made, given, taken away, and made durable.
+//! Changes of names in a store: create, link, rename, remove, and sync.
 //!
-//! Everything that changes a name goes through a [`Directory`], so that a simulated one sees it too.
-//! Paths lie beneath a root; no symbolic link is followed on the way. Between two calls of
-//! [`Directory::sync`] a crash of the machine may lose or keep each change by itself.
+//! Every change of a name goes through a [`Directory`], so that tests can simulate one.
+//! Paths are relative to a root; no symbolic link in them is followed. Between two calls of
+//! [`Directory::sync`] a crash of the machine may lose or keep each change independently.
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,44 +15,44 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::beneath::Root;
-use super::descriptors::{Descriptors, with_room};
+use super::descriptors::{Descriptors, with_descriptor};
 use super::file::FileStat;
 use super::{StoreFile, WritableFile, WriteStorage};
 
-/// What may be done to the names beneath one root.
+/// The operations on names beneath one root.
 pub trait Directory: Send + Sync {
-    /// Makes a new, empty file; `Exists` if the name is taken. It has owner, mode and extended attributes
-    /// (access lists and labels among them) of the file `like`, where one is named, before anybody can see it
-    /// filled; after one that nobody may write, its owner may write it.
+    /// Creates a new, empty file; `Exists` if the name exists. It gets owner, mode and extended attributes
+    /// (access lists and labels among them) of the file `like`, if given, before any data is written to it.
+    /// Its owner may write it even if `like` is read-only.
     fn create(&self, path: &Path, like: Option<&Path>) -> Result<Arc<dyn WriteStorage>>;
 
-    /// Makes a directory, unless there is one.
+    /// Creates a directory, unless it exists.
     fn create_directory(&self, path: &Path) -> Result<()>;
 
-    /// Gives a file one more name; `Exists` if that is taken.
+    /// Creates a hard link; `Exists` if the name exists.
     fn link(&self, from: &Path, to: &Path) -> Result<()>;
 
-    /// Gives a file another name, in one step. What had the name before loses it if `replace`; else `Exists`.
+    /// Renames a file atomically. Replaces an existing file if `replace`; else `Exists`.
     fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()>;
 
-    /// Takes a file's name away.
+    /// Removes a name.
     fn unlink(&self, path: &Path) -> Result<()>;
 
-    /// Returns when all changes of names in the directory `path` are durable.
+    /// Makes all changes of names in the directory `path` durable.
     fn sync(&self, path: &Path) -> Result<()>;
 }
 
-/// The hands with which a store is changed: files and names. Another implementation can witness what is
-/// done, break it off or let it fail.
+/// All changes of a store go through this trait: files and names. Tests use other implementations to record
+/// changes, to interrupt them or to let them fail.
 pub trait Host: Send + Sync {
-    /// A file of a store, to be written through.
+    /// Opens a file of a store for writing.
     fn writable(&self, file: &Arc<StoreFile>) -> Result<Arc<dyn WriteStorage>>;
 
     /// The names beneath a root.
     fn directory(&self, root: &Arc<Root>, descriptors: &Arc<Descriptors>) -> Arc<dyn Directory>;
 }
 
-/// The machine as it is.
+/// The real file system.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ThisHost;
 
@@ -66,7 +66,7 @@ impl Host for ThisHost {
     }
 }
 
-/// The names beneath a root, as the kernel has them.
+/// The names beneath a root of the real file system.
 #[derive(Debug)]
 struct RootDirectory {
     root: Arc<Root>,
@@ -78,13 +78,13 @@ impl RootDirectory {
     fn parent<'a>(&self, path: &'a Path) -> Result<(OwnedFd, &'a OsStr)> {
         let name = path
             .file_name()
-            .ok_or_else(|| Error::new(ErrorKind::Usage, format!("{} is no name of a file", path.display())))?;
+            .ok_or_else(|| Error::new(ErrorKind::Usage, format!("{} is not a file name", path.display())))?;
         Ok((self.directory(path.parent().unwrap_or(Path::new("")))?, name))
     }
 
     fn directory(&self, path: &Path) -> Result<OwnedFd> {
         let found = self.root.open_directory(path, true)?;
-        found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("{} is not there", path.display())))
+        found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("{} does not exist", path.display())))
     }
 }
 
@@ -98,17 +98,17 @@ fn fail(doing: &str, path: &Path, error: Errno) -> Error {
 
 impl Directory for RootDirectory {
     fn create(&self, path: &Path, like: Option<&Path>) -> Result<Arc<dyn WriteStorage>> {
-        let room = self.descriptors.claim(1)?;
+        let room = self.descriptors.reserve(1)?;
         let (directory, name) = self.parent(path)?;
-        // Nobody else may look at it before it looks like the one it is made after.
+        // Only the owner has access until owner, mode and attributes are set.
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = if like.is_some() { Mode::RUSR | Mode::WUSR } else { Mode::from_raw_mode(0o644) };
-        let file = with_room(|| fs::openat(&directory, name, flags, mode));
+        let file = with_descriptor(|| fs::openat(&directory, name, flags, mode));
         let file = file.map_err(|error| fail("creating", path, error))?;
         if let Some(like) = like {
             let resembles = self.root.open_file(like).and_then(|model| resemble(&file, &model, path));
             if let Err(error) = resembles {
-                // It is empty, and the error is the one to tell.
+                // The new file is empty; the first error is reported.
                 let _ = fs::unlinkat(&directory, name, AtFlags::empty());
                 return Err(error);
             }
@@ -126,14 +126,14 @@ impl Directory for RootDirectory {
 
     fn link(&self, from: &Path, to: &Path) -> Result<()> {
         let ((old, old_name), (new, new_name)) = (self.parent(from)?, self.parent(to)?);
-        fs::linkat(&old, old_name, &new, new_name, AtFlags::empty()).map_err(|error| fail("naming", to, error))
+        fs::linkat(&old, old_name, &new, new_name, AtFlags::empty()).map_err(|error| fail("linking", to, error))
     }
 
     fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
         let ((old, old_name), (new, new_name)) = (self.parent(from)?, self.parent(to)?);
         let flags = if replace { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
         match fs::renameat_with(&old, old_name, &new, new_name, flags) {
-            // Some file systems cannot be asked not to replace. Link and unlink say the same in two steps.
+            // Some file systems lack RENAME_NOREPLACE. Link and unlink do the same in two steps.
             Err(Errno::INVAL | Errno::NOSYS) if !replace => {
                 self.link(from, to)?;
                 self.unlink(from)
@@ -153,27 +153,27 @@ impl Directory for RootDirectory {
     }
 }
 
-/// Gives `file` owner, mode and extended attributes of `model`.
+/// Copies owner, mode and extended attributes of `model` to `file`.
 fn resemble(file: &OwnedFd, model: &OwnedFd, path: &Path) -> Result<()> {
     let (stat, now) = (FileStat::of(model)?, FileStat::of(file)?);
     let owner = (stat.uid != now.uid).then(|| rustix::fs::Uid::from_raw(stat.uid));
     let group = (stat.gid != now.gid).then(|| rustix::fs::Gid::from_raw(stat.gid));
     if owner.is_some() || group.is_some() {
-        fs::fchown(file, owner, group).map_err(|error| fail("giving its owner to", path, error))?;
+        fs::fchown(file, owner, group).map_err(|error| fail("setting the owner of", path, error))?;
     }
-    // Images are made to be written, also after one that is not.
+    // A new image is writable by its owner, even if the model is not.
     let write = if stat.mode & 0o222 == 0 { 0o200 } else { 0 };
     fs::fchmod(file, Mode::from_raw_mode(stat.mode & 0o7777 | write))
-        .map_err(|error| fail("giving its mode to", path, error))?;
+        .map_err(|error| fail("setting the mode of", path, error))?;
     for name in attribute_names(model).map_err(|error| fail("reading the attributes for", path, error))? {
         let copied = attribute(model, &name).and_then(|value| fs::fsetxattr(file, &*name, &value, XattrFlags::empty()));
         match copied {
-            // Labels are given by the system's policy where it does not let us give them.
+            // Security labels are set by the system's policy if this process may not set them.
             Err(Errno::OPNOTSUPP | Errno::NODATA) => {}
             Err(Errno::PERM | Errno::ACCESS) if !name.starts_with("system.") => {
-                tracing::debug!("{}: the attribute {name} cannot be given", path.display());
+                tracing::debug!("{}: could not set the attribute {name}", path.display());
             }
-            done => done.map_err(|error| fail("giving its attributes to", path, error))?,
+            done => done.map_err(|error| fail("setting the attributes of", path, error))?,
         }
     }
     Ok(())
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_given_and_taken() {
+    fn names_are_created_and_removed() {
         let (place, directory) = lab();
         let kind = |result: Result<()>| result.unwrap_err().kind();
         directory.link(Path::new("sub/a"), Path::new("b")).unwrap();
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_file_looks_like_its_model() {
+    fn a_new_file_gets_the_attributes_of_its_model() {
         let (place, directory) = lab();
         let model = place.path().join("sub/a");
         std::fs::set_permissions(&model, std::fs::Permissions::from_mode(0o640)).unwrap();

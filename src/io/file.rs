@@ -1,10 +1,9 @@
 //! One file of a store, opened when needed and closed when descriptors run short.
 //!
-//! A [`StoreFile`] promises that its bytes come from the very file it was made for: when it has
-//! to be opened again, another file at that place, or the same one changed, is `Stale`, never
-//! silently read. While a [`ReadLock`] is held, its descriptor carries QEMU's reader locks, and while a
-//! [`WriteLock`] is, the writer's. It is this one descriptor that carries all locks of the process on
-//! the file, also when the writing itself goes through another ([`WritableFile`]).
+//! A [`StoreFile`] promises that its bytes come from the file it was created for: if it is reopened and
+//! another file has its path, or the same one has changed, it is `Stale`. While a [`ReadLock`] exists, its
+//! descriptor carries QEMU's reader locks, and while a [`WriteLock`] exists, the writer's. This one
+//! descriptor carries all locks of the process on the file; writes go through another one ([`WritableFile`]).
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -23,7 +22,7 @@ use super::descriptors::{DescriptorReservation, Descriptors, Pin, Reclaimable};
 use super::locks;
 use super::{Conflict, Storage, WritableFile};
 
-/// Which file this is, whatever its name: device and inode number.
+/// Identifies a file by device and inode number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileId {
     /// Device number.
@@ -32,8 +31,8 @@ pub struct FileId {
     pub inode: u64,
 }
 
-/// Which file this is for as long as it exists: device and inode number, and when it was born, by which a number
-/// that was given to another file is told. Not every file system knows the last.
+/// Identifies a file over its lifetime: device, inode number and birth time. The birth time detects a reused
+/// inode number. Not every file system has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Identity {
     /// Device and inode number.
@@ -43,27 +42,27 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Of an open file, whatever it was opened for.
+    /// The identity of an open file, in any open mode.
     pub fn of(file: impl AsFd) -> Result<Self> {
         let mask = fs::StatxFlags::INO | fs::StatxFlags::BTIME;
         let found = fs::statx(file, "", fs::AtFlags::EMPTY_PATH, mask)
-            .map_err(|error| Error::io("asking which file it is", error))?;
+            .map_err(|error| Error::io("reading the file's identity", error))?;
         let has_birth = fs::StatxFlags::from_bits_retain(found.stx_mask).contains(fs::StatxFlags::BTIME);
         let device = fs::makedev(found.stx_dev_major, found.stx_dev_minor);
         let birth = (found.stx_btime.tv_sec, found.stx_btime.tv_nsec);
         Ok(Self { id: FileId { device, inode: found.stx_ino }, birth: has_birth.then_some(birth) })
     }
 
-    /// Whether both are one file, as far as the file system tells.
+    /// Whether both are the same file, as far as the file system reports.
     pub fn is(&self, other: &Self) -> bool {
         self.id == other.id && (self.birth.is_none() || other.birth.is_none() || self.birth == other.birth)
     }
 }
 
-/// What changes when somebody writes to a file: size, mtime and ctime.
+/// The version of a file: size, mtime and ctime. Each write changes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileVersion {
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
     /// Modification time, seconds and nanoseconds.
     pub mtime: (i64, u32),
@@ -71,12 +70,12 @@ pub struct FileVersion {
     pub ctime: (i64, u32),
 }
 
-/// Attributes of a file, as far as chainfs needs them.
+/// The attributes of a file that chainfs uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileStat {
-    /// Which file.
+    /// The file's identity.
     pub id: FileId,
-    /// Whether it has changed.
+    /// The file's version.
     pub signature: FileVersion,
     /// Allocated blocks of 512 bytes.
     pub blocks: u64,
@@ -93,7 +92,7 @@ pub struct FileStat {
 impl FileStat {
     /// Attributes of an open file.
     pub fn of(file: impl AsFd) -> Result<Self> {
-        Ok(fs::fstat(file).map_err(|error| Error::io("asking for a file's attributes", error))?.into())
+        Ok(fs::fstat(file).map_err(|error| Error::io("reading a file's attributes", error))?.into())
     }
 
     /// Whether it is a regular file.
@@ -101,13 +100,13 @@ impl FileStat {
         FileType::from_raw_mode(self.mode) == FileType::RegularFile
     }
 
-    /// Whether anybody may write it, by its mode.
+    /// Whether its mode has any write bit.
     pub fn has_write_bit(&self) -> bool {
         self.mode & 0o222 != 0
     }
 }
 
-/// When an open file was made, in seconds and nanoseconds; 0 where its file system does not say.
+/// Birth time of an open file, in seconds and nanoseconds; 0 if its file system does not report it.
 pub fn birth_of(file: impl AsFd) -> (i64, u32) {
     let found = fs::statx(file, "", fs::AtFlags::EMPTY_PATH, fs::StatxFlags::BTIME);
     let has_birth = |found: &fs::Statx| found.stx_mask & fs::StatxFlags::BTIME.bits() != 0;
@@ -132,62 +131,62 @@ impl From<fs::Stat> for FileStat {
     }
 }
 
-/// A file beneath a root. Cheap to keep: it needs a descriptor only while it is read or locked.
+/// A file beneath a root. It uses a descriptor only while it is read or locked.
 #[derive(Debug)]
 pub struct StoreFile {
     root: Arc<Root>,
-    /// Where it is; changes only with [`StoreFile::renamed`]. A leaf.
+    /// Its path; changed only by [`StoreFile::renamed`]. A leaf.
     path: RwLock<PathBuf>,
     id: FileId,
-    /// What the file looked like when it was described; `None` for files that may change while
-    /// they are read (a disk that somebody else writes, read by force). A leaf.
+    /// The attributes at the time of the scan; `None` for files that may change while they are read (a disk
+    /// that another process writes, read with force_share). A leaf.
     expected: Mutex<Option<FileVersion>>,
     descriptor: RwLock<Option<(Arc<OwnedFd>, DescriptorReservation)>>,
     /// Set by every use, cleared by the search for a descriptor to close.
     used: AtomicBool,
     descriptors: Arc<Descriptors>,
-    /// This very file, for the register of open descriptors.
+    /// A reference to itself, for the registry of open descriptors.
     me: Weak<Self>,
-    /// Who wants QEMU's locks held. Taken before `descriptor`.
+    /// The users of QEMU's locks on the descriptor. Taken before `descriptor`.
     holders: Mutex<LockOwners>,
-    /// Whether its descriptor has to stay open, for it carries a writer's locks. Changed under
-    /// `holders`, as is `written`.
+    /// Whether its descriptor must stay open because it carries a writer's locks. Changed under `holders`, as
+    /// is `written`.
     pinned: AtomicBool,
-    /// Whether this process writes the file: then whatever is seen to change is our own doing.
+    /// Whether this process writes the file: then all changes are its own.
     written: AtomicBool,
     /// See [`WritableFile`]. A leaf.
     tables: Arc<RwLock<()>>,
 }
 
-/// Those for whom the file's descriptor carries locks.
+/// The users of the locks on the file's descriptor.
 #[derive(Debug, Default)]
 struct LockOwners {
-    /// Openings to read.
+    /// The number of readers.
     readers: usize,
-    /// Those of the readers that were promised that the file does not change.
+    /// The number of readers that were promised that the file does not change.
     frozen: usize,
-    /// Who writes, if anybody does.
+    /// The writer, if there is one.
     writer: Option<WriterKind>,
 }
 
-/// Descriptors of a file that is written: that which carries the locks, and that which is written through.
+/// Descriptors of a file that is written: one carries the locks, one is written through.
 const DESCRIPTORS_OF_A_WRITER: usize = 2;
-/// Which part of all descriptors may be those of disks that guests write, and of all files that are written: what is left is for
-/// everybody who reads.
+/// The part of all descriptors that may be pinned by disks that guests write, and by all written files. The
+/// rest is for readers.
 const GUESTS_PART: (usize, usize) = (2, 5);
 const JOBS_PART: (usize, usize) = (3, 5);
 
-/// For whom a file is written.
+/// The purpose of writing a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriterKind {
-    /// For a guest: its bytes become others.
+    /// For a guest: the disk's content changes.
     Guest,
-    /// For a job, which knows that no view of those who have the file open as frozen becomes another.
+    /// For a job, which guarantees that no view changes for readers that have the file open as frozen.
     Job,
 }
 
 impl StoreFile {
-    /// A file that was seen at `path` with these attributes. `fixed`: any change makes it stale.
+    /// A file that was found at `path` with these attributes. `fixed`: any change makes it stale.
     pub fn new(
         descriptors: &Arc<Descriptors>,
         root: &Arc<Root>,
@@ -211,12 +210,12 @@ impl StoreFile {
         })
     }
 
-    /// Its place beneath the root.
+    /// Its path beneath the root.
     pub fn path(&self) -> PathBuf {
         self.path.read().clone()
     }
 
-    /// Notes that the file has another name from here on. Only for who gave it that, under a [`WriteLock`].
+    /// Records a new path. Only for the caller that renamed the file, under a [`WriteLock`].
     pub fn renamed(&self, path: &Path) {
         *self.path.write() = path.to_path_buf();
     }
@@ -226,43 +225,43 @@ impl StoreFile {
         self.id
     }
 
-    /// Attributes now.
+    /// Reads the present attributes.
     pub fn stat(&self) -> Result<FileStat> {
         FileStat::of(&*self.descriptor()?)
     }
 
-    /// Bytes that its file system has to give.
+    /// Free bytes of its file system.
     pub fn free_space(&self) -> Result<u64> {
-        let stat = fs::fstatvfs(&*self.descriptor()?).map_err(|error| Error::io("asking for free space", error))?;
+        let stat = fs::fstatvfs(&*self.descriptor()?).map_err(|error| Error::io("reading the free space", error))?;
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
-    /// A descriptor of its own, for passthrough: the caller's to close.
-    pub fn open_again(&self) -> Result<OwnedFd> {
+    /// A duplicate descriptor for passthrough, which the caller closes.
+    pub fn duplicate(&self) -> Result<OwnedFd> {
         self.open()
     }
 
-    /// What the file is expected to look like; `None` if it may change.
+    /// The expected attributes; `None` if the file may change.
     pub fn expected(&self) -> Option<FileVersion> {
         *self.expected.lock()
     }
 
-    /// Whether the file still looks as it was described, or is changed by nobody but ourselves.
+    /// Whether the file has its expected attributes, or is changed only by this process.
     pub fn is_as_expected(&self) -> Result<bool> {
         loop {
             let Some(expected) = self.expected() else { return Ok(true) };
             if self.is_written() || self.stat()?.signature == expected {
                 return Ok(true);
             }
-            // Our own writer may have left in between, and noted what it has made of the file.
+            // A writer of this process may have ended in between and recorded the new attributes.
             if self.expected() == Some(expected) {
                 return Ok(false);
             }
         }
     }
 
-    /// Whether nobody but ourselves has changed the file since it was described, also while we write it: everything
-    /// that was ours is noted by now.
+    /// Whether only this process has changed the file, checked even while this process writes it: the caller
+    /// has recorded all its own changes.
     pub fn is_untouched(&self) -> Result<bool> {
         Ok(self.expected() == Some(self.stat()?.signature))
     }
@@ -278,10 +277,10 @@ impl StoreFile {
         holders.readers > 0 || holders.writer.is_some()
     }
 
-    /// Takes what the file looks like now for what it is to look like from here on: what has
-    /// changed was our own doing. Only under a [`WriteLock`].
+    /// Makes the present attributes the expected ones: this process has made the changes. Only under a
+    /// [`WriteLock`].
     pub fn accept_changes(&self) -> Result<()> {
-        assert!(self.is_written(), "changes are our own only under a lock");
+        assert!(self.is_written(), "own changes need a write lock");
         let now = self.stat()?.signature;
         if let Some(expected) = &mut *self.expected.lock() {
             *expected = now;
@@ -289,9 +288,9 @@ impl StoreFile {
         Ok(())
     }
 
-    /// Takes QEMU's reader locks (or joins those already held), for as long as the guard lives.
-    /// `Busy` if another process writes the file or has marked it inconsistent, and, for a
-    /// reader to whom it is `frozen`, if this one does.
+    /// Takes QEMU's reader locks (or shares those already held) until the guard is dropped. `Busy` if another
+    /// process writes the file or has marked it inconsistent. For a `frozen` reader, also `Busy` if this
+    /// process writes the file.
     pub fn lock(self: &Arc<Self>, frozen: bool) -> Result<ReadLock> {
         let mut holders = self.holders.lock();
         // W1: what a guest writes is promised to no reader as frozen.
@@ -308,28 +307,28 @@ impl StoreFile {
         Ok(ReadLock { file: Arc::clone(self), frozen })
     }
 
-    /// Why the file could not be locked now, as by [`StoreFile::lock`] or [`StoreFile::lock_for_writing`], because of
-    /// other processes: a look, nothing is taken.
+    /// The reason why [`StoreFile::lock`] or [`StoreFile::lock_for_writing`] would fail now because of other
+    /// processes. Takes no lock.
     pub fn locked_out(&self, for_writing: bool, without_locks: bool) -> Option<Error> {
         if self.holders.lock().writer.is_some() {
             return None;
         }
-        // Not under the lock: it would take that for a reader's, and lock the file for him.
+        // Not under `holders`: opening the descriptor would take a reader's locks.
         let descriptor = match self.descriptor() {
             Ok(descriptor) => descriptor,
             Err(error) => return Some(error),
         };
-        match locks::look(descriptor.as_fd(), for_writing) {
+        match locks::conflict(descriptor.as_fd(), for_writing) {
             Ok(()) => None,
             Err(Conflict::System(error)) if without_locks && locks::is_unsupported(error) => None,
             Err(conflict) => Some(self.refused(&conflict, !for_writing)),
         }
     }
 
-    /// Takes QEMU's writer locks, beside those of our own readers, for as long as the guard lives;
-    /// until then the descriptor stays open. `Busy` if another process has the file open in a way that
-    /// does not allow it, or one of our own readers was promised that it does not change; `ReadOnly`
-    /// where locks do not work, unless `without_locks`.
+    /// Takes QEMU's writer locks, in addition to those of this process' readers, until the guard is dropped;
+    /// until then the descriptor stays open. `Busy` if another process' locks exclude a writer, or if a
+    /// reader of this process was promised that the file does not change. `ReadOnly` if locks do not work,
+    /// unless `without_locks`.
     pub fn lock_for_writing(self: &Arc<Self>, kind: WriterKind, without_locks: bool) -> Result<WriteLock> {
         let mut holders = self.holders.lock();
         let busy = |fact| Err(Error::new(ErrorKind::Busy, format!("{} {fact}", self.path().display())));
@@ -342,7 +341,7 @@ impl StoreFile {
         }
         let part = if kind == WriterKind::Guest { GUESTS_PART } else { JOBS_PART };
         let pin = self.descriptors.pin(DESCRIPTORS_OF_A_WRITER, part)?;
-        // Before the locks are taken: from here on nobody closes the descriptor.
+        // Before the locks are taken: from here on the descriptor stays open.
         self.pinned.store(true, Ordering::Release);
         if let Err(error) = self.take_writer_set(&holders, without_locks) {
             self.pinned.store(false, Ordering::Release);
@@ -370,9 +369,9 @@ impl StoreFile {
         }
     }
 
-    /// The file again, to be written through. Its identity is that of this one, or it is `Stale`.
+    /// Opens the file for writing; `Stale` if the path has another file now.
     pub fn open_for_writing(&self) -> Result<Arc<WritableFile>> {
-        let room = self.descriptors.claim(1)?;
+        let room = self.descriptors.reserve(1)?;
         let file = self.root.open_file_for_writing(&self.path())?;
         if FileStat::of(&file)?.id != self.id {
             return Err(self.stale());
@@ -388,15 +387,15 @@ impl StoreFile {
                 let (holders, domain) = super::lock_holders::describe(self.id, *byte);
                 let remedy = match domain {
                     Some(domain) if for_reading => format!(
-                        "what lies below it can be read: take a snapshot with virsh snapshot-create-as {domain} --disk-only \
-                         and read that, or shut {domain} down"
+                        "take a snapshot with virsh snapshot-create-as {domain} --disk-only and read that, or shut \
+                         {domain} down"
                     ),
                     Some(domain) => format!(
-                        "while {domain} runs, its images are changed with virsh (snapshot-create-as, blockcommit, \
-                         blockpull); or shut it down"
+                        "while {domain} runs, change its images with virsh (snapshot-create-as, blockcommit, \
+                         blockpull), or shut it down"
                     ),
                     None if for_reading => {
-                        "wait until it is closed; -U, or force_share for a mount, reads what it is while it changes"
+                        "wait until it is closed, or read it while it changes with -U (for a mount: -o force_share)"
                             .into()
                     }
                     None => "wait until it is closed".into(),
@@ -406,8 +405,8 @@ impl StoreFile {
             Conflict::System(error) if !for_reading && locks::is_unsupported(*error) => Error::new(
                 ErrorKind::ReadOnly,
                 format!(
-                    "{path} lies on a file system without file locks, where nothing keeps two writers apart; if \
-                     nobody else uses it, mount with -o nolock"
+                    "{path} is on a file system without file locks, which cannot exclude a second writer; if no \
+                     other process uses it, mount with -o nolock"
                 ),
             ),
             Conflict::System(error) => Error::io(format!("locking {path}"), *error),
@@ -440,7 +439,7 @@ impl StoreFile {
         self.pinned.store(false, Ordering::Release);
     }
 
-    /// The descriptor, opened if need be. Callers let go of it soon: it is what keeps the file open.
+    /// The descriptor, opened if necessary. Callers drop it soon, because it keeps the file open.
     pub(crate) fn descriptor(&self) -> Result<Arc<OwnedFd>> {
         if let Some((open, _)) = &*self.descriptor.read() {
             self.used.store(true, Ordering::Relaxed);
@@ -450,10 +449,10 @@ impl StoreFile {
         if let Some((open, _)) = &*slot {
             return Ok(Arc::clone(open));
         }
-        let room = self.descriptors.claim(1)?;
+        let room = self.descriptors.reserve(1)?;
         let open = Arc::new(self.open()?);
-        // A reader's locks went with the descriptor that was closed; they come back with this one,
-        // and `open` has made sure that nothing was written in between.
+        // Closing the descriptor released the readers' locks. They are taken again on the new one; `open` has
+        // checked that the file was not written in between.
         if self.holders.try_lock().is_none_or(|holders| holders.readers > 0) {
             locks::take_reader_set(open.as_fd()).map_err(|conflict| self.refused(&conflict, true))?;
         }
@@ -485,16 +484,17 @@ impl Reclaimable for StoreFile {
         self.used.swap(false, Ordering::Relaxed)
     }
 
-    /// Closes the descriptor. Who has the file open may miss its locks, which are taken again when it is next read, but
-    /// somebody else may have come in between; a writer's could not come back, and stay.
-    fn let_go(&self, at_any_cost: bool) -> bool {
+    /// Closes the descriptor. This releases the readers' locks; they are taken again at the next read, and
+    /// another process may have written in between. A writer's locks could not be taken again, so its
+    /// descriptor stays open.
+    fn reclaim(&self, even_locked: bool) -> bool {
         let is_locked = || self.holders.try_lock().is_none_or(|held| held.readers > 0 || held.writer.is_some());
-        if self.pinned.load(Ordering::Acquire) || (!at_any_cost && is_locked()) {
+        if self.pinned.load(Ordering::Acquire) || (!even_locked && is_locked()) {
             return false;
         }
         let Some(mut slot) = self.descriptor.try_write() else { return false };
         let is_used = slot.as_ref().is_some_and(|(open, _)| Arc::strong_count(open) > 1);
-        // Once more: who is about to write has said so before taking the descriptor.
+        // Checked again: a writer sets the flag before it takes the descriptor.
         if is_used || self.pinned.load(Ordering::Acquire) {
             return false;
         }
@@ -505,7 +505,7 @@ impl Reclaimable for StoreFile {
     }
 }
 
-/// A file that is held open for a moment.
+/// A file that is open for a short time.
 impl Storage for OwnedFd {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         read_full(self, at, buf).map_err(|error| Error::io(format!("reading at {at:#x}"), error))
@@ -541,7 +541,7 @@ impl Storage for StoreFile {
     }
 }
 
-/// Reads from `at` until `buf` is full or the file ends; returns how many bytes there were.
+/// Reads from `at` until `buf` is full or the file ends; returns the number of bytes.
 pub fn read_full(file: impl AsFd, at: u64, buf: &mut [u8]) -> rustix::io::Result<usize> {
     let mut done = 0;
     while done < buf.len() {
@@ -555,11 +555,11 @@ pub fn read_full(file: impl AsFd, at: u64, buf: &mut [u8]) -> rustix::io::Result
     Ok(done)
 }
 
-/// What the file system says of `[at, end)`: see [`Storage::extent`].
+/// The file system's answer for [`Storage::extent`].
 pub(super) fn extent(file: &OwnedFd, at: u64, end: u64) -> Run<BlockStatus> {
     let (data, hole) =
         (|end: u64| Run::new(BlockStatus::Data, end - at), |end: u64| Run::new(BlockStatus::Zero, end - at));
-    // The descriptor's own position moves, which no reader looks at.
+    // This moves the descriptor's position, which no reader uses.
     match fs::seek(file, SeekFrom::Data(at)) {
         Ok(next) if next > at => hole(next.min(end)),
         Ok(_) => match fs::seek(file, SeekFrom::Hole(at)) {
@@ -579,12 +579,12 @@ pub struct ReadLock {
 }
 
 impl ReadLock {
-    /// The file that it is on.
+    /// The locked file.
     pub fn file(&self) -> &Arc<StoreFile> {
         &self.file
     }
 
-    /// Whoever holds it was promised that the file does not change, and needs that no more.
+    /// Gives up the promise that the file does not change.
     pub fn thaw(&mut self) {
         if std::mem::replace(&mut self.frozen, false) {
             self.file.holders.lock().frozen -= 1;
@@ -606,13 +606,13 @@ pub struct WriteLock {
 }
 
 impl WriteLock {
-    /// The file that it is on.
+    /// The locked file.
     pub fn file(&self) -> &Arc<StoreFile> {
         &self.file
     }
 
-    /// Goes on writing for another purpose. `Busy` if that is a guest's and somebody was promised that the file
-    /// does not change.
+    /// Changes the purpose of writing. `Busy` if the new one is a guest's, and a reader was promised that the
+    /// file does not change.
     pub fn become_for(&self, kind: WriterKind) -> Result<()> {
         let mut holders = self.file.holders.lock();
         if kind == WriterKind::Guest && holders.frozen > 0 {

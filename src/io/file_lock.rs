@@ -1,7 +1,7 @@
-//! Claims: files of our own that one process at a time may hold.
+//! Exclusive locks on files of chainfs itself.
 //!
-//! An OFD write lock on the whole file, on a description of its own, so that two holders in one process
-//! exclude each other as two processes do. It goes with the process, however that ends.
+//! A lock is an OFD write lock on the whole file, on an open file description of its own, so that two holders
+//! in one process exclude each other as well. The kernel releases it when the process ends for any reason.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -16,28 +16,28 @@ use crate::error::{Error, ErrorKind, Result};
 use super::file::FileStat;
 use super::lock_holders::lock_holders;
 
-/// How often a claim that is held is asked for again.
-const PAUSE: Duration = Duration::from_millis(5);
+/// Interval of attempts while another holder has the lock.
+const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A claim that is held until this is dropped.
+/// A file lock that is held until this is dropped.
 #[derive(Debug)]
 pub struct FileLock {
     file: OwnedFd,
 }
 
 impl FileLock {
-    /// The file that it stands for.
+    /// The locked file.
     pub fn file(&self) -> &OwnedFd {
         &self.file
     }
 
-    /// Takes the claim that `file` stands for; waits for at most `patience` while another holds it, then it is
-    /// `Busy`, naming who. `path` is for the sentence.
+    /// Locks `file`; waits for at most `patience` while another holder has the lock, then fails with `Busy`
+    /// and names the holder. `path` is for the message.
     pub fn take(file: OwnedFd, path: &Path, patience: Duration) -> Result<Self> {
         Self::take_while(file, path, patience, &|| Ok(()))
     }
 
-    /// The same; `go_on` is asked all the while, and what it fails with ends the waiting: the holder may be stopped.
+    /// Like [`FileLock::take`]; an error of `go_on` ends the wait, so that the caller can be stopped.
     pub fn take_while(file: OwnedFd, path: &Path, patience: Duration, go_on: &dyn Fn() -> Result<()>) -> Result<Self> {
         let start = Instant::now();
         loop {
@@ -45,13 +45,13 @@ impl FileLock {
                 Ok(_) => return Ok(Self { file }),
                 Err(Errno::EAGAIN | Errno::EACCES) if start.elapsed() < patience => {
                     go_on()?;
-                    thread::sleep(PAUSE);
+                    thread::sleep(RETRY_INTERVAL);
                 }
                 Err(Errno::EAGAIN | Errno::EACCES) => {
                     let holders = lock_holders(FileStat::of(&file)?.id, 0);
                     let names: Vec<String> = holders.iter().map(ToString::to_string).collect();
                     let by = if names.is_empty() { "this process".to_owned() } else { names.join(", ") };
-                    let fact = format!("{} is held by {by}; wait until it is done", path.display());
+                    let fact = format!("{} is locked by {by}; wait until that has finished", path.display());
                     return Err(Error::new(ErrorKind::Busy, fact));
                 }
                 Err(error) => return Err(locking(path, error)),
@@ -59,7 +59,7 @@ impl FileLock {
         }
     }
 
-    /// Whether somebody holds the claim that `file` stands for: a look, nothing is taken.
+    /// Whether `file` is locked. Takes no lock.
     pub fn is_held(file: impl AsFd, path: &Path) -> Result<bool> {
         let mut question = whole();
         fcntl(file, FcntlArg::F_OFD_GETLK(&mut question)).map_err(|error| locking(path, error))?;
@@ -69,7 +69,7 @@ impl FileLock {
 
 fn locking(path: &Path, error: Errno) -> Error {
     if super::locks::is_unsupported(error) {
-        let fact = "lies on a file system without file locks, where nothing keeps two who change a store apart";
+        let fact = "is on a file system without file locks, so two processes could change the store at once";
         return Error::new(ErrorKind::ReadOnly, format!("{} {fact}", path.display()));
     }
     Error::io(format!("locking {}", path.display()), error)
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_at_a_time_holds_it() {
+    fn only_one_holder_has_the_lock() {
         let place = tempfile::NamedTempFile::new().unwrap();
         let open = || OwnedFd::from(std::fs::File::options().read(true).write(true).open(place.path()).unwrap());
         let take = || FileLock::take(open(), Path::new("lock"), Duration::from_millis(20));

@@ -1,15 +1,15 @@
-//! The groups of a process that waits for us.
+//! The groups of a client process.
 
 use std::path::Path;
 
-/// Bytes of a process' status that are looked at: 65,536 groups fit.
+/// Bytes to read of a process' status: 65,536 groups fit.
 const MAX_STATUS: usize = 1 << 20;
 
-/// The groups of the thread `pid`, if that still acts for `uid`; only `gid` where nobody can tell. Whoever asks the
-/// kernel for something waits for the answer, so that the number is still that of the one who asked.
+/// The groups of the thread `pid`, if it still acts for `uid`; only `gid` if they are unknown. The client
+/// waits for the reply, so its thread number has not been reused.
 pub fn groups_of_process(pid: u32, uid: u32, gid: u32) -> Vec<u32> {
     let mut groups = vec![gid];
-    // 0: the one who asks cannot be seen from here.
+    // 0: the client is in a pid namespace that this process cannot see.
     if pid != 0 {
         groups.extend(read(Path::new(&format!("/proc/{pid}/status")), uid).unwrap_or_default());
     }
@@ -23,10 +23,10 @@ fn read(status: &Path, uid: u32) -> Option<Vec<u32>> {
     if len == MAX_STATUS { None } else { parse(&text, uid) }
 }
 
-/// What a status says of groups, if the user by whose rights files are reached is `uid`.
+/// The groups in a status file, if the user for file access is `uid`.
 fn parse(text: &str, uid: u32) -> Option<Vec<u32>> {
     let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
-    // Real, effective, saved, and of file systems.
+    // Real, effective, saved and file system uid.
     let acts_for: u32 = field("Uid:")?.split_ascii_whitespace().nth(3)?.parse().ok()?;
     if acts_for != uid {
         return None;
@@ -39,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_one_who_asks_is_looked_at() {
+    fn only_the_callers_own_groups_are_used() {
         let text = "Name:\tx\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t10 11 \nNStgid:\t1\n";
         assert_eq!(parse(text, 4), Some(vec![10, 11]));
         assert_eq!(parse(text, 2), None);

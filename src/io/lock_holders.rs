@@ -1,7 +1,7 @@
-//! Who it is that holds a lock, where `/proc` tells: process, program, and the virtual machine that it runs.
+//! Finds the holders of a lock in `/proc`: process, program, and the virtual machine that it runs.
 //!
-//! Only for sentences: the answer is a moment old, and lacks what another user's processes hide. It is bounded: however many
-//! ask, and however often, `/proc` is walked through by one at a time, for a limited time, and what was found answers all.
+//! Only for messages: the answer may be outdated, and lacks processes of other users. The cost is bounded:
+//! one thread at a time walks `/proc`, for a limited time, and its result answers all concurrent requests.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -14,14 +14,14 @@ use parking_lot::Mutex;
 
 use super::file::FileId;
 
-/// A process, by number and name.
+/// A process that holds a lock.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LockHolder {
-    /// Process number.
+    /// Process id.
     pub pid: u32,
     /// Its program's name as `/proc/PID/comm` says.
     pub program: String,
-    /// The virtual machine that it runs, as QEMU and libvirt call it.
+    /// The name of the virtual machine that it runs, from QEMU's command line.
     pub domain: Option<String>,
 }
 
@@ -32,16 +32,16 @@ impl fmt::Display for LockHolder {
     }
 }
 
-/// Other processes that hold a lock on `byte` of the file `id`.
+/// The other processes that hold a lock on `byte` of the file `id`.
 pub fn lock_holders(id: FileId, byte: i64) -> Vec<LockHolder> {
     LockSurvey::for_lock(id.inode, byte).holders(id.inode, byte)
 }
 
-/// As [`lock_holders`], for many files at once: who holds `byte` of which inode. Inode numbers
-/// are those of any file system, so ask only about files that are known to be locked.
+/// Like [`lock_holders`], for many files at once: the holders of `byte` by inode. Inode numbers of different
+/// file systems are not told apart, so ask only about files that are known to be locked.
 pub fn all_lock_holders(inodes: &[u64], byte: i64) -> HashMap<u64, Vec<LockHolder>> {
     let Some(first) = inodes.first() else { return HashMap::new() };
-    // One that nobody is known to hold is a reason to look again.
+    // A lock without a known holder is a reason for a new survey.
     let unknown = |survey: &LockSurvey| inodes.iter().copied().find(|inode| survey.holders(*inode, byte).is_empty());
     let mut survey = LockSurvey::for_lock(*first, byte);
     if let Some(inode) = unknown(&survey) {
@@ -50,37 +50,38 @@ pub fn all_lock_holders(inodes: &[u64], byte: i64) -> HashMap<u64, Vec<LockHolde
     inodes.iter().map(|inode| (*inode, survey.holders(*inode, byte))).collect()
 }
 
-/// How long one walk through `/proc` may take: a host may have many thousand processes, and who asks waits.
-const WALK: Duration = Duration::from_millis(250);
-/// For how many times its own cost a walk answers all who ask: looking again and again, as a program does that is
-/// refused and tries again at once, takes a tenth of a processor at most.
-const ANSWERS: u32 = 10;
+/// Time limit of one walk through `/proc`: a host may have many thousand processes, and the caller waits.
+const SURVEY_TIME_LIMIT: Duration = Duration::from_millis(250);
+/// A survey stays valid for this many times its own duration: a program that retries in a loop then costs at
+/// most a tenth of a processor.
+const VALIDITY_FACTOR: u32 = 10;
 
 /// All locks of all processes at one moment.
 struct LockSurvey {
     begun: Instant,
     cost: Duration,
-    /// By inode: first and last locked byte, and who holds it; `None` is this process.
+    /// By inode: first and last locked byte, and the holder; `None` is this process.
     locks: HashMap<u64, Vec<(i64, i64, Option<LockHolder>)>>,
 }
 
 impl LockSurvey {
-    /// The last one, if it still holds for this question; else a new one. Whoever comes while one is made waits for it.
+    /// The last survey, if it is still valid for this lock; else a new one. Callers wait for a survey in
+    /// progress.
     fn for_lock(inode: u64, byte: i64) -> Arc<Self> {
         static LAST: Mutex<Option<Arc<LockSurvey>>> = Mutex::new(None);
         let mut last = LAST.lock();
         if let Some(known) = &*last {
             let is_found = known.all(inode, byte).next().is_some();
-            // Who is not found may have come since.
-            let holds_for = if is_found { known.cost * ANSWERS } else { known.cost };
-            if known.begun.elapsed() < known.cost + holds_for && !known.names_the_dead(inode, byte) {
+            // A holder that is not found may have locked the file after the survey.
+            let holds_for = if is_found { known.cost * VALIDITY_FACTOR } else { known.cost };
+            if known.begun.elapsed() < known.cost + holds_for && !known.has_ended_holder(inode, byte) {
                 return Arc::clone(known);
             }
         }
-        Arc::clone(last.insert(Arc::new(Self::new(WALK))))
+        Arc::clone(last.insert(Arc::new(Self::new(SURVEY_TIME_LIMIT))))
     }
 
-    /// Looks at all processes, for as long as there is time.
+    /// Surveys all processes within the time limit.
     fn new(limit: Duration) -> Self {
         let begun = Instant::now();
         let mut locks: HashMap<u64, Vec<(i64, i64, Option<LockHolder>)>> = HashMap::new();
@@ -108,8 +109,8 @@ impl LockSurvey {
         held.filter(move |(first, last, _)| (*first..=*last).contains(&byte)).map(|(_, _, holder)| holder)
     }
 
-    /// Whether one that held the byte has ended since: another may hold it by now.
-    fn names_the_dead(&self, inode: u64, byte: i64) -> bool {
+    /// Whether a holder of the byte has ended since: another process may hold it now.
+    fn has_ended_holder(&self, inode: u64, byte: i64) -> bool {
         self.all(inode, byte).flatten().any(|holder| !Path::new(&format!("/proc/{}", holder.pid)).exists())
     }
 
@@ -122,16 +123,16 @@ impl LockSurvey {
     }
 }
 
-const UNSEEN: &str = "which one cannot be seen from here";
+const UNIDENTIFIED: &str = "which cannot be identified from here";
 
-/// The holders of `byte` as part of a sentence, and the virtual machine of one that runs any.
+/// The holders of `byte` as part of a message, and the virtual machine of one of them.
 pub(super) fn describe(id: FileId, byte: i64) -> (String, Option<String>) {
     let survey = LockSurvey::for_lock(id.inode, byte);
     let holders = survey.holders(id.inode, byte);
     if holders.is_empty() {
-        // Two openings of ours: the older one is of the file as it was before somebody changed it.
+        // This process holds the lock: an older open of the file from before it was changed.
         let is_own = survey.all(id.inode, byte).next().is_some();
-        let sentence = if is_own { "by this mount, in a disk opened before the file changed" } else { UNSEEN };
+        let sentence = if is_own { "by this mount, for a disk opened before the file changed" } else { UNIDENTIFIED };
         return (sentence.to_string(), None);
     }
     let domain = holders.iter().find_map(|holder| holder.domain.clone());
@@ -145,8 +146,8 @@ pub(super) fn others(is_one: impl Fn(&Path) -> bool) -> Vec<LockHolder> {
     holders
 }
 
-/// Numbers and directories of all processes, `with_own` among them or not, the newest first: what holds a lock is more
-/// often a program of today than one of the system's.
+/// Ids and directories of all processes, newest first, with or without this one: recently started programs
+/// hold locks more often than system services.
 pub(super) fn processes(with_own: bool) -> impl Iterator<Item = (u32, PathBuf)> {
     let own = std::process::id();
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -164,7 +165,7 @@ impl LockHolder {
     }
 }
 
-/// The name that a QEMU was given with `-name`.
+/// The name given to QEMU with `-name`.
 fn domain(process: &Path) -> Option<String> {
     let line = fs::read(process.join("cmdline")).ok()?;
     let mut words = line.split(|byte| *byte == 0);
@@ -172,7 +173,8 @@ fn domain(process: &Path) -> Option<String> {
     domain_of(words.skip_while(|word| *word != b"-name").nth(1).filter(|_| is_qemu)?)
 }
 
-/// `guest=web01,debug-threads=on`, or the name alone before the first comma; one within the name is doubled.
+/// Parses `guest=web01,debug-threads=on`, or the name alone before the first comma; a comma in the name is
+/// doubled.
 fn domain_of(value: &[u8]) -> Option<String> {
     let mut name = Vec::new();
     let mut bytes = value.strip_prefix(b"guest=").unwrap_or(value).iter().copied().peekable();
@@ -186,7 +188,7 @@ fn domain_of(value: &[u8]) -> Option<String> {
     (!name.is_empty() && !name.contains(char::is_control)).then_some(name)
 }
 
-/// What a line of fdinfo says is locked: inode, first and last byte.
+/// Parses a lock line of fdinfo: inode, first and last byte.
 /// `lock:\t1: OFDLCK  ADVISORY  READ -1 fe:00:1234 101 101`.
 fn lock(line: &str) -> Option<(u64, i64, i64)> {
     let words: Vec<_> = line.strip_prefix("lock:")?.split_whitespace().collect();
@@ -203,7 +205,7 @@ mod tests {
     use std::os::fd::OwnedFd;
 
     #[test]
-    fn a_domain_is_what_qemu_was_called() {
+    fn a_domain_is_the_name_given_to_qemu() {
         let name = |value: &str| domain_of(value.as_bytes());
         assert_eq!(name("guest=web01,debug-threads=on").as_deref(), Some("web01"));
         assert_eq!(name("web01").as_deref(), Some("web01"));
@@ -221,23 +223,23 @@ mod tests {
     }
 
     #[test]
-    fn one_walk_answers_many_who_ask_and_who_is_not_found_is_looked_for_again() {
+    fn one_survey_answers_many_and_a_missing_holder_starts_another() {
         let place = tempfile::NamedTempFile::new().unwrap();
         let file = std::fs::File::options().read(true).write(true).open(place.path()).unwrap();
         let id = FileStat::of(&file).unwrap().id;
         let claim = FileLock::take(OwnedFd::from(file), place.path(), Duration::ZERO).unwrap();
         let own = |survey: &LockSurvey| survey.all(id.inode, 0).next().is_some();
-        // Another test's walk may have begun before the claim was there.
+        // Another test's survey may have begun before the lock was taken.
         let found =
             (0..1000).map(|_| LockSurvey::for_lock(id.inode, 0)).find(|survey| own(survey)).expect("our own lock");
-        assert!(found.holders(id.inode, 0).is_empty(), "this process is nobody else");
+        assert!(found.holders(id.inode, 0).is_empty(), "this process is not listed as another one");
         let again: Vec<_> = (0..20).map(|_| LockSurvey::for_lock(id.inode, 0)).collect();
         assert!(again.windows(2).filter(|pair| !Arc::ptr_eq(&pair[0], &pair[1])).count() < 10, "few walks for many");
         drop(claim);
     }
 
     #[test]
-    fn a_walk_ends_when_its_time_is_over() {
+    fn a_survey_ends_at_its_time_limit() {
         assert!(LockSurvey::new(Duration::ZERO).locks.is_empty());
     }
 }

@@ -1,17 +1,16 @@
-//! QEMU's image locks: which bytes mean what, and how a reader takes them.
+//! QEMU's image locks: the meaning of the bytes, and how readers and writers lock them.
 //!
-//! Byte `100 + n` says "I use permission n", `200 + n` "I do not share permission n"; all are
-//! open-file-description read locks of one byte, so that several holders of one byte do not
-//! exclude each other and a conflict is found by asking whether a write lock would be refused.
-//! As in QEMU, a holder first sets its bytes and then tests the opposite ones: two that race may
-//! both fail, never both succeed.
+//! Byte `100 + n` means "I use permission n", byte `200 + n` "I do not share permission n". All are
+//! open-file-description read locks of one byte, so that several holders of one byte do not exclude each
+//! other. A conflict is found by testing whether a write lock would be refused. As in QEMU, a holder first
+//! sets its bytes and then tests the opposite ones: of two that race, both may fail, but never both succeed.
 
 use std::os::fd::BorrowedFd;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
-/// QEMU's permission bits, as far as images use them.
+/// The permission bits of QEMU that images use.
 const CONSISTENT_READ: i64 = 0;
 const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
@@ -19,57 +18,57 @@ const RESIZE: i64 = 3;
 const USED: i64 = 100;
 const UNSHARED: i64 = 200;
 
-/// What a reader holds: it uses consistent reads and shares neither writing nor resizing.
+/// The bytes of a reader: it uses consistent reads and shares neither writing nor resizing.
 const READER_SET: [i64; 3] = [USED + CONSISTENT_READ, UNSHARED + WRITE, UNSHARED + RESIZE];
-/// What a reader may not find held by others, and what that means.
+/// The bytes that exclude a reader if others hold them, with the reason.
 const READER_CONFLICTS: [(i64, &str); 3] = [
     (UNSHARED + CONSISTENT_READ, "is marked inconsistent by another process"),
     (USED + WRITE, "is being written by another process"),
     (USED + RESIZE, "is being resized by another process"),
 ];
 
-/// What a writer holds besides the reader's set: it uses writing and resizing.
+/// The additional bytes of a writer: it uses writing and resizing.
 const WRITER_ADDS: [i64; 2] = [USED + WRITE, USED + RESIZE];
-/// What a writer may not find held by others: the plainest fact first.
+/// The bytes that exclude a writer if others hold them; the clearest reason first.
 const WRITER_CONFLICTS: [(i64, &str); 5] = [
     (USED + WRITE, "is being written by another process"),
     (USED + RESIZE, "is being resized by another process"),
     (UNSHARED + CONSISTENT_READ, "is marked inconsistent by another process"),
-    (UNSHARED + WRITE, "is being read by another process, which keeps writers out"),
-    (UNSHARED + RESIZE, "is being used by another process, which keeps its size"),
+    (UNSHARED + WRITE, "is being read by another process, which excludes writers"),
+    (UNSHARED + RESIZE, "is being used by another process, which does not allow resizing"),
 ];
 
-/// The byte that whoever writes an image holds.
+/// The byte that each writer of an image holds.
 pub const WRITER_BYTE: i64 = USED + WRITE;
 
-/// Why a lock was not given.
+/// Why a lock was refused.
 #[derive(Debug)]
 pub enum Conflict {
     /// Another open file description holds `byte`.
     Held {
         /// The byte.
         byte: i64,
-        /// What holding it means, to follow the file's name.
+        /// The reason, phrased to follow the file's name.
         fact: &'static str,
     },
-    /// Locks do not work here.
+    /// The file system does not support locks.
     System(Errno),
 }
 
-/// Takes the reader's set on `file`, or nothing.
+/// Takes the reader's bytes on `file`, all or none.
 pub(super) fn take_reader_set(file: BorrowedFd<'_>) -> Result<(), Conflict> {
     for byte in READER_SET {
         if let Err(error) = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK, byte))) {
             drop_all(file);
-            // File systems without such locks have no QEMU that holds any: nothing to keep out of.
+            // On a file system without such locks, no QEMU holds any: there is no conflict to detect.
             return if is_unsupported(error) { Ok(()) } else { Err(Conflict::System(error)) };
         }
     }
     test(file, &READER_CONFLICTS).inspect_err(|_| drop_all(file))
 }
 
-/// Adds what a writer holds to the reader's set on `file`, or nothing. Unlike for a reader, locks
-/// that do not work are a failure: nothing would keep two writers apart.
+/// Adds the writer's bytes to the reader's on `file`, all or none. Unlike for a reader, missing lock support
+/// is an error: nothing would exclude a second writer.
 pub(super) fn add_writer_set(file: BorrowedFd<'_>) -> Result<(), Conflict> {
     for byte in WRITER_ADDS {
         if let Err(error) = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK, byte))) {
@@ -80,8 +79,8 @@ pub(super) fn add_writer_set(file: BorrowedFd<'_>) -> Result<(), Conflict> {
     test(file, &WRITER_CONFLICTS).inspect_err(|_| drop_writer_set(file))
 }
 
-/// What would keep a reader, or a writer, from the file now: a look, nothing is taken.
-pub(super) fn look(file: BorrowedFd<'_>, for_writing: bool) -> Result<(), Conflict> {
+/// The conflict that would exclude a reader or a writer now. Takes no lock.
+pub(super) fn conflict(file: BorrowedFd<'_>, for_writing: bool) -> Result<(), Conflict> {
     let conflicts: &[(i64, &str)] = if for_writing { &WRITER_CONFLICTS } else { &READER_CONFLICTS };
     match test(file, conflicts) {
         Err(Conflict::System(error)) if !for_writing && is_unsupported(error) => Ok(()),
@@ -89,14 +88,14 @@ pub(super) fn look(file: BorrowedFd<'_>, for_writing: bool) -> Result<(), Confli
     }
 }
 
-/// Becomes a reader again.
+/// Releases the writer's bytes and keeps the reader's.
 pub(super) fn drop_writer_set(file: BorrowedFd<'_>) {
     for byte in WRITER_ADDS {
         let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, byte)));
     }
 }
 
-/// Whether this is how a file system says that it has no such locks.
+/// Whether the error means that the file system does not support these locks.
 pub(super) fn is_unsupported(error: Errno) -> bool {
     matches!(error, Errno::EINVAL | Errno::ENOTSUP | Errno::ENOSYS | Errno::ENOLCK)
 }
@@ -112,14 +111,14 @@ fn test(file: BorrowedFd<'_>, conflicts: &[(i64, &'static str)]) -> Result<(), C
     Ok(())
 }
 
-/// Lets go of all of QEMU's bytes on `file`.
+/// Releases all of QEMU's bytes on `file`.
 pub(super) fn drop_all(file: BorrowedFd<'_>) {
     let mut all = range(libc::F_UNLCK, USED);
     all.l_len = UNSHARED + RESIZE + 1 - USED;
     let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&all));
 }
 
-/// Whether another process writes the file behind `file` now: a look, nothing is taken.
+/// Whether another process writes the open file `file` now. Takes no lock.
 pub fn probe_writer(file: BorrowedFd<'_>) -> bool {
     held_by_others(file, USED + WRITE).unwrap_or(false)
 }
@@ -145,9 +144,9 @@ mod tests {
     use super::*;
     use std::os::fd::AsFd;
 
-    /// Two descriptions of one file see each other as two processes would.
+    /// Two open file descriptions conflict like two processes.
     #[test]
-    fn readers_share_and_a_writer_keeps_them_out() {
+    fn readers_share_and_a_writer_excludes_them() {
         let path = tempfile::NamedTempFile::new().unwrap();
         let open = || std::fs::OpenOptions::new().read(true).write(true).open(path.path()).unwrap();
         let (one, two, writer) = (open(), open(), open());
@@ -159,7 +158,7 @@ mod tests {
         fcntl(&writer, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK, USED + WRITE))).unwrap();
         assert!(matches!(take_reader_set(one.as_fd()), Err(Conflict::Held { byte: 101, .. })));
         assert!(probe_writer(two.as_fd()));
-        // The refused reader holds nothing: a writer that tests 201 sees only `two`.
+        // The refused reader holds no bytes: a writer that tests 201 sees only `two`.
         drop_all(two.as_fd());
         assert!(!held_by_others(writer.as_fd(), UNSHARED + WRITE).unwrap());
 
@@ -168,14 +167,14 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_becomes_a_writer_only_when_it_is_alone_and_stays_a_reader_otherwise() {
+    fn only_a_sole_reader_becomes_a_writer_and_others_stay_readers() {
         let path = tempfile::NamedTempFile::new().unwrap();
         let open = || std::fs::File::open(path.path()).unwrap();
         let (one, two, other) = (open(), open(), open());
         take_reader_set(one.as_fd()).unwrap();
         take_reader_set(two.as_fd()).unwrap();
         assert!(matches!(add_writer_set(one.as_fd()), Err(Conflict::Held { byte: 201, .. })));
-        // What was added has gone again, what was there before has not.
+        // The added bytes are released, the earlier ones are kept.
         assert!(!held_by_others(other.as_fd(), USED + WRITE).unwrap());
         drop_all(two.as_fd());
         assert!(held_by_others(other.as_fd(), UNSHARED + WRITE).unwrap());

@@ -1,8 +1,7 @@
-//! Positional storage: where the bytes of an image come from.
+//! Positional storage: the source of an image's bytes.
 //!
-//! Everything above speaks to a [`Storage`]; it does not know whether that is a file beneath a
-//! store or a vector in a test. This layer knows files, confinement and QEMU's locks, and
-//! nothing of qcow2.
+//! Higher layers use the [`Storage`] trait, which a file beneath a store implements, or a vector in a test.
+//! This layer handles files, confinement and QEMU's locks, and knows nothing of qcow2.
 
 mod beneath;
 mod descriptors;
@@ -38,76 +37,76 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BlockStatus, Run};
 
-#[expect(clippy::len_without_is_empty, reason = "an empty image file is nothing to ask for")]
+#[expect(clippy::len_without_is_empty, reason = "no caller tests for empty files")]
 /// The bytes of one image file (or external data file), by position.
 pub trait Storage: Send + Sync {
-    /// Reads from `at` into `buf` and returns how many bytes were there. Fewer than `buf.len()`
-    /// means that the file ends: never an interrupted read.
+    /// Reads from `at` into `buf` and returns the number of bytes. Fewer than `buf.len()` means the end of
+    /// the file, never an interrupted read.
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize>;
 
-    /// Bytes of the file now.
+    /// Present size of the file in bytes.
     fn len(&self) -> Result<u64>;
 
-    /// The first run of `[at, end)` that is all data or all hole. Where holes cannot be told, everything is data.
+    /// The first run of `[at, end)` that is all data or all hole. If the file system does not report holes,
+    /// everything is data.
     fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {
         Ok(Run::new(BlockStatus::Data, end - at))
     }
 
-    /// As [`Storage::read_at`], of tables that this process may be writing (with
-    /// [`WriteStorage::write_table_at`]): what is read is never a mixture of before and after.
+    /// Like [`Storage::read_at`], for tables that this process may be writing (with
+    /// [`WriteStorage::write_table_at`]): the result is never a mixture of old and new bytes.
     fn read_table_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         self.read_at(at, buf)
     }
 
-    /// The open file behind it, for copies that the kernel can make by itself; `None` where there is none.
+    /// The open file, for copies by the kernel; `None` if this storage is no file.
     fn open_file(&self) -> Option<Arc<OwnedFd>> {
         None
     }
 }
 
-/// A file that may be changed. Between two calls of [`WriteStorage::sync`] a crash of the machine
-/// may lose or keep any part of what was done, in any combination; a crash of the process loses
-/// nothing of what has returned.
+/// A writable file. Between two calls of [`WriteStorage::sync`], a crash of the machine may lose or keep any
+/// part of the changes, in any combination. A crash of the process loses no change whose call has returned.
 pub trait WriteStorage: Storage {
-    /// Writes all of `bytes` at `at`; the file grows if it must. After an error any part of them
-    /// may have been written.
+    /// Writes all of `bytes` at `at`; the file grows if necessary. After an error, any part may have been
+    /// written.
     fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()>;
 
-    /// Makes the file `len` bytes long. What is new of it reads as zeroes.
+    /// Sets the file's length to `len` bytes. New bytes read as zeroes.
     fn set_len(&self, len: u64) -> Result<()>;
 
-    /// Gives back the space of a range, which reads as zeroes from then on; the file's length
-    /// stays. `Unsupported` where the file system cannot.
+    /// Punches a hole: frees the space of a range, which then reads as zeroes. The file's length stays.
+    /// `Unsupported` if the file system cannot punch holes.
     fn punch_hole(&self, at: u64, len: u64) -> Result<()>;
 
-    /// Makes a range read as zeroes and keeps (or takes) its space; the file grows if it must.
+    /// Zeroes a range and keeps (or allocates) its space; the file grows if necessary.
     fn write_zeroes(&self, at: u64, len: u64) -> Result<()>;
 
-    /// Takes space for a range, whose bytes stay as they are, so that writing there cannot fail
-    /// for want of it; the file grows if it must. `Unsupported` where the file system cannot.
+    /// Allocates space for a range without changing its bytes, so that a later write cannot fail for lack of
+    /// space; the file grows if necessary. `Unsupported` if the file system cannot do that.
     fn allocate(&self, at: u64, len: u64) -> Result<()>;
 
-    /// Takes space for a range as [`WriteStorage::allocate`] does, but leaves the file as long as it is.
-    /// What lies past its end is given back by [`WriteStorage::punch_hole`].
+    /// Like [`WriteStorage::allocate`], but keeps the file's length. [`WriteStorage::punch_hole`] frees space
+    /// past the end.
     fn reserve(&self, at: u64, len: u64) -> Result<()>;
 
-    /// As [`WriteStorage::write_at`], of tables that others of this process may be reading (with
+    /// Like [`WriteStorage::write_at`], for tables that other threads may be reading (with
     /// [`Storage::read_table_at`]).
     fn write_table_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
         self.write_at(at, bytes)
     }
 
-    /// Copies `len` bytes of `source` from `from` on to `at`; the file grows if it must. The source has to
-    /// have them all. Where the file system can, both files share the bytes afterwards.
+    /// Copies `len` bytes at `from` of `source` to `at`; the file grows if necessary. The source must be long
+    /// enough. Both files share the blocks afterwards if the file system supports it.
     fn copy_from(&self, at: u64, source: &dyn Storage, from: u64, len: u64) -> Result<()> {
         copy_by_hand(self, at, source, from, len)
     }
 
-    /// Returns when all that was written is durable, the file's length included.
+    /// Makes all writes durable, the file's length included.
     fn sync(&self) -> Result<()>;
 }
 
-/// Bytes that are copied at once where the kernel cannot do it.
+/// Bytes copied at a time if the kernel cannot copy.
 const COPY_STEP: u64 = 1 << 20;
 
 /// [`WriteStorage::copy_from`] through a buffer.
@@ -123,7 +122,7 @@ fn copy_by_hand<W: WriteStorage + ?Sized>(
     while done < len {
         let piece = &mut buffer[..(len - done).min(COPY_STEP) as usize];
         if source.read_at(from + done, piece)? < piece.len() {
-            let fact = format!("a file ends before {:#x}, in the middle of what was to be copied", from + len);
+            let fact = format!("a file ends before {:#x}, within the range to copy", from + len);
             return Err(Error::new(ErrorKind::Io, fact));
         }
         target.write_at(at + done, piece)?;

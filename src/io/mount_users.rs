@@ -1,6 +1,6 @@
-//! Who keeps a mount busy, and who keeps one alive that has been taken away here.
+//! Finds the users of a busy mount, and the namespaces in which an unmounted one lives on.
 //!
-//! Only for sentences: the answer is a moment old, and lacks what another user's processes hide.
+//! Only for messages: the answer may be outdated, and lacks processes of other users.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use super::lock_holders::{LockHolder, others, processes};
 use super::mounts;
 
-/// Other processes that have a file open, mapped, or as their place, beneath `directory`.
+/// Other processes with an open or mapped file, a current or root directory, or their program beneath
+/// `directory`.
 pub fn users_of(directory: &Path) -> Vec<LockHolder> {
     let beneath = |link: &Path| fs::read_link(link).is_ok_and(|target| target.starts_with(directory));
     others(|process| {
@@ -25,11 +26,12 @@ pub fn users_of(directory: &Path) -> Vec<LockHolder> {
     })
 }
 
-/// What else keeps a mount at `directory` busy: loop devices, mounts on it, and `with_own` this process' own place.
+/// Other users of a mount at `directory`: loop devices, mounts on it, and with `with_own` this process'
+/// current directory.
 pub fn other_users_of(directory: &Path, with_own: bool) -> Vec<String> {
     let mut users = Vec::new();
     if with_own && fs::read_link("/proc/self/cwd").is_ok_and(|place| place.starts_with(directory)) {
-        users.push("this command, whose current directory it is".to_owned());
+        users.push("this command, which has its current directory there".to_owned());
     }
     for device in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
         let file = fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
@@ -44,7 +46,7 @@ pub fn other_users_of(directory: &Path, with_own: bool) -> Vec<String> {
     users
 }
 
-/// One process of each other mount namespace that still shows the mount of that device: there it goes on.
+/// One process of each other mount namespace in which the device is still mounted.
 pub fn namespaces_with(device: (u32, u32)) -> Vec<LockHolder> {
     let mut seen: Vec<PathBuf> = fs::read_link("/proc/self/ns/mnt").into_iter().collect();
     let wanted = format!("{}:{}", device.0, device.1);

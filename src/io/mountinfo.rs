@@ -1,4 +1,4 @@
-//! What is mounted where, as `/proc/self/mountinfo` tells it (proc(5)).
+//! Reads the list of mounts from `/proc/self/mountinfo` (proc(5)).
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -10,27 +10,27 @@ use rustix::fs::{self, Mode, OFlags};
 
 use crate::error::{Error, Result};
 
-use super::descriptors::with_room;
+use super::descriptors::with_descriptor;
 
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountEntry {
     /// Major and minor device number.
     pub device: (u32, u32),
-    /// Where it is mounted.
+    /// The mount point.
     pub directory: PathBuf,
     /// Type, with its subtype: `ext4`, `fuse.chainfs`.
     pub kind: String,
-    /// What is mounted.
+    /// The mount source.
     pub source: PathBuf,
 }
 
-/// All mounts of this namespace, in the order in which they were made.
+/// All mounts of this namespace, oldest first.
 pub fn mounts() -> Result<Vec<MountEntry>> {
     let fail = |error: std::io::Error| Error::io("reading the list of mounts", error);
     let open = || fs::open("/proc/self/mountinfo", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let mut text = Vec::new();
-    let mut file = File::from(with_room(open).map_err(|error| fail(error.into()))?);
+    let mut file = File::from(with_descriptor(open).map_err(|error| fail(error.into()))?);
     file.read_to_end(&mut text).map_err(fail)?;
     Ok(text.split(|byte| *byte == b'\n').filter_map(entry).collect())
 }
@@ -48,7 +48,7 @@ fn entry(line: &[u8]) -> Option<MountEntry> {
     })
 }
 
-/// Spaces, tabs, newlines and backslashes stand there as three octal digits.
+/// Decodes spaces, tabs, newlines and backslashes, which are written as three octal digits.
 fn unescape(word: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(word.len());
     let mut rest = word;
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_of_mountinfo_is_taken_apart() {
+    fn a_line_of_mountinfo_is_parsed() {
         let line = br"36 35 0:98 / /mnt/my\040images rw,nosuid shared:1 - fuse.chainfs /srv/a\134b ro,user_id=0";
         let expected = MountEntry {
             device: (0, 98),

@@ -1,6 +1,6 @@
-//! Whose a file or directory is, and whom it lets in, as Linux goes by it: owner, group, mode and POSIX access list.
+//! Reads the permissions of files and directories: owner, group, mode and POSIX access list.
 //!
-//! Only looks. What follows for whom is decided in `store::rights`.
+//! This module only reads them. `store::rights` decides what they allow.
 
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use super::beneath::Root;
 use super::file::FileStat;
 
-/// What the kernel goes by.
+/// The attributes that the kernel checks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Permissions {
     /// Owner.
@@ -24,20 +24,20 @@ pub struct Permissions {
     pub gid: u32,
     /// Type and permission bits.
     pub mode: u32,
-    /// The access list, where there is one.
+    /// The access list, if there is one.
     pub list: Option<Vec<AccessEntry>>,
 }
 
 /// An entry of an access list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AccessEntry {
-    /// Whom it is about.
+    /// Its subject.
     pub who: Who,
-    /// What they may: 4 is reading, 2 writing, 1 running or searching.
+    /// The permission bits: 4 read, 2 write, 1 execute or search.
     pub bits: u32,
 }
 
-/// Whom an entry of an access list is about.
+/// The subject of an entry of an access list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Who {
     /// The owner.
@@ -48,28 +48,28 @@ pub enum Who {
     Group,
     /// Another group.
     NamedGroup(u32),
-    /// Nobody: the most that any of those between gets.
+    /// The mask: the upper bound for named users, the file's group and named groups.
     Mask,
-    /// Everybody else.
+    /// All others.
     Other,
 }
 
-/// Bytes of an access list, at most (the kernel's limit for any attribute).
+/// Maximum size of an access list in bytes (the kernel's limit for any attribute).
 const MAX_LIST: usize = 64 << 10;
-/// Directories above each other, and links that lead on to each other, at most.
+/// Maximum depth of directories, and of symbolic links that lead to each other.
 const MAX_STEPS: usize = 1024;
 const MAX_LINKS: usize = 40;
 
 impl Permissions {
-    /// Those of an open file or directory. Also of one that was opened with `O_PATH`.
+    /// The permissions of an open file or directory, which may be opened with `O_PATH`.
     pub fn of(file: &OwnedFd) -> Result<Self> {
         let FileStat { uid, gid, mode, .. } = FileStat::of(file)?;
         let mut value = vec![0; MAX_LIST];
-        // A descriptor of O_PATH has no attributes but by this way.
+        // fgetxattr does not work on a descriptor of O_PATH.
         let place = format!("/proc/self/fd/{}", file.as_raw_fd());
         let list = match fs::getxattr(&place, "system.posix_acl_access", value.as_mut_slice()) {
             Ok(len) => Some(parse_list(&value[..len]).ok_or_else(|| {
-                Error::new(ErrorKind::Denied, "the access list of a file cannot be understood, and lets nobody in")
+                Error::new(ErrorKind::Denied, "the access list of a file is malformed, so access is denied")
             })?),
             Err(Errno::NODATA | Errno::OPNOTSUPP) => None,
             Err(error) => return Err(Error::io("reading an access list", error)),
@@ -78,7 +78,7 @@ impl Permissions {
     }
 }
 
-/// Reads a list in the form that the attribute has.
+/// Parses a list in the format of the attribute.
 fn parse_list(bytes: &[u8]) -> Option<Vec<AccessEntry>> {
     let (version, entries) = bytes.split_at_checked(4)?;
     if version != 2_u32.to_le_bytes() || entries.len() % 8 != 0 {
@@ -102,16 +102,16 @@ fn parse_list(bytes: &[u8]) -> Option<Vec<AccessEntry>> {
 }
 
 impl Root {
-    /// Those of what `path` names, links followed beneath the root.
+    /// The permissions of the file at `path`; symbolic links are followed beneath the root.
     pub fn permissions(&self, path: &Path) -> Result<Permissions> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         Permissions::of(&self.open_with(path, OFlags::PATH)?)
     }
 
-    /// Those of the root itself and of all directories above it, however it was reached: by its descriptor, for a mount of
-    /// our own may lie over it.
+    /// The permissions of the root and of all directories above it. They are read through the root's
+    /// descriptor, because this daemon's mount may cover its path.
     pub fn permissions_above(&self) -> Result<Vec<Permissions>> {
-        let fail = |error: Errno| Error::io("looking at the directories above the store", error);
+        let fail = |error: Errno| Error::io("reading the permissions of the directories above the store", error);
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let mut at = fs::openat(self.descriptor(), ".", flags, Mode::empty()).map_err(fail)?;
         let mut found = Vec::new();
@@ -123,11 +123,11 @@ impl Root {
             }
             at = above;
         }
-        Err(Error::new(ErrorKind::Io, "the store lies in too many directories"))
+        Err(Error::new(ErrorKind::Io, "the store is nested in too many directories"))
     }
 
-    /// The directories beneath the root, by path, that are searched on the way to `path`, and what it names in the end
-    /// without any link.
+    /// The paths of the directories beneath the root that are searched to resolve `path`, and the resolved
+    /// path without symbolic links.
     pub fn steps(&self, path: &Path) -> Result<(Vec<PathBuf>, PathBuf)> {
         let mut searched = Vec::new();
         let mut rest: Vec<PathBuf> = components(path);
@@ -144,13 +144,16 @@ impl Root {
                 Ok(target) => {
                     links += 1;
                     if links > MAX_LINKS || searched.len() > MAX_STEPS {
-                        return Err(Error::new(ErrorKind::Escape, format!("{} has too many links", path.display())));
+                        return Err(Error::new(
+                            ErrorKind::Escape,
+                            format!("{} has too many levels of symbolic links", path.display()),
+                        ));
                     }
                     let target = PathBuf::from(OsString::from_vec(target.into_bytes()));
-                    // What leads out is never opened; what it would be allowed does not matter.
+                    // A path that leads out is never opened, so its permissions do not matter.
                     rest.extend(components(&target));
                 }
-                // No link, or nothing at all, as whoever opens it finds out.
+                // No link, or no such file, which the later open reports.
                 Err(_) => plain = step,
             }
         }
@@ -175,7 +178,7 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     #[test]
-    fn the_way_to_a_file_goes_through_every_directory_that_is_searched() {
+    fn the_walk_to_a_file_lists_each_directory_searched() {
         let outer = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(outer.path().join("a/b")).unwrap();
         std::fs::create_dir_all(outer.path().join("c")).unwrap();
@@ -196,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_are_read_as_the_kernel_writes_them() {
+    fn access_lists_are_parsed_in_the_kernels_format() {
         let bytes = |tag: u16, bits: u16, id: u32| {
             [tag.to_le_bytes().as_slice(), &bits.to_le_bytes(), &id.to_le_bytes()].concat()
         };

@@ -1,8 +1,8 @@
-//! The descriptor through which a file is written.
+//! The descriptor for writing a file.
 //!
-//! Lives for as long as somebody writes: it is never closed to make room for another. It carries no
-//! locks, those are on the [`StoreFile`](super::StoreFile)'s own, and is given only for the very file
-//! that they are on.
+//! It stays open as long as the file has a writer: it is never closed to free a descriptor. It carries no
+//! locks: those are on the [`StoreFile`](super::StoreFile)'s descriptor. It is always of the same file as
+//! those.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -19,9 +19,9 @@ use super::descriptors::DescriptorReservation;
 use super::file::{FileStat, extent, read_full};
 use super::{Storage, WriteStorage, copy_by_hand};
 
-/// What is written at once where a file system cannot zero by itself.
+/// Bytes written at a time if the file system cannot zero a range.
 const ZEROES: &[u8] = &[0; 64 << 10];
-/// What the kernel is asked to copy at once: a copy cannot be broken off.
+/// Bytes per copy request to the kernel: a request cannot be interrupted.
 const MAX_COPY: u64 = 16 << 20;
 
 /// A file that is open for reading and writing.
@@ -30,13 +30,13 @@ pub struct WritableFile {
     file: Arc<OwnedFd>,
     path: PathBuf,
     _room: DescriptorReservation,
-    /// Held alone while tables are written, shared by those who read them through the
+    /// Exclusive while tables are written, shared by readers of tables through the
     /// [`StoreFile`](super::StoreFile). A leaf.
     tables: Arc<RwLock<()>>,
 }
 
 impl WritableFile {
-    /// Takes over an open file, for which there is `room`; `path` is for messages.
+    /// Takes over an open file, for which `room` is reserved; `path` is for messages.
     pub(super) fn new(file: OwnedFd, path: &Path, room: DescriptorReservation, tables: &Arc<RwLock<()>>) -> Arc<Self> {
         Arc::new(Self { file: Arc::new(file), path: path.to_path_buf(), _room: room, tables: Arc::clone(tables) })
     }
@@ -108,7 +108,7 @@ impl WriteStorage for WritableFile {
     }
 
     fn punch_hole(&self, at: u64, len: u64) -> Result<()> {
-        self.fallocate("giving back space of", FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, len)
+        self.fallocate("punching a hole in", FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, len)
     }
 
     fn write_zeroes(&self, at: u64, len: u64) -> Result<()> {
@@ -142,7 +142,7 @@ impl WriteStorage for WritableFile {
         let Some(source_file) = source.open_file() else { return copy_by_hand(self, at, source, from, len) };
         let mut done = 0;
         while done < len {
-            // The kernel shares the blocks where the file system can (it tries that first), and copies else.
+            // The kernel first tries to share the blocks, and copies otherwise.
             let (mut read_at, mut write_at) = (from + done, at + done);
             let piece = (len - done).min(MAX_COPY) as usize;
             match fs::copy_file_range(&source_file, Some(&mut read_at), &self.file, Some(&mut write_at), piece) {
@@ -152,7 +152,7 @@ impl WriteStorage for WritableFile {
                 }
                 Ok(copied) => done += copied as u64,
                 Err(Errno::INTR) => {}
-                // Between file systems that do not know each other, and on those that cannot.
+                // Across file systems, and on file systems without support for copies.
                 Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::TXTBSY | Errno::PERM) => {
                     return copy_by_hand(self, at + done, source, from + done, len - done);
                 }
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_written_zeroed_cut_and_read() {
+    fn bytes_are_written_zeroed_truncated_and_read() {
         let (directory, seen) = file(b"0123456789");
         let file = seen.open_for_writing().unwrap();
         file.write_at(4, b"abcdefgh").unwrap();
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_took_the_name_of_another_is_not_written() {
+    fn a_replaced_file_is_not_written() {
         let (directory, seen) = file(b"old");
         let lock = seen.lock_for_writing(WriterKind::Guest, false).unwrap();
         std::fs::write(directory.path().join("b"), "new").unwrap();
@@ -213,21 +213,21 @@ mod tests {
     }
 
     #[test]
-    fn the_descriptor_with_the_locks_of_a_writer_is_never_closed() {
+    fn the_descriptor_with_a_writers_locks_stays_open() {
         let (_directory, seen) = file(b"old");
         let lock = seen.lock_for_writing(WriterKind::Guest, false).unwrap();
         let file = seen.open_for_writing().unwrap();
         file.write_at(0, b"new bytes").unwrap();
-        assert!(!seen.let_go(true));
+        assert!(!seen.reclaim(true));
         assert!(seen.is_as_expected().unwrap(), "our own changes");
         seen.accept_changes().unwrap();
         drop(lock);
-        assert!(seen.let_go(true));
-        assert_eq!(seen.read_at(0, &mut [0; 16]).unwrap(), 9, "it is the file as we left it");
+        assert!(seen.reclaim(true));
+        assert_eq!(seen.read_at(0, &mut [0; 16]).unwrap(), 9, "it is the file as this process left it");
     }
 
     #[test]
-    fn who_was_promised_a_frozen_file_keeps_our_own_writer_out_and_the_other_way_round() {
+    fn frozen_readers_and_a_writer_of_this_process_exclude_each_other() {
         let (_directory, file) = file(b"old");
         let live = file.lock(false).unwrap();
         let frozen = file.lock(true).unwrap();

@@ -146,7 +146,7 @@ fn a_command_in_a_mount_names_the_chain_that_is_meant() {
                 1,
                 "web01 has no view nope; there is active, tuesday, monday, base, active@inner\n",
             ),
-            ("umount mnt/web01", 1, "mnt/web01 is not a mount point; it lies in the mount at mnt: name that\n"),
+            ("umount mnt/web01", 1, "mnt/web01 is not a mount point; it is in the mount at mnt: name that\n"),
         ],
     );
     let control = Control::of(&mount, "web01");
@@ -204,7 +204,7 @@ fn a_revert_says_where_newer_snapshots_go() {
 fn a_mount_says_what_it_hides_and_whom_it_lets_in() {
     let store = chain();
     for (options, hint) in [
-        ("ro,uid=4711", "uid=4711 shows who owns the files, and lets nobody in but user 0; add -o allow_other\n"),
+        ("ro,uid=4711", "uid=4711 only changes the owner shown: still only uid 0 has access; add -o allow_other\n"),
         ("ro,uid=4711,allow_other", ""),
         ("ro", ""),
     ] {
@@ -212,7 +212,7 @@ fn a_mount_says_what_it_hides_and_whom_it_lets_in() {
         said(&store, "umount mnt", 0);
     }
     fs::write(store.beside("mnt/hidden"), "").expect("a file");
-    let hint = "mnt is not empty: its 1 entry is hidden while it is mounted\n";
+    let hint = "mnt is not empty: its 1 entry is hidden while the store is mounted\n";
     all_say(&store, &[("mount store mnt", 0, hint), ("umount mnt", 0, "")]);
     fs::remove_file(store.beside("mnt/hidden")).expect("still there");
 
@@ -309,7 +309,7 @@ fn who_writes_a_disk_is_named_with_what_to_do() {
     let mount = Mount::new(&store);
     let held = Qemu::running_on(&store, "web01.qcow2", &[]);
     let by = "web01.qcow2 is being written by another process (qemu-nbd[";
-    let rest = "]); wait until it is closed; -U, or force_share for a mount, reads what it is while it changes\n";
+    let rest = "]); wait until it is closed, or read it while it changes with -U (for a mount: -o force_share)\n";
     for words in ["map store/web01.qcow2", "ls mnt/web01/active.raw:", "info -U store/web01.qcow2"] {
         let (code, _, err) = chainfs(&store, words).outcome();
         let is_refused = !words.contains("-U");
@@ -323,10 +323,11 @@ fn who_writes_a_disk_is_named_with_what_to_do() {
     drop(held);
     eventually("problems.txt is empty again", LIMIT, || mount.text(".chainfs/problems.txt").is_empty());
     let held = Holder::domain(&store, "web01.qcow2", "db,,7");
-    let domain = " of domain db,7); what lies below it can be read: take a snapshot with virsh snapshot-create-as db,7 \
+    let domain = " of domain db,7); take a snapshot with virsh snapshot-create-as db,7 \
                   --disk-only and read that, or shut db,7 down\n";
     all_say(&store, &[("map store/web01.qcow2", 1, domain)]);
-    let command = "of domain db,7); while db,7 runs, its images are changed with virsh (snapshot-create-as, blockcommit, blockpull)";
+    let command =
+        "of domain db,7); while db,7 runs, change its images with virsh (snapshot-create-as, blockcommit, blockpull)";
     let sentence = Control::of(&mount, "web01").refused("resize +1M", Errno::BUSY);
     assert!(sentence.contains("domain db,7") && !sentence.contains("force_share"), "{sentence}");
     let plan = chainfs(&store, "resize mnt/web01 +1M --dry-run").outcome().1;
@@ -397,7 +398,10 @@ fn an_unmount_says_who_is_in_its_way() {
     // A shell that becomes chainfs, in the mount itself.
     let script = format!("cd {}/web01 && exec {} umount ..", mount.dir().display(), chainfs_binary());
     let said = tool("bash").args(["-c", &script]).fails();
-    assert!(said.contains("is in use by ") && said.contains("this command, whose current directory it is"), "{said}");
+    assert!(
+        said.contains("is in use by ") && said.contains("this command, which has its current directory there"),
+        "{said}"
+    );
     mount.umount();
 }
 
@@ -420,7 +424,7 @@ fn an_unmount_that_waits_says_for_whom() {
         .expect("chainfs");
     let mut sentence = String::new();
     BufReader::new(waiting.stderr.take().expect("piped")).read_line(&mut sentence).expect("its word");
-    let fact = "to end: the mount goes on in the mount namespace of sleep[";
+    let fact = "to end: the store is still mounted in the mount namespace of sleep[";
     assert!(sentence.contains(fact), "{sentence}");
     let pid = Pid::from_raw(other.id().cast_signed()).expect("a process");
     kill_process(pid, Signal::TERM).expect("ours");
@@ -437,7 +441,7 @@ fn a_dead_mount_is_told_from_one_that_is_not_there() {
     kill_process(daemon, Signal::KILL).expect("ours");
     eventually("the mount is dead", LIMIT, || fs::metadata(mount.dir()).is_err());
     let remedy =
-        "the mount is dead, for its daemon has gone; take it away with chainfs umount, and mount the store again\n";
+        "the mount is dead because its daemon has ended; unmount it with chainfs umount, and mount the store again\n";
     all_say(
         &store,
         &[
@@ -518,8 +522,8 @@ fn an_address_means_the_same_in_every_command() {
 fn an_address_that_could_mean_two_disks_is_refused_with_both() {
     let store = chain();
     store.img(["snapshot", "-c", "monday", "web01.qcow2"]);
-    let both = "store/web01.qcow2@monday could mean the layer (store/web01.qcow2@monday.qcow2) or the internal snapshot \
-                (store/web01.qcow2@active@monday); say which\n";
+    let both = "store/web01.qcow2@monday is ambiguous: the layer (store/web01.qcow2@monday.qcow2) or the internal snapshot \
+                (store/web01.qcow2@active@monday); name one of them\n";
     let (sector, oracle) = ("store/web01.qcow2@monday", store.oracle("monday.qcow2", "qcow2"));
     all_say(
         &store,

@@ -592,7 +592,7 @@ fn versions_tells_which_views_hold_which_content() {
     }
     mount.umount();
     let (code, _, err) = chainfs(&["versions"]).arg(guest.place("vm.qcow2:/p2/never")).outcome();
-    assert!(code == 1 && err.contains("none of these has it: base, sn1@in:ner, sn1, sn2, active"), "{code} {err}");
+    assert!(code == 1 && err.contains("no view has it: base, sn1@in:ner, sn1, sn2, active"), "{code} {err}");
     // An internal snapshot whose name has a colon.
     assert_eq!(chainfs(&["cat"]).arg(guest.place("sn1.qcow2@in:ner:/p2/motd")).succeeds(), "one");
     assert_eq!(chainfs(&["cat"]).arg(guest.place("vm.qcow2@sn1@in:ner:/p2/motd")).succeeds(), "one");
@@ -626,8 +626,8 @@ fn cp_never_writes_outside_of_its_destination() {
     // The directory `a` would be entered through the link `a`.
     let (code, _, err) = chainfs(&["cp", "-r"]).arg(guest.place("vm.qcow2:/p2/second/.")).arg(&out).outcome();
     assert_eq!(code, 1, "{err}");
-    assert!(err.contains("/p2/second/.: a: something that is no directory has its name"), "{err}");
-    assert!(err.contains("a fifo is copied only with -a"), "{err}");
+    assert!(err.contains("/p2/second/.: a: a file that is not a directory has this name"), "{err}");
+    assert!(err.contains("not copied, because a fifo needs -a"), "{err}");
     assert_eq!(fs::read_to_string(out.join("b")).expect("a file"), "the guest's", "the link was replaced");
     let left: Vec<_> =
         fs::read_dir(&outside).expect("a directory").map(|entry| entry.expect("an entry").file_name()).collect();
@@ -706,7 +706,7 @@ fn places_are_found_whatever_images_and_snapshots_are_called() {
     refused(&["cat", "base.qcow2:/p2/etc/passwd"], 1, "there is no passwd");
     refused(&["cat", "base.qcow2:/p2/etc/hostname/x"], 1, "not a directory");
     refused(&["cat", "base.qcow2:/p2/loop"], 1, "too many symbolic links");
-    refused(&["cat", "base.qcow2:/p2/etc"], 1, "it is no file but a directory");
+    refused(&["cat", "base.qcow2:/p2/etc"], 1, "not a regular file but a directory");
     refused(&["cat", "base.qcow2:/p3/x"], 1, "the files of p3 cannot be shown");
     refused(&["cat", "base.qcow2"], 1, "names no volume");
     refused(&["ls", ""], 1, "is a directory; name one of its images");

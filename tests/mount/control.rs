@@ -363,8 +363,8 @@ fn images_of_stores_that_are_not_mounted_are_named_by_their_file() {
     for (args, code, sentence) in [
         (&["commit", "nosuch.qcow2"][..], 1, "No such file"),
         (&["commit", root], 2, "name one of its images"),
-        (&["commit", "--store", root, "base.raw"], 2, "other images stand on base.raw"),
-        (&["commit", "--store", "../config", "web.qcow2"], 1, "no image of the store"),
+        (&["commit", "--store", root, "base.raw"], 2, "base.raw has overlays"),
+        (&["commit", "--store", "../config", "web.qcow2"], 1, "not an image of the store"),
         (&["commit", "--detach", "web.qcow2"], 2, "leave out --detach"),
         (&["snapshot", "--chains", "web", "web.qcow2", "n"], 2, "chains= is for the store's own"),
         (&["commit", "-o", "nonsense", "web.qcow2"], 2, "nonsense"),

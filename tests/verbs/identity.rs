@@ -563,7 +563,7 @@ fn recover_shows_and_does_what_is_possible() {
     let recover = |args: &[&str]| tool(chainfs_binary()).arg("recover").args(args).arg(commit.root()).outcome();
     let files = contents(&commit.root());
     let (code, out, _) = recover(&["--dry-run"]);
-    let words = ["commit top=sn2 base=base (chain web)", "base.raw is there", "would be taken up"];
+    let words = ["commit top=sn2 base=base (chain web)", "base.raw is there", "would be resumed"];
     assert!(code == 0 && words.iter().all(|word| out.contains(word)), "{out}");
     assert!(contents(&commit.root()) == files, "it was only asked");
     commit.lab.store.overlay("second.qcow2", "base.raw", "raw", "");
@@ -575,7 +575,7 @@ fn recover_shows_and_does_what_is_possible() {
     let (code, out, err) = recover(&[]);
     assert!(code == 0 && out.contains("  done"), "{out}{err}");
     commit.assert_done(&commit.root());
-    assert!(recover(&[]).1.contains("nothing is unfinished"));
+    assert!(recover(&[]).1.contains("no interrupted commands"));
 }
 
 /// A raw disk that is a snapshot, and its list.
@@ -812,7 +812,7 @@ fn a_note_that_others_could_have_written_hides_and_is_not_carried_out() {
         assert!(fs::read(commit.lab.store.path("base.raw")).unwrap() == before, "{what}");
         drop(store);
         let (code, out, err) = tool(chainfs_binary()).arg("recover").arg(commit.lab.store.root()).outcome();
-        assert!(code != 0 && format!("{out}{err}").contains("others may have written"), "{what}: {out}{err}");
+        assert!(code != 0 && format!("{out}{err}").contains("other users could have written"), "{what}: {out}{err}");
         assert!(fs::read(commit.lab.store.path("base.raw")).unwrap() == before, "{what}");
     }
 }

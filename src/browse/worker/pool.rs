@@ -100,7 +100,7 @@ impl Pool {
             return None;
         }
         // Not under the lock: another worker may be stopped to make room.
-        let Some(room) = self.descriptors.try_claim(DESCRIPTORS) else {
+        let Some(room) = self.descriptors.try_reserve(DESCRIPTORS) else {
             self.running.lock().1 -= 1;
             return None;
         };

@@ -229,7 +229,7 @@ impl Reclaimable for Worker {
         self.is_used.swap(false, Ordering::Relaxed)
     }
 
-    fn let_go(&self, _at_any_cost: bool) -> bool {
+    fn reclaim(&self, _even_locked: bool) -> bool {
         self.stop_if_idle(Duration::ZERO)
     }
 }

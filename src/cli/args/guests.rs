@@ -1,4 +1,4 @@
-//! The words of the commands that look into guests' disks.
+//! The arguments of the commands that read guests' disks.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -7,10 +7,10 @@ use clap::Args;
 
 use super::{FormatsArgs, ImageArgs, OutputArgs};
 
-/// How the images that are looked into are found and opened.
+/// How the images that a command reads are found and opened.
 #[derive(Debug, Args)]
 pub struct LookArgs {
-    /// The store that the images belong to, where other disks of their volume groups are
+    /// The store that holds the images and the other disks of their volume groups
     #[arg(long, value_name = "DIR")]
     pub store: Option<PathBuf>,
     /// How images are opened.
@@ -18,13 +18,13 @@ pub struct LookArgs {
     pub image: ImageArgs,
 }
 
-/// The words of `ls`.
+/// The arguments of `ls`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-What is listed is IMAGE[@VIEW]:/VOLUME/PATH. IMAGE: alone lists the volumes; VOLUME is one of these names, or root for the \
-one that holds the operating system. VIEW is an internal snapshot of the image, by name or id, or a view of its chain \
-(base, active@monday). A place in a mount will do as well: MOUNT/web01/files/sn1/p1/etc.
-Nothing is mounted and nothing is written; the image must not be in use for writing, unless -U.
+Operands are written IMAGE[@VIEW]:/VOLUME/PATH. IMAGE: alone lists the volumes. VOLUME is one of these names, or root \
+for the volume with the operating system. VIEW is an internal snapshot of the image, by name or id, or a view of its \
+chain (base, active@monday). Paths in a mount are accepted as well: MOUNT/web01/files/sn1/p1/etc.
+Nothing is mounted and nothing is written. No process may have the image open for writing, unless -U.
 
 Examples:
   chainfs ls web01.qcow2:
@@ -36,19 +36,19 @@ pub struct LsArgs {
     /// What to list
     #[arg(required = true, value_name = "IMAGE[@VIEW]:/VOLUME/PATH")]
     pub places: Vec<OsString>,
-    /// Type, mode, links, owner, group, size, time and a link's target as well
+    /// Show type, mode, links, owner, group, size, time and the target of a symbolic link
     #[arg(short, long)]
     pub long: bool,
-    /// Names that begin with a dot as well
+    /// Include names that begin with a dot
     #[arg(short, long)]
     pub all: bool,
-    /// All directories below as well
+    /// List subdirectories recursively
     #[arg(short = 'R', long)]
     pub recursive: bool,
-    /// Directories themselves, not what is in them
+    /// List directories themselves, not their entries
     #[arg(short, long, conflicts_with = "recursive")]
     pub directory: bool,
-    /// One name in each line, also on a terminal
+    /// Print one name per line, also on a terminal
     #[arg(short = '1')]
     pub one: bool,
     /// How the result is written.
@@ -59,10 +59,10 @@ pub struct LsArgs {
     pub look: LookArgs,
 }
 
-/// The words of `cat`.
+/// The arguments of `cat`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Places are written as for `chainfs ls`. Links are followed within the volume.
+Operands are written as for `chainfs ls`. Symbolic links are followed within the volume.
 
 Examples:
   chainfs cat web01.qcow2:/root/etc/fstab
@@ -76,13 +76,14 @@ pub struct CatArgs {
     pub look: LookArgs,
 }
 
-/// The words of `cp`.
+/// The arguments of `cp`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Sources are written as for `chainfs ls`; DEST is a directory, or the name that the one source is to get. A source that ends in \
-/. stands for what is in it. Holes stay holes. Permission bits and times are kept; set-ID bits only by root with -a. Links are \
-copied as links with -r, and followed where they are named without. Nothing is ever written through a symbolic link below \
-DEST; files that are there are replaced. Devices, FIFOs and sockets are copied only with -a, by who may make them.
+Sources are written as for `chainfs ls`. DEST is a directory, or the new name of a single source. A source that ends in \
+/. means the content of that directory. Holes stay holes. Permission bits and times are kept; set-ID bits only by root \
+with -a. With -r, symbolic links are copied as links; without -r, a link given as SOURCE is followed. cp never writes \
+through a symbolic link below DEST. It replaces existing files. Devices, FIFOs and sockets are copied only with -a, and \
+only by users who may create them.
 
 Examples:
   chainfs cp web01.qcow2:/root/etc/fstab .
@@ -92,16 +93,16 @@ pub struct CpArgs {
     /// What to copy
     #[arg(required = true, num_args = 1.., value_name = "IMAGE[@VIEW]:/VOLUME/PATH")]
     pub sources: Vec<OsString>,
-    /// Where to
+    /// The destination
     #[arg(value_name = "DEST")]
     pub dest: PathBuf,
-    /// Directories with all that is in them
+    /// Copy directories with their content
     #[arg(short, long, visible_short_alias = 'R')]
     pub recursive: bool,
-    /// Keep all permission bits, extended attributes and, where it is allowed, owners
+    /// Keep all permission bits, extended attributes and, if permitted, owners
     #[arg(short, long)]
     pub preserve: bool,
-    /// As -r and -p; hard links, devices, FIFOs and sockets as well
+    /// Like -r and -p; also copy hard links, devices, FIFOs and sockets
     #[arg(short, long)]
     pub archive: bool,
     /// How images are found.
@@ -109,14 +110,15 @@ pub struct CpArgs {
     pub look: LookArgs,
 }
 
-/// The words of `diff`.
+/// The arguments of `diff`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Without --files: the ranges of the two disks that differ, and the volumes that these lie in. A longer disk is the same if its rest \
-is zero.
-With --files, or where A or B is IMAGE[@VIEW]:/VOLUME[/PATH]: the files that were added (+), removed (-) or changed (~, and what of \
-them), and those that cannot be read (!). Where only one has a path, the other's is the same. What the disks share is not read. \
-Times of last access never count; times of directories, and times of last change of the inode, only with --all.
+Without --files: lists the ranges in which the two disks differ, and the volumes that contain them. Disks of different \
+size are the same if the rest of the longer one is zero.
+With --files, or if A or B is IMAGE[@VIEW]:/VOLUME[/PATH]: lists the files that were added (+), removed (-) or changed \
+(~, with what changed), and those that cannot be read (!). If only one operand has a path, it applies to both. Data that \
+both disks share is not read. Access times are never compared; times of directories and inode change times only with \
+--all.
 
 Examples:
   chainfs diff base.qcow2 web01.qcow2
@@ -124,22 +126,22 @@ Examples:
   chainfs diff web01.qcow2@sn1:/p1/etc web01.qcow2
   chainfs diff --files --json a.qcow2 b.qcow2 | jq '.changes[].path'
 
-Exit codes: 0 same, 1 different, 2 trouble.")]
+Exit codes: 0 same, 1 different, 2 error.")]
 pub struct DiffArgs {
-    /// An image, IMAGE@VIEW, either with :/VOLUME/PATH behind it, or a place inside a mount
+    /// An image or IMAGE@VIEW, optionally followed by :/VOLUME/PATH, or a path in a mount
     pub a: OsString,
-    /// Another
+    /// The other operand
     pub b: OsString,
     /// Compare the files of the guests
     #[arg(long)]
     pub files: bool,
-    /// Times of directories and of inodes count, too
+    /// Also compare times of directories and inode change times
     #[arg(long)]
     pub all: bool,
-    /// What the two are.
+    /// The formats of the two images.
     #[command(flatten)]
     pub formats: FormatsArgs,
-    /// Say nothing; the exit code tells
+    /// Print nothing; only set the exit code
     #[arg(short, long)]
     pub quiet: bool,
     /// How the result is written.
@@ -150,12 +152,13 @@ pub struct DiffArgs {
     pub look: LookArgs,
 }
 
-/// The words of `versions`.
+/// The arguments of `versions`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-IMAGE is any layer: all views of the chains that it is part of are looked at, from the base upwards, internal snapshots as well. \
-These are the chains of its store: --store, or the marked directory above, or else the image's own directory. Views that show the same content, owner, permissions, attributes and time of the file are one version. A symbolic link \
-at the end of the path is itself what is looked for.
+IMAGE is any layer. All views of its chains are searched, internal snapshots as well, from the base upwards. The store \
+with these chains is --store, or the nearest directory above that holds .chainfs, or else the image's own directory. Views \
+in which the file has the same content, owner, permissions, attributes and time are one version. A symbolic link at the \
+end of the path is not followed.
 
 Examples:
   chainfs versions web01.qcow2:/root/etc/passwd

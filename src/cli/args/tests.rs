@@ -1,7 +1,7 @@
 use super::*;
 use clap::CommandFactory as _;
 
-fn words(line: &str) -> Result<Command, u8> {
+fn parsed(line: &str) -> Result<Command, u8> {
     parse(line.split_whitespace()).map(|cli| cli.command).map_err(|refusal| refusal.code)
 }
 
@@ -11,15 +11,15 @@ fn the_definitions_are_consistent() {
 }
 
 #[test]
-fn mount_is_called_as_mount_is() {
-    let Ok(Command::Mount(args)) = words("chainfs mount /s /d -o ro,uid=5 -f --sloppy -o probe") else { panic!() };
+fn mount_takes_the_arguments_of_mount_8() {
+    let Ok(Command::Mount(args)) = parsed("chainfs mount /s /d -o ro,uid=5 -f --sloppy -o probe") else { panic!() };
     assert_eq!((args.store, args.dir), ("/s".into(), "/d".into()));
     assert_eq!(args.options, ["ro,uid=5", "probe"]);
     assert!(args.foreground && args.sloppy);
 }
 
 #[test]
-fn wrong_words_end_with_the_code_of_their_command() {
+fn invalid_arguments_end_with_the_exit_code_of_their_command() {
     for (line, code) in [
         ("chainfs mount /s", 1),
         ("chainfs mount /s /d --nonsense", 1),
@@ -40,33 +40,35 @@ fn wrong_words_end_with_the_code_of_their_command() {
         ("chainfs pull /mnt/web --detach -p", 2),
         ("chainfs cancel /mnt/web now", 2),
     ] {
-        assert_eq!(words(line).unwrap_err(), code, "{line}");
+        assert_eq!(parsed(line).unwrap_err(), code, "{line}");
     }
 }
 
 #[test]
 fn qemu_img_s_spellings_work() {
-    let Ok(Command::Info(args)) = words("chainfs info -U --backing-chain -f raw --output=json a.img") else { panic!() };
+    let Ok(Command::Info(args)) = parsed("chainfs info -U --backing-chain -f raw --output=json a.img") else {
+        panic!()
+    };
     assert!(args.image.force_share && args.backing_chain && args.format == Some(ImageFormat::Raw));
     assert_eq!(args.output.format(), Output::Json);
-    let Ok(Command::Map(args)) = words("chainfs map --json a@sn") else { panic!() };
+    let Ok(Command::Map(args)) = parsed("chainfs map --json a@sn") else { panic!() };
     assert_eq!(args.output.format(), Output::Json);
-    let Ok(Command::Compare(args)) = words("chainfs compare -s -U -f raw -F qcow2 a b") else { panic!() };
+    let Ok(Command::Compare(args)) = parsed("chainfs compare -s -U -f raw -F qcow2 a b") else { panic!() };
     assert!(args.strict && args.formats.b_format == Some(ImageFormat::Qcow2));
     let Ok(Command::Create(args)) =
-        words("chainfs create -f qcow2 -b base.raw -F raw -o cluster_size=64K,compat=1.1 new.qcow2 1.5G")
+        parsed("chainfs create -f qcow2 -b base.raw -F raw -o cluster_size=64K,compat=1.1 new.qcow2 1.5G")
     else {
         panic!()
     };
     assert_eq!((args.size, args.options.len()), (Some(3 << 29), 2));
-    let Ok(Command::Tree(args)) = words("chainfs tree --full --ascii --output svg /s") else { panic!() };
+    let Ok(Command::Tree(args)) = parsed("chainfs tree --full --ascii --output svg /s") else { panic!() };
     assert!(args.full && args.ascii && args.output == TreeOutput::Svg);
 }
 
 #[test]
-fn verbs_have_the_words_of_control_files() {
+fn verbs_take_the_arguments_of_control_files() {
     let given = |line: &str| {
-        let request = match words(line) {
+        let request = match parsed(line) {
             Ok(Command::Snapshot(args)) => args.request(),
             Ok(Command::Commit(args)) => args.request(),
             Ok(Command::Pull(args)) => args.request(),

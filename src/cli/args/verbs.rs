@@ -1,4 +1,4 @@
-//! The verbs that change chains: the same words as in control files, as options.
+//! The arguments of the verbs that change chains: those of control files, as options.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -12,27 +12,27 @@ use crate::ops::{
     ResizeRequest, RevertRequest, SnapshotRequest, parse_chains,
 };
 
-/// How a verb is carried out.
+/// How a verb is run.
 #[derive(Debug, Default, Args)]
 pub struct RunArgs {
-    /// Show how far it is
+    /// Show progress
     #[arg(short, long)]
     pub progress: bool,
-    /// Say what would be done, and do nothing
+    /// Show the plan; change nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Do not wait for the end; only in a mount
+    /// Return without waiting for the end; only in a mount
     #[arg(long, conflicts_with_all = ["progress", "dry_run"])]
     pub detach: bool,
-    /// The store of an image that is not mounted; else the nearest directory above that holds .chainfs
+    /// The store of an unmounted image; by default the nearest directory above that holds .chainfs
     #[arg(long, value_name = "DIR")]
     pub store: Option<PathBuf>,
-    /// Options as of `mount -o`, for an image that is not mounted (repeatable)
+    /// Options as for `mount -o`, for an unmounted image (repeatable)
     #[arg(short, value_name = "OPTIONS")]
     pub options: Vec<OsString>,
 }
 
-/// The words of `snapshot`.
+/// The arguments of `snapshot`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -40,39 +40,40 @@ Examples:
   chainfs snapshot --description 'works so far' web01.qcow2 monday
   chainfs snapshot --chains web01,db01 /mnt/images monday")]
 pub struct SnapshotArgs {
-    /// A chain's directory in a mount, or the image of a store that is not mounted
+    /// A chain's directory in a mount, or an image of an unmounted store
     pub target: PathBuf,
-    /// What the snapshot is to be called
+    /// The snapshot's name
     pub name: OsString,
-    /// Keep it inside the active image
+    /// Create an internal snapshot in the active image
     #[arg(long)]
     pub internal: bool,
-    /// Let the old file keep its name; FILE is the new overlay
+    /// Name the new overlay FILE; the old file keeps its name
     #[arg(long, value_name = "FILE", conflicts_with = "internal")]
     pub file: Option<OsString>,
-    /// Your words on it
+    /// A description of the snapshot
     #[arg(long, value_name = "TEXT")]
     pub description: Option<String>,
-    /// These chains at one instant; TARGET is then the mount, or the store. A comma within a path is written \,
+    /// Snapshot these chains at one instant; TARGET is the mount or the store. Write a comma within a path as
+    /// \,
     #[arg(long, value_name = "CHAINS")]
     pub chains: Vec<OsString>,
-    /// How it is carried out.
+    /// How the verb is run.
     #[command(flatten)]
     pub run: RunArgs,
 }
 
-/// What may go with a file that is merged or removed.
+/// What may be lost with a file that is merged or removed.
 #[derive(Debug, Args)]
 pub struct DiscardArgs {
-    /// Let internal snapshots in a file that is merged or removed go with it
+    /// Discard the internal snapshots of a file that is merged or removed
     #[arg(long)]
     pub discard_internal: bool,
-    /// Let its persistent bitmaps go
+    /// Discard the persistent bitmaps of a file that is merged or removed
     #[arg(long)]
     pub discard_bitmaps: bool,
 }
 
-/// The words of `commit`.
+/// The arguments of `commit`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -80,12 +81,12 @@ Examples:
   chainfs commit -p --top tuesday --base monday /mnt/images/web01
   chainfs commit --dry-run web01.qcow2")]
 pub struct CommitArgs {
-    /// A chain's directory in a mount, or the image of a store that is not mounted
+    /// A chain's directory in a mount, or an image of an unmounted store
     pub target: PathBuf,
-    /// The upper end; by default the active disk
+    /// The topmost layer to merge; by default the active disk
     #[arg(long, value_name = "VIEW")]
     pub top: Option<OsString>,
-    /// The lower end; by default the layer below top
+    /// The layer to merge into; by default the backing file of top
     #[arg(long, value_name = "VIEW")]
     pub base: Option<OsString>,
     /// Keep top's file
@@ -94,12 +95,12 @@ pub struct CommitArgs {
     /// What may be lost.
     #[command(flatten)]
     pub discard: DiscardArgs,
-    /// How it is carried out.
+    /// How the verb is run.
     #[command(flatten)]
     pub run: RunArgs,
 }
 
-/// The words of `pull`.
+/// The arguments of `pull`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -107,26 +108,26 @@ Examples:
   chainfs pull --base monday --delete /mnt/images/web01
   chainfs pull --dry-run --into tuesday web01.qcow2")]
 pub struct PullArgs {
-    /// A chain's directory in a mount, or the image of a store that is not mounted
+    /// A chain's directory in a mount, or an image of an unmounted store
     pub target: PathBuf,
-    /// What it stands on afterwards, or none; by default nothing
+    /// The layer's backing file afterwards, or none; by default none
     #[arg(long, value_name = "VIEW")]
     pub base: Option<OsString>,
-    /// The layer that is filled; by default the active disk
+    /// The layer to copy into; by default the active disk
     #[arg(long, value_name = "VIEW")]
     pub into: Option<OsString>,
-    /// Remove layers that nobody needs afterwards
+    /// Remove layers that no chain needs afterwards
     #[arg(long)]
     pub delete: bool,
     /// What may be lost.
     #[command(flatten)]
     pub discard: DiscardArgs,
-    /// How it is carried out.
+    /// How the verb is run.
     #[command(flatten)]
     pub run: RunArgs,
 }
 
-/// The words of `delete`.
+/// The arguments of `delete`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -134,33 +135,33 @@ Examples:
   chainfs delete -p --method commit /mnt/images/web01 monday
   chainfs delete --dry-run web01.qcow2 active@before-upgrade")]
 pub struct DeleteArgs {
-    /// A chain's directory in a mount, or the image of a store that is not mounted
+    /// A chain's directory in a mount, or an image of an unmounted store
     pub target: PathBuf,
-    /// The snapshot; LAYER@NAME is an internal one
+    /// The snapshot; LAYER@NAME for an internal one
     pub name: OsString,
-    /// Where its bytes go
+    /// Where to copy its data
     #[arg(long, value_enum, default_value = "auto")]
     pub method: DeleteMethodArg,
     /// What may be lost.
     #[command(flatten)]
     pub discard: DiscardArgs,
-    /// How it is carried out.
+    /// How the verb is run.
     #[command(flatten)]
     pub run: RunArgs,
 }
 
-/// Where the bytes of a snapshot go that is deleted.
+/// Where the data of a deleted snapshot goes.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum DeleteMethodArg {
-    /// Whichever of the two copies less
+    /// The method that copies less
     Auto,
-    /// What stands on it comes down into its file
+    /// Merge its overlay into its file
     Commit,
-    /// Up, into everything that stands on it
+    /// Copy its data into each of its overlays
     Pull,
 }
 
-/// The words of `revert`.
+/// The arguments of `revert`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -168,23 +169,23 @@ Examples:
   chainfs revert --save before-revert /mnt/images/web01 monday
   chainfs revert --dry-run web01.qcow2 active@before-upgrade")]
 pub struct RevertArgs {
-    /// A chain's directory in a mount, or the image of a store that is not mounted
+    /// A chain's directory in a mount, or an image of an unmounted store
     pub target: PathBuf,
-    /// What the disk becomes: a snapshot of the chain; LAYER@NAME is an internal one
+    /// The snapshot of the chain to revert to; LAYER@NAME for an internal one
     #[arg(value_name = "VIEW")]
     pub to: OsString,
-    /// Keep what the disk held as this snapshot
+    /// Keep the disk's present content as this snapshot
     #[arg(long, value_name = "NAME")]
     pub save: Option<OsString>,
     /// What may be lost.
     #[command(flatten)]
     pub discard: DiscardArgs,
-    /// How it is carried out.
+    /// How the verb is run.
     #[command(flatten)]
     pub run: RunArgs,
 }
 
-/// The words of `rebase`.
+/// The arguments of `rebase`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -192,26 +193,26 @@ Examples:
   chainfs rebase -u -b ../moved/base.raw --layer monday web01.qcow2
   chainfs rebase -b none /mnt/images/web01")]
 pub struct RebaseArgs {
-    /// A chain's directory in a mount, or the image of a store that is not mounted
+    /// A chain's directory in a mount, or an image of an unmounted store
     pub target: PathBuf,
-    /// The new backing file, as the layer's header would name it, or a view of the chain, or none
+    /// The new backing file as the layer's header is to name it, or a view of the chain, or none
     #[arg(short, long, value_name = "FILE")]
     pub base: OsString,
-    /// The layer that is put on it; by default the active disk
+    /// The layer to rebase; by default the active disk
     #[arg(long, value_name = "VIEW")]
     pub layer: Option<OsString>,
-    /// Change only the name, as for a backing file that was moved: of the layer right above that file
+    /// Change only the backing file name in the header, for a backing file that was moved
     #[arg(short = 'u', long = "unsafe")]
     pub is_unsafe: bool,
-    /// With --unsafe: let layers drop out of the chain
+    /// With --unsafe: allow layers to drop out of the chain
     #[arg(long, requires = "is_unsafe")]
     pub drop_layers: bool,
-    /// How it is carried out.
+    /// How the verb is run.
     #[command(flatten)]
     pub run: RunArgs,
 }
 
-/// The words of `clone`.
+/// The arguments of `clone`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -219,19 +220,19 @@ Examples:
   chainfs clone --from monday /mnt/images/web01 web02
   chainfs clone --from golden@release golden.qcow2 web03")]
 pub struct CloneArgs {
-    /// A chain's directory in a mount, or the image of a store that is not mounted
+    /// A chain's directory in a mount, or an image of an unmounted store
     pub target: PathBuf,
-    /// What the new chain is called
+    /// The new chain's name
     pub name: OsString,
-    /// The snapshot that it stands on; by default what the active disk stands on
+    /// The snapshot that backs the new chain; by default the backing file of the active disk
     #[arg(long, value_name = "VIEW")]
     pub from: Option<OsString>,
-    /// How it is carried out.
+    /// How the verb is run.
     #[command(flatten)]
     pub run: RunArgs,
 }
 
-/// The words of `resize`.
+/// The arguments of `resize`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -239,15 +240,15 @@ Examples:
   chainfs resize web01.qcow2 +10G
   chainfs resize --shrink web01.qcow2 -- -10G")]
 pub struct ResizeArgs {
-    /// A chain's directory in a mount, or the image of a store that is not mounted
+    /// A chain's directory in a mount, or an image of an unmounted store
     pub target: PathBuf,
-    /// How long the disk is to be, or by how much longer (+) or shorter (-)
+    /// The new size, or how much to grow (+) or shrink (-)
     #[arg(value_parser = new_size, allow_hyphen_values = true)]
     pub size: NewSize,
-    /// It may become shorter, and lose what lies behind its new end
+    /// Allow shrinking; data beyond the new end is lost
     #[arg(long)]
     pub shrink: bool,
-    /// How it is carried out.
+    /// How the verb is run.
     #[command(flatten)]
     pub run: RunArgs,
 }
@@ -256,7 +257,7 @@ fn new_size(text: &str) -> std::result::Result<NewSize, String> {
     NewSize::parse(text.as_bytes()).map_err(|error| error.to_string())
 }
 
-/// The words of `cancel`.
+/// The arguments of `cancel`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  chainfs cancel /mnt/images/web01")]
 pub struct CancelArgs {
@@ -265,7 +266,7 @@ pub struct CancelArgs {
 }
 
 impl SnapshotArgs {
-    /// What is asked for.
+    /// The request that these arguments describe.
     pub fn request(&self) -> Result<Request> {
         checked(Request::Snapshot(SnapshotRequest {
             name: self.name.clone().into_vec(),
@@ -278,7 +279,7 @@ impl SnapshotArgs {
 }
 
 impl CommitArgs {
-    /// What is asked for.
+    /// The request that these arguments describe.
     pub fn request(&self) -> Result<Request> {
         checked(Request::Commit(CommitRequest {
             top: bytes(self.top.as_ref()),
@@ -291,7 +292,7 @@ impl CommitArgs {
 }
 
 impl PullArgs {
-    /// What is asked for.
+    /// The request that these arguments describe.
     pub fn request(&self) -> Result<Request> {
         checked(Request::Pull(PullRequest {
             base: bytes(self.base.as_ref()).filter(|base| base != b"none"),
@@ -304,7 +305,7 @@ impl PullArgs {
 }
 
 impl DeleteArgs {
-    /// What is asked for.
+    /// The request that these arguments describe.
     pub fn request(&self) -> Result<Request> {
         checked(Request::Delete(DeleteRequest {
             name: self.name.clone().into_vec(),
@@ -320,7 +321,7 @@ impl DeleteArgs {
 }
 
 impl RevertArgs {
-    /// What is asked for.
+    /// The request that these arguments describe.
     pub fn request(&self) -> Result<Request> {
         checked(Request::Revert(RevertRequest {
             to: self.to.clone().into_vec(),
@@ -332,7 +333,7 @@ impl RevertArgs {
 }
 
 impl RebaseArgs {
-    /// What is asked for.
+    /// The request that these arguments describe.
     pub fn request(&self) -> Result<Request> {
         checked(Request::Rebase(RebaseRequest {
             layer: bytes(self.layer.as_ref()),
@@ -344,14 +345,14 @@ impl RebaseArgs {
 }
 
 impl CloneArgs {
-    /// What is asked for.
+    /// The request that these arguments describe.
     pub fn request(&self) -> Result<Request> {
         checked(Request::Clone(CloneRequest { name: self.name.clone().into_vec(), from: bytes(self.from.as_ref()) }))
     }
 }
 
 impl ResizeArgs {
-    /// What is asked for.
+    /// The request that these arguments describe.
     pub fn request(&self) -> Result<Request> {
         checked(Request::Resize(ResizeRequest { size: self.size, shrink: self.shrink }))
     }

@@ -1,4 +1,4 @@
-//! `chainfs cat`: the bytes of guests' files.
+//! `chainfs cat`: prints guests' files.
 
 use std::ffi::OsStr;
 use std::io::{self, Write};
@@ -12,12 +12,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{FileKind, RunKind};
 use crate::report::files::kind;
 
-/// Bytes that are read at once.
+/// Bytes read at a time.
 const STEP: usize = 1 << 20;
 
-/// Why it did not go on.
+/// Why printing stopped.
 enum Stopped {
-    /// Nobody reads any more, as behind `| head`.
+    /// The reader has closed the pipe, as `| head` does.
     Closed,
     Failed(Error),
 }
@@ -39,7 +39,7 @@ pub(in crate::cli) fn run(args: &CatArgs) -> Result<u8> {
             Err(Stopped::Failed(error)) => complain(&mut failed, &about(word, error)),
         }
     }
-    let is_stale = images.tell_stale();
+    let is_stale = images.warn_stale();
     Ok(u8::from(failed || is_stale))
 }
 
@@ -47,7 +47,7 @@ fn print(images: &mut OpenStores, word: &OsStr) -> std::result::Result<(), Stopp
     let OpenedPath { tree, path, .. } = open(images, word)?;
     let file = tree.resolve(&path, FinalSymlink::Followed)?;
     if file.attributes.kind != FileKind::File {
-        let fact = format!("it is no file but a {}", kind(file.attributes.kind));
+        let fact = format!("not a regular file but a {}", kind(file.attributes.kind));
         return Err(Error::new(ErrorKind::Unsupported, fact).into());
     }
     let mut content = OpenContent::new(&tree, &file);

@@ -1,4 +1,4 @@
-//! `chainfs cp`: guests' files copied out of their disks.
+//! `chainfs cp`: copies guests' files to the host.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
@@ -21,14 +21,15 @@ use crate::report::files::kind;
 use crate::report::safe::terminal_bytes;
 use crate::store::ViewId;
 
-/// Bytes that are copied at once.
+/// Bytes copied at a time.
 const STEP: u64 = 1 << 20;
 
 /// Runs the command.
 pub(in crate::cli) fn run(args: &CpArgs) -> Result<u8> {
     let is_directory = args.dest.is_dir();
     if args.sources.len() > 1 && !is_directory {
-        let fact = format!("{} is no directory, and several files cannot become one", shown(args.dest.as_os_str()));
+        let fact =
+            format!("{} is not a directory; give a directory to copy several files", shown(args.dest.as_os_str()));
         return Err(Error::new(ErrorKind::Usage, fact));
     }
     let archive = args.archive;
@@ -51,29 +52,29 @@ pub(in crate::cli) fn run(args: &CpArgs) -> Result<u8> {
             complain(&mut copy.failed, &about(word, error));
         }
     }
-    copy.tell();
-    let is_stale = images.tell_stale();
+    copy.print_remarks();
+    let is_stale = images.warn_stale();
     Ok(u8::from(copy.failed || is_stale))
 }
 
-/// What is copied how, and what could not be.
+/// The options and the results of one run.
 struct CopyRun {
     recursive: bool,
     archive: bool,
     keep: KeptAttributes,
     failed: bool,
-    /// What was not kept of files: of how many, and the first.
+    /// What was not kept: the number of files, and the first of them.
     remarks: BTreeMap<String, (u64, String)>,
-    /// Where files with several names have been copied to first.
+    /// The first copy of each file with several hard links.
     names: HashMap<(ViewId, usize, Ino), (Rc<OutputDirectory>, PathBuf)>,
 }
 
-/// One source.
+/// One source operand.
 struct CopyOperand<'a> {
     word: &'a OsStr,
     tree: &'a GuestTree,
     volume: &'a (ViewId, usize),
-    /// The directory that all of it is copied into.
+    /// The directory of the host that receives the copy.
     root: Rc<OutputDirectory>,
 }
 
@@ -84,7 +85,7 @@ struct CopyFrame {
     entries: std::vec::IntoIter<NamedEntry>,
     /// From the source's root.
     path: PathBuf,
-    /// Whether it gets what the source has besides its entries.
+    /// Whether to set the source's attributes and times on it.
     finish: bool,
 }
 
@@ -95,12 +96,12 @@ impl CopyRun {
         let entry = tree.resolve(&path, last)?;
         let is_tree = entry.attributes.kind == FileKind::Directory;
         if is_tree && !self.recursive {
-            return Err(Error::new(ErrorKind::Usage, "it is a directory; give -r to copy it with all that is in it"));
+            return Err(Error::new(ErrorKind::Usage, "it is a directory; give -r to copy it"));
         }
         let mut names = path.rsplit(|byte| *byte == b'/').filter(|name| !name.is_empty());
         let name = names.next().unwrap_or_else(|| volume_name(word));
         if name == b".." {
-            return Err(Error::new(ErrorKind::Usage, "it has no name of its own; say which"));
+            return Err(Error::new(ErrorKind::Usage, "its path ends in ..; give a path that ends in a name"));
         }
         let source = |root| CopyOperand { word, tree: &tree, volume: &volume, root };
         if name == b"." && is_tree && is_directory {
@@ -111,7 +112,7 @@ impl CopyRun {
             (dest, OsStr::from_bytes(name))
         } else {
             let name =
-                dest.file_name().ok_or_else(|| Error::new(ErrorKind::Usage, "it needs a name to be copied to"))?;
+                dest.file_name().ok_or_else(|| Error::new(ErrorKind::Usage, "DEST has no file name; give one"))?;
             (dest.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")), name)
         };
         let root = Rc::new(OutputDirectory::open(folder)?);
@@ -121,7 +122,7 @@ impl CopyRun {
         })
     }
 
-    /// Copies a directory's entries, and all below, into `folder`.
+    /// Copies a directory's entries recursively into `folder`.
     fn directories(
         &mut self,
         source: &CopyOperand<'_>,
@@ -136,7 +137,7 @@ impl CopyRun {
         while let Some(frame) = frames.last_mut() {
             let Some(NamedEntry { name, entry }) = frame.entries.next() else {
                 let Some(CopyFrame { folder, entry, path, finish, .. }) = frames.pop() else { break };
-                // Times of a directory change with each entry that is made in it: they come last.
+                // Creating an entry changes the directory's times, so they are set last.
                 if finish {
                     let extended = self.extended(source, &entry, &path);
                     let lost = folder.finish(&entry.attributes, &extended, self.keep);
@@ -159,7 +160,7 @@ impl CopyRun {
         Ok(())
     }
 
-    #[expect(clippy::too_many_arguments, reason = "it is what a frame is made of")]
+    #[expect(clippy::too_many_arguments, reason = "the fields of a frame")]
     fn frame(
         &mut self,
         source: &CopyOperand<'_>,
@@ -178,7 +179,8 @@ impl CopyRun {
         Ok(CopyFrame { folder, entry, entries: entries.into_iter(), path, finish })
     }
 
-    /// Copies one entry to the last name of `path`; of a directory, only the directory, which is returned, and whether it is new.
+    /// Copies one entry to the last name of `path`. Of a directory, only the directory itself is created; it
+    /// is returned, with whether it is new.
     fn entry(
         &mut self,
         source: &CopyOperand<'_>,
@@ -195,7 +197,7 @@ impl CopyRun {
         let key = (source.volume.0.clone(), source.volume.1, entry.ino);
         let has_more_names = self.archive && found.links > 1;
         if has_more_names && let Some((root, first)) = self.names.get(&key) {
-            folder.name_again(name, root, first)?;
+            folder.hard_link(name, root, first)?;
             return Ok(None);
         }
         let lost = match found.kind {
@@ -212,7 +214,7 @@ impl CopyRun {
                 match folder.special(name, found, &extended, self.keep) {
                     Err(error) if error.kind() == ErrorKind::Denied => {
                         self.remark(
-                            format!("a {} may only be made by root, and was not copied", kind(found.kind)),
+                            format!("not copied, because only root may create a {}", kind(found.kind)),
                             source,
                             path,
                         );
@@ -222,7 +224,7 @@ impl CopyRun {
                 }
             }
             _ => {
-                self.remark(format!("a {} is copied only with -a", kind(found.kind)), source, path);
+                self.remark(format!("not copied, because a {} needs -a", kind(found.kind)), source, path);
                 return Ok(None);
             }
         };
@@ -259,8 +261,8 @@ impl CopyRun {
         complain(&mut self.failed, &about(source.word, error.within(named(path))));
     }
 
-    /// Says what was not kept: each thing once.
-    fn tell(&self) {
+    /// Prints each remark once, with the number of files.
+    fn print_remarks(&self) {
         for (fact, (count, first)) in &self.remarks {
             let more = if *count > 1 { format!(", and {} more", count - 1) } else { String::new() };
             warn(&format!("{fact}: {first}{more}"));
@@ -268,12 +270,12 @@ impl CopyRun {
     }
 }
 
-/// A path below the destination as part of a sentence.
+/// A path below the destination, made safe for a message.
 fn named(path: &Path) -> String {
     if path.as_os_str().is_empty() { ".".to_owned() } else { terminal_bytes(path.as_os_str().as_bytes()) }
 }
 
-/// Writes a file's bytes; what is a hole stays one.
+/// Writes a file's bytes; holes stay holes.
 fn fill(file: &File, tree: &GuestTree, entry: &GuestEntry) -> Result<()> {
     let fail = |error| Error::io("writing the copy", error);
     let size = entry.attributes.size;
@@ -301,7 +303,7 @@ fn volume_name(word: &OsStr) -> &[u8] {
     names.next().unwrap_or(b"disk")
 }
 
-/// Permission bits that new files do not get. There is no call that only tells.
+/// The umask. No system call reads it without setting it.
 fn umask() -> u16 {
     let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("Umask:"));

@@ -1,4 +1,4 @@
-//! `chainfs diff`: in which ranges two disks differ, or in which of their files.
+//! `chainfs diff`: lists the ranges or the files in which two disks differ.
 
 use std::io::Write;
 use std::path::Path;
@@ -25,13 +25,13 @@ use crate::report::json::pretty;
 const SAME: u8 = 0;
 const DIFFERENT: u8 = 1;
 const TROUBLE: u8 = 2;
-/// Text that is written at once.
-const PRINTED: usize = 1 << 16;
+/// Output is buffered up to this many bytes.
+const BUFFER_LEN: usize = 1 << 16;
 
 /// Runs the command.
 pub(in crate::cli) fn run(args: &DiffArgs) -> Result<u8> {
     match look(args) {
-        // Nobody reads any more, as behind `| head`: there was something to be read.
+        // The reader has closed the pipe, as `| head` does, after it read a difference.
         Err(error) if error.kind() == ErrorKind::Cancelled => Ok(DIFFERENT),
         other => other,
     }
@@ -41,7 +41,7 @@ fn look(args: &DiffArgs) -> Result<u8> {
     let mut a = operands::parse(&args.a)?;
     let mut b = operands::parse(&args.b)?;
     let of_files = args.files || a.has_inner || b.has_inner;
-    // What one says of the place on the disk is meant of both.
+    // A path given with one operand applies to both.
     a.inner = a.inner.take().or_else(|| b.inner.clone());
     b.inner = b.inner.take().or_else(|| a.inner.clone());
     (a.has_inner, b.has_inner) = (of_files, of_files);
@@ -50,8 +50,8 @@ fn look(args: &DiffArgs) -> Result<u8> {
     let disks = images.pair(&a, &b)?;
     let out = DiffOutput { args, text: String::new() };
     let found = if of_files { files(args, (&a, &b), &disks, out) } else { ranges(args, &disks, out) };
-    // Two states that are not what the guests wrote last tell nothing of those that are.
-    if images.tell_stale() { found.map(|_| TROUBLE) } else { found }
+    // With journals that are not replayed, the comparison says nothing about the guests' latest state.
+    if images.warn_stale() { found.map(|_| TROUBLE) } else { found }
 }
 
 fn image(place: &GuestOperand) -> &Path {
@@ -61,7 +61,7 @@ fn image(place: &GuestOperand) -> &Path {
     }
 }
 
-/// What is printed while it is found.
+/// Prints differences as they are found.
 struct DiffOutput<'a> {
     args: &'a DiffArgs,
     text: String,
@@ -76,7 +76,7 @@ impl DiffOutput<'_> {
         if !self.args.quiet && !self.is_json() {
             self.text.push_str(line);
         }
-        if self.text.len() > PRINTED { self.flush() } else { Ok(()) }
+        if self.text.len() > BUFFER_LEN { self.flush() } else { Ok(()) }
     }
 
     fn flush(&mut self) -> Result<()> {
@@ -84,7 +84,7 @@ impl DiffOutput<'_> {
         let written = out.write_all(self.text.as_bytes()).and_then(|()| out.flush());
         self.text.clear();
         written.map_err(|error| match error.kind() {
-            std::io::ErrorKind::BrokenPipe => Error::new(ErrorKind::Cancelled, "nobody reads the result"),
+            std::io::ErrorKind::BrokenPipe => Error::new(ErrorKind::Cancelled, "the output was closed"),
             _ => Error::io("writing the result", error),
         })
     }
@@ -99,8 +99,8 @@ impl DiffOutput<'_> {
 
 fn ranges(args: &DiffArgs, (a, b): &(StoreDisk, StoreDisk), mut out: DiffOutput<'_>) -> Result<u8> {
     let (view_a, view_b) = (a.view()?, b.view()?);
-    // Where something lies is worth knowing, and no more: not every disk can be looked into.
-    let layout = [b, a].iter().find_map(|disk| disk.inside().ok()).map(|inside| inside.layout().clone());
+    // Volume names are optional: some disks cannot be parsed.
+    let layout = [b, a].iter().find_map(|disk| disk.contents().ok()).map(|inside| inside.layout().clone());
     let (mut count, mut different, mut found) = (0, 0, Vec::new());
     let mut each = |start, length| {
         count += 1;
@@ -126,7 +126,7 @@ fn ranges(args: &DiffArgs, (a, b): &(StoreDisk, StoreDisk), mut out: DiffOutput<
     Ok(if count > 0 { DIFFERENT } else { SAME })
 }
 
-/// The volumes that have a part in a range of the first disk.
+/// The volumes with data in a range of the first disk.
 fn names_at(layout: &VolumeLayout, start: u64, len: u64) -> Vec<String> {
     let meets = |from: u64, of: u64| from < start.saturating_add(len) && start < from.saturating_add(of);
     let has_part = |volume: &&crate::guest::volumes::Volume| {
@@ -141,7 +141,7 @@ fn names_at(layout: &VolumeLayout, start: u64, len: u64) -> Vec<String> {
     layout.volumes.iter().filter(has_part).map(|volume| volume.name.clone()).collect()
 }
 
-/// What two disks' files are compared for, and what was found so far.
+/// A comparison of two disks' files and its results so far.
 struct FileComparison<'a> {
     out: DiffOutput<'a>,
     counted: Counted,
@@ -159,7 +159,7 @@ impl FileComparison<'_> {
         Ok(())
     }
 
-    /// Compares what is at one place of both.
+    /// Compares a path of both.
     fn trees(
         &mut self,
         prefix: &[u8],
@@ -177,7 +177,7 @@ impl FileComparison<'_> {
         let described = |(inside, volume): (&Arc<DiskContents>, usize)| inside.layout().volumes[volume].clone();
         let (of_a, of_b) = (described(a), described(b));
         self.tally.bytes_total += of_a.size + of_b.size;
-        // What is in the logical volumes is compared there.
+        // The content of physical volumes is compared as logical volumes.
         let is_holder = |content| content == VolumeContent::LvmPhysicalVolume;
         if is_holder(of_a.content) && is_holder(of_b.content) || is_surely_same(a, b) {
             return Ok(());
@@ -212,7 +212,7 @@ fn files(
     disks: &(StoreDisk, StoreDisk),
     out: DiffOutput<'_>,
 ) -> Result<u8> {
-    let (inside_a, inside_b) = (disks.0.inside()?, disks.1.inside()?);
+    let (inside_a, inside_b) = (disks.0.contents()?, disks.1.contents()?);
     let counted = Counted { directory_times: args.all, changed: args.all };
     let mut files = FileComparison { out, counted, tally: Tally::default(), changes: Vec::new() };
     let (mut only_in_a, mut only_in_b) = (Vec::new(), Vec::new());
@@ -220,7 +220,7 @@ fn files(
         let (tree_a, entry_a) = at(&inside_a, inner_a).map_err(|error| about(&args.a, error))?;
         let (tree_b, entry_b) = at(&inside_b, inner_b).map_err(|error| about(&args.b, error))?;
         if entry_a.is_none() && entry_b.is_none() {
-            return Err(about(&args.a, Error::new(ErrorKind::NotFound, "neither of the two has it")));
+            return Err(about(&args.a, Error::new(ErrorKind::NotFound, "neither disk has it")));
         }
         let size = |inside: &DiskContents, inner: &DiskPath| {
             operands::volume(inside, &inner.volume).map_or(0, |index| inside.layout().volumes[index].size)
@@ -259,14 +259,14 @@ fn files(
         bytes_total: tally.bytes_total,
     })?;
     if tally.unreadable > 0 {
-        let fact = format!("{} could not be read, and may differ", tally.unreadable);
+        let fact = format!("{} could not be read and may differ", tally.unreadable);
         complain(&mut false, &Error::new(ErrorKind::Corrupt, fact));
         return Ok(TROUBLE);
     }
     Ok(if differs { DIFFERENT } else { SAME })
 }
 
-/// What is at a place of a disk; links are followed, for it is what they lead to that is compared.
+/// The entry at a path of a disk. Symbolic links are followed: their targets are compared.
 fn at(inside: &Arc<DiskContents>, inner: &DiskPath) -> Result<(GuestTree, Option<GuestEntry>)> {
     let tree = GuestTree::open(inside, operands::volume(inside, &inner.volume)?)?;
     match tree.resolve(&inner.path, FinalSymlink::Followed) {

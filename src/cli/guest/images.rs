@@ -1,7 +1,8 @@
-//! The images that a command names, opened in the store that shows most of them at once.
+//! Opens the images that a command names, each in a store that is large enough.
 //!
-//! An image is opened by itself, as by every other command, unless that is not enough: other disks of its volume groups lie in
-//! other chains, and two images that share layers are compared without reading those only if one store has both.
+//! An image is opened alone, as in all other commands, unless that is not enough: a volume group may need
+//! disks of other chains, and a comparison of two images skips their shared layers only if one store has
+//! both.
 
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -20,18 +21,18 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::report::safe::terminal;
 use crate::store::{MARKER, OpenView, Store, StoreOptions, ViewId, shown};
 
-/// What to do about a journal that is not replayed.
-const REPLAY: &str = "let the guest replay it, or run e2fsck on a clone";
+/// The remedy for a journal that is not replayed.
+const REPLAY_REMEDY: &str = "let the guest replay it, or run e2fsck on a clone";
 
 /// The stores that a command has opened.
 pub(super) struct OpenStores {
     options: StoreOptions,
-    /// The store that the user has named.
+    /// The store given with `--store`.
     store: Option<PathBuf>,
     open: Vec<Arc<OpenStore>>,
 }
 
-/// A store, and what looks into its disks.
+/// An open store, and the browser of its disks.
 pub(super) struct OpenStore {
     path: PathBuf,
     pub(super) store: Arc<Store>,
@@ -42,13 +43,13 @@ pub(super) struct OpenStore {
 #[derive(Clone)]
 pub(super) struct StoreDisk {
     pub(super) opened: Arc<OpenStore>,
-    pub(super) spot: ViewRef,
+    pub(super) view_ref: ViewRef,
     pub(super) id: ViewId,
 }
 
 impl StoreDisk {
-    /// What it holds.
-    pub(super) fn inside(&self) -> Result<Arc<DiskContents>> {
+    /// Its volumes and files.
+    pub(super) fn contents(&self) -> Result<Arc<DiskContents>> {
         self.opened.browser.contents(&self.id, PointInTime::First)
     }
 
@@ -56,7 +57,7 @@ impl StoreDisk {
     pub(super) fn view(&self) -> Result<OpenView> {
         let catalog = self.opened.store.catalog();
         let live = self.id.is_active() || self.opened.store.options().force_share;
-        self.opened.store.open_shown(&catalog, &self.spot.layers(), self.spot.part(), live)
+        self.opened.store.open_shown(&catalog, &self.view_ref.layers(), self.view_ref.part(), live)
     }
 }
 
@@ -70,19 +71,20 @@ impl OpenStores {
                 options.formats.insert(0, FormatRule { glob, format: *format });
             }
         }
-        // For one look nothing is watched.
+        // A single command: the store is not watched.
         let options = StoreOptions { notify: false, ..store_options(&options) };
         Ok(Self { options, store: args.store.clone(), open: Vec::new() })
     }
 
-    /// Says of which volumes that have been looked into what was written last is not shown; whether there are any.
-    pub(super) fn tell_stale(&self) -> bool {
+    /// Warns of each volume that was read without its journal, and so without its last writes; whether there
+    /// are any.
+    pub(super) fn warn_stale(&self) -> bool {
         let mut is_stale = false;
         for opened in &self.open {
             for (view, volume, sentence) in opened.browser.stale() {
                 is_stale = true;
                 let (store, view) = (shown(&opened.path), shown(Path::new(std::ffi::OsStr::from_bytes(&view.name))));
-                warn(&terminal(&format!("{store}: {volume} of {view}: {sentence}; {REPLAY}")));
+                warn(&terminal(&format!("{store}: {volume} of {view}: {sentence}; {REPLAY_REMEDY}")));
             }
         }
         is_stale
@@ -99,7 +101,7 @@ impl OpenStores {
         Ok(opened)
     }
 
-    /// The disk that is meant, in a store that has all that it needs.
+    /// The disk of an operand, in a store that has all layers and disks it needs.
     pub(super) fn disk(&mut self, place: &GuestOperand) -> Result<StoreDisk> {
         let DiskName::Image { path, .. } = &place.disk else { return self.mounted(&place.disk) };
         let image = canonical(path)?;
@@ -107,15 +109,15 @@ impl OpenStores {
             return self.in_store(&store, &image, &place.disk);
         }
         let disk = self.alone(&image, &place.disk)?;
-        // What cannot be looked into is told of by whoever asks for more.
-        let lacks = place.has_inner && disk.inside().is_ok_and(|inside| !inside.layout().missing.is_empty());
+        // If the disk cannot be parsed, the caller's next access reports the error.
+        let lacks = place.has_inner && disk.contents().is_ok_and(|inside| !inside.layout().missing.is_empty());
         match around(&image).filter(|_| lacks) {
             Some(directory) => Ok(self.within(&directory, &image, &place.disk)?.unwrap_or(disk)),
             None => Ok(disk),
         }
     }
 
-    /// Two disks, in one store if there is one that has both.
+    /// Two disks, in one store if a store has both.
     pub(super) fn pair(&mut self, a: &GuestOperand, b: &GuestOperand) -> Result<(StoreDisk, StoreDisk)> {
         let (DiskName::Image { path: path_a, .. }, DiskName::Image { path: path_b, .. }) = (&a.disk, &b.disk) else {
             return Ok((self.disk(a)?, self.disk(b)?));
@@ -125,17 +127,17 @@ impl OpenStores {
             let both = (self.in_store(&store, &image_a, &a.disk)?, self.in_store(&store, &image_b, &b.disk)?);
             return Ok(view_ref::in_one_chain(both));
         }
-        // Either may be a layer of the other; else a directory may have both.
+        // One may be a layer of the other; else a common directory may have both.
         let mut candidates = vec![image_a.clone(), image_b.clone()];
         let is_near = |above: &Path, other: &Path| other.parent().is_some_and(|parent| parent.starts_with(above));
         for (image, other) in [(&image_a, &image_b), (&image_b, &image_a)] {
             candidates.extend(around(image).filter(|above| is_near(above, other)));
         }
         for candidate in &candidates {
-            // One that cannot be opened is no help; whether that matters is found out below.
+            // A candidate that cannot be opened is skipped; the fallback below reports real errors.
             let Ok(Some(found_a)) = self.within(candidate, &image_a, &a.disk) else { continue };
             let Ok(Some(found_b)) = self.within(candidate, &image_b, &b.disk) else { continue };
-            let lacks = |disk: &StoreDisk| disk.inside().is_ok_and(|inside| !inside.layout().missing.is_empty());
+            let lacks = |disk: &StoreDisk| disk.contents().is_ok_and(|inside| !inside.layout().missing.is_empty());
             if candidate.is_file() && (a.has_inner || b.has_inner) && (lacks(&found_a) || lacks(&found_b)) {
                 continue;
             }
@@ -144,7 +146,7 @@ impl OpenStores {
         Ok((self.disk(a)?, self.disk(b)?))
     }
 
-    /// The disk, in the store around it.
+    /// The disk, in the store that contains it.
     pub(super) fn in_its_store(&mut self, place: &GuestOperand) -> Result<StoreDisk> {
         let DiskName::Image { path, .. } = &place.disk else { return self.mounted(&place.disk) };
         let image = canonical(path)?;
@@ -179,26 +181,25 @@ impl OpenStores {
 
     fn mounted(&mut self, name: &DiskName) -> Result<StoreDisk> {
         let DiskName::Mounted { store, chain, view, address } = name else {
-            unreachable!("asked only of places in mounts")
+            unreachable!("called only for paths in mounts")
         };
         let opened = self.open(store)?;
         view_ref::in_chain(&opened, chain, view.as_deref(), address.as_deref())
     }
 }
 
-/// Links are the user's own word: what they lead to is what is meant.
+/// Resolves symbolic links: the user named them, so they may lead anywhere.
 fn canonical(path: &Path) -> Result<PathBuf> {
     path.canonicalize().map_err(|error| Error::io(format!("opening {}", shown(path)), error))
 }
 
-/// The store around an image: the marked directory above, or else the one that it is in.
+/// The store that contains an image: the nearest marked directory above, or else the image's directory.
 fn around(image: &Path) -> Option<PathBuf> {
     let marked = image.ancestors().skip(1).find(|above| above.join(MARKER).is_dir());
     marked.or(image.parent()).map(Path::to_path_buf)
 }
 
 fn not_in(image: &Path, store: &Path) -> Error {
-    let fact =
-        format!("{} is no image of the store {}; chainfs tree tells which there are", shown(image), shown(store));
+    let fact = format!("{} is not an image of the store {}; chainfs tree lists the images", shown(image), shown(store));
     Error::new(ErrorKind::NotFound, fact)
 }

@@ -1,4 +1,4 @@
-//! `chainfs ls`: the volumes of a guest's disk, and the files in them.
+//! `chainfs ls`: lists the volumes of a guest's disk, or the files in them.
 
 use std::ffi::OsStr;
 use std::io::IsTerminal;
@@ -30,21 +30,21 @@ pub(in crate::cli) fn run(args: &LsArgs) -> Result<u8> {
     if args.output.format() == Output::Json {
         print(&pretty(&list.objects))?;
     }
-    let is_stale = images.tell_stale();
+    let is_stale = images.warn_stale();
     Ok(u8::from(list.failed || is_stale))
 }
 
-/// What is listed so far.
+/// The listing so far.
 struct Listing<'a> {
     args: &'a LsArgs,
     zone: TimeZone,
     failed: bool,
-    /// Whether there was anything before: a blank line divides.
+    /// Whether a section was printed before: a blank line separates sections.
     printed: bool,
     objects: Vec<Object>,
 }
 
-/// For programs.
+/// The result as JSON.
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Object {
@@ -56,7 +56,7 @@ impl Listing<'_> {
     fn place(&mut self, images: &mut OpenStores, word: &OsStr) -> Result<()> {
         let place = operands::parse(word)?;
         if place.inner.is_none() {
-            let inside = images.disk(&place)?.inside()?;
+            let inside = images.disk(&place)?.contents()?;
             if self.args.output.format() == Output::Json {
                 self.objects.push(Object::Volumes { place: shown(word), volumes: volumes::objects(&inside) });
                 return Ok(());
@@ -66,7 +66,7 @@ impl Listing<'_> {
         }
         let OpenedPath { tree, path, .. } = open(images, word)?;
         let is_listed = !self.args.directory;
-        // As ls does: a link that is named is followed, unless it is described.
+        // As ls does: a link given as operand is followed, unless -l or -d describes it.
         let is_itself = self.args.long || self.args.directory;
         let last = if is_itself { FinalSymlink::Itself } else { FinalSymlink::Followed };
         let found = tree.resolve(&path, last)?;
@@ -77,10 +77,10 @@ impl Listing<'_> {
         self.directories(word, &tree, found)
     }
 
-    /// A directory and, if that is asked for, all below it.
+    /// Lists a directory, with -R recursively.
     fn directories(&mut self, word: &OsStr, tree: &GuestTree, top: GuestEntry) -> Result<()> {
         let mut visited = VisitedDirectories::default();
-        // The last is the next.
+        // A stack: the last element is listed next.
         let mut left = vec![(Vec::new(), top, 0)];
         while let Some((path, directory, depth)) = left.pop() {
             if let Err(error) = visited.enter(directory.ino, depth) {
@@ -149,7 +149,7 @@ impl Listing<'_> {
         print(&if self.args.long { long(&files, &self.zone) } else { short(&files, width) })
     }
 
-    /// What the lines that follow are about.
+    /// Prints the heading of a section.
     fn head(&mut self, place: &str, is_needed: bool) -> Result<()> {
         if is_needed {
             print(&format!("{}{place}:\n", if self.printed { "\n" } else { "" }))?;

@@ -1,6 +1,6 @@
-//! What `IMAGE[@VIEW]:/VOLUME/PATH` says.
+//! Parses `IMAGE[@VIEW]:/VOLUME/PATH`.
 //!
-//! File names may hold colons and at signs: the longest beginning of a word that is a file's name is that file.
+//! File names may contain colons and at signs: the longest prefix that is the name of a file is the image.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -11,38 +11,38 @@ use super::shown;
 use crate::browse::DiskContents;
 use crate::error::{Error, ErrorKind, Result};
 
-/// The name that stands for the volume with the operating system.
+/// The name of the volume with the operating system.
 const ROOT: &[u8] = b"root";
 
-/// A word, and what it says.
+/// A parsed operand.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct GuestOperand {
     pub(super) disk: DiskName,
     /// A volume and a path in it.
     pub(super) inner: Option<DiskPath>,
-    /// Whether the word goes on behind the image's name: `IMAGE:` is not `IMAGE`.
+    /// Whether the operand has a colon after the image's name: `IMAGE:` is not `IMAGE`.
     pub(super) has_inner: bool,
 }
 
-/// A disk, as the user names it.
+/// The name of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum DiskName {
-    /// An image's, or that of a snapshot.
+    /// The disk of an image, or of one of its snapshots.
     Image { path: PathBuf, snapshot: Option<Vec<u8>> },
-    /// One that a mount of the store at `store` shows, or the view that stands behind an at sign there.
+    /// A disk in a mount of the store at `store`; `address` is the part after an at sign.
     Mounted { store: PathBuf, chain: PathBuf, view: Option<Vec<u8>>, address: Option<Vec<u8>> },
 }
 
-/// A place on a disk.
+/// A path on a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct DiskPath {
     pub(super) volume: Vec<u8>,
-    /// Within the volume; as it was written.
+    /// The path within the volume, as written.
     pub(super) path: Vec<u8>,
 }
 
 impl DiskPath {
-    /// `/VOLUME/PATH`; `None` if there is no volume in it.
+    /// Parses `/VOLUME/PATH`; `None` if it has no volume.
     fn of(text: &[u8]) -> Option<Self> {
         let text = &text[text.iter().position(|byte| *byte != b'/')?..];
         let end = text.iter().position(|byte| *byte == b'/').unwrap_or(text.len());
@@ -50,7 +50,7 @@ impl DiskPath {
     }
 }
 
-/// Finds out what a word names.
+/// Parses an operand.
 pub(super) fn parse(word: &OsStr) -> Result<GuestOperand> {
     let bytes = word.as_bytes();
     let ends = (1..=bytes.len()).rev().filter(|end| bytes.get(*end).is_none_or(|byte| matches!(byte, b':' | b'@')));
@@ -69,27 +69,27 @@ pub(super) fn parse(word: &OsStr) -> Result<GuestOperand> {
     if let Some((store, rest)) = place_in_mount(Path::new(word))? {
         return mounted(word, &store, &rest, None, None);
     }
-    // What stands before the first colon was meant, probably.
+    // Probably the user meant the part before the first colon.
     let end = bytes.iter().position(|byte| *byte == b':').unwrap_or(bytes.len());
     let path = Path::new(OsStr::from_bytes(&bytes[..end]));
     if path.is_dir() {
         let fact = format!("{} is a directory; name one of its images", shown(path.as_os_str()));
         return Err(Error::new(ErrorKind::Usage, fact));
     }
-    let fact = format!("there is no image {}; a place in one is written IMAGE:/VOLUME/PATH", shown(path.as_os_str()));
+    let fact = format!("there is no image {}; write a path in an image as IMAGE:/VOLUME/PATH", shown(path.as_os_str()));
     Err(Error::new(ErrorKind::NotFound, fact))
 }
 
-/// A snapshot's name, and what stands behind the colon.
+/// A snapshot's name, and the part after the colon.
 type Split<'a> = (Option<&'a [u8]>, Option<&'a [u8]>);
 
-/// `[@SNAPSHOT][:INNER]` in its two parts; `None` if it is nothing of that kind.
+/// Splits `[@SNAPSHOT][:INNER]`; `None` for other text.
 fn split(rest: &[u8]) -> Option<Split<'_>> {
     match rest {
         [] => Some((None, None)),
         [b':', inner @ ..] => Some((None, Some(inner))),
         [b'@', rest @ ..] => {
-            // Names of snapshots are often times, and have colons.
+            // Snapshots are often named after times, which have colons.
             let end = rest.windows(2).position(|pair| pair == b":/");
             let end = end.or_else(|| rest.len().checked_sub(1).filter(|last| rest[*last] == b':'));
             let (snapshot, inner) = match end {
@@ -102,7 +102,7 @@ fn split(rest: &[u8]) -> Option<Split<'_>> {
     }
 }
 
-/// A place in a mount: a disk that it shows, or a guest's file.
+/// A path in a mount: a disk, or a guest's file.
 fn mounted(
     word: &OsStr,
     store: &Path,
@@ -123,7 +123,7 @@ fn mounted(
     };
     if let Some(at) = names.iter().position(|name| *name == b"files") {
         let view = *names.get(at + 1).ok_or_else(nothing)?;
-        // The kernel has taken a slash at the end for granted; whoever wrote it means the directory behind a link.
+        // The mount's path has lost a slash at the end. It means that a symbolic link is to be followed.
         let mut within = names[at + 2..].join(&b'/');
         if word.as_bytes().ends_with(b"/") {
             within.push(b'/');
@@ -136,12 +136,12 @@ fn mounted(
             Ok(place(chain(names.len() - 2), Some(view), inner))
         }
         [.., b"active.raw"] => Ok(place(chain(names.len() - 1), Some(b"active"), inner)),
-        // The chain itself stands for its leaf.
+        // A chain means its active disk.
         _ => Ok(place(chain(names.len()), None, inner)),
     }
 }
 
-/// The volume of that name; `root` is the one with the operating system.
+/// The index of the volume with this name; `root` means the volume with the operating system.
 pub(super) fn volume(inside: &DiskContents, name: &[u8]) -> Result<usize> {
     if let Some(index) = inside.volume(name) {
         return Ok(index);
@@ -159,15 +159,14 @@ pub(super) fn volume(inside: &DiskContents, name: &[u8]) -> Result<usize> {
         format!("the disk has no volume {}", shown(OsStr::from_bytes(name)))
     };
     let remedy =
-        if names.is_empty() { "it has none at all".to_owned() } else { format!("there is {}", names.join(", ")) };
+        if names.is_empty() { "it has no volumes".to_owned() } else { format!("its volumes: {}", names.join(", ")) };
     Err(Error::new(ErrorKind::NotFound, format!("{fact}; {remedy}")))
 }
 
-/// That a word names a disk where a file is wanted.
+/// The error for an operand that names a disk where a file is needed.
 pub(super) fn no_volume(word: &OsStr) -> Error {
     let word = shown(word);
-    let fact =
-        format!("{word} names no volume; chainfs ls {}: tells which there are", word.trim_end_matches([':', '/']));
+    let fact = format!("{word} names no volume; chainfs ls {}: lists the volumes", word.trim_end_matches([':', '/']));
     Error::new(ErrorKind::Usage, fact)
 }
 
@@ -176,7 +175,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_longest_beginning_that_is_a_file_is_the_image() {
+    fn the_longest_prefix_that_is_a_file_is_the_image() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         for name in ["a", "a:", "b@c", "b"] {

@@ -1,8 +1,8 @@
-//! Writing files of a guest onto the host.
+//! Writes a guest's files to the host.
 //!
-//! Promises: nothing is written anywhere but in the directories that were opened or made here. No name that a guest has chosen, and no
-//! symbolic link that it has had copied before, leads anywhere else: each is one name, made new in a directory that is open. A file gets
-//! its name when it is whole.
+//! Promises: files are written only in directories that were opened or created here. No name from the guest
+//! and no copied symbolic link leads elsewhere: each name is a single component, created in an open
+//! directory. A file gets its name when it is complete.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -19,68 +19,68 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{ExtendedAttribute, FileAttributes, FileKind};
 use crate::store::shown;
 
-/// What of a file is kept besides its bytes.
+/// Which attributes of a file are kept.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct KeptAttributes {
     /// All permission bits, attributes and, where allowed, the owner.
     pub(super) all: bool,
-    /// What gives whoever runs the file rights of somebody else: only by root, and with the owner.
+    /// Set-ID bits and file capabilities: kept only by root, and with the owner.
     pub(super) set_id: bool,
-    /// Permission bits that new files do not get.
+    /// The umask for new files.
     pub(super) umask: u16,
 }
 
-/// What could not be kept of a file.
+/// An attribute that could not be kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct LostAttributes {
     pub(super) what: String,
     pub(super) why: Errno,
-    /// Whether the user has asked for it.
+    /// Whether the user requested it.
     pub(super) matters: bool,
 }
 
-/// A directory of the host that is written into.
+/// A directory of the host that files are written to.
 #[derive(Debug)]
 pub(super) struct OutputDirectory(OwnedFd);
 
 const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
 impl OutputDirectory {
-    /// The directory that the user names, links and all.
+    /// Opens the directory given by the user; symbolic links are followed.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let opened = fs::openat(CWD, path, FOLDER, Mode::empty());
         opened.map(Self).map_err(|error| Error::io(format!("opening {}", shown(path)), error))
     }
 
-    /// The directory of that name, which is made if there is none; whether it was. What is there and is none, a link to one too, is not
-    /// entered.
+    /// Opens the subdirectory of that name, or creates it; returns it with whether it is new. A file of
+    /// another type, or a symbolic link to a directory, is an error.
     pub(super) fn enter(&self, name: &[u8]) -> Result<(Self, bool)> {
         let is_new = match fs::mkdirat(&self.0, name, Mode::RWXU) {
             Ok(()) => true,
             Err(Errno::EXIST) => false,
-            Err(error) => return Err(failed("making the directory", error)),
+            Err(error) => return Err(failed("creating the directory", error)),
         };
         match fs::openat(&self.0, name, FOLDER | OFlags::NOFOLLOW, Mode::empty()) {
             Ok(opened) => Ok((Self(opened), is_new)),
             Err(Errno::NOTDIR | Errno::LOOP) => {
-                let fact = "something that is no directory has its name already; remove that first";
+                let fact = "a file that is not a directory has this name; remove it first";
                 Err(Error::new(ErrorKind::Exists, fact))
             }
             Err(error) => Err(failed("opening the directory", error)),
         }
     }
 
-    /// The directory at a path of names that were made here.
+    /// Opens the directory at a path that was created here.
     fn below(&self, path: &Path) -> Result<Self> {
         if path.as_os_str().is_empty() {
             return self.0.try_clone().map(Self).map_err(|error| Error::io("opening the directory", error));
         }
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let opened = fs::openat2(&self.0, path, FOLDER, Mode::empty(), resolve);
-        opened.map(Self).map_err(|error| failed("finding the first of its names", error))
+        opened.map(Self).map_err(|error| failed("opening the directory of its first link", error))
     }
 
-    /// Makes a regular file; `fill` writes it. Whatever had its name is replaced, unless that is a directory.
+    /// Creates a regular file, which `fill` writes. Replaces an existing file, unless that is a directory.
     pub(super) fn file(
         &self,
         name: &[u8],
@@ -92,13 +92,13 @@ impl OutputDirectory {
         self.placed(name, |draft| {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let made = fs::openat(&self.0, draft, flags, Mode::RUSR | Mode::WUSR);
-            let made = File::from(made.map_err(|error| failed("making the file", error))?);
+            let made = File::from(made.map_err(|error| failed("creating the file", error))?);
             fill(&made)?;
             Ok(finish(made.as_fd(), found, extended, keep))
         })
     }
 
-    /// Makes a symbolic link.
+    /// Creates a symbolic link.
     pub(super) fn link(
         &self,
         name: &[u8],
@@ -108,12 +108,12 @@ impl OutputDirectory {
         keep: KeptAttributes,
     ) -> Result<Vec<LostAttributes>> {
         self.placed(name, |draft| {
-            fs::symlinkat(target, &self.0, draft).map_err(|error| failed("making the symbolic link", error))?;
+            fs::symlinkat(target, &self.0, draft).map_err(|error| failed("creating the symbolic link", error))?;
             Ok(self.finish_at(draft, found, extended, keep, false))
         })
     }
 
-    /// Makes a device, FIFO or socket.
+    /// Creates a device, FIFO or socket.
     pub(super) fn special(
         &self,
         name: &[u8],
@@ -130,22 +130,22 @@ impl OutputDirectory {
         self.placed(name, |draft| {
             let device = fs::makedev(found.device.0, found.device.1);
             let made = fs::mknodat(&self.0, draft, kind, Mode::RUSR | Mode::WUSR, device);
-            made.map_err(|error| failed("making it", error))?;
+            made.map_err(|error| failed("creating it", error))?;
             Ok(self.finish_at(draft, found, extended, keep, true))
         })
     }
 
-    /// Gives a file that was made here, beneath `root`, one more name.
-    pub(super) fn name_again(&self, name: &[u8], root: &Self, first: &Path) -> Result<()> {
+    /// Creates a hard link to a file that was created here, below `root`.
+    pub(super) fn hard_link(&self, name: &[u8], root: &Self, first: &Path) -> Result<()> {
         let parent = root.below(first.parent().unwrap_or(Path::new("")))?;
         let old = first.file_name().unwrap_or_default();
         self.placed(name, |draft| {
             fs::linkat(&parent.0, old, &self.0, draft, AtFlags::empty())
-                .map_err(|error| failed("linking it to the first of its names", error))
+                .map_err(|error| failed("linking it to its first name", error))
         })
     }
 
-    /// Gives the directory itself what its source has.
+    /// Sets the source's attributes and times on the directory itself.
     pub(super) fn finish(
         &self,
         found: &FileAttributes,
@@ -155,10 +155,10 @@ impl OutputDirectory {
         finish(self.0.as_fd(), found, extended, keep)
     }
 
-    /// Makes something under a name that nobody has, and gives it its own when it is whole.
+    /// Creates a file under a temporary name, and renames it when it is complete.
     fn placed<T>(&self, name: &[u8], make: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
         static DRAFTS: AtomicU64 = AtomicU64::new(0);
-        // One that somebody else has is left alone.
+        // A temporary name that exists already is skipped.
         let draft = loop {
             let number = DRAFTS.fetch_add(1, Ordering::Relaxed);
             let draft = PathBuf::from(format!(".chainfs-{}-{number}", std::process::id()));
@@ -168,14 +168,14 @@ impl OutputDirectory {
         };
         let placed = make(&draft).and_then(|made| {
             let renamed = fs::renameat(&self.0, &draft, &self.0, name);
-            renamed.map(|()| made).map_err(|error| failed("giving it its name", error))
+            renamed.map(|()| made).map_err(|error| failed("renaming it", error))
         });
-        // After a success it is there only if it was one more name of what had the name before.
+        // After a rename, the temporary name exists only if both names were links of one file.
         let _ = fs::unlinkat(&self.0, &draft, AtFlags::empty());
         placed
     }
 
-    /// As [`finish`], of what cannot be opened.
+    /// Like [`finish`], for a file that cannot be opened.
     fn finish_at(
         &self,
         name: &Path,
@@ -191,14 +191,14 @@ impl OutputDirectory {
             let owned = fs::chownat(&self.0, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW);
             is_owned = owned.is_ok();
             note_owner(&mut lost, owned);
-            // There is no call that takes a directory and a name; the name is ours, and not followed.
+            // No system call takes a directory and a name. The name is temporary, and not followed.
             let path = PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd())).join(name);
             set_extended(&mut lost, extended, keep, is_owned, |name, value| {
                 fs::lsetxattr(&path, name, value, XattrFlags::empty())
             });
         }
         if has_mode {
-            // Made by us a moment ago under a name that nobody else has: it is no link.
+            // This process has just created the temporary name: it is not a symbolic link.
             note(
                 &mut lost,
                 "permission bits",
@@ -210,7 +210,8 @@ impl OutputDirectory {
     }
 }
 
-/// Gives an open file or directory owner, attributes, permission bits and times, in an order in which none spoils another.
+/// Sets owner, attributes, permission bits and times of an open file or directory, in an order in which no
+/// step resets an earlier one.
 fn finish(
     fd: std::os::fd::BorrowedFd<'_>,
     found: &FileAttributes,
@@ -240,7 +241,7 @@ fn set_extended(
     set: impl Fn(&std::ffi::OsStr, &[u8]) -> rustix::io::Result<()>,
 ) {
     for attribute in extended {
-        // It gives whoever runs the file rights, as a set-ID bit does.
+        // A file capability gives rights to the user who runs the file, like a set-ID bit.
         if attribute.name == b"security.capability" && !(keep.set_id && is_owned) {
             continue;
         }
@@ -312,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_that_is_in_the_way_is_replaced_and_never_followed() {
+    fn an_existing_symbolic_link_is_replaced_and_never_followed() {
         let place = tempfile::tempdir().unwrap();
         let (inside, outside) = (place.path().join("in"), place.path().join("out"));
         for directory in [&inside, &outside] {
@@ -333,20 +334,20 @@ mod tests {
         assert_eq!(std::fs::read_to_string(inside.join("b")).unwrap(), "the guest's");
         let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(inside.join("b")).unwrap().permissions());
         assert_eq!(mode & 0o7777, 0o754, "no set-ID bits");
-        // What fails leaves what there was, and nothing else.
+        // A failure leaves the existing file, and no temporary file.
         let refused = folder.file(b"b", &found, &[], keep, |_| Err(Error::new(ErrorKind::Io, "")));
         assert!(refused.is_err());
         assert_eq!(std::fs::read_to_string(inside.join("b")).unwrap(), "the guest's");
-        folder.name_again(b"c", &folder, Path::new("b")).unwrap();
-        folder.name_again(b"c", &folder, Path::new("b")).unwrap();
-        assert_eq!(folder.name_again(b"d", &folder, Path::new("a/passwd")).unwrap_err().kind(), ErrorKind::Io);
+        folder.hard_link(b"c", &folder, Path::new("b")).unwrap();
+        folder.hard_link(b"c", &folder, Path::new("b")).unwrap();
+        assert_eq!(folder.hard_link(b"d", &folder, Path::new("a/passwd")).unwrap_err().kind(), ErrorKind::Io);
         let mut names: Vec<_> = std::fs::read_dir(&inside).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, ["a", "b", "c"]);
     }
 
     #[test]
-    fn what_others_have_under_the_name_of_a_draft_stays() {
+    fn a_temporary_name_that_exists_is_not_touched() {
         let place = tempfile::tempdir().unwrap();
         let folder = OutputDirectory::open(place.path()).unwrap();
         let theirs = |number: u64| place.path().join(format!(".chainfs-{}-{number}", std::process::id()));

@@ -1,4 +1,4 @@
-//! `chainfs versions`: which views of a chain hold which version of a guest's file.
+//! `chainfs versions`: lists the versions of a guest's file and the views that hold each.
 
 use std::ffi::OsStr;
 
@@ -25,7 +25,7 @@ fn look(args: &VersionsArgs) -> Result<u8> {
     let Some(inner) = &place.inner else { return Err(operands::no_volume(word)) };
     let mut images = OpenStores::new(&args.look, &[])?;
     let disk = images.in_its_store(&place)?;
-    // In a mount, it is one chain of those that have it that was named.
+    // A path in a mount names one of the chains that have the layer.
     let alone = match &place.disk {
         DiskName::Mounted { chain, .. } => Some(chain.as_path()),
         DiskName::Image { .. } => None,
@@ -35,25 +35,25 @@ fn look(args: &VersionsArgs) -> Result<u8> {
     if found.iter().all(|found| matches!(found, PathState::Absent)) {
         let names: Vec<String> =
             names.iter().map(|name| shown(std::os::unix::ffi::OsStrExt::from_bytes(name))).collect();
-        return Err(Error::new(ErrorKind::NotFound, format!("none of these has it: {}", names.join(", "))));
+        return Err(Error::new(ErrorKind::NotFound, format!("no view has it: {}", names.join(", "))));
     }
     let versions = versions(&found);
     print(&match args.output.format() {
         Output::Human => table(&versions, &names, &TimeZone::system()),
         Output::Json => pretty(&VersionsObject::of(&versions, &names, disk.opened.browser.bytes_read())),
     })?;
-    let is_stale = images.tell_stale();
+    let is_stale = images.warn_stale();
     Ok(u8::from(is_stale || versions.iter().any(|version| matches!(version.state, Some(Err(_))))))
 }
 
 fn found(disk: &StoreDisk, inner: &DiskPath) -> PathState {
-    let inside = match disk.inside() {
+    let inside = match disk.contents() {
         Ok(inside) => inside,
         Err(error) => return PathState::Unreadable(error),
     };
     match operands::volume(&inside, &inner.volume) {
         Ok(volume) => find(&inside, Some(volume), &inner.path),
-        // A disk may not have been partitioned yet.
+        // In an early view, the disk may not be partitioned.
         Err(error) if error.kind() == ErrorKind::NotFound => PathState::Absent,
         Err(error) => PathState::Unreadable(error),
     }

@@ -1,4 +1,4 @@
-//! Which view of which chain a disk's name means in a store that is open.
+//! Resolves a disk's name to a view of a chain in an open store.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -19,26 +19,26 @@ pub(super) struct ViewRef {
 }
 
 impl ViewRef {
-    /// Its layers, top first.
+    /// The layers of the view, top first.
     pub(super) fn layers(&self) -> Vec<ImageIndex> {
         self.views.layers[self.view.layer..].to_vec()
     }
 
-    /// Which state of the top one.
+    /// The state of the top layer.
     pub(super) fn part(&self) -> ViewPart {
         self.view.snapshot.map_or(ViewPart::Active, ViewPart::Snapshot)
     }
 }
 
-/// The disk of that name in a store; `None` if the image is none of its.
+/// The disk of that name in a store; `None` if the store does not have the image.
 pub(super) fn find(opened: &Arc<OpenStore>, image: &Path, name: &DiskName) -> Result<Option<StoreDisk>> {
-    let DiskName::Image { path, snapshot } = name else { unreachable!("asked only of images") };
+    let DiskName::Image { path, snapshot } = name else { unreachable!("called only for images") };
     let catalog = opened.store.catalog();
     let Some(index) = catalog.images.iter().position(|entry| opened.store.host_path(&entry.place) == image) else {
         return Ok(None);
     };
     let Some((chain, leaf)) = chains_of(&catalog, index).into_iter().next() else {
-        let fact = format!("{} is part of no chain", shown(image.as_os_str()));
+        let fact = format!("{} is not part of a chain", shown(image.as_os_str()));
         return Err(Error::new(ErrorKind::Broken, fact));
     };
     let chain = Arc::new(chain);
@@ -58,7 +58,7 @@ pub(super) fn find(opened: &Arc<OpenStore>, image: &Path, name: &DiskName) -> Re
     Ok(Some(disk(opened, &catalog, &chain, &views, view)))
 }
 
-/// A view of a chain by the path that it has in a mount; the leaf's if none is named. `wanted`: what stands behind an
+/// A view of a chain by its path in a mount; without `view`, the active disk. `wanted` is the part after an
 /// at sign.
 pub(super) fn in_chain(
     opened: &Arc<OpenStore>,
@@ -88,15 +88,16 @@ pub(super) fn in_chain(
     Ok(disk(opened, &catalog, &Arc::new(chain.to_path_buf()), &views, view))
 }
 
-/// The same two disks, as views of one chain if there is one that has both: then one process looks into them.
+/// The same two disks, as views of one chain if a chain has both: then one worker reads both.
 pub(super) fn in_one_chain((a, b): (StoreDisk, StoreDisk)) -> (StoreDisk, StoreDisk) {
     let catalog = a.opened.store.catalog();
-    let top = |disk: &StoreDisk| disk.spot.layers()[0];
+    let top = |disk: &StoreDisk| disk.view_ref.layers()[0];
     for (chain, leaf) in chains_of(&catalog, top(&a)) {
         let views = a.opened.store.chain_views(&catalog, leaf);
         let same = |disk: &StoreDisk| {
-            let is_it =
-                |view: &&ChainView| views.layers[view.layer] == top(disk) && view.snapshot == disk.spot.view.snapshot;
+            let is_it = |view: &&ChainView| {
+                views.layers[view.layer] == top(disk) && view.snapshot == disk.view_ref.view.snapshot
+            };
             views.views.iter().find(is_it).cloned()
         };
         if let (Some(view_a), Some(view_b)) = (same(&a), same(&b)) {
@@ -108,12 +109,12 @@ pub(super) fn in_one_chain((a, b): (StoreDisk, StoreDisk)) -> (StoreDisk, StoreD
     (a, b)
 }
 
-/// All views of all chains that have the disk's top layer as a layer, or of that chain alone, from the bases upwards, each once: its
-/// name, and the disk.
+/// All views of the chains that contain the disk's top layer, or of the chain `alone`, from the bases
+/// upwards: name and disk. Each view occurs once.
 pub(super) fn all_around(disk: &StoreDisk, alone: Option<&Path>) -> Vec<(Vec<u8>, StoreDisk)> {
     let opened = &disk.opened;
     let catalog = opened.store.catalog();
-    let mut chains = chains_of(&catalog, disk.spot.layers()[0]);
+    let mut chains = chains_of(&catalog, disk.view_ref.layers()[0]);
     chains.retain(|(chain, _)| alone.is_none_or(|alone| alone == chain));
     let mut met: Vec<(ImageIndex, Option<usize>)> = Vec::new();
     let mut all = Vec::new();
@@ -122,7 +123,7 @@ pub(super) fn all_around(disk: &StoreDisk, alone: Option<&Path>) -> Vec<(Vec<u8>
         let chain = Arc::new(chain.clone());
         for layer in (0..views.layers.len()).rev() {
             let of_layer = |view: &&ChainView| view.layer == layer;
-            // Internal snapshots are older than what the layer became.
+            // Internal snapshots are older than the layer's own state.
             let (inner, own): (Vec<_>, Vec<_>) =
                 views.views.iter().filter(of_layer).partition(|view| view.snapshot.is_some());
             for view in inner.into_iter().chain(own) {
@@ -131,7 +132,7 @@ pub(super) fn all_around(disk: &StoreDisk, alone: Option<&Path>) -> Vec<(Vec<u8>
                     continue;
                 }
                 met.push(key);
-                // Each chain has an active disk.
+                // Active disks have the same name in each chain, so the chain's path is added.
                 let is_shared = chains.len() > 1 && layer == 0;
                 let prefix = if is_shared { [chain.as_os_str().as_bytes(), b"/"].concat() } else { Vec::new() };
                 let name = [prefix.as_slice(), &view.name].concat();
@@ -142,7 +143,7 @@ pub(super) fn all_around(disk: &StoreDisk, alone: Option<&Path>) -> Vec<(Vec<u8>
     all
 }
 
-/// The chains that an image is a layer of, that of which it is the leaf first.
+/// The chains that contain an image; the chain of which it is the leaf comes first.
 fn chains_of(catalog: &Catalog, index: ImageIndex) -> Vec<(PathBuf, ImageIndex)> {
     let mut chains: Vec<_> = catalog.chains().filter(|(_, leaf)| catalog.layers(*leaf).contains(&index)).collect();
     chains.sort_by(|(a, leaf_a), (b, leaf_b)| ((*leaf_a != index), a).cmp(&(*leaf_b != index, b)));
@@ -157,11 +158,11 @@ fn disk(
     view: ChainView,
 ) -> StoreDisk {
     let id = opened.store.view_id(catalog, chain, views, &view, false);
-    let spot = ViewRef { views: Arc::clone(views), view };
-    StoreDisk { opened: Arc::clone(opened), spot, id }
+    let view_ref = ViewRef { views: Arc::clone(views), view };
+    StoreDisk { opened: Arc::clone(opened), view_ref, id }
 }
 
-/// Why an image has no view.
+/// The reason why an image has no view.
 fn unshown(catalog: &Catalog, index: ImageIndex) -> Error {
     let sentences = catalog.sentences(index);
     let fact =

@@ -1,11 +1,11 @@
-//! The names of mount options: which are known, which are for others, which were meant.
+//! The names of mount options: known ones, ignored ones, and suggestions for unknown ones.
 
 use super::SETTINGS;
 use crate::error::{Error, ErrorKind};
 use crate::report::safe::terminal_bytes;
 
-/// Words for mount(8), fstab, systemd and the kernel that change nothing here: the mount always has
-/// nosuid and nodev, its times never change by reading, and `allow_other` brings `default_permissions`.
+/// Options for mount(8), fstab, systemd and the kernel that have no effect here: the mount always has
+/// nosuid and nodev, reading never changes its times, and `allow_other` implies `default_permissions`.
 const IGNORED: [&str; 32] = [
     "_netdev",
     "auto",
@@ -41,7 +41,7 @@ const IGNORED: [&str; 32] = [
     "users",
 ];
 
-/// Known words that are neither settings nor ignored, for suggestions.
+/// Known options that are neither settings nor ignored, for suggestions.
 const OTHERS: [&str; 7] = ["config", "exec", "atime", "noatime", "sync", "async", "dirsync"];
 
 pub(super) fn is_ignored(name: &str) -> bool {
@@ -58,11 +58,11 @@ pub(super) fn unknown(name: &[u8]) -> Error {
     Error::new(ErrorKind::Usage, format!("mount option '{shown}': unknown; {remedy}"))
 }
 
-/// The known option that `name` is nearest to, if it is near at all.
+/// The known option most similar to `name`, if one is similar enough.
 pub(in crate::cli) fn suggestion(name: &str) -> Option<&'static str> {
     let known = SETTINGS.iter().map(|(known, _)| *known).chain(OTHERS).chain(IGNORED);
     let name = name.replace('-', "_").to_ascii_lowercase();
-    // A hostile list must not cost quadratic time.
+    // The length filter bounds the cost: a hostile name must not cost quadratic time.
     let (distance, meant) = known
         .filter(|known| known.len().abs_diff(name.len()) <= 3)
         .map(|known| (edit_distance(&name, known), known))
@@ -70,7 +70,7 @@ pub(in crate::cli) fn suggestion(name: &str) -> Option<&'static str> {
     (distance <= meant.len().div_ceil(4)).then_some(meant)
 }
 
-/// Letters to insert, remove or replace to make one word of the other.
+/// The Levenshtein distance.
 fn edit_distance(a: &str, b: &str) -> usize {
     let b = b.as_bytes();
     let mut row: Vec<usize> = (0..=b.len()).collect();

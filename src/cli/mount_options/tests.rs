@@ -9,7 +9,7 @@ fn refusal(list: &str) -> String {
 }
 
 #[test]
-fn every_option_of_ours_is_understood() {
+fn every_option_is_parsed() {
     let options = parse(
         "ro,allow_other,uid=5,gid=0,umask=027,threads=4,cache=64M,backing_dir=/a,backing_dir=/b,map=/old=/new,\
          readonly=base*.raw,format=*.img:raw,format=a:b.*:qcow2,standalone=old/*,probe,force_share,salvage,nolock,nofiles,symlinks=verbatim,rescan=30,trash=7,\
@@ -56,15 +56,15 @@ fn every_option_of_ours_is_understood() {
 }
 
 #[test]
-fn what_mount_and_systemd_leave_behind_changes_nothing() {
+fn options_of_mount_and_systemd_are_ignored() {
     let left = "rw,_netdev,nofail,user,users,owner,group,noauto,auto,defaults,relatime,nodiratime,lazytime,nosuid,suid,dev,\
                 nodev,x-systemd.automount,X-mount.mkdir=0755,x-foo=a b,comment=x,fsname=/s,subtype=chainfs,,";
     assert_eq!(parse(left).unwrap(), MountOptions::default());
-    assert!(parse("ro,rw").unwrap().read_only, "rw is what mount says when nobody said anything");
+    assert!(parse("ro,rw").unwrap().read_only, "mount(8) adds rw by default");
 }
 
 #[test]
-fn the_last_one_holds_and_lists_add_up() {
+fn the_last_value_holds_and_lists_add_up() {
     let options = MountOptions::parse(&["uid=1,noexec,backing_dir=/a", "uid=2,exec,backing_dir=/b"], false).unwrap();
     assert_eq!((options.uid, options.exec, options.backing_dirs.len()), (Some(2), Some(true), 2));
 }
@@ -85,7 +85,7 @@ fn paths_may_be_any_bytes() {
 }
 
 #[test]
-fn unknown_words_are_refused_with_what_was_meant() {
+fn unknown_options_are_refused_with_a_suggestion() {
     for (typed, meant) in [
         ("allow-other", "allow_other"),
         ("alow_other", "allow_other"),
@@ -107,7 +107,7 @@ fn unknown_words_are_refused_with_what_was_meant() {
 }
 
 #[test]
-fn values_that_are_none_name_the_option_and_what_it_takes() {
+fn invalid_values_name_the_option_and_what_it_takes() {
     for (list, said) in [
         ("uid", "mount option 'uid': needs a value"),
         ("uid=", "mount option 'uid': needs a value"),
@@ -134,7 +134,7 @@ fn values_that_are_none_name_the_option_and_what_it_takes() {
 }
 
 #[test]
-fn options_hold_over_what_a_file_says_and_lists_are_joined() {
+fn options_override_the_file_and_lists_are_joined() {
     let file = parse("uid=1,gid=1,backing_dir=/file,ro,exec").unwrap();
     let merged = parse("uid=2,backing_dir=/option,noexec,rw").unwrap().over(file);
     assert_eq!((merged.uid, merged.gid, merged.exec, merged.read_only), (Some(2), Some(1), Some(false), true));

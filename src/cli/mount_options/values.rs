@@ -1,4 +1,4 @@
-//! The values of mount options: text in, something sound or a sentence out.
+//! The values of mount options: text in, a valid value or an error out.
 
 use super::{FormatRule, ImageFormat, PathMap};
 use crate::error::{Error, ErrorKind, Result};
@@ -41,7 +41,7 @@ pub(super) fn glob(name: &str, text: &str) -> Result<Pattern> {
     })
 }
 
-/// `OLD=NEW`; an equals sign of OLD is written `\=`.
+/// `OLD=NEW`; an equals sign in OLD is written `\=`.
 pub(super) fn path_map(value: &[u8]) -> Result<PathMap> {
     let mut old = Vec::new();
     let mut bytes = value.iter().copied().peekable();
@@ -61,7 +61,7 @@ pub(super) fn path_map(value: &[u8]) -> Result<PathMap> {
     Err(refuse("map", &format!("'{}' must be OLD=NEW, two directories", terminal_bytes(value))))
 }
 
-/// `GLOB:FORMAT`; the pattern may have colons of its own.
+/// `GLOB:FORMAT`; the pattern may contain colons.
 pub(super) fn format_rule(value: &str) -> Result<FormatRule> {
     let format = |word| match word {
         "raw" => Some(ImageFormat::Raw),

@@ -1,4 +1,4 @@
-//! The entries of an open directory, as the kernel takes them: piece by piece.
+//! The entries of an open directory, as the kernel reads them: in parts.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -15,36 +15,36 @@ use super::super::mounted_volumes::GuestNode;
 use super::super::node::{Node, NodeKind};
 use super::super::tree::{MountTree, NodeEntry, guest_node};
 
-/// The kernel's first places are those of `.` and `..`.
+/// The first offsets are those of `.` and `..`.
 const DOTS: u64 = 2;
 
 /// One entry.
 pub(super) struct ListingEntry<'a> {
-    /// Where the listing goes on after it.
+    /// The offset of the next entry.
     pub(super) next: u64,
     pub(super) inode: u64,
     pub(super) kind: NodeKind,
     pub(super) name: &'a OsStr,
-    /// What it looks like, if that is known already.
+    /// The attributes, if they are known.
     pub(super) attributes: Option<Attributes>,
 }
 
-/// What is open as a directory.
+/// An open directory.
 enum OpenDirectory {
-    Ours(Arc<[NodeEntry]>),
-    Guests(Arc<GuestDirectory>, GuestNode),
+    Store(Arc<[NodeEntry]>),
+    Guest(Arc<GuestDirectory>, GuestNode),
 }
 
 fn entries(tree: &MountTree, inode: u64, handle: u64) -> Result<OpenDirectory> {
     match (tree.handle(handle)?, tree.node(inode)?) {
-        (Handle::Directory(listed), _) => Ok(OpenDirectory::Ours(listed)),
-        (Handle::GuestDirectory(directory), Node::Guest(node)) => Ok(OpenDirectory::Guests(directory, node)),
+        (Handle::Directory(listed), _) => Ok(OpenDirectory::Store(listed)),
+        (Handle::GuestDirectory(directory), Node::Guest(node)) => Ok(OpenDirectory::Guest(directory, node)),
         _ => Err(Error::new(ErrorKind::Usage, "not a directory")),
     }
 }
 
-/// Calls `take` with the entries of an open directory from `offset` on, `.` and `..` being the first, until it says that it
-/// has enough. Without a copy: the kernel takes a large directory in hundreds of small pieces.
+/// Calls `take` with the entries of an open directory from `offset` on, `.` and `..` first, until it returns
+/// `true`. Entries are not copied: the kernel reads a large directory in hundreds of small parts.
 pub(super) fn each(
     tree: &MountTree,
     inode: u64,
@@ -60,9 +60,9 @@ pub(super) fn each(
         }
     }
     match entries {
-        OpenDirectory::Ours(listed) => {
+        OpenDirectory::Store(listed) => {
             for (entry, next) in listed.iter().zip(3..).skip(offset.saturating_sub(DOTS) as usize) {
-                // A guest's file system among ours: its root.
+                // A node without a kind is the root of a guest's file system.
                 let kind = entry.node.kind().unwrap_or(NodeKind::Directory);
                 if take(&ListingEntry { next, inode: entry.inode, kind, name: &entry.name, attributes: None }) {
                     break;
@@ -70,29 +70,29 @@ pub(super) fn each(
             }
             Ok(())
         }
-        OpenDirectory::Guests(directory, node) => {
+        OpenDirectory::Guest(directory, node) => {
             let mut place = offset.saturating_sub(DOTS);
-            let mut has_given = false;
+            let mut has_entries = false;
             loop {
                 let (listing, skip) = match directory.from(place) {
                     Ok(found) => found,
-                    // What was good is given first; the next call brings the error.
-                    Err(_) if has_given => return Ok(()),
+                    // Entries before the error are returned first; the next request returns the error.
+                    Err(_) if has_entries => return Ok(()),
                     Err(error) => return Err(error),
                 };
-                if give(tree, &directory, node, &listing, skip, take) || listing.ends {
+                if add_entries(tree, &directory, node, &listing, skip, take) || listing.ends {
                     return Ok(());
                 }
                 let Some(last) = listing.entries.last() else { return Ok(()) };
-                has_given |= listing.entries.len() > skip;
+                has_entries |= listing.entries.len() > skip;
                 place = last.entry.next;
             }
         }
     }
 }
 
-/// Gives a guest's entries; whether the kernel has enough.
-fn give(
+/// Adds a guest's entries; whether the reply is full.
+fn add_entries(
     tree: &MountTree,
     directory: &GuestDirectory,
     parent: GuestNode,
@@ -105,7 +105,7 @@ fn give(
             directory.slot.note_plain(entry.ino);
         }
         let kind = attributes.as_ref().map(|found| found.kind).or(entry.kind);
-        // One that is damaged is listed, and whoever asks for it gets the error.
+        // A damaged inode is listed as a file; a lookup returns the error.
         let kind_shown = kind.unwrap_or(crate::guest::FileKind::File);
         let node = guest_node(&directory.slot, parent, entry.ino, kind_shown);
         let shown = attributes.as_ref().map(|found| tree.shown_attributes(node, found));
@@ -123,8 +123,8 @@ fn give(
     false
 }
 
-/// The attributes of an entry that is being listed; `None` if it is damaged, and will be whenever it is asked for, or is something
-/// else than its number was made for.
+/// The attributes of a listed entry; `None` if the inode is damaged, or has another type than its number
+/// encodes.
 pub(super) fn known(tree: &MountTree, caller: &Caller, entry: &ListingEntry<'_>) -> Result<Option<Attributes>> {
     match tree.attributes(caller, entry.inode) {
         Ok(found) if MountTree::is_guest(entry.inode) && found.kind != entry.kind => Ok(None),

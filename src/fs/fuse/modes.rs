@@ -1,6 +1,7 @@
-//! How inodes are open: through the page cache, or handed to a raw file that the kernel reads itself.
+//! The open modes of inodes: through the page cache, or passthrough to a raw file that the kernel reads
+//! itself.
 //!
-//! All openings of one inode agree, as the kernel wants it.
+//! The kernel requires that all opens of one inode use the same mode.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,21 +11,21 @@ use fuser::{BackingId, ReplyOpen};
 use super::super::handles::Handle;
 use super::Adapter;
 
-/// How an inode is open now. The kernel wants all openings of one inode to agree.
+/// The present open mode of an inode.
 #[derive(Default)]
 pub(super) struct OpenMode {
-    /// Openings through the kernel's page cache.
+    /// Opens through the kernel's page cache.
     cached: usize,
-    /// Openings handed to the file itself, and that file.
-    passed: usize,
+    /// Passthrough opens, and their backing file.
+    passthrough: usize,
     backing: Option<Arc<BackingId>>,
-    /// What the page cache was filled from.
+    /// The fingerprint of the content in the page cache.
     fingerprint: Option<u64>,
 }
 
 impl Adapter {
-    /// Whether this opening is handed to the raw file itself. `None` if it is not.
-    pub(super) fn pass(&self, reply: &ReplyOpen, inode: u64, handle: &Handle) -> Option<Arc<BackingId>> {
+    /// Opens in passthrough mode; `None` if that is not possible.
+    pub(super) fn open_passthrough(&self, reply: &ReplyOpen, inode: u64, handle: &Handle) -> Option<Arc<BackingId>> {
         let Handle::Disk(disk) = handle else { return None };
         let disk = disk.view();
         let file = disk.raw_file.as_ref()?;
@@ -37,24 +38,24 @@ impl Adapter {
             if !self.passthrough.load(Ordering::Relaxed) {
                 return None;
             }
-            // Only where the file is the disk to the last byte.
+            // Only if file and disk have the same size.
             let same_size = file.stat().is_ok_and(|stat| stat.signature.size == disk.view.size());
-            let own = file.open_again().ok().filter(|_| same_size)?;
+            let own = file.duplicate().ok().filter(|_| same_size)?;
             match reply.open_backing(own) {
                 Ok(backing) => mode.backing = Some(Arc::new(backing)),
                 Err(error) => {
-                    tracing::info!("raw disks are served by the daemon, for the kernel says: {error}");
+                    tracing::info!("no passthrough for raw disks: {error}");
                     self.passthrough.store(false, Ordering::Relaxed);
                     return None;
                 }
             }
         }
-        mode.passed += 1;
+        mode.passthrough += 1;
         mode.backing.clone()
     }
 
-    /// Notes an opening through the page cache; whether what it holds is still good.
-    pub(super) fn cache(&self, inode: u64, fingerprint: u64) -> bool {
+    /// Counts an open through the page cache; whether the cached pages are still valid.
+    pub(super) fn open_cached(&self, inode: u64, fingerprint: u64) -> bool {
         let mut modes = self.modes.lock();
         let mode = modes.entry(inode).or_default();
         mode.cached += 1;
@@ -66,9 +67,9 @@ impl Adapter {
         let Handle::Disk(_) = handle.disk() else { return };
         let mut modes = self.modes.lock();
         let Some(mode) = modes.get_mut(&inode) else { return };
-        if mode.passed > 0 {
-            mode.passed -= 1;
-            if mode.passed == 0 {
+        if mode.passthrough > 0 {
+            mode.passthrough -= 1;
+            if mode.passthrough == 0 {
                 mode.backing = None;
             }
         } else {

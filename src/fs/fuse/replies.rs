@@ -1,4 +1,4 @@
-//! What the kernel is told, in its own words: attributes, kinds, and for how long to believe them.
+//! Conversions to FUSE's types: attributes, file types and TTLs.
 
 use std::time::{Duration, SystemTime};
 
@@ -9,14 +9,14 @@ use super::super::attributes::Attributes;
 use super::super::node::NodeKind;
 use super::super::tree::MountTree;
 
-/// For how long the kernel believes a name or an attribute. Changes of the store are noticed
-/// within a second; this is their larger part.
-const BELIEF: Duration = Duration::from_millis(500);
-/// The same for guests' files.
-const GUEST_BELIEF: Duration = Duration::from_hours(1);
+/// TTL of names and attributes. Changes of the store become visible within a second; this TTL is the larger
+/// part of it.
+const TTL: Duration = Duration::from_millis(500);
+/// TTL of guests' files.
+const GUEST_TTL: Duration = Duration::from_hours(1);
 
-/// An extended attribute, or their names: as large as there is room for, or how large it is if no room is offered.
-pub(super) fn give(reply: ReplyXattr, room: u32, bytes: &[u8]) {
+/// Replies with an extended attribute, or a list of names; with the size alone if `room` is 0.
+pub(super) fn reply_xattr(reply: ReplyXattr, room: u32, bytes: &[u8]) {
     match room as usize {
         0 => reply.size(bytes.len() as u32),
         room if bytes.len() > room => reply.error(Errno::ERANGE),
@@ -24,7 +24,7 @@ pub(super) fn give(reply: ReplyXattr, room: u32, bytes: &[u8]) {
     }
 }
 
-/// Who asks.
+/// The client of a request.
 pub(super) fn caller(request: &Request) -> Caller {
     Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
 }
@@ -41,17 +41,17 @@ pub(super) fn file_type(kind: NodeKind) -> FileType {
     }
 }
 
-/// For how long the kernel believes what it was told of `found` when it asked `by`, the directory or the thing itself. What commands change
-/// is asked for each time: who has resized a disk, or reverted it, looks at it next.
-pub(super) fn belief(tree: &MountTree, by: u64, found: &Attributes) -> Duration {
-    // What a guest's number stands for never changes, and what it leads to does not; what leads to it does, and is
-    // believed for a moment only.
+/// The TTL of `found` in a reply about `by`, the parent directory or the node itself. Writable files have
+/// none, because commands change them: after a resize or revert, the client must see the new attributes.
+pub(super) fn ttl(tree: &MountTree, by: u64, found: &Attributes) -> Duration {
+    // A guest's inode never changes, nor do the entries of its directories. The entry of a volume's root can
+    // change, and has the short TTL.
     if MountTree::is_guest(by) {
-        return GUEST_BELIEF;
+        return GUEST_TTL;
     }
     let is_written = found.kind == NodeKind::File && found.permissions & 0o222 != 0;
-    // Nor is one user told what another has found.
-    if is_written || tree.asks_who(found.inode) { Duration::ZERO } else { BELIEF }
+    // A result that depends on the caller must not be cached for other users.
+    if is_written || tree.depends_on_caller(found.inode) { Duration::ZERO } else { TTL }
 }
 
 pub(super) fn attr(found: &Attributes) -> FileAttr {

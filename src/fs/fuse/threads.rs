@@ -1,7 +1,7 @@
-//! In which thread a request is answered, so that none waits for what has nothing to do with it.
+//! Chooses the thread that serves a request, so that requests do not wait for unrelated ones.
 //!
-//! The mount's own threads answer whatever only needs the store's files. What waits for a disk to be flushed, for a command, or for a
-//! guest's file system to be looked into does not keep them all.
+//! The serving threads handle requests that need only the store's files. Requests that wait for a flush, a
+//! command or a guest's file system must not occupy all of them.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -15,11 +15,10 @@ use crate::error::{Error, ErrorKind, Result, errno};
 use super::super::tree::MountTree;
 use super::Adapter;
 
-/// Runs a handler; a bug in it becomes EIO for this request instead of an end of the thread.
+/// Runs a handler; a panic becomes EIO for this request instead of ending the thread.
 pub(super) fn answer<T>(tree: &MountTree, work: impl FnOnce(&MountTree) -> Result<T>) -> std::result::Result<T, Errno> {
-    let result = catch_unwind(AssertUnwindSafe(|| work(tree))).unwrap_or_else(|_| {
-        Err(Error::new(ErrorKind::Io, "a bug in chainfs; please report what the log says before this line"))
-    });
+    let result = catch_unwind(AssertUnwindSafe(|| work(tree)))
+        .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "a bug in chainfs; please report the log before this line")));
     result.map_err(|error| {
         if error.kind() != ErrorKind::NotFound {
             tree.count_error();
@@ -34,32 +33,33 @@ impl Adapter {
         answer(&self.tree, work)
     }
 
-    /// Runs a handler of which only success or failure is told.
-    pub(super) fn done(&self, reply: ReplyEmpty, work: impl FnOnce(&MountTree) -> Result<()>) {
+    /// Runs a handler whose reply is only success or failure.
+    pub(super) fn reply_empty(&self, reply: ReplyEmpty, work: impl FnOnce(&MountTree) -> Result<()>) {
         match self.answer(work) {
             Ok(()) => reply.ok(),
             Err(errno) => reply.error(errno),
         }
     }
 
-    /// Runs a handler in a thread of its own: disks take their time, and the workers are for those who do not
-    /// wait for one. Where there can be no thread, a worker waits after all.
-    pub(super) fn aside<R: Send + 'static, T>(
+    /// Offloads a handler to a new thread, because disks are slow and the serving threads must stay
+    /// available. If no thread can be created, the serving thread runs it.
+    pub(super) fn offload<R: Send + 'static, T>(
         &self,
         name: &str,
         reply: R,
         work: impl FnOnce(&MountTree) -> Result<T> + Send + 'static,
-        tell: impl FnOnce(R, std::result::Result<T, Errno>) + Send + 'static,
+        send: impl FnOnce(R, std::result::Result<T, Errno>) + Send + 'static,
     ) {
         let tree = Arc::clone(&self.tree);
-        // X2: what may wait has a thread of its own.
-        in_a_thread(name, move || tell(reply, answer(&tree, work)));
+        // X2: a request that may block gets a thread of its own.
+        in_a_thread(name, move || send(reply, answer(&tree, work)));
     }
 
-    /// Runs a handler that may have to wait until a guest's file system has been looked into: half of the workers at most do that, and
-    /// from then on each such request has a thread of its own. Disks are served whatever a guest has written.
-    pub(super) fn look(&self, inode: u64, work: impl FnOnce(&MountTree) + Send + 'static) {
-        if !self.tree.may_wait(inode) {
+    /// Runs a handler that may wait for a worker of a guest's file system. At most half of the serving
+    /// threads wait; further requests are offloaded to new threads. So a guest's data cannot block access to
+    /// disks.
+    pub(super) fn offload_if_blocking(&self, inode: u64, work: impl FnOnce(&MountTree) + Send + 'static) {
+        if !self.tree.may_block(inode) {
             return work(&self.tree);
         }
         let waiting = Waiter::new(&self.waiting);
@@ -68,11 +68,11 @@ impl Adapter {
         }
         drop(waiting);
         let tree = Arc::clone(&self.tree);
-        in_a_thread("look", move || work(&tree));
+        in_a_thread("offload", move || work(&tree));
     }
 }
 
-/// One who may be waiting.
+/// Counts a serving thread that may be waiting.
 struct Waiter<'a> {
     all: &'a AtomicUsize,
     others: usize,
@@ -90,13 +90,13 @@ impl Drop for Waiter<'_> {
     }
 }
 
-/// Does it in a thread of its own, or, where there can be none, in this one after all.
+/// Runs a task in a new thread, or in this one if no thread can be created.
 fn in_a_thread(name: &str, work: impl FnOnce() + Send + 'static) {
     let task = Arc::new(Mutex::new(Some(work)));
     let run = {
         let task = Arc::clone(&task);
         move || {
-            // Not while it is locked: it takes its time.
+            // The lock is released before the task runs.
             let task = task.lock().take();
             if let Some(task) = task {
                 task();

@@ -1,7 +1,7 @@
-//! `partitions` and `files`: what stands in them, and what it looks like.
+//! The directories `partitions` and `files`: their entries and attributes.
 //!
-//! The two directories and what stands for each view are known without looking into a disk. Whoever opens or names something in one of a view's
-//! directories has the view looked into, by the browser.
+//! The two directories and their entries for each view need no access to a disk. A lookup or open within the
+//! directory of a view makes the browser read the view's disk.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -29,22 +29,23 @@ pub(super) const PARTITIONS: &str = "partitions";
 pub(super) const FILES: &str = "files";
 const VOLUMES: &str = "volumes.txt";
 const ROOT_LINK: &str = "root";
-/// How the name of a file beside a volume ends that says why what is shown of it is old.
+/// Suffix of the file beside a volume that says why the volume is shown without its last writes.
 const PROBLEM: &str = ".problem.txt";
-/// The guest's own text of a link that was rewritten. The kernel lets nobody ask a link for `user.` attributes.
+/// Attributes with the guest's text of a rewritten link. The kernel allows no `user.` attributes on symbolic
+/// links.
 const TARGETS: [&[u8]; 2] = [b"user.chainfs.target", b"system.chainfs.target"];
 
-/// What is shown of guests.
+/// Options for guests' files.
 #[derive(Clone, Copy, Debug)]
 pub struct GuestOptions {
-    /// Whether anything is.
+    /// Whether they are shown.
     pub shown: bool,
-    /// Whether links, and what would keep waiting whoever opens it, are shown just as the guest has them.
+    /// Whether symbolic links and FIFOs are shown unchanged.
     pub verbatim: bool,
 }
 
 impl MountTree {
-    /// The views of a chain that can be looked into, by name.
+    /// The views of a chain whose disks can be browsed.
     fn inner_views(&self, chain: &Arc<PathBuf>) -> Result<Vec<ViewId>> {
         let catalog = self.store.catalog();
         let views = self.store.chain_views(&catalog, leaf(&catalog, chain)?);
@@ -58,7 +59,7 @@ impl MountTree {
         Ok(found.map(|view| self.store.view_id(&catalog, chain, &views, view, false)))
     }
 
-    /// The entry of one of the directories that are about guests.
+    /// Looks up an entry of a directory about guests.
     pub(super) fn guest_child(&self, parent: &Node, name: &OsStr) -> Result<Option<Node>> {
         match parent {
             Node::Partitions(chain) => Ok(self.inner_view(chain, name)?.map(Node::PartitionsOf)),
@@ -87,7 +88,7 @@ impl MountTree {
         }
     }
 
-    /// The entries of one of those directories.
+    /// Lists a directory about guests.
     pub(super) fn guest_list(&self, node: &Node, found: &mut Vec<(OsString, Node)>) -> Result<()> {
         let name = |view: &ViewId| OsString::from_vec(view.name.to_vec());
         match node {
@@ -102,14 +103,14 @@ impl MountTree {
                 found.extend(partitions.into_iter().map(|(name, partition)| (name, Node::Partition(partition))));
             }
             Node::FilesOf(view) => {
-                // Whoever opens it wants to see the disk as it is now.
+                // A listing shows the disk's present state.
                 let inside = self.browser.contents(view, PointInTime::Now)?;
                 found.push((VOLUMES.into(), Node::VolumeList(view.clone())));
                 if !inside.operating_systems()?.is_empty() {
                     found.push((ROOT_LINK.into(), Node::RootLink(view.clone())));
                 }
                 for (volume, described) in inside.layout().volumes.iter().enumerate() {
-                    // What cannot be shown stands, with the reason, in the list of volumes.
+                    // A volume that cannot be mounted is in the list of volumes, with the reason.
                     if let Ok(root) = self.volume_root(&inside, volume) {
                         found.push((described.name.clone().into(), root));
                         let name = format!("{}{PROBLEM}", described.name);
@@ -141,22 +142,22 @@ impl MountTree {
         Ok(Node::Guest(GuestNode { slot, depth: 0, ino: found.mounted.root }))
     }
 
-    /// An entry of a guest's directory. Its number and what stat(2) says of it are of one answer: how far up a link may lead is
-    /// told by the number, which depends on its being one.
+    /// Looks up an entry of a guest's directory. Number and attributes come from one response: the number of
+    /// a symbolic link encodes its depth, so it depends on the file type.
     pub(super) fn guest_entry(&self, parent: GuestNode, name: &OsStr) -> Result<Option<Attributes>> {
         let slot = self.slots.get(parent.slot)?;
         let found = slot.inside.lookup(slot.volume, parent.ino, name.as_bytes())?;
         Ok(found.map(|(ino, found)| self.shown_attributes(guest_node(&slot, parent, ino, found.kind), &found)))
     }
 
-    /// What stat(2) says of a guest's file.
+    /// The attributes of a guest's file.
     pub(super) fn guest_attributes(&self, node: GuestNode) -> Result<Attributes> {
         let slot = self.slots.get(node.slot)?;
         let found = slot.inside.attributes(slot.volume, node.ino)?;
         Ok(self.shown_attributes(node, &found))
     }
 
-    /// As what the mount shows a guest's file.
+    /// The file type in the mount for a guest's file type.
     pub(in crate::fs) fn shown_kind(&self, kind: FileKind) -> NodeKind {
         match kind {
             FileKind::File => NodeKind::File,
@@ -165,14 +166,14 @@ impl MountTree {
             FileKind::CharDevice => NodeKind::CharDevice,
             FileKind::BlockDevice => NodeKind::BlockDevice,
             FileKind::Socket => NodeKind::Socket,
-            // Whoever opened one would wait for somebody at its other end, and the kernel would not ask us. A socket's
-            // opening fails at once.
+            // Opening a FIFO would block in the kernel without a request to the daemon. Opening a socket
+            // fails at once.
             FileKind::Fifo if !self.guest_options.verbatim => NodeKind::Socket,
             FileKind::Fifo => NodeKind::Fifo,
         }
     }
 
-    /// What the mount says of a guest's file of which the guest's file system says this.
+    /// The attributes in the mount for a guest's attributes.
     pub(in crate::fs) fn shown_attributes(&self, node: GuestNode, found: &guest::FileAttributes) -> Attributes {
         let (uid, gid, permissions) = self.ownership.of_guest(found);
         Attributes {
@@ -191,7 +192,7 @@ impl MountTree {
         }
     }
 
-    /// What stat(2) says of the things that are about guests, but not the guest's own.
+    /// The attributes of nodes about guests that are not guests' files.
     pub(super) fn guest_document_attributes(&self, node: &Node, inode: u64) -> Result<Attributes> {
         match node {
             Node::PartitionsOf(view) | Node::FilesOf(view) => {
@@ -222,7 +223,7 @@ impl MountTree {
                 let size = self.root_target(view)?.len() as u64;
                 Ok(Attributes { kind: NodeKind::Symlink, size, blocks: 0, permissions: 0o777, ..whole })
             }
-            _ => Err(stale("nothing that is about a guest")),
+            _ => Err(stale("the node is not about a guest")),
         }
     }
 
@@ -231,15 +232,15 @@ impl MountTree {
         Ok(volumes::listed(&inside).into_bytes().into())
     }
 
-    /// Why what is shown of a volume is not what was written last, a line for each reason.
+    /// The reasons why a volume is shown without its last writes, one per line.
     pub(super) fn volume_problem(&self, view: &ViewId, volume: &str) -> Result<Arc<[u8]>> {
         let inside = self.browser.contents(view, PointInTime::First)?;
-        let Some(index) = inside.volume(volume.as_bytes()) else { return Err(stale("the volume has gone")) };
+        let Some(index) = inside.volume(volume.as_bytes()) else { return Err(stale("the volume was removed")) };
         let lines = inside.mount(index)?.stale.into_iter().map(|sentence| terminal(&sentence) + "\n");
         Ok(lines.collect::<String>().into_bytes().into())
     }
 
-    /// What `info/os.txt` says: of the active disk, or of the topmost there is.
+    /// The text of `info/os.txt`: about the active disk, or the topmost readable one.
     pub(super) fn os_text(&self, chain: &Arc<PathBuf>) -> Result<Arc<[u8]>> {
         let Some(view) = self.inner_views(chain)?.into_iter().next() else {
             return Ok(Arc::from(&b"no disk of this chain can be read\n"[..]));
@@ -248,7 +249,7 @@ impl MountTree {
         Ok(os::text(inside.operating_systems()?).into_bytes().into())
     }
 
-    /// How long that is, as far as it is known: nothing is looked into because somebody lists the directory.
+    /// Its length if it is known, else 0: listing a directory must not read disks.
     pub(super) fn os_text_len(&self, chain: &Arc<PathBuf>) -> u64 {
         let view = self.inner_views(chain).ok().and_then(|views| views.into_iter().next());
         let inside = view.and_then(|view| self.browser.known_contents(&view));
@@ -259,7 +260,7 @@ impl MountTree {
 
     fn root_target(&self, view: &ViewId) -> Result<Vec<u8>> {
         let inside = self.browser.contents(view, PointInTime::First)?;
-        let gone = || stale("no operating system is on the disk any more");
+        let gone = || stale("the disk no longer has an operating system");
         Ok(inside.operating_systems()?.first().ok_or_else(gone)?.volume.clone().into_bytes())
     }
 
@@ -270,7 +271,7 @@ impl MountTree {
             Node::Guest(node) => {
                 let slot = self.slots.get(node.slot)?;
                 let target = slot.inside.read_link(slot.volume, node.ino)?;
-                if self.guest_options.verbatim { Ok(target) } else { links::inside(&slot, node, &target) }
+                if self.guest_options.verbatim { Ok(target) } else { links::confined(&slot, node, &target) }
             }
             _ => Err(Error::new(ErrorKind::Usage, "not a symbolic link")),
         }
@@ -307,24 +308,24 @@ impl MountTree {
         Ok(found.iter().find(|attribute| attribute.name == name).map(|attribute| attribute.value.clone()))
     }
 
-    /// The names of all extended attributes that are listed, each with a NUL behind it.
+    /// The names of all listed extended attributes, each terminated by NUL.
     pub fn listed_attributes(&self, inode: u64, to_root: bool) -> Result<Vec<u8>> {
-        // Our own are read by name: listed, every `cp -a` would try to copy them.
+        // Attributes of chainfs are not listed, because `cp -a` would try to copy them.
         let Node::Guest(node) = self.node(inode)? else { return Ok(Vec::new()) };
         let found = self.slots.get(node.slot)?.extended_attributes(node.ino)?;
-        // The kernel gives their values to nobody else, and `cp -a` would complain of each.
+        // Only root may read trusted attributes; for other users `cp -a` would report an error for each.
         let shown = found.iter().filter(|attribute| to_root || !attribute.name.starts_with(b"trusted."));
         Ok(shown.flat_map(|attribute| [attribute.name.as_slice(), b"\0"].concat()).collect())
     }
 
-    /// The sizes of a guest's file system; `None` for everything else.
+    /// The statistics of a guest's file system; `None` for other nodes.
     pub fn guest_statistics(&self, inode: u64) -> Result<Option<guest::Statistics>> {
         let Node::Guest(node) = self.node(inode)? else { return Ok(None) };
         Ok(Some(self.slots.get(node.slot)?.mounted.statistics))
     }
 
-    /// Whether what is asked of a number may have to wait until a disk has been looked into.
-    pub fn may_wait(&self, inode: u64) -> bool {
+    /// Whether requests for an inode may block until a worker has read a disk.
+    pub fn may_block(&self, inode: u64) -> bool {
         Self::is_guest(inode)
             || matches!(
                 self.node(inode),
@@ -337,22 +338,22 @@ impl MountTree {
             )
     }
 
-    /// Whether a number is that of a guest's file.
+    /// Whether an inode number is that of a guest's file.
     pub fn is_guest(inode: u64) -> bool {
         GuestNode::from_number(inode).is_some()
     }
 
-    /// The kernel has been told of a number.
-    pub fn told(&self, inode: u64) {
+    /// Adds a lookup of an inode.
+    pub fn add_lookup(&self, inode: u64) {
         if let Some(node) = GuestNode::from_number(inode) {
-            self.slots.told(node.slot);
+            self.slots.add_lookup(node.slot);
         }
     }
 
-    /// The kernel has forgotten a number, of which it had been told that often.
-    pub fn forgotten(&self, inode: u64, times: u64) {
+    /// FORGET: subtracts `times` lookups of an inode.
+    pub fn forget(&self, inode: u64, times: u64) {
         if let Some(node) = GuestNode::from_number(inode) {
-            self.slots.forgotten(node.slot, times);
+            self.slots.forget(node.slot, times);
         }
     }
 }
@@ -369,12 +370,12 @@ pub(in crate::fs) fn guest_node(slot: &MountedVolume, parent: GuestNode, ino: In
         _ => 0,
     };
     if matches!(kind, FileKind::Directory | FileKind::Symlink) {
-        slot.held_by(ino, parent.ino);
+        slot.note_parent(ino, parent.ino);
     }
     GuestNode { slot: parent.slot, depth, ino }
 }
 
-/// Linux' encoding of a device's numbers for FUSE: as stat(2) of 32-bit programs has them.
+/// Linux' encoding of device numbers in FUSE, which is that of the 32-bit stat(2).
 fn device_number((major, minor): (u32, u32)) -> u32 {
     (minor & 0xff) | (major << 8) & 0xf_ff00 | (minor & !0xff) << 12
 }

@@ -1,7 +1,6 @@
-//! What stands in each directory of the mount, and under which name.
+//! The entries of each directory of the mount and their names.
 //!
-//! Looked up in the catalog of the moment; nothing is opened. A name that is listed is found, and the other
-//! way round.
+//! Names come from the current catalog; no file is opened. Lookup finds exactly the names that a listing has.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -98,7 +97,7 @@ impl MountTree {
         Some(Node::View(self.store.view_id(catalog, chain, &views, view, vm_state)))
     }
 
-    /// The entries of a directory, as of now.
+    /// The present entries of a directory.
     pub fn list(&self, inode: u64) -> Result<Vec<NodeEntry>> {
         let catalog = self.store.catalog();
         let mut found: Vec<(OsString, Node)> = Vec::new();
@@ -198,7 +197,7 @@ fn directory_child(
 }
 
 fn list_directory(catalog: &Catalog, directory: &Path, found: &mut Vec<(OsString, Node)>) -> Result<()> {
-    let content = catalog.directories.get(directory).ok_or_else(|| stale("the directory has gone"))?;
+    let content = catalog.directories.get(directory).ok_or_else(|| stale("the directory was removed"))?;
     let path = |name: &OsString| Arc::new(directory.join(name));
     found.extend(content.directories.iter().map(|name| (name.clone(), Node::Directory(path(name)))));
     found.extend(content.chains.keys().map(|name| (name.clone(), Node::Chain(path(name)))));

@@ -187,7 +187,8 @@ impl Mount {
                 umount.args(["--kill-after=2", "20", chainfs_binary(), "umount"]).arg(&self.dir);
                 let output = umount.output().expect("timeout(1) runs");
                 let said = String::from_utf8_lossy(&output.stderr);
-                let is_passing = said.contains("by whom cannot be seen") && start.elapsed() < Duration::from_secs(5);
+                let is_passing =
+                    said.contains("by a process that cannot be seen") && start.elapsed() < Duration::from_secs(5);
                 if !output.status.success() && is_passing {
                     thread::sleep(Duration::from_millis(50));
                     continue;
