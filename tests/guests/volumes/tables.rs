@@ -212,7 +212,7 @@ fn chains_that_loop_or_break_end() {
     assert!(layout.remarks[0].contains("has no end"), "{:?}", layout.remarks);
     let layout = lab.changed(|bytes| bytes[second + 510] = 0);
     assert_eq!(names(&layout), ["p5"]);
-    assert!(layout.remarks[0].contains("breaks off"), "{:?}", layout.remarks);
+    assert!(layout.remarks[0].contains("is broken"), "{:?}", layout.remarks);
 }
 
 #[test]

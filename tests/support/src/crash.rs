@@ -313,12 +313,11 @@ impl<'a, L: CrashLog> Volatile<'a, L> {
         for index in &self.changes {
             match fate(choice, *index, random) {
                 Fate::Lost => {}
-                Fate::There => self.log.apply(*index, &mut state),
                 Fate::Torn if matches!(self.log.effect(*index), Effect::Change { can_tear: true }) => {
                     self.log.tear(*index, random, &mut state);
                 }
-                // In one step, or not at all.
-                Fate::Torn => self.log.apply(*index, &mut state),
+                // What cannot be torn is there in one step, or not at all.
+                Fate::There | Fate::Torn => self.log.apply(*index, &mut state),
             }
         }
         self.log.settle(&mut state);
