@@ -1,7 +1,7 @@
 //! Requests that change a disk: write, flush, zero, grow.
 //!
 //! Only active disks can be changed, and names in the tree cannot. An active disk behaves like a block
-//! device: opening it with O_TRUNC does not shorten it.
+//! device: opening it with `O_TRUNC` does not shorten it.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -139,7 +139,7 @@ pub struct StoreFile {
     path: RwLock<PathBuf>,
     id: FileId,
     /// The attributes at the time of the scan; `None` for files that may change while they are read (a disk
-    /// that another process writes, read with force_share). A leaf.
+    /// that another process writes, read with `force_share`). A leaf.
     expected: Mutex<Option<FileVersion>>,
     descriptor: RwLock<Option<(Arc<OwnedFd>, DescriptorReservation)>>,
     /// Set by every use, cleared by the search for a descriptor to close.
