@@ -701,7 +701,7 @@ fn places_are_found_whatever_images_and_snapshots_are_called() {
         assert!(err.contains(fact), "{args:?}: {fact} in {err}");
     };
     refused(&["cat", "absent.qcow2:/p1/x"], 1, "there is no image");
-    refused(&["cat", "base.qcow2:/p9/x"], 1, "no volume p9; there is p1, p2, p3");
+    refused(&["cat", "base.qcow2:/p9/x"], 1, "no volume p9; its volumes: p1, p2, p3");
     refused(&["cat", "base.qcow2@monday:/p1/x"], 1, "has no view monday; there is active");
     refused(&["cat", "base.qcow2:/p2/etc/passwd"], 1, "there is no passwd");
     refused(&["cat", "base.qcow2:/p2/etc/hostname/x"], 1, "not a directory");
