@@ -13,10 +13,12 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/chainfs-store.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 disk=$work/disk.raw
 
-# write PATH TEXT: writes a guest's file on the disk from which the layers are created.
+# write PATH TEXT: writes a guest's file on the disk from which the layers are created, an hour after the one before.
+moment=$(($(date +%s) - 86400))
 write() {
+    moment=$((moment + 3600))
     printf '%s\n' "$2" >"$work/text"
-    printf '%s\n' "rm $1" "write $work/text $1" >"$work/commands"
+    printf '%s\n' "rm $1" "write $work/text $1" "sif $1 mtime @$moment" >"$work/commands"
     debugfs -w -f "$work/commands" "$disk?offset=1048576" >"$work/log" 2>&1 || {
         cat "$work/log" >&2
         exit 1
@@ -36,6 +38,7 @@ ID=example' >"$work/root/etc/os-release"
 echo '/dev/vda1 / ext4 defaults 0 1' >"$work/root/etc/fstab"
 echo 'root:x:0:0:root:/root:/bin/sh' >"$work/root/etc/passwd"
 echo 'remember the milk' >"$work/root/home/ann/notes"
+find "$work/root" -exec touch -d "@$moment" {} +
 truncate -s 24M "$disk"
 # A partition table with one Linux partition of 45056 sectors (22 MiB) from sector 2048.
 printf '\0\376\377\377\203\376\377\377\0\010\0\0\0\260\0\0' | dd of="$disk" bs=1 seek=446 conv=notrunc status=none

@@ -323,7 +323,7 @@ fn the_command_line_says_what_the_control_files_say() {
         (&["snapshot", web, "n", "--chains", "web,plain"], 2, "the mount itself"),
         (&["snapshot", web, "a/b"], 2, "not a path"),
         (&["snapshot", web, "internal"], 2, "taken for another word"),
-        (&["commit", web, "--store", "."], 2, "not mounted"),
+        (&["commit", web, "--store", "."], 2, "for unmounted images"),
         (&["commit", web, "--top", "nosuch"], 1, ""),
         (&["commit", "-p", web, "--top", "nosuch"], 1, ""),
     ] {

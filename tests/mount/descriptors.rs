@@ -214,7 +214,7 @@ fn a_limit_with_which_nothing_can_be_served_is_said_before_there_is_a_mount() {
         assert!(refusal.message.contains("ulimit -n"), "{refusal:?}");
     }
     let many = try_mount(&store, 96, "threads=64").err().expect("no mount");
-    assert!(many.message.contains("too few"), "each thread has a descriptor: {many:?}");
+    assert!(many.message.contains("too low"), "each thread has a descriptor: {many:?}");
     // A command that only reads gets along with next to nothing.
     let line = "ulimit -n 16 && exec \"$@\"";
     let said = tool("sh").args(["-c", line, "sh", chainfs_binary(), "tree"]).arg(store.root()).succeeds();
@@ -304,6 +304,6 @@ fn where_there_can_be_no_threads_a_command_works_without() {
     let mut command = Command::new("sh");
     let place = format!("{}:/disk/", store.path("c001-2.qcow2").display());
     let (code, out, err) = command.args(["-c", &line, "sh", chainfs_binary(), "ls", &place]).outcome();
-    assert!(code == 1 && out.is_empty() && err.contains("starting a worker"), "{code} {out}{err}");
+    assert!(code == 1 && out.is_empty() && err.contains("starting a file-system worker"), "{code} {out}{err}");
     assert!(!err.contains("panicked"), "{err}");
 }
