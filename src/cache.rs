@@ -1,5 +1,5 @@
-//! Caches of what was least recently used, bounded by weight: one for a single holder, and one split into shards, so that
-//! worker threads seldom wait for each other.
+//! Caches of what was least recently used, bounded by weight: one for a single holder, and one split into
+//! shards, so that worker threads seldom wait for each other.
 
 use std::hash::{BuildHasher, Hash, RandomState};
 

@@ -133,7 +133,10 @@ mod tests {
     fn cluster_bits_are_those_of_the_specification() {
         assert!(ClusterBits::new(8).is_none() && ClusterBits::new(22).is_none());
         let bits = ClusterBits::new(16).unwrap();
-        assert_eq!((bits.size(), bits.within(65_537), bits.floor(65_537), bits.index(65_537)), (65_536, 1, 65_536, 1));
+        assert_eq!(
+            (bits.size(), bits.within(65_537), bits.floor(65_537), bits.index(65_537)),
+            (65_536, 1, 65_536, 1)
+        );
         assert_eq!((bits.remaining(GuestOffset(0)), bits.remaining(GuestOffset(65_535))), (65_536, 1));
     }
 

@@ -33,7 +33,10 @@ fn main() -> ExitCode {
         }
         Ok(Action::Mount { words, verbose }) => {
             let Some(program) = program() else {
-                return refuse("chainfs: not found beside mount.chainfs nor on PATH; install it", MOUNT_FAILED);
+                return refuse(
+                    "chainfs: not found beside mount.chainfs nor on PATH; install it",
+                    MOUNT_FAILED,
+                );
             };
             if verbose {
                 eprintln!("mount.chainfs: {program:?} {words:?}");

@@ -56,14 +56,17 @@ pub(crate) fn translate(words: impl IntoIterator<Item = OsString>) -> Result<Act
                         b'o' | b't' | b'N' => {
                             let attached = &bytes[at + 1..];
                             let value = match attached {
-                                [] => words.next().ok_or_else(|| format!("-{} needs a value", char::from(*letter)))?,
+                                [] => words
+                                    .next()
+                                    .ok_or_else(|| format!("-{} needs a value", char::from(*letter)))?,
                                 attached => OsStr::from_bytes(attached).to_owned(),
                             };
                             match letter {
                                 b'o' => lists.push(value),
                                 b'N' => {
                                     return Err(format!(
-                                        "-N {value:?}: mounting in another namespace is not supported; enter it first: \
+                                        "-N {value:?}: mounting in another namespace is not supported; enter \
+                                            it first: \
                                          nsenter --mount=NAMESPACE mount ..."
                                     ));
                                 }
@@ -72,7 +75,9 @@ pub(crate) fn translate(words: impl IntoIterator<Item = OsString>) -> Result<Act
                             }
                             break;
                         }
-                        _ => return Err(format!("-{}: unknown option", char::from(*letter).escape_default())),
+                        _ => {
+                            return Err(format!("-{}: unknown option", char::from(*letter).escape_default()));
+                        }
                     }
                 }
             }
@@ -158,12 +163,19 @@ mod tests {
 
     #[test]
     fn the_arguments_of_mount_8_are_translated() {
-        let called = mounts(&["/s", "/d", "-s", "-n", "-v", "-o", "ro,nosuid,uid=5,_netdev", "-t", "fuse.chainfs"]);
-        assert_eq!(called, ["mount", "-o", "ro,nosuid,uid=5,_netdev", "--sloppy", "--verbose", "--", "/s", "/d"]);
+        let called =
+            mounts(&["/s", "/d", "-s", "-n", "-v", "-o", "ro,nosuid,uid=5,_netdev", "-t", "fuse.chainfs"]);
+        assert_eq!(
+            called,
+            ["mount", "-o", "ro,nosuid,uid=5,_netdev", "--sloppy", "--verbose", "--", "/s", "/d"]
+        );
         assert_eq!(mounts(&["/s", "/d", "-o", "rw"]), ["mount", "-o", "rw", "--", "/s", "/d"]);
         assert_eq!(mounts(&["-o", "ro", "/s", "/d"]), mounts(&["/s", "-oro", "/d"]));
         assert_eq!(mounts(&["-r", "--", "-s", "/d"]), ["mount", "-o", "ro", "--", "-s", "/d"]);
-        assert_eq!(mounts(&["-nsoprobe", "/s", "/d"]), ["mount", "-o", "probe", "--sloppy", "--", "/s", "/d"]);
+        assert_eq!(
+            mounts(&["-nsoprobe", "/s", "/d"]),
+            ["mount", "-o", "probe", "--sloppy", "--", "/s", "/d"]
+        );
     }
 
     #[test]

@@ -74,14 +74,19 @@ impl Browser {
                         chosen.insert(one);
                     }
                     _ => {
-                        let names: Vec<_> = found.iter().map(|at| shown(&candidates[*at].0.id().chain)).collect();
+                        let names: Vec<_> =
+                            found.iter().map(|at| shown(&candidates[*at].0.id().chain)).collect();
                         let fact = format!("physical volume {absent} of {} is on several disks", group.name);
                         remarks.push(format!("{fact}, and none of them is used: {}", names.join(", ")));
                     }
                 }
             }
         }
-        let used = candidates.into_iter().enumerate().filter(|(at, _)| chosen.contains(at)).map(|(_, (disk, _))| disk);
+        let used = candidates
+            .into_iter()
+            .enumerate()
+            .filter(|(at, _)| chosen.contains(at))
+            .map(|(_, (disk, _))| disk);
         let used: Vec<BrowsedDisk> = used.take(DISKS - disks.len()).collect();
         (!used.is_empty()).then_some(used)
     }

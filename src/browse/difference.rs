@@ -102,7 +102,8 @@ pub fn is_surely_same(a: (&Arc<DiskContents>, usize), b: (&Arc<DiskContents>, us
 
 /// Whether two volumes without readable files are the same, byte for byte.
 pub fn is_same_raw(a: (&Arc<DiskContents>, usize), b: (&Arc<DiskContents>, usize)) -> Compared<bool> {
-    let _held = (a.0.lease().map_err(|error| (Side::A, error))?, b.0.lease().map_err(|error| (Side::B, error))?);
+    let _held =
+        (a.0.lease().map_err(|error| (Side::A, error))?, b.0.lease().map_err(|error| (Side::B, error))?);
     same_volumes((a.0, a.1), (b.0, b.1))
 }
 
@@ -126,8 +127,8 @@ pub fn differing(
     };
     match was.kind {
         FileKind::File => {
-            let differs =
-                was.size != is.size || !same_bytes(&mut OpenContent::new(a.0, a.1), &mut OpenContent::new(b.0, b.1))?;
+            let differs = was.size != is.size
+                || !same_bytes(&mut OpenContent::new(a.0, a.1), &mut OpenContent::new(b.0, b.1))?;
             note(differs, Aspect::Content);
             note(was.size != is.size, Aspect::Size);
         }
@@ -163,8 +164,14 @@ pub fn compare(
     counted: Counted,
     each: &mut DifferenceVisitor<'_>,
 ) -> Result<()> {
-    let mut walk =
-        DifferenceWalk { a: a.0, b: b.0, counted, visited: Default::default(), frames: Vec::new(), path: Vec::new() };
+    let mut walk = DifferenceWalk {
+        a: a.0,
+        b: b.0,
+        counted,
+        visited: Default::default(),
+        frames: Vec::new(),
+        path: Vec::new(),
+    };
     walk.pair(a.1.map(Ok), b.1.map(Ok), each)?;
     loop {
         let depth = walk.frames.len();
@@ -214,7 +221,9 @@ impl DifferenceWalk<'_> {
         match (a, b) {
             (Some(a), Some(b)) => match differing((self.a, &a), (self.b, &b), self.counted) {
                 Ok(what) if what.is_empty() => {}
-                Ok(what) => each(&path, PathDifference::Changed { before: a.attributes, after: b.attributes, what })?,
+                Ok(what) => {
+                    each(&path, PathDifference::Changed { before: a.attributes, after: b.attributes, what })?;
+                }
                 Err((side, error)) => each(&path, PathDifference::Unreadable(side, error))?,
             },
             (Some(a), None) if !is_there.1 => each(&path, PathDifference::Removed(a.attributes))?,
@@ -223,8 +232,12 @@ impl DifferenceWalk<'_> {
         }
         let mut listed = [Vec::new(), Vec::new()];
         let mut is_whole = [true; 2];
-        for (number, (side, tree, entry)) in [(Side::A, self.a, a), (Side::B, self.b, b)].into_iter().enumerate() {
-            let Some(entry) = entry.filter(|entry| entry.attributes.kind == FileKind::Directory) else { continue };
+        for (number, (side, tree, entry)) in
+            [(Side::A, self.a, a), (Side::B, self.b, b)].into_iter().enumerate()
+        {
+            let Some(entry) = entry.filter(|entry| entry.attributes.kind == FileKind::Directory) else {
+                continue;
+            };
             if let Err(error) = self.visited[number].enter(entry.ino, self.frames.len()) {
                 is_whole[number] = false;
                 each(&path, PathDifference::Unreadable(side, error))?;
@@ -238,8 +251,9 @@ impl DifferenceWalk<'_> {
             listed[number] = entries;
         }
         let [of_a, of_b] = listed;
-        let is_directory =
-            |entry: Option<GuestEntry>| entry.is_some_and(|entry| entry.attributes.kind == FileKind::Directory);
+        let is_directory = |entry: Option<GuestEntry>| {
+            entry.is_some_and(|entry| entry.attributes.kind == FileKind::Directory)
+        };
         if is_directory(a) || is_directory(b) {
             let mut pairs = merged(of_a, of_b);
             // An entry of one side may be in the unlisted part of the other.
@@ -276,10 +290,17 @@ mod tests {
         let named = |name: &str| NamedEntry { name: name.into(), entry: Err(Error::new(ErrorKind::Io, "")) };
         let list = |names: &[&str]| names.iter().map(|name| named(name)).collect();
         let all = merged(list(&["a", "c", "d"]), list(&["b", "c", "e"]));
-        let found: Vec<(&str, bool, bool)> =
-            all.iter().map(|(name, a, b)| (std::str::from_utf8(name).unwrap(), a.is_some(), b.is_some())).collect();
-        let expected =
-            [("a", true, false), ("b", false, true), ("c", true, true), ("d", true, false), ("e", false, true)];
+        let found: Vec<(&str, bool, bool)> = all
+            .iter()
+            .map(|(name, a, b)| (std::str::from_utf8(name).unwrap(), a.is_some(), b.is_some()))
+            .collect();
+        let expected = [
+            ("a", true, false),
+            ("b", false, true),
+            ("c", true, true),
+            ("d", true, false),
+            ("e", false, true),
+        ];
         assert_eq!(found, expected);
     }
 }

@@ -157,7 +157,9 @@ impl BrowsedDisk {
         // A disk that has grown still has its earlier bytes.
         let is_as_long = |held: LeasedDisk<'_>| match &*held.bytes {
             DiskBytes::Frozen(_) => true,
-            DiskBytes::Active(handle, point_in_time) => handle.size().is_ok_and(|size| size == point_in_time.size()),
+            DiskBytes::Active(handle, point_in_time) => {
+                handle.size().is_ok_and(|size| size == point_in_time.size())
+            }
         };
         !self.is_forced && point_in_time.is_unchanged() && self.lease().is_ok_and(is_as_long)
     }
@@ -165,8 +167,10 @@ impl BrowsedDisk {
     /// Discards the before-images of an active disk that was not used for a while.
     pub(super) fn release_idle(&self) {
         let mut open = self.open.lock();
-        let Some(point_in_time) =
-            self.point_in_time.as_ref().filter(|_| open.lease_count == 0 && open.last_released.elapsed() > LINGER)
+        let Some(point_in_time) = self
+            .point_in_time
+            .as_ref()
+            .filter(|_| open.lease_count == 0 && open.last_released.elapsed() > LINGER)
         else {
             return;
         };
@@ -201,7 +205,9 @@ impl LeasedDisk<'_> {
             .map(|chunk| {
                 let start = chunk * CHUNK;
                 let origins = match &*self.bytes {
-                    DiskBytes::Frozen(open) => open.view().view.origins(start, CHUNK.min(size - start)).map(Some),
+                    DiskBytes::Frozen(open) => {
+                        open.view().view.origins(start, CHUNK.min(size - start)).map(Some)
+                    }
                     DiskBytes::Active(handle, point_in_time) => {
                         handle.origins_below(point_in_time, start, CHUNK.min(size - start))
                     }
@@ -211,7 +217,9 @@ impl LeasedDisk<'_> {
                     Ok(Some(origins)) => Ok(digests.key(&origins)),
                     Ok(None) => Ok(digests.key(&(self.disk.number, chunk))),
                     // Reading this chunk reports the damage; its neighbours are good.
-                    Err(error) if error.kind() == ErrorKind::Corrupt => Ok(digests.key(&(self.disk.number, chunk))),
+                    Err(error) if error.kind() == ErrorKind::Corrupt => {
+                        Ok(digests.key(&(self.disk.number, chunk)))
+                    }
                     Err(error) => Err(error),
                 }
             })

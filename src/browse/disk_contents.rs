@@ -189,8 +189,8 @@ impl DiskContents {
     /// sentence.
     pub fn stale(&self) -> Vec<(&str, String)> {
         let volumes = self.layout.volumes.iter().zip(&self.mounted);
-        let stale =
-            volumes.filter_map(|(volume, mounted)| Some((&*volume.name, mounted.lock().as_ref()?.stale.clone())));
+        let stale = volumes
+            .filter_map(|(volume, mounted)| Some((&*volume.name, mounted.lock().as_ref()?.stale.clone())));
         stale.flat_map(|(name, all)| all.into_iter().map(move |sentence| (name, sentence))).collect()
     }
 
@@ -216,7 +216,12 @@ impl DiskContents {
     }
 
     /// The inode of a name in a directory, with its attributes.
-    pub fn lookup(&self, volume: usize, directory: Ino, name: &[u8]) -> Result<Option<(Ino, FileAttributes)>> {
+    pub fn lookup(
+        &self,
+        volume: usize,
+        directory: Ino,
+        name: &[u8],
+    ) -> Result<Option<(Ino, FileAttributes)>> {
         match self.ask(&Request::Lookup(self.id_of(volume), directory, name.to_vec()))?.0 {
             Answer::Found(found) => {
                 if let Some((ino, _)) = found {
@@ -342,7 +347,10 @@ impl DiskContents {
         let run = described.locate(at, max);
         let found = run.and_then(|run| Some((run, self.disks.get(run.disk as usize)?)));
         let Some((run, disk)) = found else {
-            return Err(Error::new(ErrorKind::Corrupt, format!("{} has no bytes at {at:#x}", described.name)));
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("{} has no bytes at {at:#x}", described.name),
+            ));
         };
         let origin = disk.lease()?.origin(run.offset, run.len)?;
         let len = origin.map_or(run.len, |origin| origin.len);
@@ -379,8 +387,12 @@ impl DiskContents {
             uuid: None,
             problem: None,
         };
-        let mounted =
-            Mounted { root: Ino(2), statistics: Statistics::default(), remarks: Vec::new(), stale: Vec::new() };
+        let mounted = Mounted {
+            root: Ino(2),
+            statistics: Statistics::default(),
+            remarks: Vec::new(),
+            stale: Vec::new(),
+        };
         Arc::new(Self {
             worker: Worker::new(&super::Pool::new(super::WorkerProgram::this(true), store.descriptors())),
             digests: Arc::new(Digests::new()),

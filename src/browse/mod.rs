@@ -133,7 +133,9 @@ impl Browser {
         all.reverse();
         let of = |contents: &Arc<DiskContents>| {
             let stale = contents.stale().into_iter();
-            stale.map(|(volume, sentence)| (contents.id().clone(), volume.to_owned(), sentence)).collect::<Vec<_>>()
+            stale
+                .map(|(volume, sentence)| (contents.id().clone(), volume.to_owned(), sentence))
+                .collect::<Vec<_>>()
         };
         all.iter().flat_map(of).collect()
     }

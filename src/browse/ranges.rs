@@ -55,7 +55,9 @@ impl RangeWalk<'_> {
             }
         }
         let sector = SECTOR_SIZE as usize;
-        for (index, (one, other)) in self.buffers[0].chunks(sector).zip(self.buffers[1].chunks(sector)).enumerate() {
+        for (index, (one, other)) in
+            self.buffers[0].chunks(sector).zip(self.buffers[1].chunks(sector)).enumerate()
+        {
             if one != other {
                 let start = at + (index * sector) as u64;
                 match &mut self.open {

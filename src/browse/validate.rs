@@ -69,8 +69,9 @@ pub(super) fn check_layout(layout: &VolumeLayout, size: u64) -> Result<()> {
     check(partitions.len() <= PARTITIONS && partitions.iter().all(is_partition))?;
     check(partitions.iter().all(|partition| numbers.insert(partition.number)))?;
     let mut names = HashSet::new();
-    let is_volume =
-        |volume: &Volume| is_volume_name(&volume.name) && are_texts([&volume.label, &volume.uuid, &volume.problem]);
+    let is_volume = |volume: &Volume| {
+        is_volume_name(&volume.name) && are_texts([&volume.label, &volume.uuid, &volume.problem])
+    };
     let volumes = &layout.volumes;
     check(volumes.len() <= VOLUMES && volumes.iter().all(is_volume))?;
     check(volumes.iter().all(|volume| names.insert(volume.name.as_str())))?;
@@ -94,7 +95,8 @@ fn weight(segment: &VolumeSegment) -> usize {
 
 /// Names of volumes become names of directories, and targets of the link to the operating system's volume.
 fn is_volume_name(name: &str) -> bool {
-    let is_known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '_' | '.' | '-' | '~' | '!' | '#');
+    let is_known =
+        |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '_' | '.' | '-' | '~' | '!' | '#');
     let number = name.strip_prefix('p').unwrap_or_default();
     let is_partition = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
     let is_logical = name.contains('-') && name.chars().all(is_known);
@@ -117,8 +119,17 @@ pub(super) fn check_mounted(mounted: &Mounted) -> Result<()> {
 /// Validates the operating systems on some volumes.
 pub(super) fn check_systems(systems: &[OperatingSystem], volume_count: usize) -> Result<()> {
     let is_one = |found: &OperatingSystem| {
-        let OperatingSystem { volume: _, id, name, version, pretty_name, host_name, machine_id, architecture, mounts } =
-            found;
+        let OperatingSystem {
+            volume: _,
+            id,
+            name,
+            version,
+            pretty_name,
+            host_name,
+            machine_id,
+            architecture,
+            mounts,
+        } = found;
         let is_mount = |mount: &crate::guest::inspect::FstabEntry| {
             let words = [&mount.device, &mount.directory, &mount.kind, &mount.options];
             words.into_iter().all(|word| is_text(word)) && are_texts([&mount.volume])
@@ -184,7 +195,15 @@ mod tests {
 
     fn volume(name: &str) -> Volume {
         let (label, uuid, problem) = (None, None, None);
-        Volume { name: name.into(), size: 0, segments: Vec::new(), content: VolumeContent::Ext4, label, uuid, problem }
+        Volume {
+            name: name.into(),
+            size: 0,
+            segments: Vec::new(),
+            content: VolumeContent::Ext4,
+            label,
+            uuid,
+            problem,
+        }
     }
 
     fn partition(number: u32, start: u64, len: u64) -> Partition {
@@ -201,8 +220,20 @@ mod tests {
         let long = format!("vg-{}", "a".repeat(120));
         let good = with_volumes(&["p1", "p15", "disk", "vg-lv", "vg--a-lv.1+b", "vg-lv~Zq2hEb-zKAX", &long]);
         check_layout(&good, SIZE).unwrap();
-        let bad =
-            ["", ".", "..", "root", "volumes.txt", "p", "p1/..", "../../../etc", "a-b/c", "a-b\0", "a-b\n", "p1 "];
+        let bad = [
+            "",
+            ".",
+            "..",
+            "root",
+            "volumes.txt",
+            "p",
+            "p1/..",
+            "../../../etc",
+            "a-b/c",
+            "a-b\0",
+            "a-b\n",
+            "p1 ",
+        ];
         for name in bad {
             assert!(check_layout(&with_volumes(&[name]), SIZE).is_err(), "{name:?}");
         }
@@ -237,7 +268,8 @@ mod tests {
 
     fn listing(entries: &[(&str, u64)], ends: bool) -> Listing {
         let listed = |(name, next): &(&str, u64)| {
-            let entry = DirectoryEntry { name: name.as_bytes().to_vec(), ino: Ino(2), kind: None, next: *next };
+            let entry =
+                DirectoryEntry { name: name.as_bytes().to_vec(), ino: Ino(2), kind: None, next: *next };
             ListedEntry { entry, attributes: None, is_plain: false }
         };
         Listing { entries: entries.iter().map(listed).collect(), ends }
@@ -245,7 +277,8 @@ mod tests {
 
     #[test]
     fn a_listing_moves_forward_and_has_valid_names() {
-        let names = |found: Listing| found.entries.into_iter().map(|listed| listed.entry.name).collect::<Vec<_>>();
+        let names =
+            |found: Listing| found.entries.into_iter().map(|listed| listed.entry.name).collect::<Vec<_>>();
         let mixed = [("a", 6), ("..", 7), ("b/c", 8), ("", 9), ("d\0", 10), ("e", 11)];
         assert_eq!(names(sanitise_listing(listing(&mixed, false), 5).unwrap()), [b"a", b"e"]);
         for places in [[6, 6], [6, 5], [5, 6], [6, u64::MAX]] {

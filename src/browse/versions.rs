@@ -66,7 +66,8 @@ fn is_same(a: &PathState, b: &PathState, version: &PathVersion) -> bool {
             let ((tree, entry), (other_tree, other)) = (&**one, &**other);
             let counted = Counted { directory_times: true, changed: false };
             let is_good = matches!(version.state, Some(Ok(_)));
-            is_good && differing((tree, entry), (other_tree, other), counted).is_ok_and(|what| what.is_empty())
+            is_good
+                && differing((tree, entry), (other_tree, other), counted).is_ok_and(|what| what.is_empty())
         }
         _ => false,
     }

@@ -73,7 +73,10 @@ impl VisitedDirectories {
             ));
         }
         if depth >= DEPTH {
-            return Err(Error::new(ErrorKind::Limit, format!("directories are nested more than {DEPTH} deep")));
+            return Err(Error::new(
+                ErrorKind::Limit,
+                format!("directories are nested more than {DEPTH} deep"),
+            ));
         }
         Ok(())
     }
@@ -169,7 +172,10 @@ impl GuestTree {
                 return Ok(());
             }
             if all.len() > ENTRIES {
-                return Err(Error::new(ErrorKind::Limit, format!("a directory has more than {ENTRIES} entries")));
+                return Err(Error::new(
+                    ErrorKind::Limit,
+                    format!("a directory has more than {ENTRIES} entries"),
+                ));
             }
         }
     }

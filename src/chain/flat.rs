@@ -94,7 +94,12 @@ impl FlatMap {
     }
 
     /// Calls `each` with the extents of `[at, at + len)`, in order, until it returns an error.
-    pub(super) fn walk(&self, at: u64, len: u64, mut each: impl FnMut(u64, Extent) -> Result<()>) -> Result<()> {
+    pub(super) fn walk(
+        &self,
+        at: u64,
+        len: u64,
+        mut each: impl FnMut(u64, Extent) -> Result<()>,
+    ) -> Result<()> {
         let (mut at, end) = (at, at + len);
         while at < end {
             let number = at / self.span;
@@ -159,7 +164,8 @@ impl FlatMap {
                     match answer.found {
                         Some((mapping, host)) => {
                             let start = ((at - origin) / SECTOR_SIZE) as u32;
-                            let host = if mapping == PackedMapping::Data { host + (at - answer.from) } else { 0 };
+                            let host =
+                                if mapping == PackedMapping::Data { host + (at - answer.from) } else { 0 };
                             found.push((at, PackedExtent { host, start, layer: index as u16, mapping }));
                         }
                         None => match still_silent.last_mut() {

@@ -1,5 +1,6 @@
-//! Where the bytes of a disk come from, as something that can be compared: two stretches of the same origin, be they of one
-//! disk or of two that share layers, hold the same bytes, and nothing has to be read to know it.
+//! Where the bytes of a disk come from, as something that can be compared: two stretches of the same origin,
+//! be they of one disk or of two that share layers, hold the same bytes, and nothing has to be read to know
+//! it.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Mapping;
@@ -33,8 +34,8 @@ impl Origin {
 }
 
 impl View {
-    /// The origins of a range, as far as it lies within the disk, in order; neighbours that belong together are one. `Corrupt` where
-    /// tables are damaged.
+    /// The origins of a range, as far as it lies within the disk, in order; neighbours that belong together
+    /// are one. `Corrupt` where tables are damaged.
     pub fn origins(&self, start: u64, len: u64) -> Result<Vec<Origin>> {
         let end = start.saturating_add(len).min(self.size());
         let mut found: Vec<Origin> = Vec::new();

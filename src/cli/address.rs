@@ -44,7 +44,8 @@ fn by_name<'a>(catalog: &Catalog, views: &'a ChainViews, wanted: &[u8]) -> Vec<&
         view.name == wanted
             || match view.snapshot {
                 Some(inner) => {
-                    view.layer == 0 && image.qcow2().is_some_and(|qcow2| qcow2.snapshots[inner].name == wanted)
+                    view.layer == 0
+                        && image.qcow2().is_some_and(|qcow2| qcow2.snapshots[inner].name == wanted)
                 }
                 None => image.place.path.file_name().is_some_and(|name| name.as_bytes() == wanted),
             }
@@ -56,17 +57,27 @@ fn by_id<'a>(catalog: &Catalog, views: &'a ChainViews, wanted: &[u8]) -> Vec<&'a
     let has_id = |view: &&ChainView| {
         let qcow2 = catalog.images[views.layers[view.layer]].qcow2();
         view.layer == 0
-            && view.snapshot.is_some_and(|inner| qcow2.is_some_and(|qcow2| qcow2.snapshots[inner].id == wanted))
+            && view
+                .snapshot
+                .is_some_and(|inner| qcow2.is_some_and(|qcow2| qcow2.snapshots[inner].id == wanted))
     };
     views.views.iter().filter(has_id).collect()
 }
 
-fn ambiguous(catalog: &Catalog, views: &ChainViews, found: &[&ChainView], image: &Path, wanted: &[u8]) -> Error {
+fn ambiguous(
+    catalog: &Catalog,
+    views: &ChainViews,
+    found: &[&ChainView],
+    image: &Path,
+    wanted: &[u8],
+) -> Error {
     let image = shown(image.as_os_str().as_bytes());
     let address = |view: &&ChainView| {
-        let file = catalog.images[views.layers[view.layer]].place.path.file_name().unwrap_or_default().as_bytes();
+        let file =
+            catalog.images[views.layers[view.layer]].place.path.file_name().unwrap_or_default().as_bytes();
         // A name that only this view has.
-        let own = [view.name.as_slice(), file].into_iter().find(|name| by_name(catalog, views, name).len() == 1);
+        let own =
+            [view.name.as_slice(), file].into_iter().find(|name| by_name(catalog, views, name).len() == 1);
         let kind = if view.snapshot.is_some() { "the internal snapshot" } else { "the layer" };
         match own {
             Some(name) => format!("{kind} ({image}@{})", shown(name)),

@@ -8,7 +8,8 @@ mod verbs;
 
 pub use guests::{CatArgs, CpArgs, DiffArgs, LookArgs, LsArgs, VersionsArgs};
 pub use verbs::{
-    CancelArgs, CloneArgs, CommitArgs, DeleteArgs, PullArgs, RebaseArgs, ResizeArgs, RevertArgs, RunArgs, SnapshotArgs,
+    CancelArgs, CloneArgs, CommitArgs, DeleteArgs, PullArgs, RebaseArgs, ResizeArgs, RevertArgs, RunArgs,
+    SnapshotArgs,
 };
 
 use super::mount_options::{ImageFormat, SETTINGS, Takes, suggestion};
@@ -98,7 +99,9 @@ pub enum Command {
         without_seccomp: bool,
     },
     /// Print a shell's completion script
-    #[command(after_help = "Example:\n  chainfs completions bash > /usr/share/bash-completion/completions/chainfs")]
+    #[command(
+        after_help = "Example:\n  chainfs completions bash > /usr/share/bash-completion/completions/chainfs"
+    )]
     Completions {
         /// The shell
         shell: Shell,
@@ -166,8 +169,10 @@ pub struct MountArgs {
 /// The arguments of `recover`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-A mount resumes interrupted commands by itself. If it cannot resume one, the layers that the command may have damaged \
-stay hidden. This command shows the reason, and resumes it once the reason is gone. Exits 1 if something is left.
+A mount resumes interrupted commands by itself. If it cannot resume one, the layers that the command may \
+have damaged \
+stay hidden. This command shows the reason, and resumes it once the reason is gone. Exits 1 if something is \
+left.
 
 Examples:
   chainfs recover --dry-run /srv/images
@@ -190,7 +195,8 @@ pub struct RecoverArgs {
 /// The arguments of `trash`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-With -o trash=DAYS, commands move a removed layer into the trash if it still shows the same disk. A layer in the trash \
+With -o trash=DAYS, commands move a removed layer into the trash if it still shows the same disk. A layer in \
+the trash \
 is removed permanently after DAYS days, or when its backing file changes.
 
 Examples:
@@ -407,7 +413,8 @@ pub struct FormatsArgs {
 /// The arguments of `compare`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-IMAGE@VIEW is the disk of an internal snapshot or of a backing file. Disks of different size are the same if the rest of \
+IMAGE@VIEW is the disk of an internal snapshot or of a backing file. Disks of different size are the same if \
+the rest of \
 the longer one is zero, unless --strict.
 
 Examples:
@@ -503,12 +510,15 @@ fn with_right_tip(mut error: clap::Error, command: Option<&OsString>) -> clap::E
         return error;
     }
     let Some(ContextValue::String(given)) = error.get(ContextKind::InvalidArg).cloned() else { return error };
-    let (name, value) = given.split_once('=').map_or((given.as_str(), None), |(name, value)| (name, Some(value)));
-    let option = suggestion(name.trim_start_matches('-')).filter(|_| command.is_some_and(|word| word == "mount"));
+    let (name, value) =
+        given.split_once('=').map_or((given.as_str(), None), |(name, value)| (name, Some(value)));
+    let option =
+        suggestion(name.trim_start_matches('-')).filter(|_| command.is_some_and(|word| word == "mount"));
     error.remove(ContextKind::Suggested);
     if let Some(option) = option {
         let takes_value = SETTINGS.iter().any(|(known, takes)| *known == option && *takes != Takes::Nothing);
-        let value = value.or(takes_value.then_some("...")).map(|value| format!("={value}")).unwrap_or_default();
+        let value =
+            value.or(takes_value.then_some("...")).map(|value| format!("={value}")).unwrap_or_default();
         let tip = StyledStr::from(format!("mount options are given with -o: -o {option}{value}"));
         error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip]));
     }

@@ -26,7 +26,9 @@ pub(super) fn run(args: &CheckArgs) -> Result<u8> {
     }
     let Target { store, catalog, .. } = &target;
     let images: Vec<ImageIndex> = match &target.what {
-        TargetKind::Store => (0..catalog.images.len()).filter(|index| catalog.images[*index].chain_count > 0).collect(),
+        TargetKind::Store => {
+            (0..catalog.images.len()).filter(|index| catalog.images[*index].chain_count > 0).collect()
+        }
         TargetKind::Chain(leaf) => catalog.layers(*leaf),
         TargetKind::Disk(disk) => return one(&target, disk.layers[0], args),
     };

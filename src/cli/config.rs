@@ -47,8 +47,9 @@ pub fn usual_files(variable: impl Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
 /// Parses the text of a file; `name` is its name in errors.
 pub fn parse(text: &str, name: &str) -> Result<MountOptions> {
     let table: Table = text.parse().map_err(|error: toml::de::Error| {
-        let line =
-            error.span().map_or(1, |span| text.bytes().take(span.start).filter(|byte| *byte == b'\n').count() + 1);
+        let line = error
+            .span()
+            .map_or(1, |span| text.bytes().take(span.start).filter(|byte| *byte == b'\n').count() + 1);
         Error::new(ErrorKind::Usage, format!("{name}: line {line}: {}", terminal(error.message().trim())))
     })?;
     let mut options = MountOptions::default();
@@ -61,8 +62,9 @@ pub fn parse(text: &str, name: &str) -> Result<MountOptions> {
 /// An error about a key, with the file and line of the key.
 fn at(error: Error, text: &str, name: &str, key: &str) -> Error {
     let table = DeTable::parse(text).ok();
-    let start =
-        table.and_then(|table| table.get_ref().keys().find(|known| known.get_ref() == key).map(|k| k.span().start));
+    let start = table.and_then(|table| {
+        table.get_ref().keys().find(|known| known.get_ref() == key).map(|k| k.span().start)
+    });
     let line = start.map(|start| text[..start].matches('\n').count() + 1);
     error.within(line.map_or_else(|| name.to_owned(), |line| format!("{name}: line {line}")))
 }
@@ -70,7 +72,8 @@ fn at(error: Error, text: &str, name: &str, key: &str) -> Error {
 /// Checks that the directories named in a file exist. Without them the mount fails with an error that does
 /// not point to the configuration file.
 fn check_directories(options: &MountOptions, text: &str, name: &str) -> Result<()> {
-    let missing = options.backing_dirs.iter().find_map(|place| Some((place, std::fs::read_dir(place).err()?)));
+    let missing =
+        options.backing_dirs.iter().find_map(|place| Some((place, std::fs::read_dir(place).err()?)));
     let Some((place, error)) = missing else { return Ok(()) };
     let shown = terminal_bytes(place.as_os_str().as_bytes());
     let fact = format!("key 'backing_dir': opening {shown}");
@@ -117,8 +120,9 @@ fn check_trust(path: &Path, name: &str, file: &std::fs::Metadata) -> Result<()> 
     let (own, is_system) = (rustix::process::geteuid().as_raw(), path == Path::new(SYSTEM_FILE));
     let refuse = |why: String| {
         let owner = if is_system { "root".to_owned() } else { format!("root or uid {own}") };
-        let fact =
-            format!("{name}: {why}, so it is not trusted; make it owned by {owner}, and writable by nobody else");
+        let fact = format!(
+            "{name}: {why}, so it is not trusted; make it owned by {owner}, and writable by nobody else"
+        );
         Err(Error::new(ErrorKind::Denied, fact))
     };
     if file.uid() != 0 && (is_system || file.uid() != own) {
@@ -147,7 +151,9 @@ fn read(path: &Path) -> Result<Option<MountOptions>> {
             check_directories(&options, &text, &name)?;
             Ok(Some(options))
         }
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Ok(None)
+        }
         Err(error) => Err(Error::io(format!("reading {name}"), error)),
     }
 }
@@ -169,8 +175,9 @@ mod tests {
             format = ["*.img:raw"]
             rescan = 30
         "#;
-        let options =
-            [r"ro,uid=1000,umask=027,cache=64M,backing_dir=/srv/a,backing_dir=/srv/b\,c,map=/old=/new,rescan=30"];
+        let options = [
+            r"ro,uid=1000,umask=027,cache=64M,backing_dir=/srv/a,backing_dir=/srv/b\,c,map=/old=/new,rescan=30",
+        ];
         let mut expected = MountOptions::parse(&options, false).unwrap();
         expected.formats = MountOptions::parse(&["format=*.img:raw"], false).unwrap().formats;
         assert_eq!(parse(file, "f").unwrap(), expected);
@@ -187,7 +194,10 @@ mod tests {
             ("uid = [1]", "f: line 1: key 'uid': must be text or a number"),
             ("umask = 22", "f: line 1: key 'umask': must be text, as in \"027\""),
             ("backing_dir = \"x\"", "f: line 1: key 'backing_dir': must be an absolute path"),
-            ("uid = -1", "f: line 1: key 'uid': mount option 'uid': '-1' must be a number from 0 to 4294967294"),
+            (
+                "uid = -1",
+                "f: line 1: key 'uid': mount option 'uid': '-1' must be a number from 0 to 4294967294",
+            ),
         ] {
             assert_eq!(parse(text, "f").unwrap_err().to_string(), said);
         }
@@ -212,12 +222,17 @@ mod tests {
     #[test]
     fn the_users_file_is_found_by_the_xdg_rules() {
         let env = |pairs: &'static [(&str, &str)]| {
-            move |name: &str| pairs.iter().find(|(known, _)| *known == name).map(|(_, path)| PathBuf::from(path))
+            move |name: &str| {
+                pairs.iter().find(|(known, _)| *known == name).map(|(_, path)| PathBuf::from(path))
+            }
         };
         let user = |pairs| usual_files(env(pairs)).get(1).cloned();
         assert_eq!(user(&[("HOME", "/h")]), Some("/h/.config/chainfs/config.toml".into()));
         assert_eq!(user(&[("HOME", "/h"), ("XDG_CONFIG_HOME", "/x")]), Some("/x/chainfs/config.toml".into()));
-        assert_eq!(user(&[("HOME", "/h"), ("XDG_CONFIG_HOME", "x")]), Some("/h/.config/chainfs/config.toml".into()));
+        assert_eq!(
+            user(&[("HOME", "/h"), ("XDG_CONFIG_HOME", "x")]),
+            Some("/h/.config/chainfs/config.toml".into())
+        );
         assert_eq!(user(&[]), None);
     }
 

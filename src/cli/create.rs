@@ -36,8 +36,10 @@ pub(super) fn run(args: &CreateArgs) -> Result<u8> {
         let size = backing_size(&args.image, name, format)?;
         options.size = options.size.or(Some(size));
         let format = store_format(format).name();
-        options.backing = Some(NewBacking { name: name.as_os_str().as_bytes().to_vec(), format: format.to_owned() });
-        backing_words = format!(" backing_file={} backing_fmt={format}", terminal_bytes(name.as_os_str().as_bytes()));
+        options.backing =
+            Some(NewBacking { name: name.as_os_str().as_bytes().to_vec(), format: format.to_owned() });
+        backing_words =
+            format!(" backing_file={} backing_fmt={format}", terminal_bytes(name.as_os_str().as_bytes()));
     }
     create(&args.image, &options)?;
     if !args.quiet {
@@ -53,8 +55,9 @@ pub(super) fn run(args: &CreateArgs) -> Result<u8> {
 }
 
 fn option(options: &mut CreateOptions, key: &str, value: &str) -> Result<()> {
-    let refuse =
-        |why: String| Error::new(ErrorKind::Usage, format!("option {}={}: {why}", terminal(key), terminal(value)));
+    let refuse = |why: String| {
+        Error::new(ErrorKind::Usage, format!("option {}={}: {why}", terminal(key), terminal(value)))
+    };
     if key == "cluster_size" {
         let size = parse_size(value)?;
         if !size.is_power_of_two() || !(512..=2 << 20).contains(&size) {
@@ -73,9 +76,11 @@ fn option(options: &mut CreateOptions, key: &str, value: &str) -> Result<()> {
 /// Size of the backing file's disk. The name is resolved relative to the new image, as readers will.
 fn backing_size(image: &Path, name: &Path, format: ImageFormat) -> Result<u64> {
     let path: PathBuf = image.parent().unwrap_or(Path::new("")).join(name);
-    let stated = (Pattern::escape(&path.file_name().unwrap_or_default().to_string_lossy()), store_format(format));
+    let stated =
+        (Pattern::escape(&path.file_name().unwrap_or_default().to_string_lossy()), store_format(format));
     let pattern = Pattern::new(&stated.0).expect("an escaped pattern is one");
-    let options = StoreOptions { formats: vec![(pattern, stated.1)], notify: false, ..StoreOptions::default() };
+    let options =
+        StoreOptions { formats: vec![(pattern, stated.1)], notify: false, ..StoreOptions::default() };
     let store = Store::open(&path, options).map_err(|error| error.within("backing file"))?;
     let catalog = store.catalog();
     let Some(entry) = catalog.single.map(|leaf| &catalog.images[leaf]) else {
@@ -85,7 +90,7 @@ fn backing_size(image: &Path, name: &Path, format: ImageFormat) -> Result<u64> {
     if let Some(problem) = &entry.problem {
         return Err(Error::new(ErrorKind::Broken, format!("backing file {} {problem}", entry.shown())));
     }
-    entry
-        .virtual_size()
-        .ok_or_else(|| Error::new(ErrorKind::Broken, format!("the size of backing file {} is unknown", entry.shown())))
+    entry.virtual_size().ok_or_else(|| {
+        Error::new(ErrorKind::Broken, format!("the size of backing file {} is unknown", entry.shown()))
+    })
 }

@@ -38,7 +38,8 @@ pub(super) fn start(verbose: bool, as_child: bool) -> Log {
     };
     let log = Log { detached: Arc::default(), counted: Arc::new(Mutex::new((Instant::now(), 0))) };
     // Colours only on a terminal.
-    let colours = !as_child && io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+    let colours =
+        !as_child && io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
     let format = tracing_subscriber::fmt().with_max_level(level).with_writer(log.clone()).with_target(false);
     // Fails only if a subscriber is set already, which then serves as well.
     let _ = format.with_ansi(colours).try_init();

@@ -40,7 +40,8 @@ mod tests {
         std::fs::create_dir_all(&dir).unwrap();
         let written = manual_pages(&dir);
         let page = std::fs::read_to_string(dir.join("chainfs-mount.1"));
-        let missing = ["chainfs.1", "chainfs-tree.1", "mount.chainfs.8"].iter().find(|name| !dir.join(name).exists());
+        let missing =
+            ["chainfs.1", "chainfs-tree.1", "mount.chainfs.8"].iter().find(|name| !dir.join(name).exists());
         std::fs::remove_dir_all(&dir).unwrap();
         written.unwrap();
         assert!(page.unwrap().contains("allow_other"));

@@ -95,7 +95,10 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     }
     let threads = options.threads.unwrap_or(DEFAULT_THREADS);
     if !(1..=MAX_THREADS).contains(&threads) {
-        return Err(Error::new(ErrorKind::Usage, format!("threads={threads} is not between 1 and {MAX_THREADS}")));
+        return Err(Error::new(
+            ErrorKind::Usage,
+            format!("threads={threads} is not between 1 and {MAX_THREADS}"),
+        ));
     }
     // The daemon's own memory allocations must not wait for pages that only it can write back (a loop device
     // on an active disk). This needs a privilege.
@@ -103,8 +106,8 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
         tracing::debug!("could not set PR_SET_IO_FLUSHER: {error}");
     }
     // Signals are caught before mounting, so that none can leave a mount without a daemon.
-    let signals =
-        Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ]).map_err(|error| Error::io("catching signals", error))?;
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ])
+        .map_err(|error| Error::io("catching signals", error))?;
     let store_options = StoreOptions { remember: !options.read_only, ..store_options(&options) };
     let store = Store::open(&args.store, store_options)?;
     for hint in hints(&args.dir, &store, &options) {
@@ -112,7 +115,8 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     }
     let ownership = Ownership { uid: options.uid, gid: options.gid, umask: options.umask };
     let browser = Browser::new(&store, WorkerProgram::this(!options.no_seccomp));
-    let guests = GuestOptions { shown: !options.no_files, verbatim: options.symlinks == Some(Symlinks::Verbatim) };
+    let guests =
+        GuestOptions { shown: !options.no_files, verbatim: options.symlinks == Some(Symlinks::Verbatim) };
     let tree = MountTree::new(&store, ownership, &browser, guests);
     let tree = Arc::new(if options.allow_other { tree.shared() } else { tree });
     let wanted = mount::MountOptions {
@@ -132,8 +136,8 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
         access_lists: options.allow_other && !options.no_acl && ownership.is_the_images(),
         threads,
     };
-    let server =
-        Server::connect(&tree, device, features).map_err(|error| Error::io("starting the FUSE session", error))?;
+    let server = Server::connect(&tree, device, features)
+        .map_err(|error| Error::io("starting the FUSE session", error))?;
     if !options.no_readahead
         && let Err(error) = mount::read_ahead(directory, READ_AHEAD)
     {
@@ -150,7 +154,11 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
         detach()?;
         log.detach();
     }
-    notify_service_manager(&format!("READY=1\nSTATUS=serving {} on {}", store.given().display(), directory.display()));
+    notify_service_manager(&format!(
+        "READY=1\nSTATUS=serving {} on {}",
+        store.given().display(),
+        directory.display()
+    ));
     tracing::info!("mounted {} on {}", store.given().display(), directory.display());
     unfinished.finished();
     tree.engine().set_mount(mount.directory());
@@ -210,7 +218,12 @@ fn detach() -> Result<()> {
 
 /// Flushes all writers and unmounts on SIGTERM or SIGINT. A mount in use goes on serving; a second signal
 /// detaches it, and it ends when its last file is closed.
-fn end_on_signals(mut signals: Signals, mount: OwnMount, tree: Arc<MountTree>, ending: Arc<AtomicBool>) -> Result<()> {
+fn end_on_signals(
+    mut signals: Signals,
+    mount: OwnMount,
+    tree: Arc<MountTree>,
+    ending: Arc<AtomicBool>,
+) -> Result<()> {
     let work = move || {
         let mut asked = false;
         for signal in &mut signals {
@@ -250,7 +263,8 @@ pub(super) fn busy(directory: &Path) -> String {
     let others = other_users_of(directory, names.is_empty());
     let names: Vec<String> = names.into_iter().chain(others).collect();
     let by = if names.is_empty() {
-        "by a process that cannot be seen from here: maybe another user's, or in another mount namespace".to_string()
+        "by a process that cannot be seen from here: maybe another user's, or in another mount namespace"
+            .to_string()
     } else {
         format!("by {}", names.join(", "))
     };

@@ -173,7 +173,8 @@ impl MountOptions {
     pub fn parse<S: AsRef<OsStr>>(lists: &[S], sloppy: bool) -> Result<Self> {
         let mut options = Self::default();
         for list in lists {
-            for option in split_list(list.as_ref().as_bytes()).into_iter().filter(|option| !option.is_empty()) {
+            for option in split_list(list.as_ref().as_bytes()).into_iter().filter(|option| !option.is_empty())
+            {
                 let (name, value) = match option.iter().position(|byte| *byte == b'=') {
                     Some(at) => (&option[..at], Some(&option[at + 1..])),
                     None => (option.as_slice(), None),
@@ -244,7 +245,10 @@ impl MountOptions {
             ("async", None) => self.sync = Some(false),
             ("dirsync", None) => self.dirsync = true,
             ("remount", None) => {
-                return Err(refuse(text, "a mounted store cannot change its options; unmount it and mount it again"));
+                return Err(refuse(
+                    text,
+                    "a mounted store cannot change its options; unmount it and mount it again",
+                ));
             }
             _ if is_ignored(text) || sloppy => {}
             _ => return Err(unknown(name)),
@@ -262,8 +266,8 @@ impl MountOptions {
             "umask" => self.umask = Some(octal(name, value)?),
             "threads" => self.threads = Some(number(name, value, 1, 256)? as usize),
             "cache" => {
-                let len =
-                    parse_size(utf8(name, value)?).map_err(|error| error.within(format!("mount option '{name}'")))?;
+                let len = parse_size(utf8(name, value)?)
+                    .map_err(|error| error.within(format!("mount option '{name}'")))?;
                 self.cache = Some(len);
             }
             "backing_dir" => self.backing_dirs.push(path_of(value)),

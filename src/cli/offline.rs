@@ -74,7 +74,8 @@ pub(super) fn planned(target: &Path, request: &Request, options: &[OsString]) ->
 }
 
 fn plan_by(engine: &Arc<Engine>, chain: &Path, request: &Request) -> Result<u8> {
-    let plan = engine.plan(chain, request).map_or_else(|error| plan::refusal(&error), |made| plan::plan(&made));
+    let plan =
+        engine.plan(chain, request).map_or_else(|error| plan::refusal(&error), |made| plan::plan(&made));
     tell_plan(&plan)
 }
 
@@ -94,7 +95,8 @@ fn find(
     store: Option<&Path>,
     options: StoreOptions,
 ) -> Result<(Arc<Store>, PathBuf)> {
-    let place = target.canonicalize().map_err(|error| Error::io(format!("opening {}", shown(target)), error))?;
+    let place =
+        target.canonicalize().map_err(|error| Error::io(format!("opening {}", shown(target)), error))?;
     if place.is_dir() {
         if !chain_is_store(request) {
             let fact = format!("{} is a directory; name one of its images", shown(target));

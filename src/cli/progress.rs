@@ -58,7 +58,9 @@ impl Meter {
         // Errors are ignored: progress is not the result.
         let _ = match self.shown {
             ProgressDisplay::Nothing => Ok(()),
-            ProgressDisplay::Bar => write!(std::io::stderr(), "\r{}\x1b[K", bar(status, self.rate.per_second)),
+            ProgressDisplay::Bar => {
+                write!(std::io::stderr(), "\r{}\x1b[K", bar(status, self.rate.per_second))
+            }
             ProgressDisplay::Percent => percent(status),
         };
     }
@@ -141,13 +143,22 @@ mod tests {
     use super::*;
 
     fn status(done: u64, total: u64) -> Status {
-        Status { command: "commit top=a".to_string(), state: JobState::Running, done, total, ..Status::default() }
+        Status {
+            command: "commit top=a".to_string(),
+            state: JobState::Running,
+            done,
+            total,
+            ..Status::default()
+        }
     }
 
     #[test]
     fn the_bar_shows_the_remaining_time() {
         let line = bar(&status(1 << 30, 4 << 30), Some(f64::from(100 << 20)));
-        assert_eq!(line, "commit  25.0 % [#######.......................] 1.0 GiB of 4.0 GiB  100 MiB/s  0:30 left");
+        assert_eq!(
+            line,
+            "commit  25.0 % [#######.......................] 1.0 GiB of 4.0 GiB  100 MiB/s  0:30 left"
+        );
         assert_eq!(bar(&status(0, 0), None), "commit   0.0 % [..............................] 0 B of 0 B");
         assert!(bar(&status(5, 5), Some(0.0)).ends_with("[##############################] 5 B of 5 B"));
         assert_eq!(duration(3723), "1:02:03");

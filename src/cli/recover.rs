@@ -46,9 +46,12 @@ fn recover_all(engine: &Arc<Engine>, is_dry: bool) -> Result<usize> {
     let catalog = store.catalog();
     for path in &catalog.senseless {
         let name = stem(path.file_name().unwrap_or_default());
-        let reason = catalog.problems.iter().find(|problem| problem.path == *path).map(|p| p.sentence.as_str());
+        let reason =
+            catalog.problems.iter().find(|problem| problem.path == *path).map(|p| p.sentence.as_str());
         say(&format!("{}\n  {}\n", shown(path), reason.unwrap_or("cannot be read")))?;
-        say(&format!("  not resumed; restore the file, or discard it: chainfs recover --forget {name} STORE\n"))?;
+        say(&format!(
+            "  not resumed; restore the file, or discard it: chainfs recover --forget {name} STORE\n"
+        ))?;
         (left, said) = (left + 1, true);
     }
     if let Some(problem) = store.notes_problem() {
@@ -81,7 +84,9 @@ fn recover_one(engine: &Arc<Engine>, found: &FoundIntent, is_dry: bool) -> Resul
     for finding in findings {
         match finding {
             FileBinding::Here(path) => say(&format!("  {} is there\n", shown(&path)))?,
-            FileBinding::Gone(path) => say(&format!("  {} is missing, or another file has its name\n", shown(&path)))?,
+            FileBinding::Gone(path) => {
+                say(&format!("  {} is missing, or another file has its name\n", shown(&path)))?;
+            }
             FileBinding::Doubt(sentence) => {
                 doubts += 1;
                 say(&format!("  {sentence}\n"))?;
@@ -100,7 +105,8 @@ fn recover_one(engine: &Arc<Engine>, found: &FoundIntent, is_dry: bool) -> Resul
     match outcome {
         Ok(text) => say(&text).map(|()| true),
         Err(error) => {
-            let fact = "the layers that it may have damaged stay hidden. Remove the cause and try again, or discard \
+            let fact = "the layers that it may have damaged stay hidden. Remove the cause and try again, or \
+                discard \
                         the command and show the layers: chainfs recover --forget";
             say(&format!("  not resumed: {error}; {fact} {} STORE\n", stem(name)))?;
             Ok(false)
@@ -116,7 +122,9 @@ fn resume(engine: &Arc<Engine>, found: &FoundIntent) -> Result<String> {
     }
     match (status.state, status.error) {
         (JobState::Done, _) => Ok("  done\n".to_owned()),
-        (_, error) => Err(Error::new(ErrorKind::Io, error.unwrap_or_else(|| "the command failed".to_owned()))),
+        (_, error) => {
+            Err(Error::new(ErrorKind::Io, error.unwrap_or_else(|| "the command failed".to_owned())))
+        }
     }
 }
 

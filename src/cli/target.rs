@@ -84,7 +84,9 @@ impl Target {
         let mut filename = image.to_path_buf();
         let what = match (catalog.single, view) {
             (None, _) => TargetKind::Store,
-            (Some(leaf), None) => TargetKind::Disk(TargetDisk { layers: catalog.layers(leaf), part: ViewPart::Active }),
+            (Some(leaf), None) => {
+                TargetKind::Disk(TargetDisk { layers: catalog.layers(leaf), part: ViewPart::Active })
+            }
             (Some(leaf), Some(name)) => {
                 let view = address::resolve(&store, &catalog, leaf, image, name)?;
                 let disk = TargetDisk::of(&catalog, leaf, &view);
@@ -115,7 +117,9 @@ impl Target {
     pub(super) fn disk(&self) -> Result<TargetDisk> {
         match &self.what {
             TargetKind::Disk(disk) => Ok(disk.clone()),
-            TargetKind::Chain(leaf) => Ok(TargetDisk { layers: self.catalog.layers(*leaf), part: ViewPart::Active }),
+            TargetKind::Chain(leaf) => {
+                Ok(TargetDisk { layers: self.catalog.layers(*leaf), part: ViewPart::Active })
+            }
             TargetKind::Store => Err(Error::new(
                 ErrorKind::Usage,
                 format!("{} is a store; name one of its images or disks", shown(&self.filename)),
@@ -201,7 +205,8 @@ fn resolve(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetKind> 
         found => return found,
     };
     for (disk, view) in ats(rest) {
-        if let Ok(TargetKind::Disk(TargetDisk { layers, part: ViewPart::Active })) = resolve_path(store, catalog, disk)
+        if let Ok(TargetKind::Disk(TargetDisk { layers, part: ViewPart::Active })) =
+            resolve_path(store, catalog, disk)
         {
             let view = address::resolve(store, catalog, layers[0], disk, view)?;
             return Ok(TargetKind::Disk(TargetDisk::of(catalog, layers[0], &view)));
@@ -213,8 +218,9 @@ fn resolve(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetKind> 
 /// Resolves `rest`, a path within a mount.
 fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetKind> {
     let names: Vec<&OsStr> = rest.iter().collect();
-    let chain = (0..=names.len())
-        .find_map(|len| catalog.chain(&names[..len].iter().collect::<PathBuf>()).map(|leaf| (leaf, &names[len..])));
+    let chain = (0..=names.len()).find_map(|len| {
+        catalog.chain(&names[..len].iter().collect::<PathBuf>()).map(|leaf| (leaf, &names[len..]))
+    });
     let Some((leaf, inner)) = chain else {
         let is_directory = catalog.directories.contains_key(rest);
         let is_own = names.first().is_some_and(|name| name.as_bytes() == crate::store::STORE_DIRECTORY);
@@ -222,7 +228,8 @@ fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetK
     };
     let view = |name: &[u8], suffix: &[u8]| -> Result<(ChainView, Vec<ImageIndex>)> {
         let views = store.chain_views(catalog, leaf);
-        let view = name.strip_suffix(suffix).and_then(|name| views.find(name)).ok_or_else(|| nothing_at(rest))?;
+        let view =
+            name.strip_suffix(suffix).and_then(|name| views.find(name)).ok_or_else(|| nothing_at(rest))?;
         Ok((view.clone(), views.layers[view.layer..].to_vec()))
     };
     match inner {
@@ -235,7 +242,9 @@ fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetK
         {
             Ok(TargetKind::Chain(leaf))
         }
-        [name, _] if *name == "info" || *name == CONTROL || name.as_bytes() == crate::store::STORE_DIRECTORY => {
+        [name, _]
+            if *name == "info" || *name == CONTROL || name.as_bytes() == crate::store::STORE_DIRECTORY =>
+        {
             Ok(TargetKind::Chain(leaf))
         }
         [name, file] if *name == "snapshots" && file.as_bytes().ends_with(b".vmstate") => {
@@ -248,7 +257,8 @@ fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetK
         }
         [file] | [_, file] => {
             let (view, layers) = view(file.as_bytes(), b".raw")?;
-            let is_in_its_place = view.active == (inner.len() == 1) && (inner.len() == 1 || inner[0] == "snapshots");
+            let is_in_its_place =
+                view.active == (inner.len() == 1) && (inner.len() == 1 || inner[0] == "snapshots");
             if !is_in_its_place {
                 return Err(nothing_at(rest));
             }

@@ -41,7 +41,10 @@ pub(super) fn run(args: &TreeArgs) -> Result<u8> {
         };
         problems.lines().for_each(warn);
         if forest.trees.is_empty() {
-            warn(&no_images(&store, &catalog).unwrap_or_else(|| format!("{} holds no disk images", shown(&filename))));
+            warn(
+                &no_images(&store, &catalog)
+                    .unwrap_or_else(|| format!("{} holds no disk images", shown(&filename))),
+            );
         }
     }
     Ok(0)

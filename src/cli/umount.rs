@@ -38,14 +38,21 @@ fn umount(directory: &Path, lazy: bool) -> Result<()> {
     let device = match mount::top_mount(&directory)? {
         Some(entry) if entry.kind == mount::KIND => entry.device,
         Some(entry) => {
-            let sentence =
-                format!("{} is a mount of {}, not of chainfs; use umount(8)", directory.display(), entry.kind);
+            let sentence = format!(
+                "{} is a mount of {}, not of chainfs; use umount(8)",
+                directory.display(),
+                entry.kind
+            );
             return Err(Error::new(ErrorKind::Usage, sentence));
         }
         None => {
             let fact = format!("{} is not a mount point", directory.display());
             let above = directory.ancestors().skip(1).find_map(|above| {
-                mount::top_mount(above).ok().flatten().filter(|entry| entry.kind == mount::KIND).map(|_| above)
+                mount::top_mount(above)
+                    .ok()
+                    .flatten()
+                    .filter(|entry| entry.kind == mount::KIND)
+                    .map(|_| above)
             });
             let remedy = above.map(|above| format!("; it is in the mount at {}: name that", above.display()));
             return Err(Error::new(ErrorKind::NotFound, fact + &remedy.unwrap_or_default()));
@@ -74,7 +81,10 @@ fn umount(directory: &Path, lazy: bool) -> Result<()> {
     if ends_within(&daemon, EXIT_TIMEOUT) {
         return Ok(());
     }
-    let fact = format!("{} is no longer mounted here, but its daemon still runs after a minute", directory.display());
+    let fact = format!(
+        "{} is no longer mounted here, but its daemon still runs after a minute",
+        directory.display()
+    );
     Err(Error::new(ErrorKind::Busy, format!("{fact}: {held}")))
 }
 

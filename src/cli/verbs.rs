@@ -72,9 +72,10 @@ pub(super) fn finished(status: &Status) -> Result<u8> {
         JobState::Done => Ok(0),
         JobState::Cancelled => Err(Error::new(ErrorKind::Cancelled, sentence("the command was cancelled"))),
         JobState::Failed => Err(Error::new(ErrorKind::Io, sentence("the command failed"))),
-        JobState::Idle | JobState::Running => {
-            Err(Error::new(ErrorKind::Stale, "another command has started since; the result of this one is unknown"))
-        }
+        JobState::Idle | JobState::Running => Err(Error::new(
+            ErrorKind::Stale,
+            "another command has started since; the result of this one is unknown",
+        )),
     }
 }
 
@@ -84,7 +85,9 @@ fn control_directory(target: &Path, request: &Request) -> Result<PathBuf> {
     let directory = if is_for_store { target.join(".chainfs").join(CONTROL) } else { target.join(CONTROL) };
     match std::fs::metadata(directory.join("status")) {
         Ok(_) => Ok(directory),
-        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
+        Err(error)
+            if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) =>
+        {
             Err(takes_no_commands(target, is_for_store))
         }
         Err(error) => Err(Error::io(format!("opening {}", shown(&directory)), error)),
@@ -157,7 +160,11 @@ fn send_command(control: &Path, request: &Request) -> Result<Status> {
     match (written, &now.error) {
         (Ok(_), _) => Ok(now),
         (Err(error), Some(sentence)) if now.number != before.number => {
-            let kind = if error.kind() == std::io::ErrorKind::InvalidInput { ErrorKind::Usage } else { ErrorKind::Io };
+            let kind = if error.kind() == std::io::ErrorKind::InvalidInput {
+                ErrorKind::Usage
+            } else {
+                ErrorKind::Io
+            };
             Err(Error::new(kind, sentence.clone()))
         }
         // The status is that of the running command.
@@ -196,7 +203,9 @@ fn follow(control: &Path, mut now: Status, mut meter: Meter) -> Result<Status> {
             None => std::thread::sleep(POLL_INTERVAL),
         }
         now = match status(control) {
-            Err(error) if error.kind() == ErrorKind::NotFound => Status { number, state: JobState::Done, ..now },
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                Status { number, state: JobState::Done, ..now }
+            }
             read => read?,
         };
     }

@@ -144,9 +144,11 @@ mod tests {
 
     #[test]
     fn a_directory_lists_its_bitmaps() {
-        let directory = [entry(IN_USE, &[], "first"), entry(AUTO | EXTRA_DATA_COMPATIBLE, &[9; 3], "b")].concat();
+        let directory =
+            [entry(IN_USE, &[], "first"), entry(AUTO | EXTRA_DATA_COMPATIBLE, &[9; 3], "b")].concat();
         let bitmaps = parse_directory(&directory, 2, cluster()).unwrap();
-        let names: Vec<_> = bitmaps.iter().map(|bitmap| (bitmap.name.as_slice(), bitmap.in_use, bitmap.auto)).collect();
+        let names: Vec<_> =
+            bitmaps.iter().map(|bitmap| (bitmap.name.as_slice(), bitmap.in_use, bitmap.auto)).collect();
         assert_eq!(names, [(b"first".as_slice(), true, false), (b"b".as_slice(), false, true)]);
         assert_eq!(
             (bitmaps[0].granularity_bits, bitmaps[0].table, bitmaps[0].table_entries),
@@ -162,14 +164,20 @@ mod tests {
             parse_directory(&entry, 1, cluster()).unwrap_err()
         };
         let what = "table of a bitmap";
-        assert_eq!(poked(0, &0x70200u64.to_be_bytes()), Malformed::Unaligned { what, offset: 0x70200, unit: 65_536 });
+        assert_eq!(
+            poked(0, &0x70200u64.to_be_bytes()),
+            Malformed::Unaligned { what, offset: 0x70200, unit: 65_536 }
+        );
         assert_eq!(poked(0, &0u64.to_be_bytes()), Malformed::BitmapTableMissing);
         let offset = 0x7fff_ffff_ffff_0000u64;
         let far = [offset.to_be_bytes().as_slice(), &0x2000u32.to_be_bytes()].concat();
         assert_eq!(poked(0, &far), Malformed::OutOfRange { what, offset, len: 0x10000 });
         let (what, max) = ("number of entries of a bitmap's table", 0x800_0000);
         assert_eq!(poked(8, &0x800_0001u32.to_be_bytes()), Malformed::TooLarge { what, found: max + 1, max });
-        assert_eq!(poked(12, &8u32.to_be_bytes()), Malformed::Reserved { what: "flags of a bitmap", found: 8 });
+        assert_eq!(
+            poked(12, &8u32.to_be_bytes()),
+            Malformed::Reserved { what: "flags of a bitmap", found: 8 }
+        );
         assert_eq!(poked(16, &[2]), Malformed::BitmapType(2));
         assert_eq!(poked(17, &[8]), Malformed::BitmapGranularity(8));
         assert_eq!(poked(17, &[32]), Malformed::BitmapGranularity(32));
@@ -188,7 +196,10 @@ mod tests {
         assert_eq!(table_entry(1, cluster()), Ok(BitmapCluster::All(true)));
         assert_eq!(table_entry(0x70000, cluster()), Ok(BitmapCluster::At(HostOffset(0x70000))));
         for found in [0x70001, 0x70002, 1 << 56, 1 << 63] {
-            assert_eq!(table_entry(found, cluster()), Err(Malformed::Reserved { what: "bitmap table entry", found }));
+            assert_eq!(
+                table_entry(found, cluster()),
+                Err(Malformed::Reserved { what: "bitmap table entry", found })
+            );
         }
         let unaligned = Malformed::Unaligned { what: "bitmap data", offset: 0x70200, unit: 65_536 };
         assert_eq!(table_entry(0x70200, cluster()), Err(unaligned));

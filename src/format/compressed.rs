@@ -116,7 +116,9 @@ mod tests {
 
     #[test]
     fn streams_give_back_the_cluster_whatever_follows_them() {
-        for (kind, stream) in [(Compression::Deflate, deflate(&cluster())), (Compression::Zstd, zstd(&cluster(), 17))] {
+        for (kind, stream) in
+            [(Compression::Deflate, deflate(&cluster())), (Compression::Zstd, zstd(&cluster(), 17))]
+        {
             check(kind, &stream).unwrap();
             check(kind, &[stream.as_slice(), &[0xff; 511]].concat()).unwrap();
         }

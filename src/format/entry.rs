@@ -166,12 +166,16 @@ impl EntryFormat {
         Ok(L1Entry { l2, copied: entry & COPIED != 0 })
     }
 
-    /// What an L2 entry says of the byte `at` of the disk, and for how long at least: at most to the end of its cluster.
+    /// What an L2 entry says of the byte `at` of the disk, and for how long at least: at most to the end of
+    /// its cluster.
     pub fn l2_run(self, raw: RawL2Entry, at: u64) -> Result<Run<L2Entry>, Malformed> {
         let (within, guest) = (self.cluster.within(at), GuestOffset(self.cluster.floor(at)));
         if !self.extended {
             let L2Entry { mapping, copied } = self.l2(raw.entry, guest)?;
-            return Ok(Run::new(L2Entry { mapping: mapping.advance(within), copied }, self.cluster.size() - within));
+            return Ok(Run::new(
+                L2Entry { mapping: mapping.advance(within), copied },
+                self.cluster.size() - within,
+            ));
         }
         let entry = self.l2_extended(raw.entry, raw.bitmap, guest)?;
         let unit = self.cluster.size() / u64::from(SUBCLUSTERS);
@@ -255,7 +259,9 @@ impl EntryFormat {
         zero: ZeroOffset,
     ) -> Result<Option<HostOffset>, Malformed> {
         let place = match self.place("data cluster", entry)? {
-            None if self.data_file && zero == ZeroOffset::MayBePlace && entry & COPIED != 0 => Some(HostOffset(0)),
+            None if self.data_file && zero == ZeroOffset::MayBePlace && entry & COPIED != 0 => {
+                Some(HostOffset(0))
+            }
             place => place,
         };
         match place {
@@ -308,7 +314,12 @@ mod tests {
     const GUEST: GuestOffset = GuestOffset(0x50000);
 
     fn format() -> EntryFormat {
-        EntryFormat { version: Version::V3, cluster: ClusterBits::new(16).unwrap(), extended: false, data_file: false }
+        EntryFormat {
+            version: Version::V3,
+            cluster: ClusterBits::new(16).unwrap(),
+            extended: false,
+            data_file: false,
+        }
     }
 
     fn l2(entry: u64) -> Result<Mapping, Malformed> {
@@ -318,7 +329,10 @@ mod tests {
     #[test]
     fn an_l1_entry_is_a_table_or_nothing() {
         assert_eq!(format().l1(0), Ok(L1Entry { l2: None, copied: false }));
-        assert_eq!(format().l1(COPIED | 0x40000), Ok(L1Entry { l2: Some(HostOffset(0x40000)), copied: true }));
+        assert_eq!(
+            format().l1(COPIED | 0x40000),
+            Ok(L1Entry { l2: Some(HostOffset(0x40000)), copied: true })
+        );
         let last = HOST_OFFSET_END - 0x10000;
         assert_eq!(format().l1(last).unwrap().l2, Some(HostOffset(last)));
     }
@@ -360,7 +374,10 @@ mod tests {
     fn a_compressed_entry_counts_sectors_from_its_first_byte() {
         // 64 KiB clusters: 54 bits of offset, 8 bits of further sectors.
         let entry = COMPRESSED | 3 << 54 | 0x1_2345;
-        assert_eq!(l2(entry), Ok(Mapping::Compressed(Compressed { at: HostOffset(0x1_2345), len: 4 * 512 - 0x145 })));
+        assert_eq!(
+            l2(entry),
+            Ok(Mapping::Compressed(Compressed { at: HostOffset(0x1_2345), len: 4 * 512 - 0x145 }))
+        );
         for (bits, most) in [(9, 2u64), (16, 256), (21, 8192)] {
             let format = EntryFormat { cluster: ClusterBits::new(bits).unwrap(), ..format() };
             let entry = COMPRESSED | (most - 1) << (62 - (bits - 8)) | 0x3ff;
@@ -377,7 +394,10 @@ mod tests {
         let max = HOST_OFFSET_END - 1;
         assert_eq!(small.compressed(COMPRESSED | max).unwrap().at, HostOffset(max));
         let what = "offset of a compressed cluster";
-        assert_eq!(small.compressed(COMPRESSED | (max + 1)), Err(Malformed::TooLarge { what, found: max + 1, max }));
+        assert_eq!(
+            small.compressed(COMPRESSED | (max + 1)),
+            Err(Malformed::TooLarge { what, found: max + 1, max })
+        );
         let external = EntryFormat { data_file: true, ..format() };
         assert_eq!(external.l2(COMPRESSED, GUEST), Err(Malformed::CompressedInDataFile));
     }
@@ -390,7 +410,10 @@ mod tests {
         assert_eq!(at(0, 0), Ok(Mapping::Hole));
         assert_eq!(at(COPIED | 0x50000, 0x50000), Ok(Mapping::Data(HostOffset(0x50000))));
         assert_eq!(at(COPIED, 0x50000), Err(Malformed::DataFileOffset { host: 0, guest: 0x50000 }));
-        assert_eq!(at(COPIED | 0x60000, 0x50000), Err(Malformed::DataFileOffset { host: 0x60000, guest: 0x50000 }));
+        assert_eq!(
+            at(COPIED | 0x60000, 0x50000),
+            Err(Malformed::DataFileOffset { host: 0x60000, guest: 0x50000 })
+        );
         assert_eq!(at(COPIED | 1, 0), Ok(Mapping::Zero(None)));
     }
 

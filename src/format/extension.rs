@@ -110,10 +110,16 @@ impl Extensions {
 fn backing_format(data: &[u8]) -> Result<Option<String>, Malformed> {
     let found = data.len() as u64;
     if found > MAX_BACKING_FORMAT_LEN {
-        return Err(Malformed::TooLarge { what: "length of the backing format", found, max: MAX_BACKING_FORMAT_LEN });
+        return Err(Malformed::TooLarge {
+            what: "length of the backing format",
+            found,
+            max: MAX_BACKING_FORMAT_LEN,
+        });
     }
     match std::str::from_utf8(data) {
-        Ok(text) if text.bytes().all(|byte| byte.is_ascii_graphic()) => Ok((!text.is_empty()).then(|| text.to_owned())),
+        Ok(text) if text.bytes().all(|byte| byte.is_ascii_graphic()) => {
+            Ok((!text.is_empty()).then(|| text.to_owned()))
+        }
         _ => Err(Malformed::BackingFormat),
     }
 }
@@ -156,7 +162,8 @@ mod tests {
         let found = parse(&area).unwrap();
         assert_eq!(found.backing_format.as_deref(), Some("qcow2"));
         assert_eq!(found.data_file.as_deref(), Some(b"data.raw".as_slice()));
-        let kept: Vec<_> = found.unknown.iter().map(|unknown| (unknown.magic, unknown.data.as_slice())).collect();
+        let kept: Vec<_> =
+            found.unknown.iter().map(|unknown| (unknown.magic, unknown.data.as_slice())).collect();
         assert_eq!(kept, [(0x1234, b"kept".as_slice()), (0x1234, b"kept twice".as_slice())]);
     }
 
@@ -177,9 +184,15 @@ mod tests {
         assert_eq!(reason(BACKING_FORMAT, b"raw\0"), Malformed::BackingFormat);
         assert_eq!(reason(BACKING_FORMAT, b"\xff"), Malformed::BackingFormat);
         assert_eq!(reason(DATA_FILE, b"a\0b"), Malformed::DataFileNul);
-        assert_eq!(reason(BITMAPS, &[0; 23]), Malformed::ExtensionLength { what: "bitmaps", found: 23, expected: 24 });
+        assert_eq!(
+            reason(BITMAPS, &[0; 23]),
+            Malformed::ExtensionLength { what: "bitmaps", found: 23, expected: 24 }
+        );
         let what = "LUKS header";
-        assert_eq!(reason(CRYPTO_HEADER, &[0; 17]), Malformed::ExtensionLength { what, found: 17, expected: 16 });
+        assert_eq!(
+            reason(CRYPTO_HEADER, &[0; 17]),
+            Malformed::ExtensionLength { what, found: 17, expected: 16 }
+        );
         assert_eq!(reason(FROZEN_MAGIC, b""), Malformed::FrozenLength { have: 0, need: 24 });
     }
 

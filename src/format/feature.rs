@@ -60,7 +60,11 @@ pub(super) fn parse_names(bytes: &[u8]) -> Vec<FeatureName> {
             _ => return None,
         };
         let name = row[2..].split(|&byte| byte == 0).next().unwrap_or_default();
-        (row[1] < 64).then(|| FeatureName { kind, bit: row[1], name: String::from_utf8_lossy(name).into_owned() })
+        (row[1] < 64).then(|| FeatureName {
+            kind,
+            bit: row[1],
+            name: String::from_utf8_lossy(name).into_owned(),
+        })
     };
     // Three sets of 64 bits: more rows than that can only repeat themselves.
     bytes.chunks_exact(FEATURE_NAME_LEN).take(3 * 64).filter_map(row).collect()
@@ -80,7 +84,10 @@ impl Unsupported {
         let unknown = incompatible & !KNOWN_INCOMPATIBLE;
         let name = |bit: u8| {
             let row = names.iter().find(|row| row.kind == FeatureKind::Incompatible && row.bit == bit);
-            row.map_or_else(|| format!("bit {bit}"), |row| format!("\"{}\" (bit {bit})", row.name.escape_debug()))
+            row.map_or_else(
+                || format!("bit {bit}"),
+                |row| format!("\"{}\" (bit {bit})", row.name.escape_debug()),
+            )
         };
         let unknown: Vec<String> = (0..64).filter(|bit| unknown >> bit & 1 == 1).map(name).collect();
         (!unknown.is_empty()).then_some(Self::Features(unknown))
@@ -91,7 +98,11 @@ impl fmt::Display for Unsupported {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Features(names) => {
-                write!(f, "the image uses incompatible features that chainfs does not know: {}", names.join(", "))
+                write!(
+                    f,
+                    "the image uses incompatible features that chainfs does not know: {}",
+                    names.join(", ")
+                )
             }
             Self::CompressionType(kind) => {
                 write!(f, "the image uses compression type {kind}; chainfs knows 0 (deflate) and 1 (zstd)")
@@ -127,9 +138,13 @@ mod tests {
     #[test]
     fn rows_without_sense_and_half_rows_are_passed_over() {
         let mut bytes =
-            [name_row(3, 0, "no such set"), name_row(0, 64, "no such bit"), name_row(2, 0, "bitmaps")].concat();
+            [name_row(3, 0, "no such set"), name_row(0, 64, "no such bit"), name_row(2, 0, "bitmaps")]
+                .concat();
         bytes.extend([0; 20]);
-        assert_eq!(parse_names(&bytes), [FeatureName { kind: FeatureKind::Autoclear, bit: 0, name: "bitmaps".into() }]);
+        assert_eq!(
+            parse_names(&bytes),
+            [FeatureName { kind: FeatureKind::Autoclear, bit: 0, name: "bitmaps".into() }]
+        );
         assert_eq!(Unsupported::features(KNOWN_INCOMPATIBLE, &[]), None);
     }
 }

@@ -7,8 +7,8 @@
 //! description length u32, description in UTF-8. What follows the description means nothing, so that a
 //! mark may take the place of a longer one.
 //!
-//! Flag bit 0, thawed: this is no mark, and nothing behind the flags means anything. A mark in the midst of other
-//! extensions can be set and taken away by one write to its flags; the space is for the next one. All
+//! Flag bit 0, thawed: this is no mark, and nothing behind the flags means anything. A mark in the midst of
+//! other extensions can be set and taken away by one write to its flags; the space is for the next one. All
 //! other flags are reserved and 0.
 
 use super::bytes::{be_i64, be_u32};
@@ -57,7 +57,9 @@ impl Frozen {
         }
         match (be_u32(payload, 0), be_u32(payload, FLAGS_AT)) {
             (VERSION, 0) => {}
-            (VERSION, reserved) => return Err(Malformed::Reserved { what: "freeze mark", found: reserved.into() }),
+            (VERSION, reserved) => {
+                return Err(Malformed::Reserved { what: "freeze mark", found: reserved.into() });
+            }
             (version, _) => return Err(Malformed::FrozenVersion(version)),
         }
         let (nanoseconds, len) = (be_u32(payload, 16), be_u32(payload, 20) as usize);
@@ -97,7 +99,8 @@ mod tests {
     use super::*;
 
     fn good() -> Vec<u8> {
-        Frozen { seconds: -5, nanoseconds: 999_999_999, description: "before the upgrade \u{2603}".into() }.encode()
+        Frozen { seconds: -5, nanoseconds: 999_999_999, description: "before the upgrade \u{2603}".into() }
+            .encode()
     }
 
     fn poked(at: usize, value: u32) -> Result<Frozen, Malformed> {

@@ -202,7 +202,10 @@ impl Header {
             cluster,
             virtual_size: size - size % SECTOR_SIZE,
             l1: L1Table { offset: HostOffset(be_u64(bytes, 40)), entries: be_u32(bytes, 36) },
-            refcount_table: RefcountTable { offset: HostOffset(be_u64(bytes, 48)), clusters: be_u32(bytes, 56) },
+            refcount_table: RefcountTable {
+                offset: HostOffset(be_u64(bytes, 48)),
+                clusters: be_u32(bytes, 56),
+            },
             refcount_order,
             snapshots: SnapshotTable { offset: HostOffset(be_u64(bytes, 64)), count: be_u32(bytes, 60) },
             incompatible: features.incompatible,
@@ -405,7 +408,11 @@ impl Features {
 }
 
 /// Where the backing file name lies; starts at 0 if there is none at all.
-fn backing_place(bytes: &[u8], header_len: u64, cluster: ClusterBits) -> Result<std::ops::Range<u64>, Malformed> {
+fn backing_place(
+    bytes: &[u8],
+    header_len: u64,
+    cluster: ClusterBits,
+) -> Result<std::ops::Range<u64>, Malformed> {
     let (offset, len) = (be_u64(bytes, 8), u64::from(be_u32(bytes, 16)));
     if offset == 0 {
         return Ok(0..0);
@@ -437,13 +444,19 @@ fn check_crypto(
 ) -> Result<(), Malformed> {
     match (encryption, pointer) {
         (Some(Encryption::Luks), None) => Err(Malformed::CryptoHeaderMissing),
-        (Some(Encryption::Luks), Some(pointer)) => check_table("LUKS header", pointer.offset, pointer.len, cluster),
+        (Some(Encryption::Luks), Some(pointer)) => {
+            check_table("LUKS header", pointer.offset, pointer.len, cluster)
+        }
         (None | Some(Encryption::AesCbc), Some(_)) => Err(Malformed::CryptoHeaderUnexpected),
         (None | Some(Encryption::AesCbc), None) => Ok(()),
     }
 }
 
-fn check_bitmaps(features: Features, bitmaps: Option<BitmapsExtension>, cluster: ClusterBits) -> Result<(), Malformed> {
+fn check_bitmaps(
+    features: Features,
+    bitmaps: Option<BitmapsExtension>,
+    cluster: ClusterBits,
+) -> Result<(), Malformed> {
     let Some(bitmaps) = bitmaps.filter(|_| features.autoclear & feature::BITMAPS != 0) else { return Ok(()) };
     if bitmaps.reserved != 0 {
         return Err(Malformed::Reserved { what: "bitmaps extension", found: bitmaps.reserved.into() });

@@ -1,11 +1,11 @@
 //! Changes of a header that is in use: another backing file, a freeze mark set or taken away.
 //!
 //! Promises: cut off anywhere, whatever of a step that was not yet synced is there, the header
-//! is either the old one or the new one. So an edit is a list of steps, a sync behind each. A step either writes where the
-//! header of that moment means nothing (behind the end of its extensions, beside the backing name), or is one
-//! write within a sector. Between old and new there may be headers that say the same as one of them in another
-//! layout, or without the names of features, which serve messages only and are in the way where they lie across
-//! two sectors. Everything that is not to be changed stays, known or not.
+//! is either the old one or the new one. So an edit is a list of steps, a sync behind each. A step either
+//! writes where the header of that moment means nothing (behind the end of its extensions, beside the backing
+//! name), or is one write within a sector. Between old and new there may be headers that say the same as one
+//! of them in another layout, or without the names of features, which serve messages only and are in the way
+//! where they lie across two sectors. Everything that is not to be changed stays, known or not.
 //!
 //! Where no such list is found, nothing is changed: small clusters have no room for every edit.
 
@@ -236,7 +236,9 @@ fn compact(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Option<Draft> {
     let edit = wish.edit;
     let mut area = Vec::new();
     let (mut format, mut frozen) = (edit.backing.flatten().map(|(_, format)| format), edit.frozen.flatten());
-    if let Some(format) = format.take_if(|_| old.find(|extension| extension.magic == BACKING_FORMAT).is_none()) {
+    if let Some(format) =
+        format.take_if(|_| old.find(|extension| extension.magic == BACKING_FORMAT).is_none())
+    {
         push(&mut area, BACKING_FORMAT, format);
     }
     for extension in &old.extensions {
@@ -293,8 +295,10 @@ fn in_place(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Option<Draft> 
     if let Some(frozen) = edit.frozen {
         let mark = old.find(|extension| extension.is_mark(bytes));
         let fits = |extension: &&Extension| frozen.is_some_and(|mark| mark.len() <= extension.len);
-        let place =
-            mark.into_iter().chain(old.extensions.iter().filter(|found| found.magic == FROZEN_MAGIC)).find(fits);
+        let place = mark
+            .into_iter()
+            .chain(old.extensions.iter().filter(|found| found.magic == FROZEN_MAGIC))
+            .find(fits);
         if let Some(old_mark) = mark {
             let flags = old_mark.at + 8 + FLAGS_AT;
             new[flags..flags + 4].copy_from_slice(&THAWED.to_be_bytes());
@@ -370,7 +374,9 @@ fn detours(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Vec<Vec<u8>> {
     }
     for draft in drafts(bytes, old, wish) {
         let len = new_name(bytes, old, wish).len();
-        for place in [old.behind().max(draft.end), old.behind().max(draft.end + len), bytes.len() - old.name.len()] {
+        for place in
+            [old.behind().max(draft.end), old.behind().max(draft.end + len), bytes.len() - old.name.len()]
+        {
             let place = place.next_multiple_of(8);
             if !old.name.is_empty() && place + old.name.len() <= bytes.len() {
                 found.extend(named(&ended, &bytes[old.name.clone()], place));

@@ -43,7 +43,9 @@ fn wanted(old: &Header, edit: &HeaderEdit<'_>) -> Header {
 /// Every header that a crash may leave: each sector of the writes of a step there or not.
 fn crashes(before: &[u8], step: &HeaderStep) -> Vec<Vec<u8>> {
     let mut after = before.to_vec();
-    step.writes.iter().for_each(|(at, bytes)| after[*at as usize..*at as usize + bytes.len()].copy_from_slice(bytes));
+    step.writes
+        .iter()
+        .for_each(|(at, bytes)| after[*at as usize..*at as usize + bytes.len()].copy_from_slice(bytes));
     let sectors: Vec<usize> = (0..before.len() / 512)
         .filter(|sector| before[sector * 512..][..512] != after[sector * 512..][..512])
         .collect();
@@ -103,7 +105,12 @@ fn images() -> Vec<(String, Image)> {
                 }),
                 ("format, features, unknown, mark", {
                     let unknown = extension(UNKNOWN, b"kept as it is, too");
-                    vec![format.clone(), features.clone(), unknown, extension(FROZEN_MAGIC, &mark(30).encode())]
+                    vec![
+                        format.clone(),
+                        features.clone(),
+                        unknown,
+                        extension(FROZEN_MAGIC, &mark(30).encode()),
+                    ]
                 }),
             ] {
                 for name in [b"".as_slice(), b"base.qcow2", &[b'x'; 300]] {
@@ -138,7 +145,8 @@ fn cut_off_anywhere_a_header_is_the_old_or_the_new_one() {
         for backing in &names {
             match edited(&image, &HeaderEdit { backing: Some(*backing), frozen: None }) {
                 Some(_) => done += 1,
-                None => refused.push((what.clone(), format!("a name of {:?}", backing.map(|(name, _)| name.len())))),
+                None => refused
+                    .push((what.clone(), format!("a name of {:?}", backing.map(|(name, _)| name.len())))),
             }
         }
         // Set, taken away and set again; each on what the last has left.
@@ -149,7 +157,9 @@ fn cut_off_anywhere_a_header_is_the_old_or_the_new_one() {
                     image = next;
                     done += 1;
                 }
-                None => refused.push((what.clone(), format!("a mark of {:?}", payload.as_ref().map(Vec::len)))),
+                None => {
+                    refused.push((what.clone(), format!("a mark of {:?}", payload.as_ref().map(Vec::len))));
+                }
             }
         }
     }
@@ -173,7 +183,10 @@ fn both_at_once_is_one_change_or_none() {
 fn what_is_refused_leaves_no_steps_and_what_is_so_already_needs_none() {
     let full = image(Image::v3().u32(20, 9).u64(24, 1 << 12), 512, &[], &[b'x'; 380]);
     let payload = mark(10).encode();
-    assert_eq!(plan(&full.bytes, &HeaderEdit { frozen: Some(Some(&payload)), ..HeaderEdit::default() }), None);
+    assert_eq!(
+        plan(&full.bytes, &HeaderEdit { frozen: Some(Some(&payload)), ..HeaderEdit::default() }),
+        None
+    );
     let same: BackingBytes<'_> = (b"base", b"raw");
     let tidy = image(Image::v3(), 65_536, &[extension(BACKING_FORMAT, b"raw")], b"base");
     assert_eq!(plan(&tidy.bytes, &HeaderEdit { backing: Some(Some(same)), frozen: None }), Some(Vec::new()));

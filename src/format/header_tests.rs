@@ -27,13 +27,17 @@ fn a_plain_header_says_what_stands_in_it() {
     assert_eq!(header.refcount_table, RefcountTable { offset: HostOffset(0x10000), clusters: 1 });
     assert_eq!(header.snapshots, SnapshotTable { offset: HostOffset(0x20000), count: 2 });
     assert_eq!((header.refcount_order, header.header_len), (4, 112));
-    assert_eq!((header.compression, header.encryption, header.unsupported), (Compression::Deflate, None, None));
+    assert_eq!(
+        (header.compression, header.encryption, header.unsupported),
+        (Compression::Deflate, None, None)
+    );
     assert_eq!((header.backing, header.data_file, header.bitmaps, header.frozen), (None, None, None, None));
 }
 
 #[test]
 fn a_version_2_header_has_72_bytes_and_may_have_extensions() {
-    let header = Image::v2().at(72, &extension(BACKING_FORMAT, b"raw")).backing(200, b"base").parse().unwrap();
+    let header =
+        Image::v2().at(72, &extension(BACKING_FORMAT, b"raw")).backing(200, b"base").parse().unwrap();
     assert_eq!((header.version, header.header_len, header.refcount_order), (Version::V2, 72, 4));
     assert_eq!(header.backing, Some(BackingFile { name: b"base".to_vec(), format: Some("raw".into()) }));
     // Its bytes from 72 on are not feature bits.
@@ -267,9 +271,15 @@ fn bitmaps_are_checked_only_if_in_force() {
     assert_eq!(on(bitmaps(2, 1, 64, 0x20000)).reason(), reserved);
     assert_eq!(on(bitmaps(0, 0, 64, 0x20000)).reason(), Malformed::NoBitmaps);
     let (what, max) = ("number of bitmaps", 65_535);
-    assert_eq!(on(bitmaps(65_536, 0, 64, 0x20000)).reason(), Malformed::TooLarge { what, found: 65_536, max });
+    assert_eq!(
+        on(bitmaps(65_536, 0, 64, 0x20000)).reason(),
+        Malformed::TooLarge { what, found: 65_536, max }
+    );
     let (what, max) = ("length of the bitmap directory", 64 << 20);
-    assert_eq!(on(bitmaps(1, 0, max + 1, 0x20000)).reason(), Malformed::TooLarge { what, found: max + 1, max });
+    assert_eq!(
+        on(bitmaps(1, 0, max + 1, 0x20000)).reason(),
+        Malformed::TooLarge { what, found: max + 1, max }
+    );
     let (what, unit) = ("bitmap directory", 65_536);
     assert_eq!(on(bitmaps(1, 0, 64, 0x200)).reason(), Malformed::Unaligned { what, offset: 0x200, unit });
 

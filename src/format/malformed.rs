@@ -224,28 +224,39 @@ impl fmt::Display for Malformed {
             Self::Truncated { what, need, have } => {
                 write!(
                     f,
-                    "{what} needs {need} bytes, but only {have} are there: the file is cut off; restore it from a backup"
+                    "{what} needs {need} bytes, but only {have} are there: the file is cut off; restore it \
+                        from a backup"
                 )
             }
-            Self::Magic(found) => write!(f, "magic is {found:#010x}, not 0x514649fb: this is not a qcow2 image"),
+            Self::Magic(found) => {
+                write!(f, "magic is {found:#010x}, not 0x514649fb: this is not a qcow2 image")
+            }
             Self::Version(found) => write!(f, "qcow2 version is {found}; versions 2 and 3 are supported"),
             Self::ClusterBits(found) => write!(f, "cluster_bits is {found}; 9 to 21 are allowed"),
             Self::HeaderLength(found) => {
-                write!(f, "header_length is {found}; it has to be a multiple of 8 from 104 up to the cluster size")
+                write!(
+                    f,
+                    "header_length is {found}; it has to be a multiple of 8 from 104 up to the cluster size"
+                )
             }
             Self::BackingOffset(found) => {
                 write!(f, "backing_file_offset is {found:#x}; the name has to lie within the first cluster")
             }
             Self::BackingInHeader { offset, header_len } => {
-                write!(f, "backing_file_offset is {offset:#x}, which lies within the header of {header_len} bytes")
+                write!(
+                    f,
+                    "backing_file_offset is {offset:#x}, which lies within the header of {header_len} bytes"
+                )
             }
             Self::BackingNul => {
                 f.write_str("the backing file name contains a NUL byte; set it anew with qemu-img rebase -u")
             }
-            Self::BackingFormat => {
-                f.write_str("the backing format is not a printable word; set it anew with qemu-img rebase -u -F FORMAT")
+            Self::BackingFormat => f.write_str(
+                "the backing format is not a printable word; set it anew with qemu-img rebase -u -F FORMAT",
+            ),
+            Self::CryptMethod(found) => {
+                write!(f, "crypt_method is {found}; 0 (none), 1 (AES) and 2 (LUKS) are known")
             }
-            Self::CryptMethod(found) => write!(f, "crypt_method is {found}; 0 (none), 1 (AES) and 2 (LUKS) are known"),
             Self::CryptoHeaderMissing => {
                 f.write_str("crypt_method is LUKS, but no header extension says where the LUKS header is")
             }
@@ -255,14 +266,20 @@ impl fmt::Display for Malformed {
             Self::Unaligned { what, offset, unit } => {
                 write!(f, "the offset of the {what} is {offset:#x}, not a multiple of {unit}; {CHECK}")
             }
-            Self::TooLarge { what, found, max } => write!(f, "the {what} is {found}; at most {max} is allowed"),
+            Self::TooLarge { what, found, max } => {
+                write!(f, "the {what} is {found}; at most {max} is allowed")
+            }
             Self::OutOfRange { what, offset, len } => {
-                write!(f, "the {what} at {offset:#x} of {len} bytes lies beyond what a file can hold; {CHECK}")
+                write!(
+                    f,
+                    "the {what} at {offset:#x} of {len} bytes lies beyond what a file can hold; {CHECK}"
+                )
             }
             Self::BeyondEnd { what, end, file_len } => {
                 write!(
                     f,
-                    "the {what} ends at {end:#x}, but the file at {file_len:#x}: the file is cut off; restore it from a backup"
+                    "the {what} ends at {end:#x}, but the file at {file_len:#x}: the file is cut off; \
+                        restore it from a backup"
                 )
             }
             Self::Overlap { first, second } => {
@@ -271,13 +288,18 @@ impl fmt::Display for Malformed {
             Self::L1TooSmall { entries, need } => {
                 write!(f, "the L1 table has {entries} entries, but the virtual size needs {need}")
             }
-            Self::NoRefcountTable => write!(f, "refcount_table_clusters is 0: there is no refcount table; {CHECK}"),
-            Self::RefcountOrder(found) => write!(f, "refcount_order is {found}; at most 6 (64 bits) is allowed"),
+            Self::NoRefcountTable => {
+                write!(f, "refcount_table_clusters is 0: there is no refcount table; {CHECK}")
+            }
+            Self::RefcountOrder(found) => {
+                write!(f, "refcount_order is {found}; at most 6 (64 bits) is allowed")
+            }
             Self::CompressionType { bit, kind } => {
                 let state = if *bit { "set" } else { "not set" };
                 write!(
                     f,
-                    "compression_type is {kind}, but incompatible feature bit 3 is {state}; it is set for every type but 0"
+                    "compression_type is {kind}, but incompatible feature bit 3 is {state}; it is set for \
+                        every type but 0"
                 )
             }
             Self::SubclustersTooSmall(bits) => {
@@ -289,9 +311,9 @@ impl fmt::Display for Malformed {
             Self::ExtensionLength { what, found, expected } => {
                 write!(f, "the {what} extension has {found} bytes; it has to have {expected}")
             }
-            Self::RawDataWithoutFile => {
-                f.write_str("the autoclear bit for raw external data is set, but the image has no external data file")
-            }
+            Self::RawDataWithoutFile => f.write_str(
+                "the autoclear bit for raw external data is set, but the image has no external data file",
+            ),
             Self::RawDataWithBacking => {
                 f.write_str("an image with a raw external data file has a backing file, which is not allowed")
             }
@@ -301,7 +323,10 @@ impl fmt::Display for Malformed {
                 write!(f, "the {what} has reserved bits set ({found:#x}), which have to be zero; {CHECK}")
             }
             Self::FrozenVersion(found) => {
-                write!(f, "the freeze mark has version {found}; this chainfs knows version 1, use a newer one")
+                write!(
+                    f,
+                    "the freeze mark has version {found}; this chainfs knows version 1, use a newer one"
+                )
             }
             Self::FrozenNanoseconds(found) => {
                 write!(f, "the freeze mark has {found} nanoseconds; less than 1000000000 are allowed")
@@ -317,36 +342,56 @@ impl fmt::Display for Malformed {
                 write!(f, "the L2 entry marks subclusters {mask:#010x} as allocated and as zero; {CHECK}")
             }
             Self::SubclusterWithoutCluster(mask) => {
-                write!(f, "the L2 entry marks subclusters {mask:#010x} as allocated, but has no host cluster; {CHECK}")
+                write!(
+                    f,
+                    "the L2 entry marks subclusters {mask:#010x} as allocated, but has no host cluster; \
+                        {CHECK}"
+                )
             }
             Self::CompressedSubclusters(bitmap) => {
                 write!(
                     f,
-                    "the L2 entry of a compressed cluster has the subcluster bitmap {bitmap:#x}, which has to be zero; {CHECK}"
+                    "the L2 entry of a compressed cluster has the subcluster bitmap {bitmap:#x}, which has \
+                        to be zero; {CHECK}"
                 )
             }
-            Self::CompressedInDataFile => {
-                f.write_str("the L2 entry is compressed, which an image with an external data file cannot have")
-            }
+            Self::CompressedInDataFile => f.write_str(
+                "the L2 entry is compressed, which an image with an external data file cannot have",
+            ),
             Self::DataFileOffset { host, guest } => {
                 write!(
                     f,
-                    "the cluster lies at {host:#x} of the external data file; it has to lie at its guest offset {guest:#x}"
+                    "the cluster lies at {host:#x} of the external data file; it has to lie at its guest \
+                        offset {guest:#x}"
                 )
             }
             Self::SnapshotExtraShort(found) => {
-                write!(f, "a snapshot table entry has {found} bytes of extra data; version 3 requires 16; {CHECK}")
+                write!(
+                    f,
+                    "a snapshot table entry has {found} bytes of extra data; version 3 requires 16; {CHECK}"
+                )
             }
-            Self::BitmapType(found) => write!(f, "a bitmap has type {found}; only 1 (dirty tracking) is known"),
-            Self::BitmapGranularity(found) => write!(f, "a bitmap has granularity_bits {found}; 9 to 31 are allowed"),
+            Self::BitmapType(found) => {
+                write!(f, "a bitmap has type {found}; only 1 (dirty tracking) is known")
+            }
+            Self::BitmapGranularity(found) => {
+                write!(f, "a bitmap has granularity_bits {found}; 9 to 31 are allowed")
+            }
             Self::BitmapUnnamed => f.write_str("a bitmap has no name"),
-            Self::BitmapExtraData(found) => write!(f, "a bitmap has {found} bytes of extra data of an unknown kind"),
-            Self::BitmapTableMissing => f.write_str("a bitmap has its table at offset 0, where the header is"),
+            Self::BitmapExtraData(found) => {
+                write!(f, "a bitmap has {found} bytes of extra data of an unknown kind")
+            }
+            Self::BitmapTableMissing => {
+                f.write_str("a bitmap has its table at offset 0, where the header is")
+            }
             Self::CompressedInvalid(kind) => {
                 write!(f, "a compressed cluster is not a valid {kind} stream; restore the file from a backup")
             }
             Self::CompressedShort { got, want } => {
-                write!(f, "a compressed cluster ends after {got} of {want} bytes; restore the file from a backup")
+                write!(
+                    f,
+                    "a compressed cluster ends after {got} of {want} bytes; restore the file from a backup"
+                )
             }
         }
     }
@@ -365,7 +410,10 @@ mod tests {
     fn a_message_names_field_value_and_rule() {
         assert_eq!(Malformed::ClusterBits(8).to_string(), "cluster_bits is 8; 9 to 21 are allowed");
         let text = Malformed::Unaligned { what: "L1 table", offset: 0x1200, unit: 65_536 }.to_string();
-        assert!(text.starts_with("the offset of the L1 table is 0x1200, not a multiple of 65536; "), "{text}");
+        assert!(
+            text.starts_with("the offset of the L1 table is 0x1200, not a multiple of 65536; "),
+            "{text}"
+        );
         let fact = Malformed::Unaligned { what: "L1 table", offset: 0x1200, unit: 65_536 }.fact();
         assert_eq!(fact, "the offset of the L1 table is 0x1200, not a multiple of 65536");
     }

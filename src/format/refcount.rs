@@ -120,7 +120,10 @@ mod tests {
         assert_eq!(table_entry(0x20200, cluster), Err(unaligned));
         for bit in 0..9 {
             let found = 0x20000 | 1 << bit;
-            assert_eq!(table_entry(found, cluster), Err(Malformed::Reserved { what: "refcount table entry", found }));
+            assert_eq!(
+                table_entry(found, cluster),
+                Err(Malformed::Reserved { what: "refcount table entry", found })
+            );
         }
     }
 }

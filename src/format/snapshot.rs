@@ -234,7 +234,8 @@ pub fn places(table: &[u8], count: u32) -> Vec<usize> {
 /// If id or name have more bytes than an entry can say: names are checked where they come in.
 pub fn append(table: &mut Vec<u8>, snapshot: &Snapshot) {
     table.resize(table.len() + padding(table.len() as u64), 0);
-    let len_of = |bytes: &[u8]| u16::try_from(bytes.len()).expect("a name that an entry can hold").to_be_bytes();
+    let len_of =
+        |bytes: &[u8]| u16::try_from(bytes.len()).expect("a name that an entry can hold").to_be_bytes();
     table.extend(snapshot.l1.offset.0.to_be_bytes());
     table.extend(snapshot.l1.entries.to_be_bytes());
     table.extend(len_of(&snapshot.id));
@@ -354,8 +355,11 @@ mod tests {
 
     #[test]
     fn entries_follow_each_other_at_multiples_of_8() {
-        let table = [padded(entry(&extra(&[1 << 33, 1 << 30, 9]), "1", "monday")), entry(&extra(&[0, 512]), "12", "m")]
-            .concat();
+        let table = [
+            padded(entry(&extra(&[1 << 33, 1 << 30, 9]), "1", "monday")),
+            entry(&extra(&[0, 512]), "12", "m"),
+        ]
+        .concat();
         let snapshots = parse(&table, 2, Version::V3).unwrap();
         let expected = Snapshot {
             id: b"1".to_vec(),
@@ -371,13 +375,17 @@ mod tests {
             damage: None,
         };
         assert_eq!(snapshots[0], expected);
-        assert_eq!((snapshots[1].id.as_slice(), snapshots[1].name.as_slice()), (b"12".as_slice(), b"m".as_slice()));
+        assert_eq!(
+            (snapshots[1].id.as_slice(), snapshots[1].name.as_slice()),
+            (b"12".as_slice(), b"m".as_slice())
+        );
         assert_eq!((snapshots[1].virtual_size, snapshots[1].icount), (Some(512), None));
     }
 
     #[test]
     fn chunks_of_any_size_give_the_same_and_the_tables_length() {
-        let table = [padded(entry(&extra(&[0, 512]), "1", "monday")), entry(&extra(&[0, 512]), "2", "x")].concat();
+        let table =
+            [padded(entry(&extra(&[0, 512]), "1", "monday")), entry(&extra(&[0, 512]), "2", "x")].concat();
         let whole = parse(&table, 2, Version::V3).unwrap();
         for chunk in 1..table.len() {
             let mut parser = SnapshotParser::with(
@@ -402,8 +410,11 @@ mod tests {
 
     #[test]
     fn without_an_entry_the_others_stay_byte_for_byte() {
-        let all =
-            [entry(&extra(&[1, 512, 9, 77]), "1", "a"), entry(&[], "22", "bcd"), entry(&extra(&[0, 512]), "3", "x")];
+        let all = [
+            entry(&extra(&[1, 512, 9, 77]), "1", "a"),
+            entry(&[], "22", "bcd"),
+            entry(&extra(&[0, 512]), "3", "x"),
+        ];
         let joined = |parts: &[&Vec<u8>]| {
             let mut table = Vec::new();
             for part in parts {
@@ -425,8 +436,14 @@ mod tests {
             let whole = entry(&extra(&[7, 512, 9]), "2", "whole");
             let table = [padded(entry(&short, "1", "monday")), whole].concat();
             let snapshots = parse(&with_required_extra(&table, 2, 1 << 30), 2, Version::V3).unwrap();
-            assert_eq!((snapshots[0].vm_state_size, snapshots[0].virtual_size), (vm_state_size, Some(1 << 30)));
-            assert_eq!((snapshots[0].id.as_slice(), snapshots[0].name.as_slice()), (&b"1"[..], &b"monday"[..]));
+            assert_eq!(
+                (snapshots[0].vm_state_size, snapshots[0].virtual_size),
+                (vm_state_size, Some(1 << 30))
+            );
+            assert_eq!(
+                (snapshots[0].id.as_slice(), snapshots[0].name.as_slice()),
+                (&b"1"[..], &b"monday"[..])
+            );
             assert_eq!(snapshots[1], parse(&table, 2, Version::V2).unwrap()[1]);
         }
     }
@@ -439,7 +456,8 @@ mod tests {
             entry[at..at + bytes.len()].copy_from_slice(bytes);
             parse(&entry, 1, Version::V3).unwrap_err()
         };
-        let unaligned = Malformed::Unaligned { what: "L1 table of a snapshot", offset: 0x50200, unit: 65_536 };
+        let unaligned =
+            Malformed::Unaligned { what: "L1 table of a snapshot", offset: 0x50200, unit: 65_536 };
         assert_eq!(poked(0, &0x50200u64.to_be_bytes()), unaligned);
         let offset = 0x7fff_ffff_ffff_0000;
         let range = Malformed::OutOfRange { what: "L1 table of a snapshot", offset, len: 0x20000 };
@@ -471,7 +489,8 @@ mod tests {
         let mut parser = SnapshotParser::with(table, ClusterBits::new(16).unwrap(), Version::V3);
         assert_eq!(parser.feed(&[good("1"), bad, good("3")].concat()), Ok(true));
         let found = parser.finish().unwrap();
-        let damaged: Vec<(&[u8], bool)> = found.iter().map(|s| (s.id.as_slice(), s.damage.is_some())).collect();
+        let damaged: Vec<(&[u8], bool)> =
+            found.iter().map(|s| (s.id.as_slice(), s.damage.is_some())).collect();
         assert_eq!(damaged, [(&b"1"[..], false), (b"2", true), (b"3", false)]);
     }
 

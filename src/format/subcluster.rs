@@ -21,7 +21,12 @@ pub struct SubclusterEntry {
 
 impl EntryFormat {
     /// Decodes a 16-byte L2 entry, the one for the cluster at `guest`.
-    pub fn l2_extended(self, entry: u64, bitmap: u64, guest: GuestOffset) -> Result<SubclusterEntry, Malformed> {
+    pub fn l2_extended(
+        self,
+        entry: u64,
+        bitmap: u64,
+        guest: GuestOffset,
+    ) -> Result<SubclusterEntry, Malformed> {
         let (zero, allocated) = ((bitmap >> 32) as u32, bitmap as u32);
         let (copied, subcluster_len) = (Self::copied(entry), self.cluster.size() / u64::from(SUBCLUSTERS));
         if Self::is_compressed(entry) {
@@ -126,7 +131,12 @@ mod tests {
     const COMPRESSED: u64 = 1 << 62;
 
     fn format() -> EntryFormat {
-        EntryFormat { version: Version::V3, cluster: ClusterBits::new(16).unwrap(), extended: true, data_file: false }
+        EntryFormat {
+            version: Version::V3,
+            cluster: ClusterBits::new(16).unwrap(),
+            extended: true,
+            data_file: false,
+        }
     }
 
     fn decode(entry: u64, zero: u32, allocated: u32) -> Result<SubclusterEntry, Malformed> {

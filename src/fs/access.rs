@@ -99,13 +99,15 @@ impl Rights {
     /// access by `umask=` or `gid=` see all images, but their own rights apply to commands.
     pub(super) fn viewer(&self, caller: &Caller) -> Viewer {
         let Caller { uid, gid, pid } = *caller;
-        let is_administrator = !self.is_shared || uid == 0 || uid == self.own_uid || self.ownership.uid == Some(uid);
+        let is_administrator =
+            !self.is_shared || uid == 0 || uid == self.own_uid || self.ownership.uid == Some(uid);
         if is_administrator {
             return Viewer { subject: None, commander: None };
         }
         // A1: judged for this very process, with the groups that it has.
         let subject = Subject::new(uid, groups_of_process(pid, uid, gid));
-        let is_let_in = self.ownership.umask.is_some() || self.ownership.gid.is_some_and(|gid| subject.is_in(gid));
+        let is_let_in =
+            self.ownership.umask.is_some() || self.ownership.gid.is_some_and(|gid| subject.is_in(gid));
         Viewer { subject: (!is_let_in).then(|| subject.clone()), commander: Some(subject) }
     }
 
@@ -158,7 +160,12 @@ impl Rights {
     }
 
     /// Checks that a user may write this disk.
-    pub(super) fn check_write(&self, viewer: &Viewer, catalog: &Catalog, layers: &[ImageIndex]) -> Result<()> {
+    pub(super) fn check_write(
+        &self,
+        viewer: &Viewer,
+        catalog: &Catalog,
+        layers: &[ImageIndex],
+    ) -> Result<()> {
         let Some(subject) = viewer.subject() else { return Ok(()) };
         let judge = self.store.judge();
         let may = judge.may_read_all(subject, catalog, layers)
@@ -187,7 +194,8 @@ impl Rights {
         let judge = self.judge();
         let images = catalog.images.iter().filter(|image| !judge.may_read(subject, image));
         // Files that the daemon cannot read are not in `images`, but their names are hidden as well.
-        let others = catalog.problems.iter().filter(|problem| !judge.may_read_in_store(subject, &problem.path));
+        let others =
+            catalog.problems.iter().filter(|problem| !judge.may_read_in_store(subject, &problem.path));
         let hidden: Vec<&Path> = images
             .map(|image| image.place.path.as_path())
             .chain(others.map(|problem| problem.path.as_path()))
@@ -206,14 +214,18 @@ fn redacted(text: &str, hidden: &[&Path]) -> String {
         .collect();
     let is_part = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-');
     let names_it = |line: &str, name: &String| {
-        line.match_indices(name.as_str())
-            .any(|(at, found)| !line[..at].ends_with(is_part) && !line[at + found.len()..].starts_with(is_part))
+        line.match_indices(name.as_str()).any(|(at, found)| {
+            !line[..at].ends_with(is_part) && !line[at + found.len()..].starts_with(is_part)
+        })
     };
     let line = |line: &str| {
         if !names.iter().any(|name| names_it(line, name)) {
             return line.to_owned();
         }
-        let key = line.split_once(':').map(|(key, _)| key).filter(|key| key.chars().all(|c| c.is_ascii_lowercase()));
+        let key = line
+            .split_once(':')
+            .map(|(key, _)| key)
+            .filter(|key| key.chars().all(|c| c.is_ascii_lowercase()));
         let end = if line.ends_with('\n') { "\n" } else { "" };
         match key {
             Some(key) => format!("{key}: {REDACTED}{end}"),
@@ -240,7 +252,10 @@ mod tests {
         let hidden = [Path::new("b/secret.qcow2"), Path::new("x")];
         let redacted = |text: &str| redacted(text, &hidden);
         assert_eq!(redacted("state: done\n"), "state: done\n");
-        assert_eq!(redacted("error: b/secret.qcow2 is open\nnumber: 1\n"), format!("error: {REDACTED}\nnumber: 1\n"));
+        assert_eq!(
+            redacted("error: b/secret.qcow2 is open\nnumber: 1\n"),
+            format!("error: {REDACTED}\nnumber: 1\n")
+        );
         assert_eq!(redacted("failed: web stands on secret"), format!("failed: {REDACTED}"));
         assert_eq!(redacted("max and secretary"), "max and secretary");
         assert_eq!(redacted("● x@s"), REDACTED);

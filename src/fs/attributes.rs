@@ -49,7 +49,20 @@ impl Attributes {
     ) -> Self {
         let links = if kind == NodeKind::Directory { 2 } else { 1 };
         let (accessed, changed) = (modified, modified);
-        Self { inode, kind, size, blocks, links, device: 0, accessed, modified, changed, permissions, uid, gid }
+        Self {
+            inode,
+            kind,
+            size,
+            blocks,
+            links,
+            device: 0,
+            accessed,
+            modified,
+            changed,
+            permissions,
+            uid,
+            gid,
+        }
     }
 
     /// The attributes of a node of which only number and type are known.

@@ -60,7 +60,14 @@ impl MountTree {
     }
 
     /// fallocate(2). Without `keep_size`, a shorter disk grows first.
-    pub fn fallocate(&self, handle: &Handle, at: u64, len: u64, what: Fallocate, keep_size: bool) -> Result<()> {
+    pub fn fallocate(
+        &self,
+        handle: &Handle,
+        at: u64,
+        len: u64,
+        what: Fallocate,
+        keep_size: bool,
+    ) -> Result<()> {
         let end = at
             .checked_add(len)
             .ok_or_else(|| Error::new(ErrorKind::TooLarge, "the range ends beyond the maximum file size"))?;

@@ -68,8 +68,11 @@ impl ControlScope {
             sorted(verbs, [(ControlFile::Plan, "plan"), (ControlFile::Status, "status")])
         });
         static OF_CHAIN: LazyLock<Files> = LazyLock::new(|| {
-            let others =
-                [(ControlFile::Plan, "plan"), (ControlFile::Status, "status"), (ControlFile::Progress, "progress")];
+            let others = [
+                (ControlFile::Plan, "plan"),
+                (ControlFile::Status, "status"),
+                (ControlFile::Progress, "progress"),
+            ];
             sorted(Verb::ALL, others)
         });
         fn sorted(
@@ -146,7 +149,13 @@ struct Position {
 impl Controls {
     pub(super) fn new(engine: Arc<Engine>) -> Self {
         let plans = Mutex::new(LruCache::new(NonZero::new(PLANS_CACHED).expect("not zero")));
-        Self { engine, plans, resuming: Mutex::default(), resumed: Condvar::new(), stopping: Mutex::default() }
+        Self {
+            engine,
+            plans,
+            resuming: Mutex::default(),
+            resumed: Condvar::new(),
+            stopping: Mutex::default(),
+        }
     }
 
     pub(super) fn engine(&self) -> &Arc<Engine> {
@@ -157,7 +166,9 @@ impl Controls {
     fn text(&self, scope: &ControlScope, file: ControlFile) -> Arc<[u8]> {
         match file {
             ControlFile::Verb(verb) => verb.usage().as_bytes().into(),
-            ControlFile::Status => report::status::status(&self.engine.status(scope.key())).into_bytes().into(),
+            ControlFile::Status => {
+                report::status::status(&self.engine.status(scope.key())).into_bytes().into()
+            }
             ControlFile::Plan => {
                 let last = self.plans.lock().get(scope).cloned();
                 last.unwrap_or_else(|| PLAN_USAGE.as_bytes().into())

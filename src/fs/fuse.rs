@@ -18,10 +18,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    AccessFlags, BsdFileFlags, Config, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
-    Session, SessionACL, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, Config, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
 use parking_lot::Mutex;
 
@@ -122,8 +122,11 @@ impl Filesystem for Adapter {
             | InitFlags::FUSE_READDIRPLUS_AUTO
             | InitFlags::FUSE_ASYNC_DIO
             | InitFlags::FUSE_ABORT_ERROR;
-        let mapping =
-            if self.features.shared_mapping { InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP } else { InitFlags::empty() };
+        let mapping = if self.features.shared_mapping {
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP
+        } else {
+            InitFlags::empty()
+        };
         // Only if the kernel enforces modes: FUSE_POSIX_ACL implies default_permissions.
         let lists = if self.features.access_lists { InitFlags::FUSE_POSIX_ACL } else { InitFlags::empty() };
         for flag in (wanted | mapping | lists).iter() {
@@ -162,9 +165,11 @@ impl Filesystem for Adapter {
 
     fn getattr(&self, req: &Request, inode: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
         let caller = caller(req);
-        self.offload_if_blocking(inode.0, move |tree| match answer(tree, |tree| tree.attributes(&caller, inode.0)) {
-            Ok(found) => reply.attr(&ttl(tree, inode.0, &found), &attr(&found)),
-            Err(errno) => reply.error(errno),
+        self.offload_if_blocking(inode.0, move |tree| {
+            match answer(tree, |tree| tree.attributes(&caller, inode.0)) {
+                Ok(found) => reply.attr(&ttl(tree, inode.0, &found), &attr(&found)),
+                Err(errno) => reply.error(errno),
+            }
         });
     }
 
@@ -185,8 +190,8 @@ impl Filesystem for Adapter {
         if self.tree.may_block(inode.0) {
             return self.offload_if_blocking(inode.0, move |tree| {
                 match answer(tree, |tree| tree.open(&caller, inode.0, access)) {
-                    // The content of a guest's inode number never changes, and there are no writes to flush at
-                    // close.
+                    // The content of a guest's inode number never changes, and there are no writes to flush
+                    // at close.
                     Ok((number, Handle::GuestFile(_))) => {
                         let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
                         reply.opened(FileHandle(number), flags);
@@ -208,7 +213,9 @@ impl Filesystem for Adapter {
             Handle::Active(_) if self.features.parallel_writes => {
                 FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
             }
-            Handle::Disk(disk) if self.open_cached(inode.0, disk.view().fingerprint) => FopenFlags::FOPEN_KEEP_CACHE,
+            Handle::Disk(disk) if self.open_cached(inode.0, disk.view().fingerprint) => {
+                FopenFlags::FOPEN_KEEP_CACHE
+            }
             Handle::Disk(_) => FopenFlags::empty(),
             // An active disk changes, and each open of a text file has its own text: neither may be cached.
             Handle::Active(_)
@@ -261,7 +268,15 @@ impl Filesystem for Adapter {
         });
     }
 
-    fn lseek(&self, _req: &Request, inode: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+    fn lseek(
+        &self,
+        _req: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
         let data = match whence {
             libc::SEEK_DATA => true,
             libc::SEEK_HOLE => false,
@@ -320,7 +335,9 @@ impl Filesystem for Adapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        use libc::{FALLOC_FL_KEEP_SIZE as KEEP, FALLOC_FL_PUNCH_HOLE as PUNCH, FALLOC_FL_ZERO_RANGE as ZERO};
+        use libc::{
+            FALLOC_FL_KEEP_SIZE as KEEP, FALLOC_FL_PUNCH_HOLE as PUNCH, FALLOC_FL_ZERO_RANGE as ZERO,
+        };
         let what = match mode & !KEEP {
             0 => Fallocate::Space,
             ZERO => Fallocate::Zero(Zeroing::Keep),
@@ -328,7 +345,9 @@ impl Filesystem for Adapter {
             _ => return reply.error(Errno::EOPNOTSUPP),
         };
         let keep_size = mode & KEEP != 0;
-        self.reply_empty(reply, |tree| tree.fallocate(&tree.handle(handle.0)?, offset, length, what, keep_size));
+        self.reply_empty(reply, |tree| {
+            tree.fallocate(&tree.handle(handle.0)?, offset, length, what, keep_size)
+        });
     }
 
     fn setattr(
@@ -370,7 +389,14 @@ impl Filesystem for Adapter {
         }
     }
 
-    fn flush(&self, _req: &Request, _inode: INodeNo, handle: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+    fn flush(
+        &self,
+        _req: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        _owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
         self.reply_empty(reply, |tree| tree.closing(&tree.handle(handle.0)?));
     }
 
@@ -410,7 +436,15 @@ impl Filesystem for Adapter {
         reply.error(Errno::EPERM);
     }
 
-    fn mkdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _mode: u32, _umask: u32, reply: ReplyEntry) {
+    fn mkdir(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
         reply.error(Errno::EPERM);
     }
 
@@ -478,7 +512,14 @@ impl Filesystem for Adapter {
         });
     }
 
-    fn readdir(&self, _req: &Request, inode: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(
+        &self,
+        _req: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
         self.offload_if_blocking(inode.0, move |tree| {
             let mut take = |entry: &ListingEntry<'_>| {
                 reply.add(INodeNo(entry.inode), entry.next, file_type(entry.kind), entry.name)
@@ -501,9 +542,10 @@ impl Filesystem for Adapter {
         let caller = caller(req);
         self.offload_if_blocking(inode.0, move |tree| {
             let mut take = |entry: &ListingEntry<'_>| {
-                let known = entry
-                    .attributes
-                    .map_or_else(|| answer(tree, |tree| known(tree, &caller, entry)), |found| Ok(Some(found)));
+                let known = entry.attributes.map_or_else(
+                    || answer(tree, |tree| known(tree, &caller, entry)),
+                    |found| Ok(Some(found)),
+                );
                 let (found, ttl) = match known {
                     Ok(Some(found)) => (found, ttl(tree, inode.0, &found)),
                     // The name is listed with a TTL of zero: a later lookup returns the error.
@@ -511,7 +553,8 @@ impl Filesystem for Adapter {
                     // Entries that were removed after the listing are left out.
                     Err(_) => return false,
                 };
-                let (number, is_dots) = (INodeNo(entry.inode), matches!(entry.name.as_encoded_bytes(), b"." | b".."));
+                let (number, is_dots) =
+                    (INodeNo(entry.inode), matches!(entry.name.as_encoded_bytes(), b"." | b".."));
                 let is_full = reply.add(number, entry.next, entry.name, &ttl, &attr(&found), Generation(0));
                 if !is_full && !is_dots {
                     tree.add_lookup(entry.inode);
@@ -525,16 +568,40 @@ impl Filesystem for Adapter {
         });
     }
 
-    fn releasedir(&self, _req: &Request, _inode: INodeNo, handle: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+    fn releasedir(
+        &self,
+        _req: &Request,
+        _inode: INodeNo,
+        handle: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
         self.tree.release(handle.0);
         reply.ok();
     }
 
     fn statfs(&self, _req: &Request, inode: INodeNo, reply: ReplyStatfs) {
         if let Ok(Some(found)) = self.answer(|tree| tree.guest_statistics(inode.0)) {
-            let Statistics { blocks, free_blocks, available_blocks, inodes, free_inodes, block_size, name_len } = found;
+            let Statistics {
+                blocks,
+                free_blocks,
+                available_blocks,
+                inodes,
+                free_inodes,
+                block_size,
+                name_len,
+            } = found;
             let (free, available) = (free_blocks, available_blocks);
-            return reply.statfs(blocks, free, available, inodes, free_inodes, block_size, name_len, block_size);
+            return reply.statfs(
+                blocks,
+                free,
+                available,
+                inodes,
+                free_inodes,
+                block_size,
+                name_len,
+                block_size,
+            );
         }
         match self.answer(|tree| tree.store().roots()[0].statvfs()) {
             Ok(stat) => reply.statfs(

@@ -95,7 +95,13 @@ impl GuestFile {
             let here = at + done as u64;
             let (end, kind) = self.run(here)?;
             let piece = ((end - here) as usize).min(len - done);
-            self.slot.inside.read_run(self.slot.volume, self.ino, here, kind, &mut buf[done..done + piece])?;
+            self.slot.inside.read_run(
+                self.slot.volume,
+                self.ino,
+                here,
+                kind,
+                &mut buf[done..done + piece],
+            )?;
             done += piece;
         }
         Ok(len)
@@ -139,7 +145,8 @@ impl GuestDirectory {
     pub(super) fn from(&self, place: u64) -> Result<(Arc<Listing>, usize)> {
         if let Some((start, listed)) = &*self.listed.lock() {
             // The kernel reads a listing in several requests: later ones continue within the last listing.
-            let after = listed.entries.iter().position(|listed| listed.entry.next == place).map(|index| index + 1);
+            let after =
+                listed.entries.iter().position(|listed| listed.entry.next == place).map(|index| index + 1);
             let skip = if *start == place { Some(0) } else { after };
             if let Some(skip) = skip.filter(|skip| *skip < listed.entries.len() || listed.ends) {
                 return Ok((Arc::clone(listed), skip));

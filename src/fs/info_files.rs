@@ -138,9 +138,10 @@ impl InfoFiles {
         }
         let make = || match document {
             ChainDocument::Chain => json::pretty(&report::chain_info_in_short(store, catalog, leaf)),
-            ChainDocument::TreeText => {
-                text::forest(&report::chain_forest_with_progress(store, catalog, leaf, shares), &TextOptions::local())
-            }
+            ChainDocument::TreeText => text::forest(
+                &report::chain_forest_with_progress(store, catalog, leaf, shares),
+                &TextOptions::local(),
+            ),
             ChainDocument::TreeSvg => svg::forest(
                 &report::chain_forest_with_progress(store, catalog, leaf, shares),
                 &TimeZone::system(),
@@ -172,7 +173,13 @@ impl InfoFiles {
 }
 
 /// The counters in Prometheus' text format.
-pub(super) fn metrics(store: &Store, catalog: &Catalog, counters: &Counters, open: usize, inodes: usize) -> String {
+pub(super) fn metrics(
+    store: &Store,
+    catalog: &Catalog,
+    counters: &Counters,
+    open: usize,
+    inodes: usize,
+) -> String {
     let (tables, clusters, maps, descriptors) = store.usage();
     let mut metrics = Metrics::new();
     let mut counter = |name, help: &str, value: &AtomicU64| {
@@ -183,7 +190,11 @@ pub(super) fn metrics(store: &Store, catalog: &Catalog, counters: &Counters, ope
     let (writers, flushes) = store.writer_usage();
     counter("chainfs_writes_total", "Writes to disks.", &counters.writes);
     counter("chainfs_write_bytes_total", "Bytes of disks written.", &counters.write_bytes);
-    counter("chainfs_flushes_total", "Flushes of disks, asked for or by the clock.", &AtomicU64::new(flushes));
+    counter(
+        "chainfs_flushes_total",
+        "Flushes of disks, asked for or by the clock.",
+        &AtomicU64::new(flushes),
+    );
     counter("chainfs_opens_total", "Disks opened.", &counters.opens);
     counter("chainfs_errors_total", "Requests answered with an error.", &counters.errors);
     let mut gauge = |name, help: &str, value: usize| {

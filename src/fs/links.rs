@@ -82,10 +82,18 @@ pub(super) fn confined(slot: &MountedVolume, node: GuestNode, target: &[u8]) -> 
         return Ok(target.to_vec());
     }
     if node.depth == GuestNode::DEEPEST {
-        return Err(Error::new(ErrorKind::Limit, "the link leads up and is too deep in its volume to be rewritten"));
+        return Err(Error::new(
+            ErrorKind::Limit,
+            "the link leads up and is too deep in its volume to be rewritten",
+        ));
     }
-    let mut walk =
-        LinkWalk { slot, depth: usize::from(node.depth), ups: 0, base: slot.parent(node.ino), down: Vec::new() };
+    let mut walk = LinkWalk {
+        slot,
+        depth: usize::from(node.depth),
+        ups: 0,
+        base: slot.parent(node.ino),
+        down: Vec::new(),
+    };
     if walk.depth == 0 || is_absolute {
         walk.go_to_root();
     }
@@ -115,7 +123,10 @@ fn follow(mut walk: LinkWalk<'_>, path: &[&[u8]]) -> Result<Vec<u8>> {
             Some((ino, found)) if found.kind == FileKind::Symlink && !is_last => {
                 followed += 1;
                 if followed > MAX_FOLLOWED {
-                    return Err(Error::new(ErrorKind::Corrupt, "the link leads through too many other links"));
+                    return Err(Error::new(
+                        ErrorKind::Corrupt,
+                        "the link leads through too many other links",
+                    ));
                 }
                 let target = slot.inside.read_link(slot.volume, ino)?;
                 if target.starts_with(b"/") {

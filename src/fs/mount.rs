@@ -188,8 +188,11 @@ fn by_helper(store: &Path, directory: &Path, options: &MountOptions) -> Result<O
         _ => {
             let words = String::from_utf8_lossy(&output.stderr);
             let words = words.trim().trim_start_matches("fusermount3:").trim();
-            let remedy =
-                if words.contains("user_allow_other") { "; write user_allow_other into /etc/fuse.conf" } else { "" };
+            let remedy = if words.contains("user_allow_other") {
+                "; write user_allow_other into /etc/fuse.conf"
+            } else {
+                ""
+            };
             Err(Error::new(
                 ErrorKind::Denied,
                 format!("mounting on {}: fusermount3 says: {words}{remedy}", directory.display()),

@@ -55,7 +55,10 @@ impl GuestNode {
 
     /// Its inode number in the mount.
     pub(super) fn number(self) -> u64 {
-        GUEST | u64::from(self.slot) << (DEPTH_BITS + INO_BITS) | u64::from(self.depth) << INO_BITS | self.ino.0
+        GUEST
+            | u64::from(self.slot) << (DEPTH_BITS + INO_BITS)
+            | u64::from(self.depth) << INO_BITS
+            | self.ino.0
     }
 
     /// The guest's file with this inode number, if it is one.
@@ -263,11 +266,14 @@ impl VolumeTable {
         if self.slots.len() < SLOTS {
             return Ok(self.slots.len());
         }
-        let is_free = |slot: &Option<Arc<MountedVolume>>| slot.as_ref().is_none_or(MountedVolume::is_unreferenced);
-        let found = (0..SLOTS).map(|step| (self.next + step) % SLOTS).find(|index| is_free(&self.slots[*index]));
+        let is_free =
+            |slot: &Option<Arc<MountedVolume>>| slot.as_ref().is_none_or(MountedVolume::is_unreferenced);
+        let found =
+            (0..SLOTS).map(|step| (self.next + step) % SLOTS).find(|index| is_free(&self.slots[*index]));
         let Some(found) = found else {
-            let fact =
-                format!("{SLOTS} file systems of guests are in use, which is the limit; close files in the mount");
+            let fact = format!(
+                "{SLOTS} file systems of guests are in use, which is the limit; close files in the mount"
+            );
             return Err(Error::new(ErrorKind::Limit, fact));
         };
         self.next = found + 1;

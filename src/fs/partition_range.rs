@@ -37,7 +37,8 @@ impl PartitionRange {
     pub(super) fn write_at(&self, at: u64, bytes: &[u8]) -> Result<usize> {
         let (place, len) = self.clip(at, bytes.len() as u64);
         if len == 0 && !bytes.is_empty() {
-            let fact = format!("the partition ends at {:#x}; change the partition table through the disk", self.len);
+            let fact =
+                format!("the partition ends at {:#x}; change the partition table through the disk", self.len);
             return Err(Error::new(ErrorKind::NoSpace, fact));
         }
         self.active()?.write_at(place, &bytes[..len as usize])

@@ -72,7 +72,9 @@ struct PendingRead {
 
 impl std::fmt::Debug for PendingReads {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PendingReads").field("waiting", &self.shared.waiting.lock().reads.len()).finish_non_exhaustive()
+        f.debug_struct("PendingReads")
+            .field("waiting", &self.shared.waiting.lock().reads.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -110,7 +112,8 @@ impl ProgressReader {
 impl PendingReads {
     /// `status` returns the status of a chain's last command.
     pub(super) fn new(status: impl Fn(&Path) -> Status + Send + Sync + 'static) -> Self {
-        let shared = SharedReads { status: Box::new(status), waiting: Mutex::default(), news: Condvar::new() };
+        let shared =
+            SharedReads { status: Box::new(status), waiting: Mutex::default(), news: Condvar::new() };
         Self { shared: Arc::new(shared), thread: Mutex::default() }
     }
 
@@ -126,7 +129,12 @@ impl PendingReads {
             // No thread can reply later.
             return answer(&self.shared.next(reader, most, true).unwrap_or_default());
         }
-        waiting.reads.push(PendingRead { reader: Arc::clone(reader), most, until: Instant::now() + MAX_WAIT, answer });
+        waiting.reads.push(PendingRead {
+            reader: Arc::clone(reader),
+            most,
+            until: Instant::now() + MAX_WAIT,
+            answer,
+        });
         self.shared.news.notify_one();
     }
 

@@ -19,8 +19,8 @@ use crate::io::{FileStat, Storage, directory_of};
 use crate::ops::{Engine, JobState};
 use crate::report::status::per_mille;
 use crate::store::{
-    Access, ActiveAttributes, ActiveHandle, Catalog, ImageEntry, ImageIndex, OpenDisk, Store, TrashItem, ViewId,
-    ViewIdentity, stale,
+    Access, ActiveAttributes, ActiveHandle, Catalog, ImageEntry, ImageIndex, OpenDisk, Store, TrashItem,
+    ViewId, ViewIdentity, stale,
 };
 use crate::units::{BlockStatus, Run};
 
@@ -71,7 +71,12 @@ const ATTRIBUTE_PREFIX: &[u8] = b"user.chainfs.";
 
 impl MountTree {
     /// The tree of `store`.
-    pub fn new(store: &Arc<Store>, ownership: Ownership, browser: &Arc<Browser>, guest_options: GuestOptions) -> Self {
+    pub fn new(
+        store: &Arc<Store>,
+        ownership: Ownership,
+        browser: &Arc<Browser>,
+        guest_options: GuestOptions,
+    ) -> Self {
         let engine = Engine::new(store);
         Self {
             store: Arc::clone(store),
@@ -221,7 +226,9 @@ impl MountTree {
         };
         let catalog = self.store.catalog();
         let (stat, size, blocks, mtime, writable) = match node {
-            Node::Root | Node::Store | Node::Control(ControlScope::Store) => (self.store_stat()?, 0, 0, None, false),
+            Node::Root | Node::Store | Node::Control(ControlScope::Store) => {
+                (self.store_stat()?, 0, 0, None, false)
+            }
             Node::Directory(path) => (self.directory_stat(path)?, 0, 0, None, false),
             Node::Control(ControlScope::Chain(chain))
             | Node::Chain(chain)
@@ -237,7 +244,10 @@ impl MountTree {
                     return Ok(Attributes::plain(inode, kind, (0, 0), modified(leaf), owner));
                 }
                 (
-                    FileStat { signature: leaf.signature, ..self.directory_stat(directory_of(chain).as_path())? },
+                    FileStat {
+                        signature: leaf.signature,
+                        ..self.directory_stat(directory_of(chain).as_path())?
+                    },
                     0,
                     0,
                     None,
@@ -257,7 +267,8 @@ impl MountTree {
                 let index = leaf(&catalog, chain)?;
                 let len = match document {
                     ChainDocument::OperatingSystem => self.os_text_len(chain),
-                    _ => self.chain_document(&self.rights.viewer(caller), &catalog, chain, *document)?.len() as u64,
+                    _ => self.chain_document(&self.rights.viewer(caller), &catalog, chain, *document)?.len()
+                        as u64,
                 };
                 let stat = &catalog.images[index].stat;
                 let layers = match document {
@@ -327,7 +338,9 @@ impl MountTree {
         let stat = if found.view.active { self.store.stat_now(image) } else { image.stat };
         let (size, mtime) = match (node.part, found.snapshot()) {
             (ViewIdentity::VmState(..), Some(snapshot)) => (snapshot.vm_state_size, taken(snapshot)),
-            (_, Some(snapshot)) => (snapshot.virtual_size.or(image.virtual_size()).unwrap_or(0), taken(snapshot)),
+            (_, Some(snapshot)) => {
+                (snapshot.virtual_size.or(image.virtual_size()).unwrap_or(0), taken(snapshot))
+            }
             _ => (image.virtual_size().unwrap_or(0), image.frozen.as_ref().map_or(modified(&stat), frozen)),
         };
         let own = stat.blocks + image.data_file.as_ref().map_or(0, |(_, stat)| stat.blocks);
@@ -405,7 +418,8 @@ impl MountTree {
             Node::Guest(node) => self.open_guest_file(node)?,
             _ => return Err(Error::new(ErrorKind::Usage, "this is a directory")),
         };
-        let seen = if let Handle::Disk(_) = handle.disk() { self.attributes(caller, inode).ok() } else { None };
+        let seen =
+            if let Handle::Disk(_) = handle.disk() { self.attributes(caller, inode).ok() } else { None };
         Ok((self.handles.add(handle.clone(), seen), handle))
     }
 
@@ -516,7 +530,11 @@ impl MountTree {
                 let (place, _) = window.clip(at, 0);
                 (
                     window.len,
-                    if at < window.len { window.found(self.seek(&window.disk, place, data)?, data) } else { None },
+                    if at < window.len {
+                        window.found(self.seek(&window.disk, place, data)?, data)
+                    } else {
+                        None
+                    },
                 )
             }
             Handle::Directory(_) | Handle::GuestDirectory(_) | Handle::Progress(_) => {
@@ -543,7 +561,9 @@ impl MountTree {
         let header = image.qcow2().map(|qcow2| &qcow2.header);
         Ok(match name {
             b"format" => image.format.map(|format| format.name().as_bytes().to_vec()),
-            b"backing" => header.and_then(|header| header.backing.as_ref()).map(|backing| backing.name.clone()),
+            b"backing" => {
+                header.and_then(|header| header.backing.as_ref()).map(|backing| backing.name.clone())
+            }
             b"depth" => Some(found.layers().len().to_string().into_bytes()),
             b"cluster-size" => header.map(|header| header.cluster.size().to_string().into_bytes()),
             b"allocated" => {
@@ -562,11 +582,13 @@ impl MountTree {
     }
 
     fn store_document(&self, viewer: &Viewer, catalog: &Catalog, document: StoreDocument) -> Arc<[u8]> {
-        let live = || metrics(&self.store, catalog, &self.counters, self.handles.count(), self.inodes.count());
+        let live =
+            || metrics(&self.store, catalog, &self.counters, self.handles.count(), self.inodes.count());
         let may_see = |item: &TrashItem| {
             let Some(subject) = viewer.subject() else { return true };
             // The trash of a single image may belong to an enclosing store, whose content is not shown here.
-            self.store.guard().prefix.as_os_str().is_empty() && self.rights.judge().may_see_item(subject, item)
+            self.store.guard().prefix.as_os_str().is_empty()
+                && self.rights.judge().may_see_item(subject, item)
         };
         self.documents.of_store(&self.store, catalog, document, &|chain| self.share(chain), live, &may_see)
     }

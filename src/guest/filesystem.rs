@@ -86,7 +86,8 @@ impl DirectoryEntry {
     pub const NEXT_LIMIT: u64 = 1 << 63;
 }
 
-/// An extended attribute as the guest's kernel shows it: `user.x`, `security.selinux`, and access control lists as
+/// An extended attribute as the guest's kernel shows it: `user.x`, `security.selinux`, and access control
+/// lists as
 /// `system.posix_acl_access` in the form of getxattr(2).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ExtendedAttribute {

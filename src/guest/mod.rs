@@ -17,7 +17,8 @@ pub mod source;
 pub mod volumes;
 
 pub use filesystem::{
-    DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, RunKind, Statistics, Time,
+    DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, RunKind,
+    Statistics, Time,
 };
 pub use readers::open;
 pub use source::{Slice, Source};

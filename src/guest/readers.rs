@@ -13,7 +13,9 @@ use super::{FileSystem, Source};
 pub fn open(content: VolumeContent, source: Arc<dyn Source>) -> Result<Arc<dyn FileSystem>> {
     match content {
         VolumeContent::Ext2 | VolumeContent::Ext3 | VolumeContent::Ext4 => Ok(Arc::new(Ext::open(source)?)),
-        VolumeContent::Fat12 | VolumeContent::Fat16 | VolumeContent::Fat32 => Ok(Arc::new(Fat::open(source)?)),
+        VolumeContent::Fat12 | VolumeContent::Fat16 | VolumeContent::Fat32 => {
+            Ok(Arc::new(Fat::open(source)?))
+        }
         _ => {
             let problem = content.problem().unwrap_or_else(|| format!("{} has no reader", content.name()));
             Err(Error::new(ErrorKind::Unsupported, problem))

@@ -30,7 +30,8 @@ pub struct CreateOptions {
     pub backing: Option<NewBacking>,
     /// The cluster size as a power of two: 9 to 21.
     pub cluster_bits: u32,
-    /// Whether each cluster has 32 subclusters (extended L2 entries), which needs clusters of 16 KiB at least.
+    /// Whether each cluster has 32 subclusters (extended L2 entries), which needs clusters of 16 KiB at
+    /// least.
     pub extended_l2: bool,
     /// A freeze mark.
     pub frozen: Option<Frozen>,
@@ -73,15 +74,18 @@ impl Default for CreateOptions {
 pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     let image = initial_image(options)?;
     let context = |doing: &str| format!("{doing} {}", path.display());
-    let file = File::options().write(true).create_new(true).open(path).map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => {
-            let fact = format!("{} exists already; remove it or choose another name", path.display());
-            Error::new(ErrorKind::Usage, fact)
-        }
-        _ => Error::io(context("creating"), error),
-    })?;
-    let own =
-        file.metadata().map(|own| (own.dev(), own.ino())).map_err(|error| Error::io(context("creating"), error))?;
+    let file =
+        File::options().write(true).create_new(true).open(path).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => {
+                let fact = format!("{} exists already; remove it or choose another name", path.display());
+                Error::new(ErrorKind::Usage, fact)
+            }
+            _ => Error::io(context("creating"), error),
+        })?;
+    let own = file
+        .metadata()
+        .map(|own| (own.dev(), own.ino()))
+        .map_err(|error| Error::io(context("creating"), error))?;
     let unfinished = Unfinished(Some((path.to_owned(), own)));
     write_image(&file, &image).map_err(|error| Error::io(context("writing"), error))?;
     unfinished.keep();
@@ -163,7 +167,9 @@ impl ImageLayout {
     fn new(options: &CreateOptions) -> Result<Self> {
         let bits = options.cluster_bits;
         let Some(cluster) = ClusterBits::new(bits) else {
-            return Err(usage(format!("clusters of 2^{bits} bytes are not allowed; 2^9 (512) to 2^21 (2 MiB) are")));
+            return Err(usage(format!(
+                "clusters of 2^{bits} bytes are not allowed; 2^9 (512) to 2^21 (2 MiB) are"
+            )));
         };
         let Some(size) = options.size else {
             return Err(usage("no size is given; an image without a backing file needs one".into()));
@@ -177,7 +183,8 @@ impl ImageLayout {
         let max = MAX_L1_LEN / 8 * l1_span;
         if size > max {
             let larger = if bits < 21 { "; use larger clusters" } else { "" };
-            let fact = format!("{size} bytes are too many for clusters of {} bytes: at most {max}", cluster.size());
+            let fact =
+                format!("{size} bytes are too many for clusters of {} bytes: at most {max}", cluster.size());
             return Err(usage(fact + larger));
         }
         let size = size.next_multiple_of(SECTOR_SIZE);
@@ -222,8 +229,9 @@ impl ImageLayout {
         let room = self.cluster.size() as usize;
         if name_at + name.len() > room {
             let len = name_at + name.len();
-            let fact =
-                format!("header and backing file name have {len} bytes, but clusters of {room} are to hold them");
+            let fact = format!(
+                "header and backing file name have {len} bytes, but clusters of {room} are to hold them"
+            );
             return Err(usage(fact + "; use larger clusters"));
         }
         let mut bytes = self.header(if name.is_empty() { 0 } else { name_at as u64 }, name.len() as u32);
@@ -266,7 +274,9 @@ fn guarded_name(name: &[u8]) -> Result<Vec<u8>> {
     }
     let (found, max) = (guarded.len(), MAX_BACKING_NAME_LEN);
     if found as u64 > max {
-        return Err(usage(format!("the name of the backing file has {found} bytes; at most {max} are allowed")));
+        return Err(usage(format!(
+            "the name of the backing file has {found} bytes; at most {max} are allowed"
+        )));
     }
     Ok(guarded)
 }
@@ -333,7 +343,10 @@ mod tests {
         let parsed = header(&CreateOptions { frozen: Some(mark.clone()), ..backed(b"base.raw", "raw") });
         assert_eq!((parsed.virtual_size, parsed.cluster.bits(), parsed.frozen), (1 << 20, 16, Some(mark)));
         let backing = parsed.backing.unwrap();
-        assert_eq!((backing.name.as_slice(), backing.format.as_deref()), (b"base.raw".as_slice(), Some("raw")));
+        assert_eq!(
+            (backing.name.as_slice(), backing.format.as_deref()),
+            (b"base.raw".as_slice(), Some("raw"))
+        );
         assert_eq!(parsed.feature_names.len(), 8);
     }
 

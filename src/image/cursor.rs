@@ -1,8 +1,8 @@
-//! The lookup that readers and the writer share: from a position of a disk through an L1 and an L2 table to the run of
-//! bytes of which one entry, or several that go on where the last one ends, say the same.
+//! The lookup that readers and the writer share: from a position of a disk through an L1 and an L2 table to
+//! the run of bytes of which one entry, or several that go on where the last one ends, say the same.
 //!
-//! Every entry is treated as hostile. A run has at least one byte, and never more than was asked for. Tables come by the
-//! slice from a [`TableSource`]; nothing is allocated, locked or read here.
+//! Every entry is treated as hostile. A run has at least one byte, and never more than was asked for. Tables
+//! come by the slice from a [`TableSource`]; nothing is allocated, locked or read here.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -64,7 +64,8 @@ pub(super) fn lookup<S: TableSource>(source: &S, at: u64, max: u64) -> Result<Ru
     // L1 entries without a table that follow in the slice make one long hole.
     let following = &words[first + 1..];
     let following = &following[..following.len().min((entries - index - 1) as usize)];
-    let more = following.iter().take_while(|word| format.l1(**word).is_ok_and(|entry| entry.l2.is_none())).count();
+    let more =
+        following.iter().take_while(|word| format.l1(**word).is_ok_and(|entry| entry.l2.is_none())).count();
     Ok(Run::new(hole, max.min(rest.saturating_add(span.saturating_mul(more as u64)))))
 }
 
@@ -89,7 +90,8 @@ fn lookup_in<S: TableSource>(
     while len < max && cluster.aligned(at + len) {
         match next(at + len) {
             Some(Ok(other))
-                if entry.copied == other.value.copied && entry.mapping.continues(other.value.mapping, len) =>
+                if entry.copied == other.value.copied
+                    && entry.mapping.continues(other.value.mapping, len) =>
             {
                 len += other.len;
             }

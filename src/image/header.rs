@@ -23,8 +23,8 @@ pub struct HeaderChange {
 /// Changes the header of a qcow2 file that no [`Writer`](crate::image::write::Writer) has open. Cut off
 /// anywhere, the image has the old header or the new one.
 ///
-/// `Unsupported`, before anything is written: the header's layout does not allow it, or it is not an image that
-/// may be written to.
+/// `Unsupported`, before anything is written: the header's layout does not allow it, or it is not an image
+/// that may be written to.
 pub fn change_header(name: &str, file: &dyn WriteStorage, change: &HeaderChange) -> Result<()> {
     apply(file, &steps(name, file, change)?)
 }
@@ -46,7 +46,11 @@ pub(super) fn apply(file: &dyn WriteStorage, steps: &[HeaderStep]) -> Result<()>
 }
 
 /// What has to be done, in this order; nothing is written.
-pub(super) fn steps<S: Storage + ?Sized>(name: &str, file: &S, change: &HeaderChange) -> Result<Vec<HeaderStep>> {
+pub(super) fn steps<S: Storage + ?Sized>(
+    name: &str,
+    file: &S,
+    change: &HeaderChange,
+) -> Result<Vec<HeaderStep>> {
     let (old, file_len) = read_header_with(name, file, Header::parse)?;
     if let Some(sentence) = unreadable(&old) {
         return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {sentence}")));
@@ -68,7 +72,9 @@ pub(super) fn steps<S: Storage + ?Sized>(name: &str, file: &S, change: &HeaderCh
     };
     let payload = change.frozen.as_ref().map(|frozen| frozen.as_ref().map(Frozen::encode));
     let edit = HeaderEdit {
-        backing: backing.as_ref().map(|backing| backing.as_ref().map(|(name, format)| (name.as_slice(), *format))),
+        backing: backing
+            .as_ref()
+            .map(|backing| backing.as_ref().map(|(name, format)| (name.as_slice(), *format))),
         frozen: payload.as_ref().map(Option::as_deref),
     };
     let steps = plan(&cluster, &edit).ok_or_else(|| {
@@ -76,7 +82,9 @@ pub(super) fn steps<S: Storage + ?Sized>(name: &str, file: &S, change: &HeaderCh
             Some(Some(_)) if old.frozen.is_some() => {
                 "has no room for another freeze mark in the place of the old one; take that away first"
             }
-            _ => "has no room for the new beside the old; write it anew with qemu-img rebase -u, and try again",
+            _ => {
+                "has no room for the new beside the old; write it anew with qemu-img rebase -u, and try again"
+            }
         };
         Error::new(ErrorKind::Unsupported, format!("{name}: its header {fact}"))
     })?;

@@ -35,7 +35,10 @@ impl Layer {
     pub fn snapshot(image: &Arc<Image>, snapshot: &Snapshot) -> Result<Self> {
         // Nothing of a damaged entry is safe to compute with.
         if let Some(damage) = &snapshot.damage {
-            return Err(Error::new(ErrorKind::Corrupt, format!("an internal snapshot cannot be read: {damage}")));
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("an internal snapshot cannot be read: {damage}"),
+            ));
         }
         let size = match snapshot.virtual_size {
             Some(size) => size,
@@ -92,7 +95,8 @@ impl Layer {
     pub fn rest_of_cluster(&self, at: GuestOffset, max: u64) -> u64 {
         let Some(header) = self.image.header() else { return max };
         let remaining = header.cluster.remaining(GuestOffset(at.0.saturating_add(self.shift)));
-        let unit = if header.extended_l2() { header.cluster.size() / u64::from(SUBCLUSTERS) } else { remaining };
+        let unit =
+            if header.extended_l2() { header.cluster.size() / u64::from(SUBCLUSTERS) } else { remaining };
         ((remaining - 1) % unit + 1).min(max)
     }
 
@@ -119,7 +123,8 @@ impl Layer {
         }
         // R2: missing bytes are an error.
         Err(self.image.corrupt(&format!(
-            "a data cluster at {host} lies past the end of the file ({end:#x}); the file was cut short, restore it from a copy"
+            "a data cluster at {host} lies past the end of the file ({end:#x}); the file was cut short, \
+                restore it from a copy"
         )))
     }
 }

@@ -137,7 +137,10 @@ impl Image {
             return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {sentence}")));
         }
         if header.data_file.is_some() && data_file.is_none() {
-            return Err(Error::new(ErrorKind::Broken, format!("{name}: its external data file is not there")));
+            return Err(Error::new(
+                ErrorKind::Broken,
+                format!("{name}: its external data file is not there"),
+            ));
         }
         let data_len = if fixed { Some(data_file.as_ref().unwrap_or(&file).len()?) } else { None };
         Ok(Arc::new(Self {
@@ -212,13 +215,18 @@ impl Image {
         }
         Err(Error::new(
             ErrorKind::Io,
-            format!("{}: the file ends at {end:#x}, before the data it should hold; it was cut short", self.name),
+            format!(
+                "{}: the file ends at {end:#x}, before the data it should hold; it was cut short",
+                self.name
+            ),
         ))
     }
 
     /// The bytes of a compressed cluster.
     pub fn read_compressed(&self, stream: Compressed) -> Result<Arc<[u8]>> {
-        let ImageBody::Qcow2(header) = &self.body else { unreachable!("a raw image has no compressed clusters") };
+        let ImageBody::Qcow2(header) = &self.body else {
+            unreachable!("a raw image has no compressed clusters")
+        };
         let key = (self.serial, stream.at.0);
         // A damaged entry may name the stream of another and too little of it: that fails each time.
         if let Some((enough, cluster)) = self.caches.clusters.get(&key)
@@ -237,8 +245,8 @@ impl Image {
         Ok(cluster)
     }
 
-    /// The first run of the data file's `[at, end)` that is all data or all hole, and its length: a raw image has its
-    /// holes there, and clusters that were only preallocated are holes as well, which read as zeroes.
+    /// The first run of the data file's `[at, end)` that is all data or all hole, and its length: a raw image
+    /// has its holes there, and clusters that were only preallocated are holes as well, which read as zeroes.
     /// Of a file that was cut short everything is data: whoever copies must read, and hear of it.
     pub fn file_extent(&self, at: HostOffset, end: HostOffset) -> Result<Run<BlockStatus>> {
         let run = self.data().extent(at.0, end.0)?;

@@ -12,7 +12,11 @@ const FIRST_PIECE: usize = 4 << 10;
 const LARGEST_PIECE: usize = 1 << 20;
 
 /// The internal snapshots of the image in `storage`, and the bytes of their table.
-pub(crate) fn read_snapshots(name: &str, storage: &dyn Storage, header: &Header) -> Result<(Vec<Snapshot>, u64)> {
+pub(crate) fn read_snapshots(
+    name: &str,
+    storage: &dyn Storage,
+    header: &Header,
+) -> Result<(Vec<Snapshot>, u64)> {
     let read = read_snapshots_with(SnapshotParser::new(header), header, |at, buf| storage.read_at(at, buf))?;
     read.map_err(|reason| Error::new(reason.kind(), format!("{name}: {reason}")))
 }
@@ -35,8 +39,11 @@ pub(crate) fn read_snapshots_there_are(
 ) -> Result<(Vec<Snapshot>, Option<Malformed>)> {
     let (parser, reason) = feed(SnapshotParser::new(header), header, read)?;
     if reason.is_some() || !parser.is_complete() {
-        let cut =
-            Malformed::Truncated { what: "snapshot table", need: parser.table_len() + 1, have: parser.table_len() };
+        let cut = Malformed::Truncated {
+            what: "snapshot table",
+            need: parser.table_len() + 1,
+            have: parser.table_len(),
+        };
         return Ok((parser.understood(), Some(reason.unwrap_or(cut))));
     }
     Ok((parser.understood(), None))

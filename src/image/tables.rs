@@ -12,8 +12,8 @@ use super::Image;
 use super::cursor::{SLICE_LEN, words_of};
 
 impl Image {
-    /// The slice of a table that holds the word `index`, and the place of that word in it. `table_len` is the whole
-    /// table's length in bytes.
+    /// The slice of a table that holds the word `index`, and the place of that word in it. `table_len` is the
+    /// whole table's length in bytes.
     pub(super) fn slice(&self, table: HostOffset, table_len: u64, index: u64) -> Result<(Arc<[u64]>, usize)> {
         let from = index * 8 / SLICE_LEN * SLICE_LEN;
         assert!(from < table_len, "an index beyond its table");
@@ -30,7 +30,8 @@ impl Image {
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 format!(
-                    "{}: the table at {table} reaches past the end of the file; restore the image from a copy",
+                    "{}: the table at {table} reaches past the end of the file; restore the image from a \
+                        copy",
                     self.name
                 ),
             ));

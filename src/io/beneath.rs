@@ -62,7 +62,8 @@ impl Root {
         let canonical = path.canonicalize().map_err(fail)?;
         let given = std::path::absolute(path).map_err(fail)?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = fs::openat(CWD, &canonical, flags, Mode::empty()).map_err(|error| fail(error.into()))?;
+        let directory =
+            fs::openat(CWD, &canonical, flags, Mode::empty()).map_err(|error| fail(error.into()))?;
         Ok(Self { directory, given, canonical })
     }
 
@@ -79,7 +80,10 @@ impl Root {
     /// Converts an absolute path to one relative to this root. The path is matched against the root as given
     /// and as canonicalised. `None` if it is outside.
     pub fn relative(&self, absolute: &Path) -> Option<PathBuf> {
-        [&self.given, &self.canonical].iter().find_map(|root| absolute.strip_prefix(root).ok()).map(Path::to_path_buf)
+        [&self.given, &self.canonical]
+            .iter()
+            .find_map(|root| absolute.strip_prefix(root).ok())
+            .map(Path::to_path_buf)
     }
 
     /// Opens a regular file for reading. Errors: `NotFound`, `Escape` and `Io`.
@@ -125,7 +129,9 @@ impl Root {
         // for this thread.
         let found = match open(BENEATH | ResolveFlags::NO_XDEV) {
             Err(Errno::XDEV) => match self.crossing(path)? {
-                Some(resolve) => open(resolve).map_err(|error| if error == Errno::LOOP { Errno::XDEV } else { error }),
+                Some(resolve) => {
+                    open(resolve).map_err(|error| if error == Errno::LOOP { Errno::XDEV } else { error })
+                }
                 None => return Err(in_own_mount(path)),
             },
             found => found,
@@ -133,7 +139,9 @@ impl Root {
         match found {
             Ok(fd) => Ok(fd),
             Err(Errno::XDEV) => Err(escapes(path)),
-            Err(Errno::NOSYS) => Err(Error::new(ErrorKind::Unsupported, "openat2 is missing; chainfs needs Linux 5.6")),
+            Err(Errno::NOSYS) => {
+                Err(Error::new(ErrorKind::Unsupported, "openat2 is missing; chainfs needs Linux 5.6"))
+            }
             Err(Errno::AGAIN) => Err(Error::new(
                 ErrorKind::Busy,
                 format!("{} cannot be opened now: another process holds a lease on it", path.display()),
@@ -160,7 +168,9 @@ impl Root {
     fn crossing(&self, path: &Path) -> Result<Option<ResolveFlags>> {
         // A mount over the root itself does not matter: the root's descriptor is below it.
         let is_inside = |mount: &MountEntry| {
-            mount.kind == OWN_KIND && mount.directory != self.canonical && mount.directory.starts_with(&self.canonical)
+            mount.kind == OWN_KIND
+                && mount.directory != self.canonical
+                && mount.directory.starts_with(&self.canonical)
         };
         let inside: Vec<MountEntry> = mounts()?.into_iter().filter(is_inside).collect();
         if inside.is_empty() {
@@ -197,7 +207,9 @@ impl Root {
         let flags = flags | OFlags::PATH | OFlags::CLOEXEC;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
         match self.resolve(path, flags, resolve | ResolveFlags::NO_XDEV) {
-            Err(Errno::XDEV) if matches!(self.crossing(path), Ok(Some(_))) => self.resolve(path, flags, resolve),
+            Err(Errno::XDEV) if matches!(self.crossing(path), Ok(Some(_))) => {
+                self.resolve(path, flags, resolve)
+            }
             found => found,
         }
     }
@@ -254,7 +266,8 @@ impl Root {
 
     /// The magic number (statfs(2)) of the file system that holds this root.
     pub fn file_system(&self) -> Result<u64> {
-        let stat = fs::fstatfs(&self.directory).map_err(|error| Error::io("reading the file system's type", error))?;
+        let stat = fs::fstatfs(&self.directory)
+            .map_err(|error| Error::io("reading the file system's type", error))?;
         Ok(stat.f_type.cast_unsigned() & 0xFFFF_FFFF)
     }
 
@@ -310,7 +323,11 @@ mod tests {
         let (_outer, root) = root();
         for path in ["../secret", "sub/../../secret", "out", "absolute", "/etc/passwd"] {
             assert_eq!(root.open_file(Path::new(path)).unwrap_err().kind(), ErrorKind::Escape, "{path}");
-            assert_eq!(root.open_file_for_writing(Path::new(path)).unwrap_err().kind(), ErrorKind::Escape, "{path}");
+            assert_eq!(
+                root.open_file_for_writing(Path::new(path)).unwrap_err().kind(),
+                ErrorKind::Escape,
+                "{path}"
+            );
         }
         assert!(root.open_file(Path::new("inside")).is_ok());
         assert!(root.open_file(Path::new("sub/../sub/image")).is_ok());
@@ -330,8 +347,11 @@ mod tests {
     fn entries_are_listed_by_kind_and_name() {
         let (_outer, root) = root();
         let directory = root.open_directory(Path::new(""), false).unwrap().unwrap();
-        let names: Vec<_> =
-            Root::list(&directory).unwrap().into_iter().map(|e| (e.name.into_string().unwrap(), e.kind)).collect();
+        let names: Vec<_> = Root::list(&directory)
+            .unwrap()
+            .into_iter()
+            .map(|e| (e.name.into_string().unwrap(), e.kind))
+            .collect();
         let link = EntryKind::Symlink;
         let expected = [("absolute", link), ("inside", link), ("out", link), ("sub", EntryKind::Directory)];
         assert_eq!(names, expected.map(|(name, kind)| (name.to_string(), kind)));

@@ -52,7 +52,10 @@ pub struct Descriptors {
 
 impl std::fmt::Debug for Descriptors {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Descriptors").field("limit", &self.limit).field("count", &self.count).finish_non_exhaustive()
+        f.debug_struct("Descriptors")
+            .field("limit", &self.limit)
+            .field("count", &self.count)
+            .finish_non_exhaustive()
     }
 }
 
@@ -147,7 +150,10 @@ impl Descriptors {
             }
             if begun.elapsed() > MAX_WAIT {
                 let fact = format!("{} files are open, which is the limit", self.open_count());
-                return Err(Error::new(ErrorKind::Exhausted, format!("{fact}; close some of them, or {REMEDY}")));
+                return Err(Error::new(
+                    ErrorKind::Exhausted,
+                    format!("{fact}; close some of them, or {REMEDY}"),
+                ));
             }
             std::thread::sleep(RETRY_INTERVAL);
         }
@@ -239,7 +245,8 @@ fn process_limit() -> usize {
 /// The number of open descriptors other than those `counted`.
 fn others(counted: usize) -> usize {
     // One is that of the directory itself.
-    let open = std::fs::read_dir("/proc/self/fd").map_or(ESTIMATED_OTHERS, |all| all.count().saturating_sub(1));
+    let open =
+        std::fs::read_dir("/proc/self/fd").map_or(ESTIMATED_OTHERS, |all| all.count().saturating_sub(1));
     open.saturating_sub(counted)
 }
 

@@ -126,7 +126,8 @@ impl Directory for RootDirectory {
 
     fn link(&self, from: &Path, to: &Path) -> Result<()> {
         let ((old, old_name), (new, new_name)) = (self.parent(from)?, self.parent(to)?);
-        fs::linkat(&old, old_name, &new, new_name, AtFlags::empty()).map_err(|error| fail("linking", to, error))
+        fs::linkat(&old, old_name, &new, new_name, AtFlags::empty())
+            .map_err(|error| fail("linking", to, error))
     }
 
     fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
@@ -166,7 +167,8 @@ fn resemble(file: &OwnedFd, model: &OwnedFd, path: &Path) -> Result<()> {
     fs::fchmod(file, Mode::from_raw_mode(stat.mode & 0o7777 | write))
         .map_err(|error| fail("setting the mode of", path, error))?;
     for name in attribute_names(model).map_err(|error| fail("reading the attributes for", path, error))? {
-        let copied = attribute(model, &name).and_then(|value| fs::fsetxattr(file, &*name, &value, XattrFlags::empty()));
+        let copied = attribute(model, &name)
+            .and_then(|value| fs::fsetxattr(file, &*name, &value, XattrFlags::empty()));
         match copied {
             // Security labels are set by the system's policy if this process may not set them.
             Err(Errno::OPNOTSUPP | Errno::NODATA) => {}

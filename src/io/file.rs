@@ -232,7 +232,8 @@ impl StoreFile {
 
     /// Free bytes of its file system.
     pub fn free_space(&self) -> Result<u64> {
-        let stat = fs::fstatvfs(&*self.descriptor()?).map_err(|error| Error::io("reading the free space", error))?;
+        let stat =
+            fs::fstatvfs(&*self.descriptor()?).map_err(|error| Error::io("reading the free space", error))?;
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
@@ -387,7 +388,8 @@ impl StoreFile {
                 let (holders, domain) = super::lock_holders::describe(self.id, *byte);
                 let remedy = match domain {
                     Some(domain) if for_reading => format!(
-                        "take a snapshot with virsh snapshot-create-as {domain} --disk-only and read that, or shut \
+                        "take a snapshot with virsh snapshot-create-as {domain} --disk-only and read that, \
+                            or shut \
                          {domain} down"
                     ),
                     Some(domain) => format!(
@@ -395,7 +397,8 @@ impl StoreFile {
                          blockpull), or shut it down"
                     ),
                     None if for_reading => {
-                        "wait until it is closed, or read it while it changes with -U (for a mount: -o force_share)"
+                        "wait until it is closed, or read it while it changes with -U (for a mount: -o \
+                            force_share)"
                             .into()
                     }
                     None => "wait until it is closed".into(),
@@ -405,7 +408,8 @@ impl StoreFile {
             Conflict::System(error) if !for_reading && locks::is_unsupported(*error) => Error::new(
                 ErrorKind::ReadOnly,
                 format!(
-                    "{path} is on a file system without file locks, which cannot exclude a second writer; if no \
+                    "{path} is on a file system without file locks, which cannot exclude a second writer; if \
+                        no \
                      other process uses it, mount with -o nolock"
                 ),
             ),
@@ -488,7 +492,8 @@ impl Reclaimable for StoreFile {
     /// another process may have written in between. A writer's locks could not be taken again, so its
     /// descriptor stays open.
     fn reclaim(&self, even_locked: bool) -> bool {
-        let is_locked = || self.holders.try_lock().is_none_or(|held| held.readers > 0 || held.writer.is_some());
+        let is_locked =
+            || self.holders.try_lock().is_none_or(|held| held.readers > 0 || held.writer.is_some());
         if self.pinned.load(Ordering::Acquire) || (!even_locked && is_locked()) {
             return false;
         }

@@ -38,7 +38,12 @@ impl FileLock {
     }
 
     /// Like [`FileLock::take`]; an error of `go_on` ends the wait, so that the caller can be stopped.
-    pub fn take_while(file: OwnedFd, path: &Path, patience: Duration, go_on: &dyn Fn() -> Result<()>) -> Result<Self> {
+    pub fn take_while(
+        file: OwnedFd,
+        path: &Path,
+        patience: Duration,
+        go_on: &dyn Fn() -> Result<()>,
+    ) -> Result<Self> {
         let start = Instant::now();
         loop {
             match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&whole())) {
@@ -92,7 +97,8 @@ mod tests {
     #[test]
     fn only_one_holder_has_the_lock() {
         let place = tempfile::NamedTempFile::new().unwrap();
-        let open = || OwnedFd::from(std::fs::File::options().read(true).write(true).open(place.path()).unwrap());
+        let open =
+            || OwnedFd::from(std::fs::File::options().read(true).write(true).open(place.path()).unwrap());
         let take = || FileLock::take(open(), Path::new("lock"), Duration::from_millis(20));
         let first = take().unwrap();
         assert!(FileLock::is_held(open(), Path::new("lock")).unwrap());

@@ -42,7 +42,8 @@ pub fn lock_holders(id: FileId, byte: i64) -> Vec<LockHolder> {
 pub fn all_lock_holders(inodes: &[u64], byte: i64) -> HashMap<u64, Vec<LockHolder>> {
     let Some(first) = inodes.first() else { return HashMap::new() };
     // A lock without a known holder is a reason for a new survey.
-    let unknown = |survey: &LockSurvey| inodes.iter().copied().find(|inode| survey.holders(*inode, byte).is_empty());
+    let unknown =
+        |survey: &LockSurvey| inodes.iter().copied().find(|inode| survey.holders(*inode, byte).is_empty());
     let mut survey = LockSurvey::for_lock(*first, byte);
     if let Some(inode) = unknown(&survey) {
         survey = LockSurvey::for_lock(inode, byte);
@@ -92,8 +93,8 @@ impl LockSurvey {
             for info in infos.flatten().take_while(|_| begun.elapsed() <= limit) {
                 let text = fs::read_to_string(info.path()).unwrap_or_default();
                 for (inode, first, last) in text.lines().filter_map(lock) {
-                    let holder =
-                        (pid != own).then(|| holder.get_or_insert_with(|| LockHolder::of(pid, &process)).clone());
+                    let holder = (pid != own)
+                        .then(|| holder.get_or_insert_with(|| LockHolder::of(pid, &process)).clone());
                     let held = locks.entry(inode).or_default();
                     if !held.contains(&(first, last, holder.clone())) {
                         held.push((first, last, holder));
@@ -132,7 +133,8 @@ pub(super) fn describe(id: FileId, byte: i64) -> (String, Option<String>) {
     if holders.is_empty() {
         // This process holds the lock: an older open of the file from before it was changed.
         let is_own = survey.all(id.inode, byte).next().is_some();
-        let sentence = if is_own { "by this mount, for a disk opened before the file changed" } else { UNIDENTIFIED };
+        let sentence =
+            if is_own { "by this mount, for a disk opened before the file changed" } else { UNIDENTIFIED };
         return (sentence.to_string(), None);
     }
     let domain = holders.iter().find_map(|holder| holder.domain.clone());
@@ -230,11 +232,16 @@ mod tests {
         let claim = FileLock::take(OwnedFd::from(file), place.path(), Duration::ZERO).unwrap();
         let own = |survey: &LockSurvey| survey.all(id.inode, 0).next().is_some();
         // Another test's survey may have begun before the lock was taken.
-        let found =
-            (0..1000).map(|_| LockSurvey::for_lock(id.inode, 0)).find(|survey| own(survey)).expect("our own lock");
+        let found = (0..1000)
+            .map(|_| LockSurvey::for_lock(id.inode, 0))
+            .find(|survey| own(survey))
+            .expect("our own lock");
         assert!(found.holders(id.inode, 0).is_empty(), "this process is not listed as another one");
         let again: Vec<_> = (0..20).map(|_| LockSurvey::for_lock(id.inode, 0)).collect();
-        assert!(again.windows(2).filter(|pair| !Arc::ptr_eq(&pair[0], &pair[1])).count() < 10, "few walks for many");
+        assert!(
+            again.windows(2).filter(|pair| !Arc::ptr_eq(&pair[0], &pair[1])).count() < 10,
+            "few walks for many"
+        );
         drop(claim);
     }
 

@@ -20,8 +20,8 @@ pub fn users_of(directory: &Path) -> Vec<LockHolder> {
             fs::read_dir(process.join("map_files"))
                 .is_ok_and(|mut all| all.any(|m| m.is_ok_and(|m| beneath(&m.path()))))
         };
-        let open =
-            fs::read_dir(process.join("fd")).is_ok_and(|mut all| all.any(|fd| fd.is_ok_and(|fd| beneath(&fd.path()))));
+        let open = fs::read_dir(process.join("fd"))
+            .is_ok_and(|mut all| all.any(|fd| fd.is_ok_and(|fd| beneath(&fd.path()))));
         open || maps()
     })
 }

@@ -54,7 +54,9 @@ fn unescape(word: &[u8]) -> PathBuf {
     let mut rest = word;
     while let Some((first, more)) = rest.split_first() {
         let octal = (*first == b'\\')
-            .then(|| more.get(..3).and_then(|digits| u8::from_str_radix(str::from_utf8(digits).ok()?, 8).ok()))
+            .then(|| {
+                more.get(..3).and_then(|digits| u8::from_str_radix(str::from_utf8(digits).ok()?, 8).ok())
+            })
             .flatten();
         rest = if octal.is_some() { &more[3..] } else { more };
         bytes.push(octal.unwrap_or(*first));
@@ -68,7 +70,8 @@ mod tests {
 
     #[test]
     fn a_line_of_mountinfo_is_parsed() {
-        let line = br"36 35 0:98 / /mnt/my\040images rw,nosuid shared:1 - fuse.chainfs /srv/a\134b ro,user_id=0";
+        let line =
+            br"36 35 0:98 / /mnt/my\040images rw,nosuid shared:1 - fuse.chainfs /srv/a\134b ro,user_id=0";
         let expected = MountEntry {
             device: (0, 98),
             directory: "/mnt/my images".into(),

@@ -111,7 +111,8 @@ impl Root {
     /// The permissions of the root and of all directories above it. They are read through the root's
     /// descriptor, because this daemon's mount may cover its path.
     pub fn permissions_above(&self) -> Result<Vec<Permissions>> {
-        let fail = |error: Errno| Error::io("reading the permissions of the directories above the store", error);
+        let fail =
+            |error: Errno| Error::io("reading the permissions of the directories above the store", error);
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let mut at = fs::openat(self.descriptor(), ".", flags, Mode::empty()).map_err(fail)?;
         let mut found = Vec::new();
@@ -203,7 +204,8 @@ mod tests {
         let bytes = |tag: u16, bits: u16, id: u32| {
             [tag.to_le_bytes().as_slice(), &bits.to_le_bytes(), &id.to_le_bytes()].concat()
         };
-        let list = [2_u32.to_le_bytes().to_vec(), bytes(1, 6, !0), bytes(2, 4, 7), bytes(0x20, 1, !0)].concat();
+        let list =
+            [2_u32.to_le_bytes().to_vec(), bytes(1, 6, !0), bytes(2, 4, 7), bytes(0x20, 1, !0)].concat();
         let entry = |who, bits| AccessEntry { who, bits };
         let expected = vec![entry(Who::Owner, 6), entry(Who::User(7), 4), entry(Who::Other, 1)];
         assert_eq!(parse_list(&list), Some(expected));

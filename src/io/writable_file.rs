@@ -37,8 +37,18 @@ pub struct WritableFile {
 
 impl WritableFile {
     /// Takes over an open file, for which `room` is reserved; `path` is for messages.
-    pub(super) fn new(file: OwnedFd, path: &Path, room: DescriptorReservation, tables: &Arc<RwLock<()>>) -> Arc<Self> {
-        Arc::new(Self { file: Arc::new(file), path: path.to_path_buf(), _room: room, tables: Arc::clone(tables) })
+    pub(super) fn new(
+        file: OwnedFd,
+        path: &Path,
+        room: DescriptorReservation,
+        tables: &Arc<RwLock<()>>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            file: Arc::new(file),
+            path: path.to_path_buf(),
+            _room: room,
+            tables: Arc::clone(tables),
+        })
     }
 
     fn fail(&self, doing: &str, error: impl Into<std::io::Error>) -> Error {
@@ -145,15 +155,31 @@ impl WriteStorage for WritableFile {
             // The kernel first tries to share the blocks, and copies otherwise.
             let (mut read_at, mut write_at) = (from + done, at + done);
             let piece = (len - done).min(MAX_COPY) as usize;
-            match fs::copy_file_range(&source_file, Some(&mut read_at), &self.file, Some(&mut write_at), piece) {
+            match fs::copy_file_range(
+                &source_file,
+                Some(&mut read_at),
+                &self.file,
+                Some(&mut write_at),
+                piece,
+            ) {
                 Ok(0) => {
-                    let fact = format!("a file ends before {:#x}, in the middle of what was to be copied", from + len);
+                    let fact = format!(
+                        "a file ends before {:#x}, in the middle of what was to be copied",
+                        from + len
+                    );
                     return Err(Error::new(ErrorKind::Io, fact));
                 }
                 Ok(copied) => done += copied as u64,
                 Err(Errno::INTR) => {}
                 // Across file systems, and on file systems without support for copies.
-                Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::TXTBSY | Errno::PERM) => {
+                Err(
+                    Errno::XDEV
+                    | Errno::OPNOTSUPP
+                    | Errno::NOSYS
+                    | Errno::INVAL
+                    | Errno::TXTBSY
+                    | Errno::PERM,
+                ) => {
                     return copy_by_hand(self, at + done, source, from + done, len - done);
                 }
                 Err(error) => return Err(self.fail("copying into", error)),

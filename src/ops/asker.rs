@@ -1,8 +1,8 @@
 //! By whose rights a command is judged that somebody has given through a shared mount.
 //!
-//! The rights are those of the thread that serves the command, from [`as_user`] on until what that returns is dropped: every look at
-//! the store that a plan takes goes by them. A job that was accepted, and one that is resumed, is nobody's: what
-//! it may do was judged when it was accepted.
+//! The rights are those of the thread that serves the command, from [`as_user`] on until what that returns is
+//! dropped: every look at the store that a plan takes goes by them. A job that was accepted, and one that is
+//! resumed, is nobody's: what it may do was judged when it was accepted.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -47,7 +47,8 @@ pub fn as_user(store: &Store, subject: &Subject) -> AsUser {
     AsUser { before: ASKER.replace(Some(asker)), _here: PhantomData }
 }
 
-/// Judges the commands of this thread by nobody's rights: what was accepted goes on, whoever asks for it again.
+/// Judges the commands of this thread by nobody's rights: what was accepted goes on, whoever asks for it
+/// again.
 pub(super) fn as_nobody() -> AsUser {
     AsUser { before: ASKER.take(), _here: PhantomData }
 }
@@ -75,16 +76,18 @@ impl ScannedStore {
     pub(super) fn unreachable(&self, place: &StorePath) -> Option<Error> {
         let asker = self.asker.as_ref()?;
         let may = asker.judge.may_read_place(&asker.subject, place);
-        (!may)
-            .then(|| Error::new(ErrorKind::Denied, "you may not read the file that this names; ask its owner, or root"))
+        (!may).then(|| {
+            Error::new(ErrorKind::Denied, "you may not read the file that this names; ask its owner, or root")
+        })
     }
 
-    /// Why a plan is not the user's to carry out: of every layer before and after something may be copied, and every name
-    /// that is given or taken away changes a directory.
+    /// Why a plan is not the user's to carry out: of every layer before and after something may be copied,
+    /// and every name that is given or taken away changes a directory.
     pub(super) fn not_permitted(&self, plan: &Plan) -> Vec<Error> {
         // A2: every file that is read, and every name that changes.
         let Some(asker) = &self.asker else { return Vec::new() };
-        let layers: Vec<&Path> = plan.before.iter().chain(&plan.after).map(|layer| layer.path.as_path()).collect();
+        let layers: Vec<&Path> =
+            plan.before.iter().chain(&plan.after).map(|layer| layer.path.as_path()).collect();
         let mut refusals = Vec::new();
         for image in self.catalog.images.iter().filter(|image| layers.contains(&image.place.path.as_path())) {
             if !asker.judge.may_read(&asker.subject, image) {
@@ -111,7 +114,8 @@ impl ScannedStore {
         if asker.judge.may_change_name(&asker.subject, &place) {
             return None;
         }
-        let fact = "cannot be made, renamed or removed by you: you may not change its directory, or that lets only owners \
+        let fact = "cannot be made, renamed or removed by you: you may not change its directory, or that \
+            lets only owners \
                     do it; ask the owner of the directory, or root";
         Some(Error::new(ErrorKind::Denied, format!("{} {fact}", shown(path))))
     }

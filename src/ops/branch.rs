@@ -11,7 +11,8 @@ use crate::image::create::CreateOptions;
 use crate::image::write::{BackingDisk, Writer};
 use crate::io::FileLock;
 use crate::store::{
-    CopyOperation, FileRef, ImageIndex, Intent, NewTopFile, OpenView, OwnedIntent, Store, ViewPart, is_draft, shown,
+    CopyOperation, FileRef, ImageIndex, Intent, NewTopFile, OpenView, OwnedIntent, Store, ViewPart, is_draft,
+    shown,
 };
 
 use super::clone::give_name;
@@ -38,8 +39,9 @@ pub(super) struct CopySource {
 impl CopySource {
     /// The view of a layer, or of an internal snapshot of it.
     pub(super) fn of(world: &ScannedStore, index: ImageIndex, snapshot: Option<usize>) -> Result<Self> {
-        let snapshot =
-            snapshot.map(|place| lookup::inner(world, index, place).map(|found| (place, found))).transpose()?;
+        let snapshot = snapshot
+            .map(|place| lookup::inner(world, index, place).map(|found| (place, found)))
+            .transpose()?;
         Ok(Self { index, snapshot })
     }
 
@@ -63,8 +65,8 @@ impl CopySource {
         overlay::options(image, size, backing)
     }
 
-    /// Notes what a new image takes, and what keeps it from being made. It is made after the image `like`, at `name` beneath
-    /// the store.
+    /// Notes what a new image takes, and what keeps it from being made. It is made after the image `like`, at
+    /// `name` beneath the store.
     pub(super) fn plan(
         &self,
         context: &Context,
@@ -75,7 +77,8 @@ impl CopySource {
         let below = self.below(world);
         plan.refusals.extend(below.first().and_then(|below| world.uncounted(like, name, *below)));
         let layers = world.catalog.layers(self.index);
-        plan.refusals.extend(world.catalog.view_problem(&layers).map(|fact| Error::new(ErrorKind::Broken, fact)));
+        plan.refusals
+            .extend(world.catalog.view_problem(&layers).map(|fact| Error::new(ErrorKind::Broken, fact)));
         let opened = self.open(context.store(), world);
         match opened {
             Ok((segment, _view)) if self.is_copied() => {
@@ -85,7 +88,8 @@ impl CopySource {
             Ok(_) | Err(_) => {}
         }
         if let Some((_, snapshot)) = &self.snapshot {
-            let fact = "nothing can stand on an internal snapshot: what it holds is copied, by reference where the file \
+            let fact = "nothing can stand on an internal snapshot: what it holds is copied, by reference \
+                where the file \
                         system can do that";
             plan.notes.push(fact.into());
             if snapshot.vm_state_size > 0 {
@@ -146,7 +150,9 @@ impl Job for BranchJob {
                     }
                     give_name(&store, &world, &draft, &name).map(|()| lock)
                 }
-                ImagePurpose::Revert(closed) => revert::switch(context, &world, lock, &path, &command, &draft, *closed),
+                ImagePurpose::Revert(closed) => {
+                    revert::switch(context, &world, lock, &path, &command, &draft, *closed)
+                }
             }
         });
         drop(views);
@@ -191,7 +197,8 @@ impl BranchJob {
                 top.writer().set_backing(Some(Arc::clone(&open.view) as Arc<dyn BackingDisk>));
                 views.push(open);
             }
-            let intent = store.guard().begin(&*store.guard_names(), of, &Intent::new(command, path, operation))?;
+            let intent =
+                store.guard().begin(&*store.guard_names(), of, &Intent::new(command, path, operation))?;
             Ok((segment, top, below.first().map(|index| world.named(*index)), views, intent))
         })();
         match begun {
@@ -208,7 +215,12 @@ impl BranchJob {
 }
 
 /// Copies what `segment` holds into a new image.
-fn fill(store: &Arc<Store>, segment: &CommitSegment, writer: &Arc<Writer>, progress: &JobProgress) -> Result<()> {
+fn fill(
+    store: &Arc<Store>,
+    segment: &CommitSegment,
+    writer: &Arc<Writer>,
+    progress: &JobProgress,
+) -> Result<()> {
     let total = segment.data_len()?;
     progress.set_total(total);
     if !refusals::shares_blocks(store) {

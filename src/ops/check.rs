@@ -22,7 +22,10 @@ const MAX_PATH_LEN: usize = 4096;
 /// Whether `name` can be given to something new by `verb`.
 pub(super) fn check_new_name(verb: &VerbSpec, name: &[u8]) -> Result<()> {
     if verb.is_word(name) || name.contains(&b'=') {
-        return Err(usage(format!("the name {} would be taken for another word; choose another one", show(name))));
+        return Err(usage(format!(
+            "the name {} would be taken for another word; choose another one",
+            show(name)
+        )));
     }
     check_file_name("the name", name, MAX_NAME_LEN)?;
     if name == crate::store::ACTIVE {
@@ -50,7 +53,8 @@ pub(super) fn check_view(key: &str, name: Option<&[u8]>) -> Result<()> {
     let Some(name) = name else { return Ok(()) };
     check_printable(key, name)?;
     if name.is_empty() || name.len() > MAX_FILE_NAME_LEN || name.contains(&b'/') {
-        let fact = format!("{key} names no view: {}; the views are active and those in snapshots/", show(name));
+        let fact =
+            format!("{key} names no view: {}; the views are active and those in snapshots/", show(name));
         return Err(usage(fact));
     }
     Ok(())

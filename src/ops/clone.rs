@@ -1,8 +1,8 @@
 //! Clone: a new chain that stands on a frozen layer.
 //!
-//! Nothing is copied: the new image is empty, and what it stands on shows through. On an internal snapshot nothing can
-//! stand, so what that holds itself is copied into the new image, by reference where the file system can do that, and
-//! the new image stands on what the snapshot's layer stands on.
+//! Nothing is copied: the new image is empty, and what it stands on shows through. On an internal snapshot
+//! nothing can stand, so what that holds itself is copied into the new image, by reference where the file
+//! system can do that, and the new image stands on what the snapshot's layer stands on.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -126,7 +126,9 @@ fn source(world: &ScannedStore, chain: &ScannedChain, request: &CloneRequest) ->
         (Some(name), _) => {
             let view = lookup::view(world, chain, name)?;
             if view.active {
-                return Err(usage("the active disk changes, and nothing can stand on it; snapshot it first".into()));
+                return Err(usage(
+                    "the active disk changes, and nothing can stand on it; snapshot it first".into(),
+                ));
             }
             (view.layer, view.snapshot)
         }
@@ -160,7 +162,12 @@ pub(super) fn begin(context: &Context, path: &Path, request: &CloneRequest, comm
 }
 
 /// Gives a whole image its name, durably.
-pub(super) fn give_name(store: &Arc<Store>, world: &ScannedStore, draft: &DraftImage, name: &Path) -> Result<()> {
+pub(super) fn give_name(
+    store: &Arc<Store>,
+    world: &ScannedStore,
+    draft: &DraftImage,
+    name: &Path,
+) -> Result<()> {
     let names = store.guard_names();
     let name = world.guarded(name);
     if !draft.is_there(store) {

@@ -36,6 +36,7 @@ pub(super) trait Command {
     /// What it would do to the chain, with every refusal, and the images that it would open.
     fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)>;
 
-    /// Does it, or begins the job that does. `command`: all its words; `locks`: those of the chain, to which more are added.
+    /// Does it, or begins the job that does. `command`: all its words; `locks`: those of the chain, to which
+    /// more are added.
     fn begin(&self, context: &Context, chain: &Path, command: &str, locks: &mut ChainLocks) -> Result<Begun>;
 }

@@ -1,6 +1,7 @@
 //! What a verb works with: the store, names for intents, and who has disks of the mount open.
 //!
-//! Verbs receive this and nothing else of the engine: they neither start other commands nor look into the job table.
+//! Verbs receive this and nothing else of the engine: they neither start other commands nor look into the job
+//! table.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,7 +43,8 @@ impl Context {
         self.mount.lock().is_some()
     }
 
-    /// The processes that have disks of a chain open in the mount, as a part of a sentence; empty if there are none.
+    /// The processes that have disks of a chain open in the mount, as a part of a sentence; empty if there
+    /// are none.
     pub(super) fn openers(&self, chain: &Path) -> String {
         let Some(mount) = self.mount.lock().clone() else { return String::new() };
         // Not the chain's directory itself: the process that gives a command has a control file open there.

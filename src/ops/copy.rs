@@ -1,7 +1,8 @@
 //! Moving the bytes that some layers hold into a layer below them, piece by piece.
 //!
 //! Promises: what the layers are silent on is left alone; zeroes become zeroes; data is moved by the
-//! kernel wherever it lies in a file as it is. Pieces are bounded, so that whoever waits does not wait for long.
+//! kernel wherever it lies in a file as it is. Pieces are bounded, so that whoever waits does not wait for
+//! long.
 
 use std::sync::Arc;
 
@@ -50,7 +51,9 @@ impl CommitSegment {
         if let Some(writer) = &self.live {
             let run = writer.map(at, max)?;
             match run.value {
-                Mapping::Data(host) => return Ok(run.map(|_| SegmentMapping::In(writer.data_storage(), host.0))),
+                Mapping::Data(host) => {
+                    return Ok(run.map(|_| SegmentMapping::In(writer.data_storage(), host.0)));
+                }
                 Mapping::Zero(_) => return Ok(run.map(|_| SegmentMapping::Zero)),
                 Mapping::Compressed(_) => return Ok(run.map(|_| SegmentMapping::Read)),
                 Mapping::Hole => max = run.len,
@@ -75,11 +78,14 @@ impl CommitSegment {
                     BlockStatus::Zero => SegmentMapping::Zero,
                 }))
             }
-            Some(Mapping::Compressed(_) | Mapping::Hole) | None => Ok(Run::new(SegmentMapping::Read, extent.len)),
+            Some(Mapping::Compressed(_) | Mapping::Hole) | None => {
+                Ok(Run::new(SegmentMapping::Read, extent.len))
+            }
         }
     }
 
-    /// Moves what the segment holds of `[at, at + len)` into `target`; returns how many bytes of data that were.
+    /// Moves what the segment holds of `[at, at + len)` into `target`; returns how many bytes of data that
+    /// were.
     pub(super) fn merge(&self, target: &Writer, at: u64, len: u64) -> Result<u64> {
         let (mut at, end) = (at, (at + len).min(self.size()));
         let mut moved = 0;

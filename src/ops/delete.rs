@@ -1,8 +1,8 @@
 //! Delete: a snapshot goes, and every other view stays what it is.
 //!
-//! A layer's bytes go up, into everything that stands on it, which then stands on what it stood on; or what stands on
-//! it comes down into its file, which takes that one's name. Both are jobs that others know: a pull, and a commit
-//! whose base takes top's name. Which of them copies less is told from the plans of both.
+//! A layer's bytes go up, into everything that stands on it, which then stands on what it stood on; or what
+//! stands on it comes down into its file, which takes that one's name. Both are jobs that others know: a
+//! pull, and a commit whose base takes top's name. Which of them copies less is told from the plans of both.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -79,7 +79,9 @@ impl Command for DeleteRequest {
     fn parse(words: &mut ParsedWords) -> Result<Self> {
         Ok(Self {
             name: words.positional()?,
-            method: words.value("method").map_or(Ok(DeleteMethod::Auto), |word| DeleteMethod::parse(&word))?,
+            method: words
+                .value("method")
+                .map_or(Ok(DeleteMethod::Auto), |word| DeleteMethod::parse(&word))?,
             discard_internal: words.flag("discard-internal"),
             discard_bitmaps: words.flag("discard-bitmaps"),
         })
@@ -115,7 +117,8 @@ impl Command for DeleteRequest {
 
 impl DeleteMethod {
     /// The words of `method=`.
-    const ALL: [(Self, &'static str); 3] = [(Self::Commit, "commit"), (Self::Pull, "pull"), (Self::Auto, "auto")];
+    const ALL: [(Self, &'static str); 3] =
+        [(Self::Commit, "commit"), (Self::Pull, "pull"), (Self::Auto, "auto")];
 
     fn parse(word: &[u8]) -> Result<Self> {
         let known = Self::ALL.iter().find(|(_, name)| name.as_bytes() == word);
@@ -193,7 +196,8 @@ pub(super) fn plan(
             if can_go_down && is_less { down } else { up }
         }
     };
-    let method = if matches!(way, PlannedDelete::Down(_)) { DeleteMethod::Commit } else { DeleteMethod::Pull };
+    let method =
+        if matches!(way, PlannedDelete::Down(_)) { DeleteMethod::Commit } else { DeleteMethod::Pull };
     plan.notes.insert(0, format!("method: {}", method.name()));
     Ok((plan, way))
 }
@@ -227,13 +231,15 @@ fn plan_up(
     if found.into.len() > 1 && layers.len() == depth + 1 {
         let names: Vec<String> = found.into.iter().map(|index| world.image(*index).shown()).collect();
         let fact = "is the base of several images, each of which would have to hold all of it";
-        let sentence = format!("{} {fact}: {}; pull into those first", world.image(index).shown(), names.join(", "));
+        let sentence =
+            format!("{} {fact}: {}; pull into those first", world.image(index).shown(), names.join(", "));
         plan.refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
     }
     let others = world.others_using(index, &found.into);
     if !others.is_empty() {
         let fact = "may be what others stand on, whose headers cannot be followed";
-        let sentence = format!("{} {fact}: {}; mend those first", world.image(index).shown(), others.join(", "));
+        let sentence =
+            format!("{} {fact}: {}; mend those first", world.image(index).shown(), others.join(", "));
         plan.refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
     }
     for other in found.into.iter().filter(|other| !layers.contains(other)) {
@@ -281,8 +287,9 @@ fn plan_inner(
     if !image.users.is_empty() {
         plan.refusals.extend(world.unguarded());
     }
-    let is_it =
-        |view: &&crate::store::ChainView| view.snapshot == Some(inner) && chain.views.layers[view.layer] == index;
+    let is_it = |view: &&crate::store::ChainView| {
+        view.snapshot == Some(inner) && chain.views.layers[view.layer] == index
+    };
     plan.invalid = chain.views.views.iter().filter(is_it).map(|view| view.name.clone()).collect();
     if snapshot.vm_state_size > 0 {
         plan.notes.push(format!("its VM state ({}) goes with it", human_size(snapshot.vm_state_size)));
@@ -342,7 +349,12 @@ fn delete_inner(
 }
 
 /// The active disk's writer does it, also while guests use it, or one of our own.
-fn delete_by_writer(store: &Arc<Store>, world: &ScannedStore, index: ImageIndex, snapshot: &Snapshot) -> Result<()> {
+fn delete_by_writer(
+    store: &Arc<Store>,
+    world: &ScannedStore,
+    index: ImageIndex,
+    snapshot: &Snapshot,
+) -> Result<()> {
     if world.is_active_disk(index) {
         let job = store.take_active(&world.catalog, &world.catalog.layers(index))?;
         let done = job.writer()?.delete_snapshot(snapshot);

@@ -1,9 +1,10 @@
 //! What an unsafe rebase would drop from a chain: layers between the layer and its new backing file.
 //!
-//! `unsafe` is for a backing file that was moved, renamed or copied. Promise: where the new file is not the old one by
-//! the evidence at hand, the refusal names what would drop out, and only `drop-layers` overrides it. The evidence is
-//! the same inode; the same length and content; or, where the old file is gone and nothing of its content is known, its
-//! name and format. Format and size alone are those of any number of files.
+//! `unsafe` is for a backing file that was moved, renamed or copied. Promise: where the new file is not the
+//! old one by the evidence at hand, the refusal names what would drop out, and only `drop-layers` overrides
+//! it. The evidence is the same inode; the same length and content; or, where the old file is gone and
+//! nothing of its content is known, its name and format. Format and size alone are those of any number of
+//! files.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -35,7 +36,8 @@ pub(super) fn refusal(
     let named = image.qcow2()?.header.backing.as_ref()?;
     let old_name = shown(Path::new(OsStr::from_bytes(&named.name)));
     let refuse = |fact: String| {
-        let sentence = format!("{fact}; {}, or say drop-layers if that is wanted", remedy(world, chain, layer));
+        let sentence =
+            format!("{fact}; {}, or say drop-layers if that is wanted", remedy(world, chain, layer));
         Some(Error::new(ErrorKind::NotEmpty, sentence))
     };
     let new = base.map(|base| world.image(base));
@@ -50,8 +52,11 @@ pub(super) fn refusal(
         return refuse(fact);
     };
     let is_moved = new.is_some_and(|new| is_same(world, world.image(old), new));
-    let dropped: Vec<String> =
-        between.iter().filter(|index| !(is_moved && **index == old)).map(|index| world.image(*index).shown()).collect();
+    let dropped: Vec<String> = between
+        .iter()
+        .filter(|index| !(is_moved && **index == old))
+        .map(|index| world.image(*index).shown())
+        .collect();
     if dropped.is_empty() {
         return None;
     }
@@ -96,7 +101,9 @@ fn not_the_missing(
     name: &[u8],
     format: Option<&str>,
 ) -> Option<String> {
-    let Some(new) = new else { return Some("all that the missing file holds would read as zeroes".to_owned()) };
+    let Some(new) = new else {
+        return Some("all that the missing file holds would read as zeroes".to_owned());
+    };
     let own = new.format.map(crate::store::Format::name);
     if let (Some(stated), Some(own)) = (format, own)
         && stated != own
@@ -116,7 +123,10 @@ fn not_the_missing(
     if new.virtual_size() < image.virtual_size() {
         return Some("its disk is shorter".to_owned());
     }
-    Some("it has another name, and nothing is left of the missing file with which it could be compared".to_owned())
+    Some(
+        "it has another name, and nothing is left of the missing file with which it could be compared"
+            .to_owned(),
+    )
 }
 
 /// Whether two images are the same file, or copies of one.
@@ -135,8 +145,8 @@ fn is_same(world: &ScannedStore, old: &ImageEntry, new: &ImageEntry) -> bool {
 }
 
 fn has_same_content(world: &ScannedStore, old: &ImageEntry, new: &ImageEntry) -> crate::error::Result<bool> {
-    let [old, new] =
-        [old, new].map(|image| (world.store.file(&image.place, &image.stat, false), image.stat.signature.size));
+    let [old, new] = [old, new]
+        .map(|image| (world.store.file(&image.place, &image.stat, false), image.stat.signature.size));
     let (files, len) = ((old.0, new.0), old.1);
     let step = if len <= WHOLE_LEN { SAMPLE_LEN as u64 } else { len / SAMPLE_COUNT };
     let mut buffers = (vec![0; SAMPLE_LEN], vec![0; SAMPLE_LEN]);

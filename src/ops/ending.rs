@@ -9,14 +9,20 @@ use crate::store::{Catalog, Effects, FileRef, Intent, OwnedIntent, Store};
 
 use super::job_table::JobProgress;
 
-/// The store's lock for a job that has done its work, unless it is cancelled or stopped while another has that.
+/// The store's lock for a job that has done its work, unless it is cancelled or stopped while another has
+/// that.
 pub(super) fn lock_for_job(store: &Store, progress: &JobProgress) -> Result<FileLock> {
     store.guard().lock_for_job(&*store.guard_names(), &|| progress.check())
 }
 
-/// Tells those who have disks open what has become of the files below: all layers that are still there show what
-/// they did, but for `changed`.
-pub(super) fn tell<O: Effects>(store: &Arc<Store>, before: &Catalog, intent: &Intent<O>, changed: Option<&FileRef>) {
+/// Tells those who have disks open what has become of the files below: all layers that are still there show
+/// what they did, but for `changed`.
+pub(super) fn tell<O: Effects>(
+    store: &Arc<Store>,
+    before: &Catalog,
+    intent: &Intent<O>,
+    changed: Option<&FileRef>,
+) {
     let files: Vec<FileId> = intent.files().iter().map(|named| named.file.id).collect();
     tell_files(store, before, &files, changed);
 }

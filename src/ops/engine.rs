@@ -51,7 +51,8 @@ impl Engine {
         Self::with(store, true)
     }
 
-    /// The same for plans of a store that is mounted: what the daemon has locked keeps no command of its own away.
+    /// The same for plans of a store that is mounted: what the daemon has locked keeps no command of its own
+    /// away.
     pub fn beside_mount(store: &Arc<Store>) -> Arc<Self> {
         Self::with(store, false)
     }
@@ -76,8 +77,8 @@ impl Engine {
         self.context.set_mount(directory);
     }
 
-    /// Takes up what was begun before and is nobody else's, and clears away what was not even begun: returns when
-    /// that runs, or is done if no data has to be moved.
+    /// Takes up what was begun before and is nobody else's, and clears away what was not even begun: returns
+    /// when that runs, or is done if no data has to be moved.
     pub fn resume(self: &Arc<Self>) {
         if self.store().options().read_only {
             return;
@@ -91,8 +92,8 @@ impl Engine {
         self.take_up_what_is_left();
     }
 
-    /// Takes up what nobody is at work on, and what was not refused before. Who stops or is killed while others have the
-    /// store open leaves it to them.
+    /// Takes up what nobody is at work on, and what was not refused before. Who stops or is killed while
+    /// others have the store open leaves it to them.
     pub fn take_up_what_is_left(self: &Arc<Self>) {
         for found in self.store().catalog().intents.clone() {
             let stopping = self.stopping.read();
@@ -115,8 +116,9 @@ impl Engine {
     pub fn has_work_left(&self) -> bool {
         let catalog = self.store().catalog();
         let guard = self.store().guard();
-        let is_left =
-            |found: &FoundIntent| found.is_trusted && !guard.is_refused(&found.name) && !guard.is_owned(found);
+        let is_left = |found: &FoundIntent| {
+            found.is_trusted && !guard.is_refused(&found.name) && !guard.is_owned(found)
+        };
         !self.store().options().read_only && catalog.intents.iter().any(is_left)
     }
 
@@ -126,8 +128,8 @@ impl Engine {
     }
 
     fn take_up(self: &Arc<Self>, found: &FoundIntent) -> Result<u64> {
-        // What it may do was judged when it was accepted. By the rights of whoever gives it again it might be refused, and what
-        // it has spoilt would stay hidden.
+        // What it may do was judged when it was accepted. By the rights of whoever gives it again it might be
+        // refused, and what it has spoilt would stay hidden.
         let _nobody = as_nobody();
         // A3: not even if somebody asks for it by name.
         if !found.is_trusted {
@@ -152,8 +154,12 @@ impl Engine {
             Operation::Snapshot(operation) => {
                 snapshot::resume(&self.context, owned.with(operation), lock).map(|()| None)
             }
-            Operation::Copy(operation) => branch::resume(&self.context, owned.with(operation), lock).map(|()| None),
-            Operation::Shrink(operation) => resize::resume(&self.context, owned.with(operation), lock).map(|()| None),
+            Operation::Copy(operation) => {
+                branch::resume(&self.context, owned.with(operation), lock).map(|()| None)
+            }
+            Operation::Shrink(operation) => {
+                resize::resume(&self.context, owned.with(operation), lock).map(|()| None)
+            }
             Operation::Commit(operation) => {
                 commit::resume(&self.context, owned.with(operation), discards, lock, &mut tokens)
             }
@@ -192,7 +198,8 @@ impl Engine {
         }
     }
 
-    /// What would become of an intent if it were taken up now: in words, or why it is not. Nothing is changed.
+    /// What would become of an intent if it were taken up now: in words, or why it is not. Nothing is
+    /// changed.
     pub fn examine(&self, intent: &Intent, name: &OsStr) -> Result<&'static str> {
         let world = ScannedStore::look_for(self.store(), name)?;
         let discards = discards_of(&intent.command);
@@ -218,7 +225,9 @@ impl Engine {
         // A plan opens what its command would; a command at work is not to meet that.
         let _tokens = match self.board.take(&[chain.to_path_buf()]) {
             Ok(tokens) => tokens,
-            Err(busy) => return Ok(Plan { command: request.to_string(), refusals: vec![busy], ..Plan::default() }),
+            Err(busy) => {
+                return Ok(Plan { command: request.to_string(), refusals: vec![busy], ..Plan::default() });
+            }
         };
         let Some(asked) = request.command() else {
             return Ok(Plan { command: request.to_string(), ..Plan::default() });
@@ -261,7 +270,9 @@ impl Engine {
         }
         // One that was cut off goes on when it is given again.
         let is_same = |found: &&FoundIntent| {
-            found.intent.chain == chain && found.intent.command == command && !self.store().guard().is_owned(found)
+            found.intent.chain == chain
+                && found.intent.command == command
+                && !self.store().guard().is_owned(found)
         };
         if let Some(found) = self.store().catalog().intents.iter().find(is_same) {
             return self.take_up(found);
@@ -294,7 +305,8 @@ impl Engine {
         let work = move || {
             let done = catch_unwind(AssertUnwindSafe(|| job.run(&context, &progress)));
             let done = done.unwrap_or_else(|_| {
-                let fact = "a bug in chainfs broke it off; mount the store again, and report what the log says";
+                let fact =
+                    "a bug in chainfs broke it off; mount the store again, and report what the log says";
                 Err(Error::new(ErrorKind::Io, fact))
             });
             if let Err(error) = &done {
@@ -335,8 +347,8 @@ impl Engine {
         *self.stopping.read()
     }
 
-    /// Stops all jobs at their next piece, and returns when they have; what they have begun goes on at the next
-    /// mount.
+    /// Stops all jobs at their next piece, and returns when they have; what they have begun goes on at the
+    /// next mount.
     pub fn stop(&self) {
         // Who has begun to wait for the store's lock holds the other back.
         self.store().guard().leave();

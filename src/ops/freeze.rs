@@ -13,8 +13,8 @@ use crate::store::{FileRef, Format, ImageIndex, Store};
 use super::refusals;
 use super::scanned_store::ScannedStore;
 
-/// Whether a layer that nobody stands on any more is marked as frozen: not one that is only read, or whose header would
-/// change under another name as well.
+/// Whether a layer that nobody stands on any more is marked as frozen: not one that is only read, or whose
+/// header would change under another name as well.
 pub(super) fn may_be_marked(world: &ScannedStore, index: ImageIndex) -> bool {
     let image = world.image(index);
     let is_its_own = image.format == Some(Format::Raw) || image.stat.link_count == 1;
@@ -34,7 +34,12 @@ pub(super) fn check_freeze(world: &ScannedStore, index: ImageIndex, refusals: &m
 }
 
 /// Marks an image as frozen, durably, unless it is.
-pub(super) fn freeze(store: &Arc<Store>, world: &ScannedStore, index: ImageIndex, frozen: &Frozen) -> Result<()> {
+pub(super) fn freeze(
+    store: &Arc<Store>,
+    world: &ScannedStore,
+    index: ImageIndex,
+    frozen: &Frozen,
+) -> Result<()> {
     let image = world.image(index);
     if image.frozen.is_some() {
         return Ok(());

@@ -1,5 +1,5 @@
-//! Who is at work on what, and how far: the status of every chain's last command, and the tokens that keep two
-//! commands from one chain.
+//! Who is at work on what, and how far: the status of every chain's last command, and the tokens that keep
+//! two commands from one chain.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -117,7 +117,8 @@ impl Drop for ChainLocks {
 impl ChainLocks {
     /// Takes those of more chains.
     pub(super) fn extend(&mut self, chains: &[PathBuf]) -> Result<()> {
-        let more: Vec<PathBuf> = chains.iter().filter(|chain| !self.chains.contains(chain)).cloned().collect();
+        let more: Vec<PathBuf> =
+            chains.iter().filter(|chain| !self.chains.contains(chain)).cloned().collect();
         let mut taken = self.board.take(&more)?;
         self.chains.append(&mut taken.chains);
         Ok(())
@@ -130,8 +131,12 @@ impl JobTable {
         let mut state = self.state.lock();
         // J1: all tokens or none.
         if let Some(taken) = chains.iter().find(|chain| state.tokens.contains(*chain)) {
-            let command = state.chains.get(taken).map_or("another command", |last| last.status.command.as_str());
-            let fact = format!("{} is being worked on ({command}); wait until it is done, or cancel it", shown(taken));
+            let command =
+                state.chains.get(taken).map_or("another command", |last| last.status.command.as_str());
+            let fact = format!(
+                "{} is being worked on ({command}); wait until it is done, or cancel it",
+                shown(taken)
+            );
             return Err(Error::new(ErrorKind::Busy, fact));
         }
         state.tokens.extend(chains.iter().cloned());
@@ -144,7 +149,8 @@ impl JobTable {
         let mut state = self.state.lock();
         state.numbers += 1;
         let number = state.numbers;
-        let status = Status { number, command: command.to_owned(), state: JobState::Running, ..Status::default() };
+        let status =
+            Status { number, command: command.to_owned(), state: JobState::Running, ..Status::default() };
         state.set(chain, LastCommand { status, progress: Some(Arc::clone(&progress)) });
         self.changed.notify_all();
         (number, progress)
@@ -160,7 +166,9 @@ impl JobTable {
     /// Notes how a command has ended, unless a later one has begun.
     pub(super) fn end(&self, chain: &Path, number: u64, outcome: &Result<()>) {
         let mut state = self.state.lock();
-        let Some(last) = state.chains.get_mut(chain).filter(|last| last.status.number == number) else { return };
+        let Some(last) = state.chains.get_mut(chain).filter(|last| last.status.number == number) else {
+            return;
+        };
         let mut status = last.seen();
         match outcome {
             Ok(()) => {
@@ -185,7 +193,8 @@ impl JobTable {
             return;
         }
         let (state_now, error) = (JobState::Failed, Some(error.to_string()));
-        let status = Status { number, command: command.to_owned(), state: state_now, error, ..Status::default() };
+        let status =
+            Status { number, command: command.to_owned(), state: state_now, error, ..Status::default() };
         state.set(chain, LastCommand { status, progress: None });
         self.changed.notify_all();
     }
@@ -216,7 +225,9 @@ impl JobTable {
         let state = self.state.lock();
         match state.chains.get(chain).and_then(|last| last.progress.as_ref()) {
             Some(progress) => progress.cancel(),
-            None => Err(Error::new(ErrorKind::NotFound, format!("no command is at work on {}", shown(chain)))),
+            None => {
+                Err(Error::new(ErrorKind::NotFound, format!("no command is at work on {}", shown(chain))))
+            }
         }
     }
 

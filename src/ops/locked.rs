@@ -24,16 +24,19 @@ impl TouchedImages {
 
     /// Adds a refusal for each image that another process has locked, unless the plan says so already.
     pub(super) fn refuse(self, world: &ScannedStore, plan: &mut Plan) {
-        let read = self.read.iter().filter(|index| !self.written.contains(index)).map(|index| (*index, false));
-        let mut all: Vec<(ImageIndex, bool)> = self.written.iter().map(|index| (*index, true)).chain(read).collect();
+        let read =
+            self.read.iter().filter(|index| !self.written.contains(index)).map(|index| (*index, false));
+        let mut all: Vec<(ImageIndex, bool)> =
+            self.written.iter().map(|index| (*index, true)).chain(read).collect();
         all.sort_unstable();
         all.dedup_by_key(|(index, _)| *index);
         for (index, for_writing) in all {
             let image = world.image(index);
             let Some(error) = world.store.locked_out(image, for_writing) else { continue };
             let begin = format!("{} is ", image.shown());
-            let is_said =
-                |known: &crate::error::Error| known.kind() == error.kind() && known.to_string().starts_with(&begin);
+            let is_said = |known: &crate::error::Error| {
+                known.kind() == error.kind() && known.to_string().starts_with(&begin)
+            };
             if !plan.refusals.iter().any(is_said) {
                 plan.refusals.push(error);
             }

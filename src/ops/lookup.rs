@@ -50,8 +50,8 @@ pub(super) fn line(world: &ScannedStore, chain: &ScannedChain, index: ImageIndex
     let depth = views.layers.iter().position(|layer| *layer == index);
     let view = views.views.iter().find(|view| Some(view.layer) == depth && view.snapshot.is_none());
     let path = world.image(index).place.path.clone();
-    let name =
-        view.map_or_else(|| path.file_stem().unwrap_or_default().as_encoded_bytes().to_vec(), |v| v.name.clone());
+    let name = view
+        .map_or_else(|| path.file_stem().unwrap_or_default().as_encoded_bytes().to_vec(), |v| v.name.clone());
     PlanLayer { name, path, active: view.is_some_and(|view| view.active), note: String::new() }
 }
 

@@ -17,7 +17,8 @@ pub(super) struct MergeMirror {
     target: Arc<Writer>,
     /// Held by whoever changes a range of the disk, in both places, or copies it.
     ranges: Ranges,
-    /// All before this has been copied; `u64::MAX` once there is nothing left, wherever the disk ends by then.
+    /// All before this has been copied; `u64::MAX` once there is nothing left, wherever the disk ends by
+    /// then.
     copied: AtomicU64,
     /// Why both are no longer the same.
     failure: Mutex<Option<Error>>,
@@ -48,8 +49,9 @@ impl MergeMirror {
         if size > self.target.size() { self.target.grow(size) } else { Ok(()) }
     }
 
-    /// Ends the copying if the disk, which has `size` bytes, goes no further than `at`: from here on every change
-    /// goes to both, also where the disk grows. What the target has beyond the disk's end reads as zeroes then.
+    /// Ends the copying if the disk, which has `size` bytes, goes no further than `at`: from here on every
+    /// change goes to both, also where the disk grows. What the target has beyond the disk's end reads as
+    /// zeroes then.
     pub(super) fn complete(&self, at: u64, size: impl FnOnce() -> u64) -> Result<bool> {
         let _held = self.ranges.hold(0, u64::MAX);
         let size = size();

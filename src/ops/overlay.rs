@@ -1,7 +1,8 @@
 //! New qcow2 images, which nobody sees before they have their names.
 //!
-//! Promises: a draft lies in the directory of the name that it is going to get, under one that no scan takes for an
-//! image's; it is durable, and has owner, mode and attributes of the file it is made after, before anybody opens it.
+//! Promises: a draft lies in the directory of the name that it is going to get, under one that no scan takes
+//! for an image's; it is durable, and has owner, mode and attributes of the file it is made after, before
+//! anybody opens it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,11 +30,19 @@ pub(super) fn draft_name(name: &Path, of: &str, number: usize) -> PathBuf {
 
 impl DraftImage {
     /// Makes an image at `path` beneath the store, after the file at `like`.
-    pub(super) fn make(world: &ScannedStore, path: PathBuf, like: &Path, options: &CreateOptions) -> Result<Self> {
+    pub(super) fn make(
+        world: &ScannedStore,
+        path: PathBuf,
+        like: &Path,
+        options: &CreateOptions,
+    ) -> Result<Self> {
         let names = world.store.names();
         let bytes = initial_image(options)?;
         let file = names.create(&path, Some(like))?;
-        let made = file.write_at(0, &bytes).and_then(|()| file.sync()).and_then(|()| names.sync(&directory_of(&path)));
+        let made = file
+            .write_at(0, &bytes)
+            .and_then(|()| file.sync())
+            .and_then(|()| names.sync(&directory_of(&path)));
         drop(file);
         let made = made.and_then(|()| {
             let seen = FileRef::witness(&world.store.roots()[0], &path, Format::Qcow2, false)?;
@@ -50,7 +59,8 @@ impl DraftImage {
 
     /// Takes it away.
     pub(super) fn unmake(&self, store: &Arc<Store>) {
-        // By identity: what others have put there stays. Else it is swept when the store is opened the next time.
+        // By identity: what others have put there stays. Else it is swept when the store is opened the next
+        // time.
         if self.is_there(store) {
             let _ = store.names().unlink(&self.path);
         }
@@ -93,8 +103,8 @@ pub(super) fn refuse_misread(
     }
 }
 
-/// Refuses a name for a file that is not there yet: one that is taken, misread, or of another image's stem, for both
-/// would be shown by their full names then. `but`: the image that gets it, if that is there already.
+/// Refuses a name for a file that is not there yet: one that is taken, misread, or of another image's stem,
+/// for both would be shown by their full names then. `but`: the image that gets it, if that is there already.
 pub(super) fn refuse_name(
     world: &ScannedStore,
     path: &Path,
@@ -113,7 +123,8 @@ pub(super) fn refuse_name(
     };
     if refusals.len() == known && world.catalog.images.iter().any(same_stem) {
         let fact = "is the name of another image already; choose another";
-        let stem = String::from_utf8_lossy(path.file_stem().unwrap_or_default().as_encoded_bytes()).into_owned();
+        let stem =
+            String::from_utf8_lossy(path.file_stem().unwrap_or_default().as_encoded_bytes()).into_owned();
         refusals.push(Error::new(ErrorKind::Exists, format!("{stem} {fact}")));
     }
 }

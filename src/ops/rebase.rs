@@ -1,7 +1,8 @@
 //! Rebase: a layer is put on another backing file.
 //!
-//! Safely, which is a pull: what the layer shows stays the same, and where the two backing files differ it is copied.
-//! Or by name alone, for files that were moved: then nobody may have a view open that the layer is part of.
+//! Safely, which is a pull: what the layer shows stays the same, and where the two backing files differ it is
+//! copied. Or by name alone, for files that were moved: then nobody may have a view open that the layer is
+//! part of.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -143,8 +144,8 @@ fn layers(world: &ScannedStore, chain: &ScannedChain, request: &RebaseRequest) -
     Ok(RebaseRange { depth, layer, base, between, is_done: false })
 }
 
-/// Has the store look at the file that `base=` names, if it means one: in a directory for backing files there may be
-/// some that nobody stands on yet.
+/// Has the store look at the file that `base=` names, if it means one: in a directory for backing files there
+/// may be some that nobody stands on yet.
 pub(super) fn introduce(store: &Store, chain: &Path, request: &RebaseRequest) {
     let Some(name) = &request.base else { return };
     let catalog = store.catalog();
@@ -235,7 +236,8 @@ fn refuse_base(
         .filter_map(|(_, leaf)| world.catalog.layers(leaf).iter().position(|index| *index == layers.layer));
     let depth = above.max().unwrap_or(0) + 1 + below.len();
     if depth > MAX_DEPTH {
-        let fact = format!("would be {depth} layers deep, and at most {MAX_DEPTH} are read; merge some of them");
+        let fact =
+            format!("would be {depth} layers deep, and at most {MAX_DEPTH} are read; merge some of them");
         refusals.push(Error::new(ErrorKind::Limit, format!("the chain {fact}")));
     }
     // Whoever writes it keeps us from opening it.
@@ -274,8 +276,8 @@ fn plan_unsafe(
     let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
     refusals::check_header(world, layers.layer, &HeaderChange { backing, frozen: None }, refusals);
     refuse_open(context, world, &chain.path, layers.layer, refusals);
-    let fact =
-        "only the name is changed: what is shown stays the same only if the new backing file holds the same bytes";
+    let fact = "only the name is changed: what is shown stays the same only if the new backing file holds \
+        the same bytes";
     plan.notes.push(fact.into());
     if !layers.between.is_empty() {
         let names: Vec<String> = layers.between.iter().map(|index| world.image(*index).shown()).collect();
@@ -286,7 +288,13 @@ fn plan_unsafe(
 }
 
 /// Nobody may have anything open that the layer is part of.
-fn refuse_open(context: &Context, world: &ScannedStore, chain: &Path, layer: ImageIndex, refusals: &mut Vec<Error>) {
+fn refuse_open(
+    context: &Context,
+    world: &ScannedStore,
+    chain: &Path,
+    layer: ImageIndex,
+    refusals: &mut Vec<Error>,
+) {
     let names = context.store().exposed(world.image(layer).stat.id, &[]);
     if !names.is_empty() {
         refusals.push(refusals::still_open(context, chain, &names, "this may change what they show"));
@@ -296,7 +304,8 @@ fn refuse_open(context: &Context, world: &ScannedStore, chain: &Path, layer: Ima
 fn after(world: &ScannedStore, chain: &ScannedChain, layers: &RebaseRange) -> Vec<PlanLayer> {
     let below = layers.base.map(|base| world.catalog.layers(base)).unwrap_or_default();
     let stays = chain.views.layers[..=layers.depth].iter().copied();
-    let mut after: Vec<PlanLayer> = stays.chain(below).map(|index| lookup::line(world, chain, index)).collect();
+    let mut after: Vec<PlanLayer> =
+        stays.chain(below).map(|index| lookup::line(world, chain, index)).collect();
     "put on another backing file".clone_into(&mut after[layers.depth].note);
     after
 }
@@ -333,10 +342,12 @@ fn change_name(context: &Context, world: &ScannedStore, path: &Path, layers: &Re
         // Nobody comes to write the new base meanwhile. What cannot be read may be put below it all the same.
         let below = layers.base.map(|base| world.catalog.layers(base));
         let base = below.map(|below| store.open_view(&world.catalog, &below, ViewPart::Active, false));
-        let base =
-            base.transpose().or_else(|error| if error.kind() == ErrorKind::Busy { Err(error) } else { Ok(None) })?;
+        let base = base
+            .transpose()
+            .or_else(|error| if error.kind() == ErrorKind::Busy { Err(error) } else { Ok(None) })?;
         let job = store.take_image(&world.catalog, layers.layer)?;
-        // Under the writer's locks nobody comes to write it, and who reads it from here on reads what it is then.
+        // Under the writer's locks nobody comes to write it, and who reads it from here on reads what it is
+        // then.
         let mut refusals = Vec::new();
         refuse_open(context, world, path, layers.layer, &mut refusals);
         refusals::first(refusals)?;

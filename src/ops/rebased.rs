@@ -26,8 +26,8 @@ impl OverlayToRebase {
         Ok(OverlayToRebase::Image(store.take_image(&world.catalog, index)?))
     }
 
-    /// Points it at another backing file, through which the same bytes show. An active disk is returned: in memory
-    /// it does not stand on that yet.
+    /// Points it at another backing file, through which the same bytes show. An active disk is returned: in
+    /// memory it does not stand on that yet.
     pub(super) fn put_on(
         self,
         world: &ScannedStore,

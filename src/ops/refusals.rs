@@ -20,7 +20,8 @@ pub(super) fn first(refusals: Vec<Error>) -> Result<()> {
 /// The names of an image's internal snapshots, if it has any.
 pub(super) fn inner_names(world: &ScannedStore, index: ImageIndex) -> Option<String> {
     let qcow2 = world.image(index).qcow2()?;
-    let names: Vec<_> = qcow2.snapshots.iter().map(|snapshot| String::from_utf8_lossy(&snapshot.name)).collect();
+    let names: Vec<_> =
+        qcow2.snapshots.iter().map(|snapshot| String::from_utf8_lossy(&snapshot.name)).collect();
     let count = qcow2.header.snapshots.count;
     (count > 0).then(|| if names.is_empty() { format!("{count} of them") } else { names.join(", ") })
 }
@@ -63,7 +64,8 @@ pub(super) fn bitmaps(
         if !names.is_empty() {
             let fact = "holds persistent bitmaps, which this would cost";
             let name = world.image(index).shown();
-            let sentence = format!("{name} {fact}: {}; remove them, or say discard-bitmaps", names.join(", "));
+            let sentence =
+                format!("{name} {fact}: {}; remove them, or say discard-bitmaps", names.join(", "));
             refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
         }
     }
@@ -99,7 +101,12 @@ pub(super) fn taken(world: &ScannedStore, path: &Path, refusals: &mut Vec<Error>
 }
 
 /// Refuses what a header has no room for: found out later, it could not be done after all.
-pub(super) fn check_header(world: &ScannedStore, index: ImageIndex, change: &HeaderChange, refusals: &mut Vec<Error>) {
+pub(super) fn check_header(
+    world: &ScannedStore,
+    index: ImageIndex,
+    change: &HeaderChange,
+    refusals: &mut Vec<Error>,
+) {
     let image = world.image(index);
     if image.qcow2().is_some() {
         let file = world.store.file(&image.place, &image.stat, false);
@@ -116,13 +123,14 @@ pub(super) fn check_room(world: &ScannedStore, target: ImageIndex, space: u64, r
         && free < space
         && !shares_blocks(&world.store)
     {
-        let fact = format!("{} would need {}, and {} are free", image.shown(), human_size(space), human_size(free));
+        let fact =
+            format!("{} would need {}, and {} are free", image.shown(), human_size(space), human_size(free));
         refusals.push(Error::new(ErrorKind::NoSpace, fact));
     }
 }
 
-/// Notes how much would be copied into `target`, as it was `counted`; where that cannot be told, a plan that is refused
-/// anyway does without.
+/// Notes how much would be copied into `target`, as it was `counted`; where that cannot be told, a plan that
+/// is refused anyway does without.
 pub(super) fn count(world: &ScannedStore, target: ImageIndex, counted: Result<u64>, plan: &mut Plan) {
     match counted {
         Ok(bytes) => plan.bytes += bytes,

@@ -11,8 +11,8 @@ use super::freeze;
 use super::plan::Plan;
 use super::scanned_store::ScannedStore;
 
-/// Removes files that nothing is left to use, in this order; a user found late stops it. Those that still show what
-/// they did (`is_valid`) go to the trash, if the store has one.
+/// Removes files that nothing is left to use, in this order; a user found late stops it. Those that still
+/// show what they did (`is_valid`) go to the trash, if the store has one.
 pub(super) fn remove(store: &Arc<Store>, files: &[FileRef], is_valid: bool, command: &str) -> Result<()> {
     let names = store.guard_names();
     for named in files {
@@ -75,9 +75,7 @@ pub(super) fn note_trash(world: &ScannedStore, changed: &[ImageIndex], plan: &mu
         // The command would be refused with that.
         Err(error) => return plan.refusals.push(error),
     };
-    plan.notes.extend(
-        spoilt.iter().map(|item| {
-            format!("{} goes from the trash ({}), for what it stands on changes", shown(&item.path), item.id)
-        }),
-    );
+    plan.notes.extend(spoilt.iter().map(|item| {
+        format!("{} goes from the trash ({}), for what it stands on changes", shown(&item.path), item.id)
+    }));
 }

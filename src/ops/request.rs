@@ -1,7 +1,7 @@
 //! What users ask for, as values that make sense by themselves, and the table of all verbs.
 //!
-//! A verb is a file of its own: its words, its plan and its job. Here it has a line in each list. Whether the store has
-//! what a request names is for its plan to say.
+//! A verb is a file of its own: its words, its plan and its job. Here it has a line in each list. Whether the
+//! store has what a request names is for its plan to say.
 
 use crate::error::Result;
 
@@ -140,7 +140,8 @@ impl Request {
         }
         let first = words.remove(0);
         let verb = str::from_utf8(&first).ok().and_then(Verb::from_name);
-        let verb = verb.ok_or_else(|| usage(format!("unknown verb {}; the verbs are {}", show(&first), names())))?;
+        let verb =
+            verb.ok_or_else(|| usage(format!("unknown verb {}; the verbs are {}", show(&first), names())))?;
         Self::from_words(verb, words)
     }
 
@@ -216,8 +217,13 @@ impl Request {
     pub fn check_for_store(&self) -> Result<()> {
         match self {
             Request::Snapshot(request) if !request.chains.is_empty() => Ok(()),
-            Request::Snapshot(_) => Err(usage("chains= is missing: name the chains, as in chains=web01,db01")),
-            _ => Err(usage(format!("{} is given to one chain, in its own control directory", self.verb().name()))),
+            Request::Snapshot(_) => {
+                Err(usage("chains= is missing: name the chains, as in chains=web01,db01"))
+            }
+            _ => Err(usage(format!(
+                "{} is given to one chain, in its own control directory",
+                self.verb().name()
+            ))),
         }
     }
 

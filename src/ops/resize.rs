@@ -1,7 +1,8 @@
 //! Resize: the active disk becomes longer, also in use, or shorter.
 //!
-//! Promises: what is new reads as zeroes, whatever lies there in layers below; internal snapshots keep their sizes.
-//! What a shorter disk loses is given back only when its header says so, and if that is cut off, by whoever takes it up.
+//! Promises: what is new reads as zeroes, whatever lies there in layers below; internal snapshots keep their
+//! sizes. What a shorter disk loses is given back only when its header says so, and if that is cut off, by
+//! whoever takes it up.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -205,7 +206,8 @@ fn refuse_bitmaps(world: &ScannedStore, leaf: ImageIndex, refusals: &mut Vec<Err
     };
     if !names.is_empty() {
         let fact = "has persistent bitmaps, whose sizes would be wrong";
-        let sentence = format!("{} {fact}: {}; remove them first", world.image(leaf).shown(), names.join(", "));
+        let sentence =
+            format!("{} {fact}: {}; remove them first", world.image(leaf).shown(), names.join(", "));
         refusals.push(Error::new(ErrorKind::Unsupported, sentence));
     }
 }
@@ -243,7 +245,8 @@ pub(super) fn begin(context: &Context, path: &Path, request: &ResizeRequest, com
                 let fact = "what is left of it is done when the store is mounted again";
                 return Err(Error::new(error.kind(), format!("{error}; {fact}")));
             }
-            ending::forget(store, intent).map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
+            ending::forget(store, intent)
+                .map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
             Err(error)
         }
     }
@@ -255,7 +258,8 @@ fn shrink(store: &Arc<Store>, world: &ScannedStore, leaf: ImageIndex, size: u64)
     let view = (!below.is_empty()).then(open).transpose()?;
     store.while_closed(world.image(leaf), || {
         let mut job = store.take_image(&world.catalog, leaf)?;
-        let writer = job.open_writer(view.as_ref().map(|open| Arc::clone(&open.view)), CachePolicy::Nothing)?;
+        let writer =
+            job.open_writer(view.as_ref().map(|open| Arc::clone(&open.view)), CachePolicy::Nothing)?;
         let done = writer.shrink(size).and_then(|()| writer.close());
         drop(writer);
         done.and(job.finish())

@@ -1,8 +1,9 @@
 //! Revert: the active disk becomes what a snapshot shows.
 //!
-//! On a layer of the chain a new, empty overlay takes the active layer's name, in one step; an internal snapshot of
-//! the active image is applied to it, in one write of its header. Nobody has the disk open meanwhile. What it held is
-//! kept if it is saved, and lost if not; a crash leaves all of the old disk or all of the new one.
+//! On a layer of the chain a new, empty overlay takes the active layer's name, in one step; an internal
+//! snapshot of the active image is applied to it, in one write of its header. Nobody has the disk open
+//! meanwhile. What it held is kept if it is saved, and lost if not; a crash leaves all of the old disk or all
+//! of the new one.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -110,7 +111,8 @@ enum RevertMethod {
     Apply(Snapshot),
 }
 
-/// A disk that is about to be replaced, also while something is being copied for that: nobody comes to write it.
+/// A disk that is about to be replaced, also while something is being copied for that: nobody comes to write
+/// it.
 pub(super) struct ClosedDisk {
     leaf: FileRef,
     saved: Option<PathBuf>,
@@ -144,7 +146,10 @@ pub(super) fn plan(
         return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", chain.shown(world))));
     }
     if view.active {
-        return Err(Error::new(ErrorKind::Usage, "the active disk is what it is; say to= with one of the snapshots"));
+        return Err(Error::new(
+            ErrorKind::Usage,
+            "the active disk is what it is; say to= with one of the snapshots",
+        ));
     }
     let mut plan = Plan { before: lookup::tree(world, &chain), ..Plan::default() };
     let refusals = &mut plan.refusals;
@@ -170,7 +175,8 @@ pub(super) fn plan(
         (RevertMethod::Overlay(source), saved)
     };
     if request.save.is_none() {
-        let is_kept = world.store.keeps_trash(image.stat.id.device) && matches!(way, RevertMethod::Overlay(_));
+        let is_kept =
+            world.store.keeps_trash(image.stat.id.device) && matches!(way, RevertMethod::Overlay(_));
         let fate = if is_kept { "goes to the trash" } else { "is lost" };
         plan.notes.push(format!("what the active disk holds {fate}; save=NAME keeps it"));
     }
@@ -188,7 +194,10 @@ fn plan_apply(
     refusals::bitmaps(world, std::iter::once(leaf), request.discard_bitmaps, &mut plan.refusals);
     plan.refusals.extend(world.unfillable(leaf));
     if let Some(name) = &request.save
-        && world.image(leaf).qcow2().is_some_and(|qcow2| qcow2.snapshots.iter().any(|other| other.name == *name))
+        && world
+            .image(leaf)
+            .qcow2()
+            .is_some_and(|qcow2| qcow2.snapshots.iter().any(|other| other.name == *name))
     {
         let name = String::from_utf8_lossy(name);
         let fact = format!("{} holds an internal snapshot {name} already", world.image(leaf).shown());
@@ -228,7 +237,8 @@ fn plan_overlay(
         let gone = || std::iter::once(leaf);
         refusals::inner_snapshots(world, gone(), request.discard_internal, &mut plan.refusals);
         refusals::bitmaps(world, gone(), request.discard_bitmaps, &mut plan.refusals);
-        plan.invalid.extend(lookup::views_of(chain, gone()).into_iter().filter(|name| name != crate::store::ACTIVE));
+        plan.invalid
+            .extend(lookup::views_of(chain, gone()).into_iter().filter(|name| name != crate::store::ACTIVE));
         if let Some(left) = left_alone(world, leaf, source) {
             freeze::check_freeze(world, left, &mut plan.refusals);
         }
@@ -236,7 +246,12 @@ fn plan_overlay(
     note_newer(world, chain, source, saved, &mut plan.notes);
     source.plan(context, world, (leaf, old), plan);
     plan.after = source.below(world).iter().map(|index| lookup::line(world, chain, *index)).collect();
-    let top = PlanLayer { name: crate::store::ACTIVE.to_vec(), path: old.clone(), active: true, note: "new".into() };
+    let top = PlanLayer {
+        name: crate::store::ACTIVE.to_vec(),
+        path: old.clone(),
+        active: true,
+        note: "new".into(),
+    };
     plan.after.insert(0, top);
 }
 
@@ -275,7 +290,8 @@ pub(super) fn used_by_others(world: &ScannedStore, leaf: ImageIndex) -> Option<E
         return None;
     }
     let fact = "is used by other images as well, which would be spoilt";
-    let sentence = format!("{} {fact}: {}; snapshot it instead", world.image(leaf).shown(), others.join(", "));
+    let sentence =
+        format!("{} {fact}: {}; snapshot it instead", world.image(leaf).shown(), others.join(", "));
     Some(Error::new(ErrorKind::NotEmpty, sentence))
 }
 
@@ -348,8 +364,8 @@ fn apply(
     })
 }
 
-/// Puts a whole overlay into the place of the active layer. Returns the lock when that is durable; nothing has
-/// happened if it fails before.
+/// Puts a whole overlay into the place of the active layer. Returns the lock when that is durable; nothing
+/// has happened if it fails before.
 pub(super) fn switch(
     context: &Context,
     world: &ScannedStore,

@@ -9,7 +9,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::create::NewBacking;
 use crate::io::{FileId, FileLock, Identity};
 use crate::store::{
-    Catalog, ChainViews, DataFileRef, FileRef, Format, FoundIntent, ImageEntry, ImageIndex, Store, StorePath, shown,
+    Catalog, ChainViews, DataFileRef, FileRef, Format, FoundIntent, ImageEntry, ImageIndex, Store, StorePath,
+    shown,
 };
 
 use super::asker::{Asker, asker};
@@ -18,7 +19,8 @@ use super::asker::{Asker, asker};
 pub(super) struct ScannedStore {
     pub(super) store: Arc<Store>,
     pub(super) catalog: Arc<Catalog>,
-    /// For a store that is one image, or lies in a marked one: everything beneath the marked directory above it.
+    /// For a store that is one image, or lies in a marked one: everything beneath the marked directory above
+    /// it.
     pub(super) whole: Option<Arc<Catalog>>,
     /// Whose command it is, if that counts.
     pub(super) asker: Option<Arc<Asker>>,
@@ -37,11 +39,16 @@ pub(super) struct ScannedChain {
 impl ScannedChain {
     /// What it is called in a sentence: one that was mounted by itself has no path, and is its image.
     pub(super) fn shown(&self, world: &ScannedStore) -> String {
-        if self.path.as_os_str().is_empty() { world.image(self.views.layers[0]).shown() } else { shown(&self.path) }
+        if self.path.as_os_str().is_empty() {
+            world.image(self.views.layers[0]).shown()
+        } else {
+            shown(&self.path)
+        }
     }
 }
 
-/// Which chain a command was given to, as the end of a sentence; nothing for an image that was mounted by itself.
+/// Which chain a command was given to, as the end of a sentence; nothing for an image that was mounted by
+/// itself.
 pub(super) fn of_chain(path: &Path) -> String {
     if path.as_os_str().is_empty() { String::new() } else { format!(" (chain {})", shown(path)) }
 }
@@ -127,10 +134,14 @@ impl ScannedStore {
         let format = image.format.unwrap_or(Format::Raw);
         let named = FileRef::witness(root, &image.place.path, format, fixed)?;
         if named.file.id != image.stat.id {
-            return Err(Error::new(ErrorKind::Stale, format!("{} has changed; give the command again", image.shown())));
+            return Err(Error::new(
+                ErrorKind::Stale,
+                format!("{} has changed; give the command again", image.shown()),
+            ));
         }
         let data = image.data_file.as_ref().map(|(place, _)| {
-            DataFileRef::witness(&self.store.roots()[place.root], &place.path, self.name_of(place), fixed).map(Box::new)
+            DataFileRef::witness(&self.store.roots()[place.root], &place.path, self.name_of(place), fixed)
+                .map(Box::new)
         });
         Ok(FileRef { path: self.name_of(&image.place), data: data.transpose()?, ..named })
     }
@@ -140,8 +151,8 @@ impl ScannedStore {
         images.iter().map(|index| self.witness(*index, fixed)).collect()
     }
 
-    /// The path by which an intent names a file: beneath the guarded directory; what lies outside of the store by its
-    /// full one.
+    /// The path by which an intent names a file: beneath the guarded directory; what lies outside of the
+    /// store by its full one.
     fn name_of(&self, place: &StorePath) -> PathBuf {
         if place.root == 0 { self.guarded(&place.path) } else { self.store.host_path(place) }
     }
@@ -173,17 +184,19 @@ impl ScannedStore {
 
     /// Paths of all chains that contain any of these images.
     pub(super) fn chains_of(&self, images: &[ImageIndex]) -> Vec<PathBuf> {
-        let contains = |leaf: ImageIndex| self.catalog.layers(leaf).iter().any(|layer| images.contains(layer));
+        let contains =
+            |leaf: ImageIndex| self.catalog.layers(leaf).iter().any(|layer| images.contains(layer));
         self.catalog.chains().filter(|(_, leaf)| contains(*leaf)).map(|(path, _)| path).collect()
     }
 
-    /// Who uses an image, but for `known`: images that stand on it or have it as their data file, and those of which
-    /// nobody can tell.
+    /// Who uses an image, but for `known`: images that stand on it or have it as their data file, and those
+    /// of which nobody can tell.
     pub(super) fn others_using(&self, index: ImageIndex, known: &[ImageIndex]) -> Vec<String> {
         self.others(index, known, true)
     }
 
-    /// The same without those who may not read it: for what goes on showing what it did, they keep nobody from anything.
+    /// The same without those who may not read it: for what goes on showing what it did, they keep nobody
+    /// from anything.
     pub(super) fn others_counting(&self, index: ImageIndex, known: &[ImageIndex]) -> Vec<String> {
         self.others(index, known, false)
     }
@@ -212,17 +225,19 @@ impl ScannedStore {
                 others.push(self.called(other));
             }
         }
-        others.extend(catalog.claims_on(here).map(|claim| format!("{} (perhaps)", self.called_at(&claim.by))));
+        others
+            .extend(catalog.claims_on(here).map(|claim| format!("{} (perhaps)", self.called_at(&claim.by))));
         others
     }
 
-    /// Those images whose header means an image by the very name under which it is shown. Who means it by another name, or
-    /// through a link, is not among them.
+    /// Those images whose header means an image by the very name under which it is shown. Who means it by
+    /// another name, or through a link, is not among them.
     pub(super) fn users_by_name(&self, index: ImageIndex) -> Vec<ImageIndex> {
         let place = &self.image(index).place;
         let means_it = |other: &ImageEntry| {
             let backing = other.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref());
-            backing.is_some_and(|backing| self.store.named_by(&other.place, &backing.name).as_ref() == Ok(place))
+            backing
+                .is_some_and(|backing| self.store.named_by(&other.place, &backing.name).as_ref() == Ok(place))
         };
         (0..self.catalog.images.len()).filter(|other| means_it(self.image(*other))).collect()
     }
@@ -237,7 +252,8 @@ impl ScannedStore {
         Some(Error::new(ErrorKind::Forbidden, sentence))
     }
 
-    /// How the header of the image at `from` is to name the image at `to`: as its old name was, absolute or not.
+    /// How the header of the image at `from` is to name the image at `to`: as its old name was, absolute or
+    /// not.
     pub(super) fn backing_name(&self, from: ImageIndex, to: ImageIndex) -> NewBacking {
         let old = self.image(from).qcow2().and_then(|qcow2| qcow2.header.backing.as_ref());
         let was_absolute = old.is_some_and(|backing| backing.name.starts_with(b"/"));
@@ -257,8 +273,8 @@ impl ScannedStore {
         NewBacking { name: name.into_os_string().into_vec(), format }
     }
 
-    /// Why an image that is `owner`'s, at `path` beneath the store, may not come to stand on the image `to`, if so: what its
-    /// owner may not read would not count there, and the image would be broken.
+    /// Why an image that is `owner`'s, at `path` beneath the store, may not come to stand on the image `to`,
+    /// if so: what its owner may not read would not count there, and the image would be broken.
     pub(super) fn uncounted(&self, owner: ImageIndex, path: &Path, to: ImageIndex) -> Option<Error> {
         let (owner, to) = (self.image(owner).stat.uid, self.image(to));
         let from = StorePath { root: 0, path: path.to_path_buf() };
@@ -276,7 +292,8 @@ impl ScannedStore {
             return Err(refusal);
         }
         let id = self.store.roots()[place.root].stat(&place.path)?.id;
-        let found = self.catalog.images.iter().position(|image| image.stat.id == id && image.format.is_some());
+        let found =
+            self.catalog.images.iter().position(|image| image.stat.id == id && image.format.is_some());
         found.ok_or_else(|| {
             let fact = "is no image of the store that could be read; name it *.raw, *.img or *.qcow2";
             Error::new(ErrorKind::NotFound, format!("{shown_name} {fact}"))
@@ -288,16 +305,28 @@ impl ScannedStore {
         let image = self.image(index);
         let refuse = |kind, fact: &str| Some(Error::new(kind, format!("{} {fact}", image.shown())));
         if self.store.options().read_only {
-            return refuse(ErrorKind::ReadOnly, "is in a store that is mounted read-only; mount it without -o ro");
+            return refuse(
+                ErrorKind::ReadOnly,
+                "is in a store that is mounted read-only; mount it without -o ro",
+            );
         }
         if image.place.root != 0 {
-            return refuse(ErrorKind::ReadOnly, "lies outside of the store, in a directory that is only read");
+            return refuse(
+                ErrorKind::ReadOnly,
+                "lies outside of the store, in a directory that is only read",
+            );
         }
         if image.readonly {
-            return refuse(ErrorKind::ReadOnly, "is read-only by its mode or by -o readonly=; allow writing it first");
+            return refuse(
+                ErrorKind::ReadOnly,
+                "is read-only by its mode or by -o readonly=; allow writing it first",
+            );
         }
         if image.stat.link_count > 1 {
-            return refuse(ErrorKind::Busy, "has other names (hard links), under which it would change; remove those");
+            return refuse(
+                ErrorKind::Busy,
+                "has other names (hard links), under which it would change; remove those",
+            );
         }
         if let Some(other) = &image.found_by {
             let fact = "would lose its backing file, which is found only from its other name";
@@ -306,15 +335,22 @@ impl ScannedStore {
         }
         if let Some((place, stat)) = &image.data_file {
             let name = shown(&place.path);
-            let refuse = |kind, fact: &str| Some(Error::new(kind, format!("{name} {fact} of {}", image.shown())));
+            let refuse =
+                |kind, fact: &str| Some(Error::new(kind, format!("{name} {fact} of {}", image.shown())));
             if place.root != 0 {
-                return refuse(ErrorKind::ReadOnly, "lies outside of the store, and is the external data file");
+                return refuse(
+                    ErrorKind::ReadOnly,
+                    "lies outside of the store, and is the external data file",
+                );
             }
             if !stat.has_write_bit() || self.store.options().is_readonly(&place.path) {
                 return refuse(ErrorKind::ReadOnly, "is read-only, and is the external data file");
             }
             if stat.link_count > 1 {
-                return refuse(ErrorKind::Busy, "has other names (hard links), and is the external data file");
+                return refuse(
+                    ErrorKind::Busy,
+                    "has other names (hard links), and is the external data file",
+                );
             }
         }
         if let Some(problem) = image.qcow2().and_then(|qcow2| qcow2.refcount_problem.as_ref()) {
@@ -326,7 +362,8 @@ impl ScannedStore {
         if let Some(refusal) = self.unwritable(index) {
             return Some(refusal);
         }
-        // Whether it is frozen is noted in the store's list: one that fails at the end would leave the command unfinished.
+        // Whether it is frozen is noted in the store's list: one that fails at the end would leave the
+        // command unfinished.
         if image.format == Some(Format::Raw)
             && let Err(error) = self.store.check_notes()
         {
@@ -363,10 +400,15 @@ impl ScannedStore {
         if !self.store.guard().is_whole {
             let directory = self.store.roots()[0].canonical().display();
             let fact = format!(
-                "is a single image of no store, so that other users of its layers are not known; say --store DIR, the \
-                 directory that holds all images which may use them (as in --store {directory}), or mount that directory"
+                "is a single image of no store, so that other users of its layers are not known; say --store \
+                    DIR, the \
+                 directory that holds all images which may use them (as in --store {directory}), or mount \
+                 that directory"
             );
-            return Some(Error::new(ErrorKind::Forbidden, format!("{} {fact}", self.store.given().display())));
+            return Some(Error::new(
+                ErrorKind::Forbidden,
+                format!("{} {fact}", self.store.given().display()),
+            ));
         }
         None
     }
@@ -374,11 +416,12 @@ impl ScannedStore {
     /// Intents that speak of any of these images.
     pub(super) fn begun(&self, images: &[ImageIndex]) -> Option<Error> {
         if let Some(path) = self.catalog.senseless.first() {
-            let fact = "notes a command that was begun, and cannot be understood; see what chainfs recover says of it";
+            let fact = "notes a command that was begun, and cannot be understood; see what chainfs recover \
+                says of it";
             return Some(Error::new(ErrorKind::Busy, format!("{} {fact}", shown(path))));
         }
-        // By identity alone: one that was moved is still what was begun with; and by name alone: nobody may be able
-        // to tell that it is another.
+        // By identity alone: one that was moved is still what was begun with; and by name alone: nobody may
+        // be able to tell that it is another.
         let speaks = |named: &&FileRef| {
             images.iter().map(|index| self.image(*index)).any(|image| {
                 image.stat.id == named.file.id && self.identity(image).is(&named.file)
@@ -389,8 +432,13 @@ impl ScannedStore {
         let all = self.catalog.intents.iter().chain(self.whole.iter().flat_map(|whole| &whole.intents));
         let found = all.filter(is_others).find(|found| found.intent.files().iter().any(speaks))?;
         let is_owned = self.store.guard().is_owned(found);
-        let state = if is_owned { "is at work on them" } else { "was begun and waits to be taken up; mount the store" };
-        let fact = format!("another command {state}: {}{}", found.intent.command, of_chain(&found.intent.chain));
+        let state = if is_owned {
+            "is at work on them"
+        } else {
+            "was begun and waits to be taken up; mount the store"
+        };
+        let fact =
+            format!("another command {state}: {}{}", found.intent.command, of_chain(&found.intent.chain));
         Some(Error::new(ErrorKind::Busy, fact))
     }
 }
@@ -411,7 +459,8 @@ pub(super) fn beside(path: &Path, name: &[u8]) -> PathBuf {
 
 /// The file's path with another stem: its extension stays.
 pub(super) fn with_stem(path: &Path, stem: &[u8]) -> PathBuf {
-    let extension = path.extension().map(|extension| [b".", extension.as_bytes()].concat()).unwrap_or_default();
+    let extension =
+        path.extension().map(|extension| [b".", extension.as_bytes()].concat()).unwrap_or_default();
     beside(path, &[stem, &extension].concat())
 }
 

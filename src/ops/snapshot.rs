@@ -1,8 +1,8 @@
 //! Snapshot: the active layer is frozen under a name, and the disk goes on in a new, empty overlay.
 //!
 //! Promises: the disk keeps its name and everybody who has it open; the moment is one and the same for all
-//! disks of a command; a crash leaves the old chain or the new one, with all bytes. While the gates of the disks
-//! are closed there is a flush and a rename, nothing else.
+//! disks of a command; a crash leaves the old chain or the new one, with all bytes. While the gates of the
+//! disks are closed there is a flush and a rename, nothing else.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
@@ -16,11 +16,13 @@ use crate::image::write::NewSnapshot;
 use crate::image::{HeaderChange, change_header};
 use crate::io::{Directory, FileLock, Root, directory_of};
 use crate::store::{
-    ActiveJob, FileRef, Format, FormerTop, ImageEntry, ImageIndex, Intent, JobImage, NewTop, NewTopFile, OwnedIntent,
-    SnapshotOperation, Store, encode, is_draft, shown,
+    ActiveJob, FileRef, Format, FormerTop, ImageEntry, ImageIndex, Intent, JobImage, NewTop, NewTopFile,
+    OwnedIntent, SnapshotOperation, Store, encode, is_draft, shown,
 };
 
-use super::check::{MAX_DESCRIPTION_LEN, MAX_FILE_NAME_LEN, check_file_name, check_new_name, check_printable};
+use super::check::{
+    MAX_DESCRIPTION_LEN, MAX_FILE_NAME_LEN, check_file_name, check_new_name, check_printable,
+};
 use super::command::Command;
 use super::context::Context;
 use super::ending;
@@ -102,11 +104,15 @@ impl Command for SnapshotRequest {
             check_file_name("file=", file, MAX_FILE_NAME_LEN)?;
         }
         if *internal && chains.len() > 1 {
-            return Err(usage("internal snapshots of several disks are not of one instant; take them one by one"));
+            return Err(usage(
+                "internal snapshots of several disks are not of one instant; take them one by one",
+            ));
         }
         if description.len() > MAX_DESCRIPTION_LEN {
-            let fact =
-                format!("the description has {} bytes; at most {MAX_DESCRIPTION_LEN} are kept", description.len());
+            let fact = format!(
+                "the description has {} bytes; at most {MAX_DESCRIPTION_LEN} are kept",
+                description.len()
+            );
             return Err(usage(fact));
         }
         check_printable("the description", description.as_bytes())?;
@@ -148,7 +154,11 @@ struct SnapshotDisk {
 }
 
 /// What the request would do, with every refusal.
-pub(super) fn plan(world: &ScannedStore, path: &Path, request: &SnapshotRequest) -> Result<(Plan, TouchedImages)> {
+pub(super) fn plan(
+    world: &ScannedStore,
+    path: &Path,
+    request: &SnapshotRequest,
+) -> Result<(Plan, TouchedImages)> {
     let (plan, disks) = disks(world, path, request)?;
     let layers = |disk: &SnapshotDisk| disk.chain.views.layers.clone();
     let written = disks.iter().map(|disk| disk.leaf).collect();
@@ -162,7 +172,8 @@ fn disks(world: &ScannedStore, path: &Path, request: &SnapshotRequest) -> Result
     let chains = paths.iter().map(|path| world.chain(path)).collect::<Result<Vec<_>>>()?;
     let leaves: Vec<&Path> =
         chains.iter().map(|chain| world.image(chain.views.layers[0]).place.path.as_path()).collect();
-    let frozen_names: Vec<Vec<u8>> = leaves.iter().map(|leaf| frozen_name(leaf, &leaves, &request.name)).collect();
+    let frozen_names: Vec<Vec<u8>> =
+        leaves.iter().map(|leaf| frozen_name(leaf, &leaves, &request.name)).collect();
     for ((path, chain), frozen_name) in paths.iter().zip(chains).zip(frozen_names) {
         let mut before = lookup::tree(world, &chain);
         let leaf = chain.views.layers[0];
@@ -193,12 +204,17 @@ fn disks(world: &ScannedStore, path: &Path, request: &SnapshotRequest) -> Result
             }
             let given = disks.iter().flat_map(|disk: &SnapshotDisk| [&disk.frozen, &disk.name]);
             if let Some(twice) = given.into_iter().find(|path| **path == frozen || **path == name) {
-                let fact = "is what two disks of this command would be called; take their snapshots one by one";
+                let fact =
+                    "is what two disks of this command would be called; take their snapshots one by one";
                 let sentence = format!("{} ({} as well): {fact}", shown(twice), shown(path));
                 plan.refusals.push(Error::new(ErrorKind::Exists, sentence));
             }
-            let top =
-                PlanLayer { name: b"active".to_vec(), path: name.clone(), active: true, note: "new and empty".into() };
+            let top = PlanLayer {
+                name: b"active".to_vec(),
+                path: name.clone(),
+                active: true,
+                note: "new and empty".into(),
+            };
             let mut after = before.clone();
             if let Some(line) = after.first_mut() {
                 (line.name, line.path, line.active) = (frozen_name.clone(), frozen.clone(), false);
@@ -216,8 +232,8 @@ fn disks(world: &ScannedStore, path: &Path, request: &SnapshotRequest) -> Result
     Ok((plan, disks))
 }
 
-/// What the file of a disk's snapshot is called, without extension: NAME, but where disks of one directory are frozen
-/// together each has its own name before that.
+/// What the file of a disk's snapshot is called, without extension: NAME, but where disks of one directory
+/// are frozen together each has its own name before that.
 fn frozen_name(leaf: &Path, leaves: &[&Path], name: &[u8]) -> Vec<u8> {
     if leaves.iter().filter(|other| other.parent() == leaf.parent()).count() > 1 {
         let stem = leaf.file_stem().unwrap_or_default().as_encoded_bytes();
@@ -271,7 +287,8 @@ fn refuse_names(
     overlay::refuse_misread(world, name, Format::Qcow2, false, refusals);
     let wanted = if frozen == old { Vec::new() } else { encode(frozen_name) };
     let has_it = chain.views.views.iter().any(|view| view.snapshot.is_none() && view.name == wanted);
-    // Two files of one stem would both be shown by their full names: what is asked for would be called otherwise.
+    // Two files of one stem would both be shown by their full names: what is asked for would be called
+    // otherwise.
     let same_stem = |other: &&ImageEntry| {
         other.stat.id != image.stat.id
             && directory_of(&other.place.path) == directory_of(frozen)
@@ -285,8 +302,8 @@ fn refuse_names(
     }
 }
 
-/// Refuses a name by which an address would come to mean another disk: IMAGE@NAME is an internal snapshot of the
-/// active image, by name or by id, or else a layer of its chain.
+/// Refuses a name by which an address would come to mean another disk: IMAGE@NAME is an internal snapshot of
+/// the active image, by name or by id, or else a layer of its chain.
 pub(super) fn refuse_address(
     world: &ScannedStore,
     chain: &ScannedChain,
@@ -308,13 +325,20 @@ pub(super) fn refuse_address(
             let fact = format!("{address} means the layer {shown_name}; choose another name");
             refusals.push(Error::new(ErrorKind::Exists, fact));
         }
-    } else if request.file.is_none() && inner.iter().any(|snapshot| snapshot.name == *name || snapshot.id == *name) {
+    } else if request.file.is_none()
+        && inner.iter().any(|snapshot| snapshot.name == *name || snapshot.id == *name)
+    {
         let fact = format!("{address} means an internal snapshot; choose another name");
         refusals.push(Error::new(ErrorKind::Exists, fact));
     }
 }
 
-fn refuse_inner(world: &ScannedStore, leaf: ImageIndex, request: &SnapshotRequest, refusals: &mut Vec<Error>) {
+fn refuse_inner(
+    world: &ScannedStore,
+    leaf: ImageIndex,
+    request: &SnapshotRequest,
+    refusals: &mut Vec<Error>,
+) {
     let image = world.image(leaf);
     let Some(qcow2) = image.qcow2() else {
         let fact = "is raw, and holds no internal snapshots; take an external one";
@@ -322,7 +346,8 @@ fn refuse_inner(world: &ScannedStore, leaf: ImageIndex, request: &SnapshotReques
     };
     if qcow2.snapshots.iter().any(|snapshot| snapshot.name == request.name) {
         let name = String::from_utf8_lossy(&request.name);
-        let fact = format!("{} holds an internal snapshot {name} already; choose another name", image.shown());
+        let fact =
+            format!("{} holds an internal snapshot {name} already; choose another name", image.shown());
         refusals.push(Error::new(ErrorKind::Exists, fact));
     }
 }
@@ -341,8 +366,8 @@ pub(super) fn run(context: &Context, path: &Path, request: &SnapshotRequest, com
     if request.internal {
         for job in &jobs {
             let (seconds, nanoseconds) = (u32::try_from(frozen.seconds).unwrap_or(0), frozen.nanoseconds);
-            // What is kept of the disk's tables is from before they were written. They become the snapshot's, and
-            // whoever opens that has to find them as they are by then.
+            // What is kept of the disk's tables is from before they were written. They become the snapshot's,
+            // and whoever opens that has to find them as they are by then.
             job.describe_anew()?;
             job.writer()?.take_snapshot(&NewSnapshot { name: request.name.clone(), seconds, nanoseconds })?;
         }
@@ -365,7 +390,8 @@ pub(super) fn run(context: &Context, path: &Path, request: &SnapshotRequest, com
         })
         .collect::<Result<Vec<NewTop>>>();
     let tops = tops.inspect_err(|_| unmake(store, &overlays))?;
-    let (seconds, nanoseconds, description) = (frozen.seconds, frozen.nanoseconds, frozen.description.clone());
+    let (seconds, nanoseconds, description) =
+        (frozen.seconds, frozen.nanoseconds, frozen.description.clone());
     let operation = SnapshotOperation { seconds, nanoseconds, description, disks: tops.clone() };
     let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, operation));
     let intent = intent.inspect_err(|_| unmake(store, &overlays))?;
@@ -386,7 +412,8 @@ pub(super) fn run(context: &Context, path: &Path, request: &SnapshotRequest, com
             store.rescan().and(Err(error))
         }
         Err((error, true)) => {
-            ending::forget(store, intent).map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
+            ending::forget(store, intent)
+                .map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
             Err(error)
         }
     }
@@ -502,8 +529,8 @@ fn add_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
     names.sync(&directory_of(&top.frozen))
 }
 
-/// Takes back overlays that nobody has seen, and second names, once all disks have their first ones, durably. By
-/// identity: what others have put there stays.
+/// Takes back overlays that nobody has seen, and second names, once all disks have their first ones, durably.
+/// By identity: what others have put there stays.
 fn take_back(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
     for top in tops {
         if !is_at(root, &top.old.path, &top.old) {
@@ -556,8 +583,8 @@ fn switch_name(root: &Root, names: &dyn Directory, top: &NewTop) -> Result<()> {
     expect_at(root, &top.old.path, &top.old)?;
     names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
     if top.frozen != top.old.path && top.name != top.old.path {
-        // A raw image goes by its new name alone; the overlay's is another. Without the overlay that name would be
-        // an active disk's.
+        // A raw image goes by its new name alone; the overlay's is another. Without the overlay that name
+        // would be an active disk's.
         names.sync(&directory_of(&top.name))?;
         expect_at(root, &top.old.path, &top.old)?;
         names.unlink(&top.old.path)?;
@@ -613,13 +640,13 @@ fn mark(store: &Arc<Store>, old: FormerTop, path: &Path, frozen: &Frozen) -> Res
     marked.and(finished)
 }
 
-/// Whether a snapshot, or a revert, that was cut off goes on to its end, or back to its beginning; every refusal is asked
-/// again. Nothing is changed.
+/// Whether a snapshot, or a revert, that was cut off goes on to its end, or back to its beginning; every
+/// refusal is asked again. Nothing is changed.
 pub(super) fn examine(world: &ScannedStore, intent: &Intent<SnapshotOperation>) -> Result<bool> {
     let SnapshotOperation { disks, .. } = &intent.operation;
     let root = &world.store.guard().root;
-    // Before the first overlay has its name, nothing is frozen; what is there then is of a later moment than was asked
-    // for.
+    // Before the first overlay has its name, nothing is frozen; what is there then is of a later moment than
+    // was asked for.
     let is_taken = disks.iter().any(|top| is_at(root, &top.name, &top.overlay));
     let goes_on = is_taken && disks.iter().all(|top| can_go_on(root, top));
     let mut refusals = Vec::new();
@@ -659,12 +686,14 @@ fn refuse_rest(world: &ScannedStore, top: &NewTop, goes_on: bool, refusals: &mut
         let others = others_using(&world.users_by_name(old));
         if !others.is_empty() {
             let (given, others) = (shown(&top.old.path), others.join(", "));
-            let fact = format!("has come to be used by {others} under its old name {given}, which is taken away");
+            let fact =
+                format!("has come to be used by {others} under its old name {given}, which is taken away");
             let sentence = format!("{} {fact}; put those on {} first", image.shown(), image.shown());
             refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
         }
     } else if !has_come {
-        // Who has come to stand on it by its name would stand on the overlay; who does by its new one, on nothing.
+        // Who has come to stand on it by its name would stand on the overlay; who does by its new one, on
+        // nothing.
         let others = others_using(&[]);
         if !others.is_empty() && (goes_on || own_names > 1) {
             let fact = "has come to be used by other images, which would lose it";
@@ -675,8 +704,13 @@ fn refuse_rest(world: &ScannedStore, top: &NewTop, goes_on: bool, refusals: &mut
     }
 }
 
-/// Takes up a snapshot, or a revert, that was cut off: to its end if it was taken, else back to its beginning.
-pub(super) fn resume(context: &Context, intent: OwnedIntent<SnapshotOperation>, lock: FileLock) -> Result<()> {
+/// Takes up a snapshot, or a revert, that was cut off: to its end if it was taken, else back to its
+/// beginning.
+pub(super) fn resume(
+    context: &Context,
+    intent: OwnedIntent<SnapshotOperation>,
+    lock: FileLock,
+) -> Result<()> {
     let store = context.store();
     let world = ScannedStore::look_for(store, intent.name())?;
     let goes_on = examine(&world, &intent.intent)?;
@@ -687,8 +721,8 @@ pub(super) fn resume(context: &Context, intent: OwnedIntent<SnapshotOperation>, 
     done
 }
 
-/// Does what is left of a snapshot whose disks (`held`) nobody uses; or takes back what was begun. Under the store's
-/// lock.
+/// Does what is left of a snapshot whose disks (`held`) nobody uses; or takes back what was begun. Under the
+/// store's lock.
 pub(super) fn carry_on(
     context: &Context,
     intent: OwnedIntent<SnapshotOperation>,
@@ -703,7 +737,8 @@ pub(super) fn carry_on(
     let has_come = disks.iter().any(|top| is_at(root, &top.name, &top.overlay));
     if has_come && went.is_err() {
         // The intent stays, and with it what is left to be done.
-        let fact = "the disk has been switched already; what is left of it is done when the store is mounted again";
+        let fact =
+            "the disk has been switched already; what is left of it is done when the store is mounted again";
         return went.map_err(|error| error.within(fact));
     }
     if !has_come && disks.iter().all(|top| is_at(root, &top.old.path, &top.old)) {
@@ -743,7 +778,8 @@ fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobIm
     let mark = Frozen { seconds: *seconds, nanoseconds: *nanoseconds, description: description.clone() };
     for mut job in held {
         let top = disks.iter().find(|top| top.old.file.id == job.id());
-        // Those who read its internal snapshots have it open, and their locks are ours only if it is found by its new name.
+        // Those who read its internal snapshots have it open, and their locks are ours only if it is found by
+        // its new name.
         if let Some(top) = top {
             job.renamed(&ending::own_path(store, &top.frozen));
         }
@@ -796,8 +832,8 @@ fn unless_unsupported(marked: Result<()>) -> Result<()> {
     }
 }
 
-/// Whether all that a disk of a snapshot needs is there, and nothing that others have put there is in the way. Where
-/// an overlay has gone, nothing was begun that a guest could have seen.
+/// Whether all that a disk of a snapshot needs is there, and nothing that others have put there is in the
+/// way. Where an overlay has gone, nothing was begun that a guest could have seen.
 fn can_go_on(root: &Root, top: &NewTop) -> bool {
     let is_free = |path: &Path| root.stat(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
     let is_old = |path: &Path| is_at(root, path, &top.old);

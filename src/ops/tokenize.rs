@@ -11,7 +11,10 @@ use super::MAX_COMMAND_LEN;
 /// The words of a line; its end may be marked by a newline. There may be none.
 pub(super) fn split(text: &[u8]) -> Result<Vec<Vec<u8>>> {
     if text.len() > MAX_COMMAND_LEN {
-        return Err(usage(format!("a command has at most {MAX_COMMAND_LEN} bytes, this one has {}", text.len())));
+        return Err(usage(format!(
+            "a command has at most {MAX_COMMAND_LEN} bytes, this one has {}",
+            text.len()
+        )));
     }
     let line = text.strip_suffix(b"\n").unwrap_or(text);
     if line.contains(&b'\n') {
@@ -63,7 +66,8 @@ fn plain(byte: u8) -> Result<u8> {
 
 /// A word as it has to be written, for the reader of commands and for a shell.
 pub fn quote(word: &[u8]) -> Vec<u8> {
-    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || !byte.is_ascii() || b"._-/=@%+:,".contains(byte);
+    let is_plain =
+        |byte: &u8| byte.is_ascii_alphanumeric() || !byte.is_ascii() || b"._-/=@%+:,".contains(byte);
     if !word.is_empty() && word.iter().all(is_plain) {
         return word.to_vec();
     }
@@ -93,14 +97,20 @@ mod tests {
 
     #[test]
     fn words_are_what_a_shell_makes_of_them() {
-        for line in
-            ["a  b\tc", r#""a b" 'c d'e\ f"#, r#"x="y z" ''"#, r#""\"\\\$\`\n" '\n' \n"#, r"a\'b 'it'\''s'", "ü='ö ä'"]
-        {
+        for line in [
+            "a  b\tc",
+            r#""a b" 'c d'e\ f"#,
+            r#"x="y z" ''"#,
+            r#""\"\\\$\`\n" '\n' \n"#,
+            r"a\'b 'it'\''s'",
+            "ü='ö ä'",
+        ] {
             let shell = std::process::Command::new("sh")
                 .args(["-c", &format!("printf '%s\\n' {line}")])
                 .output()
                 .expect("a shell");
-            let theirs: Vec<String> = String::from_utf8(shell.stdout).unwrap().lines().map(str::to_string).collect();
+            let theirs: Vec<String> =
+                String::from_utf8(shell.stdout).unwrap().lines().map(str::to_string).collect();
             assert_eq!(words(line), theirs, "{line}");
         }
         assert_eq!(words("a #b $c *; \n"), ["a", "#b", "$c", "*;"]);
@@ -112,7 +122,8 @@ mod tests {
         for word in ["", "plain", "two words", "it's", "~", "$(date)", "a\\b", "#", "\"", "ü"] {
             let line = String::from_utf8(quote(word.as_bytes())).unwrap();
             assert_eq!(words(&line), [word]);
-            let shell = std::process::Command::new("sh").args(["-c", &format!("printf %s {line}")]).output().unwrap();
+            let shell =
+                std::process::Command::new("sh").args(["-c", &format!("printf %s {line}")]).output().unwrap();
             assert_eq!(shell.stdout, word.as_bytes());
         }
     }

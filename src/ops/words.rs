@@ -1,6 +1,7 @@
 //! The words of commands: which ones a verb takes, reading them, and writing them again.
 //!
-//! Every refusal names the word that is wrong and the words that there are. What a word means is for its verb.
+//! Every refusal names the word that is wrong and the words that there are. What a word means is for its
+//! verb.
 
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
@@ -37,7 +38,8 @@ impl VerbSpec {
     fn takes(&self) -> String {
         let names = self.positional.map(str::to_owned).into_iter();
         let keys = self.keys.iter().map(|key| format!("{key}="));
-        let words: Vec<String> = names.chain(keys).chain(self.flags.iter().map(ToString::to_string)).collect();
+        let words: Vec<String> =
+            names.chain(keys).chain(self.flags.iter().map(ToString::to_string)).collect();
         let words = if words.is_empty() { "no words".to_string() } else { words.join(" ") };
         format!("{} takes {words}", self.name)
     }
@@ -97,7 +99,9 @@ impl ParsedWords {
                 {
                     given.positional = Some(word);
                 }
-                (None, None, _) => return Err(usage(format!("unknown word {}; {}", show(&word), spec.takes()))),
+                (None, None, _) => {
+                    return Err(usage(format!("unknown word {}; {}", show(&word), spec.takes())));
+                }
             }
         }
         Ok(given)

@@ -208,8 +208,14 @@ mod tests {
         let error = Error::new(ErrorKind::Corrupt, "bad\nblock");
         let text = line(b"/p1/a\nb", &PathDifference::Unreadable(Side::B, error));
         assert_eq!(text, "! /p1/a\\x0ab   not readable in the second: bad\\x0ablock\n");
-        let tally =
-            Tally { added: 3, removed: 1, changed: 12, bytes_read: 4_299_162, bytes_total: 1 << 30, unreadable: 0 };
+        let tally = Tally {
+            added: 3,
+            removed: 1,
+            changed: 12,
+            bytes_read: 4_299_162,
+            bytes_total: 1 << 30,
+            unreadable: 0,
+        };
         assert_eq!(summary(&tally), "3 added, 1 removed, 12 changed; 4.1 MiB of 1 GiB read\n");
         assert!(tally.differs() && !Tally { unreadable: 1, ..Tally::default() }.differs());
     }

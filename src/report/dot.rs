@@ -11,14 +11,16 @@ use std::fmt::Write as _;
 /// All trees as one graph, with an edge from each layer to its backing file.
 pub fn forest(forest: &Forest, zone: &TimeZone, full: bool) -> String {
     let mut dot = String::from(
-        "digraph chainfs {\n  rankdir=BT;\n  node [shape=box, style=rounded, fontname=\"monospace\", fontsize=10];\n",
+        "digraph chainfs {\n  rankdir=BT;\n  node [shape=box, style=rounded, fontname=\"monospace\", \
+            fontsize=10];\n",
     );
     for (number, tree) in forest.trees.iter().enumerate() {
         let _ = writeln!(dot, "  subgraph cluster_{number} {{\n    label=\"{}\";", safe::dot(&tree.title));
         let rows = rows(tree, full);
         for (index, row) in rows.iter().enumerate() {
             let (lines, style) = label(row, tree, zone);
-            let lines: Vec<_> = lines.iter().filter(|line| !line.is_empty()).map(|line| safe::dot(line)).collect();
+            let lines: Vec<_> =
+                lines.iter().filter(|line| !line.is_empty()).map(|line| safe::dot(line)).collect();
             let _ = writeln!(dot, "    n{number}_{index} [label=\"{}\"{style}];", lines.join("\\n"));
             if let Some(parent) = row.parent {
                 let _ = writeln!(dot, "    n{number}_{index} -> n{number}_{parent};");
@@ -64,7 +66,10 @@ mod tests {
             BackingTree::new("t", TreeNode::new(NodeMark::Frozen, TreeNodeKind::Raw, "base\"]; x [label=\""));
         tree.add(
             0,
-            TreeNode { own_size: Some(2048), ..TreeNode::new(NodeMark::Active, TreeNodeKind::Qcow2, "a\\N\n") },
+            TreeNode {
+                own_size: Some(2048),
+                ..TreeNode::new(NodeMark::Active, TreeNodeKind::Qcow2, "a\\N\n")
+            },
         );
         let expected = r#"digraph chainfs {
   rankdir=BT;

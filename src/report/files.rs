@@ -87,7 +87,8 @@ pub fn mode(found: &FileAttributes) -> String {
         FileKind::Socket => 's',
     };
     let mut text = String::from(kind);
-    for (shift, special, set, unset) in [(6, 0o4000, 's', 'S'), (3, 0o2000, 's', 'S'), (0, 0o1000, 't', 'T')] {
+    for (shift, special, set, unset) in [(6, 0o4000, 's', 'S'), (3, 0o2000, 's', 'S'), (0, 0o1000, 't', 'T')]
+    {
         let bits = found.mode >> shift;
         text.push(if bits & 4 != 0 { 'r' } else { '-' });
         text.push(if bits & 2 != 0 { 'w' } else { '-' });
@@ -109,7 +110,10 @@ pub fn time(at: Time, zone: &TimeZone) -> String {
 
 fn timestamp(at: Time) -> Option<Timestamp> {
     // Nanoseconds count forward from the second, also before 1970, unlike in jiff's constructor.
-    Timestamp::from_second(at.seconds).ok()?.checked_add(jiff::SignedDuration::from_nanos(at.nanoseconds.into())).ok()
+    Timestamp::from_second(at.seconds)
+        .ok()?
+        .checked_add(jiff::SignedDuration::from_nanos(at.nanoseconds.into()))
+        .ok()
 }
 
 /// A file as JSON.
@@ -223,7 +227,12 @@ mod tests {
         let mut link = file(b"l", FileKind::Symlink, 0o777);
         link.target = Some(b"\x1b[2J".to_vec());
         let lost = Listed { name: b"lost".to_vec(), attributes: None, target: None };
-        let files = [file(b"a\xff", FileKind::File, 0o4755), link, file(b"sda1", FileKind::BlockDevice, 0o1660), lost];
+        let files = [
+            file(b"a\xff", FileKind::File, 0o4755),
+            link,
+            file(b"sda1", FileKind::BlockDevice, 0o1660),
+            lost,
+        ];
         let expected = "\
 -rwsr-xr-x 1 0 1000    7 2026-01-03 09:12:00 a\\xff
 lrwxrwxrwx 1 0 1000    7 2026-01-03 09:12:00 l -> \\x1b[2J
@@ -235,7 +244,8 @@ brw-rw---T 1 0 1000 8, 1 2026-01-03 09:12:00 sda1
 
     #[test]
     fn names_go_down_first() {
-        let files: Vec<Listed> = ["a", "bb", "c", "d", "e"].map(|name| file(name.as_bytes(), FileKind::File, 0)).into();
+        let files: Vec<Listed> =
+            ["a", "bb", "c", "d", "e"].map(|name| file(name.as_bytes(), FileKind::File, 0)).into();
         assert_eq!(short(&files, Some(12)), "a   c   e\nbb  d\n");
         assert_eq!(short(&files, Some(9)), "a   d\nbb  e\nc\n");
         assert_eq!(short(&files, None), "a\nbb\nc\nd\ne\n");

@@ -211,7 +211,9 @@ fn one(image: &ImageInfo, zone: &TimeZone) -> String {
     }
     if let Some(backing) = &image.backing_filename {
         match &image.full_backing_filename {
-            Some(full) if full != backing => out.line("backing file", &format!("{backing} (actual path: {full})")),
+            Some(full) if full != backing => {
+                out.line("backing file", &format!("{backing} (actual path: {full})"));
+            }
             Some(_) => out.line("backing file", backing),
             None => out.line("backing file", &format!("{backing} (cannot determine actual path)")),
         }
@@ -235,7 +237,8 @@ fn one(image: &ImageInfo, zone: &TimeZone) -> String {
 
 /// The table of `qemu-img snapshot -l`.
 pub fn snapshot_list(snapshots: &[SnapshotInfo], zone: &TimeZone) -> String {
-    let mut table = "ID      TAG               VM_SIZE                DATE        VM_CLOCK     ICOUNT\n".to_owned();
+    let mut table =
+        "ID      TAG               VM_SIZE                DATE        VM_CLOCK     ICOUNT\n".to_owned();
     for snapshot in snapshots {
         let taken = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(snapshot.date_sec));
         let date = taken.map_or_else(|| "?".to_owned(), |taken| time::second(taken, zone));
@@ -283,7 +286,8 @@ impl Lines {
         self.line("    refcount bits", &details.refcount_bits.to_string());
         self.line_if("    data file", details.data_file.as_deref());
         self.line_if("    data file raw", details.data_file_raw.map(word));
-        let method = details.encrypt.as_ref().and_then(|encrypt| encrypt.get("format")).and_then(|name| name.as_str());
+        let method =
+            details.encrypt.as_ref().and_then(|encrypt| encrypt.get("format")).and_then(|name| name.as_str());
         self.line_if("    encrypt format", method);
         self.line_if("    corrupt", details.corrupt.map(word));
         self.line_if("    extended l2", details.extended_l2.map(word));

@@ -178,13 +178,17 @@ mod tests {
         let base = serde_json::json!({"id": 0, "name": "base", "state": "frozen", "format": "raw",
             "date": "2026-01-03T09:00:00Z", "actual-size": 3_328_599_654_u64, "children": [1]});
         assert_eq!(tree["nodes"][0], base);
-        assert_eq!((&tree["nodes"][2]["chain"], &tree["nodes"][3]["state"]), (&"web02".into(), &"internal".into()));
+        assert_eq!(
+            (&tree["nodes"][2]["chain"], &tree["nodes"][3]["state"]),
+            (&"web02".into(), &"internal".into())
+        );
     }
 
     #[test]
     fn a_hostile_name_is_one_string() {
         let name = "\"},\u{0}\u{1b}\u{202e}";
-        let text = forest(&Forest { trees: vec![BackingTree { title: name.into(), ..BackingTree::default() }] });
+        let text =
+            forest(&Forest { trees: vec![BackingTree { title: name.into(), ..BackingTree::default() }] });
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(value["trees"][0]["title"], name);
         assert!(!text.contains('\u{1b}') && !text.contains('\u{202e}') && text.contains("\\u202e"));

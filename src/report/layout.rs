@@ -101,7 +101,12 @@ pub(super) fn rows(tree: &BackingTree, full: bool) -> Vec<Row> {
         let side = children[top].iter().copied().filter(|child| Some(*child) != main[top]).rev();
         let mut last = main[top].is_none();
         for child in side {
-            pending.push(Pending { node: child, joint: Joint::Side { last }, parent: here, bars: column.clone() });
+            pending.push(Pending {
+                node: child,
+                joint: Joint::Side { last },
+                parent: here,
+                bars: column.clone(),
+            });
             last = false;
         }
     }
@@ -145,7 +150,9 @@ fn main_children(tree: &BackingTree, children: &[Vec<usize>]) -> Vec<Option<usiz
             .iter()
             .copied()
             .filter(|child| tree.nodes[*child].kind != TreeNodeKind::Internal)
-            .max_by(|a, b| rank[*a].cmp(&rank[*b]).then_with(|| tree.nodes[*b].name.cmp(&tree.nodes[*a].name)));
+            .max_by(|a, b| {
+                rank[*a].cmp(&rank[*b]).then_with(|| tree.nodes[*b].name.cmp(&tree.nodes[*a].name))
+            });
         let (depth, titular, active) = best.map_or((0, false, false), |best| rank[best]);
         let own = &tree.nodes[node];
         let is_titular = own.chain.as_deref() == Some(tree.title.as_str());

@@ -41,7 +41,8 @@ pub fn json(entries: &[MapEntry]) -> String {
         let separator = if number == 0 { "" } else { ",\n" };
         let _ = write!(
             text,
-            "{separator}{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, \"data\": {}, \
+            "{separator}{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": \
+                {}, \"data\": {}, \
              \"compressed\": {}",
             entry.start, entry.length, entry.depth, entry.present, entry.zero, entry.data, entry.compressed
         );

@@ -90,10 +90,12 @@ mod tests {
 
     #[test]
     fn a_status_is_six_lines_and_parses_back() {
-        let text = "number: 3\ncommand: commit top=a\nstate: running\ndone: 1319413953\ntotal: 3006477107\nerror:\n";
+        let text =
+            "number: 3\ncommand: commit top=a\nstate: running\ndone: 1319413953\ntotal: 3006477107\nerror:\n";
         assert_eq!(status(&running()), text);
         assert_eq!(parse_status(text), running());
-        let failed = Status { state: JobState::Failed, error: Some("a\nstate: done".to_string()), ..running() };
+        let failed =
+            Status { state: JobState::Failed, error: Some("a\nstate: done".to_string()), ..running() };
         assert_eq!(status(&failed).lines().count(), 6);
         assert_eq!(parse_status(&status(&failed)).state, JobState::Failed);
         assert_eq!(parse_status(""), Status::default());
@@ -102,9 +104,13 @@ mod tests {
     #[test]
     fn progress_is_full_only_when_everything_is_done() {
         assert_eq!(progress(&running()), "commit 43.8 % 1.2 GiB of 2.8 GiB");
-        assert!(progress(&Status { done: 999_999, total: 1_000_000, ..running() }).starts_with("commit 99.9 %"));
+        assert!(
+            progress(&Status { done: 999_999, total: 1_000_000, ..running() }).starts_with("commit 99.9 %")
+        );
         assert!(progress(&Status { done: 0, total: 0, ..running() }).starts_with("commit 0.0 %"));
-        assert!(progress(&Status { done: u64::MAX, total: u64::MAX, ..running() }).starts_with("commit 100.0 %"));
+        assert!(
+            progress(&Status { done: u64::MAX, total: u64::MAX, ..running() }).starts_with("commit 100.0 %")
+        );
         assert_eq!(progress(&Status { state: JobState::Done, ..running() }), "done");
         assert_eq!(progress(&Status::default()), "idle");
         let failed = Status { state: JobState::Failed, error: Some("no\nspace".to_string()), ..running() };

@@ -73,8 +73,9 @@ impl Canvas {
             .map(|(row, label)| x(row.column()) + 14 + chars(label.name.width().min(NAME_CHARS_MAX)))
             .max()
             .unwrap_or(0);
-        let widest =
-            |cell: fn(&Label) -> &str| chars(labels.iter().map(|label| cell(label).width()).max().unwrap_or(0));
+        let widest = |cell: fn(&Label) -> &str| {
+            chars(labels.iter().map(|label| cell(label).width()).max().unwrap_or(0))
+        };
         let kinds = names_end + 20;
         let dates = kinds + widest(|label| label.kind) + 20;
         let sizes_end = dates + widest(|label| &label.date) + 20 + widest(|label| &label.size);
@@ -91,10 +92,15 @@ impl Canvas {
             // The full name of a clipped one, as a tooltip.
             let _ = write!(self.body, "<g><title>{}</title>", safe::xml(&label.name));
             let _ = match label.class {
-                "internal" => write!(self.body, "<circle class=\"internal\" cx=\"{at}\" cy=\"{y}\" r=\"4\"/>"),
+                "internal" => {
+                    write!(self.body, "<circle class=\"internal\" cx=\"{at}\" cy=\"{y}\" r=\"4\"/>")
+                }
                 "active" => {
                     let (left, right, up, down) = (at - 7, at + 7, y - 7, y + 7);
-                    write!(self.body, "<path class=\"active\" d=\"M{at} {up}L{right} {y}L{at} {down}L{left} {y}z\"/>")
+                    write!(
+                        self.body,
+                        "<path class=\"active\" d=\"M{at} {up}L{right} {y}L{at} {down}L{left} {y}z\"/>"
+                    )
                 }
                 "fold" => write!(self.body, "<circle class=\"fold\" cx=\"{at}\" cy=\"{y}\" r=\"5\"/>"),
                 class => write!(self.body, "<circle class=\"{class}\" cx=\"{at}\" cy=\"{y}\" r=\"5\"/>"),
@@ -118,7 +124,11 @@ impl Canvas {
             Joint::Straight => writeln!(self.body, "<path class=\"line\" d=\"M{px} {from}V{to}\"/>"),
             Joint::Side { .. } => {
                 let turn = to - 8;
-                writeln!(self.body, "<path class=\"line\" d=\"M{px} {from}V{turn}Q{px} {to} {} {to}H{cx}\"/>", px + 8)
+                writeln!(
+                    self.body,
+                    "<path class=\"line\" d=\"M{px} {from}V{turn}Q{px} {to} {} {to}H{cx}\"/>",
+                    px + 8
+                )
             }
         };
     }
@@ -226,10 +236,16 @@ mod tests {
     #[test]
     fn hostile_names_leave_the_picture_well_formed() {
         let name = "</text><script>alert(1)</script>\u{0}\u{ffff}&\"'\x1b";
-        let mut bad = BackingTree::new(name, TreeNode::new(NodeMark::Broken, TreeNodeKind::Missing, name.repeat(20)));
+        let mut bad =
+            BackingTree::new(name, TreeNode::new(NodeMark::Broken, TreeNodeKind::Missing, name.repeat(20)));
         bad.nodes[0].flags.push(name.into());
         let svg = forest(&Forest { trees: vec![bad.clone(), bad] }, &TimeZone::UTC, true);
-        assert!(parsed(&svg).1.iter().any(|text| text.starts_with("</text><script>alert(1)</script>\\x00\\u{ffff}&")));
+        assert!(
+            parsed(&svg)
+                .1
+                .iter()
+                .any(|text| text.starts_with("</text><script>alert(1)</script>\\x00\\u{ffff}&"))
+        );
         assert!(!svg.contains("<script"));
     }
 

@@ -40,7 +40,8 @@ pub fn forest(forest: &Forest, options: &TextOptions) -> String {
 /// One tree under its summary line.
 pub fn tree(tree: &BackingTree, options: &TextOptions) -> String {
     let marks = if options.ascii { &ASCII } else { &UNICODE };
-    let lines: Vec<_> = rows(tree, options.full).iter().map(|row| TextLine::of(row, tree, options, marks)).collect();
+    let lines: Vec<_> =
+        rows(tree, options.full).iter().map(|row| TextLine::of(row, tree, options, marks)).collect();
     let width = |cell: fn(&TextLine) -> &str| lines.iter().map(|line| cell(line).width()).max().unwrap_or(0);
     let name = width(|line| &line.name).min(NAME_WIDTH_MAX);
     let (kind, date, size) = (width(|line| line.kind), width(|line| &line.date), width(|line| &line.size));
@@ -62,7 +63,8 @@ pub fn tree(tree: &BackingTree, options: &TextOptions) -> String {
 
 /// "web01 · 40 GiB virtual · 9.8 GiB on disk · 31 layers, 2 branches, 1 internal".
 pub fn summary(tree: &BackingTree, options: &TextOptions) -> String {
-    let mut counts = vec![format!("{} {}", tree.layer_count, if tree.layer_count == 1 { "layer" } else { "layers" })];
+    let mut counts =
+        vec![format!("{} {}", tree.layer_count, if tree.layer_count == 1 { "layer" } else { "layers" })];
     if tree.branch_count > 1 {
         counts.push(format!("{} branches", tree.branch_count));
     }
@@ -86,14 +88,16 @@ pub(super) struct Folded {
 impl Folded {
     pub(super) fn of(tree: &BackingTree, run: &[usize], zone: &TimeZone) -> Self {
         let nodes = || run.iter().map(|node| &tree.nodes[*node]);
-        let kind = nodes().map(|node| node.kind.word()).reduce(|a, b| if a == b { a } else { "" }).unwrap_or("");
+        let kind =
+            nodes().map(|node| node.kind.word()).reduce(|a, b| if a == b { a } else { "" }).unwrap_or("");
         let dates = || nodes().filter_map(|node| node.date);
         let days = match (dates().min(), dates().max()) {
             (Some(from), Some(to)) => time::days(from, to, zone),
             _ => String::new(),
         };
         let own_size = nodes().filter_map(|node| node.own_size).fold(0, u64::saturating_add);
-        let name = |node: Option<&usize>| node.map_or_else(String::new, |node| tree.nodes[*node].name.clone());
+        let name =
+            |node: Option<&usize>| node.map_or_else(String::new, |node| tree.nodes[*node].name.clone());
         Self { kind, days, own_size, names: (name(run.first()), name(run.last())) }
     }
 }
@@ -238,7 +242,9 @@ web01 · 40 GiB virtual · 12 GiB on disk · 31 layers, 2 branches, 1 internal
         web01.nodes[2].name = "führung".into();
         let text = tree(&web01, &TextOptions { ascii: true, ..utc() });
         assert!(text.is_ascii(), "{text}");
-        for line in ["* installed ", "|-* f\\u{fc}hrung ", "| `o before-upgrade ", ": 25 layers ", "@ active "] {
+        for line in
+            ["* installed ", "|-* f\\u{fc}hrung ", "| `o before-upgrade ", ": 25 layers ", "@ active "]
+        {
             assert!(text.lines().any(|l| l.starts_with(line)), "{line:?} in\n{text}");
         }
     }
@@ -256,13 +262,17 @@ web01 · 40 GiB virtual · 12 GiB on disk · 31 layers, 2 branches, 1 internal
         web01.add(0, sample::layer("plain", TreeNodeKind::Qcow2, 1, 0, 10));
         web01.count();
         let text = tree(&web01, &utc());
-        let kinds: Vec<_> = text.lines().skip(1).map(|line| line.split(['r', 'q']).next().unwrap().width()).collect();
+        let kinds: Vec<_> =
+            text.lines().skip(1).map(|line| line.split(['r', 'q']).next().unwrap().width()).collect();
         assert_eq!(kinds[0], kinds[1], "{text}");
     }
 
     #[test]
     fn hostile_names_stay_on_their_line() {
-        let web01 = BackingTree::new("a\nb", TreeNode::new(NodeMark::Broken, TreeNodeKind::Missing, "\x1b[31mred\r\n"));
+        let web01 = BackingTree::new(
+            "a\nb",
+            TreeNode::new(NodeMark::Broken, TreeNodeKind::Missing, "\x1b[31mred\r\n"),
+        );
         let text = tree(&web01, &utc());
         assert_eq!(text.lines().count(), 2);
         assert!(text.contains("✗ \\x1b[31mred\\x0d\\x0a  ?"), "{text}");

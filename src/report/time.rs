@@ -33,7 +33,8 @@ pub fn rfc3339(at: SystemTime) -> Option<String> {
 }
 
 fn formatted(at: SystemTime, zone: &TimeZone, format: &str) -> String {
-    Timestamp::try_from(at).map_or_else(|_| "?".to_owned(), |at| at.to_zoned(zone.clone()).strftime(format).to_string())
+    Timestamp::try_from(at)
+        .map_or_else(|_| "?".to_owned(), |at| at.to_zoned(zone.clone()).strftime(format).to_string())
 }
 
 #[cfg(test)]

@@ -29,7 +29,10 @@ struct TrashEntry {
 
 /// The line for a trash that cannot be listed.
 pub fn unlisted(error: &Error) -> String {
-    format!("the trash cannot be listed: {}; check .chainfs/trash in the store\n", terminal(&error.to_string()))
+    format!(
+        "the trash cannot be listed: {}; check .chainfs/trash in the store\n",
+        terminal(&error.to_string())
+    )
 }
 
 /// A line for each item: id, time of removal, size on disk, file and command.
@@ -42,8 +45,10 @@ pub fn listed(items: &[TrashItem], zone: &TimeZone) -> String {
         let when = minute(UNIX_EPOCH + Duration::from_secs(item.seconds), zone);
         let (id, gap) = (terminal(&item.id), name_width - name.width());
         let (size, command) = (brief_size(item.disk_len), terminal(&item.command));
-        let problem = item.problem.as_ref().map(|problem| format!("   ({})", terminal(problem))).unwrap_or_default();
-        let _ = writeln!(lines, "{id:id_width$}   {when}   {size:>9}   {name}{:gap$}   {command}{problem}", "");
+        let problem =
+            item.problem.as_ref().map(|problem| format!("   ({})", terminal(problem))).unwrap_or_default();
+        let _ =
+            writeln!(lines, "{id:id_width$}   {when}   {size:>9}   {name}{:gap$}   {command}{problem}", "");
     }
     lines
 }

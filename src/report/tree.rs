@@ -102,8 +102,10 @@ impl BackingTree {
         let internal = |node: &&TreeNode| node.kind == TreeNodeKind::Internal;
         self.internal_count = self.nodes.iter().filter(internal).count();
         self.layer_count = self.nodes.len() - self.internal_count;
-        let is_layer = |child: &usize| self.nodes.get(*child).is_some_and(|node| node.kind != TreeNodeKind::Internal);
-        let is_leaf = |node: &&TreeNode| node.kind != TreeNodeKind::Internal && !node.children.iter().any(is_layer);
+        let is_layer =
+            |child: &usize| self.nodes.get(*child).is_some_and(|node| node.kind != TreeNodeKind::Internal);
+        let is_leaf =
+            |node: &&TreeNode| node.kind != TreeNodeKind::Internal && !node.children.iter().any(is_layer);
         self.branch_count = self.nodes.iter().filter(is_leaf).count();
         self.on_disk = self.nodes.iter().filter_map(|node| node.own_size).fold(0, u64::saturating_add);
     }
@@ -161,7 +163,13 @@ pub(super) mod sample {
     pub(in crate::report) const NEW_YEAR: u64 = 1_767_225_600;
 
     /// A layer with a date `day` days and `hour` hours into 2026, and a size in tenths of a GiB.
-    pub(in crate::report) fn layer(name: &str, kind: TreeNodeKind, day: u64, hour: u64, tenths: u64) -> TreeNode {
+    pub(in crate::report) fn layer(
+        name: &str,
+        kind: TreeNodeKind,
+        day: u64,
+        hour: u64,
+        tenths: u64,
+    ) -> TreeNode {
         let date = SystemTime::UNIX_EPOCH + Duration::from_secs(NEW_YEAR + day * 86_400 + hour * 3600);
         let own_size = Some(tenths * (1 << 30) / 10);
         TreeNode { date: Some(date), own_size, ..TreeNode::new(NodeMark::Frozen, kind, name) }

@@ -44,7 +44,9 @@ fn names(disks: &[usize], views: &[Vec<u8>]) -> String {
     let name = |disk: usize| terminal_bytes(&views[disk]);
     let rows = disks.chunk_by(|one, next| one + 1 == *next);
     let names = rows.flat_map(|row| match row {
-        [first, .., last] if row.len() > ROW => vec![format!("{} .. {} ({})", name(*first), name(*last), row.len())],
+        [first, .., last] if row.len() > ROW => {
+            vec![format!("{} .. {} ({})", name(*first), name(*last), row.len())]
+        }
         _ => row.iter().map(|disk| name(*disk)).collect(),
     });
     names.collect::<Vec<String>>().join(", ")
@@ -81,7 +83,11 @@ impl VersionsObject {
                 Some(Err(_)) => "unreadable",
             },
             views: version.disks.iter().map(|disk| text(&views[*disk])).collect(),
-            attributes: version.state.as_ref().and_then(|state| state.as_ref().ok()).map(AttributesObject::of),
+            attributes: version
+                .state
+                .as_ref()
+                .and_then(|state| state.as_ref().ok())
+                .map(AttributesObject::of),
             target: version.target.as_deref().map(text),
             error: version.state.as_ref().and_then(|state| state.as_ref().err()).map(ToString::to_string),
         };

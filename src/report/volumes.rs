@@ -35,8 +35,10 @@ pub fn listed(contents: &DiskContents) -> String {
     }
     for group in &layout.missing {
         let absent = group.absent.join(", ");
-        let fact =
-            format!("volume group {} lacks the physical volumes {absent}; no disk of this store has them", group.name);
+        let fact = format!(
+            "volume group {} lacks the physical volumes {absent}; no disk of this store has them",
+            group.name
+        );
         let _ = writeln!(text, "{}", terminal(&fact));
     }
     text
@@ -71,7 +73,10 @@ pub fn objects(contents: &DiskContents) -> Vec<VolumeObject> {
         label: volume.label.clone(),
         uuid: volume.uuid.clone(),
         stale: contents.mount(index).map(|mounted| mounted.stale).unwrap_or_default(),
-        problem: volume.problem.clone().or_else(|| contents.mount(index).err().map(|error| error.to_string())),
+        problem: volume
+            .problem
+            .clone()
+            .or_else(|| contents.mount(index).err().map(|error| error.to_string())),
     };
     contents.layout().volumes.iter().enumerate().map(object).collect()
 }

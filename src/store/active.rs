@@ -177,7 +177,10 @@ impl Store {
             if self.options.salvage
                 && let Some(problem) = catalog.view_problem(layers)
             {
-                return Err(Error::new(ErrorKind::ReadOnly, format!("{problem}; what is left of it is only read")));
+                return Err(Error::new(
+                    ErrorKind::ReadOnly,
+                    format!("{problem}; what is left of it is only read"),
+                ));
             }
         }
         let disk = self.active.disk(leaf);
@@ -189,7 +192,9 @@ impl Store {
         let is_written = matches!(&*disk.state.read(), DiskState::Writing(_));
         if is_written {
             // One more for the writer, unless it has failed.
-            if let Some(poison) = disk.writer().filter(|_| access.writes()).and_then(|writer| disk.poison(&writer)) {
+            if let Some(poison) =
+                disk.writer().filter(|_| access.writes()).and_then(|writer| disk.poison(&writer))
+            {
                 return Err(poison);
             }
         } else {
@@ -203,7 +208,8 @@ impl Store {
             drop(old);
             if access.writes() {
                 disk.begin_writing(self, leaf)?;
-                // A command may have frozen it since the catalog was made: it held the lock until that was seen.
+                // A command may have frozen it since the catalog was made: it held the lock until that was
+                // seen.
                 if let Err(error) = self.is_still_leaf(catalog, leaf) {
                     disk.end_writing(self, openings.count > 0);
                     return Err(error);
@@ -228,8 +234,8 @@ impl Store {
         }
     }
 
-    /// Does something while nobody has the active disk of that leaf open, and nobody opens it. `Busy` if somebody has.
-    /// Nothing may be done meanwhile that opens or looks after active disks.
+    /// Does something while nobody has the active disk of that leaf open, and nobody opens it. `Busy` if
+    /// somebody has. Nothing may be done meanwhile that opens or looks after active disks.
     pub(crate) fn while_closed<T>(&self, leaf: &ImageEntry, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let disk = self.active.disk(leaf);
         let openings = disk.openings.lock();
@@ -245,8 +251,8 @@ impl Store {
         done
     }
 
-    /// Lets nobody write the active disk whose top is the image `id`, until the store is opened anew: its name may not
-    /// be durable.
+    /// Lets nobody write the active disk whose top is the image `id`, until the store is opened anew: its
+    /// name may not be durable.
     pub(crate) fn poison_active(&self, id: FileId, name: &str, error: &Error) {
         let fact = "takes no writes until it is mounted again, for its new name may not be durable";
         let poison = Error::new(ErrorKind::Poisoned, format!("{name} {fact}: {error}"));
@@ -259,17 +265,19 @@ impl Store {
         number.and_then(|number| self.active.find(number)).is_some_and(|disk| disk.openings.lock().count > 0)
     }
 
-    /// Why the disk of an image could not be written, if so: nothing is locked or written to find out. What this process
-    /// writes already has been found good.
+    /// Why the disk of an image could not be written, if so: nothing is locked or written to find out. What
+    /// this process writes already has been found good.
     pub(crate) fn check_writable(&self, catalog: &Catalog, index: ImageIndex) -> Result<()> {
         let image = &catalog.images[index];
         let number = self.active.disks.lock().by_image.get(&image.stat.id).copied();
-        let is_written = number.and_then(|number| self.active.find(number)).is_some_and(|disk| disk.writer().is_some());
+        let is_written =
+            number.and_then(|number| self.active.find(number)).is_some_and(|disk| disk.writer().is_some());
         if image.qcow2().is_none() || is_written {
             return Ok(());
         }
         let file = self.file(&image.place, &image.stat, false);
-        let data_file = image.data_file.as_ref().map(|(place, stat)| self.file(place, stat, false) as Arc<dyn Storage>);
+        let data_file =
+            image.data_file.as_ref().map(|(place, stat)| self.file(place, stat, false) as Arc<dyn Storage>);
         check_writable(&image.shown(), file, data_file, writer_options(self))
     }
 
@@ -277,7 +285,9 @@ impl Store {
     fn is_nobodys_base(&self, leaf: &ImageEntry) -> Result<()> {
         let Some(whole) = self.whole()? else { return Ok(()) };
         is_unclaimed(&whole, leaf.stat.id)?;
-        let Some(image) = whole.images.iter().find(|image| image.stat.id == leaf.stat.id) else { return Ok(()) };
+        let Some(image) = whole.images.iter().find(|image| image.stat.id == leaf.stat.id) else {
+            return Ok(());
+        };
         let users: Vec<String> = image.users.iter().map(|user| whole.images[*user].shown()).collect();
         if users.is_empty() {
             return Ok(());
@@ -298,8 +308,9 @@ impl Store {
     }
 
     fn may_be_written(&self, catalog: &Catalog, leaf: &ImageEntry) -> Result<()> {
-        let refuse =
-            |image: &ImageEntry, fact: &str| Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", image.shown())));
+        let refuse = |image: &ImageEntry, fact: &str| {
+            Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", image.shown())))
+        };
         if self.options.read_only {
             return refuse(leaf, "is in a store that is mounted read-only; mount it without -o ro");
         }
@@ -307,7 +318,10 @@ impl Store {
             return refuse(leaf, "is frozen or read-only; make a clone of it to be written");
         }
         if !leaf.users.is_empty() {
-            return refuse(leaf, "has other images standing on it, which would be spoilt; write to one of those");
+            return refuse(
+                leaf,
+                "has other images standing on it, which would be spoilt; write to one of those",
+            );
         }
         // S3: a possible user protects it like a user.
         is_unclaimed(catalog, leaf.stat.id)?;
@@ -316,7 +330,10 @@ impl Store {
             |image: &&ImageEntry| leaf.data_file.as_ref().is_some_and(|(_, stat)| stat.id == image.stat.id);
         if let Some(data) = catalog.images.iter().find(is_data_file) {
             if data.stat.id == leaf.stat.id {
-                return refuse(leaf, "is its own external data file, so that its tables would be overwritten");
+                return refuse(
+                    leaf,
+                    "is its own external data file, so that its tables would be overwritten",
+                );
             }
             if data.is_frozen() {
                 return refuse(
@@ -325,7 +342,10 @@ impl Store {
                 );
             }
             if !data.users.is_empty() {
-                return refuse(data, "has images standing on it, which would be spoilt: it is an external data file");
+                return refuse(
+                    data,
+                    "has images standing on it, which would be spoilt: it is an external data file",
+                );
             }
             is_unclaimed(catalog, data.stat.id)?;
         }
@@ -411,14 +431,16 @@ impl ActiveDisks {
         let mut numbered = self.disks.lock();
         let Numbered { by_image, disks, .. } = &mut *numbered;
         // A disk in use keeps its number: its image may be one that this scan has not met yet.
-        by_image
-            .retain(|id, number| there.contains(id) || disks.get(number).is_some_and(|disk| disk.strong_count() > 0));
+        by_image.retain(|id, number| {
+            there.contains(id) || disks.get(number).is_some_and(|disk| disk.strong_count() > 0)
+        });
         drop(numbered);
         for disk in self.all() {
             let is_gone = disk.writer().is_some() && !there.contains(&disk.id());
             if is_gone && !disk.is_gone.swap(true, Ordering::Relaxed) {
                 tracing::warn!(
-                    "{} was removed or replaced while it is open for writing; what is written goes into the old file \
+                    "{} was removed or replaced while it is open for writing; what is written goes into the \
+                        old file \
                      until it is closed",
                     disk.name()
                 );
@@ -533,9 +555,12 @@ impl ActiveDisk {
     /// Why nothing more is written, if so.
     fn poison(&self, writer: &Writer) -> Option<Error> {
         let bug = || {
-            let fact =
-                "takes no more writes until it is mounted again, for a change was broken off by a bug in chainfs";
-            Error::new(ErrorKind::Poisoned, format!("{} {fact}; what was flushed before is safe", self.name()))
+            let fact = "takes no more writes until it is mounted again, for a change was broken off by a bug \
+                in chainfs";
+            Error::new(
+                ErrorKind::Poisoned,
+                format!("{} {fact}; what was flushed before is safe", self.name()),
+            )
         };
         writer
             .poison()
@@ -665,8 +690,13 @@ mod tests {
         }));
         assert!(broken.is_err());
         store.flush_writers();
-        let kinds = [disk.write_at(0, b"more").map(drop), disk.flush(), disk.trouble(), open(Access::Write).map(drop)]
-            .map(|refused| refused.unwrap_err().kind());
+        let kinds = [
+            disk.write_at(0, b"more").map(drop),
+            disk.flush(),
+            disk.trouble(),
+            open(Access::Write).map(drop),
+        ]
+        .map(|refused| refused.unwrap_err().kind());
         assert_eq!(kinds, [ErrorKind::Poisoned; 4]);
         drop(disk);
         // The tables, of which a change was broken off, are those that were flushed.

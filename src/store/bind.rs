@@ -1,8 +1,9 @@
 //! Which files an intent that somebody has left speaks of.
 //!
-//! Promises: a file is bound to a name of the intent only if it is proven to be the one that was meant; what cannot
-//! be is said. In the store where the intent was written that is the file's identity and, before anything is done, its
-//! evidence; in a store that was copied as a whole it is one of the names that the command gives it, and the evidence.
+//! Promises: a file is bound to a name of the intent only if it is proven to be the one that was meant; what
+//! cannot be is said. In the store where the intent was written that is the file's identity and, before
+//! anything is done, its evidence; in a store that was copied as a whole it is one of the names that the
+//! command gives it, and the evidence.
 
 use std::path::{Path, PathBuf};
 
@@ -38,8 +39,8 @@ impl FileBinding {
 /// No file has it.
 const NOBODY: Identity = Identity { id: FileId { device: 0, inode: 0 }, birth: None };
 
-/// Finds the files of an intent, and notes in it which they are. `thoroughly`: evidence is asked for also where
-/// identity could be enough.
+/// Finds the files of an intent, and notes in it which they are. `thoroughly`: evidence is asked for also
+/// where identity could be enough.
 pub(super) fn bind(root: &Root, intent: &mut Intent, is_copied: bool, thoroughly: bool) -> Vec<FileBinding> {
     let mut wanted = expected(root, intent);
     if is_copied {
@@ -104,7 +105,8 @@ fn bind_copies(root: &Root, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileBinding>
     for (number, ExpectedFile { file: named, .. }) in wanted.iter_mut().enumerate() {
         let path = named.path.clone();
         let others = || (0..meant.len()).filter(|other| meant[*other] != meant[number]);
-        let is_anothers = |found: &Identity| others().any(|other| all[other].iter().any(|(_, known)| known == found));
+        let is_anothers =
+            |found: &Identity| others().any(|other| all[other].iter().any(|(_, known)| known == found));
         let finding = match all[number].as_slice() {
             [(name, found)] if !is_anothers(found) => {
                 named.file = *found;
@@ -118,7 +120,9 @@ fn bind_copies(root: &Root, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileBinding>
                     Some(against) => FileBinding::Doubt(format!("the store was copied, and {against}")),
                 }
             }
-            [(name, _)] => FileBinding::Doubt(format!("{} could be either of two files of the command", shown(name))),
+            [(name, _)] => {
+                FileBinding::Doubt(format!("{} could be either of two files of the command", shown(name)))
+            }
             [(one, _), (other, _), ..] => {
                 let fact = "could both be the one that was meant; remove the one that is not";
                 FileBinding::Doubt(format!("{} and {} {fact}", shown(one), shown(other)))
@@ -130,8 +134,8 @@ fn bind_copies(root: &Root, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileBinding>
     findings
 }
 
-/// The files of an intent that may have been changed or copied: what lies outside of the store is never changed, nor copied
-/// with it.
+/// The files of an intent that may have been changed or copied: what lies outside of the store is never
+/// changed, nor copied with it.
 fn expected<'a>(root: &Root, intent: &'a mut Intent) -> Vec<ExpectedFile<'a>> {
     let is_free = |path: &Path| root.stat(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
     let mut expected = intent.operation.expected(&is_free);

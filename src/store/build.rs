@@ -11,7 +11,8 @@ use crate::format::foreign::ForeignFormat;
 use crate::io::{FileId, Root};
 
 use super::catalog::{
-    self, BackingLink, Catalog, FileReference, ImageEntry, ImageIndex, IsFile, UnlinkedImage, qcow2_problem, versions,
+    self, BackingLink, Catalog, FileReference, ImageEntry, ImageIndex, IsFile, UnlinkedImage, qcow2_problem,
+    versions,
 };
 use super::describe::DetectedContent;
 use super::find_uses::{claims_of, foreign_kind, names_of};
@@ -22,7 +23,9 @@ use super::options::{Format, StoreOptions};
 use super::owners::Owners;
 use super::possible_uses::{PossibleUse, UseReach, pattern};
 use super::resolve::{StorePath, climbed, resolve};
-use super::scan::{KnownFiles, Problem, Scan, ScanContext, ScannedFile, describe_place, has_extension, known_of};
+use super::scan::{
+    KnownFiles, Problem, Scan, ScanContext, ScannedFile, describe_place, has_extension, known_of,
+};
 
 /// Files of a scan, and those that headers name besides, on their way to a catalog.
 pub(super) struct CatalogBuilder<'a> {
@@ -109,8 +112,8 @@ pub(super) fn build(
             builder.decide(file, &said.formats[index], is_single && index == 0)
         };
         let is_unreadable = format.is_none() && matches!(content, DetectedContent::Malformed(_));
-        let is_drawn =
-            !said.is_data_file[index] && (format == Some(Format::Qcow2) || is_unreadable && problem.is_some());
+        let is_drawn = !said.is_data_file[index]
+            && (format == Some(Format::Qcow2) || is_unreadable && problem.is_some());
         let (backing, meant) = claims_of(file, backing, is_drawn, options);
         more.extend(meant.into_iter().map(|reach| (index, reach, is_drawn)));
         if problem.is_some() && matches!(content, DetectedContent::Plain) {
@@ -139,7 +142,8 @@ pub(super) fn build(
             _ => std::iter::once(&file.place).chain(others).find_map(|place| notes.frozen(place)),
         };
         let is_named_readonly = |place: &StorePath| place.root != 0 || options.is_readonly(&place.path);
-        let readonly = !file.stat.has_write_bit() || std::iter::once(&file.place).chain(others).any(is_named_readonly);
+        let readonly =
+            !file.stat.has_write_bit() || std::iter::once(&file.place).chain(others).any(is_named_readonly);
         drafts.push(UnlinkedImage {
             entry: ImageEntry {
                 place: file.place.clone(),
@@ -193,16 +197,19 @@ fn is_file(roots: &[Arc<Root>], place: &StorePath, id: FileId, named: &FileRef) 
 /// What intents are whose words nobody understands.
 fn unreadable(senseless: &[(PathBuf, String)]) -> impl Iterator<Item = Problem> {
     let fact = "notes a command that was begun, but cannot be understood";
-    let remedy = "nothing of the store is shown, for nobody can tell what that has spoilt; restore it, or see what \
+    let remedy = "nothing of the store is shown, for nobody can tell what that has spoilt; restore it, or \
+        see what \
                   chainfs recover STORE says of it";
-    senseless
-        .iter()
-        .map(move |(path, reason)| Problem { path: path.clone(), sentence: format!("{fact}: {reason}; {remedy}") })
+    senseless.iter().map(move |(path, reason)| Problem {
+        path: path.clone(),
+        sentence: format!("{fact}: {reason}; {remedy}"),
+    })
 }
 
 fn not_finished(guard: &ControlDir, found: &FoundIntent) -> Problem {
     if !found.is_trusted {
-        let fact = "holds a chain of which a command was begun and is not finished, and whose note is not trusted";
+        let fact =
+            "holds a chain of which a command was begun and is not finished, and whose note is not trusted";
         let remedy = "what it may have spoilt is hidden until the note is trusted or taken away";
         return Problem {
             path: found.intent.chain.clone(),
@@ -214,8 +221,8 @@ fn not_finished(guard: &ControlDir, found: &FoundIntent) -> Problem {
         (None, true) => "is not finished, in the store of which this is a copy".to_owned(),
         (None, false) => "is not finished".to_owned(),
     };
-    let remedy =
-        "what it has spoilt is hidden until the store is mounted without ro, or chainfs recover has seen to it";
+    let remedy = "what it has spoilt is hidden until the store is mounted without ro, or chainfs recover has \
+        seen to it";
     let sentence =
         format!("holds a chain of which a command was begun and {state}; {remedy}: {}", found.intent.command);
     Problem { path: found.intent.chain.clone(), sentence }
@@ -249,10 +256,11 @@ impl FileLookup for ScannedFiles<'_> {
     }
 }
 
-/// While a snapshot gives an active layer its second name, the first is the one that counts, until the overlay has
-/// come.
+/// While a snapshot gives an active layer its second name, the first is the one that counts, until the
+/// overlay has come.
 fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) {
-    for NewTop { old, frozen, overlay, name, .. } in intents.iter().flat_map(|found| found.intent.operation.new_tops())
+    for NewTop { old, frozen, overlay, name, .. } in
+        intents.iter().flat_map(|found| found.intent.operation.new_tops())
     {
         let now = ScannedFiles { files: &scan.files, prefix, is_it };
         if old.path == *frozen || !now.is_at(old, &old.path) || !now.is_at(old, frozen) {
@@ -273,7 +281,8 @@ fn superseded(scan: &Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFil
     affected.map(|file| file.file.id).collect()
 }
 
-const DOUBTFUL: &str = "cannot be read: its header and that of the file it names name each other, and a guest may have \
+const DOUBTFUL: &str = "cannot be read: its header and that of the file it names name each other, and a \
+    guest may have \
                         written one of them; say what it is with -o format=NAME:raw or -o format=NAME:qcow2";
 
 /// What headers say of other files, as far as they are to be believed.
@@ -307,9 +316,11 @@ impl CatalogBuilder<'_> {
             if let Some(first) = self.by_id.get(&file.stat.id) {
                 let first_name = self.files[*first].place.path.display();
                 let sentence = format!(
-                    "is another name of {first_name} (a hard link); they are one image, shown under the first name; remove one"
+                    "is another name of {first_name} (a hard link); they are one image, shown under the \
+                        first name; remove one"
                 );
-                if super::scan::looks_like_image(&file.place.path) || matches!(file.content, DetectedContent::Qcow2(_))
+                if super::scan::looks_like_image(&file.place.path)
+                    || matches!(file.content, DetectedContent::Qcow2(_))
                 {
                     self.problems.push(Problem { path: file.place.path.clone(), sentence });
                 }
@@ -320,7 +331,8 @@ impl CatalogBuilder<'_> {
         }
     }
 
-    /// Looks at a file that a command has named, unless it is known. What is wrong with it that command hears.
+    /// Looks at a file that a command has named, unless it is known. What is wrong with it that command
+    /// hears.
     fn introduce(&mut self, place: StorePath) {
         if self.by_place.contains_key(&place) {
             return;
@@ -336,7 +348,9 @@ impl CatalogBuilder<'_> {
     /// The names of each file besides the one under which it is shown.
     fn other_names(&self) -> HashMap<ImageIndex, Vec<StorePath>> {
         let mut names: HashMap<ImageIndex, Vec<StorePath>> = HashMap::new();
-        for (place, index) in self.by_place.iter().filter(|(place, index)| self.files[**index].place != **place) {
+        for (place, index) in
+            self.by_place.iter().filter(|(place, index)| self.files[**index].place != **place)
+        {
             names.entry(*index).or_default().push(place.clone());
         }
         names
@@ -361,7 +375,8 @@ impl CatalogBuilder<'_> {
             if let Ok(target) = reference.target {
                 reference.meant = vec![UseReach::Image(target)];
                 let fact = "is another name of a file, and by that name QEMU finds another backing file";
-                reference.target = Err(format!("{fact} ({other}) than by the file's own; name the file itself"));
+                reference.target =
+                    Err(format!("{fact} ({other}) than by the file's own; name the file itself"));
             }
         }
         references
@@ -390,12 +405,14 @@ impl CatalogBuilder<'_> {
         FileReference { target, meant, format, name: printable(&name), via, raw_name: name }
     }
 
-    /// A relative name is looked for from the directory of the name by which QEMU was given the image, so that a file of
-    /// several names may stand on several files. What it stands on by its other names counts where there is nothing by
-    /// its own; where both lead somewhere, what it is by the other name is doubtful: returns what it would stand on.
+    /// A relative name is looked for from the directory of the name by which QEMU was given the image, so
+    /// that a file of several names may stand on several files. What it stands on by its other names counts
+    /// where there is nothing by its own; where both lead somewhere, what it is by the other name is
+    /// doubtful: returns what it would stand on.
     fn follow_other_names(&mut self, references: &mut [Vec<FileReference>]) -> HashMap<StorePath, String> {
-        let is_elsewhere =
-            |place: &StorePath, own: &StorePath| place.root != own.root || place.path.parent() != own.path.parent();
+        let is_elsewhere = |place: &StorePath, own: &StorePath| {
+            place.root != own.root || place.path.parent() != own.path.parent()
+        };
         let mut others: Vec<(StorePath, ImageIndex)> =
             self.by_place.iter().map(|(place, index)| (place.clone(), *index)).collect();
         others.retain(|(place, index)| {
@@ -456,13 +473,17 @@ impl CatalogBuilder<'_> {
             let Some(data_file) = qcow2.header.data_file.clone() else { continue };
             let from = self.files[index].place.clone();
             let target = match &data_file.name {
-                None => Err("cannot be read: its data is in an external file that its header does not name; \
+                None => {
+                    Err("cannot be read: its data is in an external file that its header does not name; \
                              set it with qemu-img amend -o data_file=NAME"
-                    .to_string()),
+                        .to_string())
+                }
                 Some(name) => self
                     .find(&from, name)
                     .map_err(|sentence| sentence.replace(REBASE, AMEND))
-                    .map_err(|sentence| format!("cannot be read: its data file \"{}\" {sentence}", printable(name))),
+                    .map_err(|sentence| {
+                        format!("cannot be read: its data file \"{}\" {sentence}", printable(name))
+                    }),
             };
             found.insert(index, target);
         }
@@ -477,10 +498,13 @@ impl CatalogBuilder<'_> {
         data_references: &HashMap<ImageIndex, std::result::Result<ImageIndex, String>>,
     ) -> StatedReferences {
         let count = self.files.len();
-        let backing = |index: ImageIndex| references[index].first().and_then(|r| r.target.as_ref().ok()).copied();
-        let data = |index: ImageIndex| data_references.get(&index).and_then(|target| target.as_ref().ok()).copied();
-        let named =
-            |index: ImageIndex| [backing(index), data(index)].into_iter().flatten().filter(move |t| *t != index);
+        let backing =
+            |index: ImageIndex| references[index].first().and_then(|r| r.target.as_ref().ok()).copied();
+        let data =
+            |index: ImageIndex| data_references.get(&index).and_then(|target| target.as_ref().ok()).copied();
+        let named = |index: ImageIndex| {
+            [backing(index), data(index)].into_iter().flatten().filter(move |t| *t != index)
+        };
         // Everybody waits for those by whom it is named.
         let mut waiting = vec![0_usize; count];
         (0..count).flat_map(named).for_each(|target| waiting[target] += 1);
@@ -488,7 +512,9 @@ impl CatalogBuilder<'_> {
         // In a loop somebody has to be first: whose name or user says what it is.
         let is_sure = |index: ImageIndex| {
             let path = &self.files[index].place.path;
-            has_extension(path, "qcow2") || has_extension(path, "raw") || self.options.stated_format(path).is_some()
+            has_extension(path, "qcow2")
+                || has_extension(path, "raw")
+                || self.options.stated_format(path).is_some()
         };
         let mut rest = (0..count).filter(|i| is_sure(*i)).chain((0..count).filter(|i| !is_sure(*i)));
         let mut said = StatedReferences {
@@ -497,7 +523,8 @@ impl CatalogBuilder<'_> {
             is_doubtful: vec![false; count],
         };
         let mut is_heard = vec![false; count];
-        while let Some((index, is_in_turn)) = ready.pop().map(|i| (i, true)).or_else(|| rest.next().map(|i| (i, false)))
+        while let Some((index, is_in_turn)) =
+            ready.pop().map(|i| (i, true)).or_else(|| rest.next().map(|i| (i, false)))
         {
             if std::mem::replace(&mut is_heard[index], true) {
                 continue;
@@ -510,11 +537,12 @@ impl CatalogBuilder<'_> {
                     == Some(Format::Qcow2);
             if is_believed {
                 if let (Some(target), Some(reference)) = (backing(index), references[index].first()) {
-                    let is_plain =
-                        self.files[target].is_plain || matches!(self.files[target].content, DetectedContent::Plain);
+                    let is_plain = self.files[target].is_plain
+                        || matches!(self.files[target].content, DetectedContent::Plain);
                     // Only where the user asks for it is a format guessed from content.
                     let guess = (self.options.probe && is_plain).then_some(Format::Raw);
-                    said.formats[target].extend(reference.format.as_ref().map_or(guess, |f| Format::from_name(f)));
+                    said.formats[target]
+                        .extend(reference.format.as_ref().map_or(guess, |f| Format::from_name(f)));
                 }
                 if let Some(target) = data(index).filter(|target| *target != index) {
                     said.is_data_file[target] = true;
@@ -537,7 +565,9 @@ impl CatalogBuilder<'_> {
         // By whatever other name or link it was met: those are not its owner's to answer for.
         let (owner, lies_at) = image.map_or((0, from), |image| (image.stat.uid, &image.place));
         let place = resolve(self.roots, &self.options.maps, from, name)?;
-        let Some(sentence) = self.owners.refuse(owner, lies_at, &place) else { return self.find_any(from, name) };
+        let Some(sentence) = self.owners.refuse(owner, lies_at, &place) else {
+            return self.find_any(from, name);
+        };
         if let (Some(user), Ok(target)) = (user, self.find_any(from, name)) {
             self.uncounted.push((user, target));
         }
@@ -547,10 +577,16 @@ impl CatalogBuilder<'_> {
     /// The same whether it counts or not. Files that no scan has met are looked at now.
     fn find_any(&mut self, from: &StorePath, name: &[u8]) -> std::result::Result<ImageIndex, String> {
         let place = resolve(self.roots, &self.options.maps, from, name)?;
-        if climbed(self.roots, &self.options.maps, from, name).iter().any(|directory| !self.is_real(directory)) {
-            return Err("goes up (..) from a place that is a symbolic link, or is not in the store, so that it means \
+        if climbed(self.roots, &self.options.maps, from, name)
+            .iter()
+            .any(|directory| !self.is_real(directory))
+        {
+            return Err(
+                "goes up (..) from a place that is a symbolic link, or is not in the store, so that \
+                it means \
                         one file as text and may mean another to QEMU; write it without .."
-                .into());
+                    .into(),
+            );
         }
         if place.root != 0 || self.is_single {
             let directory = place.path.parent().unwrap_or(Path::new("")).to_path_buf();
@@ -590,7 +626,8 @@ impl CatalogBuilder<'_> {
     fn is_real(&self, directory: &Path) -> bool {
         self.roots.iter().any(|root| {
             let inside = root.relative(directory).filter(|inside| !inside.as_os_str().is_empty());
-            root.canonical().starts_with(directory) || inside.is_some_and(|inside| root.is_real_directory(&inside))
+            root.canonical().starts_with(directory)
+                || inside.is_some_and(|inside| root.is_real_directory(&inside))
         })
     }
 
@@ -606,10 +643,12 @@ impl CatalogBuilder<'_> {
         let foreign = foreign_kind(file);
         let is_foreign = || {
             let kind = foreign.map_or("", ForeignFormat::name);
-            let fact =
-                format!("cannot be read: it is taken for an image of the format {kind}, which chainfs does not read");
+            let fact = format!(
+                "cannot be read: it is taken for an image of the format {kind}, which chainfs does not read"
+            );
             let remedy = format!(
-                "convert it with qemu-img convert -O qcow2, or, if it is a raw disk, say so with -o format={}:raw",
+                "convert it with qemu-img convert -O qcow2, or, if it is a raw disk, say so with -o \
+                    format={}:raw",
                 pattern(path)
             );
             (None, Some(format!("{fact}; {remedy}").into()), file.content.clone())
@@ -627,7 +666,8 @@ impl CatalogBuilder<'_> {
             Some(Format::Raw) => raw(),
             Some(Format::Qcow2) => self.as_qcow2(file),
             None if has_extension(path, "img") && has_magic => {
-                let problem = "cannot be read: it is raw by its name but begins with qcow2's magic, which a guest could have \
+                let problem = "cannot be read: it is raw by its name but begins with qcow2's magic, which a \
+                    guest could have \
                                written; say which with -o format=NAME:raw or -o format=NAME:qcow2";
                 (None, Some(problem.into()), file.content.clone())
             }
@@ -647,7 +687,9 @@ impl CatalogBuilder<'_> {
             // Another name of one that could not be opened.
             DetectedContent::Unseen => match self.look_at(&file.place) {
                 Ok(file) => file.content,
-                Err(error) => return (None, Some(format!("cannot be read: {error}").into()), DetectedContent::Unseen),
+                Err(error) => {
+                    return (None, Some(format!("cannot be read: {error}").into()), DetectedContent::Unseen);
+                }
             },
             content => content.clone(),
         };
@@ -659,14 +701,16 @@ impl CatalogBuilder<'_> {
             }
             DetectedContent::Foreign(foreign) => {
                 let fact = "and chainfs reads raw and qcow2; convert it with qemu-img convert -O qcow2";
-                let problem = format!("cannot be read: it is an image of the format {}, {fact}", foreign.kind.name());
+                let problem =
+                    format!("cannot be read: it is an image of the format {}, {fact}", foreign.kind.name());
                 (None, Some(problem.into()), content)
             }
             DetectedContent::Plain | DetectedContent::Unseen => {
                 let problem = if file.stat.signature.size == 0 {
                     "cannot be read: the file is empty; restore it from a copy".to_string()
                 } else {
-                    "cannot be read: it does not begin with qcow2's magic; restore it from a copy, or rename it if it is raw"
+                    "cannot be read: it does not begin with qcow2's magic; restore it from a copy, or rename \
+                        it if it is raw"
                         .to_string()
                 };
                 (None, Some(problem.into()), content)
@@ -683,7 +727,8 @@ fn not_there(root: &Root, path: &Path, error: &Error) -> String {
             format!("is missing (looked for {}); put it back, or {REBASE}", path.display())
         }
         ErrorKind::Escape => {
-            "leads out of the store by a symbolic link, and is never followed; move the file itself into the store"
+            "leads out of the store by a symbolic link, and is never followed; move the file itself into the \
+                store"
                 .into()
         }
         _ => format!("cannot be opened ({error})"),

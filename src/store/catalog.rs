@@ -58,7 +58,8 @@ pub struct ImageEntry {
     pub readonly: bool,
     /// Its other name, from which alone its backing file is found: who is put on it has to name it so.
     pub found_by: Option<StorePath>,
-    /// Whether a command that is not finished merges it into another image: for a while nothing may stand on it.
+    /// Whether a command that is not finished merges it into another image: for a while nothing may stand on
+    /// it.
     pub(super) is_merged: bool,
     /// How many chains it is part of.
     pub chain_count: usize,
@@ -130,8 +131,8 @@ pub struct Catalog {
     unknown: Option<FoundIntent>,
     /// Drafts of images: of a command at work, or of one that was cut off before its intent was there.
     pub(super) drafts: Vec<PathBuf>,
-    /// For images, those that name them and whose owners may not read them: they use nothing, but nothing is taken from them
-    /// either.
+    /// For images, those that name them and whose owners may not read them: they use nothing, but nothing is
+    /// taken from them either.
     uncounted: HashMap<ImageIndex, Vec<ImageIndex>>,
     /// Images whose own bytes an intent spoils, and those images above which they do not show.
     pub(super) invalidated: HashMap<ImageIndex, Vec<Invalidation>>,
@@ -174,7 +175,8 @@ impl<'a> ListedImages<'a> {
 
     /// The image that has this path beneath the guarded directory.
     fn named(&self, path: &Path) -> Option<ImageIndex> {
-        let has_path = |image: &ImageEntry| image.place.root == 0 && *self.prefix.join(&image.place.path) == *path;
+        let has_path =
+            |image: &ImageEntry| image.place.root == 0 && *self.prefix.join(&image.place.path) == *path;
         self.images.iter().position(has_path)
     }
 }
@@ -227,7 +229,8 @@ pub fn shown(path: &Path) -> String {
     printable(&String::from_utf8_lossy(path.as_os_str().as_bytes()))
 }
 
-const MARKED_CORRUPT: &str = "is marked as corrupt: it is read, and not written; run chainfs check --repair all";
+const MARKED_CORRUPT: &str =
+    "is marked as corrupt: it is read, and not written; run chainfs check --repair all";
 
 impl Catalog {
     /// One of nothing.
@@ -254,8 +257,11 @@ impl Catalog {
         let image = &self.images[index];
         let within = image.qcow2().into_iter();
         let within = within.flat_map(|qcow2| qcow2.snapshot_problem.iter().chain(&qcow2.refcount_problem));
-        let own =
-            image.problem.iter().chain(image.below.sentence()).map(|sentence| format!("{} {sentence}", image.shown()));
+        let own = image
+            .problem
+            .iter()
+            .chain(image.below.sentence())
+            .map(|sentence| format!("{} {sentence}", image.shown()));
         let is_corrupt = image.qcow2().is_some_and(|qcow2| qcow2.header.corrupt());
         let corrupt = is_corrupt.then_some(MARKED_CORRUPT);
         let within = within.map(String::as_str).chain(corrupt);
@@ -266,7 +272,11 @@ impl Catalog {
     pub fn view_problem(&self, layers: &[ImageIndex]) -> Option<String> {
         layers.iter().find_map(|index| {
             let image = &self.images[*index];
-            image.problem.as_ref().or(image.below.sentence()).map(|sentence| format!("{} {sentence}", image.shown()))
+            image
+                .problem
+                .as_ref()
+                .or(image.below.sentence())
+                .map(|sentence| format!("{} {sentence}", image.shown()))
         })
     }
 
@@ -296,12 +306,13 @@ impl Catalog {
         self.problems.dedup();
     }
 
-    /// Links that have been cut, so that loops end: they count all the same. `targets`: what images say that they stand
-    /// on.
+    /// Links that have been cut, so that loops end: they count all the same. `targets`: what images say that
+    /// they stand on.
     pub(super) fn cut_links(&self, targets: &[Option<ImageIndex>]) -> Vec<PossibleUse> {
         let cut = |(index, target): (ImageIndex, &Option<ImageIndex>)| {
             let image = &self.images[index];
-            let (None, Some(target), Some(sentence)) = (image.below.image(), target, image.below.sentence()) else {
+            let (None, Some(target), Some(sentence)) = (image.below.image(), target, image.below.sentence())
+            else {
                 return None;
             };
             let (by, owner, uid) = (image.place.path.clone(), Some(image.stat.id), image.stat.uid);
@@ -310,8 +321,8 @@ impl Catalog {
         targets.iter().enumerate().filter_map(cut).collect()
     }
 
-    /// Notes what is begun; `prefix` leads from the guarded directory to the store's own, and `is_it` tells whether
-    /// a file is the one that is named.
+    /// Notes what is begun; `prefix` leads from the guarded directory to the store's own, and `is_it` tells
+    /// whether a file is the one that is named.
     pub(super) fn note_intents(&mut self, intents: Vec<FoundIntent>, prefix: &Path, is_it: &IsFile<'_>) {
         let now = ListedImages::new(&self.images, prefix, is_it);
         let index_of = |affected: &AffectedFile<'_>| {
@@ -325,7 +336,11 @@ impl Catalog {
             for index in affected.invalidated.iter().filter_map(index_of) {
                 let top = affected.cover.and_then(|cover| now.find(cover));
                 let children = affected.overlays.iter().filter_map(|overlay| now.find(overlay)).collect();
-                self.invalidated.entry(index).or_default().push(Invalidation { intent: number, top, children });
+                self.invalidated.entry(index).or_default().push(Invalidation {
+                    intent: number,
+                    top,
+                    children,
+                });
             }
         }
         for index in merged {
@@ -334,7 +349,8 @@ impl Catalog {
         self.intents = intents;
     }
 
-    /// Hides everything, and lets nothing be written, while there are intents of which nobody can tell what they spoil.
+    /// Hides everything, and lets nothing be written, while there are intents of which nobody can tell what
+    /// they spoil.
     pub(super) fn hide_all(&mut self, senseless: &[(PathBuf, String)]) {
         // What another has put there is no word of ours.
         let is_ours = |(_, reason): &&(PathBuf, String)| !reason.starts_with(UNTRUSTED);
@@ -360,7 +376,8 @@ impl Catalog {
             let shows = |invalidated: &&Invalidation| {
                 let is_cover = |(above, cover): (usize, &ImageIndex)| {
                     // The tables of an internal snapshot are not those that cover what is written.
-                    invalidated.top == Some(*cover) && !(inner && above == 0) || invalidated.children.contains(cover)
+                    invalidated.top == Some(*cover) && !(inner && above == 0)
+                        || invalidated.children.contains(cover)
                 };
                 !layers[..depth].iter().enumerate().any(is_cover)
             };
@@ -400,7 +417,8 @@ impl Catalog {
         }
     }
 
-    /// The images that name this one and do not count as its users: no command takes from them what they name.
+    /// The images that name this one and do not count as its users: no command takes from them what they
+    /// name.
     pub fn uncounted_users(&self, index: ImageIndex) -> &[ImageIndex] {
         self.uncounted.get(&index).map_or(&[], Vec::as_slice)
     }
@@ -413,10 +431,9 @@ impl Catalog {
     /// All chains: path in the mount and leaf.
     pub fn chains(&self) -> impl Iterator<Item = (PathBuf, ImageIndex)> + '_ {
         let single = self.single.map(|leaf| (PathBuf::new(), leaf));
-        let named = self
-            .directories
-            .iter()
-            .flat_map(|(directory, content)| content.chains.iter().map(|(name, leaf)| (directory.join(name), *leaf)));
+        let named = self.directories.iter().flat_map(|(directory, content)| {
+            content.chains.iter().map(|(name, leaf)| (directory.join(name), *leaf))
+        });
         single.into_iter().chain(named.filter(|_| self.single.is_none()))
     }
 
@@ -489,8 +506,10 @@ pub(super) fn link(
     probe: bool,
     serial: u64,
 ) -> Catalog {
-    let is_image: Vec<bool> =
-        drafts.iter().map(|d| !d.is_data_file && (d.entry.format.is_some() || d.entry.problem.is_some())).collect();
+    let is_image: Vec<bool> = drafts
+        .iter()
+        .map(|d| !d.is_data_file && (d.entry.format.is_some() || d.entry.problem.is_some()))
+        .collect();
     let is_scanned: Vec<bool> = drafts.iter().map(|d| d.is_scanned).collect();
     let belows: Vec<BackingLink> = drafts.iter().map(|draft| below(draft, &drafts, probe)).collect();
     let mut images: Vec<ImageEntry> = drafts.into_iter().map(|draft| draft.entry).collect();
@@ -519,7 +538,9 @@ pub(super) fn link(
             let path = catalog.images[index].place.path.clone();
             let prefix = catalog.images[index].shown().len() + 1;
             let found = catalog.sentences(index).into_iter();
-            catalog.problems.extend(found.map(|s| Problem { path: path.clone(), sentence: s[prefix..].to_string() }));
+            catalog
+                .problems
+                .extend(found.map(|s| Problem { path: path.clone(), sentence: s[prefix..].to_string() }));
         }
     }
     catalog.problems.sort();
@@ -529,12 +550,16 @@ pub(super) fn link(
 
 /// What an image stands on, and whether it may.
 fn below(draft: &UnlinkedImage, drafts: &[UnlinkedImage], probe: bool) -> BackingLink {
-    let Some(FileReference { target, format, name, .. }) = &draft.backing else { return BackingLink::Nothing };
+    let Some(FileReference { target, format, name, .. }) = &draft.backing else {
+        return BackingLink::Nothing;
+    };
     let broken = |image, sentence: String| BackingLink::Broken { image, sentence: sentence.into() };
     let target = match target {
         Ok(target) => *target,
         // What may be meant is claimed.
-        Err(sentence) => return broken(None, format!("cannot be read: its backing file \"{name}\" {sentence}")),
+        Err(sentence) => {
+            return broken(None, format!("cannot be read: its backing file \"{name}\" {sentence}"));
+        }
     };
     if draft.is_unreadable {
         return BackingLink::Image(target);
@@ -549,7 +574,8 @@ fn below(draft: &UnlinkedImage, drafts: &[UnlinkedImage], probe: bool) -> Backin
         return broken(
             Some(target),
             format!(
-                "cannot be read: its header does not say the format of its backing file \"{name}\", which is never \
+                "cannot be read: its header does not say the format of its backing file \"{name}\", which is \
+                    never \
                  guessed; if it is {guess}: qemu-img rebase -u -b {} -F {guess} {}, or mount with -o format=",
                 shell_word(name),
                 shell_word(&draft.entry.shown())
@@ -560,14 +586,16 @@ fn below(draft: &UnlinkedImage, drafts: &[UnlinkedImage], probe: bool) -> Backin
         None => broken(
             Some(target),
             format!(
-                "cannot be read: the format of its backing file \"{name}\" is \"{}\", and chainfs reads raw and qcow2",
+                "cannot be read: the format of its backing file \"{name}\" is \"{}\", and chainfs reads raw \
+                    and qcow2",
                 format.escape_debug()
             ),
         ),
         Some(format) if lower.format.is_some_and(|found| found != format) => broken(
             Some(target),
             format!(
-                "cannot be read: its header says that its backing file \"{name}\" is {}, but it is taken for {}; \
+                "cannot be read: its header says that its backing file \"{name}\" is {}, but it is taken for \
+                    {}; \
                  mend the header with qemu-img rebase -u, or mount with -o format=",
                 format.name(),
                 lower.format.map_or("neither", Format::name)
@@ -628,9 +656,11 @@ fn cut_loop(images: &mut [ImageEntry], members: &[ImageIndex], wanted: Option<Im
     let top = wanted.unwrap_or(first);
     let position = members.iter().position(|index| *index == top).expect("its own member");
     let last = members[(position + members.len() - 1) % members.len()];
-    let names: Vec<_> = members[position..].iter().chain(&members[..position]).map(|m| images[*m].shown()).collect();
+    let names: Vec<_> =
+        members[position..].iter().chain(&members[..position]).map(|m| images[*m].shown()).collect();
     let sentence = format!(
-        "cannot be read: its backing files form a loop ({} -> {}); point one of them elsewhere with qemu-img rebase -u",
+        "cannot be read: its backing files form a loop ({} -> {}); point one of them elsewhere with qemu-img \
+            rebase -u",
         names.join(" -> "),
         names[0]
     );
@@ -640,16 +670,20 @@ fn cut_loop(images: &mut [ImageEntry], members: &[ImageIndex], wanted: Option<Im
 /// Refuses views of more layers than are allowed.
 fn cut_depth(images: &mut [ImageEntry]) {
     // Bases first, then whoever stands on them: no recursion, whatever the depth.
-    let mut order: Vec<(ImageIndex, usize)> =
-        (0..images.len()).filter(|index| images[*index].below.image().is_none()).map(|index| (index, 1)).collect();
+    let mut order: Vec<(ImageIndex, usize)> = (0..images.len())
+        .filter(|index| images[*index].below.image().is_none())
+        .map(|index| (index, 1))
+        .collect();
     while let Some((index, depth)) = order.pop() {
         order.extend(images[index].users.iter().map(|user| (*user, depth + 1)));
         // C1: no chain is deeper than can be read.
         if depth == MAX_DEPTH + 1
             && let BackingLink::Image(next) = images[index].below
         {
-            let sentence =
-                format!("cannot be read: it stands on more than {} layers; merge some of them", MAX_DEPTH - 1);
+            let sentence = format!(
+                "cannot be read: it stands on more than {} layers; merge some of them",
+                MAX_DEPTH - 1
+            );
             images[index].below = BackingLink::Broken { image: Some(next), sentence: sentence.into() };
         }
     }
@@ -687,7 +721,8 @@ fn name_chains(images: &[ImageEntry], leaves: &[ImageIndex]) -> BTreeMap<PathBuf
     }
     for (directory, leaves) in by_directory {
         let content = directories.entry(directory.to_path_buf()).or_default();
-        let mut taken: BTreeSet<Vec<u8>> = content.directories.iter().map(|name| name.as_bytes().to_vec()).collect();
+        let mut taken: BTreeSet<Vec<u8>> =
+            content.directories.iter().map(|name| name.as_bytes().to_vec()).collect();
         if directory.as_os_str().is_empty() {
             taken.insert(STORE_DIRECTORY.to_vec());
         }

@@ -104,7 +104,8 @@ pub(super) fn describe(file: &OwnedFd, len: u64) -> Result<DetectedContent> {
         None => damaged_snapshots(&snapshots).or_else(|| lost_snapshot(&snapshots, len)),
     };
     let refcount_problem = header.refcount_damage.as_ref().map(|reason| {
-        let fact = format!("has damaged refcounts, without which it is read, and not written: {}", reason.fact());
+        let fact =
+            format!("has damaged refcounts, without which it is read, and not written: {}", reason.fact());
         format!("{fact}; unmount it and run chainfs check --repair all")
     });
     let digest = digest(&bytes);
@@ -139,7 +140,8 @@ fn missing_snapshots(header: &Header, found: usize, reason: &Malformed) -> Strin
 fn damaged_snapshots(snapshots: &[Snapshot]) -> Option<String> {
     let damaged: Vec<&Snapshot> = snapshots.iter().filter(|snapshot| snapshot.damage.is_some()).collect();
     let reason = damaged.first()?.damage.as_ref()?;
-    let name = |snapshot: &&Snapshot| format!("\"{}\"", String::from_utf8_lossy(&snapshot.name).escape_debug());
+    let name =
+        |snapshot: &&Snapshot| format!("\"{}\"", String::from_utf8_lossy(&snapshot.name).escape_debug());
     let names = damaged.iter().take(NAMED).map(name).collect::<Vec<_>>().join(", ");
     let more = damaged.len().saturating_sub(NAMED);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
@@ -147,7 +149,8 @@ fn damaged_snapshots(snapshots: &[Snapshot]) -> Option<String> {
     Some(format!("has {what} that cannot be read, {names}{more}: {reason}"))
 }
 
-/// What a file stands on that ought to begin with qcow2's magic and does not: as far as its header says it all the same.
+/// What a file stands on that ought to begin with qcow2's magic and does not: as far as its header says it
+/// all the same.
 pub(super) fn parents_without_magic(file: &OwnedFd, len: u64) -> Result<Parents> {
     let mut head = vec![0; header::PROBE_LEN];
     let got = read(file, 0, &mut head)?;
@@ -164,7 +167,8 @@ fn lost_snapshot(snapshots: &[Snapshot], len: u64) -> Option<String> {
     let lost = snapshots.iter().find(is_lost)?;
     let name = String::from_utf8_lossy(&lost.name).into_owned();
     Some(format!(
-        "has an internal snapshot \"{}\" that cannot be read: its L1 table at {} reaches past the end of the file \
+        "has an internal snapshot \"{}\" that cannot be read: its L1 table at {} reaches past the end of the \
+            file \
          ({len:#x}); restore the image from a copy, or delete it with qemu-img snapshot -d",
         name.escape_debug(),
         lost.l1.offset

@@ -42,7 +42,12 @@ pub(super) struct OpenDisks {
 
 impl Store {
     /// Opens the snapshot that `layers` (top first) show. `Stale` as for a view.
-    pub fn open_disk(&self, catalog: &Catalog, layers: &[ImageIndex], part: ViewPart) -> Result<Arc<OpenDisk>> {
+    pub fn open_disk(
+        &self,
+        catalog: &Catalog,
+        layers: &[ImageIndex],
+        part: ViewPart,
+    ) -> Result<Arc<OpenDisk>> {
         let view = RwLock::new(Arc::new(self.open_shown(catalog, layers, part, false)?));
         let top = &catalog.images[layers[0]];
         let inner = place(part).and_then(|index| snapshots(top).get(index).cloned());
@@ -72,14 +77,21 @@ impl Store {
     }
 
     fn view_now(&self, catalog: &Catalog, disk: &OpenDisk) -> Result<Option<OpenView>> {
-        let Some(top) = catalog.images.iter().position(|image| image.stat.id == disk.top) else { return Ok(None) };
+        let Some(top) = catalog.images.iter().position(|image| image.stat.id == disk.top) else {
+            return Ok(None);
+        };
         let part = match (&disk.inner, disk.part) {
             (None, part) => part,
             (Some(inner), part) => {
-                let Some(index) = snapshots(&catalog.images[top]).iter().position(|found| found == inner) else {
+                let Some(index) = snapshots(&catalog.images[top]).iter().position(|found| found == inner)
+                else {
                     return Ok(None);
                 };
-                if matches!(part, ViewPart::VmState(_)) { ViewPart::VmState(index) } else { ViewPart::Snapshot(index) }
+                if matches!(part, ViewPart::VmState(_)) {
+                    ViewPart::VmState(index)
+                } else {
+                    ViewPart::Snapshot(index)
+                }
             }
         };
         self.open_shown(catalog, &catalog.layers(top), part, false).map(Some)

@@ -1,9 +1,10 @@
 //! Which file a note of the store speaks of, and how that is proven of a file which is met later.
 //!
-//! Promises: a file counts as the one that was named only if device, inode and birth agree, and what the note has kept of
-//! its content as well; in a store that was copied as a whole, where none of the former can, the name and the content.
-//! The evidence is what no step of the command itself changes: the shape of a qcow2 image and what it stands on, the
-//! tables and a few sectors of a layer that nobody writes, a few of what is written with what the command makes of them.
+//! Promises: a file counts as the one that was named only if device, inode and birth agree, and what the note
+//! has kept of its content as well; in a store that was copied as a whole, where none of the former can, the
+//! name and the content. The evidence is what no step of the command itself changes: the shape of a qcow2
+//! image and what it stands on, the tables and a few sectors of a layer that nobody writes, a few of what is
+//! written with what the command makes of them.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -48,7 +49,8 @@ pub struct FileRef {
 /// An external data file, by name and identity.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataFileRef {
-    /// Its path beneath the guarded directory; what lies outside of the store by its full one, and is not looked at.
+    /// Its path beneath the guarded directory; what lies outside of the store by its full one, and is not
+    /// looked at.
     #[serde(with = "encoded")]
     path: PathBuf,
     #[serde(with = "identity")]
@@ -73,7 +75,8 @@ impl DataFileRef {
         Ok(Self { path: name, file: Identity::of(&file)?, size: signature.size, samples, written })
     }
 
-    /// What speaks against the file of its name being it, as a sentence. Of a copy the name and the content have to do.
+    /// What speaks against the file of its name being it, as a sentence. Of a copy the name and the content
+    /// have to do.
     pub(super) fn against(&self, root: &Root, allowed: AllowedChange) -> Option<String> {
         if self.path.is_absolute() {
             return None;
@@ -115,8 +118,8 @@ fn other_bytes(
     })
 }
 
-/// Whether a file that is met is the one of which a note was kept. A device may go by another number after the next
-/// start of the machine.
+/// Whether a file that is met is the one of which a note was kept. A device may go by another number after
+/// the next start of the machine.
 pub(super) fn is_same(noted: &Identity, found: &Identity) -> bool {
     match (noted.birth, found.birth) {
         (Some(noted_birth), Some(birth)) => noted.id.inode == found.id.inode && noted_birth == birth,
@@ -139,8 +142,8 @@ pub enum Evidence {
         /// Digest of its L1 table, if nobody writes it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         tables: Option<Digest>,
-        /// A few sectors of the file behind its header, if nobody writes it: images that were made alike have the same
-        /// tables.
+        /// A few sectors of the file behind its header, if nobody writes it: images that were made alike have
+        /// the same tables.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         samples: Vec<SectorSample>,
         /// A few sectors of its disk, by their places there, that the command is going to write.
@@ -187,7 +190,8 @@ pub struct SectorSample {
     pub becomes: Option<Digest>,
 }
 
-/// A digest that is the same on every machine and in every version (FNV-1a). Nobody gains anything by forging one.
+/// A digest that is the same on every machine and in every version (FNV-1a). Nobody gains anything by forging
+/// one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Digest(u64);
 
@@ -213,7 +217,9 @@ impl Serialize for Digest {
 impl<'de> Deserialize<'de> for Digest {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        u64::from_str_radix(&text, 16).map(Self).map_err(|_| serde::de::Error::custom("a digest that is no number"))
+        u64::from_str_radix(&text, 16)
+            .map(Self)
+            .map_err(|_| serde::de::Error::custom("a digest that is no number"))
     }
 }
 
@@ -222,9 +228,9 @@ pub(super) mod identity {
     use super::{Deserialize, Deserializer, FileId, Identity, Serializer};
 
     pub(super) fn text(identity: &Identity) -> String {
-        let birth = identity
-            .birth
-            .map_or("-".to_owned(), |(seconds, nanoseconds)| format!("{:x}.{nanoseconds:x}", seconds.cast_unsigned()));
+        let birth = identity.birth.map_or("-".to_owned(), |(seconds, nanoseconds)| {
+            format!("{:x}.{nanoseconds:x}", seconds.cast_unsigned())
+        });
         format!("{:x}:{:x}:{birth}", identity.id.device, identity.id.inode)
     }
 
@@ -274,8 +280,8 @@ impl AllowedChange {
         self.any_size || now == old || (self.growth && now > old)
     }
 
-    /// Samples that count only in a copy: what a guest has written meanwhile is committed, too, and where there are few
-    /// it may have changed all of them.
+    /// Samples that count only in a copy: what a guest has written meanwhile is committed, too, and where
+    /// there are few it may have changed all of them.
     fn of_copy(self, samples: &[SectorSample]) -> &[SectorSample] {
         if self.is_copy && !self.any_bytes { samples } else { &[] }
     }
@@ -291,12 +297,17 @@ impl FileRef {
         Self { path, file, evidence: None, data: None }
     }
 
-    /// The file at `path` beneath `root`, with evidence. `fixed`: nobody writes it until the command is done, which
-    /// itself writes at most its header.
+    /// The file at `path` beneath `root`, with evidence. `fixed`: nobody writes it until the command is done,
+    /// which itself writes at most its header.
     pub fn witness(root: &Root, path: &Path, format: Format, fixed: bool) -> Result<Self> {
         let file = root.open_file(path)?;
         let evidence = evidence(&file, path, format, fixed)?;
-        Ok(Self { path: path.to_path_buf(), file: Identity::of(&file)?, evidence: Some(evidence), data: None })
+        Ok(Self {
+            path: path.to_path_buf(),
+            file: Identity::of(&file)?,
+            evidence: Some(evidence),
+            data: None,
+        })
     }
 
     /// Whether both speak of one file by one name.
@@ -325,8 +336,8 @@ impl FileRef {
         }
     }
 
-    /// Notes sectors of a qcow2 image that the command writes: of its external data file (`take(true)`), or of its disk,
-    /// for in the image itself clusters are given to other data.
+    /// Notes sectors of a qcow2 image that the command writes: of its external data file (`take(true)`), or
+    /// of its disk, for in the image itself clusters are given to other data.
     pub(crate) fn keep_samples(&mut self, take: impl FnOnce(bool) -> Vec<SectorSample>) {
         if let Some(data) = &mut self.data {
             data.samples = take(true);
@@ -367,7 +378,10 @@ fn evidence(file: &OwnedFd, path: &Path, format: Format, fixed: bool) -> Result<
         return Ok(Evidence::Raw { size: len, samples, written });
     }
     let header = header(file, len)?.ok_or_else(|| {
-        Error::new(ErrorKind::Stale, format!("{} is no qcow2 image any more; look at it again", path.display()))
+        Error::new(
+            ErrorKind::Stale,
+            format!("{} is no qcow2 image any more; look at it again", path.display()),
+        )
     })?;
     let tables = if fixed { Some(tables(file, &header)?) } else { None };
     let mut samples = if fixed { samples(file, len)? } else { Vec::new() };
@@ -429,7 +443,8 @@ fn tables(file: &OwnedFd, header: &Header) -> Result<Digest> {
 
 fn samples(file: &OwnedFd, len: u64) -> Result<Vec<SectorSample>> {
     let sectors = len.div_ceil(SECTOR as u64);
-    let mut places: Vec<u64> = (0..SAMPLES.min(sectors)).map(|n| sectors * n / SAMPLES.min(sectors)).collect();
+    let mut places: Vec<u64> =
+        (0..SAMPLES.min(sectors)).map(|n| sectors * n / SAMPLES.min(sectors)).collect();
     places.extend(sectors.checked_sub(1));
     let mut found: Vec<SectorSample> = Vec::new();
     for place in places {
@@ -452,8 +467,8 @@ fn sector(file: &OwnedFd, at: u64) -> Result<Digest> {
 }
 
 impl Evidence {
-    /// What speaks against the file at `path` being the one of which this was kept, to follow its name; `None` if
-    /// nothing does.
+    /// What speaks against the file at `path` being the one of which this was kept, to follow its name;
+    /// `None` if nothing does.
     pub(super) fn against(
         &self,
         root: &Root,
@@ -490,11 +505,13 @@ impl Evidence {
                     && tables(&file, &header)? != *old
                 {
                     Some("has other tables than it had")
-                } else if has_others(&file, samples)? || is_other_disk(root, path, &header, allowed.of_copy(disk))? {
+                } else if has_others(&file, samples)?
+                    || is_other_disk(root, path, &header, allowed.of_copy(disk))?
+                {
                     Some("holds other bytes than it did")
                 } else if !allowed.is_time(*written, signature.mtime) && head(&file, &header)? == *old_head {
-                    // Steps of the command itself write its header, and it alone. One that was cut off midway may have
-                    // changed nothing yet that the header says.
+                    // Steps of the command itself write its header, and it alone. One that was cut off midway
+                    // may have changed nothing yet that the header says.
                     Some("has been written since")
                 } else {
                     None
@@ -505,8 +522,8 @@ impl Evidence {
     }
 }
 
-/// Whether too many of the sectors hold neither what they did nor what they were to hold: a guest that wrote meanwhile
-/// changes a few of those that become something, and none of the others.
+/// Whether too many of the sectors hold neither what they did nor what they were to hold: a guest that wrote
+/// meanwhile changes a few of those that become something, and none of the others.
 fn has_others(file: &OwnedFd, samples: &[SectorSample]) -> Result<bool> {
     are_others(samples, |at| sector(file, at))
 }
@@ -517,7 +534,8 @@ fn is_other_disk(root: &Root, path: &Path, header: &Arc<Header>, samples: &[Sect
         return Ok(false);
     }
     let (name, caches) = (super::catalog::shown(path), Caches::new(PIECE as usize, PIECE as usize));
-    let image = Image::qcow2(&name, Arc::new(root.open_file(path)?), None, Arc::clone(header), false, &caches)?;
+    let image =
+        Image::qcow2(&name, Arc::new(root.open_file(path)?), None, Arc::clone(header), false, &caches)?;
     let view = View::new(vec![Layer::active(&image)?], false, &Arc::new(FlatCache::new(0)));
     are_others(samples, |at| SectorSample::read(&view, at).map(|bytes| Digest::of(&bytes)))
 }

@@ -1,4 +1,5 @@
-//! Who makes claims: files that cannot be read, or are not read as what they may be, and names that are not followed.
+//! Who makes claims: files that cannot be read, or are not read as what they may be, and names that are not
+//! followed.
 
 use std::path::{Path, PathBuf};
 
@@ -15,8 +16,8 @@ use super::scan::{Problem, ScannedFile, Unread, has_extension, looks_like_image}
 
 /// Drivers of QEMU whose files lie on other machines, or are none.
 const REMOTE: [&str; 14] = [
-    "nbd", "ssh", "http", "https", "ftp", "ftps", "iscsi", "rbd", "nfs", "gluster", "vxhs", "nvme", "null-co",
-    "null-aio",
+    "nbd", "ssh", "http", "https", "ftp", "ftps", "iscsi", "rbd", "nfs", "gluster", "vxhs", "nvme",
+    "null-co", "null-aio",
 ];
 
 /// The names that stand in a file which is no readable qcow2 image.
@@ -35,8 +36,8 @@ fn parents_of(content: &DetectedContent) -> Option<&Parents> {
     }
 }
 
-/// The foreign format that a file is taken for: what it says, unless a guest may have written it, else what its name
-/// says.
+/// The foreign format that a file is taken for: what it says, unless a guest may have written it, else what
+/// its name says.
 pub(super) fn foreign_kind(file: &ScannedFile) -> Option<ForeignFormat> {
     match &file.content {
         DetectedContent::Foreign(foreign) if !file.is_plain => Some(foreign.kind),
@@ -45,8 +46,8 @@ pub(super) fn foreign_kind(file: &ScannedFile) -> Option<ForeignFormat> {
     }
 }
 
-/// Of the names in a file: which draws a link to what the image stands on, and what is only claimed. `is_drawn`: it is
-/// shown as standing on something.
+/// Of the names in a file: which draws a link to what the image stands on, and what is only claimed.
+/// `is_drawn`: it is shown as standing on something.
 pub(super) fn claims_of(
     file: &ScannedFile,
     references: Vec<FileReference>,
@@ -58,7 +59,8 @@ pub(super) fn claims_of(
     let is_standalone = is_too_short || options.is_standalone(&file.place.path);
     let is_read = matches!(file.content, DetectedContent::Qcow2(_));
     if is_drawn && (is_read || !is_standalone) {
-        let mut meant: Vec<UseReach> = references.iter().flat_map(|reference| reference.meant.clone()).collect();
+        let mut meant: Vec<UseReach> =
+            references.iter().flat_map(|reference| reference.meant.clone()).collect();
         if is_standalone {
             meant.clear();
         }
@@ -89,9 +91,11 @@ impl CatalogBuilder<'_> {
 
     /// A file or directory that could not be looked at.
     pub(super) fn unread(&mut self, Unread { path, fact }: Unread) {
-        let is_known = self.options.is_standalone(&path) || self.options.stated_format(&path) == Some(Format::Raw);
+        let is_known =
+            self.options.is_standalone(&path) || self.options.stated_format(&path) == Some(Format::Raw);
         if is_known {
-            self.problems.push(Problem { path, sentence: format!("{fact}; make it readable, or move it elsewhere") });
+            self.problems
+                .push(Problem { path, sentence: format!("{fact}; make it readable, or move it elsewhere") });
             return;
         }
         let remedy = format!("make it readable, or move it elsewhere; {}", standalone_remedy(&path));
@@ -120,7 +124,9 @@ impl CatalogBuilder<'_> {
                 found.into_iter().chain([UseReach::Named(path.to_vec())]).collect()
             }
             Some(_) => vec![UseReach::Mentioned(name.to_vec())],
-            None => vec![self.traced_image(from, name).map_or_else(|| UseReach::Named(name.to_vec()), UseReach::Image)],
+            None => vec![
+                self.traced_image(from, name).map_or_else(|| UseReach::Named(name.to_vec()), UseReach::Image),
+            ],
         }
     }
 
@@ -129,7 +135,8 @@ impl CatalogBuilder<'_> {
         let text = String::from_utf8_lossy(name);
         match names_in_json(name) {
             Some(names) if !names.is_empty() => {
-                let found = names.iter().filter_map(|name| self.traced_image(from, name)).map(UseReach::Image);
+                let found =
+                    names.iter().filter_map(|name| self.traced_image(from, name)).map(UseReach::Image);
                 let found: Vec<UseReach> = found.collect();
                 found.into_iter().chain([UseReach::Mentioned(name.to_vec())]).collect()
             }
@@ -152,8 +159,8 @@ impl CatalogBuilder<'_> {
         }
     }
 
-    /// A symbolic link is another name, not another image. One that leads nowhere we may go is worth a word if its name
-    /// says that somebody expects an image there, and that image may stand on any of ours.
+    /// A symbolic link is another name, not another image. One that leads nowhere we may go is worth a word
+    /// if its name says that somebody expects an image there, and that image may stand on any of ours.
     pub(super) fn link(&mut self, path: PathBuf) {
         let error = match self.roots[0].stat(&path) {
             Ok(stat) => {
@@ -176,14 +183,16 @@ impl CatalogBuilder<'_> {
         let is_there = is_there && !self.leads_to_nothing(&place, name.as_encoded_bytes());
         if is_there && !self.options.is_standalone(&path) && self.promises_image(&path) {
             let fact = format!("is a symbolic link that cannot be followed ({error})");
-            let remedy = format!("put the file itself here, or remove the link; {}", standalone_remedy(&path));
+            let remedy =
+                format!("put the file itself here, or remove the link; {}", standalone_remedy(&path));
             let why = format!("{fact}; {remedy}").into();
             let uid = self.owner_of(&path);
             self.claims.push(PossibleUse { by: path, owner: None, uid, reach: UseReach::All, why });
             return;
         }
         if looks_like_image(&path) {
-            let sentence = format!("is a symbolic link that cannot be followed: {error}; put the file itself here");
+            let sentence =
+                format!("is a symbolic link that cannot be followed: {error}; put the file itself here");
             self.problems.push(Problem { path, sentence });
         }
     }
@@ -217,12 +226,19 @@ impl CatalogBuilder<'_> {
                 )
             }
             DetectedContent::Malformed(header) if is_drawn => {
-                format!("cannot be read ({}); restore it from a copy, or {}", header.reason, standalone_remedy(path))
+                format!(
+                    "cannot be read ({}); restore it from a copy, or {}",
+                    header.reason,
+                    standalone_remedy(path)
+                )
             }
             DetectedContent::Foreign(foreign) => {
                 let kind = foreign.kind.name();
                 let remedy = format!("if it is a raw disk, say so with -o format={}:raw", pattern(path));
-                format!("is an image of the format {kind}; convert it, or {}; {remedy}", standalone_remedy(path))
+                format!(
+                    "is an image of the format {kind}; convert it, or {}; {remedy}",
+                    standalone_remedy(path)
+                )
             }
             _ => {
                 let remedy = format!("if it is a raw disk, say so with -o format={}:raw", pattern(path));
@@ -242,15 +258,20 @@ impl CatalogBuilder<'_> {
         if len < MIN_HEADER_LEN || self.options.is_standalone(&place.path) {
             return;
         }
-        let found = self.roots[place.root].open_file(&place.path).and_then(|file| parents_without_magic(&file, len));
+        let found =
+            self.roots[place.root].open_file(&place.path).and_then(|file| parents_without_magic(&file, len));
         let reaches = match found {
             Ok(Parents::None) => return,
-            Ok(Parents::Named(names)) => names.iter().flat_map(|name| self.known_meaning(&place, name)).collect(),
+            Ok(Parents::Named(names)) => {
+                names.iter().flat_map(|name| self.known_meaning(&place, name)).collect()
+            }
             Ok(Parents::Unknown) | Err(_) => vec![UseReach::All],
         };
         for reach in reaches {
-            let remedy =
-                format!("restore it from a copy, or rename it if it is raw; {}", standalone_remedy(&place.path));
+            let remedy = format!(
+                "restore it from a copy, or rename it if it is raw; {}",
+                standalone_remedy(&place.path)
+            );
             let why = format!("does not begin with qcow2's magic; {remedy}").into();
             let (owner, uid) = (Some(self.files[index].stat.id), self.files[index].stat.uid);
             self.claims.push(PossibleUse { by: place.path.clone(), owner, uid, reach, why });
@@ -264,24 +285,30 @@ impl CatalogBuilder<'_> {
         image.into_iter().chain([UseReach::Mentioned(name.to_vec())]).collect()
     }
 
-    /// Files that are no images here though they are somewhere else, and those that a guest may have made look like one.
+    /// Files that are no images here though they are somewhere else, and those that a guest may have made
+    /// look like one.
     pub(super) fn name_foreign(&mut self, drafts: &[UnlinkedImage]) {
         for (file, draft) in self.files.iter().zip(drafts) {
             let path = &file.place.path;
-            if !draft.is_scanned || draft.is_data_file || draft.entry.format.is_some() || draft.entry.problem.is_some()
+            if !draft.is_scanned
+                || draft.is_data_file
+                || draft.entry.format.is_some()
+                || draft.entry.problem.is_some()
             {
                 continue;
             }
             let sentence = if let Some(kind) = foreign_kind(file) {
                 format!(
-                    "is taken for an image of the format {}, which chainfs does not read; convert it with qemu-img convert \
+                    "is taken for an image of the format {}, which chainfs does not read; convert it with \
+                        qemu-img convert \
                      -O qcow2, or, if it is a raw disk, say so with -o format={}:raw",
                     kind.name(),
                     pattern(path)
                 )
             } else if file.content.has_magic() {
                 format!(
-                    "begins with qcow2's magic, but has been seen without: a guest may have written that into its raw \
+                    "begins with qcow2's magic, but has been seen without: a guest may have written that \
+                        into its raw \
                      disk; say what it is with -o format={0}:raw or -o format={0}:qcow2",
                     pattern(path)
                 )

@@ -1,4 +1,5 @@
-//! Writes back every few seconds what is only in memory, and looks every hour whether anything in the trash is too old.
+//! Writes back every few seconds what is only in memory, and looks every hour whether anything in the trash
+//! is too old.
 //!
 //! Who calls fsync(2) does not need it; for all others it bounds what a crash can take. The kernel
 //! does not tell a FUSE daemon of sync(2) or syncfs(2).

@@ -19,7 +19,8 @@ use super::resolve::StorePath;
 pub const FROZEN_NOTES: &str = ".chainfs/frozen.toml";
 /// What becomes it.
 const DRAFT: &str = ".chainfs/frozen.new";
-/// Says that there is a list: where it is not, it was lost. Stores of before, and those that are marked by hand, have none.
+/// Says that there is a list: where it is not, it was lost. Stores of before, and those that are marked by
+/// hand, have none.
 const LAYOUT: &str = ".chainfs/layout";
 /// Longer notes are not ours.
 const MAX_LEN: u64 = 16 << 20;
@@ -57,15 +58,18 @@ struct FreezeRecord {
 }
 
 impl FreezeList {
-    /// The notes of the store that `guard` guards. Where they cannot be read, everything raw counts as frozen.
+    /// The notes of the store that `guard` guards. Where they cannot be read, everything raw counts as
+    /// frozen.
     pub(super) fn read(guard: &ControlDir) -> Self {
-        Self::try_read(guard).unwrap_or_else(|error| Self { problem: Some(error.to_string()), ..Self::default() })
+        Self::try_read(guard)
+            .unwrap_or_else(|error| Self { problem: Some(error.to_string()), ..Self::default() })
     }
 
     /// Why nobody can tell which raw images are frozen, to follow the list's name; `None` if it can be told.
     pub(super) fn problem(&self) -> Option<String> {
         let reason = self.problem.as_ref()?;
-        let fact = "says which raw images are frozen, and cannot be used, so that all of them count as frozen";
+        let fact =
+            "says which raw images are frozen, and cannot be used, so that all of them count as frozen";
         let remedy = "restore it, or give up what it said with chainfs recover STORE --forget frozen.toml";
         Some(format!("{fact}: {reason}; {remedy}"))
     }
@@ -93,7 +97,11 @@ impl FreezeList {
         let note = |FreezeRecord { path, seconds, nanoseconds, description }| {
             (path, Frozen { seconds, nanoseconds, description })
         };
-        Ok(Self { frozen: notes.into_iter().map(note).collect(), prefix: guard.prefix.clone(), problem: None })
+        Ok(Self {
+            frozen: notes.into_iter().map(note).collect(),
+            prefix: guard.prefix.clone(),
+            problem: None,
+        })
     }
 
     /// Whether the file at `place` was frozen, and when.
@@ -106,8 +114,8 @@ impl FreezeList {
         Self::try_read(guard).map(drop).map_err(|error| said(&error))
     }
 
-    /// Notes, durably, that the file at `path` beneath the guarded directory is frozen, or that it is not. Under
-    /// the store's lock. Where there is no marked store, nothing is noted.
+    /// Notes, durably, that the file at `path` beneath the guarded directory is frozen, or that it is not.
+    /// Under the store's lock. Where there is no marked store, nothing is noted.
     pub(super) fn change(
         guard: &ControlDir,
         names: &dyn Directory,
@@ -165,10 +173,11 @@ pub(super) fn write(names: &dyn Directory, draft: &Path, path: &Path, text: &str
     names.sync(&directory_of(path))
 }
 
-/// Makes sure that there is a list, so that one that was removed is missed. Under the store's lock, or before anybody
-/// has frozen anything.
+/// Makes sure that there is a list, so that one that was removed is missed. Under the store's lock, or before
+/// anybody has frozen anything.
 pub(super) fn prepare(guard: &ControlDir, names: &dyn Directory) -> Result<()> {
-    let is_missing = |path: &str| guard.root.stat(Path::new(path)).is_err_and(|e| e.kind() == ErrorKind::NotFound);
+    let is_missing =
+        |path: &str| guard.root.stat(Path::new(path)).is_err_and(|e| e.kind() == ErrorKind::NotFound);
     if !is_missing(LAYOUT) {
         return Ok(());
     }
@@ -178,8 +187,8 @@ pub(super) fn prepare(guard: &ControlDir, names: &dyn Directory) -> Result<()> {
     write(names, &Path::new(LAYOUT).with_extension("new"), Path::new(LAYOUT), "list\n")
 }
 
-/// Gives up what an unusable list said: from here on no raw image is frozen. What there was is kept beside it. Under the
-/// store's lock.
+/// Gives up what an unusable list said: from here on no raw image is frozen. What there was is kept beside
+/// it. Under the store's lock.
 pub(super) fn forget(guard: &ControlDir, names: &dyn Directory) -> Result<()> {
     let aside = Path::new(FROZEN_NOTES).with_extension("toml.discarded");
     match names.rename(Path::new(FROZEN_NOTES), &aside, true) {

@@ -1,7 +1,7 @@
 //! Which disk of which chain is meant: an identity that never comes to stand for other bytes.
 //!
-//! A name alone would not do: a layer that somebody else has changed, or another one that has taken its name, is
-//! another disk to everybody who has cached anything of the first.
+//! A name alone would not do: a layer that somebody else has changed, or another one that has taken its name,
+//! is another disk to everybody who has cached anything of the first.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
@@ -94,7 +94,9 @@ impl Store {
         let snapshot = view.snapshot.and_then(|index| image.qcow2()?.snapshots.get(index));
         let part = match snapshot {
             Some(snapshot) if vm_state => ViewIdentity::VmState(image.stat.id, digest(snapshot, 0)),
-            Some(snapshot) => ViewIdentity::Snapshot(image.stat.id, digest(snapshot, views.state(view.layer + 1))),
+            Some(snapshot) => {
+                ViewIdentity::Snapshot(image.stat.id, digest(snapshot, views.state(view.layer + 1)))
+            }
             None if view.active => ViewIdentity::Active(self.active_number(image.stat.id)),
             // X3: the versions of its files are part of what it is.
             None => ViewIdentity::Frozen(image.stat.id, views.state(view.layer)),
@@ -107,7 +109,8 @@ impl Store {
         let catalog = self.catalog();
         let leaf = catalog.chain(&id.chain).ok_or_else(|| stale("the chain has gone"))?;
         let views = self.chain_views(&catalog, leaf);
-        let view = views.find(&id.name).cloned().ok_or_else(|| stale("the disk is no longer part of its chain"))?;
+        let view =
+            views.find(&id.name).cloned().ok_or_else(|| stale("the disk is no longer part of its chain"))?;
         let vm_state = matches!(id.part, ViewIdentity::VmState(..));
         if self.view_id(&catalog, &id.chain, &views, &view, vm_state) != *id {
             return Err(stale("another disk has taken its name"));

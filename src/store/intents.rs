@@ -53,8 +53,8 @@ const VERSION: u32 = 2;
 pub(super) const UNTRUSTED: &str = "notes commands that were begun, and nothing of it is carried out";
 /// Longer notes are not ours.
 const MAX_LEN: u64 = 4 << 20;
-/// How the file of an intent begins, and what its owner writes over that before he takes it away: who has seen it can
-/// tell whether it went in order, or was removed by somebody who should not.
+/// How the file of an intent begins, and what its owner writes over that before he takes it away: who has
+/// seen it can tell whether it went in order, or was removed by somebody who should not.
 const BEGUN: &str = "# begun\n";
 const ENDED: &str = "# ended\n";
 const _: () = assert!(BEGUN.len() == ENDED.len());
@@ -141,7 +141,9 @@ pub(super) mod encoded_option {
         }
     }
 
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<PathBuf>, D::Error> {
         encoded::deserialize(deserializer).map(Some)
     }
 }
@@ -157,7 +159,9 @@ mod identity_option {
         }
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Identity>, D::Error> {
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Identity>, D::Error> {
         identity::deserialize(deserializer).map(Some)
     }
 }
@@ -168,8 +172,8 @@ impl Intent {
         toml::to_string(self).expect("strings, numbers and tables")
     }
 
-    /// Reads the text of its file. Whatever is missing makes it one that is not understood: its own identity, and
-    /// evidence for each file.
+    /// Reads the text of its file. Whatever is missing makes it one that is not understood: its own identity,
+    /// and evidence for each file.
     pub fn parse(text: &str) -> std::result::Result<Self, String> {
         #[derive(Deserialize)]
         struct IntentHeader {
@@ -194,7 +198,13 @@ impl Intent {
 impl<O> Intent<O> {
     /// An intent of a command on a chain.
     pub fn new(command: &str, chain: &Path, operation: O) -> Self {
-        Self { version: VERSION, own: None, command: command.to_owned(), chain: chain.to_path_buf(), operation }
+        Self {
+            version: VERSION,
+            own: None,
+            command: command.to_owned(),
+            chain: chain.to_path_buf(),
+            operation,
+        }
     }
 
     /// The same intent with its operation by another type.
@@ -224,7 +234,8 @@ pub struct FoundIntent {
     pub intent: Intent,
     /// Whether the store was copied since: neither devices nor inode numbers say anything then.
     pub is_copied: bool,
-    /// Whether it may be carried out. If not, others may have written it: it only hides what it may have spoilt.
+    /// Whether it may be carried out. If not, others may have written it: it only hides what it may have
+    /// spoilt.
     pub is_trusted: bool,
 }
 
@@ -239,7 +250,8 @@ struct ResumeRefusal {
     when: Instant,
 }
 
-/// The intents of this process, by name, and the claims on them: known also where somebody has removed their files.
+/// The intents of this process, by name, and the claims on them: known also where somebody has removed their
+/// files.
 type LiveIntents = Arc<Mutex<HashMap<OsString, LiveIntent>>>;
 
 /// Intents of others that have been seen, by name.
@@ -269,8 +281,8 @@ struct LiveIntent {
     intent: Intent,
     /// Held for as long as it is.
     claim: FileLock,
-    /// The same for the files that it had before it was written anew: who has seen one of those alone, because the next
-    /// was removed too, must not take it for ended before it is.
+    /// The same for the files that it had before it was written anew: who has seen one of those alone,
+    /// because the next was removed too, must not take it for ended before it is.
     former: Vec<FileLock>,
     /// Whether its file is being taken away by its owner.
     is_ending: bool,
@@ -292,8 +304,8 @@ impl LiveIntent {
     }
 }
 
-/// Where the intents and the lock of a store are: at the store's own directory, or for a single image at the nearest
-/// marked one above it.
+/// Where the intents and the lock of a store are: at the store's own directory, or for a single image at the
+/// nearest marked one above it.
 #[derive(Clone, Debug)]
 pub struct ControlDir {
     /// The directory.
@@ -332,13 +344,15 @@ impl ControlDir {
         self.is_leaving.store(true, Ordering::Release);
     }
 
-    /// The guard of a store that is a directory: its own, unless it is not marked and lies in a store that is.
+    /// The guard of a store that is a directory: its own, unless it is not marked and lies in a store that
+    /// is.
     pub(super) fn of_directory(root: &Arc<Root>) -> Result<Self> {
         let own = root.canonical();
         let (root, prefix) = match marked(own).next() {
-            Some(marked) if marked != own => {
-                (Arc::new(Root::open(marked)?), own.strip_prefix(marked).unwrap_or(Path::new("")).to_path_buf())
-            }
+            Some(marked) if marked != own => (
+                Arc::new(Root::open(marked)?),
+                own.strip_prefix(marked).unwrap_or(Path::new("")).to_path_buf(),
+            ),
             _ => (Arc::clone(root), PathBuf::new()),
         };
         Ok(Self::at(root, prefix, true))
@@ -348,9 +362,11 @@ impl ControlDir {
     pub(super) fn of_image(root: &Arc<Root>, stated: Option<&Path>) -> Result<Self> {
         let own = root.canonical();
         let marked = match stated {
-            Some(stated) => {
-                Some(stated.canonicalize().map_err(|error| Error::io(format!("opening {}", stated.display()), error))?)
-            }
+            Some(stated) => Some(
+                stated
+                    .canonicalize()
+                    .map_err(|error| Error::io(format!("opening {}", stated.display()), error))?,
+            ),
             None => marked(own).next().map(Path::to_path_buf),
         };
         let Some(marked) = marked else {
@@ -402,10 +418,12 @@ impl ControlDir {
 
     /// Fails if no notes can be written where they are kept.
     pub fn check_place(&self) -> Result<()> {
-        let own = [Path::new(""), Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS }), self.intents()];
+        let own =
+            [Path::new(""), Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS }), self.intents()];
         let mut is_needed = true;
         for path in own.iter().rev() {
-            let Some(directory) = self.root.open_directory(path, path.as_os_str().is_empty()).ok().flatten() else {
+            let Some(directory) = self.root.open_directory(path, path.as_os_str().is_empty()).ok().flatten()
+            else {
                 continue;
             };
             // Above what is there nothing has to be made.
@@ -429,10 +447,13 @@ impl ControlDir {
     fn place_note(&self) -> String {
         let directory = self.root.canonical().display();
         if self.is_marked {
-            format!("{directory}/{MARKER} was made: it marks the store, and holds its lock and notes; keep it")
+            format!(
+                "{directory}/{MARKER} was made: it marks the store, and holds its lock and notes; keep it"
+            )
         } else {
             format!(
-                "{STRAY_LOCK} and {STRAY_INTENTS} were made in {directory}, for the lock and notes of commands; they may be \
+                "{STRAY_LOCK} and {STRAY_INTENTS} were made in {directory}, for the lock and notes of \
+                    commands; they may be \
                  removed while no command runs and {STRAY_INTENTS} is empty"
             )
         }
@@ -443,8 +464,8 @@ impl ControlDir {
         self.lock_within(names, PATIENCE, &|| Ok(()))
     }
 
-    /// The same for a job, which would not give up what it has done because another takes its time; `go_on` is asked
-    /// all the while, and what it fails with ends the waiting.
+    /// The same for a job, which would not give up what it has done because another takes its time; `go_on`
+    /// is asked all the while, and what it fails with ends the waiting.
     pub fn lock_for_job(&self, names: &dyn Directory, go_on: &dyn Fn() -> Result<()>) -> Result<FileLock> {
         self.lock_within(names, JOB_PATIENCE, go_on)
     }
@@ -496,7 +517,9 @@ impl ControlDir {
     ) -> Result<OwnedIntent<O>> {
         let name = OsString::from(format!("{name}.toml"));
         match self.write(names, &name, &intent.with(intent.operation.clone().into())) {
-            Ok((written, claim)) => Ok(self.own(&name, written, claim, Vec::new()).with(intent.operation.clone())),
+            Ok((written, claim)) => {
+                Ok(self.own(&name, written, claim, Vec::new()).with(intent.operation.clone()))
+            }
             Err(error) => {
                 let _ = names.unlink(&self.intents().join(&name));
                 Err(error)
@@ -505,11 +528,16 @@ impl ControlDir {
     }
 
     /// Writes one that is ours already anew, durably: at every moment there is the old one or the new.
-    pub fn rewrite<O: Clone + Into<Operation>>(&self, names: &dyn Directory, owned: &mut OwnedIntent<O>) -> Result<()> {
+    pub fn rewrite<O: Clone + Into<Operation>>(
+        &self,
+        names: &dyn Directory,
+        owned: &mut OwnedIntent<O>,
+    ) -> Result<()> {
         // Who writes it again because somebody has removed it waits.
         let mut live = self.live.lock();
         let operation = owned.intent.operation.clone();
-        let (written, claim) = self.write(names, owned.name(), &owned.intent.with(operation.clone().into()))?;
+        let (written, claim) =
+            self.write(names, owned.name(), &owned.intent.with(operation.clone().into()))?;
         owned.intent = written.with(operation);
         if let Some(entry) = live.get_mut(owned.name()) {
             entry.replace(written, claim);
@@ -557,7 +585,10 @@ impl ControlDir {
             if !found.is_err_and(|error| error.kind() == ErrorKind::NotFound) {
                 continue;
             }
-            tracing::warn!("{} was removed while its command is at work, and is written again", shown_name(name));
+            tracing::warn!(
+                "{} was removed while its command is at work, and is written again",
+                shown_name(name)
+            );
             match self.prepare(names).and_then(|()| self.write(names, name, &entry.intent)) {
                 Ok((intent, claim)) => entry.replace(intent, claim),
                 Err(error) => tracing::error!("{}: {error}", shown_name(name)),
@@ -571,14 +602,15 @@ impl ControlDir {
         let drafts = directories.into_iter().flat_map(|directory| {
             let listed = self.root.open_directory(directory, false).ok().flatten().map(|fd| Root::list(&fd));
             let entries = listed.and_then(Result::ok).unwrap_or_default().into_iter();
-            let paths = entries.filter(|entry| entry.kind == EntryKind::File).map(|entry| directory.join(entry.name));
+            let paths =
+                entries.filter(|entry| entry.kind == EntryKind::File).map(|entry| directory.join(entry.name));
             paths.filter(|path| is_intents_draft(path) || freeze_list::is_draft(path)).collect::<Vec<_>>()
         });
         drafts.collect()
     }
 
-    /// Takes up an intent that somebody has left. `Busy` if he has not; `Stale` if it is not proven of every file that it
-    /// is the one that was named. Under the store's lock.
+    /// Takes up an intent that somebody has left. `Busy` if he has not; `Stale` if it is not proven of every
+    /// file that it is the one that was named. Under the store's lock.
     pub fn take_up(&self, names: &dyn Directory, found: &FoundIntent) -> Result<OwnedIntent> {
         let path = self.intents().join(&found.name);
         let former = self.write_lost(names, &found.name)?;
@@ -591,7 +623,8 @@ impl ControlDir {
         }
         let (intent, is_copied, findings) = self.examine(&found.name)?;
         if let Some(doubt) = findings.into_iter().find_map(FileBinding::into_doubt) {
-            let fact = "nothing is written or removed until that is certain: chainfs recover shows what can be done";
+            let fact =
+                "nothing is written or removed until that is certain: chainfs recover shows what can be done";
             return Err(Error::new(ErrorKind::Stale, format!("{doubt}; {fact}")));
         }
         let mut owned = self.own(&found.name, intent, claim, Vec::from_iter(former));
@@ -602,8 +635,8 @@ impl ControlDir {
         Ok(owned)
     }
 
-    /// Writes an intent again that somebody has removed, and whose owner has ended without having done that. Returns the
-    /// file that it had.
+    /// Writes an intent again that somebody has removed, and whose owner has ended without having done that.
+    /// Returns the file that it had.
     fn write_lost(&self, names: &dyn Directory, name: &OsStr) -> Result<Option<FileLock>> {
         let seen = self.seen.lock();
         let Some(entry) = seen.get(name).filter(|entry| entry.is_lost()) else { return Ok(None) };
@@ -611,7 +644,8 @@ impl ControlDir {
         if self.root.stat(&path).is_ok() {
             return Ok(None);
         }
-        let opened = rustix::fs::open(by_descriptor(&entry.file), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+        let opened =
+            rustix::fs::open(by_descriptor(&entry.file), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
         let file = opened.map_err(|error| Error::io(format!("opening {} again", path.display()), error))?;
         let claim = FileLock::take(file, &path, Duration::ZERO)?;
         tracing::warn!("{} was removed before its command was done, and is written again", shown_name(name));
@@ -620,8 +654,8 @@ impl ControlDir {
         Ok(Some(claim))
     }
 
-    /// What an intent says, read anew, with the files that are proven to be those that it names; whether the store was
-    /// copied; and what was found of each.
+    /// What an intent says, read anew, with the files that are proven to be those that it names; whether the
+    /// store was copied; and what was found of each.
     pub fn examine(&self, name: &OsStr) -> Result<(Intent, bool, Vec<FileBinding>)> {
         let path = self.intents().join(name);
         let (mut intent, is_copied, _) = self.read_one(&path).map_err(|reason| {
@@ -631,8 +665,8 @@ impl ControlDir {
         Ok((intent, is_copied, findings))
     }
 
-    /// Whether somebody is at work on an intent. Where nobody can tell, nobody is said to be: who wants to take it up
-    /// asks the lock itself.
+    /// Whether somebody is at work on an intent. Where nobody can tell, nobody is said to be: who wants to
+    /// take it up asks the lock itself.
     pub fn is_owned(&self, found: &FoundIntent) -> bool {
         let path = self.intents().join(&found.name);
         let held = match self.root.open_file(&path) {
@@ -650,8 +684,8 @@ impl ControlDir {
         held.unwrap_or(false)
     }
 
-    /// Notes why an intent was not taken up, for those who look at the store, and whether that lasts. Returns whether it
-    /// is news.
+    /// Notes why an intent was not taken up, for those who look at the store, and whether that lasts. Returns
+    /// whether it is news.
     pub fn note_refusal(&self, name: &OsStr, sentence: String, is_final: bool) -> bool {
         let mut refused = self.refused.lock();
         let is_news = refused.get(name).is_none_or(|refusal| refusal.sentence != sentence);
@@ -675,8 +709,8 @@ impl ControlDir {
         refused.get(name).is_some_and(|refusal| refusal.is_final || refusal.when.elapsed() < RETRY)
     }
 
-    /// Puts what nobody wants to be taken up any more, or what is no intent, aside, durably, where nobody heeds it.
-    /// Under the store's lock. Returns its name beneath the guarded directory.
+    /// Puts what nobody wants to be taken up any more, or what is no intent, aside, durably, where nobody
+    /// heeds it. Under the store's lock. Returns its name beneath the guarded directory.
     pub fn discard(&self, names: &dyn Directory, path: &Path) -> Result<PathBuf> {
         let name = path.file_name().unwrap_or_default();
         if let Ok(file) = self.root.open_file_for_writing(path) {
@@ -696,13 +730,14 @@ impl ControlDir {
         self.intents().join(name)
     }
 
-    /// All intents of the store, and what is wrong with those that make no sense, or cannot be read: nobody can tell
-    /// what those spoil.
+    /// All intents of the store, and what is wrong with those that make no sense, or cannot be read: nobody
+    /// can tell what those spoil.
     pub(super) fn read(&self) -> (Vec<FoundIntent>, UnreadableIntents) {
         let (mut found, mut problems) = (Vec::new(), Vec::new());
         let trust = self.check_trust();
         let is_trusted = trust.is_ok();
-        problems.extend(trust.err().map(|error| (self.intents().to_path_buf(), format!("{UNTRUSTED}: {error}"))));
+        problems
+            .extend(trust.err().map(|error| (self.intents().to_path_buf(), format!("{UNTRUSTED}: {error}"))));
         let listed = match self.root.open_directory(self.intents(), true) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
             Ok(Some(directory)) => Root::list(&directory),
@@ -760,7 +795,12 @@ impl ControlDir {
             if !is_here(&found, name) && problems.iter().all(|(path, _)| path.file_name() != Some(name)) {
                 let mut intent = intent.clone();
                 bind(&self.root, &mut intent, *is_copied, false);
-                found.push(FoundIntent { name: name.clone(), intent, is_copied: *is_copied, is_trusted: true });
+                found.push(FoundIntent {
+                    name: name.clone(),
+                    intent,
+                    is_copied: *is_copied,
+                    is_trusted: true,
+                });
             }
         }
         (found, problems)
@@ -773,15 +813,16 @@ impl ControlDir {
         }
     }
 
-    /// Whether a note is of somebody who could have carried it out: of whom the directory of notes would be trusted, or of
-    /// the owner of all files that it names.
+    /// Whether a note is of somebody who could have carried it out: of whom the directory of notes would be
+    /// trusted, or of the owner of all files that it names.
     fn is_owners(&self, note: &OwnedFd, intent: &Intent) -> bool {
         let Ok(note) = FileStat::of(note) else { return false };
         let is_own = |named: &&FileRef| self.root.stat(&named.path).map_or(true, |stat| stat.uid == note.uid);
         trust::is_known(&self.root, note.uid) || intent.files().iter().all(is_own)
     }
 
-    /// An intent, and whether the store was copied since it was written: then the file is not the one that it says.
+    /// An intent, and whether the store was copied since it was written: then the file is not the one that it
+    /// says.
     fn read_one(&self, path: &Path) -> std::result::Result<(Intent, bool, OwnedFd), String> {
         let file = self.root.open_file(path).map_err(|error| error.to_string())?;
         let now = Identity::of(&file).map_err(|error| error.to_string())?;
@@ -806,8 +847,8 @@ impl ControlDir {
     }
 }
 
-/// Says to those who have the file of an intent open that it goes in order. If that cannot be said, they look after it
-/// once more.
+/// Says to those who have the file of an intent open that it goes in order. If that cannot be said, they look
+/// after it once more.
 fn say_ended(file: &OwnedFd) {
     let _ = rustix::io::pwrite(file, ENDED.as_bytes(), 0);
 }
@@ -878,8 +919,8 @@ mod tests {
     use super::*;
     use crate::io::{Descriptors, FileId, Host, ThisHost};
     use crate::store::{
-        CommitOperation, CopyOperation, Digest, Evidence, Format, NewTop, PullOperation, SectorSample, ShrinkOperation,
-        SnapshotOperation,
+        CommitOperation, CopyOperation, Digest, Evidence, Format, NewTop, PullOperation, SectorSample,
+        ShrinkOperation, SnapshotOperation,
     };
 
     fn named(path: impl Into<PathBuf>, inode: u64) -> FileRef {
@@ -931,8 +972,12 @@ mod tests {
             name: "a".into(),
             backing: Some(named("d", 4)),
         }];
-        let snapshot =
-            Operation::Snapshot(SnapshotOperation { seconds: -5, nanoseconds: 6, description: "x\n\"".into(), disks });
+        let snapshot = Operation::Snapshot(SnapshotOperation {
+            seconds: -5,
+            nanoseconds: 6,
+            description: "x\n\"".into(),
+            disks,
+        });
         let copy = Operation::Copy(CopyOperation { draft: named(".x.new", 5), name: "y\u{fc}".into() });
         let shrink = Operation::Shrink(ShrinkOperation { image: named("a", 1), size: 512 });
         let more = [pull, snapshot, copy, shrink].map(|deed| Intent::new("x", Path::new(""), deed));
@@ -954,8 +999,10 @@ mod tests {
         fails(&text.replace("version = 2", "version = 1"));
         fails(&text.replace("version = 2", "version = 3"));
         fails(&commit().text());
-        let without =
-            Operation::Shrink(ShrinkOperation { image: FileRef { evidence: None, ..named("a", 1) }, size: 512 });
+        let without = Operation::Shrink(ShrinkOperation {
+            image: FileRef { evidence: None, ..named("a", 1) },
+            size: 512,
+        });
         fails(&Intent { operation: without, ..intent.clone() }.text());
         for len in (0..text.len()).step_by(7) {
             fails(&text[..len]);
@@ -1038,7 +1085,12 @@ mod tests {
         std::fs::write(place.path().join("a"), "another").unwrap();
         assert_eq!(guard.take_up(&*names, &found[0]).unwrap_err().kind(), ErrorKind::Stale);
         std::fs::write(place.path().join("a"), "a").unwrap();
-        std::fs::File::options().write(true).open(place.path().join("a")).unwrap().set_modified(written).unwrap();
+        std::fs::File::options()
+            .write(true)
+            .open(place.path().join("a"))
+            .unwrap()
+            .set_modified(written)
+            .unwrap();
         guard.take_up(&*names, &found[0]).unwrap().end(&*names).unwrap();
         assert!(guard.read().0.is_empty());
         std::fs::write(place.path().join(".chainfs/intents/2.toml"), "nonsense").unwrap();

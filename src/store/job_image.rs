@@ -1,8 +1,8 @@
 //! An image below the active layer in the hands of a job: the only one who writes it.
 //!
 //! Promises: from the opening on it carries QEMU's writer locks, beside those of our own readers; it is the
-//! very file that the catalog speaks of; and when the job is done, whoever opens it next sees what the job has
-//! made of it. That no view of those readers changes is the job's to see to.
+//! very file that the catalog speaks of; and when the job is done, whoever opens it next sees what the job
+//! has made of it. That no view of those readers changes is the job's to see to.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -38,7 +38,8 @@ pub enum CachePolicy {
 }
 
 impl Store {
-    /// Opens an image for a job. `Busy` if another process uses it, `Stale` if it is not what the catalog says.
+    /// Opens an image for a job. `Busy` if another process uses it, `Stale` if it is not what the catalog
+    /// says.
     pub fn take_image(self: &Arc<Self>, catalog: &Catalog, index: ImageIndex) -> Result<JobImage> {
         let entry = &catalog.images[index];
         if entry.place.root != 0 {
@@ -51,7 +52,8 @@ impl Store {
             return Err(error);
         }
         // M6: as for a guest's writer.
-        let lock = |file: &Arc<crate::io::StoreFile>| file.lock_for_writing(WriterKind::Job, self.options.no_lock);
+        let lock =
+            |file: &Arc<crate::io::StoreFile>| file.lock_for_writing(WriterKind::Job, self.options.no_lock);
         let locks = image.files().map(lock).collect::<Result<Vec<_>>>()?;
         unchanged(&image, entry)?;
         Ok(JobImage { store: Arc::clone(self), writer: None, image, locks, reads })
@@ -93,7 +95,8 @@ impl JobImage {
         let writer = match self.image.format {
             Format::Raw => Writer::raw(name, file)?,
             Format::Qcow2 => {
-                let data_file = self.image.data_file.as_ref().map(|file| self.store.host.writable(file)).transpose()?;
+                let data_file =
+                    self.image.data_file.as_ref().map(|file| self.store.host.writable(file)).transpose()?;
                 let below = below.map(|view| view as Arc<dyn BackingDisk>);
                 let options = writer_options(&self.store);
                 match keeping {
@@ -106,8 +109,8 @@ impl JobImage {
         Ok(writer)
     }
 
-    /// Has it described anew for those who open it from now on: what was written is in the file, and what was kept of
-    /// its tables is not that.
+    /// Has it described anew for those who open it from now on: what was written is in the file, and what was
+    /// kept of its tables is not that.
     pub fn describe_anew(&self) -> Result<()> {
         self.store.opened.keep(&self.store.described_anew(&self.image)?);
         Ok(())

@@ -1,7 +1,8 @@
-//! Who may do what with the images of a store, as of one moment: the rule of [`rights`](super::rights), asked of every
-//! directory on the way as well.
+//! Who may do what with the images of a store, as of one moment: the rule of [`rights`](super::rights), asked
+//! of every directory on the way as well.
 //!
-//! Promises: what cannot be looked at lets nobody in but the administrator. Nothing is opened but by `O_PATH`.
+//! Promises: what cannot be looked at lets nobody in but the administrator. Nothing is opened but by
+//! `O_PATH`.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -91,8 +92,9 @@ impl AccessJudge {
 
     /// Whether a user may come to where a file is, or would be.
     pub(crate) fn may_reach(&self, who: &Subject, place: &StorePath) -> bool {
-        let is_open =
-            |(directories, _): (Vec<Arc<Permissions>>, _)| directories.iter().all(|step| who.may(step, SEARCH));
+        let is_open = |(directories, _): (Vec<Arc<Permissions>>, _)| {
+            directories.iter().all(|step| who.may(step, SEARCH))
+        };
         who.is_root() || self.steps(place).is_some_and(is_open)
     }
 
@@ -106,12 +108,14 @@ impl AccessJudge {
         self.may_read_place(who, &StorePath { root: 0, path: path.to_path_buf() })
     }
 
-    /// Whether a name in the image at `from`, which is a user's, may lead that user to `place`: what is the user's own counts
-    /// whatever its mode says, and directories in which the image itself lies keep nobody from anything. Where nothing is,
-    /// whether the user may see that.
+    /// Whether a name in the image at `from`, which is a user's, may lead that user to `place`: what is the
+    /// user's own counts whatever its mode says, and directories in which the image itself lies keep nobody
+    /// from anything. Where nothing is, whether the user may see that.
     pub(super) fn counts_for(&self, who: &Subject, from: &StorePath, place: &StorePath) -> bool {
         let passes = |step: &Permissions, want| step.uid == who.uid || who.may(step, want);
-        let Some((searched, plain)) = self.roots.get(place.root).and_then(|root| root.steps(&place.path).ok()) else {
+        let Some((searched, plain)) =
+            self.roots.get(place.root).and_then(|root| root.steps(&place.path).ok())
+        else {
             return false;
         };
         let is_same_root = from.root == place.root;
@@ -123,7 +127,9 @@ impl AccessJudge {
         let may_search = searched
             .iter()
             .filter(|directory| !directory.as_os_str().is_empty() && !is_shared(directory))
-            .all(|directory| self.permissions(place.root, directory).is_some_and(|step| passes(&step, SEARCH)));
+            .all(|directory| {
+                self.permissions(place.root, directory).is_some_and(|step| passes(&step, SEARCH))
+            });
         may_search && self.permissions(place.root, &plain).is_none_or(|file| passes(&file, READ))
     }
 
@@ -148,7 +154,8 @@ impl AccessJudge {
         places(image).all(|place| self.may(who, place, READ | WRITE))
     }
 
-    /// Whether a user may give a file of this directory another name, remove it, or, where there is no such file, make it.
+    /// Whether a user may give a file of this directory another name, remove it, or, where there is no such
+    /// file, make it.
     pub(crate) fn may_change_name(&self, who: &Subject, place: &StorePath) -> bool {
         if who.is_root() {
             return true;
@@ -160,13 +167,17 @@ impl AccessJudge {
         steps.iter().all(|step| who.may(step, SEARCH)) && who.may_rename_in(&parent, owner)
     }
 
-    /// What the mode of a disk made of these layers, top first, says: for the owner of the first, its group, and all others.
+    /// What the mode of a disk made of these layers, top first, says: for the owner of the first, its group,
+    /// and all others.
     pub fn mode(&self, catalog: &Catalog, layers: &[ImageIndex], is_writable: bool) -> u32 {
         let Some(top) = layers.first().map(|index| &catalog.images[*index]) else { return 0 };
         let Some(own) = self.way(&top.place) else { return 0 };
         let (uid, gid) = (own.file.uid, own.file.gid);
-        let classes =
-            [Class::Owner(Subject::new(uid, groups_of(uid))), Class::Group { uid, gid }, Class::Other { uid, gid }];
+        let classes = [
+            Class::Owner(Subject::new(uid, groups_of(uid))),
+            Class::Group { uid, gid },
+            Class::Other { uid, gid },
+        ];
         let mut mode = 0;
         for (class, shift) in classes.iter().zip([6, 3, 0]) {
             if layers
@@ -183,8 +194,9 @@ impl AccessJudge {
     }
 
     fn class_may(&self, class: &Class, place: &StorePath, want: u32) -> bool {
-        self.way(place)
-            .is_some_and(|way| way.directories.iter().all(|step| class.may(step, SEARCH)) && class.may(&way.file, want))
+        self.way(place).is_some_and(|way| {
+            way.directories.iter().all(|step| class.may(step, SEARCH)) && class.may(&way.file, want)
+        })
     }
 }
 

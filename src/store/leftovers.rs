@@ -2,10 +2,10 @@
 //!
 //! Promises: only files of chainfs' own making go, and none that an intent speaks of. Whoever makes a draft
 //! holds the store's lock until an intent speaks of it or it is gone, so that under the lock all others are
-//! nobody's. An image is of our making if its name is exactly one that a command gives, its birth is of the time that
-//! the name says, it has no other name, and it holds nothing or the beginning of a qcow2 image; its owner tells
-//! nothing, for it is that of the image it is made after. All others stay, also where that leaves a draft behind: in a
-//! store that was copied.
+//! nobody's. An image is of our making if its name is exactly one that a command gives, its birth is of the
+//! time that the name says, it has no other name, and it holds nothing or the beginning of a qcow2 image; its
+//! owner tells nothing, for it is that of the image it is made after. All others stay, also where that leaves
+//! a draft behind: in a store that was copied.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -23,12 +23,14 @@ use super::operation::Effects;
 /// How the names of drafts end.
 pub(super) const DRAFT: &str = "new";
 
-/// How much later than its name says a draft may have been made: whoever makes it may have been stopped meanwhile.
+/// How much later than its name says a draft may have been made: whoever makes it may have been stopped
+/// meanwhile.
 const LATEST: Duration = Duration::from_mins(10);
 /// The clock of a file system lags behind by a tick.
 const LAG: Duration = Duration::from_secs(1);
 
-/// The name of a command's intent, different from all others: when it was given, by which process, and a number.
+/// The name of a command's intent, different from all others: when it was given, by which process, and a
+/// number.
 pub(crate) fn command_name(when: Duration, process: u32, number: u64) -> String {
     format!("{:x}-{process}-{number}", when.as_nanos())
 }
@@ -48,7 +50,8 @@ pub(crate) fn draft_name(of: &str, number: usize) -> String {
     format!(".chainfs-{of}-{number}.{DRAFT}")
 }
 
-/// When a draft of an image was made, or what a command has put aside was, by its name; `None`: it is neither.
+/// When a draft of an image was made, or what a command has put aside was, by its name; `None`: it is
+/// neither.
 fn when_drafted(path: &Path) -> Option<Duration> {
     let name = path.file_name()?.to_str()?;
     let (command, number) = name.strip_prefix(".chainfs-")?.strip_suffix(".new")?.rsplit_once('-')?;
@@ -64,7 +67,8 @@ pub(crate) fn is_draft(path: &Path) -> bool {
 /// Whether a file of that name, among the intents, is the draft of one.
 pub(super) fn is_intents_draft(path: &Path) -> bool {
     let is_named = |name: &str| when_named(name).is_some();
-    path.extension().is_some_and(|own| own == DRAFT) && path.file_stem().and_then(OsStr::to_str).is_some_and(is_named)
+    path.extension().is_some_and(|own| own == DRAFT)
+        && path.file_stem().and_then(OsStr::to_str).is_some_and(is_named)
 }
 
 /// Why the file of a draft's name is not proven to be one, if so.
@@ -81,7 +85,8 @@ fn doubt(root: &Root, path: &Path) -> Result<Option<&'static str>> {
         return Ok(Some("was made at another time than its name says"));
     }
     let mut head = [0; 512];
-    let len = read_full(&file, 0, &mut head).map_err(|error| Error::io(format!("reading {}", shown(path)), error))?;
+    let len = read_full(&file, 0, &mut head)
+        .map_err(|error| Error::io(format!("reading {}", shown(path)), error))?;
     // Of what was written right before a power failure there may be zeroes.
     let is_image = head[..len].starts_with(&MAGIC.to_be_bytes()) || head[..len].iter().all(|byte| *byte == 0);
     Ok((!is_image).then_some("holds something else than a new image"))
@@ -102,9 +107,11 @@ impl Store {
         // What a revert has put aside is its own to remove, or to put into the trash.
         let put_aside = intents.iter().flat_map(|found| found.intent.operation.new_tops());
         let spoken_of: HashSet<&Path> = files.chain(put_aside.map(|top| top.frozen.as_path())).collect();
-        let images = self.catalog().drafts.iter().map(|path| self.guard.prefix.join(path)).collect::<Vec<PathBuf>>();
+        let images =
+            self.catalog().drafts.iter().map(|path| self.guard.prefix.join(path)).collect::<Vec<PathBuf>>();
         // An intent that cannot be understood may speak of any of them.
-        let images = images.into_iter().filter(|path| senseless.is_empty() && !spoken_of.contains(path.as_path()));
+        let images =
+            images.into_iter().filter(|path| senseless.is_empty() && !spoken_of.contains(path.as_path()));
         let (root, mut ours) = (&self.guard.root, self.guard.drafts());
         for path in images {
             match doubt(root, &path) {
@@ -132,10 +139,15 @@ mod tests {
         let draft = draft_name(&of, 12);
         assert!(is_draft(Path::new("a/b").join(&draft).as_path()), "{draft}");
         assert!(is_intents_draft(Path::new(&of).with_extension(DRAFT).as_path()), "{of}");
-        let beside =
-            [&draft[1..], &draft.replace(".new", ".new2"), &draft.replace("4711", "x"), &draft.replace("-12", "")];
-        for name in
-            [".chainfs.new", ".chainfs-notes.new", ".chainfs-1-2-3-0.new", ".chainfs-1.new"].iter().chain(&beside)
+        let beside = [
+            &draft[1..],
+            &draft.replace(".new", ".new2"),
+            &draft.replace("4711", "x"),
+            &draft.replace("-12", ""),
+        ];
+        for name in [".chainfs.new", ".chainfs-notes.new", ".chainfs-1-2-3-0.new", ".chainfs-1.new"]
+            .iter()
+            .chain(&beside)
         {
             assert!(!is_draft(Path::new(name)), "{name}");
         }

@@ -150,8 +150,8 @@ impl Store {
 
     /// The same, changed through the hands of `host`.
     pub fn open_on(path: &Path, options: StoreOptions, host: Arc<dyn Host>) -> Result<Arc<Self>> {
-        let metadata =
-            std::fs::metadata(path).map_err(|error| Error::io(format!("opening {}", path.display()), error))?;
+        let metadata = std::fs::metadata(path)
+            .map_err(|error| Error::io(format!("opening {}", path.display()), error))?;
         let (directory, single) = if metadata.is_dir() {
             (path.to_path_buf(), None)
         } else {
@@ -262,12 +262,15 @@ impl Store {
                 watches.add(StorePath { root: 0, path: path.to_path_buf() }, fd);
             }
         };
-        let ways = ScanContext { known: &known, plain: &self.plain, prefix: &self.guard.prefix, visit: &visit };
+        let ways =
+            ScanContext { known: &known, plain: &self.plain, prefix: &self.guard.prefix, visit: &visit };
         let mut scan = match &single {
             None => scan::scan(&self.roots[0], &ways)?,
             Some(place) => {
                 let directory = StorePath { root: 0, path: PathBuf::new() };
-                if let (Some(watches), Some(fd)) = (&self.watches, self.roots[0].open_directory(Path::new(""), true)?) {
+                if let (Some(watches), Some(fd)) =
+                    (&self.watches, self.roots[0].open_directory(Path::new(""), true)?)
+                {
                     watches.add(directory, &fd);
                 }
                 Scan { files: vec![scan::describe_place(&self.roots[0], place, &ways)?], ..Scan::default() }
@@ -331,8 +334,8 @@ impl Store {
         views
     }
 
-    /// Notes that a job of ours has changed `files` and left every layer of `before` that is still there as it was,
-    /// but for `changed`: their disks stay the same to those who have them open. Not where any other
+    /// Notes that a job of ours has changed `files` and left every layer of `before` that is still there as
+    /// it was, but for `changed`: their disks stay the same to those who have them open. Not where any other
     /// file of theirs has changed as well.
     pub(crate) fn keep_states(&self, before: &Catalog, files: &[FileId], changed: Option<FileId>) {
         let after = self.catalog();
@@ -382,7 +385,8 @@ impl Store {
         }
     }
 
-    /// The names of open views to which a change of the image `base` would show, unless all of `cover` lie above it.
+    /// The names of open views to which a change of the image `base` would show, unless all of `cover` lie
+    /// above it.
     pub fn exposed(&self, base: FileId, cover: &[FileId]) -> Vec<String> {
         self.opened.exposed(base, cover)
     }
@@ -408,7 +412,8 @@ impl Store {
         freeze_list::forget(&self.guard, &*self.guard_names())
     }
 
-    /// Notes, durably, that a raw file is frozen, or that it is not. `path` lies beneath the guarded directory.
+    /// Notes, durably, that a raw file is frozen, or that it is not. `path` lies beneath the guarded
+    /// directory.
     pub fn note_frozen(&self, path: &Path, frozen: Option<&Frozen>) -> Result<()> {
         FreezeList::change(&self.guard, &*self.guard_names(), path, frozen)
     }
@@ -423,14 +428,14 @@ impl Store {
         resolve::resolve(&self.roots, &self.options.maps, from, name)
     }
 
-    /// Why a name that means `to` would not count in an image at `from` that is the user `owner`'s, as the rest of a
-    /// sentence.
+    /// Why a name that means `to` would not count in an image at `from` that is the user `owner`'s, as the
+    /// rest of a sentence.
     pub(crate) fn uncounted(&self, owner: u32, from: &StorePath, to: &StorePath) -> Option<String> {
         Owners::new(&self.roots, &self.options).refuse(owner, from, to)
     }
 
-    /// For a store that is one image, or lies in a marked one: everything beneath the uppermost marked directory, or
-    /// the one that the user has named, as of now.
+    /// For a store that is one image, or lies in a marked one: everything beneath the uppermost marked
+    /// directory, or the one that the user has named, as of now.
     pub(crate) fn whole(&self) -> Result<Option<Arc<Catalog>>> {
         let is_single = self.catalog().single.is_some();
         let own = self.guard.root.canonical();
@@ -444,8 +449,13 @@ impl Store {
             store.rescan()?;
             return Ok(Some(store.catalog()));
         }
-        let options =
-            StoreOptions { notify: false, remember: false, read_only: true, whole_store: None, ..self.options.clone() };
+        let options = StoreOptions {
+            notify: false,
+            remember: false,
+            read_only: true,
+            whole_store: None,
+            ..self.options.clone()
+        };
         let store = whole.insert(Self::open(around, options)?);
         Ok(Some(store.catalog()))
     }
@@ -473,8 +483,8 @@ impl Store {
     }
 }
 
-/// The directory and name of the link by which the user names an image that lies in another directory: names in its
-/// header are meant from there, as QEMU has it.
+/// The directory and name of the link by which the user names an image that lies in another directory: names
+/// in its header are meant from there, as QEMU has it.
 fn link_of(path: &Path, directory: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
     let fail = |error| Error::io("finding the image", error);
     let absolute = std::path::absolute(path).map_err(fail)?;

@@ -41,9 +41,9 @@ pub fn encode(bytes: &[u8]) -> Vec<u8> {
 /// of the whole, which is stable over scans.
 fn fit(mut name: Vec<u8>, most: usize) -> Vec<u8> {
     if name.len() > most {
-        let hash = name
-            .iter()
-            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+        let hash = name.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+        });
         let hash = format!("~{hash:016x}");
         name.truncate(most - hash.len());
         name.extend_from_slice(hash.as_bytes());
@@ -89,7 +89,8 @@ pub(super) struct ViewForm<'a> {
 
 /// Names of the views of one chain, without suffix, in the order of `views`. Layers come first.
 pub(super) fn view_names(views: &[ViewForm<'_>]) -> Vec<Vec<u8>> {
-    let (layers, snapshots): (Vec<_>, Vec<_>) = (0..views.len()).partition(|index| views[*index].snapshot.is_none());
+    let (layers, snapshots): (Vec<_>, Vec<_>) =
+        (0..views.len()).partition(|index| views[*index].snapshot.is_none());
     let mut names = vec![Vec::new(); views.len()];
     let mut taken = BTreeSet::new();
     let mut by_layer: BTreeMap<(&Path, bool), Vec<u8>> = BTreeMap::new();
@@ -101,7 +102,8 @@ pub(super) fn view_names(views: &[ViewForm<'_>]) -> Vec<Vec<u8>> {
     }
     let form = |place: usize, level: usize| {
         let (index, view) = (snapshots[place], &views[snapshots[place]]);
-        let layer = by_layer.get(&(view.path, view.active)).cloned().unwrap_or_else(|| encode(stem(view.path)));
+        let layer =
+            by_layer.get(&(view.path, view.active)).cloned().unwrap_or_else(|| encode(stem(view.path)));
         let (name, id) = view.snapshot.expect("a snapshot's form");
         let mut form = [&layer, &b"@"[..], &encode(name)].concat();
         if level >= 1 {
@@ -132,7 +134,11 @@ fn layer_forms(view: &ViewForm<'_>) -> Vec<Vec<u8>> {
 
 /// Gives each of so many its first form; those that clash, with each other or with `taken`, move to their
 /// next, until nobody does. Forms are made when they are needed: there may be very many, and long ones.
-fn settle(count: usize, form: &dyn Fn(usize, usize) -> Option<Vec<u8>>, taken: &BTreeSet<Vec<u8>>) -> Vec<Vec<u8>> {
+fn settle(
+    count: usize,
+    form: &dyn Fn(usize, usize) -> Option<Vec<u8>>,
+    taken: &BTreeSet<Vec<u8>>,
+) -> Vec<Vec<u8>> {
     let mut level = vec![0; count];
     let mut names: Vec<Vec<u8>> = (0..count).map(|index| form(index, 0).unwrap_or_default()).collect();
     loop {
@@ -198,7 +204,12 @@ mod tests {
             ..view
         };
         assert_eq!(
-            name(&[active, inner(active, "monday", "1"), layer("sn1.qcow2"), inner(layer("sn1.qcow2"), "a/b", "1")]),
+            name(&[
+                active,
+                inner(active, "monday", "1"),
+                layer("sn1.qcow2"),
+                inner(layer("sn1.qcow2"), "a/b", "1")
+            ]),
             ["active", "active@monday", "sn1", "sn1@a%2Fb"]
         );
         assert_eq!(name(&[inner(active, "x", "1"), inner(active, "x", "2")])[1], "web01@x~2");
@@ -218,7 +229,8 @@ mod tests {
 
     #[test]
     fn long_names_are_shortened_and_stay_apart() {
-        let view = |name| ViewForm { path: Path::new("web.qcow2"), active: true, snapshot: Some((name, b"1")) };
+        let view =
+            |name| ViewForm { path: Path::new("web.qcow2"), active: true, snapshot: Some((name, b"1")) };
         let (one, two) = ([b'a'; 5000], [b'a'; 5001]);
         let names = view_names(&[view(&one), view(&two)]);
         assert!(names.iter().all(|name| name.len() + ".vmstate".len() <= 255) && names[0] != names[1]);

@@ -73,7 +73,8 @@ impl OpenView {
 pub(super) struct OpenState {
     /// Its images, top first, and the serial number of each one's opening.
     layers: Vec<(FileId, u64)>,
-    /// The id of the internal snapshot by which the first is shown, whose tables hide other parts of those below.
+    /// The id of the internal snapshot by which the first is shown, whose tables hide other parts of those
+    /// below.
     inner: Option<Vec<u8>>,
     /// The layer and, if so, that it is the active one, for sentences.
     name: String,
@@ -147,8 +148,8 @@ impl OpenImage {
         self.is_at(entry) && self.files().all(as_expected)
     }
 
-    /// Whether an older look at the image still tells of it what commands go by: a guest that writes it moves its tables
-    /// and marks its bitmaps, and changes nothing else.
+    /// Whether an older look at the image still tells of it what commands go by: a guest that writes it moves
+    /// its tables and marks its bitmaps, and changes nothing else.
     fn is_as_told(&self, entry: &ImageEntry) -> bool {
         let now = self.image.header();
         match (now, entry.qcow2()) {
@@ -183,7 +184,13 @@ impl OpenImages {
     }
 
     /// Notes what is shown.
-    pub(super) fn show(&self, view: &View, images: &[FileId], inner: Option<Vec<u8>>, name: &str) -> Arc<OpenState> {
+    pub(super) fn show(
+        &self,
+        view: &View,
+        images: &[FileId],
+        inner: Option<Vec<u8>>,
+        name: &str,
+    ) -> Arc<OpenState> {
         let serials = view.layers().iter().map(|layer| layer.image().serial());
         let layers = images.iter().copied().zip(serials).collect();
         let shown = Arc::new(OpenState { layers, inner, name: name.to_owned() });
@@ -210,8 +217,8 @@ impl OpenImages {
         names
     }
 
-    /// Whether an active disk's view (its layers are `layers` by now) has any of `changed` below its top layer as
-    /// that was before.
+    /// Whether an active disk's view (its layers are `layers` by now) has any of `changed` below its top
+    /// layer as that was before.
     pub(super) fn is_behind(
         &self,
         open: &OpenView,
@@ -220,7 +227,8 @@ impl OpenImages {
         changed: &[FileId],
     ) -> bool {
         let images = self.images.lock();
-        let is_other = |(id, serial): &(FileId, u64)| images.get(id).is_some_and(|now| now.image.serial() != *serial);
+        let is_other =
+            |(id, serial): &(FileId, u64)| images.get(id).is_some_and(|now| now.image.serial() != *serial);
         let old = open.shown.layers.get(1..).unwrap_or_default();
         let now = layers.get(1..).unwrap_or_default().iter().map(|index| catalog.images[*index].stat.id);
         open.shows(changed) && (old.iter().any(is_other) || !old.iter().map(|(id, _)| *id).eq(now))
@@ -237,10 +245,11 @@ impl OpenImages {
         if images.is_empty() {
             return;
         }
-        let current: HashMap<FileId, &ImageEntry> = catalog.images.iter().map(|image| (image.stat.id, image)).collect();
+        let current: HashMap<FileId, &ImageEntry> =
+            catalog.images.iter().map(|image| (image.stat.id, image)).collect();
         let before = images.len();
-        // A scan may be older than a name that a job has given since. What is in use carries the locks of this process,
-        // and stays; whether it is what an entry says is asked again when it is opened.
+        // A scan may be older than a name that a job has given since. What is in use carries the locks of
+        // this process, and stays; whether it is what an entry says is asked again when it is opened.
         let is_needed = |id: &FileId, open: &OpenImage| {
             let is_good = |entry: &&ImageEntry| open.is_current(entry) || open.is_ahead(entry);
             open.file.is_locked() || current.get(id).is_some_and(is_good)
@@ -253,9 +262,16 @@ impl OpenImages {
 }
 
 impl Store {
-    /// Opens the view of `layers` (top first) for somebody who looks at it. Where a layer is lost and the user wants to
-    /// salvage what is left, what the layers above it are silent on is an error, and the rest can be read.
-    pub fn open_shown(&self, catalog: &Catalog, layers: &[ImageIndex], part: ViewPart, live: bool) -> Result<OpenView> {
+    /// Opens the view of `layers` (top first) for somebody who looks at it. Where a layer is lost and the
+    /// user wants to salvage what is left, what the layers above it are silent on is an error, and the rest
+    /// can be read.
+    pub fn open_shown(
+        &self,
+        catalog: &Catalog,
+        layers: &[ImageIndex],
+        part: ViewPart,
+        live: bool,
+    ) -> Result<OpenView> {
         let is_whole = matches!(part, ViewPart::VmState(_)) || catalog.view_problem(layers).is_none();
         if is_whole {
             return self.open_view(catalog, layers, part, live);
@@ -274,7 +290,13 @@ impl Store {
 
     /// Opens the view of `layers` (top first). `live`: the top layer may change while it is read.
     /// `Stale` if a file is no longer what the catalog says: look again, then open again.
-    pub fn open_view(&self, catalog: &Catalog, layers: &[ImageIndex], part: ViewPart, live: bool) -> Result<OpenView> {
+    pub fn open_view(
+        &self,
+        catalog: &Catalog,
+        layers: &[ImageIndex],
+        part: ViewPart,
+        live: bool,
+    ) -> Result<OpenView> {
         self.open_stack(catalog, layers, part, live, false)
     }
 
@@ -295,8 +317,12 @@ impl Store {
         let open = self.open_image(top, frozen, &mut locks, &mut forced)?;
         let (first, key) = match part {
             ViewPart::Active => (Layer::active(&open.image)?, 0),
-            ViewPart::Snapshot(index) => (Layer::snapshot(&open.image, snapshot(top, index)?)?, 1 + 2 * index as u64),
-            ViewPart::VmState(index) => (Layer::vm_state(&open.image, snapshot(top, index)?)?, 2 + 2 * index as u64),
+            ViewPart::Snapshot(index) => {
+                (Layer::snapshot(&open.image, snapshot(top, index)?)?, 1 + 2 * index as u64)
+            }
+            ViewPart::VmState(index) => {
+                (Layer::vm_state(&open.image, snapshot(top, index)?)?, 2 + 2 * index as u64)
+            }
         };
         let mut key = vec![key, u64::from(live), open.image.serial()];
         let mut stack = vec![first];
@@ -326,9 +352,15 @@ impl Store {
             key.push(lost.serial());
             stack.push(Layer::active(&lost)?);
         }
-        let frozen_raw = !live && stack.len() == 1 && part == ViewPart::Active && top.format == Some(Format::Raw);
-        // What is read by force is never the same as for the next who opens it: kept, it would only keep its files open.
-        let view = if forced.is_some() { View::new(stack, live, &self.flat) } else { self.assemble(&key, stack, live) };
+        let frozen_raw =
+            !live && stack.len() == 1 && part == ViewPart::Active && top.format == Some(Format::Raw);
+        // What is read by force is never the same as for the next who opens it: kept, it would only keep its
+        // files open.
+        let view = if forced.is_some() {
+            View::new(stack, live, &self.flat)
+        } else {
+            self.assemble(&key, stack, live)
+        };
         let images: Vec<FileId> = layers.iter().map(|index| catalog.images[*index].stat.id).collect();
         let inner = match part {
             ViewPart::Active => None,
@@ -340,7 +372,10 @@ impl Store {
             && self.opened.leaving.lock().iter().any(|(image, leaving)| (*image, leaving) == (images[0], id))
         {
             let fact = "is an internal snapshot that is being deleted";
-            return Err(Error::new(ErrorKind::Busy, format!("{}@{} {fact}", top.shown(), String::from_utf8_lossy(id))));
+            return Err(Error::new(
+                ErrorKind::Busy,
+                format!("{}@{} {fact}", top.shown(), String::from_utf8_lossy(id)),
+            ));
         }
         if let ViewPart::Snapshot(index) | ViewPart::VmState(index) = part {
             self.is_still_there(top, snapshot(top, index)?)?;
@@ -367,7 +402,12 @@ impl Store {
             return None;
         }
         // Where it is open, its descriptor carries this process' own locks.
-        let known = self.opened.images.lock().get(&entry.stat.id).map(|open| open.files().cloned().collect::<Vec<_>>());
+        let known = self
+            .opened
+            .images
+            .lock()
+            .get(&entry.stat.id)
+            .map(|open| open.files().cloned().collect::<Vec<_>>());
         let files = known.unwrap_or_else(|| {
             let own = self.file(&entry.place, &entry.stat, false);
             let data = entry.data_file.as_ref().map(|(place, stat)| self.file(place, stat, false));
@@ -376,7 +416,8 @@ impl Store {
         files.iter().find_map(|file| file.locked_out(for_writing, self.options.no_lock))
     }
 
-    /// Whether the newest catalog still knows an internal snapshot: else what it held may be somebody else's by now.
+    /// Whether the newest catalog still knows an internal snapshot: else what it held may be somebody else's
+    /// by now.
     fn is_still_there(&self, image: &ImageEntry, snapshot: &Snapshot) -> Result<()> {
         let catalog = self.catalog();
         let now = catalog.images.iter().find(|other| other.stat.id == image.stat.id);
@@ -411,7 +452,8 @@ impl Store {
     /// What a view shows through its top layer: the view of the layers below. `None` if there are none.
     pub(super) fn view_below(&self, view: &View) -> Option<Arc<View>> {
         let below = &view.layers()[1..];
-        let key: Vec<u64> = [0, 0].into_iter().chain(below.iter().map(|layer| layer.image().serial())).collect();
+        let key: Vec<u64> =
+            [0, 0].into_iter().chain(below.iter().map(|layer| layer.image().serial())).collect();
         (!below.is_empty()).then(|| self.assemble(&key, below.to_vec(), false))
     }
 
@@ -430,8 +472,14 @@ impl Store {
         Ok(OpenView { view, fingerprint: hash(&key), top, shown, ..open })
     }
 
-    /// Does `rename`, which gives the image a name at `path`: whoever opens it by that finds it as we have it open.
-    pub(crate) fn rename_open(&self, id: FileId, path: &Path, rename: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// Does `rename`, which gives the image a name at `path`: whoever opens it by that finds it as we have it
+    /// open.
+    pub(crate) fn rename_open(
+        &self,
+        id: FileId,
+        path: &Path,
+        rename: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         let mut images = self.opened.images.lock();
         rename()?;
         if let Some(open) = images.get_mut(&id) {
@@ -505,7 +553,9 @@ impl Store {
             Ok(()) => {}
             // Somebody writes it, and the user wants to see it all the same: nothing that is read
             // of it may be remembered for the next who opens it.
-            Err(error) if error.kind() == ErrorKind::Busy && self.options.force_share && !open.file.is_written() => {
+            Err(error)
+                if error.kind() == ErrorKind::Busy && self.options.force_share && !open.file.is_written() =>
+            {
                 *forced = Some(error);
                 return self.make(entry, format, false).map(Some);
             }
@@ -525,7 +575,8 @@ impl Store {
             return Ok(None);
         }
         drop(images);
-        // A catalog that is older than our own last change will do, if that has changed nothing it is asked about.
+        // A catalog that is older than our own last change will do, if that has changed nothing it is asked
+        // about.
         if !open.file.is_written() && !open.is_current(entry) && !open.is_as_told(entry) {
             return Err(changed(&open.file));
         }
@@ -568,7 +619,8 @@ fn left<'a>(catalog: &Catalog, layers: &'a [ImageIndex]) -> (&'a [ImageIndex], O
 /// Refuses an image that is known to be unreadable.
 fn readable(entry: &ImageEntry) -> Result<()> {
     let Some(problem) = &entry.problem else { return Ok(()) };
-    let unsupported = matches!(&entry.content, DetectedContent::Qcow2(qcow2) if unreadable(&qcow2.header).is_some());
+    let unsupported =
+        matches!(&entry.content, DetectedContent::Qcow2(qcow2) if unreadable(&qcow2.header).is_some());
     let kind = if unsupported { ErrorKind::Unsupported } else { ErrorKind::Broken };
     Err(Error::new(kind, format!("{} {problem}", entry.shown())))
 }
@@ -584,20 +636,24 @@ fn lock(open: &OpenImage, frozen: bool, locks: &mut Vec<ReadLock>) -> Result<()>
 }
 
 fn snapshot(entry: &ImageEntry, index: usize) -> Result<&crate::format::Snapshot> {
-    entry
-        .qcow2()
-        .and_then(|qcow2| qcow2.snapshots.get(index))
-        .ok_or_else(|| Error::new(ErrorKind::Stale, format!("{} has lost an internal snapshot", entry.shown())))
+    entry.qcow2().and_then(|qcow2| qcow2.snapshots.get(index)).ok_or_else(|| {
+        Error::new(ErrorKind::Stale, format!("{} has lost an internal snapshot", entry.shown()))
+    })
 }
 
 pub(super) fn changed(file: &StoreFile) -> Error {
-    Error::new(ErrorKind::Stale, format!("{} has changed since it was looked up; open it again", file.path().display()))
+    Error::new(
+        ErrorKind::Stale,
+        format!("{} has changed since it was looked up; open it again", file.path().display()),
+    )
 }
 
 /// Why a view cannot be opened now.
 fn hidden(name: &str, found: &FoundIntent) -> Error {
-    let fact =
-        format!("{name} is not shown while this goes on, or until it is taken up again: {}", found.intent.command);
+    let fact = format!(
+        "{name} is not shown while this goes on, or until it is taken up again: {}",
+        found.intent.command
+    );
     Error::new(ErrorKind::Busy, fact)
 }
 

@@ -1,8 +1,8 @@
 //! Operations: what a command that was begun does to the files of a store, one struct each.
 //!
-//! Promises: whatever the store has to know of an unfinished operation it asks through [`Effects`]; no other file of
-//! this layer looks into an operation. The structs are the text of an intent's file: a field that is renamed or left
-//! out changes the format.
+//! Promises: whatever the store has to know of an unfinished operation it asks through [`Effects`]; no other
+//! file of this layer looks into an operation. The structs are the text of an intent's file: a field that is
+//! renamed or left out changes the format.
 
 use std::path::{Path, PathBuf};
 
@@ -75,8 +75,8 @@ pub struct CommitOperation {
     pub children: Vec<FileRef>,
     /// Whether top's file stays.
     pub keep: bool,
-    /// Whether base holds everything, durably: from then on the commit goes to its end. Not set where base gets another
-    /// name, which says the same.
+    /// Whether base holds everything, durably: from then on the commit goes to its end. Not set where base
+    /// gets another name, which says the same.
     #[serde(default)]
     pub is_copied: bool,
     /// For the active layer: the name that base gets.
@@ -139,8 +139,8 @@ pub(crate) struct ExpectedFile<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AffectedFile<'a> {
     pub(super) file: &'a FileRef,
-    /// Whether the image that has its name counts as it where the file itself is not found: the operation may be writing
-    /// it.
+    /// Whether the image that has its name counts as it where the file itself is not found: the operation may
+    /// be writing it.
     pub(super) or_its_name: bool,
 }
 
@@ -174,8 +174,8 @@ pub(crate) trait Effects {
     /// All files that it changes, renames or removes, or that these rest on.
     fn files(&self) -> Vec<&FileRef>;
 
-    /// The same files and those that it only remembers, with the names they may go by. `is_free`: whether no file has that
-    /// name.
+    /// The same files and those that it only remembers, with the names they may go by. `is_free`: whether no
+    /// file has that name.
     fn expected(&mut self, is_free: &dyn Fn(&Path) -> bool) -> Vec<ExpectedFile<'_>>;
 
     /// What it does to the images of the store, as its files are `now`.
@@ -199,7 +199,11 @@ const AS_IT_WAS: AllowedChange =
 const GROWN: AllowedChange = AllowedChange { growth: true, ..AS_IT_WAS };
 const REBASED: AllowedChange = AllowedChange { backing: true, ..GROWN };
 
-fn expect(file: &mut FileRef, others: impl IntoIterator<Item = PathBuf>, allowed: AllowedChange) -> ExpectedFile<'_> {
+fn expect(
+    file: &mut FileRef,
+    others: impl IntoIterator<Item = PathBuf>,
+    allowed: AllowedChange,
+) -> ExpectedFile<'_> {
     let names = std::iter::once(file.path.clone()).chain(others).collect();
     ExpectedFile { file, names, allowed }
 }
@@ -229,7 +233,8 @@ impl Effects for SnapshotOperation {
     }
 
     fn affected(&self, now: &dyn FileLookup) -> Affected<'_> {
-        // Under its new name it is a snapshot, though the mark may be yet to come, and it may have no overlay.
+        // Under its new name it is a snapshot, though the mark may be yet to come, and it may have no
+        // overlay.
         let is_frozen = |top: &&NewTop| top.frozen != top.old.path && now.is_at(&top.old, &top.frozen);
         let frozen = self.disks.iter().filter(is_frozen).map(|top| AffectedFile::itself(&top.old));
         Affected { frozen: frozen.collect(), ..Affected::default() }
@@ -244,8 +249,9 @@ impl Effects for CommitOperation {
     fn expected(&mut self, is_free: &dyn Fn(&Path) -> bool) -> Vec<ExpectedFile<'_>> {
         let Self { top, base, between, children, keep, rename, .. } = self;
         // From the moment when base has its new name, guests may write it.
-        let is_active =
-            rename.as_ref().is_some_and(|name| is_free(if *name == base.path { &top.path } else { &base.path }));
+        let is_active = rename
+            .as_ref()
+            .is_some_and(|name| is_free(if *name == base.path { &top.path } else { &base.path }));
         let written = AllowedChange { any_bytes: is_active, any_size: is_active, ..GROWN };
         let merged = AllowedChange { backing: *keep, growth: rename.is_some(), ..AS_IT_WAS };
         let mut all = vec![expect(top, None, merged), expect(base, rename.clone(), written)];
@@ -263,8 +269,8 @@ impl Effects for CommitOperation {
 
     fn affected(&self, now: &dyn FileLookup) -> Affected<'_> {
         let Self { top, base, between, children, rename, .. } = self;
-        // With its new name, or as the only one of its stem, the base is the active layer, and valid; the former active
-        // layer is backed by a name that has gone.
+        // With its new name, or as the only one of its stem, the base is the active layer, and valid; the
+        // former active layer is backed by a name that has gone.
         let has_its_name = rename.as_ref().is_some_and(|name| now.is_at(base, name));
         let is_active = has_its_name && (rename.as_ref() != Some(&base.path) || !now.is_there(top));
         let former = is_active.then_some(AffectedFile::itself(top));

@@ -53,7 +53,8 @@ pub struct StoreOptions {
     pub probe: bool,
     /// Whether images that another process writes are opened all the same.
     pub force_share: bool,
-    /// Whether a disk of which a layer is lost is opened all the same, to be read as far as the others hold it.
+    /// Whether a disk of which a layer is lost is opened all the same, to be read as far as the others hold
+    /// it.
     pub salvage: bool,
     /// Whether nothing is ever opened for writing.
     pub read_only: bool,
@@ -65,11 +66,11 @@ pub struct StoreOptions {
     pub rescan: Duration,
     /// Whether the system is asked to tell of changes (inotify).
     pub notify: bool,
-    /// For how long layers that a command has removed, and that still show what they did, stay in the trash; `None`: they
-    /// are removed for good.
+    /// For how long layers that a command has removed, and that still show what they did, stay in the trash;
+    /// `None`: they are removed for good.
     pub trash: Option<Duration>,
-    /// Whether names in images count only if the owners of these may read what they name: where root looks at the store,
-    /// or others are let in.
+    /// Whether names in images count only if the owners of these may read what they name: where root looks at
+    /// the store, or others are let in.
     pub owners_count: bool,
     /// For a store that is one image: the directory that holds everybody who may use it.
     pub whole_store: Option<PathBuf>,
@@ -105,11 +106,14 @@ impl StoreOptions {
         self.formats.iter().find(|(pattern, _)| matches(pattern, path)).map(|(_, format)| *format)
     }
 
-    /// Whether a file called `path`, an image of `format`, would be taken for one: also when no image names it, or
-    /// only as long as one does (`is_named`). One that nobody names is to be an active disk.
+    /// Whether a file called `path`, an image of `format`, would be taken for one: also when no image names
+    /// it, or only as long as one does (`is_named`). One that nobody names is to be an active disk.
     pub(crate) fn reads_as(&self, path: &Path, format: Format, is_named: bool) -> bool {
         let name = path.file_name().unwrap_or_default().as_bytes();
-        if has_extension(path, SPOILT) || name.starts_with(OWN_PREFIX) || (!is_named && self.is_readonly(path)) {
+        if has_extension(path, SPOILT)
+            || name.starts_with(OWN_PREFIX)
+            || (!is_named && self.is_readonly(path))
+        {
             return false;
         }
         match (self.stated_format(path), format) {

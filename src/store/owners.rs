@@ -1,7 +1,8 @@
 //! Whether a name in an image counts: only if the owner of that image may read what it names.
 //!
-//! Else anybody could name another user's private disk as a backing file, and have it read, merged and moved by a mount of root's,
-//! or keep its owner from writing it. What is a user's own counts for that user whatever its mode says.
+//! Else anybody could name another user's private disk as a backing file, and have it read, merged and moved
+//! by a mount of root's, or keep its owner from writing it. What is a user's own counts for that user
+//! whatever its mode says.
 
 use std::cell::OnceCell;
 use std::sync::Arc;
@@ -28,8 +29,8 @@ impl<'a> Owners<'a> {
         Self { roots, holds: options.owners_count, judge: OnceCell::new() }
     }
 
-    /// Why a name that means `place` does not count in the image at `from`, which is the user `owner`'s, as the rest of a
-    /// sentence.
+    /// Why a name that means `place` does not count in the image at `from`, which is the user `owner`'s, as
+    /// the rest of a sentence.
     pub(super) fn refuse(&self, owner: u32, from: &StorePath, place: &StorePath) -> Option<String> {
         if !self.holds || owner == 0 {
             return None;
@@ -39,7 +40,8 @@ impl<'a> Owners<'a> {
             return None;
         }
         Some(format!(
-            "does not count, for the owner of the image (uid {owner}) may not read it; let that user read the file and search \
+            "does not count, for the owner of the image (uid {owner}) may not read it; let that user read \
+                the file and search \
              the directories on the way, or give the image to root"
         ))
     }

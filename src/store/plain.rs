@@ -1,10 +1,11 @@
-//! Which files of a store have once been seen without qcow2's magic: what stands in those since, a guest may have
-//! written, and it says nothing of what they are.
+//! Which files of a store have once been seen without qcow2's magic: what stands in those since, a guest may
+//! have written, and it says nothing of what they are.
 //!
-//! `.chainfs/plain` in the guarded directory: a line that says whose list it is, then one line a file, of inode number,
-//! time of birth, path, and a sum over these. Lines are only ever added. A line that a crash has cut off is made up for
-//! by the next; any other damage makes all files suspect. A file is known again by inode and birth, by whatever name; in
-//! a list that was copied with its store, or where files have no birth, by its path as well.
+//! `.chainfs/plain` in the guarded directory: a line that says whose list it is, then one line a file, of
+//! inode number, time of birth, path, and a sum over these. Lines are only ever added. A line that a crash
+//! has cut off is made up for by the next; any other damage makes all files suspect. A file is known again by
+//! inode and birth, by whatever name; in a list that was copied with its store, or where files have no birth,
+//! by its path as well.
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
@@ -97,7 +98,8 @@ impl PlainList {
                 }
                 None if is_cut && lines.peek().is_none() => {}
                 None => {
-                    let fact = "is damaged, so that no file becomes qcow2 by its content alone; restore it, or remove it \
+                    let fact = "is damaged, so that no file becomes qcow2 by its content alone; restore it, \
+                        or remove it \
                                 once all files of the store have names that say what they are";
                     return Err(Error::new(ErrorKind::Corrupt, format!("line {} {fact}", number + 1)));
                 }
@@ -128,7 +130,8 @@ impl PlainList {
         !self.new.is_empty()
     }
 
-    /// Adds to the file what is new, durably. Where that cannot be, it is remembered for as long as this lives.
+    /// Adds to the file what is new, durably. Where that cannot be, it is remembered for as long as this
+    /// lives.
     pub(super) fn save(&mut self, guard: &ControlDir, names: &dyn Directory) -> Result<()> {
         if self.new.is_empty() || self.damage.is_some() {
             return Ok(());
@@ -149,8 +152,11 @@ impl PlainList {
         let file = guard.root.open_file_for_writing(path)?;
         // Whoever comes second adds behind what the first has written.
         flock(&file, FlockOperation::LockExclusive).map_err(|error| fail(error.into()))?;
-        let own =
-            PlainFile { inode: crate::io::FileStat::of(&file)?.id.inode, birth: birth_of(&file), path: "".into() };
+        let own = PlainFile {
+            inode: crate::io::FileStat::of(&file)?.id.inode,
+            birth: birth_of(&file),
+            path: "".into(),
+        };
         let mut file = std::fs::File::from(file);
         let mut bytes = Vec::new();
         (&mut file).take(MAX_LEN).read_to_end(&mut bytes).map_err(fail)?;
@@ -159,8 +165,9 @@ impl PlainList {
         let is_whole = |line: &[u8]| parsed(line).is_some() || line.last() != Some(&b'\n');
         // Or the very first line was cut off.
         let title = line(&own, TITLE);
-        let is_begun =
-            bytes.contains(&b'\n') || title.as_bytes().starts_with(&bytes) || bytes.iter().all(|byte| *byte == 0);
+        let is_begun = bytes.contains(&b'\n')
+            || title.as_bytes().starts_with(&bytes)
+            || bytes.iter().all(|byte| *byte == 0);
         if !is_begun || !lines.all(is_whole) {
             self.read_len = 0;
             return Err(Error::new(ErrorKind::Stale, format!("{PLAIN} has been replaced by something else")));
@@ -249,8 +256,10 @@ mod tests {
     fn what_is_noted_is_known_by_whoever_reads_the_list() {
         let (_place, guard, names) = lab();
         let mut list = PlainList::default();
-        let odd =
-            PlainFile { path: PathBuf::from(std::ffi::OsString::from_vec(b"a b\n%\xff".to_vec())), ..trace(5, "") };
+        let odd = PlainFile {
+            path: PathBuf::from(std::ffi::OsString::from_vec(b"a b\n%\xff".to_vec())),
+            ..trace(5, "")
+        };
         list.note(trace(3, "x"));
         list.note(odd.clone());
         list.save(&guard, &*names).unwrap();
@@ -262,7 +271,10 @@ mod tests {
         // Another file of the same number, or of the same name.
         assert!(!known.knows(&PlainFile { birth: (8, 0), ..trace(3, "x") }));
         assert!(!known.knows(&trace(9, "x")));
-        assert!(known.knows(&PlainFile { birth: (0, 0), ..trace(9, "x") }), "without a birth the path counts");
+        assert!(
+            known.knows(&PlainFile { birth: (0, 0), ..trace(9, "x") }),
+            "without a birth the path counts"
+        );
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Claims: images that somebody may stand on of whom that cannot be told for sure.
 //!
-//! An image, or whatever could be one, that cannot be read or whose names cannot be followed still counts as a user of
-//! everything that it could stand on. Such images are shown and read as ever; they are not written, and no command
-//! changes them, until the claim is gone. Who makes a claim is named, and what ends it.
+//! An image, or whatever could be one, that cannot be read or whose names cannot be followed still counts as
+//! a user of everything that it could stand on. Such images are shown and read as ever; they are not written,
+//! and no command changes them, until the claim is gone. Who makes a claim is named, and what ends it.
 
 use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
@@ -49,8 +49,8 @@ pub(super) struct PossibleUses {
     by_image: HashMap<ImageIndex, Vec<usize>>,
     /// Claims on any image.
     wide: Vec<usize>,
-    /// By image: files that name it in such a way and whose owners may not read it. They make no claim, but nothing is
-    /// taken from them either.
+    /// By image: files that name it in such a way and whose owners may not read it. They make no claim, but
+    /// nothing is taken from them either.
     uncounted: Vec<(ImageIndex, FileId)>,
 }
 
@@ -85,7 +85,9 @@ impl PossibleUses {
                 }
                 UseReach::Image(index) => vec![*index],
                 UseReach::Named(path) => by_name.get(last_part(path)).cloned().unwrap_or_default(),
-                UseReach::Mentioned(text) => (0..images.len()).filter(|index| mentions(text, index)).collect(),
+                UseReach::Mentioned(text) => {
+                    (0..images.len()).filter(|index| mentions(text, index)).collect()
+                }
             };
             let (on, others): (Vec<ImageIndex>, Vec<ImageIndex>) =
                 on.into_iter().filter(is_other).partition(|index| counts(&claim, *index));
@@ -114,7 +116,11 @@ impl PossibleUses {
     }
 
     /// Those on an image.
-    pub(super) fn on<'a>(&'a self, index: ImageIndex, image: &'a ImageEntry) -> impl Iterator<Item = &'a PossibleUse> {
+    pub(super) fn on<'a>(
+        &'a self,
+        index: ImageIndex,
+        image: &'a ImageEntry,
+    ) -> impl Iterator<Item = &'a PossibleUse> {
         let own = self.by_image.get(&index).into_iter().flatten();
         let claims = own.chain(&self.wide).map(|number| &self.all[*number]);
         claims.filter(|claim| claim.owner != Some(image.stat.id))

@@ -29,7 +29,9 @@ pub(super) fn resolve(
 ) -> Result<StorePath, String> {
     // S1: the text decides first; nothing is asked of the file system.
     if name.starts_with(b"json:") {
-        return Err("is a json: description, which is never followed; rebase it onto a plain file name".into());
+        return Err(
+            "is a json: description, which is never followed; rebase it onto a plain file name".into()
+        );
     }
     if let Some(protocol) = protocol(name) {
         let protocol = String::from_utf8_lossy(protocol).into_owned();
@@ -58,12 +60,19 @@ pub(super) fn resolve(
             absolute.display()
         ));
     }
-    Err("leads out of the store, and is never followed; move the file into the store, or mount with -o backing_dir= or map=".into())
+    Err("leads out of the store, and is never followed; move the file into the store, or mount with -o \
+        backing_dir= or map="
+        .into())
 }
 
 /// The directories from which `name` goes up again, as absolute paths: what `..` means there is
 /// only plain where none of them is a symbolic link.
-pub(super) fn climbed(roots: &[Arc<Root>], maps: &[(PathBuf, PathBuf)], from: &StorePath, name: &[u8]) -> Vec<PathBuf> {
+pub(super) fn climbed(
+    roots: &[Arc<Root>],
+    maps: &[(PathBuf, PathBuf)],
+    from: &StorePath,
+    name: &[u8],
+) -> Vec<PathBuf> {
     let mut climbed = Vec::new();
     let mut plain = PathBuf::from("/");
     for component in absolute(roots, from, &mapped(maps, name)).components() {
@@ -82,8 +91,9 @@ pub(super) fn climbed(roots: &[Arc<Root>], maps: &[(PathBuf, PathBuf)], from: &S
 /// Links that are followed one after the other, as the kernel does it.
 const MAX_LINKS: usize = 40;
 
-/// Where `name` in the header of the image at `from` leads, links and `..` followed as the kernel would, if that is
-/// beneath a root. Nothing is opened, and outside of the roots nothing is asked: `None` also where it cannot be told.
+/// Where `name` in the header of the image at `from` leads, links and `..` followed as the kernel would, if
+/// that is beneath a root. Nothing is opened, and outside of the roots nothing is asked: `None` also where it
+/// cannot be told.
 pub(super) fn traced(
     roots: &[Arc<Root>],
     maps: &[(PathBuf, PathBuf)],
@@ -100,9 +110,10 @@ pub(super) fn traced(
             b"/" => at = PathBuf::from("/"),
             b"." => {}
             b".." => {
-                // What is no link for sure: a root and what lies above it, and what has been asked on the way.
-                let is_real =
-                    roots.iter().any(|root| root.canonical().starts_with(&at)) || beneath(roots, &at).is_some();
+                // What is no link for sure: a root and what lies above it, and what has been asked on the
+                // way.
+                let is_real = roots.iter().any(|root| root.canonical().starts_with(&at))
+                    || beneath(roots, &at).is_some();
                 if !is_real {
                     return None;
                 }
@@ -141,7 +152,9 @@ fn absolute(roots: &[Arc<Root>], from: &StorePath, name: &Path) -> PathBuf {
 
 /// Where an absolute path lies beneath the roots.
 fn beneath(roots: &[Arc<Root>], absolute: &Path) -> Option<StorePath> {
-    let inside = |(root, directory): (usize, &Arc<Root>)| Some(StorePath { root, path: directory.relative(absolute)? });
+    let inside = |(root, directory): (usize, &Arc<Root>)| {
+        Some(StorePath { root, path: directory.relative(absolute)? })
+    };
     roots.iter().enumerate().find_map(inside)
 }
 
@@ -220,8 +233,10 @@ mod tests {
         let top = directory.path().canonicalize().unwrap();
         std::fs::create_dir_all(top.join("store/sub")).unwrap();
         std::fs::create_dir(top.join("golden")).unwrap();
-        let roots =
-            [Arc::new(Root::open(&top.join("store")).unwrap()), Arc::new(Root::open(&top.join("golden")).unwrap())];
+        let roots = [
+            Arc::new(Root::open(&top.join("store")).unwrap()),
+            Arc::new(Root::open(&top.join("golden")).unwrap()),
+        ];
         let maps = [(PathBuf::from("/old"), top.join("store"))];
         let from = place("sub/web.qcow2");
         let resolve = |name: &str| resolve(&roots, &maps, &from, name.as_bytes());
@@ -251,8 +266,11 @@ mod tests {
         link("../store/absolute", "around");
         link("loop", "loop");
         let roots = [Arc::new(Root::open(&top.join("store")).unwrap())];
-        let traced = |name: &str| traced(&roots, &[], &place("web.qcow2"), name.as_bytes()).map(|place| place.path);
-        for name in ["sub/near", "absolute", "around", "jump/../../base.raw", "../store/sub/near", "./base.raw"] {
+        let traced =
+            |name: &str| traced(&roots, &[], &place("web.qcow2"), name.as_bytes()).map(|place| place.path);
+        for name in
+            ["sub/near", "absolute", "around", "jump/../../base.raw", "../store/sub/near", "./base.raw"]
+        {
             assert_eq!(traced(name), Some("base.raw".into()), "{name}");
         }
         assert_eq!(traced("jump/x"), Some("sub/deep/x".into()));

@@ -1,8 +1,8 @@
 //! Who may do what with a file: the kernel's own rule, from what stat(2) and access lists say.
 //!
 //! Pure: values in, a decision out. Two questions are answered. May *this* user (exact, as the kernel would
-//! say)? And may *all* of a class (the owner of another file, the members of its group, everybody else)? The second is
-//! what the mode of a disk says, which is made of several files, and errs to the side of no.
+//! say)? And may *all* of a class (the owner of another file, the members of its group, everybody else)? The
+//! second is what the mode of a disk says, which is made of several files, and errs to the side of no.
 //!
 //! Root may everything. Nobody else is taken to have capabilities.
 
@@ -91,8 +91,10 @@ impl Class {
     pub(crate) fn may(&self, file: &Permissions, want: u32) -> bool {
         match self {
             Class::Owner(subject) => {
-                let is_named = |list: &[AccessEntry]| list.iter().any(|entry| entry.who == Who::User(subject.uid));
-                let decided = subject.is_root() || subject.uid == file.uid || list(file).is_some_and(is_named);
+                let is_named =
+                    |list: &[AccessEntry]| list.iter().any(|entry| entry.who == Who::User(subject.uid));
+                let decided =
+                    subject.is_root() || subject.uid == file.uid || list(file).is_some_and(is_named);
                 subject.may(file, want)
                     && (decided
                         || entries(file).iter().all(|(gid, bits)| {
@@ -125,7 +127,8 @@ fn granted_as_member(subject: &Subject, file: &Permissions, want: u32) -> bool {
     entries(file).iter().any(|(gid, bits)| subject.is_in(*gid) && has(*bits, want))
 }
 
-/// Whether the owner of a file, and those whom its list names, may do that: any of them but `uid` may be of the class.
+/// Whether the owner of a file, and those whom its list names, may do that: any of them but `uid` may be of
+/// the class.
 fn owners_may(uid: u32, file: &Permissions, want: u32) -> bool {
     let owner = file.uid == 0 || file.uid == uid || has(file.mode >> 6, want);
     let named = list(file).unwrap_or_default().iter().all(|entry| match entry.who {

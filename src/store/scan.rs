@@ -119,8 +119,8 @@ struct ScanWork<'a> {
     failed: Mutex<Option<Error>>,
 }
 
-/// Walks the whole store. `Exhausted` if the system has run out of something: what could not be looked at for that is no
-/// fact about the store.
+/// Walks the whole store. `Exhausted` if the system has run out of something: what could not be looked at for
+/// that is no fact about the store.
 pub(super) fn scan(root: &Root, ways: &ScanContext<'_>) -> Result<Scan> {
     let work = ScanWork {
         root,
@@ -173,7 +173,8 @@ impl ScanWork<'_> {
         self.found.lock().problems.push(Problem { path, sentence });
     }
 
-    /// Whether it is for want of something that `error` says a thing cannot be read: then the scan comes to nothing.
+    /// Whether it is for want of something that `error` says a thing cannot be read: then the scan comes to
+    /// nothing.
     fn is_exhausted(&self, error: &Error) -> bool {
         let is_exhausted = error.kind() == ErrorKind::Exhausted;
         if is_exhausted {
@@ -231,7 +232,10 @@ impl ScanWork<'_> {
                 EntryKind::File => self.file(&fd, &name, &place, &mut files),
                 EntryKind::Symlink => self.found.lock().links.push(place),
                 EntryKind::Other if looks_like_image(&place) => {
-                    self.problem(place, "is not a regular file, and is not opened; remove or rename it".into());
+                    self.problem(
+                        place,
+                        "is not a regular file, and is not opened; remove or rename it".into(),
+                    );
                 }
                 EntryKind::Other => {}
             }
@@ -312,9 +316,15 @@ fn seen(known: &KnownFiles, stat: &FileStat) -> Option<(DetectedContent, bool)> 
     (!matches!(seen.content, DetectedContent::Unseen)).then(|| (seen.content.clone(), seen.is_plain))
 }
 
-/// Whether a file has once been seen without the magic; one that is seen so now is remembered. An empty file is yet to
-/// become something, and a qcow2 image by its name says what it is.
-fn recall(ways: &ScanContext<'_>, file: &OwnedFd, path: &Path, stat: &FileStat, content: &DetectedContent) -> bool {
+/// Whether a file has once been seen without the magic; one that is seen so now is remembered. An empty file
+/// is yet to become something, and a qcow2 image by its name says what it is.
+fn recall(
+    ways: &ScanContext<'_>,
+    file: &OwnedFd,
+    path: &Path,
+    stat: &FileStat,
+    content: &DetectedContent,
+) -> bool {
     if stat.signature.size == 0 || has_extension(path, "qcow2") {
         return false;
     }
@@ -332,8 +342,9 @@ fn is_hidden(path: &Path) -> bool {
     path.iter().any(|name| name.as_bytes().starts_with(OWN_PREFIX))
 }
 
-/// The entries of a directory. What is renamed while it is listed may be met under neither name, and its chain would be
-/// gone until the next scan: one that does not keep still is listed again, and every name counts that was met.
+/// The entries of a directory. What is renamed while it is listed may be met under neither name, and its
+/// chain would be gone until the next scan: one that does not keep still is listed again, and every name
+/// counts that was met.
 fn list_still(directory: &OwnedFd) -> Result<Vec<DirEntry>> {
     let mut before = FileStat::of(directory)?.signature;
     let mut entries = Root::list(directory)?;
@@ -350,8 +361,8 @@ fn list_still(directory: &OwnedFd) -> Result<Vec<DirEntry>> {
     Ok(entries)
 }
 
-/// Of files that were met under two names, those that have lost one of them since: a file that is renamed while its
-/// directory is looked at is not two.
+/// Of files that were met under two names, those that have lost one of them since: a file that is renamed
+/// while its directory is looked at is not two.
 fn drop_former_names(directory: &OwnedFd, files: &mut Vec<ScannedFile>) {
     let mut names: HashMap<FileId, usize> = HashMap::new();
     for file in files.iter() {
@@ -391,7 +402,10 @@ pub(super) fn looks_like_image(path: &Path) -> bool {
 /// Whether a mount of chainfs is what one sees at `path`.
 fn is_chainfs_mount(path: &Path) -> bool {
     crate::io::mounts().is_ok_and(|mounts| {
-        mounts.iter().rfind(|mount| mount.directory == path).is_some_and(|mount| mount.kind == crate::io::OWN_KIND)
+        mounts
+            .iter()
+            .rfind(|mount| mount.directory == path)
+            .is_some_and(|mount| mount.kind == crate::io::OWN_KIND)
     })
 }
 
@@ -402,7 +416,10 @@ pub(super) fn by_descriptor(fd: &OwnedFd) -> PathBuf {
 
 /// Shared by those who follow [`KnownFiles`].
 pub(super) fn known_of<'a>(files: impl IntoIterator<Item = &'a ScannedFile>) -> Arc<KnownFiles> {
-    let seen =
-        |file: &ScannedFile| KnownFile { stat: file.stat, content: file.content.clone(), is_plain: file.is_plain };
+    let seen = |file: &ScannedFile| KnownFile {
+        stat: file.stat,
+        content: file.content.clone(),
+        is_plain: file.is_plain,
+    };
     Arc::new(files.into_iter().map(|file| (file.stat.id, seen(file))).collect())
 }

@@ -1,10 +1,11 @@
 //! The store's trash: layers that a command has removed although they still show what they did.
 //!
-//! `.chainfs/trash/ID` is the file, `.chainfs/trash/ID.toml` says what it was. Promises: what is in the trash keeps no
-//! command from anything, and is no part of any chain; it is restored only onto the very files on which it stood, and
-//! only while nobody but commands that left its bytes alone has written those: else it says so. What would show something
-//! else, because a command changes or removes what lies below it, goes before that. A note is durable before its file
-//! comes, and goes after it. What cannot be put into the trash is not removed.
+//! `.chainfs/trash/ID` is the file, `.chainfs/trash/ID.toml` says what it was. Promises: what is in the trash
+//! keeps no command from anything, and is no part of any chain; it is restored only onto the very files on
+//! which it stood, and only while nobody but commands that left its bytes alone has written those: else it
+//! says so. What would show something else, because a command changes or removes what lies below it, goes
+//! before that. A note is durable before its file comes, and goes after it. What cannot be put into the trash
+//! is not removed.
 
 use std::ffi::OsStr;
 use std::io::Read as _;
@@ -110,8 +111,8 @@ impl TrashItem {
 }
 
 impl Store {
-    /// Whether removed layers that lie on the file system `device` go to the trash: not from another one than the
-    /// store's own directory.
+    /// Whether removed layers that lie on the file system `device` go to the trash: not from another one than
+    /// the store's own directory.
     pub(crate) fn keeps_trash(&self, device: u64) -> bool {
         // Where nobody can tell, whatever is wrong keeps it from being removed.
         let is_near = || self.guard.root.stat(Path::new(".")).map_or(true, |own| own.id.device == device);
@@ -125,15 +126,17 @@ impl Store {
 
     /// Whether a copy of an image that shares its blocks can be kept, as far as its file system tells.
     pub(crate) fn can_keep_copy(&self, image: &ImageEntry) -> bool {
-        // Magic numbers of XFS, btrfs and bcachefs: an XFS may have been made without it, which shows when it is tried.
+        // Magic numbers of XFS, btrfs and bcachefs: an XFS may have been made without it, which shows when it
+        // is tried.
         const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683E, 0xCA45_1A4E];
         let kind = self.guard.root.file_system();
-        let is_near = self.keeps_trash(image.stat.id.device) && image.place.root == 0 && image.data_file.is_none();
+        let is_near =
+            self.keeps_trash(image.stat.id.device) && image.place.root == 0 && image.data_file.is_none();
         is_near && kind.is_ok_and(|kind| SHARING.contains(&kind))
     }
 
-    /// What is in the trash, oldest first. Notes without a file are nothing; a file of which no note can be read is an item
-    /// that says so.
+    /// What is in the trash, oldest first. Notes without a file are nothing; a file of which no note can be
+    /// read is an item that says so.
     pub fn trash(&self) -> Result<Vec<TrashItem>> {
         let root = &self.guard.root;
         self.guard.check_trust()?;
@@ -158,7 +161,16 @@ impl Store {
                 Ok(note) => {
                     let (path, command) = (note.path.clone(), note.command.clone());
                     let seconds = note.seconds;
-                    TrashItem { id, path, seconds, command, disk_len, problem: None, identity, note: Some(note) }
+                    TrashItem {
+                        id,
+                        path,
+                        seconds,
+                        command,
+                        disk_len,
+                        problem: None,
+                        identity,
+                        note: Some(note),
+                    }
                 }
                 Err(error) => {
                     let problem = format!("its note cannot be read ({error}); see for yourself what it is");
@@ -185,7 +197,8 @@ impl Store {
         toml::from_str(&text).map_err(|error| Error::new(ErrorKind::Corrupt, error.message().to_owned()))
     }
 
-    /// Why an item does not show what it did, or why nobody can tell, if so. What it stands on may be in the trash, too.
+    /// Why an item does not show what it did, or why nobody can tell, if so. What it stands on may be in the
+    /// trash, too.
     fn doubt(&self, catalog: &Catalog, items: &[TrashItem], item: &TrashItem) -> Option<String> {
         let note = item.note.as_ref()?;
         let backing = note.backing.as_ref()?;
@@ -194,7 +207,9 @@ impl Store {
             let is_below = |other: &&TrashItem| other.identity.is(&backing.file);
             return match items.iter().find(is_below) {
                 Some(_) => None,
-                None => Some(format!("{name}, on which it stands, is not there any more, or another file by now")),
+                None => {
+                    Some(format!("{name}, on which it stands, is not there any more, or another file by now"))
+                }
             };
         };
         let layers = catalog.layers(index);
@@ -222,8 +237,8 @@ impl Store {
         layers.iter().map(look).collect()
     }
 
-    /// Puts the file at `at` into the trash, durably: it was at `path` (both beneath the guarded directory), and stands
-    /// on `backing`. Where that cannot be done it stays where it is. Under the store's lock.
+    /// Puts the file at `at` into the trash, durably: it was at `path` (both beneath the guarded directory),
+    /// and stands on `backing`. Where that cannot be done it stays where it is. Under the store's lock.
     pub(crate) fn put_into_trash(
         &self,
         catalog: &Catalog,
@@ -270,8 +285,9 @@ impl Store {
             backing: backing.cloned(),
             below: self.below(catalog, backing),
         };
-        let text = toml::to_string(&says)
-            .map_err(|error| Error::new(ErrorKind::Unsupported, format!("{} cannot be noted: {error}", shown(path))))?;
+        let text = toml::to_string(&says).map_err(|error| {
+            Error::new(ErrorKind::Unsupported, format!("{} cannot be noted: {error}", shown(path)))
+        })?;
         let written = (|| {
             let file = names.create(&note, None)?;
             file.write_at(0, text.as_bytes())?;
@@ -287,9 +303,15 @@ impl Store {
         Ok(item)
     }
 
-    /// Puts a copy of the image into the trash that shares its blocks with it, before a command changes it. `None`:
-    /// the file system cannot do that, and nothing is kept. Returns by what it is called there. Under the store's lock.
-    pub(crate) fn keep_copy(&self, catalog: &Catalog, index: ImageIndex, command: &str) -> Result<Option<String>> {
+    /// Puts a copy of the image into the trash that shares its blocks with it, before a command changes it.
+    /// `None`: the file system cannot do that, and nothing is kept. Returns by what it is called there. Under
+    /// the store's lock.
+    pub(crate) fn keep_copy(
+        &self,
+        catalog: &Catalog,
+        index: ImageIndex,
+        command: &str,
+    ) -> Result<Option<String>> {
         let image = &catalog.images[index];
         if image.place.root != 0 || image.data_file.is_some() || !self.keeps_trash(image.stat.id.device) {
             return Ok(None);
@@ -298,7 +320,8 @@ impl Store {
         let path = self.guard.prefix.join(&image.place.path);
         let backing = image.below.image().map(|below| self.known(&catalog.images[below]));
         let is_raw = image.format == Some(Format::Raw);
-        let item = self.write_note(catalog, image.stat.id.inode, &path, (command, is_raw), backing.as_ref())?;
+        let item =
+            self.write_note(catalog, image.stat.id.inode, &path, (command, is_raw), backing.as_ref())?;
         let copied = (|| {
             names.create(&item, Some(&path))?;
             let (from, to) = (root.open_file(&path)?, root.open_file_for_writing(&item)?);
@@ -326,7 +349,8 @@ impl Store {
         FileRef::known(path, found.unwrap_or(Identity { id: image.stat.id, birth: None }))
     }
 
-    /// Notes for what stands on a file in the trash that a command has written it and left what it shows as it was.
+    /// Notes for what stands on a file in the trash that a command has written it and left what it shows as
+    /// it was.
     pub(super) fn touched(&self, file: FileId, before: &FileVersion, after: &FileVersion) {
         if before == after || self.guard.root.stat(Path::new(TRASH)).is_err() {
             return;
@@ -345,18 +369,23 @@ impl Store {
             Ok(())
         });
         if let Err(error) = noted {
-            tracing::warn!("what the trash holds cannot be followed, and will be said to be doubtful: {error}");
+            tracing::warn!(
+                "what the trash holds cannot be followed, and will be said to be doubtful: {error}"
+            );
         }
     }
 
-    /// Gives a layer of the trash its place in the store again, as a snapshot that nothing stands on; as `name`, a
-    /// file beside that, if it is to be called otherwise. Returns where it is, beneath the guarded directory.
+    /// Gives a layer of the trash its place in the store again, as a snapshot that nothing stands on; as
+    /// `name`, a file beside that, if it is to be called otherwise. Returns where it is, beneath the guarded
+    /// directory.
     pub fn restore(self: &Arc<Self>, id: &str, name: Option<&OsStr>) -> Result<PathBuf> {
         let _lock = self.guard.lock(&*self.guard_names())?;
         self.rescan()?;
         let item = self.item(id)?;
         let path = match name {
-            Some(name) if Path::new(name).components().count() != 1 || Path::new(name).file_name() != Some(name) => {
+            Some(name)
+                if Path::new(name).components().count() != 1 || Path::new(name).file_name() != Some(name) =>
+            {
                 let fact = format!("{} is no name of a file", shown(Path::new(name)));
                 return Err(Error::new(ErrorKind::Usage, fact));
             }
@@ -392,7 +421,8 @@ impl Store {
     /// What could not be marked when it was removed is marked now.
     fn freeze_restored(self: &Arc<Self>, path: &Path) -> Result<()> {
         let catalog = self.catalog();
-        let is_it = |image: &ImageEntry| image.place.root == 0 && self.guard.prefix.join(&image.place.path) == path;
+        let is_it =
+            |image: &ImageEntry| image.place.root == 0 && self.guard.prefix.join(&image.place.path) == path;
         let Some(index) = catalog.images.iter().position(is_it) else { return Ok(()) };
         let image = &catalog.images[index];
         if image.frozen.is_some() || image.readonly || image.format != Some(Format::Qcow2) {
@@ -400,7 +430,8 @@ impl Store {
         }
         let job = self.take_image(&catalog, index)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let mark = Frozen { seconds: now.as_secs().cast_signed(), nanoseconds: 0, description: String::new() };
+        let mark =
+            Frozen { seconds: now.as_secs().cast_signed(), nanoseconds: 0, description: String::new() };
         change_header(job.name(), &*job.file()?, &HeaderChange { backing: None, frozen: Some(Some(mark)) })?;
         job.finish()?;
         self.rescan().map(drop)
@@ -444,7 +475,11 @@ impl Store {
             // It cannot say it itself; nobody else is called that.
             self.note_frozen(
                 path,
-                Some(&Frozen { seconds: item.seconds.cast_signed(), nanoseconds: 0, description: String::new() }),
+                Some(&Frozen {
+                    seconds: item.seconds.cast_signed(),
+                    nanoseconds: 0,
+                    description: String::new(),
+                }),
             )?;
         }
         names.rename(&item.file(), path, false)?;
@@ -478,9 +513,14 @@ impl Store {
                     return true;
                 }
                 if let Some(index) = find(self, catalog, &backing) {
-                    return catalog.layers(index).iter().any(|layer| changed.contains(&catalog.images[*layer].stat.id));
+                    return catalog
+                        .layers(index)
+                        .iter()
+                        .any(|layer| changed.contains(&catalog.images[*layer].stat.id));
                 }
-                let Some(next) = items.iter().find(|other| other.identity.is(&backing.file)) else { return false };
+                let Some(next) = items.iter().find(|other| other.identity.is(&backing.file)) else {
+                    return false;
+                };
                 below = next.backing().cloned();
             }
             false
@@ -493,8 +533,9 @@ impl Store {
         let Some(days) = self.options.trash.filter(|_| !self.options.read_only) else { return Ok(()) };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         // Nobody can tell whose a file without a note is.
-        let is_old =
-            |item: &TrashItem| item.note.is_some() && now.saturating_sub(Duration::from_secs(item.seconds)) > days;
+        let is_old = |item: &TrashItem| {
+            item.note.is_some() && now.saturating_sub(Duration::from_secs(item.seconds)) > days
+        };
         if !self.trash()?.iter().any(is_old) {
             return Ok(());
         }

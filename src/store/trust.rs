@@ -1,7 +1,9 @@
-//! Whose word is taken for what stands in `.chainfs`: intents are carried out, and notes decide what is written.
+//! Whose word is taken for what stands in `.chainfs`: intents are carried out, and notes decide what is
+//! written.
 //!
-//! Trusted are root, the user who looks at the store, and the owner of the store's directory, who could do all that
-//! without us; and where a group shares the directory, a member of it. What anybody may write is nobody's word.
+//! Trusted are root, the user who looks at the store, and the owner of the store's directory, who could do
+//! all that without us; and where a group shares the directory, a member of it. What anybody may write is
+//! nobody's word.
 
 use std::path::Path;
 
@@ -11,7 +13,8 @@ use crate::io::{FileStat, Root};
 /// The bit of a directory in which only owners may remove and rename.
 const STICKY: u32 = 0o1000;
 
-/// Fails with `Denied` if the directory `path` beneath the store, which is ours if it is there, may be another's.
+/// Fails with `Denied` if the directory `path` beneath the store, which is ours if it is there, may be
+/// another's.
 pub(super) fn check(root: &Root, path: &Path) -> Result<()> {
     let kept = match root.stat(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -23,7 +26,8 @@ pub(super) fn check(root: &Root, path: &Path) -> Result<()> {
         return Ok(());
     }
     let fact = format!(
-        "belongs to uid {} (mode {:o}), and is not trusted: it has to belong to root, to the owner of the store's directory or to \
+        "belongs to uid {} (mode {:o}), and is not trusted: it has to belong to root, to the owner of the \
+            store's directory or to \
          who mounts it, and not everybody may write it; see what it holds, then chown or remove it",
         kept.uid,
         kept.mode & 0o7777
@@ -68,7 +72,8 @@ mod tests {
         assert!(!is_trusted(&of(1001, 100, 0o775), &of(0, 100, 0o3775), 0), "a sticky one");
         std::fs::create_dir(directory.path().join("own")).unwrap();
         assert!(check(&root, Path::new("own")).is_ok() && check(&root, Path::new("gone")).is_ok());
-        std::fs::set_permissions(directory.path().join("own"), std::fs::Permissions::from_mode(0o777)).unwrap();
+        std::fs::set_permissions(directory.path().join("own"), std::fs::Permissions::from_mode(0o777))
+            .unwrap();
         assert_eq!(check(&root, Path::new("own")).unwrap_err().kind(), ErrorKind::Denied);
     }
 }

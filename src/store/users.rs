@@ -1,6 +1,7 @@
 //! Which groups a user is in, as the system's user database has it.
 //!
-//! That a file is of a group proves nothing of its owner: a directory may give its group to whatever is made in it.
+//! That a file is of a group proves nothing of its owner: a directory may give its group to whatever is made
+//! in it.
 
 use std::collections::HashMap;
 use std::ffi::CString;

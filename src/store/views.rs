@@ -106,7 +106,8 @@ impl ChainViews {
 
     /// The view of that name.
     pub fn find(&self, name: &[u8]) -> Option<&ChainView> {
-        let place = self.by_name.binary_search_by(|index| self.views[*index].name.as_slice().cmp(name)).ok()?;
+        let place =
+            self.by_name.binary_search_by(|index| self.views[*index].name.as_slice().cmp(name)).ok()?;
         Some(&self.views[self.by_name[place]])
     }
 
@@ -126,8 +127,10 @@ impl ChainViews {
             names.push(format!("{} more", all.len() - TOLD));
         }
         // As files of the mount or of the store, views have a suffix.
-        let stem = [&b".raw"[..], b".qcow2", b".img"].into_iter().find_map(|suffix| name.strip_suffix(suffix));
-        let remedy = match (stem.and_then(|stem| all.iter().find(|view| view.name == stem)), names.is_empty()) {
+        let stem =
+            [&b".raw"[..], b".qcow2", b".img"].into_iter().find_map(|suffix| name.strip_suffix(suffix));
+        let remedy = match (stem.and_then(|stem| all.iter().find(|view| view.name == stem)), names.is_empty())
+        {
             (Some(meant), _) => format!("write {}, without the suffix", meant.shown()),
             (None, true) => "there is none".to_owned(),
             (None, false) => format!("there is {}", names.join(", ")),

@@ -1,8 +1,8 @@
 //! A catalog as one user may see it: without what that user may not read.
 //!
-//! Reports are made of it, so that none of them can say more. Promises: an image that is hidden is in no text, be it by its
-//! name, its size or what is kept in it; what stands on it says that its backing file may not be read, by the name that
-//! its own header has.
+//! Reports are made of it, so that none of them can say more. Promises: an image that is hidden is in no
+//! text, be it by its name, its size or what is kept in it; what stands on it says that its backing file may
+//! not be read, by the name that its own header has.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,8 @@ impl Catalog {
     pub fn shown_to(&self, judge: &AccessJudge, who: &Subject) -> Catalog {
         let kept: Vec<ImageIndex> =
             (0..self.images.len()).filter(|index| judge.may_read(who, &self.images[*index])).collect();
-        let places: HashMap<ImageIndex, ImageIndex> = kept.iter().enumerate().map(|(new, old)| (*old, new)).collect();
+        let places: HashMap<ImageIndex, ImageIndex> =
+            kept.iter().enumerate().map(|(new, old)| (*old, new)).collect();
         let images = kept.iter().map(|index| self.image_shown(*index, &places)).collect();
         let mut visible = Catalog::empty(next_serial());
         visible.images = images;
@@ -46,7 +47,10 @@ impl Catalog {
         match (below, &mut image.below) {
             (None, _) => {}
             (Some(None), _) => image.below = hidden(&image),
-            (Some(Some(place)), BackingLink::Image(below) | BackingLink::Broken { image: Some(below), .. }) => {
+            (
+                Some(Some(place)),
+                BackingLink::Image(below) | BackingLink::Broken { image: Some(below), .. },
+            ) => {
                 *below = place;
             }
             (Some(Some(_)), _) => unreachable!("it is one of the two that have an image"),
@@ -65,8 +69,12 @@ impl Catalog {
             .filter(|index| !places.contains_key(index))
             .map(|index| self.images[index].shown())
             .collect();
-        let by_path: HashMap<&Path, ImageIndex> =
-            self.images.iter().enumerate().map(|(index, image)| (image.place.path.as_path(), index)).collect();
+        let by_path: HashMap<&Path, ImageIndex> = self
+            .images
+            .iter()
+            .enumerate()
+            .map(|(index, image)| (image.place.path.as_path(), index))
+            .collect();
         let is_shown = |problem: &&Problem| {
             let place = StorePath { root: 0, path: problem.path.clone() };
             let may = match by_path.get(problem.path.as_path()) {
@@ -91,8 +99,14 @@ impl Catalog {
 
 /// What is said of an image whose backing file is not shown.
 fn hidden(image: &ImageEntry) -> BackingLink {
-    let name = image.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref()).map_or(&b""[..], |backing| &backing.name);
+    let name = image
+        .qcow2()
+        .and_then(|qcow2| qcow2.header.backing.as_ref())
+        .map_or(&b""[..], |backing| &backing.name);
     let name = shown(Path::new(super::catalog::os(name)));
     let fact = "may not be read by you; ask its owner, or root";
-    BackingLink::Broken { image: None, sentence: format!("cannot be read: its backing file \"{name}\" {fact}").into() }
+    BackingLink::Broken {
+        image: None,
+        sentence: format!("cannot be read: its backing file \"{name}\" {fact}").into(),
+    }
 }

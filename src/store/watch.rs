@@ -58,7 +58,12 @@ impl Watches {
     /// `None` where the system has none to give.
     pub(super) fn new() -> Option<Self> {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).ok()?;
-        Some(Self { inotify, directories: Mutex::default(), own: Mutex::default(), incomplete: AtomicBool::new(false) })
+        Some(Self {
+            inotify,
+            directories: Mutex::default(),
+            own: Mutex::default(),
+            incomplete: AtomicBool::new(false),
+        })
     }
 
     /// Watches a directory; one that is watched already only once.
@@ -165,20 +170,22 @@ fn follow(store: &Arc<Store>, stop: &OwnedFd) {
     loop {
         let told = store.watches.as_ref().filter(|watches| !watches.incomplete.load(Ordering::Relaxed));
         let polled = told.is_none() || is_remote(store);
-        let patience = if polled { rescan_after.saturating_sub(last_scan.elapsed()) } else { Duration::from_hours(1) };
+        let patience =
+            if polled { rescan_after.saturating_sub(last_scan.elapsed()) } else { Duration::from_hours(1) };
         let patience = if is_behind { patience.min(AGAIN) } else { patience };
         if wait(stop, store.watches.as_ref().map(|watches| &watches.inotify), patience) {
             return;
         }
-        let is_due = (polled && last_scan.elapsed() >= rescan_after) || (is_behind && last_scan.elapsed() >= AGAIN);
+        let is_due =
+            (polled && last_scan.elapsed() >= rescan_after) || (is_behind && last_scan.elapsed() >= AGAIN);
         let mut found = PendingChanges { names: is_due, ..PendingChanges::default() };
         if let Some(watches) = &store.watches {
             watches.take(&mut found);
             if !found.names && found.written.is_empty() {
                 continue;
             }
-            // A note that somebody has removed is missed by others, and is what is left of a command if this process is
-            // killed: that does not wait.
+            // A note that somebody has removed is missed by others, and is what is left of a command if this
+            // process is killed: that does not wait.
             store.restore_intents();
             // What belongs together comes together: a rename, a burst of writes.
             if wait(stop, None, GATHER) {
@@ -205,7 +212,8 @@ fn follow(store: &Arc<Store>, stop: &OwnedFd) {
 
 /// Waits for events on `inotify` or for `patience` to end; `true` if it is time to stop.
 fn wait(stop: &OwnedFd, inotify: Option<&OwnedFd>, patience: Duration) -> bool {
-    let timeout = Timespec { tv_sec: patience.as_secs().cast_signed(), tv_nsec: i64::from(patience.subsec_nanos()) };
+    let timeout =
+        Timespec { tv_sec: patience.as_secs().cast_signed(), tv_nsec: i64::from(patience.subsec_nanos()) };
     let mut fds = vec![PollFd::new(stop, PollFlags::IN)];
     fds.extend(inotify.map(|inotify| PollFd::new(inotify, PollFlags::IN)));
     match poll(&mut fds, Some(&timeout)) {

@@ -1,7 +1,8 @@
 //! Lists of words in one word: mount options, chains of a snapshot.
 //!
-//! The one reader and the one writer of them, whoever has typed the list: a comma ends a word, `\\,` and `\\\\` stand for a
-//! comma and a backslash within one, and any other backslash is itself, as mount(8) has it.
+//! The one reader and the one writer of them, whoever has typed the list: a comma ends a word, `\\,` and
+//! `\\\\` stand for a comma and a backslash within one, and any other backslash is itself, as mount(8) has
+//! it.
 
 /// The words of a list, empty ones as well.
 pub fn split_list(list: &[u8]) -> Vec<Vec<u8>> {

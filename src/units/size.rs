@@ -20,7 +20,11 @@ pub fn parse_size(text: &str) -> Result<u64> {
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     let digits = |part: &str| part.bytes().all(|b| b.is_ascii_digit());
-    if whole.is_empty() || !digits(whole) || !digits(fraction) || (number.contains('.') && fraction.is_empty()) {
+    if whole.is_empty()
+        || !digits(whole)
+        || !digits(fraction)
+        || (number.contains('.') && fraction.is_empty())
+    {
         return Err(bad("not a number; write it as 512, 10G or 1.5T"));
     }
     if !fraction.is_empty() && shift == 0 {
@@ -29,7 +33,8 @@ pub fn parse_size(text: &str) -> Result<u64> {
     let too_large = || bad("larger than a disk can be (8 EiB)");
     let whole = whole.parse::<u64>().map_err(|_| too_large())?;
     let whole = whole.checked_mul(1 << shift).ok_or_else(too_large)?;
-    // Exact: the fraction's digits times the unit, over a power of ten. 18 digits are finer than a byte of an EiB.
+    // Exact: the fraction's digits times the unit, over a power of ten. 18 digits are finer than a byte of an
+    // EiB.
     let fraction = &fraction[..fraction.len().min(18)];
     let part = if fraction.is_empty() {
         0
@@ -67,7 +72,8 @@ pub fn brief_size(len: u64) -> String {
     if unit == "B" || value >= 9.95 { format!("{value:.0} {unit}") } else { format!("{value:.1} {unit}") }
 }
 
-/// The value in the largest unit of which there is nearly one: qemu-img goes on to the next at 1000, not at 1024.
+/// The value in the largest unit of which there is nearly one: qemu-img goes on to the next at 1000, not at
+/// 1024.
 #[allow(clippy::cast_precision_loss)] // three digits are shown of sixteen
 fn scaled(len: u64) -> (f64, &'static str) {
     let mut value = len as f64;

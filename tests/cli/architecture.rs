@@ -24,7 +24,11 @@ const LAYERS: [(&str, usize); 14] = [
 ];
 
 fn rank(layer: &str) -> usize {
-    LAYERS.iter().find(|(name, _)| *name == layer).unwrap_or_else(|| panic!("a new layer: {layer}; place it")).1
+    LAYERS
+        .iter()
+        .find(|(name, _)| *name == layer)
+        .unwrap_or_else(|| panic!("a new layer: {layer}; place it"))
+        .1
 }
 
 fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
@@ -75,7 +79,8 @@ fn only_the_adapter_names_fuser() {
         .map(|file| file.strip_prefix(&src).unwrap().to_path_buf())
         .collect();
     assert!(
-        !naming.is_empty() && naming.iter().all(|file| file.starts_with("fs/fuse") || file == Path::new("fs/fuse.rs")),
+        !naming.is_empty()
+            && naming.iter().all(|file| file.starts_with("fs/fuse") || file == Path::new("fs/fuse.rs")),
         "{naming:?}"
     );
 }

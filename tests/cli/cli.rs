@@ -101,7 +101,8 @@ fn map_of_subclusters_says_the_same_but_for_places_of_what_is_not_there() {
         let mut runs: Vec<(u64, Value)> = Vec::new();
         for mut entry in json(text).as_array().expect("a list").clone() {
             let object = entry.as_object_mut().expect("an object");
-            let (start, len) = (object["start"].as_u64().expect("a number"), object["length"].as_u64().expect("one"));
+            let (start, len) =
+                (object["start"].as_u64().expect("a number"), object["length"].as_u64().expect("one"));
             for key in ["start", "length"] {
                 object.remove(key);
             }
@@ -141,13 +142,18 @@ fn compare_answers_as_qemu_img_does() {
     let (store, names) = assorted();
     store.img(["convert", "-f", "qcow2", "-O", "raw", "top.qcow2", "same.raw"]);
     store.img(["convert", "-f", "qcow2", "-O", "raw", "top.qcow2", "longer.raw"]);
-    fs::File::options().write(true).open(store.path("longer.raw")).and_then(|f| f.set_len(9 * MIB)).expect("room");
+    fs::File::options()
+        .write(true)
+        .open(store.path("longer.raw"))
+        .and_then(|f| f.set_len(9 * MIB))
+        .expect("room");
     fs::copy(store.path("longer.raw"), store.path("tail.raw")).expect("a copy");
     store.io("tail.raw", "raw", ["write -q -P 5 8193k 1k"]);
     store.create("zero.qcow2", 3 * MIB, "");
     store.io("zero.qcow2", "qcow2", ["write -q -z 1M 128k", "write -q -P 0 2M 64k"]);
     store.create("empty.qcow2", 3 * MIB, "");
-    let format = |name: &str| if Path::new(name).extension() == Some(OsStr::new("raw")) { "raw" } else { "qcow2" };
+    let format =
+        |name: &str| if Path::new(name).extension() == Some(OsStr::new("raw")) { "raw" } else { "qcow2" };
     let mut others = vec!["same.raw", "longer.raw", "tail.raw", "zero.qcow2", "empty.qcow2"];
     others.extend(names);
     let mut codes = [0; 2];
@@ -194,14 +200,18 @@ fn internal_snapshots_are_disks_of_their_own() {
     store.io("web.qcow2", "qcow2", [store.write(&mut Rng::new(1), 0, 100_000)]);
     store.img(["snapshot", "-c", "a@b", "web.qcow2"]);
     store.io("web.qcow2", "qcow2", [store.write(&mut Rng::new(2), 0, 100_000)]);
-    let oracle = store.try_oracle(Path::new("web.qcow2"), "qcow2", Some("1")).expect("QEMU reads the snapshot");
+    let oracle =
+        store.try_oracle(Path::new("web.qcow2"), "qcow2", Some("1")).expect("QEMU reads the snapshot");
     let oracle = oracle.to_str().expect("text");
     for name in ["web.qcow2@a@b", "web.qcow2@1"] {
         assert_eq!(chainfs(&store, &["compare", name, oracle, "-F", "raw"]).outcome().0, 0, "{name}");
     }
     assert_eq!(chainfs(&store, &["compare", "web.qcow2", oracle, "-F", "raw"]).outcome().0, 1);
     let (code, _, err) = chainfs(&store, &["map", "web.qcow2@c"]).outcome();
-    assert!(code == 1 && err.contains("web.qcow2 has no view c; there is active, active@a@b"), "{code} {err}");
+    assert!(
+        code == 1 && err.contains("web.qcow2 has no view c; there is active, active@a@b"),
+        "{code} {err}"
+    );
     // A file of that very name is what is meant.
     store.create("web.qcow2@1", 2 * MIB, "");
     let found = json(&chainfs(&store, &["info", "--json", "web.qcow2@1"]).succeeds());
@@ -248,7 +258,8 @@ fn a_repair_says_what_is_wrong_mends_it_and_looks_again() {
     let (code, out, err) = chainfs(&store, &["check", "--repair", "leaks", "web.qcow2"]).outcome();
     assert_eq!(code, 2, "{out}{err}");
     let told = out.find("1 leaked clusters were found").expect("what is wrong");
-    let mended = out.find("repaired:\n\n    1 leaked clusters\n    0 corruptions\n").expect("what was mended");
+    let mended =
+        out.find("repaired:\n\n    1 leaked clusters\n    0 corruptions\n").expect("what was mended");
     let again = out.find("Double checking the fixed image now...\n").expect("another look");
     assert!(told < mended && mended < again && out[again..].contains("1 errors were found"), "{out}");
     let mut theirs = tool("qemu-img");
@@ -327,7 +338,10 @@ fn the_tree_shows_the_store_or_the_part_that_an_image_belongs_to() {
     let whole = tree(&["."]);
     assert_eq!(whole.split("\n\n").count(), 11, "{whole}");
     let part = tree(&["--ascii", "mid.qcow2"]);
-    assert!(part.starts_with("mid - 2 MiB virtual") && part.contains("\n* base ") && part.is_ascii(), "{part}");
+    assert!(
+        part.starts_with("mid - 2 MiB virtual") && part.contains("\n* base ") && part.is_ascii(),
+        "{part}"
+    );
     let value = json(&tree(&["--output", "json", "."]));
     assert_eq!(value["trees"].as_array().map(Vec::len), Some(11));
     assert!(tree(&["--output", "svg", "."]).starts_with('<'));
@@ -386,7 +400,9 @@ fn options_say_what_names_and_headers_do_not() {
 #[test]
 fn a_reader_that_stops_early_is_no_error() {
     let (store, _) = assorted();
-    for words in [&["tree", "--full", "."][..], &["info", "."], &["map", "mid.qcow2"], &["completions", "bash"]] {
+    for words in
+        [&["tree", "--full", "."][..], &["info", "."], &["map", "mid.qcow2"], &["completions", "bash"]]
+    {
         let mut child = Command::new(chainfs_binary())
             .args(words)
             .current_dir(store.root())

@@ -1,8 +1,8 @@
 //! The documents, held to the code: invariants, names of types and modules, links, and the width of lines.
 //!
-//! docs/DESIGN.md defines each invariant once, in a row `| **M5** | ... |`. Code that upholds it and a test that would
-//! notice have a comment line `// M5: ...` or `// M5`. Where these are stands at the end of that page, which this test
-//! writes when it is run with `BLESS=1`.
+//! docs/DESIGN.md defines each invariant once, in a row `| **M5** | ... |`. Code that upholds it and a test
+//! that would notice have a comment line `// M5: ...` or `// M5`. Where these are stands at the end of that
+//! page, which this test writes when it is run with `BLESS=1`.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
@@ -152,22 +152,26 @@ fn each_invariant_is_cited_by_code_and_by_a_test() {
     } else {
         assert!(
             list == made,
-            "the list at the end of docs/DESIGN.md is out of date: BLESS=1 cargo test --test cli documentation"
+            "the list at the end of docs/DESIGN.md is out of date: BLESS=1 cargo test --test cli \
+                documentation"
         );
     }
 }
 
-/// What a source has names for: everything that it defines, and, since these stand first in their lines, variants and
-/// fields. Comments and uses do not count.
+/// What a source has names for: everything that it defines, and, since these stand first in their lines,
+/// variants and fields. Comments and uses do not count.
 fn names(source: &str) -> HashSet<&str> {
     let is_word = |char: char| char.is_alphanumeric() || char == '_';
     let mut found = HashSet::new();
     for line in source.lines().map(str::trim_start).filter(|line| !line.starts_with("//")) {
         let words: Vec<&str> = line.split(|char| !is_word(char)).filter(|word| !word.is_empty()).collect();
-        let is_definition =
-            |word: &&str| ["struct", "enum", "trait", "type", "union", "fn", "mod", "const", "static"].contains(word);
+        let is_definition = |word: &&str| {
+            ["struct", "enum", "trait", "type", "union", "fn", "mod", "const", "static"].contains(word)
+        };
         found.extend(words.windows(2).filter(|pair| is_definition(&pair[0])).map(|pair| pair[1]));
-        found.extend(words.iter().find(|word| !word.starts_with("pub") && !["crate", "super", "in"].contains(word)));
+        found.extend(
+            words.iter().find(|word| !word.starts_with("pub") && !["crate", "super", "in"].contains(word)),
+        );
     }
     found
 }
@@ -186,9 +190,11 @@ fn inline_code(page: &str) -> Vec<&str> {
 /// The parts of what looks like a path or a type of Rust.
 fn rust_name(code: &str) -> Option<Vec<&str>> {
     let parts: Vec<&str> = code.split("::").collect();
-    let is_word = |part: &&str| !part.is_empty() && part.chars().all(|char| char.is_alphanumeric() || char == '_');
+    let is_word =
+        |part: &&str| !part.is_empty() && part.chars().all(|char| char.is_alphanumeric() || char == '_');
     let is_type = |part: &str| {
-        part.starts_with(|first: char| first.is_ascii_uppercase()) && part.contains(|char: char| char.is_lowercase())
+        part.starts_with(|first: char| first.is_ascii_uppercase())
+            && part.contains(|char: char| char.is_lowercase())
     };
     (parts.iter().all(is_word) && (parts.len() > 1 || is_type(code))).then_some(parts)
 }
@@ -231,7 +237,8 @@ fn links_between_the_documents_lead_somewhere() {
                 title.replace(|char: char| !char.is_alphanumeric() && char != '-', "")
             };
             let headings = fs::read_to_string(&linked).expect("a document");
-            let has_anchor = headings.lines().filter(|line| line.starts_with('#')).any(|line| slug(line) == anchor);
+            let has_anchor =
+                headings.lines().filter(|line| line.starts_with('#')).any(|line| slug(line) == anchor);
             assert!(anchor.is_empty() || has_anchor, "{}: {target}", path.display());
         }
     }

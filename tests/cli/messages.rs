@@ -1,8 +1,8 @@
-//! What users are told, tried in the situation in which they are told it: each sentence names the thing, the fact and
-//! the remedy.
+//! What users are told, tried in the situation in which they are told it: each sentence names the thing, the
+//! fact and the remedy.
 //!
-//! Also what stands behind some of them: that an address means one disk, that layers drop out of a chain only when the
-//! user says so, and that plans know of QEMU's locks.
+//! Also what stands behind some of them: that an address means one disk, that layers drop out of a chain only
+//! when the user says so, and that plans know of QEMU's locks.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
@@ -37,7 +37,10 @@ fn chain() -> Store {
 /// `chainfs WORDS` beside the store, which is `store`; its mount is `mnt`.
 fn chainfs(store: &Store, words: &str) -> Command {
     let mut command = tool(chainfs_binary());
-    command.args(words.split_whitespace()).current_dir(store.beside("")).env("XDG_CONFIG_HOME", store.beside("config"));
+    command
+        .args(words.split_whitespace())
+        .current_dir(store.beside(""))
+        .env("XDG_CONFIG_HOME", store.beside("config"));
     command
 }
 
@@ -69,7 +72,8 @@ impl Holder {
                        fcntl.fcntl(file, 37, struct.pack('hhqqi4x', 0, 0, 101, 1, 0))\n\
                        print('held', flush=True)\n\
                        time.sleep(60)\n";
-        let script = "export PYTHONHOME=$(python3 -c 'import sys; print(sys.base_prefix)'); exec -a /usr/bin/qemu-system-x86_64 \
+        let script = "export PYTHONHOME=$(python3 -c 'import sys; print(sys.base_prefix)'); exec -a \
+            /usr/bin/qemu-system-x86_64 \
                       \"$(python3 -c 'import sys; print(sys.executable)')\" -c \"$0\" \"$1\" -name \"$2\"";
         let mut child = Command::new("bash")
             .args(["-c", script, program])
@@ -108,7 +112,11 @@ fn wrong_words_are_answered_with_the_right_ones() {
                 1,
                 "store/web01.qcow2 has no view nope; there is active, tuesday, monday, base, active@inner\n",
             ),
-            ("map store/web01.qcow2@monday.raw", 1, "has no view monday.raw; write monday, without the suffix\n"),
+            (
+                "map store/web01.qcow2@monday.raw",
+                1,
+                "has no view monday.raw; write monday, without the suffix\n",
+            ),
             (
                 "ls store/web01.qcow2@nope:",
                 1,
@@ -135,7 +143,11 @@ fn a_command_in_a_mount_names_the_chain_that_is_meant() {
             ("commit mnt/nope", 2, "there is no chain mnt/nope; name a chain, as in mnt/web01\n"),
             ("commit mnt", 2, "mnt takes no commands; name a chain, as in mnt/web01\n"),
             ("commit mnt/web01/snapshots/monday.raw", 2, "takes no commands; name its chain, mnt/web01\n"),
-            ("snapshot mnt/web01 x --chains web01", 2, "takes no commands for several chains; name the mount itself\n"),
+            (
+                "snapshot mnt/web01 x --chains web01",
+                2,
+                "takes no commands for several chains; name the mount itself\n",
+            ),
             (
                 "commit mnt/web01 --top monday.raw",
                 1,
@@ -166,7 +178,8 @@ fn a_plan_speaks_the_words_of_the_field_and_in_sizes_that_can_be_read() {
     assert!(plan("commit mnt/web01 --top tuesday --dry-run").contains("\ninvalidated: monday\n"));
     let grown = plan("resize mnt/web01 +1G --dry-run");
     assert!(
-        grown.contains("command: resize +1G\n") && grown.contains("note: from 1 MiB (1048576 bytes) to 1 GiB ("),
+        grown.contains("command: resize +1G\n")
+            && grown.contains("note: from 1 MiB (1048576 bytes) to 1 GiB ("),
         "{grown}"
     );
     let huge = plan("clone mnt/web01 copy --from active@inner --dry-run");
@@ -204,11 +217,17 @@ fn a_revert_says_where_newer_snapshots_go() {
 fn a_mount_says_what_it_hides_and_whom_it_lets_in() {
     let store = chain();
     for (options, hint) in [
-        ("ro,uid=4711", "uid=4711 only changes the owner shown: still only uid 0 has access; add -o allow_other\n"),
+        (
+            "ro,uid=4711",
+            "uid=4711 only changes the owner shown: still only uid 0 has access; add -o allow_other\n",
+        ),
         ("ro,uid=4711,allow_other", ""),
         ("ro", ""),
     ] {
-        assert_eq!(said(&store, &format!("mount store mnt -o {options}"), 0).trim_start_matches("chainfs: "), hint);
+        assert_eq!(
+            said(&store, &format!("mount store mnt -o {options}"), 0).trim_start_matches("chainfs: "),
+            hint
+        );
         said(&store, "umount mnt", 0);
     }
     fs::write(store.beside("mnt/hidden"), "").expect("a file");
@@ -218,7 +237,8 @@ fn a_mount_says_what_it_hides_and_whom_it_lets_in() {
 
     let raw = Store::new();
     raw.put("disk1", &[0; 4096]);
-    let remedy = "store holds no disk images, but a file of unknown format (disk1): if they are raw disks, say so with \
+    let remedy = "store holds no disk images, but a file of unknown format (disk1): if they are raw disks, \
+        say so with \
                   -o format=GLOB:raw, as in format=disk1:raw\n";
     all_say(&raw, &[("tree store", 0, remedy), ("mount store mnt", 0, remedy), ("umount mnt", 0, "")]);
     assert!(!said(&raw, "tree store -o format=disk1:raw", 0).contains("no disk images"));
@@ -274,14 +294,18 @@ fn what_a_missing_file_is_wanted_for_decides_the_remedy() {
     store.overlay_unchecked("mapped.qcow2", "/old/base.raw", "raw");
     let mount = Mount::with(&store, &format!("map=/old={}", outside.display()));
     for (chain, sentence) in [
-        ("data", "; put it back, or name it anew: qemu-img amend -o data_file=NEW --image-opts driver=qcow2,"),
+        (
+            "data",
+            "; put it back, or name it anew: qemu-img amend -o data_file=NEW --image-opts driver=qcow2,",
+        ),
         ("web", "; put it back, or point the header elsewhere with qemu-img rebase -u\n"),
         ("cut", "the file is cut off; restore it from a backup\n"),
         ("marked", "is marked as corrupt: it is read, and not written; run chainfs check --repair all\n"),
         (
             "mapped",
             &format!(
-                "leads out of the store to {0}/base.raw by a map=, and is never followed there; allow that as well with -o backing_dir={0}\n",
+                "leads out of the store to {0}/base.raw by a map=, and is never followed there; allow that \
+                    as well with -o backing_dir={0}\n",
                 outside.display()
             ),
         ),
@@ -309,16 +333,22 @@ fn who_writes_a_disk_is_named_with_what_to_do() {
     let mount = Mount::new(&store);
     let held = Qemu::running_on(&store, "web01.qcow2", &[]);
     let by = "web01.qcow2 is being written by another process (qemu-nbd[";
-    let rest = "]); wait until it is closed, or read it while it changes with -U (for a mount: -o force_share)\n";
+    let rest =
+        "]); wait until it is closed, or read it while it changes with -U (for a mount: -o force_share)\n";
     for words in ["map store/web01.qcow2", "ls mnt/web01/active.raw:", "info -U store/web01.qcow2"] {
         let (code, _, err) = chainfs(&store, words).outcome();
         let is_refused = !words.contains("-U");
-        assert_eq!((code != 0, err.contains(by) && err.contains(rest)), (is_refused, is_refused), "{words}: {err}");
+        assert_eq!(
+            (code != 0, err.contains(by) && err.contains(rest)),
+            (is_refused, is_refused),
+            "{words}: {err}"
+        );
     }
     eventually("problems.txt tells", LIMIT, || {
         let text = mount.text(".chainfs/problems.txt");
         text.starts_with("web01.qcow2: is being written by qemu-nbd[")
-            && text.ends_with("]: its active disk cannot be opened until that ends; its snapshots can be read\n")
+            && text
+                .ends_with("]: its active disk cannot be opened until that ends; its snapshots can be read\n")
     });
     drop(held);
     eventually("problems.txt is empty again", LIMIT, || mount.text(".chainfs/problems.txt").is_empty());
@@ -326,8 +356,8 @@ fn who_writes_a_disk_is_named_with_what_to_do() {
     let domain = " of domain db,7); take a snapshot with virsh snapshot-create-as db,7 \
                   --disk-only and read that, or shut db,7 down\n";
     all_say(&store, &[("map store/web01.qcow2", 1, domain)]);
-    let command =
-        "of domain db,7); while db,7 runs, change its images with virsh (snapshot-create-as, blockcommit, blockpull)";
+    let command = "of domain db,7); while db,7 runs, change its images with virsh (snapshot-create-as, \
+        blockcommit, blockpull)";
     let sentence = Control::of(&mount, "web01").refused("resize +1M", Errno::BUSY);
     assert!(sentence.contains("domain db,7") && !sentence.contains("force_share"), "{sentence}");
     let plan = chainfs(&store, "resize mnt/web01 +1M --dry-run").outcome().1;
@@ -366,7 +396,8 @@ fn a_plan_says_what_qemu_s_locks_would_refuse() {
     let held = Qemu::running_on(&store, "web01.qcow2", &[]);
     for command in commands {
         let all = refused(command);
-        let is_told = all.iter().any(|fact| fact.starts_with("web01.qcow2 is being ") && fact.contains("qemu-nbd["));
+        let is_told =
+            all.iter().any(|fact| fact.starts_with("web01.qcow2 is being ") && fact.contains("qemu-nbd["));
         assert!(is_told, "{command}: {all:?}");
     }
     // Of a machine that runs, what lies below can be cloned.
@@ -392,14 +423,19 @@ fn an_unmount_says_who_is_in_its_way() {
     let name = loop_device.trim();
     all_say(
         &store,
-        &[("umount mnt", 1, &format!("mnt is in use by {name} (detach it: losetup -d {name}); close its files"))],
+        &[(
+            "umount mnt",
+            1,
+            &format!("mnt is in use by {name} (detach it: losetup -d {name}); close its files"),
+        )],
     );
     tool("losetup").arg("-d").arg(name).succeeds();
     // A shell that becomes chainfs, in the mount itself.
     let script = format!("cd {}/web01 && exec {} umount ..", mount.dir().display(), chainfs_binary());
     let said = tool("bash").args(["-c", &script]).fails();
     assert!(
-        said.contains("is in use by ") && said.contains("this command, which has its current directory there"),
+        said.contains("is in use by ")
+            && said.contains("this command, which has its current directory there"),
         "{said}"
     );
     mount.umount();
@@ -440,8 +476,8 @@ fn a_dead_mount_is_told_from_one_that_is_not_there() {
     let daemon = Pid::from_raw(mount.daemon().cast_signed()).expect("a process");
     kill_process(daemon, Signal::KILL).expect("ours");
     eventually("the mount is dead", LIMIT, || fs::metadata(mount.dir()).is_err());
-    let remedy =
-        "the mount is dead because its daemon has ended; unmount it with chainfs umount, and mount the store again\n";
+    let remedy = "the mount is dead because its daemon has ended; unmount it with chainfs umount, and mount \
+        the store again\n";
     all_say(
         &store,
         &[
@@ -466,7 +502,8 @@ fn an_image_outside_of_any_store_is_told_of_its_notes_and_of_its_users() {
             (
                 "commit store/web01.qcow2",
                 1,
-                "web01.qcow2 is a single image of no store, so that other users of its layers are not known; say --store DIR",
+                "web01.qcow2 is a single image of no store, so that other users of its layers are not known; \
+                    say --store DIR",
             ),
             (
                 "commit store/web01.qcow2 --top nope",
@@ -484,8 +521,12 @@ fn an_image_outside_of_any_store_is_told_of_its_notes_and_of_its_users() {
     let frozen = Store::new();
     frozen.create("gold.qcow2", MIB, "");
     tool("chmod").arg("444").arg(frozen.path("gold.qcow2")).succeeds();
-    let mount = Mount::try_new(&frozen, &frozen.path("gold.qcow2"), &frozen.beside("mnt"), "").expect("a mount");
-    all_say(&frozen, &[("pull mnt", 2, "chainfs: gold.qcow2 has no active layer; say into= with one of its layers\n")]);
+    let mount =
+        Mount::try_new(&frozen, &frozen.path("gold.qcow2"), &frozen.beside("mnt"), "").expect("a mount");
+    all_say(
+        &frozen,
+        &[("pull mnt", 2, "chainfs: gold.qcow2 has no active layer; say into= with one of its layers\n")],
+    );
     mount.umount();
 }
 
@@ -522,7 +563,8 @@ fn an_address_means_the_same_in_every_command() {
 fn an_address_that_could_mean_two_disks_is_refused_with_both() {
     let store = chain();
     store.img(["snapshot", "-c", "monday", "web01.qcow2"]);
-    let both = "store/web01.qcow2@monday is ambiguous: the layer (store/web01.qcow2@monday.qcow2) or the internal snapshot \
+    let both = "store/web01.qcow2@monday is ambiguous: the layer (store/web01.qcow2@monday.qcow2) or the \
+        internal snapshot \
                 (store/web01.qcow2@active@monday); name one of them\n";
     let (sector, oracle) = ("store/web01.qcow2@monday", store.oracle("monday.qcow2", "qcow2"));
     all_say(
@@ -541,8 +583,12 @@ fn an_address_that_could_mean_two_disks_is_refused_with_both() {
     // Two internal snapshots of one name.
     store.img(["snapshot", "-c", "twice", "web01.qcow2"]);
     store.img(["snapshot", "-c", "twice", "web01.qcow2"]);
-    let two = "the internal snapshot (store/web01.qcow2@active@twice~3) or the internal snapshot (store/web01.qcow2@active@twice~4)";
-    all_say(&store, &[("map store/web01.qcow2@twice", 2, two), ("map store/web01.qcow2@active@twice~4", 0, "")]);
+    let two = "the internal snapshot (store/web01.qcow2@active@twice~3) or the internal snapshot \
+        (store/web01.qcow2@active@twice~4)";
+    all_say(
+        &store,
+        &[("map store/web01.qcow2@twice", 2, two), ("map store/web01.qcow2@active@twice~4", 0, "")],
+    );
 }
 
 #[test]
@@ -555,7 +601,10 @@ fn no_snapshot_gets_a_name_by_which_an_address_would_come_to_mean_another_disk()
         ("snapshot 1", "web01.qcow2@1 means an internal snapshot; choose another name"),
         ("snapshot monday internal", "web01.qcow2@monday means the layer monday; choose another name"),
         ("snapshot 1 internal", "web01.qcow2@1 means the internal snapshot of that id; choose another name"),
-        ("revert to=active@inner save=monday", "web01.qcow2@monday means the layer monday; choose another name"),
+        (
+            "revert to=active@inner save=monday",
+            "web01.qcow2@monday means the layer monday; choose another name",
+        ),
     ] {
         assert_eq!(control.refused(command, Errno::EXIST), sentence, "{command}");
     }
@@ -586,7 +635,8 @@ fn layers_drop_out_of_a_chain_only_when_that_is_said() {
         fs::remove_file(store.path("base.raw")).expect("the base");
         store.create("other.qcow2", MIB, "");
     };
-    let renamed: fn(&Store) = |store| fs::rename(store.path("base.raw"), store.path("golden.raw")).expect("renamed");
+    let renamed: fn(&Store) =
+        |store| fs::rename(store.path("base.raw"), store.path("golden.raw")).expect("renamed");
     let other_raw: fn(&Store) = |store| {
         fs::remove_file(store.path("base.raw")).expect("the base");
         store.raw("other.raw", MIB, 4);
@@ -599,31 +649,40 @@ fn layers_drop_out_of_a_chain_only_when_that_is_said() {
         (
             moved,
             "rebase base=moved/base.raw unsafe",
-            "web01.qcow2 would be backed by moved/base.raw instead of tuesday.qcow2: tuesday.qcow2, monday.qcow2 drop out of the chain with what they hold; the layer whose backing file is missing is monday: say layer=monday, or say drop-layers if that is wanted",
+            "web01.qcow2 would be backed by moved/base.raw instead of tuesday.qcow2: tuesday.qcow2, \
+                monday.qcow2 drop out of the chain with what they hold; the layer whose backing file is \
+                missing is monday: say layer=monday, or say drop-layers if that is wanted",
         ),
         (
             keep,
             "rebase base=base.raw unsafe",
-            "tuesday.qcow2, monday.qcow2 drop out of the chain with what they hold; leave out unsafe, and what differs is copied, or say drop-layers",
+            "tuesday.qcow2, monday.qcow2 drop out of the chain with what they hold; leave out unsafe, and \
+                what differs is copied, or say drop-layers",
         ),
         (keep, "rebase base=monday unsafe", "tuesday.qcow2 drops out of the chain with what it holds"),
         (
             keep,
             "rebase base=none unsafe",
-            "web01.qcow2 would be backed by nothing instead of tuesday.qcow2: tuesday.qcow2, monday.qcow2, base.raw drop out",
+            "web01.qcow2 would be backed by nothing instead of tuesday.qcow2: tuesday.qcow2, monday.qcow2, \
+                base.raw drop out",
         ),
         (keep, "rebase layer=monday base=none unsafe", "base.raw drops out of the chain with what it holds"),
         (
             moved,
             "rebase layer=monday base=none unsafe",
-            "monday.qcow2 names base.raw as its backing file, and nothing is not that file moved: all that the missing file holds would read as zeroes",
+            "monday.qcow2 names base.raw as its backing file, and nothing is not that file moved: all that \
+                the missing file holds would read as zeroes",
         ),
         (
             all_moved,
             "rebase base=moved/monday.qcow2 unsafe",
             "moved/monday.qcow2 is not that file moved: moved/tuesday.qcow2 is there",
         ),
-        (short, "rebase layer=monday base=short.raw unsafe", "short.raw is not that file moved: its disk is shorter"),
+        (
+            short,
+            "rebase layer=monday base=short.raw unsafe",
+            "short.raw is not that file moved: its disk is shorter",
+        ),
         (
             other_format,
             "rebase layer=monday base=other.qcow2 unsafe",
@@ -633,7 +692,9 @@ fn layers_drop_out_of_a_chain_only_when_that_is_said() {
         (
             renamed,
             "rebase layer=monday base=golden.raw unsafe",
-            "golden.raw is not that file moved: it has another name, and nothing is left of the missing file with which it could be compared; put the missing file back, or name the file that it is now, or say drop-layers",
+            "golden.raw is not that file moved: it has another name, and nothing is left of the missing file \
+                with which it could be compared; put the missing file back, or name the file that it is now, \
+                or say drop-layers",
         ),
         (
             other_raw,
@@ -695,7 +756,8 @@ fn a_list_of_chains_is_read_the_same_by_the_program_and_by_the_control_file() {
 #[test]
 fn what_is_made_in_a_store_is_said_once() {
     const MADE: &str = "store/.chainfs was made: it marks the store, and holds its lock and notes; keep it";
-    let output = |store: &Store| fs::read_to_string(store.beside("mount.output")).expect("what the mount said");
+    let output =
+        |store: &Store| fs::read_to_string(store.beside("mount.output")).expect("what the mount said");
     // Which disks are raw is remembered.
     let store = chain();
     Mount::with(&store, "ro").umount();

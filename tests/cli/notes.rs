@@ -1,9 +1,9 @@
 //! docs/NOTES.md, held to its word: every step of the libvirt notes, by this tool's words and by qemu-img's.
 //!
-//! A section of the page draws the store before and after it, and has the commands between the two: for the control
-//! files of a mount, for the program on a mount or on a store that is not mounted, and for qemu-img. Each of these starts
-//! from a copy of one store, and must end in the chains of the drawing; what qemu-img reads of every view there is what
-//! it read at the beginning of the view that the drawing names.
+//! A section of the page draws the store before and after it, and has the commands between the two: for the
+//! control files of a mount, for the program on a mount or on a store that is not mounted, and for qemu-img.
+//! Each of these starts from a copy of one store, and must end in the chains of the drawing; what qemu-img
+//! reads of every view there is what it read at the beginning of the view that the drawing names.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -53,7 +53,8 @@ impl Item {
 
     /// The image that holds it, and its name in there if it is an internal snapshot.
     fn place(&self) -> (String, Option<&str>) {
-        let (layer, inner) = self.name.split_once('@').map_or((&*self.name, None), |(l, inner)| (l, Some(inner)));
+        let (layer, inner) =
+            self.name.split_once('@').map_or((&*self.name, None), |(l, inner)| (l, Some(inner)));
         (if extension(layer) == "raw" { layer.to_owned() } else { format!("{layer}.qcow2") }, inner)
     }
 
@@ -66,8 +67,8 @@ impl Item {
     }
 }
 
-/// The chains of a store, each base first; those behind the first begin where they branch off. Internal snapshots
-/// stand on lines of their own.
+/// The chains of a store, each base first; those behind the first begin where they branch off. Internal
+/// snapshots stand on lines of their own.
 type Chains = Vec<Vec<Item>>;
 
 /// A section that has commands.
@@ -91,7 +92,8 @@ fn sections(page: &str) -> Vec<Section<'_>> {
             assert!(blocks.iter().all(|(info, _)| !info.starts_with("console")), "{title}: no drawing");
             continue;
         };
-        let mut section = Section { title, text, before: vec![], after: vec![], has_guest: false, invalid: vec![] };
+        let mut section =
+            Section { title, text, before: vec![], after: vec![], has_guest: false, invalid: vec![] };
         let mut key = "";
         for line in drawing {
             let (word, rest) = line.trim_end().split_at(line.len().min(9));
@@ -213,7 +215,8 @@ impl Drop for Teller<'_> {
 fn is_idle(store: &Store, mount: &Mount) -> bool {
     let chains = mount.names("").into_iter().filter(|name| !name.starts_with('.'));
     // A chain may go with the command that was given to it.
-    let status = |chain: String| fs::read_to_string(mount.path(chain).join("control/status")).unwrap_or_default();
+    let status =
+        |chain: String| fs::read_to_string(mount.path(chain).join("control/status")).unwrap_or_default();
     let intents = store.path(".chainfs/intents");
     !chains.map(status).any(|text| text.contains("state: running"))
         && (!intents.exists() || mount::names_in(&intents).is_empty())
@@ -247,7 +250,8 @@ impl Section<'_> {
         }
         let mut wanted = BTreeMap::new();
         for item in self.after.iter().flatten() {
-            // Where one chain branches off another, the layer that both have is explained where it first stands.
+            // Where one chain branches off another, the layer that both have is explained where it first
+            // stands.
             wanted.entry(item.name.clone()).or_insert_with(|| before[&item.shows].clone());
         }
         if has_guest {
@@ -255,7 +259,8 @@ impl Section<'_> {
         }
         if is_mounted {
             let mount = Mount::new(&store);
-            let guest = has_guest.then(|| rw(&mount.path(guest_disk(&self.before).stem()).join("active.raw")));
+            let guest =
+                has_guest.then(|| rw(&mount.path(guest_disk(&self.before).stem()).join("active.raw")));
             if let Some(guest) = &guest {
                 guest_writes(guest, 0);
             }
@@ -301,7 +306,8 @@ impl Section<'_> {
 
     /// Whether the store is that of the drawing, as QEMU sees it.
     fn judge(&self, store: &Store, wanted: &BTreeMap<String, Vec<u8>>) {
-        let items: BTreeMap<&str, &Item> = self.after.iter().flatten().map(|item| (&*item.name, item)).collect();
+        let items: BTreeMap<&str, &Item> =
+            self.after.iter().flatten().map(|item| (&*item.name, item)).collect();
         let mut expected: BTreeSet<String> = items.values().map(|item| item.file()).collect();
         expected.extend(self.invalid.iter().cloned());
         let found = files(store);
@@ -336,12 +342,16 @@ fn every_step_of_the_notes_leaves_what_the_page_draws() {
     let page = document("docs/NOTES.md");
     let sections = sections(&page);
     let marks = [CONTROL, PROGRAM, UNMOUNTED, QEMU];
-    let known = blocks(&page).iter().all(|(info, _)| info.is_empty() || *info == "chains" || marks.contains(info));
+    let known =
+        blocks(&page).iter().all(|(info, _)| info.is_empty() || *info == "chains" || marks.contains(info));
     assert!(known, "a block is marked as nobody knows");
     for mark in marks {
         let count = sections.iter().filter(|section| !examples(section.text, mark).is_empty()).count();
         println!("{mark}: {count} sections");
-        assert!(count >= if mark == UNMOUNTED { 3 } else { 20 }, "the page has lost its commands: {mark}: {count}");
+        assert!(
+            count >= if mark == UNMOUNTED { 3 } else { 20 },
+            "the page has lost its commands: {mark}: {count}"
+        );
     }
     let next = AtomicUsize::new(0);
     thread::scope(|scope| {

@@ -1,5 +1,6 @@
-//! docs/SEMANTICS.md and README.md, held to their word: the examples of the one are run, its errno table is compared;
-//! of the other the picture, the tree, every one-liner, the commands of its installation and its configuration file.
+//! docs/SEMANTICS.md and README.md, held to their word: the examples of the one are run, its errno table is
+//! compared; of the other the picture, the tree, every one-liner, the commands of its installation and its
+//! configuration file.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -37,7 +38,8 @@ impl Readme {
             fs::create_dir(place.join(name)).expect("a directory");
         }
         // No machine of the tests boots another; that it would find its disk is enough.
-        let stub = "#!/bin/sh\nfor word; do case $word in file=*) word=${word#file=}; exec test -r \"${word%%,*}\"; esac; done; exit 1\n";
+        let stub = "#!/bin/sh\nfor word; do case $word in file=*) word=${word#file=}; exec test \
+            -r \"${word%%,*}\"; esac; done; exit 1\n";
         let program = place.join("bin/qemu-system-x86_64");
         fs::write(&program, stub).expect("a program");
         tool("chmod").arg("755").arg(&program).succeeds();
@@ -46,7 +48,8 @@ impl Readme {
         Self { _ending: Ending(place.clone()), place, _directory: directory }
     }
 
-    /// Gives a line of the README to a shell in the directory of the images, with places of this test for the README's.
+    /// Gives a line of the README to a shell in the directory of the images, with places of this test for the
+    /// README's.
     fn run(&self, line: &str) -> (i32, String, String) {
         let place = self.place.to_str().expect("text");
         let line = line
@@ -58,7 +61,11 @@ impl Readme {
         let path = format!("{place}/bin:{program}:{}", std::env::var("PATH").expect("PATH"));
         let mut shell = tool("bash");
         shell.args(["-c", &format!("set -o pipefail; {line}")]).current_dir(self.place.join("images"));
-        shell.env("PATH", path).env("XDG_CONFIG_HOME", self.place.join("config")).env("LC_ALL", "C.UTF-8").outcome()
+        shell
+            .env("PATH", path)
+            .env("XDG_CONFIG_HOME", self.place.join("config"))
+            .env("LC_ALL", "C.UTF-8")
+            .outcome()
     }
 
     fn runs(&self, line: &str) -> String {
@@ -97,7 +104,8 @@ fn every_one_liner_of_the_readme_works_on_its_store() {
             command = command.replace(" ID", &format!(" {}", id.trim()));
         }
         let (code, out, err) = made.run(&command);
-        let differs = ["diff ", "chainfs diff ", "chainfs compare "].iter().any(|begin| command.starts_with(begin));
+        let differs =
+            ["diff ", "chainfs diff ", "chainfs compare "].iter().any(|begin| command.starts_with(begin));
         assert_eq!(code, i32::from(differs), "{command}\n{out}{err}");
         if command.starts_with("mount ") {
             made.runs("cat /mnt/guest/etc/motd && umount /mnt/guest");
@@ -114,8 +122,9 @@ fn the_readme_s_picture_and_tree_show_its_store() {
     let made = Readme::new();
     let readme = document("README.md");
     let all = blocks(&readme);
-    let tree =
-        all.iter().find(|(_, lines)| lines[0] == "$ chainfs tree /srv/images").expect("the tree").1[1..].to_vec();
+    let tree = all.iter().find(|(_, lines)| lines[0] == "$ chainfs tree /srv/images").expect("the tree").1
+        [1..]
+        .to_vec();
     // Sizes and dates are another day's.
     let shape = |line: &str| {
         let words = line
@@ -143,7 +152,10 @@ fn the_readme_s_picture_and_tree_show_its_store() {
     }
     let listed = made.runs("ls -A /mnt/images /mnt/images/web01 /mnt/images/web01/snapshots");
     for name in listed.lines().filter(|line| !line.is_empty() && !line.ends_with(':')) {
-        assert!(shown.iter().any(|shown| shown.split('/').next() == Some(name)), "{name} is not in the picture");
+        assert!(
+            shown.iter().any(|shown| shown.split('/').next() == Some(name)),
+            "{name} is not in the picture"
+        );
     }
     made.runs("chainfs umount /mnt/images");
 }
@@ -166,7 +178,8 @@ fn the_readme_s_installation_and_configuration_work() {
     let made = Readme::new();
     let readme = document("README.md");
     let all = blocks(&readme);
-    let install = &all.iter().find(|(_, lines)| lines[0].starts_with("cargo build --release")).expect("a block").1;
+    let install =
+        &all.iter().find(|(_, lines)| lines[0].starts_with("cargo build --release")).expect("a block").1;
     let root = made.place.join("root");
     for directory in ["usr/local/bin", "sbin", "target/release"] {
         fs::create_dir_all(root.join(directory)).expect("a directory");
@@ -192,7 +205,10 @@ fn the_readme_s_installation_and_configuration_work() {
     }
     let config = all.iter().find(|(info, _)| *info == "toml").expect("a configuration file").1.join("\n");
     fs::write(made.place.join("bin/chainfs.toml"), config).expect("a file");
-    made.runs(&format!("chainfs mount /srv/images /mnt/images -o config={}/bin/chainfs.toml", made.place.display()));
+    made.runs(&format!(
+        "chainfs mount /srv/images /mnt/images -o config={}/bin/chainfs.toml",
+        made.place.display()
+    ));
     made.runs("chainfs umount /mnt/images");
 }
 

@@ -1,5 +1,5 @@
-//! `ls`, `cat`, `cp`, `diff` and `versions` on guests' disks, judged by the kernel's own mount of what `qemu-img convert` reads
-//! of each view. Needs root, loop devices, ext4 and vfat.
+//! `ls`, `cat`, `cp`, `diff` and `versions` on guests' disks, judged by the kernel's own mount of what
+//! `qemu-img convert` reads of each view. Needs root, loop devices, ext4 and vfat.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -67,13 +67,19 @@ impl Guest {
         let store = Store::new();
         let disk = store.beside("disk");
         File::create(&disk).and_then(|file| file.set_len(DISK)).expect("a disk");
-        let table = [P1, P2, P3].map(|(start, len)| format!("start={},size={}\n", start / 512, len / 512)).concat();
-        let script = format!("printf 'label: dos\\n{}' | sfdisk -q --no-reread \"$1\"", table.replace('\n', "\\n"));
+        let table =
+            [P1, P2, P3].map(|(start, len)| format!("start={},size={}\n", start / 512, len / 512)).concat();
+        let script =
+            format!("printf 'label: dos\\n{}' | sfdisk -q --no-reread \"$1\"", table.replace('\n', "\\n"));
         tool("sh").args(["-c", &script, "sh"]).arg(&disk).succeeds();
         let sectors = (P1.0 / 512).to_string();
         tool("mkfs.vfat").args(["--offset", &sectors]).arg(&disk).arg((P1.1 / 1024).to_string()).succeeds();
         let offset = format!("offset={}", P2.0);
-        tool("mkfs.ext4").args(["-q", "-F", "-E", &offset]).arg(&disk).arg(format!("{}k", P2.1 / 1024)).succeeds();
+        tool("mkfs.ext4")
+            .args(["-q", "-F", "-E", &offset])
+            .arg(&disk)
+            .arg(format!("{}k", P2.1 / 1024))
+            .succeeds();
         let file = File::options().write(true).open(&disk).expect("the disk");
         file.write_all_at(&Rng::new(3).bytes(P3.1), P3.0).expect("what nobody knows");
         Self { store, disk }
@@ -89,13 +95,22 @@ impl Guest {
     fn freeze(&self, layer: &str, backing: Option<&str>) {
         const CLUSTER: usize = 65_536;
         let Some(backing) = backing else {
-            self.store.img(["convert", "-f", "raw", "-O", "qcow2", self.disk.to_str().expect("a plain path"), layer]);
+            self.store.img([
+                "convert",
+                "-f",
+                "raw",
+                "-O",
+                "qcow2",
+                self.disk.to_str().expect("a plain path"),
+                layer,
+            ]);
             return;
         };
         let below = self.store.oracle(backing, "qcow2");
         let (old, new) = (fs::read(&below).expect("bytes"), fs::read(&self.disk).expect("bytes"));
         self.store.overlay(layer, backing, "qcow2", "");
-        let differing = (0..new.len()).step_by(CLUSTER).filter(|at| old[*at..*at + CLUSTER] != new[*at..*at + CLUSTER]);
+        let differing =
+            (0..new.len()).step_by(CLUSTER).filter(|at| old[*at..*at + CLUSTER] != new[*at..*at + CLUSTER]);
         let commands: Vec<String> = differing
             .map(|at| {
                 let piece = self.store.beside(format!("patterns/piece-{at}"));
@@ -113,8 +128,10 @@ impl Guest {
 
     /// The ext4 of a view, as the kernel shows what QEMU reads.
     fn judge(&self, image: &str, snapshot: Option<&str>, name: &str) -> Attached {
-        let oracle =
-            self.store.try_oracle(Path::new(image), "qcow2", snapshot).unwrap_or_else(|e| panic!("{image}: {e}"));
+        let oracle = self
+            .store
+            .try_oracle(Path::new(image), "qcow2", snapshot)
+            .unwrap_or_else(|e| panic!("{image}: {e}"));
         Attached::new(&oracle, P2, self.store.beside(name), "ro")
     }
 }
@@ -213,9 +230,9 @@ fn walk(root: &Path) -> BTreeMap<PathBuf, Entry> {
 /// The bytes of a name in JSON.
 fn name(object: &Value, plain: &str, bytes: &str) -> Vec<u8> {
     match object[bytes].as_str() {
-        Some(hex) => {
-            (0..hex.len() / 2).map(|at| u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).expect("hex")).collect()
-        }
+        Some(hex) => (0..hex.len() / 2)
+            .map(|at| u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).expect("hex"))
+            .collect(),
         None => object[plain].as_str().unwrap_or_else(|| panic!("{plain} in {object}")).as_bytes().to_vec(),
     }
 }
@@ -246,7 +263,9 @@ fn what_ls_lists_and_cp_copies_is_what_the_kernel_shows() {
             let name = name(object, "name", "name-bytes");
             assert!(last < name, "sorted: {last:?} {name:?}");
             last.clone_from(&name);
-            let Some(parent) = directory["path"].as_str().filter(|path| !path.contains("\\x")) else { continue };
+            let Some(parent) = directory["path"].as_str().filter(|path| !path.contains("\\x")) else {
+                continue;
+            };
             let path = Path::new(parent.trim_start_matches('/')).join(OsStr::from_bytes(&name));
             let entry = expected.get(&path).unwrap_or_else(|| panic!("{path:?} is not there"));
             let told = (
@@ -453,7 +472,10 @@ fn diff_tells_every_file_that_changed_and_reads_little() {
     // A part of it, named once.
     let part = json(chainfs(&["diff", "--json"]).arg(guest.place("base.qcow2:/p2/tree/")).arg(&vm));
     let below = expected.iter().filter(|(path, _)| path.starts_with("tree"));
-    assert!(told(&part, "/p2").into_iter().eq(below.map(|(path, what)| (path.clone(), what.clone()))), "{part}");
+    assert!(
+        told(&part, "/p2").into_iter().eq(below.map(|(path, what)| (path.clone(), what.clone()))),
+        "{part}"
+    );
     // A file on one side only, and on neither.
     let one = chainfs(&["diff"]).arg(guest.place("base.qcow2:/p2/new")).arg(&vm).outcome();
     assert_eq!((one.0, one.1.lines().next()), (1, Some("+ /p2/new")));
@@ -468,14 +490,20 @@ fn diff_tells_every_file_that_changed_and_reads_little() {
     let quiet = chainfs(&["diff", "--files", "-q"]).args([&vm, &other]).outcome();
     assert_eq!(quiet, (0, String::new(), String::new()));
     let answer = json(chainfs(&["diff", "--files", "--json"]).args([&vm, &other]));
-    assert!(answer["bytes-read"].as_u64().expect("a number") > 48 * MIB, "what is not shared is read: {answer}");
+    assert!(
+        answer["bytes-read"].as_u64().expect("a number") > 48 * MIB,
+        "what is not shared is read: {answer}"
+    );
 
     // What has no files we know is compared as bytes.
     let file = File::options().write(true).open(&guest.disk).expect("the disk");
     file.write_all_at(b"changed", P3.0 + 5000).expect("a change");
     guest.freeze("third.qcow2", Some("vm.qcow2"));
     let third = json(chainfs(&["diff", "--files", "--json"]).arg(&vm).arg(guest.place("third.qcow2")));
-    assert_eq!(told(&third, "/"), [(PathBuf::from("p3"), ("changed".to_owned(), vec!["content".to_owned()]))]);
+    assert_eq!(
+        told(&third, "/"),
+        [(PathBuf::from("p3"), ("changed".to_owned(), vec!["content".to_owned()]))]
+    );
 }
 
 #[test]
@@ -493,7 +521,8 @@ fn diff_of_disks_tells_the_sectors_that_differ() {
         ("vm.qcow2", fs::read(store.oracle("vm.qcow2", "qcow2")).expect("bytes")),
         (
             "vm.qcow2@inner",
-            fs::read(store.try_oracle(Path::new("vm.qcow2"), "qcow2", Some("1")).expect("a view")).expect("bytes"),
+            fs::read(store.try_oracle(Path::new("vm.qcow2"), "qcow2", Some("1")).expect("a view"))
+                .expect("bytes"),
         ),
         ("longer.raw", fs::read(store.path("longer.raw")).expect("bytes")),
     ];
@@ -514,11 +543,14 @@ fn diff_of_disks_tells_the_sectors_that_differ() {
                     _ => expected.push((at as u64, 512)),
                 }
             }
-            let (code, out, err) = chainfs(&["diff", "--json"]).arg(store.path(one)).arg(store.path(other)).outcome();
-            let answer: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{one} {other}: {e}\n{out}{err}"));
+            let (code, out, err) =
+                chainfs(&["diff", "--json"]).arg(store.path(one)).arg(store.path(other)).outcome();
+            let answer: Value =
+                serde_json::from_str(&out).unwrap_or_else(|e| panic!("{one} {other}: {e}\n{out}{err}"));
             let ranges = answer["ranges"].as_array().expect("ranges").iter();
-            let ranges: Vec<_> =
-                ranges.map(|range| (range["start"].as_u64().unwrap(), range["length"].as_u64().unwrap())).collect();
+            let ranges: Vec<_> = ranges
+                .map(|range| (range["start"].as_u64().unwrap(), range["length"].as_u64().unwrap()))
+                .collect();
             assert_eq!(ranges, expected, "{one} {other}");
             assert_eq!(code, i32::from(!expected.is_empty()), "{one} {other}");
             let read = answer["bytes-read"].as_u64().expect("a number");
@@ -565,7 +597,12 @@ fn versions_tells_which_views_hold_which_content() {
 
     let answer = json(chainfs(&["versions", "--json"]).arg(guest.place("sn1.qcow2:/p2/motd")));
     let strings = |value: &Value| -> Vec<String> {
-        value.as_array().expect("views").iter().map(|name| name.as_str().expect("a name").to_owned()).collect()
+        value
+            .as_array()
+            .expect("views")
+            .iter()
+            .map(|name| name.as_str().expect("a name").to_owned())
+            .collect()
     };
     let versions = answer["versions"].as_array().expect("versions").iter();
     let found: Vec<_> = versions
@@ -596,7 +633,11 @@ fn versions_tells_which_views_hold_which_content() {
     // An internal snapshot whose name has a colon.
     assert_eq!(chainfs(&["cat"]).arg(guest.place("sn1.qcow2@in:ner:/p2/motd")).succeeds(), "one");
     assert_eq!(chainfs(&["cat"]).arg(guest.place("vm.qcow2@sn1@in:ner:/p2/motd")).succeeds(), "one");
-    assert_eq!(chainfs(&["cat"]).arg(guest.place("clone.qcow2:/p2/motd")).succeeds(), "x", "a link is followed");
+    assert_eq!(
+        chainfs(&["cat"]).arg(guest.place("clone.qcow2:/p2/motd")).succeeds(),
+        "x",
+        "a link is followed"
+    );
 }
 
 #[test]
@@ -606,7 +647,9 @@ fn cp_never_writes_outside_of_its_destination() {
     fs::create_dir(&outside).expect("a directory");
     fs::write(outside.join("passwd"), "mine").expect("a file");
     guest.works(|dir| {
-        fs::create_dir(dir.join("first")).and_then(|()| fs::create_dir_all(dir.join("second/a"))).expect("directories");
+        fs::create_dir(dir.join("first"))
+            .and_then(|()| fs::create_dir_all(dir.join("second/a")))
+            .expect("directories");
         symlink(&outside, dir.join("first/a")).expect("a link");
         symlink(outside.join("passwd"), dir.join("first/b")).expect("a link");
         fs::write(dir.join("second/a/passwd"), "the guest's").expect("a file");
@@ -629,8 +672,10 @@ fn cp_never_writes_outside_of_its_destination() {
     assert!(err.contains("/p2/second/.: a: a file that is not a directory has this name"), "{err}");
     assert!(err.contains("not copied, because a fifo needs -a"), "{err}");
     assert_eq!(fs::read_to_string(out.join("b")).expect("a file"), "the guest's", "the link was replaced");
-    let left: Vec<_> =
-        fs::read_dir(&outside).expect("a directory").map(|entry| entry.expect("an entry").file_name()).collect();
+    let left: Vec<_> = fs::read_dir(&outside)
+        .expect("a directory")
+        .map(|entry| entry.expect("an entry").file_name())
+        .collect();
     assert_eq!(left, ["passwd"]);
     assert_eq!(fs::read_to_string(outside.join("passwd")).expect("a file"), "mine");
     let drafts = fs::read_dir(&out)
@@ -696,7 +741,8 @@ fn places_are_found_whatever_images_and_snapshots_are_called() {
     assert!(long.starts_with("lrwxrwxrwx ") && long.trim_end().ends_with("to-etc -> /etc"), "{long}");
 
     let refused = |args: &[&str], code: i32, fact: &str| {
-        let (have, out, err) = chainfs(&args[..1]).args(args[1..].iter().map(|place| guest.place(place))).outcome();
+        let (have, out, err) =
+            chainfs(&args[..1]).args(args[1..].iter().map(|place| guest.place(place))).outcome();
         assert_eq!(have, code, "{args:?}\n{out}{err}");
         assert!(err.contains(fact), "{args:?}: {fact} in {err}");
     };
@@ -716,8 +762,10 @@ fn places_are_found_whatever_images_and_snapshots_are_called() {
     assert_eq!((code, out.as_str()), (1, "one\n"));
     // Nobody who stops reading is told of it.
     let place = guest.place("base.qcow2:/p1/EFI/A long Name.txt");
-    let head =
-        tool("sh").args(["-c", "\"$1\" cat \"$2\" | head -c 1 | wc -c", "sh", chainfs_binary()]).arg(&place).succeeds();
+    let head = tool("sh")
+        .args(["-c", "\"$1\" cat \"$2\" | head -c 1 | wc -c", "sh", chainfs_binary()])
+        .arg(&place)
+        .succeeds();
     assert_eq!(head.trim(), "1");
 
     // A guest that runs keeps its own disk to itself; what is below it can be looked into.
@@ -742,9 +790,12 @@ fn the_other_disks_of_a_volume_group_are_found_beside_the_image() {
     });
     let names = devices.each_ref().map(|device| device.0.display().to_string());
     let config = format!(
-        "devices {{ use_devicesfile = 0 obtain_device_list_from_udev = 0 external_device_info_source = \"none\"\n\
-         global_filter = [ \"a|^{}$|\", \"a|^{}$|\", \"r|.*|\" ] }}\nactivation {{ udev_sync = 0 udev_rules = 0 monitoring = 0 }}\n\
-         backup {{ backup = 0 archive = 0 }}\nglobal {{ etc = \"{2}\" event_activation = 0 use_lvmpolld = 0 locking_dir = \"{2}/lock\" }}\n",
+        "devices {{ use_devicesfile = 0 obtain_device_list_from_udev = 0 external_device_info_source \
+            = \"none\"\n\
+         global_filter = [ \"a|^{}$|\", \"a|^{}$|\", \"r|.*|\" ] }}\nactivation {{ udev_sync = 0 udev_rules \
+         = 0 monitoring = 0 }}\n\
+         backup {{ backup = 0 archive = 0 }}\nglobal {{ etc = \"{2}\" event_activation = 0 use_lvmpolld = 0 \
+         locking_dir = \"{2}/lock\" }}\n",
         names[0],
         names[1],
         etc.display()
@@ -772,8 +823,10 @@ fn the_other_disks_of_a_volume_group_are_found_beside_the_image() {
     }
     let place = store.path("sys.qcow2:/vg-far/f");
     assert_eq!(chainfs(&["cat"]).arg(&place).succeeds(), "found");
-    let same =
-        chainfs(&["diff", "--files"]).arg(store.path("sys.qcow2:/vg-far")).arg(store.path("sys.qcow2")).outcome();
+    let same = chainfs(&["diff", "--files"])
+        .arg(store.path("sys.qcow2:/vg-far"))
+        .arg(store.path("sys.qcow2"))
+        .outcome();
     assert_eq!(same.0, 0, "{same:?}");
     // Without the other disk it is said what is missing.
     let apart = store.dir("apart");
@@ -799,8 +852,11 @@ fn what_is_damaged_is_named_and_the_rest_goes_on() {
     guest.freeze("base.qcow2", None);
     guest.works(|dir| fs::write(dir.join("c"), "changed").expect("a file"));
     let target = format!("{}?offset={}", guest.disk.display(), P2.0);
-    // Where its bytes are is no longer known, nor where a directory's names are; and a directory holds the one that it is in.
-    for order in ["set_inode_field /bad block[0] 0", "set_inode_field /lost block[0] 0", "ln /sub /sub/ring/again"] {
+    // Where its bytes are is no longer known, nor where a directory's names are; and a directory holds the
+    // one that it is in.
+    for order in
+        ["set_inode_field /bad block[0] 0", "set_inode_field /lost block[0] 0", "ln /sub /sub/ring/again"]
+    {
         tool("debugfs").args(["-w", "-R", order, &target]).succeeds();
     }
     guest.freeze("vm.qcow2", Some("base.qcow2"));
@@ -814,7 +870,10 @@ fn what_is_damaged_is_named_and_the_rest_goes_on() {
     assert!(lines[2].starts_with("! /p2/lost   not readable in the second: "), "{out}");
     assert_eq!(lines[3], "+ /p2/sub/ring/again", "{out}");
     assert!(lines[4].starts_with("! /p2/sub/ring/again   not readable in the second: "), "{out}");
-    assert!(lines[5].starts_with("1 added, 0 removed, 1 changed, 3 not readable; ") && lines.len() == 6, "{out}");
+    assert!(
+        lines[5].starts_with("1 added, 0 removed, 1 changed, 3 not readable; ") && lines.len() == 6,
+        "{out}"
+    );
     let (code, back, _) = chainfs(&["diff", "--files"]).args([&vm, &base]).outcome();
     assert!(code == 2 && back.starts_with("! /p2/bad   not readable in the first: "), "{back}");
     assert!(back.contains("\n0 added, 1 removed, 1 changed, 3 not readable; "), "{back}");

@@ -1,5 +1,5 @@
-//! Many guests with damaged disks in one mount: whatever their disks say, each question gets its answer in time, and the daemon
-//! serves all others as before.
+//! Many guests with damaged disks in one mount: whatever their disks say, each question gets its answer in
+//! time, and the daemon serves all others as before.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -13,7 +13,8 @@ use support::*;
 
 /// Disks in one mount.
 const BATCH: u64 = 50;
-/// One answer takes no longer: a worker has 2 s of processor time for it, and a machine that does other things as well is given its time.
+/// One answer takes no longer: a worker has 2 s of processor time for it, and a machine that does other
+/// things as well is given its time.
 const PATIENCE: Duration = Duration::from_secs(6);
 /// What the daemon and its workers may have in memory, together, however large the disks say that things are.
 const MEMORY: u64 = 1 << 30;
@@ -112,7 +113,8 @@ impl Walk {
 
 /// Bytes of memory that a process and its children have.
 fn memory_of(daemon: u32) -> u64 {
-    let all = tool("ps").args(["-o", "rss=", "-p", &daemon.to_string(), "--ppid", &daemon.to_string()]).succeeds();
+    let all =
+        tool("ps").args(["-o", "rss=", "-p", &daemon.to_string(), "--ppid", &daemon.to_string()]).succeeds();
     all.split_whitespace().map(|kib| kib.parse::<u64>().expect("a number") * 1024).sum()
 }
 

@@ -41,7 +41,12 @@ impl Lab {
     fn mtools(&self, program: &str) -> Command {
         let mut command = tool(program);
         // Sizes of the volume are its own affair.
-        command.env("MTOOLS_SKIP_CHECK", "1").env("TZ", "UTC").env("LC_ALL", "C.UTF-8").arg("-i").arg(self.image());
+        command
+            .env("MTOOLS_SKIP_CHECK", "1")
+            .env("TZ", "UTC")
+            .env("LC_ALL", "C.UTF-8")
+            .arg("-i")
+            .arg(self.image());
         command
     }
 
@@ -113,7 +118,11 @@ fn walk(fat: &Fat, bytes: &[u8]) -> BTreeMap<String, Seen> {
             let name = String::from_utf8(entry.name.clone()).expect("UTF-8");
             assert_eq!(fat.lookup(directory, &entry.name).unwrap(), Some(entry.ino), "{name}");
             let other_case = name.to_ascii_uppercase();
-            assert_eq!(fat.lookup(directory, other_case.as_bytes()).unwrap(), Some(entry.ino), "{other_case}");
+            assert_eq!(
+                fat.lookup(directory, other_case.as_bytes()).unwrap(),
+                Some(entry.ino),
+                "{other_case}"
+            );
             let attributes = fat.attributes(entry.ino).expect("attributes");
             assert_eq!(Some(attributes.kind), entry.kind);
             let is_directory = attributes.kind == FileKind::Directory;
@@ -258,7 +267,8 @@ fn entries(name: &str, number: u32) -> Vec<u8> {
     for (part, units) in units.chunks(13).enumerate().rev() {
         let order = part as u8 + if part + 1 == count { 0x41 } else { 1 };
         let text: Vec<u8> = units.iter().flat_map(|unit| unit.to_le_bytes()).collect();
-        entries.extend([&[order], &text[..10], &[0x0f, 0, sum], &text[10..22], &[0, 0], &text[22..]].concat());
+        entries
+            .extend([&[order], &text[..10], &[0x0f, 0, sum], &text[10..22], &[0, 0], &text[22..]].concat());
     }
     entries.extend([short.as_bytes(), &[0x20], &[0; 20]].concat());
     entries
@@ -271,7 +281,8 @@ fn thousands_of_files_of_one_directory_are_found_and_listing_goes_on_where_it_wa
     let mut bytes = lab.bytes();
     let field = |at: usize| usize::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
     let root_at = (field(14) + 2 * field(22)) * field(11);
-    let made: Vec<u8> = (0..2000).flat_map(|n| entries(&format!("the file with the number {n}"), n)).collect();
+    let made: Vec<u8> =
+        (0..2000).flat_map(|n| entries(&format!("the file with the number {n}"), n)).collect();
     bytes[root_at..][..made.len()].copy_from_slice(&made);
     fs::write(lab.image(), &bytes).expect("the volume");
     let judged = lab.mtools("mdir").args(["-b", "::/"]).succeeds();
@@ -292,7 +303,8 @@ fn thousands_of_files_of_one_directory_are_found_and_listing_goes_on_where_it_wa
             break;
         }
     }
-    let shown: Vec<String> = names.iter().map(|entry| format!("::/{}", str::from_utf8(&entry.name).unwrap())).collect();
+    let shown: Vec<String> =
+        names.iter().map(|entry| format!("::/{}", str::from_utf8(&entry.name).unwrap())).collect();
     assert_eq!(shown, judged.lines().collect::<Vec<_>>());
     assert_eq!(shown.len(), 2000);
     source.taken();
@@ -305,7 +317,8 @@ fn thousands_of_files_of_one_directory_are_found_and_listing_goes_on_where_it_wa
     assert_eq!(fat.lookup(fat.root(), b"the file with the number 2000").unwrap(), None);
 }
 
-/// A large file in single clusters, each apart from the next: reading it must not go along the chain from its beginning.
+/// A large file in single clusters, each apart from the next: reading it must not go along the chain from its
+/// beginning.
 #[test]
 fn a_file_in_a_hundred_thousand_pieces_is_read_in_time() {
     let lab = Lab::new(128 * MIB, &["-F", "32", "-s", "1"]);
@@ -319,13 +332,16 @@ fn a_file_in_a_hundred_thousand_pieces_is_read_in_time() {
     // Every second cluster first, then the others: the chain is made anew.
     let table_at = usize::from(u16::from_le_bytes([bytes[14], bytes[15]])) * 512;
     let entry = ino.0 as usize * 32;
-    let first = u32::from_le_bytes([bytes[entry + 26], bytes[entry + 27], bytes[entry + 20], bytes[entry + 21]]);
+    let first =
+        u32::from_le_bytes([bytes[entry + 26], bytes[entry + 27], bytes[entry + 20], bytes[entry + 21]]);
     let count = (50u32 << 20) / 512;
-    let order: Vec<u32> = (0..count).step_by(2).chain((1..count).step_by(2)).map(|index| first + index).collect();
+    let order: Vec<u32> =
+        (0..count).step_by(2).chain((1..count).step_by(2)).map(|index| first + index).collect();
     for pair in order.windows(2) {
         bytes[table_at + pair[0] as usize * 4..][..4].copy_from_slice(&pair[1].to_le_bytes());
     }
-    bytes[table_at + order[order.len() - 1] as usize * 4..][..4].copy_from_slice(&0x0fff_ffffu32.to_le_bytes());
+    bytes[table_at + order[order.len() - 1] as usize * 4..][..4]
+        .copy_from_slice(&0x0fff_ffffu32.to_le_bytes());
     let source = Arc::new(Counted::new(bytes));
     let fat = Fat::open(Arc::clone(&source) as Arc<dyn Source>).unwrap();
     let mut buf = vec![0; 64 << 10];
@@ -348,7 +364,8 @@ fn attributes_are_what_linux_shows() {
     lab.fill();
     lab.mtools("mattrib").args(["+r", "+h", "::/locked"]).succeeds();
     let fat = lab.open();
-    let attributes = |name: &[u8]| fat.attributes(fat.lookup(fat.root(), name).unwrap().expect("the file")).unwrap();
+    let attributes =
+        |name: &[u8]| fat.attributes(fat.lookup(fat.root(), name).unwrap().expect("the file")).unwrap();
     let locked = attributes(b"locked");
     assert_eq!((locked.mode, locked.links, locked.size, locked.blocks), (0o555, 1, 3000, 8));
     assert_eq!((locked.modified.seconds, locked.changed), (1_700_000_000, locked.modified));
@@ -356,7 +373,10 @@ fn attributes_are_what_linux_shows() {
     assert_eq!((dir.kind, dir.mode, dir.links, dir.size), (FileKind::Directory, 0o755, 4, 2048));
     let root = fat.attributes(fat.root()).unwrap();
     assert_eq!((root.links, root.size, root.modified.seconds), (3, 512 * 32, 0));
-    assert!(fat.lookup(fat.root(), b"A LABEL").unwrap().is_none() && fat.lookup(fat.root(), b".").unwrap().is_none());
+    assert!(
+        fat.lookup(fat.root(), b"A LABEL").unwrap().is_none()
+            && fat.lookup(fat.root(), b".").unwrap().is_none()
+    );
 
     let minfo = lab.mtools("minfo").arg("::").succeeds();
     assert!(minfo.contains("serial number: 12AB34CD"), "{minfo}");
@@ -365,8 +385,13 @@ fn attributes_are_what_linux_shows() {
     assert_eq!(volume.label(&lab.bytes()).as_deref(), Some("A LABEL"));
     // mdir says how many bytes are free.
     let mdir = lab.mtools("mdir").arg("::/").succeeds();
-    let free: String =
-        mdir.lines().find(|line| line.contains("bytes free")).unwrap().chars().filter(char::is_ascii_digit).collect();
+    let free: String = mdir
+        .lines()
+        .find(|line| line.contains("bytes free"))
+        .unwrap()
+        .chars()
+        .filter(char::is_ascii_digit)
+        .collect();
     let statistics = fat.statistics();
     assert_eq!((statistics.free_blocks * u64::from(statistics.block_size)).to_string(), free);
 }
@@ -481,7 +506,11 @@ fn survive(bytes: Vec<u8>) {
             if budget == 0 {
                 return;
             }
-            let _ = (fat.lookup(directory, &entry.name), fat.attributes(entry.ino), fat.extended_attributes(entry.ino));
+            let _ = (
+                fat.lookup(directory, &entry.name),
+                fat.attributes(entry.ino),
+                fat.extended_attributes(entry.ino),
+            );
             let _ = (fat.read_at(entry.ino, 0, &mut buf), fat.runs(entry.ino, 1 << 20, u64::MAX, 5));
             assert_little(&source);
             if entry.kind == Some(FileKind::Directory) {

@@ -1,5 +1,5 @@
-//! A guest whose volume group lies on several disks, each of them a chain of the store: put together in every view of the
-//! same moment, and never with another guest's disk. LVM itself makes the group.
+//! A guest whose volume group lies on several disks, each of them a chain of the store: put together in every
+//! view of the same moment, and never with another guest's disk. LVM itself makes the group.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
@@ -14,7 +14,8 @@ use support::*;
 
 const DISK: u64 = 40 * MIB;
 
-/// Two disks of one group, with one logical volume over both that holds a file system with the contents of `tree`.
+/// Two disks of one group, with one logical volume over both that holds a file system with the contents of
+/// `tree`.
 fn group(store: &Store, tree: &Path) -> [PathBuf; 2] {
     let disks = ["one", "two"].map(|name| store.beside(format!("{name}.disk")));
     for disk in &disks {
@@ -26,7 +27,8 @@ fn group(store: &Store, tree: &Path) -> [PathBuf; 2] {
     let names = devices.each_ref().map(|device| device.0.display().to_string());
     let accepted = names.each_ref().map(|name| format!("\"a|^{name}$|\", ")).concat();
     let config = format!(
-        "devices {{ use_devicesfile = 0 obtain_device_list_from_udev = 0 external_device_info_source = \"none\"\n\
+        "devices {{ use_devicesfile = 0 obtain_device_list_from_udev = 0 external_device_info_source \
+            = \"none\"\n\
          filter = [ {accepted} \"r|.*|\" ] global_filter = [ {accepted} \"r|.*|\" ] }}\n\
          activation {{ udev_sync = 0 udev_rules = 0 monitoring = 0 }}\n\
          backup {{ backup = 0 archive = 0 }}\n\
@@ -44,12 +46,18 @@ fn group(store: &Store, tree: &Path) -> [PathBuf; 2] {
     lvm(&format!("vgcreate -q -s 1m vg {} {}", names[0], names[1]));
     lvm("lvcreate -q -y -an -Zn -Wn -l 100%FREE -n root vg");
     devices.into_iter().for_each(Loop::detach);
-    let sources = || disks.each_ref().map(|disk| Arc::new(fs::read(disk).expect("a disk")) as Arc<dyn Source>);
+    let sources =
+        || disks.each_ref().map(|disk| Arc::new(fs::read(disk).expect("a disk")) as Arc<dyn Source>);
     let found = layout(&sources());
     let volume = found.volumes.iter().find(|volume| volume.name == "vg-root").expect("the volume");
     assert!(volume.size > DISK, "it needs both disks");
     let image = store.beside("volume");
-    tool("mkfs.ext4").args(["-q", "-F", "-d"]).arg(tree).arg(&image).arg(format!("{}k", volume.size / 1024)).succeeds();
+    tool("mkfs.ext4")
+        .args(["-q", "-F", "-d"])
+        .arg(tree)
+        .arg(&image)
+        .arg(format!("{}k", volume.size / 1024))
+        .succeeds();
     let bytes = fs::read(&image).expect("the file system");
     let mut at = 0;
     while at < volume.size {
@@ -84,7 +92,9 @@ fn a_group_on_several_chains_is_whole_in_every_view_of_one_moment() {
     image(&store, &two, "vm-b.qcow2");
     let mount = Mount::new(&store);
     assert_eq!(give(&mount.path(".chainfs/control/snapshot"), b"monday chains=vm-a,vm-b\n"), None);
-    for (chain, view) in [("vm-a", "active"), ("vm-b", "active"), ("vm-a", "vm-a-monday"), ("vm-b", "vm-b-monday")] {
+    for (chain, view) in
+        [("vm-a", "active"), ("vm-b", "active"), ("vm-a", "vm-a-monday"), ("vm-b", "vm-b-monday")]
+    {
         let files = format!("{chain}/files/{view}");
         assert_eq!(mount.text(format!("{files}/vg-root/etc/hostname")), "grouped\n", "{files}");
         let found = fs::read(mount.path(format!("{files}/vg-root/big"))).expect("a file");

@@ -134,7 +134,8 @@ fn reads_through_a_loop_device(kind: &'static str, size: u64, options: &str) {
     let three = guest.remember("three");
 
     let mount = Mount::new(&store);
-    for (view, disk) in [("snapshots/base.raw", &one), ("snapshots/second.raw", &two), ("active.raw", &three)] {
+    for (view, disk) in [("snapshots/base.raw", &one), ("snapshots/second.raw", &two), ("active.raw", &three)]
+    {
         let view = mount.path("web").join(view);
         assert_same(&view, disk);
         let theirs = Attached::new(disk, &store.beside("theirs"), options);
@@ -212,9 +213,17 @@ fn qemu_img_reads_views_as_any_raw_image() {
     let view = mount.path("web/active.raw");
     let other = store.oracle("web.qcow2", "qcow2");
     tool("qemu-img").args(["compare", "-f", "raw", "-F", "raw"]).arg(&view).arg(&other).succeeds();
-    tool("qemu-img").args(["compare", "-f", "raw", "-F", "qcow2"]).arg(&view).arg(store.path("web.qcow2")).succeeds();
+    tool("qemu-img")
+        .args(["compare", "-f", "raw", "-F", "qcow2"])
+        .arg(&view)
+        .arg(store.path("web.qcow2"))
+        .succeeds();
     let overlay = store.beside("throwaway.qcow2");
-    tool("qemu-img").args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(&view).arg(&overlay).succeeds();
+    tool("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+        .arg(&view)
+        .arg(&overlay)
+        .succeeds();
     tool("qemu-io").args(["-f", "qcow2", "-c", "write -P 9 0 64k"]).arg(&overlay).succeeds();
     tool("qemu-img").args(["check", "-q"]).arg(&overlay).succeeds();
     mount.umount();
@@ -229,7 +238,9 @@ fn copies_of_a_view_keep_its_holes() {
     store.io("web.qcow2", "qcow2", writes);
     store.overlay("top.qcow2", "web.qcow2", "qcow2", "");
     let mount = Mount::new(&store);
-    for (view, how) in [("top/snapshots/web.raw", "auto"), ("top/active.raw", "auto"), ("top/active.raw", "always")] {
+    for (view, how) in
+        [("top/snapshots/web.raw", "auto"), ("top/active.raw", "auto"), ("top/active.raw", "always")]
+    {
         let copy = store.beside("copy.raw");
         tool("cp").arg(format!("--sparse={how}")).arg(mount.path(view)).arg(&copy).succeeds();
         assert_same(&copy, &store.oracle("web.qcow2", "qcow2"));

@@ -1,4 +1,5 @@
-//! Guests' file systems, volumes and partitions: the parsers, the workers, the mounts and the commands that look into them.
+//! Guests' file systems, volumes and partitions: the parsers, the workers, the mounts and the commands that
+//! look into them.
 
 mod cli;
 mod counted;

@@ -1,5 +1,5 @@
-//! Guests' partitions and files through real mounts: what the kernel's own mount of the same view shows, held still while it is
-//! written, read by a process that can do nothing else. Needs root, loop devices and ext4.
+//! Guests' partitions and files through real mounts: what the kernel's own mount of the same view shows, held
+//! still while it is written, read by a process that can do nothing else. Needs root, loop devices and ext4.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -61,8 +61,12 @@ fn small_tree(store: &Store) -> PathBuf {
         symlink(target, tree.join(name)).expect("a link");
     }
     fs::write(tree.join("home/joe/marked"), "for all").expect("a file");
-    let marked =
-        rustix::fs::setxattr(tree.join("home/joe/marked"), "trusted.mark", b"1", rustix::fs::XattrFlags::empty());
+    let marked = rustix::fs::setxattr(
+        tree.join("home/joe/marked"),
+        "trusted.mark",
+        b"1",
+        rustix::fs::XattrFlags::empty(),
+    );
     marked.expect("an attribute");
     tool("mkfifo").arg(tree.join("pipe")).succeeds();
     tool("mknod").arg(tree.join("null")).args(["c", "1", "3"]).succeeds();
@@ -115,7 +119,8 @@ struct Entry {
 
 fn attributes(path: &Path) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut names = vec![0; 65_536];
-    let len = rustix::fs::llistxattr(path, &mut names[..]).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let len =
+        rustix::fs::llistxattr(path, &mut names[..]).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let value = |name: &[u8]| {
         let mut value = vec![0; 65_536];
         let len = rustix::fs::lgetxattr(path, name, &mut value[..])
@@ -138,8 +143,10 @@ fn walk(root: &Path) -> BTreeMap<PathBuf, Entry> {
     let mut found = BTreeMap::new();
     let mut rest = vec![PathBuf::new()];
     while let Some(directory) = rest.pop() {
-        let listed = fs::read_dir(root.join(&directory)).unwrap_or_else(|e| panic!("{}: {e}", directory.display()));
-        let mut paths: Vec<_> = listed.map(|entry| directory.join(entry.expect("an entry").file_name())).collect();
+        let listed =
+            fs::read_dir(root.join(&directory)).unwrap_or_else(|e| panic!("{}: {e}", directory.display()));
+        let mut paths: Vec<_> =
+            listed.map(|entry| directory.join(entry.expect("an entry").file_name())).collect();
         paths.push(directory.clone());
         for path in paths {
             let place = root.join(&path);
@@ -169,10 +176,11 @@ fn walk(root: &Path) -> BTreeMap<PathBuf, Entry> {
         }
     }
     // Which of several names is the first depends on the order of the walk.
-    let firsts: BTreeMap<PathBuf, PathBuf> = found.iter().fold(BTreeMap::new(), |mut firsts, (path, entry)| {
-        firsts.entry(entry.same_as.clone()).or_insert_with(|| path.clone());
-        firsts
-    });
+    let firsts: BTreeMap<PathBuf, PathBuf> =
+        found.iter().fold(BTreeMap::new(), |mut firsts, (path, entry)| {
+            firsts.entry(entry.same_as.clone()).or_insert_with(|| path.clone());
+            firsts
+        });
     for entry in found.values_mut() {
         entry.same_as = firsts[&entry.same_as].clone();
     }
@@ -247,7 +255,8 @@ fn every_view_shows_what_the_kernel_shows_of_it_journals_included() {
     guest.umount();
     device.detach();
     for (round, view) in ["live0", "live1", "live2", "base", "active"].into_iter().enumerate() {
-        let (device, kernel) = kernel_mount(&store, &mount.path(format!("vm/partitions/{view}/p1.raw")), view);
+        let (device, kernel) =
+            kernel_mount(&store, &mount.path(format!("vm/partitions/{view}/p1.raw")), view);
         assert_same_tree(&mount.path(format!("vm/files/{view}/p1")), &kernel.0);
         if view.starts_with("live") {
             assert_eq!(mount.text(format!("vm/files/{view}/p1/etc/hostname")), format!("round{round}\n"));
@@ -266,13 +275,25 @@ fn links_stay_inside_their_volume_and_nothing_that_would_wait_can_be_opened() {
     let root = mount.path("vm/files/sn1/p1");
     for name in ["deep/er/absolute", "deep/er/inside", "deep/er/climbs", "deep/er/winds", "through"] {
         let text = fs::read_to_string(root.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
-        assert_eq!(text, "web01\n", "{name} -> {}", fs::read_link(root.join(name)).expect("a target").display());
+        assert_eq!(
+            text,
+            "web01\n",
+            "{name} -> {}",
+            fs::read_link(root.join(name)).expect("a target").display()
+        );
     }
-    assert_eq!(fs::read_link(root.join("deep/er/absolute")).expect("a target"), Path::new("../../etc/hostname"));
-    assert_eq!(fs::canonicalize(root.join("root-itself")).expect("a place"), fs::canonicalize(&root).expect("a place"));
+    assert_eq!(
+        fs::read_link(root.join("deep/er/absolute")).expect("a target"),
+        Path::new("../../etc/hostname")
+    );
+    assert_eq!(
+        fs::canonicalize(root.join("root-itself")).expect("a place"),
+        fs::canonicalize(&root).expect("a place")
+    );
     let mut target = [0; 100];
     let link = root.join("deep/er/absolute");
-    let len = rustix::fs::lgetxattr(&link, "system.chainfs.target", &mut target[..]).expect("the guest's own text");
+    let len =
+        rustix::fs::lgetxattr(&link, "system.chainfs.target", &mut target[..]).expect("the guest's own text");
     assert_eq!(&target[..len], b"/etc/hostname");
     for (name, errno) in [("pipe", Errno::NXIO), ("null", Errno::ACCESS)] {
         let begun = Instant::now();
@@ -299,14 +320,20 @@ fn partitions_are_disks_and_only_those_of_the_active_one_can_be_written() {
     assert_eq!(fs::metadata(&part).expect("a partition").len(), PARTITION);
     let whole = fs::read(mount.path("vm/snapshots/sn1.raw")).expect("a disk");
     let frozen = fs::read(mount.path("vm/partitions/sn1/p1.raw")).expect("a partition");
-    assert!(frozen == whole[START as usize..][..PARTITION as usize], "the partition is a stretch of the disk");
+    assert!(
+        frozen == whole[START as usize..][..PARTITION as usize],
+        "the partition is a stretch of the disk"
+    );
     for name in ["vm/partitions/sn1/p1.raw", "vm/partitions/base/p1.raw"] {
         assert!(File::options().write(true).open(mount.path(name)).is_err(), "{name}");
     }
     let open = File::options().read(true).write(true).open(&part).expect("a partition");
     open.write_all_at(b"first", 0).expect("a write");
     open.write_all_at(b"last!", PARTITION - 5).expect("a write");
-    assert_eq!(Errno::from_io_error(&open.write_all_at(b"beyond", PARTITION).unwrap_err()), Some(Errno::NOSPC));
+    assert_eq!(
+        Errno::from_io_error(&open.write_all_at(b"beyond", PARTITION).unwrap_err()),
+        Some(Errno::NOSPC)
+    );
     assert_eq!(open.write_at(b"across the end", PARTITION - 6).expect("a short write"), 6);
     assert_eq!(Errno::from_io_error(&open.set_len(PARTITION / 2).unwrap_err()), Some(Errno::PERM));
     assert_eq!(Errno::from_io_error(&open.set_len(PARTITION * 2).unwrap_err()), Some(Errno::PERM));
@@ -391,7 +418,8 @@ fn a_worker_has_nothing_and_its_end_is_no_end() {
 /// How often the first thread of a process has gone to sleep.
 fn sleeps(process: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{process}/task/{process}/status")).expect("its status");
-    let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).expect("how often");
+    let line =
+        status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).expect("how often");
     line.trim().parse().expect("a number")
 }
 
@@ -403,7 +431,11 @@ fn a_worker_sleeps_until_it_is_asked_or_its_daemon_is_gone() {
     let [worker] = workers(&mount)[..] else { panic!("one worker") };
     let before = sleeps(worker);
     std::thread::sleep(Duration::from_millis(2500));
-    assert_eq!(sleeps(worker), before, "whoever waits for the daemon's end does not look for it again and again");
+    assert_eq!(
+        sleeps(worker),
+        before,
+        "whoever waits for the daemon's end does not look for it again and again"
+    );
     tool("kill").args(["-9", &mount.daemon().to_string()]).succeeds();
     let begun = Instant::now();
     while fs::exists(format!("/proc/{worker}")).expect("/proc") {
@@ -424,7 +456,8 @@ fn a_damaged_file_has_its_name() {
     let mount = Mount::with(&store, "");
     let etc = mount.path("vm/files/sn1/p1/etc");
     let names = || {
-        let entries = fs::read_dir(&etc).expect("a directory").map(|entry| entry.expect("an entry").file_name());
+        let entries =
+            fs::read_dir(&etc).expect("a directory").map(|entry| entry.expect("an entry").file_name());
         let mut names: Vec<_> = entries.collect();
         names.sort();
         names
@@ -450,7 +483,8 @@ fn an_active_disk_is_shown_as_it_was_when_it_was_opened_however_it_is_written() 
     let root = mount.path("vm/files/active");
     let open = File::open(root.join("p1/usr/lib/big")).expect("a file");
     // All of the partition is overwritten while the file is open.
-    let part = File::options().write(true).open(mount.path("vm/partitions/active/p1.raw")).expect("a partition");
+    let part =
+        File::options().write(true).open(mount.path("vm/partitions/active/p1.raw")).expect("a partition");
     for at in (0..PARTITION).step_by(MIB as usize) {
         part.write_all_at(&vec![0xee; MIB as usize], at).expect("a write");
     }
@@ -561,7 +595,8 @@ fn commands_wait_for_those_who_have_a_guests_file_open_and_for_nobody_else() {
 fn an_ordinary_user_reads_it_all_and_others_only_what_the_image_lets_them() {
     let store = small_chain();
     tool("chown").args(["-R", "nobody"]).arg(store.root()).succeeds();
-    fs::set_permissions(store.root().parent().expect("a parent"), fs::Permissions::from_mode(0o755)).expect("a mode");
+    fs::set_permissions(store.root().parent().expect("a parent"), fs::Permissions::from_mode(0o755))
+        .expect("a mode");
     for name in ["base.qcow2", "sn1.qcow2", "vm.qcow2"] {
         fs::set_permissions(store.path(name), fs::Permissions::from_mode(0o600)).expect("a mode");
     }
@@ -574,16 +609,19 @@ fn an_ordinary_user_reads_it_all_and_others_only_what_the_image_lets_them() {
         run.args(["HOME=/nonexistent", "XDG_CONFIG_HOME=/nonexistent", "bash", "-c", command]);
         run.outcome()
     };
-    let (code, _, said) = as_user(&format!("{} mount {} {}", chainfs_binary(), store.root().display(), dir.display()));
+    let (code, _, said) =
+        as_user(&format!("{} mount {} {}", chainfs_binary(), store.root().display(), dir.display()));
     assert_eq!(code, 0, "{said}");
     let shown = dir.join("vm/files");
     let (code, out, said) = as_user(&format!(
-        "cd {0} && cat sn1/p1/etc/hostname && cat active/p1/home/joe/secret && cat sn1/root/etc/hostname && sha256sum < base/p1/usr/lib/big && ls -lR . | wc -l",
+        "cd {0} && cat sn1/p1/etc/hostname && cat active/p1/home/joe/secret && cat sn1/root/etc/hostname && \
+            sha256sum < base/p1/usr/lib/big && ls -lR . | wc -l",
         shown.display()
     ));
     // Of what the kernel gives to root alone, nobody else is told.
     let copied = as_user(&format!(
-        "copy=$(mktemp -d -p /dev/shm); cp --preserve=xattr {}/active/p1/home/joe/marked $copy; said=$?; rm -r $copy; exit $said",
+        "copy=$(mktemp -d -p /dev/shm); cp --preserve=xattr {}/active/p1/home/joe/marked $copy; said=$?; rm \
+            -r $copy; exit $said",
         shown.display()
     ));
     let unmounted = as_user(&format!("{} umount {}", chainfs_binary(), dir.display()));
@@ -591,7 +629,10 @@ fn an_ordinary_user_reads_it_all_and_others_only_what_the_image_lets_them() {
     assert!(out.starts_with("web01\nfor joe aloneweb01\n"), "{out}");
     // With others let in, the kernel asks who may read the image, and then the guest's own modes.
     let mount = Mount::with(&store, "allow_other");
-    assert_eq!(attributes(&mount.path("vm/files/sn1/p1/home/joe/marked")), [(b"trusted.mark".to_vec(), b"1".to_vec())]);
+    assert_eq!(
+        attributes(&mount.path("vm/files/sn1/p1/home/joe/marked")),
+        [(b"trusted.mark".to_vec(), b"1".to_vec())]
+    );
     let refused = as_user(&format!("cat {}/vm/files/sn1/p1/etc/hostname", mount.dir().display()));
     assert_eq!(refused.0, 0, "the image is nobody's: {}", refused.2);
     let refused = as_user(&format!("cat {}/vm/files/sn1/p1/home/joe/secret", mount.dir().display()));
@@ -644,7 +685,8 @@ fn others_are_let_in_by_the_guests_access_control_lists_as_well() {
         set.expect("a list");
     }
     chain_on(&store, &disk(&store, "disk", &tree));
-    fs::set_permissions(store.root().parent().expect("a parent"), fs::Permissions::from_mode(0o755)).expect("a mode");
+    fs::set_permissions(store.root().parent().expect("a parent"), fs::Permissions::from_mode(0o755))
+        .expect("a mode");
     for (options, let_in, kept_out) in [
         ("allow_other", 0, 1),
         // Modes alone.
@@ -672,7 +714,8 @@ fn without_files_there_are_none() {
     mount.umount();
 }
 
-/// A journal that cannot be replayed: what is shown is not what the guest wrote last, which nobody may overlook.
+/// A journal that cannot be replayed: what is shown is not what the guest wrote last, which nobody may
+/// overlook.
 #[test]
 fn an_old_state_of_a_volume_is_said_by_every_command_and_stands_beside_it() {
     let store = Store::new();
@@ -711,7 +754,8 @@ fn an_old_state_of_a_volume_is_said_by_every_command_and_stands_beside_it() {
         let (code, out, err) = tool(chainfs_binary()).args(words).outcome();
         assert_eq!(code, want, "{words:?}: {out}{err}");
         assert!(words[0] == "versions" || out.contains(shown), "{words:?}: what there is is shown: {out}");
-        let is_said = err.contains("disk of active: the journal cannot be replayed") && err.contains("e2fsck");
+        let is_said =
+            err.contains("disk of active: the journal cannot be replayed") && err.contains("e2fsck");
         assert!(is_said, "{words:?}: {err}");
     }
     assert_eq!(fs::read_to_string(&copied).expect("a copy"), "web01\n");

@@ -2,7 +2,8 @@
 
 use support::Rng;
 
-/// Blocks of a kibibyte in which something is that is not only content: numbers of those that damage is worth while to.
+/// Blocks of a kibibyte in which something is that is not only content: numbers of those that damage is worth
+/// while to.
 pub(crate) fn telling_blocks(bytes: &[u8]) -> Vec<usize> {
     let tells = |block: &[u8]| block.iter().any(|byte| *byte != 0) && block[..1000] != [block[0]; 1000];
     (0..bytes.len() / 1024).filter(|at| tells(&bytes[at * 1024..][..1024])).collect()

@@ -1,5 +1,5 @@
-//! Workers that have been taken over: whatever one answers, whoever asks it gets an error or what can do no harm. A shell script says
-//! what such a worker would say.
+//! Workers that have been taken over: whatever one answers, whoever asks it gets an error or what can do no
+//! harm. A shell script says what such a worker would say.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -73,7 +73,8 @@ fn browser(first: &str, again: &str) -> (tempfile::TempDir, Arc<Store>, Arc<Brow
     let images = place.path().join("store");
     fs::create_dir(&images).expect("a store");
     fs::write(images.join("vm.raw"), vec![0; 1 << 20]).expect("a disk");
-    let store = Store::open(&images, StoreOptions { notify: false, ..StoreOptions::default() }).expect("a store");
+    let store =
+        Store::open(&images, StoreOptions { notify: false, ..StoreOptions::default() }).expect("a store");
     let browser = Browser::new(&store, worker(place.path(), first, again));
     (place, store, browser)
 }
@@ -108,7 +109,8 @@ fn a_set_that_is_never_kept_is_not_opened_for_ever() {
     assert_eq!(mounted.expect_err("there is no set").kind(), ErrorKind::Io);
 }
 
-/// The number of an entry says how deep it lies, which is told by its being a directory or not, and how far up a link leads depends on that.
+/// The number of an entry says how deep it lies, which is told by its being a directory or not, and how far
+/// up a link leads depends on that.
 #[test]
 fn what_an_entry_is_and_its_number_are_of_one_answer() {
     let mounted = answer(&[&[3, 2, 1][..], &[0; 8]].concat());
@@ -132,7 +134,22 @@ fn what_an_entry_is_and_its_number_are_of_one_answer() {
 
 /// Numbers at which something ends, and others.
 fn odd(rng: &mut Rng) -> u64 {
-    let known = [0, 1, 2, 511, 512, 4096, 65_535, SIZE - 1, SIZE, SIZE + 1, 1 << 32, 1 << 40, 1 << 62, i64::MAX as u64];
+    let known = [
+        0,
+        1,
+        2,
+        511,
+        512,
+        4096,
+        65_535,
+        SIZE - 1,
+        SIZE,
+        SIZE + 1,
+        1 << 32,
+        1 << 40,
+        1 << 62,
+        i64::MAX as u64,
+    ];
     match rng.below(20) {
         19 => u64::MAX,
         18 => rng.below(u64::MAX),

@@ -31,7 +31,8 @@ fn agree(scratch: &Scratch, case: &str) -> i32 {
     let (their_code, their_json) = theirs(scratch);
     if let Some(report) = our_report {
         println!("{report}");
-        let json: BTreeMap<String, Value> = serde_json::from_str(&serde_json::to_string(&report).unwrap()).unwrap();
+        let json: BTreeMap<String, Value> =
+            serde_json::from_str(&serde_json::to_string(&report).unwrap()).unwrap();
         if !their_json.is_empty() {
             assert_eq!(json, their_json, "{case}");
         }
@@ -53,7 +54,8 @@ fn clean_images_of_every_geometry() {
     let scratch = Scratch::new();
     for cluster_bits in 9..=21u32 {
         for refcount_order in [0, 1, 3, 4, 6] {
-            let options = format!("cluster_size={},refcount_bits={}", 1u32 << cluster_bits, 1 << refcount_order);
+            let options =
+                format!("cluster_size={},refcount_bits={}", 1u32 << cluster_bits, 1 << refcount_order);
             scratch.create(NAME, &options, "64M");
             scratch.io(NAME, &["write 0 3k", "write 33M 600k", "write -z 1M 128k", "write 40M 5k"]);
             assert_eq!(agree(&scratch, &options), 0);
@@ -86,7 +88,8 @@ fn clean_images_of_every_feature() {
 #[test]
 fn compressed_clusters_count_every_cluster_they_touch() {
     let scratch = Scratch::new();
-    let noise: Vec<u8> = (0..4_000_000u32).map(|i| (i.wrapping_mul(i) >> 7) as u8 ^ (i % 251) as u8).collect();
+    let noise: Vec<u8> =
+        (0..4_000_000u32).map(|i| (i.wrapping_mul(i) >> 7) as u8 ^ (i % 251) as u8).collect();
     std::fs::write(scratch.path("noise.raw"), noise).unwrap();
     for options in [
         "cluster_size=512",
@@ -103,7 +106,9 @@ fn compressed_clusters_count_every_cluster_they_touch() {
 #[test]
 fn snapshots_and_bitmaps_are_references_too() {
     let scratch = Scratch::new();
-    for options in ["", "compat=0.10", "cluster_size=512", "extended_l2=on", "refcount_bits=64", "refcount_bits=4"] {
+    for options in
+        ["", "compat=0.10", "cluster_size=512", "extended_l2=on", "refcount_bits=64", "refcount_bits=4"]
+    {
         scratch.create(NAME, options, "64M");
         for turn in 0..5 {
             scratch.io(NAME, &[&format!("write {turn}M 300k"), "write 0 64k"]);
@@ -164,11 +169,17 @@ fn refcounts_that_are_wrong() {
     assert_eq!(damage("L2 not counted", &|p| at(p, 4, 0)), 2);
     assert_eq!(damage("header not counted", &|p| at(p, 0, 0)), 2);
     assert_eq!(damage("refcount block gone", &|p| p.disk.poke_u64(p.refcount_table, 0)), 2);
-    assert_eq!(damage("refcount block beyond the end", &|p| p.disk.poke_u64(p.refcount_table, 0x1000_0000)), 2);
+    assert_eq!(
+        damage("refcount block beyond the end", &|p| p.disk.poke_u64(p.refcount_table, 0x1000_0000)),
+        2
+    );
     assert_eq!(damage("reserved bit", &|p| p.disk.poke_u64(p.refcount_table, p.refcount_block | 1)), 2);
     assert_eq!(damage("block named twice", &|p| p.disk.poke_u64(p.refcount_table + 8, p.refcount_block)), 2);
     assert_eq!(damage("block on data", &|p| p.disk.poke_u64(p.refcount_table + 8, 0x50000)), 2);
-    assert_eq!(damage("block unaligned", &|p| p.disk.poke_u64(p.refcount_table, p.refcount_block | 0x200)), 1);
+    assert_eq!(
+        damage("block unaligned", &|p| p.disk.poke_u64(p.refcount_table, p.refcount_block | 0x200)),
+        1
+    );
     assert_eq!(damage("table of no clusters", &|p| p.disk.poke(56, &[0; 4])), 2);
     assert_eq!(damage("table beyond the end", &|p| p.disk.poke_u64(48, 0x1000_0000)), 2);
     assert_eq!(damage("count beyond the end of the file", &|p| at(p, 500, 2)), 0);
@@ -204,7 +215,8 @@ fn entries_that_are_wrong() {
     assert_eq!(damage("file cut by a cluster", &|p| p.disk.set_len(0x80000)), 2);
     assert_eq!(damage("file longer", &|p| p.disk.set_len(0x123_4567)), 0);
 
-    let overflow = damaged(&scratch, "refcount_bits=1", "overflow", |p| poke_l2(p, 1, &|entry| entry + 0x10000));
+    let overflow =
+        damaged(&scratch, "refcount_bits=1", "overflow", |p| poke_l2(p, 1, &|entry| entry + 0x10000));
     assert_eq!(overflow, 2);
 }
 
@@ -228,8 +240,9 @@ fn extended_entries_that_are_wrong() {
 #[test]
 fn data_files_that_are_wrong() {
     let scratch = Scratch::new();
-    let damage =
-        |case: &str, entry: u64| damaged(&scratch, "data_file=data.raw", case, |p| p.disk.poke_u64(p.l2 + 8, entry));
+    let damage = |case: &str, entry: u64| {
+        damaged(&scratch, "data_file=data.raw", case, |p| p.disk.poke_u64(p.l2 + 8, entry))
+    };
     assert_eq!(damage("no COPIED", 0x10000), 2);
     assert_eq!(damage("compressed", 1 << 62 | 0x10000), 2);
 }
@@ -275,11 +288,20 @@ fn bitmaps_that_are_wrong() {
     assert_eq!(damage("nothing wrong", &|_, _, _| {}), 0);
     assert_eq!(damage("unknown flag", &|disk, _, directory| disk.poke(directory + 12, &[0, 0, 0, 8])), 1);
     assert_eq!(damage("table unaligned", &|disk, _, directory| disk.poke_u64(directory, 0x200)), 1);
-    assert_eq!(damage("table beyond the end", &|disk, _, directory| disk.poke_u64(directory, 0x1000_0000)), 2);
+    assert_eq!(
+        damage("table beyond the end", &|disk, _, directory| disk.poke_u64(directory, 0x1000_0000)),
+        2
+    );
     assert_eq!(damage("entry reserved", &|disk, _, directory| disk.poke_u64(disk.u64(directory), 2)), 1);
     assert_eq!(damage("entry all ones", &|disk, _, directory| disk.poke_u64(disk.u64(directory), 1)), 3);
-    assert_eq!(damage("entry beyond", &|disk, _, directory| disk.poke_u64(disk.u64(directory), 0x1000_0000)), 2);
-    assert_eq!(damage("directory beyond", &|disk, extension, _| disk.poke_u64(extension + 16, 0x1000_0000)), 1);
+    assert_eq!(
+        damage("entry beyond", &|disk, _, directory| disk.poke_u64(disk.u64(directory), 0x1000_0000)),
+        2
+    );
+    assert_eq!(
+        damage("directory beyond", &|disk, extension, _| disk.poke_u64(extension + 16, 0x1000_0000)),
+        1
+    );
 }
 
 #[test]
@@ -288,7 +310,8 @@ fn interrupted_and_flagged_images() {
     for options in ["lazy_refcounts=on", "lazy_refcounts=off"] {
         scratch.create(NAME, options, "64M");
         // The process dies: refcounts of lazy images are stale.
-        scratch.run("qemu-io", &["-c", "write 0 1M", "-c", "flush", "-c", "write 8M 300k", "-c", "abort", NAME]);
+        scratch
+            .run("qemu-io", &["-c", "write 0 1M", "-c", "flush", "-c", "write 8M 300k", "-c", "abort", NAME]);
         agree(&scratch, options);
     }
     for flags in [1, 2, 3] {
@@ -304,14 +327,16 @@ fn encrypted_images_need_no_secret() {
     let scratch = Scratch::new();
     let secret = "--object secret,id=key,data=abcdef";
     scratch.img(&format!(
-        "create -q {secret} -f qcow2 -o encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10 {NAME} 16M"
+        "create -q {secret} -f qcow2 -o encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10 \
+            {NAME} 16M"
     ));
     let source = format!("driver=qcow2,file.filename={NAME},encrypt.key-secret=key");
     let json = scratch.img(&format!("check {secret} --output=json --image-opts {source}"));
     let mut expected: BTreeMap<String, Value> = serde_json::from_str(&json).unwrap();
     expected.insert("filename".into(), NAME.into());
     let report = ours(&scratch).1.unwrap();
-    let found: BTreeMap<String, Value> = serde_json::from_str(&serde_json::to_string(&report).unwrap()).unwrap();
+    let found: BTreeMap<String, Value> =
+        serde_json::from_str(&serde_json::to_string(&report).unwrap()).unwrap();
     assert_eq!(found, expected);
 }
 
@@ -333,9 +358,12 @@ fn what_cannot_be_read_is_corrupt_even_where_qemu_is_content() {
 fn random_damage_is_judged_alike() {
     let scratch = Scratch::new();
     let seed: u64 = std::env::var("CHAINFS_FUZZ_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
-    let rounds: u64 = std::env::var("CHAINFS_CHECK_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(40);
+    let rounds: u64 =
+        std::env::var("CHAINFS_CHECK_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(40);
     for (kind, options) in
-        ["cluster_size=4k", "cluster_size=4k,compat=0.10", "cluster_size=16k,extended_l2=on"].iter().enumerate()
+        ["cluster_size=4k", "cluster_size=4k,compat=0.10", "cluster_size=16k,extended_l2=on"]
+            .iter()
+            .enumerate()
     {
         scratch.create(NAME, options, "64M");
         scratch.io(NAME, &["write 0 200k", "write -c 1M 64k", "write -c 20M 64k", "write -z 2M 64k"]);

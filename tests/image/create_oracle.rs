@@ -23,8 +23,10 @@ fn qemu_finds_every_size_and_geometry_clean_and_can_write_to_it() {
                 Ok(()) => {}
                 Err(error) if cluster_bits < 16 => {
                     // QEMU refuses them as well.
-                    let words =
-                        format!("create -q -f qcow2 -o cluster_size={} refused.qcow2 {size}", 1u64 << cluster_bits);
+                    let words = format!(
+                        "create -q -f qcow2 -o cluster_size={} refused.qcow2 {size}",
+                        1u64 << cluster_bits
+                    );
                     let output = scratch.run("qemu-img", &words.split(' ').collect::<Vec<_>>());
                     assert!(!output.status.success(), "{error}");
                     continue;
@@ -37,7 +39,10 @@ fn qemu_finds_every_size_and_geometry_clean_and_can_write_to_it() {
             assert_eq!(found["format-specific"]["data"]["compat"], "1.1");
             scratch.img("check -q new.qcow2");
             if size >= 1 << 20 {
-                scratch.io("new.qcow2", &["write -P 7 0 100k", &format!("write -P 8 {} 4k", size / 512 * 512 - 4096)]);
+                scratch.io(
+                    "new.qcow2",
+                    &["write -P 7 0 100k", &format!("write -P 8 {} 4k", size / 512 * 512 - 4096)],
+                );
                 scratch.img("check -q new.qcow2");
                 scratch.io("new.qcow2", &["read -P 7 0 100k", "read -P 0 100k 100k"]);
             }
@@ -49,16 +54,21 @@ fn qemu_finds_every_size_and_geometry_clean_and_can_write_to_it() {
 #[test]
 fn qemu_reads_through_to_the_backing_file_whatever_its_name() {
     let scratch = Scratch::new();
-    for (name, stored) in
-        [("base.raw", "base.raw"), ("we:ird.raw", "./we:ird.raw"), ("b\u{e4}se \"1\".raw", "b\u{e4}se \"1\".raw")]
-    {
+    for (name, stored) in [
+        ("base.raw", "base.raw"),
+        ("we:ird.raw", "./we:ird.raw"),
+        ("b\u{e4}se \"1\".raw", "b\u{e4}se \"1\".raw"),
+    ] {
         fs::write(scratch.path(name), [0x55; 8192]).unwrap();
         let backing = Some(NewBacking { name: name.into(), format: "raw".into() });
         let options = CreateOptions { size: Some(1 << 20), backing, ..CreateOptions::default() };
         let path = scratch.path("top.qcow2");
         create(Path::new(&path), &options).unwrap();
         let found = info(&scratch, "top.qcow2");
-        assert_eq!((&found["backing-filename"], &found["backing-filename-format"]), (&stored.into(), &"raw".into()));
+        assert_eq!(
+            (&found["backing-filename"], &found["backing-filename-format"]),
+            (&stored.into(), &"raw".into())
+        );
         scratch.io("top.qcow2", &["read -P 0x55 0 8k", "read -P 0 8k 1016k", "write -P 1 4k 512"]);
         scratch.img("check -q top.qcow2");
         fs::remove_file(path).unwrap();
@@ -68,7 +78,8 @@ fn qemu_reads_through_to_the_backing_file_whatever_its_name() {
 #[test]
 fn what_exists_is_not_touched_and_what_fails_leaves_nothing() {
     let scratch = Scratch::new();
-    let (path, options) = (scratch.path("there"), CreateOptions { size: Some(512), ..CreateOptions::default() });
+    let (path, options) =
+        (scratch.path("there"), CreateOptions { size: Some(512), ..CreateOptions::default() });
     fs::write(&path, "mine").unwrap();
     let error = create(Path::new(&path), &options).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Usage);

@@ -17,7 +17,8 @@ use support::sim::guest::{new_snapshot, open_writer};
 use support::sim::images::Opened;
 use support::sim::value::{pattern, pattern_range};
 use support::sim::{
-    Backing, Guest, IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, Start, StartImage, Workload, is_long, mix, seed,
+    Backing, Guest, IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, Start, StartImage, Workload, is_long,
+    mix, seed,
 };
 
 /// The tag of what only the new layer below has.
@@ -117,9 +118,17 @@ fn kinds() -> Vec<(&'static str, Start, u64)> {
         ("version 2", over("compat=0.10,cluster_size=4k", 500 * KIB).then(by_qemu), 20 * KIB),
         ("refcounts of 1 bit", over("refcount_bits=1,cluster_size=4k", 500 * KIB), 20 * KIB),
         ("refcounts of 4 bits", over("refcount_bits=4,cluster_size=1k", 500 * KIB).then(by_qemu), 20 * KIB),
-        ("refcounts of 64 bits", over("refcount_bits=64,cluster_size=512", 400 * KIB).then(by_qemu), 20 * KIB),
+        (
+            "refcounts of 64 bits",
+            over("refcount_bits=64,cluster_size=512", 400 * KIB).then(by_qemu),
+            20 * KIB,
+        ),
         ("two sizes", Start::over(MIB, "cluster_size=4k", 500 * KIB).then(of_two_sizes), 20 * KIB),
-        ("two sizes, subclusters", Start::over(MIB, "extended_l2=on", 500 * KIB).then(of_two_sizes), 20 * KIB),
+        (
+            "two sizes, subclusters",
+            Start::over(MIB, "extended_l2=on", 500 * KIB).then(of_two_sizes),
+            20 * KIB,
+        ),
         ("compressed", over("cluster_size=4k", 500 * KIB).then(some_compressed).then(by_qemu), 20 * KIB),
         ("data file", over("data_file=data.raw,cluster_size=4k", 500 * KIB), 20 * KIB),
         ("data file, subclusters", over("data_file=data.raw,extended_l2=on", 500 * KIB), 60 * KIB),
@@ -186,7 +195,10 @@ fn judge_by_qemu(
         let end = have.len().min(expected.len());
         for at in (0..end).step_by(1 << 16) {
             let len = (end - at).min(1 << 16);
-            assert!(have.bytes(at, len) == expected.bytes(at, len), "{what} {words}: QEMU differs from {at:#x} on");
+            assert!(
+                have.bytes(at, len) == expected.bytes(at, len),
+                "{what} {words}: QEMU differs from {at:#x} on"
+            );
         }
     }
     if let (Some(first), Some(last)) = (opened.snapshots.first(), opened.snapshots.last()) {
@@ -359,8 +371,9 @@ fn filling_goes_on_where_a_crash_has_ended_it() {
             let cut = random.below(tape.len() + 1);
             let files = support::sim::crash::random_crash(&tape[..cut], &image.files, seed);
             let opened = Opened::new(&files).unwrap();
-            let snapshots: Vec<_> =
-                (0..opened.snapshots.len()).map(|index| whole(&opened, Some(index), Some(&backing))).collect();
+            let snapshots: Vec<_> = (0..opened.snapshots.len())
+                .map(|index| whole(&opened, Some(index), Some(&backing)))
+                .collect();
             let active = whole(&opened, None, Some(&backing));
             let machine = Machine::forgetful();
             let disks: Vec<_> = files

@@ -19,8 +19,11 @@ fn every_geometry_that_qemu_creates_parses() {
     let scratch = Scratch::new();
     let path = scratch.path("image.qcow2");
     for cluster_bits in 9..=21 {
-        for (refcount_order, size) in (0..=6).zip([0u64, 512, 1 << 20, (1 << 30) + 512, 3 << 20, 1 << 24, 1 << 28]) {
-            let options = format!("cluster_size={},refcount_bits={}", 1u32 << cluster_bits, 1 << refcount_order);
+        for (refcount_order, size) in
+            (0..=6).zip([0u64, 512, 1 << 20, (1 << 30) + 512, 3 << 20, 1 << 24, 1 << 28])
+        {
+            let options =
+                format!("cluster_size={},refcount_bits={}", 1u32 << cluster_bits, 1 << refcount_order);
             scratch.create("image.qcow2", &options, &size.to_string());
             let header = header(&path);
             let found = (header.cluster.bits(), header.refcount_order, header.virtual_size);
@@ -92,6 +95,9 @@ fn snapshots_and_bitmaps_parse() {
     let start = place.directory.0 as usize;
     let directory = &file[start..start + place.directory_len as usize];
     let bitmaps = bitmap::parse_directory(directory, place.count, header.cluster).unwrap();
-    assert_eq!((bitmaps.len(), bitmaps[0].name.as_slice(), bitmaps[0].granularity_bits), (1, b"dirty".as_slice(), 16));
+    assert_eq!(
+        (bitmaps.len(), bitmaps[0].name.as_slice(), bitmaps[0].granularity_bits),
+        (1, b"dirty".as_slice(), 16)
+    );
     assert!(bitmaps[0].auto && !bitmaps[0].in_use);
 }

@@ -51,7 +51,9 @@ fn headers_parse_or_say_why_not() {
                     }
                 }
                 Err(reason) => {
-                    assert!(!reason.to_string().is_empty() && reason.fact().len() <= reason.to_string().len());
+                    assert!(
+                        !reason.to_string().is_empty() && reason.fact().len() <= reason.to_string().len()
+                    );
                 }
             }
         }

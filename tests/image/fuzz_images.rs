@@ -41,8 +41,9 @@ fn damaged_images_are_read_to_their_end_and_in_one_way_only() {
 
     let mut tally = Tally::default();
     let seconds = if std::env::var_os("CHAINFS_LONG").is_some() { LONG_SECONDS } else { SECONDS };
-    let run =
-        support::fuzz::drive("images", seconds, |random| read(&damaged_chain(&corpus, random), random, &mut tally));
+    let run = support::fuzz::drive("images", seconds, |random| {
+        read(&damaged_chain(&corpus, random), random, &mut tally);
+    });
     let peak = support::fuzz::peak_memory();
     println!("images: {images} good ones, {tally:?}");
     let rate = u128::from(tally.read) * 1000 / run.elapsed.as_millis().max(1);
@@ -65,7 +66,9 @@ fn damaged_chain(corpus: &[Specimen], random: &mut Random) -> Vec<File> {
         top.below.clone()
     };
     let mut chain = vec![top.mutated(corpus, random)];
-    for specimen in below.into_iter().map(|index| &corpus[index]).filter(|below| below.file.bytes.len() <= LARGE) {
+    for specimen in
+        below.into_iter().map(|index| &corpus[index]).filter(|below| below.file.bytes.len() <= LARGE)
+    {
         chain.push(if random.once_in(2) { specimen.mutated(corpus, random) } else { specimen.file.clone() });
     }
     chain
@@ -83,7 +86,8 @@ impl Drop for Evidence<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             for (layer, file) in self.0.iter().enumerate() {
-                let path = std::env::temp_dir().join(format!("chainfs-fuzz-{}-layer{layer}", std::process::id()));
+                let path =
+                    std::env::temp_dir().join(format!("chainfs-fuzz-{}-layer{layer}", std::process::id()));
                 drop(std::fs::write(&path, &*file.bytes));
                 println!("layer {layer} is left in {}", path.display());
             }
@@ -227,7 +231,12 @@ impl Maker {
                 format!("write -q -z -u {} {cluster}", 2 * cluster),
                 format!("write -q -z {} {}", 5 * cluster, 2 * cluster),
             ];
-            self.image(&format!("zero-{cluster}"), &format!("cluster_size={cluster}"), 9 * cluster, &commands);
+            self.image(
+                &format!("zero-{cluster}"),
+                &format!("cluster_size={cluster}"),
+                9 * cluster,
+                &commands,
+            );
             let options = format!("cluster_size={cluster},preallocation=metadata");
             self.image(&format!("preallocated-{cluster}"), &options, 6 * cluster, &[write(0, 512, 1)]);
         }
@@ -240,9 +249,14 @@ impl Maker {
             self.scratch.create(&name, &format!("cluster_size={cluster},compat={compat}"), &size.to_string());
             for index in 0..4 {
                 let at = [0, 3, 1, 20][index as usize] * cluster;
-                self.io(&name, &[write(at, 3 * cluster, index + 1), write(at + 10 * cluster + 100, 300, index + 50)]);
-                self.scratch
-                    .img(&format!("snapshot -c {} {name}", ["monday", "t", "a-longer-name", "4"][index as usize]));
+                self.io(
+                    &name,
+                    &[write(at, 3 * cluster, index + 1), write(at + 10 * cluster + 100, 300, index + 50)],
+                );
+                self.scratch.img(&format!(
+                    "snapshot -c {} {name}",
+                    ["monday", "t", "a-longer-name", "4"][index as usize]
+                ));
             }
             self.scratch.img(&format!("snapshot -d t {name}"));
             self.io(&name, &[write(5 * cluster, 2 * cluster, 99)]);
@@ -284,7 +298,9 @@ impl Maker {
         let base = self.find("base.raw");
         let mut below = vec![base];
         let (mut backing, mut format) = ("base.raw".to_owned(), "raw");
-        for (index, (cluster, size)) in [(512, 65_536), (65_536, 130_000), (4096, 40_000)].into_iter().enumerate() {
+        for (index, (cluster, size)) in
+            [(512, 65_536), (65_536, 130_000), (4096, 40_000)].into_iter().enumerate()
+        {
             let name = format!("overlay{index}");
             let options = format!("cluster_size={cluster},backing_file={backing},backing_fmt={format}");
             self.scratch.create(&name, &options, &size.to_string());
@@ -342,7 +358,9 @@ impl Maker {
         }
         self.image("size-poked", "cluster_size=512", 30_208, &[write(29_000, 1208, 1)]);
         self.change_last(|bytes| put(bytes, 24, 8, 30_001));
-        for (name, options, size) in [("2t", "cluster_size=64k", 2 << 40), ("60t", "cluster_size=2M", 60 << 40)] {
+        for (name, options, size) in
+            [("2t", "cluster_size=64k", 2 << 40), ("60t", "cluster_size=2M", 60 << 40)]
+        {
             self.image(name, options, size, &[write(size / 2 + 12_345, 1000, 1), write(size - 512, 512, 2)]);
         }
         self.image("1g", "cluster_size=4096", 1 << 30, &scribbles(4096, 1 << 30));

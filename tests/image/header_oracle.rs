@@ -107,7 +107,8 @@ fn images(scratch: &Scratch) -> Vec<(String, Pages)> {
         "compression_type=zstd",
     ] {
         for base in ["", "base.raw"] {
-            let over = if base.is_empty() { String::new() } else { format!(",backing_file={base},backing_fmt=raw") };
+            let over =
+                if base.is_empty() { String::new() } else { format!(",backing_file={base},backing_fmt=raw") };
             scratch.create(IMAGE, &format!("{options}{over}"), DISK);
             scratch.io(IMAGE, &["write -q -P 9 1M 3k"]);
             found.push((format!("{options} over {base:?}"), Pages::load(scratch.path(IMAGE))));
@@ -173,8 +174,9 @@ fn qemu_is_content_with_every_header_on_the_way() {
         assert_eq!(header(&rebased).frozen, header(&pages).frozen, "{what}: QEMU has not kept the mark");
     }
     println!("{done} changes, refused: {refused:#?}");
-    let small =
-        |what: &String| what.contains("512") || what.contains("1k") || what.contains("2^9") || what.contains("2^10");
+    let small = |what: &String| {
+        what.contains("512") || what.contains("1k") || what.contains("2^9") || what.contains("2^10")
+    };
     assert!(refused.iter().all(small), "{refused:#?}");
     assert!(done > 250, "{done}");
 }
@@ -188,14 +190,17 @@ fn a_writer_changes_its_header_and_what_lies_below_while_it_is_used() {
     let disk = SimDisk::new(&machine, 0, Pages::load(scratch.path(IMAGE)));
     let below = support::sim::Backing::new(8 * MIB);
     let options = WriterOptions { cache: 64 << 10 };
-    let writer = Writer::qcow2(IMAGE, Arc::clone(&disk) as _, None, Some(Arc::new(below.clone())), options).unwrap();
+    let writer =
+        Writer::qcow2(IMAGE, Arc::clone(&disk) as _, None, Some(Arc::new(below.clone())), options).unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             for turn in 0..40 {
                 let change = if turn % 2 == 0 { mark("held") } else { no_mark() };
                 writer.change_header(&change).unwrap();
                 writer.set_backing(Some(Arc::new(below.clone())));
-                writer.change_header(&backing(if turn % 3 == 0 { "base.raw" } else { "./base.raw" }, "raw")).unwrap();
+                writer
+                    .change_header(&backing(if turn % 3 == 0 { "base.raw" } else { "./base.raw" }, "raw"))
+                    .unwrap();
             }
             writer.change_header(&mark("at last")).unwrap();
         });
@@ -226,7 +231,8 @@ fn a_header_that_cannot_be_synced_poisons_the_writer_and_is_old_or_new() {
     for number in 0..4 {
         let machine = Machine::honest();
         let disk = SimDisk::new(&machine, 0, start.clone());
-        let writer = Writer::qcow2(IMAGE, Arc::clone(&disk) as _, None, None, WriterOptions::default()).unwrap();
+        let writer =
+            Writer::qcow2(IMAGE, Arc::clone(&disk) as _, None, None, WriterOptions::default()).unwrap();
         machine.arm(Some(support::sim::Fault {
             calls: support::sim::disk::Calls::Changes,
             number,

@@ -144,8 +144,8 @@ fn same(have: &Pages, want: &Pages, what: &str) {
     }
 }
 
-/// Each thread writes its sectors over and over with growing numbers; a snapshot is of one moment, so that what
-/// was acknowledged before it is in it, and nothing that was begun after it.
+/// Each thread writes its sectors over and over with growing numbers; a snapshot is of one moment, so that
+/// what was acknowledged before it is in it, and nothing that was begun after it.
 #[test]
 // M8
 fn a_snapshot_is_of_one_moment_while_others_write() {
@@ -205,9 +205,13 @@ fn a_snapshot_is_of_one_moment_while_others_write() {
                 assert!(newest >= before && newest <= after + 1, "{options}: {newest} of {before}..{after}");
                 for step in 0..16 {
                     // The last write to this place up to the newest that is seen anywhere.
-                    let expected = (0..16).map(|back| newest.saturating_sub(back)).find(|n| n % 16 == (step + 1) % 16);
+                    let expected =
+                        (0..16).map(|back| newest.saturating_sub(back)).find(|n| n % 16 == (step + 1) % 16);
                     let expected = expected.filter(|n| *n > 0).unwrap_or(0);
-                    assert_eq!(seen[step as usize], expected, "{options}: thread {thread}, step {step}: {seen:?}");
+                    assert_eq!(
+                        seen[step as usize], expected,
+                        "{options}: thread {thread}, step {step}: {seen:?}"
+                    );
                 }
             }
         }
@@ -254,7 +258,8 @@ fn where_there_can_be_none_the_refusal_says_so() {
     let guest = Guest::new(&Machine::honest(), &image, WriterOptions::default());
     let error = guest.try_snapshot("one").unwrap_err();
     assert!(error.kind() == ErrorKind::Unsupported && error.to_string().contains("external"), "{error}");
-    let raw = Writer::raw("disk.raw", support::sim::SimDisk::new(&Machine::honest(), 0, Pages::default())).unwrap();
+    let raw =
+        Writer::raw("disk.raw", support::sim::SimDisk::new(&Machine::honest(), 0, Pages::default())).unwrap();
     assert_eq!(raw.take_snapshot(&new_snapshot("one")).unwrap_err().kind(), ErrorKind::Unsupported);
     assert!(raw.snapshots().unwrap().is_empty());
 }

@@ -16,7 +16,9 @@ use support::sim::guest::{new_snapshot, open_writer};
 use support::sim::images::{Opened, compressible};
 use support::sim::ledger::{Ledger, Tolerance, Views, judge, judge_by_qemu};
 use support::sim::value::pattern_range;
-use support::sim::{IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, SimDisk, Start, StartImage, is_long, mix, seed};
+use support::sim::{
+    IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, SimDisk, Start, StartImage, is_long, mix, seed,
+};
 
 /// States of each run that are judged where not all are.
 const STATES: usize = 30;
@@ -101,7 +103,8 @@ fn kinds() -> Vec<(&'static str, StartImage, u64)> {
     MADE.iter().map(|(name, image, longest)| (*name, image.elsewhere(), *longest)).collect()
 }
 
-/// Rounds for the kind of this number where not all four are: both kinds of options, and some kinds with each.
+/// Rounds for the kind of this number where not all four are: both kinds of options, and some kinds with
+/// each.
 fn rounds(number: usize) -> Vec<u64> {
     if is_long() { (0..4).collect() } else { (0..2).map(|round| (number as u64 + round) % 4).collect() }
 }
@@ -150,8 +153,8 @@ fn what_is_deleted_leaves_all_else_and_takes_nothing_along() {
     }
 }
 
-/// QEMU's own deletions and applications of a twin leave the same views, as many clusters in use, and the same
-/// snapshots.
+/// QEMU's own deletions and applications of a twin leave the same views, as many clusters in use, and the
+/// same snapshots.
 #[test]
 fn qemu_would_have_left_the_same() {
     for (name, image, _) in kinds() {
@@ -176,7 +179,9 @@ fn qemu_would_have_left_the_same() {
                 assert_eq!(views(&theirs).differ(&views(&ours)), None, "{name} {verb} {one}");
                 let listed = |files: &[Pages]| {
                     let snapshots = Opened::new(files).unwrap().snapshots.into_iter();
-                    snapshots.map(|one| (one.id, one.name, one.vm_state_size, one.virtual_size)).collect::<Vec<_>>()
+                    snapshots
+                        .map(|one| (one.id, one.name, one.vm_state_size, one.virtual_size))
+                        .collect::<Vec<_>>()
                 };
                 assert_eq!(listed(&theirs), listed(&ours), "{name} {verb} {one}");
                 let in_use = |files: &[Pages]| check(&files[0], IMAGE).unwrap().allocated_clusters;
@@ -216,11 +221,15 @@ fn any_operations_in_any_order() {
             let options = if round == 1 { LITTLE } else { WriterOptions::default() };
             let mut ledger = Ledger::new(&image, &Machine::forgetful(), options);
             for number in 0..operations {
-                ledger.any_step(&mut random, longest).unwrap_or_else(|error| panic!("{name}, {number}: {error}"));
+                ledger
+                    .any_step(&mut random, longest)
+                    .unwrap_or_else(|error| panic!("{name}, {number}: {error}"));
                 if number % 25 == 0 {
                     ledger.writer.close().unwrap();
                     let end = judge(&image, &ledger.files(), &[&ledger.views], Tolerance::default());
-                    end.unwrap_or_else(|sentence| panic!("{name}, round {round}, after {number}: {sentence}"));
+                    end.unwrap_or_else(|sentence| {
+                        panic!("{name}, round {round}, after {number}: {sentence}")
+                    });
                 }
             }
             judge_end(name, &image, &ledger);
@@ -311,7 +320,9 @@ fn what_is_saved_is_a_snapshot_like_any_other() {
             for _ in 0..3 {
                 ledger.step(&mut random, longest).unwrap();
             }
-            ledger.apply_and_save(random.below(ledger.views.snapshots.len()), &format!("then {round}")).unwrap();
+            ledger
+                .apply_and_save(random.below(ledger.views.snapshots.len()), &format!("then {round}"))
+                .unwrap();
             judge_end(name, &image, &ledger);
             for _ in 0..3 {
                 ledger.step(&mut random, longest).unwrap();
@@ -325,7 +336,9 @@ fn what_is_saved_is_a_snapshot_like_any_other() {
 #[test]
 fn a_failing_call_leaves_one_or_the_other() {
     let start = |options| with_snapshots(Start::scribbled(options, 512 * KIB), true);
-    for (name, start) in [("4k", start("cluster_size=4k")), ("extended", start("extended_l2=on,cluster_size=16k"))] {
+    for (name, start) in
+        [("4k", start("cluster_size=4k")), ("extended", start("extended_l2=on,cluster_size=16k"))]
+    {
         let image = start.load();
         for (apply, save) in [(false, false), (true, false), (true, true)] {
             let change = Change {
@@ -343,20 +356,26 @@ fn a_failing_call_leaves_one_or_the_other() {
             };
             let outcome = change.survives_faults();
             println!("{name}, apply {apply}, save {save}: {outcome:?}");
-            assert!(outcome.poisoned > 2 && outcome.retried > 3, "{name}, apply {apply}, save {save}: {outcome:?}");
+            assert!(
+                outcome.poisoned > 2 && outcome.retried > 3,
+                "{name}, apply {apply}, save {save}: {outcome:?}"
+            );
         }
     }
 }
 
-/// Threads write sectors of their own all over the disk while snapshots come and go: each reads what it wrote,
-/// and nothing is lost, shared or left behind.
+/// Threads write sectors of their own all over the disk while snapshots come and go: each reads what it
+/// wrote, and nothing is lost, shared or left behind.
 #[test]
 fn others_write_and_read_while_snapshots_come_and_go() {
     const WRITERS: u64 = 3;
     for (name, start) in [
         ("512", with_snapshots(Start::scribbled("cluster_size=512", 512 * KIB), false)),
         ("64k", with_snapshots(Start::scribbled("", 512 * KIB), false)),
-        ("extended", with_snapshots(Start::over(500 * KIB, "extended_l2=on,cluster_size=16k", 512 * KIB), false)),
+        (
+            "extended",
+            with_snapshots(Start::over(500 * KIB, "extended_l2=on,cluster_size=16k", 512 * KIB), false),
+        ),
     ] {
         let image = start.load();
         let machine = Machine::new(support::sim::SyncRule::Honest, true, true).forget();
@@ -379,7 +398,10 @@ fn others_write_and_read_while_snapshots_come_and_go() {
                     let mut have = vec![0; SECTOR as usize];
                     writer.read_at(sector * SECTOR, &mut have).unwrap();
                     let tag = mine[sector as usize];
-                    assert!(tag == 0 || have == pattern_range(tag, sector * SECTOR, SECTOR), "{name}: {sector:#x}");
+                    assert!(
+                        tag == 0 || have == pattern_range(tag, sector * SECTOR, SECTOR),
+                        "{name}: {sector:#x}"
+                    );
                     if random.once_in(16) {
                         writer.flush().unwrap();
                     }
@@ -391,7 +413,9 @@ fn others_write_and_read_while_snapshots_come_and_go() {
             let mut random = Random::new(mix(seed()));
             for number in 0..if is_long() { 200 } else { 14 } {
                 let start = turns.load(Ordering::Relaxed);
-                while turns.load(Ordering::Relaxed) < start + 20 && threads.iter().all(|thread| !thread.is_finished()) {
+                while turns.load(Ordering::Relaxed) < start + 20
+                    && threads.iter().all(|thread| !thread.is_finished())
+                {
                     thread::yield_now();
                 }
                 let snapshots = writer.snapshots().unwrap();
@@ -404,13 +428,17 @@ fn others_write_and_read_while_snapshots_come_and_go() {
             done.store(true, Ordering::Relaxed);
             threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
         });
-        for (sector, tag) in written.iter().flat_map(|mine| mine.iter().enumerate()).filter(|(_, tag)| **tag != 0) {
+        for (sector, tag) in
+            written.iter().flat_map(|mine| mine.iter().enumerate()).filter(|(_, tag)| **tag != 0)
+        {
             let at = sector * SECTOR as usize;
-            ledger.views.disk[at..at + SECTOR as usize].copy_from_slice(&pattern_range(*tag, at as u64, SECTOR));
+            ledger.views.disk[at..at + SECTOR as usize]
+                .copy_from_slice(&pattern_range(*tag, at as u64, SECTOR));
         }
         // Those that are left, of moments that nobody knows, have only to be sound.
         ledger.writer.close().unwrap();
-        ledger.views.snapshots = Views::read(&image, &Opened::new(&ledger.files()).unwrap()).unwrap().snapshots;
+        ledger.views.snapshots =
+            Views::read(&image, &Opened::new(&ledger.files()).unwrap()).unwrap().snapshots;
         judge_end(name, &image, &ledger);
         while !ledger.views.snapshots.is_empty() {
             ledger.delete(0).unwrap();

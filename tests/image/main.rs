@@ -1,4 +1,5 @@
-//! The engine of images by itself, without a store or a mount: formats, writers, repairs, on simulated disks and beside QEMU.
+//! The engine of images by itself, without a store or a mount: formats, writers, repairs, on simulated disks
+//! and beside QEMU.
 
 mod check_oracle;
 mod create_oracle;

@@ -58,8 +58,8 @@ fn repaired(scratch: &Scratch, scope: Scope, case: &str) -> (i32, i32) {
         println!("{told}--\n{}--\n{:?}\n{}", done.actions, done.notes, done.report);
         let numbers: BTreeMap<String, Value> = serde_json::from_slice(&theirs.stdout).unwrap_or_default();
         let number = |key: &str| numbers.get(key).and_then(Value::as_u64).unwrap_or(0);
-        // Nothing is given back while something is in doubt, and counts of clusters that QEMU's own new tables
-        // lie on are its own.
+        // Nothing is given back while something is in doubt, and counts of clusters that QEMU's own new
+        // tables lie on are its own.
         if ours == 0 && theirs.status.code() == Some(0) {
             assert_eq!(done.report.leaks_fixed, number("leaks-fixed"), "{case}: leaks");
             if !case.contains("beyond") && !case.starts_with("table on") {
@@ -126,8 +126,14 @@ fn refcounts_that_are_wrong() {
         same(1, 0)
     );
     assert_eq!(both("refcount block gone", &|p| p.disk.poke_u64(p.refcount_table, 0)), same(1, 0));
-    assert_eq!(both("refcount block beyond the end", &|p| p.disk.poke_u64(p.refcount_table, 0x1000_0000)), same(1, 0));
-    assert_eq!(both("block named twice", &|p| p.disk.poke_u64(p.refcount_table + 8, p.refcount_block)), same(1, 0));
+    assert_eq!(
+        both("refcount block beyond the end", &|p| p.disk.poke_u64(p.refcount_table, 0x1000_0000)),
+        same(1, 0)
+    );
+    assert_eq!(
+        both("block named twice", &|p| p.disk.poke_u64(p.refcount_table + 8, p.refcount_block)),
+        same(1, 0)
+    );
     assert_eq!(both("block on data", &|p| p.disk.poke_u64(p.refcount_table + 8, 0x50000)), same(1, 0));
     assert_eq!(both("table of no clusters", &|p| p.disk.poke(56, &[0; 4])), same(1, 0));
     assert_eq!(both("table beyond the end", &|p| p.disk.poke_u64(48, 0x1000_0000)), same(1, 0));
@@ -208,8 +214,9 @@ fn extended_entries_and_data_files() {
     assert_eq!(extended("unaligned without data", &|entry| entry | 0x200, 0), same(2, 0));
     assert_eq!(extended("without COPIED", &|entry| entry & !COPIED, 0xffff_ffff), same(0, 0));
     assert_eq!(extended("compressed with a bitmap", &|entry| entry & OFFSET | 1 << 62, 2), same(2, 2));
-    let external =
-        |case: &str, entry: u64| both(&scratch, "data_file=data.raw", case, |p| p.disk.poke_u64(p.l2 + 8, entry));
+    let external = |case: &str, entry: u64| {
+        both(&scratch, "data_file=data.raw", case, |p| p.disk.poke_u64(p.l2 + 8, entry))
+    };
     assert_eq!(external("no COPIED", 0x10000), same(0, 0));
     assert_eq!(external("compressed in a data file", 1 << 62 | 0x10000), same(2, 2));
 }
@@ -262,13 +269,24 @@ fn counts_flags_and_tables_of_snapshots() {
     assert_eq!(both("no extra data", &shorten_extra), same(2, 0));
     assert_eq!(both("no refcounts", &|p| p.disk.poke_u64(p.refcount_table, 0)), same(1, 0));
     assert_eq!(
-        both("L1 of a snapshot unaligned", &|p| p.disk.poke_u64(p.snapshots, p.disk.u64(p.snapshots) | 0x200)),
+        both("L1 of a snapshot unaligned", &|p| p
+            .disk
+            .poke_u64(p.snapshots, p.disk.u64(p.snapshots) | 0x200)),
         same(2, 2)
     );
-    assert_eq!(both("L1 of a snapshot beyond the end", &|p| p.disk.poke_u64(p.snapshots, 0x1000_0000)), same(2, 2));
-    assert_eq!(both("table unaligned", &|p| p.disk.poke_u64(64, p.snapshots + 8)).map(|(ours, _)| ours), [1, 1]);
+    assert_eq!(
+        both("L1 of a snapshot beyond the end", &|p| p.disk.poke_u64(p.snapshots, 0x1000_0000)),
+        same(2, 2)
+    );
+    assert_eq!(
+        both("table unaligned", &|p| p.disk.poke_u64(64, p.snapshots + 8)).map(|(ours, _)| ours),
+        [1, 1]
+    );
     // QEMU makes up two empty snapshots.
-    assert_eq!(both("snapshot table beyond the end", &|p| p.disk.poke_u64(64, 0x1000_0000)), [(2, 2), (2, 0)]);
+    assert_eq!(
+        both("snapshot table beyond the end", &|p| p.disk.poke_u64(64, 0x1000_0000)),
+        [(2, 2), (2, 0)]
+    );
 }
 
 #[test]
@@ -301,7 +319,8 @@ fn every_geometry_and_width() {
     for (number, cluster_bits) in (0..).zip([9, 12, 16, 21u32]) {
         // Without much time, each size with every other width.
         for refcount_order in (0..=6u32).filter(|order| is_long() || (number + order).is_multiple_of(2)) {
-            let options = format!("cluster_size={},refcount_bits={}", 1u32 << cluster_bits, 1 << refcount_order);
+            let options =
+                format!("cluster_size={},refcount_bits={}", 1u32 << cluster_bits, 1 << refcount_order);
             scratch.create(NAME, &options, "4M");
             scratch.io(NAME, &["write -P 3 0 300k", "write -P 4 3M 500k", "write -z 1M 128k"]);
             if refcount_order > 1 {
@@ -325,9 +344,12 @@ fn every_geometry_and_width() {
 #[test]
 fn compressed_clusters_and_bitmaps_are_counted_too() {
     let scratch = Scratch::new();
-    let noise: Vec<u8> = (0..2_000_000u32).map(|i| (i.wrapping_mul(i) >> 7) as u8 ^ (i % 251) as u8).collect();
+    let noise: Vec<u8> =
+        (0..2_000_000u32).map(|i| (i.wrapping_mul(i) >> 7) as u8 ^ (i % 251) as u8).collect();
     fs::write(scratch.path("noise.raw"), noise).unwrap();
-    for options in ["cluster_size=512", "cluster_size=64k", "compression_type=zstd,cluster_size=4k", "extended_l2=on"] {
+    for options in
+        ["cluster_size=512", "cluster_size=64k", "compression_type=zstd,cluster_size=4k", "extended_l2=on"]
+    {
         scratch.img(&format!("convert -c -f raw -O qcow2 -o {options} noise.raw {NAME}"));
         scratch.img(&format!("bitmap --add -g 64k {NAME} bits"));
         scratch.io(NAME, &["write -P 5 300k 40k"]);
@@ -349,7 +371,9 @@ fn compressed_clusters_and_bitmaps_are_counted_too() {
 #[test]
 fn interrupted_images_are_counted_anew_before_they_are_written() {
     let scratch = Scratch::new();
-    for options in ["lazy_refcounts=on", "lazy_refcounts=on,cluster_size=4k", "lazy_refcounts=on,extended_l2=on"] {
+    for options in
+        ["lazy_refcounts=on", "lazy_refcounts=on,cluster_size=4k", "lazy_refcounts=on,extended_l2=on"]
+    {
         let interrupted = || {
             scratch.create(NAME, options, "64M");
             scratch.io(NAME, &["write -P 1 0 1M"]);
@@ -385,10 +409,15 @@ fn random_damage_never_changes_what_could_be_read() {
         .unwrap_or(if is_long() { 40 } else { 20 });
     let mut ended = [0; 4];
     for (kind, options) in
-        ["cluster_size=4k", "cluster_size=512,refcount_bits=8", "cluster_size=16k,extended_l2=on"].iter().enumerate()
+        ["cluster_size=4k", "cluster_size=512,refcount_bits=8", "cluster_size=16k,extended_l2=on"]
+            .iter()
+            .enumerate()
     {
         scratch.create(NAME, options, "4M");
-        scratch.io(NAME, &["write -P 1 0 200k", "write -c -P 2 1M 64k", "write -c -P 3 2M 64k", "write -z 3M 64k"]);
+        scratch.io(
+            NAME,
+            &["write -P 1 0 200k", "write -c -P 2 1M 64k", "write -c -P 3 2M 64k", "write -z 3M 64k"],
+        );
         scratch.img(&format!("snapshot -c one {NAME}"));
         scratch.io(NAME, &["write -P 4 32k 32k", "write -P 5 3M 100k", "write -z 0 16k"]);
         let good = fs::read(scratch.path(NAME)).unwrap();
@@ -422,7 +451,8 @@ fn random_damage_never_changes_what_could_be_read() {
                 let judged = scratch.run("qemu-img", &["check", "-q", NAME]).status.code().unwrap();
                 assert!(judged == i32::from(code) || code != 0, "{case}: {code} here, {judged} there");
                 fs::write(scratch.path(TWIN), &bad).unwrap();
-                let theirs = scratch.run("qemu-img", &["check", "-q", "-r", "all", TWIN]).status.code().unwrap();
+                let theirs =
+                    scratch.run("qemu-img", &["check", "-q", "-r", "all", TWIN]).status.code().unwrap();
                 if theirs == 0 && code != 0 {
                     println!("{case}: {code} here, 0 with QEMU");
                 }

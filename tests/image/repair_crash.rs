@@ -15,9 +15,11 @@ const NAME: &str = "image.qcow2";
 /// Damaged images, each in need of another way to repair it.
 fn victims(scratch: &Scratch) -> Vec<(String, Vec<u8>)> {
     let mut victims = Vec::new();
-    for options in
-        ["cluster_size=4k", "cluster_size=512,refcount_bits=8", "cluster_size=16k,extended_l2=on,lazy_refcounts=on"]
-    {
+    for options in [
+        "cluster_size=4k",
+        "cluster_size=512,refcount_bits=8",
+        "cluster_size=16k,extended_l2=on,lazy_refcounts=on",
+    ] {
         scratch.create(NAME, options, "1M");
         scratch.io(NAME, &["write -P 1 0 100k", "write -c -P 2 512k 64k", "write -z 800k 64k"]);
         scratch.img(&format!("snapshot -c one {NAME}"));
@@ -84,7 +86,10 @@ fn a_crash_changes_no_disk_and_the_next_repair_comes_to_the_end() {
         let report = repair(&tape, NAME, Scope::All, &mut |_| Ok(())).unwrap().report;
         let end = report.exit_code();
         assert_eq!(end, if case.contains("nowhere") { 2 } else { 0 }, "{case}\n{report}");
-        assert!(matches!(tape.events().last(), Some(support::tape::Event::Sync)), "{case}: the last word is durable");
+        assert!(
+            matches!(tape.events().last(), Some(support::tape::Event::Sync)),
+            "{case}: the last word is durable"
+        );
         crash_states(&start, &tape.events(), |state, file| {
             states += 1;
             let case = format!("{case}, crash {state}");
@@ -92,7 +97,10 @@ fn a_crash_changes_no_disk_and_the_next_repair_comes_to_the_end() {
             assert!(too_low(file) <= too_low(&start), "{case}: counts are lost");
             // Clear bits vouch for the rest.
             let is_marked = |file: &[u8]| file[79] & 3 != 0;
-            assert!(is_marked(file) || !is_marked(&start) || exit_code(file) != 2, "{case}: marked as sound too early");
+            assert!(
+                is_marked(file) || !is_marked(&start) || exit_code(file) != 2,
+                "{case}: marked as sound too early"
+            );
             let again = Tape::new(file.to_vec());
             let report = repair(&again, NAME, Scope::All, &mut |_| Ok(())).unwrap().report;
             assert_eq!(report.exit_code(), end, "{case}\n{report}");
@@ -109,7 +117,11 @@ fn a_crash_changes_no_disk_and_the_next_repair_comes_to_the_end() {
             let case = format!("{case}, second crash {state}");
             assert_unchanged(&before, &views(file), &case);
             let again = Tape::new(file.to_vec());
-            assert_eq!(repair(&again, NAME, Scope::All, &mut |_| Ok(())).unwrap().report.exit_code(), end, "{case}");
+            assert_eq!(
+                repair(&again, NAME, Scope::All, &mut |_| Ok(())).unwrap().report.exit_code(),
+                end,
+                "{case}"
+            );
         });
     }
     assert!(states > 200, "{states} states");

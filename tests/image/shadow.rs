@@ -16,8 +16,8 @@ use support::sim::disk::{Calls, Event};
 use support::sim::images::{Opened, compressible, scribble};
 use support::sim::value::pattern_range;
 use support::sim::{
-    Failure, Fault, IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, SimDisk, Start, StartImage, SyncRule, is_long,
-    mix, seed,
+    Failure, Fault, IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, SimDisk, Start, StartImage, SyncRule,
+    is_long, mix, seed,
 };
 
 /// States of each run that are judged where not all are.
@@ -39,7 +39,11 @@ fn content(pages: &Pages, size: u64) -> Vec<u8> {
     bytes
 }
 
-fn open(image: &StartImage, disk: &Arc<SimDisk>, options: WriterOptions) -> chainfs::error::Result<Arc<Writer>> {
+fn open(
+    image: &StartImage,
+    disk: &Arc<SimDisk>,
+    options: WriterOptions,
+) -> chainfs::error::Result<Arc<Writer>> {
     let below = image.backing.as_ref().map(|backing| Arc::new(backing.clone()) as Arc<dyn BackingDisk>);
     Writer::qcow2_undoable(IMAGE, Arc::clone(disk) as _, below, options)
 }
@@ -125,7 +129,8 @@ fn shown(image: &StartImage, opened: &Opened, snapshot: Option<usize>, size: u64
     bytes
 }
 
-/// What is left is sound, and shows one of these, whose index is returned. `leaks` says how many there may be.
+/// What is left is sound, and shows one of these, whose index is returned. `leaks` says how many there may
+/// be.
 fn judge(image: &StartImage, files: &[Pages], legal: &[&[u8]], leaks: u64) -> Result<usize, String> {
     let report = check(&files[0], IMAGE).map_err(|error| error.to_string())?;
     if report.corruptions > 0 || report.check_errors > 0 || report.leaks > leaks {
@@ -150,12 +155,18 @@ fn judge_by_qemu(image: &StartImage, files: &[Pages], expected: &[u8], may_leak:
     let is_fine = matches!(output.status.code(), Some(0)) || may_leak && output.status.code() == Some(3);
     assert!(is_fine, "qemu-img check: {}", String::from_utf8_lossy(&output.stdout));
     scratch.img("convert -f qcow2 -O raw state.qcow2 content.raw");
-    assert!(content(&Pages::load(scratch.path("content.raw")), expected.len() as u64) == *expected, "QEMU's view");
+    assert!(
+        content(&Pages::load(scratch.path("content.raw")), expected.len() as u64) == *expected,
+        "QEMU's view"
+    );
     for (index, snapshot) in image.snapshots.iter().enumerate() {
         let id = index + 1;
         scratch.img(&format!("convert -l snapshot.id={id} -f qcow2 -O raw state.qcow2 content.raw"));
         let theirs = Pages::load(scratch.path("content.raw"));
-        assert!(content(&theirs, snapshot.len()) == content(snapshot, snapshot.len()), "QEMU's snapshot {id}");
+        assert!(
+            content(&theirs, snapshot.len()) == content(snapshot, snapshot.len()),
+            "QEMU's snapshot {id}"
+        );
     }
 }
 
@@ -206,7 +217,8 @@ fn kinds() -> Vec<(&'static str, Start, u64)> {
         ),
         (
             "nothing",
-            Start::new("cluster_size=4k", 0).then(|scratch| drop(scratch.img(&format!("resize -q {IMAGE} 64k")))),
+            Start::new("cluster_size=4k", 0)
+                .then(|scratch| drop(scratch.img(&format!("resize -q {IMAGE} 64k")))),
             9 * KIB,
         ),
     ]
@@ -234,7 +246,8 @@ fn crash_everywhere(name: &str, start: &Start, longest: u64, publish: bool) {
     }
     let ended = machine.mark(Event::Flushed);
     let files = vec![shadow.disk.snapshot()];
-    judge(&image, &files, &[&new], start_leaks).unwrap_or_else(|sentence| panic!("{name}, at the end: {sentence}"));
+    judge(&image, &files, &[&new], start_leaks)
+        .unwrap_or_else(|sentence| panic!("{name}, at the end: {sentence}"));
     judge_by_qemu(&image, &files, &new, start_leaks > 0);
 
     let (judged, by_qemu) = (Cell::new(0), Cell::new(0));
@@ -305,7 +318,8 @@ fn any_operations_then_published_or_abandoned() {
             shadow.writer.publish().unwrap();
             shadow.verify();
             let files = [shadow.disk.snapshot()];
-            judge(&image, &files, &[&shadow.bytes], leaks).unwrap_or_else(|s| panic!("{name}, published: {s}"));
+            judge(&image, &files, &[&shadow.bytes], leaks)
+                .unwrap_or_else(|s| panic!("{name}, published: {s}"));
             judge_by_qemu(&image, &files, &shadow.bytes, leaks > 0);
             // From here on it is a writer like any other.
             for _ in 0..operations / 2 {
@@ -338,7 +352,8 @@ fn a_failing_call_leaves_the_old_content_and_what_can_be_abandoned() {
             let disk = SimDisk::new(&machine, 0, image.files[0].clone());
             let outcome = open(&image, &disk, WriterOptions { cache: 64 << 10 });
             let Ok(writer) = outcome else {
-                judge(&image, &[disk.snapshot()], &[&old], u64::MAX).unwrap_or_else(|s| panic!("{name} {number}: {s}"));
+                judge(&image, &[disk.snapshot()], &[&old], u64::MAX)
+                    .unwrap_or_else(|s| panic!("{name} {number}: {s}"));
                 number += 1;
                 continue;
             };
@@ -420,7 +435,8 @@ fn others_write_and_read_while_it_is_published() {
             shadow.verify();
             shadow.writer.close().unwrap();
             let files = [shadow.disk.snapshot()];
-            judge(&image, &files, &[&shadow.bytes], 0).unwrap_or_else(|sentence| panic!("{name}: {sentence}"));
+            judge(&image, &files, &[&shadow.bytes], 0)
+                .unwrap_or_else(|sentence| panic!("{name}: {sentence}"));
             judge_by_qemu(&image, &files, &shadow.bytes, false);
         }
     }

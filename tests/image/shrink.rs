@@ -9,7 +9,9 @@ use support::sim::change::Change;
 use support::sim::guest::new_snapshot;
 use support::sim::images::{DATA_FILE, Opened, compressible};
 use support::sim::ledger::{Ledger, Tolerance, judge, judge_by_qemu};
-use support::sim::{IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, SimDisk, Start, StartImage, is_long, mix, seed};
+use support::sim::{
+    IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, SimDisk, Start, StartImage, is_long, mix, seed,
+};
 
 /// States of each run that are judged where not all are.
 const STATES: usize = 70;
@@ -91,7 +93,8 @@ fn judge_end(name: &str, image: &StartImage, ledger: &Ledger) {
     judge_by_qemu(image, &ledger.files(), &ledger.views);
 }
 
-/// Sizes within and at the end of sectors, subclusters, clusters and tables, each smaller than the one before.
+/// Sizes within and at the end of sectors, subclusters, clusters and tables, each smaller than the one
+/// before.
 const SIZES: [u64; 12] = [
     MIB - SECTOR,
     MIB - 4 * KIB,
@@ -118,7 +121,8 @@ fn a_smaller_disk_shows_what_is_left_of_it() {
             let mut ledger = Ledger::new(&image, &Machine::forgetful(), options);
             for size in SIZES.into_iter().skip(round as usize).step_by(1 + round as usize) {
                 ledger.shrink(size).unwrap_or_else(|error| panic!("{name}, {size}: {error}"));
-                nothing_behind(&ledger.files()).unwrap_or_else(|sentence| panic!("{name}, {size}: {sentence}"));
+                nothing_behind(&ledger.files())
+                    .unwrap_or_else(|sentence| panic!("{name}, {size}: {sentence}"));
                 judge_end(name, &image, &ledger);
                 for _ in 0..round * 3 {
                     ledger.step(&mut random, 60 * KIB).unwrap();

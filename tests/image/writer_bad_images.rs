@@ -406,7 +406,8 @@ fn growing_over_a_longer_disk_below_keeps_few_tables_in_memory() {
     let file = Memory::load(&scratch, "a.qcow2");
     let below = Arc::new(Sevens { size: 16 << 30, asked: Mutex::default(), file: Arc::clone(&file) });
     let options = WriterOptions { cache: 256 << 10 };
-    let writer = Writer::qcow2("a", Arc::clone(&file) as _, None, Some(Arc::clone(&below) as _), options).unwrap();
+    let writer =
+        Writer::qcow2("a", Arc::clone(&file) as _, None, Some(Arc::clone(&below) as _), options).unwrap();
     // 32 L2 tables, 2 MiB of them.
     writer.grow(16 << 30).unwrap();
     assert_eq!(read(&writer, 9 << 30, 512), [0; 512]);
@@ -442,7 +443,9 @@ fn regrown(options: &str, is_compressed: bool, cut: u64) {
 
 #[test]
 fn what_lay_behind_the_end_of_a_disk_does_not_come_back_when_it_grows() {
-    for options in ["", "compat=0.10", "extended_l2=on", "cluster_size=512", "cluster_size=2M", "refcount_bits=1"] {
+    for options in
+        ["", "compat=0.10", "extended_l2=on", "cluster_size=512", "cluster_size=2M", "refcount_bits=1"]
+    {
         for cut in [512, 64 * KIB, 100 * KIB + 512] {
             regrown(options, false, cut);
             regrown(options, true, cut);
@@ -594,7 +597,10 @@ fn crowd(name: &str, file: &Arc<Memory>, below: bool, before: &[u8], seed: u64) 
                 }
                 _ => {
                     let found = read(&writer, at, len);
-                    assert!(found == model[part], "{name}, seed {seed}, thread {thread}, step {step}: {at:#x}");
+                    assert!(
+                        found == model[part],
+                        "{name}, seed {seed}, thread {thread}, step {step}: {at:#x}"
+                    );
                 }
             }
         }
@@ -608,7 +614,10 @@ fn crowd(name: &str, file: &Arc<Memory>, below: bool, before: &[u8], seed: u64) 
     let all = read(&writer, 0, SIZE);
     for (sector, found) in all.chunks(512).enumerate() {
         let owner = if sector as u64 * 512 / CLUSTER % 8 == 7 { 0 } else { sector % 4 };
-        assert!(found == &models[owner][sector * 512..][..512], "{name}, seed {seed}: sector {sector} in the end");
+        assert!(
+            found == &models[owner][sector * 512..][..512],
+            "{name}, seed {seed}: sector {sector} in the end"
+        );
     }
     all
 }
@@ -671,7 +680,8 @@ fn damaged_tables_are_an_error_and_never_a_panic_or_a_file_that_swells() {
             scratch.img("snapshot -c one a.qcow2");
             scratch.io("a.qcow2", &["write -P 7 0 100k"]);
         }
-        let whole = Memory::load(&scratch, "a.qcow2").copy(0, fs::metadata(scratch.path("a.qcow2")).unwrap().len());
+        let whole =
+            Memory::load(&scratch, "a.qcow2").copy(0, fs::metadata(scratch.path("a.qcow2")).unwrap().len());
         for seed in 1..=seeds {
             let mut dice = Dice(seed * 7919);
             dice.below(1);
@@ -679,7 +689,8 @@ fn damaged_tables_are_an_error_and_never_a_panic_or_a_file_that_swells() {
             let len = file.len().unwrap();
             let cluster = 1u64 << file.u32(20);
             let l2 = file.u64(file.u64(40)) & !COPIED;
-            let tables = [file.u64(40), file.u64(48), file.u64(file.u64(48)), l2, l2 + 8 * dice.below(64), l2];
+            let tables =
+                [file.u64(40), file.u64(48), file.u64(file.u64(48)), l2, l2 + 8 * dice.below(64), l2];
             for _ in 0..=dice.below(3) {
                 let at = tables[dice.below(6) as usize] + 8 * dice.below(24);
                 let flags = [0, COPIED, ZERO, COPIED | ZERO, 1 << 62, 1 << 62 | COPIED, u64::MAX << 56];
@@ -693,7 +704,8 @@ fn damaged_tables_are_an_error_and_never_a_panic_or_a_file_that_swells() {
                 };
                 file.poke(at, offset | flags[dice.below(7) as usize]);
             }
-            let Ok(writer) = Writer::qcow2("a", Arc::clone(&file) as _, None, None, WriterOptions::default()) else {
+            let Ok(writer) = Writer::qcow2("a", Arc::clone(&file) as _, None, None, WriterOptions::default())
+            else {
                 continue;
             };
             for _ in 0..40 {

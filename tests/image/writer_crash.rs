@@ -1,8 +1,8 @@
 //! A writer that is interrupted anywhere: whatever a crash leaves is an image without corruption in
 //! which every sector has its last flushed bytes or later ones.
 //!
-//! Each test is a workload; `support::sim::crash` makes the states, `support::sim::judge` looks at them. The last
-//! tests break the simulated disk's promises and want that to be seen.
+//! Each test is a workload; `support::sim::crash` makes the states, `support::sim::judge` looks at them. The
+//! last tests break the simulated disk's promises and want that to be seen.
 
 use std::thread;
 
@@ -87,12 +87,14 @@ fn parts_of_clusters_over_a_backing_image() {
 
 #[test]
 fn small_clusters_over_a_shorter_backing_image() {
-    Workload::new("short backing", Start::over(300 * KIB + 512, "cluster_size=1k", 600 * KIB)).survives(|guest| {
-        mixed(guest, &mut Random::new(seed()), 60, 20 * KIB);
-        guest.write(300 * KIB, 512);
-        guest.write(599 * KIB, KIB);
-        guest.close();
-    });
+    Workload::new("short backing", Start::over(300 * KIB + 512, "cluster_size=1k", 600 * KIB)).survives(
+        |guest| {
+            mixed(guest, &mut Random::new(seed()), 60, 20 * KIB);
+            guest.write(300 * KIB, 512);
+            guest.write(599 * KIB, KIB);
+            guest.close();
+        },
+    );
 }
 
 #[test]
@@ -112,31 +114,35 @@ fn a_disk_that_grows_needs_a_longer_l1_table() {
 
 #[test]
 fn growing_does_not_let_a_longer_backing_image_show_through() {
-    Workload::new("grow over backing", Start::over(4 * MIB, "cluster_size=4k", MIB + 512)).survives(|guest| {
-        guest.write(MIB - 512, KIB);
-        guest.flush();
-        guest.grow(3 * MIB + 512);
-        guest.write(2 * MIB + 512, 512);
-        guest.flush();
-        guest.write(MIB + 64 * KIB, 10 * KIB);
-        guest.grow(5 * MIB);
-        guest.write(5 * MIB - 512, 512);
-        guest.close();
-    });
+    Workload::new("grow over backing", Start::over(4 * MIB, "cluster_size=4k", MIB + 512)).survives(
+        |guest| {
+            guest.write(MIB - 512, KIB);
+            guest.flush();
+            guest.grow(3 * MIB + 512);
+            guest.write(2 * MIB + 512, 512);
+            guest.flush();
+            guest.write(MIB + 64 * KIB, 10 * KIB);
+            guest.grow(5 * MIB);
+            guest.write(5 * MIB - 512, 512);
+            guest.close();
+        },
+    );
 }
 
 #[test]
 fn the_refcount_table_grows() {
     // A block of 512 bytes counts 64 clusters of 64-bit counts: 32 KiB; a table cluster 2 MiB.
-    Workload::new("refcount table", Start::new("cluster_size=512,refcount_bits=64", 16 * MIB)).survives(|guest| {
-        for at in 0..18 {
-            guest.write(at * 300 * KIB, 256 * KIB);
-            if at % 4 == 0 {
-                guest.flush();
+    Workload::new("refcount table", Start::new("cluster_size=512,refcount_bits=64", 16 * MIB)).survives(
+        |guest| {
+            for at in 0..18 {
+                guest.write(at * 300 * KIB, 256 * KIB);
+                if at % 4 == 0 {
+                    guest.flush();
+                }
             }
-        }
-        guest.close();
-    });
+            guest.close();
+        },
+    );
 }
 
 #[test]
@@ -233,9 +239,11 @@ fn with_snapshots(options: &str, size: u64) -> Start {
 
 #[test]
 fn internal_snapshots_stay_what_they_were() {
-    for (name, options) in
-        [("snapshots", ""), ("snapshots of small clusters", "cluster_size=512"), ("snapshots v2", "compat=0.10")]
-    {
+    for (name, options) in [
+        ("snapshots", ""),
+        ("snapshots of small clusters", "cluster_size=512"),
+        ("snapshots v2", "compat=0.10"),
+    ] {
         Workload::new(name, with_snapshots(options, 2 * MIB)).states(260).survives(|guest| {
             guest.write(512, 512);
             guest.write(10 * KIB, 70 * KIB);
@@ -280,7 +288,8 @@ fn lazy_refcounts() {
 
 #[test]
 fn subclusters() {
-    for (name, cluster) in [("extended 16k", 16 * KIB), ("extended 64k", 64 * KIB), ("extended 2M", 2 * MIB)] {
+    for (name, cluster) in [("extended 16k", 16 * KIB), ("extended 64k", 64 * KIB), ("extended 2M", 2 * MIB)]
+    {
         let sub = cluster / 32;
         let start = Start::over(6 * cluster, &format!("extended_l2=on,cluster_size={cluster}"), 8 * cluster);
         let states = if cluster > MIB { 60 } else { 200 };
@@ -314,8 +323,11 @@ fn every_refcount_width() {
         (64, "64"),
     ] {
         let start = Start::scribbled(&format!("refcount_bits={bits},cluster_size=1k"), MIB);
-        let start =
-            if bits >= 2 { start.then(|scratch| drop(scratch.img(&format!("snapshot -c a {IMAGE}")))) } else { start };
+        let start = if bits >= 2 {
+            start.then(|scratch| drop(scratch.img(&format!("snapshot -c a {IMAGE}"))))
+        } else {
+            start
+        };
         Workload::new(name, start).states(100).survives(|guest| {
             mixed(guest, &mut Random::new(seed() ^ bits), 40, 30 * KIB);
             guest.close();
@@ -347,7 +359,12 @@ fn a_raw_external_data_file() {
 #[test]
 fn preallocated_tables() {
     mix_it("preallocated", Start::new("preallocation=metadata,cluster_size=4k", 2 * MIB), 60, 30 * KIB);
-    mix_it("preallocated extended", Start::new("preallocation=metadata,extended_l2=on", 2 * MIB), 40, 90 * KIB);
+    mix_it(
+        "preallocated extended",
+        Start::new("preallocation=metadata,extended_l2=on", 2 * MIB),
+        40,
+        90 * KIB,
+    );
 }
 
 #[test]
@@ -458,24 +475,26 @@ fn several_threads() {
 
 #[test]
 fn threads_that_take_and_give_back_whole_clusters() {
-    Workload::new("threads discarding", Start::over(MIB, "cluster_size=1k", 2 * MIB)).threaded().survives(|guest| {
-        thread::scope(|scope| {
-            for number in 0..4u64 {
-                scope.spawn(move || {
-                    let mut random = Random::new(seed() ^ (number + 77));
-                    for _ in 0..25 {
-                        let at = (random.next() % 512 * 4 + number) * KIB;
-                        match random.below(5) {
-                            0 => guest.flush(),
-                            1 | 2 => guest.discard(at, KIB),
-                            _ => guest.write(at + random.next() % 2 * 512, 512),
+    Workload::new("threads discarding", Start::over(MIB, "cluster_size=1k", 2 * MIB)).threaded().survives(
+        |guest| {
+            thread::scope(|scope| {
+                for number in 0..4u64 {
+                    scope.spawn(move || {
+                        let mut random = Random::new(seed() ^ (number + 77));
+                        for _ in 0..25 {
+                            let at = (random.next() % 512 * 4 + number) * KIB;
+                            match random.below(5) {
+                                0 => guest.flush(),
+                                1 | 2 => guest.discard(at, KIB),
+                                _ => guest.write(at + random.next() % 2 * 512, 512),
+                            }
                         }
-                    }
-                });
-            }
-        });
-        guest.close();
-    });
+                    });
+                }
+            });
+            guest.close();
+        },
+    );
 }
 
 #[test]
@@ -496,8 +515,9 @@ fn any_operations_in_any_order() {
 
 /// A workload in which each broken promise shows.
 fn on_a_disk_with(sync_rule: SyncRule) -> support::sim::Tally {
-    Workload::new("broken promises", Start::over(2 * MIB, "cluster_size=4k", 2 * MIB)).with_syncs(sync_rule).tally(
-        |guest| {
+    Workload::new("broken promises", Start::over(2 * MIB, "cluster_size=4k", 2 * MIB))
+        .with_syncs(sync_rule)
+        .tally(|guest| {
             for turn in 0..10 {
                 guest.write(turn * 90 * KIB, 20 * KIB);
                 guest.flush();
@@ -506,8 +526,7 @@ fn on_a_disk_with(sync_rule: SyncRule) -> support::sim::Tally {
                 guest.write(turn * 50 * KIB + MIB, 9 * KIB);
                 guest.flush();
             }
-        },
-    )
+        })
 }
 
 #[test]

@@ -14,7 +14,8 @@ use support::sim::guest::open_writer;
 use support::sim::images::compressible;
 use support::sim::judge::State;
 use support::sim::{
-    Failure, Fault, Guest, IMAGE, Judge, KIB, MIB, Machine, Random, SimDisk, Start, StartImage, is_long, mix, seed,
+    Failure, Fault, Guest, IMAGE, Judge, KIB, MIB, Machine, Random, SimDisk, Start, StartImage, is_long, mix,
+    seed,
 };
 
 /// Runs of each sweep where not all are made.
@@ -96,7 +97,14 @@ fn sweep(name: &str, start: &Start, options: WriterOptions, steps: &[Step]) {
     );
 }
 
-fn one_run(name: &str, image: &StartImage, options: WriterOptions, steps: &[Step], fault: Fault, total: &mut Sweep) {
+fn one_run(
+    name: &str,
+    image: &StartImage,
+    options: WriterOptions,
+    steps: &[Step],
+    fault: Fault,
+    total: &mut Sweep,
+) {
     let machine = Machine::honest();
     let guest = Guest::new(&machine, image, options);
     machine.arm(Some(fault));
@@ -155,7 +163,11 @@ fn one_run(name: &str, image: &StartImage, options: WriterOptions, steps: &[Step
     let history = guest.history();
     let judge = Judge::new(image, &history, options);
     for kind in 0..3 {
-        let files = if kind == 0 { guest.files() } else { random_crash(&tape, &image.files, mix(fault.number) + kind) };
+        let files = if kind == 0 {
+            guest.files()
+        } else {
+            random_crash(&tape, &image.files, mix(fault.number) + kind)
+        };
         let state = State { files, cut: usize::MAX, seed: kind };
         if let Err(sentence) = judge.judge(&state) {
             let kept = judge.keep(name, &state.files);
@@ -208,7 +220,8 @@ fn copy_on_write() {
 
 #[test]
 fn taking_internal_snapshots() {
-    for (name, options, longest) in [("snapshots", "cluster_size=4k", 60 * KIB), ("small", "cluster_size=512", 9 * KIB)]
+    for (name, options, longest) in
+        [("snapshots", "cluster_size=4k", 60 * KIB), ("small", "cluster_size=512", 9 * KIB)]
     {
         sweep(
             name,
@@ -239,7 +252,9 @@ impl write::Fill for All {
 
 #[test]
 fn filling_from_below() {
-    for (name, options) in [("fill", "cluster_size=4k"), ("fill subclusters", "extended_l2=on,cluster_size=16k")] {
+    for (name, options) in
+        [("fill", "cluster_size=4k"), ("fill subclusters", "extended_l2=on,cluster_size=16k")]
+    {
         let start = Start::over(MIB, options, 512 * KIB).then(|scratch| {
             scratch.io(IMAGE, &["write -q -P 8 30k 3k"]);
             scratch.img(&format!("snapshot -c one {IMAGE}"));
@@ -413,7 +428,8 @@ fn external_data_files() {
 
 #[test]
 fn bitmaps_and_version_2() {
-    let bitmaps = Start::scribbled("", MIB).then(|scratch| drop(scratch.img(&format!("bitmap --add {IMAGE} one"))));
+    let bitmaps =
+        Start::scribbled("", MIB).then(|scratch| drop(scratch.img(&format!("bitmap --add {IMAGE} one"))));
     let steps = [Write(100 * KIB, 70 * KIB), Flush, Discard(64 * KIB, 128 * KIB), Write(0, KIB), Close];
     sweep("bitmaps", &bitmaps, WriterOptions::default(), &steps);
     let old = Start::over(MIB, "compat=0.10,cluster_size=4k", MIB);
@@ -429,7 +445,8 @@ fn an_image_that_cannot_be_read_is_not_opened() {
     drop(Guest::new(&machine, &image, WriterOptions::default()));
     for number in 0..machine.reads() {
         let machine = Machine::honest();
-        let disks: Vec<_> = image.files.iter().map(|pages| SimDisk::new(&machine, 0, pages.clone())).collect();
+        let disks: Vec<_> =
+            image.files.iter().map(|pages| SimDisk::new(&machine, 0, pages.clone())).collect();
         machine.arm(Some(Fault { calls: Calls::Reads, number, failure: Failure::Io, lasting: false }));
         let opened = open_writer(&disks, image.backing.as_ref(), WriterOptions::default());
         let error = opened.err().unwrap_or_else(|| panic!("opened, though read {number} failed"));

@@ -89,7 +89,8 @@ fn place(number: u64) -> u64 {
 fn write_all_over(path: &Path) {
     let open = || {
         let file = File::options().read(true).write(true).open(path).unwrap();
-        Writer::qcow2("disk.qcow2", Arc::new(RealFile(file)), None, None, WriterOptions { cache: CACHE }).unwrap()
+        Writer::qcow2("disk.qcow2", Arc::new(RealFile(file)), None, None, WriterOptions { cache: CACHE })
+            .unwrap()
     };
     let writer = open();
     let before = most_memory();
@@ -115,7 +116,11 @@ fn a_disk_of_a_tebibyte_is_written_within_the_cache() {
     }
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk.qcow2");
-    let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&path).arg(SIZE.to_string()).output();
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(&path)
+        .arg(SIZE.to_string())
+        .output();
     assert!(made.expect("qemu-img is needed: install qemu-utils").status.success());
     write_all_over(&path);
     let report = check(&RealFile(File::open(&path).unwrap()), "disk.qcow2").unwrap();

@@ -14,8 +14,8 @@ use support::sim::guest::open_writer;
 use support::sim::images::{Opened, compressible};
 use support::sim::value::pattern;
 use support::sim::{
-    Backing, IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, SimDisk, Start, StartImage, SyncRule, from_environment,
-    is_long, mix, seed,
+    Backing, IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, SimDisk, Start, StartImage, SyncRule,
+    from_environment, is_long, mix, seed,
 };
 
 /// Operations of all kinds of image together, unless said otherwise.
@@ -23,7 +23,8 @@ const OPERATIONS: u64 = 80_000;
 
 /// Operations for each of `kinds` kinds of image.
 fn operations(kinds: usize) -> u64 {
-    let total = from_environment("CHAINFS_MODEL_OPS").unwrap_or(if is_long() { 1_000_000 } else { OPERATIONS });
+    let total =
+        from_environment("CHAINFS_MODEL_OPS").unwrap_or(if is_long() { 1_000_000 } else { OPERATIONS });
     (total / kinds as u64).max(20)
 }
 
@@ -43,8 +44,12 @@ struct Model<'a> {
 impl<'a> Model<'a> {
     fn new(image: &'a StartImage, seed: u64, longest: u64) -> Self {
         let machine = Machine::forgetful();
-        let disks: Vec<_> =
-            image.files.iter().enumerate().map(|(file, pages)| SimDisk::new(&machine, file, pages.clone())).collect();
+        let disks: Vec<_> = image
+            .files
+            .iter()
+            .enumerate()
+            .map(|(file, pages)| SimDisk::new(&machine, file, pages.clone()))
+            .collect();
         let mut random = Random::new(mix(seed));
         let options = WriterOptions { cache: random.one_of(&[16 << 10, 256 << 10, 16 << 20]) };
         let writer = open_writer(&disks, image.backing.as_ref(), options).unwrap();
@@ -200,7 +205,9 @@ fn run(name: &str, start: &Start, longest: u64, count: u64) {
                 panic!("{name}: CHAINFS_SEED={seed}: operation {number}: {sentence}");
             }
         }
-        model.reopen().unwrap_or_else(|sentence| panic!("{name}: CHAINFS_SEED={seed}: at the end: {sentence}"));
+        model
+            .reopen()
+            .unwrap_or_else(|sentence| panic!("{name}: CHAINFS_SEED={seed}: at the end: {sentence}"));
     }
 }
 
@@ -245,7 +252,11 @@ fn subclusters() {
         let longest = (2 * cluster).min(256 * KIB);
         kinds.push((options.clone(), Start::scribbled(&options, size), longest));
         kinds.push((format!("{options} over"), Start::over(size / 2 + SECTOR, &options, size), longest));
-        kinds.push((format!("{options} snapshots"), Start::scribbled(&options, size).then(snapshot), longest));
+        kinds.push((
+            format!("{options} snapshots"),
+            Start::scribbled(&options, size).then(snapshot),
+            longest,
+        ));
     }
     run_all(kinds);
 }
@@ -260,7 +271,11 @@ fn every_refcount_width_and_internal_snapshots() {
             kinds.push((options, if bits > 1 { start.then(snapshot) } else { start }, 32 * KIB));
         }
     }
-    kinds.push(("snapshots over".into(), Start::over(MIB, "cluster_size=2k", 2 * MIB).then(snapshot), 32 * KIB));
+    kinds.push((
+        "snapshots over".into(),
+        Start::over(MIB, "cluster_size=2k", 2 * MIB).then(snapshot),
+        32 * KIB,
+    ));
     run_all(kinds);
 }
 
@@ -277,7 +292,11 @@ fn every_feature() {
     ] {
         kinds.push((options.to_owned(), Start::scribbled(options, 2 * MIB), 100 * KIB));
     }
-    kinds.push(("version 2 over".into(), Start::over(MIB, "compat=0.10,cluster_size=4k", 2 * MIB), 100 * KIB));
+    kinds.push((
+        "version 2 over".into(),
+        Start::over(MIB, "compat=0.10,cluster_size=4k", 2 * MIB),
+        100 * KIB,
+    ));
     kinds.push(("lazy over".into(), Start::over(3 * MIB, "lazy_refcounts=on", 2 * MIB), 100 * KIB));
     for kind in ["zlib", "zstd"] {
         for cluster in [4 * KIB, 64 * KIB] {
@@ -296,7 +315,8 @@ fn every_feature() {
             kinds.push((format!("{kind} {cluster} snapshots"), make(true), 100 * KIB));
         }
     }
-    let bitmaps = Start::scribbled("", 2 * MIB).then(|scratch| drop(scratch.img(&format!("bitmap --add {IMAGE} one"))));
+    let bitmaps =
+        Start::scribbled("", 2 * MIB).then(|scratch| drop(scratch.img(&format!("bitmap --add {IMAGE} one"))));
     kinds.push(("bitmaps".into(), bitmaps, 100 * KIB));
     run_all(kinds);
 }
@@ -391,7 +411,14 @@ impl Stripe {
 }
 
 /// Threads that read anywhere: each sector holds what its owner may have written, never anything else.
-fn read_anywhere(writer: &Writer, image: &StartImage, unit: u64, size: u64, seed: u64, done: &AtomicBool) -> u64 {
+fn read_anywhere(
+    writer: &Writer,
+    image: &StartImage,
+    unit: u64,
+    size: u64,
+    seed: u64,
+    done: &AtomicBool,
+) -> u64 {
     let mut random = Random::new(mix(seed));
     let mut count = 0;
     while !done.load(Ordering::Relaxed) {
@@ -420,8 +447,12 @@ fn in_parallel(name: &str, start: &Start, unit: u64, turns: u64) {
     let image = start.load();
     let size = image.initial_size / (unit * OWNERS) * unit * OWNERS;
     let machine = Machine::new(SyncRule::Honest, true, true).forget();
-    let disks: Vec<_> =
-        image.files.iter().enumerate().map(|(file, pages)| SimDisk::new(&machine, file, pages.clone())).collect();
+    let disks: Vec<_> = image
+        .files
+        .iter()
+        .enumerate()
+        .map(|(file, pages)| SimDisk::new(&machine, file, pages.clone()))
+        .collect();
     let backing: Option<&Backing> = image.backing.as_ref();
     let options = WriterOptions { cache: 64 << 10 };
     let writer = open_writer(&disks, backing, options).unwrap();
@@ -469,7 +500,10 @@ fn in_parallel(name: &str, start: &Start, unit: u64, turns: u64) {
     drop(writer);
     let files: Vec<_> = disks.iter().map(|disk| disk.snapshot()).collect();
     let (report, before) = (check(&files[0], IMAGE).unwrap(), check(&image.files[0], IMAGE).unwrap());
-    assert!(report.corruptions == 0 && report.check_errors == 0 && report.leaks <= before.leaks, "{name}: {report}");
+    assert!(
+        report.corruptions == 0 && report.check_errors == 0 && report.leaks <= before.leaks,
+        "{name}: {report}"
+    );
     verify_all(&open_writer(&disks, backing, options).unwrap());
     println!("{name}: {turns} turns of {WRITERS} threads, {flushes:?} flushes, {reads:?} reads");
 }

@@ -104,7 +104,18 @@ impl Machine {
         drive.push(disk);
         drive.push(format!(",cache={cache}"));
         let child = Command::new("qemu-system-x86_64")
-            .args(["-accel", "tcg", "-m", "192", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"])
+            .args([
+                "-accel",
+                "tcg",
+                "-m",
+                "192",
+                "-nodefaults",
+                "-display",
+                "none",
+                "-serial",
+                "stdio",
+                "-no-reboot",
+            ])
             .arg("-kernel")
             .arg(only_entry(&kernel.join("boot"), "vmlinuz-"))
             .arg("-initrd")
@@ -180,7 +191,8 @@ fn mix(mut x: u64) -> u64 {
 fn sum(disk: &[u8]) -> String {
     let mut sum = 0;
     for (block, bytes) in (0..BLOCKS).zip(disk.chunks_exact(BLOCK as usize)) {
-        let word = |index: usize| u64::from_le_bytes(bytes[index * 8..][..8].try_into().expect("eight bytes"));
+        let word =
+            |index: usize| u64::from_le_bytes(bytes[index * 8..][..8].try_into().expect("eight bytes"));
         let number = word(1);
         assert_eq!(word(0), block, "another block's bytes");
         for index in 2..BLOCK as usize / 8 {
@@ -225,7 +237,10 @@ fn a_guest_is_content(cache: &str, options: &str, seconds: u64) {
     let snapshot_chain = mount.names(".");
     println!("cache={cache} {options:?}: {commands} commands; {verdict}");
     mount.umount();
-    assert!(snapshot_chain.contains(&"base".to_owned()), "what the disk has left is still there: {snapshot_chain:?}");
+    assert!(
+        snapshot_chain.contains(&"base".to_owned()),
+        "what the disk has left is still there: {snapshot_chain:?}"
+    );
     let disk = fs::read(store.oracle("web.qcow2", "qcow2")).expect("what QEMU reads");
     assert_eq!(sum(&disk), want, "what the guest synced last is not what the image holds");
     for name in ["web.qcow2", "base.qcow2"] {

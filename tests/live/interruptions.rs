@@ -17,13 +17,14 @@ use support::jobs::{assert_snapshots, at_work, contents, intents, kill, settled,
 use support::lab::{Kind, Lab, extension};
 use support::*;
 
-/// QEMU finds nothing in an image but leaks, and clusters that are counted once and not flagged, which are copied
-/// before they are written.
+/// QEMU finds nothing in an image but leaks, and clusters that are counted once and not flagged, which are
+/// copied before they are written.
 fn assert_sound(lab: &Lab, name: &str, context: &str) {
     let (code, out, err) = tool("qemu-img").args(["check", name]).current_dir(lab.store.root()).outcome();
     let errors = err.lines().filter(|line| line.starts_with("ERROR"));
     let is_flag = |line: &str| line.starts_with("ERROR OFLAG_COPIED") && line.contains("refcount=1");
-    let is_sound = matches!(code, 0 | 3) || (code == 2 && errors.clone().count() > 0 && errors.clone().all(is_flag));
+    let is_sound =
+        matches!(code, 0 | 3) || (code == 2 && errors.clone().count() > 0 && errors.clone().all(is_flag));
     assert!(is_sound, "{context}: {name}: {code}: {out}\n{}", errors.take(5).collect::<Vec<_>>().join("\n"));
 }
 
@@ -79,7 +80,10 @@ fn a_daemon_that_is_killed_at_any_moment_goes_on_at_the_next_mount() {
             // Every other time it is surely met at work.
             let start = Instant::now();
             let is_waiting = round % 2 == 0;
-            while is_waiting && intents(&lab) == 0 && !giving.is_finished() && start.elapsed() < Duration::from_secs(20)
+            while is_waiting
+                && intents(&lab) == 0
+                && !giving.is_finished()
+                && start.elapsed() < Duration::from_secs(20)
             {
                 thread::sleep(Duration::from_micros(100));
             }
@@ -124,7 +128,8 @@ fn a_daemon_that_is_killed_while_a_disk_becomes_another_leaves_the_old_one_or_th
     ];
     for round in 0..amount(7, 200) {
         let command = commands[round as usize % commands.len()];
-        let kind = Kind { options: "cluster_size=512", sizes: [8 << 20; 5], inner: &["sn2", "web"], ..Kind::PLAIN };
+        let kind =
+            Kind { options: "cluster_size=512", sizes: [8 << 20; 5], inner: &["sn2", "web"], ..Kind::PLAIN };
         let lab = Lab::new(kind);
         let mut before = contents(&lab);
         for inner in ["sn2", "web"] {
@@ -178,15 +183,18 @@ fn what_was_half_made_when_its_maker_was_killed_goes_at_the_next_mount() {
     Control::of(&mount, "web").done("snapshot monday");
     mount.umount();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_nanos();
-    let (draft, hour) = (|when: u128, number| format!(".chainfs-{when:x}-4711-0-{number}.new"), 3_600_000_000_000);
+    let (draft, hour) =
+        (|when: u128, number| format!(".chainfs-{when:x}-4711-0-{number}.new"), 3_600_000_000_000);
     let begun = b"QFI\xfb\0\0\0\x03";
     let intent = format!(".chainfs/intents/{now:x}-4711-0.new");
-    let drafts = [(draft(now, 0), &b""[..]), (draft(now, 1), begun), (draft(now, 2), &[0; 4096]), (intent, b"half")];
+    let drafts =
+        [(draft(now, 0), &b""[..]), (draft(now, 1), begun), (draft(now, 2), &[0; 4096]), (intent, b"half")];
     let left = drafts.map(|(name, bytes)| lab.store.put(name, bytes));
     // Names that are like those, and files of theirs that hold, or are, something else.
     let names = [".chainfs-notes", "mine.new", ".chainfs.new", ".chainfs-notes.new", ".chainfs-1-2-3-0.new"];
     let own = [".chainfs/mine.new", ".chainfs/intents/mine.new", ".chainfs/intents/1.new"];
-    let mut kept: Vec<PathBuf> = names.iter().chain(&own).map(|name| lab.store.put(name, b"theirs")).collect();
+    let mut kept: Vec<PathBuf> =
+        names.iter().chain(&own).map(|name| lab.store.put(name, b"theirs")).collect();
     kept.push(lab.store.put(draft(now, 3), b"somebody's"));
     kept.push(lab.store.put(draft(now - hour, 4), begun));
     kept.push(lab.store.put(draft(now + hour, 5), begun));
@@ -297,15 +305,17 @@ fn two_daemons_on_one_store_never_work_on_one_chain_at_once() {
             .arg(&web)
             .env("XDG_CONFIG_HOME", lab.store.beside("config"))
             .outcome();
-        // Refused while the pull is at work. Once it is done there is nothing to be committed, and a pull has nothing left
-        // to do.
+        // Refused while the pull is at work. Once it is done there is nothing to be committed, and a pull has
+        // nothing left to do.
         let is_done = words == ["pull"] && ours.status("state") == "done";
         assert!(is_done || code != 0 && !err.is_empty(), "{words:?}: {code} {err}");
     }
     assert_eq!(ours.wait(), "done", "{}", ours.status("error"));
     // Now it is theirs, and then ours again.
     eventually("the second has noticed", NOTICED, || theirs.give("snapshot monday").is_none());
-    eventually("the first has noticed", NOTICED, || mount.names("web/snapshots").contains(&"monday.raw".to_owned()));
+    eventually("the first has noticed", NOTICED, || {
+        mount.names("web/snapshots").contains(&"monday.raw".to_owned())
+    });
     eventually("the first may", NOTICED, || ours.give("commit").is_none());
     assert_eq!(ours.wait(), "done", "{}", ours.status("error"));
     for mount in [&mount, &other] {
@@ -346,7 +356,8 @@ fn what_does_not_fit_is_refused_or_fails_and_leaves_nothing_behind() {
     let control = Control::of(&mount, "web");
     let full = |left: u64| {
         let file = File::create(store.path("ballast")).expect("a file");
-        let free = rustix::fs::statvfs(store.root()).map(|stat| stat.f_bavail * stat.f_frsize).expect("statvfs");
+        let free =
+            rustix::fs::statvfs(store.root()).map(|stat| stat.f_bavail * stat.f_frsize).expect("statvfs");
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, free - left).expect("room");
     };
     full(2 << 20);

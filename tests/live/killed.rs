@@ -1,5 +1,6 @@
-//! A daemon that is killed in the midst of a command while a guest writes; before the store is mounted again, others
-//! change it. No view shows other bytes, nothing that others have made is changed, and what the guest synced is there.
+//! A daemon that is killed in the midst of a command while a guest writes; before the store is mounted again,
+//! others change it. No view shows other bytes, nothing that others have made is changed, and what the guest
+//! synced is there.
 //!
 //! `CHAINFS_ROUNDS` says how many times; needs root.
 
@@ -159,7 +160,8 @@ fn round(number: u64, tally: &mut Tally) {
     tally.cut_off += u64::from(is_cut_off);
     let others = others(&lab, raw_base, &mut rng);
     tally.changed_by_others += u64::from(is_cut_off);
-    let context = format!("round {number}, {command}, raw base {raw_base}, {}{:?}", others.said, others.files.keys());
+    let context =
+        format!("round {number}, {command}, raw base {raw_base}, {}{:?}", others.said, others.files.keys());
     let mount = Mount::with(&lab.store, &others.options);
     let is_over = settled(&lab, &mount, &context);
     tally.resumed += u64::from(is_cut_off && is_over);
@@ -172,11 +174,15 @@ fn round(number: u64, tally: &mut Tally) {
     tally.compared += assert_snapshots(&mount, &before, legal, &context);
     let disk = mount.path("web/active.raw");
     // With the base protected, an active disk that has come to be it is one no more.
-    let disk = if disk.exists() { disk } else { mount.path("web/snapshots").join(&mount.names("web/snapshots")[0]) };
+    let disk =
+        if disk.exists() { disk } else { mount.path("web/snapshots").join(&mount.names("web/snapshots")[0]) };
     guest.assert_there(&disk, &context);
     let shown = fs::read(&disk).expect("the disk");
     let (from, to) = (PLACE as usize, (PLACE + 64 * BLOCK) as usize);
-    assert!(shown[..from] == before["web"][..from] && shown[to..] == before["web"][to..], "{context}: the disk");
+    assert!(
+        shown[..from] == before["web"][..from] && shown[to..] == before["web"][to..],
+        "{context}: the disk"
+    );
     mount.umount();
     for (name, wanted) in &others.files {
         assert!(lab.content(name) == *wanted, "{context}: {name}, of others, shows other bytes");
@@ -185,8 +191,8 @@ fn round(number: u64, tally: &mut Tally) {
 
 #[test]
 fn a_killed_daemon_and_others_in_between_lose_nothing() {
-    let rounds =
-        std::env::var("CHAINFS_ROUNDS").map_or_else(|_| amount(20, 1000), |text| text.parse().expect("a number"));
+    let rounds = std::env::var("CHAINFS_ROUNDS")
+        .map_or_else(|_| amount(20, 1000), |text| text.parse().expect("a number"));
     let mut tally = Tally::default();
     for number in 0..rounds {
         round(number, &mut tally);

@@ -1,5 +1,6 @@
-//! Any commands in any order on a chain that is written and read meanwhile, beside a model of what each view should hold: after each of them
-//! all views show it, at the end QEMU reads it, and whoever has a snapshot open reads on what it was.
+//! Any commands in any order on a chain that is written and read meanwhile, beside a model of what each view
+//! should hold: after each of them all views show it, at the end QEMU reads it, and whoever has a snapshot
+//! open reads on what it was.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -93,7 +94,8 @@ impl Run {
         names.iter().filter_map(|name| name.strip_suffix(".raw")).map(str::to_owned).collect()
     }
 
-    /// Gives a command and waits for its end. One that is refused has changed nothing, which the comparison sees.
+    /// Gives a command and waits for its end. One that is refused has changed nothing, which the comparison
+    /// sees.
     fn give(&mut self, command: &str) -> bool {
         let refused = self.control.give(command);
         let state = if refused.is_none() { self.control.wait() } else { self.control.status("error") };
@@ -213,7 +215,8 @@ impl Run {
             }
             _ => {
                 self.done.push("open or close the disk".into());
-                self.disk = if self.disk.is_none() { Some(rw(&self.mount.path("vm/active.raw"))) } else { None };
+                self.disk =
+                    if self.disk.is_none() { Some(rw(&self.mount.path("vm/active.raw"))) } else { None };
             }
         }
         self.judge();
@@ -223,8 +226,13 @@ impl Run {
     fn judge_clone(&self, name: &str, from: &str) {
         let disk = self.mount.path(name).join("active.raw");
         eventually("the clone is there", NOTICED, || disk.exists());
-        assert!(fs::read(disk).expect("a clone") == self.views[&key(from)], "clone of {from}: {:#?}", self.done);
-        let made = fs::read_dir(self.store.root()).expect("the store").map(|entry| entry.expect("an entry").path());
+        assert!(
+            fs::read(disk).expect("a clone") == self.views[&key(from)],
+            "clone of {from}: {:#?}",
+            self.done
+        );
+        let made =
+            fs::read_dir(self.store.root()).expect("the store").map(|entry| entry.expect("an entry").path());
         for image in made.filter(|path| path.file_stem().is_some_and(|stem| stem == name)) {
             fs::remove_file(image).expect("a clone");
         }
@@ -246,7 +254,12 @@ impl Run {
         let done = &self.done;
         let same = |what: &str, have: &[u8], want: &[u8]| {
             let differs = have.iter().zip(want).position(|(a, b)| a != b);
-            assert!(have == want, "{what}: {} bytes of {}, differs at {differs:?}: {done:#?}", have.len(), want.len());
+            assert!(
+                have == want,
+                "{what}: {} bytes of {}, differs at {differs:?}: {done:#?}",
+                have.len(),
+                want.len()
+            );
         };
         same("active", &read(&self.mount.path("vm/active.raw")), &self.active.0);
         for view in self.snapshots() {
@@ -274,7 +287,8 @@ impl Run {
         for view in &views {
             let name = view.name.trim_start_matches("snapshots/").trim_end_matches(".raw");
             let path = self.store.try_oracle(&view.image, &view.format, view.snapshot.as_deref());
-            let read = fs::read(path.unwrap_or_else(|e| panic!("QEMU cannot read {view:?}: {e}"))).expect("a disk");
+            let read =
+                fs::read(path.unwrap_or_else(|e| panic!("QEMU cannot read {view:?}: {e}"))).expect("a disk");
             let want = if name == "active" { &self.active.0 } else { &self.views[&key(name)] };
             // QEMU reads a snapshot at the disk's present size, be that more or less.
             let len = read.len().min(want.len());

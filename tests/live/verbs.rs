@@ -151,10 +151,13 @@ fn fio_never_notices(options: &str, raw_base: bool, seconds: u64, words: &[&str]
             (lowest, rounds, commands) = (now_lowest, rounds + 1, commands + count);
         }
         drop(stopping);
-        let (runs, slowest) = (writing.join().expect("fio finds nothing"), probing.join().expect("the prober"));
+        let (runs, slowest) =
+            (writing.join().expect("fio finds nothing"), probing.join().expect("the prober"));
         assert!(rounds > 0 && runs > 0);
         let slowest = slowest.as_millis();
-        println!("{options:?} {words:?}: {runs} runs of fio, {commands} commands, slowest request {slowest} ms");
+        println!(
+            "{options:?} {words:?}: {runs} runs of fio, {commands} commands, slowest request {slowest} ms"
+        );
     });
     let shown = fs::read(&active).expect("the disk");
     mount.umount();
@@ -259,8 +262,12 @@ impl Reader {
     fn new(disk: &Path, want: &Path, how: &str) -> Self {
         let mut python = tool("python3");
         python.args(["-c", READER]).arg(disk).arg(want).arg(how);
-        let mut child =
-            python.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("python3");
+        let mut child = python
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("python3");
         let mut line = String::new();
         BufReader::new(child.stdout.take().expect("a pipe")).read_line(&mut line).expect("a line");
         let reader = Self { child };
@@ -296,7 +303,8 @@ fn an_internal_snapshot_shows_its_moment_while_the_disk_goes_on_being_written() 
         control.done(&format!("snapshot round{round} internal"));
         taken.push(model.0.clone());
         for (number, bytes) in taken.iter().enumerate() {
-            let shown = fs::read(mount.path(format!("web/snapshots/active@round{number}.raw"))).expect("a snapshot");
+            let shown =
+                fs::read(mount.path(format!("web/snapshots/active@round{number}.raw"))).expect("a snapshot");
             assert!(shown == *bytes, "round{number}, in round {round}");
         }
     }
@@ -422,7 +430,13 @@ struct Holder(Child);
 
 impl Holder {
     fn new(file: &Path) -> Self {
-        Self(Command::new("sleep").arg("100").stdin(File::open(file).expect("a file")).spawn().expect("sleep(1)"))
+        Self(
+            Command::new("sleep")
+                .arg("100")
+                .stdin(File::open(file).expect("a file"))
+                .spawn()
+                .expect("sleep(1)"),
+        )
     }
 }
 
@@ -452,7 +466,10 @@ fn a_snapshot_that_a_commit_would_spoil_is_not_while_it_is_open_and_who_has_it_i
         let sentence = control.refused(command, Errno::BUSY);
         let who = format!("sleep[{}]", holder.0.id());
         assert!(sentence.contains(&who) && sentence.contains(spoilt), "{command}: {sentence}");
-        assert!(names == mount.names("web/snapshots") && fs::read(&path).expect("a snapshot") == want, "{command}");
+        assert!(
+            names == mount.names("web/snapshots") && fs::read(&path).expect("a snapshot") == want,
+            "{command}"
+        );
     }
     // Closing is told to the daemon a moment later.
     eventually("nobody has it open", NOTICED, || control.give("commit top=sn2 base=sn1").is_none());
@@ -477,7 +494,11 @@ fn the_tree_shows_at_once_what_a_command_has_done_and_the_disk_stays_the_same_fi
     let same_disk = |command: &str| {
         for stat in [open.metadata(), fs::metadata(&active)] {
             let stat = stat.expect("attributes");
-            assert_eq!((stat.ino(), stat.len(), stat.dev()), (disk.ino(), disk.len(), disk.dev()), "{command}");
+            assert_eq!(
+                (stat.ino(), stat.len(), stat.dev()),
+                (disk.ino(), disk.len(), disk.dev()),
+                "{command}"
+            );
         }
         open.write_all_at(command.as_bytes(), 0).expect("a write");
         open.sync_all().expect("a sync");
@@ -502,7 +523,10 @@ fn the_tree_shows_at_once_what_a_command_has_done_and_the_disk_stays_the_same_fi
     assert!(before <= time && time <= after, "{before:?} <= {time:?} <= {after:?}");
     let all = layers(&mount);
     let monday = &all[1]["chainfs"];
-    assert_eq!((monday["view"].as_str(), monday["description"].as_str()), (Some("monday"), Some("before the upgrade")));
+    assert_eq!(
+        (monday["view"].as_str(), monday["description"].as_str()),
+        (Some("monday"), Some("before the upgrade"))
+    );
     assert_eq!(monday["frozen-sec"], stat.mtime());
     assert_eq!(monday["frozen-nsec"], stat.mtime_nsec());
     assert!(all[0]["chainfs"]["frozen-sec"].is_null() && all[0]["chainfs"]["description"].is_null());
@@ -520,8 +544,10 @@ fn the_tree_shows_at_once_what_a_command_has_done_and_the_disk_stays_the_same_fi
         control.done(command);
         snapshots(command, &names);
         same_disk(command);
-        let shown: Vec<String> =
-            layers(&mount).iter().map(|layer| layer["chainfs"]["view"].as_str().expect("a name").to_owned()).collect();
+        let shown: Vec<String> = layers(&mount)
+            .iter()
+            .map(|layer| layer["chainfs"]["view"].as_str().expect("a name").to_owned())
+            .collect();
         assert_eq!(shown.len(), names.len() + 1, "{command}: {shown:?}");
     }
     drop(open);
@@ -536,8 +562,10 @@ fn progress_tells_of_a_job_until_its_end_and_whoever_stops_listening_stops_nothi
     let mount = Mount::new(&lab.store);
     let control = Control::of(&mount, "web");
     assert_eq!(control.give("pull"), None);
-    let mut impatient = Command::new("cat").arg(control.file("progress")).stdout(Stdio::null()).spawn().expect("cat");
-    let mut patient = Command::new("cat").arg(control.file("progress")).stdout(Stdio::piped()).spawn().expect("cat");
+    let mut impatient =
+        Command::new("cat").arg(control.file("progress")).stdout(Stdio::null()).spawn().expect("cat");
+    let mut patient =
+        Command::new("cat").arg(control.file("progress")).stdout(Stdio::piped()).spawn().expect("cat");
     thread::sleep(Duration::from_millis(50));
     impatient.kill().expect("a child of ours");
     let start = Instant::now();

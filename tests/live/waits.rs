@@ -1,5 +1,5 @@
-//! Jobs that wait for the store's lock, or whose notes and files others take away: they can be cancelled, the mount
-//! can be left, another mount goes on, and nobody is shown a layer that is half written. Needs root.
+//! Jobs that wait for the store's lock, or whose notes and files others take away: they can be cancelled, the
+//! mount can be left, another mount goes on, and nobody is shown a layer that is half written. Needs root.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -158,8 +158,11 @@ fn another_live_mount_goes_on_with_what_a_killed_one_has_left() {
             looks += watch_until_over(&[&other], &before, || intents(&lab) == 0, &context);
             settled(&lab, &other, &context);
             eventually("the other shows what has become", NOTICED, || {
-                let names =
-                    if other.path("web/snapshots").exists() { other.names("web/snapshots") } else { Vec::new() };
+                let names = if other.path("web/snapshots").exists() {
+                    other.names("web/snapshots")
+                } else {
+                    Vec::new()
+                };
                 let is_over = |layer: &str| !names.contains(&format!("{layer}.raw"));
                 merged.map_or_else(|| is_over("sn3"), |(top, _)| is_over(top))
             });
@@ -172,8 +175,8 @@ fn another_live_mount_goes_on_with_what_a_killed_one_has_left() {
     assert!(looks > 0, "nobody looked while it was at work");
 }
 
-/// Every snapshot that is listed shows what it did, whoever looks, time and again until a job is over. Returns how often
-/// one was read: a job may be over before the first look.
+/// Every snapshot that is listed shows what it did, whoever looks, time and again until a job is over.
+/// Returns how often one was read: a job may be over before the first look.
 fn watch_until_over(
     mounts: &[&Mount],
     before: &support::jobs::Contents,
@@ -218,12 +221,15 @@ fn nobody_sees_half_of_a_layer_when_the_notes_of_a_job_are_removed() {
     eventually("the other hides it", NOTICED, || spoilt(&other));
     remove_notes(&lab);
     let control = Control::of(&mount, "web");
-    let looks = watch_until_over(&[&mount, &other], &before, || control.status("state") != "running", "removed");
+    let looks =
+        watch_until_over(&[&mount, &other], &before, || control.status("state") != "running", "removed");
     assert!(looks > 0, "nobody looked while it was at work");
     assert_eq!(control.wait(), "done", "{}", control.status("error"));
     eventually("the note has gone", NOTICED, || intents(&lab) == 0);
     for mount in [&mount, &other] {
-        eventually("it is shown again", NOTICED, || !spoilt(mount) && mount.names("web/snapshots").len() == 1);
+        eventually("it is shown again", NOTICED, || {
+            !spoilt(mount) && mount.names("web/snapshots").len() == 1
+        });
         assert_snapshots(mount, &before, Some(("sn3", "base")), "done");
     }
     other.umount();
@@ -237,7 +243,8 @@ fn a_job_whose_notes_were_removed_and_that_was_killed_then_is_taken_up() {
     for pause in [0, 20, 400] {
         let context = format!("killed {pause} ms after that");
         let (lab, before) = slow(true);
-        // Who sees both, the note and its going, knows of it also where its owner had no time to write it again.
+        // Who sees both, the note and its going, knows of it also where its owner had no time to write it
+        // again.
         let other = (pause < 400).then(|| second(&lab));
         let mount = at_work(&lab, "commit top=sn3 base=base");
         let spoilt = |mount: &Mount| !mount.names("web/snapshots").contains(&"base.raw".to_owned());
@@ -325,8 +332,12 @@ fn a_commit_that_may_not_clean_up_lists_no_layer_that_shows_something_else() {
                     let shown = fs::read(mount.path("web/snapshots").join(name));
                     let shown = shown.unwrap_or_else(|error| panic!("{context}: {name}: {error}"));
                     let is_merged = command.contains(&format!("base={layer}")) && shown == before["sn3"];
-                    let is_deleted = command.starts_with("delete") && layer == "sn2" && shown == before["sn2"];
-                    assert!(shown == before[layer] || is_merged || is_deleted, "{context}: {name} of {names:?}");
+                    let is_deleted =
+                        command.starts_with("delete") && layer == "sn2" && shown == before["sn2"];
+                    assert!(
+                        shown == before[layer] || is_merged || is_deleted,
+                        "{context}: {name} of {names:?}"
+                    );
                 }
                 assert!(active(mount) == before["web"], "{context}: the disk");
             };
@@ -343,7 +354,11 @@ fn a_commit_that_may_not_clean_up_lists_no_layer_that_shows_something_else() {
                 assert_snapshots(&mount, &before, merged, &context);
             }
             mount.umount();
-            assert!(!lab.files().iter().any(|name| name.starts_with(".chainfs-")), "{context}: {:?}", lab.files());
+            assert!(
+                !lab.files().iter().any(|name| name.starts_with(".chainfs-")),
+                "{context}: {:?}",
+                lab.files()
+            );
             lab.assert_clean();
         }
     }
@@ -397,7 +412,11 @@ fn replace_by_one_alike(lab: &Lab, name: &str) {
     let map = lab.store.img(["map", "--output=json", name]);
     let map: serde_json::Value = serde_json::from_str(&map).expect("JSON");
     let own = map.as_array().expect("a list").iter().filter(|run| run["depth"] == 0 && run["data"] == true);
-    lab.store.io("alike.qcow2", "qcow2", own.map(|run| format!("write -q -P 85 {} {}", run["start"], run["length"])));
+    lab.store.io(
+        "alike.qcow2",
+        "qcow2",
+        own.map(|run| format!("write -q -P 85 {} {}", run["start"], run["length"])),
+    );
     fs::rename(&new, &old).expect("its name");
 }
 
@@ -437,7 +456,15 @@ fn in_a_copied_store_an_image_made_alike_is_neither_written_nor_removed() {
 #[test]
 fn a_data_file_that_was_replaced_keeps_a_command_from_going_on() {
     let commit: fn(&Lab) = |lab| {
-        let words = ["convert", "-O", "qcow2", "-o", "data_file=base.data,cluster_size=4k", "base.qcow2", "new.qcow2"];
+        let words = [
+            "convert",
+            "-O",
+            "qcow2",
+            "-o",
+            "data_file=base.data,cluster_size=4k",
+            "base.qcow2",
+            "new.qcow2",
+        ];
         lab.store.img(words);
         fs::rename(lab.store.path("new.qcow2"), lab.store.path("base.qcow2")).expect("a name");
     };
@@ -446,7 +473,9 @@ fn a_data_file_that_was_replaced_keeps_a_command_from_going_on() {
         lab.store.overlay("web.qcow2", "sn3.qcow2", "qcow2", "data_file=web.data,cluster_size=4k");
         lab.store.io("web.qcow2", "qcow2", ["write -q -P 77 1M 3M"]);
     };
-    for (make, command, data) in [(commit, "commit top=sn3 base=base", "base.data"), (pull, "pull", "web.data")] {
+    for (make, command, data) in
+        [(commit, "commit top=sn3 base=base", "base.data"), (pull, "pull", "web.data")]
+    {
         for same_bytes in [true, false] {
             let context = format!("{command}, with the same bytes: {same_bytes}");
             let lab = Lab::slow(false);
@@ -469,7 +498,8 @@ fn a_data_file_that_was_replaced_keeps_a_command_from_going_on() {
             let hidden = if command == "pull" { "nothing" } else { "base.raw" };
             assert!(!mount.names("web/snapshots").contains(&hidden.to_owned()), "{context}");
             mount.umount();
-            let recover = tool(chainfs_binary()).args(["recover", "--dry-run"]).arg(lab.store.root()).outcome();
+            let recover =
+                tool(chainfs_binary()).args(["recover", "--dry-run"]).arg(lab.store.root()).outcome();
             let said = format!("{}{}", recover.1, recover.2);
             assert!(said.contains("is another file than it was"), "{context}: {said}");
             assert_eq!(intents(&lab), 1, "{context}");

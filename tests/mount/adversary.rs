@@ -72,7 +72,8 @@ fn what_a_guest_writes_into_its_raw_disk_says_nothing_of_others() {
     assert_eq!(mount.names("."), [".chainfs", "above", "guest", "inside", "victim"]);
     assert_chain(&store, &mount, "victim", "victim.qcow2", "qcow2");
     assert_same(&mount.path("above/snapshots/below.raw"), &store.oracle("below", "raw"));
-    // Somebody may run them as qcow2 all the same: what they name is in use until the user says what they are.
+    // Somebody may run them as qcow2 all the same: what they name is in use until the user says what they
+    // are.
     let problems = mount.text(".chainfs/problems.txt");
     let said: Vec<&str> = problems.lines().map(|line| line.split(':').next().unwrap_or_default()).collect();
     assert!(said == ["below", "outside"] && problems.contains("-o format=below:raw"), "{problems}");
@@ -142,7 +143,11 @@ fn a_raw_image_that_was_cut_short_has_no_holes_to_skip() {
     store.overlay("top.qcow2", "cut.raw", "raw", "");
     let mount = Mount::new(&store);
     for view in ["top/active.raw", "top/snapshots/cut.raw"] {
-        File::options().write(true).open(store.path("cut.raw")).and_then(|f| f.set_len(4 * MIB)).expect("whole");
+        File::options()
+            .write(true)
+            .open(store.path("cut.raw"))
+            .and_then(|f| f.set_len(4 * MIB))
+            .expect("whole");
         let open = || File::open(mount.path(view));
         eventually("the file is noticed", NOTICED, || open().is_ok());
         let shown = open().expect("a view");
@@ -162,7 +167,8 @@ fn a_disk_of_countless_zeroes_holds_up_no_seek() {
     let image = Damage::to(store.path("bomb.qcow2"));
     let entries: Vec<u8> = (0..cluster / 8).flat_map(|n| (n % 2).to_be_bytes()).collect();
     let table = image.append(&entries);
-    let l1: Vec<u8> = (0..image.u32(header::L1_ENTRY_COUNT)).flat_map(|_| (COPIED | table).to_be_bytes()).collect();
+    let l1: Vec<u8> =
+        (0..image.u32(header::L1_ENTRY_COUNT)).flat_map(|_| (COPIED | table).to_be_bytes()).collect();
     image.put(image.l1_at(), &l1);
     drop(image);
     let mount = Mount::new(&store);
@@ -189,7 +195,8 @@ fn a_backing_file_in_our_own_mount_is_never_asked_for() {
     for (name, way) in [("one.qcow2", "mnt"), ("two.qcow2", "corner")] {
         store.overlay_unchecked(name, &format!("{way}/base/active.raw"), "raw");
     }
-    let mount = Mount::try_new(&store, &store.root(), &store.path("mnt"), "threads=1,nopassthrough").expect("a mount");
+    let mount = Mount::try_new(&store, &store.root(), &store.path("mnt"), "threads=1,nopassthrough")
+        .expect("a mount");
     for round in 0..3 {
         // The scan that follows must not wait for an opening that waits for the scan.
         store.raw("base.raw", MIB, 9 + round);
@@ -268,7 +275,8 @@ fn a_daemon_asked_to_end_leaves_the_mounts_of_others_alone() {
     let daemon = mount.daemon();
     let shown = File::open(mount.path("web/active.raw")).expect("a view");
     tool("umount").arg("--lazy").arg(mount.dir()).succeeds();
-    let stranger = Mount::try_new(&other, &other.root(), mount.dir(), "").expect("another mount at the same place");
+    let stranger =
+        Mount::try_new(&other, &other.root(), mount.dir(), "").expect("another mount at the same place");
     Command::new("kill").args(["-TERM", &daemon.to_string()]).status().expect("kill runs");
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(stranger.names("."), [".chainfs", "other"]);

@@ -28,7 +28,8 @@ fn directories_pipes_sockets_and_devices_with_the_name_of_an_image_are_never_ope
     }
     let _listener = UnixListener::bind(store.path("socket.qcow2")).expect("a socket");
     let tape = rustix::fs::makedev(9, 0);
-    mknodat(CWD, store.path("tape.raw"), FileType::CharacterDevice, Mode::from(0o666), tape).expect("a device");
+    mknodat(CWD, store.path("tape.raw"), FileType::CharacterDevice, Mode::from(0o666), tape)
+        .expect("a device");
     store.put("empty.qcow2", b"");
     store.put("notes.txt", b"not an image");
     store.overlay_unchecked("on-pipe.qcow2", "pipe.raw", "raw");
@@ -40,7 +41,10 @@ fn directories_pipes_sockets_and_devices_with_the_name_of_an_image_are_never_ope
         for name in ["pipe", "socket", "tape", "notes", "notes.txt", "pipe.raw", "tape.raw"] {
             assert!(!shown.contains(&name.to_owned()), "{name} in {shown:?}");
         }
-        assert!(mount.path("directory.qcow2/inside/active.raw").exists(), "a directory may be named like an image");
+        assert!(
+            mount.path("directory.qcow2/inside/active.raw").exists(),
+            "a directory may be named like an image"
+        );
         for (chain, below) in
             [("on-pipe", "pipe.raw"), ("on-directory", "directory.raw"), ("on-socket", "socket.qcow2")]
         {
@@ -146,7 +150,10 @@ fn a_missing_backing_file_is_named_with_the_layer_that_wants_it_and_the_layers_b
     victims.mounted(|mount| {
         let why = problem_of(mount, "orphan", "gone.qcow2");
         assert!(why.contains("mid.qcow2"), "the layer that wants it: {why}");
-        assert!(fs::read(mount.path("orphan/active.raw")).is_err(), "zeroes instead of a missing file's bytes");
+        assert!(
+            fs::read(mount.path("orphan/active.raw")).is_err(),
+            "zeroes instead of a missing file's bytes"
+        );
         problem_of(mount, "top", "torn.qcow2");
         assert!(fs::read(mount.path("top/active.raw")).is_err());
         // Cut off by the torn header, the lower part is a chain of its own or below the break.
@@ -203,7 +210,11 @@ fn backing_names_that_lead_out_of_the_store_are_refused() {
         ("by-linked-directory", "linked-dir/secret.raw", "raw"),
         ("in-and-out", "sub/../../secret.raw", "raw"),
         ("json", r#"json:{"driver":"file","filename":"/etc/passwd"}"#, "raw"),
-        ("json-inside", r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"good.qcow2"}}"#, "qcow2"),
+        (
+            "json-inside",
+            r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"good.qcow2"}}"#,
+            "qcow2",
+        ),
         ("protocol", "nbd://127.0.0.1:1/x", "raw"),
         ("file-protocol", "file:/etc/passwd", "raw"),
         ("device", "/dev/zero", "raw"),
@@ -314,7 +325,18 @@ fn encrypted_images_are_listed_and_say_why_they_cannot_be_opened() {
         let quick = if kind == "luks" { ",encrypt.iter-time=10" } else { "" };
         for name in [format!("{kind}.qcow2"), format!("below-{kind}.qcow2")] {
             let options = format!("encrypt.format={kind},encrypt.key-secret=s{quick}");
-            let secret = ["create", "-q", "--object", "secret,id=s,data=x", "-f", "qcow2", "-o", &options, &name, "1M"];
+            let secret = [
+                "create",
+                "-q",
+                "--object",
+                "secret,id=s,data=x",
+                "-f",
+                "qcow2",
+                "-o",
+                &options,
+                &name,
+                "1M",
+            ];
             store.img(secret);
         }
         store.overlay_unchecked(&format!("on-{kind}.qcow2"), &format!("below-{kind}.qcow2"), "qcow2");
@@ -325,7 +347,8 @@ fn encrypted_images_are_listed_and_say_why_they_cannot_be_opened() {
                 assert!(mount.path(&view).exists(), "{view} is listed");
                 assert_eq!(errno(File::open(mount.path(&view))), Some(Errno::OPNOTSUPP), "{view}");
             }
-            for (chain, image) in [(kind.to_owned(), kind.to_owned()), (format!("on-{kind}"), format!("below-{kind}"))]
+            for (chain, image) in
+                [(kind.to_owned(), kind.to_owned()), (format!("on-{kind}"), format!("below-{kind}"))]
             {
                 let why = problem_of(mount, &chain, &format!("{image}.qcow2"));
                 assert!(why.to_lowercase().contains("encrypt"), "{why}");

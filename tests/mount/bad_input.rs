@@ -249,7 +249,12 @@ fn an_impossible_l2_entry_is_an_error_for_its_cluster_alone() {
             let shown = File::open(mount.path(name).join("active.raw")).expect("only one cluster is bad");
             let errors = assert_equal_or_error(name, &shown, &victims.intact);
             assert_eq!(errors, [hit], "{name}: clusters that cannot be read");
-            victims.store.overlay_sized(&format!("on-{name}.qcow2"), &format!("{name}.qcow2"), "qcow2", VICTIM_SIZE);
+            victims.store.overlay_sized(
+                &format!("on-{name}.qcow2"),
+                &format!("{name}.qcow2"),
+                "qcow2",
+                VICTIM_SIZE,
+            );
         }
     });
     // As a frozen layer, through the kernel's page cache and its read-ahead, and from above.
@@ -272,7 +277,8 @@ fn an_impossible_l1_entry_is_an_error_for_its_clusters_alone() {
     let victims = Victims::new("");
     let good = Damage::to(victims.store.path("good.qcow2"));
     let entry = good.u64(good.l1_at() + 8);
-    for (name, value) in [("unaligned", entry | 0x200), ("reserved-low", entry | 1), ("reserved-high", entry | 1 << 60)]
+    for (name, value) in
+        [("unaligned", entry | 0x200), ("reserved-low", entry | 1), ("reserved-high", entry | 1 << 60)]
     {
         victims.victim(name).put_u64(good.l1_at() + 8, value);
     }
@@ -304,7 +310,9 @@ fn what_lies_past_the_end_of_the_file_is_zero_or_an_error() {
         victims.victim(name).put_u64(at, value);
         names.push(name.to_owned());
     }
-    for len in [good.len() / 2, good.len() - 1, good.len() - 100, good.len() - VICTIM_CLUSTER, good.len() - 300_000] {
+    for len in
+        [good.len() / 2, good.len() - 1, good.len() - 100, good.len() - VICTIM_CLUSTER, good.len() - 300_000]
+    {
         let name = format!("cut-{len}");
         victims.victim(&name).set_len(len);
         names.push(name);
@@ -413,7 +421,11 @@ fn streams_that_unpack_to_far_more_than_a_cluster_stop_at_its_end() {
         // QEMU would let an image make it allocate this window.
         ("greedy-zstd", &zstd(27), "compression_type=zstd"),
         ("ends-early", &short, ""),
-        ("ends-early-zstd", &zstd::encode_all(&[b'A'; 1000][..], 3).expect("memory"), "compression_type=zstd"),
+        (
+            "ends-early-zstd",
+            &zstd::encode_all(&[b'A'; 1000][..], 3).expect("memory"),
+            "compression_type=zstd",
+        ),
     ] {
         let name = format!("{name}.qcow2");
         store.create(&name, MIB, options);

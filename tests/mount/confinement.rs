@@ -167,7 +167,15 @@ impl Trap {
     /// Runs `command` after strace's own words; returns the paths of all files it opened.
     fn strace(&self) -> Command {
         let mut strace = Command::new("strace");
-        strace.args(["-f", "-y", "-s", "4096", "-e", "trace=open,openat,openat2,open_by_handle_at,creat", "-o"]);
+        strace.args([
+            "-f",
+            "-y",
+            "-s",
+            "4096",
+            "-e",
+            "trace=open,openat,openat2,open_by_handle_at,creat",
+            "-o",
+        ]);
         strace.arg(self.store.beside("opens.log")).arg(chainfs_binary());
         strace
     }
@@ -176,7 +184,10 @@ impl Trap {
     fn opened(&self) -> Vec<String> {
         let log = fs::read_to_string(self.store.beside("opens.log")).expect("strace's log");
         let opened: Vec<String> = log.lines().filter_map(opened_path).map(str::to_owned).collect();
-        assert!(opened.iter().any(|p| p.starts_with("/usr/lib") || p.starts_with("/lib")), "strace saw no library");
+        assert!(
+            opened.iter().any(|p| p.starts_with("/usr/lib") || p.starts_with("/lib")),
+            "strace saw no library"
+        );
         opened
     }
 
@@ -188,7 +199,8 @@ impl Trap {
         let config = self.store.beside("config");
         let config = config.to_str().expect("a plain path");
         let fine = |path: &str| {
-            let beneath = |dir: &str| path == dir || path.strip_prefix(dir).is_some_and(|p| p.starts_with('/'));
+            let beneath =
+                |dir: &str| path == dir || path.strip_prefix(dir).is_some_and(|p| p.starts_with('/'));
             // The mount point itself is looked at: whether mounting there would hide anything.
             beneath(root)
                 || path == mount
@@ -253,7 +265,10 @@ fn a_mount_of_a_hostile_store_opens_nothing_outside_it() {
     assert!(trapped.is_empty(), "zeroes instead of the bytes of a refused backing file: {trapped:?}");
     let problems = mount.text(".chainfs/problems.txt");
     for number in 0..trap.backing_names().len() {
-        assert!(problems.contains(&format!("trap{number:03}.qcow2")), "trap {number} is no problem: {problems}");
+        assert!(
+            problems.contains(&format!("trap{number:03}.qcow2")),
+            "trap {number} is no problem: {problems}"
+        );
     }
     mount.umount();
     trap.assert_nothing_outside(&trap.opened());

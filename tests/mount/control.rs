@@ -14,7 +14,8 @@ use support::active::{chain, errno, rw};
 use support::command::{Control, give};
 use support::*;
 
-const VERBS: [&str; 9] = ["snapshot", "commit", "pull", "delete", "revert", "rebase", "clone", "resize", "cancel"];
+const VERBS: [&str; 9] =
+    ["snapshot", "commit", "pull", "delete", "revert", "rebase", "clone", "resize", "cancel"];
 /// Everything else of a `control` directory.
 const OTHERS: [&str; 3] = ["plan", "status", "progress"];
 
@@ -23,7 +24,8 @@ fn status(mount: &Mount, key: &str) -> String {
     Control::of(mount, "web").status(key)
 }
 
-/// Names, modes, owners, times and bytes of everything beneath a directory, but what chainfs keeps for itself.
+/// Names, modes, owners, times and bytes of everything beneath a directory, but what chainfs keeps for
+/// itself.
 fn everything(dir: &Path) -> BTreeMap<PathBuf, (u32, u32, i64, Vec<u8>)> {
     let mut found = BTreeMap::new();
     let mut left = vec![dir.to_path_buf()];
@@ -33,7 +35,9 @@ fn everything(dir: &Path) -> BTreeMap<PathBuf, (u32, u32, i64, Vec<u8>)> {
         }
         let stat = fs::symlink_metadata(&path).expect("a stat");
         if stat.is_dir() {
-            left.extend(fs::read_dir(&path).expect("a directory").map(|entry| entry.expect("an entry").path()));
+            left.extend(
+                fs::read_dir(&path).expect("a directory").map(|entry| entry.expect("an entry").path()),
+            );
         }
         // A directory's own time is that of its names, which are compared.
         let time = if stat.is_file() { stat.mtime_nsec() ^ stat.mtime() } else { 0 };
@@ -79,7 +83,10 @@ fn each_chain_has_its_control_files_and_the_store_has_its_own() {
     }
     assert_eq!(errno(File::create(mount.path("web/control/new"))), Some(Errno::PERM));
     for told in ["status", "progress"] {
-        assert_eq!(errno(File::options().write(true).open(mount.path("web/control").join(told))), Some(Errno::ROFS));
+        assert_eq!(
+            errno(File::options().write(true).open(mount.path("web/control").join(told))),
+            Some(Errno::ROFS)
+        );
     }
     mount.umount();
 }
@@ -150,7 +157,11 @@ fn what_is_no_command_is_refused_by_its_write_and_changes_nothing() {
     // Nothing is no command either, and so is not refused.
     assert_eq!(give(&mount.path("web/control/commit"), b""), None);
     assert_eq!(status(&mount, "number"), cases.len().to_string());
-    assert_eq!(mount.text("plain/control/status").lines().next(), Some("number: 0"), "other chains know nothing of it");
+    assert_eq!(
+        mount.text("plain/control/status").lines().next(),
+        Some("number: 0"),
+        "other chains know nothing of it"
+    );
     assert!(
         everything(&store.root()) == before && mount::names_in(&store.path(".chainfs/intents")).is_empty(),
         "the store has changed"
@@ -226,7 +237,9 @@ fn a_plan_is_read_where_it_was_asked_for_and_is_the_last_one_elsewhere() {
         "the store has changed"
     );
     let several = mount.path(".chainfs/control/plan");
-    for (words, sentence) in [("snapshot n", "chains= is missing"), ("commit", "in its own control directory")] {
+    for (words, sentence) in
+        [("snapshot n", "chains= is missing"), ("commit", "in its own control directory")]
+    {
         assert_eq!(give(&several, words.as_bytes()), Some(Errno::INVAL));
         assert!(fs::read_to_string(&several).expect("a plan").contains(sentence));
     }
@@ -306,7 +319,11 @@ fn a_mapping_of_a_control_file_gives_no_command() {
 
 /// Our binary; nobody's configuration is read.
 fn chainfs(store: &Store, args: &[&str]) -> (i32, String, String) {
-    tool(chainfs_binary()).args(args).current_dir(store.root()).env("XDG_CONFIG_HOME", store.beside("config")).outcome()
+    tool(chainfs_binary())
+        .args(args)
+        .current_dir(store.root())
+        .env("XDG_CONFIG_HOME", store.beside("config"))
+        .outcome()
 }
 
 #[test]
@@ -329,7 +346,10 @@ fn the_command_line_says_what_the_control_files_say() {
     ] {
         let (got, out, err) = chainfs(&store, args);
         assert_eq!(got, code, "{args:?}: {out}{err}");
-        assert!(err.starts_with("chainfs: ") && err.contains(sentence) && err.lines().count() == 1, "{args:?}: {err}");
+        assert!(
+            err.starts_with("chainfs: ") && err.contains(sentence) && err.lines().count() == 1,
+            "{args:?}: {err}"
+        );
     }
     // What was refused is told in the words of the status.
     let (_, _, err) = chainfs(&store, &["commit", web, "--top", "nosuch"]);
@@ -357,7 +377,8 @@ fn images_of_stores_that_are_not_mounted_are_named_by_their_file() {
     let before = everything(&store.root());
     let root = store.root();
     let root = root.to_str().expect("UTF-8");
-    let (code, out, err) = chainfs(&store, &["commit", "--dry-run", "--top", "nosuch", "--store", root, "web.qcow2"]);
+    let (code, out, err) =
+        chainfs(&store, &["commit", "--dry-run", "--top", "nosuch", "--store", root, "web.qcow2"]);
     assert!(code == 1 && out.contains("refused: ") && out.contains("nosuch"), "{code} {out}{err}");
     assert!(!store.path(".chainfs").exists(), "a plan leaves something behind");
     for (args, code, sentence) in [

@@ -1,5 +1,5 @@
-//! Images that were cut short, or are damaged in a part that others do without, or have lost what they stand on: what can
-//! be read is read, what is lost is an error, and nobody makes zeroes of it.
+//! Images that were cut short, or are damaged in a part that others do without, or have lost what they stand
+//! on: what can be read is read, what is lost is an error, and nobody makes zeroes of it.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -168,7 +168,10 @@ fn what_was_cut_off_stays_an_error_until_it_is_said_to_be_lost() {
             // What has nothing below is pulled already.
             let refused = control.give(command);
             let state = control.wait();
-            assert!(refused.is_some() || state == "failed" || command == "pull", "{name}, {command}: {state}");
+            assert!(
+                refused.is_some() || state == "failed" || command == "pull",
+                "{name}, {command}: {state}"
+            );
         }
         assert!(clusters(&disk, DISK) == left, "{name}: it reads as before");
         mount.umount();
@@ -198,7 +201,9 @@ fn what_was_cut_off_stays_an_error_until_it_is_said_to_be_lost() {
 
 #[test]
 fn nothing_is_merged_into_what_was_cut_short_nor_copied_out_of_it_as_zeroes() {
-    for command in ["commit top=s1 base=base", "commit base=base", "pull into=s1", "rebase layer=s1 base=none"] {
+    for command in
+        ["commit top=s1 base=base", "commit base=base", "pull into=s1", "rebase layer=s1 base=none"]
+    {
         let store = Store::new();
         store.create("base.qcow2", DISK, "");
         store.io("base.qcow2", "qcow2", ["write -q -P 1 0 4M"]);
@@ -279,9 +284,10 @@ fn a_damaged_snapshot_entry_costs_that_snapshot_only() {
     let image = Damage::to(store.path("t.qcow2"));
     let entry = image.u64(header::SNAPSHOTS_OFFSET);
     let expected = fs::read(store.try_oracle(Path::new("t.qcow2"), "qcow2", Some("2")).expect("a snapshot"));
-    for (what, at, bytes) in
-        [("its L1 table's place", 0, 0x0040_0200_u64.to_be_bytes()), ("its disk's size", 48, u64::MAX.to_be_bytes())]
-    {
+    for (what, at, bytes) in [
+        ("its L1 table's place", 0, 0x0040_0200_u64.to_be_bytes()),
+        ("its disk's size", 48, u64::MAX.to_be_bytes()),
+    ] {
         let good = image.bytes(entry + at, 8);
         image.put(entry + at, &bytes);
         let mount = Mount::with(&store, "nofiles");
@@ -353,9 +359,15 @@ fn damaged_refcounts_keep_nobody_from_reading() {
         chainfs(&store, ["map", "t.qcow2"]).succeeds();
         let mount = Mount::with(&store, "nofiles");
         assert!(fs::read(mount.path("t/active.raw")).expect("the disk") == expected, "{what}");
-        assert!(fs::read(mount.path("t/snapshots/active@one.raw")).expect("the snapshot") == expected, "{what}");
+        assert!(
+            fs::read(mount.path("t/snapshots/active@one.raw")).expect("the snapshot") == expected,
+            "{what}"
+        );
         let problem = mount.text("t/info/problem.txt");
-        assert!(problem.contains("refcount") && problem.contains("chainfs check --repair all"), "{what}: {problem}");
+        assert!(
+            problem.contains("refcount") && problem.contains("chainfs check --repair all"),
+            "{what}: {problem}"
+        );
         assert_eq!(write(&mount.path("t/active.raw"), 0), Some(Errno::IO), "{what}");
         assert!(Control::of(&mount, "t").give("snapshot x internal").is_some(), "{what}");
         mount.umount();
@@ -411,14 +423,19 @@ fn what_the_layers_above_a_lost_one_hold_can_be_salvaged() {
             if let Some(have) = have
                 && is_held
             {
-                assert!(*have == before[number * CLUSTER as usize..][..CLUSTER as usize], "{view}, cluster {number}");
+                assert!(
+                    *have == before[number * CLUSTER as usize..][..CLUSTER as usize],
+                    "{view}, cluster {number}"
+                );
             }
         }
     }
     let disk = File::open(mount.path("top/active.raw")).expect("the disk");
     assert_eq!(seek(&disk, SeekFrom::Data(2 << 20)), Ok(2 << 20), "what is lost is no hole");
     assert_eq!(write(&mount.path("top/active.raw"), 768 << 10), Some(Errno::ROFS));
-    for command in ["commit", "pull", "snapshot x internal", "snapshot x", "clone y from=mid", "rebase base=none"] {
+    for command in
+        ["commit", "pull", "snapshot x internal", "snapshot x", "clone y from=mid", "rebase base=none"]
+    {
         assert!(Control::of(&mount, "top").give(command).is_some(), "{command}");
     }
     drop(disk);
@@ -428,7 +445,8 @@ fn what_the_layers_above_a_lost_one_hold_can_be_salvaged() {
     let map = chainfs(&store, ["map", "-o", "salvage", "--output", "json", "top.qcow2"]).succeeds();
     let map: Value = serde_json::from_str(&map).expect("JSON");
     for run in map.as_array().expect("a list") {
-        let (start, len) = (run["start"].as_u64().expect("a place"), run["length"].as_u64().expect("a length"));
+        let (start, len) =
+            (run["start"].as_u64().expect("a place"), run["length"].as_u64().expect("a length"));
         for at in (start..start + len).step_by(CLUSTER as usize) {
             let is_held = depths[(at / CLUSTER) as usize].is_some_and(|depth| depth < 2);
             assert_eq!(run["lost"] == true, !is_held, "{at:#x}: {run}");
@@ -501,7 +519,11 @@ fn plans_refuse_what_would_grow_a_data_file_that_was_cut() {
         store.overlay("t.qcow2", "base.qcow2", "qcow2", "data_file=t.data");
         store.io("t.qcow2", "qcow2", ["write -q -P 2 512k 2M"]);
         store.dir(".chainfs");
-        File::options().write(true).open(store.path("t.data")).and_then(|file| file.set_len(1 << 20)).expect("a file");
+        File::options()
+            .write(true)
+            .open(store.path("t.data"))
+            .and_then(|file| file.set_len(1 << 20))
+            .expect("a file");
         assert_planned(&store, command, "data file ends");
     }
 }

@@ -45,7 +45,8 @@ impl Bench {
     }
 
     fn image(&self) -> Arc<Image> {
-        Image::qcow2("image", Arc::new(self.bytes.clone()), None, Arc::new(self.header()), true, &self.caches).unwrap()
+        Image::qcow2("image", Arc::new(self.bytes.clone()), None, Arc::new(self.header()), true, &self.caches)
+            .unwrap()
     }
 
     /// A raw layer of the byte `fill`.

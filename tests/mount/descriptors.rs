@@ -1,5 +1,5 @@
-//! A store has more chains than the mount may have files open: everything can be listed and read all the same, who asks
-//! for too much is refused and nobody else, and afterwards nothing stays open.
+//! A store has more chains than the mount may have files open: everything can be listed and read all the
+//! same, who asks for too much is refused and nobody else, and afterwards nothing stays open.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -13,7 +13,8 @@ use support::foreign::Qemu;
 use support::*;
 
 /// What the guests' file systems hold.
-const FILES: [(&str, &[u8]); 3] = [("etc/hostname", b"web\n"), ("data", &[7; 9000]), ("notes.txt", b"to be kept\n")];
+const FILES: [(&str, &[u8]); 3] =
+    [("etc/hostname", b"web\n"), ("data", &[7; 9000]), ("notes.txt", b"to be kept\n")];
 
 /// So many chains of so many layers, each on a base of its own that holds an ext4 file system.
 fn chains(chain_count: usize, layer_count: usize) -> Store {
@@ -29,8 +30,11 @@ fn chains(chain_count: usize, layer_count: usize) -> Store {
     let base = fs::read(&template).expect("a file system");
     let layers: Vec<Vec<u8>> = (0..layer_count - 1)
         .map(|below| {
-            let (name, format) =
-                if below == 0 { ("c000-0.raw".into(), "raw") } else { (format!("c000-{below}.qcow2"), "qcow2") };
+            let (name, format) = if below == 0 {
+                ("c000-0.raw".into(), "raw")
+            } else {
+                (format!("c000-{below}.qcow2"), "qcow2")
+            };
             store.overlay_sized("template.qcow2", &name, format, MIB);
             fs::read(store.path("template.qcow2")).expect("an overlay")
         })
@@ -61,7 +65,8 @@ fn try_mount(store: &Store, descriptors: u32, options: &str) -> Result<Mount, mo
 
 /// What a mount's process has now: descriptors, threads and processes of its own.
 fn in_use(mount: &Mount) -> (usize, usize, usize) {
-    let count = |what: &str| fs::read_dir(format!("/proc/{}/{what}", mount.daemon())).expect("a process").count();
+    let count =
+        |what: &str| fs::read_dir(format!("/proc/{}/{what}", mount.daemon())).expect("a process").count();
     let children = format!("/proc/{0}/task/{0}/children", mount.daemon());
     // Of all threads: each is the parent of what it has begun.
     let threads = fs::read_dir(format!("/proc/{}/task", mount.daemon())).expect("a process").flatten();
@@ -90,8 +95,10 @@ fn walk_all(mount: &Mount, store: &Store, chain_count: usize, layer_count: usize
             });
         }
         scope.spawn(|| {
-            let sums =
-                walk(mount, "find . -path '*/files/*' -name data -exec cksum {} + | cut -d' ' -f1,2 | sort | uniq -c");
+            let sums = walk(
+                mount,
+                "find . -path '*/files/*' -name data -exec cksum {} + | cut -d' ' -f1,2 | sort | uniq -c",
+            );
             let words: Vec<&str> = sums.split_whitespace().collect();
             assert_eq!(words.len(), 3, "one content: {sums}");
             assert_eq!((words[0], words[2]), (&*(chain_count * layer_count).to_string(), "9000"));
@@ -116,7 +123,8 @@ fn all_is_listed_and_read_by_several_at_once_with_few_descriptors() {
         assert!(open <= descriptors as usize, "{open} of {descriptors}");
         walk(&mount, "ls -lR . >/dev/null");
         let last = chain_count - 1;
-        let disk = fs::read(mount.path(format!("c{last:03}-{}/active.raw", layer_count - 1))).expect("a disk");
+        let disk =
+            fs::read(mount.path(format!("c{last:03}-{}/active.raw", layer_count - 1))).expect("a disk");
         assert!(disk == fs::read(store.path("c000-0.raw")).expect("a base"));
         assert_eq!(mount.text(".chainfs/problems.txt"), "");
         mount.umount();
@@ -179,8 +187,9 @@ fn who_opens_more_disks_to_write_than_can_be_is_refused_and_nobody_else() {
     let (chain_count, layer_count) = (30, 3);
     let store = chains(chain_count, layer_count);
     let mount = mount_with(&store, 64, "");
-    let disk =
-        |chain: usize| File::options().read(true).write(true).open(mount.path(format!("c{chain:03}-2/active.raw")));
+    let disk = |chain: usize| {
+        File::options().read(true).write(true).open(mount.path(format!("c{chain:03}-2/active.raw")))
+    };
     let mut written = Vec::new();
     let refused = (0..chain_count).find_map(|chain| match disk(chain) {
         Ok(disk) => {
@@ -304,6 +313,9 @@ fn where_there_can_be_no_threads_a_command_works_without() {
     let mut command = Command::new("sh");
     let place = format!("{}:/disk/", store.path("c001-2.qcow2").display());
     let (code, out, err) = command.args(["-c", &line, "sh", chainfs_binary(), "ls", &place]).outcome();
-    assert!(code == 1 && out.is_empty() && err.contains("starting a file-system worker"), "{code} {out}{err}");
+    assert!(
+        code == 1 && out.is_empty() && err.contains("starting a file-system worker"),
+        "{code} {out}{err}"
+    );
     assert!(!err.contains("panicked"), "{err}");
 }

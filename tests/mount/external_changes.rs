@@ -42,7 +42,11 @@ fn a_raw_image_cut_while_it_is_open_never_hangs_its_reader() {
     victims.mounted(|mount| {
         let below = File::open(mount.path("top/snapshots/cut.raw")).expect("a view");
         let top = File::open(mount.path("top/active.raw")).expect("a view");
-        File::options().write(true).open(victims.store.path("cut.raw")).and_then(|f| f.set_len(4096)).expect("a cut");
+        File::options()
+            .write(true)
+            .open(victims.store.path("cut.raw"))
+            .and_then(|f| f.set_len(4096))
+            .expect("a cut");
         let mut all = vec![0; 4 * MIB as usize];
         let _ = below.read_at(&mut all, MIB);
         let result = top.read_exact_at(&mut all[..65_536], 3 * MIB);
@@ -111,7 +115,8 @@ fn images_that_come_go_or_change_their_backing_file_are_noticed() {
 
     store.overlay("later.qcow2", "one.qcow2", "qcow2", "");
     // qemu-img makes it empty and lets it grow.
-    let is_whole = || fs::metadata(mount.path("later/active.raw")).is_ok_and(|metadata| metadata.len() == MIB);
+    let is_whole =
+        || fs::metadata(mount.path("later/active.raw")).is_ok_and(|metadata| metadata.len() == MIB);
     eventually("a new leaf", NOTICED, is_whole);
     assert_same(&mount.path("later/active.raw"), &store.oracle("later.qcow2", "qcow2"));
 

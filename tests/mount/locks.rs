@@ -138,7 +138,13 @@ fn unmounting_lets_go_of_every_lock_before_it_returns() {
 }
 
 fn set_lock(file: &File, byte: i64, kind: i32) {
-    let lock = libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: byte, l_len: 1, l_pid: 0 };
+    let lock = libc::flock {
+        l_type: kind as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    };
     fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).expect("a lock");
 }
 
@@ -161,7 +167,8 @@ fn a_layer_written_or_marked_inconsistent_makes_its_view_and_those_above_busy() 
         assert_eq!(open(&view("active.raw")).err(), Some(Errno::BUSY), "byte {byte}");
         assert_eq!(open(&view("snapshots/mid.raw")).err(), Some(Errno::BUSY), "byte {byte}");
         assert!(open(&view("snapshots/base.raw")).is_ok(), "byte {byte} is above the base");
-        // Not by closing it: a process that another test has just forked has it, too, until it runs its program.
+        // Not by closing it: a process that another test has just forked has it, too, until it runs its
+        // program.
         set_lock(&holder, byte, libc::F_UNLCK);
         assert!(open(&view("active.raw")).is_ok(), "byte {byte} is gone");
     }
@@ -182,7 +189,8 @@ fn what_a_guest_wrote_between_two_openings_is_read_by_the_second() {
         assert_same(&mount.path("web/active.raw"), &store.oracle("web.qcow2", "qcow2"));
         let mut rng = Rng::new(50 + round);
         let at = rng.below(MIB);
-        let (write, zero) = (store.write(&mut rng, at, 200_000), format!("write -q -z -u {} 65536", round * 65_536));
+        let (write, zero) =
+            (store.write(&mut rng, at, 200_000), format!("write -q -z -u {} 65536", round * 65_536));
         eventually("the view lets go", RELEASED, || qemu_writes(&store, "web.qcow2", "qcow2").is_ok());
         store.io("web.qcow2", "qcow2", [write, zero]);
     }

@@ -204,13 +204,16 @@ fn the_refusal_names_process_and_program() {
     let mut command = tool(chainfs_binary());
     command.env("RUST_LOG", "info");
     let mount = Mount::foreground(&store, command, "");
-    for (options, fact) in [(&[][..], "is being written by another process"), (&["-r"], "is being read by another")] {
+    for (options, fact) in
+        [(&[][..], "is being written by another process"), (&["-r"], "is being read by another")]
+    {
         let foreign = Foreign::qemu_io(&store, "web.qcow2", "qcow2", options);
         assert_eq!(open_rw(&mount.path("web/active.raw")).map(drop), Err(Errno::BUSY));
         let holder = format!("qemu-io[{}]", foreign.pid());
         eventually("it is told who", RELEASED, || {
             let log = fs::read_to_string(store.beside("mount.output")).expect("a log");
-            log.lines().any(|line| line.contains(fact) && line.contains(&holder) && line.contains("web.qcow2"))
+            log.lines()
+                .any(|line| line.contains(fact) && line.contains(&holder) && line.contains("web.qcow2"))
         });
     }
     mount.umount();
@@ -370,7 +373,16 @@ fn an_image_that_became_a_layer_of_another_chain_is_not_read_there_while_it_is_w
 #[test]
 fn the_external_data_file_is_locked_with_its_image() {
     let store = Store::new();
-    store.img(["create", "-q", "-f", "qcow2", "-o", "data_file=web.data,data_file_raw=on", "web.qcow2", "2M"]);
+    store.img([
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "data_file=web.data,data_file_raw=on",
+        "web.qcow2",
+        "2M",
+    ]);
     let mount = Mount::new(&store);
     let active = mount.path("web/active.raw");
     let free = || qemu_tools(&store, "web.data", "raw")[0].1.is_ok();

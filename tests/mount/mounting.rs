@@ -297,7 +297,8 @@ fn exit_codes_are_mount_8s() {
         assert_eq!(refusal.code, Some(32), "{what}: {refusal:?}");
         assert!(refusal.message.contains(what), "{refusal:?}");
     }
-    for options in ["nonsense", "threads=many", "uid=-5x", "cache=lots", "format=*.img", "format=*.img:vmdk", "map=/a"]
+    for options in
+        ["nonsense", "threads=many", "uid=-5x", "cache=lots", "format=*.img", "format=*.img:vmdk", "map=/a"]
     {
         let refusal = refused(&root, &dir, options);
         assert_eq!(refusal.code, Some(1), "{options}: {refusal:?}");
@@ -412,7 +413,8 @@ fn commands_understand_places_inside_a_mount() {
     }
     let same = chainfs(&["compare"]).arg(web.join("active.raw")).arg(store.path("web.qcow2")).outcome();
     assert_eq!(same.0, 0, "{same:?}");
-    let differs = chainfs(&["compare"]).arg(web.join("active.raw")).arg(web.join("snapshots/base.raw")).outcome();
+    let differs =
+        chainfs(&["compare"]).arg(web.join("active.raw")).arg(web.join("snapshots/base.raw")).outcome();
     assert_eq!(differs.0, 1, "{differs:?}");
     mount.umount();
 }
@@ -424,8 +426,14 @@ fn info_in_json_speaks_qemus_words() {
     let text = chainfs(&["info", "--output", "json"]).arg(store.path("web.qcow2")).succeeds();
     let ours: serde_json::Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
     let ours = if ours.is_array() { ours[0].clone() } else { ours };
-    for key in ["virtual-size", "actual-size", "format", "cluster-size", "backing-filename", "backing-filename-format"]
-    {
+    for key in [
+        "virtual-size",
+        "actual-size",
+        "format",
+        "cluster-size",
+        "backing-filename",
+        "backing-filename-format",
+    ] {
         assert_eq!(ours.get(key), theirs.get(key), "{key}");
     }
     assert_eq!(ours["full-backing-filename"].as_str().map(|f| f.ends_with("mid.qcow2")), Some(true));
@@ -521,7 +529,10 @@ fn mount_8_and_fstab_work_through_the_helper() {
     "#;
     let out = tool("unshare")
         .args(["--mount", "--propagation", "private", "sh", "-c", script])
-        .env("S", store.beside("").canonicalize().expect("a path").to_str().expect("plain").trim_end_matches('/'))
+        .env(
+            "S",
+            store.beside("").canonicalize().expect("a path").to_str().expect("plain").trim_end_matches('/'),
+        )
         .env("ORACLE", &oracle)
         .succeeds();
     assert!(out.ends_with("all well\n"), "{out}");
@@ -531,8 +542,8 @@ fn mount_8_and_fstab_work_through_the_helper() {
 fn help_names_every_verb_of_this_version() {
     let help = chainfs(&["--help"]).stdin(Stdio::null()).succeeds();
     for verb in [
-        "mount", "umount", "tree", "info", "map", "check", "compare", "diff", "create", "snapshot", "commit", "pull",
-        "cancel", "ls", "cat", "cp", "versions",
+        "mount", "umount", "tree", "info", "map", "check", "compare", "diff", "create", "snapshot", "commit",
+        "pull", "cancel", "ls", "cat", "cp", "versions",
     ] {
         assert!(help.contains(verb), "{verb} in\n{help}");
     }

@@ -1,4 +1,5 @@
-//! Repairs beside a mount: who uses an image keeps it as it is, and who comes after a repair sees the same bytes.
+//! Repairs beside a mount: who uses an image keeps it as it is, and who comes after a repair sees the same
+//! bytes.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -47,7 +48,8 @@ fn whatever_a_mount_has_open_of_an_image_it_is_not_repaired_and_not_changed() {
     let store = leaking();
     let mount = Mount::new(&store);
     let snapshot = "web/snapshots/active@monday.raw";
-    let open = |name: &str, write: bool| File::options().read(true).write(write).open(mount.path(name)).expect(name);
+    let open =
+        |name: &str, write: bool| File::options().read(true).write(write).open(mount.path(name)).expect(name);
     for (name, write) in [("web/active.raw", true), ("web/active.raw", false), (snapshot, false)] {
         let opened = open(name, write);
         let before = fs::read(store.path("web.qcow2")).expect("an image");

@@ -1,5 +1,5 @@
-//! Nobody gets through a shared mount what the kernel would not give on the store itself. The kernel is the judge on both
-//! sides: users that nothing else knows try to read, to write and to give commands.
+//! Nobody gets through a shared mount what the kernel would not give on the store itself. The kernel is the
+//! judge on both sides: users that nothing else knows try to read, to write and to give commands.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -32,7 +32,8 @@ fn acting<T: Send>(uid: u32, groups: &[u32], work: impl FnOnce() -> T + Send) ->
             let ids: Vec<Gid> = groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
             set_thread_groups(&ids).expect("groups");
             // Real and saved ids stay root's: only what files are reached by changes.
-            set_thread_res_gid(None, Gid::from_raw(groups.first().copied().unwrap_or(uid)), None).expect("a group");
+            set_thread_res_gid(None, Gid::from_raw(groups.first().copied().unwrap_or(uid)), None)
+                .expect("a group");
             set_thread_res_uid(None, Uid::from_raw(uid), None).expect("a user");
             work()
         });
@@ -139,7 +140,9 @@ fn a_private_disk_is_not_reached_by_naming_it() {
     written.expect("its owner writes it");
     let problems = mount.text(".chainfs/problems.txt");
     assert!(
-        problems.contains("a/x.qcow2") && problems.contains("uid 2001") && problems.contains("give the image to root")
+        problems.contains("a/x.qcow2")
+            && problems.contains("uid 2001")
+            && problems.contains("give the image to root")
     );
     mount.umount();
 }
@@ -166,7 +169,8 @@ fn a_description_that_does_not_count_is_still_not_cut_off() {
     // Another way to name the same, which is never followed.
     for (name, target) in [("a/x.qcow2", "../b/secret.qcow2"), ("a/y.qcow2", "../b/top.qcow2")] {
         let path = store.path(name);
-        let described = format!(r#"json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{target}"}}}}"#);
+        let described =
+            format!(r#"json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{target}"}}}}"#);
         store.create(name, MIB, "");
         let rebased = ["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", &described];
         tool("qemu-img").args(rebased).arg(&path).succeeds();
@@ -187,14 +191,23 @@ fn a_description_that_does_not_count_is_still_not_cut_off() {
         let control = mount.path("b/top/control").join(verb);
         for uid in [0, B] {
             let refused = acting(uid, &[], || give(&control, words.as_bytes()));
-            assert_eq!(refused, Some(Errno::NOTEMPTY), "{verb} {words}: {}", mount.text("b/top/control/status"));
+            assert_eq!(
+                refused,
+                Some(Errno::NOTEMPTY),
+                "{verb} {words}: {}",
+                mount.text("b/top/control/status")
+            );
         }
-        let status = acting(B, &[], || fs::read_to_string(mount.path("b/top/control/status"))).expect("a status");
+        let status =
+            acting(B, &[], || fs::read_to_string(mount.path("b/top/control/status"))).expect("a status");
         assert!(status.contains("an image that you may not read"), "{status}");
         assert!(!status.contains("x.qcow2") && !status.contains("y.qcow2"), "{status}");
     }
     let after = [fs::read(store.path("b/secret.qcow2")), fs::read(store.path("b/top.qcow2"))];
-    assert!(before.iter().zip(&after).all(|(was, is)| was.as_ref().ok() == is.as_ref().ok()), "nothing is changed");
+    assert!(
+        before.iter().zip(&after).all(|(was, is)| was.as_ref().ok() == is.as_ref().ok()),
+        "nothing is changed"
+    );
     mount.umount();
 }
 
@@ -225,10 +238,14 @@ fn usual_stores_of_libvirt_are_read_and_root_s_base_is_kept() {
     own(&store.path("vm.qcow2"), A, 0o600);
     mode(&store.path("base.raw"), 0o644);
     let mount = Mount::with(&store, "allow_other");
-    assert!(may_read(A, &[], &mount.path("vm/active.raw")) && may_read(A, &[], &mount.path("vm/snapshots/base.raw")));
+    assert!(
+        may_read(A, &[], &mount.path("vm/active.raw"))
+            && may_read(A, &[], &mount.path("vm/snapshots/base.raw"))
+    );
     assert!(!may_read(B, &[], &mount.path("vm/active.raw")));
     let disk = mount.path("vm/active.raw");
-    acting(A, &[], || File::options().write(true).open(&disk)?.write_all_at(b"x", 0)).expect("its owner writes it");
+    acting(A, &[], || File::options().write(true).open(&disk)?.write_all_at(b"x", 0))
+        .expect("its owner writes it");
     let commit = mount.path("vm/control/commit");
     assert_eq!(acting(A, &[], || give(&commit, b"\n")), Some(Errno::ACCESS));
     let status = acting(A, &[], || fs::read_to_string(mount.path("vm/control/status"))).expect("a status");
@@ -292,7 +309,9 @@ fn whom_the_administrator_names_is_judged_as_the_administrator() {
         mode(&store.path(name), 0o600);
     }
     let mount = Mount::with(&store, "allow_other,uid=2001");
-    assert!(may_read(A, &[], &mount.path("vm/active.raw")) && !may_read(B, &[], &mount.path("vm/active.raw")));
+    assert!(
+        may_read(A, &[], &mount.path("vm/active.raw")) && !may_read(B, &[], &mount.path("vm/active.raw"))
+    );
     let snapshot = mount.path("vm/control/snapshot");
     assert_eq!(acting(A, &[], || give(&snapshot, b"monday")), None);
     mount.umount();
@@ -401,7 +420,10 @@ fn no_command_puts_an_image_on_what_its_owner_may_not_read() {
     for (verb, words) in all {
         assert_eq!(give(verb, words), Some(Errno::ACCESS), "{verb} {words}");
         let status = mount.text("vm/control/status");
-        assert!(status.contains("would stand on base.qcow2, which does not count"), "{verb} {words}: {status}");
+        assert!(
+            status.contains("would stand on base.qcow2, which does not count"),
+            "{verb} {words}: {status}"
+        );
     }
     mode(&store.path("base.qcow2"), 0o644);
     assert_eq!(give("clone", "other from=base"), None);
@@ -468,7 +490,8 @@ fn who_reads_a_view_can_read_all_its_layers() {
             let is_directory = path.is_dir();
             let owner = [0, 0, A, B][rng.below(4) as usize];
             chown(&path, Some(owner), Some(3000 + rng.below(3) as u32)).expect("an owner");
-            let modes = if is_directory { [0o755, 0o711, 0o750, 0o705] } else { [0o644, 0o640, 0o604, 0o600] };
+            let modes =
+                if is_directory { [0o755, 0o711, 0o750, 0o705] } else { [0o644, 0o640, 0o604, 0o600] };
             mode(&path, modes[rng.below(4) as usize]);
             if rng.below(4) == 0 {
                 let bits = [0, 5, 7][rng.below(3) as usize];
@@ -484,7 +507,8 @@ fn who_reads_a_view_can_read_all_its_layers() {
             let layers = chain["layers"].as_array().expect("layers");
             for (depth, layer) in layers.iter().enumerate() {
                 let Some(view) = layer["view"].as_str() else { continue };
-                let place = if view == "active" { "active.raw".into() } else { format!("snapshots/{view}.raw") };
+                let place =
+                    if view == "active" { "active.raw".into() } else { format!("snapshots/{view}.raw") };
                 let files = layers[depth..]
                     .iter()
                     .map(|layer| store.path(layer["file"].as_str().expect("a file")))
@@ -492,16 +516,26 @@ fn who_reads_a_view_can_read_all_its_layers() {
                 views.push((mount.path(path).join(place), files));
             }
         }
-        for (uid, groups) in [(A, vec![]), (B, vec![3000]), (A, vec![3001, 3002]), (2003, vec![3001]), (2003, vec![])] {
+        for (uid, groups) in
+            [(A, vec![]), (B, vec![3000]), (A, vec![3001, 3002]), (2003, vec![3001]), (2003, vec![])]
+        {
             let paths: Vec<_> = views.iter().map(|(view, _)| view.clone()).collect();
             let seen = readable(uid, &groups, &paths);
             for ((view, files), is_read) in views.iter().zip(seen) {
                 let all = readable(uid, &groups, files).iter().all(|may| *may);
-                assert!(all || !is_read, "seed {seed}, uid {uid} {groups:?}: {} of {files:?}", view.display());
+                assert!(
+                    all || !is_read,
+                    "seed {seed}, uid {uid} {groups:?}: {} of {files:?}",
+                    view.display()
+                );
                 let described = acting(uid, &groups, || {
                     rustix::fs::getxattr(view, "user.chainfs.format", &mut [0_u8; 64][..]).is_ok()
                 });
-                assert!(all || !described, "seed {seed}, uid {uid} {groups:?}: attributes of {}", view.display());
+                assert!(
+                    all || !described,
+                    "seed {seed}, uid {uid} {groups:?}: attributes of {}",
+                    view.display()
+                );
                 granted += u32::from(is_read);
                 denied += u32::from(all && !is_read);
             }
@@ -631,9 +665,13 @@ fn reports_of_very_many_snapshots_stay_small() {
     many_snapshots(&store.path("vm.qcow2"), 60_000, 800);
     let mount = Mount::with(&store, "nofiles");
     let before = peak_memory(mount.daemon());
-    for file in
-        [".chainfs/chains.json", ".chainfs/tree.txt", ".chainfs/tree.svg", "vm/info/chain.json", "vm/info/tree.txt"]
-    {
+    for file in [
+        ".chainfs/chains.json",
+        ".chainfs/tree.txt",
+        ".chainfs/tree.svg",
+        "vm/info/chain.json",
+        "vm/info/tree.txt",
+    ] {
         let len = mount.text(file).len();
         assert!(len < 8 << 20, "{file} has {len} bytes");
     }

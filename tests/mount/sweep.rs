@@ -72,7 +72,8 @@ fn compressed_clusters_read_as_qemu_reads_them() {
         for (cluster, bytes) in [("4K", 4 * KIB), ("64K", 64 * KIB), ("2M", 2 * MIB)] {
             let dir = format!("{kind}-{cluster}");
             store.dir(&dir);
-            let (raw, base, leaf) = (format!("{dir}.source"), format!("{dir}/base.qcow2"), format!("{dir}/web.qcow2"));
+            let (raw, base, leaf) =
+                (format!("{dir}.source"), format!("{dir}/base.qcow2"), format!("{dir}/web.qcow2"));
             // A size that ends inside a cluster: the last one is compressed as a whole all the same.
             compressible(&store, &raw, 5 * MIB + 512, 400);
             let options = format!("compression_type={kind},cluster_size={cluster}");
@@ -117,7 +118,8 @@ fn extended_l2_entries_read_as_qemu_reads_them() {
     store.dir("compressed");
     store.create("compressed/web.qcow2", SIZE, "extended_l2=on");
     let mut rng = Rng::new(501);
-    let commands = [store.write_compressed(&mut rng, 64 * KIB, 64 * KIB), store.write(&mut rng, 150 * KIB, 3 * KIB)];
+    let commands =
+        [store.write_compressed(&mut rng, 64 * KIB, 64 * KIB), store.write(&mut rng, 150 * KIB, 3 * KIB)];
     store.io("compressed/web.qcow2", "qcow2", commands);
     let mut leaves = leaves.to_vec();
     leaves.push("compressed/web.qcow2".into());
@@ -218,8 +220,10 @@ fn internal_snapshots_are_views() {
     }
     store.img(["snapshot", "-d", "a b", "vm/web.qcow2"]);
     // The oracle must not be fooled either: two snapshots of one layer differ.
-    let two: Vec<_> =
-        views_of(&store, &leaf, "qcow2").into_iter().filter(|v| v.name.starts_with("snapshots/active@")).collect();
+    let two: Vec<_> = views_of(&store, &leaf, "qcow2")
+        .into_iter()
+        .filter(|v| v.name.starts_with("snapshots/active@"))
+        .collect();
     assert_eq!(two.len(), names.len() - 1);
     assert_chains(&store, &[leaf]);
 }
@@ -228,9 +232,12 @@ fn internal_snapshots_are_views() {
 fn internal_snapshots_keep_their_own_size_and_bytes_in_every_cluster_size() {
     let store = Store::new();
     let mut leaves = Vec::new();
-    for (dir, options) in
-        [("small", "cluster_size=512"), ("big", "cluster_size=2M"), ("sub", "extended_l2=on"), ("v2", "compat=0.10")]
-    {
+    for (dir, options) in [
+        ("small", "cluster_size=512"),
+        ("big", "cluster_size=2M"),
+        ("sub", "extended_l2=on"),
+        ("v2", "compat=0.10"),
+    ] {
         store.dir(dir);
         let leaf = format!("{dir}/web.qcow2");
         store.create(&leaf, 2 * MIB, options);
@@ -253,7 +260,11 @@ fn odd_names_of_internal_snapshots_are_percent_encoded_and_repeated_ones_bear_th
     store.create("web.qcow2", MIB, "");
     let names = ["with/slash", "twice", "twice", "two\nlines", ".."];
     for (number, name) in names.iter().enumerate() {
-        store.io("web.qcow2", "qcow2", [store.write(&mut Rng::new(number as u64), number as u64 * 70_000, 70_000)]);
+        store.io(
+            "web.qcow2",
+            "qcow2",
+            [store.write(&mut Rng::new(number as u64), number as u64 * 70_000, 70_000)],
+        );
         store.img(["snapshot", "-c", name, "web.qcow2"]);
     }
     let mount = Mount::new(&store);
@@ -263,7 +274,8 @@ fn odd_names_of_internal_snapshots_are_percent_encoded_and_repeated_ones_bear_th
         [("active@with%2Fslash", "1"), ("active@twice~2", "2"), ("active@twice~3", "3"), ("active@..", "5")]
     {
         let name = format!("snapshots/{name}.raw");
-        let view = View { name, image: "web.qcow2".into(), format: "qcow2".into(), snapshot: Some(id.into()) };
+        let view =
+            View { name, image: "web.qcow2".into(), format: "qcow2".into(), snapshot: Some(id.into()) };
         let oracle = store.try_oracle(&view.image, "qcow2", Some(id)).expect("QEMU reads it");
         assert_same(&mount.path("web").join(&view.name), &oracle);
     }
@@ -336,7 +348,8 @@ fn overlays_may_be_longer_or_shorter_than_what_they_lie_on() {
         store.create(&format!("{dir}/base.qcow2"), base, "");
         store.io(&format!("{dir}/base.qcow2"), "qcow2", [store.write(&mut Rng::new(base), 0, base)]);
         for (name, backing, size) in [("mid", "base", middle), ("web", "mid", leaf)] {
-            let (name, backing, size) = (format!("{dir}/{name}.qcow2"), format!("{backing}.qcow2"), size.to_string());
+            let (name, backing, size) =
+                (format!("{dir}/{name}.qcow2"), format!("{backing}.qcow2"), size.to_string());
             store.img(["create", "-q", "-f", "qcow2", "-b", &backing, "-F", "qcow2", &name, &size]);
             store.io(&name, "qcow2", [store.write(&mut Rng::new(leaf), 100_000, 300_000)]);
         }
@@ -442,7 +455,12 @@ fn dirty_and_corrupt_images_can_be_read() {
         store.scribble(&format!("{name}.qcow2"), "qcow2", 1300);
     }
     let mut crash = tool("qemu-io");
-    crash.current_dir(store.root()).args(["-f", "qcow2", "-c", &store.write(&mut Rng::new(7), 65_536, 70_000)]);
+    crash.current_dir(store.root()).args([
+        "-f",
+        "qcow2",
+        "-c",
+        &store.write(&mut Rng::new(7), 65_536, 70_000),
+    ]);
     crash.args(["-c", "flush", "-c", "abort", "dirty.qcow2"]);
     // timeout(1) hands the signal on by raising it as well.
     let status = crash.output().expect("qemu-io runs").status;
@@ -453,7 +471,9 @@ fn dirty_and_corrupt_images_can_be_read() {
     image.put_u64(header::INCOMPATIBLE, image.u64(header::INCOMPATIBLE) | 2);
     let mount = Mount::new(&store);
     assert_same(&mount.path("corrupt/active.raw"), &store.oracle("corrupt.qcow2", "qcow2"));
-    assert!(mount.text("corrupt/info/problem.txt").contains("is marked as corrupt: it is read, and not written"));
+    assert!(
+        mount.text("corrupt/info/problem.txt").contains("is marked as corrupt: it is read, and not written")
+    );
     mount.umount();
 }
 
@@ -505,13 +525,17 @@ fn what_a_reader_need_not_know_does_not_stop_it() {
     at("compatible").put_u64(header::COMPATIBLE, 1 << 40);
     at("autoclear").put_u64(header::AUTOCLEAR, 1 << 40);
     // An unknown extension and then the end, where the feature names were.
-    at("extension").put(header::V3_LEN, &[&[0x12, 0x34, 0x56, 0x78, 0, 0, 0, 5][..], b"hello\0\0\0", &[0; 8]].concat());
+    at("extension")
+        .put(header::V3_LEN, &[&[0x12, 0x34, 0x56, 0x78, 0, 0, 0, 5][..], b"hello\0\0\0", &[0; 8]].concat());
     at("short").put_u32(header::HEADER_LEN, 104);
     at("short").put(104, &[0; 16]);
     // A header longer than anybody knows, its end filled.
     at("long").put_u32(header::HEADER_LEN, 160);
     at("long").put(112, &[[0x5a; 48], [0; 48]].concat());
-    assert_chains(&store, &["compatible", "autoclear", "extension", "short", "long"].map(|n| format!("{n}.qcow2")));
+    assert_chains(
+        &store,
+        &["compatible", "autoclear", "extension", "short", "long"].map(|n| format!("{n}.qcow2")),
+    );
 }
 
 #[test]
@@ -550,11 +574,15 @@ fn layers_whose_stems_clash_are_all_shown() {
     let shown = mount.names("web/snapshots");
     assert_eq!(shown.len(), 4, "{shown:?}");
     assert!(shown.contains(&"disk.raw.raw".to_owned()), "{shown:?}");
-    for (image, format) in
-        [("a/disk.raw", "raw"), ("a/disk.qcow2", "qcow2"), ("b/disk.qcow2", "qcow2"), ("b/active.qcow2", "qcow2")]
-    {
+    for (image, format) in [
+        ("a/disk.raw", "raw"),
+        ("a/disk.qcow2", "qcow2"),
+        ("b/disk.qcow2", "qcow2"),
+        ("b/active.qcow2", "qcow2"),
+    ] {
         let want = fs::read(store.oracle(image, format)).expect("what QEMU reads");
-        let equal = shown.iter().filter(|n| fs::read(mount.path("web/snapshots").join(n)).expect("a view") == want);
+        let equal =
+            shown.iter().filter(|n| fs::read(mount.path("web/snapshots").join(n)).expect("a view") == want);
         assert_eq!(equal.count(), 1, "{image} is one of {shown:?}");
     }
     assert_same(&mount.path("web/active.raw"), &store.oracle("web.qcow2", "qcow2"));
@@ -609,7 +637,8 @@ fn any_chain(store: &Store, dir: &str, seed: u64) -> String {
     for layer in 0..=rng.below(6) {
         let (file, options) = (format!("l{layer}.qcow2"), any_options(&mut rng));
         let (name, len) = (format!("{dir}/{file}"), size(&mut rng).to_string());
-        let mut create = vec!["create", "-q", "-f", "qcow2", "-o", &options, "-b", &below.0, "-F", below.1, &name];
+        let mut create =
+            vec!["create", "-q", "-f", "qcow2", "-o", &options, "-b", &below.0, "-F", below.1, &name];
         if rng.below(2) == 0 {
             create.push(&len);
         }
@@ -629,8 +658,9 @@ fn chains_of_any_making_read_as_qemu_reads_them() {
     let count = if std::env::var_os("CHAINFS_LONG").is_some() { 150 } else { 4 };
     for first in (0..count).step_by(8) {
         let store = Store::new();
-        let leaves: Vec<String> =
-            (first..count.min(first + 8)).map(|seed| any_chain(&store, &format!("seed{seed}"), seed)).collect();
+        let leaves: Vec<String> = (first..count.min(first + 8))
+            .map(|seed| any_chain(&store, &format!("seed{seed}"), seed))
+            .collect();
         assert_chains(&store, &leaves);
     }
 }

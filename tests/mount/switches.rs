@@ -34,15 +34,19 @@ fn without_a_feature_of_the_kernel_every_view_is_the_same() {
         tool("qemu-io").args(words).arg(mount.path("web/active.raw")).succeeds();
         mount.umount();
         // As QEMU reads what was written.
-        store.io("web.qcow2", "qcow2", ["read -q -P 7 1000 60k", "read -q -P 0 64k 64k", "read -q -P 7 128k 100k"]);
+        store.io(
+            "web.qcow2",
+            "qcow2",
+            ["read -q -P 7 1000 60k", "read -q -P 0 64k 64k", "read -q -P 7 128k 100k"],
+        );
         store.img(["check", "-q", "web.qcow2"]);
     }
 }
 
 /// Maps a disk shared and writable, and changes its first byte through that; python's exit code.
 fn maps(disk: &std::path::Path) -> i32 {
-    let script =
-        "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 4096); m[0] = 55; m.flush()";
+    let script = "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 4096); m[0] = \
+        55; m.flush()";
     tool("python3").args(["-c", script]).arg(disk).outcome().0
 }
 
@@ -68,5 +72,4 @@ fn without_inotify_changes_are_noticed_by_looking_again() {
     mount.umount();
 }
 
-const ALL_OFF: &str =
-    "nopassthrough,noparallelwrites,nosharedmapping,noacl,noreadahead,noseccomp,noinotify,rescan=1,threads=1,cache=1M";
+const ALL_OFF: &str = "nopassthrough,noparallelwrites,nosharedmapping,noacl,noreadahead,noseccomp,noinotify,rescan=1,threads=1,cache=1M";

@@ -29,13 +29,20 @@ fn errno<T>(result: std::io::Result<T>) -> Option<Errno> {
 #[test]
 fn nothing_can_be_changed_through_a_read_only_mount() {
     let store = chain();
-    let before: Vec<Vec<u8>> =
-        ["base.raw", "mid.qcow2", "web.qcow2"].iter().map(|n| fs::read(store.path(n)).expect("an image")).collect();
+    let before: Vec<Vec<u8>> = ["base.raw", "mid.qcow2", "web.qcow2"]
+        .iter()
+        .map(|n| fs::read(store.path(n)).expect("an image"))
+        .collect();
     let mount = Mount::with(&store, "ro");
     let (active, base) = (mount.path("web/active.raw"), mount.path("web/snapshots/base.raw"));
     for view in [&active, &base, &mount.path(".chainfs/tree.txt"), &mount.path("web/info/chain.json")] {
         assert_eq!(errno(OpenOptions::new().write(true).open(view)), Some(Errno::ROFS), "{}", view.display());
-        assert_eq!(errno(OpenOptions::new().append(true).open(view)), Some(Errno::ROFS), "{}", view.display());
+        assert_eq!(
+            errno(OpenOptions::new().append(true).open(view)),
+            Some(Errno::ROFS),
+            "{}",
+            view.display()
+        );
         assert_eq!(errno(fs::remove_file(view)), Some(Errno::ROFS), "{}", view.display());
         assert_eq!(errno(fs::set_permissions(view, fs::Permissions::from_mode(0o777))), Some(Errno::ROFS));
     }
@@ -45,8 +52,10 @@ fn nothing_can_be_changed_through_a_read_only_mount() {
     assert_eq!(errno(fs::rename(&active, mount.path("web/other.raw"))), Some(Errno::ROFS));
     assert_eq!(errno(fs::hard_link(&active, mount.path("web/other.raw"))), Some(Errno::ROFS));
     mount.umount();
-    let after: Vec<Vec<u8>> =
-        ["base.raw", "mid.qcow2", "web.qcow2"].iter().map(|n| fs::read(store.path(n)).expect("an image")).collect();
+    let after: Vec<Vec<u8>> = ["base.raw", "mid.qcow2", "web.qcow2"]
+        .iter()
+        .map(|n| fs::read(store.path(n)).expect("an image"))
+        .collect();
     assert!(before == after, "an image changed");
 }
 
@@ -97,10 +106,20 @@ fn sizes_blocks_times_and_modes_come_from_the_image_files() {
         assert_eq!(shown.len(), 2 * MIB, "{}", view.display());
         assert_eq!(shown.blocks(), file.blocks(), "blocks of {}", view.display());
         assert_eq!((shown.uid(), shown.gid()), (file.uid(), file.gid()), "owner of {}", view.display());
-        assert_eq!((shown.mtime(), shown.mtime_nsec()), (file.mtime(), file.mtime_nsec()), "{}", view.display());
+        assert_eq!(
+            (shown.mtime(), shown.mtime_nsec()),
+            (file.mtime(), file.mtime_nsec()),
+            "{}",
+            view.display()
+        );
         assert!(shown.is_file() && shown.nlink() == 1);
         // By this many bytes cmp(1) and others read.
-        assert!((4096..=MIB).contains(&shown.blksize()), "block size of {}: {}", view.display(), shown.blksize());
+        assert!(
+            (4096..=MIB).contains(&shown.blksize()),
+            "block size of {}: {}",
+            view.display(),
+            shown.blksize()
+        );
     }
     let mode = |view: &str| fs::metadata(mount.path("web").join(view)).expect("a view").mode() & 0o7777;
     assert_eq!(mode("snapshots/mid.raw"), 0o444, "no write bits on snapshots");
@@ -149,7 +168,11 @@ fn others_see_a_mount_only_if_allowed_and_then_by_its_modes() {
     }
     let reads = |path: &Path| {
         let mut cat = tool("setpriv");
-        cat.args(["--reuid=65534", "--regid=65534", "--clear-groups", "head", "-c", "1"]).arg(path).outcome().0 == 0
+        cat.args(["--reuid=65534", "--regid=65534", "--clear-groups", "head", "-c", "1"])
+            .arg(path)
+            .outcome()
+            .0
+            == 0
     };
     let mount = Mount::new(&store);
     assert!(!reads(&mount.path("web/snapshots/base.raw")), "without allow_other the mount is its owner's");
@@ -166,7 +189,8 @@ fn inode_numbers_stay_and_are_never_reused() {
     store.create("other.qcow2", MIB, "");
     let mount = Mount::new(&store);
     let inode = |path: &str| fs::metadata(mount.path(path)).expect("an entry").ino();
-    let paths = [".", "web", "web/active.raw", "web/snapshots", "web/snapshots/mid.raw", "web/info/chain.json"];
+    let paths =
+        [".", "web", "web/active.raw", "web/snapshots", "web/snapshots/mid.raw", "web/info/chain.json"];
     let before = paths.map(inode);
     let mut seen: Vec<u64> = before.to_vec();
     seen.sort_unstable();
@@ -314,7 +338,8 @@ fn opening_and_closing_leaves_no_descriptor_behind() {
     let mount = Mount::new(&store);
     let open_now = || fs::read_dir(format!("/proc/{}/fd", mount.daemon())).expect("descriptors").count();
     let read_all = || {
-        for view in ["web/active.raw", "web/snapshots/mid.raw", "web/snapshots/base.raw", ".chainfs/tree.txt"] {
+        for view in ["web/active.raw", "web/snapshots/mid.raw", "web/snapshots/base.raw", ".chainfs/tree.txt"]
+        {
             drop(fs::read(mount.path(view)).expect("a view"));
         }
     };
@@ -342,8 +367,9 @@ fn more_images_than_descriptors_can_be_open_one_after_the_other() {
     command.args(["-c", "ulimit -n 64 && exec \"$@\"", "sh", chainfs_binary()]);
     let mount = Mount::by(&store, command, &store.root(), &store.beside("mnt"), "").expect("a mount");
     let want = fs::read(store.path("base.raw")).expect("the base");
-    let open: Vec<File> =
-        (0..40).filter_map(|n| File::open(mount.path(format!("web{n:03}/snapshots/base.raw"))).ok()).collect();
+    let open: Vec<File> = (0..40)
+        .filter_map(|n| File::open(mount.path(format!("web{n:03}/snapshots/base.raw"))).ok())
+        .collect();
     assert_eq!(open.len(), 40, "forty openings of one layer take few descriptors");
     for number in 0..150 {
         let have = fs::read(mount.path(format!("web{number:03}/active.raw")));

@@ -24,7 +24,11 @@ fn bytes_of_any_place_and_length_are_written_and_read_and_stay() {
         let mut rng = Rng::new(10);
         for round in 0..60 {
             let at = rng.below(2 * MIB - 1);
-            let len = 1 + rng.below((2 * MIB - at).min(300_000) - 1).min(if round % 2 == 0 { 2000 } else { u64::MAX });
+            let len = 1 + rng.below((2 * MIB - at).min(300_000) - 1).min(if round % 2 == 0 {
+                2000
+            } else {
+                u64::MAX
+            });
             match round % 6 {
                 4 => model.zero(&disk, FallocateFlags::ZERO_RANGE, at, len),
                 5 => model.zero(&disk, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, len),
@@ -83,8 +87,10 @@ fn the_end_of_the_disk_is_that_of_a_block_device() {
         assert_eq!(errno(disk.write_at(&buf, 1 << 40)), Some(Errno::NOSPC));
         assert_eq!(disk.metadata().expect("attributes").len(), 2 * MIB);
         // Nothing of it is beyond the end: that costs no space and changes nothing.
-        fallocate(&disk, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 1 << 40, 4096).expect("nothing");
-        fallocate(&disk, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, 2 * MIB - 512, MIB).expect("a part");
+        fallocate(&disk, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 1 << 40, 4096)
+            .expect("nothing");
+        fallocate(&disk, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, 2 * MIB - 512, MIB)
+            .expect("a part");
         assert_eq!(disk.metadata().expect("attributes").len(), 2 * MIB);
     }
     mount.umount();
@@ -157,7 +163,8 @@ fn direct_and_synchronous_writers_get_what_they_ask_for() {
     let mount = Mount::new(&store);
     let flushes = || {
         let metrics = mount.text(".chainfs/metrics");
-        let line = metrics.lines().find(|line| line.starts_with("chainfs_flushes_total ")).expect("a counter");
+        let line =
+            metrics.lines().find(|line| line.starts_with("chainfs_flushes_total ")).expect("a counter");
         line.split(' ').nth(1).and_then(|n| n.parse::<u64>().ok()).expect("a number")
     };
     for (chain, ..) in LEAVES {
@@ -202,7 +209,9 @@ fn what_nobody_syncs_is_written_back_by_the_clock() {
     disk.write_all_at(&vec![0x5a; 65_536], MIB).expect("a write");
     let shows = || store.try_oracle(Path::new("web.qcow2"), "qcow2", None);
     eventually("QEMU sees it by force", Duration::from_secs(12), || {
-        shows().is_ok_and(|path| fs::read(path).is_ok_and(|b| b[MIB as usize..][..65_536].iter().all(|b| *b == 0x5a)))
+        shows().is_ok_and(|path| {
+            fs::read(path).is_ok_and(|b| b[MIB as usize..][..65_536].iter().all(|b| *b == 0x5a))
+        })
     });
     drop(disk);
     mount.umount();
@@ -266,7 +275,8 @@ fn holes_are_told_of_unless_somebody_may_hold_changed_pages() {
 fn only_active_disks_can_be_written_and_the_tree_cannot_be_changed() {
     let store = chain();
     store.create("done.qcow2", MIB, "");
-    fs::set_permissions(store.path("done.qcow2"), std::os::unix::fs::PermissionsExt::from_mode(0o444)).expect("a mode");
+    fs::set_permissions(store.path("done.qcow2"), std::os::unix::fs::PermissionsExt::from_mode(0o444))
+        .expect("a mode");
     let mount = Mount::new(&store);
     let write = |name: &str| errno(File::options().write(true).open(mount.path(name)));
     assert_eq!(write("web/snapshots/base.raw"), Some(Errno::ROFS));
@@ -356,7 +366,11 @@ fn a_guest_file_system_is_made_written_and_checked_through_the_mount() {
     tool("mke2fs").args(["-q", "-F", "-t", "ext4"]).arg(&active).succeeds();
     let content = store.beside("content");
     fs::File::create(&content).and_then(|mut f| f.write_all(&Rng::new(7).bytes(3 * MIB))).expect("a file");
-    tool("debugfs").args(["-w", "-R"]).arg(format!("write {} content", content.display())).arg(&active).succeeds();
+    tool("debugfs")
+        .args(["-w", "-R"])
+        .arg(format!("write {} content", content.display()))
+        .arg(&active)
+        .succeeds();
     tool("e2fsck").args(["-f", "-n"]).arg(&active).succeeds();
     mount.umount();
     store.img(["check", "-q", "web.qcow2"]);
@@ -376,7 +390,8 @@ fn a_guest_file_system_is_made_written_and_checked_through_the_mount() {
 fn openings_of_every_kind_come_and_go_while_the_store_changes() {
     let store = chain();
     store.img(["snapshot", "-c", "monday", "web.qcow2"]);
-    let monday = fs::read(store.try_oracle(Path::new("web.qcow2"), "qcow2", Some("1")).expect("what QEMU reads"));
+    let monday =
+        fs::read(store.try_oracle(Path::new("web.qcow2"), "qcow2", Some("1")).expect("what QEMU reads"));
     let monday = monday.expect("bytes");
     let mount = Mount::new(&store);
     let ends = std::time::Instant::now()
@@ -406,7 +421,8 @@ fn openings_of_every_kind_come_and_go_while_the_store_changes() {
                             let disk = File::open(&active).expect("a disk");
                             let mut have = vec![0; 512 << 10];
                             disk.read_exact_at(&mut have, base).expect("a read");
-                            for (slot, byte) in own.iter().enumerate().filter_map(|(slot, byte)| Some((slot, (*byte)?)))
+                            for (slot, byte) in
+                                own.iter().enumerate().filter_map(|(slot, byte)| Some((slot, (*byte)?)))
                             {
                                 assert!(
                                     have[slot << 10..][..1024].iter().all(|b| *b == byte),

@@ -56,7 +56,9 @@ fn sigterm_flushes_first_and_a_busy_mount_goes_on_serving() {
     send(Signal::TERM, mount.daemon());
     eventually("QEMU sees it by force", Duration::from_secs(3), || {
         let oracle = store.try_oracle(Path::new("web.qcow2"), "qcow2", None);
-        oracle.is_ok_and(|path| fs::read(path).is_ok_and(|b| b[MIB as usize..][..65_536].iter().all(|b| *b == 0x6b)))
+        oracle.is_ok_and(|path| {
+            fs::read(path).is_ok_and(|b| b[MIB as usize..][..65_536].iter().all(|b| *b == 0x6b))
+        })
     });
     disk.write_all_at(b"still served", 0).expect("a write");
     let mut model = Model::of(&mount.path("web/active.raw"));
@@ -90,7 +92,8 @@ fn after_kill_nine_all_that_was_synced_is_there_and_qemu_finds_leaks_at_most() {
         send(Signal::KILL, mount.daemon());
         drop(open);
         drop(mount);
-        let (code, out, err) = tool("qemu-img").args(["check", "web.qcow2"]).current_dir(store.root()).outcome();
+        let (code, out, err) =
+            tool("qemu-img").args(["check", "web.qcow2"]).current_dir(store.root()).outcome();
         assert!(code == 0 || code == 3, "round {round}: {code}\n{out}{err}");
         for (_, image, format) in LEAVES {
             let bytes = fs::read(store.oracle(image, format)).expect("what QEMU reads");

@@ -86,7 +86,8 @@ fn the_same_commands_leave_the_same_disk_as_qemu_does() {
         }
         fs::copy(store.path(&name), beside.join(&name)).expect("a twin");
         if has_backing {
-            fs::copy(store.path(format!("b{number}.raw")), beside.join(format!("b{number}.raw"))).expect("its base");
+            fs::copy(store.path(format!("b{number}.raw")), beside.join(format!("b{number}.raw")))
+                .expect("its base");
         }
     }
     let mount = Mount::new(&store);
@@ -110,8 +111,11 @@ fn the_same_commands_leave_the_same_disk_as_qemu_does() {
         let name = format!("g{number}.qcow2");
         let twin = beside.join(&name);
         let twin = twin.to_str().expect("a plain path");
-        let (code, out, err) =
-            tool("qemu-img").args(["compare", "-f", "qcow2", "-F", "qcow2"]).arg(store.path(&name)).arg(twin).outcome();
+        let (code, out, err) = tool("qemu-img")
+            .args(["compare", "-f", "qcow2", "-F", "qcow2"])
+            .arg(store.path(&name))
+            .arg(twin)
+            .outcome();
         assert_eq!(code, 0, "{geometry:?}: {out}{err}");
         store.img(["check", "-q", &name]);
         if store.info(&name, "qcow2")["snapshots"].is_array() {
@@ -141,15 +145,21 @@ fn fsx_finds_nothing(options: &str, seed: u64) {
     let store = overlaid(options, 4 * MIB);
     let config = store.beside("fsx.toml");
     // fsx never unmaps what it has read: a process may have 65,530 mappings, so a million operations may
-    // have one in twenty of these. Without msync(2) changed pages stay in the kernel, among writes that go past them.
-    let text = "blockmode = true\nnomsyncafterwrite = true\n[opsize]\nmax = 131072\n[weights]\ntruncate = 0\nread = 2\n\
-                write = 3\nmapread = 0.3\nmapwrite = 1\ninvalidate = 0.2\nfsync = 0.02\nfdatasync = 0.02\npunch_hole = 1\n";
+    // have one in twenty of these. Without msync(2) changed pages stay in the kernel, among writes that go
+    // past them.
+    let text = "blockmode = true\nnomsyncafterwrite = true\n[opsize]\nmax = 131072\n[weights]\ntruncate = \
+        0\nread = 2\n\
+                write = 3\nmapread = 0.3\nmapwrite = 1\ninvalidate = 0.2\nfsync = 0.02\nfdatasync = \
+                0.02\npunch_hole = 1\n";
     fs::write(&config, text).expect("a configuration");
     let mount = Mount::new(&store);
     let operations = amount(5_000, 1_000_000).to_string();
     let mut run = Command::new("timeout");
     run.args(["--kill-after=5", &amount(140, 3600).to_string()]).arg(fsx());
-    run.args(["-q", "-N", &operations, "-S", &seed.to_string(), "-P"]).arg(store.beside("")).arg("-f").arg(&config);
+    run.args(["-q", "-N", &operations, "-S", &seed.to_string(), "-P"])
+        .arg(store.beside(""))
+        .arg("-f")
+        .arg(&config);
     let (code, out, err) = run.arg(mount.path("disk/active.raw")).outcome();
     assert_eq!(code, 0, "{options} seed {seed}: {out}{err}");
     mount.umount();
@@ -191,8 +201,11 @@ fn fio_reads_back_what_it_wrote_and_trimmed_through_a_loop_device() {
     let mount = Mount::new(&store);
     let device = Loop::new(&mount.path("disk/active.raw"));
     // Each block is trimmed, then written.
-    let report =
-        fio(&device.0, size, &["--rw=randtrimwrite", "--direct=1", "--blockalign=512", "--output-format=json"]);
+    let report = fio(
+        &device.0,
+        size,
+        &["--rw=randtrimwrite", "--direct=1", "--blockalign=512", "--output-format=json"],
+    );
     // Its warnings come first.
     let report = &report[report.find('{').expect("fio's report")..];
     let report: serde_json::Value = serde_json::from_str(report).expect("fio speaks JSON");
@@ -275,7 +288,8 @@ fn ext4_on_the_disk_is_mended_by_its_journal_after_the_daemon_was_killed() {
         drop((guest, device));
         mount.abandon();
 
-        let (code, out, _) = tool("qemu-img").args(["check", "disk.qcow2"]).current_dir(store.root()).outcome();
+        let (code, out, _) =
+            tool("qemu-img").args(["check", "disk.qcow2"]).current_dir(store.root()).outcome();
         assert!(code == 0 || code == 3, "round {round}: {out}");
         let mount = Mount::new(&store);
         let device = Loop::new(&mount.path("disk/active.raw"));

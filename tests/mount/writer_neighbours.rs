@@ -42,7 +42,11 @@ fn an_image_that_has_become_a_layer_is_not_written_even_if_nobody_has_told_the_m
     store.overlay("on-cow.qcow2", "cow.qcow2", "qcow2", "");
     for disk in disks {
         let refused = open_rw(&disk);
-        assert!(matches!(refused, Err(Errno::ROFS | Errno::STALE | Errno::NOENT)), "{}: {refused:?}", disk.display());
+        assert!(
+            matches!(refused, Err(Errno::ROFS | Errno::STALE | Errno::NOENT)),
+            "{}: {refused:?}",
+            disk.display()
+        );
     }
     mount.umount();
 }

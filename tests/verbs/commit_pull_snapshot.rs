@@ -110,7 +110,9 @@ fn pulls_leave_every_view_as_it_is() {
 #[test]
 fn sizes_that_differ_are_told_from_what_lies_below() {
     let mib = 1 << 20;
-    for sizes in [[2 * mib, 4 * mib, 4 * mib, 4 * mib, 4 * mib], [4 * mib, 2 * mib, 3 * mib, 3 * mib, 5 * mib]] {
+    for sizes in
+        [[2 * mib, 4 * mib, 4 * mib, 4 * mib, 4 * mib], [4 * mib, 2 * mib, 3 * mib, 3 * mib, 5 * mib]]
+    {
         for raw_base in [false, true] {
             let kind = Kind { raw_base, sizes, ..Kind::PLAIN };
             let lab = Lab::new(kind);
@@ -183,7 +185,9 @@ fn what_is_kept_stays_valid_step_by_step() {
     assert!(lab.content("sn2.qcow2") == sn3);
     assert_done(&lab, "commit top=sn2 base=sn1 keep");
     assert_eq!(lab.chain("web.qcow2"), ["web.qcow2", "sn1.qcow2", "base.qcow2"]);
-    assert!(lab.content("web.qcow2") == web && lab.content("sn2.qcow2") == sn3 && lab.content("sn1.qcow2") == sn3);
+    assert!(
+        lab.content("web.qcow2") == web && lab.content("sn2.qcow2") == sn3 && lab.content("sn1.qcow2") == sn3
+    );
     let store = lab.open();
     let catalog = store.catalog();
     let kept = catalog.chain(std::path::Path::new("sn2")).unwrap();
@@ -201,8 +205,9 @@ fn what_is_kept_stays_valid_step_by_step() {
 fn whatever_others_depend_on_is_not_touched() {
     let lab = Lab::new(Kind { inner: &["sn2"], ..Kind::PLAIN });
     lab.store.overlay("clone.qcow2", "sn1.qcow2", "qcow2", "");
-    let hashes =
-        |lab: &Lab| lab.files().iter().map(|name| std::fs::read(lab.store.path(name)).unwrap()).collect::<Vec<_>>();
+    let hashes = |lab: &Lab| {
+        lab.files().iter().map(|name| std::fs::read(lab.store.path(name)).unwrap()).collect::<Vec<_>>()
+    };
     let before = hashes(&lab);
     for (command, kind, word) in [
         ("commit top=sn3 base=sn1", ErrorKind::NotEmpty, "clone.qcow2"),

@@ -9,7 +9,9 @@ use support::sim::is_long;
 #[test]
 fn a_snapshot_is_there_or_not() {
     Scenario::new("snapshot", "snapshot monday").survives();
-    Scenario::new("snapshot 512", "snapshot monday description='before the upgrade'").options(SMALL).survives();
+    Scenario::new("snapshot 512", "snapshot monday description='before the upgrade'")
+        .options(SMALL)
+        .survives();
 }
 
 #[test]
@@ -70,8 +72,12 @@ fn a_commit_down_to_a_raw_base_is_done_or_not() {
 #[test]
 fn a_commit_between_disks_of_other_sizes_is_done_or_not() {
     let (small, large) = (SIZE / 2, SIZE);
-    Scenario::new("commit grows", "commit top=sn3 base=base").sizes([small, large, large, large, large]).survives();
-    Scenario::new("commit shorter", "commit top=sn3 base=base").sizes([large, small, small, small, large]).survives();
+    Scenario::new("commit grows", "commit top=sn3 base=base")
+        .sizes([small, large, large, large, large])
+        .survives();
+    Scenario::new("commit shorter", "commit top=sn3 base=base")
+        .sizes([large, small, small, small, large])
+        .survives();
 }
 
 #[test]
@@ -131,13 +137,14 @@ fn a_pull_keeps_internal_snapshots() {
     Scenario::new("pull inner web", "pull").inner(&["web"]).survives();
 }
 
-/// A safe rebase of QEMU 10.0.2 writes the header that names the new backing file before the tables that hold what
-/// the old one held: in between, the disk has lost those bytes, and its checker finds nothing wrong.
+/// A safe rebase of QEMU 10.0.2 writes the header that names the new backing file before the tables that hold
+/// what the old one held: in between, the disk has lost those bytes, and its checker finds nothing wrong.
 #[test]
 fn the_judge_sees_what_a_rebase_of_qemu_loses() {
-    let scenario =
-        Scenario { active: &["sn3.qcow2"], ..Scenario::new("qemu-img rebase", "") }.options("cluster_size=4k");
-    let (tape, judge) = scenario.record_program(&["qemu-img", "rebase", "-b", "sn1.qcow2", "-F", "qcow2", "web.qcow2"]);
+    let scenario = Scenario { active: &["sn3.qcow2"], ..Scenario::new("qemu-img rebase", "") }
+        .options("cluster_size=4k");
+    let (tape, judge) =
+        scenario.record_program(&["qemu-img", "rebase", "-b", "sn1.qcow2", "-F", "qcow2", "web.qcow2"]);
     let tally = walk(&tape, &judge, if is_long() { 400 } else { 160 }, usize::MAX);
     let lost = |failure: &&String| failure.contains("web.qcow2: sector") && !failure.contains("ERROR");
     let count = tally.failures.iter().filter(lost).count();
@@ -150,7 +157,8 @@ fn the_judge_sees_what_a_rebase_of_qemu_loses() {
 #[test]
 fn the_judge_sees_what_a_commit_of_qemu_spoils() {
     let scenario = Scenario::new("qemu-img commit", "");
-    let (tape, judge) = scenario.record_program(&["qemu-img", "commit", "-q", "-b", "base.qcow2", "web.qcow2"]);
+    let (tape, judge) =
+        scenario.record_program(&["qemu-img", "commit", "-q", "-b", "base.qcow2", "web.qcow2"]);
     let tally = walk(&tape, &judge, if is_long() { 200 } else { 60 }, usize::MAX);
     let is_spoilt = |failure: &String| failure.starts_with("before the recovery: base.qcow2: at");
     assert!(tally.failures.iter().any(is_spoilt), "{:?}", tally.failures.first());

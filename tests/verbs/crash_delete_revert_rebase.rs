@@ -1,5 +1,5 @@
-//! Delete, revert, rebase, clone and resize, cut off by a crash at any point of their way: every view that is listed
-//! has its bytes, and after the next opening the command is done or was never given.
+//! Delete, revert, rebase, clone and resize, cut off by a crash at any point of their way: every view that is
+//! listed has its bytes, and after the next opening the command is done or was never given.
 
 use crate::scenario::run::{EXTENDED, SIZE, SMALL, Scenario};
 use support::lab::Lab;
@@ -54,7 +54,10 @@ fn a_disk_is_reverted_or_not() {
     closed("revert", "revert to=sn2").survives();
     closed("revert save", "revert to=sn1 save=kept").options(SMALL).survives();
     closed("revert internal", "revert to=active@inner").inner(&["web"]).survives();
-    closed("revert internal save", "revert to=active@inner save=then").options(SMALL).inner(&["web"]).survives();
+    closed("revert internal save", "revert to=active@inner save=then")
+        .options(SMALL)
+        .inner(&["web"])
+        .survives();
     closed("revert internal below", "revert to=sn2@inner").inner(&["sn2"]).survives();
 }
 
@@ -67,9 +70,12 @@ fn a_layer_is_put_elsewhere_or_not() {
     // It is an active disk until something stands on it.
     let onto = |name, command| Scenario { prepare: elsewhere, ..Scenario::new(name, command) };
     Scenario { active: &["elsewhere.qcow2"], ..onto("rebase", "rebase base=elsewhere.qcow2") }.survives();
-    Scenario { active: &["elsewhere.qcow2"], ..onto("rebase below", "rebase layer=sn2 base=elsewhere.qcow2") }
-        .options(SMALL)
-        .survives();
+    Scenario {
+        active: &["elsewhere.qcow2"],
+        ..onto("rebase below", "rebase layer=sn2 base=elsewhere.qcow2")
+    }
+    .options(SMALL)
+    .survives();
     Scenario::new("rebase within", "rebase base=sn1").options(EXTENDED).survives();
     Scenario::new("rebase none", "rebase layer=sn3 base=none").survives();
 }

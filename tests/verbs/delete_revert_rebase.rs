@@ -1,5 +1,5 @@
-//! Delete, revert, rebase, clone and resize on whole chains: what QEMU reads of every other view stays what it was,
-//! and what is made is what `qemu-img` makes on a twin.
+//! Delete, revert, rebase, clone and resize on whole chains: what QEMU reads of every other view stays what
+//! it was, and what is made is what `qemu-img` makes on a twin.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -22,8 +22,8 @@ fn kinds() -> impl Iterator<Item = Kind> {
     KINDS.into_iter().flat_map(|kind| [kind, Kind { raw_base: true, ..kind }])
 }
 
-/// Whether a case is tried with the kind of this number. Without much time it is half of them: every case with some
-/// kinds of clusters, and on a base of either format.
+/// Whether a case is tried with the kind of this number. Without much time it is half of them: every case
+/// with some kinds of clusters, and on a base of either format.
 fn is_tried(number: usize, case: usize) -> bool {
     amount(0, 1) == 1 || (number / 2 + number + case).is_multiple_of(2)
 }
@@ -48,7 +48,9 @@ fn branch(lab: &Lab, layer: &str) {
 fn a_snapshot_goes_up_into_everything_that_stands_on_it() {
     for (number, kind) in kinds().enumerate() {
         for (depth, name) in (1..).zip(["sn1", "sn2", "sn3"]) {
-            for has_two in [false, true].into_iter().filter(|has_two| is_tried(number, depth + usize::from(*has_two))) {
+            for has_two in
+                [false, true].into_iter().filter(|has_two| is_tried(number, depth + usize::from(*has_two)))
+            {
                 let lab = Lab::new(kind);
                 let twin = Lab::new(kind);
                 let mut views = files(&lab);
@@ -92,7 +94,10 @@ fn what_stands_on_a_snapshot_comes_down_into_it_and_keeps_its_name() {
             let above = LAYERS[depth + 1];
             if lab.format(name) == "raw" {
                 // The headers above state another format than the one that it would be.
-                assert_eq!(lab.refused(&format!("delete {name} method=commit")).kind(), ErrorKind::Unsupported);
+                assert_eq!(
+                    lab.refused(&format!("delete {name} method=commit")).kind(),
+                    ErrorKind::Unsupported
+                );
                 continue;
             }
             let views: Vec<String> = files(&lab).into_iter().filter(|file| *file != lab.file(name)).collect();
@@ -102,8 +107,8 @@ fn what_stands_on_a_snapshot_comes_down_into_it_and_keeps_its_name() {
             assert!(before == lab.contents(&views), "{name}, {}", kind.options);
             lab.assert_clean();
             assert_eq!(lab.files().len(), 4, "{:?}", lab.files());
-            // The notes' first method on the layer above, by QEMU: it is merged into the snapshot's file, which
-            // everybody above is then told to stand on.
+            // The notes' first method on the layer above, by QEMU: it is merged into the snapshot's file,
+            // which everybody above is then told to stand on.
             twin.store.img(["commit", "-q", "-d", &twin.file(above)]);
             if let Some(next) = LAYERS.get(depth + 2) {
                 twin.store.img(["rebase", "-u", "-b", &twin.file(name), "-F", "qcow2", &twin.file(next)]);
@@ -165,7 +170,12 @@ fn internal_snapshots_go_and_nothing_else_changes() {
         let listed = lab.store.img(["snapshot", "-l", "web.qcow2"]);
         assert!(listed.contains("second") && !listed.contains("inner"), "{listed}");
         assert_done(&lab, "delete sn2@inner");
-        assert!(before.iter().filter(|(view, _)| !view.contains('@')).all(|(view, bytes)| lab.content(view) == *bytes));
+        assert!(
+            before
+                .iter()
+                .filter(|(view, _)| !view.contains('@'))
+                .all(|(view, bytes)| lab.content(view) == *bytes)
+        );
         assert_eq!(lab.store.img(["snapshot", "-l", "sn2.qcow2"]).trim(), "");
         lab.assert_clean();
     }
@@ -195,10 +205,16 @@ fn what_cannot_be_deleted_says_why_and_stays() {
         ("resize -8M shrink", ErrorKind::Usage, "nothing would be left"),
         ("resize 7E", ErrorKind::TooLarge, "L1 table"),
     ] {
-        let before: Vec<Vec<u8>> = lab.files().iter().map(|name| fs::read(lab.store.path(name)).unwrap()).collect();
+        let before: Vec<Vec<u8>> =
+            lab.files().iter().map(|name| fs::read(lab.store.path(name)).unwrap()).collect();
         let error = lab.refused(command);
-        assert!(error.kind() == kind && error.to_string().contains(word), "{command}: {:?}: {error}", error.kind());
-        let after: Vec<Vec<u8>> = lab.files().iter().map(|name| fs::read(lab.store.path(name)).unwrap()).collect();
+        assert!(
+            error.kind() == kind && error.to_string().contains(word),
+            "{command}: {:?}: {error}",
+            error.kind()
+        );
+        let after: Vec<Vec<u8>> =
+            lab.files().iter().map(|name| fs::read(lab.store.path(name)).unwrap()).collect();
         assert!(before == after, "{command}");
     }
     // The last layer, and one that is alone.
@@ -219,7 +235,8 @@ fn the_disk_becomes_what_a_snapshot_shows() {
             let wanted = lab.content(&lab.file(to));
             let views = ["base.qcow2", "sn1.qcow2", "sn2.qcow2", "sn3.qcow2"];
             let (before, web) = (lab.contents(&views), lab.content("web.qcow2"));
-            let command = format!("revert to={to}{}", save.map(|name| format!(" save={name}")).unwrap_or_default());
+            let command =
+                format!("revert to={to}{}", save.map(|name| format!(" save={name}")).unwrap_or_default());
             assert_done(&lab, &command);
             assert!(lab.content("web.qcow2") == wanted, "{command}");
             assert!(before == lab.contents(&views), "{command}");
@@ -257,7 +274,11 @@ fn internal_snapshots_are_applied_or_copied() {
         assert!(lab.content("web.qcow2") == web && before == lab.contents(&views), "{}", kind.options);
         lab.assert_clean();
         // One of a layer below: nothing can stand on it.
-        assert_eq!(lab.refused("revert to=sn2@inner").kind(), ErrorKind::NotEmpty, "the disk's own would be lost");
+        assert_eq!(
+            lab.refused("revert to=sn2@inner").kind(),
+            ErrorKind::NotEmpty,
+            "the disk's own would be lost"
+        );
         assert_done(&lab, "revert to=sn2@inner discard-internal");
         assert!(lab.content("web.qcow2") == before["sn2.qcow2@inner"]);
         assert_eq!(lab.chain("web.qcow2")[1..], ["sn1.qcow2", "base.qcow2"]);
@@ -337,7 +358,9 @@ fn a_layer_is_put_on_another_file_and_shows_what_it_did() {
             let views: Vec<String> = files(&lab);
             let views: Vec<&str> = views.iter().map(String::as_str).chain([other]).collect();
             let before = lab.contents(&views);
-            for (layer, base) in [("sn2", other), ("active", "none"), ("active", other), ("active", "base.qcow2")] {
+            for (layer, base) in
+                [("sn2", other), ("active", "none"), ("active", other), ("active", "base.qcow2")]
+            {
                 assert_done(&lab, &format!("rebase layer={layer} base={base}"));
                 let file = if layer == "active" { "web.qcow2" } else { "sn2.qcow2" };
                 assert!(before == lab.contents(&views), "{layer} onto {base}, {}", kind.options);
@@ -411,8 +434,8 @@ fn a_disk_grows_and_shrinks_and_nothing_of_what_lies_below_comes_back() {
     }
 }
 
-/// What the disk would be if QEMU applied its internal snapshot: reading that beside a disk of another size, it takes
-/// that one's.
+/// What the disk would be if QEMU applied its internal snapshot: reading that beside a disk of another size,
+/// it takes that one's.
 fn applied_by_qemu(lab: &Lab) -> Vec<u8> {
     fs::copy(lab.store.path("web.qcow2"), lab.store.path("copy.qcow2")).unwrap();
     lab.store.img(["snapshot", "-a", "inner", "copy.qcow2"]);
@@ -441,7 +464,9 @@ fn a_raw_disk_is_resized() {
     lab.store.raw("plain.raw", 3 << 20, 9);
     let before = lab.content("plain.raw");
     let engine = Engine::new(&lab.open());
-    let done = |command: &str| assert_eq!(run(&engine, "plain", command).unwrap().state, JobState::Done, "{command}");
+    let done = |command: &str| {
+        assert_eq!(run(&engine, "plain", command).unwrap().state, JobState::Done, "{command}");
+    };
     done("resize 1M shrink");
     done("resize 2M");
     let now = lab.content("plain.raw");
@@ -498,7 +523,10 @@ fn persistent_bitmaps_are_named_before_they_are_lost() {
             continue;
         }
         let error = lab.refused(command);
-        assert!(error.to_string().contains(word) && error.to_string().contains("bitmap"), "{command}: {error}");
+        assert!(
+            error.to_string().contains(word) && error.to_string().contains("bitmap"),
+            "{command}: {error}"
+        );
     }
     lab.store.img(["bitmap", "--add", "sn3.qcow2", "weekly"]);
     assert_done(&lab, "delete sn2 method=pull discard-bitmaps");
@@ -593,7 +621,11 @@ fn what_is_so_already_is_done() {
         let request = chainfs::ops::Request::parse_command(command.as_bytes()).expect("a command");
         let plan = engine.plan(Path::new("web"), &request).expect("a plan");
         assert!(plan.refusals.is_empty() && plan.bytes == 0, "{command}");
-        assert!(plan.notes.iter().any(|note| note.contains("nothing is left to do")), "{command}: {:?}", plan.notes);
+        assert!(
+            plan.notes.iter().any(|note| note.contains("nothing is left to do")),
+            "{command}: {:?}",
+            plan.notes
+        );
     }
     drop(disk);
     assert!(fs::read(lab.store.path("web.qcow2")).expect("the image") == before, "nothing was written");
@@ -607,7 +639,8 @@ fn what_is_so_already_is_done() {
 fn holes_of_what_lies_below_take_no_space_and_no_time() {
     const LARGE: u64 = 1 << 40;
     for (base, format) in [("thin.raw", "raw"), ("promised.qcow2", "qcow2")] {
-        for command in ["pull", "rebase base=none", "clone copy from=active@inner", "delete sn1 method=pull"] {
+        for command in ["pull", "rebase base=none", "clone copy from=active@inner", "delete sn1 method=pull"]
+        {
             let lab = Lab::new(Kind { sizes: [1 << 20; 5], ..Kind::PLAIN });
             let store = &lab.store;
             lab.files().iter().for_each(|file| fs::remove_file(store.path(file)).expect("a layer"));
@@ -626,7 +659,8 @@ fn holes_of_what_lies_below_take_no_space_and_no_time() {
             let plan = engine.plan(Path::new("web"), &request).expect("a plan");
             assert!(plan.refusals.is_empty(), "{base}, {command}: {:?}", plan.refusals);
             assert!(plan.bytes <= 256 << 10, "{base}, {command}: {} bytes", plan.bytes);
-            let status = run(&engine, "web", command).unwrap_or_else(|error| panic!("{base}, {command}: {error}"));
+            let status =
+                run(&engine, "web", command).unwrap_or_else(|error| panic!("{base}, {command}: {error}"));
             assert_eq!(status.state, JobState::Done, "{base}, {command}: {:?}", status.error);
             drop(engine);
             for file in lab.files().iter().filter(|file| **file != base) {
@@ -638,8 +672,8 @@ fn holes_of_what_lies_below_take_no_space_and_no_time() {
     }
 }
 
-/// A relative backing name is looked for from the directory of the name by which an image is reached: of several names
-/// only one may lead there, and by that one a header has to name it.
+/// A relative backing name is looked for from the directory of the name by which an image is reached: of
+/// several names only one may lead there, and by that one a header has to name it.
 #[test]
 fn what_finds_its_base_by_another_of_its_names_is_named_by_that() {
     // The name that leads to base, the other one, and whether the former is a symbolic link to the latter.

@@ -1,5 +1,5 @@
-//! Snapshot, commit and pull while a call to the machine fails: the command is done or refused, every view that
-//! is listed has its bytes at once, and the next opening leads to the chain before or after.
+//! Snapshot, commit and pull while a call to the machine fails: the command is done or refused, every view
+//! that is listed has its bytes at once, and the next opening leads to the chain before or after.
 
 use std::fs;
 use std::sync::Arc;
@@ -75,7 +75,13 @@ fn command(scenario: &Scenario, engine: &Arc<Engine>) -> Result<(), String> {
     }
 }
 
-fn one(scenario: &Scenario, start: &Scene, judge: &Judge, fault: Fault, tally: &mut Tally) -> Result<(), String> {
+fn one(
+    scenario: &Scenario,
+    start: &Scene,
+    judge: &Judge,
+    fault: Fault,
+    tally: &mut Tally,
+) -> Result<(), String> {
     let (_place, root) = made(start);
     let recorder = Recorder::new(&root, false);
     let store = Store::open_on(&root, options(false), Arc::new(recorder.clone())).expect("a store");
@@ -99,10 +105,13 @@ fn one(scenario: &Scenario, start: &Scene, judge: &Judge, fault: Fault, tally: &
     store.rescan().map_err(|error| told(error.to_string()))?;
     drop(guest);
     store.rescan().map_err(|error| told(error.to_string()))?;
-    judge.listed(&store, usize::MAX, judge.live_inode(&root)).map_err(|error| told(format!("at once: {error}")))?;
+    judge
+        .listed(&store, usize::MAX, judge.live_inode(&root))
+        .map_err(|error| told(format!("at once: {error}")))?;
     engine.stop();
     // A disk that goes on failing keeps even a draft from being removed.
-    let is_left = !store.catalog().intents.is_empty() || files(&root).iter().any(|name| name.contains(".chainfs-"));
+    let is_left =
+        !store.catalog().intents.is_empty() || files(&root).iter().any(|name| name.contains(".chainfs-"));
     drop((store, engine));
     judge.at_once(&root, usize::MAX).map_err(told)?;
     // Where nothing is left to be taken up, it has been done or called back.
@@ -129,7 +138,10 @@ fn a_snapshot_that_fails_is_not_there() {
     sweep(&Scenario { frozen: Some("monday.qcow2"), ..quiet("snapshot", "snapshot monday") });
     let file = quiet("snapshot file", "snapshot monday file=other.qcow2");
     sweep(&Scenario { live: ("web.qcow2", "other.qcow2"), frozen: Some("web.qcow2"), ..file });
-    sweep(&Scenario { frozen: Some("web.qcow2@monday"), ..quiet("snapshot internal", "snapshot monday internal") });
+    sweep(&Scenario {
+        frozen: Some("web.qcow2@monday"),
+        ..quiet("snapshot internal", "snapshot monday internal")
+    });
 }
 
 #[test]
@@ -179,7 +191,12 @@ fn closed(name: &'static str, command: &'static str) -> Scenario {
         lab.store.create("other.qcow2", SIZE, "");
         lab.store.scribble("other.qcow2", "qcow2", 31);
     };
-    Scenario { prepare: other, live: ("other.qcow2", "other.qcow2"), active: &["web.qcow2"], ..quiet(name, command) }
+    Scenario {
+        prepare: other,
+        live: ("other.qcow2", "other.qcow2"),
+        active: &["web.qcow2"],
+        ..quiet(name, command)
+    }
 }
 
 #[test]
@@ -195,7 +212,10 @@ fn a_rebase_a_clone_or_a_resize_that_fails_has_done_nothing_or_all() {
     sweep(&quiet("rebase", "rebase base=none"));
     sweep(&quiet("rebase below", "rebase layer=sn2 base=base"));
     sweep(&Scenario { active: &["new.qcow2"], ..quiet("clone", "clone new from=sn2") });
-    sweep(&Scenario { active: &["new.qcow2"], ..quiet("clone internal", "clone new from=sn2@inner") }.inner(&["sn2"]));
+    sweep(
+        &Scenario { active: &["new.qcow2"], ..quiet("clone internal", "clone new from=sn2@inner") }
+            .inner(&["sn2"]),
+    );
     sweep(&closed("rebase unsafe", "rebase layer=sn2 base=base unsafe drop-layers"));
     sweep(&closed("shrink", "resize 200K shrink"));
 }

@@ -1,5 +1,5 @@
-//! After a crash, a file is taken for the one that was meant only if that is proven; what is not understood keeps its
-//! secret; and a command that is taken up asks all its refusals again.
+//! After a crash, a file is taken for the one that was meant only if that is proven; what is not understood
+//! keeps its secret; and a command that is taken up asks all its refusals again.
 
 use std::fs;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
@@ -51,7 +51,8 @@ fn shown(store: &Arc<Store>) -> Vec<(String, Vec<u8>)> {
 /// Takes up what is there to be taken up; how it ended.
 fn taken_up(store: &Arc<Store>) -> Option<String> {
     let engine = Engine::new(store);
-    let chains: Vec<PathBuf> = store.catalog().intents.iter().map(|found| found.intent.chain.clone()).collect();
+    let chains: Vec<PathBuf> =
+        store.catalog().intents.iter().map(|found| found.intent.chain.clone()).collect();
     engine.resume();
     let mut error = None;
     for chain in chains {
@@ -101,7 +102,9 @@ impl Commit {
         let top = store.open_view(&catalog, &catalog.layers(leaf)[2..], ViewPart::Active, false).unwrap();
         let mut base = witness(&lab.store, "base.raw", true);
         base.will_be_written();
-        let Some(chainfs::store::Evidence::Raw { samples, .. }) = &mut base.evidence else { unreachable!("it is raw") };
+        let Some(chainfs::store::Evidence::Raw { samples, .. }) = &mut base.evidence else {
+            unreachable!("it is raw")
+        };
         assert!(!samples.is_empty());
         for sample in samples {
             let mut bytes = [0; 512];
@@ -173,7 +176,11 @@ fn contents(root: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 
 /// The ways in which people copy a store as a whole.
 fn copies() -> [&'static str; 3] {
-    ["cp -a \"$1\" \"$2\"", "mkdir \"$2\" && tar -C \"$1\" -cf - . | tar -C \"$2\" -xf -", "cp -r \"$1\" \"$2\""]
+    [
+        "cp -a \"$1\" \"$2\"",
+        "mkdir \"$2\" && tar -C \"$1\" -cf - . | tar -C \"$2\" -xf -",
+        "cp -r \"$1\" \"$2\"",
+    ]
 }
 
 fn copy(way: &str, from: &Path, to: &Path) {
@@ -228,7 +235,18 @@ fn what_was_changed_in_its_place_is_not_taken_for_what_it_was() {
     Commit::listed(&commit.root());
     let commit = Commit::new();
     let size = SIZE.to_string();
-    commit.lab.store.img(["create", "-q", "-f", "qcow2", "-b", "sn1.qcow2", "-F", "qcow2", "sn2.qcow2", &size]);
+    commit.lab.store.img([
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        "sn1.qcow2",
+        "-F",
+        "qcow2",
+        "sn2.qcow2",
+        &size,
+    ]);
     commit.assert_refused("sn2.qcow2");
 }
 
@@ -283,7 +301,8 @@ fn a_new_disk_with_the_name_of_a_merged_layer_stays() {
     assert!(fs::read(&path).unwrap() == disk, "it is somebody else's");
 }
 
-/// A commit of the active layer that was cut off right after base had got its new name: from then on guests write base.
+/// A commit of the active layer that was cut off right after base had got its new name: from then on guests
+/// write base.
 #[test]
 fn a_guest_may_have_rewritten_the_new_active_disk_before_the_crash() {
     // A base of the disk's own stem, one that gets its name, and one of another extension.
@@ -364,9 +383,11 @@ fn a_command_that_is_taken_up_asks_all_refusals_again() {
         commit.assert_refused("read-only");
         mode(name, 0o644);
     }
-    let store =
-        Store::open(&commit.root(), StoreOptions { readonly: vec![glob::Pattern::new("base*").unwrap()], ..options() })
-            .unwrap();
+    let store = Store::open(
+        &commit.root(),
+        StoreOptions { readonly: vec![glob::Pattern::new("base*").unwrap()], ..options() },
+    )
+    .unwrap();
     assert!(taken_up(&store).unwrap().contains("read-only"));
     // It goes by another name besides.
     let link = commit.lab.store.beside("link.raw");
@@ -399,7 +420,8 @@ fn a_pull_that_is_taken_up_asks_again_and_removes_no_other_file() {
     let lab = Lab::new(Kind::PLAIN);
     let before = lab.contents(&["sn3.qcow2", "web.qcow2"]);
     pull(&lab, &["sn2.qcow2"]);
-    let mode = |mode| fs::set_permissions(lab.store.path("sn3.qcow2"), fs::Permissions::from_mode(mode)).unwrap();
+    let mode =
+        |mode| fs::set_permissions(lab.store.path("sn3.qcow2"), fs::Permissions::from_mode(mode)).unwrap();
     mode(0o444);
     assert!(taken_up(&open(&lab.store.root())).unwrap().contains("read-only"));
     mode(0o644);
@@ -536,7 +558,8 @@ fn an_intent_that_nobody_understands_hides_all_it_could_have_spoilt() {
         assert!(matches!(refused.kind(), ErrorKind::Busy | ErrorKind::Usage), "{how}: {refused}");
         assert!(contents(&commit.root()) == files, "{how}");
         // Until somebody says in so many words that it does not count.
-        let recover = |args: &[&str]| tool(chainfs_binary()).arg("recover").args(args).arg(commit.root()).outcome();
+        let recover =
+            |args: &[&str]| tool(chainfs_binary()).arg("recover").args(args).arg(commit.root()).outcome();
         let (code, out, _) = recover(&["--dry-run"]);
         assert!(code == 1 && out.contains("--forget left"), "{how}: {out}");
         let (code, out, err) = recover(&["--forget", "left"]);
@@ -560,7 +583,8 @@ fn a_directory_of_intents_that_cannot_be_listed_hides_everything() {
 #[test]
 fn recover_shows_and_does_what_is_possible() {
     let commit = Commit::new();
-    let recover = |args: &[&str]| tool(chainfs_binary()).arg("recover").args(args).arg(commit.root()).outcome();
+    let recover =
+        |args: &[&str]| tool(chainfs_binary()).arg("recover").args(args).arg(commit.root()).outcome();
     let files = contents(&commit.root());
     let (code, out, _) = recover(&["--dry-run"]);
     let words = ["commit top=sn2 base=base (chain web)", "base.raw is there", "would be resumed"];
@@ -731,7 +755,8 @@ fn what_a_command_does_not_keep_is_said_before_and_after() {
 fn bitmaps_that_cannot_be_read_are_not_none() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.img(["bitmap", "--add", "sn3.qcow2", "b0"]);
-    let info = tool("qemu-img").args(["info", "-U", "--output=json"]).arg(lab.store.path("sn3.qcow2")).succeeds();
+    let info =
+        tool("qemu-img").args(["info", "-U", "--output=json"]).arg(lab.store.path("sn3.qcow2")).succeeds();
     assert!(info.contains("b0"));
     assert_eq!(lab.refused("commit top=sn3 base=sn2").kind(), ErrorKind::NotEmpty);
     // Its directory is nonsense: the offset in the extension's directory stays, the entry goes.
@@ -753,8 +778,9 @@ fn a_command_that_cannot_note_its_end_is_refused_before_it_writes() {
         lab.store.dir(".chainfs");
         lab.store.put(".chainfs/frozen.toml", b"][");
         let root = lab.store.root();
-        let images =
-            || -> Vec<_> { contents(&root).into_iter().filter(|(path, _)| !path.starts_with(".chainfs")).collect() };
+        let images = || -> Vec<_> {
+            contents(&root).into_iter().filter(|(path, _)| !path.starts_with(".chainfs")).collect()
+        };
         let before = images();
         let error = lab.refused(command);
         assert!(error.to_string().contains("frozen.toml"), "{command}: {error}");
@@ -779,8 +805,9 @@ fn what_has_another_name_or_is_only_read_is_not_marked() {
             engine.stop();
             fs::read(&file).unwrap() == before
         };
-        let kept =
-            commands(&|file| fs::hard_link(file, file.parent().unwrap().parent().unwrap().join("mine")).unwrap());
+        let kept = commands(&|file| {
+            fs::hard_link(file, file.parent().unwrap().parent().unwrap().join("mine")).unwrap();
+        });
         assert!(kept, "{command}: it has another name");
         let kept = commands(&|file| fs::set_permissions(file, fs::Permissions::from_mode(0o444)).unwrap());
         assert!(kept, "{command}: it is only read");
@@ -812,7 +839,10 @@ fn a_note_that_others_could_have_written_hides_and_is_not_carried_out() {
         assert!(fs::read(commit.lab.store.path("base.raw")).unwrap() == before, "{what}");
         drop(store);
         let (code, out, err) = tool(chainfs_binary()).arg("recover").arg(commit.lab.store.root()).outcome();
-        assert!(code != 0 && format!("{out}{err}").contains("other users could have written"), "{what}: {out}{err}");
+        assert!(
+            code != 0 && format!("{out}{err}").contains("other users could have written"),
+            "{what}: {out}{err}"
+        );
         assert!(fs::read(commit.lab.store.path("base.raw")).unwrap() == before, "{what}");
     }
 }

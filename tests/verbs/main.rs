@@ -1,4 +1,5 @@
-//! Commands on real stores by the library, without a mount: what they do, and what a crash or an error leaves of them.
+//! Commands on real stores by the library, without a mount: what they do, and what a crash or an error leaves
+//! of them.
 
 mod commit_pull_snapshot;
 mod crash_commit_pull_snapshot;

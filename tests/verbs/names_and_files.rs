@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use chainfs::error::ErrorKind;
 use chainfs::ops::{Engine, JobState};
 use chainfs::store::{
-    Access, CommitOperation, FileRef, Format, NewTop, Operation, PullOperation, SnapshotOperation, StoreOptions,
+    Access, CommitOperation, FileRef, Format, NewTop, Operation, PullOperation, SnapshotOperation,
+    StoreOptions,
 };
 use support::intents::{leave, witness};
 use support::lab::{Kind, Lab, run};
@@ -63,7 +64,8 @@ fn disks_of_one_directory_do_not_get_one_name() {
 
 #[test]
 fn no_file_gets_a_name_by_which_it_is_read_otherwise() {
-    for command in ["snapshot sn file=over.raw", "snapshot sn file=over.img", "snapshot sn file=over.invalid"] {
+    for command in ["snapshot sn file=over.raw", "snapshot sn file=over.img", "snapshot sn file=over.invalid"]
+    {
         let lab = Lab::new(Kind::PLAIN);
         let error = lab.refused(command);
         assert!(error.kind() == ErrorKind::Usage, "{command}: {error}");
@@ -99,7 +101,9 @@ fn a_raw_base_falls_to_a_name_by_which_it_is_raw() {
 fn a_shorter_base_that_grows_shows_nothing_of_what_is_below_it() {
     for sizes in [[4 * MIB, 2 * MIB, 4 * MIB, 4 * MIB, 5 * MIB], [4 * MIB, MIB, 3 * MIB, 2 * MIB, 4 * MIB]] {
         for options in ["", "compat=0.10", "cluster_size=2M"] {
-            for command in ["commit top=sn3 base=sn1", "commit top=sn2 base=sn1", "commit base=sn1", "pull base=sn1"] {
+            for command in
+                ["commit top=sn3 base=sn1", "commit top=sn2 base=sn1", "commit base=sn1", "pull base=sn1"]
+            {
                 let lab = Lab::new(Kind { options, sizes, ..Kind::PLAIN });
                 let before = lab.content("web.qcow2");
                 assert_done(&lab, command);
@@ -213,11 +217,13 @@ fn a_commit_whose_top_was_taken_away_is_not_taken_for_done() {
     leave(&lab.store, "commit", "web", deed);
     let away = lab.store.beside("sn2.qcow2");
     fs::rename(lab.store.path("sn2.qcow2"), &away).unwrap();
-    let files: Vec<_> = lab.files().into_iter().map(|name| (fs::read(lab.store.path(&name)).unwrap(), name)).collect();
+    let files: Vec<_> =
+        lab.files().into_iter().map(|name| (fs::read(lab.store.path(&name)).unwrap(), name)).collect();
     let engine = Engine::new(&lab.open());
     engine.resume();
     engine.stop();
-    let now: Vec<_> = lab.files().into_iter().map(|name| (fs::read(lab.store.path(&name)).unwrap(), name)).collect();
+    let now: Vec<_> =
+        lab.files().into_iter().map(|name| (fs::read(lab.store.path(&name)).unwrap(), name)).collect();
     assert!(files == now, "nothing is changed: {:?}", lab.files());
 }
 
@@ -233,7 +239,12 @@ fn a_snapshot_that_is_taken_up_replaces_no_other_file() {
         name: "web.qcow2".into(),
         backing: None,
     }];
-    let deed = Operation::Snapshot(SnapshotOperation { seconds: 1, nanoseconds: 0, description: String::new(), disks });
+    let deed = Operation::Snapshot(SnapshotOperation {
+        seconds: 1,
+        nanoseconds: 0,
+        description: String::new(),
+        disks,
+    });
     leave(&lab.store, "snapshot monday", "web", deed);
     // The second name was given; then the user has put a copy into the place of the first.
     fs::rename(lab.store.path("web.qcow2"), lab.store.path("monday.qcow2")).unwrap();
@@ -287,7 +298,10 @@ fn a_single_raw_image_keeps_its_chain() {
     let before = lab.content("disk.raw");
     let options = StoreOptions { notify: false, ..StoreOptions::default() };
     for command in ["snapshot monday", "snapshot tuesday file=new.qcow2"] {
-        let place = ["disk.qcow2", "disk.raw"].map(|name| lab.store.path(name)).into_iter().find(|path| path.exists());
+        let place = ["disk.qcow2", "disk.raw"]
+            .map(|name| lab.store.path(name))
+            .into_iter()
+            .find(|path| path.exists());
         let store = chainfs::store::Store::open(&place.unwrap(), options.clone()).unwrap();
         let status = run(&Engine::new(&store), "", command).unwrap();
         assert_eq!(status.state, JobState::Done, "{command}: {:?}", status.error);
@@ -303,7 +317,8 @@ fn a_single_raw_image_keeps_its_chain() {
 fn an_internal_snapshot_is_of_one_disk() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.create("db.qcow2", MIB, "");
-    let error = run(&Engine::new(&lab.open()), ".chainfs", "snapshot monday internal chains=web,db").unwrap_err();
+    let error =
+        run(&Engine::new(&lab.open()), ".chainfs", "snapshot monday internal chains=web,db").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Usage);
 }
 

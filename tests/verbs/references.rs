@@ -1,6 +1,6 @@
-//! Who uses whom, where that is not plain: images that cannot be read, names that are not followed, images of other
-//! programs, and headers that a guest may have written. What may be stood on is shown and read, and neither written nor
-//! changed by a command; whoever may stand on it is named, with what helps.
+//! Who uses whom, where that is not plain: images that cannot be read, names that are not followed, images of
+//! other programs, and headers that a guest may have written. What may be stood on is shown and read, and
+//! neither written nor changed by a command; whoever may stand on it is named, with what helps.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _, symlink};
@@ -46,7 +46,11 @@ fn refusal_to_write(store: &Arc<Opened>, chain: &str) -> Option<String> {
     let leaf = catalog.chain(Path::new(chain)).unwrap_or_else(|| panic!("no chain {chain}"));
     let layers = catalog.layers(leaf);
     assert!(catalog.is_active(leaf), "{chain} has no active disk");
-    drop(store.open_active(&catalog, &layers, Access::Read).unwrap_or_else(|error| panic!("reading {chain}: {error}")));
+    drop(
+        store
+            .open_active(&catalog, &layers, Access::Read)
+            .unwrap_or_else(|error| panic!("reading {chain}: {error}")),
+    );
     store.open_active(&catalog, &layers, Access::Write).map(drop).err().map(|error| error.to_string())
 }
 
@@ -110,7 +114,10 @@ fn an_extension_that_stands_twice_is_read_as_qemu_reads_it() {
     let at = u64::from(top.u32(header::HEADER_LEN));
     let name_at = at + 5 * 8;
     let format = [0xe279_2aca_u32.to_be_bytes(), 5_u32.to_be_bytes()].concat();
-    top.put(at, &[format.clone(), b"wrong\0\0\0".to_vec(), format, b"qcow2\0\0\0".to_vec(), vec![0; 8]].concat());
+    top.put(
+        at,
+        &[format.clone(), b"wrong\0\0\0".to_vec(), format, b"qcow2\0\0\0".to_vec(), vec![0; 8]].concat(),
+    );
     top.put(name_at, b"base.qcow2");
     top.put_u64(header::BACKING_OFFSET, name_at);
     assert_eq!(store.info("top.qcow2", "qcow2")["backing-filename-format"], "qcow2");
@@ -123,11 +130,14 @@ fn an_extension_that_stands_twice_is_read_as_qemu_reads_it() {
     store.io("other.qcow2", "qcow2", ["write -q -P 7 0 1M"]);
     assert_eq!(refusal_of(&open(&store), "top", "rebase base=other.qcow2 unsafe drop-layers"), None);
     let info = store.info("top.qcow2", "qcow2");
-    assert_eq!((&info["backing-filename"], &info["backing-filename-format"]), (&"other.qcow2".into(), &"qcow2".into()));
+    assert_eq!(
+        (&info["backing-filename"], &info["backing-filename-format"]),
+        (&"other.qcow2".into(), &"qcow2".into())
+    );
 }
 
-/// Ways to have somebody in the store of whom nobody can tell what he stands on: base.qcow2 is neither written nor
-/// changed, whoever it is is named, and one option ends it.
+/// Ways to have somebody in the store of whom nobody can tell what he stands on: base.qcow2 is neither
+/// written nor changed, whoever it is is named, and one option ends it.
 #[test]
 // S3
 fn whoever_cannot_be_understood_may_stand_on_anything_until_the_user_says_otherwise() {
@@ -187,7 +197,8 @@ fn whoever_cannot_be_understood_may_stand_on_anything_until_the_user_says_otherw
         let told = problems(&opened);
         assert!(told.contains(word) && told.contains("standalone="), "{what}: {told}");
         for command in ["snapshot s1", "resize 2M", "snapshot s1 internal"] {
-            let why = refusal_of(&opened, "base", command).unwrap_or_else(|| panic!("{what}: {command} was done"));
+            let why =
+                refusal_of(&opened, "base", command).unwrap_or_else(|| panic!("{what}: {command} was done"));
             assert!(why.contains(word), "{what}: {command}: {why}");
         }
         let opened = open_with(&store, |options| {
@@ -277,7 +288,12 @@ fn a_header_in_a_raw_disk_counts_unless_it_is_known_to_be_the_guests() {
     fs::remove_file(store.path("top.qcow2")).expect("an overlay");
     store.raw("disk.raw", MIB, 3);
     Mount::new(&store).umount();
-    File::options().write(true).open(store.path("disk.raw")).unwrap().write_all_at(&header[..4096], 0).unwrap();
+    File::options()
+        .write(true)
+        .open(store.path("disk.raw"))
+        .unwrap()
+        .write_all_at(&header[..4096], 0)
+        .unwrap();
     assert_eq!(refusal_to_write(&open(&store), "base"), None);
 }
 
@@ -292,7 +308,8 @@ fn images_of_other_programs_keep_what_they_need() {
             store.raw("data.raw", MIB, 4);
             store.put(
                 &name,
-                b"# Disk DescriptorFile\nversion=1\ncreateType=\"monolithicFlat\"\nRW 2048 FLAT \"data.raw\" 0\n",
+                b"# Disk DescriptorFile\nversion=1\ncreateType=\"monolithicFlat\"\nRW 2048 FLAT \"data.raw\" \
+                    0\n",
             );
         } else {
             store.img(["create", "-q", "-f", format, "-b", "base.qcow2", "-F", "qcow2", &name]);
@@ -317,7 +334,10 @@ fn an_image_of_another_format_is_no_raw_disk_unless_the_user_says_so() {
     let mount = Mount::new(&store);
     let told = mount.text(".chainfs/problems.txt");
     for name in ["a.vmdk: ", "b.vdi: ", "c.vhdx: ", "d.img: ", "e.vpc: "] {
-        assert!(told.lines().any(|line| line.starts_with(name) && line.contains("format=")), "{name} in {told}");
+        assert!(
+            told.lines().any(|line| line.starts_with(name) && line.contains("format=")),
+            "{name} in {told}"
+        );
     }
     assert_eq!(chains(&mount), ["d"], "only what is called a disk is shown, as broken");
     assert!(!mount.path("d/active.raw").exists());
@@ -326,11 +346,12 @@ fn an_image_of_another_format_is_no_raw_disk_unless_the_user_says_so() {
     assert!(!single.path("active.raw").exists());
     assert!(single.text("info/problem.txt").contains("vmdk"), "{}", single.text("info/problem.txt"));
     single.umount();
-    let single =
-        Mount::try_new(&store, &store.path("a.vmdk"), &store.beside("mnt"), "format=a.vmdk:raw").expect("a mount");
+    let single = Mount::try_new(&store, &store.path("a.vmdk"), &store.beside("mnt"), "format=a.vmdk:raw")
+        .expect("a mount");
     assert!(single.path("active.raw").exists());
     single.umount();
-    let (code, out, _) = tool(chainfs_binary()).args(["info", "--output", "json"]).arg(store.path("a.vmdk")).outcome();
+    let (code, out, _) =
+        tool(chainfs_binary()).args(["info", "--output", "json"]).arg(store.path("a.vmdk")).outcome();
     assert!(code == 1 && out.contains("\"format\": \"vmdk\""), "{code} {out}");
     let tree = tool(chainfs_binary()).arg("tree").arg(store.path("a.vmdk")).succeeds();
     assert!(tree.contains("vmdk") && !tree.contains("writable"), "{tree}");
@@ -374,7 +395,8 @@ fn a_store_in_a_marked_store_counts_who_uses_its_images_from_outside() {
     store.overlay("lone-user.qcow2", "sub/lone.qcow2", "qcow2", "");
     store.dir(".chainfs");
     let inner = || {
-        Opened::open(&store.path("sub"), StoreOptions { notify: false, ..StoreOptions::default() }).expect("a store")
+        Opened::open(&store.path("sub"), StoreOptions { notify: false, ..StoreOptions::default() })
+            .expect("a store")
     };
     let why = refusal_of(&inner(), "vm", "commit top=s1 base=base").expect("a refusal");
     assert!(why.contains("user.qcow2"), "{why}");
@@ -419,18 +441,23 @@ fn names_of_an_image_that_is_named_by_a_link_are_meant_from_the_link() {
     let mount = Mount::new(&store);
     assert_same(&mount.path("up/active.raw"), &store.oracle("up.qcow2", "qcow2"));
     mount.umount();
-    let single = Mount::try_new(&store, &store.path("link.qcow2"), &store.beside("mnt"), "").expect("a mount");
+    let single =
+        Mount::try_new(&store, &store.path("link.qcow2"), &store.beside("mnt"), "").expect("a mount");
     assert_same(&single.path("active.raw"), &store.oracle("link.qcow2", "qcow2"));
     single.umount();
-    // A file of that name beside the image itself: now the two names stand on two files, and neither is guessed.
+    // A file of that name beside the image itself: now the two names stand on two files, and neither is
+    // guessed.
     store.create("sub/base.qcow2", MIB, "");
     let opened = open(&store);
     assert!(problems(&opened).contains("link.qcow2"), "{}", problems(&opened));
     let catalog = opened.catalog();
     let leaf = catalog.chain(Path::new("up")).expect("a chain");
-    assert!(catalog.view_problem(&catalog.layers(leaf)).is_some_and(|why| why.contains("another backing file")));
+    assert!(
+        catalog.view_problem(&catalog.layers(leaf)).is_some_and(|why| why.contains("another backing file"))
+    );
     assert!(refusal_to_write(&opened, "base").is_some(), "QEMU reads base by the link");
-    let single = Mount::try_new(&store, &store.path("link.qcow2"), &store.beside("mnt"), "").expect("a mount");
+    let single =
+        Mount::try_new(&store, &store.path("link.qcow2"), &store.beside("mnt"), "").expect("a mount");
     assert_same(&single.path("active.raw"), &store.oracle("link.qcow2", "qcow2"));
     single.umount();
 }
@@ -554,7 +581,13 @@ fn standalone_can_be_said_in_the_configuration_and_on_the_command_line() {
     store.put("lost.qcow2", &[1; 4096]);
     let snapshot = |options: &[&str]| {
         let mut command = tool(chainfs_binary());
-        command.arg("snapshot").args(options).arg("--store").arg(store.root()).arg(store.path("base.qcow2")).arg("s1");
+        command
+            .arg("snapshot")
+            .args(options)
+            .arg("--store")
+            .arg(store.root())
+            .arg(store.path("base.qcow2"))
+            .arg("s1");
         command.env("XDG_CONFIG_HOME", store.beside("config"));
         command
     };
@@ -623,7 +656,11 @@ fn a_link_to_a_file_of_the_store_that_is_gone_claims_nothing() {
     let mount = Mount::new(&store);
     let disk = fs::File::options().write(true).open(mount.path("vm/active.raw")).expect("a writable disk");
     drop(disk);
-    assert!(mount.text(".chainfs/problems.txt").starts_with("link.qcow2: is a symbolic link that cannot be followed"));
+    assert!(
+        mount
+            .text(".chainfs/problems.txt")
+            .starts_with("link.qcow2: is a symbolic link that cannot be followed")
+    );
     mount.umount();
     // One that leads elsewhere may be an overlay of anything.
     fs::remove_file(store.path("link.qcow2")).unwrap();

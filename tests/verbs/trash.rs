@@ -1,5 +1,5 @@
-//! What commands remove although it still shows what it did can be had back, for as long as the user wants and as
-//! nothing changes below it.
+//! What commands remove although it still shows what it did can be had back, for as long as the user wants
+//! and as nothing changes below it.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -19,7 +19,8 @@ fn open(lab: &Lab, trash: Option<Duration>) -> Arc<Store> {
 }
 
 fn done(store: &Arc<Store>, command: &str) {
-    let status = run(&Engine::new(store), "web", command).unwrap_or_else(|error| panic!("{command}: {error}"));
+    let status =
+        run(&Engine::new(store), "web", command).unwrap_or_else(|error| panic!("{command}: {error}"));
     assert_eq!(status.state, JobState::Done, "{command}: {:?}", status.error);
 }
 
@@ -40,8 +41,14 @@ fn a_deleted_snapshot_comes_back_with_its_bytes_and_stays_frozen() {
         let items = store.trash().unwrap();
         assert_eq!((names(&items), &*items[0].command), (vec!["sn2.qcow2"], "delete sn2 method=pull"));
         assert_eq!(store.restore("nothing", None).unwrap_err().kind(), ErrorKind::NotFound);
-        assert_eq!(store.restore(&items[0].id, Some(OsStr::new("../x"))).unwrap_err().kind(), ErrorKind::Usage);
-        assert_eq!(store.restore(&items[0].id, Some(OsStr::new("sn3.qcow2"))).unwrap_err().kind(), ErrorKind::Exists);
+        assert_eq!(
+            store.restore(&items[0].id, Some(OsStr::new("../x"))).unwrap_err().kind(),
+            ErrorKind::Usage
+        );
+        assert_eq!(
+            store.restore(&items[0].id, Some(OsStr::new("sn3.qcow2"))).unwrap_err().kind(),
+            ErrorKind::Exists
+        );
         store.restore(&items[0].id, None).unwrap();
         assert!(before == lab.contents(&["sn2.qcow2", "web.qcow2"]));
         let catalog = store.catalog();
@@ -91,7 +98,11 @@ fn what_would_show_something_else_goes_before_it_does() {
     // It stands on sn1, and that is merged into.
     let request = chainfs::ops::Request::parse_command(b"commit top=sn3 base=sn1").unwrap();
     let plan = Engine::new(&store).plan(Path::new("web"), &request).unwrap();
-    assert!(plan.notes.iter().any(|note| note.contains("sn2.qcow2") && note.contains("trash")), "{:?}", plan.notes);
+    assert!(
+        plan.notes.iter().any(|note| note.contains("sn2.qcow2") && note.contains("trash")),
+        "{:?}",
+        plan.notes
+    );
     done(&store, "commit top=sn3 base=sn1");
     assert!(store.trash().unwrap().is_empty());
     // What is merged is no trash: others show it.
@@ -129,12 +140,15 @@ fn the_command_line_and_the_mount_list_and_restore() {
     let json = tool(chainfs_binary()).args(["trash", "--json"]).arg(lab.store.root()).succeeds();
     let value: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!((value[0]["id"].as_str(), value[0]["filename"].as_str()), (Some(id), Some("sn2.qcow2")));
-    let said =
-        tool(chainfs_binary()).args(["trash", "--restore", id, "--name", "again.qcow2"]).arg(mount.dir()).succeeds();
+    let said = tool(chainfs_binary())
+        .args(["trash", "--restore", id, "--name", "again.qcow2"])
+        .arg(mount.dir())
+        .succeeds();
     assert_eq!(said, "again.qcow2\n");
     eventually("it is shown", support::active::NOTICED, || mount.path("again/snapshots/again.raw").exists());
     assert!(std::fs::read(mount.path("again/snapshots/again.raw")).unwrap() == before);
-    let (code, _, err) = tool(chainfs_binary()).args(["trash", "--remove", id]).arg(lab.store.root()).outcome();
+    let (code, _, err) =
+        tool(chainfs_binary()).args(["trash", "--remove", id]).arg(lab.store.root()).outcome();
     assert!(code == 1 && err.contains("not in the trash"), "{err}");
     mount.umount();
 }

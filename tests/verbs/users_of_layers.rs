@@ -1,5 +1,5 @@
-//! What deletes, reverts, rebases and the trash must not do to those who have something open, who stand on what
-//! they change, or who write while they are at work.
+//! What deletes, reverts, rebases and the trash must not do to those who have something open, who stand on
+//! what they change, or who write while they are at work.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -12,8 +12,8 @@ use chainfs::error::ErrorKind;
 use chainfs::image::write::Zeroing;
 use chainfs::ops::{Engine, JobState, Request};
 use chainfs::store::{
-    Access, ActiveHandle, Intent, NewTop, OpenDisk, Operation, PullOperation, SnapshotOperation, Store, StoreOptions,
-    ViewPart,
+    Access, ActiveHandle, Intent, NewTop, OpenDisk, Operation, PullOperation, SnapshotOperation, Store,
+    StoreOptions, ViewPart,
 };
 use support::foreign::Qemu;
 use support::intents::witness;
@@ -29,7 +29,8 @@ fn open(lab: &Lab, trash: bool) -> Arc<Store> {
 }
 
 fn done(store: &Arc<Store>, chain: &str, command: &str) {
-    let status = run(&Engine::new(store), chain, command).unwrap_or_else(|error| panic!("{command}: {error}"));
+    let status =
+        run(&Engine::new(store), chain, command).unwrap_or_else(|error| panic!("{command}: {error}"));
     assert_eq!(status.state, JobState::Done, "{command}: {:?}", status.error);
 }
 
@@ -102,7 +103,8 @@ fn an_internal_snapshot_that_is_gone_is_not_opened_by_old_news() {
     assert_eq!(late.unwrap_err().kind(), ErrorKind::Stale);
 }
 
-/// Does something to a disk while a command is at work on it; what the disk showed then, and shows when it is done.
+/// Does something to a disk while a command is at work on it; what the disk showed then, and shows when it is
+/// done.
 fn while_at_work(
     lab: &Lab,
     command: &str,
@@ -141,7 +143,18 @@ fn a_disk_that_grows_during_a_command_shows_zeroes_whatever_lies_below_then() {
             let lab = Lab::new(Kind::PLAIN);
             lab.store.create("full.qcow2", 3 * size, "");
             lab.store.io("full.qcow2", "qcow2", ["write -q -P 0x55 0 24M"]);
-            lab.store.img(["create", "-q", "-f", "qcow2", "-b", "full.qcow2", "-F", "qcow2", "mid.qcow2", "8M"]);
+            lab.store.img([
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-b",
+                "full.qcow2",
+                "-F",
+                "qcow2",
+                "mid.qcow2",
+                "8M",
+            ]);
             lab.store.io("mid.qcow2", "qcow2", ["write -q -P 0x44 0 8M"]);
             lab.store.overlay("disk.qcow2", "mid.qcow2", "qcow2", version);
             let grow = |disk: &ActiveHandle| {
@@ -178,12 +191,27 @@ fn what_a_guest_discards_behind_a_fill_stays_zero() {
 #[test]
 fn a_disk_that_others_use_is_neither_reverted_nor_shrunk() {
     let lab = Lab::new(Kind { inner: &["web"], ..Kind::PLAIN });
-    let far = ["create", "-q", "-u", "-f", "qcow2", "-b", "/elsewhere/web.qcow2", "-F", "qcow2", "user.qcow2", "4M"];
+    let far = [
+        "create",
+        "-q",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        "/elsewhere/web.qcow2",
+        "-F",
+        "qcow2",
+        "user.qcow2",
+        "4M",
+    ];
     lab.store.img(far);
     for command in ["revert to=sn1 discard-internal", "revert to=active@inner", "resize 1M shrink"] {
         let error = lab.refused(command);
         // What it names cannot be followed, and may be this disk.
-        assert!(error.kind() == ErrorKind::Forbidden && error.to_string().contains("user.qcow2"), "{command}: {error}");
+        assert!(
+            error.kind() == ErrorKind::Forbidden && error.to_string().contains("user.qcow2"),
+            "{command}: {error}"
+        );
     }
     // One image of a store that is mounted by itself: the store is asked.
     let lab = Lab::new(Kind::PLAIN);
@@ -196,7 +224,10 @@ fn a_disk_that_others_use_is_neither_reverted_nor_shrunk() {
     assert!(written.kind() == ErrorKind::ReadOnly && written.to_string().contains("user.qcow2"), "{written}");
     for command in ["revert to=sn1", "resize 1M shrink"] {
         let error = run(&Engine::new(&store), "", command).unwrap_err();
-        assert!(error.kind() == ErrorKind::NotEmpty && error.to_string().contains("user.qcow2"), "{command}: {error}");
+        assert!(
+            error.kind() == ErrorKind::NotEmpty && error.to_string().contains("user.qcow2"),
+            "{command}: {error}"
+        );
     }
     assert!(lab.content("user.qcow2") == before);
 }
@@ -209,13 +240,23 @@ fn only_the_name_is_not_changed_under_another_chain() {
     let before = lab.content("clone.qcow2");
     for layer in ["sn2", "sn1"] {
         let error = lab.refused(&format!("rebase layer={layer} base=other.qcow2 unsafe"));
-        assert!(error.kind() == ErrorKind::NotEmpty && error.to_string().contains("clone.qcow2"), "{layer}: {error}");
+        assert!(
+            error.kind() == ErrorKind::NotEmpty && error.to_string().contains("clone.qcow2"),
+            "{layer}: {error}"
+        );
     }
     assert!(lab.content("clone.qcow2") == before);
 }
 
 /// Leaves an intent as its owner would who is killed right after it, and takes it up.
-fn taken_up(lab: &Lab, store: Arc<Store>, trash: bool, command: &str, chain: &str, deed: Operation) -> Arc<Store> {
+fn taken_up(
+    lab: &Lab,
+    store: Arc<Store>,
+    trash: bool,
+    command: &str,
+    chain: &str,
+    deed: Operation,
+) -> Arc<Store> {
     let names = store.guard_names();
     store.guard().prepare(&*names).unwrap();
     drop(store.guard().begin(&*names, "x", &Intent::new(command, Path::new(chain), deed)).unwrap());
@@ -238,7 +279,8 @@ fn what_a_leaf_stood_on_stays_frozen_though_its_deletion_was_cut_off() {
     let kept = catalog.chain(Path::new("kept")).unwrap();
     let named = |index: usize| witness(&lab.store, &catalog.images[index].shown(), false);
     let between = vec![named(catalog.layers(kept)[1])];
-    let deed = Operation::Pull(PullOperation { into: vec![], base: None, remove: vec![named(kept)], between });
+    let deed =
+        Operation::Pull(PullOperation { into: vec![], base: None, remove: vec![named(kept)], between });
     let store = taken_up(&lab, store, false, "delete kept", "kept", deed);
     let catalog = store.catalog();
     assert!(!lab.store.path("kept.qcow2").exists());
@@ -320,7 +362,11 @@ fn nothing_comes_back_from_the_trash_as_what_it_is_not() {
     done(&store, "web", "delete sn2 method=pull");
     let id = store.trash().unwrap()[0].id.clone();
     for name in ["again.raw", "again.invalid", ".chainfs-again.qcow2", "again.img"] {
-        assert_eq!(store.restore(&id, Some(OsStr::new(name))).unwrap_err().kind(), ErrorKind::Usage, "{name}");
+        assert_eq!(
+            store.restore(&id, Some(OsStr::new(name))).unwrap_err().kind(),
+            ErrorKind::Usage,
+            "{name}"
+        );
     }
     store.restore(&id, Some(OsStr::new("again.qcow2"))).unwrap();
 }

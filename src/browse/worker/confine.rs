@@ -57,7 +57,11 @@ const REFUSED: libc::c_long = libc::SYS_openat;
 fn bound_calls() -> [(libc::c_long, u8, u64, u64); 3] {
     let exec = libc::PROT_EXEC.unsigned_abs().into();
     let own = std::process::id().into();
-    [(libc::SYS_mmap, 2, exec, 0), (libc::SYS_mprotect, 2, exec, 0), (libc::SYS_tgkill, 0, u32::MAX.into(), own)]
+    [
+        (libc::SYS_mmap, 2, exec, 0),
+        (libc::SYS_mprotect, 2, exec, 0),
+        (libc::SYS_tgkill, 0, u32::MAX.into(), own),
+    ]
 }
 
 /// Drops all rights that the daemon's user has, root's among them: without them no limit can be raised again.
@@ -65,7 +69,8 @@ fn bound_calls() -> [(libc::c_long, u8, u64, u64); 3] {
 pub(super) fn drop_rights() -> Result<()> {
     let fail = |error: rustix::io::Errno| Error::io("dropping a worker's rights", error);
     let none = CapabilitySet::empty();
-    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none }).map_err(fail)?;
+    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
+        .map_err(fail)?;
     set_no_new_privs(true).map_err(fail)
 }
 
@@ -74,7 +79,8 @@ pub(super) fn limit() -> Result<()> {
     // Guest data must not appear in core dumps. If a core pattern pipes dumps to a program, the kernel checks
     // this limit only if it is 1; no dump file is that short.
     // G1: the parser cannot open descriptors, whatever it is made to do.
-    let limits = [(Resource::As, ADDRESSES), (Resource::Nofile, 0), (Resource::Fsize, 0), (Resource::Core, 1)];
+    let limits =
+        [(Resource::As, ADDRESSES), (Resource::Nofile, 0), (Resource::Fsize, 0), (Resource::Core, 1)];
     for (resource, limit) in limits {
         setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) })
             .map_err(|error| Error::io("limiting a worker", error))?;
@@ -84,7 +90,8 @@ pub(super) fn limit() -> Result<()> {
 
 /// Restricts all threads to the listed system calls; any other call kills the process.
 pub(super) fn filter() -> Result<()> {
-    let fail = |error: String| Error::new(ErrorKind::Io, format!("installing a worker's seccomp filter: {error}"));
+    let fail =
+        |error: String| Error::new(ErrorKind::Io, format!("installing a worker's seccomp filter: {error}"));
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
     for (call, argument, bits, value) in bound_calls() {
         let equal = SeccompCmpOp::MaskedEq(bits);
@@ -106,7 +113,9 @@ fn install(
     listed: SeccompAction,
 ) -> std::result::Result<(), String> {
     let architecture = std::env::consts::ARCH.try_into().map_err(|error| format!("{error}"))?;
-    let filter = SeccompFilter::new(rules, others, listed, architecture).map_err(|error| error.to_string())?;
-    let program: BpfProgram = filter.try_into().map_err(|error: seccompiler::BackendError| error.to_string())?;
+    let filter =
+        SeccompFilter::new(rules, others, listed, architecture).map_err(|error| error.to_string())?;
+    let program: BpfProgram =
+        filter.try_into().map_err(|error: seccompiler::BackendError| error.to_string())?;
     apply_filter_all_threads(&program).map_err(|error| error.to_string())
 }

@@ -152,7 +152,8 @@ impl Worker {
                     self.discard(&process);
                     tracing::warn!("a file-system worker exited unexpectedly: {error}");
                     if is_retry {
-                        let fact = "the file-system worker crashed twice on this request; the disk may be damaged";
+                        let fact =
+                            "the file-system worker crashed twice on this request; the disk may be damaged";
                         return Err(Error::new(ErrorKind::Io, fact));
                     }
                     is_retry = true;
@@ -175,7 +176,9 @@ impl Worker {
             return false;
         }
         // A request in progress holds the process, too.
-        let Some(process) = state.process.take_if(|process| Arc::strong_count(process) == 1) else { return false };
+        let Some(process) = state.process.take_if(|process| Arc::strong_count(process) == 1) else {
+            return false;
+        };
         drop(state);
         process.kill();
         true
@@ -267,7 +270,15 @@ impl WorkerProcess {
         let id = child.id();
         let channels = [first, second].map(|socket| Mutex::new(Channel::new(socket)));
         let (next_channel, is_killed) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Ok(Self { child: Mutex::new(child), id, channels, _life: life, next_channel, is_killed, _permit: permit })
+        Ok(Self {
+            child: Mutex::new(child),
+            id,
+            channels,
+            _life: life,
+            next_channel,
+            is_killed,
+            _permit: permit,
+        })
     }
 
     fn kill(&self) {
@@ -281,7 +292,11 @@ impl WorkerProcess {
     /// A channel without a request in progress, and its number.
     fn channel(&self) -> (MutexGuard<'_, Channel>, usize) {
         // If none is free, callers wait for the channels in turn.
-        let free = self.channels.iter().enumerate().find_map(|(number, channel)| Some((channel.try_lock()?, number)));
+        let free = self
+            .channels
+            .iter()
+            .enumerate()
+            .find_map(|(number, channel)| Some((channel.try_lock()?, number)));
         free.unwrap_or_else(|| {
             let number = self.next_channel.fetch_add(1, Ordering::Relaxed) % self.channels.len();
             (self.channels[number].lock(), number)

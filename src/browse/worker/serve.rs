@@ -23,8 +23,8 @@ use super::channel::Channel;
 use super::confine;
 use super::process::channel_name;
 use super::protocol::{
-    Answer, FIRST_RUNS_LEN, Failure, FromWorker, LIST_LEN, ListedEntry, Listing, Mounted, OpenedFile, READ_LEN,
-    RUNS_LEN, RUNS_SPAN, Request, ToWorker, VolumeId,
+    Answer, FIRST_RUNS_LEN, Failure, FromWorker, LIST_LEN, ListedEntry, Listing, Mounted, OpenedFile,
+    READ_LEN, RUNS_LEN, RUNS_SPAN, Request, ToWorker, VolumeId,
 };
 use super::remote::{ChunkCache, RemoteDisk, fail_on_transient, set_channel, with_channel};
 
@@ -64,7 +64,8 @@ fn run(confined: bool) -> Result<()> {
     ];
     // A panic's message has no reader; the daemon reports it.
     std::panic::set_hook(Box::new(|_| {}));
-    let state = Arc::new(WorkerState { sets: Mutex::new(LruCache::new(SETS)), chunks: Arc::new(ChunkCache::new()) });
+    let state =
+        Arc::new(WorkerState { sets: Mutex::new(LruCache::new(SETS)), chunks: Arc::new(ChunkCache::new()) });
     // Threads cannot be created in the sandbox, and none may work outside it.
     let ready = Arc::new(Barrier::new(channels.len() + 1));
     let is_confined: Arc<StdMutex<bool>> = Arc::default();
@@ -117,8 +118,10 @@ impl WorkerState {
             let (message, _) = with_channel(|channel| channel.receive::<ToWorker>(&mut || Ok(())))?;
             let mut payload = Vec::new();
             let answer = match message {
-                ToWorker::Request(request) => catch_unwind(AssertUnwindSafe(|| self.answer(request, &mut payload)))
-                    .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "a bug in a file-system reader"))),
+                ToWorker::Request(request) => {
+                    catch_unwind(AssertUnwindSafe(|| self.answer(request, &mut payload)))
+                        .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "a bug in a file-system reader")))
+                }
                 ToWorker::Keys(_) | ToWorker::Bytes | ToWorker::Refused(_) => {
                     Err(Error::new(ErrorKind::Io, "an answer without a question"))
                 }
@@ -151,7 +154,9 @@ impl WorkerState {
             Request::List(volume, directory, from) => {
                 self.with(volume, |fs| listing(fs, directory, from).map(Answer::Listed))
             }
-            Request::Attributes(volume, ino) => self.with(volume, |fs| fs.attributes(ino).map(Answer::Attributes)),
+            Request::Attributes(volume, ino) => {
+                self.with(volume, |fs| fs.attributes(ino).map(Answer::Attributes))
+            }
             Request::ReadLink(volume, ino) => self.with(volume, |fs| fs.read_link(ino).map(Answer::Link)),
             Request::OpenFile(volume, ino) => self.with(volume, |fs| {
                 let found = fs.attributes(ino)?;
@@ -228,7 +233,8 @@ impl DiskSet {
 fn opened<'a>(layout: &'a VolumeLayout, open: &'a [Option<Arc<dyn FileSystem>>]) -> Vec<OpenedVolume<'a>> {
     let volumes = layout.volumes.iter().zip(open);
     let described = |(volume, open): (&'a Volume, &'a Option<Arc<dyn FileSystem>>)| {
-        let partition = layout.partitions.iter().find(|partition| volume.name == format!("p{}", partition.number));
+        let partition =
+            layout.partitions.iter().find(|partition| volume.name == format!("p{}", partition.number));
         Some(OpenedVolume {
             name: &volume.name,
             files: &**open.as_ref()?,

@@ -21,8 +21,10 @@ pub struct LookArgs {
 /// The arguments of `ls`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Operands are written IMAGE[@VIEW]:/VOLUME/PATH. IMAGE: alone lists the volumes. VOLUME is one of these names, or root \
-for the volume with the operating system. VIEW is an internal snapshot of the image, by name or id, or a view of its \
+Operands are written IMAGE[@VIEW]:/VOLUME/PATH. IMAGE: alone lists the volumes. VOLUME is one of these \
+names, or root \
+for the volume with the operating system. VIEW is an internal snapshot of the image, by name or id, or a \
+view of its \
 chain (base, active@monday). Paths in a mount are accepted as well: MOUNT/web01/files/sn1/p1/etc.
 Nothing is mounted and nothing is written. No process may have the image open for writing, unless -U.
 
@@ -79,10 +81,14 @@ pub struct CatArgs {
 /// The arguments of `cp`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Sources are written as for `chainfs ls`. DEST is a directory, or the new name of a single source. A source that ends in \
-/. means the content of that directory. Holes stay holes. Permission bits and times are kept; set-ID bits only by root \
-with -a. With -r, symbolic links are copied as links; without -r, a link given as SOURCE is followed. cp never writes \
-through a symbolic link below DEST. It replaces existing files. Devices, FIFOs and sockets are copied only with -a, and \
+Sources are written as for `chainfs ls`. DEST is a directory, or the new name of a single source. A source \
+that ends in \
+/. means the content of that directory. Holes stay holes. Permission bits and times are kept; set-ID bits \
+only by root \
+with -a. With -r, symbolic links are copied as links; without -r, a link given as SOURCE is followed. cp \
+never writes \
+through a symbolic link below DEST. It replaces existing files. Devices, FIFOs and sockets are copied only \
+with -a, and \
 only by users who may create them.
 
 Examples:
@@ -113,11 +119,14 @@ pub struct CpArgs {
 /// The arguments of `diff`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Without --files: lists the ranges in which the two disks differ, and the volumes that contain them. Disks of different \
+Without --files: lists the ranges in which the two disks differ, and the volumes that contain them. Disks of \
+different \
 size are the same if the rest of the longer one is zero.
 With --files, or if A or B is IMAGE[@VIEW]:/VOLUME[/PATH]: lists the files that were added (+), removed (-) or changed \
-(~, with what changed), and those that cannot be read (!). If only one operand has a path, it applies to both. Data that \
-both disks share is not read. Access times are never compared; times of directories and inode change times only with \
+(~, with what changed), and those that cannot be read (!). If only one operand has a path, it applies to \
+both. Data that \
+both disks share is not read. Access times are never compared; times of directories and inode change times \
+only with \
 --all.
 
 Examples:
@@ -155,9 +164,12 @@ pub struct DiffArgs {
 /// The arguments of `versions`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-IMAGE is any layer. All views of its chains are searched, internal snapshots as well, from the base upwards. The store \
-with these chains is --store, or the nearest directory above that holds .chainfs, or else the image's own directory. Views \
-in which the file has the same content, owner, permissions, attributes and time are one version. A symbolic link at the \
+IMAGE is any layer. All views of its chains are searched, internal snapshots as well, from the base upwards. \
+The store \
+with these chains is --store, or the nearest directory above that holds .chainfs, or else the image's own \
+directory. Views \
+in which the file has the same content, owner, permissions, attributes and time are one version. A symbolic \
+link at the \
 end of the path is not followed.
 
 Examples:

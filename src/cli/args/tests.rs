@@ -12,7 +12,9 @@ fn the_definitions_are_consistent() {
 
 #[test]
 fn mount_takes_the_arguments_of_mount_8() {
-    let Ok(Command::Mount(args)) = parsed("chainfs mount /s /d -o ro,uid=5 -f --sloppy -o probe") else { panic!() };
+    let Ok(Command::Mount(args)) = parsed("chainfs mount /s /d -o ro,uid=5 -f --sloppy -o probe") else {
+        panic!()
+    };
     assert_eq!((args.store, args.dir), ("/s".into(), "/d".into()));
     assert_eq!(args.options, ["ro,uid=5", "probe"]);
     assert!(args.foreground && args.sloppy);
@@ -81,9 +83,15 @@ fn verbs_take_the_arguments_of_control_files() {
         ("chainfs snapshot --internal t n", "snapshot n internal"),
         ("chainfs snapshot --chains a,b/c t n", "snapshot n chains=a,b/c"),
         ("chainfs commit t", "commit"),
-        ("chainfs commit t --top a --base b --keep --discard-internal", "commit top=a base=b keep discard-internal"),
+        (
+            "chainfs commit t --top a --base b --keep --discard-internal",
+            "commit top=a base=b keep discard-internal",
+        ),
         ("chainfs pull t --base none", "pull"),
-        ("chainfs pull --base b --into i --delete --discard-internal t", "pull base=b into=i delete discard-internal"),
+        (
+            "chainfs pull --base b --into i --delete --discard-internal t",
+            "pull base=b into=i delete discard-internal",
+        ),
     ] {
         assert_eq!(given(line).as_deref(), Ok(command), "{line}");
     }

@@ -347,7 +347,10 @@ impl RebaseArgs {
 impl CloneArgs {
     /// The request that these arguments describe.
     pub fn request(&self) -> Result<Request> {
-        checked(Request::Clone(CloneRequest { name: self.name.clone().into_vec(), from: bytes(self.from.as_ref()) }))
+        checked(Request::Clone(CloneRequest {
+            name: self.name.clone().into_vec(),
+            from: bytes(self.from.as_ref()),
+        }))
     }
 }
 

@@ -28,8 +28,10 @@ const STEP: u64 = 1 << 20;
 pub(in crate::cli) fn run(args: &CpArgs) -> Result<u8> {
     let is_directory = args.dest.is_dir();
     if args.sources.len() > 1 && !is_directory {
-        let fact =
-            format!("{} is not a directory; give a directory to copy several files", shown(args.dest.as_os_str()));
+        let fact = format!(
+            "{} is not a directory; give a directory to copy several files",
+            shown(args.dest.as_os_str())
+        );
         return Err(Error::new(ErrorKind::Usage, fact));
     }
     let archive = args.archive;
@@ -90,7 +92,13 @@ struct CopyFrame {
 }
 
 impl CopyRun {
-    fn source(&mut self, images: &mut OpenStores, word: &OsStr, dest: &Path, is_directory: bool) -> Result<()> {
+    fn source(
+        &mut self,
+        images: &mut OpenStores,
+        word: &OsStr,
+        dest: &Path,
+        is_directory: bool,
+    ) -> Result<()> {
         let OpenedPath { tree, path, volume } = open(images, word)?;
         let last = if self.recursive { FinalSymlink::Itself } else { FinalSymlink::Followed };
         let entry = tree.resolve(&path, last)?;
@@ -111,8 +119,9 @@ impl CopyRun {
         let (folder, name) = if is_directory && name != b"." {
             (dest, OsStr::from_bytes(name))
         } else {
-            let name =
-                dest.file_name().ok_or_else(|| Error::new(ErrorKind::Usage, "DEST has no file name; give one"))?;
+            let name = dest
+                .file_name()
+                .ok_or_else(|| Error::new(ErrorKind::Usage, "DEST has no file name; give one"))?;
             (dest.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")), name)
         };
         let root = Rc::new(OutputDirectory::open(folder)?);
@@ -148,7 +157,9 @@ impl CopyRun {
             let path = frame.path.join(OsStr::from_bytes(&name));
             let folder = Rc::clone(&frame.folder);
             let copied = entry.and_then(|entry| {
-                let Some((folder, is_new)) = self.entry(source, &folder, &entry, &path)? else { return Ok(None) };
+                let Some((folder, is_new)) = self.entry(source, &folder, &entry, &path)? else {
+                    return Ok(None);
+                };
                 let finish = is_new || self.keep.all;
                 self.frame(source, &mut visited, frames.len(), folder, entry, path.clone(), finish).map(Some)
             });
@@ -209,7 +220,9 @@ impl CopyRun {
                 let extended = self.extended(source, entry, path);
                 folder.link(name, &source.tree.read_link(entry.ino)?, found, &extended, self.keep)?
             }
-            FileKind::CharDevice | FileKind::BlockDevice | FileKind::Fifo | FileKind::Socket if self.archive => {
+            FileKind::CharDevice | FileKind::BlockDevice | FileKind::Fifo | FileKind::Socket
+                if self.archive =>
+            {
                 let extended = self.extended(source, entry, path);
                 match folder.special(name, found, &extended, self.keep) {
                     Err(error) if error.kind() == ErrorKind::Denied => {
@@ -235,7 +248,12 @@ impl CopyRun {
         Ok(None)
     }
 
-    fn extended(&mut self, source: &CopyOperand<'_>, entry: &GuestEntry, path: &Path) -> Vec<ExtendedAttribute> {
+    fn extended(
+        &mut self,
+        source: &CopyOperand<'_>,
+        entry: &GuestEntry,
+        path: &Path,
+    ) -> Vec<ExtendedAttribute> {
         if !self.keep.all {
             return Vec::new();
         }
@@ -299,7 +317,8 @@ fn fill(file: &File, tree: &GuestTree, entry: &GuestEntry) -> Result<()> {
 
 /// The volume that a word names.
 fn volume_name(word: &OsStr) -> &[u8] {
-    let mut names = word.as_bytes().rsplit(|byte| matches!(byte, b'/' | b':')).filter(|name| !name.is_empty());
+    let mut names =
+        word.as_bytes().rsplit(|byte| matches!(byte, b'/' | b':')).filter(|name| !name.is_empty());
     names.next().unwrap_or(b"disk")
 }
 

@@ -18,7 +18,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::content::VolumeContent;
 use crate::guest::volumes::{VolumeLayout, VolumeMapping as Lies};
 use crate::report::difference::{
-    ChangeObject, FilesObject, RangeObject, RangesObject, Tally, line, range_line, ranges_summary, summary, volume_line,
+    ChangeObject, FilesObject, RangeObject, RangesObject, Tally, line, range_line, ranges_summary, summary,
+    volume_line,
 };
 use crate::report::json::pretty;
 
@@ -45,8 +46,10 @@ fn look(args: &DiffArgs) -> Result<u8> {
     a.inner = a.inner.take().or_else(|| b.inner.clone());
     b.inner = b.inner.take().or_else(|| a.inner.clone());
     (a.has_inner, b.has_inner) = (of_files, of_files);
-    let mut images =
-        OpenStores::new(&args.look, &[(image(&a), args.formats.a_format), (image(&b), args.formats.b_format)])?;
+    let mut images = OpenStores::new(
+        &args.look,
+        &[(image(&a), args.formats.a_format), (image(&b), args.formats.b_format)],
+    )?;
     let disks = images.pair(&a, &b)?;
     let out = DiffOutput { args, text: String::new() };
     let found = if of_files { files(args, (&a, &b), &disks, out) } else { ranges(args, &disks, out) };
@@ -167,14 +170,21 @@ impl FileComparison<'_> {
         b: (&GuestTree, Option<GuestEntry>),
     ) -> Result<()> {
         let counted = self.counted;
-        let each: &mut DifferenceVisitor<'_> = &mut |path, finding| self.found(&[prefix, path].concat(), &finding);
+        let each: &mut DifferenceVisitor<'_> =
+            &mut |path, finding| self.found(&[prefix, path].concat(), &finding);
         compare(a, b, counted, each)
     }
 
     /// Compares a volume of both.
-    fn volume(&mut self, name: &str, a: (&Arc<DiskContents>, usize), b: (&Arc<DiskContents>, usize)) -> Result<()> {
+    fn volume(
+        &mut self,
+        name: &str,
+        a: (&Arc<DiskContents>, usize),
+        b: (&Arc<DiskContents>, usize),
+    ) -> Result<()> {
         let path = [b"/", name.as_bytes()].concat();
-        let described = |(inside, volume): (&Arc<DiskContents>, usize)| inside.layout().volumes[volume].clone();
+        let described =
+            |(inside, volume): (&Arc<DiskContents>, usize)| inside.layout().volumes[volume].clone();
         let (of_a, of_b) = (described(a), described(b));
         self.tally.bytes_total += of_a.size + of_b.size;
         // The content of physical volumes is compared as logical volumes.
@@ -182,7 +192,11 @@ impl FileComparison<'_> {
         if is_holder(of_a.content) && is_holder(of_b.content) || is_surely_same(a, b) {
             return Ok(());
         }
-        if of_a.problem.is_some() && of_b.problem.is_some() && !of_a.segments.is_empty() && !of_b.segments.is_empty() {
+        if of_a.problem.is_some()
+            && of_b.problem.is_some()
+            && !of_a.segments.is_empty()
+            && !of_b.segments.is_empty()
+        {
             return match is_same_raw(a, b) {
                 Ok(true) => Ok(()),
                 Ok(false) => self.found(&path, &PathDifference::Bytes),
@@ -246,7 +260,8 @@ fn files(
         }
     }
     let (a, b) = (&disks.0.opened, &disks.1.opened);
-    files.tally.bytes_read = a.browser.bytes_read() + if Arc::ptr_eq(a, b) { 0 } else { b.browser.bytes_read() };
+    files.tally.bytes_read =
+        a.browser.bytes_read() + if Arc::ptr_eq(a, b) { 0 } else { b.browser.bytes_read() };
     let FileComparison { mut out, tally, changes, .. } = files;
     let differs = tally.differs() || !only_in_a.is_empty() || !only_in_b.is_empty();
     out.line(&summary(&tally))?;

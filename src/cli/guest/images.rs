@@ -67,7 +67,8 @@ impl OpenStores {
         options.force_share |= args.image.force_share;
         for (path, format) in formats {
             if let (Some(format), Some(name)) = (format, path.file_name().and_then(|name| name.to_str())) {
-                let glob = glob::Pattern::new(&glob::Pattern::escape(name)).expect("an escaped pattern is one");
+                let glob =
+                    glob::Pattern::new(&glob::Pattern::escape(name)).expect("an escaped pattern is one");
                 options.formats.insert(0, FormatRule { glob, format: *format });
             }
         }
@@ -83,7 +84,8 @@ impl OpenStores {
         for opened in &self.open {
             for (view, volume, sentence) in opened.browser.stale() {
                 is_stale = true;
-                let (store, view) = (shown(&opened.path), shown(Path::new(std::ffi::OsStr::from_bytes(&view.name))));
+                let (store, view) =
+                    (shown(&opened.path), shown(Path::new(std::ffi::OsStr::from_bytes(&view.name))));
                 warn(&terminal(&format!("{store}: {volume} of {view}: {sentence}; {REPLAY_REMEDY}")));
             }
         }
@@ -110,7 +112,8 @@ impl OpenStores {
         }
         let disk = self.alone(&image, &place.disk)?;
         // If the disk cannot be parsed, the caller's next access reports the error.
-        let lacks = place.has_inner && disk.contents().is_ok_and(|inside| !inside.layout().missing.is_empty());
+        let lacks =
+            place.has_inner && disk.contents().is_ok_and(|inside| !inside.layout().missing.is_empty());
         match around(&image).filter(|_| lacks) {
             Some(directory) => Ok(self.within(&directory, &image, &place.disk)?.unwrap_or(disk)),
             None => Ok(disk),
@@ -119,7 +122,8 @@ impl OpenStores {
 
     /// Two disks, in one store if a store has both.
     pub(super) fn pair(&mut self, a: &GuestOperand, b: &GuestOperand) -> Result<(StoreDisk, StoreDisk)> {
-        let (DiskName::Image { path: path_a, .. }, DiskName::Image { path: path_b, .. }) = (&a.disk, &b.disk) else {
+        let (DiskName::Image { path: path_a, .. }, DiskName::Image { path: path_b, .. }) = (&a.disk, &b.disk)
+        else {
             return Ok((self.disk(a)?, self.disk(b)?));
         };
         let (image_a, image_b) = (canonical(path_a)?, canonical(path_b)?);
@@ -129,7 +133,8 @@ impl OpenStores {
         }
         // One may be a layer of the other; else a common directory may have both.
         let mut candidates = vec![image_a.clone(), image_b.clone()];
-        let is_near = |above: &Path, other: &Path| other.parent().is_some_and(|parent| parent.starts_with(above));
+        let is_near =
+            |above: &Path, other: &Path| other.parent().is_some_and(|parent| parent.starts_with(above));
         for (image, other) in [(&image_a, &image_b), (&image_b, &image_a)] {
             candidates.extend(around(image).filter(|above| is_near(above, other)));
         }
@@ -137,7 +142,8 @@ impl OpenStores {
             // A candidate that cannot be opened is skipped; the fallback below reports real errors.
             let Ok(Some(found_a)) = self.within(candidate, &image_a, &a.disk) else { continue };
             let Ok(Some(found_b)) = self.within(candidate, &image_b, &b.disk) else { continue };
-            let lacks = |disk: &StoreDisk| disk.contents().is_ok_and(|inside| !inside.layout().missing.is_empty());
+            let lacks =
+                |disk: &StoreDisk| disk.contents().is_ok_and(|inside| !inside.layout().missing.is_empty());
             if candidate.is_file() && (a.has_inner || b.has_inner) && (lacks(&found_a) || lacks(&found_b)) {
                 continue;
             }
@@ -200,6 +206,10 @@ fn around(image: &Path) -> Option<PathBuf> {
 }
 
 fn not_in(image: &Path, store: &Path) -> Error {
-    let fact = format!("{} is not an image of the store {}; chainfs tree lists the images", shown(image), shown(store));
+    let fact = format!(
+        "{} is not an image of the store {}; chainfs tree lists the images",
+        shown(image),
+        shown(store)
+    );
     Error::new(ErrorKind::NotFound, fact)
 }

@@ -21,7 +21,8 @@ use crate::report::volumes;
 /// Runs the command.
 pub(in crate::cli) fn run(args: &LsArgs) -> Result<u8> {
     let mut images = OpenStores::new(&args.look, &[])?;
-    let mut list = Listing { args, zone: TimeZone::system(), failed: false, printed: false, objects: Vec::new() };
+    let mut list =
+        Listing { args, zone: TimeZone::system(), failed: false, printed: false, objects: Vec::new() };
     for word in &args.places {
         if let Err(error) = list.place(&mut images, word) {
             complain(&mut list.failed, &about(word, error));

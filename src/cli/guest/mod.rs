@@ -40,7 +40,11 @@ fn open(images: &mut OpenStores, word: &OsStr) -> Result<OpenedPath> {
     };
     let inside = disk.contents()?;
     let index = operands::volume(&inside, volume)?;
-    Ok(OpenedPath { tree: GuestTree::open(&inside, index)?, path: path.clone(), volume: (inside.id().clone(), index) })
+    Ok(OpenedPath {
+        tree: GuestTree::open(&inside, index)?,
+        path: path.clone(),
+        volume: (inside.id().clone(), index),
+    })
 }
 
 /// An error, prefixed with the operand that it is about.

@@ -53,7 +53,8 @@ impl DiskPath {
 /// Parses an operand.
 pub(super) fn parse(word: &OsStr) -> Result<GuestOperand> {
     let bytes = word.as_bytes();
-    let ends = (1..=bytes.len()).rev().filter(|end| bytes.get(*end).is_none_or(|byte| matches!(byte, b':' | b'@')));
+    let ends =
+        (1..=bytes.len()).rev().filter(|end| bytes.get(*end).is_none_or(|byte| matches!(byte, b':' | b'@')));
     for end in ends {
         let path = Path::new(OsStr::from_bytes(&bytes[..end]));
         if !path.metadata().is_ok_and(|found| found.is_file()) {
@@ -76,7 +77,10 @@ pub(super) fn parse(word: &OsStr) -> Result<GuestOperand> {
         let fact = format!("{} is a directory; name one of its images", shown(path.as_os_str()));
         return Err(Error::new(ErrorKind::Usage, fact));
     }
-    let fact = format!("there is no image {}; write a path in an image as IMAGE:/VOLUME/PATH", shown(path.as_os_str()));
+    let fact = format!(
+        "there is no image {}; write a path in an image as IMAGE:/VOLUME/PATH",
+        shown(path.as_os_str())
+    );
     Err(Error::new(ErrorKind::NotFound, fact))
 }
 
@@ -158,15 +162,21 @@ pub(super) fn volume(inside: &DiskContents, name: &[u8]) -> Result<usize> {
     } else {
         format!("the disk has no volume {}", shown(OsStr::from_bytes(name)))
     };
-    let remedy =
-        if names.is_empty() { "it has no volumes".to_owned() } else { format!("its volumes: {}", names.join(", ")) };
+    let remedy = if names.is_empty() {
+        "it has no volumes".to_owned()
+    } else {
+        format!("its volumes: {}", names.join(", "))
+    };
     Err(Error::new(ErrorKind::NotFound, format!("{fact}; {remedy}")))
 }
 
 /// The error for an operand that names a disk where a file is needed.
 pub(super) fn no_volume(word: &OsStr) -> Error {
     let word = shown(word);
-    let fact = format!("{word} names no volume; chainfs ls {}: lists the volumes", word.trim_end_matches([':', '/']));
+    let fact = format!(
+        "{word} names no volume; chainfs ls {}: lists the volumes",
+        word.trim_end_matches([':', '/'])
+    );
     Error::new(ErrorKind::Usage, fact)
 }
 

@@ -108,7 +108,8 @@ impl OutputDirectory {
         keep: KeptAttributes,
     ) -> Result<Vec<LostAttributes>> {
         self.placed(name, |draft| {
-            fs::symlinkat(target, &self.0, draft).map_err(|error| failed("creating the symbolic link", error))?;
+            fs::symlinkat(target, &self.0, draft)
+                .map_err(|error| failed("creating the symbolic link", error))?;
             Ok(self.finish_at(draft, found, extended, keep, false))
         })
     }
@@ -332,7 +333,9 @@ mod tests {
         assert!(lost.unwrap().is_empty());
         assert_eq!(std::fs::read_to_string(outside.join("passwd")).unwrap(), "mine");
         assert_eq!(std::fs::read_to_string(inside.join("b")).unwrap(), "the guest's");
-        let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(inside.join("b")).unwrap().permissions());
+        let mode = std::os::unix::fs::PermissionsExt::mode(
+            &std::fs::metadata(inside.join("b")).unwrap().permissions(),
+        );
         assert_eq!(mode & 0o7777, 0o754, "no set-ID bits");
         // A failure leaves the existing file, and no temporary file.
         let refused = folder.file(b"b", &found, &[], keep, |_| Err(Error::new(ErrorKind::Io, "")));
@@ -341,7 +344,8 @@ mod tests {
         folder.hard_link(b"c", &folder, Path::new("b")).unwrap();
         folder.hard_link(b"c", &folder, Path::new("b")).unwrap();
         assert_eq!(folder.hard_link(b"d", &folder, Path::new("a/passwd")).unwrap_err().kind(), ErrorKind::Io);
-        let mut names: Vec<_> = std::fs::read_dir(&inside).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let mut names: Vec<_> =
+            std::fs::read_dir(&inside).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, ["a", "b", "c"]);
     }
@@ -354,7 +358,9 @@ mod tests {
         (0..40).for_each(|number| std::fs::write(theirs(number), "theirs").unwrap());
         let make = |draft: &Path| {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
-            fs::openat(&folder.0, draft, flags, Mode::RUSR).map(drop).map_err(|error| failed("making it", error))
+            fs::openat(&folder.0, draft, flags, Mode::RUSR)
+                .map(drop)
+                .map_err(|error| failed("making it", error))
         };
         for _ in 0..30 {
             folder.placed(b"made", make).unwrap();

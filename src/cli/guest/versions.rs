@@ -30,7 +30,8 @@ fn look(args: &VersionsArgs) -> Result<u8> {
         DiskName::Mounted { chain, .. } => Some(chain.as_path()),
         DiskName::Image { .. } => None,
     };
-    let (names, disks): (Vec<Vec<u8>>, Vec<StoreDisk>) = view_ref::all_around(&disk, alone).into_iter().unzip();
+    let (names, disks): (Vec<Vec<u8>>, Vec<StoreDisk>) =
+        view_ref::all_around(&disk, alone).into_iter().unzip();
     let found: Vec<PathState> = disks.iter().map(|disk| found(disk, inner)).collect();
     if found.iter().all(|found| matches!(found, PathState::Absent)) {
         let names: Vec<String> =

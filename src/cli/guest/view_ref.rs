@@ -34,7 +34,8 @@ impl ViewRef {
 pub(super) fn find(opened: &Arc<OpenStore>, image: &Path, name: &DiskName) -> Result<Option<StoreDisk>> {
     let DiskName::Image { path, snapshot } = name else { unreachable!("called only for images") };
     let catalog = opened.store.catalog();
-    let Some(index) = catalog.images.iter().position(|entry| opened.store.host_path(&entry.place) == image) else {
+    let Some(index) = catalog.images.iter().position(|entry| opened.store.host_path(&entry.place) == image)
+    else {
         return Ok(None);
     };
     let Some((chain, leaf)) = chains_of(&catalog, index).into_iter().next() else {
@@ -83,7 +84,12 @@ pub(super) fn in_chain(
         let meant = address::resolve(&opened.store, &catalog, top, chain, wanted)?;
         let layer = view.layer + meant.layer;
         let of_layer = |view: &&ChainView| view.layer == layer && view.snapshot == meant.snapshot;
-        view = views.views.iter().find(of_layer).cloned().ok_or_else(|| unshown(&catalog, views.layers[layer]))?;
+        view = views
+            .views
+            .iter()
+            .find(of_layer)
+            .cloned()
+            .ok_or_else(|| unshown(&catalog, views.layers[layer]))?;
     }
     Ok(disk(opened, &catalog, &Arc::new(chain.to_path_buf()), &views, view))
 }
@@ -134,7 +140,8 @@ pub(super) fn all_around(disk: &StoreDisk, alone: Option<&Path>) -> Vec<(Vec<u8>
                 met.push(key);
                 // Active disks have the same name in each chain, so the chain's path is added.
                 let is_shared = chains.len() > 1 && layer == 0;
-                let prefix = if is_shared { [chain.as_os_str().as_bytes(), b"/"].concat() } else { Vec::new() };
+                let prefix =
+                    if is_shared { [chain.as_os_str().as_bytes(), b"/"].concat() } else { Vec::new() };
                 let name = [prefix.as_slice(), &view.name].concat();
                 all.push((name, self::disk(opened, &catalog, &chain, &views, view.clone())));
             }
@@ -145,7 +152,8 @@ pub(super) fn all_around(disk: &StoreDisk, alone: Option<&Path>) -> Vec<(Vec<u8>
 
 /// The chains that contain an image; the chain of which it is the leaf comes first.
 fn chains_of(catalog: &Catalog, index: ImageIndex) -> Vec<(PathBuf, ImageIndex)> {
-    let mut chains: Vec<_> = catalog.chains().filter(|(_, leaf)| catalog.layers(*leaf).contains(&index)).collect();
+    let mut chains: Vec<_> =
+        catalog.chains().filter(|(_, leaf)| catalog.layers(*leaf).contains(&index)).collect();
     chains.sort_by(|(a, leaf_a), (b, leaf_b)| ((*leaf_a != index), a).cmp(&(*leaf_b != index, b)));
     chains
 }
@@ -165,7 +173,9 @@ fn disk(
 /// The reason why an image has no view.
 fn unshown(catalog: &Catalog, index: ImageIndex) -> Error {
     let sentences = catalog.sentences(index);
-    let fact =
-        sentences.first().cloned().unwrap_or_else(|| format!("{} cannot be read", catalog.images[index].shown()));
+    let fact = sentences
+        .first()
+        .cloned()
+        .unwrap_or_else(|| format!("{} cannot be read", catalog.images[index].shown()));
     Error::new(ErrorKind::Broken, fact)
 }

@@ -46,7 +46,9 @@ const OTHERS: [&str; 7] = ["config", "exec", "atime", "noatime", "sync", "async"
 
 pub(super) fn is_ignored(name: &str) -> bool {
     let for_others = ["x-", "X-"].iter().any(|prefix| name.starts_with(prefix));
-    for_others || matches!(name, "comment" | "fsname" | "subtype" | "uhelper" | "helper") || IGNORED.contains(&name)
+    for_others
+        || matches!(name, "comment" | "fsname" | "subtype" | "uhelper" | "helper")
+        || IGNORED.contains(&name)
 }
 
 pub(super) fn unknown(name: &[u8]) -> Error {

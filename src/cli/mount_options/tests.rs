@@ -65,7 +65,8 @@ fn options_of_mount_and_systemd_are_ignored() {
 
 #[test]
 fn the_last_value_holds_and_lists_add_up() {
-    let options = MountOptions::parse(&["uid=1,noexec,backing_dir=/a", "uid=2,exec,backing_dir=/b"], false).unwrap();
+    let options =
+        MountOptions::parse(&["uid=1,noexec,backing_dir=/a", "uid=2,exec,backing_dir=/b"], false).unwrap();
     assert_eq!((options.uid, options.exec, options.backing_dirs.len()), (Some(2), Some(true), 2));
 }
 
@@ -137,6 +138,9 @@ fn invalid_values_name_the_option_and_what_it_takes() {
 fn options_override_the_file_and_lists_are_joined() {
     let file = parse("uid=1,gid=1,backing_dir=/file,ro,exec").unwrap();
     let merged = parse("uid=2,backing_dir=/option,noexec,rw").unwrap().over(file);
-    assert_eq!((merged.uid, merged.gid, merged.exec, merged.read_only), (Some(2), Some(1), Some(false), true));
+    assert_eq!(
+        (merged.uid, merged.gid, merged.exec, merged.read_only),
+        (Some(2), Some(1), Some(false), true)
+    );
     assert_eq!(merged.backing_dirs, [PathBuf::from("/file"), PathBuf::from("/option")]);
 }

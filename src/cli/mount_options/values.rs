@@ -23,9 +23,9 @@ pub(super) fn utf8<'a>(name: &str, value: &'a [u8]) -> Result<&'a str> {
 pub(super) fn number(name: &str, value: &[u8], min: u64, max: u64) -> Result<u64> {
     let digits = utf8(name, value)?;
     let parsed = digits.parse().ok().filter(|_| digits.bytes().all(|byte| byte.is_ascii_digit()));
-    parsed
-        .filter(|number| (min..=max).contains(number))
-        .ok_or_else(|| refuse(name, &format!("'{}' must be a number from {min} to {max}", terminal_bytes(value))))
+    parsed.filter(|number| (min..=max).contains(number)).ok_or_else(|| {
+        refuse(name, &format!("'{}' must be a number from {min} to {max}", terminal_bytes(value)))
+    })
 }
 
 pub(super) fn octal(name: &str, value: &[u8]) -> Result<u32> {

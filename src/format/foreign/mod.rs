@@ -1,7 +1,8 @@
 //! Images of other programs: what they are called, by what they are known, and what they stand on.
 //!
-//! Nothing of them is read but the names of the files that they need: whoever is needed by one of them must not
-//! change. Pure over a reader of bytes; every length is bounded, and nonsense is [`Parents::Unknown`], never a panic.
+//! Nothing of them is read but the names of the files that they need: whoever is needed by one of them must
+//! not change. Pure over a reader of bytes; every length is bounded, and nonsense is [`Parents::Unknown`],
+//! never a panic.
 
 mod vhd;
 mod vhdx;
@@ -119,8 +120,8 @@ pub fn parents<E>(kind: ForeignFormat, len: u64, read: &mut ReadAt<'_, E>) -> Re
     }
 }
 
-/// What an image stands on whose header is qcow2's but for something that makes no sense: in all versions the name of
-/// the backing file is found in the same way.
+/// What an image stands on whose header is qcow2's but for something that makes no sense: in all versions the
+/// name of the backing file is found in the same way.
 pub fn qcow<E>(len: u64, read: &mut ReadAt<'_, E>) -> Result<Parents, E> {
     let head = bytes(0, 20, read)?;
     if head.len() < 20 {
@@ -171,7 +172,10 @@ fn bytes<E>(at: u64, len: u64, read: &mut ReadAt<'_, E>) -> Result<Vec<u8>, E> {
 /// A name in UTF-16; what cannot be told is replaced.
 fn utf16(units: impl Iterator<Item = u16>) -> Vec<u8> {
     let units = units.take_while(|unit| *unit != 0);
-    char::decode_utf16(units).map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER)).collect::<String>().into_bytes()
+    char::decode_utf16(units)
+        .map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER))
+        .collect::<String>()
+        .into_bytes()
 }
 
 #[cfg(test)]

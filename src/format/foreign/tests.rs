@@ -107,7 +107,10 @@ fn the_files_that_a_foreign_image_needs_are_read() {
     assert_eq!(look(text.as_bytes()), (Some(ForeignFormat::Vmdk), all.clone()));
     assert_eq!(look(&sparse_vmdk(text)), (Some(ForeignFormat::Vmdk), all));
     assert_eq!(look(&sparse_vmdk("gone")), (Some(ForeignFormat::Vmdk), Parents::Unknown));
-    assert_eq!(look(b"# comment\n\nversion=1\ncreateType=\"x\"\n"), (Some(ForeignFormat::Vmdk), Parents::None));
+    assert_eq!(
+        look(b"# comment\n\nversion=1\ncreateType=\"x\"\n"),
+        (Some(ForeignFormat::Vmdk), Parents::None)
+    );
     let mut esx = vec![0; 2048];
     put(&mut esx, 0, b"COWD");
     put(&mut esx, 32, b"parent.vmdk");

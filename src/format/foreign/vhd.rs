@@ -1,4 +1,5 @@
-//! VHD: the names of the parent of a differencing disk. That is a VHD itself, so that what cannot be told harms nobody.
+//! VHD: the names of the parent of a differencing disk. That is a VHD itself, so that what cannot be told
+//! harms nobody.
 
 use super::super::bytes::{be_u32, be_u64};
 use super::{Parents, ReadAt, bytes, utf16};
@@ -22,7 +23,8 @@ pub(super) fn parents<E>(len: u64, read: &mut ReadAt<'_, E>) -> Result<Parents, 
     if header.len() < 1024 || !header.starts_with(b"cxsparse") {
         return Ok(Parents::None);
     }
-    let mut names = vec![utf16(header[64..576].chunks_exact(2).map(|pair| u16::from_be_bytes([pair[0], pair[1]])))];
+    let mut names =
+        vec![utf16(header[64..576].chunks_exact(2).map(|pair| u16::from_be_bytes([pair[0], pair[1]])))];
     for locator in header[576..768].chunks_exact(24) {
         let (name_len, at) = (be_u32(locator, 8), be_u64(locator, 16));
         if name_len == 0 || name_len > MAX_LOCATOR_LEN || at >= len {

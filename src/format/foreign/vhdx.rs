@@ -1,5 +1,5 @@
-//! VHDX: the names in the parent locator of a differencing disk. The parent is a VHDX itself, so that what cannot be
-//! told harms nobody.
+//! VHDX: the names in the parent locator of a differencing disk. The parent is a VHDX itself, so that what
+//! cannot be told harms nobody.
 
 use super::super::bytes::{le_u16, le_u32, le_u64};
 use super::{Parents, ReadAt, bytes, utf16};
@@ -21,13 +21,16 @@ pub(super) fn parents<E>(len: u64, read: &mut ReadAt<'_, E>) -> Result<Parents, 
     if at >= len {
         return Ok(Parents::None);
     }
-    let Some(item) = entry(at, b"metadata", (10, 32), &PARENT_LOCATOR, read)? else { return Ok(Parents::None) };
+    let Some(item) = entry(at, b"metadata", (10, 32), &PARENT_LOCATOR, read)? else {
+        return Ok(Parents::None);
+    };
     let (offset, item_len) = (le_u32(&item, 16), le_u32(&item, 20).min(MAX_LOCATOR_LEN));
     let locator = bytes(at + u64::from(offset), item_len.into(), read)?;
     Ok(located(&locator))
 }
 
-/// The entry of 32 bytes that begins with `id`, of a table at `at`: its count is at `count`, entries from `first`.
+/// The entry of 32 bytes that begins with `id`, of a table at `at`: its count is at `count`, entries from
+/// `first`.
 fn entry<E>(
     at: u64,
     magic: &[u8],
@@ -48,7 +51,8 @@ fn located(locator: &[u8]) -> Parents {
         return Parents::None;
     }
     let text = |at: u32, len: u16| {
-        let part = locator.get(at as usize..).and_then(|rest| rest.get(..usize::from(len))).unwrap_or_default();
+        let part =
+            locator.get(at as usize..).and_then(|rest| rest.get(..usize::from(len))).unwrap_or_default();
         utf16(part.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])))
     };
     let count = usize::from(le_u16(locator, 18));

@@ -55,7 +55,9 @@ pub(super) fn each(
     let entries = entries(tree, inode, handle)?;
     for (name, next) in [(".", 1), ("..", 2)] {
         let kind = NodeKind::Directory;
-        if offset < next && take(&ListingEntry { next, inode, kind, name: OsStr::new(name), attributes: None }) {
+        if offset < next
+            && take(&ListingEntry { next, inode, kind, name: OsStr::new(name), attributes: None })
+        {
             return Ok(());
         }
     }
@@ -64,7 +66,8 @@ pub(super) fn each(
             for (entry, next) in listed.iter().zip(3..).skip(offset.saturating_sub(DOTS) as usize) {
                 // A node without a kind is the root of a guest's file system.
                 let kind = entry.node.kind().unwrap_or(NodeKind::Directory);
-                if take(&ListingEntry { next, inode: entry.inode, kind, name: &entry.name, attributes: None }) {
+                if take(&ListingEntry { next, inode: entry.inode, kind, name: &entry.name, attributes: None })
+                {
                     break;
                 }
             }
@@ -125,7 +128,11 @@ fn add_entries(
 
 /// The attributes of a listed entry; `None` if the inode is damaged, or has another type than its number
 /// encodes.
-pub(super) fn known(tree: &MountTree, caller: &Caller, entry: &ListingEntry<'_>) -> Result<Option<Attributes>> {
+pub(super) fn known(
+    tree: &MountTree,
+    caller: &Caller,
+    entry: &ListingEntry<'_>,
+) -> Result<Option<Attributes>> {
     match tree.attributes(caller, entry.inode) {
         Ok(found) if MountTree::is_guest(entry.inode) && found.kind != entry.kind => Ok(None),
         Err(error) if MountTree::is_guest(entry.inode) => match error.kind() {

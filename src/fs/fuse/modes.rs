@@ -25,7 +25,12 @@ pub(super) struct OpenMode {
 
 impl Adapter {
     /// Opens in passthrough mode; `None` if that is not possible.
-    pub(super) fn open_passthrough(&self, reply: &ReplyOpen, inode: u64, handle: &Handle) -> Option<Arc<BackingId>> {
+    pub(super) fn open_passthrough(
+        &self,
+        reply: &ReplyOpen,
+        inode: u64,
+        handle: &Handle,
+    ) -> Option<Arc<BackingId>> {
         let Handle::Disk(disk) = handle else { return None };
         let disk = disk.view();
         let file = disk.raw_file.as_ref()?;

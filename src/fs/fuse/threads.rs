@@ -16,9 +16,13 @@ use super::super::tree::MountTree;
 use super::Adapter;
 
 /// Runs a handler; a panic becomes EIO for this request instead of ending the thread.
-pub(super) fn answer<T>(tree: &MountTree, work: impl FnOnce(&MountTree) -> Result<T>) -> std::result::Result<T, Errno> {
-    let result = catch_unwind(AssertUnwindSafe(|| work(tree)))
-        .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "a bug in chainfs; please report the log before this line")));
+pub(super) fn answer<T>(
+    tree: &MountTree,
+    work: impl FnOnce(&MountTree) -> Result<T>,
+) -> std::result::Result<T, Errno> {
+    let result = catch_unwind(AssertUnwindSafe(|| work(tree))).unwrap_or_else(|_| {
+        Err(Error::new(ErrorKind::Io, "a bug in chainfs; please report the log before this line"))
+    });
     result.map_err(|error| {
         if error.kind() != ErrorKind::NotFound {
             tree.count_error();
@@ -29,7 +33,10 @@ pub(super) fn answer<T>(tree: &MountTree, work: impl FnOnce(&MountTree) -> Resul
 }
 
 impl Adapter {
-    pub(super) fn answer<T>(&self, work: impl FnOnce(&MountTree) -> Result<T>) -> std::result::Result<T, Errno> {
+    pub(super) fn answer<T>(
+        &self,
+        work: impl FnOnce(&MountTree) -> Result<T>,
+    ) -> std::result::Result<T, Errno> {
         answer(&self.tree, work)
     }
 

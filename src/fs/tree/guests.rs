@@ -80,7 +80,9 @@ impl MountTree {
                     return self.volume_root(&inside, volume).map(Some);
                 }
                 let volume = name.to_str().and_then(|name| name.strip_suffix(PROBLEM));
-                let Some(index) = volume.and_then(|volume| inside.volume(volume.as_bytes())) else { return Ok(None) };
+                let Some(index) = volume.and_then(|volume| inside.volume(volume.as_bytes())) else {
+                    return Ok(None);
+                };
                 let is_stale = inside.mount(index).is_ok_and(|mounted| !mounted.stale.is_empty());
                 Ok(is_stale.then(|| volume_problem_node(view, &inside, index)))
             }
@@ -93,14 +95,20 @@ impl MountTree {
         let name = |view: &ViewId| OsString::from_vec(view.name.to_vec());
         match node {
             Node::Partitions(chain) => {
-                found.extend(self.inner_views(chain)?.into_iter().map(|view| (name(&view), Node::PartitionsOf(view))));
+                found.extend(
+                    self.inner_views(chain)?.into_iter().map(|view| (name(&view), Node::PartitionsOf(view))),
+                );
             }
             Node::Files(chain) => {
-                found.extend(self.inner_views(chain)?.into_iter().map(|view| (name(&view), Node::FilesOf(view))));
+                found.extend(
+                    self.inner_views(chain)?.into_iter().map(|view| (name(&view), Node::FilesOf(view))),
+                );
             }
             Node::PartitionsOf(view) => {
                 let partitions = self.partitions(view)?;
-                found.extend(partitions.into_iter().map(|(name, partition)| (name, Node::Partition(partition))));
+                found.extend(
+                    partitions.into_iter().map(|(name, partition)| (name, Node::Partition(partition))),
+                );
             }
             Node::FilesOf(view) => {
                 // A listing shows the disk's present state.
@@ -128,7 +136,8 @@ impl MountTree {
 
     fn partitions(&self, view: &ViewId) -> Result<Vec<(OsString, PartitionNode)>> {
         let inside = self.browser.contents(view, PointInTime::Table)?;
-        let shown = inside.layout().partitions.iter().filter(|partition| !partition.is_extended && partition.len > 0);
+        let shown =
+            inside.layout().partitions.iter().filter(|partition| !partition.is_extended && partition.len > 0);
         Ok(shown
             .map(|partition| {
                 let guest::volumes::Partition { number, start, len, .. } = *partition;
@@ -147,7 +156,8 @@ impl MountTree {
     pub(super) fn guest_entry(&self, parent: GuestNode, name: &OsStr) -> Result<Option<Attributes>> {
         let slot = self.slots.get(parent.slot)?;
         let found = slot.inside.lookup(slot.volume, parent.ino, name.as_bytes())?;
-        Ok(found.map(|(ino, found)| self.shown_attributes(guest_node(&slot, parent, ino, found.kind), &found)))
+        Ok(found
+            .map(|(ino, found)| self.shown_attributes(guest_node(&slot, parent, ino, found.kind), &found)))
     }
 
     /// The attributes of a guest's file.
@@ -174,7 +184,11 @@ impl MountTree {
     }
 
     /// The attributes in the mount for a guest's attributes.
-    pub(in crate::fs) fn shown_attributes(&self, node: GuestNode, found: &guest::FileAttributes) -> Attributes {
+    pub(in crate::fs) fn shown_attributes(
+        &self,
+        node: GuestNode,
+        found: &guest::FileAttributes,
+    ) -> Attributes {
         let (uid, gid, permissions) = self.ownership.of_guest(found);
         Attributes {
             inode: node.number(),
@@ -198,7 +212,8 @@ impl MountTree {
             Node::PartitionsOf(view) | Node::FilesOf(view) => {
                 let found = self.store.find_view(view)?;
                 let stat = self.store.stat_now(found.image());
-                let owner = self.rights.restrict(self.ownership.of_contents(&stat), &found.catalog, found.layers());
+                let owner =
+                    self.rights.restrict(self.ownership.of_contents(&stat), &found.catalog, found.layers());
                 Ok(Attributes::plain(inode, NodeKind::Directory, (0, 0), modified(&stat), owner))
             }
             Node::Partition(partition) => {
@@ -235,7 +250,9 @@ impl MountTree {
     /// The reasons why a volume is shown without its last writes, one per line.
     pub(super) fn volume_problem(&self, view: &ViewId, volume: &str) -> Result<Arc<[u8]>> {
         let inside = self.browser.contents(view, PointInTime::First)?;
-        let Some(index) = inside.volume(volume.as_bytes()) else { return Err(stale("the volume was removed")) };
+        let Some(index) = inside.volume(volume.as_bytes()) else {
+            return Err(stale("the volume was removed"));
+        };
         let lines = inside.mount(index)?.stale.into_iter().map(|sentence| terminal(&sentence) + "\n");
         Ok(lines.collect::<String>().into_bytes().into())
     }
@@ -283,7 +300,11 @@ impl MountTree {
         } else {
             Handle::Disk(self.open_disk(&partition.view)?)
         };
-        Ok(Handle::Partition(PartitionRange { disk: Box::new(disk), start: partition.start, len: partition.len }))
+        Ok(Handle::Partition(PartitionRange {
+            disk: Box::new(disk),
+            start: partition.start,
+            len: partition.len,
+        }))
     }
 
     pub(super) fn open_guest_file(&self, node: GuestNode) -> Result<Handle> {
@@ -363,7 +384,12 @@ fn volume_problem_node(view: &ViewId, inside: &DiskContents, volume: usize) -> N
 }
 
 /// The node of an entry of the directory `parent`.
-pub(in crate::fs) fn guest_node(slot: &MountedVolume, parent: GuestNode, ino: Ino, kind: FileKind) -> GuestNode {
+pub(in crate::fs) fn guest_node(
+    slot: &MountedVolume,
+    parent: GuestNode,
+    ino: Ino,
+    kind: FileKind,
+) -> GuestNode {
     let depth = match kind {
         FileKind::Directory => (parent.depth + 1).min(GuestNode::DEEPEST),
         FileKind::Symlink => parent.depth,

@@ -123,7 +123,9 @@ impl MountTree {
             Node::Control(scope) => {
                 self.control_owner(&catalog, scope)?;
                 let files = scope.files().iter();
-                found.extend(files.map(|(file, name)| ((*name).into(), Node::ControlFile(scope.clone(), *file))));
+                found.extend(
+                    files.map(|(file, name)| ((*name).into(), Node::ControlFile(scope.clone(), *file))),
+                );
             }
             Node::Chain(chain) => self.list_chain(&catalog, chain, &mut found)?,
             Node::Snapshots(chain) => {
@@ -139,20 +141,22 @@ impl MountTree {
             }
             Node::Info(chain) => {
                 let leaf = leaf(&catalog, chain)?;
-                let shown =
-                    ChainDocument::ALL.iter().filter(|(document, _)| self.has_document(&catalog, leaf, *document));
-                found.extend(
-                    shown.map(|(document, name)| {
-                        (OsString::from(name), Node::ChainDocument(Arc::clone(chain), *document))
-                    }),
-                );
+                let shown = ChainDocument::ALL
+                    .iter()
+                    .filter(|(document, _)| self.has_document(&catalog, leaf, *document));
+                found.extend(shown.map(|(document, name)| {
+                    (OsString::from(name), Node::ChainDocument(Arc::clone(chain), *document))
+                }));
             }
             Node::StoreDocument(_) | Node::ChainDocument(..) | Node::ControlFile(..) | Node::View(_) => {
                 return Err(Error::new(ErrorKind::Usage, "not a directory"));
             }
             _ => self.guest_list(&node, &mut found)?,
         }
-        Ok(found.into_iter().map(|(name, node)| NodeEntry { inode: self.inodes.number(&node), name, node }).collect())
+        Ok(found
+            .into_iter()
+            .map(|(name, node)| NodeEntry { inode: self.inodes.number(&node), name, node })
+            .collect())
     }
 
     fn list_chain(

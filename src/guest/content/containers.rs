@@ -72,10 +72,16 @@ pub(super) fn bcache(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let magic = b"\xc6\x85\x73\xf6\x4e\x1a\x45\xca\x82\x65\xf5\x7f\x48\xba\x6d\x81";
     let head = &probe.head;
     probe.has(4096 + 24, magic).then(|| {
-        DetectedVolume::new(VolumeContent::Bcache, text(slice(head, 4096 + 72, 32)), uuid(array(head, 4096 + 40)))
+        DetectedVolume::new(
+            VolumeContent::Bcache,
+            text(slice(head, 4096 + 72, 32)),
+            uuid(array(head, 4096 + 40)),
+        )
     })
 }
 
 pub(super) fn vdo(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
-    probe.has(0, b"dmvdo001").then(|| DetectedVolume::new(VolumeContent::Vdo, None, uuid(array(&probe.head, 40))))
+    probe
+        .has(0, b"dmvdo001")
+        .then(|| DetectedVolume::new(VolumeContent::Vdo, None, uuid(array(&probe.head, 40))))
 }

@@ -140,5 +140,7 @@ pub(super) fn hfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
 }
 
 pub(super) fn apfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
-    probe.has(32, b"NXSB").then(|| DetectedVolume::new(VolumeContent::Apfs, None, uuid(array(&probe.head, 72))))
+    probe
+        .has(32, b"NXSB")
+        .then(|| DetectedVolume::new(VolumeContent::Apfs, None, uuid(array(&probe.head, 72))))
 }

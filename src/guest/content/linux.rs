@@ -37,30 +37,35 @@ pub(super) fn xfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
 
 pub(super) fn btrfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 0x10000, 0x1000);
-    slice(block, 64, 8)
-        .eq(b"_BHRfS_M")
-        .then(|| DetectedVolume::new(VolumeContent::Btrfs, text(slice(block, 299, 256)), uuid(array(block, 32))))
+    slice(block, 64, 8).eq(b"_BHRfS_M").then(|| {
+        DetectedVolume::new(VolumeContent::Btrfs, text(slice(block, 299, 256)), uuid(array(block, 32)))
+    })
 }
 
 pub(super) fn bcachefs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let magic = b"\xc6\x85\x73\xf6\x66\xce\x90\xa9\xd9\x6a\x60\xcf\x80\x3d\xf7\xef";
     let head = &probe.head;
     probe.has(4096 + 24, magic).then(|| {
-        DetectedVolume::new(VolumeContent::Bcachefs, text(slice(head, 4096 + 72, 32)), uuid(array(head, 4096 + 56)))
+        DetectedVolume::new(
+            VolumeContent::Bcachefs,
+            text(slice(head, 4096 + 72, 32)),
+            uuid(array(head, 4096 + 56)),
+        )
     })
 }
 
 pub(super) fn f2fs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 1024, 3072);
-    (le32(block, 0) == 0xf2f5_2010)
-        .then(|| DetectedVolume::new(VolumeContent::F2fs, utf16(slice(block, 124, 1024)), uuid(array(block, 108))))
+    (le32(block, 0) == 0xf2f5_2010).then(|| {
+        DetectedVolume::new(VolumeContent::F2fs, utf16(slice(block, 124, 1024)), uuid(array(block, 108)))
+    })
 }
 
 pub(super) fn jfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 0x8000, 512);
-    block
-        .starts_with(b"JFS1")
-        .then(|| DetectedVolume::new(VolumeContent::Jfs, text(slice(block, 152, 16)), uuid(array(block, 136))))
+    block.starts_with(b"JFS1").then(|| {
+        DetectedVolume::new(VolumeContent::Jfs, text(slice(block, 152, 16)), uuid(array(block, 136)))
+    })
 }
 
 pub(super) fn reiserfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
@@ -70,7 +75,11 @@ pub(super) fn reiserfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     };
     if is_magic(0x10000) {
         let block = slice(&probe.head, 0x10000, 512);
-        return Some(DetectedVolume::new(VolumeContent::Reiserfs, text(slice(block, 100, 16)), uuid(array(block, 84))));
+        return Some(DetectedVolume::new(
+            VolumeContent::Reiserfs,
+            text(slice(block, 100, 16)),
+            uuid(array(block, 84)),
+        ));
     }
     is_magic(0x2000).then(|| DetectedVolume::new(VolumeContent::Reiserfs, None, None))
 }
@@ -84,8 +93,9 @@ pub(super) fn nilfs2(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     // The magic has only two bytes. The checksum decides; it is computed with its own field as zero.
     let seed = crc32(le32(block, 12), &block[..16]);
     let sum = crc32(crc32(seed, &[0; 4]), &block[20..len]);
-    (sum == le32(block, 16))
-        .then(|| DetectedVolume::new(VolumeContent::Nilfs2, text(slice(block, 168, 80)), uuid(array(block, 152))))
+    (sum == le32(block, 16)).then(|| {
+        DetectedVolume::new(VolumeContent::Nilfs2, text(slice(block, 168, 80)), uuid(array(block, 152)))
+    })
 }
 
 /// A member of a ZFS pool. As in blkid(8), four uberblocks of either byte order are required.
@@ -106,8 +116,9 @@ pub(super) fn squashfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
 
 pub(super) fn erofs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 1024, 128);
-    (le32(block, 0) == 0xe0f5_e1e2)
-        .then(|| DetectedVolume::new(VolumeContent::Erofs, text(slice(block, 64, 16)), uuid(array(block, 48))))
+    (le32(block, 0) == 0xe0f5_e1e2).then(|| {
+        DetectedVolume::new(VolumeContent::Erofs, text(slice(block, 64, 16)), uuid(array(block, 48)))
+    })
 }
 
 pub(super) fn cramfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
@@ -134,7 +145,8 @@ pub(super) fn swap(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
         };
         // Only version 2 has a header, and only a header holds a label.
         let header = slice(&probe.head, 1024, 64);
-        let has_header = magic != b"SWAP-SPACE" && (le32(header, 0) == 1 || le32(header, 0).swap_bytes() == 1);
+        let has_header =
+            magic != b"SWAP-SPACE" && (le32(header, 0) == 1 || le32(header, 0).swap_bytes() == 1);
         let label = if has_header { text(slice(header, 28, 16)) } else { None };
         let id = if has_header { uuid(array(header, 12)) } else { None };
         return Some(DetectedVolume::new(content, label, id));

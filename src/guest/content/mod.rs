@@ -111,7 +111,9 @@ impl VolumeContent {
             Self::ExtJournal => "it is an external journal of an ext file system".to_owned(),
             Self::Swap => "it is swap space, without files".to_owned(),
             Self::Hibernation => "it holds the memory of a hibernated machine, without files".to_owned(),
-            Self::LvmPhysicalVolume => "it is a physical volume; its files are in the logical volumes".to_owned(),
+            Self::LvmPhysicalVolume => {
+                "it is a physical volume; its files are in the logical volumes".to_owned()
+            }
             Self::Luks1 | Self::Luks2 | Self::BitLocker => format!("it is encrypted ({self})"),
             Self::MdRaid | Self::Bcache | Self::Vdo | Self::Zfs => {
                 format!("it is a member of a larger device ({self}), which is not assembled")
@@ -243,6 +245,8 @@ impl<'a> ContentProbe<'a> {
         let tail_at = self.source.size().saturating_sub(1 << 16);
         let tail = self.read(tail_at, (self.source.size() - tail_at) as usize);
         let further = self.read(linux::ZFS_UBERBLOCKS, linux::ZFS_UBERBLOCKS_LEN).unwrap_or_default();
-        [&self.head, &further, &tail.unwrap_or_default()].iter().all(|bytes| bytes.iter().all(|byte| *byte == 0))
+        [&self.head, &further, &tail.unwrap_or_default()]
+            .iter()
+            .all(|bytes| bytes.iter().all(|byte| *byte == 0))
     }
 }

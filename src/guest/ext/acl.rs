@@ -52,7 +52,9 @@ mod tests {
 
     #[test]
     fn damaged_lists_are_refused() {
-        for disk in [&[][..], &[1, 0, 0], &[2, 0, 0, 0], &[1, 0, 0, 0, 2, 0, 7, 0, 1], &[1, 0, 0, 0, 3, 0, 7, 0]] {
+        for disk in
+            [&[][..], &[1, 0, 0], &[2, 0, 0, 0], &[1, 0, 0, 0, 2, 0, 7, 0, 1], &[1, 0, 0, 0, 3, 0, 7, 0]]
+        {
             assert_eq!(to_xattr(disk), None, "{disk:?}");
         }
     }

@@ -87,7 +87,10 @@ impl Blocks {
         if first.0.checked_add(count).is_some_and(|end| end <= self.count) {
             return Ok(());
         }
-        let fact = format!("block {} + {count} is referenced, but the file system has {} blocks", first.0, self.count);
+        let fact = format!(
+            "block {} + {count} is referenced, but the file system has {} blocks",
+            first.0, self.count
+        );
         Err(corrupt(fact))
     }
 
@@ -143,7 +146,8 @@ impl Blocks {
 mod tests {
     use super::*;
 
-    /// Eight blocks of 1 KiB, each filled with its number; block 2 is newer in block 6, block 4 in block 7 (escaped).
+    /// Eight blocks of 1 KiB, each filled with its number; block 2 is newer in block 6, block 4 in block 7
+    /// (escaped).
     fn blocks() -> Blocks {
         let bytes: Vec<u8> = (0..8).flat_map(|block| [block; 1024]).collect();
         let newer = |place, escaped| Journaled { place: Block(place), escaped };

@@ -172,7 +172,8 @@ impl Ext {
         let Some(index) = self.name_index(inode) else { return self.search(inode, name) };
         let hash = self.hash_of(name);
         let first = index.hashes.partition_point(|(other, _)| *other < hash);
-        let blocks = index.hashes[first..].iter().take_while(|(other, _)| *other == hash).map(|(_, block)| *block);
+        let blocks =
+            index.hashes[first..].iter().take_while(|(other, _)| *other == hash).map(|(_, block)| *block);
         match self.search_blocks(inode, blocks, name)? {
             None => index.damage.clone().map_or(Ok(None), Err),
             found => Ok(found),
@@ -183,7 +184,12 @@ impl Ext {
         self.name_hasher.hash_one(name) as u32
     }
 
-    fn search_blocks(&self, inode: &Inode, blocks: impl Iterator<Item = u32>, name: &[u8]) -> Result<Option<u32>> {
+    fn search_blocks(
+        &self,
+        inode: &Inode,
+        blocks: impl Iterator<Item = u32>,
+        name: &[u8],
+    ) -> Result<Option<u32>> {
         for block in blocks {
             let bytes = self.directory_block(inode, block)?;
             let mut entries = ExtEntries::new(self, inode, &bytes, 0);
@@ -235,7 +241,12 @@ impl Ext {
 
     /// Calls `each` with the entries in use from byte `from` on, without `.` and `..`, until it returns
     /// false. Returns whether it did, and the first damage.
-    fn visit(&self, inode: &Inode, from: u64, each: &mut dyn FnMut(ExtEntry<'_>) -> bool) -> (bool, Option<Error>) {
+    fn visit(
+        &self,
+        inode: &Inode,
+        from: u64,
+        each: &mut dyn FnMut(ExtEntry<'_>) -> bool,
+    ) -> (bool, Option<Error>) {
         let mut damage = None;
         let mut part = |bytes: &[u8], start: u64, damage: &mut Option<Error>| {
             let mut entries = ExtEntries::new(self, inode, bytes, start);
@@ -277,7 +288,9 @@ impl Ext {
                     left = less;
                     let bytes = self.blocks.read(super::Block(first.0 + index));
                     match bytes.and_then(|bytes| verified(inode, bytes)) {
-                        Ok(bytes) if part(&bytes, (at + index) << bits, &mut damage) => return (true, damage),
+                        Ok(bytes) if part(&bytes, (at + index) << bits, &mut damage) => {
+                            return (true, damage);
+                        }
                         Ok(_) => {}
                         Err(error) => drop(damage.get_or_insert(error)),
                     }
@@ -372,7 +385,8 @@ impl<'a> Iterator for ExtEntries<'a> {
         while self.at + HEADER_LEN <= self.bytes.len() {
             let at = self.at;
             let len = record_len(self.bytes, at, self.block_len);
-            let name_len = if self.typed { self.bytes[at + 6].into() } else { usize::from(le16(self.bytes, at + 6)) };
+            let name_len =
+                if self.typed { self.bytes[at + 6].into() } else { usize::from(le16(self.bytes, at + 6)) };
             let ino = le32(self.bytes, at);
             if len < HEADER_LEN || !len.is_multiple_of(4) || at + len > self.bytes.len() {
                 self.damaged = true;

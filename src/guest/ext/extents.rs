@@ -34,7 +34,8 @@ impl ExtentNode {
         let (count, max) = (usize::from(le16(&bytes, 2)), usize::from(le16(&bytes, 4)));
         let found = le16(&bytes, 6);
         let fits = (1 + max) * ENTRY_LEN <= bytes.len() && count <= max;
-        if le16(&bytes, 0) != MAGIC || !fits || found > MAX_DEPTH || depth.is_some_and(|depth| depth != found) {
+        if le16(&bytes, 0) != MAGIC || !fits || found > MAX_DEPTH || depth.is_some_and(|depth| depth != found)
+        {
             return Err(inode.corrupt("has a damaged extent tree"));
         }
         if count == 0 && found > 0 {
@@ -134,6 +135,9 @@ impl ExtentLeaf {
         let first = Block(join(le32(entry, 8), le16(entry, 6)) + into);
         // Never beyond the next extent: the walk must visit each one.
         let count = (u64::from(len) - into).min(next - at);
-        Ok(ExtSegment { count, mapping: if written { ExtMapping::Stored(first) } else { ExtMapping::Unwritten } })
+        Ok(ExtSegment {
+            count,
+            mapping: if written { ExtMapping::Stored(first) } else { ExtMapping::Unwritten },
+        })
     }
 }

@@ -24,7 +24,10 @@ pub(super) struct BlockGroup {
 /// The descriptor of a group.
 pub(super) fn group(superblock: &Superblock, blocks: &Blocks, group: u64) -> Result<BlockGroup> {
     if group >= superblock.group_count() {
-        return Err(corrupt(format!("group {group} is referenced, but there are only {}", superblock.group_count())));
+        return Err(corrupt(format!(
+            "group {group} is referenced, but there are only {}",
+            superblock.group_count()
+        )));
     }
     let per_block = superblock.block_len() as u64 / superblock.descriptor_len as u64;
     let (index, place) = (group / per_block, (group % per_block) as usize * superblock.descriptor_len);

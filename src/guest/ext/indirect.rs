@@ -61,8 +61,12 @@ fn run(numbers: &[u8], slot: usize) -> ExtSegment {
     let first = le32(numbers, slot * 4);
     let rest = numbers[slot * 4..].chunks_exact(4).map(|number| le32(number, 0));
     if first == 0 {
-        return ExtSegment { count: rest.take_while(|number| *number == 0).count() as u64, mapping: ExtMapping::Hole };
+        return ExtSegment {
+            count: rest.take_while(|number| *number == 0).count() as u64,
+            mapping: ExtMapping::Hole,
+        };
     }
-    let count = rest.zip(u64::from(first)..).take_while(|(number, expected)| u64::from(*number) == *expected).count();
+    let count =
+        rest.zip(u64::from(first)..).take_while(|(number, expected)| u64::from(*number) == *expected).count();
     ExtSegment { count: count as u64, mapping: ExtMapping::Stored(Block(first.into())) }
 }

@@ -50,7 +50,12 @@ pub(super) struct Inode {
 
 impl Inode {
     /// Decodes and verifies. An inode not in use is `Corrupt`: only a stale name leads to it.
-    pub(super) fn parse(superblock: &Superblock, number: u32, raw: Box<[u8]>, verify_sum: bool) -> Result<Self> {
+    pub(super) fn parse(
+        superblock: &Superblock,
+        number: u32,
+        raw: Box<[u8]>,
+        verify_sum: bool,
+    ) -> Result<Self> {
         assert_eq!(raw.len(), superblock.inode_len);
         let wrong = |fact: String| corrupt(format!("inode {number} {fact}"));
         let seed = superblock.seed().map(|seed| own_seed(seed, number, &raw));

@@ -113,7 +113,9 @@ impl Ext {
             }
             let room = match segment.mapping {
                 ExtMapping::Hole | ExtMapping::Unwritten => runs.push(segment_end - at, RunKind::Hole),
-                ExtMapping::Stored(first) => self.stored(first, at & ((1 << bits) - 1), segment_end - at, &mut runs),
+                ExtMapping::Stored(first) => {
+                    self.stored(first, at & ((1 << bits) - 1), segment_end - at, &mut runs)
+                }
             };
             if !room {
                 break;
@@ -134,7 +136,9 @@ impl Ext {
             let now = (here * block_len - skip).min(len);
             let kind = match newer {
                 Some((_, Journaled { escaped: true, .. })) if plain == 0 => RunKind::Opaque,
-                Some((_, Journaled { place, .. })) if plain == 0 => RunKind::Stored(self.blocks.offset(place) + skip),
+                Some((_, Journaled { place, .. })) if plain == 0 => {
+                    RunKind::Stored(self.blocks.offset(place) + skip)
+                }
                 _ => RunKind::Stored(self.blocks.offset(first) + skip),
             };
             if !runs.push(now, kind) {

@@ -96,7 +96,8 @@ impl Ext {
     }
 
     fn number(&self, ino: Ino) -> Result<u32> {
-        let number = u32::try_from(ino.0).ok().filter(|number| (1..=self.superblock.inode_count).contains(number));
+        let number =
+            u32::try_from(ino.0).ok().filter(|number| (1..=self.superblock.inode_count).contains(number));
         number.ok_or_else(|| corrupt(format!("inode {} is referenced, but does not exist", ino.0)))
     }
 

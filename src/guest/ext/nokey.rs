@@ -61,8 +61,10 @@ impl Hashes {
         if inode.is(flags::CASEFOLD) {
             return Self::Stored;
         }
-        let version = if is_indexed { super::htree::version(ext, inode).ok() } else { Some(superblock.hash_version) };
-        let hasher = version.and_then(|number| Hasher::new(number, superblock.unsigned_hash, superblock.hash_seed));
+        let version =
+            if is_indexed { super::htree::version(ext, inode).ok() } else { Some(superblock.hash_version) };
+        let hasher =
+            version.and_then(|number| Hasher::new(number, superblock.unsigned_hash, superblock.hash_seed));
         hasher.map_or(Self::None, Self::Of)
     }
 
@@ -107,8 +109,16 @@ fn decode(name: &[u8]) -> Option<Vec<u8>> {
 
 /// FIPS 180-4.
 fn sha256(bytes: &[u8]) -> [u8; SUM_LEN] {
-    const START: [u32; 8] =
-        [0x6a09_e667, 0xbb67_ae85, 0x3c6e_f372, 0xa54f_f53a, 0x510e_527f, 0x9b05_688c, 0x1f83_d9ab, 0x5be0_cd19];
+    const START: [u32; 8] = [
+        0x6a09_e667,
+        0xbb67_ae85,
+        0x3c6e_f372,
+        0xa54f_f53a,
+        0x510e_527f,
+        0x9b05_688c,
+        0x1f83_d9ab,
+        0x5be0_cd19,
+    ];
     let constants = constants();
     let mut state = START;
     let mut message = bytes.to_vec();
@@ -130,7 +140,8 @@ fn sha256(bytes: &[u8]) -> [u8; SUM_LEN] {
         for (word, constant) in words.iter().zip(constants) {
             let turned = mixed[4].rotate_right(6) ^ mixed[4].rotate_right(11) ^ mixed[4].rotate_right(25);
             let chosen = mixed[4] & mixed[5] ^ !mixed[4] & mixed[6];
-            let one = mixed[7].wrapping_add(turned).wrapping_add(chosen).wrapping_add(constant).wrapping_add(*word);
+            let one =
+                mixed[7].wrapping_add(turned).wrapping_add(chosen).wrapping_add(constant).wrapping_add(*word);
             let turned = mixed[0].rotate_right(2) ^ mixed[0].rotate_right(13) ^ mixed[0].rotate_right(22);
             let most = mixed[0] & mixed[1] ^ mixed[0] & mixed[2] ^ mixed[1] & mixed[2];
             mixed.rotate_right(1);
@@ -151,7 +162,8 @@ fn sha256(bytes: &[u8]) -> [u8; SUM_LEN] {
 /// The first 32 bits of the fractional parts of the cube roots of the first 64 primes.
 fn constants() -> [u32; 64] {
     let mut constants = [0; 64];
-    let mut primes = (2u128..).filter(|number| (2..*number).take_while(|d| d * d <= *number).all(|d| number % d != 0));
+    let mut primes =
+        (2u128..).filter(|number| (2..*number).take_while(|d| d * d <= *number).all(|d| number % d != 0));
     for constant in &mut constants {
         let scaled = primes.next().expect("primes are infinite") << 96;
         // The cube root of the prime, times 2^32.

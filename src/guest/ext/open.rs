@@ -28,7 +28,9 @@ pub(super) fn open(source: Arc<dyn Source>) -> Result<Ext> {
     let have = ext.blocks.source().size();
     let need = ext.superblock.block_count << ext.superblock.block_bits;
     if have < need {
-        ext.remark(format!("the file system needs {need} bytes, but the volume has only {have}: the rest is missing"));
+        ext.remark(format!(
+            "the file system needs {need} bytes, but the volume has only {have}: the rest is missing"
+        ));
     }
     let copy = ext.superblock.group != 0;
     if !copy && !ext.superblock.has(incompat::RECOVER) {
@@ -82,7 +84,8 @@ fn replay(ext: &Ext, log: Option<Log>) -> Result<Option<Ext>> {
                 replayed.blocks.set_count(newer.block_count);
                 replayed.superblock = newer;
             }
-            _ => replayed.stale_remark("the superblock in the journal is damaged; the older one is used".into()),
+            _ => replayed
+                .stale_remark("the superblock in the journal is damaged; the older one is used".into()),
         }
     }
     replayed.remarks.get_mut().extend(ext.remarks.lock().drain(..));
@@ -93,7 +96,9 @@ fn replay(ext: &Ext, log: Option<Log>) -> Result<Option<Ext>> {
         Ok(fast) => replayed.fast = fast,
         Err(error) if !is_fact(&error) => return Err(error),
         Err(error) => {
-            replayed.stale_remark(format!("fast commits cannot be replayed ({error}): their changes are missing"));
+            replayed.stale_remark(format!(
+                "fast commits cannot be replayed ({error}): their changes are missing"
+            ));
         }
     }
     Ok(Some(replayed))
@@ -152,8 +157,8 @@ fn copy(source: &dyn Source, bits: u32, cluster_bits: u32, group: u64) -> Result
 
 fn read(source: &dyn Source, at: u64) -> Result<Superblock> {
     let mut raw = vec![0; SUPERBLOCK_LEN];
-    source
-        .read_at(at, &mut raw)
-        .map_err(|error| if is_fact(&error) { corrupt("there is no ext2, ext3 or ext4 superblock") } else { error })?;
+    source.read_at(at, &mut raw).map_err(|error| {
+        if is_fact(&error) { corrupt("there is no ext2, ext3 or ext4 superblock") } else { error }
+    })?;
     Superblock::parse(&raw)
 }

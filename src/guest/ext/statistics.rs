@@ -14,8 +14,9 @@ const NAME_LEN: u32 = 255;
 impl Ext {
     pub(super) fn count(&self) -> Statistics {
         let superblock = &self.superblock;
-        let whole =
-            superblock.block_count.saturating_sub(u64::from(superblock.overhead_clusters) << superblock.cluster_bits);
+        let whole = superblock
+            .block_count
+            .saturating_sub(u64::from(superblock.overhead_clusters) << superblock.cluster_bits);
         let (free_blocks, free_inodes) =
             self.count_free().unwrap_or((superblock.free_blocks, superblock.free_inodes.into()));
         // The kernel's own reserve: a fiftieth, at most 4,096 clusters.

@@ -152,16 +152,18 @@ impl Superblock {
             // An unknown feature may be a symptom of damage.
             return Err(if sound { error } else { corrupt(format!("the superblock is damaged ({error})")) });
         }
-        let wrong =
-            |what: &str, found: u64| corrupt(format!("the superblock's {what} is {found}, which is impossible"));
+        let wrong = |what: &str, found: u64| {
+            corrupt(format!("the superblock's {what} is {found}, which is impossible"))
+        };
         let (log_block, log_cluster) = (le32(raw, 0x18), le32(raw, 0x1c));
         if log_block > 6 {
             return Err(wrong("block size exponent", log_block.into()));
         }
         let clustered = ro_compat & 0x200 != 0;
         let cluster_bits = if clustered { log_cluster.checked_sub(log_block) } else { Some(0) };
-        let cluster_bits =
-            cluster_bits.filter(|bits| *bits <= 20).ok_or_else(|| wrong("cluster size", log_cluster.into()))?;
+        let cluster_bits = cluster_bits
+            .filter(|bits| *bits <= 20)
+            .ok_or_else(|| wrong("cluster size", log_cluster.into()))?;
         let block_bits = 10 + log_block;
         let dynamic = le32(raw, 0x4c) != 0;
         let inode_len = if dynamic { usize::from(le16(raw, 0x58)) } else { 128 };
@@ -281,14 +283,18 @@ impl Superblock {
 
 fn refuse_unknown(features: u32, version: &str) -> Result<()> {
     if features & incompat::JOURNAL_DEV != 0 {
-        return Err(unsupported("this is the external journal of an ext3 or ext4 file system, without files"));
+        return Err(unsupported(
+            "this is the external journal of an ext3 or ext4 file system, without files",
+        ));
     }
     let unknown = features & !KNOWN;
     if unknown == 0 {
         return Ok(());
     }
-    let name = |bit| if bit == incompat::COMPRESSION { "compression".to_owned() } else { format!("{bit:#x}") };
-    let names: Vec<String> = (0..32).map(|bit| unknown & 1 << bit).filter(|bit| *bit != 0).map(name).collect();
+    let name =
+        |bit| if bit == incompat::COMPRESSION { "compression".to_owned() } else { format!("{bit:#x}") };
+    let names: Vec<String> =
+        (0..32).map(|bit| unknown & 1 << bit).filter(|bit| *bit != 0).map(name).collect();
     let fact = format!("{version} with features that chainfs does not know: {}", names.join(", "));
     Err(Error::new(ErrorKind::Unsupported, fact))
 }

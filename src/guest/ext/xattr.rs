@@ -35,7 +35,11 @@ struct XattrEntry<'a> {
 }
 
 /// The entries from `first` on; the offsets of values are relative to `base`.
-fn entries<'a>(inode: &'a Inode, base: &'a [u8], first: usize) -> impl Iterator<Item = Result<XattrEntry<'a>>> {
+fn entries<'a>(
+    inode: &'a Inode,
+    base: &'a [u8],
+    first: usize,
+) -> impl Iterator<Item = Result<XattrEntry<'a>>> {
     let mut at = first;
     std::iter::from_fn(move || {
         // Four zero bytes end the table, and so does its end.
@@ -114,7 +118,13 @@ impl Ext {
         Ok(found)
     }
 
-    fn collect(&self, inode: &Inode, base: &[u8], first: usize, found: &mut Vec<ExtendedAttribute>) -> Result<()> {
+    fn collect(
+        &self,
+        inode: &Inode,
+        base: &[u8],
+        first: usize,
+        found: &mut Vec<ExtendedAttribute>,
+    ) -> Result<()> {
         for entry in entries(inode, base, first) {
             let entry = entry?;
             let Some(name) = full_name(&entry) else { continue };
@@ -123,7 +133,8 @@ impl Ext {
                 holder => self.value_of(inode, holder, entry.len)?,
             };
             if matches!(entry.index, INDEX_ACCESS_ACL | INDEX_DEFAULT_ACL) {
-                value = acl::to_xattr(&value).ok_or_else(|| inode.corrupt("has a damaged access control list"))?;
+                value = acl::to_xattr(&value)
+                    .ok_or_else(|| inode.corrupt("has a damaged access control list"))?;
             }
             found.push(ExtendedAttribute { name, value });
             let len: usize = found.iter().map(|found| found.value.len()).sum();

@@ -88,7 +88,10 @@ impl Chains {
         };
         while number < index {
             let Some(next) = walk.next(cluster)? else {
-                return Err(corrupt(format!("the chain of cluster {start} ends after {} clusters", number + 1)));
+                return Err(corrupt(format!(
+                    "the chain of cluster {start} ends after {} clusters",
+                    number + 1
+                )));
             };
             (number, cluster) = (number + 1, next);
             if number.is_multiple_of(MARK_EVERY) {

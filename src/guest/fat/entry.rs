@@ -137,7 +137,8 @@ fn time(date: u16, time: u16, hundredths: u8) -> Time {
     let is_leap = year % 4 == 0 && year != YEAR_2100;
     let leap_days = (year + 3) / 4 - i64::from(year > YEAR_2100) + i64::from(is_leap && month > 2);
     let days = FIRST_DAY + year * 365 + leap_days + DAYS_BEFORE[usize::from(date >> 5 & 0xf).max(1)] + day;
-    let (hour, minute, second) = (i64::from(time >> 11), i64::from(time >> 5 & 0x3f), i64::from(time & 0x1f) * 2);
+    let (hour, minute, second) =
+        (i64::from(time >> 11), i64::from(time >> 5 & 0x3f), i64::from(time & 0x1f) * 2);
     let seconds = days * 86_400 + hour * 3600 + minute * 60 + second + i64::from(hundredths) / 100;
     Time { seconds, nanoseconds: u32::from(hundredths) % 100 * 10_000_000 }
 }
@@ -148,7 +149,9 @@ mod tests {
 
     #[test]
     fn dates_match_the_calendar() {
-        let at = |year: u16, month: u16, day: u16| time((year - 1980) << 9 | month << 5 | day, 0, 0).seconds / 86_400;
+        let at = |year: u16, month: u16, day: u16| {
+            time((year - 1980) << 9 | month << 5 | day, 0, 0).seconds / 86_400
+        };
         // The output of date(1): `date -ud 2000-02-29 +%s`, and so on.
         let known = [(1980, 1, 1, 3652), (2000, 2, 29, 11016), (2000, 3, 1, 11017), (2024, 12, 31, 20088)];
         for (year, month, day, days) in known {

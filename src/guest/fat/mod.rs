@@ -18,7 +18,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::Source;
 use crate::guest::bytes::le32;
 use crate::guest::filesystem::{
-    DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, RunKind, Statistics, Time,
+    DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, RunKind,
+    Statistics, Time,
 };
 
 use chain::{Chains, ClusterRun, corrupt};
@@ -70,8 +71,8 @@ impl Fat {
     pub fn open(source: Arc<dyn Source>) -> Result<Self> {
         let mut head = vec![0; source.size().min(512) as usize];
         source.read_at(0, &mut head)?;
-        let volume =
-            FatVolume::parse(&head).map_err(|fact| corrupt(format!("the FAT boot sector is invalid: {fact}")))?;
+        let volume = FatVolume::parse(&head)
+            .map_err(|fact| corrupt(format!("the FAT boot sector is invalid: {fact}")))?;
         Ok(Self {
             source,
             volume,
@@ -100,7 +101,11 @@ impl Fat {
     fn directory_start(&self, ino: Ino) -> Result<FirstCluster> {
         if ino == ROOT {
             let is_fixed = self.volume.kind != FatWidth::Fat32;
-            return Ok(if is_fixed { FirstCluster::Fixed } else { FirstCluster::Chain(self.volume.root_cluster) });
+            return Ok(if is_fixed {
+                FirstCluster::Fixed
+            } else {
+                FirstCluster::Chain(self.volume.root_cluster)
+            });
         }
         let entry = self.entry(ino)?;
         if !entry.is_directory {
@@ -151,7 +156,9 @@ impl Fat {
         let (mut next, mut left) = (Some(first), DIRECTORY_LIMIT.div_ceil(cluster_len));
         while let Some(cluster) = next {
             let Some(at) = self.volume.cluster_at(cluster) else {
-                return Err(corrupt(format!("a directory references cluster {cluster}, which does not exist")));
+                return Err(corrupt(format!(
+                    "a directory references cluster {cluster}, which does not exist"
+                )));
             };
             if left == 0 {
                 return Err(corrupt("a directory has no end".to_owned()));
@@ -178,7 +185,8 @@ impl Fat {
         self.source.read_at(at, &mut bytes)?;
         let mut found = Vec::new();
         reader.read(&bytes, &mut found);
-        entries.extend(found.into_iter().map(|named| (Ino(at / ENTRY_LEN as u64 + named.index as u64), named)));
+        entries
+            .extend(found.into_iter().map(|named| (Ino(at / ENTRY_LEN as u64 + named.index as u64), named)));
         Ok(())
     }
 
@@ -198,7 +206,8 @@ impl Fat {
     fn free_count(&self) -> u64 {
         *self.free_count.get_or_init(|| {
             let counted = self.volume.table_len <= COUNTED_TABLE_LIMIT;
-            let count = if counted { self.chains.free_count((&self.volume, &*self.source)).ok() } else { None };
+            let count =
+                if counted { self.chains.free_count((&self.volume, &*self.source)).ok() } else { None };
             count.or_else(|| self.stored_free_count()).unwrap_or(0)
         })
     }
@@ -272,8 +281,9 @@ impl FileSystem for Fat {
             }
         };
         let is_read_only = entry.as_ref().is_some_and(|entry| entry.is_read_only && !is_directory);
-        let (accessed, modified) =
-            entry.as_ref().map_or((Time::default(), Time::default()), |entry| (entry.accessed, entry.modified));
+        let (accessed, modified) = entry
+            .as_ref()
+            .map_or((Time::default(), Time::default()), |entry| (entry.accessed, entry.modified));
         Ok(FileAttributes {
             kind: if is_directory { FileKind::Directory } else { FileKind::File },
             mode: if is_read_only { 0o555 } else { 0o755 },
@@ -318,12 +328,14 @@ impl FileSystem for Fat {
     fn read_at(&self, ino: Ino, at: u64, buf: &mut [u8]) -> Result<usize> {
         let mut done = 0;
         while done < buf.len() {
-            let runs = match self.runs(ino, at.saturating_add(done as u64), (buf.len() - done) as u64, RUNS_AT_ONCE) {
-                Ok(runs) => runs,
-                // The bytes before the error are returned.
-                Err(_) if done > 0 => break,
-                Err(error) => return Err(error),
-            };
+            let runs =
+                match self.runs(ino, at.saturating_add(done as u64), (buf.len() - done) as u64, RUNS_AT_ONCE)
+                {
+                    Ok(runs) => runs,
+                    // The bytes before the error are returned.
+                    Err(_) if done > 0 => break,
+                    Err(error) => return Err(error),
+                };
             if runs.is_empty() {
                 break;
             }

@@ -112,7 +112,8 @@ impl FatVolume {
             _ => (FatWidth::Fat12, 12, 0xff4),
         };
         // A table may be too short for its volume: the clusters beyond it are inaccessible.
-        let cluster_count = cluster_count.min((table_len * 8 / bits).saturating_sub(u64::from(FIRST_CLUSTER)));
+        let cluster_count =
+            cluster_count.min((table_len * 8 / bits).saturating_sub(u64::from(FIRST_CLUSTER)));
         if cluster_count > most {
             return Err(format!("{cluster_count} clusters"));
         }
@@ -132,7 +133,8 @@ impl FatVolume {
             root_cluster: if is_32 { le32(head, 44) } else { 0 },
             data_at,
             cluster_count: cluster_count as u32,
-            information_at: (is_32 && information != 0 && information != 0xffff).then_some(information * sector),
+            information_at: (is_32 && information != 0 && information != 0xffff)
+                .then_some(information * sector),
             is_dirty: state & 1 != 0,
             id: has_names.then(|| le32(head, late + 3)),
             boot_label: if signature == 0x29 { array(head, late + 7) } else { [b' '; 11] },

@@ -14,7 +14,8 @@ const TARGET_LIMIT: usize = 4096;
 /// absolute target begins at its root directory, and `..` does not leave it. `NotFound` if a name does not
 /// exist.
 pub fn resolve_path(files: &dyn FileSystem, path: &[u8]) -> Result<Ino> {
-    let not_found = || Error::new(ErrorKind::NotFound, format!("there is no {}", String::from_utf8_lossy(path)));
+    let not_found =
+        || Error::new(ErrorKind::NotFound, format!("there is no {}", String::from_utf8_lossy(path)));
     // The directories from the root to the current one, and the names still to be resolved, the next one
     // last.
     let mut parents = vec![files.root()];

@@ -21,7 +21,8 @@ pub(super) fn find(volume: &OpenedVolume<'_>, all: &[OpenedVolume<'_>]) -> Optio
         return None;
     }
     let mounts = mounts(root, all);
-    let usr_volume = mounts.iter().find(|mount| mount.directory == "/usr").and_then(|mount| mount.volume.clone());
+    let usr_volume =
+        mounts.iter().find(|mount| mount.directory == "/usr").and_then(|mount| mount.volume.clone());
     let usr = usr_volume.and_then(|name| all.iter().find(|other| other.name == name));
     let places = SystemRoots { root, usr: usr.map(|usr| usr.files) };
     let mut system = OperatingSystem {
@@ -69,7 +70,8 @@ fn name(places: &SystemRoots<'_>, system: &mut OperatingSystem) {
         let value = |key: &str| text.lines().filter_map(|line| assigned(line, key)).next_back();
         system.id = value("ID").and_then(|id| bounded(&id.to_lowercase()));
         system.name = value("NAME").and_then(|name| bounded(&name));
-        system.version = value("VERSION").or_else(|| value("VERSION_ID")).and_then(|version| bounded(&version));
+        system.version =
+            value("VERSION").or_else(|| value("VERSION_ID")).and_then(|version| bounded(&version));
         system.pretty_name = value("PRETTY_NAME").and_then(|name| bounded(&name));
         if system.id.is_some() || system.name.is_some() || system.pretty_name.is_some() {
             return;
@@ -93,7 +95,8 @@ fn name(places: &SystemRoots<'_>, system: &mut OperatingSystem) {
     } else if let Some(version) = line("/etc/alpine-release") {
         system.set("alpine", "Alpine Linux", version);
     } else if let Some(text) = places.text("/etc/lsb-release") {
-        let value = |key: &str| text.lines().find_map(|line| assigned(line, key)).and_then(|value| bounded(&value));
+        let value =
+            |key: &str| text.lines().find_map(|line| assigned(line, key)).and_then(|value| bounded(&value));
         system.name = value("DISTRIB_ID");
         system.id = system.name.as_deref().map(str::to_lowercase);
         system.version = value("DISTRIB_RELEASE");
@@ -127,7 +130,8 @@ fn host_name(root: &dyn FileSystem) -> Option<String> {
 
 /// The machine type of a standard program.
 fn architecture(places: &SystemRoots<'_>) -> Option<String> {
-    let programs = ["/bin/sh", "/usr/bin/sh", "/usr/bin/env", "/sbin/init", "/usr/lib/systemd/systemd", "/bin/busybox"];
+    let programs =
+        ["/bin/sh", "/usr/bin/sh", "/usr/bin/env", "/sbin/init", "/usr/lib/systemd/systemd", "/bin/busybox"];
     let names = |path: &&str| elf_machine(&places.read(path, 64)?);
     programs.iter().find_map(names).map(str::to_owned)
 }
@@ -203,7 +207,11 @@ fn find_device<'a>(device: &str, all: &[OpenedVolume<'a>]) -> Option<OpenedVolum
     }
     let disks = ["sd", "vd", "hd", "xvd", "nvme", "mmcblk"];
     let number = name.trim_start_matches(|c: char| !c.is_ascii_digit());
-    let number = if name.starts_with("nvme") || name.starts_with("mmcblk") { name.rsplit_once('p')?.1 } else { number };
+    let number = if name.starts_with("nvme") || name.starts_with("mmcblk") {
+        name.rsplit_once('p')?.1
+    } else {
+        number
+    };
     if !disks.iter().any(|disk| name.starts_with(disk)) {
         return None;
     }
@@ -222,7 +230,9 @@ fn unquoted(text: &str) -> String {
     if let Some(inner) = text.strip_prefix('\'').and_then(|rest| rest.strip_suffix('\'')) {
         return inner.to_owned();
     }
-    let Some(inner) = text.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) else { return text.to_owned() };
+    let Some(inner) = text.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) else {
+        return text.to_owned();
+    };
     let mut plain = String::new();
     let mut chars = inner.chars();
     while let Some(c) = chars.next() {
@@ -236,10 +246,13 @@ fn unescaped(field: &str) -> String {
     let mut bytes = Vec::new();
     let mut rest = field.as_bytes();
     while let [first, tail @ ..] = rest {
-        let digits =
-            tail.get(..3).filter(|digits| *first == b'\\' && digits.iter().all(|digit| (b'0'..b'8').contains(digit)));
+        let digits = tail
+            .get(..3)
+            .filter(|digits| *first == b'\\' && digits.iter().all(|digit| (b'0'..b'8').contains(digit)));
         let (byte, next) = match digits {
-            Some(digits) => (digits.iter().fold(0u8, |byte, digit| byte.wrapping_mul(8) + (digit - b'0')), &tail[3..]),
+            Some(digits) => {
+                (digits.iter().fold(0u8, |byte, digit| byte.wrapping_mul(8) + (digit - b'0')), &tail[3..])
+            }
             None => (*first, tail),
         };
         bytes.push(byte);

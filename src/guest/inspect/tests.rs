@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use super::*;
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::{DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, Ino, Statistics, Time};
+use crate::guest::{
+    DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, Ino, Statistics, Time,
+};
 
 enum Node {
     Directory(BTreeMap<Vec<u8>, Ino>),
@@ -40,13 +42,22 @@ impl Tree {
     fn add(&mut self, directory: Ino, name: &str, node: Node) -> Ino {
         let ino = Ino(self.0.len() as u64);
         self.0.push(node);
-        let Node::Directory(entries) = &mut self.0[directory.0 as usize] else { panic!("{name} is in no directory") };
+        let Node::Directory(entries) = &mut self.0[directory.0 as usize] else {
+            panic!("{name} is in no directory")
+        };
         entries.insert(name.into(), ino);
         ino
     }
 
     fn opened<'a>(&'a self, name: &'a str) -> OpenedVolume<'a> {
-        OpenedVolume { name, files: self, label: None, uuid: None, partition_uuid: None, partition_label: None }
+        OpenedVolume {
+            name,
+            files: self,
+            label: None,
+            uuid: None,
+            partition_uuid: None,
+            partition_label: None,
+        }
     }
 }
 
@@ -84,7 +95,20 @@ impl FileSystem for Tree {
         let (size, blocks, links, device) = (size as u64, 0, 1, (0, 0));
         let (accessed, modified, changed, created) = (time, time, time, None);
         let (mode, uid, gid) = (0o755, 0, 0);
-        Ok(FileAttributes { kind, mode, uid, gid, size, blocks, links, device, accessed, modified, changed, created })
+        Ok(FileAttributes {
+            kind,
+            mode,
+            uid,
+            gid,
+            size,
+            blocks,
+            links,
+            device,
+            accessed,
+            modified,
+            changed,
+            created,
+        })
     }
 
     fn read_link(&self, ino: Ino) -> Result<Vec<u8>> {
@@ -115,7 +139,8 @@ impl FileSystem for Tree {
 
 /// The beginning of a program for x86-64.
 const PROGRAM: &str = "\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x03\0\x3e\0";
-const DEBIAN: &str = "PRETTY_NAME=\"Debian GNU/Linux 12 (bookworm)\"\nNAME=\"Debian GNU/Linux\"\nVERSION_ID=\"12\"\n\
+const DEBIAN: &str = "PRETTY_NAME=\"Debian GNU/Linux 12 (bookworm)\"\nNAME=\"Debian \
+    GNU/Linux\"\nVERSION_ID=\"12\"\n\
                       VERSION=\"12 (bookworm)\"\nID=debian\nHOME_URL=\"https://www.debian.org/\"\n";
 
 #[test]
@@ -151,9 +176,16 @@ fn a_debian_of_several_volumes_is_found_with_its_mounts() {
     ];
     let found = inspect(&volumes);
     let [system] = found.as_slice() else { panic!("{found:?}") };
-    let said =
-        [&system.id, &system.name, &system.version, &system.pretty_name, &system.host_name, &system.architecture];
-    let expected = ["debian", "Debian GNU/Linux", "12 (bookworm)", "Debian GNU/Linux 12 (bookworm)", "web01", "x86_64"];
+    let said = [
+        &system.id,
+        &system.name,
+        &system.version,
+        &system.pretty_name,
+        &system.host_name,
+        &system.architecture,
+    ];
+    let expected =
+        ["debian", "Debian GNU/Linux", "12 (bookworm)", "Debian GNU/Linux 12 (bookworm)", "web01", "x86_64"];
     assert_eq!(said.map(|text| text.as_deref().unwrap_or_default()), expected);
     assert_eq!(system.volume, "my--vg-root");
     let mounts: Vec<_> =
@@ -169,7 +201,10 @@ fn a_debian_of_several_volumes_is_found_with_its_mounts() {
         ("/mnt", None),
     ];
     assert_eq!(mounts, expected);
-    assert_eq!((system.mounts[1].kind.as_str(), system.mounts[1].options.as_str()), ("ext4", "errors=remount-ro"));
+    assert_eq!(
+        (system.mounts[1].kind.as_str(), system.mounts[1].options.as_str()),
+        ("ext4", "errors=remount-ro")
+    );
 }
 
 #[test]

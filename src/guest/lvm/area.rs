@@ -20,7 +20,9 @@ pub(super) fn texts(volume: &dyn Source, label: &Label) -> (Vec<String>, Vec<Str
         match text(volume, *at) {
             Ok(Some(text)) => texts.push(text),
             Ok(None) => {}
-            Err(fact) => remarks.push(format!("physical volume {}: an unusable metadata area: {fact}", label.id)),
+            Err(fact) => {
+                remarks.push(format!("physical volume {}: an unusable metadata area: {fact}", label.id));
+            }
         }
     }
     (texts, remarks)
@@ -40,11 +42,13 @@ fn text(volume: &dyn Source, at: u64) -> Result<Option<String>, &'static str> {
         return Err("its header states another position");
     }
     let area_len = le64(&header, 32);
-    let (offset, len, sum, flags) = (le64(&header, 40), le64(&header, 48), le32(&header, 56), le32(&header, 60));
+    let (offset, len, sum, flags) =
+        (le64(&header, 40), le64(&header, 48), le32(&header, 56), le32(&header, 60));
     if offset == 0 || len == 0 || flags & IGNORED != 0 {
         return Ok(None);
     }
-    let is_inside = (HEADER_LEN..area_len).contains(&offset) && len <= TEXT_LIMIT && len <= area_len - HEADER_LEN;
+    let is_inside =
+        (HEADER_LEN..area_len).contains(&offset) && len <= TEXT_LIMIT && len <= area_len - HEADER_LEN;
     if !is_inside {
         return Err("its text lies outside of it");
     }

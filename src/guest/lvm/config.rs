@@ -45,7 +45,9 @@ impl Section {
     /// A number of 32 bits: only device sizes are larger, and no caller needs them.
     pub(super) fn number(&self, key: &str) -> Option<u64> {
         match self.values.get(key)? {
-            Value::Number(number) => u64::try_from(*number).ok().filter(|number| u32::try_from(*number).is_ok()),
+            Value::Number(number) => {
+                u64::try_from(*number).ok().filter(|number| u32::try_from(*number).is_ok())
+            }
             Value::Text(_) | Value::Other | Value::List(_) => None,
         }
     }
@@ -210,8 +212,13 @@ mod tests {
         let all = Section::parse(text).unwrap();
         let group = &all.sections["vg-1.a+b"];
         assert_eq!(group.text("id"), Some("a\"b\\c"));
-        assert_eq!((group.number("seqno"), all.number("version"), group.number("share")), (Some(12), Some(1), None));
-        assert!(group.has("status", "WRITE") && !group.has("status", "EXPORTED") && group.list("none").is_empty());
+        assert_eq!(
+            (group.number("seqno"), all.number("version"), group.number("share")),
+            (Some(12), Some(1), None)
+        );
+        assert!(
+            group.has("status", "WRITE") && !group.has("status", "EXPORTED") && group.list("none").is_empty()
+        );
         let stripes = ["pv0", "pv1"].map(|name| Value::Text(name.to_owned()));
         let [first, second] = stripes;
         assert_eq!(group.list("stripes"), [first, Value::Number(0), second, Value::Number(7)]);
@@ -222,7 +229,8 @@ mod tests {
     fn a_syntax_error_names_its_line() {
         let deep = "a {\n".repeat(1000);
         let many = format!("a = [{}]", "1,".repeat(NODE_LIMIT + 1));
-        let broken = ["a {", "a = ", "a = \"b", "a = [1", "a", "}", "= 1", "a = b", "a = [[1]]", &deep, &many];
+        let broken =
+            ["a {", "a = ", "a = \"b", "a = [1", "a", "}", "= 1", "a = b", "a = [[1]]", &deep, &many];
         for text in broken {
             assert!(Section::parse(text).is_err(), "{}", &text[..text.len().min(40)]);
         }

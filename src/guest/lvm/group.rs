@@ -120,7 +120,11 @@ impl LogicalDefinition {
 /// Refuses names that LVM does not allow: they become file names.
 pub(super) fn check_name(name: &str) -> Result<(), String> {
     let is_known = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '_' | '.' | '-');
-    if name.len() <= NAME_LIMIT && name.chars().all(is_known) && !matches!(name, "." | "..") && !name.starts_with('-') {
+    if name.len() <= NAME_LIMIT
+        && name.chars().all(is_known)
+        && !matches!(name, "." | "..")
+        && !name.starts_with('-')
+    {
         return Ok(());
     }
     let shown: String = name.chars().take(NAME_LIMIT).collect();
@@ -199,7 +203,11 @@ fn segment(section: &Section) -> Option<LvmSegment> {
         "snapshot" => {
             let merging = section.text("merging_store");
             let store = merging.or_else(|| section.text("cow_store"))?.to_owned();
-            SegmentType::Snapshot { origin: section.text("origin")?.to_owned(), store, is_merging: merging.is_some() }
+            SegmentType::Snapshot {
+                origin: section.text("origin")?.to_owned(),
+                store,
+                is_merging: merging.is_some(),
+            }
         }
         other => SegmentType::Other(other.chars().take(NAME_LIMIT).collect()),
     };

@@ -84,7 +84,10 @@ pub struct Label {
 
 /// The label in the first four sectors of `head`: the first one with a valid checksum.
 pub fn find_label(head: &[u8]) -> Option<Label> {
-    head.chunks_exact(SECTOR_LEN).take(4).enumerate().find_map(|(number, sector)| parse(sector, number as u64))
+    head.chunks_exact(SECTOR_LEN)
+        .take(4)
+        .enumerate()
+        .find_map(|(number, sector)| parse(sector, number as u64))
 }
 
 fn parse(sector: &[u8], number: u64) -> Option<Label> {
@@ -123,7 +126,9 @@ mod tests {
         let id = LvmId::parse(text).unwrap();
         assert_eq!(id.to_string(), text);
         assert_eq!(LvmId::parse(&text.replace('-', "")), Some(id));
-        for wrong in ["", "x", "Zq2hEb-zKAX-21qc-nyTF-Otwz-f61A-2Q7Lh/", "Zq2hEb-zKAX-21qc-nyTF-Otwz-f61A-2Q7Lhcc"] {
+        for wrong in
+            ["", "x", "Zq2hEb-zKAX-21qc-nyTF-Otwz-f61A-2Q7Lh/", "Zq2hEb-zKAX-21qc-nyTF-Otwz-f61A-2Q7Lhcc"]
+        {
             assert_eq!(LvmId::parse(wrong), None, "{wrong}");
         }
     }

@@ -54,7 +54,9 @@ impl PhysicalVolume {
         let mut group: Option<VolumeGroup> = None;
         for text in texts {
             match VolumeGroup::parse(&text) {
-                Ok(found) if group.as_ref().is_none_or(|group| group.number < found.number) => group = Some(found),
+                Ok(found) if group.as_ref().is_none_or(|group| group.number < found.number) => {
+                    group = Some(found);
+                }
                 Ok(_) => {}
                 Err(fact) => remarks.push(format!("physical volume {}: its metadata: {fact}", label.id)),
             }
@@ -148,7 +150,8 @@ fn show(
         let state = group.number;
         shown.missing.push(MissingVolumeGroup { name: name.clone(), id: id.to_string(), state, absent });
     }
-    let known = |pv: &&PhysicalVolume| pv.group.as_ref().filter(|group| group.id == id).map(|group| group.number);
+    let known =
+        |pv: &&PhysicalVolume| pv.group.as_ref().filter(|group| group.id == id).map(|group| group.number);
     let own = physical.iter().filter(|pv| pv.present.disk == 0).filter_map(|pv| known(&pv)).max();
     if let Some(own) = own
         && own < group.number
@@ -156,8 +159,10 @@ fn show(
     {
         // The disks are from different machines or moments, or one was absent for a while.
         let disk = other.present.disk;
-        let fact =
-            format!("volume group {name}: the metadata of disk {disk} are newer ({}) and are used", group.number);
+        let fact = format!(
+            "volume group {name}: the metadata of disk {disk} are newer ({}) and are used",
+            group.number
+        );
         shown.remarks.push(format!("{fact}; the first disk's are older ({own})"));
     }
     let links = snapshot_links(group);
@@ -168,11 +173,14 @@ fn show(
     };
     let visible: Vec<_> = group.logical.iter().filter(|(name, logical)| is_shown(name, logical)).collect();
     if visible.len() > VOLUME_LIMIT {
-        shown.remarks.push(format!("volume group {name} has {} volumes; {VOLUME_LIMIT} are shown", visible.len()));
+        shown
+            .remarks
+            .push(format!("volume group {name} has {} volumes; {VOLUME_LIMIT} are shown", visible.len()));
     }
     for (volume, logical) in visible.into_iter().take(VOLUME_LIMIT) {
         let shown_name = format!("{}{suffix}", mapper_name(name, volume));
-        let fits = if shown_name.len() - suffix.len() > MAPPER_NAME_LIMIT { Err(too_long(volume)) } else { Ok(()) };
+        let fits =
+            if shown_name.len() - suffix.len() > MAPPER_NAME_LIMIT { Err(too_long(volume)) } else { Ok(()) };
         if let Err(fact) = check_name(volume).and(fits) {
             shown.remarks.push(format!("volume group {name}: {fact}"));
             continue;
@@ -181,8 +189,12 @@ fn show(
             Some(problem) => Err(problem.clone()),
             None => resolver.volume(volume).map(Arc::unwrap_or_clone),
         };
-        let extents =
-            logical.segments.as_ref().ok().and_then(|all| all.last()).map_or(0, |last| last.start + last.count);
+        let extents = logical
+            .segments
+            .as_ref()
+            .ok()
+            .and_then(|all| all.last())
+            .map_or(0, |last| last.start + last.count);
         let segments = segments.map_err(|problem| readable(&problem));
         let size = extents.saturating_mul(group.extent_len);
         shown.volumes.push(LogicalVolume { name: shown_name, segments, size });
@@ -190,10 +202,16 @@ fn show(
 }
 
 /// The present physical volumes of a group.
-fn joined(group: &VolumeGroup, physical: &[PhysicalVolume], remarks: &mut Vec<String>) -> BTreeMap<LvmId, Present> {
+fn joined(
+    group: &VolumeGroup,
+    physical: &[PhysicalVolume],
+    remarks: &mut Vec<String>,
+) -> BTreeMap<LvmId, Present> {
     let mut present: BTreeMap<LvmId, Present> = BTreeMap::new();
     for pv in physical {
-        let Some(described) = group.physical.values().find(|described| described.id == pv.id) else { continue };
+        let Some(described) = group.physical.values().find(|described| described.id == pv.id) else {
+            continue;
+        };
         let extents_len = described.extent_count.checked_mul(group.extent_len);
         let needed = extents_len.and_then(|len| len.checked_add(described.start));
         let joins = match pv.group_id() {
@@ -201,7 +219,8 @@ fn joined(group: &VolumeGroup, physical: &[PhysicalVolume], remarks: &mut Vec<St
             None => needed.is_some_and(|needed| needed <= pv.present.len),
         };
         if !joins {
-            let fact = format!("disk {}: physical volume {} is not part of volume group", pv.present.disk, pv.id);
+            let fact =
+                format!("disk {}: physical volume {} is not part of volume group", pv.present.disk, pv.id);
             remarks.push(format!("{fact} {}", group.name));
             continue;
         }
@@ -227,7 +246,10 @@ fn snapshot_links(group: &VolumeGroup) -> BTreeMap<&str, String> {
     let segments = group.logical.values().filter_map(|logical| logical.segments.as_ref().ok()).flatten();
     for segment in segments {
         if let SegmentType::Snapshot { origin, store, is_merging } = &segment.kind {
-            links.insert(store.as_str(), format!("it is of the type snapshot (of {origin}), which is not supported"));
+            links.insert(
+                store.as_str(),
+                format!("it is of the type snapshot (of {origin}), which is not supported"),
+            );
             if *is_merging {
                 links.insert(origin.as_str(), format!("the snapshot {store} is being merged into it"));
             }

@@ -101,7 +101,9 @@ impl<'a> Resolver<'a> {
                 }
                 stripe(&legs, *stripe_len)
             }
-            SegmentType::Snapshot { .. } => Err(format!("{name} is of the type snapshot, which is not supported")),
+            SegmentType::Snapshot { .. } => {
+                Err(format!("{name} is of the type snapshot, which is not supported"))
+            }
             SegmentType::Other(kind) => Err(format!("it is of the type {kind}, which is not supported")),
         }
     }
@@ -144,7 +146,9 @@ impl<'a> Resolver<'a> {
         match best {
             Some((index, segments, state)) if rank(index, state).0 => Ok(segments),
             Some(_) => Err(match absent {
-                Some(problem) => format!("the present images are out of sync, and another cannot be used: {problem}"),
+                Some(problem) => {
+                    format!("the present images are out of sync, and another cannot be used: {problem}")
+                }
                 None => "all its images are out of sync".to_owned(),
             }),
             None => Err(absent.unwrap_or_else(|| "it has no images".to_owned())),
@@ -178,7 +182,8 @@ impl<'a> Resolver<'a> {
             };
             let (first, last) = (segment.at.max(from), (segment.at + segment.len).min(end));
             let leg = DiskPosition { disk: leg.disk, offset: leg.offset + (first - segment.at) };
-            let segment = VolumeSegment { at: first - from, len: last - first, place: VolumeMapping::Linear(leg) };
+            let segment =
+                VolumeSegment { at: first - from, len: last - first, place: VolumeMapping::Linear(leg) };
             self.spend(&segment)?;
             cut.push(segment);
         }
@@ -188,7 +193,12 @@ impl<'a> Resolver<'a> {
         Ok(cut)
     }
 
-    fn physical(&self, physical: &GroupMember, area: &Area, count: u64) -> Result<Vec<VolumeSegment>, String> {
+    fn physical(
+        &self,
+        physical: &GroupMember,
+        area: &Area,
+        count: u64,
+    ) -> Result<Vec<VolumeSegment>, String> {
         let id = physical.id;
         let Some(present) = self.present.get(&id) else {
             return Err(format!("physical volume {id} is missing"));

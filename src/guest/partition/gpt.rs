@@ -50,7 +50,9 @@ pub(super) fn read(disk: &dyn Source, protected: bool, remarks: &mut Vec<String>
         let stated = sector(disk, sector_len, 1).filter(|sector| sector.starts_with(SIGNATURE));
         for number in last.into_iter().chain(stated.map(|sector| le64(&sector, 32))) {
             if let Ok(header) = header(disk, sector_len, number) {
-                remarks.push(format!("the first GPT header cannot be used ({first}); the second is used instead"));
+                remarks.push(format!(
+                    "the first GPT header cannot be used ({first}); the second is used instead"
+                ));
                 return Some(table(disk, &header, remarks));
             }
         }
@@ -110,7 +112,8 @@ fn table(disk: &dyn Source, header: &GptHeader, remarks: &mut Vec<String>) -> Pa
         let number = index as u32 + 1;
         let (first, last) = (le64(entry, 32), le64(entry, 40));
         let start = first.checked_mul(header.sector_len);
-        let len = last.checked_sub(first).and_then(|count| count.checked_add(1)?.checked_mul(header.sector_len));
+        let len =
+            last.checked_sub(first).and_then(|count| count.checked_add(1)?.checked_mul(header.sector_len));
         let (Some(start), Some(len)) = (start, len) else {
             remarks.push(format!("partition {number} ends before it begins"));
             continue;

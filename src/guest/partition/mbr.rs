@@ -75,8 +75,9 @@ pub(super) fn read(disk: &dyn Source, record: &BootRecord, remarks: &mut Vec<Str
         && if small.partitions.iter().any(|part| part.is_extended) {
             !small_remarks.is_empty()
         } else {
-            let has_known_content =
-                |table: &PartitionTable| table.partitions.iter().any(|part| is_known(disk, part.start, part.len));
+            let has_known_content = |table: &PartitionTable| {
+                table.partitions.iter().any(|part| is_known(disk, part.start, part.len))
+            };
             !has_known_content(&small) && has_known_content(&large)
         };
     let (table, found) = if is_large { (large, &mut large_remarks) } else { (small, &mut small_remarks) };
@@ -90,7 +91,12 @@ pub(super) fn read(disk: &dyn Source, record: &BootRecord, remarks: &mut Vec<Str
     table
 }
 
-fn read_with(disk: &dyn Source, record: &BootRecord, sector_len: u64, remarks: &mut Vec<String>) -> PartitionTable {
+fn read_with(
+    disk: &dyn Source,
+    record: &BootRecord,
+    sector_len: u64,
+    remarks: &mut Vec<String>,
+) -> PartitionTable {
     let mut partitions = Vec::new();
     let mut logical = ExtendedChain { disk, sector_len, signature: record.signature, found: Vec::new() };
     for (number, entry) in (1..).zip(record.entries) {
@@ -98,7 +104,8 @@ fn read_with(disk: &dyn Source, record: &BootRecord, sector_len: u64, remarks: &
             continue;
         }
         let start = u64::from(entry.start) * sector_len;
-        let mut partition = partition(number, start, u64::from(entry.count) * sector_len, entry.kind, record.signature);
+        let mut partition =
+            partition(number, start, u64::from(entry.count) * sector_len, entry.kind, record.signature);
         fit(&mut partition, disk.size(), remarks);
         partitions.push(partition);
         if entry.is_extended() {
@@ -149,7 +156,8 @@ impl ExtendedChain<'_> {
             };
             let before = self.found.len();
             for (index, entry) in record.entries.into_iter().enumerate() {
-                let (start, len) = (u64::from(entry.start) * self.sector_len, u64::from(entry.count) * self.sector_len);
+                let (start, len) =
+                    (u64::from(entry.start) * self.sector_len, u64::from(entry.count) * self.sector_len);
                 let is_outside = start + len > here_len || here + start + len > first + first_len;
                 // The third and the fourth entry often hold garbage.
                 if entry.count == 0 || entry.is_extended() || (index >= 2 && is_outside) {

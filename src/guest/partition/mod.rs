@@ -116,7 +116,8 @@ fn fit(partition: &mut Partition, size: u64, remarks: &mut Vec<String>) {
 }
 
 fn remark_overlaps(partitions: &[Partition], remarks: &mut Vec<String>) {
-    let mut order: Vec<&Partition> = partitions.iter().filter(|part| !part.is_extended && part.len > 0).collect();
+    let mut order: Vec<&Partition> =
+        partitions.iter().filter(|part| !part.is_extended && part.len > 0).collect();
     order.sort_by_key(|part| part.start);
     let mut last: Option<&Partition> = None;
     for part in order {

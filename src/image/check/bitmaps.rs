@@ -13,7 +13,11 @@ use crate::format::refcount::refcount;
 const CHUNK: u64 = 256 << 10;
 
 /// Finds the directory and the tables.
-pub(super) fn collect(audited: &Audited<'_>, places: &mut ReferencedRanges, report: &mut CheckReport) -> Result<()> {
+pub(super) fn collect(
+    audited: &Audited<'_>,
+    places: &mut ReferencedRanges,
+    report: &mut CheckReport,
+) -> Result<()> {
     let header = &audited.header;
     let Some(extension) = header.bitmaps.filter(|_| header.bitmaps_consistent()) else { return Ok(()) };
     audited.add_region(places, extension.directory.0, extension.directory_len, report);
@@ -22,13 +26,17 @@ pub(super) fn collect(audited: &Audited<'_>, places: &mut ReferencedRanges, repo
     let mut directory = vec![0; have as usize];
     audited.read(extension.directory.0, &mut directory)?;
     // QEMU refuses to open such an image.
-    let bitmaps =
-        parse_directory(&directory, extension.count, header.cluster).map_err(|reason| audited.malformed(&reason))?;
+    let bitmaps = parse_directory(&directory, extension.count, header.cluster)
+        .map_err(|reason| audited.malformed(&reason))?;
     for bitmap in bitmaps {
         let len = u64::from(bitmap.table_entries) * 8;
         audited.add_region(places, bitmap.table.0, len, report);
         let end = (bitmap.table.0 + len).min(audited.file_len);
-        places.bitmap_tables.push(WeightedRange { start: bitmap.table.0.min(end), end, weight: Weight::OTHER });
+        places.bitmap_tables.push(WeightedRange {
+            start: bitmap.table.0.min(end),
+            end,
+            weight: Weight::OTHER,
+        });
     }
     Ok(())
 }

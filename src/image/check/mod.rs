@@ -1,8 +1,8 @@
 //! The audit of one qcow2 image, as `qemu-img check` does it: every reference is counted and
 //! compared with the refcounts that the image stores.
 //!
-//! Reads only, except for [`repair`]. Terminates on any bytes, in time bounded by the file's size and in bounded
-//! memory: overlapping and shared tables are read once with a weight, references are counted
+//! Reads only, except for [`repair`]. Terminates on any bytes, in time bounded by the file's size and in
+//! bounded memory: overlapping and shared tables are read once with a weight, references are counted
 //! in windows. Exit codes, and on all but badly damaged images the numbers, are those of QEMU
 //! 10.0.2. On purpose it is stricter where an image cannot be read as it stands: a zero flag
 //! in version 2, a reserved bit of extended L2 entries, an external data cluster that is not at its
@@ -53,7 +53,8 @@ fn check_in_windows(storage: &dyn Storage, name: &str, window_clusters: u64) -> 
     for first in (0..=file_clusters).step_by(window_clusters as usize) {
         let len = window_clusters.min(file_clusters + 1 - first);
         let mut window = Window::new(cluster, first, len, max_refcount(audited.header.refcount_order));
-        let mut pass = Pass { audited: &audited, first: first == 0, window: &mut window, report: &mut report };
+        let mut pass =
+            Pass { audited: &audited, first: first == 0, window: &mut window, report: &mut report };
         references.count(&mut pass, Without::default())?;
         last_cluster = window.compare(file_clusters, &mut report).unwrap_or(last_cluster);
     }
@@ -160,7 +161,8 @@ impl<'a> Audited<'a> {
             return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {unsupported}")));
         }
         if file_len.div_ceil(header.cluster.size()) >= MAX_CLUSTERS {
-            let fact = format!("{name}: the file has {file_len} bytes, too many to check with clusters this small");
+            let fact =
+                format!("{name}: the file has {file_len} bytes, too many to check with clusters this small");
             return Err(Error::new(ErrorKind::Limit, fact));
         }
         Ok(Self { storage, name, header, file_len })
@@ -191,7 +193,14 @@ impl<'a> Audited<'a> {
         self.region(&mut places.regions, at, len, FindingKind::Dangling, report);
     }
 
-    fn region(&self, regions: &mut Vec<WeightedRange>, at: u64, len: u64, kind: FindingKind, report: &mut CheckReport) {
+    fn region(
+        &self,
+        regions: &mut Vec<WeightedRange>,
+        at: u64,
+        len: u64,
+        kind: FindingKind,
+        report: &mut CheckReport,
+    ) {
         if len == 0 {
             return;
         }
@@ -212,7 +221,13 @@ impl<'a> Audited<'a> {
         self.add_region(places, 0, header.cluster.size(), report);
         self.add_l1(places, header.l1.offset.0, header.l1.len_bytes(), Weight::ACTIVE, report);
         let (snapshots, table_len) = self.read_snapshots()?;
-        self.region(&mut places.snapshot_table, header.snapshots.offset.0, table_len, FindingKind::Dangling, report);
+        self.region(
+            &mut places.snapshot_table,
+            header.snapshots.offset.0,
+            table_len,
+            FindingKind::Dangling,
+            report,
+        );
         if header.data_file.is_some() && !snapshots.is_empty() {
             report.corruptions(FindingKind::Doubt, 1, || {
                 format!("{} snapshots in image with data file", snapshots.len())
@@ -220,8 +235,9 @@ impl<'a> Audited<'a> {
         }
         for (index, snapshot) in snapshots.iter().enumerate() {
             if header.version == Version::V3 && snapshot.extra_len < 16 {
-                report
-                    .corruptions(FindingKind::Incomplete, 1, || format!("snapshot table entry {index} is incomplete"));
+                report.corruptions(FindingKind::Incomplete, 1, || {
+                    format!("snapshot table entry {index} is incomplete")
+                });
             }
             let l1 = snapshot.l1;
             match check_l1(l1, header.cluster) {
@@ -248,16 +264,24 @@ impl<'a> Audited<'a> {
         bitmaps::collect(self, places, report)
     }
 
-    fn add_l1(&self, places: &mut ReferencedRanges, at: u64, len: u64, weight: Weight, report: &mut CheckReport) {
+    fn add_l1(
+        &self,
+        places: &mut ReferencedRanges,
+        at: u64,
+        len: u64,
+        weight: Weight,
+        report: &mut CheckReport,
+    ) {
         self.add_region(places, at, len, report);
         places.l1_tables.push(WeightedRange { start: at, end: at + len, weight });
     }
 
     /// The snapshots and the bytes of their table.
     fn read_snapshots(&self) -> Result<(Vec<Snapshot>, u64)> {
-        let found = read_snapshots_with(SnapshotParser::for_check(&self.header), &self.header, |at, piece| {
-            self.read(at, piece).map(|()| piece.len())
-        })?;
+        let found =
+            read_snapshots_with(SnapshotParser::for_check(&self.header), &self.header, |at, piece| {
+                self.read(at, piece).map(|()| piece.len())
+            })?;
         found.map_err(|reason| self.malformed(&reason))
     }
 }

@@ -19,7 +19,10 @@ impl Weight {
     pub(super) const OTHER: Self = Self { active: 0, total: 1 };
 
     pub(super) fn plus(self, other: Self) -> Self {
-        Self { active: self.active.saturating_add(other.active), total: self.total.saturating_add(other.total) }
+        Self {
+            active: self.active.saturating_add(other.active),
+            total: self.total.saturating_add(other.total),
+        }
     }
 }
 
@@ -66,8 +69,12 @@ mod tests {
         let ranges = [range(0, 10, Weight::ACTIVE), range(5, 15, Weight::OTHER), range(5, 8, Weight::OTHER)];
         let three = Weight { active: 1, total: 3 };
         let two = Weight { active: 1, total: 2 };
-        let expected =
-            [range(0, 5, Weight::ACTIVE), range(5, 8, three), range(8, 10, two), range(10, 15, Weight::OTHER)];
+        let expected = [
+            range(0, 5, Weight::ACTIVE),
+            range(5, 8, three),
+            range(8, 10, two),
+            range(10, 15, Weight::OTHER),
+        ];
         assert_eq!(disjoint(&ranges), expected);
     }
 

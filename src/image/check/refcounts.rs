@@ -100,8 +100,9 @@ impl Refcounts {
             let cluster = self.cluster.index(block.0);
             if cluster >= file_clusters {
                 if pass.first {
-                    pass.report
-                        .corruptions(FindingKind::Structure, 1, || format!("refcount block {index} is outside image"));
+                    pass.report.corruptions(FindingKind::Structure, 1, || {
+                        format!("refcount block {index} is outside image")
+                    });
                 }
                 continue;
             }
@@ -110,8 +111,9 @@ impl Refcounts {
                 let references = pass.window.references(cluster);
                 if references != Some(1) {
                     let count = references.unwrap_or(0);
-                    pass.report
-                        .corruptions(FindingKind::Structure, 1, || format!("refcount block {index} refcount={count}"));
+                    pass.report.corruptions(FindingKind::Structure, 1, || {
+                        format!("refcount block {index} refcount={count}")
+                    });
                 }
             }
         }

@@ -184,7 +184,8 @@ mod tests {
 
     #[test]
     fn zeros_are_left_out_of_json_except_check_errors() {
-        let report = CheckReport { filename: "a".into(), format: "qcow2", leaks: 2, ..CheckReport::default() };
+        let report =
+            CheckReport { filename: "a".into(), format: "qcow2", leaks: 2, ..CheckReport::default() };
         let json = serde_json::to_string(&report).unwrap();
         assert_eq!(json, r#"{"filename":"a","format":"qcow2","check-errors":0,"leaks":2}"#);
     }

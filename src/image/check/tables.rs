@@ -51,7 +51,10 @@ impl L2List {
                     list.merge();
                     merge_at = (list.0.len() * 2).max(merge_at);
                     if list.0.len() > MAX_L2_TABLES {
-                        let fact = format!("{}: more than {MAX_L2_TABLES} L2 tables, too many to check", audited.name);
+                        let fact = format!(
+                            "{}: more than {MAX_L2_TABLES} L2 tables, too many to check",
+                            audited.name
+                        );
                         return Err(Error::new(ErrorKind::Limit, fact));
                     }
                 }
@@ -82,7 +85,8 @@ impl L2List {
             });
             let offset = EntryFormat::raw_offset(entry);
             if matches!(reason, Malformed::Reserved { .. }) && !header.cluster.aligned(offset) {
-                let unaligned = Malformed::Unaligned { what: "L2 table", offset, unit: header.cluster.size() };
+                let unaligned =
+                    Malformed::Unaligned { what: "L2 table", offset, unit: header.cluster.size() };
                 report.corruptions(FindingKind::Doubt, weight.total, || {
                     format!("L1 entry at {position:#x}: {}", unaligned.fact())
                 });
@@ -168,7 +172,13 @@ impl L2Table {
     }
 
     /// What an entry of this table is, by its words and number.
-    pub(super) fn verdict(&self, format: EntryFormat, refcounts: &Refcounts, entry: [u64; 2], index: u64) -> Verdict {
+    pub(super) fn verdict(
+        &self,
+        format: EntryFormat,
+        refcounts: &Refcounts,
+        entry: [u64; 2],
+        index: u64,
+    ) -> Verdict {
         let walk = EntryWalk { table: self, format, refcounts, expected_next: None };
         let (target, problems) = walk.judge(entry[0], entry[1], index);
         match (target, problems.as_slice()) {
@@ -200,7 +210,9 @@ impl EntryWalk<'_> {
         if pass.first {
             for problem in problems {
                 let kind = match problem {
-                    Malformed::Unaligned { .. } if self.keeps_nothing(entry, bitmap) => FindingKind::KeptPlace,
+                    Malformed::Unaligned { .. } if self.keeps_nothing(entry, bitmap) => {
+                        FindingKind::KeptPlace
+                    }
                     _ => FindingKind::Doubt,
                 };
                 pass.report.corruptions(kind, weight.total, || {
@@ -239,7 +251,11 @@ impl EntryWalk<'_> {
                     pass.count(at.0, len, weight.total);
                 }
                 // The header has no flags, even where an L1 entry takes it for a table.
-                if weight.active > 0 && self.table.at.0 != 0 { self.copied_flag(pass, entry, at) } else { Ok(()) }
+                if weight.active > 0 && self.table.at.0 != 0 {
+                    self.copied_flag(pass, entry, at)
+                } else {
+                    Ok(())
+                }
             }
         }
     }
@@ -247,7 +263,8 @@ impl EntryWalk<'_> {
     /// Whether the guest sees zeroes here, so that the place which is kept for them does not matter.
     fn keeps_nothing(&self, entry: u64, bitmap: u64) -> bool {
         let flags = entry & !EntryFormat::raw_offset(entry);
-        let silent = if self.format.extended { bitmap as u32 == 0 } else { self.format.version == Version::V3 };
+        let silent =
+            if self.format.extended { bitmap as u32 == 0 } else { self.format.version == Version::V3 };
         let expected = if self.format.extended { 0 } else { ZERO };
         silent && !self.format.data_file && flags & !COPIED == expected
     }
@@ -279,7 +296,9 @@ impl EntryWalk<'_> {
         if EntryFormat::is_compressed(entry) {
             return match reason {
                 // Reported as beyond the end of the file.
-                Malformed::TooLarge { .. } => (Allocation::Compressed(self.format.raw_compressed(entry)), Vec::new()),
+                Malformed::TooLarge { .. } => {
+                    (Allocation::Compressed(self.format.raw_compressed(entry)), Vec::new())
+                }
                 reason => (Allocation::None, vec![reason]),
             };
         }
@@ -296,7 +315,9 @@ impl EntryWalk<'_> {
         }
         let later = matches!(
             reason,
-            Malformed::SubclusterWithoutCluster(_) | Malformed::SubclusterTwice(_) | Malformed::Unaligned { .. }
+            Malformed::SubclusterWithoutCluster(_)
+                | Malformed::SubclusterTwice(_)
+                | Malformed::Unaligned { .. }
         );
         if !later {
             problems.insert(0, reason);

@@ -54,7 +54,8 @@ impl Window {
         (stored != UNREADABLE).then_some(stored == 1)
     }
 
-    /// The stored count, at most [`MANY`]; `None` if its block cannot be read. The cluster lies in the window.
+    /// The stored count, at most [`MANY`]; `None` if its block cannot be read. The cluster lies in the
+    /// window.
     pub(super) fn stored(&self, cluster: u64) -> Option<u32> {
         let stored = self.stored[(cluster - self.first) as usize];
         (stored != UNREADABLE).then_some(stored)
@@ -79,7 +80,10 @@ impl Window {
             if wanted > self.max.into() && self.max < MANY {
                 report.corruptions(FindingKind::Doubt, wanted - u64::from(self.max), || {
                     let offset = cluster << self.cluster.bits();
-                    format!("overflow cluster offset={offset:#x}: {wanted} references, refcounts hold {}", self.max)
+                    format!(
+                        "overflow cluster offset={offset:#x}: {wanted} references, refcounts hold {}",
+                        self.max
+                    )
                 });
             }
         }
@@ -88,13 +92,16 @@ impl Window {
     /// Compares, and returns the last cluster below `end` that is in use by either account.
     pub(super) fn compare(&self, end: u64, report: &mut CheckReport) -> Option<u64> {
         let mut last = None;
-        for (cluster, (&references, &stored)) in self.clusters().zip(self.references.iter().zip(&self.stored)) {
+        for (cluster, (&references, &stored)) in self.clusters().zip(self.references.iter().zip(&self.stored))
+        {
             // Beyond the file's end only what something refers to is looked at.
             if cluster >= end && references == 0 {
                 continue;
             }
             if stored == UNREADABLE {
-                report.check_errors(FindingKind::Structure, 1, || format!("can't get refcount for cluster {cluster}"));
+                report.check_errors(FindingKind::Structure, 1, || {
+                    format!("can't get refcount for cluster {cluster}")
+                });
                 continue;
             }
             if stored > 0 || references > 0 {
@@ -102,7 +109,9 @@ impl Window {
             }
             let finding = || format!("cluster {cluster} refcount={stored} reference={references}");
             match stored.cmp(&references) {
-                std::cmp::Ordering::Less if stored == 0 => report.corruptions(FindingKind::Uncounted, 1, finding),
+                std::cmp::Ordering::Less if stored == 0 => {
+                    report.corruptions(FindingKind::Uncounted, 1, finding);
+                }
                 std::cmp::Ordering::Less => report.corruptions(FindingKind::TooLow, 1, finding),
                 std::cmp::Ordering::Greater => report.leak(finding),
                 std::cmp::Ordering::Equal => {}

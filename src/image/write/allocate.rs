@@ -47,7 +47,9 @@ impl Tables {
         let (first, count) = self.find_free(image, wanted)?;
         if (first..first + count).any(|cluster| self.roles.contains(cluster)) {
             return Err(image
-                .corrupt(format_args!("cluster {first:#x} holds a table, but its refcount says that it is free"))
+                .corrupt(format_args!(
+                    "cluster {first:#x} holds a table, but its refcount says that it is free"
+                ))
                 .into());
         }
         let bytes = image.cluster().size();
@@ -99,7 +101,9 @@ impl Tables {
         for cluster in freed.first..freed.first + freed.count {
             let count = self.count(image, cluster)?;
             if count == 0 {
-                return Err(image.corrupt(format_args!("cluster {cluster:#x} is in use, but its refcount is 0")));
+                return Err(
+                    image.corrupt(format_args!("cluster {cluster:#x} is in use, but its refcount is 0"))
+                );
             }
             self.set_count(image, cluster, count - 1)?;
             if count == 1 {
@@ -169,7 +173,9 @@ impl Tables {
         }
         let place = place.unwrap_or(index * per_block);
         if self.roles.contains(place) {
-            return Err(image.corrupt(format_args!("cluster {place:#x} holds a table, but is not counted")).into());
+            return Err(image
+                .corrupt(format_args!("cluster {place:#x} holds a table, but is not counted"))
+                .into());
         }
         let at = HostOffset(place * image.cluster().size());
         let entry_at = self.refcount_table.offset.0 + index * 8;

@@ -22,9 +22,9 @@ use super::{Writer, WriterBody, Zeroing, zero_bytes};
 
 /// What is to be had in an image's own tables. Said by whoever knows what will lie below it.
 pub trait Fill: Send + Sync {
-    /// What is to stand at `at` where the image is silent there, and for how many of `len` bytes the same holds:
-    /// what shows through now, zeroes, or nothing, for what will be below shows the same bytes. Asked of the longest of
-    /// the image's disks.
+    /// What is to stand at `at` where the image is silent there, and for how many of `len` bytes the same
+    /// holds: what shows through now, zeroes, or nothing, for what will be below shows the same bytes. Asked
+    /// of the longest of the image's disks.
     fn wanted(&self, at: u64, len: u64) -> Result<Run<Option<BlockStatus>>>;
 
     /// The file in which what shows through at `at` lies as it is, and where, so that it need not go through
@@ -71,8 +71,12 @@ struct FillSegment {
 impl Qcow2Writer {
     fn fill_from_below(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<u64> {
         if self.tables.read().has_damaged_snapshots {
-            let fact = "it has an internal snapshot whose entry is damaged, and what shows through that cannot be kept";
-            return Err(Error::new(ErrorKind::Corrupt, format!("{}: {fact}; restore it from a copy", self.image.name)));
+            let fact = "it has an internal snapshot whose entry is damaged, and what shows through that \
+                cannot be kept";
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!("{}: {fact}; restore it from a copy", self.image.name),
+            ));
         }
         self.prepare()?;
         let cluster = self.image.cluster();
@@ -211,8 +215,10 @@ impl Qcow2Writer {
                 }
             }
         };
-        let mut clusters =
-            plan.places.iter().flat_map(|place| place.clusters().numbers().map(|number| (number, place.is_fresh())));
+        let mut clusters = plan
+            .places
+            .iter()
+            .flat_map(|place| place.clusters().numbers().map(|number| (number, place.is_fresh())));
         let mut old: Vec<FillSegment> = Vec::new();
         for job in &plan.shared {
             let (number, is_fresh) = clusters.next().expect("a cluster for each job");
@@ -274,8 +280,8 @@ impl Qcow2Writer {
         Ok(copied)
     }
 
-    /// Moves what of a segment from below lies in a file as it is from there; the rest is left. Returns how many
-    /// bytes that were.
+    /// Moves what of a segment from below lies in a file as it is from there; the rest is left. Returns how
+    /// many bytes that were.
     fn copy_placed(
         &self,
         segment: &FillSegment,

@@ -111,7 +111,13 @@ fn silent(image: &ImageFile, words: RawL2Entry, guest: u64, end: u64) -> Result<
 
 impl Tables {
     /// The clusters of `[at, at + len)` at which somebody is silent.
-    pub(super) fn silent_spots(&mut self, image: &ImageFile, at: u64, len: u64, size: u64) -> Result<Vec<ClusterFill>> {
+    pub(super) fn silent_spots(
+        &mut self,
+        image: &ImageFile,
+        at: u64,
+        len: u64,
+        size: u64,
+    ) -> Result<Vec<ClusterFill>> {
         let groups = self.groups(image, at, size)?;
         let mut spots = Vec::new();
         for guest in (at..at + len).step_by(image.cluster().size() as usize) {
@@ -128,7 +134,12 @@ impl Tables {
     }
 
     /// Whether a table or a cluster of a spot waits for a flush to lose references.
-    pub(super) fn is_being_left(&mut self, image: &ImageFile, spots: &[ClusterFill], size: u64) -> Result<bool> {
+    pub(super) fn is_being_left(
+        &mut self,
+        image: &ImageFile,
+        spots: &[ClusterFill],
+        size: u64,
+    ) -> Result<bool> {
         for group in self.groups(image, spots[0].guest, size)? {
             let Some(table) = group.table.filter(|_| !group.is_active_alone()) else { continue };
             if self.is_pending(image, image.cluster().index(table.0))? {
@@ -212,7 +223,8 @@ impl Tables {
             };
             let users: u64 = all.iter().map(|share| share.group.roots.len() as u64).sum();
             let cluster = image.cluster().index(host.0);
-            let is_all = matches!(all[..], [GroupShare { is_own: true, .. }]) || self.count(image, cluster)? == users;
+            let is_all =
+                matches!(all[..], [GroupShare { is_own: true, .. }]) || self.count(image, cluster)? == users;
             self.may_be_data(image, host, image.cluster().size())?;
             if is_all && data & allocated == 0 {
                 plan.in_place.push(InPlace { host, guest: spot.guest, mask: data });
@@ -252,12 +264,15 @@ impl Tables {
                 let (silent, _) = silent(image, words, spot.guest, group.end)?;
                 let (data, zero) = (silent & spot.data, silent & spot.zero);
                 let new = plan.hosts.get(&(spot.guest, group.roots[0])).copied();
-                let new =
-                    new.filter(|_| data != 0 || EntryFormat::raw_offset(words.entry) != 0 && image.format.extended);
+                let new = new.filter(|_| {
+                    data != 0 || EntryFormat::raw_offset(words.entry) != 0 && image.format.extended
+                });
                 let entry = match new {
                     Some((host, 1)) => EntryFormat::owned(host),
                     Some((host, _)) => EntryFormat::shared(EntryFormat::owned(host)),
-                    None if data != 0 && image.data_file.is_some() => EntryFormat::owned(HostOffset(spot.guest)),
+                    None if data != 0 && image.data_file.is_some() => {
+                        EntryFormat::owned(HostOffset(spot.guest))
+                    }
                     None if zero != 0 && !image.format.extended => EntryFormat::zero(None),
                     None => words.entry,
                 };

@@ -101,9 +101,14 @@ impl Qcow2Writer {
             {
                 data_file.sync()?;
             }
-            if !batch.is_empty() || (is_first && (is_first_flush || is_data_dirty && self.image.data_file.is_none())) {
+            if !batch.is_empty()
+                || (is_first && (is_first_flush || is_data_dirty && self.image.data_file.is_none()))
+            {
                 // The kernel may have forgotten what it could not write, and show it all the same.
-                self.image.file.sync().inspect_err(|_| self.has_lost_writes.store(true, Ordering::Release))?;
+                self.image
+                    .file
+                    .sync()
+                    .inspect_err(|_| self.has_lost_writes.store(true, Ordering::Release))?;
             }
             self.tables.write().slices.written(batch);
         }
@@ -156,8 +161,10 @@ impl Qcow2Writer {
     #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
     pub(super) fn poisoned_by(&self, error: Error) -> Error {
         let first = self.poison.get_or_init(|| {
-            let kind = if error.kind() == ErrorKind::Corrupt { ErrorKind::Corrupt } else { ErrorKind::Poisoned };
-            let sentence = "nothing more is written to it until it is opened afresh; what was flushed before is safe";
+            let kind =
+                if error.kind() == ErrorKind::Corrupt { ErrorKind::Corrupt } else { ErrorKind::Poisoned };
+            let sentence =
+                "nothing more is written to it until it is opened afresh; what was flushed before is safe";
             let poison = Error::new(kind, format!("{}: {error}; {sentence}", self.image.name));
             tracing::error!("{poison}");
             poison

@@ -7,7 +7,9 @@ use std::sync::atomic::Ordering;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::entry::HOST_OFFSET_END;
-use crate::format::header::{MAX_L1_LEN, MAX_REFCOUNT_TABLE_LEN, REFCOUNT_TABLE_AT, RefcountTable, SNAPSHOTS_AT};
+use crate::format::header::{
+    MAX_L1_LEN, MAX_REFCOUNT_TABLE_LEN, REFCOUNT_TABLE_AT, RefcountTable, SNAPSHOTS_AT,
+};
 use crate::format::refcount::{block_entries, set_refcount};
 use crate::format::{L1Table, Version};
 use crate::units::{HostOffset, SECTOR_SIZE};
@@ -70,13 +72,16 @@ impl Tables {
         }
         let end = (first + blocks + clusters) * size;
         if clusters * size > MAX_REFCOUNT_TABLE_LEN || end > HOST_OFFSET_END {
-            let fact = format!("{}: its refcount table has reached the size that the format allows", image.name);
+            let fact =
+                format!("{}: its refcount table has reached the size that the format allows", image.name);
             return Err(Error::new(ErrorKind::TooLarge, fact));
         }
         if (first..first + blocks + clusters).any(|cluster| self.roles.contains(cluster)) {
-            return Err(image.corrupt(format_args!("tables lie past {:#x}, where no cluster is counted", first * size)));
+            return Err(image
+                .corrupt(format_args!("tables lie past {:#x}, where no cluster is counted", first * size)));
         }
-        let mut table = self.table_bytes(image, self.refcount_table.offset, entries, TableClass::RefcountTable)?;
+        let mut table =
+            self.table_bytes(image, self.refcount_table.offset, entries, TableClass::RefcountTable)?;
         (0..blocks).for_each(|index| table.extend(((first + index) * size).to_be_bytes()));
         table.resize((clusters * size) as usize, 0);
         let mut contents = vec![vec![0; size as usize]; blocks as usize];
@@ -165,14 +170,15 @@ impl Qcow2Writer {
 
     /// Gives the disk another size, in the header and here; for whoever has the turn.
     pub(super) fn name_size(&self, size: u64) -> Result<()> {
-        let written = self.image.file.write_at(SIZE_AT, &size.to_be_bytes()).and_then(|()| self.image.file.sync());
+        let written =
+            self.image.file.write_at(SIZE_AT, &size.to_be_bytes()).and_then(|()| self.image.file.sync());
         written.map_err(|error| self.poisoned_by(error))?;
         self.size.store(size, Ordering::Release);
         Ok(())
     }
 
-    /// Lets the header name another size and L1 table, durable by now, with one write; and with `snapshots` (how
-    /// many, and where) another snapshot table. For whoever has the turn.
+    /// Lets the header name another size and L1 table, durable by now, with one write; and with `snapshots`
+    /// (how many, and where) another snapshot table. For whoever has the turn.
     pub(super) fn name_l1(&self, size: u64, l1: L1Table, snapshots: Option<(u32, HostOffset)>) -> Result<()> {
         let mut fields = size.to_be_bytes().to_vec();
         fields.extend(0u32.to_be_bytes()); // the method of encryption, between them: none
@@ -196,7 +202,8 @@ impl Qcow2Writer {
         if !self.image.has_snapshots() || self.image.format.version == Version::V3 {
             return Ok(());
         }
-        let sentence = "its version 2 does not note the disk size of internal snapshots, which would change with it; \
+        let sentence = "its version 2 does not note the disk size of internal snapshots, which would change \
+            with it; \
                         delete them, or amend the image to version 3 (qemu-img amend -o compat=1.1)";
         Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", self.image.name)))
     }
@@ -242,7 +249,9 @@ impl Qcow2Writer {
         tables.roles.remove(first, count);
         tables.roles.add(new.first, clusters);
         if old.entries > 0 {
-            tables.unreference(image, ClusterRange { first, count }).map_err(|error| self.poisoned_by(error))?;
+            tables
+                .unreference(image, ClusterRange { first, count })
+                .map_err(|error| self.poisoned_by(error))?;
         }
         Ok(())
     }

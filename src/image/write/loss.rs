@@ -1,12 +1,12 @@
 //! What an image refers to and its file does not have.
 //!
-//! A file that was cut short is read as far as it goes, and the rest is an error. The first cluster that a writer
-//! takes makes the file longer, and from then on what was lost would read as zeroes, which no check could tell from
-//! data. So before anything is written all references have to lie within the file.
+//! A file that was cut short is read as far as it goes, and the rest is an error. The first cluster that a
+//! writer takes makes the file longer, and from then on what was lost would read as zeroes, which no check
+//! could tell from data. So before anything is written all references have to lie within the file.
 //!
-//! That costs a good image next to nothing: where no cluster behind the end of the file is counted, none is referred
-//! to (the allocator goes by the same counts). Only else are all tables read, for a count there may be a
-//! mere leak.
+//! That costs a good image next to nothing: where no cluster behind the end of the file is counted, none is
+//! referred to (the allocator goes by the same counts). Only else are all tables read, for a count there may
+//! be a mere leak.
 
 use std::collections::HashSet;
 
@@ -42,8 +42,10 @@ impl Tables {
                 && let Some(at) = LossWalk::new(image, header, len).lost_data(&active(header))?
             {
                 let fact = format!(
-                    "{}: its external data file ends at {len:#x}, before the data of guest offset {at:#x}; it can be \
-                     read, but writing would turn what is lost into zeroes; restore the data file from a copy, or, if \
+                    "{}: its external data file ends at {len:#x}, before the data of guest offset {at:#x}; \
+                        it can be \
+                     read, but writing would turn what is lost into zeroes; restore the data file from a \
+                     copy, or, if \
                      it is lost for good, say so by giving it its length: truncate -s {} FILE",
                     image.name, header.virtual_size
                 );
@@ -58,8 +60,10 @@ impl Tables {
             None => Ok(()),
             Some(lost) => {
                 let fact = format!(
-                    "{}: the file ends at {:#x}, before {lost}; it was cut short, and can be read, but writing would turn \
-                     what is lost into zeroes; restore it from a copy, or unmount it and make the loss explicit with \
+                    "{}: the file ends at {:#x}, before {lost}; it was cut short, and can be read, but \
+                        writing would turn \
+                     what is lost into zeroes; restore it from a copy, or unmount it and make the loss \
+                     explicit with \
                      chainfs check --repair all",
                     image.name, self.file_len
                 );
@@ -119,7 +123,10 @@ impl Tables {
         let good = snapshots.iter().filter(|snapshot| snapshot.damage.is_none());
         for root in std::iter::once(active(header)).chain(good.map(|snapshot| inner(snapshot, header))) {
             if root.l1.offset.0 + root.l1.len_bytes() > len {
-                return Ok(Some(format!("the L1 table of {}; delete that with qemu-img snapshot -d", root.name)));
+                return Ok(Some(format!(
+                    "the L1 table of {}; delete that with qemu-img snapshot -d",
+                    root.name
+                )));
             }
             if let Some(at) = walk.lost_data(&root)? {
                 return Ok(Some(format!("what {} has at guest offset {at:#x}", root.name)));

@@ -55,8 +55,8 @@ pub trait BackingDisk: Send + Sync {
     /// Fills `buf` with the bytes at `at`, zeroes past the end of the disk.
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()>;
 
-    /// What is known of the bytes at `at` without looking at data, and for how many of the `len` bytes from there the
-    /// same answer holds. Past its end the disk reads as zeroes.
+    /// What is known of the bytes at `at` without looking at data, and for how many of the `len` bytes from
+    /// there the same answer holds. Past its end the disk reads as zeroes.
     fn status_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>>;
 }
 
@@ -153,9 +153,9 @@ impl Writer {
         Ok(Arc::new(Self { body: WriterBody::Qcow2(Box::new(writer)) }))
     }
 
-    /// As [`Writer::qcow2`], but what is written can be undone: until [`Writer::publish`], nothing changes on disk
-    /// that the image or an internal snapshot shows, and no cluster that they use; a crash leaves leaks at
-    /// worst. The disk itself reads as it was written. `Unsupported` with an external data file.
+    /// As [`Writer::qcow2`], but what is written can be undone: until [`Writer::publish`], nothing changes on
+    /// disk that the image or an internal snapshot shows, and no cluster that they use; a crash leaves leaks
+    /// at worst. The disk itself reads as it was written. `Unsupported` with an external data file.
     pub fn qcow2_undoable(
         name: &str,
         file: Arc<dyn WriteStorage>,
@@ -234,8 +234,9 @@ impl Writer {
         }
     }
 
-    /// Makes `[at, at + len)` hold the bytes of `source` at `from`, all of which it has to have. Whole clusters
-    /// are copied from file to file, so that they may share their bytes where the file system can do that.
+    /// Makes `[at, at + len)` hold the bytes of `source` at `from`, all of which it has to have. Whole
+    /// clusters are copied from file to file, so that they may share their bytes where the file system can do
+    /// that.
     pub fn copy_from(&self, at: u64, len: u64, source: &dyn Storage, from: u64) -> Result<()> {
         self.assert_inside(at, len);
         if len == 0 {
@@ -322,8 +323,8 @@ impl Writer {
         }
     }
 
-    /// Where the image itself has what it shows at `at`, and for how many of `max` bytes that goes on. Holds for as
-    /// long as nobody changes that range.
+    /// Where the image itself has what it shows at `at`, and for how many of `max` bytes that goes on. Holds
+    /// for as long as nobody changes that range.
     pub fn map(&self, at: u64, max: u64) -> Result<Run<Mapping>> {
         match &self.body {
             WriterBody::Raw(_) => Ok(Run::new(Mapping::Data(HostOffset(at)), max)),

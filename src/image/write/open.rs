@@ -81,8 +81,8 @@ impl Qcow2Writer {
         Ok(writer)
     }
 
-    /// What has to be on disk before the first change of what the disk shows: bitmaps no longer hold. Commands that
-    /// leave every byte as it was do with [`Self::prepare`].
+    /// What has to be on disk before the first change of what the disk shows: bitmaps no longer hold.
+    /// Commands that leave every byte as it was do with [`Self::prepare`].
     pub(super) fn prepare_content(&self) -> Result<()> {
         self.prepare()?;
         // What can be undone leaves the image as it is until it is published.
@@ -122,8 +122,8 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// Takes promises of features that are not known here, which hold no longer, out of the header; whether there were
-    /// any.
+    /// Takes promises of features that are not known here, which hold no longer, out of the header; whether
+    /// there were any.
     pub(super) fn drop_unknown_features(&self, header: &Header) -> Result<bool> {
         let kept = header.autoclear & feature::KNOWN_AUTOCLEAR;
         if header.autoclear != kept {
@@ -156,7 +156,9 @@ impl Qcow2Writer {
     /// Bitmaps that follow every write no longer do: they say so themselves, as they would after a
     /// crash of QEMU. Those that are switched off hold.
     pub(super) fn mark_bitmaps(&self, header: &Header) -> Result<bool> {
-        let Some((at, bitmaps)) = read_bitmaps(&self.image.name, &*self.image.file, header)? else { return Ok(false) };
+        let Some((at, bitmaps)) = read_bitmaps(&self.image.name, &*self.image.file, header)? else {
+            return Ok(false);
+        };
         let mut is_changed = false;
         for bitmap in bitmaps.iter().filter(|bitmap| bitmap.auto && !bitmap.in_use) {
             self.image.file.write_at(at.0 + bitmap.flags_at as u64, &bitmap.flags_in_use().to_be_bytes())?;
@@ -168,10 +170,14 @@ impl Qcow2Writer {
     /// Bitmaps have the size of the disk, and nobody here gives them another.
     pub(super) fn refuse_bitmaps(&self) -> Result<()> {
         let header = read_header(&self.image.name, &*self.image.file)?;
-        let Some((_, bitmaps)) = read_bitmaps(&self.image.name, &*self.image.file, &header)? else { return Ok(()) };
-        let names: Vec<_> = bitmaps.iter().map(|bitmap| String::from_utf8_lossy(&bitmap.name).into_owned()).collect();
+        let Some((_, bitmaps)) = read_bitmaps(&self.image.name, &*self.image.file, &header)? else {
+            return Ok(());
+        };
+        let names: Vec<_> =
+            bitmaps.iter().map(|bitmap| String::from_utf8_lossy(&bitmap.name).into_owned()).collect();
         let sentence = format!(
-            "{}: it has persistent bitmaps ({}), which cannot change their size with it; remove them with qemu-img bitmap --remove",
+            "{}: it has persistent bitmaps ({}), which cannot change their size with it; remove them with \
+                qemu-img bitmap --remove",
             self.image.name,
             names.join(", ")
         );
@@ -231,8 +237,8 @@ pub(in crate::image) fn refcounts_damaged(name: &str, reason: &Malformed) -> Err
     Error::new(ErrorKind::Corrupt, format!("{name}: {fact}; {remedy}"))
 }
 
-/// Why an image cannot be opened for writing, if so: what [`super::Writer::qcow2`] would say. Nothing is written. One that
-/// was not closed properly is repaired by who opens it, and can be judged only then.
+/// Why an image cannot be opened for writing, if so: what [`super::Writer::qcow2`] would say. Nothing is
+/// written. One that was not closed properly is repaired by who opens it, and can be judged only then.
 pub fn check_writable(
     name: &str,
     file: Arc<dyn Storage>,
@@ -353,7 +359,8 @@ fn refuse(name: &str, header: &Header) -> Result<()> {
         return Err(refcounts_damaged(name, reason));
     }
     if header.corrupt() {
-        let sentence = "it is marked as corrupt and is not written to; read it, or run chainfs check --repair all";
+        let sentence =
+            "it is marked as corrupt and is not written to; read it, or run chainfs check --repair all";
         return Err(Error::new(ErrorKind::Corrupt, format!("{name}: {sentence}")));
     }
     Ok(())
@@ -378,7 +385,12 @@ impl Tables {
         }
         self.learn_snapshots(image, header)?;
         if let Some((at, bitmaps)) = read_bitmaps(&image.name, &*image.file, header)? {
-            self.learn(image, "the bitmap directory", at.0, header.bitmaps.map_or(0, |found| found.directory_len))?;
+            self.learn(
+                image,
+                "the bitmap directory",
+                at.0,
+                header.bitmaps.map_or(0, |found| found.directory_len),
+            )?;
             for bitmap in bitmaps {
                 self.learn(image, "a bitmap", bitmap.table.0, u64::from(bitmap.table_entries) * 8)?;
             }
@@ -403,7 +415,12 @@ impl Tables {
         // What a damaged entry reaches is counted, and so nobody's to take; where that is cannot be told.
         let is_good = |snapshot: &&Snapshot| snapshot.damage.is_none();
         for snapshot in snapshots.iter().filter(is_good) {
-            self.learn(image, "the L1 table of an internal snapshot", snapshot.l1.offset.0, snapshot.l1.len_bytes())?;
+            self.learn(
+                image,
+                "the L1 table of an internal snapshot",
+                snapshot.l1.offset.0,
+                snapshot.l1.len_bytes(),
+            )?;
         }
         self.snapshots = snapshots.iter().filter(is_good).map(SnapshotRoot::of).collect();
         self.has_damaged_snapshots = self.snapshots.len() < snapshots.len();

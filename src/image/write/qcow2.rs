@@ -185,8 +185,9 @@ impl Qcow2Writer {
         let mut input = vec![0; stream.len as usize];
         let have = self.image.file.read_at(stream.at.0, &mut input)?;
         let mut cluster = vec![0; self.image.cluster().size() as usize];
-        decompress(self.compression, &input[..have], &mut cluster)
-            .map_err(|reason| self.image.corrupt(format_args!("compressed cluster at {}: {reason}", stream.at)))?;
+        decompress(self.compression, &input[..have], &mut cluster).map_err(|reason| {
+            self.image.corrupt(format_args!("compressed cluster at {}: {reason}", stream.at))
+        })?;
         let cluster: Arc<[u8]> = cluster.into();
         self.decompressed.put(key, Arc::clone(&cluster), cluster.len());
         Ok(cluster)
@@ -205,7 +206,8 @@ impl Qcow2Writer {
         }
     }
 
-    /// As [`Self::status_run`], for seeking: what cannot be read is no hole, for whoever copies must hear of it.
+    /// As [`Self::status_run`], for seeking: what cannot be read is no hole, for whoever copies must hear of
+    /// it.
     pub(super) fn seek_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>> {
         match self.status_run(at, len) {
             Err(error) if error.kind() == ErrorKind::Corrupt => {
@@ -263,9 +265,10 @@ impl Qcow2Writer {
                 let tables = self.tables.read();
                 tables.map(&self.image, at, max).and_then(|run| match run.value.own_data() {
                     // M3: no table is overwritten, whatever names it as data.
-                    Some(host) => {
-                        tables.may_be_data(&self.image, host, run.len).map(|()| run).map_err(LookupMiss::Failed)
-                    }
+                    Some(host) => tables
+                        .may_be_data(&self.image, host, run.len)
+                        .map(|()| run)
+                        .map_err(LookupMiss::Failed),
                     None => Ok(run),
                 })
             };
@@ -324,7 +327,14 @@ impl Qcow2Writer {
         if let Some(host) = self.kept_place(first, guest) {
             tables.may_be_data(image, host, cluster.size())?;
             let limit = self.end_of_unplaced(first, at)?;
-            return Ok(Some(WriteTarget { guest, host, is_fresh: false, reservation: None, old: vec![first], limit }));
+            return Ok(Some(WriteTarget {
+                guest,
+                host,
+                is_fresh: false,
+                reservation: None,
+                old: vec![first],
+                limit,
+            }));
         }
         let wanted = cluster.index(at + len - 1) - cluster.index(at) + 1;
         let mut old = vec![first];
@@ -339,7 +349,14 @@ impl Qcow2Writer {
         }
         if image.data_file.is_some() {
             let host = HostOffset(guest);
-            return Ok(Some(WriteTarget { guest, host, is_fresh: false, reservation: None, old, limit: u64::MAX }));
+            return Ok(Some(WriteTarget {
+                guest,
+                host,
+                is_fresh: false,
+                reservation: None,
+                old,
+                limit: u64::MAX,
+            }));
         }
         let reservation = tables.allocate(image, ClusterCount::UpTo(old.len() as u64))?;
         let clusters = reservation.clusters();
@@ -369,7 +386,8 @@ impl Qcow2Writer {
             return (self.image.format.extended && words.bitmap as u32 != 0).then_some(HostOffset(guest));
         }
         let host = EntryFormat::raw_offset(words.entry);
-        let is_kept = EntryFormat::copied(words.entry) && !EntryFormat::is_compressed(words.entry) && host != 0;
+        let is_kept =
+            EntryFormat::copied(words.entry) && !EntryFormat::is_compressed(words.entry) && host != 0;
         is_kept.then_some(HostOffset(host))
     }
 
@@ -381,7 +399,9 @@ impl Qcow2Writer {
         let (from, to) = self.region(&target, at, end)?;
         self.check_poison()?;
         match payload {
-            Payload::Bytes(bytes) => self.write_joined(&target, from, at, &bytes[..(end - at) as usize], to)?,
+            Payload::Bytes(bytes) => {
+                self.write_joined(&target, from, at, &bytes[..(end - at) as usize], to)?;
+            }
             Payload::File(source, read_at, _) if (from, to) == (at, end) => {
                 image.data().copy_from(target.host.0 + (at - target.guest), source, read_at, end - at)?;
             }
@@ -397,7 +417,8 @@ impl Qcow2Writer {
             let within = index as u64 * image.cluster().size();
             let guest = target.guest + within;
             let host = HostOffset(target.host.0 + within);
-            let words = self.with_data(*old, guest, host, from.max(guest), to.min(guest + image.cluster().size()));
+            let words =
+                self.with_data(*old, guest, host, from.max(guest), to.min(guest + image.cluster().size()));
             tables.set_entry(image, guest, words).map_err(|error| self.poisoned_by(error))?;
             if is_new {
                 tables.release(image, *old).map_err(|error| self.poisoned_by(error))?;

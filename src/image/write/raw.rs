@@ -104,10 +104,10 @@ impl RawWriter {
 
     pub(super) fn grow(&self, size: u64) -> Result<()> {
         self.healthy()?;
-        let size = size
-            .checked_next_multiple_of(512)
-            .filter(|size| i64::try_from(*size).is_ok())
-            .ok_or_else(|| Error::new(ErrorKind::TooLarge, format!("{}: no file can have {size} bytes", self.name)))?;
+        let size =
+            size.checked_next_multiple_of(512).filter(|size| i64::try_from(*size).is_ok()).ok_or_else(
+                || Error::new(ErrorKind::TooLarge, format!("{}: no file can have {size} bytes", self.name)),
+            )?;
         let _growing = self.growing.lock();
         let now = self.size();
         if size < now {
@@ -121,7 +121,8 @@ impl RawWriter {
         Ok(())
     }
 
-    /// Makes the file shorter, durably. One that ends within a sector stays as it is if its size is asked for.
+    /// Makes the file shorter, durably. One that ends within a sector stays as it is if its size is asked
+    /// for.
     pub(super) fn shrink(&self, size: u64) -> Result<()> {
         self.healthy()?;
         let size = smaller(&self.name, size, self.size())?;
@@ -139,8 +140,8 @@ impl RawWriter {
     pub(super) fn flush(&self) -> Result<()> {
         let _syncing = self.syncing.lock();
         self.healthy()?;
-        // Cleared first: what is changed from here on is for the next flush. The very first makes durable what a
-        // writer before us has left unsynced, too: whoever has read it may build on it.
+        // Cleared first: what is changed from here on is for the next flush. The very first makes durable
+        // what a writer before us has left unsynced, too: whoever has read it may build on it.
         if !self.dirty.swap(false, Ordering::AcqRel) && self.has_synced.swap(true, Ordering::AcqRel) {
             return Ok(());
         }

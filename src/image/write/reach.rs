@@ -18,9 +18,9 @@ use super::tables::{ImageFile, Tables, entry_run, references};
 use super::where_possible;
 
 impl Qcow2Writer {
-    /// Makes sure that what the first `entries` of an L1 table reach can be counted once more, and that it may
-    /// be. What the active table reaches by the same L2 table stays as it is, if it is not the active one that
-    /// is asked about.
+    /// Makes sure that what the first `entries` of an L1 table reach can be counted once more, and that it
+    /// may be. What the active table reaches by the same L2 table stays as it is, if it is not the active one
+    /// that is asked about.
     pub(super) fn refuse_overflow(&self, l1: L1Table, entries: u64) -> Result<()> {
         let image = &self.image;
         // Several compressed clusters may lie in one of the file.
@@ -29,7 +29,8 @@ impl Qcow2Writer {
             if !self.tables.write().fits_once_more(image, l1, index, &mut more)? {
                 let bits = 1 << image.order;
                 let sentence = format!(
-                    "its refcounts of {bits} bits cannot count one more internal snapshot; delete some, or give it \
+                    "its refcounts of {bits} bits cannot count one more internal snapshot; delete some, or \
+                        give it \
                      wider ones (qemu-img amend -o refcount_bits=16, or qemu-img convert)"
                 );
                 return Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", image.name)));
@@ -42,7 +43,8 @@ impl Qcow2Writer {
     pub(super) fn punch(&self, freed: &[ClusterRange]) {
         let size = self.image.cluster().size();
         for run in freed {
-            if let Err(error) = where_possible(self.image.file.punch_hole(run.first * size, run.count * size)) {
+            if let Err(error) = where_possible(self.image.file.punch_hole(run.first * size, run.count * size))
+            {
                 // They are free all the same, and the next one to write there writes them whole.
                 tracing::warn!(
                     "{}: could not punch a hole, so freed clusters keep their space: {error}",
@@ -73,14 +75,22 @@ impl Tables {
         let cluster = image.cluster().index(table.0);
         let is_active = self.table_of(image, self.l1, index)? == Some(table);
         if cluster >= self.fresh || self.roles.contains(cluster) != is_active {
-            return Err(image.corrupt(format_args!("an L1 table names {table} as an L2 table, which it is not")));
+            return Err(
+                image.corrupt(format_args!("an L1 table names {table} as an L2 table, which it is not"))
+            );
         }
         Ok(())
     }
 
     /// Makes sure that an entry of an L2 table makes sense, and that what it refers to has at least `least`
     /// references.
-    fn check_references(&mut self, image: &ImageFile, words: RawL2Entry, guest: u64, least: u64) -> Result<()> {
+    fn check_references(
+        &mut self,
+        image: &ImageFile,
+        words: RawL2Entry,
+        guest: u64,
+        least: u64,
+    ) -> Result<()> {
         let Some(clusters) = references(image, words) else { return Ok(()) };
         entry_run(image, words, guest)?;
         self.may_be_clusters(image, clusters)?;
@@ -91,7 +101,8 @@ impl Tables {
     fn check_count(&mut self, image: &ImageFile, cluster: u64, least: u64) -> Result<()> {
         let count = self.count(image, cluster)?;
         if count < least {
-            let fact = format!("cluster {cluster:#x} has at least {least} users, but its refcount is {count}");
+            let fact =
+                format!("cluster {cluster:#x} has at least {least} users, but its refcount is {count}");
             return Err(image.corrupt(fact));
         }
         Ok(())
@@ -130,8 +141,8 @@ impl Tables {
         Ok(fits)
     }
 
-    /// Makes sure that what an entry of an L1 table reaches can lose a reference, and that what the active table
-    /// has at the same place keeps one.
+    /// Makes sure that what an entry of an L1 table reaches can lose a reference, and that what the active
+    /// table has at the same place keeps one.
     pub(super) fn check_leaving(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<()> {
         let Some(table) = self.table_of(image, l1, index)? else { return Ok(()) };
         self.may_be_l2(image, index, table)?;
@@ -151,7 +162,8 @@ impl Tables {
         Ok(())
     }
 
-    /// Counts an L2 table, and everything that it refers to, once more; nothing of that is anybody's own any more.
+    /// Counts an L2 table, and everything that it refers to, once more; nothing of that is anybody's own any
+    /// more.
     pub(super) fn share_table(&mut self, image: &ImageFile, table: HostOffset) -> Result<()> {
         for (number, words) in self.all_words(image, table)?.into_iter().enumerate() {
             let Some(clusters) = references(image, words) else { continue };
@@ -179,13 +191,15 @@ impl Tables {
     fn count_once_more(&mut self, image: &ImageFile, cluster: u64) -> Result<()> {
         let count = self.count(image, cluster)?;
         if count >= max_refcount(image.order) {
-            return Err(image.corrupt(format_args!("cluster {cluster:#x} has more references than its refcount")));
+            return Err(
+                image.corrupt(format_args!("cluster {cluster:#x} has more references than its refcount"))
+            );
         }
         self.set_count(image, cluster, count + 1)
     }
 
-    /// Takes a reference from an L2 table and from everything that it refers to: an L1 table has gone, durably.
-    /// Returns what is free by that, in the order of the file.
+    /// Takes a reference from an L2 table and from everything that it refers to: an L1 table has gone,
+    /// durably. Returns what is free by that, in the order of the file.
     pub(super) fn leave_table(&mut self, image: &ImageFile, table: HostOffset) -> Result<Vec<ClusterRange>> {
         let own = ClusterRange { first: image.cluster().index(table.0), count: 1 };
         let mut left: Vec<u64> = Vec::new();
@@ -215,7 +229,8 @@ impl Tables {
         Ok(freed)
     }
 
-    /// Marks what has come to be the active disk's alone, in the L2 table of an L1 entry and in the entry itself.
+    /// Marks what has come to be the active disk's alone, in the L2 table of an L1 entry and in the entry
+    /// itself.
     pub(super) fn flag_own(&mut self, image: &ImageFile, index: u64) -> Result<()> {
         let Some(table) = self.table_of(image, self.l1, index)? else { return Ok(()) };
         if self.count(image, image.cluster().index(table.0))? != 1 {

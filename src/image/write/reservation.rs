@@ -1,12 +1,13 @@
 //! Clusters that are counted and that nothing refers to yet.
 //!
-//! A [`Reservation`] is committed in the moment in which a table, or the header, comes to name its clusters; dropped
-//! before that, it frees them. So what a drop frees was never named, whatever has failed, and no refcount falls below
-//! the references (M1).
+//! A [`Reservation`] is committed in the moment in which a table, or the header, comes to name its clusters;
+//! dropped before that, it frees them. So what a drop frees was never named, whatever has failed, and no
+//! refcount falls below the references (M1).
 //!
-//! A drop happens anywhere: under the tables' lock, in the turn of a flush, on a poisoned disk. So it takes no lock but
-//! that of a list, and does no I/O. The refcounts follow under the tables' lock, before the next cluster is allocated and
-//! before a flush takes its batch ([`Tables::free_dropped`]). On a poisoned disk neither happens any more.
+//! A drop happens anywhere: under the tables' lock, in the turn of a flush, on a poisoned disk. So it takes
+//! no lock but that of a list, and does no I/O. The refcounts follow under the tables' lock, before the next
+//! cluster is allocated and before a flush takes its batch ([`Tables::free_dropped`]). On a poisoned disk
+//! neither happens any more.
 
 use std::sync::Arc;
 
@@ -105,7 +106,12 @@ impl DroppedReservations {
 
 impl Tables {
     /// A reservation of clusters whose refcounts are 1 by now.
-    pub(super) fn reserved(&self, clusters: ClusterRange, is_fresh: bool, used_for: ClusterUse) -> Reservation {
+    pub(super) fn reserved(
+        &self,
+        clusters: ClusterRange,
+        is_fresh: bool,
+        used_for: ClusterUse,
+    ) -> Reservation {
         Reservation { clusters, is_fresh, used_for, dropped: Some(Arc::clone(&self.dropped)) }
     }
 
@@ -137,7 +143,8 @@ mod tests {
         let options = CreateOptions { size: Some(1 << 20), ..CreateOptions::default() };
         let bytes = Mutex::new(initial_image(&options).unwrap());
         let memory = Arc::new(MemoryFile { bytes, punches: true, ..MemoryFile::default() });
-        let writer = Qcow2Writer::open("a.qcow2", Arc::clone(&memory) as _, None, None, WriterOptions::default());
+        let writer =
+            Qcow2Writer::open("a.qcow2", Arc::clone(&memory) as _, None, None, WriterOptions::default());
         (memory, writer.unwrap())
     }
 

@@ -81,7 +81,8 @@ impl Tables {
         Ok(self.count(image, cluster)? > 1 && self.pending.iter().any(is_it))
     }
 
-    /// Makes sure that the group has an L2 table for `at` that may be changed for all of it, and for it alone.
+    /// Makes sure that the group has an L2 table for `at` that may be changed for all of it, and for it
+    /// alone.
     pub(super) fn ready_table(&mut self, image: &ImageFile, group: &TableGroup, at: u64) -> Attempt<()> {
         if group.is_active_alone() {
             return self.own_l2_table(image, at).map(|_| ());
@@ -102,8 +103,8 @@ impl Tables {
                 return Ok(());
             }
             // M1: users that are not known keep the table as it is.
-            // More than are known: a leak, somebody at another place of a disk, or somebody who has left it in
-            // memory, but not yet on disk. For none of them anything may change.
+            // More than are known: a leak, somebody at another place of a disk, or somebody who has left it
+            // in memory, but not yet on disk. For none of them anything may change.
         }
         self.move_group(image, group, at / image.l1_span())
     }
@@ -116,7 +117,8 @@ impl Tables {
             if index >= u64::from(l1.entries) {
                 let name = String::from_utf8_lossy(&self.snapshots[*root - 1].name).into_owned();
                 let sentence = format!(
-                    "the L1 table of its internal snapshot \"{}\" does not cover its disk; delete the snapshot",
+                    "the L1 table of its internal snapshot \"{}\" does not cover its disk; delete the \
+                        snapshot",
                     name.escape_debug()
                 );
                 return Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", image.name)).into());
@@ -149,7 +151,12 @@ impl Tables {
     }
 
     /// The entry of a table for a position of the disk; silent where there is no table.
-    pub(super) fn entry_in(&mut self, image: &ImageFile, table: Option<HostOffset>, at: u64) -> Result<RawL2Entry> {
+    pub(super) fn entry_in(
+        &mut self,
+        image: &ImageFile,
+        table: Option<HostOffset>,
+        at: u64,
+    ) -> Result<RawL2Entry> {
         let Some(table) = table else { return Ok(RawL2Entry::default()) };
         let (words, index) = self.slice(image, Self::l2_place(image, table, at), TableClass::L2)?;
         Ok(RawL2Entry::new(image.format, &words[index..]))

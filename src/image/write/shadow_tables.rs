@@ -4,8 +4,9 @@
 //! this disk's own, so that a table is copied before its first change and no old cluster is written in
 //! place; what the old tables refer to keeps its count. [`Qcow2Writer::publish`] makes
 //! everything durable, then lets one write within the header's first sector name the copy, with the
-//! disk's size; only then do old tables and clusters lose their references. [`Qcow2Writer::abandon`] gives back what
-//! was taken. A crash before that write leaves clusters that nothing refers to, a crash after it, too.
+//! disk's size; only then do old tables and clusters lose their references. [`Qcow2Writer::abandon`] gives
+//! back what was taken. A crash before that write leaves clusters that nothing refers to, a crash after it,
+//! too.
 
 use std::sync::atomic::Ordering;
 
@@ -123,7 +124,8 @@ impl Tables {
                 continue;
             }
             let is_own = self.count(image, image.cluster().index(host))? == 1;
-            let flagged = if is_own { word | EntryFormat::owned(HostOffset(host)) } else { EntryFormat::shared(word) };
+            let flagged =
+                if is_own { word | EntryFormat::owned(HostOffset(host)) } else { EntryFormat::shared(word) };
             is_changed |= flagged != word;
             set_refcount(&mut entry[..8], 0, 6, flagged);
         }
@@ -155,7 +157,8 @@ impl Qcow2Writer {
         let size = self.image.cluster().size();
         {
             let mut tables = self.tables.write();
-            let is_copy = tables.shadow.as_ref().is_some_and(|shadow| shadow.old_l1.offset != tables.l1.offset);
+            let is_copy =
+                tables.shadow.as_ref().is_some_and(|shadow| shadow.old_l1.offset != tables.l1.offset);
             // The rest of its last cluster is zeroes.
             if is_copy && u64::from(entries) * 8 <= tables.l1.len_bytes().next_multiple_of(size) {
                 tables.l1.entries = entries;
@@ -245,7 +248,8 @@ impl Qcow2Writer {
             let Some(table) = tables.l2_table(image, index * image.l1_span())? else { continue };
             let is_made = |shadow: &ShadowTables| shadow.made.contains(image.cluster().index(table.0));
             if tables.shadow.as_ref().is_some_and(is_made)
-                && let Some(bytes) = tables.with_flags(image, table, image.cluster().size(), TableClass::L2)?
+                && let Some(bytes) =
+                    tables.with_flags(image, table, image.cluster().size(), TableClass::L2)?
             {
                 image.file.write_at(table.0, &bytes)?;
             }
@@ -283,8 +287,10 @@ impl Qcow2Writer {
             runs
         };
         self.flush_in_turn()?;
-        let ended =
-            Error::new(ErrorKind::Poisoned, format!("{}: its changes were abandoned; open it again", image.name));
+        let ended = Error::new(
+            ErrorKind::Poisoned,
+            format!("{}: its changes were abandoned; open it again", image.name),
+        );
         // The first reason stands.
         drop(self.poison.set(ended));
         let size = image.cluster().size();

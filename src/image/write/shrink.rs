@@ -1,8 +1,8 @@
 //! A smaller disk: the size first, durably; then what lay behind the new end is freed.
 //!
 //! Whoever makes the disk longer again finds nothing of it: mappings behind the end go, and the
-//! last cluster, where it has bytes of its own, is zero behind the end. Cut off after the size has changed, the
-//! rest of that is left to do; shrinking to the same size once more does it.
+//! last cluster, where it has bytes of its own, is zero behind the end. Cut off after the size has changed,
+//! the rest of that is left to do; shrinking to the same size once more does it.
 
 use std::sync::atomic::Ordering;
 
@@ -18,12 +18,13 @@ use super::{Writer, WriterBody, Zeroing, where_possible, zero_bytes};
 
 impl Writer {
     /// Makes the disk `size` bytes long, rounded up to sectors, and frees what lies behind. Nobody
-    /// else reads or writes the disk. It is durable when this returns. With the size that the disk has, it only
-    /// frees what a crash has left behind the end. Internal snapshots keep their sizes and their content.
+    /// else reads or writes the disk. It is durable when this returns. With the size that the disk has, it
+    /// only frees what a crash has left behind the end. Internal snapshots keep their sizes and their
+    /// content.
     ///
     /// Refused: `Usage` (larger than now), `TooLarge` (no disk is), `Unsupported` (bitmaps; version 2 with
-    /// internal snapshots). After any other failure [`Writer::size`] says how far it came: the new size, if only
-    /// space is left to be freed.
+    /// internal snapshots). After any other failure [`Writer::size`] says how far it came: the new size, if
+    /// only space is left to be freed.
     ///
     /// # Panics
     /// If what is written can be undone.

@@ -48,7 +48,12 @@ pub(super) type Batch = Vec<(u64, Arc<[u64]>)>;
 impl Slices {
     /// Keeps about `limit` slices; more only while more are changed.
     pub(super) fn new(limit: usize) -> Self {
-        Self { limit: limit.max(16), by_place: HashMap::new(), dirty: Default::default(), clock: VecDeque::new() }
+        Self {
+            limit: limit.max(16),
+            by_place: HashMap::new(),
+            dirty: Default::default(),
+            clock: VecDeque::new(),
+        }
     }
 
     /// The slice at `place`, if it is in memory.

@@ -2,7 +2,8 @@
 //!
 //! A snapshot is the active L1 table once more, and one reference more to everything that it reaches.
 //! One write of 20 bytes within the header's first sector names it; whatever is cut off before that
-//! leaves leaks, and COPIED flags that say too much of clusters that nobody else refers to (see [`super::unfinished`]).
+//! leaves leaks, and COPIED flags that say too much of clusters that nobody else refers to (see
+//! [`super::unfinished`]).
 
 use std::sync::atomic::Ordering;
 
@@ -93,7 +94,8 @@ impl Qcow2Writer {
         if self.image.data_file.is_none() {
             return Ok(());
         }
-        let sentence = "its data lies in an external file, of which there are no internal snapshots; take an external \
+        let sentence = "its data lies in an external file, of which there are no internal snapshots; take an \
+            external \
                         one";
         Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", self.image.name)))
     }
@@ -125,7 +127,10 @@ impl Qcow2Writer {
         let mut table = old.bytes.clone();
         append(&mut table, snapshot);
         if old.snapshots.len() as u64 >= MAX_SNAPSHOTS || table.len() as u64 > MAX_TABLE_LEN {
-            let fact = format!("it has {} internal snapshots, and room for no more; delete some", old.snapshots.len());
+            let fact = format!(
+                "it has {} internal snapshots, and room for no more; delete some",
+                old.snapshots.len()
+            );
             return Err(Error::new(ErrorKind::Limit, format!("{}: {fact}", self.image.name)));
         }
         Ok(table)
@@ -135,7 +140,10 @@ impl Qcow2Writer {
     pub(super) fn describe_snapshot(&self, new: &NewSnapshot, old: &StoredSnapshots) -> Result<Snapshot> {
         let name = &self.image.name;
         if new.name.len() > usize::from(u16::MAX) {
-            return Err(Error::new(ErrorKind::Usage, format!("{name}: the name of the snapshot is too long")));
+            return Err(Error::new(
+                ErrorKind::Usage,
+                format!("{name}: the name of the snapshot is too long"),
+            ));
         }
         let Some(id) = next_id(&old.snapshots) else {
             let fact = "an internal snapshot has the largest number that there is as its id; delete it";
@@ -186,7 +194,8 @@ impl Qcow2Writer {
         table.resize(table.len().next_multiple_of(size as usize), 0);
         if let Some(clusters) = l1_clusters {
             let l1 = self.tables.read().l1;
-            let mut bytes = self.tables.write().table_bytes(image, l1.offset, l1.entries.into(), TableClass::L1)?;
+            let mut bytes =
+                self.tables.write().table_bytes(image, l1.offset, l1.entries.into(), TableClass::L1)?;
             for entry in bytes.as_chunks_mut::<8>().0 {
                 *entry = EntryFormat::shared(u64::from_be_bytes(*entry)).to_be_bytes();
             }
@@ -212,7 +221,8 @@ impl Qcow2Writer {
             self.relieve()?;
         }
         // M8: the snapshot is of the moment in which the last writer in place is done.
-        // Whoever looked a place up while it was the disk's alone is done with it when the gate has been ours.
+        // Whoever looked a place up while it was the disk's alone is done with it when the gate has been
+        // ours.
         drop(self.reuse_gate.write());
         Ok(())
     }
@@ -229,7 +239,8 @@ impl Qcow2Writer {
         let image = &self.image;
         let _turn = self.flushes.turn();
         self.check_poison()?;
-        // What was written in place is part of the snapshot, the copies are only written: one barrier for all.
+        // What was written in place is part of the snapshot, the copies are only written: one barrier for
+        // all.
         self.data_dirty.store(true, Ordering::Release);
         self.flush_in_turn()?;
         // The header may name both from here on, even if it is not known to.
@@ -253,8 +264,8 @@ impl Qcow2Writer {
         tables.unreference(image, table).map_err(|error| self.poisoned_by(error))
     }
 
-    /// Lets the header name a snapshot table that is durable by now; for whoever has the turn. `bits`, if there is
-    /// a place for them, are the incompatible features from then on.
+    /// Lets the header name a snapshot table that is durable by now; for whoever has the turn. `bits`, if
+    /// there is a place for them, are the incompatible features from then on.
     pub(super) fn name_snapshots(&self, count: u32, at: HostOffset, bits: Option<u64>) -> Result<()> {
         let mut field = count.to_be_bytes().to_vec();
         field.extend(at.0.to_be_bytes());
@@ -262,10 +273,9 @@ impl Qcow2Writer {
             assert!(SNAPSHOTS_AT + field.len() as u64 == INCOMPATIBLE_AT, "the fields lie side by side");
             field.extend(bits.to_be_bytes());
         }
-        let switched =
-            self.image.file.write_at(SNAPSHOTS_AT, &field).and_then(|()| {
-                self.image.file.sync().inspect_err(|_| self.has_lost_writes.store(true, Ordering::Release))
-            });
+        let switched = self.image.file.write_at(SNAPSHOTS_AT, &field).and_then(|()| {
+            self.image.file.sync().inspect_err(|_| self.has_lost_writes.store(true, Ordering::Release))
+        });
         switched.map_err(|error| self.poisoned_by(error))
     }
 }

@@ -1,8 +1,8 @@
 //! Internal snapshots applied: the disk becomes what one shows, and the snapshot stays.
 //!
 //! What its disk reaches is counted once more, for a new L1 table that one write within the header's first
-//! sector names together with the size. Cut off before that, the disk is as it was, afterwards as the snapshot
-//! shows it, at worst with leaks. The VM state stays the snapshot's alone.
+//! sector names together with the size. Cut off before that, the disk is as it was, afterwards as the
+//! snapshot shows it, at worst with leaks. The VM state stays the snapshot's alone.
 
 use std::sync::atomic::Ordering;
 
@@ -17,13 +17,13 @@ use super::tables::{ImageFile, Tables};
 use super::{Writer, WriterBody};
 
 impl Writer {
-    /// Makes the disk what an internal snapshot shows, one of [`Writer::snapshots`], of its size, too, where it
-    /// is noted. What the disk held is gone, unless it is to become another snapshot (`save`), in the same moment;
-    /// the snapshot stays. Nobody else reads or writes the disk. It is durable when this returns.
+    /// Makes the disk what an internal snapshot shows, one of [`Writer::snapshots`], of its size, too, where
+    /// it is noted. What the disk held is gone, unless it is to become another snapshot (`save`), in the same
+    /// moment; the snapshot stays. Nobody else reads or writes the disk. It is durable when this returns.
     ///
-    /// Refused: `Unsupported` (a raw image, an external data file, refcounts too narrow; another size where that
-    /// is none for bitmaps or version 2), `Stale` (it has no such snapshot), `TooLarge`, `Limit`, `Corrupt`. A failure
-    /// behind the point of no return poisons the disk.
+    /// Refused: `Unsupported` (a raw image, an external data file, refcounts too narrow; another size where
+    /// that is none for bitmaps or version 2), `Stale` (it has no such snapshot), `TooLarge`, `Limit`,
+    /// `Corrupt`. A failure behind the point of no return poisons the disk.
     ///
     /// # Panics
     /// If what is written can be undone.
@@ -88,7 +88,9 @@ impl Qcow2Writer {
                     .map_err(|error| self.poisoned_by(error))?;
             }
             // All that is left has the snapshot's count as well: nothing has come to be the disk's own.
-            None => self.leave_l1(old, |tables, index, table| tables.leave_unless_active(image, index, table))?,
+            None => {
+                self.leave_l1(old, |tables, index, table| tables.leave_unless_active(image, index, table))?;
+            }
         }
         self.flush()
     }
@@ -157,7 +159,11 @@ impl Tables {
     /// Counts the table of an entry for the active disk, too, unless that has it already.
     fn share_unless_active(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<()> {
         let table = self.table_of(image, l1, index)?;
-        if table == self.table_of(image, self.l1, index)? { Ok(()) } else { self.share_for_active(image, l1, index) }
+        if table == self.table_of(image, self.l1, index)? {
+            Ok(())
+        } else {
+            self.share_for_active(image, l1, index)
+        }
     }
 
     /// Counts the table of an entry once more.
@@ -178,8 +184,14 @@ impl Tables {
         Ok(())
     }
 
-    /// Takes the active disk's references from a table that it has left, unless the new L1 table names it as well.
-    fn leave_unless_active(&mut self, image: &ImageFile, index: u64, table: HostOffset) -> Result<Vec<ClusterRange>> {
+    /// Takes the active disk's references from a table that it has left, unless the new L1 table names it as
+    /// well.
+    fn leave_unless_active(
+        &mut self,
+        image: &ImageFile,
+        index: u64,
+        table: HostOffset,
+    ) -> Result<Vec<ClusterRange>> {
         if self.table_of(image, self.l1, index)? == Some(table) {
             return Ok(Vec::new());
         }

@@ -24,8 +24,8 @@ impl Writer {
     /// gives its space back. Nobody may be reading the snapshot any more. It is gone durably when this
     /// returns.
     ///
-    /// Refused: `Unsupported` (a raw image, an external data file), `Stale` (it has no such snapshot), `Corrupt`
-    /// (what it reaches is not counted). A failure behind the point of no return poisons the disk.
+    /// Refused: `Unsupported` (a raw image, an external data file), `Stale` (it has no such snapshot),
+    /// `Corrupt` (what it reaches is not counted). A failure behind the point of no return poisons the disk.
     ///
     /// # Panics
     /// If what is written can be undone.
@@ -50,7 +50,9 @@ impl Qcow2Writer {
         let old = self.snapshot_table()?;
         let index = self.find_snapshot(&old, snapshot)?;
         if let Some(damage) = &snapshot.damage {
-            let fact = format!("its internal snapshot cannot be deleted, for what it refers to is not known: {damage}");
+            let fact = format!(
+                "its internal snapshot cannot be deleted, for what it refers to is not known: {damage}"
+            );
             return Err(Error::new(ErrorKind::Corrupt, format!("{}: {fact}", image.name)));
         }
         self.each_table(snapshot.l1, |index| self.tables.write().check_leaving(image, snapshot.l1, index))
@@ -71,11 +73,13 @@ impl Qcow2Writer {
 
     /// Where a snapshot stands in the table.
     pub(super) fn find_snapshot(&self, table: &StoredSnapshots, snapshot: &Snapshot) -> Result<usize> {
-        let is_it =
-            |found: &Snapshot| (&found.id, &found.name, found.l1) == (&snapshot.id, &snapshot.name, snapshot.l1);
+        let is_it = |found: &Snapshot| {
+            (&found.id, &found.name, found.l1) == (&snapshot.id, &snapshot.name, snapshot.l1)
+        };
         table.snapshots.iter().position(is_it).ok_or_else(|| {
             let name = String::from_utf8_lossy(&snapshot.name).into_owned();
-            let fact = format!("its internal snapshot \"{}\" has gone or is another by now", name.escape_debug());
+            let fact =
+                format!("its internal snapshot \"{}\" has gone or is another by now", name.escape_debug());
             Error::new(ErrorKind::Stale, format!("{}: {fact}", self.image.name))
         })
     }
@@ -121,7 +125,9 @@ impl Qcow2Writer {
         self.name_snapshots(old.snapshots.len() as u32 - 1, at, bits)?;
         let mut tables = self.tables.write();
         // Of damaged ones nothing is known here.
-        tables.snapshots.remove(old.snapshots[..index].iter().filter(|snapshot| snapshot.damage.is_none()).count());
+        tables
+            .snapshots
+            .remove(old.snapshots[..index].iter().filter(|snapshot| snapshot.damage.is_none()).count());
         let table = old.clusters(image);
         tables.roles.remove(table.first, table.count);
         tables.unreference(image, table).map_err(|error| self.poisoned_by(error))
@@ -147,7 +153,8 @@ impl Qcow2Writer {
             self.punch(&freed);
             Ok(())
         })?;
-        let own = ClusterRange { first: image.cluster().index(l1.offset.0), count: l1.len_bytes().div_ceil(size) };
+        let own =
+            ClusterRange { first: image.cluster().index(l1.offset.0), count: l1.len_bytes().div_ceil(size) };
         let mut tables = self.tables.write();
         tables.slices.forget(l1.offset.0, l1.offset.0 + own.count * size, image.slice_len());
         tables.roles.remove(own.first, own.count);

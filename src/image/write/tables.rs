@@ -57,7 +57,8 @@ impl ImageFile {
         self.format.l1_span()
     }
 
-    /// What of an entry matters to a writer: whether data is this disk's alone, and nothing of preallocated places.
+    /// What of an entry matters to a writer: whether data is this disk's alone, and nothing of preallocated
+    /// places.
     fn relevant(&self, entry: L2Entry) -> L2Entry {
         match entry.mapping {
             // A data file is one disk's alone.
@@ -78,7 +79,10 @@ impl ImageFile {
     }
 
     pub(super) fn corrupt(&self, fact: impl std::fmt::Display) -> Error {
-        Error::new(ErrorKind::Corrupt, format!("{}: {fact}; unmount it and run chainfs check --repair all", self.name))
+        Error::new(
+            ErrorKind::Corrupt,
+            format!("{}: {fact}; unmount it and run chainfs check --repair all", self.name),
+        )
     }
 }
 
@@ -131,7 +135,12 @@ pub(super) struct Tables {
 
 impl Tables {
     /// The slice that holds byte `at` of the file, and the index of the word; read from the file if need be.
-    pub(super) fn slice(&mut self, image: &ImageFile, at: u64, class: TableClass) -> Result<(Arc<[u64]>, usize)> {
+    pub(super) fn slice(
+        &mut self,
+        image: &ImageFile,
+        at: u64,
+        class: TableClass,
+    ) -> Result<(Arc<[u64]>, usize)> {
         let place = at - at % image.slice_len();
         let index = ((at - place) / 8) as usize;
         if let Some(words) = self.slices.get(place) {
@@ -176,7 +185,13 @@ impl Tables {
         Ok(words[index])
     }
 
-    pub(super) fn set_word(&mut self, image: &ImageFile, at: u64, class: TableClass, value: u64) -> Result<()> {
+    pub(super) fn set_word(
+        &mut self,
+        image: &ImageFile,
+        at: u64,
+        class: TableClass,
+        value: u64,
+    ) -> Result<()> {
         if self.word(image, at, class)? != value {
             let place = at - at % image.slice_len();
             self.slices.change(place).expect("it was just read")[((at - place) / 8) as usize] = value;
@@ -235,7 +250,12 @@ impl Tables {
     // Mappings.
 
     /// What the tables say of `at`, for at most `max` bytes, as far as they are in memory.
-    pub(super) fn map(&self, image: &ImageFile, at: u64, max: u64) -> std::result::Result<Run<L2Entry>, LookupMiss> {
+    pub(super) fn map(
+        &self,
+        image: &ImageFile,
+        at: u64,
+        max: u64,
+    ) -> std::result::Result<Run<L2Entry>, LookupMiss> {
         cursor::lookup(&CachedTables { image, tables: self }, at, max)
     }
 
@@ -252,11 +272,15 @@ impl Tables {
     pub(super) fn may_be_clusters(&self, image: &ImageFile, clusters: ClusterRange) -> Result<()> {
         let (first, end) = (clusters.first, clusters.first + clusters.count);
         if end > self.fresh {
-            return Err(image.corrupt(format_args!("a data cluster at {first:#x} lies past the end of the file")));
+            return Err(
+                image.corrupt(format_args!("a data cluster at {first:#x} lies past the end of the file"))
+            );
         }
         // M3: a table is never data.
         match (first..end).find(|cluster| self.roles.contains(*cluster)) {
-            Some(table) => Err(image.corrupt(format_args!("cluster {table:#x} is named as data, but holds a table"))),
+            Some(table) => {
+                Err(image.corrupt(format_args!("cluster {table:#x} is named as data, but holds a table")))
+            }
             None => Ok(()),
         }
     }
@@ -287,7 +311,12 @@ impl Tables {
     }
 
     /// The L2 table that an entry of any L1 table names; none behind its end.
-    pub(super) fn table_of(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<Option<HostOffset>> {
+    pub(super) fn table_of(
+        &mut self,
+        image: &ImageFile,
+        l1: L1Table,
+        index: u64,
+    ) -> Result<Option<HostOffset>> {
         if index >= u64::from(l1.entries) {
             return Ok(None);
         }

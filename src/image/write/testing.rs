@@ -42,7 +42,11 @@ impl WriteStorage for MemoryFile {
     }
 
     fn punch_hole(&self, at: u64, len: u64) -> Result<()> {
-        if self.punches { self.write_zeroes(at, len) } else { Err(Error::new(ErrorKind::Unsupported, "punching")) }
+        if self.punches {
+            self.write_zeroes(at, len)
+        } else {
+            Err(Error::new(ErrorKind::Unsupported, "punching"))
+        }
     }
 
     fn write_zeroes(&self, at: u64, len: u64) -> Result<()> {
@@ -59,6 +63,10 @@ impl WriteStorage for MemoryFile {
 
     fn sync(&self) -> Result<()> {
         self.syncs.fetch_add(1, Ordering::Relaxed);
-        if self.fails.load(Ordering::Relaxed) { Err(Error::new(ErrorKind::Io, "the disk is gone")) } else { Ok(()) }
+        if self.fails.load(Ordering::Relaxed) {
+            Err(Error::new(ErrorKind::Io, "the disk is gone"))
+        } else {
+            Ok(())
+        }
     }
 }

@@ -1,10 +1,11 @@
 //! Commands under which, for a moment, counts and COPIED flags on disk do not agree.
 //!
-//! A count and the flag that goes with it lie in different sectors, and no order writes both at once: when an internal
-//! snapshot is taken, or one is deleted, a crash leaves flags that say too much or too little. That harms nobody, but a
-//! checker calls it an error. So the image is marked as dirty before, durably, and whoever opens it next for writing,
-//! chainfs or QEMU, counts anew and puts the flags right. The mark goes with the write that ends the command.
-//! Version 2 has no place for it: there flags are looked at whenever the image is opened to be written.
+//! A count and the flag that goes with it lie in different sectors, and no order writes both at once: when an
+//! internal snapshot is taken, or one is deleted, a crash leaves flags that say too much or too little. That
+//! harms nobody, but a checker calls it an error. So the image is marked as dirty before, durably, and
+//! whoever opens it next for writing, chainfs or QEMU, counts anew and puts the flags right. The mark goes
+//! with the write that ends the command. Version 2 has no place for it: there flags are looked at whenever
+//! the image is opened to be written.
 
 use std::sync::atomic::Ordering;
 
@@ -19,7 +20,8 @@ use super::qcow2::Qcow2Writer;
 use super::where_possible;
 
 impl Qcow2Writer {
-    /// Marks the image, durably. Returns its incompatible features without the mark, if there is a place for them.
+    /// Marks the image, durably. Returns its incompatible features without the mark, if there is a place for
+    /// them.
     pub(super) fn mark_unfinished(&self) -> Result<Option<u64>> {
         let Some(bits) = self.finished_bits()? else { return Ok(None) };
         let marked = self.image.file.write_at(INCOMPATIBLE_AT, &(bits | feature::DIRTY).to_be_bytes());
@@ -36,8 +38,8 @@ impl Qcow2Writer {
         Ok(Some(header.incompatible & !feature::DIRTY))
     }
 
-    /// Takes the mark away: all is durable. The next flush makes that durable, too; if it does not come to that, counting
-    /// anew changes nothing.
+    /// Takes the mark away: all is durable. The next flush makes that durable, too; if it does not come to
+    /// that, counting anew changes nothing.
     pub(super) fn clear_unfinished(&self, bits: Option<u64>) -> Result<()> {
         let Some(bits) = bits else { return Ok(()) };
         let cleared = self.image.file.write_at(INCOMPATIBLE_AT, &bits.to_be_bytes());
@@ -45,8 +47,8 @@ impl Qcow2Writer {
         cleared.map_err(|error| self.poisoned_by(error))
     }
 
-    /// Takes space for all L2 tables, which are about to be written: a full file system then refuses the command before it
-    /// has begun.
+    /// Takes space for all L2 tables, which are about to be written: a full file system then refuses the
+    /// command before it has begun.
     pub(super) fn reserve_l2_tables(&self) -> Result<()> {
         let image = &self.image;
         let l1 = self.tables.read().l1;
@@ -62,8 +64,8 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// After a failure, which has poisoned the disk: puts right what stands in the file, if that can be read as it will be
-    /// after a crash. Else the mark stays, and the next who opens the image does it.
+    /// After a failure, which has poisoned the disk: puts right what stands in the file, if that can be read
+    /// as it will be after a crash. Else the mark stays, and the next who opens the image does it.
     pub(super) fn mend_unfinished(&self) {
         let image = &self.image;
         let _turn = self.flushes.turn();

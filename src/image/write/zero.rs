@@ -125,7 +125,9 @@ impl Qcow2Writer {
                 Mapping::Data(_) | Mapping::Compressed(_) => Run::new(BlockStatus::Data, len),
             };
             // Nothing to do, unless there is a place to be freed.
-            if status.value == BlockStatus::Zero && (entry.mapping == Mapping::Hole || zeroing == Zeroing::Keep) {
+            if status.value == BlockStatus::Zero
+                && (entry.mapping == Mapping::Hole || zeroing == Zeroing::Keep)
+            {
                 at += status.len;
                 continue;
             }
@@ -169,7 +171,13 @@ impl Qcow2Writer {
     }
 
     /// Changes one entry; what it no longer refers to is free after the next flush.
-    fn zero_entry(&self, tables: &mut Tables, change: &ZeroChange, words: RawL2Entry, zeroing: Zeroing) -> Result<()> {
+    fn zero_entry(
+        &self,
+        tables: &mut Tables,
+        change: &ZeroChange,
+        words: RawL2Entry,
+        zeroing: Zeroing,
+    ) -> Result<()> {
         let image = &self.image;
         let kept = self.kept_place_of_entry(words, change.guest).filter(|_| zeroing == Zeroing::Keep);
         if !image.format.extended {
@@ -215,7 +223,8 @@ impl Qcow2Writer {
         }
         let mut hole: Option<(u64, u64)> = None;
         // Elsewhere the space stays taken until the cluster is used again.
-        let punch = |(start, end): (u64, u64)| where_possible(self.image.data().punch_hole(start, end - start));
+        let punch =
+            |(start, end): (u64, u64)| where_possible(self.image.data().punch_hole(start, end - start));
         for change in changes {
             for (host, len) in self.own_places(change)? {
                 hole = match hole {
@@ -349,11 +358,14 @@ impl Qcow2Writer {
         let host = place.clusters().start(image);
         self.take_space(host, image.cluster().size())?;
         let bitmap = if image.format.extended { SubclusterEntry::bitmap(0, u32::MAX) } else { 0 };
-        let entry = if image.format.extended { EntryFormat::owned(host) } else { EntryFormat::zero(Some(host)) };
+        let entry =
+            if image.format.extended { EntryFormat::owned(host) } else { EntryFormat::zero(Some(host)) };
         let mut tables = self.tables.write();
         let old = tables.entry(image, guest)?;
         place.commit();
-        tables.set_entry(image, guest, RawL2Entry { entry, bitmap }).map_err(|error| self.poisoned_by(error))?;
+        tables
+            .set_entry(image, guest, RawL2Entry { entry, bitmap })
+            .map_err(|error| self.poisoned_by(error))?;
         tables.release(image, old).map_err(|error| self.poisoned_by(error))
     }
 

@@ -1,5 +1,5 @@
-//! How far a commit has come, by what the files say, and its steps after the copy is durable: the same whether a job comes
-//! to them or a commit that was cut off is resumed.
+//! How far a commit has come, by what the files say, and its steps after the copy is durable: the same
+//! whether a job comes to them or a commit that was cut off is resumed.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,8 +9,8 @@ use crate::format::Frozen;
 use crate::image::check::{Scope, repair};
 use crate::io::{Directory, FileLock, directory_of};
 use crate::store::{
-    ActiveJob, Catalog, CommitOperation, FileRef, Format, ImageIndex, Intent, OwnedIntent, Store, invalidated_name,
-    shown,
+    ActiveJob, Catalog, CommitOperation, FileRef, Format, ImageIndex, Intent, OwnedIntent, Store,
+    invalidated_name, shown,
 };
 
 use super::super::context::Context;
@@ -40,16 +40,20 @@ pub(super) fn commit_state(world: &ScannedStore, intent: &Intent<CommitOperation
         return Ok(CommitStage::Copied);
     }
     CommitRange::of_operation(world, &intent.operation).map(CommitStage::NotCopied).ok_or_else(|| {
-        let gone: Vec<String> =
-            intent.files().iter().filter(|named| world.find(named).is_none()).map(|named| shown(&named.path)).collect();
+        let gone: Vec<String> = intent
+            .files()
+            .iter()
+            .filter(|named| world.find(named).is_none())
+            .map(|named| shown(&named.path))
+            .collect();
         let fact = "cannot be taken up: what it was merging has been changed or taken away";
         let sentence = format!("{}: {fact} ({}); restore it from a copy", intent.command, gone.join(", "));
         Error::new(ErrorKind::Stale, sentence)
     })
 }
 
-/// The steps of a commit after the copy is durable; `lock` is held from the last look at who uses what. `held`: those
-/// of the children that the job has held all the while.
+/// The steps of a commit after the copy is durable; `lock` is held from the last look at who uses what.
+/// `held`: those of the children that the job has held all the while.
 pub(super) fn commit(
     context: &Context,
     mut intent: OwnedIntent<CommitOperation>,
@@ -140,8 +144,8 @@ pub(super) fn active_commit(
     commit(context, intent, lock, Vec::new())
 }
 
-/// Gives the base the name of the active layer, or one with its own extension: the moment from which on it is that.
-/// If it fails, nothing has happened.
+/// Gives the base the name of the active layer, or one with its own extension: the moment from which on it is
+/// that. If it fails, nothing has happened.
 pub(super) fn take_name(names: &dyn Directory, base: &Path, top: &Path, name: &Path) -> Result<()> {
     if name == base {
         // What bears the same stem has to go.
@@ -163,8 +167,9 @@ pub(super) fn settle_name(names: &dyn Directory, base: &Path, top: &Path, name: 
     Ok(())
 }
 
-/// Gives a frozen base, which shows what `top` does by now, the name of that: in one step, since whoever stands on top
-/// names it. Who has top open goes on reading through it, and so has to see base as it is before.
+/// Gives a frozen base, which shows what `top` does by now, the name of that: in one step, since whoever
+/// stands on top names it. Who has top open goes on reading through it, and so has to see base as it is
+/// before.
 pub(super) fn replace(
     store: &Arc<Store>,
     before: &Catalog,
@@ -175,7 +180,9 @@ pub(super) fn replace(
     ending::tell(store, before, intent, Some(base));
     let names = store.guard_names();
     let id = world.image(world.expect(base)?).stat.id;
-    store.rename_open(id, &ending::own_path(store, name), || take_name(&*names, &base.path, &top.path, name))?;
+    store.rename_open(id, &ending::own_path(store, name), || {
+        take_name(&*names, &base.path, &top.path, name)
+    })?;
     settle_name(&*names, &base.path, &top.path, name)
 }
 

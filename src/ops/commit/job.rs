@@ -9,8 +9,8 @@ use crate::image::write::Writer;
 use crate::image::{HeaderChange, Layer, Mapping};
 use crate::io::{FileId, FileLock};
 use crate::store::{
-    ActiveJob, CachePolicy, CommitOperation, Digest, FileRef, Format, ImageIndex, Intent, JobImage, Mirror, OpenView,
-    OwnedIntent, SAMPLES, SectorSample, Store, ViewPart, shown,
+    ActiveJob, CachePolicy, CommitOperation, Digest, FileRef, Format, ImageIndex, Intent, JobImage, Mirror,
+    OpenView, OwnedIntent, SAMPLES, SectorSample, Store, ViewPart, shown,
 };
 use crate::units::{GuestOffset, HostOffset};
 
@@ -89,7 +89,8 @@ pub(in crate::ops) fn begin_with(
         rename: layers.takes_name.then(|| world.guarded(&final_name(world, layers))),
     };
     let base = store.take_image(&world.catalog, layers.base)?;
-    let changed: Vec<FileId> = layers.segment().iter().chain([&layers.base]).map(|i| world.image(*i).stat.id).collect();
+    let changed: Vec<FileId> =
+        layers.segment().iter().chain([&layers.base]).map(|i| world.image(*i).stat.id).collect();
     removal::forget_trash(world, &changed)?;
     let kept = if layers.is_deletion { store.keep_copy(&world.catalog, layers.base, command)? } else { None };
     let name = context.intent_name();
@@ -122,8 +123,8 @@ fn witness_base(store: &Arc<Store>, world: &ScannedStore, layers: &CommitRange) 
     Ok(base)
 }
 
-/// A few sectors of the data clusters of a qcow2 base, each with what a commit of `view` makes of it, by their places in
-/// the disk or (`is_file`) in its data file. What cannot be read tells nothing.
+/// A few sectors of the data clusters of a qcow2 base, each with what a commit of `view` makes of it, by
+/// their places in the disk or (`is_file`) in its data file. What cannot be read tells nothing.
 fn sample_clusters(base: &Layer, view: &View, is_file: bool) -> Vec<SectorSample> {
     let mut samples = Vec::<SectorSample>::new();
     for number in 0..SAMPLES {
@@ -300,7 +301,9 @@ impl CommitJob {
         let children = children.iter().map(find).collect::<Result<Vec<_>>>()?;
         let merged: Vec<ImageIndex> = std::iter::once(top).chain(between.iter().copied()).collect();
         let mut refusals: Vec<Error> = Vec::new();
-        refusals.extend(merged.iter().chain([&base]).chain(&children).filter_map(|index| world.untouchable(*index)));
+        refusals.extend(
+            merged.iter().chain([&base]).chain(&children).filter_map(|index| world.untouchable(*index)),
+        );
         for index in between.iter().chain([&base]) {
             refuse::sharers(world, *index, &merged, &mut refusals);
         }

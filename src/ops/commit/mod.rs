@@ -1,10 +1,12 @@
-//! Commit: what top and the layers between hold is merged into base, and whatever stood on top stands on base.
+//! Commit: what top and the layers between hold is merged into base, and whatever stood on top stands on
+//! base.
 //!
 //! Promises: the view through top, and all above it, has the same bytes at every moment, for top covers
 //! what is written below it; views that change are hidden, durably, before the first byte under them does.
-//! Until the switch a commit into a qcow2 base can be called back without a trace; one into a raw base cannot,
-//! and what it has spoilt stays hidden until it is taken up again. Every step can be told from the files to be done,
-//! so that a commit that was cut off is done again from the beginning, or from the switch on.
+//! Until the switch a commit into a qcow2 base can be called back without a trace; one into a raw base
+//! cannot, and what it has spoilt stays hidden until it is taken up again. Every step can be told from the
+//! files to be done, so that a commit that was cut off is done again from the beginning, or from the switch
+//! on.
 
 mod finish;
 mod job;
@@ -171,7 +173,8 @@ fn layers(world: &ScannedStore, chain: &ScannedChain, request: &CommitRequest) -
     })
 }
 
-/// What stands on the layer `depth` of a chain, counted from its leaf, is merged into it, and that takes its name.
+/// What stands on the layer `depth` of a chain, counted from its leaf, is merged into it, and that takes its
+/// name.
 pub(super) fn fall_onto(world: &ScannedStore, chain: &ScannedChain, depth: usize) -> CommitRange {
     let views = &chain.views;
     let top = views.layers[depth - 1];
@@ -213,14 +216,17 @@ pub(super) fn plan_of(
     let is_undoable = is_undoable(world, layers);
     let base = world.image(layers.base);
     if !is_undoable {
-        let fact = "cannot be called back once it is begun: if it is cut off, the layers from it up to below top stay \
+        let fact = "cannot be called back once it is begun: if it is cut off, the layers from it up to below \
+            top stay \
                     hidden until it is taken up again";
         plan.notes.push(format!("a commit into {} {fact}", base.shown()));
     }
-    plan.invalid = lookup::views_of(chain, std::iter::once(layers.base).chain(layers.between.iter().copied()));
+    plan.invalid =
+        lookup::views_of(chain, std::iter::once(layers.base).chain(layers.between.iter().copied()));
     if !request.keep {
         let is_inner = |name: &Vec<u8>| chain.views.find(name).is_some_and(|view| view.snapshot.is_some());
-        plan.invalid.extend(lookup::views_of(chain, std::iter::once(layers.top)).into_iter().filter(is_inner));
+        plan.invalid
+            .extend(lookup::views_of(chain, std::iter::once(layers.top)).into_iter().filter(is_inner));
     }
     let gone = if request.keep { Vec::new() } else { layers.segment() };
     if layers.takes_name {
@@ -271,13 +277,15 @@ fn note_what_is_not_kept(world: &ScannedStore, chain: &ScannedChain, layers: &Co
                       files, which would keep it free of cost; method=pull keeps it"
         }
         (true, _) => "internal snapshots go with the file that is changed; method=pull keeps them",
-        (false, _) => "what is merged into stays in its place, with other bytes; take a clone of what you need",
+        (false, _) => {
+            "what is merged into stays in its place, with other bytes; take a clone of what you need"
+        }
     };
     plan.notes.push(format!("{}{}: {reason}", removal::NOT_KEPT, names.join(", ")));
 }
 
-/// What is merged, and what keeps it open: seen through top, which is shown throughout; what lies between by itself is
-/// not. Without the active layer's writer (`live`) what a guest has not flushed yet may be missing.
+/// What is merged, and what keeps it open: seen through top, which is shown throughout; what lies between by
+/// itself is not. Without the active layer's writer (`live`) what a guest has not flushed yet may be missing.
 fn segment(
     store: &Arc<Store>,
     world: &ScannedStore,

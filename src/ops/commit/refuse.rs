@@ -15,7 +15,12 @@ use super::CommitRequest;
 use super::{CommitRange, final_name, position};
 
 /// Everything that keeps a commit from being done, but for views that are open.
-pub(super) fn refusals(world: &ScannedStore, layers: &CommitRange, request: &CommitRequest, refusals: &mut Vec<Error>) {
+pub(super) fn refusals(
+    world: &ScannedStore,
+    layers: &CommitRange,
+    request: &CommitRequest,
+    refusals: &mut Vec<Error>,
+) {
     refusals.extend(world.unguarded());
     let all: Vec<ImageIndex> =
         layers.segment().into_iter().chain([layers.base]).chain(layers.children.clone()).collect();
@@ -28,7 +33,8 @@ pub(super) fn refusals(world: &ScannedStore, layers: &CommitRange, request: &Com
         refusals.push(Error::new(ErrorKind::Broken, problem));
     }
     if layers.is_active && request.keep {
-        let fact = "keep leaves top's file valid, which the active layer's cannot be while base is written; take a \
+        let fact = "keep leaves top's file valid, which the active layer's cannot be while base is written; \
+            take a \
                     snapshot first, and commit that";
         refusals.push(Error::new(ErrorKind::Usage, fact));
     }
@@ -43,7 +49,8 @@ pub(super) fn refusals(world: &ScannedStore, layers: &CommitRange, request: &Com
     refusals::inner_snapshots(world, holders.clone(), request.discard_internal, refusals);
     refusals::bitmaps(world, holders, request.discard_bitmaps, refusals);
     if request.keep && refusals::inner_names(world, layers.top).is_some() {
-        let fact = "holds internal snapshots, which would show other bytes if it were kept; delete them, or do without \
+        let fact = "holds internal snapshots, which would show other bytes if it were kept; delete them, or \
+            do without \
                     keep";
         refusals.push(Error::new(ErrorKind::NotEmpty, format!("{} {fact}", world.image(layers.top).shown())));
     }
@@ -70,8 +77,8 @@ pub(super) fn refusals(world: &ScannedStore, layers: &CommitRange, request: &Com
     }
 }
 
-/// What keeps the rest from being done of a commit whose copy is whole: what is to be written or removed has to be ours to
-/// change, still.
+/// What keeps the rest from being done of a commit whose copy is whole: what is to be written or removed has
+/// to be ours to change, still.
 pub(super) fn rest(world: &ScannedStore, operation: &CommitOperation, refusals: &mut Vec<Error>) {
     let CommitOperation { top, between, children, rename, .. } = operation;
     let is_left = |index: &ImageIndex| rename.is_none() && world.names(*index, top);
@@ -88,15 +95,23 @@ fn fall_refusals(world: &ScannedStore, layers: &CommitRange, refusals: &mut Vec<
         refusals::taken(world, &name, refusals);
     }
     if !layers.is_active && base.format != top.format {
-        let fact = "is not of the format that the headers above state of the layer whose name it would take; delete \
+        let fact = "is not of the format that the headers above state of the layer whose name it would take; \
+            delete \
                     with method=pull, or commit without a change of names";
         refusals.push(Error::new(ErrorKind::Unsupported, format!("{} {fact}", base.shown())));
     }
     if let Some(mark) = top.frozen.clone().filter(|_| !layers.is_active) {
-        refusals::check_header(world, layers.base, &HeaderChange { backing: None, frozen: Some(Some(mark)) }, refusals);
+        refusals::check_header(
+            world,
+            layers.base,
+            &HeaderChange { backing: None, frozen: Some(Some(mark)) },
+            refusals,
+        );
     }
-    if !world.store.options().reads_as(&name, base.format.unwrap_or(Format::Raw), !layers.children.is_empty()) {
-        let fact = "is what the disk would be called, and it would not be read as what it is; rename the base first";
+    if !world.store.options().reads_as(&name, base.format.unwrap_or(Format::Raw), !layers.children.is_empty())
+    {
+        let fact =
+            "is what the disk would be called, and it would not be read as what it is; rename the base first";
         refusals.push(Error::new(ErrorKind::Unsupported, format!("{} {fact}", shown(&name))));
     }
     if top.stat.id.device != base.stat.id.device {
@@ -111,7 +126,12 @@ fn fall_refusals(world: &ScannedStore, layers: &CommitRange, refusals: &mut Vec<
     }
 }
 
-pub(super) fn sharers(world: &ScannedStore, index: ImageIndex, known: &[ImageIndex], refusals: &mut Vec<Error>) {
+pub(super) fn sharers(
+    world: &ScannedStore,
+    index: ImageIndex,
+    known: &[ImageIndex],
+    refusals: &mut Vec<Error>,
+) {
     let others = world.others_using(index, known);
     if !others.is_empty() {
         let name = world.image(index).shown();

@@ -1,5 +1,5 @@
-//! What a layer needs of its own before it can stand on something else: where it is silent, and what shows through it
-//! now is not what will.
+//! What a layer needs of its own before it can stand on something else: where it is silent, and what shows
+//! through it now is not what will.
 
 use std::sync::Arc;
 
@@ -44,9 +44,9 @@ pub(in crate::ops) struct Seen {
     runs: Vec<Run<Option<BlockStatus>>>,
 }
 
-/// What shows through while a layer is filled: what did, but only what will be zero as well is taken for zero. A
-/// guest's zeroes, and what a disk grows by, are then noted in its own tables wherever silence would not say it for
-/// long.
+/// What shows through while a layer is filled: what did, but only what will be zero as well is taken for
+/// zero. A guest's zeroes, and what a disk grows by, are then noted in its own tables wherever silence would
+/// not say it for long.
 pub(super) struct SwitchBacking {
     pub(super) now: Option<Arc<View>>,
     pub(super) then: Option<Arc<View>>,
@@ -110,7 +110,8 @@ impl Filling {
         Ok(is_nothing.value.then_some(is_nothing.len))
     }
 
-    /// Whether bytes may have to be copied at `at`, and for how many of `len` the same holds: nothing is read for that.
+    /// Whether bytes may have to be copied at `at`, and for how many of `len` the same holds: nothing is read
+    /// for that.
     pub(super) fn may_differ(&self, at: u64, len: u64) -> Result<Run<bool>> {
         match self {
             Self::Between { .. } => Ok(self.wanted(at, len)?.map(|wanted| wanted == Some(BlockStatus::Data))),
@@ -133,9 +134,13 @@ enum StackMapping {
 }
 
 fn locate(view: Option<&Arc<View>>, at: u64, len: u64) -> Result<Run<StackMapping>> {
-    let Some(view) = view.filter(|view| at < view.size()) else { return Ok(Run::new(StackMapping::Zero, len)) };
+    let Some(view) = view.filter(|view| at < view.size()) else {
+        return Ok(Run::new(StackMapping::Zero, len));
+    };
     let extent = view.resolve(at, len.min(view.size() - at))?;
-    let Some(layer) = view.layers().get(extent.layer) else { return Ok(Run::new(StackMapping::Zero, extent.len)) };
+    let Some(layer) = view.layers().get(extent.layer) else {
+        return Ok(Run::new(StackMapping::Zero, extent.len));
+    };
     match extent.mapping {
         Some(Mapping::Zero(_)) => Ok(Run::new(StackMapping::Zero, extent.len)),
         Some(Mapping::Data(host)) => {
@@ -174,11 +179,15 @@ impl Fill for Filling {
             Self::Between { between, .. } => between,
             Self::Differing { old, .. } => old,
         };
-        let Some(view) = shown.as_ref().filter(|view| at < view.size()) else { return Ok(Run::new(None, len)) };
+        let Some(view) = shown.as_ref().filter(|view| at < view.size()) else {
+            return Ok(Run::new(None, len));
+        };
         let extent = view.resolve(at, len.min(view.size() - at))?;
         let place = match (extent.mapping, view.layers().get(extent.layer)) {
             // A raw file may end within its last sector.
-            (Some(Mapping::Data(host)), Some(layer)) if host.0 + extent.len <= layer.image().data().len()? => {
+            (Some(Mapping::Data(host)), Some(layer))
+                if host.0 + extent.len <= layer.image().data().len()? =>
+            {
                 Some((Arc::clone(layer.image().data()), host.0))
             }
             _ => None,

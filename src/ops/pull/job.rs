@@ -1,7 +1,7 @@
 //! A pull at work: filling, the switch, and taking up what was cut off.
 //!
-//! Whatever puts layers on something else without a change of what they show is such a job: `pull`, `delete` upwards,
-//! and `rebase`.
+//! Whatever puts layers on something else without a change of what they show is such a job: `pull`, `delete`
+//! upwards, and `rebase`.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,8 +12,8 @@ use crate::image::write::{BackingDisk, Writer};
 use crate::image::{HeaderChange, Mapping};
 use crate::io::FileLock;
 use crate::store::{
-    ActiveJob, CachePolicy, Catalog, FileRef, ImageIndex, Intent, JobImage, OpenView, OwnedIntent, PullOperation,
-    Store, ViewPart, shown,
+    ActiveJob, CachePolicy, Catalog, FileRef, ImageIndex, Intent, JobImage, OpenView, OwnedIntent,
+    PullOperation, Store, ViewPart, shown,
 };
 use crate::units::Run;
 
@@ -121,14 +121,18 @@ impl OpenedPull {
 
 fn open(store: &Arc<Store>, world: &ScannedStore, layers: &PullRange) -> Result<OpenedPull> {
     let view = |layers: &[ImageIndex]| {
-        (!layers.is_empty()).then(|| store.open_view(&world.catalog, layers, ViewPart::Active, false)).transpose()
+        (!layers.is_empty())
+            .then(|| store.open_view(&world.catalog, layers, ViewPart::Active, false))
+            .transpose()
     };
     let below = view(&layers.below)?;
     let depth = layers.between.len();
     let mut views = Vec::new();
     let fill = match &below {
         // What it will stand on lies below it already.
-        Some(below) if layers.below.get(depth).copied() == layers.base => Filling::between(store, &below.view, depth),
+        Some(below) if layers.below.get(depth).copied() == layers.base => {
+            Filling::between(store, &below.view, depth)
+        }
         _ => {
             let new = view(&layers.base.map(|base| world.catalog.layers(base)).unwrap_or_default())?;
             let stack = |open: &OpenView| Arc::clone(&open.view);
@@ -218,7 +222,11 @@ impl PullJob {
     }
 
     /// The last look, and the mark on what will be left alone. Nothing has changed for anybody by then.
-    fn ready_to_switch(&self, store: &Arc<Store>, progress: &JobProgress) -> Result<(FileLock, ScannedStore)> {
+    fn ready_to_switch(
+        &self,
+        store: &Arc<Store>,
+        progress: &JobProgress,
+    ) -> Result<(FileLock, ScannedStore)> {
         let lock = ending::lock_for_job(store, progress)?;
         let world = ScannedStore::look(store)?;
         let PullOperation { into, base, remove, between } = &self.intent.intent.operation;
@@ -282,8 +290,8 @@ impl FilledLayer {
         Ok(sum)
     }
 
-    /// Lets nobody see its tables, or those of its internal snapshots, as they were kept before they were filled: above
-    /// another layer, or none, they would show other bytes.
+    /// Lets nobody see its tables, or those of its internal snapshots, as they were kept before they were
+    /// filled: above another layer, or none, they would show other bytes.
     fn describe_anew(&self) -> Result<()> {
         match &self.target {
             PullTarget::Active(job) => job.describe_anew(),
@@ -313,17 +321,25 @@ fn freeze_left(
 ) -> Result<()> {
     let going: Vec<ImageIndex> = into.iter().chain(remove).filter_map(|named| world.find(named)).collect();
     // Only the uppermost of those that stay becomes a leaf.
-    let stays =
-        between.iter().find(|named| !remove.iter().any(|gone| gone.is(named))).and_then(|named| world.find(named));
+    let stays = between
+        .iter()
+        .find(|named| !remove.iter().any(|gone| gone.is(named)))
+        .and_then(|named| world.find(named));
     let Some(index) = stays else { return Ok(()) };
-    if world.image(index).users.iter().all(|user| going.contains(user)) && freeze::may_be_marked(world, index) {
+    if world.image(index).users.iter().all(|user| going.contains(user)) && freeze::may_be_marked(world, index)
+    {
         freeze::freeze(store, world, index, &Frozen::now(""))?;
     }
     Ok(())
 }
 
 /// What follows the switch.
-fn clean_up(context: &Context, intent: OwnedIntent<PullOperation>, lock: FileLock, before: &Catalog) -> Result<()> {
+fn clean_up(
+    context: &Context,
+    intent: OwnedIntent<PullOperation>,
+    lock: FileLock,
+    before: &Catalog,
+) -> Result<()> {
     let store = context.store();
     let PullOperation { remove, .. } = &intent.intent.operation;
     ending::tell(store, before, &intent.intent, None);
@@ -344,7 +360,8 @@ pub(in crate::ops) fn examine(
     let found = find(world, &intent.operation)?;
     let mut refusals = Vec::new();
     if let Some(layers) = &found {
-        let request = PullRequest { discard_internal: internal, discard_bitmaps: bitmaps, ..PullRequest::default() };
+        let request =
+            PullRequest { discard_internal: internal, discard_bitmaps: bitmaps, ..PullRequest::default() };
         refuse(world, layers, &request, &mut refusals);
     } else {
         let PullOperation { remove, .. } = &intent.operation;
@@ -386,7 +403,8 @@ fn find(world: &ScannedStore, operation: &PullOperation) -> Result<Option<PullRa
     let PullOperation { into, base, remove, between } = operation;
     let all = |named: &[FileRef]| named.iter().map(|named| world.expect(named)).collect::<Result<Vec<_>>>();
     let base = base.as_ref().map(|base| world.expect(base)).transpose()?;
-    let left: Vec<ImageIndex> = all(into)?.into_iter().filter(|index| world.stands_on(*index) != base).collect();
+    let left: Vec<ImageIndex> =
+        all(into)?.into_iter().filter(|index| world.stands_on(*index) != base).collect();
     let Some(first) = left.first() else { return Ok(None) };
     let below = world.catalog.layers(*first)[1..].to_vec();
     if let Some(other) = left.iter().find(|index| world.stands_on(**index) != below.first().copied()) {

@@ -1,8 +1,8 @@
 //! Pull: what lies between a layer and a base is copied into the layer, which then stands on the base.
 //!
 //! Promises: no view changes, at no moment, nor does any become invalid; a guest's write always wins. What
-//! is left with nobody standing on it is marked as frozen before that is so. Cut off anywhere, it goes on where
-//! it was, for what has been copied is not asked for again.
+//! is left with nobody standing on it is marked as frozen before that is so. Cut off anywhere, it goes on
+//! where it was, for what has been copied is not asked for again.
 
 mod fill;
 mod job;
@@ -162,9 +162,14 @@ fn layers(world: &ScannedStore, chain: &ScannedChain, request: &PullRequest) -> 
     })
 }
 
-/// Whether a layer stands on that already, so that a command which would put it there is done: it can be given again.
+/// Whether a layer stands on that already, so that a command which would put it there is done: it can be
+/// given again.
 /// `Broken` if what it stands on cannot be told.
-pub(super) fn stands_already(world: &ScannedStore, layer: ImageIndex, base: Option<ImageIndex>) -> Result<bool> {
+pub(super) fn stands_already(
+    world: &ScannedStore,
+    layer: ImageIndex,
+    base: Option<ImageIndex>,
+) -> Result<bool> {
     match &world.image(layer).below {
         BackingLink::Nothing => Ok(base.is_none()),
         BackingLink::Image(below) => Ok(base == Some(*below)),
@@ -221,7 +226,8 @@ pub(super) fn plan(
     Ok((plan, layers))
 }
 
-/// The same for what has been found out already, but for the chain afterwards; of the request only its flags count.
+/// The same for what has been found out already, but for the chain afterwards; of the request only its flags
+/// count.
 pub(super) fn plan_of(
     context: &Context,
     world: &ScannedStore,
@@ -233,10 +239,11 @@ pub(super) fn plan_of(
     refuse(world, layers, request, &mut plan.refusals);
     if let Some(first) = layers.into.first().filter(|_| !layers.below.is_empty()) {
         let store = context.store();
-        let counted = store.open_view(&world.catalog, &layers.below, ViewPart::Active, false).and_then(|open| {
-            let frozen = store.part_of(&open.view, 0, layers.between.len());
-            CommitSegment { live: None, frozen }.data_len()
-        });
+        let counted =
+            store.open_view(&world.catalog, &layers.below, ViewPart::Active, false).and_then(|open| {
+                let frozen = store.part_of(&open.view, 0, layers.between.len());
+                CommitSegment { live: None, frozen }.data_len()
+            });
         refusals::count(world, *first, counted.map(|bytes| bytes * layers.into.len() as u64), &mut plan);
         let fact = "bytes that the layer holds itself are not copied; how many these are shows as it goes on";
         plan.notes.push(fact.into());
@@ -260,22 +267,27 @@ fn refuse(world: &ScannedStore, layers: &PullRange, request: &PullRequest, refus
     if !layers.into.iter().all(is_leaf) || !layers.remove.is_empty() {
         refusals.extend(world.unguarded());
     }
-    let concerned: Vec<ImageIndex> = layers.touched().into_iter().chain(layers.below.iter().copied()).collect();
+    let concerned: Vec<ImageIndex> =
+        layers.touched().into_iter().chain(layers.below.iter().copied()).collect();
     refusals.extend(world.begun(&concerned));
     refusals.extend(layers.touched().iter().filter_map(|index| world.untouchable(*index)));
     refusals.extend(layers.into.iter().filter_map(|index| world.unfillable(*index)));
     for into in &layers.into {
         let snapshots = world.image(*into).qcow2().map_or(&[][..], |qcow2| &qcow2.snapshots);
         if snapshots.iter().any(|snapshot| snapshot.damage.is_some()) {
-            let fact = "has an internal snapshot whose entry is damaged, and what shows through that cannot be kept";
+            let fact =
+                "has an internal snapshot whose entry is damaged, and what shows through that cannot be kept";
             let sentence = format!("{} {fact}; restore it from a copy", world.image(*into).shown());
             refusals.push(Error::new(ErrorKind::Corrupt, sentence));
         }
-        refusals.extend(layers.base.and_then(|base| world.uncounted(*into, &world.image(*into).place.path, base)));
+        refusals.extend(
+            layers.base.and_then(|base| world.uncounted(*into, &world.image(*into).place.path, base)),
+        );
         let backing = Some(layers.base.map(|base| world.backing_name(*into, base)));
         refusals::check_header(world, *into, &HeaderChange { backing, frozen: None }, refusals);
         let stack: Vec<ImageIndex> = [*into].into_iter().chain(layers.below.iter().copied()).collect();
-        refusals.extend(world.catalog.view_problem(&stack).map(|problem| Error::new(ErrorKind::Broken, problem)));
+        refusals
+            .extend(world.catalog.view_problem(&stack).map(|problem| Error::new(ErrorKind::Broken, problem)));
     }
     if let Some(left) = layers.between.iter().find(|index| !layers.remove.contains(index))
         && freeze::may_be_marked(world, *left)

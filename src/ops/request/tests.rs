@@ -34,7 +34,10 @@ fn each_word_has_its_place() {
         discard_internal: true,
         discard_bitmaps: true,
     };
-    assert_eq!(request("commit keep base=a=b discard-internal discard-bitmaps top=sn3"), Request::Commit(all));
+    assert_eq!(
+        request("commit keep base=a=b discard-internal discard-bitmaps top=sn3"),
+        Request::Commit(all)
+    );
     assert_eq!(request("commit"), Request::Commit(CommitRequest::default()));
     assert_eq!(request("pull base=none"), Request::Pull(PullRequest::default()));
     let all = PullRequest {
@@ -45,17 +48,25 @@ fn each_word_has_its_place() {
         discard_bitmaps: true,
     };
     assert_eq!(request("pull base=b into=i delete discard-internal discard-bitmaps"), Request::Pull(all));
-    let delete = DeleteRequest { name: b"sn1@a=b".to_vec(), method: DeleteMethod::Commit, ..DeleteRequest::default() };
+    let delete =
+        DeleteRequest { name: b"sn1@a=b".to_vec(), method: DeleteMethod::Commit, ..DeleteRequest::default() };
     assert_eq!(request("delete sn1@a=b method=commit"), Request::Delete(delete));
-    let revert = RevertRequest { to: b"sn1".to_vec(), save: Some(b"old".to_vec()), ..RevertRequest::default() };
+    let revert =
+        RevertRequest { to: b"sn1".to_vec(), save: Some(b"old".to_vec()), ..RevertRequest::default() };
     assert_eq!(request("revert save=old to=sn1"), Request::Revert(revert));
-    let rebase = RebaseRequest { layer: None, base: Some(b"../x/b.raw".to_vec()), is_unsafe: true, drop_layers: true };
+    let rebase =
+        RebaseRequest { layer: None, base: Some(b"../x/b.raw".to_vec()), is_unsafe: true, drop_layers: true };
     assert_eq!(request("rebase unsafe base=../x/b.raw drop-layers"), Request::Rebase(rebase));
     assert_eq!(request("rebase base=none"), Request::Rebase(RebaseRequest::default()));
     let clone = CloneRequest { name: b"web02".to_vec(), from: Some(b"sn1@x".to_vec()) };
     assert_eq!(request("clone web02 from=sn1@x"), Request::Clone(clone));
-    for (text, size) in [("2G", NewSize::To(2 << 30)), ("+1K", NewSize::More(1024)), ("-512", NewSize::Less(512))] {
-        assert_eq!(request(&format!("resize {text} shrink")), Request::Resize(ResizeRequest { size, shrink: true }));
+    for (text, size) in
+        [("2G", NewSize::To(2 << 30)), ("+1K", NewSize::More(1024)), ("-512", NewSize::Less(512))]
+    {
+        assert_eq!(
+            request(&format!("resize {text} shrink")),
+            Request::Resize(ResizeRequest { size, shrink: true })
+        );
     }
     assert_eq!(request("cancel"), Request::Cancel);
     assert_eq!(Request::parse(Verb::Cancel, b"\n").unwrap(), Request::Cancel);
@@ -72,15 +83,21 @@ fn refusals_name_the_word_and_the_words_there_are() {
         refusal("pull into= delete"),
         "into= has no value; pull takes base= into= delete discard-internal discard-bitmaps"
     );
-    assert_eq!(refusal("snapshot"), "NAME is missing; snapshot takes NAME file= description= chains= internal");
+    assert_eq!(
+        refusal("snapshot"),
+        "NAME is missing; snapshot takes NAME file= description= chains= internal"
+    );
     assert!(refusal("frob x").starts_with(
         "unknown verb \"frob\"; the verbs are snapshot commit pull delete revert rebase clone resize cancel"
     ));
     assert!(refusal("commit top=a top=b").starts_with("top= is given twice"));
     assert!(refusal("delete a b").starts_with("unknown word \"b\""));
     assert!(refusal("delete a method=up").contains("the methods are commit, pull and auto"));
-    assert!(refusal("revert").starts_with("to= is missing") && refusal("rebase").starts_with("base= is missing"));
-    for nonsense in ["delete", "delete a/b", "clone", "clone a/b", "clone ../x", "clone active", "clone x=y", "resize"]
+    assert!(
+        refusal("revert").starts_with("to= is missing") && refusal("rebase").starts_with("base= is missing")
+    );
+    for nonsense in
+        ["delete", "delete a/b", "clone", "clone a/b", "clone ../x", "clone active", "clone x=y", "resize"]
     {
         refusal(nonsense);
     }
@@ -90,7 +107,9 @@ fn refusals_name_the_word_and_the_words_there_are() {
     assert!(refusal("commit keep keep").starts_with("keep is given twice"));
     assert!(refusal("commit keep=yes").starts_with("keep takes no value"));
     assert!(refusal("commit top").starts_with("top= has no value"));
-    for nonsense in ["", "\n", "  ", "commit \"top=a", "snapshot a b", "commit =a", "Commit", "commit\ncommit"] {
+    for nonsense in
+        ["", "\n", "  ", "commit \"top=a", "snapshot a b", "commit =a", "Commit", "commit\ncommit"]
+    {
         refusal(nonsense);
     }
 }
@@ -193,7 +212,12 @@ fn any_bytes_are_refused_or_come_back_as_they_are() {
         }
         let Ok(request) = Request::parse_command(&text) else { continue };
         understood += 1;
-        assert_eq!(Request::parse_command(&request.command_line()).unwrap(), request, "{}", text.escape_ascii());
+        assert_eq!(
+            Request::parse_command(&request.command_line()).unwrap(),
+            request,
+            "{}",
+            text.escape_ascii()
+        );
         assert_eq!(Request::parse(request.verb(), &request.words()).unwrap(), request);
     }
     assert!(understood > 2000, "only {understood} made sense");

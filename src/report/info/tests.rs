@@ -93,8 +93,14 @@ fn facts_of_chainfs_are_in_their_own_object() {
     assert_eq!(written["chainfs"]["shared-by"], 2);
     assert_eq!(written["chainfs"]["frozen-sec"], 86_400);
     let text = human(&[image], &TimeZone::UTC);
-    assert!(text.contains("    frozen at: 1970-01-02 00:00:00\n    description: before the upgrade\n"), "{text}");
-    assert!(text.contains("    chains: web01, web02\n") && text.ends_with("    problem: base.raw: missing\\x1b\n"));
+    assert!(
+        text.contains("    frozen at: 1970-01-02 00:00:00\n    description: before the upgrade\n"),
+        "{text}"
+    );
+    assert!(
+        text.contains("    chains: web01, web02\n")
+            && text.ends_with("    problem: base.raw: missing\\x1b\n")
+    );
 }
 
 #[test]
@@ -104,6 +110,9 @@ fn hostile_names_and_dates_are_shown_on_one_line() {
     let snapshot = SnapshotInfo { name: "\r\n".into(), date_sec: u64::MAX, ..SnapshotInfo::default() };
     image.snapshots = Some(vec![snapshot]);
     let text = human(&[image], &TimeZone::UTC);
-    assert!(text.contains("backing file: a\\x0aimage: fake\\x1b[2J (cannot determine actual path)\n"), "{text}");
+    assert!(
+        text.contains("backing file: a\\x0aimage: fake\\x1b[2J (cannot determine actual path)\n"),
+        "{text}"
+    );
     assert!(text.lines().any(|line| line.contains("\\x0d\\x0a") && line.ends_with("--")), "{text}");
 }

@@ -15,7 +15,8 @@ use crate::io::{FileId, LockHolder, WRITER_BYTE, all_lock_holders, probe_writer}
 use crate::report::safe;
 use crate::report::tree::{BackingTree, Forest, NodeMark, TreeNode, TreeNodeKind};
 use crate::store::{
-    ACTIVE, BackingLink, Catalog, DetectedContent, Effects, Format, FoundIntent, ImageEntry, ImageIndex, Store, shown,
+    ACTIVE, BackingLink, Catalog, DetectedContent, Effects, Format, FoundIntent, ImageEntry, ImageIndex,
+    Store, shown,
 };
 
 use super::{ListingBudget, chain_name, path_text};
@@ -56,14 +57,19 @@ pub fn chain_forest(store: &Store, catalog: &Catalog, leaf: ImageIndex) -> Fores
 }
 
 /// The same, with the progress of running commands.
-pub fn chain_forest_with_progress(store: &Store, catalog: &Catalog, leaf: ImageIndex, shares: &Shares<'_>) -> Forest {
+pub fn chain_forest_with_progress(
+    store: &Store,
+    catalog: &Catalog,
+    leaf: ImageIndex,
+    shares: &Shares<'_>,
+) -> Forest {
     let base = *catalog.layers(leaf).last().expect("a chain has its leaf");
     let missing = MissingBacking::of(catalog, base);
     let images = match missing {
         None => vec![base],
-        Some(wanted) => {
-            (0..catalog.images.len()).filter(|index| MissingBacking::of(catalog, *index) == Some(wanted)).collect()
-        }
+        Some(wanted) => (0..catalog.images.len())
+            .filter(|index| MissingBacking::of(catalog, *index) == Some(wanted))
+            .collect(),
     };
     draw(store, catalog, shares, &[TreeRoot { missing, images }])
 }
@@ -104,8 +110,12 @@ const LOOP: &str = "loop";
 /// The defect of the link to an image's backing file, in a word.
 fn link_word(image: &ImageEntry) -> Option<&'static str> {
     let BackingLink::Broken { image: lower, sentence } = &image.below else { return None };
-    let name = image.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref()).map_or(&b""[..], |backing| &backing.name);
-    let named = format!("cannot be read: its backing file \"{}\" ", shown(Path::new(OsStr::from_bytes(name))));
+    let name = image
+        .qcow2()
+        .and_then(|qcow2| qcow2.header.backing.as_ref())
+        .map_or(&b""[..], |backing| &backing.name);
+    let named =
+        format!("cannot be read: its backing file \"{}\" ", shown(Path::new(OsStr::from_bytes(name))));
     Some(match sentence.strip_prefix(&named) {
         Some(rest) if rest.starts_with("is missing") => "missing",
         Some(rest) if rest.starts_with("leads out of the store") => "outside of the store",
@@ -182,7 +192,8 @@ pub fn locked_text(store: &Store, catalog: &Catalog) -> String {
     let inodes: Vec<u64> = written.iter().map(|image| image.stat.id.inode).collect();
     let holders = all_lock_holders(&inodes, WRITER_BYTE);
     let line = |image: &&ImageEntry| {
-        let names: Vec<String> = holders.get(&image.stat.id.inode)?.iter().map(LockHolder::to_string).collect();
+        let names: Vec<String> =
+            holders.get(&image.stat.id.inode)?.iter().map(LockHolder::to_string).collect();
         let fact = "is being written by";
         let rest = "its active disk cannot be opened until that ends; its snapshots can be read";
         let sentence = format!("{}: {fact} {}: {rest}", path_text(&image.place.path), names.join(", "));
@@ -320,7 +331,8 @@ impl Drawing<'_> {
             }
         };
         let user = self.catalog.claims_on(index).next().filter(|_| is_active);
-        let user = user.map(|user| format!("not writable: {} may use it as its backing file", shown(&user.by)));
+        let user =
+            user.map(|user| format!("not writable: {} may use it as its backing file", shown(&user.by)));
         flag(mark == NodeMark::Active && user.is_none(), "writable");
         flag(user.is_some(), user.as_deref().unwrap_or_default());
         flag(image.users.len() > 1, &format!("shared by {}", image.chain_count));
@@ -366,8 +378,11 @@ pub fn date(image: &ImageEntry) -> SystemTime {
         None => image.stat.signature.mtime,
     };
     let whole = Duration::from_secs(seconds.unsigned_abs());
-    let second =
-        if seconds < 0 { SystemTime::UNIX_EPOCH.checked_sub(whole) } else { SystemTime::UNIX_EPOCH.checked_add(whole) };
+    let second = if seconds < 0 {
+        SystemTime::UNIX_EPOCH.checked_sub(whole)
+    } else {
+        SystemTime::UNIX_EPOCH.checked_add(whole)
+    };
     second
         .and_then(|second| second.checked_add(Duration::from_nanos(nanoseconds.into())))
         .unwrap_or(SystemTime::UNIX_EPOCH)
@@ -407,7 +422,11 @@ impl Writers {
         let holders = all_lock_holders(&inodes, WRITER_BYTE);
         for (tree, node, inode) in &self.locked {
             let names: Vec<_> = holders.get(inode).into_iter().flatten().map(LockHolder::to_string).collect();
-            let flag = if names.is_empty() { "locked".to_owned() } else { format!("locked by {}", names.join(", ")) };
+            let flag = if names.is_empty() {
+                "locked".to_owned()
+            } else {
+                format!("locked by {}", names.join(", "))
+            };
             trees[*tree].nodes[*node].flags.push(flag);
         }
     }

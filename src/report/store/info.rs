@@ -44,7 +44,13 @@ pub fn chain_info_as(store: &Store, catalog: &Catalog, leaf: ImageIndex, filenam
     infos(store, catalog, leaf, filename, ListingBudget::endless())
 }
 
-fn infos(store: &Store, catalog: &Catalog, leaf: ImageIndex, filename: &Path, room: ListingBudget) -> Vec<ImageInfo> {
+fn infos(
+    store: &Store,
+    catalog: &Catalog,
+    leaf: ImageIndex,
+    filename: &Path,
+    room: ListingBudget,
+) -> Vec<ImageInfo> {
     let views = store.chain_views(catalog, leaf);
     let mut names: Vec<Option<&[u8]>> = vec![None; views.layers.len()];
     for view in views.views.iter().filter(|view| view.snapshot.is_none()) {
@@ -57,8 +63,8 @@ fn infos(store: &Store, catalog: &Catalog, leaf: ImageIndex, filename: &Path, ro
     for (depth, ((index, name), filename)) in views.layers.iter().zip(names).zip(filenames).enumerate() {
         let image = &catalog.images[*index];
         let mut info = one(store, image, &filename, &mut room);
-        let omitted =
-            image.qcow2().map_or(0, |qcow2| qcow2.snapshots.len()) - info.snapshots.as_ref().map_or(0, Vec::len);
+        let omitted = image.qcow2().map_or(0, |qcow2| qcow2.snapshots.len())
+            - info.snapshots.as_ref().map_or(0, Vec::len);
         let sentences = catalog.sentences(*index);
         let frozen = image.frozen.as_ref();
         info.chainfs = Some(LayerInfo {
@@ -143,7 +149,8 @@ fn one(store: &Store, image: &ImageEntry, filename: &Path, room: &mut ListingBud
             info.backing_filename_format.clone_from(&backing.format);
         }
         if !qcow2.snapshots.is_empty() {
-            info.snapshots = Some(qcow2.snapshots.iter().take_while(|found| room.take(found)).map(snapshot).collect());
+            info.snapshots =
+                Some(qcow2.snapshots.iter().take_while(|found| room.take(found)).map(snapshot).collect());
         }
         info.format_specific = Some(FormatSpecific::Qcow2(details(header, bitmaps(store, image, header))));
     }
@@ -156,12 +163,13 @@ fn format_of(image: &ImageEntry) -> &'static str {
         (Some(format), _) => format.name(),
         (None, DetectedContent::Foreign(foreign)) => foreign.kind.name(),
         (None, content) if content.has_magic() => Format::Qcow2.name(),
-        (None, _) if image.place.path.extension().is_some_and(|found| found.eq_ignore_ascii_case("qcow2")) => {
+        (None, _)
+            if image.place.path.extension().is_some_and(|found| found.eq_ignore_ascii_case("qcow2")) =>
+        {
             Format::Qcow2.name()
         }
-        (None, _) => {
-            crate::format::foreign::ForeignFormat::of_name(&image.place.path).map_or("unknown", |kind| kind.name())
-        }
+        (None, _) => crate::format::foreign::ForeignFormat::of_name(&image.place.path)
+            .map_or("unknown", |kind| kind.name()),
     }
 }
 

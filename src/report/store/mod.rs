@@ -18,7 +18,9 @@ use crate::store::{Catalog, ChainViews, Format, ImageIndex, Problem, Store};
 use super::json::pretty;
 use super::safe::{self, terminal};
 
-pub use forest::{Shares, chain_forest, chain_forest_with_progress, date, forest, forest_with_progress, locked_text};
+pub use forest::{
+    Shares, chain_forest, chain_forest_with_progress, date, forest, forest_with_progress, locked_text,
+};
 pub use info::{chain_info, chain_info_as, chain_info_in_short, image_info, layer_files};
 
 /// The name of a chain: its path in the mount, or the image's stem if the mount is a single image.
@@ -34,7 +36,8 @@ pub fn chain_name(catalog: &Catalog, leaf: ImageIndex) -> String {
 
 /// Every problem on a line of its own, `path: sentence`; empty without problems.
 pub fn problems_text(catalog: &Catalog) -> String {
-    let line = |problem: &Problem| terminal(&format!("{}: {}", place_text(&problem.path), problem.sentence)) + "\n";
+    let line =
+        |problem: &Problem| terminal(&format!("{}: {}", place_text(&problem.path), problem.sentence)) + "\n";
     catalog.problems.iter().map(line).collect()
 }
 
@@ -62,14 +65,16 @@ pub fn no_images(store: &Store, catalog: &Catalog) -> Option<String> {
         return None;
     }
     let is_plain = |image: &&crate::store::ImageEntry| image.format.is_none() && image.problem.is_none();
-    let files: Vec<String> = catalog.images.iter().filter(is_plain).map(crate::store::ImageEntry::shown).collect();
+    let files: Vec<String> =
+        catalog.images.iter().filter(is_plain).map(crate::store::ImageEntry::shown).collect();
     let shown = path_text(store.given());
     Some(match files.as_slice() {
         [] => format!("{shown} holds no disk images"),
         [first, ..] => {
             let count = if files.len() == 1 { "a file".to_owned() } else { format!("{} files", files.len()) };
             format!(
-                "{shown} holds no disk images, but {count} of unknown format ({}): if they are raw disks, say so with \
+                "{shown} holds no disk images, but {count} of unknown format ({}): if they are raw disks, \
+                    say so with \
                  -o format=GLOB:raw, as in format={}:raw",
                 terminal(first),
                 terminal(&Path::new(first).file_name().unwrap_or_default().to_string_lossy())
@@ -140,18 +145,27 @@ impl ChainsJson {
         let (chain_count, problem_count) = (self.chains.len(), self.catalog.problems.len());
         let mut text = String::new();
         if index == 0 {
-            text =
-                format!("{{\n    \"store\": {},\n    \"chains\": [", pretty(&path_text(self.store.given())).trim_end());
+            text = format!(
+                "{{\n    \"store\": {},\n    \"chains\": [",
+                pretty(&path_text(self.store.given())).trim_end()
+            );
         }
         if index < chain_count {
             let (path, leaf) = &self.chains[index];
             item(&mut text, index == 0, &self.chain(path, *leaf));
         }
         if index == chain_count {
-            text.push_str(if chain_count == 0 { "],\n    \"problems\": [" } else { "\n    ],\n    \"problems\": [" });
+            text.push_str(if chain_count == 0 {
+                "],\n    \"problems\": ["
+            } else {
+                "\n    ],\n    \"problems\": ["
+            });
         }
-        if let Some(problem) = index.checked_sub(chain_count).and_then(|place| self.catalog.problems.get(place)) {
-            let problem = ProblemObject { path: place_text(&problem.path), problem: terminal(&problem.sentence) };
+        if let Some(problem) =
+            index.checked_sub(chain_count).and_then(|place| self.catalog.problems.get(place))
+        {
+            let problem =
+                ProblemObject { path: place_text(&problem.path), problem: terminal(&problem.sentence) };
             item(&mut text, index == chain_count, &problem);
         }
         if index == chain_count + problem_count {

@@ -23,8 +23,11 @@ impl Lab {
 
     /// Runs qemu-img in the store's directory.
     fn qemu(&self, line: &str) -> String {
-        let output =
-            Command::new("qemu-img").args(line.split(' ')).current_dir(self.directory.path()).output().unwrap();
+        let output = Command::new("qemu-img")
+            .args(line.split(' '))
+            .current_dir(self.directory.path())
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
     }
@@ -100,12 +103,18 @@ fn a_missing_base_is_under_all_images_that_name_it() {
         "✗ active qcow2",
     ];
     assert_eq!(drawn(&found), expected);
-    assert_eq!((found.trees[0].nodes[0].kind, found.trees[0].nodes[0].mark), (TreeNodeKind::Missing, NodeMark::Broken));
+    assert_eq!(
+        (found.trees[0].nodes[0].kind, found.trees[0].nodes[0].mark),
+        (TreeNodeKind::Missing, NodeMark::Broken)
+    );
     let b = catalog.chain(Path::new("b")).unwrap();
     assert_eq!(drawn(&chain_forest(&store, &catalog, b)), expected);
     assert_eq!(problems_text(&catalog).lines().count(), 2);
     let problem = chain_problem(&catalog, b).unwrap();
-    assert!(problem.starts_with("b.qcow2 cannot be read: its backing file \"gone.qcow2\" is missing"), "{problem}");
+    assert!(
+        problem.starts_with("b.qcow2 cannot be read: its backing file \"gone.qcow2\" is missing"),
+        "{problem}"
+    );
 }
 
 #[test]
@@ -121,7 +130,8 @@ fn a_broken_link_is_described_in_a_word() {
     std::fs::write(lab.path("empty.qcow2"), b"").unwrap();
     let (store, catalog) = lab.open();
     let text = drawn(&forest(&store, &catalog)).join("\n");
-    for word in ["loop", "outside of the store", "not followed", "format unclear", "malformed", "unreadable"] {
+    for word in ["loop", "outside of the store", "not followed", "format unclear", "malformed", "unreadable"]
+    {
         assert!(text.contains(word), "{word} in\n{text}");
     }
     assert!(text.contains("✗ nbd://host/x ?"), "{text}");
@@ -165,11 +175,16 @@ fn a_chain_is_described_like_qemu_img_does() {
     let lab = Lab::new();
     lab.qemu("create -q -f raw base.raw 3M");
     lab.qemu("create -q -f qcow2 -o compat=0.10 -b base.raw -F raw old.qcow2");
-    lab.qemu("create -q -f qcow2 -o cluster_size=128k,extended_l2=on,refcount_bits=8 -b old.qcow2 -F qcow2 mid.qcow2");
+    lab.qemu(
+        "create -q -f qcow2 -o cluster_size=128k,extended_l2=on,refcount_bits=8 -b old.qcow2 -F qcow2 \
+        mid.qcow2",
+    );
     lab.qemu("bitmap --add mid.qcow2 daily");
     lab.qemu("bitmap --add --disable -g 32k mid.qcow2 weekly");
     lab.qemu("snapshot -c s1 mid.qcow2");
-    lab.qemu("create -q -f qcow2 -o compression_type=zstd,lazy_refcounts=on -b mid.qcow2 -F qcow2 top.qcow2 4M");
+    lab.qemu(
+        "create -q -f qcow2 -o compression_type=zstd,lazy_refcounts=on -b mid.qcow2 -F qcow2 top.qcow2 4M",
+    );
     let (store, catalog) = lab.open();
     let leaf = catalog.chain(Path::new("top")).unwrap();
     let path = lab.path("top.qcow2");
@@ -179,7 +194,10 @@ fn a_chain_is_described_like_qemu_img_does() {
     let ours = chain_info_as(&store, &catalog, leaf, Path::new("top.qcow2"));
     assert_eq!(common(&pretty(&ours)), common(&relative));
     let layer = ours[1].chainfs.clone().unwrap();
-    assert_eq!((layer.view.as_str(), layer.chains, layer.depth, layer.frozen), ("mid", vec!["top".into()], 1, true));
+    assert_eq!(
+        (layer.view.as_str(), layer.chains, layer.depth, layer.frozen),
+        ("mid", vec!["top".into()], 1, true)
+    );
 }
 
 #[test]

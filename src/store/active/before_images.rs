@@ -1,11 +1,12 @@
-//! An active disk, held still: what it was at one moment, for those who read it as a whole while it is written.
+//! An active disk, held still: what it was at one moment, for those who read it as a whole while it is
+//! written.
 //!
 //! Before anything is changed, the bytes that it had are put aside, in memory and within a limit; whoever
-//! reads is given those, or else what the disk still has. Promise: a read gives the bytes of that moment, or `Stale`,
-//! never anything else. The one who writes is never refused because of it.
+//! reads is given those, or else what the disk still has. Promise: a read gives the bytes of that moment, or
+//! `Stale`, never anything else. The one who writes is never refused because of it.
 //!
-//! A still is kept up only while the disk is in use in this process. Once it is not, what was not changed before can go on
-//! as soon as somebody opens the disk and finds it unchanged.
+//! A still is kept up only while the disk is in use in this process. Once it is not, what was not changed
+//! before can go on as soon as somebody opens the disk and finds it unchanged.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -23,8 +24,8 @@ use super::{ActiveDisk, ActiveHandle, DiskState, WritingDisk};
 
 /// Bytes that are put aside as one.
 const CHUNK: u64 = 1 << 16;
-/// Chunks that are put aside for all stills of one disk, at most. Whoever reads more slowly than the guest changes that
-/// much has to begin again.
+/// Chunks that are put aside for all stills of one disk, at most. Whoever reads more slowly than the guest
+/// changes that much has to begin again.
 const KEPT_COUNT: usize = (256 << 20) / CHUNK as usize;
 
 /// A disk as it was at one moment.
@@ -360,8 +361,9 @@ impl ActiveHandle {
         Ok(())
     }
 
-    /// Where the bytes that a still shows from `at` on come from, for at most `max` of them; `None` where only reading can
-    /// tell, as while the disk is written here. Of a disk that is read by force only what lies below its top layer is told.
+    /// Where the bytes that a still shows from `at` on come from, for at most `max` of them; `None` where
+    /// only reading can tell, as while the disk is written here. Of a disk that is read by force only what
+    /// lies below its top layer is told.
     pub fn origin_still(&self, still: &PointInTimeView, at: u64, max: u64) -> Result<Option<Origin>> {
         // Held over the look: nobody begins to write meanwhile.
         let DiskState::Reading(open) = &*self.disk.state.read() else { return Ok(None) };
@@ -373,8 +375,8 @@ impl ActiveHandle {
         Ok((!may_change).then_some(origin))
     }
 
-    /// The origins of a range that a still shows, if all of it comes from below the disk's top layer: those places keep
-    /// their bytes also when the disk is written later.
+    /// The origins of a range that a still shows, if all of it comes from below the disk's top layer: those
+    /// places keep their bytes also when the disk is written later.
     pub fn origins_below(&self, still: &PointInTimeView, at: u64, len: u64) -> Result<Option<Vec<Origin>>> {
         let DiskState::Reading(open) = &*self.disk.state.read() else { return Ok(None) };
         if open.forced.is_some()

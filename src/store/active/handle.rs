@@ -106,8 +106,12 @@ impl ActiveHandle {
         let DiskState::Writing(WritingDisk { writer, open, .. }) = &*state else { return Ok(()) };
         let free = open.top.data_file.as_ref().unwrap_or(&open.top.file).free_space()?;
         if size.saturating_sub(writer.size()) > free {
-            let fact =
-                format!("{} would need {}, and {} are free", self.disk.name(), human_size(size), human_size(free));
+            let fact = format!(
+                "{} would need {}, and {} are free",
+                self.disk.name(),
+                human_size(size),
+                human_size(free)
+            );
             return Err(Error::new(ErrorKind::NoSpace, fact));
         }
         Ok(())
@@ -121,8 +125,16 @@ impl ActiveHandle {
                 return Ok(());
             }
             if size < now {
-                let fact = format!("{} has {} and would have {}", self.disk.name(), human_size(now), human_size(size));
-                return Err(Error::new(ErrorKind::Forbidden, format!("{fact}; a disk is shrunk with resize")));
+                let fact = format!(
+                    "{} has {} and would have {}",
+                    self.disk.name(),
+                    human_size(now),
+                    human_size(size)
+                );
+                return Err(Error::new(
+                    ErrorKind::Forbidden,
+                    format!("{fact}; a disk is shrunk with resize"),
+                ));
             }
             self.disk.stills.before_change(writing, now, 0);
             writing.grow(size)
@@ -170,12 +182,15 @@ impl ActiveHandle {
             DiskState::Reading(open) => work(ActiveSource::View(&open.view)),
             DiskState::Writing(writing) => work(ActiveSource::Writer(writing)),
             DiskState::Failed(error) => Err(error.clone()),
-            DiskState::Closed(_) => Err(Error::new(ErrorKind::Stale, format!("{} is closed", self.disk.name()))),
+            DiskState::Closed(_) => {
+                Err(Error::new(ErrorKind::Stale, format!("{} is closed", self.disk.name())))
+            }
         }
     }
 
     pub(super) fn writing<T>(&self, work: impl FnOnce(&WritingDisk) -> Result<T>) -> Result<T> {
-        let refuse = || Error::new(ErrorKind::ReadOnly, format!("{} was opened only to be read", self.disk.name()));
+        let refuse =
+            || Error::new(ErrorKind::ReadOnly, format!("{} was opened only to be read", self.disk.name()));
         self.with(|source| match source {
             ActiveSource::Writer(writing) if self.writes() => {
                 self.disk.poison(&writing.writer).map_or(Ok(()), Err)?;

@@ -1,8 +1,9 @@
 //! An active disk in the hands of a job, while guests read and write it.
 //!
 //! Promises: what stands below the disk, and even its top image, is replaced in one moment, between two
-//! requests; everybody who has it open goes on without noticing. While it is [`Quiesced`] nobody reads or writes,
-//! so that lasts no longer than a flush and a rename. Whether the bytes stay the same is the job's to see to.
+//! requests; everybody who has it open goes on without noticing. While it is [`Quiesced`] nobody reads or
+//! writes, so that lasts no longer than a flush and a rename. Whether the bytes stay the same is the job's to
+//! see to.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -124,7 +125,8 @@ impl Store {
         Ok(ActiveJob { handle, has_mirror: AtomicBool::new(false) })
     }
 
-    /// Opens a fresh qcow2 image at `path` beneath the store, which is to become the top of a disk by the name
+    /// Opens a fresh qcow2 image at `path` beneath the store, which is to become the top of a disk by the
+    /// name
     /// `name`.
     pub fn open_new_top(&self, path: &Path, name: &str) -> Result<NewTopFile> {
         let place = StorePath { root: 0, path: path.to_path_buf() };
@@ -154,7 +156,8 @@ impl ActiveJob {
     /// What writes the disk now.
     pub fn writer(&self) -> Result<Arc<Writer>> {
         let writer = self.disk().writer();
-        let writer = writer.ok_or_else(|| Error::new(ErrorKind::Stale, format!("{} is closed", self.disk().name())))?;
+        let writer = writer
+            .ok_or_else(|| Error::new(ErrorKind::Stale, format!("{} is closed", self.disk().name())))?;
         match self.disk().poison(&writer) {
             Some(poison) => Err(poison),
             None => Ok(writer),
@@ -187,12 +190,14 @@ impl ActiveJob {
         Quiesced { store: self.store(), disk: self.disk(), state: self.disk().state.write() }
     }
 
-    /// Has its top image described anew, because its snapshots are others by now: what was kept of them by their
-    /// places is not what is there.
+    /// Has its top image described anew, because its snapshots are others by now: what was kept of them by
+    /// their places is not what is there.
     pub fn describe_anew(&self) -> Result<()> {
         let (store, disk) = (self.store(), self.disk());
         let mut state = disk.state.write();
-        let DiskState::Writing(writing) = &mut *state else { unreachable!("a job holds the disk open for writing") };
+        let DiskState::Writing(writing) = &mut *state else {
+            unreachable!("a job holds the disk open for writing")
+        };
         let top = store.described_anew(&writing.open.top)?;
         let below = writing.open.view.layers()[1..].to_vec();
         let view = store.live_view(Layer::active(&top.image)?, below);
@@ -245,10 +250,14 @@ impl Store {
 
 impl ActiveDisk {
     fn look_again(&self, store: &Store, catalog: &Catalog, changed: &[FileId]) -> Result<()> {
-        let Some(leaf) = catalog.images.iter().position(|image| image.stat.id == self.id()) else { return Ok(()) };
+        let Some(leaf) = catalog.images.iter().position(|image| image.stat.id == self.id()) else {
+            return Ok(());
+        };
         let layers = catalog.layers(leaf);
         let is_written = match &*self.state.read() {
-            DiskState::Writing(WritingDisk { open, .. }) if store.opened.is_behind(open, catalog, &layers, changed) => {
+            DiskState::Writing(WritingDisk { open, .. })
+                if store.opened.is_behind(open, catalog, &layers, changed) =>
+            {
                 true
             }
             DiskState::Reading(open) if store.opened.is_behind(open, catalog, &layers, changed) => false,
@@ -307,7 +316,8 @@ fn serials(view: &View) -> Vec<u64> {
 impl Store {
     fn live_view(&self, top: Layer, below: Vec<Layer>) -> Arc<View> {
         let stack: Vec<Layer> = std::iter::once(top).chain(below).collect();
-        let key: Vec<u64> = [0, 1].into_iter().chain(stack.iter().map(|layer| layer.image().serial())).collect();
+        let key: Vec<u64> =
+            [0, 1].into_iter().chain(stack.iter().map(|layer| layer.image().serial())).collect();
         self.assemble(&key, stack, true)
     }
 }
@@ -351,9 +361,11 @@ impl Quiesced<'_> {
         let below: Vec<Layer> = std::iter::once(Layer::active(&fallen.image)?).chain(below).collect();
         let view = store.live_view(top, below);
         let name = disk.name();
-        let images: Vec<FileId> = std::iter::once(overlay.image.file.id()).chain(writing.open.images()).collect();
+        let images: Vec<FileId> =
+            std::iter::once(overlay.image.file.id()).chain(writing.open.images()).collect();
         let shown = store.opened.show(&view, &images, None, &name);
-        // From a guest's file it becomes one that stays as it is, whatever a job may still write to its header.
+        // From a guest's file it becomes one that stays as it is, whatever a job may still write to its
+        // header.
         for lock in &writing.locks {
             lock.become_for(WriterKind::Job)?;
         }
@@ -383,8 +395,8 @@ impl Quiesced<'_> {
         }
     }
 
-    /// Stands on what was made ready: by now the overlay's file has the name `name`, the fallen one `frozen`. Opens
-    /// the disk again.
+    /// Stands on what was made ready: by now the overlay's file has the name `name`, the fallen one `frozen`.
+    /// Opens the disk again.
     pub fn stand(mut self, prepared: PreparedOverlay, name: &Path, frozen: &Path) -> FormerTop {
         let (store, disk) = (self.store, self.disk);
         let PreparedOverlay { overlay, mut fallen, mut view } = prepared;
@@ -399,7 +411,8 @@ impl Quiesced<'_> {
         let writing = self.writing();
         // The locks of the layers below go on as they are.
         view.locks.push(read_lock);
-        let old = std::mem::replace(writing, WritingDisk { writer, locks: vec![lock], open: view, mirror: None });
+        let old =
+            std::mem::replace(writing, WritingDisk { writer, locks: vec![lock], open: view, mirror: None });
         let WritingDisk { writer, locks, open: OpenView { locks: mut lower, .. }, .. } = old;
         writing.open.locks.append(&mut lower);
         store.opened.keep(&fallen);
@@ -427,8 +440,9 @@ impl Quiesced<'_> {
         Ok(PreparedActiveCommit { image, locks, writer, view, shown })
     }
 
-    /// Falls onto what was made ready, whose file has the name `name` by now. Opens the disk again. `settled`: whether
-    /// the name is durable; if not, nothing more is written, for a crash might give the disk back what it had before.
+    /// Falls onto what was made ready, whose file has the name `name` by now. Opens the disk again.
+    /// `settled`: whether the name is durable; if not, nothing more is written, for a crash might give the
+    /// disk back what it had before.
     pub fn fall(mut self, prepared: PreparedActiveCommit, name: &Path, settled: &Result<()>) {
         let (store, disk) = (self.store, self.disk);
         let PreparedActiveCommit { mut image, locks, writer, view, shown } = prepared;
@@ -436,7 +450,8 @@ impl Quiesced<'_> {
         image.places.0 = StorePath { root: 0, path: name.to_path_buf() };
         let fingerprint = hash(&serials(&view));
         let top = image.clone();
-        let open = OpenView { view, fingerprint, raw_file: None, top, forced: None, locks: Vec::new(), shown };
+        let open =
+            OpenView { view, fingerprint, raw_file: None, top, forced: None, locks: Vec::new(), shown };
         let writing = self.writing();
         let mut old = std::mem::replace(writing, WritingDisk { writer, locks, open, mirror: None });
         // The locks of the layers that stay go on as they are.

@@ -70,8 +70,11 @@ fn what_a_class_may_everybody_in_it_may() {
         let (file, want) = (random.file(), 1 + random.below(7));
         let (uid, gid) = (random.below(4), 10 + random.below(3));
         let known = random.groups();
-        let classes =
-            [Class::Owner(Subject::new(uid, known.clone())), Class::Group { uid, gid }, Class::Other { uid, gid }];
+        let classes = [
+            Class::Owner(Subject::new(uid, known.clone())),
+            Class::Group { uid, gid },
+            Class::Other { uid, gid },
+        ];
         let user = random.below(4);
         let mut groups = random.groups();
         let class = if user == uid {

@@ -60,7 +60,8 @@ impl Content {
         fs::create_dir(&to).expect("a directory");
         let (from, count) = if self.files == 0 { ("/etc", 250) } else { ("/usr/share", self.files) };
         let script = format!(
-            "cd {from} && find . -xdev \\( -type f -size -300k -o -type l \\) | sort | head -n {count} | tar cf - -T - | tar xf - -C \"$1\""
+            "cd {from} && find . -xdev \\( -type f -size -300k -o -type l \\) | sort | head -n {count} | tar \
+                cf - -T - | tar xf - -C \"$1\""
         );
         tool("sh").args(["-c", &script, "sh"]).arg(&to).succeeds();
         // What is removed leaves entries without an inode in the middle of blocks.
@@ -90,7 +91,10 @@ impl Content {
         set_xattr(&capable, "security.capability", &capability);
         let shared = path.join("shared");
         fs::create_dir(&shared).expect("a directory");
-        tool("setfacl").args(["-m", "u:1234:rwx,g:99:r,u:0:---,m:rx,d:u:5:rw,d:g:7:x"]).arg(&shared).succeeds();
+        tool("setfacl")
+            .args(["-m", "u:1234:rwx,g:99:r,u:0:---,m:rx,d:u:5:rw,d:g:7:x"])
+            .arg(&shared)
+            .succeeds();
         fs::write(shared.join("inherits"), "it").expect("a file");
         let link = path.join("link");
         symlink("nowhere", &link).expect("a link");
@@ -102,7 +106,9 @@ fn sizes(dir: &Path) {
     let dir = dir.join("sizes");
     fs::create_dir(&dir).expect("a directory");
     let mut rng = Rng::new(1);
-    for size in [0, 1, 59, 60, 61, 99, 130, 155, 160, 200, 500, 1023, 1024, 1025, 4095, 4096, 4097, 65_537, 700_001] {
+    for size in
+        [0, 1, 59, 60, 61, 99, 130, 155, 160, 200, 500, 1023, 1024, 1025, 4095, 4096, 4097, 65_537, 700_001]
+    {
         fs::write(dir.join(size.to_string()), rng.bytes(size)).expect("a file");
     }
     for (number, at) in [0u64, 11 << 10, 12 << 10, 300 << 10, 5 << 20, 70 << 20].into_iter().enumerate() {
@@ -111,7 +117,10 @@ fn sizes(dir: &Path) {
         file.set_len(at + (number as u64) * 10_000 + 7).expect("a hole behind it");
     }
     let shrunk = File::create(dir.join("shrunk")).expect("a file");
-    shrunk.write_all_at(&rng.bytes(100_000), 0).and_then(|()| shrunk.set_len(50_001)).expect("a shorter file");
+    shrunk
+        .write_all_at(&rng.bytes(100_000), 0)
+        .and_then(|()| shrunk.set_len(50_001))
+        .expect("a shorter file");
     shrunk.sync_all().and_then(|()| shrunk.set_len(60_000)).expect("a longer one again");
 }
 
@@ -119,8 +128,17 @@ fn names(dir: &Path) {
     let dir = dir.join("names");
     fs::create_dir(&dir).expect("a directory");
     let long = [b'n'; 255];
-    let names: [&[u8]; 9] =
-        [&long, b"new\nline", b"\xff\xfenot UTF-8", b"-dash", b" ", b"...", b"tab\tand *?[", b"\xc3\xa4", b"\x01\x7f"];
+    let names: [&[u8]; 9] = [
+        &long,
+        b"new\nline",
+        b"\xff\xfenot UTF-8",
+        b"-dash",
+        b" ",
+        b"...",
+        b"tab\tand *?[",
+        b"\xc3\xa4",
+        b"\x01\x7f",
+    ];
     for name in names {
         fs::write(dir.join(OsStr::from_bytes(name)), name).expect("a file");
     }
@@ -163,10 +181,12 @@ pub(crate) fn many_names(dir: &Path, count: usize) {
     for number in 1..count {
         let name = dir.join(format!("entry {number:06} with a name that is not short"));
         // Many names for a few files: as good for a directory, and much faster.
-        if number % 50 == 0 { File::create(name).map(drop) } else { fs::hard_link(&first, name) }.expect("a name");
+        if number % 50 == 0 { File::create(name).map(drop) } else { fs::hard_link(&first, name) }
+            .expect("a name");
     }
     for number in (3..count).step_by(7) {
-        fs::remove_file(dir.join(format!("entry {number:06} with a name that is not short"))).expect("a removal");
+        fs::remove_file(dir.join(format!("entry {number:06} with a name that is not short")))
+            .expect("a removal");
     }
 }
 
@@ -210,13 +230,24 @@ fn owners(dir: &Path) {
 fn times(dir: &Path) {
     let dir = dir.join("times");
     fs::create_dir(&dir).expect("a directory");
-    let seconds =
-        [-0x8000_0000, -1_000_000_000, -1, 0, 1, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, 0x1_0000_0000, 0x3_7fff_ffff];
+    let seconds = [
+        -0x8000_0000,
+        -1_000_000_000,
+        -1,
+        0,
+        1,
+        0x7fff_ffff,
+        0x8000_0000,
+        0xffff_ffff,
+        0x1_0000_0000,
+        0x3_7fff_ffff,
+    ];
     for tv_sec in seconds {
         let path = dir.join(tv_sec.to_string());
         fs::write(&path, "when").expect("a file");
         let time = Timespec { tv_sec, tv_nsec: 123_456_789 };
-        let times = Timestamps { last_access: time, last_modification: Timespec { tv_nsec: 999_999_999, ..time } };
+        let times =
+            Timestamps { last_access: time, last_modification: Timespec { tv_nsec: 999_999_999, ..time } };
         rustix::fs::utimensat(CWD, &path, &times, AtFlags::SYMLINK_NOFOLLOW).expect("a time");
     }
     assert!(fs::metadata(&dir).expect("a directory").ino() > 2);

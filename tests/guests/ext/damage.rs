@@ -54,7 +54,8 @@ fn names_in(ours: &Ext, directory: Ino) -> (usize, Option<ErrorKind>) {
 fn damage_goes_as_far_as_it_goes() {
     let disk = victim("mkfs.ext4 -b 1024 -g 8192");
     let whole = our_tree(&disk.open(), &disk.image);
-    let block_of = |what: &str| -> u64 { disk.debugfs(&format!("bmap {what} 0")).trim().parse().expect("a block") };
+    let block_of =
+        |what: &str| -> u64 { disk.debugfs(&format!("bmap {what} 0")).trim().parse().expect("a block") };
 
     let inode = disk.snapshot();
     inode.debugfs("set_inode_field \"/sub/file 7\" checksum 0x1234");
@@ -150,12 +151,16 @@ fn copies_of_the_superblock_are_found() {
 
 #[test]
 fn what_cannot_be_shown_says_so() {
-    let refused = |disk: &Disk| Ext::open(Arc::new(FileSource::open(&disk.image))).expect_err("it cannot be opened");
+    let refused =
+        |disk: &Disk| Ext::open(Arc::new(FileSource::open(&disk.image))).expect_err("it cannot be opened");
     let disk = victim("mkfs.ext4 -b 1024 -O ^metadata_csum");
     disk.write(1024 + 0x63, &[0x80]);
     let error = refused(&disk);
     assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert!(error.to_string().contains("ext4 with features that chainfs does not know: 0x80000000"), "{error}");
+    assert!(
+        error.to_string().contains("ext4 with features that chainfs does not know: 0x80000000"),
+        "{error}"
+    );
     let nothing = Disk::format("mkfs.ext4", 8 * MIB);
     nothing.write(0, &[0; 4096]);
     assert_eq!(refused(&nothing).kind(), ErrorKind::Corrupt);
@@ -168,13 +173,20 @@ fn what_cannot_be_shown_says_so() {
     let (sub, pieces) = (find(&ours, "sub"), find(&ours, "pieces"));
     assert!(!matches!(ours.lookup(sub, b"file 1"), Ok(Some(_))));
     assert_eq!(names_in(&ours, sub), (0, Some(ErrorKind::Corrupt)), "no name of it can be one");
-    assert_eq!(ours.read_at(pieces, 0, &mut [0; 9]).expect_err("it is encrypted").kind(), ErrorKind::Unsupported);
+    assert_eq!(
+        ours.read_at(pieces, 0, &mut [0; 9]).expect_err("it is encrypted").kind(),
+        ErrorKind::Unsupported
+    );
     assert_eq!(ours.runs(pieces, 0, 9, 9).expect_err("it is encrypted").kind(), ErrorKind::Unsupported);
     assert!(ours.attributes(pieces).is_ok() && names_in(&ours, find(&ours, "many")).1.is_none());
 
     // What is cut off is told, and what is there is shown.
     let disk = victim("mkfs.ext4 -b 1024");
-    File::options().write(true).open(&disk.image).and_then(|file| file.set_len(20 * MIB)).expect("a shorter disk");
+    File::options()
+        .write(true)
+        .open(&disk.image)
+        .and_then(|file| file.set_len(20 * MIB))
+        .expect("a shorter disk");
     let ours = disk.open();
     assert!(ours.remarks()[0].contains("the rest is missing"), "{:?}", ours.remarks());
     assert!(names_in(&ours, find(&ours, "many")).0 > 0);

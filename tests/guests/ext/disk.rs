@@ -1,5 +1,5 @@
-//! Disks with ext2, ext3 and ext4, made and mounted by the kernel, and whole trees compared: the kernel's view of a
-//! disk with ours.
+//! Disks with ext2, ext3 and ext4, made and mounted by the kernel, and whole trees compared: the kernel's
+//! view of a disk with ours.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -80,7 +80,8 @@ impl Disk {
 
     /// The disk as it is at one moment, also while it is mounted: what a snapshot would hold.
     pub(crate) fn snapshot(&self) -> Self {
-        // Copying takes its time, and the kernel may write meanwhile. What is still the same afterwards is of one moment.
+        // Copying takes its time, and the kernel may write meanwhile. What is still the same afterwards is of
+        // one moment.
         for _ in 0..20 {
             let copy = Self::blank(0);
             tool("cp").arg("--sparse=always").arg(&self.image).arg(&copy.image).succeeds();
@@ -113,12 +114,18 @@ impl Disk {
 
     /// Overwrites bytes of the disk.
     pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
-        File::options().write(true).open(&self.image).and_then(|f| f.write_all_at(bytes, at)).expect("a change");
+        File::options()
+            .write(true)
+            .open(&self.image)
+            .and_then(|f| f.write_all_at(bytes, at))
+            .expect("a change");
     }
 
     pub(crate) fn read(&self, at: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        File::open(&self.image).and_then(|file| file.read_exact_at(&mut bytes, at)).expect("bytes of the disk");
+        File::open(&self.image)
+            .and_then(|file| file.read_exact_at(&mut bytes, at))
+            .expect("bytes of the disk");
         bytes
     }
 }
@@ -132,7 +139,11 @@ struct Mounted {
 impl Mounted {
     fn new(image: &Path, dir: &Path, options: &str) -> Self {
         fs::create_dir_all(dir).expect("a mount point");
-        tool("mount").args(["-t", "ext4", "-o", &format!("loop,noatime,{options}")]).arg(image).arg(dir).succeeds();
+        tool("mount")
+            .args(["-t", "ext4", "-o", &format!("loop,noatime,{options}")])
+            .arg(image)
+            .arg(dir)
+            .succeeds();
         Self { dir: dir.to_owned(), ended: false }
     }
 
@@ -196,8 +207,10 @@ fn kernel_node(path: &Path) -> Node {
         kind if kind.is_fifo() => FileKind::Fifo,
         _ => FileKind::Socket,
     };
-    let time =
-        |seconds, nanoseconds: i64| Time { seconds, nanoseconds: u32::try_from(nanoseconds).expect("below a second") };
+    let time = |seconds, nanoseconds: i64| Time {
+        seconds,
+        nanoseconds: u32::try_from(nanoseconds).expect("below a second"),
+    };
     let is_device = matches!(kind, FileKind::CharDevice | FileKind::BlockDevice);
     let rdev = if is_device { metadata.rdev() } else { 0 };
     let attributes = FileAttributes {
@@ -218,7 +231,8 @@ fn kernel_node(path: &Path) -> Node {
     if kind == FileKind::File {
         let file = File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         data = kernel_data(&file, attributes.size);
-        hash = hash_of(attributes.size, &data, |at, buf| file.read_exact_at(buf, at).expect("the kernel reads"));
+        hash =
+            hash_of(attributes.size, &data, |at, buf| file.read_exact_at(buf, at).expect("the kernel reads"));
     }
     let target = (kind == FileKind::Symlink).then(|| fs::read_link(path).expect("a target"));
     let target = target.map(|target| target.as_os_str().as_bytes().to_vec());
@@ -229,7 +243,8 @@ fn born(path: &Path) -> Option<Time> {
     use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
     let found = statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BTIME).expect("statx");
     let time = found.stx_btime;
-    (found.stx_mask & StatxFlags::BTIME.bits() != 0).then_some(Time { seconds: time.tv_sec, nanoseconds: time.tv_nsec })
+    (found.stx_mask & StatxFlags::BTIME.bits() != 0)
+        .then_some(Time { seconds: time.tv_sec, nanoseconds: time.tv_nsec })
 }
 
 fn kernel_data(file: &File, size: u64) -> Vec<(u64, u64)> {
@@ -245,7 +260,8 @@ fn kernel_data(file: &File, size: u64) -> Vec<(u64, u64)> {
 
 fn kernel_xattrs(path: &Path) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut names = vec![0; 64 << 10];
-    let len = rustix::fs::llistxattr(path, &mut names[..]).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let len =
+        rustix::fs::llistxattr(path, &mut names[..]).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let names = names[..len].split(|byte| *byte == 0).filter(|name| !name.is_empty());
     let mut value = vec![0; 64 << 10];
     names
@@ -331,7 +347,10 @@ fn our_node(ext: &Ext, source: &FileSource, ino: Ino) -> Result<Node> {
         let runs = our_runs(ext, ino, attributes.size)?;
         data = data_of(&runs);
         hash = hash_of(attributes.size, &data, |at, buf| {
-            assert_eq!(ext.read_at(ino, at, buf).unwrap_or_else(|e| panic!("inode {}: {e}", ino.0)), buf.len());
+            assert_eq!(
+                ext.read_at(ino, at, buf).unwrap_or_else(|e| panic!("inode {}: {e}", ino.0)),
+                buf.len()
+            );
         });
         let by_runs = hash_of(attributes.size, &data, |at, buf| read_runs(ext, source, ino, &runs, at, buf));
         assert_eq!(hash, by_runs, "inode {}: the runs are not what is read", ino.0);
@@ -369,7 +388,14 @@ fn data_of(runs: &[(u64, u64, RunKind)]) -> Vec<(u64, u64)> {
     data
 }
 
-fn read_runs(ext: &Ext, source: &FileSource, ino: Ino, runs: &[(u64, u64, RunKind)], at: u64, buf: &mut [u8]) {
+fn read_runs(
+    ext: &Ext,
+    source: &FileSource,
+    ino: Ino,
+    runs: &[(u64, u64, RunKind)],
+    at: u64,
+    buf: &mut [u8],
+) {
     let end = at + buf.len() as u64;
     let first = runs.partition_point(|(_, end, _)| *end <= at);
     for (start, stop, kind) in runs[first..].iter().take_while(|(start, ..)| *start < end) {
@@ -377,7 +403,9 @@ fn read_runs(ext: &Ext, source: &FileSource, ino: Ino, runs: &[(u64, u64, RunKin
         let part = &mut buf[(from - at) as usize..(to - at) as usize];
         match kind {
             RunKind::Hole => part.fill(0),
-            RunKind::Stored(offset) => source.read_at(offset + (from - start), part).expect("it lies on the disk"),
+            RunKind::Stored(offset) => {
+                source.read_at(offset + (from - start), part).expect("it lies on the disk");
+            }
             RunKind::Opaque => assert_eq!(ext.read_at(ino, from, part).expect("it can be read"), part.len()),
         }
     }
@@ -397,7 +425,10 @@ pub(crate) fn differences(theirs: &Tree, ours: &Tree) -> Vec<String> {
         let mut say = |what: &str, theirs: &dyn Debug, ours: &dyn Debug| {
             let (theirs, ours) = (format!("{theirs:?}"), format!("{ours:?}"));
             if theirs != ours {
-                lines.push(format!("{}: {what}: {theirs:.300} for the kernel, {ours:.300} for us", shown(path)));
+                lines.push(format!(
+                    "{}: {what}: {theirs:.300} for the kernel, {ours:.300} for us",
+                    shown(path)
+                ));
             }
         };
         say("inode", &their.ino, &our.ino);
@@ -413,7 +444,12 @@ pub(crate) fn differences(theirs: &Tree, ours: &Tree) -> Vec<String> {
 #[track_caller]
 pub(crate) fn assert_same_trees(what: &str, theirs: &Tree, ours: &Tree) {
     let lines = differences(theirs, ours);
-    assert!(lines.is_empty(), "{what}: {} differences\n{}", lines.len(), lines[..lines.len().min(8)].join("\n"));
+    assert!(
+        lines.is_empty(),
+        "{what}: {} differences\n{}",
+        lines.len(),
+        lines[..lines.len().min(8)].join("\n")
+    );
     assert!(theirs.len() > 1, "{what}: nothing was compared");
 }
 
@@ -444,7 +480,12 @@ pub(crate) fn walk_everything(ext: &Ext, mut asked: impl FnMut(&str, Ino)) -> us
         let mut names = Vec::new();
         let listed = ext.list(ino, 0, &mut |entry| {
             let name = &entry.name;
-            assert!(!name.is_empty() && name != b"." && name != b".." && !name.iter().any(|b| [0, b'/'].contains(b)));
+            assert!(
+                !name.is_empty()
+                    && name != b"."
+                    && name != b".."
+                    && !name.iter().any(|b| [0, b'/'].contains(b))
+            );
             names.push(entry.name);
             left.push(entry.ino);
             names.len() < 20_000

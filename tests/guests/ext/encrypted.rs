@@ -1,5 +1,5 @@
-//! Directories that the file system encrypts, judged by the kernel's own mount without the key. The kernel makes them itself, with
-//! its key for tests (`test_dummy_encryption`).
+//! Directories that the file system encrypts, judged by the kernel's own mount without the key. The kernel
+//! makes them itself, with its key for tests (`test_dummy_encryption`).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -44,9 +44,15 @@ fn encrypted_directories_have_the_names_that_linux_gives_them_without_a_key() {
         let mut have = BTreeMap::new();
         our_names(&ours, ours.root(), Path::new(""), &mut have);
         assert!(shown.len() > 320, "{format}: {}", shown.len());
-        let odd: Vec<_> = shown.iter().filter(|(path, seen)| have.get(*path) != Some(*seen)).take(5).collect();
-        assert!(shown.len() == have.len() && odd.is_empty(), "{format}: {odd:?}\nours: {:?}", have.iter().take(5));
-        let encrypted = shown.keys().find(|path| path.components().count() == 2).expect("a name in a directory");
+        let odd: Vec<_> =
+            shown.iter().filter(|(path, seen)| have.get(*path) != Some(*seen)).take(5).collect();
+        assert!(
+            shown.len() == have.len() && odd.is_empty(),
+            "{format}: {odd:?}\nours: {:?}",
+            have.iter().take(5)
+        );
+        let encrypted =
+            shown.keys().find(|path| path.components().count() == 2).expect("a name in a directory");
         let mut few = ours.root();
         for part in encrypted.parent().expect("a directory").components() {
             few = ours.lookup(few, part.as_os_str().as_bytes()).expect("an answer").expect("a directory");
@@ -66,8 +72,9 @@ fn kernel_names(dir: &Path) -> Names {
     while let Some(directory) = left.pop() {
         for entry in fs::read_dir(&directory).expect("a directory").map(|entry| entry.expect("an entry")) {
             let (path, found) = (entry.path(), entry.metadata().expect("attributes"));
-            let target =
-                found.is_symlink().then(|| fs::read_link(&path).expect("a target").into_os_string().into_vec());
+            let target = found
+                .is_symlink()
+                .then(|| fs::read_link(&path).expect("a target").into_os_string().into_vec());
             if found.is_dir() && entry.file_name() != "lost+found" {
                 left.push(path.clone());
             }
@@ -88,7 +95,12 @@ fn our_names(ours: &Ext, directory: Ino, path: &Path, names: &mut Names) {
     for entry in entries {
         let found = ours.attributes(entry.ino).expect("attributes");
         let path = path.join(std::ffi::OsStr::from_bytes(&entry.name));
-        assert_eq!(ours.lookup(directory, &entry.name).expect("an answer"), Some(entry.ino), "{}", path.display());
+        assert_eq!(
+            ours.lookup(directory, &entry.name).expect("an answer"),
+            Some(entry.ino),
+            "{}",
+            path.display()
+        );
         let target = (found.kind == FileKind::Symlink).then(|| ours.read_link(entry.ino).expect("a target"));
         let is_directory = found.kind == FileKind::Directory;
         names.insert(path.clone(), (entry.ino.0, if is_directory { 0 } else { found.size }, target));

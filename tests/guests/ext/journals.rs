@@ -1,5 +1,5 @@
-//! Journals of guests that were never unmounted, judged by the kernel's replay: transactions of all forms, fast commits,
-//! orphans, torn ends, and what is said where nothing can be replayed.
+//! Journals of guests that were never unmounted, judged by the kernel's replay: transactions of all forms,
+//! fast commits, orphans, torn ends, and what is said where nothing can be replayed.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, symlink};
@@ -19,9 +19,16 @@ use support::{Outcome as _, tool};
 
 use super::MIB;
 
-/// The work of a guest that is never unmounted: `step` is done again and again, and after each the disk as it is at
-/// that moment is shown as the kernel shows it after replaying its journal.
-fn replayed_as_by_the_kernel(what: &str, mkfs: &str, size: u64, options: &str, steps: u64, step: impl Fn(&Path, u64)) {
+/// The work of a guest that is never unmounted: `step` is done again and again, and after each the disk as it
+/// is at that moment is shown as the kernel shows it after replaying its journal.
+fn replayed_as_by_the_kernel(
+    what: &str,
+    mkfs: &str,
+    size: u64,
+    options: &str,
+    steps: u64,
+    step: impl Fn(&Path, u64),
+) {
     let disk = Disk::format(mkfs, size);
     // No commit and no writing back but what the steps ask for: the disk does not change while it is copied.
     let snapshots = disk.mounted(&format!("rw,commit=300,{options}"), |dir| {
@@ -144,7 +151,8 @@ fn a_journal_that_has_been_around() {
     replayed_as_by_the_kernel("around", "mkfs.ext4 -b 1024 -J size=1", 96 * MIB, "data=journal", 6, work);
 }
 
-/// A file that was removed while open, and one whose truncation was cut short, have no trace in what is shown.
+/// A file that was removed while open, and one whose truncation was cut short, have no trace in what is
+/// shown.
 #[test]
 fn orphans_are_as_after_their_recovery() {
     for mkfs in ["mkfs.ext4 -b 4096", "mkfs.ext4 -b 4096 -O orphan_file"] {
@@ -195,7 +203,9 @@ pub(crate) fn small_changes(dir: &Path, number: u64) {
     fs::rename(file("made 5000"), dir.join("sub").join("replaced")).expect("a new name");
     sync(&dir.join("sub/replaced"));
     let long = File::options().write(true).open(dir.join("long")).expect("a file");
-    long.write_all_at(&rng.bytes(10_000), 1_000_000 * number).and_then(|()| long.sync_all()).expect("bytes far out");
+    long.write_all_at(&rng.bytes(10_000), 1_000_000 * number)
+        .and_then(|()| long.sync_all())
+        .expect("bytes far out");
     let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
     rustix::fs::fallocate(&long, punch, 40_960 * number, 8192).expect("a hole");
     long.sync_all().expect("fsync");
@@ -212,7 +222,9 @@ pub(crate) fn small_changes(dir: &Path, number: u64) {
 
 #[test]
 fn fast_commits_are_replayed() {
-    for mkfs in ["mkfs.ext4 -b 4096 -O fast_commit", "mkfs.ext4 -b 1024 -O fast_commit,^metadata_csum -J size=8"] {
+    for mkfs in
+        ["mkfs.ext4 -b 4096 -O fast_commit", "mkfs.ext4 -b 1024 -O fast_commit,^metadata_csum -J size=8"]
+    {
         replayed_as_by_the_kernel("fast commits", mkfs, 128 * MIB, "data=ordered", 4, small_changes);
     }
     let inline = "mkfs.ext4 -b 4096 -O fast_commit,inline_data";
@@ -263,7 +275,14 @@ fn odd_changes(dir: &Path, number: u64) {
 #[test]
 fn fast_commits_of_other_things_than_files() {
     let mkfs = "mkfs.ext4 -b 4096 -O fast_commit";
-    replayed_as_by_the_kernel("fast commits of other things", mkfs, 128 * MIB, "data=ordered", 5, odd_changes);
+    replayed_as_by_the_kernel(
+        "fast commits of other things",
+        mkfs,
+        128 * MIB,
+        "data=ordered",
+        5,
+        odd_changes,
+    );
 }
 
 /// What fast commits hold is seen: without them, something is missing.
@@ -277,8 +296,9 @@ fn fast_commits_are_what_is_tested() {
     });
     let with = our_tree(&dirty.open(), &dirty.image);
     let journal = dirty.blocks_of("<8>", 1)[0];
-    let number =
-        |at: u64| u64::from(u32::from_be_bytes(dirty.read(journal * 4096 + at, 4).try_into().expect("4 bytes")));
+    let number = |at: u64| {
+        u64::from(u32::from_be_bytes(dirty.read(journal * 4096 + at, 4).try_into().expect("4 bytes")))
+    };
     // Behind the last block of transactions is one that nobody uses.
     let at = number(0x10) - number(0x54) + 1;
     let first = dirty.blocks_of("<8>", at as usize + 1)[at as usize];
@@ -291,7 +311,8 @@ fn fast_commits_are_what_is_tested() {
 #[test]
 fn an_old_state_is_never_shown_silently() {
     let elsewhere = Disk::format("mke2fs -b 4096 -O journal_dev", 16 * MIB);
-    let error = Ext::open(Arc::new(FileSource::open(&elsewhere.image))).expect_err("there are no files in it");
+    let error =
+        Ext::open(Arc::new(FileSource::open(&elsewhere.image))).expect_err("there are no files in it");
     assert!(error.to_string().contains("external journal"), "{error}");
     assert_eq!(probe(&elsewhere.read(0, 4096)), None);
 
@@ -344,13 +365,18 @@ fn a_journal_that_cannot_be_read_at_this_moment_is_an_error_and_asked_for_again(
     });
     let journal = dirty.debugfs("bmap <8> 0").trim().parse::<u64>().expect("a block") * 4096;
     let open = |range, kind| Ext::open(Arc::new(Troubled(FileSource::open(&dirty.image), range, kind)));
-    for range in [journal..journal + 1, journal + 4096..journal + 4097, journal + 5 * 4096..journal + 6 * 4096, 0..4096]
-    {
+    for range in [
+        journal..journal + 1,
+        journal + 4096..journal + 4097,
+        journal + 5 * 4096..journal + 6 * 4096,
+        0..4096,
+    ] {
         for kind in [ErrorKind::Io, ErrorKind::Stale, ErrorKind::Exhausted] {
             assert_eq!(open(range.clone(), kind).expect_err("not now").kind(), kind, "{range:?}");
         }
         if range.start > 0 {
-            let damaged = open(range.clone(), ErrorKind::Corrupt).expect("what is damaged is shown as far as it goes");
+            let damaged =
+                open(range.clone(), ErrorKind::Corrupt).expect("what is damaged is shown as far as it goes");
             assert!(!damaged.stale().is_empty(), "{range:?}");
         }
     }
@@ -386,7 +412,11 @@ fn a_torn_transaction_is_not_replayed() {
     let descriptor = journal[1..].iter().position(|block| kind(block) == Some(1)).expect("a descriptor") + 1;
     let copy = dirty.snapshot();
     copy.write(journal[descriptor + 1] * 4096 + 50, b"damage");
-    assert!(copy.open().remarks()[0].contains("1 blocks in the journal are damaged"), "{:?}", copy.open().remarks());
+    assert!(
+        copy.open().remarks()[0].contains("1 blocks in the journal are damaged"),
+        "{:?}",
+        copy.open().remarks()
+    );
     // A damaged list of them ends what is replayed; what came before it is shown.
     let last = journal[1..].iter().rfind(|block| kind(block) == Some(1)).expect("a descriptor");
     let copy = dirty.snapshot();
@@ -412,7 +442,8 @@ fn journals_of_older_kernels() {
             let script = disk.image.with_file_name("script");
             let revoked: u64 = disk.debugfs("bmap \"/sub/file 4\" 1").trim().parse().expect("a block");
             let text = format!(
-                "jo -c -v {version}\njw -b {block},{revoked} {bytes}\njw -r {revoked}\njw -b {block} {bytes}\njc\n",
+                "jo -c -v {version}\njw -b {block},{revoked} {bytes}\njw -r {revoked}\njw -b {block} \
+                    {bytes}\njc\n",
                 bytes = bytes.display()
             );
             // Two blocks for the first transaction.

@@ -1,5 +1,5 @@
-//! ext2, ext3 and ext4, judged by the kernel: whole trees as its mount shows them, dirty journals as it replays them,
-//! damage as far as it goes and no further. Needs root and loop devices.
+//! ext2, ext3 and ext4, judged by the kernel: whole trees as its mount shows them, dirty journals as it
+//! replays them, damage as far as it goes and no further. Needs root and loop devices.
 
 pub(crate) mod content;
 mod damage;
@@ -38,10 +38,12 @@ fn shown_as_by_the_kernel(mkfs: &str, size: u64, content: &Content) -> Disk {
 fn compare(disk: &Disk, what: &str) -> Ext {
     let ours = disk.open();
     let tree = our_tree(&ours, &disk.image);
-    let (theirs, sizes) = disk.mounted("ro", |dir| (kernel_tree(dir), rustix::fs::statvfs(dir).expect("statvfs")));
+    let (theirs, sizes) =
+        disk.mounted("ro", |dir| (kernel_tree(dir), rustix::fs::statvfs(dir).expect("statvfs")));
     assert_same_trees(what, &theirs, &tree);
     let counted = ours.statistics();
-    let our = (counted.blocks, counted.free_blocks, counted.available_blocks, counted.inodes, counted.free_inodes);
+    let our =
+        (counted.blocks, counted.free_blocks, counted.available_blocks, counted.inodes, counted.free_inodes);
     assert_eq!(our, (sizes.f_blocks, sizes.f_bfree, sizes.f_bavail, sizes.f_files, sizes.f_ffree), "{what}");
     assert_eq!(ours.remarks(), Vec::<String>::new(), "{what}");
     ours
@@ -49,9 +51,12 @@ fn compare(disk: &Disk, what: &str) -> Ext {
 
 #[test]
 fn ext2_of_all_kinds() {
-    for mkfs in
-        ["mkfs.ext2", "mkfs.ext2 -b 1024", "mkfs.ext2 -b 4096 -I 128", "mkfs.ext2 -O ^filetype,^dir_index -b 2048"]
-    {
+    for mkfs in [
+        "mkfs.ext2",
+        "mkfs.ext2 -b 1024",
+        "mkfs.ext2 -b 4096 -I 128",
+        "mkfs.ext2 -O ^filetype,^dir_index -b 2048",
+    ] {
         shown_as_by_the_kernel(mkfs, 96 * MIB, &Content::small());
     }
 }
@@ -112,7 +117,10 @@ fn a_large_tree() {
         let name = format!("entry {number:06} with a name that is not short");
         assert!(ours.lookup(many, name.as_bytes()).expect("it is whole").is_some(), "{name}");
         let (requests, bytes) = source.taken();
-        assert!(requests <= 16 && bytes <= 64 << 10, "the whole directory is read: {requests} requests, {bytes} bytes");
+        assert!(
+            requests <= 16 && bytes <= 64 << 10,
+            "the whole directory is read: {requests} requests, {bytes} bytes"
+        );
     }
     let mut count = 0;
     let mut at = 0;
@@ -160,12 +168,14 @@ fn every_hash_of_an_index() {
             disk.mounted("rw", |dir| {
                 for number in 0..1500u32 {
                     let tail: &[u8] = if number % 2 == 0 { b"\xc3\xa4\xff\x80" } else { b"plain" };
-                    let name = [format!("{number}-").repeat(1 + number as usize % 9).as_bytes(), tail].concat();
+                    let name =
+                        [format!("{number}-").repeat(1 + number as usize % 9).as_bytes(), tail].concat();
                     symlink("x", dir.join(std::ffi::OsStr::from_bytes(&name))).expect("a name");
                 }
             });
             compare(&disk, hash);
-            // An index that is not understood is no error: the directory is read instead. That would be seen here.
+            // An index that is not understood is no error: the directory is read instead. That would be seen
+            // here.
             let source = Arc::new(Counted::new(FileSource::open(&disk.image)));
             let ours = Ext::open(Arc::clone(&source) as Arc<dyn Source>).expect("our reader opens it");
             assert_eq!(ours.lookup(ours.root(), b"absent").expect("it is whole"), None);
@@ -253,12 +263,17 @@ fn the_comparison_notices_a_change() {
         let lines = differences(&theirs, &our_tree(&changed.open(), &changed.image));
         assert!(!lines.is_empty(), "{command} is not noticed");
     };
-    for field in ["mode 0100600", "uid 7", "gid 7", "size 99999", "links_count 2", "atime 1", "mtime 1", "ctime 1"] {
+    for field in
+        ["mode 0100600", "uid 7", "gid 7", "size 99999", "links_count 2", "atime 1", "mtime 1", "ctime 1"]
+    {
         noticed(&format!("set_inode_field file {field}"));
     }
-    for command in
-        ["set_inode_field file blocks 6", "set_inode_field link block[0] 0x41414141", "rm link", "ea_rm file user.name"]
-    {
+    for command in [
+        "set_inode_field file blocks 6",
+        "set_inode_field link block[0] 0x41414141",
+        "rm link",
+        "ea_rm file user.name",
+    ] {
         noticed(command);
     }
     noticed("ea_set file user.name other");

@@ -34,10 +34,21 @@ const MAKES: [Make; 28] = [
     ("mkudffs", &["--utf8", "--label=udf label"], VolumeContent::Udf),
     ("make-bcache", &["-B"], VolumeContent::Bcache),
     ("make-bcache", &["-C"], VolumeContent::Bcache),
-    ("cryptsetup", &["luksFormat", "-q", "--type=luks1", "--pbkdf-force-iterations=1000"], VolumeContent::Luks1),
     (
         "cryptsetup",
-        &["luksFormat", "-q", "--type=luks2", "--pbkdf=pbkdf2", "--pbkdf-force-iterations=1000", "--label=secret"],
+        &["luksFormat", "-q", "--type=luks1", "--pbkdf-force-iterations=1000"],
+        VolumeContent::Luks1,
+    ),
+    (
+        "cryptsetup",
+        &[
+            "luksFormat",
+            "-q",
+            "--type=luks2",
+            "--pbkdf=pbkdf2",
+            "--pbkdf-force-iterations=1000",
+            "--label=secret",
+        ],
         VolumeContent::Luks2,
     ),
     ("mdadm", &["--metadata=0.90"], VolumeContent::MdRaid),
@@ -106,8 +117,8 @@ fn what_is_found_is_what_blkid_finds() {
     }
 }
 
-/// A part of an array; mdadm makes none without the kernel's help, so it is made by the format's description, and mdadm
-/// and blkid say what they find in it.
+/// A part of an array; mdadm makes none without the kernel's help, so it is made by the format's description,
+/// and mdadm and blkid say what they find in it.
 fn array_part(file: &Path, version: &str) {
     let mut bytes = fs::read(file).expect("the volume");
     let len = bytes.len();
@@ -127,9 +138,9 @@ fn array_part(file: &Path, version: &str) {
         for (place, word) in words {
             bytes[at + place..at + place + 4].copy_from_slice(&word.to_le_bytes());
         }
-        let sum = bytes[at..at + 4096]
-            .chunks(4)
-            .fold(0u64, |sum, word| sum + u64::from(u32::from_le_bytes([word[0], word[1], word[2], word[3]])));
+        let sum = bytes[at..at + 4096].chunks(4).fold(0u64, |sum, word| {
+            sum + u64::from(u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+        });
         let sum = (sum as u32).wrapping_add((sum >> 32) as u32);
         bytes[at + 152..at + 156].copy_from_slice(&sum.to_le_bytes());
     } else {
@@ -143,9 +154,9 @@ fn array_part(file: &Path, version: &str) {
         block[16..32].copy_from_slice(&(1..17).collect::<Vec<u8>>());
         block[32..41].copy_from_slice(b"host:data");
         block[144..152].copy_from_slice(&(at as u64 / 512).to_le_bytes());
-        let sum = block
-            .chunks(4)
-            .fold(0u64, |sum, word| sum + u64::from(u32::from_le_bytes([word[0], word[1], word[2], word[3]])));
+        let sum = block.chunks(4).fold(0u64, |sum, word| {
+            sum + u64::from(u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+        });
         let sum = (sum as u32).wrapping_add((sum >> 32) as u32);
         block[216..220].copy_from_slice(&sum.to_le_bytes());
         bytes[at..at + 256].copy_from_slice(&block);
@@ -175,7 +186,8 @@ fn images_of_files_are_what_blkid_finds() {
     made("genisoimage", &["-quiet", "-V", "ISO label", "-o"], true, VolumeContent::Iso9660);
 }
 
-/// Formats that nothing here makes: their signatures, by their descriptions, and blkid's opinion where it needs no more.
+/// Formats that nothing here makes: their signatures, by their descriptions, and blkid's opinion where it
+/// needs no more.
 #[test]
 fn signatures_are_told_apart() {
     let dir = TempDir::new().expect("a directory");

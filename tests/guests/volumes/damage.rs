@@ -15,8 +15,8 @@ fn survive(bytes: Vec<u8>) {
     let source = Arc::new(Counted::new(bytes));
     let disks: Vec<Arc<dyn Source>> = vec![Arc::clone(&source) as Arc<dyn Source>];
     let layout = layout(&disks);
-    // Undamaged, it takes less than 200 requests. Damaged, there are at most 255 volumes, and telling what one holds
-    // takes less than 512 KiB: its beginning, its end and the place of one format in between.
+    // Undamaged, it takes less than 200 requests. Damaged, there are at most 255 volumes, and telling what
+    // one holds takes less than 512 KiB: its beginning, its end and the place of one format in between.
     let (requests, bytes) = source.taken();
     assert!(requests <= 5000 && bytes <= 144 << 20, "{requests} requests, {bytes} bytes");
     assert!(layout.partitions.len() <= 255 && layout.remarks.len() <= 101);
@@ -63,7 +63,10 @@ fn mutate(good: &[u8], first: usize, repair: impl Fn(&mut Vec<u8>)) {
 /// CRC-32 a bit at a time, from `seed`, without an inversion at the end.
 fn crc32(seed: u32, bytes: &[u8]) -> u32 {
     bytes.iter().fold(seed, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 })
+        (0..8).fold(
+            crc ^ u32::from(*byte),
+            |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 },
+        )
     })
 }
 

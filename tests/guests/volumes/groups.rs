@@ -1,5 +1,5 @@
-//! Volume groups made by LVM itself, without the kernel's help: it only writes metadata. What LVM then says of the places
-//! of extents is what the bytes of each volume are put together by, and compared with.
+//! Volume groups made by LVM itself, without the kernel's help: it only writes metadata. What LVM then says
+//! of the places of extents is what the bytes of each volume are put together by, and compared with.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,7 +16,8 @@ use support::*;
 
 const EXTENT: u64 = 64 * KIB;
 
-/// A segment as LVM tells it: the stripes' length, and of each leg the disk and where it begins and ends there.
+/// A segment as LVM tells it: the stripes' length, and of each leg the disk and where it begins and ends
+/// there.
 type Told = (u64, Vec<(usize, u64, u64)>);
 
 /// Disks in files, and LVM that sees nothing else.
@@ -29,7 +30,8 @@ struct Lab {
 impl Lab {
     fn new(sizes: &[u64]) -> Self {
         let dir = TempDir::new().expect("a directory");
-        let disks: Vec<PathBuf> = (0..sizes.len()).map(|number| dir.path().join(format!("disk{number}"))).collect();
+        let disks: Vec<PathBuf> =
+            (0..sizes.len()).map(|number| dir.path().join(format!("disk{number}"))).collect();
         for (disk, size) in disks.iter().zip(sizes) {
             blank(disk, *size);
         }
@@ -44,11 +46,13 @@ impl Lab {
         let accepted: String = accepted.collect();
         let etc = self.dir.path().display();
         let config = format!(
-            "devices {{ use_devicesfile = 0 obtain_device_list_from_udev = 0 external_device_info_source = \"none\"\n\
+            "devices {{ use_devicesfile = 0 obtain_device_list_from_udev = 0 external_device_info_source \
+                = \"none\"\n\
              filter = [ {accepted} \"r|.*|\" ] global_filter = [ {accepted} \"r|.*|\" ] }}\n\
              activation {{ udev_sync = 0 udev_rules = 0 monitoring = 0 }}\n\
              backup {{ backup = 0 archive = 0 }}\n\
-             global {{ etc = \"{etc}\" event_activation = 0 use_lvmpolld = 0 locking_dir = \"{etc}/lock\" }}\n"
+             global {{ etc = \"{etc}\" event_activation = 0 use_lvmpolld = 0 locking_dir = \"{etc}/lock\" \
+             }}\n"
         );
         fs::write(self.dir.path().join("lvm.conf"), config).expect("a configuration");
     }
@@ -84,13 +88,16 @@ impl Lab {
         let text = fs::read_to_string(&file).expect("a backup");
         let end = text.trim_end().rfind('}').expect("its end");
         // LVM numbers physical volumes as it likes.
-        let device = |line: &str| Some(line.trim().strip_prefix("device = \"")?.split('"').next()?.to_owned());
+        let device =
+            |line: &str| Some(line.trim().strip_prefix("device = \"")?.split('"').next()?.to_owned());
         let order = text.lines().filter_map(device);
         let volumes = order.enumerate().fold(volumes.to_owned(), |volumes, (number, device)| {
-            let disk = self.devices.iter().position(|known| known.path() == Path::new(&device)).expect("our device");
+            let disk =
+                self.devices.iter().position(|known| known.path() == Path::new(&device)).expect("our device");
             volumes.replace(&format!("\"disk{disk}\""), &format!("\"pv{number}\""))
         });
-        fs::write(&file, format!("{}\nlogical_volumes {{\n{volumes}\n}}\n}}\n", &text[..end])).expect("a backup");
+        fs::write(&file, format!("{}\nlogical_volumes {{\n{volumes}\n}}\n}}\n", &text[..end]))
+            .expect("a backup");
         self.lvm(&format!("vgcfgrestore -q --force -f {} {group}", file.display()));
     }
 
@@ -128,8 +135,11 @@ impl Lab {
                 let (device, extents) = range.split_once(':').expect("a range");
                 let (first, last) = extents.split_once('-').expect("a range");
                 let place = |extent: u64| begins[device] + extent * EXTENT;
-                let number =
-                    self.devices.iter().position(|known| known.path() == Path::new(device)).expect("our device");
+                let number = self
+                    .devices
+                    .iter()
+                    .position(|known| known.path() == Path::new(device))
+                    .expect("our device");
                 (number, place(first.parse().unwrap()), place(last.parse::<u64>().unwrap() + 1))
             });
             let segment = (words[2].parse().expect("a length"), legs.collect());
@@ -179,7 +189,12 @@ fn put_together(segments: &[Told], disks: &[Arc<dyn Source>]) -> Vec<u8> {
 fn volumes_of_three_disks_are_put_together_as_lvm_says() {
     let lab = Lab::new(&[24 * MIB, 20 * MIB, 16 * MIB]);
     lab.group("my-vg.1");
-    lab.create(&format!("-n striped -i 3 -I 4k -L 3m my-vg.1 {} {} {}", lab.device(2), lab.device(1), lab.device(0)));
+    lab.create(&format!(
+        "-n striped -i 3 -I 4k -L 3m my-vg.1 {} {} {}",
+        lab.device(2),
+        lab.device(1),
+        lab.device(0)
+    ));
     lab.create("-n root-1 -L 30m my-vg.1");
     lab.create("-n gap -L 2m my-vg.1");
     lab.create("-n last -L 3m my-vg.1");
@@ -234,7 +249,8 @@ fn without_a_disk_what_does_not_need_it_is_shown() {
     let other = Lab::new(&[16 * MIB]);
     other.group("vg");
     other.create("-n here -L 5m vg");
-    let offered = [Arc::clone(&disks[0]), Arc::clone(&disks[0]), disk(&other.disks[0]), Arc::clone(&disks[1])];
+    let offered =
+        [Arc::clone(&disks[0]), Arc::clone(&disks[0]), disk(&other.disks[0]), Arc::clone(&disks[1])];
     let all = layout(&offered);
     assert_eq!((names(&all), all.missing.len(), all.remarks.len()), (names(&part), 0, 1));
     assert!(all.remarks[0].contains("on disk 1, too"), "{:?}", all.remarks);
@@ -292,7 +308,8 @@ fn two_groups_of_one_name_are_told_apart() {
 /// A logical volume in LVM's text.
 fn text(name: &str, number: u32, status: &str, count: u64, segment: &str) -> String {
     format!(
-        "{name} {{ id = \"{number:06}-0000-0000-0000-0000-0000-000000\" status = [\"READ\", \"WRITE\"{status}] flags = []\n\
+        "{name} {{ id = \"{number:06}-0000-0000-0000-0000-0000-000000\" status = \
+            [\"READ\", \"WRITE\"{status}] flags = []\n\
          creation_host = \"a\" creation_time = 1 segment_count = 1\n\
          segment1 {{ start_extent = 0 extent_count = {count}\n {segment} }} }}\n"
     )
@@ -332,8 +349,8 @@ fn mirrors(disk_count: usize) -> String {
         add(&format!("ten_rmeta_{n}"), "", 1, &linear(disk, at));
         add(&format!("ten_rimage_{n}"), "", 8, &linear(disk, at + 1));
     }
-    let old =
-        "type = \"mirror\" mirror_count = 2 region_size = 64 mirrors = [ \"old_mimage_0\", 0, \"old_mimage_1\", 0 ]";
+    let old = "type = \"mirror\" mirror_count = 2 region_size = 64 mirrors = [ \"old_mimage_0\", \
+        0, \"old_mimage_1\", 0 ]";
     add("old", SHOWN, 4, old);
     for n in 0..2 {
         add(&format!("old_mimage_{n}"), "", 4, &linear(n, 70));
@@ -360,10 +377,18 @@ fn mirrors_are_read_from_an_image_that_is_there_and_in_step() {
     let judged = lab.lvm("lvs --noheadings -o lv_name,segtype,devices -O lv_name vg");
     let judged: Vec<&str> = judged.lines().map(str::trim_end).map(str::trim_start).collect();
     assert_eq!(judged.len(), 3, "{judged:?}");
-    assert!(judged[0].contains("mirror") && judged[1].contains("raid1") && judged[2].contains("ten_rimage_3(0)"));
+    assert!(
+        judged[0].contains("mirror") && judged[1].contains("raid1") && judged[2].contains("ten_rimage_3(0)")
+    );
 
-    let begin: u64 =
-        lab.lvm("pvs --noheadings --units b --nosuffix -o pe_start").lines().next().unwrap().trim().parse().unwrap();
+    let begin: u64 = lab
+        .lvm("pvs --noheadings --units b --nosuffix -o pe_start")
+        .lines()
+        .next()
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
     let disks = lab.scribbled();
     let place = |name: &str, disks: &[Arc<dyn Source>], at: u64| {
         let shown = layout(disks);
@@ -373,7 +398,8 @@ fn mirrors_are_read_from_an_image_that_is_there_and_in_step() {
     };
     assert_eq!(place("vg-one", &disks, 0), (0, 1));
     assert_eq!(place("vg-old", &disks, 0), (0, 70));
-    // Stripes of 8 KiB, dealt to two pairs: the first pair's are on the first disk, the second pair's on the other.
+    // Stripes of 8 KiB, dealt to two pairs: the first pair's are on the first disk, the second pair's on the
+    // other.
     assert_eq!((place("vg-ten", &disks, 0), place("vg-ten", &disks, 8 * KIB)), ((0, 21), (1, 21)));
     let whole = layout(&disks);
     let ten = volume(&whole, "vg-ten");
@@ -410,30 +436,42 @@ fn mirrors_are_read_from_an_image_that_is_there_and_in_step() {
     assert!(problem.contains("out of sync") && problem.contains("is missing"), "{problem}");
 }
 
-/// A volume is being moved from one disk to another, in three pieces: one has been moved, one is being moved, one is yet to be.
+/// A volume is being moved from one disk to another, in three pieces: one has been moved, one is being moved,
+/// one is yet to be.
 #[test]
 fn a_volume_that_pvmove_is_moving_is_read_where_it_is_by_now() {
     let lab = Lab::new(&[16 * MIB, 16 * MIB]);
     lab.group("vg");
     let segment = |number: usize, moved: &str, from: u64, to: u64| {
         format!(
-            "segment{number} {{ start_extent = {} extent_count = 4 type = \"mirror\" mirror_count = 2 region_size = 64 {moved}\n\
+            "segment{number} {{ start_extent = {} extent_count = 4 type = \"mirror\" mirror_count = 2 \
+                region_size = 64 {moved}\n\
              mirrors = [ \"disk0\", {from}, \"disk1\", {to} ] }}\n",
             (number - 1) * 4
         )
     };
-    let segments =
-        segment(1, "extents_moved = 4", 30, 50) + &segment(2, "extents_moved = 2", 40, 54) + &segment(3, "", 60, 58);
-    let mut all = text("root", 1, SHOWN, 12, "type = \"striped\" stripe_count = 1 stripes = [ \"pvmove0\", 0 ]");
+    let segments = segment(1, "extents_moved = 4", 30, 50)
+        + &segment(2, "extents_moved = 2", 40, 54)
+        + &segment(3, "", 60, 58);
+    let mut all =
+        text("root", 1, SHOWN, 12, "type = \"striped\" stripe_count = 1 stripes = [ \"pvmove0\", 0 ]");
     let moving = format!(
-        "pvmove0 {{ id = \"000002-0000-0000-0000-0000-0000-000000\" status = [\"READ\", \"WRITE\", \"PVMOVE\", \"LOCKED\"]\n\
-         flags = [] creation_host = \"a\" creation_time = 1 allocation_policy = \"contiguous\" segment_count = 3\n\
+        "pvmove0 {{ id = \"000002-0000-0000-0000-0000-0000-000000\" status = \
+            [\"READ\", \"WRITE\", \"PVMOVE\", \"LOCKED\"]\n\
+         flags = [] creation_host = \"a\" creation_time = 1 allocation_policy = \"contiguous\" segment_count \
+         = 3\n\
          {segments} }}\n"
     );
     all += &moving;
     lab.restore("vg", &all);
-    let begin: u64 =
-        lab.lvm("pvs --noheadings --units b --nosuffix -o pe_start").lines().next().unwrap().trim().parse().unwrap();
+    let begin: u64 = lab
+        .lvm("pvs --noheadings --units b --nosuffix -o pe_start")
+        .lines()
+        .next()
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
     let shown = layout(&lab.scribbled());
     let volume = volume(&shown, "vg-root");
     let place = |extent: u64| {
@@ -449,13 +487,21 @@ fn what_cannot_be_put_together_is_listed_with_its_type() {
     lab.group("vg");
     let mut all = text("root", 1, SHOWN, 4, &linear(0, 0));
     all += &text("snap", 2, SHOWN, 4, &linear(0, 4));
-    all += &text("snapshot0", 3, SHOWN, 4, "type = \"snapshot\" chunk_size = 8 origin = \"root\" cow_store = \"snap\"");
-    let pool = "type = \"thin-pool\" metadata = \"pool_tmeta\" pool = \"pool_tdata\" transaction_id = 1 chunk_size = 128\n\
+    all += &text(
+        "snapshot0",
+        3,
+        SHOWN,
+        4,
+        "type = \"snapshot\" chunk_size = 8 origin = \"root\" cow_store = \"snap\"",
+    );
+    let pool = "type = \"thin-pool\" metadata = \"pool_tmeta\" pool = \"pool_tdata\" transaction_id = 1 \
+        chunk_size = 128\n\
                 discards = \"passdown\" zero_new_blocks = 1";
     all += &text("pool", 4, SHOWN, 4, pool);
     all += &text("pool_tmeta", 5, "", 2, &linear(0, 10));
     all += &text("pool_tdata", 6, "", 4, &linear(0, 12));
-    all += &text("thin", 7, SHOWN, 9, "type = \"thin\" thin_pool = \"pool\" transaction_id = 0 device_id = 1");
+    all +=
+        &text("thin", 7, SHOWN, 9, "type = \"thin\" thin_pool = \"pool\" transaction_id = 0 device_id = 1");
     lab.restore("vg", &all);
     let judged = lab.lvm("lvs --noheadings -o lv_name -O lv_name vg");
     let judged: Vec<String> = judged.split_whitespace().map(|name| format!("vg-{name}")).collect();
@@ -466,7 +512,10 @@ fn what_cannot_be_put_together_is_listed_with_its_type() {
     for (name, kind) in [("vg-pool", "thin-pool"), ("vg-snap", "snapshot"), ("vg-thin", "thin")] {
         let volume = volume(&layout, name);
         let problem = volume.problem.as_ref().expect("a problem");
-        assert!(problem.contains(&format!("of the type {kind}")) && volume.segments.is_empty(), "{name}: {problem}");
+        assert!(
+            problem.contains(&format!("of the type {kind}")) && volume.segments.is_empty(),
+            "{name}: {problem}"
+        );
     }
     assert_eq!(volume(&layout, "vg-thin").size, 9 * EXTENT);
     assert!(read(&layout, "vg-root", &disks) == put_together(&lab.judged()["vg/root"], &disks));
@@ -483,14 +532,21 @@ fn stripes_over_volumes_in_pieces_are_put_together() {
     let images = lab.lvm("lvs -a --segments --noheadings -o lv_name,seg_pe_ranges -O lv_name,seg_start vg");
     let mut legs: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     let disks = lab.scribbled();
-    let begin: u64 =
-        lab.lvm("pvs --noheadings --units b --nosuffix -o pe_start").lines().next().unwrap().trim().parse().unwrap();
+    let begin: u64 = lab
+        .lvm("pvs --noheadings --units b --nosuffix -o pe_start")
+        .lines()
+        .next()
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
     for line in images.lines().filter(|line| line.contains("rimage") && line.contains("/dev/")) {
         let (name, range) = line.trim().split_once(' ').expect("two words");
         let (device, extents) = range.trim().split_once(':').expect("a range");
         let (first, last) = extents.split_once('-').expect("a range");
         let (first, last): (u64, u64) = (first.parse().unwrap(), last.parse().unwrap());
-        let number = lab.devices.iter().position(|known| known.path() == Path::new(device)).expect("our device");
+        let number =
+            lab.devices.iter().position(|known| known.path() == Path::new(device)).expect("our device");
         let mut bytes = vec![0; ((last + 1 - first) * EXTENT) as usize];
         disks[number].read_at(begin + first * EXTENT, &mut bytes).expect("a leg");
         legs.entry(name.to_owned()).or_default().extend(bytes);
@@ -601,7 +657,8 @@ fn the_comparison_notices_what_changes() {
 pub(super) fn sample() -> Vec<u8> {
     let lab = Lab::new(&[16 * MIB]);
     lab.group("vg");
-    let stripes = "type = \"striped\" stripe_count = 2 stripe_size = 8 stripes = [ \"disk0\", 160, \"disk0\", 170 ]";
+    let stripes =
+        "type = \"striped\" stripe_count = 2 stripe_size = 8 stripes = [ \"disk0\", 160, \"disk0\", 170 ]";
     let mut all = text("wide", 90, SHOWN, 8, stripes);
     all += &mirrors(1);
     lab.restore("vg", &all);

@@ -93,7 +93,8 @@ fn a_gpt_is_read_as_partx_reads_it() {
 fn sectors_of_4096_bytes_are_found_out() {
     for orders in [
         GPT,
-        "label: dos\nsize=4M, type=ef\n3: size=40M, type=5\n5: size=8M\n6: size=9M, type=82\n2: start=50M, size=6M\n",
+        "label: dos\nsize=4M, type=ef\n3: size=40M, type=5\n5: size=8M\n6: size=9M, type=82\n2: start=50M, \
+            size=6M\n",
     ] {
         let lab = Lab::new(64 * MIB);
         let device = Loop::new(&lab.disk(), 4096);
@@ -128,7 +129,11 @@ fn a_damaged_gpt_is_read_from_its_copy() {
     for damage in [&header as &dyn Fn(&mut Vec<u8>), &entries, &gone] {
         let layout = lab.changed(damage);
         assert_eq!(layout.partitions, whole.partitions);
-        assert!(layout.remarks.len() == 1 && layout.remarks[0].contains("the second is used"), "{:?}", layout.remarks);
+        assert!(
+            layout.remarks.len() == 1 && layout.remarks[0].contains("the second is used"),
+            "{:?}",
+            layout.remarks
+        );
     }
     let last = 64 * MIB as usize - 512;
     let layout = lab.changed(|bytes| bytes[last + 60] ^= 1);
@@ -137,7 +142,11 @@ fn a_damaged_gpt_is_read_from_its_copy() {
         bytes[last + 60] ^= 1;
         bytes[512 + 60] ^= 1;
     });
-    assert!(layout.partitions.is_empty() && layout.remarks[0].contains("cannot be used"), "{:?}", layout.remarks);
+    assert!(
+        layout.partitions.is_empty() && layout.remarks[0].contains("cannot be used"),
+        "{:?}",
+        layout.remarks
+    );
 
     // Grown, its copy is not at the end any more, but where the first header says.
     let layout = lab.changed(|bytes| {

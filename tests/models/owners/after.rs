@@ -1,4 +1,5 @@
-//! What a command has done, beside what the kernel would have let its user do, and beside what each file has to show.
+//! What a command has done, beside what the kernel would have let its user do, and beside what each file has
+//! to show.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -28,8 +29,8 @@ fn is_draft(path: &Path) -> bool {
 }
 
 impl Given {
-    /// Forgets drafts of former commands that this one has left alone, and that the mount has swept after that: its
-    /// user had no part in it. `half`: what the command itself has left behind.
+    /// Forgets drafts of former commands that this one has left alone, and that the mount has swept after
+    /// that: its user had no part in it. `half`: what the command itself has left behind.
     pub(crate) fn forget_swept(&mut self, half: &Seen, after: &Seen) {
         let is_swept = |path: &Path, inode: u64| {
             half.files.get(path).is_some_and(|left| left.inode == inode) && !after.files.contains_key(path)
@@ -51,19 +52,25 @@ impl Given {
         for path in all.into_iter().filter(|path| was.get(*path) != is.get(*path)) {
             let directory = path.parent().unwrap_or(Path::new(""));
             if !may.change.contains(directory) {
-                return Some(format!("{} came or went, and uid {uid} may not change its directory", path.display()));
+                return Some(format!(
+                    "{} came or went, and uid {uid} may not change its directory",
+                    path.display()
+                ));
             }
             let found = &self.before.directories[directory];
             let owner = self.before.files.get(path).map_or(*uid, |file| file.uid);
             if found.mode & STICKY != 0 && owner != *uid && found.uid != *uid {
-                return Some(format!("{} was another's in a sticky directory, not uid {uid}'s", path.display()));
+                return Some(format!(
+                    "{} was another's in a sticky directory, not uid {uid}'s",
+                    path.display()
+                ));
             }
         }
         None
     }
 
-    /// Why files do not belong to whom they should, or let in more than they should, if so. `reads`: whether each user
-    /// may read a file now.
+    /// Why files do not belong to whom they should, or let in more than they should, if so. `reads`: whether
+    /// each user may read a file now.
     pub(crate) fn misowned(&self, after: &Seen, reads: impl Fn(&Path) -> Vec<bool>) -> Option<String> {
         for (path, file) in &after.files {
             let name = path.display();
@@ -75,15 +82,26 @@ impl Given {
                 }
                 continue;
             }
-            let Some((leaf, like)) = self.layers.first().and_then(|leaf| Some((leaf, self.before.files.get(leaf)?)))
+            let Some((leaf, like)) =
+                self.layers.first().and_then(|leaf| Some((leaf, self.before.files.get(leaf)?)))
             else {
                 continue;
             };
-            if (file.uid, file.gid) != (like.uid, like.gid) && !(is_draft(path) && file.mode.trailing_zeros() >= 6) {
-                return Some(format!("{name} is {}:{}'s, made like {}:{}'s", file.uid, file.gid, like.uid, like.gid));
+            if (file.uid, file.gid) != (like.uid, like.gid)
+                && !(is_draft(path) && file.mode.trailing_zeros() >= 6)
+            {
+                return Some(format!(
+                    "{name} is {}:{}'s, made like {}:{}'s",
+                    file.uid, file.gid, like.uid, like.gid
+                ));
             }
-            if path.parent() == leaf.parent() && reads(path).iter().zip(&self.readers).any(|(now, was)| *now && !was) {
-                return Some(format!("{name} is new, and is read by some who could not read {}", leaf.display()));
+            if path.parent() == leaf.parent()
+                && reads(path).iter().zip(&self.readers).any(|(now, was)| *now && !was)
+            {
+                return Some(format!(
+                    "{name} is new, and is read by some who could not read {}",
+                    leaf.display()
+                ));
             }
         }
         None
@@ -96,12 +114,17 @@ impl Given {
         ["snapshot", "revert"].contains(&&*self.verb) && leaf.is_some_and(|leaf| named.contains(leaf))
     }
 
-    /// Why an image was put on what its owner may not read, if so. `is_shut`: whether the second file surely does not
-    /// count in the first.
-    pub(crate) fn cut_off_from(&self, after: &Seen, is_shut: impl Fn(&Path, &Path) -> bool) -> Option<String> {
+    /// Why an image was put on what its owner may not read, if so. `is_shut`: whether the second file surely
+    /// does not count in the first.
+    pub(crate) fn cut_off_from(
+        &self,
+        after: &Seen,
+        is_shut: impl Fn(&Path, &Path) -> bool,
+    ) -> Option<String> {
         let is_wrong = |(path, file): &(&PathBuf, &SeenFile)| {
             let Some(target) = &file.backing else { return false };
-            let was = self.before.place_of(path, file.inode).map(|was| backing_name(&self.before.files[was].bytes));
+            let was =
+                self.before.place_of(path, file.inode).map(|was| backing_name(&self.before.files[was].bytes));
             was != Some(backing_name(&file.bytes)) && !is_draft(path) && is_shut(path, target)
         };
         let (path, file) = after.files.iter().find(is_wrong)?;
@@ -115,8 +138,8 @@ impl Given {
             || (half.path_of(inode).is_some() && self.before.path_of(inode).is_none())
     }
 
-    /// Why something was done to what others have made or changed since the command was cut off, if so. `half`: the store
-    /// as it was then; `mid`: as it was when the command went on.
+    /// Why something was done to what others have made or changed since the command was cut off, if so.
+    /// `half`: the store as it was then; `mid`: as it was when the command went on.
     pub(crate) fn trespassed(&self, half: &Seen, mid: &Seen, after: &Seen) -> Option<String> {
         for (path, file) in &mid.files {
             let (name, is_own) = (path.display(), self.is_own(file.inode, half));
@@ -148,8 +171,8 @@ impl Given {
         None
     }
 
-    /// Why a file shows something else than it has to, if so: only layers of the chain may come to show what others of it
-    /// did, or go.
+    /// Why a file shows something else than it has to, if so: only layers of the chain may come to show what
+    /// others of it did, or go.
     pub(crate) fn spoilt(&self, after: &Seen) -> Option<String> {
         let old: Vec<Vec<u8>> = self.layers.iter().filter_map(|layer| disk(&self.before, layer)).collect();
         for (path, file) in &self.before.files {
@@ -167,7 +190,8 @@ impl Given {
             }
             let Some(wanted) = disk(&self.before, path) else { continue };
             let is_right = |disk: &Vec<u8>| {
-                is_same_disk(disk, &wanted) || (is_of_chain && old.iter().any(|other| is_same_disk(disk, other)))
+                is_same_disk(disk, &wanted)
+                    || (is_of_chain && old.iter().any(|other| is_same_disk(disk, other)))
             };
             match disk(after, now) {
                 Some(shown) if is_right(&shown) => {}
@@ -183,14 +207,15 @@ impl Given {
     }
 }
 
-/// Whether a file's name, in whatever image stands on it, means nothing: its owner may surely not read it. `may`: what
-/// the kernel says of that owner, in no group.
+/// Whether a file's name, in whatever image stands on it, means nothing: its owner may surely not read it.
+/// `may`: what the kernel says of that owner, in no group.
 pub(crate) fn is_surely_uncounted(seen: &Seen, overlay: &Path, target: &Path, may: &May) -> bool {
     let owner = seen.files[overlay].uid;
     if owner == 0 || may.read.contains(target) {
         return false;
     }
-    let shut: Vec<&Path> = target.ancestors().skip(1).filter(|directory| !may.search.contains(*directory)).collect();
+    let shut: Vec<&Path> =
+        target.ancestors().skip(1).filter(|directory| !may.search.contains(*directory)).collect();
     // The outermost directory that shuts the owner out.
     match shut.last() {
         None => seen.files[target].uid != owner,
@@ -198,12 +223,13 @@ pub(crate) fn is_surely_uncounted(seen: &Seen, overlay: &Path, target: &Path, ma
     }
 }
 
-/// Whether somebody gets at a file by any class of its mode, and at all directories on the way to it: by modes that are
-/// said of classes nobody is shut out then.
+/// Whether somebody gets at a file by any class of its mode, and at all directories on the way to it: by
+/// modes that are said of classes nobody is shut out then.
 pub(crate) fn is_open_to(seen: &Seen, path: &Path, uid: u32, is_owner: bool, want: u32) -> bool {
     let all = |want: u32| want << 6 | want << 3 | want;
     let is_open = |of: u32, mode: u32, has_list: bool, want: u32| {
-        !has_list && if of == uid && is_owner { mode >> 6 & want == want } else { mode & all(want) == all(want) }
+        !has_list
+            && if of == uid && is_owner { mode >> 6 & want == want } else { mode & all(want) == all(want) }
     };
     let file = &seen.files[path];
     is_open(file.uid, file.mode, file.has_list, want)
@@ -212,5 +238,7 @@ pub(crate) fn is_open_to(seen: &Seen, path: &Path, uid: u32, is_owner: bool, wan
 
 /// Whether the chain of a file is all there.
 pub(crate) fn is_sound(seen: &Seen, path: &Path) -> bool {
-    chain(seen, path).is_some() && disk(seen, path).is_some() && (is_raw(path) || seen.files.contains_key(path))
+    chain(seen, path).is_some()
+        && disk(seen, path).is_some()
+        && (is_raw(path) || seen.files.contains_key(path))
 }

@@ -27,7 +27,8 @@ impl World<'_> {
         if is_claimed || is_kept || is_odd || !is_sound(seen, path) {
             return false;
         }
-        !seen.is_linked(path) && seen.overlays_of(path).iter().all(|overlay| self.is_shut(seen, overlay, path))
+        !seen.is_linked(path)
+            && seen.overlays_of(path).iter().all(|overlay| self.is_shut(seen, overlay, path))
     }
 
     /// What somebody names that may not be read stays its owner's active disk.
@@ -40,8 +41,12 @@ impl World<'_> {
                 continue;
             }
             let found = catalog.images.iter().position(|image| image.place.path == *path);
-            if found.is_none_or(|found| !catalog.is_active(found) || !catalog.images[found].users.is_empty()) {
-                self.fail(&format!("{} is no active disk, though nobody may rightly name it", path.display()));
+            if found.is_none_or(|found| !catalog.is_active(found) || !catalog.images[found].users.is_empty())
+            {
+                self.fail(&format!(
+                    "{} is no active disk, though nobody may rightly name it",
+                    path.display()
+                ));
             }
             self.tally.unimpressed += u64::from(!seen.overlays_of(path).is_empty());
         }
@@ -51,9 +56,12 @@ impl World<'_> {
             let Some(below) = below.filter(|below| !seen.is_linked(below) && !seen.is_linked(path)) else {
                 continue;
             };
-            let is_plain = backing_name(&file.bytes).is_some_and(|name| !name.contains(':') && !name.contains("-link"));
-            let counts =
-                self.people.owner(file.uid).is_none_or(|owner| owner.may(&self.root.join(below), Access::READ_OK));
+            let is_plain =
+                backing_name(&file.bytes).is_some_and(|name| !name.contains(':') && !name.contains("-link"));
+            let counts = self
+                .people
+                .owner(file.uid)
+                .is_none_or(|owner| owner.may(&self.root.join(below), Access::READ_OK));
             let found = catalog.images.iter().find(|image| image.place.path == *path);
             let Some(found) = found.filter(|_| is_plain && counts) else { continue };
             let stands_on = found.below.image().map(|below| &catalog.images[below].place.path);
@@ -77,13 +85,16 @@ impl World<'_> {
         for (path, leaf) in self.some(&chains) {
             let views = store.chain_views(&catalog, leaf);
             for view in &views.views {
-                let files: Vec<PathBuf> =
-                    views.layers[view.layer..].iter().map(|index| catalog.images[*index].place.path.clone()).collect();
+                let files: Vec<PathBuf> = views.layers[view.layer..]
+                    .iter()
+                    .map(|index| catalog.images[*index].place.path.clone())
+                    .collect();
                 let name = String::from_utf8_lossy(&view.name).into_owned();
                 let place = if view.active { "active.raw".into() } else { format!("snapshots/{name}.raw") };
                 let at = path.join(place);
                 let named = chain(&seen, &files[0]).unwrap_or_default();
-                // Where what a header names does not count, the modes are those of what is left, which shows nothing.
+                // Where what a header names does not count, the modes are those of what is left, which shows
+                // nothing.
                 let is_told = files.iter().all(|file| may.read.contains(file));
                 let is_readable = |file: &PathBuf| {
                     let inode = seen.files[file].inode;
@@ -93,7 +104,8 @@ impl World<'_> {
                 let Some(inode) = through.number(&at) else { continue };
                 let shown = through.walk(person, &at, 4).is_some();
                 let read = through.open(person, inode, Opening::Read, |handle| through.bytes(handle));
-                let attribute = through.tree.extended_attribute(&person.caller(), inode, "user.chainfs.depth".as_ref());
+                let attribute =
+                    through.tree.extended_attribute(&person.caller(), inode, "user.chainfs.depth".as_ref());
                 let (uid, at) = (person.uid, at.display());
                 let is_described = shown || attribute.is_ok_and(|found| found.is_some());
                 if (!is_allowed && read.is_ok()) || (!is_told && is_described) {
@@ -104,7 +116,10 @@ impl World<'_> {
                 let modes = modes.map(|found| (found.uid, found.gid, found.permissions)).unwrap_or_default();
                 let is_known = modes.0 != uid || person.groups.iter().all(|group| !GIDS.contains(group));
                 if !is_told && is_known && person.is_let_in(modes, 4) {
-                    self.fail(&format!("uid {uid} {:?} may not read all of {at}, and its modes say so", person.groups));
+                    self.fail(&format!(
+                        "uid {uid} {:?} may not read all of {at}, and its modes say so",
+                        person.groups
+                    ));
                 }
                 if !is_allowed {
                     self.tally.unread += 1;
@@ -118,9 +133,11 @@ impl World<'_> {
                         self.fail(&format!("{at} shows other bytes than its files hold"))
                     }
                     Ok(Ok(_)) => self.tally.read += 1,
-                    _ if is_sound && catalog.view_problem(&views.layers[view.layer..]).is_none() => {
-                        self.fail(&format!("uid {uid} {:?} may read all of {at}, and is kept from it", person.groups))
-                    }
+                    _ if is_sound && catalog.view_problem(&views.layers[view.layer..]).is_none() => self
+                        .fail(&format!(
+                            "uid {uid} {:?} may read all of {at}, and is kept from it",
+                            person.groups
+                        )),
                     _ => {}
                 }
                 let is_owner = seen.files.get(&files[0]).is_some_and(|file| file.uid == uid);
@@ -139,8 +156,8 @@ impl World<'_> {
         }
     }
 
-    /// Names that the person is to be told by no text: of files that the kernel lets not be read, and that no file which
-    /// may be read names.
+    /// Names that the person is to be told by no text: of files that the kernel lets not be read, and that no
+    /// file which may be read names.
     pub(crate) fn hidden_from(&self, person: &Person, seen: &Seen) -> BTreeSet<String> {
         let may = self.may(person, seen);
         let (mut open, mut hidden) = (BTreeSet::new(), BTreeSet::new());

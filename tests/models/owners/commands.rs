@@ -41,7 +41,11 @@ impl World<'_> {
             return;
         }
         if !is_allowed {
-            self.fail(&format!("uid {} has written {}, which the kernel would not let", person.uid, path.display()));
+            self.fail(&format!(
+                "uid {} has written {}, which the kernel would not let",
+                person.uid,
+                path.display()
+            ));
         }
         self.tally.written += 1;
         let after = self.seen();
@@ -72,7 +76,8 @@ impl World<'_> {
             .filter(|view| view.snapshot.is_none())
             .map(|view| (String::from_utf8_lossy(&view.name).into_owned(), view.active))
             .collect();
-        let names: Vec<String> = layers.iter().filter(|layer| !layer.1).map(|layer| layer.0.clone()).collect();
+        let names: Vec<String> =
+            layers.iter().filter(|layer| !layer.1).map(|layer| layer.0.clone()).collect();
         let any = |world: &mut Self, word: &str| match world.pick(&names) {
             Some(name) if world.rng.below(3) > 0 => format!(" {word}={name}"),
             _ => String::new(),
@@ -85,7 +90,8 @@ impl World<'_> {
                 let below: Vec<PathBuf> = seen.directories.keys().chain(seen.links.keys()).cloned().collect();
                 let directory = self.pick(&below)?;
                 let from = chain.parent().unwrap_or(Path::new(""));
-                let file = directory.strip_prefix(from).unwrap_or(Path::new("")).join(format!("{number}.qcow2"));
+                let file =
+                    directory.strip_prefix(from).unwrap_or(Path::new("")).join(format!("{number}.qcow2"));
                 format!("snapshot {number}f file={}", file.display())
             }
             4..=7 => {
@@ -134,10 +140,12 @@ impl World<'_> {
     pub(crate) fn judge(&self, given: &Given, command: &str) {
         let after = self.seen();
         let reads = |path: &Path| self.readers(path);
-        let found =
-            given.overstepped(&after).or_else(|| given.misowned(&after, reads)).or_else(|| given.spoilt(&after));
-        let found =
-            found.or_else(|| given.cut_off_from(&after, |overlay, target| self.is_shut(&after, overlay, target)));
+        let found = given
+            .overstepped(&after)
+            .or_else(|| given.misowned(&after, reads))
+            .or_else(|| given.spoilt(&after));
+        let found = found
+            .or_else(|| given.cut_off_from(&after, |overlay, target| self.is_shut(&after, overlay, target)));
         if let Some(found) = found {
             self.fail(&format!("{command}: {found}"));
         }
@@ -162,14 +170,18 @@ impl World<'_> {
             let is_owned = |(_, layers): &&(PathBuf, Vec<PathBuf>)| {
                 may(&layers[0], Access::READ_OK | Access::WRITE_OK)
                     && layers.iter().all(|layer| may(layer, Access::READ_OK))
-                    && layers[0].parent().is_some_and(|directory| may(directory, Access::WRITE_OK | Access::EXEC_OK))
+                    && layers[0]
+                        .parent()
+                        .is_some_and(|directory| may(directory, Access::WRITE_OK | Access::EXEC_OK))
             };
             chains.iter().filter(is_owned).cloned().collect()
         };
         let mut users: Vec<usize> = (0..self.people.users.len()).collect();
         users.rotate_left(any);
-        let (who, owned) =
-            users.into_iter().map(|who| (who, owned(&self.people.users[who]))).find(|(_, of)| !of.is_empty())?;
+        let (who, owned) = users
+            .into_iter()
+            .map(|who| (who, owned(&self.people.users[who])))
+            .find(|(_, of)| !of.is_empty())?;
         let long: Vec<_> = owned.iter().filter(|(_, layers)| layers.len() > 1).cloned().collect();
         let among = if long.is_empty() || self.rng.below(3) == 0 { owned } else { long };
         let (chain, layers) = self.pick(&among)?;
@@ -177,7 +189,10 @@ impl World<'_> {
     }
 
     /// A command as well, mostly one that is not refused: what is refused at once shows little.
-    pub(crate) fn command(&mut self, is_root: bool) -> Option<(Option<usize>, PathBuf, Vec<PathBuf>, String)> {
+    pub(crate) fn command(
+        &mut self,
+        is_root: bool,
+    ) -> Option<(Option<usize>, PathBuf, Vec<PathBuf>, String)> {
         let tries = if self.rng.below(4) == 0 { 1 } else { 4 };
         let mut last = None;
         for _ in 0..tries {
@@ -238,8 +253,11 @@ impl World<'_> {
             let hidden = self.hidden_from(person, &seen).intersection(&was_hidden).cloned().collect();
             for file in ["status", "plan"] {
                 if let Some(said) = through.text(person, &chain.join("control").join(file)) {
-                    let own =
-                        if who.is_some_and(|who| self.people.users[who].uid == person.uid) { &command } else { "" };
+                    let own = if who.is_some_and(|who| self.people.users[who].uid == person.uid) {
+                        &command
+                    } else {
+                        ""
+                    };
                     self.check_text(file, person, &said, &hidden, own);
                 }
             }
@@ -263,11 +281,16 @@ impl World<'_> {
         self.store = None;
         let called = who.map_or(0, |who| self.people.users[who].uid);
         let end = if is_dead { "cut off" } else { "not cut off" };
-        self.say(format!("uid {called}: {}: {command}: {end} after {after} changes: {outcome:?}", chain.display()));
+        self.say(format!(
+            "uid {called}: {}: {command}: {end} after {after} changes: {outcome:?}",
+            chain.display()
+        ));
         self.tally.killed += u64::from(is_dead);
         // What is half done lets nobody in either.
         let half = self.seen();
-        if let Some(found) = given.overstepped(&half).or_else(|| given.misowned(&half, |path| self.readers(path))) {
+        if let Some(found) =
+            given.overstepped(&half).or_else(|| given.misowned(&half, |path| self.readers(path)))
+        {
             self.fail(&format!("{command}, half done: {found}"));
         }
         let touched = (is_dead && self.rng.below(2) == 0).then(|| {
@@ -297,7 +320,13 @@ impl World<'_> {
             return;
         }
         if !self.is_whole() {
-            let why = self.store().catalog().problems.iter().map(|found| found.sentence.clone()).collect::<Vec<_>>();
+            let why = self
+                .store()
+                .catalog()
+                .problems
+                .iter()
+                .map(|found| found.sentence.clone())
+                .collect::<Vec<_>>();
             self.fail(&format!("a command that was cut off is left: {why:?}"));
         }
         given.forget_swept(&half, &self.seen());

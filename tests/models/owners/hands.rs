@@ -12,7 +12,8 @@ use super::seen::{May, Seen};
 use super::world::World;
 
 /// Headers of files as their owners damage them.
-const DAMAGE: [(u64, &[u8]); 5] = [(7, &[4]), (20, &[0, 0, 0, 99]), (72, &[0x40]), (0, &[0; 4]), (24, &[0xff; 8])];
+const DAMAGE: [(u64, &[u8]); 5] =
+    [(7, &[4]), (20, &[0, 0, 0, 99]), (72, &[0x40]), (0, &[0; 4]), (24, &[0xff; 8])];
 
 fn make(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let mut file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
@@ -64,7 +65,8 @@ impl World<'_> {
     /// A disk of which no cluster is like another, with zeroes at its end.
     pub(crate) fn content(&mut self) -> Vec<u8> {
         let (seed, end) = (self.rng.bytes(24), self.rng.below(SIZE));
-        let mut content: Vec<u8> = (0..SIZE / 32).flat_map(|at| [&seed[..], &at.to_le_bytes()].concat()).collect();
+        let mut content: Vec<u8> =
+            (0..SIZE / 32).flat_map(|at| [&seed[..], &at.to_le_bytes()].concat()).collect();
         content[end as usize..].fill(0);
         content
     }
@@ -90,8 +92,11 @@ impl World<'_> {
         let targets: Vec<PathBuf> =
             seen.files.keys().filter(|path| !text(path).contains(".chainfs")).cloned().collect();
         let readable = self.person(who).map(|person| May::of(person, &self.root, &seen).read);
-        let near: Vec<PathBuf> =
-            targets.iter().filter(|path| readable.as_ref().is_none_or(|may| may.contains(*path))).cloned().collect();
+        let near: Vec<PathBuf> = targets
+            .iter()
+            .filter(|path| readable.as_ref().is_none_or(|may| may.contains(*path)))
+            .cloned()
+            .collect();
         let is_near = !near.is_empty() && self.rng.below(3) > 0;
         let far: Vec<PathBuf> = targets.iter().filter(|path| !near.contains(path)).cloned().collect();
         let Some(target) = self.pick(if is_near || far.is_empty() { &near } else { &far }) else { return };
@@ -101,7 +106,9 @@ impl World<'_> {
         let relative = relative(&directory, &target);
         let name = match self.rng.below(8) {
             0 => self.root.join(&target).display().to_string(),
-            1 => format!(r#"json:{{"driver":"{format}","file":{{"driver":"file","filename":"{relative}"}}}}"#),
+            1 => {
+                format!(r#"json:{{"driver":"{format}","file":{{"driver":"file","filename":"{relative}"}}}}"#)
+            }
             kind @ 2..=4 => {
                 // A link to the file or to its directory; all of its own, or the whole way from the root.
                 let link = format!("{stem}-link{}", if kind == 4 { "" } else { "." });
@@ -111,7 +118,8 @@ impl World<'_> {
                     3 => self.root.join(&target),
                     _ => Path::new(&relative).parent().unwrap_or(Path::new("")).to_path_buf(),
                 };
-                let (to, at) = (if to.as_os_str().is_empty() { ".".into() } else { to }, self.root.join(&directory));
+                let (to, at) =
+                    (if to.as_os_str().is_empty() { ".".into() } else { to }, self.root.join(&directory));
                 let at = at.join(&link);
                 if self.as_somebody(who, move || symlink(to, at)).is_err() {
                     return;
@@ -127,7 +135,12 @@ impl World<'_> {
             clusters.insert(self.rng.below(SIZE >> 12) as usize, self.rng.bytes(4 << 10));
         }
         let done = self.put(who, &path, image::qcow2(size, Some((&name, format)), &clusters), mode);
-        self.say(format!("{} makes {} on {} by {name}: {done:?}", self.called(who), path.display(), target.display()));
+        self.say(format!(
+            "{} makes {} on {} by {name}: {done:?}",
+            self.called(who),
+            path.display(),
+            target.display()
+        ));
     }
 
     /// Root gives files and directories other owners, modes and lists.
@@ -150,7 +163,8 @@ impl World<'_> {
         let owner = [0, UIDS[0], UIDS[1], UIDS[2]][self.rng.below(4) as usize];
         let group = GIDS[self.rng.below(3) as usize];
         let mode = if is_directory {
-            [0o700, 0o711, 0o755, 0o750, 0o770, 0o775, 0o1777, 0o1775, 0o705, 0o777][self.rng.below(10) as usize]
+            [0o700, 0o711, 0o755, 0o750, 0o770, 0o775, 0o1777, 0o1775, 0o705, 0o777]
+                [self.rng.below(10) as usize]
         } else {
             self.file_mode()
         };
@@ -205,7 +219,8 @@ impl World<'_> {
         self.say(format!("{called} removes {}: {done:?}", path.display()));
         if done.is_ok() && self.rng.below(2) == 0 {
             let (content, mode) = (self.content(), self.file_mode());
-            let bytes = if is_raw(path) { content } else { image::qcow2(SIZE, None, &image::clusters(&content)) };
+            let bytes =
+                if is_raw(path) { content } else { image::qcow2(SIZE, None, &image::clusters(&content)) };
             let done = self.put(who, path, bytes, mode);
             self.say(format!("{called} makes it anew ({mode:o}): {done:?}"));
         }
@@ -286,7 +301,8 @@ impl World<'_> {
         let file = &seen.files[&path];
         let Some(saved) = file.bytes.get(place as usize..place as usize + bytes.len()) else { return };
         let at = self.root.join(&path);
-        let done = self.as_somebody(who, move || File::options().write(true).open(at)?.write_all_at(bytes, place));
+        let done =
+            self.as_somebody(who, move || File::options().write(true).open(at)?.write_all_at(bytes, place));
         if done.is_ok() {
             self.damage.push((file.inode, place, saved.to_vec()));
             self.tally.damaged += 1;

@@ -1,4 +1,5 @@
-//! qcow2 files, made and read by the model itself: it shares nothing with what is tested, and waits for no other program.
+//! qcow2 files, made and read by the model itself: it shares nothing with what is tested, and waits for no
+//! other program.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,11 @@ pub(crate) fn is_raw(name: &Path) -> bool {
 }
 
 /// An image of `size` bytes, with a backing file (its name and format) and clusters by number.
-pub(crate) fn qcow2(size: u64, backing: Option<(&str, &str)>, clusters: &BTreeMap<usize, Vec<u8>>) -> Vec<u8> {
+pub(crate) fn qcow2(
+    size: u64,
+    backing: Option<(&str, &str)>,
+    clusters: &BTreeMap<usize, Vec<u8>>,
+) -> Vec<u8> {
     let mut file = vec![0; CLUSTER * (5 + clusters.len())];
     let put = |file: &mut Vec<u8>, at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
     let (table, block, l1, l2) = (CLUSTER, 2 * CLUSTER, 3 * CLUSTER, 4 * CLUSTER);
@@ -111,7 +116,8 @@ pub(crate) fn disk(seen: &Seen, path: &Path) -> Option<Vec<u8>> {
     Some(disk)
 }
 
-/// The bytes of a layer over those below it, be it marked as dirty or not. Standard and zero clusters: the model's images have no others.
+/// The bytes of a layer over those below it, be it marked as dirty or not. Standard and zero clusters: the
+/// model's images have no others.
 fn lay_over(disk: &mut Vec<u8>, bytes: &[u8]) -> Option<()> {
     let (cluster_bits, size, version) = (be(bytes, 20, 4)?, be(bytes, 24, 8)?, be(bytes, 4, 4)?);
     if version != 3 || !(9..=21).contains(&cluster_bits) || size > 1 << 20 || be(bytes, 72, 8)? & !1 != 0 {

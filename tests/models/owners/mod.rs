@@ -1,6 +1,6 @@
-//! A store of several owners, shared by a mount: users make images on whatever they can name, give commands, read reports;
-//! root changes owners and modes; commands are cut off. The kernel is the judge of who may do what: nobody gets, by the
-//! mount, what it would not give on the store itself.
+//! A store of several owners, shared by a mount: users make images on whatever they can name, give commands,
+//! read reports; root changes owners and modes; commands are cut off. The kernel is the judge of who may do
+//! what: nobody gets, by the mount, what it would not give on the store itself.
 
 pub(crate) mod after;
 pub(crate) mod checks;

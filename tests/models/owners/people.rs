@@ -1,5 +1,5 @@
-//! Users: whoever acts as one has the kernel judge what is tried, and whoever is told the number of a user's thread sees
-//! what groups that user is in.
+//! Users: whoever acts as one has the kernel judge what is tried, and whoever is told the number of a user's
+//! thread sees what groups that user is in.
 
 use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt as _;
@@ -118,7 +118,8 @@ impl People {
     }
 }
 
-/// A text's bytes as an access list of the kernel's: the owner's bits, users, the group's, groups, mask, others.
+/// A text's bytes as an access list of the kernel's: the owner's bits, users, the group's, groups, mask,
+/// others.
 pub(crate) fn access_list(mode: u32, named: &[(bool, u32, u16)], mask: u16) -> Vec<u8> {
     let mut entries = vec![(1_u16, (mode >> 6 & 7) as u16, u32::MAX)];
     entries.extend(named.iter().filter(|entry| !entry.0).map(|(_, id, bits)| (2, *bits, *id)));

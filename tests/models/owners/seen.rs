@@ -116,7 +116,10 @@ impl Looker {
             backing: None,
         };
         let changed = UNIX_EPOCH
-            + Duration::new(found.ctime().cast_unsigned(), u32::try_from(found.ctime_nsec()).unwrap_or_default());
+            + Duration::new(
+                found.ctime().cast_unsigned(),
+                u32::try_from(found.ctime_nsec()).unwrap_or_default(),
+            );
         if SystemTime::now().duration_since(changed).is_ok_and(|age| age > TICK) {
             self.0.borrow_mut().insert(inode, (stamp, file.clone()));
         }
@@ -127,7 +130,8 @@ impl Looker {
 impl Seen {
     /// The file that a name leads to from a directory, all links followed.
     fn follow(&self, root: &Path, directory: &Path, name: &Path) -> Option<PathBuf> {
-        let parts = |path: &Path| path.components().map(|part| part.as_os_str().to_owned()).rev().collect::<Vec<_>>();
+        let parts =
+            |path: &Path| path.components().map(|part| part.as_os_str().to_owned()).rev().collect::<Vec<_>>();
         let (mut at, mut left, mut links) = (directory.to_path_buf(), parts(name), 0);
         if name.is_absolute() {
             (at, left) = (PathBuf::new(), parts(name.strip_prefix(root).ok()?));
@@ -144,7 +148,8 @@ impl Seen {
                 if links > 20 || (target.is_absolute() && beneath.is_none()) {
                     return None;
                 }
-                at = beneath.map_or_else(|| at.parent().unwrap_or(Path::new("")).to_path_buf(), |_| PathBuf::new());
+                at = beneath
+                    .map_or_else(|| at.parent().unwrap_or(Path::new("")).to_path_buf(), |_| PathBuf::new());
                 left.extend(parts(beneath.unwrap_or(target)));
             } else if !left.is_empty() && !self.directories.contains_key(&at) {
                 return None;
@@ -172,8 +177,9 @@ impl Seen {
 
     /// Those that name `path` as their backing file.
     pub(crate) fn overlays_of(&self, path: &Path) -> Vec<&PathBuf> {
-        let is_it =
-            |other: &Path| self.files.get(other).map(|file| file.inode) == self.files.get(path).map(|f| f.inode);
+        let is_it = |other: &Path| {
+            self.files.get(other).map(|file| file.inode) == self.files.get(path).map(|f| f.inode)
+        };
         let names = self.files.iter().filter(|(_, file)| file.backing.as_deref().is_some_and(is_it));
         names.map(|(overlay, _)| overlay).collect()
     }
@@ -204,7 +210,8 @@ pub(crate) struct May {
 impl May {
     pub(crate) fn of(person: &Person, root: &Path, seen: &Seen) -> Self {
         let ask = |paths: Vec<PathBuf>, access: Access| -> BTreeSet<PathBuf> {
-            let answers = person.may_all(&paths.iter().map(|path| root.join(path)).collect::<Vec<_>>(), access);
+            let answers =
+                person.may_all(&paths.iter().map(|path| root.join(path)).collect::<Vec<_>>(), access);
             paths.into_iter().zip(answers).filter(|(_, may)| *may).map(|(path, _)| path).collect()
         };
         let files = || seen.files.keys().cloned().collect();

@@ -1,4 +1,5 @@
-//! The mount's tree as somebody meets it: the kernel first goes by the modes that are shown, then the tree judges.
+//! The mount's tree as somebody meets it: the kernel first goes by the modes that are shown, then the tree
+//! judges.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -39,7 +40,8 @@ impl Through {
         Some(at)
     }
 
-    /// The number of a path to which a kernel would let the person come by modes, and which may be used like that.
+    /// The number of a path to which a kernel would let the person come by modes, and which may be used like
+    /// that.
     pub(crate) fn walk(&self, person: &Person, path: &Path, want: u16) -> Option<u64> {
         let caller = person.caller();
         let shown = |found: &Attributes| (found.uid, found.gid, found.permissions);
@@ -64,7 +66,13 @@ impl Through {
         self.open_as(&person.caller(), inode, access, work)
     }
 
-    fn open_as<T>(&self, caller: &Caller, inode: u64, access: Access, work: impl FnOnce(&Handle) -> T) -> Result<T> {
+    fn open_as<T>(
+        &self,
+        caller: &Caller,
+        inode: u64,
+        access: Access,
+        work: impl FnOnce(&Handle) -> T,
+    ) -> Result<T> {
         let (number, handle) = self.tree.open(caller, inode, access)?;
         let done = work(&handle);
         drop(handle);
@@ -102,7 +110,10 @@ impl Through {
     pub(crate) fn command(&self, caller: &Caller, chain: &Path, command: &str) -> Result<()> {
         let (verb, words) = command.split_once(' ').unwrap_or((command, ""));
         let Some(inode) = self.number(&chain.join("control").join(verb)) else {
-            return Err(chainfs::error::Error::new(chainfs::error::ErrorKind::NotFound, "no such control file"));
+            return Err(chainfs::error::Error::new(
+                chainfs::error::ErrorKind::NotFound,
+                "no such control file",
+            ));
         };
         let (number, handle) = self.tree.open(caller, inode, Access::Write)?;
         let given = self.tree.write(&handle, 0, format!("{words}\n").as_bytes(), false);
@@ -143,7 +154,8 @@ impl Through {
     /// Takes up what was cut off, and waits for its end.
     pub(crate) fn resume(&self) {
         let store = self.tree.store();
-        let chains: Vec<PathBuf> = store.catalog().intents.iter().map(|found| found.intent.chain.clone()).collect();
+        let chains: Vec<PathBuf> =
+            store.catalog().intents.iter().map(|found| found.intent.chain.clone()).collect();
         self.tree.engine().resume();
         for chain in chains {
             self.wait(&chain);

@@ -59,7 +59,8 @@ pub(crate) struct World<'a> {
     pub(crate) damage: Vec<(u64, u64, Vec<u8>)>,
     number: u64,
     log: Vec<String>,
-    /// Something was not taken up, for others have had their hands in it: what is hidden stays so, and the run ends.
+    /// Something was not taken up, for others have had their hands in it: what is hidden stays so, and the
+    /// run ends.
     pub(crate) is_hidden: bool,
     pub(crate) tally: Tally,
     looker: Looker,
@@ -71,7 +72,8 @@ fn options() -> StoreOptions {
 
 impl<'a> World<'a> {
     pub(crate) fn new(seed: u64, people: &'a People) -> Self {
-        let scratch = tempfile::Builder::new().prefix("chainfs-test-").tempdir().expect("a temporary directory");
+        let scratch =
+            tempfile::Builder::new().prefix("chainfs-test-").tempdir().expect("a temporary directory");
         let scratch_path = scratch.path().canonicalize().expect("its path");
         let root = scratch_path.join("store");
         fs::create_dir(&root).expect("a store");
@@ -91,7 +93,8 @@ impl<'a> World<'a> {
             tally: Tally::default(),
             looker: Looker::default(),
         };
-        for (name, uid) in [("a", UIDS[0]), ("b", UIDS[1]), ("b/sub", UIDS[1]), ("c", UIDS[2]), ("root", 0), ("all", 0)]
+        for (name, uid) in
+            [("a", UIDS[0]), ("b", UIDS[1]), ("b/sub", UIDS[1]), ("c", UIDS[2]), ("root", 0), ("all", 0)]
         {
             let mode = match name {
                 "all" => 0o1777,
@@ -168,7 +171,9 @@ impl<'a> World<'a> {
     pub(crate) fn chains(&self) -> Vec<(PathBuf, Vec<PathBuf>)> {
         let store = self.store();
         let catalog = store.catalog();
-        let files = |leaf| catalog.layers(leaf).iter().map(|index| catalog.images[*index].place.path.clone()).collect();
+        let files = |leaf| {
+            catalog.layers(leaf).iter().map(|index| catalog.images[*index].place.path.clone()).collect()
+        };
         catalog.chains().map(|(path, leaf)| (path, files(leaf))).collect()
     }
 
@@ -227,7 +232,9 @@ impl<'a> World<'a> {
             while !self.damage.is_empty() {
                 self.damage();
             }
-            for path in self.seen().files.keys().filter(|path| !is_raw(path) && !text(path).contains(".chainfs")) {
+            for path in
+                self.seen().files.keys().filter(|path| !is_raw(path) && !text(path).contains(".chainfs"))
+            {
                 let (at, name) = (self.root.join(path), path.display());
                 // Somebody has given another name to a draft, which was not made any further.
                 if fs::metadata(&at).is_ok_and(|found| found.len() == 0) {
@@ -236,11 +243,16 @@ impl<'a> World<'a> {
                 // What it stands on is another's to check.
                 let file = serde_json::json!({ "driver": "file", "filename": at });
                 let image = serde_json::json!({ "driver": "qcow2", "backing": null, "file": file });
-                let done = tool("qemu-img").args(["check", "-q", &format!("json:{image}")]).output().expect("qemu-img");
-                // Whoever was cut off may leave clusters that nobody uses (3), and flags of an internal snapshot (2).
+                let done = tool("qemu-img")
+                    .args(["check", "-q", &format!("json:{image}")])
+                    .output()
+                    .expect("qemu-img");
+                // Whoever was cut off may leave clusters that nobody uses (3), and flags of an internal
+                // snapshot (2).
                 let found = String::from_utf8_lossy(&done.stderr);
                 let mut errors = found.lines().filter(|line| !line.starts_with("Leaked")).peekable();
-                let are_flags = errors.peek().is_some() && errors.all(|line| line.starts_with("ERROR OFLAG_COPIED"));
+                let are_flags =
+                    errors.peek().is_some() && errors.all(|line| line.starts_with("ERROR OFLAG_COPIED"));
                 let is_sound = match done.status.code() {
                     Some(0 | 3) => true,
                     Some(2) => are_flags,

@@ -30,10 +30,14 @@ impl World {
         let chains = self.chains();
         let chain = self.pick(&chains)?;
         let layers = self.layers(&chain);
-        if layers.iter().any(|layer| self.damage.values().any(|damage| damage.present_name() == Some(&layer.1))) {
+        if layers
+            .iter()
+            .any(|layer| self.damage.values().any(|damage| damage.present_name() == Some(&layer.1)))
+        {
             return None;
         }
-        let names: Vec<String> = layers.iter().filter(|layer| !layer.2).map(|layer| layer.0.clone()).collect();
+        let names: Vec<String> =
+            layers.iter().filter(|layer| !layer.2).map(|layer| layer.0.clone()).collect();
         let number = self.next("");
         // Two layers of which the first is above the second; no name for the active one.
         let pair = |world: &mut Self| {

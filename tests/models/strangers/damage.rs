@@ -1,5 +1,5 @@
-//! What can be wrong with a file of a store although whoever owns it could mend it: each kind can be undone, and what
-//! stood below the file then has to be what it was.
+//! What can be wrong with a file of a store although whoever owns it could mend it: each kind can be undone,
+//! and what stood below the file then has to be what it was.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;

@@ -20,8 +20,9 @@ pub(super) struct Pending {
     pub(super) legal: BTreeMap<String, Vec<Vec<u8>>>,
     /// Files that may be gone, or have another name.
     leaving: BTreeSet<String>,
-    /// Raw files that it freezes, by the names that they have then; and the name that each has lost, if it had not yet
-    /// when the command was cut off. Where others take that one, it is no snapshot of what is there.
+    /// Raw files that it freezes, by the names that they have then; and the name that each has lost, if it
+    /// had not yet when the command was cut off. Where others take that one, it is no snapshot of what is
+    /// there.
     freezing: BTreeMap<String, Option<String>>,
 }
 
@@ -170,8 +171,11 @@ impl World {
             }
             match fs::metadata(self.root.join(name)) {
                 Ok(found) if found.ino() == *inode || *inode == 0 => {}
-                Ok(_) => self.fail(&format!("{name}, which another made, is another file after {}", pending.command)),
-                Err(_) => self.fail(&format!("{name}, which another made, has gone after {}", pending.command)),
+                Ok(_) => self
+                    .fail(&format!("{name}, which another made, is another file after {}", pending.command)),
+                Err(_) => {
+                    self.fail(&format!("{name}, which another made, has gone after {}", pending.command))
+                }
             }
             if self.reader().disk(name).as_ref() != Some(disk) {
                 self.fail(&format!("{name}, of others, shows something else after {}", pending.command));
@@ -238,7 +242,8 @@ impl World {
         let mut left = guarded.clone();
         for name in self.files_present() {
             let path = self.root.join(&name);
-            let Some((_, bytes)) = left.remove(&fs::metadata(&path).expect("a file of the store").ino()) else {
+            let Some((_, bytes)) = left.remove(&fs::metadata(&path).expect("a file of the store").ino())
+            else {
                 continue;
             };
             let now = fs::read(&path).expect("its bytes");

@@ -96,7 +96,8 @@ impl World {
 
     /// Whether no link of the store leads to it.
     pub(super) fn is_named_plainly(&self, name: &str) -> bool {
-        let entries = fs::read_dir(&self.root).expect("the store").map(|entry| entry.expect("an entry").path());
+        let entries =
+            fs::read_dir(&self.root).expect("the store").map(|entry| entry.expect("an entry").path());
         entries.filter_map(|path| fs::read_link(path).ok()).all(|target| !target.ends_with(name))
     }
 
@@ -154,12 +155,17 @@ impl World {
         self.disks.insert(name, content);
     }
 
-    /// A raw disk is frozen by a snapshot, and another program removes all that stands on it: it is a leaf again.
+    /// A raw disk is frozen by a snapshot, and another program removes all that stands on it: it is a leaf
+    /// again.
     pub(super) fn strand(&mut self) {
         let is_raw_leaf = |world: &Self, chain: &String| {
-            world.layers(chain).first().is_some_and(|leaf| is_raw(&leaf.1) && world.disks.contains_key(&leaf.1))
+            world
+                .layers(chain)
+                .first()
+                .is_some_and(|leaf| is_raw(&leaf.1) && world.disks.contains_key(&leaf.1))
         };
-        let mut chains: Vec<String> = self.chains().into_iter().filter(|chain| is_raw_leaf(self, chain)).collect();
+        let mut chains: Vec<String> =
+            self.chains().into_iter().filter(|chain| is_raw_leaf(self, chain)).collect();
         if chains.is_empty() && self.disks.len() < MAX_IMAGES {
             let (content, stem) = (self.content(), self.next("b"));
             self.raw_base(format!("{stem}.raw"), content);
@@ -175,7 +181,9 @@ impl World {
         let Some(name) = self.pick(&frozen) else { return };
         let overlays = self.overlays_of(&name);
         let is_free = |world: &Self, other: &String| {
-            world.disks.contains_key(other) && !world.damage.contains_key(other) && world.overlays_of(other).is_empty()
+            world.disks.contains_key(other)
+                && !world.damage.contains_key(other)
+                && world.overlays_of(other).is_empty()
         };
         if !overlays.iter().all(|other| is_free(self, other)) {
             return;
@@ -235,7 +243,8 @@ impl World {
     pub(super) fn spoil_intent(&mut self) {
         let Ok(entries) = fs::read_dir(self.root.join(".chainfs/intents")) else { return };
         let paths = entries.map(|entry| entry.expect("an entry").path());
-        let Some(path) = paths.filter(|path| path.extension().is_some_and(|found| found == "toml")).min() else {
+        let Some(path) = paths.filter(|path| path.extension().is_some_and(|found| found == "toml")).min()
+        else {
             return;
         };
         let Ok(text) = fs::read(&path) else { return };
@@ -249,7 +258,8 @@ impl World {
         self.say("the note of what was begun is damaged");
     }
 
-    /// The store as a whole is copied, with what chainfs keeps in it, and the copy takes its place. It has to be closed.
+    /// The store as a whole is copied, with what chainfs keeps in it, and the copy takes its place. It has to
+    /// be closed.
     pub(super) fn copy(&mut self) {
         let other = self.scratch.path().join("copy");
         tool("cp").arg("-a").arg(&self.root).arg(&other).succeeds();

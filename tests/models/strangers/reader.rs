@@ -1,5 +1,5 @@
-//! A reader of qcow2 and raw files that shares nothing with the one under test: what a file shows once the damage
-//! that was done to it is undone.
+//! A reader of qcow2 and raw files that shares nothing with the one under test: what a file shows once the
+//! damage that was done to it is undone.
 //!
 //! Knows standard clusters and zero clusters only: that is all that the model's images have.
 

@@ -69,7 +69,9 @@ impl World {
         let views = store.chain_views(&catalog, leaf);
         let layers = views.views.iter().filter(|view| view.snapshot.is_none());
         let file = |layer: usize| catalog.images[views.layers[layer]].place.path.display().to_string();
-        layers.map(|view| (String::from_utf8_lossy(&view.name).into_owned(), file(view.layer), view.active)).collect()
+        layers
+            .map(|view| (String::from_utf8_lossy(&view.name).into_owned(), file(view.layer), view.active))
+            .collect()
     }
 
     /// A guest writes to any active disk.

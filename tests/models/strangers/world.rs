@@ -1,7 +1,7 @@
 //! The store, the model of it, and everything that may happen.
 //!
-//! The model holds, for each file of the store, the disk that it has to show once its damage is undone. Guests change
-//! that by writing, commands as their plans say, and nothing else does.
+//! The model holds, for each file of the store, the disk that it has to show once its damage is undone.
+//! Guests change that by writing, commands as their plans say, and nothing else does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -77,7 +77,8 @@ pub(super) fn is_without(what: &str) -> bool {
 
 impl World {
     pub(crate) fn new(seed: u64) -> Self {
-        let scratch = tempfile::Builder::new().prefix("chainfs-test-").tempdir().expect("a temporary directory");
+        let scratch =
+            tempfile::Builder::new().prefix("chainfs-test-").tempdir().expect("a temporary directory");
         let root = scratch.path().join("store");
         fs::create_dir(&root).expect("a store");
         let mut world = Self {
@@ -156,10 +157,12 @@ impl World {
         others.remove(name);
         let mut found: Vec<String> =
             others.into_iter().filter(|other| reader.backing(other).as_deref() == Some(name)).collect();
-        found.extend(self.foreign.iter().filter(|(_, (_, disk))| !disk.is_empty()).filter_map(|(other, _)| {
-            let base = fs::read_to_string(self.beside(other)).ok()?;
-            (base == name).then(|| other.clone())
-        }));
+        found.extend(self.foreign.iter().filter(|(_, (_, disk))| !disk.is_empty()).filter_map(
+            |(other, _)| {
+                let base = fs::read_to_string(self.beside(other)).ok()?;
+                (base == name).then(|| other.clone())
+            },
+        ));
         found
     }
 
@@ -192,7 +195,8 @@ impl World {
         let mut at = Some(name.to_owned());
         for _ in 0..40 {
             let Some(name) = at else { return true };
-            if self.damage.contains_key(&name) || self.odd.contains(&name) || !self.disks.contains_key(&name) {
+            if self.damage.contains_key(&name) || self.odd.contains(&name) || !self.disks.contains_key(&name)
+            {
                 return false;
             }
             at = self.reader().backing(&name);
@@ -241,7 +245,8 @@ impl World {
         }
         let plain = self.scratch.path().join("plain");
         let foreign = self.foreign.iter().map(|(name, (kind, disk))| (name, *kind, disk));
-        let own = self.disks.iter().map(|(name, disk)| (name, if is_raw(name) { "raw" } else { "qcow2" }, disk));
+        let own =
+            self.disks.iter().map(|(name, disk)| (name, if is_raw(name) { "raw" } else { "qcow2" }, disk));
         for (name, format, wanted) in own.chain(foreign) {
             let mut convert = tool("qemu-img");
             convert.current_dir(&self.root).args(["convert", "-f", format, "-O", "raw", name]).arg(&plain);

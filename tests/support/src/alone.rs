@@ -18,7 +18,8 @@ pub fn is_alone(module: &str, test: &str) -> bool {
     let mut command = Command::new(binary);
     command.args(["--exact", &format!("{module}::{test}"), "--nocapture"]).env(ALONE, "1");
     let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let said =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     print!("{said}");
     assert!(output.status.success(), "{command:?}: {}\n{said}", output.status);
     assert!(said.contains("1 passed"), "there is no {module}::{test}\n{said}");

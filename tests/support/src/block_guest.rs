@@ -1,4 +1,5 @@
-//! A guest whose disk is cut off from it at any moment: it knows which of its blocks have to be there afterwards.
+//! A guest whose disk is cut off from it at any moment: it knows which of its blocks have to be there
+//! afterwards.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -60,8 +61,8 @@ impl BlockGuest {
         }
     }
 
-    /// What was synced is there, or what came after it. A write that was cut off may have reached a part of its
-    /// sectors, as on any disk.
+    /// What was synced is there, or what came after it. A write that was cut off may have reached a part of
+    /// its sectors, as on any disk.
     pub fn assert_there(&self, disk: &Path, context: &str) {
         let disk = File::open(disk).expect("the disk");
         let mut have = [0; BLOCK as usize];
@@ -69,7 +70,10 @@ impl BlockGuest {
             disk.read_exact_at(&mut have, PLACE + number as u64 * BLOCK).expect("a read");
             for sector in have.chunks_exact(512) {
                 let first = u64::from_le_bytes(sector[..8].try_into().expect("eight bytes"));
-                assert!(sector == &first.to_le_bytes().repeat(64)[..], "{context}: a sector of block {number} is torn");
+                assert!(
+                    sector == &first.to_le_bytes().repeat(64)[..],
+                    "{context}: a sector of block {number} is torn"
+                );
                 let is_known = first == *synced || since.contains(&first);
                 assert!(is_known, "{context}: block {number} is {first}, not {synced} nor {since:?}");
             }

@@ -36,10 +36,13 @@ pub fn views_of(store: &Store, leaf: &str, format: &str) -> Vec<View> {
         let stem = image.file_stem().expect("a stem").to_string_lossy().into_owned();
         let stem = if depth == 0 { "active".to_owned() } else { stem };
         let format = layer["format"].as_str().expect("a layer has a format").to_owned();
-        let view = |name: String, snapshot| View { name, image: image.clone(), format: format.clone(), snapshot };
-        views.push(view(if depth == 0 { "active.raw".into() } else { format!("snapshots/{stem}.raw") }, None));
+        let view =
+            |name: String, snapshot| View { name, image: image.clone(), format: format.clone(), snapshot };
+        views
+            .push(view(if depth == 0 { "active.raw".into() } else { format!("snapshots/{stem}.raw") }, None));
         for snapshot in layer["snapshots"].as_array().into_iter().flatten() {
-            let (id, name) = (snapshot["id"].as_str().expect("an id"), snapshot["name"].as_str().expect("a name"));
+            let (id, name) =
+                (snapshot["id"].as_str().expect("an id"), snapshot["name"].as_str().expect("a name"));
             views.push(view(format!("snapshots/{stem}@{name}.raw"), Some(id.to_owned())));
         }
     }
@@ -93,7 +96,8 @@ pub fn assert_view(store: &Store, mount: &Mount, chain: &str, view: &View) {
     assert_holes_are_zero(&shown, &seen, &oracle);
     // chainfs names an internal snapshot as its views do: IMAGE@NAME.
     let suffix = view.snapshot.as_ref().and_then(|_| view.name.trim_end_matches(".raw").split_once('@'));
-    let image = suffix.map_or(view.image.clone(), |(_, name)| format!("{}@{name}", view.image.display()).into());
+    let image =
+        suffix.map_or(view.image.clone(), |(_, name)| format!("{}@{name}", view.image.display()).into());
     let by_us = runs_by_map(store, chainfs_binary(), &image, &view.format);
     // qemu-img has no map of internal snapshots.
     let judge = match &view.snapshot {
@@ -170,7 +174,8 @@ pub fn runs_by_seek(path: &Path) -> Vec<Run> {
         assert!(data >= at, "SEEK_DATA of {} goes backwards: {data} from {at}", path.display());
         runs.push(Run { start: at, end: data, data: false });
         if data < size {
-            let hole = seek(&file, SeekFrom::Hole(data)).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            let hole =
+                seek(&file, SeekFrom::Hole(data)).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
             assert!(hole > data && hole <= size, "SEEK_HOLE of {} from {data} says {hole}", path.display());
             runs.push(Run { start: data, end: hole, data: true });
             at = hole;
@@ -238,9 +243,14 @@ fn assert_described(store: &Store, mount: &Mount, chain: &str, leaf: &str, forma
     assert_eq!(ours.len(), theirs.len(), "layers of {chain} in chain.json");
     for (ours, theirs) in ours.iter().zip(&theirs) {
         assert!(ours["chainfs"].is_object(), "a chainfs object in {ours}");
-        for key in
-            ["virtual-size", "format", "cluster-size", "backing-filename", "backing-filename-format", "dirty-flag"]
-        {
+        for key in [
+            "virtual-size",
+            "format",
+            "cluster-size",
+            "backing-filename",
+            "backing-filename-format",
+            "dirty-flag",
+        ] {
             assert_eq!(ours.get(key), theirs.get(key), "{key} of a layer of {chain}\n{ours}\n{theirs}");
         }
         let details = theirs["format-specific"]["data"].as_object().filter(|_| theirs["format"] == "qcow2");
@@ -249,7 +259,9 @@ fn assert_described(store: &Store, mount: &Mount, chain: &str, leaf: &str, forma
         }
         let snapshots = |layer: &Value| {
             let all = layer["snapshots"].as_array().cloned().unwrap_or_default();
-            all.iter().map(|s| (s["id"].clone(), s["name"].clone(), s["date-sec"].clone())).collect::<Vec<_>>()
+            all.iter()
+                .map(|s| (s["id"].clone(), s["name"].clone(), s["date-sec"].clone()))
+                .collect::<Vec<_>>()
         };
         assert_eq!(snapshots(ours), snapshots(theirs), "internal snapshots of a layer of {chain}");
     }

@@ -1,11 +1,11 @@
 //! Every state in which a crash can leave what a log of changes describes.
 //!
-//! The log is cut at each point. Of the changes that no sync covers there, nothing has survived, or all, all but one,
-//! one alone, two, some, or one in part and the others lost, there or by chance. What a log changes (files in memory,
-//! a directory with names) is its own business: it implements [`CrashLog`].
+//! The log is cut at each point. Of the changes that no sync covers there, nothing has survived, or all, all
+//! but one, one alone, two, some, or one in part and the others lost, there or by chance. What a log changes
+//! (files in memory, a directory with names) is its own business: it implements [`CrashLog`].
 //!
-//! Each state is visited once. A state that misses the newest change was there at an earlier cut, so only those with
-//! it are made; when a flush is acknowledged, all are visited anew, because more is promised then.
+//! Each state is visited once. A state that misses the newest change was there at an earlier cut, so only
+//! those with it are made; when a flush is acknowledged, all are visited anew, because more is promised then.
 
 use std::collections::HashSet;
 
@@ -275,7 +275,14 @@ struct Volatile<'a, L: CrashLog> {
 impl<'a, L: CrashLog> Volatile<'a, L> {
     fn new(log: &'a L) -> Self {
         let start = log.start();
-        Self { log, done: 0, durable: start.clone(), live: start, changes: Vec::new(), doomed: HashSet::new() }
+        Self {
+            log,
+            done: 0,
+            durable: start.clone(),
+            live: start,
+            changes: Vec::new(),
+            doomed: HashSet::new(),
+        }
     }
 
     /// The next event happens.

@@ -113,7 +113,8 @@ impl Damage {
         let mut at = self.u64(header::SNAPSHOTS_OFFSET);
         loop {
             let lengths = self.bytes(at + 12, 4);
-            let [id_len, name_len] = [0, 2].map(|n| u64::from(u16::from_be_bytes([lengths[n], lengths[n + 1]])));
+            let [id_len, name_len] =
+                [0, 2].map(|n| u64::from(u16::from_be_bytes([lengths[n], lengths[n + 1]])));
             let extra_len = u64::from(self.u32(at + 36));
             if self.bytes(at + 40 + extra_len, id_len as usize) == id.as_bytes() {
                 return if extra_len >= 16 { self.u64(at + 48) } else { self.u64(header::SIZE) };

@@ -85,7 +85,8 @@ pub fn matches(said: &str, expected: &str) -> bool {
         rest.is_empty()
     };
     let (said, expected): (Vec<_>, Vec<_>) = (said.lines().collect(), expected.lines().collect());
-    said.len() == expected.len() && said.iter().zip(&expected).all(|(said, expected)| line_matches(said, expected))
+    said.len() == expected.len()
+        && said.iter().zip(&expected).all(|(said, expected)| line_matches(said, expected))
 }
 
 /// Takes away what an example that failed has left mounted; a mount that hangs is aborted.

@@ -15,8 +15,8 @@ pub fn amount(usual: u64, long: u64) -> u64 {
     if std::env::var_os("CHAINFS_LONG").is_some() { long } else { usual }
 }
 
-/// Waits until the qemu-nbd that makes this socket has its image open: it listens before it opens and locks that, and
-/// greets after it.
+/// Waits until the qemu-nbd that makes this socket has its image open: it listens before it opens and locks
+/// that, and greets after it.
 pub fn greeted(socket: &Path) {
     const LIMIT: Duration = Duration::from_secs(10);
     eventually("qemu-nbd listens", LIMIT, || socket.exists());
@@ -62,7 +62,14 @@ impl Drop for Loop {
 pub fn fio(target: &Path, size: u64, words: &[&str]) -> String {
     let quarter = size / 4;
     let mut fio = tool("fio");
-    fio.args(["--name=verify", "--thread", "--ioengine=psync", "--numjobs=4", "--bsrange=512-1M", "--bs_unaligned=0"]);
+    fio.args([
+        "--name=verify",
+        "--thread",
+        "--ioengine=psync",
+        "--numjobs=4",
+        "--bsrange=512-1M",
+        "--bs_unaligned=0",
+    ]);
     fio.args([
         "--verify=crc32c",
         "--verify_state_save=0",

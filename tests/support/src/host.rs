@@ -1,5 +1,5 @@
-//! The machine as it is, until its time is up: from then on nothing that would change a store is done any more, as if the
-//! process had been killed.
+//! The machine as it is, until its time is up: from then on nothing that would change a store is done any
+//! more, as if the process had been killed.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;

@@ -32,9 +32,14 @@ pub fn intents(lab: &Lab) -> usize {
     fs::read_dir(lab.store.path(".chainfs/intents")).map_or(0, Iterator::count)
 }
 
-/// Every snapshot of every chain is what it was; a commit into base has given base the bytes of `merged` if that
-/// is gone. Returns how many there were.
-pub fn assert_snapshots(mount: &Mount, before: &Contents, merged: Option<(&str, &str)>, context: &str) -> usize {
+/// Every snapshot of every chain is what it was; a commit into base has given base the bytes of `merged` if
+/// that is gone. Returns how many there were.
+pub fn assert_snapshots(
+    mount: &Mount,
+    before: &Contents,
+    merged: Option<(&str, &str)>,
+    context: &str,
+) -> usize {
     let mut count = 0;
     for chain in mount.names(".").iter().filter(|name| *name != ".chainfs") {
         let names = mount.names(Path::new(chain).join("snapshots"));

@@ -1,5 +1,5 @@
-//! A chain under commands: base <- sn1 <- sn2 <- sn3 <- web, what QEMU reads of each layer, and the engine that
-//! is told what to do.
+//! A chain under commands: base <- sn1 <- sn2 <- sn3 <- web, what QEMU reads of each layer, and the engine
+//! that is told what to do.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -56,7 +56,8 @@ impl Lab {
         Self::made_once(kind, false)
     }
 
-    /// QEMU makes the chain once in a process; who wants another one of its kind gets the same bytes and holes.
+    /// QEMU makes the chain once in a process; who wants another one of its kind gets the same bytes and
+    /// holes.
     fn made_once(kind: Kind, is_speckled: bool) -> Self {
         static MADE: Mutex<Option<Made>> = Mutex::new(None);
         let key = (kind, is_speckled);
@@ -109,7 +110,10 @@ impl Lab {
 
     /// A chain of which a commit or pull takes long enough to be met at work.
     pub fn slow(raw_base: bool) -> Self {
-        Self::made_once(Kind { raw_base, options: "cluster_size=4k", sizes: [SLOW_SIZE; 5], inner: &[] }, true)
+        Self::made_once(
+            Kind { raw_base, options: "cluster_size=4k", sizes: [SLOW_SIZE; 5], inner: &[] },
+            true,
+        )
     }
 
     pub fn format(&self, layer: &str) -> &'static str {
@@ -129,7 +133,10 @@ impl Lab {
         let (file, inner) = view.split_once('@').map_or((view, None), |(file, inner)| (file, Some(inner)));
         let format = if extension(file) == "raw" { "raw" } else { "qcow2" };
         let id = inner.map(|_| "1");
-        let path = self.store.try_oracle(Path::new(file), format, id).unwrap_or_else(|error| panic!("{view}: {error}"));
+        let path = self
+            .store
+            .try_oracle(Path::new(file), format, id)
+            .unwrap_or_else(|error| panic!("{view}: {error}"));
         let bytes = fs::read(&path).expect("what QEMU reads");
         fs::remove_file(path).expect("room");
         bytes
@@ -156,8 +163,10 @@ impl Lab {
 
     /// The names of all files of the store, without what chainfs keeps there.
     pub fn files(&self) -> Vec<String> {
-        let entries = fs::read_dir(self.store.root()).expect("the store").map(|entry| entry.expect("an entry"));
-        let mut names: Vec<String> = entries.map(|entry| entry.file_name().into_string().expect("plain")).collect();
+        let entries =
+            fs::read_dir(self.store.root()).expect("the store").map(|entry| entry.expect("an entry"));
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.file_name().into_string().expect("plain")).collect();
         names.retain(|name| !name.starts_with(".chainfs"));
         names.sort();
         names

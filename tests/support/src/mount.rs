@@ -61,7 +61,13 @@ impl Mount {
 
     /// Mounts by a command to which `mount SOURCE DIR -o OPTIONS` is appended. Output goes to
     /// files: a daemon that kept a pipe open would look like a hang.
-    pub fn by(store: &Store, mut command: Command, source: &Path, dir: &Path, options: &str) -> Result<Self, Refusal> {
+    pub fn by(
+        store: &Store,
+        mut command: Command,
+        source: &Path,
+        dir: &Path,
+        options: &str,
+    ) -> Result<Self, Refusal> {
         let output = store.beside("mount.output");
         let start = Instant::now();
         command.arg("mount").arg(source).arg(dir);
@@ -187,8 +193,8 @@ impl Mount {
                 umount.args(["--kill-after=2", "20", chainfs_binary(), "umount"]).arg(&self.dir);
                 let output = umount.output().expect("timeout(1) runs");
                 let said = String::from_utf8_lossy(&output.stderr);
-                let is_passing =
-                    said.contains("by a process that cannot be seen") && start.elapsed() < Duration::from_secs(5);
+                let is_passing = said.contains("by a process that cannot be seen")
+                    && start.elapsed() < Duration::from_secs(5);
                 if !output.status.success() && is_passing {
                     thread::sleep(Duration::from_millis(50));
                     continue;
@@ -238,7 +244,8 @@ impl Drop for Mount {
 /// mountinfo, since asking a hung mount would hang as well.
 pub fn connection_of(dir: &Path) -> Option<u32> {
     let mountinfo = fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
-    let line = mountinfo.lines().rev().find(|l| l.split(' ').nth(4).map(unescape).as_deref() == dir.to_str())?;
+    let line =
+        mountinfo.lines().rev().find(|l| l.split(' ').nth(4).map(unescape).as_deref() == dir.to_str())?;
     line.contains(" - fuse").then_some(())?;
     line.split(' ').nth(2)?.split(':').nth(1)?.parse().ok()
 }
@@ -281,7 +288,8 @@ pub fn daemon_of(dir: &Path) -> Option<u32> {
 
 pub fn names_in(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
-    let name = |e: std::io::Result<fs::DirEntry>| e.expect("an entry").file_name().to_string_lossy().into_owned();
+    let name =
+        |e: std::io::Result<fs::DirEntry>| e.expect("an entry").file_name().to_string_lossy().into_owned();
     let mut names: Vec<String> = entries.map(name).collect();
     names.sort();
     names

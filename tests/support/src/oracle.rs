@@ -16,10 +16,14 @@ impl Scratch {
     pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         static THERE: LazyLock<Output> = LazyLock::new(|| {
-            Command::new("qemu-img").arg("--version").output().expect("qemu-img is needed: install qemu-utils")
+            Command::new("qemu-img")
+                .arg("--version")
+                .output()
+                .expect("qemu-img is needed: install qemu-utils")
         });
         LazyLock::force(&THERE);
-        let unique = format!("chainfs-oracle-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let unique =
+            format!("chainfs-oracle-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let path = std::env::temp_dir().join(unique);
         fs::create_dir_all(&path).unwrap();
         Self(path)

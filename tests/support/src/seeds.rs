@@ -1,5 +1,5 @@
-//! Runs of a model, one after the other with seeds that follow each other, on all processors, until enough steps are
-//! taken; and what has happened in them, so that a run in which nothing did is noticed.
+//! Runs of a model, one after the other with seeds that follow each other, on all processors, until enough
+//! steps are taken; and what has happened in them, so that a run in which nothing did is noticed.
 //!
 //! `CHAINFS_SEED` is the first seed, `CHAINFS_STEPS` how many steps are taken.
 

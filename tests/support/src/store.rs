@@ -20,8 +20,9 @@ use super::tools::{Outcome as _, tool};
 const PATTERN_COUNT: u64 = 16;
 const PATTERN_LEN: u64 = 65_521;
 
-static PATTERNS: LazyLock<Vec<Vec<u8>>> =
-    LazyLock::new(|| (0..PATTERN_COUNT).map(|number| Rng::new(0x5eed_0000 + number).bytes(PATTERN_LEN)).collect());
+static PATTERNS: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
+    (0..PATTERN_COUNT).map(|number| Rng::new(0x5eed_0000 + number).bytes(PATTERN_LEN)).collect()
+});
 
 pub struct Store {
     scratch: TempDir,
@@ -29,7 +30,8 @@ pub struct Store {
 
 impl Store {
     pub fn new() -> Self {
-        let scratch = tempfile::Builder::new().prefix("chainfs-test-").tempdir().expect("a temporary directory");
+        let scratch =
+            tempfile::Builder::new().prefix("chainfs-test-").tempdir().expect("a temporary directory");
         let store = Self { scratch };
         for dir in ["store", "mnt", "oracle", "patterns", "config"] {
             fs::create_dir(store.beside(dir)).expect("a directory beside the store");
@@ -130,7 +132,8 @@ impl Store {
         self.io(name, format, commands);
     }
 
-    /// Writes every other 4 KiB of the first `len` bytes, so that whoever copies them is kept busy by many pieces.
+    /// Writes every other 4 KiB of the first `len` bytes, so that whoever copies them is kept busy by many
+    /// pieces.
     pub fn speckle(&self, name: &str, len: u64, byte: u8) {
         self.io(name, "qcow2", (0..len).step_by(8 << 10).map(|at| format!("write -q -P {byte} {at} 4096")));
     }
@@ -193,7 +196,8 @@ impl Store {
     }
 
     pub fn oracle(&self, name: impl AsRef<Path>, format: &str) -> PathBuf {
-        self.try_oracle(name.as_ref(), format, None).unwrap_or_else(|e| panic!("{}: {e}", name.as_ref().display()))
+        self.try_oracle(name.as_ref(), format, None)
+            .unwrap_or_else(|e| panic!("{}: {e}", name.as_ref().display()))
     }
 
     /// Writes a file into the store.

@@ -139,7 +139,10 @@ pub fn crash_states(start: &[u8], events: &[Event], mut judge: impl FnMut(&str, 
         let last = pending.len() - 1;
         let mut state = |what: &str, keep: &dyn Fn(usize) -> bool| {
             let mut file = durable.clone();
-            (0..).zip(&pending).filter(|(index, _)| keep(*index)).for_each(|(_, event)| event.apply(&mut file));
+            (0..)
+                .zip(&pending)
+                .filter(|(index, _)| keep(*index))
+                .for_each(|(_, event)| event.apply(&mut file));
             judge(&format!("at {number}: {what}"), &file);
         };
         state("all", &|_| true);
@@ -181,7 +184,9 @@ pub fn views(file: &[u8]) -> Views {
     let chunk = header.cluster.size().min(4096);
     let caches = Caches::new(1 << 20, 1 << 20);
     let data = header.data_file.is_some().then(|| Arc::new(vec![7u8; 1 << 20]) as Arc<dyn Storage>);
-    let Ok(image) = Image::qcow2("image", all, data, Arc::new(header), true, &caches) else { return Vec::new() };
+    let Ok(image) = Image::qcow2("image", all, data, Arc::new(header), true, &caches) else {
+        return Vec::new();
+    };
     let layers = std::iter::once(Layer::active(&image))
         .chain(snapshots.iter().map(|snapshot| Layer::snapshot(&image, snapshot)))
         .chain(snapshots.iter().map(|snapshot| Layer::vm_state(&image, snapshot)));

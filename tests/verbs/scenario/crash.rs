@@ -94,6 +94,12 @@ pub(crate) fn describe(tape: &Tape, candidate: &Candidate) -> String {
     let naming = |index: &usize| matches!(tape.events[*index], Event::Named(_) | Event::NamesSynced(_));
     let line = |index: usize| format!("  {index}: {:?}", tape.events[index]);
     let names: Vec<String> = (0..candidate.cut).filter(naming).map(line).collect();
-    let files: Vec<String> = tape.start.names.iter().map(|(path, file)| format!("{file}={}", path.display())).collect();
-    format!("{}\nfiles {}\nnames so far:\n{}", crash::describe(tape, candidate), files.join(" "), names.join("\n"))
+    let files: Vec<String> =
+        tape.start.names.iter().map(|(path, file)| format!("{file}={}", path.display())).collect();
+    format!(
+        "{}\nfiles {}\nnames so far:\n{}",
+        crash::describe(tape, candidate),
+        files.join(" "),
+        names.join("\n")
+    )
 }

@@ -26,9 +26,16 @@ pub(crate) struct Guest {
 
 impl Guest {
     /// Opens the disk of the chain whose leaf is `leaf`, which holds `initial`.
-    pub(crate) fn open(store: &Arc<Store>, recorder: &Recorder, leaf: &str, initial: &[u8], seed: u64) -> Self {
+    pub(crate) fn open(
+        store: &Arc<Store>,
+        recorder: &Recorder,
+        leaf: &str,
+        initial: &[u8],
+        seed: u64,
+    ) -> Self {
         let catalog = store.catalog();
-        let leaf = catalog.images.iter().position(|image| image.place.path.as_os_str() == leaf).expect("the leaf");
+        let leaf =
+            catalog.images.iter().position(|image| image.place.path.as_os_str() == leaf).expect("the leaf");
         let handle = store.open_active(&catalog, &catalog.layers(leaf), Access::ReadWrite).expect("its disk");
         let history = History::new(pages(initial), initial.len() as u64);
         Self { handle, recorder: recorder.clone(), history, random: Random::new(mix(seed)), tag: 1000 }
@@ -57,8 +64,9 @@ impl Guest {
     fn write(&mut self, at: u64, len: u64) -> Result<()> {
         self.tag += 1;
         let bytes = pattern_range(self.tag, at, len);
-        let number =
-            self.history.begin(self.recorder.mark(Event::Mark), format!("write {} at {at:#x}+{len:#x}", self.tag));
+        let number = self
+            .history
+            .begin(self.recorder.mark(Event::Mark), format!("write {} at {at:#x}+{len:#x}", self.tag));
         self.history.put(number, at, &bytes, &Value::Written(self.tag));
         assert_eq!(self.handle.write_at(at, &bytes)?, len as usize);
         self.history.acknowledge(number, self.recorder.mark(Event::Mark));

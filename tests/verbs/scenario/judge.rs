@@ -28,8 +28,8 @@ pub(crate) struct Judge {
     pub(crate) history: History,
     /// The point of the tape from which on the command was known to be done.
     pub(crate) done: usize,
-    /// The view that a snapshot freezes the guest's disk as, where only the guest knows what that was, and the point
-    /// of the tape before which that happened, unless the command has failed and is taken up.
+    /// The view that a snapshot freezes the guest's disk as, where only the guest knows what that was, and
+    /// the point of the tape before which that happened, unless the command has failed and is taken up.
     pub(crate) frozen: Option<(&'static str, usize)>,
     /// Whether an internal snapshot is taken: until its table is there, COPIED flags may say too much.
     pub(crate) may_share: bool,
@@ -47,7 +47,8 @@ pub(crate) struct Judge {
 }
 
 impl Judge {
-    /// One of the same command, whose guest has done this, and of it before a snapshot what came before `frozen`.
+    /// One of the same command, whose guest has done this, and of it before a snapshot what came before
+    /// `frozen`.
     pub(crate) fn with(&self, history: History, frozen: Option<(&'static str, usize)>) -> Self {
         Self {
             before: self.before.clone(),
@@ -113,7 +114,8 @@ impl Judge {
         Ok(())
     }
 
-    /// Whoever only looks sees nothing wrong. Whether the store is a copy, if anything is left to be taken up.
+    /// Whoever only looks sees nothing wrong. Whether the store is a copy, if anything is left to be taken
+    /// up.
     pub(crate) fn at_once(&self, root: &Path, cut: usize) -> Result<Option<bool>, String> {
         let within = |error: String| format!("before the recovery: {error}");
         let leaks = self.sound(root).map_err(within)?;
@@ -159,7 +161,8 @@ impl Judge {
     }
 
     fn fits(&self, name: &str, view: &Seen, legal: &[&Content], cut: usize) -> Result<(), String> {
-        let bytes = view.bytes.as_ref().map_err(|error| format!("{name} is listed, and cannot be read: {error}"))?;
+        let bytes =
+            view.bytes.as_ref().map_err(|error| format!("{name} is listed, and cannot be read: {error}"))?;
         if legal.is_empty() {
             return Err(format!("{name} is listed, which was not there before nor is to be"));
         }
@@ -181,7 +184,8 @@ impl Judge {
                 None if bytes.len() == wanted.len() => Ok(()),
                 None => Err(format!("it has {} bytes, not {}", bytes.len(), wanted.len())),
                 Some(at) => {
-                    let (have, want) = (&bytes[at..(at + 8).min(bytes.len())], &wanted[at..(at + 8).min(wanted.len())]);
+                    let (have, want) =
+                        (&bytes[at..(at + 8).min(bytes.len())], &wanted[at..(at + 8).min(wanted.len())]);
                     Err(format!("at {at:#x} it holds {have:02x?}, not {want:02x?}"))
                 }
             },
@@ -258,7 +262,10 @@ impl Judge {
             };
             let excused = report.findings.iter().filter(is_excused).count() as u64;
             if report.corruptions > excused || report.check_errors > 0 {
-                return Err(format!("{name}: {}", report.findings[..report.findings.len().min(6)].join("\n  ")));
+                return Err(format!(
+                    "{name}: {}",
+                    report.findings[..report.findings.len().min(6)].join("\n  ")
+                ));
             }
             leaks += report.leaks;
         }
@@ -278,7 +285,8 @@ impl Judge {
             }
             shape.views.iter().try_for_each(|(name, content)| {
                 let bytes = by_qemu(root, name, root.parent().expect("a scratch directory"))?;
-                let is_frozen = self.frozen(name).iter().any(|frozen| self.is_content(&bytes, frozen, cut).is_ok());
+                let is_frozen =
+                    self.frozen(name).iter().any(|frozen| self.is_content(&bytes, frozen, cut).is_ok());
                 let judged = if is_frozen { Ok(()) } else { self.is_content(&bytes, content, cut) };
                 judged.map_err(|error| format!("{name}, as QEMU reads it: {error}"))
             })
@@ -293,7 +301,9 @@ impl Judge {
 fn no_strays(root: &Path) -> Result<(), String> {
     let scene = Scene::load(root);
     let is_kept = |path: &Path| {
-        [".chainfs/lock", ".chainfs/frozen.toml", ".chainfs/layout"].iter().any(|kept| path == Path::new(kept))
+        [".chainfs/lock", ".chainfs/frozen.toml", ".chainfs/layout"]
+            .iter()
+            .any(|kept| path == Path::new(kept))
     };
     let stray = scene.names.keys().find(|path| path.starts_with(".chainfs") && !is_kept(path));
     stray.map_or(Ok(()), |path| Err(format!("{} is left", path.display())))

@@ -153,7 +153,8 @@ impl Scenario {
         let store = Store::open_on(&root, options(false), Arc::new(recorder.clone())).expect("a store");
         let engine = Engine::new(&store);
         let (history, done) = if self.is_busy {
-            let mut guest = Guest::open(&store, &recorder, self.live.0, &initial, seed() ^ self.name.len() as u64);
+            let mut guest =
+                Guest::open(&store, &recorder, self.live.0, &initial, seed() ^ self.name.len() as u64);
             (0..10).for_each(|_| guest.step());
             let done = guest.while_at_it(|| {
                 self.command_on(&engine);
@@ -172,7 +173,9 @@ impl Scenario {
             checked_by_qemu(&root, file).unwrap_or_else(|error| panic!("{}: {error}", self.name));
         }
         let disk = by_qemu(&root, self.live.1, place.path()).expect("the disk");
-        history.judge(0, &disk, Moment::Now).unwrap_or_else(|error| panic!("{}: without a crash: {error}", self.name));
+        history
+            .judge(0, &disk, Moment::Now)
+            .unwrap_or_else(|error| panic!("{}: without a crash: {error}", self.name));
         let tape = recorder.tape();
         (tape, self.judge(before, after, history, done))
     }
@@ -183,8 +186,8 @@ impl Scenario {
             || self.command.contains("delete active@")
             || self.command.contains("delete sn2@");
         let is_applied = self.command.starts_with("revert to=active@");
-        let is_one_step =
-            self.command.contains("unsafe") || (self.command.starts_with("clone") && !self.command.contains('@'));
+        let is_one_step = self.command.contains("unsafe")
+            || (self.command.starts_with("clone") && !self.command.contains('@'));
         !is_inner && !is_applied && !is_one_step
     }
 
@@ -217,7 +220,8 @@ impl Scenario {
     }
 
     fn command_on(&self, engine: &Arc<Engine>) {
-        let status = run(engine, self.chain, self.command).unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        let status =
+            run(engine, self.chain, self.command).unwrap_or_else(|error| panic!("{}: {error}", self.name));
         assert_eq!(status.state, JobState::Done, "{}: {:?}", self.name, status.error);
     }
 
@@ -236,7 +240,8 @@ impl Scenario {
         let (back, end) = judge.ends.get();
         let (own, copied) = judge.resumed.get();
         println!(
-            "{}: {} events, {} of {} states and {recoveries} of recoveries judged ({} by QEMU); {own} were taken up and \
+            "{}: {} events, {} of {} states and {recoveries} of recoveries judged ({} by QEMU); {own} were \
+                taken up and \
              {copied} as copies; {back} went back, {end} to the end; clusters leaked {:?}",
             self.name,
             tape.events.len(),
@@ -245,7 +250,13 @@ impl Scenario {
             judge.by_qemu.get(),
             judge.leaks.get(),
         );
-        assert!(failures.is_empty(), "{}: {} bad states:\n{}", self.name, failures.len(), failures.join("\n---\n"));
+        assert!(
+            failures.is_empty(),
+            "{}: {} bad states:\n{}",
+            self.name,
+            failures.len(),
+            failures.join("\n---\n")
+        );
         assert!(end > 0, "{}: no state led to its end", self.name);
         let is_taken_up = own > 0 && copied > 0;
         assert_eq!(is_taken_up, self.has_intent(), "{}: {own} and {copied} states were taken up", self.name);
@@ -293,17 +304,28 @@ fn judge_scene(scene: &Scene, candidate: &Candidate, judge: &Judge) -> Result<()
             scene.save(&kept);
             format!("\nkept in {}", kept.display())
         });
-        format!("{error}{}{}", theirs.map_or_else(String::new, |said| format!("\n{said}")), kept.unwrap_or_default())
+        format!(
+            "{error}{}{}",
+            theirs.map_or_else(String::new, |said| format!("\n{said}")),
+            kept.unwrap_or_default()
+        )
     })
 }
 
 /// Cuts off recoveries: from `count` states of the tape, `limit` states of each.
-fn cut_recoveries(tape: &Tape, judge: &Judge, count: usize, limit: usize, bad: &mut dyn FnMut(String)) -> usize {
+fn cut_recoveries(
+    tape: &Tape,
+    judge: &Judge,
+    count: usize,
+    limit: usize,
+    bad: &mut dyn FnMut(String),
+) -> usize {
     let mut scenes = Vec::new();
     // Only where there is something to take up.
     let has_intent = |scene: &Scene| {
         scene.names.keys().any(|path| {
-            path.starts_with(".chainfs/intents") && path.extension().is_some_and(|extension| extension == "toml")
+            path.starts_with(".chainfs/intents")
+                && path.extension().is_some_and(|extension| extension == "toml")
         })
     };
     each_state(tape, &effort(12 * count), seed() ^ 1, |candidate, scene| {

@@ -1,7 +1,8 @@
 //! A store's directory as a value: files, whatever names they have, and the directories those are in.
 //!
-//! It can be made a directory again anywhere. Files have other inode numbers there: either intents, which name files by
-//! them, are rewritten on the way, and it is the store as it was; or they are not, and it is a copy of that.
+//! It can be made a directory again anywhere. Files have other inode numbers there: either intents, which
+//! name files by them, are rewritten on the way, and it is the store as it was; or they are not, and it is a
+//! copy of that.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -44,7 +45,8 @@ impl Scene {
         while let Some(directory) = waiting.pop() {
             for entry in fs::read_dir(root.join(&directory)).expect("a directory") {
                 let entry = entry.expect("an entry");
-                let (path, metadata) = (directory.join(entry.file_name()), entry.metadata().expect("its attributes"));
+                let (path, metadata) =
+                    (directory.join(entry.file_name()), entry.metadata().expect("its attributes"));
                 if metadata.is_dir() {
                     scene.directories.insert(path.clone());
                     waiting.push(path);
@@ -111,7 +113,8 @@ impl Scene {
     pub(crate) fn hash(&self) -> u64 {
         let mut hash = 0;
         for (path, file) in &self.names {
-            let name = path.as_os_str().as_encoded_bytes().iter().fold(7, |hash, byte| mix(hash ^ u64::from(*byte)));
+            let name =
+                path.as_os_str().as_encoded_bytes().iter().fold(7, |hash, byte| mix(hash ^ u64::from(*byte)));
             hash = mix(hash ^ name) ^ mix(self.files[*file].hash() ^ *file as u64);
         }
         hash ^ self.directories.len() as u64

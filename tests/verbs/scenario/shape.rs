@@ -65,7 +65,8 @@ pub(crate) fn by_qemu(root: &Path, view: &str, scratch: &Path) -> Result<Vec<u8>
 
 /// Whether QEMU finds an image free of corruption; leaks are none.
 pub(crate) fn checked_by_qemu(root: &Path, file: &str) -> Result<(), String> {
-    let (code, out, said) = tool("qemu-img").current_dir(root).args(["check", "-U", "-f", "qcow2", file]).outcome();
+    let (code, out, said) =
+        tool("qemu-img").current_dir(root).args(["check", "-U", "-f", "qcow2", file]).outcome();
     if matches!(code, 0 | 3) { Ok(()) } else { Err(format!("qemu-img check of {file}: {code}\n{out}{said}")) }
 }
 
@@ -73,7 +74,9 @@ pub(crate) fn checked_by_qemu(root: &Path, file: &str) -> Result<(), String> {
 pub(crate) fn files(root: &Path) -> BTreeSet<String> {
     let (mut found, mut waiting) = (BTreeSet::new(), vec![String::new()]);
     while let Some(directory) = waiting.pop() {
-        for entry in fs::read_dir(root.join(&directory)).expect("the store").map(|entry| entry.expect("an entry")) {
+        for entry in
+            fs::read_dir(root.join(&directory)).expect("the store").map(|entry| entry.expect("an entry"))
+        {
             let name = format!("{directory}{}", entry.file_name().to_str().expect("plain"));
             match entry.file_type().expect("its kind").is_dir() {
                 true if name == ".chainfs" => {}
@@ -91,24 +94,34 @@ impl Shape {
         let files = files(root);
         let mut below = BTreeMap::new();
         let mut names = Vec::new();
-        for file in
-            files.iter().filter(|file| Path::new(file).extension().is_none_or(|extension| extension != "invalid"))
+        for file in files
+            .iter()
+            .filter(|file| Path::new(file).extension().is_none_or(|extension| extension != "invalid"))
         {
             names.push(file.clone());
             if format(file) == "raw" {
                 continue;
             }
-            let text = tool("qemu-img").current_dir(root).args(["info", "-U", "--output=json", file]).succeeds();
+            let text =
+                tool("qemu-img").current_dir(root).args(["info", "-U", "--output=json", file]).succeeds();
             let info: serde_json::Value = serde_json::from_str(&text).expect("JSON");
             if let Some(backing) = info["backing-filename"].as_str() {
-                below.insert(file.clone(), file[..file.rfind('/').map_or(0, |at| at + 1)].to_owned() + backing);
+                below.insert(
+                    file.clone(),
+                    file[..file.rfind('/').map_or(0, |at| at + 1)].to_owned() + backing,
+                );
             }
             let inner = info["snapshots"].as_array().cloned().unwrap_or_default();
-            names.extend(inner.iter().map(|inner| format!("{file}@{}", inner["name"].as_str().expect("a name"))));
+            names.extend(
+                inner.iter().map(|inner| format!("{file}@{}", inner["name"].as_str().expect("a name"))),
+            );
         }
         let mut chains = Chains::new();
-        for leaf in names.iter().filter(|name| !name.contains('@') && !below.values().any(|file| file == *name)) {
-            let layers: Vec<String> = std::iter::successors(Some(leaf), |file| below.get(*file)).cloned().collect();
+        for leaf in
+            names.iter().filter(|name| !name.contains('@') && !below.values().any(|file| file == *name))
+        {
+            let layers: Vec<String> =
+                std::iter::successors(Some(leaf), |file| below.get(*file)).cloned().collect();
             chains.insert(leaf.clone(), (layers, active.contains(&leaf.as_str())));
         }
         let content = |name: &String| match live {

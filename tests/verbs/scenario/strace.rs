@@ -21,7 +21,8 @@ pub(crate) fn record(root: &Path, command: &[&str], log: &Path) -> Tape {
     strace.current_dir(root).args(["-f", "-qq", "-xx", "-s", "16777216", "-e", CALLS, "-o"]).arg(log);
     strace.args(command).succeeds();
     let text = fs::read_to_string(log).expect("strace's log");
-    let mut parser = Parser { start: &start, files: HashMap::new(), begun: HashMap::new(), events: Vec::new() };
+    let mut parser =
+        Parser { start: &start, files: HashMap::new(), begun: HashMap::new(), events: Vec::new() };
     text.lines().for_each(|line| parser.line(line));
     let (events, inodes) = (parser.events, start.inodes.clone());
     Tape { start, events, inodes }
@@ -61,7 +62,9 @@ impl Parser<'_> {
         let Some((name, rest)) = call.split_once('(') else { return };
         let Some((args, result)) = rest.rsplit_once(" = ") else { return };
         let args = args.trim_end().strip_suffix(')').unwrap_or(args);
-        let Some(result) = result.split(' ').next().and_then(|result| result.parse::<u64>().ok()) else { return };
+        let Some(result) = result.split(' ').next().and_then(|result| result.parse::<u64>().ok()) else {
+            return;
+        };
         let words: Vec<&str> = args.split(", ").collect();
         let number = |word: &str| word.trim().parse::<u64>().unwrap_or_else(|_| panic!("{word} in {name}"));
         if name == "openat" {
@@ -87,8 +90,10 @@ impl Parser<'_> {
                 self.events.push(did(Action::Write { at: number(words[3]), bytes: written.into() }));
             }
             "pwritev" | "pwritev2" => {
-                let parts =
-                    args.split("iov_base=").skip(1).map(|part| bytes(part.split(", ").next().unwrap_or_default()));
+                let parts = args
+                    .split("iov_base=")
+                    .skip(1)
+                    .map(|part| bytes(part.split(", ").next().unwrap_or_default()));
                 let written: Vec<u8> = parts.flatten().take(result as usize).collect();
                 let after = args.rsplit_once("], ").expect("a place").1;
                 let at = number(after.split(", ").nth(1).expect("a place"));

@@ -11,7 +11,9 @@ use std::thread;
 use std::time::Duration;
 
 use chainfs::error::{Error, Result};
-use chainfs::io::{Descriptors, Directory, Host, Root, Storage, StoreFile, ThisHost, WriteStorage, directory_of};
+use chainfs::io::{
+    Descriptors, Directory, Host, Root, Storage, StoreFile, ThisHost, WriteStorage, directory_of,
+};
 use chainfs::units::{BlockStatus, Run};
 use parking_lot::{Mutex, MutexGuard};
 use rustix::io::Errno;
@@ -34,7 +36,9 @@ impl Naming {
     /// The directory whose sync makes it durable.
     pub(crate) fn directory(&self) -> PathBuf {
         match self {
-            Self::Create { path, .. } | Self::Directory { path } | Self::Unlink { path, .. } => directory_of(path),
+            Self::Create { path, .. } | Self::Directory { path } | Self::Unlink { path, .. } => {
+                directory_of(path)
+            }
             Self::Link { to, .. } | Self::Rename { to, .. } => directory_of(to),
         }
     }
@@ -52,7 +56,9 @@ impl Naming {
                 take(file, from);
                 names.insert(to.clone(), *file);
             }
-            Self::Create { file, path: to } | Self::Link { file, to } => drop(names.insert(to.clone(), *file)),
+            Self::Create { file, path: to } | Self::Link { file, to } => {
+                names.insert(to.clone(), *file);
+            }
             Self::Directory { path } => drop(directories.insert(path.clone())),
         }
     }

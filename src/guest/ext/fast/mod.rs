@@ -53,7 +53,9 @@ impl ExtSegments {
     /// Sets the mapping of a range and replaces earlier ones.
     fn put(&mut self, start: u64, segment: ExtSegment) {
         let end = start + segment.count;
-        if let Some((first, before)) = self.0.range(..start).next_back().map(|(first, before)| (*first, *before)) {
+        if let Some((first, before)) =
+            self.0.range(..start).next_back().map(|(first, before)| (*first, *before))
+        {
             let cut = start - first;
             if before.count > cut {
                 self.0.insert(first, ExtSegment { count: cut, ..before });

@@ -52,7 +52,8 @@ fn tags(block: &[u8], inode_len: usize) -> impl Iterator<Item = Result<FastCommi
             return None;
         }
         let (kind, len) = (le16(block, at), usize::from(le16(block, at + 2)));
-        let Some(raw) = block[at..].get(..TAG_LEN + len).filter(|_| has_valid_len(kind, len, inode_len)) else {
+        let Some(raw) = block[at..].get(..TAG_LEN + len).filter(|_| has_valid_len(kind, len, inode_len))
+        else {
             at = block.len();
             return Some(Err(corrupt("a fast commit is damaged")));
         };
@@ -129,7 +130,8 @@ impl FastCommits {
     /// nothing about its subdirectories.
     fn make_directory(&mut self, parent: u32, ino: u32) {
         // The inode's record comes before the name's.
-        let Some(raw) = self.inodes.get_mut(&ino).filter(|raw| le16(raw, 0) >> 12 == 0o4 && parent != ino) else {
+        let Some(raw) = self.inodes.get_mut(&ino).filter(|raw| le16(raw, 0) >> 12 == 0o4 && parent != ino)
+        else {
             return;
         };
         raw[LINKS].copy_from_slice(&1u16.to_le_bytes());

@@ -106,11 +106,16 @@ impl Log {
         let second = version == 4;
         self.features = if second { be32(raw, 0x28) } else { 0 };
         if self.features & !KNOWN != 0 {
-            return Err(unsupported(format!("the journal has unknown features ({:#x})", self.features & !KNOWN)));
+            return Err(unsupported(format!(
+                "the journal has unknown features ({:#x})",
+                self.features & !KNOWN
+            )));
         }
         self.checksums = second && be32(raw, 0x24) & COMPAT_CHECKSUM != 0;
         self.seed = crc32c(!0, &raw[0x30..0x40]);
-        if self.tail_len() > 0 && (raw[0x50] != CRC32C || crc32c_without_field(!0, raw, 0xfc, 4) != be32(raw, 0xfc)) {
+        if self.tail_len() > 0
+            && (raw[0x50] != CRC32C || crc32c_without_field(!0, raw, 0xfc, 4) != be32(raw, 0xfc))
+        {
             return Err(corrupt("the journal's superblock has a wrong checksum"));
         }
         let max = be32(raw, 0x10);

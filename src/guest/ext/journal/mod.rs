@@ -56,7 +56,10 @@ pub(super) fn replay(log: &Log) -> Result<Replayed> {
             }
             newer.insert(tag.block, Journaled { place: log.place(here)?, escaped: tag.escaped });
             if newer.len() > MAX_BLOCKS {
-                return Err(Error::new(ErrorKind::Limit, format!("its journal holds more than {MAX_BLOCKS} blocks")));
+                return Err(Error::new(
+                    ErrorKind::Limit,
+                    format!("its journal holds more than {MAX_BLOCKS} blocks"),
+                ));
             }
         }
     }
@@ -81,7 +84,10 @@ fn revoke(log: &Log, at: u32, transaction: u32, revoked: &mut HashMap<Block, u32
             *last = transaction;
         }
         if revoked.len() > MAX_BLOCKS {
-            return Err(Error::new(ErrorKind::Limit, format!("its journal revokes more than {MAX_BLOCKS} blocks")));
+            return Err(Error::new(
+                ErrorKind::Limit,
+                format!("its journal revokes more than {MAX_BLOCKS} blocks"),
+            ));
         }
     }
     Ok(())

@@ -66,7 +66,8 @@ pub(super) fn scan(log: &Log) -> Result<JournalScan> {
                     if time >= last_time && !torn {
                         let transaction = found.end;
                         found.remarks.push(format!(
-                            "transaction {transaction} in the journal is damaged: it and all later changes are not shown"
+                            "transaction {transaction} in the journal is damaged: it and all later changes \
+                                are not shown"
                         ));
                     }
                     break;
@@ -90,7 +91,8 @@ fn commit_is_right(log: &Log, bytes: &[u8], sum: u32) -> bool {
         let whole = crc32c_without_field(log.seed, bytes, COMMIT_SUM_AT, 4);
         // A disk may write only the beginning of a block and keep old bytes in the rest.
         let padding = vec![0; bytes.len() - COMMIT_HEADER_LEN];
-        let part = crc32c(crc32c_without_field(log.seed, &bytes[..COMMIT_HEADER_LEN], COMMIT_SUM_AT, 4), &padding);
+        let part =
+            crc32c(crc32c_without_field(log.seed, &bytes[..COMMIT_HEADER_LEN], COMMIT_SUM_AT, 4), &padding);
         return kept == whole || kept == part;
     }
     if !log.sums_transactions() {

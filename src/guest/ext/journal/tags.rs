@@ -41,7 +41,11 @@ pub(super) fn tags<'a>(log: &'a Log, descriptor: &'a [u8]) -> impl Iterator<Item
         }
         let raw = &descriptor[at..at + len];
         let flags = be16(raw, 6);
-        at = if flags & LAST != 0 { end } else { at + len + if flags & SAME_UUID == 0 { UUID_LEN } else { 0 } };
+        at = if flags & LAST != 0 {
+            end
+        } else {
+            at + len + if flags & SAME_UUID == 0 { UUID_LEN } else { 0 }
+        };
         Some(BlockTag {
             block: Block(join(be32(raw, 0), if wide { be32(raw, 8) } else { 0 })),
             escaped: flags & ESCAPED != 0,

@@ -9,7 +9,11 @@ use super::super::window::MANY;
 impl Stage<'_> {
     /// Stores for each cluster what `wanted` makes of its count and its references. Returns how
     /// many counts changed.
-    pub(super) fn store_counts(&self, wanted: impl Fn(u32, u32) -> u32, actions: &mut Actions) -> Result<u64> {
+    pub(super) fn store_counts(
+        &self,
+        wanted: impl Fn(u32, u32) -> u32,
+        actions: &mut Actions,
+    ) -> Result<u64> {
         let order = self.audited.header.refcount_order;
         let refcounts = &self.references.refcounts;
         let file_clusters = self.audited.file_clusters();
@@ -20,7 +24,9 @@ impl Stage<'_> {
                 let Ok(Some(block)) = refcounts.block(part.start) else { continue };
                 let mut changes = Vec::new();
                 for cluster in part.clone() {
-                    let (Some(stored), Some(references)) = (window.stored(cluster), window.references(cluster)) else {
+                    let (Some(stored), Some(references)) =
+                        (window.stored(cluster), window.references(cluster))
+                    else {
                         continue;
                     };
                     // Beyond the file's end only what is referred to matters, as in the audit; and so many
@@ -31,8 +37,9 @@ impl Stage<'_> {
                     let count = u64::from(wanted(stored, references)).min(max_refcount(order));
                     if count != u64::from(stored) {
                         changes.push((cluster, count));
-                        actions
-                            .note(|| format!("Repairing cluster {cluster} refcount={stored} reference={references}"));
+                        actions.note(|| {
+                            format!("Repairing cluster {cluster} refcount={stored} reference={references}")
+                        });
                     }
                 }
                 let (Some((first, _)), Some((last, _))) = (changes.first(), changes.last()) else { continue };

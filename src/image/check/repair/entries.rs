@@ -38,7 +38,10 @@ impl Stage<'_> {
                     changes.push((at, without));
                     actions.note(|| {
                         let offset = EntryFormat::raw_offset(entry);
-                        format!("Repairing offset={offset:x}: Preallocated cluster is not properly aligned; L2 entry corrupted.")
+                        format!(
+                            "Repairing offset={offset:x}: Preallocated cluster is not properly aligned; \
+                            L2 entry corrupted."
+                        )
                     });
                 }
             }
@@ -49,7 +52,12 @@ impl Stage<'_> {
     }
 
     /// Makes the flags say what the refcounts will be.
-    pub(super) fn mend_flags(&self, survey: &Survey, policy: CountPolicy, actions: &mut Actions) -> Result<Flags> {
+    pub(super) fn mend_flags(
+        &self,
+        survey: &Survey,
+        policy: CountPolicy,
+        actions: &mut Actions,
+    ) -> Result<Flags> {
         let mut flags = Flags::default();
         for place in self.windows() {
             let window = self.window(place, Without::default())?;
@@ -63,7 +71,9 @@ impl Stage<'_> {
                 let mut changes = Vec::new();
                 for (at, entry, verdict) in self.verdicts(table, &bytes) {
                     let wanted = match verdict {
-                        Verdict::Cluster(host) if table.weight.active > 0 => judge.copied(entry, host.0, &mut flags)?,
+                        Verdict::Cluster(host) if table.weight.active > 0 => {
+                            judge.copied(entry, host.0, &mut flags)?
+                        }
                         Verdict::DataFile if table.weight.active > 0 => Some(true),
                         Verdict::Compressed => Some(false),
                         _ => None,
@@ -93,7 +103,9 @@ impl Stage<'_> {
                 if let Some(mended) = wanted.and_then(|wanted| flagged(entry, wanted)) {
                     changes.push((at, mended));
                     let index = (start + at as u64) / 8;
-                    actions.note(|| format!("Repairing OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x}"));
+                    actions.note(|| {
+                        format!("Repairing OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x}")
+                    });
                 }
             }
             self.put_words(l1.offset.0 + start, bytes, &changes)?;

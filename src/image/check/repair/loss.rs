@@ -1,9 +1,9 @@
 //! What a file that was cut short has lost, made explicit: it was an error, and becomes zeroes.
 //!
-//! Nothing can bring it back, but as long as entries lead beyond the end of the file nobody may write the image, for
-//! growing over them would make the same zeroes of it without a word. So each place is told. Data loses its entry; where a
-//! whole L2 table is lost, one that is all zeroes takes its place at the end of the file, for without any the layers
-//! below would show through. A cluster of which a part is there keeps that.
+//! Nothing can bring it back, but as long as entries lead beyond the end of the file nobody may write the
+//! image, for growing over them would make the same zeroes of it without a word. So each place is told. Data
+//! loses its entry; where a whole L2 table is lost, one that is all zeroes takes its place at the end of the
+//! file, for without any the layers below would show through. A cluster of which a part is there keeps that.
 
 use super::super::tables::Verdict;
 use super::survey::Survey;
@@ -41,7 +41,10 @@ impl Lost<'_> {
         if let Some((start, end, is_active)) = self.run.take() {
             let of = if is_active { "the disk" } else { "an internal snapshot" };
             self.lines.note(|| {
-                format!("Lost: {} bytes of {of} at guest offset {start:#x} read as zeroes from now on", end - start)
+                format!(
+                    "Lost: {} bytes of {of} at guest offset {start:#x} read as zeroes from now on",
+                    end - start
+                )
             });
         }
     }
@@ -49,13 +52,19 @@ impl Lost<'_> {
 
 impl Stage<'_> {
     /// Lets nothing lead beyond the end of the file any more. Returns how many entries did.
-    pub(super) fn accept_loss(&self, survey: &Survey, lost: &mut Actions, notes: &mut Vec<String>) -> Result<u64> {
+    pub(super) fn accept_loss(
+        &self,
+        survey: &Survey,
+        lost: &mut Actions,
+        notes: &mut Vec<String>,
+    ) -> Result<u64> {
         let header = &self.audited.header;
         let (size, len) = (header.cluster.size(), self.audited.file_len);
         let can_say_zero = header.version == Version::V3 || header.backing.is_none();
         if !can_say_zero {
             notes.push(
-                "What is lost was left as it is: version 2 cannot say that a place reads as zeroes above a backing file. \
+                "What is lost was left as it is: version 2 cannot say that a place reads as zeroes above a \
+                    backing file. \
                  Amend the image to version 3 (qemu-img amend -o compat=1.1), and repair it again."
                     .to_owned(),
             );
@@ -63,7 +72,8 @@ impl Stage<'_> {
         }
         let mut told = Lost { lines: lost, run: None };
         let (snapshots, _) = self.audited.read_snapshots()?;
-        let longest = snapshots.iter().filter_map(|snapshot| snapshot.virtual_size).fold(header.virtual_size, u64::max);
+        let longest =
+            snapshots.iter().filter_map(|snapshot| snapshot.virtual_size).fold(header.virtual_size, u64::max);
         let (mut mended, mut is_cut) = (0, false);
         let tables = self.references.l2_list.tables().iter().zip(&survey.is_trusted);
         for (table, _) in tables.filter(|(_, trusted)| **trusted) {
@@ -194,7 +204,9 @@ impl Stage<'_> {
         let mut mended = 0;
         if kept < snapshots.len() {
             let gone = snapshots.len() - kept;
-            lost.note(|| format!("Lost: {gone} of {} internal snapshots; they are no longer listed", snapshots.len()));
+            lost.note(|| {
+                format!("Lost: {gone} of {} internal snapshots; they are no longer listed", snapshots.len())
+            });
             let mut field = (kept as u32).to_be_bytes().to_vec();
             field.extend(if kept == 0 { 0 } else { header.snapshots.offset.0 }.to_be_bytes());
             self.storage.write_at(SNAPSHOTS_AT, &field)?;
@@ -210,11 +222,14 @@ impl Stage<'_> {
             if header.backing.is_some() {
                 // Without tables the layers below would show through.
                 notes.push(format!(
-                    "All of the internal snapshot \"{name}\" is lost: delete it with qemu-img snapshot -d, and repair again."
+                    "All of the internal snapshot \"{name}\" is lost: delete it with qemu-img snapshot -d, \
+                        and repair again."
                 ));
                 continue;
             }
-            lost.note(|| format!("Lost: all of the internal snapshot \"{name}\" reads as zeroes from now on"));
+            lost.note(|| {
+                format!("Lost: all of the internal snapshot \"{name}\" reads as zeroes from now on")
+            });
             self.storage.write_at(header.snapshots.offset.0 + place as u64, &[0; 12])?;
             mended += 1;
         }

@@ -1,11 +1,11 @@
 //! Repairing what an audit has found, as `qemu-img check -r` does it, but so that nothing is lost.
 //!
-//! Promises: no view of the image changes, at no moment (but with [`Scope::Loss`], where errors become zeroes); a crash or a failing write leaves an image
-//! that the same repair mends when it is called again. Hence the order, each step durable before
-//! the next: counts that are too low are raised, COPIED flags follow, counts that are too high
-//! are lowered, the dirty and corrupt bits go last. Where the refcounts themselves lie on other
-//! things or not at all, all of them are written anew at the end of the file, where nothing
-//! else can be, and one write within a sector of the header puts them in force.
+//! Promises: no view of the image changes, at no moment (but with [`Scope::Loss`], where errors become
+//! zeroes); a crash or a failing write leaves an image that the same repair mends when it is called again.
+//! Hence the order, each step durable before the next: counts that are too low are raised, COPIED flags
+//! follow, counts that are too high are lowered, the dirty and corrupt bits go last. Where the refcounts
+//! themselves lie on other things or not at all, all of them are written anew at the end of the file, where
+//! nothing else can be, and one write within a sector of the header puts them in force.
 //!
 //! More careful than QEMU: while an entry leads nowhere, nothing is given back, for what looks
 //! unused may be what it meant; freed clusters keep their bytes; a table is written to only
@@ -37,8 +37,8 @@ pub enum Scope {
     Leaks,
     /// Whatever can be without guessing.
     All,
-    /// As [`Scope::All`]; and what lies beyond the end of a file that was cut short, and is an error for whoever reads
-    /// it, becomes zeroes for good: each place is told.
+    /// As [`Scope::All`]; and what lies beyond the end of a file that was cut short, and is an error for
+    /// whoever reads it, becomes zeroes for good: each place is told.
     Loss,
 }
 
@@ -62,7 +62,8 @@ pub struct Repaired {
     pub actions: Actions,
     /// Sentences on what the numbers do not tell.
     pub notes: Vec<String>,
-    /// What was lost and reads as zeroes from now on, a line for each of the first [`MAX_FINDINGS`] stretches.
+    /// What was lost and reads as zeroes from now on, a line for each of the first [`MAX_FINDINGS`]
+    /// stretches.
     pub lost: Actions,
 }
 
@@ -139,8 +140,8 @@ pub fn rebuild_dirty(storage: &dyn WriteStorage, name: &str) -> Result<CheckRepo
     Ok(report)
 }
 
-/// Puts COPIED flags right that an interrupted command has left, and gives back what it has counted; does nothing to an
-/// image with which anything else is wrong.
+/// Puts COPIED flags right that an interrupted command has left, and gives back what it has counted; does
+/// nothing to an image with which anything else is wrong.
 pub fn mend_flags(storage: &dyn WriteStorage, name: &str) -> Result<()> {
     let report = check_in_windows(storage, name, WINDOW_CLUSTERS)?;
     let flags = report.count_of(FindingKind::Flag);
@@ -217,7 +218,8 @@ impl<'a> Repair<'a> {
         let mut stage = self.stage()?;
         let mut survey = Survey::take(&stage)?;
         if scope == Scope::Leaks && (!survey.is_sound || before.count_of(FindingKind::Uncounted) > 0) {
-            let fact = "its refcounts do not cover what is in use, so that leaks cannot be told; nothing was changed";
+            let fact = "its refcounts do not cover what is in use, so that leaks cannot be told; nothing was \
+                changed";
             let remedy = "repair it with --repair all";
             return Err(Error::new(ErrorKind::Corrupt, format!("{}: {fact}; {remedy}", self.name)));
         }
@@ -248,14 +250,16 @@ impl<'a> Repair<'a> {
             }
         }
         let is_cut = report.count_of(FindingKind::Dangling) > 0;
-        let in_doubt = is_cut || report.count_of(FindingKind::Doubt) > 0 || report.count_of(FindingKind::KeptPlace) > 0;
+        let in_doubt =
+            is_cut || report.count_of(FindingKind::Doubt) > 0 || report.count_of(FindingKind::KeptPlace) > 0;
         let snapshots = scope == Scope::All && report.count_of(FindingKind::Incomplete) > 0 && !is_cut;
         let too_low = report.count_of(FindingKind::TooLow) + report.count_of(FindingKind::Uncounted);
         let policy = if in_doubt { CountPolicy::NeverLower } else { CountPolicy::References };
         let mut leaks = if in_doubt { 0 } else { report.leaks };
         if !survey.is_sound && is_cut {
             self.notes.push(
-                "The refcounts were left as they are: to write them anew, the file would have to grow over what \
+                "The refcounts were left as they are: to write them anew, the file would have to grow over \
+                    what \
                  it seems to have lost. Restore it from a backup."
                     .to_owned(),
             );
@@ -263,7 +267,8 @@ impl<'a> Repair<'a> {
         }
         if in_doubt && report.leaks > 0 {
             self.notes.push(
-                "Leaked clusters were left as they are: entries that make no sense may have meant them.".to_owned(),
+                "Leaked clusters were left as they are: entries that make no sense may have meant them."
+                    .to_owned(),
             );
         }
         if !survey.is_sound || snapshots {
@@ -271,7 +276,10 @@ impl<'a> Repair<'a> {
                 self.actions.note(|| "Rebuilding snapshot table".to_owned());
             }
             self.actions.note(|| "Rebuilding refcount structure".to_owned());
-            stage.rebuild(policy, if snapshots { Rebuilt::RefcountsAndSnapshotTable } else { Rebuilt::Refcounts })?;
+            stage.rebuild(
+                policy,
+                if snapshots { Rebuilt::RefcountsAndSnapshotTable } else { Rebuilt::Refcounts },
+            )?;
             self.corruptions_fixed += too_low + report.count_of(FindingKind::Structure);
             self.corruptions_fixed += if snapshots { report.count_of(FindingKind::Incomplete) } else { 0 };
             self.leaks_fixed += leaks;
@@ -292,7 +300,8 @@ impl<'a> Repair<'a> {
             }
             if mended.used_twice > 0 {
                 self.notes.push(format!(
-                    "{} entries share their clusters with something else, though no snapshot does. They are no longer \
+                    "{} entries share their clusters with something else, though no snapshot does. They are \
+                        no longer \
                      written in place, but what one of the users had there is lost. Compare with a backup.",
                     mended.used_twice
                 ));
@@ -310,7 +319,8 @@ impl<'a> Repair<'a> {
         Ok(())
     }
 
-    /// Whether the file ends where a cluster does: else the audit, as QEMU's, lets a reference reach over its end.
+    /// Whether the file ends where a cluster does: else the audit, as QEMU's, lets a reference reach over its
+    /// end.
     fn is_whole(&self) -> Result<bool> {
         let audited = Audited::open(self.storage as &dyn Storage, self.name)?;
         Ok(audited.file_len.is_multiple_of(audited.header.cluster.size()))
@@ -358,13 +368,17 @@ impl Stage<'_> {
     fn window(&self, (first, len): (u64, u64), without: Without) -> Result<Window> {
         let mut window = Window::new(self.audited.header.cluster, first, len, u64::MAX);
         let mut told_before = CheckReport::default();
-        let mut pass = Pass { audited: &self.audited, first: false, window: &mut window, report: &mut told_before };
+        let mut pass =
+            Pass { audited: &self.audited, first: false, window: &mut window, report: &mut told_before };
         self.references.count(&mut pass, without)?;
         Ok(window)
     }
 
     /// The runs of `clusters` that one refcount block counts.
-    fn block_parts(&self, clusters: std::ops::Range<u64>) -> impl Iterator<Item = std::ops::Range<u64>> + use<> {
+    fn block_parts(
+        &self,
+        clusters: std::ops::Range<u64>,
+    ) -> impl Iterator<Item = std::ops::Range<u64>> + use<> {
         let per_block = self.references.refcounts.per_block();
         let mut at = clusters.start;
         std::iter::from_fn(move || {

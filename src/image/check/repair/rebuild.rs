@@ -67,9 +67,15 @@ impl Stage<'_> {
         let (_, len) = self.audited.read_snapshots()?;
         let mut bytes = vec![0; len as usize];
         self.audited.read(self.audited.header.snapshots.offset.0, &mut bytes)?;
-        let table = with_required_extra(&bytes, self.audited.header.snapshots.count, self.audited.header.virtual_size);
+        let table = with_required_extra(
+            &bytes,
+            self.audited.header.snapshots.count,
+            self.audited.header.virtual_size,
+        );
         if table.len() as u64 > MAX_TABLE_LEN {
-            return Err(self.limit("its snapshot table would become too large; delete snapshots with qemu-img"));
+            return Err(
+                self.limit("its snapshot table would become too large; delete snapshots with qemu-img")
+            );
         }
         Ok(table)
     }
@@ -112,7 +118,8 @@ impl Stage<'_> {
             let end = start + snapshot_clusters + table_clusters + block_count;
             let blocks = (end - 1) / per_block + 1;
             if blocks * 8 > MAX_REFCOUNT_TABLE_LEN {
-                let fact = "its refcounts would need a larger table than there may be; copy it with qemu-img convert";
+                let fact = "its refcounts would need a larger table than there may be; copy it with qemu-img \
+                    convert";
                 return Err(self.limit(fact));
             }
             let mut needed = vec![false; blocks as usize];
@@ -120,7 +127,10 @@ impl Stage<'_> {
                 needed[*index as usize] = true;
             }
             needed[(start / per_block) as usize..].fill(true);
-            let found = ((blocks * 8).div_ceil(cluster.size()), needed.iter().filter(|needed| **needed).count() as u64);
+            let found = (
+                (blocks * 8).div_ceil(cluster.size()),
+                needed.iter().filter(|needed| **needed).count() as u64,
+            );
             if found == (table_clusters, block_count) {
                 return Ok(RebuildLayout { start, snapshot_clusters, table_clusters, end, needed });
             }
@@ -129,11 +139,18 @@ impl Stage<'_> {
         }
     }
 
-    fn write_new(&self, layout: &RebuildLayout, without: Without, policy: CountPolicy, snapshots: &[u8]) -> Result<()> {
+    fn write_new(
+        &self,
+        layout: &RebuildLayout,
+        without: Without,
+        policy: CountPolicy,
+        snapshots: &[u8],
+    ) -> Result<()> {
         let header = &self.audited.header;
         let (cluster, order) = (header.cluster, header.refcount_order);
         let per_block = self.references.refcounts.per_block();
-        let mut out = Stream { storage: self.storage, at: layout.start << cluster.bits(), buffer: Vec::new() };
+        let mut out =
+            Stream { storage: self.storage, at: layout.start << cluster.bits(), buffer: Vec::new() };
         out.push(snapshots)?;
         out.pad_to((layout.start + layout.snapshot_clusters) << cluster.bits())?;
         let first_block = layout.start + layout.snapshot_clusters + layout.table_clusters;
@@ -161,7 +178,11 @@ impl Stage<'_> {
                     continue;
                 }
                 out.counts(&part, order, |at| {
-                    if (layout.start..layout.end).contains(&at) { 1 } else { self.new_count(&window, at, policy) }
+                    if (layout.start..layout.end).contains(&at) {
+                        1
+                    } else {
+                        self.new_count(&window, at, policy)
+                    }
                 })?;
             }
             first += len;

@@ -19,7 +19,8 @@ pub(super) struct Survey {
 impl Survey {
     pub(super) fn take(stage: &Stage<'_>) -> Result<Self> {
         let (header, references) = (&stage.audited.header, &stage.references);
-        let (cluster, refcounts, tables) = (header.cluster, &references.refcounts, references.l2_list.tables());
+        let (cluster, refcounts, tables) =
+            (header.cluster, &references.refcounts, references.l2_list.tables());
         let file_clusters = stage.audited.file_clusters();
         let table_end = header.refcount_table.offset.0 + refcounts.entries().len() as u64 * 8;
         let table = cluster.index(header.refcount_table.offset.0)..table_end.div_ceil(cluster.size());
@@ -30,20 +31,25 @@ impl Survey {
         for &entry in refcounts.entries() {
             match table_entry(entry, cluster) {
                 Ok(None) => {}
-                Ok(Some(block)) if cluster.index(block.0) < file_clusters => blocks.push(cluster.index(block.0)),
+                Ok(Some(block)) if cluster.index(block.0) < file_clusters => {
+                    blocks.push(cluster.index(block.0));
+                }
                 _ => is_sound = false,
             }
         }
         blocks.sort_unstable();
-        let mut survey = Self { is_sound, l1_is_sole: l1.end <= file_clusters, is_trusted: vec![false; tables.len()] };
+        let mut survey =
+            Self { is_sound, l1_is_sole: l1.end <= file_clusters, is_trusted: vec![false; tables.len()] };
         for place in stage.windows() {
             let window = stage.window(place, Without::default())?;
             let is_sole = |at: &u64| window.references(*at) == Some(1);
             let within = window.clusters();
-            let inside = |range: &std::ops::Range<u64>| range.start.max(within.start)..range.end.min(within.end);
+            let inside =
+                |range: &std::ops::Range<u64>| range.start.max(within.start)..range.end.min(within.end);
             survey.l1_is_sole &= inside(&l1).all(|at| is_sole(&at));
             survey.is_sound &= inside(&table).all(|at| is_sole(&at));
-            let own = blocks.partition_point(|at| *at < within.start)..blocks.partition_point(|at| *at < within.end);
+            let own = blocks.partition_point(|at| *at < within.start)
+                ..blocks.partition_point(|at| *at < within.end);
             survey.is_sound &= blocks[own].iter().all(is_sole);
             let is_used = |at: u64| window.references(at) != Some(0);
             for part in stage.block_parts(within.clone()) {
@@ -55,7 +61,8 @@ impl Survey {
             let own = own(within.start)..own(within.end);
             for (table, is_trusted) in tables[own.clone()].iter().zip(&mut survey.is_trusted[own]) {
                 let at = table.at.0;
-                let is_whole = cluster.aligned(at) && at != 0 && at + cluster.size() <= stage.audited.file_len;
+                let is_whole =
+                    cluster.aligned(at) && at != 0 && at + cluster.size() <= stage.audited.file_len;
                 let users = window.references(cluster.index(at)).map(u64::from);
                 *is_trusted = is_whole && users == Some(table.weight.total) && stage.makes_sense(table)?;
             }

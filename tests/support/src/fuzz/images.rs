@@ -119,7 +119,8 @@ impl Specimen {
     /// A multiple of 8 within one of the tables.
     fn entry(&self, bytes: &[u8], random: &mut Random) -> usize {
         // The header comes first, and is soon beyond repair.
-        let tables = if random.once_in(4) { &self.tables[..] } else { &self.tables[2.min(self.tables.len())..] };
+        let tables =
+            if random.once_in(4) { &self.tables[..] } else { &self.tables[2.min(self.tables.len())..] };
         let table = pick(tables, random).unwrap_or(0..bytes.len());
         let at = table.start + random.below(table.len().max(1));
         at.min(bytes.len() - 1) & !7
@@ -158,8 +159,9 @@ impl Specimen {
             10 => (len.next_multiple_of(self.cluster as u64) + place) | COPIED,
             11 | 12 => {
                 let at = self.entry(bytes, random);
-                let word =
-                    bytes.get(at..at + 8).map_or(0, |word| u64::from_be_bytes(word.try_into().expect("8 bytes")));
+                let word = bytes
+                    .get(at..at + 8)
+                    .map_or(0, |word| u64::from_be_bytes(word.try_into().expect("8 bytes")));
                 match random.below(3) {
                     0 => word ^ 1 << random.below(64),
                     1 => word.wrapping_add(self.cluster as u64),
@@ -210,7 +212,8 @@ impl Map {
         }
 
         let mut parser = SnapshotParser::new(header);
-        if header.snapshots.count > 0 && parser.feed(&bytes[header.snapshots.offset.0 as usize..]) == Ok(true) {
+        if header.snapshots.count > 0 && parser.feed(&bytes[header.snapshots.offset.0 as usize..]) == Ok(true)
+        {
             let len = parser.table_len();
             for snapshot in parser.finish().expect("it is complete") {
                 map.table(bytes, header.snapshots.offset.0, len);
@@ -221,7 +224,9 @@ impl Map {
             let (at, len) = (bitmaps.directory.0, bitmaps.directory_len);
             map.table(bytes, at, len);
             let directory = &bytes[at as usize..][..len as usize];
-            for bitmap in bitmap::parse_directory(directory, bitmaps.count, header.cluster).expect("QEMU wrote it") {
+            for bitmap in
+                bitmap::parse_directory(directory, bitmaps.count, header.cluster).expect("QEMU wrote it")
+            {
                 map.table(bytes, bitmap.table.0, u64::from(bitmap.table_entries) * 8);
             }
         }

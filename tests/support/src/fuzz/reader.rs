@@ -107,7 +107,8 @@ enum State {
 pub fn read_chain(files: &[File], random: &mut Random, tally: &mut Tally) {
     let sound: Vec<bool> = files.iter().map(is_sound).collect();
     let caches = || Caches::new(1 << 20, 1 << 20);
-    let (frozen_caches, live_caches) = (caches(), if random.once_in(4) { Caches::new(0, 0) } else { caches() });
+    let (frozen_caches, live_caches) =
+        (caches(), if random.once_in(4) { Caches::new(0, 0) } else { caches() });
     let flat: Arc<FlatCache> = Arc::new(Cache::new(if random.once_in(8) { 0 } else { 1 << 20 }));
 
     let top = match open(&files[0], "layer 0", true, &frozen_caches) {
@@ -123,7 +124,8 @@ pub fn read_chain(files: &[File], random: &mut Random, tally: &mut Tally) {
     assert!(!sound[0] || damage.as_ref().is_none_or(|damage| is_excused(damage)), "sound, but {damage:?}");
     // As under a writer, whose file may grow.
     let grows = random.once_in(4);
-    let live_top = open(&files[0], "layer 0", !grows, &live_caches).unwrap_or_else(|_| unreachable!("it was opened"));
+    let live_top =
+        open(&files[0], "layer 0", !grows, &live_caches).unwrap_or_else(|_| unreachable!("it was opened"));
     let below = |caches| -> Vec<Opened> {
         let open = |(file, index): (&File, usize)| open_or_raw(file, &format!("layer {index}"), caches);
         files.iter().zip(0..).skip(1).map(open).collect()
@@ -131,7 +133,9 @@ pub fn read_chain(files: &[File], random: &mut Random, tally: &mut Tally) {
     let (frozen_below, live_below) = (below(&frozen_caches), below(&live_caches));
 
     for state in states(&top.snapshots, random) {
-        let (Ok(frozen), Ok(live)) = (layers(&top, &frozen_below, state), layers(&live_top, &live_below, state)) else {
+        let (Ok(frozen), Ok(live)) =
+            (layers(&top, &frozen_below, state), layers(&live_top, &live_below, state))
+        else {
             assert!(is_huge(&top, state), "{state:?} is refused");
             continue;
         };
@@ -204,7 +208,8 @@ fn header(bytes: &[u8]) -> std::result::Result<Header, Malformed> {
 
 fn snapshots(bytes: &[u8], header: &Header) -> std::result::Result<Vec<Snapshot>, Malformed> {
     let mut parser = SnapshotParser::new(header);
-    let table = usize::try_from(header.snapshots.offset.0).ok().and_then(|at| bytes.get(at..)).unwrap_or_default();
+    let table =
+        usize::try_from(header.snapshots.offset.0).ok().and_then(|at| bytes.get(at..)).unwrap_or_default();
     for chunk in table.chunks(4096) {
         if parser.feed(chunk)? {
             break;
@@ -233,7 +238,9 @@ fn is_huge(top: &Opened, state: State) -> bool {
     let sizes = match state {
         State::Active => return false,
         State::Snapshot(index) => [top.snapshots[index].virtual_size, None],
-        State::VmState(index) => [top.snapshots[index].virtual_size, Some(top.snapshots[index].vm_state_size)],
+        State::VmState(index) => {
+            [top.snapshots[index].virtual_size, Some(top.snapshots[index].vm_state_size)]
+        }
     };
     sizes.into_iter().flatten().any(|size| i64::try_from(size).is_err())
 }
@@ -341,14 +348,18 @@ impl Ways<'_> {
             outcomes => {
                 let [frozen, live, plain] =
                     <[_; 3]>::from(outcomes).map(|outcome| outcome.err().map(|e| e.to_string()));
-                panic!("{state:?} {at:#x}+{len:#x}: flattened {frozen:?}, live {live:?}, layer by layer {plain:?}");
+                panic!(
+                    "{state:?} {at:#x}+{len:#x}: flattened {frozen:?}, live {live:?}, layer by layer \
+                        {plain:?}"
+                );
             }
         }
     }
 
     /// A sound image fails only for what [`is_excused`].
     fn expect_damage(&self, sentence: &str) {
-        let layer = sentence.strip_prefix("layer ").and_then(|rest| rest.split(':').next()?.parse::<usize>().ok());
+        let layer =
+            sentence.strip_prefix("layer ").and_then(|rest| rest.split(':').next()?.parse::<usize>().ok());
         let layer = layer.unwrap_or_else(|| panic!("an error names its image: {sentence}"));
         assert!(is_excused(sentence) || !self.sound[layer], "sound, but {:?} says: {sentence}", self.state);
     }
@@ -389,7 +400,11 @@ impl Ways<'_> {
     fn expect_at_offset(&self, depth: usize, offset: Option<u64>, bytes: &[u8]) {
         let Some(offset) = offset else { return };
         let mut there = vec![0; bytes.len()];
-        let have = self.frozen.layers()[depth].image().data().read_at(offset, &mut there).expect("memory can be read");
+        let have = self.frozen.layers()[depth]
+            .image()
+            .data()
+            .read_at(offset, &mut there)
+            .expect("memory can be read");
         // A raw image is padded to a whole sector.
         assert!(there == bytes && bytes.len() - have < 512, "{:?}: not what lies at {offset:#x}", self.state);
     }
@@ -397,7 +412,8 @@ impl Ways<'_> {
     fn expect_zeroes(&mut self, at: u64, len: u64) {
         let tail = len.saturating_sub(RUN_TAIL);
         for (at, len) in [(at, len.min(RUN_HEAD)), (at + tail, len - tail)] {
-            let bytes = self.alike(at, len).unwrap_or_else(|| panic!("zeroes at {at:#x}, which cannot be read"));
+            let bytes =
+                self.alike(at, len).unwrap_or_else(|| panic!("zeroes at {at:#x}, which cannot be read"));
             let zero = bytes.iter().fold(0, |all, byte| all | byte) == 0;
             assert!(zero, "{:?} {at:#x}+{len:#x} is said to be zero", self.state);
         }
@@ -416,7 +432,11 @@ impl Ways<'_> {
             // What is missing at the end of a file that grows is not known to be missing; and a
             // seek that gives up does so after so many runs, which are longer if flattened.
             let excused = self.grows || end.min(live.unwrap_or(size)) - at > LONG;
-            assert!(found == live || excused, "{:?}: from {at:#x}, {data}: {found:x?}, live {live:x?}", self.state);
+            assert!(
+                found == live || excused,
+                "{:?}: from {at:#x}, {data}: {found:x?}, live {live:x?}",
+                self.state
+            );
             assert!((at..=size).contains(&end));
             if data && end > at {
                 self.expect_zeroes(at, end - at);

@@ -141,7 +141,8 @@ impl Change<'_> {
             data.save(scratch.path(super::images::DATA_FILE));
         }
         scratch.run("qemu-img", &["check", "-q", "-r", "all", IMAGE]);
-        let repaired: Vec<_> = std::iter::once(Pages::load(scratch.path(IMAGE))).chain(files.get(1).cloned()).collect();
+        let repaired: Vec<_> =
+            std::iter::once(Pages::load(scratch.path(IMAGE))).chain(files.get(1).cloned()).collect();
         judge_by_qemu(self.image, &repaired, views);
     }
 

@@ -1,4 +1,5 @@
-//! A writer, and every crash while it writes: the tape of the simulated machine as a log that [`crate::crash`] cuts.
+//! A writer, and every crash while it writes: the tape of the simulated machine as a log that
+//! [`crate::crash`] cuts.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -141,7 +142,9 @@ impl Workload {
                 let is_expected = self.sync_rule != SyncRule::Honest;
                 let name = self.name.replace(' ', "-");
                 let kept = if is_expected { String::new() } else { judge.keep(&name, &state.files) };
-                tally.failures.push(format!("{sentence}\nstate: {}\n{kept}", crash::describe(&log, candidate)));
+                tally
+                    .failures
+                    .push(format!("{sentence}\nstate: {}\n{kept}", crash::describe(&log, candidate)));
             }
             tally.failures.len() < self.stop_after
         });
@@ -227,8 +230,8 @@ fn effort(limit: usize) -> Effort {
     Effort { width, draws, pairs: true, tears: 2, at_syncs: false, always_flushed: true, limit }
 }
 
-/// Visits the files after crashes, about `limit` of them where there are more, each content once between two flushes
-/// that were acknowledged: how many events of the tape had happened, and the files.
+/// Visits the files after crashes, about `limit` of them where there are more, each content once between two
+/// flushes that were acknowledged: how many events of the tape had happened, and the files.
 pub fn each_state(tape: &[Event], start: &[Pages], limit: usize, mut visit: impl FnMut(usize, Vec<Pages>)) {
     let limit = if is_long() { usize::MAX } else { limit };
     crash::each_state(&FileLog { tape, start }, &effort(limit), seed(), |candidate, files| {

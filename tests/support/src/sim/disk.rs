@@ -282,7 +282,8 @@ impl SimDisk {
 
     fn change_now(&self, what: &str, action: Action) -> Result<()> {
         let mut pages = self.pages.lock();
-        let failure = self.machine.strikes(Calls::Changes, Hit::Change).or_else(|| self.lacks_space(&pages, &action));
+        let failure =
+            self.machine.strikes(Calls::Changes, Hit::Change).or_else(|| self.lacks_space(&pages, &action));
         if let Some(failure) = failure {
             // A failed write leaves any part of its bytes.
             if let Action::Write { at, bytes } = &action {

@@ -25,7 +25,11 @@ pub struct Guest {
 }
 
 /// Opens a writer on simulated files.
-pub fn open_writer(disks: &[Arc<SimDisk>], backing: Option<&Backing>, options: WriterOptions) -> Result<Arc<Writer>> {
+pub fn open_writer(
+    disks: &[Arc<SimDisk>],
+    backing: Option<&Backing>,
+    options: WriterOptions,
+) -> Result<Arc<Writer>> {
     let storage = |disk: &Arc<SimDisk>| Arc::clone(disk) as Arc<dyn WriteStorage>;
     let below = backing.map(|backing| Arc::new(backing.clone()) as Arc<dyn BackingDisk>);
     Writer::qcow2(IMAGE, storage(&disks[0]), disks.get(1).map(storage), below, options)
@@ -39,8 +43,12 @@ pub fn new_snapshot(name: &str) -> NewSnapshot {
 impl Guest {
     /// Puts the files of an image into a machine and opens it.
     pub fn new(machine: &Arc<Machine>, image: &StartImage, options: WriterOptions) -> Self {
-        let disks: Vec<_> =
-            image.files.iter().enumerate().map(|(file, pages)| SimDisk::new(machine, file, pages.clone())).collect();
+        let disks: Vec<_> = image
+            .files
+            .iter()
+            .enumerate()
+            .map(|(file, pages)| SimDisk::new(machine, file, pages.clone()))
+            .collect();
         let writer = open_writer(&disks, image.backing.as_ref(), options).unwrap();
         assert_eq!(writer.size(), image.initial_size, "the size of the disk as opened");
         Self {
@@ -149,7 +157,11 @@ impl Guest {
 
     /// Fills from below; nothing that can be seen changes.
     pub fn try_fill(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<()> {
-        self.operation(format!("fill {at:#x}+{len:#x}"), |_, _| {}, |writer, _| writer.fill(at, len, fill).map(drop))
+        self.operation(
+            format!("fill {at:#x}+{len:#x}"),
+            |_, _| {},
+            |writer, _| writer.fill(at, len, fill).map(drop),
+        )
     }
 
     pub fn fill(&self, at: u64, len: u64, fill: &dyn Fill) {
@@ -197,11 +209,13 @@ impl Guest {
 
     /// Zeroes that keep their place.
     pub fn zero(&self, at: u64, len: u64) {
-        self.try_zero(at, len, Zeroing::Keep).unwrap_or_else(|error| panic!("zero {at:#x}+{len:#x}: {error}"));
+        self.try_zero(at, len, Zeroing::Keep)
+            .unwrap_or_else(|error| panic!("zero {at:#x}+{len:#x}: {error}"));
     }
 
     pub fn discard(&self, at: u64, len: u64) {
-        self.try_zero(at, len, Zeroing::Unmap).unwrap_or_else(|error| panic!("discard {at:#x}+{len:#x}: {error}"));
+        self.try_zero(at, len, Zeroing::Unmap)
+            .unwrap_or_else(|error| panic!("discard {at:#x}+{len:#x}: {error}"));
     }
 
     pub fn allocate(&self, at: u64, len: u64) {

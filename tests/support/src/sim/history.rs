@@ -122,9 +122,13 @@ impl History {
     /// Everything up to which tape position an acknowledged flush covers, as of `moment`.
     fn covered(&self, moment: Moment) -> usize {
         match moment {
-            Moment::Cut(cut) => {
-                self.flushes.iter().filter(|(_, acked)| *acked < cut).map(|(begun, _)| *begun).max().unwrap_or(0)
-            }
+            Moment::Cut(cut) => self
+                .flushes
+                .iter()
+                .filter(|(_, acked)| *acked < cut)
+                .map(|(begun, _)| *begun)
+                .max()
+                .unwrap_or(0),
             Moment::Now => usize::MAX,
         }
     }

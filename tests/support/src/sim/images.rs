@@ -137,7 +137,15 @@ impl Start {
         });
         let snapshots = snapshots.collect();
         let is_dirty = opened.header.dirty();
-        StartImage { scratch, initial_size: opened.header.virtual_size, files, backing, initial, snapshots, is_dirty }
+        StartImage {
+            scratch,
+            initial_size: opened.header.virtual_size,
+            files,
+            backing,
+            initial,
+            snapshots,
+            is_dirty,
+        }
     }
 }
 
@@ -158,7 +166,8 @@ impl StartImage {
         }
     }
 
-    /// Without its directory, for who keeps it until the process ends; [`elsewhere`](Self::elsewhere) is one to be used.
+    /// Without its directory, for who keeps it until the process ends; [`elsewhere`](Self::elsewhere) is one
+    /// to be used.
     pub fn kept(self) -> Self {
         drop(std::fs::remove_dir_all(self.scratch.path("")));
         self
@@ -193,8 +202,8 @@ impl Opened {
         let file = &files[0];
         let first = file.bytes(0, (PROBE_LEN as u64).min(file.len()));
         let need = needed_len(&first).map_err(|reason| format!("header: {reason}"))?;
-        let header =
-            Header::parse(&file.bytes(0, need.min(file.len())), file.len()).map_err(|reason| reason.to_string())?;
+        let header = Header::parse(&file.bytes(0, need.min(file.len())), file.len())
+            .map_err(|reason| reason.to_string())?;
         let mut parser = SnapshotParser::new(&header);
         let (mut at, mut done) = (header.snapshots.offset.0, header.snapshots.count == 0);
         while !done {
@@ -216,7 +225,11 @@ impl Opened {
     }
 
     /// The disk as the active layer (or an internal snapshot) over `backing` shows it.
-    pub fn view(&self, snapshot: Option<usize>, backing: Option<&Backing>) -> std::result::Result<Arc<View>, String> {
+    pub fn view(
+        &self,
+        snapshot: Option<usize>,
+        backing: Option<&Backing>,
+    ) -> std::result::Result<Arc<View>, String> {
         let text = |error: chainfs::error::Error| error.to_string();
         let top = match snapshot {
             None => Layer::active(&self.image),

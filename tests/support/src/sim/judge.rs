@@ -52,7 +52,8 @@ fn judge_report(files: &[Pages], may_share: bool) -> Result<CheckReport, String>
     // Each finding that is not a leak.
     let is_flag = |finding: &String| finding.contains("OFLAG_COPIED") && !finding.contains("refcount=1");
     let flags = report.findings.iter().filter(|finding| is_flag(finding)).count() as u64;
-    let corruptions = if may_share { report.corruptions - flags.min(report.corruptions) } else { report.corruptions };
+    let corruptions =
+        if may_share { report.corruptions - flags.min(report.corruptions) } else { report.corruptions };
     if corruptions == 0 && report.check_errors == 0 {
         return Ok(report);
     }
@@ -76,8 +77,9 @@ impl<'a> Judge<'a> {
         let header = Opened::new(&image.files).unwrap().header;
         let size = history.legal_sizes(Moment::Cut(usize::MAX)).into_iter().max().expect("the first size");
         let touched = history.touched(header.cluster.size().min(PIECE), size);
-        let split =
-            |(at, len): (u64, u64)| (at..at + len).step_by(PIECE as usize).map(move |p| (p, PIECE.min(at + len - p)));
+        let split = |(at, len): (u64, u64)| {
+            (at..at + len).step_by(PIECE as usize).map(move |p| (p, PIECE.min(at + len - p)))
+        };
         let pieces = touched.into_iter().flat_map(split).collect();
         Self { image, history, options, pieces, qemu_one_in: u64::MAX, by_qemu: Cell::new(0) }
     }
@@ -106,7 +108,8 @@ impl<'a> Judge<'a> {
         if header.corrupt() {
             return Err("it is marked corrupt".into());
         }
-        // Where an internal snapshot is under way, counts and flags may differ, and the image says so if it can.
+        // Where an internal snapshot is under way, counts and flags may differ, and the image says so if it
+        // can.
         let is_sharing = self.history.is_sharing(Moment::Cut(state.cut));
         if header.dirty() && !self.image.is_dirty && !is_sharing {
             return Err("it is marked dirty".into());
@@ -143,14 +146,18 @@ impl<'a> Judge<'a> {
         let expected: Vec<&Pages> = self.image.snapshots.iter().chain(taken).collect();
         let legal = self.image.snapshots.len() + certain..=expected.len();
         if !legal.contains(&opened.snapshots.len()) {
-            return Err(format!("{} internal snapshots are left, legal are {legal:?}", opened.snapshots.len()));
+            return Err(format!(
+                "{} internal snapshots are left, legal are {legal:?}",
+                opened.snapshots.len()
+            ));
         }
         for (index, expected) in expected.into_iter().take(opened.snapshots.len()).enumerate() {
             let view = opened.view(Some(index), self.image.backing.as_ref())?;
             for (at, bytes) in content {
                 let len = (bytes.len() as u64).min(expected.len().saturating_sub(*at));
                 let mut have = vec![0; len as usize];
-                view.read_at(*at, &mut have).map_err(|error| format!("snapshot {index} at {at:#x}: {error}"))?;
+                view.read_at(*at, &mut have)
+                    .map_err(|error| format!("snapshot {index} at {at:#x}: {error}"))?;
                 differ(*at, &have, &expected.bytes(*at, len), &format!("internal snapshot {index}"))?;
             }
         }
@@ -170,15 +177,20 @@ impl<'a> Judge<'a> {
             move |error: chainfs::error::Error| format!("after the crash, {what}: {error}")
         };
         let machine = Machine::honest();
-        let disks: Vec<_> =
-            state.files.iter().enumerate().map(|(file, pages)| SimDisk::new(&machine, file, pages.clone())).collect();
+        let disks: Vec<_> = state
+            .files
+            .iter()
+            .enumerate()
+            .map(|(file, pages)| SimDisk::new(&machine, file, pages.clone()))
+            .collect();
         let backing = self.image.backing.as_ref();
         let writer = open_writer(&disks, backing, self.options).map_err(text("opening"))?;
         if leaks != u64::MAX && !may_share && machine.changes() > 0 {
             return Err("opening it for writing has changed the files".into());
         }
         let opened: Vec<_> = disks.iter().map(|disk| disk.snapshot()).collect();
-        judge_report(&opened, false).map_err(|sentence| format!("opened for writing after the crash, {sentence}"))?;
+        judge_report(&opened, false)
+            .map_err(|sentence| format!("opened for writing after the crash, {sentence}"))?;
         let mut content = content;
         let same = |writer: &Writer, content: &Content, when: &str| {
             for (at, bytes) in content {
@@ -207,7 +219,8 @@ impl<'a> Judge<'a> {
         writer.close().map_err(text("closing"))?;
         drop(writer);
         let files: Vec<_> = disks.iter().map(|disk| disk.snapshot()).collect();
-        let report = judge_report(&files, false).map_err(|sentence| format!("after writing on, {sentence}"))?;
+        let report =
+            judge_report(&files, false).map_err(|sentence| format!("after writing on, {sentence}"))?;
         if report.leaks > leaks || leaks == u64::MAX && report.leaks > 0 {
             // Counts of clusters past the end of the file are no leaks until the file grows over them.
             let mut before = state.files.clone();
@@ -222,8 +235,12 @@ impl<'a> Judge<'a> {
         if opened.header.dirty() {
             return Err("writing on after the crash has left it dirty".into());
         }
-        let again = self.read(&opened, content.iter().map(|(at, bytes)| (*at, bytes.len() as u64)).collect())?;
-        again.iter().zip(&content).try_for_each(|((at, have), (_, want))| differ(*at, have, want, "after writing on"))
+        let again =
+            self.read(&opened, content.iter().map(|(at, bytes)| (*at, bytes.len() as u64)).collect())?;
+        again
+            .iter()
+            .zip(&content)
+            .try_for_each(|((at, have), (_, want))| differ(*at, have, want, "after writing on"))
     }
 
     /// Somewhere near what was written, or anywhere.
@@ -237,7 +254,13 @@ impl<'a> Judge<'a> {
     }
 
     /// The same questions to QEMU.
-    fn ask_qemu(&self, files: &[Pages], is_dirty: bool, may_share: bool, content: &Content) -> Result<(), String> {
+    fn ask_qemu(
+        &self,
+        files: &[Pages],
+        is_dirty: bool,
+        may_share: bool,
+        content: &Content,
+    ) -> Result<(), String> {
         self.by_qemu.set(self.by_qemu.get() + 1);
         let scratch = &self.image.scratch;
         files[0].save(scratch.path("state.qcow2"));
@@ -283,7 +306,12 @@ impl<'a> Judge<'a> {
         let output = std::process::Command::new("qemu-img").arg("check").arg(&path).output().unwrap();
         let said = String::from_utf8_lossy(&output.stdout);
         let said: Vec<&str> = said.lines().take(12).collect();
-        format!("kept in {}; qemu-img check {:?}:\n  {}", path.display(), output.status.code(), said.join("\n  "))
+        format!(
+            "kept in {}; qemu-img check {:?}:\n  {}",
+            path.display(),
+            output.status.code(),
+            said.join("\n  ")
+        )
     }
 }
 

@@ -31,7 +31,8 @@ impl Views {
     /// What an image shows at the start, to QEMU as well.
     pub fn of(image: &StartImage) -> Self {
         let views = Self::read(image, &Opened::new(&image.files).unwrap()).unwrap();
-        let theirs = Self { disk: whole(&image.initial), snapshots: image.snapshots.iter().map(whole).collect() };
+        let theirs =
+            Self { disk: whole(&image.initial), snapshots: image.snapshots.iter().map(whole).collect() };
         assert_eq!(views.differ_from_qemu(&theirs), None, "at the start");
         views
     }
@@ -123,8 +124,10 @@ pub fn judge_by_qemu(image: &StartImage, files: &[Pages], expected: &Views) {
         scratch.img(&format!("convert -f qcow2 -O raw {words} {IMAGE} content.raw"));
         whole(&Pages::load(scratch.path("content.raw")))
     };
-    let theirs =
-        Views { disk: convert(""), snapshots: ids.map(|id| convert(&format!("-l snapshot.id={id}"))).collect() };
+    let theirs = Views {
+        disk: convert(""),
+        snapshots: ids.map(|id| convert(&format!("-l snapshot.id={id}"))).collect(),
+    };
     assert_eq!(expected.differ_from_qemu(&theirs), None, "as QEMU sees it");
 }
 

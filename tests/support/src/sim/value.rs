@@ -79,7 +79,8 @@ impl Value {
 
 /// For people: what these bytes seem to be.
 pub fn describe(bytes: &[u8]) -> String {
-    let word = |index: usize| u64::from_be_bytes(bytes[index * 8..index * 8 + 8].try_into().expect("eight bytes"));
+    let word =
+        |index: usize| u64::from_be_bytes(bytes[index * 8..index * 8 + 8].try_into().expect("eight bytes"));
     let (tag, sector) = (word(0), word(1));
     if bytes.iter().all(|byte| *byte == 0) {
         "zeroes".into()
