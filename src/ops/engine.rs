@@ -278,6 +278,7 @@ impl Engine {
             return self.take_up(found);
         }
         let mut tokens = self.board.take(&[chain.to_path_buf()])?;
+        asked.introduce(&self.context, chain);
         let job = asked.begin(&self.context, chain, command, &mut tokens)?;
         let (number, progress) = self.board.begin(chain, command);
         // Without a mount whoever opened the store says so.

@@ -100,7 +100,6 @@ impl Command for RebaseRequest {
     }
 
     fn begin(&self, context: &Context, chain: &Path, command: &str, locks: &mut ChainLocks) -> Result<Begun> {
-        introduce(context.store(), chain, self);
         begin(context, chain, self, command, locks)
     }
 }

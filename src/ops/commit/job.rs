@@ -373,7 +373,6 @@ impl CommitJob {
         let name = rename.expect("a base takes the active layer's name");
         freeze::thaw(store, world, &writer, base.format(), &old_base)?;
         let names = store.guard_names();
-        let own = |path: &Path| path.strip_prefix(&store.guard().prefix).unwrap_or(path).to_path_buf();
         let before = store.catalog();
         let settled;
         {
@@ -389,7 +388,7 @@ impl CommitJob {
                 Ok(prepared) => {
                     // The name has changed hands: whatever fails from here on, guests write to base.
                     settled = finish::settle_name(&*names, &old_base.path, &top.path, &name);
-                    sealed.fall(prepared, &own(&name), &settled);
+                    sealed.fall(prepared, &ending::own_path(store, &name), &settled);
                 }
                 Err(error) => {
                     sealed.set_mirror(None);
