@@ -169,7 +169,7 @@ line() {
 ratio() { awk -v a="$1" -v b="$2" 'BEGIN { printf "%.2f", a / b }'; }
 
 echo
-echo "$size_mib MiB, medians of $rounds rounds, $(nproc) CPUs, kernel $(uname -r), $(qemu-img --version | head -1)"
+echo "$size_mib MiB, medians of $rounds rounds, $(nproc) CPUs, kernel $(uname -r), $(qemu-img --version | sed -n 1p)"
 echo
 echo "| target | seq 1M MiB/s | server CPU s/GiB | rand 4k x4 IOPS | server CPU us/op |"
 echo "|---|---|---|---|---|"

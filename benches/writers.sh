@@ -113,7 +113,7 @@ done
 m() { median ${values[$1]}; }
 ratio() { awk -v a="$1" -v b="$2" 'BEGIN { printf "%.2f", a / b }'; }
 echo
-echo "$size_mib MiB, medians of $rounds rounds, $(nproc) CPUs, kernel $(uname -r), $(qemu-img --version | head -1)"
+echo "$size_mib MiB, medians of $rounds rounds, $(nproc) CPUs, kernel $(uname -r), $(qemu-img --version | sed -n 1p)"
 echo "seq in MiB/s (server CPU s/GiB), others in IOPS (server CPU us/op); ratio: chainfs / the better of the others"
 echo
 echo "| | chainfs | qemu-storage-daemon, threads | io_uring | ratio |"

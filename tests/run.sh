@@ -127,7 +127,7 @@ done <<<"$binaries"
 echo "== $((SECONDS - began)) seconds; the slowest tests:" >&2
 for log in "$logs"/*; do
     sed -n "s|^test \(.*\) \.\.\. [a-zA-Z]* <\([0-9.]*\)s>\$|\2 ${log##*/}::\1|p" "$log"
-done | sort -rn | head -n "$SLOWEST" >&2
+done | sort -rn | sed -n "1,${SLOWEST}p" >&2
 
 trap - EXIT
 clean_up || failed=1

@@ -98,7 +98,7 @@ need_guest() {
     rm -rf "$tools/kernel.new"
     mkdir -p "$tools/kernel.new"
     # The one that the newest kernel's name stands for; taken apart, not installed.
-    package=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '$1 == "Depends:" { print $2; exit }')
+    package=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '$1 == "Depends:" && !found++ { print $2 }')
     if [ -n "$package" ] && (cd "$tools/kernel.new" && apt-get -qq download "$package" && dpkg -x ./*.deb .) >&2; then
         rm -f "$tools/kernel.new"/*.deb
         mv -T "$tools/kernel.new" "$tools/kernel"
