@@ -3,8 +3,9 @@
 //! Requests wait only for the store's files. Names are looked up in the current catalog; a node whose chain
 //! or layer was removed since is stale.
 
+mod directories;
 mod guests;
-mod names;
+mod volumes;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -15,7 +16,7 @@ use std::time::SystemTime;
 
 use crate::browse::Browser;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{FileStat, Storage, directory_of};
+use crate::io::{ObjectStat, Storage, directory_of};
 use crate::ops::{Engine, JobState};
 use crate::report::status::per_mille;
 use crate::store::{
@@ -34,6 +35,7 @@ use super::mounted_volumes::MountedVolumes;
 use super::node::{ChainDocument, Inodes, Node, NodeKind, PartitionNode, ROOT, StoreDocument};
 use super::progress::{PendingReads, ProgressReader, ProgressReply};
 
+use directories::Directory;
 pub use guests::GuestOptions;
 pub(super) use guests::guest_node;
 
@@ -165,12 +167,12 @@ impl MountTree {
 
     /// The entry `name` of the directory `parent`.
     pub fn lookup(&self, caller: &Caller, parent: u64, name: &OsStr) -> Result<Attributes> {
-        let parent = self.node(parent)?;
         let nothing = || Error::new(ErrorKind::NotFound, "no such name");
-        if let Node::Guest(parent) = parent {
-            return self.guest_entry(parent, name)?.ok_or_else(nothing);
-        }
-        let node = self.child(&parent, name)?.ok_or_else(nothing)?;
+        let node = match self.directory(&self.node(parent)?)? {
+            Directory::Nodes(entries) => entries.find(name)?.ok_or_else(nothing)?,
+            Directory::Guest(parent) => return self.guest_entry(parent, name)?.ok_or_else(nothing),
+            Directory::None => return Err(nothing()),
+        };
         self.check_read(&self.rights.viewer(caller), &node, false)?;
         self.attributes_of(caller, &node, self.inodes.number(&node))
     }
@@ -244,8 +246,8 @@ impl MountTree {
                     return Ok(Attributes::plain(inode, kind, (0, 0), modified(leaf), owner));
                 }
                 (
-                    FileStat {
-                        signature: leaf.signature,
+                    ObjectStat {
+                        modified: leaf.modified,
                         ..self.directory_stat(directory_of(chain).as_path())?
                     },
                     0,
@@ -292,19 +294,19 @@ impl MountTree {
     }
 
     /// The file or directory whose owner owns the control files of a scope.
-    fn control_owner(&self, catalog: &Catalog, scope: &ControlScope) -> Result<FileStat> {
+    fn control_owner(&self, catalog: &Catalog, scope: &ControlScope) -> Result<ObjectStat> {
         match scope {
             ControlScope::Store => self.store_stat(),
             ControlScope::Chain(chain) => Ok(catalog.images[leaf(catalog, chain)?].stat),
         }
     }
 
-    fn store_stat(&self) -> Result<FileStat> {
+    fn store_stat(&self) -> Result<ObjectStat> {
         self.store.roots()[0].stat(Path::new("."))
     }
 
     /// Attributes of the store's directory for a directory of the mount.
-    fn directory_stat(&self, path: &Path) -> Result<FileStat> {
+    fn directory_stat(&self, path: &Path) -> Result<ObjectStat> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         self.store.roots()[0].stat(path).or_else(|_| self.store_stat())
     }
@@ -354,14 +356,14 @@ impl MountTree {
         let ActiveAttributes { stat, data_blocks, size } = active;
         let owner = self.ownership.apply(stat, NodeKind::File, true);
         // At least one block, so that programs do not treat it as one hole: data may have no blocks yet.
-        let blocks = (stat.blocks + data_blocks).max(u64::from(stat.signature.size > 0));
+        let blocks = (stat.blocks + data_blocks).max(u64::from(stat.size > 0));
         Attributes::plain(inode, NodeKind::File, (*size, blocks), modified(stat), owner)
     }
 
     /// Whether a file without blocks has data, so that programs must not treat it as a hole: a small file may
     /// be stored in its inode, or not be allocated yet.
     fn has_data(&self, image: &ImageEntry) -> bool {
-        let size = image.stat.signature.size;
+        let size = image.stat.size;
         size > 0
             && !self
                 .store
@@ -451,14 +453,18 @@ impl MountTree {
         let node = self.node(inode)?;
         let viewer = self.rights.viewer(caller);
         self.check_read(&viewer, &node, false)?;
-        let handle = if let Node::Guest(node) = node {
-            self.open_guest_directory(node)?
-        } else {
-            let mut listed = self.list(inode)?;
-            if viewer.subject().is_some() && !matches!(node, Node::Root | Node::Directory(_)) {
-                listed.retain(|entry| self.check_read(&viewer, &entry.node, false).is_ok());
+        let handle = match self.directory(&node)? {
+            Directory::Nodes(entries) => {
+                let mut found = Vec::new();
+                entries.list(&mut found)?;
+                if viewer.subject().is_some() && !matches!(node, Node::Root | Node::Directory(_)) {
+                    found.retain(|(_, node)| self.check_read(&viewer, node, false).is_ok());
+                }
+                let entry = |(name, node)| NodeEntry { inode: self.inodes.number(&node), name, node };
+                Handle::Directory(found.into_iter().map(entry).collect())
             }
-            Handle::Directory(listed.into())
+            Directory::Guest(node) => self.open_guest_directory(node)?,
+            Directory::None => return Err(Error::new(ErrorKind::Usage, "not a directory")),
         };
         Ok(self.handles.add(handle, None))
     }
