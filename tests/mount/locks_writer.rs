@@ -232,8 +232,7 @@ fn the_last_writer_takes_the_locks_along_and_a_reader_keeps_his() {
             let mut have = [0; 4096];
             reading.read_exact_at(&mut have, 4096).expect("a read");
             assert_eq!(have, [round + 1; 4096], "a reader sees what is written");
-            drop(one);
-            mount.answered();
+            mount.close(one);
             assert!(!readable(), "one writer is left");
             two.write_all_at(&[round + 2; 4096], 4096).expect("a write");
             drop(two);
