@@ -1,7 +1,7 @@
-//! What users ask for, as values that make sense by themselves, and the table of all verbs.
+//! The requests of users, as values that are valid by themselves, and the table of all verbs.
 //!
-//! A verb is a file of its own: its words, its plan and its job. Here it has a line in each list. Whether the
-//! store has what a request names is for its plan to say.
+//! A verb is a file of its own: its words, its plan and its job. This file has a line for it in each list. A
+//! verb's plan checks whether the store has the files that a request names.
 
 use crate::error::Result;
 
@@ -17,10 +17,10 @@ use super::snapshot::{self, SnapshotRequest};
 use super::tokenize::split;
 use super::words::{Discards, LineBuilder, ParsedWords, VerbSpec, show, usage};
 
-/// Bytes of a command, at most.
+/// Maximum number of bytes of a command.
 pub const MAX_COMMAND_LEN: usize = 64 << 10;
 
-/// The verbs that have a control file each.
+/// The verbs; each has a control file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verb {
     /// Freezes the active layer under a name.
@@ -31,9 +31,9 @@ pub enum Verb {
     Pull,
     /// Removes a snapshot, and no other view.
     Delete,
-    /// Makes the active disk what a view shows.
+    /// Resets the active disk to a view.
     Revert,
-    /// Puts a layer on another one.
+    /// Gives a layer another backing file.
     Rebase,
     /// Makes a new chain on top of a snapshot.
     Clone,
@@ -43,7 +43,7 @@ pub enum Verb {
     Cancel,
 }
 
-/// A request that makes sense by itself.
+/// A request that is valid by itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     /// `snapshot`.
@@ -113,7 +113,7 @@ impl Verb {
         Self::ALL.into_iter().find(|verb| verb.name() == name)
     }
 
-    /// What reading its control file says.
+    /// The text that its control file returns when read.
     pub fn usage(self) -> &'static str {
         self.spec().usage
     }
@@ -178,7 +178,7 @@ impl Request {
         }
     }
 
-    /// What is to be carried out; `None` for `cancel`, which is about another command.
+    /// The command to carry out; `None` for `cancel`, which acts on another command.
     pub(super) fn command(&self) -> Option<&dyn Command> {
         match self {
             Request::Snapshot(request) => Some(request),
@@ -193,17 +193,17 @@ impl Request {
         }
     }
 
-    /// Whether it makes sense by itself: what was parsed does, what was put together may not.
+    /// Checks it without looking at the store: a parsed request passes, a constructed one may not.
     pub fn check(&self) -> Result<()> {
         self.command().map_or(Ok(()), Command::check)
     }
 
-    /// What it may lose besides what it is for.
+    /// What it may discard beyond its purpose.
     pub(super) fn discards(&self) -> Discards {
         self.command().map(Command::discards).unwrap_or_default()
     }
 
-    /// Whether it is one for a chain's own control files.
+    /// Checks that it is a request for a chain's own control files.
     pub fn check_for_chain(&self) -> Result<()> {
         match self {
             Request::Snapshot(request) if !request.chains.is_empty() => {
@@ -213,7 +213,7 @@ impl Request {
         }
     }
 
-    /// Whether it is one for the control files of the store as a whole.
+    /// Checks that it is a request for the control files of the store as a whole.
     pub fn check_for_store(&self) -> Result<()> {
         match self {
             Request::Snapshot(request) if !request.chains.is_empty() => Ok(()),

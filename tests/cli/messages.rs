@@ -502,7 +502,7 @@ fn an_image_outside_of_any_store_is_told_of_its_notes_and_of_its_users() {
             (
                 "commit store/web01.qcow2",
                 1,
-                "web01.qcow2 is a single image of no store, so that other users of its layers are not known; \
+                "web01.qcow2 is a single image outside any store, so other users of its layers are unknown; \
                     say --store DIR",
             ),
             (
@@ -657,7 +657,7 @@ fn layers_drop_out_of_a_chain_only_when_that_is_said() {
             keep,
             "rebase base=base.raw unsafe",
             "tuesday.qcow2, monday.qcow2 drop out of the chain with what they hold; leave out unsafe, and \
-                what differs is copied, or say drop-layers",
+                differing ranges are copied, or say drop-layers",
         ),
         (keep, "rebase base=monday unsafe", "tuesday.qcow2 drops out of the chain with what it holds"),
         (
@@ -670,8 +670,8 @@ fn layers_drop_out_of_a_chain_only_when_that_is_said() {
         (
             moved,
             "rebase layer=monday base=none unsafe",
-            "monday.qcow2 names base.raw as its backing file, and nothing is not that file moved: all that \
-                the missing file holds would read as zeroes",
+            "monday.qcow2 names base.raw as its backing file, and nothing is not that file moved: the \
+                content of the missing file would read as zeroes",
         ),
         (
             all_moved,
@@ -692,8 +692,8 @@ fn layers_drop_out_of_a_chain_only_when_that_is_said() {
         (
             renamed,
             "rebase layer=monday base=golden.raw unsafe",
-            "golden.raw is not that file moved: it has another name, and nothing is left of the missing file \
-                with which it could be compared; put the missing file back, or name the file that it is now, \
+            "golden.raw is not that file moved: it has another name, and nothing of the missing file is \
+                left to compare it with; restore the missing file, or name its new path, \
                 or say drop-layers",
         ),
         (

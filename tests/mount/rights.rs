@@ -421,7 +421,7 @@ fn no_command_puts_an_image_on_what_its_owner_may_not_read() {
         assert_eq!(give(verb, words), Some(Errno::ACCESS), "{verb} {words}");
         let status = mount.text("vm/control/status");
         assert!(
-            status.contains("would stand on base.qcow2, which does not count"),
+            status.contains("would be backed by base.qcow2, which does not count"),
             "{verb} {words}: {status}"
         );
     }
