@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 
-use chainfs::image::check::{Scope, check, rebuild_dirty, repair};
+use chainfs::image::check::{Scope, check, repair, repair_dirty};
 use serde_json::Value;
 use support::oracle::{COPIED, Disk, NAME, OFFSET, Places, Random, Scratch, damaged_entry, places};
 use support::tape::{Tape, assert_unchanged, views};
@@ -389,7 +389,7 @@ fn interrupted_images_are_counted_anew_before_they_are_written() {
         interrupted();
         let bytes = fs::read(scratch.path(NAME)).unwrap();
         let tape = Tape::new(bytes.clone());
-        assert_eq!(rebuild_dirty(&tape, NAME).unwrap().exit_code(), 0, "{options}");
+        assert_eq!(repair_dirty(&tape, NAME).unwrap().exit_code(), 0, "{options}");
         assert_unchanged(&views(&bytes), &views(&tape.bytes()), options);
         fs::write(scratch.path(NAME), tape.bytes()).unwrap();
         scratch.img(&format!("check {NAME}"));
