@@ -13,21 +13,21 @@ mod lock_holders;
 mod locks;
 mod mount_users;
 mod mountinfo;
+mod object;
 mod permissions;
 mod writable_file;
 
 pub use beneath::{DirEntry, EntryKind, OWN_KIND, Root};
 pub use descriptors::{DescriptorReservation, Descriptors, Pin, Reclaimable};
 pub use directory::{Directory, Host, ThisHost, directory_of};
-pub use file::{
-    FileId, FileStat, FileVersion, Identity, ReadLock, StoreFile, WriteLock, WriterKind, birth_of, read_full,
-};
+pub use file::{ReadLock, StoreFile, WriteLock, WriterKind, birth_of, read_full};
 pub use file_lock::FileLock;
 pub use groups::groups_of_process;
 pub use lock_holders::{LockHolder, all_lock_holders, lock_holders};
 pub use locks::{Conflict, WRITER_BYTE, probe_writer};
 pub use mount_users::{namespaces_with, other_users_of, users_of};
 pub use mountinfo::{MountEntry, mounts};
+pub use object::{Identity, ObjectId, ObjectStat, ObjectVersion, Timestamp};
 pub use permissions::{AccessEntry, Permissions, Who};
 pub use writable_file::WritableFile;
 

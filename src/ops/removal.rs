@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
-use crate::io::{FileId, directory_of};
+use crate::io::{ObjectId, directory_of};
 use crate::store::{FileRef, Format, ImageIndex, Store, shown};
 
 use super::freeze;
@@ -23,7 +23,7 @@ pub(super) fn remove(store: &Arc<Store>, files: &[FileRef], is_valid: bool, comm
             let fact = format!("has come to be used by {}, and was not removed", others.join(", "));
             return Err(Error::new(ErrorKind::NotEmpty, format!("{} {fact}", shown(&named.path))));
         }
-        if is_valid && store.keeps_trash(scan.image(index).stat.id.device) {
+        if is_valid && store.keeps_trash(scan.image(index).stat.id) {
             // A file restored from the trash is a snapshot. If it cannot be marked now, it is marked when it
             // is restored.
             if let Err(error) = freeze::freeze(store, &scan, index, &Frozen::now("")) {
@@ -39,7 +39,7 @@ pub(super) fn remove(store: &Arc<Store>, files: &[FileRef], is_valid: bool, comm
                 },
             )?;
         } else {
-            remove_dependent_trash(&scan, &[named.file.id])?;
+            remove_dependent_trash(&scan, &[named.file.id()])?;
             names.unlink(&named.path)?;
         }
         if scan.image(index).format == Some(Format::Raw) {
@@ -51,7 +51,7 @@ pub(super) fn remove(store: &Arc<Store>, files: &[FileRef], is_valid: bool, comm
 }
 
 /// Removes from the trash what would show other bytes if these files were changed or removed.
-pub(super) fn remove_dependent_trash(scan: &ScannedStore, changed: &[FileId]) -> Result<()> {
+pub(super) fn remove_dependent_trash(scan: &ScannedStore, changed: &[ObjectId]) -> Result<()> {
     // T1: an item whose backing file changes is removed before the change.
     let invalidated = scan.store.trash_on(&scan.catalog, changed)?;
     for item in &invalidated {
@@ -70,7 +70,7 @@ pub(super) fn not_kept(notes: Vec<String>) -> impl Iterator<Item = String> {
 
 /// Adds a note for each item that would be removed from the trash.
 pub(super) fn note_dependent_trash(scan: &ScannedStore, changed: &[ImageIndex], plan: &mut Plan) {
-    let files: Vec<FileId> = changed.iter().map(|index| scan.image(*index).stat.id).collect();
+    let files: Vec<ObjectId> = changed.iter().map(|index| scan.image(*index).stat.id).collect();
     let invalidated = match scan.store.trash_on(&scan.catalog, &files) {
         Ok(invalidated) => invalidated,
         // The command would be refused with the same error.

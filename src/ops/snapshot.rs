@@ -773,7 +773,7 @@ fn finish(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobI
     }
     let mark = Frozen { seconds: *seconds, nanoseconds: *nanoseconds, description: description.clone() };
     for mut job in held {
-        let top = disks.iter().find(|top| top.old.file.id == job.id());
+        let top = disks.iter().find(|top| top.old.file.id() == job.id());
         // Readers of its internal snapshots have it open. Their locks count as this process's only if the
         // file is found by its new name.
         if let Some(top) = top {
@@ -781,7 +781,7 @@ fn finish(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobI
         }
         // A file restored from the trash is a snapshot.
         let is_put_aside = top.is_some_and(|top| is_draft(&top.frozen));
-        if is_put_aside && store.keeps_trash(job.id().device) && job.format() == Format::Qcow2 {
+        if is_put_aside && store.keeps_trash(job.id()) && job.format() == Format::Qcow2 {
             let change = HeaderChange { backing: None, frozen: Some(Some(mark.clone())) };
             let marked = job.file().and_then(|file| change_header(job.name(), &*file, &change));
             if let Err(error) = marked {
@@ -796,7 +796,7 @@ fn finish(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobI
         if !is_at(root, &top.frozen, &top.old) {
             continue;
         }
-        if root.stat(&top.frozen).is_ok_and(|stat| store.keeps_trash(stat.id.device)) {
+        if root.stat(&top.frozen).is_ok_and(|stat| store.keeps_trash(stat.id)) {
             // Its backing file is recorded even if it is gone: a restored file must not seem intact.
             store.put_into_trash(
                 &scan.catalog,

@@ -7,7 +7,7 @@ use crate::chain::View;
 use crate::error::{Error, Result};
 use crate::image::write::Writer;
 use crate::image::{HeaderChange, Layer, Mapping};
-use crate::io::{FileId, FileLock};
+use crate::io::{FileLock, ObjectId};
 use crate::store::{
     ActiveJob, CachePolicy, CommitOperation, Digest, FileRef, Format, ImageIndex, Intent, JobImage, Mirror,
     OpenView, OwnedIntent, SAMPLES, SectorSample, Store, ViewPart, shown,
@@ -90,7 +90,7 @@ pub(in crate::ops) fn begin_with(
         rename: layers.takes_name.then(|| scan.guarded(&final_name(scan, layers))),
     };
     let base = store.take_image(&scan.catalog, layers.base)?;
-    let changed: Vec<FileId> =
+    let changed: Vec<ObjectId> =
         layers.segment().iter().chain([&layers.base]).map(|i| scan.image(*i).stat.id).collect();
     removal::remove_dependent_trash(scan, &changed)?;
     let trash_copy =

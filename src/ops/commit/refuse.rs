@@ -113,7 +113,7 @@ fn refuse_taking_name(scan: &ScannedStore, layers: &CommitRange, refusals: &mut 
             "would be the disk's name, and the base would be read in another format; rename the base first";
         refusals.push(Error::new(ErrorKind::Unsupported, format!("{} {fact}", shown(&name))));
     }
-    if top.stat.id.device != base.stat.id.device {
+    if !top.stat.id.is_near(base.stat.id) {
         let fact = "is on another file system than the layer whose name it would take; copy it there first";
         refusals.push(Error::new(ErrorKind::Unsupported, format!("{} {fact}", base.shown())));
     }

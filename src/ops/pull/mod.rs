@@ -248,7 +248,7 @@ pub(super) fn plan_of(
     }
     plan.removed = layers.remove.iter().map(|index| scan.image(*index).place.path.clone()).collect();
     plan.invalid = lookup::views_of(chain, layers.remove.iter().copied());
-    let is_far = |index: &&ImageIndex| !scan.store.keeps_trash(scan.image(**index).stat.id.device);
+    let is_far = |index: &&ImageIndex| !scan.store.keeps_trash(scan.image(**index).stat.id);
     if scan.store.has_trash() {
         plan.notes.extend(layers.remove.iter().filter(is_far).map(|index| {
             let fact = "lies on another file system than the store's own directory";

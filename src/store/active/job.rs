@@ -15,7 +15,7 @@ use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::{BackingDisk, Writer, Zeroing};
 use crate::image::{Image, Layer};
-use crate::io::{FileId, ReadLock, Storage, WriteLock, WriterKind};
+use crate::io::{ObjectId, ReadLock, Storage, WriteLock, WriterKind};
 
 use super::super::catalog::{Catalog, ImageIndex, shown as shown_path};
 use super::super::describe::{DetectedContent, describe};
@@ -165,7 +165,7 @@ impl ActiveJob {
     }
 
     /// The image on top of it.
-    pub fn top(&self) -> FileId {
+    pub fn top(&self) -> ObjectId {
         self.disk().id()
     }
 
@@ -201,7 +201,7 @@ impl ActiveJob {
         let top = store.described_anew(&writing.open.top)?;
         let below = writing.open.view.layers()[1..].to_vec();
         let view = store.live_view(Layer::active(&top.image)?, below);
-        let images: Vec<FileId> = writing.open.images().collect();
+        let images: Vec<ObjectId> = writing.open.images().collect();
         let shown = store.opened.show(&view, &images, None, &disk.name());
         store.opened.keep(&top);
         let fingerprint = hash(&serials(&view));
@@ -235,7 +235,7 @@ impl ActiveJob {
 impl Store {
     /// Lets active disks in use stand on their layers as they are now, where any of `changed` is among them:
     /// the same bytes show, but what they had opened was described before a job was at it.
-    pub(in crate::store) fn refresh_active(&self, catalog: &Catalog, changed: &[FileId]) {
+    pub(in crate::store) fn refresh_active(&self, catalog: &Catalog, changed: &[ObjectId]) {
         for disk in self.active.all() {
             // From here on it neither begins nor ends to be written.
             let openings = disk.openings.lock();
@@ -249,7 +249,7 @@ impl Store {
 }
 
 impl ActiveDisk {
-    fn look_again(&self, store: &Store, catalog: &Catalog, changed: &[FileId]) -> Result<()> {
+    fn look_again(&self, store: &Store, catalog: &Catalog, changed: &[ObjectId]) -> Result<()> {
         let Some(leaf) = catalog.images.iter().position(|image| image.stat.id == self.id()) else {
             return Ok(());
         };
@@ -361,7 +361,7 @@ impl Quiesced<'_> {
         let below: Vec<Layer> = std::iter::once(Layer::active(&fallen.image)?).chain(below).collect();
         let view = store.live_view(top, below);
         let name = disk.name();
-        let images: Vec<FileId> =
+        let images: Vec<ObjectId> =
             std::iter::once(overlay.image.file.id()).chain(writing.open.images()).collect();
         let shown = store.opened.show(&view, &images, None, &name);
         // From a guest's file it becomes one that stays as it is, whatever a job may still write to its
@@ -430,7 +430,7 @@ impl Quiesced<'_> {
         let depth = writing.open.images().position(|id| id == image.file.id());
         let depth = depth.expect("the base is one of the disk's layers");
         let below = writing.open.view.layers()[depth + 1..].to_vec();
-        let images: Vec<FileId> = writing.open.images().skip(depth).collect();
+        let images: Vec<ObjectId> = writing.open.images().skip(depth).collect();
         let view = store.live_view(Layer::active(&image.image)?, below);
         let shown = store.opened.show(&view, &images, None, &image.file.path().to_string_lossy());
         // Its reader, the disk, was promised that it stays as it is: no more.
@@ -473,7 +473,7 @@ impl Quiesced<'_> {
 
 impl ActiveDisk {
     /// Has another image on top from now on, which is at `path`.
-    fn take_top(&self, store: &Store, image: FileId, path: &Path) {
+    fn take_top(&self, store: &Store, image: ObjectId, path: &Path) {
         store.follow_single(path);
         // Both are the disk's until a scan has seen what has become of the old one.
         store.active.disks.lock().by_image.insert(image, self.number);
