@@ -3,8 +3,9 @@
 //! Requests wait only for the store's files. Names are looked up in the current catalog; a node whose chain
 //! or layer was removed since is stale.
 
+mod directories;
 mod guests;
-mod names;
+mod volumes;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -34,6 +35,7 @@ use super::mounted_volumes::MountedVolumes;
 use super::node::{ChainDocument, Inodes, Node, NodeKind, PartitionNode, ROOT, StoreDocument};
 use super::progress::{PendingReads, ProgressReader, ProgressReply};
 
+use directories::Directory;
 pub use guests::GuestOptions;
 pub(super) use guests::guest_node;
 
@@ -165,12 +167,12 @@ impl MountTree {
 
     /// The entry `name` of the directory `parent`.
     pub fn lookup(&self, caller: &Caller, parent: u64, name: &OsStr) -> Result<Attributes> {
-        let parent = self.node(parent)?;
         let nothing = || Error::new(ErrorKind::NotFound, "no such name");
-        if let Node::Guest(parent) = parent {
-            return self.guest_entry(parent, name)?.ok_or_else(nothing);
-        }
-        let node = self.child(&parent, name)?.ok_or_else(nothing)?;
+        let node = match self.directory(&self.node(parent)?)? {
+            Directory::Nodes(entries) => entries.find(name)?.ok_or_else(nothing)?,
+            Directory::Guest(parent) => return self.guest_entry(parent, name)?.ok_or_else(nothing),
+            Directory::None => return Err(nothing()),
+        };
         self.check_read(&self.rights.viewer(caller), &node, false)?;
         self.attributes_of(caller, &node, self.inodes.number(&node))
     }
@@ -451,14 +453,18 @@ impl MountTree {
         let node = self.node(inode)?;
         let viewer = self.rights.viewer(caller);
         self.check_read(&viewer, &node, false)?;
-        let handle = if let Node::Guest(node) = node {
-            self.open_guest_directory(node)?
-        } else {
-            let mut listed = self.list(inode)?;
-            if viewer.subject().is_some() && !matches!(node, Node::Root | Node::Directory(_)) {
-                listed.retain(|entry| self.check_read(&viewer, &entry.node, false).is_ok());
+        let handle = match self.directory(&node)? {
+            Directory::Nodes(entries) => {
+                let mut found = Vec::new();
+                entries.list(&mut found)?;
+                if viewer.subject().is_some() && !matches!(node, Node::Root | Node::Directory(_)) {
+                    found.retain(|(_, node)| self.check_read(&viewer, node, false).is_ok());
+                }
+                let entry = |(name, node)| NodeEntry { inode: self.inodes.number(&node), name, node };
+                Handle::Directory(found.into_iter().map(entry).collect())
             }
-            Handle::Directory(listed.into())
+            Directory::Guest(node) => self.open_guest_directory(node)?,
+            Directory::None => return Err(Error::new(ErrorKind::Usage, "not a directory")),
         };
         Ok(self.handles.add(handle, None))
     }

@@ -1,15 +1,15 @@
-//! The directories `partitions` and `files`: their entries and attributes.
+//! The directories `partitions` and `files`: texts, attributes and files in them.
 //!
 //! The two directories and their entries for each view need no access to a disk. A lookup or open within the
 //! directory of a view makes the browser read the view's disk.
 
 use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::browse::{DiskContents, PointInTime};
+use crate::browse::PointInTime;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{self, FileKind, Ino, Time};
 use crate::report::safe::terminal;
@@ -25,12 +25,6 @@ use super::super::node::{ChainDocument, Node, NodeKind, PartitionNode};
 use super::super::partition_range::PartitionRange;
 use super::{MountTree, leaf};
 
-pub(super) const PARTITIONS: &str = "partitions";
-pub(super) const FILES: &str = "files";
-const VOLUMES: &str = "volumes.txt";
-const ROOT_LINK: &str = "root";
-/// Suffix of the file beside a volume that says why the volume is shown without its last writes.
-const PROBLEM: &str = ".problem.txt";
 /// Attributes with the guest's text of a rewritten link. The kernel allows no `user.` attributes on symbolic
 /// links.
 const TARGETS: [&[u8]; 2] = [b"user.chainfs.target", b"system.chainfs.target"];
@@ -52,89 +46,8 @@ impl MountTree {
         Ok(views.views.iter().map(|view| self.store.view_id(&catalog, chain, &views, view, false)).collect())
     }
 
-    fn inner_view(&self, chain: &Arc<PathBuf>, name: &OsStr) -> Result<Option<ViewId>> {
-        let catalog = self.store.catalog();
-        let views = self.store.chain_views(&catalog, leaf(&catalog, chain)?);
-        let found = views.find(name.as_bytes());
-        Ok(found.map(|view| self.store.view_id(&catalog, chain, &views, view, false)))
-    }
-
-    /// Looks up an entry of a directory about guests.
-    pub(super) fn guest_child(&self, parent: &Node, name: &OsStr) -> Result<Option<Node>> {
-        match parent {
-            Node::Partitions(chain) => Ok(self.inner_view(chain, name)?.map(Node::PartitionsOf)),
-            Node::Files(chain) => Ok(self.inner_view(chain, name)?.map(Node::FilesOf)),
-            Node::PartitionsOf(view) => Ok(self
-                .partitions(view)?
-                .into_iter()
-                .find(|(known, _)| known == name)
-                .map(|(_, partition)| Node::Partition(partition))),
-            Node::FilesOf(view) if name == VOLUMES => Ok(Some(Node::VolumeList(view.clone()))),
-            Node::FilesOf(view) if name == ROOT_LINK => {
-                let inside = self.browser.contents(view, PointInTime::First)?;
-                Ok(inside.operating_systems()?.first().map(|_| Node::RootLink(view.clone())))
-            }
-            Node::FilesOf(view) => {
-                let inside = self.browser.contents(view, PointInTime::First)?;
-                if let Some(volume) = inside.volume(name.as_bytes()) {
-                    return self.volume_root(&inside, volume).map(Some);
-                }
-                let volume = name.to_str().and_then(|name| name.strip_suffix(PROBLEM));
-                let Some(index) = volume.and_then(|volume| inside.volume(volume.as_bytes())) else {
-                    return Ok(None);
-                };
-                let is_stale = inside.mount(index).is_ok_and(|mounted| !mounted.stale.is_empty());
-                Ok(is_stale.then(|| volume_problem_node(view, &inside, index)))
-            }
-            _ => Ok(None),
-        }
-    }
-
-    /// Lists a directory about guests.
-    pub(super) fn guest_list(&self, node: &Node, found: &mut Vec<(OsString, Node)>) -> Result<()> {
-        let name = |view: &ViewId| OsString::from_vec(view.name.to_vec());
-        match node {
-            Node::Partitions(chain) => {
-                found.extend(
-                    self.inner_views(chain)?.into_iter().map(|view| (name(&view), Node::PartitionsOf(view))),
-                );
-            }
-            Node::Files(chain) => {
-                found.extend(
-                    self.inner_views(chain)?.into_iter().map(|view| (name(&view), Node::FilesOf(view))),
-                );
-            }
-            Node::PartitionsOf(view) => {
-                let partitions = self.partitions(view)?;
-                found.extend(
-                    partitions.into_iter().map(|(name, partition)| (name, Node::Partition(partition))),
-                );
-            }
-            Node::FilesOf(view) => {
-                // A listing shows the disk's present state.
-                let inside = self.browser.contents(view, PointInTime::Now)?;
-                found.push((VOLUMES.into(), Node::VolumeList(view.clone())));
-                if !inside.operating_systems()?.is_empty() {
-                    found.push((ROOT_LINK.into(), Node::RootLink(view.clone())));
-                }
-                for (volume, described) in inside.layout().volumes.iter().enumerate() {
-                    // A volume that cannot be mounted is in the list of volumes, with the reason.
-                    if let Ok(root) = self.volume_root(&inside, volume) {
-                        found.push((described.name.clone().into(), root));
-                        let name = format!("{}{PROBLEM}", described.name);
-                        let is_free = inside.volume(name.as_bytes()).is_none();
-                        if is_free && inside.mount(volume).is_ok_and(|mounted| !mounted.stale.is_empty()) {
-                            found.push((name.into(), volume_problem_node(view, &inside, volume)));
-                        }
-                    }
-                }
-            }
-            _ => return Err(Error::new(ErrorKind::Usage, "not a directory")),
-        }
-        Ok(())
-    }
-
-    fn partitions(&self, view: &ViewId) -> Result<Vec<(OsString, PartitionNode)>> {
+    /// The partitions of a view, with their names.
+    pub(super) fn partitions(&self, view: &ViewId) -> Result<Vec<(OsString, PartitionNode)>> {
         let inside = self.browser.contents(view, PointInTime::Table)?;
         let shown =
             inside.layout().partitions.iter().filter(|partition| !partition.is_extended && partition.len > 0);
@@ -144,11 +57,6 @@ impl MountTree {
                 (format!("p{number}.raw").into(), PartitionNode { view: view.clone(), number, start, len })
             })
             .collect())
-    }
-
-    fn volume_root(&self, inside: &Arc<DiskContents>, volume: usize) -> Result<Node> {
-        let (slot, found) = self.slots.of(inside, volume)?;
-        Ok(Node::Guest(GuestNode { slot, depth: 0, ino: found.mounted.root }))
     }
 
     /// Looks up an entry of a guest's directory. Number and attributes come from one response: the number of
@@ -377,10 +285,6 @@ impl MountTree {
             self.slots.forget(node.slot, times);
         }
     }
-}
-
-fn volume_problem_node(view: &ViewId, inside: &DiskContents, volume: usize) -> Node {
-    Node::VolumeProblem(view.clone(), inside.layout().volumes[volume].name.as_str().into())
 }
 
 /// The node of an entry of the directory `parent`.
