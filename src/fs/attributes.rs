@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::format::{Frozen, Snapshot};
 use crate::guest;
-use crate::io::FileStat;
+use crate::io::ObjectStat;
 
 use super::node::NodeKind;
 
@@ -89,7 +89,7 @@ impl Ownership {
     }
 
     /// Owner, group and permissions of a node that stands for the file or directory `stat`.
-    pub(super) fn apply(&self, stat: &FileStat, kind: NodeKind, writable: bool) -> (u32, u32, u16) {
+    pub(super) fn apply(&self, stat: &ObjectStat, kind: NodeKind, writable: bool) -> (u32, u32, u16) {
         let bits = match (self.umask, kind) {
             (Some(umask), NodeKind::Directory) => 0o777 & !umask,
             (Some(umask), _) => 0o666 & !umask,
@@ -115,7 +115,7 @@ impl Ownership {
 
     /// Owner, group and permissions of a directory with the content of the image `stat`: readable by those
     /// who may read the image.
-    pub(super) fn of_contents(&self, stat: &FileStat) -> (u32, u32, u16) {
+    pub(super) fn of_contents(&self, stat: &ObjectStat) -> (u32, u32, u16) {
         let (uid, gid, bits) = self.apply(stat, NodeKind::File, false);
         (uid, gid, bits & 0o444 | (bits & 0o444) >> 2)
     }
@@ -126,15 +126,15 @@ const CONTROL_BITS: u16 = 0o600;
 
 impl Ownership {
     /// Owner, group and permissions of a control file of the image or directory `stat`.
-    pub(super) fn control(&self, stat: &FileStat) -> (u32, u32, u16) {
+    pub(super) fn control(&self, stat: &ObjectStat) -> (u32, u32, u16) {
         let (uid, gid, bits) = self.apply(stat, NodeKind::File, true);
         (uid, gid, if self.umask.is_some() { bits & CONTROL_BITS } else { CONTROL_BITS })
     }
 }
 
 /// A file's own modification time.
-pub(super) fn modified(stat: &FileStat) -> SystemTime {
-    time(stat.signature.mtime.0, stat.signature.mtime.1)
+pub(super) fn modified(stat: &ObjectStat) -> SystemTime {
+    time(stat.modified.seconds, stat.modified.nanoseconds)
 }
 
 /// When a layer was frozen.

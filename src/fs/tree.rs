@@ -16,7 +16,7 @@ use std::time::SystemTime;
 
 use crate::browse::Browser;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Expect, FileStat, Storage, directory_of};
+use crate::io::{Expect, ObjectStat, Storage, directory_of};
 use crate::ops::{Engine, JobState};
 use crate::report::status::per_mille;
 use crate::store::{
@@ -246,8 +246,8 @@ impl MountTree {
                     return Ok(Attributes::plain(inode, kind, (0, 0), modified(leaf), owner));
                 }
                 (
-                    FileStat {
-                        signature: leaf.signature,
+                    ObjectStat {
+                        modified: leaf.modified,
                         ..self.directory_stat(directory_of(chain).as_path())?
                     },
                     0,
@@ -294,19 +294,19 @@ impl MountTree {
     }
 
     /// The file or directory whose owner owns the control files of a scope.
-    fn control_owner(&self, catalog: &Catalog, scope: &ControlScope) -> Result<FileStat> {
+    fn control_owner(&self, catalog: &Catalog, scope: &ControlScope) -> Result<ObjectStat> {
         match scope {
             ControlScope::Store => self.store_stat(),
             ControlScope::Chain(chain) => Ok(catalog.images[leaf(catalog, chain)?].stat),
         }
     }
 
-    fn store_stat(&self) -> Result<FileStat> {
+    fn store_stat(&self) -> Result<ObjectStat> {
         self.store.roots()[0].stat(Path::new("."))
     }
 
     /// Attributes of the store's directory for a directory of the mount.
-    fn directory_stat(&self, path: &Path) -> Result<FileStat> {
+    fn directory_stat(&self, path: &Path) -> Result<ObjectStat> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         self.store.roots()[0].stat(path).or_else(|_| self.store_stat())
     }
@@ -356,14 +356,14 @@ impl MountTree {
         let ActiveAttributes { stat, data_blocks, size } = active;
         let owner = self.ownership.apply(stat, NodeKind::File, true);
         // At least one block, so that programs do not treat it as one hole: data may have no blocks yet.
-        let blocks = (stat.blocks + data_blocks).max(u64::from(stat.signature.size > 0));
+        let blocks = (stat.blocks + data_blocks).max(u64::from(stat.size > 0));
         Attributes::plain(inode, NodeKind::File, (*size, blocks), modified(stat), owner)
     }
 
     /// Whether a file without blocks has data, so that programs must not treat it as a hole: a small file may
     /// be stored in its inode, or not be allocated yet.
     fn has_data(&self, image: &ImageEntry) -> bool {
-        let size = image.stat.signature.size;
+        let size = image.stat.size;
         size > 0
             && !self
                 .store

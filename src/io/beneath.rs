@@ -15,8 +15,8 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::descriptors::with_descriptor;
-use super::file::{FileStat, Identity};
 use super::mountinfo::{MountEntry, mounts};
+use super::object::{Identity, ObjectStat};
 
 /// What becomes of directories on which another file system is mounted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,12 +113,12 @@ impl Root {
             return Err(not_a_file(path));
         }
         let file = self.open_with(path, access | OFlags::NONBLOCK | OFlags::NOCTTY)?;
-        if FileStat::of(&file)?.is_file() { Ok(file) } else { Err(not_a_file(path)) }
+        if ObjectStat::of(&file)?.is_file() { Ok(file) } else { Err(not_a_file(path)) }
     }
 
     /// Attributes of the file at `path`; symbolic links are followed within the root.
-    pub fn stat(&self, path: &Path) -> Result<FileStat> {
-        FileStat::of(&self.open_with(path, OFlags::PATH)?)
+    pub fn stat(&self, path: &Path) -> Result<ObjectStat> {
+        ObjectStat::of(&self.open_with(path, OFlags::PATH)?)
     }
 
     /// The descriptor of the root itself.
@@ -204,10 +204,10 @@ impl Root {
     }
 
     /// Attributes of `path` itself; a final symbolic link is not followed.
-    pub fn stat_itself(&self, path: &Path) -> Result<FileStat> {
+    pub fn stat_itself(&self, path: &Path) -> Result<ObjectStat> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let file = self.open_real(path, OFlags::NOFOLLOW);
-        FileStat::of(&file.map_err(|error| Error::io(format!("opening {}", path.display()), error))?)
+        ObjectStat::of(&file.map_err(|error| Error::io(format!("opening {}", path.display()), error))?)
     }
 
     /// Opens a path with `O_PATH`; no part of it may be a symbolic link. Other file systems are entered, but
@@ -270,7 +270,7 @@ impl Root {
     pub fn open_entry(directory: &OwnedFd, name: &OsStr) -> Result<Option<OwnedFd>> {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         match with_descriptor(|| fs::openat(directory, name, flags, Mode::empty())) {
-            Ok(file) => Ok(FileStat::of(&file)?.is_file().then_some(file)),
+            Ok(file) => Ok(ObjectStat::of(&file)?.is_file().then_some(file)),
             Err(Errno::NOENT | Errno::LOOP | Errno::NXIO) => Ok(None),
             Err(error) => Err(Error::io("opening the file", error)),
         }

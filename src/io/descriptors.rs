@@ -270,7 +270,7 @@ fn usable(most: usize, others: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Expect, FileStat, Root, Storage, StoreFile};
+    use super::super::{Expect, ObjectStat, Root, Storage, StoreFile};
     use super::*;
     use std::path::Path;
 
@@ -329,7 +329,7 @@ mod tests {
         std::fs::write(directory.path().join("b"), "new").unwrap();
         std::fs::rename(directory.path().join("b"), &place).unwrap();
         assert_eq!(file.read_at(0, &mut [0; 3]).unwrap_err().kind(), crate::error::ErrorKind::Stale);
-        let _ = FileStat::of(std::fs::File::open(place).unwrap()).unwrap();
+        let _ = ObjectStat::of(std::fs::File::open(place).unwrap()).unwrap();
     }
 
     /// An entry with three descriptors that closes on request.

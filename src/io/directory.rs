@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 use super::beneath::{MountPoints, Root};
 use super::descriptors::{Descriptors, with_descriptor};
-use super::file::FileStat;
+use super::object::ObjectStat;
 use super::{StoreFile, WritableFile, WriteStorage};
 
 /// What becomes of a file that has the new name already.
@@ -168,7 +168,7 @@ impl Directory for RootDirectory {
 
 /// Copies owner, mode and extended attributes of `model` to `file`.
 fn resemble(file: &OwnedFd, model: &OwnedFd, path: &Path) -> Result<()> {
-    let (stat, now) = (FileStat::of(model)?, FileStat::of(file)?);
+    let (stat, now) = (ObjectStat::of(model)?, ObjectStat::of(file)?);
     let owner = (stat.uid != now.uid).then(|| rustix::fs::Uid::from_raw(stat.uid));
     let group = (stat.gid != now.gid).then(|| rustix::fs::Gid::from_raw(stat.gid));
     if owner.is_some() || group.is_some() {

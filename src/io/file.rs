@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
-use rustix::fs::{self, FileType, SeekFrom};
+use rustix::fs::{self, SeekFrom};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -20,108 +20,49 @@ use crate::units::{BlockStatus, Run, Stability};
 use super::beneath::Root;
 use super::descriptors::{DescriptorReservation, Descriptors, Pin, Reclaim, Reclaimable};
 use super::locks;
+use super::object::{Identity, ObjectId, ObjectStat, ObjectVersion, Timestamp};
 use super::{Conflict, Storage, WritableFile};
 
-/// Identifies a file by device and inode number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FileId {
-    /// Device number.
-    pub device: u64,
-    /// Inode number.
-    pub inode: u64,
-}
-
-/// Identifies a file over its lifetime: device, inode number and birth time. The birth time detects a reused
-/// inode number. Not every file system has it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Identity {
-    /// Device and inode number.
-    pub id: FileId,
-    /// Birth time, seconds and nanoseconds.
-    pub birth: Option<(i64, u32)>,
+impl ObjectStat {
+    /// What the kernel tells of an open file, in any open mode.
+    pub fn of(file: impl AsFd) -> Result<Self> {
+        Ok(fs::fstat(file).map_err(|error| Error::io("reading a file's attributes", error))?.into())
+    }
 }
 
 impl Identity {
-    /// The identity of an open file, in any open mode.
+    /// The identity of an open file, in any open mode. Not every file system has a birth time.
     pub fn of(file: impl AsFd) -> Result<Self> {
         let mask = fs::StatxFlags::INO | fs::StatxFlags::BTIME;
         let found = fs::statx(file, "", fs::AtFlags::EMPTY_PATH, mask)
             .map_err(|error| Error::io("reading the file's identity", error))?;
         let has_birth = fs::StatxFlags::from_bits_retain(found.stx_mask).contains(fs::StatxFlags::BTIME);
         let device = fs::makedev(found.stx_dev_major, found.stx_dev_minor);
-        let birth = (found.stx_btime.tv_sec, found.stx_btime.tv_nsec);
-        Ok(Self { id: FileId { device, inode: found.stx_ino }, birth: has_birth.then_some(birth) })
-    }
-
-    /// Whether both are the same file, as far as the file system reports.
-    pub fn is(&self, other: &Self) -> bool {
-        self.id == other.id && (self.birth.is_none() || other.birth.is_none() || self.birth == other.birth)
+        let birth = Timestamp { seconds: found.stx_btime.tv_sec, nanoseconds: found.stx_btime.tv_nsec };
+        Ok(Self::new(ObjectId::new(device, found.stx_ino), has_birth.then_some(birth)))
     }
 }
 
-/// The version of a file: size, mtime and ctime. Each write changes it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct FileVersion {
-    /// Size in bytes.
-    pub size: u64,
-    /// Modification time, seconds and nanoseconds.
-    pub mtime: (i64, u32),
-    /// Change time, seconds and nanoseconds.
-    pub ctime: (i64, u32),
-}
-
-/// The attributes of a file that chainfs uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileStat {
-    /// The file's identity.
-    pub id: FileId,
-    /// The file's version.
-    pub signature: FileVersion,
-    /// Allocated blocks of 512 bytes.
-    pub blocks: u64,
-    /// Type and permission bits.
-    pub mode: u32,
-    /// Owner.
-    pub uid: u32,
-    /// Group.
-    pub gid: u32,
-    /// Hard links.
-    pub link_count: u64,
-}
-
-impl FileStat {
-    /// Attributes of an open file.
-    pub fn of(file: impl AsFd) -> Result<Self> {
-        Ok(fs::fstat(file).map_err(|error| Error::io("reading a file's attributes", error))?.into())
-    }
-
-    /// Whether it is a regular file.
-    pub fn is_file(&self) -> bool {
-        FileType::from_raw_mode(self.mode) == FileType::RegularFile
-    }
-
-    /// Whether its mode has any write bit.
-    pub fn has_write_bit(&self) -> bool {
-        self.mode & 0o222 != 0
-    }
-}
-
-/// Birth time of an open file, in seconds and nanoseconds; 0 if its file system does not report it.
-pub fn birth_of(file: impl AsFd) -> (i64, u32) {
+/// Birth time of an open file; zero if its file system does not report it.
+pub fn birth_of(file: impl AsFd) -> Timestamp {
     let found = fs::statx(file, "", fs::AtFlags::EMPTY_PATH, fs::StatxFlags::BTIME);
     let has_birth = |found: &fs::Statx| found.stx_mask & fs::StatxFlags::BTIME.bits() != 0;
-    found.ok().filter(has_birth).map_or((0, 0), |found| (found.stx_btime.tv_sec, found.stx_btime.tv_nsec))
+    found.ok().filter(has_birth).map_or(Timestamp::default(), |found| Timestamp {
+        seconds: found.stx_btime.tv_sec,
+        nanoseconds: found.stx_btime.tv_nsec,
+    })
 }
 
-impl From<fs::Stat> for FileStat {
+impl From<fs::Stat> for ObjectStat {
     fn from(stat: fs::Stat) -> Self {
+        let size = stat.st_size.unsigned_abs();
+        let modified = Timestamp { seconds: stat.st_mtime, nanoseconds: stat.st_mtime_nsec as u32 };
+        let changed = Timestamp { seconds: stat.st_ctime, nanoseconds: stat.st_ctime_nsec as u32 };
         Self {
-            id: FileId { device: stat.st_dev, inode: stat.st_ino },
-            signature: FileVersion {
-                size: stat.st_size.unsigned_abs(),
-                mtime: (stat.st_mtime, stat.st_mtime_nsec as u32),
-                ctime: (stat.st_ctime, stat.st_ctime_nsec as u32),
-            },
+            id: ObjectId::new(stat.st_dev, stat.st_ino),
+            version: ObjectVersion::of_file(size, modified, changed),
+            size,
+            modified,
             blocks: stat.st_blocks.unsigned_abs(),
             mode: stat.st_mode,
             uid: stat.st_uid,
@@ -137,10 +78,10 @@ pub struct StoreFile {
     root: Arc<Root>,
     /// Its path; changed only by [`StoreFile::renamed`]. A leaf.
     path: RwLock<PathBuf>,
-    id: FileId,
+    id: ObjectId,
     /// The attributes at the time of the scan; `None` for files that may change while they are read (a disk
     /// that another process writes, read with `force_share`). A leaf.
-    expected: Mutex<Option<FileVersion>>,
+    expected: Mutex<Option<ObjectStat>>,
     descriptor: RwLock<Option<(Arc<OwnedFd>, DescriptorReservation)>>,
     /// Set by every use, cleared by the search for a descriptor to close.
     used: AtomicBool,
@@ -218,14 +159,14 @@ impl StoreFile {
         descriptors: &Arc<Descriptors>,
         root: &Arc<Root>,
         path: &Path,
-        seen: &FileStat,
+        seen: &ObjectStat,
         expect: Expect,
     ) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             root: Arc::clone(root),
             path: RwLock::new(path.to_path_buf()),
             id: seen.id,
-            expected: Mutex::new((expect == Expect::SameVersion).then_some(seen.signature)),
+            expected: Mutex::new((expect == Expect::SameVersion).then_some(*seen)),
             descriptor: RwLock::new(None),
             used: AtomicBool::new(false),
             descriptors: Arc::clone(descriptors),
@@ -248,13 +189,13 @@ impl StoreFile {
     }
 
     /// Its identity.
-    pub fn id(&self) -> FileId {
+    pub fn id(&self) -> ObjectId {
         self.id
     }
 
     /// Reads the present attributes.
-    pub fn stat(&self) -> Result<FileStat> {
-        FileStat::of(&*self.descriptor()?)
+    pub fn stat(&self) -> Result<ObjectStat> {
+        ObjectStat::of(&*self.descriptor()?)
     }
 
     /// Free bytes of its file system.
@@ -269,8 +210,13 @@ impl StoreFile {
         self.open()
     }
 
-    /// The expected attributes; `None` if the file may change.
-    pub fn expected(&self) -> Option<FileVersion> {
+    /// The expected version; `None` if the file may change.
+    pub fn expected(&self) -> Option<ObjectVersion> {
+        self.expected_stat().map(|expected| expected.version)
+    }
+
+    /// What the file was with the expected version.
+    pub fn expected_stat(&self) -> Option<ObjectStat> {
         *self.expected.lock()
     }
 
@@ -278,7 +224,7 @@ impl StoreFile {
     pub fn is_as_expected(&self) -> Result<bool> {
         loop {
             let Some(expected) = self.expected() else { return Ok(true) };
-            if self.is_written() || self.stat()?.signature == expected {
+            if self.is_written() || self.stat()?.version == expected {
                 return Ok(true);
             }
             // A writer of this process may have ended in between and recorded the new attributes.
@@ -291,7 +237,7 @@ impl StoreFile {
     /// Whether only this process has changed the file, checked even while this process writes it: the caller
     /// has recorded all its own changes.
     pub fn is_untouched(&self) -> Result<bool> {
-        Ok(self.expected() == Some(self.stat()?.signature))
+        Ok(self.expected() == Some(self.stat()?.version))
     }
 
     /// Whether this process writes the file now.
@@ -309,7 +255,7 @@ impl StoreFile {
     /// [`WriteLock`].
     pub fn accept_changes(&self) -> Result<()> {
         assert!(self.is_written(), "own changes need a write lock");
-        let now = self.stat()?.signature;
+        let now = self.stat()?;
         if let Some(expected) = &mut *self.expected.lock() {
             *expected = now;
         }
@@ -411,7 +357,7 @@ impl StoreFile {
     pub fn open_for_writing(&self) -> Result<Arc<WritableFile>> {
         let room = self.descriptors.reserve(1)?;
         let file = self.root.open_file_for_writing(&self.path())?;
-        if FileStat::of(&file)?.id != self.id {
+        if ObjectStat::of(&file)?.id != self.id {
             return Err(self.stale());
         }
         Ok(WritableFile::new(file, &self.path(), room, &self.tables))
@@ -508,9 +454,9 @@ impl StoreFile {
 
     fn open(&self) -> Result<OwnedFd> {
         let file = self.root.open_file(&self.path())?;
-        let stat = FileStat::of(&file)?;
+        let stat = ObjectStat::of(&file)?;
         // R3: this file, unchanged, or no bytes.
-        if stat.id != self.id || self.expected().is_some_and(|expected| expected != stat.signature) {
+        if stat.id != self.id || self.expected().is_some_and(|expected| expected != stat.version) {
             return Err(self.stale());
         }
         Ok(file)
@@ -556,7 +502,7 @@ impl Storage for OwnedFd {
     }
 
     fn len(&self) -> Result<u64> {
-        Ok(FileStat::of(self)?.signature.size)
+        Ok(ObjectStat::of(self)?.size)
     }
 }
 
@@ -568,7 +514,7 @@ impl Storage for StoreFile {
     }
 
     fn len(&self) -> Result<u64> {
-        Ok(self.stat()?.signature.size)
+        Ok(self.stat()?.size)
     }
 
     fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {

@@ -13,8 +13,8 @@ use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::error::{Error, ErrorKind, Result};
 
-use super::file::FileStat;
 use super::lock_holders::lock_holders;
+use super::object::ObjectStat;
 
 /// Interval of attempts while another holder has the lock.
 const RETRY_INTERVAL: Duration = Duration::from_millis(5);
@@ -53,7 +53,7 @@ impl FileLock {
                     thread::sleep(RETRY_INTERVAL);
                 }
                 Err(Errno::EAGAIN | Errno::EACCES) => {
-                    let holders = lock_holders(FileStat::of(&file)?.id, 0);
+                    let holders = lock_holders(ObjectStat::of(&file)?.id, 0);
                     let names: Vec<String> = holders.iter().map(ToString::to_string).collect();
                     let by = if names.is_empty() { "this process".to_owned() } else { names.join(", ") };
                     let fact = format!("{} is locked by {by}; wait until that has finished", path.display());

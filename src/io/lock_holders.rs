@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::file::FileId;
+use super::object::ObjectId;
 
 /// A process that holds a lock.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,13 +33,14 @@ impl fmt::Display for LockHolder {
 }
 
 /// The other processes that hold a lock on `byte` of the file `id`.
-pub fn lock_holders(id: FileId, byte: i64) -> Vec<LockHolder> {
-    LockSurvey::for_lock(id.inode, byte).holders(id.inode, byte)
+pub fn lock_holders(id: ObjectId, byte: i64) -> Vec<LockHolder> {
+    LockSurvey::for_lock(id.number(), byte).holders(id.number(), byte)
 }
 
-/// Like [`lock_holders`], for many files at once: the holders of `byte` by inode. Inode numbers of different
+/// Like [`lock_holders`], for many files at once: the holders of `byte` by file. Inode numbers of different
 /// file systems are not told apart, so ask only about files that are known to be locked.
-pub fn all_lock_holders(inodes: &[u64], byte: i64) -> HashMap<u64, Vec<LockHolder>> {
+pub fn all_lock_holders(ids: &[ObjectId], byte: i64) -> HashMap<ObjectId, Vec<LockHolder>> {
+    let inodes: Vec<u64> = ids.iter().map(|id| id.number()).collect();
     let Some(first) = inodes.first() else { return HashMap::new() };
     // A lock without a known holder is a reason for a new survey.
     let unknown =
@@ -48,7 +49,7 @@ pub fn all_lock_holders(inodes: &[u64], byte: i64) -> HashMap<u64, Vec<LockHolde
     if let Some(inode) = unknown(&survey) {
         survey = LockSurvey::for_lock(inode, byte);
     }
-    inodes.iter().map(|inode| (*inode, survey.holders(*inode, byte))).collect()
+    ids.iter().map(|id| (*id, survey.holders(id.number(), byte))).collect()
 }
 
 /// Time limit of one walk through `/proc`: a host may have many thousand processes, and the caller waits.
@@ -127,12 +128,12 @@ impl LockSurvey {
 const UNIDENTIFIED: &str = "which cannot be identified from here";
 
 /// The holders of `byte` as part of a message, and the virtual machine of one of them.
-pub(super) fn describe(id: FileId, byte: i64) -> (String, Option<String>) {
-    let survey = LockSurvey::for_lock(id.inode, byte);
-    let holders = survey.holders(id.inode, byte);
+pub(super) fn describe(id: ObjectId, byte: i64) -> (String, Option<String>) {
+    let survey = LockSurvey::for_lock(id.number(), byte);
+    let holders = survey.holders(id.number(), byte);
     if holders.is_empty() {
         // This process holds the lock: an older open of the file from before it was changed.
-        let is_own = survey.all(id.inode, byte).next().is_some();
+        let is_own = survey.all(id.number(), byte).next().is_some();
         let sentence =
             if is_own { "by this mount, for a disk opened before the file changed" } else { UNIDENTIFIED };
         return (sentence.to_string(), None);
@@ -211,7 +212,7 @@ fn lock(line: &str) -> Option<(u64, i64, i64)> {
 #[cfg(test)]
 mod tests {
     use super::super::FileLock;
-    use super::super::file::FileStat;
+    use super::super::object::ObjectStat;
     use super::*;
     use std::os::fd::OwnedFd;
 
@@ -237,16 +238,16 @@ mod tests {
     fn one_survey_answers_many_and_a_missing_holder_starts_another() {
         let place = tempfile::NamedTempFile::new().unwrap();
         let file = std::fs::File::options().read(true).write(true).open(place.path()).unwrap();
-        let id = FileStat::of(&file).unwrap().id;
+        let id = ObjectStat::of(&file).unwrap().id;
         let claim = FileLock::take(OwnedFd::from(file), place.path(), Duration::ZERO).unwrap();
-        let own = |survey: &LockSurvey| survey.all(id.inode, 0).next().is_some();
+        let own = |survey: &LockSurvey| survey.all(id.number(), 0).next().is_some();
         // Another test's survey may have begun before the lock was taken.
         let found = (0..1000)
-            .map(|_| LockSurvey::for_lock(id.inode, 0))
+            .map(|_| LockSurvey::for_lock(id.number(), 0))
             .find(|survey| own(survey))
             .expect("our own lock");
-        assert!(found.holders(id.inode, 0).is_empty(), "this process is not listed as another one");
-        let again: Vec<_> = (0..20).map(|_| LockSurvey::for_lock(id.inode, 0)).collect();
+        assert!(found.holders(id.number(), 0).is_empty(), "this process is not listed as another one");
+        let again: Vec<_> = (0..20).map(|_| LockSurvey::for_lock(id.number(), 0)).collect();
         assert!(
             again.windows(2).filter(|pair| !Arc::ptr_eq(&pair[0], &pair[1])).count() < 10,
             "few walks for many"

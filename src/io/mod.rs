@@ -13,6 +13,7 @@ mod lock_holders;
 mod locks;
 mod mount_users;
 mod mountinfo;
+mod object;
 mod permissions;
 mod writable_file;
 
@@ -20,8 +21,7 @@ pub use beneath::{DirEntry, EntryKind, MountPoints, OWN_KIND, Root};
 pub use descriptors::{DescriptorReservation, Descriptors, Pin, Reclaim, Reclaimable};
 pub use directory::{Directory, Existing, Host, ThisHost, directory_of};
 pub use file::{
-    Expect, FileId, FileStat, FileVersion, Identity, LockKind, LockSupport, ReadLock, StoreFile, WriteLock,
-    WriterKind, birth_of, read_full,
+    Expect, LockKind, LockSupport, ReadLock, StoreFile, WriteLock, WriterKind, birth_of, read_full,
 };
 pub use file_lock::FileLock;
 pub use groups::groups_of_process;
@@ -29,6 +29,7 @@ pub use lock_holders::{LockHolder, OwnProcess, all_lock_holders, lock_holders};
 pub use locks::{Conflict, WRITER_BYTE, probe_writer};
 pub use mount_users::{namespaces_with, other_users_of, users_of};
 pub use mountinfo::{MountEntry, mounts};
+pub use object::{Identity, ObjectId, ObjectStat, ObjectVersion, Timestamp};
 pub use permissions::{AccessEntry, Permissions, Who};
 pub use writable_file::WritableFile;
 

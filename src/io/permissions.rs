@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::beneath::Root;
-use super::file::FileStat;
+use super::object::ObjectStat;
 
 /// The attributes that the kernel checks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,7 +63,7 @@ const MAX_LINKS: usize = 40;
 impl Permissions {
     /// The permissions of an open file or directory, which may be opened with `O_PATH`.
     pub fn of(file: &OwnedFd) -> Result<Self> {
-        let FileStat { uid, gid, mode, .. } = FileStat::of(file)?;
+        let ObjectStat { uid, gid, mode, .. } = ObjectStat::of(file)?;
         let mut value = vec![0; MAX_LIST];
         // fgetxattr does not work on a descriptor of O_PATH.
         let place = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -119,7 +119,7 @@ impl Root {
         for _ in 0..MAX_STEPS {
             found.push(Permissions::of(&at)?);
             let above = fs::openat(&at, "..", flags, Mode::empty()).map_err(fail)?;
-            if FileStat::of(&above)?.id == FileStat::of(&at)?.id {
+            if ObjectStat::of(&above)?.id == ObjectStat::of(&at)?.id {
                 return Ok(found);
             }
             at = above;

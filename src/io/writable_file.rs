@@ -16,7 +16,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BlockStatus, Run};
 
 use super::descriptors::DescriptorReservation;
-use super::file::{FileStat, extent, read_full};
+use super::file::{extent, read_full};
+use super::object::ObjectStat;
 use super::{Storage, WriteStorage, copy_by_hand};
 
 /// Bytes written at a time if the file system cannot zero a range.
@@ -81,7 +82,7 @@ impl Storage for WritableFile {
     }
 
     fn len(&self) -> Result<u64> {
-        Ok(FileStat::of(&self.file)?.signature.size)
+        Ok(ObjectStat::of(&self.file)?.size)
     }
 
     fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {

@@ -136,7 +136,7 @@ fn is_same(world: &ScannedStore, old: &ImageEntry, new: &ImageEntry) -> bool {
     }
     let digest = |image: &ImageEntry| image.qcow2().map(|qcow2| qcow2.digest);
     let is_alike = old.format == new.format
-        && old.stat.signature.size == new.stat.signature.size
+        && old.stat.size == new.stat.size
         && digest(old) == digest(new)
         // A copy of the header alone says nothing of data that lies elsewhere.
         && old.data_file.is_none()
@@ -145,9 +145,8 @@ fn is_same(world: &ScannedStore, old: &ImageEntry, new: &ImageEntry) -> bool {
 }
 
 fn has_same_content(world: &ScannedStore, old: &ImageEntry, new: &ImageEntry) -> crate::error::Result<bool> {
-    let [old, new] = [old, new].map(|image| {
-        (world.store.file(&image.place, &image.stat, Expect::AnyVersion), image.stat.signature.size)
-    });
+    let [old, new] = [old, new]
+        .map(|image| (world.store.file(&image.place, &image.stat, Expect::AnyVersion), image.stat.size));
     let (files, len) = ((old.0, new.0), old.1);
     let step = if len <= WHOLE_LEN { SAMPLE_LEN as u64 } else { len / SAMPLE_COUNT };
     let mut buffers = (vec![0; SAMPLE_LEN], vec![0; SAMPLE_LEN]);

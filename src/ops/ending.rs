@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::io::{FileId, FileLock};
+use crate::io::{FileLock, ObjectId};
 use crate::store::{Catalog, Effects, FileRef, Intent, OwnedIntent, Store};
 
 use super::job_table::JobProgress;
@@ -23,15 +23,20 @@ pub(super) fn tell<O: Effects>(
     intent: &Intent<O>,
     changed: Option<&FileRef>,
 ) {
-    let files: Vec<FileId> = intent.files().iter().map(|named| named.file.id).collect();
+    let files: Vec<ObjectId> = intent.files().iter().map(|named| named.file.id()).collect();
     tell_files(store, before, &files, changed);
 }
 
 /// The same of files by their numbers.
-pub(super) fn tell_files(store: &Arc<Store>, before: &Catalog, files: &[FileId], changed: Option<&FileRef>) {
+pub(super) fn tell_files(
+    store: &Arc<Store>,
+    before: &Catalog,
+    files: &[ObjectId],
+    changed: Option<&FileRef>,
+) {
     let all = before.images.iter().map(|image| image.stat.id);
-    let files: Vec<FileId> = all.filter(|id| files.contains(id)).collect();
-    store.keep_states(before, &files, changed.map(|named| named.file.id));
+    let files: Vec<ObjectId> = all.filter(|id| files.contains(id)).collect();
+    store.keep_states(before, &files, changed.map(|named| named.file.id()));
     store.refresh_disks(&files);
 }
 

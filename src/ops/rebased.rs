@@ -51,7 +51,7 @@ impl OverlayToRebase {
     pub(super) fn is(&self, named: &FileRef) -> bool {
         match self {
             OverlayToRebase::Active(_, own) => own.is(named),
-            OverlayToRebase::Image(image) => image.id() == named.file.id,
+            OverlayToRebase::Image(image) => image.id() == named.file.id(),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
-use crate::io::{FileId, directory_of};
+use crate::io::{ObjectId, directory_of};
 use crate::store::{FileRef, Format, ImageIndex, Store, shown};
 
 use super::freeze;
@@ -23,7 +23,7 @@ pub(super) fn remove(store: &Arc<Store>, files: &[FileRef], is_valid: bool, comm
             let fact = format!("is used by {} by now, and was not removed", others.join(", "));
             return Err(Error::new(ErrorKind::NotEmpty, format!("{} {fact}", shown(&named.path))));
         }
-        if is_valid && store.keeps_trash(world.image(index).stat.id.device) {
+        if is_valid && store.keeps_trash(world.image(index).stat.id) {
             // What comes back is a snapshot. If it cannot be marked now, it is when it comes back.
             if let Err(error) = freeze::freeze(store, &world, index, &Frozen::now("")) {
                 tracing::info!("{error}: it goes to the trash as it is");
@@ -38,7 +38,7 @@ pub(super) fn remove(store: &Arc<Store>, files: &[FileRef], is_valid: bool, comm
                 },
             )?;
         } else {
-            forget_trash(&world, &[named.file.id])?;
+            forget_trash(&world, &[named.file.id()])?;
             names.unlink(&named.path)?;
         }
         if world.image(index).format == Some(Format::Raw) {
@@ -50,7 +50,7 @@ pub(super) fn remove(store: &Arc<Store>, files: &[FileRef], is_valid: bool, comm
 }
 
 /// Removes from the trash what would show something else if these files were changed or gone.
-pub(super) fn forget_trash(world: &ScannedStore, changed: &[FileId]) -> Result<()> {
+pub(super) fn forget_trash(world: &ScannedStore, changed: &[ObjectId]) -> Result<()> {
     // T1: what would show something else goes before that happens.
     let spoilt = world.store.trash_on(&world.catalog, changed)?;
     for item in &spoilt {
@@ -69,7 +69,7 @@ pub(super) fn not_kept(notes: Vec<String>) -> impl Iterator<Item = String> {
 
 /// Notes what of the trash would go.
 pub(super) fn note_trash(world: &ScannedStore, changed: &[ImageIndex], plan: &mut Plan) {
-    let files: Vec<FileId> = changed.iter().map(|index| world.image(*index).stat.id).collect();
+    let files: Vec<ObjectId> = changed.iter().map(|index| world.image(*index).stat.id).collect();
     let spoilt = match world.store.trash_on(&world.catalog, &files) {
         Ok(spoilt) => spoilt,
         // The command would be refused with that.

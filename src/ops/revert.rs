@@ -175,8 +175,7 @@ pub(super) fn plan(
         (RevertMethod::Overlay(source), saved)
     };
     if request.save.is_none() {
-        let is_kept =
-            world.store.keeps_trash(image.stat.id.device) && matches!(way, RevertMethod::Overlay(_));
+        let is_kept = world.store.keeps_trash(image.stat.id) && matches!(way, RevertMethod::Overlay(_));
         let fate = if is_kept { "goes to the trash" } else { "is lost" };
         plan.notes.push(format!("what the active disk holds {fate}; save=NAME keeps it"));
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::create::NewBacking;
-use crate::io::{FileId, FileLock, Identity};
+use crate::io::{FileLock, Identity, ObjectId};
 use crate::store::{
     Catalog, ChainViews, DataFileRef, FileRef, Format, FoundIntent, ImageEntry, ImageIndex, Store, StorePath,
     shown,
@@ -94,7 +94,7 @@ impl ScannedStore {
     /// The image that an intent or a plan has named, if it is still that file.
     pub(super) fn find(&self, named: &FileRef) -> Option<ImageIndex> {
         let is_it = |image: &ImageEntry| {
-            image.stat.id == named.file.id
+            image.stat.id == named.file.id()
                 && self.name_of(&image.place) == named.path
                 && self.identity(image).is(&named.file)
         };
@@ -123,8 +123,8 @@ impl ScannedStore {
     fn identity(&self, image: &ImageEntry) -> Identity {
         let found = self.store.roots()[image.place.root].identify(&image.place.path);
         // What has gone since it was looked at is found out by who opens it.
-        let seen = Identity { id: image.stat.id, birth: None };
-        found.ok().filter(|found| found.id == image.stat.id).unwrap_or(seen)
+        let seen = Identity::of_id(image.stat.id);
+        found.ok().filter(|found| found.id() == image.stat.id).unwrap_or(seen)
     }
 
     /// The same for an intent: with evidence of what it holds. `fixed`: nobody but the command changes it.
@@ -133,7 +133,7 @@ impl ScannedStore {
         let root = &self.store.roots()[image.place.root];
         let format = image.format.unwrap_or(Format::Raw);
         let named = FileRef::witness(root, &image.place.path, format, fixed)?;
-        if named.file.id != image.stat.id {
+        if named.file.id() != image.stat.id {
             return Err(Error::new(
                 ErrorKind::Stale,
                 format!("{} has changed; give the command again", image.shown()),
@@ -203,7 +203,7 @@ impl ScannedStore {
 
     fn others(&self, index: ImageIndex, known: &[ImageIndex], is_all: bool) -> Vec<String> {
         let image = self.image(index);
-        let known: Vec<FileId> = known.iter().map(|index| self.image(*index).stat.id).collect();
+        let known: Vec<ObjectId> = known.iter().map(|index| self.image(*index).stat.id).collect();
         let catalog = self.whole.as_ref().unwrap_or(&self.catalog);
         let mut others = Vec::new();
         let Some(here) = catalog.images.iter().position(|other| other.stat.id == image.stat.id) else {
@@ -217,7 +217,7 @@ impl ScannedStore {
             }
             let stands = catalog.images[here].users.contains(&number)
                 || (is_all && catalog.uncounted_users(here).contains(&number));
-            let is_ours = |id: FileId| id == image.stat.id || data == Some(id);
+            let is_ours = |id: ObjectId| id == image.stat.id || data == Some(id);
             let keeps = other.data_file.as_ref().is_some_and(|(_, stat)| is_ours(stat.id));
             let below = other.below.image().map(|below| catalog.images[below].stat.id);
             let shows_data = data.is_some() && below == data;
@@ -424,7 +424,7 @@ impl ScannedStore {
         // be able to tell that it is another.
         let speaks = |named: &&FileRef| {
             images.iter().map(|index| self.image(*index)).any(|image| {
-                image.stat.id == named.file.id && self.identity(image).is(&named.file)
+                image.stat.id == named.file.id() && self.identity(image).is(&named.file)
                     || self.name_of(&image.place) == named.path
             })
         };

@@ -777,7 +777,7 @@ fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobIm
     }
     let mark = Frozen { seconds: *seconds, nanoseconds: *nanoseconds, description: description.clone() };
     for mut job in held {
-        let top = disks.iter().find(|top| top.old.file.id == job.id());
+        let top = disks.iter().find(|top| top.old.file.id() == job.id());
         // Those who read its internal snapshots have it open, and their locks are ours only if it is found by
         // its new name.
         if let Some(top) = top {
@@ -785,7 +785,7 @@ fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobIm
         }
         // What comes back from the trash is a snapshot.
         let is_put_aside = top.is_some_and(|top| is_draft(&top.frozen));
-        if is_put_aside && store.keeps_trash(job.id().device) && job.format() == Format::Qcow2 {
+        if is_put_aside && store.keeps_trash(job.id()) && job.format() == Format::Qcow2 {
             let change = HeaderChange { backing: None, frozen: Some(Some(mark.clone())) };
             let marked = job.file().and_then(|file| change_header(job.name(), &*file, &change));
             if let Err(error) = marked {
@@ -800,7 +800,7 @@ fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobIm
         if !is_at(root, &top.frozen, &top.old) {
             continue;
         }
-        if root.stat(&top.frozen).is_ok_and(|stat| store.keeps_trash(stat.id.device)) {
+        if root.stat(&top.frozen).is_ok_and(|stat| store.keeps_trash(stat.id)) {
             // What it stands on is named also where that has gone: it does not come back as if it were good.
             store.put_into_trash(
                 &world.catalog,

@@ -18,7 +18,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::{BackingDisk, Writer, WriterOptions, check_writable};
-use crate::io::{Expect, FileId, FileStat, Storage, StoreFile, WriteLock, WriterKind};
+use crate::io::{Expect, ObjectId, ObjectStat, Storage, StoreFile, WriteLock, WriterKind};
 use crate::units::Stability;
 
 use super::Store;
@@ -59,7 +59,7 @@ impl Access {
 #[derive(Clone, Copy, Debug)]
 pub struct ActiveAttributes {
     /// Its image's file.
-    pub stat: FileStat,
+    pub stat: ObjectStat,
     /// Blocks of 512 bytes of its external data file.
     pub data_blocks: u64,
     /// Bytes of the disk.
@@ -72,7 +72,7 @@ pub(super) struct ActiveDisks {
     /// A leaf among locks.
     disks: Mutex<Numbered>,
     /// Images that could not be written any more, until the store is opened anew.
-    poisoned: Mutex<HashMap<FileId, Error>>,
+    poisoned: Mutex<HashMap<ObjectId, Error>>,
     flush_count: AtomicU64,
 }
 
@@ -81,12 +81,12 @@ pub(super) struct ActiveDisks {
 #[derive(Default)]
 struct Numbered {
     last: u64,
-    by_image: HashMap<FileId, u64>,
+    by_image: HashMap<ObjectId, u64>,
     disks: HashMap<u64, Weak<ActiveDisk>>,
 }
 
 impl Numbered {
-    fn number(&mut self, image: FileId) -> u64 {
+    fn number(&mut self, image: ObjectId) -> u64 {
         if let Some(number) = self.by_image.get(&image) {
             return *number;
         }
@@ -100,7 +100,7 @@ impl Numbered {
 struct ActiveDisk {
     number: u64,
     /// Its top image and what that is called. A leaf.
-    top: Mutex<(FileId, String)>,
+    top: Mutex<(ObjectId, String)>,
     /// Held while the disk begins or ends to be written, which may take its time; readers go on
     /// meanwhile. Taken before every other lock of a store.
     openings: Mutex<Openings>,
@@ -156,7 +156,7 @@ struct WritingDisk {
 }
 
 /// That nobody may stand on an image without its being known.
-fn is_unclaimed(catalog: &Catalog, id: FileId) -> Result<()> {
+fn is_unclaimed(catalog: &Catalog, id: ObjectId) -> Result<()> {
     let Some(index) = catalog.images.iter().position(|image| image.stat.id == id) else { return Ok(()) };
     match catalog.claims_on(index).next() {
         None => Ok(()),
@@ -255,14 +255,14 @@ impl Store {
 
     /// Lets nobody write the active disk whose top is the image `id`, until the store is opened anew: its
     /// name may not be durable.
-    pub(crate) fn poison_active(&self, id: FileId, name: &str, error: &Error) {
+    pub(crate) fn poison_active(&self, id: ObjectId, name: &str, error: &Error) {
         let fact = "takes no writes until it is mounted again, for its new name may not be durable";
         let poison = Error::new(ErrorKind::Poisoned, format!("{name} {fact}: {error}"));
         self.active.poisoned.lock().insert(id, poison);
     }
 
     /// Whether somebody has the active disk open whose top is the image `id`.
-    pub(crate) fn is_active_open(&self, id: FileId) -> bool {
+    pub(crate) fn is_active_open(&self, id: ObjectId) -> bool {
         let number = self.active.disks.lock().by_image.get(&id).copied();
         number.and_then(|number| self.active.find(number)).is_some_and(|disk| disk.openings.lock().count > 0)
     }
@@ -307,7 +307,7 @@ impl Store {
     }
 
     /// The number of the active disk whose top is the image `id`.
-    pub fn active_number(&self, id: FileId) -> u64 {
+    pub fn active_number(&self, id: ObjectId) -> u64 {
         self.active.disks.lock().number(id)
     }
 
@@ -430,7 +430,7 @@ impl ActiveDisks {
     /// Says in the log which images have been taken away from under their writers, and forgets what
     /// was wrong with those that nobody can open any more: another file may get their number.
     pub(super) fn tell_of_gone(&self, catalog: &Catalog) {
-        let there: HashSet<FileId> = catalog.images.iter().map(|image| image.stat.id).collect();
+        let there: HashSet<ObjectId> = catalog.images.iter().map(|image| image.stat.id).collect();
         self.poisoned.lock().retain(|id, _| there.contains(id));
         let mut numbered = self.disks.lock();
         let Numbered { by_image, disks, .. } = &mut *numbered;
@@ -455,7 +455,7 @@ impl ActiveDisks {
 
 impl ActiveDisk {
     /// Its top image.
-    fn id(&self) -> FileId {
+    fn id(&self) -> ObjectId {
         self.top.lock().0
     }
 
@@ -589,17 +589,17 @@ pub(super) fn unchanged(top: &OpenImage, leaf: &ImageEntry) -> Result<()> {
     let seen = std::iter::once(&leaf.stat).chain(leaf.data_file.as_ref().map(|(_, stat)| stat));
     for (file, seen) in top.files().zip(seen) {
         // The catalog may be older than what our own last writer has made of it, of which all is known.
-        if file.stat()?.signature != seen.signature && !file.is_untouched()? {
+        if file.stat()?.version != seen.version && !file.is_untouched()? {
             return Err(changed(file));
         }
     }
     let (Some(qcow2), Some(known)) = (leaf.qcow2(), top.image.header()) else { return Ok(()) };
     // Times of files are coarse.
     let descriptor = top.file.descriptor()?;
-    if header_digest(&descriptor, leaf.stat.signature.size)? == qcow2.digest {
+    if header_digest(&descriptor, leaf.stat.size)? == qcow2.digest {
         return Ok(());
     }
-    match describe(&descriptor, top.file.stat()?.signature.size)? {
+    match describe(&descriptor, top.file.stat()?.size)? {
         DetectedContent::Qcow2(now) if now.header == *known => Ok(()),
         _ => Err(changed(&top.file)),
     }

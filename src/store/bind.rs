@@ -8,10 +8,10 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::ErrorKind;
-use crate::io::{FileId, Identity, Root};
+use crate::io::{Identity, Root};
 
 use super::catalog::shown;
-use super::evidence::{AllowedChange, FileRef, is_same};
+use super::evidence::{AllowedChange, FileRef};
 use super::intents::Intent;
 use super::operation::{Effects, ExpectedFile};
 
@@ -36,9 +36,6 @@ impl FileBinding {
     }
 }
 
-/// No file has it.
-const NOBODY: Identity = Identity { id: FileId { device: 0, inode: 0 }, birth: None };
-
 /// Finds the files of an intent, and notes in it which they are. `thoroughly`: evidence is asked for also
 /// where identity could be enough.
 pub(super) fn bind(root: &Root, intent: &mut Intent, is_copied: bool, thoroughly: bool) -> Vec<FileBinding> {
@@ -51,7 +48,7 @@ pub(super) fn bind(root: &Root, intent: &mut Intent, is_copied: bool, thoroughly
         let here = names.iter().find_map(|name| {
             // I1: only the file that was meant.
             let found = root.identify(name).ok()?;
-            is_same(&named.file, &found).then_some((name, found))
+            named.file.is_met_as(&found).then_some((name, found))
         });
         let Some((name, found)) = here else {
             findings.push(FileBinding::Gone(named.path.clone()));
@@ -85,7 +82,7 @@ fn bind_copies(root: &Root, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileBinding>
                     Some((name.clone(), found, against(root, name, named, allowed)))
                 }
                 Err(error) if error.kind() == ErrorKind::NotFound => None,
-                Err(error) => Some((name.clone(), NOBODY, Some(error.to_string()))),
+                Err(error) => Some((name.clone(), Identity::NONE, Some(error.to_string()))),
             };
             names.iter().filter_map(look).collect()
         })
@@ -128,7 +125,7 @@ fn bind_copies(root: &Root, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileBinding>
                 FileBinding::Doubt(format!("{} and {} {fact}", shown(one), shown(other)))
             }
         };
-        named.file = NOBODY;
+        named.file = Identity::NONE;
         findings.push(finding);
     }
     findings

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::format::foreign::ForeignFormat;
-use crate::io::{FileId, Root};
+use crate::io::{ObjectId, Root};
 
 use super::catalog::{
     self, BackingLink, Catalog, FileReference, ImageEntry, ImageIndex, IsFile, UnlinkedImage, qcow2_problem,
@@ -34,7 +34,7 @@ pub(super) struct CatalogBuilder<'a> {
     ways: &'a ScanContext<'a>,
     pub(super) files: Vec<ScannedFile>,
     pub(super) by_place: HashMap<StorePath, ImageIndex>,
-    pub(super) by_id: HashMap<FileId, ImageIndex>,
+    pub(super) by_id: HashMap<ObjectId, ImageIndex>,
     pub(super) problems: Vec<Problem>,
     /// Who may stand on what.
     pub(super) claims: Vec<PossibleUse>,
@@ -66,7 +66,7 @@ pub(super) fn build(
     let unowned = intents.iter().filter(|found| !guard.is_owned(found));
     let mut unfinished: Vec<Problem> = unowned.map(|found| not_finished(guard, found)).collect();
     scan.problems.append(&mut unfinished);
-    let is_it = |place: &StorePath, id: FileId, named: &FileRef| is_file(roots, place, id, named);
+    let is_it = |place: &StorePath, id: ObjectId, named: &FileRef| is_file(roots, place, id, named);
     drop_new_names(&mut scan, &intents, &guard.prefix, &is_it);
     let superseded = superseded(&scan, &intents, &guard.prefix, &is_it);
     let mut builder = CatalogBuilder {
@@ -129,7 +129,7 @@ pub(super) fn build(
             _ => {}
         }
         let version = match old.get(&file.stat.id) {
-            Some((stat, version)) if stat.signature == file.stat.signature => *version,
+            Some((stat, version)) if stat.version == file.stat.version => *version,
             _ => next(&VERSION),
         };
         // What protects one name of a file protects the file.
@@ -137,7 +137,7 @@ pub(super) fn build(
         let frozen: Option<Frozen> = match &content {
             DetectedContent::Qcow2(qcow2) if format == Some(Format::Qcow2) => qcow2.header.frozen.clone(),
             _ if format == Some(Format::Raw) && notes.problem().is_some() => {
-                Some(Frozen::of_time(file.stat.signature.mtime))
+                Some(Frozen::of_time((file.stat.modified.seconds, file.stat.modified.nanoseconds)))
             }
             _ => std::iter::once(&file.place).chain(others).find_map(|place| notes.frozen(place)),
         };
@@ -189,9 +189,9 @@ pub(super) fn build(
 }
 
 /// Whether the file at a place is the one that an intent names. One of which that cannot be asked may be it.
-fn is_file(roots: &[Arc<Root>], place: &StorePath, id: FileId, named: &FileRef) -> bool {
+fn is_file(roots: &[Arc<Root>], place: &StorePath, id: ObjectId, named: &FileRef) -> bool {
     let is_born = || roots[place.root].identify(&place.path).map_or(true, |found| found.is(&named.file));
-    id == named.file.id && (named.file.birth.is_none() || is_born())
+    id == named.file.id() && (named.file.birth().is_none() || is_born())
 }
 
 /// What intents are whose words nobody understands.
@@ -275,10 +275,10 @@ fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path, is_it
 }
 
 /// Files that commands have left to be removed.
-fn superseded(scan: &Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) -> HashSet<FileId> {
+fn superseded(scan: &Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) -> HashSet<ObjectId> {
     let now = ScannedFiles { files: &scan.files, prefix, is_it };
     let affected = intents.iter().flat_map(|found| found.intent.operation.affected(&now).superseded);
-    affected.map(|file| file.file.id).collect()
+    affected.map(|file| file.file.id()).collect()
 }
 
 const DOUBTFUL: &str = "cannot be read: its header and that of the file it names name each other, and a \
@@ -706,7 +706,7 @@ impl CatalogBuilder<'_> {
                 (None, Some(problem.into()), content)
             }
             DetectedContent::Plain | DetectedContent::Unseen => {
-                let problem = if file.stat.signature.size == 0 {
+                let problem = if file.stat.size == 0 {
                     "cannot be read: the file is empty; restore it from a copy".to_string()
                 } else {
                     "cannot be read: it does not begin with qcow2's magic; restore it from a copy, or rename \

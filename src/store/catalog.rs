@@ -15,7 +15,7 @@ use crate::chain::MAX_DEPTH;
 use crate::error::printable;
 use crate::format::Frozen;
 use crate::image::unreadable;
-use crate::io::{FileId, FileStat};
+use crate::io::{ObjectId, ObjectStat};
 use crate::units::round_up_to_sector;
 
 use super::describe::{DetectedContent, Qcow2Description};
@@ -37,7 +37,7 @@ pub struct ImageEntry {
     /// Where it is.
     pub place: StorePath,
     /// Its attributes as of the scan.
-    pub stat: FileStat,
+    pub stat: ObjectStat,
     /// Changes whenever the file's content may have.
     pub version: u64,
     /// What it says of itself.
@@ -51,7 +51,7 @@ pub struct ImageEntry {
     /// Images that stand on it.
     pub users: Vec<ImageIndex>,
     /// Holds its guest data instead of the file itself.
-    pub data_file: Option<(StorePath, FileStat)>,
+    pub data_file: Option<(StorePath, ObjectStat)>,
     /// When it was frozen by chainfs, if it was.
     pub frozen: Option<Frozen>,
     /// Whether a user or its mode says that it is never written.
@@ -139,7 +139,7 @@ pub struct Catalog {
 }
 
 /// Whether the file at a place, of that identity, is the one that is named.
-pub(super) type IsFile<'a> = dyn Fn(&StorePath, FileId, &FileRef) -> bool + 'a;
+pub(super) type IsFile<'a> = dyn Fn(&StorePath, ObjectId, &FileRef) -> bool + 'a;
 
 /// What an intent does to an image.
 #[derive(Debug)]
@@ -155,7 +155,7 @@ pub(super) struct Invalidation {
 /// The images of a catalog, as operations ask for them.
 struct ListedImages<'a> {
     images: &'a [ImageEntry],
-    by_id: HashMap<FileId, ImageIndex>,
+    by_id: HashMap<ObjectId, ImageIndex>,
     /// The path from the guarded directory to the store's own.
     prefix: &'a Path,
     is_it: &'a IsFile<'a>,
@@ -168,7 +168,7 @@ impl<'a> ListedImages<'a> {
     }
 
     fn find(&self, file: &FileRef) -> Option<ImageIndex> {
-        let index = *self.by_id.get(&file.file.id)?;
+        let index = *self.by_id.get(&file.file.id())?;
         let image = &self.images[index];
         (self.is_it)(&image.place, image.stat.id, file).then_some(index)
     }
@@ -208,7 +208,7 @@ impl ImageEntry {
     /// Bytes of its disk, if that is known.
     pub fn virtual_size(&self) -> Option<u64> {
         match self.format? {
-            Format::Raw => Some(round_up_to_sector(self.stat.signature.size)),
+            Format::Raw => Some(round_up_to_sector(self.stat.size)),
             Format::Qcow2 => self.qcow2().map(|qcow2| qcow2.header.virtual_size),
         }
     }
@@ -401,11 +401,11 @@ impl Catalog {
     }
 
     /// As [`Catalog::hidden_by`], for a view that was opened by an earlier catalog.
-    pub(super) fn files_hidden_by(&self, files: &[FileId], inner: bool) -> Option<&FoundIntent> {
+    pub(super) fn files_hidden_by(&self, files: &[ObjectId], inner: bool) -> Option<&FoundIntent> {
         if self.invalidated.is_empty() && self.unknown.is_none() {
             return None;
         }
-        let find = |id: &FileId| self.images.iter().position(|image| image.stat.id == *id);
+        let find = |id: &ObjectId| self.images.iter().position(|image| image.stat.id == *id);
         let layers: Vec<ImageIndex> = files.iter().map_while(find).collect();
         self.hidden_by(&layers, inner)
     }
@@ -740,7 +740,7 @@ pub(super) fn qcow2_problem(qcow2: &Qcow2Description) -> Option<Arc<str>> {
 }
 
 /// The files of a catalog by identity, for looking up versions.
-pub(super) fn versions(catalog: &Catalog) -> HashMap<FileId, (FileStat, u64)> {
+pub(super) fn versions(catalog: &Catalog) -> HashMap<ObjectId, (ObjectStat, u64)> {
     catalog.images.iter().map(|image| (image.stat.id, (image.stat, image.version))).collect()
 }
 

@@ -1,7 +1,7 @@
 //! What one file says of itself: its header and its internal snapshots, if it is qcow2.
 //!
 //! Reads the header cluster and the snapshot table, nothing else; the descriptor is closed again
-//! at once. What is found stays valid while the file's signature does.
+//! at once. What is found stays valid while the file's version does.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

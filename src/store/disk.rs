@@ -10,7 +10,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::error::Result;
 use crate::format::Snapshot;
-use crate::io::FileId;
+use crate::io::ObjectId;
 use crate::units::Stability;
 
 use super::Store;
@@ -20,7 +20,7 @@ use super::open_view::{OpenView, ViewPart};
 /// An opening of a snapshot.
 #[derive(Debug)]
 pub struct OpenDisk {
-    top: FileId,
+    top: ObjectId,
     part: ViewPart,
     /// The internal snapshot that is shown: its place in the table may change.
     inner: Option<Snapshot>,
@@ -60,7 +60,7 @@ impl Store {
     }
 
     /// Looks anew at all open snapshots and active disks that stand on any of `changed`.
-    pub(crate) fn refresh_disks(&self, changed: &[FileId]) {
+    pub(crate) fn refresh_disks(&self, changed: &[ObjectId]) {
         let disks: Vec<Arc<OpenDisk>> = self.disks.disks.lock().iter().filter_map(Weak::upgrade).collect();
         let catalog = self.catalog();
         for disk in disks.iter().filter(|disk| disk.view().shows(changed)) {

@@ -17,7 +17,7 @@ use crate::chain::{FlatCache, View};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, Version};
 use crate::image::{Caches, Image, Layer};
-use crate::io::{Expect, FileId, FileStat, Identity, Root, read_full};
+use crate::io::{Expect, Identity, ObjectStat, Root, Timestamp, read_full};
 use crate::units::Stability;
 
 use super::describe::{DetectedContent, describe};
@@ -70,10 +70,10 @@ impl DataFileRef {
     /// The file at `path` beneath `root`, which a note calls `name`.
     pub(crate) fn witness(root: &Root, path: &Path, name: PathBuf, fixed: bool) -> Result<Self> {
         let file = root.open_file(path)?;
-        let signature = FileStat::of(&file)?.signature;
-        let samples = if fixed { samples(&file, signature.size)? } else { Vec::new() };
-        let written = fixed.then_some(FileTime::of(signature.mtime));
-        Ok(Self { path: name, file: Identity::of(&file)?, size: signature.size, samples, written })
+        let stat = ObjectStat::of(&file)?;
+        let samples = if fixed { samples(&file, stat.size)? } else { Vec::new() };
+        let written = fixed.then_some(FileTime::of(stat.modified));
+        Ok(Self { path: name, file: Identity::of(&file)?, size: stat.size, samples, written })
     }
 
     /// What speaks against the file of its name being it, as a sentence. Of a copy the name and the content
@@ -91,7 +91,7 @@ impl DataFileRef {
 
     fn differs(&self, root: &Root, allowed: AllowedChange) -> Result<Option<&'static str>> {
         let file = root.open_file(&self.path)?;
-        if !allowed.is_copy && !is_same(&self.file, &Identity::of(&file)?) {
+        if !allowed.is_copy && !self.file.is_met_as(&Identity::of(&file)?) {
             return Ok(Some("is another file than it was"));
         }
         let samples = if self.written.is_some() { &self.samples } else { allowed.of_copy(&self.samples) };
@@ -107,25 +107,16 @@ fn other_bytes(
     samples: &[SectorSample],
     written: Option<FileTime>,
 ) -> Result<Option<&'static str>> {
-    let signature = FileStat::of(file)?.signature;
-    Ok(if !allowed.is_size(size, signature.size) {
+    let stat = ObjectStat::of(file)?;
+    Ok(if !allowed.is_size(size, stat.size) {
         Some("has another size than it had")
     } else if !allowed.any_bytes && has_others(file, samples)? {
         Some("holds other bytes than it did")
-    } else if !allowed.is_time(written, signature.mtime) {
+    } else if !allowed.is_time(written, stat.modified) {
         Some("has been written since")
     } else {
         None
     })
-}
-
-/// Whether a file that is met is the one of which a note was kept. A device may go by another number after
-/// the next start of the machine.
-pub(super) fn is_same(noted: &Identity, found: &Identity) -> bool {
-    match (noted.birth, found.birth) {
-        (Some(noted_birth), Some(birth)) => noted.id.inode == found.id.inode && noted_birth == birth,
-        _ => noted.id == found.id,
-    }
 }
 
 /// What is known of a file's content.
@@ -174,8 +165,8 @@ pub enum Evidence {
 pub struct FileTime(i64);
 
 impl FileTime {
-    fn of((seconds, nanoseconds): (i64, u32)) -> Self {
-        Self(seconds.saturating_mul(1_000_000_000).saturating_add(i64::from(nanoseconds)))
+    fn of(time: Timestamp) -> Self {
+        Self(time.seconds.saturating_mul(1_000_000_000).saturating_add(i64::from(time.nanoseconds)))
     }
 }
 
@@ -224,39 +215,18 @@ impl<'de> Deserialize<'de> for Digest {
     }
 }
 
-/// An identity as text: `device:inode:birth` in hexadecimal digits, `-` for a birth that is not known.
+/// An identity as text.
 pub(super) mod identity {
-    use super::{Deserialize, Deserializer, FileId, Identity, Serializer};
-
-    pub(super) fn text(identity: &Identity) -> String {
-        let birth = identity.birth.map_or("-".to_owned(), |(seconds, nanoseconds)| {
-            format!("{:x}.{nanoseconds:x}", seconds.cast_unsigned())
-        });
-        format!("{:x}:{:x}:{birth}", identity.id.device, identity.id.inode)
-    }
-
-    pub(super) fn parse(text: &str) -> Option<Identity> {
-        let number = |text: &str| u64::from_str_radix(text, 16).ok();
-        let mut parts = text.split(':');
-        let (device, inode, birth) = (parts.next()?, parts.next()?, parts.next()?);
-        let birth = match birth.split_once('.') {
-            None if birth == "-" => None,
-            None => return None,
-            Some((seconds, nanoseconds)) => {
-                Some((number(seconds)?.cast_signed(), u32::from_str_radix(nanoseconds, 16).ok()?))
-            }
-        };
-        let id = FileId { device: number(device)?, inode: number(inode)? };
-        parts.next().is_none().then_some(Identity { id, birth })
-    }
+    use super::{Deserialize, Deserializer, Identity, Serializer};
 
     pub(crate) fn serialize<S: Serializer>(identity: &Identity, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&text(identity))
+        serializer.collect_str(identity)
     }
 
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Identity, D::Error> {
         let text = String::deserialize(deserializer)?;
-        parse(&text).ok_or_else(|| serde::de::Error::custom("an identity that is not device:inode:birth"))
+        Identity::parse(&text)
+            .ok_or_else(|| serde::de::Error::custom("an identity that is not device:inode:birth"))
     }
 }
 
@@ -287,7 +257,7 @@ impl AllowedChange {
         if self.is_copy && !self.any_bytes { samples } else { &[] }
     }
 
-    fn is_time(self, written: Option<FileTime>, now: (i64, u32)) -> bool {
+    fn is_time(self, written: Option<FileTime>, now: Timestamp) -> bool {
         self.is_copy || written.is_none_or(|written| written == FileTime::of(now))
     }
 }
@@ -372,8 +342,8 @@ impl SectorSample {
 }
 
 fn evidence(file: &OwnedFd, path: &Path, format: Format, fixed: bool) -> Result<Evidence> {
-    let signature = FileStat::of(file)?.signature;
-    let (len, written) = (signature.size, fixed.then_some(FileTime::of(signature.mtime)));
+    let stat = ObjectStat::of(file)?;
+    let (len, written) = (stat.size, fixed.then_some(FileTime::of(stat.modified)));
     if format == Format::Raw {
         let samples = if fixed { samples(file, len)? } else { Vec::new() };
         return Ok(Evidence::Raw { size: len, samples, written });
@@ -478,7 +448,7 @@ impl Evidence {
         has_data: bool,
     ) -> Result<Option<&'static str>> {
         let file = root.open_file(path)?;
-        let signature = FileStat::of(&file)?.signature;
+        let stat = ObjectStat::of(&file)?;
         let verdict = match self {
             Self::Raw { size, samples, written } => other_bytes(&file, allowed, *size, samples, *written)?,
             Self::Qcow2 {
@@ -491,7 +461,7 @@ impl Evidence {
                 head: old_head,
                 written,
             } => {
-                let Some(header) = header(&file, signature.size)? else {
+                let Some(header) = header(&file, stat.size)? else {
                     return Ok(Some("is no qcow2 image any more"));
                 };
                 if shape(&header) != *old_shape {
@@ -510,7 +480,7 @@ impl Evidence {
                     || is_other_disk(root, path, &header, allowed.of_copy(disk))?
                 {
                     Some("holds other bytes than it did")
-                } else if !allowed.is_time(*written, signature.mtime) && head(&file, &header)? == *old_head {
+                } else if !allowed.is_time(*written, stat.modified) && head(&file, &header)? == *old_head {
                     // Steps of the command itself write its header, and it alone. One that was cut off midway
                     // may have changed nothing yet that the header says.
                     Some("has been written since")
@@ -562,26 +532,6 @@ fn are_others(samples: &[SectorSample], read: impl Fn(u64) -> Result<Digest>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_identity_is_read_as_it_was_written() {
-        let id = FileId { device: 0xfd01, inode: u64::MAX };
-        for birth in [None, Some((-5, 999_999_999)), Some((1_700_000_000, 0))] {
-            let file = Identity { id, birth };
-            assert_eq!(identity::parse(&identity::text(&file)), Some(file));
-        }
-        for text in ["", "1:2", "1:2:3", "1:2:3.4:5", "x:2:-", "1:2:-1.0.0"] {
-            assert_eq!(identity::parse(text), None, "{text}");
-        }
-    }
-
-    #[test]
-    fn a_number_that_was_given_again_is_another_file() {
-        let id = FileId { device: 1, inode: 2 };
-        let (old, new, unknown) = (Some((5, 1)), Some((5, 2)), None);
-        let is = |a, b| Identity { id, birth: a }.is(&Identity { id, birth: b });
-        assert!(is(old, old) && is(old, unknown) && !is(old, new));
-    }
 
     #[test]
     fn other_bytes_and_sizes_speak_against_a_raw_file() {

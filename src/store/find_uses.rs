@@ -41,7 +41,7 @@ fn parents_of(content: &DetectedContent) -> Option<&Parents> {
 pub(super) fn foreign_kind(file: &ScannedFile) -> Option<ForeignFormat> {
     match &file.content {
         DetectedContent::Foreign(foreign) if !file.is_plain => Some(foreign.kind),
-        _ if file.stat.signature.size == 0 => None,
+        _ if file.stat.size == 0 => None,
         _ => ForeignFormat::of_name(&file.place.path),
     }
 }
@@ -55,7 +55,7 @@ pub(super) fn claims_of(
     options: &StoreOptions,
 ) -> (Option<FileReference>, Vec<UseReach>) {
     // Nothing of less bytes than a header can be read by anybody.
-    let is_too_short = file.stat.signature.size < MIN_HEADER_LEN;
+    let is_too_short = file.stat.size < MIN_HEADER_LEN;
     let is_standalone = is_too_short || options.is_standalone(&file.place.path);
     let is_read = matches!(file.content, DetectedContent::Qcow2(_));
     if is_drawn && (is_read || !is_standalone) {
@@ -254,7 +254,7 @@ impl CatalogBuilder<'_> {
     /// What a file may stand on that ought to be qcow2 and does not begin as one.
     pub(super) fn claim_without_magic(&mut self, index: ImageIndex) {
         let file = &self.files[index];
-        let (place, len) = (file.place.clone(), file.stat.signature.size);
+        let (place, len) = (file.place.clone(), file.stat.size);
         if len < MIN_HEADER_LEN || self.options.is_standalone(&place.path) {
             return;
         }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Snapshot;
-use crate::io::FileId;
+use crate::io::ObjectId;
 
 use super::Store;
 use super::active::{Access, ActiveHandle};
@@ -38,11 +38,11 @@ pub enum ViewIdentity {
     /// A frozen layer, by the versions of its file and of those below. All of them: two openings of
     /// one number share the kernel's page cache, also when one of them still reads a file that
     /// has been replaced since.
-    Frozen(FileId, u64),
+    Frozen(ObjectId, u64),
     /// An internal snapshot, by a digest of its entry in the table and of the files below.
-    Snapshot(FileId, u64),
+    Snapshot(ObjectId, u64),
     /// The VM state of an internal snapshot, by a digest of its entry.
-    VmState(FileId, u64),
+    VmState(ObjectId, u64),
 }
 
 /// A disk, found in the catalog of the moment.

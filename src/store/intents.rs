@@ -21,7 +21,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{
-    Directory, EntryKind, Existing, FileLock, FileStat, Identity, MountPoints, Root, directory_of, read_full,
+    Directory, EntryKind, Existing, FileLock, Identity, MountPoints, ObjectStat, Root, directory_of,
+    read_full,
 };
 
 use super::bind::{FileBinding, bind};
@@ -824,7 +825,7 @@ impl ControlDir {
     /// Whether a note is of somebody who could have carried it out: of whom the directory of notes would be
     /// trusted, or of the owner of all files that it names.
     fn is_owners(&self, note: &OwnedFd, intent: &Intent) -> bool {
-        let Ok(note) = FileStat::of(note) else { return false };
+        let Ok(note) = ObjectStat::of(note) else { return false };
         let is_own = |named: &&FileRef| self.root.stat(&named.path).map_or(true, |stat| stat.uid == note.uid);
         trust::is_known(&self.root, note.uid) || intent.files().iter().all(is_own)
     }
@@ -840,14 +841,11 @@ impl ControlDir {
         read.map_err(|error| error.to_string())?;
         let mut intent = Intent::parse(&text)?;
         let was = intent.own.unwrap_or(now);
-        let is_copied = (was.id.inode, was.birth) != (now.id.inode, now.birth);
-        if !is_copied && was.id.device != now.id.device {
+        let is_copied = now.is_copy_of(&was);
+        if !is_copied && !was.id().is_near(now.id()) {
             // The same file system goes by another number after the next start of the machine.
             for expected in intent.operation.expected(&|_| false) {
-                let id = &mut expected.file.file.id;
-                if id.device == was.id.device {
-                    id.device = now.id.device;
-                }
+                expected.file.file.follow(&was, &now);
             }
             intent.own = Some(now);
         }
@@ -925,14 +923,14 @@ impl<O> OwnedIntent<O> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::{Descriptors, FileId, Host, ThisHost};
+    use crate::io::{Descriptors, Host, ThisHost};
     use crate::store::{
         CommitOperation, CopyOperation, Digest, Evidence, Format, NewTop, PullOperation, SectorSample,
         ShrinkOperation, SnapshotOperation,
     };
 
     fn named(path: impl Into<PathBuf>, inode: u64) -> FileRef {
-        let file = Identity { id: FileId { device: 3, inode }, birth: Some((1_700_000_000, 5)) };
+        let file = Identity::parse(&format!("3:{inode:x}:6553f100.5")).unwrap();
         let evidence = Evidence::Raw {
             size: 512,
             samples: vec![SectorSample { at: 0, was: Digest::of(b"a"), becomes: None }],

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::{BackingDisk, Writer};
-use crate::io::{FileId, ReadLock, WriteLock, WriteStorage, WriterKind};
+use crate::io::{ObjectId, ReadLock, WriteLock, WriteStorage, WriterKind};
 use crate::units::Stability;
 
 use super::Store;
@@ -63,7 +63,7 @@ impl Store {
 
 impl JobImage {
     /// Which file it is.
-    pub fn id(&self) -> FileId {
+    pub fn id(&self) -> ObjectId {
         self.image.file.id()
     }
 
@@ -129,9 +129,9 @@ impl JobImage {
         // The descriptor goes before the file's looks are noted: closing may be what changes them.
         drop(writer);
         for file in image.files() {
-            let before = file.expected();
+            let before = file.expected_stat();
             file.accept_changes()?;
-            if let (Some(before), Some(after)) = (before, file.expected()) {
+            if let (Some(before), Some(after)) = (before, file.expected_stat()) {
                 store.touched(file.id(), &before, &after);
             }
         }

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::format::header::MAGIC;
-use crate::io::{FileStat, Root, birth_of, directory_of, read_full};
+use crate::io::{ObjectStat, Root, Timestamp, birth_of, directory_of, read_full};
 
 use super::Store;
 use super::catalog::shown;
@@ -74,11 +74,11 @@ pub(super) fn is_intents_draft(path: &Path) -> bool {
 /// Why the file of a draft's name is not proven to be one, if so.
 fn doubt(root: &Root, path: &Path) -> Result<Option<&'static str>> {
     let file = root.open_file(path)?;
-    let stat = FileStat::of(&file)?;
+    let stat = ObjectStat::of(&file)?;
     if stat.link_count != 1 {
         return Ok(Some("has another name"));
     }
-    let (seconds, nanoseconds) = birth_of(&file);
+    let Timestamp { seconds, nanoseconds } = birth_of(&file);
     let birth = u64::try_from(seconds).map(|seconds| Duration::new(seconds, nanoseconds)).unwrap_or_default();
     let is_of_then = |when: Duration| birth + LAG >= when && birth <= when + LATEST;
     if birth != Duration::ZERO && !when_drafted(path).is_some_and(is_of_then) {

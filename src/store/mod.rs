@@ -55,7 +55,8 @@ use crate::error::{Error, Result};
 use crate::format::Frozen;
 use crate::image::Caches;
 use crate::io::{
-    Descriptors, Directory as Names, Expect, FileId, FileStat, Host, MountPoints, Root, StoreFile, ThisHost,
+    Descriptors, Directory as Names, Expect, Host, MountPoints, ObjectId, ObjectStat, Root, StoreFile,
+    ThisHost,
 };
 use crate::units::Stability;
 
@@ -342,9 +343,9 @@ impl Store {
     /// Notes that a job of ours has changed `files` and left every layer of `before` that is still there as
     /// it was, but for `changed`: their disks stay the same to those who have them open. Not where any other
     /// file of theirs has changed as well.
-    pub(crate) fn keep_states(&self, before: &Catalog, files: &[FileId], changed: Option<FileId>) {
+    pub(crate) fn keep_states(&self, before: &Catalog, files: &[ObjectId], changed: Option<ObjectId>) {
         let after = self.catalog();
-        let states = |catalog: &Catalog| -> HashMap<FileId, (u64, Vec<u64>)> {
+        let states = |catalog: &Catalog| -> HashMap<ObjectId, (u64, Vec<u64>)> {
             let mut states = HashMap::new();
             for (_, leaf) in catalog.chains() {
                 let views = self.chain_views(catalog, leaf);
@@ -362,8 +363,8 @@ impl Store {
             states
         };
         let old = states(before);
-        let is_kept = |id: &FileId| changed.is_none_or(|changed| *id != changed || !files.contains(id));
-        let same = |(id, (now, others)): (FileId, (u64, Vec<u64>))| {
+        let is_kept = |id: &ObjectId| changed.is_none_or(|changed| *id != changed || !files.contains(id));
+        let same = |(id, (now, others)): (ObjectId, (u64, Vec<u64>))| {
             let (state, others_then) = old.get(&id)?;
             (*state != now && *others_then == others).then_some((now, *state))
         };
@@ -383,7 +384,7 @@ impl Store {
     }
 
     /// The attributes of an image file now, or as of the scan if it has gone.
-    pub fn stat_now(&self, image: &ImageEntry) -> FileStat {
+    pub fn stat_now(&self, image: &ImageEntry) -> ObjectStat {
         match self.roots[image.place.root].stat(&image.place.path) {
             Ok(stat) if stat.id == image.stat.id => stat,
             _ => image.stat,
@@ -392,7 +393,7 @@ impl Store {
 
     /// The names of open views to which a change of the image `base` would show, unless all of `cover` lie
     /// above it.
-    pub fn exposed(&self, base: FileId, cover: &[FileId]) -> Vec<String> {
+    pub fn exposed(&self, base: ObjectId, cover: &[ObjectId]) -> Vec<String> {
         self.opened.exposed(base, cover)
     }
 
@@ -424,7 +425,7 @@ impl Store {
     }
 
     /// A file of the store, to be opened when it is read.
-    pub fn file(&self, place: &StorePath, seen: &FileStat, expect: Expect) -> Arc<StoreFile> {
+    pub fn file(&self, place: &StorePath, seen: &ObjectStat, expect: Expect) -> Arc<StoreFile> {
         StoreFile::new(&self.descriptors, &self.roots[place.root], &place.path, seen, expect)
     }
 

@@ -15,7 +15,7 @@ use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, Snapshot};
 use crate::image::{Image, Layer, unreadable};
-use crate::io::{Expect, FileId, LockKind, ReadLock, Storage, StoreFile};
+use crate::io::{Expect, LockKind, ObjectId, ReadLock, Storage, StoreFile};
 use crate::units::Stability;
 
 use super::Store;
@@ -40,18 +40,18 @@ enum Loss {
 
 /// Images and views that are kept open.
 pub(super) struct OpenImages {
-    images: Mutex<HashMap<FileId, OpenImage>>,
+    images: Mutex<HashMap<ObjectId, OpenImage>>,
     pub(super) views: Mutex<LruCache<ViewKey, Arc<View>>>,
     /// Views that are open now. A leaf.
     shown: Mutex<Vec<Weak<OpenState>>>,
     /// Internal snapshots, by image and id, that nobody opens any more. A leaf.
-    leaving: Mutex<Vec<(FileId, Vec<u8>)>>,
+    leaving: Mutex<Vec<(ObjectId, Vec<u8>)>>,
 }
 
 /// Keeps an internal snapshot from being opened, until dropped.
 pub struct DeletionGuard<'a> {
     store: &'a Store,
-    image: FileId,
+    image: ObjectId,
     id: Vec<u8>,
 }
 
@@ -89,8 +89,8 @@ impl OpenImage {
     /// Whether this is still what a catalog says of the image.
     fn is_current(&self, entry: &ImageEntry) -> bool {
         // What we write ourselves is ahead of every scan, and no other file can have its identity.
-        let data = entry.data_file.as_ref().map(|(_, stat)| Some(stat.signature));
-        let is_unchanged = self.file.expected() == Some(entry.stat.signature)
+        let data = entry.data_file.as_ref().map(|(_, stat)| Some(stat.version));
+        let is_unchanged = self.file.expected() == Some(entry.stat.version)
             && self.data_file.as_ref().map(|file| file.expected()) == data;
         self.file.is_written() || (is_unchanged && self.is_at(entry))
     }
@@ -157,8 +157,8 @@ impl OpenImages {
     }
 
     /// Refuses an internal snapshot that a command has begun to delete.
-    fn check_not_leaving(&self, image: FileId, inner: &Snapshot, name: &str) -> Result<()> {
-        let is_leaving = |(other, id): &(FileId, Vec<u8>)| *other == image && *id == inner.id;
+    fn check_not_leaving(&self, image: ObjectId, inner: &Snapshot, name: &str) -> Result<()> {
+        let is_leaving = |(other, id): &(ObjectId, Vec<u8>)| *other == image && *id == inner.id;
         if !self.leaving.lock().iter().any(is_leaving) {
             return Ok(());
         }
@@ -169,7 +169,7 @@ impl OpenImages {
 
     /// The names of open views to which a change of `base` would show: those that do not have all of `cover`
     /// above it, or that have opened it before it was last changed.
-    pub(super) fn exposed(&self, base: FileId, cover: &[FileId]) -> Vec<String> {
+    pub(super) fn exposed(&self, base: ObjectId, cover: &[ObjectId]) -> Vec<String> {
         let serial = self.images.lock().get(&base).map(|open| open.image.serial());
         let all = self.shown.lock();
         let exposed = all.iter().filter_map(Weak::upgrade).filter(|shown| {
@@ -191,18 +191,18 @@ impl OpenImages {
         open: &OpenView,
         catalog: &Catalog,
         layers: &[ImageIndex],
-        changed: &[FileId],
+        changed: &[ObjectId],
     ) -> bool {
         let images = self.images.lock();
         let is_other =
-            |(id, serial): &(FileId, u64)| images.get(id).is_some_and(|now| now.image.serial() != *serial);
+            |(id, serial): &(ObjectId, u64)| images.get(id).is_some_and(|now| now.image.serial() != *serial);
         let old = open.lower_images();
         let now = layers.get(1..).unwrap_or_default().iter().map(|index| catalog.images[*index].stat.id);
         open.shows(changed) && (old.iter().any(is_other) || !old.iter().map(|(id, _)| *id).eq(now))
     }
 
     /// Lets go of an image of which nothing that is kept may be used any more.
-    pub(super) fn forget(&self, id: FileId) {
+    pub(super) fn forget(&self, id: ObjectId) {
         self.images.lock().remove(&id);
     }
 
@@ -212,12 +212,12 @@ impl OpenImages {
         if images.is_empty() {
             return;
         }
-        let current: HashMap<FileId, &ImageEntry> =
+        let current: HashMap<ObjectId, &ImageEntry> =
             catalog.images.iter().map(|image| (image.stat.id, image)).collect();
         let before = images.len();
         // A scan may be older than a name that a job has given since. What is in use carries the locks of
         // this process, and stays; whether it is what an entry says is asked again when it is opened.
-        let is_needed = |id: &FileId, open: &OpenImage| {
+        let is_needed = |id: &ObjectId, open: &OpenImage| {
             let is_good = |entry: &&ImageEntry| open.is_current(entry) || open.is_ahead(entry);
             open.file.is_locked() || current.get(id).is_some_and(is_good)
         };
@@ -321,7 +321,7 @@ impl Store {
         if let Some(sentence) = lost {
             stack.push(Layer::active(&Image::lost(&sentence, &self.caches))?);
         }
-        let images: Vec<FileId> = layers.iter().map(|index| catalog.images[*index].stat.id).collect();
+        let images: Vec<ObjectId> = layers.iter().map(|index| catalog.images[*index].stat.id).collect();
         let name = top.shown();
         let stack = ViewStack { layers: stack, part, stability };
         let inner_id = inner.map(|inner| inner.id.clone());
@@ -376,7 +376,7 @@ impl Store {
     }
 
     /// Keeps everybody from opening an internal snapshot; `Busy` if somebody has it open.
-    pub(crate) fn leave_inner(&self, image: FileId, id: &[u8]) -> Result<DeletionGuard<'_>> {
+    pub(crate) fn leave_inner(&self, image: ObjectId, id: &[u8]) -> Result<DeletionGuard<'_>> {
         self.opened.leaving.lock().push((image, id.to_vec()));
         let leaving = DeletionGuard { store: self, image, id: id.to_vec() };
         let shows = |shown: Arc<OpenState>| shown.layers[0].0 == image && shown.inner.as_deref() == Some(id);
@@ -392,7 +392,7 @@ impl Store {
     /// open.
     pub(crate) fn rename_open(
         &self,
-        id: FileId,
+        id: ObjectId,
         path: &Path,
         rename: impl FnOnce() -> Result<()>,
     ) -> Result<()> {

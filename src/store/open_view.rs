@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::chain::View;
 use crate::error::{Error, Result};
 use crate::image::Layer;
-use crate::io::{FileId, ReadLock, StoreFile};
+use crate::io::{ObjectId, ReadLock, StoreFile};
 use crate::units::Stability;
 
 use super::Store;
@@ -50,7 +50,7 @@ pub struct OpenView {
 #[derive(Debug)]
 pub(super) struct OpenState {
     /// Its images, top first, and the serial number of each one's opening.
-    pub(super) layers: Vec<(FileId, u64)>,
+    pub(super) layers: Vec<(ObjectId, u64)>,
     /// The id of the internal snapshot by which the first is shown, whose tables hide other parts of those
     /// below.
     pub(super) inner: Option<Vec<u8>>,
@@ -108,7 +108,7 @@ pub(super) struct NewView<'a> {
     /// Its top image.
     pub(super) top: OpenImage,
     /// All its images, top first, also those that are lost.
-    pub(super) images: Vec<FileId>,
+    pub(super) images: Vec<ObjectId>,
     /// The id of the internal snapshot that is shown, if one is.
     pub(super) inner: Option<Vec<u8>>,
     /// What it is called in sentences.
@@ -121,17 +121,17 @@ pub(super) struct NewView<'a> {
 
 impl OpenView {
     /// Its images, top first.
-    pub(super) fn images(&self) -> impl Iterator<Item = FileId> {
+    pub(super) fn images(&self) -> impl Iterator<Item = ObjectId> {
         self.state.layers.iter().map(|(id, _)| *id)
     }
 
     /// Whether any of these images is among its layers.
-    pub(super) fn shows(&self, images: &[FileId]) -> bool {
+    pub(super) fn shows(&self, images: &[ObjectId]) -> bool {
         self.state.layers.iter().any(|(id, _)| images.contains(id))
     }
 
     /// Its images below the top one, and which opening of each it shows.
-    pub(super) fn lower_images(&self) -> &[(FileId, u64)] {
+    pub(super) fn lower_images(&self) -> &[(ObjectId, u64)] {
         self.state.layers.get(1..).unwrap_or_default()
     }
 

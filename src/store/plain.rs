@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Directory, birth_of};
+use crate::io::{Directory, Timestamp, birth_of};
 
 use super::intents::ControlDir;
 
@@ -32,10 +32,10 @@ const MAX_LEN: u64 = 1 << 30;
 /// A file as the list knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct PlainFile {
-    /// Its inode number.
-    pub inode: u64,
-    /// When it was made, in seconds and nanoseconds; 0 where its file system does not say.
-    pub birth: (i64, u32),
+    /// Its number (of a file: inode number).
+    pub number: u64,
+    /// When it was made; zero where its file system does not say.
+    pub birth: Timestamp,
     /// Its path beneath the guarded directory.
     pub path: PathBuf,
 }
@@ -43,7 +43,7 @@ pub(super) struct PlainFile {
 /// The list of one store.
 #[derive(Debug, Default)]
 pub(super) struct PlainList {
-    files: HashSet<(u64, (i64, u32))>,
+    files: HashSet<(u64, Timestamp)>,
     paths: HashSet<PathBuf>,
     /// Whether the list came with a copy of the store, so that paths are what there is to go by.
     is_copied: bool,
@@ -93,7 +93,7 @@ impl PlainList {
                     self.is_copied = !is_of(&found, &OwnedFd::from(file.try_clone().map_err(fail)?));
                 }
                 Some(found) => {
-                    self.files.insert((found.inode, found.birth));
+                    self.files.insert((found.number, found.birth));
                     self.paths.insert(found.path);
                 }
                 None if is_cut && lines.peek().is_none() => {}
@@ -111,15 +111,15 @@ impl PlainList {
 
     /// Whether a file is one that was seen without the magic, as far as anybody can tell.
     pub(super) fn knows(&self, trace: &PlainFile) -> bool {
-        let has_no_birth = trace.birth == (0, 0);
+        let has_no_birth = trace.birth == Timestamp::default();
         self.damage.is_some()
-            || self.files.contains(&(trace.inode, trace.birth))
+            || self.files.contains(&(trace.number, trace.birth))
             || (self.is_copied || has_no_birth) && self.paths.contains(&trace.path)
     }
 
     /// Notes a file that is seen without the magic.
     pub(super) fn note(&mut self, trace: PlainFile) {
-        if self.files.insert((trace.inode, trace.birth)) {
+        if self.files.insert((trace.number, trace.birth)) {
             self.paths.insert(trace.path.clone());
             self.new.push(trace);
         }
@@ -153,7 +153,7 @@ impl PlainList {
         // Whoever comes second adds behind what the first has written.
         flock(&file, FlockOperation::LockExclusive).map_err(|error| fail(error.into()))?;
         let own = PlainFile {
-            inode: crate::io::FileStat::of(&file)?.id.inode,
+            number: crate::io::ObjectStat::of(&file)?.id.number(),
             birth: birth_of(&file),
             path: "".into(),
         };
@@ -186,12 +186,12 @@ impl PlainList {
 
 /// Whether that file's list is the one it was begun as.
 fn is_of(found: &PlainFile, file: &OwnedFd) -> bool {
-    let inode = crate::io::FileStat::of(file).map(|stat| stat.id.inode);
-    inode.is_ok_and(|inode| inode == found.inode) && birth_of(file) == found.birth
+    let number = crate::io::ObjectStat::of(file).map(|stat| stat.id.number());
+    number.is_ok_and(|number| number == found.number) && birth_of(file) == found.birth
 }
 
 fn line(trace: &PlainFile, title: &str) -> String {
-    let mut text = format!("{} {}.{:09} ", trace.inode, trace.birth.0, trace.birth.1);
+    let mut text = format!("{} {}.{:09} ", trace.number, trace.birth.seconds, trace.birth.nanoseconds);
     for byte in if title.is_empty() { trace.path.as_os_str().as_bytes() } else { title.as_bytes() } {
         match byte {
             b'!'..=b'~' if *byte != b'%' => text.push(char::from(*byte)),
@@ -212,16 +212,16 @@ fn parsed(line: &[u8]) -> Option<PlainFile> {
         return None;
     }
     let mut words = body.split(' ');
-    let inode = words.next()?.parse().ok()?;
+    let number = words.next()?.parse().ok()?;
     let (seconds, nanoseconds) = words.next()?.split_once('.')?;
-    let birth = (seconds.parse().ok()?, nanoseconds.parse().ok()?);
+    let birth = Timestamp { seconds: seconds.parse().ok()?, nanoseconds: nanoseconds.parse().ok()? };
     let mut path = Vec::new();
     let mut bytes = words.next()?.bytes();
     while let Some(byte) = bytes.next() {
         let digit = |byte: Option<u8>| byte.and_then(|byte| char::from(byte).to_digit(16));
         path.push(if byte == b'%' { (digit(bytes.next())? * 16 + digit(bytes.next())?) as u8 } else { byte });
     }
-    Some(PlainFile { inode, birth, path: PathBuf::from(std::ffi::OsString::from_vec(path)) })
+    Some(PlainFile { number, birth, path: PathBuf::from(std::ffi::OsString::from_vec(path)) })
 }
 
 /// FNV-1a: enough against what a crash leaves of a line.
@@ -235,8 +235,8 @@ mod tests {
     use crate::io::{Descriptors, Host, Root, ThisHost};
     use std::sync::Arc;
 
-    fn trace(inode: u64, path: &str) -> PlainFile {
-        PlainFile { inode, birth: (7, 9), path: path.into() }
+    fn trace(number: u64, path: &str) -> PlainFile {
+        PlainFile { number, birth: Timestamp { seconds: 7, nanoseconds: 9 }, path: path.into() }
     }
 
     fn lab() -> (tempfile::TempDir, ControlDir, Arc<dyn Directory>) {
@@ -269,10 +269,12 @@ mod tests {
         assert!(known.damage().is_none());
         assert!([trace(3, "renamed"), odd, trace(4, "y")].iter().all(|trace| known.knows(trace)));
         // Another file of the same number, or of the same name.
-        assert!(!known.knows(&PlainFile { birth: (8, 0), ..trace(3, "x") }));
+        assert!(
+            !known.knows(&PlainFile { birth: Timestamp { seconds: 8, nanoseconds: 0 }, ..trace(3, "x") })
+        );
         assert!(!known.knows(&trace(9, "x")));
         assert!(
-            known.knows(&PlainFile { birth: (0, 0), ..trace(9, "x") }),
+            known.knows(&PlainFile { birth: Timestamp::default(), ..trace(9, "x") }),
             "without a birth the path counts"
         );
     }

@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::io::FileId;
+use crate::io::ObjectId;
 
 use super::catalog::{ImageEntry, ImageIndex, shown};
 
@@ -19,7 +19,7 @@ pub struct PossibleUse {
     /// The file or directory, beneath the store.
     pub by: PathBuf,
     /// Which file that is, where it is one that has been looked at.
-    pub(super) owner: Option<FileId>,
+    pub(super) owner: Option<ObjectId>,
     /// Whose it is: it counts for what that user may read.
     pub(super) uid: u32,
     /// What it may stand on.
@@ -51,7 +51,7 @@ pub(super) struct PossibleUses {
     wide: Vec<usize>,
     /// By image: files that name it in such a way and whose owners may not read it. They make no claim, but
     /// nothing is taken from them either.
-    uncounted: Vec<(ImageIndex, FileId)>,
+    uncounted: Vec<(ImageIndex, ObjectId)>,
 }
 
 impl PossibleUses {
@@ -111,7 +111,7 @@ impl PossibleUses {
     }
 
     /// Images, and files that name them without its counting.
-    pub(super) fn uncounted(&self) -> &[(ImageIndex, FileId)] {
+    pub(super) fn uncounted(&self) -> &[(ImageIndex, ObjectId)] {
         &self.uncounted
     }
 

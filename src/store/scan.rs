@@ -1,7 +1,7 @@
 //! A store's directory becomes a list of files, each with its own word.
 //!
 //! Directories are walked and files described by as many threads as there are processors. A file
-//! whose signature has not changed since the last scan is not opened again. What cannot be looked at is
+//! whose version has not changed since the last scan is not opened again. What cannot be looked at is
 //! told of: it may stand on anything. Other mounts are entered, except those of chainfs.
 
 use std::collections::HashMap;
@@ -16,7 +16,7 @@ use rustix::fs::{AtFlags, statat};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{DirEntry, EntryKind, FileId, FileStat, MountPoints, Root, birth_of};
+use crate::io::{DirEntry, EntryKind, MountPoints, ObjectId, ObjectStat, Root, birth_of};
 
 use super::describe::{DetectedContent, MIN_HEADER_LEN, describe};
 use super::intents::is_own_name;
@@ -31,7 +31,7 @@ pub(super) struct ScannedFile {
     /// Where it is.
     pub place: StorePath,
     /// Its attributes.
-    pub stat: FileStat,
+    pub stat: ObjectStat,
     /// What it says of itself.
     pub content: DetectedContent,
     /// Whether it has been seen without qcow2's magic once: what it says may be a guest's word.
@@ -76,12 +76,12 @@ pub(super) struct Scan {
 }
 
 /// What the last scan knew of each file.
-pub(super) type KnownFiles = HashMap<FileId, KnownFile>;
+pub(super) type KnownFiles = HashMap<ObjectId, KnownFile>;
 
 /// What was seen of one file.
 #[derive(Clone, Debug)]
 pub(super) struct KnownFile {
-    stat: FileStat,
+    stat: ObjectStat,
     content: DetectedContent,
     is_plain: bool,
 }
@@ -262,7 +262,7 @@ impl ScanWork<'_> {
     fn file(&self, directory: &OwnedFd, name: &std::ffi::OsStr, path: &Path, files: &mut Vec<ScannedFile>) {
         // The attributes are asked for without opening, for most files have been seen before.
         let stat = match statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => FileStat::from(stat),
+            Ok(stat) => ObjectStat::from(stat),
             Err(Errno::NOENT) => return,
             Err(error) => {
                 let error = Error::io("asking for its attributes", error);
@@ -286,7 +286,7 @@ impl ScanWork<'_> {
                 if has_extension(path, "raw") {
                     files.push(file(stat, (DetectedContent::Unseen, false)));
                 }
-                if stat.signature.size >= MIN_HEADER_LEN {
+                if stat.size >= MIN_HEADER_LEN {
                     self.unread(path.to_path_buf(), format!("cannot be read ({error})"));
                 } else {
                     self.problem(path.to_path_buf(), format!("cannot be read: {error}"));
@@ -300,18 +300,18 @@ impl ScanWork<'_> {
         directory: &OwnedFd,
         name: &std::ffi::OsStr,
         path: &Path,
-    ) -> Result<Option<(FileStat, (DetectedContent, bool))>> {
+    ) -> Result<Option<(ObjectStat, (DetectedContent, bool))>> {
         let Some(file) = Root::open_entry(directory, name)? else { return Ok(None) };
-        let stat = FileStat::of(&file)?;
-        let content = describe(&file, stat.signature.size)?;
+        let stat = ObjectStat::of(&file)?;
+        let content = describe(&file, stat.size)?;
         let is_plain = recall(self.ways, &file, path, &stat, &content);
         Ok(Some((stat, (content, is_plain))))
     }
 }
 
 /// What was seen of a file that has not changed since.
-fn seen(known: &KnownFiles, stat: &FileStat) -> Option<(DetectedContent, bool)> {
-    let seen = known.get(&stat.id).filter(|seen| seen.stat.signature == stat.signature)?;
+fn seen(known: &KnownFiles, stat: &ObjectStat) -> Option<(DetectedContent, bool)> {
+    let seen = known.get(&stat.id).filter(|seen| seen.stat.version == stat.version)?;
     // One that could not be opened is tried again.
     (!matches!(seen.content, DetectedContent::Unseen)).then(|| (seen.content.clone(), seen.is_plain))
 }
@@ -322,13 +322,13 @@ fn recall(
     ways: &ScanContext<'_>,
     file: &OwnedFd,
     path: &Path,
-    stat: &FileStat,
+    stat: &ObjectStat,
     content: &DetectedContent,
 ) -> bool {
-    if stat.signature.size == 0 || has_extension(path, "qcow2") {
+    if stat.size == 0 || has_extension(path, "qcow2") {
         return false;
     }
-    let trace = PlainFile { inode: stat.id.inode, birth: birth_of(file), path: ways.prefix.join(path) };
+    let trace = PlainFile { number: stat.id.number(), birth: birth_of(file), path: ways.prefix.join(path) };
     let mut plain = ways.plain.lock();
     let is_plain = plain.knows(&trace);
     if matches!(content, DetectedContent::Plain) {
@@ -346,10 +346,10 @@ fn is_hidden(path: &Path) -> bool {
 /// chain would be gone until the next scan: one that does not keep still is listed again, and every name
 /// counts that was met.
 fn list_still(directory: &OwnedFd) -> Result<Vec<DirEntry>> {
-    let mut before = FileStat::of(directory)?.signature;
+    let mut before = ObjectStat::of(directory)?.version;
     let mut entries = Root::list(directory)?;
     for _ in 1..LISTINGS {
-        let after = FileStat::of(directory)?.signature;
+        let after = ObjectStat::of(directory)?.version;
         if after == before {
             break;
         }
@@ -364,7 +364,7 @@ fn list_still(directory: &OwnedFd) -> Result<Vec<DirEntry>> {
 /// Of files that were met under two names, those that have lost one of them since: a file that is renamed
 /// while its directory is looked at is not two.
 fn drop_former_names(directory: &OwnedFd, files: &mut Vec<ScannedFile>) {
-    let mut names: HashMap<FileId, usize> = HashMap::new();
+    let mut names: HashMap<ObjectId, usize> = HashMap::new();
     for file in files.iter() {
         *names.entry(file.stat.id).or_default() += 1;
     }
@@ -377,11 +377,11 @@ fn drop_former_names(directory: &OwnedFd, files: &mut Vec<ScannedFile>) {
 /// Describes one file that a header or the user has named. `None` for a file that is no image.
 pub(super) fn describe_place(root: &Root, place: &StorePath, ways: &ScanContext<'_>) -> Result<ScannedFile> {
     let file = root.open_file(&place.path)?;
-    let stat = FileStat::of(&file)?;
+    let stat = ObjectStat::of(&file)?;
     let (content, is_plain) = if let Some(seen) = seen(ways.known, &stat) {
         seen
     } else {
-        let content = describe(&file, stat.signature.size)?;
+        let content = describe(&file, stat.size)?;
         // What lies outside of the store is not remembered there.
         let is_plain = place.root == 0 && recall(ways, &file, &place.path, &stat, &content);
         (content, is_plain)

@@ -18,7 +18,9 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::{HeaderChange, change_header};
-use crate::io::{EntryKind, Existing, FileId, FileVersion, Identity, MountPoints, Root, directory_of};
+use crate::io::{
+    EntryKind, Existing, Identity, MountPoints, ObjectId, ObjectStat, Root, Timestamp, directory_of,
+};
 
 use super::Store;
 use super::catalog::{Catalog, ImageEntry, ImageIndex, shown};
@@ -69,13 +71,14 @@ struct TrashBacking {
 }
 
 impl TrashBacking {
-    fn of(file: Identity, signature: &FileVersion) -> Self {
-        let (seconds, nanoseconds) = signature.mtime;
-        Self { file, size: signature.size, seconds, nanoseconds }
+    fn of(file: Identity, stat: &ObjectStat) -> Self {
+        let Timestamp { seconds, nanoseconds } = stat.modified;
+        Self { file, size: stat.size, seconds, nanoseconds }
     }
 
-    fn looks_like(&self, signature: &FileVersion) -> bool {
-        (self.size, (self.seconds, self.nanoseconds)) == (signature.size, signature.mtime)
+    fn looks_like(&self, stat: &ObjectStat) -> bool {
+        let Timestamp { seconds, nanoseconds } = stat.modified;
+        (self.size, self.seconds, self.nanoseconds) == (stat.size, seconds, nanoseconds)
     }
 }
 
@@ -111,11 +114,11 @@ impl TrashItem {
 }
 
 impl Store {
-    /// Whether removed layers that lie on the file system `device` go to the trash: not from another one than
-    /// the store's own directory.
-    pub(crate) fn keeps_trash(&self, device: u64) -> bool {
+    /// Whether removed layers go to the trash that lie where `file` does: not from another file system than
+    /// that of the store's own directory.
+    pub(crate) fn keeps_trash(&self, file: ObjectId) -> bool {
         // Where nobody can tell, whatever is wrong keeps it from being removed.
-        let is_near = || self.guard.root.stat(Path::new(".")).map_or(true, |own| own.id.device == device);
+        let is_near = || self.guard.root.stat(Path::new(".")).map_or(true, |own| own.id.is_near(file));
         self.options.trash.is_some() && self.guard.is_marked() && is_near()
     }
 
@@ -130,8 +133,7 @@ impl Store {
         // is tried.
         const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683E, 0xCA45_1A4E];
         let kind = self.guard.root.file_system();
-        let is_near =
-            self.keeps_trash(image.stat.id.device) && image.place.root == 0 && image.data_file.is_none();
+        let is_near = self.keeps_trash(image.stat.id) && image.place.root == 0 && image.data_file.is_none();
         is_near && kind.is_ok_and(|kind| SHARING.contains(&kind))
     }
 
@@ -174,7 +176,7 @@ impl Store {
                 }
                 Err(error) => {
                     let problem = format!("its note cannot be read ({error}); see for yourself what it is");
-                    let seconds = stat.signature.mtime.0.max(0).cast_unsigned();
+                    let seconds = stat.modified.seconds.max(0).cast_unsigned();
                     let (command, problem) = (String::new(), Some(problem));
                     TrashItem { id, path, seconds, command, disk_len, problem, identity, note: None }
                 }
@@ -215,8 +217,8 @@ impl Store {
         let layers = catalog.layers(index);
         let is_as_it_was = |index: &&ImageIndex| {
             let image = &catalog.images[**index];
-            let now = self.stat_now(image).signature;
-            note.below.iter().any(|below| below.file.id == image.stat.id && below.looks_like(&now))
+            let now = self.stat_now(image);
+            note.below.iter().any(|below| below.file.id() == image.stat.id && below.looks_like(&now))
         };
         let written = layers.iter().find(|index| !is_as_it_was(index))?;
         let name = catalog.images[*written].shown();
@@ -231,8 +233,8 @@ impl Store {
             let image = &catalog.images[*index];
             let file = self.roots[image.place.root].identify(&image.place.path);
             // What cannot be asked is not known later either, and then the item says so.
-            let file = file.unwrap_or(Identity { id: image.stat.id, birth: None });
-            TrashBacking::of(file, &self.stat_now(image).signature)
+            let file = file.unwrap_or(Identity::of_id(image.stat.id));
+            TrashBacking::of(file, &self.stat_now(image))
         };
         layers.iter().map(look).collect()
     }
@@ -248,8 +250,8 @@ impl Store {
         backing: Option<&FileRef>,
     ) -> Result<()> {
         let names = self.guard_names();
-        let inode = self.guard.root.stat(at)?.id.inode;
-        let put = self.write_note(catalog, inode, path, says, backing).and_then(|item| {
+        let number = self.guard.root.stat(at)?.id.number();
+        let put = self.write_note(catalog, number, path, says, backing).and_then(|item| {
             names.rename(at, &item, Existing::Refuse).inspect_err(|_| {
                 let _ = names.unlink(&item.with_extension(NOTE));
             })
@@ -266,14 +268,14 @@ impl Store {
     fn write_note(
         &self,
         catalog: &Catalog,
-        inode: u64,
+        number: u64,
         path: &Path,
         (command, is_raw): (&str, bool),
         backing: Option<&FileRef>,
     ) -> Result<PathBuf> {
         let names = self.guard_names();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let item = Path::new(TRASH).join(format!("{:x}-{inode:x}", now.as_nanos()));
+        let item = Path::new(TRASH).join(format!("{:x}-{number:x}", now.as_nanos()));
         let note = item.with_extension(NOTE);
         names.create_directory(Path::new(TRASH))?;
         names.sync(&directory_of(Path::new(TRASH)))?;
@@ -313,7 +315,7 @@ impl Store {
         command: &str,
     ) -> Result<Option<String>> {
         let image = &catalog.images[index];
-        if image.place.root != 0 || image.data_file.is_some() || !self.keeps_trash(image.stat.id.device) {
+        if image.place.root != 0 || image.data_file.is_some() || !self.keeps_trash(image.stat.id) {
             return Ok(None);
         }
         let (names, root) = (self.guard_names(), &self.guard.root);
@@ -321,7 +323,7 @@ impl Store {
         let backing = image.below.image().map(|below| self.known(&catalog.images[below]));
         let is_raw = image.format == Some(Format::Raw);
         let item =
-            self.write_note(catalog, image.stat.id.inode, &path, (command, is_raw), backing.as_ref())?;
+            self.write_note(catalog, image.stat.id.number(), &path, (command, is_raw), backing.as_ref())?;
         let copied = (|| {
             names.create(&item, Some(&path))?;
             let (from, to) = (root.open_file(&path)?, root.open_file_for_writing(&item)?);
@@ -346,19 +348,19 @@ impl Store {
             _ => self.host_path(&image.place),
         };
         let found = self.roots[image.place.root].identify(&image.place.path);
-        FileRef::known(path, found.unwrap_or(Identity { id: image.stat.id, birth: None }))
+        FileRef::known(path, found.unwrap_or(Identity::of_id(image.stat.id)))
     }
 
     /// Notes for what stands on a file in the trash that a command has written it and left what it shows as
     /// it was.
-    pub(super) fn touched(&self, file: FileId, before: &FileVersion, after: &FileVersion) {
-        if before == after || self.guard.root.stat(Path::new(TRASH)).is_err() {
+    pub(super) fn touched(&self, file: ObjectId, before: &ObjectStat, after: &ObjectStat) {
+        if before.version == after.version || self.guard.root.stat(Path::new(TRASH)).is_err() {
             return;
         }
         let noted = self.trash().and_then(|items| {
             for mut item in items {
                 let Some(note) = &mut item.note else { continue };
-                let is_it = |below: &&mut TrashBacking| below.file.id == file && below.looks_like(before);
+                let is_it = |below: &&mut TrashBacking| below.file.id() == file && below.looks_like(before);
                 let Some(below) = note.below.iter_mut().find(is_it) else { continue };
                 *below = TrashBacking::of(below.file, after);
                 let text = toml::to_string(note);
@@ -502,14 +504,14 @@ impl Store {
     }
 
     /// What in the trash would show something else if any of these images were changed or gone.
-    pub(crate) fn trash_on(&self, catalog: &Catalog, changed: &[FileId]) -> Result<Vec<TrashItem>> {
+    pub(crate) fn trash_on(&self, catalog: &Catalog, changed: &[ObjectId]) -> Result<Vec<TrashItem>> {
         let items = self.trash()?;
         let stands_on_changed = |item: &TrashItem| {
             let mut below = item.backing().cloned();
             // As many steps as there are items: a file that stands on itself is met and left.
             for _ in 0..=items.len() {
                 let Some(backing) = below.take() else { return false };
-                if changed.contains(&backing.file.id) {
+                if changed.contains(&backing.file.id()) {
                     return true;
                 }
                 if let Some(index) = find(self, catalog, &backing) {
@@ -550,5 +552,5 @@ impl Store {
 }
 
 fn find(store: &Store, catalog: &Catalog, named: &FileRef) -> Option<ImageIndex> {
-    catalog.images.iter().position(|image| image.stat.id == named.file.id && store.known(image).is(named))
+    catalog.images.iter().position(|image| image.stat.id == named.file.id() && store.known(image).is(named))
 }

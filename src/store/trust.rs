@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{FileStat, Root};
+use crate::io::{ObjectStat, Root};
 
 /// The bit of a directory in which only owners may remove and rename.
 const STICKY: u32 = 0o1000;
@@ -41,11 +41,11 @@ pub(super) fn is_known(root: &Root, uid: u32) -> bool {
     root.stat(Path::new(".")).map_or(true, |store| is_one_of_us(uid, &store, own))
 }
 
-fn is_one_of_us(uid: u32, store: &FileStat, own: u32) -> bool {
+fn is_one_of_us(uid: u32, store: &ObjectStat, own: u32) -> bool {
     [0, own, store.uid].contains(&uid)
 }
 
-fn is_trusted(kept: &FileStat, store: &FileStat, own: u32) -> bool {
+fn is_trusted(kept: &ObjectStat, store: &ObjectStat, own: u32) -> bool {
     let is_of_the_group = store.mode & 0o020 != 0 && store.mode & STICKY == 0 && kept.gid == store.gid;
     let is_ours = is_one_of_us(kept.uid, store, own) || is_of_the_group;
     is_ours && kept.mode & 0o002 == 0
@@ -61,7 +61,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let root = Root::open(directory.path()).unwrap();
         let plain = root.stat(Path::new(".")).unwrap();
-        let of = |uid, gid, mode| FileStat { mode, uid, gid, ..plain };
+        let of = |uid, gid, mode| ObjectStat { mode, uid, gid, ..plain };
         let store = of(1000, 100, 0o755);
         assert!(is_trusted(&of(0, 0, 0o755), &store, 7));
         assert!(is_trusted(&of(1000, 0, 0o755), &store, 7));

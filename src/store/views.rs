@@ -154,7 +154,7 @@ fn states(catalog: &Catalog, layers: &[ImageIndex]) -> Vec<u64> {
     let mut below = 0_u64;
     let upwards = layers.iter().rev().map(|index| {
         let image = &catalog.images[*index];
-        let data_file = image.data_file.as_ref().map(|(_, stat)| (stat.id, stat.signature));
+        let data_file = image.data_file.as_ref().map(|(_, stat)| (stat.id, stat.version));
         let mut hasher = DefaultHasher::new();
         (below, image.stat.id, image.version, data_file).hash(&mut hasher);
         below = hasher.finish();

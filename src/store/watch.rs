@@ -231,15 +231,15 @@ fn describes_itself_anew(store: &Store, place: &StorePath) -> bool {
         return place.root == 0;
     };
     let Ok(file) = store.roots()[place.root].open_file(&place.path) else { return true };
-    let Ok(stat) = crate::io::FileStat::of(&file) else { return true };
+    let Ok(stat) = crate::io::ObjectStat::of(&file) else { return true };
     match &image.content {
         DetectedContent::Qcow2(qcow2) => {
-            header_digest(&file, stat.signature.size).map_or(true, |now| now != qcow2.digest)
+            header_digest(&file, stat.size).map_or(true, |now| now != qcow2.digest)
         }
         DetectedContent::Malformed(_) | DetectedContent::Foreign(_) => true,
         // What ought to have a header may get it.
         DetectedContent::Plain if image.problem.is_some() => true,
-        DetectedContent::Plain | DetectedContent::Unseen => stat.signature.size != image.stat.signature.size,
+        DetectedContent::Plain | DetectedContent::Unseen => stat.size != image.stat.size,
     }
 }
 

@@ -44,7 +44,7 @@ impl Adapter {
                 return None;
             }
             // Only if file and disk have the same size.
-            let same_size = file.stat().is_ok_and(|stat| stat.signature.size == disk.view.size());
+            let same_size = file.stat().is_ok_and(|stat| stat.size == disk.view.size());
             let own = file.duplicate().ok().filter(|_| same_size)?;
             match reply.open_backing(own) {
                 Ok(backing) => mode.backing = Some(Arc::new(backing)),

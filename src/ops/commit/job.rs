@@ -7,7 +7,7 @@ use crate::chain::View;
 use crate::error::{Error, Result};
 use crate::image::write::Writer;
 use crate::image::{HeaderChange, Layer, Mapping};
-use crate::io::{FileId, FileLock};
+use crate::io::{FileLock, ObjectId};
 use crate::store::{
     ActiveJob, CachePolicy, CommitOperation, Digest, FileRef, Format, ImageIndex, Intent, JobImage, Mirror,
     OpenView, OwnedIntent, SAMPLES, SectorSample, Store, ViewPart, shown,
@@ -89,7 +89,7 @@ pub(in crate::ops) fn begin_with(
         rename: layers.takes_name.then(|| world.guarded(&final_name(world, layers))),
     };
     let base = store.take_image(&world.catalog, layers.base)?;
-    let changed: Vec<FileId> =
+    let changed: Vec<ObjectId> =
         layers.segment().iter().chain([&layers.base]).map(|i| world.image(*i).stat.id).collect();
     removal::forget_trash(world, &changed)?;
     let kept = if layers.is_deletion { store.keep_copy(&world.catalog, layers.base, command)? } else { None };

@@ -114,7 +114,7 @@ fn fall_refusals(world: &ScannedStore, layers: &CommitRange, refusals: &mut Vec<
             "is what the disk would be called, and it would not be read as what it is; rename the base first";
         refusals.push(Error::new(ErrorKind::Unsupported, format!("{} {fact}", shown(&name))));
     }
-    if top.stat.id.device != base.stat.id.device {
+    if !top.stat.id.is_near(base.stat.id) {
         let fact = "lies on another file system than the layer whose name it would take; copy it there first";
         refusals.push(Error::new(ErrorKind::Unsupported, format!("{} {fact}", base.shown())));
     }

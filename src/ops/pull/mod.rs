@@ -252,7 +252,7 @@ pub(super) fn plan_of(
     }
     plan.removed = layers.remove.iter().map(|index| world.image(*index).place.path.clone()).collect();
     plan.invalid = lookup::views_of(chain, layers.remove.iter().copied());
-    let is_far = |index: &&ImageIndex| !world.store.keeps_trash(world.image(**index).stat.id.device);
+    let is_far = |index: &&ImageIndex| !world.store.keeps_trash(world.image(**index).stat.id);
     if world.store.has_trash() {
         plan.notes.extend(layers.remove.iter().filter(is_far).map(|index| {
             let fact = "lies on another file system than the store's own directory";

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use crate::format::Snapshot;
-use crate::io::{FileId, LockHolder, WRITER_BYTE, all_lock_holders, probe_writer};
+use crate::io::{LockHolder, ObjectId, WRITER_BYTE, all_lock_holders, probe_writer};
 use crate::report::safe;
 use crate::report::tree::{BackingTree, Forest, NodeMark, TreeNode, TreeNodeKind};
 use crate::store::{
@@ -189,11 +189,10 @@ pub fn locked_text(store: &Store, catalog: &Catalog) -> String {
     };
     let leaves = catalog.chains().map(|(_, leaf)| leaf).filter(|leaf| catalog.is_active(*leaf));
     let written: Vec<&ImageEntry> = leaves.map(|leaf| &catalog.images[leaf]).filter(is_written).collect();
-    let inodes: Vec<u64> = written.iter().map(|image| image.stat.id.inode).collect();
-    let holders = all_lock_holders(&inodes, WRITER_BYTE);
+    let files: Vec<ObjectId> = written.iter().map(|image| image.stat.id).collect();
+    let holders = all_lock_holders(&files, WRITER_BYTE);
     let line = |image: &&ImageEntry| {
-        let names: Vec<String> =
-            holders.get(&image.stat.id.inode)?.iter().map(LockHolder::to_string).collect();
+        let names: Vec<String> = holders.get(&image.stat.id)?.iter().map(LockHolder::to_string).collect();
         let fact = "is being written by";
         let rest = "its active disk cannot be opened until that ends; its snapshots can be read";
         let sentence = format!("{}: {fact} {}: {rest}", path_text(&image.place.path), names.join(", "));
@@ -204,9 +203,9 @@ pub fn locked_text(store: &Store, catalog: &Catalog) -> String {
 }
 
 /// The running or unfinished command on each image.
-fn commands(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> HashMap<FileId, String> {
+fn commands(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> HashMap<ObjectId, String> {
     let flag = |found: &FoundIntent| {
-        let file = found.intent.operation.progress_at()?.file.id;
+        let file = found.intent.operation.progress_at()?.file.id();
         let verb = found.intent.command.split(' ').next().unwrap_or_default();
         let share = shares(&found.intent.chain);
         let is_running = share.is_some() || store.guard().is_owned(found);
@@ -219,7 +218,7 @@ fn commands(store: &Store, catalog: &Catalog, shares: &Shares<'_>) -> HashMap<Fi
 struct Drawing<'a> {
     store: &'a Store,
     catalog: &'a Catalog,
-    commands: &'a HashMap<FileId, String>,
+    commands: &'a HashMap<ObjectId, String>,
     placed: &'a [PlacedImage],
 }
 
@@ -375,7 +374,7 @@ fn kind(image: &ImageEntry) -> TreeNodeKind {
 pub fn date(image: &ImageEntry) -> SystemTime {
     let (seconds, nanoseconds) = match &image.frozen {
         Some(frozen) => (frozen.seconds, frozen.nanoseconds),
-        None => image.stat.signature.mtime,
+        None => (image.stat.modified.seconds, image.stat.modified.nanoseconds),
     };
     let whole = Duration::from_secs(seconds.unsigned_abs());
     let second = if seconds < 0 {
@@ -401,8 +400,8 @@ fn file_name(path: &Path) -> &[u8] {
 struct Writers {
     /// Trees drawn so far.
     tree_count: usize,
-    /// Tree, node and inode.
-    locked: Vec<(usize, usize, u64)>,
+    /// Tree, node and file.
+    locked: Vec<(usize, usize, ObjectId)>,
 }
 
 impl Writers {
@@ -410,7 +409,7 @@ impl Writers {
     fn record(&mut self, store: &Store, image: &ImageEntry, node: usize) {
         let Ok(file) = store.roots()[image.place.root].open_file(&image.place.path) else { return };
         if probe_writer(file.as_fd()) {
-            self.locked.push((self.tree_count, node, image.stat.id.inode));
+            self.locked.push((self.tree_count, node, image.stat.id));
         }
     }
 
@@ -418,10 +417,10 @@ impl Writers {
         if self.locked.is_empty() {
             return;
         }
-        let inodes: Vec<u64> = self.locked.iter().map(|(_, _, inode)| *inode).collect();
-        let holders = all_lock_holders(&inodes, WRITER_BYTE);
-        for (tree, node, inode) in &self.locked {
-            let names: Vec<_> = holders.get(inode).into_iter().flatten().map(LockHolder::to_string).collect();
+        let files: Vec<ObjectId> = self.locked.iter().map(|(_, _, file)| *file).collect();
+        let holders = all_lock_holders(&files, WRITER_BYTE);
+        for (tree, node, file) in &self.locked {
+            let names: Vec<_> = holders.get(file).into_iter().flatten().map(LockHolder::to_string).collect();
             let flag = if names.is_empty() {
                 "locked".to_owned()
             } else {

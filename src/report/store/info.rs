@@ -120,7 +120,7 @@ pub fn image_info(store: &Store, catalog: &Catalog, index: ImageIndex, filename:
 }
 
 fn one(store: &Store, image: &ImageEntry, filename: &Path, room: &mut ListingBudget) -> ImageInfo {
-    let file_size = round_up_to_sector(image.stat.signature.size);
+    let file_size = round_up_to_sector(image.stat.size);
     let actual_size = Some(image.stat.blocks * 512);
     let qcow2 = content(image);
     let mut info = ImageInfo {
@@ -229,7 +229,7 @@ fn details(header: &Header, bitmaps: Option<Vec<BitmapInfo>>) -> Qcow2Info {
 /// The bitmaps, if there are any and their directory can be read.
 fn bitmaps(store: &Store, image: &ImageEntry, header: &Header) -> Option<Vec<BitmapInfo>> {
     let len = header.bitmaps.map_or(0, |extension| extension.directory_len);
-    if len > MAX_BITMAP_DIRECTORY.min(image.stat.signature.size) {
+    if len > MAX_BITMAP_DIRECTORY.min(image.stat.size) {
         return None;
     }
     let file = store.file(&image.place, &image.stat, Expect::SameVersion);

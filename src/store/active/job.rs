@@ -15,7 +15,7 @@ use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::{BackingDisk, Writer, Zeroing};
 use crate::image::{Image, Layer};
-use crate::io::{Expect, FileId, ReadLock, Storage, WriteLock, WriterKind};
+use crate::io::{Expect, ObjectId, ReadLock, Storage, WriteLock, WriterKind};
 use crate::units::Stability;
 
 use super::super::catalog::{Catalog, ImageIndex, shown as shown_path};
@@ -166,7 +166,7 @@ impl ActiveJob {
     }
 
     /// The image on top of it.
-    pub fn top(&self) -> FileId {
+    pub fn top(&self) -> ObjectId {
         self.disk().id()
     }
 
@@ -228,7 +228,7 @@ impl ActiveJob {
 impl Store {
     /// Lets active disks in use stand on their layers as they are now, where any of `changed` is among them:
     /// the same bytes show, but what they had opened was described before a job was at it.
-    pub(in crate::store) fn refresh_active(&self, catalog: &Catalog, changed: &[FileId]) {
+    pub(in crate::store) fn refresh_active(&self, catalog: &Catalog, changed: &[ObjectId]) {
         for disk in self.active.all() {
             // From here on it neither begins nor ends to be written.
             let openings = disk.openings.lock();
@@ -242,7 +242,7 @@ impl Store {
 }
 
 impl ActiveDisk {
-    fn look_again(&self, store: &Store, catalog: &Catalog, changed: &[FileId]) -> Result<()> {
+    fn look_again(&self, store: &Store, catalog: &Catalog, changed: &[ObjectId]) -> Result<()> {
         let Some(leaf) = catalog.images.iter().position(|image| image.stat.id == self.id()) else {
             return Ok(());
         };
@@ -453,7 +453,7 @@ impl Quiesced<'_> {
 
 impl ActiveDisk {
     /// Has another image on top from now on, which is at `path`.
-    fn take_top(&self, store: &Store, image: FileId, path: &Path) {
+    fn take_top(&self, store: &Store, image: ObjectId, path: &Path) {
         store.follow_single(path);
         // Both are the disk's until a scan has seen what has become of the old one.
         store.active.disks.lock().by_image.insert(image, self.number);

@@ -21,9 +21,7 @@ const NOBODY: &str = "0:0:-";
 /// Which file that is, in the words of an intent.
 fn identity(path: &Path) -> String {
     let file = fs::File::open(path).expect("a file");
-    let Identity { id, birth } = Identity::of(&file).expect("its identity");
-    let birth = birth.map_or("-".to_owned(), |(seconds, nanoseconds)| format!("{seconds:x}.{nanoseconds:x}"));
-    format!("{:x}:{:x}:{birth}", id.device, id.inode)
+    Identity::of(&file).expect("its identity").to_string()
 }
 
 /// Names and the files that they mean.

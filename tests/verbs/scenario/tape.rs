@@ -196,7 +196,7 @@ impl Recorder {
 impl Host for Recorder {
     fn writable(&self, file: &Arc<StoreFile>) -> Result<Arc<dyn WriteStorage>> {
         let inner = ThisHost.writable(file)?;
-        Ok(Arc::new(TapedFile { inner, file: self.number(file.id().inode), recorder: self.clone() }))
+        Ok(Arc::new(TapedFile { inner, file: self.number(file.id().number()), recorder: self.clone() }))
     }
 
     fn directory(&self, root: &Arc<Root>, descriptors: &Arc<Descriptors>) -> Arc<dyn Directory> {
