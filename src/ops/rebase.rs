@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::{HeaderChange, change_header};
 use crate::store::{Format, ImageIndex, Store, ViewPart};
+use crate::units::Stability;
 
 use super::check::{check_path, check_view};
 use super::command::Command;
@@ -239,7 +240,7 @@ fn refuse_base(
         refusals.push(Error::new(ErrorKind::Limit, format!("the chain {fact}")));
     }
     // A process that writes the base keeps it from being opened.
-    match context.store().open_view(&scan.catalog, &below, ViewPart::Active, false) {
+    match context.store().open_view(&scan.catalog, &below, ViewPart::Active, Stability::Frozen) {
         Err(error) if !is_unsafe || error.kind() == ErrorKind::Busy => refusals.push(error),
         _ => {}
     }
@@ -339,7 +340,8 @@ fn change_name(context: &Context, scan: &ScannedStore, path: &Path, layers: &Reb
     let change = || {
         // The new base is locked against writers meanwhile. A base that cannot be read is accepted as well.
         let below = layers.base.map(|base| scan.catalog.layers(base));
-        let base = below.map(|below| store.open_view(&scan.catalog, &below, ViewPart::Active, false));
+        let base =
+            below.map(|below| store.open_view(&scan.catalog, &below, ViewPart::Active, Stability::Frozen));
         let base = base
             .transpose()
             .or_else(|error| if error.kind() == ErrorKind::Busy { Err(error) } else { Ok(None) })?;

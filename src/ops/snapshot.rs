@@ -14,7 +14,7 @@ use crate::format::Frozen;
 use crate::image::create::NewBacking;
 use crate::image::write::NewSnapshot;
 use crate::image::{HeaderChange, change_header};
-use crate::io::{Directory, FileLock, Root, directory_of};
+use crate::io::{Directory, Existing, FileLock, Root, directory_of};
 use crate::store::{
     ActiveJob, FileRef, Format, FormerTop, ImageEntry, ImageIndex, Intent, JobImage, NewTop, NewTopFile,
     OwnedIntent, SnapshotOperation, Store, encode, is_draft, shown,
@@ -577,7 +577,7 @@ fn switch_name(root: &Root, names: &dyn Directory, top: &NewTop) -> Result<()> {
     // A file that another process has put there meanwhile stays.
     expect_at(root, &top.overlay.path, &top.overlay)?;
     expect_at(root, &top.old.path, &top.old)?;
-    names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
+    names.rename(&top.overlay.path, &top.name, top.existing())?;
     if top.frozen != top.old.path && top.name != top.old.path {
         // A raw image keeps only its new name; the overlay's name differs. Without the overlay that name
         // would be an active disk's.
@@ -603,7 +603,7 @@ fn switch_back(root: &Root, names: &dyn Directory, top: &NewTop) -> Result<()> {
     }
     if top.name == top.old.path {
         names.link(&top.frozen, &top.overlay.path)?;
-        return names.rename(&top.overlay.path, &top.old.path, true);
+        return names.rename(&top.overlay.path, &top.old.path, Existing::Replace);
     }
     if !is_at(root, &top.old.path, &top.old) {
         names.link(&top.frozen, &top.old.path)?;
@@ -757,7 +757,7 @@ fn finish(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobI
             if top.name == top.old.path {
                 expect_at(root, &top.name, &top.old)?;
             }
-            names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
+            names.rename(&top.overlay.path, &top.name, top.existing())?;
             names.sync(&directory_of(&top.name)).inspect_err(|error| {
                 // A crash may bring back the disk's former name: no write may be acknowledged before this is
                 // durable.
