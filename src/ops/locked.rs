@@ -1,7 +1,8 @@
-//! What keeps a command from being done because other processes have images open: QEMU's locks, as of now.
+//! Refusals because other processes have images open: QEMU's locks, as of now.
 //!
-//! For plans alone. A command takes the locks themselves, and is refused by those.
+//! For plans only. A command takes the locks themselves, and is refused by those.
 
+use crate::io::LockKind;
 use crate::store::ImageIndex;
 
 use super::plan::Plan;
@@ -17,22 +18,22 @@ pub(super) struct TouchedImages {
 }
 
 impl TouchedImages {
-    /// A chain of which the first layer is written.
+    /// A chain whose first layer is written.
     pub(super) fn top_of(layers: &[ImageIndex]) -> Self {
         Self { written: layers[..1].to_vec(), read: layers[1..].to_vec() }
     }
 
     /// Adds a refusal for each image that another process has locked, unless the plan says so already.
-    pub(super) fn refuse(self, world: &ScannedStore, plan: &mut Plan) {
-        let read =
-            self.read.iter().filter(|index| !self.written.contains(index)).map(|index| (*index, false));
-        let mut all: Vec<(ImageIndex, bool)> =
-            self.written.iter().map(|index| (*index, true)).chain(read).collect();
-        all.sort_unstable();
+    pub(super) fn refuse(self, scan: &ScannedStore, plan: &mut Plan) {
+        let only_read = self.read.iter().filter(|index| !self.written.contains(index));
+        let read = only_read.map(|index| (*index, LockKind::Reader));
+        let mut all: Vec<(ImageIndex, LockKind)> =
+            self.written.iter().map(|index| (*index, LockKind::Writer)).chain(read).collect();
+        all.sort_unstable_by_key(|(index, _)| *index);
         all.dedup_by_key(|(index, _)| *index);
-        for (index, for_writing) in all {
-            let image = world.image(index);
-            let Some(error) = world.store.locked_out(image, for_writing) else { continue };
+        for (index, kind) in all {
+            let image = scan.image(index);
+            let Some(error) = scan.store.locked_out(image, kind) else { continue };
             let begin = format!("{} is ", image.shown());
             let is_said = |known: &crate::error::Error| {
                 known.kind() == error.kind() && known.to_string().starts_with(&begin)

@@ -10,6 +10,8 @@ use chainfs::format::snapshot::parse_table;
 use chainfs::format::{Header, L1Table, Snapshot};
 use chainfs::image::create::{CreateOptions, initial_image};
 use chainfs::image::{Caches, Image, Layer};
+use chainfs::io::Expect;
+use chainfs::units::Stability;
 
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
@@ -45,19 +47,26 @@ impl Bench {
     }
 
     fn image(&self) -> Arc<Image> {
-        Image::qcow2("image", Arc::new(self.bytes.clone()), None, Arc::new(self.header()), true, &self.caches)
-            .unwrap()
+        Image::qcow2(
+            "image",
+            Arc::new(self.bytes.clone()),
+            None,
+            Arc::new(self.header()),
+            Expect::SameVersion,
+            &self.caches,
+        )
+        .unwrap()
     }
 
     /// A raw layer of the byte `fill`.
     fn raw(&self, fill: u8, len: usize) -> Layer {
-        let image = Image::raw("base", Arc::new(vec![fill; len]), true, &self.caches).unwrap();
+        let image = Image::raw("base", Arc::new(vec![fill; len]), Expect::SameVersion, &self.caches).unwrap();
         Layer::active(&image).unwrap()
     }
 }
 
 fn frozen(layers: Vec<Layer>) -> Arc<View> {
-    View::new(layers, false, &Arc::new(Cache::new(1 << 20)))
+    View::new(layers, Stability::Frozen, &Arc::new(Cache::new(1 << 20)))
 }
 
 fn read(view: &View, at: u64, len: usize) -> Result<Vec<u8>, String> {
@@ -93,7 +102,7 @@ fn a_disk_that_ends_within_a_sector_is_read_to_its_last_byte() {
 }
 
 #[test]
-fn one_place_may_be_taken_for_a_short_table_and_for_a_long_one() {
+fn one_offset_may_hold_a_short_and_a_long_table() {
     // The only L1 entry names the L1 table itself as the L2 table: 8 bytes and 512.
     let mut bench = Bench::new(9, 32 << 10);
     let l1 = bench.header().l1.offset.0;
@@ -104,7 +113,7 @@ fn one_place_may_be_taken_for_a_short_table_and_for_a_long_one() {
 }
 
 #[test]
-fn a_subcluster_that_was_cut_off_does_not_silence_the_layer_below() {
+fn a_truncated_subcluster_does_not_hide_the_layer_below() {
     let mut bench = Bench::new(14, 64 << 10);
     bench.bytes[79] |= EXTENDED_L2;
     let (l1, l2) = (bench.header().l1.offset.0, bench.cluster_of(0));
@@ -118,7 +127,7 @@ fn a_subcluster_that_was_cut_off_does_not_silence_the_layer_below() {
 }
 
 #[test]
-fn a_compressed_cluster_that_is_cut_short_fails_whatever_was_read_before() {
+fn a_truncated_compressed_cluster_fails_despite_the_cache() {
     let mut bench = Bench::new(12, 64 << 10);
     let (l1, l2) = (bench.header().l1.offset.0, bench.cluster_of(0));
     bench.put(l1, l2 | COPIED);
