@@ -26,6 +26,7 @@ use std::sync::atomic::AtomicUsize;
 use crate::error::{Error, ErrorKind};
 use crate::image::write::Zeroing;
 use crate::store::Access;
+use crate::units::BlockStatus;
 
 use super::access::Caller;
 use super::change::Fallocate;
@@ -262,13 +263,13 @@ impl<B: Send + Sync + 'static> Service<B> {
     /// lseek(2) with `SEEK_DATA` or `SEEK_HOLE`.
     pub fn seek(self: &Arc<Self>, file: OpenFile, offset: i64, whence: i32, reply: impl Responder<u64>) {
         self.serve(Operation::Seek, file.inode, reply, move |service, _| {
-            let data = match whence {
-                libc::SEEK_DATA => true,
-                libc::SEEK_HOLE => false,
+            let wanted = match whence {
+                libc::SEEK_DATA => BlockStatus::Data,
+                libc::SEEK_HOLE => BlockStatus::Zero,
                 _ => return Err(Refusal::UnknownSeek.into()),
             };
             let at = u64::try_from(offset).map_err(|_| Refusal::NothingThere)?;
-            let found = service.tree.seek(&service.tree.handle(file.handle)?, at, data)?;
+            let found = service.tree.seek(&service.tree.handle(file.handle)?, at, wanted)?;
             Ok(found.ok_or(Refusal::NothingThere)?)
         });
     }

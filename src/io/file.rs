@@ -15,10 +15,10 @@ use rustix::fs::{self, SeekFrom};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{BlockStatus, Run};
+use crate::units::{BlockStatus, Run, Stability};
 
 use super::beneath::Root;
-use super::descriptors::{DescriptorReservation, Descriptors, Pin, Reclaimable};
+use super::descriptors::{DescriptorReservation, Descriptors, Pin, Reclaim, Reclaimable};
 use super::locks;
 use super::object::{Identity, ObjectId, ObjectStat, ObjectVersion, Timestamp};
 use super::{Conflict, Storage, WritableFile};
@@ -117,6 +117,33 @@ const DESCRIPTORS_OF_A_WRITER: usize = 2;
 const GUESTS_PART: (usize, usize) = (2, 5);
 const JOBS_PART: (usize, usize) = (3, 5);
 
+/// Which version of a file its user takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// The one that was seen: any change that is not ours makes the file stale.
+    SameVersion,
+    /// Any: another process may write the file meanwhile.
+    AnyVersion,
+}
+
+/// Which of QEMU's locks are meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockKind {
+    /// A reader's.
+    Reader,
+    /// A writer's.
+    Writer,
+}
+
+/// What a writer needs of the file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockSupport {
+    /// Locks: without them nothing excludes a second writer.
+    Required,
+    /// Nothing: the user has said that nobody else uses the file.
+    Optional,
+}
+
 /// The purpose of writing a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriterKind {
@@ -127,19 +154,19 @@ pub enum WriterKind {
 }
 
 impl StoreFile {
-    /// A file that was found at `path` with these attributes. `fixed`: any change makes it stale.
+    /// A file that was found at `path` with these attributes.
     pub fn new(
         descriptors: &Arc<Descriptors>,
         root: &Arc<Root>,
         path: &Path,
         seen: &ObjectStat,
-        fixed: bool,
+        expect: Expect,
     ) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             root: Arc::clone(root),
             path: RwLock::new(path.to_path_buf()),
             id: seen.id,
-            expected: Mutex::new(fixed.then_some(*seen)),
+            expected: Mutex::new((expect == Expect::SameVersion).then_some(*seen)),
             descriptor: RwLock::new(None),
             used: AtomicBool::new(false),
             descriptors: Arc::clone(descriptors),
@@ -236,27 +263,28 @@ impl StoreFile {
     }
 
     /// Takes QEMU's reader locks (or shares those already held) until the guard is dropped. `Busy` if another
-    /// process writes the file or has marked it inconsistent. For a `frozen` reader, also `Busy` if this
-    /// process writes the file.
-    pub fn lock(self: &Arc<Self>, frozen: bool) -> Result<ReadLock> {
+    /// process writes the file or has marked it inconsistent. For a reader of frozen bytes, also `Busy`
+    /// if this process writes the file.
+    pub fn lock(self: &Arc<Self>, stability: Stability) -> Result<ReadLock> {
         let mut holders = self.holders.lock();
         // W1: what a guest writes is promised to no reader as frozen.
-        if frozen && holders.writer == Some(WriterKind::Guest) {
+        if stability == Stability::Frozen && holders.writer == Some(WriterKind::Guest) {
             let fact = "is being written through this mount; close the active disk that it holds";
             return Err(Error::new(ErrorKind::Busy, format!("{} {fact}", self.path().display())));
         }
         if holders.readers == 0 && holders.writer.is_none() {
             let descriptor = self.descriptor()?;
-            locks::take_reader_set(descriptor.as_fd()).map_err(|conflict| self.refused(&conflict, true))?;
+            locks::take_reader_set(descriptor.as_fd())
+                .map_err(|conflict| self.refused(&conflict, LockKind::Reader))?;
         }
         holders.readers += 1;
-        holders.frozen += usize::from(frozen);
-        Ok(ReadLock { file: Arc::clone(self), frozen })
+        holders.frozen += usize::from(stability == Stability::Frozen);
+        Ok(ReadLock { file: Arc::clone(self), stability })
     }
 
     /// The reason why [`StoreFile::lock`] or [`StoreFile::lock_for_writing`] would fail now because of other
     /// processes. Takes no lock.
-    pub fn locked_out(&self, for_writing: bool, without_locks: bool) -> Option<Error> {
+    pub fn locked_out(&self, kind: LockKind, support: LockSupport) -> Option<Error> {
         if self.holders.lock().writer.is_some() {
             return None;
         }
@@ -265,18 +293,22 @@ impl StoreFile {
             Ok(descriptor) => descriptor,
             Err(error) => return Some(error),
         };
-        match locks::conflict(descriptor.as_fd(), for_writing) {
+        match locks::conflict(descriptor.as_fd(), kind) {
             Ok(()) => None,
-            Err(Conflict::System(error)) if without_locks && locks::is_unsupported(error) => None,
-            Err(conflict) => Some(self.refused(&conflict, !for_writing)),
+            Err(Conflict::System(error))
+                if support == LockSupport::Optional && locks::is_unsupported(error) =>
+            {
+                None
+            }
+            Err(conflict) => Some(self.refused(&conflict, kind)),
         }
     }
 
     /// Takes QEMU's writer locks, in addition to those of this process' readers, until the guard is dropped;
     /// until then the descriptor stays open. `Busy` if another process' locks exclude a writer, or if a
     /// reader of this process was promised that the file does not change. `ReadOnly` if locks do not work,
-    /// unless `without_locks`.
-    pub fn lock_for_writing(self: &Arc<Self>, kind: WriterKind, without_locks: bool) -> Result<WriteLock> {
+    /// unless they are optional.
+    pub fn lock_for_writing(self: &Arc<Self>, kind: WriterKind, support: LockSupport) -> Result<WriteLock> {
         let mut holders = self.holders.lock();
         let busy = |fact| Err(Error::new(ErrorKind::Busy, format!("{} {fact}", self.path().display())));
         if holders.writer.is_some() {
@@ -290,7 +322,7 @@ impl StoreFile {
         let pin = self.descriptors.pin(DESCRIPTORS_OF_A_WRITER, part)?;
         // Before the locks are taken: from here on the descriptor stays open.
         self.pinned.store(true, Ordering::Release);
-        if let Err(error) = self.take_writer_set(&holders, without_locks) {
+        if let Err(error) = self.take_writer_set(&holders, support) {
             self.pinned.store(false, Ordering::Release);
             return Err(error);
         }
@@ -299,18 +331,23 @@ impl StoreFile {
         Ok(WriteLock { file: Arc::clone(self), _pin: pin })
     }
 
-    fn take_writer_set(&self, holders: &LockOwners, without_locks: bool) -> Result<()> {
+    fn take_writer_set(&self, holders: &LockOwners, support: LockSupport) -> Result<()> {
         let descriptor = self.descriptor()?;
         if holders.readers == 0 {
-            locks::take_reader_set(descriptor.as_fd()).map_err(|conflict| self.refused(&conflict, false))?;
+            locks::take_reader_set(descriptor.as_fd())
+                .map_err(|conflict| self.refused(&conflict, LockKind::Writer))?;
         }
         match locks::add_writer_set(descriptor.as_fd()) {
-            Err(Conflict::System(error)) if without_locks && locks::is_unsupported(error) => Ok(()),
+            Err(Conflict::System(error))
+                if support == LockSupport::Optional && locks::is_unsupported(error) =>
+            {
+                Ok(())
+            }
             Err(conflict) => {
                 if holders.readers == 0 {
                     locks::drop_all(descriptor.as_fd());
                 }
-                Err(self.refused(&conflict, false))
+                Err(self.refused(&conflict, LockKind::Writer))
             }
             Ok(()) => Ok(()),
         }
@@ -326,9 +363,10 @@ impl StoreFile {
         Ok(WritableFile::new(file, &self.path(), room, &self.tables))
     }
 
-    fn refused(&self, conflict: &Conflict, for_reading: bool) -> Error {
+    fn refused(&self, conflict: &Conflict, kind: LockKind) -> Error {
         let path = self.path();
         let path = path.display();
+        let for_reading = kind == LockKind::Reader;
         match conflict {
             Conflict::Held { byte, fact } => {
                 let (holders, domain) = super::lock_holders::describe(self.id, *byte);
@@ -363,10 +401,10 @@ impl StoreFile {
         }
     }
 
-    fn unlock(&self, frozen: bool) {
+    fn unlock(&self, stability: Stability) {
         let mut holders = self.holders.lock();
         holders.readers -= 1;
-        holders.frozen -= usize::from(frozen);
+        holders.frozen -= usize::from(stability == Stability::Frozen);
         if holders.readers == 0
             && holders.writer.is_none()
             && let Some((descriptor, _)) = &*self.descriptor.read()
@@ -404,7 +442,8 @@ impl StoreFile {
         // Closing the descriptor released the readers' locks. They are taken again on the new one; `open` has
         // checked that the file was not written in between.
         if self.holders.try_lock().is_none_or(|holders| holders.readers > 0) {
-            locks::take_reader_set(open.as_fd()).map_err(|conflict| self.refused(&conflict, true))?;
+            locks::take_reader_set(open.as_fd())
+                .map_err(|conflict| self.refused(&conflict, LockKind::Reader))?;
         }
         *slot = Some((Arc::clone(&open), room));
         drop(slot);
@@ -437,10 +476,10 @@ impl Reclaimable for StoreFile {
     /// Closes the descriptor. This releases the readers' locks; they are taken again at the next read, and
     /// another process may have written in between. A writer's locks could not be taken again, so its
     /// descriptor stays open.
-    fn reclaim(&self, even_locked: bool) -> bool {
+    fn reclaim(&self, which: Reclaim) -> bool {
         let is_locked =
             || self.holders.try_lock().is_none_or(|held| held.readers > 0 || held.writer.is_some());
-        if self.pinned.load(Ordering::Acquire) || (!even_locked && is_locked()) {
+        if self.pinned.load(Ordering::Acquire) || (which == Reclaim::Unlocked && is_locked()) {
             return false;
         }
         let Some(mut slot) = self.descriptor.try_write() else { return false };
@@ -526,7 +565,7 @@ pub(super) fn extent(file: &OwnedFd, at: u64, end: u64) -> Run<BlockStatus> {
 #[derive(Debug)]
 pub struct ReadLock {
     file: Arc<StoreFile>,
-    frozen: bool,
+    stability: Stability,
 }
 
 impl ReadLock {
@@ -537,7 +576,7 @@ impl ReadLock {
 
     /// Gives up the promise that the file does not change.
     pub fn thaw(&mut self) {
-        if std::mem::replace(&mut self.frozen, false) {
+        if std::mem::replace(&mut self.stability, Stability::Live) == Stability::Frozen {
             self.file.holders.lock().frozen -= 1;
         }
     }
@@ -545,7 +584,7 @@ impl ReadLock {
 
 impl Drop for ReadLock {
     fn drop(&mut self) {
-        self.file.unlock(self.frozen);
+        self.file.unlock(self.stability);
     }
 }
 

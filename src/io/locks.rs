@@ -10,6 +10,8 @@ use std::os::fd::BorrowedFd;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
+use super::file::LockKind;
+
 /// The permission bits of QEMU that images use.
 const CONSISTENT_READ: i64 = 0;
 const WRITE: i64 = 1;
@@ -80,10 +82,13 @@ pub(super) fn add_writer_set(file: BorrowedFd<'_>) -> Result<(), Conflict> {
 }
 
 /// The conflict that would exclude a reader or a writer now. Takes no lock.
-pub(super) fn conflict(file: BorrowedFd<'_>, for_writing: bool) -> Result<(), Conflict> {
-    let conflicts: &[(i64, &str)] = if for_writing { &WRITER_CONFLICTS } else { &READER_CONFLICTS };
+pub(super) fn conflict(file: BorrowedFd<'_>, kind: LockKind) -> Result<(), Conflict> {
+    let conflicts: &[(i64, &str)] = match kind {
+        LockKind::Reader => &READER_CONFLICTS,
+        LockKind::Writer => &WRITER_CONFLICTS,
+    };
     match test(file, conflicts) {
-        Err(Conflict::System(error)) if !for_writing && is_unsupported(error) => Ok(()),
+        Err(Conflict::System(error)) if kind == LockKind::Reader && is_unsupported(error) => Ok(()),
         found => found,
     }
 }

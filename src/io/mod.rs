@@ -17,13 +17,15 @@ mod object;
 mod permissions;
 mod writable_file;
 
-pub use beneath::{DirEntry, EntryKind, OWN_KIND, Root};
-pub use descriptors::{DescriptorReservation, Descriptors, Pin, Reclaimable};
-pub use directory::{Directory, Host, ThisHost, directory_of};
-pub use file::{ReadLock, StoreFile, WriteLock, WriterKind, birth_of, read_full};
+pub use beneath::{DirEntry, EntryKind, MountPoints, OWN_KIND, Root};
+pub use descriptors::{DescriptorReservation, Descriptors, Pin, Reclaim, Reclaimable};
+pub use directory::{Directory, Existing, Host, ThisHost, directory_of};
+pub use file::{
+    Expect, LockKind, LockSupport, ReadLock, StoreFile, WriteLock, WriterKind, birth_of, read_full,
+};
 pub use file_lock::FileLock;
 pub use groups::groups_of_process;
-pub use lock_holders::{LockHolder, all_lock_holders, lock_holders};
+pub use lock_holders::{LockHolder, OwnProcess, all_lock_holders, lock_holders};
 pub use locks::{Conflict, WRITER_BYTE, probe_writer};
 pub use mount_users::{namespaces_with, other_users_of, users_of};
 pub use mountinfo::{MountEntry, mounts};

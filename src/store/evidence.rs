@@ -17,7 +17,8 @@ use crate::chain::{FlatCache, View};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, Version};
 use crate::image::{Caches, Image, Layer};
-use crate::io::{Identity, ObjectStat, Root, Timestamp, read_full};
+use crate::io::{Expect, Identity, ObjectStat, Root, Timestamp, read_full};
+use crate::units::Stability;
 
 use super::describe::{DetectedContent, describe};
 use super::intents::encoded;
@@ -504,9 +505,15 @@ fn is_other_disk(root: &Root, path: &Path, header: &Arc<Header>, samples: &[Sect
         return Ok(false);
     }
     let (name, caches) = (super::catalog::shown(path), Caches::new(PIECE as usize, PIECE as usize));
-    let image =
-        Image::qcow2(&name, Arc::new(root.open_file(path)?), None, Arc::clone(header), false, &caches)?;
-    let view = View::new(vec![Layer::active(&image)?], false, &Arc::new(FlatCache::new(0)));
+    let image = Image::qcow2(
+        &name,
+        Arc::new(root.open_file(path)?),
+        None,
+        Arc::clone(header),
+        Expect::AnyVersion,
+        &caches,
+    )?;
+    let view = View::new(vec![Layer::active(&image)?], Stability::Frozen, &Arc::new(FlatCache::new(0)));
     are_others(samples, |at| SectorSample::read(&view, at).map(|bytes| Digest::of(&bytes)))
 }
 

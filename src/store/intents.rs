@@ -20,7 +20,10 @@ use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, accessat};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Directory, EntryKind, FileLock, Identity, ObjectStat, Root, directory_of, read_full};
+use crate::io::{
+    Directory, EntryKind, Existing, FileLock, Identity, MountPoints, ObjectStat, Root, directory_of,
+    read_full,
+};
 
 use super::bind::{FileBinding, bind};
 pub use super::evidence::FileRef;
@@ -392,7 +395,10 @@ impl ControlDir {
     /// The directories of our own that there are.
     pub(super) fn own_directories(&self) -> Vec<OwnedFd> {
         let paths = [Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS }), self.intents()];
-        paths.iter().filter_map(|path| self.root.open_directory(path, false).ok().flatten()).collect()
+        paths
+            .iter()
+            .filter_map(|path| self.root.open_directory(path, MountPoints::Skip).ok().flatten())
+            .collect()
     }
 
     /// Fails if what is kept here may be another's word.
@@ -422,10 +428,8 @@ impl ControlDir {
             [Path::new(""), Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS }), self.intents()];
         let mut is_needed = true;
         for path in own.iter().rev() {
-            let Some(directory) = self.root.open_directory(path, path.as_os_str().is_empty()).ok().flatten()
-            else {
-                continue;
-            };
+            let mounts = if path.as_os_str().is_empty() { MountPoints::Enter } else { MountPoints::Skip };
+            let Some(directory) = self.root.open_directory(path, mounts).ok().flatten() else { continue };
             // Above what is there nothing has to be made.
             let access = Access::WRITE_OK | Access::EXEC_OK;
             if std::mem::take(&mut is_needed) || *path == Path::new(MARKER) {
@@ -560,7 +564,7 @@ impl ControlDir {
             file.sync()?;
             let claim = FileLock::take(self.root.open_file_for_writing(&draft)?, &draft, Duration::ZERO)?;
             // J2: the file and its name are on disk before this returns.
-            names.rename(&draft, &path, true)?;
+            names.rename(&draft, &path, Existing::Replace)?;
             names.sync(self.intents())?;
             Ok((intent, claim))
         })();
@@ -600,7 +604,12 @@ impl ControlDir {
     pub(super) fn drafts(&self) -> Vec<PathBuf> {
         let directories = [self.intents(), Path::new(MARKER)];
         let drafts = directories.into_iter().flat_map(|directory| {
-            let listed = self.root.open_directory(directory, false).ok().flatten().map(|fd| Root::list(&fd));
+            let listed = self
+                .root
+                .open_directory(directory, MountPoints::Skip)
+                .ok()
+                .flatten()
+                .map(|fd| Root::list(&fd));
             let entries = listed.and_then(Result::ok).unwrap_or_default().into_iter();
             let paths =
                 entries.filter(|entry| entry.kind == EntryKind::File).map(|entry| directory.join(entry.name));
@@ -719,7 +728,7 @@ impl ControlDir {
         let mut aside = name.to_owned();
         aside.push(".discarded");
         let aside = path.with_file_name(aside);
-        names.rename(path, &aside, true)?;
+        names.rename(path, &aside, Existing::Replace)?;
         names.sync(&directory_of(path))?;
         self.forget_refusal(name);
         Ok(aside)
@@ -738,7 +747,7 @@ impl ControlDir {
         let is_trusted = trust.is_ok();
         problems
             .extend(trust.err().map(|error| (self.intents().to_path_buf(), format!("{UNTRUSTED}: {error}"))));
-        let listed = match self.root.open_directory(self.intents(), true) {
+        let listed = match self.root.open_directory(self.intents(), MountPoints::Enter) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
             Ok(Some(directory)) => Root::list(&directory),
             Ok(None) => Ok(Vec::new()),

@@ -16,7 +16,7 @@ use rustix::fs::{AtFlags, statat};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{DirEntry, EntryKind, ObjectId, ObjectStat, Root, birth_of};
+use crate::io::{DirEntry, EntryKind, MountPoints, ObjectId, ObjectStat, Root, birth_of};
 
 use super::describe::{DetectedContent, MIN_HEADER_LEN, describe};
 use super::intents::is_own_name;
@@ -252,10 +252,10 @@ impl ScanWork<'_> {
     /// Opens a directory, also one on another file system, but never one of a chainfs mount: that
     /// may be our own, which cannot answer before the scan is done.
     fn open(&self, path: &Path) -> Result<Option<OwnedFd>> {
-        match self.root.open_directory(path, false)? {
+        match self.root.open_directory(path, MountPoints::Skip)? {
             Some(fd) => Ok(Some(fd)),
             None if is_chainfs_mount(&self.root.canonical().join(path)) => Ok(None),
-            None => self.root.open_directory(path, true),
+            None => self.root.open_directory(path, MountPoints::Enter),
         }
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use chainfs::error::{Error, Result};
-use chainfs::io::{Descriptors, Directory, Host, Root, Storage, StoreFile, ThisHost, WriteStorage};
+use chainfs::io::{Descriptors, Directory, Existing, Host, Root, Storage, StoreFile, ThisHost, WriteStorage};
 use chainfs::units::{BlockStatus, Run};
 use rustix::io::Errno;
 
@@ -162,9 +162,9 @@ impl Directory for MortalNames {
         self.inner.link(from, to)
     }
 
-    fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
+    fn rename(&self, from: &Path, to: &Path, existing: Existing) -> Result<()> {
         self.host.name()?;
-        self.inner.rename(from, to, replace)
+        self.inner.rename(from, to, existing)
     }
 
     fn unlink(&self, path: &Path) -> Result<()> {
