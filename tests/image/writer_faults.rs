@@ -3,7 +3,8 @@
 //!
 //! Each workload runs once to count its calls, then once for each of them with that call failing.
 
-use chainfs::error::{ErrorKind, Result, errno};
+use chainfs::error::{ErrorKind, Result};
+use chainfs::fs::errno;
 use chainfs::image::check::check;
 use chainfs::image::write::{self, WriterOptions, Zeroing};
 use chainfs::units::{BlockStatus, Run};
