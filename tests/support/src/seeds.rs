@@ -25,7 +25,10 @@ pub trait Counts: Debug + Default + Send {
 /// Defines the counters: events that have to happen in every run of many seeds, and events that may.
 #[macro_export]
 macro_rules! tally {
-    (always: $($(#[$doc:meta])* $name:ident),* $(,)?; rarely: $($(#[$rare_doc:meta])* $rare:ident),* $(,)?) => {
+    (
+        always: $($(#[$doc:meta])* $name:ident),* $(,)?;
+        rarely: $($(#[$rare_doc:meta])* $rare:ident),* $(,)?
+    ) => {
         #[derive(Clone, Debug, Default)]
         pub(crate) struct Tally {
             pub(crate) steps: u64,
