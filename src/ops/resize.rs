@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::FileLock;
-use crate::store::{CachePolicy, ImageIndex, Intent, OwnedIntent, ShrinkOperation, Store, ViewPart};
+use crate::store::{ImageIndex, Intent, OwnedIntent, ShrinkOperation, Store, ViewPart};
 use crate::units::{SECTOR_SIZE, Stability, human_size, parse_size};
 
 use super::command::Command;
@@ -259,7 +259,7 @@ fn shrink(store: &Arc<Store>, world: &ScannedStore, leaf: ImageIndex, size: u64)
     store.while_closed(world.image(leaf), || {
         let mut job = store.take_image(&world.catalog, leaf)?;
         let writer =
-            job.open_writer(view.as_ref().map(|open| Arc::clone(&open.view)), CachePolicy::Nothing)?;
+            job.open_writer(view.as_ref().map(|open| Arc::clone(&open.view)))?;
         let done = writer.shrink(size).and_then(|()| writer.close());
         drop(writer);
         done.and(job.finish())

@@ -13,7 +13,7 @@ use crate::format::{Frozen, Snapshot};
 use crate::image::write::NewSnapshot;
 use crate::io::{FileLock, directory_of};
 use crate::store::{
-    CachePolicy, FileRef, Format, ImageIndex, Intent, JobImage, NewTop, SnapshotOperation, Store, shown,
+    FileRef, Format, ImageIndex, Intent, JobImage, NewTop, SnapshotOperation, Store, shown,
 };
 
 use super::branch::{BranchJob, CopySource, ImagePurpose};
@@ -353,7 +353,7 @@ fn apply(
 ) -> Result<()> {
     store.while_closed(world.image(leaf), || {
         let mut job = store.take_image(&world.catalog, leaf)?;
-        let writer = job.open_writer(None, CachePolicy::Nothing)?;
+        let writer = job.open_writer(None)?;
         let now = Frozen::now("");
         let (seconds, nanoseconds) = (u32::try_from(now.seconds).unwrap_or(0), now.nanoseconds);
         let save = save.map(|name| NewSnapshot { name: name.to_vec(), seconds, nanoseconds });

@@ -418,7 +418,7 @@ fn long_names_without_their_file_and_damaged_ones_give_way_to_the_short_name() {
     bytes[entry(8)] = 0xe5;
     let fat = Fat::open(Arc::new(bytes.clone())).unwrap();
     assert_eq!(names(&fat, &bytes), ["FIRSTL~1", "SECOND~1"]);
-    for ino in [ino, Ino(0), Ino(2), Ino(3), Ino(u64::MAX), Ino(Ino::LIMIT - 1)] {
+    for ino in [ino, Ino(0), Ino(2), Ino(3), Ino(u64::MAX), Ino(Ino::SMALL_LIMIT - 1)] {
         assert_eq!(fat.attributes(ino).unwrap_err().kind(), ErrorKind::Corrupt, "{ino:?}");
     }
 }
@@ -496,7 +496,7 @@ fn survive(bytes: Vec<u8>) {
     while let Some(directory) = left.pop() {
         let mut found = Vec::new();
         let _ = fat.list(directory, 0, &mut |entry| {
-            assert!(!entry.name.is_empty() && !entry.name.contains(&b'/') && entry.ino.0 < Ino::LIMIT);
+            assert!(!entry.name.is_empty() && !entry.name.contains(&b'/') && entry.ino.0 < Ino::SMALL_LIMIT);
             found.push(entry);
             found.len() < 100
         });

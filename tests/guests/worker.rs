@@ -246,7 +246,7 @@ fn look_at_everything(inside: &Arc<DiskContents>, rng: &mut Rng) {
     let _ = chainfs::report::volumes::listed(inside);
     if let Ok(tree) = walk::GuestTree::open(inside, 0) {
         let entry = tree.root();
-        let mut content = OpenContent::new(&tree, &entry);
+        let content = OpenContent::new(&tree, &entry);
         for at in [0, entry.attributes.size / 2, entry.attributes.size.saturating_sub(1)] {
             let left = entry.attributes.size.saturating_sub(at).min(5000) as usize;
             let _ = content.read_at(at, &mut buf[..left]);

@@ -11,7 +11,7 @@ use super::super::access::Caller;
 use super::super::attributes::Attributes;
 use super::super::guest_file::GuestDirectory;
 use super::super::handles::Handle;
-use super::super::mounted_volumes::GuestNode;
+use super::super::guest_numbers::GuestNode;
 use super::super::node::{Node, NodeKind};
 use super::super::tree::{MountTree, NodeEntry, guest_node};
 
@@ -114,7 +114,7 @@ fn add_entries(
         let shown = attributes.as_ref().map(|found| tree.shown_attributes(node, found));
         let entry = ListingEntry {
             next: entry.next + DOTS,
-            inode: node.number(),
+            inode: tree.guest_number(node),
             kind: shown.map_or_else(|| tree.shown_kind(kind_shown), |shown| shown.kind),
             name: OsStr::from_bytes(&entry.name),
             attributes: shown,

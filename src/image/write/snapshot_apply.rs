@@ -14,7 +14,7 @@ use super::qcow2::Qcow2Writer;
 use super::reservation::{ClusterRange, Reservation};
 use super::snapshot::{NewSnapshot, StoredSnapshots};
 use super::tables::{ImageFile, Tables};
-use super::{Writer, WriterBody};
+use super::Writer;
 
 impl Writer {
     /// Makes the disk what an internal snapshot shows, one of [`Writer::snapshots`], of its size, too, where
@@ -28,10 +28,7 @@ impl Writer {
     /// # Panics
     /// If what is written can be undone.
     pub fn apply_snapshot(&self, snapshot: &Snapshot, save: Option<&NewSnapshot>) -> Result<()> {
-        match &self.body {
-            WriterBody::Raw(raw) => Err(raw.without_snapshots()),
-            WriterBody::Qcow2(qcow2) => qcow2.apply_snapshot(snapshot, save),
-        }
+        self.with_snapshots()?.apply(snapshot, save)
     }
 }
 
@@ -44,7 +41,7 @@ struct SavedDisk {
 }
 
 impl Qcow2Writer {
-    fn apply_snapshot(&self, snapshot: &Snapshot, save: Option<&NewSnapshot>) -> Result<()> {
+    pub(super) fn apply_snapshot(&self, snapshot: &Snapshot, save: Option<&NewSnapshot>) -> Result<()> {
         let image = &self.image;
         assert!(!self.is_undoable(), "what is written can be undone");
         self.refuse_data_file()?;

@@ -17,7 +17,7 @@ use super::qcow2::Qcow2Writer;
 use super::reservation::{ClusterRange, Reservation};
 use super::snapshot::StoredSnapshots;
 use super::tables::Tables;
-use super::{Writer, WriterBody};
+use super::Writer;
 
 impl Writer {
     /// Deletes an internal snapshot, one of [`Writer::snapshots`], while others read and write the disk, and
@@ -30,15 +30,12 @@ impl Writer {
     /// # Panics
     /// If what is written can be undone.
     pub fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
-        match &self.body {
-            WriterBody::Raw(raw) => Err(raw.without_snapshots()),
-            WriterBody::Qcow2(qcow2) => qcow2.delete_snapshot(snapshot),
-        }
+        self.with_snapshots()?.delete(snapshot)
     }
 }
 
 impl Qcow2Writer {
-    fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+    pub(super) fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         let image = &self.image;
         assert!(!self.is_undoable(), "what is written can be undone");
         self.refuse_data_file()?;

@@ -5,11 +5,10 @@ use std::sync::Arc;
 
 use crate::chain::View;
 use crate::error::{Error, Result};
-use crate::image::write::Writer;
 use crate::image::{HeaderChange, Layer, Mapping};
 use crate::io::{FileLock, ObjectId};
 use crate::store::{
-    ActiveJob, CachePolicy, CommitOperation, Digest, FileRef, Format, ImageIndex, Intent, JobImage, Mirror,
+    ActiveJob, CommitOperation, Digest, FileRef, Format, ImageIndex, Intent, JobImage, Mirror,
     OpenView, OwnedIntent, SAMPLES, SectorSample, Store, ViewPart, shown,
 };
 use crate::units::{GuestOffset, HostOffset, Stability};
@@ -27,6 +26,7 @@ use super::super::removal;
 use super::super::scanned_store::ScannedStore;
 use super::super::words::Discards;
 use super::finish::{self, CommitStage};
+use super::writer::CommitWriter;
 use super::{CommitRange, CommitRequest, final_name, is_undoable, plan, refuse, segment};
 
 /// Stretches of a layer without data that are passed over, at most, in search of a sample.
@@ -37,9 +37,8 @@ pub(in crate::ops) struct CommitJob {
     /// Goes first, and its mirror with it: nothing is written to base without its locks.
     active: Option<(ActiveJob, Arc<MergeMirror>)>,
     base: JobImage,
-    writer: Arc<Writer>,
+    writer: CommitWriter,
     intent: OwnedIntent<CommitOperation>,
-    is_undoable: bool,
     /// What is merged, and what keeps it open.
     segment: CommitSegment,
     views: Vec<OpenView>,
@@ -176,7 +175,6 @@ fn set_out(
     intent: OwnedIntent<CommitOperation>,
 ) -> BegunCommit {
     let store = context.store();
-    let is_undoable = is_undoable(world, layers);
     let begun = (|| {
         store.rescan()?;
         let mut refusals = Vec::new();
@@ -185,12 +183,11 @@ fn set_out(
         refusals::first(refusals)?;
         let mut views = Vec::new();
         let below = open_below(store, world, &layers.below, &mut views)?;
-        let keeping = if is_undoable { CachePolicy::Everything } else { CachePolicy::Nothing };
-        let writer = base.open_writer(below, keeping)?;
+        let writer = CommitWriter::open(&mut base, below, is_undoable(world, layers))?;
         let (live, active) = if layers.is_active {
             let job = store.take_active(&world.catalog, &layers.chain)?;
             let live = job.writer()?;
-            let mirror = MergeMirror::new(&writer);
+            let mirror = MergeMirror::new(writer.writer());
             (Some(live), Some((job, mirror)))
         } else {
             (None, None)
@@ -203,7 +200,7 @@ fn set_out(
     })();
     match begun {
         Ok((writer, segment, views, children, active)) => {
-            Ok(CommitJob { active, base, writer, intent, is_undoable, segment, views, children, kept: None })
+            Ok(CommitJob { active, base, writer, intent, segment, views, children, kept: None })
         }
         Err(error) => Err(Box::new((error, intent))),
     }
@@ -253,13 +250,13 @@ impl CommitJob {
         let size = || self.segment.size();
         match &self.active {
             Some((_, mirror)) => mirror.level(size)?,
-            None if size() > self.writer.size() => self.writer.grow(size())?,
+            None if size() > self.writer.writer().size() => self.writer.writer().grow(size())?,
             None => {}
         }
         if !refusals::shares_blocks(store) {
             match self.base.format() {
-                Format::Qcow2 => self.writer.reserve(total)?,
-                Format::Raw => self.segment.reserve_in(&self.writer)?,
+                Format::Qcow2 => self.writer.writer().reserve(total)?,
+                Format::Raw => self.segment.reserve_in(self.writer.writer())?,
             }
         }
         let mut at = 0;
@@ -268,10 +265,10 @@ impl CommitJob {
                 progress.check()?;
                 let len = PIECE.min(size() - at);
                 let moved = match &self.active {
-                    None => self.segment.merge(&self.writer, at, len)?,
+                    None => self.segment.merge(self.writer.writer(), at, len)?,
                     Some((_, mirror)) => {
                         mirror.check()?;
-                        mirror.copy(at, len, || self.segment.merge(&self.writer, at, len))?
+                        mirror.copy(at, len, || self.segment.merge(self.writer.writer(), at, len))?
                     }
                 };
                 progress.advance(moved);
@@ -280,7 +277,7 @@ impl CommitJob {
             // Behind a shorter top nothing shows through it.
             match &self.active {
                 None => {
-                    zero_from(&self.writer, size())?;
+                    zero_from(self.writer.writer(), size())?;
                     break;
                 }
                 Some((_, mirror)) if mirror.complete(at, size)? => break,
@@ -289,7 +286,7 @@ impl CommitJob {
             }
         }
         // Most of it is durable before anybody has to wait for the rest.
-        self.writer.flush()
+        self.writer.writer().flush()
     }
 
     /// Whether nobody else has come to use what is about to change for good.
@@ -317,13 +314,14 @@ impl CommitJob {
 
     /// It ends before the switch: undone where that is possible, else left to be taken up again.
     fn call_back(self, store: &Arc<Store>, progress: &JobProgress, error: Error) -> Error {
-        let Self { base, writer, intent, is_undoable, active, kept, .. } = self;
+        let Self { base, writer, intent, active, kept, .. } = self;
         if let Some((job, _)) = &active {
             job.set_mirror(None);
         }
         drop(active);
         let name = base.name().to_owned();
-        let called_back = if is_undoable { writer.abandon() } else { writer.close() };
+        let is_undoable = writer.is_undoable();
+        let called_back = writer.call_back();
         drop(writer);
         let finished = called_back.and_then(|()| base.finish());
         if let Err(trouble) = &finished {
@@ -349,19 +347,18 @@ impl CommitJob {
 
     /// Makes base what everybody stands on. From its first step on there is no way back.
     fn switch(self, context: &Context, world: &ScannedStore, lock: FileLock) -> Result<()> {
-        let Self { base, writer, intent, active, views, segment, children, is_undoable, kept: _ } = self;
-        let publish = || if is_undoable { writer.publish() } else { writer.close() };
+        let Self { base, writer, intent, active, views, segment, children, kept: _ } = self;
         // Nobody of us needs base as it was any more.
         drop((views, segment));
         let store = context.store();
         let CommitOperation { top, base: old_base, rename, .. } = intent.intent.operation.clone();
         let Some((job, mirror)) = active else {
             // Durable and named by its header; then everybody is told.
-            publish()?;
+            writer.publish()?;
             if rename.is_some()
                 && let Some(mark) = world.image(world.expect(&top)?).frozen.clone()
             {
-                writer.change_header(&HeaderChange { backing: None, frozen: Some(Some(mark)) })?;
+                writer.writer().change_header(&HeaderChange { backing: None, frozen: Some(Some(mark)) })?;
             }
             drop(writer);
             base.finish()?;
@@ -371,7 +368,7 @@ impl CommitJob {
             return finish::commit(context, intent, lock, children);
         };
         let name = rename.expect("a base takes the active layer's name");
-        freeze::thaw(store, world, &writer, base.format(), &old_base)?;
+        freeze::thaw(store, world, writer.writer(), base.format(), &old_base)?;
         let names = store.guard_names();
         let before = store.catalog();
         let settled;
@@ -379,7 +376,7 @@ impl CommitJob {
             let mut sealed = job.seal();
             let prepared = (|| {
                 mirror.check()?;
-                publish()?;
+                writer.publish()?;
                 let prepared = sealed.prepare_fall(base)?;
                 finish::take_name(&*names, &old_base.path, &top.path, &name)?;
                 Ok(prepared)
