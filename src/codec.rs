@@ -1,19 +1,17 @@
 //! Decompression, for compressed clusters of images and for guests' file systems.
 //!
 //! Promises: the output is bounded by the caller's buffer, and nothing that a stream claims about itself makes
-//! us allocate more than a fixed window. What follows the end of a stream, or the bytes that fill the buffer,
-//! is never looked at. Decoders are kept by thread: one costs about as much to set up as a small cluster to
-//! decode.
+//! the decoder allocate more than a fixed window. Bytes after the end of a stream, or after a full buffer, are
+//! ignored. Each thread keeps its decoders: the setup of one costs about as much as decoding a small cluster.
 
 use std::cell::RefCell;
 
 use flate2::{Decompress, FlushDecompress, Status};
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
-/// Largest zstd window, as a power of two: 8 MiB. A cluster has at most 2 MiB, so a writer that
-/// compresses it in one go needs a window of no more; one that streams without saying the
-/// length gets up to 8 MiB from the customary levels. Zstd's own limit is 128 MiB, which an
-/// image could make every thread of ours allocate.
+/// Largest zstd window, as a power of two: 8 MiB. A cluster has at most 2 MiB, so a writer that compresses it
+/// in one call needs no larger window; one that streams without stating the length gets up to 8 MiB at the
+/// customary levels. Zstd's own limit is 128 MiB, which an image could make every thread allocate.
 pub const ZSTD_WINDOW_LOG_MAX: u32 = 23;
 
 /// How bytes are compressed.
@@ -83,7 +81,7 @@ fn unzstd(slot: &mut Option<Decoder<'static>>, input: &[u8], out: &mut [u8]) -> 
     let (mut input, mut out) = (InBuffer::around(input), OutBuffer::around(out));
     while out.pos() < want {
         let before = (input.pos(), out.pos());
-        // A frame that ends early is followed by the next one; the decoder goes on by itself.
+        // A frame that ends early is followed by the next one; the decoder continues by itself.
         decoder.run(&mut input, &mut out).map_err(invalid)?;
         if (input.pos(), out.pos()) == before {
             break;

@@ -16,8 +16,7 @@ use crate::store::ViewId;
 
 use super::disk::{BrowsedDisk, Digests, LeasedDisk};
 use super::validate::{
-    check_extended_attributes, check_mounted, check_runs, check_systems, protocol_violation,
-    sanitise_listing,
+    check_extended_attributes, check_mounted, check_runs, check_systems, protocol_violation, sanitise_listing,
 };
 use super::worker::protocol::{Answer, ChunkKey, READ_LEN, Request, SetTree};
 use super::worker::{Disks, Listing, Mounted, OpenedFile, Worker};
@@ -221,12 +220,7 @@ impl DiskContents {
     }
 
     /// The inode of a name in a directory, with its attributes.
-    pub fn lookup(
-        &self,
-        tree: TreeId,
-        directory: Ino,
-        name: &[u8],
-    ) -> Result<Option<(Ino, FileAttributes)>> {
+    pub fn lookup(&self, tree: TreeId, directory: Ino, name: &[u8]) -> Result<Option<(Ino, FileAttributes)>> {
         match self.ask(&Request::Lookup(self.id_of(tree), directory, name.to_vec()))?.0 {
             Answer::Found(found) => Ok(found),
             _ => Err(protocol_violation()),

@@ -183,8 +183,8 @@ pub(super) fn check_runs(at: u64, runs: &[FileRun]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guest::Ino;
     use crate::browse::ListedEntry;
+    use crate::guest::Ino;
     use crate::guest::content::VolumeContent;
 
     const SIZE: u64 = 1 << 30;

@@ -1,7 +1,7 @@
 //! Compressed clusters: one stream in, exactly one cluster out.
 //!
-//! A descriptor counts whole sectors, so bytes of the next cluster may follow the stream: what
-//! comes after the cluster is full is never looked at.
+//! A descriptor counts whole sectors, so bytes of the next cluster may follow the stream: bytes after a full
+//! cluster are ignored.
 
 use crate::codec::{self, Codec};
 
@@ -33,7 +33,7 @@ mod tests {
 
     const CLUSTER: usize = 65_536;
 
-    /// Bytes without much of a pattern, but with repeats at the full distance of 32 KiB.
+    /// Bytes with few patterns, but with repeats at the full distance of 32 KiB.
     fn cluster() -> Vec<u8> {
         let mut state = 1u32;
         let mut next = || {
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn streams_give_back_the_cluster_whatever_follows_them() {
+    fn bytes_after_a_stream_are_ignored() {
         for (kind, stream) in
             [(Compression::Deflate, deflate(&cluster())), (Compression::Zstd, zstd(&cluster(), 17))]
         {
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_stream_is_invalid_and_the_next_one_good_again() {
+    fn a_bad_stream_is_invalid_and_the_next_one_decodes() {
         assert_eq!(check(Compression::Deflate, &[0xff; 64]), Err(Malformed::CompressedInvalid("deflate")));
         assert_eq!(check(Compression::Zstd, &[0xff; 64]), Err(Malformed::CompressedInvalid("zstd")));
         check(Compression::Deflate, &deflate(&cluster())).unwrap();

@@ -286,7 +286,10 @@ mod tests {
         assert_eq!(slots.table.write().vacate(Duration::ZERO).len(), 1);
         assert_eq!(is_known.strong_count(), 0);
         // A freed slot is not reused while there are unused ones.
-        assert_eq!(slots.of(&DiskContents::with_one_volume(store, id), TreeId::main(0)).unwrap().0, number + 1);
+        assert_eq!(
+            slots.of(&DiskContents::with_one_volume(store, id), TreeId::main(0)).unwrap().0,
+            number + 1
+        );
         assert_eq!(slots.of(&shown, TreeId::main(0)).unwrap().0, number - 1);
     }
 }

@@ -20,5 +20,5 @@ pub use filesystem::{
     DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, RunKind,
     Statistics, Time, TreeId,
 };
-pub use readers::{READERS, Reader, SourceSet, Subvolume, open};
+pub use readers::{OpenTrees, READERS, Reader, SourceSet, Subvolume, open};
 pub use source::{Slice, Source};

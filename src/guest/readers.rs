@@ -2,6 +2,9 @@
 //!
 //! A new guest file system is a module beside this one, and a row of [`READERS`].
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -19,8 +22,11 @@ pub struct Reader {
     /// Which volumes it is opened from.
     pub sources: SourceSet,
     /// Opens it. There is at least one source, and the result has at least one tree.
-    pub open: fn(&[Arc<dyn Source>]) -> Result<Vec<Subvolume>>,
+    pub open: OpenTrees,
 }
+
+/// Opens a file system from its sources.
+pub type OpenTrees = fn(&[Arc<dyn Source>]) -> Result<Vec<Subvolume>>;
 
 /// Which volumes a file system is opened from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,8 +9,8 @@ use crate::browse::DiskContents;
 use crate::guest::volumes::Volume;
 
 use super::safe::terminal;
-use crate::units::brief_size;
 use crate::guest::TreeId;
+use crate::units::brief_size;
 
 /// A line for each volume: name, content, size, label and identity, and why its files are not shown; then the
 /// remarks on the disk.

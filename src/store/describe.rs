@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::format::foreign::{self, ForeignFormat, Parents};
 use crate::format::snapshot::Snapshot;
 use crate::format::{Header, Malformed, header};
-use crate::image::read_snapshots_there_are;
+use crate::image::read_readable_snapshots;
 use crate::io::read_full;
 
 /// A file's own word.
@@ -98,7 +98,7 @@ pub(super) fn describe(file: &OwnedFd, len: u64) -> Result<DetectedContent> {
         Ok(header) => Arc::new(header),
         Err(reason) => return malformed(reason.to_string()),
     };
-    let (snapshots, cut) = read_snapshots_there_are(&header, |at, buf| read(file, at, buf))?;
+    let (snapshots, cut) = read_readable_snapshots(&header, |at, buf| read(file, at, buf))?;
     let snapshot_problem = match cut {
         Some(reason) => Some(missing_snapshots(&header, snapshots.len(), &reason)),
         None => damaged_snapshots(&snapshots).or_else(|| lost_snapshot(&snapshots, len)),

@@ -428,6 +428,7 @@ mod tests {
     use super::*;
     use crate::browse::worker::protocol::SetTree;
     use crate::guest::Ino;
+    use crate::guest::TreeId;
 
     /// Disks that have every requested byte.
     struct All;

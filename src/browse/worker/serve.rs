@@ -24,7 +24,7 @@ use super::confine;
 use super::process::channel_name;
 use super::protocol::{
     Answer, FIRST_RUNS_LEN, Failure, FromWorker, LIST_LEN, ListedEntry, Listing, Mounted, OpenedFile,
-    READ_LEN, RUNS_LEN, RUNS_SPAN, Request, ToWorker, SetTree,
+    READ_LEN, RUNS_LEN, RUNS_SPAN, Request, SetTree, ToWorker,
 };
 use super::remote::{ChunkCache, RemoteDisk, fail_on_transient, set_channel, with_channel};
 
@@ -209,7 +209,8 @@ impl WorkerState {
     fn inspect(&self, set: u32) -> Answer {
         let Some(set) = self.sets.lock().get(&set).cloned() else { return Answer::NoSuchSet };
         // A volume that cannot be opened contains no system that could be shown.
-        let open: Vec<_> = (0..set.open.len()).map(|index| set.file_system(TreeId::main(index)).ok()).collect();
+        let open: Vec<_> =
+            (0..set.open.len()).map(|index| set.file_system(TreeId::main(index)).ok()).collect();
         Answer::OperatingSystems(inspect(&opened(&set.layout, &open)))
     }
 }
@@ -222,13 +223,10 @@ impl DiskSet {
             return Err(unknown("volume"));
         };
         let mut slot = slot.lock();
-        let trees = match &*slot {
-            Some(trees) => trees,
-            None => {
-                let trees = fail_on_transient(|| open(READERS, found, &self.layout, &self.disks))?;
-                &*slot.insert(trees.into())
-            }
-        };
+        if slot.is_none() {
+            *slot = Some(fail_on_transient(|| open(READERS, found, &self.layout, &self.disks))?.into());
+        }
+        let trees = slot.as_ref().expect("it was just put there");
         let tree = trees.get(subvolume as usize).ok_or_else(|| unknown("subvolume"))?;
         Ok(Arc::clone(&tree.files))
     }

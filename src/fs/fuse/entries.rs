@@ -10,8 +10,8 @@ use crate::error::{Error, ErrorKind, Result};
 use super::super::access::Caller;
 use super::super::attributes::Attributes;
 use super::super::guest_file::GuestDirectory;
-use super::super::handles::Handle;
 use super::super::guest_numbers::GuestNode;
+use super::super::handles::Handle;
 use super::super::node::{Node, NodeKind};
 use super::super::tree::{MountTree, NodeEntry, guest_node};
 

@@ -18,9 +18,9 @@ use crate::store::{Access, ViewId, stale};
 
 use super::super::attributes::{Attributes, modified, time};
 use super::super::guest_file::{GuestDirectory, GuestFile};
+use super::super::guest_numbers::{self, GuestNode};
 use super::super::handles::Handle;
 use super::super::links;
-use super::super::guest_numbers::{self, GuestNode};
 use super::super::mounted_volumes::MountedVolume;
 use super::super::node::{ChainDocument, Node, NodeKind, PartitionNode};
 use super::super::partition_range::PartitionRange;
@@ -162,7 +162,8 @@ impl MountTree {
         let Some(index) = inside.volume(volume.as_bytes()) else {
             return Err(stale("the volume was removed"));
         };
-        let lines = inside.mount(TreeId::main(index))?.stale.into_iter().map(|sentence| terminal(&sentence) + "\n");
+        let lines =
+            inside.mount(TreeId::main(index))?.stale.into_iter().map(|sentence| terminal(&sentence) + "\n");
         Ok(lines.collect::<String>().into_bytes().into())
     }
 

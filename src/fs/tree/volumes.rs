@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use crate::browse::{DiskContents, PointInTime};
 use crate::error::Result;
-use crate::store::ViewId;
 use crate::guest::TreeId;
+use crate::store::ViewId;
 
 use super::super::guest_numbers::GuestNode;
 use super::super::node::Node;

@@ -233,13 +233,11 @@ impl Writer {
     /// content is not touched, and need not be flushed. `Unsupported` where there is no such header, or no
     /// room in it; nothing has been written then. Any other failure poisons the disk as a failed flush does.
     pub fn change_header(&self, change: &HeaderChange) -> Result<()> {
-        match self.format.as_overlay() {
-            Some(overlay) => overlay.change_header(change),
-            None => {
-                let sentence = format!("{}: a raw image has no header", self.format.name());
-                Err(Error::new(ErrorKind::Unsupported, sentence))
-            }
-        }
+        let Some(overlay) = self.format.as_overlay() else {
+            let sentence = format!("{}: a raw image has no header", self.format.name());
+            return Err(Error::new(ErrorKind::Unsupported, sentence));
+        };
+        overlay.change_header(change)
     }
 
     /// Puts another source below the image, which the caller promises shows the same bytes, while the disk is
@@ -248,9 +246,10 @@ impl Writer {
     /// # Panics
     /// If something is to lie below a raw image.
     pub fn set_backing(&self, backing: Option<Arc<dyn BackingDisk>>) {
-        match self.format.as_overlay() {
-            Some(overlay) => overlay.set_backing(backing),
-            None => assert!(backing.is_none(), "nothing shows through a raw image"),
+        if let Some(overlay) = self.format.as_overlay() {
+            overlay.set_backing(backing);
+        } else {
+            assert!(backing.is_none(), "nothing shows through a raw image");
         }
     }
 
