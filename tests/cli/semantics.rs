@@ -1,11 +1,12 @@
-//! docs/SEMANTICS.md and README.md, held to their word: the examples of the one are run, its errno table is
-//! compared; of the other the picture, the tree, every one-liner, the commands of its installation and its
-//! configuration file.
+//! Tests docs/SEMANTICS.md and README.md: the examples of the former are run, its errno table is compared; of
+//! the latter the picture, the tree, every one-liner, the commands of its installation and its configuration
+//! file.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use chainfs::error::{ERROR_KINDS, errno};
+use chainfs::error::ERROR_KINDS;
+use chainfs::fs::errno;
 use support::examples::{Ending, Example, blocks, document, examples, matches};
 use support::{Outcome as _, chainfs_binary, project, tool};
 
@@ -187,7 +188,7 @@ fn the_readme_s_installation_and_configuration_work() {
     for program in ["chainfs", "mount-chainfs"] {
         fs::write(root.join("target/release").join(program), "").expect("a file");
     }
-    // As on a fresh system, but beneath a directory; what was built is not built once more.
+    // As on a fresh system, but beneath a directory, and without a second build.
     let script: Vec<String> = install[1..]
         .iter()
         .map(|line| {
