@@ -117,7 +117,7 @@ struct ActiveDisk {
     unsettled: OnceLock<Error>,
     /// Whether a change was broken off by a bug: tables in memory may be wrong, and must stay there.
     has_panicked: AtomicBool,
-    stills: BeforeImages,
+    before_images: BeforeImages,
 }
 
 /// Notes a panic that passes by.
@@ -205,7 +205,7 @@ impl Store {
             let fingerprint = open.fingerprint;
             let old = std::mem::replace(&mut *disk.state.write(), DiskState::Reading(open));
             if matches!(&old, DiskState::Reading(old) if old.fingerprint != fingerprint) {
-                disk.stills.lose();
+                disk.before_images.lose();
             }
             drop(old);
             if access.writes() {
@@ -413,7 +413,7 @@ impl ActiveDisks {
             is_gone: AtomicBool::new(false),
             unsettled: OnceLock::new(),
             has_panicked: AtomicBool::new(false),
-            stills: BeforeImages::default(),
+            before_images: BeforeImages::default(),
         });
         numbered.disks.insert(number, Arc::downgrade(&disk));
         disk
@@ -506,7 +506,7 @@ impl ActiveDisk {
             unreachable!("only openings change the state, and they wait");
         };
         *state = DiskState::Writing(WritingDisk { writer, locks, open, mirror: None });
-        self.stills.begin();
+        self.before_images.begin();
         Ok(())
     }
 

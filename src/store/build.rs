@@ -22,7 +22,7 @@ use super::operation::{Effects, FileLookup, NewTop};
 use super::options::{Format, StoreOptions};
 use super::owners::Owners;
 use super::possible_uses::{PossibleUse, UseReach, pattern};
-use super::resolve::{StorePath, climbed, resolve};
+use super::resolve::{BrokenLink, StorePath, UnresolvedName, climbed, resolve};
 use super::scan::{
     KnownFiles, Problem, Scan, ScanContext, ScannedFile, describe_place, has_extension, known_of,
 };
@@ -375,8 +375,8 @@ impl CatalogBuilder<'_> {
             if let Ok(target) = reference.target {
                 reference.meant = vec![UseReach::Image(target)];
                 let fact = "is another name of a file, and by that name QEMU finds another backing file";
-                reference.target =
-                    Err(format!("{fact} ({other}) than by the file's own; name the file itself"));
+                let sentence = format!("{fact} ({other}) than by the file's own; name the file itself");
+                reference.target = Err(UnresolvedName::not_followed(sentence));
             }
         }
         references
@@ -480,7 +480,7 @@ impl CatalogBuilder<'_> {
                 }
                 Some(name) => self
                     .find(&from, name)
-                    .map_err(|sentence| sentence.replace(REBASE, AMEND))
+                    .map_err(|unresolved| unresolved.sentence.replace(REBASE, AMEND))
                     .map_err(|sentence| {
                         format!("cannot be read: its data file \"{}\" {sentence}", printable(name))
                     }),
@@ -559,7 +559,11 @@ impl CatalogBuilder<'_> {
     }
 
     /// The file that `name` in the header at `from` means, if the name counts there.
-    pub(super) fn find(&mut self, from: &StorePath, name: &[u8]) -> std::result::Result<ImageIndex, String> {
+    pub(super) fn find(
+        &mut self,
+        from: &StorePath,
+        name: &[u8],
+    ) -> std::result::Result<ImageIndex, UnresolvedName> {
         let user = self.by_place.get(from).copied();
         let image = user.map(|index| &self.files[index]);
         // By whatever other name or link it was met: those are not its owner's to answer for.
@@ -571,22 +575,19 @@ impl CatalogBuilder<'_> {
         if let (Some(user), Ok(target)) = (user, self.find_any(from, name)) {
             self.uncounted.push((user, target));
         }
-        Err(sentence)
+        Err(UnresolvedName::not_followed(sentence))
     }
 
     /// The same whether it counts or not. Files that no scan has met are looked at now.
-    fn find_any(&mut self, from: &StorePath, name: &[u8]) -> std::result::Result<ImageIndex, String> {
+    fn find_any(&mut self, from: &StorePath, name: &[u8]) -> std::result::Result<ImageIndex, UnresolvedName> {
         let place = resolve(self.roots, &self.options.maps, from, name)?;
         if climbed(self.roots, &self.options.maps, from, name)
             .iter()
             .any(|directory| !self.is_real(directory))
         {
-            return Err(
-                "goes up (..) from a place that is a symbolic link, or is not in the store, so that \
-                it means \
-                        one file as text and may mean another to QEMU; write it without .."
-                    .into(),
-            );
+            let sentence = "goes up (..) from a place that is a symbolic link, or is not in the store, so that \
+                            it means one file as text and may mean another to QEMU; write it without ..";
+            return Err(UnresolvedName::not_followed(sentence));
         }
         if place.root != 0 || self.is_single {
             let directory = place.path.parent().unwrap_or(Path::new("")).to_path_buf();
@@ -720,18 +721,19 @@ impl CatalogBuilder<'_> {
 }
 
 /// Why a file that a header names is not there, as the rest of a sentence.
-fn not_there(root: &Root, path: &Path, error: &Error) -> String {
+fn not_there(root: &Root, path: &Path, error: &Error) -> UnresolvedName {
     let path = root.canonical().join(path);
     match error.kind() {
         ErrorKind::NotFound => {
-            format!("is missing (looked for {}); put it back, or {REBASE}", path.display())
+            let sentence = format!("is missing (looked for {}); put it back, or {REBASE}", path.display());
+            UnresolvedName::new(BrokenLink::Missing, sentence)
         }
         ErrorKind::Escape => {
-            "leads out of the store by a symbolic link, and is never followed; move the file itself into the \
-                store"
-                .into()
+            let sentence = "leads out of the store by a symbolic link, and is never followed; move the file \
+                            itself into the store";
+            UnresolvedName::new(BrokenLink::OutsideStore, sentence)
         }
-        _ => format!("cannot be opened ({error})"),
+        _ => UnresolvedName::not_followed(format!("cannot be opened ({error})")),
     }
 }
 

@@ -87,7 +87,7 @@ pub use operation::{
 };
 pub use options::{Format, StoreOptions};
 pub use possible_uses::PossibleUse;
-pub use resolve::StorePath;
+pub use resolve::{BrokenLink, StorePath, UnresolvedName};
 pub use rights::Subject;
 pub use scan::{Problem, SPOILT};
 pub use trash::TrashItem;
@@ -430,7 +430,11 @@ impl Store {
     }
 
     /// The file that `name` in a header at `from` would mean, or the rest of a sentence on why there is none.
-    pub(crate) fn named_by(&self, from: &StorePath, name: &[u8]) -> std::result::Result<StorePath, String> {
+    pub(crate) fn named_by(
+        &self,
+        from: &StorePath,
+        name: &[u8],
+    ) -> std::result::Result<StorePath, UnresolvedName> {
         resolve::resolve(&self.roots, &self.options.maps, from, name)
     }
 

@@ -19,26 +19,66 @@ pub struct StorePath {
     pub path: PathBuf,
 }
 
-/// Resolves `name`, found in the header of the image at `from`. The error is the rest of a
-/// sentence that begins with what the name is for.
+/// Why an image's backing file cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BrokenLink {
+    /// There is no such file.
+    Missing,
+    /// The name leads out of the store.
+    OutsideStore,
+    /// The name is not followed, or the file may not be opened.
+    NotFollowed,
+    /// The backing files form a loop.
+    Loop,
+    /// The chain has too many layers.
+    TooDeep,
+    /// The header states another format than the file's, or none.
+    Format,
+}
+
+/// Why a name in a header leads to no usable file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnresolvedName {
+    /// The kind of failure.
+    pub reason: BrokenLink,
+    /// The rest of a sentence that begins with the name's purpose.
+    pub sentence: String,
+}
+
+impl UnresolvedName {
+    pub(super) fn new(reason: BrokenLink, sentence: impl Into<String>) -> Self {
+        Self { reason, sentence: sentence.into() }
+    }
+
+    pub(super) fn not_followed(sentence: impl Into<String>) -> Self {
+        Self::new(BrokenLink::NotFollowed, sentence)
+    }
+}
+
+impl std::fmt::Display for UnresolvedName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.sentence)
+    }
+}
+
+/// Resolves `name`, found in the header of the image at `from`.
 pub(super) fn resolve(
     roots: &[Arc<Root>],
     maps: &[(PathBuf, PathBuf)],
     from: &StorePath,
     name: &[u8],
-) -> Result<StorePath, String> {
+) -> Result<StorePath, UnresolvedName> {
     // S1: the text decides first; nothing is asked of the file system.
     if name.starts_with(b"json:") {
-        return Err(
-            "is a json: description, which is never followed; rebase it onto a plain file name".into()
-        );
+        let sentence = "is a json: description, which is never followed; rebase it onto a plain file name";
+        return Err(UnresolvedName::not_followed(sentence));
     }
     if let Some(protocol) = protocol(name) {
         let protocol = String::from_utf8_lossy(protocol).into_owned();
-        return Err(format!(
+        return Err(UnresolvedName::not_followed(format!(
             "names the protocol \"{}\", which is never followed; if it is a file name, write it as ./NAME",
             protocol.escape_debug()
-        ));
+        )));
     }
     let (name, given) = (mapped(maps, name), Path::new(OsStr::from_bytes(name)));
     if name.is_relative() {
@@ -54,15 +94,16 @@ pub(super) fn resolve(
     }
     if name != given {
         let directory = absolute.parent().unwrap_or(&absolute).display();
-        return Err(format!(
+        let sentence = format!(
             "leads out of the store to {} by a map=, and is never followed there; allow that as well with \
              -o backing_dir={directory}",
             absolute.display()
-        ));
+        );
+        return Err(UnresolvedName::new(BrokenLink::OutsideStore, sentence));
     }
-    Err("leads out of the store, and is never followed; move the file into the store, or mount with -o \
-        backing_dir= or map="
-        .into())
+    let sentence = "leads out of the store, and is never followed; move the file into the store, or mount with \
+                    -o backing_dir= or map=";
+    Err(UnresolvedName::new(BrokenLink::OutsideStore, sentence))
 }
 
 /// The directories from which `name` goes up again, as absolute paths: what `..` means there is
@@ -247,11 +288,11 @@ mod tests {
         assert_eq!(resolve("../../golden/g.raw"), Ok(StorePath { root: 1, path: "g.raw".into() }));
         assert_eq!(resolve(top.join("store/x/../b.raw").to_str().unwrap()), Ok(place("b.raw")));
         assert_eq!(resolve("/old/b.raw"), Ok(place("b.raw")));
-        assert!(resolve("/etc/passwd").unwrap_err().contains("leads out of the store"));
-        assert!(resolve("../../../x").unwrap_err().contains("leads out of the store"));
-        assert!(resolve("json:{}").unwrap_err().contains("json:"));
-        assert!(resolve("nbd://host/x").unwrap_err().contains("protocol \"nbd\""));
-        assert!(resolve("we:ird.raw").unwrap_err().contains("protocol"));
+        assert!(resolve("/etc/passwd").unwrap_err().sentence.contains("leads out of the store"));
+        assert!(resolve("../../../x").unwrap_err().sentence.contains("leads out of the store"));
+        assert!(resolve("json:{}").unwrap_err().sentence.contains("json:"));
+        assert!(resolve("nbd://host/x").unwrap_err().sentence.contains("protocol \"nbd\""));
+        assert!(resolve("we:ird.raw").unwrap_err().sentence.contains("protocol"));
     }
 
     #[test]
