@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::evidence::{AllowedChange, FileRef};
 use super::intents::{encoded, encoded_option};
-use super::scan::SPOILT;
+use super::scan::INVALIDATED_EXTENSION;
 
 /// The operation of a command, by its verb.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -410,6 +410,6 @@ into_operation!(
 pub fn invalidated_name(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".");
-    name.push(SPOILT);
+    name.push(INVALIDATED_EXTENSION);
     path.with_file_name(name)
 }

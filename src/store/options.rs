@@ -8,7 +8,7 @@ use std::time::Duration;
 use glob::Pattern;
 
 use super::names::OWN_PREFIX;
-use super::scan::{SPOILT, has_extension};
+use super::scan::{INVALIDATED_EXTENSION, has_extension};
 
 /// An image's format, as a header, a name or a user states it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -115,7 +115,7 @@ impl StoreOptions {
     /// it, or only as long as one does (`is_named`). One without an overlay is to be an active disk.
     pub(crate) fn reads_as(&self, path: &Path, format: Format, is_named: bool) -> bool {
         let name = path.file_name().unwrap_or_default().as_bytes();
-        if has_extension(path, SPOILT)
+        if has_extension(path, INVALIDATED_EXTENSION)
             || name.starts_with(OWN_PREFIX)
             || (!is_named && self.is_readonly(path))
         {

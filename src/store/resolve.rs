@@ -1,7 +1,7 @@
-//! From a name in a header to a place beneath the roots, or to the reason why not.
+//! Resolves a name in a header to a path beneath the roots, or to the reason for a refusal.
 //!
-//! Only the text is looked at here. Names with a protocol, `json:` descriptions and paths that
-//! leave the roots are refused before anything is asked of the file system.
+//! Only the text is examined here. Names with a protocol, `json:` descriptions and paths that leave the roots
+//! are refused before any access to the file system.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -68,7 +68,7 @@ pub(super) fn resolve(
     from: &StorePath,
     name: &[u8],
 ) -> Result<StorePath, UnresolvedName> {
-    // S1: the text decides first; nothing is asked of the file system.
+    // S1: the text decides first, without access to the file system.
     if name.starts_with(b"json:") {
         let sentence = "is a json: description, which is never followed; rebase it onto a plain file name";
         return Err(UnresolvedName::not_followed(sentence));
@@ -129,7 +129,7 @@ pub(super) fn climbed(
     climbed
 }
 
-/// Links that are followed one after the other, as the kernel does it.
+/// Maximum number of links that are followed, as in the kernel.
 const MAX_LINKS: usize = 40;
 
 /// Where `name` in the header of the image at `from` leads, links and `..` followed as the kernel would, if
@@ -141,7 +141,7 @@ pub(super) fn traced(
     from: &StorePath,
     name: &[u8],
 ) -> Option<StorePath> {
-    // What is still to be walked, the last part first.
+    // The components still to walk, the last one first.
     let parts = |path: &Path| path.iter().rev().map(OsStr::to_os_string).collect::<Vec<_>>();
     let mut at = roots[from.root].canonical().join(from.path.parent().unwrap_or(Path::new("")));
     let mut rest = parts(&mapped(maps, name));
@@ -151,8 +151,8 @@ pub(super) fn traced(
             b"/" => at = PathBuf::from("/"),
             b"." => {}
             b".." => {
-                // What is no link for sure: a root and what lies above it, and what has been asked on the
-                // way.
+                // Certainly no links: a root, the directories above it, and those that have been checked on
+                // the way.
                 let is_real = roots.iter().any(|root| root.canonical().starts_with(&at))
                     || beneath(roots, &at).is_some();
                 if !is_real {
@@ -171,7 +171,7 @@ pub(super) fn traced(
                         }
                         rest.extend(parts(&target));
                     }
-                    // By whatever path a root was reached, what lies above it is what lies above it.
+                    // The directories above a root are the same by whatever path it was reached.
                     None => at = root_at(roots, &next).map_or(next, Path::to_path_buf),
                 }
             }
@@ -204,7 +204,7 @@ fn root_at<'a>(roots: &'a [Arc<Root>], absolute: &Path) -> Option<&'a Path> {
     roots.iter().find(|root| root.given() == absolute).map(|root| root.canonical())
 }
 
-/// The names of files in a `json:` description, as far as it gives any; `None` if it cannot be read.
+/// The file names in a `json:` description, if it has any; `None` if it cannot be parsed.
 pub(super) fn names_in_json(name: &[u8]) -> Option<Vec<Vec<u8>>> {
     let value: serde_json::Value = serde_json::from_slice(name.strip_prefix(b"json:")?).ok()?;
     let mut names = Vec::new();
@@ -221,13 +221,13 @@ pub(super) fn names_in_json(name: &[u8]) -> Option<Vec<Vec<u8>>> {
     Some(names)
 }
 
-/// What QEMU takes for a protocol: what stands before the first `:`, if no `/` does.
+/// The protocol as QEMU parses it: the text before the first `:`, if it contains no `/`.
 pub(super) fn protocol(name: &[u8]) -> Option<&[u8]> {
     let end = name.iter().position(|byte| matches!(byte, b':' | b'/'))?;
     (name[end] == b':').then(|| &name[..end])
 }
 
-/// A relative path without `.` and `..`; `None` if it climbs above where it starts.
+/// A relative path without `.` and `..`; `None` if it climbs above its start.
 fn normal(path: &Path) -> Option<PathBuf> {
     let mut plain = PathBuf::new();
     for component in path.components() {
