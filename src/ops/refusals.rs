@@ -149,3 +149,14 @@ pub(super) fn shares_blocks(store: &Store) -> bool {
 
 /// Magic numbers of file systems on which copies may share their blocks: XFS, btrfs, bcachefs.
 const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683E, 0xCA45_1A4E];
+
+/// Why a disk cannot be replaced: other images use it, or some cannot be read.
+pub(super) fn used_by_others(scan: &ScannedStore, leaf: ImageIndex) -> Option<Error> {
+    let others = scan.others_using(leaf, &[]);
+    if others.is_empty() {
+        return None;
+    }
+    let fact = "is used by other images as well, which would be invalidated";
+    let sentence = format!("{} {fact}: {}; snapshot it instead", scan.image(leaf).shown(), others.join(", "));
+    Some(Error::new(ErrorKind::NotEmpty, sentence))
+}
