@@ -2,9 +2,9 @@
 //! transport.
 //!
 //! [`MountTree`] serves the kernel's requests (lookup, attributes, read, seek) in terms of nodes. [`Service`]
-//! decides threads, caching, TTLs and errno. Only the module `fuse`, a transport, uses fuser, and only `mount`
-//! calls mount(2). Only active disks can be written (`change`). Writes to control files go to the engine
-//! (`control` and `progress`).
+//! decides threads, caching, TTLs and errno. Only the module `fuse`, a transport, uses fuser, and only
+//! `mount` calls mount(2). Only active disks can be written (`change`). Writes to control files go to the
+//! engine (`control` and `progress`).
 
 mod access;
 mod attributes;
@@ -12,6 +12,7 @@ mod change;
 mod control;
 mod fuse;
 mod guest_file;
+mod guest_numbers;
 mod handles;
 mod info_files;
 mod links;
@@ -30,8 +31,8 @@ pub use change::Fallocate;
 pub use control::{CONTROL, ControlFile, ControlHandle, ControlScope};
 pub use fuse::Server;
 pub use guest_file::{GuestDirectory, GuestFile};
+pub use guest_numbers::GuestNode;
 pub use handles::Handle;
-pub use mounted_volumes::GuestNode;
 pub use node::{ChainDocument, Node, NodeKind, PartitionNode, StoreDocument};
 pub use partition_range::PartitionRange;
 pub use pieces::Pieces;

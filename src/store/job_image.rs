@@ -1,15 +1,15 @@
-//! An image below the active layer in the hands of a job: the only one who writes it.
+//! An image below the active layer that a job writes exclusively.
 //!
-//! Promises: from the opening on it carries QEMU's writer locks, beside those of our own readers; it is the
-//! very file that the catalog speaks of; and when the job is done, whoever opens it next sees what the job
-//! has made of it. That no view of those readers changes is the job's to see to.
+//! Promises: from the opening on it has QEMU's writer locks, beside those of this process's readers; it is
+//! the file of the catalog; and when the job is done, its next opening sees the job's changes. The job itself
+//! guarantees that no view of those readers changes.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::write::{BackingDisk, Writer};
+use crate::image::write::{BackingDisk, UndoableWriter, Writer};
 use crate::io::{ObjectId, ReadLock, WriteLock, WriteStorage, WriterKind};
 use crate::units::Stability;
 
@@ -28,22 +28,12 @@ pub struct JobImage {
     reads: Vec<ReadLock>,
 }
 
-/// How a job's writer keeps what it finds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CachePolicy {
-    /// It is overwritten as by a guest.
-    Nothing,
-    /// Until the job is published nothing of it is.
-    Everything,
-}
-
 impl Store {
-    /// Opens an image for a job. `Busy` if another process uses it, `Stale` if it is not what the catalog
-    /// says.
+    /// Opens an image for a job. `Busy` if another process uses it, `Stale` if it differs from the catalog.
     pub fn take_image(self: &Arc<Self>, catalog: &Catalog, index: ImageIndex) -> Result<JobImage> {
         let entry = &catalog.images[index];
         if entry.place.root != 0 {
-            let fact = "lies outside of the store, in a directory that is only read";
+            let fact = "lies outside of the store, in a read-only directory";
             return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", entry.shown())));
         }
         let (mut reads, mut forced) = (Vec::new(), None);
@@ -87,46 +77,56 @@ impl JobImage {
         self.image.image.name()
     }
 
-    /// Opens its disk for writing; `below` is what shows through it.
-    pub fn open_writer(&mut self, below: Option<Arc<View>>, keeping: CachePolicy) -> Result<Arc<Writer>> {
-        assert!(self.writer.is_none(), "one writer writes an image");
+    /// Opens its disk for writing, as by a guest; `below` is what shows through it.
+    pub fn open_writer(&mut self, below: Option<Arc<View>>) -> Result<Arc<Writer>> {
+        let file = self.file_to_write()?;
         let name = self.image.image.name();
-        let file = self.file()?;
         let writer = match self.image.format {
             Format::Raw => Writer::raw(name, file)?,
             Format::Qcow2 => {
                 let data_file =
                     self.image.data_file.as_ref().map(|file| self.store.host.writable(file)).transpose()?;
                 let below = below.map(|view| view as Arc<dyn BackingDisk>);
-                let options = writer_options(&self.store);
-                match keeping {
-                    CachePolicy::Nothing => Writer::qcow2(name, file, data_file, below, options)?,
-                    CachePolicy::Everything => Writer::qcow2_undoable(name, file, below, options)?,
-                }
+                Writer::qcow2(name, file, data_file, below, writer_options(&self.store))?
             }
         };
         self.writer = Some(Arc::clone(&writer));
         Ok(writer)
     }
 
-    /// Has it described anew for those who open it from now on: what was written is in the file, and what was
-    /// kept of its tables is not that.
+    /// Opens its disk for writing, so that nothing of the image changes until that is published: a qcow2
+    /// image without a data file.
+    pub fn open_undoable_writer(&mut self, below: Option<Arc<View>>) -> Result<UndoableWriter> {
+        let file = self.file_to_write()?;
+        let below = below.map(|view| view as Arc<dyn BackingDisk>);
+        let options = writer_options(&self.store);
+        let writer = UndoableWriter::open(self.image.image.name(), file, below, options)?;
+        self.writer = Some(Arc::clone(writer.writer()));
+        Ok(writer)
+    }
+
+    fn file_to_write(&self) -> Result<Arc<dyn WriteStorage>> {
+        assert!(self.writer.is_none(), "one writer writes an image");
+        self.file()
+    }
+
+    /// Reopens it for later openers: the writes are in the file, and cached tables are stale.
     pub fn describe_anew(&self) -> Result<()> {
         self.store.opened.keep(&self.store.described_anew(&self.image)?);
         Ok(())
     }
 
-    /// What it is by now: the image as its file describes it, its locks and its writer.
+    /// Its current parts: the image as its file describes it, its locks and its writer.
     pub(super) fn into_parts(self) -> Result<(OpenImage, Vec<WriteLock>, Arc<Writer>)> {
         let image = self.store.described_anew(&self.image)?;
-        let writer = self.writer.expect("a disk falls onto what was written");
+        let writer = self.writer.expect("the base of an active commit was written");
         Ok((image, self.locks, writer))
     }
 
-    /// All that was written is durable: from now on it is a layer like any other.
+    /// All writes are durable: from now on it is an ordinary layer.
     pub fn finish(self) -> Result<()> {
         let Self { store, writer, image, locks, reads } = self;
-        // The descriptor goes before the file's looks are noted: closing may be what changes them.
+        // The descriptor is closed before the file's attributes are recorded: closing may change them.
         drop(writer);
         for file in image.files() {
             let before = file.expected_stat();

@@ -1,7 +1,7 @@
 //! Listings of directories, and the offsets of their entries.
 //!
-//! `.` and `..` have the offsets 1 and 2. The entries of a directory of the store follow, as they were when it
-//! was opened; those of a guest's directory have the positions of the guest's file system.
+//! `.` and `..` have the offsets 1 and 2. The entries of a directory of the store follow, as they were when
+//! it was opened; those of a guest's directory have the positions of the guest's file system.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -13,11 +13,12 @@ use crate::error::{Error, ErrorKind, Result};
 use super::super::access::Caller;
 use super::super::attributes::Attributes;
 use super::super::guest_file::GuestDirectory;
+use super::super::guest_numbers::GuestNode;
 use super::super::handles::Handle;
-use super::super::mounted_volumes::GuestNode;
 use super::super::node::{Node, NodeKind};
 use super::super::tree::{MountTree, NodeEntry, guest_node};
-use super::{DirectoryEntry, OpenFile};
+use super::calls::OpenFile;
+use super::replies::DirectoryEntry;
 
 /// The first offsets are those of `.` and `..`.
 const DOTS: u64 = 2;
@@ -139,7 +140,7 @@ fn add_entries(
         let attributes = attributes.as_ref().map(|found| tree.shown_attributes(node, found));
         let shown = DirectoryEntry {
             name: OsStr::from_bytes(&entry.name),
-            inode: node.number(),
+            inode: tree.guest_number(node),
             kind: attributes.map_or_else(|| tree.shown_kind(kind_shown), |found| found.kind),
             next: entry.next + DOTS,
         };

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 
 use super::super::handles::Handle;
-use super::Features;
+use super::features::Features;
 
 /// An opened file.
 #[derive(Debug)]
