@@ -581,8 +581,8 @@ impl CatalogBuilder<'_> {
             .iter()
             .any(|directory| !self.is_real(directory))
         {
-            let sentence = "goes up (..) from a place that is a symbolic link, or is not in the store, so that \
-                            it means one file as text and may mean another to QEMU; write it without ..";
+            let sentence = "goes up (..) from a place that is a symbolic link, or is not in the store, so \
+                            that it means one file as text and may mean another to QEMU; write it without ..";
             return Err(UnresolvedName::not_followed(sentence));
         }
         if place.root != 0 || self.is_single {

@@ -101,8 +101,8 @@ pub(super) fn resolve(
         );
         return Err(UnresolvedName::new(BrokenLink::OutsideStore, sentence));
     }
-    let sentence = "leads out of the store, and is never followed; move the file into the store, or mount with \
-                    -o backing_dir= or map=";
+    let sentence = "leads out of the store, and is never followed; move the file into the store, or mount \
+                    with -o backing_dir= or map=";
     Err(UnresolvedName::new(BrokenLink::OutsideStore, sentence))
 }
 
