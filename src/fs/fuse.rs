@@ -603,16 +603,16 @@ impl Filesystem for Adapter {
                 block_size,
             );
         }
-        match self.answer(|tree| tree.store().roots()[0].statvfs()) {
-            Ok(stat) => reply.statfs(
-                stat.f_blocks,
-                stat.f_bfree,
-                stat.f_bavail,
-                stat.f_files,
-                stat.f_ffree,
-                stat.f_bsize as u32,
+        match self.answer(|tree| tree.store().roots()[0].space()) {
+            Ok(space) => reply.statfs(
+                space.blocks,
+                space.free,
+                space.available,
+                space.files,
+                space.files_free,
+                space.block_len,
                 255,
-                stat.f_frsize as u32,
+                space.unit_len,
             ),
             Err(errno) => reply.error(errno),
         }

@@ -43,7 +43,7 @@ pub const WRITER_BYTE: i64 = USED + WRITE;
 
 /// Why a lock was refused.
 #[derive(Debug)]
-pub enum Conflict {
+pub(super) enum Conflict {
     /// Another open file description holds `byte`.
     Held {
         /// The byte.
@@ -119,7 +119,7 @@ pub(super) fn drop_all(file: BorrowedFd<'_>) {
 }
 
 /// Whether another process writes the open file `file` now. Takes no lock.
-pub fn probe_writer(file: BorrowedFd<'_>) -> bool {
+pub(super) fn probe_writer(file: BorrowedFd<'_>) -> bool {
     held_by_others(file, USED + WRITE).unwrap_or(false)
 }
 
@@ -127,6 +127,11 @@ fn held_by_others(file: BorrowedFd<'_>, byte: i64) -> Result<bool, Errno> {
     let mut question = range(libc::F_WRLCK, byte);
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut question))?;
     Ok(i32::from(question.l_type) != libc::F_UNLCK)
+}
+
+/// A lock on the whole file, as files of chainfs itself have it.
+pub(super) fn whole(kind: i32) -> libc::flock {
+    libc::flock { l_len: 0, ..range(kind, 0) }
 }
 
 fn range(kind: i32, byte: i64) -> libc::flock {

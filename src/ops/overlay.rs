@@ -45,7 +45,7 @@ impl DraftImage {
             .and_then(|()| names.sync(&directory_of(&path)));
         drop(file);
         let made = made.and_then(|()| {
-            let seen = FileRef::witness(&world.store.roots()[0], &path, Format::Qcow2, false)?;
+            let seen = FileRef::witness(&*world.store.roots()[0], &path, Format::Qcow2, false)?;
             Ok(FileRef { path: world.guarded(&path), ..seen })
         });
         match made {
@@ -68,7 +68,7 @@ impl DraftImage {
 
     /// Whether it is what has its name.
     pub(super) fn is_there(&self, store: &Arc<Store>) -> bool {
-        self.named.is_at(&store.roots()[0], &self.path)
+        self.named.is_at(&*store.roots()[0], &self.path)
     }
 }
 

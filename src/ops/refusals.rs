@@ -143,8 +143,5 @@ pub(super) fn count(world: &ScannedStore, target: ImageIndex, counted: Result<u6
 
 /// Whether what is copied within the store may take no space of its own: none is asked for beforehand then.
 pub(super) fn shares_blocks(store: &Store) -> bool {
-    store.roots()[0].file_system().is_ok_and(|kind| SHARING.contains(&kind))
+    store.roots()[0].shares_blocks()
 }
-
-/// Magic numbers of file systems on which copies may share their blocks: XFS, btrfs, bcachefs.
-const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683E, 0xCA45_1A4E];

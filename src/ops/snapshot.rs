@@ -14,7 +14,7 @@ use crate::format::Frozen;
 use crate::image::create::NewBacking;
 use crate::image::write::NewSnapshot;
 use crate::image::{HeaderChange, change_header};
-use crate::io::{Directory, FileLock, Root, directory_of};
+use crate::io::{Backend, Directory, FileLock, directory_of};
 use crate::store::{
     ActiveJob, FileRef, Format, FormerTop, ImageEntry, ImageIndex, Intent, JobImage, NewTop, NewTopFile,
     OwnedIntent, SnapshotOperation, Store, encode, is_draft, shown,
@@ -483,7 +483,7 @@ fn stand_on(
     tops: &[NewTop],
 ) -> std::result::Result<Vec<FormerTop>, (Error, bool)> {
     let names = store.guard_names();
-    let root = &store.guard().root;
+    let root = &*store.guard().root;
     // Most of what has to be durable is so before anybody has to wait.
     let ready = jobs
         .iter()
@@ -516,7 +516,7 @@ fn stand_on(
 }
 
 /// Whether that file has that name.
-fn is_at(root: &Root, path: &Path, named: &FileRef) -> bool {
+fn is_at(root: &dyn Backend, path: &Path, named: &FileRef) -> bool {
     named.is_at(root, path)
 }
 
@@ -531,7 +531,7 @@ fn add_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
 
 /// Takes back overlays that nobody has seen, and second names, once all disks have their first ones, durably.
 /// By identity: what others have put there stays.
-fn take_back(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
+fn take_back(root: &dyn Backend, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
     for top in tops {
         if !is_at(root, &top.old.path, &top.old) {
             let path = &top.old.path;
@@ -551,7 +551,7 @@ fn take_back(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<()> 
 }
 
 /// Removes overlays that nobody has seen, durably.
-fn remove_overlays(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
+fn remove_overlays(root: &dyn Backend, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
     for top in tops.iter().filter(|top| is_at(root, &top.overlay.path, &top.overlay)) {
         names.unlink(&top.overlay.path)?;
         names.sync(&directory_of(&top.overlay.path))?;
@@ -560,7 +560,7 @@ fn remove_overlays(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Resul
 }
 
 /// Gives the overlays their names, durably. A failure takes back what was done.
-fn switch_names(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
+fn switch_names(root: &dyn Backend, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
     let mut directories: Vec<PathBuf> = tops.iter().map(|top| directory_of(&top.name)).collect();
     directories.dedup();
     let switched = tops
@@ -577,7 +577,7 @@ fn switch_names(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<(
     })
 }
 
-fn switch_name(root: &Root, names: &dyn Directory, top: &NewTop) -> Result<()> {
+fn switch_name(root: &dyn Backend, names: &dyn Directory, top: &NewTop) -> Result<()> {
     // What others have put there in between stays.
     expect_at(root, &top.overlay.path, &top.overlay)?;
     expect_at(root, &top.old.path, &top.old)?;
@@ -592,7 +592,7 @@ fn switch_name(root: &Root, names: &dyn Directory, top: &NewTop) -> Result<()> {
     Ok(())
 }
 
-fn expect_at(root: &Root, path: &Path, named: &FileRef) -> Result<()> {
+fn expect_at(root: &dyn Backend, path: &Path, named: &FileRef) -> Result<()> {
     if is_at(root, path, named) {
         return Ok(());
     }
@@ -601,7 +601,7 @@ fn expect_at(root: &Root, path: &Path, named: &FileRef) -> Result<()> {
 }
 
 /// The way back from wherever [`switch_name`] has come to.
-fn switch_back(root: &Root, names: &dyn Directory, top: &NewTop) -> Result<()> {
+fn switch_back(root: &dyn Backend, names: &dyn Directory, top: &NewTop) -> Result<()> {
     if !is_at(root, &top.name, &top.overlay) {
         return Ok(());
     }
@@ -644,7 +644,7 @@ fn mark(store: &Arc<Store>, old: FormerTop, path: &Path, frozen: &Frozen) -> Res
 /// refusal is asked again. Nothing is changed.
 pub(super) fn examine(world: &ScannedStore, intent: &Intent<SnapshotOperation>) -> Result<bool> {
     let SnapshotOperation { disks, .. } = &intent.operation;
-    let root = &world.store.guard().root;
+    let root = &*world.store.guard().root;
     // Before the first overlay has its name, nothing is frozen; what is there then is of a later moment than
     // was asked for.
     let is_taken = disks.iter().any(|top| is_at(root, &top.name, &top.overlay));
@@ -659,7 +659,7 @@ pub(super) fn examine(world: &ScannedStore, intent: &Intent<SnapshotOperation>) 
 
 /// What keeps a disk of a snapshot from being given what is left to be given, or taken from it.
 fn refuse_rest(world: &ScannedStore, top: &NewTop, goes_on: bool, refusals: &mut Vec<Error>) {
-    let root = &world.store.guard().root;
+    let root = &*world.store.guard().root;
     let find = |path: &PathBuf| world.find(&FileRef::known(path.clone(), top.old.file));
     let Some(old) = find(&top.old.path).or_else(|| find(&top.frozen)) else { return };
     let has_come = is_at(root, &top.name, &top.overlay);
@@ -732,7 +732,7 @@ pub(super) fn carry_on(
     let store = context.store();
     let names = store.guard_names();
     let SnapshotOperation { disks, .. } = &intent.intent.operation;
-    let root = &store.guard().root;
+    let root = &*store.guard().root;
     let went = if goes_on { go_on(store, &intent.intent, held) } else { Ok(()) };
     let has_come = disks.iter().any(|top| is_at(root, &top.name, &top.overlay));
     if has_come && went.is_err() {
@@ -752,7 +752,7 @@ pub(super) fn carry_on(
 
 fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobImage>) -> Result<()> {
     let SnapshotOperation { seconds, nanoseconds, description, disks } = &intent.operation;
-    let (root, names) = (&store.guard().root, store.guard_names());
+    let (root, names) = (&*store.guard().root, store.guard_names());
     for top in disks {
         if top.frozen != top.old.path && !is_at(root, &top.frozen, &top.old) {
             add_name(&*names, top)?;
@@ -834,7 +834,7 @@ fn unless_unsupported(marked: Result<()>) -> Result<()> {
 
 /// Whether all that a disk of a snapshot needs is there, and nothing that others have put there is in the
 /// way. Where an overlay has gone, nothing was begun that a guest could have seen.
-fn can_go_on(root: &Root, top: &NewTop) -> bool {
+fn can_go_on(root: &dyn Backend, top: &NewTop) -> bool {
     let is_free = |path: &Path| root.stat(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
     let is_old = |path: &Path| is_at(root, path, &top.old);
     let has_come = is_at(root, &top.name, &top.overlay);

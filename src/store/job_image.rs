@@ -73,7 +73,7 @@ impl JobImage {
 
     /// Its file, for changing its header where nothing else of it is changed.
     pub fn file(&self) -> Result<Arc<dyn WriteStorage>> {
-        self.store.host.writable(&self.image.file)
+        self.image.file.open_for_writing()
     }
 
     /// Follows it to the name that it has by now, at `path` beneath the store.
@@ -96,7 +96,7 @@ impl JobImage {
             Format::Raw => Writer::raw(name, file)?,
             Format::Qcow2 => {
                 let data_file =
-                    self.image.data_file.as_ref().map(|file| self.store.host.writable(file)).transpose()?;
+                    self.image.data_file.as_ref().map(|file| file.open_for_writing()).transpose()?;
                 let below = below.map(|view| view as Arc<dyn BackingDisk>);
                 let options = writer_options(&self.store);
                 match keeping {

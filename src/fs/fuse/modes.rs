@@ -45,7 +45,7 @@ impl Adapter {
             }
             // Only if file and disk have the same size.
             let same_size = file.stat().is_ok_and(|stat| stat.size == disk.view.size());
-            let own = file.duplicate().ok().filter(|_| same_size)?;
+            let own = file.open_local().ok().flatten().filter(|_| same_size)?;
             match reply.open_backing(own) {
                 Ok(backing) => mode.backing = Some(Arc::new(backing)),
                 Err(error) => {
