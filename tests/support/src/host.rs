@@ -1,7 +1,7 @@
 //! Stores whose changes go through a test's hands: counted, recorded, or broken.
 //!
-//! [`wrap`] stands around the local directory. What a test changes of an image's bytes and of names goes through
-//! its [`Hands`]; all else is the directory's own.
+//! [`wrap`] stands around the local directory. Changes of images' bytes and of names go through the [`Hands`] of
+//! a test; all else is the directory's own.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -74,7 +74,7 @@ impl<H: Hands> Backend for Wrapped<H> {
     fn open_file_for_writing(&self, path: &Path) -> Result<Arc<dyn WriteObject>> {
         let opened = self.inner.open_file_for_writing(path)?;
         // Locks and notes of chainfs itself are no images.
-        if path.starts_with(".chainfs") {
+        if [".chainfs", ".chainfs-intents", ".chainfs-lock"].iter().any(|own| path.starts_with(own)) {
             return Ok(opened);
         }
         Ok(Arc::new(WrappedObject { image: self.hands.image(Arc::clone(&opened)), opened }))
