@@ -120,6 +120,22 @@ pub enum BlockStatus {
     Zero,
 }
 
+/// Whether the bytes of an image or of a disk may change while they are open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stability {
+    /// They stay as they are.
+    Frozen,
+    /// A guest may write them.
+    Live,
+}
+
+impl Stability {
+    /// Live if `is_live`, else frozen.
+    pub fn live_if(is_live: bool) -> Self {
+        if is_live { Self::Live } else { Self::Frozen }
+    }
+}
+
 /// Rounds a length up to whole sectors, as QEMU sizes raw disks. Saturates at the last whole sector.
 pub fn round_up_to_sector(len: u64) -> u64 {
     len.checked_next_multiple_of(SECTOR_SIZE).unwrap_or(!(SECTOR_SIZE - 1))

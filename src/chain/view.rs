@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Layer, Mapping};
-use crate::units::{BlockStatus, GuestOffset, HostOffset, Run};
+use crate::units::{BlockStatus, GuestOffset, HostOffset, Run, Stability};
 
 use super::extent::Extent;
 use super::flat::{FlatCache, FlatMap};
@@ -23,7 +23,7 @@ pub struct View {
     layers: Arc<[Layer]>,
     size: u64,
     /// Whether the top layer may change while it is read.
-    live: bool,
+    stability: Stability,
     /// The layers that do not change, flattened; `None` if there are none.
     flat: Option<Arc<FlatMap>>,
 }
@@ -53,17 +53,18 @@ pub struct MapRun {
 }
 
 impl View {
-    /// A view of `layers`, top first. `live`: the top one may change; the others never do.
-    pub fn new(layers: Vec<Layer>, live: bool, cache: &Arc<FlatCache>) -> Arc<Self> {
+    /// A view of `layers`, top first. `stability` is that of the top one; the others never change.
+    pub fn new(layers: Vec<Layer>, stability: Stability, cache: &Arc<FlatCache>) -> Arc<Self> {
         assert!(!layers.is_empty(), "a view has a top layer");
         let size = layers[0].size();
+        let live = stability == Stability::Live;
         let frozen: Arc<[Layer]> = layers[usize::from(live)..].into();
         let flat = (!frozen.is_empty()).then(|| FlatMap::new(frozen, size, cache));
         let layers = match &flat {
             Some(flat) if !live => Arc::clone(flat.layers()),
             _ => layers.into(),
         };
-        Arc::new(Self { layers, size, live, flat })
+        Arc::new(Self { layers, size, stability, flat })
     }
 
     /// Bytes of the disk.
@@ -73,7 +74,7 @@ impl View {
 
     /// Whether its top layer may change.
     pub fn is_live(&self) -> bool {
-        self.live
+        self.stability == Stability::Live
     }
 
     /// Its layers, top first.
@@ -85,7 +86,7 @@ impl View {
     pub fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         let end = at.checked_add(buf.len() as u64).expect("a range of the disk");
         assert!(end <= self.size, "a read past the end of the disk");
-        if !self.live {
+        if !self.is_live() {
             return self.read_flat(at, buf);
         }
         let mut done = 0;
@@ -148,22 +149,22 @@ impl View {
         Ok(Extent { layer: self.layers.len(), mapping: Some(Mapping::Zero(None)), len })
     }
 
-    /// The first byte at or after `at` that is data (or, with `data` false, that is not).
-    /// `None` if there is none before the end of the disk.
+    /// The first byte at or after `at` whose status is `wanted`. `None` if there is none before the end of
+    /// the disk.
     ///
     /// A disk can have tables for petabytes. Whoever has looked for long enough calls the rest data,
     /// which is always allowed: the next call, from there on, looks further.
-    pub fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
+    pub fn seek(&self, at: u64, wanted: BlockStatus) -> Result<Option<u64>> {
         let start = Instant::now();
         let mut at = at;
         while at < self.size {
             let run = self.seek_run(at)?;
-            if (run.value == BlockStatus::Data) == data {
+            if run.value == wanted {
                 return Ok(Some(at));
             }
             at += run.len;
             if start.elapsed() > SEEK_LIMIT {
-                return Ok(Some(at).filter(|at| data && *at < self.size));
+                return Ok(Some(at).filter(|at| wanted == BlockStatus::Data && *at < self.size));
             }
         }
         Ok(None)
@@ -174,7 +175,7 @@ impl View {
         // Long silences are answered by the tables; what is dense, by the flattened map.
         let whole = self.resolve(at, u64::MAX)?;
         let extent = match (&self.flat, whole.mapping) {
-            (Some(flat), Some(Mapping::Data(_) | Mapping::Compressed(_))) if !self.live => {
+            (Some(flat), Some(Mapping::Data(_) | Mapping::Compressed(_))) if !self.is_live() => {
                 let dense = flat.lookup(at)?;
                 Extent { len: dense.len.min(self.size - at).max(whole.len), ..dense }
             }
@@ -185,7 +186,7 @@ impl View {
 
     /// As [`View::seek_run`], only by the flattened map: one look, whatever the depth.
     pub(super) fn frozen_run(&self, at: u64) -> Result<Run<BlockStatus>> {
-        assert!(!self.live && at < self.size);
+        assert!(!self.is_live() && at < self.size);
         let Some(flat) = &self.flat else { unreachable!("a frozen view has a map") };
         let extent = flat.lookup(at)?;
         self.status(Extent { len: extent.len.min(self.size - at), ..extent })

@@ -7,10 +7,7 @@ mod guests;
 mod verbs;
 
 pub use guests::{CatArgs, CpArgs, DiffArgs, LookArgs, LsArgs, VersionsArgs};
-pub use verbs::{
-    CancelArgs, CloneArgs, CommitArgs, DeleteArgs, PullArgs, RebaseArgs, ResizeArgs, RevertArgs, RunArgs,
-    SnapshotArgs,
-};
+pub use verbs::{Invocation, RunArgs, VerbCommand};
 
 use super::mount_options::{ImageFormat, SETTINGS, Takes, suggestion};
 use clap::builder::StyledStr;
@@ -69,28 +66,13 @@ pub enum Command {
     Versions(VersionsArgs),
     /// Create an empty qcow2 image, with or without a backing file
     Create(CreateArgs),
-    /// Freeze the active disk of a chain under a name
-    Snapshot(SnapshotArgs),
-    /// Merge layers of a chain down into one of them
-    Commit(CommitArgs),
-    /// Copy the data of the backing files into a layer
-    Pull(PullArgs),
-    /// Remove a snapshot without changing any other
-    Delete(DeleteArgs),
-    /// Set the active disk to the content of a snapshot
-    Revert(RevertArgs),
-    /// Change the backing file of a layer
-    Rebase(RebaseArgs),
-    /// Create a new chain on top of a snapshot
-    Clone(CloneArgs),
-    /// Grow or shrink the active disk
-    Resize(ResizeArgs),
+    /// A verb.
+    #[command(flatten)]
+    Verb(VerbCommand),
     /// List, restore or remove layers in a store's trash
     Trash(TrashArgs),
     /// Resume or discard interrupted commands
     Recover(RecoverArgs),
-    /// Stop the running command of a chain
-    Cancel(CancelArgs),
     /// Read guests' file systems for the parent process
     #[command(name = crate::browse::worker::WORKER, hide = true)]
     Worker {

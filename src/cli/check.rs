@@ -6,10 +6,11 @@ use super::output::print;
 use super::target::{Target, TargetKind, host_path};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::check::{CheckReport, Scope, check, repair};
-use crate::io::{Storage, WriterKind};
+use crate::io::{Expect, LockSupport, Storage, WriterKind};
 use crate::report::json::pretty;
 use crate::report::safe::terminal;
 use crate::store::{Catalog, DetectedContent, Format, ImageIndex, Store};
+use crate::units::Stability;
 
 const COULD_NOT: u8 = 1;
 const CORRUPT: u8 = 2;
@@ -93,10 +94,10 @@ fn judge(
         return Err(Error::new(ErrorKind::Broken, format!("{name} {problem}")));
     }
     let say = |text: &str| if args.output.format() == Output::Human { print(text) } else { Ok(()) };
-    let file = store.file(&image.place, &image.stat, true);
+    let file = store.file(&image.place, &image.stat, Expect::SameVersion);
     let Some(scope) = args.repair else {
         // While another process writes the image, its tables on disk are incomplete and look damaged.
-        let _lock = if store.options().force_share { None } else { Some(file.lock(true)?) };
+        let _lock = if store.options().force_share { None } else { Some(file.lock(Stability::Frozen)?) };
         let storage: &dyn Storage = &*file;
         let report = check(storage, name)?;
         say(&format!("{title}{}", safe_lines(&report)))?;
@@ -106,7 +107,7 @@ fn judge(
         let fact = "it is in a backing_dir, whose images are never changed; name the image itself";
         return Err(Error::new(ErrorKind::Forbidden, format!("{name}: {fact}")));
     }
-    let _lock = file.lock_for_writing(WriterKind::Guest, false)?;
+    let _lock = file.lock_for_writing(WriterKind::Guest, LockSupport::Required)?;
     let storage = file.open_for_writing()?;
     let scope = match scope {
         RepairScope::Leaks => Scope::Leaks,

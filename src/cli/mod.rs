@@ -25,13 +25,11 @@ pub mod umount;
 mod verbs;
 
 use std::io::Write;
-use std::path::Path;
 use std::process::ExitCode;
 
-use args::{Command, RunArgs};
+use args::Command;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::Request;
 use crate::report::safe::terminal;
 
 /// Runs the program with the arguments of its process.
@@ -58,17 +56,9 @@ pub fn main() -> ExitCode {
         Command::Cp(args) => guest::copy::run(args),
         Command::Versions(args) => guest::versions::run(args),
         Command::Create(args) => create::run(args),
-        Command::Snapshot(args) => verb(&args.target, args.request(), &args.run),
-        Command::Commit(args) => verb(&args.target, args.request(), &args.run),
-        Command::Pull(args) => verb(&args.target, args.request(), &args.run),
-        Command::Delete(args) => verb(&args.target, args.request(), &args.run),
-        Command::Revert(args) => verb(&args.target, args.request(), &args.run),
-        Command::Rebase(args) => verb(&args.target, args.request(), &args.run),
-        Command::Clone(args) => verb(&args.target, args.request(), &args.run),
-        Command::Resize(args) => verb(&args.target, args.request(), &args.run),
+        Command::Verb(verb) => verb.invocation().and_then(|invocation| verbs::run(&invocation)),
         Command::Trash(args) => trash::run(args),
         Command::Recover(args) => recover::run(args),
-        Command::Cancel(args) => verb(&args.target, Ok(Request::Cancel), &RunArgs::default()),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => {
             let written = manual::manual_pages(dir);
@@ -79,10 +69,6 @@ pub fn main() -> ExitCode {
         complain(&error);
         failure(&cli.command, error.kind())
     }))
-}
-
-fn verb(target: &Path, request: Result<Request>, args: &RunArgs) -> Result<u8> {
-    verbs::run(target, &request?, args)
 }
 
 /// The exit code of a command that has failed.

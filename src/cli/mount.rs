@@ -27,7 +27,7 @@ use crate::browse::worker::WorkerProgram;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fs::mount::{self, OwnMount};
 use crate::fs::{Features, GuestOptions, MountTree, Ownership, Server};
-use crate::io::{other_users_of, users_of};
+use crate::io::{OwnProcess, other_users_of, users_of};
 use crate::report::store as report;
 use crate::store::{Flusher, Store, StoreOptions, Watcher};
 
@@ -260,7 +260,8 @@ fn end_on_signals(
 pub(super) fn busy(directory: &Path) -> String {
     let users = users_of(directory);
     let names: Vec<String> = users.iter().map(ToString::to_string).collect();
-    let others = other_users_of(directory, names.is_empty());
+    let own = if names.is_empty() { OwnProcess::Included } else { OwnProcess::Excluded };
+    let others = other_users_of(directory, own);
     let names: Vec<String> = names.into_iter().chain(others).collect();
     let by = if names.is_empty() {
         "by a process that cannot be seen from here: maybe another user's, or in another mount namespace"

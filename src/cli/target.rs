@@ -13,6 +13,7 @@ use crate::fs::CONTROL;
 use crate::fs::mount::KIND;
 use crate::io::mounts;
 use crate::store::{Catalog, ChainView, ImageIndex, OpenView, Store, StoreOptions, ViewPart, shown};
+use crate::units::Stability;
 
 use super::address;
 use super::args::ImageArgs;
@@ -131,8 +132,8 @@ impl Target {
     pub(super) fn open(&self) -> Result<OpenView> {
         let TargetDisk { layers, part } = self.disk()?;
         // Without locks, another process may be writing the top layer.
-        let live = self.store.options().force_share;
-        self.store.open_shown(&self.catalog, &layers, part, live)
+        let stability = Stability::live_if(self.store.options().force_share);
+        self.store.open_shown(&self.catalog, &layers, part, stability)
     }
 }
 

@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::args::RunArgs;
+use super::args::Invocation;
 use super::offline;
 use super::output::print;
 use super::progress::Meter;
@@ -25,8 +25,9 @@ const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// Limit of chains listed when the given one does not exist.
 const MAX_CHAINS_LISTED: usize = 8;
 
-/// Runs a verb on what `target` names.
-pub(super) fn run(target: &Path, request: &Request, args: &RunArgs) -> Result<u8> {
+/// Runs a verb.
+pub(super) fn run(invocation: &Invocation<'_>) -> Result<u8> {
+    let Invocation { target, request, run: args } = invocation;
     let Some((store, rest)) = place_in_mount(target)? else {
         if args.detach {
             let fact = "without a mount the command runs in this process; leave out --detach";

@@ -29,6 +29,7 @@ use crate::error::{Error, ErrorKind};
 use crate::guest::Statistics;
 use crate::image::write::Zeroing;
 use crate::store::Access;
+use crate::units::BlockStatus;
 
 use super::attributes::Attributes;
 use super::change::Fallocate;
@@ -277,14 +278,14 @@ impl Filesystem for Adapter {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        let data = match whence {
-            libc::SEEK_DATA => true,
-            libc::SEEK_HOLE => false,
+        let wanted = match whence {
+            libc::SEEK_DATA => BlockStatus::Data,
+            libc::SEEK_HOLE => BlockStatus::Zero,
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(at) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
         self.offload_if_blocking(inode.0, move |tree| {
-            match answer(tree, |tree| tree.seek(&tree.handle(handle.0)?, at, data)) {
+            match answer(tree, |tree| tree.seek(&tree.handle(handle.0)?, at, wanted)) {
                 Ok(Some(found)) => reply.offset(found.cast_signed()),
                 Ok(None) => reply.error(Errno::ENXIO),
                 Err(errno) => reply.error(errno),

@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 use crate::browse::{DiskLease, Listing, OpenedFile};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{FileRun, Ino, RunKind};
+use crate::units::BlockStatus;
 
 use super::mounted_volumes::MountedVolume;
 
@@ -108,17 +109,17 @@ impl GuestFile {
     }
 
     /// Like a disk's seek: after the time limit, the rest counts as data.
-    pub(super) fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
+    pub(super) fn seek(&self, at: u64, wanted: BlockStatus) -> Result<Option<u64>> {
         let begun = Instant::now();
         let mut at = at;
         while at < self.size {
             let (end, kind) = self.run(at)?;
-            if (kind != RunKind::Hole) == data {
+            if (kind != RunKind::Hole) == (wanted == BlockStatus::Data) {
                 return Ok(Some(at));
             }
             at = end;
             if begun.elapsed() > SEEK_LIMIT {
-                return Ok(Some(at).filter(|at| data && *at < self.size));
+                return Ok(Some(at).filter(|at| wanted == BlockStatus::Data && *at < self.size));
             }
         }
         Ok(None)

@@ -5,6 +5,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::Zeroing;
 use crate::store::ActiveHandle;
+use crate::units::BlockStatus;
 
 use super::handles::Handle;
 
@@ -65,11 +66,11 @@ impl PartitionRange {
 
     /// Converts a result of [`MountTree::seek`](super::MountTree::seek) on the disk to an offset in the
     /// partition.
-    pub(super) fn found(&self, found: Option<u64>, data: bool) -> Option<u64> {
+    pub(super) fn found(&self, found: Option<u64>, wanted: BlockStatus) -> Option<u64> {
         match found.map(|found| found - self.start) {
             Some(found) if found < self.len => Some(found),
             // Every file ends with a hole.
-            _ => (!data).then_some(self.len),
+            _ => (wanted == BlockStatus::Zero).then_some(self.len),
         }
     }
 }

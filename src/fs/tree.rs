@@ -16,7 +16,7 @@ use std::time::SystemTime;
 
 use crate::browse::Browser;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{ObjectStat, Storage, directory_of};
+use crate::io::{Expect, ObjectStat, Storage, directory_of};
 use crate::ops::{Engine, JobState};
 use crate::report::status::per_mille;
 use crate::store::{
@@ -367,7 +367,7 @@ impl MountTree {
         size > 0
             && !self
                 .store
-                .file(&image.place, &image.stat, false)
+                .file(&image.place, &image.stat, Expect::AnyVersion)
                 .extent(0, size)
                 .is_ok_and(|found| found == Run::new(BlockStatus::Zero, size))
     }
@@ -519,25 +519,26 @@ impl MountTree {
         done
     }
 
-    /// lseek(2) with `SEEK_DATA` or `SEEK_HOLE`; `None` is ENXIO.
-    pub fn seek(&self, handle: &Handle, at: u64, data: bool) -> Result<Option<u64>> {
+    /// lseek(2) with `SEEK_DATA` or, for bytes that are zero, `SEEK_HOLE`; `None` is ENXIO.
+    pub fn seek(&self, handle: &Handle, at: u64, wanted: BlockStatus) -> Result<Option<u64>> {
+        let all_data = |at| (wanted == BlockStatus::Data).then_some(at);
         let (size, found) = match handle {
-            Handle::Text(text) => (text.len() as u64, if data { Some(at) } else { None }),
-            Handle::Pieces(pieces) => (pieces.len(), if data { Some(at) } else { None }),
+            Handle::Text(text) => (text.len() as u64, all_data(at)),
+            Handle::Pieces(pieces) => (pieces.len(), all_data(at)),
             Handle::Disk(disk) => {
                 let open = disk.view();
                 let size = open.view.size();
-                (size, if at < size { open.view.seek(at, data)? } else { None })
+                (size, if at < size { open.view.seek(at, wanted)? } else { None })
             }
-            Handle::Active(disk) => (disk.size()?, disk.seek(at, data)?),
-            Handle::Control(control) => (control.len(self), if data { Some(at) } else { None }),
-            Handle::GuestFile(file) => (file.size(), file.seek(at, data)?),
+            Handle::Active(disk) => (disk.size()?, disk.seek(at, wanted)?),
+            Handle::Control(control) => (control.len(self), all_data(at)),
+            Handle::GuestFile(file) => (file.size(), file.seek(at, wanted)?),
             Handle::Partition(window) => {
                 let (place, _) = window.clip(at, 0);
                 (
                     window.len,
                     if at < window.len {
-                        window.found(self.seek(&window.disk, place, data)?, data)
+                        window.found(self.seek(&window.disk, place, wanted)?, wanted)
                     } else {
                         None
                     },
@@ -548,7 +549,7 @@ impl MountTree {
             }
         };
         // Every file ends with a hole.
-        Ok(if at >= size { None } else { found.or((!data).then_some(size)) })
+        Ok(if at >= size { None } else { found.or((wanted == BlockStatus::Zero).then_some(size)) })
     }
 
     /// An extended attribute; `None` if the node has none of that name.

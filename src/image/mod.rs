@@ -22,7 +22,7 @@ pub use crate::format::Mapping;
 use crate::format::compressed::decompress;
 use crate::format::header::{Encryption, PROBE_LEN, needed_len};
 use crate::format::{Compressed, Header, Malformed};
-use crate::io::Storage;
+use crate::io::{Expect, Storage};
 use crate::units::{BlockStatus, HostOffset, Run, round_up_to_sector};
 
 pub(crate) use bitmaps::read_bitmaps;
@@ -72,8 +72,8 @@ pub struct Image {
     file: Arc<dyn Storage>,
     /// Holds the guest's data instead of `file`, where the header says so.
     data_file: Option<Arc<dyn Storage>>,
-    /// Bytes of the file that holds guest data, as of opening; `None` if a guest may make it grow. A job
-    /// of ours that fills the image may, too: there is never less.
+    /// Bytes of the file that holds guest data, as of opening; `None` if another process may make it grow.
+    /// A job of ours that fills the image may, too: there is never less.
     data_len: Option<u64>,
     body: ImageBody,
     caches: Arc<Caches>,
@@ -91,9 +91,14 @@ fn next_serial() -> u64 {
 }
 
 impl Image {
-    /// A raw image. `fixed`: the file does not change while it is open.
-    pub fn raw(name: &str, file: Arc<dyn Storage>, fixed: bool, caches: &Arc<Caches>) -> Result<Arc<Self>> {
-        let data_len = if fixed { Some(file.len()?) } else { None };
+    /// A raw image.
+    pub fn raw(
+        name: &str,
+        file: Arc<dyn Storage>,
+        expect: Expect,
+        caches: &Arc<Caches>,
+    ) -> Result<Arc<Self>> {
+        let data_len = data_len(&file, expect)?;
         Ok(Arc::new(Self {
             serial: next_serial(),
             name: name.to_string(),
@@ -130,7 +135,7 @@ impl Image {
         file: Arc<dyn Storage>,
         data_file: Option<Arc<dyn Storage>>,
         header: Arc<Header>,
-        fixed: bool,
+        expect: Expect,
         caches: &Arc<Caches>,
     ) -> Result<Arc<Self>> {
         if let Some(sentence) = unreadable(&header) {
@@ -142,7 +147,7 @@ impl Image {
                 format!("{name}: its external data file is not there"),
             ));
         }
-        let data_len = if fixed { Some(data_file.as_ref().unwrap_or(&file).len()?) } else { None };
+        let data_len = data_len(data_file.as_ref().unwrap_or(&file), expect)?;
         Ok(Arc::new(Self {
             serial: next_serial(),
             name: name.to_string(),
@@ -256,6 +261,13 @@ impl Image {
 
     fn corrupt(&self, reason: &str) -> Error {
         Error::new(ErrorKind::Corrupt, format!("{}: {reason}", self.name))
+    }
+}
+
+fn data_len(data: &Arc<dyn Storage>, expect: Expect) -> Result<Option<u64>> {
+    match expect {
+        Expect::SameVersion => data.len().map(Some),
+        Expect::AnyVersion => Ok(None),
     }
 }
 

@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 use super::object::{Identity, ObjectId, ObjectStat, ObjectVersion};
 use super::permissions::Permissions;
-use super::{Changes, Directory, LocalFile, LockHolder, Storage, WriteStorage};
+use super::{Changes, Directory, Existing, LocalFile, LockHolder, Storage, WriteStorage};
 
 /// One tree of objects. Paths are relative to its root, which is the empty path or `.`.
 pub trait Backend: Send + Sync {
@@ -32,8 +32,8 @@ pub trait Backend: Send + Sync {
         roots.iter().find_map(|root| absolute.strip_prefix(root).ok()).map(Path::to_path_buf)
     }
 
-    /// Opens a directory for listing; no part of the path may be a link. `None` if `crossing` forbids it.
-    fn open_directory(&self, path: &Path, crossing: Crossing) -> Result<Option<Box<dyn OpenDirectory>>>;
+    /// Opens a directory for listing; no part of the path may be a link. `None` if `mounts` says so.
+    fn open_directory(&self, path: &Path, mounts: MountPoints) -> Result<Option<Box<dyn OpenDirectory>>>;
 
     /// What is at `path`; links are followed within the tree. Errors: `NotFound`, `Escape` and `Io`.
     fn stat(&self, path: &Path) -> Result<ObjectStat>;
@@ -98,15 +98,15 @@ impl fmt::Debug for dyn Backend {
     }
 }
 
-/// Whether a path may lead into another mount.
+/// What becomes of directories on which another file system is mounted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Crossing {
-    /// It may not. No request goes to the other mount, so it may be this daemon's own.
-    Stay,
-    /// It may, unless that is a mount of chainfs: it cannot answer while a scan waits for it.
-    OthersMounts,
-    /// It may.
-    Cross,
+pub enum MountPoints {
+    /// They are entered.
+    Enter,
+    /// They are left alone: no request goes to the other mount, so it may be this daemon's own.
+    Skip,
+    /// They are entered, unless that is a mount of chainfs: it cannot answer while a scan waits for it.
+    SkipOwn,
 }
 
 /// The object that a caller means to open.
@@ -211,10 +211,10 @@ impl fmt::Debug for dyn WriteObject {
 
 /// What a lock says to others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LockMode {
+pub enum LockKind {
     /// "I read it as an image": others may read it, too.
     Reader,
-    /// "I write it as an image", in addition to [`LockMode::Reader`], which its holder has already.
+    /// "I write it as an image", in addition to [`LockKind::Reader`], which its holder has already.
     Writer,
     /// "It is mine": for files of chainfs itself.
     Exclusive,
@@ -240,13 +240,13 @@ pub enum LockConflict {
 pub trait ObjectLocks: Send + Sync {
     /// Takes a lock, or none of it. Where locks do not work, that is an error for writers alone: no reader of
     /// images is there that could be found out.
-    fn take(&self, mode: LockMode) -> std::result::Result<(), LockConflict>;
+    fn take(&self, kind: LockKind) -> std::result::Result<(), LockConflict>;
 
     /// Why [`ObjectLocks::take`] would fail now. Takes no lock.
-    fn conflict(&self, mode: LockMode) -> std::result::Result<(), LockConflict>;
+    fn conflict(&self, kind: LockKind) -> std::result::Result<(), LockConflict>;
 
-    /// Gives up a lock: [`LockMode::Writer`] keeps the reader's, [`LockMode::Reader`] gives up both.
-    fn release(&self, mode: LockMode);
+    /// Gives up a lock: [`LockKind::Writer`] keeps the reader's, [`LockKind::Reader`] gives up both.
+    fn release(&self, kind: LockKind);
 
     /// Whether somebody else writes it as an image now. Takes no lock.
     fn is_written_by_others(&self) -> bool;
@@ -274,15 +274,15 @@ pub struct LockOwners {
 pub struct NoLocks;
 
 impl ObjectLocks for NoLocks {
-    fn take(&self, _: LockMode) -> std::result::Result<(), LockConflict> {
+    fn take(&self, _: LockKind) -> std::result::Result<(), LockConflict> {
         Ok(())
     }
 
-    fn conflict(&self, _: LockMode) -> std::result::Result<(), LockConflict> {
+    fn conflict(&self, _: LockKind) -> std::result::Result<(), LockConflict> {
         Ok(())
     }
 
-    fn release(&self, _: LockMode) {}
+    fn release(&self, _: LockKind) {}
 
     fn is_written_by_others(&self) -> bool {
         false
@@ -340,7 +340,7 @@ impl Directory for NoNames {
         Self::refuse(from)
     }
 
-    fn rename(&self, from: &Path, _: &Path, _: bool) -> Result<()> {
+    fn rename(&self, from: &Path, _: &Path, _: Existing) -> Result<()> {
         Self::refuse(from)
     }
 

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
 
-use super::backend::{DirEntry, EntryKind};
+use super::backend::{DirEntry, EntryKind, MountPoints};
 use super::descriptors::with_descriptor;
 use super::mountinfo::{MountEntry, mounts};
 use super::object::{Identity, ObjectStat};
@@ -184,16 +184,19 @@ impl Root {
         }
     }
 
-    /// Opens a sub-directory for listing and watching. `None` if it is the root of another mount and `cross`
-    /// is false: no request goes to that mount, so it may be this daemon's own.
-    pub(super) fn open_directory(&self, path: &Path, cross: bool) -> Result<Option<OwnedFd>> {
+    /// Opens a sub-directory for listing and watching. `None` if it is the root of another mount, which
+    /// is not to be entered: no request goes to that mount, so it may be this daemon's own.
+    pub(super) fn open_directory(&self, path: &Path, mounts: MountPoints) -> Result<Option<OwnedFd>> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-        let resolve = if cross { resolve } else { resolve | ResolveFlags::NO_XDEV };
+        let resolve = match mounts {
+            MountPoints::Enter => resolve,
+            MountPoints::Skip | MountPoints::SkipOwn => resolve | ResolveFlags::NO_XDEV,
+        };
         match with_descriptor(|| fs::openat2(&self.directory, path, flags, Mode::empty(), resolve)) {
             Ok(fd) => Ok(Some(fd)),
-            Err(Errno::XDEV) if !cross => Ok(None),
+            Err(Errno::XDEV) if mounts != MountPoints::Enter => Ok(None),
             Err(error) => Err(Error::io(format!("opening directory {}", path.display()), error)),
         }
     }
@@ -316,7 +319,7 @@ mod tests {
     #[test]
     fn entries_are_listed_by_kind_and_name() {
         let (_outer, root) = root();
-        let directory = root.open_directory(Path::new(""), false).unwrap().unwrap();
+        let directory = root.open_directory(Path::new(""), MountPoints::Skip).unwrap().unwrap();
         let names: Vec<_> = Root::list(&directory)
             .unwrap()
             .into_iter()

@@ -146,7 +146,7 @@ impl Changes for Inotify {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Crossing, LocalDirectory};
+    use super::super::{LocalDirectory, MountPoints};
     use super::*;
     use std::path::Path;
 
@@ -155,7 +155,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let backend = LocalDirectory::open(place.path()).unwrap();
         let (news, interrupt) = (backend.changes().unwrap(), Interrupt::new().unwrap());
-        let directory = backend.open_directory(Path::new(""), Crossing::Stay).unwrap().unwrap();
+        let directory = backend.open_directory(Path::new(""), MountPoints::Skip).unwrap().unwrap();
         let watch = news.watch(&*directory).unwrap();
         assert_eq!(news.watch(&*directory).unwrap(), watch);
         std::fs::write(place.path().join("a"), "a").unwrap();

@@ -29,12 +29,21 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(2);
 /// Attempts at a short-lived open while the process has no descriptor left.
 const MAX_ATTEMPTS: usize = 64;
 
+/// Which descriptors are closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reclaim {
+    /// Those that carry no locks.
+    Unlocked,
+    /// Those that carry readers' locks, too: they are taken again.
+    EvenLocked,
+}
+
 /// An entry that uses descriptors and can be reopened.
 pub trait Reclaimable: Send + Sync {
     /// Whether it was used since the last call.
     fn was_used(&self) -> bool;
-    /// Closes its descriptors, unless they are in use or (without `even_locked`) carry locks. Never blocks.
-    fn reclaim(&self, even_locked: bool) -> bool;
+    /// Closes its descriptors, unless they are in use or not among those to be closed. Never blocks.
+    fn reclaim(&self, which: Reclaim) -> bool;
 }
 
 /// All long-lived open descriptors.
@@ -194,14 +203,14 @@ impl Descriptors {
     /// Closes the least recently used entries until at most `most` are open; whether that succeeded.
     fn reclaim_down_to(&self, most: usize) -> bool {
         let _search = self.search.lock();
-        for even_locked in [false, true] {
+        for which in [Reclaim::Unlocked, Reclaim::EvenLocked] {
             // At most two rounds: in the first one, all entries may have their use mark set.
             let mut steps = 2 * self.idle.lock().len();
             while self.open_count() > most && steps > 0 {
                 steps -= 1;
                 let Some(next) = self.idle.lock().pop_front() else { break };
                 let Some(idle) = next.upgrade() else { continue };
-                if idle.was_used() || !idle.reclaim(even_locked) {
+                if idle.was_used() || !idle.reclaim(which) {
                     self.idle.lock().push_back(next);
                 }
             }
@@ -261,7 +270,7 @@ fn usable(most: usize, others: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{LocalDirectory, ObjectStat, Storage, StoreFile};
+    use super::super::{Expect, LocalDirectory, ObjectStat, Storage, StoreFile};
     use super::*;
     use std::path::Path;
 
@@ -275,7 +284,7 @@ mod tests {
                 let name = format!("{n}");
                 std::fs::write(directory.path().join(&name), &name).unwrap();
                 let seen = root.stat(Path::new(&name)).unwrap();
-                StoreFile::new(&descriptors, &root, Path::new(&name), &seen, true)
+                StoreFile::new(&descriptors, &root, Path::new(&name), &seen, Expect::SameVersion)
             })
             .collect();
         for _ in 0..3 {
@@ -295,7 +304,7 @@ mod tests {
         let descriptors = Descriptors::with_limit(4);
         std::fs::write(directory.path().join("a"), "a").unwrap();
         let seen = root.stat(Path::new("a")).unwrap();
-        let file = || StoreFile::new(&descriptors, &root, Path::new("a"), &seen, true);
+        let file = || StoreFile::new(&descriptors, &root, Path::new("a"), &seen, Expect::SameVersion);
         let idle = file();
         idle.read_at(0, &mut [0]).unwrap();
         for _ in 0..50 {
@@ -303,7 +312,7 @@ mod tests {
         }
         assert_eq!(descriptors.open_count(), 1);
         assert!(descriptors.idle.lock().len() <= 10);
-        assert!(idle.reclaim(false), "it holds no locks and can be closed");
+        assert!(idle.reclaim(Reclaim::Unlocked), "it holds no locks and can be closed");
     }
 
     #[test]
@@ -313,9 +322,10 @@ mod tests {
         let place = directory.path().join("a");
         std::fs::write(&place, "old").unwrap();
         let seen = root.stat(Path::new("a")).unwrap();
-        let file = StoreFile::new(&Descriptors::with_limit(1), &root, Path::new("a"), &seen, true);
+        let file =
+            StoreFile::new(&Descriptors::with_limit(1), &root, Path::new("a"), &seen, Expect::SameVersion);
         file.read_at(0, &mut [0; 3]).unwrap();
-        assert!(file.reclaim(false));
+        assert!(file.reclaim(Reclaim::Unlocked));
         std::fs::write(directory.path().join("b"), "new").unwrap();
         std::fs::rename(directory.path().join("b"), &place).unwrap();
         assert_eq!(file.read_at(0, &mut [0; 3]).unwrap_err().kind(), crate::error::ErrorKind::Stale);
@@ -330,8 +340,8 @@ mod tests {
             false
         }
 
-        fn reclaim(&self, even_locked: bool) -> bool {
-            (even_locked || !self.1) && self.0.lock().take().is_some()
+        fn reclaim(&self, which: Reclaim) -> bool {
+            (which == Reclaim::EvenLocked || !self.1) && self.0.lock().take().is_some()
         }
     }
 

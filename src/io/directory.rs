@@ -14,11 +14,21 @@ use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
 
+use super::backend::MountPoints;
 use super::beneath::Root;
 use super::descriptors::{Descriptors, with_descriptor};
 use super::local::LocalOpenFile;
 use super::object::ObjectStat;
 use super::{WritableFile, WriteStorage};
+
+/// What becomes of a file that has the new name already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// It is replaced.
+    Replace,
+    /// It stays, and the rename fails with `Exists`.
+    Refuse,
+}
 
 /// The operations on names beneath one root.
 pub trait Directory: Send + Sync {
@@ -33,8 +43,8 @@ pub trait Directory: Send + Sync {
     /// Creates a hard link; `Exists` if the name exists.
     fn link(&self, from: &Path, to: &Path) -> Result<()>;
 
-    /// Renames a file atomically. Replaces an existing file if `replace`; else `Exists`.
-    fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()>;
+    /// Renames a file atomically. `existing` says what becomes of a file that has the name already.
+    fn rename(&self, from: &Path, to: &Path, existing: Existing) -> Result<()>;
 
     /// Removes a name.
     fn unlink(&self, path: &Path) -> Result<()>;
@@ -65,7 +75,7 @@ impl RootDirectory {
     }
 
     fn directory(&self, path: &Path) -> Result<OwnedFd> {
-        let found = self.root.open_directory(path, true)?;
+        let found = self.root.open_directory(path, MountPoints::Enter)?;
         found.ok_or_else(|| Error::new(ErrorKind::NotFound, format!("{} does not exist", path.display())))
     }
 }
@@ -112,12 +122,15 @@ impl Directory for RootDirectory {
             .map_err(|error| fail("linking", to, error))
     }
 
-    fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
+    fn rename(&self, from: &Path, to: &Path, existing: Existing) -> Result<()> {
         let ((old, old_name), (new, new_name)) = (self.parent(from)?, self.parent(to)?);
-        let flags = if replace { RenameFlags::empty() } else { RenameFlags::NOREPLACE };
+        let flags = match existing {
+            Existing::Replace => RenameFlags::empty(),
+            Existing::Refuse => RenameFlags::NOREPLACE,
+        };
         match fs::renameat_with(&old, old_name, &new, new_name, flags) {
             // Some file systems lack RENAME_NOREPLACE. Link and unlink do the same in two steps.
-            Err(Errno::INVAL | Errno::NOSYS) if !replace => {
+            Err(Errno::INVAL | Errno::NOSYS) if existing == Existing::Refuse => {
                 self.link(from, to)?;
                 self.unlink(from)
             }
@@ -207,8 +220,11 @@ mod tests {
         directory.link(Path::new("sub/a"), Path::new("b")).unwrap();
         assert_eq!(kind(directory.link(Path::new("sub/a"), Path::new("b"))), ErrorKind::Exists);
         std::fs::write(place.path().join("c"), "c").unwrap();
-        assert_eq!(kind(directory.rename(Path::new("c"), Path::new("b"), false)), ErrorKind::Exists);
-        directory.rename(Path::new("c"), Path::new("b"), true).unwrap();
+        assert_eq!(
+            kind(directory.rename(Path::new("c"), Path::new("b"), Existing::Refuse)),
+            ErrorKind::Exists
+        );
+        directory.rename(Path::new("c"), Path::new("b"), Existing::Replace).unwrap();
         assert_eq!(std::fs::read(place.path().join("b")).unwrap(), b"c");
         directory.unlink(Path::new("sub/a")).unwrap();
         assert_eq!(kind(directory.unlink(Path::new("sub/a"))), ErrorKind::NotFound);

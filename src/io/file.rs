@@ -17,10 +17,10 @@ use rustix::fs::{self, SeekFrom};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{BlockStatus, Run};
+use crate::units::{BlockStatus, Run, Stability};
 
-use super::backend::{Backend, Expected, LockConflict, LockMode, LockOwners as Owners, OpenObject, stale};
-use super::descriptors::{DescriptorReservation, Descriptors, Pin, Reclaimable};
+use super::backend::{Backend, Expected, LockConflict, LockKind, LockOwners as Owners, OpenObject, stale};
+use super::descriptors::{DescriptorReservation, Descriptors, Pin, Reclaim, Reclaimable};
 use super::object::{Identity, ObjectId, ObjectStat, ObjectVersion, Timestamp};
 use super::{LocalFile, Storage, WritableFile, WriteStorage};
 
@@ -113,6 +113,24 @@ const DESCRIPTORS_OF_A_WRITER: usize = 2;
 const GUESTS_PART: (usize, usize) = (2, 5);
 const JOBS_PART: (usize, usize) = (3, 5);
 
+/// Which version of a file its user takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// The one that was seen: any change that is not ours makes the file stale.
+    SameVersion,
+    /// Any: another process may write the file meanwhile.
+    AnyVersion,
+}
+
+/// What a writer needs of the file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockSupport {
+    /// Locks: without them nothing excludes a second writer.
+    Required,
+    /// Nothing: the user has said that nobody else uses the file.
+    Optional,
+}
+
 /// The purpose of writing a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriterKind {
@@ -123,19 +141,19 @@ pub enum WriterKind {
 }
 
 impl StoreFile {
-    /// A file that was found at `path` with these attributes. `fixed`: any change makes it stale.
+    /// A file that was found at `path` with these attributes.
     pub fn new(
         descriptors: &Arc<Descriptors>,
         backend: &Arc<dyn Backend>,
         path: &Path,
         seen: &ObjectStat,
-        fixed: bool,
+        expect: Expect,
     ) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             backend: Arc::clone(backend),
             path: RwLock::new(path.to_path_buf()),
             id: seen.id,
-            expected: Mutex::new(fixed.then_some(*seen)),
+            expected: Mutex::new((expect == Expect::SameVersion).then_some(*seen)),
             opened: RwLock::new(None),
             used: AtomicBool::new(false),
             descriptors: Arc::clone(descriptors),
@@ -230,12 +248,12 @@ impl StoreFile {
     }
 
     /// Takes QEMU's reader locks (or shares those already held) until the guard is dropped. `Busy` if another
-    /// process writes the file or has marked it inconsistent. For a `frozen` reader, also `Busy` if this
-    /// process writes the file.
-    pub fn lock(self: &Arc<Self>, frozen: bool) -> Result<ReadLock> {
+    /// process writes the file or has marked it inconsistent. For a reader of frozen bytes, also `Busy`
+    /// if this process writes the file.
+    pub fn lock(self: &Arc<Self>, stability: Stability) -> Result<ReadLock> {
         let mut holders = self.holders.lock();
         // W1: what a guest writes is promised to no reader as frozen.
-        if frozen && holders.writer == Some(WriterKind::Guest) {
+        if stability == Stability::Frozen && holders.writer == Some(WriterKind::Guest) {
             let fact = "is being written through this mount; close the active disk that it holds";
             return Err(Error::new(ErrorKind::Busy, format!("{} {fact}", self.path().display())));
         }
@@ -243,17 +261,17 @@ impl StoreFile {
             let opened = self.opened()?;
             opened
                 .locks()
-                .take(LockMode::Reader)
-                .map_err(|conflict| self.refused(&*opened, conflict, true))?;
+                .take(LockKind::Reader)
+                .map_err(|conflict| self.refused(&*opened, conflict, LockKind::Reader))?;
         }
         holders.readers += 1;
-        holders.frozen += usize::from(frozen);
-        Ok(ReadLock { file: Arc::clone(self), frozen })
+        holders.frozen += usize::from(stability == Stability::Frozen);
+        Ok(ReadLock { file: Arc::clone(self), stability })
     }
 
     /// The reason why [`StoreFile::lock`] or [`StoreFile::lock_for_writing`] would fail now because of other
     /// processes. Takes no lock.
-    pub fn locked_out(&self, for_writing: bool, without_locks: bool) -> Option<Error> {
+    pub fn locked_out(&self, kind: LockKind, support: LockSupport) -> Option<Error> {
         if self.holders.lock().writer.is_some() {
             return None;
         }
@@ -262,19 +280,18 @@ impl StoreFile {
             Ok(opened) => opened,
             Err(error) => return Some(error),
         };
-        let mode = if for_writing { LockMode::Writer } else { LockMode::Reader };
-        match opened.locks().conflict(mode) {
+        match opened.locks().conflict(kind) {
             Ok(()) => None,
-            Err(LockConflict::Unsupported(_)) if without_locks => None,
-            Err(conflict) => Some(self.refused(&*opened, conflict, !for_writing)),
+            Err(LockConflict::Unsupported(_)) if support == LockSupport::Optional => None,
+            Err(conflict) => Some(self.refused(&*opened, conflict, kind)),
         }
     }
 
     /// Takes QEMU's writer locks, in addition to those of this process' readers, until the guard is dropped;
     /// until then the descriptor stays open. `Busy` if another process' locks exclude a writer, or if a
     /// reader of this process was promised that the file does not change. `ReadOnly` if locks do not work,
-    /// unless `without_locks`.
-    pub fn lock_for_writing(self: &Arc<Self>, kind: WriterKind, without_locks: bool) -> Result<WriteLock> {
+    /// unless they are optional.
+    pub fn lock_for_writing(self: &Arc<Self>, kind: WriterKind, support: LockSupport) -> Result<WriteLock> {
         let mut holders = self.holders.lock();
         let busy = |fact| Err(Error::new(ErrorKind::Busy, format!("{} {fact}", self.path().display())));
         if holders.writer.is_some() {
@@ -288,7 +305,7 @@ impl StoreFile {
         let pin = self.descriptors.pin(DESCRIPTORS_OF_A_WRITER, part)?;
         // Before the locks are taken: from here on the descriptor stays open.
         self.pinned.store(true, Ordering::Release);
-        if let Err(error) = self.take_writer_set(&holders, without_locks) {
+        if let Err(error) = self.take_writer_set(&holders, support) {
             self.pinned.store(false, Ordering::Release);
             return Err(error);
         }
@@ -297,19 +314,21 @@ impl StoreFile {
         Ok(WriteLock { file: Arc::clone(self), _pin: pin })
     }
 
-    fn take_writer_set(&self, holders: &LockOwners, without_locks: bool) -> Result<()> {
+    fn take_writer_set(&self, holders: &LockOwners, support: LockSupport) -> Result<()> {
         let opened = self.opened()?;
         let locks = opened.locks();
         if holders.readers == 0 {
-            locks.take(LockMode::Reader).map_err(|conflict| self.refused(&*opened, conflict, false))?;
+            locks
+                .take(LockKind::Reader)
+                .map_err(|conflict| self.refused(&*opened, conflict, LockKind::Writer))?;
         }
-        match locks.take(LockMode::Writer) {
-            Err(LockConflict::Unsupported(_)) if without_locks => Ok(()),
+        match locks.take(LockKind::Writer) {
+            Err(LockConflict::Unsupported(_)) if support == LockSupport::Optional => Ok(()),
             Err(conflict) => {
                 if holders.readers == 0 {
-                    locks.release(LockMode::Reader);
+                    locks.release(LockKind::Reader);
                 }
-                Err(self.refused(&*opened, conflict, false))
+                Err(self.refused(&*opened, conflict, LockKind::Writer))
             }
             Ok(()) => Ok(()),
         }
@@ -325,9 +344,10 @@ impl StoreFile {
         Ok(WritableFile::new(file, room, &self.tables))
     }
 
-    fn refused(&self, opened: &dyn OpenObject, conflict: LockConflict, for_reading: bool) -> Error {
+    fn refused(&self, opened: &dyn OpenObject, conflict: LockConflict, kind: LockKind) -> Error {
         let path = self.path();
         let path = path.display();
+        let for_reading = kind == LockKind::Reader;
         match conflict {
             LockConflict::Held { fact, lock } => {
                 let Owners { text: holders, domain, .. } = opened.locks().holders(lock);
@@ -364,15 +384,15 @@ impl StoreFile {
         }
     }
 
-    fn unlock(&self, frozen: bool) {
+    fn unlock(&self, stability: Stability) {
         let mut holders = self.holders.lock();
         holders.readers -= 1;
-        holders.frozen -= usize::from(frozen);
+        holders.frozen -= usize::from(stability == Stability::Frozen);
         if holders.readers == 0
             && holders.writer.is_none()
             && let Some((opened, _)) = &*self.opened.read()
         {
-            opened.locks().release(LockMode::Reader);
+            opened.locks().release(LockKind::Reader);
         }
     }
 
@@ -380,8 +400,8 @@ impl StoreFile {
         let mut holders = self.holders.lock();
         holders.writer = None;
         if let Some((opened, _)) = &*self.opened.read() {
-            let mode = if holders.readers == 0 { LockMode::Reader } else { LockMode::Writer };
-            opened.locks().release(mode);
+            let kind = if holders.readers == 0 { LockKind::Reader } else { LockKind::Writer };
+            opened.locks().release(kind);
         }
         self.written.store(false, Ordering::Release);
         self.pinned.store(false, Ordering::Release);
@@ -402,7 +422,9 @@ impl StoreFile {
         // Closing the descriptor released the readers' locks. They are taken again on the new one; `open` has
         // checked that the file was not written in between.
         if self.holders.try_lock().is_none_or(|holders| holders.readers > 0) {
-            open.locks().take(LockMode::Reader).map_err(|conflict| self.refused(&*open, conflict, true))?;
+            open.locks()
+                .take(LockKind::Reader)
+                .map_err(|conflict| self.refused(&*open, conflict, LockKind::Reader))?;
         }
         *slot = Some((Arc::clone(&open), room));
         drop(slot);
@@ -426,10 +448,10 @@ impl Reclaimable for StoreFile {
     /// Closes the descriptor. This releases the readers' locks; they are taken again at the next read, and
     /// another process may have written in between. A writer's locks could not be taken again, so its
     /// descriptor stays open.
-    fn reclaim(&self, even_locked: bool) -> bool {
+    fn reclaim(&self, which: Reclaim) -> bool {
         let is_locked =
             || self.holders.try_lock().is_none_or(|held| held.readers > 0 || held.writer.is_some());
-        if self.pinned.load(Ordering::Acquire) || (!even_locked && is_locked()) {
+        if self.pinned.load(Ordering::Acquire) || (which == Reclaim::Unlocked && is_locked()) {
             return false;
         }
         let Some(mut slot) = self.opened.try_write() else { return false };
@@ -503,7 +525,7 @@ pub(super) fn extent(file: &OwnedFd, at: u64, end: u64) -> Run<BlockStatus> {
 #[derive(Debug)]
 pub struct ReadLock {
     file: Arc<StoreFile>,
-    frozen: bool,
+    stability: Stability,
 }
 
 impl ReadLock {
@@ -514,7 +536,7 @@ impl ReadLock {
 
     /// Gives up the promise that the file does not change.
     pub fn thaw(&mut self) {
-        if std::mem::replace(&mut self.frozen, false) {
+        if std::mem::replace(&mut self.stability, Stability::Live) == Stability::Frozen {
             self.file.holders.lock().frozen -= 1;
         }
     }
@@ -522,7 +544,7 @@ impl ReadLock {
 
 impl Drop for ReadLock {
     fn drop(&mut self) {
-        self.file.unlock(self.frozen);
+        self.file.unlock(self.stability);
     }
 }
 

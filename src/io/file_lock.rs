@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 
-use super::backend::{LockConflict, LockMode, OpenObject, WriteObject};
+use super::backend::{LockConflict, LockKind, OpenObject, WriteObject};
 
 /// Interval of attempts while another holder has the lock.
 const RETRY_INTERVAL: Duration = Duration::from_millis(5);
@@ -43,7 +43,7 @@ impl FileLock {
     ) -> Result<Self> {
         let start = Instant::now();
         loop {
-            match file.locks().take(LockMode::Exclusive) {
+            match file.locks().take(LockKind::Exclusive) {
                 Ok(()) => return Ok(Self { file }),
                 Err(LockConflict::Held { .. }) if start.elapsed() < patience => {
                     go_on()?;
@@ -63,7 +63,7 @@ impl FileLock {
 
     /// Whether `file` is locked. Takes no lock.
     pub fn is_held(file: &dyn OpenObject, path: &Path) -> Result<bool> {
-        match file.locks().conflict(LockMode::Exclusive) {
+        match file.locks().conflict(LockKind::Exclusive) {
             Ok(()) => Ok(false),
             Err(LockConflict::Held { .. }) => Ok(true),
             Err(conflict) => Err(locking(path, conflict)),

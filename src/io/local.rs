@@ -8,8 +8,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::errno::Errno as LockErrno;
-use nix::fcntl::{FcntlArg, fcntl};
 use rustix::fs::{self, Access, AtFlags, CWD, FallocateFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
@@ -17,8 +15,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BlockStatus, Run};
 
 use super::backend::{
-    Backend, Crossing, DirEntry, LockConflict, LockMode, LockOwners, ObjectLocks, OpenDirectory, OpenObject,
-    Space, WriteObject,
+    Backend, DirEntry, LockConflict, LockKind, LockOwners, MountPoints, ObjectLocks, OpenDirectory,
+    OpenObject, Space, WriteObject,
 };
 use super::beneath::Root;
 use super::changes::Inotify;
@@ -73,10 +71,10 @@ impl Backend for LocalDirectory {
         self.root.canonical()
     }
 
-    fn open_directory(&self, path: &Path, crossing: Crossing) -> Result<Option<Box<dyn OpenDirectory>>> {
-        let found = match (self.root.open_directory(path, crossing == Crossing::Cross)?, crossing) {
-            (None, Crossing::OthersMounts) if !is_chainfs_mount(&self.root.canonical().join(path)) => {
-                self.root.open_directory(path, true)?
+    fn open_directory(&self, path: &Path, mounts: MountPoints) -> Result<Option<Box<dyn OpenDirectory>>> {
+        let found = match (self.root.open_directory(path, mounts)?, mounts) {
+            (None, MountPoints::SkipOwn) if !is_chainfs_mount(&self.root.canonical().join(path)) => {
+                self.root.open_directory(path, MountPoints::Enter)?
             }
             (found, _) => found,
         };
@@ -301,46 +299,27 @@ impl From<Conflict> for LockConflict {
     }
 }
 
-/// Where the lock on a file of chainfs itself begins, which is on the whole file.
-const WHOLE: i64 = 0;
-
 impl ObjectLocks for LocalOpenFile {
-    fn take(&self, mode: LockMode) -> std::result::Result<(), LockConflict> {
+    fn take(&self, kind: LockKind) -> std::result::Result<(), LockConflict> {
         let file = self.file.as_fd();
-        match mode {
-            LockMode::Reader => locks::take_reader_set(file)?,
-            LockMode::Writer => locks::add_writer_set(file)?,
-            LockMode::Exclusive => match fcntl(file, FcntlArg::F_OFD_SETLK(&locks::whole(libc::F_WRLCK))) {
-                Ok(_) => {}
-                Err(LockErrno::EAGAIN | LockErrno::EACCES) => {
-                    return Err(LockConflict::Held { fact: "is locked", lock: WHOLE });
-                }
-                Err(error) => return Err(Conflict::System(error).into()),
-            },
+        match kind {
+            LockKind::Reader => locks::take_reader_set(file)?,
+            LockKind::Writer => locks::add_writer_set(file)?,
+            LockKind::Exclusive => locks::take_whole(file)?,
         }
         Ok(())
     }
 
-    fn conflict(&self, mode: LockMode) -> std::result::Result<(), LockConflict> {
-        let file = self.file.as_fd();
-        if mode != LockMode::Exclusive {
-            return Ok(locks::conflict(file, mode == LockMode::Writer)?);
-        }
-        let mut question = locks::whole(libc::F_WRLCK);
-        fcntl(file, FcntlArg::F_OFD_GETLK(&mut question)).map_err(Conflict::System)?;
-        let is_free = i32::from(question.l_type) == libc::F_UNLCK;
-        if is_free { Ok(()) } else { Err(LockConflict::Held { fact: "is locked", lock: WHOLE }) }
+    fn conflict(&self, kind: LockKind) -> std::result::Result<(), LockConflict> {
+        Ok(locks::conflict(self.file.as_fd(), kind)?)
     }
 
-    fn release(&self, mode: LockMode) {
+    fn release(&self, kind: LockKind) {
         let file = self.file.as_fd();
-        match mode {
-            LockMode::Reader => locks::drop_all(file),
-            LockMode::Writer => locks::drop_writer_set(file),
-            LockMode::Exclusive => {
-                // What fails here ends with the descriptor.
-                let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&locks::whole(libc::F_UNLCK)));
-            }
+        match kind {
+            LockKind::Reader => locks::drop_all(file),
+            LockKind::Writer => locks::drop_writer_set(file),
+            LockKind::Exclusive => locks::drop_whole(file),
         }
     }
 

@@ -84,7 +84,7 @@ impl LockSurvey {
         let begun = Instant::now();
         let mut locks: HashMap<u64, Vec<(i64, i64, Option<LockHolder>)>> = HashMap::new();
         let own = std::process::id();
-        for (pid, process) in processes(true).take_while(|_| begun.elapsed() <= limit) {
+        for (pid, process) in processes(OwnProcess::Included).take_while(|_| begun.elapsed() <= limit) {
             let Ok(infos) = fs::read_dir(process.join("fdinfo")) else { continue };
             let mut holder = None;
             for info in infos.flatten().take_while(|_| begun.elapsed() <= limit) {
@@ -140,21 +140,30 @@ pub(super) fn owners(id: ObjectId, byte: i64) -> LockOwners {
 }
 
 pub(super) fn others(is_one: impl Fn(&Path) -> bool) -> Vec<LockHolder> {
-    let found = processes(false).filter(|(_, process)| is_one(process));
+    let found = processes(OwnProcess::Excluded).filter(|(_, process)| is_one(process));
     let mut holders: Vec<LockHolder> = found.map(|(pid, process)| LockHolder::of(pid, &process)).collect();
     holders.sort();
     holders
 }
 
+/// Whether this process counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnProcess {
+    /// It does.
+    Included,
+    /// It does not.
+    Excluded,
+}
+
 /// Ids and directories of all processes, newest first, with or without this one: recently started programs
 /// hold locks more often than system services.
-pub(super) fn processes(with_own: bool) -> impl Iterator<Item = (u32, PathBuf)> {
-    let own = std::process::id();
+pub(super) fn processes(own: OwnProcess) -> impl Iterator<Item = (u32, PathBuf)> {
+    let this = std::process::id();
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut pids: Vec<u32> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     pids.sort_unstable_by(|one, other| other.cmp(one));
     pids.into_iter()
-        .filter(move |pid| with_own || *pid != own)
+        .filter(move |pid| own == OwnProcess::Included || *pid != this)
         .map(|pid| (pid, Path::new("/proc").join(pid.to_string())))
 }
 

@@ -15,7 +15,7 @@ use parking_lot::RwLock;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::backend::{
-    Backend, Crossing, DirEntry, EntryKind, NoLocks, ObjectLocks, OpenDirectory, OpenObject, Space,
+    Backend, DirEntry, EntryKind, MountPoints, NoLocks, ObjectLocks, OpenDirectory, OpenObject, Space,
     WriteObject, stale,
 };
 use super::object::{Identity, ObjectId, ObjectStat, ObjectVersion, Timestamp};
@@ -151,7 +151,7 @@ impl Backend for MemoryDirectory {
         &self.name
     }
 
-    fn open_directory(&self, path: &Path, _: Crossing) -> Result<Option<Box<dyn OpenDirectory>>> {
+    fn open_directory(&self, path: &Path, _: MountPoints) -> Result<Option<Box<dyn OpenDirectory>>> {
         let path = Self::normal(path)?;
         if !self.tree.read().has_directory(&path) {
             return Err(not_found(&path));
@@ -336,7 +336,7 @@ mod tests {
         let memory = MemoryDirectory::new("/memory");
         memory.put("a", b"one".to_vec());
         memory.put("sub/deep/b", b"two".to_vec());
-        let root = memory.open_directory(Path::new("."), Crossing::Stay).unwrap().unwrap();
+        let root = memory.open_directory(Path::new("."), MountPoints::Skip).unwrap().unwrap();
         let names: Vec<_> = root.list().unwrap().into_iter().map(|entry| (entry.name, entry.kind)).collect();
         assert_eq!(names, [("a".into(), EntryKind::File), ("sub".into(), EntryKind::Directory)]);
         let (open, seen) = (memory.open_file(Path::new("a")).unwrap(), memory.stat(Path::new("a")).unwrap());

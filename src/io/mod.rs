@@ -22,18 +22,18 @@ mod permissions;
 mod writable_file;
 
 pub use backend::{
-    Backend, Crossing, DirEntry, EntryKind, Expected, LockConflict, LockMode, LockOwners, NoLocks, NoNames,
-    ObjectLocks, OpenDirectory, OpenObject, Space, WriteObject,
+    Backend, DirEntry, EntryKind, Expected, LockConflict, LockKind, LockOwners, MountPoints, NoLocks,
+    NoNames, ObjectLocks, OpenDirectory, OpenObject, Space, WriteObject,
 };
 pub use beneath::OWN_KIND;
 pub use changes::{Change, ChangeKind, Changes, Interrupt, WatchId};
-pub use descriptors::{DescriptorReservation, Descriptors, Pin, Reclaimable};
-pub use directory::{Directory, directory_of};
-pub use file::{ReadLock, StoreFile, WriteLock, WriterKind};
+pub use descriptors::{DescriptorReservation, Descriptors, Pin, Reclaim, Reclaimable};
+pub use directory::{Directory, Existing, directory_of};
+pub use file::{Expect, LockSupport, ReadLock, StoreFile, WriteLock, WriterKind};
 pub use file_lock::FileLock;
 pub use groups::groups_of_process;
 pub use local::{LocalDirectory, LocalFile};
-pub use lock_holders::{LockHolder, all_lock_holders};
+pub use lock_holders::{LockHolder, OwnProcess, all_lock_holders};
 pub use locks::WRITER_BYTE;
 pub use memory::MemoryDirectory;
 pub use mount_users::{namespaces_with, other_users_of, users_of};

@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::lock_holders::{LockHolder, others, processes};
+use super::lock_holders::{LockHolder, OwnProcess, others, processes};
 use super::mounts;
 
 /// Other processes with an open or mapped file, a current or root directory, or their program beneath
@@ -28,9 +28,11 @@ pub fn users_of(directory: &Path) -> Vec<LockHolder> {
 
 /// Other users of a mount at `directory`: loop devices, mounts on it, and with `with_own` this process'
 /// current directory.
-pub fn other_users_of(directory: &Path, with_own: bool) -> Vec<String> {
+pub fn other_users_of(directory: &Path, own: OwnProcess) -> Vec<String> {
     let mut users = Vec::new();
-    if with_own && fs::read_link("/proc/self/cwd").is_ok_and(|place| place.starts_with(directory)) {
+    if own == OwnProcess::Included
+        && fs::read_link("/proc/self/cwd").is_ok_and(|place| place.starts_with(directory))
+    {
         users.push("this command, which has its current directory there".to_owned());
     }
     for device in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
@@ -51,7 +53,7 @@ pub fn namespaces_with(device: (u32, u32)) -> Vec<LockHolder> {
     let mut seen: Vec<PathBuf> = fs::read_link("/proc/self/ns/mnt").into_iter().collect();
     let wanted = format!("{}:{}", device.0, device.1);
     let mut found = Vec::new();
-    for (pid, process) in processes(false) {
+    for (pid, process) in processes(OwnProcess::Excluded) {
         let Ok(namespace) = fs::read_link(process.join("ns/mnt")) else { continue };
         if seen.contains(&namespace) {
             continue;

@@ -97,9 +97,12 @@ impl WriteStorage for WritableFile {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Descriptors, LocalDirectory, Reclaimable, StoreFile, WriterKind};
+    use super::super::{
+        Descriptors, Expect, LocalDirectory, LockSupport, Reclaim, Reclaimable, StoreFile, WriterKind,
+    };
     use super::*;
     use crate::error::ErrorKind;
+    use crate::units::Stability;
     use std::path::Path;
 
     fn file(content: &[u8]) -> (tempfile::TempDir, Arc<StoreFile>) {
@@ -107,7 +110,8 @@ mod tests {
         std::fs::write(directory.path().join("a"), content).unwrap();
         let root = LocalDirectory::open(directory.path()).unwrap();
         let seen = root.stat(Path::new("a")).unwrap();
-        let file = StoreFile::new(&Descriptors::with_limit(2), &root, Path::new("a"), &seen, true);
+        let file =
+            StoreFile::new(&Descriptors::with_limit(2), &root, Path::new("a"), &seen, Expect::SameVersion);
         (directory, file)
     }
 
@@ -129,7 +133,7 @@ mod tests {
     #[test]
     fn a_replaced_file_is_not_written() {
         let (directory, seen) = file(b"old");
-        let lock = seen.lock_for_writing(WriterKind::Guest, false).unwrap();
+        let lock = seen.lock_for_writing(WriterKind::Guest, LockSupport::Required).unwrap();
         std::fs::write(directory.path().join("b"), "new").unwrap();
         std::fs::rename(directory.path().join("b"), directory.path().join("a")).unwrap();
         assert_eq!(seen.open_for_writing().map(drop).unwrap_err().kind(), ErrorKind::Stale);
@@ -139,27 +143,30 @@ mod tests {
     #[test]
     fn the_descriptor_with_a_writers_locks_stays_open() {
         let (_directory, seen) = file(b"old");
-        let lock = seen.lock_for_writing(WriterKind::Guest, false).unwrap();
+        let lock = seen.lock_for_writing(WriterKind::Guest, LockSupport::Required).unwrap();
         let file = seen.open_for_writing().unwrap();
         file.write_at(0, b"new bytes").unwrap();
-        assert!(!seen.reclaim(true));
+        assert!(!seen.reclaim(Reclaim::EvenLocked));
         assert!(seen.is_as_expected().unwrap(), "our own changes");
         seen.accept_changes().unwrap();
         drop(lock);
-        assert!(seen.reclaim(true));
+        assert!(seen.reclaim(Reclaim::EvenLocked));
         assert_eq!(seen.read_at(0, &mut [0; 16]).unwrap(), 9, "it is the file as this process left it");
     }
 
     #[test]
     fn frozen_readers_and_a_writer_of_this_process_exclude_each_other() {
         let (_directory, file) = file(b"old");
-        let live = file.lock(false).unwrap();
-        let frozen = file.lock(true).unwrap();
-        assert_eq!(file.lock_for_writing(WriterKind::Guest, false).unwrap_err().kind(), ErrorKind::Busy);
+        let live = file.lock(Stability::Live).unwrap();
+        let frozen = file.lock(Stability::Frozen).unwrap();
+        assert_eq!(
+            file.lock_for_writing(WriterKind::Guest, LockSupport::Required).unwrap_err().kind(),
+            ErrorKind::Busy
+        );
         drop(frozen);
-        let writer = file.lock_for_writing(WriterKind::Guest, false).unwrap();
-        assert_eq!(file.lock(true).unwrap_err().kind(), ErrorKind::Busy);
+        let writer = file.lock_for_writing(WriterKind::Guest, LockSupport::Required).unwrap();
+        assert_eq!(file.lock(Stability::Frozen).unwrap_err().kind(), ErrorKind::Busy);
         drop((live, writer));
-        file.lock(true).unwrap();
+        file.lock(Stability::Frozen).unwrap();
     }
 }

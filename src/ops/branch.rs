@@ -14,6 +14,7 @@ use crate::store::{
     CopyOperation, FileRef, ImageIndex, Intent, NewTopFile, OpenView, OwnedIntent, Store, ViewPart, is_draft,
     shown,
 };
+use crate::units::Stability;
 
 use super::clone::give_name;
 use super::context::Context;
@@ -101,7 +102,8 @@ impl CopySource {
     /// What a new image has to hold itself.
     fn open(&self, store: &Arc<Store>, world: &ScannedStore) -> Result<(CommitSegment, OpenView)> {
         let part = self.snapshot.as_ref().map_or(ViewPart::Active, |(place, _)| ViewPart::Snapshot(*place));
-        let view = store.open_view(&world.catalog, &world.catalog.layers(self.index), part, false)?;
+        let view =
+            store.open_view(&world.catalog, &world.catalog.layers(self.index), part, Stability::Frozen)?;
         let frozen = store.part_of(&view.view, 0, usize::from(self.is_copied()));
         Ok((CommitSegment { live: None, frozen }, view))
     }
@@ -193,7 +195,7 @@ impl BranchJob {
             let below = source.below(world);
             let mut views = vec![view];
             if !below.is_empty() {
-                let open = store.open_view(&world.catalog, &below, ViewPart::Active, false)?;
+                let open = store.open_view(&world.catalog, &below, ViewPart::Active, Stability::Frozen)?;
                 top.writer().set_backing(Some(Arc::clone(&open.view) as Arc<dyn BackingDisk>));
                 views.push(open);
             }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::directory_of;
+use crate::io::{Existing, directory_of};
 use crate::store::{ACTIVE, Format, Store, shown};
 
 use super::branch::{BranchJob, CopySource, ImagePurpose};
@@ -174,6 +174,6 @@ pub(super) fn give_name(
         let fact = "has been replaced by others, and gets no name; give the command again";
         return Err(Error::new(ErrorKind::Stale, format!("{} {fact}", shown(&draft.path))));
     }
-    names.rename(&draft.named.path, &name, false).inspect_err(|_| draft.unmake(store))?;
+    names.rename(&draft.named.path, &name, Existing::Refuse).inspect_err(|_| draft.unmake(store))?;
     names.sync(&directory_of(&name))
 }

@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::error::{Error, ErrorKind};
-use crate::io::{Storage, directory_of};
+use crate::io::{Expect, Storage, directory_of};
 use crate::store::{BackingLink, ImageEntry, ImageIndex, shown};
 
 use super::scanned_store::{ScannedChain, ScannedStore};
@@ -145,8 +145,8 @@ fn is_same(world: &ScannedStore, old: &ImageEntry, new: &ImageEntry) -> bool {
 }
 
 fn has_same_content(world: &ScannedStore, old: &ImageEntry, new: &ImageEntry) -> crate::error::Result<bool> {
-    let [old, new] =
-        [old, new].map(|image| (world.store.file(&image.place, &image.stat, false), image.stat.size));
+    let [old, new] = [old, new]
+        .map(|image| (world.store.file(&image.place, &image.stat, Expect::AnyVersion), image.stat.size));
     let (files, len) = ((old.0, new.0), old.1);
     let step = if len <= WHOLE_LEN { SAMPLE_LEN as u64 } else { len / SAMPLE_COUNT };
     let mut buffers = (vec![0; SAMPLE_LEN], vec![0; SAMPLE_LEN]);

@@ -2,6 +2,7 @@
 //!
 //! For plans alone. A command takes the locks themselves, and is refused by those.
 
+use crate::io::LockKind;
 use crate::store::ImageIndex;
 
 use super::plan::Plan;
@@ -24,15 +25,15 @@ impl TouchedImages {
 
     /// Adds a refusal for each image that another process has locked, unless the plan says so already.
     pub(super) fn refuse(self, world: &ScannedStore, plan: &mut Plan) {
-        let read =
-            self.read.iter().filter(|index| !self.written.contains(index)).map(|index| (*index, false));
-        let mut all: Vec<(ImageIndex, bool)> =
-            self.written.iter().map(|index| (*index, true)).chain(read).collect();
-        all.sort_unstable();
+        let only_read = self.read.iter().filter(|index| !self.written.contains(index));
+        let read = only_read.map(|index| (*index, LockKind::Reader));
+        let mut all: Vec<(ImageIndex, LockKind)> =
+            self.written.iter().map(|index| (*index, LockKind::Writer)).chain(read).collect();
+        all.sort_unstable_by_key(|(index, _)| *index);
         all.dedup_by_key(|(index, _)| *index);
-        for (index, for_writing) in all {
+        for (index, kind) in all {
             let image = world.image(index);
-            let Some(error) = world.store.locked_out(image, for_writing) else { continue };
+            let Some(error) = world.store.locked_out(image, kind) else { continue };
             let begin = format!("{} is ", image.shown());
             let is_said = |known: &crate::error::Error| {
                 known.kind() == error.kind() && known.to_string().starts_with(&begin)

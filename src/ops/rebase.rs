@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::{HeaderChange, change_header};
 use crate::store::{Format, ImageIndex, Store, ViewPart};
+use crate::units::Stability;
 
 use super::check::{check_path, check_view};
 use super::command::Command;
@@ -240,7 +241,7 @@ fn refuse_base(
         refusals.push(Error::new(ErrorKind::Limit, format!("the chain {fact}")));
     }
     // Whoever writes it keeps us from opening it.
-    match context.store().open_view(&world.catalog, &below, ViewPart::Active, false) {
+    match context.store().open_view(&world.catalog, &below, ViewPart::Active, Stability::Frozen) {
         Err(error) if !is_unsafe || error.kind() == ErrorKind::Busy => refusals.push(error),
         _ => {}
     }
@@ -340,7 +341,8 @@ fn change_name(context: &Context, world: &ScannedStore, path: &Path, layers: &Re
     let change = || {
         // Nobody comes to write the new base meanwhile. What cannot be read may be put below it all the same.
         let below = layers.base.map(|base| world.catalog.layers(base));
-        let base = below.map(|below| store.open_view(&world.catalog, &below, ViewPart::Active, false));
+        let base =
+            below.map(|below| store.open_view(&world.catalog, &below, ViewPart::Active, Stability::Frozen));
         let base = base
             .transpose()
             .or_else(|error| if error.kind() == ErrorKind::Busy { Err(error) } else { Ok(None) })?;

@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::bitmap::Bitmap;
 use crate::image::{HeaderChange, check_header_change, read_bitmaps};
+use crate::io::Expect;
 use crate::store::{ImageIndex, Store, shown};
 use crate::units::human_size;
 
@@ -79,7 +80,7 @@ pub(super) fn bitmap_names(
 ) -> Result<Vec<String>> {
     let image = world.image(index);
     let Some(qcow2) = image.qcow2() else { return Ok(Vec::new()) };
-    let file = world.store.file(&image.place, &image.stat, false);
+    let file = world.store.file(&image.place, &image.stat, Expect::AnyVersion);
     let found = read_bitmaps(&image.shown(), &*file, &qcow2.header)?;
     let all = found.iter().flat_map(|(_, bitmaps)| bitmaps).filter(|bitmap| wanted(bitmap));
     Ok(all.map(|bitmap| String::from_utf8_lossy(&bitmap.name).into_owned()).collect())
@@ -109,7 +110,7 @@ pub(super) fn check_header(
 ) {
     let image = world.image(index);
     if image.qcow2().is_some() {
-        let file = world.store.file(&image.place, &image.stat, false);
+        let file = world.store.file(&image.place, &image.stat, Expect::AnyVersion);
         refusals.extend(check_header_change(&image.shown(), &*file, change).err());
     }
     refusals.extend(world.unwritable(index));
@@ -118,7 +119,7 @@ pub(super) fn check_header(
 /// Refuses what there is surely no room for.
 pub(super) fn check_room(world: &ScannedStore, target: ImageIndex, space: u64, refusals: &mut Vec<Error>) {
     let image = world.image(target);
-    let free = world.store.file(&image.place, &image.stat, false).free_space();
+    let free = world.store.file(&image.place, &image.stat, Expect::AnyVersion).free_space();
     if let Ok(free) = free
         && free < space
         && !shares_blocks(&world.store)

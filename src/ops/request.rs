@@ -20,50 +20,82 @@ use super::words::{Discards, LineBuilder, ParsedWords, VerbSpec, show, usage};
 /// Bytes of a command, at most.
 pub const MAX_COMMAND_LEN: usize = 64 << 10;
 
-/// The verbs that have a control file each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Verb {
-    /// Freezes the active layer under a name.
-    Snapshot,
-    /// Merges layers down.
-    Commit,
-    /// Merges layers up.
-    Pull,
-    /// Removes a snapshot, and no other view.
-    Delete,
-    /// Makes the active disk what a view shows.
-    Revert,
-    /// Puts a layer on another one.
-    Rebase,
-    /// Makes a new chain on top of a snapshot.
-    Clone,
-    /// Makes the active disk longer or shorter.
-    Resize,
-    /// Stops the running job.
-    Cancel,
+/// Declares the verbs: a row has the words of its documentation, its name, its request and its [`VerbSpec`].
+/// `cancel` has no row: it is about the command of another verb.
+macro_rules! verbs {
+    ($($(#[doc = $doc:literal])+ $verb:ident($request:ty), $spec:expr;)+) => {
+        /// The verbs that have a control file each.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Verb {
+            $($(#[doc = $doc])+ $verb,)+
+            /// Stops the running job.
+            Cancel,
+        }
+
+        /// A request that makes sense by itself.
+        #[derive(Clone, Debug, PartialEq, Eq)]
+        pub enum Request {
+            $($(#[doc = $doc])+ $verb($request),)+
+            /// Stops the running job.
+            Cancel,
+        }
+
+        impl Verb {
+            /// All of them.
+            pub const ALL: [Verb; [$(stringify!($verb)),+].len() + 1] = [$(Verb::$verb,)+ Verb::Cancel];
+
+            fn spec(self) -> &'static VerbSpec {
+                match self {
+                    $(Verb::$verb => &$spec,)+
+                    Verb::Cancel => &CANCEL,
+                }
+            }
+        }
+
+        impl Request {
+            fn from_parsed(verb: Verb, words: &mut ParsedWords) -> Result<Self> {
+                Ok(match verb {
+                    $(Verb::$verb => Request::$verb(<$request>::parse(words)?),)+
+                    Verb::Cancel => Request::Cancel,
+                })
+            }
+
+            /// Its verb.
+            pub fn verb(&self) -> Verb {
+                match self {
+                    $(Request::$verb(_) => Verb::$verb,)+
+                    Request::Cancel => Verb::Cancel,
+                }
+            }
+
+            /// What is to be carried out; `None` for `cancel`.
+            pub(super) fn command(&self) -> Option<&dyn Command> {
+                match self {
+                    $(Request::$verb(request) => Some(request),)+
+                    Request::Cancel => None,
+                }
+            }
+        }
+    };
 }
 
-/// A request that makes sense by itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Request {
-    /// `snapshot`.
-    Snapshot(SnapshotRequest),
-    /// `commit`.
-    Commit(CommitRequest),
-    /// `pull`.
-    Pull(PullRequest),
-    /// `delete`.
-    Delete(DeleteRequest),
-    /// `revert`.
-    Revert(RevertRequest),
-    /// `rebase`.
-    Rebase(RebaseRequest),
-    /// `clone`.
-    Clone(CloneRequest),
-    /// `resize`.
-    Resize(ResizeRequest),
-    /// `cancel`.
-    Cancel,
+verbs! {
+    /// Freezes the active layer under a name.
+    Snapshot(SnapshotRequest), snapshot::SPEC;
+    /// Merges layers of a chain down into one of them.
+    Commit(CommitRequest), commit::SPEC;
+    /// Copies the data of the backing files into a layer.
+    Pull(PullRequest), pull::SPEC;
+    /// Removes a snapshot, and no other view.
+    Delete(DeleteRequest), delete::SPEC;
+    /// Sets the active disk to the content of a snapshot.
+    Revert(RevertRequest), revert::SPEC;
+    /// Changes the backing file of a layer.
+    Rebase(RebaseRequest), rebase::SPEC;
+    /// Creates a new chain on top of a snapshot.
+    Clone(CloneRequest), clone::SPEC;
+    /// Grows or shrinks the active disk.
+    Resize(ResizeRequest), resize::SPEC;
 }
 
 const CANCEL: VerbSpec = VerbSpec {
@@ -76,33 +108,6 @@ const CANCEL: VerbSpec = VerbSpec {
 };
 
 impl Verb {
-    /// All of them.
-    pub const ALL: [Verb; 9] = [
-        Verb::Snapshot,
-        Verb::Commit,
-        Verb::Pull,
-        Verb::Delete,
-        Verb::Revert,
-        Verb::Rebase,
-        Verb::Clone,
-        Verb::Resize,
-        Verb::Cancel,
-    ];
-
-    fn spec(self) -> &'static VerbSpec {
-        match self {
-            Verb::Snapshot => &snapshot::SPEC,
-            Verb::Commit => &commit::SPEC,
-            Verb::Pull => &pull::SPEC,
-            Verb::Delete => &delete::SPEC,
-            Verb::Revert => &revert::SPEC,
-            Verb::Rebase => &rebase::SPEC,
-            Verb::Clone => &clone::SPEC,
-            Verb::Resize => &resize::SPEC,
-            Verb::Cancel => &CANCEL,
-        }
-    }
-
     /// Its name.
     pub fn name(self) -> &'static str {
         self.spec().name
@@ -146,51 +151,9 @@ impl Request {
     }
 
     fn from_words(verb: Verb, words: Vec<Vec<u8>>) -> Result<Self> {
-        let mut words = ParsedWords::of(verb.spec(), words)?;
-        let words = &mut words;
-        let request = match verb {
-            Verb::Snapshot => Request::Snapshot(SnapshotRequest::parse(words)?),
-            Verb::Commit => Request::Commit(CommitRequest::parse(words)?),
-            Verb::Pull => Request::Pull(PullRequest::parse(words)?),
-            Verb::Delete => Request::Delete(DeleteRequest::parse(words)?),
-            Verb::Revert => Request::Revert(RevertRequest::parse(words)?),
-            Verb::Rebase => Request::Rebase(RebaseRequest::parse(words)?),
-            Verb::Clone => Request::Clone(CloneRequest::parse(words)?),
-            Verb::Resize => Request::Resize(ResizeRequest::parse(words)?),
-            Verb::Cancel => Request::Cancel,
-        };
+        let request = Self::from_parsed(verb, &mut ParsedWords::of(verb.spec(), words)?)?;
         request.check()?;
         Ok(request)
-    }
-
-    /// Its verb.
-    pub fn verb(&self) -> Verb {
-        match self {
-            Request::Snapshot(_) => Verb::Snapshot,
-            Request::Commit(_) => Verb::Commit,
-            Request::Pull(_) => Verb::Pull,
-            Request::Delete(_) => Verb::Delete,
-            Request::Revert(_) => Verb::Revert,
-            Request::Rebase(_) => Verb::Rebase,
-            Request::Clone(_) => Verb::Clone,
-            Request::Resize(_) => Verb::Resize,
-            Request::Cancel => Verb::Cancel,
-        }
-    }
-
-    /// What is to be carried out; `None` for `cancel`, which is about another command.
-    pub(super) fn command(&self) -> Option<&dyn Command> {
-        match self {
-            Request::Snapshot(request) => Some(request),
-            Request::Commit(request) => Some(request),
-            Request::Pull(request) => Some(request),
-            Request::Delete(request) => Some(request),
-            Request::Revert(request) => Some(request),
-            Request::Rebase(request) => Some(request),
-            Request::Clone(request) => Some(request),
-            Request::Resize(request) => Some(request),
-            Request::Cancel => None,
-        }
     }
 
     /// Whether it makes sense by itself: what was parsed does, what was put together may not.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::FileLock;
 use crate::store::{CachePolicy, ImageIndex, Intent, OwnedIntent, ShrinkOperation, Store, ViewPart};
-use crate::units::{SECTOR_SIZE, human_size, parse_size};
+use crate::units::{SECTOR_SIZE, Stability, human_size, parse_size};
 
 use super::command::Command;
 use super::context::Context;
@@ -254,7 +254,7 @@ pub(super) fn begin(context: &Context, path: &Path, request: &ResizeRequest, com
 
 fn shrink(store: &Arc<Store>, world: &ScannedStore, leaf: ImageIndex, size: u64) -> Result<()> {
     let below = world.catalog.layers(leaf)[1..].to_vec();
-    let open = || store.open_view(&world.catalog, &below, ViewPart::Active, false);
+    let open = || store.open_view(&world.catalog, &below, ViewPart::Active, Stability::Frozen);
     let view = (!below.is_empty()).then(open).transpose()?;
     store.while_closed(world.image(leaf), || {
         let mut job = store.take_image(&world.catalog, leaf)?;

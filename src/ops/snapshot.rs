@@ -14,7 +14,7 @@ use crate::format::Frozen;
 use crate::image::create::NewBacking;
 use crate::image::write::NewSnapshot;
 use crate::image::{HeaderChange, change_header};
-use crate::io::{Backend, Directory, FileLock, directory_of};
+use crate::io::{Backend, Directory, Existing, FileLock, directory_of};
 use crate::store::{
     ActiveJob, FileRef, Format, FormerTop, ImageEntry, ImageIndex, Intent, JobImage, NewTop, NewTopFile,
     OwnedIntent, SnapshotOperation, Store, encode, is_draft, shown,
@@ -581,7 +581,7 @@ fn switch_name(root: &dyn Backend, names: &dyn Directory, top: &NewTop) -> Resul
     // What others have put there in between stays.
     expect_at(root, &top.overlay.path, &top.overlay)?;
     expect_at(root, &top.old.path, &top.old)?;
-    names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
+    names.rename(&top.overlay.path, &top.name, top.existing())?;
     if top.frozen != top.old.path && top.name != top.old.path {
         // A raw image goes by its new name alone; the overlay's is another. Without the overlay that name
         // would be an active disk's.
@@ -607,7 +607,7 @@ fn switch_back(root: &dyn Backend, names: &dyn Directory, top: &NewTop) -> Resul
     }
     if top.name == top.old.path {
         names.link(&top.frozen, &top.overlay.path)?;
-        return names.rename(&top.overlay.path, &top.old.path, true);
+        return names.rename(&top.overlay.path, &top.old.path, Existing::Replace);
     }
     if !is_at(root, &top.old.path, &top.old) {
         names.link(&top.frozen, &top.old.path)?;
@@ -762,7 +762,7 @@ fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobIm
             if top.name == top.old.path {
                 expect_at(root, &top.name, &top.old)?;
             }
-            names.rename(&top.overlay.path, &top.name, top.name == top.old.path)?;
+            names.rename(&top.overlay.path, &top.name, top.existing())?;
             names.sync(&directory_of(&top.name)).inspect_err(|error| {
                 // A crash may give the disk back what it had: nothing may be acknowledged on top of that.
                 if let Ok(stat) = root.stat(&top.name) {

@@ -18,12 +18,14 @@ use parking_lot::{Mutex, RwLock};
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::{BackingDisk, Writer, WriterOptions, check_writable};
-use crate::io::{ObjectId, ObjectStat, Storage, StoreFile, WriteLock, WriterKind};
+use crate::io::{Expect, ObjectId, ObjectStat, Storage, StoreFile, WriteLock, WriterKind};
+use crate::units::Stability;
 
 use super::Store;
 use super::catalog::{Catalog, ImageEntry, ImageIndex};
 use super::describe::{DetectedContent, describe, header_digest};
-use super::open::{OpenImage, OpenView, ViewPart, changed};
+use super::open::{OpenImage, changed};
+use super::open_view::{OpenView, ViewPart};
 use super::options::Format;
 
 use before_images::BeforeImages;
@@ -199,7 +201,7 @@ impl Store {
             }
         } else {
             // The same view as before, unless the files have changed since.
-            let open = self.open_shown(catalog, layers, ViewPart::Active, true)?;
+            let open = self.open_shown(catalog, layers, ViewPart::Active, Stability::Live)?;
             let fingerprint = open.fingerprint;
             let old = std::mem::replace(&mut *disk.state.write(), DiskState::Reading(open));
             if matches!(&old, DiskState::Reading(old) if old.fingerprint != fingerprint) {
@@ -275,9 +277,11 @@ impl Store {
         if image.qcow2().is_none() || is_written {
             return Ok(());
         }
-        let file = self.file(&image.place, &image.stat, false);
-        let data_file =
-            image.data_file.as_ref().map(|(place, stat)| self.file(place, stat, false) as Arc<dyn Storage>);
+        let file = self.file(&image.place, &image.stat, Expect::AnyVersion);
+        let data_file = image
+            .data_file
+            .as_ref()
+            .map(|(place, stat)| self.file(place, stat, Expect::AnyVersion) as Arc<dyn Storage>);
         check_writable(&image.shown(), file, data_file, writer_options(self))
     }
 
@@ -492,7 +496,8 @@ impl ActiveDisk {
             }
         };
         // M6: the locks come first; only then the image is opened read-write.
-        let lock = |file: &Arc<StoreFile>| file.lock_for_writing(WriterKind::Guest, store.options.no_lock);
+        let lock =
+            |file: &Arc<StoreFile>| file.lock_for_writing(WriterKind::Guest, store.options.lock_support());
         let locks = top.files().map(lock).collect::<Result<Vec<_>>>()?;
         unchanged(&top, leaf)?;
         let writer = new_writer(store, &top, &view)?;
@@ -517,7 +522,7 @@ impl ActiveDisk {
         let last_look = self.attributes();
         // Readers wait from here on; nothing that follows takes long.
         let mut state = self.state.write();
-        let DiskState::Writing(WritingDisk { writer: last, locks, open, .. }) =
+        let DiskState::Writing(WritingDisk { writer: last, locks, mut open, .. }) =
             std::mem::replace(&mut *state, DiskState::Closed(last_look))
         else {
             unreachable!("only openings change the state, and they wait");
@@ -530,7 +535,7 @@ impl ActiveDisk {
             }
         }
         // Also if nobody reads on: its next opening must be through the same descriptor.
-        *state = match store.look_again(open) {
+        *state = match store.with_top_described_anew(&mut open, &self.name()) {
             Ok(open) if has_readers => DiskState::Reading(open),
             Ok(_) => DiskState::Closed(last_look),
             Err(error) => {
@@ -540,7 +545,7 @@ impl ActiveDisk {
             }
         };
         drop(state);
-        drop(locks);
+        drop((open, locks));
         // Whoever looks next must find the size that he has made.
         let catalog = store.catalog();
         let id = self.id();

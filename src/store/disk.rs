@@ -11,10 +11,11 @@ use parking_lot::{Mutex, RwLock};
 use crate::error::Result;
 use crate::format::Snapshot;
 use crate::io::ObjectId;
+use crate::units::Stability;
 
 use super::Store;
 use super::catalog::{Catalog, ImageEntry, ImageIndex};
-use super::open::{OpenView, ViewPart};
+use super::open_view::{OpenView, ViewPart};
 
 /// An opening of a snapshot.
 #[derive(Debug)]
@@ -48,7 +49,7 @@ impl Store {
         layers: &[ImageIndex],
         part: ViewPart,
     ) -> Result<Arc<OpenDisk>> {
-        let view = RwLock::new(Arc::new(self.open_shown(catalog, layers, part, false)?));
+        let view = RwLock::new(Arc::new(self.open_shown(catalog, layers, part, Stability::Frozen)?));
         let top = &catalog.images[layers[0]];
         let inner = place(part).and_then(|index| snapshots(top).get(index).cloned());
         let disk = Arc::new(OpenDisk { top: top.stat.id, part, inner, view });
@@ -94,7 +95,7 @@ impl Store {
                 }
             }
         };
-        self.open_shown(catalog, &catalog.layers(top), part, false).map(Some)
+        self.open_shown(catalog, &catalog.layers(top), part, Stability::Frozen).map(Some)
     }
 }
 

@@ -15,8 +15,8 @@ use crate::chain::{FlatCache, View};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, Version};
 use crate::image::{Caches, Image, Layer};
-use crate::io::{Backend, Identity, OpenObject, Timestamp};
-use crate::units::BlockStatus;
+use crate::io::{Backend, Expect, Identity, OpenObject, Timestamp};
+use crate::units::{BlockStatus, Stability};
 
 use super::describe::{DetectedContent, describe};
 use super::intents::encoded;
@@ -504,8 +504,9 @@ fn is_other_disk(
         return Ok(false);
     }
     let (name, caches) = (super::catalog::shown(path), Caches::new(PIECE as usize, PIECE as usize));
-    let image = Image::qcow2(&name, root.open_file(path)?, None, Arc::clone(header), false, &caches)?;
-    let view = View::new(vec![Layer::active(&image)?], false, &Arc::new(FlatCache::new(0)));
+    let image =
+        Image::qcow2(&name, root.open_file(path)?, None, Arc::clone(header), Expect::AnyVersion, &caches)?;
+    let view = View::new(vec![Layer::active(&image)?], Stability::Frozen, &Arc::new(FlatCache::new(0)));
     are_others(samples, |at| SectorSample::read(&view, at).map(|bytes| Digest::of(&bytes)))
 }
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
-use crate::io::{Directory, directory_of, read_text};
+use crate::io::{Directory, Existing, directory_of, read_text};
 
 use super::intents::{ControlDir, encoded};
 use super::resolve::StorePath;
@@ -166,7 +166,7 @@ pub(super) fn write(names: &dyn Directory, draft: &Path, path: &Path, text: &str
     let file = names.create(draft, None)?;
     file.write_at(0, text.as_bytes())?;
     file.sync()?;
-    names.rename(draft, path, true)?;
+    names.rename(draft, path, Existing::Replace)?;
     names.sync(&directory_of(path))
 }
 
@@ -188,7 +188,7 @@ pub(super) fn prepare(guard: &ControlDir, names: &dyn Directory) -> Result<()> {
 /// it. Under the store's lock.
 pub(super) fn forget(guard: &ControlDir, names: &dyn Directory) -> Result<()> {
     let aside = Path::new(FROZEN_NOTES).with_extension("toml.discarded");
-    match names.rename(Path::new(FROZEN_NOTES), &aside, true) {
+    match names.rename(Path::new(FROZEN_NOTES), &aside, Existing::Replace) {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
         _ => {}
     }

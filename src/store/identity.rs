@@ -15,7 +15,7 @@ use super::Store;
 use super::active::{Access, ActiveHandle};
 use super::catalog::{Catalog, ImageEntry, ImageIndex};
 use super::disk::OpenDisk;
-use super::open::ViewPart;
+use super::open_view::ViewPart;
 use super::views::{ChainView, ChainViews};
 
 /// A disk of a chain.

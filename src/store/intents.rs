@@ -18,8 +18,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{
-    Backend, Crossing, Directory, EntryKind, FileLock, Identity, OpenDirectory, OpenObject, WriteObject,
-    directory_of, read_text,
+    Backend, Directory, EntryKind, Existing, FileLock, Identity, MountPoints, OpenDirectory, OpenObject,
+    WriteObject, directory_of, read_text,
 };
 
 use super::OpenBackend;
@@ -402,7 +402,7 @@ impl ControlDir {
         let paths = [Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS }), self.intents()];
         paths
             .iter()
-            .filter_map(|path| self.root.open_directory(path, Crossing::Stay).ok().flatten())
+            .filter_map(|path| self.root.open_directory(path, MountPoints::Skip).ok().flatten())
             .collect()
     }
 
@@ -433,7 +433,7 @@ impl ControlDir {
             [Path::new(""), Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS }), self.intents()];
         let mut is_needed = true;
         for path in own.iter().rev() {
-            let crossing = if path.as_os_str().is_empty() { Crossing::Cross } else { Crossing::Stay };
+            let crossing = if path.as_os_str().is_empty() { MountPoints::Enter } else { MountPoints::Skip };
             let Some(directory) = self.root.open_directory(path, crossing).ok().flatten() else { continue };
             // Above what is there nothing has to be made.
             if std::mem::take(&mut is_needed) || *path == Path::new(MARKER) {
@@ -569,7 +569,7 @@ impl ControlDir {
             file.sync()?;
             let claim = FileLock::take(self.root.open_file_for_writing(&draft)?, &draft, Duration::ZERO)?;
             // J2: the file and its name are on disk before this returns.
-            names.rename(&draft, &path, true)?;
+            names.rename(&draft, &path, Existing::Replace)?;
             names.sync(self.intents())?;
             Ok((intent, claim))
         })();
@@ -609,8 +609,12 @@ impl ControlDir {
     pub(super) fn drafts(&self) -> Vec<PathBuf> {
         let directories = [self.intents(), Path::new(MARKER)];
         let drafts = directories.into_iter().flat_map(|directory| {
-            let listed =
-                self.root.open_directory(directory, Crossing::Stay).ok().flatten().map(|found| found.list());
+            let listed = self
+                .root
+                .open_directory(directory, MountPoints::Skip)
+                .ok()
+                .flatten()
+                .map(|found| found.list());
             let entries = listed.and_then(Result::ok).unwrap_or_default().into_iter();
             let paths =
                 entries.filter(|entry| entry.kind == EntryKind::File).map(|entry| directory.join(entry.name));
@@ -727,7 +731,7 @@ impl ControlDir {
         let mut aside = name.to_owned();
         aside.push(".discarded");
         let aside = path.with_file_name(aside);
-        names.rename(path, &aside, true)?;
+        names.rename(path, &aside, Existing::Replace)?;
         names.sync(&directory_of(path))?;
         self.forget_refusal(name);
         Ok(aside)
@@ -746,7 +750,7 @@ impl ControlDir {
         let is_trusted = trust.is_ok();
         problems
             .extend(trust.err().map(|error| (self.intents().to_path_buf(), format!("{UNTRUSTED}: {error}"))));
-        let listed = match self.root.open_directory(self.intents(), Crossing::Cross) {
+        let listed = match self.root.open_directory(self.intents(), MountPoints::Enter) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
             Ok(Some(directory)) => directory.list(),
             Ok(None) => Ok(Vec::new()),

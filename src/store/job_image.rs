@@ -11,13 +11,13 @@ use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::{BackingDisk, Writer};
 use crate::io::{ObjectId, ReadLock, WriteLock, WriteStorage, WriterKind};
+use crate::units::Stability;
 
 use super::Store;
 use super::active::{unchanged, writer_options};
 use super::catalog::{Catalog, ImageIndex};
 use super::open::OpenImage;
 use super::options::Format;
-use super::resolve::StorePath;
 
 /// An image that a job writes.
 pub struct JobImage {
@@ -47,13 +47,14 @@ impl Store {
             return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", entry.shown())));
         }
         let (mut reads, mut forced) = (Vec::new(), None);
-        let image = self.open_image(entry, true, &mut reads, &mut forced)?;
+        let image = self.open_image(entry, Stability::Frozen, &mut reads, &mut forced)?;
         if let Some(error) = forced {
             return Err(error);
         }
         // M6: as for a guest's writer.
-        let lock =
-            |file: &Arc<crate::io::StoreFile>| file.lock_for_writing(WriterKind::Job, self.options.no_lock);
+        let lock = |file: &Arc<crate::io::StoreFile>| {
+            file.lock_for_writing(WriterKind::Job, self.options.lock_support())
+        };
         let locks = image.files().map(lock).collect::<Result<Vec<_>>>()?;
         unchanged(&image, entry)?;
         Ok(JobImage { store: Arc::clone(self), writer: None, image, locks, reads })
@@ -78,8 +79,7 @@ impl JobImage {
 
     /// Follows it to the name that it has by now, at `path` beneath the store.
     pub fn renamed(&mut self, path: &Path) {
-        self.image.file.renamed(path);
-        self.image.places.0 = StorePath { root: 0, path: path.to_path_buf() };
+        self.image.renamed(path);
     }
 
     /// What it is called.

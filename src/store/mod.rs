@@ -21,6 +21,7 @@ mod judge;
 mod leftovers;
 mod names;
 mod open;
+mod open_view;
 mod operation;
 mod options;
 mod owners;
@@ -53,9 +54,10 @@ use crate::error::{Error, Result};
 use crate::format::Frozen;
 use crate::image::Caches;
 use crate::io::{
-    Backend, Crossing, Descriptors, Directory as Names, LocalDirectory, NoNames, ObjectId, ObjectStat,
-    OpenDirectory, StoreFile,
+    Backend, Descriptors, Directory as Names, Expect, LocalDirectory, MountPoints, NoNames, ObjectId,
+    ObjectStat, OpenDirectory, StoreFile,
 };
+use crate::units::Stability;
 
 pub use active::{
     Access, ActiveAttributes, ActiveHandle, ActiveJob, FormerTop, Mirror, NewTopFile, PointInTimeView,
@@ -75,7 +77,8 @@ pub use job_image::{CachePolicy, JobImage};
 pub use judge::AccessJudge;
 pub(crate) use leftovers::{command_name, draft_name, is_draft};
 pub use names::{ACTIVE, STORE_DIRECTORY, encode};
-pub use open::{DeletionGuard, OpenView, ViewPart};
+pub use open::DeletionGuard;
+pub use open_view::{OpenView, ViewPart};
 pub(crate) use operation::Effects;
 pub use operation::{
     CommitOperation, CopyOperation, NewTop, Operation, PullOperation, ShrinkOperation, SnapshotOperation,
@@ -298,7 +301,7 @@ impl Store {
             Some(place) => {
                 let directory = StorePath { root: 0, path: PathBuf::new() };
                 if let (Some(watches), Some(fd)) =
-                    (&self.watches, self.roots[0].open_directory(Path::new(""), Crossing::Cross)?)
+                    (&self.watches, self.roots[0].open_directory(Path::new(""), MountPoints::Enter)?)
                 {
                     watches.add(directory, &*fd);
                 }
@@ -322,7 +325,7 @@ impl Store {
         for place in directories {
             // One that is not there yet cannot be watched.
             if let (Some(watches), Ok(Some(fd))) =
-                (&self.watches, self.roots[place.root].open_directory(&place.path, Crossing::Stay))
+                (&self.watches, self.roots[place.root].open_directory(&place.path, MountPoints::Skip))
             {
                 watches.add(place, &*fd);
             }
@@ -422,8 +425,8 @@ impl Store {
 
     /// The disk that the layers `from..to` of a view make by themselves; `None` if that is none.
     pub fn part_of(&self, view: &View, from: usize, to: usize) -> Option<Arc<View>> {
-        let live = view.is_live() && from == 0;
-        (from < to).then(|| View::new(view.layers()[from..to].to_vec(), live, &self.flat))
+        let stability = Stability::live_if(view.is_live() && from == 0);
+        (from < to).then(|| View::new(view.layers()[from..to].to_vec(), stability, &self.flat))
     }
 
     /// Why it cannot be noted that a raw file is frozen, if so.
@@ -448,8 +451,8 @@ impl Store {
     }
 
     /// A file of the store, to be opened when it is read.
-    pub fn file(&self, place: &StorePath, seen: &ObjectStat, fixed: bool) -> Arc<StoreFile> {
-        StoreFile::new(&self.descriptors, &self.roots[place.root], &place.path, seen, fixed)
+    pub fn file(&self, place: &StorePath, seen: &ObjectStat, expect: Expect) -> Arc<StoreFile> {
+        StoreFile::new(&self.descriptors, &self.roots[place.root], &place.path, seen, expect)
     }
 
     /// The file that `name` in a header at `from` would mean, or the rest of a sentence on why there is none.

@@ -15,75 +15,33 @@ use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, Snapshot};
 use crate::image::{Image, Layer, unreadable};
-use crate::io::{ObjectId, ReadLock, Storage, StoreFile};
+use crate::io::{Expect, LockKind, ObjectId, ReadLock, Storage, StoreFile};
+use crate::units::Stability;
 
 use super::Store;
 use super::catalog::{BackingLink, Catalog, ImageEntry, ImageIndex};
 use super::describe::{DetectedContent, describe};
 use super::intents::FoundIntent;
+use super::open_view::{NewView, OpenState, OpenView, ViewKey, ViewPart, ViewStack};
 use super::options::Format;
 use super::resolve::StorePath;
 
 /// How often an image is opened that our own writers leave meanwhile.
 const OPEN_TRIES: usize = 16;
 
-/// Which disk of a view's top layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum ViewPart {
-    /// Its active state.
-    Active,
-    /// An internal snapshot, by its place in the table.
-    Snapshot(usize),
-    /// The VM state of an internal snapshot.
-    VmState(usize),
-}
-
-/// A view in use. While it lives, its layers carry QEMU's reader locks.
-#[derive(Debug)]
-pub struct OpenView {
-    /// The disk.
-    pub view: Arc<View>,
-    /// Equal for two openings only if no file below has changed in between.
-    pub fingerprint: u64,
-    /// The file that may stand for the whole disk: that of a view which is one frozen raw image.
-    pub raw_file: Option<Arc<StoreFile>>,
-    /// Its top layer.
-    pub(super) top: OpenImage,
-    /// What of it another process writes, if that is read by force.
-    pub(super) forced: Option<Error>,
-    pub(super) locks: Vec<ReadLock>,
-    /// Says to jobs what is open, for as long as this lives.
-    pub(super) shown: Arc<OpenState>,
-}
-
-impl OpenView {
-    /// Its images, top first.
-    pub(super) fn images(&self) -> impl Iterator<Item = ObjectId> {
-        self.shown.layers.iter().map(|(id, _)| *id)
-    }
-
-    /// Whether any of these images is among its layers.
-    pub(super) fn shows(&self, images: &[ObjectId]) -> bool {
-        self.shown.layers.iter().any(|(id, _)| images.contains(id))
-    }
-}
-
-/// What an open view shows bytes of.
-#[derive(Debug)]
-pub(super) struct OpenState {
-    /// Its images, top first, and the serial number of each one's opening.
-    layers: Vec<(ObjectId, u64)>,
-    /// The id of the internal snapshot by which the first is shown, whose tables hide other parts of those
-    /// below.
-    inner: Option<Vec<u8>>,
-    /// The layer and, if so, that it is the active one, for sentences.
-    name: String,
+/// What becomes of a view of which a layer is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Loss {
+    /// It is not opened.
+    Refuse,
+    /// It is opened, and what is lost is an error.
+    Salvage,
 }
 
 /// Images and views that are kept open.
 pub(super) struct OpenImages {
     images: Mutex<HashMap<ObjectId, OpenImage>>,
-    views: Mutex<LruCache<Vec<u64>, Arc<View>>>,
+    pub(super) views: Mutex<LruCache<ViewKey, Arc<View>>>,
     /// Views that are open now. A leaf.
     shown: Mutex<Vec<Weak<OpenState>>>,
     /// Internal snapshots, by image and id, that nobody opens any more. A leaf.
@@ -137,6 +95,12 @@ impl OpenImage {
         self.file.is_written() || (is_unchanged && self.is_at(entry))
     }
 
+    /// Follows it to the name that its file has by now, at `path` beneath the store.
+    pub(super) fn renamed(&mut self, path: &Path) {
+        self.file.renamed(path);
+        self.places.0 = StorePath { root: 0, path: path.to_path_buf() };
+    }
+
     fn is_at(&self, entry: &ImageEntry) -> bool {
         // A directory that is renamed takes its files along and leaves no trace on them.
         Some(self.format) == entry.format && self.places == places(entry)
@@ -184,20 +148,23 @@ impl OpenImages {
     }
 
     /// Notes what is shown.
-    pub(super) fn show(
-        &self,
-        view: &View,
-        images: &[ObjectId],
-        inner: Option<Vec<u8>>,
-        name: &str,
-    ) -> Arc<OpenState> {
-        let serials = view.layers().iter().map(|layer| layer.image().serial());
-        let layers = images.iter().copied().zip(serials).collect();
-        let shown = Arc::new(OpenState { layers, inner, name: name.to_owned() });
+    pub(super) fn show(&self, state: OpenState) -> Arc<OpenState> {
+        let state = Arc::new(state);
         let mut all = self.shown.lock();
         all.retain(|shown| shown.strong_count() > 0);
-        all.push(Arc::downgrade(&shown));
-        shown
+        all.push(Arc::downgrade(&state));
+        state
+    }
+
+    /// Refuses an internal snapshot that a command has begun to delete.
+    fn check_not_leaving(&self, image: ObjectId, inner: &Snapshot, name: &str) -> Result<()> {
+        let is_leaving = |(other, id): &(ObjectId, Vec<u8>)| *other == image && *id == inner.id;
+        if !self.leaving.lock().iter().any(is_leaving) {
+            return Ok(());
+        }
+        let fact = "is an internal snapshot that is being deleted";
+        let id = String::from_utf8_lossy(&inner.id);
+        Err(Error::new(ErrorKind::Busy, format!("{name}@{id} {fact}")))
     }
 
     /// The names of open views to which a change of `base` would show: those that do not have all of `cover`
@@ -229,7 +196,7 @@ impl OpenImages {
         let images = self.images.lock();
         let is_other =
             |(id, serial): &(ObjectId, u64)| images.get(id).is_some_and(|now| now.image.serial() != *serial);
-        let old = open.shown.layers.get(1..).unwrap_or_default();
+        let old = open.lower_images();
         let now = layers.get(1..).unwrap_or_default().iter().map(|index| catalog.images[*index].stat.id);
         open.shows(changed) && (old.iter().any(is_other) || !old.iter().map(|(id, _)| *id).eq(now))
     }
@@ -270,16 +237,16 @@ impl Store {
         catalog: &Catalog,
         layers: &[ImageIndex],
         part: ViewPart,
-        live: bool,
+        stability: Stability,
     ) -> Result<OpenView> {
         let is_whole = matches!(part, ViewPart::VmState(_)) || catalog.view_problem(layers).is_none();
         if is_whole {
-            return self.open_view(catalog, layers, part, live);
+            return self.open_view(catalog, layers, part, stability);
         }
         if self.options.salvage {
-            return self.open_stack(catalog, layers, part, live, true);
+            return self.open_stack(catalog, layers, part, stability, Loss::Salvage);
         }
-        self.open_view(catalog, layers, part, live).map_err(|error| match error.kind() {
+        self.open_view(catalog, layers, part, stability).map_err(|error| match error.kind() {
             ErrorKind::Broken => {
                 let remedy = "or read what its other layers hold with -o salvage";
                 Error::new(ErrorKind::Broken, format!("{error}, {remedy}"))
@@ -288,16 +255,16 @@ impl Store {
         })
     }
 
-    /// Opens the view of `layers` (top first). `live`: the top layer may change while it is read.
+    /// Opens the view of `layers` (top first). `stability` is that of the top layer.
     /// `Stale` if a file is no longer what the catalog says: look again, then open again.
     pub fn open_view(
         &self,
         catalog: &Catalog,
         layers: &[ImageIndex],
         part: ViewPart,
-        live: bool,
+        stability: Stability,
     ) -> Result<OpenView> {
-        self.open_stack(catalog, layers, part, live, false)
+        self.open_stack(catalog, layers, part, stability, Loss::Refuse)
     }
 
     fn open_stack(
@@ -305,100 +272,77 @@ impl Store {
         catalog: &Catalog,
         layers: &[ImageIndex],
         part: ViewPart,
-        live: bool,
-        is_salvage: bool,
+        stability: Stability,
+        on_loss: Loss,
     ) -> Result<OpenView> {
         let (top, below) = layers.split_first().expect("a view has a top layer");
         let top = &catalog.images[*top];
         let mut locks = Vec::with_capacity(layers.len());
         let mut forced = None;
         // The active disk may change, and an internal snapshot does not whatever is written around it.
-        let frozen = !live && part == ViewPart::Active;
-        let open = self.open_image(top, frozen, &mut locks, &mut forced)?;
-        let (first, key) = match part {
-            ViewPart::Active => (Layer::active(&open.image)?, 0),
+        let promised = match part {
+            ViewPart::Active => stability,
+            ViewPart::Snapshot(_) | ViewPart::VmState(_) => Stability::Live,
+        };
+        let open = self.open_image(top, promised, &mut locks, &mut forced)?;
+        let (first, inner) = match part {
+            ViewPart::Active => (Layer::active(&open.image)?, None),
             ViewPart::Snapshot(index) => {
-                (Layer::snapshot(&open.image, snapshot(top, index)?)?, 1 + 2 * index as u64)
+                let inner = snapshot(top, index)?;
+                (Layer::snapshot(&open.image, inner)?, Some(inner))
             }
             ViewPart::VmState(index) => {
-                (Layer::vm_state(&open.image, snapshot(top, index)?)?, 2 + 2 * index as u64)
+                let inner = snapshot(top, index)?;
+                (Layer::vm_state(&open.image, inner)?, Some(inner))
             }
         };
-        let mut key = vec![key, u64::from(live), open.image.serial()];
         let mut stack = vec![first];
         // VM state was never in a lower layer, and needs none.
         let below = if matches!(part, ViewPart::VmState(_)) { None } else { Some(below) };
         let (below, lost) = match below {
-            Some(_) if is_salvage => left(catalog, layers),
+            Some(_) if on_loss == Loss::Salvage => left(catalog, layers),
             below => (below.unwrap_or_default(), None),
         };
         // An encrypted layer says more than "broken" does.
         for index in below {
             readable(&catalog.images[*index])?;
         }
-        if !is_salvage
+        if on_loss == Loss::Refuse
             && !matches!(part, ViewPart::VmState(_))
             && let Some(problem) = catalog.view_problem(layers)
         {
             return Err(Error::new(ErrorKind::Broken, problem));
         }
         for index in below {
-            let open = self.open_image(&catalog.images[*index], true, &mut locks, &mut forced)?;
-            key.push(open.image.serial());
+            let open =
+                self.open_image(&catalog.images[*index], Stability::Frozen, &mut locks, &mut forced)?;
             stack.push(Layer::active(&open.image)?);
         }
         if let Some(sentence) = lost {
-            let lost = Image::lost(&sentence, &self.caches);
-            key.push(lost.serial());
-            stack.push(Layer::active(&lost)?);
+            stack.push(Layer::active(&Image::lost(&sentence, &self.caches))?);
         }
-        let frozen_raw =
-            !live && stack.len() == 1 && part == ViewPart::Active && top.format == Some(Format::Raw);
-        // What is read by force is never the same as for the next who opens it: kept, it would only keep its
-        // files open.
-        let view = if forced.is_some() {
-            View::new(stack, live, &self.flat)
-        } else {
-            self.assemble(&key, stack, live)
-        };
         let images: Vec<ObjectId> = layers.iter().map(|index| catalog.images[*index].stat.id).collect();
-        let inner = match part {
-            ViewPart::Active => None,
-            ViewPart::Snapshot(index) | ViewPart::VmState(index) => Some(snapshot(top, index)?.id.clone()),
-        };
-        let is_inner = inner.is_some();
-        let shown = self.opened.show(&view, &images, inner, &top.shown());
-        if let Some(id) = &shown.inner
-            && self.opened.leaving.lock().iter().any(|(image, leaving)| (*image, leaving) == (images[0], id))
-        {
-            let fact = "is an internal snapshot that is being deleted";
-            return Err(Error::new(
-                ErrorKind::Busy,
-                format!("{}@{} {fact}", top.shown(), String::from_utf8_lossy(id)),
-            ));
-        }
-        if let ViewPart::Snapshot(index) | ViewPart::VmState(index) = part {
-            self.is_still_there(top, snapshot(top, index)?)?;
+        let name = top.shown();
+        let stack = ViewStack { layers: stack, part, stability };
+        let inner_id = inner.map(|inner| inner.id.clone());
+        let made =
+            NewView { stack, top: open, images: images.clone(), inner: inner_id, name: &name, locks, forced };
+        let open = self.new_open_view(made);
+        if let Some(inner) = inner {
+            self.opened.check_not_leaving(images[0], inner, &name)?;
+            self.is_still_there(top, inner)?;
         }
         // A job that has hidden the view since then has not seen this opening, or sees it from now on.
-        if let Some(found) = self.catalog().files_hidden_by(&images, is_inner) {
-            return Err(hidden(&top.shown(), found));
+        if let Some(found) = self.catalog().files_hidden_by(&images, inner.is_some()) {
+            return Err(hidden(&name, found));
         }
-        Ok(OpenView {
-            view,
-            fingerprint: hash(&key),
-            raw_file: frozen_raw.then(|| Arc::clone(&open.file)),
-            top: open,
-            forced,
-            locks,
-            shown,
-        })
+        Ok(open)
     }
 
     /// Why an image could not be opened now, to be read or to be written by a command, because of what other
     /// processes have locked. Nothing is opened for that and nothing locked.
-    pub(crate) fn locked_out(&self, entry: &ImageEntry, for_writing: bool) -> Option<Error> {
-        if self.options.force_share && !for_writing {
+    pub(crate) fn locked_out(&self, entry: &ImageEntry, kind: LockKind) -> Option<Error> {
+        if self.options.force_share && kind == LockKind::Reader {
             return None;
         }
         // Where it is open, its descriptor carries this process' own locks.
@@ -409,11 +353,12 @@ impl Store {
             .get(&entry.stat.id)
             .map(|open| open.files().cloned().collect::<Vec<_>>());
         let files = known.unwrap_or_else(|| {
-            let own = self.file(&entry.place, &entry.stat, false);
-            let data = entry.data_file.as_ref().map(|(place, stat)| self.file(place, stat, false));
+            let own = self.file(&entry.place, &entry.stat, Expect::AnyVersion);
+            let data =
+                entry.data_file.as_ref().map(|(place, stat)| self.file(place, stat, Expect::AnyVersion));
             std::iter::once(own).chain(data).collect()
         });
-        files.iter().find_map(|file| file.locked_out(for_writing, self.options.no_lock))
+        files.iter().find_map(|file| file.locked_out(kind, self.options.lock_support()))
     }
 
     /// Whether the newest catalog still knows an internal snapshot: else what it held may be somebody else's
@@ -443,35 +388,6 @@ impl Store {
         }
     }
 
-    /// The view of that stack; `key` says which state of the top image it is, and the serial of each.
-    pub(super) fn assemble(&self, key: &[u64], stack: Vec<Layer>, live: bool) -> Arc<View> {
-        let mut views = self.opened.views.lock();
-        Arc::clone(views.get_or_insert(key.to_vec(), || View::new(stack, live, &self.flat)))
-    }
-
-    /// What a view shows through its top layer: the view of the layers below. `None` if there are none.
-    pub(super) fn view_below(&self, view: &View) -> Option<Arc<View>> {
-        let below = &view.layers()[1..];
-        let key: Vec<u64> =
-            [0, 0].into_iter().chain(below.iter().map(|layer| layer.image().serial())).collect();
-        (!below.is_empty()).then(|| self.assemble(&key, below.to_vec(), false))
-    }
-
-    /// The same opening of an active disk after our own writer has left: its top layer is
-    /// described anew, everything else, the locks as well, stays.
-    pub(super) fn look_again(&self, open: OpenView) -> Result<OpenView> {
-        let top = self.described_anew(&open.top)?;
-        let below = &open.view.layers()[1..];
-        let serials = below.iter().map(|layer| layer.image().serial());
-        let key: Vec<u64> = [0, 1, top.image.serial()].into_iter().chain(serials).collect();
-        let stack = std::iter::once(Layer::active(&top.image)?).chain(below.iter().cloned()).collect();
-        let view = self.assemble(&key, stack, true);
-        self.opened.keep(&top);
-        let images: Vec<ObjectId> = open.shown.layers.iter().map(|(id, _)| *id).collect();
-        let shown = self.opened.show(&view, &images, None, &open.shown.name);
-        Ok(OpenView { view, fingerprint: hash(&key), top, shown, ..open })
-    }
-
     /// Does `rename`, which gives the image a name at `path`: whoever opens it by that finds it as we have it
     /// open.
     pub(crate) fn rename_open(
@@ -483,8 +399,7 @@ impl Store {
         let mut images = self.opened.images.lock();
         rename()?;
         if let Some(open) = images.get_mut(&id) {
-            open.file.renamed(path);
-            open.places.0 = StorePath { root: 0, path: path.to_path_buf() };
+            open.renamed(path);
         }
         Ok(())
     }
@@ -495,32 +410,39 @@ impl Store {
         let OpenImage { image: old, file, data_file, format, .. } = open;
         let storage: Arc<dyn Storage> = Arc::clone(file) as _;
         let image = match format {
-            Format::Raw => Image::raw(old.name(), storage, true, &self.caches)?,
+            Format::Raw => Image::raw(old.name(), storage, Expect::SameVersion, &self.caches)?,
             Format::Qcow2 => {
                 let DetectedContent::Qcow2(qcow2) = describe(&**file, file.len()?)? else {
                     let fact = format!("{} is no qcow2 image any more", old.name());
                     return Err(Error::new(ErrorKind::Corrupt, fact));
                 };
                 let data = data_file.as_ref().map(|file| Arc::clone(file) as Arc<dyn Storage>);
-                Image::qcow2(old.name(), storage, data, Arc::clone(&qcow2.header), true, &self.caches)?
+                Image::qcow2(
+                    old.name(),
+                    storage,
+                    data,
+                    Arc::clone(&qcow2.header),
+                    Expect::SameVersion,
+                    &self.caches,
+                )?
             }
         };
         Ok(OpenImage { image, ..open.clone() })
     }
 
-    /// Opens an image and takes the reader's locks on it. `frozen`: it is promised not to change.
+    /// Opens an image and takes the reader's locks on it. `stability` is what they promise.
     /// `forced` becomes what force was needed against.
     pub(super) fn open_image(
         &self,
         entry: &ImageEntry,
-        frozen: bool,
+        stability: Stability,
         locks: &mut Vec<ReadLock>,
         forced: &mut Option<Error>,
     ) -> Result<OpenImage> {
         readable(entry)?;
         for _ in 0..OPEN_TRIES {
             let mut own = Vec::new();
-            if let Some(open) = self.try_open_image(entry, frozen, &mut own, forced)? {
+            if let Some(open) = self.try_open_image(entry, stability, &mut own, forced)? {
                 locks.append(&mut own);
                 return Ok(open);
             }
@@ -533,7 +455,7 @@ impl Store {
     fn try_open_image(
         &self,
         entry: &ImageEntry,
-        frozen: bool,
+        stability: Stability,
         locks: &mut Vec<ReadLock>,
         forced: &mut Option<Error>,
     ) -> Result<Option<OpenImage>> {
@@ -546,9 +468,9 @@ impl Store {
                 is_known = true;
                 open
             }
-            _ => self.make(entry, format, true)?,
+            _ => self.make(entry, format, Expect::SameVersion)?,
         };
-        match lock(&open, frozen, locks) {
+        match lock(&open, stability, locks) {
             Ok(()) => {}
             // Somebody writes it, and the user wants to see it all the same: nothing that is read
             // of it may be remembered for the next who opens it.
@@ -556,7 +478,7 @@ impl Store {
                 if error.kind() == ErrorKind::Busy && self.options.force_share && !open.file.is_written() =>
             {
                 *forced = Some(error);
-                return self.make(entry, format, false).map(Some);
+                return self.make(entry, format, Expect::AnyVersion).map(Some);
             }
             Err(error) => return Err(error),
         }
@@ -582,16 +504,16 @@ impl Store {
         Ok(Some(open))
     }
 
-    fn make(&self, entry: &ImageEntry, format: Format, fixed: bool) -> Result<OpenImage> {
-        let file = self.file(&entry.place, &entry.stat, fixed);
-        let data_file = entry.data_file.as_ref().map(|(place, stat)| self.file(place, stat, fixed));
+    fn make(&self, entry: &ImageEntry, format: Format, expect: Expect) -> Result<OpenImage> {
+        let file = self.file(&entry.place, &entry.stat, expect);
+        let data_file = entry.data_file.as_ref().map(|(place, stat)| self.file(place, stat, expect));
         let name = entry.shown();
         let storage: Arc<dyn Storage> = Arc::clone(&file) as _;
         let image = match (format, &entry.content) {
-            (Format::Raw, _) => Image::raw(&name, storage, fixed, &self.caches)?,
+            (Format::Raw, _) => Image::raw(&name, storage, expect, &self.caches)?,
             (Format::Qcow2, DetectedContent::Qcow2(qcow2)) => {
                 let data = data_file.as_ref().map(|file| Arc::clone(file) as Arc<dyn Storage>);
-                Image::qcow2(&name, storage, data, Arc::clone(&qcow2.header), fixed, &self.caches)?
+                Image::qcow2(&name, storage, data, Arc::clone(&qcow2.header), expect, &self.caches)?
             }
             (Format::Qcow2, _) => unreachable!("a readable qcow2 image has a header"),
         };
@@ -625,10 +547,10 @@ fn readable(entry: &ImageEntry) -> Result<()> {
 }
 
 /// Takes the reader's locks on an image and on its data file.
-fn lock(open: &OpenImage, frozen: bool, locks: &mut Vec<ReadLock>) -> Result<()> {
-    let main = open.file.lock(frozen)?;
+fn lock(open: &OpenImage, stability: Stability, locks: &mut Vec<ReadLock>) -> Result<()> {
+    let main = open.file.lock(stability)?;
     if let Some(data_file) = &open.data_file {
-        locks.push(data_file.lock(frozen)?);
+        locks.push(data_file.lock(stability)?);
     }
     locks.push(main);
     Ok(())
@@ -654,11 +576,4 @@ fn hidden(name: &str, found: &FoundIntent) -> Error {
         found.intent.command
     );
     Error::new(ErrorKind::Busy, fact)
-}
-
-pub(super) fn hash(key: &[u64]) -> u64 {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut hasher = DefaultHasher::new();
-    key.hash(&mut hasher);
-    hasher.finish()
 }

@@ -4,6 +4,7 @@
 //! file of this layer looks into an operation. The structs are the text of an intent's file: a field that is
 //! renamed or left out changes the format.
 
+use crate::io::Existing;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -60,6 +61,13 @@ pub struct NewTop {
     /// The backing file of the old layer, where that layer is going to be removed: for the trash.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing: Option<FileRef>,
+}
+
+impl NewTop {
+    /// What becomes of the old layer's name: the overlay takes it, or it is another's.
+    pub(crate) fn existing(&self) -> Existing {
+        if self.name == self.old.path { Existing::Replace } else { Existing::Refuse }
+    }
 }
 
 /// Layers are merged down.

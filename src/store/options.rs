@@ -1,5 +1,6 @@
 //! What a user can say about a store.
 
+use crate::io::LockSupport;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -101,6 +102,11 @@ impl Default for StoreOptions {
 }
 
 impl StoreOptions {
+    /// What a writer needs of the file system.
+    pub(super) fn lock_support(&self) -> LockSupport {
+        if self.no_lock { LockSupport::Optional } else { LockSupport::Required }
+    }
+
     /// What the user says of the format of `path`.
     pub(super) fn stated_format(&self, path: &Path) -> Option<Format> {
         self.formats.iter().find(|(pattern, _)| matches(pattern, path)).map(|(_, format)| *format)

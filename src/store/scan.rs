@@ -13,7 +13,7 @@ use std::thread;
 use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Backend, Crossing, DirEntry, EntryKind, ObjectId, ObjectStat, OpenDirectory, OpenObject};
+use crate::io::{Backend, DirEntry, EntryKind, MountPoints, ObjectId, ObjectStat, OpenDirectory, OpenObject};
 
 use super::describe::{DetectedContent, MIN_HEADER_LEN, describe};
 use super::intents::is_own_name;
@@ -191,7 +191,7 @@ impl ScanWork<'_> {
 
     fn list(&self, path: &Path) {
         // A mount of chainfs may be our own, which cannot answer before the scan is done.
-        let directory = match self.root.open_directory(path, Crossing::OthersMounts) {
+        let directory = match self.root.open_directory(path, MountPoints::SkipOwn) {
             Ok(Some(directory)) => directory,
             Ok(None) => return,
             Err(error) if self.is_exhausted(&error) => return,

@@ -17,7 +17,9 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::{HeaderChange, change_header};
-use crate::io::{Crossing, EntryKind, Identity, ObjectId, ObjectStat, Timestamp, directory_of, read_text};
+use crate::io::{
+    EntryKind, Existing, Identity, MountPoints, ObjectId, ObjectStat, Timestamp, directory_of, read_text,
+};
 
 use super::Store;
 use super::catalog::{Catalog, ImageEntry, ImageIndex, shown};
@@ -135,7 +137,7 @@ impl Store {
     pub fn trash(&self) -> Result<Vec<TrashItem>> {
         let root = &self.guard.root;
         self.guard.check_trust()?;
-        let directory = match root.open_directory(Path::new(TRASH), Crossing::Cross) {
+        let directory = match root.open_directory(Path::new(TRASH), MountPoints::Enter) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
             opened => opened?,
         };
@@ -244,7 +246,7 @@ impl Store {
         let names = self.guard_names();
         let number = self.guard.root.stat(at)?.id.number();
         let put = self.write_note(catalog, number, path, says, backing).and_then(|item| {
-            names.rename(at, &item, false).inspect_err(|_| {
+            names.rename(at, &item, Existing::Refuse).inspect_err(|_| {
                 let _ = names.unlink(&item.with_extension(NOTE));
             })
         });
@@ -476,7 +478,7 @@ impl Store {
                 }),
             )?;
         }
-        names.rename(&item.file(), path, false)?;
+        names.rename(&item.file(), path, Existing::Refuse)?;
         names.sync(&directory_of(path))?;
         names.sync(Path::new(TRASH))?;
         names.unlink(&item.file().with_extension(NOTE))?;

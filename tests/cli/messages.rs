@@ -8,7 +8,6 @@ use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
@@ -16,8 +15,6 @@ use support::active::rw;
 use support::command::Control;
 use support::foreign::Qemu;
 use support::*;
-
-const LIMIT: Duration = Duration::from_secs(20);
 
 /// base.raw <- monday <- tuesday <- web01, which holds the internal snapshot inner.
 fn chain() -> Store {
@@ -344,14 +341,14 @@ fn who_writes_a_disk_is_named_with_what_to_do() {
             "{words}: {err}"
         );
     }
-    eventually("problems.txt tells", LIMIT, || {
+    eventually("problems.txt tells", || {
         let text = mount.text(".chainfs/problems.txt");
         text.starts_with("web01.qcow2: is being written by qemu-nbd[")
             && text
                 .ends_with("]: its active disk cannot be opened until that ends; its snapshots can be read\n")
     });
     drop(held);
-    eventually("problems.txt is empty again", LIMIT, || mount.text(".chainfs/problems.txt").is_empty());
+    eventually("problems.txt is empty again", || mount.text(".chainfs/problems.txt").is_empty());
     let held = Holder::domain(&store, "web01.qcow2", "db,,7");
     let domain = " of domain db,7); take a snapshot with virsh snapshot-create-as db,7 \
                   --disk-only and read that, or shut db,7 down\n";
@@ -475,7 +472,7 @@ fn a_dead_mount_is_told_from_one_that_is_not_there() {
     let mount = Mount::new(&store);
     let daemon = Pid::from_raw(mount.daemon().cast_signed()).expect("a process");
     kill_process(daemon, Signal::KILL).expect("ours");
-    eventually("the mount is dead", LIMIT, || fs::metadata(mount.dir()).is_err());
+    eventually("the mount is dead", || fs::metadata(mount.dir()).is_err());
     let remedy = "the mount is dead because its daemon has ended; unmount it with chainfs umount, and mount \
         the store again\n";
     all_say(

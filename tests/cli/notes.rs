@@ -11,7 +11,6 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
 
 use support::active::rw;
 use support::examples::{blocks, document, examples};
@@ -22,8 +21,6 @@ const SIZE: u64 = 2 * MIB;
 const BLOCK: usize = 4096;
 /// Sections at work at one time; most of it is waiting.
 const WORKERS: usize = 3;
-/// No command takes longer.
-const DONE: Duration = Duration::from_mins(1);
 /// Where a guest writes before the commands, and where after them.
 const GUEST_PLACES: [(u64, u8); 2] = [(0, 0xa5), (8192, 0x5a)];
 
@@ -267,7 +264,7 @@ impl Section<'_> {
             for example in examples {
                 example.run(&store.beside(""));
             }
-            eventually("all commands are done", DONE, || is_idle(&store, &mount));
+            eventually("all commands are done", || is_idle(&store, &mount));
             if let Some(guest) = &guest {
                 guest_writes(guest, 1);
                 let mut have = vec![0; SIZE as usize];

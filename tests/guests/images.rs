@@ -5,7 +5,6 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use support::*;
 
@@ -195,7 +194,7 @@ fn qemu_nbd_serves_views() {
         let mut nbd = Command::new("qemu-nbd");
         nbd.args(["--read-only", "-f", "raw", "-k"]).arg(&socket).arg(mount.path("web").join(view));
         let served = Served(nbd.stdin(Stdio::null()).spawn().expect("qemu-nbd starts"));
-        eventually("qemu-nbd serves", Duration::from_secs(10), || socket.exists());
+        eventually("qemu-nbd serves", || socket.exists());
         let copy = store.beside("copy.raw");
         let address = format!("nbd+unix:///?socket={}", socket.display());
         tool("qemu-img").args(["convert", "-f", "raw", "-O", "raw", &address]).arg(&copy).succeeds();

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use support::command::Control;
@@ -296,10 +296,8 @@ fn links_stay_inside_their_volume_and_nothing_that_would_wait_can_be_opened() {
         rustix::fs::lgetxattr(&link, "system.chainfs.target", &mut target[..]).expect("the guest's own text");
     assert_eq!(&target[..len], b"/etc/hostname");
     for (name, errno) in [("pipe", Errno::NXIO), ("null", Errno::ACCESS)] {
-        let begun = Instant::now();
         let refused = File::open(root.join(name)).expect_err(name);
         assert_eq!(Errno::from_io_error(&refused), Some(errno), "{name}");
-        assert!(begun.elapsed() < Duration::from_secs(2), "{name}");
     }
     assert!(fs::write(root.join("etc/hostname"), "mine").is_err(), "guests' files are only read");
     mount.umount();
@@ -348,9 +346,7 @@ fn partitions_are_disks_and_only_those_of_the_active_one_can_be_written() {
     drop((open, disk));
     // A guest changes its table: the partitions are those of now.
     tool("sgdisk").args(["-d1", "-n1:4096:+10M", "-n2:0:+5M"]).arg(mount.path("vm/active.raw")).succeeds();
-    eventually("the new partitions", Duration::from_secs(5), || {
-        mount.names("vm/partitions/active") == ["p1.raw", "p2.raw"]
-    });
+    eventually("the new partitions", || mount.names("vm/partitions/active") == ["p1.raw", "p2.raw"]);
     assert_eq!(fs::metadata(&part).expect("a partition").len(), 10 * MIB);
     assert_eq!(mount.names("vm/partitions/sn1"), ["p1.raw"]);
     mount.umount();
@@ -437,11 +433,7 @@ fn a_worker_sleeps_until_it_is_asked_or_its_daemon_is_gone() {
         "whoever waits for the daemon's end does not look for it again and again"
     );
     tool("kill").args(["-9", &mount.daemon().to_string()]).succeeds();
-    let begun = Instant::now();
-    while fs::exists(format!("/proc/{worker}")).expect("/proc") {
-        assert!(begun.elapsed() < Duration::from_secs(5), "the worker lives on");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    eventually("the worker ends", || !fs::exists(format!("/proc/{worker}")).expect("/proc"));
 }
 
 /// A file whose inode is damaged is an error by itself; its name and its neighbours stay.
@@ -500,9 +492,7 @@ fn an_active_disk_is_shown_as_it_was_when_it_was_opened_however_it_is_written() 
         "{}",
         mount.text("vm/files/active/volumes.txt")
     );
-    eventually("the names of before are forgotten", Duration::from_secs(5), || {
-        fs::metadata(root.join("p1/etc/hostname")).is_err()
-    });
+    eventually("the names of before are forgotten", || fs::metadata(root.join("p1/etc/hostname")).is_err());
     assert_eq!(mount.text("vm/files/sn1/p1/etc/hostname"), "web01\n");
     drop(part);
     mount.umount();
@@ -563,7 +553,7 @@ fn an_open_partition_of_a_disk_that_is_taken_away_goes_on() {
     let open = File::open(mount.path("vm/partitions/sn1/p1.raw")).expect("a partition");
     let before = fs::read(store.oracle("sn1.qcow2", "qcow2")).expect("a disk");
     fs::rename(store.path("vm.qcow2"), store.beside("vm.qcow2")).expect("it goes");
-    eventually("it is seen to have gone", Duration::from_secs(5), || !mount.path("vm").exists());
+    eventually("it is seen to have gone", || !mount.path("vm").exists());
     // For as long the kernel believes what it was told.
     std::thread::sleep(Duration::from_millis(700));
     assert_eq!(open.metadata().expect("what it was").len(), PARTITION);

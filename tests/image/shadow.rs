@@ -9,7 +9,7 @@ use std::sync::Arc;
 use chainfs::error::ErrorKind;
 use chainfs::image::check::check;
 use chainfs::image::write::{BackingDisk, Writer, WriterOptions, Zeroing};
-use chainfs::io::{Descriptors, LocalDirectory, StoreFile, WriterKind};
+use chainfs::io::{Descriptors, Expect, LocalDirectory, LockSupport, StoreFile, WriterKind};
 use support::oracle::Scratch;
 use support::sim::crash::each_state;
 use support::sim::disk::{Calls, Event};
@@ -446,7 +446,7 @@ fn others_write_and_read_while_it_is_published() {
 fn store_file(scratch: &Scratch, name: &str) -> Arc<StoreFile> {
     let root = LocalDirectory::open(Path::new(&scratch.path(""))).unwrap();
     let seen = root.stat(Path::new(name)).unwrap();
-    StoreFile::new(&Descriptors::with_limit(8), &root, Path::new(name), &seen, true)
+    StoreFile::new(&Descriptors::with_limit(8), &root, Path::new(name), &seen, Expect::SameVersion)
 }
 
 #[test]
@@ -460,7 +460,7 @@ fn copies_from_file_to_file_are_what_qemu_reads() {
         scratch.create(IMAGE, options, &size.to_string());
         scratch.io(IMAGE, &["write -q -P 5 1M 3M", "write -q -z 9M 1M"]);
         let (image, source) = (store_file(&scratch, IMAGE), store_file(&scratch, "source.raw"));
-        let lock = image.lock_for_writing(WriterKind::Guest, false).unwrap();
+        let lock = image.lock_for_writing(WriterKind::Guest, LockSupport::Required).unwrap();
         let file = image.open_for_writing().unwrap();
         let options = WriterOptions::default();
         let writer = if undoable {
@@ -488,7 +488,7 @@ fn copies_from_file_to_file_are_what_qemu_reads() {
     }
     scratch.img(&format!("create -q -f raw raw.img {size}"));
     let (image, source) = (store_file(&scratch, "raw.img"), store_file(&scratch, "source.raw"));
-    let _lock = image.lock_for_writing(WriterKind::Guest, false).unwrap();
+    let _lock = image.lock_for_writing(WriterKind::Guest, LockSupport::Required).unwrap();
     let writer = Writer::raw("raw.img", image.open_for_writing().unwrap()).unwrap();
     writer.reserve(MIB).unwrap();
     writer.copy_from(0, size, &*source, 0).unwrap();

@@ -10,6 +10,7 @@ use std::thread;
 
 use chainfs::image::check::check;
 use chainfs::image::write::{Writer, WriterOptions, Zeroing};
+use chainfs::units::BlockStatus;
 use support::sim::guest::open_writer;
 use support::sim::images::{Opened, compressible};
 use support::sim::value::pattern;
@@ -123,7 +124,7 @@ impl<'a> Model<'a> {
         let size = self.size();
         let mut at = self.random.next() % size;
         for _ in 0..8 {
-            let data = self.writer.seek(at, true).map_err(|error| error.to_string())?;
+            let data = self.writer.seek(at, BlockStatus::Data).map_err(|error| error.to_string())?;
             let end = data.unwrap_or(size);
             if end < at || end > size || data == Some(size) {
                 return Err(format!("seeking data from {at:#x} finds {data:x?}"));
@@ -131,7 +132,7 @@ impl<'a> Model<'a> {
             if self.bytes.bytes(at, end - at).iter().any(|byte| *byte != 0) {
                 return Err(format!("{at:#x}..{end:#x} is said to be a hole, but has data"));
             }
-            let hole = self.writer.seek(end, false).map_err(|error| error.to_string())?;
+            let hole = self.writer.seek(end, BlockStatus::Zero).map_err(|error| error.to_string())?;
             let Some(hole) = hole else { break };
             if hole <= end && data.is_some() || hole >= size {
                 return Err(format!("data at {end:#x}, yet a hole is found at {hole:#x}"));
@@ -435,7 +436,7 @@ fn read_anywhere(
             assert!(is_legal, "sector {sector:#x} holds {}", support::sim::value::describe(bytes));
         }
         if random.once_in(16) {
-            writer.seek(at, random.once_in(2)).unwrap();
+            writer.seek(at, if random.once_in(2) { BlockStatus::Data } else { BlockStatus::Zero }).unwrap();
         }
         count += 1;
     }

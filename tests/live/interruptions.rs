@@ -5,11 +5,11 @@ use std::fs::{self, File};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
-use support::active::{NOTICED, rw};
+use support::active::rw;
 use support::block_guest::{BLOCK, BlockGuest as Guest, PLACE};
 use support::command::Control;
 use support::foreign::{Loop, Mounted, Qemu, amount};
@@ -54,7 +54,9 @@ fn a_daemon_that_is_killed_at_any_moment_goes_on_at_the_next_mount() {
         let raw_base = round % 4 >= 2;
         let inner: &[&str] = if command.contains('@') { &["sn2"] } else { &[] };
         let kind = Kind { raw_base, options: "cluster_size=512", sizes: [8 << 20; 5], inner };
-        let lab = Lab::new(kind);
+        // The first is surely cut off at work: its chain takes long.
+        let is_slow = round == 0;
+        let lab = if is_slow { Lab::slow(raw_base) } else { Lab::new(kind) };
         let mut before = contents(&lab);
         if !inner.is_empty() {
             before.insert("sn2@inner".to_owned(), lab.content("sn2.qcow2@inner"));
@@ -77,17 +79,15 @@ fn a_daemon_that_is_killed_at_any_moment_goes_on_at_the_next_mount() {
                 }
                 let _ = control.give(command);
             });
-            // Every other time it is surely met at work.
-            let start = Instant::now();
             let is_waiting = round % 2 == 0;
-            while is_waiting
-                && intents(&lab) == 0
-                && !giving.is_finished()
-                && start.elapsed() < Duration::from_secs(20)
-            {
-                thread::sleep(Duration::from_micros(100));
+            if is_slow {
+                Control::of(&mount, "web").begun();
+            } else {
+                while is_waiting && intents(&lab) == 0 && !giving.is_finished() {
+                    thread::sleep(Duration::from_micros(100));
+                }
+                thread::sleep(Duration::from_micros(rng.below(if is_waiting { 3_000 } else { 60_000 })));
             }
-            thread::sleep(Duration::from_micros(rng.below(if is_waiting { 3_000 } else { 60_000 })));
             kill_process(daemon, Signal::KILL).expect("the daemon is ours");
             giving.join().expect("a command");
             writing.join().expect("a writer");
@@ -202,7 +202,7 @@ fn what_was_half_made_when_its_maker_was_killed_goes_at_the_next_mount() {
     fs::hard_link(lab.store.path(draft(now, 6)), lab.store.path("another-name")).expect("a link");
     kept.push(lab.store.dir(&draft(now, 7)));
     let mount = Mount::new(&lab.store);
-    eventually("nothing is left", NOTICED, || left.iter().all(|path| !path.exists()));
+    eventually("nothing is left", || left.iter().all(|path| !path.exists()));
     // Who comes after the first look has found nothing more to remove.
     Control::of(&mount, "web").done("snapshot tuesday");
     let gone: Vec<_> = kept.iter().filter(|path| !path.exists()).collect();
@@ -220,16 +220,14 @@ fn a_mount_that_ends_in_the_midst_of_a_job_leaves_it_to_the_next() {
             let (lab, before) = slow(!by_signal);
             let context = format!("{command}, by signal {by_signal}");
             let mount = at_work(&lab, command);
-            let start = Instant::now();
             if by_signal {
                 let daemon = Pid::from_raw(mount.daemon().cast_signed()).expect("a process");
                 kill_process(daemon, Signal::TERM).expect("the daemon is ours");
-                eventually("it ends", Duration::from_secs(10), || mount::daemon_of(mount.dir()).is_none());
+                eventually("it ends", || mount::daemon_of(mount.dir()).is_none());
                 drop(mount);
             } else {
                 mount.umount();
             }
-            assert!(start.elapsed() < Duration::from_secs(10), "{context}");
             assert_eq!(intents(&lab), 1, "{context}");
             // Who only looks does not go on with it, and sees nothing of what it has spoilt.
             let mount = Mount::with(&lab.store, "ro");
@@ -268,7 +266,7 @@ fn what_qemu_holds_is_not_committed_pulled_nor_frozen_and_the_holder_is_named() 
         let who = format!("qemu-nbd[{}]", holder.pid());
         // Who has come within the last moments is met, and may not be known by name yet.
         let names_it = || control.refused(command, Errno::BUSY).contains(&who);
-        eventually(&format!("{held}: {command} is refused, and {who} named"), NOTICED, names_it);
+        eventually(&format!("{held}: {command} is refused, and {who} named"), names_it);
         assert_eq!((lab.files(), intents(&lab)), (files, 0), "{held}: {command}");
         holder.shut_down();
     }
@@ -312,14 +310,12 @@ fn two_daemons_on_one_store_never_work_on_one_chain_at_once() {
     }
     assert_eq!(ours.wait(), "done", "{}", ours.status("error"));
     // Now it is theirs, and then ours again.
-    eventually("the second has noticed", NOTICED, || theirs.give("snapshot monday").is_none());
-    eventually("the first has noticed", NOTICED, || {
-        mount.names("web/snapshots").contains(&"monday.raw".to_owned())
-    });
-    eventually("the first may", NOTICED, || ours.give("commit").is_none());
+    eventually("the second has noticed", || theirs.give("snapshot monday").is_none());
+    eventually("the first has noticed", || mount.names("web/snapshots").contains(&"monday.raw".to_owned()));
+    eventually("the first may", || ours.give("commit").is_none());
     assert_eq!(ours.wait(), "done", "{}", ours.status("error"));
     for mount in [&mount, &other] {
-        eventually("both show the same", NOTICED, || {
+        eventually("both show the same", || {
             fs::read(mount.path("web/active.raw")).is_ok_and(|bytes| bytes == before["web"])
         });
         assert_snapshots(mount, &before, None, "two");

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use rustix::fs::{Advice, FallocateFlags};
 use serde_json::Value;
-use support::active::{Model, NOTICED, rw};
+use support::active::{Model, rw};
 use support::command::Control;
 use support::foreign::amount;
 use support::*;
@@ -225,7 +225,7 @@ impl Run {
     /// A clone shows what it was made of; then it goes.
     fn judge_clone(&self, name: &str, from: &str) {
         let disk = self.mount.path(name).join("active.raw");
-        eventually("the clone is there", NOTICED, || disk.exists());
+        eventually("the clone is there", || disk.exists());
         assert!(
             fs::read(disk).expect("a clone") == self.views[&key(from)],
             "clone of {from}: {:#?}",
@@ -236,7 +236,7 @@ impl Run {
         for image in made.filter(|path| path.file_stem().is_some_and(|stem| stem == name)) {
             fs::remove_file(image).expect("a clone");
         }
-        eventually("the clone has gone", NOTICED, || !self.mount.path(name).exists());
+        eventually("the clone has gone", || !self.mount.path(name).exists());
     }
 
     fn judge(&mut self) {
@@ -275,7 +275,7 @@ impl Run {
     fn end(mut self) {
         self.readers.clear();
         self.disk = None;
-        eventually("nobody has it open", NOTICED, || {
+        eventually("nobody has it open", || {
             self.control.give("snapshot last").is_none() && self.control.wait() == "done"
         });
         self.views.insert("last".into(), self.active.0.clone());

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::io::Errno;
-use support::active::{self, Model, NOTICED, rw};
+use support::active::{self, Model, rw};
 use support::command::Control;
 use support::foreign::{Loop, amount, fio};
 use support::lab::{Kind, Lab, extension};
@@ -91,12 +91,12 @@ fn every_other_command(mount: &Mount, lowest: &str, round: usize) -> usize {
     ];
     for (chain, command) in &commands {
         let control = Control::of(mount, chain);
-        eventually("the chain is there", NOTICED, || mount.path(chain).join("control/status").exists());
+        eventually("the chain is there", || mount.path(chain).join("control/status").exists());
         if *chain == "web" {
             control.done(command);
         } else {
             assert_eq!(control.give(command), None, "{chain}: {command}");
-            eventually("the chain has gone", NOTICED, || !mount.path(chain).exists());
+            eventually("the chain has gone", || !mount.path(chain).exists());
         }
     }
     commands.len()
@@ -472,7 +472,7 @@ fn a_snapshot_that_a_commit_would_spoil_is_not_while_it_is_open_and_who_has_it_i
         );
     }
     // Closing is told to the daemon a moment later.
-    eventually("nobody has it open", NOTICED, || control.give("commit top=sn2 base=sn1").is_none());
+    eventually("nobody has it open", || control.give("commit top=sn2 base=sn1").is_none());
     assert_eq!(control.wait(), "done");
     mount.umount();
     lab.assert_clean();
@@ -506,7 +506,7 @@ fn the_tree_shows_at_once_what_a_command_has_done_and_the_disk_stays_the_same_fi
     };
     let snapshots = |command: &str, want: &[&str]| {
         let want: Vec<String> = want.iter().map(|name| format!("{name}.raw")).collect();
-        eventually(&format!("{command} shows {want:?}"), NOTICED, || mount.names("web/snapshots") == want);
+        eventually(&format!("{command} shows {want:?}"), || mount.names("web/snapshots") == want);
         for name in &want {
             let path = mount.path("web/snapshots").join(name);
             assert_eq!(fs::metadata(path).expect("attributes").len(), disk.len(), "{command}: {name}");
@@ -568,9 +568,7 @@ fn progress_tells_of_a_job_until_its_end_and_whoever_stops_listening_stops_nothi
         Command::new("cat").arg(control.file("progress")).stdout(Stdio::piped()).spawn().expect("cat");
     thread::sleep(Duration::from_millis(50));
     impatient.kill().expect("a child of ours");
-    let start = Instant::now();
-    impatient.wait().expect("a child of ours");
-    assert!(start.elapsed() < Duration::from_secs(2), "a reader cannot be interrupted");
+    eventually("a reader is interrupted", || impatient.try_wait().expect("a child of ours").is_some());
     let mut text = String::new();
     patient.stdout.take().expect("a pipe").read_to_string(&mut text).expect("text");
     assert!(patient.wait().expect("a child of ours").success());
@@ -599,7 +597,7 @@ fn a_job_that_is_cancelled_leaves_the_chain_as_it_was() {
         assert_eq!(control.give("cancel"), None, "{command}: {}", control.status("error"));
         assert_eq!(control.wait(), "cancelled", "{command}: {}", control.status("error"));
         assert_eq!(mount.text("web/control/progress"), "cancelled\n");
-        eventually("all are shown again", NOTICED, || mount.names("web/snapshots").len() == 4);
+        eventually("all are shown again", || mount.names("web/snapshots").len() == 4);
         for (view, want) in &before {
             let name = view.split('.').next().expect("a name");
             let shown = if name == "web" {
@@ -628,7 +626,7 @@ fn a_layer_that_a_commit_has_changed_has_another_inode_number() {
     assert!(before.1 != merged);
     Control::of(&mount, "web").done("commit top=sn1 base=base");
     let is_another = || fs::metadata(&base).is_ok_and(|now| now.ino() != before.0);
-    eventually("the base is shown again, as another file", NOTICED, is_another);
+    eventually("the base is shown again, as another file", is_another);
     assert!(fs::read(&base).expect("its bytes") == merged, "pages of before are not shown");
     mount.umount();
     lab.assert_clean();

@@ -6,7 +6,6 @@ use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
-use std::time::Duration;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::io::Errno;
@@ -274,7 +273,7 @@ fn a_remedy_can_be_copied_into_a_shell_whatever_the_image_says() {
     let (_, remedy) = why.split_once(": qemu-img").expect("a remedy");
     let (command, _) = remedy.split_once(", or").expect("its end");
     tool("sh").args(["-c", &format!("qemu-img{command}")]).current_dir(store.root()).succeeds();
-    eventually("the remedy helps", Duration::from_secs(3), || !mount.path("web/info/problem.txt").exists());
+    eventually("the remedy helps", || !mount.path("web/info/problem.txt").exists());
     assert!(!store.path("owned").exists(), "the remedy ran the image's own words: {command}");
     assert_chain(&store, &mount, "web", "web.qcow2", "qcow2");
     mount.umount();

@@ -10,6 +10,8 @@ use chainfs::format::snapshot::parse_table;
 use chainfs::format::{Header, L1Table, Snapshot};
 use chainfs::image::create::{CreateOptions, initial_image};
 use chainfs::image::{Caches, Image, Layer};
+use chainfs::io::Expect;
+use chainfs::units::Stability;
 
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
@@ -45,19 +47,26 @@ impl Bench {
     }
 
     fn image(&self) -> Arc<Image> {
-        Image::qcow2("image", Arc::new(self.bytes.clone()), None, Arc::new(self.header()), true, &self.caches)
-            .unwrap()
+        Image::qcow2(
+            "image",
+            Arc::new(self.bytes.clone()),
+            None,
+            Arc::new(self.header()),
+            Expect::SameVersion,
+            &self.caches,
+        )
+        .unwrap()
     }
 
     /// A raw layer of the byte `fill`.
     fn raw(&self, fill: u8, len: usize) -> Layer {
-        let image = Image::raw("base", Arc::new(vec![fill; len]), true, &self.caches).unwrap();
+        let image = Image::raw("base", Arc::new(vec![fill; len]), Expect::SameVersion, &self.caches).unwrap();
         Layer::active(&image).unwrap()
     }
 }
 
 fn frozen(layers: Vec<Layer>) -> Arc<View> {
-    View::new(layers, false, &Arc::new(Cache::new(1 << 20)))
+    View::new(layers, Stability::Frozen, &Arc::new(Cache::new(1 << 20)))
 }
 
 fn read(view: &View, at: u64, len: usize) -> Result<Vec<u8>, String> {

@@ -151,7 +151,7 @@ fn what_nobody_needs_any_more_is_not_kept() {
         let (open, now, _) = in_use(&mount);
         open <= before + 3 && now <= threads
     };
-    eventually("nothing is left of sixty openings", Duration::from_mins(1), is_as_before);
+    eventually("nothing is left of sixty openings", is_as_before);
     std::thread::scope(|scope| {
         for number in 0..4_u8 {
             let mount = &mount;
@@ -168,7 +168,7 @@ fn what_nobody_needs_any_more_is_not_kept() {
         scope.spawn(|| walk(&mount, "for i in 1 2; do ls -lR . >/dev/null; done"));
     });
     // Workers that nobody asks end; files may stay open, as long as there is room.
-    eventually("no workers are left", Duration::from_secs(90), || {
+    eventually("no workers are left", || {
         let (_, now, workers) = in_use(&mount);
         workers == 0 && now <= threads
     });
@@ -209,7 +209,7 @@ fn who_opens_more_disks_to_write_than_can_be_is_refused_and_nobody_else() {
     assert_eq!(mount.names(format!("c{others:03}-2/files/active/disk")).len(), FILES.len() + 1);
     walk(&mount, "ls -lR . >/dev/null");
     drop(written);
-    eventually("disks can be written again", Duration::from_secs(20), || disk(others).is_ok());
+    eventually("disks can be written again", || disk(others).is_ok());
     mount.umount();
     store.img(["check", "-q", "c000-2.qcow2"]);
 }
@@ -289,7 +289,7 @@ fn where_there_can_be_no_more_threads_or_processes_requests_fail_and_the_mount_l
     disk.sync_all().expect("a flush");
     drop(disk);
     store.put("late.raw", &[1; 512]);
-    eventually("a scan goes on", Duration::from_secs(10), || mount.path("late/active.raw").exists());
+    eventually("a scan goes on", || mount.path("late/active.raw").exists());
     group.allow("max");
     assert_eq!(mount.names("c000-2/files/active/disk").len(), FILES.len() + 1);
     fs::write(mount.path("c001-2/control/pull"), "\n").expect("a command");

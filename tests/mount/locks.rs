@@ -2,15 +2,11 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, fcntl};
 use rustix::io::Errno;
 use support::foreign::Qemu;
 use support::*;
-
-/// A lock goes away when its last holder closes; the kernel may tell us a moment later.
-const RELEASED: Duration = Duration::from_secs(3);
 
 /// `base.raw` <- `mid.qcow2` <- `web.qcow2`.
 fn chain() -> Store {
@@ -103,7 +99,7 @@ fn an_open_view_keeps_writers_off_each_of_its_layers_until_it_is_closed() {
     }
     drop(reading);
     for (image, format) in [("base.raw", "raw"), ("mid.qcow2", "qcow2"), ("web.qcow2", "qcow2")] {
-        eventually("the locks are gone", RELEASED, || qemu_writes(&store, image, format).is_ok());
+        eventually("the locks are gone", || qemu_writes(&store, image, format).is_ok());
     }
     mount.umount();
 }
@@ -116,13 +112,13 @@ fn one_of_two_openers_leaving_drops_no_lock() {
     let (first, second) = (open(&active).expect("a view"), open(&mid).expect("a view"));
     let again = open(&mid).expect("a view");
     drop(first);
-    eventually("the active layer is free", RELEASED, || qemu_writes(&store, "web.qcow2", "qcow2").is_ok());
+    eventually("the active layer is free", || qemu_writes(&store, "web.qcow2", "qcow2").is_ok());
     drop(again);
-    std::thread::sleep(Duration::from_millis(300));
+    mount.answered();
     assert!(qemu_writes(&store, "mid.qcow2", "qcow2").is_err(), "mid is still open");
     assert!(qemu_writes(&store, "base.raw", "raw").is_err(), "base lies below it");
     drop(second);
-    eventually("nothing is held", RELEASED, || qemu_writes(&store, "base.raw", "raw").is_ok());
+    eventually("nothing is held", || qemu_writes(&store, "base.raw", "raw").is_ok());
     mount.umount();
 }
 
@@ -162,7 +158,7 @@ fn a_layer_written_or_marked_inconsistent_makes_its_view_and_those_above_busy() 
     let view = |name: &str| mount.path("web").join(name);
     for byte in [101, 200] {
         // Whoever has it open keeps such a holder away by his own locks; ours does not ask.
-        eventually("nobody reads", RELEASED, || qemu_writes(&store, "mid.qcow2", "qcow2").is_ok());
+        eventually("nobody reads", || qemu_writes(&store, "mid.qcow2", "qcow2").is_ok());
         let holder = hold(&store.path("mid.qcow2"), byte);
         assert_eq!(open(&view("active.raw")).err(), Some(Errno::BUSY), "byte {byte}");
         assert_eq!(open(&view("snapshots/mid.raw")).err(), Some(Errno::BUSY), "byte {byte}");
@@ -191,7 +187,7 @@ fn what_a_guest_wrote_between_two_openings_is_read_by_the_second() {
         let at = rng.below(MIB);
         let (write, zero) =
             (store.write(&mut rng, at, 200_000), format!("write -q -z -u {} 65536", round * 65_536));
-        eventually("the view lets go", RELEASED, || qemu_writes(&store, "web.qcow2", "qcow2").is_ok());
+        eventually("the view lets go", || qemu_writes(&store, "web.qcow2", "qcow2").is_ok());
         store.io("web.qcow2", "qcow2", [write, zero]);
     }
     mount.umount();

@@ -94,7 +94,7 @@ fn umount_8_ends_the_daemon_as_well() {
     let mount = Mount::new(&store);
     let daemon = mount.daemon();
     tool("umount").arg(mount.dir()).succeeds();
-    eventually("the daemon ends", Duration::from_secs(5), || !alive(daemon));
+    eventually("the daemon ends", || !alive(daemon));
 }
 
 /// Zombies are no longer alive.
@@ -110,7 +110,7 @@ fn in_the_foreground_the_command_lives_as_long_as_the_mount() {
         assert_same(&mount.path("web/active.raw"), &store.oracle("web.qcow2", "qcow2"));
         assert_eq!(mount.exit_code(), None);
         send(signal, mount.daemon());
-        eventually("the command ends", Duration::from_secs(5), || mount.exit_code().is_some());
+        eventually("the command ends", || mount.exit_code().is_some());
         assert_eq!(mount.exit_code(), Some(0), "{signal:?} is an orderly end");
         assert_eq!(connection_of(mount.dir()), None, "{signal:?} leaves no mount");
         let said = fs::read(store.beside("mount.output")).expect("its output");
@@ -125,7 +125,7 @@ fn sigterm_and_sigint_unmount_cleanly() {
         let mount = Mount::new(&store);
         let daemon = mount.daemon();
         send(signal, daemon);
-        eventually("the daemon ends", Duration::from_secs(5), || !alive(daemon));
+        eventually("the daemon ends", || !alive(daemon));
         assert_eq!(connection_of(mount.dir()), None, "{signal:?} leaves no mount");
         assert_eq!(fs::read_dir(mount.dir()).expect("a free directory").count(), 0);
         drop(mount);
@@ -138,9 +138,7 @@ fn a_mount_whose_daemon_was_killed_is_replaced_by_the_next() {
     let mount = Mount::new(&store);
     let _reader = File::open(mount.path("web/active.raw")).expect("a view");
     send(Signal::KILL, mount.daemon());
-    eventually("the mount is stale", Duration::from_secs(5), || {
-        errno(fs::metadata(mount.path("web"))) == Some(Errno::NOTCONN)
-    });
+    eventually("the mount is stale", || errno(fs::metadata(mount.path("web"))) == Some(Errno::NOTCONN));
     let again = Mount::new(&store);
     assert_same(&again.path("web/active.raw"), &store.oracle("web.qcow2", "qcow2"));
     again.umount();
@@ -194,7 +192,7 @@ fn a_busy_mount_says_who_uses_it_and_goes_on_until_it_is_lazy() {
     assert!(serves, "a refused umount changes nothing");
     assert_eq!(lazy, 0, "{lazy_err}");
     assert!(free && still_read, "out of the tree at once ({free}), served to its readers ({still_read})");
-    eventually("the last reader is gone and so is the daemon", Duration::from_secs(5), || !alive(daemon));
+    eventually("the last reader is gone and so is the daemon", || !alive(daemon));
 }
 
 #[test]
@@ -205,7 +203,7 @@ fn a_mount_point_inside_the_store_is_not_scanned() {
     assert_same(&mount.path("web/active.raw"), &store.oracle("web.qcow2", "qcow2"));
     // Whatever looks for new images must not look into ourselves either.
     store.create("later.qcow2", MIB, "");
-    eventually("a new image", Duration::from_secs(3), || mount.path("later/active.raw").exists());
+    eventually("a new image", || mount.path("later/active.raw").exists());
     std::thread::sleep(Duration::from_millis(1500));
     assert_eq!(mount.names("."), [".chainfs", "later", "web"]);
     assert_eq!(mount.text(".chainfs/problems.txt"), "");

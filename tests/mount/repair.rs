@@ -4,7 +4,6 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::time::Duration;
 
 use support::*;
 
@@ -70,7 +69,7 @@ fn a_mount_shows_the_same_bytes_after_a_repair_and_writes_on() {
     let read = |disk: &Path| fs::read(disk).expect("a disk");
     let before = disks.each_ref().map(|disk| read(disk));
     let mut said = (1, String::new());
-    eventually("nobody has it open", Duration::from_secs(5), || {
+    eventually("nobody has it open", || {
         said = repair(&store);
         said.0 == 0
     });

@@ -7,7 +7,6 @@ use std::os::unix::fs::{FileExt as _, PermissionsExt as _, chown};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use chainfs::io::LocalDirectory;
 use chainfs::ops::{Engine, as_user};
@@ -23,7 +22,6 @@ use support::*;
 
 const A: u32 = 2001;
 const B: u32 = 2002;
-const SOON: Duration = Duration::from_secs(10);
 
 /// Does it with the rights of a user, and in these groups.
 fn acting<T: Send>(uid: u32, groups: &[u32], work: impl FnOnce() -> T + Send) -> T {
@@ -338,7 +336,7 @@ fn a_directory_above_the_store_shuts_out_as_well() {
     let mount = Mount::try_new(&store, &store.root(), &dir, "allow_other").expect("a mount");
     assert!(may_read(A, &[], &dir.join("vm/active.raw")));
     mode(&store.beside(""), 0o700);
-    eventually("it is shut", SOON, || !may_read(A, &[], &dir.join("vm/active.raw")));
+    eventually("it is shut", || !may_read(A, &[], &dir.join("vm/active.raw")));
     mount.umount();
 }
 
@@ -359,7 +357,7 @@ fn cut_off(store: &Store, chain: &str, command: &str, changes: u64) -> (Arc<Open
 }
 
 fn assert_done(opened: &Opened) {
-    eventually("it is done", SOON, || opened.rescan().is_ok() && opened.catalog().intents.is_empty());
+    eventually("it is done", || opened.rescan().is_ok() && opened.catalog().intents.is_empty());
 }
 
 #[test]

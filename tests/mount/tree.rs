@@ -5,7 +5,6 @@ use std::io::Read as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown};
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use rustix::fs::{OFlags, getxattr, listxattr, statvfs};
 use rustix::io::Errno;
@@ -198,12 +197,12 @@ fn inode_numbers_stay_and_are_never_reused() {
     assert_eq!(seen.len(), paths.len(), "different things have different numbers: {before:?}");
     let other = inode("other/active.raw");
     fs::remove_file(store.path("other.qcow2")).expect("an unlink");
-    eventually("it is gone", Duration::from_secs(3), || !mount.path("other").exists());
+    eventually("it is gone", || !mount.path("other").exists());
     for name in ["new1.qcow2", "new2.qcow2", "new3.qcow2"] {
         store.create(name, MIB, "");
         let chain = name.trim_end_matches(".qcow2");
         let active = mount.path(chain).join("active.raw");
-        eventually("it is there", Duration::from_secs(3), || active.exists());
+        eventually("it is there", || active.exists());
         assert_ne!(inode(&format!("{chain}/active.raw")), other, "{chain}: other content, other number");
     }
     assert_eq!(paths.map(inode), before, "what did not change keeps its number");
@@ -344,12 +343,12 @@ fn opening_and_closing_leaves_no_descriptor_behind() {
         }
     };
     read_all();
-    eventually("settled", Duration::from_secs(2), || true);
+    eventually("settled", || true);
     let before = open_now();
     for _ in 0..50 {
         read_all();
     }
-    eventually("no more descriptors than before", Duration::from_secs(3), || open_now() <= before + 3);
+    eventually("no more descriptors than before", || open_now() <= before + 3);
     mount.umount();
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
-use support::active::{LEAVES, Model, NOTICED, assert_left_behind, chain, errno, rw};
+use support::active::{LEAVES, Model, assert_left_behind, chain, errno, rw};
 use support::compare::runs_by_seek;
 use support::*;
 
@@ -208,7 +208,7 @@ fn what_nobody_syncs_is_written_back_by_the_clock() {
     let disk = rw(&mount.path("web/active.raw"));
     disk.write_all_at(&vec![0x5a; 65_536], MIB).expect("a write");
     let shows = || store.try_oracle(Path::new("web.qcow2"), "qcow2", None);
-    eventually("QEMU sees it by force", Duration::from_secs(12), || {
+    eventually("QEMU sees it by force", || {
         shows().is_ok_and(|path| {
             fs::read(path).is_ok_and(|b| b[MIB as usize..][..65_536].iter().all(|b| *b == 0x5a))
         })
@@ -264,9 +264,9 @@ fn holes_are_told_of_unless_somebody_may_hold_changed_pages() {
         let mappable = rw(&active);
         assert_eq!(holes(), 1, "one run of data");
         drop(mappable);
-        eventually("holes again", NOTICED, || holes() > whole);
+        eventually("holes again", || holes() > whole);
         drop(writing);
-        eventually("holes still", NOTICED, || holes() > whole);
+        eventually("holes still", || holes() > whole);
     }
     mount.umount();
 }

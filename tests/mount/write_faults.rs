@@ -3,11 +3,10 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
-use support::active::{LEAVES, Model, NOTICED, assert_left_behind, chain, errno, rw};
+use support::active::{LEAVES, Model, assert_left_behind, chain, errno, rw};
 use support::mount::connection_of;
 use support::*;
 
@@ -24,14 +23,14 @@ fn an_image_removed_or_replaced_goes_on_for_whoever_has_it_open() {
         fs::copy(store.path(image), &aside).expect("a copy");
         let mut want = fs::read(&active).expect("bytes");
         fs::remove_file(store.path(image)).expect("an unlink");
-        eventually("it has gone", NOTICED, || !active.exists());
+        eventually("it has gone", || !active.exists());
         disk.write_all_at(b"after", 512).expect("a write");
         disk.sync_all().expect("a sync");
         let mut have = [0; 5];
         disk.read_exact_at(&mut have, 512).expect("a read");
         assert_eq!(&have, b"after");
         fs::rename(&aside, store.path(image)).expect("a rename");
-        eventually("another has its name", NOTICED, || active.exists());
+        eventually("another has its name", || active.exists());
         let other = rw(&active);
         other.write_all_at(b"other", 512).expect("a write");
         want[512..517].copy_from_slice(b"other");
@@ -54,7 +53,7 @@ fn sigterm_flushes_first_and_a_busy_mount_goes_on_serving() {
     let disk = rw(&mount.path("web/active.raw"));
     disk.write_all_at(&vec![0x6b; 65_536], MIB).expect("a write");
     send(Signal::TERM, mount.daemon());
-    eventually("QEMU sees it by force", Duration::from_secs(3), || {
+    eventually("QEMU sees it by force", || {
         let oracle = store.try_oracle(Path::new("web.qcow2"), "qcow2", None);
         oracle.is_ok_and(|path| {
             fs::read(path).is_ok_and(|b| b[MIB as usize..][..65_536].iter().all(|b| *b == 0x6b))
@@ -66,11 +65,11 @@ fn sigterm_flushes_first_and_a_busy_mount_goes_on_serving() {
     // Asked again it is taken away, and ends, all flushed, with its last user.
     let daemon = mount.daemon();
     send(Signal::TERM, daemon);
-    eventually("it is out of the way", NOTICED, || connection_of(mount.dir()).is_none());
+    eventually("it is out of the way", || connection_of(mount.dir()).is_none());
     disk.write_all_at(b"to the last", 512).expect("a write");
     model.0[512..523].copy_from_slice(b"to the last");
     drop(disk);
-    eventually("the daemon has ended", NOTICED, || !Path::new(&format!("/proc/{daemon}")).exists());
+    eventually("the daemon has ended", || !Path::new(&format!("/proc/{daemon}")).exists());
     assert_left_behind(&store, "web.qcow2", "qcow2", &model);
 }
 
@@ -129,7 +128,7 @@ fn a_disk_that_could_not_be_flushed_takes_no_more_writes_is_read_and_harms_no_ot
         disk.read_exact_at(&mut have, 0).expect("it goes on being read");
         assert_eq!(errno(nix::unistd::close(disk).map_err(Into::into)), Some(Errno::IO), "close tells");
         let may_write = || errno(File::options().write(true).open(&active).map(drop));
-        eventually("until it is mounted again", NOTICED, || may_write() == Some(Errno::IO));
+        eventually("until it is mounted again", || may_write() == Some(Errno::IO));
         File::open(&active).expect("it goes on being read");
         let fine = rw(&mount.path(other).join("active.raw"));
         fine.write_all_at(b"fine", 0).expect("a write");

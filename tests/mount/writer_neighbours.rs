@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::io::Errno;
 use support::*;
@@ -18,7 +18,7 @@ fn open_rw(path: &Path) -> Result<File, Errno> {
 
 /// The kernel tells the mount of a close a moment later.
 fn let_go(store: &Store, image: &str, format: &str) {
-    eventually("the mount lets go", Duration::from_secs(5), || {
+    eventually("the mount lets go", || {
         tool("qemu-io").args(["-f", format, "-c", "flush", image]).current_dir(store.root()).outcome().0 == 0
     });
 }
@@ -124,6 +124,7 @@ fn what_one_name_of_an_image_protects_is_not_written_by_another() {
 #[test]
 fn who_opens_a_snapshot_while_the_writer_leaves_does_not_bring_back_old_tables() {
     const CLUSTER: u64 = 64 << 10;
+    const ROUNDS: u64 = 100;
     let store = Store::new();
     store.raw("base.raw", 16 * MIB, 1);
     store.overlay("web.qcow2", "base.raw", "raw", "");
@@ -147,10 +148,9 @@ fn who_opens_a_snapshot_while_the_writer_leaves_does_not_bring_back_old_tables()
                 }
             });
         }
-        let start = Instant::now();
         let mut round = 0_u64;
         let found = loop {
-            if start.elapsed() > Duration::from_secs(5) {
+            if round == ROUNDS {
                 break Ok(());
             }
             let at = round % (16 * MIB / CLUSTER) * CLUSTER;
@@ -173,7 +173,6 @@ fn who_opens_a_snapshot_while_the_writer_leaves_does_not_bring_back_old_tables()
         };
         is_over.store(true, Ordering::Relaxed);
         assert_eq!(found, Ok(()), "after {round} rounds");
-        assert!(round > 20, "only {round} rounds");
     });
     mount.umount();
 }

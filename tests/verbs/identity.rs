@@ -12,6 +12,7 @@ use chainfs::ops::{Engine, JobState, Request};
 use chainfs::store::{
     CommitOperation, NewTop, Operation, PullOperation, SnapshotOperation, Store, StoreOptions, ViewPart,
 };
+use chainfs::units::Stability;
 use support::intents::{leave, witness};
 use support::lab::{Kind, Lab, run};
 use support::*;
@@ -37,7 +38,7 @@ fn shown(store: &Arc<Store>) -> Vec<(String, Vec<u8>)> {
         let views = store.chain_views(&catalog, leaf);
         for view in views.views.iter().filter(|view| view.snapshot.is_none()) {
             let layers = &views.layers[view.layer..];
-            let open = store.open_view(&catalog, layers, ViewPart::Active, false).unwrap();
+            let open = store.open_view(&catalog, layers, ViewPart::Active, Stability::Frozen).unwrap();
             let mut bytes = vec![0; open.view.size() as usize];
             open.view.read_at(0, &mut bytes).unwrap();
             all.push((catalog.images[layers[0]].shown(), bytes));
@@ -99,7 +100,9 @@ impl Commit {
         let store = lab.open();
         let catalog = store.catalog();
         let leaf = catalog.chain(Path::new("web")).unwrap();
-        let top = store.open_view(&catalog, &catalog.layers(leaf)[2..], ViewPart::Active, false).unwrap();
+        let top = store
+            .open_view(&catalog, &catalog.layers(leaf)[2..], ViewPart::Active, Stability::Frozen)
+            .unwrap();
         let mut base = witness(&lab.store, "base.raw", true);
         base.will_be_written();
         let Some(chainfs::store::Evidence::Raw { samples, .. }) = &mut base.evidence else {

@@ -10,6 +10,7 @@ use chainfs::error::{ErrorKind, Result};
 use chainfs::io::MemoryDirectory;
 use chainfs::ops::{Engine, Request};
 use chainfs::store::{Access, ChainView, OpenView, Store, StoreOptions, ViewPart};
+use chainfs::units::Stability;
 use support::store::Store as Files;
 
 const MIB: u64 = 1 << 20;
@@ -67,7 +68,7 @@ fn in_memory(files: &Files) -> (MemoryDirectory, Arc<Store>) {
 fn open(store: &Store, chain: &str) -> Result<OpenView> {
     let catalog = store.catalog();
     let shown = store.chain_views(&catalog, catalog.chain(Path::new(chain)).expect("a chain"));
-    store.open_view(&catalog, &shown.layers, ViewPart::Active, true)
+    store.open_view(&catalog, &shown.layers, ViewPart::Active, Stability::Live)
 }
 
 fn bytes(open: &OpenView) -> Result<Vec<u8>> {
@@ -82,7 +83,9 @@ fn views(store: &Store) -> BTreeMap<String, Vec<u8>> {
         let shown = store.chain_views(&catalog, leaf);
         for ChainView { layer, snapshot, active, name, .. } in &shown.views {
             let part = snapshot.map_or(ViewPart::Active, ViewPart::Snapshot);
-            let open = store.open_view(&catalog, &shown.layers[*layer..], part, *active).expect("a view");
+            let open = store
+                .open_view(&catalog, &shown.layers[*layer..], part, Stability::live_if(*active))
+                .expect("a view");
             let key = format!("{}/{}", chain.display(), String::from_utf8_lossy(name));
             found.insert(key, bytes(&open).expect("its bytes"));
         }

@@ -521,7 +521,7 @@ fn a_running_mount_takes_no_guests_word_and_shows_overlays_that_are_made_meanwhi
     File::create(store.path("vm.snap1")).unwrap();
     std::thread::sleep(Duration::from_millis(300));
     store.overlay("vm.snap1", "vm", "qcow2", "");
-    eventually("the overlay is shown", Duration::from_secs(10), || {
+    eventually("the overlay is shown", || {
         mount.path("vm.snap1").exists()
             || chains(&mount) == ["other", "vm"] && mount.path("vm/snapshots/vm.raw").exists()
     });
@@ -617,7 +617,7 @@ fn a_mount_shows_what_is_not_written_and_why() {
     assert!(tree.contains("not writable: lost.qcow2 may use it as its backing file"), "{tree}");
     // Once it has gone, the disk is written again.
     fs::remove_file(store.path("lost.qcow2")).unwrap();
-    eventually("base is written", Duration::from_secs(10), || {
+    eventually("base is written", || {
         OpenOptions::new().write(true).open(mount.path("base/active.raw")).is_ok()
     });
     mount.umount();

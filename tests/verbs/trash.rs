@@ -145,7 +145,7 @@ fn the_command_line_and_the_mount_list_and_restore() {
         .arg(mount.dir())
         .succeeds();
     assert_eq!(said, "again.qcow2\n");
-    eventually("it is shown", support::active::NOTICED, || mount.path("again/snapshots/again.raw").exists());
+    eventually("it is shown", || mount.path("again/snapshots/again.raw").exists());
     assert!(std::fs::read(mount.path("again/snapshots/again.raw")).unwrap() == before);
     let (code, _, err) =
         tool(chainfs_binary()).args(["trash", "--remove", id]).arg(lab.store.root()).outcome();

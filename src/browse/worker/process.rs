@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::Reclaimable;
+use crate::io::{Reclaim, Reclaimable};
 
 use super::channel::Channel;
 use super::pool::{Permit, Pool};
@@ -232,7 +232,7 @@ impl Reclaimable for Worker {
         self.is_used.swap(false, Ordering::Relaxed)
     }
 
-    fn reclaim(&self, _even_locked: bool) -> bool {
+    fn reclaim(&self, _which: Reclaim) -> bool {
         self.stop_if_idle(Duration::ZERO)
     }
 }

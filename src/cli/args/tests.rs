@@ -70,13 +70,8 @@ fn qemu_img_s_spellings_work() {
 #[test]
 fn verbs_take_the_arguments_of_control_files() {
     let given = |line: &str| {
-        let request = match parsed(line) {
-            Ok(Command::Snapshot(args)) => args.request(),
-            Ok(Command::Commit(args)) => args.request(),
-            Ok(Command::Pull(args)) => args.request(),
-            other => panic!("{line}: {other:?}"),
-        };
-        request.map(|request| request.to_string()).map_err(|error| error.kind())
+        let Ok(Command::Verb(verb)) = parsed(line) else { panic!("{line}: {:?}", parsed(line)) };
+        verb.invocation().map(|given| given.request.to_string()).map_err(|error| error.kind())
     };
     for (line, command) in [
         ("chainfs snapshot t n --file f --description d", "snapshot n file=f description=d"),

@@ -2,9 +2,9 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 
 use crate::error::Result;
 use crate::ops::{
@@ -12,8 +12,66 @@ use crate::ops::{
     ResizeRequest, RevertRequest, SnapshotRequest, parse_chains,
 };
 
+/// The verbs. A verb's row here and one in [`VerbCommand::invocation`] are all that the command line knows of it.
+#[derive(Debug, Subcommand)]
+pub enum VerbCommand {
+    /// Freeze the active disk of a chain under a name
+    Snapshot(SnapshotArgs),
+    /// Merge layers of a chain down into one of them
+    Commit(CommitArgs),
+    /// Copy the data of the backing files into a layer
+    Pull(PullArgs),
+    /// Remove a snapshot without changing any other
+    Delete(DeleteArgs),
+    /// Set the active disk to the content of a snapshot
+    Revert(RevertArgs),
+    /// Change the backing file of a layer
+    Rebase(RebaseArgs),
+    /// Create a new chain on top of a snapshot
+    Clone(CloneArgs),
+    /// Grow or shrink the active disk
+    Resize(ResizeArgs),
+    /// Stop the running command of a chain
+    Cancel(CancelArgs),
+}
+
+/// A verb with its arguments.
+#[derive(Debug)]
+pub struct Invocation<'a> {
+    /// A chain's directory in a mount, or an image of an unmounted store.
+    pub target: &'a Path,
+    /// The request, checked.
+    pub request: Request,
+    /// How it is run.
+    pub run: &'a RunArgs,
+}
+
+impl VerbCommand {
+    /// The request that these arguments describe, and where and how it is run. `Usage` if the arguments
+    /// contradict each other.
+    pub fn invocation(&self) -> Result<Invocation<'_>> {
+        let (target, request, run) = match self {
+            Self::Snapshot(args) => (&args.target, args.request(), &args.run),
+            Self::Commit(args) => (&args.target, args.request(), &args.run),
+            Self::Pull(args) => (&args.target, args.request(), &args.run),
+            Self::Delete(args) => (&args.target, args.request(), &args.run),
+            Self::Revert(args) => (&args.target, args.request(), &args.run),
+            Self::Rebase(args) => (&args.target, args.request(), &args.run),
+            Self::Clone(args) => (&args.target, args.request(), &args.run),
+            Self::Resize(args) => (&args.target, args.request(), &args.run),
+            Self::Cancel(args) => (&args.target, Request::Cancel, &NO_OPTION),
+        };
+        request.check()?;
+        Ok(Invocation { target, request, run })
+    }
+}
+
+/// No option given.
+static NO_OPTION: RunArgs =
+    RunArgs { progress: false, dry_run: false, detach: false, store: None, options: Vec::new() };
+
 /// How a verb is run.
-#[derive(Debug, Default, Args)]
+#[derive(Debug, Args)]
 pub struct RunArgs {
     /// Show progress
     #[arg(short, long)]
@@ -267,47 +325,47 @@ pub struct CancelArgs {
 
 impl SnapshotArgs {
     /// The request that these arguments describe.
-    pub fn request(&self) -> Result<Request> {
-        checked(Request::Snapshot(SnapshotRequest {
+    fn request(&self) -> Request {
+        Request::Snapshot(SnapshotRequest {
             name: self.name.clone().into_vec(),
             internal: self.internal,
             file: bytes(self.file.as_ref()),
             description: self.description.clone().unwrap_or_default(),
             chains: self.chains.iter().flat_map(|list| parse_chains(list.as_bytes())).collect(),
-        }))
+        })
     }
 }
 
 impl CommitArgs {
     /// The request that these arguments describe.
-    pub fn request(&self) -> Result<Request> {
-        checked(Request::Commit(CommitRequest {
+    fn request(&self) -> Request {
+        Request::Commit(CommitRequest {
             top: bytes(self.top.as_ref()),
             base: bytes(self.base.as_ref()),
             keep: self.keep,
             discard_internal: self.discard.discard_internal,
             discard_bitmaps: self.discard.discard_bitmaps,
-        }))
+        })
     }
 }
 
 impl PullArgs {
     /// The request that these arguments describe.
-    pub fn request(&self) -> Result<Request> {
-        checked(Request::Pull(PullRequest {
+    fn request(&self) -> Request {
+        Request::Pull(PullRequest {
             base: bytes(self.base.as_ref()).filter(|base| base != b"none"),
             into: bytes(self.into.as_ref()),
             delete: self.delete,
             discard_internal: self.discard.discard_internal,
             discard_bitmaps: self.discard.discard_bitmaps,
-        }))
+        })
     }
 }
 
 impl DeleteArgs {
     /// The request that these arguments describe.
-    pub fn request(&self) -> Result<Request> {
-        checked(Request::Delete(DeleteRequest {
+    fn request(&self) -> Request {
+        Request::Delete(DeleteRequest {
             name: self.name.clone().into_vec(),
             method: match self.method {
                 DeleteMethodArg::Auto => DeleteMethod::Auto,
@@ -316,54 +374,46 @@ impl DeleteArgs {
             },
             discard_internal: self.discard.discard_internal,
             discard_bitmaps: self.discard.discard_bitmaps,
-        }))
+        })
     }
 }
 
 impl RevertArgs {
     /// The request that these arguments describe.
-    pub fn request(&self) -> Result<Request> {
-        checked(Request::Revert(RevertRequest {
+    fn request(&self) -> Request {
+        Request::Revert(RevertRequest {
             to: self.to.clone().into_vec(),
             save: bytes(self.save.as_ref()),
             discard_internal: self.discard.discard_internal,
             discard_bitmaps: self.discard.discard_bitmaps,
-        }))
+        })
     }
 }
 
 impl RebaseArgs {
     /// The request that these arguments describe.
-    pub fn request(&self) -> Result<Request> {
-        checked(Request::Rebase(RebaseRequest {
+    fn request(&self) -> Request {
+        Request::Rebase(RebaseRequest {
             layer: bytes(self.layer.as_ref()),
             base: bytes(Some(&self.base)).filter(|base| base != b"none"),
             is_unsafe: self.is_unsafe,
             drop_layers: self.drop_layers,
-        }))
+        })
     }
 }
 
 impl CloneArgs {
     /// The request that these arguments describe.
-    pub fn request(&self) -> Result<Request> {
-        checked(Request::Clone(CloneRequest {
-            name: self.name.clone().into_vec(),
-            from: bytes(self.from.as_ref()),
-        }))
+    fn request(&self) -> Request {
+        Request::Clone(CloneRequest { name: self.name.clone().into_vec(), from: bytes(self.from.as_ref()) })
     }
 }
 
 impl ResizeArgs {
     /// The request that these arguments describe.
-    pub fn request(&self) -> Result<Request> {
-        checked(Request::Resize(ResizeRequest { size: self.size, shrink: self.shrink }))
+    fn request(&self) -> Request {
+        Request::Resize(ResizeRequest { size: self.size, shrink: self.shrink })
     }
-}
-
-fn checked(request: Request) -> Result<Request> {
-    request.check()?;
-    Ok(request)
 }
 
 fn bytes(word: Option<&OsString>) -> Option<Vec<u8>> {

@@ -20,6 +20,7 @@ use crate::browse::{Browser, DiskContents, PointInTime};
 use crate::error::{Error, ErrorKind, Result};
 use crate::report::safe::terminal;
 use crate::store::{MARKER, OpenView, Store, StoreOptions, ViewId, shown};
+use crate::units::Stability;
 
 /// The remedy for a journal that is not replayed.
 const REPLAY_REMEDY: &str = "let the guest replay it, or run e2fsck on a clone";
@@ -56,8 +57,13 @@ impl StoreDisk {
     /// The disk itself, open.
     pub(super) fn view(&self) -> Result<OpenView> {
         let catalog = self.opened.store.catalog();
-        let live = self.id.is_active() || self.opened.store.options().force_share;
-        self.opened.store.open_shown(&catalog, &self.view_ref.layers(), self.view_ref.part(), live)
+        let is_live = self.id.is_active() || self.opened.store.options().force_share;
+        self.opened.store.open_shown(
+            &catalog,
+            &self.view_ref.layers(),
+            self.view_ref.part(),
+            Stability::live_if(is_live),
+        )
     }
 }
 

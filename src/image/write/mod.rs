@@ -356,25 +356,25 @@ impl Writer {
         }
     }
 
-    /// The first byte at or after `at` that may be other than zero (or, with `data` false, that is
-    /// surely zero). `None` if there is none before the end of the disk.
+    /// The first byte at or after `at` whose status is `wanted`. `None` if there is none before the end of
+    /// the disk.
     ///
     /// Whoever has looked for long enough calls the rest data, which is always allowed.
-    pub fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
+    pub fn seek(&self, at: u64, wanted: BlockStatus) -> Result<Option<u64>> {
         let qcow2 = match &self.body {
-            WriterBody::Raw(raw) => return raw.seek(at, data),
+            WriterBody::Raw(raw) => return raw.seek(at, wanted),
             WriterBody::Qcow2(qcow2) => qcow2,
         };
         let start = Instant::now();
         let (mut at, size) = (at, self.size());
         while at < size {
             let run = qcow2.seek_run(at, size - at)?;
-            if (run.value == BlockStatus::Data) == data {
+            if run.value == wanted {
                 return Ok(Some(at));
             }
             at += run.len;
             if start.elapsed() > SEEK_LIMIT {
-                return Ok(Some(at).filter(|at| data && *at < size));
+                return Ok(Some(at).filter(|at| wanted == BlockStatus::Data && *at < size));
             }
         }
         Ok(None)

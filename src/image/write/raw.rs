@@ -165,11 +165,11 @@ impl RawWriter {
         self.poison.get().cloned()
     }
 
-    pub(super) fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
+    pub(super) fn seek(&self, at: u64, wanted: BlockStatus) -> Result<Option<u64>> {
         let (mut at, end) = (at, self.size());
         while at < end {
             let run = self.file.extent(at, end)?;
-            if (run.value == BlockStatus::Data) == data {
+            if run.value == wanted {
                 return Ok(Some(at));
             }
             at += run.len;

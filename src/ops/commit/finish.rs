@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::check::{Scope, repair};
-use crate::io::{Directory, FileLock, directory_of};
+use crate::io::{Directory, Existing, FileLock, directory_of};
 use crate::store::{
     ActiveJob, Catalog, CommitOperation, FileRef, Format, ImageIndex, Intent, OwnedIntent, Store,
     invalidated_name, shown,
@@ -117,7 +117,7 @@ pub(super) fn commit(
     if keep {
         for named in &between {
             if ScannedStore::look(store)?.find(named).is_some() {
-                names.rename(&named.path, &invalidated_name(&named.path), false)?;
+                names.rename(&named.path, &invalidated_name(&named.path), Existing::Refuse)?;
                 names.sync(&directory_of(&named.path))?;
             }
         }
@@ -151,7 +151,8 @@ pub(super) fn take_name(names: &dyn Directory, base: &Path, top: &Path, name: &P
         // What bears the same stem has to go.
         return names.unlink(top);
     }
-    names.rename(base, name, name == top)
+    let existing = if name == top { Existing::Replace } else { Existing::Refuse };
+    names.rename(base, name, existing)
 }
 
 /// Makes that durable, and takes the old active layer away.

@@ -12,7 +12,7 @@ use crate::store::{
     ActiveJob, CachePolicy, CommitOperation, Digest, FileRef, Format, ImageIndex, Intent, JobImage, Mirror,
     OpenView, OwnedIntent, SAMPLES, SectorSample, Store, ViewPart, shown,
 };
-use crate::units::{GuestOffset, HostOffset};
+use crate::units::{GuestOffset, HostOffset, Stability};
 
 use super::super::context::Context;
 use super::super::copy::{CommitSegment, PIECE};
@@ -218,7 +218,7 @@ fn open_below(
     if below.is_empty() {
         return Ok(None);
     }
-    let open = store.open_view(&world.catalog, below, ViewPart::Active, false)?;
+    let open = store.open_view(&world.catalog, below, ViewPart::Active, Stability::Frozen)?;
     let view = Arc::clone(&open.view);
     views.push(open);
     Ok(Some(view))

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::Writer;
 use crate::store::{CommitOperation, Format, ImageIndex, OpenView, Store, ViewPart, invalidated_name};
+use crate::units::Stability;
 
 use super::check::check_view;
 use super::command::Command;
@@ -293,7 +294,8 @@ fn segment(
     live: Option<Arc<Writer>>,
 ) -> Result<(CommitSegment, OpenView)> {
     let through_top = &layers.chain[position(layers, layers.top)..];
-    let view = store.open_view(&world.catalog, through_top, ViewPart::Active, layers.is_active)?;
+    let stability = Stability::live_if(layers.is_active);
+    let view = store.open_view(&world.catalog, through_top, ViewPart::Active, stability)?;
     let first = usize::from(live.is_some());
     let frozen = store.part_of(&view.view, first, layers.segment().len());
     Ok((CommitSegment { live, frozen }, view))

@@ -15,7 +15,7 @@ use crate::store::{
     ActiveJob, CachePolicy, Catalog, FileRef, ImageIndex, Intent, JobImage, OpenView, OwnedIntent,
     PullOperation, Store, ViewPart, shown,
 };
-use crate::units::Run;
+use crate::units::{Run, Stability};
 
 use super::super::context::Context;
 use super::super::copy::PIECE;
@@ -122,7 +122,7 @@ impl OpenedPull {
 fn open(store: &Arc<Store>, world: &ScannedStore, layers: &PullRange) -> Result<OpenedPull> {
     let view = |layers: &[ImageIndex]| {
         (!layers.is_empty())
-            .then(|| store.open_view(&world.catalog, layers, ViewPart::Active, false))
+            .then(|| store.open_view(&world.catalog, layers, ViewPart::Active, Stability::Frozen))
             .transpose()
     };
     let below = view(&layers.below)?;

@@ -12,6 +12,7 @@ use std::path::Path;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::HeaderChange;
 use crate::store::{BackingLink, ImageIndex, ViewPart};
+use crate::units::Stability;
 
 use super::check::check_view;
 use super::command::Command;
@@ -239,8 +240,9 @@ pub(super) fn plan_of(
     refuse(world, layers, request, &mut plan.refusals);
     if let Some(first) = layers.into.first().filter(|_| !layers.below.is_empty()) {
         let store = context.store();
-        let counted =
-            store.open_view(&world.catalog, &layers.below, ViewPart::Active, false).and_then(|open| {
+        let counted = store
+            .open_view(&world.catalog, &layers.below, ViewPart::Active, Stability::Frozen)
+            .and_then(|open| {
                 let frozen = store.part_of(&open.view, 0, layers.between.len());
                 CommitSegment { live: None, frozen }.data_len()
             });

@@ -10,6 +10,7 @@ use serde_json::json;
 use crate::format::header::{Compression, Encryption};
 use crate::format::{Header, Snapshot, Version, bitmap};
 use crate::image::read_bitmaps;
+use crate::io::Expect;
 use crate::report::info::{
     BitmapInfo, ChildInfo, FileInfo, FormatSpecific, ImageInfo, LayerInfo, Qcow2Info, SnapshotInfo,
 };
@@ -231,7 +232,7 @@ fn bitmaps(store: &Store, image: &ImageEntry, header: &Header) -> Option<Vec<Bit
     if len > MAX_BITMAP_DIRECTORY.min(image.stat.size) {
         return None;
     }
-    let file = store.file(&image.place, &image.stat, true);
+    let file = store.file(&image.place, &image.stat, Expect::SameVersion);
     let (_, found) = read_bitmaps(&image.shown(), &*file, header).ok()??;
     let flags = |bitmap: &bitmap::Bitmap| {
         let flags = [(bitmap.in_use, "in-use"), (bitmap.auto, "auto")];

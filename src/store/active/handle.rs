@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::Zeroing;
-use crate::units::human_size;
+use crate::units::{BlockStatus, human_size};
 
 use super::super::Store;
 use super::{Access, ActiveDisk, DiskState, PanicWatch, WritingDisk};
@@ -162,17 +162,17 @@ impl ActiveHandle {
         self.writing(|_| Ok(()))
     }
 
-    /// The first byte at or after `at` that is data (or, with `data` false, that is not); `None` if there
-    /// is none before the end of the disk. While somebody may hold pages that he has changed and
+    /// The first byte at or after `at` whose status is `wanted`; `None` if there is none before the
+    /// end of the disk. While somebody may hold pages that he has changed and
     /// not yet written, everything is data.
-    pub fn seek(&self, at: u64, data: bool) -> Result<Option<u64>> {
+    pub fn seek(&self, at: u64, wanted: BlockStatus) -> Result<Option<u64>> {
         let may_be_mapped = self.disk.mappable.load(Ordering::Acquire) > 0;
         self.with(|source| match source {
             ActiveSource::Writer(WritingDisk { writer, .. }) if may_be_mapped => {
-                Ok(Some(at).filter(|at| data && *at < writer.size()))
+                Ok(Some(at).filter(|at| wanted == BlockStatus::Data && *at < writer.size()))
             }
-            ActiveSource::Writer(WritingDisk { writer, .. }) if at < writer.size() => writer.seek(at, data),
-            ActiveSource::View(view) if at < view.size() => view.seek(at, data),
+            ActiveSource::Writer(WritingDisk { writer, .. }) if at < writer.size() => writer.seek(at, wanted),
+            ActiveSource::View(view) if at < view.size() => view.seek(at, wanted),
             ActiveSource::View(_) | ActiveSource::Writer(_) => Ok(None),
         })
     }

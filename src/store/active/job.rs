@@ -15,11 +15,13 @@ use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::write::{BackingDisk, Writer, Zeroing};
 use crate::image::{Image, Layer};
-use crate::io::{ObjectId, ReadLock, Storage, WriteLock, WriterKind};
+use crate::io::{Expect, ObjectId, ReadLock, Storage, WriteLock, WriterKind};
+use crate::units::Stability;
 
 use super::super::catalog::{Catalog, ImageIndex, shown as shown_path};
 use super::super::describe::{DetectedContent, describe};
-use super::super::open::{OpenImage, OpenState, OpenView, ViewPart, hash};
+use super::super::open::OpenImage;
+use super::super::open_view::{NewView, OpenView, ViewPart, ViewStack};
 use super::super::options::Format;
 use super::super::resolve::StorePath;
 use super::super::{JobImage, Store};
@@ -106,16 +108,14 @@ pub struct FormerTop {
 pub struct PreparedOverlay {
     overlay: NewTopFile,
     fallen: OpenImage,
-    view: OpenView,
+    open: OpenView,
 }
 
 /// All that a disk needs to fall onto a layer below, made before anything is renamed.
 pub struct PreparedActiveCommit {
-    image: OpenImage,
     locks: Vec<WriteLock>,
     writer: Arc<Writer>,
-    view: Arc<View>,
-    shown: Arc<OpenState>,
+    open: OpenView,
 }
 
 impl Store {
@@ -131,14 +131,15 @@ impl Store {
     pub fn open_new_top(&self, path: &Path, name: &str) -> Result<NewTopFile> {
         let place = StorePath { root: 0, path: path.to_path_buf() };
         let stat = self.roots[0].stat(path)?;
-        let file = self.file(&place, &stat, true);
-        let lock = file.lock_for_writing(WriterKind::Guest, self.options.no_lock)?;
-        let read_lock = file.lock(false)?;
+        let file = self.file(&place, &stat, Expect::SameVersion);
+        let lock = file.lock_for_writing(WriterKind::Guest, self.options.lock_support())?;
+        let read_lock = file.lock(Stability::Live)?;
         let DetectedContent::Qcow2(qcow2) = describe(&*file, file.len()?)? else {
             return Err(Error::new(ErrorKind::Corrupt, format!("{} is no qcow2 image", path.display())));
         };
         let storage: Arc<dyn Storage> = Arc::clone(&file) as _;
-        let image = Image::qcow2(name, storage, None, Arc::clone(&qcow2.header), true, &self.caches)?;
+        let image =
+            Image::qcow2(name, storage, None, Arc::clone(&qcow2.header), Expect::SameVersion, &self.caches)?;
         let writer = Writer::qcow2(name, file.open_for_writing()?, None, None, writer_options(self))?;
         let image = OpenImage { image, file, data_file: None, places: (place, None), format: Format::Qcow2 };
         Ok(NewTopFile { writer, lock, read_lock, image })
@@ -198,15 +199,7 @@ impl ActiveJob {
         let DiskState::Writing(writing) = &mut *state else {
             unreachable!("a job holds the disk open for writing")
         };
-        let top = store.described_anew(&writing.open.top)?;
-        let below = writing.open.view.layers()[1..].to_vec();
-        let view = store.live_view(Layer::active(&top.image)?, below);
-        let images: Vec<ObjectId> = writing.open.images().collect();
-        let shown = store.opened.show(&view, &images, None, &disk.name());
-        store.opened.keep(&top);
-        let fingerprint = hash(&serials(&view));
-        let locks = std::mem::take(&mut writing.open.locks);
-        let new = OpenView { view, fingerprint, raw_file: None, top, forced: None, locks, shown };
+        let new = store.with_top_described_anew(&mut writing.open, &disk.name())?;
         let old = std::mem::replace(&mut writing.open, new);
         drop(state);
         drop(old);
@@ -268,7 +261,7 @@ impl ActiveDisk {
         if is_written {
             return self.stand_on(store, catalog, &layers[1..]);
         }
-        let open = store.open_shown(catalog, &layers, ViewPart::Active, true)?;
+        let open = store.open_shown(catalog, &layers, ViewPart::Active, Stability::Live)?;
         let old = std::mem::replace(&mut *self.state.write(), DiskState::Reading(open));
         // Not under the gate: it may let go of many files.
         drop(old);
@@ -278,10 +271,11 @@ impl ActiveDisk {
     fn stand_on(&self, store: &Store, catalog: &Catalog, below: &[ImageIndex]) -> Result<()> {
         let mut locks = Vec::new();
         let mut stack = Vec::new();
-        let mut files = Vec::new();
+        let mut files = vec![self.id()];
         for index in below {
             let mut forced = None;
-            let open = store.open_image(&catalog.images[*index], true, &mut locks, &mut forced)?;
+            let open =
+                store.open_image(&catalog.images[*index], Stability::Frozen, &mut locks, &mut forced)?;
             stack.push(Layer::active(&open.image)?);
             files.push(open.file.id());
         }
@@ -289,36 +283,21 @@ impl ActiveDisk {
         let DiskState::Writing(writing) = &mut *state else {
             unreachable!("who calls this keeps the disk from ending to be written")
         };
-        let top = Layer::active(&writing.open.top.image)?;
-        let view = store.live_view(top, stack);
-        let shown = store.opened.show(&view, &[&[self.id()], files.as_slice()].concat(), None, &self.name());
-        let lower = store.view_below(&view).map(|view| view as Arc<dyn BackingDisk>);
-        writing.writer.set_backing(lower);
-        locks.push(writing.open.top.file.lock(false)?);
-        if let Some(data_file) = &writing.open.top.data_file {
-            locks.push(data_file.lock(false)?);
-        }
-        let fingerprint = hash(&serials(&view));
         let top = writing.open.top.clone();
-        let new = OpenView { view, fingerprint, raw_file: None, top, forced: None, locks, shown };
+        for file in top.files() {
+            locks.push(file.lock(Stability::Live)?);
+        }
+        let stack = ViewStack::live(Layer::active(&top.image)?, stack);
+        let name = self.name();
+        let new = NewView { stack, top, images: files, inner: None, name: &name, locks, forced: None };
+        let new = store.new_open_view(new);
+        let lower = store.view_below(&new.view).map(|view| view as Arc<dyn BackingDisk>);
+        writing.writer.set_backing(lower);
         let old = std::mem::replace(&mut writing.open, new);
         drop(state);
         // Not under the gate: it may let go of many files.
         drop(old);
         Ok(())
-    }
-}
-
-fn serials(view: &View) -> Vec<u64> {
-    [0, 1].into_iter().chain(view.layers().iter().map(|layer| layer.image().serial())).collect()
-}
-
-impl Store {
-    fn live_view(&self, top: Layer, below: Vec<Layer>) -> Arc<View> {
-        let stack: Vec<Layer> = std::iter::once(top).chain(below).collect();
-        let key: Vec<u64> =
-            [0, 1].into_iter().chain(stack.iter().map(|layer| layer.image().serial())).collect();
-        self.assemble(&key, stack, true)
     }
 }
 
@@ -356,31 +335,29 @@ impl Quiesced<'_> {
             overlay.image = store.described_anew(&overlay.image)?;
         }
         let fallen = store.described_anew(&writing.open.top)?;
-        let top = Layer::active(&overlay.image.image)?;
-        let below = writing.open.view.layers()[1..].iter().cloned();
-        let below: Vec<Layer> = std::iter::once(Layer::active(&fallen.image)?).chain(below).collect();
-        let view = store.live_view(top, below);
+        let top = overlay.image.clone();
+        let below = std::iter::once(Layer::active(&fallen.image)?);
+        let below = below.chain(writing.open.lower_layers().iter().cloned());
+        let stack = ViewStack::live(Layer::active(&top.image)?, below);
+        let images = std::iter::once(top.file.id()).chain(writing.open.images()).collect();
         let name = disk.name();
-        let images: Vec<ObjectId> =
-            std::iter::once(overlay.image.file.id()).chain(writing.open.images()).collect();
-        let shown = store.opened.show(&view, &images, None, &name);
+        let (locks, forced) = (Vec::new(), None);
+        let mut open =
+            store.new_open_view(NewView { stack, top, images, inner: None, name: &name, locks, forced });
         // From a guest's file it becomes one that stays as it is, whatever a job may still write to its
         // header.
         for lock in &writing.locks {
             lock.become_for(WriterKind::Job)?;
         }
-        let locks = fallen.files().map(|file| file.lock(true)).collect::<Result<Vec<_>>>();
-        let locks = match locks {
+        let locks = fallen.files().map(|file| file.lock(Stability::Frozen)).collect::<Result<Vec<_>>>();
+        open.locks = match locks {
             Ok(locks) => locks,
             Err(error) => {
                 self.be_a_guests();
                 return Err(error);
             }
         };
-        let fingerprint = hash(&serials(&view));
-        let top = overlay.image.clone();
-        let view = OpenView { view, fingerprint, raw_file: None, top, forced: None, locks, shown };
-        Ok(PreparedOverlay { overlay, fallen, view })
+        Ok(PreparedOverlay { overlay, fallen, open })
     }
 
     /// What was made ready does not come to pass.
@@ -399,20 +376,16 @@ impl Quiesced<'_> {
     /// Opens the disk again.
     pub fn stand(mut self, prepared: PreparedOverlay, name: &Path, frozen: &Path) -> FormerTop {
         let (store, disk) = (self.store, self.disk);
-        let PreparedOverlay { overlay, mut fallen, mut view } = prepared;
-        let place = |path: &Path| StorePath { root: 0, path: path.to_path_buf() };
-        let NewTopFile { writer, lock, read_lock, mut image } = overlay;
-        fallen.file.renamed(frozen);
-        image.file.renamed(name);
-        fallen.places.0 = place(frozen);
-        image.places.0 = place(name);
-        writer.set_backing(store.view_below(&view.view).map(|view| view as Arc<dyn BackingDisk>));
-        view.top = image.clone();
+        let PreparedOverlay { overlay, mut fallen, mut open } = prepared;
+        let NewTopFile { writer, lock, read_lock, .. } = overlay;
+        fallen.renamed(frozen);
+        open.top.renamed(name);
+        let image = open.top.clone();
+        writer.set_backing(store.view_below(&open.view).map(|view| view as Arc<dyn BackingDisk>));
         let writing = self.writing();
         // The locks of the layers below go on as they are.
-        view.locks.push(read_lock);
-        let old =
-            std::mem::replace(writing, WritingDisk { writer, locks: vec![lock], open: view, mirror: None });
+        open.locks.push(read_lock);
+        let old = std::mem::replace(writing, WritingDisk { writer, locks: vec![lock], open, mirror: None });
         let WritingDisk { writer, locks, open: OpenView { locks: mut lower, .. }, .. } = old;
         writing.open.locks.append(&mut lower);
         store.opened.keep(&fallen);
@@ -429,15 +402,26 @@ impl Quiesced<'_> {
         let writing = self.writing();
         let depth = writing.open.images().position(|id| id == image.file.id());
         let depth = depth.expect("the base is one of the disk's layers");
-        let below = writing.open.view.layers()[depth + 1..].to_vec();
-        let images: Vec<ObjectId> = writing.open.images().skip(depth).collect();
-        let view = store.live_view(Layer::active(&image.image)?, below);
-        let shown = store.opened.show(&view, &images, None, &image.file.path().to_string_lossy());
+        let below = writing.open.view.layers()[depth + 1..].iter().cloned();
+        let stack = ViewStack::live(Layer::active(&image.image)?, below);
+        let images = writing.open.images().skip(depth).collect();
+        let name = image.file.path();
+        let name = name.to_string_lossy();
+        let (kept, forced) = (Vec::new(), None);
+        let open = store.new_open_view(NewView {
+            stack,
+            top: image,
+            images,
+            inner: None,
+            name: &name,
+            locks: kept,
+            forced,
+        });
         // Its reader, the disk, was promised that it stays as it is: no more.
-        let is_base = |lock: &ReadLock| image.files().any(|file| file.id() == lock.file().id());
+        let is_base = |lock: &ReadLock| open.top.files().any(|file| file.id() == lock.file().id());
         writing.open.locks.iter_mut().filter(|lock| is_base(lock)).for_each(ReadLock::thaw);
         locks.iter().try_for_each(|lock| lock.become_for(WriterKind::Guest))?;
-        Ok(PreparedActiveCommit { image, locks, writer, view, shown })
+        Ok(PreparedActiveCommit { locks, writer, open })
     }
 
     /// Falls onto what was made ready, whose file has the name `name` by now. Opens the disk again.
@@ -445,13 +429,9 @@ impl Quiesced<'_> {
     /// disk back what it had before.
     pub fn fall(mut self, prepared: PreparedActiveCommit, name: &Path, settled: &Result<()>) {
         let (store, disk) = (self.store, self.disk);
-        let PreparedActiveCommit { mut image, locks, writer, view, shown } = prepared;
-        image.file.renamed(name);
-        image.places.0 = StorePath { root: 0, path: name.to_path_buf() };
-        let fingerprint = hash(&serials(&view));
-        let top = image.clone();
-        let open =
-            OpenView { view, fingerprint, raw_file: None, top, forced: None, locks: Vec::new(), shown };
+        let PreparedActiveCommit { locks, writer, mut open } = prepared;
+        open.top.renamed(name);
+        let image = open.top.clone();
         let writing = self.writing();
         let mut old = std::mem::replace(writing, WritingDisk { writer, locks, open, mirror: None });
         // The locks of the layers that stay go on as they are.

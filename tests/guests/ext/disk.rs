@@ -10,7 +10,6 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use chainfs::error::{Error, ErrorKind, Result};
 use chainfs::guest::ext::Ext;
@@ -149,7 +148,7 @@ impl Mounted {
 
     fn end(mut self) {
         // A process that another test has just forked holds our descriptors until it runs its program.
-        eventually("unmounted", Duration::from_secs(10), || tool("umount").arg(&self.dir).outcome().0 == 0);
+        eventually("unmounted", || tool("umount").arg(&self.dir).outcome().0 == 0);
         self.ended = true;
     }
 }

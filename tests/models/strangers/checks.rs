@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use chainfs::store::ViewPart;
+use chainfs::units::Stability;
 
 use super::kills::Pending;
 use super::world::World;
@@ -31,7 +32,8 @@ impl World {
                 if view.active && self.frozen.contains(&name) {
                     self.fail(&format!("{name} was frozen, and is an active disk"));
                 }
-                let opened = store.open_view(&catalog, layers, ViewPart::Active, view.active);
+                let opened =
+                    store.open_view(&catalog, layers, ViewPart::Active, Stability::live_if(view.active));
                 let bytes = opened.and_then(|open| {
                     let mut bytes = vec![0; open.view.size() as usize];
                     open.view.read_at(0, &mut bytes).map(|()| bytes)

@@ -3,7 +3,6 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
@@ -11,9 +10,6 @@ use rustix::io::Errno;
 use super::MIB;
 use super::store::Store;
 use super::tools::{Outcome as _, eventually, tool};
-
-/// What the mount notices of a change, and the kernel of that.
-pub const NOTICED: Duration = Duration::from_secs(5);
 
 /// `base.raw` <- `web.qcow2`, and `plain.raw` alone: the leaves are written by different engines.
 pub fn chain() -> Store {
@@ -61,7 +57,7 @@ impl Model {
 /// After the mount QEMU reads what was written, and finds nothing wrong.
 pub fn assert_left_behind(store: &Store, image: &str, format: &str, model: &Model) {
     // The last close is told to the daemon, and not waited for.
-    eventually("nobody has it open", NOTICED, || {
+    eventually("nobody has it open", || {
         tool("qemu-io").args(["-f", format, "-c", "flush", image]).current_dir(store.root()).outcome().0 == 0
     });
     assert!(fs::read(store.oracle(image, format)).expect("what QEMU reads") == model.0, "{image} differs");

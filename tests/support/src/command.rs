@@ -9,9 +9,7 @@ use rustix::io::Errno;
 
 use super::active::errno;
 use super::mount::Mount;
-
-/// No job of a test takes longer.
-const LIMIT: Duration = Duration::from_secs(100);
+use super::tools::hang;
 
 /// One write(2) to a control file.
 pub fn give(file: &Path, text: &[u8]) -> Option<Errno> {
@@ -50,7 +48,7 @@ impl Control {
     pub fn begun(&self) {
         let start = Instant::now();
         while self.status("done") == "0" {
-            assert!(start.elapsed() < LIMIT, "{} hangs", self.status("command"));
+            assert!(start.elapsed() < hang(), "{} hangs", self.status("command"));
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -63,7 +61,7 @@ impl Control {
             if state != "running" {
                 return state;
             }
-            assert!(start.elapsed() < LIMIT, "{} hangs", self.status("command"));
+            assert!(start.elapsed() < hang(), "{} hangs", self.status("command"));
             std::thread::sleep(Duration::from_millis(5));
         }
     }

@@ -5,10 +5,9 @@ use std::io::Read as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use super::store::Store;
-use super::tools::{Outcome as _, eventually, tool};
+use super::tools::{Outcome as _, eventually, hang, tool};
 
 /// More with `tests/run.sh --long`.
 pub fn amount(usual: u64, long: u64) -> u64 {
@@ -18,10 +17,9 @@ pub fn amount(usual: u64, long: u64) -> u64 {
 /// Waits until the qemu-nbd that makes this socket has its image open: it listens before it opens and locks
 /// that, and greets after it.
 pub fn greeted(socket: &Path) {
-    const LIMIT: Duration = Duration::from_secs(10);
-    eventually("qemu-nbd listens", LIMIT, || socket.exists());
+    eventually("qemu-nbd listens", || socket.exists());
     let mut stream = UnixStream::connect(socket).expect("qemu-nbd listens");
-    stream.set_read_timeout(Some(LIMIT)).expect("a limit");
+    stream.set_read_timeout(Some(hang())).expect("a limit");
     let mut greeting = [0; 8];
     stream.read_exact(&mut greeting).expect("qemu-nbd greets");
     assert_eq!(&greeting, b"NBDMAGIC");
@@ -44,7 +42,7 @@ impl Loop {
     pub fn detach(self) {
         tool("losetup").arg("-d").arg(&self.0).succeeds();
         // The kernel lets go of the file a moment later.
-        eventually("the loop device is free", Duration::from_secs(10), || {
+        eventually("the loop device is free", || {
             let name = self.0.file_name().expect("a device has a name");
             !Path::new("/sys/block").join(name).join("loop/backing_file").exists()
         });

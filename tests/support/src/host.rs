@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicI64, Ordering};
 
 use chainfs::error::{Error, Result};
 use chainfs::io::{
-    Backend, Changes, Crossing, Directory, Identity, LocalDirectory, LocalFile, ObjectLocks, ObjectStat,
-    OpenDirectory, OpenObject, Permissions, Space, Storage, WriteObject, WriteStorage,
+    Backend, Changes, Directory, Existing, Identity, LocalDirectory, LocalFile, MountPoints, ObjectLocks,
+    ObjectStat, OpenDirectory, OpenObject, Permissions, Space, Storage, WriteObject, WriteStorage,
 };
 use chainfs::units::{BlockStatus, Run};
 use rustix::io::Errno;
@@ -43,8 +43,8 @@ impl<H: Hands> Backend for Wrapped<H> {
         self.inner.canonical()
     }
 
-    fn open_directory(&self, path: &Path, crossing: Crossing) -> Result<Option<Box<dyn OpenDirectory>>> {
-        self.inner.open_directory(path, crossing)
+    fn open_directory(&self, path: &Path, mounts: MountPoints) -> Result<Option<Box<dyn OpenDirectory>>> {
+        self.inner.open_directory(path, mounts)
     }
 
     fn stat(&self, path: &Path) -> Result<ObjectStat> {
@@ -358,9 +358,9 @@ impl Directory for MortalNames {
         self.inner.link(from, to)
     }
 
-    fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
+    fn rename(&self, from: &Path, to: &Path, existing: Existing) -> Result<()> {
         self.host.name()?;
-        self.inner.rename(from, to, replace)
+        self.inner.rename(from, to, existing)
     }
 
     fn unlink(&self, path: &Path) -> Result<()> {

@@ -12,6 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::command::Control;
 use super::lab::{LAYERS, Lab};
 use super::mount::Mount;
+use super::tools::hang;
 
 pub type Contents = BTreeMap<String, Vec<u8>>;
 
@@ -68,11 +69,7 @@ pub fn settled(lab: &Lab, mount: &Mount, context: &str) {
     while intents(lab) > 0 {
         let (state, error) = (control.status("state"), control.status("error"));
         let log = || fs::read_to_string(lab.store.beside("mount.output")).unwrap_or_default();
-        assert!(
-            state != "failed" && start.elapsed() < Duration::from_secs(30),
-            "{context}: {state}: {error}\n{}",
-            log()
-        );
+        assert!(state != "failed" && start.elapsed() < hang(), "{context}: {state}: {error}\n{}", log());
         thread::sleep(Duration::from_millis(10));
     }
     let state = control.wait();

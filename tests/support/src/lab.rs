@@ -15,13 +15,12 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
 use super::store::Store;
+use super::tools::hang;
 
 /// The layers, base first, and web last.
 pub const LAYERS: [&str; 5] = ["base", "sn1", "sn2", "sn3", "web"];
 /// Bytes of the disks of a slow chain.
 const SLOW_SIZE: u64 = 64 << 20;
-/// No job of a test takes longer.
-const LIMIT: Duration = Duration::from_mins(2);
 
 /// How a chain is made.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -236,7 +235,7 @@ pub fn run(engine: &Arc<Engine>, chain: &str, command: &str) -> Result<Status> {
     let start = Instant::now();
     let mut status = engine.status(Path::new(chain));
     while status.number == number && status.state == JobState::Running {
-        assert!(start.elapsed() < LIMIT, "{command} hangs: {status:?}");
+        assert!(start.elapsed() < hang(), "{command} hangs: {status:?}");
         status = engine.wait(Path::new(chain), status.version, Duration::from_millis(100));
     }
     Ok(status)

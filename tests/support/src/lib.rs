@@ -47,7 +47,7 @@ pub use damage::Damage;
 pub use mount::Mount;
 pub use rng::Rng;
 pub use store::Store;
-pub use tools::{Outcome, eventually, tool};
+pub use tools::{Outcome, eventually, hang, tool};
 
 pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;

@@ -18,14 +18,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::chainfs_binary;
 use super::store::Store;
-use super::tools::Outcome as _;
-
-/// How long one mount may live; in the long runs, much longer.
-fn life_limit() -> Duration {
-    Duration::from_secs(if std::env::var_os("CHAINFS_LONG").is_some() { 3600 } else { 150 })
-}
-/// A store of test size is mounted within this, however bad its images are.
-const READY_LIMIT: Duration = Duration::from_secs(15);
+use super::tools::{Outcome as _, eventually, hang};
 
 #[derive(Debug)]
 pub struct Refusal {
@@ -55,7 +48,7 @@ impl Mount {
 
     pub fn try_new(store: &Store, source: &Path, dir: &Path, options: &str) -> Result<Self, Refusal> {
         let mut command = Command::new("timeout");
-        command.args(["--kill-after=2", &READY_LIMIT.as_secs().to_string(), chainfs_binary()]);
+        command.args(["--kill-after=2", &hang().as_secs().to_string(), chainfs_binary()]);
         Self::by(store, command, source, dir, options)
     }
 
@@ -83,13 +76,13 @@ impl Mount {
             .status()
             .expect("timeout(1) runs");
         if !status.success() {
-            let hung = start.elapsed() >= READY_LIMIT;
+            let hung = start.elapsed() >= hang();
             if connection_of(dir).is_some() {
                 abort(dir);
                 lazy_umount(dir);
             }
             let message = fs::read_to_string(&output).unwrap_or_default();
-            assert!(!hung, "mount did not return within {READY_LIMIT:?}\n{message}");
+            assert!(!hung, "mount did not return within {:?}\n{message}", hang());
             return Err(Refusal { code: status.code(), message });
         }
         assert!(connection_of(dir).is_some(), "mount returned before {} was mounted", dir.display());
@@ -114,9 +107,9 @@ impl Mount {
         let mut mount = Self::watching(&dir, Some(child));
         let start = Instant::now();
         while connection_of(&dir).is_none() || !dir.join(".chainfs").is_dir() {
-            if start.elapsed() > READY_LIMIT || mount.exit_code().is_some() {
+            if start.elapsed() > hang() || mount.exit_code().is_some() {
                 let said = fs::read_to_string(store.beside("mount.output")).unwrap_or_default();
-                panic!("no tree within {READY_LIMIT:?}: {said}");
+                panic!("no tree within {:?}: {said}", hang());
             }
             thread::sleep(Duration::from_millis(20));
         }
@@ -129,7 +122,7 @@ impl Mount {
         let watchdog = thread::spawn({
             let (dir, timed_out) = (dir.to_owned(), Arc::clone(&timed_out));
             move || {
-                if stopped.recv_timeout(life_limit()) == Err(RecvTimeoutError::Timeout) {
+                if stopped.recv_timeout(hang()) == Err(RecvTimeoutError::Timeout) {
                     timed_out.store(true, Ordering::SeqCst);
                     eprintln!("{}: time is up, aborting the connection", dir.display());
                     abort(&dir);
@@ -163,6 +156,25 @@ impl Mount {
         daemon_of(&self.dir).unwrap_or_else(|| panic!("nobody serves {}", self.dir.display()))
     }
 
+    /// Processor time that the daemon has used. Load of the machine does not count.
+    pub fn processor_time(&self) -> Duration {
+        let daemon = self.daemon();
+        let stat = fs::read_to_string(format!("/proc/{daemon}/stat")).expect("the daemon's times");
+        // The name of the program, in parentheses, may hold anything.
+        let fields: Vec<&str> = stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
+        let ticks: u64 = fields[11..13].iter().map(|ticks| ticks.parse::<u64>().expect("a number")).sum();
+        Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
+    }
+
+    /// Waits until the daemon has answered everything, what follows a close(2) included.
+    pub fn answered(&self) {
+        let connection = connection_of(&self.dir).expect("it is mounted");
+        let waiting = PathBuf::from(format!("/sys/fs/fuse/connections/{connection}/waiting"));
+        eventually("all requests are answered", || {
+            fs::read_to_string(&waiting).expect("requests that wait").trim() == "0"
+        });
+    }
+
     /// Exit code of a mount run in the foreground, if it has ended. Killed by a signal: 128 + signal.
     pub fn exit_code(&mut self) -> Option<i32> {
         use std::os::unix::process::ExitStatusExt as _;
@@ -190,11 +202,13 @@ impl Mount {
             let start = Instant::now();
             loop {
                 let mut umount = Command::new("timeout");
-                umount.args(["--kill-after=2", "20", chainfs_binary(), "umount"]).arg(&self.dir);
+                umount
+                    .args(["--kill-after=2", &hang().as_secs().to_string(), chainfs_binary(), "umount"])
+                    .arg(&self.dir);
                 let output = umount.output().expect("timeout(1) runs");
                 let said = String::from_utf8_lossy(&output.stderr);
-                let is_passing = said.contains("by a process that cannot be seen")
-                    && start.elapsed() < Duration::from_secs(5);
+                let is_passing =
+                    said.contains("by a process that cannot be seen") && start.elapsed() < hang();
                 if !output.status.success() && is_passing {
                     thread::sleep(Duration::from_millis(50));
                     continue;
@@ -212,7 +226,7 @@ impl Mount {
         if let Some(mut child) = self.foreground.take() {
             let start = Instant::now();
             while child.try_wait().expect("a child of ours").is_none() {
-                if start.elapsed() > Duration::from_secs(10) {
+                if start.elapsed() > hang() {
                     child.kill().expect("a child of ours");
                     result = result.and(Err("the foreground process outlived its mount".to_owned()));
                 }
@@ -224,7 +238,7 @@ impl Mount {
             watchdog.join().expect("the watchdog does not panic");
         }
         if self.timed_out.load(Ordering::SeqCst) {
-            result = Err(format!("the mount lived longer than {:?}", life_limit()));
+            result = Err(format!("the mount lived longer than {:?}", hang()));
         }
         result
     }

@@ -11,7 +11,8 @@ use chainfs::format::header::{PROBE_LEN, needed_len};
 use chainfs::format::snapshot::SnapshotParser;
 use chainfs::format::{Header, Snapshot};
 use chainfs::image::{Caches, Image, Layer};
-use chainfs::io::{Storage, WriteStorage};
+use chainfs::io::{Expect, Storage, WriteStorage};
+use chainfs::units::Stability;
 
 /// A change of the file.
 #[derive(Clone, Debug)]
@@ -184,7 +185,7 @@ pub fn views(file: &[u8]) -> Views {
     let chunk = header.cluster.size().min(4096);
     let caches = Caches::new(1 << 20, 1 << 20);
     let data = header.data_file.is_some().then(|| Arc::new(vec![7u8; 1 << 20]) as Arc<dyn Storage>);
-    let Ok(image) = Image::qcow2("image", all, data, Arc::new(header), true, &caches) else {
+    let Ok(image) = Image::qcow2("image", all, data, Arc::new(header), Expect::SameVersion, &caches) else {
         return Vec::new();
     };
     let layers = std::iter::once(Layer::active(&image))
@@ -192,7 +193,7 @@ pub fn views(file: &[u8]) -> Views {
         .chain(snapshots.iter().map(|snapshot| Layer::vm_state(&image, snapshot)));
     let pieces = |layer: Result<Layer>| {
         let Ok(layer) = layer else { return Vec::new() };
-        let view = View::new(vec![layer], false, &Arc::new(Cache::new(1 << 20)));
+        let view = View::new(vec![layer], Stability::Frozen, &Arc::new(Cache::new(1 << 20)));
         let mut buffer = vec![0; chunk as usize];
         let piece = |at: u64| {
             let buffer = &mut buffer[..chunk.min(view.size() - at) as usize];

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use chainfs::store::{ChainView, Store, ViewPart};
+use chainfs::units::Stability;
 
 use support::sim::Pages;
 use support::{Outcome as _, tool};
@@ -159,11 +160,13 @@ pub(crate) fn seen(store: &Arc<Store>) -> (Chains, Views<Seen>) {
             });
             let key = format!("{}{}", name(shown.layers[*layer]), inner.unwrap_or_default());
             let part = snapshot.map_or(ViewPart::Active, ViewPart::Snapshot);
-            let bytes = store.open_view(&catalog, &shown.layers[*layer..], part, *active).and_then(|open| {
-                let mut bytes = vec![0; open.view.size() as usize];
-                open.view.read_at(0, &mut bytes)?;
-                Ok(bytes)
-            });
+            let bytes = store
+                .open_view(&catalog, &shown.layers[*layer..], part, Stability::live_if(*active))
+                .and_then(|open| {
+                    let mut bytes = vec![0; open.view.size() as usize];
+                    open.view.read_at(0, &mut bytes)?;
+                    Ok(bytes)
+                });
             let bytes = bytes.map_err(|error| error.to_string());
             let inode = fs::metadata(store.host_path(&image.place)).map_or(0, |metadata| metadata.ino());
             views.insert(key, Seen { bytes, is_active: *active, inode });

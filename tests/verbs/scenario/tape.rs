@@ -10,7 +10,9 @@ use std::thread;
 use std::time::Duration;
 
 use chainfs::error::{Error, Result};
-use chainfs::io::{Backend, Directory, LocalFile, Storage, WriteObject, WriteStorage, directory_of};
+use chainfs::io::{
+    Backend, Directory, Existing, LocalFile, Storage, WriteObject, WriteStorage, directory_of,
+};
 use chainfs::units::{BlockStatus, Run};
 use parking_lot::{Mutex, MutexGuard};
 use rustix::io::Errno;
@@ -345,10 +347,10 @@ impl Directory for TapedNames {
         self.change(|| self.inner.link(from, to), naming)
     }
 
-    fn rename(&self, from: &Path, to: &Path, replace: bool) -> Result<()> {
+    fn rename(&self, from: &Path, to: &Path, existing: Existing) -> Result<()> {
         let (old, new) = (from.to_path_buf(), to.to_path_buf());
         let naming = |state: &State| Naming::Rename { file: state.names[from], from: old, to: new };
-        self.change(|| self.inner.rename(from, to, replace), naming)
+        self.change(|| self.inner.rename(from, to, existing), naming)
     }
 
     fn unlink(&self, path: &Path) -> Result<()> {

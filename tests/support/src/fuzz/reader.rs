@@ -14,8 +14,8 @@ use chainfs::format::snapshot::SnapshotParser;
 use chainfs::format::{Header, Malformed, Snapshot};
 use chainfs::image::check::check;
 use chainfs::image::{Caches, Image, Layer, Mapping};
-use chainfs::io::Storage;
-use chainfs::units::{BlockStatus, GuestOffset, Run};
+use chainfs::io::{Expect, Storage};
+use chainfs::units::{BlockStatus, GuestOffset, Run, Stability};
 
 use super::random::Random;
 
@@ -111,7 +111,7 @@ pub fn read_chain(files: &[File], random: &mut Random, tally: &mut Tally) {
         (caches(), if random.once_in(4) { Caches::new(0, 0) } else { caches() });
     let flat: Arc<FlatCache> = Arc::new(Cache::new(if random.once_in(8) { 0 } else { 1 << 20 }));
 
-    let top = match open(&files[0], "layer 0", true, &frozen_caches) {
+    let top = match open(&files[0], "layer 0", Expect::SameVersion, &frozen_caches) {
         Ok(top) => top,
         Err(reason) => {
             let excused = reason.unsupported || is_excused(&reason.sentence);
@@ -124,8 +124,9 @@ pub fn read_chain(files: &[File], random: &mut Random, tally: &mut Tally) {
     assert!(!sound[0] || damage.as_ref().is_none_or(|damage| is_excused(damage)), "sound, but {damage:?}");
     // As under a writer, whose file may grow.
     let grows = random.once_in(4);
+    let expect = if grows { Expect::AnyVersion } else { Expect::SameVersion };
     let live_top =
-        open(&files[0], "layer 0", !grows, &live_caches).unwrap_or_else(|_| unreachable!("it was opened"));
+        open(&files[0], "layer 0", expect, &live_caches).unwrap_or_else(|_| unreachable!("it was opened"));
     let below = |caches| -> Vec<Opened> {
         let open = |(file, index): (&File, usize)| open_or_raw(file, &format!("layer {index}"), caches);
         files.iter().zip(0..).skip(1).map(open).collect()
@@ -139,7 +140,8 @@ pub fn read_chain(files: &[File], random: &mut Random, tally: &mut Tally) {
             assert!(is_huge(&top, state), "{state:?} is refused");
             continue;
         };
-        let (frozen, live) = (View::new(frozen, false, &flat), View::new(live, true, &flat));
+        let (frozen, live) =
+            (View::new(frozen, Stability::Frozen, &flat), View::new(live, Stability::Live, &flat));
         assert_eq!(frozen.size(), live.size());
         let patience = MAX_SECTORS;
         let seeks = MAX_SEEKS;
@@ -181,11 +183,16 @@ impl From<Malformed> for Refusal {
     }
 }
 
-fn open(file: &File, name: &str, fixed: bool, caches: &Arc<Caches>) -> std::result::Result<Opened, Refusal> {
+fn open(
+    file: &File,
+    name: &str,
+    expect: Expect,
+    caches: &Arc<Caches>,
+) -> std::result::Result<Opened, Refusal> {
     let header = Arc::new(header(&file.bytes)?);
     let data = header.data_file.is_some().then(|| Arc::clone(&file.data) as Arc<dyn Storage>);
     let storage = Arc::clone(&file.bytes) as Arc<dyn Storage>;
-    let image = Image::qcow2(name, storage, data, Arc::clone(&header), fixed, caches)
+    let image = Image::qcow2(name, storage, data, Arc::clone(&header), expect, caches)
         .map_err(|error| Refusal { sentence: error.to_string(), unsupported: true })?;
     let (snapshots, damage) = match snapshots(&file.bytes, &header) {
         Ok(snapshots) => (snapshots, None),
@@ -195,8 +202,8 @@ fn open(file: &File, name: &str, fixed: bool, caches: &Arc<Caches>) -> std::resu
 }
 
 fn open_or_raw(file: &File, name: &str, caches: &Arc<Caches>) -> Opened {
-    open(file, name, true, caches).unwrap_or_else(|_| {
-        let image = Image::raw(name, Arc::new(Sparse(Arc::clone(&file.bytes))), true, caches);
+    open(file, name, Expect::SameVersion, caches).unwrap_or_else(|_| {
+        let image = Image::raw(name, Arc::new(Sparse(Arc::clone(&file.bytes))), Expect::SameVersion, caches);
         Opened { image: image.expect("memory has a length"), snapshots: Vec::new(), damage: None }
     })
 }
@@ -426,8 +433,9 @@ impl Ways<'_> {
         while self.seeks > 0 {
             self.seeks -= 1;
             self.tally.seeks += 1;
-            let found = self.frozen.seek(at, data).expect("memory can be read");
-            let live = self.live.seek(at, data).expect("memory can be read");
+            let wanted = if data { BlockStatus::Data } else { BlockStatus::Zero };
+            let found = self.frozen.seek(at, wanted).expect("memory can be read");
+            let live = self.live.seek(at, wanted).expect("memory can be read");
             let end = found.unwrap_or(size);
             // What is missing at the end of a file that grows is not known to be missing; and a
             // seek that gives up does so after so many runs, which are longer if flattened.

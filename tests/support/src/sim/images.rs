@@ -12,8 +12,8 @@ use chainfs::format::snapshot::SnapshotParser;
 use chainfs::format::{Header, Snapshot};
 use chainfs::image::write::BackingDisk;
 use chainfs::image::{Caches, Image, Layer};
-use chainfs::io::Storage;
-use chainfs::units::{BlockStatus, Run};
+use chainfs::io::{Expect, Storage};
+use chainfs::units::{BlockStatus, Run, Stability};
 
 use super::value::{BACKING_TAG, pattern_range};
 use super::{KIB, Pages, SECTOR, mix};
@@ -219,8 +219,9 @@ impl Opened {
         let storage = |pages: &Pages| Arc::new(pages.clone()) as Arc<dyn Storage>;
         let data_file = files.get(1).map(storage);
         let caches = Caches::new(1 << 20, 4 << 20);
-        let image = Image::qcow2(IMAGE, storage(file), data_file, Arc::clone(&header), true, &caches)
-            .map_err(|error| error.to_string())?;
+        let image =
+            Image::qcow2(IMAGE, storage(file), data_file, Arc::clone(&header), Expect::SameVersion, &caches)
+                .map_err(|error| error.to_string())?;
         Ok(Self { header, snapshots, image })
     }
 
@@ -239,10 +240,10 @@ impl Opened {
         if let Some(backing) = backing {
             let caches = Caches::new(0, 0);
             let storage: Arc<dyn Storage> = Arc::new(Pages::clone(&backing.0));
-            let image = Image::raw(BACKING, storage, true, &caches).map_err(text)?;
+            let image = Image::raw(BACKING, storage, Expect::SameVersion, &caches).map_err(text)?;
             layers.push(Layer::active(&image).map_err(text)?);
         }
-        Ok(View::new(layers, false, &Arc::new(Cache::new(1 << 20))))
+        Ok(View::new(layers, Stability::Frozen, &Arc::new(Cache::new(1 << 20))))
     }
 }
 
